@@ -1,0 +1,1 @@
+"""Pretrain a frontier mixture-of-experts model inside a GPU-hour budget."""

@@ -1,0 +1,54 @@
+"""From torchrun's environment variables to a default process group that survives torchrun's restarts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class WorkerEnvironment:
+    """What torchrun tells each worker."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @staticmethod
+    def read() -> WorkerEnvironment | None:
+        """The variables of this process, or None outside torchrun."""
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            return None
+        return WorkerEnvironment(
+            rank=int(os.environ["RANK"]),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            world_size=int(os.environ["WORLD_SIZE"]),
+        )
+
+
+def start_default_group(worker: WorkerEnvironment, device: torch.device, timeout: timedelta) -> None:
+    """Open the default process group: NCCL and gloo where `device` is a GPU, gloo elsewhere.
+
+    torchrun keeps one store over its restarts, and gloo reads the addresses of dead workers from it.
+    A prefix for each attempt keeps the lives apart.
+    """
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        worker.world_size,
+        is_master=worker.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        timeout=timeout,
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"attempt_{attempt}", store),
+        rank=worker.rank,
+        world_size=worker.world_size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )

@@ -1,0 +1,68 @@
+"""The token exchange: what every all-to-all between the routers and the experts has to offer.
+
+Letters: T tokens of this rank, K experts a token, D hidden width, R rows received by this rank, L experts on this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from torch import Tensor
+
+from .pending import Pending
+from .refusal import Problem
+
+Layout = TypeVar("Layout")
+
+
+@dataclass(frozen=True)
+class Received(Generic[Layout]):
+    """The rows for the experts of this rank, grouped by expert, and the way back."""
+
+    rows_RD: Tensor
+    weights_R: Tensor
+    """Gate weight of each row: it multiplies the row on the expert's side, so that combine is a plain sum."""
+    rows_per_expert_L: tuple[int, ...]
+    layout: Layout
+    """What the exchange that made this needs to send results back. Nobody else looks inside."""
+
+
+class TokenExchange(Protocol[Layout]):
+    """Four operations. Each returns at once; the communication advances while the caller computes.
+
+    dispatch_backward is a combine and combine_backward is a dispatch that reuses the layout: no sizes are exchanged again.
+    Every rank of the expert-parallel group calls the same operations in the same order, also with zero tokens.
+    """
+
+    def dispatch(self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Pending[Received[Layout]]:
+        """Send each token to the ranks of its K experts. `experts_TK` are int64 indices over all experts."""
+        ...
+
+    def combine(self, rows_RD: Tensor, received: Received[Layout]) -> Pending[Tensor]:
+        """Send the experts' results back and sum those of each token: tokens_TD."""
+        ...
+
+    def combine_backward(self, grad_TD: Tensor, received: Received[Layout]) -> Pending[Tensor]:
+        """Gradient of combine: each row receives its token's gradient: grad_RD."""
+        ...
+
+    def dispatch_backward(
+        self, grad_RD: Tensor, grad_weights_R: Tensor, received: Received[Layout]
+    ) -> Pending[tuple[Tensor, Tensor]]:
+        """Gradient of dispatch: (grad_TD, summed over each token's rows, and grad_weights_TK)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExchangeConfig:
+    """Which exchange carries the tokens."""
+
+    name: str = "flat"
+    """`flat`: one all-to-all; every (token, expert) copy crosses the wire."""
+
+    def problems(self) -> Iterator[Problem]:
+        """What is impossible about these values on their own."""
+        if self.name != "flat":
+            yield Problem("name", self.name, "no such exchange; there is: flat")

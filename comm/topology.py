@@ -1,0 +1,91 @@
+"""Which rank does what: pure arithmetic on the grid pipeline × expert-data × expert, and the link between any two ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from .refusal import Problem
+
+
+class Link(StrEnum):
+    """The wire between two ranks. The names are those of an H800 node, also where both ranks are processes on one CPU."""
+
+    LOOPBACK = "loopback"  # a rank to itself: a copy in its own memory
+    NVLINK = "nvlink"  # two ranks of one node
+    INFINIBAND = "infiniband"  # two nodes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """The grid of ranks. `ep` is innermost, so an expert-parallel group sits on consecutive GPUs.
+
+    rank = (pp_rank * edp + edp_rank) * ep + ep_rank
+    """
+
+    pp: int = 1
+    """Pipeline-parallel ranks."""
+    edp: int = 1
+    """Expert-data-parallel ranks: how many replicas of each expert there are."""
+    ep: int = 1
+    """Expert-parallel ranks: over how many ranks the experts of one replica are spread."""
+    gpus_per_node: int = 8
+    """GPUs that share NVLink."""
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.pp * self.edp * self.ep
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel ranks as attention and the dense layers see them: each of them reads its own samples."""
+        return self.edp * self.ep
+
+    def ep_rank(self, rank: int) -> int:
+        """Position of `rank` in its expert-parallel group."""
+        return rank % self.ep
+
+    def edp_rank(self, rank: int) -> int:
+        """Position of `rank` among the replicas of its experts."""
+        return rank // self.ep % self.edp
+
+    def pp_rank(self, rank: int) -> int:
+        """Pipeline position of `rank`."""
+        return rank // (self.ep * self.edp)
+
+    def dp_rank(self, rank: int) -> int:
+        """Position of `rank` among the ranks that hold the same dense parameters; it picks the samples the rank reads."""
+        return rank % self.dp
+
+    def ep_ranks(self, rank: int) -> tuple[int, ...]:
+        """The ranks over which the experts that `rank` can reach are spread, in order of expert."""
+        first = rank - self.ep_rank(rank)
+        return tuple(range(first, first + self.ep))
+
+    def expert_dp_ranks(self, rank: int) -> tuple[int, ...]:
+        """The ranks that hold the same experts as `rank`."""
+        first = rank - self.dp_rank(rank) + self.ep_rank(rank)
+        return tuple(first + replica * self.ep for replica in range(self.edp))
+
+    def dense_dp_ranks(self, rank: int) -> tuple[int, ...]:
+        """The ranks that hold the same dense parameters as `rank`."""
+        first = rank - self.dp_rank(rank)
+        return tuple(range(first, first + self.dp))
+
+    def link(self, source: int, target: int) -> Link:
+        """The wire that a message from `source` to `target` crosses."""
+        if source == target:
+            return Link.LOOPBACK
+        same_node = source // self.gpus_per_node == target // self.gpus_per_node
+        return Link.NVLINK if same_node else Link.INFINIBAND
+
+    def problems(self) -> Iterator[Problem]:
+        """What is impossible about this grid on its own."""
+        for name in ("pp", "edp", "ep", "gpus_per_node"):
+            value: int = self.__dict__[name]
+            if value < 1:
+                yield Problem(name, value, "must be at least 1")
+        if self.pp > 1:
+            yield Problem("pp", self.pp, "pipeline programs are not built yet; write topology.pp=1")

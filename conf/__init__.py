@@ -1,0 +1,1 @@
+"""Hydra configuration groups. YAML only; the types live beside the code they configure."""

@@ -1,0 +1,67 @@
+"""Gradients of the global batch: summed over the ranks that hold a parameter, their norm counted once, one verdict for all.
+
+The loss is already scaled by global counts, so reduction is a sum and never an average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..comm.groups import Group, ProcessGroups
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The parameters of one rank, by the group that holds replicas of them. Order must be equal on all ranks of the group."""
+
+    dense: tuple[Tensor, ...]
+    expert: tuple[Tensor, ...]
+    groups: ProcessGroups
+
+    def reduce(self) -> None:
+        """Sum every gradient over its replicas, in place. A parameter that was not reached counts as zero."""
+        _sum_flat(self.dense, self.groups.dense_dp)
+        _sum_flat(self.expert, self.groups.expert_dp)
+
+    def norm(self) -> float:
+        """The 2-norm over all parameters of the model, after `reduce`; equal on all ranks, each parameter counted once.
+
+        Squares are summed in FP64. NaN or infinity anywhere makes it NaN or infinite everywhere.
+        """
+        expert = self.groups.ep.all_reduce_sum(_sum_of_squares(self.expert))
+        total = _sum_of_squares(self.dense) + expert
+        return float(total.sqrt().item())
+
+    def scale(self, factor: float) -> None:
+        """Multiply every gradient."""
+        grads = [_grad(parameter) for parameter in (*self.dense, *self.expert)]
+        torch._foreach_mul_(grads, factor)
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _sum_flat(parameters: Sequence[Tensor], group: Group) -> None:
+    grads = [_grad(parameter) for parameter in parameters]
+    if group.size == 1 or not grads:
+        return
+    flat = torch.cat([grad.reshape(-1) for grad in grads])
+    group.all_reduce_sum(flat)
+    pieces = flat.split([grad.numel() for grad in grads])
+    for grad, piece in zip(grads, pieces, strict=True):
+        grad.copy_(piece.view_as(grad))
+
+
+def _sum_of_squares(parameters: Iterable[Tensor]) -> Tensor:
+    """FP64, 0-dimensional, on the CPU, where the sums of all devices meet."""
+    total = torch.zeros((), dtype=torch.float64)
+    for parameter in parameters:
+        total += _grad(parameter).double().square().sum().cpu()
+    return total

@@ -1,0 +1,31 @@
+from shoestring.comm.topology import Link, Topology
+
+
+def test_ranks_of_every_group() -> None:
+    grid = Topology(edp=2, ep=4, gpus_per_node=4)
+    assert (grid.world_size, grid.dp) == (8, 8)
+    assert grid.ep_ranks(6) == (4, 5, 6, 7)
+    assert grid.expert_dp_ranks(6) == (2, 6)
+    assert grid.dense_dp_ranks(6) == tuple(range(8))
+    assert (grid.ep_rank(6), grid.edp_rank(6), grid.pp_rank(6), grid.dp_rank(6)) == (2, 1, 0, 6)
+
+
+def test_every_rank_is_in_its_own_groups_and_groups_agree() -> None:
+    grid = Topology(edp=3, ep=2)
+    for rank in range(grid.world_size):
+        for ranks_of in (grid.ep_ranks, grid.expert_dp_ranks, grid.dense_dp_ranks):
+            ranks = ranks_of(rank)
+            assert rank in ranks
+            assert all(ranks_of(other) == ranks for other in ranks)
+
+
+def test_links() -> None:
+    grid = Topology(ep=4, gpus_per_node=2)
+    assert grid.link(1, 1) is Link.LOOPBACK
+    assert grid.link(0, 1) is Link.NVLINK
+    assert grid.link(1, 2) is Link.INFINIBAND
+
+
+def test_impossible_grids_are_named() -> None:
+    assert [problem.field for problem in Topology(ep=0, edp=-1).problems()] == ["edp", "ep"]
+    assert [problem.field for problem in Topology(pp=2).problems()] == ["pp"]

@@ -1,0 +1,35 @@
+"""What every test has: this tree importable as `shoestring`, fixed seeds, and a reason where a GPU is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure() -> None:
+    """Stop at once, with the remedy, when `import shoestring` would not give this tree."""
+    spec = importlib.util.find_spec("shoestring")
+    found = Path(spec.origin).resolve().parent if spec is not None and spec.origin is not None else None
+    if found != ROOT:
+        where = "cannot be imported" if found is None else f"is {found}, not this tree"
+        raise pytest.UsageError(f"`shoestring` {where}. Run ./launch/test.sh, or: pip install -e '.[dev]' in {ROOT}")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked `gpu` where torch sees none."""
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU, and torch sees none")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

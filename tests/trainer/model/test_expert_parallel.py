@@ -1,0 +1,85 @@
+"""Experts over several processes give the losses, loads and gradients of one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoestring.comm.groups import ProcessGroups
+from shoestring.comm.topology import Topology
+from shoestring.parallelism.gradients import Gradients
+from shoestring.tests.processes import World, run_processes
+from shoestring.tests.reference.configs import random_params, reference_configs
+from shoestring.tests.trainer.model.released import largest_difference, make_chunk, released_gradients, run_losses
+from shoestring.trainer.model.chunk import LossScales
+
+TOLERANCE = {"float64": 1e-10, "float32": 5e-6}
+SEQUENCES, LENGTH = 4, 12
+# One expert in four is wanted by nobody: with four ranks, one of them receives no token.
+STARVED = replace(reference_configs()["one_group"], top_k=2)
+CONFIGS = {"full": reference_configs()["full"], "two_mtp": reference_configs()["two_mtp"], "starved": STARVED}
+
+Outcome = tuple[float, float, float, dict[str, list[int]], dict[str, Tensor], float]
+
+
+def parameters(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    params = random_params(CONFIGS[name], seed=11, dtype=dtype)
+    if name == "starved":
+        for key, value in params.items():
+            if key.endswith("e_score_correction_bias"):
+                value[len(value) // 4 : len(value) // 2] = -100.0
+    return params
+
+
+def run_rank(topology: Topology, rank: int, name: str, dtype_name: str) -> Outcome:
+    """Forward and backward of this rank's sequences; sums, loads, its own reduced gradients, and the global norm."""
+    config, dtype = CONFIGS[name], {"float64": torch.float64, "float32": torch.float32}[dtype_name]
+    chunk = make_chunk(config, parameters(name, dtype), dtype, topology, rank)
+    generator = torch.Generator().manual_seed(2)
+    tokens_BW = torch.randint(0, config.vocabulary, (SEQUENCES, LENGTH + 1 + config.mtp_depth), generator=generator)
+    valid_BW = torch.ones_like(tokens_BW, dtype=torch.bool)
+    valid_BW[-1, 5:] = False
+    share = SEQUENCES // topology.dp
+    mine = slice(topology.dp_rank(rank) * share, (topology.dp_rank(rank) + 1) * share)
+    scales = LossScales(main=1 / 40, mtp=0.3 / 40, balance=0.1 / SEQUENCES)
+    forward = run_losses(chunk, tokens_BW[mine], valid_BW[mine], scales)
+
+    groups = ProcessGroups.create(topology, rank, timedelta(seconds=30))
+    named, experts = dict(chunk.model.named_parameters()), chunk.model.expert_parameter_names()
+    gradients = Gradients(
+        dense=tuple(p for key, p in named.items() if key not in experts),
+        expert=tuple(p for key, p in named.items() if key in experts),
+        groups=groups,
+    )
+    gradients.reduce()
+    sums = torch.stack((forward.main_sum, forward.mtp_sum, forward.balance_sum)).double()
+    groups.dense_dp.all_reduce_sum(sums)
+    loads = {key: groups.dense_dp.all_reduce_sum(load.clone()).tolist() for key, load in forward.counts_E.items()}
+    main, mtp, balance = sums.tolist()
+    return main, mtp, balance, loads, released_gradients(chunk.model), gradients.norm()
+
+
+def in_process(world: World, topology: Topology, name: str, dtype_name: str) -> Outcome:
+    return run_rank(topology, world.rank, name, dtype_name)
+
+
+@pytest.mark.parametrize("dtype_name", TOLERANCE)
+@pytest.mark.parametrize(
+    "topology", [Topology(ep=2), Topology(ep=4), Topology(ep=2, edp=2)], ids=["ep2", "ep4", "ep2edp2"]
+)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_any_split_of_the_experts_gives_the_same_numbers(name: str, topology: Topology, dtype_name: str) -> None:
+    tolerance = TOLERANCE[dtype_name]
+    main, mtp, balance, loads, gradients, norm = run_rank(Topology(), 0, name, dtype_name)
+    if name == "starved":
+        load = loads["layer_00"]
+        assert sum(load[len(load) // 4 : len(load) // 2]) == 0
+    for outcome in run_processes(topology.world_size, in_process, topology, name, dtype_name):
+        assert outcome[:3] == pytest.approx((main, mtp, balance), rel=tolerance)
+        assert outcome[3] == loads
+        assert largest_difference(outcome[4], gradients) <= tolerance
+        assert outcome[5] == pytest.approx(norm, rel=tolerance)

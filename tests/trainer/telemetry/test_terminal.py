@@ -1,0 +1,102 @@
+"""Readable lines: plain for a pipe, live for a person."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+
+import pytest
+
+from shoestring.trainer.telemetry.describe import clock, describe, metric
+from shoestring.trainer.telemetry.events import JSON, Event
+from shoestring.trainer.telemetry.terminal import LiveTerminal, terminal_sink
+
+STEP: dict[str, JSON] = {
+    "loss": 5.2131,
+    "loss/mtp": 5.4,
+    "learning_rate": 2.0e-3,
+    "grad_norm": 0.812,
+    "tokens": 81920,
+    "tokens_per_second": 6104.0,
+    "mfu": None,
+    "gpu_hours": 0.0123,
+    "budget_share": 0.012,
+    "eta_seconds": 83.2,
+    "total_steps": 400,
+    "expert_load/layer_01": [3, 5],
+}
+
+
+def test_a_step_is_one_line_with_its_figures() -> None:
+    assert describe(Event("step", 40, STEP)) == (
+        "step  40/400  loss 5.213  mtp 5.400  lr 2.0e-3  grad 0.81  6.1k tok/s  0.0123 GPU-h  1.2 % of budget  ETA 1:23"
+    )
+
+
+def test_figures_that_a_run_does_not_have_are_left_out_and_known_ones_shown() -> None:
+    without_mtp = {key: value for key, value in STEP.items() if key != "loss/mtp"}
+    line = describe(Event("step", 40, {**without_mtp, "mfu": 0.3894}))
+    assert "mtp" not in line
+    assert "  mfu 38.9 %  " in line
+
+
+def test_a_loss_that_is_not_a_number_is_shown() -> None:
+    assert "loss nan" in describe(Event("step", 40, {**STEP, "loss": float("nan")}))
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        (Event("evaluation", 7, {"loss": 5.25, "tokens": 4096}), "evaluation at step 7  loss 5.25  tokens 4,096"),
+        (Event("checkpoint", 7, {"path": "runs/x", "kept": True}), "checkpoint at step 7  path runs/x  kept yes"),
+        (Event("stop", 7, {"reason": "done"}), "stop at step 7  reason done"),
+        (Event("run", 0, {"config": {"a": 1}, "parameters": 12}), "run at step 0  parameters 12"),
+    ],
+)
+def test_other_events_name_their_facts(event: Event, line: str) -> None:
+    assert describe(event) == line
+
+
+def test_a_sample_cannot_steer_the_terminal() -> None:
+    text = describe(Event("sample", 7, {"prompt": "To be", "text": "or \x1b[2Jnot\nto be"}))
+    assert text == "sample at step 7\n  | To be\n  | or �[2Jnot\n  | to be"
+
+
+def test_durations_and_rates_read_well() -> None:
+    assert [clock(seconds) for seconds in (5, 83.2, 3661, 90061, float("inf"))] == [
+        "0:05",
+        "1:23",
+        "1:01:01",
+        "1 d 1:01:01",
+        "?",
+    ]
+    assert [metric(rate) for rate in (12.0, 6104.0, 2.5e6, 3e9)] == ["12", "6.1k", "2.5M", "3.0G"]
+
+
+def test_a_pipe_gets_plain_lines() -> None:
+    stream = io.StringIO()
+    sink = terminal_sink(stream)
+    sink.emit(Event("step", 40, STEP))
+    sink.emit(Event("stop", 40, {"reason": "done"}))
+    sink.close()
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[0] for line in lines] == ["step", "stop"]
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_a_terminal_gets_a_live_bar() -> None:
+    reader, writer = pty.openpty()
+    with os.fdopen(writer, "w") as terminal:
+        sink = terminal_sink(terminal)
+        assert isinstance(sink, LiveTerminal)
+        sink.emit(Event("evaluation", 20, {"loss": 5.25}))
+        sink.emit(Event("step", 40, STEP))
+        sink.close()
+        terminal.flush()
+        shown = os.read(reader, 65536).decode()
+    os.close(reader)
+    assert "evaluation at step 20  loss 5.25" in shown
+    assert "loss 5.213" in shown
+    assert "━" in shown
+    assert "\x1b[" in shown

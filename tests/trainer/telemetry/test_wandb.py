@@ -1,0 +1,132 @@
+"""wandb, offline: what goes in through the sink comes out of the file."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoestring.comm.refusal import Refused
+from shoestring.trainer.telemetry.config import TelemetryConfig, WandbConfig
+from shoestring.trainer.telemetry.events import JSON, Event, EventStream
+from shoestring.trainer.telemetry.history import read_all_metrics
+from shoestring.trainer.telemetry.offline import OfflineRun, read_offline_run
+from shoestring.trainer.telemetry.open import open_stream
+from shoestring.trainer.telemetry.wandb_sink import WandbSink
+
+
+@pytest.fixture(autouse=True)
+def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "home" / "netrc"))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR", "WANDB_PROJECT", "WANDB_RUN_ID", "WANDB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def lives(run_dir: Path) -> list[OfflineRun]:
+    return [read_offline_run(path) for path in sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))]
+
+
+def own(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if not key.startswith("_")}
+
+
+def step(number: int) -> Event:
+    speed: dict[str, JSON] = {"tokens_per_second": 10.5, "total_steps": 300, "eta_seconds": 9.0, "mfu": None}
+    cost: dict[str, JSON] = {"gpu_hours": 0.5, "budget_share": 0.25}
+    values: dict[str, JSON] = {"loss": 3.0 / number, "loss/mtp": None, "learning_rate": 1e-3, "grad_norm": 1.5}
+    return Event("step", number, {**values, **speed, **cost, "load/layer_01/max_violation": 0.5})
+
+
+def test_the_history_that_wandb_keeps_is_that_of_the_event_file(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    stream = open_stream(TelemetryConfig(wandb=WandbConfig(project="tests")), run_dir, io.StringIO())
+    stream.emit(Event("run", 0, {"config": {"model": {"layers": 4}}, "parameters": 12}))
+    for number in range(1, 301):  # more than one block of 32 KiB
+        stream.emit(step(number))
+    stream.emit(Event("evaluation", 300, {"loss": 2.0}))
+    stream.emit(Event("budget", 300, {"gpu_hours": 0.5}))
+    stream.close()
+    (run,) = lives(run_dir)
+    assert run.project == "tests"
+    assert run.config["config"] == {"model": {"layers": 4}}
+    assert run.config["parameters"] == 12
+    assert run.summary["budget/gpu_hours"] == 0.5
+    recorded = [event for event in read_all_metrics(run_dir / "metrics.jsonl") if event.kind == "step"]
+    assert [own(row) for row in run.history[:-1]] == [{"step": event.step, **event.values} for event in recorded]
+    assert own(run.history[-1]) == {"step": 300, "evaluation/loss": 2.0}
+    (file,) = (run_dir / "wandb").glob("offline-run-*/*.wandb")
+    assert file.stat().st_size > 2 * 32 * 1024
+
+
+def test_a_second_life_has_the_same_id_and_goes_on_counting(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    for first in (1, 3):
+        stream = EventStream(run_dir, [])
+        sink = WandbSink(WandbConfig(), run_dir)
+        for event in (step(first), step(first + 1), step(first + 2)):
+            stream.emit(event)
+            sink.emit(event)
+        sink.close()
+        stream.close()
+    first_life, second_life = lives(run_dir)
+    assert first_life.run_id == second_life.run_id == (run_dir / "wandb_run_id").read_text().strip()
+    steps = [(row["_step"], row["step"]) for row in (*first_life.history, *second_life.history)]
+    assert steps == [(1, 1), (2, 2), (3, 3), (4, 3), (5, 4), (6, 5)]
+
+
+def test_expert_loads_become_one_bar_an_expert(tmp_path: Path) -> None:
+    sink = WandbSink(WandbConfig(), tmp_path)
+    sink.emit(Event("step", 1, {"expert_load/layer_01": [4, 0, 8], "expert_load/layer_02": [1] * 1000}))
+    sink.emit(Event("sample", 1, {"text": "<to be>"}))
+    sink.close()
+    (run,) = lives(tmp_path)
+    assert run.history[0]["expert_load/layer_01"] == {"_type": "histogram", "values": [4, 0, 8], "bins": [0, 1, 2, 3]}
+    assert run.history[0]["expert_load/layer_02"]["values"] == [2] * 500
+    assert run.history[1]["sample/text"]["_type"] == "html-file"
+    (page,) = (tmp_path / "wandb").glob("offline-run-*/files/media/html/**/*.html")
+    assert page.read_text() == "<pre>&lt;to be&gt;</pre>"
+
+
+def test_online_without_an_account_is_one_clear_refusal(tmp_path: Path) -> None:
+    with pytest.raises(Refused) as refusal:
+        WandbSink(WandbConfig(mode="online"), tmp_path)
+    (problem,) = refusal.value.problems
+    assert problem.field == "telemetry.wandb"
+    assert "wandb login" in problem.remedy
+
+
+def test_disabled_leaves_no_trace(tmp_path: Path) -> None:
+    terminal = io.StringIO()
+    stream = open_stream(TelemetryConfig(wandb=WandbConfig(mode="disabled")), tmp_path, terminal)
+    stream.emit(Event("stop", 1, {"reason": "done"}))
+    stream.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert terminal.getvalue() == "stop at step 1  reason done\n"
+
+
+def test_a_damaged_file_is_refused_and_a_torn_one_read_to_its_end(tmp_path: Path) -> None:
+    sink = WandbSink(WandbConfig(), tmp_path)
+    for number in range(1, 4):
+        sink.emit(step(number))
+    sink.close()
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    data = path.read_bytes()
+    place = data.index(b"max_violation")
+    (tmp_path / "damaged").write_bytes(data[:place] + b"M" + data[place + 1 :])
+    with pytest.raises(Refused, match="CRC"):
+        read_offline_run(tmp_path / "damaged")
+    for cut in range(7, len(data), 31):
+        (tmp_path / "torn").write_bytes(data[:cut])
+        assert len(read_offline_run(tmp_path / "torn").history) <= 3
+    (tmp_path / "other").write_bytes(b"something else")
+    with pytest.raises(Refused, match="version 0"):
+        read_offline_run(tmp_path / "other")
+
+
+def test_all_problems_of_the_configuration_are_listed() -> None:
+    config = TelemetryConfig(log_every=0, wandb=WandbConfig(mode="of", project=""))
+    assert [problem.field for problem in config.problems()] == ["log_every", "wandb.mode", "wandb.project"]
+    assert not list(TelemetryConfig().problems())

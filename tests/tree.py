@@ -1,0 +1,27 @@
+"""The files of this repository, for tests about the tree itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tree_files(suffix: str = "") -> list[Path]:
+    """Every file that git does not ignore, relative to the root. Read from .gitignore, so a plain copy works too."""
+    lines = (ROOT / ".gitignore").read_text().split()
+    anchored = {line.strip("/") for line in lines if line.startswith("/")}
+    anywhere = {line.rstrip("/") for line in lines if not line.startswith("/")} | {".git"}
+    return sorted(path.relative_to(ROOT) for path in _walk(ROOT, anchored, anywhere) if path.name.endswith(suffix))
+
+
+def _walk(folder: Path, anchored: set[str], anywhere: set[str]) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if any(fnmatch(path.name, pattern) for pattern in anywhere) or (folder == ROOT and path.name in anchored):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            yield from _walk(path, anchored, anywhere)
+        else:
+            yield path

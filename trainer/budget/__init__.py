@@ -1,0 +1,1 @@
+"""The ledger: every GPU-millisecond of a run, against the published budget."""

@@ -1,0 +1,45 @@
+"""Instants that processes can compare: the launcher and rank 0 write to different files of one ledger."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True)
+class Instant:
+    """A moment by both clocks. The monotonic one is right, but only within one boot of one machine."""
+
+    wall_ns: int
+    """Since the epoch; may jump when the machine's clock is set."""
+    monotonic_ns: int
+    """Since the boot; shared by all processes of a machine."""
+    boot: str
+    """Which boot of which machine the monotonic clock counts from."""
+
+    @classmethod
+    def now(cls) -> Instant:
+        """The present moment."""
+        boot = _BOOT_ID.read_text()[:8] if _BOOT_ID.exists() else f"{uuid.getnode():x}"
+        return cls(time.time_ns(), time.monotonic_ns(), boot)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Instant:
+        """The instant that `stamp` has put into `record`."""
+        return cls(record["wall_ns"], record["monotonic_ns"], record["boot"])
+
+    def stamp(self) -> dict[str, int | str]:
+        """The instant as keys of a record."""
+        return asdict(self)
+
+    def ns_since(self, earlier: Instant) -> int:
+        """Nanoseconds from `earlier` to here: monotonic within one boot, else by the wall clocks; never below 0."""
+        if self.boot == earlier.boot:
+            return max(0, self.monotonic_ns - earlier.monotonic_ns)
+        return max(0, self.wall_ns - earlier.wall_ns)

@@ -1,0 +1,89 @@
+"""Checkpoints in a directory: written beside, then renamed, so that a half-written one is never picked up."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from ...comm.groups import Group
+from ...comm.refusal import Problem, Refused
+
+_NAME = re.compile(r"step_(\d{8})")
+_FACTS = "facts.json"
+
+
+@dataclass(frozen=True)
+class CheckpointStore:
+    """The checkpoints of one run. Promise: after `save` returns on all ranks, the checkpoint survives any crash."""
+
+    directory: Path
+    keep: int
+
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints, oldest first."""
+        if not self.directory.is_dir():
+            return []
+        found = (_NAME.fullmatch(path.name) for path in self.directory.iterdir())
+        return sorted(int(match.group(1)) for match in found if match)
+
+    def save(self, step: int, state: Mapping[str, Tensor], facts: Mapping[str, Any], world: Group) -> Path:
+        """Collective: write `state` (see `named_state`) and the JSON `facts`, then let the oldest checkpoints go."""
+        final = self._path(step)
+        partial = final.with_name(final.name + ".partial")
+        if world.is_first:
+            for leftover in (partial, final):  # of an earlier life that went on from before this step
+                shutil.rmtree(leftover, ignore_errors=True)
+            partial.mkdir(parents=True)
+        world.barrier()
+        dcp.save(dict(state), checkpoint_id=partial, no_dist=world.handle is None, process_group=world.handle)
+        if world.is_first:
+            _write_durably(partial / _FACTS, json.dumps(facts, indent=1))
+            _sync_directory(partial)
+            partial.rename(final)
+            _sync_directory(self.directory)
+            for old in self.steps()[: -self.keep]:
+                shutil.rmtree(self._path(old))
+        world.barrier()
+        return final
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """The JSON facts of a checkpoint."""
+        path = self._path(step) / _FACTS
+        try:
+            facts: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            remedy = f"cannot be read ({error}); remove {path.parent} to go on from the checkpoint before it"
+            raise Refused([Problem("checkpoint", str(path), remedy)]) from error
+        return facts
+
+    def load(self, step: int, state: dict[str, Tensor], world: Group) -> None:
+        """Collective: fill the tensors of `state` in place."""
+        dcp.load(state, checkpoint_id=self._path(step), no_dist=world.handle is None, process_group=world.handle)
+
+    def _path(self, step: int) -> Path:
+        return self.directory / f"step_{step:08d}"
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    """A rename is durable once the directory that holds the name is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

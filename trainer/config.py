@@ -1,0 +1,169 @@
+"""One run's whole configuration, and the checks that need more than one part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Protocol, runtime_checkable
+
+from ..comm.exchange import ExchangeConfig
+from ..comm.refusal import Problem
+from ..comm.topology import Topology
+from .budget.config import BudgetConfig
+from .by_tokens import schedule_problems
+from .costs.cluster import ClusterConfig
+from .data.config import DataConfig
+from .model.config import ModelConfig
+from .optimizer.config import OptimizerConfig
+from .precision.config import PrecisionConfig
+from .telemetry.config import TelemetryConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How a rank runs the micro-batches of a step."""
+
+    name: str = "sequential"
+    """`sequential`: one micro-batch after the other, forward and backward, on every rank."""
+    micro_batch: int = 1
+    """Sequences of one micro-batch on one rank."""
+
+    def problems(self) -> Iterator[Problem]:
+        """What is impossible about these values on their own."""
+        if self.name != "sequential":
+            yield Problem("name", self.name, "no such schedule; there is: sequential")
+        if self.micro_batch < 1:
+            yield Problem("micro_batch", self.micro_batch, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What is trained for how long, and how often it is looked at."""
+
+    run_dir: str = "runs/default"
+    """Everything a run writes is here. A run that finds its own checkpoint here goes on from it."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`: a GPU for each process where there are enough, else the CPU."""
+    seed: int = 0
+    """Of the initial weights and of the order of samples."""
+    tokens: int = 1_000_000
+    """Train until at least this many tokens are consumed; the last step is a whole one."""
+    sequence_length: int = 128
+    """S, inputs of one sample."""
+    global_batch: int = 16
+    """Sequences of one optimizer step over all ranks."""
+    balance_weight: float = 1e-4
+    """α of the sequence-wise balance loss (eq. 17)."""
+    mtp_weight: dict[int, float] = field(default_factory=lambda: {0: 0.3})
+    """λ of the MTP loss (eq. 25) from a count of consumed tokens on."""
+    bias_speed: dict[int, float] = field(default_factory=lambda: {0: 0.001})
+    """γ, by how much a step moves a routing bias, from a count of consumed tokens on."""
+    evaluate_every: int = 100
+    """Steps between evaluations on the whole validation split; 0 for the end alone."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; 0 for the end alone."""
+    keep_checkpoints: int = 2
+    """How many of the latest checkpoints stay."""
+    sample_prompt: str = "ROMEO"
+    """Text that the sample at the end continues."""
+    sample_tokens: int = 100
+    """Length of that sample; 0 for none."""
+    collective_timeout_seconds: int = 300
+    """A collective that waits longer than this ends the run."""
+
+    def problems(self) -> Iterator[Problem]:
+        """What is impossible about these values on their own."""
+        values = self.__dict__
+        if self.device not in ("auto", "cpu", "cuda"):
+            yield Problem("device", self.device, "must be auto, cpu or cuda")
+        for name in ("tokens", "sequence_length", "global_batch", "keep_checkpoints", "collective_timeout_seconds"):
+            if values[name] < 1:
+                yield Problem(name, values[name], "must be at least 1")
+        for name in ("balance_weight", "evaluate_every", "checkpoint_every", "sample_tokens", "seed"):
+            if values[name] < 0:
+                yield Problem(name, values[name], "must be at least 0")
+        if not self.run_dir:
+            yield Problem("run_dir", self.run_dir, "must name a directory")
+        if self.sample_tokens > 0 and not self.sample_prompt:
+            yield Problem("sample_prompt", self.sample_prompt, "must hold text, or write training.sample_tokens=0")
+        yield from schedule_problems("mtp_weight", self.mtp_weight)
+        yield from schedule_problems("bias_speed", self.bias_speed)
+
+
+@runtime_checkable
+class _Checked(Protocol):
+    def problems(self) -> Iterator[Problem]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A run. Each field but `training` and `telemetry` is a group of files in `conf/`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """What is trained."""
+    topology: Topology = field(default_factory=Topology)
+    """Over which ranks."""
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    """How tokens reach their experts."""
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """In which numbers."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """By which rule."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """In which order."""
+    data: DataConfig
+    """On which text."""
+    budget: BudgetConfig
+    """For how many GPU-hours."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """On which hardware."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """For how long."""
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    """Told to whom."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Input tokens of one optimizer step."""
+        return self.training.global_batch * self.training.sequence_length
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return -(-self.training.tokens // self.tokens_per_step)
+
+    @property
+    def window(self) -> int:
+        """W: tokens of one sample, with the targets of the last input."""
+        return self.training.sequence_length + 1 + self.model.mtp_depth
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one rank in one step."""
+        return self.training.global_batch // (self.topology.dp * self.schedule.micro_batch)
+
+    def problems(self) -> Iterator[Problem]:
+        """Everything impossible about this configuration that needs neither disk nor processes to see."""
+        own = []
+        for part in fields(self):
+            value = self.__dict__[part.name]
+            assert isinstance(value, _Checked)
+            own += [problem.under(part.name) for problem in value.problems()]
+        yield from own
+        if not own:
+            yield from self._cross_problems()
+
+    def _cross_problems(self) -> Iterator[Problem]:
+        model, topology, training = self.model, self.topology, self.training
+        if model.experts % topology.ep:
+            remedy = f"must divide model.experts = {model.experts}: every rank holds as many experts"
+            yield Problem("topology.ep", topology.ep, remedy)
+        share = topology.dp * self.schedule.micro_batch
+        if training.global_batch % share:
+            parts = f"edp x ep x micro_batch = {topology.edp} x {topology.ep} x {self.schedule.micro_batch}"
+            nearest = max(1, round(training.global_batch / share)) * share
+            remedy = f"must be a multiple of {share} ({parts}); the nearest is {nearest}"
+            yield Problem("training.global_batch", training.global_batch, remedy)
+        if self.data.vocabulary != model.vocabulary:
+            remedy = f"must equal model.vocabulary = {model.vocabulary}"
+            yield Problem("data.vocabulary", self.data.vocabulary, remedy)

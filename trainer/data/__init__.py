@@ -1,0 +1,1 @@
+"""Text to token shards to samples in a fixed order."""

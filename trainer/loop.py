@@ -1,0 +1,194 @@
+"""The training loop: step, evaluate, checkpoint, until the tokens are consumed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..comm.groups import ProcessGroups
+from ..comm.refusal import Problem, Refused
+from .by_tokens import value_at
+from .checkpoint.names import named_state
+from .config import RunConfig
+from .costs.cluster import measure_peak_tflops
+from .costs.flops import count_flops
+from .data.batch import TokenBatch
+from .evaluate import evaluate
+from .generate import generate
+from .rank import Rank, build_rank
+from .reporter import Reporter, Speed
+from .step import NonFiniteStep, StepSettings
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on; the message says why and what to do. Raised on every rank."""
+
+
+def train(config: RunConfig, groups: ProcessGroups, device: torch.device, attempt: str) -> int:
+    """Train to the end, going on from the run directory's last checkpoint; return the number of steps done.
+
+    Collective over all ranks. `attempt` names the launch in the ledger. Raises `Refused` for a checkpoint that does not
+    fit the configuration and `RunFailed` for a loss that is not finite.
+    """
+    run_dir = Path(config.training.run_dir)
+    reporter = Reporter(config, run_dir, attempt) if groups.world.is_first else None
+    rank = build_rank(config, groups, device)
+    done = 0
+    try:
+        done = _start(rank, reporter)
+        for step in range(done + 1, config.total_steps + 1):
+            _one_step(rank, step, reporter)
+            done = step
+            if _is_due(step, config.training.evaluate_every, config.total_steps):
+                _evaluate(rank, step, reporter)
+            if _is_due(step, config.training.checkpoint_every, config.total_steps):
+                _save(rank, step, reporter)
+        if config.training.sample_tokens:
+            _sample(rank, done, reporter)
+    except NonFiniteStep as error:
+        last = rank.store.steps()
+        hope = f"the last checkpoint is step {last[-1]}" if last else "there is no checkpoint yet"
+        message = f"step {done + 1}: {error}; {hope}. Lower optimizer.peak_learning_rate or lengthen its warm-up."
+        if reporter is not None:
+            reporter.close(done, message)
+        raise RunFailed(message) from error
+    finally:
+        rank.close()
+    if reporter is not None:
+        reporter.close(done, "done")
+    return done
+
+
+def _start(rank: Rank, reporter: Reporter | None) -> int:
+    """Announce the run and load the last checkpoint, if any; return the steps it holds."""
+    config, groups = rank.config, rank.groups
+    peak = config.cluster.peak_tflops or measure_peak_tflops(rank.device, rank.dtype, groups.world)
+    if reporter is not None:
+        speed = Speed(count_flops(config.model, config.training.sequence_length), peak)
+        reporter.run(speed, str(rank.device), str(rank.dtype).removeprefix("torch."))
+    steps = rank.store.steps()
+    done = 0
+    if steps:
+        with _timing(reporter, "checkpoint_load"):
+            done = steps[-1]
+            facts = _load(rank, done)
+        if reporter is not None:
+            reporter.resume(done, facts["ledger"])
+    if reporter is not None:
+        reporter.ready()
+    return done
+
+
+def _one_step(rank: Rank, step: int, reporter: Reporter | None) -> None:
+    """Step number `step`, from 1."""
+    config = rank.config
+    with _timing(reporter, "data_stall"):
+        micro_batches = list(_micro_batches(rank, (step - 1) * config.training.global_batch))
+    before = (step - 1) * config.tokens_per_step
+    settings = StepSettings(
+        learning_rate=config.optimizer.learning_rate(step * config.tokens_per_step),
+        clip_norm=config.optimizer.clip_norm,
+        balance_weight=config.training.balance_weight,
+        mtp_weight=value_at(config.training.mtp_weight, before),
+        bias_speed=value_at(config.training.bias_speed, before),
+    )
+    start = time.perf_counter()
+    result = rank.stepper.step(micro_batches, config.training.global_batch, settings)
+    if reporter is not None:
+        reporter.step(step, result, settings, time.perf_counter() - start, rank.chunk.model)
+
+
+def _micro_batches(rank: Rank, consumed: int) -> Iterator[TokenBatch]:
+    """This rank's samples of the global batch that follows `consumed` samples.
+
+    Each round of micro-batches takes neighbouring samples, so what the batch holds depends on no rank count.
+    """
+    config = rank.config
+    size = config.schedule.micro_batch
+    first = config.topology.dp_rank(rank.groups.rank) * size
+    for index in range(config.micro_batches):
+        start = consumed + index * config.topology.dp * size + first
+        yield rank.train.batch(rank.order.indices(start, size).tolist()).to(rank.device)
+
+
+def _evaluate(rank: Rank, step: int, reporter: Reporter | None) -> None:
+    with _timing(reporter, "evaluation"):
+        loss, targets = evaluate(
+            rank.chunk, rank.validation, rank.config.schedule.micro_batch, rank.groups, rank.device
+        )
+    if reporter is not None:
+        reporter.evaluation(step, loss, targets, rank.unigram_entropy)
+
+
+def _sample(rank: Rank, step: int, reporter: Reporter | None) -> None:
+    training, tokenizer = rank.config.training, rank.tokenizer
+    with _timing(reporter, "evaluation"):
+        prompt = tokenizer.encode(training.sample_prompt)
+        continuation = generate(
+            rank.chunk,
+            prompt,
+            training.sample_tokens,
+            training.sequence_length,
+            rank.groups,
+            rank.device,
+            seed=training.seed,
+            stop=tokenizer.end,
+        )
+    if reporter is not None:
+        reporter.sample(step, training.sample_prompt, tokenizer.decode(continuation))
+
+
+def _save(rank: Rank, step: int, reporter: Reporter | None) -> None:
+    facts: dict[str, Any] = {"step": step, "consumed_samples": step * rank.config.training.global_batch}
+    if reporter is not None:
+        facts |= {"config": asdict(rank.config), "data": rank.data_fingerprint, "ledger": reporter.totals()}
+    with _timing(reporter, "checkpoint_save"):
+        path = rank.store.save(step, _state(rank), facts, rank.groups.world)
+    if reporter is not None:
+        reporter.checkpoint(step, path)
+
+
+def _load(rank: Rank, step: int) -> dict[str, Any]:
+    """Fill the rank's state from a checkpoint; return the checkpoint's facts."""
+    facts = rank.store.facts(step)
+    now = asdict(rank.config)
+    fixed = [("model",), ("topology",), ("precision",), ("training", "seed")]
+    fixed += [("training", "sequence_length"), ("training", "global_batch")]
+    problems = []
+    for keys in fixed:
+        saved, wanted = facts["config"], now
+        for key in keys:
+            saved, wanted = saved[key], wanted[key]
+        if saved != wanted:
+            remedy = f"the checkpoint of step {step} was written with {saved!r}; go on with that, or use a new training.run_dir"
+            problems.append(Problem(".".join(keys), wanted, remedy))
+    if facts["data"] != rank.data_fingerprint:
+        remedy = f"the checkpoint of step {step} was trained on other data ({facts['data'][:12]}…); use a new training.run_dir"
+        problems.append(Problem("data.prepared", rank.config.data.prepared, remedy))
+    if problems:
+        raise Refused(problems)
+    state = _state(rank)
+    rank.store.load(step, state, rank.groups.world)
+    for moments in rank.stepper.optimizer.state.values():
+        moments["step"].fill_(step)
+    torch.set_rng_state(state[f"rng/rank_{rank.groups.rank:05d}"])
+    return facts
+
+
+def _state(rank: Rank) -> dict[str, torch.Tensor]:
+    rng = {f"rng/rank_{rank.groups.rank:05d}": torch.get_rng_state()}
+    return named_state(rank.chunk.model, rank.stepper.optimizer, rng)
+
+
+def _is_due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _timing(reporter: Reporter | None, bucket: str) -> AbstractContextManager[None]:
+    return nullcontext() if reporter is None else reporter.timing(bucket)

@@ -1,0 +1,80 @@
+"""Multi-head latent attention (report §2.1.1, eq. 1-11).
+
+Letters: B batch, S sequence, D hidden, H heads, C latent rank. Head widths: `nope` without rotation, `rope` with it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..precision.linear import Linear
+from .config import ModelConfig
+from .norm import RMSNorm
+from .rope import Rotation, softmax_scale
+
+LATENT_NORM_EPS = 1e-6
+"""Of the norms on compressed vectors, whatever the layers' own epsilon is: so in the released model code."""
+
+
+class LatentAttention(nn.Module):
+    """Causal attention whose keys and values come from one small latent vector a token.
+
+    Documents packed into one sequence see each other, as in the report (§4.1: no cross-sample masking).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden, heads, rank = config.hidden, config.heads, config.q_lora_rank
+        if rank is None:
+            self.q_proj = Linear(hidden, heads * config.qk_head_dim)
+        else:
+            self.q_down = Linear(hidden, rank)
+            self.q_norm = RMSNorm(rank, LATENT_NORM_EPS)
+            self.q_up = Linear(rank, heads * config.qk_head_dim)
+        self.kv_down = Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim)
+        self.kv_norm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
+        self.kv_up = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.out = Linear(heads * config.v_head_dim, hidden)
+
+    def forward(self, x_BSD: Tensor, rotation: Rotation) -> Tensor:
+        """Attend: [B, S, D] to [B, S, D]."""
+        config = self.config
+        nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
+
+        q_BHS = self._query(x_BSD).unflatten(-1, (config.heads, -1)).transpose(1, 2)
+        q_nope, q_rope = q_BHS.split((nope, rope), dim=-1)  # eq. 6-9
+
+        latent_BSC, k_rope_BS = self.kv_down(x_BSD).split((config.kv_lora_rank, rope), dim=-1)  # eq. 1
+        kv_BHS = self.kv_up(self.kv_norm(latent_BSC)).unflatten(-1, (config.heads, -1)).transpose(1, 2)
+        k_nope, v = kv_BHS.split((nope, config.v_head_dim), dim=-1)  # eq. 2, 5
+        k_rope = rotation.apply(k_rope_BS[:, None]).expand(
+            -1, config.heads, -1, -1
+        )  # eq. 3: one rotated key for all heads
+
+        q = torch.cat((q_nope, rotation.apply(q_rope)), dim=-1)
+        k = torch.cat((k_nope, k_rope), dim=-1)  # eq. 4
+        o_BHS = causal_attention(q, k, v, softmax_scale(config))  # eq. 10
+        out: Tensor = self.out(o_BHS.transpose(1, 2).flatten(2))  # eq. 11
+        return out
+
+    def _query(self, x_BSD: Tensor) -> Tensor:
+        if self.config.q_lora_rank is None:
+            query: Tensor = self.q_proj(x_BSD)
+        else:
+            query = self.q_up(self.q_norm(self.q_down(x_BSD)))
+        return query
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Scaled-dot-product attention, [B, H, S, width] each, where values may be narrower than queries and keys.
+
+    With unequal widths torch's CPU kernel silently falls back to one that materialises S × S; zero columns avoid it.
+    """
+    missing = q.shape[-1] - v.shape[-1]
+    if missing > 0 and v.device.type == "cpu":
+        padded = F.scaled_dot_product_attention(q, k, F.pad(v, (0, missing)), is_causal=True, scale=scale)
+        return padded[..., : v.shape[-1]]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)

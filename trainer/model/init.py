@@ -1,0 +1,35 @@
+"""Initial weights that depend on the seed and the parameter's name alone, not on how the model is spread."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from .model import Model
+
+
+@torch.no_grad()
+def initialise(model: Model, seed: int) -> None:
+    """Every weight ~ N(0, init_std) (report §4.2), every norm 1, every routing bias 0, in place.
+
+    Each expert has a generator of its own, named by its number in the whole layer, so that any split gives the same weights.
+    """
+    expert_names = model.expert_parameter_names()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(1.0)
+        elif name in expert_names:
+            for index, expert in enumerate(parameter):
+                _fill(expert, f"{name}.{model.first_expert + index}", seed, model.config.init_std)
+        else:
+            _fill(parameter, name, seed, model.config.init_std)
+    for _, router in model.routers():
+        router.bias_E.zero_()
+
+
+def _fill(weight: Tensor, name: str, seed: int, std: float) -> None:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    weight.copy_(torch.randn(weight.shape, generator=generator).mul_(std))

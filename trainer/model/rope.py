@@ -1,0 +1,78 @@
+"""Rotary position embedding of the decoupled query and key, with YaRN (report §2.1.1 eq. 3-4, §4.3).
+
+Letters: S sequence, P rotated pairs (half the rotated head width).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..precision.linear import at_least_fp32
+from .config import ModelConfig, YarnConfig
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Cosine and sine of every position's angle for every pair of dimensions."""
+
+    cos_SP: Tensor
+    sin_SP: Tensor
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Rotate [..., S, 2P], whose pairs are neighbours (x0, x1), (x2, x3), …
+
+        The output holds all first components, then all second ones: queries and keys alike, so that dot products stay.
+        """
+        first, second = at_least_fp32(x).unflatten(-1, (-1, 2)).unbind(-1)
+        rotated = (first * self.cos_SP - second * self.sin_SP, first * self.sin_SP + second * self.cos_SP)
+        return torch.cat(rotated, dim=-1).to(x.dtype)
+
+
+def rotation(config: ModelConfig, length: int, like: Tensor) -> Rotation:
+    """The rotation of positions 0 … length-1, on the device of `like`, in its dtype but FP32 at least.
+
+    Angles are formed in FP64: at position 100,000 an FP32 angle is off by up to 0.004 rad.
+    """
+    frequency_P = _frequencies(config)
+    angle_SP = torch.arange(length, dtype=torch.float64)[:, None] * frequency_P
+    scale = 1.0
+    if config.yarn is not None:
+        scale = _magnitude(config.yarn, config.yarn.mscale) / _magnitude(config.yarn, config.yarn.mscale_all_dim)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    cos_SP, sin_SP = ((table * scale).to(like.device, dtype) for table in (angle_SP.cos(), angle_SP.sin()))
+    return Rotation(cos_SP, sin_SP)
+
+
+def softmax_scale(config: ModelConfig) -> float:
+    """1 / sqrt(head width), times the square of YaRN's temperature √t = 0.1 ln s + 1."""
+    scale = config.qk_head_dim**-0.5
+    if config.yarn is not None:
+        scale *= _magnitude(config.yarn, config.yarn.mscale_all_dim) ** 2
+    return scale
+
+
+def _magnitude(yarn: YarnConfig, mscale: float) -> float:
+    return 0.1 * mscale * math.log(yarn.factor) + 1.0
+
+
+def _frequencies(config: ModelConfig) -> Tensor:
+    """Radians a token for each pair. YaRN divides those of slowly turning pairs by its factor and blends in between."""
+    width = config.qk_rope_head_dim
+    frequency_P = config.rope_theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    yarn = config.yarn
+    if yarn is None:
+        return frequency_P
+
+    def dimension_turning(turns: float) -> float:
+        """The (fractional) pair that makes this many turns over the original length."""
+        wavelength = yarn.original_length / (turns * 2 * math.pi)
+        return width * math.log(wavelength) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(dimension_turning(yarn.beta_fast)), 0)
+    high = min(math.ceil(dimension_turning(yarn.beta_slow)), width - 1)
+    interpolated_P = ((torch.arange(width // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return frequency_P * (1 - interpolated_P) + frequency_P / yarn.factor * interpolated_P

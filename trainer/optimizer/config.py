@@ -1,0 +1,64 @@
+"""AdamW's constants and the learning rate as a function of consumed tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ...comm.refusal import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Defaults are the report's (§4.2), but for the lengths, which belong to a run."""
+
+    peak_learning_rate: float = 2.2e-4
+    """Reached at the end of the warm-up."""
+    final_learning_rate: float = 2.2e-5
+    """Reached at the end of the decay and kept."""
+    warmup_tokens: int = 0
+    """Linear from 0 to the peak over these tokens."""
+    constant_tokens: int = 0
+    """At the peak for these tokens after the warm-up."""
+    decay_tokens: int = 0
+    """Cosine from peak to final over these tokens after that; 0 for a step down."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """The report gives none; this is the usual one."""
+    weight_decay: float = 0.1
+    """Decoupled, on matrices; not on norms."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm."""
+
+    def problems(self) -> Iterator[Problem]:
+        """What is impossible about these values on their own."""
+        values = self.__dict__
+        for name in ("peak_learning_rate", "eps", "clip_norm"):
+            if not values[name] > 0:
+                yield Problem(name, values[name], "must be greater than 0")
+        for name in ("final_learning_rate", "warmup_tokens", "constant_tokens", "decay_tokens", "weight_decay"):
+            if values[name] < 0:
+                yield Problem(name, values[name], "must be at least 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= values[name] < 1:
+                yield Problem(name, values[name], "must be at least 0 and less than 1")
+        if self.final_learning_rate > self.peak_learning_rate:
+            remedy = f"must be at most peak_learning_rate = {self.peak_learning_rate}"
+            yield Problem("final_learning_rate", self.final_learning_rate, remedy)
+
+    def learning_rate(self, tokens: int) -> float:
+        """The rate of a step at whose end `tokens` are consumed, so that the first step's is not 0 (report §4.2)."""
+        peak, final = self.peak_learning_rate, self.final_learning_rate
+        if tokens < self.warmup_tokens:
+            return peak * tokens / self.warmup_tokens
+        tokens -= self.warmup_tokens
+        if tokens < self.constant_tokens:
+            return peak
+        tokens -= self.constant_tokens
+        if tokens < self.decay_tokens:
+            return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * tokens / self.decay_tokens))
+        return final

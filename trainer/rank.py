@@ -1,0 +1,96 @@
+"""What one rank of a training run holds, made from the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..comm.flat import FlatExchange
+from ..comm.groups import ProcessGroups
+from ..comm.pending import Worker
+from ..comm.traffic import Traffic
+from ..parallelism.gradients import Gradients
+from .checkpoint.store import CheckpointStore
+from .config import RunConfig
+from .data.entropy import unigram_entropy
+from .data.prepared import Prepared
+from .data.samples import SampleOrder, Samples
+from .data.tokenizer import Tokenizer
+from .model.chunk import Chunk
+from .model.init import initialise
+from .model.model import Model
+from .optimizer.adamw import build_adamw
+from .step import Stepper
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Model, data and stores of one rank."""
+
+    config: RunConfig
+    groups: ProcessGroups
+    device: torch.device
+    dtype: torch.dtype
+    chunk: Chunk
+    stepper: Stepper
+    train: Samples
+    order: SampleOrder
+    validation: Samples
+    unigram_entropy: float
+    tokenizer: Tokenizer
+    data_fingerprint: str
+    store: CheckpointStore
+    worker: Worker
+
+    def close(self) -> None:
+        """End the exchange's thread."""
+        self.worker.close()
+
+
+def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -> Rank:
+    """Initial weights, optimizer, exchange and data of the rank that `groups` belong to."""
+    prepared = Prepared.open(Path(config.data.prepared))
+    train = Samples(prepared.split("train"), config.training.sequence_length, config.model.mtp_depth)
+    validation = Samples(prepared.split("validation"), config.training.sequence_length, config.model.mtp_depth)
+    model = build_model(config, groups, device)
+    worker = Worker(threaded=device.type == "cpu" and groups.ep.size > 1)
+    exchange = FlatExchange(groups.ep, config.model.experts, worker, Traffic(config.topology, groups.rank))
+    dtype = config.precision.compute_dtype(device)
+    chunk = Chunk(model, exchange, dtype)
+    parameters = dict(model.named_parameters())
+    expert_names = model.expert_parameter_names()
+    optimizer = build_adamw(parameters, config.optimizer)
+    gradients = Gradients(
+        dense=tuple(p for name, p in parameters.items() if name not in expert_names),
+        expert=tuple(p for name, p in parameters.items() if name in expert_names),
+        groups=groups,
+    )
+    return Rank(
+        config=config,
+        groups=groups,
+        device=device,
+        dtype=dtype,
+        chunk=chunk,
+        stepper=Stepper(chunk, optimizer, gradients, groups),
+        train=train,
+        order=SampleOrder(config.training.seed, len(train)),
+        validation=validation,
+        unigram_entropy=unigram_entropy(prepared.split("validation")),
+        tokenizer=prepared.tokenizer(),
+        data_fingerprint=prepared.manifest.fingerprint,
+        store=CheckpointStore(Path(config.training.run_dir) / "checkpoints", config.training.keep_checkpoints),
+        worker=worker,
+    )
+
+
+def build_model(config: RunConfig, groups: ProcessGroups, device: torch.device) -> Model:
+    """This rank's share of the model with its initial weights; routing biases stay FP32 whatever the parameters are."""
+    ep_rank = config.topology.ep_rank(groups.rank)
+    with torch.device(device):
+        model = Model(config.model, expert_ranks=config.topology.ep, expert_rank=ep_rank)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(config.precision.parameter_dtype())
+    initialise(model, config.training.seed)
+    return model

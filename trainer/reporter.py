@@ -1,0 +1,178 @@
+"""Rank 0's account of a run: what happened goes to telemetry, what it cost goes to the ledger."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .budget.meter import Meter
+from .budget.summary import summarise
+from .budget.totals import carry
+from .budget.work import Work
+from .config import RunConfig
+from .costs.flops import CONVENTION, FlopCount
+from .costs.parameters import count_parameters
+from .step import StepResult, StepSettings
+from .telemetry.events import JSON, Event, EventStream
+from .telemetry.open import open_stream
+
+if TYPE_CHECKING:
+    from .model.model import Model
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What the figures of a step are computed from."""
+
+    flops: FlopCount
+    peak_tflops: float
+
+
+class Reporter:
+    """Opens the run's event stream and its half of the ledger; every rank but the first has none."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, attempt: str) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._ranks = config.topology.world_size
+        self._work = Work(run_dir, ranks=self._ranks, attempt=attempt, budget=config.budget)
+        self._stream: EventStream = open_stream(config.telemetry, run_dir, sys.stdout)
+        self._meter: Meter | None = None
+        self._since = time.perf_counter()
+        self._tokens_since = 0
+
+    def run(self, speed: Speed, device: str, dtype: str) -> None:
+        """What is about to run."""
+        self._speed = speed
+        parameters = count_parameters(self._config.model)
+        peak_source = (
+            "cluster.peak_tflops" if self._config.cluster.peak_tflops else "matrix product measured at the start"
+        )
+        values: dict[str, Any] = {
+            "config": asdict(self._config),
+            "ranks": self._ranks,
+            "device": device,
+            "compute_dtype": dtype,
+            "parameters": parameters.main + parameters.mtp,
+            "active_parameters": parameters.main_active + parameters.mtp_active,
+            "total_steps": self._config.total_steps,
+            "flops_per_token": speed.flops.with_mtp,
+            "mfu_convention": f"{CONVENTION}; MTP included",
+            "peak_tflops": speed.peak_tflops,
+            "peak_source": peak_source,
+        }
+        self._emit("run", 0, values)
+
+    def resume(self, step: int, totals: Mapping[str, int | str]) -> None:
+        """The run goes on after `step` steps."""
+        carry(self._work, self._run_dir, totals)
+        self._work.resume(step)
+        self._emit("resume", step, {})
+
+    def ready(self) -> None:
+        """The first step begins now."""
+        self._work.ready()
+        self._meter = Meter(self._run_dir, ranks=self._ranks)
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def timing(self, bucket: str) -> Iterator[None]:
+        """Charge what runs inside to a bucket of the ledger. Tokens per second include waiting for data and nothing else."""
+        start = time.perf_counter()
+        with self._work.timing(bucket):
+            yield
+        if bucket != "data_stall":
+            self._since += time.perf_counter() - start
+
+    def step(self, step: int, result: StepResult, settings: StepSettings, seconds: float, model: Model) -> None:
+        """Step number `step` is done. Every step goes to the ledger, one in `log_every` to telemetry."""
+        config = self._config
+        self._work.step(step, 1000 * seconds, config.tokens_per_step)
+        self._tokens_since += config.tokens_per_step
+        if step % config.telemetry.log_every and step not in (1, config.total_steps):
+            return
+        now = time.perf_counter()
+        rate = self._tokens_since / (now - self._since)
+        self._since, self._tokens_since = now, 0
+        assert self._meter is not None
+        tflops = rate * self._speed.flops.with_mtp / self._ranks / 1e12
+        values: dict[str, JSON] = {
+            "loss": result.loss,
+            "loss/mtp": result.mtp_loss if config.model.mtp_depth else None,
+            "loss/balance": result.balance_loss,
+            "loss/total": result.total_loss,
+            "learning_rate": settings.learning_rate,
+            "mtp_weight": settings.mtp_weight,
+            "bias_speed": settings.bias_speed,
+            "grad_norm": result.grad_norm,
+            "tokens": step * config.tokens_per_step,
+            "tokens_per_second": rate,
+            "tflops": tflops,
+            "mfu": tflops / self._speed.peak_tflops,
+            "gpu_hours": self._meter.gpu_hours(),
+            "budget_share": self._meter.budget_share(),
+            "eta_seconds": (config.total_steps - step) * config.tokens_per_step / rate,
+            "total_steps": config.total_steps,
+            **balance_values(result, model),
+        }
+        self._emit("step", step, values)
+
+    def evaluation(self, step: int, loss: float, targets: int, unigram_entropy: float) -> None:
+        """A validation loss, beside the entropy that knowing the frequency of each token alone would reach."""
+        self._emit("evaluation", step, {"loss": loss, "targets": targets, "unigram_entropy": unigram_entropy})
+
+    def sample(self, step: int, prompt: str, continuation: str) -> None:
+        """Text from the model."""
+        self._emit("sample", step, {"text": prompt + continuation})
+
+    def checkpoint(self, step: int, path: Path) -> None:
+        """A checkpoint is safe on disk."""
+        self._emit("checkpoint", step, {"path": str(path)})
+
+    def totals(self) -> dict[str, int | str]:
+        """What a checkpoint carries of the ledger."""
+        return summarise(self._run_dir).totals()
+
+    def close(self, step: int, reason: str) -> None:
+        """The run ends, after `step` steps."""
+        self._work.close()
+        summary = summarise(self._run_dir)
+        self._emit("budget", step, {key: value for key, value in _flat(summary.to_json())})
+        self._emit("stop", step, {"reason": reason})
+        self._stream.close()
+
+    def _emit(self, kind: str, step: int, values: Mapping[str, JSON]) -> None:
+        self._stream.emit(Event(kind, step, values))
+
+
+def balance_values(result: StepResult, model: Model) -> dict[str, JSON]:
+    """Load of every routed layer's experts in this step, and the range of the routing biases.
+
+    Maximum violation: the most loaded expert's share over the mean share, minus 1; 0 is perfect balance.
+    """
+    values: dict[str, JSON] = {}
+    worst = 0.0
+    for name, counts_E in result.counts_E.items():
+        violation = float(counts_E.max() * counts_E.numel() / counts_E.sum()) - 1
+        worst = max(worst, violation)
+        values[f"load/{name}/max_violation"] = violation
+        values[f"expert_load/{name}"] = counts_E.tolist()
+    biases = [router.bias_E for _, router in model.routers()]
+    if biases:
+        values["load/max_violation"] = worst
+        values["bias/min"] = min(float(bias.min()) for bias in biases)
+        values["bias/max"] = max(float(bias.max()) for bias in biases)
+    return values
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,1 @@
+"""One event stream a run: metrics.jsonl, the terminal, wandb."""

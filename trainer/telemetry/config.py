@@ -1,0 +1,48 @@
+"""How a run tells what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ...comm.refusal import Problem
+
+_WANDB_MODES = ("offline", "online", "disabled")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases. Offline needs neither an account nor a network; `wandb sync` uploads such a run later."""
+
+    mode: str = "offline"
+    """`offline`, `online` (needs an account) or `disabled`."""
+    project: str = "shoestring"
+    """Project that the run belongs to."""
+    entity: str | None = None
+    """User or team that owns the project; null for the account's default."""
+    name: str | None = None
+    """Name of the run in plots; null for the name of its directory."""
+
+    def problems(self) -> Iterator[Problem]:
+        """What is impossible about these values on their own."""
+        if self.mode not in _WANDB_MODES:
+            yield Problem("mode", self.mode, f"must be one of {', '.join(_WANDB_MODES)}")
+        if not self.project:
+            yield Problem("project", self.project, "must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TelemetryConfig:
+    """`metrics.jsonl` and the terminal always; wandb as configured."""
+
+    log_every: int = 10
+    """Optimizer steps from one `step` event to the next."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Weights & Biases."""
+
+    def problems(self) -> Iterator[Problem]:
+        """What is impossible about these values on their own."""
+        if self.log_every < 1:
+            yield Problem("log_every", self.log_every, "must be at least 1")
+        for problem in self.wandb.problems():
+            yield problem.under("wandb")

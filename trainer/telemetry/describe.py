@@ -1,0 +1,80 @@
+"""Events as readable lines of plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .events import JSON, Event
+
+
+def describe(event: Event) -> str:
+    """`event` as plain text: one line, and for a sample its text below, indented."""
+    if event.kind == "step":
+        return _step(event)
+    head = f"{event.kind} at step {event.step}"
+    if event.kind == "sample":
+        text = {key: value for key, value in event.values.items() if isinstance(value, str)}
+        return "\n".join([head, *(f"  | {line}" for value in text.values() for line in printable(value).splitlines())])
+    return "  ".join([head, *facts(event.values)])
+
+
+def facts(values: Mapping[str, JSON]) -> list[str]:
+    """`name value` for each number, flag and string; lists, mappings and nulls belong to the file."""
+    return [f"{key} {_short(value)}" for key, value in values.items() if isinstance(value, bool | int | float | str)]
+
+
+def printable(text: str) -> str:
+    """`text` without control codes: what a model samples must not steer the reader's terminal."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "�" for letter in text)
+
+
+def _step(event: Event) -> str:
+    values = event.values
+    total = values["total_steps"]
+    words = [f"step {event.step:>{len(str(total))}}/{total}", f"loss {_number(values, 'loss'):.3f}"]
+    if values.get("loss/mtp") is not None:
+        words.append(f"mtp {_number(values, 'loss/mtp'):.3f}")
+    words.append(f"lr {_number(values, 'learning_rate'):.1e}".replace("e-0", "e-").replace("e+00", "e0"))
+    words.append(f"grad {_number(values, 'grad_norm'):.2f}")
+    words.append(f"{metric(_number(values, 'tokens_per_second'))} tok/s")
+    if values.get("mfu") is not None:
+        words.append(f"mfu {100 * _number(values, 'mfu'):.1f} %")
+    words.append(f"{_number(values, 'gpu_hours'):.4f} GPU-h")
+    words.append(f"{100 * _number(values, 'budget_share'):.1f} % of budget")
+    words.append(f"ETA {clock(_number(values, 'eta_seconds'))}")
+    return "  ".join(words)
+
+
+def _number(values: Mapping[str, JSON], key: str) -> float:
+    value = values[key]
+    if not isinstance(value, int | float):
+        raise TypeError(f"{key} of a step event must be a number, not {value!r}")
+    return value
+
+
+def metric(value: float) -> str:
+    """`value` with two digits or so and a metric letter: 6104 is 6.1k."""
+    for scale, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            return f"{value / scale:.1f}{letter}"
+    return f"{value:.0f}"
+
+
+def clock(seconds: float) -> str:
+    """`seconds` as m:ss or h:mm:ss or, beyond a day, as d days h:mm:ss."""
+    if not seconds < float("inf"):
+        return "?"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days} d {hour}:{minute:02}:{second:02}"
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+
+
+def _short(value: bool | int | float | str) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else printable(value)

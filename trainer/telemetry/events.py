@@ -1,0 +1,107 @@
+"""The event stream of a run: everything worth a plot or a line happens as one event, in one file.
+
+`metrics.jsonl` is the record; the terminal and wandb are views of it. Values are flat: `loss/mtp` is one key.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+from .lines import cut_torn_line
+
+JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
+
+METRICS_FILE = "metrics.jsonl"
+_OWN_KEYS = ("time", "kind", "step")
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened.
+
+    Kinds of the training loop: `run` (configuration and facts of the model), `resume` (the step it resumes from),
+    `step`, `evaluation`, `sample` (generated text), `checkpoint`, `budget` (final summary), `stop`, and `warning`.
+    """
+
+    kind: str
+    step: int
+    """Optimizer steps done when it happened."""
+    values: Mapping[str, JSON]
+    """Flat keys with slashes; plain Python values, no tensors."""
+    time: float = field(default_factory=time.time)
+    """Seconds since the epoch."""
+
+    def line(self) -> str:
+        """Its line of `metrics.jsonl`, without newline. Raises ValueError for a value named time, kind or step."""
+        taken = [key for key in _OWN_KEYS if key in self.values]
+        if taken:
+            raise ValueError(f"the values of a {self.kind} event may not be named {', '.join(taken)}")
+        own = {"time": round(self.time, 3), "kind": self.kind, "step": self.step}
+        return json.dumps({**own, **{key: _strict(value) for key, value in self.values.items()}}, allow_nan=False)
+
+
+def _strict(value: JSON) -> JSON:
+    """JSON has no NaN; like protobuf's JSON mapping, write it as a string, so that every parser can read the file."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {key: _strict(inner) for key, inner in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_strict(inner) for inner in value]
+    return value
+
+
+class Sink(Protocol):
+    """A view of the stream. It sees every event in order, then is closed."""
+
+    def emit(self, event: Event) -> None:
+        """Show `event`."""
+
+    def close(self) -> None:
+        """Finish; no event follows."""
+
+
+class EventStream:
+    """Appends each event to `run_dir/metrics.jsonl`, then hands it to the sinks. One writer a run: rank 0.
+
+    A sink that raises is dropped and the loss is recorded as a `warning` event: a view may break, but the run is paid
+    by the GPU-hour and goes on. A failure to write the file itself is raised.
+    """
+
+    def __init__(self, run_dir: Path, sinks: Sequence[Sink]) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / METRICS_FILE
+        cut_torn_line(path)
+        self._file = path.open("a", encoding="utf-8")
+        self._sinks = list(sinks)
+
+    def emit(self, event: Event) -> None:
+        """Record `event`, then show it."""
+        self._file.write(event.line() + "\n")
+        self._file.flush()
+        for sink in tuple(self._sinks):
+            try:
+                sink.emit(event)
+            except Exception as error:
+                self._sinks.remove(sink)
+                self.emit(_lost(sink, event.step, error))
+
+    def close(self) -> None:
+        """Close the sinks, then the file."""
+        while self._sinks:
+            sink = self._sinks.pop()
+            try:
+                sink.close()
+            except Exception as error:
+                self.emit(_lost(sink, 0, error))
+        self._file.close()
+
+
+def _lost(sink: Sink, step: int, error: Exception) -> Event:
+    return Event("warning", step, {"message": f"{type(sink).__name__} failed and is dropped: {error!r}"})

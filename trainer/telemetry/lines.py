@@ -1,0 +1,37 @@
+"""Files of whole lines: a crash may leave half a line at the end, and it must neither be read nor be built upon."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_CHUNK_BYTES = 64 * 1024
+
+
+def cut_torn_line(path: Path) -> None:
+    """Cut what follows the last newline of the file at `path`, the remains of a write that a crash ended.
+
+    A file without a newline becomes empty; a file that does not exist stays away.
+    """
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - _CHUNK_BYTES)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                file.truncate(start + newline + 1)
+                return
+            end = start
+        file.truncate(0)
+
+
+def whole_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, line without its newline). A last line without newline is still being written."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.endswith(b"\n"):
+                yield number, line[:-1].decode()

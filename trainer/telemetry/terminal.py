@@ -1,0 +1,54 @@
+"""The stream on the terminal: a live progress bar for a person, plain lines for a file or a pipe."""
+
+from __future__ import annotations
+
+from typing import TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.text import Text
+
+from .describe import describe
+from .events import Event, Sink
+
+
+def terminal_sink(stream: TextIO) -> Sink:
+    """The view that suits `stream`: live on a terminal, plain lines without control codes elsewhere."""
+    return LiveTerminal(Console(file=stream, force_terminal=True)) if stream.isatty() else PlainTerminal(stream)
+
+
+class PlainTerminal:
+    """One line an event."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def emit(self, event: Event) -> None:
+        """Print `event`."""
+        print(describe(event), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Nothing to finish: the stream is the caller's."""
+
+
+class LiveTerminal:
+    """A bar with the last step's figures at the bottom; other events scroll by above it."""
+
+    def __init__(self, console: Console) -> None:
+        # Drawn only when an event comes: no thread competes with the run. Standard output is left alone, it may be
+        # piped.
+        self._live = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+        self._live.start()
+
+    def emit(self, event: Event) -> None:
+        """Move the bar for a step, print anything else above it."""
+        if event.kind == "step":
+            bar = ProgressBar(total=float(str(event.values["total_steps"])), completed=event.step, width=40)
+            self._live.update(Group(Text(describe(event)), bar), refresh=True)
+        else:
+            self._live.console.print(Text(describe(event)))
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        self._live.stop()

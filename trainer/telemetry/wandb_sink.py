@@ -1,0 +1,96 @@
+"""The stream in Weights & Biases, offline unless told otherwise.
+
+The only module that imports wandb to write; it is imported when a run opens the sink, so nothing else pays for it.
+"""
+
+from __future__ import annotations
+
+import html
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import wandb
+from numpy.typing import NDArray
+
+from ...comm.refusal import Problem, Refused
+from .config import WandbConfig
+from .events import JSON, METRICS_FILE, Event
+from .lines import whole_lines
+
+RUN_ID_FILE = "wandb_run_id"
+_MOST_BINS = 512  # wandb.Histogram refuses more
+_SUMMARIES = ("budget", "stop")
+
+
+class WandbSink:
+    """One wandb run for all lives of a run directory; its files lie in `run_dir/wandb`.
+
+    Raises Refused, naming `telemetry.wandb`, when wandb cannot start.
+    """
+
+    def __init__(self, config: WandbConfig, run_dir: Path) -> None:
+        # wandb wants its own step to grow even when training steps are done again after a crash: it is the line number
+        # of the event in metrics.jsonl. Plots use `step`, the training step.
+        metrics = run_dir / METRICS_FILE
+        self._line = sum(1 for _ in whole_lines(metrics)) if metrics.exists() else 0
+        try:
+            # wandb.init would ask for a key on the terminal of a run that nobody watches.
+            if config.mode == "online" and not wandb.login(prompt=False):
+                raise wandb.errors.UsageError("no API key is configured")
+            self._run = wandb.init(
+                mode="online" if config.mode == "online" else "offline",
+                project=config.project,
+                entity=config.entity,
+                name=config.name or run_dir.resolve().name,
+                id=_run_id(run_dir),
+                resume="allow",
+                dir=str(run_dir),
+                settings=wandb.Settings(silent=True, console="off", disable_git=True, x_save_requirements=False),
+            )
+        except (wandb.errors.Error, OSError) as error:
+            remedy = f"wandb could not start ({error}); run `wandb login`, or set telemetry.wandb.mode to offline"
+            raise Refused([Problem("telemetry.wandb", config.mode, remedy)]) from error
+        self._run.define_metric("*", step_metric="step")
+
+    def emit(self, event: Event) -> None:
+        """Hand `event` to wandb: configuration, summary, or a row of history."""
+        self._line += 1
+        if event.kind == "run":
+            self._run.config.update(dict(event.values), allow_val_change=True)  # type: ignore[no-untyped-call]
+        elif event.kind in _SUMMARIES:
+            self._run.summary.update({f"{event.kind}/{key}": value for key, value in event.values.items()})
+        else:
+            prefix = "" if event.kind == "step" else f"{event.kind}/"
+            row = {f"{prefix}{key}": _shown(event.kind, value) for key, value in event.values.items()}
+            self._run.log({"step": event.step, **row}, step=self._line)
+
+    def close(self) -> None:
+        """Finish the run; online, this waits for the upload."""
+        self._run.finish()
+        # finish returns while wandb's service process is still writing the file; that is over when the service is.
+        wandb.teardown()
+
+
+def _run_id(run_dir: Path) -> str:
+    """The id that `run_dir` got in its first life."""
+    path = run_dir / RUN_ID_FILE
+    if not path.exists():
+        path.write_text(secrets.token_hex(4) + "\n")
+    return path.read_text().strip()
+
+
+def _shown(kind: str, value: JSON) -> object:
+    if kind == "sample" and isinstance(value, str):
+        return wandb.Html(f"<pre>{html.escape(value)}</pre>", inject=False)
+    if isinstance(value, Sequence) and not isinstance(value, str) and value:
+        return wandb.Histogram(np_histogram=_bars(value))
+    return value
+
+
+def _bars(load_E: Sequence[JSON]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Bar e is the load of expert e, so that wandb draws experts against steps. Beyond 512, neighbours share a bar."""
+    counts_E = np.array(load_E, dtype=np.float64)
+    edges = np.append(np.arange(0, len(counts_E), -(-len(counts_E) // _MOST_BINS)), len(counts_E))
+    return np.add.reduceat(counts_E, edges[:-1]), edges.astype(np.float64)
