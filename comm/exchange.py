@@ -32,8 +32,8 @@ class Received(Generic[Layout]):
 class TokenExchange(Protocol[Layout]):
     """Four operations. Each returns at once; the communication advances while the caller computes.
 
-    dispatch_backward is a combine and combine_backward is a dispatch that reuses the layout: no sizes are exchanged again.
-    Every rank of the expert-parallel group calls the same operations in the same order, also with zero tokens.
+    dispatch_backward is a combine and combine_backward is a dispatch that reuses the layout: no sizes are exchanged
+    again. Every rank of the expert-parallel group calls the same operations in the same order, also with zero tokens.
     """
 
     def dispatch(self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Pending[Received[Layout]]:

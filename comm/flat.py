@@ -1,7 +1,7 @@
 """The baseline and the oracle: one all-to-all in which every (token, expert) copy crosses the wire.
 
-Letters: T tokens of this rank, K experts a token, D hidden width, E experts in all, L experts on this rank, P ranks of the group,
-N = T·K copies sent by this rank, R rows received by it.
+Letters: T tokens of this rank, K experts a token, D hidden width, E experts in all, L experts on this rank, P ranks of
+the group, N = T·K copies sent by this rank, R rows received by it.
 """
 
 from __future__ import annotations

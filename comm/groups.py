@@ -1,4 +1,7 @@
-"""Process groups of one rank, made once and passed as an argument. A group of one rank has no communicator and costs nothing."""
+"""Process groups of one rank, made once and passed as an argument.
+
+A group of one rank has no communicator and costs nothing.
+"""
 
 from __future__ import annotations
 

@@ -42,8 +42,9 @@ class _Submitted(Generic[T]):
 class Worker:
     """Runs whole exchanges, one after the other, beside the computing thread.
 
-    gloo has no streams: a thread of its own is what lets an exchange of several collectives advance while the main thread computes.
-    One thread, first in first out: all ranks of a group issue their collectives in one order, so none can wait for another for ever.
+    gloo has no streams: a thread of its own is what lets an exchange of several collectives advance while the main
+    thread computes. One thread, first in first out: all ranks of a group issue their collectives in one order, so none
+    can wait for another for ever.
     On a GPU the collectives are asynchronous already and `submit` runs the function at once, in the caller.
     """
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 class Problem:
     """One thing wrong with the input.
 
-    `field` is the dotted configuration key, or the path of a file; `remedy` says what is wrong and what to write instead.
+    `field` is the dotted configuration key, or the path of a file; `remedy` says what is wrong and what to write
+    instead.
     """
 
     field: str

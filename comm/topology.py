@@ -1,4 +1,4 @@
-"""Which rank does what: pure arithmetic on the grid pipeline × expert-data × expert, and the link between any two ranks."""
+"""Which rank does what: pure arithmetic on the grid pipeline × expert-data × expert, and the link between two ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .refusal import Problem
 
 
 class Link(StrEnum):
-    """The wire between two ranks. The names are those of an H800 node, also where both ranks are processes on one CPU."""
+    """The wire between two ranks. The names are an H800 node's, also where both ranks are processes on one CPU."""
 
     LOOPBACK = "loopback"  # a rank to itself: a copy in its own memory
     NVLINK = "nvlink"  # two ranks of one node
@@ -56,7 +56,7 @@ class Topology:
         return rank // (self.ep * self.edp)
 
     def dp_rank(self, rank: int) -> int:
-        """Position of `rank` among the ranks that hold the same dense parameters; it picks the samples the rank reads."""
+        """Position of `rank` among those that hold the same dense parameters; it picks the samples the rank reads."""
         return rank % self.dp
 
     def ep_ranks(self, rank: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ EXIT_REFUSED = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: run the verb and exit with its code; 2 for refused input, with every problem on a line of its own."""
+    """Entry point: run the verb and exit with its code; 2 for refused input, every problem on a line of its own."""
     options = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
@@ -102,9 +102,9 @@ def _data(options: argparse.Namespace) -> int:
         from ..trainer.data.prepare import prepare
 
         prepare(config, print)
-    from ..trainer.data.inspect import describe
+    from ..trainer.data.inspect import describe, render
 
-    _show(describe(Path(config.prepared)))
+    print(render(describe(Path(config.prepared))))
     return 0
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +15,38 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ..comm.refusal import Problem, Refused, refuse_if_any
 from ..trainer.config import RunConfig
 from .typed import build
+
+_WHOLE_RUN = "# @package _global_"
+"""Hydra's word for a file whose keys stand at the top, as an experiment's do, and not under its group."""
 
 
 def compose_run(overrides: Sequence[str], config_dir: Path | None = None) -> RunConfig:
     """The configuration that `overrides` describe, such as `experiment=quickstart` and `training.seed=1`.
 
     Groups are looked up in `config_dir` too, where it is given. Raises `Refused` with every problem that can be seen
-    without disk or processes.
+    without disk or processes; impossible values are looked for once all overrides can be read.
     """
+    problems: list[Problem] = []
     with initialize_config_module("shoestring.conf", version_base="1.3"):
-        parsed = _parse(overrides)
-        searchpath = [] if config_dir is None else [f"hydra.searchpath=[file://{config_dir.absolute()}]"]
-        refuse_if_any(_group_problems(parsed, config_dir))
-        # Values may name keys that do not exist: they are added, and the typed build below names them all at once.
-        lines = [
-            (o.input_line or "").lstrip("+")
-            if _choices(o.key_or_group, config_dir)
-            else f"++{(o.input_line or '').lstrip('+')}"
-            for o in parsed
-        ]
-        try:
-            tree = OmegaConf.to_container(compose("config", [*searchpath, *lines]), resolve=True)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise Refused([Problem("command line", " ".join(overrides), str(error))]) from error
-    config = build(RunConfig, tree)
+        problems += _directory_problems(config_dir)
+        lines = [line for text in overrides for line in _readable(text, config_dir, problems)]
+        tree = _compose(lines, config_dir, problems)
+    config = build(RunConfig, tree, problems)
     refuse_if_any(config.problems())
     return config
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole configuration, every default written out; it can be read back with `--config-dir`."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_tree(config)))
+    """The whole configuration, every default written out.
+
+    Kept as `DIR/experiment/NAME.yaml` it is read back with `--config-dir DIR experiment=NAME`.
+    """
+    return f"{_WHOLE_RUN}\n{OmegaConf.to_yaml(OmegaConf.create(_literal(to_tree(config))))}"
 
 
 def to_tree(config: RunConfig) -> dict[str, Any]:
@@ -67,33 +65,90 @@ def _plain(value: Any) -> Any:
     return {key: _plain(item) for key, item in vars(value).items()}
 
 
-def _parse(overrides: Sequence[str]) -> list[Override]:
-    parser, parsed, problems = OverridesParser.create(), [], []
-    for text in overrides:
-        try:
-            parsed += parser.parse_overrides([text])
-        except HydraException:
-            problems.append(Problem("command line", text, "is not an override; write key=value or group=choice"))
-    refuse_if_any(problems)
-    return parsed
+def _literal(value: Any) -> Any:
+    """`value` with every `${` in it escaped, so that OmegaConf reads it as text."""
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def _compose(lines: Sequence[str], config_dir: Path | None, problems: list[Problem]) -> object:
+    """The tree of plain values that Hydra makes of override lines that are fit to be read."""
+    searchpath = []
+    if config_dir is not None and config_dir.is_dir():
+        quoted = str(config_dir.absolute()).replace("'", r"\'")
+        searchpath = [f"hydra.searchpath=['file://{quoted}']"]
+    try:
+        composed = compose("config", [*searchpath, *lines])
+        tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        text = " ".join(line.removeprefix("++") for line in lines)
+        raise Refused([*problems, Problem("command line", text, str(error))]) from error
+    assert isinstance(tree, dict)
+    if "experiment" in tree:
+        remedy = f"these keys stand under `experiment`; the first line of its file must be: {_WHOLE_RUN}"
+        problems.append(Problem("experiment", tree.pop("experiment"), remedy))
+    return tree
+
+
+def _readable(text: str, config_dir: Path | None, problems: list[Problem]) -> Iterator[str]:
+    """`text` as a line for Hydra; nothing but a problem more where that would fail or have no effect."""
+    try:
+        (override,) = OverridesParser.create().parse_overrides([text])
+    except HydraException:
+        problems.append(_malformed(text))
+        return
+    choices = _choices(override.key_or_group, config_dir)
+    found = _override_problem(text, override, choices)
+    if found is not None:
+        problems.append(found)
+    elif choices:
+        yield text.lstrip("+")
+    else:  # a key that does not exist is added, and the typed build names it with all the others
+        yield f"++{text.lstrip('+')}"
+
+
+def _malformed(text: str) -> Problem:
+    return Problem("command line", text, "is not an override; write key=value or group=choice; quote text with signs")
+
+
+def _override_problem(text: str, override: Override, choices: Sequence[str]) -> Problem | None:
+    key, choice = override.key_or_group, override.value()
+    if not key:
+        return _malformed(text)
+    if override.is_delete():
+        return Problem("command line", text, "nothing can be taken out of a run; write key=value")
+    if override.is_sweep_override():
+        return Problem("command line", text, "a run has one value for each key; write a list as key=[a,b]")
+    if key.replace("/", ".").split(".")[0] == "hydra":
+        return Problem(key, choice, "Hydra only composes the configuration: its own settings have no effect here")
+    if choices and choice not in choices:
+        close = difflib.get_close_matches(str(choice), choices, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return Problem(key, choice, f"no such file; {hint}there are: {', '.join(choices)}")
+    return None
 
 
 def _choices(group: str, config_dir: Path | None) -> list[str]:
     """Names of the files of a group; empty where `group` is none."""
-    shipped: list[str] = GlobalHydra.instance().config_loader().get_group_options(group)
     own = [] if config_dir is None else [path.stem for path in (config_dir / group).glob("*.yaml")]
-    return sorted({*shipped, *own})
+    return sorted({*_shipped(group), *own})
 
 
-def _group_problems(parsed: Sequence[Override], config_dir: Path | None) -> list[Problem]:
-    problems = []
-    for override in parsed:
-        choices = _choices(override.key_or_group, config_dir)
-        choice = override.value()
-        if choices and choice not in choices:
-            close = difflib.get_close_matches(str(choice), choices, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            problems.append(
-                Problem(override.key_or_group, choice, f"no such file; {hint}there are: {', '.join(choices)}")
-            )
-    return problems
+def _shipped(group: str) -> list[str]:
+    options: list[str] = GlobalHydra.instance().config_loader().get_group_options(group)
+    return options
+
+
+def _directory_problems(config_dir: Path | None) -> Iterator[Problem]:
+    """A directory that is not there, and files in it that could never be chosen."""
+    if config_dir is None:
+        return
+    if not config_dir.is_dir():
+        yield Problem("--config-dir", str(config_dir), "is not a directory")
+    for path in sorted(config_dir.glob("*/*.yaml")):
+        if path.stem in _shipped(path.parent.name):
+            remedy = "has the name of a file of the package, which would win; rename it"
+            yield Problem("--config-dir", str(path), remedy)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from ..comm.refusal import Problem, refuse_if_any
@@ -14,9 +15,12 @@ from ..comm.refusal import Problem, refuse_if_any
 T = TypeVar("T")
 
 
-def build(cls: type[T], tree: object) -> T:
-    """Make the dataclass `cls` from nested mappings. Raises `Refused` with all problems; fields left out keep defaults."""
-    problems: list[Problem] = []
+def build(cls: type[T], tree: object, before: Iterable[Problem] = ()) -> T:
+    """Make the dataclass `cls` from nested mappings; fields left out keep defaults.
+
+    Raises `Refused` with all problems, those found `before` included.
+    """
+    problems = list(before)
     result = _convert(cls, tree, "", problems)
     refuse_if_any(problems)
     made: T = result
@@ -37,11 +41,11 @@ def _convert(kind: Any, value: object, path: str, problems: list[Problem]) -> An
     if origin is dict and isinstance(value, Mapping):
         pairs = ((_convert(arguments[0], k, path, problems), v, k) for k, v in value.items())
         return {key: _convert(arguments[1], item, f"{path}.{k}", problems) for key, item, k in pairs}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)  # 1e12 tokens
-    if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+    if kind in (int, str, bool) and type(value) is kind:  # not isinstance: True is an int there
         return value
     problems.append(Problem(path, value, f"must be {_in_words(kind)}"))
     return None
@@ -78,4 +82,4 @@ def _in_words(kind: Any) -> str:
         return "a list: [a, b]"
     if origin is dict:
         return "a mapping: {0: 0.3}"
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(kind, str(kind))
+    return {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}.get(kind, str(kind))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,9 +17,11 @@ from ..comm.groups import ProcessGroups
 from ..comm.refusal import Problem, Refused
 from ..trainer.config import RunConfig
 from ..trainer.loop import RunFailed, train
+from .run_dir import write_status
 
-STATUS_FILE = "run_status.json"
 ATTEMPT_VARIABLE = "SHOESTRING_ATTEMPT"
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: between fork and exec is no place for it
 
 
 def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
@@ -52,20 +52,10 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
 
 def _stop(config: RunConfig, worker: WorkerEnvironment, code: int, reason: str) -> int:
     if worker.rank == 0:
-        status = {"exit_code": code, "reason": reason}
-        path = Path(config.training.run_dir) / STATUS_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(status) + "\n")
+        write_status(Path(config.training.run_dir), code, reason)
         if code:
             print(f"shoestring train: {reason}", file=sys.stderr, flush=True)
     return 0
-
-
-def read_status(run_dir: Path) -> Mapping[str, object] | None:
-    """What the last worker that stopped on purpose wrote, or None."""
-    path = run_dir / STATUS_FILE
-    status: Mapping[str, object] | None = json.loads(path.read_text()) if path.exists() else None
-    return status
 
 
 def pick_device(config: RunConfig, worker: WorkerEnvironment) -> torch.device:
@@ -81,7 +71,6 @@ def pick_device(config: RunConfig, worker: WorkerEnvironment) -> torch.device:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies, so that a killed launcher leaves no ranks behind (Linux)."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    """Ask the kernel to kill this process when its parent dies: a killed launcher leaves no ranks (Linux only)."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

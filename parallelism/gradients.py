@@ -1,4 +1,4 @@
-"""Gradients of the global batch: summed over the ranks that hold a parameter, their norm counted once, one verdict for all.
+"""Gradients of the global batch: summed over a parameter's replicas, their norm counted once, one verdict for all.
 
 The loss is already scaled by global counts, so reduction is a sum and never an average.
 """
@@ -16,7 +16,10 @@ from ..comm.groups import Group, ProcessGroups
 
 @dataclass(frozen=True)
 class Gradients:
-    """The parameters of one rank, by the group that holds replicas of them. Order must be equal on all ranks of the group."""
+    """The parameters of one rank, by the group that holds replicas of them.
+
+    Their order must be equal on all ranks of the group.
+    """
 
     dense: tuple[Tensor, ...]
     expert: tuple[Tensor, ...]
@@ -63,5 +66,6 @@ def _sum_of_squares(parameters: Iterable[Tensor]) -> Tensor:
     """FP64, 0-dimensional, on the CPU, where the sums of all devices meet."""
     total = torch.zeros((), dtype=torch.float64)
     for parameter in parameters:
-        total += _grad(parameter).double().square().sum().cpu()
+        norm = torch.linalg.vector_norm(_grad(parameter), dtype=torch.float64)
+        total += norm.square().cpu()
     return total

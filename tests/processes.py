@@ -44,8 +44,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # What tests and the package import at their heads. The forkserver passes over a name that it cannot import.
 PRELOADED = ("numpy", "omegaconf", "pytest", "torch.distributed.checkpoint", "shoestring.tests.processes")
 
-# When one rank fails, its peers often fail of it a moment later. Their tracebacks are worth this many seconds.
-SECONDS_FOR_PEERS = 0.5
+# When one rank fails, others often fail of the same cause a moment later. Their tracebacks are worth this many seconds.
+SECONDS_FOR_OTHERS = 0.5
 # A signalled rank prints its stack at once, from the signal handler; this is for a machine with too much to do.
 SECONDS_FOR_STACKS = 5.0
 
@@ -85,12 +85,10 @@ class Rank:
     def receive(self) -> tuple[bytes | None, str]:
         """The pickled result and "", or None and the traceback."""
         try:
-            result: bytes | None = None
-            failure = ""
             result, failure = pickle.loads(self.outcome.recv_bytes())
         except EOFError:
             self.process.join()
-            failure = f"died with exit code {self.process.exitcode} and sent nothing\n{self.stack.read_text()}"
+            return None, f"died with exit code {self.process.exitcode} and sent nothing\n{self.stack.read_text()}"
         return result, failure
 
 
@@ -132,22 +130,22 @@ def _context() -> ForkServerContext:
 
 
 def _start(number: int, ranks: int, task: Task, folder: Path, cleanup: contextlib.ExitStack) -> Rank:
-    """Start one rank and leave word in `cleanup` how to end it."""
-    receiver, sender = _context().Pipe(duplex=False)
-    cleanup.enter_context(receiver)
+    """Start one rank and note in `cleanup` how to end it: killed, because it may hang, or wait for exactly that."""
+    ours, theirs = _context().Pipe()
+    cleanup.enter_context(ours)
     stack = folder / f"stack_{number}"
     stack.touch()
     world = World(number, ranks, folder / "store")
-    process = _context().Process(target=_work, args=(world, task, sender, stack), daemon=True)
-    with sender:  # the parent's copy must close, or a dead rank would never read as an end of file
+    process = _context().Process(target=_work, args=(world, task, theirs, stack), daemon=True)
+    with theirs:  # the parent's copy must close, or a dead rank would never read as an end of file
         process.start()
     cleanup.callback(process.join)
     cleanup.callback(process.kill)
-    return Rank(number, process, receiver, stack)
+    return Rank(number, process, ours, stack)
 
 
 def _work(world: World, task: Task, outcome: Connection[Any, Any], stack: Path) -> None:
-    """A rank's whole life."""
+    """A rank's whole life. Its process group ends with it."""
     with stack.open("w") as file:
         faulthandler.enable(file)
         # chain: after printing, the signal takes its usual effect and ends the process, so the parent sees it is done.
@@ -165,14 +163,14 @@ def _work(world: World, task: Task, outcome: Connection[Any, Any], stack: Path) 
                 # Longer than the parent's patience: a hang shall end with all stacks, not with one rank's timeout.
                 timeout=timedelta(seconds=2 * task.timeout),
             )
-            result = pickle.dumps(function(world, *pickle.loads(task.arguments)))
-            dist.destroy_process_group()
-            message: tuple[bytes | None, str] = (result, "")
+            result = function(world, *pickle.loads(task.arguments))
+            message: tuple[bytes | None, str] = (pickle.dumps(result), "")
         except BaseException:
             message = (None, traceback.format_exc())
         outcome.send_bytes(pickle.dumps(message))
-        faulthandler.unregister(signal.SIGUSR1)
-        faulthandler.disable()
+        # Stay until the parent, which waits for every rank, ends them all: sockets that close now would break a
+        # collective that a slower rank is still in, and hide a collective that this rank left out.
+        outcome.poll(None)
 
 
 def _collect(members: list[Rank], timeout: float) -> dict[int, bytes]:
@@ -193,7 +191,7 @@ def _collect(members: list[Rank], timeout: float) -> dict[int, bytes]:
                 results[member.number] = result
                 continue
             if not failures:
-                deadline = min(deadline, time.monotonic() + SECONDS_FOR_PEERS)
+                deadline = min(deadline, time.monotonic() + SECONDS_FOR_OTHERS)
             failures.append(f"rank {member.number} of {len(members)} failed:\n{failure}")
     if failures:
         raise RanksFailed("\n".join(failures))

@@ -41,6 +41,11 @@ def hang_in_a_collective(world: World) -> None:
     dist.barrier()
 
 
+def leave_out_a_collective(world: World) -> None:
+    if world.rank != 2:
+        dist.barrier()
+
+
 def threads_and_draw(world: World) -> tuple[int, float]:
     return torch.get_num_threads(), torch.rand(()).item()
 
@@ -87,6 +92,11 @@ def test_a_hang_ends_with_the_stack_of_every_rank() -> None:
     assert "in wait_for_ever" in rank_0
     assert "in barrier" in rank_1
     assert "in hang_in_a_collective" in rank_1
+
+
+def test_a_rank_that_leaves_out_a_collective_is_named() -> None:
+    with pytest.raises(RanksFailed, match=r"(?s)had returned: \[2\].*rank 0 was here.*rank 1 was here"):
+        run_processes(3, leave_out_a_collective, timeout=1)
 
 
 def test_a_function_that_another_process_cannot_find_is_refused() -> None:

@@ -26,7 +26,7 @@ from .reporter import Reporter, Speed
 from .step import NonFiniteStep, StepSettings
 
 
-class RunFailed(RuntimeError):
+class RunFailed(RuntimeError):  # noqa: N818 -- says what happened
     """The run cannot go on; the message says why and what to do. Raised on every rank."""
 
 
@@ -147,7 +147,7 @@ def _sample(rank: Rank, step: int, reporter: Reporter | None) -> None:
 def _save(rank: Rank, step: int, reporter: Reporter | None) -> None:
     facts: dict[str, Any] = {"step": step, "consumed_samples": step * rank.config.training.global_batch}
     if reporter is not None:
-        facts |= {"config": asdict(rank.config), "data": rank.data_fingerprint, "ledger": reporter.totals()}
+        facts |= {"config": asdict(rank.config), "data": rank.data_digest, "ledger": reporter.totals()}
     with _timing(reporter, "checkpoint_save"):
         path = rank.store.save(step, _state(rank), facts, rank.groups.world)
     if reporter is not None:
@@ -166,10 +166,12 @@ def _load(rank: Rank, step: int) -> dict[str, Any]:
         for key in keys:
             saved, wanted = saved[key], wanted[key]
         if saved != wanted:
-            remedy = f"the checkpoint of step {step} was written with {saved!r}; go on with that, or use a new training.run_dir"
+            remedy = f"the checkpoint of step {step} was written with {saved!r}; "
+            remedy += "go on with that, or use a new training.run_dir"
             problems.append(Problem(".".join(keys), wanted, remedy))
-    if facts["data"] != rank.data_fingerprint:
-        remedy = f"the checkpoint of step {step} was trained on other data ({facts['data'][:12]}…); use a new training.run_dir"
+    if facts["data"] != rank.data_digest:
+        remedy = f"the checkpoint of step {step} was trained on other data ({facts['data'][:12]}…); "
+        remedy += "use a new training.run_dir"
         problems.append(Problem("data.prepared", rank.config.data.prepared, remedy))
     if problems:
         raise Refused(problems)

@@ -15,7 +15,7 @@ from ..parallelism.gradients import Gradients
 from .checkpoint.store import CheckpointStore
 from .config import RunConfig
 from .data.entropy import unigram_entropy
-from .data.prepared import Prepared
+from .data.prepared import Prepared, open_prepared
 from .data.samples import SampleOrder, Samples
 from .data.tokenizer import Tokenizer
 from .model.chunk import Chunk
@@ -40,7 +40,7 @@ class Rank:
     validation: Samples
     unigram_entropy: float
     tokenizer: Tokenizer
-    data_fingerprint: str
+    data_digest: str
     store: CheckpointStore
     worker: Worker
 
@@ -51,9 +51,8 @@ class Rank:
 
 def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -> Rank:
     """Initial weights, optimizer, exchange and data of the rank that `groups` belong to."""
-    prepared = Prepared.open(Path(config.data.prepared))
-    train = Samples(prepared.split("train"), config.training.sequence_length, config.model.mtp_depth)
-    validation = Samples(prepared.split("validation"), config.training.sequence_length, config.model.mtp_depth)
+    prepared = open_prepared(config.data)
+    train, validation = open_samples(config, prepared)
     model = build_model(config, groups, device)
     worker = Worker(threaded=device.type == "cpu" and groups.ep.size > 1)
     exchange = FlatExchange(groups.ep, config.model.experts, worker, Traffic(config.topology, groups.rank))
@@ -77,12 +76,19 @@ def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -
         train=train,
         order=SampleOrder(config.training.seed, len(train)),
         validation=validation,
-        unigram_entropy=unigram_entropy(prepared.split("validation")),
-        tokenizer=prepared.tokenizer(),
-        data_fingerprint=prepared.manifest.fingerprint,
+        unigram_entropy=unigram_entropy(prepared.validation, config.model.vocabulary),
+        tokenizer=prepared.tokenizer,
+        data_digest=prepared.manifest.digest,
         store=CheckpointStore(Path(config.training.run_dir) / "checkpoints", config.training.keep_checkpoints),
         worker=worker,
     )
+
+
+def open_samples(config: RunConfig, prepared: Prepared) -> tuple[Samples, Samples]:
+    """Training and validation samples. Raises `Refused` for a split that is shorter than one sample."""
+    length, depth = config.training.sequence_length, config.model.mtp_depth
+    train = Samples.training(prepared.train, length, depth)
+    return train, Samples.validation(prepared.validation, length, depth, prepared.tokenizer.pad)
 
 
 def build_model(config: RunConfig, groups: ProcessGroups, device: torch.device) -> Model:

@@ -82,7 +82,7 @@ class Reporter:
 
     @contextmanager
     def timing(self, bucket: str) -> Iterator[None]:
-        """Charge what runs inside to a bucket of the ledger. Tokens per second include waiting for data and nothing else."""
+        """Charge what runs inside to a bucket of the ledger. Of these, tokens per second count waiting for data."""
         start = time.perf_counter()
         with self._work.timing(bucket):
             yield
@@ -142,7 +142,7 @@ class Reporter:
         """The run ends, after `step` steps."""
         self._work.close()
         summary = summarise(self._run_dir)
-        self._emit("budget", step, {key: value for key, value in _flat(summary.to_json())})
+        self._emit("budget", step, dict(_flat(summary.to_json())))
         self._emit("stop", step, {"reason": reason})
         self._stream.close()
 

@@ -17,7 +17,7 @@ from .model.router import update_bias
 from .optimizer.adamw import set_learning_rate
 
 
-class NonFiniteStep(RuntimeError):
+class NonFiniteStep(RuntimeError):  # noqa: N818 -- says what happened
     """A loss or a gradient that is not a number. Raised on every rank, before any weight has changed."""
 
 
@@ -92,7 +92,7 @@ class Stepper:
         )
 
     def _count_targets(self, micro_batches: Sequence[TokenBatch]) -> int:
-        """Valid next-token targets of the global batch: known before the first backward, so each loss is scaled once."""
+        """Valid next-token targets of the global batch, known before the first backward: each loss is scaled once."""
         depth = self.chunk.model.config.mtp_depth
         count = torch.zeros((), dtype=torch.int64)
         for batch in micro_batches:
@@ -130,7 +130,7 @@ class Stepper:
 
 
 def count_targets(batch: TokenBatch, mtp_depth: int) -> Tensor:
-    """Next-token targets that count in a loss: valid themselves, and predicted from a valid position. int64, 0-dimensional."""
+    """Next-token targets that count in a loss: valid, and predicted from a valid position. int64, 0-dimensional."""
     length = batch.valid_BW.shape[1] - 1 - mtp_depth
     return (batch.valid_BW[:, :length] & batch.valid_BW[:, 1 : length + 1]).sum()
 

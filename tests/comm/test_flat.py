@@ -34,7 +34,7 @@ def exchange_of(ranks: int, rank: int) -> tuple[FlatExchange, Traffic]:
     return FlatExchange(groups.ep, EXPERTS, Worker(threaded=ranks > 1), traffic), traffic
 
 
-def round_trip(world: World, counts: list[int]) -> dict[str, Tensor | tuple[int, ...]]:
+def round_trip(world: World, counts: list[int]) -> dict[str, Tensor]:
     """Each row comes back as expert_number * row; backward sends token gradients forth and doubles them back."""
     exchange, _ = exchange_of(world.size, world.rank)
     tokens_TD, weights_TK, experts_TK = tokens_of(world.rank, counts[world.rank])
@@ -48,7 +48,6 @@ def round_trip(world: World, counts: list[int]) -> dict[str, Tensor | tuple[int,
     grad_TD, grad_weights_TK = exchange.dispatch_backward(2 * grad_RD, received.weights_R, received).wait()
     return {
         "rows": received.rows_RD,
-        "rows_per_expert": received.rows_per_expert_L,
         "combined": combined_TD,
         "grad": grad_TD,
         "grad_weights": grad_weights_TK,

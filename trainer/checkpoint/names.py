@@ -17,7 +17,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def named_state(model: Model, optimizer: torch.optim.Optimizer, rng: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters, moments and routing biases as views, so that loading into them changes the model itself; and `rng`."""
+    """Parameters, moments and routing biases as views, so that loading into them changes the model; and `rng`."""
     state: dict[str, Tensor] = dict(rng)
     for name, parameter in model.named_parameters():
         moments = optimizer.state[parameter]

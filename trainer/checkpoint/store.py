@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...comm.groups import Group
 from ...comm.refusal import Problem, Refused
+from ..data.files import sync_directory
 
 _NAME = re.compile(r"step_(\d{8})")
 _FACTS = "facts.json"
@@ -47,9 +48,9 @@ class CheckpointStore:
         dcp.save(dict(state), checkpoint_id=partial, no_dist=world.handle is None, process_group=world.handle)
         if world.is_first:
             _write_durably(partial / _FACTS, json.dumps(facts, indent=1))
-            _sync_directory(partial)
+            sync_directory(partial)
             partial.rename(final)
-            _sync_directory(self.directory)
+            sync_directory(self.directory)
             for old in self.steps()[: -self.keep]:
                 shutil.rmtree(self._path(old))
         world.barrier()
@@ -78,12 +79,3 @@ def _write_durably(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    """A rename is durable once the directory that holds the name is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

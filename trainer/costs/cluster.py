@@ -19,7 +19,7 @@ class ClusterConfig:
     name: str = "local"
     """For logs."""
     peak_tflops: float | None = None
-    """Dense peak of one GPU in the format that MFU is quoted in (BF16 for H800); null to measure a matrix product instead."""
+    """Dense peak of one GPU in the format that MFU is quoted in (BF16 for H800); null to measure a matrix product."""
 
     def problems(self) -> Iterator[Problem]:
         """What is impossible about these values on their own."""

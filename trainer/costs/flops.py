@@ -8,8 +8,8 @@ from ..model.config import ModelConfig
 from .parameters import count_parameters, meta_model
 
 CONVENTION = (
-    "model FLOPs: 2 a multiply-add, backward = 2 x forward, causal attention (half of S x S), router and head included, "
-    "embedding look-up and recomputation not"
+    "model FLOPs: 2 a multiply-add, backward = 2 x forward, causal attention (half of S x S), "
+    "router and head included, embedding look-up and recomputation not"
 )
 
 

@@ -1,9 +1,10 @@
 """Runs the layers forward and backward as generators that yield each time they have launched a communication.
 
-Alone, a generator is driven to its end with `drive`. Two of them can take turns: while one waits for its exchange, the other
-computes. Each layer's forward returns its output and its backward, a function that starts a generator of its own.
+Alone, a generator is driven to its end with `drive`. Two of them can take turns: while one waits for its exchange, the
+other computes. Each layer's forward returns its output and its backward, a function that starts a generator of its own.
 
-Letters: B batch, S sequence, T tokens (B·S), W window (S inputs, the target of the last, and one more a depth of MTP), D hidden.
+Letters: B batch, S sequence, T tokens (B·S), W window (S inputs, the target of the last, and one more a depth of MTP),
+D hidden, V vocabulary, E experts, K top-k, R rows received by this rank, L experts on this rank.
 """
 
 from __future__ import annotations
@@ -158,7 +159,8 @@ class Chunk:
             else:
                 assert isinstance(layer, DenseLayer)
                 hidden_BSD, backward = _dense(layer, hidden_BSD, tape.context)
-            backwards.append(backward)
+            if torch.is_grad_enabled():  # else the layer's activations are free from here on
+                backwards.append(backward)
         final = Phase(lambda h: (model.final_norm(h),), hidden_BSD)
         (normed_BSD,) = final.outputs
 

@@ -31,8 +31,13 @@ class YarnConfig:
             yield Problem("factor", self.factor, "must be at least 1")
         if self.original_length < 1:
             yield Problem("original_length", self.original_length, "must be at least 1")
+        if not self.beta_slow > 0:
+            yield Problem("beta_slow", self.beta_slow, "must be greater than 0")
         if self.beta_fast <= self.beta_slow:
             yield Problem("beta_fast", self.beta_fast, f"must be greater than beta_slow = {self.beta_slow}")
+        for name in ("mscale", "mscale_all_dim"):
+            if self.__dict__[name] < 0:
+                yield Problem(name, self.__dict__[name], "must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,16 +121,9 @@ class ModelConfig:
             yield from (problem.under("yarn") for problem in self.yarn.problems())
 
     def _range_problems(self) -> Iterator[Problem]:
-        at_least_one = (
-            "vocabulary",
-            "hidden",
-            "layers",
-            "heads",
-            "kv_lora_rank",
-            "qk_nope_head_dim",
-            "qk_rope_head_dim",
-        )
-        at_least_one += ("v_head_dim", "dense_ffn", "expert_ffn", "experts", "top_k", "groups", "top_k_groups")
+        at_least_one = ["vocabulary", "hidden", "layers", "heads", "kv_lora_rank", "qk_nope_head_dim"]
+        at_least_one += ["qk_rope_head_dim", "v_head_dim", "dense_ffn", "expert_ffn"]
+        at_least_one += ["experts", "top_k", "groups", "top_k_groups"]
         values = self.__dict__
         for name in at_least_one:
             if values[name] < 1:

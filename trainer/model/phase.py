@@ -1,4 +1,4 @@
-"""One compute phase: an ordinary autograd function cut from its neighbours, so that communication can run between phases."""
+"""One compute phase: an ordinary autograd function cut from its neighbours, so that communication can run between."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Phase:
         self.outputs = tuple(x.detach() for x in self._outputs)
 
     def backward(self, *grads: Tensor) -> tuple[Tensor, ...]:
-        """Take the gradient of each output, add those of the parameters to their `.grad`, return those of the inputs."""
+        """Take each output's gradient, add those of the parameters to their `.grad`, return those of the inputs."""
         torch.autograd.backward(self._outputs, grads)
         grad_inputs = tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in self._inputs)
         self._inputs = self._outputs = self.outputs = ()  # activations are freed here, not when the tape goes

@@ -49,7 +49,7 @@ def rotation(config: ModelConfig, length: int, like: Tensor) -> Rotation:
 
 def softmax_scale(config: ModelConfig) -> float:
     """1 / sqrt(head width), times the square of YaRN's temperature √t = 0.1 ln s + 1."""
-    scale = config.qk_head_dim**-0.5
+    scale: float = config.qk_head_dim**-0.5
     if config.yarn is not None:
         scale *= _magnitude(config.yarn, config.yarn.mscale_all_dim) ** 2
     return scale

@@ -1,4 +1,4 @@
-"""DeepSeekMoE's router: affinity, selection under bias and group limit, gates, sequence-wise balance loss (report §2.1.2).
+"""DeepSeekMoE's router: affinity, selection under bias and group limit, gates, balance loss (report §2.1.2).
 
 Letters: B batch, S sequence, T tokens (B·S), D hidden, E experts, K top-k, G groups.
 """
@@ -86,9 +86,10 @@ class Router(nn.Module):
 
 @torch.no_grad()
 def update_bias(bias_E: Tensor, counts_E: Tensor, speed: float) -> None:
-    """Auxiliary-loss-free balancing: b_i += γ for experts under the mean load, b_i -= γ over it, in place (report §2.1.2).
+    """Auxiliary-loss-free balancing: b_i += γ for experts under the mean load, b_i -= γ over it, in place.
 
-    `counts_E` is the int64 load over the whole global batch. The comparison is exact: sign(total - E · count) in integers.
+    Report §2.1.2. `counts_E` is the int64 load over the whole global batch. The comparison is exact:
+    sign(total - E · count) in integers.
     """
     total = counts_E.sum()
     bias_E += speed * torch.sign(total - counts_E.numel() * counts_E).to(bias_E.dtype)

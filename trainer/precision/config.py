@@ -14,7 +14,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torc
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-    """Parameters, gradients and optimizer state are FP32 (FP64 when computing in it); `compute` is for everything between."""
+    """Parameters, gradients and optimizer state are FP32 (FP64 when computing in it); `compute` is for all between."""
 
     compute: str = "auto"
     """`float32`, `bfloat16`, `float64`, or `auto`: BF16 on a GPU, FP32 elsewhere."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from .events import JSON, Event
 
 
 def describe(event: Event) -> str:
     """`event` as plain text: one line, and for a sample its text below, indented."""
-    if event.kind == "step":
-        return _step(event)
+    if event.kind in _SHORT:
+        return _SHORT[event.kind](event)
     head = f"{event.kind} at step {event.step}"
     if event.kind == "sample":
         text = {key: value for key, value in event.values.items() if isinstance(value, str)}
@@ -43,6 +44,31 @@ def _step(event: Event) -> str:
     words.append(f"{100 * _number(values, 'budget_share'):.1f} % of budget")
     words.append(f"ETA {clock(_number(values, 'eta_seconds'))}")
     return "  ".join(words)
+
+
+def _run(event: Event) -> str:
+    values = event.values
+    active, total = (metric(_number(values, key)) for key in ("active_parameters", "parameters"))
+    where = f"{values['ranks']} ranks on {values['device']}, computing in {values['compute_dtype']}"
+    work = f"{values['total_steps']} steps, {metric(_number(values, 'flops_per_token'))}FLOP a token"
+    peak = f"peak {_number(values, 'peak_tflops'):.3g} TFLOPS a rank ({values['peak_source']})"
+    return "\n".join((f"{total} parameters, {active} active a token; {where}", f"{work}; {peak}"))
+
+
+def _budget(event: Event) -> str:
+    values = event.values
+    share = f"{100 * _number(values, 'budget_share'):.1f} % of the run's budget"
+    rate = values["gpu_hours_per_trillion_tokens"]
+    beside = f"published {_number(values, 'published_gpu_hours_per_trillion_tokens'):,.0f}"
+    line = f"cost {_number(values, 'gpu_hours'):.4f} GPU-hours, {share}"
+    return line if rate is None else f"{line}; {float(str(rate)):,.0f} a trillion tokens ({beside})"
+
+
+def _evaluation(event: Event) -> str:
+    values = event.values
+    line = f"step {event.step}: validation loss {_number(values, 'loss'):.4f} nats a token"
+    floor = f"unigram entropy of the same text {_number(values, 'unigram_entropy'):.4f}"
+    return f"{line} over {values['targets']:,} tokens ({floor})"
 
 
 def _number(values: Mapping[str, JSON], key: str) -> float:
@@ -78,3 +104,9 @@ def _short(value: bool | int | float | str) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else printable(value)
+
+
+_SHORT: Mapping[str, Callable[[Event], str]] = MappingProxyType(
+    {"run": _run, "step": _step, "evaluation": _evaluation, "budget": _budget}
+)
+"""Kinds with a line of their own; the others show their values as they are."""

@@ -1,4 +1,4 @@
-"""Between the model under test and the names of the released checkpoint, which the reference twin and transformers use."""
+"""Between the model under test and the released checkpoint's names, which the reference twin and transformers use."""
 
 from __future__ import annotations
 
@@ -24,6 +24,24 @@ _ATTENTION = {
     "kv_down": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "kv_up": "kv_b_proj", "out": "o_proj",
 }  # fmt: skip
 
+_TOP = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "final_norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+_MTP = {
+    "embedding_norm.weight": "enorm.weight",
+    "hidden_norm.weight": "hnorm.weight",
+    "project.weight": "eh_proj.weight",
+    "final_norm.weight": "shared_head.norm.weight",
+}
+_LAYER = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "router.weight": "mlp.gate.weight",
+    "router.bias_E": "mlp.gate.e_score_correction_bias",
+}
+
 
 def model_config(config: ReferenceConfig) -> ModelConfig:
     """The same shape in the project's words."""
@@ -35,44 +53,44 @@ def model_config(config: ReferenceConfig) -> ModelConfig:
 
 def released_parts(model: Model) -> Iterator[tuple[str, Tensor, bool]]:
     """(released name, view of a parameter or buffer of this rank, whether it is a parameter)."""
-    yield "model.embed_tokens.weight", model.embedding.weight, True
-    yield "model.norm.weight", model.final_norm.weight, True
-    yield "lm_head.weight", model.head.weight, True
-    for index, layer in enumerate(model.layers):
-        yield from _layer(f"model.layers.{index}", layer, model)
-    for depth, module in enumerate(model.mtp):
-        prefix = f"model.layers.{len(model.layers) + depth}"
-        yield f"{prefix}.enorm.weight", module.embedding_norm.weight, True
-        yield f"{prefix}.hnorm.weight", module.hidden_norm.weight, True
-        yield f"{prefix}.eh_proj.weight", module.project.weight, True
-        yield f"{prefix}.shared_head.norm.weight", module.final_norm.weight, True
-        yield from _layer(prefix, module.layer, model)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for ours, tensor in tensors.items():
+        yield from _released(ours, tensor, model)
 
 
-def _layer(prefix: str, layer: torch.nn.Module, model: Model) -> Iterator[tuple[str, Tensor, bool]]:
-    yield f"{prefix}.input_layernorm.weight", layer.attention_norm.weight, True
-    yield f"{prefix}.post_attention_layernorm.weight", layer.ffn_norm.weight, True
-    for ours, theirs in _ATTENTION.items():
-        if ours in dict(layer.attention.named_children()):
-            yield f"{prefix}.self_attn.{theirs}.weight", layer.attention.get_submodule(ours).weight, True
-    children = dict(layer.named_children())
-    if "ffn" in children:
-        yield from _swiglu(f"{prefix}.mlp", layer.ffn.gate_up.weight, layer.ffn.down.weight)
+def _released(name: str, tensor: Tensor, model: Model) -> Iterator[tuple[str, Tensor, bool]]:
+    """What the tensor `name` is called on disk; stacked and fused weights are several there."""
+    if name in _TOP:
+        yield _TOP[name], tensor, True
         return
-    yield f"{prefix}.mlp.gate.weight", layer.router.weight, True
-    yield f"{prefix}.mlp.gate.e_score_correction_bias", layer.router.bias_E, False
-    if "shared" in children:
-        yield from _swiglu(f"{prefix}.mlp.shared_experts", layer.shared.gate_up.weight, layer.shared.down.weight)
-    for local in range(model.local_experts):
-        expert = f"{prefix}.mlp.experts.{model.first_expert + local}"
-        yield from _swiglu(expert, layer.experts.gate_up_LFD[local], layer.experts.down_LDF[local])
+    kind, number, rest = name.split(".", 2)
+    index = int(number) + (len(model.layers) if kind == "mtp" else 0)
+    prefix = f"model.layers.{index}"
+    if kind == "mtp" and not rest.startswith("layer."):
+        yield f"{prefix}.{_MTP[rest]}", tensor, True
+        return
+    rest = rest.removeprefix("layer.")
+    if rest.startswith("attention."):
+        _, projection, _ = rest.split(".")
+        yield f"{prefix}.self_attn.{_ATTENTION[projection]}.weight", tensor, True
+    elif rest.startswith(("ffn.", "shared.")):
+        where = "mlp" if rest.startswith("ffn.") else "mlp.shared_experts"
+        yield from _swiglu(f"{prefix}.{where}", rest.split(".")[1], tensor)
+    elif rest.startswith("experts."):
+        for local, expert in enumerate(tensor):
+            what = "gate_up" if rest.endswith("gate_up_LFD") else "down"
+            yield from _swiglu(f"{prefix}.mlp.experts.{model.first_expert + local}", what, expert)
+    else:
+        yield f"{prefix}.{_LAYER[rest]}", tensor, rest != "router.bias_E"
 
 
-def _swiglu(prefix: str, gate_up: Tensor, down: Tensor) -> Iterator[tuple[str, Tensor, bool]]:
-    gate, up = gate_up.chunk(2)
+def _swiglu(prefix: str, what: str, tensor: Tensor) -> Iterator[tuple[str, Tensor, bool]]:
+    if what == "down":
+        yield f"{prefix}.down_proj.weight", tensor, True
+        return
+    gate, up = tensor.chunk(2)
     yield f"{prefix}.gate_proj.weight", gate, True
     yield f"{prefix}.up_proj.weight", up, True
-    yield f"{prefix}.down_proj.weight", down, True
 
 
 def load_released(model: Model, params: Mapping[str, Tensor]) -> None:

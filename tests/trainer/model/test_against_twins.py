@@ -1,4 +1,4 @@
-"""The model against its oracles: transformers' DeepseekV3ForCausalLM, and the plain reference with MTP and balance loss."""
+"""The model against its oracles: transformers' DeepseekV3ForCausalLM; the plain reference with MTP and balance loss."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_whole_loss_and_its_gradients_are_those_of_the_reference(
     forward = run_losses(chunk, tokens_BW, valid_BW, scales)
 
     total = forward.main_sum * scales.main + forward.mtp_sum * scales.mtp + forward.balance_sum * scales.balance
-    assert float(total) == pytest.approx(float(expected.total), rel=tolerance)
+    assert total.item() == pytest.approx(expected.total.item(), rel=tolerance)
     counts = list(expected.counts.values())
     assert [c.tolist() for c in forward.counts_E.values()] == [c.tolist() for c in counts]
     gradients = {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}

@@ -45,13 +45,40 @@ def test_a_loss_that_is_not_a_number_is_shown() -> None:
     assert "loss nan" in describe(Event("step", 40, {**STEP, "loss": float("nan")}))
 
 
+EVALUATION = Event("evaluation", 20, {"loss": 5.25, "targets": 4096, "unigram_entropy": 5.8312})
+COST: dict[str, JSON] = {"gpu_hours": 0.25, "budget_share": 0.5, "gpu_hours_per_trillion_tokens": 500000.0}
+RUN: dict[str, JSON] = {
+    "config": {"a": 1},
+    "parameters": 3_477_728,
+    "active_parameters": 1_708_256,
+    "ranks": 4,
+    "device": "cpu",
+    "compute_dtype": "float32",
+    "total_steps": 391,
+    "flops_per_token": 1.0851e7,
+    "peak_tflops": 0.0442,
+    "peak_source": "measured",
+}
+
+
 @pytest.mark.parametrize(
     ("event", "line"),
     [
-        (Event("evaluation", 7, {"loss": 5.25, "tokens": 4096}), "evaluation at step 7  loss 5.25  tokens 4,096"),
         (Event("checkpoint", 7, {"path": "runs/x", "kept": True}), "checkpoint at step 7  path runs/x  kept yes"),
         (Event("stop", 7, {"reason": "done"}), "stop at step 7  reason done"),
-        (Event("run", 0, {"config": {"a": 1}, "parameters": 12}), "run at step 0  parameters 12"),
+        (
+            EVALUATION,
+            "step 20: validation loss 5.2500 nats a token over 4,096 tokens (unigram entropy of the same text 5.8312)",
+        ),
+        (
+            Event("budget", 7, {**COST, "published_gpu_hours_per_trillion_tokens": 180000}),
+            "cost 0.2500 GPU-hours, 50.0 % of the run's budget; 500,000 a trillion tokens (published 180,000)",
+        ),
+        (
+            Event("run", 0, RUN),
+            "3.5M parameters, 1.7M active a token; 4 ranks on cpu, computing in float32\n"
+            "391 steps, 10.9MFLOP a token; peak 0.0442 TFLOPS a rank (measured)",
+        ),
     ],
 )
 def test_other_events_name_their_facts(event: Event, line: str) -> None:
@@ -90,13 +117,13 @@ def test_a_terminal_gets_a_live_bar() -> None:
     with os.fdopen(writer, "w") as terminal:
         sink = terminal_sink(terminal)
         assert isinstance(sink, LiveTerminal)
-        sink.emit(Event("evaluation", 20, {"loss": 5.25}))
+        sink.emit(EVALUATION)
         sink.emit(Event("step", 40, STEP))
         sink.close()
         terminal.flush()
         shown = os.read(reader, 65536).decode()
     os.close(reader)
-    assert "evaluation at step 20  loss 5.25" in shown
+    assert "validation loss 5.2500" in shown
     assert "loss 5.213" in shown
     assert "━" in shown
     assert "\x1b[" in shown

@@ -42,7 +42,8 @@ def step(number: int) -> Event:
 
 def test_the_history_that_wandb_keeps_is_that_of_the_event_file(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    stream = open_stream(TelemetryConfig(wandb=WandbConfig(project="tests")), run_dir, io.StringIO())
+    run_dir.mkdir()
+    stream = EventStream(run_dir, [WandbSink(WandbConfig(project="tests"), run_dir)])
     stream.emit(Event("run", 0, {"config": {"model": {"layers": 4}}, "parameters": 12}))
     for number in range(1, 301):  # more than one block of 32 KiB
         stream.emit(step(number))

@@ -1,0 +1,25 @@
+"""What a configuration is refused for, by field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import pytest
+
+from shoestring.comm.refusal import Problem, Refused
+
+
+def refused(call: Callable[..., object], *arguments: object) -> dict[str, str]:
+    """Field to value and remedy of every problem that `call(*arguments)` names; fails when it refuses nothing."""
+    with pytest.raises(Refused) as caught:
+        call(*arguments)
+    return by_field(caught.value.problems)
+
+
+def by_field(problems: Iterable[Problem]) -> dict[str, str]:
+    """Field to value and remedy; two problems of one field stand one after the other."""
+    found: dict[str, str] = {}
+    for problem in problems:
+        text = f"{problem.value!r}: {problem.remedy}"
+        found[problem.field] = f"{found[problem.field]}; {text}" if problem.field in found else text
+    return found

@@ -1,0 +1,225 @@
+"""Groups, overrides and directories of one's own become one configuration, or one list of what is wrong with them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from shoestring.launch.compose import compose_run, to_tree, to_yaml
+from shoestring.tests.launch.refusals import refused
+from shoestring.tests.tree import ROOT
+from shoestring.trainer.config import RunConfig
+from shoestring.trainer.model.config import YarnConfig
+
+FILES = sorted((path.parent.name, path.stem) for path in (ROOT / "conf").glob("*/*.yaml"))
+EXPERIMENTS = [choice for group, choice in FILES if group == "experiment"]
+MODELS = [choice for group, choice in FILES if group == "model"]
+# A group's file alone beside the default model: what the two must agree on follows it.
+COMPANIONS = {"model": "data.vocabulary=${model.vocabulary}", "data": "model.vocabulary=${data.vocabulary}"}
+
+
+def own_file(directory: Path, name: str, text: str) -> Path:
+    path = directory / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return directory
+
+
+@pytest.mark.parametrize(("group", "choice"), [file for file in FILES if file[0] != "experiment"], ids="-".join)
+def test_every_file_of_every_group_makes_a_run(group: str, choice: str) -> None:
+    companion = [COMPANIONS[group]] if group in COMPANIONS else []
+    part = to_tree(compose_run([f"{group}={choice}", *companion]))[group]
+    written = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / group / f"{choice}.yaml"))
+    assert isinstance(written, dict)
+    assert part == {**part, **written}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_makes_a_run(experiment: str) -> None:
+    config = compose_run([f"experiment={experiment}"])
+    assert config.total_steps >= 1
+    assert config.micro_batches * config.topology.dp * config.schedule.micro_batch == config.training.global_batch
+
+
+def test_every_group_of_files_is_a_part_of_the_run() -> None:
+    assert {group for group, _ in FILES} - {"experiment"} <= {field for field in RunConfig.__dataclass_fields__}
+
+
+def test_a_later_override_wins_over_the_experiment_and_the_group() -> None:
+    config = compose_run(["experiment=quickstart", "topology=single", "training.tokens=5000", "model.layers=2"])
+    assert (config.topology.ep, config.training.tokens, config.model.layers) == (1, 5000, 2)
+    assert config.training.run_dir == "runs/quickstart"
+
+
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+def test_hydras_signs_for_adding_change_nothing(prefix: str) -> None:
+    assert compose_run([f"{prefix}training.seed=3", f"{prefix}training.sample_prompt='a: b'"]).training.seed == 3
+
+
+def test_values_of_many_kinds() -> None:
+    config = compose_run(
+        [
+            "training.tokens=1e6",
+            "training.mtp_weight={0: 0.3, 10e12: 0.1}",
+            "optimizer.weight_decay=0",
+            "model.q_lora_rank=null",
+            "model.yarn.factor=8",
+            "model.normalise_gates=false",
+            "data.validation=[hamlet, macbeth]",
+        ]
+    )
+    assert (config.training.tokens, type(config.training.tokens)) == (1_000_000, int)
+    assert config.training.mtp_weight == {0: 0.3, 10**13: 0.1}
+    assert (config.optimizer.weight_decay, type(config.optimizer.weight_decay)) == (0.0, float)
+    assert config.model.q_lora_rank is None
+    assert config.model.yarn == YarnConfig(factor=8.0)
+    assert config.model.normalise_gates is False
+    assert config.data.validation == ("hamlet", "macbeth")
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "remedy"),
+    [
+        ("training.seeed=1", "training.seeed", "did you mean seed?"),
+        ("optimizer.learning_rate=1", "optimizer.learning_rate", "did you mean peak_learning_rate?"),
+        ("modle=tiny", "modle", "did you mean model?"),
+        ("telemetry.wandb.moode=online", "telemetry.wandb.moode", "did you mean mode?"),
+        ("topology.tensor=2", "topology.tensor", "there are: edp, ep, gpus_per_node, pp"),
+        ("model.hidden.x=3", "model.hidden", "must be a whole number"),
+        ("training.tokens=1.5", "training.tokens", "must be a whole number"),
+        ("training.tokens=true", "training.tokens", "must be a whole number"),
+        ("training.tokens=many", "training.tokens", "must be a whole number"),
+        ("training.seed=null", "training.seed", "must be a whole number"),
+        ("model.normalise_gates=1", "model.normalise_gates", "must be true or false"),
+        ("optimizer.eps=nan", "optimizer.eps", "must be a finite number"),
+        ("budget.gpu_hours=inf", "budget.gpu_hours", "must be a finite number"),
+        ("precision.compute=32", "precision.compute", "must be text"),
+        ("data.validation=hamlet", "data.validation", r"must be a list: \[a, b\]"),
+        ("data.validation=[hamlet, 1]", r"data.validation[1]", "must be text"),
+        ("training.mtp_weight=0.3", "training.mtp_weight", "must be a mapping"),
+        ("training.mtp_weight={0: a}", "training.mtp_weight.0", "must be a finite number"),
+        ("training=3", "training", "must be a group of keys"),
+        ("model=tinny", "model", f"did you mean tiny\\? there are: {', '.join(MODELS)}"),
+        ("model={hidden: 3}", "model", f"no such file; there are: {', '.join(MODELS)}"),
+        ("experiment=nothing", "experiment", "no such file; .*quickstart"),
+        ("hydra.run.dir=x", "hydra.run.dir", "no effect here"),
+        ("hydra/launcher=basic", "hydra/launcher", "no effect here"),
+    ],
+)
+def test_an_override_that_means_nothing_is_named_with_its_remedy(override: str, field: str, remedy: str) -> None:
+    problems = refused(compose_run, [override])
+    assert list(problems) == [field]
+    assert_says(problems[field], remedy)
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("training.seed", "write key=value or group=choice"),
+        ("=3", "write key=value or group=choice"),
+        ("training.run_dir=a=b", "quote text with signs"),
+        ("training.validation=[a", "write key=value or group=choice"),
+        ("~training.seed", "nothing can be taken out"),
+        ("~optimizer", "nothing can be taken out"),
+        ("training.seed=1,2", "one value for each key"),
+        ("model=tiny,deepseek_v3", "one value for each key"),
+        ("training.run_dir=${nowhere}", "'nowhere' not found"),
+        ("training.run_dir=???", "Missing mandatory value"),
+        ("model@other=tiny", "override model"),
+    ],
+)
+def test_text_that_cannot_be_read_is_shown_as_it_was_written(text: str, remedy: str) -> None:
+    problems = refused(compose_run, [text])
+    assert list(problems) == ["command line"]
+    assert repr(text) in problems["command line"]
+    assert_says(problems["command line"], remedy)
+
+
+def test_mistakes_of_every_kind_are_refused_together(tmp_path: Path) -> None:
+    overrides = ["topology=ep5", "training.sed=1", "training.tokens=1.5", "optimizer", "~budget", "exchange.name=flat"]
+    problems = refused(compose_run, overrides, tmp_path / "nowhere")
+    assert problems.keys() == {"--config-dir", "topology", "training.sed", "training.tokens", "command line"}
+    assert "'optimizer'" in problems["command line"]
+    assert "'~budget'" in problems["command line"]
+
+
+def test_impossible_values_of_several_parts_are_refused_together() -> None:
+    overrides = ["model.groups=3", "precision.compute=int8", "training.mtp_weight={5: 0.1}", "budget.gpu_hours=0"]
+    problems = refused(compose_run, overrides)
+    assert problems.keys() == {"model.groups", "precision.compute", "training.mtp_weight", "budget.gpu_hours"}
+
+
+def test_an_experiment_of_ones_own(tmp_path: Path) -> None:
+    directory = own_file(
+        tmp_path / "it's (mine), v2",
+        "experiment/long.yaml",
+        "# @package _global_\ndefaults:\n  - override /topology: ep4\n  - override /model: wide\n"
+        "training:\n  tokens: 2e9\n",
+    )
+    own_file(directory, "model/wide.yaml", "name: wide\nhidden: 256\n")
+    config = compose_run(["experiment=long", "training.seed=7"], directory)
+    assert (config.topology.ep, config.model.hidden, config.training.tokens) == (4, 256, 2 * 10**9)
+    assert config.training.seed == 7
+
+    problems = refused(compose_run, ["experiment=lang", "model=narrow"], directory)
+    assert_says(problems["experiment"], "did you mean long.*there are: .*quickstart")
+    assert_says(problems["model"], ", ".join(sorted([*MODELS, "wide"])))
+
+
+def test_a_directory_of_ones_own_that_is_not_there(tmp_path: Path) -> None:
+    assert refused(compose_run, [], tmp_path / "nowhere").keys() == {"--config-dir"}
+
+
+def test_a_file_of_ones_own_that_could_never_be_chosen(tmp_path: Path) -> None:
+    directory = own_file(tmp_path, "model/tiny.yaml", "hidden: 256\n")
+    problems = refused(compose_run, ["model=tiny"], directory)
+    assert_says(problems["--config-dir"], r"tiny\.yaml.*rename")
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "remedy"),
+    [
+        ("# @package _global_\ntraining: [1\n", "command line", "expected ',' or '\\]'"),
+        ("# @package _global_\ndefaults:\n  - override /model: huge\n", "command line", "Could not find 'model/huge'"),
+        ("# @package _global_\ntraining:\n  tokns: 5\n", "training.tokns", "did you mean tokens?"),
+        ("training:\n  tokens: 5\n", "experiment", "must be: # @package _global_"),
+    ],
+    ids=["not-yaml", "unknown-choice", "unknown-key", "no-package"],
+)
+def test_a_file_of_ones_own_that_is_wrong(tmp_path: Path, text: str, field: str, remedy: str) -> None:
+    directory = own_file(tmp_path, "experiment/mine.yaml", text)
+    problems = refused(compose_run, ["experiment=mine"], directory)
+    assert list(problems) == [field]
+    assert_says(problems[field], remedy)
+
+
+def awkward() -> RunConfig:
+    """Values that YAML could take for something else."""
+    config = compose_run([])
+    return replace(
+        config,
+        model=replace(config.model, name="1e3", q_lora_rank=None, yarn=YarnConfig(factor=4.0), norm_eps=1e-12),
+        training=replace(
+            config.training,
+            run_dir="null",
+            sample_prompt="yes: 'no'\n# ${dollar} \\${é ${ ",
+            tokens=10**15,
+            mtp_weight={0: 0.3, 10**13: 0.1},
+        ),
+        data=replace(config.data, validation=("on", "0x10", "~")),
+    )
+
+
+@pytest.mark.parametrize("name", ["awkward", *EXPERIMENTS])
+def test_the_printed_configuration_reads_back_to_the_same_run(tmp_path: Path, name: str) -> None:
+    config = awkward() if name == "awkward" else compose_run([f"experiment={name}", "training.seed=5"])
+    directory = own_file(tmp_path, "experiment/again.yaml", to_yaml(config))
+    assert compose_run(["experiment=again"], directory) == config
+
+
+def assert_says(text: str, pattern: str) -> None:
+    assert re.search(pattern, text, re.DOTALL), text

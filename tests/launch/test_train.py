@@ -1,0 +1,229 @@
+"""`shoestring train` as a user runs it: real torchrun, real kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoestring.launch.compose import compose_run
+from shoestring.launch.run_dir import read_status
+from shoestring.trainer.budget.summary import summarise
+from shoestring.trainer.data.prepare import prepare
+from shoestring.trainer.telemetry.history import read_all_metrics, read_metrics
+from shoestring.trainer.telemetry.offline import read_offline_run
+
+STEPS = 8
+SMALL = [
+    "experiment=quickstart",
+    "topology.ep=2",
+    "model.vocabulary=512",
+    "data.vocabulary=512",
+    "model.layers=2",
+    "model.hidden=32",
+    "training.sequence_length=32",
+    "training.global_batch=8",
+    f"training.tokens={STEPS * 8 * 32}",
+    "training.evaluate_every=0",
+    "training.checkpoint_every=3",
+    "training.sample_tokens=4",
+    "telemetry.log_every=1",
+    "schedule.micro_batch=2",
+]
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A small run, but for its directory, on a corpus of two short works."""
+    root = tmp_path_factory.mktemp("data")
+    corpus = root / "corpus"
+    corpus.mkdir()
+    packaged = compose_run(["experiment=quickstart"]).data.corpus_directory
+    (corpus / "hamlet.txt").write_text((packaged / "hamlet.txt").read_text()[:20000])
+    (corpus / "macbeth.txt").write_text((packaged / "macbeth.txt").read_text()[:1500])
+    data = [f"data.corpus={corpus}", f"data.prepared={root / 'prepared'}", "data.validation=[macbeth]"]
+    prepare(compose_run([*SMALL, *data]).data, lambda _: None)
+    return [*SMALL, *data]
+
+
+def command(overrides: list[str], run_dir: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "shoestring.launch.cli", "train", *overrides, f"training.run_dir={run_dir}", *more]
+
+
+def train(overrides: list[str], run_dir: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(overrides, run_dir, *more), capture_output=True, text=True, timeout=120, check=False)
+
+
+def history(run_dir: Path) -> list[dict[str, Any]]:
+    """What must be equal to the last bit in two equal runs."""
+    exact = ["loss", "loss/mtp", "loss/balance", "grad_norm", "bias/min", "bias/max", "targets", "text", "tokens"]
+    exact += ["learning_rate", "load/max_violation", "expert_load/layer_01", "expert_load/mtp_01"]
+    return [
+        {"kind": event.kind, "step": event.step} | {key: event.values[key] for key in exact if key in event.values}
+        for event in read_metrics(run_dir / "metrics.jsonl")
+        if event.kind in ("step", "evaluation", "sample")
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that nothing disturbed."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    result = train(overrides, run_dir)
+    assert result.returncode == 0, result.stderr
+    return run_dir
+
+
+def lines_as_they_come(path: Path, process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
+    """Lines of a file that a process is still writing, without a pause between looks but the scheduler's own."""
+    position = 0
+    while process.poll() is None:
+        if path.exists():
+            with path.open() as file:
+                file.seek(position)
+                for line in file:
+                    if not line.endswith("\n"):
+                        break
+                    position += len(line.encode())
+                    yield json.loads(line)
+        os.sched_yield()
+
+
+def test_a_finished_run_has_everything(finished: Path) -> None:
+    events = read_metrics(finished / "metrics.jsonl")
+    steps = [event for event in events if event.kind == "step"]
+    assert [event.step for event in steps] == list(range(1, STEPS + 1))
+    first: Any = steps[0].values
+    last: Any = steps[-1].values
+    assert first["loss"] == pytest.approx(6.24, abs=0.5)  # ln 512
+    assert last["loss"] < first["loss"]
+    wanted = {"loss/mtp", "loss/balance", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "tflops", "mfu"}
+    wanted |= {"load/max_violation", "load/layer_01/max_violation", "bias/min", "bias/max", "gpu_hours", "budget_share"}
+    assert wanted <= last.keys()
+    assert sum(last["expert_load/layer_01"]) == 8 * 32 * 4  # tokens of the batch times top-4
+    (evaluation,) = (event for event in events if event.kind == "evaluation")
+    validation_loss: Any = evaluation.values["loss"]
+    assert 0 < validation_loss < 7
+    assert {"sample", "checkpoint", "budget", "stop"} <= {event.kind for event in events}
+    assert read_status(finished) == {"exit_code": 0, "reason": f"{STEPS} steps done"}
+    summary = summarise(finished)
+    assert summary.tokens_retained == summary.tokens_consumed == STEPS * 8 * 32
+    assert 0 < summary.productive_ms < summary.allocated_ms
+    assert not summary.running
+    assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == ["step_00000006", "step_00000008"]
+
+
+def test_wandb_holds_the_logged_history(finished: Path) -> None:
+    (path,) = (finished / "wandb").glob("offline-run-*/run-*.wandb")
+    rows = [row for row in read_offline_run(path).history if "loss" in row]
+    steps = [event for event in read_all_metrics(finished / "metrics.jsonl") if event.kind == "step"]
+    for key in ("loss", "loss/mtp", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "bias/max"):
+        assert [row[key] for row in rows] == [event.values[key] for event in steps]
+    assert [row["step"] for row in rows] == [event.step for event in steps]
+
+
+def test_killed_and_started_again_it_ends_as_if_nothing_had_happened(
+    finished: Path, overrides: list[str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        command(overrides, run_dir),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    for event in lines_as_they_come(run_dir / "metrics.jsonl", process):
+        if event["kind"] == "step" and event["step"] == 5:
+            os.killpg(process.pid, signal.SIGKILL)  # two steps after the checkpoint of step 3
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert not (run_dir / "run_status.json").exists()
+
+    again = train(overrides, run_dir)
+    assert again.returncode == 0, again.stderr
+    assert "resume at step 3" in again.stdout
+    assert history(run_dir) == history(finished)
+    summary = summarise(run_dir)
+    assert summary.attempts == 2
+    assert summary.rolled_back_ms > 0
+    assert summary.tokens_consumed > summary.tokens_retained == STEPS * 8 * 32
+    assert len(list((run_dir / "wandb").glob("offline-run-*"))) == 2  # two lives of one wandb run
+
+
+def test_a_killed_launcher_leaves_no_rank_behind(overrides: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    many = "training.tokens=100000000"
+    process = subprocess.Popen(
+        command(overrides, run_dir, many), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    for event in lines_as_they_come(run_dir / "metrics.jsonl", process):
+        if event["kind"] == "step":
+            process.kill()
+    assert process.stdout is not None
+    process.communicate(timeout=20)  # ends when the last holder of the pipe has gone
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_finished_run_is_left_alone_until_it_is_told_otherwise(finished: Path, overrides: list[str]) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    again = train(overrides, finished)
+    assert again.returncode == 0
+    assert "is finished" in again.stdout
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_a_reason(overrides: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    extreme = ["optimizer.peak_learning_rate=1e30", "optimizer.final_learning_rate=1e30", "optimizer.warmup_tokens=0"]
+    result = train(overrides, run_dir, *extreme)
+    assert result.returncode == 1
+    assert "not finite, so no weight was changed" in result.stderr
+    assert "Lower optimizer.peak_learning_rate" in result.stderr
+    status = read_status(run_dir)
+    assert status is not None
+    assert status["exit_code"] == 1
+
+
+def test_refusals_name_every_problem_and_leave_nothing_behind(overrides: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    result = train(overrides, run_dir, "model.hiden=3", "training.seed=many", "topology.ep=3")
+    assert result.returncode == 2
+    for gist in ("model.hiden", "did you mean hidden", "training.seed", "must be a whole number"):
+        assert gist in result.stderr
+    impossible = train(overrides, run_dir, "topology.ep=3", "training.global_batch=7")
+    assert impossible.returncode == 2
+    assert "topology.ep" in impossible.stderr
+    assert "training.global_batch" in impossible.stderr
+    assert not run_dir.exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(finished: Path, overrides: list[str], tmp_path: Path) -> None:
+    result = train(overrides, finished, "training.tokens=4096", "model.heads=2", "training.seed=1")
+    assert result.returncode == 2
+    assert "model" in result.stderr
+    assert "training.seed" in result.stderr
+
+
+def test_the_wrong_number_of_processes_is_refused_inside_torchrun(overrides: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    result = subprocess.run(
+        [*torchrun, "-m", "shoestring.launch.cli", *command(overrides, run_dir)[3:]],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "topology asks for 2 processes" in result.stderr
+    assert read_status(run_dir) == {
+        "exit_code": 2,
+        "reason": "world size = 1: topology asks for 2 processes; start as many",
+    }

@@ -1,0 +1,258 @@
+"""From a corpus to shards: repeatable, whole or not at all, and refused with a reason where it cannot be done."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shoestring.comm.refusal import Refused
+from shoestring.trainer.data.config import DataConfig
+from shoestring.trainer.data.manifest import token_dtype
+from shoestring.trainer.data.prepare import prepare
+from shoestring.trainer.data.prepared import open_directory, open_prepared
+from shoestring.trainer.data.shards import SplitWriter
+
+# Kills itself in the middle of a preparation, at the first sentence that holds argv[3].
+KILLED = """
+import os, signal, sys
+from shoestring.trainer.data.config import DataConfig
+from shoestring.trainer.data.prepare import prepare
+def report(line):
+    if sys.argv[3] in line:
+        os.kill(os.getpid(), signal.SIGKILL)
+prepare(DataConfig(corpus=sys.argv[1], prepared=sys.argv[2], vocabulary=300, validation=("held",)), report)
+"""
+
+
+def silent(line: str) -> None:
+    pass
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> DataConfig:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "alpha.txt").write_text("The owl and the pussycat went to sea in a beautiful pea-green boat. " * 20)
+    records = [{"text": f"Document {n} naïvely spells <|end|> and 🙂.\r\n"} for n in range(5)]
+    (corpus / "lines.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (corpus / "held.txt").write_text("They took some honey, and plenty of money, wrapped up in a five-pound note.\n")
+    (corpus / "SOURCE.md").write_text("Not a work.")
+    return DataConfig(
+        corpus=str(corpus), prepared=str(tmp_path / "out" / "prepared"), vocabulary=300, validation=("held",)
+    )
+
+
+def contents(directory: str | Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
+
+
+def refusal(config: DataConfig) -> str:
+    with pytest.raises(Refused) as caught:
+        prepare(config, silent)
+    assert not Path(config.prepared).exists()
+    assert not list(Path(config.prepared).parent.glob(".*"))
+    return str(caught.value)
+
+
+def test_tokens_give_back_every_document_between_its_boundaries(config: DataConfig) -> None:
+    manifest = prepare(config, silent, shard_tokens=100)
+    prepared = open_prepared(config)
+    assert len(manifest.train.shards) > 3
+    corpus = config.corpus_directory
+    lines = [json.loads(line)["text"] for line in (corpus / "lines.jsonl").read_text().splitlines()]
+    documents = [(corpus / "alpha.txt").read_text(), *lines]
+    split, tokenizer = prepared.train, prepared.tokenizer
+    edges = [*split.starts_M.tolist(), split.tokens]
+    assert len(edges) == len(documents) + 1
+    for start, stop, text in zip(edges, edges[1:], documents, strict=False):
+        *body, end = split.read(start, stop).tolist()
+        assert end == tokenizer.end
+        assert tokenizer.end not in body  # the letters `<|end|>` in a document stay letters
+        assert tokenizer.decode(body) == text
+    assert manifest.train.bytes == sum(len(text.encode()) for text in documents)
+    assert [(s.work, s.split) for s in manifest.sources] == [
+        ("alpha", "train"),
+        ("held", "validation"),
+        ("lines", "train"),
+    ]
+
+
+def test_the_tokenizer_never_sees_the_held_out_works(config: DataConfig) -> None:
+    prepare(config, silent)
+    held = config.corpus_directory / "held.txt"
+    held.write_text("Quite other words. " * 100)
+    other = replace(config, prepared=config.prepared + "2")
+    prepare(other, silent)
+    assert contents(config.prepared)["tokenizer.json"] == contents(other.prepared)["tokenizer.json"]
+    assert contents(config.prepared)["train_00000.bin"] == contents(other.prepared)["train_00000.bin"]
+
+
+def test_shard_size_changes_no_token(config: DataConfig) -> None:
+    small, large = replace(config, prepared=config.prepared + "_small"), config
+    prepare(small, silent, shard_tokens=7)
+    prepare(large, silent)
+    a, b = open_prepared(small).train, open_prepared(large).train
+    assert np.array_equal(a.read(0, a.tokens), b.read(0, b.tokens))
+    assert np.array_equal(a.read(5, 30), b.read(5, 30))
+
+
+def test_two_preparations_are_identical_to_the_byte(config: DataConfig) -> None:
+    other = replace(config, prepared=config.prepared + "2")
+    first, second = prepare(config, silent), prepare(other, silent)
+    assert contents(config.prepared) == contents(other.prepared)
+    assert first.digest == second.digest
+
+
+def test_a_second_preparation_reuses_the_first(config: DataConfig) -> None:
+    lines: list[str] = []
+    first = prepare(config, silent)
+    stamp = (Path(config.prepared) / "manifest.json").stat().st_mtime_ns
+    assert prepare(config, lines.append) == first
+    assert "already prepared" in lines[-1]
+    assert (Path(config.prepared) / "manifest.json").stat().st_mtime_ns == stamp
+
+
+def test_data_of_other_text_or_settings_is_never_replaced(config: DataConfig) -> None:
+    prepare(config, silent)
+    before = contents(config.prepared)
+    with (config.corpus_directory / "alpha.txt").open("a") as file:
+        file.write("More.")
+    with pytest.raises(Refused, match="other text or settings"):
+        prepare(config, silent)
+    assert contents(config.prepared) == before
+    with pytest.raises(Refused, match=r"data\.vocabulary = 301: .*300(.|\n)*data\.validation"):
+        open_prepared(replace(config, vocabulary=301, validation=("alpha",)))
+
+
+def test_a_directory_of_something_else_is_never_replaced(config: DataConfig) -> None:
+    Path(config.prepared).mkdir(parents=True)
+    (Path(config.prepared) / "thesis.tex").write_text("years of work")
+    with pytest.raises(Refused, match=r"manifest\.json"):
+        prepare(config, silent)
+    assert list(contents(config.prepared)) == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("moment", ["Tokenizer", "train:", "Everything is written"])
+def test_a_killed_preparation_leaves_nothing_to_pick_up(config: DataConfig, moment: str) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", KILLED, config.corpus, config.prepared, moment]
+    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+    leftovers = list(Path(config.prepared).parent.iterdir())
+    assert [path.name.startswith(".prepared.preparing-") for path in leftovers] == [True]
+    with pytest.raises(Refused, match="is missing"):
+        open_prepared(config)
+    lines: list[str] = []
+    prepare(config, lines.append)
+    open_prepared(config)
+    assert any(str(leftovers[0]) in line and "killed" in line for line in lines)
+
+
+def test_an_interrupted_preparation_cleans_up(config: DataConfig) -> None:
+    def interrupt(line: str) -> None:
+        if line.startswith("train:"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, interrupt)
+    assert list(Path(config.prepared).parent.iterdir()) == []
+
+
+def test_of_two_preparations_at_once_one_wins_and_both_have_the_result(config: DataConfig) -> None:
+    lines: list[str] = []
+
+    def race(line: str) -> None:
+        lines.append(line)
+        if line.startswith("Everything is written"):
+            prepare(config, silent)  # the other one gets there first
+
+    manifest = prepare(config, race)
+    assert "already prepared" in lines[-1]
+    assert manifest == open_prepared(config).manifest
+    assert [path.name for path in Path(config.prepared).parent.iterdir()] == ["prepared"]
+
+
+def test_a_race_lost_to_other_settings_is_refused(config: DataConfig) -> None:
+    def race(line: str) -> None:
+        if line.startswith("Everything is written"):
+            prepare(replace(config, vocabulary=290), silent)
+
+    with pytest.raises(Refused, match="other text or settings"):
+        prepare(config, race)
+    assert open_directory(Path(config.prepared)).manifest.vocabulary == 290
+
+
+def test_large_vocabularies_get_wide_shards(tmp_path: Path) -> None:
+    assert [token_dtype(size) for size in (258, 2**16, 2**16 + 1)] == ["uint16", "uint16", "uint32"]
+    with SplitWriter(tmp_path, "train", np.dtype("<u4"), 2) as writer:
+        writer.add([1, 2**16, 129_279], 3)
+        entry = writer.finish()
+    assert [shard.bytes for shard in entry.shards] == [8, 4]
+    stored = b"".join((tmp_path / shard.file).read_bytes() for shard in entry.shards)
+    assert np.frombuffer(stored, dtype="<u4").tolist() == [1, 2**16, 129_279]
+
+
+def test_bad_values_are_listed_at_once(config: DataConfig) -> None:
+    message = refusal(replace(config, vocabulary=10, validation=("held", "held")))
+    assert "data.vocabulary = 10: must be at least 258" in message
+    assert "names a work twice" in message
+    assert "at least one work" in refusal(replace(config, validation=()))
+
+
+def test_a_missing_or_empty_corpus_is_refused(config: DataConfig, tmp_path: Path) -> None:
+    assert "is not a directory" in refusal(replace(config, corpus=str(tmp_path / "nowhere")))
+    (tmp_path / "empty").mkdir()
+    assert "holds no text" in refusal(replace(config, corpus=str(tmp_path / "empty")))
+
+
+def test_everything_wrong_with_the_works_is_listed_at_once(config: DataConfig) -> None:
+    corpus = config.corpus_directory
+    (corpus / "empty.txt").write_text(" \n")
+    (corpus / "nothing.jsonl").write_text("")
+    (corpus / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    (corpus / "lines.jsonl").write_text('{"text": "good"}\n{"txet": "bad"}\n')
+    (corpus / "broken.jsonl").write_text('{"text": "half')
+    (corpus / "half.jsonl").write_text('{"text": "\\ud800"}\n')
+    (corpus / "alpha.jsonl").write_text('{"text": "same name"}\n')
+    message = refusal(replace(config, validation=("held", "heldd")))
+    for part in (
+        "empty.txt = '': holds no text",
+        "nothing.jsonl = '': holds no text",
+        "latin.txt = 'the file': is not UTF-8 at byte 2",
+        "lines.jsonl = 'line 2': must be an object",
+        "broken.jsonl = 'line 1': is not JSON",
+        "half.jsonl = 'line 1': holds half of a surrogate pair",
+        "both alpha.txt and alpha.jsonl",
+        "data.validation = 'heldd': is no work of this corpus, which has alpha,",
+    ):
+        assert part in message
+
+
+def test_holding_out_everything_is_refused(config: DataConfig) -> None:
+    assert "holds out every work" in refusal(replace(config, validation=("alpha", "held", "lines")))
+
+
+def test_a_vocabulary_out_of_reach_is_refused(config: DataConfig) -> None:
+    message = refusal(replace(config, vocabulary=50_000))
+    assert "data.vocabulary = 50000: cannot be reached: the training text gives " in message
+
+
+def test_a_place_that_cannot_be_written_is_refused(config: DataConfig) -> None:
+    inside_a_file = str(config.corpus_directory / "alpha.txt" / "prepared")
+    with pytest.raises(Refused, match="cannot be created"):
+        prepare(replace(config, prepared=inside_a_file), silent)
+
+
+def test_the_packaged_corpus_is_plain_ascii_prose() -> None:
+    config = DataConfig(corpus="shakespeare", prepared="unused", vocabulary=2048, validation=("julius_caesar",))
+    texts = [path.read_text("ascii") for path in sorted(config.corpus_directory.glob("*.txt"))]
+    assert len(texts) == 7
+    assert not set("".join(texts)) & set("*_#<>\\`|{}\r\t")
+    assert all(text.endswith("\n") and "\n\n\n" not in text and " \n" not in text for text in texts)

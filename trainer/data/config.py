@@ -1,0 +1,51 @@
+"""Which text a run trains on, and where its tokens are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...comm.refusal import Problem
+
+PACKAGED_CORPUS = "shakespeare"
+SMALLEST_VOCABULARY = 258  # 256 bytes and two special tokens
+LARGEST_VOCABULARY = 2**32  # what a uint32 shard can name
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """A corpus is a directory of works: `NAME.txt` is one document, `NAME.jsonl` one a line under the key `text`."""
+
+    corpus: str
+    """Directory of the works; the word `shakespeare` means the seven plays that come with the package."""
+    prepared: str
+    """Directory for the tokenizer and the token shards made from the corpus."""
+    vocabulary: int
+    """Entries of the byte-level BPE, its two special tokens included."""
+    validation: tuple[str, ...]
+    """Names of the works held out; the rest is trained on."""
+
+    @property
+    def corpus_directory(self) -> Path:
+        """Where the works are."""
+        if self.corpus == PACKAGED_CORPUS:
+            return Path(__file__).parent / "corpus" / PACKAGED_CORPUS
+        return Path(self.corpus)
+
+    def problems(self) -> Iterator[Problem]:
+        """What is impossible about these values on their own."""
+        if not self.corpus:
+            yield Problem("corpus", self.corpus, f"must name a directory, or be {PACKAGED_CORPUS}")
+        if not Path(self.prepared).resolve().name or not self.prepared:
+            yield Problem("prepared", self.prepared, "must name a directory that may be created")
+        if self.vocabulary < SMALLEST_VOCABULARY:
+            remedy = f"must be at least {SMALLEST_VOCABULARY}: 256 bytes and two special tokens"
+            yield Problem("vocabulary", self.vocabulary, remedy)
+        if self.vocabulary > LARGEST_VOCABULARY:
+            yield Problem("vocabulary", self.vocabulary, f"must be at most {LARGEST_VOCABULARY}, to fit 32 bits")
+        if not self.validation:
+            remedy = "must name at least one work: a loss on text that was trained on says little"
+            yield Problem("validation", self.validation, remedy)
+        if len(set(self.validation)) < len(self.validation):
+            yield Problem("validation", self.validation, "names a work twice")

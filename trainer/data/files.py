@@ -1,0 +1,62 @@
+"""Files that survive a crash: hashed as they are written, on disk before anyone relies on them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from types import TracebackType
+
+from .manifest import FileEntry
+
+
+class HashedFile:
+    """A new file that is written once, front to back. Use it as a context; `entry` is known after it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("xb")
+        self._hash = hashlib.sha256()
+        self._bytes = 0
+
+    def write(self, raw: bytes) -> None:
+        """Append `raw`."""
+        self._file.write(raw)
+        self._hash.update(raw)
+        self._bytes += len(raw)
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Bring everything to the disk; a second call does nothing."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    @property
+    def entry(self) -> FileEntry:
+        """Name, size and hash of what was written so far."""
+        return FileEntry(self._path.name, self._bytes, self._hash.hexdigest())
+
+
+def write_file(path: Path, raw: bytes) -> FileEntry:
+    """Write a whole file durably."""
+    with HashedFile(path) as file:
+        file.write(raw)
+    return file.entry
+
+
+def sync_directory(path: Path) -> None:
+    """Bring a directory's entries to the disk: without it a crash may forget a file that was itself synced."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,90 @@
+"""What a prepared directory holds, in numbers and in a few lines of its text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .entropy import unigram_entropy
+from .manifest import Manifest
+from .prepared import open_directory
+from .shards import Split
+
+
+@dataclass(frozen=True)
+class SplitDescription:
+    """One split."""
+
+    name: str
+    works: tuple[str, ...]
+    documents: int
+    tokens: int
+    bytes: int
+    """UTF-8 bytes of its text."""
+    bytes_per_token: float
+    shards: int
+    unigram_entropy: float
+    """Nats a token; the loss without any context."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """A prepared directory. Plain values, so `dataclasses.asdict` makes it JSON."""
+
+    directory: str
+    fingerprint: str
+    digest: str
+    vocabulary: int
+    dtype: str
+    splits: tuple[SplitDescription, ...]
+    excerpt: str
+    """The first tokens of the training split, decoded."""
+
+
+def describe(directory: Path, excerpt_tokens: int = 128) -> Description:
+    """Open `directory` and describe it. Raises `Refused` when it is not whole."""
+    prepared = open_directory(directory)
+    manifest, train = prepared.manifest, prepared.train
+    tokens_T = train.read(0, min(excerpt_tokens, train.tokens))
+    return Description(
+        directory=str(directory),
+        fingerprint=manifest.fingerprint,
+        digest=manifest.digest,
+        vocabulary=manifest.vocabulary,
+        dtype=manifest.dtype,
+        splits=(_describe_split(manifest, train), _describe_split(manifest, prepared.validation)),
+        excerpt=prepared.tokenizer.decode(tokens_T.tolist()),
+    )
+
+
+def render(description: Description) -> str:
+    """Lines for a terminal."""
+    lines = [
+        f"{description.directory}: byte-level BPE of {description.vocabulary} entries, {description.dtype} shards",
+        f"made from  {description.fingerprint}",
+        f"contents   {description.digest}",
+        "",
+        f"{'split':<12}{'documents':>10}{'tokens':>14}{'bytes':>14}"
+        f"{'bytes/token':>13}{'shards':>8}{'unigram nats':>14}",
+    ]
+    lines += [
+        f"{split.name:<12}{split.documents:>10}{split.tokens:>14}{split.bytes:>14}{split.bytes_per_token:>13.3f}"
+        f"{split.shards:>8}{split.unigram_entropy:>14.4f}"
+        for split in description.splits
+    ]
+    lines += [f"{split.name}: {', '.join(split.works)}" for split in description.splits]
+    return "\n".join([*lines, "", "The training text begins:", description.excerpt])
+
+
+def _describe_split(manifest: Manifest, split: Split) -> SplitDescription:
+    entry = {"train": manifest.train, "validation": manifest.validation}[split.name]
+    return SplitDescription(
+        name=split.name,
+        works=tuple(source.work for source in manifest.sources if source.split == split.name),
+        documents=entry.documents,
+        tokens=entry.tokens,
+        bytes=entry.bytes,
+        bytes_per_token=entry.bytes / entry.tokens,
+        shards=len(entry.shards),
+        unigram_entropy=unigram_entropy(split, manifest.vocabulary),
+    )

@@ -1,0 +1,172 @@
+"""From a corpus to a prepared directory: whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ...comm.refusal import Problem, Refused, refuse_if_any
+from .config import DataConfig
+from .corpus import read_documents, survey
+from .files import sync_directory, write_file
+from .manifest import FORMAT, MANIFEST, Manifest, Source, SplitEntry, fingerprint, token_dtype
+from .prepared import open_directory
+from .shards import SHARD_TOKENS, SplitWriter
+from .tokenizer import Tokenizer, train_tokenizer
+
+_BATCH_CHARACTERS = 2**22  # enough documents for all cores to encode, few enough for memory
+
+
+def prepare(config: DataConfig, report: Callable[[str], None], *, shard_tokens: int = SHARD_TOKENS) -> Manifest:
+    """Make `config.prepared` from the corpus, or find it made already, and tell `report` in sentences.
+
+    The files are written to a sibling directory that is renamed when it is complete, so a killed preparation leaves
+    nothing that could be taken for data, and of two at once one wins and the other takes its result.
+    Raises `Refused` for a bad configuration or corpus, and for a directory that holds anything else.
+    """
+    _check(config, shard_tokens)
+    sources = survey(config)
+    wanted = fingerprint(sources, config.vocabulary, shard_tokens)
+    final = Path(config.prepared).resolve()
+    if _is_occupied(final):
+        return _reuse(final, wanted, report)
+    total = sum(source.bytes for source in sources)
+    report(f"{len(sources)} works, {total / 1e6:.2f} MB of text; held out: {', '.join(config.validation)}.")
+    for leftover in sorted(final.parent.glob(f".{glob.escape(final.name)}.preparing-*")):
+        report(f"{leftover} belongs to a preparation that is under way, or was killed; remove it in the second case.")
+    temporary = _make_temporary(final)
+    try:
+        manifest = _write(config, sources, shard_tokens, temporary, report)
+        report(f"Everything is written; {final} comes into being.")
+        if not _publish(temporary, final):
+            return _reuse(final, wanted, report)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+    return manifest
+
+
+def _check(config: DataConfig, shard_tokens: int) -> None:
+    problems = [problem.under("data") for problem in config.problems()]
+    if shard_tokens < 1:
+        problems.append(Problem("shard_tokens", shard_tokens, "must be at least 1"))
+    refuse_if_any(problems)
+
+
+def _write(
+    config: DataConfig,
+    sources: tuple[Source, ...],
+    shard_tokens: int,
+    directory: Path,
+    report: Callable[[str], None],
+) -> Manifest:
+    """Fill an empty directory, the manifest last."""
+    start = time.perf_counter()
+    texts = (text for source in sources if source.split == "train" for text in _documents(config, source))
+    tokenizer = train_tokenizer(texts, config.vocabulary)
+    report(f"Tokenizer of {tokenizer.vocabulary} entries learnt in {time.perf_counter() - start:.1f} s.")
+    splits = {}
+    for name in ("train", "validation"):
+        start = time.perf_counter()
+        held = [source for source in sources if source.split == name]
+        split = _write_split(config, held, tokenizer, directory, name, shard_tokens)
+        splits[name] = split
+        report(
+            f"{name}: {split.tokens} tokens, {split.bytes / split.tokens:.2f} bytes a token; documents: "
+            f"{split.documents}; shards: {len(split.shards)}; {time.perf_counter() - start:.1f} s."
+        )
+    manifest = Manifest(
+        format=FORMAT,
+        fingerprint=fingerprint(sources, config.vocabulary, shard_tokens),
+        vocabulary=config.vocabulary,
+        dtype=token_dtype(config.vocabulary),
+        shard_tokens=shard_tokens,
+        sources=sources,
+        tokenizer=write_file(directory / "tokenizer.json", tokenizer.to_json().encode()),
+        train=splits["train"],
+        validation=splits["validation"],
+    )
+    write_file(directory / MANIFEST, manifest.to_json().encode())
+    sync_directory(directory)
+    return manifest
+
+
+def _write_split(
+    config: DataConfig,
+    sources: Iterable[Source],
+    tokenizer: Tokenizer,
+    directory: Path,
+    name: str,
+    shard_tokens: int,
+) -> SplitEntry:
+    dtype = np.dtype(token_dtype(config.vocabulary)).newbyteorder("<")
+    documents = (text for source in sources for text in _documents(config, source))
+    with SplitWriter(directory, name, dtype, shard_tokens) as writer:
+        for texts in _batches(documents):
+            for text, tokens in zip(texts, tokenizer.encode_batch(texts), strict=True):
+                writer.add([*tokens, tokenizer.end], len(text.encode()))
+        return writer.finish()
+
+
+def _documents(config: DataConfig, source: Source) -> Iterator[str]:
+    return read_documents(config.corpus_directory / source.file)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _make_temporary(final: Path) -> Path:
+    """An empty directory beside `final`, so that a rename moves no bytes."""
+    temporary = final.with_name(f".{final.name}.preparing-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise Refused([Problem("data.prepared", str(final), f"cannot be created: {error.strerror}")]) from error
+    return temporary
+
+
+def _is_occupied(path: Path) -> bool:
+    """Whether something is there that a rename would not replace; an empty directory is not."""
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
+def _publish(temporary: Path, final: Path) -> bool:
+    """Give the directory its name in one step; False when another preparation was faster."""
+    try:
+        temporary.rename(final)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    sync_directory(final.parent)
+    return True
+
+
+def _reuse(final: Path, wanted: str, report: Callable[[str], None]) -> Manifest:
+    manifest = open_directory(final).manifest
+    if manifest.fingerprint != wanted:
+        remedy = (
+            "holds data made from other text or settings "
+            f"({len(manifest.sources)} works, vocabulary {manifest.vocabulary}); name another directory, or remove it"
+        )
+        raise Refused([Problem("data.prepared", str(final), remedy)])
+    report(f"{final} is already prepared from this text with these settings.")
+    return manifest

@@ -1,0 +1,165 @@
+"""The tokens of a split in files of limited size, written once and read through memory maps.
+
+Shapes: T tokens of a range, M documents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...comm.refusal import Problem, Refused, refuse_if_any
+from .files import HashedFile, write_file
+from .manifest import FileEntry, Manifest, SplitEntry
+
+Int64Array = npt.NDArray[np.int64]
+
+SHARD_TOKENS = 2**27
+"""Default limit of a shard: 256 MiB of uint16."""
+
+
+class SplitWriter:
+    """Writes one split, document by document, into a new directory's files. Use it as a context."""
+
+    def __init__(self, directory: Path, name: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
+        self._directory = directory
+        self._name = name
+        self._dtype = dtype
+        self._shard_tokens = shard_tokens
+        self._shards: list[HashedFile] = []
+        self._starts: list[int] = []
+        self._tokens = 0
+        self._text_bytes = 0
+
+    def __enter__(self) -> SplitWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for shard in self._shards:
+            shard.close()
+
+    def add(self, tokens: Sequence[int], text_bytes: int) -> None:
+        """Append a document's tokens, the end token among them, that stand for `text_bytes` bytes of text."""
+        self._starts.append(self._tokens)
+        self._text_bytes += text_bytes
+        tokens_T = np.asarray(tokens, dtype=self._dtype)
+        while len(tokens_T):
+            room = -self._tokens % self._shard_tokens
+            if room == 0:
+                self._open_next()
+                room = self._shard_tokens
+            self._shards[-1].write(tokens_T[:room].tobytes())
+            self._tokens += len(tokens_T[:room])
+            tokens_T = tokens_T[room:]
+
+    def finish(self) -> SplitEntry:
+        """Bring the split to the disk and say what it is."""
+        for shard in self._shards:
+            shard.close()
+        buffer = io.BytesIO()
+        np.save(buffer, np.asarray(self._starts, dtype="<i8"))
+        return SplitEntry(
+            tokens=self._tokens,
+            documents=len(self._starts),
+            bytes=self._text_bytes,
+            shards=tuple(shard.entry for shard in self._shards),
+            starts=write_file(self._directory / f"{self._name}_documents.npy", buffer.getvalue()),
+        )
+
+    def _open_next(self) -> None:
+        if self._shards:
+            self._shards[-1].close()
+        self._shards.append(HashedFile(self._directory / f"{self._name}_{len(self._shards):05d}.bin"))
+
+
+@dataclass(frozen=True)
+class Split:
+    """The tokens of one split as one long row, whatever files they are in."""
+
+    name: str
+    """`train` or `validation`."""
+    tokens: int
+    """Length of the row."""
+    starts_M: Int64Array
+    """Where each document starts."""
+    shards: tuple[npt.NDArray[Any], ...]
+    """Memory maps; each but the last holds `shard_tokens` tokens."""
+    shard_tokens: int
+
+    def read(self, start: int, stop: int) -> Int64Array:
+        """Tokens `start` to `stop` (excluded) as int64 [T], across shards where need be."""
+        if not 0 <= start <= stop <= self.tokens:
+            raise IndexError(f"{self.name}: tokens {start} to {stop} of {self.tokens}")
+        tokens_T = np.empty(stop - start, dtype=np.int64)
+        position = start
+        while position < stop:
+            index, offset = divmod(position, self.shard_tokens)
+            part = self.shards[index][offset : offset + stop - position]
+            tokens_T[position - start : position - start + len(part)] = part
+            position += len(part)
+        return tokens_T
+
+
+def open_split(directory: Path, manifest: Manifest, name: str) -> Split:
+    """Map the shards of a split. Raises `Refused` for missing or truncated files, but reads no token."""
+    entry = {"train": manifest.train, "validation": manifest.validation}[name]
+    dtype = manifest.numpy_dtype
+    problems = list(_size_problems(directory, (*entry.shards, entry.starts)))
+    limit = manifest.shard_tokens
+    expected = [min(limit, entry.tokens - first) * dtype.itemsize for first in range(0, entry.tokens, limit)]
+    if [shard.bytes for shard in entry.shards] != expected:
+        remedy = f"{entry.tokens} {name} tokens in {manifest.dtype} need shards of {expected} bytes; prepare again"
+        problems.append(Problem(str(directory), [shard.bytes for shard in entry.shards], remedy))
+    refuse_if_any(problems)
+    shards = tuple(np.memmap(directory / shard.file, dtype=dtype, mode="r") for shard in entry.shards)
+    return Split(name, entry.tokens, _read_starts(directory / entry.starts.file, entry), shards, limit)
+
+
+def verify_files(directory: Path, files: Sequence[FileEntry]) -> None:
+    """Read every byte of `files`. Raises `Refused` with each that is missing, truncated, or not what was written."""
+    problems = list(_size_problems(directory, files))
+    damaged = {problem.field for problem in problems}
+    for entry in files:
+        path = directory / entry.file
+        if str(path) in damaged:
+            continue
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != entry.sha256:
+            problems.append(Problem(str(path), found, f"must have SHA-256 {entry.sha256}: {_AGAIN}"))
+    refuse_if_any(problems)
+
+
+_AGAIN = "the file is damaged; remove the directory and prepare again"
+
+
+def _size_problems(directory: Path, files: Sequence[FileEntry]) -> Iterator[Problem]:
+    for entry in files:
+        path = directory / entry.file
+        if not path.is_file():
+            yield Problem(str(path), None, "is missing; remove the directory and prepare again")
+        elif path.stat().st_size != entry.bytes:
+            yield Problem(str(path), path.stat().st_size, f"must have {entry.bytes} bytes: {_AGAIN}")
+
+
+def _read_starts(path: Path, entry: SplitEntry) -> Int64Array:
+    try:
+        starts_M: Int64Array = np.load(path, allow_pickle=False)
+    except ValueError as error:
+        raise Refused([Problem(str(path), str(error), f"is not an .npy file: {_AGAIN}")]) from error
+    ends_M = np.append(starts_M[1:], entry.tokens) if starts_M.ndim == 1 else starts_M
+    is_whole = starts_M.dtype == np.int64 and starts_M.shape == (entry.documents,) and starts_M[:1].tolist() == [0]
+    if not (is_whole and (starts_M < ends_M).all()):
+        remedy = f"must hold {entry.documents} rising document starts in {entry.tokens} tokens: {_AGAIN}"
+        raise Refused([Problem(str(path), starts_M.shape, remedy)])
+    return starts_M

@@ -1,0 +1,98 @@
+"""Byte-level BPE: any text to tokens and back without loss."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from ...comm.refusal import Problem, Refused
+
+END = "<|end|>"
+PAD = "<|pad|>"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to token numbers and back. Text that spells a special token stays text: it is never read as one."""
+
+    bpe: tokenizers.Tokenizer
+    end: int
+    """Follows each document."""
+    pad: int
+    """Fills a window behind the last token."""
+
+    @classmethod
+    def around(cls, bpe: tokenizers.Tokenizer) -> Tokenizer:
+        """Wrap a BPE that has the two special tokens; raises `ValueError` for one without them."""
+        end, pad = bpe.token_to_id(END), bpe.token_to_id(PAD)
+        if end is None or pad is None:
+            raise ValueError(f"the special tokens {END} and {PAD} are missing")
+        bpe.encode_special_tokens = True  # not kept in the file: a document may hold the letters `<|end|>`
+        return cls(bpe, end, pad)
+
+    @property
+    def vocabulary(self) -> int:
+        """Entries, the special tokens included."""
+        return self.bpe.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of `text`, without an end token."""
+        return self.bpe.encode(text).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same for many texts, on all cores."""
+        return [encoding.ids for encoding in self.bpe.encode_batch(list(texts))]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of `tokens`; special tokens by name, a cut-off character as U+FFFD."""
+        return self.bpe.decode(list(tokens), skip_special_tokens=False)
+
+    def to_json(self) -> str:
+        """The text of `tokenizer.json`."""
+        return self.bpe.to_str(pretty=True)
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """Learn merges from `texts`; the same texts give the same tokenizer.
+
+    Raises `Refused` when the texts have too few different words for `vocabulary` entries.
+    """
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer=trainer)
+    tokenizer = Tokenizer.around(bpe)
+    if tokenizer.vocabulary != vocabulary:
+        remedy = f"cannot be reached: the training text gives {tokenizer.vocabulary} entries; ask for at most that"
+        raise Refused([Problem("data.vocabulary", vocabulary, remedy)])
+    return tokenizer
+
+
+def load_tokenizer(path: Path, vocabulary: int, sha256: str) -> Tokenizer:
+    """Read `tokenizer.json`. Raises `Refused` unless it is the very file that the shards were made with."""
+    if not path.is_file():
+        raise Refused([Problem(str(path), None, "is missing; remove the directory and prepare again")])
+    raw = path.read_bytes()
+    found = hashlib.sha256(raw).hexdigest()
+    if found != sha256:
+        remedy = f"is not the tokenizer of these shards, whose SHA-256 is {sha256}; restore it, or prepare again"
+        raise Refused([Problem(str(path), found, remedy)])
+    try:
+        tokenizer = Tokenizer.around(tokenizers.Tokenizer.from_str(raw.decode("utf-8")))
+    except Exception as error:  # the library raises plain Exception for a file it cannot read
+        raise Refused([Problem(str(path), str(error), "is not a tokenizer of ours; prepare again")]) from error
+    if tokenizer.vocabulary != vocabulary:
+        remedy = f"its number of entries must be the manifest's {vocabulary}; prepare again"
+        raise Refused([Problem(str(path), tokenizer.vocabulary, remedy)])
+    return tokenizer
