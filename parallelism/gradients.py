@@ -64,8 +64,5 @@ def _sum_flat(parameters: Sequence[Tensor], group: Group) -> None:
 
 def _sum_of_squares(parameters: Iterable[Tensor]) -> Tensor:
     """FP64, 0-dimensional, on the CPU, where the sums of all devices meet."""
-    total = torch.zeros((), dtype=torch.float64)
-    for parameter in parameters:
-        norm = torch.linalg.vector_norm(_grad(parameter), dtype=torch.float64)
-        total += norm.square().cpu()
-    return total
+    norms = [torch.linalg.vector_norm(_grad(parameter), dtype=torch.float64) for parameter in parameters]
+    return torch.stack(norms).square().sum().cpu() if norms else torch.zeros((), dtype=torch.float64)

@@ -1,0 +1,150 @@
+"""Every value that no run can have is refused with its key and what to write instead."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+import pytest
+
+from shoestring.launch.compose import compose_run, to_tree
+from shoestring.launch.typed import build
+from shoestring.tests.launch.refusals import by_field
+from shoestring.trainer.config import RunConfig
+
+YARN: dict[str, object] = {"factor": 4.0, "original_length": 64, "beta_fast": 32.0, "beta_slow": 1.0}
+YARN |= {"mscale": 1.0, "mscale_all_dim": 1.0}
+
+
+@pytest.fixture(scope="module")
+def tree() -> dict[str, object]:
+    """A run without fault, every optional part in it: tiny, on one rank."""
+    return changed(to_tree(compose_run([])), {"model.yarn": YARN, "cluster.peak_tflops": 1.0})
+
+
+def changed(tree: Mapping[str, object], values: Mapping[str, object]) -> dict[str, object]:
+    """A copy of a nested tree with other values at some dotted keys."""
+    copy = {key: changed(item, {}) if isinstance(item, Mapping) else item for key, item in tree.items()}
+    for path, value in values.items():
+        key, _, rest = path.partition(".")
+        inner = copy[key]
+        copy[key] = value if not rest or not isinstance(inner, dict) else changed(inner, {rest: value})
+    return copy
+
+
+def problems(tree: Mapping[str, object], values: Mapping[str, object]) -> dict[str, str]:
+    return by_field(build(RunConfig, changed(tree, values)).problems())
+
+
+def numbers(tree: Mapping[str, object], path: str = "") -> Iterator[str]:
+    for key, item in tree.items():
+        if isinstance(item, Mapping):
+            yield from numbers(item, f"{path}{key}.")
+        elif isinstance(item, int | float) and not isinstance(item, bool):
+            yield f"{path}{key}"
+
+
+def test_the_run_without_fault(tree: dict[str, object]) -> None:
+    assert problems(tree, {}) == {}
+    assert len(list(numbers(tree))) > 50
+
+
+def test_no_number_may_be_negative(tree: dict[str, object]) -> None:
+    schedules = ("training.mtp_weight.0", "training.bias_speed.0")
+    for path in numbers(tree):
+        field = path.removesuffix(".0") if path in schedules else path
+        found = problems(tree, {path: -1} if path not in schedules else {field: {0: -1.0}})
+        assert field in found, path
+        assert re.search(r"must be (at least|greater than)|must divide", found[field]), found
+
+
+ZERO_IS_NOTHING = {
+    "model.dense_layers",
+    "model.shared_experts",
+    "model.mtp_depth",
+    "model.yarn.mscale",
+    "model.yarn.mscale_all_dim",
+    "optimizer.final_learning_rate",
+    "optimizer.warmup_tokens",
+    "optimizer.constant_tokens",
+    "optimizer.decay_tokens",
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "optimizer.weight_decay",
+    "training.seed",
+    "training.balance_weight",
+    "training.mtp_weight.0",
+    "training.bias_speed.0",
+    "training.evaluate_every",
+    "training.checkpoint_every",
+    "training.sample_tokens",
+}
+
+
+def test_zero_is_refused_where_it_means_nothing(tree: dict[str, object]) -> None:
+    allowed = {path for path in numbers(tree) if not path.endswith(".0") and not problems(tree, {path: 0})}
+    assert allowed == {path for path in ZERO_IS_NOTHING if not path.endswith(".0")}
+    assert problems(tree, {"training.mtp_weight": {0: 0.0}, "training.bias_speed": {0: 0.0}}) == {}
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "remedy"),
+    [
+        ({"model.experts": 18}, "model.groups", "must divide experts = 18"),
+        ({"model.groups": 3}, "model.groups", "must divide experts = 16"),
+        ({"model.top_k": 9}, "model.top_k", "must be at most 8: 2 of 4 groups hold 8 experts"),
+        ({"model.top_k_groups": 5}, "model.top_k_groups", "must be at most groups = 4"),
+        ({"model.qk_rope_head_dim": 15}, "model.qk_rope_head_dim", "must be even"),
+        ({"model.dense_layers": 5}, "model.dense_layers", "must be at most layers = 4"),
+        ({"model.affinity": "tanh"}, "model.affinity", "must be sigmoid or softmax"),
+        ({"model.q_lora_rank": 0}, "model.q_lora_rank", "null for no query compression"),
+        ({"model.yarn.factor": 0.5}, "model.yarn.factor", "must be at least 1"),
+        ({"model.yarn.beta_fast": 1.0}, "model.yarn.beta_fast", "must be greater than beta_slow = 1.0"),
+        ({"topology.pp": 2}, "topology.pp", "write topology.pp=1"),
+        ({"exchange.name": "two_hops"}, "exchange.name", "no such exchange; there is: flat"),
+        ({"precision.compute": "fp8"}, "precision.compute", "must be auto, float32, bfloat16, float64"),
+        ({"optimizer.beta2": 1.0}, "optimizer.beta2", "less than 1"),
+        ({"optimizer.final_learning_rate": 1.0}, "optimizer.final_learning_rate", "at most peak_learning_rate"),
+        ({"schedule.name": "dualpipe"}, "schedule.name", "no such schedule; there is: sequential"),
+        ({"data.corpus": ""}, "data.corpus", "must name a directory"),
+        ({"data.prepared": ""}, "data.prepared", "must name a directory"),
+        ({"data.prepared": "/"}, "data.prepared", "must name a directory"),
+        ({"data.vocabulary": 257}, "data.vocabulary", "must be at least 258: 256 bytes and two special tokens"),
+        ({"data.vocabulary": 2**32 + 1}, "data.vocabulary", "32 bits"),
+        ({"data.validation": []}, "data.validation", "at least one work"),
+        ({"data.validation": ["hamlet", "hamlet"]}, "data.validation", "twice"),
+        ({"budget.phase": "later"}, "budget.phase", "pre_train, context_extension, post_training"),
+        ({"training.device": "tpu"}, "training.device", "must be auto, cpu or cuda"),
+        ({"training.run_dir": ""}, "training.run_dir", "must name a directory"),
+        ({"training.sample_prompt": ""}, "training.sample_prompt", "write training.sample_tokens=0"),
+        ({"training.mtp_weight": {}}, "training.mtp_weight", "from the start: {0: "),
+        ({"training.mtp_weight": {1000: 0.1}}, "training.mtp_weight", "from the start: {0: "),
+        ({"training.bias_speed": {0: 0.1, -5: 0.2}}, "training.bias_speed", "must be at least 0"),
+        ({"telemetry.wandb.mode": "on"}, "telemetry.wandb.mode", "offline, online, disabled"),
+        ({"telemetry.wandb.project": ""}, "telemetry.wandb.project", "must not be empty"),
+        # What two parts of a run must agree on.
+        ({"topology.ep": 3, "training.global_batch": 15}, "topology.ep", "must divide model.experts = 16"),
+        ({"data.vocabulary": 4096}, "data.vocabulary", "must equal model.vocabulary = 2048"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_what_is_impossible(tree: dict[str, object], values: dict[str, object], field: str, remedy: str) -> None:
+    found = problems(tree, values)
+    assert list(found) == [field]
+    assert remedy in found[field]
+
+
+@pytest.mark.parametrize(("global_batch", "nearest"), [(1, 24), (13, 24), (25, 24), (35, 24), (37, 48), (49, 48)])
+def test_the_global_batch_is_a_multiple_of_what_all_ranks_take(
+    tree: dict[str, object], global_batch: int, nearest: int
+) -> None:
+    layout = {"topology.edp": 3, "topology.ep": 4, "schedule.micro_batch": 2}
+    found = problems(tree, {**layout, "training.global_batch": global_batch})
+    assert found.keys() == {"training.global_batch"}
+    assert f"must be a multiple of 24 (edp x ep x micro_batch = 3 x 4 x 2); the nearest is {nearest}" in str(found)
+    assert problems(tree, {**layout, "training.global_batch": nearest}) == {}
+
+
+def test_parts_that_do_not_agree_are_named_together(tree: dict[str, object]) -> None:
+    found = problems(tree, {"topology.ep": 3, "training.global_batch": 16, "data.vocabulary": 4096})
+    assert found.keys() == {"topology.ep", "training.global_batch", "data.vocabulary"}

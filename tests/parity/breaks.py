@@ -1,0 +1,202 @@
+"""Deliberate breaks, one of each convention. Each patches the package inside a worker, and says what must then differ.
+
+Letters: B batch, S sequence, T tokens (B*S), D hidden, E experts, K top-k, N routers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import shoestring.parallelism.gradients as gradients_module
+import shoestring.trainer.step as step_module
+from shoestring.comm.groups import Group
+from shoestring.parallelism.gradients import Gradients
+from shoestring.tests.parity.layouts import Layout, Load, Padding
+from shoestring.trainer.data.batch import TokenBatch
+from shoestring.trainer.model.chunk import Forward, LossScales
+from shoestring.trainer.model.router import Router, Routing, update_bias
+from shoestring.trainer.step import Stepper, StepResult, StepSettings, count_targets
+
+Patch = AbstractContextManager[object]
+
+
+@dataclass(frozen=True)
+class Break:
+    """A convention, broken."""
+
+    apply: Callable[[], Patch]
+    layout: Layout
+    """Where it shows."""
+    wrong: frozenset[str]
+    """Exactly the quantities of `Errors` that differ after one step."""
+
+
+def average_gradients() -> Patch:
+    """The mean over replicas instead of the sum: dense gradients shrink by dp, those of experts by edp."""
+    sum_flat = gradients_module._sum_flat
+
+    def averaged(parameters: Sequence[Tensor], group: Group) -> None:
+        sum_flat(parameters, group)
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter.grad /= group.size
+
+    return patch.object(gradients_module, "_sum_flat", averaged)
+
+
+def sum_experts_over_every_rank() -> Patch:
+    """Gradients of different experts are added as if they were replicas."""
+
+    def reduce(self: Gradients) -> None:
+        gradients_module._sum_flat((*self.dense, *self.expert), self.groups.dense_dp)
+
+    return patch.object(Gradients, "reduce", reduce)
+
+
+def count_expert_squares_once_a_replica() -> Patch:
+    """The norm sums squares of experts over all ranks, so that each counts edp times."""
+
+    def norm(self: Gradients) -> float:
+        expert = self.groups.dense_dp.all_reduce_sum(gradients_module._sum_of_squares(self.expert))
+        return float((gradients_module._sum_of_squares(self.dense) + expert).sqrt())
+
+    return patch.object(Gradients, "norm", norm)
+
+
+def leave_out_other_experts() -> Patch:
+    """The norm takes what this rank holds for the whole model."""
+
+    def norm(self: Gradients) -> float:
+        return float(gradients_module._sum_of_squares((*self.dense, *self.expert)).sqrt())
+
+    return patch.object(Gradients, "norm", norm)
+
+
+def count_padding() -> Patch:
+    """The load counts padded tokens too: they are routed, after all."""
+    forward = Router.forward
+
+    def padded(self: Router, x_BSD: Tensor, valid_BS: Tensor) -> Routing:
+        routing = forward(self, x_BSD, valid_BS)
+        return replace(routing, counts_E=torch.bincount(routing.experts_TK.flatten(), minlength=self.config.experts))
+
+    return patch.object(Router, "forward", padded)
+
+
+def count_own_tokens() -> Patch:
+    """The load is that of this rank's tokens alone."""
+
+    def reduce_counts(self: Stepper, forwards: Sequence[Forward]) -> dict[str, Tensor]:
+        return {
+            name: torch.stack([forward.counts_E[name] for forward in forwards]).sum(dim=0)
+            for name in forwards[0].counts_E
+        }
+
+    return patch.object(Stepper, "_reduce_counts", reduce_counts)
+
+
+def flip_bias() -> Patch:
+    """Overloaded experts become more attractive."""
+
+    def flipped(bias_E: Tensor, counts_E: Tensor, speed: float) -> None:
+        update_bias(bias_E, counts_E, -speed)
+
+    return patch.object(step_module, "update_bias", flipped)
+
+
+def put_bias_into_gates() -> Patch:
+    """Gates come from affinity + bias, by which experts were chosen, instead of the affinity alone (eq. 13-16)."""
+    forward = Router.forward
+
+    def biased(self: Router, x_BSD: Tensor, valid_BS: Tensor) -> Routing:
+        routing = forward(self, x_BSD, valid_BS)
+        score_TE = F.linear(x_BSD.flatten(0, 1), self.weight).sigmoid() + self.bias_E
+        gates_TK = score_TE.gather(1, routing.experts_TK)
+        gates_TK = gates_TK / gates_TK.sum(dim=-1, keepdim=True) * self.config.routed_scaling
+        return replace(routing, gates_TK=gates_TK)
+
+    return patch.object(Router, "forward", biased)
+
+
+def scale_balance_by_ranks() -> Patch:
+    """Each rank divides the balance loss by its own sequences, so that the sum over ranks is too large by dp."""
+
+    def scales(main: float, mtp: float, balance: float) -> LossScales:
+        return LossScales(main=main, mtp=mtp, balance=balance * torch.distributed.get_world_size())
+
+    return patch.object(step_module, "LossScales", scales)
+
+
+def forget_mtp_depth() -> Patch:
+    """The weight of MTP is not divided by its depth (eq. 25)."""
+    step = Stepper.step
+
+    def undivided(
+        self: Stepper, micro_batches: Sequence[TokenBatch], sequences: int, settings: StepSettings
+    ) -> StepResult:
+        weight = settings.mtp_weight * self.chunk.model.config.mtp_depth
+        return step(self, micro_batches, sequences, replace(settings, mtp_weight=weight))
+
+    return patch.object(Stepper, "step", undivided)
+
+
+def divide_mtp_by_own_targets() -> Patch:
+    """The MTP loss of depth 1 is a mean over its own targets, of which a sequence that ends early has one fewer."""
+    step = Stepper.step
+
+    def own_mean(
+        self: Stepper, micro_batches: Sequence[TokenBatch], sequences: int, settings: StepSettings
+    ) -> StepResult:
+        counts = torch.zeros(2, dtype=torch.int64)
+        for batch in micro_batches:
+            length = batch.valid_BW.shape[1] - 2
+            own = (batch.valid_BW[:, :length] & batch.valid_BW[:, 2:]).sum()
+            counts += torch.stack((count_targets(batch, 1), own))
+        main, mtp = self.groups.dense_dp.all_reduce_sum(counts).tolist()
+        return step(self, micro_batches, sequences, replace(settings, mtp_weight=settings.mtp_weight * main / mtp))
+
+    return patch.object(Stepper, "step", own_mean)
+
+
+def average_each_micro_batch() -> Patch:
+    """Each micro-batch's loss is its own mean, and these means are averaged: a short one's tokens weigh more."""
+    accumulate = Stepper._accumulate
+
+    def averaged(self: Stepper, batch: TokenBatch, scales: LossScales) -> Forward:
+        targets = max(1, int(count_targets(batch, self.chunk.model.config.mtp_depth)))
+        main = 1 / (targets * 2 * self.groups.dense_dp.size)
+        return accumulate(self, batch, replace(scales, main=main, mtp=scales.mtp / scales.main * main))
+
+    return patch.object(Stepper, "_accumulate", averaged)
+
+
+_GRADIENT = frozenset({"grad", "norm", "weights"})
+_LOSS = _GRADIENT | {"total"}
+_RAGGED = Padding.RAGGED
+
+BREAKS: Mapping[str, Break] = MappingProxyType(
+    {
+        "gradients averaged": Break(average_gradients, Layout(2, 1, 1, 1), _GRADIENT),
+        "experts summed over every rank": Break(sum_experts_over_every_rank, Layout(2, 1, 1, 1), _GRADIENT),
+        "expert squares counted twice": Break(
+            count_expert_squares_once_a_replica, Layout(2, 2, 1, 1, _RAGGED), frozenset({"norm", "weights"})
+        ),
+        "expert squares left out": Break(leave_out_other_experts, Layout(2, 1, 1, 1), frozenset({"norm", "weights"})),
+        "padding counted in the load": Break(count_padding, Layout(2, 1, 2, 1, _RAGGED), frozenset({"counts", "bias"})),
+        "load of one rank": Break(count_own_tokens, Layout(2, 1, 2, 1, _RAGGED), frozenset({"counts", "bias"})),
+        "bias sign flipped": Break(flip_bias, Layout(2, 1, 1, 1), frozenset({"bias"})),
+        "bias in the gates": Break(put_bias_into_gates, Layout(2, 1, 1, 0, _RAGGED, layers=2), _LOSS | {"main"}),
+        "balance loss scaled by ranks": Break(scale_balance_by_ranks, Layout(2, 1, 1, 1), _LOSS | {"balance"}),
+        "MTP weight not divided by depth": Break(forget_mtp_depth, Layout(4, 1, 1, 2, _RAGGED, Load.IDLE), _LOSS),
+        "MTP divided by its own targets": Break(divide_mtp_by_own_targets, Layout(2, 1, 2, 1, _RAGGED), _LOSS),
+        "loss averaged by micro-batch": Break(average_each_micro_batch, Layout(2, 1, 2, 1, _RAGGED), _GRADIENT),
+    }
+)

@@ -1,0 +1,176 @@
+"""The layouts under test, and the weights, tokens and constants that a layout and its twin both start from.
+
+Letters: B batch (of a global batch, or of one micro-batch), S sequence, W window (S + 1 + MTP depth), E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from shoestring.comm.topology import Topology
+from shoestring.tests.reference.configs import random_params, reference_configs
+from shoestring.tests.reference.deepseek_v3 import BIAS, ReferenceConfig
+
+STEPS = 3
+SEQUENCE_LENGTH = 12
+BIAS_SPEED = 0.05
+# Below the norm of every step, so an error in the norm moves the weights.
+CLIP_NORM = 0.5
+# AdamW divides the scale of a gradient away unless eps is as large as the gradient.
+ADAM_EPS = 1e-2
+# Where sequence after sequence ends, as the end of a slice of its window: None is all of it, -1 all but the last token.
+RAGGED_ENDS = (None, 9, 0, 5, -1, 2, 7, 1)
+# Far below any affinity (0 to 1): an expert with this bias is chosen by nobody.
+NEVER = -100.0
+
+
+class Padding(StrEnum):
+    """Which positions are no tokens."""
+
+    NONE = "full"
+    RAGGED = "ragged"  # sequences end at different places, one in eight has no token at all
+    EMPTY = "empty"  # the last micro-batch of the last rank has no token, and one sequence ends early
+
+
+class Load(StrEnum):
+    """Which experts are chosen."""
+
+    EVEN = "even"
+    IDLE = "idle"  # the last rank of each expert-parallel group receives no row
+    BUSY = "busy"  # the last rank of each expert-parallel group receives every row
+    UNUSED = "unused"  # every second expert is chosen by nobody
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One row of the table."""
+
+    ep: int
+    edp: int
+    micro_batches: int
+    mtp: int
+    padding: Padding = Padding.NONE
+    load: Load = Load.EVEN
+    dtype: torch.dtype = torch.float64
+    layers: int = 3
+    """Of the main model. The first is dense."""
+    slow: bool = True
+    """Left out of the quick subset."""
+
+    @property
+    def name(self) -> str:
+        """What a person reads, and pytest's -k takes."""
+        dtype = "fp64" if self.dtype == torch.float64 else "fp32"
+        parts = (f"ep{self.ep}", f"edp{self.edp}", f"mb{self.micro_batches}", f"mtp{self.mtp}", f"layers{self.layers}")
+        return " ".join((*parts, f"{self.padding:6}", f"{self.load:6}", dtype))
+
+    @property
+    def tolerance(self) -> float:
+        """Largest relative error of any floating point quantity."""
+        return 1e-10 if self.dtype == torch.float64 else 5e-6
+
+    @property
+    def topology(self) -> Topology:
+        """The grid of ranks."""
+        return Topology(ep=self.ep, edp=self.edp)
+
+    @property
+    def config(self) -> ReferenceConfig:
+        """A small model; balance loss and MTP weigh enough to be seen."""
+        return replace(reference_configs()["full"], mtp_depth=self.mtp, layers=self.layers)
+
+    @property
+    def sequences_per_micro_batch(self) -> int:
+        """B of one micro-batch on one rank; the global batch has at least four sequences."""
+        return 4 if self.topology.dp * self.micro_batches == 1 else 2
+
+    @property
+    def sequences(self) -> int:
+        """B of the global batch."""
+        return self.topology.dp * self.micro_batches * self.sequences_per_micro_batch
+
+
+def learning_rate(step: int) -> float:
+    """Another one each step, from 0."""
+    return 0.01 * (step + 1)
+
+
+def start_params(layout: Layout) -> dict[str, Tensor]:
+    """Initial parameters by released name, in the layout's dtype; routing biases are FP32 and make the load."""
+    params = random_params(layout.config, seed=17, dtype=layout.dtype)
+    experts = layout.config.experts
+    of_last_rank_E = torch.arange(experts) >= experts - experts // layout.ep
+    banned_E = {
+        Load.EVEN: torch.zeros(experts, dtype=torch.bool),
+        Load.IDLE: of_last_rank_E,
+        Load.BUSY: ~of_last_rank_E,
+        Load.UNUSED: torch.arange(experts) % 2 == 1,
+    }[layout.load]
+    for name, value in params.items():
+        if name.endswith(BIAS):
+            value[banned_E] = NEVER
+    return params
+
+
+def global_batch(layout: Layout, step: int) -> tuple[Tensor, Tensor]:
+    """Tokens and valid positions of one step, each [B, W]. Padding holds random tokens: nothing may depend on them."""
+    window = SEQUENCE_LENGTH + 1 + layout.mtp
+    generator = torch.Generator().manual_seed(100 + step)
+    tokens_BW = torch.randint(0, layout.config.vocabulary, (layout.sequences, window), generator=generator)
+    valid_BW = torch.ones_like(tokens_BW, dtype=torch.bool)
+    if layout.padding is Padding.RAGGED:
+        valid_BW[:] = False
+        for index in range(layout.sequences):
+            valid_BW[index, : RAGGED_ENDS[(index + step) % len(RAGGED_ENDS)]] = True
+    elif layout.padding is Padding.EMPTY:
+        valid_BW[step % layout.sequences_per_micro_batch, 9:] = False
+        valid_BW[-layout.sequences_per_micro_batch :] = False
+    return tokens_BW, valid_BW
+
+
+_RAGGED, _EMPTY = Padding.RAGGED, Padding.EMPTY
+_IDLE, _BUSY, _UNUSED = Load.IDLE, Load.BUSY, Load.UNUSED
+_FP32 = torch.float32
+
+LAYOUTS = (
+    # One process: micro-batches, MTP and padding alone.
+    Layout(1, 1, 1, 0, slow=False),
+    Layout(1, 1, 2, 1, _RAGGED, slow=False),
+    Layout(1, 1, 3, 2, _RAGGED, _UNUSED),
+    Layout(1, 1, 3, 2, _EMPTY, dtype=_FP32),
+    # Data parallel: every rank holds every expert.
+    Layout(1, 2, 1, 1, _RAGGED, slow=False),
+    Layout(1, 2, 2, 0, _EMPTY, _UNUSED),
+    Layout(1, 2, 2, 2, _RAGGED, dtype=_FP32),
+    Layout(1, 2, 3, 1),
+    # Two ranks share the experts.
+    Layout(2, 1, 1, 0, _RAGGED, layers=2, slow=False),
+    Layout(2, 1, 1, 1, slow=False),
+    Layout(2, 1, 2, 1, _RAGGED, slow=False),
+    Layout(2, 1, 2, 2, _EMPTY, _IDLE),
+    Layout(2, 1, 3, 0, _RAGGED, _BUSY),
+    Layout(2, 1, 1, 2, _RAGGED, _UNUSED),
+    Layout(2, 1, 3, 2, _RAGGED, dtype=_FP32, slow=False),
+    Layout(2, 1, 1, 1, _EMPTY, _BUSY, dtype=_FP32),
+    # Four ranks share the experts.
+    Layout(4, 1, 1, 2, _RAGGED, _IDLE, slow=False),
+    Layout(4, 1, 2, 1, _EMPTY, _BUSY),
+    Layout(4, 1, 3, 0, _RAGGED, _UNUSED),
+    Layout(4, 1, 1, 1, _EMPTY),
+    Layout(4, 1, 2, 2, _RAGGED, dtype=_FP32),
+    Layout(4, 1, 1, 0, _EMPTY, _IDLE, dtype=_FP32),
+    # Both: two replicas of experts that two ranks share.
+    Layout(2, 2, 1, 1, _RAGGED, slow=False),
+    Layout(2, 2, 1, 2, _RAGGED, _BUSY),
+    Layout(2, 2, 2, 0, _EMPTY, _IDLE),
+    Layout(2, 2, 3, 1, _RAGGED, _UNUSED),
+    Layout(2, 2, 2, 1, dtype=_FP32),
+    Layout(2, 2, 1, 2, _EMPTY, _UNUSED, dtype=_FP32),
+    # Eight processes.
+    Layout(4, 2, 2, 1, _RAGGED, _IDLE),
+    Layout(4, 2, 1, 2, _EMPTY, dtype=_FP32),
+)

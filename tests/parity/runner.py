@@ -1,0 +1,139 @@
+"""Runs one layout in real processes, through the real stepper and optimizer, and compares it with its twin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+from shoestring.comm.flat import FlatExchange
+from shoestring.comm.groups import ProcessGroups
+from shoestring.comm.pending import Worker
+from shoestring.comm.traffic import Traffic
+from shoestring.parallelism.gradients import Gradients
+from shoestring.tests.parity.breaks import BREAKS
+from shoestring.tests.parity.layouts import (
+    ADAM_EPS,
+    BIAS_SPEED,
+    CLIP_NORM,
+    Layout,
+    global_batch,
+    learning_rate,
+    start_params,
+)
+from shoestring.tests.parity.outcome import Errors, Outcome, StepOutcome, compare
+from shoestring.tests.parity.twin import run_twin
+from shoestring.tests.processes import World, run_processes
+from shoestring.tests.trainer.model.released import (
+    load_released,
+    model_config,
+    released_gradients,
+    released_parts,
+)
+from shoestring.trainer.data.batch import TokenBatch
+from shoestring.trainer.model.chunk import Chunk
+from shoestring.trainer.model.model import Model
+from shoestring.trainer.optimizer.adamw import build_adamw
+from shoestring.trainer.optimizer.config import OptimizerConfig
+from shoestring.trainer.step import Stepper, StepSettings
+
+
+def run_layout(layout: Layout, steps: int, break_name: str | None = None) -> Errors:
+    """How far the first `steps` steps of `layout` are from its twin, with one deliberate break or none."""
+    ranks = run_processes(layout.topology.world_size, run_rank, layout, steps, break_name)
+    return compare(ranks, run_twin(layout, steps))
+
+
+def run_rank(world: World, layout: Layout, steps: int, break_name: str | None) -> Outcome:
+    """One rank's whole training."""
+    with nullcontext() if break_name is None else BREAKS[break_name].apply():
+        rank = _build(layout, world.rank)
+        records = tuple(_step(rank, layout, step) for step in range(steps))
+    parts = {name: (value.detach().clone(), trained) for name, value, trained in released_parts(rank.model)}
+    return Outcome(
+        records,
+        weights={name: value for name, (value, trained) in parts.items() if trained},
+        biases={name: value for name, (value, trained) in parts.items() if not trained},
+    )
+
+
+@dataclass(frozen=True)
+class RecordingGradients(Gradients):
+    """Keeps a copy of the reduced gradients at the moment their norm is taken: clipping comes after."""
+
+    model: Model
+    seen: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def norm(self) -> float:
+        self.seen.append(released_gradients(self.model))
+        return super().norm()
+
+
+@dataclass(frozen=True)
+class ParityRank:
+    """What one rank holds."""
+
+    number: int
+    model: Model
+    gradients: RecordingGradients
+    stepper: Stepper
+
+
+def _build(layout: Layout, number: int) -> ParityRank:
+    """As `trainer.rank.build_rank` does it, with the twin's weights and without data and checkpoints."""
+    topology = layout.topology
+    groups = ProcessGroups.create(topology, number, timedelta(seconds=60))
+    model = Model(model_config(layout.config), expert_ranks=topology.ep, expert_rank=topology.ep_rank(number))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(layout.dtype)
+    load_released(model, start_params(layout))
+    worker = Worker(threaded=topology.ep > 1)
+    chunk = Chunk(
+        model, FlatExchange(groups.ep, layout.config.experts, worker, Traffic(topology, number)), layout.dtype
+    )
+    named, experts = dict(model.named_parameters()), model.expert_parameter_names()
+    gradients = RecordingGradients(
+        dense=tuple(p for name, p in named.items() if name not in experts),
+        expert=tuple(p for name, p in named.items() if name in experts),
+        groups=groups,
+        model=model,
+    )
+    optimizer = build_adamw(named, OptimizerConfig(eps=ADAM_EPS))
+    return ParityRank(number, model, gradients, Stepper(chunk, optimizer, gradients, groups))
+
+
+def _step(rank: ParityRank, layout: Layout, step: int) -> StepOutcome:
+    config = layout.config
+    settings = StepSettings(
+        learning_rate=learning_rate(step),
+        clip_norm=CLIP_NORM,
+        balance_weight=config.balance_alpha,
+        mtp_weight=config.mtp_weight,
+        bias_speed=BIAS_SPEED,
+    )
+    result = rank.stepper.step(list(_micro_batches(layout, step, rank.number)), layout.sequences, settings)
+    first_mtp = config.layers
+    layers = [index for index, _ in enumerate(rank.model.layers) if index >= config.dense_layers]
+    layers += [first_mtp + depth for depth, _ in enumerate(rank.model.mtp)]
+    return StepOutcome(
+        total=result.total_loss,
+        main=result.loss,
+        mtp=result.mtp_loss * settings.mtp_weight,
+        balance=result.balance_loss,
+        norm=result.grad_norm,
+        gradients=rank.gradients.seen[-1],
+        counts_E=dict(zip(layers, result.counts_E.values(), strict=True)),
+    )
+
+
+def _micro_batches(layout: Layout, step: int, rank: int) -> Iterator[TokenBatch]:
+    """This rank's share of the global batch: each round of micro-batches takes neighbouring sequences."""
+    tokens_BW, valid_BW = global_batch(layout, step)
+    size, ranks = layout.sequences_per_micro_batch, layout.topology.dp
+    for index in range(layout.micro_batches):
+        first = (index * ranks + layout.topology.dp_rank(rank)) * size
+        yield TokenBatch(tokens_BW[first : first + size], valid_BW[first : first + size])

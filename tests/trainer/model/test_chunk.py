@@ -1,0 +1,200 @@
+"""The generators stop once for each communication they have launched, in the order that all ranks share."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Generator
+from datetime import timedelta
+from typing import Generic, TypeVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoestring.comm.exchange import Received
+from shoestring.comm.flat import FlatExchange, FlatLayout
+from shoestring.comm.groups import ProcessGroups
+from shoestring.comm.pending import Pending, Worker
+from shoestring.comm.topology import Topology
+from shoestring.comm.traffic import Traffic
+from shoestring.trainer.model.chunk import Chunk, LossScales, drive
+from shoestring.trainer.model.config import ModelConfig
+from shoestring.trainer.model.init import initialise
+from shoestring.trainer.model.model import Model
+
+T = TypeVar("T")
+
+# One dense layer, two with experts, and one depth of MTP: three layers with an exchange.
+CONFIG = ModelConfig(
+    vocabulary=64, hidden=16, layers=3, dense_layers=1, heads=2, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8,
+    qk_rope_head_dim=4, v_head_dim=8, dense_ffn=32, expert_ffn=8, experts=8, top_k=2, groups=2, top_k_groups=1,
+    mtp_depth=1, init_std=0.1,
+)  # fmt: skip
+ROUTED_LAYERS = 3
+SCALES = LossScales(main=0.01, mtp=0.003, balance=0.1)
+LENGTH = 7
+
+
+class Watched(Generic[T]):
+    """A pending communication that writes down when it is waited on."""
+
+    def __init__(self, pending: Pending[T], name: str, diary: list[str]) -> None:
+        self._pending, self._name, self._diary = pending, name, diary
+
+    def wait(self) -> T:
+        self._diary.append(f"wait {self._name}")
+        return self._pending.wait()
+
+
+class WatchedExchange:
+    """A `TokenExchange` that writes down every operation with the number of its dispatch."""
+
+    def __init__(self, exchange: FlatExchange) -> None:
+        self._exchange = exchange
+        self._number: dict[int, int] = {}
+        self.diary: list[str] = []
+        self.rows: list[weakref.ref[Tensor]] = []
+        self.most_alive = 0
+
+    def dispatch(self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Pending[Received[FlatLayout]]:
+        pending = self._exchange.dispatch(tokens_TD, weights_TK, experts_TK)
+        received = pending.wait()
+        number = len(self.rows)
+        self._number[id(received.layout)] = number
+        self.rows.append(weakref.ref(received.rows_RD))
+        self.most_alive = max(self.most_alive, self.alive())
+        return self._watched(pending, f"dispatch {number}")
+
+    def combine(self, rows_RD: Tensor, received: Received[FlatLayout]) -> Pending[Tensor]:
+        return self._watched(self._exchange.combine(rows_RD, received), f"combine {self._of(received)}")
+
+    def combine_backward(self, grad_TD: Tensor, received: Received[FlatLayout]) -> Pending[Tensor]:
+        pending = self._exchange.combine_backward(grad_TD, received)
+        return self._watched(pending, f"combine_backward {self._of(received)}")
+
+    def dispatch_backward(
+        self, grad_RD: Tensor, grad_weights_R: Tensor, received: Received[FlatLayout]
+    ) -> Pending[tuple[Tensor, Tensor]]:
+        pending = self._exchange.dispatch_backward(grad_RD, grad_weights_R, received)
+        return self._watched(pending, f"dispatch_backward {self._of(received)}")
+
+    def alive(self) -> int:
+        """Dispatches whose rows are still in memory."""
+        return sum(row() is not None for row in self.rows)
+
+    def _of(self, received: Received[FlatLayout]) -> int:
+        return self._number[id(received.layout)]
+
+    def _watched(self, pending: Pending[T], name: str) -> Watched[T]:
+        self.diary.append(name)
+        return Watched(pending, name, self.diary)
+
+
+def make_chunk() -> tuple[Chunk, WatchedExchange]:
+    model = Model(CONFIG)
+    initialise(model, seed=0)
+    topology = Topology()
+    groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))
+    exchange = FlatExchange(groups.ep, CONFIG.experts, Worker(threaded=False), Traffic(topology, 0))
+    watched = WatchedExchange(exchange)
+    return Chunk(model, watched, torch.float32), watched
+
+
+def window() -> tuple[Tensor, Tensor]:
+    tokens_BW = torch.randint(0, CONFIG.vocabulary, (2, LENGTH + 2), generator=torch.Generator().manual_seed(4))
+    return tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool)
+
+
+def run(steps: Generator[None, None, T], diary: list[str]) -> T:
+    """Drive a generator, writing each yield into the diary of its exchange."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+        diary.append("yield")
+
+
+def launched_yielded_waited(*names: str) -> list[str]:
+    return [entry for name in names for entry in (name, "yield", f"wait {name}")]
+
+
+def test_one_yield_for_each_communication_between_its_launch_and_its_wait() -> None:
+    chunk, exchange = make_chunk()
+    forward = run(chunk.losses(*window()), exchange.diary)
+    layers = range(ROUTED_LAYERS)
+    assert exchange.diary == launched_yielded_waited(*(f"{op} {i}" for i in layers for op in ("dispatch", "combine")))
+    assert exchange.diary.count("yield") == 2 * ROUTED_LAYERS
+
+    exchange.diary.clear()
+    run(forward.backward(SCALES), exchange.diary)
+    backwards = (f"{op} {i}" for i in reversed(layers) for op in ("combine_backward", "dispatch_backward"))
+    assert exchange.diary == launched_yielded_waited(*backwards)
+    assert exchange.diary.count("yield") == 2 * ROUTED_LAYERS
+
+
+def test_logits_run_the_main_model_alone() -> None:
+    chunk, exchange = make_chunk()
+    tokens_BW, _ = window()
+    with torch.no_grad():
+        logits_BSV = run(chunk.logits(tokens_BW[:, :LENGTH]), exchange.diary)
+    assert logits_BSV.shape == (2, LENGTH, CONFIG.vocabulary)
+    assert exchange.diary == launched_yielded_waited(*(f"{op} {i}" for i in (0, 1) for op in ("dispatch", "combine")))
+
+
+def test_two_generators_may_take_turns() -> None:
+    def gradients(chunk: Chunk) -> list[Tensor]:
+        return [parameter.grad for parameter in chunk.model.parameters() if parameter.grad is not None]
+
+    tokens_BW, valid_BW = window()
+    alone, _ = make_chunk()
+    for rows in (slice(0, 1), slice(1, 2)):
+        drive(drive(alone.losses(tokens_BW[rows], valid_BW[rows])).backward(SCALES))
+
+    chunk, _ = make_chunk()
+    first = drive(chunk.losses(tokens_BW[:1], valid_BW[:1]))
+    backward, forward = first.backward(SCALES), chunk.losses(tokens_BW[1:], valid_BW[1:])
+    for _ in range(2 * ROUTED_LAYERS):  # F(2) and B(1), an exchange each in turn
+        next(forward)
+        next(backward)
+    with pytest.raises(StopIteration):
+        next(backward)
+    drive(drive(forward).backward(SCALES))
+    assert len(gradients(chunk)) == len(list(chunk.model.parameters()))
+    for ours, expected in zip(gradients(chunk), gradients(alone), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_a_backward_frees_each_layer_when_it_is_done() -> None:
+    chunk, exchange = make_chunk()
+    forward = drive(chunk.losses(*window()))
+    assert exchange.alive() == ROUTED_LAYERS
+    drive(forward.backward(SCALES))
+    del forward
+    gc.collect()
+    assert exchange.alive() == 0
+
+
+@pytest.mark.parametrize("kind", ["losses", "logits"])
+def test_without_gradients_nothing_is_kept(kind: str) -> None:
+    chunk, exchange = make_chunk()
+    tokens_BW, valid_BW = window()
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        if kind == "losses":
+            result = drive(chunk.losses(tokens_BW, valid_BW)).main_sum
+        else:
+            result = drive(chunk.logits(tokens_BW[:, :LENGTH]))
+    assert not saved
+    assert not result.requires_grad
+    assert exchange.most_alive <= 2  # while a layer runs, the one before it goes
+    gc.collect()
+    assert exchange.alive() == 0
+    assert all(parameter.grad is None for parameter in chunk.model.parameters())
