@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-import torch
 from torch import Tensor
 
 from shoestring.comm.flat import FlatExchange

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from datetime import timedelta
+from itertools import pairwise
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_rate_is_exact_at_the_borders() -> None:
 
 def test_rate_never_rises_after_the_warm_up_nor_jumps() -> None:
     rates = [RATES.learning_rate(tokens) for tokens in range(1100)]
-    steps = [after - before for before, after in zip(rates, rates[1:], strict=False)]
+    steps = [after - before for before, after in pairwise(rates)]
     assert all(step == pytest.approx(2.2e-6, rel=1e-9) for step in steps[:100])
     assert all(step <= 0 for step in steps[100:])
     steepest = 1.98e-4 * math.pi / 2 / 600  # of the cosine, half-way down

@@ -1,0 +1,173 @@
+"""One machine's share of `shoestring train` over several machines: launch/torchrun.sh starts it on each of them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..comm.refusal import Problem, Refused, refuse_if_any
+from ..trainer.budget.allocation import Allocation
+from ..trainer.checkpoint.store import CheckpointStore
+from ..trainer.config import RunConfig
+from ..trainer.data.prepared import open_prepared
+from ..trainer.rank import open_samples
+from .compose import compose_run, to_yaml
+from .run_dir import CONFIG_FILE, claimed, read_status
+from .worker import ATTEMPT_VARIABLE, die_with_parent
+
+_PORT = 29500
+_REFUSED = 2
+_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this machine stands in the launch, and how the machines find each other."""
+
+    nodes: int
+    rank: int
+    """Of this machine. Rank 0 of the run lives on machine 0, which speaks for the run: its directory, its ledger."""
+    address: str
+    """Of machine 0; empty where there is one machine."""
+    port: int
+    """TCP port on machine 0."""
+    processes: int | None
+    """Ranks on each machine, where they are given."""
+
+    def torchrun(self, processes: int) -> list[str]:
+        """Arguments of torchrun for `processes` ranks on this machine.
+
+        The rendezvous is static: c10d numbers the machines by the order of their addresses, so that neighbours in the
+        topology would not be neighbours in the network, and rank 0 could be anywhere.
+        """
+        if self.nodes == 1:
+            return ["--standalone", f"--nproc-per-node={processes}"]
+        meeting = [f"--master-addr={self.address}", f"--master-port={self.port}"]
+        return [f"--nnodes={self.nodes}", f"--node-rank={self.rank}", *meeting, f"--nproc-per-node={processes}"]
+
+
+def read_place(environment: Mapping[str, str]) -> Place:
+    """The machine that the variables of launch/torchrun.sh describe. Raises `Refused` with all that is wrong."""
+    problems: list[Problem] = []
+
+    def whole(name: str, default: int, low: int, high: int) -> int:
+        text = environment.get(name) or str(default)
+        if text.isdecimal() and low <= int(text) <= high:
+            return int(text)
+        problems.append(Problem(name, text, f"must be a whole number from {low} to {high}"))
+        return default
+
+    nodes = whole("NNODES", 1, 1, 100_000)
+    rank = whole("NODE_RANK", 0, 0, 100_000)
+    port = whole("MASTER_PORT", _PORT, 1, 65535)
+    processes = whole("GPUS_PER_NODE", 1, 1, 1024) if environment.get("GPUS_PER_NODE") else None
+    address = environment.get("MASTER_ADDR", "")
+    if rank >= nodes:
+        problems.append(Problem("NODE_RANK", rank, f"must be less than NNODES = {nodes}: machines count from 0"))
+    if nodes > 1 and not environment.get("NODE_RANK"):
+        problems.append(Problem("NODE_RANK", "", "is missing; number the machines from 0 to NNODES - 1"))
+    if nodes > 1 and not address:
+        problems.append(Problem("MASTER_ADDR", "", "is missing; name the machine with NODE_RANK=0, the same on all"))
+    refuse_if_any(problems)
+    return Place(nodes, rank, address, port, processes)
+
+
+def count_processes(config: RunConfig, place: Place) -> int:
+    """Ranks on this machine: what was asked for, else its GPUs, else the topology's ranks dealt out to CPUs.
+
+    Raises `Refused` unless the machines together run the topology's ranks, and its nodes are the machines.
+    """
+    world, topology = config.topology.world_size, config.topology
+    gpus = 0 if config.training.device == "cpu" else torch.cuda.device_count()
+    processes = place.processes or gpus or max(1, world // place.nodes)
+    problems = []
+    if place.nodes * processes != world:
+        total = f"NNODES x GPUS_PER_NODE = {place.nodes} x {processes} = {place.nodes * processes} processes"
+        problems.append(Problem("GPUS_PER_NODE", processes, f"{total}, and the topology asks for {world}"))
+    if place.nodes > 1 and topology.gpus_per_node != processes:
+        remedy = f"each machine runs {processes}; write topology.gpus_per_node={processes}"
+        problems.append(Problem("topology.gpus_per_node", topology.gpus_per_node, remedy))
+    refuse_if_any(problems)
+    return processes
+
+
+def run_node(overrides: Sequence[str], config_dir: Path | None, *, fresh: bool) -> int:
+    """Run this machine's ranks to the end; return the exit code.
+
+    Machine 0 returns that of the run, as `shoestring train` does; the others return torchrun's own. Raises `Refused`
+    before any process exists.
+    """
+    place = read_place(os.environ)
+    config = compose_run(overrides, config_dir)
+    processes = count_processes(config, place)
+    open_samples(config, open_prepared(config.data))  # refuses missing, damaged or unfitting data
+    arguments = [*overrides, *([] if config_dir is None else ["--config-dir", str(config_dir)])]
+    command = [sys.executable, "-m", "torch.distributed.run", *place.torchrun(processes)]
+    command += ["-m", "shoestring.launch.cli", "train", *arguments]
+    run_dir = Path(config.training.run_dir)
+    if place.rank > 0:
+        return 0 if not fresh and _is_finished(config, run_dir) else _torchrun(command, uuid.uuid4().hex[:12])
+    with claimed(run_dir, fresh=fresh):
+        if _is_finished(config, run_dir):
+            print(f"{run_dir} is finished. --fresh starts over; a larger training.tokens goes on.")
+            return 0
+        (run_dir / CONFIG_FILE).write_text(to_yaml(config))
+        return _account(config, run_dir, command)
+
+
+def _is_finished(config: RunConfig, run_dir: Path) -> bool:
+    done = CheckpointStore(run_dir / "checkpoints", config.training.keep_checkpoints).steps()
+    return bool(done) and done[-1] >= config.total_steps
+
+
+def _account(config: RunConfig, run_dir: Path, command: Sequence[str]) -> int:
+    """Machine 0: hold the GPUs of all machines in the ledger while they run; map what rank 0 wrote to an exit code."""
+    attempt = uuid.uuid4().hex[:12]
+    allocation = Allocation(run_dir, ranks=config.topology.world_size, attempt=attempt, budget=config.budget)
+    reason = "the launcher failed"
+    try:
+        code = _torchrun(command, attempt)
+        status = read_status(run_dir)
+        reason = f"torchrun exited with {code}" if status is None else str(status["reason"])
+        return code or 1 if status is None else int(str(status["exit_code"]))
+    except KeyboardInterrupt:
+        reason = "interrupted"
+        return _INTERRUPTED
+    finally:
+        allocation.close(reason)
+
+
+def _torchrun(command: Sequence[str], attempt: str) -> int:
+    environment = os.environ | {ATTEMPT_VARIABLE: attempt}
+    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    environment.setdefault("OMP_NUM_THREADS", "1")  # with a thread pool each, ranks of one CPU spend their time spinning
+    return subprocess.run(command, env=environment, preexec_fn=die_with_parent, check=False).returncode
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of launch/torchrun.sh: the arguments are those of `shoestring train`."""
+    parser = argparse.ArgumentParser(prog="torchrun.sh", description=__doc__)
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="group=choice or key=value, as in Hydra")
+    parser.add_argument("--config-dir", type=Path, help="a directory with configuration groups of your own")
+    parser.add_argument("--fresh", action="store_true", help="delete what an earlier run left in training.run_dir first")
+    options = parser.parse_args(arguments)
+    try:
+        code = run_node(options.overrides, options.config_dir, fresh=options.fresh)
+    except Refused as refused:
+        print("launch/torchrun.sh: refused", file=sys.stderr)
+        for problem in refused.problems:
+            print(f"  {problem}", file=sys.stderr)
+        code = _REFUSED
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
