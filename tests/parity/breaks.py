@@ -26,6 +26,7 @@ from shoestring.trainer.model.router import Router, Routing, update_bias
 from shoestring.trainer.step import Stepper, StepResult, StepSettings, count_targets
 
 Patch = AbstractContextManager[object]
+MICRO_BATCHES = 2  # of the layouts that have more than one here
 
 
 @dataclass(frozen=True)
@@ -172,31 +173,38 @@ def average_each_micro_batch() -> Patch:
 
     def averaged(self: Stepper, batch: TokenBatch, scales: LossScales) -> Forward:
         targets = max(1, int(count_targets(batch, self.chunk.model.config.mtp_depth)))
-        main = 1 / (targets * 2 * self.groups.dense_dp.size)
+        main = 1 / (targets * MICRO_BATCHES * self.groups.dense_dp.size)
         return accumulate(self, batch, replace(scales, main=main, mtp=scales.mtp / scales.main * main))
 
     return patch.object(Stepper, "_accumulate", averaged)
 
 
 _GRADIENT = frozenset({"grad", "norm", "weights"})
+_NORM = frozenset({"norm", "weights"})
 _LOSS = _GRADIENT | {"total"}
-_RAGGED = Padding.RAGGED
+_LOAD = frozenset({"counts", "bias"})
+
+# Each of them is a row of the quick subset, where it is shown to be right when nothing is broken.
+_TWO_RANKS = Layout(2, 1, 1, 1)
+_TWO_REPLICAS = Layout(2, 2, 1, 1, Padding.RAGGED)
+_PADDED = Layout(2, 1, MICRO_BATCHES, 1, Padding.RAGGED)
+_TWO_DEPTHS = Layout(4, 1, 1, 2, Padding.RAGGED, Load.IDLE)
+# With one routed layer, other gates cannot change what a later router does.
+_ONE_ROUTER = Layout(2, 1, 1, 0, Padding.RAGGED, layers=2)
 
 BREAKS: Mapping[str, Break] = MappingProxyType(
     {
-        "gradients averaged": Break(average_gradients, Layout(2, 1, 1, 1), _GRADIENT),
-        "experts summed over every rank": Break(sum_experts_over_every_rank, Layout(2, 1, 1, 1), _GRADIENT),
-        "expert squares counted twice": Break(
-            count_expert_squares_once_a_replica, Layout(2, 2, 1, 1, _RAGGED), frozenset({"norm", "weights"})
-        ),
-        "expert squares left out": Break(leave_out_other_experts, Layout(2, 1, 1, 1), frozenset({"norm", "weights"})),
-        "padding counted in the load": Break(count_padding, Layout(2, 1, 2, 1, _RAGGED), frozenset({"counts", "bias"})),
-        "load of one rank": Break(count_own_tokens, Layout(2, 1, 2, 1, _RAGGED), frozenset({"counts", "bias"})),
-        "bias sign flipped": Break(flip_bias, Layout(2, 1, 1, 1), frozenset({"bias"})),
-        "bias in the gates": Break(put_bias_into_gates, Layout(2, 1, 1, 0, _RAGGED, layers=2), _LOSS | {"main"}),
-        "balance loss scaled by ranks": Break(scale_balance_by_ranks, Layout(2, 1, 1, 1), _LOSS | {"balance"}),
-        "MTP weight not divided by depth": Break(forget_mtp_depth, Layout(4, 1, 1, 2, _RAGGED, Load.IDLE), _LOSS),
-        "MTP divided by its own targets": Break(divide_mtp_by_own_targets, Layout(2, 1, 2, 1, _RAGGED), _LOSS),
-        "loss averaged by micro-batch": Break(average_each_micro_batch, Layout(2, 1, 2, 1, _RAGGED), _GRADIENT),
+        "gradients averaged": Break(average_gradients, _TWO_RANKS, _GRADIENT),
+        "experts summed over every rank": Break(sum_experts_over_every_rank, _TWO_RANKS, _GRADIENT),
+        "expert squares counted twice": Break(count_expert_squares_once_a_replica, _TWO_REPLICAS, _NORM),
+        "expert squares left out": Break(leave_out_other_experts, _TWO_RANKS, _NORM),
+        "loss averaged by micro-batch": Break(average_each_micro_batch, _PADDED, _GRADIENT),
+        "balance loss scaled by ranks": Break(scale_balance_by_ranks, _TWO_RANKS, _LOSS | {"balance"}),
+        "MTP weight not divided by depth": Break(forget_mtp_depth, _TWO_DEPTHS, _LOSS),
+        "MTP divided by its own targets": Break(divide_mtp_by_own_targets, _PADDED, _LOSS),
+        "bias in the gates": Break(put_bias_into_gates, _ONE_ROUTER, _LOSS | {"main"}),
+        "bias sign flipped": Break(flip_bias, _TWO_RANKS, frozenset({"bias"})),
+        "padding counted in the load": Break(count_padding, _PADDED, _LOAD),
+        "load of one rank": Break(count_own_tokens, _PADDED, _LOAD),
     }
 )

@@ -1,9 +1,12 @@
-"""Runs one layout in real processes, through the real stepper and optimizer, and compares it with its twin."""
+"""Runs one layout in real processes, through the real stepper and optimizer, and compares it with its twin.
+
+Letters: B batch of one micro-batch, W window of tokens, E experts.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -18,8 +21,8 @@ from shoestring.tests.parity.breaks import BREAKS
 from shoestring.tests.parity.layouts import (
     ADAM_EPS,
     BIAS_SPEED,
-    CLIP_NORM,
     Layout,
+    clip_norm,
     global_batch,
     learning_rate,
     start_params,
@@ -49,10 +52,11 @@ def run_layout(layout: Layout, steps: int, break_name: str | None = None) -> Err
 
 def run_rank(world: World, layout: Layout, steps: int, break_name: str | None) -> Outcome:
     """One rank's whole training."""
-    with nullcontext() if break_name is None else BREAKS[break_name].apply():
-        rank = _build(layout, world.rank)
-        records = tuple(_step(rank, layout, step) for step in range(steps))
-    parts = {name: (value.detach().clone(), trained) for name, value, trained in released_parts(rank.model)}
+    broken = nullcontext() if break_name is None else BREAKS[break_name].apply()
+    with broken, closing(Worker(threaded=layout.ep > 1)) as worker:
+        stepper, gradients = _build(layout, world.rank, worker)
+        records = tuple(_step(stepper, gradients, layout, step, world.rank) for step in range(steps))
+    parts = {name: (value.detach().clone(), trained) for name, value, trained in released_parts(gradients.model)}
     return Outcome(
         records,
         weights={name: value for name, (value, trained) in parts.items() if trained},
@@ -72,60 +76,45 @@ class RecordingGradients(Gradients):
         return super().norm()
 
 
-@dataclass(frozen=True)
-class ParityRank:
-    """What one rank holds."""
-
-    number: int
-    model: Model
-    gradients: RecordingGradients
-    stepper: Stepper
-
-
-def _build(layout: Layout, number: int) -> ParityRank:
-    """As `trainer.rank.build_rank` does it, with the twin's weights and without data and checkpoints."""
+def _build(layout: Layout, rank: int, worker: Worker) -> tuple[Stepper, RecordingGradients]:
+    """What `trainer.rank.build_rank` makes, with the twin's weights, and without data and checkpoints."""
     topology = layout.topology
-    groups = ProcessGroups.create(topology, number, timedelta(seconds=60))
-    model = Model(model_config(layout.config), expert_ranks=topology.ep, expert_rank=topology.ep_rank(number))
+    groups = ProcessGroups.create(topology, rank, timedelta(seconds=60))
+    model = Model(model_config(layout.config), expert_ranks=topology.ep, expert_rank=topology.ep_rank(rank))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(layout.dtype)
     load_released(model, start_params(layout))
-    worker = Worker(threaded=topology.ep > 1)
-    chunk = Chunk(
-        model, FlatExchange(groups.ep, layout.config.experts, worker, Traffic(topology, number)), layout.dtype
-    )
+    exchange = FlatExchange(groups.ep, layout.config.experts, worker, Traffic(topology, rank))
     named, experts = dict(model.named_parameters()), model.expert_parameter_names()
     gradients = RecordingGradients(
-        dense=tuple(p for name, p in named.items() if name not in experts),
-        expert=tuple(p for name, p in named.items() if name in experts),
+        dense=tuple(parameter for name, parameter in named.items() if name not in experts),
+        expert=tuple(parameter for name, parameter in named.items() if name in experts),
         groups=groups,
         model=model,
     )
     optimizer = build_adamw(named, OptimizerConfig(eps=ADAM_EPS))
-    return ParityRank(number, model, gradients, Stepper(chunk, optimizer, gradients, groups))
+    return Stepper(Chunk(model, exchange, layout.dtype), optimizer, gradients, groups), gradients
 
 
-def _step(rank: ParityRank, layout: Layout, step: int) -> StepOutcome:
+def _step(stepper: Stepper, gradients: RecordingGradients, layout: Layout, step: int, rank: int) -> StepOutcome:
     config = layout.config
     settings = StepSettings(
         learning_rate=learning_rate(step),
-        clip_norm=CLIP_NORM,
+        clip_norm=clip_norm(step),
         balance_weight=config.balance_alpha,
         mtp_weight=config.mtp_weight,
         bias_speed=BIAS_SPEED,
     )
-    result = rank.stepper.step(list(_micro_batches(layout, step, rank.number)), layout.sequences, settings)
-    first_mtp = config.layers
-    layers = [index for index, _ in enumerate(rank.model.layers) if index >= config.dense_layers]
-    layers += [first_mtp + depth for depth, _ in enumerate(rank.model.mtp)]
+    result = stepper.step(list(_micro_batches(layout, step, rank)), layout.sequences, settings)
+    routed_layers = range(config.dense_layers, config.layers + config.mtp_depth)
     return StepOutcome(
         total=result.total_loss,
         main=result.loss,
-        mtp=result.mtp_loss * settings.mtp_weight,
+        mtp=result.mtp_loss * config.mtp_weight,
         balance=result.balance_loss,
         norm=result.grad_norm,
-        gradients=rank.gradients.seen[-1],
-        counts_E=dict(zip(layers, result.counts_E.values(), strict=True)),
+        gradients=gradients.seen[-1],
+        counts_E=dict(zip(routed_layers, result.counts_E.values(), strict=True)),
     )
 
 

@@ -11,8 +11,8 @@ import torch
 from shoestring.tests.parity.layouts import (
     ADAM_EPS,
     BIAS_SPEED,
-    CLIP_NORM,
     Layout,
+    clip_norm,
     global_batch,
     learning_rate,
     start_params,
@@ -32,19 +32,28 @@ def run_twin(layout: Layout, steps: int) -> Outcome:
     for step in range(steps):
         leaves = {name: value.clone().requires_grad_(is_trained(name)) for name, value in params.items()}
         found = losses(leaves, layout.config, *global_batch(layout, step))
-        found.total.backward()  # type: ignore[no-untyped-call]
+        found.total.backward()
         gradients = {
             name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
             for name, leaf in leaves.items()
             if is_trained(name)
         }
-        settings = AdamW(learning_rate=learning_rate(step), eps=ADAM_EPS, clip_norm=CLIP_NORM)
+        settings = AdamW(learning_rate=learning_rate(step), eps=ADAM_EPS, clip_norm=clip_norm(step))
         norm = adamw_step(params, gradients, moments, settings)
         for layer, counts_E in found.counts.items():
             name = f"model.layers.{layer}.{BIAS}"
             params[name] = bias_update(params[name], counts_E, BIAS_SPEED)
-        parts = [float(loss) for loss in (found.total, found.main, found.mtp, found.balance)]
-        records.append(StepOutcome(*parts, norm, gradients, found.counts))
+        records.append(
+            StepOutcome(
+                total=found.total.item(),
+                main=found.main.item(),
+                mtp=found.mtp.item(),
+                balance=found.balance.item(),
+                norm=norm,
+                gradients=gradients,
+                counts_E=found.counts,
+            )
+        )
     return Outcome(
         tuple(records),
         weights={name: value for name, value in params.items() if is_trained(name)},
