@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from .exchange import Received
@@ -25,8 +26,10 @@ class FlatLayout:
 
     copy_of_slot_N: Tensor
     """The copies (token · K + k) in the order in which they are sent: by expert, so by rank too."""
+    token_of_slot_N: Tensor
+    """The token of each of them."""
     slot_of_copy_N: Tensor
-    """The inverse."""
+    """The inverse of `copy_of_slot_N`."""
     top_k: int
     sent_P: tuple[int, ...]
     received_P: tuple[int, ...]
@@ -50,7 +53,7 @@ class FlatExchange:
 
         def work() -> Received[FlatLayout]:
             layout, rows_per_expert_L = self._exchange_sizes(experts_TK)
-            rows_RD = self._forth("dispatch", tokens_TD[layout.copy_of_slot_N // layout.top_k], layout)
+            rows_RD = self._forth("dispatch", tokens_TD.index_select(0, layout.token_of_slot_N), layout)
             weights_R = self._forth("dispatch", weights_TK.reshape(-1)[layout.copy_of_slot_N], layout)
             return Received(rows_RD, weights_R, rows_per_expert_L, layout)
 
@@ -64,7 +67,7 @@ class FlatExchange:
         """See `TokenExchange`."""
         layout = received.layout
         return self._worker.submit(
-            lambda: self._forth("combine_backward", grad_TD[layout.copy_of_slot_N // layout.top_k], layout)
+            lambda: self._forth("combine_backward", grad_TD.index_select(0, layout.token_of_slot_N), layout)
         )
 
     def dispatch_backward(
@@ -93,6 +96,7 @@ class FlatExchange:
         wire_of_row_R = _rows_by_expert(received_PL)
         layout = FlatLayout(
             copy_of_slot_N=copy_of_slot_N,
+            token_of_slot_N=copy_of_slot_N // experts_TK.shape[1],
             slot_of_copy_N=_inverse(copy_of_slot_N),
             top_k=experts_TK.shape[1],
             sent_P=tuple(sent_PL.sum(dim=1).tolist()),
@@ -108,21 +112,22 @@ class FlatExchange:
             return copies
         wire = copies.new_empty((sum(layout.received_P), *copies.shape[1:]))
         self._all_to_all(operation, wire, copies, layout.received_P, layout.sent_P)
-        return wire[layout.wire_of_row_R]
+        return wire.index_select(0, layout.wire_of_row_R)
 
     def _back(self, operation: str, rows: Tensor, layout: FlatLayout) -> Tensor:
         """Rows by expert, [R] or [R, D], to copies in sending order, [N] or [N, D]."""
         if self._group.size == 1:
             return rows
         copies = rows.new_empty((sum(layout.sent_P), *rows.shape[1:]))
-        self._all_to_all(operation, copies, rows[layout.row_of_wire_R], layout.sent_P, layout.received_P)
+        self._all_to_all(
+            operation, copies, rows.index_select(0, layout.row_of_wire_R), layout.sent_P, layout.received_P
+        )
         return copies
 
     def _sum_copies(self, operation: str, rows_RD: Tensor, layout: FlatLayout) -> Tensor:
         """Bring rows back and sum the K copies of each token, in the order of its K experts whatever the layout."""
         copies_ND = self._back(operation, rows_RD, layout)
-        copies_TKD = copies_ND[layout.slot_of_copy_N].view(-1, layout.top_k, rows_RD.shape[-1])
-        return copies_TKD.sum(dim=1)
+        return F.embedding_bag(layout.slot_of_copy_N.view(-1, layout.top_k), copies_ND, mode="sum")
 
     def _all_to_all(
         self, operation: str, output: Tensor, send: Tensor, output_sizes: Sequence[int], send_sizes: Sequence[int]

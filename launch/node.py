@@ -49,7 +49,8 @@ class Place:
         topology would not be neighbours in the network, and rank 0 could be anywhere.
         """
         if self.nodes == 1:
-            return ["--standalone", f"--nproc-per-node={processes}"]
+            # Without the address ranks would look for each other under the host's name, which may not resolve.
+            return ["--standalone", "--local-addr=localhost", f"--nproc-per-node={processes}"]
         meeting = [f"--master-addr={self.address}", f"--master-port={self.port}"]
         return [f"--nnodes={self.nodes}", f"--node-rank={self.rank}", *meeting, f"--nproc-per-node={processes}"]
 
@@ -70,7 +71,7 @@ def read_place(environment: Mapping[str, str]) -> Place:
     port = whole("MASTER_PORT", _PORT, 1, 65535)
     processes = whole("GPUS_PER_NODE", 1, 1, 1024) if environment.get("GPUS_PER_NODE") else None
     address = environment.get("MASTER_ADDR", "")
-    if rank >= nodes:
+    if not problems and rank >= nodes:
         problems.append(Problem("NODE_RANK", rank, f"must be less than NNODES = {nodes}: machines count from 0"))
     if nodes > 1 and not environment.get("NODE_RANK"):
         problems.append(Problem("NODE_RANK", "", "is missing; number the machines from 0 to NNODES - 1"))
@@ -148,7 +149,8 @@ def _account(config: RunConfig, run_dir: Path, command: Sequence[str]) -> int:
 def _torchrun(command: Sequence[str], attempt: str) -> int:
     environment = os.environ | {ATTEMPT_VARIABLE: attempt}
     environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    environment.setdefault("OMP_NUM_THREADS", "1")  # with a thread pool each, ranks of one CPU spend their time spinning
+    # With a thread pool each, ranks of one CPU spend their time spinning.
+    environment.setdefault("OMP_NUM_THREADS", "1")
     return subprocess.run(command, env=environment, preexec_fn=die_with_parent, check=False).returncode
 
 
@@ -157,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="torchrun.sh", description=__doc__)
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="group=choice or key=value, as in Hydra")
     parser.add_argument("--config-dir", type=Path, help="a directory with configuration groups of your own")
-    parser.add_argument("--fresh", action="store_true", help="delete what an earlier run left in training.run_dir first")
+    parser.add_argument("--fresh", action="store_true", help="empty training.run_dir first")
     options = parser.parse_args(arguments)
     try:
         code = run_node(options.overrides, options.config_dir, fresh=options.fresh)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All checks: ruff, mypy, shellcheck, pytest. Every part runs; the end says which failed.
+# All checks: ruff, mypy, shellcheck, hadolint, pytest. Every part runs; the end says which failed.
 #   ./launch/test.sh                      without the slow tests
 #   ./launch/test.sh --full               with them
 #   ./launch/test.sh tests/comm -k flat   other arguments go to pytest
@@ -46,7 +46,8 @@ part() {
 part "ruff check" "$SHOESTRING_BIN/ruff" check .
 part "ruff format" "$SHOESTRING_BIN/ruff" format --check .
 part "mypy" "$SHOESTRING_BIN/mypy"
-part "shellcheck" "$SHOESTRING_BIN/shellcheck" -x launch/*.sh .ci/run
+part "shellcheck" "$SHOESTRING_BIN/shellcheck" -x launch/*.sh launch/slurm/*.sbatch .ci/run
+part "hadolint" "$SHOESTRING_BIN/hadolint" Dockerfile
 # ${x[@]+...}: bash before 4.4 calls an empty array unset.
 part "pytest" "$SHOESTRING_BIN/python" -m pytest \
     ${selection[@]+"${selection[@]}"} ${pytest_arguments[@]+"${pytest_arguments[@]}"}

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..comm.groups import Group, ProcessGroups
 
+_ROW = 4096
+
 
 @dataclass(frozen=True)
 class Gradients:
@@ -63,6 +65,19 @@ def _sum_flat(parameters: Sequence[Tensor], group: Group) -> None:
 
 
 def _sum_of_squares(parameters: Iterable[Tensor]) -> Tensor:
-    """FP64, 0-dimensional, on the CPU, where the sums of all devices meet."""
-    norms = [torch.linalg.vector_norm(_grad(parameter), dtype=torch.float64) for parameter in parameters]
-    return torch.stack(norms).square().sum().cpu() if norms else torch.zeros((), dtype=torch.float64)
+    """FP64, 0-dimensional, on the CPU, where the sums of all devices meet.
+
+    Rows of a few thousand elements are reduced in the gradient's own precision, and their norms in FP64: a copy of every
+    gradient in FP64 costs more than the whole optimizer.
+    """
+    norms = [
+        torch.linalg.vector_norm(row, dim=-1).double().square().sum() for p in parameters for row in _rows(_grad(p))
+    ]
+    return torch.stack(norms).sum().cpu() if norms else torch.zeros((), dtype=torch.float64)
+
+
+def _rows(grad: Tensor) -> tuple[Tensor, ...]:
+    """All elements, as rows of `_ROW` and a rest."""
+    flat = grad.reshape(-1)
+    whole = flat.numel() // _ROW * _ROW
+    return flat[:whole].view(-1, _ROW), flat[whole:]

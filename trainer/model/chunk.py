@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...comm.exchange import TokenExchange
-from ..precision.linear import at_least_fp32
 from .layer import Context, DenseLayer, MoELayer
+from .loss import IGNORED, linear_cross_entropy
 from .model import Model, MTPModule
 from .phase import Phase
 from .rope import rotation
@@ -105,7 +104,7 @@ class Chunk:
 
         def targets(k: int) -> Tensor:
             counted = tape.context.valid_BS & valid_BW[:, k + 1 : length + k + 1]
-            return tokens_BW[:, k + 1 : length + k + 1].masked_fill(~counted, -100)
+            return tokens_BW[:, k + 1 : length + k + 1].masked_fill(~counted, IGNORED)
 
         hidden_BSD, main_backward = yield from self._main(tokens_BW[:, :length], tape)
         loss_phases = [Phase(lambda h: (self._cross_entropy(h, targets(0)),), hidden_BSD)]
@@ -144,8 +143,7 @@ class Chunk:
         return _Tape(Context(rotation(self.model.config, valid_BS.shape[1], like), valid_BS))
 
     def _cross_entropy(self, hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
-        logits_TV = at_least_fp32(self.model.head(hidden_BSD).flatten(0, 1))
-        return F.cross_entropy(logits_TV, targets_BS.flatten(), ignore_index=-100, reduction="sum")
+        return linear_cross_entropy(hidden_BSD.flatten(0, 1), self.model.head.weight, targets_BS.flatten())
 
     def _main(self, tokens_BS: Tensor, tape: _Tape) -> Steps[tuple[Tensor, Backward]]:
         """Embedding, layers and final norm: h^0, [B, S, D]."""

@@ -5,11 +5,13 @@ Letters: T tokens, D hidden, F inner width, R received rows, L experts on this r
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..precision.linear import Linear
+from ..precision.linear import Linear, at_least_fp32
 
 
 class SwiGLU(nn.Module):
@@ -40,7 +42,7 @@ class Experts(nn.Module):
         The weight multiplies before the down projection, so that combine can be a plain sum.
         """
         gate_up_RF = grouped_mm(rows_RD, self.gate_up_LFD.to(rows_RD.dtype), rows_per_expert_L)
-        inner_RF = swiglu(gate_up_RF) * weights_R[:, None].to(rows_RD.dtype)
+        inner_RF = weighted_swiglu(gate_up_RF, weights_R)
         return grouped_mm(inner_RF, self.down_LDF.to(rows_RD.dtype), rows_per_expert_L)
 
 
@@ -48,6 +50,43 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """silu(first half) ⊙ second half of the last dimension."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def weighted_swiglu(gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:
+    """SwiGLU with each row times its weight, [R, 2F] to [R, F]."""
+    out: Tensor = _WeightedSwiGLU.apply(gate_up_RF, weights_R)  # type: ignore[no-untyped-call]
+    return out
+
+
+def weighted_swiglu_twin(gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:
+    """The same, differentiated by autograd."""
+    return swiglu(gate_up_RF) * weights_R[:, None].to(gate_up_RF.dtype)
+
+
+class _WeightedSwiGLU(torch.autograd.Function):
+    """Fewer passes over memory than autograd takes: the backward writes both halves of its gradient in place."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up_RF, weights_R)
+        gate_RF, up_RF = gate_up_RF.chunk(2, dim=-1)
+        return F.silu(gate_RF).mul_(up_RF).mul_(weights_R[:, None].to(gate_up_RF.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate_up_RF, weights_R = ctx.saved_tensors
+        (grad_RF,) = grads
+        gate_RF, up_RF = gate_up_RF.chunk(2, dim=-1)
+        activated_RF = F.silu(gate_RF)
+        unweighted_RF = grad_RF * activated_RF
+        grad_weights_R = torch.linalg.vecdot(at_least_fp32(unweighted_RF), at_least_fp32(up_RF)).to(weights_R.dtype)
+        weights_R1 = weights_R[:, None].to(grad_RF.dtype)
+        grad_gate_up_RF = torch.empty_like(gate_up_RF)
+        grad_gate_RF, grad_up_RF = grad_gate_up_RF.chunk(2, dim=-1)
+        torch.mul(unweighted_RF, weights_R1, out=grad_up_RF)
+        torch.mul(grad_RF, up_RF, out=unweighted_RF).mul_(weights_R1)
+        grad_gate_RF.copy_(torch.ops.aten.silu_backward(unweighted_RF, gate_RF))
+        return grad_gate_up_RF, grad_weights_R
 
 
 def grouped_mm(x_RK: Tensor, weight_LNK: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:

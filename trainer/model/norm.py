@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..precision.linear import at_least_fp32
 
 
 class RMSNorm(nn.Module):
@@ -16,5 +20,41 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., width] to the same shape and dtype; sums are taken in FP32 at least."""
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        """[..., width] to the same shape and dtype; computed in FP32 at least."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The function behind `RMSNorm`, with a backward of its own."""
+    out: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return out
+
+
+def rms_norm_twin(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The same by torch's own function, which a CPU runs as a dozen passes over x forward and backward."""
+    out: Tensor = F.rms_norm(at_least_fp32(x), weight.shape, at_least_fp32(weight), eps)
+    return out.to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x as it came and one number a row; the normalised x is formed again in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = at_least_fp32(x)
+        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        inverse = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        grad = at_least_fp32(grads[0])
+        normed = at_least_fp32(x) * inverse
+        product = grad * normed
+        grad_weight = product.flatten(0, -2).sum(dim=0).to(weight.dtype)
+        # d normed / d x removes the part of the gradient along normed, whose length is fixed.
+        along = product.matmul(weight.to(product.dtype)).div_(x.shape[-1]).unsqueeze(-1)
+        grad_x = (grad * weight).addcmul_(normed, along, value=-1).mul_(inverse)
+        return grad_x.to(x.dtype), grad_weight, None

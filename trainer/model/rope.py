@@ -17,19 +17,14 @@ from .config import ModelConfig, YarnConfig
 
 @dataclass(frozen=True)
 class Rotation:
-    """Cosine and sine of every position's angle for every pair of dimensions."""
+    """exp(i · angle) of every position for every pair of dimensions, complex."""
 
-    cos_SP: Tensor
-    sin_SP: Tensor
+    turn_SP: Tensor
 
     def apply(self, x: Tensor) -> Tensor:
-        """Rotate [..., S, 2P], whose pairs are neighbours (x0, x1), (x2, x3), …
-
-        The output holds all first components, then all second ones: queries and keys alike, so that dot products stay.
-        """
-        first, second = at_least_fp32(x).unflatten(-1, (-1, 2)).unbind(-1)
-        rotated = (first * self.cos_SP - second * self.sin_SP, first * self.sin_SP + second * self.cos_SP)
-        return torch.cat(rotated, dim=-1).to(x.dtype)
+        """Rotate [..., S, 2P], whose pairs are neighbours (x0, x1), (x2, x3), …: a complex product."""
+        pairs = torch.view_as_complex(at_least_fp32(x).unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * self.turn_SP).flatten(-2).to(x.dtype)
 
 
 def rotation(config: ModelConfig, length: int, like: Tensor) -> Rotation:
@@ -42,9 +37,9 @@ def rotation(config: ModelConfig, length: int, like: Tensor) -> Rotation:
     scale = 1.0
     if config.yarn is not None:
         scale = _magnitude(config.yarn, config.yarn.mscale) / _magnitude(config.yarn, config.yarn.mscale_all_dim)
+    turn_SP = torch.polar(torch.full_like(angle_SP, scale), angle_SP)
     dtype = torch.promote_types(like.dtype, torch.float32)
-    cos_SP, sin_SP = ((table * scale).to(like.device, dtype) for table in (angle_SP.cos(), angle_SP.sin()))
-    return Rotation(cos_SP, sin_SP)
+    return Rotation(turn_SP.to(like.device, dtype.to_complex()))
 
 
 def softmax_scale(config: ModelConfig) -> float:

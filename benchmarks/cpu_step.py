@@ -1,0 +1,200 @@
+"""Training steps of one process on the CPU: Shoestring and transformers' DeepseekV3ForCausalLM, step for step in turn.
+
+    python benchmarks/cpu_step.py [--pairs 10] [--json benchmarks/results/cpu_step.json]
+
+Both train the same shape (20 M parameters, 32 experts, top-4, batch 4 x 256) from random weights with torch's fused
+AdamW: forward, loss, backward, clipping, update. The peer runs with grouped experts and SDPA attention, its defaults.
+In BF16 the peer's weights and moments are BF16; Shoestring computes in BF16 and keeps both in FP32.
+The floor is the model's FLOPs (convention: trainer/costs/flops.py) over the rate of a large matrix product, measured
+between the steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+from shoestring.comm.flat import FlatExchange
+from shoestring.comm.groups import ProcessGroups
+from shoestring.comm.pending import Worker
+from shoestring.comm.topology import Topology
+from shoestring.comm.traffic import Traffic
+from shoestring.parallelism.gradients import Gradients
+from shoestring.trainer.costs.flops import count_flops
+from shoestring.trainer.costs.parameters import count_parameters
+from shoestring.trainer.data.batch import TokenBatch
+from shoestring.trainer.model.chunk import Chunk
+from shoestring.trainer.model.config import ModelConfig
+from shoestring.trainer.model.init import initialise
+from shoestring.trainer.model.model import Model
+from shoestring.trainer.optimizer.adamw import build_adamw
+from shoestring.trainer.optimizer.config import OptimizerConfig
+from shoestring.trainer.step import Stepper, StepSettings
+
+BATCH, LENGTH = 4, 256
+SHAPE = ModelConfig(
+    name="cpu_step",
+    vocabulary=4096,
+    hidden=256,
+    layers=6,
+    dense_layers=1,
+    heads=8,
+    q_lora_rank=128,
+    kv_lora_rank=64,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=16,
+    v_head_dim=32,
+    dense_ffn=1024,
+    expert_ffn=128,
+    experts=32,
+    shared_experts=1,
+    top_k=4,
+    groups=4,
+    top_k_groups=2,
+    mtp_depth=0,
+    init_std=0.02,
+)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def ours(dtype: torch.dtype) -> Callable[[], float]:
+    """One optimizer step of Shoestring's own Stepper."""
+    topology = Topology()
+    groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))
+    model = Model(SHAPE)
+    initialise(model, seed=0)
+    exchange = FlatExchange(groups.ep, SHAPE.experts, Worker(threaded=False), Traffic(topology, 0))
+    parameters, experts = dict(model.named_parameters()), model.expert_parameter_names()
+    optimizer = build_adamw(parameters, OptimizerConfig())
+    gradients = Gradients(
+        dense=tuple(p for name, p in parameters.items() if name not in experts),
+        expert=tuple(p for name, p in parameters.items() if name in experts),
+        groups=groups,
+    )
+    stepper = Stepper(Chunk(model, exchange, dtype), optimizer, gradients, groups)
+    settings = StepSettings(learning_rate=1e-4, clip_norm=1.0, balance_weight=1e-4, mtp_weight=0.3, bias_speed=0.001)
+    tokens_BW = torch.randint(0, SHAPE.vocabulary, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    batch = TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool))
+    return lambda: stepper.step([batch], BATCH, settings).loss
+
+
+def theirs(dtype: torch.dtype) -> Callable[[], float]:
+    """One optimizer step of the peer."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = dict(
+        vocab_size=SHAPE.vocabulary,
+        hidden_size=SHAPE.hidden,
+        num_hidden_layers=SHAPE.layers,
+        first_k_dense_replace=SHAPE.dense_layers,
+        num_attention_heads=SHAPE.heads,
+        num_key_value_heads=SHAPE.heads,
+        q_lora_rank=SHAPE.q_lora_rank,
+        kv_lora_rank=SHAPE.kv_lora_rank,
+        qk_nope_head_dim=SHAPE.qk_nope_head_dim,
+        qk_rope_head_dim=SHAPE.qk_rope_head_dim,
+        v_head_dim=SHAPE.v_head_dim,
+        intermediate_size=SHAPE.dense_ffn,
+        moe_intermediate_size=SHAPE.expert_ffn,
+        n_routed_experts=SHAPE.experts,
+        n_shared_experts=SHAPE.shared_experts,
+        num_experts_per_tok=SHAPE.top_k,
+        n_group=SHAPE.groups,
+        topk_group=SHAPE.top_k_groups,
+        tie_word_embeddings=False,
+        use_cache=False,
+        attn_implementation="sdpa",
+        experts_implementation="grouped_mm",
+    )
+    model: torch.nn.Module = DeepseekV3ForCausalLM(DeepseekV3Config(**settings))
+    model.to(dtype).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    tokens_BS = torch.randint(0, SHAPE.vocabulary, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+
+    def step() -> float:
+        loss: torch.Tensor = model(input_ids=tokens_BS, labels=tokens_BS).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def gemm_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a 1024-cubed matrix product, the best of five."""
+    a, b = torch.randn(1024, 1024, dtype=dtype), torch.randn(1024, 1024, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best
+
+
+def measure(name: str, pairs: int) -> dict[str, float | str]:
+    """Time `pairs` steps of each, in turn, after two to warm up; rates are medians, the ratio is that of the pairs."""
+    dtype = DTYPES[name]
+    steps = {"shoestring": ours(dtype), "transformers": theirs(dtype)}
+    seconds: dict[str, list[float]] = {peer: [] for peer in steps}
+    rates = []
+    for repetition in range(pairs + 2):
+        rates.append(gemm_rate(dtype))
+        for peer, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if repetition >= 2:
+                seconds[peer].append(time.perf_counter() - start)
+    tokens = BATCH * LENGTH
+    flops = count_flops(SHAPE, LENGTH).main * tokens
+    median = {peer: statistics.median(times) for peer, times in seconds.items()}
+    ratios = [b / a for a, b in zip(seconds["shoestring"], seconds["transformers"], strict=True)]
+    floor = flops / statistics.median(rates)
+    return {
+        "precision": name,
+        "shoestring_tokens_per_second": tokens / median["shoestring"],
+        "transformers_tokens_per_second": tokens / median["transformers"],
+        "ratio_median_of_pairs": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "step_ms": 1000 * median["shoestring"],
+        "floor_ms": 1000 * floor,
+        "gemm_gflops": statistics.median(rates) / 1e9,
+        "share_of_floor": floor / median["shoestring"],
+    }
+
+
+def main() -> None:
+    """Measure both precisions, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--precision", choices=list(DTYPES), action="append")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    count = count_parameters(SHAPE)
+    print(
+        f"{count.main / 1e6:.2f} M parameters, {count.main_active / 1e6:.2f} M active; "
+        f"{torch.get_num_threads()} threads"
+    )
+    rows = [measure(name, options.pairs) for name in options.precision or DTYPES]
+    for row in rows:
+        print(
+            "  ".join(
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            )
+        )
+    if options.json:
+        options.json.write_text(json.dumps({"threads": torch.get_num_threads(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

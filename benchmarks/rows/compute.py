@@ -1,0 +1,198 @@
+"""Rows that need one device: what it is, matrix products, streams, FP8.
+
+Letters: M, N, K sides of a matrix product; R rows, L experts, D hidden, F inner width.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.functional import ScalingType
+
+from shoestring.benchmarks.rows.row import Check, Figures, Machine, NotHere, expect, relative_error
+from shoestring.trainer.model.experts import grouped_mm, grouped_mm_twin
+
+TILE = 128
+"""Side of a scaled tile or block (report §3.3.2)."""
+E4M3_MAX = 448.0
+
+
+def host(machine: Machine) -> Figures:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpus": float(len(os.sched_getaffinity(0))),
+        "threads": float(torch.get_num_threads()),
+    }
+
+
+def gpu(machine: Machine) -> Figures:
+    machine.need_gpu()
+    facts = torch.cuda.get_device_properties(machine.device)
+    nccl: tuple[int, ...] = torch.cuda.nccl.version()
+    return {
+        "name": facts.name,
+        "memory_GiB": facts.total_memory / 2**30,
+        "capability": f"{facts.major}.{facts.minor}",
+        "multiprocessors": float(facts.multi_processor_count),
+        "driver": _driver(),
+        "CUDA": str(torch.version.cuda),
+        "NCCL": ".".join(map(str, nccl)),
+    }
+
+
+def _driver() -> str:
+    """The driver's version; torch does not tell it."""
+    if shutil.which("nvidia-smi") is None:
+        return "unknown: no nvidia-smi here"
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout.split("\n")[0].strip()
+
+
+def matmul_bf16(machine: Machine) -> Figures:
+    side = 8192 if machine.on_gpu else 512
+    a, b = (_normal(machine, side, side).bfloat16() for _ in range(2))
+    error = expect("the product", relative_error((a @ b)[:64], a[:64].double() @ b.double()), 1e-2)
+    return {"TFLOP/s": _rate(machine, 2 * side**3, lambda: a @ b), "side": float(side), "error": error}
+
+
+def grouped_in_eights(machine: Machine) -> Figures:
+    return _grouped(machine, (1024, 0, 3072, 512, 2048, 8, 1016, 512) if machine.on_gpu else (32, 0, 96, 16))
+
+
+def grouped_any(machine: Machine) -> Figures:
+    """What routing gives. A kernel that wants 16-byte boundaries between experts would fail here, in the backward."""
+    return _grouped(machine, (1023, 0, 3071, 513, 2047, 1, 1025, 512) if machine.on_gpu else (31, 0, 97, 16))
+
+
+def _grouped(machine: Machine, rows_per_expert_L: tuple[int, ...]) -> Figures:
+    """Forward and backward of the experts' product beside the twin's."""
+    inner, hidden = (4096, 7168) if machine.on_gpu else (64, 128)
+    x_RD = _normal(machine, sum(rows_per_expert_L), hidden).bfloat16()
+    weight_LFD = (_normal(machine, len(rows_per_expert_L), inner, hidden) * 0.02).bfloat16()
+    grad_RF = _normal(machine, sum(rows_per_expert_L), inner).bfloat16()
+
+    def run(product: Callable[[Tensor, Tensor, tuple[int, ...]], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = x_RD.clone().requires_grad_(), weight_LFD.clone().requires_grad_()
+        out_RF = product(x, weight, rows_per_expert_L)
+        grad_x, grad_weight = torch.autograd.grad(out_RF, (x, weight), grad_RF)
+        return out_RF.detach(), grad_x, grad_weight
+
+    names = ("output", "input gradient", "weight gradient")
+    pairs = zip(names, run(grouped_mm), run(grouped_mm_twin), strict=True)
+    error = max(expect(name, relative_error(ours, twins), 1e-2) for name, ours, twins in pairs)
+    flops = 6 * sum(rows_per_expert_L) * inner * hidden
+    return {
+        "TFLOP/s": _rate(machine, flops, lambda: run(grouped_mm)),
+        "twin_TFLOP/s": _rate(machine, flops, lambda: run(grouped_mm_twin)),
+        "error": error,
+    }
+
+
+def streams(machine: Machine) -> Figures:
+    """A copy from the host on a side stream while the main stream multiplies; 1 is a copy that costs no time."""
+    machine.need_gpu()
+    a = _normal(machine, 8192, 8192).bfloat16()
+    source = torch.ones(2**28, dtype=torch.uint8, pin_memory=True)
+    target = torch.zeros_like(source, device=machine.device)
+    side = torch.cuda.Stream(machine.device)
+
+    def compute() -> None:
+        for _ in range(8):
+            a @ a
+
+    def copy() -> None:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            target.copy_(source, non_blocking=True)
+
+    def both() -> None:
+        copy()
+        compute()
+
+    alone, copying, together = (machine.seconds(work) for work in (compute, copy, both))
+    expect("the copy", float((target != 1).sum().item()), 0)
+    hidden = (alone + copying - together) / min(alone, copying)
+    return {"overlap": hidden, "copy_GB/s": source.numel() / copying / 1e9, "compute_ms": alone * 1e3}
+
+
+def fp8_tensor_scales(machine: Machine) -> Figures:
+    machine.need_gpu((8, 9))
+    a_MK, b_NK = _normal(machine, 4096, 4096), _normal(machine, 4096, 4096)
+    scales = [x.abs().amax() / E4M3_MAX for x in (a_MK, b_NK)]
+    a8, b8 = ((x / scale).to(torch.float8_e4m3fn) for x, scale in zip((a_MK, b_NK), scales, strict=True))
+    recipe = ScalingType.TensorWise
+
+    def multiply() -> Tensor:
+        return F.scaled_mm(a8, b8.t(), scales[0], recipe, scales[1], recipe, output_dtype=torch.bfloat16)
+
+    truth_MN = (a8.float() * scales[0]) @ (b8.float() * scales[1]).t()
+    error = expect("the product", relative_error(multiply(), truth_MN), 1e-2)
+    return {"TFLOP/s": _rate(machine, 2 * 4096**3, multiply), "error": error}
+
+
+def fp8_block_scales(machine: Machine) -> Figures:
+    """The report's recipe: activations in 1×128 tiles, weights in 128×128 blocks."""
+    machine.need_gpu((9, 0))
+    if torch.cuda.get_device_capability(machine.device) >= (10, 0):
+        raise NotHere("cuBLAS has these scales on compute capability 9.0 alone")
+    a8, scale_a, b8, scale_b, truth_MN = scaled_operands(machine)
+    # cuBLAS reads both scales along the outer side first.
+    scale_a, scale_b = scale_a.t().contiguous().t(), scale_b.t()
+    tiles, blocks = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
+
+    def multiply() -> Tensor:
+        return F.scaled_mm(a8, b8.t(), scale_a, tiles, scale_b, blocks, output_dtype=torch.bfloat16)
+
+    error = expect("the product", relative_error(multiply(), truth_MN), 1e-2)
+    return {"TFLOP/s": _rate(machine, 2 * a8.shape[0] * b8.numel(), multiply), "error": error}
+
+
+def scaled_operands(machine: Machine) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """a [M, K] in E4M3 with scales [M, K/128], b [N, K] with [N/128, K/128], and their product [M, N] in FP32."""
+    side = 4096 if machine.on_gpu else 2 * TILE
+    a_MK, b_NK = _normal(machine, side, side), _normal(machine, side, side)
+    a8, scale_a = _quantise(a_MK, 1)
+    b8, scale_b = _quantise(b_NK, TILE)
+    truth_MN = _dequantise(a8, scale_a, 1) @ _dequantise(b8, scale_b, TILE).t()
+    return a8, scale_a, b8, scale_b, truth_MN
+
+
+def _quantise(x_MK: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """E4M3, and one FP32 scale for each `rows` × 128 values."""
+    tiles = x_MK.unflatten(1, (-1, TILE)).unflatten(0, (-1, rows))
+    scale = tiles.abs().amax(dim=(1, 3)) / E4M3_MAX
+    return (tiles / scale[:, None, :, None]).to(torch.float8_e4m3fn).view_as(x_MK), scale
+
+
+def _dequantise(x_MK: Tensor, scale: Tensor, rows: int) -> Tensor:
+    return x_MK.float() * scale.repeat_interleave(rows, 0).repeat_interleave(TILE, 1)
+
+
+def _normal(machine: Machine, *shape: int) -> Tensor:
+    return torch.randn(shape, device=machine.device)
+
+
+def _rate(machine: Machine, flops: int, work: Callable[[], object]) -> float:
+    """TFLOP/s."""
+    return flops / machine.seconds(work) / 1e12
+
+
+CHECKS = (
+    Check("host", host, mandatory=True),
+    Check("gpu", gpu, mandatory=True),
+    Check("matmul bf16", matmul_bf16, mandatory=True),
+    Check("grouped_mm, rows in eights", grouped_in_eights, mandatory=True),
+    Check("grouped_mm, any rows", grouped_any, mandatory=True),
+    Check("copy beside compute", streams, mandatory=True),
+    Check("fp8 scaled_mm, tensor scales", fp8_tensor_scales, mandatory=False),
+    Check("fp8 scaled_mm, 1x128 and 128x128", fp8_block_scales, mandatory=False),
+)

@@ -1,0 +1,36 @@
+"""A run of seconds on a corpus of two short works, for tests that start real processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shoestring.launch.compose import compose_run
+from shoestring.trainer.data.prepare import prepare
+
+SEQUENCE, BATCH = 32, 8
+SMALL = (
+    "experiment=quickstart",
+    "topology.ep=2",
+    "model.vocabulary=512",
+    "data.vocabulary=512",
+    "model.layers=2",
+    "model.hidden=32",
+    f"training.sequence_length={SEQUENCE}",
+    f"training.global_batch={BATCH}",
+    "training.evaluate_every=0",
+    "training.sample_tokens=0",
+    "training.device=cpu",
+    "schedule.micro_batch=2",
+)
+
+
+def small_run(root: Path, steps: int) -> list[str]:
+    """Overrides of a run of `steps` on two ranks, but for its directory; its data is prepared under `root`."""
+    corpus = root / "corpus"
+    corpus.mkdir(parents=True)
+    packaged = compose_run(["experiment=quickstart"]).data.corpus_directory
+    (corpus / "hamlet.txt").write_text((packaged / "hamlet.txt").read_text()[:20000])
+    (corpus / "macbeth.txt").write_text((packaged / "macbeth.txt").read_text()[:1500])
+    data = [f"data.corpus={corpus}", f"data.prepared={root / 'prepared'}", "data.validation=[macbeth]"]
+    prepare(compose_run([*SMALL, *data]).data, lambda _: None)
+    return [*SMALL, *data, f"training.tokens={steps * BATCH * SEQUENCE}"]

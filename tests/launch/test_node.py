@@ -1,0 +1,125 @@
+"""launch/torchrun.sh: what it refuses, and two machines that are two launchers of this one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shoestring.comm.refusal import Refused
+from shoestring.launch.compose import compose_run
+from shoestring.launch.node import Place, count_processes, read_place
+from shoestring.launch.run_dir import read_status
+from shoestring.tests.launch.small_run import small_run
+from shoestring.tests.tree import ROOT
+from shoestring.trainer.budget.summary import summarise
+from shoestring.trainer.telemetry.history import read_metrics
+
+SCRIPT = ROOT / "launch" / "torchrun.sh"
+TWO = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
+
+
+def environment(**variables: str) -> dict[str, str]:
+    own = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "GPUS_PER_NODE")
+    return {key: value for key, value in os.environ.items() if key not in own} | {"PYTHON": sys.executable} | variables
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_the_variables_become_torchruns_arguments() -> None:
+    assert read_place({}).torchrun(4) == ["--standalone", "--local-addr=localhost", "--nproc-per-node=4"]
+    place = read_place(TWO | {"MASTER_PORT": "1234", "GPUS_PER_NODE": "8"})
+    assert place == Place(nodes=2, rank=1, address="node0", port=1234, processes=8)
+    assert place.torchrun(8) == [
+        "--nnodes=2",
+        "--node-rank=1",
+        "--master-addr=node0",
+        "--master-port=1234",
+        "--nproc-per-node=8",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variables", "fields"),
+    [
+        ({"NNODES": "two", "MASTER_PORT": "0", "GPUS_PER_NODE": "-1"}, ["NNODES", "MASTER_PORT", "GPUS_PER_NODE"]),
+        ({"NNODES": "2"}, ["NODE_RANK", "MASTER_ADDR"]),
+        (TWO | {"NODE_RANK": "2"}, ["NODE_RANK"]),
+        ({"NODE_RANK": "1"}, ["NODE_RANK"]),
+    ],
+)
+def test_variables_that_are_refused(variables: dict[str, str], fields: list[str]) -> None:
+    with pytest.raises(Refused) as refused:
+        read_place(variables)
+    assert [problem.field for problem in refused.value.problems] == fields
+
+
+@pytest.mark.parametrize(
+    ("topology", "processes", "fields"),
+    [
+        (["topology.ep=4", "topology.gpus_per_node=2"], None, []),
+        (["topology.ep=4", "topology.gpus_per_node=2"], "2", []),
+        (["topology.ep=4"], None, ["topology.gpus_per_node"]),
+        (["topology.ep=4"], "4", ["GPUS_PER_NODE", "topology.gpus_per_node"]),
+    ],
+)
+def test_machines_must_be_the_topologys(topology: list[str], processes: str | None, fields: list[str]) -> None:
+    config = compose_run(["training.device=cpu", *topology])
+    place = read_place(TWO | ({} if processes is None else {"GPUS_PER_NODE": processes}))
+    if not fields:
+        assert count_processes(config, place) == 2
+        return
+    with pytest.raises(Refused) as refused:
+        count_processes(config, place)
+    assert [problem.field for problem in refused.value.problems] == fields
+
+
+def test_the_script_explains_itself_and_exits_with_2() -> None:
+    explained = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, timeout=60, check=True)
+    assert explained.stdout.startswith("Train on one machine or on several")
+    assert "GPUS_PER_NODE" in explained.stdout
+    refused = subprocess.run(
+        [SCRIPT], capture_output=True, text=True, timeout=60, check=False, env=environment(NNODES="2")
+    )
+    assert refused.returncode == 2
+    assert "NODE_RANK = '': is missing" in refused.stderr
+    nowhere = subprocess.run(
+        [SCRIPT], capture_output=True, text=True, timeout=60, check=False, env=environment(PYTHON="/bin/false")
+    )
+    assert nowhere.returncode == 2
+    assert "has no shoestring" in nowhere.stderr
+
+
+@pytest.mark.slow
+def test_two_machines_are_one_run(tmp_path: Path) -> None:
+    run_dir, steps = tmp_path / "run", 6
+    overrides = [*small_run(tmp_path, steps), "topology.gpus_per_node=1", f"training.run_dir={run_dir}"]
+    meeting = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    launchers = [
+        subprocess.Popen(
+            [SCRIPT, *overrides],
+            env=environment(NODE_RANK=str(rank), **meeting),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (1, 0)
+    ]
+    try:
+        texts = [launcher.communicate(timeout=120)[0] for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            launcher.kill()
+    assert [launcher.returncode for launcher in launchers] == [0, 0], "\n".join(texts)
+    assert read_status(run_dir) == {"exit_code": 0, "reason": f"{steps} steps done"}
+    assert [event.step for event in read_metrics(run_dir / "metrics.jsonl") if event.kind == "stop"] == [steps]
+    assert not summarise(run_dir).running

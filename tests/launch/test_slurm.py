@@ -1,0 +1,167 @@
+"""launch/slurm/pretrain.sbatch under a real Slurm: a controller and two node daemons on this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from shoestring.launch.run_dir import read_status
+from shoestring.tests.launch.small_run import small_run
+from shoestring.tests.tree import ROOT
+from shoestring.trainer.budget.summary import summarise
+
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "srun")
+MISSING = [program for program in PROGRAMS if shutil.which(program) is None]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"Slurm is not installed: no {', '.join(MISSING)}"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="Slurm's node daemons need root"),
+]
+STEPS = 80
+SETTINGS = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/none
+CredType=cred/none
+AuthInfo=cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool_%n
+SlurmctldPidFile={folder}/controller.pid
+SlurmdPidFile={folder}/%n.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+PropagateResourceLimits=NONE
+SchedulerParameters=sched_interval=2
+SlurmdParameters=config_overrides
+NodeName=node[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] CPUs=8 RealMemory=1000
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+@dataclass(frozen=True)
+class Slurm:
+    environment: dict[str, str]
+
+    def call(self, *command: str) -> str:
+        done = subprocess.run(
+            command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+    def submit(self, output: Path, *arguments: str) -> str:
+        flags = ["--gpus-per-node=0", "--time=2", f"--output={output}"]
+        return self.call("sbatch", "--parsable", *flags, "launch/slurm/pretrain.sbatch", *arguments)
+
+    def job(self, number: str) -> dict[str, str]:
+        words = self.call("scontrol", "-o", "show", "job", number).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def has_ended(self, number: str) -> bool:
+        return self.job(number)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+def wait_until(what: Callable[[], bool], seconds: float) -> None:
+    """Look again and again; what is looked at is a process of its own, which takes its time."""
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, f"not so after {seconds} s"
+        os.sched_yield()
+
+
+def three_ports() -> tuple[int, int, int]:
+    """A free port, and two that follow each other."""
+    while True:
+        with ExitStack() as held:
+            probes = [held.enter_context(socket.socket()) for _ in range(3)]
+            try:
+                probes[0].bind(("127.0.0.1", 0))
+                probes[1].bind(("127.0.0.1", 0))
+                probes[2].bind(("127.0.0.1", probes[1].getsockname()[1] + 1))
+            except OSError:
+                continue
+            first, second, third = (int(probe.getsockname()[1]) for probe in probes)
+            return first, second, third
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """A cluster of two idle nodes; its jobs and daemons end with the tests."""
+    folder = tmp_path_factory.mktemp("slurm")
+    for name in ("state", "spool_node1", "spool_node2"):
+        (folder / name).mkdir()
+    settings = folder / "slurm.conf"
+    host = socket.gethostname().split(".")[0]
+    settings.write_text(SETTINGS.format(host=host, ports=three_ports(), folder=folder))
+    outside = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
+    own = {"SLURM_CONF": str(settings), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    cluster = Slurm(outside | own | {"MASTER_ADDR": "127.0.0.1"})  # node1 is no name that resolves
+    commands = [["slurmctld", "-D", "-c"], *(["slurmd", "-D", "-N", node] for node in ("node1", "node2"))]
+    with ExitStack() as cleanup:
+        for command in commands:
+            log = cleanup.enter_context((folder / f"{command[-1]}.log").open("w"))
+            process = subprocess.Popen([*command, "-f", str(settings)], stdout=log, stderr=log, env=cluster.environment)
+            cleanup.callback(process.wait, 20)
+            cleanup.callback(process.terminate)
+        wait_until(lambda: idle_nodes(cluster) == 2, 20)
+        yield cluster
+        subprocess.run(["scancel", "--full", "--user=root"], env=cluster.environment, timeout=30, check=False)
+        wait_until(lambda: not cluster.call("squeue", "--noheader"), 30)
+
+
+def idle_nodes(cluster: Slurm) -> int:
+    command = ["sinfo", "--noheader", "--Node", "--format=%T"]
+    done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=30, check=False)
+    return done.stdout.split().count("idle")
+
+
+@pytest.mark.timeout(120)
+def test_a_requeued_job_goes_on_from_its_checkpoint(slurm: Slurm, tmp_path: Path) -> None:
+    run_dir, output = tmp_path / "run", tmp_path / "job.out"
+    own = ["topology.gpus_per_node=1", "training.checkpoint_every=20", f"training.run_dir={run_dir}"]
+    job = slurm.submit(output, "--fresh", *small_run(tmp_path, STEPS), *own)
+    wait_until(lambda: (run_dir / "checkpoints" / "step_00000020").exists() or slurm.has_ended(job), 60)
+    slurm.call("scontrol", "requeue", job)
+    wait_until(lambda: slurm.job(job)["JobState"] == "PENDING", 30)
+    slurm.call("scontrol", "update", f"jobid={job}", "starttime=now")
+    wait_until(lambda: slurm.has_ended(job), 60)
+
+    text = output.read_text()
+    assert {key: slurm.job(job)[key] for key in ("JobState", "ExitCode", "Restarts", "NumNodes")} == {
+        "JobState": "COMPLETED",
+        "ExitCode": "0:0",
+        "Restarts": "1",
+        "NumNodes": "2",
+    }, text
+    assert f"Job {job}, life 1, on node[1-2]" in text
+    assert f"Job {job}, life 2, on node[1-2]" in text
+    assert "resume at step" in text  # the second life was not --fresh
+    assert read_status(run_dir) == {"exit_code": 0, "reason": f"{STEPS} steps done"}
+    summary = summarise(run_dir)
+    assert summary.attempts == 2
+    assert not summary.running
+
+
+def test_a_refused_run_fails_the_job_with_2(slurm: Slurm, tmp_path: Path) -> None:
+    output = tmp_path / "job.out"
+    job = slurm.submit(output, "training.device=cpu", "topology.ep=4", "topology.gpus_per_node=8")
+    wait_until(lambda: slurm.has_ended(job), 60)
+    assert slurm.job(job)["ExitCode"] == "2:0", output.read_text()
+    assert slurm.job(job)["JobState"] == "FAILED"
+    assert "write topology.gpus_per_node=2" in output.read_text()
