@@ -90,30 +90,30 @@ def ours(dtype: torch.dtype) -> Callable[[], float]:
 def theirs(dtype: torch.dtype) -> Callable[[], float]:
     """One optimizer step of the peer."""
     torch.manual_seed(0)
-    settings: dict[str, Any] = dict(
-        vocab_size=SHAPE.vocabulary,
-        hidden_size=SHAPE.hidden,
-        num_hidden_layers=SHAPE.layers,
-        first_k_dense_replace=SHAPE.dense_layers,
-        num_attention_heads=SHAPE.heads,
-        num_key_value_heads=SHAPE.heads,
-        q_lora_rank=SHAPE.q_lora_rank,
-        kv_lora_rank=SHAPE.kv_lora_rank,
-        qk_nope_head_dim=SHAPE.qk_nope_head_dim,
-        qk_rope_head_dim=SHAPE.qk_rope_head_dim,
-        v_head_dim=SHAPE.v_head_dim,
-        intermediate_size=SHAPE.dense_ffn,
-        moe_intermediate_size=SHAPE.expert_ffn,
-        n_routed_experts=SHAPE.experts,
-        n_shared_experts=SHAPE.shared_experts,
-        num_experts_per_tok=SHAPE.top_k,
-        n_group=SHAPE.groups,
-        topk_group=SHAPE.top_k_groups,
-        tie_word_embeddings=False,
-        use_cache=False,
-        attn_implementation="sdpa",
-        experts_implementation="grouped_mm",
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": SHAPE.vocabulary,
+        "hidden_size": SHAPE.hidden,
+        "num_hidden_layers": SHAPE.layers,
+        "first_k_dense_replace": SHAPE.dense_layers,
+        "num_attention_heads": SHAPE.heads,
+        "num_key_value_heads": SHAPE.heads,
+        "q_lora_rank": SHAPE.q_lora_rank,
+        "kv_lora_rank": SHAPE.kv_lora_rank,
+        "qk_nope_head_dim": SHAPE.qk_nope_head_dim,
+        "qk_rope_head_dim": SHAPE.qk_rope_head_dim,
+        "v_head_dim": SHAPE.v_head_dim,
+        "intermediate_size": SHAPE.dense_ffn,
+        "moe_intermediate_size": SHAPE.expert_ffn,
+        "n_routed_experts": SHAPE.experts,
+        "n_shared_experts": SHAPE.shared_experts,
+        "num_experts_per_tok": SHAPE.top_k,
+        "n_group": SHAPE.groups,
+        "topk_group": SHAPE.top_k_groups,
+        "tie_word_embeddings": False,
+        "use_cache": False,
+        "attn_implementation": "sdpa",
+        "experts_implementation": "grouped_mm",
+    }
     model: torch.nn.Module = DeepseekV3ForCausalLM(DeepseekV3Config(**settings))
     model.to(dtype).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)

@@ -9,6 +9,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from .refusal import Problem, Refused
+
 
 @dataclass(frozen=True)
 class WorkerEnvironment:
@@ -20,9 +22,14 @@ class WorkerEnvironment:
 
     @staticmethod
     def read() -> WorkerEnvironment | None:
-        """The variables of this process, or None outside torchrun."""
-        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        """The variables of this process, or None outside torchrun. Raises `Refused` where some are missing."""
+        wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        missing = [name for name in wanted if name not in os.environ]
+        if "RANK" in missing:
             return None
+        if missing:
+            remedy = f"is set but {', '.join(missing)} is not; start ranks with torchrun, or unset it"
+            raise Refused([Problem("RANK", os.environ["RANK"], remedy)])
         return WorkerEnvironment(
             rank=int(os.environ["RANK"]),
             local_rank=int(os.environ.get("LOCAL_RANK", "0")),

@@ -23,6 +23,10 @@ class Traffic:
             key = (operation, self.topology.link(self.rank, peer))
             self.bytes_sent[key] = self.bytes_sent.get(key, 0) + size
 
+    def clear(self) -> None:
+        """Count from zero again."""
+        self.bytes_sent.clear()
+
     def by_link(self) -> Mapping[Link, int]:
         """Bytes sent over each kind of link, all operations together."""
         totals = dict.fromkeys(Link, 0)

@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..comm.refusal import Refused
+from .orphan import die_with_launcher
 
 EXIT_REFUSED = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: run the verb and exit with its code; 2 for refused input, every problem on a line of its own."""
+    die_with_launcher()
     options = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
@@ -14,18 +13,13 @@ from pathlib import Path
 import torch
 
 from ..comm.refusal import Problem, Refused, refuse_if_any
-from ..trainer.budget.allocation import Allocation
-from ..trainer.checkpoint.store import CheckpointStore
 from ..trainer.config import RunConfig
-from ..trainer.data.prepared import open_prepared
-from ..trainer.rank import open_samples
-from .compose import compose_run, to_yaml
-from .run_dir import CONFIG_FILE, claimed, read_status
-from .worker import ATTEMPT_VARIABLE, die_with_parent
+from .compose import compose_run
+from .launcher import launch, run_torchrun
+from .preflight import is_finished, preflight
 
 _PORT = 29500
 _REFUSED = 2
-_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -109,49 +103,14 @@ def run_node(overrides: Sequence[str], config_dir: Path | None, *, fresh: bool) 
     place = read_place(os.environ)
     config = compose_run(overrides, config_dir)
     processes = count_processes(config, place)
-    open_samples(config, open_prepared(config.data))  # refuses missing, damaged or unfitting data
+    preflight(config, processes, fresh=fresh)
     arguments = [*overrides, *([] if config_dir is None else ["--config-dir", str(config_dir)])]
-    command = [sys.executable, "-m", "torch.distributed.run", *place.torchrun(processes)]
-    command += ["-m", "shoestring.launch.cli", "train", *arguments]
-    run_dir = Path(config.training.run_dir)
-    if place.rank > 0:
-        return 0 if not fresh and _is_finished(config, run_dir) else _torchrun(command, uuid.uuid4().hex[:12])
-    with claimed(run_dir, fresh=fresh):
-        if _is_finished(config, run_dir):
-            print(f"{run_dir} is finished. --fresh starts over; a larger training.tokens goes on.")
-            return 0
-        (run_dir / CONFIG_FILE).write_text(to_yaml(config))
-        return _account(config, run_dir, command)
-
-
-def _is_finished(config: RunConfig, run_dir: Path) -> bool:
-    done = CheckpointStore(run_dir / "checkpoints", config.training.keep_checkpoints).steps()
-    return bool(done) and done[-1] >= config.total_steps
-
-
-def _account(config: RunConfig, run_dir: Path, command: Sequence[str]) -> int:
-    """Machine 0: hold the GPUs of all machines in the ledger while they run; map what rank 0 wrote to an exit code."""
-    attempt = uuid.uuid4().hex[:12]
-    allocation = Allocation(run_dir, ranks=config.topology.world_size, attempt=attempt, budget=config.budget)
-    reason = "the launcher failed"
-    try:
-        code = _torchrun(command, attempt)
-        status = read_status(run_dir)
-        reason = f"torchrun exited with {code}" if status is None else str(status["reason"])
-        return code or 1 if status is None else int(str(status["exit_code"]))
-    except KeyboardInterrupt:
-        reason = "interrupted"
-        return _INTERRUPTED
-    finally:
-        allocation.close(reason)
-
-
-def _torchrun(command: Sequence[str], attempt: str) -> int:
-    environment = os.environ | {ATTEMPT_VARIABLE: attempt}
-    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # With a thread pool each, ranks of one CPU spend their time spinning.
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    return subprocess.run(command, env=environment, preexec_fn=die_with_parent, check=False).returncode
+    torchrun = place.torchrun(processes)
+    if place.rank == 0:
+        return launch(config, torchrun, arguments, fresh=fresh)
+    if not fresh and is_finished(config):
+        return 0
+    return run_torchrun(torchrun, arguments, uuid.uuid4().hex[:12])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -22,21 +22,26 @@ def claimed(run_dir: Path, *, fresh: bool) -> Iterator[None]:
 
     Raises `Refused` for a directory that another launcher holds, that cannot be written, or that is not a run's.
     """
-    try:
-        if run_dir.exists() and not _is_a_runs(run_dir):
-            remedy = f"exists and is not a run directory (it holds no {CONFIG_FILE}); name another"
-            raise Refused([Problem("training.run_dir", str(run_dir), remedy)])
+    if run_dir.exists() and not _is_a_runs(run_dir):
+        remedy = f"exists and is not a run directory (it holds no {CONFIG_FILE}); name another"
+        raise Refused([Problem("training.run_dir", str(run_dir), remedy)])
+    with _refusing_to_fail(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        with (run_dir / _LOCK_FILE).open("a") as lock:
-            _lock(lock.fileno(), run_dir)
-            if fresh:
+        lock = (run_dir / _LOCK_FILE).open("a")
+    with lock:
+        _lock(lock.fileno(), run_dir)
+        if fresh:
+            with _refusing_to_fail(run_dir):
                 _empty(run_dir)
-            (run_dir / STATUS_FILE).unlink(missing_ok=True)
-            yield
+        yield
+
+
+@contextmanager
+def _refusing_to_fail(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        if error.filename is None or not Path(error.filename).is_relative_to(run_dir):
-            raise
-        remedy = f"cannot be written ({error.strerror}); name another directory"
+        remedy = f"cannot be written ({error.strerror}: {error.filename}); name another directory"
         raise Refused([Problem("training.run_dir", str(run_dir), remedy)]) from error
 
 
@@ -57,11 +62,13 @@ def _lock(descriptor: int, run_dir: Path) -> None:
 
 
 def _empty(run_dir: Path) -> None:
+    """Remove everything but the lock; last what shows that the directory is a run's."""
     for path in run_dir.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != _LOCK_FILE:
+        elif path.name not in (_LOCK_FILE, CONFIG_FILE):
             path.unlink()
+    (run_dir / CONFIG_FILE).unlink(missing_ok=True)
 
 
 def write_status(run_dir: Path, code: int, reason: str) -> None:
@@ -70,8 +77,13 @@ def write_status(run_dir: Path, code: int, reason: str) -> None:
     (run_dir / STATUS_FILE).write_text(json.dumps({"exit_code": code, "reason": reason}) + "\n")
 
 
+def clear_status(run_dir: Path) -> None:
+    """Forget how the last launch ended: another one begins."""
+    (run_dir / STATUS_FILE).unlink(missing_ok=True)
+
+
 def read_status(run_dir: Path) -> Mapping[str, object] | None:
-    """What a worker of this launch has left, or None where all of them ended otherwise."""
+    """What a worker of the last launch has left, or None where all of them ended otherwise."""
     path = run_dir / STATUS_FILE
     status: Mapping[str, object] | None = json.loads(path.read_text()) if path.exists() else None
     return status

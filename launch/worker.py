@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -17,11 +15,10 @@ from ..comm.groups import ProcessGroups
 from ..comm.refusal import Problem, Refused
 from ..trainer.config import RunConfig
 from ..trainer.loop import RunFailed, train
-from .run_dir import write_status
+from .compose import to_yaml
+from .run_dir import CONFIG_FILE, write_status
 
 ATTEMPT_VARIABLE = "SHOESTRING_ATTEMPT"
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: between fork and exec is no place for it
 
 
 def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
@@ -30,10 +27,11 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
     A worker that stops on purpose writes `run_status.json` and exits with 0, because torchrun would turn any other code
     into 1 and might start it again.
     """
-    die_with_parent()
     if worker.world_size != config.topology.world_size:
         size = f"topology asks for {config.topology.world_size} processes"
         return _stop(config, worker, 2, str(Problem("world size", worker.world_size, f"{size}; start as many")))
+    if worker.rank == 0:
+        _own(Path(config.training.run_dir), config)
     device = pick_device(config, worker)
     timeout = timedelta(seconds=config.training.collective_timeout_seconds)
     start_default_group(worker, device, timeout)
@@ -48,6 +46,13 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
     finally:
         dist.destroy_process_group()
     return _stop(config, worker, 0, f"{steps} steps done")
+
+
+def _own(run_dir: Path, config: RunConfig) -> None:
+    """Under a torchrun of one's own there is no launcher to leave the configuration."""
+    if not (run_dir / CONFIG_FILE).exists():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / CONFIG_FILE).write_text(to_yaml(config))
 
 
 def _stop(config: RunConfig, worker: WorkerEnvironment, code: int, reason: str) -> int:
@@ -68,9 +73,3 @@ def pick_device(config: RunConfig, worker: WorkerEnvironment) -> torch.device:
     device = torch.device("cuda", worker.local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies: a killed launcher leaves no ranks (Linux only)."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

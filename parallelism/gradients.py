@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..comm.groups import Group, ProcessGroups
 
-_ROW = 4096
+_PIECE = 2**16  # elements: 512 KB in FP64
 
 
 @dataclass(frozen=True)
@@ -67,17 +67,13 @@ def _sum_flat(parameters: Sequence[Tensor], group: Group) -> None:
 def _sum_of_squares(parameters: Iterable[Tensor]) -> Tensor:
     """FP64, 0-dimensional, on the CPU, where the sums of all devices meet.
 
-    Rows of a few thousand elements are reduced in the gradient's own precision, and their norms in FP64: a copy of every
-    gradient in FP64 costs more than the whole optimizer.
+    The FP64 copy is made a piece at a time, in a buffer that stays in a cache: of whole gradients it costs more than
+    the optimizer.
     """
-    norms = [
-        torch.linalg.vector_norm(row, dim=-1).double().square().sum() for p in parameters for row in _rows(_grad(p))
-    ]
-    return torch.stack(norms).sum().cpu() if norms else torch.zeros((), dtype=torch.float64)
+    sums = [_squares_of(piece) for parameter in parameters for piece in _grad(parameter).reshape(-1).split(_PIECE)]
+    return torch.stack(sums).sum().cpu() if sums else torch.zeros((), dtype=torch.float64)
 
 
-def _rows(grad: Tensor) -> tuple[Tensor, ...]:
-    """All elements, as rows of `_ROW` and a rest."""
-    flat = grad.reshape(-1)
-    whole = flat.numel() // _ROW * _ROW
-    return flat[:whole].view(-1, _ROW), flat[whole:]
+def _squares_of(piece: Tensor) -> Tensor:
+    wide = piece.double()
+    return torch.dot(wide, wide)

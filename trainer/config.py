@@ -82,6 +82,8 @@ class TrainingConfig:
         for name in ("balance_weight", "evaluate_every", "checkpoint_every", "sample_tokens", "seed"):
             if values[name] < 0:
                 yield Problem(name, values[name], "must be at least 0")
+        if self.seed >= 2**63:
+            yield Problem("seed", self.seed, "must be less than 2**63, to fit the generators")
         if not self.run_dir:
             yield Problem("run_dir", self.run_dir, "must name a directory")
         if self.sample_tokens > 0 and not self.sample_prompt:
@@ -164,6 +166,16 @@ class RunConfig:
             nearest = max(1, round(training.global_batch / share)) * share
             remedy = f"must be a multiple of {share} ({parts}); the nearest is {nearest}"
             yield Problem("training.global_batch", training.global_batch, remedy)
+        yield from self._alignment_problems()
         if self.data.vocabulary != model.vocabulary:
             remedy = f"must equal model.vocabulary = {model.vocabulary}"
             yield Problem("data.vocabulary", self.data.vocabulary, remedy)
+
+    def _alignment_problems(self) -> Iterator[Problem]:
+        """Grouped GEMMs want rows of whole 16 bytes; FP64 has a path of its own."""
+        if self.precision.compute == "float64" or self.model.moe_layers + self.model.mtp_depth == 0:
+            return
+        step = 4 if self.precision.compute == "float32" else 8  # auto may become BF16
+        for name, width in (("hidden", self.model.hidden), ("expert_ffn", self.model.expert_ffn)):
+            if width % step:
+                yield Problem(f"model.{name}", width, f"must be a multiple of {step}, for rows of whole 16 bytes")

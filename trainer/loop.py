@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from ..comm.groups import ProcessGroups
-from ..comm.refusal import Problem, Refused
+from ..comm.refusal import refuse_if_any
 from .by_tokens import value_at
+from .checkpoint.compatible import incompatibilities
 from .checkpoint.names import named_state
 from .config import RunConfig
 from .costs.cluster import measure_peak_tflops
@@ -98,10 +99,11 @@ def _one_step(rank: Rank, step: int, reporter: Reporter | None) -> None:
         mtp_weight=value_at(config.training.mtp_weight, before),
         bias_speed=value_at(config.training.bias_speed, before),
     )
+    rank.traffic.clear()
     start = time.perf_counter()
     result = rank.stepper.step(micro_batches, config.training.global_batch, settings)
     if reporter is not None:
-        reporter.step(step, result, settings, time.perf_counter() - start, rank.chunk.model)
+        reporter.step(step, result, settings, time.perf_counter() - start, rank.chunk.model, rank.traffic)
 
 
 def _micro_batches(rank: Rank, consumed: int) -> Iterator[TokenBatch]:
@@ -157,24 +159,7 @@ def _save(rank: Rank, step: int, reporter: Reporter | None) -> None:
 def _load(rank: Rank, step: int) -> dict[str, Any]:
     """Fill the rank's state from a checkpoint; return the checkpoint's facts."""
     facts = rank.store.facts(step)
-    now = asdict(rank.config)
-    fixed = [("model",), ("topology",), ("precision",), ("training", "seed")]
-    fixed += [("training", "sequence_length"), ("training", "global_batch")]
-    problems = []
-    for keys in fixed:
-        saved, wanted = facts["config"], now
-        for key in keys:
-            saved, wanted = saved[key], wanted[key]
-        if saved != wanted:
-            remedy = f"the checkpoint of step {step} was written with {saved!r}; "
-            remedy += "go on with that, or use a new training.run_dir"
-            problems.append(Problem(".".join(keys), wanted, remedy))
-    if facts["data"] != rank.data_digest:
-        remedy = f"the checkpoint of step {step} was trained on other data ({facts['data'][:12]}…); "
-        remedy += "use a new training.run_dir"
-        problems.append(Problem("data.prepared", rank.config.data.prepared, remedy))
-    if problems:
-        raise Refused(problems)
+    refuse_if_any(incompatibilities(facts, rank.config, rank.data_digest))
     state = _state(rank)
     rank.store.load(step, state, rank.groups.world)
     for moments in rank.stepper.optimizer.state.values():

@@ -43,6 +43,7 @@ class Rank:
     data_digest: str
     store: CheckpointStore
     worker: Worker
+    traffic: Traffic
 
     def close(self) -> None:
         """End the exchange's thread."""
@@ -55,7 +56,8 @@ def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -
     train, validation = open_samples(config, prepared)
     model = build_model(config, groups, device)
     worker = Worker(threaded=device.type == "cpu" and groups.ep.size > 1)
-    exchange = FlatExchange(groups.ep, config.model.experts, worker, Traffic(config.topology, groups.rank))
+    traffic = Traffic(config.topology, groups.rank)
+    exchange = FlatExchange(groups.ep, config.model.experts, worker, traffic)
     dtype = config.precision.compute_dtype(device)
     chunk = Chunk(model, exchange, dtype)
     parameters = dict(model.named_parameters())
@@ -81,6 +83,7 @@ def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -
         data_digest=prepared.manifest.digest,
         store=CheckpointStore(Path(config.training.run_dir) / "checkpoints", config.training.keep_checkpoints),
         worker=worker,
+        traffic=traffic,
     )
 
 

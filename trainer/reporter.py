@@ -22,6 +22,7 @@ from .telemetry.events import JSON, Event, EventStream
 from .telemetry.open import open_stream
 
 if TYPE_CHECKING:
+    from ..comm.traffic import Traffic
     from .model.model import Model
 
 
@@ -89,8 +90,13 @@ class Reporter:
         if bucket != "data_stall":
             self._since += time.perf_counter() - start
 
-    def step(self, step: int, result: StepResult, settings: StepSettings, seconds: float, model: Model) -> None:
-        """Step number `step` is done. Every step goes to the ledger, one in `log_every` to telemetry."""
+    def step(
+        self, step: int, result: StepResult, settings: StepSettings, seconds: float, model: Model, traffic: Traffic
+    ) -> None:
+        """Step number `step` is done. Every step goes to the ledger, one in `log_every` to telemetry.
+
+        `traffic` holds the bytes that rank 0 has sent in this step.
+        """
         config = self._config
         self._work.step(step, 1000 * seconds, config.tokens_per_step)
         self._tokens_since += config.tokens_per_step
@@ -118,6 +124,7 @@ class Reporter:
             "budget_share": self._meter.budget_share(),
             "eta_seconds": (config.total_steps - step) * config.tokens_per_step / rate,
             "total_steps": config.total_steps,
+            **{f"bytes_sent/{link}": size for link, size in traffic.by_link().items()},
             **balance_values(result, model),
         }
         self._emit("step", step, values)

@@ -66,7 +66,6 @@ ZERO_IS_NOTHING = {
     "model.yarn.mscale_all_dim",
     "optimizer.final_learning_rate",
     "optimizer.warmup_tokens",
-    "optimizer.constant_tokens",
     "optimizer.decay_tokens",
     "optimizer.beta1",
     "optimizer.beta2",
@@ -90,6 +89,10 @@ def test_zero_is_refused_where_it_means_nothing(tree: dict[str, object]) -> None
 @pytest.mark.parametrize(
     ("values", "field", "remedy"),
     [
+        ({"training.seed": 2**63}, "training.seed", "must be less than 2**63"),
+        ({"optimizer.decay_tokens": 5}, "optimizer.decay_tokens", "is never reached: constant_tokens is null"),
+        ({"model.expert_ffn": 92}, "model.expert_ffn", "must be a multiple of 8"),
+        ({"precision.compute": "float32", "model.hidden": 126}, "model.hidden", "must be a multiple of 4"),
         ({"model.experts": 18}, "model.groups", "must divide experts = 18"),
         ({"model.groups": 3}, "model.groups", "must divide experts = 16"),
         ({"model.top_k": 9}, "model.top_k", "must be at most 8: 2 of 4 groups hold 8 experts"),

@@ -131,16 +131,16 @@ def idle_nodes(cluster: Slurm) -> int:
     return done.stdout.split().count("idle")
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_a_requeued_job_goes_on_from_its_checkpoint(slurm: Slurm, tmp_path: Path) -> None:
     run_dir, output = tmp_path / "run", tmp_path / "job.out"
     own = ["topology.gpus_per_node=1", "training.checkpoint_every=20", f"training.run_dir={run_dir}"]
     job = slurm.submit(output, "--fresh", *small_run(tmp_path, STEPS), *own)
-    wait_until(lambda: (run_dir / "checkpoints" / "step_00000020").exists() or slurm.has_ended(job), 60)
+    wait_until(lambda: (run_dir / "checkpoints" / "step_00000020").exists() or slurm.has_ended(job), 120)
     slurm.call("scontrol", "requeue", job)
     wait_until(lambda: slurm.job(job)["JobState"] == "PENDING", 30)
     slurm.call("scontrol", "update", f"jobid={job}", "starttime=now")
-    wait_until(lambda: slurm.has_ended(job), 60)
+    wait_until(lambda: slurm.has_ended(job), 120)
 
     text = output.read_text()
     assert {key: slurm.job(job)[key] for key in ("JobState", "ExitCode", "Restarts", "NumNodes")} == {
@@ -161,7 +161,7 @@ def test_a_requeued_job_goes_on_from_its_checkpoint(slurm: Slurm, tmp_path: Path
 def test_a_refused_run_fails_the_job_with_2(slurm: Slurm, tmp_path: Path) -> None:
     output = tmp_path / "job.out"
     job = slurm.submit(output, "training.device=cpu", "topology.ep=4", "topology.gpus_per_node=8")
-    wait_until(lambda: slurm.has_ended(job), 60)
+    wait_until(lambda: slurm.has_ended(job), 120)
     assert slurm.job(job)["ExitCode"] == "2:0", output.read_text()
     assert slurm.job(job)["JobState"] == "FAILED"
     assert "write topology.gpus_per_node=2" in output.read_text()

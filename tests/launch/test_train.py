@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +147,7 @@ def test_killed_and_started_again_it_ends_as_if_nothing_had_happened(
             os.killpg(process.pid, signal.SIGKILL)  # two steps after the checkpoint of step 3
     process.wait()
     assert process.returncode == -signal.SIGKILL
-    assert not (run_dir / "run_status.json").exists()
+    assert read_status(run_dir) is None
 
     again = train(overrides, run_dir)
     assert again.returncode == 0, again.stderr
@@ -170,6 +172,47 @@ def test_a_killed_launcher_leaves_no_rank_behind(overrides: list[str], tmp_path:
     assert process.stdout is not None
     process.communicate(timeout=20)  # ends when the last holder of the pipe has gone
     assert process.returncode == -signal.SIGKILL
+
+
+def ranks_of(run_dir: Path) -> list[int]:
+    """Process ids of everything on this machine whose command line names the run directory."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if str(run_dir).encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+    return found
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        os.sched_yield()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+def test_a_launcher_killed_while_its_ranks_start_leaves_none_behind(overrides: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(command(overrides, run_dir), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(ranks_of(run_dir)) >= 4, 60)  # launcher, torchrun, two ranks
+    process.kill()
+    process.wait()
+    wait_until(lambda: not ranks_of(run_dir), 20)
+
+
+def test_a_request_to_stop_ends_the_ranks_and_closes_the_ledger(overrides: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    many = "training.tokens=100000000"
+    process = subprocess.Popen(command(overrides, run_dir, many), stdout=subprocess.DEVNULL, text=True)
+    for event in lines_as_they_come(run_dir / "metrics.jsonl", process):
+        if event["kind"] == "step":
+            process.terminate()
+            break
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert not ranks_of(run_dir)
+    assert not summarise(run_dir).running
 
 
 def test_a_finished_run_is_left_alone_until_it_is_told_otherwise(finished: Path, overrides: list[str]) -> None:
@@ -205,11 +248,13 @@ def test_refusals_name_every_problem_and_leave_nothing_behind(overrides: list[st
     assert not run_dir.exists()
 
 
-def test_a_checkpoint_of_another_model_is_refused(finished: Path, overrides: list[str], tmp_path: Path) -> None:
-    result = train(overrides, finished, "training.tokens=4096", "model.heads=2", "training.seed=1")
+def test_a_checkpoint_of_another_model_is_refused_before_anything_starts(finished: Path, overrides: list[str]) -> None:
+    before = (finished / "config.yaml").read_bytes()
+    result = train(overrides, finished, "model.heads=2", "training.seed=1")
     assert result.returncode == 2
-    assert "model" in result.stderr
-    assert "training.seed" in result.stderr
+    assert "model.heads = 2: the checkpoint of step 8 has 4" in result.stderr
+    assert "training.seed = 1" in result.stderr
+    assert (finished / "config.yaml").read_bytes() == before
 
 
 def test_the_wrong_number_of_processes_is_refused_inside_torchrun(overrides: list[str], tmp_path: Path) -> None:

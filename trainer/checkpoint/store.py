@@ -6,13 +6,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ...comm.groups import Group
 from ...comm.refusal import Problem, Refused
@@ -41,18 +44,20 @@ class CheckpointStore:
         final = self._path(step)
         partial = final.with_name(final.name + ".partial")
         if world.is_first:
-            for leftover in (partial, final):  # of an earlier life that went on from before this step
-                shutil.rmtree(leftover, ignore_errors=True)
+            self._clear_leftovers()
+            _remove(final)  # of an earlier life that went on from before this step
             partial.mkdir(parents=True)
+            sync_directory(self.directory.parent)
         world.barrier()
-        dcp.save(dict(state), checkpoint_id=partial, no_dist=world.handle is None, process_group=world.handle)
+        with _quiet():
+            dcp.save(dict(state), checkpoint_id=partial, no_dist=world.handle is None, process_group=world.handle)
         if world.is_first:
             _write_durably(partial / _FACTS, json.dumps(facts, indent=1))
             sync_directory(partial)
             partial.rename(final)
             sync_directory(self.directory)
             for old in self.steps()[: -self.keep]:
-                shutil.rmtree(self._path(old))
+                _remove(self._path(old))
         world.barrier()
         return final
 
@@ -67,11 +72,39 @@ class CheckpointStore:
         return facts
 
     def load(self, step: int, state: dict[str, Tensor], world: Group) -> None:
-        """Collective: fill the tensors of `state` in place."""
-        dcp.load(state, checkpoint_id=self._path(step), no_dist=world.handle is None, process_group=world.handle)
+        """Collective: fill the tensors of `state` in place. Raises `Refused` for a damaged checkpoint."""
+        path = self._path(step)
+        try:
+            with _quiet():
+                dcp.load(state, checkpoint_id=path, no_dist=world.handle is None, process_group=world.handle)
+        except (CheckpointException, OSError) as error:
+            remedy = f"cannot be read ({error}); remove it to go on from the checkpoint before it"
+            raise Refused([Problem("checkpoint", str(path), remedy)]) from error
+
+    def _clear_leftovers(self) -> None:
+        """Remove what a crash in the middle of a save or of a removal has left."""
+        for pattern in ("*.partial", "*.old"):
+            for leftover in self.directory.glob(pattern):
+                shutil.rmtree(leftover)
 
     def _path(self, step: int) -> Path:
         return self.directory / f"step_{step:08d}"
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint so that a crash half way leaves no name that counts as whole."""
+    if path.exists():
+        old = path.with_name(path.name + ".old")
+        path.rename(old)
+        shutil.rmtree(old)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's remark that a single process saves alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _write_durably(path: Path, text: str) -> None:

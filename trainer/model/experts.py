@@ -60,7 +60,14 @@ def weighted_swiglu(gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:
 
 def weighted_swiglu_twin(gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:
     """The same, differentiated by autograd."""
-    return swiglu(gate_up_RF) * weights_R[:, None].to(gate_up_RF.dtype)
+    return (swiglu(gate_up_RF) * weights_R[:, None]).to(gate_up_RF.dtype)
+
+
+def _scaled(x_RF: Tensor, weights_R: Tensor) -> Tensor:
+    """Each row times its weight, rounded once, from the wider of the two dtypes. May write into `x_RF`."""
+    if x_RF.dtype == weights_R.dtype:
+        return x_RF.mul_(weights_R[:, None])
+    return (x_RF * weights_R[:, None]).to(x_RF.dtype)
 
 
 class _WeightedSwiGLU(torch.autograd.Function):
@@ -70,7 +77,7 @@ class _WeightedSwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up_RF, weights_R)
         gate_RF, up_RF = gate_up_RF.chunk(2, dim=-1)
-        return F.silu(gate_RF).mul_(up_RF).mul_(weights_R[:, None].to(gate_up_RF.dtype))
+        return _scaled(F.silu(gate_RF).mul_(up_RF), weights_R)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,12 +87,11 @@ class _WeightedSwiGLU(torch.autograd.Function):
         activated_RF = F.silu(gate_RF)
         unweighted_RF = grad_RF * activated_RF
         grad_weights_R = torch.linalg.vecdot(at_least_fp32(unweighted_RF), at_least_fp32(up_RF)).to(weights_R.dtype)
-        weights_R1 = weights_R[:, None].to(grad_RF.dtype)
         grad_gate_up_RF = torch.empty_like(gate_up_RF)
         grad_gate_RF, grad_up_RF = grad_gate_up_RF.chunk(2, dim=-1)
-        torch.mul(unweighted_RF, weights_R1, out=grad_up_RF)
-        torch.mul(grad_RF, up_RF, out=unweighted_RF).mul_(weights_R1)
-        grad_gate_RF.copy_(torch.ops.aten.silu_backward(unweighted_RF, gate_RF))
+        grad_up_RF.copy_(_scaled(unweighted_RF, weights_R))
+        weighted_RF = _scaled(grad_RF * up_RF, weights_R)
+        grad_gate_RF.copy_(torch.ops.aten.silu_backward(weighted_RF, gate_RF))
         return grad_gate_up_RF, grad_weights_R
 
 

@@ -1,4 +1,4 @@
-"""Cross-entropy over the vocabulary, a chunk of tokens at a time: the logits of a whole micro-batch never exist at once.
+"""Cross-entropy over the vocabulary, a chunk of tokens at a time: never all logits of a micro-batch at once.
 
 Letters: T tokens, D hidden, V vocabulary, C tokens of one chunk.
 """

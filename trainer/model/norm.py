@@ -32,7 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm_twin(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The same by torch's own function, which a CPU runs as a dozen passes over x forward and backward."""
-    out: Tensor = F.rms_norm(at_least_fp32(x), weight.shape, at_least_fp32(weight), eps)
+    out: Tensor = F.rms_norm(at_least_fp32(x), list(weight.shape), at_least_fp32(weight), eps)
     return out.to(x.dtype)
 
 
@@ -43,7 +43,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = at_least_fp32(x)
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        inverse = mean_square.add_(eps).rsqrt_()
+        inverse: Tensor = mean_square.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
         return (wide * inverse).mul_(weight).to(x.dtype)
 

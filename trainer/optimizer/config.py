@@ -19,8 +19,8 @@ class OptimizerConfig:
     """Reached at the end of the decay and kept."""
     warmup_tokens: int = 0
     """Linear from 0 to the peak over these tokens."""
-    constant_tokens: int = 0
-    """At the peak for these tokens after the warm-up."""
+    constant_tokens: int | None = None
+    """At the peak for these tokens after the warm-up; null for the rest of the run."""
     decay_tokens: int = 0
     """Cosine from peak to final over these tokens after that; 0 for a step down."""
     beta1: float = 0.9
@@ -41,7 +41,7 @@ class OptimizerConfig:
             if not values[name] > 0:
                 yield Problem(name, values[name], "must be greater than 0")
         for name in ("final_learning_rate", "warmup_tokens", "constant_tokens", "decay_tokens", "weight_decay"):
-            if values[name] < 0:
+            if values[name] is not None and values[name] < 0:
                 yield Problem(name, values[name], "must be at least 0")
         for name in ("beta1", "beta2"):
             if not 0 <= values[name] < 1:
@@ -50,13 +50,17 @@ class OptimizerConfig:
             remedy = f"must be at most peak_learning_rate = {self.peak_learning_rate}"
             yield Problem("final_learning_rate", self.final_learning_rate, remedy)
 
+        if self.constant_tokens is None and self.decay_tokens:
+            remedy = "is never reached: constant_tokens is null, the rest of the run; say how long the rate is constant"
+            yield Problem("decay_tokens", self.decay_tokens, remedy)
+
     def learning_rate(self, tokens: int) -> float:
         """The rate of a step at whose end `tokens` are consumed, so that the first step's is not 0 (report §4.2)."""
         peak, final = self.peak_learning_rate, self.final_learning_rate
         if tokens < self.warmup_tokens:
             return peak * tokens / self.warmup_tokens
         tokens -= self.warmup_tokens
-        if tokens < self.constant_tokens:
+        if self.constant_tokens is None or tokens < self.constant_tokens:
             return peak
         tokens -= self.constant_tokens
         if tokens < self.decay_tokens:

@@ -87,3 +87,29 @@ def test_unreadable_facts_are_named(tmp_path: Path) -> None:
     (tmp_path / "step_00000001" / "facts.json").write_text("{")
     with pytest.raises(Refused, match="to go on from the checkpoint before it"):
         store.facts(1)
+
+
+def test_a_crash_while_old_checkpoints_go_leaves_no_half_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, world = CheckpointStore(tmp_path, keep=1), one_rank().world
+    store.save(1, {"weight": torch.ones(3)}, {"step": 1}, world)
+
+    def crash(path: Path) -> None:
+        (path / ".metadata").unlink()  # as far as the removal came
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shoestring.trainer.checkpoint.store.shutil.rmtree", crash)
+        store.save(2, {"weight": torch.ones(3)}, {"step": 2}, world)
+    assert store.steps() == [2]
+    store.save(3, {"weight": torch.ones(3)}, {"step": 3}, world)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    store, world = CheckpointStore(tmp_path, keep=2), one_rank().world
+    store.save(1, {"weight": torch.ones(3)}, {"step": 1}, world)
+    (tmp_path / "step_00000001" / ".metadata").unlink()
+    with pytest.raises(Refused, match="remove it to go on from the checkpoint before it"):
+        store.load(1, {"weight": torch.ones(3)}, world)

@@ -1,0 +1,92 @@
+"""What is refused before the first process of a run exists."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoestring.comm.bootstrap import WorkerEnvironment
+from shoestring.comm.refusal import Refused
+from shoestring.launch.compose import compose_run
+from shoestring.launch.preflight import preflight
+from shoestring.launch.run_dir import CONFIG_FILE, claimed
+from shoestring.trainer.checkpoint.compatible import incompatibilities
+from shoestring.trainer.config import RunConfig
+from shoestring.trainer.data.prepare import prepare
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    root = tmp_path_factory.mktemp("preflight")
+    composed = compose_run(["experiment=quickstart", f"data.prepared={root / 'data'}"])
+    prepare(composed.data, lambda _: None)
+    return composed
+
+
+def test_what_can_run_passes(config: RunConfig) -> None:
+    preflight(config, 4, fresh=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_gpus_that_are_not_there(config: RunConfig) -> None:
+    with pytest.raises(Refused, match="4 ranks need a GPU each and this machine has 0"):
+        preflight(replace(config, training=replace(config.training, device="cuda")), 4, fresh=False)
+
+
+def test_data_that_is_not_there(config: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="run `shoestring data prepare` first"):
+        preflight(replace(config, data=replace(config.data, prepared=str(tmp_path))), 4, fresh=False)
+
+
+def test_text_too_short_for_one_sample(config: RunConfig) -> None:
+    with pytest.raises(Refused, match="one sample needs 1000002"):
+        preflight(replace(config, training=replace(config.training, sequence_length=10**6)), 4, fresh=False)
+
+
+def test_what_a_checkpoint_holds_on_to(config: RunConfig) -> None:
+    facts = {"step": 7, "config": asdict(config), "data": "digest"}
+    assert not list(incompatibilities(facts, config, "digest"))
+    freer = replace(
+        config,
+        optimizer=replace(config.optimizer, peak_learning_rate=1e-4),
+        training=replace(config.training, tokens=10**7),
+    )
+    assert not list(incompatibilities(facts, freer, "digest"))
+    other = replace(config, model=replace(config.model, heads=2), training=replace(config.training, seed=1))
+    found = {problem.field: problem for problem in incompatibilities(facts, other, "other digest")}
+    assert set(found) == {"model.heads", "training.seed", "data.prepared"}
+    assert "the checkpoint of step 7 has 4" in found["model.heads"].remedy
+
+
+def test_a_directory_that_is_not_a_runs(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(Refused, match="is not a run directory"), claimed(tmp_path, fresh=True):
+        pass
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Refused, match="cannot be written"), claimed(tmp_path / "file" / "run", fresh=False):
+        pass
+
+
+def test_two_launchers_of_one_directory(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with claimed(run_dir, fresh=False):
+        (run_dir / CONFIG_FILE).write_text("")
+        with pytest.raises(Refused, match="another run is going on"), claimed(run_dir, fresh=True):
+            pass
+        assert (run_dir / CONFIG_FILE).exists()
+    with claimed(run_dir, fresh=True):
+        assert not (run_dir / CONFIG_FILE).exists()
+
+
+def test_half_of_torchruns_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(Refused, match="MASTER_ADDR"):
+        WorkerEnvironment.read()

@@ -1,0 +1,133 @@
+"""The loop with everything that a run wires together: data, order, model, gradients, optimizer, checkpoint, ledger."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shoestring.comm.groups import ProcessGroups
+from shoestring.comm.topology import Topology
+from shoestring.launch.typed import build
+from shoestring.tests.processes import World, run_processes
+from shoestring.trainer.config import RunConfig
+from shoestring.trainer.data.prepare import prepare
+from shoestring.trainer.loop import train
+from shoestring.trainer.telemetry.history import read_metrics
+
+STEPS, LENGTH, BATCH = 3, 16, 8
+
+
+def run_config(root: Path) -> dict[str, Any]:
+    """A run small enough for seconds, whose small terms are large enough to be seen."""
+    return {
+        "model": {"hidden": 16, "layers": 2, "vocabulary": 300, "dense_ffn": 32, "expert_ffn": 8, "init_std": 0.1},
+        "data": {
+            "corpus": str(root / "corpus"),
+            "prepared": str(root / "prepared"),
+            "vocabulary": 300,
+            "validation": ["held"],
+        },
+        "precision": {"compute": "float64"},
+        "optimizer": {"peak_learning_rate": 1e-2, "final_learning_rate": 0.0, "warmup_tokens": 2 * LENGTH * BATCH},
+        "budget": {"gpu_hours": 1.0},
+        "cluster": {"peak_tflops": 1.0},
+        "training": {
+            "run_dir": str(root / "run"),
+            "tokens": STEPS * LENGTH * BATCH,
+            "sequence_length": LENGTH,
+            "global_batch": BATCH,
+            "balance_weight": 0.1,
+            "bias_speed": {0: 0.05},
+            "sample_tokens": 3,
+            "sample_prompt": "word",
+        },
+        "telemetry": {"log_every": 1, "wandb": {"mode": "disabled"}},
+    }
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("loop")
+    (folder / "corpus").mkdir()
+    words = [f"word{index * 7919 % 211}" for index in range(2000)]
+    (folder / "corpus" / "train.txt").write_text(" ".join(words))
+    (folder / "corpus" / "held.txt").write_text(" ".join(words[:90]))
+    prepare(build(RunConfig, run_config(folder)).data, lambda _: None)
+    return folder
+
+
+def run_rank(world: World, tree: dict[str, Any]) -> None:
+    config = build(RunConfig, tree)
+    assert not list(config.problems())
+    groups = ProcessGroups.create(config.topology, world.rank, timedelta(seconds=30))
+    train(config, groups, torch.device("cpu"), attempt="test")
+
+
+def losses_of(root: Path, name: str, topology: Topology, micro_batch: int) -> list[dict[str, Any]]:
+    tree = run_config(root) | {"topology": asdict(topology), "schedule": {"micro_batch": micro_batch}}
+    tree["training"] = tree["training"] | {"run_dir": str(root / name)}
+    run_processes(topology.world_size, run_rank, tree)
+    return [
+        dict(event.values) | {"kind": event.kind}
+        for event in read_metrics(root / name / "metrics.jsonl")
+        if event.kind in ("step", "evaluation", "sample")
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(root: Path) -> list[dict[str, Any]]:
+    return losses_of(root, "alone", Topology(), micro_batch=4)
+
+
+@pytest.mark.parametrize(
+    ("topology", "micro_batch"), [(Topology(ep=4), 1), (Topology(ep=2, edp=2), 2)], ids=["ep4", "ep2edp2"]
+)
+def test_every_layout_trains_the_same(
+    root: Path, alone: list[dict[str, Any]], topology: Topology, micro_batch: int
+) -> None:
+    spread = losses_of(root, f"ep{topology.ep}", topology, micro_batch)
+    assert len(alone) == len(spread) == STEPS + 2
+    for ours, single in zip(spread, alone, strict=True):
+        for key in ("loss", "loss/mtp", "loss/balance", "grad_norm", "bias/max", "bias/min"):
+            if key in single:
+                assert ours[key] == pytest.approx(single[key], rel=1e-10)
+        for key in ("kind", "expert_load/layer_01", "expert_load/mtp_01", "targets", "text", "learning_rate"):
+            assert ours.get(key) == single.get(key)
+
+
+def test_bytes_of_one_step_are_logged_by_link(root: Path) -> None:
+    row, weight, sizes = 16 * 8, 8, 16 * 8  # bytes: FP64 rows and gates, int64 counts of all experts
+    for values in losses_of(root, "bytes", Topology(ep=2, gpus_per_node=1), micro_batch=4)[:STEPS]:
+        expected = 0
+        for layer in ("layer_01", "mtp_01"):
+            sent, received = BATCH // 2 * LENGTH * 4, sum(values[f"expert_load/{layer}"][:8])
+            expected += sizes + (sent + received) * (2 * row + weight)  # a row each way, forward and backward
+        assert values["bytes_sent/loopback"] + values["bytes_sent/infiniband"] == expected
+        assert values["bytes_sent/infiniband"] > 0
+        assert values["bytes_sent/nvlink"] == 0
+
+
+def test_the_rate_of_a_step_is_that_of_its_end(alone: list[dict[str, Any]]) -> None:
+    rates = [values["learning_rate"] for values in alone if values["kind"] == "step"]
+    assert rates == pytest.approx([0.5e-2, 1e-2, 1e-2])  # a warm-up of two steps, then constant
+
+
+def resumed_random_state(world: World, tree: dict[str, Any]) -> bool:
+    """Train with one state of torch's generator, go on with another; whether the first one is back."""
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    run_rank(world, tree)
+    torch.manual_seed(5)
+    run_rank(world, tree)
+    return torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_random_state_comes_back_with_the_checkpoint(root: Path) -> None:
+    tree = run_config(root)
+    tree["training"] = tree["training"] | {"run_dir": str(root / "random")}
+    assert run_processes(1, resumed_random_state, tree) == [True]
