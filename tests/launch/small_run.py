@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 from shoestring.launch.compose import compose_run
@@ -34,3 +35,11 @@ def small_run(root: Path, steps: int) -> list[str]:
     data = [f"data.corpus={corpus}", f"data.prepared={root / 'prepared'}", "data.validation=[macbeth]"]
     prepare(compose_run([*SMALL, *data]).data, lambda _: None)
     return [*SMALL, *data, f"training.tokens={steps * BATCH * SEQUENCE}"]
+
+
+def free_port() -> int:
+    """Of this machine, for a rendezvous that starts at once."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

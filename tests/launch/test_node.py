@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from shoestring.comm.refusal import Refused
 from shoestring.launch.compose import compose_run
 from shoestring.launch.node import Place, count_processes, read_place
 from shoestring.launch.run_dir import read_status
-from shoestring.tests.launch.small_run import small_run
+from shoestring.tests.launch.small_run import free_port, small_run
 from shoestring.tests.tree import ROOT
 from shoestring.trainer.budget.summary import summarise
 from shoestring.trainer.telemetry.history import read_metrics
@@ -26,13 +25,6 @@ TWO = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
 def environment(**variables: str) -> dict[str, str]:
     own = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "GPUS_PER_NODE")
     return {key: value for key, value in os.environ.items() if key not in own} | {"PYTHON": sys.executable} | variables
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def test_the_variables_become_torchruns_arguments() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from shoestring.launch.run_dir import read_status
-from shoestring.tests.launch.small_run import small_run
+from shoestring.tests.launch.small_run import free_port, small_run
 from shoestring.tests.tree import ROOT
 from shoestring.trainer.budget.summary import summarise
 
@@ -111,7 +111,9 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     settings.write_text(SETTINGS.format(host=host, ports=three_ports(), folder=folder))
     outside = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
     own = {"SLURM_CONF": str(settings), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    cluster = Slurm(outside | own | {"MASTER_ADDR": "127.0.0.1"})  # node1 is no name that resolves
+    # node1 is no name that resolves; job 1 of two clusters on one machine would take one port.
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    cluster = Slurm(outside | own | meeting)
     commands = [["slurmctld", "-D", "-c"], *(["slurmd", "-D", "-N", node] for node in ("node1", "node2"))]
     with ExitStack() as cleanup:
         for command in commands:
