@@ -23,7 +23,7 @@ from .worker import ATTEMPT_VARIABLE
 _SECONDS_TO_END = 30
 
 
-class _Stopped(BaseException):
+class Stopped(BaseException):
     """A signal asked the launcher to stop."""
 
     def __init__(self, number: int) -> None:
@@ -55,7 +55,7 @@ def launch(config: RunConfig, torchrun: Sequence[str], arguments: Sequence[str],
             reason = f"a rank died, torchrun exited with {code}"
             print(f"shoestring train: {reason}; the same command goes on from the last checkpoint", file=sys.stderr)
             return code or 1
-        except _Stopped as stop:
+        except Stopped as stop:
             reason = str(stop)
             print(f"shoestring train: {reason}; the same command goes on from the last checkpoint", file=sys.stderr)
             return stop.exit_code
@@ -64,7 +64,10 @@ def launch(config: RunConfig, torchrun: Sequence[str], arguments: Sequence[str],
 
 
 def run_torchrun(torchrun: Sequence[str], arguments: Sequence[str], attempt: str) -> int:
-    """Run this machine's ranks to their end and return torchrun's exit code. A signal to stop ends them first."""
+    """Run this machine's ranks to their end and return torchrun's exit code.
+
+    SIGTERM and SIGINT end them first and then raise `Stopped`.
+    """
     environment = os.environ | {ATTEMPT_VARIABLE: attempt, LAUNCHER_VARIABLE: str(os.getpid())}
     environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     environment.setdefault("OMP_NUM_THREADS", "1")  # with a pool each, ranks of one CPU spend their time spinning
@@ -91,10 +94,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def _stop_signals_raise() -> Iterator[None]:
-    """SIGTERM (Slurm, `docker stop`) and SIGINT become `_Stopped`, so that the ledger is closed."""
+    """SIGTERM (Slurm, `docker stop`) and SIGINT become `Stopped`, so that the ledger is closed."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise _Stopped(number)
+        raise Stopped(number)
 
     former = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -15,7 +15,7 @@ import torch
 from ..comm.refusal import Problem, Refused, refuse_if_any
 from ..trainer.config import RunConfig
 from .compose import compose_run
-from .launcher import launch, run_torchrun
+from .launcher import Stopped, launch, run_torchrun
 from .preflight import is_finished, preflight
 
 _PORT = 29500
@@ -110,7 +110,10 @@ def run_node(overrides: Sequence[str], config_dir: Path | None, *, fresh: bool) 
         return launch(config, torchrun, arguments, fresh=fresh)
     if not fresh and is_finished(config):
         return 0
-    return run_torchrun(torchrun, arguments, uuid.uuid4().hex[:12])
+    try:
+        return run_torchrun(torchrun, arguments, uuid.uuid4().hex[:12])
+    except Stopped as stop:
+        return stop.exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -42,7 +42,14 @@ Arguments = TypeVarTuple("Arguments")
 ROOT = Path(__file__).resolve().parents[1]
 
 # What tests and the package import at their heads. The forkserver passes over a name that it cannot import.
-PRELOADED = ("numpy", "omegaconf", "pytest", "torch.distributed.checkpoint", "shoestring.tests.processes")
+PRELOADED = (
+    "numpy",
+    "omegaconf",
+    "pytest",
+    "torch._dynamo",  # AdamW imports it, 0.6 s in each rank
+    "torch.distributed.checkpoint",
+    "shoestring.tests.processes",
+)
 
 # When one rank fails, others often fail of the same cause a moment later. Their tracebacks are worth this many seconds.
 SECONDS_FOR_OTHERS = 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from datetime import timedelta
@@ -140,5 +141,6 @@ def largest_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor])
     for name, tensor in ours.items():
         expected = theirs[name].to(tensor.dtype)
         difference, norm = float((tensor - expected).norm()), float(expected.norm())
-        worst = max(worst, difference / norm if norm > 0 else difference)
+        error = difference / norm if norm > 0 else difference
+        worst = error if error > worst or math.isnan(error) else worst
     return worst
