@@ -82,6 +82,7 @@ def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     half the time in FP32 that it takes in BF16.
     """
     width = v.shape[-1]
-    wide = [at_least_fp32(x) for x in (q, k, F.pad(v, (0, max(0, q.shape[-1] - width))))]
-    out = F.scaled_dot_product_attention(*wide, is_causal=True, scale=scale)
+    padded = F.pad(v, (0, max(0, q.shape[-1] - width)))
+    query, key, value = at_least_fp32(q), at_least_fp32(k), at_least_fp32(padded)
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
     return out[..., :width].to(q.dtype)
