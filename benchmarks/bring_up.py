@@ -44,7 +44,7 @@ def open_machine() -> Machine:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if worker is None:
-        alone = Group((0,), None, 0)
+        alone = Group((0,), None, 0, COLLECTIVE)
         return Machine(device, alone, alone, alone, None)
     # A collective that times out shall raise, so that its row fails, and not end the process.
     os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
@@ -54,7 +54,9 @@ def open_machine() -> Machine:
     rail = [tuple(range(first, size, local)) for first in range(local)]
 
     def mine(parts: Sequence[tuple[int, ...]]) -> Group:
-        made = [Group(ranks, dist.new_group(list(ranks), timeout=COLLECTIVE), worker.rank) for ranks in parts]
+        made = [
+            Group(ranks, dist.new_group(list(ranks), timeout=COLLECTIVE), worker.rank, COLLECTIVE) for ranks in parts
+        ]
         return next(group for group in made if worker.rank in group.ranks)
 
     talk = dist.new_group(backend="gloo", timeout=COMPARING)

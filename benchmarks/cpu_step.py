@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from shoestring.comm.flat import FlatExchange
+from shoestring.comm.config import ExchangeConfig
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.pending import Worker
+from shoestring.comm.open_exchange import open_exchange
+from shoestring.comm.pending import InlineWorker
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
 from shoestring.parallelism.gradients import Gradients
@@ -72,7 +73,7 @@ def ours(dtype: torch.dtype) -> Callable[[], float]:
     groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))
     model = Model(SHAPE)
     initialise(model, seed=0)
-    exchange = FlatExchange(groups.ep, SHAPE.experts, Worker(threaded=False), Traffic(topology, 0))
+    exchange = open_exchange(ExchangeConfig(), groups, SHAPE.experts, InlineWorker(), Traffic(topology, 0))
     parameters, experts = dict(model.named_parameters()), model.expert_parameter_names()
     optimizer = build_adamw(parameters, OptimizerConfig())
     gradients = Gradients(

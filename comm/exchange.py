@@ -5,14 +5,14 @@ Letters: T tokens of this rank, K experts a token, D hidden width, R rows receiv
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
+from .label import Label
+from .layout import Visits
 from .pending import Pending
-from .refusal import Problem
 
 Layout = TypeVar("Layout")
 
@@ -25,6 +25,8 @@ class Received(Generic[Layout]):
     weights_R: Tensor
     """Gate weight of each row: it multiplies the row on the expert's side, so that combine is a plain sum."""
     rows_per_expert_L: tuple[int, ...]
+    visits: Visits
+    label: Label
     layout: Layout
     """What the exchange that made this needs to send results back. Nobody else looks inside."""
 
@@ -36,7 +38,9 @@ class TokenExchange(Protocol[Layout]):
     again. Every rank of the expert-parallel group calls the same operations in the same order, also with zero tokens.
     """
 
-    def dispatch(self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Pending[Received[Layout]]:
+    def dispatch(
+        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: Label
+    ) -> Pending[Received[Layout]]:
         """Send each token to the ranks of its K experts. `experts_TK` are int64 indices over all experts."""
         ...
 
@@ -53,16 +57,3 @@ class TokenExchange(Protocol[Layout]):
     ) -> Pending[tuple[Tensor, Tensor]]:
         """Gradient of dispatch: (grad_TD, summed over each token's rows, and grad_weights_TK)."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExchangeConfig:
-    """Which exchange carries the tokens."""
-
-    name: str = "flat"
-    """`flat`: one all-to-all; every (token, expert) copy crosses the wire."""
-
-    def problems(self) -> Iterator[Problem]:
-        """What is impossible about these values on their own."""
-        if self.name != "flat":
-            yield Problem("name", self.name, "no such exchange; there is: flat")

@@ -1,156 +1,157 @@
 """The baseline and the oracle: one all-to-all in which every (token, expert) copy crosses the wire.
 
 Letters: T tokens of this rank, K experts a token, D hidden width, E experts in all, L experts on this rank, P ranks of
-the group, N = T·K copies sent by this rank, R rows received by it.
+the group, N = T·K copies sent by this rank, R rows received by it, A rows in the order in which they arrive, W numbers
+beside a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
+from .config import ExchangeConfig
 from .exchange import Received
-from .groups import Group
+from .groups import ProcessGroups
+from .label import Call, Label
+from .layout import Fan, Hop, Visits, count_choices, visited
 from .pending import Pending, Worker
 from .traffic import Traffic
+from .wire import Format, Wire, nothing_beside, pack, unpack
 
 
 @dataclass(frozen=True)
 class FlatLayout:
     """Where each copy went."""
 
-    copy_of_slot_N: Tensor
-    """The copies (token · K + k) in the order in which they are sent: by expert, so by rank too."""
-    token_of_slot_N: Tensor
-    """The token of each of them."""
-    slot_of_copy_N: Tensor
-    """The inverse of `copy_of_slot_N`."""
+    to_experts: Fan
+    """Tokens to their copies, by expert, so by rank too."""
+    hop: Hop
+    choice_of_copy_N: Tensor
+    """Which of all T·K choices each copy is."""
+    sort: Fan
+    """Rows arrive by rank, then expert, and are kept by expert, then rank: each arrives once and is kept once."""
     top_k: int
-    sent_P: tuple[int, ...]
-    received_P: tuple[int, ...]
-    wire_of_row_R: Tensor
-    """Rows arrive by rank, then expert, and are kept by expert, then rank: the wire position of each kept row."""
-    row_of_wire_R: Tensor
-    """The inverse."""
 
 
 class FlatExchange:
     """`TokenExchange` over one expert-parallel group. Expert e lives on rank e // L of the group."""
 
-    def __init__(self, group: Group, experts: int, worker: Worker, traffic: Traffic) -> None:
-        self._group = group
+    def __init__(
+        self, groups: ProcessGroups, experts: int, worker: Worker, traffic: Traffic, config: ExchangeConfig
+    ) -> None:
+        self._group = groups.ep
+        self._node_size = groups.topology.ep_node_size
         self._experts = experts
         self._worker = worker
         self._traffic = traffic
+        self._config = config
 
-    def dispatch(self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Pending[Received[FlatLayout]]:
+    def dispatch(
+        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: Label
+    ) -> Pending[Received[FlatLayout]]:
         """See `TokenExchange`."""
+        call = Call("dispatch", label)
 
         def work() -> Received[FlatLayout]:
-            layout, rows_per_expert_L = self._exchange_sizes(experts_TK)
-            rows_RD = self._forth("dispatch", tokens_TD.index_select(0, layout.token_of_slot_N), layout)
-            weights_R = self._forth("dispatch", weights_TK.reshape(-1)[layout.copy_of_slot_N], layout)
-            return Received(rows_RD, weights_R, rows_per_expert_L, layout)
+            layout, rows_per_expert_L, visits = self._plan(call, experts_TK)
+            weights_N1 = weights_TK.reshape(-1, 1).index_select(0, layout.choice_of_copy_N)
+            rows_RD, weights_R1 = self._forth(call, self._config.dispatch, tokens_TD, layout, weights_N1)
+            return Received(rows_RD, weights_R1.flatten(), rows_per_expert_L, visits, label, layout)
 
-        return self._worker.submit(work)
+        return self._worker.submit(call, work, (tokens_TD, weights_TK, experts_TK))
 
     def combine(self, rows_RD: Tensor, received: Received[FlatLayout]) -> Pending[Tensor]:
         """See `TokenExchange`."""
-        return self._worker.submit(lambda: self._sum_copies("combine", rows_RD, received.layout))
+        call = Call("combine", received.label)
+
+        def work() -> Tensor:
+            return self._back(call, self._config.combine, rows_RD, received.layout, nothing_beside(rows_RD))[0]
+
+        return self._worker.submit(call, work, (rows_RD,))
 
     def combine_backward(self, grad_TD: Tensor, received: Received[FlatLayout]) -> Pending[Tensor]:
         """See `TokenExchange`."""
-        layout = received.layout
-        return self._worker.submit(
-            lambda: self._forth("combine_backward", grad_TD.index_select(0, layout.token_of_slot_N), layout)
-        )
+        call, layout = Call("combine_backward", received.label), received.layout
+
+        def work() -> Tensor:
+            nothing = nothing_beside(layout.choice_of_copy_N)
+            return self._forth(call, self._config.combine_backward, grad_TD, layout, nothing)[0]
+
+        return self._worker.submit(call, work, (grad_TD,))
 
     def dispatch_backward(
         self, grad_RD: Tensor, grad_weights_R: Tensor, received: Received[FlatLayout]
     ) -> Pending[tuple[Tensor, Tensor]]:
         """See `TokenExchange`."""
-        layout = received.layout
+        call, layout = Call("dispatch_backward", received.label), received.layout
 
         def work() -> tuple[Tensor, Tensor]:
-            grad_TD = self._sum_copies("dispatch_backward", grad_RD, layout)
-            grad_weights_N = self._back("dispatch_backward", grad_weights_R, layout)
-            return grad_TD, grad_weights_N[layout.slot_of_copy_N].view(-1, layout.top_k)
+            beside_R1 = grad_weights_R[:, None]
+            grad_TD, grad_N1 = self._back(call, self._config.dispatch_backward, grad_RD, layout, beside_R1)
+            grad_weights_TK = torch.empty_like(grad_N1)
+            grad_weights_TK[layout.choice_of_copy_N] = grad_N1
+            return grad_TD, grad_weights_TK.view(-1, layout.top_k)
 
-        return self._worker.submit(work)
+        return self._worker.submit(call, work, (grad_RD, grad_weights_R))
 
-    def _exchange_sizes(self, experts_TK: Tensor) -> tuple[FlatLayout, tuple[int, ...]]:
-        experts_N = experts_TK.reshape(-1)
-        copy_of_slot_N = torch.argsort(experts_N, stable=True)
-        sent_PL = torch.bincount(experts_N, minlength=self._experts).view(self._group.size, -1)
-        received_PL = sent_PL
-        if self._group.size > 1:
-            one_each = [1] * self._group.size
-            received_PL = torch.empty_like(sent_PL)
-            self._all_to_all("sizes", received_PL, sent_PL, one_each, one_each)
-        rows_per_expert_L = received_PL.sum(dim=0)
-        wire_of_row_R = _rows_by_expert(received_PL)
+    def _plan(self, call: Call, experts_TK: Tensor) -> tuple[FlatLayout, tuple[int, ...], Visits]:
+        """Exchange sizes, and from them everything that the four operations need."""
+        ranks, (tokens, top_k) = self._group.size, experts_TK.shape
+        choice_of_copy_N = torch.argsort(experts_TK.reshape(-1), stable=True)
+        sent_PL = count_choices(experts_TK, self._experts).view(ranks, -1)
+        received_PL = torch.empty_like(sent_PL)
+        one_each = [1] * ranks
+        self._traffic.count_beside("sizes", self._group, [sent_PL[0].numel() * 8] * ranks)
+        self._group.all_to_all(received_PL, sent_PL, one_each, one_each, f"sizes of {call}")
+
+        visits_TP = visited(experts_TK // sent_PL.shape[1], ranks)
+        visits_TM = visits_TP.unflatten(1, (-1, self._node_size)).any(dim=2)
+        sums = (sent_PL.sum(dim=1), received_PL.sum(dim=1), received_PL.sum(dim=0), visits_TP.sum(), visits_TM.sum())
+        numbers: list[int] = torch.cat([x.reshape(-1) for x in sums]).tolist()  # the one wait for the GPU
+        sent_P, received_P = numbers[:ranks], numbers[ranks : 2 * ranks]
+        rows_per_expert_L, (rank_visits, node_visits) = numbers[2 * ranks : -2], numbers[-2:]
+
+        wire_of_row_R = _rows_by_expert(received_PL, sum(received_P))
         layout = FlatLayout(
-            copy_of_slot_N=copy_of_slot_N,
-            token_of_slot_N=copy_of_slot_N // experts_TK.shape[1],
-            slot_of_copy_N=_inverse(copy_of_slot_N),
-            top_k=experts_TK.shape[1],
-            sent_P=tuple(sent_PL.sum(dim=1).tolist()),
-            received_P=tuple(received_PL.sum(dim=1).tolist()),
-            wire_of_row_R=wire_of_row_R,
-            row_of_wire_R=_inverse(wire_of_row_R),
+            to_experts=Fan.of(choice_of_copy_N // top_k, experts_TK.new_full((tokens,), top_k)),
+            hop=Hop(self._group, self._traffic, tuple(sent_P), tuple(received_P)),
+            choice_of_copy_N=choice_of_copy_N,
+            sort=Fan.of(wire_of_row_R, torch.ones_like(wire_of_row_R)),
+            top_k=top_k,
         )
-        return layout, tuple(rows_per_expert_L.tolist())
+        return layout, tuple(rows_per_expert_L), Visits(tokens, tokens * top_k, rank_visits, node_visits)
 
-    def _forth(self, operation: str, copies: Tensor, layout: FlatLayout) -> Tensor:
-        """Copies in sending order, [N] or [N, D], to rows by expert, [R] or [R, D]."""
-        if self._group.size == 1:  # already by expert
-            return copies
-        wire = copies.new_empty((sum(layout.received_P), *copies.shape[1:]))
-        self._all_to_all(operation, wire, copies, layout.received_P, layout.sent_P)
-        return wire.index_select(0, layout.wire_of_row_R)
+    def _forth(
+        self, call: Call, form: str, tokens_TD: Tensor, layout: FlatLayout, beside_NW: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens to rows by expert; what travels beside each copy to what came beside each row."""
+        if layout.hop.is_local:  # already by expert
+            return layout.to_experts.spread(tokens_TD), beside_NW
+        wire = Wire(Format(form), tokens_TD.shape[1], tokens_TD.dtype)
+        message_NB = pack(layout.to_experts.spread(wire.encode(tokens_TD)), beside_NW)
+        message_AB = layout.hop.forth(call, message_NB, wire.row_bytes)
+        payload_RB, beside_RW = unpack(layout.sort.spread(message_AB), wire.columns(beside_NW))
+        return wire.decode(payload_RB), beside_RW
 
-    def _back(self, operation: str, rows: Tensor, layout: FlatLayout) -> Tensor:
-        """Rows by expert, [R] or [R, D], to copies in sending order, [N] or [N, D]."""
-        if self._group.size == 1:
-            return rows
-        copies = rows.new_empty((sum(layout.sent_P), *rows.shape[1:]))
-        self._all_to_all(
-            operation, copies, rows.index_select(0, layout.row_of_wire_R), layout.sent_P, layout.received_P
-        )
-        return copies
-
-    def _sum_copies(self, operation: str, rows_RD: Tensor, layout: FlatLayout) -> Tensor:
-        """Bring rows back and sum the K copies of each token, in the order of its K experts whatever the layout."""
-        copies_ND = self._back(operation, rows_RD, layout)
-        return F.embedding_bag(layout.slot_of_copy_N.view(-1, layout.top_k), copies_ND, mode="sum")
-
-    def _all_to_all(
-        self, operation: str, output: Tensor, send: Tensor, output_sizes: Sequence[int], send_sizes: Sequence[int]
-    ) -> None:
-        """One all-to-all over the group; sizes in rows for each rank."""
-        row_bytes = send.element_size() * send.shape[1:].numel()
-        self._traffic.count(operation, self._group, [rows * row_bytes for rows in send_sizes])
-        dist.all_to_all_single(
-            output, send.contiguous(), list(output_sizes), list(send_sizes), group=self._group.handle
-        )
+    def _back(
+        self, call: Call, form: str, rows_RD: Tensor, layout: FlatLayout, beside_RW: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rows by expert to the sum of each token's; what travels beside each row to what came beside each copy."""
+        if layout.hop.is_local:
+            return layout.to_experts.collect(rows_RD).to(rows_RD.dtype), beside_RW
+        wire = Wire(Format(form), rows_RD.shape[1], rows_RD.dtype)
+        message_AB = pack(wire.encode(rows_RD), beside_RW).index_select(0, layout.sort.copy_of_slot_C)
+        message_NB = layout.hop.back(call, message_AB, wire.row_bytes)
+        payload_NB, beside_NW = unpack(message_NB, wire.columns(beside_RW))
+        return layout.to_experts.collect(wire.decode(payload_NB)).to(rows_RD.dtype), beside_NW
 
 
-def _rows_by_expert(received_PL: Tensor) -> Tensor:
+def _rows_by_expert(received_PL: Tensor, rows: int) -> Tensor:
     """Wire positions (by rank, then expert) in the order by expert, then rank."""
     ranks, local_experts = received_PL.shape
-    segment_of_wire = torch.arange(ranks * local_experts, device=received_PL.device).repeat_interleave(
-        received_PL.reshape(-1)
-    )
-    expert_of_wire = segment_of_wire % local_experts
-    return torch.argsort(expert_of_wire, stable=True)
-
-
-def _inverse(permutation: Tensor) -> Tensor:
-    inverse = torch.empty_like(permutation)
-    inverse[permutation] = torch.arange(permutation.numel(), device=permutation.device)
-    return inverse
+    segments = torch.arange(ranks * local_experts, device=received_PL.device)
+    segment_of_wire_A = segments.repeat_interleave(received_PL.reshape(-1), output_size=rows)
+    return torch.argsort(segment_of_wire_A % local_experts, stable=True)

@@ -1,12 +1,18 @@
-"""Communication that advances without being waited on: one worker thread a rank, in the order of submission."""
+"""Communication that advances without being waited on: a thread beside the computing one, or a stream of the GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, Protocol, TypeVar
+from dataclasses import fields, is_dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from torch import Tensor
+
+from .groups import Group
+from .label import Call
+from .order import OrderCheck
 
 T = TypeVar("T")
 Result = TypeVar("Result", covariant=True)
@@ -16,8 +22,30 @@ class Pending(Protocol[Result]):
     """A communication under way."""
 
     def wait(self) -> Result:
-        """Block until it is done and return what arrived. An error in the communication is raised here."""
+        """Return what arrived, when it has. Never starts anything. A failed communication is raised here.
+
+        On a GPU it is the current stream that waits, not this thread.
+        """
         ...
+
+
+class Worker(Protocol):
+    """Runs whole exchanges in the order of submission, one after the other, without autograd."""
+
+    def submit(self, call: Call, function: Callable[[], T], inputs: Sequence[Tensor]) -> Pending[T]:
+        """Start `function`, which reads `inputs`."""
+        ...
+
+    def close(self) -> None:
+        """Let what was started finish; what has not started never will."""
+        ...
+
+
+def open_worker(group: Group, device: torch.device, order: OrderCheck | None = None) -> Worker:
+    """The worker for exchanges over `group` by tensors on `device`."""
+    if group.size == 1:
+        return InlineWorker()
+    return StreamWorker(device, order) if device.type == "cuda" else ThreadWorker(order)
 
 
 class Done(Generic[T]):
@@ -31,7 +59,52 @@ class Done(Generic[T]):
         return self._result
 
 
-class _Submitted(Generic[T]):
+class InlineWorker:
+    """Runs everything at once, in the caller: for a group of one rank, where nothing moves."""
+
+    def submit(self, call: Call, function: Callable[[], T], inputs: Sequence[Tensor]) -> Pending[T]:
+        """See `Worker`."""
+        with torch.no_grad():
+            return Done(function())
+
+    def close(self) -> None:
+        """Nothing is ever under way."""
+
+
+class ThreadWorker:
+    """A thread of its own for gloo, which has no streams.
+
+    One thread, first in first out: all ranks of a group issue their collectives in one order, so none can wait for
+    another for ever. After a failure nothing more is tried: each further collective would only wait for its limit too.
+    """
+
+    def __init__(self, order: OrderCheck | None = None) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="exchange")
+        self._order = order
+        self._failure: BaseException | None = None
+
+    def submit(self, call: Call, function: Callable[[], T], inputs: Sequence[Tensor]) -> Pending[T]:
+        """See `Worker`."""
+        return _InThread(self._executor.submit(self._run, call, function))
+
+    def close(self) -> None:
+        """See `Worker`."""
+        self._executor.shutdown(cancel_futures=True)
+
+    def _run(self, call: Call, function: Callable[[], T]) -> T:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            if self._order is not None:
+                self._order.check(call)
+            with torch.no_grad():
+                return function()
+        except BaseException as failure:
+            self._failure = failure
+            raise
+
+
+class _InThread(Generic[T]):
     def __init__(self, future: Future[T]) -> None:
         self._future = future
 
@@ -39,30 +112,55 @@ class _Submitted(Generic[T]):
         return self._future.result()
 
 
-class Worker:
-    """Runs whole exchanges, one after the other, beside the computing thread.
+class StreamWorker:
+    """A stream beside the computing one. Not yet run on hardware.
 
-    gloo has no streams: a thread of its own is what lets an exchange of several collectives advance while the main
-    thread computes. One thread, first in first out: all ranks of a group issue their collectives in one order, so none
-    can wait for another for ever.
-    On a GPU the collectives are asynchronous already and `submit` runs the function at once, in the caller.
+    Each exchange gets an event of its own for what it needs and one for its end. The allocator is told of every tensor
+    that crosses between the streams, so that its memory is not handed out while the other stream still uses it.
     """
 
-    def __init__(self, *, threaded: bool) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="exchange") if threaded else None
+    def __init__(self, device: torch.device, order: OrderCheck | None = None) -> None:
+        self._stream = torch.cuda.Stream(device, priority=-1)  # before the products that it feeds
+        self._order = order
 
-    def submit(self, function: Callable[[], T]) -> Pending[T]:
-        """Start `function`, which sees no autograd."""
-
-        def without_autograd() -> T:
-            with torch.no_grad():
-                return function()
-
-        if self._executor is None:
-            return Done(without_autograd())
-        return _Submitted(self._executor.submit(without_autograd))
+    def submit(self, call: Call, function: Callable[[], T], inputs: Sequence[Tensor]) -> Pending[T]:
+        """See `Worker`. The host waits here for the sizes of a dispatch, and for nothing else."""
+        if self._order is not None:
+            self._order.check(call)
+        computed = torch.cuda.current_stream().record_event()
+        with torch.no_grad(), torch.cuda.stream(self._stream):
+            self._stream.wait_event(computed)
+            result = function()
+            arrived = self._stream.record_event()
+        for tensor in inputs:
+            tensor.record_stream(self._stream)
+        return _OnStream(result, arrived)
 
     def close(self) -> None:
-        """Let what was submitted finish, then end the thread."""
-        if self._executor is not None:
-            self._executor.shutdown()
+        """See `Worker`."""
+        self._stream.synchronize()
+
+
+class _OnStream(Generic[T]):
+    def __init__(self, result: T, arrived: torch.cuda.Event) -> None:
+        self._result = result
+        self._arrived = arrived
+
+    def wait(self) -> T:
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self._arrived)
+        for tensor in tensors_of(self._result):
+            tensor.record_stream(stream)
+        return self._result
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested tuples and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from tensors_of(item)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from tensors_of(getattr(value, field.name))

@@ -64,6 +64,25 @@ class Topology:
         first = rank - self.ep_rank(rank)
         return tuple(range(first, first + self.ep))
 
+    @property
+    def ep_node_size(self) -> int:
+        """How many ranks of an expert-parallel group share a node."""
+        return min(self.ep, self.gpus_per_node)
+
+    @property
+    def ep_nodes(self) -> int:
+        """Over how many nodes an expert-parallel group is spread."""
+        return self.ep // self.ep_node_size
+
+    def ep_ranks_inside_node(self, rank: int) -> tuple[int, ...]:
+        """The ranks of its expert-parallel group in the node of `rank`."""
+        first = rank - self.ep_rank(rank) % self.ep_node_size
+        return tuple(range(first, first + self.ep_node_size))
+
+    def ep_ranks_between_nodes(self, rank: int) -> tuple[int, ...]:
+        """The ranks of its expert-parallel group with the place of `rank` in their nodes (the same rail)."""
+        return self.ep_ranks(rank)[self.ep_rank(rank) % self.ep_node_size :: self.ep_node_size]
+
     def expert_dp_ranks(self, rank: int) -> tuple[int, ...]:
         """The ranks that hold the same experts as `rank`."""
         first = rank - self.dp_rank(rank) + self.ep_rank(rank)
@@ -87,5 +106,10 @@ class Topology:
             value: int = self.__dict__[name]
             if value < 1:
                 yield Problem(name, value, "must be at least 1")
+        if min(self.ep, self.gpus_per_node) >= 1 and max(self.ep, self.gpus_per_node) % self.ep_node_size:
+            remedy = (
+                f"must divide gpus_per_node = {self.gpus_per_node} or be a multiple of it: groups fill nodes evenly"
+            )
+            yield Problem("ep", self.ep, remedy)
         if self.pp > 1:
             yield Problem("pp", self.pp, "pipeline programs are not built yet; write topology.pp=1")

@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from .groups import Group
 from .topology import Link, Topology
 
 
+class Kind(StrEnum):
+    """What bytes are for."""
+
+    PAYLOAD = "payload"  # rows and their scales
+    BESIDE = "beside"  # expert numbers, gate weights, sizes
+
+
 @dataclass
 class Traffic:
-    """Bytes sent by one rank, by operation and link."""
+    """Bytes sent by one rank, by operation, kind and link."""
 
     topology: Topology
     rank: int
-    bytes_sent: dict[tuple[str, Link], int] = field(default_factory=dict)
+    bytes_sent: dict[tuple[str, Kind, Link], int] = field(default_factory=dict)
 
     def count(self, operation: str, group: Group, bytes_per_peer: Sequence[int]) -> None:
-        """Add what `operation` sends from this rank to each rank of `group`, in the group's order."""
-        for peer, size in zip(group.ranks, bytes_per_peer, strict=True):
-            key = (operation, self.topology.link(self.rank, peer))
-            self.bytes_sent[key] = self.bytes_sent.get(key, 0) + size
+        """Add the payload that `operation` sends from this rank to each rank of `group`, in the group's order."""
+        self._add(operation, Kind.PAYLOAD, zip(group.ranks, bytes_per_peer, strict=True))
+
+    def count_beside(self, operation: str, group: Group, bytes_per_peer: Sequence[int]) -> None:
+        """The same for what travels beside the payload."""
+        self._add(operation, Kind.BESIDE, zip(group.ranks, bytes_per_peer, strict=True))
 
     def clear(self) -> None:
         """Count from zero again."""
         self.bytes_sent.clear()
 
-    def by_link(self) -> Mapping[Link, int]:
-        """Bytes sent over each kind of link, all operations together."""
+    def by_link(self, kind: Kind | None = None, operation: str | None = None) -> Mapping[Link, int]:
+        """Bytes sent over each kind of link: of one kind or both, of one operation or all."""
         totals = dict.fromkeys(Link, 0)
-        for (_, link), size in self.bytes_sent.items():
-            totals[link] += size
+        for (counted, of_kind, link), size in self.bytes_sent.items():
+            if kind in (None, of_kind) and operation in (None, counted):
+                totals[link] += size
         return totals
+
+    def _add(self, operation: str, kind: Kind, sizes: Iterable[tuple[int, int]]) -> None:
+        for peer, size in sizes:
+            key = (operation, kind, self.topology.link(self.rank, peer))
+            self.bytes_sent[key] = self.bytes_sent.get(key, 0) + size

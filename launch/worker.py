@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ..comm.bootstrap import WorkerEnvironment, start_default_group
+from ..comm.failure import CollectiveFailed
 from ..comm.groups import ProcessGroups
 from ..comm.refusal import Problem, Refused
 from ..trainer.config import RunConfig
@@ -20,11 +22,14 @@ from .run_dir import CONFIG_FILE, write_status
 
 ATTEMPT_VARIABLE = "SHOESTRING_ATTEMPT"
 
+_SECONDS_FOR_OTHERS = 3
+"""torchrun ends all ranks of a machine with the first: each shall have said what it waited for, and for whom."""
+
 
 def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
     """Train as the rank that `worker` names; return the exit code.
 
-    A worker that stops on purpose writes `run_status.json` and exits with 0, because torchrun would turn any other code
+    A fault of the network or of another rank ends this one with 1, which torchrun passes on. A worker that stops on purpose writes `run_status.json` and exits with 0, because torchrun would turn any other code
     into 1 and might start it again.
     """
     if worker.world_size != config.topology.world_size:
@@ -43,6 +48,10 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
         return _stop(config, worker, 2, str(error))
     except RunFailed as error:
         return _stop(config, worker, 1, str(error))
+    except CollectiveFailed as error:
+        print(f"shoestring train: {error}", file=sys.stderr, flush=True)
+        time.sleep(_SECONDS_FOR_OTHERS)
+        return 1
     finally:
         dist.destroy_process_group()
     return _stop(config, worker, 0, f"{steps} steps done")

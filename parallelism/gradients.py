@@ -37,7 +37,7 @@ class Gradients:
 
         Squares are summed in FP64. NaN or infinity anywhere makes it NaN or infinite everywhere.
         """
-        expert = self.groups.ep.all_reduce_sum(_sum_of_squares(self.expert))
+        expert = self.groups.ep.all_reduce_sum(_sum_of_squares(self.expert), "gradient norm")
         total = _sum_of_squares(self.dense) + expert
         return float(total.sqrt().item())
 
@@ -58,7 +58,7 @@ def _sum_flat(parameters: Sequence[Tensor], group: Group) -> None:
     if group.size == 1 or not grads:
         return
     flat = torch.cat([grad.reshape(-1) for grad in grads])
-    group.all_reduce_sum(flat)
+    group.all_reduce_sum(flat, "sum of gradients")
     pieces = flat.split([grad.numel() for grad in grads])
     for grad, piece in zip(grads, pieces, strict=True):
         grad.copy_(piece.view_as(grad))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Protocol, runtime_checkable
 
-from ..comm.exchange import ExchangeConfig
+from ..comm.config import ExchangeConfig
 from ..comm.refusal import Problem
 from ..comm.topology import Topology
 from .budget.config import BudgetConfig

@@ -27,10 +27,10 @@ def evaluate(
     for index in range(rounds):
         start = index * share + first
         batch = padded_batch(samples, range(start, start + micro_batch)).to(device)
-        forward = drive(chunk.losses(batch.tokens_BW, batch.valid_BW))
+        forward = drive(chunk.losses(batch.tokens_BW, batch.valid_BW, index))
         targets = count_targets(batch, chunk.model.config.mtp_depth)
         total += torch.stack((forward.main_sum.double(), targets.double())).cpu()
-    loss_sum, targets_sum = groups.dense_dp.all_reduce_sum(total).tolist()
+    loss_sum, targets_sum = groups.dense_dp.all_reduce_sum(total, "sum of validation losses").tolist()
     return loss_sum / targets_sum, int(targets_sum)
 
 

@@ -33,7 +33,7 @@ def generate(
         window = torch.tensor([tokens[-context:]], dtype=torch.int64, device=device)
         logits_V = drive(chunk.logits(window))[0, -1].double().cpu()
         drawn = torch.multinomial((logits_V / temperature).softmax(dim=0), 1, generator=generator)
-        token = int(groups.world.broadcast(drawn).item())
+        token = int(groups.world.broadcast(drawn, "drawn token").item())
         if token == stop:
             break
         tokens.append(token)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..comm.failure import CollectiveFailed
 from ..comm.groups import ProcessGroups
 from ..comm.refusal import refuse_if_any
 from .by_tokens import value_at
@@ -35,7 +36,8 @@ def train(config: RunConfig, groups: ProcessGroups, device: torch.device, attemp
     """Train to the end, going on from the run directory's last checkpoint; return the number of steps done.
 
     Collective over all ranks. `attempt` names the launch in the ledger. Raises `Refused` for a checkpoint that does not
-    fit the configuration and `RunFailed` for a loss that is not finite.
+    fit the configuration and `RunFailed` for a loss that is not finite,
+    `CollectiveFailed` for a peer that is gone or silent.
     """
     run_dir = Path(config.training.run_dir)
     reporter = Reporter(config, run_dir, attempt) if groups.world.is_first else None
@@ -59,6 +61,10 @@ def train(config: RunConfig, groups: ProcessGroups, device: torch.device, attemp
         if reporter is not None:
             reporter.close(done, message)
         raise RunFailed(message) from error
+    except CollectiveFailed as error:
+        if reporter is not None:
+            reporter.close(done, str(error))
+        raise
     finally:
         rank.close()
     if reporter is not None:

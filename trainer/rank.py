@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from ..comm.flat import FlatExchange
 from ..comm.groups import ProcessGroups
-from ..comm.pending import Worker
+from ..comm.open_exchange import open_exchange
+from ..comm.order import OrderCheck
+from ..comm.pending import Worker, open_worker
 from ..comm.traffic import Traffic
 from ..parallelism.gradients import Gradients
 from .checkpoint.store import CheckpointStore
@@ -46,7 +47,7 @@ class Rank:
     traffic: Traffic
 
     def close(self) -> None:
-        """End the exchange's thread."""
+        """End what runs the exchanges."""
         self.worker.close()
 
 
@@ -55,9 +56,9 @@ def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -
     prepared = open_prepared(config.data)
     train, validation = open_samples(config, prepared)
     model = build_model(config, groups, device)
-    worker = Worker(threaded=device.type == "cpu" and groups.ep.size > 1)
+    worker = open_worker(groups.ep, device, OrderCheck(groups.ep) if config.exchange.check_order else None)
     traffic = Traffic(config.topology, groups.rank)
-    exchange = FlatExchange(groups.ep, config.model.experts, worker, traffic)
+    exchange = open_exchange(config.exchange, groups, config.model.experts, worker, traffic)
     dtype = config.precision.compute_dtype(device)
     chunk = Chunk(model, exchange, dtype)
     parameters = dict(model.named_parameters())

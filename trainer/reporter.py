@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..comm.traffic import Kind
 from .budget.meter import Meter
 from .budget.summary import summarise
 from .budget.totals import carry
@@ -22,6 +23,7 @@ from .telemetry.events import JSON, Event, EventStream
 from .telemetry.open import open_stream
 
 if TYPE_CHECKING:
+    from ..comm.topology import Topology
     from ..comm.traffic import Traffic
     from .model.model import Model
 
@@ -125,7 +127,9 @@ class Reporter:
             "eta_seconds": (config.total_steps - step) * config.tokens_per_step / rate,
             "total_steps": config.total_steps,
             **{f"bytes_sent/{link}": size for link, size in traffic.by_link().items()},
-            **balance_values(result, model),
+            **{f"payload_sent/{link}": size for link, size in traffic.by_link(Kind.PAYLOAD).items()},
+            **balance_values(result, model, config.topology),
+            **routing_values(result),
         }
         self._emit("step", step, values)
 
@@ -157,24 +161,43 @@ class Reporter:
         self._stream.emit(Event(kind, step, values))
 
 
-def balance_values(result: StepResult, model: Model) -> dict[str, JSON]:
-    """Load of every routed layer's experts in this step, and the range of the routing biases.
+def balance_values(result: StepResult, model: Model, topology: Topology) -> dict[str, JSON]:
+    """Load of every routed layer's experts, ranks and nodes in this step, and the range of the routing biases.
 
-    Maximum violation: the most loaded expert's share over the mean share, minus 1; 0 is perfect balance.
+    Maximum violation: the largest load over the mean load, minus 1; 0 is perfect balance. The load of a rank is that of
+    its experts, in the replicas of the whole global batch together; a node's that of its ranks.
     """
     values: dict[str, JSON] = {}
-    worst = 0.0
+    members = {"load": None, "load/ranks": topology.ep, "load/nodes": topology.ep_nodes}
+    worst = dict.fromkeys(members, 0.0)
     for name, counts_E in result.counts_E.items():
-        violation = float(counts_E.max() * counts_E.numel() / counts_E.sum()) - 1
-        worst = max(worst, violation)
-        values[f"load/{name}/max_violation"] = violation
+        for kind, count in members.items():
+            load = counts_E if count is None else counts_E.view(count, -1).sum(dim=1)
+            violation = float(load.max() * load.numel() / load.sum()) - 1
+            worst[kind] = max(worst[kind], violation)
+            values[f"{kind}/{name}/max_violation"] = violation
         values[f"expert_load/{name}"] = counts_E.tolist()
     biases = [router.bias_E for _, router in model.routers()]
     if biases:
-        values["load/max_violation"] = worst
+        values |= {f"{kind}/max_violation": violation for kind, violation in worst.items()}
         values["bias/min"] = min(float(bias.min()) for bias in biases)
         values["bias/max"] = max(float(bias.max()) for bias in biases)
     return values
+
+
+def routing_values(result: StepResult) -> dict[str, JSON]:
+    """What the routing means for the wires: how far each token travels, mean over tokens and routed layers.
+
+    The report sends a token to 4 nodes at most and could afford 3.2 experts a node at the same cost (§3.2.2).
+    """
+    visits = result.visits
+    if not visits.tokens:
+        return {}
+    return {
+        "routing/nodes_per_token": visits.nodes / visits.tokens,
+        "routing/ranks_per_token": visits.ranks / visits.tokens,
+        "routing/experts_per_token_and_node": visits.copies / visits.nodes,
+    }
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

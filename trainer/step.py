@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..comm.groups import ProcessGroups
+from ..comm.layout import NO_VISITS, Visits
 from ..parallelism.gradients import Gradients
 from .data.batch import TokenBatch
 from .model.chunk import Chunk, Forward, LossScales, drive
@@ -49,6 +50,8 @@ class StepResult:
     valid_tokens: int
     counts_E: dict[str, Tensor]
     """int64 load of each router's experts."""
+    visits: Visits
+    """Of all routed layers together, padding included."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Stepper:
             mtp=settings.mtp_weight / (max(depth, 1) * targets),
             balance=settings.balance_weight / sequences,
         )
-        forwards = [self._accumulate(batch, scales) for batch in micro_batches]
+        forwards = [self._accumulate(batch, index, scales) for index, batch in enumerate(micro_batches)]
         main, mtp, balance = self._reduce_sums(forwards)
         counts_E = self._reduce_counts(forwards)
         self.gradients.reduce()
@@ -89,6 +92,7 @@ class Stepper:
             grad_norm=norm,
             valid_tokens=targets,
             counts_E=counts_E,
+            visits=self._reduce_visits(forwards),
         )
 
     def _count_targets(self, micro_batches: Sequence[TokenBatch]) -> int:
@@ -97,16 +101,16 @@ class Stepper:
         count = torch.zeros((), dtype=torch.int64)
         for batch in micro_batches:
             count += count_targets(batch, depth).cpu()
-        return max(1, int(self.groups.dense_dp.all_reduce_sum(count).item()))
+        return max(1, int(self.groups.dense_dp.all_reduce_sum(count, "count of valid targets").item()))
 
-    def _accumulate(self, batch: TokenBatch, scales: LossScales) -> Forward:
-        forward = drive(self.chunk.losses(batch.tokens_BW, batch.valid_BW))
+    def _accumulate(self, batch: TokenBatch, index: int, scales: LossScales) -> Forward:
+        forward = drive(self.chunk.losses(batch.tokens_BW, batch.valid_BW, index))
         drive(forward.backward(scales))
         return forward
 
     def _reduce_sums(self, forwards: Sequence[Forward]) -> tuple[float, float, float]:
         per_batch = [torch.stack((f.main_sum, f.mtp_sum, f.balance_sum)).double() for f in forwards]
-        sums = self.groups.dense_dp.all_reduce_sum(torch.stack(per_batch).sum(dim=0).cpu())
+        sums = self.groups.dense_dp.all_reduce_sum(torch.stack(per_batch).sum(dim=0).cpu(), "sum of losses")
         main, mtp, balance = sums.tolist()
         return main, mtp, balance
 
@@ -116,8 +120,13 @@ class Stepper:
         if not names:
             return {}
         counts_NE = torch.stack([sum_counts([f.counts_E[name] for f in forwards]) for name in names])
-        self.groups.dense_dp.all_reduce_sum(counts_NE)
+        self.groups.dense_dp.all_reduce_sum(counts_NE, "sum of expert loads")
         return dict(zip(names, counts_NE.unbind(), strict=True))
+
+    def _reduce_visits(self, forwards: Sequence[Forward]) -> Visits:
+        own = sum((forward.visits for forward in forwards), NO_VISITS)
+        counts = torch.tensor(own.counts(), dtype=torch.int64)
+        return Visits(*self.groups.dense_dp.all_reduce_sum(counts, "sum of routing statistics").tolist())
 
     def _update(self, norm: float, counts_E: dict[str, Tensor], settings: StepSettings) -> None:
         if norm > settings.clip_norm:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from shoestring.benchmarks.rows.row import Check, Figures, Machine, expect
-from shoestring.comm.flat import FlatExchange
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.pending import Worker
+from shoestring.comm.open_exchange import open_exchange
+from shoestring.comm.pending import open_worker
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
 from shoestring.launch.compose import compose_run
@@ -76,9 +76,10 @@ class _Trainer:
     ) -> None:
         model = build_model(config, groups, device)
         parameters, experts = dict(model.named_parameters()), model.expert_parameter_names()
-        self._worker = Worker(threaded=device.type == "cpu" and groups.ep.size > 1)
+        self._worker = open_worker(groups.ep, device)
         traffic = Traffic(config.topology, groups.rank)
-        chunk = Chunk(model, FlatExchange(groups.ep, config.model.experts, self._worker, traffic), dtype)
+        exchange = open_exchange(config.exchange, groups, config.model.experts, self._worker, traffic)
+        chunk = Chunk(model, exchange, dtype)
         gradients = Gradients(
             dense=tuple(p for name, p in parameters.items() if name not in experts),
             expert=tuple(p for name, p in parameters.items() if name in experts),

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from shoestring.benchmarks.rows.row import Check, Figures, Machine, NotHere, Ver
 from shoestring.comm.groups import Group
 from shoestring.tests.tree import ROOT
 
-ALONE = Group((0,), None, 0)
+ALONE = Group((0,), None, 0, timedelta(seconds=1))
 CPU = Machine(torch.device("cpu"), ALONE, ALONE, ALONE, None)
 NETWORK = [f"{name}, {where}" for name in ("all_reduce", "all_to_all") for where in ("all ranks", "inside the node")]
 BETWEEN = ["all_reduce, between nodes", "all_to_all, between nodes"]

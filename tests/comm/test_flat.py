@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-
 import pytest
 import torch
 from torch import Tensor
 
-from shoestring.comm.flat import FlatExchange
-from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.pending import Worker
+from shoestring.comm.config import ExchangeConfig
+from shoestring.comm.exchange import TokenExchange
 from shoestring.comm.topology import Topology
-from shoestring.comm.traffic import Traffic
+from shoestring.comm.traffic import Kind, Traffic
+from shoestring.tests.comm.routing import EXPERTS, LABEL, open_on
 from shoestring.tests.processes import World, run_processes
 
-EXPERTS, TOP_K, WIDTH = 8, 2, 3
+TOP_K, WIDTH = 2, 3
 
 
 def tokens_of(rank: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,18 +25,16 @@ def tokens_of(rank: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     return tokens_TD, weights_TK, experts_TK
 
 
-def exchange_of(ranks: int, rank: int) -> tuple[FlatExchange, Traffic]:
-    topology = Topology(ep=ranks, gpus_per_node=2)
-    groups = ProcessGroups.create(topology, rank, timedelta(seconds=30))
-    traffic = Traffic(topology, rank)
-    return FlatExchange(groups.ep, EXPERTS, Worker(threaded=ranks > 1), traffic), traffic
+def exchange_of(ranks: int, rank: int) -> tuple[TokenExchange[object], Traffic]:
+    exchange, traffic, _ = open_on(Topology(ep=ranks, gpus_per_node=2), rank, ExchangeConfig())
+    return exchange, traffic
 
 
 def round_trip(world: World, counts: list[int]) -> dict[str, Tensor]:
     """Each row comes back as expert_number * row; backward sends token gradients forth and doubles them back."""
     exchange, _ = exchange_of(world.size, world.rank)
     tokens_TD, weights_TK, experts_TK = tokens_of(world.rank, counts[world.rank])
-    received = exchange.dispatch(tokens_TD, weights_TK, experts_TK).wait()
+    received = exchange.dispatch(tokens_TD, weights_TK, experts_TK, LABEL).wait()
     local = EXPERTS // world.size
     numbers = torch.arange(world.rank * local, (world.rank + 1) * local)
     expert_of_row_R = numbers.repeat_interleave(torch.tensor(received.rows_per_expert_L))
@@ -73,25 +69,21 @@ def test_every_copy_arrives_once_and_comes_back(counts: list[int]) -> None:
         assert torch.equal(result["grad_weights"], weights_TK)
 
 
-def bytes_sent(world: World) -> dict[str, int]:
+def bytes_sent(world: World) -> tuple[dict[str, int], dict[str, int], tuple[int, ...]]:
     exchange, traffic = exchange_of(world.size, world.rank)
     tokens_TD, weights_TK, _ = tokens_of(world.rank, 4)
-    experts_TK = torch.tensor([[0, 7]] * 4)  # ranks 0 and 3 of four
-    exchange.dispatch(tokens_TD, weights_TK, experts_TK).wait()
-    return {link.value: size for link, size in traffic.by_link().items()}
+    experts_TK = torch.tensor([[0, EXPERTS - 1]] * 4)  # ranks 0 and 3 of four
+    received = exchange.dispatch(tokens_TD, weights_TK, experts_TK, LABEL).wait()
+    payload, beside = ({str(link): size for link, size in traffic.by_link(kind).items()} for kind in Kind)
+    return payload, beside, received.visits.counts()
 
 
-def test_bytes_are_counted_by_link() -> None:
-    row = WIDTH * 8 + 4  # a row in FP64 and its FP32 weight
+def test_bytes_are_counted_by_kind_and_link() -> None:
+    row, gate = WIDTH * 8, 4  # a row in FP64 and its FP32 weight
     sizes = EXPERTS // 4 * 8  # int64 counts for each rank
     first, second, *_ = run_processes(4, bytes_sent)
-    assert first == {"loopback": 4 * row + sizes, "nvlink": sizes, "infiniband": 4 * row + 2 * sizes}
-    assert second == {"loopback": sizes, "nvlink": 4 * row + sizes, "infiniband": 4 * row + 2 * sizes}
-
-
-def test_an_error_in_the_worker_is_raised_by_wait() -> None:
-    worker = Worker(threaded=True)
-    pending = worker.submit(lambda: torch.ones(2) @ torch.ones(3))
-    with pytest.raises(RuntimeError):
-        pending.wait()
-    worker.close()
+    assert first[0] == {"loopback": 4 * row, "nvlink": 0, "infiniband": 4 * row}
+    assert first[1] == {"loopback": 4 * gate + sizes, "nvlink": sizes, "infiniband": 4 * gate + 2 * sizes}
+    assert second[0] == {"loopback": 0, "nvlink": 4 * row, "infiniband": 4 * row}
+    assert second[1] == {"loopback": sizes, "nvlink": 4 * gate + sizes, "infiniband": 4 * gate + 2 * sizes}
+    assert first[2] == second[2] == (4, 8, 8, 8)  # tokens, and their visits to experts, ranks and nodes

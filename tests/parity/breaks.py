@@ -66,7 +66,7 @@ def count_expert_squares_once_a_replica() -> Patch:
     """The norm sums squares of experts over all ranks, so that each counts edp times."""
 
     def norm(self: Gradients) -> float:
-        expert = self.groups.dense_dp.all_reduce_sum(gradients_module._sum_of_squares(self.expert))
+        expert = self.groups.dense_dp.all_reduce_sum(gradients_module._sum_of_squares(self.expert), "norm")
         return float((gradients_module._sum_of_squares(self.dense) + expert).sqrt())
 
     return patch.object(Gradients, "norm", norm)
@@ -161,7 +161,7 @@ def divide_mtp_by_own_targets() -> Patch:
             length = batch.valid_BW.shape[1] - 2
             own = (batch.valid_BW[:, :length] & batch.valid_BW[:, 2:]).sum()
             counts += torch.stack((count_targets(batch, 1), own))
-        main, mtp = self.groups.dense_dp.all_reduce_sum(counts).tolist()
+        main, mtp = self.groups.dense_dp.all_reduce_sum(counts, "counts").tolist()
         return step(self, micro_batches, sequences, replace(settings, mtp_weight=settings.mtp_weight * main / mtp))
 
     return patch.object(Stepper, "step", own_mean)
@@ -171,10 +171,10 @@ def average_each_micro_batch() -> Patch:
     """Each micro-batch's loss is its own mean, and these means are averaged: a short one's tokens weigh more."""
     accumulate = Stepper._accumulate
 
-    def averaged(self: Stepper, batch: TokenBatch, scales: LossScales) -> Forward:
+    def averaged(self: Stepper, batch: TokenBatch, index: int, scales: LossScales) -> Forward:
         targets = max(1, int(count_targets(batch, self.chunk.model.config.mtp_depth)))
         main = 1 / (targets * MICRO_BATCHES * self.groups.dense_dp.size)
-        return accumulate(self, batch, replace(scales, main=main, mtp=scales.mtp / scales.main * main))
+        return accumulate(self, batch, index, replace(scales, main=main, mtp=scales.mtp / scales.main * main))
 
     return patch.object(Stepper, "_accumulate", averaged)
 

@@ -56,13 +56,17 @@ class Layout:
     dtype: torch.dtype = torch.float64
     layers: int = 3
     """Of the main model. The first is dense."""
+    exchange: str = "flat"
+    node_size: int = 8
+    """GPUs of a node."""
 
     @property
     def name(self) -> str:
         """What a person reads, and pytest's -k takes."""
         dtype = "fp64" if self.dtype == torch.float64 else "fp32"
         parts = (f"ep{self.ep}", f"edp{self.edp}", f"mb{self.micro_batches}", f"mtp{self.mtp}", f"layers{self.layers}")
-        return " ".join((*parts, f"{self.padding:6}", f"{self.load:6}", dtype))
+        place = f"{self.exchange:7} nodes of {self.node_size}"
+        return " ".join((*parts, f"{self.padding:6}", f"{self.load:6}", dtype, place))
 
     @property
     def tolerance(self) -> float:
@@ -72,7 +76,7 @@ class Layout:
     @property
     def topology(self) -> Topology:
         """The grid of ranks."""
-        return Topology(ep=self.ep, edp=self.edp)
+        return Topology(ep=self.ep, edp=self.edp, gpus_per_node=self.node_size)
 
     @property
     def config(self) -> ReferenceConfig:
@@ -147,6 +151,7 @@ QUICK = (
     Layout(2, 1, 3, 2, _RAGGED, dtype=_FP32),
     Layout(2, 2, 1, 1, _RAGGED),
     Layout(4, 1, 1, 2, _RAGGED, _IDLE),
+    Layout(4, 1, 2, 1, _RAGGED, exchange="two_hop", node_size=2),
 )
 
 SLOW = (
@@ -175,7 +180,15 @@ SLOW = (
     Layout(2, 2, 3, 1, _RAGGED, _UNUSED),
     Layout(2, 2, 2, 1, dtype=_FP32),
     Layout(2, 2, 1, 2, _EMPTY, _UNUSED, dtype=_FP32),
+    # Each token crosses between nodes once.
+    Layout(2, 1, 2, 1, _EMPTY, exchange="two_hop", node_size=1),
+    Layout(4, 1, 1, 2, _EMPTY, _IDLE, exchange="two_hop", node_size=2),
+    Layout(4, 1, 3, 0, _RAGGED, _BUSY, exchange="two_hop", node_size=1),
+    Layout(4, 1, 2, 1, _RAGGED, exchange="two_hop"),
+    Layout(2, 2, 2, 1, _RAGGED, _UNUSED, exchange="two_hop", node_size=1),
+    Layout(4, 1, 2, 2, _RAGGED, dtype=_FP32, exchange="two_hop", node_size=2),
     # Eight processes.
+    Layout(4, 2, 1, 1, _RAGGED, exchange="two_hop", node_size=2),
     Layout(4, 2, 2, 1, _RAGGED, _IDLE),
     Layout(4, 2, 1, 2, _EMPTY, dtype=_FP32),
 )

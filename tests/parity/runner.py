@@ -10,11 +10,14 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+import torch
 from torch import Tensor
 
-from shoestring.comm.flat import FlatExchange
+from shoestring.comm.config import ExchangeConfig
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.pending import Worker
+from shoestring.comm.open_exchange import open_exchange
+from shoestring.comm.order import OrderCheck
+from shoestring.comm.pending import Worker, open_worker
 from shoestring.comm.traffic import Traffic
 from shoestring.parallelism.gradients import Gradients
 from shoestring.tests.parity.breaks import BREAKS
@@ -53,8 +56,10 @@ def run_layout(layout: Layout, steps: int, break_name: str | None = None) -> Err
 def run_rank(world: World, layout: Layout, steps: int, break_name: str | None) -> Outcome:
     """One rank's whole training."""
     broken = nullcontext() if break_name is None else BREAKS[break_name].apply()
-    with broken, closing(Worker(threaded=layout.ep > 1)) as worker:
-        stepper, gradients = _build(layout, world.rank, worker)
+    groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=60))
+    order = OrderCheck(groups.ep)
+    with broken, closing(open_worker(groups.ep, torch.device("cpu"), order)) as worker:
+        stepper, gradients = _build(layout, groups, worker)
         records = tuple(_step(stepper, gradients, layout, step, world.rank) for step in range(steps))
     parts = {name: (value.detach().clone(), trained) for name, value, trained in released_parts(gradients.model)}
     return Outcome(
@@ -76,15 +81,15 @@ class RecordingGradients(Gradients):
         return super().norm()
 
 
-def _build(layout: Layout, rank: int, worker: Worker) -> tuple[Stepper, RecordingGradients]:
+def _build(layout: Layout, groups: ProcessGroups, worker: Worker) -> tuple[Stepper, RecordingGradients]:
     """What `trainer.rank.build_rank` makes, with the twin's weights, and without data and checkpoints."""
-    topology = layout.topology
-    groups = ProcessGroups.create(topology, rank, timedelta(seconds=60))
+    topology, rank = layout.topology, groups.rank
     model = Model(model_config(layout.config), expert_ranks=topology.ep, expert_rank=topology.ep_rank(rank))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(layout.dtype)
     load_released(model, start_params(layout))
-    exchange = FlatExchange(groups.ep, layout.config.experts, worker, Traffic(topology, rank))
+    config, traffic = ExchangeConfig(name=layout.exchange), Traffic(topology, rank)
+    exchange = open_exchange(config, groups, layout.config.experts, worker, traffic)
     named, experts = dict(model.named_parameters()), model.expert_parameter_names()
     gradients = RecordingGradients(
         dense=tuple(parameter for name, parameter in named.items() if name not in experts),

@@ -68,8 +68,11 @@ def run_rank(world: World, tree: dict[str, Any]) -> None:
     train(config, groups, torch.device("cpu"), attempt="test")
 
 
-def losses_of(root: Path, name: str, topology: Topology, micro_batch: int) -> list[dict[str, Any]]:
+def losses_of(
+    root: Path, name: str, topology: Topology, micro_batch: int, exchange: str = "flat"
+) -> list[dict[str, Any]]:
     tree = run_config(root) | {"topology": asdict(topology), "schedule": {"micro_batch": micro_batch}}
+    tree["exchange"] = {"name": exchange, "check_order": True}
     tree["training"] = tree["training"] | {"run_dir": str(root / name)}
     run_processes(topology.world_size, run_rank, tree)
     return [
@@ -85,12 +88,14 @@ def alone(root: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("topology", "micro_batch"), [(Topology(ep=4), 1), (Topology(ep=2, edp=2), 2)], ids=["ep4", "ep2edp2"]
+    ("topology", "micro_batch", "exchange"),
+    [(Topology(ep=4), 1, "flat"), (Topology(ep=2, edp=2), 2, "flat"), (Topology(ep=4, gpus_per_node=2), 2, "two_hop")],
+    ids=["ep4", "ep2edp2", "two nodes"],
 )
 def test_every_layout_trains_the_same(
-    root: Path, alone: list[dict[str, Any]], topology: Topology, micro_batch: int
+    root: Path, alone: list[dict[str, Any]], topology: Topology, micro_batch: int, exchange: str
 ) -> None:
-    spread = losses_of(root, f"ep{topology.ep}", topology, micro_batch)
+    spread = losses_of(root, f"ep{topology.ep} {exchange}", topology, micro_batch, exchange)
     assert len(alone) == len(spread) == STEPS + 2
     for ours, single in zip(spread, alone, strict=True):
         for key in ("loss", "loss/mtp", "loss/balance", "grad_norm", "bias/max", "bias/min"):
@@ -110,6 +115,22 @@ def test_bytes_of_one_step_are_logged_by_link(root: Path) -> None:
         assert values["bytes_sent/loopback"] + values["bytes_sent/infiniband"] == expected
         assert values["bytes_sent/infiniband"] > 0
         assert values["bytes_sent/nvlink"] == 0
+        payload = (values["payload_sent/loopback"], values["payload_sent/infiniband"])
+        copies = sum(sum(values[f"expert_load/{layer}"][:8]) for layer in ("layer_01", "mtp_01"))
+        assert sum(payload) == 2 * row * (BATCH // 2 * LENGTH * 4 * 2 + copies)
+
+
+def test_what_the_routing_means_for_the_wires_is_logged(root: Path) -> None:
+    """Sixteen experts in four groups, top 4 of at most two groups; two nodes of two ranks, two groups each."""
+    for values in losses_of(root, "visits", Topology(ep=4, gpus_per_node=2), micro_batch=2)[:STEPS]:
+        nodes, ranks = values["routing/nodes_per_token"], values["routing/ranks_per_token"]
+        assert 1 <= nodes <= ranks <= 2  # a group is one rank here
+        assert values["routing/experts_per_token_and_node"] == pytest.approx(4 / nodes)
+        for layer in ("layer_01", "mtp_01"):
+            load = torch.tensor(values[f"expert_load/{layer}"])
+            for kind, count in (("ranks", 4), ("nodes", 2)):
+                share = load.view(count, -1).sum(dim=1) / load.sum()
+                assert values[f"load/{kind}/{layer}/max_violation"] == pytest.approx(float(share.max()) * count - 1)
 
 
 def test_the_rate_of_a_step_is_that_of_its_end(alone: list[dict[str, Any]]) -> None:

@@ -48,7 +48,7 @@ class CheckpointStore:
             _remove(final)  # of an earlier life that went on from before this step
             partial.mkdir(parents=True)
             sync_directory(self.directory.parent)
-        world.barrier()
+        world.barrier("start of a checkpoint")
         with _quiet():
             dcp.save(dict(state), checkpoint_id=partial, no_dist=world.handle is None, process_group=world.handle)
         if world.is_first:
@@ -58,7 +58,7 @@ class CheckpointStore:
             sync_directory(self.directory)
             for old in self.steps()[: -self.keep]:
                 _remove(self._path(old))
-        world.barrier()
+        world.barrier("end of a checkpoint")
         return final
 
     def facts(self, step: int) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def measure_peak_tflops(device: torch.device, dtype: torch.dtype, group: Group) 
     size = 8192 if device.type == "cuda" else 512
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     out = a @ b
-    group.barrier()
+    group.barrier("start of the peak's measurement")
     repetitions, seconds = 0, 0.0
     start = time.perf_counter()
     while seconds < 0.2:
@@ -45,4 +45,4 @@ def measure_peak_tflops(device: torch.device, dtype: torch.dtype, group: Group) 
         repetitions += 1
         seconds = time.perf_counter() - start
     rate = torch.tensor([2.0 * size**3 * repetitions / seconds / 1e12], dtype=torch.float64)
-    return float(group.all_reduce_sum(rate).item()) / group.size
+    return float(group.all_reduce_sum(rate, "mean of the measured peak").item()) / group.size

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from ...comm.exchange import TokenExchange
+from ...comm.label import Label
+from ...comm.layout import NO_VISITS, Visits
 from .layer import Context, DenseLayer, MoELayer
 from .loss import IGNORED, linear_cross_entropy
 from .model import Model, MTPModule
@@ -64,6 +66,8 @@ class Forward:
     """Balance loss without α, summed over routed layers and sequences."""
     counts_E: dict[str, Tensor]
     """int64 load of each router, by the layer's name."""
+    visits: Visits
+    """Of all routed layers together."""
     backward: Callable[[LossScales], Steps[None]]
 
 
@@ -72,10 +76,12 @@ class _Tape:
     """Filled by the forward of one micro-batch, consumed by its backward."""
 
     context: Context
+    micro_batch: int
     balance_scale: float = 0.0
     """Known only when the backward starts: the balance loss is an extra backward root in every routed layer."""
     balance_sums: list[Tensor] = field(default_factory=list)
     counts_E: dict[str, Tensor] = field(default_factory=dict)
+    visits: Visits = NO_VISITS
 
 
 class Chunk:
@@ -88,19 +94,21 @@ class Chunk:
 
     def logits(self, tokens_BS: Tensor) -> Steps[Tensor]:
         """Next-token logits [B, S, V] of the main model. Nothing is kept: use it under `torch.no_grad`."""
-        tape = self._tape(tokens_BS, torch.ones_like(tokens_BS, dtype=torch.bool))
+        tape = self._tape(torch.ones_like(tokens_BS, dtype=torch.bool), micro_batch=0)
         hidden_BSD, _ = yield from self._main(tokens_BS, tape)
         logits: Tensor = self.model.head(hidden_BSD)
         return logits
 
-    def losses(self, tokens_BW: Tensor, valid_BW: Tensor) -> Steps[Forward]:
+    def losses(self, tokens_BW: Tensor, valid_BW: Tensor, micro_batch: int = 0) -> Steps[Forward]:
         """Forward of one micro-batch, main model and MTP. `valid_BW` is false on padding.
+
+        `micro_batch` is its number, for the words of errors.
 
         A target counts where it and the position that predicts it are valid; the load counts every valid input.
         """
         model, depth = self.model, self.model.config.mtp_depth
         length = tokens_BW.shape[1] - 1 - depth
-        tape = self._tape(tokens_BW, valid_BW[:, :length])
+        tape = self._tape(valid_BW[:, :length], micro_batch)
 
         def targets(k: int) -> Tensor:
             counted = tape.context.valid_BS & valid_BW[:, k + 1 : length + k + 1]
@@ -135,12 +143,13 @@ class Chunk:
             mtp_sum=torch.stack(sums[1:]).sum() if depth else torch.zeros_like(sums[0]),
             balance_sum=torch.stack(tape.balance_sums).sum() if tape.balance_sums else torch.zeros_like(sums[0]),
             counts_E=tape.counts_E,
+            visits=tape.visits,
             backward=run_backward,
         )
 
-    def _tape(self, tokens: Tensor, valid_BS: Tensor) -> _Tape:
-        like = torch.empty(0, device=tokens.device, dtype=self._dtype)
-        return _Tape(Context(rotation(self.model.config, valid_BS.shape[1], like), valid_BS))
+    def _tape(self, valid_BS: Tensor, micro_batch: int) -> _Tape:
+        like = torch.empty(0, device=valid_BS.device, dtype=self._dtype)
+        return _Tape(Context(rotation(self.model.config, valid_BS.shape[1], like), valid_BS), micro_batch)
 
     def _cross_entropy(self, hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
         return linear_cross_entropy(hidden_BSD.flatten(0, 1), self.model.head.weight, targets_BS.flatten())
@@ -207,11 +216,12 @@ class Chunk:
         tape.balance_sums.append(balance)
         tape.counts_E[name] = routing.counts_E
 
-        dispatched = exchange.dispatch(normed_TD, gates_TK, routing.experts_TK)
+        dispatched = exchange.dispatch(normed_TD, gates_TK, routing.experts_TK, Label(name, tape.micro_batch))
         yield
         shared_layer = layer.shared
         shared = None if shared_layer is None else Phase(lambda x: (shared_layer(x),), normed_TD)
         received = dispatched.wait()
+        tape.visits += received.visits
         routed = Phase(
             lambda rows, weights: (layer.experts(rows, weights, received.rows_per_expert_L),),
             received.rows_RD,

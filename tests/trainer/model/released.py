@@ -10,9 +10,10 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from shoestring.comm.flat import FlatExchange
+from shoestring.comm.config import ExchangeConfig
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.pending import Worker
+from shoestring.comm.open_exchange import open_exchange
+from shoestring.comm.pending import open_worker
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
 from shoestring.tests.reference.deepseek_v3 import ReferenceConfig
@@ -124,8 +125,9 @@ def make_chunk(
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     load_released(model, params)
-    worker = Worker(threaded=topology.ep > 1)
-    return Chunk(model, FlatExchange(groups.ep, config.experts, worker, Traffic(topology, rank)), dtype)
+    worker = open_worker(groups.ep, torch.device("cpu"))
+    exchange = open_exchange(ExchangeConfig(), groups, config.experts, worker, Traffic(topology, rank))
+    return Chunk(model, exchange, dtype)
 
 
 def run_losses(chunk: Chunk, tokens_BW: Tensor, valid_BW: Tensor, scales: LossScales) -> Forward:

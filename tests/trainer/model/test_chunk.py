@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoestring.comm.config import ExchangeConfig
 from shoestring.comm.exchange import Received
 from shoestring.comm.flat import FlatExchange, FlatLayout
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.pending import Pending, Worker
+from shoestring.comm.label import Label
+from shoestring.comm.pending import InlineWorker, Pending
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
 from shoestring.trainer.model.chunk import Chunk, LossScales, drive
@@ -57,8 +59,10 @@ class WatchedExchange:
         self.rows: list[weakref.ref[Tensor]] = []
         self.most_alive = 0
 
-    def dispatch(self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Pending[Received[FlatLayout]]:
-        pending = self._exchange.dispatch(tokens_TD, weights_TK, experts_TK)
+    def dispatch(
+        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: Label
+    ) -> Pending[Received[FlatLayout]]:
+        pending = self._exchange.dispatch(tokens_TD, weights_TK, experts_TK, label)
         received = pending.wait()
         number = len(self.rows)
         self._number[id(received.layout)] = number
@@ -96,7 +100,7 @@ def make_chunk() -> tuple[Chunk, WatchedExchange]:
     initialise(model, seed=0)
     topology = Topology()
     groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))
-    exchange = FlatExchange(groups.ep, CONFIG.experts, Worker(threaded=False), Traffic(topology, 0))
+    exchange = FlatExchange(groups, CONFIG.experts, InlineWorker(), Traffic(topology, 0), ExchangeConfig())
     watched = WatchedExchange(exchange)
     return Chunk(model, watched, torch.float32), watched
 

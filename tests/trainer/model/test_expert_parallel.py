@@ -57,8 +57,10 @@ def run_rank(topology: Topology, rank: int, name: str, dtype_name: str) -> Outco
     )
     gradients.reduce()
     sums = torch.stack((forward.main_sum, forward.mtp_sum, forward.balance_sum)).double()
-    groups.dense_dp.all_reduce_sum(sums)
-    loads = {key: groups.dense_dp.all_reduce_sum(load.clone()).tolist() for key, load in forward.counts_E.items()}
+    groups.dense_dp.all_reduce_sum(sums, "sums")
+    loads = {
+        key: groups.dense_dp.all_reduce_sum(load.clone(), "load").tolist() for key, load in forward.counts_E.items()
+    }
     main, mtp, balance = sums.tolist()
     return main, mtp, balance, loads, released_gradients(chunk.model), gradients.norm()
 
