@@ -6,9 +6,10 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
-from ..comm.refusal import Refused
+from ..comm.refusal import Problem, Refused
 from .orphan import die_with_launcher
 
 EXIT_REFUSED = 2
@@ -36,13 +37,23 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     train = _with_overrides(verbs.add_parser("train", help="train, or go on from the run's last checkpoint"))
-    train.add_argument("--fresh", action="store_true", help="delete what an earlier run left in training.run_dir first")
+    _add_fresh(train)
     train.add_argument("--cfg", choices=["job"], help="print the composed configuration instead")
     train.set_defaults(run=_train)
 
     params = _with_overrides(verbs.add_parser("params", help="parameters and FLOPs a token of a model"))
     params.add_argument("--format", choices=["table", "json"], default="table")
     params.set_defaults(run=_params)
+
+    _add_cluster(verbs)
+    _add_schedule(verbs)
+    _add_bench(verbs)
+    partition = _with_overrides(verbs.add_parser("partition", help="a model's layers on the stages of a pipeline"))
+    partition.add_argument("--stages", type=int, required=True, help="stages the model is cut into")
+    partition.add_argument("--layout", metavar="L,L,…", help="the number of layers of each stage, instead of a search")
+    partition.add_argument("--schedule", default="one_f_one_b", help="puts stages on ranks (default one_f_one_b)")
+    partition.add_argument("--format", choices=["table", "json"], default="table")
+    partition.set_defaults(run=_partition)
 
     budget = verbs.add_parser("budget", help="what a run has cost, beside the published 2.788 M GPU-hours")
     budget.add_argument("run_dir", type=Path, metavar="RUN_DIR")
@@ -57,10 +68,56 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_cluster(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    cluster = _with_overrides(verbs.add_parser("cluster", help="rehearse a run over several machines on this one"))
+    cluster.add_argument("--nodes", type=int, required=True, metavar="N", help="simulated machines")
+    cluster.add_argument("--gpus-per-node", type=int, required=True, metavar="N", help="ranks on each, on the CPU")
+    cluster.add_argument("--uplink", metavar="RATE", help="of each node, such as 200mbit; no limit without")
+    _add_fresh(cluster)
+    for option, text in (("--cut-link", "unplug a node"), ("--kill-node", "kill all processes of a node")):
+        cluster.add_argument(option, action="append", default=[], metavar="NODE@STEP", help=f"{text} after this step")
+    cluster.set_defaults(run=_cluster)
+
+
+def _add_schedule(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    schedule = verbs.add_parser("schedule", help="a pipeline program, checked and drawn")
+    schedule.add_argument("name", metavar="NAME", help="gpipe, one_f_one_b, interleaved, zb1p, dualpipe or dualpipev")
+    schedule.add_argument("--stages", type=int, required=True, metavar="P", help="pipeline ranks")
+    schedule.add_argument("--micro-batches", type=int, required=True, metavar="N", help="of one global batch")
+    schedule.add_argument("--chunks", type=int, metavar="V", help="stages a rank holds, for interleaved (default 2)")
+    schedule.add_argument("--format", choices=["ascii", "svg", "json"], default="ascii")
+    schedule.add_argument("--times", default="", metavar="F=1,I=1,W=1,FB=3", help="durations of a chunk, to draw with")
+    schedule.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to the terminal")
+    schedule.set_defaults(run=_schedule)
+
+
+def _add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    benches = verbs.add_parser("bench", help="measure a part of this machine").add_subparsers(
+        dest="action", required=True
+    )
+    bench = benches.add_parser("exchange", help="bytes and times of the token exchanges")
+    numbers = {"nodes": 2, "gpus-per-node": 2, "hidden": 1024, "tokens": 512, "experts": 64, "top-k": 8}
+    numbers |= {"groups": 4, "top-k-groups": 2, "repeats": 5}
+    for name, default in numbers.items():
+        bench.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    bench.add_argument("--exchanges", default="flat,two_hop", help="default flat,two_hop")
+    bench.add_argument("--formats", default="bf16,fp8", help="of rows on their way to experts (default bf16,fp8)")
+    bench.add_argument("--overlap", action="store_true", help="measure also how exchanges hide behind computing")
+    bench.add_argument("--uplink", metavar="RATE", help="on a simulated cluster with such uplinks, as 200mbit (root)")
+    bench.add_argument("--format", choices=["table", "json"], default="table")
+    bench.set_defaults(run=_bench)
+
+
 def _with_overrides(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="group=choice or key=value, as in Hydra")
     parser.add_argument("--config-dir", type=Path, help="a directory with configuration groups of your own")
     return parser
+
+
+def _add_fresh(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--fresh", action="store_true", help="delete what an earlier run left in training.run_dir first"
+    )
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -74,6 +131,15 @@ def _train(options: argparse.Namespace) -> int:
     return train_command(options.overrides, options.config_dir, fresh=options.fresh)
 
 
+def _cluster(options: argparse.Namespace) -> int:
+    from .cluster_run import Rehearsal, run_cluster
+
+    faults = [("--cut-link", text) for text in options.cut_link]
+    faults += [("--kill-node", text) for text in options.kill_node]
+    run = options.overrides, options.config_dir, options.fresh
+    return run_cluster(Rehearsal(*run, options.nodes, options.gpus_per_node, options.uplink, faults))
+
+
 def _params(options: argparse.Namespace) -> int:
     from .params import params_table, params_tree
 
@@ -81,6 +147,47 @@ def _params(options: argparse.Namespace) -> int:
         print(json.dumps(params_tree(options.overrides, options.config_dir), indent=1))
     else:
         _show(params_table(options.overrides, options.config_dir))
+    return 0
+
+
+def _schedule(options: argparse.Namespace) -> int:
+    from .schedule import draw_schedule
+
+    size = options.name, options.stages, options.micro_batches, options.chunks
+    drawing = draw_schedule(*size, options.format, options.times)
+    if options.output is None:
+        print(drawing)
+        return 0
+    try:
+        options.output.write_text(f"{drawing}\n")
+    except OSError as error:
+        raise Refused([Problem("--output", str(options.output), f"cannot be written: {error.strerror}")]) from None
+    return 0
+
+
+def _partition(options: argparse.Namespace) -> int:
+    from .partition import partition_model, partition_table, partition_tree
+
+    described = options.overrides, options.config_dir
+    model = partition_model(*described, options.stages, options.schedule, options.layout)
+    if options.format == "json":
+        print(json.dumps(partition_tree(model), indent=1))
+    else:
+        _show(partition_table(model))
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .bench_exchange import bench_exchange, bench_tables, read_names
+    from .exchange_rank import ExchangeSpec
+
+    chosen = {field.name: getattr(options, field.name) for field in fields(ExchangeSpec)}
+    names = {key: read_names(chosen[key], f"--{key}") for key in ("exchanges", "formats")}
+    result = bench_exchange(ExchangeSpec(**(chosen | names)), options.uplink)
+    if options.format == "json":
+        print(json.dumps(result, indent=1))
+    else:
+        _show(bench_tables(result))
     return 0
 
 

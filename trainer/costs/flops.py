@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..model.config import ModelConfig
-from .parameters import count_parameters, meta_model
+from .parts import attention_flops, model_parts
 
 CONVENTION = (
     "model FLOPs: 2 a multiply-add, backward = 2 x forward, causal attention (half of S x S), "
@@ -34,17 +34,10 @@ class FlopCount:
 
 def count_flops(config: ModelConfig, sequence_length: int) -> FlopCount:
     """FLOPs a token at this sequence length."""
-    parameters = count_parameters(config)
-    model = meta_model(config)
-    norms = {"main": 0, "mtp": 0}
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            norms["mtp" if name.startswith("mtp.") else "main"] += parameter.numel()
-    attention = 2.0 * config.heads * (config.qk_head_dim + config.v_head_dim) * sequence_length  # a layer, whole S x S
-    main_gemm = 2.0 * (parameters.main_active - parameters.embedding - norms["main"])
-    mtp_gemm = 2.0 * (parameters.mtp_active - norms["mtp"] + config.mtp_depth * parameters.head)
+    parts = model_parts(config, sequence_length)
+    main = sum(layer.flops for layer in parts.layers) + parts.head.flops
     return FlopCount(
-        main=3 * (main_gemm + config.layers * attention / 2),
-        mtp=3 * (mtp_gemm + config.mtp_depth * attention / 2),
-        main_full_attention=3 * (main_gemm + config.layers * attention),
+        main=main,
+        mtp=parts.mtp.flops,
+        main_full_attention=main + config.layers * attention_flops(config, sequence_length),
     )

@@ -1,0 +1,119 @@
+"""Which layers each stage holds: the split with the smallest largest stage, or one that is given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from ...comm.refusal import Problem, refuse_if_any
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Consecutive layers of a model on consecutive stages."""
+
+    layers: tuple[int, ...]
+    """How many layers each stage holds."""
+    costs: tuple[float, ...]
+    """What each stage costs, the extras of the first and the last included."""
+
+    @property
+    def ranges(self) -> tuple[range, ...]:
+        """The indices of each stage's layers."""
+        ends = tuple(accumulate(self.layers))
+        return tuple(range(end - count, end) for end, count in zip(ends, self.layers, strict=True))
+
+    @property
+    def imbalance(self) -> float:
+        """By how much the largest stage is above the mean, as a fraction of the mean."""
+        mean = sum(self.costs) / len(self.costs)
+        return max(self.costs) / mean - 1 if mean else 0.0
+
+
+def partition(
+    costs: Sequence[float], stages: int, first: float = 0.0, last: float = 0.0, layout: Sequence[int] | None = None
+) -> Partition:
+    """Split layers that cost `costs` each over `stages`, every one with a layer at least.
+
+    `first` and `last` are what the first and the last stage cost on top of their layers. `layout`, the number of layers
+    of each stage, overrides the search. Raises `Refused` for what cannot be.
+    """
+    refuse_if_any(partition_problems(len(costs), stages, layout))
+    loads = _Loads(costs, stages, first, last)
+    layers = tuple(layout) if layout is not None else _balance(loads)
+    ends = (0, *accumulate(layers))
+    scale = float(loads.denominator)
+    exact = (loads.of(stage, ends[stage], ends[stage + 1]) for stage in range(stages))
+    return Partition(layers, tuple(load / scale for load in exact))
+
+
+def partition_problems(layers: int, stages: int, layout: Sequence[int] | None = None) -> Iterator[Problem]:
+    """Why `layers` cannot be split over `stages`, or not as `layout` says."""
+    if not 1 <= stages <= layers:
+        yield Problem(
+            "stages", stages, f"must be from 1 to {layers}: every stage holds at least one of {layers} layers"
+        )
+    if layout is None:
+        return
+    shown = ",".join(map(str, layout))
+    if len(layout) != stages:
+        yield Problem("layout", shown, f"has {len(layout)} stages; write the layers of each of the {stages}")
+    if sum(layout) != layers:
+        yield Problem("layout", shown, f"has {sum(layout)} layers in all; the model has {layers}")
+    if empty := [str(stage) for stage, count in enumerate(layout) if count < 1]:
+        what = "stage" if len(empty) == 1 else "stages"
+        yield Problem("layout", shown, f"{what} {', '.join(empty)}: must hold at least 1 layer")
+
+
+class _Loads:
+    """The cost of any run of layers on any stage, as whole numbers: sums of floats would decide ties by rounding."""
+
+    def __init__(self, costs: Sequence[float], stages: int, first: float, last: float) -> None:
+        ratios = [float(cost).as_integer_ratio() for cost in (first, last, *costs)]
+        self.denominator = math.lcm(*(below for _, below in ratios))
+        exact = [above * (self.denominator // below) for above, below in ratios]
+        self.layers, self.stages = len(costs), stages
+        self._extra = [0] * stages
+        self._extra[0] += exact[0]
+        self._extra[-1] += exact[1]
+        self._before = (0, *accumulate(exact[2:]))
+
+    def of(self, stage: int, begin: int, end: int) -> int:
+        """Layers `begin` to `end` - 1 on `stage`."""
+        return self._before[end] - self._before[begin] + self._extra[stage]
+
+
+def _balance(loads: _Loads) -> tuple[int, ...]:
+    """Layers of each stage: the smallest largest stage; of those splits the most even (least sum of squares).
+
+    Where several are left, early stages hold fewer layers: their activations live longest in 1F1B.
+    """
+    smallest = _smallest_largest(loads)
+    # best[begin] = (sum of squares, layers of each stage) for the stages from `stage` on, which hold layers from begin.
+    best: dict[int, tuple[int, tuple[int, ...]]] = {loads.layers: (0, ())}
+    for stage in reversed(range(loads.stages)):
+        following, best = best, {}
+        for begin in range(stage, loads.layers):
+            options = [
+                (squares + load**2, (end - begin, *layers))
+                for end, (squares, layers) in following.items()
+                if end > begin and (load := loads.of(stage, begin, end)) <= smallest
+            ]
+            if options:
+                best[begin] = min(options)
+    return best[0][1]
+
+
+def _smallest_largest(loads: _Loads) -> int:
+    """The cost of the largest stage in the best split."""
+    best = {loads.layers: 0}
+    for stage in reversed(range(loads.stages)):
+        following = best
+        best = {
+            begin: min(max(loads.of(stage, begin, end), rest) for end, rest in following.items() if end > begin)
+            for begin in range(stage, loads.layers)
+            if max(following) > begin
+        }
+    return best[0]

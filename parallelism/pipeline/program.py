@@ -1,0 +1,116 @@
+"""A pipeline program: for each rank, the list of what it computes. Nothing else decides order at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from .placement import Direction, Placement, Route
+
+
+class ProgramError(ValueError):
+    """A program that would compute the wrong thing, or never end: what is wrong, at which rank and instruction."""
+
+
+class Op(StrEnum):
+    """What an instruction computes."""
+
+    F = "F"  # forward
+    B = "B"  # backward: gradients of inputs and of weights
+    I = "I"  # noqa: E741 -- the field's letter: backward of inputs only; weight gradients stay pending until W
+    W = "W"  # the weight gradients that an earlier I left pending
+    FB = "FB"  # the forward of one micro-batch and the whole backward of another, overlapped
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One micro-batch in one chunk of the rank that the work is listed for.
+
+    Micro-batches count from 0. Under a bidirectional placement each direction has its own count, so
+    micro-batch 3 of chunk 0 and micro-batch 3 of chunk 1 are different data; see `Program.data_index`.
+    """
+
+    chunk: int
+    micro_batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One step of a rank: `forward` for F and FB, `backward` for B, I, W and FB.
+
+    The two works of an FB do not depend on each other: they may run in turns, or as F and then B.
+    """
+
+    op: Op
+    forward: Work | None = None
+    backward: Work | None = None
+
+    def __post_init__(self) -> None:
+        given = (self.forward is not None, self.backward is not None)
+        if given != (self.op in (Op.F, Op.FB), self.op is not Op.F):
+            raise ValueError(f"{self.op} with forward = {self.forward} and backward = {self.backward}")
+
+    @property
+    def works(self) -> tuple[Work, ...]:
+        """The one or two works, forward first."""
+        return tuple(work for work in (self.forward, self.backward) if work is not None)
+
+    def __str__(self) -> str:
+        return f"{self.op} " + " & ".join(f"chunk {work.chunk} micro-batch {work.micro_batch}" for work in self.works)
+
+
+def where(rank: int, index: int, instruction: Instruction) -> str:
+    """An instruction as errors name it."""
+    return f"rank {rank}, instruction {index} ({instruction})"
+
+
+@dataclass(frozen=True)
+class Program:
+    """What every rank computes for one global batch, in order."""
+
+    schedule: str
+    placement: Placement
+    micro_batches: int
+    """N, those of a bidirectional program's two directions taken together."""
+    instructions: tuple[tuple[Instruction, ...], ...]
+    """Of each rank."""
+
+    @property
+    def ranks(self) -> int:
+        """P."""
+        return self.placement.ranks
+
+    @property
+    def chunks(self) -> int:
+        """Stages a rank holds."""
+        return self.placement.chunks
+
+    def micro_batches_of(self, chunk: int) -> int:
+        """How many micro-batches visit `chunk`: all, or in a bidirectional program the half of its direction."""
+        if self.placement.route is not Route.BIDIRECTIONAL:
+            return self.micro_batches
+        return self.micro_batches // 2
+
+    def data_index(self, work: Work) -> int:
+        """Which of the global batch's N micro-batches `work` is on: those that go up first, then those that go down."""
+        bidirectional = self.placement.route is Route.BIDIRECTIONAL
+        down = bidirectional and self.placement.direction(work.chunk) is Direction.DOWN
+        return work.micro_batch + (self.micro_batches_of(0) if down else 0)
+
+
+def in_flight(program: Program) -> tuple[tuple[int, ...], ...]:
+    """Of each rank, how many chunk activations are alive while each of its instructions runs.
+
+    One (chunk, micro-batch) is alive from the start of its F or FB to the end of its B or FB; where the backward is
+    split to the end of its W, because weight gradients are made from the inputs that the forward kept.
+    """
+    return tuple(_alive(instructions) for instructions in program.instructions)
+
+
+def _alive(instructions: tuple[Instruction, ...]) -> tuple[int, ...]:
+    counts, alive = [], 0
+    for instruction in instructions:
+        alive += instruction.forward is not None
+        counts.append(alive)
+        alive -= instruction.op in (Op.B, Op.W, Op.FB)
+    return tuple(counts)

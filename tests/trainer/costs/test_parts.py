@@ -1,0 +1,46 @@
+"""The parts of a model add up to the whole."""
+
+from __future__ import annotations
+
+import pytest
+
+from shoestring.trainer.costs.flops import count_flops
+from shoestring.trainer.costs.parameters import count_parameters
+from shoestring.trainer.costs.parts import model_parts
+from shoestring.trainer.model.config import ModelConfig
+
+
+@pytest.mark.parametrize("mtp_depth", [0, 1, 2])
+def test_parts_add_up(mtp_depth: int) -> None:
+    config = ModelConfig(layers=5, dense_layers=2, mtp_depth=mtp_depth)
+    parts, count, flops = model_parts(config, 64), count_parameters(config), count_flops(config, 64)
+    layers = sum(layer.parameters for layer in parts.layers)
+    assert parts.embedding.parameters + layers + parts.head.parameters == count.main
+    assert parts.mtp.parameters == count.mtp
+    assert parts.last.parameters == parts.head.parameters + count.mtp
+    assert sum(layer.flops for layer in parts.layers) + parts.head.flops == pytest.approx(flops.main, rel=1e-12)
+    assert parts.last.flops - parts.head.flops == pytest.approx(flops.mtp, rel=1e-12)
+    assert parts.embedding.flops == 0
+
+
+def test_flops_of_each_part_by_hand() -> None:
+    config = ModelConfig(layers=2, dense_layers=1, mtp_depth=1)
+    length, hidden, heads = 64, config.hidden, config.heads
+    attention = (
+        hidden * 64  # q_lora_rank
+        + 64 * heads * config.qk_head_dim
+        + hidden * (config.kv_lora_rank + config.qk_rope_head_dim)
+        + config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
+        + heads * config.v_head_dim * hidden
+    )
+    core = heads * (config.qk_head_dim + config.v_head_dim) * length / 2
+    dense = 3 * hidden * config.dense_ffn
+    routed = 3 * hidden * config.expert_ffn * (config.top_k + config.shared_experts) + config.experts * hidden
+    head = hidden * config.vocabulary
+    parts = model_parts(config, length)
+    assert [layer.flops for layer in parts.layers] == [
+        pytest.approx(6 * (attention + core + dense)),
+        pytest.approx(6 * (attention + core + routed)),
+    ]
+    assert parts.head.flops == pytest.approx(6 * head)
+    assert parts.mtp.flops == pytest.approx(6 * (2 * hidden**2 + attention + core + routed + head))

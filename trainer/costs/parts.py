@@ -1,0 +1,73 @@
+"""What each part of a model costs that a pipeline can put on a stage of its own."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from ..model.config import ModelConfig
+from .parameters import meta_model
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part: its parameters, and the FLOPs a token of forward and backward (see `flops.CONVENTION`)."""
+
+    parameters: int
+    flops: float
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """A whole model, part by part. Sums are those of `count_parameters` and `count_flops`."""
+
+    embedding: Part
+    layers: tuple[Part, ...]
+    """Of the main model, dense ones first."""
+    head: Part
+    """With the norm before it."""
+    mtp: Part
+    """All MTP modules; FLOPs with their passes through the head, whose weights are the main model's."""
+
+    @property
+    def last(self) -> Part:
+        """What the last stage holds on top of its layers."""
+        return Part(self.head.parameters + self.mtp.parameters, self.head.flops + self.mtp.flops)
+
+
+def model_parts(config: ModelConfig, sequence_length: int) -> ModelParts:
+    """Every part of the whole model at this sequence length."""
+    model = meta_model(config)
+    experts = model.expert_parameter_names()
+    parameters: defaultdict[str, int] = defaultdict(int)
+    multiplied: defaultdict[str, int] = defaultdict(int)  # weights that one token is multiplied with
+    for name, parameter in model.named_parameters():
+        part = _part(name)
+        count = parameter.numel()
+        parameters[part] += count
+        if parameter.ndim > 1 and part != "embedding":
+            multiplied[part] += count * config.top_k // config.experts if name in experts else count
+    attention = attention_flops(config, sequence_length)
+    mtp_flops = 6.0 * (multiplied["mtp"] + config.mtp_depth * multiplied["head"]) + config.mtp_depth * attention
+    return ModelParts(
+        embedding=Part(parameters["embedding"], 0.0),
+        layers=tuple(
+            Part(parameters[name], 6.0 * multiplied[name] + attention)
+            for name in (f"layers.{index}" for index in range(config.layers))
+        ),
+        head=Part(parameters["head"], 6.0 * multiplied["head"]),
+        mtp=Part(parameters["mtp"], mtp_flops),
+    )
+
+
+def attention_flops(config: ModelConfig, sequence_length: int) -> float:
+    """FLOPs a token and layer of the attention core, forward and backward, causal: half of S x S."""
+    return 3.0 * config.heads * (config.qk_head_dim + config.v_head_dim) * sequence_length
+
+
+def _part(name: str) -> str:
+    """The part that the parameter `name` belongs to."""
+    top, *rest = name.split(".")
+    if top == "layers":
+        return f"layers.{rest[0]}"
+    return {"embedding": "embedding", "final_norm": "head", "head": "head", "mtp": "mtp"}[top]
