@@ -38,6 +38,8 @@ class ExchangeConfig:
             yield Problem("name", self.name, f"no such exchange; there are: {', '.join(EXCHANGES)}")
         for operation in ("dispatch", "combine", "combine_backward", "dispatch_backward"):
             yield from self._format_problems(operation)
+        if self.name == "deepep":
+            yield from self._deepep_problems()
 
     def _format_problems(self, operation: str) -> Iterator[Problem]:
         name = self.__dict__[operation]
@@ -45,3 +47,15 @@ class ExchangeConfig:
             yield Problem(operation, name, f"no such format; there are: {', '.join(Format)}")
         elif name == Format.FP8 and operation in ("combine", "dispatch_backward"):
             yield Problem(operation, name, "sums of experts lose too much in FP8 (report §3.3); write bf16 or native")
+
+    def _deepep_problems(self) -> Iterator[Problem]:
+        """What DeepEP has no kernels for."""
+        for operation in ("dispatch", "combine", "combine_backward", "dispatch_backward"):
+            if self.__dict__[operation] == Format.NATIVE:
+                remedy = "DeepEP moves BF16, and FP8 towards the experts; write bf16, or exchange=deepep for all four"
+                yield Problem(operation, "native", remedy)
+        if self.dispatch != self.combine_backward:
+            remedy = (
+                f"must be {self.dispatch}, like dispatch: DeepEP sends both along one layout, made for one size of row"
+            )
+            yield Problem("combine_backward", self.combine_backward, remedy)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .config import ExchangeConfig
+from .deepep import BufferShape, DeepEPExchange
 from .exchange import TokenExchange
 from .flat import FlatExchange
 from .groups import ProcessGroups
@@ -14,9 +15,20 @@ from .two_hop import TwoHopExchange
 
 
 def open_exchange(
-    config: ExchangeConfig, groups: ProcessGroups, experts: int, worker: Worker, traffic: Traffic
+    config: ExchangeConfig,
+    groups: ProcessGroups,
+    experts: int,
+    worker: Worker,
+    traffic: Traffic,
+    shape: BufferShape | None = None,
 ) -> TokenExchange[Any]:
-    """The exchange between the `experts` of one layer over the expert-parallel group of this rank."""
+    """The exchange between the `experts` of one layer over the expert-parallel group of this rank.
+
+    Only `deepep` needs to know beforehand what it will carry, the `shape`. Opening it is collective.
+    """
+    if config.name == "deepep":
+        assert shape is not None
+        return DeepEPExchange(groups, experts, worker, config, shape)
     if config.name == "flat":
         return FlatExchange(groups, experts, worker, traffic, config)
     return TwoHopExchange(groups, experts, worker, traffic, config)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..comm.deepep import BufferShape
 from ..comm.groups import ProcessGroups
 from ..comm.open_exchange import open_exchange
 from ..comm.order import OrderCheck
@@ -58,7 +59,7 @@ def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -
     model = build_model(config, groups, device)
     worker = open_worker(groups.ep, device, OrderCheck(groups.ep) if config.exchange.check_order else None)
     traffic = Traffic(config.topology, groups.rank)
-    exchange = open_exchange(config.exchange, groups, config.model.experts, worker, traffic)
+    exchange = open_exchange(config.exchange, groups, config.model.experts, worker, traffic, largest_dispatch(config))
     dtype = config.precision.compute_dtype(device)
     chunk = Chunk(model, exchange, dtype)
     parameters = dict(model.named_parameters())
@@ -93,6 +94,12 @@ def open_samples(config: RunConfig, prepared: Prepared) -> tuple[Samples, Sample
     length, depth = config.training.sequence_length, config.model.mtp_depth
     train = Samples.training(prepared.train, length, depth)
     return train, Samples.validation(prepared.validation, length, depth, prepared.tokenizer.pad)
+
+
+def largest_dispatch(config: RunConfig) -> BufferShape:
+    """What a rank sends to the experts at once: the tokens of a micro-batch, in training and in evaluation."""
+    tokens = config.schedule.micro_batch * config.training.sequence_length
+    return BufferShape(tokens, config.model.hidden, config.model.top_k)
 
 
 def build_model(config: RunConfig, groups: ProcessGroups, device: torch.device) -> Model:

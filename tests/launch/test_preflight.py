@@ -36,6 +36,12 @@ def test_gpus_that_are_not_there(config: RunConfig) -> None:
         preflight(replace(config, training=replace(config.training, device="cuda")), 4, fresh=False)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_an_exchange_that_is_not_there(config: RunConfig) -> None:
+    with pytest.raises(Refused, match=r"deep_ep is not installed[\s\S]*this machine has 0"):
+        preflight(replace(config, exchange=replace(config.exchange, name="deepep")), 4, fresh=False)
+
+
 def test_data_that_is_not_there(config: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="run `shoestring data prepare` first"):
         preflight(replace(config, data=replace(config.data, prepared=str(tmp_path))), 4, fresh=False)

@@ -1,0 +1,86 @@
+"""Flat exchange against two hops on simulated clusters: bytes, times, and how well they hide behind computing.
+
+    python benchmarks/exchange.py [--json FILE]      needs root; see `shoestring bench exchange --help` for other sizes
+
+Four nodes of two ranks with the report's kind of routing (top 8 within two of four groups, one a node), then two nodes
+of one rank, where each rank has a core to itself and computes while its exchanges are in flight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from shoestring.launch.bench_exchange import bench_exchange, bench_tables
+from shoestring.launch.exchange_rank import ExchangeSpec
+
+UPLINK = "200mbit"
+
+
+def spec(nodes: int, gpus_per_node: int, *, overlap: bool) -> ExchangeSpec:
+    return ExchangeSpec(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        hidden=1024,
+        tokens=512,
+        experts=64,
+        top_k=8,
+        groups=4,
+        top_k_groups=2,
+        exchanges=("flat", "two_hop"),
+        formats=("bf16", "fp8"),
+        repeats=5,
+        overlap=overlap,
+    )
+
+
+def verdicts(wide: dict[str, Any], narrow: dict[str, Any]) -> dict[str, float]:
+    """The ratios that the exchange is held to."""
+    rows = {(row["exchange"], row["format"]): row for row in wide["rows"]}
+
+    def payload(exchange: str, form: str) -> int:
+        return int(rows[exchange, form]["bytes"]["dispatch"]["payload"]["infiniband"])
+
+    def seconds(exchange: str, form: str) -> float:
+        return sum(rows[exchange, form]["seconds"].values())
+
+    two_hop, flat = payload("two_hop", "bf16"), payload("flat", "bf16")
+    overlaps = [row["overlap"] for row in narrow["rows"]]
+    return {
+        "payload between nodes, two_hop / flat (at most 0.30)": two_hop / flat,
+        "payload between nodes, two_hop / a row a rank (less than 0.60)": two_hop / wide["needed"]["bf16"]["rank"],
+        "payload between nodes, two_hop / least (1)": two_hop / wide["needed"]["bf16"]["node"],
+        "dispatch payload, fp8 / bf16 (at most 0.53)": payload("two_hop", "fp8") / two_hop,
+        "time, flat / two_hop, bf16 (at least 2)": seconds("flat", "bf16") / seconds("two_hop", "bf16"),
+        "on the wires / counted (within 10 %)": wide["sent_by_interfaces"] / wide["sent_between_nodes"],
+        "computing and exchanging / longer alone, worst (at most 1.25)": max(
+            o["both"] / max(o["exchange"], o["compute"]) for o in overlaps
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    output = parser.parse_args().json
+    console = Console(width=120)
+    wide = bench_exchange(spec(4, 2, overlap=False), UPLINK)
+    console.print(bench_tables(wide))
+    narrow = bench_exchange(spec(2, 1, overlap=True), UPLINK)
+    console.print(bench_tables(narrow))
+    found = verdicts(wide, narrow)
+    for name, ratio in found.items():
+        console.print(f"{name}: {ratio:.3f}")
+    if output is not None:
+        machine = {"cores": os.cpu_count(), "torch": torch.__version__, "load": os.getloadavg()[0]}
+        output.write_text(json.dumps({"machine": machine, "verdicts": found, "wide": wide, "narrow": narrow}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
