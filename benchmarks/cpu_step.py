@@ -29,17 +29,16 @@ from shoestring.comm.open_exchange import open_exchange
 from shoestring.comm.pending import InlineWorker
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
-from shoestring.parallelism.gradients import Gradients
 from shoestring.trainer.costs.flops import count_flops
 from shoestring.trainer.costs.parameters import count_parameters
 from shoestring.trainer.data.batch import TokenBatch
-from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.init import initialise
 from shoestring.trainer.model.model import Model
-from shoestring.trainer.optimizer.adamw import build_adamw
 from shoestring.trainer.optimizer.config import OptimizerConfig
-from shoestring.trainer.step import Stepper, StepSettings
+from shoestring.trainer.rank import Pipeline, build_stepper
+from shoestring.trainer.stages import Stages
+from shoestring.trainer.step import StepSettings
 
 BATCH, LENGTH = 4, 256
 SHAPE = ModelConfig(
@@ -74,14 +73,8 @@ def ours(dtype: torch.dtype) -> Callable[[], float]:
     model = Model(SHAPE)
     initialise(model, seed=0)
     exchange = open_exchange(ExchangeConfig(), groups, SHAPE.experts, InlineWorker(), Traffic(topology, 0))
-    parameters, experts = dict(model.named_parameters()), model.expert_parameter_names()
-    optimizer = build_adamw(parameters, OptimizerConfig())
-    gradients = Gradients(
-        dense=tuple(p for name, p in parameters.items() if name not in experts),
-        expert=tuple(p for name, p in parameters.items() if name in experts),
-        groups=groups,
-    )
-    stepper = Stepper(Chunk(model, exchange, dtype), optimizer, gradients, groups)
+    pipeline = Pipeline.open(Stages.of(SHAPE, LENGTH), groups, torch.device("cpu"))
+    stepper = build_stepper(pipeline, model, exchange, dtype, 1, OptimizerConfig())
     settings = StepSettings(learning_rate=1e-4, clip_norm=1.0, balance_weight=1e-4, mtp_weight=0.3, bias_speed=0.001)
     tokens_BW = torch.randint(0, SHAPE.vocabulary, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     batch = TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool))

@@ -48,7 +48,7 @@ def verdicts(wide: dict[str, Any], narrow: dict[str, Any]) -> dict[str, float]:
         return int(rows[exchange, form]["bytes"]["dispatch"]["payload"]["infiniband"])
 
     def seconds(exchange: str, form: str) -> float:
-        return sum(rows[exchange, form]["seconds"].values())
+        return float(sum(rows[exchange, form]["seconds"].values()))
 
     two_hop, flat = payload("two_hop", "bf16"), payload("flat", "bf16")
     overlaps = [row["overlap"] for row in narrow["rows"]]

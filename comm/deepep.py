@@ -138,7 +138,7 @@ class DeepEPExchange:
                 layout=DeepEPLayout(handle),
             )
 
-        return self._worker.submit(call, work, (tokens_TD, weights_TK, experts_TK))
+        return self._worker.submit(str(call), work, (tokens_TD, weights_TK, experts_TK))
 
     def combine(self, rows_RD: Tensor, received: Received[DeepEPLayout]) -> Pending[Tensor]:
         """See `TokenExchange`."""
@@ -148,7 +148,7 @@ class DeepEPExchange:
             sums_TD, _ = self._back(call, rows_RD, None, received.layout)
             return sums_TD
 
-        return self._worker.submit(call, work, (rows_RD,))
+        return self._worker.submit(str(call), work, (rows_RD,))
 
     def combine_backward(self, grad_TD: Tensor, received: Received[DeepEPLayout]) -> Pending[Tensor]:
         """See `TokenExchange`."""
@@ -167,7 +167,7 @@ class DeepEPExchange:
                 event.current_stream_wait(release_handle=True)
             return _decode(arrived, grad_TD.dtype)
 
-        return self._worker.submit(call, work, (grad_TD,))
+        return self._worker.submit(str(call), work, (grad_TD,))
 
     def dispatch_backward(
         self, grad_RD: Tensor, grad_weights_R: Tensor, received: Received[DeepEPLayout]
@@ -181,7 +181,7 @@ class DeepEPExchange:
             assert grad_weights_TK is not None
             return grad_TD, grad_weights_TK.to(grad_weights_R.dtype)
 
-        return self._worker.submit(call, work, (grad_RD, grad_weights_R))
+        return self._worker.submit(str(call), work, (grad_RD, grad_weights_R))
 
     def _back(
         self, call: Call, rows_RD: Tensor, beside_R: Tensor | None, layout: DeepEPLayout

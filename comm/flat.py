@@ -61,7 +61,7 @@ class FlatExchange:
             rows_RD, weights_R1 = self._forth(call, self._config.dispatch, tokens_TD, layout, weights_N1)
             return Received(rows_RD, weights_R1.flatten(), rows_per_expert_L, visits, label, layout)
 
-        return self._worker.submit(call, work, (tokens_TD, weights_TK, experts_TK))
+        return self._worker.submit(str(call), work, (tokens_TD, weights_TK, experts_TK))
 
     def combine(self, rows_RD: Tensor, received: Received[FlatLayout]) -> Pending[Tensor]:
         """See `TokenExchange`."""
@@ -70,7 +70,7 @@ class FlatExchange:
         def work() -> Tensor:
             return self._back(call, self._config.combine, rows_RD, received.layout, nothing_beside(rows_RD))[0]
 
-        return self._worker.submit(call, work, (rows_RD,))
+        return self._worker.submit(str(call), work, (rows_RD,))
 
     def combine_backward(self, grad_TD: Tensor, received: Received[FlatLayout]) -> Pending[Tensor]:
         """See `TokenExchange`."""
@@ -80,7 +80,7 @@ class FlatExchange:
             nothing = nothing_beside(layout.choice_of_copy_N)
             return self._forth(call, self._config.combine_backward, grad_TD, layout, nothing)[0]
 
-        return self._worker.submit(call, work, (grad_TD,))
+        return self._worker.submit(str(call), work, (grad_TD,))
 
     def dispatch_backward(
         self, grad_RD: Tensor, grad_weights_R: Tensor, received: Received[FlatLayout]
@@ -95,7 +95,7 @@ class FlatExchange:
             grad_weights_TK[layout.choice_of_copy_N] = grad_N1
             return grad_TD, grad_weights_TK.view(-1, layout.top_k)
 
-        return self._worker.submit(call, work, (grad_RD, grad_weights_R))
+        return self._worker.submit(str(call), work, (grad_RD, grad_weights_R))
 
     def _plan(self, call: Call, experts_TK: Tensor) -> tuple[FlatLayout, tuple[int, ...], Visits]:
         """Exchange sizes, and from them everything that the four operations need."""

@@ -5,10 +5,11 @@ A group of one rank has no communicator and costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -54,6 +55,13 @@ class Group:
         if self.handle is not None:
             with self._failing_clearly(what):
                 dist.all_reduce(tensor, group=self.handle)
+        return tensor
+
+    def all_reduce_max(self, tensor: Tensor, what: str) -> Tensor:
+        """Replace `tensor` by its largest over the group, element by element, in place, and return it."""
+        if self.handle is not None:
+            with self._failing_clearly(what):
+                dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.handle)
         return tensor
 
     def broadcast(self, tensor: Tensor, what: str) -> Tensor:
@@ -106,37 +114,86 @@ class ProcessGroups:
     """The ranks of `ep` with the same place in their nodes, one a node: what crosses between nodes goes here."""
     ep_inside: Group
     """The ranks of `ep` in this node."""
+    up: Group
+    """The pipeline of this rank, for what travels towards its end."""
+    down: Group
+    """The same ranks, for what travels towards its beginning: neighbours send to each other at the same moment."""
     dense_dp: Group
-    """Same dense parameters: their gradients are summed here."""
-    expert_dp: Group
-    """Same experts: their gradients are summed here."""
+    """The ranks of this pipeline rank: each of them reads its own samples."""
+    dense: Mapping[tuple[int, ...], Group]
+    """By the pipeline ranks that hold a dense parameter: the ranks over which its gradient is summed."""
+    expert: Mapping[tuple[int, ...], Group]
+    """The same for the parameters of this rank's experts."""
+
+    @property
+    def pp_rank(self) -> int:
+        """Pipeline position of this rank."""
+        return self.topology.pp_rank(self.rank)
 
     @staticmethod
-    def create(topology: Topology, rank: int, limit: timedelta) -> ProcessGroups:
+    def create(
+        topology: Topology, rank: int, limit: timedelta, holders: Iterable[tuple[int, ...]] = ()
+    ) -> ProcessGroups:
         """Collective over the default group: make every group of the grid and keep those that hold `rank`.
 
-        A new group does not inherit the default group's timeout, so each is given `limit`.
+        `holders` are sets of pipeline ranks that hold some parameters in common, besides each rank alone; equal on all
+        ranks. A new group does not inherit the default group's timeout, so each is given `limit`.
         Without a default group (one process) every group is this rank alone.
         """
-
-        def make(ranks_of: Callable[[int], tuple[int, ...]]) -> Group:
-            mine = None
-            # Every rank makes every group, in the same order.
-            for ranks in dict.fromkeys(ranks_of(r) for r in range(topology.world_size)):
-                handle = dist.new_group(list(ranks), timeout=limit) if len(ranks) > 1 else None
-                if rank in ranks:
-                    mine = Group(ranks, handle, rank, limit)
-            assert mine is not None
-            return mine
-
+        make = _Maker(topology, rank, limit)
         everyone = tuple(range(topology.world_size))
+        alone = [(pp_rank,) for pp_rank in range(topology.pp)]
+        shared = list(dict.fromkeys((*alone, *(tuple(sorted(set(each))) for each in holders))))
+
+        def union(ranks_of: Callable[[int], tuple[int, ...]]) -> dict[tuple[int, ...], Group]:
+            """Pipeline ranks outside a set make a group each, too, which they do not keep."""
+
+            def holders_of(r: int, pp_ranks: tuple[int, ...]) -> tuple[int, ...]:
+                mine = topology.pp_rank(r) in pp_ranks
+                return topology.holders(ranks_of(r), pp_ranks if mine else (topology.pp_rank(r),))
+
+            groups = {each: make.main(partial(holders_of, pp_ranks=each)) for each in shared}
+            return {each: group for each, group in groups.items() if topology.pp_rank(rank) in each}
+
         return ProcessGroups(
             topology=topology,
             rank=rank,
-            world=make(lambda r: everyone),
-            ep=make(topology.ep_ranks),
-            ep_between=make(topology.ep_ranks_between_nodes),
-            ep_inside=make(topology.ep_ranks_inside_node),
-            dense_dp=make(topology.dense_dp_ranks),
-            expert_dp=make(topology.expert_dp_ranks),
+            world=make.main(lambda r: everyone),
+            ep=make.own(topology.ep_ranks),
+            ep_between=make.own(topology.ep_ranks_between_nodes),
+            ep_inside=make.own(topology.ep_ranks_inside_node),
+            up=make.own(topology.pp_ranks),
+            down=make.own(topology.pp_ranks),
+            dense_dp=make.main(topology.dense_dp_ranks),
+            dense=union(topology.dense_dp_ranks),
+            expert=union(topology.expert_dp_ranks),
         )
+
+
+class _Maker:
+    """Makes groups. Every rank makes every group, in the same order.
+
+    Groups that the main thread uses share a communicator where their ranks are the same. Each that a thread of its own
+    uses has its own: two threads must not issue collectives on one.
+    """
+
+    def __init__(self, topology: Topology, rank: int, limit: timedelta) -> None:
+        self._topology, self._rank, self._limit = topology, rank, limit
+        self._main: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+
+    def main(self, ranks_of: Callable[[int], tuple[int, ...]]) -> Group:
+        """The group of this rank, for the main thread."""
+        return self._make(ranks_of, self._main)
+
+    def own(self, ranks_of: Callable[[int], tuple[int, ...]]) -> Group:
+        """The group of this rank, for a thread of its own."""
+        return self._make(ranks_of, {})
+
+    def _make(
+        self, ranks_of: Callable[[int], tuple[int, ...]], made: dict[tuple[int, ...], dist.ProcessGroup | None]
+    ) -> Group:
+        for ranks in map(ranks_of, range(self._topology.world_size)):
+            if ranks not in made:
+                made[ranks] = dist.new_group(list(ranks), timeout=self._limit) if len(ranks) > 1 else None
+        ranks = ranks_of(self._rank)
+        return Group(ranks, made[ranks], self._rank, self._limit)

@@ -9,22 +9,21 @@ from dataclasses import dataclass, field
 
 from .failure import CollectiveFailed
 from .groups import Group
-from .label import Call
 
 
 @dataclass
 class OrderCheck:
-    """Compares calls over a group before they run; costs one small collective each."""
+    """Compares exchanges over a group before they run; costs one small collective each."""
 
     group: Group
-    issued: list[Call] = field(default_factory=list)
+    issued: list[str] = field(default_factory=list)
     """What this rank has issued so far."""
 
-    def check(self, call: Call) -> None:
-        """Raise `CollectiveFailed` on every rank unless all are about to run `call`."""
-        self.issued.append(call)
+    def check(self, what: str) -> None:
+        """Raise `CollectiveFailed` on every rank unless all are about to run `what`."""
+        self.issued.append(what)
         number = len(self.issued)
-        calls = self.group.all_gather_objects((number, str(call)), f"order check before {call}")
+        calls = self.group.all_gather_objects((number, what), f"order check before {what}")
         if len(set(calls)) > 1:
             each = "; ".join(
                 f"rank {rank} runs number {n}, {text}" for rank, (n, text) in zip(self.group.ranks, calls, strict=True)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .groups import Group
-from .label import Call
 from .order import OrderCheck
 
 T = TypeVar("T")
@@ -32,8 +31,8 @@ class Pending(Protocol[Result]):
 class Worker(Protocol):
     """Runs whole exchanges in the order of submission, one after the other, without autograd."""
 
-    def submit(self, call: Call, function: Callable[[], T], inputs: Sequence[Tensor]) -> Pending[T]:
-        """Start `function`, which reads `inputs`."""
+    def submit(self, what: str, function: Callable[[], T], inputs: Sequence[Tensor]) -> Pending[T]:
+        """Start `function`, which reads `inputs`; `what` names it where orders are compared."""
         ...
 
     def close(self) -> None:
@@ -62,7 +61,7 @@ class Done(Generic[T]):
 class InlineWorker:
     """Runs everything at once, in the caller: for a group of one rank, where nothing moves."""
 
-    def submit(self, call: Call, function: Callable[[], T], inputs: Sequence[Tensor]) -> Pending[T]:
+    def submit(self, what: str, function: Callable[[], T], inputs: Sequence[Tensor]) -> Pending[T]:
         """See `Worker`."""
         with torch.no_grad():
             return Done(function())
@@ -83,20 +82,20 @@ class ThreadWorker:
         self._order = order
         self._failure: BaseException | None = None
 
-    def submit(self, call: Call, function: Callable[[], T], inputs: Sequence[Tensor]) -> Pending[T]:
+    def submit(self, what: str, function: Callable[[], T], inputs: Sequence[Tensor]) -> Pending[T]:
         """See `Worker`."""
-        return _InThread(self._executor.submit(self._run, call, function))
+        return _InThread(self._executor.submit(self._run, what, function))
 
     def close(self) -> None:
         """See `Worker`."""
         self._executor.shutdown(cancel_futures=True)
 
-    def _run(self, call: Call, function: Callable[[], T]) -> T:
+    def _run(self, what: str, function: Callable[[], T]) -> T:
         if self._failure is not None:
             raise self._failure
         try:
             if self._order is not None:
-                self._order.check(call)
+                self._order.check(what)
             with torch.no_grad():
                 return function()
         except BaseException as failure:
@@ -123,10 +122,10 @@ class StreamWorker:
         self._stream = torch.cuda.Stream(device, priority=-1)  # before the products that it feeds
         self._order = order
 
-    def submit(self, call: Call, function: Callable[[], T], inputs: Sequence[Tensor]) -> Pending[T]:
+    def submit(self, what: str, function: Callable[[], T], inputs: Sequence[Tensor]) -> Pending[T]:
         """See `Worker`. The host waits here for the sizes of a dispatch, and for nothing else."""
         if self._order is not None:
-            self._order.check(call)
+            self._order.check(what)
         computed = torch.cuda.current_stream().record_event()
         with torch.no_grad(), torch.cuda.stream(self._stream):
             self._stream.wait_event(computed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -83,6 +83,14 @@ class Topology:
         """The ranks of its expert-parallel group with the place of `rank` in their nodes (the same rail)."""
         return self.ep_ranks(rank)[self.ep_rank(rank) % self.ep_node_size :: self.ep_node_size]
 
+    def pp_ranks(self, rank: int) -> tuple[int, ...]:
+        """The pipeline of `rank`: one rank a stage, in order, at the same place in their data-parallel groups."""
+        return tuple(range(self.dp_rank(rank), self.world_size, self.dp))
+
+    def holders(self, ranks: Sequence[int], pp_ranks: Sequence[int]) -> tuple[int, ...]:
+        """`ranks`, all of one pipeline rank, moved to each of `pp_ranks`: those that hold the same parameters."""
+        return tuple(pp_rank * self.dp + self.dp_rank(rank) for pp_rank in pp_ranks for rank in ranks)
+
     def expert_dp_ranks(self, rank: int) -> tuple[int, ...]:
         """The ranks that hold the same experts as `rank`."""
         first = rank - self.dp_rank(rank) + self.ep_rank(rank)
@@ -111,5 +119,3 @@ class Topology:
                 f"must divide gpus_per_node = {self.gpus_per_node} or be a multiple of it: groups fill nodes evenly"
             )
             yield Problem("ep", self.ep, remedy)
-        if self.pp > 1:
-            yield Problem("pp", self.pp, "pipeline programs are not built yet; write topology.pp=1")

@@ -72,7 +72,9 @@ class TwoHopExchange:
         """See `TokenExchange`."""
         call = Call("dispatch", label)
         return self._worker.submit(
-            call, lambda: self._dispatch(call, tokens_TD, weights_TK, experts_TK), (tokens_TD, weights_TK, experts_TK)
+            str(call),
+            lambda: self._dispatch(call, tokens_TD, weights_TK, experts_TK),
+            (tokens_TD, weights_TK, experts_TK),
         )
 
     def combine(self, rows_RD: Tensor, received: Received[TwoHopLayout]) -> Pending[Tensor]:
@@ -83,7 +85,7 @@ class TwoHopExchange:
             nothing = nothing_beside(layout.to_experts.first_slot_X)
             return self._back(call, self._config.combine, rows_RD, layout, nothing)[0]
 
-        return self._worker.submit(call, work, (rows_RD,))
+        return self._worker.submit(str(call), work, (rows_RD,))
 
     def combine_backward(self, grad_TD: Tensor, received: Received[TwoHopLayout]) -> Pending[Tensor]:
         """See `TokenExchange`."""
@@ -95,7 +97,7 @@ class TwoHopExchange:
             payload_UB = layout.inside.forth(call, layout.to_ranks.spread(payload_VB), wire.row_bytes)
             return layout.to_experts.spread(wire.decode(payload_UB))
 
-        return self._worker.submit(call, work, (grad_TD,))
+        return self._worker.submit(str(call), work, (grad_TD,))
 
     def dispatch_backward(
         self, grad_RD: Tensor, grad_weights_R: Tensor, received: Received[TwoHopLayout]
@@ -109,7 +111,7 @@ class TwoHopExchange:
             grad_UK.view(-1)[layout.choice_of_row_R] = grad_weights_R
             return self._back(call, self._config.dispatch_backward, grad_RD, layout, grad_UK)
 
-        return self._worker.submit(call, work, (grad_RD, grad_weights_R))
+        return self._worker.submit(str(call), work, (grad_RD, grad_weights_R))
 
     def _dispatch(
         self, call: Call, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor

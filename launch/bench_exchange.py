@@ -39,12 +39,13 @@ def bench_exchange(spec: ExchangeSpec, uplink: str | None) -> dict[str, Any]:
     return result | {"uplink": uplink, "sent_by_interfaces": interfaces}
 
 
-def _run_here(spec: ExchangeSpec, arguments: list[str]) -> None:
-    """Processes that are called nodes have no interfaces of their own."""
+def _run_here(spec: ExchangeSpec, arguments: list[str]) -> int | None:
+    """None: processes that are called nodes have no interfaces of their own."""
     ranks = spec.topology.world_size
     torchrun = ["--standalone", "--local-addr=localhost", f"--nproc-per-node={ranks}"]
     done = subprocess.run([*_TORCHRUN, *torchrun, *arguments], env=_environment(), timeout=_SECONDS, check=False)
     _check([done.returncode])
+    return None
 
 
 def _run_on_cluster(spec: ExchangeSpec, uplink: str, arguments: list[str]) -> int:

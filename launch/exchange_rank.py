@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -248,7 +248,9 @@ def main(spec_text: str, output: str) -> None:
     """One rank under torchrun; rank 0 writes the result to the file `output`."""
     worker = WorkerEnvironment.read()
     assert worker is not None
-    spec = ExchangeSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(spec_text).items()})
+    values: dict[str, Any] = json.loads(spec_text)
+    values |= {key: tuple(values[key]) for key in ("exchanges", "formats")}  # JSON has lists only
+    spec = ExchangeSpec(**values)
     local = torch.cuda.device_count() >= spec.gpus_per_node
     device = torch.device("cuda", worker.local_rank) if local else torch.device("cpu")
     torch.set_num_threads(1)

@@ -17,6 +17,7 @@ from ..comm.groups import ProcessGroups
 from ..comm.refusal import Problem, Refused
 from ..trainer.config import RunConfig
 from ..trainer.loop import RunFailed, train
+from ..trainer.rank import stages_of
 from .compose import to_yaml
 from .run_dir import CONFIG_FILE, write_status
 
@@ -29,8 +30,8 @@ _SECONDS_FOR_OTHERS = 3
 def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
     """Train as the rank that `worker` names; return the exit code.
 
-    A fault of the network or of another rank ends this one with 1, which torchrun passes on. A worker that stops on purpose writes `run_status.json` and exits with 0, because torchrun would turn any other code
-    into 1 and might start it again.
+    A fault of the network or of another rank ends this one with 1. A worker that stops on purpose writes
+    `run_status.json` and exits with 0, because torchrun would turn any other code into 1 and might start it again.
     """
     if worker.world_size != config.topology.world_size:
         size = f"topology asks for {config.topology.world_size} processes"
@@ -41,7 +42,8 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
     timeout = timedelta(seconds=config.training.collective_timeout_seconds)
     start_default_group(worker, device, timeout)
     try:
-        groups = ProcessGroups.create(config.topology, worker.rank, timeout)
+        holders = stages_of(config).all_holders()
+        groups = ProcessGroups.create(config.topology, worker.rank, timeout, holders)
         attempt = os.environ.get(ATTEMPT_VARIABLE) or os.environ.get("TORCHELASTIC_RUN_ID", "none")
         steps = train(config, groups, device, attempt)
     except Refused as error:

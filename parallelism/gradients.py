@@ -11,39 +11,45 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..comm.groups import Group, ProcessGroups
+from ..comm.groups import Group
 
 _PIECE = 2**16  # elements: 512 KB in FP64
 
 
 @dataclass(frozen=True)
+class Replicated:
+    """Some parameters of one rank, all with replicas on the same ranks. Their order must be equal on all of these."""
+
+    parameters: tuple[Tensor, ...]
+    group: Group
+    counts: bool
+    """Whether it is this rank whose squares count in the norm: one of those that hold the same numbers."""
+
+
+@dataclass(frozen=True)
 class Gradients:
-    """The parameters of one rank, by the group that holds replicas of them.
+    """Every parameter of one rank. Groups must come in an order that all ranks agree on."""
 
-    Their order must be equal on all ranks of the group.
-    """
-
-    dense: tuple[Tensor, ...]
-    expert: tuple[Tensor, ...]
-    groups: ProcessGroups
+    replicated: tuple[Replicated, ...]
+    world: Group
 
     def reduce(self) -> None:
         """Sum every gradient over its replicas, in place. A parameter that was not reached counts as zero."""
-        _sum_flat(self.dense, self.groups.dense_dp)
-        _sum_flat(self.expert, self.groups.expert_dp)
+        for share in self.replicated:
+            _sum_flat(share.parameters, share.group)
 
     def norm(self) -> float:
         """The 2-norm over all parameters of the model, after `reduce`; equal on all ranks, each parameter counted once.
 
         Squares are summed in FP64. NaN or infinity anywhere makes it NaN or infinite everywhere.
         """
-        expert = self.groups.ep.all_reduce_sum(_sum_of_squares(self.expert), "gradient norm")
-        total = _sum_of_squares(self.dense) + expert
+        counted = [parameter for share in self.replicated if share.counts for parameter in share.parameters]
+        total = self.world.all_reduce_sum(_sum_of_squares(counted), "gradient norm")
         return float(total.sqrt().item())
 
     def scale(self, factor: float) -> None:
         """Multiply every gradient."""
-        grads = [_grad(parameter) for parameter in (*self.dense, *self.expert)]
+        grads = [_grad(parameter) for share in self.replicated for parameter in share.parameters]
         torch._foreach_mul_(grads, factor)
 
 

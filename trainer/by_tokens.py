@@ -12,7 +12,7 @@ def value_at(schedule: Mapping[int, float], tokens: int) -> float:
     return schedule[max(start for start in schedule if start <= tokens)]
 
 
-def schedule_problems(field: str, schedule: Mapping[int, float]) -> Iterator[Problem]:
+def by_tokens_problems(field: str, schedule: Mapping[int, float]) -> Iterator[Problem]:
     """What is impossible about such a schedule: it must start at 0 and hold no negative value."""
     if 0 not in schedule:
         yield Problem(field, dict(schedule), "must say the value from the start: {0: …}")

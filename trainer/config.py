@@ -9,8 +9,10 @@ from typing import Protocol, runtime_checkable
 from ..comm.config import ExchangeConfig
 from ..comm.refusal import Problem
 from ..comm.topology import Topology
+from ..parallelism.pipeline.partition import partition_problems
+from ..parallelism.pipeline.schedules import SCHEDULES, build_placement, schedule_problems
 from .budget.config import BudgetConfig
-from .by_tokens import schedule_problems
+from .by_tokens import by_tokens_problems
 from .costs.cluster import ClusterConfig
 from .data.config import DataConfig
 from .model.config import ModelConfig
@@ -21,17 +23,22 @@ from .telemetry.config import TelemetryConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """How a rank runs the micro-batches of a step."""
+    """In which order the ranks of a pipeline run the micro-batches of a step, and which layers they hold."""
 
-    name: str = "sequential"
-    """`sequential`: one micro-batch after the other, forward and backward, on every rank."""
+    name: str = "one_f_one_b"
+    """`gpipe`, `one_f_one_b`, `interleaved`, `zb1p`, `dualpipe` or `dualpipev`; see `shoestring schedule`."""
     micro_batch: int = 1
     """Sequences of one micro-batch on one rank."""
+    chunks: int | None = None
+    """Stages a rank holds, for `interleaved`; null: as many as the schedule asks for."""
+    layout: tuple[int, ...] | None = None
+    """Layers of each stage; null: balanced by FLOPs, see `shoestring partition`."""
 
     def problems(self) -> Iterator[Problem]:
         """What is impossible about these values on their own."""
-        if self.name != "sequential":
-            yield Problem("name", self.name, "no such schedule; there is: sequential")
+        names = [schedule.name for schedule in SCHEDULES]
+        if self.name not in names:
+            yield Problem("name", self.name, f"no such schedule; there are: {', '.join(names)}")
         if self.micro_batch < 1:
             yield Problem("micro_batch", self.micro_batch, "must be at least 1")
 
@@ -88,8 +95,8 @@ class TrainingConfig:
             yield Problem("run_dir", self.run_dir, "must name a directory")
         if self.sample_tokens > 0 and not self.sample_prompt:
             yield Problem("sample_prompt", self.sample_prompt, "must hold text, or write training.sample_tokens=0")
-        yield from schedule_problems("mtp_weight", self.mtp_weight)
-        yield from schedule_problems("bias_speed", self.bias_speed)
+        yield from by_tokens_problems("mtp_weight", self.mtp_weight)
+        yield from by_tokens_problems("bias_speed", self.bias_speed)
 
 
 @runtime_checkable
@@ -166,10 +173,33 @@ class RunConfig:
             nearest = max(1, round(training.global_batch / share)) * share
             remedy = f"must be a multiple of {share} ({parts}); the nearest is {nearest}"
             yield Problem("training.global_batch", training.global_batch, remedy)
+        else:
+            yield from self._schedule_problems(share)
         yield from self._alignment_problems()
         if self.data.vocabulary != model.vocabulary:
             remedy = f"must equal model.vocabulary = {model.vocabulary}"
             yield Problem("data.vocabulary", self.data.vocabulary, remedy)
+
+    def _schedule_problems(self, share: int) -> Iterator[Problem]:
+        """What schedule and split into stages demand; `share` is a micro-batch on every rank, in sequences."""
+        schedule, ranks, layers = self.schedule, self.topology.pp, self.model.layers
+        found = list(schedule_problems(schedule.name, ranks, self.micro_batches, schedule.chunks))
+        for problem in found:
+            if problem.field == "micro_batches":
+                remedy = f"gives {self.micro_batches} micro-batches of {share} sequences a step; {problem.remedy}"
+                yield Problem("training.global_batch", self.training.global_batch, remedy)
+            else:
+                field = {"ranks": "topology.pp", "chunks": "schedule.chunks"}[problem.field]
+                yield Problem(field, problem.value, problem.remedy)
+        if any(problem.field != "micro_batches" for problem in found):
+            return
+        stages = build_placement(schedule.name, ranks, schedule.chunks).stages
+        if stages > layers:
+            remedy = f"gives {stages} stages with {schedule.name}, and each must hold one of {layers} layers at least"
+            yield Problem("topology.pp", ranks, remedy)
+        elif schedule.layout is not None:
+            for problem in partition_problems(layers, stages, schedule.layout):
+                yield problem.under("schedule")
 
     def _alignment_problems(self) -> Iterator[Problem]:
         """Grouped GEMMs want rows of whole 16 bytes; FP64 has a path of its own."""

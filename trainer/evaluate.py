@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..comm.groups import ProcessGroups
+from ..parallelism.pipeline.executor import Executor
 from .data.batch import TokenBatch
 from .data.samples import Samples
-from .model.chunk import Chunk, drive
+from .model.chunk import Chunk
+from .running import RunningStage
 from .step import count_targets
 
 
 @torch.no_grad()
 def evaluate(
-    chunk: Chunk, samples: Samples, micro_batch: int, groups: ProcessGroups, device: torch.device
+    chunks: tuple[Chunk, ...],
+    forwards: Callable[[int], Executor],
+    samples: Samples,
+    micro_batch: int,
+    groups: ProcessGroups,
+    device: torch.device,
 ) -> tuple[float, int]:
     """Mean cross-entropy of the next token in nats, and over how many targets.
 
-    Every rank runs as many micro-batches, the last ones of padding alone: the exchange needs all ranks of a group.
+    `forwards` makes the program of so many forwards. Every rank runs as many micro-batches, the last ones of padding
+    alone: the exchange needs all ranks of a group.
     """
     topology = groups.topology
     share = topology.dp * micro_batch
     rounds = -(-len(samples) // share)
     first = topology.dp_rank(groups.rank) * micro_batch
-    total = torch.zeros(2, dtype=torch.float64)
-    for index in range(rounds):
-        start = index * share + first
-        batch = padded_batch(samples, range(start, start + micro_batch)).to(device)
-        forward = drive(chunk.losses(batch.tokens_BW, batch.valid_BW, index))
-        targets = count_targets(batch, chunk.model.config.mtp_depth)
-        total += torch.stack((forward.main_sum.double(), targets.double())).cpu()
-    loss_sum, targets_sum = groups.dense_dp.all_reduce_sum(total, "sum of validation losses").tolist()
-    return loss_sum / targets_sum, int(targets_sum)
+    starts = [index * share + first for index in range(rounds)]
+    batches = [padded_batch(samples, range(start, start + micro_batch)).to(device) for start in starts]
+    stages = [RunningStage(chunk, batches) for chunk in chunks]
+    forwards(rounds).run(stages)
+    depth = chunks[0].model.config.mtp_depth
+    loss_sum = sum(float(summary.main_sum) for stage in stages for summary in stage.summaries)
+    targets = sum(int(count_targets(batch, depth)) for batch in batches) if groups.pp_rank == 0 else 0
+    own = torch.tensor((loss_sum, targets), dtype=torch.float64)
+    total, count = groups.world.all_reduce_sum(own, "sum of validation losses").tolist()
+    return total / count, int(count)
 
 
 def padded_batch(samples: Samples, indices: range) -> TokenBatch:

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 import torch
 
 from ..comm.groups import ProcessGroups
-from .model.chunk import Chunk, drive
+from ..parallelism.pipeline.executor import Executor
+from .model.chunk import Chunk
+from .running import LogitsStage
 
 
 @torch.no_grad()
 def generate(
-    chunk: Chunk,
+    chunks: tuple[Chunk, ...],
+    executor: Executor,
     prompt: Sequence[int],
     count: int,
     context: int,
@@ -25,15 +28,22 @@ def generate(
 ) -> list[int]:
     """Continue `prompt` by up to `count` tokens, given the last `context` of them, up to the token `stop`.
 
-    All ranks run the same text, since the experts are spread over them; the first one draws.
+    `executor` runs one forward. All ranks read the same text, since layers and experts are spread over them; one that
+    has the logits draws.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
     for _ in range(count):
         window = torch.tensor([tokens[-context:]], dtype=torch.int64, device=device)
-        logits_V = drive(chunk.logits(window))[0, -1].double().cpu()
-        drawn = torch.multinomial((logits_V / temperature).softmax(dim=0), 1, generator=generator)
-        token = int(groups.world.broadcast(drawn, "drawn token").item())
+        stages = [LogitsStage(chunk, window) for chunk in chunks]
+        executor.run(stages)
+        drawn = torch.zeros(1, dtype=torch.int64)
+        for logits_BSV in (logits for stage in stages for logits in stage.logits):
+            logits_V = logits_BSV[0, -1].double().cpu()
+            drawn = torch.multinomial((logits_V / temperature).softmax(dim=0), 1, generator=generator)
+        if groups.topology.dp_rank(groups.rank) != 0:  # its like in other stages adds nothing either
+            drawn.zero_()
+        token = int(groups.world.all_reduce_sum(drawn, "drawn token").item())
         if token == stop:
             break
         tokens.append(token)

@@ -109,7 +109,7 @@ def _one_step(rank: Rank, step: int, reporter: Reporter | None) -> None:
     start = time.perf_counter()
     result = rank.stepper.step(micro_batches, config.training.global_batch, settings)
     if reporter is not None:
-        reporter.step(step, result, settings, time.perf_counter() - start, rank.chunk.model, rank.traffic)
+        reporter.step(step, result, settings, time.perf_counter() - start, rank.traffic)
 
 
 def _micro_batches(rank: Rank, consumed: int) -> Iterator[TokenBatch]:
@@ -128,7 +128,12 @@ def _micro_batches(rank: Rank, consumed: int) -> Iterator[TokenBatch]:
 def _evaluate(rank: Rank, step: int, reporter: Reporter | None) -> None:
     with _timing(reporter, "evaluation"):
         loss, targets = evaluate(
-            rank.chunk, rank.validation, rank.config.schedule.micro_batch, rank.groups, rank.device
+            rank.stepper.chunks,
+            rank.pipeline.forwards,
+            rank.validation,
+            rank.config.schedule.micro_batch,
+            rank.groups,
+            rank.device,
         )
     if reporter is not None:
         reporter.evaluation(step, loss, targets, rank.unigram_entropy)
@@ -139,7 +144,8 @@ def _sample(rank: Rank, step: int, reporter: Reporter | None) -> None:
     with _timing(reporter, "evaluation"):
         prompt = tokenizer.encode(training.sample_prompt)
         continuation = generate(
-            rank.chunk,
+            rank.stepper.chunks,
+            rank.pipeline.forwards(1),
             prompt,
             training.sample_tokens,
             training.sequence_length,
@@ -176,7 +182,7 @@ def _load(rank: Rank, step: int) -> dict[str, Any]:
 
 def _state(rank: Rank) -> dict[str, torch.Tensor]:
     rng = {f"rng/rank_{rank.groups.rank:05d}": torch.get_rng_state()}
-    return named_state(rank.chunk.model, rank.stepper.optimizer, rng)
+    return named_state(rank.model, rank.stepper.optimizer, rng)
 
 
 def _is_due(step: int, every: int, last: int) -> bool:

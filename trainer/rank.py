@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..comm.deepep import BufferShape
+from ..comm.exchange import TokenExchange
 from ..comm.groups import ProcessGroups
+from ..comm.lane import Lane
 from ..comm.open_exchange import open_exchange
 from ..comm.order import OrderCheck
 from ..comm.pending import Worker, open_worker
 from ..comm.traffic import Traffic
-from ..parallelism.gradients import Gradients
+from ..parallelism.gradients import Gradients, Replicated
+from ..parallelism.pipeline.executor import Executor
+from ..parallelism.pipeline.placement import Direction
+from ..parallelism.pipeline.program import Program
+from ..parallelism.pipeline.schedules import build_forward
 from .checkpoint.store import CheckpointStore
 from .config import RunConfig
 from .data.entropy import unigram_entropy
@@ -24,6 +31,8 @@ from .model.chunk import Chunk
 from .model.init import initialise
 from .model.model import Model
 from .optimizer.adamw import build_adamw
+from .optimizer.config import OptimizerConfig
+from .stages import Stages
 from .step import Stepper
 
 
@@ -35,7 +44,7 @@ class Rank:
     groups: ProcessGroups
     device: torch.device
     dtype: torch.dtype
-    chunk: Chunk
+    pipeline: Pipeline
     stepper: Stepper
     train: Samples
     order: SampleOrder
@@ -47,36 +56,75 @@ class Rank:
     worker: Worker
     traffic: Traffic
 
+    @property
+    def model(self) -> Model:
+        """This rank's share."""
+        return self.stepper.model
+
     def close(self) -> None:
         """End what runs the exchanges."""
         self.worker.close()
+        self.pipeline.close()
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """One rank's end of the pipeline: what runs programs on it."""
+
+    stages: Stages
+    groups: ProcessGroups
+    lanes: dict[Direction, Lane]
+
+    @staticmethod
+    def open(stages: Stages, groups: ProcessGroups, device: torch.device) -> Pipeline:
+        """A lane each way, where there are neighbours."""
+        ways = {Direction.UP: groups.up, Direction.DOWN: groups.down} if groups.topology.pp > 1 else {}
+        lanes = {direction: Lane(group, open_worker(group, device)) for direction, group in ways.items()}
+        return Pipeline(stages, groups, lanes)
+
+    def executor(self, program: Program) -> Executor:
+        """Runs this rank's share of `program`."""
+        return Executor.of(program, self.groups.pp_rank, self.lanes, self.groups.up.ranks)
+
+    def forwards(self, micro_batches: int) -> Executor:
+        """Runs so many forwards."""
+        return self.executor(build_forward(self.stages.placement, micro_batches))
+
+    def close(self) -> None:
+        """End the lanes."""
+        for lane in self.lanes.values():
+            lane.close()
+
+
+def stages_of(config: RunConfig) -> Stages:
+    """How the configuration splits its model."""
+    schedule = config.schedule
+    return Stages.of(
+        config.model,
+        config.training.sequence_length,
+        schedule.name,
+        config.topology.pp,
+        schedule.chunks,
+        schedule.layout,
+    )
 
 
 def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -> Rank:
     """Initial weights, optimizer, exchange and data of the rank that `groups` belong to."""
     prepared = open_prepared(config.data)
     train, validation = open_samples(config, prepared)
-    model = build_model(config, groups, device)
     worker = open_worker(groups.ep, device, OrderCheck(groups.ep) if config.exchange.check_order else None)
     traffic = Traffic(config.topology, groups.rank)
     exchange = open_exchange(config.exchange, groups, config.model.experts, worker, traffic, largest_dispatch(config))
-    dtype = config.precision.compute_dtype(device)
-    chunk = Chunk(model, exchange, dtype)
-    parameters = dict(model.named_parameters())
-    expert_names = model.expert_parameter_names()
-    optimizer = build_adamw(parameters, config.optimizer)
-    gradients = Gradients(
-        dense=tuple(p for name, p in parameters.items() if name not in expert_names),
-        expert=tuple(p for name, p in parameters.items() if name in expert_names),
-        groups=groups,
-    )
+    pipeline = Pipeline.open(stages_of(config), groups, device)
+    model, dtype = build_model(config, groups, device), config.precision.compute_dtype(device)
     return Rank(
         config=config,
         groups=groups,
         device=device,
         dtype=dtype,
-        chunk=chunk,
-        stepper=Stepper(chunk, optimizer, gradients, groups),
+        pipeline=pipeline,
+        stepper=build_stepper(pipeline, model, exchange, dtype, config.micro_batches, config.optimizer),
         train=train,
         order=SampleOrder(config.training.seed, len(train)),
         validation=validation,
@@ -87,6 +135,41 @@ def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -
         worker=worker,
         traffic=traffic,
     )
+
+
+def build_stepper(
+    pipeline: Pipeline,
+    model: Model,
+    exchange: TokenExchange[Any],
+    dtype: torch.dtype,
+    micro_batches: int,
+    optimizer: OptimizerConfig,
+) -> Stepper:
+    """What takes steps of so many micro-batches with `model`, this rank's share."""
+    stages, groups = pipeline.stages, pipeline.groups
+    return Stepper(
+        model=model,
+        chunks=tuple(Chunk(model, exchange, dtype, stage) for stage in stages.chunks(groups.pp_rank)),
+        executor=pipeline.executor(stages.program(micro_batches)),
+        optimizer=build_adamw(dict(model.named_parameters()), optimizer),
+        gradients=gradients_of(model, stages, groups),
+        groups=groups,
+    )
+
+
+def gradients_of(model: Model, stages: Stages, groups: ProcessGroups) -> Gradients:
+    """The parameters of `model` by the ranks that hold them too, in one order on all ranks."""
+    expert_names, topology, rank = model.expert_parameter_names(), groups.topology, groups.rank
+    shares: dict[tuple[bool, tuple[int, ...]], list[torch.Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        shares.setdefault((name in expert_names, stages.holders(name)), []).append(parameter)
+    replicated = []
+    for (is_expert, holders), parameters in sorted(shares.items(), key=lambda item: item[0]):
+        group = (groups.expert if is_expert else groups.dense)[holders]
+        first_replica = topology.edp_rank(rank) == 0 if is_expert else topology.dp_rank(rank) == 0
+        counts = first_replica and groups.pp_rank == holders[0]
+        replicated.append(Replicated(tuple(parameters), group, counts))
+    return Gradients(tuple(replicated), groups.world)
 
 
 def open_samples(config: RunConfig, prepared: Prepared) -> tuple[Samples, Samples]:
@@ -104,9 +187,9 @@ def largest_dispatch(config: RunConfig) -> BufferShape:
 
 def build_model(config: RunConfig, groups: ProcessGroups, device: torch.device) -> Model:
     """This rank's share of the model with its initial weights; routing biases stay FP32 whatever the parameters are."""
-    ep_rank = config.topology.ep_rank(groups.rank)
+    share = stages_of(config).share(config.topology, groups.rank)
     with torch.device(device):
-        model = Model(config.model, expert_ranks=config.topology.ep, expert_rank=ep_rank)
+        model = Model(config.model, share)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(config.precision.parameter_dtype())
     initialise(model, config.training.seed)

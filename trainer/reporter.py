@@ -25,7 +25,6 @@ from .telemetry.open import open_stream
 if TYPE_CHECKING:
     from ..comm.topology import Topology
     from ..comm.traffic import Traffic
-    from .model.model import Model
 
 
 @dataclass(frozen=True)
@@ -92,9 +91,7 @@ class Reporter:
         if bucket != "data_stall":
             self._since += time.perf_counter() - start
 
-    def step(
-        self, step: int, result: StepResult, settings: StepSettings, seconds: float, model: Model, traffic: Traffic
-    ) -> None:
+    def step(self, step: int, result: StepResult, settings: StepSettings, seconds: float, traffic: Traffic) -> None:
         """Step number `step` is done. Every step goes to the ledger, one in `log_every` to telemetry.
 
         `traffic` holds the bytes that rank 0 has sent in this step.
@@ -128,7 +125,7 @@ class Reporter:
             "total_steps": config.total_steps,
             **{f"bytes_sent/{link}": size for link, size in traffic.by_link().items()},
             **{f"payload_sent/{link}": size for link, size in traffic.by_link(Kind.PAYLOAD).items()},
-            **balance_values(result, model, config.topology),
+            **balance_values(result, config.topology),
             **routing_values(result),
         }
         self._emit("step", step, values)
@@ -161,7 +158,7 @@ class Reporter:
         self._stream.emit(Event(kind, step, values))
 
 
-def balance_values(result: StepResult, model: Model, topology: Topology) -> dict[str, JSON]:
+def balance_values(result: StepResult, topology: Topology) -> dict[str, JSON]:
     """Load of every routed layer's experts, ranks and nodes in this step, and the range of the routing biases.
 
     Maximum violation: the largest load over the mean load, minus 1; 0 is perfect balance. The load of a rank is that of
@@ -177,11 +174,9 @@ def balance_values(result: StepResult, model: Model, topology: Topology) -> dict
             worst[kind] = max(worst[kind], violation)
             values[f"{kind}/{name}/max_violation"] = violation
         values[f"expert_load/{name}"] = counts_E.tolist()
-    biases = [router.bias_E for _, router in model.routers()]
-    if biases:
+    if result.counts_E:
         values |= {f"{kind}/max_violation": violation for kind, violation in worst.items()}
-        values["bias/min"] = min(float(bias.min()) for bias in biases)
-        values["bias/max"] = max(float(bias.max()) for bias in biases)
+        values["bias/min"], values["bias/max"] = result.bias_range
     return values
 
 

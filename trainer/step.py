@@ -1,9 +1,9 @@
-"""One optimizer step over a global batch: the same numbers however the batch is spread."""
+"""One optimizer step over a global batch: the same numbers however the batch and the model are spread."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +12,14 @@ from torch import Tensor
 from ..comm.groups import ProcessGroups
 from ..comm.layout import NO_VISITS, Visits
 from ..parallelism.gradients import Gradients
+from ..parallelism.pipeline.executor import Executor
 from .data.batch import TokenBatch
-from .model.chunk import Chunk, Forward, LossScales, drive
+from .model.chunk import Chunk, LossScales, Summary
+from .model.config import ModelConfig
+from .model.model import Model, router_names
 from .model.router import update_bias
 from .optimizer.adamw import set_learning_rate
+from .running import RunningStage
 
 
 class NonFiniteStep(RuntimeError):  # noqa: N818 -- says what happened
@@ -52,16 +56,25 @@ class StepResult:
     """int64 load of each router's experts."""
     visits: Visits
     """Of all routed layers together, padding included."""
+    bias_range: tuple[float, float]
+    """Smallest and largest routing bias after the step; zeros without routers."""
 
 
 @dataclass(frozen=True)
 class Stepper:
     """Holds what every step needs on one rank."""
 
-    chunk: Chunk
+    model: Model
+    chunks: tuple[Chunk, ...]
+    executor: Executor
     optimizer: torch.optim.Optimizer
     gradients: Gradients
     groups: ProcessGroups
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the whole model."""
+        return self.model.config
 
     def step(self, micro_batches: Sequence[TokenBatch], sequences: int, settings: StepSettings) -> StepResult:
         """Forward, backward, reduce, clip, update weights and routing biases.
@@ -69,15 +82,15 @@ class Stepper:
         `micro_batches` are this rank's share of a global batch of `sequences`. Raises `NonFiniteStep`.
         """
         targets = self._count_targets(micro_batches)
-        depth = self.chunk.model.config.mtp_depth
+        depth = self.config.mtp_depth
         scales = LossScales(
             main=1 / targets,
             mtp=settings.mtp_weight / (max(depth, 1) * targets),
             balance=settings.balance_weight / sequences,
         )
-        forwards = [self._accumulate(batch, index, scales) for index, batch in enumerate(micro_batches)]
-        main, mtp, balance = self._reduce_sums(forwards)
-        counts_E = self._reduce_counts(forwards)
+        summaries = list(self._forward_backward(micro_batches, scales))
+        main, mtp, balance = self._reduce_sums(summaries)
+        counts_E = self._reduce_counts(summaries)
         self.gradients.reduce()
         norm = self.gradients.norm()
         total = main * scales.main + mtp * scales.mtp + balance * scales.balance
@@ -92,41 +105,47 @@ class Stepper:
             grad_norm=norm,
             valid_tokens=targets,
             counts_E=counts_E,
-            visits=self._reduce_visits(forwards),
+            visits=self._reduce_visits(summaries),
+            bias_range=self._bias_range(),
         )
 
     def _count_targets(self, micro_batches: Sequence[TokenBatch]) -> int:
         """Valid next-token targets of the global batch, known before the first backward: each loss is scaled once."""
-        depth = self.chunk.model.config.mtp_depth
         count = torch.zeros((), dtype=torch.int64)
         for batch in micro_batches:
-            count += count_targets(batch, depth).cpu()
+            count += count_targets(batch, self.config.mtp_depth).cpu()
         return max(1, int(self.groups.dense_dp.all_reduce_sum(count, "count of valid targets").item()))
 
-    def _accumulate(self, batch: TokenBatch, index: int, scales: LossScales) -> Forward:
-        forward = drive(self.chunk.losses(batch.tokens_BW, batch.valid_BW, index))
-        drive(forward.backward(scales))
-        return forward
+    def _forward_backward(self, micro_batches: Sequence[TokenBatch], scales: LossScales) -> Iterator[Summary]:
+        """Run the schedule; a summary of each micro-batch in each stage of this rank."""
+        stages = [RunningStage(chunk, micro_batches, scales) for chunk in self.chunks]
+        self.executor.run(stages)
+        for stage in stages:
+            yield from stage.summaries
 
-    def _reduce_sums(self, forwards: Sequence[Forward]) -> tuple[float, float, float]:
-        per_batch = [torch.stack((f.main_sum, f.mtp_sum, f.balance_sum)).double() for f in forwards]
-        sums = self.groups.dense_dp.all_reduce_sum(torch.stack(per_batch).sum(dim=0).cpu(), "sum of losses")
+    def _reduce_sums(self, summaries: Sequence[Summary]) -> tuple[float, float, float]:
+        """Each stage adds what it has: the last one the losses, all of them their layers' balance."""
+        per_batch = [torch.stack((s.main_sum.double(), s.mtp_sum.double(), s.balance_sum.double())) for s in summaries]
+        sums = self.groups.world.all_reduce_sum(torch.stack(per_batch).sum(dim=0).cpu(), "sum of losses")
         main, mtp, balance = sums.tolist()
         return main, mtp, balance
 
-    def _reduce_counts(self, forwards: Sequence[Forward]) -> dict[str, Tensor]:
-        """Load of the whole global batch: every rank's tokens, each counted where it was routed from."""
-        names = list(forwards[0].counts_E)
-        if not names:
-            return {}
-        counts_NE = torch.stack([sum_counts([f.counts_E[name] for f in forwards]) for name in names])
-        self.groups.dense_dp.all_reduce_sum(counts_NE, "sum of expert loads")
+    def _reduce_counts(self, summaries: Sequence[Summary]) -> dict[str, Tensor]:
+        """Load of the whole global batch, of every router: each token counted where it was routed from."""
+        names = router_names(self.config)
+        counts_NE = torch.zeros((len(names), self.config.experts), dtype=torch.int64)
+        for row, name in enumerate(names):
+            own = [summary.counts_E[name] for summary in summaries if name in summary.counts_E]
+            if own:
+                counts_NE[row] = sum_counts(own).cpu()
+        if names:
+            self.groups.world.all_reduce_sum(counts_NE, "sum of expert loads")
         return dict(zip(names, counts_NE.unbind(), strict=True))
 
-    def _reduce_visits(self, forwards: Sequence[Forward]) -> Visits:
-        own = sum((forward.visits for forward in forwards), NO_VISITS)
+    def _reduce_visits(self, summaries: Sequence[Summary]) -> Visits:
+        own = sum((summary.visits for summary in summaries), NO_VISITS)
         counts = torch.tensor(own.counts(), dtype=torch.int64)
-        return Visits(*self.groups.dense_dp.all_reduce_sum(counts, "sum of routing statistics").tolist())
+        return Visits(*self.groups.world.all_reduce_sum(counts, "sum of routing statistics").tolist())
 
     def _update(self, norm: float, counts_E: dict[str, Tensor], settings: StepSettings) -> None:
         if norm > settings.clip_norm:
@@ -134,8 +153,15 @@ class Stepper:
         set_learning_rate(self.optimizer, settings.learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        for name, router in self.chunk.model.routers():
-            update_bias(router.bias_E, counts_E[name], settings.bias_speed)
+        for name, router in self.model.routers():
+            update_bias(router.bias_E, counts_E[name].to(router.bias_E.device), settings.bias_speed)
+
+    def _bias_range(self) -> tuple[float, float]:
+        biases = [router.bias_E for _, router in self.model.routers()]
+        least = min((float(bias.min()) for bias in biases), default=math.inf)
+        most = max((float(bias.max()) for bias in biases), default=-math.inf)
+        ends = self.groups.world.all_reduce_max(torch.tensor((-least, most)), "range of routing biases")
+        return (-float(ends[0]), float(ends[1])) if math.isfinite(ends[1]) else (0.0, 0.0)
 
 
 def count_targets(batch: TokenBatch, mtp_depth: int) -> Tensor:

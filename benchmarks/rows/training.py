@@ -18,13 +18,10 @@ from shoestring.comm.pending import open_worker
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
 from shoestring.launch.compose import compose_run
-from shoestring.parallelism.gradients import Gradients
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.data.batch import TokenBatch
-from shoestring.trainer.model.chunk import Chunk
-from shoestring.trainer.optimizer.adamw import build_adamw
-from shoestring.trainer.rank import build_model
-from shoestring.trainer.step import Stepper, StepSettings
+from shoestring.trainer.rank import Pipeline, build_model, build_stepper, stages_of
+from shoestring.trainer.step import StepSettings
 
 SETTINGS = StepSettings(learning_rate=1e-3, clip_norm=1.0, balance_weight=1e-4, mtp_weight=0.3, bias_speed=0.001)
 TIMEOUT = timedelta(minutes=2)
@@ -75,17 +72,11 @@ class _Trainer:
         sequences: int,
     ) -> None:
         model = build_model(config, groups, device)
-        parameters, experts = dict(model.named_parameters()), model.expert_parameter_names()
         self._worker = open_worker(groups.ep, device)
         traffic = Traffic(config.topology, groups.rank)
         exchange = open_exchange(config.exchange, groups, config.model.experts, self._worker, traffic)
-        chunk = Chunk(model, exchange, dtype)
-        gradients = Gradients(
-            dense=tuple(p for name, p in parameters.items() if name not in experts),
-            expert=tuple(p for name, p in parameters.items() if name in experts),
-            groups=groups,
-        )
-        self._stepper = Stepper(chunk, build_adamw(parameters, config.optimizer), gradients, groups)
+        pipeline = Pipeline.open(stages_of(config), groups, device)
+        self._stepper = build_stepper(pipeline, model, exchange, dtype, 1, config.optimizer)
         self._batch = TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool)).to(device)
         self._sequences = sequences
 

@@ -130,6 +130,20 @@ def build_program(schedule: str, ranks: int, micro_batches: int, chunks: int | N
     return Program(schedule, placement, micro_batches, tuple(instructions))
 
 
+def build_forward(placement: Placement, micro_batches: int) -> Program:
+    """Forwards alone, of so many micro-batches, through the stages of `placement`: for evaluation and generation.
+
+    Every rank runs them chunk by chunk. Of the two copies of a bidirectional placement, the one that goes up runs.
+    """
+    if placement.route is Route.BIDIRECTIONAL:
+        placement = Placement(Route.LOOP, placement.ranks, chunks=1)
+    writer = RankWriter(placement.chunks)
+    for chunk in range(placement.chunks):
+        for _ in range(micro_batches):
+            writer.forward(chunk)
+    return Program("forward", placement, micro_batches, (writer.instructions(),) * placement.ranks)
+
+
 def _find(schedule: str) -> Schedule | None:
     return next((each for each in SCHEDULES if each.name == schedule), None)
 

@@ -47,8 +47,8 @@ def test_choices_are_counted() -> None:
 
 @pytest.mark.parametrize("rows", [0, 1, 4])
 def test_a_message_is_taken_apart_as_it_was_put_together(rows: int) -> None:
-    columns = (torch.randn(rows, 3), torch.randint(9, (rows, 1), dtype=torch.int16), nothing_beside(torch.ones(rows)))
-    columns = (*columns, torch.randn(rows, 2, dtype=torch.float64))
+    numbers, nothing = torch.randint(9, (rows, 1), dtype=torch.int16), nothing_beside(torch.ones(rows))
+    columns = (torch.randn(rows, 3), numbers, nothing, torch.randn(rows, 2, dtype=torch.float64))
     message = pack(*columns)
     assert message.shape == (rows, 12 + 2 + 0 + 16)
     parts = unpack(message, [(column.shape[1], column.dtype) for column in columns])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
@@ -14,12 +15,12 @@ from shoestring.comm.failure import CollectiveFailed
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.label import Call, Label
 from shoestring.comm.order import OrderCheck
-from shoestring.comm.pending import InlineWorker, ThreadWorker, open_worker, tensors_of
+from shoestring.comm.pending import InlineWorker, Pending, ThreadWorker, open_worker, tensors_of
 from shoestring.comm.topology import Topology
 from shoestring.tests.comm.routing import CASES, LABEL, batch_of, open_on
 from shoestring.tests.processes import World, run_processes
 
-CALL = Call("dispatch", LABEL)
+CALL = str(Call("dispatch", LABEL))
 
 
 def test_an_error_in_the_worker_is_raised_by_wait() -> None:
@@ -83,7 +84,7 @@ def seconds_of_waiting(world: World, name: str) -> dict[str, float]:
     exchange, _, worker = open_on(topology, world.rank, ExchangeConfig(name=name))
     batch = batch_of(CASES[3], topology, world.rank, torch.float32)
     received = exchange.dispatch(batch.tokens_TD, batch.weights_TK, batch.experts_TK, LABEL).wait()
-    operations = {
+    operations: dict[str, Callable[[], Pending[object]]] = {
         "dispatch": lambda: exchange.dispatch(batch.tokens_TD, batch.weights_TK, batch.experts_TK, LABEL),
         "combine": lambda: exchange.combine(received.rows_RD, received),
         "combine_backward": lambda: exchange.combine_backward(batch.grad_TD, received),
@@ -99,7 +100,7 @@ def seconds_of_waiting(world: World, name: str) -> dict[str, float]:
         for _ in range(5):  # the machine has other work, too
             pending, began = start(), time.perf_counter()
             while time.perf_counter() - began < 2 * wire + 0.02:
-                square @ square
+                torch.mm(square, square)
             began = time.perf_counter()
             pending.wait()
             shortest = min(shortest, time.perf_counter() - began)
@@ -119,11 +120,11 @@ def other_order(world: World) -> str:
     order = OrderCheck(groups.ep)
     worker = open_worker(groups.ep, torch.device("cpu"), order)
     for operation in ("dispatch", "combine") if world.rank else ("dispatch", "dispatch"):
-        pending = worker.submit(Call(operation, LABEL), lambda: None, ())
+        pending = worker.submit(str(Call(operation, LABEL)), lambda: None, ())
     with pytest.raises(CollectiveFailed) as failure:
         pending.wait()
     worker.close()
-    assert [call.operation for call in order.issued][0] == "dispatch"
+    assert order.issued[0] == "dispatch of layer_01, micro-batch 2"
     return str(failure.value)
 
 

@@ -19,10 +19,13 @@ import shoestring.parallelism.gradients as gradients_module
 import shoestring.trainer.step as step_module
 from shoestring.comm.groups import Group
 from shoestring.parallelism.gradients import Gradients
+from shoestring.parallelism.pipeline.overlap import Steps
+from shoestring.parallelism.pipeline.weight_grad import WeightGradients
 from shoestring.tests.parity.layouts import Layout, Load, Padding
 from shoestring.trainer.data.batch import TokenBatch
-from shoestring.trainer.model.chunk import Forward, LossScales
+from shoestring.trainer.model.chunk import LossScales, Summary
 from shoestring.trainer.model.router import Router, Routing, update_bias
+from shoestring.trainer.running import RunningStage
 from shoestring.trainer.step import Stepper, StepResult, StepSettings, count_targets
 
 Patch = AbstractContextManager[object]
@@ -57,7 +60,8 @@ def sum_experts_over_every_rank() -> Patch:
     """Gradients of different experts are added as if they were replicas."""
 
     def reduce(self: Gradients) -> None:
-        gradients_module._sum_flat((*self.dense, *self.expert), self.groups.dense_dp)
+        for share in self.replicated:
+            gradients_module._sum_flat(share.parameters, self.world)
 
     return patch.object(Gradients, "reduce", reduce)
 
@@ -66,9 +70,12 @@ def count_expert_squares_once_a_replica() -> Patch:
     """The norm sums squares of experts over all ranks, so that each counts edp times."""
 
     def norm(self: Gradients) -> float:
-        expert = self.groups.dense_dp.all_reduce_sum(gradients_module._sum_of_squares(self.expert), "norm")
-        return float((gradients_module._sum_of_squares(self.dense) + expert).sqrt())
+        everywhere = [
+            replace(share, counts=share.counts or share.group.size < self.world.size) for share in self.replicated
+        ]
+        return right(Gradients(tuple(everywhere), self.world))
 
+    right = Gradients.norm
     return patch.object(Gradients, "norm", norm)
 
 
@@ -76,7 +83,8 @@ def leave_out_other_experts() -> Patch:
     """The norm takes what this rank holds for the whole model."""
 
     def norm(self: Gradients) -> float:
-        return float(gradients_module._sum_of_squares((*self.dense, *self.expert)).sqrt())
+        mine = [parameter for share in self.replicated for parameter in share.parameters]
+        return float(gradients_module._sum_of_squares(mine).sqrt())
 
     return patch.object(Gradients, "norm", norm)
 
@@ -95,10 +103,10 @@ def count_padding() -> Patch:
 def count_own_tokens() -> Patch:
     """The load is that of this rank's tokens alone."""
 
-    def reduce_counts(self: Stepper, forwards: Sequence[Forward]) -> dict[str, Tensor]:
+    def reduce_counts(self: Stepper, summaries: Sequence[Summary]) -> dict[str, Tensor]:
         return {
-            name: torch.stack([forward.counts_E[name] for forward in forwards]).sum(dim=0)
-            for name in forwards[0].counts_E
+            name: torch.stack([summary.counts_E[name] for summary in summaries]).sum(dim=0)
+            for name in summaries[0].counts_E
         }
 
     return patch.object(Stepper, "_reduce_counts", reduce_counts)
@@ -143,7 +151,7 @@ def forget_mtp_depth() -> Patch:
     def undivided(
         self: Stepper, micro_batches: Sequence[TokenBatch], sequences: int, settings: StepSettings
     ) -> StepResult:
-        weight = settings.mtp_weight * self.chunk.model.config.mtp_depth
+        weight = settings.mtp_weight * self.config.mtp_depth
         return step(self, micro_batches, sequences, replace(settings, mtp_weight=weight))
 
     return patch.object(Stepper, "step", undivided)
@@ -169,14 +177,18 @@ def divide_mtp_by_own_targets() -> Patch:
 
 def average_each_micro_batch() -> Patch:
     """Each micro-batch's loss is its own mean, and these means are averaged: a short one's tokens weigh more."""
-    accumulate = Stepper._accumulate
+    backward = RunningStage.backward
 
-    def averaged(self: Stepper, batch: TokenBatch, index: int, scales: LossScales) -> Forward:
-        targets = max(1, int(count_targets(batch, self.chunk.model.config.mtp_depth)))
-        main = 1 / (targets * MICRO_BATCHES * self.groups.dense_dp.size)
-        return accumulate(self, batch, index, replace(scales, main=main, mtp=scales.mtp / scales.main * main))
+    def averaged(
+        self: RunningStage, micro_batch: int, received: Tensor | None, weights: WeightGradients
+    ) -> Steps[Tensor | None]:
+        assert self.scales is not None
+        targets = max(1, int(count_targets(self.micro_batches[micro_batch], self.chunk.model.config.mtp_depth)))
+        main = 1 / (targets * MICRO_BATCHES * torch.distributed.get_world_size())
+        scales = replace(self.scales, main=main, mtp=self.scales.mtp / self.scales.main * main)
+        return backward(replace(self, scales=scales), micro_batch, received, weights)
 
-    return patch.object(Stepper, "_accumulate", averaged)
+    return patch.object(RunningStage, "backward", averaged)
 
 
 _GRADIENT = frozenset({"grad", "norm", "weights"})

@@ -14,6 +14,8 @@ from torch import Tensor
 from shoestring.comm.topology import Topology
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.reference.deepseek_v3 import BIAS, ReferenceConfig
+from shoestring.tests.trainer.model.released import model_config
+from shoestring.trainer.stages import Stages
 
 STEPS = 3
 SEQUENCE_LENGTH = 12
@@ -59,14 +61,23 @@ class Layout:
     exchange: str = "flat"
     node_size: int = 8
     """GPUs of a node."""
+    pp: int = 1
+    schedule: str = "one_f_one_b"
 
     @property
     def name(self) -> str:
         """What a person reads, and pytest's -k takes."""
         dtype = "fp64" if self.dtype == torch.float64 else "fp32"
-        parts = (f"ep{self.ep}", f"edp{self.edp}", f"mb{self.micro_batches}", f"mtp{self.mtp}", f"layers{self.layers}")
+        parts = (
+            f"pp{self.pp}",
+            f"ep{self.ep}",
+            f"edp{self.edp}",
+            f"mb{self.micro_batches}",
+            f"mtp{self.mtp}",
+            f"layers{self.layers}",
+        )
         place = f"{self.exchange:7} nodes of {self.node_size}"
-        return " ".join((*parts, f"{self.padding:6}", f"{self.load:6}", dtype, place))
+        return " ".join((*parts, f"{self.padding:6}", f"{self.load:6}", dtype, place, self.schedule))
 
     @property
     def tolerance(self) -> float:
@@ -76,7 +87,12 @@ class Layout:
     @property
     def topology(self) -> Topology:
         """The grid of ranks."""
-        return Topology(ep=self.ep, edp=self.edp, gpus_per_node=self.node_size)
+        return Topology(pp=self.pp, ep=self.ep, edp=self.edp, gpus_per_node=self.node_size)
+
+    @property
+    def stages(self) -> Stages:
+        """Of the pipeline."""
+        return Stages.of(model_config(self.config), SEQUENCE_LENGTH, self.schedule, self.pp)
 
     @property
     def config(self) -> ReferenceConfig:

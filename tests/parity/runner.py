@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -40,10 +40,10 @@ from shoestring.tests.trainer.model.released import (
     released_parts,
 )
 from shoestring.trainer.data.batch import TokenBatch
-from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.model import Model
-from shoestring.trainer.optimizer.adamw import build_adamw
 from shoestring.trainer.optimizer.config import OptimizerConfig
+from shoestring.trainer.rank import Pipeline, build_stepper
+from shoestring.trainer.stages import Stages
 from shoestring.trainer.step import Stepper, StepSettings
 
 
@@ -56,10 +56,11 @@ def run_layout(layout: Layout, steps: int, break_name: str | None = None) -> Err
 def run_rank(world: World, layout: Layout, steps: int, break_name: str | None) -> Outcome:
     """One rank's whole training."""
     broken = nullcontext() if break_name is None else BREAKS[break_name].apply()
-    groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=60))
+    stages = layout.stages
+    groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=60), stages.all_holders())
     order = OrderCheck(groups.ep)
     with broken, closing(open_worker(groups.ep, torch.device("cpu"), order)) as worker:
-        stepper, gradients = _build(layout, groups, worker)
+        stepper, gradients = _build(layout, stages, groups, worker)
         records = tuple(_step(stepper, gradients, layout, step, world.rank) for step in range(steps))
     parts = {name: (value.detach().clone(), trained) for name, value, trained in released_parts(gradients.model)}
     return Outcome(
@@ -81,24 +82,20 @@ class RecordingGradients(Gradients):
         return super().norm()
 
 
-def _build(layout: Layout, groups: ProcessGroups, worker: Worker) -> tuple[Stepper, RecordingGradients]:
+def _build(layout: Layout, stages: Stages, groups: ProcessGroups, worker: Worker) -> tuple[Stepper, RecordingGradients]:
     """What `trainer.rank.build_rank` makes, with the twin's weights, and without data and checkpoints."""
     topology, rank = layout.topology, groups.rank
-    model = Model(model_config(layout.config), expert_ranks=topology.ep, expert_rank=topology.ep_rank(rank))
+    model = Model(model_config(layout.config), stages.share(topology, rank))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(layout.dtype)
     load_released(model, start_params(layout))
     config, traffic = ExchangeConfig(name=layout.exchange), Traffic(topology, rank)
     exchange = open_exchange(config, groups, layout.config.experts, worker, traffic)
-    named, experts = dict(model.named_parameters()), model.expert_parameter_names()
-    gradients = RecordingGradients(
-        dense=tuple(parameter for name, parameter in named.items() if name not in experts),
-        expert=tuple(parameter for name, parameter in named.items() if name in experts),
-        groups=groups,
-        model=model,
-    )
-    optimizer = build_adamw(named, OptimizerConfig(eps=ADAM_EPS))
-    return Stepper(Chunk(model, exchange, layout.dtype), optimizer, gradients, groups), gradients
+    pipeline = Pipeline.open(stages, groups, torch.device("cpu"))
+    optimizer = OptimizerConfig(eps=ADAM_EPS)
+    stepper = build_stepper(pipeline, model, exchange, layout.dtype, layout.micro_batches, optimizer)
+    gradients = RecordingGradients(stepper.gradients.replicated, groups.world, model)
+    return replace(stepper, gradients=gradients), gradients
 
 
 def _step(stepper: Stepper, gradients: RecordingGradients, layout: Layout, step: int, rank: int) -> StepOutcome:

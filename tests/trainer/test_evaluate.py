@@ -21,6 +21,8 @@ from shoestring.trainer.data.prepared import open_directory
 from shoestring.trainer.data.samples import Samples
 from shoestring.trainer.evaluate import evaluate
 from shoestring.trainer.generate import generate
+from shoestring.trainer.rank import Pipeline
+from shoestring.trainer.stages import Stages
 
 CONFIG = replace(reference_configs()["full"], vocabulary=270)
 LENGTH = 16
@@ -47,8 +49,9 @@ def run_rank(world: World, topology: Topology, prepared: str) -> tuple[float, in
     groups = ProcessGroups.create(topology, world.rank, timedelta(seconds=30))
     chunk = make_chunk(CONFIG, random_params(CONFIG, 3, torch.float64), torch.float64, topology, world.rank)
     cpu = torch.device("cpu")
-    loss, targets = evaluate(chunk, validation_samples(prepared), 2, groups, cpu)
-    return loss, targets, generate(chunk, [5, 6, 7], 6, 8, groups, cpu, seed=0)
+    forwards = Pipeline.open(Stages.of(chunk.model.config, 8), groups, cpu).forwards
+    loss, targets = evaluate((chunk,), forwards, validation_samples(prepared), 2, groups, cpu)
+    return loss, targets, generate((chunk,), forwards(1), [5, 6, 7], 6, 8, groups, cpu, seed=0)
 
 
 def test_every_target_counts_once_in_every_layout(prepared: str) -> None:

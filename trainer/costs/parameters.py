@@ -46,6 +46,8 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
         total[part] += parameter.numel()
         routed[part] += parameter.numel() if name in expert_names else 0
 
+    table = config.vocabulary * config.hidden  # embedding and head are not tied to each other
+
     def active(part: str) -> int:
         return total[part] - routed[part] + routed[part] * config.top_k // config.experts
 
@@ -54,7 +56,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
         main_active=active("main"),
         mtp=total["mtp"],
         mtp_active=active("mtp"),
-        embedding=model.embedding.weight.numel(),
-        head=model.head.weight.numel(),
+        embedding=table,
+        head=table,
         routed_experts=routed["main"],
     )

@@ -1,7 +1,9 @@
-"""Runs the layers forward and backward as generators that yield each time they have launched a communication.
+"""Runs the layers of one pipeline stage as generators that yield each time they have launched a communication.
 
 Alone, a generator is driven to its end with `drive`. Two of them can take turns: while one waits for its exchange, the
 other computes. Each layer's forward returns its output and its backward, a function that starts a generator of its own.
+A backward computes gradients of inputs, launches the exchange that they wait for, and only then turns to those of
+weights.
 
 Letters: B batch, S sequence, T tokens (B·S), W window (S inputs, the target of the last, and one more a depth of MTP),
 D hidden, V vocabulary, E experts, K top-k, R rows received by this rank, L experts on this rank.
@@ -9,9 +11,9 @@ D hidden, V vocabulary, E experts, K top-k, R rows received by this rank, L expe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,27 +21,17 @@ from torch import Tensor
 from ...comm.exchange import TokenExchange
 from ...comm.label import Label
 from ...comm.layout import NO_VISITS, Visits
+from ...parallelism.pipeline.overlap import Steps
+from ...parallelism.pipeline.weight_grad import WeightGradients
 from .layer import Context, DenseLayer, MoELayer
 from .loss import IGNORED, linear_cross_entropy
-from .model import Model, MTPModule
+from .model import Model, MTPModule, layer_name, mtp_name
 from .phase import Phase
 from .rope import rotation
 from .router import Routing
 
-Result = TypeVar("Result")
-Steps = Generator[None, None, Result]
-Backward = Callable[[Tensor], Steps[Tensor]]
-"""Gradient of a layer's output to gradient of its input."""
-
-
-def drive(steps: Steps[Result]) -> Result:
-    """Run a generator to its end, waiting for each communication where it is needed."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            result: Result = stop.value
-            return result
+Backward = Callable[[Tensor, WeightGradients], Steps[Tensor]]
+"""Gradient of a layer's output to gradient of its input; what is left to do for weights goes to the second."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +47,42 @@ class LossScales:
 
 
 @dataclass(frozen=True)
-class Forward:
-    """What one micro-batch's forward leaves behind."""
+class Summary:
+    """What one micro-batch's forward through a stage has to tell."""
 
     main_sum: Tensor
-    """Cross-entropy summed over the valid targets, in nats."""
+    """Cross-entropy summed over the valid targets, in nats; 0 but for the last stage."""
     mtp_sum: Tensor
     """The same, summed over the further depths too; 0 without MTP."""
     balance_sum: Tensor
-    """Balance loss without α, summed over routed layers and sequences."""
+    """Balance loss without α, summed over the stage's routed layers and sequences."""
     counts_E: dict[str, Tensor]
     """int64 load of each router, by the layer's name."""
     visits: Visits
-    """Of all routed layers together."""
-    backward: Callable[[LossScales], Steps[None]]
+    """Of the stage's routed layers together."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What one micro-batch's forward leaves behind."""
+
+    output_BSD: Tensor | None
+    """For the next stage; None from the last."""
+    summary: Summary
+    backward: Callable[[LossScales, Tensor | None, WeightGradients], Steps[Tensor | None]]
+    """Given the gradient of the output (None for the last stage), returns that of what was received (None for the
+    first)."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Which part of the model a chunk runs."""
+
+    layers: range
+    is_first: bool = True
+    """Begins with the embedding."""
+    is_last: bool = True
+    """Ends with the final norm, MTP modules and losses."""
 
 
 @dataclass
@@ -83,67 +97,78 @@ class _Tape:
     counts_E: dict[str, Tensor] = field(default_factory=dict)
     visits: Visits = NO_VISITS
 
+    def summary(self, losses: list[Tensor]) -> Summary:
+        """With the losses of the last stage, of the main model first."""
+        like = self.context.valid_BS.new_zeros((), dtype=torch.float32)
+        return Summary(
+            main_sum=losses[0] if losses else like,
+            mtp_sum=torch.stack(losses[1:]).sum() if losses[1:] else like,
+            balance_sum=torch.stack(self.balance_sums).sum() if self.balance_sums else like,
+            counts_E=self.counts_E,
+            visits=self.visits,
+        )
+
 
 class Chunk:
-    """The layers of one rank, ready to run. `dtype` is what they compute in."""
+    """The layers of one stage, ready to run. `dtype` is what they compute in."""
 
-    def __init__(self, model: Model, exchange: TokenExchange[Any], dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Model, exchange: TokenExchange[Any], dtype: torch.dtype, stage: Stage | None = None
+    ) -> None:
         self.model = model
+        self.stage = stage or Stage(range(model.config.layers))
         self._exchange = exchange
         self._dtype = dtype
 
-    def logits(self, tokens_BS: Tensor) -> Steps[Tensor]:
-        """Next-token logits [B, S, V] of the main model. Nothing is kept: use it under `torch.no_grad`."""
+    def message(self, sequences: int, length: int, device: torch.device) -> Tensor:
+        """An empty tensor like what stages send each other for so many sequences of this length: [B, S, D]."""
+        return torch.empty((sequences, length, self.model.config.hidden), dtype=self._dtype, device=device)
+
+    def logits(self, tokens_BS: Tensor, received_BSD: Tensor | None = None) -> Steps[Tensor]:
+        """Next-token logits [B, S, V] of the main model, or what the next stage needs. Use it under `torch.no_grad`."""
         tape = self._tape(torch.ones_like(tokens_BS, dtype=torch.bool), micro_batch=0)
-        hidden_BSD, _ = yield from self._main(tokens_BS, tape)
+        hidden_BSD, _ = yield from self._main(tokens_BS, received_BSD, tape)
+        if not self.stage.is_last:
+            return hidden_BSD
+        assert self.model.head is not None
         logits: Tensor = self.model.head(hidden_BSD)
         return logits
 
-    def losses(self, tokens_BW: Tensor, valid_BW: Tensor, micro_batch: int = 0) -> Steps[Forward]:
-        """Forward of one micro-batch, main model and MTP. `valid_BW` is false on padding.
+    def forward(
+        self, tokens_BW: Tensor, valid_BW: Tensor, micro_batch: int = 0, received_BSD: Tensor | None = None
+    ) -> Steps[Forward]:
+        """Forward of one micro-batch; the last stage ends with the losses of the main model and of MTP.
 
-        `micro_batch` is its number, for the words of errors.
-
-        A target counts where it and the position that predicts it are valid; the load counts every valid input.
+        `valid_BW` is false on padding: a target counts where it and the position that predicts it are valid, the load
+        counts every valid input. `micro_batch` is its number, for the words of errors.
         """
-        model, depth = self.model, self.model.config.mtp_depth
+        depth = self.model.config.mtp_depth
         length = tokens_BW.shape[1] - 1 - depth
         tape = self._tape(valid_BW[:, :length], micro_batch)
-
-        def targets(k: int) -> Tensor:
-            counted = tape.context.valid_BS & valid_BW[:, k + 1 : length + k + 1]
-            return tokens_BW[:, k + 1 : length + k + 1].masked_fill(~counted, IGNORED)
-
-        hidden_BSD, main_backward = yield from self._main(tokens_BW[:, :length], tape)
-        loss_phases = [Phase(lambda h: (self._cross_entropy(h, targets(0)),), hidden_BSD)]
+        hidden_BSD, main_backward = yield from self._main(tokens_BW[:, :length], received_BSD, tape)
+        losses: list[Phase] = []
         depth_backwards: list[Backward] = []
-        for k, module in enumerate(model.mtp, start=1):
-            assert isinstance(module, MTPModule)
-            hidden_BSD, backward = yield from self._depth(
-                f"mtp_{k:02d}", module, hidden_BSD, tokens_BW[:, k : length + k], tape
-            )
-            depth_backwards.append(backward)
-            loss_phases.append(Phase(lambda h, k=k: (self._cross_entropy(h, targets(k)),), hidden_BSD))
+        if self.stage.is_last:
+            losses, depth_backwards = yield from self._losses(tokens_BW, valid_BW, hidden_BSD, tape)
 
-        def run_backward(scales: LossScales) -> Steps[None]:
+        def run_backward(scales: LossScales, grad_BSD: Tensor | None, weights: WeightGradients) -> Steps[Tensor | None]:
             tape.balance_scale = scales.balance
             factors = [scales.main] + [scales.mtp] * depth
-            grads = [
-                phase.backward(phase.outputs[0].new_tensor(s)) for phase, s in zip(loss_phases, factors, strict=True)
-            ]
-            grad_BSD = grads.pop()[0]
+            roots = [loss.outputs[0].new_tensor(factor) for loss, factor in zip(losses, factors, strict=False)]
+            grads = [loss.backward(weights, root)[0] for loss, root in zip(losses, roots, strict=True)]
+            if grads:
+                grad_BSD = grads.pop()
+            assert grad_BSD is not None
             while depth_backwards:
-                grad_BSD = yield from depth_backwards.pop()(grad_BSD)
-                grad_BSD = grad_BSD + grads.pop()[0]
-            yield from main_backward(grad_BSD)
+                grad_BSD = yield from depth_backwards.pop()(grad_BSD, weights)
+                grad_BSD = grad_BSD + grads.pop()
+            grad_BSD = yield from main_backward(grad_BSD, weights)
+            weights.settle()
+            return None if self.stage.is_first else grad_BSD
 
-        sums = [phase.outputs[0] for phase in loss_phases]
         return Forward(
-            main_sum=sums[0],
-            mtp_sum=torch.stack(sums[1:]).sum() if depth else torch.zeros_like(sums[0]),
-            balance_sum=torch.stack(tape.balance_sums).sum() if tape.balance_sums else torch.zeros_like(sums[0]),
-            counts_E=tape.counts_E,
-            visits=tape.visits,
+            output_BSD=None if self.stage.is_last else hidden_BSD,
+            summary=tape.summary([loss.outputs[0] for loss in losses]),
             backward=run_backward,
         )
 
@@ -151,51 +176,83 @@ class Chunk:
         like = torch.empty(0, device=valid_BS.device, dtype=self._dtype)
         return _Tape(Context(rotation(self.model.config, valid_BS.shape[1], like), valid_BS), micro_batch)
 
+    def _losses(
+        self, tokens_BW: Tensor, valid_BW: Tensor, hidden_BSD: Tensor, tape: _Tape
+    ) -> Steps[tuple[list[Phase], list[Backward]]]:
+        """The losses of every depth, the main model's first, and the backward of each MTP module."""
+        length = tape.context.valid_BS.shape[1]
+
+        def loss(k: int, hidden_BSD: Tensor) -> Phase:
+            counted = tape.context.valid_BS & valid_BW[:, k + 1 : length + k + 1]
+            targets_BS = tokens_BW[:, k + 1 : length + k + 1].masked_fill(~counted, IGNORED)
+            return Phase(lambda h: (self._cross_entropy(h, targets_BS),), hidden_BSD)
+
+        phases, backwards = [loss(0, hidden_BSD)], []
+        for k, module in enumerate(self.model.mtp, start=1):
+            assert isinstance(module, MTPModule)
+            hidden_BSD, backward = yield from self._depth(
+                mtp_name(k), module, hidden_BSD, tokens_BW[:, k : length + k], tape
+            )
+            backwards.append(backward)
+            phases.append(loss(k, hidden_BSD))
+        return phases, backwards
+
     def _cross_entropy(self, hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
+        assert self.model.head is not None
         return linear_cross_entropy(hidden_BSD.flatten(0, 1), self.model.head.weight, targets_BS.flatten())
 
-    def _main(self, tokens_BS: Tensor, tape: _Tape) -> Steps[tuple[Tensor, Backward]]:
-        """Embedding, layers and final norm: h^0, [B, S, D]."""
-        model = self.model
-        embed = Phase(lambda: (model.embedding(tokens_BS).to(self._dtype),))
-        (hidden_BSD,) = embed.outputs
+    def _embed(self, tokens_BS: Tensor) -> Tensor:
+        assert self.model.embedding is not None
+        embedded_BSD: Tensor = self.model.embedding(tokens_BS)
+        return embedded_BSD.to(self._dtype)
+
+    def _main(self, tokens_BS: Tensor, received_BSD: Tensor | None, tape: _Tape) -> Steps[tuple[Tensor, Backward]]:
+        """The stage's part of the main model: its layers, in the first after the embedding, in the last before the
+        final norm: h^0, [B, S, D]."""
+        embed = Phase(lambda: (self._embed(tokens_BS),)) if self.stage.is_first else None
+        first_BSD = received_BSD if embed is None else embed.outputs[0]
+        assert first_BSD is not None
+        hidden_BSD, backwards = yield from self._layers(first_BSD, tape)
+        final_norm = self.model.final_norm if self.stage.is_last else None
+        final = None if final_norm is None else Phase(lambda h: (final_norm(h),), hidden_BSD)
+        output_BSD = hidden_BSD if final is None else final.outputs[0]
+
+        def run_backward(grad_BSD: Tensor, weights: WeightGradients) -> Steps[Tensor]:
+            if final is not None:
+                (grad_BSD,) = final.backward(weights, grad_BSD)
+            while backwards:
+                grad_BSD = yield from backwards.pop()(grad_BSD, weights)
+            if embed is not None:
+                embed.backward(weights, grad_BSD)
+            return grad_BSD
+
+        return output_BSD, run_backward
+
+    def _layers(self, hidden_BSD: Tensor, tape: _Tape) -> Steps[tuple[Tensor, list[Backward]]]:
         backwards: list[Backward] = []
-        for index, layer in enumerate(model.layers):
+        for index in self.stage.layers:
+            layer = self.model.layers[str(index)]
             if isinstance(layer, MoELayer):
-                hidden_BSD, backward = yield from self._moe(f"layer_{index:02d}", layer, hidden_BSD, tape)
+                hidden_BSD, backward = yield from self._moe(layer_name(index), layer, hidden_BSD, tape)
             else:
                 assert isinstance(layer, DenseLayer)
                 hidden_BSD, backward = _dense(layer, hidden_BSD, tape.context)
             if torch.is_grad_enabled():  # else the layer's activations are free from here on
                 backwards.append(backward)
-        final = Phase(lambda h: (model.final_norm(h),), hidden_BSD)
-        (normed_BSD,) = final.outputs
-
-        def run_backward(grad_BSD: Tensor) -> Steps[Tensor]:
-            (grad_BSD,) = final.backward(grad_BSD)
-            while backwards:
-                grad_BSD = yield from backwards.pop()(grad_BSD)
-            embed.backward(grad_BSD)
-            return grad_BSD
-
-        return normed_BSD, run_backward
+        return hidden_BSD, backwards
 
     def _depth(
         self, name: str, module: MTPModule, hidden_BSD: Tensor, tokens_BS: Tensor, tape: _Tape
     ) -> Steps[tuple[Tensor, Backward]]:
         """One depth of MTP: h^{k-1} and the tokens k further on to h^k, [B, S, D]."""
-
-        def merge(h: Tensor) -> tuple[Tensor]:
-            return (module.merge_inputs(h, self.model.embedding(tokens_BS).to(self._dtype)),)
-
-        merged = Phase(merge, hidden_BSD)
+        merged = Phase(lambda h: (module.merge_inputs(h, self._embed(tokens_BS)),), hidden_BSD)
         layer_BSD, layer_backward = yield from self._moe(name, module.layer, merged.outputs[0], tape)
         final = Phase(lambda h: (module.final_norm(h),), layer_BSD)
 
-        def run_backward(grad_BSD: Tensor) -> Steps[Tensor]:
-            (grad_BSD,) = final.backward(grad_BSD)
-            grad_BSD = yield from layer_backward(grad_BSD)
-            (grad_BSD,) = merged.backward(grad_BSD)
+        def run_backward(grad_BSD: Tensor, weights: WeightGradients) -> Steps[Tensor]:
+            (grad_BSD,) = final.backward(weights, grad_BSD)
+            grad_BSD = yield from layer_backward(grad_BSD, weights)
+            (grad_BSD,) = merged.backward(weights, grad_BSD)
             return grad_BSD
 
         return final.outputs[0], run_backward
@@ -232,19 +289,21 @@ class Chunk:
         yield
         merged_BSD = layer.merge(residual_BSD, combined.wait(), None if shared is None else shared.outputs[0])
 
-        def run_backward(grad_BSD: Tensor) -> Steps[Tensor]:
+        def run_backward(grad_BSD: Tensor, weights: WeightGradients) -> Steps[Tensor]:
             grad_TD = grad_BSD.flatten(0, 1)
             uncombined = exchange.combine_backward(grad_TD, received)
+            weights.settle()  # of the layer above: its attention
             yield
-            grad_normed_TD = None if shared is None else shared.backward(grad_TD)[0]
-            grad_RD, grad_weights_R = routed.backward(uncombined.wait())
+            grad_normed_TD = None if shared is None else shared.backward(weights, grad_TD)[0]
+            grad_RD, grad_weights_R = routed.backward(weights, uncombined.wait())
 
             undispatched = exchange.dispatch_backward(grad_RD, grad_weights_R, received)
+            weights.settle()  # of the experts
             yield
             grad_routed_TD, grad_gates_TK = undispatched.wait()
             grad_normed_TD = grad_routed_TD if grad_normed_TD is None else grad_normed_TD + grad_routed_TD
             root = balance.new_tensor(tape.balance_scale)
-            (grad_BSD,) = attended.backward(grad_BSD, grad_normed_TD, grad_gates_TK, root)
+            (grad_BSD,) = attended.backward(weights, grad_BSD, grad_normed_TD, grad_gates_TK, root)
             return grad_BSD
 
         return merged_BSD, run_backward
@@ -253,8 +312,8 @@ class Chunk:
 def _dense(layer: DenseLayer, hidden_BSD: Tensor, context: Context) -> tuple[Tensor, Backward]:
     phase = Phase(lambda h: (layer(h, context),), hidden_BSD)
 
-    def run_backward(grad_BSD: Tensor) -> Steps[Tensor]:
+    def run_backward(grad_BSD: Tensor, weights: WeightGradients) -> Steps[Tensor]:
         yield from ()
-        return phase.backward(grad_BSD)[0]
+        return phase.backward(weights, grad_BSD)[0]
 
     return phase.outputs[0], run_backward

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...parallelism.pipeline.weight_grad import add_to_grad, collecting
 from ..precision.linear import Linear, at_least_fp32
 
 
@@ -41,9 +42,9 @@ class Experts(nn.Module):
 
         The weight multiplies before the down projection, so that combine can be a plain sum.
         """
-        gate_up_RF = grouped_mm(rows_RD, self.gate_up_LFD.to(rows_RD.dtype), rows_per_expert_L)
+        gate_up_RF = grouped_linear(rows_RD, self.gate_up_LFD, rows_per_expert_L)
         inner_RF = weighted_swiglu(gate_up_RF, weights_R)
-        return grouped_mm(inner_RF, self.down_LDF.to(rows_RD.dtype), rows_per_expert_L)
+        return grouped_linear(inner_RF, self.down_LDF, rows_per_expert_L)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -95,15 +96,58 @@ class _WeightedSwiGLU(torch.autograd.Function):
         return grad_gate_up_RF, grad_weights_R
 
 
+def grouped_linear(x_RK: Tensor, weight_LNK: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
+    """Rows times the transposed weight of their expert, [R, N], in the dtype of the rows.
+
+    Like `linear`, it leaves the gradient of the weights with whoever collects them.
+    """
+    if collecting() is None or not torch.is_grad_enabled():
+        return grouped_mm(x_RK, weight_LNK.to(x_RK.dtype), rows_per_expert_L)
+    out: Tensor = _GroupedLinear.apply(x_RK, weight_LNK, rows_per_expert_L)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RK: Tensor, weight_LNK: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(x_RK)
+        ctx.weight, ctx.left, ctx.rows = weight_LNK, collecting(), rows_per_expert_L
+        return grouped_mm(x_RK, weight_LNK.to(x_RK.dtype), rows_per_expert_L)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (x_RK,), weight_LNK, rows_L = ctx.saved_tensors, ctx.weight, ctx.rows
+        grad_RN = grads[0].contiguous()
+        ctx.left.add(lambda: add_to_grad(weight_LNK, grouped_outer(grad_RN, x_RK, rows_L)))
+        return grouped_mm(grad_RN, weight_LNK.to(grad_RN.dtype).transpose(1, 2), rows_L), None, None
+
+
+def grouped_outer(grad_RN: Tensor, x_RK: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
+    """gradᵀ x of each expert's rows, [L, N, K]: the gradient of the experts' weights; 0 for one without rows."""
+    if x_RK.dtype == torch.float64:
+        return grouped_outer_twin(grad_RN, x_RK, rows_per_expert_L)
+    return F.grouped_mm(grad_RN.T, x_RK, offs=_ends(rows_per_expert_L, x_RK.device))
+
+
+def grouped_outer_twin(grad_RN: Tensor, x_RK: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
+    """The same, an expert at a time."""
+    pairs = zip(grad_RN.split(rows_per_expert_L), x_RK.split(rows_per_expert_L), strict=True)
+    return torch.stack([grad.T @ x for grad, x in pairs])
+
+
 def grouped_mm(x_RK: Tensor, weight_LNK: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
     """Rows times the transposed weight of their expert, [R, N]; `rows_per_expert_L` sums to R."""
     if x_RK.dtype == torch.float64:
         return grouped_mm_twin(x_RK, weight_LNK, rows_per_expert_L)
-    ends_L = torch.tensor(rows_per_expert_L, dtype=torch.int32, device=x_RK.device).cumsum(0, dtype=torch.int32)
-    return F.grouped_mm(x_RK, weight_LNK.transpose(1, 2), offs=ends_L)
+    return F.grouped_mm(x_RK, weight_LNK.transpose(1, 2), offs=_ends(rows_per_expert_L, x_RK.device))
 
 
 def grouped_mm_twin(x_RK: Tensor, weight_LNK: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
     """The same, an expert at a time: the oracle, and the path for FP64, which `F.grouped_mm` lacks."""
     parts = x_RK.split(rows_per_expert_L)
     return torch.cat([F.linear(part, weight) for part, weight in zip(parts, weight_LNK, strict=True)])
+
+
+def _ends(rows_per_expert_L: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where the rows of each expert end."""
+    return torch.tensor(rows_per_expert_L, dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)

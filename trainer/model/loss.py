@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...parallelism.pipeline.weight_grad import add_to_grad, collecting
 from ..precision.linear import at_least_fp32
 
 IGNORED = -100
@@ -54,13 +55,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _add_product(grad_VD, grad_CV, hidden_TD[chunk])
         if needs_grad:
             ctx.save_for_backward(grad_TD, grad_VD)
+            ctx.weight, ctx.left = weight_VD, collecting()
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         grad_TD, grad_VD = ctx.saved_tensors
         (grad,) = grads
-        return grad_TD.mul_(grad.to(grad_TD.dtype)), grad_VD.mul_(grad.to(grad_VD.dtype)), None
+        grad_TD.mul_(grad.to(grad_TD.dtype))
+        if ctx.left is None:
+            return grad_TD, grad_VD.mul_(grad.to(grad_VD.dtype)), None
+        ctx.left.add(lambda: add_to_grad(ctx.weight, grad_VD.mul_(grad.to(grad_VD.dtype))))
+        return grad_TD, None, None
 
 
 def _softmax(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:

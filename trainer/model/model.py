@@ -1,4 +1,4 @@
-"""The whole model: embedding, layers, head, and the modules that predict further tokens (report §2.2).
+"""The modules: embedding, layers, head, and those that predict further tokens (report §2.2).
 
 Letters: D hidden, V vocabulary.
 """
@@ -6,6 +6,7 @@ Letters: D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -53,25 +54,46 @@ class MTPModule(nn.Module):
         return merged
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which part of the model a rank holds."""
+
+    layers: tuple[int, ...]
+    """Their numbers in the whole model, ascending."""
+    embedding: bool = True
+    """At the model's beginning; with MTP at its end, too."""
+    head: bool = True
+    """With the final norm and the MTP modules."""
+    expert_ranks: int = 1
+    """Over how many ranks the experts of a layer are spread."""
+    expert_rank: int = 0
+    """Which share of them this is."""
+
+    @staticmethod
+    def whole(config: ModelConfig, expert_ranks: int = 1, expert_rank: int = 0) -> Share:
+        """Every layer, with one share of the experts."""
+        return Share(tuple(range(config.layers)), expert_ranks=expert_ranks, expert_rank=expert_rank)
+
+
 class Model(nn.Module):
-    """The modules of DeepSeek-V3. `chunk.py` runs them.
+    """The modules of DeepSeek-V3 that one rank holds, under their names in the whole model. `chunk.py` runs them."""
 
-    `expert_ranks` is over how many ranks the experts are spread; this one holds share number `expert_rank`.
-    """
-
-    def __init__(self, config: ModelConfig, expert_ranks: int = 1, expert_rank: int = 0) -> None:
+    def __init__(self, config: ModelConfig, share: Share | None = None) -> None:
         super().__init__()
+        share = share or Share.whole(config)
         self.config = config
-        self.local_experts = config.experts // expert_ranks
-        self.first_expert = expert_rank * self.local_experts
-        self.embedding = Embedding(config.vocabulary, config.hidden)
-        self.layers = nn.ModuleList(
-            DenseLayer(config) if index < config.dense_layers else MoELayer(config, self.local_experts)
-            for index in range(config.layers)
-        )
-        self.final_norm = RMSNorm(config.hidden, config.norm_eps)
-        self.head = Linear(config.hidden, config.vocabulary)
-        self.mtp = nn.ModuleList(MTPModule(config, self.local_experts) for _ in range(config.mtp_depth))
+        self.local_experts = config.experts // share.expert_ranks
+        self.first_expert = share.expert_rank * self.local_experts
+        self.embedding = Embedding(config.vocabulary, config.hidden) if share.embedding else None
+        self.layers = nn.ModuleDict({str(index): self._layer(index) for index in share.layers})
+        self.final_norm = RMSNorm(config.hidden, config.norm_eps) if share.head else None
+        self.head = Linear(config.hidden, config.vocabulary) if share.head else None
+        depth = config.mtp_depth if share.head else 0
+        self.mtp = nn.ModuleList(MTPModule(config, self.local_experts) for _ in range(depth))
+
+    def _layer(self, index: int) -> DenseLayer | MoELayer:
+        dense = index < self.config.dense_layers
+        return DenseLayer(self.config) if dense else MoELayer(self.config, self.local_experts)
 
     def expert_parameter_names(self) -> frozenset[str]:
         """Names of the parameters whose first dimension is this rank's share of the experts."""
@@ -83,10 +105,26 @@ class Model(nn.Module):
         )
 
     def routers(self) -> Iterator[tuple[str, Router]]:
-        """Every router with a readable name of its layer: `layer_03` of the main model, `mtp_01`."""
-        for index, layer in enumerate(self.layers):
+        """Every router here, with the name of its layer."""
+        for index, layer in self.layers.items():
             if isinstance(layer, MoELayer):
-                yield f"layer_{index:02d}", layer.router
+                yield layer_name(int(index)), layer.router
         for depth, module in enumerate(self.mtp, start=1):
             assert isinstance(module, MTPModule)
-            yield f"mtp_{depth:02d}", module.layer.router
+            yield mtp_name(depth), module.layer.router
+
+
+def layer_name(index: int) -> str:
+    """A readable name of a layer of the main model."""
+    return f"layer_{index:02d}"
+
+
+def mtp_name(depth: int) -> str:
+    """A readable name of the MTP module of this depth, from 1."""
+    return f"mtp_{depth:02d}"
+
+
+def router_names(config: ModelConfig) -> list[str]:
+    """The names of all routers of the whole model, in their order."""
+    layers = [layer_name(index) for index in range(config.dense_layers, config.layers)]
+    return layers + [mtp_name(depth) for depth in range(1, config.mtp_depth + 1)]

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...parallelism.pipeline.weight_grad import linear
 from ..precision.linear import at_least_fp32
 from .config import ModelConfig
 
@@ -42,7 +42,7 @@ class Router(nn.Module):
     def forward(self, x_BSD: Tensor, valid_BS: Tensor) -> Routing:
         """Route each token; tokens that are not valid are routed too, but neither counted nor balanced."""
         x_TD = at_least_fp32(x_BSD.flatten(0, 1))
-        logits_TE = F.linear(x_TD, self.weight.to(x_TD.dtype))
+        logits_TE = linear(x_TD, self.weight)
         affinity_TE = logits_TE.sigmoid() if self.config.affinity == "sigmoid" else logits_TE.softmax(dim=-1)  # eq. 15
         experts_TK = self._select(affinity_TE.detach())
         gates_TK = affinity_TE.gather(1, experts_TK)

@@ -17,7 +17,7 @@ from shoestring.trainer.checkpoint.names import named_state
 from shoestring.trainer.checkpoint.store import CheckpointStore
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.init import initialise
-from shoestring.trainer.model.model import Model
+from shoestring.trainer.model.model import Model, Share
 from shoestring.trainer.optimizer.adamw import build_adamw
 from shoestring.trainer.optimizer.config import OptimizerConfig
 
@@ -26,7 +26,7 @@ SHAPE = ModelConfig(hidden=16, layers=2, vocabulary=32, experts=8, expert_ffn=8,
 
 def state_of(topology: Topology, rank: int, seed: int) -> dict[str, Tensor]:
     """State of one rank with moments and biases that no two ranks' experts share."""
-    model = Model(SHAPE, topology.ep, topology.ep_rank(rank))
+    model = Model(SHAPE, Share.whole(SHAPE, topology.ep, topology.ep_rank(rank)))
     initialise(model, seed)
     optimizer = build_adamw(dict(model.named_parameters()), OptimizerConfig())
     for parameter in model.parameters():

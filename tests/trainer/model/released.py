@@ -16,10 +16,12 @@ from shoestring.comm.open_exchange import open_exchange
 from shoestring.comm.pending import open_worker
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
+from shoestring.parallelism.pipeline.overlap import drive
+from shoestring.parallelism.pipeline.weight_grad import WeightGradients
 from shoestring.tests.reference.deepseek_v3 import ReferenceConfig
-from shoestring.trainer.model.chunk import Chunk, Forward, LossScales, drive
+from shoestring.trainer.model.chunk import Chunk, Forward, LossScales
 from shoestring.trainer.model.config import ModelConfig, YarnConfig
-from shoestring.trainer.model.model import Model
+from shoestring.trainer.model.model import Model, Share
 
 _ATTENTION = {
     "q_proj": "q_proj", "q_down": "q_a_proj", "q_norm": "q_a_layernorm", "q_up": "q_b_proj",
@@ -66,7 +68,7 @@ def _released(name: str, tensor: Tensor, model: Model) -> Iterator[tuple[str, Te
         yield _TOP[name], tensor, True
         return
     kind, number, rest = name.split(".", 2)
-    index = int(number) + (len(model.layers) if kind == "mtp" else 0)
+    index = int(number) + (model.config.layers if kind == "mtp" else 0)
     prefix = f"model.layers.{index}"
     if kind == "mtp" and not rest.startswith("layer."):
         yield f"{prefix}.{_MTP[rest]}", tensor, True
@@ -121,7 +123,8 @@ def make_chunk(
 ) -> Chunk:
     """The model under test with these weights, on one rank of `topology`."""
     groups = ProcessGroups.create(topology, rank, timedelta(seconds=30))
-    model = Model(model_config(config), expert_ranks=topology.ep, expert_rank=topology.ep_rank(rank))
+    shape = model_config(config)
+    model = Model(shape, Share.whole(shape, topology.ep, topology.ep_rank(rank)))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     load_released(model, params)
@@ -132,8 +135,8 @@ def make_chunk(
 
 def run_losses(chunk: Chunk, tokens_BW: Tensor, valid_BW: Tensor, scales: LossScales) -> Forward:
     """Forward and backward of one micro-batch."""
-    forward = drive(chunk.losses(tokens_BW, valid_BW))
-    drive(forward.backward(scales))
+    forward = drive(chunk.forward(tokens_BW, valid_BW))
+    drive(forward.backward(scales, None, WeightGradients()))
     return forward
 
 

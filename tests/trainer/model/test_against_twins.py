@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from shoestring.comm.topology import Topology
+from shoestring.parallelism.pipeline.overlap import drive
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.reference.deepseek_v3 import losses as reference_losses
 from shoestring.tests.reference.hf import gradients_of, to_transformers
@@ -16,7 +17,7 @@ from shoestring.tests.trainer.model.released import (
     released_gradients,
     run_losses,
 )
-from shoestring.trainer.model.chunk import LossScales, drive
+from shoestring.trainer.model.chunk import LossScales
 
 CONFIGS = reference_configs()
 
@@ -72,9 +73,13 @@ def test_whole_loss_and_its_gradients_are_those_of_the_reference(
     )
     forward = run_losses(chunk, tokens_BW, valid_BW, scales)
 
-    total = forward.main_sum * scales.main + forward.mtp_sum * scales.mtp + forward.balance_sum * scales.balance
+    total = (
+        forward.summary.main_sum * scales.main
+        + forward.summary.mtp_sum * scales.mtp
+        + forward.summary.balance_sum * scales.balance
+    )
     assert total.item() == pytest.approx(expected.total.item(), rel=tolerance)
     counts = list(expected.counts.values())
-    assert [c.tolist() for c in forward.counts_E.values()] == [c.tolist() for c in counts]
+    assert [c.tolist() for c in forward.summary.counts_E.values()] == [c.tolist() for c in counts]
     gradients = {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
     assert largest_difference(released_gradients(chunk.model), gradients) <= tolerance

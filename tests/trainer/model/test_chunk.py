@@ -20,7 +20,9 @@ from shoestring.comm.label import Label
 from shoestring.comm.pending import InlineWorker, Pending
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
-from shoestring.trainer.model.chunk import Chunk, LossScales, drive
+from shoestring.parallelism.pipeline.overlap import drive
+from shoestring.parallelism.pipeline.weight_grad import WeightGradients
+from shoestring.trainer.model.chunk import Chunk, LossScales
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.init import initialise
 from shoestring.trainer.model.model import Model
@@ -127,13 +129,13 @@ def launched_yielded_waited(*names: str) -> list[str]:
 
 def test_one_yield_for_each_communication_between_its_launch_and_its_wait() -> None:
     chunk, exchange = make_chunk()
-    forward = run(chunk.losses(*window()), exchange.diary)
+    forward = run(chunk.forward(*window()), exchange.diary)
     layers = range(ROUTED_LAYERS)
     assert exchange.diary == launched_yielded_waited(*(f"{op} {i}" for i in layers for op in ("dispatch", "combine")))
     assert exchange.diary.count("yield") == 2 * ROUTED_LAYERS
 
     exchange.diary.clear()
-    run(forward.backward(SCALES), exchange.diary)
+    run(forward.backward(SCALES, None, WeightGradients()), exchange.diary)
     backwards = (f"{op} {i}" for i in reversed(layers) for op in ("combine_backward", "dispatch_backward"))
     assert exchange.diary == launched_yielded_waited(*backwards)
     assert exchange.diary.count("yield") == 2 * ROUTED_LAYERS
@@ -155,17 +157,17 @@ def test_two_generators_may_take_turns() -> None:
     tokens_BW, valid_BW = window()
     alone, _ = make_chunk()
     for rows in (slice(0, 1), slice(1, 2)):
-        drive(drive(alone.losses(tokens_BW[rows], valid_BW[rows])).backward(SCALES))
+        drive(drive(alone.forward(tokens_BW[rows], valid_BW[rows])).backward(SCALES, None, WeightGradients()))
 
     chunk, _ = make_chunk()
-    first = drive(chunk.losses(tokens_BW[:1], valid_BW[:1]))
-    backward, forward = first.backward(SCALES), chunk.losses(tokens_BW[1:], valid_BW[1:])
+    first = drive(chunk.forward(tokens_BW[:1], valid_BW[:1]))
+    backward, forward = first.backward(SCALES, None, WeightGradients()), chunk.forward(tokens_BW[1:], valid_BW[1:])
     for _ in range(2 * ROUTED_LAYERS):  # F(2) and B(1), an exchange each in turn
         next(forward)
         next(backward)
     with pytest.raises(StopIteration):
         next(backward)
-    drive(drive(forward).backward(SCALES))
+    drive(drive(forward).backward(SCALES, None, WeightGradients()))
     assert len(gradients(chunk)) == len(list(chunk.model.parameters()))
     for ours, expected in zip(gradients(chunk), gradients(alone), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-8)
@@ -173,9 +175,9 @@ def test_two_generators_may_take_turns() -> None:
 
 def test_a_backward_frees_each_layer_when_it_is_done() -> None:
     chunk, exchange = make_chunk()
-    forward = drive(chunk.losses(*window()))
+    forward = drive(chunk.forward(*window()))
     assert exchange.alive() == ROUTED_LAYERS
-    drive(forward.backward(SCALES))
+    drive(forward.backward(SCALES, None, WeightGradients()))
     del forward
     gc.collect()
     assert exchange.alive() == 0
@@ -193,7 +195,7 @@ def test_without_gradients_nothing_is_kept(kind: str) -> None:
 
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         if kind == "losses":
-            result = drive(chunk.losses(tokens_BW, valid_BW)).main_sum
+            result = drive(chunk.forward(tokens_BW, valid_BW)).summary.main_sum
         else:
             result = drive(chunk.logits(tokens_BW[:, :LENGTH]))
     assert not saved

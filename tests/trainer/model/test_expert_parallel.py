@@ -11,11 +11,12 @@ from torch import Tensor
 
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
-from shoestring.parallelism.gradients import Gradients
 from shoestring.tests.processes import World, run_processes
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.trainer.model.released import largest_difference, make_chunk, released_gradients, run_losses
 from shoestring.trainer.model.chunk import LossScales
+from shoestring.trainer.rank import gradients_of
+from shoestring.trainer.stages import Stages
 
 TOLERANCE = {"float64": 1e-10, "float32": 5e-6}
 SEQUENCES, LENGTH = 4, 12
@@ -49,17 +50,14 @@ def run_rank(topology: Topology, rank: int, name: str, dtype_name: str) -> Outco
     forward = run_losses(chunk, tokens_BW[mine], valid_BW[mine], scales)
 
     groups = ProcessGroups.create(topology, rank, timedelta(seconds=30))
-    named, experts = dict(chunk.model.named_parameters()), chunk.model.expert_parameter_names()
-    gradients = Gradients(
-        dense=tuple(p for key, p in named.items() if key not in experts),
-        expert=tuple(p for key, p in named.items() if key in experts),
-        groups=groups,
-    )
+    gradients = gradients_of(chunk.model, Stages.of(chunk.model.config, LENGTH), groups)
     gradients.reduce()
-    sums = torch.stack((forward.main_sum, forward.mtp_sum, forward.balance_sum)).double()
+    summary = forward.summary
+    sums = torch.stack((summary.main_sum, summary.mtp_sum, summary.balance_sum)).double()
     groups.dense_dp.all_reduce_sum(sums, "sums")
     loads = {
-        key: groups.dense_dp.all_reduce_sum(load.clone(), "load").tolist() for key, load in forward.counts_E.items()
+        key: groups.dense_dp.all_reduce_sum(load.clone(), "load").tolist()
+        for key, load in forward.summary.counts_E.items()
     }
     main, mtp, balance = sums.tolist()
     return main, mtp, balance, loads, released_gradients(chunk.model), gradients.norm()

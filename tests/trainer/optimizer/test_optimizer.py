@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
-from shoestring.parallelism.gradients import Gradients
+from shoestring.parallelism.gradients import Gradients, Replicated
 from shoestring.tests.reference.adamw import AdamW, Moments, adamw_step
 from shoestring.trainer.optimizer.adamw import build_adamw, set_learning_rate
 from shoestring.trainer.optimizer.config import OptimizerConfig
@@ -95,7 +95,8 @@ def test_steps_are_those_of_the_plain_adamw(dtype: torch.dtype, tolerance: float
     ours = {name: value.clone().requires_grad_() for name, value in plain.items()}
     optimizer = build_adamw(ours, config)
     groups = ProcessGroups.create(Topology(), 0, timedelta(seconds=1))
-    gradients = Gradients(dense=(ours["norm"], ours["matrix"]), expert=(ours["experts"],), groups=groups)
+    kinds = ((ours["norm"], ours["matrix"]), (ours["experts"],))
+    gradients = Gradients(tuple(Replicated(kind, groups.world, counts=True) for kind in kinds), groups.world)
     clipped = []
     for step in range(5):
         scale, rate = (0.01 if step == 2 else 1.0), 0.01 * (step + 1)

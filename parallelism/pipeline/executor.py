@@ -1,0 +1,168 @@
+"""Runs a program on one rank: exactly its instructions, in its order, whatever the schedule.
+
+Knows no model: a stage takes and gives tensors.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ...comm.failure import CollectiveFailed
+from ...comm.lane import Lane
+from ...comm.pending import Pending
+from .edges import Commit, Edge, Payload, edges
+from .overlap import Steps, drive
+from .placement import Direction, Place
+from .program import Instruction, Op, Program, Work, where
+from .weight_grad import WeightGradients
+
+
+class Stage(Protocol):
+    """One chunk of a rank. Micro-batches are numbered over the whole global batch (`Program.data_index`)."""
+
+    def forward(self, micro_batch: int, received: Tensor | None) -> Steps[Tensor | None]:
+        """From what the stage before has sent (None in the first) to what the next one needs (None in the last)."""
+        ...
+
+    def backward(self, micro_batch: int, received: Tensor | None, weights: WeightGradients) -> Steps[Tensor | None]:
+        """From the gradient of what was sent to that of what was received; weight gradients go to `weights`."""
+        ...
+
+    def message(self, micro_batch: int) -> Tensor:
+        """An empty tensor for what travels between stages, forth and back."""
+        ...
+
+
+@dataclass(frozen=True)
+class Executor:
+    """A program's share of one pipeline rank, with what it takes to run it."""
+
+    program: Program
+    rank: int
+    """Pipeline rank."""
+    lanes: Mapping[Direction, Lane]
+    """Empty for a pipeline of one rank."""
+    global_ranks: tuple[int, ...]
+    """Of the pipeline ranks, in order."""
+    commits: tuple[Commit, ...]
+
+    @staticmethod
+    def of(program: Program, rank: int, lanes: Mapping[Direction, Lane], global_ranks: tuple[int, ...]) -> Executor:
+        """Derives what travels from the program."""
+        return Executor(program, rank, lanes, global_ranks, edges(program)[rank])
+
+    def run(self, stages: Sequence[Stage]) -> None:
+        """Run every instruction on `stages`, which are indexed by chunk.
+
+        Raises `CollectiveFailed` for a message that does not come: it names instruction, message and peer.
+        """
+        run = _Run(self, stages)
+        for index, instruction in enumerate(self.program.instructions[self.rank]):
+            run.post(self.commits[index])
+            run.instruction(index, instruction)
+        run.post(self.commits[-1])
+        run.finish()
+
+
+@dataclass(frozen=True)
+class _Arriving:
+    """A message in a batch that is under way."""
+
+    edge: Edge
+    batch: Pending[tuple[Tensor, ...]]
+    place: int
+
+
+class _Run:
+    """The state of one run."""
+
+    def __init__(self, executor: Executor, stages: Sequence[Stage]) -> None:
+        self._executor = executor
+        self._program, self._rank = executor.program, executor.rank
+        self._stages = stages
+        self._arriving: dict[tuple[Payload, Work], _Arriving] = {}
+        self._ready: dict[tuple[Payload, Work], Tensor] = {}
+        """Made on this rank: for another chunk here, or not yet sent."""
+        self._posted: deque[Pending[tuple[Tensor, ...]]] = deque()
+        self._pending_weights: dict[Work, WeightGradients] = {}
+
+    def post(self, commit: Commit) -> None:
+        """Send what the last instruction has made, and receive ahead."""
+        for direction, lane in self._executor.lanes.items():
+            sends = [edge for edge in commit.sends if edge.direction is direction]
+            receives = [edge for edge in commit.receives if edge.direction is direction]
+            if not sends and not receives:
+                continue
+            batch = lane.post(
+                "; ".join(str(edge) for edge in (*sends, *receives)),
+                [(self._ready.pop((edge.payload, edge.sent)), self._global(edge.target)) for edge in sends],
+                [(self._buffer(edge), self._global(edge.source)) for edge in receives],
+            )
+            self._posted.append(batch)
+            for place, edge in enumerate(receives):
+                self._arriving[edge.payload, edge.received] = _Arriving(edge, batch, place)
+
+    def instruction(self, index: int, instruction: Instruction) -> None:
+        """Compute; the forward of an FB, then its backward."""
+        try:
+            if instruction.forward is not None:
+                self._forward(instruction.forward)
+            if instruction.backward is not None:
+                self._backward(instruction.op, instruction.backward)
+        except CollectiveFailed as failure:
+            raise CollectiveFailed(f"{where(self._rank, index, instruction)}: {failure}") from failure
+
+    def finish(self) -> None:
+        """Wait until everything has been sent."""
+        while self._posted:
+            self._posted.popleft().wait()
+
+    def _forward(self, work: Work) -> None:
+        here = Place(self._rank, work.chunk)
+        received = self._take(Payload.ACTIVATION, work, self._program.placement.before(here))
+        output = drive(self._stages[work.chunk].forward(self._program.data_index(work), received))
+        self._hand_on(Payload.ACTIVATION, work, output, self._program.placement.after(here))
+
+    def _backward(self, op: Op, work: Work) -> None:
+        if op is Op.W:
+            self._pending_weights.pop(work).run()
+            return
+        here = Place(self._rank, work.chunk)
+        received = self._take(Payload.GRADIENT, work, self._program.placement.after(here))
+        weights = WeightGradients(deferred=op is Op.I)
+        grad = drive(self._stages[work.chunk].backward(self._program.data_index(work), received, weights))
+        if op is Op.I:
+            self._pending_weights[work] = weights
+        self._hand_on(Payload.GRADIENT, work, grad, self._program.placement.before(here))
+
+    def _take(self, payload: Payload, work: Work, source: Place | None) -> Tensor | None:
+        """What `work` needs, once it is here; None where nothing comes before it."""
+        if source is None:
+            return None
+        if source.rank == self._rank:
+            return self._ready.pop((payload, work))
+        arriving = self._arriving.pop((payload, work))
+        try:
+            return arriving.batch.wait()[arriving.place]
+        except CollectiveFailed as failure:
+            raise CollectiveFailed(f"waits for the {arriving.edge}: {failure}") from failure
+
+    def _hand_on(self, payload: Payload, work: Work, made: Tensor | None, target: Place | None) -> None:
+        """To another chunk of this rank under its name there, else under its own name until it is sent."""
+        if target is None:
+            return
+        assert made is not None
+        local = target.rank == self._rank
+        self._ready[payload, Work(target.chunk, work.micro_batch) if local else work] = made.contiguous()
+
+    def _buffer(self, edge: Edge) -> Callable[[], Tensor]:
+        stage, micro_batch = self._stages[edge.target.chunk], self._program.data_index(edge.received)
+        return lambda: stage.message(micro_batch)
+
+    def _global(self, place: Place) -> int:
+        return self._executor.global_ranks[place.rank]

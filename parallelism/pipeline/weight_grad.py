@@ -1,0 +1,116 @@
+"""Gradients of inputs and of weights, apart: the first are what others wait for, the second can be put off.
+
+A product y = x Wᵀ has two gradients, of x and of W, each a product of its own. Autograd would run both at once. Here a
+function that multiplies by a weight computes the gradient of x in its backward and leaves that of W as work for later,
+with whoever was collecting when it ran forward. So schedules have separate instructions I and W (zero bubble,
+arXiv 2401.10241), and a backward can launch its exchange before it turns to weights (V3 report §3.2.1).
+
+Letters: R rows, N and K widths.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Work = Callable[[], None]
+
+
+class WeightGradients:
+    """Work that remains after a backward of inputs: each piece adds to the `.grad` of one weight."""
+
+    def __init__(self, *, deferred: bool = False) -> None:
+        """`deferred`: all of it waits until `run`."""
+        self._work: deque[Work] = deque()
+        self._deferred = deferred
+
+    def add(self, work: Work) -> None:
+        """Leave a piece of work."""
+        self._work.append(work)
+
+    def settle(self) -> None:
+        """A moment at which others wait for nothing from here: do what has been left, unless it is deferred."""
+        if not self._deferred:
+            self.run()
+
+    def run(self) -> None:
+        """Do all that has been left, in that order."""
+        while self._work:
+            self._work.popleft()()
+
+    def take_over(self, other: WeightGradients) -> None:
+        """Append everything that `other` holds."""
+        self._work.extend(other._work)
+        other._work.clear()
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Functions that run forward inside leave the gradients of their weights here when their backward runs.
+
+        It is the forward that remembers where: autograd may run a backward on a thread of its own.
+        """
+        token = _COLLECTING.set(self)
+        try:
+            yield
+        finally:
+            _COLLECTING.reset(token)
+
+
+_COLLECTING: ContextVar[WeightGradients | None] = ContextVar("collecting weight gradients", default=None)
+
+
+def collecting() -> WeightGradients | None:
+    """Where a function that runs forward now should leave the gradients of its weights; None: with autograd."""
+    return _COLLECTING.get()
+
+
+def add_to_grad(weight: Tensor, grad: Tensor) -> None:
+    """Add to the gradient of a weight, in its dtype."""
+    if weight.grad is None:
+        weight.grad = grad.to(weight.dtype)
+    else:
+        weight.grad += grad
+
+
+def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
+    """x Wᵀ, [..., K] to [..., N], in the dtype of `x`; the weight is cast at its use."""
+    if collecting() is None or not torch.is_grad_enabled():
+        return F.linear(x, weight_NK.to(x.dtype))
+    out: Tensor = _Linear.apply(x, weight_NK)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        # Kept as it is, not saved: a weight changes in place between steps only, after the last backward.
+        ctx.weight, ctx.left = weight_NK, collecting()
+        return F.linear(x, weight_NK.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        (x,), weight_NK = ctx.saved_tensors, ctx.weight
+        grad_RN, x_RK = grads[0].flatten(0, -2), x.flatten(0, -2)
+        if weight_NK.requires_grad:
+            ctx.left.add(lambda: _add_product(weight_NK, grad_RN, x_RK))
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        return (grad_RN @ weight_NK.to(grad_RN.dtype)).view(x.shape), None
+
+
+def _add_product(weight_NK: Tensor, grad_RN: Tensor, x_RK: Tensor) -> None:
+    """Add gradᵀ x, where both have the weight's dtype without a pass of its own over it."""
+    if weight_NK.grad is None:
+        weight_NK.grad = (grad_RN.T @ x_RK).to(weight_NK.dtype)
+    elif grad_RN.dtype == weight_NK.dtype:
+        weight_NK.grad.addmm_(grad_RN.T, x_RK)
+    else:
+        weight_NK.grad += grad_RN.T @ x_RK
