@@ -11,6 +11,7 @@ from shoestring.trainer.data.prepare import prepare
 SEQUENCE, BATCH = 32, 8
 SMALL = (
     "experiment=quickstart",
+    "topology.pp=1",
     "topology.ep=2",
     "model.vocabulary=512",
     "data.vocabulary=512",

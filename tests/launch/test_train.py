@@ -25,10 +25,11 @@ from shoestring.trainer.telemetry.offline import read_offline_run
 STEPS = 8
 SMALL = [
     "experiment=quickstart",
-    "topology.ep=2",
+    "topology.pp=2",
+    "topology.ep=1",
     "model.vocabulary=512",
     "data.vocabulary=512",
-    "model.layers=2",
+    "model.layers=4",
     "model.hidden=32",
     "training.sequence_length=32",
     "training.global_batch=8",

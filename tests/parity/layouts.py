@@ -5,13 +5,16 @@ Letters: B batch (of a global batch, or of one micro-batch), S sequence, W windo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import cycle, product
 
 import torch
 from torch import Tensor
 
 from shoestring.comm.topology import Topology
+from shoestring.parallelism.pipeline.schedules import SCHEDULES, build_placement
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.reference.deepseek_v3 import BIAS, ReferenceConfig
 from shoestring.tests.trainer.model.released import model_config
@@ -168,7 +171,31 @@ QUICK = (
     Layout(2, 2, 1, 1, _RAGGED),
     Layout(4, 1, 1, 2, _RAGGED, _IDLE),
     Layout(4, 1, 2, 1, _RAGGED, exchange="two_hop", node_size=2),
+    # Each schedule once. The last stage of a one-way pipeline has an embedding of its own for MTP.
+    Layout(1, 1, 4, 1, _RAGGED, pp=2, schedule="gpipe"),
+    Layout(1, 2, 3, 1, _EMPTY, pp=2, schedule="one_f_one_b"),
+    Layout(1, 1, 4, 2, _RAGGED, pp=2, layers=5, schedule="interleaved"),
+    Layout(2, 1, 4, 0, _RAGGED, pp=2, schedule="zb1p", dtype=_FP32),
+    Layout(1, 1, 3, 1, _RAGGED, schedule="dualpipev"),
+    Layout(2, 1, 5, 1, _EMPTY, pp=2, layers=4, schedule="dualpipev", exchange="two_hop", node_size=1),
+    Layout(1, 1, 8, 1, _RAGGED, pp=4, layers=5, schedule="dualpipe"),
+    Layout(2, 1, 4, 2, _RAGGED, _IDLE, pp=2, schedule="dualpipe", dtype=_FP32),
 )
+
+_GRIDS = ((2, 1, 1), (2, 2, 1), (2, 1, 2), (4, 1, 1), (2, 2, 2))
+"""pp, ep, edp."""
+
+
+def _pipelines() -> Iterator[Layout]:
+    """Every schedule on every grid, with and without MTP, in FP64 and FP32; padding in turn."""
+    paddings = cycle(Padding)
+    for schedule in (each.name for each in SCHEDULES):
+        for (pp, ep, edp), mtp, dtype in product(_GRIDS, (0, 1), (torch.float64, _FP32)):
+            stages = build_placement(schedule, pp).stages
+            yield Layout(
+                ep, edp, 2 * pp, mtp, next(paddings), pp=pp, schedule=schedule, dtype=dtype, layers=max(3, stages)
+            )
+
 
 SLOW = (
     # One process: micro-batches, MTP and padding alone.
@@ -207,4 +234,5 @@ SLOW = (
     Layout(4, 2, 1, 1, _RAGGED, exchange="two_hop", node_size=2),
     Layout(4, 2, 2, 1, _RAGGED, _IDLE),
     Layout(4, 2, 1, 2, _EMPTY, dtype=_FP32),
+    *_pipelines(),
 )

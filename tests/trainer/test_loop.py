@@ -17,6 +17,7 @@ from shoestring.tests.processes import World, run_processes
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.data.prepare import prepare
 from shoestring.trainer.loop import train
+from shoestring.trainer.rank import stages_of
 from shoestring.trainer.telemetry.history import read_metrics
 
 STEPS, LENGTH, BATCH = 3, 16, 8
@@ -64,15 +65,22 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_rank(world: World, tree: dict[str, Any]) -> None:
     config = build(RunConfig, tree)
     assert not list(config.problems())
-    groups = ProcessGroups.create(config.topology, world.rank, timedelta(seconds=30))
+    holders = stages_of(config).all_holders()
+    groups = ProcessGroups.create(config.topology, world.rank, timedelta(seconds=30), holders)
     train(config, groups, torch.device("cpu"), attempt="test")
 
 
 def losses_of(
-    root: Path, name: str, topology: Topology, micro_batch: int, exchange: str = "flat"
+    root: Path,
+    name: str,
+    topology: Topology,
+    micro_batch: int,
+    exchange: str = "flat",
+    schedule: str = "one_f_one_b",
 ) -> list[dict[str, Any]]:
     tree = run_config(root) | {"topology": asdict(topology), "schedule": {"micro_batch": micro_batch}}
     tree["exchange"] = {"name": exchange, "check_order": True}
+    tree["schedule"] = tree["schedule"] | {"name": schedule}
     tree["training"] = tree["training"] | {"run_dir": str(root / name)}
     run_processes(topology.world_size, run_rank, tree)
     return [
@@ -88,14 +96,19 @@ def alone(root: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("topology", "micro_batch", "exchange"),
-    [(Topology(ep=4), 1, "flat"), (Topology(ep=2, edp=2), 2, "flat"), (Topology(ep=4, gpus_per_node=2), 2, "two_hop")],
-    ids=["ep4", "ep2edp2", "two nodes"],
+    ("topology", "micro_batch", "exchange", "schedule"),
+    [
+        (Topology(ep=4), 1, "flat", "one_f_one_b"),
+        (Topology(ep=2, edp=2), 2, "flat", "one_f_one_b"),
+        (Topology(ep=4, gpus_per_node=2), 1, "two_hop", "dualpipev"),
+        (Topology(pp=2, edp=2), 1, "flat", "dualpipe"),
+    ],
+    ids=["ep4", "ep2edp2", "two nodes", "two pipeline ranks"],
 )
 def test_every_layout_trains_the_same(
-    root: Path, alone: list[dict[str, Any]], topology: Topology, micro_batch: int, exchange: str
+    root: Path, alone: list[dict[str, Any]], topology: Topology, micro_batch: int, exchange: str, schedule: str
 ) -> None:
-    spread = losses_of(root, f"ep{topology.ep} {exchange}", topology, micro_batch, exchange)
+    spread = losses_of(root, f"{topology.ep} {exchange} {schedule}", topology, micro_batch, exchange, schedule)
     assert len(alone) == len(spread) == STEPS + 2
     for ours, single in zip(spread, alone, strict=True):
         for key in ("loss", "loss/mtp", "loss/balance", "grad_norm", "bias/max", "bias/min"):
