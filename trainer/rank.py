@@ -17,7 +17,7 @@ from ..comm.order import OrderCheck
 from ..comm.pending import Worker, open_worker
 from ..comm.traffic import Traffic
 from ..parallelism.gradients import Gradients, Replicated
-from ..parallelism.pipeline.executor import Executor
+from ..parallelism.pipeline.executor import Executor, open_lanes
 from ..parallelism.pipeline.placement import Direction
 from ..parallelism.pipeline.program import Program
 from ..parallelism.pipeline.schedules import build_forward
@@ -77,10 +77,8 @@ class Pipeline:
 
     @staticmethod
     def open(stages: Stages, groups: ProcessGroups, device: torch.device) -> Pipeline:
-        """A lane each way, where there are neighbours."""
-        ways = {Direction.UP: groups.up, Direction.DOWN: groups.down} if groups.topology.pp > 1 else {}
-        lanes = {direction: Lane(group, open_worker(group, device)) for direction, group in ways.items()}
-        return Pipeline(stages, groups, lanes)
+        """With lanes to the neighbours."""
+        return Pipeline(stages, groups, open_lanes(groups, device))
 
     def executor(self, program: Program) -> Executor:
         """Runs this rank's share of `program`."""

@@ -10,11 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ...comm.failure import CollectiveFailed
+from ...comm.groups import ProcessGroups
 from ...comm.lane import Lane
-from ...comm.pending import Pending
+from ...comm.pending import Pending, open_worker
 from .edges import Commit, Edge, Payload, edges
 from .overlap import Steps, drive
 from .placement import Direction, Place
@@ -36,6 +38,14 @@ class Stage(Protocol):
     def message(self, micro_batch: int) -> Tensor:
         """An empty tensor for what travels between stages, forth and back."""
         ...
+
+
+def open_lanes(groups: ProcessGroups, device: torch.device) -> dict[Direction, Lane]:
+    """A lane each way where the pipeline has neighbours."""
+    if groups.topology.pp == 1:
+        return {}
+    ways = ((Direction.UP, groups.up), (Direction.DOWN, groups.down))
+    return {way: Lane(group, open_worker(group, device)) for way, group in ways}
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,8 @@ def run_rank(world: World, layout: Layout, steps: int, break_name: str | None) -
     groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=60), stages.all_holders())
     order = OrderCheck(groups.ep)
     with broken, closing(open_worker(groups.ep, torch.device("cpu"), order)) as worker:
-        stepper, gradients = _build(layout, stages, groups, worker)
-        records = tuple(_step(stepper, gradients, layout, step, world.rank) for step in range(steps))
+        stepper, gradients = build(layout, stages, groups, worker)
+        records = tuple(take_step(stepper, gradients, layout, step, world.rank) for step in range(steps))
     parts = {name: (value.detach().clone(), trained) for name, value, trained in released_parts(gradients.model)}
     return Outcome(
         records,
@@ -82,7 +82,7 @@ class RecordingGradients(Gradients):
         return super().norm()
 
 
-def _build(layout: Layout, stages: Stages, groups: ProcessGroups, worker: Worker) -> tuple[Stepper, RecordingGradients]:
+def build(layout: Layout, stages: Stages, groups: ProcessGroups, worker: Worker) -> tuple[Stepper, RecordingGradients]:
     """What `trainer.rank.build_rank` makes, with the twin's weights, and without data and checkpoints."""
     topology, rank = layout.topology, groups.rank
     model = Model(model_config(layout.config), stages.share(topology, rank))
@@ -98,7 +98,7 @@ def _build(layout: Layout, stages: Stages, groups: ProcessGroups, worker: Worker
     return replace(stepper, gradients=gradients), gradients
 
 
-def _step(stepper: Stepper, gradients: RecordingGradients, layout: Layout, step: int, rank: int) -> StepOutcome:
+def take_step(stepper: Stepper, gradients: RecordingGradients, layout: Layout, step: int, rank: int) -> StepOutcome:
     config = layout.config
     settings = StepSettings(
         learning_rate=learning_rate(step),

@@ -1,0 +1,172 @@
+"""One stack of layers cut into stages, run by Shoestring's executor and by torch's own pipelining.
+
+Letters: R rows of a micro-batch, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleDualPipeV, ScheduleZBVZeroBubble
+
+from shoestring.comm.groups import ProcessGroups
+from shoestring.comm.topology import Topology
+from shoestring.parallelism.pipeline.executor import Executor, open_lanes
+from shoestring.parallelism.pipeline.overlap import Steps
+from shoestring.parallelism.pipeline.placement import Place
+from shoestring.parallelism.pipeline.schedules import build_program
+from shoestring.parallelism.pipeline.weight_grad import WeightGradients, linear
+from shoestring.trainer.model.phase import Phase
+
+PEERS = {
+    "Schedule1F1B": ("one_f_one_b", Schedule1F1B),
+    "ScheduleDualPipeV": ("dualpipev", ScheduleDualPipeV),
+    "ScheduleZBVZeroBubble": ("dualpipev", ScheduleZBVZeroBubble),
+}
+"""torch's schedule, and ours on the same stages."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    width: int
+    rows: int
+    """Of a micro-batch."""
+    micro_batches: int
+    layers_per_stage: int
+    dtype: torch.dtype = torch.float32
+
+
+class Block(nn.Module):
+    """x + W₂ relu(W₁ x), the same for both; `product` multiplies."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(2 * width, width, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(width, 2 * width, dtype=dtype))
+
+    def forward(self, x_RD: Tensor) -> Tensor:
+        return x_RD + linear(linear(x_RD, self.up).relu(), self.down)
+
+
+def stage_module(stage: int, sizes: Sizes) -> nn.Sequential:
+    """The layers of one stage with weights of their own."""
+    module = nn.Sequential(*(Block(sizes.width, sizes.dtype) for _ in range(sizes.layers_per_stage)))
+    generator = torch.Generator().manual_seed(stage)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def inputs_and_targets(sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """Of a whole batch, [micro-batches · R, D] each."""
+    generator = torch.Generator().manual_seed(99)
+    x, target = torch.randn(2, sizes.micro_batches * sizes.rows, sizes.width, generator=generator).to(sizes.dtype)
+    return x, target
+
+
+def loss_of(out: Tensor, target: Tensor) -> Tensor:
+    return ((out - target) ** 2).sum()
+
+
+@dataclass
+class ModuleStage:
+    """A stage of plain modules for our executor."""
+
+    module: nn.Module
+    is_first: bool
+    is_last: bool
+    inputs: tuple[Tensor, ...]
+    targets: tuple[Tensor, ...]
+    phases: dict[int, Phase] = field(default_factory=dict)
+
+    def forward(self, micro_batch: int, received: Tensor | None) -> Steps[Tensor | None]:
+        yield from ()
+        x = self.inputs[micro_batch] if self.is_first else received
+        assert x is not None
+
+        def run(x: Tensor) -> tuple[Tensor]:
+            out: Tensor = self.module(x)
+            return (loss_of(out, self.targets[micro_batch]) if self.is_last else out,)
+
+        phase = self.phases[micro_batch] = Phase(run, x)
+        return None if self.is_last else phase.outputs[0]
+
+    def backward(self, micro_batch: int, received: Tensor | None, weights: WeightGradients) -> Steps[Tensor | None]:
+        yield from ()
+        grad = torch.ones((), dtype=self.inputs[0].dtype) if self.is_last else received
+        assert grad is not None
+        (grad_input,) = self.phases.pop(micro_batch).backward(weights, grad)
+        weights.settle()
+        return None if self.is_first else grad_input
+
+    def message(self, micro_batch: int) -> Tensor:
+        return torch.empty_like(self.inputs[micro_batch])
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One step of a batch, forward and backward, and the stages it runs on."""
+
+    step: Callable[[], None]
+    modules: Mapping[int, nn.Module]
+    """By stage, those of this rank."""
+    close: Callable[[], None]
+
+    def gradients(self) -> dict[tuple[int, str], Tensor]:
+        """By stage and name, and clear them."""
+        found = {}
+        for stage, module in self.modules.items():
+            for name, parameter in module.named_parameters():
+                assert parameter.grad is not None
+                found[stage, name] = parameter.grad
+                parameter.grad = None
+        return found
+
+
+def ours(schedule: str, sizes: Sizes, rank: int, ranks: int) -> Peer:
+    """Shoestring's executor."""
+    groups = ProcessGroups.create(Topology(pp=ranks), rank, timedelta(seconds=60))
+    program = build_program(schedule, ranks, sizes.micro_batches)
+    lanes = open_lanes(groups, torch.device("cpu"))
+    executor = Executor.of(program, rank, lanes, groups.up.ranks)
+    x, target = inputs_and_targets(sizes)
+    placement, modules, stages = program.placement, {}, []
+    for chunk in range(placement.chunks):
+        place = Place(rank, chunk)
+        module = modules[placement.stage(place)] = stage_module(placement.stage(place), sizes)
+        ends = placement.is_first(place), placement.is_last(place)
+        stages.append(ModuleStage(module, *ends, x.split(sizes.rows), target.split(sizes.rows)))
+
+    def close() -> None:
+        for lane in lanes.values():
+            lane.close()
+
+    return Peer(lambda: executor.run(stages), modules, close)
+
+
+def theirs(name: str, sizes: Sizes, rank: int, ranks: int) -> Peer:
+    """torch.distributed.pipelining."""
+    schedule_class = PEERS[name][1]
+    x, target = inputs_and_targets(sizes)
+    in_v = schedule_class is not Schedule1F1B
+    numbers = [rank, 2 * ranks - 1 - rank] if in_v else [rank]
+    count = 2 * ranks if in_v else ranks
+    modules: dict[int, nn.Module] = {number: stage_module(number, sizes) for number in numbers}
+    device = torch.device("cpu")
+    group = dist.new_group(list(range(ranks)), timeout=timedelta(seconds=60))
+    stages = [PipelineStage(module, number, count, device, group=group) for number, module in modules.items()]
+    schedule = schedule_class(stages if in_v else stages[0], sizes.micro_batches, loss_fn=loss_of, scale_grads=False)
+    first, last = rank == 0, (rank == 0 if in_v else rank == ranks - 1)
+
+    def step() -> None:
+        losses: list[Tensor] | None = [] if last else None
+        schedule.step(*((x,) if first else ()), target=target if last else None, losses=losses)
+
+    return Peer(step, modules, lambda: None)

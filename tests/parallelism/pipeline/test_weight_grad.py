@@ -1,0 +1,126 @@
+"""Gradients of weights, put off: the same as autograd's, left where the forward said, done when asked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shoestring.parallelism.pipeline.weight_grad import WeightGradients, collecting, linear
+from shoestring.trainer.model.experts import grouped_linear, grouped_mm_twin, grouped_outer, grouped_outer_twin
+from shoestring.trainer.model.loss import linear_cross_entropy, linear_cross_entropy_twin
+from shoestring.trainer.model.phase import Phase
+
+ROWS = (3, 0, 5, 8)
+
+
+def test_a_weight_has_no_gradient_until_the_work_is_run() -> None:
+    x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(4, 2, 5, dtype=torch.float64)
+    left = WeightGradients()
+    with left.collect():
+        out = linear(x, weight)
+    assert collecting() is None
+    out.backward(grad)
+    assert weight.grad is None
+    left.run()
+    left.run()  # nothing is left: nothing is added twice
+    expected = torch.autograd.grad(F.linear(x, weight), (x, weight), grad)
+    torch.testing.assert_close(x.grad, expected[0])
+    torch.testing.assert_close(weight.grad, expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_add_up_in_the_dtype_of_the_weight(dtype: torch.dtype) -> None:
+    weight = torch.randn(5, 3, requires_grad=True)
+    expected = torch.zeros_like(weight)
+    for _ in range(3):
+        x, grad, left = torch.randn(4, 3).to(dtype), torch.randn(4, 5).to(dtype), WeightGradients()
+        with left.collect():
+            linear(x, weight).backward(grad)
+        left.run()
+        expected += (grad.T @ x).float()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+    torch.testing.assert_close(weight.grad, expected)
+
+
+def test_outside_of_a_collection_autograd_does_it_all() -> None:
+    x, weight = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    linear(x, weight).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(dim=0).expand(5, 3))
+
+
+def test_deferred_work_waits_for_run_alone() -> None:
+    done: list[str] = []
+    for deferred in (False, True):
+        left = WeightGradients(deferred=deferred)
+        left.add(lambda: done.append("first"))
+        left.add(lambda: done.append("second"))
+        left.settle()
+        assert done == ([] if deferred else ["first", "second"])
+        left.run()
+        assert done == ["first", "second"]
+        done.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_grouped_products_are_those_of_each_expert(dtype: torch.dtype) -> None:
+    x = torch.randn(sum(ROWS), 8, dtype=dtype, requires_grad=True)
+    weight = torch.randn(len(ROWS), 4, 8, dtype=dtype, requires_grad=True)
+    grad = torch.randn(sum(ROWS), 4, dtype=dtype)
+    left = WeightGradients()
+    with left.collect():
+        out = grouped_linear(x, weight, ROWS)
+    out.backward(grad)
+    assert weight.grad is None
+    left.run()
+    twin = grouped_mm_twin(x, weight, ROWS)
+    expected = torch.autograd.grad(twin, (x, weight), grad)
+    torch.testing.assert_close(out, twin)
+    torch.testing.assert_close(x.grad, expected[0])
+    torch.testing.assert_close(weight.grad, expected[1])
+    outer = grouped_outer(grad, x.detach(), ROWS)
+    torch.testing.assert_close(outer, grouped_outer_twin(grad, x.detach(), ROWS))
+    assert not outer[1].any()  # an expert without rows
+
+
+def test_the_head_leaves_its_gradient_too() -> None:
+    hidden, head = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    targets, left = torch.randint(9, (6,)), WeightGradients()
+    with left.collect():
+        loss = linear_cross_entropy(hidden, head, targets)
+    loss.backward(torch.tensor(0.5))
+    assert head.grad is None
+    left.run()
+    expected = torch.autograd.grad(linear_cross_entropy_twin(hidden, head, targets), (hidden, head), torch.tensor(0.5))
+    torch.testing.assert_close(hidden.grad, expected[0])
+    torch.testing.assert_close(head.grad, expected[1])
+
+
+def test_a_phase_without_inputs_is_all_weights() -> None:
+    table = torch.randn(5, 3, requires_grad=True)
+    phase = Phase(lambda: (F.embedding(torch.tensor([1, 1, 4]), table),))
+    left = WeightGradients()
+    assert phase.backward(left, torch.ones(3, 3)) == ()
+    assert table.grad is None
+    left.run()
+    assert _rows_with_gradient(table) == [1, 4]
+
+
+def test_phases_hand_their_work_on_in_order() -> None:
+    weights = [torch.randn(3, 3, requires_grad=True) for _ in range(2)]
+    left = WeightGradients(deferred=True)
+    for weight in weights:
+        phase = Phase(lambda x, weight=weight: (linear(x, weight),), torch.randn(2, 3))
+        phase.backward(left, torch.ones(2, 3))
+    assert all(weight.grad is None for weight in weights)
+    left.run()
+    assert all(weight.grad is not None for weight in weights)
+
+
+def _rows_with_gradient(table: Tensor) -> list[int]:
+    assert table.grad is not None
+    return table.grad.any(dim=1).nonzero().flatten().tolist()
