@@ -227,12 +227,12 @@ def deepep_problems(
     shape: BufferShape, ranks: int, dtype: torch.dtype, device: str, local_ranks: int
 ) -> Iterator[Problem]:
     """Why `local_ranks` of this machine cannot exchange by DeepEP with `ranks` in all. Imports nothing of deep_ep."""
-    reasons = (*_missing(device, local_ranks), *_impossible(shape, ranks, dtype))
+    reasons = (*missing_for_deepep(device, local_ranks), *_impossible(shape, ranks, dtype))
     for reason in reasons:
         yield Problem("exchange.name", "deepep", f"{reason}, or write exchange=two_hop")
 
 
-def _missing(device: str, local_ranks: int) -> Iterator[str]:
+def missing_for_deepep(device: str, local_ranks: int) -> Iterator[str]:
     """What this machine lacks, and what to do about it."""
     spec = importlib.util.find_spec("deep_ep")
     build = "build version 2 of github.com/deepseek-ai/DeepEP, which needs CUDA 12.3 or later with nvcc"

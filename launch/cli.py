@@ -55,6 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     partition.add_argument("--format", choices=["table", "json"], default="table")
     partition.set_defaults(run=_partition)
 
+    doctor = verbs.add_parser("doctor", help="what serves each operation on this machine, and what cannot")
+    doctor.add_argument("--format", choices=["table", "json"], default="table")
+    doctor.set_defaults(run=_doctor)
+
     budget = verbs.add_parser("budget", help="what a run has cost, beside the published 2.788 M GPU-hours")
     budget.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     budget.add_argument("--format", choices=["table", "json"], default="table")
@@ -188,6 +192,16 @@ def _bench(options: argparse.Namespace) -> int:
         print(json.dumps(result, indent=1))
     else:
         _show(bench_tables(result))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import doctor_table, doctor_tree
+
+    if options.format == "json":
+        print(json.dumps(doctor_tree(), indent=1))
+    else:
+        _show(doctor_table())
     return 0
 
 

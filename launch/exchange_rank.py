@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..comm.bootstrap import WorkerEnvironment, start_default_group
 from ..comm.config import EXCHANGES, ExchangeConfig
+from ..comm.deepep import BufferShape, missing_for_deepep
 from ..comm.exchange import TokenExchange
 from ..comm.groups import ProcessGroups
 from ..comm.label import Label
@@ -83,6 +84,9 @@ class ExchangeSpec:
         reachable = self.experts // self.groups * self.top_k_groups
         if self.top_k > reachable:
             yield Problem("top_k", self.top_k, f"must be at most {reachable}: that many experts can be reached")
+        if "deepep" in self.exchanges:
+            for reason in missing_for_deepep("auto", self.gpus_per_node):
+                yield Problem("exchanges", "deepep", reason)
         for field, known in (("exchanges", EXCHANGES), ("formats", FORMATS)):
             for name in vars(self)[field]:
                 if name not in known:
@@ -122,7 +126,10 @@ class Bench:
         config = ExchangeConfig(
             name=name, dispatch=form, combine="bf16", combine_backward=form, dispatch_backward="bf16"
         )
-        self._exchange: TokenExchange[object] = open_exchange(config, groups, spec.experts, self._worker, self._traffic)
+        shape = BufferShape(spec.tokens, spec.hidden, spec.top_k)
+        self._exchange: TokenExchange[object] = open_exchange(
+            config, groups, spec.experts, self._worker, self._traffic, shape
+        )
 
     def seconds(self) -> dict[str, float]:
         """Each operation alone, from its start to its result; that of the slowest rank."""

@@ -123,8 +123,7 @@ class Reporter:
             "budget_share": self._meter.budget_share(),
             "eta_seconds": (config.total_steps - step) * config.tokens_per_step / rate,
             "total_steps": config.total_steps,
-            **{f"bytes_sent/{link}": size for link, size in traffic.by_link().items()},
-            **{f"payload_sent/{link}": size for link, size in traffic.by_link(Kind.PAYLOAD).items()},
+            **(traffic_values(traffic) if config.exchange.name != "deepep" else {}),  # which does not say what it sends
             **balance_values(result, config.topology),
             **routing_values(result),
         }
@@ -178,6 +177,13 @@ def balance_values(result: StepResult, topology: Topology) -> dict[str, JSON]:
         values |= {f"{kind}/max_violation": violation for kind, violation in worst.items()}
         values["bias/min"], values["bias/max"] = result.bias_range
     return values
+
+
+def traffic_values(traffic: Traffic) -> dict[str, JSON]:
+    """Bytes that rank 0 has sent through the exchange in this step, by link: all of them, and those of rows alone."""
+    everything, payload = traffic.by_link(), traffic.by_link(Kind.PAYLOAD)
+    values: dict[str, JSON] = {f"bytes_sent/{link}": size for link, size in everything.items()}
+    return values | {f"payload_sent/{link}": size for link, size in payload.items()}
 
 
 def routing_values(result: StepResult) -> dict[str, JSON]:

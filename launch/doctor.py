@@ -1,0 +1,90 @@
+"""`shoestring doctor`: what serves each operation on this machine, what could not and why, and what was never run."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from ..comm.deepep import missing_for_deepep
+from .namespaces import missing_means
+
+NOT_YET = "not yet run on hardware"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One way to serve one operation."""
+
+    operation: str
+    provider: str
+    usable: bool
+    """Here, now."""
+    note: str
+    """Why, or why not."""
+
+
+def findings() -> tuple[Finding, ...]:
+    """Everything that Shoestring chooses between, in the order of the report's sections."""
+    return (*_devices(), *_exchanges(), *_products(), *_rehearsal())
+
+
+def _devices() -> Iterator[Finding]:
+    gpus = torch.cuda.device_count()
+    names = ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(gpus)}))
+    found = f"{gpus} of them: {names}; {NOT_YET}" if gpus else "torch sees none"
+    yield Finding("compute", "GPU (training.device=cuda)", gpus > 0, found)
+    yield Finding("compute", "CPU (training.device=cpu)", True, f"{os.cpu_count()} cores, {platform.machine()}")
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    yield Finding("collectives", "NCCL", nccl, NOT_YET if nccl else "needs a GPU and a build of torch with NCCL")
+    yield Finding("collectives", "gloo", dist.is_gloo_available(), "what CPU ranks use")
+
+
+def _exchanges() -> Iterator[Finding]:
+    on_gpu = f"; on a GPU {NOT_YET}"
+    yield Finding("token exchange", "flat", True, f"all-to-all, a row an expert: the oracle{on_gpu}")
+    yield Finding("token exchange", "two_hop", True, f"once a node, then inside it; BF16 and FP8 on the wire{on_gpu}")
+    missing = list(missing_for_deepep("auto", 1))
+    note = f"{'; '.join(missing)}; {NOT_YET}" if missing else NOT_YET
+    yield Finding("token exchange", "deepep", not missing, note)
+
+
+def _products() -> Iterator[Finding]:
+    yield Finding("expert products", "F.grouped_mm", True, "FP32 and BF16; FP64 runs an expert at a time")
+    yield Finding(
+        "attention", "F.scaled_dot_product_attention", True, "on a CPU in FP32, values padded to equal widths"
+    )
+    yield Finding("optimizer", "torch.optim.AdamW(fused=True)", True, "moments in the dtype of the parameters")
+
+
+def _rehearsal() -> Iterator[Finding]:
+    problems = list(missing_means())
+    note = "; ".join(f"{problem.field}: {problem.remedy}" for problem in problems) or "network namespaces"
+    yield Finding("simulated cluster", "ip, tc", not problems, note)
+
+
+def doctor_tree() -> dict[str, object]:
+    """The findings as plain values."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "findings": [asdict(finding) for finding in findings()],
+    }
+
+
+def doctor_table() -> RenderableType:
+    """The same for a reader."""
+    table = Table(title="What serves what, here", title_justify="left")
+    for heading in ("operation", "provider", "here", "note"):
+        table.add_column(heading)
+    for finding in findings():
+        table.add_row(finding.operation, finding.provider, "yes" if finding.usable else "no", finding.note)
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}."
+    advice = "`python benchmarks/bring_up.py` runs each of them and says what works."
+    return Group(table, f"{versions} {advice}")

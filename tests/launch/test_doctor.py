@@ -1,0 +1,43 @@
+"""What the doctor says is what this machine has, and what was never run is called so."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from shoestring.launch.cli import main
+from shoestring.launch.doctor import NOT_YET, findings
+
+
+def test_json_and_table_tell_the_same(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    for form in ("json", "table"):
+        with pytest.raises(SystemExit) as stop:
+            main(["doctor", "--format", form])
+        assert stop.value.code == 0
+        printed = capsys.readouterr().out
+        if form == "json":
+            assert [each["provider"] for each in json.loads(printed)["findings"]] == [f.provider for f in findings()]
+        else:
+            assert all(finding.provider in printed for finding in findings())
+
+
+def test_what_was_never_run_says_so() -> None:
+    found = {finding.provider: finding for finding in findings()}
+    assert NOT_YET in found["deepep"].note
+    assert NOT_YET in found["two_hop"].note
+    assert found["gloo"].usable
+
+
+def test_it_looks_before_it_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H800")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    assert "3 of them: H800" in findings()[0].note
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    cluster = findings()[-1]
+    assert not cluster.usable
+    assert "must be root" in cluster.note
