@@ -64,13 +64,6 @@ class Group:
                 dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.handle)
         return tensor
 
-    def broadcast(self, tensor: Tensor, what: str) -> Tensor:
-        """Replace `tensor` by that of the group's first rank, in place, and return it."""
-        if self.handle is not None:
-            with self._failing_clearly(what):
-                dist.broadcast(tensor, src=self.ranks[0], group=self.handle)
-        return tensor
-
     def all_to_all(
         self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int], what: str
     ) -> Tensor:

@@ -33,6 +33,9 @@ class ScheduleConfig:
     """Stages a rank holds, for `interleaved`; null: as many as the schedule asks for."""
     layout: tuple[int, ...] | None = None
     """Layers of each stage; null: balanced by FLOPs, see `shoestring partition`."""
+    overlap: bool = True
+    """Whether the forward and the backward of an FB take turns, so that one computes while the other's tokens travel;
+    else the forward runs first. The numbers are the same to the last bit."""
 
     def problems(self) -> Iterator[Problem]:
         """What is impossible about these values on their own."""

@@ -74,15 +74,17 @@ class Pipeline:
     stages: Stages
     groups: ProcessGroups
     lanes: dict[Direction, Lane]
+    overlap: bool = True
+    """See `ScheduleConfig`."""
 
     @staticmethod
-    def open(stages: Stages, groups: ProcessGroups, device: torch.device) -> Pipeline:
+    def open(stages: Stages, groups: ProcessGroups, device: torch.device, *, overlap: bool = True) -> Pipeline:
         """With lanes to the neighbours."""
-        return Pipeline(stages, groups, open_lanes(groups, device))
+        return Pipeline(stages, groups, open_lanes(groups, device), overlap)
 
     def executor(self, program: Program) -> Executor:
         """Runs this rank's share of `program`."""
-        return Executor.of(program, self.groups.pp_rank, self.lanes, self.groups.up.ranks)
+        return Executor.of(program, self.groups.pp_rank, self.lanes, self.groups.up.ranks, overlap=self.overlap)
 
     def forwards(self, micro_batches: int) -> Executor:
         """Runs so many forwards."""
@@ -114,7 +116,7 @@ def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -
     worker = open_worker(groups.ep, device, OrderCheck(groups.ep) if config.exchange.check_order else None)
     traffic = Traffic(config.topology, groups.rank)
     exchange = open_exchange(config.exchange, groups, config.model.experts, worker, traffic, largest_dispatch(config))
-    pipeline = Pipeline.open(stages_of(config), groups, device)
+    pipeline = Pipeline.open(stages_of(config), groups, device, overlap=config.schedule.overlap)
     model, dtype = build_model(config, groups, device), config.precision.compute_dtype(device)
     return Rank(
         config=config,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..comm.topology import Topology
+from ..parallelism.pipeline.check import check
 from ..parallelism.pipeline.partition import Partition, partition
 from ..parallelism.pipeline.placement import Place, Placement, Route
 from ..parallelism.pipeline.program import Program
@@ -40,10 +41,12 @@ class Stages:
         return Stages(model, schedule, placement, split_layers(model, sequence_length, placement.stages, layout).ranges)
 
     def program(self, micro_batches: int) -> Program:
-        """One global batch of so many micro-batches."""
+        """One global batch of so many micro-batches, proved to be right."""
         free = self.placement.route is Route.LOOP and self.placement.chunks > 1
         chunks = self.placement.chunks if free else None
-        return build_program(self.schedule, self.placement.ranks, micro_batches, chunks)
+        program = build_program(self.schedule, self.placement.ranks, micro_batches, chunks)
+        check(program)
+        return program
 
     def chunks(self, pp_rank: int) -> tuple[Stage, ...]:
         """The stages of one pipeline rank, by chunk."""

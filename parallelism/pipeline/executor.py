@@ -18,7 +18,7 @@ from ...comm.groups import ProcessGroups
 from ...comm.lane import Lane
 from ...comm.pending import Pending, open_worker
 from .edges import Commit, Edge, Payload, edges
-from .overlap import Steps, drive
+from .overlap import Steps, drive, take_turns
 from .placement import Direction, Place
 from .program import Instruction, Op, Program, Work, where
 from .weight_grad import WeightGradients
@@ -60,11 +60,20 @@ class Executor:
     global_ranks: tuple[int, ...]
     """Of the pipeline ranks, in order."""
     commits: tuple[Commit, ...]
+    overlap: bool = True
+    """Whether the two halves of an FB take turns; else the forward runs first. The numbers are the same."""
 
     @staticmethod
-    def of(program: Program, rank: int, lanes: Mapping[Direction, Lane], global_ranks: tuple[int, ...]) -> Executor:
+    def of(
+        program: Program,
+        rank: int,
+        lanes: Mapping[Direction, Lane],
+        global_ranks: tuple[int, ...],
+        *,
+        overlap: bool = True,
+    ) -> Executor:
         """Derives what travels from the program."""
-        return Executor(program, rank, lanes, global_ranks, edges(program)[rank])
+        return Executor(program, rank, lanes, global_ranks, edges(program)[rank], overlap)
 
     def run(self, stages: Sequence[Stage]) -> None:
         """Run every instruction on `stages`, which are indexed by chunk.
@@ -118,12 +127,17 @@ class _Run:
                 self._arriving[edge.payload, edge.received] = _Arriving(edge, batch, place)
 
     def instruction(self, index: int, instruction: Instruction) -> None:
-        """Compute; the forward of an FB, then its backward."""
+        """Compute; the two halves of an FB take turns."""
+        forward, backward = instruction.forward, instruction.backward
         try:
-            if instruction.forward is not None:
-                self._forward(instruction.forward)
-            if instruction.backward is not None:
-                self._backward(instruction.op, instruction.backward)
+            if forward is not None and backward is not None:
+                self._pair(forward, backward)
+            elif forward is not None:
+                self._sent(forward, drive(self._forward(forward)))
+            elif backward is not None and instruction.op is Op.W:
+                self._pending_weights.pop(backward).run()
+            elif backward is not None:
+                self._returned(backward, drive(self._backward(backward, deferred=instruction.op is Op.I)))
         except CollectiveFailed as failure:
             raise CollectiveFailed(f"{where(self._rank, index, instruction)}: {failure}") from failure
 
@@ -132,23 +146,35 @@ class _Run:
         while self._posted:
             self._posted.popleft().wait()
 
-    def _forward(self, work: Work) -> None:
-        here = Place(self._rank, work.chunk)
-        received = self._take(Payload.ACTIVATION, work, self._program.placement.before(here))
-        output = drive(self._stages[work.chunk].forward(self._program.data_index(work), received))
-        self._hand_on(Payload.ACTIVATION, work, output, self._program.placement.after(here))
+    def _pair(self, forward: Work, backward: Work) -> None:
+        if self._executor.overlap:
+            grad, output = take_turns(self._backward(backward, deferred=False), self._forward(forward))
+        else:
+            output = drive(self._forward(forward))
+            grad = drive(self._backward(backward, deferred=False))
+        self._sent(forward, output)
+        self._returned(backward, grad)
 
-    def _backward(self, op: Op, work: Work) -> None:
-        if op is Op.W:
-            self._pending_weights.pop(work).run()
-            return
-        here = Place(self._rank, work.chunk)
-        received = self._take(Payload.GRADIENT, work, self._program.placement.after(here))
-        weights = WeightGradients(deferred=op is Op.I)
-        grad = drive(self._stages[work.chunk].backward(self._program.data_index(work), received, weights))
-        if op is Op.I:
+    def _forward(self, work: Work) -> Steps[Tensor | None]:
+        source = self._program.placement.before(Place(self._rank, work.chunk))
+        received = self._take(Payload.ACTIVATION, work, source)
+        return self._stages[work.chunk].forward(self._program.data_index(work), received)
+
+    def _backward(self, work: Work, *, deferred: bool) -> Steps[Tensor | None]:
+        source = self._program.placement.after(Place(self._rank, work.chunk))
+        received = self._take(Payload.GRADIENT, work, source)
+        weights = WeightGradients(deferred=deferred)
+        if deferred:
             self._pending_weights[work] = weights
-        self._hand_on(Payload.GRADIENT, work, grad, self._program.placement.before(here))
+        return self._stages[work.chunk].backward(self._program.data_index(work), received, weights)
+
+    def _sent(self, work: Work, output: Tensor | None) -> None:
+        target = self._program.placement.after(Place(self._rank, work.chunk))
+        self._hand_on(Payload.ACTIVATION, work, output, target)
+
+    def _returned(self, work: Work, grad: Tensor | None) -> None:
+        target = self._program.placement.before(Place(self._rank, work.chunk))
+        self._hand_on(Payload.GRADIENT, work, grad, target)
 
     def _take(self, payload: Payload, work: Work, source: Place | None) -> Tensor | None:
         """What `work` needs, once it is here; None where nothing comes before it."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Result = TypeVar("Result")
+Other = TypeVar("Other")
 Steps = Generator[None, None, Result]
 
 
@@ -17,3 +18,21 @@ def drive(steps: Steps[Result]) -> Result:
         except StopIteration as stop:
             result: Result = stop.value
             return result
+
+
+def take_turns(first: Steps[Result], second: Steps[Other]) -> tuple[Result, Other]:
+    """Run two generators to their ends, one step of each in turn: while one waits for its exchange the other computes.
+
+    With a backward first and a forward second this is the report's order (§3.2.1, figure 4), since each launches an
+    exchange at the end of its step and waits for it at the beginning of its next one.
+    """
+    results: list[Any] = [None, None]
+    running = {0: first, 1: second}
+    while running:
+        for turn, steps in list(running.items()):
+            try:
+                next(steps)
+            except StopIteration as stop:
+                results[turn] = stop.value
+                del running[turn]
+    return results[0], results[1]

@@ -66,6 +66,8 @@ class Layout:
     """GPUs of a node."""
     pp: int = 1
     schedule: str = "one_f_one_b"
+    overlap: bool = True
+    """Of the two halves of an FB."""
 
     @property
     def name(self) -> str:
@@ -80,7 +82,17 @@ class Layout:
             f"layers{self.layers}",
         )
         place = f"{self.exchange:7} nodes of {self.node_size}"
-        return " ".join((*parts, f"{self.padding:6}", f"{self.load:6}", dtype, place, self.schedule))
+        return " ".join(
+            (
+                *parts,
+                f"{self.padding:6}",
+                f"{self.load:6}",
+                dtype,
+                place,
+                self.schedule,
+                *([] if self.overlap else ["in turn"]),
+            )
+        )
 
     @property
     def tolerance(self) -> float:
