@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .groups import Group
 from .order import OrderCheck
+from .record import SILENT, Recorder, Track
 
 T = TypeVar("T")
 Result = TypeVar("Result", covariant=True)
@@ -40,11 +41,19 @@ class Worker(Protocol):
         ...
 
 
-def open_worker(group: Group, device: torch.device, order: OrderCheck | None = None) -> Worker:
-    """The worker for exchanges over `group` by tensors on `device`."""
+def open_worker(
+    group: Group,
+    device: torch.device,
+    order: OrderCheck | None = None,
+    recorder: Recorder = SILENT,
+    track: Track = Track.EXCHANGE,
+) -> Worker:
+    """The worker for communication over `group` by tensors on `device`; it shows on `track` of a timeline."""
     if group.size == 1:
-        return InlineWorker()
-    return StreamWorker(device, order) if device.type == "cuda" else ThreadWorker(order)
+        return InlineWorker(recorder, track)
+    if device.type == "cuda":
+        return StreamWorker(device, order, recorder, track)
+    return ThreadWorker(order, recorder, track)
 
 
 class Done(Generic[T]):
@@ -61,9 +70,13 @@ class Done(Generic[T]):
 class InlineWorker:
     """Runs everything at once, in the caller: for a group of one rank, where nothing moves."""
 
+    def __init__(self, recorder: Recorder = SILENT, track: Track = Track.EXCHANGE) -> None:
+        self._recorder, self._track = recorder, track
+
     def submit(self, what: str, function: Callable[[], T], inputs: Sequence[Tensor]) -> Pending[T]:
         """See `Worker`."""
-        with torch.no_grad():
+        self._recorder.mark(Track.LAUNCH, what)
+        with torch.no_grad(), self._recorder.span(self._track, what):
             return Done(function())
 
     def close(self) -> None:
@@ -77,13 +90,17 @@ class ThreadWorker:
     another for ever. After a failure nothing more is tried: each further collective would only wait for its limit too.
     """
 
-    def __init__(self, order: OrderCheck | None = None) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="exchange")
+    def __init__(
+        self, order: OrderCheck | None = None, recorder: Recorder = SILENT, track: Track = Track.EXCHANGE
+    ) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=track)
         self._order = order
+        self._recorder, self._track = recorder, track
         self._failure: BaseException | None = None
 
     def submit(self, what: str, function: Callable[[], T], inputs: Sequence[Tensor]) -> Pending[T]:
         """See `Worker`."""
+        self._recorder.mark(Track.LAUNCH, what)
         return _InThread(self._executor.submit(self._run, what, function))
 
     def close(self) -> None:
@@ -96,7 +113,7 @@ class ThreadWorker:
         try:
             if self._order is not None:
                 self._order.check(what)
-            with torch.no_grad():
+            with torch.no_grad(), self._recorder.span(self._track, what):
                 return function()
         except BaseException as failure:
             self._failure = failure
@@ -118,16 +135,24 @@ class StreamWorker:
     that crosses between the streams, so that its memory is not handed out while the other stream still uses it.
     """
 
-    def __init__(self, device: torch.device, order: OrderCheck | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        order: OrderCheck | None = None,
+        recorder: Recorder = SILENT,
+        track: Track = Track.EXCHANGE,
+    ) -> None:
         self._stream = torch.cuda.Stream(device, priority=-1)  # before the products that it feeds
         self._order = order
+        self._recorder, self._track = recorder, track
 
     def submit(self, what: str, function: Callable[[], T], inputs: Sequence[Tensor]) -> Pending[T]:
         """See `Worker`. The host waits here for the sizes of a dispatch, and for nothing else."""
         if self._order is not None:
             self._order.check(what)
+        self._recorder.mark(Track.LAUNCH, what)
         computed = torch.cuda.current_stream().record_event()
-        with torch.no_grad(), torch.cuda.stream(self._stream):
+        with torch.no_grad(), torch.cuda.stream(self._stream), self._recorder.span(self._track, what):
             self._stream.wait_event(computed)
             result = function()
             arrived = self._stream.record_event()

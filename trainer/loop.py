@@ -26,6 +26,7 @@ from .generate import generate
 from .rank import Rank, build_rank
 from .reporter import Reporter, Speed
 from .step import NonFiniteStep, StepSettings
+from .tracing import Tracing
 
 
 class RunFailed(RuntimeError):  # noqa: N818 -- says what happened
@@ -45,8 +46,11 @@ def train(config: RunConfig, groups: ProcessGroups, device: torch.device, attemp
     done = 0
     try:
         done = _start(rank, reporter)
+        tracing = Tracing.of(rank, done)
         for step in range(done + 1, config.total_steps + 1):
+            tracing.before(step)
             _one_step(rank, step, reporter)
+            tracing.after(step, reporter)
             done = step
             if _is_due(step, config.training.evaluate_every, config.total_steps):
                 _evaluate(rank, step, reporter)

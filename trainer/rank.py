@@ -15,6 +15,7 @@ from ..comm.lane import Lane
 from ..comm.open_exchange import open_exchange
 from ..comm.order import OrderCheck
 from ..comm.pending import Worker, open_worker
+from ..comm.record import SILENT, Recorder
 from ..comm.traffic import Traffic
 from ..parallelism.gradients import Gradients, Replicated
 from ..parallelism.pipeline.executor import Executor, open_lanes
@@ -34,6 +35,7 @@ from .optimizer.adamw import build_adamw
 from .optimizer.config import OptimizerConfig
 from .stages import Stages
 from .step import Stepper
+from .telemetry.trace import TraceRecorder, open_recorder, recorder_of
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Rank:
     store: CheckpointStore
     worker: Worker
     traffic: Traffic
+    trace: TraceRecorder | None
+    """None unless the run is traced."""
 
     @property
     def model(self) -> Model:
@@ -76,15 +80,31 @@ class Pipeline:
     lanes: dict[Direction, Lane]
     overlap: bool = True
     """See `ScheduleConfig`."""
+    recorder: Recorder = SILENT
 
     @staticmethod
-    def open(stages: Stages, groups: ProcessGroups, device: torch.device, *, overlap: bool = True) -> Pipeline:
+    def open(
+        stages: Stages,
+        groups: ProcessGroups,
+        device: torch.device,
+        *,
+        overlap: bool = True,
+        recorder: Recorder = SILENT,
+    ) -> Pipeline:
         """With lanes to the neighbours."""
-        return Pipeline(stages, groups, open_lanes(groups, device), overlap)
+        return Pipeline(stages, groups, open_lanes(groups, device, recorder), overlap, recorder)
 
     def executor(self, program: Program) -> Executor:
         """Runs this rank's share of `program`."""
-        return Executor.of(program, self.groups.pp_rank, self.lanes, self.groups.up.ranks, overlap=self.overlap)
+        groups = self.groups
+        return Executor.of(
+            program,
+            groups.pp_rank,
+            self.lanes,
+            groups.up.ranks,
+            overlap=self.overlap,
+            recorder=self.recorder,
+        )
 
     def forwards(self, micro_batches: int) -> Executor:
         """Runs so many forwards."""
@@ -113,10 +133,13 @@ def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -
     """Initial weights, optimizer, exchange and data of the rank that `groups` belong to."""
     prepared = open_prepared(config.data)
     train, validation = open_samples(config, prepared)
-    worker = open_worker(groups.ep, device, OrderCheck(groups.ep) if config.exchange.check_order else None)
+    trace = open_recorder(trace=config.telemetry.trace, device=device)
+    recorder = recorder_of(trace)
+    order = OrderCheck(groups.ep) if config.exchange.check_order else None
+    worker = open_worker(groups.ep, device, order, recorder)
     traffic = Traffic(config.topology, groups.rank)
     exchange = open_exchange(config.exchange, groups, config.model.experts, worker, traffic, largest_dispatch(config))
-    pipeline = Pipeline.open(stages_of(config), groups, device, overlap=config.schedule.overlap)
+    pipeline = Pipeline.open(stages_of(config), groups, device, overlap=config.schedule.overlap, recorder=recorder)
     model, dtype = build_model(config, groups, device), config.precision.compute_dtype(device)
     return Rank(
         config=config,
@@ -134,6 +157,7 @@ def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -
         store=CheckpointStore(Path(config.training.run_dir) / "checkpoints", config.training.keep_checkpoints),
         worker=worker,
         traffic=traffic,
+        trace=trace,
     )
 
 
@@ -149,11 +173,14 @@ def build_stepper(
     stages, groups = pipeline.stages, pipeline.groups
     return Stepper(
         model=model,
-        chunks=tuple(Chunk(model, exchange, dtype, stage) for stage in stages.chunks(groups.pp_rank)),
+        chunks=tuple(
+            Chunk(model, exchange, dtype, stage, pipeline.recorder) for stage in stages.chunks(groups.pp_rank)
+        ),
         executor=pipeline.executor(stages.program(micro_batches)),
         optimizer=build_adamw(dict(model.named_parameters()), optimizer),
         gradients=gradients_of(model, stages, groups),
         groups=groups,
+        recorder=pipeline.recorder,
     )
 
 

@@ -141,6 +141,10 @@ class Reporter:
         """A checkpoint is safe on disk."""
         self._emit("checkpoint", step, {"path": str(path)})
 
+    def trace(self, step: int, path: Path, values: Mapping[str, JSON]) -> None:
+        """A timeline is written; `values` are the seconds of each term, by rank."""
+        self._emit("trace", step, {"path": str(path), **values})
+
     def totals(self) -> dict[str, int | str]:
         """What a checkpoint carries of the ledger."""
         return summarise(self._run_dir).totals()

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..parallelism.pipeline.overlap import Steps
 from ..parallelism.pipeline.weight_grad import WeightGradients
 from .data.batch import TokenBatch
-from .model.chunk import Chunk, Forward, LossScales, Summary
+from .model.chunk import Chunk
+from .model.tape import Forward, LossScales, Summary
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from ..parallelism.pipeline.placement import Place, Placement, Route
 from ..parallelism.pipeline.program import Program
 from ..parallelism.pipeline.schedules import build_placement, build_program
 from .costs.parts import model_parts
-from .model.chunk import Stage
 from .model.config import ModelConfig
 from .model.model import Share
+from .model.tape import Stage
 
 
 @dataclass(frozen=True)

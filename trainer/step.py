@@ -11,13 +11,15 @@ from torch import Tensor
 
 from ..comm.groups import ProcessGroups
 from ..comm.layout import NO_VISITS, Visits
+from ..comm.record import OPTIMIZER, REDUCE_WAIT, SILENT, Recorder, Track
 from ..parallelism.gradients import Gradients
 from ..parallelism.pipeline.executor import Executor
 from .data.batch import TokenBatch
-from .model.chunk import Chunk, LossScales, Summary
+from .model.chunk import Chunk
 from .model.config import ModelConfig
 from .model.model import Model, router_names
 from .model.router import update_bias
+from .model.tape import LossScales, Summary
 from .optimizer.adamw import set_learning_rate
 from .running import RunningStage
 
@@ -70,6 +72,7 @@ class Stepper:
     optimizer: torch.optim.Optimizer
     gradients: Gradients
     groups: ProcessGroups
+    recorder: Recorder = SILENT
 
     @property
     def config(self) -> ModelConfig:
@@ -91,12 +94,14 @@ class Stepper:
         summaries = list(self._forward_backward(micro_batches, scales))
         main, mtp, balance = self._reduce_sums(summaries)
         counts_E = self._reduce_counts(summaries)
-        self.gradients.reduce()
-        norm = self.gradients.norm()
+        with self.recorder.span(Track.INSTRUCTION, REDUCE_WAIT):
+            self.gradients.reduce()
+            norm = self.gradients.norm()
         total = main * scales.main + mtp * scales.mtp + balance * scales.balance
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise NonFiniteStep(f"loss {total}, gradient norm {norm}: not finite, so no weight was changed")
-        self._update(norm, counts_E, settings)
+        with self.recorder.span(Track.INSTRUCTION, OPTIMIZER):
+            self._update(norm, counts_E, settings)
         return StepResult(
             loss=main / targets,
             mtp_loss=mtp / (max(depth, 1) * targets),

@@ -17,6 +17,7 @@ from ...comm.failure import CollectiveFailed
 from ...comm.groups import ProcessGroups
 from ...comm.lane import Lane
 from ...comm.pending import Pending, open_worker
+from ...comm.record import EDGE_WAIT, SILENT, Recorder, Track
 from .edges import Commit, Edge, Payload, edges
 from .overlap import Steps, drive, take_turns
 from .placement import Direction, Place
@@ -40,12 +41,12 @@ class Stage(Protocol):
         ...
 
 
-def open_lanes(groups: ProcessGroups, device: torch.device) -> dict[Direction, Lane]:
+def open_lanes(groups: ProcessGroups, device: torch.device, recorder: Recorder = SILENT) -> dict[Direction, Lane]:
     """A lane each way where the pipeline has neighbours."""
     if groups.topology.pp == 1:
         return {}
-    ways = ((Direction.UP, groups.up), (Direction.DOWN, groups.down))
-    return {way: Lane(group, open_worker(group, device)) for way, group in ways}
+    ways = ((Direction.UP, groups.up, Track.UP), (Direction.DOWN, groups.down, Track.DOWN))
+    return {way: Lane(group, open_worker(group, device, recorder=recorder, track=track)) for way, group, track in ways}
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Executor:
     commits: tuple[Commit, ...]
     overlap: bool = True
     """Whether the two halves of an FB take turns; else the forward runs first. The numbers are the same."""
+    recorder: Recorder = SILENT
 
     @staticmethod
     def of(
@@ -71,9 +73,10 @@ class Executor:
         global_ranks: tuple[int, ...],
         *,
         overlap: bool = True,
+        recorder: Recorder = SILENT,
     ) -> Executor:
         """Derives what travels from the program."""
-        return Executor(program, rank, lanes, global_ranks, edges(program)[rank], overlap)
+        return Executor(program, rank, lanes, global_ranks, edges(program)[rank], overlap, recorder)
 
     def run(self, stages: Sequence[Stage]) -> None:
         """Run every instruction on `stages`, which are indexed by chunk.
@@ -106,7 +109,9 @@ class _Run:
         self._stages = stages
         self._arriving: dict[tuple[Payload, Work], _Arriving] = {}
         self._ready: dict[tuple[Payload, Work], Tensor] = {}
-        """Made on this rank: for another chunk here, or not yet sent."""
+        """What the work of a chunk here needs, by that work."""
+        self._leaving: dict[tuple[Payload, Work], Tensor] = {}
+        """What the work of a chunk here has made for another rank, until it is sent."""
         self._posted: deque[Pending[tuple[Tensor, ...]]] = deque()
         self._pending_weights: dict[Work, WeightGradients] = {}
 
@@ -119,7 +124,7 @@ class _Run:
                 continue
             batch = lane.post(
                 "; ".join(str(edge) for edge in (*sends, *receives)),
-                [(self._ready.pop((edge.payload, edge.sent)), self._global(edge.target)) for edge in sends],
+                [(self._leaving.pop((edge.payload, edge.sent)), self._global(edge.target)) for edge in sends],
                 [(self._buffer(edge), self._global(edge.source)) for edge in receives],
             )
             self._posted.append(batch)
@@ -130,14 +135,9 @@ class _Run:
         """Compute; the two halves of an FB take turns."""
         forward, backward = instruction.forward, instruction.backward
         try:
-            if forward is not None and backward is not None:
-                self._pair(forward, backward)
-            elif forward is not None:
-                self._sent(forward, drive(self._forward(forward)))
-            elif backward is not None and instruction.op is Op.W:
-                self._pending_weights.pop(backward).run()
-            elif backward is not None:
-                self._returned(backward, drive(self._backward(backward, deferred=instruction.op is Op.I)))
+            self._await(instruction)
+            with self._executor.recorder.span(Track.INSTRUCTION, instruction.op, instruction):
+                self._compute(instruction.op, forward, backward)
         except CollectiveFailed as failure:
             raise CollectiveFailed(f"{where(self._rank, index, instruction)}: {failure}") from failure
 
@@ -145,6 +145,35 @@ class _Run:
         """Wait until everything has been sent."""
         while self._posted:
             self._posted.popleft().wait()
+
+    def _compute(self, op: Op, forward: Work | None, backward: Work | None) -> None:
+        if forward is not None and backward is not None:
+            self._pair(forward, backward)
+        elif forward is not None:
+            self._sent(forward, drive(self._forward(forward)))
+        elif backward is not None and op is Op.W:
+            self._pending_weights.pop(backward).run()
+        elif backward is not None:
+            self._returned(backward, drive(self._backward(backward, deferred=op is Op.I)))
+
+    def _await(self, instruction: Instruction) -> None:
+        """Wait for the messages that the instruction needs, so that it computes without a break."""
+        placement = self._program.placement
+        if (work := instruction.forward) is not None:
+            self._arrive(Payload.ACTIVATION, work, placement.before(Place(self._rank, work.chunk)))
+        if (work := instruction.backward) is not None and instruction.op is not Op.W:
+            self._arrive(Payload.GRADIENT, work, placement.after(Place(self._rank, work.chunk)))
+
+    def _arrive(self, payload: Payload, work: Work, source: Place | None) -> None:
+        """Make ready what another rank has sent for `work`."""
+        if source is None or source.rank == self._rank:
+            return
+        arriving = self._arriving.pop((payload, work))
+        try:
+            with self._executor.recorder.span(Track.INSTRUCTION, EDGE_WAIT, arriving.edge):
+                self._ready[payload, work] = arriving.batch.wait()[arriving.place]
+        except CollectiveFailed as failure:
+            raise CollectiveFailed(f"waits for the {arriving.edge}: {failure}") from failure
 
     def _pair(self, forward: Work, backward: Work) -> None:
         if self._executor.overlap:
@@ -177,24 +206,18 @@ class _Run:
         self._hand_on(Payload.GRADIENT, work, grad, target)
 
     def _take(self, payload: Payload, work: Work, source: Place | None) -> Tensor | None:
-        """What `work` needs, once it is here; None where nothing comes before it."""
-        if source is None:
-            return None
-        if source.rank == self._rank:
-            return self._ready.pop((payload, work))
-        arriving = self._arriving.pop((payload, work))
-        try:
-            return arriving.batch.wait()[arriving.place]
-        except CollectiveFailed as failure:
-            raise CollectiveFailed(f"waits for the {arriving.edge}: {failure}") from failure
+        """What `work` needs, which is here; None where nothing comes before it."""
+        return None if source is None else self._ready.pop((payload, work))
 
     def _hand_on(self, payload: Payload, work: Work, made: Tensor | None, target: Place | None) -> None:
-        """To another chunk of this rank under its name there, else under its own name until it is sent."""
+        """To another chunk of this rank, under its name there, or to be sent."""
         if target is None:
             return
         assert made is not None
-        local = target.rank == self._rank
-        self._ready[payload, Work(target.chunk, work.micro_batch) if local else work] = made.contiguous()
+        if target.rank == self._rank:
+            self._ready[payload, Work(target.chunk, work.micro_batch)] = made
+        else:
+            self._leaving[payload, work] = made.contiguous()
 
     def _buffer(self, edge: Edge) -> Callable[[], Tensor]:
         stage, micro_batch = self._stages[edge.target.chunk], self._program.data_index(edge.received)

@@ -35,6 +35,11 @@ class WeightGradients:
         """Leave a piece of work."""
         self._work.append(work)
 
+    @property
+    def is_due(self) -> bool:
+        """Whether `settle` has something to do."""
+        return bool(self._work) and not self._deferred
+
     def settle(self) -> None:
         """A moment at which others wait for nothing from here: do what has been left, unless it is deferred."""
         if not self._deferred:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from shoestring.tests.launch.small_run import small_run
 from shoestring.trainer.budget.summary import summarise
 from shoestring.trainer.telemetry.history import read_all_metrics, read_metrics
 
-STEPS, EVERY, BREAK = 9, 3, 5
+STEPS, EVERY, BREAK = 18, 8, 9  # far from the next checkpoint, whose collectives are torch's own
 TWO_NODES = Rehearsal(["topology.ep=4"], None, fresh=False, nodes=2, gpus_per_node=2, uplink="100mbit")
 
 # What stands in for a node's launcher: it tells step 5 of a run and then behaves as its node is told to.
@@ -171,6 +172,9 @@ def test_a_run_that_breaks_ends_and_goes_on_from_its_checkpoint(
     limit = "training.collective_timeout_seconds=8"
     broken = run(cluster([*overrides, limit], run_dir, f"{option}={node}@{BREAK}"))
     assert broken.returncode == 1, broken.stderr
+    if option == "--cut-link":
+        for ranks in ("[01]", "[23]"):  # nodes that hear nothing of each other; the first to fail ends its neighbour
+            assert re.search(rf"rank {ranks}: .* with ranks .* \(limit 8 s\)", broken.stderr), broken.stderr
     assert f"{'killed' if option == '--kill-node' else 'link cut'} at step {BREAK}" in broken.stdout
     events = read_all_metrics(run_dir / "metrics.jsonl")
     assert not summarise(run_dir).running

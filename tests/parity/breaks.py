@@ -23,8 +23,8 @@ from shoestring.parallelism.pipeline.overlap import Steps
 from shoestring.parallelism.pipeline.weight_grad import WeightGradients
 from shoestring.tests.parity.layouts import Layout, Load, Padding
 from shoestring.trainer.data.batch import TokenBatch
-from shoestring.trainer.model.chunk import LossScales, Summary
 from shoestring.trainer.model.router import Router, Routing, update_bias
+from shoestring.trainer.model.tape import LossScales, Summary
 from shoestring.trainer.running import RunningStage
 from shoestring.trainer.step import Stepper, StepResult, StepSettings, count_targets
 

@@ -12,15 +12,16 @@ D hidden, V vocabulary, E experts, K top-k, R rows received by this rank, L expe
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ...comm.exchange import TokenExchange
 from ...comm.label import Label
-from ...comm.layout import NO_VISITS, Visits
+from ...comm.pending import Pending
+from ...comm.record import EXPOSED_EXCHANGE, SILENT, Recorder, Track
 from ...parallelism.pipeline.overlap import Steps
 from ...parallelism.pipeline.weight_grad import WeightGradients
 from .layer import Context, DenseLayer, MoELayer
@@ -29,96 +30,29 @@ from .model import Model, MTPModule, layer_name, mtp_name
 from .phase import Phase
 from .rope import rotation
 from .router import Routing
+from .tape import Forward, LossScales, Stage, Tape
 
+T = TypeVar("T")
 Backward = Callable[[Tensor, WeightGradients], Steps[Tensor]]
 """Gradient of a layer's output to gradient of its input; what is left to do for weights goes to the second."""
-
-
-@dataclass(frozen=True)
-class LossScales:
-    """Factors that turn one micro-batch's sums into its part of the loss of the global batch."""
-
-    main: float
-    """1 / valid targets of the global batch."""
-    mtp: float
-    """λ / (D · valid targets of the global batch): eq. 24-25 divide by the length of the sequence at every depth."""
-    balance: float
-    """α / sequences of the global batch."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What one micro-batch's forward through a stage has to tell."""
-
-    main_sum: Tensor
-    """Cross-entropy summed over the valid targets, in nats; 0 but for the last stage."""
-    mtp_sum: Tensor
-    """The same, summed over the further depths too; 0 without MTP."""
-    balance_sum: Tensor
-    """Balance loss without α, summed over the stage's routed layers and sequences."""
-    counts_E: dict[str, Tensor]
-    """int64 load of each router, by the layer's name."""
-    visits: Visits
-    """Of the stage's routed layers together."""
-
-
-@dataclass(frozen=True)
-class Forward:
-    """What one micro-batch's forward leaves behind."""
-
-    output_BSD: Tensor | None
-    """For the next stage; None from the last."""
-    summary: Summary
-    backward: Callable[[LossScales, Tensor | None, WeightGradients], Steps[Tensor | None]]
-    """Given the gradient of the output (None for the last stage), returns that of what was received (None for the
-    first)."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Which part of the model a chunk runs."""
-
-    layers: range
-    is_first: bool = True
-    """Begins with the embedding."""
-    is_last: bool = True
-    """Ends with the final norm, MTP modules and losses."""
-
-
-@dataclass
-class _Tape:
-    """Filled by the forward of one micro-batch, consumed by its backward."""
-
-    context: Context
-    micro_batch: int
-    balance_scale: float = 0.0
-    """Known only when the backward starts: the balance loss is an extra backward root in every routed layer."""
-    balance_sums: list[Tensor] = field(default_factory=list)
-    counts_E: dict[str, Tensor] = field(default_factory=dict)
-    visits: Visits = NO_VISITS
-
-    def summary(self, losses: list[Tensor]) -> Summary:
-        """With the losses of the last stage, of the main model first."""
-        like = self.context.valid_BS.new_zeros((), dtype=torch.float32)
-        return Summary(
-            main_sum=losses[0] if losses else like,
-            mtp_sum=torch.stack(losses[1:]).sum() if losses[1:] else like,
-            balance_sum=torch.stack(self.balance_sums).sum() if self.balance_sums else like,
-            counts_E=self.counts_E,
-            visits=self.visits,
-        )
 
 
 class Chunk:
     """The layers of one stage, ready to run. `dtype` is what they compute in."""
 
     def __init__(
-        self, model: Model, exchange: TokenExchange[Any], dtype: torch.dtype, stage: Stage | None = None
+        self,
+        model: Model,
+        exchange: TokenExchange[Any],
+        dtype: torch.dtype,
+        stage: Stage | None = None,
+        recorder: Recorder = SILENT,
     ) -> None:
         self.model = model
         self.stage = stage or Stage(range(model.config.layers))
         self._exchange = exchange
         self._dtype = dtype
+        self._recorder = recorder
 
     def message(self, sequences: int, length: int, device: torch.device) -> Tensor:
         """An empty tensor like what stages send each other for so many sequences of this length: [B, S, D]."""
@@ -163,7 +97,7 @@ class Chunk:
                 grad_BSD = yield from depth_backwards.pop()(grad_BSD, weights)
                 grad_BSD = grad_BSD + grads.pop()
             grad_BSD = yield from main_backward(grad_BSD, weights)
-            weights.settle()
+            self._settle(weights, "attn(W)")
             return None if self.stage.is_first else grad_BSD
 
         return Forward(
@@ -172,12 +106,12 @@ class Chunk:
             backward=run_backward,
         )
 
-    def _tape(self, valid_BS: Tensor, micro_batch: int) -> _Tape:
+    def _tape(self, valid_BS: Tensor, micro_batch: int) -> Tape:
         like = torch.empty(0, device=valid_BS.device, dtype=self._dtype)
-        return _Tape(Context(rotation(self.model.config, valid_BS.shape[1], like), valid_BS), micro_batch)
+        return Tape(Context(rotation(self.model.config, valid_BS.shape[1], like), valid_BS), micro_batch)
 
     def _losses(
-        self, tokens_BW: Tensor, valid_BW: Tensor, hidden_BSD: Tensor, tape: _Tape
+        self, tokens_BW: Tensor, valid_BW: Tensor, hidden_BSD: Tensor, tape: Tape
     ) -> Steps[tuple[list[Phase], list[Backward]]]:
         """The losses of every depth, the main model's first, and the backward of each MTP module."""
         length = tape.context.valid_BS.shape[1]
@@ -185,7 +119,8 @@ class Chunk:
         def loss(k: int, hidden_BSD: Tensor) -> Phase:
             counted = tape.context.valid_BS & valid_BW[:, k + 1 : length + k + 1]
             targets_BS = tokens_BW[:, k + 1 : length + k + 1].masked_fill(~counted, IGNORED)
-            return Phase(lambda h: (self._cross_entropy(h, targets_BS),), hidden_BSD)
+            with self._span("loss(F)"):
+                return Phase(lambda h: (self._cross_entropy(h, targets_BS),), hidden_BSD)
 
         phases, backwards = [loss(0, hidden_BSD)], []
         for k, module in enumerate(self.model.mtp, start=1):
@@ -206,7 +141,7 @@ class Chunk:
         embedded_BSD: Tensor = self.model.embedding(tokens_BS)
         return embedded_BSD.to(self._dtype)
 
-    def _main(self, tokens_BS: Tensor, received_BSD: Tensor | None, tape: _Tape) -> Steps[tuple[Tensor, Backward]]:
+    def _main(self, tokens_BS: Tensor, received_BSD: Tensor | None, tape: Tape) -> Steps[tuple[Tensor, Backward]]:
         """The stage's part of the main model: its layers, in the first after the embedding, in the last before the
         final norm: h^0, [B, S, D]."""
         embed = Phase(lambda: (self._embed(tokens_BS),)) if self.stage.is_first else None
@@ -228,7 +163,7 @@ class Chunk:
 
         return output_BSD, run_backward
 
-    def _layers(self, hidden_BSD: Tensor, tape: _Tape) -> Steps[tuple[Tensor, list[Backward]]]:
+    def _layers(self, hidden_BSD: Tensor, tape: Tape) -> Steps[tuple[Tensor, list[Backward]]]:
         backwards: list[Backward] = []
         for index in self.stage.layers:
             layer = self.model.layers[str(index)]
@@ -236,13 +171,13 @@ class Chunk:
                 hidden_BSD, backward = yield from self._moe(layer_name(index), layer, hidden_BSD, tape)
             else:
                 assert isinstance(layer, DenseLayer)
-                hidden_BSD, backward = _dense(layer, hidden_BSD, tape.context)
+                hidden_BSD, backward = self._dense(layer, hidden_BSD, tape.context)
             if torch.is_grad_enabled():  # else the layer's activations are free from here on
                 backwards.append(backward)
         return hidden_BSD, backwards
 
     def _depth(
-        self, name: str, module: MTPModule, hidden_BSD: Tensor, tokens_BS: Tensor, tape: _Tape
+        self, name: str, module: MTPModule, hidden_BSD: Tensor, tokens_BS: Tensor, tape: Tape
     ) -> Steps[tuple[Tensor, Backward]]:
         """One depth of MTP: h^{k-1} and the tokens k further on to h^k, [B, S, D]."""
         merged = Phase(lambda h: (module.merge_inputs(h, self._embed(tokens_BS)),), hidden_BSD)
@@ -257,7 +192,7 @@ class Chunk:
 
         return final.outputs[0], run_backward
 
-    def _moe(self, name: str, layer: MoELayer, hidden_BSD: Tensor, tape: _Tape) -> Steps[tuple[Tensor, Backward]]:
+    def _moe(self, name: str, layer: MoELayer, hidden_BSD: Tensor, tape: Tape) -> Steps[tuple[Tensor, Backward]]:
         """The five phases, and their backward in the opposite order."""
         exchange = self._exchange
         routing: Routing | None = None
@@ -267,53 +202,73 @@ class Chunk:
             residual_BSD, normed_TD, routing = layer.attend(hidden_BSD, tape.context)
             return residual_BSD, normed_TD, routing.gates_TK, routing.balance_loss
 
-        attended = Phase(attend, hidden_BSD)
+        label = Label(name, tape.micro_batch)
+        with self._span("attn(F)", label):
+            attended = Phase(attend, hidden_BSD)
         assert routing is not None
         residual_BSD, normed_TD, gates_TK, balance = attended.outputs
         tape.balance_sums.append(balance)
         tape.counts_E[name] = routing.counts_E
 
-        dispatched = exchange.dispatch(normed_TD, gates_TK, routing.experts_TK, Label(name, tape.micro_batch))
+        dispatched = exchange.dispatch(normed_TD, gates_TK, routing.experts_TK, label)
         yield
         shared_layer = layer.shared
-        shared = None if shared_layer is None else Phase(lambda x: (shared_layer(x),), normed_TD)
-        received = dispatched.wait()
+        with self._span("mlp(F)", label):
+            shared = None if shared_layer is None else Phase(lambda x: (shared_layer(x),), normed_TD)
+            received = self._wait(dispatched, label)
+            routed = Phase(
+                lambda rows, weights: (layer.experts(rows, weights, received.rows_per_expert_L),),
+                received.rows_RD,
+                received.weights_R,
+            )
         tape.visits += received.visits
-        routed = Phase(
-            lambda rows, weights: (layer.experts(rows, weights, received.rows_per_expert_L),),
-            received.rows_RD,
-            received.weights_R,
-        )
 
         combined = exchange.combine(routed.outputs[0], received)
         yield
-        merged_BSD = layer.merge(residual_BSD, combined.wait(), None if shared is None else shared.outputs[0])
+        routed_TD = self._wait(combined, label)
+        merged_BSD = layer.merge(residual_BSD, routed_TD, None if shared is None else shared.outputs[0])
 
         def run_backward(grad_BSD: Tensor, weights: WeightGradients) -> Steps[Tensor]:
             grad_TD = grad_BSD.flatten(0, 1)
             uncombined = exchange.combine_backward(grad_TD, received)
-            weights.settle()  # of the layer above: its attention
+            self._settle(weights, "attn(W)")  # of the layer above
             yield
-            grad_normed_TD = None if shared is None else shared.backward(weights, grad_TD)[0]
-            grad_RD, grad_weights_R = routed.backward(weights, uncombined.wait())
+            with self._span("mlp(B)", label):
+                grad_normed_TD = None if shared is None else shared.backward(weights, grad_TD)[0]
+                grad_RD, grad_weights_R = routed.backward(weights, self._wait(uncombined, label))
 
             undispatched = exchange.dispatch_backward(grad_RD, grad_weights_R, received)
-            weights.settle()  # of the experts
+            self._settle(weights, "mlp(W)")
             yield
-            grad_routed_TD, grad_gates_TK = undispatched.wait()
-            grad_normed_TD = grad_routed_TD if grad_normed_TD is None else grad_normed_TD + grad_routed_TD
-            root = balance.new_tensor(tape.balance_scale)
-            (grad_BSD,) = attended.backward(weights, grad_BSD, grad_normed_TD, grad_gates_TK, root)
+            with self._span("attn(B)", label):
+                grad_routed_TD, grad_gates_TK = self._wait(undispatched, label)
+                grad_normed_TD = grad_routed_TD if grad_normed_TD is None else grad_normed_TD + grad_routed_TD
+                root = balance.new_tensor(tape.balance_scale)
+                (grad_BSD,) = attended.backward(weights, grad_BSD, grad_normed_TD, grad_gates_TK, root)
             return grad_BSD
 
         return merged_BSD, run_backward
 
+    def _dense(self, layer: DenseLayer, hidden_BSD: Tensor, context: Context) -> tuple[Tensor, Backward]:
+        with self._span("dense(F)"):
+            phase = Phase(lambda h: (layer(h, context),), hidden_BSD)
 
-def _dense(layer: DenseLayer, hidden_BSD: Tensor, context: Context) -> tuple[Tensor, Backward]:
-    phase = Phase(lambda h: (layer(h, context),), hidden_BSD)
+        def run_backward(grad_BSD: Tensor, weights: WeightGradients) -> Steps[Tensor]:
+            yield from ()
+            with self._span("dense(B)"):
+                return phase.backward(weights, grad_BSD)[0]
 
-    def run_backward(grad_BSD: Tensor, weights: WeightGradients) -> Steps[Tensor]:
-        yield from ()
-        return phase.backward(weights, grad_BSD)[0]
+        return phase.outputs[0], run_backward
 
-    return phase.outputs[0], run_backward
+    def _span(self, name: str, label: Label | None = None) -> AbstractContextManager[object]:
+        return self._recorder.span(Track.COMPUTE, name, label)
+
+    def _wait(self, pending: Pending[T], label: Label) -> T:
+        with self._recorder.span(Track.COMPUTE, EXPOSED_EXCHANGE, label):
+            return pending.wait()
+
+    def _settle(self, weights: WeightGradients, name: str) -> None:
+        """What others wait for has been launched: now the weights."""
+        if weights.is_due:
+            with self._span(name):
+                weights.settle()

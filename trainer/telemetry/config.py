@@ -37,6 +37,10 @@ class TelemetryConfig:
 
     log_every: int = 10
     """Optimizer steps from one `step` event to the next."""
+    trace: bool = False
+    """Whether to record a timeline of some steps: run_dir/trace/trace.json, for ui.perfetto.dev."""
+    trace_steps: int = 2
+    """How many steps, from the second of the launch."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""
 
@@ -44,5 +48,7 @@ class TelemetryConfig:
         """What is impossible about these values on their own."""
         if self.log_every < 1:
             yield Problem("log_every", self.log_every, "must be at least 1")
+        if self.trace_steps < 1:
+            yield Problem("trace_steps", self.trace_steps, "must be at least 1")
         for problem in self.wandb.problems():
             yield problem.under("wandb")

@@ -19,9 +19,10 @@ from shoestring.comm.traffic import Traffic
 from shoestring.parallelism.pipeline.overlap import drive
 from shoestring.parallelism.pipeline.weight_grad import WeightGradients
 from shoestring.tests.reference.deepseek_v3 import ReferenceConfig
-from shoestring.trainer.model.chunk import Chunk, Forward, LossScales
+from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig, YarnConfig
 from shoestring.trainer.model.model import Model, Share
+from shoestring.trainer.model.tape import Forward, LossScales
 
 _ATTENTION = {
     "q_proj": "q_proj", "q_down": "q_a_proj", "q_norm": "q_a_layernorm", "q_up": "q_b_proj",

@@ -17,7 +17,7 @@ from shoestring.tests.trainer.model.released import (
     released_gradients,
     run_losses,
 )
-from shoestring.trainer.model.chunk import LossScales
+from shoestring.trainer.model.tape import LossScales
 
 CONFIGS = reference_configs()
 

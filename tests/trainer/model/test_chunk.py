@@ -22,10 +22,11 @@ from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
 from shoestring.parallelism.pipeline.overlap import drive
 from shoestring.parallelism.pipeline.weight_grad import WeightGradients
-from shoestring.trainer.model.chunk import Chunk, LossScales
+from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.init import initialise
 from shoestring.trainer.model.model import Model
+from shoestring.trainer.model.tape import LossScales
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from shoestring.comm.topology import Topology
 from shoestring.tests.processes import World, run_processes
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.trainer.model.released import largest_difference, make_chunk, released_gradients, run_losses
-from shoestring.trainer.model.chunk import LossScales
+from shoestring.trainer.model.tape import LossScales
 from shoestring.trainer.rank import gradients_of
 from shoestring.trainer.stages import Stages
 

@@ -1,0 +1,51 @@
+"""What ran when: spans that communication and pipeline record, whoever keeps them. Nothing is kept unless asked for."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from enum import StrEnum
+from typing import Protocol
+
+
+class Track(StrEnum):
+    """Rows of a timeline. Spans of one track may be nested, and do not overlap otherwise."""
+
+    INSTRUCTION = "instruction"  # of the pipeline program, the optimizer, and what these wait for
+    COMPUTE = "compute"  # phases of layers, and waiting for exchanges
+    EXCHANGE = "exchange"  # what the exchange's worker does
+    UP = "edge up"  # messages towards the end of the pipeline
+    DOWN = "edge down"  # messages towards its beginning
+    LAUNCH = "launch"  # moments: the computing thread has started a communication
+
+
+EDGE_WAIT = "edge_wait"
+EXPOSED_EXCHANGE = "exposed_exchange"
+REDUCE_WAIT = "reduce_wait"
+OPTIMIZER = "optimizer"
+
+
+class Recorder(Protocol):
+    """Keeps spans and moments. `detail` is turned into text only if it is kept."""
+
+    def span(self, track: Track, name: str, detail: object = None) -> AbstractContextManager[object]:
+        """What runs inside, from its beginning to its end."""
+        ...
+
+    def mark(self, track: Track, name: str, detail: object = None) -> None:
+        """A moment."""
+        ...
+
+
+class Silent:
+    """Keeps nothing."""
+
+    def span(self, track: Track, name: str, detail: object = None) -> AbstractContextManager[object]:
+        """See `Recorder`."""
+        return _NOTHING
+
+    def mark(self, track: Track, name: str, detail: object = None) -> None:
+        """See `Recorder`."""
+
+
+_NOTHING: AbstractContextManager[object] = nullcontext()
+SILENT = Silent()

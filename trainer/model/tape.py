@@ -1,0 +1,92 @@
+"""What a chunk is given for one micro-batch, what its forward leaves behind, and what it has to tell.
+
+Letters: B batch, S sequence, D hidden, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...comm.layout import NO_VISITS, Visits
+from ...parallelism.pipeline.overlap import Steps
+from ...parallelism.pipeline.weight_grad import WeightGradients
+from .layer import Context
+
+
+@dataclass(frozen=True)
+class LossScales:
+    """Factors that turn one micro-batch's sums into its part of the loss of the global batch."""
+
+    main: float
+    """1 / valid targets of the global batch."""
+    mtp: float
+    """λ / (D · valid targets of the global batch): eq. 24-25 divide by the length of the sequence at every depth."""
+    balance: float
+    """α / sequences of the global batch."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one micro-batch's forward through a stage has to tell."""
+
+    main_sum: Tensor
+    """Cross-entropy summed over the valid targets, in nats; 0 but for the last stage."""
+    mtp_sum: Tensor
+    """The same, summed over the further depths too; 0 without MTP."""
+    balance_sum: Tensor
+    """Balance loss without α, summed over the stage's routed layers and sequences."""
+    counts_E: dict[str, Tensor]
+    """int64 load of each router, by the layer's name."""
+    visits: Visits
+    """Of the stage's routed layers together."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What one micro-batch's forward leaves behind."""
+
+    output_BSD: Tensor | None
+    """For the next stage; None from the last."""
+    summary: Summary
+    backward: Callable[[LossScales, Tensor | None, WeightGradients], Steps[Tensor | None]]
+    """Given the gradient of the output (None for the last stage), returns that of what was received (None for the
+    first)."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Which part of the model a chunk runs."""
+
+    layers: range
+    is_first: bool = True
+    """Begins with the embedding."""
+    is_last: bool = True
+    """Ends with the final norm, MTP modules and losses."""
+
+
+@dataclass
+class Tape:
+    """Filled by the forward of one micro-batch, consumed by its backward."""
+
+    context: Context
+    micro_batch: int
+    balance_scale: float = 0.0
+    """Known only when the backward starts: the balance loss is an extra backward root in every routed layer."""
+    balance_sums: list[Tensor] = field(default_factory=list)
+    counts_E: dict[str, Tensor] = field(default_factory=dict)
+    visits: Visits = NO_VISITS
+
+    def summary(self, losses: list[Tensor]) -> Summary:
+        """With the losses of the last stage, of the main model first."""
+        like = self.context.valid_BS.new_zeros((), dtype=torch.float32)
+        return Summary(
+            main_sum=losses[0] if losses else like,
+            mtp_sum=torch.stack(losses[1:]).sum() if losses[1:] else like,
+            balance_sum=torch.stack(self.balance_sums).sum() if self.balance_sums else like,
+            counts_E=self.counts_E,
+            visits=self.visits,
+        )

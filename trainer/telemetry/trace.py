@@ -1,0 +1,137 @@
+"""Timelines of some steps, one file a rank, in the JSON that Perfetto and Chrome open; and what they add up to."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...comm.record import EDGE_WAIT, EXPOSED_EXCHANGE, OPTIMIZER, REDUCE_WAIT, SILENT, Recorder, Track
+
+TRACE_FILE = "trace.json"
+_RANK_FILE = "rank_{:05d}.json"
+INSTRUCTIONS = ("F", "I", "W", "B", "FB")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Nanoseconds on this machine's clock; a moment has no length."""
+
+    track: Track
+    name: str
+    detail: str
+    begin: int
+    end: int
+
+
+class TraceRecorder:
+    """Keeps what happens while it is on. On a GPU spans are the host's, and NVTX ranges for a profiler beside them."""
+
+    def __init__(self, *, nvtx: bool) -> None:
+        self.spans: list[Span] = []
+        self.on = False
+        self._nvtx = nvtx
+
+    def span(self, track: Track, name: str, detail: object = None) -> AbstractContextManager[object]:
+        """See `Recorder`."""
+        return self._keep(track, name, detail) if self.on else SILENT.span(track, name)
+
+    def mark(self, track: Track, name: str, detail: object = None) -> None:
+        """See `Recorder`."""
+        if self.on:
+            now = time.perf_counter_ns()
+            self.spans.append(Span(track, name, str(detail or ""), now, now))
+
+    @contextmanager
+    def _keep(self, track: Track, name: str, detail: object) -> Iterator[None]:
+        begin = time.perf_counter_ns()
+        if self._nvtx:
+            torch.cuda.nvtx.range_push(name)
+        try:
+            yield
+        finally:
+            if self._nvtx:
+                torch.cuda.nvtx.range_pop()
+            self.spans.append(Span(track, name, str(detail or ""), begin, time.perf_counter_ns()))
+
+
+def write_rank(folder: Path, rank: int, spans: Sequence[Span]) -> None:
+    """One rank's file, on the clock of the world, so that files of several machines fit together."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shift = time.time_ns() - time.perf_counter_ns()
+    (folder / _RANK_FILE.format(rank)).write_text(json.dumps({"traceEvents": list(_events(rank, spans, shift))}))
+
+
+def merge_ranks(folder: Path, ranks: int) -> Path:
+    """All ranks' files as one, with a group of tracks for each rank."""
+    events = []
+    for rank in range(ranks):
+        events += json.loads((folder / _RANK_FILE.format(rank)).read_text())["traceEvents"]
+    start = min((event["ts"] for event in events if "ts" in event), default=0)
+    for event in events:
+        if "ts" in event:
+            event["ts"] -= start
+    path = folder / TRACE_FILE
+    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    return path
+
+
+def _events(rank: int, spans: Sequence[Span], shift: int) -> Iterator[dict[str, object]]:
+    yield {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}}
+    tracks = list(Track)
+    for number, track in enumerate(tracks):
+        yield {"ph": "M", "name": "thread_name", "pid": rank, "tid": number, "args": {"name": track.value}}
+    for span in sorted(spans, key=lambda span: (span.begin, -span.end)):
+        event: dict[str, object] = {"name": span.name, "args": {"of": span.detail}, "pid": rank}
+        event |= {"tid": tracks.index(span.track), "ts": (span.begin + shift) / 1e3}
+        if span.track is Track.LAUNCH:
+            yield event | {"ph": "i", "s": "t"}
+        else:
+            yield event | {"ph": "X", "dur": (span.end - span.begin) / 1e3}
+
+
+def summarise_trace(spans: Sequence[Span]) -> dict[str, float]:
+    """Seconds of each productive term of one rank, disjoint; instructions are net of the exchanges they wait for.
+
+    Beside them the report's view (Insights paper, table 4): 1F, 1B, 1W, 1F1B and bubble.
+    """
+    waits = [span for span in spans if span.name == EXPOSED_EXCHANGE]
+    terms: dict[str, float] = {}
+    for name in INSTRUCTIONS:
+        own = [span for span in spans if span.track is Track.INSTRUCTION and span.name == name]
+        terms[name] = sum(_net(span, waits) for span in own) / 1e9
+    for name in (EXPOSED_EXCHANGE, EDGE_WAIT, REDUCE_WAIT, OPTIMIZER):
+        terms[name] = sum(span.end - span.begin for span in spans if span.name == name) / 1e9
+    return terms | {
+        "1F": terms["F"],
+        "1B": terms["I"] + terms["B"],
+        "1W": terms["W"],
+        "1F1B": terms["FB"],
+        "bubble": terms[EDGE_WAIT],
+    }
+
+
+def _net(span: Span, waits: Sequence[Span]) -> int:
+    inside = sum(wait.end - wait.begin for wait in waits if span.begin <= wait.begin and wait.end <= span.end)
+    return span.end - span.begin - inside
+
+
+def trace_values(summaries: Sequence[Mapping[str, float]]) -> dict[str, float | int | str | list[float]]:
+    """For the event stream: each term's seconds by rank."""
+    names = list(summaries[0])
+    return {f"trace/{name}": [summary[name] for summary in summaries] for name in names}
+
+
+def open_recorder(*, trace: bool, device: torch.device) -> TraceRecorder | None:
+    """None where nothing is to be kept."""
+    return TraceRecorder(nvtx=device.type == "cuda") if trace else None
+
+
+def recorder_of(trace: TraceRecorder | None) -> Recorder:
+    """What the parts of a rank record through."""
+    return SILENT if trace is None else trace
