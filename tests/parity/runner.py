@@ -18,6 +18,7 @@ from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.open_exchange import open_exchange
 from shoestring.comm.order import OrderCheck
 from shoestring.comm.pending import Worker, open_worker
+from shoestring.comm.record import SILENT, Recorder
 from shoestring.comm.traffic import Traffic
 from shoestring.parallelism.gradients import Gradients
 from shoestring.tests.parity.breaks import BREAKS
@@ -82,7 +83,9 @@ class RecordingGradients(Gradients):
         return super().norm()
 
 
-def build(layout: Layout, stages: Stages, groups: ProcessGroups, worker: Worker) -> tuple[Stepper, RecordingGradients]:
+def build(
+    layout: Layout, stages: Stages, groups: ProcessGroups, worker: Worker, recorder: Recorder = SILENT
+) -> tuple[Stepper, RecordingGradients]:
     """What `trainer.rank.build_rank` makes, with the twin's weights, and without data and checkpoints."""
     topology, rank = layout.topology, groups.rank
     model = Model(model_config(layout.config), stages.share(topology, rank))
@@ -91,7 +94,7 @@ def build(layout: Layout, stages: Stages, groups: ProcessGroups, worker: Worker)
     load_released(model, start_params(layout))
     config, traffic = ExchangeConfig(name=layout.exchange), Traffic(topology, rank)
     exchange = open_exchange(config, groups, layout.config.experts, worker, traffic)
-    pipeline = Pipeline.open(stages, groups, torch.device("cpu"), overlap=layout.overlap)
+    pipeline = Pipeline.open(stages, groups, torch.device("cpu"), overlap=layout.overlap, recorder=recorder)
     optimizer = OptimizerConfig(eps=ADAM_EPS)
     stepper = build_stepper(pipeline, model, exchange, layout.dtype, layout.micro_batches, optimizer)
     gradients = RecordingGradients(stepper.gradients.replicated, groups.world, model)

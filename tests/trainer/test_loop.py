@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -144,6 +145,23 @@ def test_what_the_routing_means_for_the_wires_is_logged(root: Path) -> None:
             for kind, count in (("ranks", 4), ("nodes", 2)):
                 share = load.view(count, -1).sum(dim=1) / load.sum()
                 assert values[f"load/{kind}/{layer}/max_violation"] == pytest.approx(float(share.max()) * count - 1)
+
+
+def test_a_traced_run_leaves_one_timeline_of_all_ranks(root: Path) -> None:
+    tree = run_config(root) | {"topology": {"ep": 2}, "schedule": {"name": "dualpipev"}}
+    tree["training"] = tree["training"] | {"run_dir": str(root / "traced"), "sample_tokens": 0}
+    tree["telemetry"] = tree["telemetry"] | {"trace": True, "trace_steps": 2}
+    run_processes(2, run_rank, tree)
+    events = json.loads((root / "traced" / "trace" / "trace.json").read_text())["traceEvents"]
+    assert {event["pid"] for event in events} == {0, 1}
+    optimizer_steps = [event for event in events if event["name"] == "optimizer"]
+    assert len(optimizer_steps) == 2 * 2  # steps 2 and 3 of each rank
+    assert {"FB", "F", "B", "attn(F)", "mlp(W)", "exposed_exchange"} <= {event["name"] for event in events}
+    metrics = read_metrics(root / "traced" / "metrics.jsonl")
+    values: list[dict[str, Any]] = [dict(event.values) for event in metrics if event.kind == "trace"]
+    first, second = values[0]["trace/FB"]
+    assert first > 0
+    assert second > 0
 
 
 def test_the_rate_of_a_step_is_that_of_its_end(alone: list[dict[str, Any]]) -> None:
