@@ -1,0 +1,94 @@
+"""How much of the token exchange hides behind computing when a forward and a backward take turns.
+
+    python benchmarks/overlap.py [--json FILE] [--trace FILE]      needs root, for simulated nodes
+
+Two nodes of one rank, one core each, experts over both, DualPipeV on a pipeline of one rank: every FB is measured with
+its halves in turns and with the forward first, in neighbouring steps. The uplinks are set so that exchanging takes as
+long as computing. Then four nodes, with a pipeline of two ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from shoestring.launch.simulated_cluster import SimulatedCluster
+
+MODULE = "shoestring.benchmarks.overlap_rank"
+SECONDS = 600
+
+
+def run(nodes: int, pp: int, pairs: int, uplink: str, folder: Path) -> list[dict[str, Any]]:
+    """The figures of every rank."""
+    variables = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    with SimulatedCluster(nodes=nodes, uplink=uplink) as cluster:
+        processes = []
+        for node in range(nodes):
+            place = cluster.environment(node)
+            meeting = [f"--master-addr={place['MASTER_ADDR']}", f"--master-port={place['MASTER_PORT']}"]
+            torchrun = [f"--nnodes={nodes}", f"--node-rank={node}", "--nproc-per-node=1", *meeting]
+            command = [sys.executable, "-m", "torch.distributed.run", *torchrun, "-m", MODULE, str(pp), str(pairs)]
+            processes.append(cluster.start(node, [*command, str(folder)], variables))
+        codes = [process.wait(SECONDS) for process in processes]
+    if any(codes):
+        raise RuntimeError(f"torchrun exited with {codes}")
+    found: list[dict[str, Any]] = json.loads((folder / "figures.json").read_text())
+    return found
+
+
+def uplink_for(free: list[dict[str, Any]]) -> str:
+    """The rate at which the bytes of the FBs take as long as their computing."""
+    computing = mean(rank["serial"]["compute"] for rank in free)
+    sent = max(rank["bytes_between_nodes"] for rank in free)
+    return f"{max(1, round(8 * sent / computing / 1e6))}mbit"
+
+
+def show(title: str, found: list[dict[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    headings = ("rank", "FB in turns, ms", "F then B, ms", "ratio", "compute : exchange", "exposed of FB")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for number, rank in enumerate(found):
+        turns, serial = rank["turns"], rank["serial"]
+        share = f"{serial['compute'] / serial['exchange']:.2f}"
+        times = (f"{1e3 * each['FB']:.0f}" for each in (turns, serial))
+        table.add_row(str(number), *times, f"{rank['ratio']:.3f}", share, f"{100 * rank['exposed']:.1f} %")
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--trace", type=Path, help="write the timeline of the last step in turns there")
+    options = parser.parse_args()
+    console = Console(width=120)
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as text:
+        folder = Path(text)
+        uplink = uplink_for(run(2, 1, 2, "10gbit", folder / "free"))
+        results["two nodes"] = run(2, 1, 7, uplink, folder / "two")
+        console.print(show(f"FBs of one step, 2 nodes x 1 rank, uplinks of {uplink}", results["two nodes"]))
+        if options.trace is not None:
+            shutil.copy(folder / "two" / "trace.json", options.trace)
+        results["four nodes"] = run(4, 2, 3, uplink, folder / "four")
+        console.print(
+            show(f"FBs of one step, 4 nodes x 1 rank, pp 2 x ep 2, uplinks of {uplink}", results["four nodes"])
+        )
+    if options.json is not None:
+        machine = {"cores": os.cpu_count(), "torch": torch.__version__, "load": os.getloadavg()[0]}
+        options.json.write_text(json.dumps({"machine": machine, "uplink": uplink} | results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

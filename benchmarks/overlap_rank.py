@@ -1,0 +1,138 @@
+"""One rank of benchmarks/overlap.py: steps with the halves of each FB in turns, and one after the other, in pairs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.distributed as dist
+
+from shoestring.comm.bootstrap import WorkerEnvironment, start_default_group
+from shoestring.comm.config import ExchangeConfig
+from shoestring.comm.groups import ProcessGroups
+from shoestring.comm.open_exchange import open_exchange
+from shoestring.comm.pending import open_worker
+from shoestring.comm.record import EXPOSED_EXCHANGE, Track
+from shoestring.comm.topology import Link, Topology
+from shoestring.comm.traffic import Traffic
+from shoestring.trainer.data.batch import TokenBatch
+from shoestring.trainer.model.config import ModelConfig
+from shoestring.trainer.model.init import initialise
+from shoestring.trainer.model.model import Model
+from shoestring.trainer.optimizer.config import OptimizerConfig
+from shoestring.trainer.rank import Pipeline, build_stepper
+from shoestring.trainer.stages import Stages
+from shoestring.trainer.step import Stepper, StepSettings
+from shoestring.trainer.telemetry.trace import Span, TraceRecorder, merge_ranks, summarise_trace, write_rank
+
+LIMIT = timedelta(minutes=3)
+LENGTH, SEQUENCES, MICRO_BATCHES = 256, 2, 6
+SHAPE = ModelConfig(
+    vocabulary=512,
+    hidden=256,
+    layers=8,
+    dense_layers=0,
+    heads=4,
+    q_lora_rank=128,
+    kv_lora_rank=64,
+    qk_nope_head_dim=64,
+    qk_rope_head_dim=32,
+    v_head_dim=64,
+    expert_ffn=384,
+    experts=16,
+    top_k=4,
+    groups=4,
+    top_k_groups=2,
+    mtp_depth=0,
+    init_std=0.02,
+)
+SETTINGS = StepSettings(learning_rate=1e-4, clip_norm=1.0, balance_weight=1e-4, mtp_weight=0.3, bias_speed=0.001)
+
+
+class Trainer:
+    """One way to run an FB."""
+
+    def __init__(self, groups: ProcessGroups, *, overlap: bool) -> None:
+        topology, cpu = groups.topology, torch.device("cpu")
+        self.trace = TraceRecorder(nvtx=False)
+        stages = Stages.of(SHAPE, LENGTH, "dualpipev", topology.pp)
+        model = Model(SHAPE, stages.share(topology, groups.rank))
+        initialise(model, seed=0)
+        self.traffic = Traffic(topology, groups.rank)
+        worker = open_worker(groups.ep, cpu, recorder=self.trace)
+        exchange = open_exchange(ExchangeConfig(name="two_hop"), groups, SHAPE.experts, worker, self.traffic)
+        pipeline = Pipeline.open(stages, groups, cpu, overlap=overlap, recorder=self.trace)
+        self.stepper: Stepper = build_stepper(
+            pipeline, model, exchange, torch.float32, MICRO_BATCHES, OptimizerConfig()
+        )
+        self._closers = (worker.close, pipeline.close)
+
+    def step(self) -> dict[str, float]:
+        """Seconds of this rank's FBs in one step: whole, computing, exchanging, waiting for exchanges."""
+        generator = torch.Generator().manual_seed(self.stepper.groups.topology.dp_rank(self.stepper.groups.rank))
+        batches = []
+        for _ in range(MICRO_BATCHES):
+            tokens_BW = torch.randint(0, SHAPE.vocabulary, (SEQUENCES, LENGTH + 1), generator=generator)
+            batches.append(TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool)))
+        self.trace.spans.clear()
+        self.trace.on = True
+        self.stepper.step(batches, SEQUENCES * MICRO_BATCHES * self.stepper.groups.topology.dp, SETTINGS)
+        self.trace.on = False
+        return pair_seconds(self.trace.spans)
+
+    def close(self) -> None:
+        for close in self._closers:
+            close()
+
+
+def pair_seconds(spans: list[Span]) -> dict[str, float]:
+    pairs = [span for span in spans if span.track is Track.INSTRUCTION and span.name == "FB"]
+    whole = sum(pair.end - pair.begin for pair in pairs) / 1e9
+    exposed = exchanging = 0.0
+    for span in spans:
+        inside = any(pair.begin <= span.begin and span.end <= pair.end for pair in pairs)
+        exposed += inside * (span.name == EXPOSED_EXCHANGE) * (span.end - span.begin) / 1e9
+        exchanging += inside * (span.track is Track.EXCHANGE) * (span.end - span.begin) / 1e9
+    return {"FB": whole, "compute": whole - exposed, "exchange": exchanging, EXPOSED_EXCHANGE: exposed}
+
+
+def main(pp: int, pairs: int, output: str) -> None:
+    worker = WorkerEnvironment.read()
+    assert worker is not None
+    torch.set_num_threads(1)
+    start_default_group(worker, torch.device("cpu"), LIMIT)
+    topology = Topology(pp=pp, ep=worker.world_size // pp, gpus_per_node=1)
+    holders = list(Stages.of(SHAPE, LENGTH, "dualpipev", pp).all_holders())
+    groups = ProcessGroups.create(topology, worker.rank, LIMIT, holders)
+    turns, serial = Trainer(groups, overlap=True), Trainer(groups, overlap=False)
+    turns.step()
+    serial.step()
+    turns.traffic.clear()
+    found = [
+        (turns.step(), serial.step()) if pair % 2 else (serial.step(), turns.step())[::-1] for pair in range(pairs)
+    ]
+    own = {
+        "turns": {key: median(turn[key] for turn, _ in found) for key in found[0][0]},
+        "serial": {key: median(one[key] for _, one in found) for key in found[0][0]},
+        "ratio": median(turn["FB"] / one["FB"] for turn, one in found),
+        "exposed": median(turn[EXPOSED_EXCHANGE] / turn["FB"] for turn, _ in found),
+        "bytes_between_nodes": turns.traffic.by_link()[Link.INFINIBAND] / pairs,
+        "terms": summarise_trace(turns.trace.spans),
+    }
+    folder = Path(output)
+    write_rank(folder, worker.rank, turns.trace.spans)
+    everyone = groups.world.all_gather_objects(own, "figures")
+    if worker.rank == 0:
+        merge_ranks(folder, worker.world_size)
+        (folder / "figures.json").write_text(json.dumps(everyone))
+    turns.close()
+    serial.close()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
