@@ -6,10 +6,10 @@ Letters: B batch, S sequence, D hidden, H heads, C latent rank. Head widths: `no
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..precision.linear import Linear, at_least_fp32
+from ..precision.linear import Linear
+from .causal import causal_attention
 from .config import ModelConfig
 from .norm import RMSNorm
 from .rope import Rotation, softmax_scale
@@ -66,23 +66,3 @@ class LatentAttention(nn.Module):
         else:
             query = self.q_up(self.q_norm(self.q_down(x_BSD)))
         return query
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Scaled-dot-product attention, [B, H, S, width] each, where values may be narrower than queries and keys."""
-    if q.device.type == "cpu":
-        return _cpu_attention(q, k, v, scale)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-
-
-def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The same for torch's fused CPU kernel.
-
-    It wants equal widths, or silently gives way to one that materialises S × S: zero columns. And its backward takes
-    half the time in FP32 that it takes in BF16.
-    """
-    width = v.shape[-1]
-    padded = F.pad(v, (0, max(0, q.shape[-1] - width)))
-    query, key, value = at_least_fp32(q), at_least_fp32(k), at_least_fp32(padded)
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-    return out[..., :width].to(q.dtype)
