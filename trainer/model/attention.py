@@ -44,19 +44,18 @@ class LatentAttention(nn.Module):
         config = self.config
         nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
 
-        q_BHS = self._query(x_BSD).unflatten(-1, (config.heads, -1)).transpose(1, 2)
-        q_nope, q_rope = q_BHS.split((nope, rope), dim=-1)  # eq. 6-9
+        q_BSH = self._query(x_BSD).unflatten(-1, (config.heads, -1))
+        q_nope, q_rope = q_BSH.split((nope, rope), dim=-1)  # eq. 6-9
 
         latent_BSC, k_rope_BS = self.kv_down(x_BSD).split((config.kv_lora_rank, rope), dim=-1)  # eq. 1
-        kv_BHS = self.kv_up(self.kv_norm(latent_BSC)).unflatten(-1, (config.heads, -1)).transpose(1, 2)
-        k_nope, v = kv_BHS.split((nope, config.v_head_dim), dim=-1)  # eq. 2, 5
-        k_rope = rotation.apply(k_rope_BS[:, None]).expand(
-            -1, config.heads, -1, -1
-        )  # eq. 3: one rotated key for all heads
+        kv_BSH = self.kv_up(self.kv_norm(latent_BSC)).unflatten(-1, (config.heads, -1))
+        k_nope, v = kv_BSH.split((nope, config.v_head_dim), dim=-1)  # eq. 2, 5
+        k_rope = rotation.apply(k_rope_BS[:, :, None]).expand(-1, -1, config.heads, -1)  # eq. 3: one for all heads
 
         q = torch.cat((q_nope, rotation.apply(q_rope)), dim=-1)
         k = torch.cat((k_nope, k_rope), dim=-1)  # eq. 4
-        o_BHS = causal_attention(q, k, v, softmax_scale(config))  # eq. 10
+        q_BHS, k_BHS, v_BHS = (x.transpose(1, 2) for x in (q, k, v))
+        o_BHS = causal_attention(q_BHS, k_BHS, v_BHS, softmax_scale(config))  # eq. 10
         out: Tensor = self.out(o_BHS.transpose(1, 2).flatten(2))  # eq. 11
         return out
 

@@ -1,6 +1,6 @@
 """Rotary position embedding of the decoupled query and key, with YaRN (report §2.1.1 eq. 3-4, §4.3).
 
-Letters: S sequence, P rotated pairs (half the rotated head width).
+Letters: B batch, S sequence, H heads, P rotated pairs (half the rotated head width).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Rotation:
 
     turn_SP: Tensor
 
-    def apply(self, x: Tensor) -> Tensor:
-        """Rotate [..., S, 2P], whose pairs are neighbours (x0, x1), (x2, x3), …: a complex product."""
-        pairs = torch.view_as_complex(at_least_fp32(x).unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(pairs * self.turn_SP).flatten(-2).to(x.dtype)
+    def apply(self, x_BSH: Tensor) -> Tensor:
+        """Rotate [B, S, H, 2P], whose pairs are neighbours (x0, x1), (x2, x3), …: a complex product."""
+        pairs_BSHP = torch.view_as_complex(at_least_fp32(x_BSH).unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs_BSHP * self.turn_SP[:, None]).flatten(-2).to(x_BSH.dtype)
 
 
 def rotation(config: ModelConfig, length: int, like: Tensor) -> Rotation:
