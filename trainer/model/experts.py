@@ -85,14 +85,13 @@ class _WeightedSwiGLU(torch.autograd.Function):
         gate_up_RF, weights_R = ctx.saved_tensors
         (grad_RF,) = grads
         gate_RF, up_RF = gate_up_RF.chunk(2, dim=-1)
-        activated_RF = F.silu(gate_RF)
-        unweighted_RF = grad_RF * activated_RF
-        grad_weights_R = torch.linalg.vecdot(at_least_fp32(unweighted_RF), at_least_fp32(up_RF)).to(weights_R.dtype)
         grad_gate_up_RF = torch.empty_like(gate_up_RF)
         grad_gate_RF, grad_up_RF = grad_gate_up_RF.chunk(2, dim=-1)
-        grad_up_RF.copy_(_scaled(unweighted_RF, weights_R))
+        unweighted_RF = F.silu(gate_RF).mul_(grad_RF)
+        grad_weights_R = torch.linalg.vecdot(at_least_fp32(unweighted_RF), at_least_fp32(up_RF)).to(weights_R.dtype)
+        torch.mul(unweighted_RF, weights_R[:, None], out=grad_up_RF)
         weighted_RF = _scaled(grad_RF * up_RF, weights_R)
-        grad_gate_RF.copy_(torch.ops.aten.silu_backward(weighted_RF, gate_RF))
+        torch.ops.aten.silu_backward.grad_input(weighted_RF, gate_RF, grad_input=grad_gate_RF)
         return grad_gate_up_RF, grad_weights_R
 
 
