@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -187,7 +188,8 @@ def main() -> None:
             )
         )
     if options.json:
-        options.json.write_text(json.dumps({"threads": torch.get_num_threads(), "rows": rows}, indent=1) + "\n")
+        document = {"threads": torch.get_num_threads(), "load": os.getloadavg()[0], "rows": rows}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
