@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from cpu_step import DTYPES, ours
 from torch.profiler import ProfilerActivity, profile
+
+from shoestring.benchmarks.cpu_step import DTYPES, ours
 
 KINDS: Mapping[str, tuple[str, ...]] = {
     "products": ("mm", "addmm_", "bmm", "baddbmm_", "_linear_pointwise", "_grouped_mm"),

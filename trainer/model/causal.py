@@ -35,9 +35,9 @@ def causal_attention_twin(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, scale:
 class _BlockAttention(torch.autograd.Function):
     """Plain products, a sequence and a block of its queries at a time, against only the keys that the block may see.
 
-    torch's fused kernel for CPUs wants values as wide as keys and takes twice the time (B = 4, H = 8, S = 256, W = 48,
-    V = 32, one thread: 22 ms forward and backward, this 13 in FP32 and 11 in BF16). Rounding is as in the fused kernels
-    for GPUs: scores, softmax and the gradient of scores in FP32 at least, operands of products in the inputs' dtype.
+    torch's fused kernel for CPUs wants values as wide as keys, and takes longer; `benchmarks/cpu_profile.py` shows the
+    share of either in a step. Rounding is as in the fused kernels for GPUs: scores, softmax and the gradient of scores
+    in FP32 at least, operands of products in the inputs' dtype.
     """
 
     @staticmethod

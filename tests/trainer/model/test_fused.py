@@ -56,8 +56,8 @@ def test_causal_attention_in_bf16_keeps_scores_in_fp32() -> None:
     """Scores of about 30, which BF16 would round by 0.1: its products alone cost less than 1 %."""
     q, k, v = (random(1, 2, 200, width, dtype=torch.bfloat16) for width in (48, 48, 32))
     k = k.flip(-1)
-    ours = gradients(lambda *x: causal_attention(*x, 1.0), q, k, v)
-    exact = gradients(lambda *x: causal_attention_twin(*x, 1.0), q.double(), k.double(), v.double())
+    ours = gradients(lambda q, k, v: causal_attention(q, k, v, 1.0), q, k, v)
+    exact = gradients(lambda q, k, v: causal_attention_twin(q, k, v, 1.0), q.double(), k.double(), v.double())
     for value, reference in zip(ours, exact, strict=True):
         assert value.dtype == torch.bfloat16
         assert (value.double() - reference).norm() <= 1e-2 * reference.norm()
