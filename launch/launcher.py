@@ -73,7 +73,7 @@ def run_torchrun(torchrun: Sequence[str], arguments: Sequence[str], attempt: str
     environment.setdefault("OMP_NUM_THREADS", "1")  # with a pool each, ranks of one CPU spend their time spinning
     command = [sys.executable, "-m", "torch.distributed.run", *torchrun]
     command += ["-m", "shoestring.launch.cli", "train", *arguments]
-    with _stop_signals_raise():
+    with stop_signals_raise():
         process = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
         try:
             return process.wait()
@@ -93,7 +93,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def _stop_signals_raise() -> Iterator[None]:
+def stop_signals_raise() -> Iterator[None]:
     """SIGTERM (Slurm, `docker stop`) and SIGINT become `Stopped`, so that the ledger is closed."""
 
     def stop(number: int, frame: FrameType | None) -> None:
