@@ -71,8 +71,31 @@ class Group:
         if self.handle is None:
             return arrived.copy_(sent)
         with self._failing_clearly(what):
-            dist.all_to_all_single(arrived, sent.contiguous(), list(received_M), list(sent_M), group=self.handle)
+            if arrived.is_cuda:
+                dist.all_to_all_single(arrived, sent.contiguous(), list(received_M), list(sent_M), group=self.handle)
+            else:
+                self._message_each(arrived, sent.contiguous(), received_M, sent_M)
         return arrived
+
+    def _message_each(self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int]) -> None:
+        """gloo's own all-to-all often sends in one direction after the other: twice the time on a slow link.
+
+        Here every receive is posted before the first send.
+        """
+        waiting: list[dist.Work | None] = []
+        buffers, parts = arrived.split(list(received_M)), sent.split(list(sent_M))
+        for peer, buffer in zip(self.ranks, buffers, strict=True):
+            if peer != self.rank and buffer.numel():
+                waiting.append(dist.irecv(buffer, src=peer, group=self.handle))
+        # Each rank begins with its neighbour, so that not all send to the same one.
+        for step in range(1, self.size):
+            index = (self.index + step) % self.size
+            if parts[index].numel():
+                waiting.append(dist.isend(parts[index], dst=self.ranks[index], group=self.handle))
+        buffers[self.index].copy_(parts[self.index])
+        for work in waiting:
+            if work is not None:
+                work.wait(self.limit)
 
     def all_gather_objects(self, value: T, what: str) -> list[T]:
         """Every rank's small plain `value`, in the group's order."""

@@ -20,6 +20,7 @@ from shoestring.comm.topology import Topology
 from shoestring.tests.comm.routing import CASES, LABEL, batch_of, open_on
 from shoestring.tests.processes import World, run_processes
 
+QUICK = 1e-3  # seconds
 CALL = str(Call("dispatch", LABEL))
 
 
@@ -97,7 +98,9 @@ def seconds_of_waiting(world: World, name: str) -> dict[str, float]:
         start().wait()
         wire = time.perf_counter() - began
         shortest = float("inf")
-        for _ in range(5):  # the machine has other work, too
+        for _ in range(50):  # the machine has other work, too
+            if shortest < QUICK:
+                break
             pending, began = start(), time.perf_counter()
             while time.perf_counter() - began < 2 * wire + 0.02:
                 torch.mm(square, square)
@@ -112,7 +115,7 @@ def seconds_of_waiting(world: World, name: str) -> dict[str, float]:
 @pytest.mark.parametrize("name", ["flat", "two_hop"])
 def test_wait_launches_nothing(name: str) -> None:
     for waited in run_processes(2, seconds_of_waiting, name):
-        assert all(seconds < 1e-3 for seconds in waited.values()), waited
+        assert all(seconds < QUICK for seconds in waited.values()), waited
 
 
 def other_order(world: World) -> str:

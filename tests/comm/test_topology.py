@@ -28,4 +28,21 @@ def test_links() -> None:
 
 def test_impossible_grids_are_named() -> None:
     assert [problem.field for problem in Topology(ep=0, edp=-1).problems()] == ["edp", "ep"]
-    assert [problem.field for problem in Topology(pp=2).problems()] == ["pp"]
+    assert [problem.field for problem in Topology(ep=3).problems()] == ["ep"]  # nodes of 8
+    assert not list(Topology(pp=3, edp=5, ep=16, gpus_per_node=8).problems())
+
+
+def test_expert_groups_fill_nodes_and_keep_their_rail() -> None:
+    grid = Topology(edp=2, ep=4, gpus_per_node=2)
+    assert (grid.ep_nodes, grid.ep_node_size) == (2, 2)
+    assert grid.ep_ranks_inside_node(7) == (6, 7)
+    assert grid.ep_ranks_between_nodes(5) == (5, 7)
+    small = Topology(ep=2, gpus_per_node=8)
+    assert (small.ep_nodes, small.ep_ranks_inside_node(1), small.ep_ranks_between_nodes(1)) == (1, (0, 1), (1,))
+
+
+def test_pipelines_keep_the_place_in_their_groups() -> None:
+    grid = Topology(pp=3, edp=2, ep=2)
+    assert grid.pp_ranks(6) == (2, 6, 10)
+    assert grid.holders(grid.expert_dp_ranks(5), (0, 2)) == (1, 3, 9, 11)
+    assert grid.holders(grid.dense_dp_ranks(5), (1,)) == (4, 5, 6, 7)
