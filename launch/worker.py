@@ -19,7 +19,7 @@ from ..trainer.config import RunConfig
 from ..trainer.loop import RunFailed, train
 from ..trainer.rank import stages_of
 from .compose import to_yaml
-from .run_dir import CONFIG_FILE, write_status
+from .run_dir import CONFIG_FILE, own, write_status
 
 ATTEMPT_VARIABLE = "SHOESTRING_ATTEMPT"
 
@@ -33,11 +33,11 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
     A fault of the network or of another rank ends this one with 1. A worker that stops on purpose writes
     `run_status.json` and exits with 0, because torchrun would turn any other code into 1 and might start it again.
     """
+    if worker.rank == 0:
+        _own(Path(config.training.run_dir), config)
     if worker.world_size != config.topology.world_size:
         size = f"topology asks for {config.topology.world_size} processes"
         return _stop(config, worker, 2, str(Problem("world size", worker.world_size, f"{size}; start as many")))
-    if worker.rank == 0:
-        _own(Path(config.training.run_dir), config)
     device = pick_device(config, worker)
     timeout = timedelta(seconds=config.training.collective_timeout_seconds)
     start_default_group(worker, device, timeout)
@@ -61,8 +61,8 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
 
 def _own(run_dir: Path, config: RunConfig) -> None:
     """Under a torchrun of one's own there is no launcher to leave the configuration."""
+    own(run_dir)
     if not (run_dir / CONFIG_FILE).exists():
-        run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / CONFIG_FILE).write_text(to_yaml(config))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from shoestring.comm.bootstrap import WorkerEnvironment
 from shoestring.comm.refusal import Refused
 from shoestring.launch.compose import compose_run
 from shoestring.launch.preflight import preflight
-from shoestring.launch.run_dir import CONFIG_FILE, claimed
+from shoestring.launch.run_dir import CONFIG_FILE, claimed, own
+from shoestring.tests.tree import ROOT
 from shoestring.trainer.checkpoint.compatible import incompatibilities
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.data.prepare import prepare
@@ -67,11 +69,55 @@ def test_what_a_checkpoint_holds_on_to(config: RunConfig) -> None:
     assert "the checkpoint of step 7 has 4" in found["model.heads"].remedy
 
 
-def test_a_directory_that_is_not_a_runs(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(Refused, match="is not a run directory"), claimed(tmp_path, fresh=True):
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_directory_that_no_run_has_made(fresh: bool, config: RunConfig, tmp_path: Path) -> None:
+    """Also one that holds a configuration and what a run leaves."""
+    foreign = Path(shutil.copytree(ROOT / "conf", tmp_path / "conf"))
+    (foreign / "thesis.tex").write_text("all of it")
+    (foreign / "lock").write_text("")
+    (foreign / "ledger").mkdir()
+    before = contents(foreign)
+    with pytest.raises(Refused, match="was not made by a run"), claimed(foreign, fresh=fresh):
         pass
-    assert (tmp_path / "thesis.tex").exists()
+    with pytest.raises(Refused, match="was not made by a run"):
+        own(foreign)
+    with pytest.raises(Refused, match="was not made by a run"):
+        preflight(in_directory(config, foreign), 4, fresh=fresh)
+    with pytest.raises(Refused, match="was not made by a run"), claimed(foreign / "thesis.tex", fresh=fresh):
+        pass
+    assert contents(foreign) == before
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def in_directory(config: RunConfig, run_dir: Path) -> RunConfig:
+    return replace(config, training=replace(config.training, run_dir=str(run_dir)))
+
+
+def test_a_fresh_run_removes_links_and_not_what_they_point_to(tmp_path: Path) -> None:
+    elsewhere, run_dir = tmp_path / "big_disk", tmp_path / "run"
+    elsewhere.mkdir()
+    (elsewhere / "step_00000001").write_text("")
+    with claimed(run_dir, fresh=False):
+        (run_dir / "checkpoints").symlink_to(elsewhere)
+        (run_dir / "metrics.jsonl").symlink_to(tmp_path / "nowhere")
+        (run_dir / "ledger").mkdir()
+    with claimed(run_dir, fresh=True):
+        assert {path.name for path in run_dir.iterdir()} == {"lock", ".shoestring_run"}
+    assert (elsewhere / "step_00000001").exists()
+
+
+def test_a_reason_is_given_where_the_system_gives_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(f"no way to remove {path.name}")
+
+    with claimed(tmp_path / "run", fresh=False):
+        (tmp_path / "run" / "ledger").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(Refused, match="no way to remove ledger"), claimed(tmp_path / "run", fresh=True):
+        pass
 
 
 def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
