@@ -79,6 +79,11 @@ def pick_device(config: RunConfig, worker: WorkerEnvironment) -> torch.device:
     wanted = config.training.device
     gpus = torch.cuda.device_count()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if wanted == "auto" and 0 < gpus < local and worker.local_rank == 0:
+        has = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
+        fit = "topology=single" if gpus == 1 else f"topology=single for one of them, or a topology of {gpus} ranks"
+        text = f"this machine has {has} for {local} ranks, so they compute on its CPU; to use {has}, write {fit}"
+        print(f"shoestring train: {text}", file=sys.stderr, flush=True)
     if wanted == "cpu" or (wanted == "auto" and gpus < local):
         return torch.device("cpu")
     device = torch.device("cuda", worker.local_rank)

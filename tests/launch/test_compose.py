@@ -20,7 +20,11 @@ PARTS = [file for file in FILES if file[0] != "experiment"]
 EXPERIMENTS = [choice for group, choice in FILES if group == "experiment"]
 MODELS = [choice for group, choice in FILES if group == "model"]
 # A group's file alone beside the default model: what the two must agree on follows it.
-COMPANIONS = {"model": "data.vocabulary=${model.vocabulary}", "data": "model.vocabulary=${data.vocabulary}"}
+COMPANIONS = {
+    "model": "data.vocabulary=${model.vocabulary}",
+    "data": "model.vocabulary=${data.vocabulary}",
+    "schedule": "topology.pp=2",
+}
 
 
 def own_file(directory: Path, name: str, text: str) -> Path:
@@ -32,8 +36,8 @@ def own_file(directory: Path, name: str, text: str) -> Path:
 
 @pytest.mark.parametrize(("group", "choice"), PARTS, ids=["-".join(file) for file in PARTS])
 def test_every_file_of_every_group_makes_a_run(group: str, choice: str) -> None:
-    companion = [COMPANIONS[group]] if group in COMPANIONS else []
-    part = to_tree(compose_run([f"{group}={choice}", *companion]))[group]
+    companion = COMPANIONS.get(group, "training.seed=0")
+    part = to_tree(compose_run([f"{group}={choice}", companion]))[group]
     written = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / group / f"{choice}.yaml"))
     assert isinstance(written, dict)
     assert part == {**part, **written}
