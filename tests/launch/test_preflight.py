@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from shoestring.comm.refusal import Refused
 from shoestring.launch.compose import compose_run
 from shoestring.launch.preflight import preflight
 from shoestring.launch.run_dir import CONFIG_FILE, claimed, own
+from shoestring.tests.launch.refusals import refused
 from shoestring.tests.tree import ROOT
 from shoestring.trainer.checkpoint.compatible import incompatibilities
 from shoestring.trainer.config import RunConfig
@@ -47,6 +50,66 @@ def test_an_exchange_that_is_not_there(config: RunConfig) -> None:
 def test_data_that_is_not_there(config: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="run `shoestring data prepare` first"):
         preflight(replace(config, data=replace(config.data, prepared=str(tmp_path))), 4, fresh=False)
+
+
+def test_a_shard_of_the_right_size_with_other_bytes(config: RunConfig, tmp_path: Path) -> None:
+    prepared = Path(shutil.copytree(config.data.prepared, tmp_path / "data"))
+    shard = prepared / "train_00000.bin"
+    shard.write_bytes(b"\xff" * shard.stat().st_size)  # ids above any vocabulary
+    damaged = replace(config, data=replace(config.data, prepared=str(prepared)))
+    found = refused(partial(preflight, fresh=False), damaged, 4)
+    assert list(found) == [str(shard)]
+    assert "the file is damaged; remove the directory and prepare again" in found[str(shard)]
+
+
+def test_everything_that_keeps_a_run_from_starting_is_named_at_once(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    run_dir = tmp_path / "run"
+    with claimed(run_dir, fresh=False):
+        facts = {"step": 7, "config": asdict(config), "data": "other tokens"}
+        (run_dir / "checkpoints" / "step_00000007").mkdir(parents=True)
+        (run_dir / "checkpoints" / "step_00000007" / "facts.json").write_text(json.dumps(facts))
+    wrong = replace(
+        in_directory(config, run_dir),
+        model=replace(config.model, heads=2),
+        data=replace(config.data, prepared=str(tmp_path / "nowhere")),
+    )
+    wrong = replace(wrong, training=replace(wrong.training, device="cuda"))
+    look = partial(preflight, fresh=False)
+    assert refused(look, wrong, 4).keys() == {
+        str(tmp_path / "nowhere" / "manifest.json"),
+        "training.device",
+        "model.heads",
+    }
+    (run_dir / "checkpoints" / "step_00000007" / "facts.json").write_text("{")
+    assert "checkpoint" in refused(look, wrong, 4)
+    short = replace(config, training=replace(config.training, sequence_length=10**6, device="cuda"))
+    assert len(refused(look, short, 4)) == 2
+
+
+def test_a_vocabulary_of_other_data_and_a_damaged_file_are_named_together(config: RunConfig, tmp_path: Path) -> None:
+    prepared = Path(shutil.copytree(config.data.prepared, tmp_path / "data"))
+    (prepared / "tokenizer.json").unlink()
+    other = replace(config, data=replace(config.data, prepared=str(prepared), vocabulary=300, validation=("hamlet",)))
+    found = refused(partial(preflight, fresh=False), other, 4)
+    assert found.keys() == {"data.vocabulary", "data.validation", str(prepared / "tokenizer.json")}
+
+
+def test_wandb_online_without_an_account(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    online = replace(config.telemetry, wandb=replace(config.telemetry.wandb, mode="online"))
+    online_run = replace(in_directory(config, tmp_path / "run"), telemetry=online)
+    found = refused(partial(preflight, fresh=False), online_run, 4)
+    assert list(found) == ["telemetry.wandb.mode"]
+    assert "run `wandb login`, or write offline" in found["telemetry.wandb.mode"]
+    assert not (tmp_path / "run").exists()
+    preflight(online_run, 4, fresh=False, first_machine=False)  # rank 0 lives elsewhere
 
 
 def test_text_too_short_for_one_sample(config: RunConfig) -> None:
