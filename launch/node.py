@@ -14,9 +14,10 @@ import torch
 
 from ..comm.refusal import Problem, Refused, refuse_if_any
 from ..trainer.config import RunConfig
+from ..trainer.halt import Halt
 from .compose import compose_run
 from .launcher import Stopped, launch, run_torchrun
-from .preflight import is_finished, preflight
+from .preflight import is_finished, preflight, spent_budget
 
 _PORT = 29500
 _REFUSED = 2
@@ -121,8 +122,10 @@ def run_node(overrides: Sequence[str], config_dir: Path | None, *, fresh: bool) 
         return launch(config, torchrun, arguments, fresh=fresh)
     if not fresh and is_finished(config):
         return 0
+    if not fresh and spent_budget(config) is not None:
+        return Halt.OVER_BUDGET
     try:
-        return run_torchrun(torchrun, arguments, uuid.uuid4().hex[:12])
+        return run_torchrun(torchrun, arguments, uuid.uuid4().hex[:12], config.training.stop_seconds)
     except Stopped as stop:
         return stop.exit_code
 

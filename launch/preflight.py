@@ -10,6 +10,9 @@ import torch
 
 from ..comm.deepep import deepep_problems
 from ..comm.refusal import Problem, Refused, refuse_if_any
+from ..trainer.budget.render import over_budget
+from ..trainer.budget.summary import summarise
+from ..trainer.budget.terms import ALLOCATION_FILE
 from ..trainer.checkpoint.compatible import incompatibilities
 from ..trainer.checkpoint.store import CheckpointStore
 from ..trainer.config import RunConfig
@@ -64,6 +67,15 @@ def is_finished(config: RunConfig) -> bool:
     """Whether the run directory holds a run of this length that ended as it should, sample and summary included."""
     steps, status = _store(config).steps(), read_status(Path(config.training.run_dir))
     return bool(steps) and steps[-1] >= config.total_steps and status is not None and status["exit_code"] == 0
+
+
+def spent_budget(config: RunConfig) -> str | None:
+    """Why no step may be trained: what the run has used is its budget or more. Raises `Refused` for a broken ledger."""
+    run_dir, steps = Path(config.training.run_dir), _store(config).steps()
+    if not (run_dir / ALLOCATION_FILE).exists() or (steps and steps[-1] >= config.total_steps):
+        return None
+    spent = summarise(run_dir).gpu_hours
+    return over_budget(spent, config.budget.gpu_hours) if spent >= config.budget.gpu_hours else None
 
 
 def _store(config: RunConfig) -> CheckpointStore:

@@ -16,10 +16,12 @@ from ..comm.failure import CollectiveFailed
 from ..comm.groups import ProcessGroups
 from ..comm.refusal import Problem, Refused
 from ..trainer.config import RunConfig
+from ..trainer.halt import RunHalted
 from ..trainer.loop import RunFailed, train
 from ..trainer.rank import stages_of
 from .compose import to_yaml
 from .run_dir import CONFIG_FILE, own, write_status
+from .stopping import listen_for_stop
 
 ATTEMPT_VARIABLE = "SHOESTRING_ATTEMPT"
 
@@ -33,6 +35,7 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
     A fault of the network or of another rank ends this one with 1. A worker that stops on purpose writes
     `run_status.json` and exits with 0, because torchrun would turn any other code into 1 and might start it again.
     """
+    stop_asked = listen_for_stop()
     if worker.rank == 0:
         _own(Path(config.training.run_dir), config)
     if worker.world_size != config.topology.world_size:
@@ -45,11 +48,13 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
         holders = stages_of(config).all_holders()
         groups = ProcessGroups.create(config.topology, worker.rank, timeout, holders)
         attempt = os.environ.get(ATTEMPT_VARIABLE) or os.environ.get("TORCHELASTIC_RUN_ID", "none")
-        steps = train(config, groups, device, attempt)
+        steps = train(config, groups, device, attempt, stop_asked)
     except Refused as error:
         return _stop(config, worker, 2, str(error))
     except RunFailed as error:
         return _stop(config, worker, 1, str(error))
+    except RunHalted as halted:
+        return _stop(config, worker, halted.halt, str(halted))
     except CollectiveFailed as error:
         print(f"shoestring train: {error}", file=sys.stderr, flush=True)
         time.sleep(_SECONDS_FOR_OTHERS)

@@ -81,13 +81,16 @@ class TrainingConfig:
     """Length of that sample; 0 for none."""
     collective_timeout_seconds: int = 300
     """A collective that waits longer than this ends the run."""
+    stop_seconds: int = 300
+    """After SIGTERM or SIGUSR1: the time for the step under way and a checkpoint. A run that needs longer is ended."""
 
     def problems(self) -> Iterator[Problem]:
         """What is impossible about these values on their own."""
         values = self.__dict__
         if self.device not in ("auto", "cpu", "cuda"):
             yield Problem("device", self.device, "must be auto, cpu or cuda")
-        for name in ("tokens", "sequence_length", "global_batch", "keep_checkpoints", "collective_timeout_seconds"):
+        at_least_one = ["tokens", "sequence_length", "global_batch", "keep_checkpoints"]
+        for name in (*at_least_one, "collective_timeout_seconds", "stop_seconds"):
             if values[name] < 1:
                 yield Problem(name, values[name], "must be at least 1")
         for name in ("balance_weight", "evaluate_every", "checkpoint_every", "sample_tokens", "seed"):
