@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -11,19 +11,50 @@ class Problem:
     """One thing wrong with the input.
 
     `field` is the dotted configuration key, or the path of a file; `remedy` says what is wrong and what to write
-    instead.
+    instead. `others` are the keys that the value was judged by, where it is not impossible on its own.
     """
 
     field: str
     value: object
     remedy: str
+    others: tuple[str, ...] = ()
 
     def under(self, prefix: str) -> Problem:
         """The same problem seen from the configuration that holds this one under the key `prefix`."""
-        return replace(self, field=f"{prefix}.{self.field}")
+        others = tuple(f"{prefix}.{other}" for other in self.others)
+        return replace(self, field=f"{prefix}.{self.field}", others=others)
 
     def __str__(self) -> str:
         return f"{self.field} = {self.value!r}: {self.remedy}"
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """Where a configuration holds defaults because what was written could not be read: they prove nothing.
+
+    Judging by them would name problems that the writer does not have.
+    """
+
+    fields: frozenset[str] = field(default_factory=frozenset)
+    """Dotted keys of values and of whole groups; the empty key is the whole configuration."""
+    written: frozenset[str] = field(default_factory=frozenset)
+    """Keys that were written readably. Inside a doubtful group these are as they were meant."""
+
+    def about(self, fields: Iterable[str]) -> Doubt:
+        """This doubt and that about `fields`."""
+        return replace(self, fields=self.fields | frozenset(fields))
+
+    def covers(self, key: str) -> bool:
+        """Whether the value of `key`, or a part of it, is in doubt."""
+        return any(_inside(doubtful, key) or self._spreads(doubtful, key) for doubtful in self.fields)
+
+    def _spreads(self, doubtful: str, key: str) -> bool:
+        sure = (known for known in self.written if known != doubtful and _inside(known, doubtful))
+        return _inside(key, doubtful) and not any(_inside(key, known) for known in sure)
+
+
+def _inside(key: str, group: str) -> bool:
+    return group in ("", key) or key.startswith((f"{group}.", f"{group}["))
 
 
 class Refused(Exception):  # noqa: N818 -- reads as the sentence it is: the input was refused

@@ -118,4 +118,4 @@ class Topology:
             remedy = (
                 f"must divide gpus_per_node = {self.gpus_per_node} or be a multiple of it: groups fill nodes evenly"
             )
-            yield Problem("ep", self.ep, remedy)
+            yield Problem("ep", self.ep, remedy, ("gpus_per_node",))

@@ -17,9 +17,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ..comm.refusal import Problem, Refused, refuse_if_any
+from ..comm.refusal import Doubt, Problem, Refused, refuse_if_any
 from ..trainer.config import RunConfig
-from .typed import build
+from .typed import read
 
 _WHOLE_RUN = "# @package _global_"
 """Hydra's word for a file whose keys stand at the top, as an experiment's do, and not under its group."""
@@ -29,15 +29,19 @@ def compose_run(overrides: Sequence[str], config_dir: Path | None = None) -> Run
     """The configuration that `overrides` describe, such as `experiment=quickstart` and `training.seed=1`.
 
     Groups are looked up in `config_dir` too, where it is given. Raises `Refused` with every problem that can be seen
-    without disk or processes; impossible values are looked for once all overrides can be read.
+    without disk or processes.
     """
     problems: list[Problem] = []
     with initialize_config_module("shoestring.conf", version_base="1.3"):
         problems += _directory_problems(config_dir)
-        lines = [line for text in overrides for line in _readable(text, config_dir, problems)]
-        tree = _compose(lines, config_dir, problems)
-    config = build(RunConfig, tree, problems)
-    refuse_if_any(config.problems())
+        lines = [(text, list(_readable(text, config_dir, problems))) for text in overrides]
+        tree = _compose([line for _, read_as in lines for line in read_as], config_dir, problems)
+    unread = {_key(text) for text, read_as in lines if not read_as}
+    if {"--config-dir", "experiment"} & (unread | {problem.field for problem in problems}):
+        unread.add("")  # their files could have set anything
+    config, doubtful = read(RunConfig, tree, problems)
+    doubt = Doubt(doubtful | unread, frozenset(_key(text) for text, read_as in lines if read_as))
+    refuse_if_any([*problems, *config.problems(doubt)])
     return config
 
 
@@ -108,6 +112,11 @@ def _readable(text: str, config_dir: Path | None, problems: list[Problem]) -> It
         yield text.lstrip("+")
     else:  # a key that does not exist is added, and the typed build names it with all the others
         yield f"++{text.lstrip('+')}"
+
+
+def _key(text: str) -> str:
+    """Which part of the run an override is about; the empty key, all of it, where it does not say."""
+    return text.lstrip("+~").partition("=")[0].partition("@")[0].replace("/", ".")
 
 
 def _malformed(text: str) -> Problem:

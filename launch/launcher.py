@@ -6,21 +6,26 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from ..trainer.budget.allocation import Allocation
 from ..trainer.config import RunConfig
+from ..trainer.halt import Halt
 from .compose import to_yaml
 from .orphan import LAUNCHER_VARIABLE, die_with_parent
-from .preflight import is_finished
+from .preflight import is_finished, spent_budget
 from .run_dir import CONFIG_FILE, claimed, clear_status, read_status
+from .stopping import ASKING_SIGNALS, STOP_FILE_VARIABLE
 from .worker import ATTEMPT_VARIABLE
 
 _SECONDS_TO_END = 30
+SAME_REQUEST_SECONDS = 2
 
 
 class Stopped(BaseException):
@@ -41,55 +46,119 @@ def launch(config: RunConfig, torchrun: Sequence[str], arguments: Sequence[str],
         if is_finished(config):
             print(f"{run_dir} is finished. --fresh starts over; a larger training.tokens goes on.")
             return 0
+        spent = spent_budget(config)
+        if spent is not None:
+            print(f"shoestring train: {spent}", file=sys.stderr)
+            return Halt.OVER_BUDGET
         clear_status(run_dir)
         (run_dir / CONFIG_FILE).write_text(to_yaml(config))
         attempt = uuid.uuid4().hex[:12]
         allocation = Allocation(run_dir, ranks=config.topology.world_size, attempt=attempt, budget=config.budget)
         reason = "the launcher failed"
         try:
-            code = run_torchrun(torchrun, arguments, attempt)
+            try:
+                code = run_torchrun(torchrun, arguments, attempt, config.training.stop_seconds)
+                reason = f"a rank died, torchrun exited with {code}"
+            except Stopped as stop:
+                code, reason = stop.exit_code, str(stop)
             status = read_status(run_dir)
             if status is not None:
                 reason = str(status["reason"])
                 return int(str(status["exit_code"]))
-            reason = f"a rank died, torchrun exited with {code}"
             print(f"shoestring train: {reason}; the same command goes on from the last checkpoint", file=sys.stderr)
             return code or 1
-        except Stopped as stop:
-            reason = str(stop)
-            print(f"shoestring train: {reason}; the same command goes on from the last checkpoint", file=sys.stderr)
-            return stop.exit_code
         finally:
             allocation.close(reason)
 
 
-def run_torchrun(torchrun: Sequence[str], arguments: Sequence[str], attempt: str) -> int:
+def run_torchrun(torchrun: Sequence[str], arguments: Sequence[str], attempt: str, stop_seconds: int) -> int:
     """Run this machine's ranks to their end and return torchrun's exit code.
 
-    SIGTERM and SIGINT end them first and then raise `Stopped`.
+    The first SIGTERM or SIGUSR1 asks the ranks to stop after their step. A second SIGTERM, no end within
+    `stop_seconds`, or SIGINT ends them and then raises `Stopped`; so does a failure of ranks that were asked.
     """
-    environment = os.environ | {ATTEMPT_VARIABLE: attempt, LAUNCHER_VARIABLE: str(os.getpid())}
+    with tempfile.TemporaryDirectory() as folder:
+        stop_file = Path(folder, "stop")
+        own = {ATTEMPT_VARIABLE: attempt, LAUNCHER_VARIABLE: str(os.getpid()), STOP_FILE_VARIABLE: str(stop_file)}
+        return _run(torchrun, arguments, own, StopRequest(stop_file, stop_seconds))
+
+
+def _run(torchrun: Sequence[str], arguments: Sequence[str], own: Mapping[str, str], request: StopRequest) -> int:
+    environment = os.environ | own
     environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     environment.setdefault("OMP_NUM_THREADS", "1")  # with a pool each, ranks of one CPU spend their time spinning
     command = [sys.executable, "-m", "torch.distributed.run", *torchrun]
     command += ["-m", "shoestring.launch.cli", "train", *arguments]
     with stop_signals_raise():
-        process = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
+        process = subprocess.Popen(command, env=environment, preexec_fn=_become_torchrun)
         try:
-            return process.wait()
+            with request.on_first_signal():
+                code = process.wait()
         finally:
             _end(process)
+    request.raise_if_failed(code)
+    return code
+
+
+def _become_torchrun() -> None:
+    """Between fork and exec. Slurm sends SIGUSR1 to every process of a job: to torchrun it must mean nothing.
+
+    Ranks inherit that until they listen. SIGINT is ignored in what a script starts in the background.
+    """
+    die_with_parent()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """torchrun passes SIGTERM on to its ranks; one that does not end takes them along by the death of their parent."""
+    """torchrun passes SIGINT on to its ranks; one that does not end takes them along by the death of their parent."""
     if process.poll() is None:
-        process.terminate()
+        process.send_signal(signal.SIGINT)
         try:
             process.wait(_SECONDS_TO_END)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+class StopRequest:
+    """The launcher's wish that its ranks stop, said by `stop_file`."""
+
+    def __init__(self, stop_file: Path, seconds: float) -> None:
+        self._stop_file = stop_file
+        self._seconds = seconds
+        self._asked: int | None = None
+        self._asked_at = 0.0
+
+    @contextmanager
+    def on_first_signal(self) -> Iterator[None]:
+        """The first asking signal asks; a later SIGTERM, or no end of the context in time, raises `Stopped`."""
+        former = {number: signal.signal(number, self._hear) for number in (*ASKING_SIGNALS, signal.SIGALRM)}
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._asked is not None:
+            if number == signal.SIGALRM:
+                raise Stopped(self._asked)
+            # Slurm may signal a process twice, by itself and in its group; SIGUSR1 never means more than a request.
+            if number == signal.SIGTERM and time.monotonic() - self._asked_at > SAME_REQUEST_SECONDS:
+                raise Stopped(number)
+            return
+        self._asked, self._asked_at = number, time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, self._seconds)
+        self._stop_file.touch()
+        text = "the run stops after this step, with a checkpoint; a second SIGTERM ends it at once"
+        print(f"shoestring train: {signal.Signals(number).name}: {text}", file=sys.stderr, flush=True)
+
+    def raise_if_failed(self, code: int) -> None:
+        """Ranks that were asked to stop and failed have stopped, but not as they were asked to."""
+        if code and self._asked is not None:
+            raise Stopped(self._asked)
 
 
 @contextmanager

@@ -14,9 +14,10 @@ import torch
 
 from ..comm.refusal import Problem, Refused, refuse_if_any
 from ..trainer.config import RunConfig
+from ..trainer.halt import Halt
 from .compose import compose_run
 from .launcher import Stopped, launch, run_torchrun
-from .preflight import is_finished, preflight
+from .preflight import is_finished, preflight, spent_budget
 
 _PORT = 29500
 _REFUSED = 2
@@ -86,12 +87,23 @@ def count_processes(config: RunConfig, place: Place) -> int:
     problems = []
     if place.nodes * processes != world:
         total = f"NNODES x GPUS_PER_NODE = {place.nodes} x {processes} = {place.nodes * processes} processes"
-        problems.append(Problem("GPUS_PER_NODE", processes, f"{total}, and the topology asks for {world}"))
+        remedy = f"{total}, and the topology asks for {world}; {_how_to_fit(world, place, processes, gpus)}"
+        problems.append(Problem("GPUS_PER_NODE", processes, remedy))
     if place.nodes > 1 and topology.gpus_per_node != processes:
         remedy = f"each machine runs {processes}; write topology.gpus_per_node={processes}"
         problems.append(Problem("topology.gpus_per_node", topology.gpus_per_node, remedy))
     refuse_if_any(problems)
     return processes
+
+
+def _how_to_fit(world: int, place: Place, processes: int, gpus: int) -> str:
+    ranks = place.nodes * processes
+    topology = "topology=single" if ranks == 1 else f"a topology of {ranks} ranks (pp x edp x ep)"
+    if world % place.nodes:
+        return f"write {topology}"
+    share = world // place.nodes
+    cpu = " and training.device=cpu" if 0 < gpus < share else ""
+    return f"write {topology}, or GPUS_PER_NODE={share}{cpu}"
 
 
 def run_node(overrides: Sequence[str], config_dir: Path | None, *, fresh: bool) -> int:
@@ -103,15 +115,17 @@ def run_node(overrides: Sequence[str], config_dir: Path | None, *, fresh: bool) 
     place = read_place(os.environ)
     config = compose_run(overrides, config_dir)
     processes = count_processes(config, place)
-    preflight(config, processes, fresh=fresh)
+    preflight(config, processes, fresh=fresh, first_machine=place.rank == 0)
     arguments = [*overrides, *([] if config_dir is None else ["--config-dir", str(config_dir)])]
     torchrun = place.torchrun(processes)
     if place.rank == 0:
         return launch(config, torchrun, arguments, fresh=fresh)
     if not fresh and is_finished(config):
         return 0
+    if not fresh and spent_budget(config) is not None:
+        return Halt.OVER_BUDGET
     try:
-        return run_torchrun(torchrun, arguments, uuid.uuid4().hex[:12])
+        return run_torchrun(torchrun, arguments, uuid.uuid4().hex[:12], config.training.stop_seconds)
     except Stopped as stop:
         return stop.exit_code
 

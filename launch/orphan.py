@@ -9,6 +9,7 @@ import ctypes
 import os
 import signal
 import sys
+from pathlib import Path
 
 LAUNCHER_VARIABLE = "SHOESTRING_LAUNCHER_PID"
 
@@ -28,7 +29,17 @@ def die_with_launcher() -> None:
     if launcher is None or "RANK" not in os.environ:
         return
     die_with_parent()
-    try:
-        os.kill(int(launcher), 0)
-    except ProcessLookupError:
+    if _is_dead(int(launcher)) or os.getppid() in (1, int(launcher)):  # torchrun died before the line above
         sys.exit(1)
+
+
+def _is_dead(pid: int) -> bool:
+    """Also before its parent has asked for it: a zombie still has a number."""
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except ProcessLookupError:
+        return True
+    except OSError:  # no /proc
+        return False
+    return state in "ZX"

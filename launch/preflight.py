@@ -3,36 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from ..comm.deepep import deepep_problems
-from ..comm.refusal import Problem, refuse_if_any
+from ..comm.refusal import Problem, Refused, refuse_if_any
+from ..trainer.budget.render import over_budget
+from ..trainer.budget.summary import summarise
+from ..trainer.budget.terms import ALLOCATION_FILE
 from ..trainer.checkpoint.compatible import incompatibilities
 from ..trainer.checkpoint.store import CheckpointStore
 from ..trainer.config import RunConfig
 from ..trainer.data.prepared import open_prepared
+from ..trainer.data.verified import verify_before_run
 from ..trainer.rank import largest_dispatch, open_samples
-from .run_dir import read_status
+from .run_dir import read_status, run_dir_problems
 
 
-def preflight(config: RunConfig, local_ranks: int, *, fresh: bool) -> None:
-    """Refuse data that is missing, damaged or too short, GPUs or a DeepEP not there, a checkpoint of another run."""
-    prepared = open_prepared(config.data)
-    open_samples(config, prepared)
-    problems = [*_device_problems(config, local_ranks), *_exchange_problems(config, local_ranks)]
+def preflight(config: RunConfig, local_ranks: int, *, fresh: bool, first_machine: bool = True) -> None:
+    """Refuse, all at once, what cannot run on this machine or in this directory.
+
+    Data that is missing, damaged or too short, GPUs or a DeepEP not there, a wandb without account, a directory that
+    no run has made, a checkpoint of another run. `first_machine` is the one that speaks for the run.
+    """
+    problems: list[Problem] = []
+    digest = None
+    with _noting(problems):
+        prepared = open_prepared(config.data)
+        digest = prepared.manifest.digest
+        open_samples(config, prepared)
+        verify_before_run(Path(config.data.prepared), prepared.manifest, first_machine=first_machine)
+    problems += [*_device_problems(config, local_ranks), *_exchange_problems(config, local_ranks)]
+    if first_machine and config.telemetry.wandb.mode == "online":
+        from ..trainer.telemetry.wandb_sink import account_problems  # a second of import, for the runs that use it
+
+        problems += account_problems()
+    foreign = list(run_dir_problems(Path(config.training.run_dir)))
+    with _noting(problems):
+        if not fresh and not foreign:
+            problems += _checkpoint_problems(config, digest)
+    refuse_if_any([*problems, *foreign])
+
+
+@contextmanager
+def _noting(problems: list[Problem]) -> Iterator[None]:
+    """Let what is refused inside not keep the rest from being looked at."""
+    try:
+        yield
+    except Refused as refused:
+        problems += refused.problems
+
+
+def _checkpoint_problems(config: RunConfig, data_digest: str | None) -> Iterator[Problem]:
     store = _store(config)
     steps = store.steps()
-    if steps and not fresh:
-        problems += incompatibilities(store.facts(steps[-1]), config, prepared.manifest.digest)
-    refuse_if_any(problems)
+    if steps:
+        yield from incompatibilities(store.facts(steps[-1]), config, data_digest)
 
 
 def is_finished(config: RunConfig) -> bool:
     """Whether the run directory holds a run of this length that ended as it should, sample and summary included."""
     steps, status = _store(config).steps(), read_status(Path(config.training.run_dir))
     return bool(steps) and steps[-1] >= config.total_steps and status is not None and status["exit_code"] == 0
+
+
+def spent_budget(config: RunConfig) -> str | None:
+    """Why no step may be trained: what the run has used is its budget or more. Raises `Refused` for a broken ledger."""
+    run_dir, steps = Path(config.training.run_dir), _store(config).steps()
+    if not (run_dir / ALLOCATION_FILE).exists() or (steps and steps[-1] >= config.total_steps):
+        return None
+    spent = summarise(run_dir).gpu_hours
+    return over_budget(spent, config.budget.gpu_hours) if spent >= config.budget.gpu_hours else None
 
 
 def _store(config: RunConfig) -> CheckpointStore:

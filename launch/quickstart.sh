@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained toy model and its bill, on a CPU. Arguments go to `shoestring train`, for example
-#   ./launch/quickstart.sh training.tokens=100_000
-# Each run starts over. The exit code is that of `shoestring train`.
+# From a fresh clone to a trained toy model and its bill, on a CPU. Arguments are those of `shoestring train`, for example
+#   ./launch/quickstart.sh training.tokens=100_000 data.prepared=data/mine
+# Those that describe the run go to `shoestring data prepare` too. Each run starts over. The exit code is that of
+# `shoestring train`, or 2 when the data was refused.
 set -euo pipefail
 
 # shellcheck source=launch/environment.sh
@@ -9,10 +10,16 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$SHOESTRING_ROOT"
 
 run_dir=runs/quickstart
+described=()  # overrides, and --config-dir with its directory
+previous=""
 for argument in "$@"; do
     if [[ "$argument" == training.run_dir=* ]]; then
         run_dir="${argument#*=}"
     fi
+    if [[ "$argument" != -* || "$argument" == --config-dir* ]] && [[ "$previous" != --cfg ]]; then
+        described+=("$argument")
+    fi
+    previous="$argument"
 done
 
 heading() {
@@ -23,14 +30,14 @@ heading "Environment"
 prepare_environment runtime
 
 heading "Data"
-"$SHOESTRING_BIN/shoestring" data prepare experiment=quickstart
+"$SHOESTRING_BIN/shoestring" data prepare experiment=quickstart ${described[@]+"${described[@]}"}
 
 heading "Training"
 code=0
 "$SHOESTRING_BIN/shoestring" train --fresh experiment=quickstart "$@" || code=$?
 
-# A run that was stopped or failed has a bill too.
-if [[ -d "$run_dir" ]]; then
+# A run that was stopped or failed has a bill too. One that was refused has not cost anything.
+if [[ "$code" != 2 && -d "$run_dir" ]]; then
     heading "What it cost"
     "$SHOESTRING_BIN/shoestring" budget "$run_dir" || echo "No bill could be printed (exit code $?)" >&2
 fi

@@ -1,4 +1,7 @@
-"""The directory that one run owns: claimed by one launcher at a time, emptied only if it is a run's."""
+"""The directory that one run owns: claimed by one launcher at a time, emptied only if a run has made it.
+
+A marker, the first file of a new run directory, tells it from any other directory: a `config.yaml` lies in many.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..comm.refusal import Problem, Refused
+from ..comm.refusal import Problem, Refused, refuse_if_any
 
 CONFIG_FILE = "config.yaml"
 STATUS_FILE = "run_status.json"
 _LOCK_FILE = "lock"
+_MARKER_FILE = ".shoestring_run"
+_MARKER_TEXT = "This directory was made by a training run of Shoestring; `shoestring train --fresh` empties it.\n"
 
 
 @contextmanager
@@ -22,11 +27,8 @@ def claimed(run_dir: Path, *, fresh: bool) -> Iterator[None]:
 
     Raises `Refused` for a directory that another launcher holds, that cannot be written, or that is not a run's.
     """
-    if run_dir.exists() and not _is_a_runs(run_dir):
-        remedy = f"exists and is not a run directory (it holds no {CONFIG_FILE}); name another"
-        raise Refused([Problem("training.run_dir", str(run_dir), remedy)])
+    own(run_dir)
     with _refusing_to_fail(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / _LOCK_FILE).open("a")
     with lock:
         _lock(lock.fileno(), run_dir)
@@ -36,12 +38,29 @@ def claimed(run_dir: Path, *, fresh: bool) -> Iterator[None]:
         yield
 
 
+def run_dir_problems(run_dir: Path) -> Iterator[Problem]:
+    """What keeps a run from taking `run_dir`: it is there, and neither empty nor made by a run."""
+    if run_dir.exists() and not _is_a_runs(run_dir):
+        remedy = f"exists and was not made by a run (it holds no {_MARKER_FILE}); name another directory"
+        yield Problem("training.run_dir", str(run_dir), remedy)
+
+
+def own(run_dir: Path) -> None:
+    """Make `run_dir` a run's, whether or not it is there. Raises `Refused` for one that holds anything else."""
+    with _refusing_to_fail(run_dir):
+        refuse_if_any(run_dir_problems(run_dir))
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not (run_dir / _MARKER_FILE).exists():
+            (run_dir / _MARKER_FILE).write_text(_MARKER_TEXT)
+
+
 @contextmanager
 def _refusing_to_fail(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = f"cannot be written ({error.strerror}: {error.filename}); name another directory"
+        reason = str(error) if error.strerror is None else f"{error.strerror}: {error.filename}"
+        remedy = f"cannot be written ({reason}); name another directory"
         raise Refused([Problem("training.run_dir", str(run_dir), remedy)]) from error
 
 
@@ -49,7 +68,7 @@ def _is_a_runs(run_dir: Path) -> bool:
     if not run_dir.is_dir():
         return False
     names = {path.name for path in run_dir.iterdir()}
-    return CONFIG_FILE in names or names <= {_LOCK_FILE}
+    return _MARKER_FILE in names or not names
 
 
 def _lock(descriptor: int, run_dir: Path) -> None:
@@ -62,18 +81,16 @@ def _lock(descriptor: int, run_dir: Path) -> None:
 
 
 def _empty(run_dir: Path) -> None:
-    """Remove everything but the lock; last what shows that the directory is a run's."""
+    """Remove everything but the lock and the marker. What a link points to is not the run's to remove."""
     for path in run_dir.iterdir():
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name not in (_LOCK_FILE, CONFIG_FILE):
+        elif path.name not in (_LOCK_FILE, _MARKER_FILE):
             path.unlink()
-    (run_dir / CONFIG_FILE).unlink(missing_ok=True)
 
 
 def write_status(run_dir: Path, code: int, reason: str) -> None:
     """What a worker that stops on purpose leaves for its launcher, since torchrun turns every exit code into 1."""
-    run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / STATUS_FILE).write_text(json.dumps({"exit_code": code, "reason": reason}) + "\n")
 
 

@@ -13,7 +13,10 @@
 #   PYTHON          an interpreter that has shoestring; when it is not set, that of .venv, else python3
 #
 # training.run_dir and the prepared data must be on a file system that all machines share.
-# Exit code: on machine 0 that of the run (0 done, 2 refused, else a fault); on the others 0 unless torchrun failed.
+# SIGTERM or SIGUSR1 on any machine makes the run finish its step, write a checkpoint and exit with 75; a second SIGTERM,
+# or training.stop_seconds without an end, ends it at once.
+# Exit code: on machine 0 that of the run (0 done, 2 refused, 3 budget used up, 75 start it again, else a fault); on the
+# others 0 unless torchrun failed.
 set -euo pipefail
 
 here="$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

@@ -16,10 +16,12 @@ from ..comm.failure import CollectiveFailed
 from ..comm.groups import ProcessGroups
 from ..comm.refusal import Problem, Refused
 from ..trainer.config import RunConfig
+from ..trainer.halt import RunHalted
 from ..trainer.loop import RunFailed, train
 from ..trainer.rank import stages_of
 from .compose import to_yaml
-from .run_dir import CONFIG_FILE, write_status
+from .run_dir import CONFIG_FILE, own, write_status
+from .stopping import listen_for_stop
 
 ATTEMPT_VARIABLE = "SHOESTRING_ATTEMPT"
 
@@ -33,11 +35,12 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
     A fault of the network or of another rank ends this one with 1. A worker that stops on purpose writes
     `run_status.json` and exits with 0, because torchrun would turn any other code into 1 and might start it again.
     """
+    stop_asked = listen_for_stop()
+    if worker.rank == 0:
+        _own(Path(config.training.run_dir), config)
     if worker.world_size != config.topology.world_size:
         size = f"topology asks for {config.topology.world_size} processes"
         return _stop(config, worker, 2, str(Problem("world size", worker.world_size, f"{size}; start as many")))
-    if worker.rank == 0:
-        _own(Path(config.training.run_dir), config)
     device = pick_device(config, worker)
     timeout = timedelta(seconds=config.training.collective_timeout_seconds)
     start_default_group(worker, device, timeout)
@@ -45,11 +48,13 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
         holders = stages_of(config).all_holders()
         groups = ProcessGroups.create(config.topology, worker.rank, timeout, holders)
         attempt = os.environ.get(ATTEMPT_VARIABLE) or os.environ.get("TORCHELASTIC_RUN_ID", "none")
-        steps = train(config, groups, device, attempt)
+        steps = train(config, groups, device, attempt, stop_asked)
     except Refused as error:
         return _stop(config, worker, 2, str(error))
     except RunFailed as error:
         return _stop(config, worker, 1, str(error))
+    except RunHalted as halted:
+        return _stop(config, worker, halted.halt, str(halted))
     except CollectiveFailed as error:
         print(f"shoestring train: {error}", file=sys.stderr, flush=True)
         time.sleep(_SECONDS_FOR_OTHERS)
@@ -61,8 +66,8 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
 
 def _own(run_dir: Path, config: RunConfig) -> None:
     """Under a torchrun of one's own there is no launcher to leave the configuration."""
+    own(run_dir)
     if not (run_dir / CONFIG_FILE).exists():
-        run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / CONFIG_FILE).write_text(to_yaml(config))
 
 
@@ -79,6 +84,11 @@ def pick_device(config: RunConfig, worker: WorkerEnvironment) -> torch.device:
     wanted = config.training.device
     gpus = torch.cuda.device_count()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if wanted == "auto" and 0 < gpus < local and worker.local_rank == 0:
+        has = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
+        fit = "topology=single" if gpus == 1 else f"topology=single for one of them, or a topology of {gpus} ranks"
+        text = f"this machine has {has} for {local} ranks, so they compute on its CPU; to use {has}, write {fit}"
+        print(f"shoestring train: {text}", file=sys.stderr, flush=True)
     if wanted == "cpu" or (wanted == "auto" and gpus < local):
         return torch.device("cpu")
     device = torch.device("cuda", worker.local_rank)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Protocol, runtime_checkable
 
 from ..comm.config import ExchangeConfig
-from ..comm.refusal import Problem
+from ..comm.refusal import Doubt, Problem
 from ..comm.topology import Topology
 from ..parallelism.pipeline.partition import partition_problems
 from ..parallelism.pipeline.schedules import SCHEDULES, build_placement, schedule_problems
@@ -15,6 +15,7 @@ from .budget.config import BudgetConfig
 from .by_tokens import by_tokens_problems
 from .costs.cluster import ClusterConfig
 from .data.config import DataConfig
+from .defaults import with_defaults
 from .model.config import ModelConfig
 from .optimizer.config import OptimizerConfig
 from .precision.config import PrecisionConfig
@@ -80,13 +81,16 @@ class TrainingConfig:
     """Length of that sample; 0 for none."""
     collective_timeout_seconds: int = 300
     """A collective that waits longer than this ends the run."""
+    stop_seconds: int = 300
+    """After SIGTERM or SIGUSR1: the time for the step under way and a checkpoint. A run that needs longer is ended."""
 
     def problems(self) -> Iterator[Problem]:
         """What is impossible about these values on their own."""
         values = self.__dict__
         if self.device not in ("auto", "cpu", "cuda"):
             yield Problem("device", self.device, "must be auto, cpu or cuda")
-        for name in ("tokens", "sequence_length", "global_batch", "keep_checkpoints", "collective_timeout_seconds"):
+        at_least_one = ["tokens", "sequence_length", "global_batch", "keep_checkpoints"]
+        for name in (*at_least_one, "collective_timeout_seconds", "stop_seconds"):
             if values[name] < 1:
                 yield Problem(name, values[name], "must be at least 1")
         for name in ("balance_weight", "evaluate_every", "checkpoint_every", "sample_tokens", "seed"):
@@ -97,9 +101,17 @@ class TrainingConfig:
         if not self.run_dir:
             yield Problem("run_dir", self.run_dir, "must name a directory")
         if self.sample_tokens > 0 and not self.sample_prompt:
-            yield Problem("sample_prompt", self.sample_prompt, "must hold text, or write training.sample_tokens=0")
+            remedy = "must hold text, or write training.sample_tokens=0"
+            yield Problem("sample_prompt", self.sample_prompt, remedy, ("sample_tokens",))
         yield from by_tokens_problems("mtp_weight", self.mtp_weight)
         yield from by_tokens_problems("bias_speed", self.bias_speed)
+
+
+NO_DOUBT = Doubt()
+
+# Of checks between several values: what they look at.
+_SHARE = ("topology.edp", "topology.ep", "schedule.micro_batch")
+_STAGES = ("schedule.name", "schedule.chunks", "topology.pp")
 
 
 @runtime_checkable
@@ -154,55 +166,66 @@ class RunConfig:
         """Micro-batches of one rank in one step."""
         return self.training.global_batch // (self.topology.dp * self.schedule.micro_batch)
 
-    def problems(self) -> Iterator[Problem]:
-        """Everything impossible about this configuration that needs neither disk nor processes to see."""
-        own = []
+    def problems(self, doubt: Doubt = NO_DOUBT) -> Iterator[Problem]:
+        """Everything impossible about this configuration that needs neither disk nor processes to see.
+
+        Values that are impossible on their own make way for defaults, so that everything else can be looked at too;
+        what is then found by looking at such a default, or at a value in `doubt`, is nobody's mistake and left out.
+        """
+        alone = [problem for problem in self._part_problems() if not problem.others]
+        yield from (problem for problem in alone if not doubt.covers(problem.field))
+        replaced = {problem.field for problem in alone}
+        possible, unsound = with_defaults(self, replaced), doubt.about(replaced)
+        together = [problem for problem in possible._part_problems() if problem.others]
+        for problem in (*together, *possible._cross_problems()):
+            if not any(unsound.covers(key) for key in (problem.field, *problem.others)):
+                yield problem
+
+    def _part_problems(self) -> Iterator[Problem]:
         for part in fields(self):
             value = self.__dict__[part.name]
             assert isinstance(value, _Checked)
-            own += [problem.under(part.name) for problem in value.problems()]
-        yield from own
-        if not own:
-            yield from self._cross_problems()
+            yield from (problem.under(part.name) for problem in value.problems())
 
     def _cross_problems(self) -> Iterator[Problem]:
         model, topology, training = self.model, self.topology, self.training
         if model.experts % topology.ep:
             remedy = f"must divide model.experts = {model.experts}: every rank holds as many experts"
-            yield Problem("topology.ep", topology.ep, remedy)
+            yield Problem("topology.ep", topology.ep, remedy, ("model.experts",))
         share = topology.dp * self.schedule.micro_batch
         if training.global_batch % share:
             parts = f"edp x ep x micro_batch = {topology.edp} x {topology.ep} x {self.schedule.micro_batch}"
             nearest = max(1, round(training.global_batch / share)) * share
             remedy = f"must be a multiple of {share} ({parts}); the nearest is {nearest}"
-            yield Problem("training.global_batch", training.global_batch, remedy)
-        else:
-            yield from self._schedule_problems(share)
+            yield Problem("training.global_batch", training.global_batch, remedy, _SHARE)
+        yield from self._schedule_problems(share)
         yield from self._alignment_problems()
         if self.data.vocabulary != model.vocabulary:
             remedy = f"must equal model.vocabulary = {model.vocabulary}"
-            yield Problem("data.vocabulary", self.data.vocabulary, remedy)
+            yield Problem("data.vocabulary", self.data.vocabulary, remedy, ("model.vocabulary",))
 
     def _schedule_problems(self, share: int) -> Iterator[Problem]:
         """What schedule and split into stages demand; `share` is a micro-batch on every rank, in sequences."""
         schedule, ranks, layers = self.schedule, self.topology.pp, self.model.layers
         found = list(schedule_problems(schedule.name, ranks, self.micro_batches, schedule.chunks))
         for problem in found:
+            if problem.field == "micro_batches" and self.training.global_batch % share:
+                continue  # their number is not known yet
             if problem.field == "micro_batches":
                 remedy = f"gives {self.micro_batches} micro-batches of {share} sequences a step; {problem.remedy}"
-                yield Problem("training.global_batch", self.training.global_batch, remedy)
+                yield Problem("training.global_batch", self.training.global_batch, remedy, (*_STAGES, *_SHARE))
             else:
                 field = {"ranks": "topology.pp", "chunks": "schedule.chunks"}[problem.field]
-                yield Problem(field, problem.value, problem.remedy)
+                yield Problem(field, problem.value, problem.remedy, _STAGES)
         if any(problem.field != "micro_batches" for problem in found):
             return
         stages = build_placement(schedule.name, ranks, schedule.chunks).stages
         if stages > layers:
             remedy = f"gives {stages} stages with {schedule.name}, and each must hold one of {layers} layers at least"
-            yield Problem("topology.pp", ranks, remedy)
+            yield Problem("topology.pp", ranks, remedy, (*_STAGES, "model.layers"))
         elif schedule.layout is not None:
             for problem in partition_problems(layers, stages, schedule.layout):
-                yield problem.under("schedule")
+                yield replace(problem.under("schedule"), others=(*_STAGES, "model.layers"))
 
     def _alignment_problems(self) -> Iterator[Problem]:
         """Grouped GEMMs want rows of whole 16 bytes; FP64 has a path of its own."""
@@ -211,4 +234,6 @@ class RunConfig:
         step = 4 if self.precision.compute == "float32" else 8  # auto may become BF16
         for name, width in (("hidden", self.model.hidden), ("expert_ffn", self.model.expert_ffn)):
             if width % step:
-                yield Problem(f"model.{name}", width, f"must be a multiple of {step}, for rows of whole 16 bytes")
+                remedy = f"must be a multiple of {step}, for rows of whole 16 bytes"
+                judges = ("precision.compute", "model.layers", "model.dense_layers", "model.mtp_depth")
+                yield Problem(f"model.{name}", width, remedy, judges)

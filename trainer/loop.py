@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +23,7 @@ from .costs.flops import count_flops
 from .data.batch import TokenBatch
 from .evaluate import evaluate
 from .generate import generate
+from .halt import Halt, RunHalted, agree_to_halt
 from .rank import Rank, build_rank
 from .reporter import Reporter, Speed
 from .step import NonFiniteStep, StepSettings
@@ -33,25 +34,40 @@ class RunFailed(RuntimeError):  # noqa: N818 -- says what happened
     """The run cannot go on; the message says why and what to do. Raised on every rank."""
 
 
-def train(config: RunConfig, groups: ProcessGroups, device: torch.device, attempt: str) -> int:
+def _never() -> bool:
+    return False
+
+
+def train(
+    config: RunConfig,
+    groups: ProcessGroups,
+    device: torch.device,
+    attempt: str,
+    stop_asked: Callable[[], bool] = _never,
+) -> int:
     """Train to the end, going on from the run directory's last checkpoint; return the number of steps done.
 
-    Collective over all ranks. `attempt` names the launch in the ledger. Raises `Refused` for a checkpoint that does not
-    fit the configuration and `RunFailed` for a loss that is not finite,
-    `CollectiveFailed` for a peer that is gone or silent.
+    Collective over all ranks. `attempt` names the launch in the ledger; `stop_asked` is looked at once a step, on every
+    rank. Raises `Refused` for a checkpoint that does not fit the configuration, `RunFailed` for a loss that is not
+    finite, `RunHalted` when any rank was asked to stop or the budget is used up, and `CollectiveFailed` for a peer that
+    is gone or silent.
     """
     run_dir = Path(config.training.run_dir)
     reporter = Reporter(config, run_dir, attempt) if groups.world.is_first else None
     rank = build_rank(config, groups, device)
     done = 0
     try:
-        done = _start(rank, reporter)
+        done, owes_evaluation = _start(rank, reporter)
+        _halt_if_agreed(rank, done, reporter, stop_asked, is_saved=True)
+        if owes_evaluation:
+            _evaluate(rank, done, reporter)
         tracing = Tracing.of(rank, done)
         for step in range(done + 1, config.total_steps + 1):
             tracing.before(step)
             _one_step(rank, step, reporter)
             tracing.after(step, reporter)
             done = step
+            _halt_if_agreed(rank, done, reporter, stop_asked, is_saved=False)
             if _is_due(step, config.training.evaluate_every, config.total_steps):
                 _evaluate(rank, step, reporter)
             if _is_due(step, config.training.checkpoint_every, config.total_steps):
@@ -65,7 +81,7 @@ def train(config: RunConfig, groups: ProcessGroups, device: torch.device, attemp
         if reporter is not None:
             reporter.close(done, message)
         raise RunFailed(message) from error
-    except CollectiveFailed as error:
+    except (CollectiveFailed, RunHalted) as error:
         if reporter is not None:
             reporter.close(done, str(error))
         raise
@@ -76,24 +92,50 @@ def train(config: RunConfig, groups: ProcessGroups, device: torch.device, attemp
     return done
 
 
-def _start(rank: Rank, reporter: Reporter | None) -> int:
-    """Announce the run and load the last checkpoint, if any; return the steps it holds."""
+def _start(rank: Rank, reporter: Reporter | None) -> tuple[int, bool]:
+    """Announce the run and load the last checkpoint, if any; return the steps it holds.
+
+    And whether an evaluation was due after them that a halt has put off.
+    """
     config, groups = rank.config, rank.groups
     peak = config.cluster.peak_tflops or measure_peak_tflops(rank.device, rank.dtype, groups.world)
     if reporter is not None:
         speed = Speed(count_flops(config.model, config.training.sequence_length), peak)
         reporter.run(speed, str(rank.device), str(rank.dtype).removeprefix("torch."))
     steps = rank.store.steps()
-    done = 0
+    done, owes_evaluation = 0, False
     if steps:
         with _timing(reporter, "checkpoint_load"):
             done = steps[-1]
             facts = _load(rank, done)
+        owes_evaluation = facts.get("owes_evaluation", False)
         if reporter is not None:
             reporter.resume(done, facts["ledger"])
     if reporter is not None:
         reporter.ready()
-    return done
+    return done, owes_evaluation
+
+
+def _halt_if_agreed(
+    rank: Rank, done: int, reporter: Reporter | None, stop_asked: Callable[[], bool], *, is_saved: bool
+) -> None:
+    """After `done` steps, of a run with more to do: raise `RunHalted` on all ranks if any of them has a reason.
+
+    Whoever asks may not wait long: an evaluation that is due comes after the checkpoint, in the run's next life.
+    """
+    config = rank.config
+    if done == config.total_steps:
+        return
+    spent = None if reporter is None else reporter.spent_budget()
+    halt = agree_to_halt(rank.groups.world, asked=stop_asked(), over_budget=spent is not None)
+    if halt is None:
+        return
+    if not is_saved:
+        owes = _is_due(done, config.training.evaluate_every, config.total_steps)
+        _save(rank, done, reporter, owes_evaluation=owes)
+    where = f"after step {done}, which is in a checkpoint" if done else "before the first step"
+    reason = "it was asked to, and the same command goes on" if halt == Halt.PREEMPTED else spent
+    raise RunHalted(halt, f"stopped {where}: {reason}")
 
 
 def _one_step(rank: Rank, step: int, reporter: Reporter | None) -> None:
@@ -162,8 +204,9 @@ def _sample(rank: Rank, step: int, reporter: Reporter | None) -> None:
         reporter.sample(step, training.sample_prompt, tokenizer.decode(continuation))
 
 
-def _save(rank: Rank, step: int, reporter: Reporter | None) -> None:
+def _save(rank: Rank, step: int, reporter: Reporter | None, *, owes_evaluation: bool = False) -> None:
     facts: dict[str, Any] = {"step": step, "consumed_samples": step * rank.config.training.global_batch}
+    facts["owes_evaluation"] = owes_evaluation
     if reporter is not None:
         facts |= {"config": asdict(rank.config), "data": rank.data_digest, "ledger": reporter.totals()}
     with _timing(reporter, "checkpoint_save"):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..comm.traffic import Kind
 from .budget.meter import Meter
+from .budget.render import over_budget
 from .budget.summary import summarise
 from .budget.totals import carry
 from .budget.work import Work
@@ -144,6 +145,12 @@ class Reporter:
     def trace(self, step: int, path: Path, values: Mapping[str, JSON]) -> None:
         """A timeline is written; `values` are the seconds of each term, by rank."""
         self._emit("trace", step, {"path": str(path), **values})
+
+    def spent_budget(self) -> str | None:
+        """Why the run must halt: what it has used is its budget or more. None while it is less."""
+        assert self._meter is not None
+        spent, budget = self._meter.gpu_hours(), self._config.budget.gpu_hours
+        return over_budget(spent, budget) if spent >= budget else None
 
     def totals(self) -> dict[str, int | str]:
         """What a checkpoint carries of the ledger."""

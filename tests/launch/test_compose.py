@@ -20,7 +20,11 @@ PARTS = [file for file in FILES if file[0] != "experiment"]
 EXPERIMENTS = [choice for group, choice in FILES if group == "experiment"]
 MODELS = [choice for group, choice in FILES if group == "model"]
 # A group's file alone beside the default model: what the two must agree on follows it.
-COMPANIONS = {"model": "data.vocabulary=${model.vocabulary}", "data": "model.vocabulary=${data.vocabulary}"}
+COMPANIONS = {
+    "model": "data.vocabulary=${model.vocabulary}",
+    "data": "model.vocabulary=${data.vocabulary}",
+    "schedule": "topology.pp=2",
+}
 
 
 def own_file(directory: Path, name: str, text: str) -> Path:
@@ -32,8 +36,8 @@ def own_file(directory: Path, name: str, text: str) -> Path:
 
 @pytest.mark.parametrize(("group", "choice"), PARTS, ids=["-".join(file) for file in PARTS])
 def test_every_file_of_every_group_makes_a_run(group: str, choice: str) -> None:
-    companion = [COMPANIONS[group]] if group in COMPANIONS else []
-    part = to_tree(compose_run([f"{group}={choice}", *companion]))[group]
+    companion = COMPANIONS.get(group, "training.seed=0")
+    part = to_tree(compose_run([f"{group}={choice}", companion]))[group]
     written = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / group / f"{choice}.yaml"))
     assert isinstance(written, dict)
     assert part == {**part, **written}
@@ -152,6 +156,55 @@ def test_impossible_values_of_several_parts_are_refused_together() -> None:
     overrides = ["model.groups=3", "precision.compute=int8", "training.mtp_weight={5: 0.1}", "budget.gpu_hours=0"]
     problems = refused(compose_run, overrides)
     assert problems.keys() == {"model.groups", "precision.compute", "training.mtp_weight", "budget.gpu_hours"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fields"),
+    [
+        ("model.hiden=3 topology.ep=5 training.device=tpu", {"model.hiden", "topology.ep", "training.device"}),
+        ("model.top_k=99 topology.ep=3 training.global_batch=7", {"model.top_k", "topology.ep"}),
+        ("training.seed=many model.groups=5 budget.phase=nap", {"training.seed", "model.groups", "budget.phase"}),
+        ("training.seed topology=ep5 budget.gpu_hours=0", {"command line", "topology", "budget.gpu_hours"}),
+        ("telemetry.log_every=0 data.validation=hamlet", {"telemetry.log_every", "data.validation"}),
+    ],
+)
+def test_unreadable_and_impossible_values_are_refused_together(overrides: str, fields: set[str]) -> None:
+    # 5 and 3 ranks do not share the global batch either.
+    shared = {"training.global_batch"} if "topology.ep" in fields else set()
+    assert refused(compose_run, overrides.split()).keys() == fields | shared
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        # Of 16 experts, the default: 18 or 30 are meant.
+        ("model.experst=18 topology.ep=32 training.global_batch=32", "model.experst"),
+        ("model.experts=30.5 topology.ep=32 training.global_batch=32", "model.experts"),
+        ("model.blocks=3 topology.ep=32 training.global_batch=32", "model.blocks"),
+        # Of 16 sequences and micro-batches of one.
+        ("training.global_batch=many topology.edp=5", "training.global_batch"),
+        ("schedule.micro_batch=half training.global_batch=3 topology.ep=2 model.experts=64", "schedule.micro_batch"),
+        ("training=3 topology.edp=5", "training"),
+        ("optimizer.constant_tokens=long optimizer.decay_tokens=5", "optimizer.constant_tokens"),
+        ("topology=two topology.edp=5", "topology"),
+        ("topology topology.edp=5 training.global_batch=15", "command line"),
+        ("experiment=mine data.vocabulary=4096 topology.ep=16", "experiment"),
+        ("experiment data.vocabulary=4096 topology.ep=16", "command line"),
+        ("=4 data.vocabulary=4096", "command line"),
+        ("data.vocabulary=big model.vocabulary=4096", "data.vocabulary"),
+        ("model=large data.vocabulary=4096", "model"),
+    ],
+)
+def test_a_default_in_place_of_an_unreadable_value_accuses_nobody(overrides: str, field: str) -> None:
+    assert list(refused(compose_run, overrides.split())) == [field]
+
+
+def test_what_is_written_inside_a_doubtful_group_counts(tmp_path: Path) -> None:
+    written = ["experiment=mine", "topology.ep=8", "model.experts=20", "model.groups=7", "training.device=tpu"]
+    problems = refused(compose_run, written)
+    assert problems.keys() == {"experiment", "topology.ep", "model.groups", "training.device"}
+    problems = refused(compose_run, written, tmp_path / "nowhere")
+    assert problems.keys() == {"--config-dir", "experiment", "topology.ep", "model.groups", "training.device"}
 
 
 def test_an_experiment_of_ones_own(tmp_path: Path) -> None:

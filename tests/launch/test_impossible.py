@@ -32,6 +32,10 @@ def changed(tree: Mapping[str, object], values: Mapping[str, object]) -> dict[st
     return copy
 
 
+OF_THREE = {"topology.gpus_per_node": 3, "training.global_batch": 15}
+"""Beside ep = 3: what that fits into."""
+
+
 def problems(tree: Mapping[str, object], values: Mapping[str, object]) -> dict[str, str]:
     return by_field(build(RunConfig, changed(tree, values)).problems())
 
@@ -103,12 +107,14 @@ def test_zero_is_refused_where_it_means_nothing(tree: dict[str, object]) -> None
         ({"model.q_lora_rank": 0}, "model.q_lora_rank", "null for no query compression"),
         ({"model.yarn.factor": 0.5}, "model.yarn.factor", "must be at least 1"),
         ({"model.yarn.beta_fast": 1.0}, "model.yarn.beta_fast", "must be greater than beta_slow = 1.0"),
-        ({"topology.pp": 2}, "topology.pp", "write topology.pp=1"),
-        ({"exchange.name": "two_hops"}, "exchange.name", "no such exchange; there is: flat"),
+        ({"topology.pp": 5}, "topology.pp", "gives 5 stages"),
+        ({"exchange.name": "two_hops"}, "exchange.name", "no such exchange; there are: flat, two_hop, deepep"),
         ({"precision.compute": "fp8"}, "precision.compute", "must be auto, float32, bfloat16, float64"),
         ({"optimizer.beta2": 1.0}, "optimizer.beta2", "less than 1"),
         ({"optimizer.final_learning_rate": 1.0}, "optimizer.final_learning_rate", "at most peak_learning_rate"),
-        ({"schedule.name": "dualpipe"}, "schedule.name", "no such schedule; there is: sequential"),
+        ({"schedule.name": "sequential"}, "schedule.name", "no such schedule; there are: gpipe, one_f_one_b"),
+        ({"schedule.name": "dualpipe", "topology.pp": 3}, "topology.pp", "even"),
+        ({"schedule.layout": [4, 1]}, "schedule.layout", "2 stages"),
         ({"data.corpus": ""}, "data.corpus", "must name a directory"),
         ({"data.prepared": ""}, "data.prepared", "must name a directory"),
         ({"data.prepared": "/"}, "data.prepared", "must name a directory"),
@@ -126,7 +132,8 @@ def test_zero_is_refused_where_it_means_nothing(tree: dict[str, object]) -> None
         ({"telemetry.wandb.mode": "on"}, "telemetry.wandb.mode", "offline, online, disabled"),
         ({"telemetry.wandb.project": ""}, "telemetry.wandb.project", "must not be empty"),
         # What two parts of a run must agree on.
-        ({"topology.ep": 3, "training.global_batch": 15}, "topology.ep", "must divide model.experts = 16"),
+        ({"topology.ep": 3, **OF_THREE}, "topology.ep", "must divide model.experts = 16"),
+        ({"topology.ep": 3, "training.global_batch": 15}, "topology.ep", "must divide gpus_per_node = 8"),
         ({"data.vocabulary": 4096}, "data.vocabulary", "must equal model.vocabulary = 2048"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
@@ -149,5 +156,21 @@ def test_the_global_batch_is_a_multiple_of_what_all_ranks_take(
 
 
 def test_parts_that_do_not_agree_are_named_together(tree: dict[str, object]) -> None:
-    found = problems(tree, {"topology.ep": 3, "training.global_batch": 16, "data.vocabulary": 4096})
+    found = problems(tree, {"topology.ep": 3, **OF_THREE, "training.global_batch": 16, "data.vocabulary": 4096})
     assert found.keys() == {"topology.ep", "training.global_batch", "data.vocabulary"}
+
+
+def test_a_value_that_is_impossible_on_its_own_hides_nothing_and_judges_nothing(tree: dict[str, object]) -> None:
+    wrong = {"topology.ep": 0, "model.top_k": 99, "training.device": "tpu", "training.global_batch": 7}
+    assert problems(tree, wrong).keys() == {"topology.ep", "model.top_k", "training.device"}
+    assert "training.global_batch" in problems(tree, {**wrong, "topology.ep": 2})
+    assert problems(tree, {"model.experts": 0, "model.top_k_groups": 9, "model.dense_layers": 9}).keys() == {
+        "model.experts",
+        "model.top_k_groups",
+        "model.dense_layers",
+    }
+    assert problems(tree, {"model.groups": 3, "model.top_k": 17}).keys() == {"model.groups", "model.top_k"}
+    assert problems(tree, {"data.vocabulary": 5, "model.expert_ffn": 92, "precision.compute": "fp8"}).keys() == {
+        "data.vocabulary",
+        "precision.compute",
+    }

@@ -8,11 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from shoestring.comm.bootstrap import WorkerEnvironment
 from shoestring.comm.refusal import Refused
 from shoestring.launch.compose import compose_run
 from shoestring.launch.node import Place, count_processes, read_place
 from shoestring.launch.run_dir import read_status
+from shoestring.launch.worker import pick_device
+from shoestring.tests.launch.refusals import refused
 from shoestring.tests.launch.small_run import free_port, small_run
 from shoestring.tests.tree import ROOT
 from shoestring.trainer.budget.summary import summarise
@@ -73,6 +77,38 @@ def test_machines_must_be_the_topologys(topology: list[str], processes: str | No
     with pytest.raises(Refused) as refused:
         count_processes(config, place)
     assert [problem.field for problem in refused.value.problems] == fields
+
+
+@pytest.mark.parametrize(
+    ("gpus", "variables", "remedy"),
+    [
+        (1, {}, "write topology=single, or GPUS_PER_NODE=4 and training.device=cpu"),
+        (8, {}, "write a topology of 8 ranks (pp x edp x ep), or GPUS_PER_NODE=4"),
+        (0, {"GPUS_PER_NODE": "2"}, "write a topology of 2 ranks (pp x edp x ep), or GPUS_PER_NODE=4"),
+        (8, {**TWO, "NNODES": "3"}, "write a topology of 24 ranks (pp x edp x ep)"),
+    ],
+)
+def test_a_machine_of_another_size_is_told_what_to_write(
+    gpus: int, variables: dict[str, str], remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    found = refused(count_processes, compose_run(["experiment=quickstart"]), read_place(variables))
+    assert found["GPUS_PER_NODE"].endswith(f"; {remedy}")
+
+
+@pytest.mark.parametrize(("gpus", "line"), [(0, None), (1, "write topology=single\n"), (3, "of 3 ranks\n"), (4, None)])
+def test_gpus_that_are_too_few_are_not_passed_over_in_silence(
+    gpus: int, line: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    config = compose_run(["experiment=quickstart"])
+    devices = [pick_device(config, WorkerEnvironment(rank, rank, 4)).type for rank in range(4)]
+    assert devices == ["cuda" if gpus == 4 else "cpu"] * 4
+    said = capsys.readouterr().err
+    assert said.count("\n") == (line is not None)
+    assert said.endswith(line or "")
 
 
 def test_the_script_explains_itself_and_exits_with_2() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,9 @@ from shoestring.comm.bootstrap import WorkerEnvironment
 from shoestring.comm.refusal import Refused
 from shoestring.launch.compose import compose_run
 from shoestring.launch.preflight import preflight
-from shoestring.launch.run_dir import CONFIG_FILE, claimed
+from shoestring.launch.run_dir import CONFIG_FILE, claimed, own
+from shoestring.tests.launch.refusals import refused
+from shoestring.tests.tree import ROOT
 from shoestring.trainer.checkpoint.compatible import incompatibilities
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.data.prepare import prepare
@@ -47,6 +52,66 @@ def test_data_that_is_not_there(config: RunConfig, tmp_path: Path) -> None:
         preflight(replace(config, data=replace(config.data, prepared=str(tmp_path))), 4, fresh=False)
 
 
+def test_a_shard_of_the_right_size_with_other_bytes(config: RunConfig, tmp_path: Path) -> None:
+    prepared = Path(shutil.copytree(config.data.prepared, tmp_path / "data"))
+    shard = prepared / "train_00000.bin"
+    shard.write_bytes(b"\xff" * shard.stat().st_size)  # ids above any vocabulary
+    damaged = replace(config, data=replace(config.data, prepared=str(prepared)))
+    found = refused(partial(preflight, fresh=False), damaged, 4)
+    assert list(found) == [str(shard)]
+    assert "the file is damaged; remove the directory and prepare again" in found[str(shard)]
+
+
+def test_everything_that_keeps_a_run_from_starting_is_named_at_once(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    run_dir = tmp_path / "run"
+    with claimed(run_dir, fresh=False):
+        facts = {"step": 7, "config": asdict(config), "data": "other tokens"}
+        (run_dir / "checkpoints" / "step_00000007").mkdir(parents=True)
+        (run_dir / "checkpoints" / "step_00000007" / "facts.json").write_text(json.dumps(facts))
+    wrong = replace(
+        in_directory(config, run_dir),
+        model=replace(config.model, heads=2),
+        data=replace(config.data, prepared=str(tmp_path / "nowhere")),
+    )
+    wrong = replace(wrong, training=replace(wrong.training, device="cuda"))
+    look = partial(preflight, fresh=False)
+    assert refused(look, wrong, 4).keys() == {
+        str(tmp_path / "nowhere" / "manifest.json"),
+        "training.device",
+        "model.heads",
+    }
+    (run_dir / "checkpoints" / "step_00000007" / "facts.json").write_text("{")
+    assert "checkpoint" in refused(look, wrong, 4)
+    short = replace(config, training=replace(config.training, sequence_length=10**6, device="cuda"))
+    assert len(refused(look, short, 4)) == 2
+
+
+def test_a_vocabulary_of_other_data_and_a_damaged_file_are_named_together(config: RunConfig, tmp_path: Path) -> None:
+    prepared = Path(shutil.copytree(config.data.prepared, tmp_path / "data"))
+    (prepared / "tokenizer.json").unlink()
+    other = replace(config, data=replace(config.data, prepared=str(prepared), vocabulary=300, validation=("hamlet",)))
+    found = refused(partial(preflight, fresh=False), other, 4)
+    assert found.keys() == {"data.vocabulary", "data.validation", str(prepared / "tokenizer.json")}
+
+
+def test_wandb_online_without_an_account(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    online = replace(config.telemetry, wandb=replace(config.telemetry.wandb, mode="online"))
+    online_run = replace(in_directory(config, tmp_path / "run"), telemetry=online)
+    found = refused(partial(preflight, fresh=False), online_run, 4)
+    assert list(found) == ["telemetry.wandb.mode"]
+    assert "run `wandb login`, or write offline" in found["telemetry.wandb.mode"]
+    assert not (tmp_path / "run").exists()
+    preflight(online_run, 4, fresh=False, first_machine=False)  # rank 0 lives elsewhere
+
+
 def test_text_too_short_for_one_sample(config: RunConfig) -> None:
     with pytest.raises(Refused, match="one sample needs 1000002"):
         preflight(replace(config, training=replace(config.training, sequence_length=10**6)), 4, fresh=False)
@@ -67,11 +132,55 @@ def test_what_a_checkpoint_holds_on_to(config: RunConfig) -> None:
     assert "the checkpoint of step 7 has 4" in found["model.heads"].remedy
 
 
-def test_a_directory_that_is_not_a_runs(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(Refused, match="is not a run directory"), claimed(tmp_path, fresh=True):
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_directory_that_no_run_has_made(fresh: bool, config: RunConfig, tmp_path: Path) -> None:
+    """Also one that holds a configuration and what a run leaves."""
+    foreign = Path(shutil.copytree(ROOT / "conf", tmp_path / "conf"))
+    (foreign / "thesis.tex").write_text("all of it")
+    (foreign / "lock").write_text("")
+    (foreign / "ledger").mkdir()
+    before = contents(foreign)
+    with pytest.raises(Refused, match="was not made by a run"), claimed(foreign, fresh=fresh):
         pass
-    assert (tmp_path / "thesis.tex").exists()
+    with pytest.raises(Refused, match="was not made by a run"):
+        own(foreign)
+    with pytest.raises(Refused, match="was not made by a run"):
+        preflight(in_directory(config, foreign), 4, fresh=fresh)
+    with pytest.raises(Refused, match="was not made by a run"), claimed(foreign / "thesis.tex", fresh=fresh):
+        pass
+    assert contents(foreign) == before
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def in_directory(config: RunConfig, run_dir: Path) -> RunConfig:
+    return replace(config, training=replace(config.training, run_dir=str(run_dir)))
+
+
+def test_a_fresh_run_removes_links_and_not_what_they_point_to(tmp_path: Path) -> None:
+    elsewhere, run_dir = tmp_path / "big_disk", tmp_path / "run"
+    elsewhere.mkdir()
+    (elsewhere / "step_00000001").write_text("")
+    with claimed(run_dir, fresh=False):
+        (run_dir / "checkpoints").symlink_to(elsewhere)
+        (run_dir / "metrics.jsonl").symlink_to(tmp_path / "nowhere")
+        (run_dir / "ledger").mkdir()
+    with claimed(run_dir, fresh=True):
+        assert {path.name for path in run_dir.iterdir()} == {"lock", ".shoestring_run"}
+    assert (elsewhere / "step_00000001").exists()
+
+
+def test_a_reason_is_given_where_the_system_gives_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(f"no way to remove {path.name}")
+
+    with claimed(tmp_path / "run", fresh=False):
+        (tmp_path / "run" / "ledger").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(Refused, match="no way to remove ledger"), claimed(tmp_path / "run", fresh=True):
+        pass
 
 
 def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ class Slurm:
         return done.stdout.strip()
 
     def submit(self, output: Path, *arguments: str) -> str:
-        flags = ["--gpus-per-node=0", "--time=2", f"--output={output}"]
+        flags = ["--gpus-per-node=0", "--time=20", "--signal=USR1@5", f"--output={output}"]
         return self.call("sbatch", "--parsable", *flags, "launch/slurm/pretrain.sbatch", *arguments)
 
     def job(self, number: str) -> dict[str, str]:
@@ -140,7 +140,7 @@ def test_a_requeued_job_goes_on_from_its_checkpoint(slurm: Slurm, tmp_path: Path
     job = slurm.submit(output, "--fresh", *small_run(tmp_path, STEPS), *own)
     wait_until(lambda: (run_dir / "checkpoints" / "step_00000020").exists() or slurm.has_ended(job), 120)
     slurm.call("scontrol", "requeue", job)
-    wait_until(lambda: slurm.job(job)["JobState"] == "PENDING", 30)
+    wait_until(lambda: slurm.job(job)["JobState"] == "PENDING", 90)
     slurm.call("scontrol", "update", f"jobid={job}", "starttime=now")
     wait_until(lambda: slurm.has_ended(job), 120)
 
@@ -158,6 +158,26 @@ def test_a_requeued_job_goes_on_from_its_checkpoint(slurm: Slurm, tmp_path: Path
     summary = summarise(run_dir)
     assert summary.attempts == 2
     assert not summary.running
+
+
+@pytest.mark.timeout(300)
+def test_a_job_that_is_told_to_stop_requeues_itself_and_loses_no_step(slurm: Slurm, tmp_path: Path) -> None:
+    run_dir, output = tmp_path / "run", tmp_path / "job.out"
+    own = ["topology.gpus_per_node=1", "training.checkpoint_every=0", f"training.run_dir={run_dir}"]
+    job = slurm.submit(output, *small_run(tmp_path, STEPS), *own)
+    metrics = run_dir / "metrics.jsonl"
+    wait_until(lambda: (metrics.exists() and '"step"' in metrics.read_text()) or slurm.has_ended(job), 120)
+    slurm.call("scancel", "--signal=USR1", job)  # as --signal does it before the time is up
+    wait_until(lambda: slurm.job(job)["JobState"] == "PENDING" or slurm.has_ended(job), 60)
+    text = output.read_text()
+    assert slurm.job(job)["Restarts"] == "1", text
+    assert "which is in a checkpoint: it was asked to" in text
+    slurm.call("scontrol", "update", f"jobid={job}", "starttime=now")
+    wait_until(lambda: slurm.has_ended(job), 120)
+    assert slurm.job(job)["JobState"] == "COMPLETED", output.read_text()
+    assert read_status(run_dir) == {"exit_code": 0, "reason": f"{STEPS} steps done"}
+    summary = summarise(run_dir)
+    assert (summary.steps_retained, summary.rolled_back_ms, summary.attempts) == (STEPS, 0, 2)
 
 
 def test_a_refused_run_fails_the_job_with_2(slurm: Slurm, tmp_path: Path) -> None:

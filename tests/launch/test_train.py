@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shoestring.launch import orphan
 from shoestring.launch.compose import compose_run
 from shoestring.launch.run_dir import read_status
+from shoestring.tests.launch.real_run import command, lines_as_they_come, processes_of, train, wait_until
 from shoestring.trainer.budget.summary import summarise
 from shoestring.trainer.data.prepare import prepare
 from shoestring.trainer.telemetry.history import read_all_metrics, read_metrics
@@ -56,14 +54,6 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [*SMALL, *data]
 
 
-def command(overrides: list[str], run_dir: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "shoestring.launch.cli", "train", *overrides, f"training.run_dir={run_dir}", *more]
-
-
-def train(overrides: list[str], run_dir: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(overrides, run_dir, *more), capture_output=True, text=True, timeout=120, check=False)
-
-
 def history(run_dir: Path) -> list[dict[str, Any]]:
     """What must be equal to the last bit in two equal runs."""
     exact = ["loss", "loss/mtp", "loss/balance", "grad_norm", "bias/min", "bias/max", "targets", "text", "tokens"]
@@ -82,21 +72,6 @@ def finished(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
     result = train(overrides, run_dir)
     assert result.returncode == 0, result.stderr
     return run_dir
-
-
-def lines_as_they_come(path: Path, process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
-    """Lines of a file that a process is still writing, without a pause between looks but the scheduler's own."""
-    position = 0
-    while process.poll() is None:
-        if path.exists():
-            with path.open() as file:
-                file.seek(position)
-                for line in file:
-                    if not line.endswith("\n"):
-                        break
-                    position += len(line.encode())
-                    yield json.loads(line)
-        os.sched_yield()
 
 
 def test_a_finished_run_has_everything(finished: Path) -> None:
@@ -175,45 +150,28 @@ def test_a_killed_launcher_leaves_no_rank_behind(overrides: list[str], tmp_path:
     assert process.returncode == -signal.SIGKILL
 
 
-def ranks_of(run_dir: Path) -> list[int]:
-    """Process ids of everything on this machine whose command line names the run directory."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with contextlib.suppress(OSError):  # it has ended meanwhile
-                if str(run_dir).encode() in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-    return found
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        os.sched_yield()
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
 def test_a_launcher_killed_while_its_ranks_start_leaves_none_behind(overrides: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     process = subprocess.Popen(command(overrides, run_dir), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until(lambda: len(ranks_of(run_dir)) >= 4, 60)  # launcher, torchrun, two ranks
+    wait_until(lambda: len(processes_of(run_dir)) >= 4, 60)  # launcher, torchrun, two ranks
     process.kill()
     process.wait()
-    wait_until(lambda: not ranks_of(run_dir), 20)
+    wait_until(lambda: not processes_of(run_dir), 20)
 
 
-def test_a_request_to_stop_ends_the_ranks_and_closes_the_ledger(overrides: list[str], tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    many = "training.tokens=100000000"
-    process = subprocess.Popen(command(overrides, run_dir, many), stdout=subprocess.DEVNULL, text=True)
-    for event in lines_as_they_come(run_dir / "metrics.jsonl", process):
-        if event["kind"] == "step":
-            process.terminate()
-            break
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
-    assert not ranks_of(run_dir)
-    assert not summarise(run_dir).running
+def test_a_rank_whose_launcher_is_dead_ends_also_before_anyone_has_taken_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orphan, "die_with_parent", lambda: None)
+    monkeypatch.setenv("RANK", "0")
+    with subprocess.Popen(["sleep", "60"]) as launcher:
+        monkeypatch.setenv(orphan.LAUNCHER_VARIABLE, str(launcher.pid))
+        orphan.die_with_launcher()
+        launcher.kill()
+        os.waitid(os.P_PID, launcher.pid, os.WEXITED | os.WNOWAIT)  # dead, and still a zombie
+        with pytest.raises(SystemExit):
+            orphan.die_with_launcher()
+    with pytest.raises(SystemExit):
+        orphan.die_with_launcher()
 
 
 def test_a_finished_run_is_left_alone_until_it_is_told_otherwise(finished: Path, overrides: list[str]) -> None:
@@ -222,6 +180,22 @@ def test_a_finished_run_is_left_alone_until_it_is_told_otherwise(finished: Path,
     assert again.returncode == 0
     assert "is finished" in again.stdout
     assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.gpu
+def test_the_quickstart_on_one_gpu(tmp_path: Path) -> None:
+    overrides = ["experiment=quickstart", "topology=single", f"data.prepared={tmp_path / 'data'}"]
+    overrides += ["training.tokens=20000", "telemetry.log_every=1"]
+    config = compose_run(overrides)
+    prepare(config.data, lambda _: None)
+    result = train(overrides, tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    events = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    (run,) = (event.values for event in events if event.kind == "run")
+    assert (run["ranks"], run["device"], run["compute_dtype"]) == (1, "cuda:0", "bfloat16")
+    losses: list[Any] = [event.values["loss"] for event in events if event.kind == "step"]
+    assert len(losses) == config.total_steps
+    assert losses[-1] < losses[0]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_a_reason(overrides: list[str], tmp_path: Path) -> None:

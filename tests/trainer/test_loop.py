@@ -7,6 +7,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,8 +16,11 @@ from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
 from shoestring.launch.typed import build
 from shoestring.tests.processes import World, run_processes
+from shoestring.trainer.budget.meter import Meter
+from shoestring.trainer.budget.summary import summarise
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.data.prepare import prepare
+from shoestring.trainer.halt import RunHalted
 from shoestring.trainer.loop import train
 from shoestring.trainer.rank import stages_of
 from shoestring.trainer.telemetry.history import read_metrics
@@ -167,6 +171,69 @@ def test_a_traced_run_leaves_one_timeline_of_all_ranks(root: Path) -> None:
 def test_the_rate_of_a_step_is_that_of_its_end(alone: list[dict[str, Any]]) -> None:
     rates = [values["learning_rate"] for values in alone if values["kind"] == "step"]
     assert rates == pytest.approx([0.5e-2, 1e-2, 1e-2])  # a warm-up of two steps, then constant
+
+
+def train_until(world: World, tree: dict[str, Any], looks: int, spent_in_a_step: float) -> tuple[int, str] | None:
+    """Train; the last rank alone asks to stop, after so many looks. Exit code and reason of a halt."""
+    run_dir, asked = Path(tree["training"]["run_dir"]), iter(range(looks))
+    config = build(RunConfig, tree)
+    groups = ProcessGroups.create(config.topology, world.rank, timedelta(seconds=30))
+
+    def spent(meter: Meter) -> float:
+        return spent_in_a_step * summarise(run_dir).steps_retained
+
+    with mock.patch.object(Meter, "gpu_hours", spent):
+        try:
+            stop_asked = (lambda: next(asked, None) is None) if world.rank == world.size - 1 else lambda: False
+            train(config, groups, torch.device("cpu"), "test", stop_asked)
+        except RunHalted as halted:
+            return int(halted.halt), str(halted)
+    return None
+
+
+def on_two_ranks(root: Path, name: str, **training: object) -> dict[str, Any]:
+    tree = run_config(root) | {"topology": {"ep": 2}, "schedule": {"micro_batch": 2}}
+    tree["training"] = tree["training"] | {"run_dir": str(root / name), "evaluate_every": 1} | training
+    return tree
+
+
+def told(tree: dict[str, Any]) -> list[tuple[str, int, Any]]:
+    events = read_metrics(Path(tree["training"]["run_dir"]) / "metrics.jsonl")
+    known = [event for event in events if event.kind in ("step", "evaluation", "sample")]
+    return [(event.kind, event.step, event.values.get("loss", event.values.get("text"))) for event in known]
+
+
+def test_one_rank_that_is_asked_halts_all_after_the_same_step_and_nothing_is_lost(root: Path) -> None:
+    undisturbed, tree = on_two_ranks(root, "undisturbed"), on_two_ranks(root, "halted", checkpoint_every=0)
+    assert run_processes(2, train_until, undisturbed, 100, 0.0) == [None, None]
+    reason = "stopped before the first step: it was asked to, and the same command goes on"
+    assert run_processes(2, train_until, tree, 0, 0.0) == [(75, reason)] * 2
+    reason = "stopped after step 2, which is in a checkpoint: it was asked to, and the same command goes on"
+    assert run_processes(2, train_until, tree, 2, 0.0) == [(75, reason)] * 2
+    assert told(tree) == told(undisturbed)[:3]  # the evaluation of step 2 is owed
+    assert run_processes(2, train_until, tree, 100, 0.0) == [None, None]
+    assert told(tree) == told(undisturbed)
+    summary = summarise(root / "halted")
+    assert summary.steps_retained == STEPS
+    assert (summary.rolled_back_ms, summary.running) == (0, False)
+
+
+def test_the_budget_guard_halts_the_run_until_its_budget_is_raised(root: Path) -> None:
+    tree = on_two_ranks(root, "guarded", tokens=5 * LENGTH * BATCH, checkpoint_every=0)
+    first, other = run_processes(2, train_until, tree, 100, 0.4)
+    remedy = "the run has used 1.2 GPU-hours and its budget is 1; raise budget.gpu_hours to go on"
+    assert first == (3, f"stopped after step 3, which is in a checkpoint: {remedy}")
+    assert other is not None
+    assert other[0] == 3
+    before = told(tree)
+    assert run_processes(2, train_until, tree, 0, 0.4)[0] == first  # also when it is asked to stop
+    assert told(tree) == before
+    assert run_processes(2, train_until, tree | {"budget": {"gpu_hours": 2.5}}, 100, 0.4) == [None, None]
+    assert [step for kind, step, _ in told(tree) if kind == "step"] == [1, 2, 3, 4, 5]
+    summary = summarise(root / "guarded")
+    assert summary.buckets["checkpoint_save"] > 0
+    assert summary.rolled_back_ms == 0
+    assert 0 <= summary.unknown_ms < summary.allocated_ms
 
 
 def resumed_random_state(world: World, tree: dict[str, Any]) -> bool:

@@ -76,6 +76,11 @@ def _comparison(summary: Summary) -> Table:
     return table
 
 
+def over_budget(spent: float, budget: float) -> str:
+    """What the budget guard says, in GPU-hours, and the remedy."""
+    return f"the run has used {spent:.4g} GPU-hours and its budget is {budget:.4g}; raise budget.gpu_hours to go on"
+
+
 def hours(value: float) -> str:
     """GPU-hours with digits that fit their size; four decimals are a third of a GPU-second."""
     return f"{value:,.0f}" if value >= 10_000 else f"{value:,.2f}" if value >= 100 else f"{value:.4f}"

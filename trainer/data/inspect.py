@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .entropy import unigram_entropy
 from .manifest import Manifest
-from .prepared import open_directory
+from .prepared import verify
 from .shards import Split
 
 
@@ -42,8 +42,8 @@ class Description:
 
 
 def describe(directory: Path, excerpt_tokens: int = 128) -> Description:
-    """Open `directory` and describe it. Raises `Refused` when it is not whole."""
-    prepared = open_directory(directory)
+    """Read all of `directory` and describe it. Raises `Refused` when a byte of it is not what was written."""
+    prepared = verify(directory)
     manifest, train = prepared.manifest, prepared.train
     tokens_T = train.read(0, min(excerpt_tokens, train.tokens))
     return Description(

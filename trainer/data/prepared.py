@@ -49,8 +49,8 @@ def open_prepared(config: DataConfig) -> Prepared:
 
     Raises `Refused` when the directory is damaged, or was prepared with another vocabulary or other works held out.
     """
-    prepared = open_directory(Path(config.prepared))
-    manifest = prepared.manifest
+    directory = Path(config.prepared)
+    manifest = read_manifest(directory)
     problems = []
     if config.vocabulary != manifest.vocabulary:
         remedy = f"{config.prepared} was prepared with {manifest.vocabulary}; use that, or another data.prepared"
@@ -61,13 +61,15 @@ def open_prepared(config: DataConfig) -> Prepared:
             f"{config.prepared} was prepared with {', '.join(held_out)} held out; use that, or another data.prepared"
         )
         problems.append(Problem("data.validation", config.validation, remedy))
+    try:
+        prepared = open_directory(directory)
+    except Refused as refusal:
+        raise Refused([*problems, *refusal.problems]) from refusal
     refuse_if_any(problems)
     return prepared
 
 
-def verify(directory: Path) -> Manifest:
-    """Check every byte of a prepared directory against its manifest. Raises `Refused` with each damaged file."""
-    manifest = read_manifest(directory)
-    verify_files(directory, manifest.files)
-    open_directory(directory)
-    return manifest
+def verify(directory: Path) -> Prepared:
+    """Open a prepared directory and check its every byte. Raises `Refused` with each damaged file."""
+    verify_files(directory, read_manifest(directory).files)
+    return open_directory(directory)

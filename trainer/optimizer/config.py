@@ -48,11 +48,10 @@ class OptimizerConfig:
                 yield Problem(name, values[name], "must be at least 0 and less than 1")
         if self.final_learning_rate > self.peak_learning_rate:
             remedy = f"must be at most peak_learning_rate = {self.peak_learning_rate}"
-            yield Problem("final_learning_rate", self.final_learning_rate, remedy)
-
+            yield Problem("final_learning_rate", self.final_learning_rate, remedy, ("peak_learning_rate",))
         if self.constant_tokens is None and self.decay_tokens:
             remedy = "is never reached: constant_tokens is null, the rest of the run; say how long the rate is constant"
-            yield Problem("decay_tokens", self.decay_tokens, remedy)
+            yield Problem("decay_tokens", self.decay_tokens, remedy, ("constant_tokens",))
 
     def learning_rate(self, tokens: int) -> float:
         """The rate of a step at whose end `tokens` are consumed, so that the first step's is not 0 (report §4.2)."""

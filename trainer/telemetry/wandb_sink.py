@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,18 @@ _MOST_BINS = 512  # wandb.Histogram refuses more
 _SUMMARIES = ("budget", "stop")
 
 
+def account_problems() -> Iterator[Problem]:
+    """What keeps an online run from starting on this machine; looks for a key, and asks no server about it."""
+    try:
+        # wandb.init would ask for a key on the terminal of a run that nobody watches.
+        found = wandb.login(prompt=False, verify=False)
+        reason = "no API key is configured"
+    except (wandb.errors.Error, OSError, ValueError) as error:
+        found, reason = False, str(error)
+    if not found:
+        yield Problem("telemetry.wandb.mode", "online", f"{reason}; run `wandb login`, or write offline")
+
+
 class WandbSink:
     """One wandb run for all lives of a run directory; its files lie in `run_dir/wandb`.
 
@@ -36,7 +48,6 @@ class WandbSink:
         metrics = run_dir / METRICS_FILE
         self._line = sum(1 for _ in whole_lines(metrics)) if metrics.exists() else 0
         try:
-            # wandb.init would ask for a key on the terminal of a run that nobody watches.
             if config.mode == "online" and not wandb.login(prompt=False):
                 raise wandb.errors.UsageError("no API key is configured")
             self._run = wandb.init(

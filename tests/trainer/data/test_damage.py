@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ import numpy as np
 import pytest
 
 from shoestring.comm.refusal import Refused
+from shoestring.trainer.data import verified
 from shoestring.trainer.data.config import DataConfig
 from shoestring.trainer.data.inspect import describe, render
+from shoestring.trainer.data.manifest import FileEntry
 from shoestring.trainer.data.prepare import prepare
 from shoestring.trainer.data.prepared import open_directory, verify
+from shoestring.trainer.data.shards import verify_files
+from shoestring.trainer.data.verified import verify_before_run
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +54,7 @@ def edit_manifest(directory: Path, edit: Callable[[dict[str, Any]], None]) -> No
 
 
 def test_what_was_written_verifies(directory: Path) -> None:
-    assert verify(directory) == open_directory(directory).manifest
+    assert verify(directory).manifest == open_directory(directory).manifest
 
 
 def test_truncated_and_missing_shards_are_refused_together(directory: Path) -> None:
@@ -68,7 +73,43 @@ def test_a_changed_byte_is_found_by_verify(directory: Path) -> None:
     raw[100] ^= 1
     shard.write_bytes(raw)
     open_directory(directory)  # reads no token
-    assert "train_00000.bin" in refusal(verify, directory)
+    for act in (verify, describe, verify_for_launch):
+        message = refusal(act, directory)
+        assert message.count("train_00000.bin") == 1
+        assert "the file is damaged; remove the directory and prepare again" in message
+
+
+def verify_for_launch(directory: Path) -> None:
+    verify_before_run(directory, open_directory(directory).manifest, first_machine=True)
+
+
+def test_large_data_is_read_once_and_when_it_changes(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def count(folder: Path, files: Sequence[FileEntry]) -> None:
+        read.extend(entry.file for entry in files)
+        verify_files(folder, files)
+
+    monkeypatch.setattr(verified, "verify_files", count)
+    monkeypatch.setattr(verified, "CHEAP_BYTES", 0)
+    manifest = open_directory(directory).manifest
+    verify_before_run(directory, manifest, first_machine=False)
+    assert read == []
+    verify_for_launch(directory)
+    assert read == [entry.file for entry in manifest.files]
+    read.clear()
+    verify_for_launch(directory)
+    assert read == []
+    shard = directory / "train_00000.bin"
+    shard.write_bytes(bytes(reversed(shard.read_bytes())))
+    os.utime(shard, ns=(0, 0))
+    for _ in range(2):  # a refusal leaves no stamp
+        assert "train_00000.bin" in refusal(verify_for_launch, directory)
+        assert read.pop() == "train_00000.bin"
+        assert read == []
+    (directory / verified.STAMP).write_text("[")
+    assert "train_00000.bin" in refusal(verify_for_launch, directory)
+    assert len(read) == len(manifest.files)
 
 
 def test_another_tokenizer_is_refused(directory: Path) -> None:

@@ -1,0 +1,35 @@
+"""Ending a run before its end, on purpose: all ranks agree after the same step, write a checkpoint and say why."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+
+from ..comm.groups import Group
+
+
+class Halt(IntEnum):
+    """Why a run halts. The number is the exit code of `shoestring train`."""
+
+    OVER_BUDGET = 3
+    """The GPU-hours of the budget are used up."""
+    PREEMPTED = 75
+    """It was asked to; 75 is EX_TEMPFAIL of sysexits.h: please try again."""
+
+
+class RunHalted(RuntimeError):  # noqa: N818 -- says what happened
+    """The run has halted, its last step in a checkpoint. Raised on every rank; the first one's message says why."""
+
+    def __init__(self, halt: Halt, message: str) -> None:
+        super().__init__(message)
+        self.halt = halt
+
+
+def agree_to_halt(world: Group, *, asked: bool, over_budget: bool) -> Halt | None:
+    """Collective: whether any rank has a reason. Signals reach ranks between different steps; the verdict is one."""
+    flags = torch.tensor([asked, over_budget], dtype=torch.int64)
+    any_asked, any_over = world.all_reduce_sum(flags, "whether to halt").tolist()
+    if any_over:  # whoever starts the run again would meet it first
+        return Halt.OVER_BUDGET
+    return Halt.PREEMPTED if any_asked else None
