@@ -3,7 +3,7 @@
     python benchmarks/exchange.py [--json FILE]      needs root; see `shoestring bench exchange --help` for other sizes
 
 Four nodes of two ranks with the report's kind of routing (top 8 within two of four groups, one a node), then two nodes
-of one rank, where each rank has a core to itself and computes while its exchanges are in flight.
+of one rank with more tokens, where each rank has a core to itself and computes while its exchanges are in flight.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from shoestring.launch.exchange_rank import ExchangeSpec
 UPLINK = "200mbit"
 
 
-def spec(nodes: int, gpus_per_node: int, *, overlap: bool) -> ExchangeSpec:
+def spec(nodes: int, gpus_per_node: int, tokens: int, *, overlap: bool) -> ExchangeSpec:
     return ExchangeSpec(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         hidden=1024,
-        tokens=512,
+        tokens=tokens,
         experts=64,
         top_k=8,
         groups=4,
@@ -70,9 +70,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     output = parser.parse_args().json
     console = Console(width=120)
-    wide = bench_exchange(spec(4, 2, overlap=False), UPLINK)
+    wide = bench_exchange(spec(4, 2, 512, overlap=False), UPLINK)
     console.print(bench_tables(wide))
-    narrow = bench_exchange(spec(2, 1, overlap=True), UPLINK)
+    narrow = bench_exchange(spec(2, 1, 2048, overlap=True), UPLINK)
     console.print(bench_tables(narrow))
     found = verdicts(wide, narrow)
     for name, ratio in found.items():

@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from shoestring.launch.rank_environment import DEFAULTS
 from shoestring.launch.simulated_cluster import SimulatedCluster
 
 MODULE = "shoestring.benchmarks.overlap_rank"
@@ -31,7 +32,7 @@ SECONDS = 600
 
 def run(nodes: int, pp: int, pairs: int, uplink: str, folder: Path) -> list[dict[str, Any]]:
     """The figures of every rank."""
-    variables = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    variables = dict(DEFAULTS)
     with SimulatedCluster(nodes=nodes, uplink=uplink) as cluster:
         processes = []
         for node in range(nodes):

@@ -22,7 +22,7 @@ def failing_clearly(rank: int, what: str, peers: Sequence[int], limit: timedelta
         raise
     except RuntimeError as error:
         seconds = time.monotonic() - began
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         others = ", ".join(str(peer) for peer in peers if peer != rank)
         message = f"rank {rank}: {what} with ranks {others} failed after {seconds:.1f} s"
         raise CollectiveFailed(f"{message} (limit {limit.total_seconds():g} s): {reason}") from error

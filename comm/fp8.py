@@ -52,7 +52,7 @@ def dequantise(values_XD: Tensor, exponents_XQ: Tensor, dtype: torch.dtype) -> T
 
 
 def _widened(values_XD: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same numbers in a wider dtype. On a CPU looking them up takes a fraction of the time of torch's conversion."""
+    """The same numbers in a wider dtype. On a CPU looking them up is faster than torch's own conversion."""
     if values_XD.device.type != "cpu":
         return values_XD.to(dtype)
     every_number = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(dtype)

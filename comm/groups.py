@@ -6,7 +6,7 @@ A group of one rank has no communicator and costs nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -53,14 +53,14 @@ class Group:
     def all_reduce_sum(self, tensor: Tensor, what: str) -> Tensor:
         """Replace `tensor` by its sum over the group, in place, and return it."""
         if self.handle is not None:
-            with self._failing_clearly(what):
+            with self.failing_clearly(what):
                 dist.all_reduce(tensor, group=self.handle)
         return tensor
 
     def all_reduce_max(self, tensor: Tensor, what: str) -> Tensor:
         """Replace `tensor` by its largest over the group, element by element, in place, and return it."""
         if self.handle is not None:
-            with self._failing_clearly(what):
+            with self.failing_clearly(what):
                 dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.handle)
         return tensor
 
@@ -70,7 +70,7 @@ class Group:
         """Fill `arrived` with the rows of `sent` that every rank has for this one; sizes in rows, by rank."""
         if self.handle is None:
             return arrived.copy_(sent)
-        with self._failing_clearly(what):
+        with self.failing_clearly(what):
             if arrived.is_cuda:
                 dist.all_to_all_single(arrived, sent.contiguous(), list(received_M), list(sent_M), group=self.handle)
             else:
@@ -102,17 +102,20 @@ class Group:
         if self.handle is None:
             return [value]
         values: list[T] = [value] * self.size
-        with self._failing_clearly(what):
+        with self.failing_clearly(what):
             dist.all_gather_object(values, value, group=self.handle)
         return values
 
     def barrier(self, what: str) -> None:
         """Wait for every rank of the group."""
         if self.handle is not None:
-            with self._failing_clearly(what):
+            with self.failing_clearly(what):
                 dist.barrier(group=self.handle)
 
-    def _failing_clearly(self, what: str) -> AbstractContextManager[None]:
+    def failing_clearly(self, what: str) -> AbstractContextManager[None]:
+        """For collectives of a library over this group: what fails inside is `CollectiveFailed`."""
+        if self.handle is None:
+            return nullcontext()
         return failing_clearly(self.rank, what, self.ranks, self.limit)
 
 

@@ -37,6 +37,7 @@ class Lane:
 
         def move() -> tuple[Tensor, ...]:
             buffers = tuple(make() for make, _ in receives)
+            on_gpu = any(tensor.is_cuda for tensor in (*tensors, *buffers))
             outgoing = [dist.P2POp(dist.isend, tensor, peer, group.handle) for tensor, peer in sends]
             incoming = [
                 dist.P2POp(dist.irecv, buffer, peer, group.handle)
@@ -44,7 +45,8 @@ class Lane:
             ]
             with failing_clearly(group.rank, what, peers, group.limit):
                 for work in dist.batch_isend_irecv([*outgoing, *incoming]):
-                    work.wait(group.limit)
+                    # NCCL with a limit would keep this thread until the neighbour has sent; its stream waits instead.
+                    work.wait(*(() if on_gpu else (group.limit,)))
             return buffers
 
         return self._worker.submit(what, move, tensors)

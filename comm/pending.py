@@ -142,6 +142,7 @@ class StreamWorker:
         recorder: Recorder = SILENT,
         track: Track = Track.EXCHANGE,
     ) -> None:
+        self._device = device
         self._stream = torch.cuda.Stream(device, priority=-1)  # before the products that it feeds
         self._order = order
         self._recorder, self._track = recorder, track
@@ -151,14 +152,14 @@ class StreamWorker:
         if self._order is not None:
             self._order.check(what)
         self._recorder.mark(Track.LAUNCH, what)
-        computed = torch.cuda.current_stream().record_event()
+        computed = torch.cuda.current_stream(self._device).record_event()
         with torch.no_grad(), torch.cuda.stream(self._stream), self._recorder.span(self._track, what):
             self._stream.wait_event(computed)
             result = function()
             arrived = self._stream.record_event()
         for tensor in inputs:
             tensor.record_stream(self._stream)
-        return _OnStream(result, arrived)
+        return _OnStream(result, arrived, self._device)
 
     def close(self) -> None:
         """See `Worker`."""
@@ -166,12 +167,13 @@ class StreamWorker:
 
 
 class _OnStream(Generic[T]):
-    def __init__(self, result: T, arrived: torch.cuda.Event) -> None:
+    def __init__(self, result: T, arrived: torch.cuda.Event, device: torch.device) -> None:
         self._result = result
+        self._device = device
         self._arrived = arrived
 
     def wait(self) -> T:
-        stream = torch.cuda.current_stream()
+        stream = torch.cuda.current_stream(self._device)
         stream.wait_event(self._arrived)
         for tensor in tensors_of(self._result):
             tensor.record_stream(stream)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from rich.table import Table
 from ..comm.refusal import Problem, Refused, refuse_if_any
 from ..comm.topology import Link
 from .exchange_rank import OPERATIONS, ExchangeSpec
+from .rank_environment import rank_environment
 from .simulated_cluster import SimulatedCluster
 
 _MODULE = "shoestring.launch.exchange_rank"
@@ -31,6 +31,7 @@ def bench_exchange(spec: ExchangeSpec, uplink: str | None) -> dict[str, Any]:
     Raises `Refused` before any process exists.
     """
     refuse_if_any(spec.problems())
+    spec = replace(spec, on_cpu=uplink is not None)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
         arguments = ["-m", _MODULE, json.dumps(asdict(spec)), str(output)]
@@ -43,7 +44,7 @@ def _run_here(spec: ExchangeSpec, arguments: list[str]) -> int | None:
     """None: processes that are called nodes have no interfaces of their own."""
     ranks = spec.topology.world_size
     torchrun = ["--standalone", "--local-addr=localhost", f"--nproc-per-node={ranks}"]
-    done = subprocess.run([*_TORCHRUN, *torchrun, *arguments], env=_environment(), timeout=_SECONDS, check=False)
+    done = subprocess.run([*_TORCHRUN, *torchrun, *arguments], env=rank_environment(), timeout=_SECONDS, check=False)
     _check([done.returncode])
     return None
 
@@ -57,7 +58,7 @@ def _run_on_cluster(spec: ExchangeSpec, uplink: str, arguments: list[str]) -> in
             place = cluster.environment(node)
             meeting = [f"--master-addr={place['MASTER_ADDR']}", f"--master-port={place['MASTER_PORT']}"]
             torchrun = [f"--nnodes={spec.nodes}", f"--node-rank={node}", f"--nproc-per-node={spec.gpus_per_node}"]
-            processes.append(cluster.start(node, [*_TORCHRUN, *torchrun, *meeting, *arguments], _environment()))
+            processes.append(cluster.start(node, [*_TORCHRUN, *torchrun, *meeting, *arguments], rank_environment()))
         _check([process.wait(_SECONDS) for process in processes])
         return sum(cluster.bytes_sent(node) for node in range(spec.nodes))
 
@@ -65,10 +66,6 @@ def _run_on_cluster(spec: ExchangeSpec, uplink: str, arguments: list[str]) -> in
 def _check(codes: list[int]) -> None:
     if any(codes):
         raise RuntimeError(f"the ranks of the benchmark failed; torchrun exited with {codes}; their words are above")
-
-
-def _environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 _TORCHRUN = (sys.executable, "-m", "torch.distributed.run")

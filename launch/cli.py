@@ -185,7 +185,7 @@ def _bench(options: argparse.Namespace) -> int:
     from .bench_exchange import bench_exchange, bench_tables, read_names
     from .exchange_rank import ExchangeSpec
 
-    chosen = {field.name: getattr(options, field.name) for field in fields(ExchangeSpec)}
+    chosen = {field.name: getattr(options, field.name) for field in fields(ExchangeSpec) if field.name in options}
     names = {key: read_names(chosen[key], f"--{key}") for key in ("exchanges", "formats")}
     result = bench_exchange(ExchangeSpec(**(chosen | names)), options.uplink)
     if options.format == "json":

@@ -131,6 +131,10 @@ def run_cluster(rehearsal: Rehearsal) -> int:
         cluster = SimulatedCluster(rehearsal.nodes, rehearsal.uplink)
     with _noting(problems):
         config = rehearsal.config()
+        for (option, text), fault in zip(rehearsal.faults, faults, strict=False):
+            if fault.step >= config.total_steps:
+                remedy = f"would never happen: the run has {config.total_steps} steps; name an earlier one"
+                problems.append(Problem(option, text, remedy))
     refuse_if_any(problems)
     try:
         with stop_signals_raise(), cluster, ExitStack() as cleanup:

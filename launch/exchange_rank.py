@@ -6,6 +6,7 @@ Letters: T tokens, D hidden, E experts, K top-k, N nodes, P ranks.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -62,6 +63,8 @@ class ExchangeSpec:
     formats: tuple[str, ...]
     """`bf16`, or `fp8`: FP8 towards the experts and BF16 back."""
     repeats: int
+    on_cpu: bool = False
+    """Also where there are GPUs: simulated nodes have none of their own."""
     overlap: bool
     """Whether to measure also how well exchanges hide behind computing."""
 
@@ -258,8 +261,11 @@ def main(spec_text: str, output: str) -> None:
     values: dict[str, Any] = json.loads(spec_text)
     values |= {key: tuple(values[key]) for key in ("exchanges", "formats")}  # JSON has lists only
     spec = ExchangeSpec(**values)
-    local = torch.cuda.device_count() >= spec.gpus_per_node
-    device = torch.device("cuda", worker.local_rank) if local else torch.device("cpu")
+    # Pretended nodes are processes here, so all of them need a GPU of this machine.
+    has_gpus = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")) and not spec.on_cpu
+    device = torch.device("cuda", worker.local_rank) if has_gpus else torch.device("cpu")
+    if has_gpus:
+        torch.cuda.set_device(device)
     torch.set_num_threads(1)
     start_default_group(worker, device, _LIMIT)
     result = measure(spec, ProcessGroups.create(spec.topology, worker.rank, _LIMIT), device)

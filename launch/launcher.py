@@ -20,6 +20,7 @@ from ..trainer.halt import Halt
 from .compose import to_yaml
 from .orphan import LAUNCHER_VARIABLE, die_with_parent
 from .preflight import is_finished, spent_budget
+from .rank_environment import rank_environment
 from .run_dir import CONFIG_FILE, claimed, clear_status, read_status
 from .stopping import ASKING_SIGNALS, STOP_FILE_VARIABLE
 from .worker import ATTEMPT_VARIABLE
@@ -84,9 +85,7 @@ def run_torchrun(torchrun: Sequence[str], arguments: Sequence[str], attempt: str
 
 
 def _run(torchrun: Sequence[str], arguments: Sequence[str], own: Mapping[str, str], request: StopRequest) -> int:
-    environment = os.environ | own
-    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    environment.setdefault("OMP_NUM_THREADS", "1")  # with a pool each, ranks of one CPU spend their time spinning
+    environment = rank_environment(own)
     command = [sys.executable, "-m", "torch.distributed.run", *torchrun]
     command += ["-m", "shoestring.launch.cli", "train", *arguments]
     with stop_signals_raise():

@@ -12,7 +12,7 @@ from rich.table import Table
 from ..comm.refusal import Problem, Refused, refuse_if_any
 from ..parallelism.pipeline.partition import Partition, partition, partition_problems
 from ..parallelism.pipeline.placement import Placement
-from ..parallelism.pipeline.schedules import SCHEDULES, build_placement
+from ..parallelism.pipeline.schedules import SCHEDULES, build_placement, schedule_problems
 from ..trainer.config import RunConfig
 from ..trainer.costs.flops import CONVENTION
 from ..trainer.costs.parts import ModelParts, model_parts
@@ -146,4 +146,7 @@ def _placement(schedule: str, stages: int) -> Placement:
         below = stages // one_rank * one_rank
         remedy = f"{schedule} has {one_rank} stages a rank: nearest {below} or {below + one_rank}"
         raise Refused([Problem("--stages", stages, remedy)])
-    return build_placement(schedule, stages // one_rank)
+    ranks = stages // one_rank
+    demands = (p for p in schedule_problems(schedule, ranks, micro_batches=2 * ranks) if p.field == "ranks")
+    refuse_if_any(Problem("--stages", stages, problem.remedy) for problem in demands)
+    return build_placement(schedule, ranks)

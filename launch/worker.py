@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -56,12 +58,22 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
     except RunHalted as halted:
         return _stop(config, worker, halted.halt, str(halted))
     except CollectiveFailed as error:
-        print(f"shoestring train: {error}", file=sys.stderr, flush=True)
-        time.sleep(_SECONDS_FOR_OTHERS)
-        return 1
-    finally:
-        dist.destroy_process_group()
+        _die(f"shoestring train: {error}")
+    except Exception:
+        _die(f"shoestring train: rank {worker.rank}: {traceback.format_exc()}")
+    dist.destroy_process_group()
     return _stop(config, worker, 0, f"{steps} steps done")
+
+
+def _die(words: str) -> NoReturn:
+    """Say why, then leave at once: threads of this process may wait for messages that never come.
+
+    The words come before the connections close, so that they stand before those of the ranks that then miss this one.
+    """
+    print(words, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    time.sleep(_SECONDS_FOR_OTHERS)
+    os._exit(1)
 
 
 def _own(run_dir: Path, config: RunConfig) -> None:

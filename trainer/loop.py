@@ -50,7 +50,7 @@ def train(
     Collective over all ranks. `attempt` names the launch in the ledger; `stop_asked` is looked at once a step, on every
     rank. Raises `Refused` for a checkpoint that does not fit the configuration, `RunFailed` for a loss that is not
     finite, `RunHalted` when any rank was asked to stop or the budget is used up, and `CollectiveFailed` for a peer that
-    is gone or silent.
+    is gone or silent. After an error communication may be under way that never ends: end the process.
     """
     run_dir = Path(config.training.run_dir)
     reporter = Reporter(config, run_dir, attempt) if groups.world.is_first else None
@@ -85,7 +85,7 @@ def train(
         if reporter is not None:
             reporter.close(done, str(error))
         raise
-    finally:
+    else:
         rank.close()
     if reporter is not None:
         reporter.close(done, "done")

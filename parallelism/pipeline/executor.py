@@ -5,7 +5,6 @@ Knows no model: a stage takes and gives tensors.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -112,7 +111,8 @@ class _Run:
         """What the work of a chunk here needs, by that work."""
         self._leaving: dict[tuple[Payload, Work], Tensor] = {}
         """What the work of a chunk here has made for another rank, until it is sent."""
-        self._posted: deque[Pending[tuple[Tensor, ...]]] = deque()
+        self._last: dict[Direction, Pending[tuple[Tensor, ...]]] = {}
+        """The last batch of each lane, behind which all others are done; earlier ones would hold what they received."""
         self._pending_weights: dict[Work, WeightGradients] = {}
 
     def post(self, commit: Commit) -> None:
@@ -127,7 +127,7 @@ class _Run:
                 [(self._leaving.pop((edge.payload, edge.sent)), self._global(edge.target)) for edge in sends],
                 [(self._buffer(edge), self._global(edge.source)) for edge in receives],
             )
-            self._posted.append(batch)
+            self._last[direction] = batch
             for place, edge in enumerate(receives):
                 self._arriving[edge.payload, edge.received] = _Arriving(edge, batch, place)
 
@@ -143,8 +143,8 @@ class _Run:
 
     def finish(self) -> None:
         """Wait until everything has been sent."""
-        while self._posted:
-            self._posted.popleft().wait()
+        for batch in self._last.values():
+            batch.wait()
 
     def _compute(self, op: Op, forward: Work | None, backward: Work | None) -> None:
         if forward is not None and backward is not None:

@@ -133,14 +133,16 @@ def build_program(schedule: str, ranks: int, micro_batches: int, chunks: int | N
 def build_forward(placement: Placement, micro_batches: int) -> Program:
     """Forwards alone, of so many micro-batches, through the stages of `placement`: for evaluation and generation.
 
-    Every rank runs them chunk by chunk. Of the two copies of a bidirectional placement, the one that goes up runs.
+    They go round in groups of as many as there are ranks, chunk by chunk, so that none waits long for its next stage.
+    Of the two copies of a bidirectional placement, the one that goes up runs.
     """
     if placement.route is Route.BIDIRECTIONAL:
         placement = Placement(Route.LOOP, placement.ranks, chunks=1)
     writer = RankWriter(placement.chunks)
-    for chunk in range(placement.chunks):
-        for _ in range(micro_batches):
-            writer.forward(chunk)
+    for start in range(0, micro_batches, placement.ranks):
+        for chunk in range(placement.chunks):
+            for _ in range(min(placement.ranks, micro_batches - start)):
+                writer.forward(chunk)
     return Program("forward", placement, micro_batches, (writer.instructions(),) * placement.ranks)
 
 

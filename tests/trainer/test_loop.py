@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ import torch
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
 from shoestring.launch.typed import build
-from shoestring.tests.processes import World, run_processes
+from shoestring.tests.processes import RanksFailed, World, run_processes
 from shoestring.trainer.budget.meter import Meter
 from shoestring.trainer.budget.summary import summarise
 from shoestring.trainer.config import RunConfig
@@ -23,6 +26,7 @@ from shoestring.trainer.data.prepare import prepare
 from shoestring.trainer.halt import RunHalted
 from shoestring.trainer.loop import train
 from shoestring.trainer.rank import stages_of
+from shoestring.trainer.running import RunningStage
 from shoestring.trainer.telemetry.history import read_metrics
 
 STEPS, LENGTH, BATCH = 3, 16, 8
@@ -166,6 +170,26 @@ def test_a_traced_run_leaves_one_timeline_of_all_ranks(root: Path) -> None:
     first, second = values[0]["trace/FB"]
     assert first > 0
     assert second > 0
+
+
+def one_rank_raises(world: World, tree: dict[str, Any]) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("the stage is broken")
+
+    with patch.object(RunningStage, "forward", broken) if world.rank == 1 else nullcontext():
+        run_rank(world, tree)
+
+
+def test_a_rank_that_raises_says_so_at_once(root: Path) -> None:
+    """Though a message that its neighbour will never send is under way, with a limit of 30 seconds."""
+    tree = run_config(root) | {"topology": {"pp": 2}, "schedule": {"name": "one_f_one_b"}}
+    tree["training"] = tree["training"] | {"run_dir": str(root / "raises")}
+    began = time.monotonic()
+    with pytest.raises(RanksFailed) as failure:
+        run_processes(2, one_rank_raises, tree)
+    assert time.monotonic() - began < 25
+    assert str(failure.value).startswith("rank 1 of 2 failed:")
+    assert "ValueError: the stage is broken" in str(failure.value)
 
 
 def test_the_rate_of_a_step_is_that_of_its_end(alone: list[dict[str, Any]]) -> None:

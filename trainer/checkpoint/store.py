@@ -49,7 +49,7 @@ class CheckpointStore:
             partial.mkdir(parents=True)
             sync_directory(self.directory.parent)
         world.barrier("start of a checkpoint")
-        with _quiet():
+        with _quiet(), world.failing_clearly(f"saving the checkpoint of step {step}"):
             dcp.save(dict(state), checkpoint_id=partial, no_dist=world.handle is None, process_group=world.handle)
         if world.is_first:
             _write_durably(partial / _FACTS, json.dumps(facts, indent=1))
@@ -75,7 +75,7 @@ class CheckpointStore:
         """Collective: fill the tensors of `state` in place. Raises `Refused` for a damaged checkpoint."""
         path = self._path(step)
         try:
-            with _quiet():
+            with _quiet(), world.failing_clearly(f"loading the checkpoint of step {step}"):
                 dcp.load(state, checkpoint_id=path, no_dist=world.handle is None, process_group=world.handle)
         except (CheckpointException, OSError) as error:
             remedy = f"cannot be read ({error}); remove it to go on from the checkpoint before it"

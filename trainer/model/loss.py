@@ -27,7 +27,7 @@ def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor
     `weight_VD` may be wider than `hidden_TD`, whose dtype the products are taken in; softmax and sums FP32 at least.
     Gradients are formed together with the loss, while a chunk's logits are at hand, and scaled in the backward.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T)  # type: ignore[no-untyped-call]
+    loss: Tensor = _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -39,9 +39,9 @@ def linear_cross_entropy_twin(hidden_TD: Tensor, weight_VD: Tensor, targets_T: T
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, grad_enabled: bool) -> Tensor:
         weight = weight_VD.to(hidden_TD.dtype)
-        needs_grad = any(ctx.needs_input_grad)
+        needs_grad = grad_enabled and any(ctx.needs_input_grad)  # which is not false under no_grad by itself
         loss = at_least_fp32(hidden_TD.new_zeros(()))
         grad_TD, grad_VD = torch.empty_like(hidden_TD), torch.zeros_like(weight_VD) if needs_grad else weight_VD
         size = max(_FEWEST_TOKENS, _CHUNK_ELEMENTS // len(weight_VD))
@@ -59,14 +59,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         grad_TD, grad_VD = ctx.saved_tensors
         (grad,) = grads
         grad_TD.mul_(grad.to(grad_TD.dtype))
         if ctx.left is None:
-            return grad_TD, grad_VD.mul_(grad.to(grad_VD.dtype)), None
+            return grad_TD, grad_VD.mul_(grad.to(grad_VD.dtype)), None, None
         ctx.left.add(lambda: add_to_grad(ctx.weight, grad_VD.mul_(grad.to(grad_VD.dtype))))
-        return grad_TD, None, None
+        return grad_TD, None, None, None
 
 
 def _softmax(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:

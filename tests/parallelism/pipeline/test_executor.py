@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,7 +20,8 @@ from shoestring.parallelism.pipeline.executor import Executor, open_lanes
 from shoestring.parallelism.pipeline.overlap import Steps
 from shoestring.parallelism.pipeline.placement import Place
 from shoestring.parallelism.pipeline.program import Program
-from shoestring.parallelism.pipeline.schedules import SCHEDULES, build_forward, build_program
+from shoestring.parallelism.pipeline.replay import UnitTimes, replay
+from shoestring.parallelism.pipeline.schedules import SCHEDULES, build_forward, build_placement, build_program
 from shoestring.parallelism.pipeline.weight_grad import WeightGradients, linear
 from shoestring.tests.processes import RanksFailed, World, run_processes
 
@@ -150,7 +152,7 @@ def test_weight_gradients_wait_for_their_own_instruction() -> None:
 
 def forward_alone(world: World, schedule: str) -> list[str]:
     placement = build_program(schedule, world.size, MICRO_BATCHES).placement
-    program = build_forward(placement, 3)
+    program = build_forward(placement, 9)
     executor, _ = open_executor(world, program)
     stages = stages_of(program, world.rank)
     executor.run(stages)
@@ -160,7 +162,46 @@ def forward_alone(world: World, schedule: str) -> list[str]:
 @pytest.mark.parametrize("schedule", ["one_f_one_b", "interleaved", "dualpipe", "dualpipev"])
 def test_forwards_alone(schedule: str) -> None:
     for diary in run_processes(2, forward_alone, schedule):
-        assert sorted(set(diary)) == ["F0", "F1", "F2"]
+        assert sorted(set(diary)) == [f"F{number}" for number in range(9)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("schedule", [each.name for each in SCHEDULES])
+def test_forwards_of_any_number_come_to_their_end(schedule: str, ranks: int) -> None:
+    if schedule == "dualpipe" and ranks == 1:
+        pytest.skip("DualPipe has two ranks at least")
+    placement = build_placement(schedule, ranks)
+    for rounds in range(1, 5 * ranks):
+        program = build_forward(placement, rounds)
+        times = replay(program, UnitTimes())
+        places = program.placement.stages // ranks
+        assert all(len(ends) == places * rounds for ends in times.ends)
+
+
+def messages_alive(world: World, micro_batches: int) -> int:
+    """The most received messages of the second rank that were in memory at once."""
+    executor, lanes = open_executor(world, build_program("one_f_one_b", world.size, micro_batches))
+    stages = stages_of(build_program("one_f_one_b", world.size, micro_batches), world.rank)
+    seen: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    class Counting(ProductStage):
+        def forward(self, micro_batch: int, received: Tensor | None) -> Steps[Tensor | None]:
+            nonlocal most
+            if received is not None:
+                seen.append(weakref.ref(received))
+            most = max(most, sum(ref() is not None for ref in seen))
+            return (yield from super().forward(micro_batch, received))
+
+    executor.run([Counting(stage.weight, stage.is_first, stage.is_last) for stage in stages])
+    for lane in lanes:
+        lane.close()
+    return most
+
+
+def test_received_messages_are_freed_when_they_are_used() -> None:
+    few, many = (run_processes(2, messages_alive, count)[1] for count in (4, 24))
+    assert few == many <= 4
 
 
 class Broken(ProductStage):
