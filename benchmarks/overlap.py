@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from statistics import mean
@@ -23,27 +22,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from shoestring.launch.rank_environment import DEFAULTS
-from shoestring.launch.simulated_cluster import SimulatedCluster
+from shoestring.launch.bench_exchange import run_on_cluster
 
 MODULE = "shoestring.benchmarks.overlap_rank"
-SECONDS = 600
 
 
 def run(nodes: int, pp: int, pairs: int, uplink: str, folder: Path) -> list[dict[str, Any]]:
     """The figures of every rank."""
-    variables = dict(DEFAULTS)
-    with SimulatedCluster(nodes=nodes, uplink=uplink) as cluster:
-        processes = []
-        for node in range(nodes):
-            place = cluster.environment(node)
-            meeting = [f"--master-addr={place['MASTER_ADDR']}", f"--master-port={place['MASTER_PORT']}"]
-            torchrun = [f"--nnodes={nodes}", f"--node-rank={node}", "--nproc-per-node=1", *meeting]
-            command = [sys.executable, "-m", "torch.distributed.run", *torchrun, "-m", MODULE, str(pp), str(pairs)]
-            processes.append(cluster.start(node, [*command, str(folder)], variables))
-        codes = [process.wait(SECONDS) for process in processes]
-    if any(codes):
-        raise RuntimeError(f"torchrun exited with {codes}")
+    run_on_cluster(nodes, 1, uplink, ["-m", MODULE, str(pp), str(pairs), str(folder)])
     found: list[dict[str, Any]] = json.loads((folder / "figures.json").read_text())
     return found
 

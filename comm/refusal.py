@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 
@@ -63,6 +64,15 @@ class Refused(Exception):  # noqa: N818 -- reads as the sentence it is: the inpu
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+@contextmanager
+def noting(problems: list[Problem]) -> Iterator[None]:
+    """Add what is refused inside to `problems`, so that all that is wrong is told at once."""
+    try:
+        yield
+    except Refused as refused:
+        problems += refused.problems
 
 
 def refuse_if_any(problems: Iterable[Problem]) -> None:

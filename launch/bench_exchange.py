@@ -6,8 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,10 @@ def bench_exchange(spec: ExchangeSpec, uplink: str | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
         arguments = ["-m", _MODULE, json.dumps(asdict(spec)), str(output)]
-        interfaces = _run_here(spec, arguments) if uplink is None else _run_on_cluster(spec, uplink, arguments)
+        if uplink is None:
+            interfaces = _run_here(spec, arguments)
+        else:
+            interfaces = run_on_cluster(spec.nodes, spec.gpus_per_node, uplink, arguments)
         result: dict[str, Any] = json.loads(output.read_text())
     return result | {"uplink": uplink, "sent_by_interfaces": interfaces}
 
@@ -49,23 +51,25 @@ def _run_here(spec: ExchangeSpec, arguments: list[str]) -> int | None:
     return None
 
 
-def _run_on_cluster(spec: ExchangeSpec, uplink: str, arguments: list[str]) -> int:
-    """Bytes that left the nodes through their interfaces, headers included."""
-    with ExitStack() as stack:
-        cluster = stack.enter_context(SimulatedCluster(nodes=spec.nodes, uplink=uplink))
+def run_on_cluster(nodes: int, gpus_per_node: int, uplink: str, arguments: Sequence[str]) -> int:
+    """Run `python <arguments>` as so many ranks on each of some simulated nodes.
+
+    Returns the bytes that left the nodes through their interfaces, headers included.
+    """
+    with SimulatedCluster(nodes=nodes, uplink=uplink) as cluster:
         processes = []
-        for node in range(spec.nodes):
+        for node in range(nodes):
             place = cluster.environment(node)
             meeting = [f"--master-addr={place['MASTER_ADDR']}", f"--master-port={place['MASTER_PORT']}"]
-            torchrun = [f"--nnodes={spec.nodes}", f"--node-rank={node}", f"--nproc-per-node={spec.gpus_per_node}"]
-            processes.append(cluster.start(node, [*_TORCHRUN, *torchrun, *meeting, *arguments], rank_environment()))
+            torchrun = [f"--nnodes={nodes}", f"--node-rank={node}", f"--nproc-per-node={gpus_per_node}", *meeting]
+            processes.append(cluster.start(node, [*_TORCHRUN, *torchrun, *arguments], rank_environment()))
         _check([process.wait(_SECONDS) for process in processes])
-        return sum(cluster.bytes_sent(node) for node in range(spec.nodes))
+        return sum(cluster.bytes_sent(node) for node in range(nodes))
 
 
 def _check(codes: list[int]) -> None:
     if any(codes):
-        raise RuntimeError(f"the ranks of the benchmark failed; torchrun exited with {codes}; their words are above")
+        raise RuntimeError(f"the ranks failed; torchrun exited with {codes}; their words are above")
 
 
 _TORCHRUN = (sys.executable, "-m", "torch.distributed.run")

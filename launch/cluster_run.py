@@ -12,12 +12,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ..comm.refusal import Problem, Refused, refuse_if_any
+from ..comm.refusal import Problem, Refused, noting, refuse_if_any
 from ..trainer.config import RunConfig
 from ..trainer.telemetry.events import METRICS_FILE
 from ..trainer.telemetry.history import read_all_metrics
@@ -122,14 +122,14 @@ def run_cluster(rehearsal: Rehearsal) -> int:
     problems: list[Problem] = []
     faults: list[Fault] = []
     for option, text in rehearsal.faults:
-        with _noting(problems):
+        with noting(problems):
             faults.append(Fault.read(option, text, rehearsal.nodes))
     if len({fault.node for fault in faults}) < len(faults):
         broken = ", ".join(text for _, text in rehearsal.faults)
         problems.append(Problem("--cut-link, --kill-node", broken, "a node can break once"))
-    with _noting(problems):
+    with noting(problems):
         cluster = SimulatedCluster(rehearsal.nodes, rehearsal.uplink)
-    with _noting(problems):
+    with noting(problems):
         config = rehearsal.config()
         for (option, text), fault in zip(rehearsal.faults, faults, strict=False):
             if fault.step >= config.total_steps:
@@ -144,15 +144,6 @@ def run_cluster(rehearsal: Rehearsal) -> int:
             return _run(rehearsal, config, cluster, faults, logs)
     except Stopped as stop:  # before the nodes had started, or for a second time
         return stop.exit_code
-
-
-@contextmanager
-def _noting(problems: list[Problem]) -> Iterator[None]:
-    """So that all that is wrong is told at once."""
-    try:
-        yield
-    except Refused as refused:
-        problems += refused.problems
 
 
 def _run(

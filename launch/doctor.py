@@ -57,9 +57,12 @@ def _exchanges() -> Iterator[Finding]:
 
 def _products() -> Iterator[Finding]:
     yield Finding("expert products", "F.grouped_mm", True, "FP32 and BF16; FP64 runs an expert at a time")
-    yield Finding(
-        "attention", "F.scaled_dot_product_attention", True, "on a CPU in FP32, values padded to equal widths"
-    )
+    if torch.cuda.is_available():
+        yield Finding("attention", "F.scaled_dot_product_attention", True, NOT_YET)
+    else:
+        yield Finding(
+            "attention", "blocks of plain products", True, "trainer/model/causal.py; a GPU takes torch's kernels"
+        )
     yield Finding("optimizer", "torch.optim.AdamW(fused=True)", True, "moments in the dtype of the parameters")
 
 

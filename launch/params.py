@@ -18,7 +18,7 @@ _PUBLISHED_LENGTH = 4096
 
 def params_tree(overrides: Sequence[str], config_dir: Path | None) -> dict[str, object]:
     """The figures as plain values: counts, and FLOPs a token of forward and backward."""
-    config = _compose(overrides, config_dir)
+    config = compose_model(overrides, config_dir)
     count, length = count_parameters(config.model), config.training.sequence_length
     flops = count_flops(config.model, length)
     return {
@@ -44,7 +44,7 @@ def params_tree(overrides: Sequence[str], config_dir: Path | None) -> dict[str, 
 
 def params_table(overrides: Sequence[str], config_dir: Path | None) -> RenderableType:
     """The same for a reader."""
-    config = _compose(overrides, config_dir)
+    config = compose_model(overrides, config_dir)
     count, length = count_parameters(config.model), config.training.sequence_length
     flops = count_flops(config.model, length)
     parameters = Table(title=f"Parameters of {config.model.name}", title_justify="left")
@@ -67,8 +67,8 @@ def params_table(overrides: Sequence[str], config_dir: Path | None) -> Renderabl
     return Group(parameters, table, f"Convention: {CONVENTION}.")
 
 
-def _compose(overrides: Sequence[str], config_dir: Path | None) -> RunConfig:
-    """The model as composed; a figure for the published length unless one is given."""
+def compose_model(overrides: Sequence[str], config_dir: Path | None) -> RunConfig:
+    """The model as composed, for figures at the published length unless one is given."""
     vocabulary = ["data.vocabulary=${model.vocabulary}"]
     length = [f"training.sequence_length={_PUBLISHED_LENGTH}"]
     given = any(text.lstrip("+").startswith(("training.sequence_length=", "experiment=")) for text in overrides)

@@ -10,15 +10,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ..comm.refusal import Problem, Refused, refuse_if_any
-from ..parallelism.pipeline.partition import Partition, partition, partition_problems
+from ..parallelism.pipeline.partition import Partition, partition_problems
 from ..parallelism.pipeline.placement import Placement
 from ..parallelism.pipeline.schedules import SCHEDULES, build_placement, schedule_problems
 from ..trainer.config import RunConfig
 from ..trainer.costs.flops import CONVENTION
 from ..trainer.costs.parts import ModelParts, model_parts
-from .compose import compose_run
-
-_PUBLISHED_LENGTH = 4096
+from ..trainer.stages import split_layers
+from .params import compose_model
 
 
 @dataclass(frozen=True)
@@ -69,18 +68,14 @@ def partition_model(
     overrides: Sequence[str], config_dir: Path | None, stages: int, schedule: str, layout: str | None
 ) -> PartitionedModel:
     """Split the model that `overrides` describe over `stages`, which `schedule` puts on ranks."""
-    length = [f"training.sequence_length={_PUBLISHED_LENGTH}"]
-    given = any(text.lstrip("+").startswith(("training.sequence_length=", "experiment=")) for text in overrides)
-    vocabulary = "data.vocabulary=${model.vocabulary}"
-    config = compose_run([vocabulary, *([] if given else length), *overrides], config_dir)
+    config = compose_model(overrides, config_dir)
     counts = None if layout is None else _parse_layout(layout)
     problems = partition_problems(config.model.layers, stages, counts)
     refuse_if_any(replace(problem, field=f"--{problem.field}") for problem in problems)
     placement = _placement(schedule, stages)
-    parts = model_parts(config.model, config.training.sequence_length)
-    costs = [layer.flops for layer in parts.layers]
-    split = partition(costs, stages, first=parts.embedding.flops, last=parts.last.flops, layout=counts)
-    return PartitionedModel(config, parts, placement, split)
+    length = config.training.sequence_length
+    split = split_layers(config.model, length, stages, counts)
+    return PartitionedModel(config, model_parts(config.model, length), placement, split)
 
 
 def partition_tree(model: PartitionedModel) -> dict[str, object]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from ..comm.deepep import deepep_problems
-from ..comm.refusal import Problem, Refused, refuse_if_any
+from ..comm.refusal import Problem, noting, refuse_if_any
 from ..trainer.budget.render import over_budget
 from ..trainer.budget.summary import summarise
 from ..trainer.budget.terms import ALLOCATION_FILE
@@ -30,7 +29,7 @@ def preflight(config: RunConfig, local_ranks: int, *, fresh: bool, first_machine
     """
     problems: list[Problem] = []
     digest = None
-    with _noting(problems):
+    with noting(problems):
         prepared = open_prepared(config.data)
         digest = prepared.manifest.digest
         open_samples(config, prepared)
@@ -41,19 +40,10 @@ def preflight(config: RunConfig, local_ranks: int, *, fresh: bool, first_machine
 
         problems += account_problems()
     foreign = list(run_dir_problems(Path(config.training.run_dir)))
-    with _noting(problems):
+    with noting(problems):
         if not fresh and not foreign:
             problems += _checkpoint_problems(config, digest)
     refuse_if_any([*problems, *foreign])
-
-
-@contextmanager
-def _noting(problems: list[Problem]) -> Iterator[None]:
-    """Let what is refused inside not keep the rest from being looked at."""
-    try:
-        yield
-    except Refused as refused:
-        problems += refused.problems
 
 
 def _checkpoint_problems(config: RunConfig, data_digest: str | None) -> Iterator[Problem]:

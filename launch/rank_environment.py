@@ -14,7 +14,7 @@ DEFAULTS: Mapping[str, str] = MappingProxyType(
         # With a pool each, ranks of one CPU spend their time spinning.
         "OMP_NUM_THREADS": "1",
         # glibc would give the memory of large tensors back to the kernel when they end, and fault it in again page by
-        # page for the next: several times the work of the operation itself. Read at the start of a process only.
+        # page for the next. Read at the start of a process only.
         "MALLOC_TRIM_THRESHOLD_": _KEPT,
         "MALLOC_MMAP_THRESHOLD_": _KEPT,
     }

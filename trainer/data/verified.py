@@ -1,6 +1,6 @@
 """Whether the bytes of a prepared directory are those that were written, found out before a run and at a bounded price.
 
-* Up to 256 MiB every byte is read before every launch: less than a second.
+* Up to 256 MiB every byte is read before every launch.
 * A larger file is read once, and again when its size or its time of change is another. A stamp beside the data says
   which files were found whole; it holds their digests, so it is worth nothing to other data. Machines that share the
   directory leave this to the first one. A disk that changes a byte without touching the time of change is not caught.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..precision.linear import at_least_fp32
 
-_BLOCK = 128  # queries at a time: of 64, 128 and 256 the fastest where S is 256, and its scores stay in a cache
+_BLOCK = 128  # queries at a time: their scores stay in a cache
 _KEPT_LENGTH = 512  # up to here probabilities are kept for the backward; beyond, S × S of them outgrow the rest
 
 
