@@ -197,6 +197,7 @@ def test_nothing_is_left_of_a_killed_owner(number: signal.Signals) -> None:
     owner = f"""
 import sys, signal
 from shoestring.launch.simulated_cluster import SimulatedCluster
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
 with SimulatedCluster(nodes=2, uplink="100mbit") as cluster:
     for node in range(2):
         cluster.start(node, [sys.executable, "-I", "-S", "-c", {STUBBORN!r}])
