@@ -48,7 +48,7 @@ def compare(world: World, name: str, sizes: Sizes, runs: int) -> dict[str, float
     mine.step()
     peer.step()
     expected = peer.gradients()
-    difference = max(float((grad - expected[key]).abs().max()) for key, grad in mine.gradients().items())
+    difference = max(float((grad - expected[key]).detach().abs().max()) for key, grad in mine.gradients().items())
     largest = max(float(grad.abs().max()) for grad in expected.values())
     times = []
     for run in range(runs):

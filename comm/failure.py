@@ -13,7 +13,7 @@ class CollectiveFailed(RuntimeError):  # noqa: N818 -- says what happened
 
 
 @contextmanager
-def failing_clearly(rank: int, what: str, peers: Sequence[int], limit: timedelta) -> Iterator[None]:
+def failing_clearly(rank: int, what: object, peers: Sequence[int], limit: timedelta) -> Iterator[None]:
     """Turn what the backend raises into `CollectiveFailed`, which names rank, operation, peers and limit."""
     began = time.monotonic()
     try:

@@ -73,7 +73,7 @@ def edges(program: Program) -> tuple[tuple[Commit, ...], ...]:
     after the last one that sent, or needed, a message in the same direction. So results and the next inputs travel
     together, and the inputs of one instruction a direction are received ahead. Messages that are made in another order
     than the target needs them are received in the order they are made. Between two ranks and in one direction the order
-    is therefore the same at both ends, and messages need no tags.
+    is therefore the same at both ends: a message is known by its number.
 
     The program must be complete, which `check` proves.
     """

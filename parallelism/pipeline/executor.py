@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ...comm.failure import CollectiveFailed
 from ...comm.groups import ProcessGroups
-from ...comm.lane import Lane
-from ...comm.pending import Pending, open_worker
+from ...comm.lane import Incoming, Lane, Outgoing, open_lane
+from ...comm.pending import Pending
 from ...comm.record import EDGE_WAIT, SILENT, Recorder, Track
 from .edges import Commit, Edge, Payload, edges
 from .overlap import Steps, drive, take_turns
@@ -45,7 +45,7 @@ def open_lanes(groups: ProcessGroups, device: torch.device, recorder: Recorder =
     if groups.topology.pp == 1:
         return {}
     ways = ((Direction.UP, groups.up, Track.UP), (Direction.DOWN, groups.down, Track.DOWN))
-    return {way: Lane(group, open_worker(group, device, recorder=recorder, track=track)) for way, group, track in ways}
+    return {way: open_lane(group, device, recorder, track) for way, group, track in ways}
 
 
 @dataclass(frozen=True)
@@ -90,15 +90,6 @@ class Executor:
         run.finish()
 
 
-@dataclass(frozen=True)
-class _Arriving:
-    """A message in a batch that is under way."""
-
-    edge: Edge
-    batch: Pending[tuple[Tensor, ...]]
-    place: int
-
-
 class _Run:
     """The state of one run."""
 
@@ -106,30 +97,23 @@ class _Run:
         self._executor = executor
         self._program, self._rank = executor.program, executor.rank
         self._stages = stages
-        self._arriving: dict[tuple[Payload, Work], _Arriving] = {}
+        self._arriving: dict[tuple[Payload, Work], tuple[Edge, Pending[Tensor]]] = {}
         self._ready: dict[tuple[Payload, Work], Tensor] = {}
         """What the work of a chunk here needs, by that work."""
         self._leaving: dict[tuple[Payload, Work], Tensor] = {}
         """What the work of a chunk here has made for another rank, until it is sent."""
-        self._last: dict[Direction, Pending[tuple[Tensor, ...]]] = {}
-        """The last batch of each lane, behind which all others are done; earlier ones would hold what they received."""
         self._pending_weights: dict[Work, WeightGradients] = {}
 
     def post(self, commit: Commit) -> None:
         """Send what the last instruction has made, and receive ahead."""
         for direction, lane in self._executor.lanes.items():
-            sends = [edge for edge in commit.sends if edge.direction is direction]
             receives = [edge for edge in commit.receives if edge.direction is direction]
-            if not sends and not receives:
-                continue
-            batch = lane.post(
-                "; ".join(str(edge) for edge in (*sends, *receives)),
-                [(self._leaving.pop((edge.payload, edge.sent)), self._global(edge.target)) for edge in sends],
-                [(self._buffer(edge), self._global(edge.source)) for edge in receives],
+            arriving = lane.post(
+                [self._outgoing(edge) for edge in commit.sends if edge.direction is direction],
+                [Incoming(edge, self._buffer(edge), self._global(edge.source)) for edge in receives],
             )
-            self._last[direction] = batch
-            for place, edge in enumerate(receives):
-                self._arriving[edge.payload, edge.received] = _Arriving(edge, batch, place)
+            for edge, message in zip(receives, arriving, strict=True):
+                self._arriving[edge.payload, edge.received] = (edge, message)
 
     def instruction(self, index: int, instruction: Instruction) -> None:
         """Compute; the two halves of an FB take turns."""
@@ -143,8 +127,8 @@ class _Run:
 
     def finish(self) -> None:
         """Wait until everything has been sent."""
-        for batch in self._last.values():
-            batch.wait()
+        for lane in self._executor.lanes.values():
+            lane.finish()
 
     def _compute(self, op: Op, forward: Work | None, backward: Work | None) -> None:
         if forward is not None and backward is not None:
@@ -168,12 +152,12 @@ class _Run:
         """Make ready what another rank has sent for `work`."""
         if source is None or source.rank == self._rank:
             return
-        arriving = self._arriving.pop((payload, work))
+        edge, message = self._arriving.pop((payload, work))
         try:
-            with self._executor.recorder.span(Track.INSTRUCTION, EDGE_WAIT, arriving.edge):
-                self._ready[payload, work] = arriving.batch.wait()[arriving.place]
+            with self._executor.recorder.span(Track.INSTRUCTION, EDGE_WAIT, edge):
+                self._ready[payload, work] = message.wait()
         except CollectiveFailed as failure:
-            raise CollectiveFailed(f"waits for the {arriving.edge}: {failure}") from failure
+            raise CollectiveFailed(f"waits for the {edge}: {failure}") from failure
 
     def _pair(self, forward: Work, backward: Work) -> None:
         if self._executor.overlap:
@@ -218,6 +202,9 @@ class _Run:
             self._ready[payload, Work(target.chunk, work.micro_batch)] = made
         else:
             self._leaving[payload, work] = made.contiguous()
+
+    def _outgoing(self, edge: Edge) -> Outgoing:
+        return Outgoing(edge, self._leaving.pop((edge.payload, edge.sent)), self._global(edge.target))
 
     def _buffer(self, edge: Edge) -> Callable[[], Tensor]:
         stage, micro_batch = self._stages[edge.target.chunk], self._program.data_index(edge.received)
