@@ -29,7 +29,7 @@ SIZES = (
     Sizes(width=512, rows=128, micro_batches=8, layers_per_stage=2),
     Sizes(width=256, rows=32, micro_batches=8, layers_per_stage=1),
 )
-RUNS = 15
+RUNS = 41
 
 
 def seconds(step: Callable[[], None]) -> float:

@@ -124,7 +124,7 @@ class _Leaving:
 
     def __init__(self, recorder: Recorder, track: Track) -> None:
         self._recorder, self._track = recorder, track
-        self._messages: queue.Queue[_Moving | None] = queue.Queue()
+        self._messages: queue.SimpleQueue[_Moving | threading.Event | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=track, daemon=True)
         self._thread.start()
@@ -133,7 +133,10 @@ class _Leaving:
         self._messages.put(message)
 
     def finish(self) -> None:
-        self._messages.join()
+        """Wait for all that was put."""
+        reached = threading.Event()
+        self._messages.put(reached)
+        reached.wait()
         if self._failure is not None:
             raise self._failure
 
@@ -143,10 +146,11 @@ class _Leaving:
 
     def _run(self) -> None:
         while (message := self._messages.get()) is not None:
-            if self._failure is None:
+            if isinstance(message, threading.Event):
+                message.set()
+            elif self._failure is None:
                 self._wait(message)
-            del message
-            self._messages.task_done()
+            del message  # `get` may take long
 
     def _wait(self, message: _Moving) -> None:
         try:
