@@ -16,6 +16,7 @@ _LARGEST_MANTISSA = 0.875  # 448, the largest E4M3 number, is 0.875 · 2^9
 _LARGEST_EXPONENT = 9
 _BIAS = 127
 _NOT_A_NUMBER = 255
+_SIGN_AND_NUMBER = 0x87F0 - 2**16  # as int16: the bits of BF16 that E4M3 has too
 
 
 def tiles_of(width: int) -> int:
@@ -39,25 +40,39 @@ def quantise(x_XD: Tensor) -> tuple[Tensor, Tensor]:
     stored_XQ = (scale_XQ + _BIAS).clamp(min=1)
     broken_XQ = ~torch.isfinite(largest_XQ) | (stored_XQ >= _NOT_A_NUMBER)
     exponents_XQ = stored_XQ.masked_fill(broken_XQ, _NOT_A_NUMBER).to(torch.uint8)
-    scaled_XQI = x_XQI / _scales(exponents_XQ, x_XQI.dtype)[..., None]
+    scaled_XQI = torch.div(x_XQI, _scales(exponents_XQ, x_XQI.dtype)[..., None], out=_own(x_XQI, x_XD))
     values_XD = scaled_XQI.flatten(1)[:, : x_XD.shape[1]].to(torch.float8_e4m3fn)
     return values_XD.contiguous(), exponents_XQ
 
 
 def dequantise(values_XD: Tensor, exponents_XQ: Tensor, dtype: torch.dtype) -> Tensor:
     """What `quantise` made, as `dtype`, [X, D]. Exact in every dtype that has E4M3's three bits after the point."""
-    wide = torch.promote_types(dtype, torch.float32)
-    scaled_XQI = _tiles(_widened(values_XD, wide)) * _scales(exponents_XQ, wide)[..., None]
-    return scaled_XQI.flatten(1)[:, : values_XD.shape[1]].to(dtype)
+    tiles = exponents_XQ.shape[1]
+    wide_XD = _widened(values_XD, dtype)
+    missing = tiles * TILE - wide_XD.shape[1]
+    if missing:
+        wide_XD = F.pad(wide_XD, (0, missing))
+    wide_XD.view(-1, tiles, TILE).mul_(exponents_XQ.view(torch.float8_e8m0fnu).to(dtype)[..., None])
+    return wide_XD[:, : values_XD.shape[1]] if missing else wide_XD
 
 
 def _widened(values_XD: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same numbers in a wider dtype. On a CPU looking them up is faster than torch's own conversion."""
+    """The same numbers in a wider dtype, in memory of their own.
+
+    On a CPU torch's own conversion takes ten times as long as these passes: E4M3's bits, moved to where BF16 has its
+    own, are the number times 2^-120, for the biases differ by that. NaN would become 480, but comes with a scale that
+    is NaN.
+    """
     if values_XD.device.type != "cpu":
         return values_XD.to(dtype)
-    every_number = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(dtype)
-    places = values_XD.view(torch.uint8).flatten().to(torch.int32)
-    return every_number.index_select(0, places).view(values_XD.shape)
+    bits_XD = values_XD.view(torch.int8).to(torch.int16)  # the sign in all upper bits
+    bits_XD.bitwise_left_shift_(4).bitwise_and_(_SIGN_AND_NUMBER)
+    return bits_XD.view(torch.bfloat16).mul_(2.0**120).to(dtype)
+
+
+def _own(x_XQI: Tensor, x_XD: Tensor) -> Tensor | None:
+    """Memory to write into: the tiles themselves, where they are a copy of `x_XD`."""
+    return None if x_XQI.data_ptr() == x_XD.data_ptr() else x_XQI
 
 
 def _scales(exponents_XQ: Tensor, dtype: torch.dtype) -> Tensor:

@@ -51,7 +51,7 @@ class Wire:
     def decode(self, payload_XB: Tensor) -> Tensor:
         """uint8 [X, row_bytes] to [X, D] in `dtype`."""
         if self.format is Format.FP8:
-            values_XD = payload_XB[:, : self.width].contiguous().view(torch.float8_e4m3fn)
+            values_XD = payload_XB[:, : self.width].view(torch.float8_e4m3fn)
             return dequantise(values_XD, payload_XB[:, self.width :].contiguous(), self.dtype)
         return payload_XB.view(self._crossing).to(self.dtype)
 
