@@ -1,9 +1,11 @@
-"""Training steps of one process on the CPU: Shoestring and transformers' DeepseekV3ForCausalLM, step for step in turn.
+"""Training steps on the CPU: Shoestring and transformers' DeepseekV3ForCausalLM, step for step in turn.
 
     python benchmarks/cpu_step.py [--pairs 10] [--json benchmarks/results/cpu_step.json]
 
 Both train the same shape (20 M parameters, 32 experts, top-4, batch 4 x 256) from random weights with torch's fused
-AdamW: forward, loss, backward, clipping, update. The peer runs with grouped experts and SDPA attention, its defaults.
+AdamW: forward, loss, backward, clipping, update. Each has a process of its own with as many threads as there are cores:
+Shoestring with the variables that its launcher sets, the peer without and, for comparison, with them. The peer runs
+with grouped experts and SDPA attention, its defaults.
 In BF16 the peer's weights and moments are BF16; Shoestring computes in BF16 and keeps both in FP32.
 The floor is the model's FLOPs (convention: trainer/costs/flops.py) over the rate of a large matrix product, measured
 between the steps.
@@ -15,10 +17,13 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 
 import torch
@@ -30,6 +35,7 @@ from shoestring.comm.open_exchange import open_exchange
 from shoestring.comm.pending import InlineWorker
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
+from shoestring.launch.rank_environment import DEFAULTS
 from shoestring.trainer.costs.flops import count_flops
 from shoestring.trainer.costs.parameters import count_parameters
 from shoestring.trainer.data.batch import TokenBatch
@@ -136,35 +142,86 @@ def gemm_rate(dtype: torch.dtype) -> float:
     return 2 * 1024**3 / best
 
 
-def measure(name: str, pairs: int) -> dict[str, float | str]:
-    """Time `pairs` steps of each, in turn, after two to warm up; rates are medians, the ratio is that of the pairs."""
+@dataclass(frozen=True)
+class Peer:
+    """One of those that are compared."""
+
+    build: str
+    """The function of this module that makes its step."""
+    environment: Mapping[str, str]
+
+
+PEERS = {
+    "shoestring": Peer("ours", DEFAULTS),
+    "transformers": Peer("theirs", {}),
+    "transformers, our variables": Peer("theirs", DEFAULTS),
+}
+
+
+class Child:
+    """A process that takes a step whenever it is asked to."""
+
+    def __init__(self, peer: Peer, precision: str) -> None:
+        plain = {name: value for name, value in os.environ.items() if name not in DEFAULTS}
+        environment = {**plain, **peer.environment, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        command = [sys.executable, __file__, "--serve", peer.build, precision]
+        self._process = Popen(command, env=environment, stdin=PIPE, stdout=PIPE, text=True)
+
+    def step(self) -> float:
+        """Seconds."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        return float(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def serve(build: str, precision: str) -> None:
+    """What a child runs: a step a line of its input, and its seconds as a line of output."""
+    step = {"ours": ours, "theirs": theirs}[build](DTYPES[precision])
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        step()
+        print(time.perf_counter() - start, flush=True)
+
+
+def measure(name: str, pairs: int) -> dict[str, Any]:
+    """Time `pairs` steps of each, in turn, after two to warm up; ratios are medians of neighbouring steps."""
     dtype = DTYPES[name]
-    steps = {"shoestring": ours(dtype), "transformers": theirs(dtype)}
-    seconds: dict[str, list[float]] = {peer: [] for peer in steps}
+    children = {peer: Child(PEERS[peer], name) for peer in PEERS}
+    seconds: dict[str, list[float]] = {peer: [] for peer in PEERS}
     rates = []
     for repetition in range(pairs + 2):
         rates.append(gemm_rate(dtype))
-        for peer, step in steps.items():
-            start = time.perf_counter()
-            step()
+        for peer, child in children.items():
+            taken = child.step()
             if repetition >= 2:
-                seconds[peer].append(time.perf_counter() - start)
-    tokens = BATCH * LENGTH
-    flops = count_flops(SHAPE, LENGTH).main * tokens
-    median = {peer: statistics.median(times) for peer, times in seconds.items()}
-    ratios = [b / a for a, b in zip(seconds["shoestring"], seconds["transformers"], strict=True)]
+                seconds[peer].append(taken)
+    for child in children.values():
+        child.close()
+    flops = count_flops(SHAPE, LENGTH).main * BATCH * LENGTH
     floor = flops / statistics.median(rates)
     return {
         "precision": name,
-        "shoestring_tokens_per_second": tokens / median["shoestring"],
-        "transformers_tokens_per_second": tokens / median["transformers"],
+        "floor_ms": 1000 * floor,
+        "gemm_gflops": statistics.median(rates) / 1e9,
+        "peers": {peer: figures(seconds["shoestring"], times) for peer, times in seconds.items()},
+    }
+
+
+def figures(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """Of one peer, beside Shoestring."""
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    median = statistics.median(theirs)
+    return {
+        "step_ms": 1000 * median,
+        "tokens_per_second": BATCH * LENGTH / median,
         "ratio_median_of_pairs": statistics.median(ratios),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
-        "step_ms": 1000 * median["shoestring"],
-        "floor_ms": 1000 * floor,
-        "gemm_gflops": statistics.median(rates) / 1e9,
-        "share_of_floor": floor / median["shoestring"],
     }
 
 
@@ -174,19 +231,25 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--precision", choices=list(DTYPES), action="append")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.serve:
+        serve(*options.serve)
+        return
     count = count_parameters(SHAPE)
     print(
         f"{count.main / 1e6:.2f} M parameters, {count.main_active / 1e6:.2f} M active; "
-        f"{torch.get_num_threads()} threads"
+        f"{torch.get_num_threads()} threads each"
     )
     rows = [measure(name, options.pairs) for name in options.precision or DTYPES]
     for row in rows:
-        print(
-            "  ".join(
-                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+        print(f"{row['precision']}: floor {row['floor_ms']:.0f} ms at {row['gemm_gflops']:.0f} GFLOP/s")
+        for peer, found in row["peers"].items():
+            spread = f"{found['ratio_min']:.2f} to {found['ratio_max']:.2f}"
+            print(
+                f"  {peer:28} {found['step_ms']:5.0f} ms  {found['tokens_per_second']:5.0f} tokens/s  "
+                f"{found['ratio_median_of_pairs']:.3f} x Shoestring's time ({spread})"
             )
-        )
     if options.json:
         document = {"threads": torch.get_num_threads(), "load": os.getloadavg()[0], "rows": rows}
         options.json.write_text(json.dumps(document, indent=1) + "\n")

@@ -25,6 +25,7 @@ from rich.table import Table
 from shoestring.launch.bench_exchange import run_on_cluster
 
 MODULE = "shoestring.benchmarks.overlap_rank"
+TRIES = 4
 
 
 def run(nodes: int, pp: int, pairs: int, uplink: str, folder: Path) -> list[dict[str, Any]]:
@@ -34,11 +35,23 @@ def run(nodes: int, pp: int, pairs: int, uplink: str, folder: Path) -> list[dict
     return found
 
 
-def uplink_for(free: list[dict[str, Any]]) -> str:
-    """The rate at which the bytes of the FBs take as long as their computing."""
-    computing = mean(rank["serial"]["compute"] for rank in free)
+def balanced(nodes: int, pp: int, pairs: int, folder: Path) -> tuple[str, list[dict[str, Any]]]:
+    """The uplink at which exchanging takes as long as computing, and the figures there.
+
+    A first guess from bytes and computing on fast links; then each run corrects the guess for the next.
+    """
+    free = run(nodes, pp, 2, "10gbit", folder / "free")
     sent = max(rank["bytes_between_nodes"] for rank in free)
-    return f"{max(1, round(8 * sent / computing / 1e6))}mbit"
+    mbit = 8 * sent / mean(rank["serial"]["compute"] for rank in free) / 1e6
+    for attempt in range(TRIES):
+        uplink = f"{max(1, round(mbit))}mbit"
+        found = run(nodes, pp, pairs, uplink, folder / f"try{attempt}")
+        balance = mean(rank["serial"]["compute"] / rank["serial"]["exchange"] for rank in found)
+        print(f"uplinks of {uplink}: compute : exchange {balance:.2f}", flush=True)
+        if 0.9 < balance < 1.1:
+            break
+        mbit /= balance
+    return uplink, found
 
 
 def show(title: str, found: list[dict[str, Any]]) -> Table:
@@ -57,17 +70,17 @@ def show(title: str, found: list[dict[str, Any]]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--trace", type=Path, help="write the timeline of the last step in turns there")
     options = parser.parse_args()
     console = Console(width=120)
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
-        uplink = uplink_for(run(2, 1, 2, "10gbit", folder / "free"))
-        results["two nodes"] = run(2, 1, 7, uplink, folder / "two")
+        uplink, results["two nodes"] = balanced(2, 1, options.pairs, folder)
         console.print(show(f"FBs of one step, 2 nodes x 1 rank, uplinks of {uplink}", results["two nodes"]))
         if options.trace is not None:
-            shutil.copy(folder / "two" / "trace.json", options.trace)
+            shutil.copy(max(folder.glob("try*")) / "trace.json", options.trace)
         results["four nodes"] = run(4, 2, 3, uplink, folder / "four")
         console.print(
             show(f"FBs of one step, 4 nodes x 1 rank, pp 2 x ep 2, uplinks of {uplink}", results["four nodes"])

@@ -90,14 +90,24 @@ class Trainer:
 
 
 def pair_seconds(spans: list[Span]) -> dict[str, float]:
+    """What this rank's FBs took, by kind, and their share of the step's exchanges."""
     pairs = [span for span in spans if span.track is Track.INSTRUCTION and span.name == "FB"]
-    whole = sum(pair.end - pair.begin for pair in pairs) / 1e9
-    exposed = exchanging = 0.0
-    for span in spans:
-        inside = any(pair.begin <= span.begin and span.end <= pair.end for pair in pairs)
-        exposed += inside * (span.name == EXPOSED_EXCHANGE) * (span.end - span.begin) / 1e9
-        exchanging += inside * (span.track is Track.EXCHANGE) * (span.end - span.begin) / 1e9
-    return {"FB": whole, "compute": whole - exposed, "exchange": exchanging, EXPOSED_EXCHANGE: exposed}
+    inside = [span for span in spans if any(pair.begin <= span.begin and span.end <= pair.end for pair in pairs)]
+    whole = seconds(pairs)
+    exposed = seconds([span for span in inside if span.name == EXPOSED_EXCHANGE])
+    exchanges = [span for span in spans if span.track is Track.EXCHANGE]
+    exchanging = [span for span in inside if span.track is Track.EXCHANGE]
+    return {
+        "FB": whole,
+        "compute": whole - exposed,
+        "exchange": seconds(exchanging),
+        EXPOSED_EXCHANGE: exposed,
+        "share": len(exchanging) / len(exchanges),
+    }
+
+
+def seconds(spans: list[Span]) -> float:
+    return sum(span.end - span.begin for span in spans) / 1e9
 
 
 def main(pp: int, pairs: int, output: str) -> None:
@@ -120,7 +130,7 @@ def main(pp: int, pairs: int, output: str) -> None:
         "serial": {key: median(one[key] for _, one in found) for key in found[0][0]},
         "ratio": median(turn["FB"] / one["FB"] for turn, one in found),
         "exposed": median(turn[EXPOSED_EXCHANGE] / turn["FB"] for turn, _ in found),
-        "bytes_between_nodes": turns.traffic.by_link()[Link.INFINIBAND] / pairs,
+        "bytes_between_nodes": found[0][0]["share"] * turns.traffic.by_link()[Link.INFINIBAND] / pairs,
         "terms": summarise_trace(turns.trace.spans),
     }
     folder = Path(output)
