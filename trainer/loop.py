@@ -155,7 +155,8 @@ def _one_step(rank: Rank, step: int, reporter: Reporter | None) -> None:
     start = time.perf_counter()
     result = rank.stepper.step(micro_batches, config.training.global_batch, settings)
     if reporter is not None:
-        reporter.step(step, result, settings, time.perf_counter() - start, rank.traffic)
+        seconds, between_replicas = time.perf_counter() - start, rank.stepper.optimizer.reducer.traffic
+        reporter.step(step, result, settings, seconds, rank.traffic, between_replicas)
 
 
 def _micro_batches(rank: Rank, consumed: int) -> Iterator[TokenBatch]:
@@ -172,20 +173,26 @@ def _micro_batches(rank: Rank, consumed: int) -> Iterator[TokenBatch]:
 
 
 def _evaluate(rank: Rank, step: int, reporter: Reporter | None) -> None:
+    rank.stepper.optimizer.wait()
+    average, averaged = rank.stepper.average, None
     with _timing(reporter, "evaluation"):
-        loss, targets = evaluate(
-            rank.stepper.chunks,
-            rank.pipeline.forwards,
-            rank.validation,
-            rank.config.schedule.micro_batch,
-            rank.groups,
-            rank.device,
-        )
+        loss, targets = _validation_loss(rank)
+        if average is not None:
+            with average.in_use():
+                averaged, _ = _validation_loss(rank)
     if reporter is not None:
-        reporter.evaluation(step, loss, targets, rank.unigram_entropy)
+        reporter.evaluation(step, loss, averaged, targets, rank.unigram_entropy)
+
+
+def _validation_loss(rank: Rank) -> tuple[float, int]:
+    """And over how many targets."""
+    stepper, config = rank.stepper, rank.config
+    forwards, device = rank.pipeline.forwards, rank.device
+    return evaluate(stepper.chunks, forwards, rank.validation, config.schedule.micro_batch, rank.groups, device)
 
 
 def _sample(rank: Rank, step: int, reporter: Reporter | None) -> None:
+    rank.stepper.optimizer.wait()
     training, tokenizer = rank.config.training, rank.tokenizer
     with _timing(reporter, "evaluation"):
         prompt = tokenizer.encode(training.sample_prompt)
@@ -221,15 +228,16 @@ def _load(rank: Rank, step: int) -> dict[str, Any]:
     refuse_if_any(incompatibilities(facts, rank.config, rank.data_digest))
     state = _state(rank)
     rank.store.load(step, state, rank.groups.world)
-    for moments in rank.stepper.optimizer.state.values():
-        moments["step"].fill_(step)
+    rank.stepper.optimizer.steps = step
+    rank.stepper.optimizer.publish()
     torch.set_rng_state(state[f"rng/rank_{rank.groups.rank:05d}"])
     return facts
 
 
 def _state(rank: Rank) -> dict[str, torch.Tensor]:
     rng = {f"rng/rank_{rank.groups.rank:05d}": torch.get_rng_state()}
-    return named_state(rank.model, rank.stepper.optimizer, rng)
+    stepper = rank.stepper
+    return named_state(rank.model, stepper.optimizer, stepper.average, rank.groups.rank, rng)
 
 
 def _is_due(step: int, every: int, last: int) -> bool:

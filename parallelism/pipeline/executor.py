@@ -40,6 +40,18 @@ class Stage(Protocol):
         ...
 
 
+class Listener(Protocol):
+    """Told of each instruction of this rank by its index."""
+
+    def before(self, instruction: int) -> None:
+        """It is about to run."""
+        ...
+
+    def after(self, instruction: int) -> None:
+        """It has run."""
+        ...
+
+
 def open_lanes(groups: ProcessGroups, device: torch.device, recorder: Recorder = SILENT) -> dict[Direction, Lane]:
     """A lane each way where the pipeline has neighbours."""
     if groups.topology.pp == 1:
@@ -77,7 +89,7 @@ class Executor:
         """Derives what travels from the program."""
         return Executor(program, rank, lanes, global_ranks, edges(program)[rank], overlap, recorder)
 
-    def run(self, stages: Sequence[Stage]) -> None:
+    def run(self, stages: Sequence[Stage], listener: Listener | None = None) -> None:
         """Run every instruction on `stages`, which are indexed by chunk.
 
         Raises `CollectiveFailed` for a message that does not come: it names instruction, message and peer.
@@ -85,7 +97,11 @@ class Executor:
         run = _Run(self, stages)
         for index, instruction in enumerate(self.program.instructions[self.rank]):
             run.post(self.commits[index])
+            if listener is not None:
+                listener.before(index)
             run.instruction(index, instruction)
+            if listener is not None:
+                listener.after(index)
         run.post(self.commits[-1])
         run.finish()
 
