@@ -5,7 +5,7 @@ Letters: T tokens of this rank, K experts a token, D hidden width, R rows receiv
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
@@ -30,9 +30,16 @@ class Received(Generic[Layout]):
     layout: Layout
     """What the exchange that made this needs to send results back. Nobody else looks inside."""
 
+    def without_rows(self) -> Received[Layout]:
+        """The way back alone: enough for the three operations that follow, once the experts have the rows."""
+        nothing = self.rows_RD.new_empty(0)
+        return replace(self, rows_RD=nothing, weights_R=nothing)
+
 
 class TokenExchange(Protocol[Layout]):
     """Four operations. Each returns at once; the communication advances while the caller computes.
+
+    A dispatch makes the host wait once (`host.to_host`), for the sizes of everything; the other three never do.
 
     dispatch_backward is a combine and combine_backward is a dispatch that reuses the layout: no sizes are exchanged
     again. Every rank of the expert-parallel group calls the same operations in the same order, also with zero tokens.

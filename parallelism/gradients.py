@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..comm.groups import Group
+from ..comm.host import to_host
 from ..comm.pending import Pending, Worker
 from ..comm.traffic import Traffic
 from .bucket import Bucket
@@ -101,7 +102,7 @@ def _sum_of_squares(shards: Iterable[Tensor]) -> Tensor:
     the optimizer.
     """
     sums = [_squares_of(piece) for shard_n in shards for piece in shard_n.split(_PIECE)]
-    return torch.stack(sums).sum().cpu() if sums else torch.zeros((), dtype=torch.float64)
+    return to_host(torch.stack(sums).sum()) if sums else torch.zeros((), dtype=torch.float64)
 
 
 def _squares_of(piece: Tensor) -> Tensor:

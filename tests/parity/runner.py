@@ -108,7 +108,8 @@ def build(
     load_released(model, start_params(layout))
     config, traffic = ExchangeConfig(name=layout.exchange), Traffic(topology, rank)
     exchange = open_exchange(config, groups, layout.config.experts, worker, traffic)
-    pipeline = Pipeline.open(stages, groups, torch.device("cpu"), overlap=layout.overlap, recorder=recorder)
+    cpu = torch.device("cpu")
+    pipeline = Pipeline.open(stages, groups, cpu, overlap=layout.overlap, recorder=recorder, recompute=layout.recompute)
     # BF16 moments are compared by the element, in tests/trainer/optimizer: rounding is no error of a layout.
     optimizer = OptimizerConfig(eps=ADAM_EPS, moments="auto" if layout.dtype == torch.float64 else "float32")
     stepper = build_stepper(pipeline, model, exchange, compute or layout.dtype, layout.micro_batches, optimizer)
