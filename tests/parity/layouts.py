@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shoestring.comm.topology import Topology
+from shoestring.comm.wire import Format
 from shoestring.parallelism.pipeline.schedules import SCHEDULES, build_placement
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.reference.deepseek_v3 import BIAS, ReferenceConfig
@@ -68,6 +69,10 @@ class Layout:
     schedule: str = "one_f_one_b"
     overlap: bool = True
     """Of the two halves of an FB."""
+    fp8: bool = False
+    """In every Linear but the head, by the reference provider."""
+    wire: Format = Format.NATIVE
+    """Of what goes to the experts."""
 
     @property
     def name(self) -> str:
@@ -91,6 +96,8 @@ class Layout:
                 place,
                 self.schedule,
                 *([] if self.overlap else ["in turn"]),
+                *(["fp8"] if self.fp8 else []),
+                *([] if self.wire is Format.NATIVE else [f"wire {self.wire}"]),
             )
         )
 
@@ -100,6 +107,11 @@ class Layout:
         return 1e-10 if self.dtype == torch.float64 else 5e-6
 
     @property
+    def sequence_length(self) -> int:
+        """S. In FP8 two sequences are 128 tokens, so that a tile of a weight's gradient holds those of one rank."""
+        return 64 if self.fp8 else SEQUENCE_LENGTH
+
+    @property
     def topology(self) -> Topology:
         """The grid of ranks."""
         return Topology(pp=self.pp, ep=self.ep, edp=self.edp, gpus_per_node=self.node_size)
@@ -107,7 +119,7 @@ class Layout:
     @property
     def stages(self) -> Stages:
         """Of the pipeline."""
-        return Stages.of(model_config(self.config), SEQUENCE_LENGTH, self.schedule, self.pp)
+        return Stages.of(model_config(self.config), self.sequence_length, self.schedule, self.pp)
 
     @property
     def config(self) -> ReferenceConfig:
@@ -154,7 +166,7 @@ def start_params(layout: Layout) -> dict[str, Tensor]:
 
 def global_batch(layout: Layout, step: int) -> tuple[Tensor, Tensor]:
     """Tokens and valid positions of one step, each [B, W]. Padding holds random tokens: nothing may depend on them."""
-    window = SEQUENCE_LENGTH + 1 + layout.mtp
+    window = layout.sequence_length + 1 + layout.mtp
     generator = torch.Generator().manual_seed(100 + step)
     tokens_BW = torch.randint(0, layout.config.vocabulary, (layout.sequences, window), generator=generator)
     valid_BW = torch.ones_like(tokens_BW, dtype=torch.bool)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...parallelism.pipeline.weight_grad import add_to_grad, collecting
+from ..precision.fp8 import Fp8
 from ..precision.linear import Linear, at_least_fp32
 
 
@@ -25,8 +26,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
-        out: Tensor = self.down(swiglu(self.gate_up(x)))
-        return out
+        return self.down.of(swiglu, self.gate_up(x))
 
 
 class Experts(nn.Module):
@@ -36,12 +36,16 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up_LFD = nn.Parameter(torch.empty(local_experts, 2 * inner, hidden))
         self.down_LDF = nn.Parameter(torch.empty(local_experts, hidden, inner))
+        self.fp8: Fp8 | None = None
 
     def forward(self, rows_RD: Tensor, weights_R: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
         """[R, D] to [R, D]; rows are grouped by expert. Each row comes out multiplied by its gate weight.
 
         The weight multiplies before the down projection, so that combine can be a plain sum.
         """
+        if self.fp8 is not None:
+            gate_up_RF = self.fp8.experts_up(rows_RD, self.gate_up_LFD, rows_per_expert_L)
+            return self.fp8.experts_down(weighted_swiglu, gate_up_RF, weights_R, self.down_LDF, rows_per_expert_L)
         gate_up_RF = grouped_linear(rows_RD, self.gate_up_LFD, rows_per_expert_L)
         inner_RF = weighted_swiglu(gate_up_RF, weights_R)
         return grouped_linear(inner_RF, self.down_LDF, rows_per_expert_L)
