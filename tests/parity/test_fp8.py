@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from unittest.mock import patch
 
 import pytest
 import torch
 
 from shoestring.comm.wire import Format
 from shoestring.tests.parity.layouts import Layout, Padding
-from shoestring.tests.parity.outcome import compare
 from shoestring.tests.parity.runner import run_layout, run_rank
 from shoestring.tests.parity.test_overlap import results
-from shoestring.tests.parity.twin import run_twin
-from shoestring.tests.processes import World, run_processes
-from shoestring.trainer.precision import e5m6, fp8
-from shoestring.trainer.precision.tiles import Scales
+from shoestring.tests.processes import run_processes
 
 ONE = Layout(1, 1, 1, 1, layers=2, fp8=True)
 LAYOUTS = [

@@ -1,8 +1,8 @@
 """The plain single-process twin: the whole global batch at once, ordinary autograd, one tensor after another.
 
 Its arithmetic is tests/reference alone. It is FP64 whatever the layout computes in, so an FP32 layout shows its own
-rounding and nothing else. In FP8 a tile of a weight's gradient holds rows of one micro-batch, so there the twin takes what
-an expert-parallel group takes together, one after the other.
+rounding and nothing else. In FP8 a tile of a weight's gradient holds rows of one micro-batch, so there the twin takes
+what an expert-parallel group takes together, one after the other.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ def run_twin(layout: Layout, steps: int) -> Outcome:
     moments, records = Moments(), []
     for step in range(steps):
         leaves = {name: value.clone().requires_grad_(is_trained(name)) for name, value in params.items()}
-        found = _losses_fp8(leaves, layout, step) if layout.fp8 else losses(leaves, layout.config, *global_batch(layout, step))
+        found = (
+            _losses_fp8(leaves, layout, step)
+            if layout.fp8
+            else losses(leaves, layout.config, *global_batch(layout, step))
+        )
         found.total.backward()
         gradients = {
             name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad

@@ -1,8 +1,8 @@
 """The reference model in FP8: every Linear but head and router, by the NumPy definition, with ordinary autograd around.
 
-What the report says of each (§3.3): the input after attention is kept in E5M6, SwiGLU's input is kept in FP8 and its output
-formed again, scales of the rows that experts receive and of the gradients that they receive are powers of two. Gate
-weights multiply before the down projection.
+What the report says of each (§3.3): the input after attention is kept in E5M6, SwiGLU's input is kept in FP8 and its
+output formed again, scales of the rows that experts receive and of the gradients that they receive are powers of two.
+Gate weights multiply before the down projection.
 
 Shape suffixes: T tokens (those of one expert), D hidden, F expert width.
 """
@@ -87,7 +87,7 @@ class _Down(torch.autograd.Function):
         return torch.from_numpy(fp8.product(quantise(activation(gate_up, gates)), ctx.blocks)).to(gate_up.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         with torch.enable_grad():
             gate_up = torch.from_numpy(ctx.kept).to(grad.dtype).requires_grad_()

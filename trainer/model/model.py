@@ -99,7 +99,7 @@ class Model(nn.Module):
         return DenseLayer(self.config) if dense else MoELayer(self.config, self.local_experts)
 
     def use_fp8(self, fp8: Fp8) -> None:
-        """Compute every Linear in FP8 but the head. Embedding, router, norms and attention have none (report §3.3.1)."""
+        """Compute every Linear in FP8 but the head. Embedding, router, norms and attention have none (§3.3.1)."""
         self.fp8 = fp8
         for module in self.modules():
             if isinstance(module, Linear | Experts) and module is not self.head:

@@ -26,9 +26,9 @@ def exact_sum(a_XK: Tensor, b_YK: Tensor) -> Tensor:
 def hopper_sum(a_XK: Tensor, b_YK: Tensor, promote_every: int | None = None) -> Tensor:
     """The same sum in the tensor cores' accumulator: FP32 in name, with 13 bits behind the leading one.
 
-    Each instruction adds 32 products to its accumulator: all 33 terms are aligned to the largest exponent among them and
-    what lies below 13 fraction bits is cut off, before the sum and after it. With `promote_every` elements the accumulator
-    is added to a true FP32 register and begins again at 0.
+    Each instruction adds 32 products to its accumulator: all 33 terms are aligned to the largest exponent among them
+    and what lies below 13 fraction bits is cut off, before the sum and after it. With `promote_every` elements the
+    accumulator is added to a true FP32 register and begins again at 0.
     """
     total_XY = torch.zeros((len(a_XK), len(b_YK)), dtype=torch.float32, device=a_XK.device)
     held_XY = total_XY.double()

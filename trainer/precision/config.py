@@ -40,7 +40,9 @@ class PrecisionConfig:
             yield Problem("scales", self.scales, f"must be {' or '.join(Scales)}")
         for name, default in (("provider", "auto"), ("scales", "fp32")):
             if self.linear == "native" and self.__dict__[name] != default:
-                yield Problem(name, self.__dict__[name], "is for FP8: write linear=fp8 too, or leave it out", ("linear",))
+                yield Problem(
+                    name, self.__dict__[name], "is for FP8: write linear=fp8 too, or leave it out", ("linear",)
+                )
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """The dtype of activations."""

@@ -1,11 +1,11 @@
-"""Linear in FP8: all three of its products, what it keeps for its backward, and gradients of weights apart (report §3.3).
+"""Linear in FP8: its three products, what it keeps for its backward, gradients of weights apart (report §3.3).
 
     forward          y  = x Wᵀ     x in 1 × 128 tiles, W in 128 × 128 blocks
     input gradient   dx = dy W     dy in 1 × 128 tiles, the same blocks, transposed
     weight gradient  dW = dyᵀ x    both in 128 × 1 tiles, the sum in FP32, added to the FP32 gradient
 
-What is kept of x is FP8: its tiles, which the backward turns into columns; E5M6 for the Linear after attention; and where
-x is the output of an activation, the tiles of that one's input, from which x is computed again.
+What is kept of x is FP8: its tiles, which the backward turns into columns; E5M6 for the Linear after attention; and
+where x is the output of an activation, the tiles of that one's input, from which x is computed again.
 
 Letters: R rows, L experts on this rank; N and K widths, F inner width.
 """
@@ -35,9 +35,9 @@ class Fp8:
 
     provider: Provider
     scales: Scales = Scales.FP32
-    """Of all but those which the report wants to be powers of two: the input of the Linear after attention, the rows that
-    experts receive, and the gradients that they receive. The last two are what crosses between ranks in FP8, so tiles
-    made of rows that came in FP8 hold the numbers that came."""
+    """Of all but those which the report wants to be powers of two: the input of the Linear after attention, the rows
+    that experts receive, and the gradients that they receive. The last two are what crosses between ranks in FP8, so
+    tiles made of rows that came in FP8 hold the numbers that came."""
     weights: StepWeights = field(default_factory=StepWeights)
 
     def linear(self, x: Tensor, weight_NK: Tensor, *, after_attention: bool = False) -> Tensor:
@@ -77,9 +77,7 @@ class Fp8:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_RK: Tensor, weight: Tensor, fp8: Fp8, rows_L: Rows | None, after_attention: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x_RK: Tensor, weight: Tensor, fp8: Fp8, rows_L: Rows | None, after_attention: bool) -> Tensor:
         fixed = after_attention or rows_L is not None
         scales = Scales.POWER_OF_TWO if fixed else fp8.scales
         x, blocks = fp8.provider.tiles(x_RK, scales), fp8.blocks(weight)
@@ -145,7 +143,7 @@ class _LinearOf(torch.autograd.Function):
         blocks = Blocks(values, block_scales).transposed()
         grad_inner_RK = fp8.multiply(grad_tiles, blocks, ctx.rows, inner_RK.dtype)
         grad_source, *grad_gates = torch.autograd.grad(inner_RK, leaves, grad_inner_RK)
-        return grad_source, (grad_gates or [None])[0], grad_weight, None, None, None
+        return grad_source, grad_gates[0] if grad_gates else None, grad_weight, None, None, None
 
 
 def _given(gates_R: Tensor | None) -> tuple[Tensor, ...]:

@@ -5,6 +5,7 @@ Letters: X rows, D width, R rows of activations, L experts on this rank; N, K si
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -46,14 +47,48 @@ class Provider(Protocol):
         ...
 
 
-PROVIDERS = ("reference",)
+PROVIDERS = ("triton", "torch", "reference")
+"""The faster ones first. All but the last need a Hopper GPU, and have not yet run on one."""
+
+_HOPPER = (9, 0)
 
 
-def missing_for(name: str, device: torch.device) -> Iterator[str]:
-    """Why the provider of this name cannot serve `device` here; nothing where it can."""
-    yield from ()
+def missing_for(name: str, *, on_gpu: bool) -> Iterator[str]:
+    """Why the provider of this name cannot serve this machine's GPUs, or its CPU; nothing where it can."""
+    if name == "reference":
+        return
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        yield "triton is not installed; pip install triton, the version that this torch was built with"
+    if not on_gpu:
+        yield "it needs a Hopper GPU; train on one, or write precision.provider=reference"
+        return
+    capability = torch.cuda.get_device_capability()
+    if capability < _HOPPER or (name == "torch" and capability > _HOPPER):
+        yield f"it needs a GPU of compute capability 9.0 and the one here has {capability[0]}.{capability[1]}"
+    if name == "torch" and (torch.version.cuda is None or _version(torch.version.cuda) < (12, 9)):
+        yield f"it needs a torch built with CUDA 12.9 or later, and this one has {torch.version.cuda}"
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+def choose_provider(name: str, *, on_gpu: bool) -> str:
+    """What `auto` stands for: the first that can serve; any other name is itself."""
+    if name != "auto":
+        return name
+    return next(each for each in PROVIDERS if not any(missing_for(each, on_gpu=on_gpu)))
 
 
 def open_provider(name: str, device: torch.device) -> Provider:
-    """The provider of this name; `auto` takes the fastest that serves `device`."""
+    """The provider of this name, or that which `auto` chooses."""
+    chosen = choose_provider(name, on_gpu=device.type == "cuda")
+    if chosen == "triton":
+        from .triton_provider import TritonProvider  # optional package
+
+        return TritonProvider()
+    if chosen == "torch":
+        from .torch_provider import TorchProvider  # its scaled_mm is younger than the oldest torch that trains
+
+        return TorchProvider()
     return Reference()

@@ -51,7 +51,7 @@ class Reference:
 
     def outer(self, grad: Columns, x: Columns) -> Tensor:
         """See `Provider`."""
-        both = zip(_of_experts(grad), _of_experts(x), strict=True)
+        both = zip(of_experts(grad), of_experts(x), strict=True)
         return torch.stack([self._product(ours, theirs) for ours, theirs in both])
 
     def _product(self, a: Tiles, b: Tiles) -> Tensor:
@@ -64,7 +64,7 @@ class Reference:
         return total_XY
 
 
-def _of_experts(columns: Columns) -> list[Tiles]:
+def of_experts(columns: Columns) -> list[Tiles]:
     """What belongs to each expert."""
     counts = columns.tiles_per_expert_L
     values = columns.tiles.values_XD.split([count * TILE for count in counts], dim=1)

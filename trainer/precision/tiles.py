@@ -1,10 +1,10 @@
-"""What FP8 matrix products take: E4M3 numbers, with one scale for 1 × 128 activations or 128 × 128 weights (report §3.3.2).
+"""What FP8 products take: E4M3 numbers, one scale for 1 × 128 activations or 128 × 128 weights (report §3.3.2).
 
-The scale of a tile is its largest magnitude over 448, in FP32, or the smallest power of two that is not below that:
-`comm/fp8.py`, which also makes what crosses between ranks. Numbers wider than FP32 are rounded to FP32 first. A tile that
+The scale of a tile is its largest magnitude over 448, in FP32, or the smallest power of two that is not below that, as
+`comm/fp8.py` makes it for what crosses between ranks. Numbers wider than FP32 are rounded to FP32 first. A tile that
 holds infinity or NaN is NaN throughout.
 
-Letters: X rows, D width, Q tiles of a row; R rows of activations, L experts on this rank; N, K sides of a weight, P and Q
+Letters: X rows, D width, Q tiles of a row; R rows of activations, L experts on this rank; N, K sides of a weight, P, Q
 its blocks.
 """
 
@@ -95,7 +95,7 @@ def quantise_blocks(weight_NK: Tensor, scales: Scales) -> Blocks:
     rows, columns = weight_NK.shape[-2:]
     missing = (0, tiles_of(columns) * TILE - columns, 0, tiles_of(rows) * TILE - rows)
     whole = F.pad(weight_NK.to(torch.float32), missing).unflatten(-1, (-1, TILE)).unflatten(-3, (-1, TILE))
-    scales_PQ = _scale_for(torch.maximum(whole.amax(dim=(-1, -3)), -whole.amin(dim=(-1, -3))), scales)
+    scales_PQ = _scale_for(whole.abs().amax(dim=-1).amax(dim=-2), scales)  # in two steps: the inner one is contiguous
     scaled = whole / scales_PQ[..., :, None, :, None]
     values_NK = scaled.flatten(-4, -3).flatten(-2, -1)[..., :rows, :columns]
     return Blocks(_to_e4m3(values_NK), scales_PQ)

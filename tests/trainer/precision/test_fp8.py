@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
@@ -44,6 +45,11 @@ def run(function: Callable[[Tensor], Tensor], x: Tensor, *weights: Tensor) -> li
     out = function(x)
     out.backward(normal(*out.shape, dtype=out.dtype))
     return [out.detach(), x.grad, *(weight.grad for weight in weights)]  # type: ignore[list-item]
+
+
+def grad_of(weight: Tensor) -> Tensor:
+    assert weight.grad is not None
+    return weight.grad
 
 
 @pytest.mark.parametrize("after_attention", [False, True])
@@ -113,7 +119,7 @@ def test_experts_are_the_definition_one_at_a_time() -> None:
         expected = twin.swiglu(leaves, "e", rows, weights)
         expected.backward(upstream[mine])
         pairs = [(out[mine], expected), (grad_x[mine], rows.grad), (grad_gates[mine], weights.grad)]
-        pairs.append((grad_up[number], torch.cat([leaf.grad for leaf in leaves.values()][:2])))  # type: ignore[misc]
+        pairs.append((grad_up[number], torch.cat([grad_of(leaf) for leaf in leaves.values()][:2])))
         pairs.append((grad_down[number], leaves["e.down_proj.weight"].grad))
         for ours, theirs in pairs:
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -132,12 +138,13 @@ def test_gradients_of_weights_can_wait() -> None:
             later = run(function, source, *weights)
         assert later[2:] == [None] * len(weights)
         left.run()
-        found = [*later[:2], *(weight.grad for weight in weights)]
+        found = [*later[:2], *map(grad_of, weights)]
         assert all(torch.equal(one, other) for one, other in zip(at_once, found, strict=True))
         with left.collect():
-            function(source).backward(normal(*later[0].shape, dtype=source.dtype))
+            again: Tensor = function(source)
+        again.backward(normal(*later[0].shape, dtype=source.dtype))  # type: ignore[no-untyped-call]
         left.run()
-        assert all(torch.equal(weight.grad, 2 * once) for weight, once in zip(weights, at_once[2:], strict=True))
+        assert all(torch.equal(grad_of(weight), 2 * once) for weight, once in zip(weights, at_once[2:], strict=True))
 
 
 @dataclass(frozen=True)
@@ -187,9 +194,9 @@ def test_what_is_kept_for_the_backward_is_as_large_as_it_says() -> None:
     scales = rows * tiles_of(WIDTH)
     for after_attention, expected in ((False, rows * WIDTH + 4 * scales), (True, rows * WIDTH * 3 // 2 + scales)):
         module = linear(after_attention)
-        assert kept_bytes(lambda module=module: module(x), [module.weight]) == expected + blocks
+        assert kept_bytes(partial(module, x), [module.weight]) == expected + blocks
         module.fp8 = None
-        assert kept_bytes(lambda module=module: module(x), [module.weight]) == rows * WIDTH * 2
+        assert kept_bytes(partial(module, x), [module.weight]) == rows * WIDTH * 2
 
 
 def test_the_head_and_the_router_have_no_fp8() -> None:
@@ -210,7 +217,7 @@ def test_without_gradients_nothing_is_kept() -> None:
     module = linear()
     with torch.no_grad():
         assert not module(normal(3, WIDTH)).requires_grad
-    module.weight.requires_grad_(requires_grad=False)
+    module.weight.requires_grad_(False)
     x = normal(3, WIDTH).requires_grad_()
     module(x).sum().backward()
     assert module.weight.grad is None

@@ -30,9 +30,7 @@ def blocks(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(("rows", "width", "out"), [(1, 1, 1), (70, 128, 256), (130, 300, 150)])
 def test_products_are_the_definition(rows: int, width: int, out: int) -> None:
     x_RK, w_NK = normal(rows, width), normal(out, width)
-    ours = Reference().multiply(
-        quantise_tiles(x_RK, Scales.FP32), quantise_blocks(w_NK, Scales.FP32), torch.float32
-    )
+    ours = Reference().multiply(quantise_tiles(x_RK, Scales.FP32), quantise_blocks(w_NK, Scales.FP32), torch.float32)
     assert np.array_equal(ours.numpy(), twin.product(tiles(x_RK), blocks(w_NK)))
 
 

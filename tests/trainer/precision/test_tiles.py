@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shoestring.comm import fp8 as wire
 from shoestring.tests.reference import fp8 as twin
+from shoestring.tests.trainer.precision.hard_numbers import numbers
 from shoestring.trainer.precision.e5m6 import pack_e5m6, unpack_e5m6
 from shoestring.trainer.precision.tiles import (
     Scales,
@@ -21,21 +22,6 @@ from shoestring.trainer.precision.tiles import (
 )
 
 SHAPES = [(1, 1), (3, 127), (5, 128), (130, 129), (257, 300)]
-
-
-def numbers(rows: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Many magnitudes, zeros, a tile of zeros, ties, and the ends of FP32."""
-    generator = torch.Generator().manual_seed(rows + width)
-    x = torch.randn(rows, width, generator=generator) * 10 ** torch.empty(rows, width).uniform_(
-        -6, 2, generator=generator
-    )
-    x[0, :128] = 0
-    x[-1, -1] = 1e-42
-    if rows > 2:
-        x[1] = torch.linspace(-448, 448, width).round()  # an exact scale of 1, and so ties
-        x[1, 0] = 448
-        x[2] *= 1e34
-    return x.to(dtype)
 
 
 def numpy_of(x: Tensor) -> np.ndarray:
