@@ -128,10 +128,11 @@ def test_experts_are_the_definition_one_at_a_time() -> None:
 def test_gradients_of_weights_can_wait() -> None:
     module, mixture = linear(), experts()
     gates, x = torch.rand(150, dtype=torch.float64), normal(150, WIDTH)
-    for function, source, weights in (
+    cases: list[tuple[Callable[[Tensor], Tensor], Tensor, list[nn.Parameter]]] = [
         (module, x, [module.weight]),
         (lambda rows: mixture(rows, gates, ROWS), x.double(), list(mixture.parameters())),
-    ):
+    ]
+    for function, source, weights in cases:
         at_once = run(function, source, *weights)
         left = WeightGradients(deferred=True)
         with left.collect():
@@ -141,8 +142,8 @@ def test_gradients_of_weights_can_wait() -> None:
         found = [*later[:2], *map(grad_of, weights)]
         assert all(torch.equal(one, other) for one, other in zip(at_once, found, strict=True))
         with left.collect():
-            again: Tensor = function(source)
-        again.backward(normal(*later[0].shape, dtype=source.dtype))  # type: ignore[no-untyped-call]
+            again = function(source)
+        again.backward(normal(*later[0].shape, dtype=source.dtype))
         left.run()
         assert all(torch.equal(grad_of(weight), 2 * once) for weight, once in zip(weights, at_once[2:], strict=True))
 

@@ -31,7 +31,7 @@ def run(module: str, tmp_path: Path, *, interpret: bool) -> str:
 
 @pytest.mark.slow
 def test_every_kernel_is_its_twin_in_the_interpreter(tmp_path: Path) -> None:
-    assert run("interpreted", tmp_path, interpret=True).strip() == "every kernel is its twin"
+    assert run("against_twins", tmp_path, interpret=True).strip() == "every kernel is its twin"
 
 
 @pytest.mark.slow
