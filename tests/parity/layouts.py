@@ -107,11 +107,6 @@ class Layout:
         return 1e-10 if self.dtype == torch.float64 else 5e-6
 
     @property
-    def sequence_length(self) -> int:
-        """S. In FP8 two sequences are 128 tokens, so that a tile of a weight's gradient holds those of one rank."""
-        return 64 if self.fp8 else SEQUENCE_LENGTH
-
-    @property
     def topology(self) -> Topology:
         """The grid of ranks."""
         return Topology(pp=self.pp, ep=self.ep, edp=self.edp, gpus_per_node=self.node_size)
@@ -119,7 +114,7 @@ class Layout:
     @property
     def stages(self) -> Stages:
         """Of the pipeline."""
-        return Stages.of(model_config(self.config), self.sequence_length, self.schedule, self.pp)
+        return Stages.of(model_config(self.config), SEQUENCE_LENGTH, self.schedule, self.pp)
 
     @property
     def config(self) -> ReferenceConfig:
@@ -166,7 +161,7 @@ def start_params(layout: Layout) -> dict[str, Tensor]:
 
 def global_batch(layout: Layout, step: int) -> tuple[Tensor, Tensor]:
     """Tokens and valid positions of one step, each [B, W]. Padding holds random tokens: nothing may depend on them."""
-    window = layout.sequence_length + 1 + layout.mtp
+    window = SEQUENCE_LENGTH + 1 + layout.mtp
     generator = torch.Generator().manual_seed(100 + step)
     tokens_BW = torch.randint(0, layout.config.vocabulary, (layout.sequences, window), generator=generator)
     valid_BW = torch.ones_like(tokens_BW, dtype=torch.bool)

@@ -1,8 +1,8 @@
 """The plain single-process twin: the whole global batch at once, ordinary autograd, one tensor after another.
 
 Its arithmetic is tests/reference alone. It is FP64 whatever the layout computes in, so an FP32 layout shows its own
-rounding and nothing else. In FP8 a tile of a weight's gradient holds rows of one micro-batch, so there the twin takes
-what an expert-parallel group takes together, one after the other.
+rounding and nothing else. In FP8 a tile of a weight's gradient holds rows of one micro-batch, and those of one rank
+unless an expert received them; so there the twin takes in turn what an expert-parallel group takes together.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from shoestring.tests.parity.layouts import (
     ADAM_EPS,
     BIAS_SPEED,
+    SEQUENCE_LENGTH,
     Layout,
     clip_norm,
     global_batch,
@@ -72,10 +73,10 @@ def run_twin(layout: Layout, steps: int) -> Outcome:
 
 def _losses_fp8(leaves: dict[str, Tensor], layout: Layout, step: int) -> Losses:
     tokens_BW, valid_BW = global_batch(layout, step)
-    length = layout.sequence_length
+    length = SEQUENCE_LENGTH
     targets = int((valid_BW[:, :length] & valid_BW[:, 1 : length + 1]).sum())
     together = layout.ep * layout.sequences_per_micro_batch
-    with in_fp8(leaves):
+    with in_fp8(leaves, tokens_apart=layout.sequences_per_micro_batch * length):
         parts = [
             losses(leaves, layout.config, tokens, valid, targets, layout.sequences)
             for tokens, valid in zip(tokens_BW.split(together), valid_BW.split(together), strict=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -25,8 +26,11 @@ _PLAIN = ("lm_head.weight", "mlp.gate.weight")
 
 
 @contextmanager
-def in_fp8(params: Params) -> Iterator[None]:
-    """Inside, `deepseek_v3.losses` of these very tensors computes in FP8."""
+def in_fp8(params: Params, tokens_apart: int) -> Iterator[None]:
+    """Inside, `deepseek_v3.losses` of these very tensors computes in FP8.
+
+    So many tokens are on one rank: no tile of a weight's gradient holds tokens of two but an expert's.
+    """
     plain = {id(tensor) for name, tensor in params.items() if name.endswith(_PLAIN)}
     after_attention = {id(tensor) for name, tensor in params.items() if name.endswith("o_proj.weight")}
 
@@ -38,38 +42,44 @@ def in_fp8(params: Params) -> Iterator[None]:
 
         @staticmethod
         def linear(x: Tensor, weight: Tensor) -> Tensor:
-            return F.linear(x, weight) if id(weight) in plain else linear(x, weight, id(weight) in after_attention)
+            if id(weight) in plain:
+                return F.linear(x, weight)
+            return linear(x, weight, id(weight) in after_attention, apart=tokens_apart)
 
     with (
         patch.object(deepseek_v3, "F", Functions()),
-        patch.object(deepseek_v3, "swiglu", swiglu),
-        patch.object(deepseek_v3, "mixture", mixture),
+        patch.object(deepseek_v3, "swiglu", partial(swiglu, apart=tokens_apart)),
+        patch.object(deepseek_v3, "mixture", partial(mixture, tokens_apart=tokens_apart)),
     ):
         yield
 
 
-def linear(x: Tensor, weight: Tensor, after_attention: bool = False, of_expert: bool = False) -> Tensor:
-    """x Wᵀ."""
-    out: Tensor = _Linear.apply(x.flatten(0, -2), weight, after_attention, of_expert)  # type: ignore[no-untyped-call]
+def linear(
+    x: Tensor, weight: Tensor, after_attention: bool = False, of_expert: bool = False, apart: int | None = None
+) -> Tensor:
+    """x Wᵀ. `apart`: after so many rows a tile of the weight's gradient ends."""
+    flat = x.flatten(0, -2)
+    out: Tensor = _Linear.apply(flat, weight, after_attention, of_expert, apart)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], -1)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, after_attention: bool, of_expert: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, after_attention: bool, of_expert: bool, apart: int | None
+    ) -> Tensor:
         power = after_attention or of_expert
         tiles, blocks = quantise(x, power), fp8.quantise(weight.detach().numpy(), 128, 128, power_of_two=False)
         kept = fp8.quantise(x.detach().double().numpy(), 1, 128, True, fp8.E5M6) if after_attention else tiles
-        ctx.kept, ctx.blocks, ctx.power = fp8.dequantise(kept), blocks, power
+        ctx.kept, ctx.blocks, ctx.power, ctx.apart = torch.from_numpy(fp8.dequantise(kept)), blocks, power, apart
         return torch.from_numpy(fp8.product(tiles, blocks)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         grad_x = fp8.product(quantise(grad), turned(ctx.blocks))
-        columns = fp8.quantise(ctx.kept.T, 1, 128, ctx.power)
-        grad_weight = fp8.product(quantise(grad.T), columns)
-        return torch.from_numpy(grad_x).to(grad.dtype), torch.from_numpy(grad_weight).to(grad.dtype), None, None
+        grad_weight = weight_gradient(grad, ctx.kept, ctx.power, ctx.apart)
+        return torch.from_numpy(grad_x).to(grad.dtype), grad_weight, None, None, None
 
 
 def activation(gate_up: Tensor, gates: Tensor) -> Tensor:
@@ -81,7 +91,8 @@ class _Down(torch.autograd.Function):
     """SwiGLU, times the gates, and the projection down."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, gates: Tensor, weight: Tensor, of_expert: bool) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, gates: Tensor, weight: Tensor, of_expert: bool, apart: int | None) -> Tensor:
+        ctx.apart = apart
         ctx.blocks = fp8.quantise(weight.detach().numpy(), 128, 128, power_of_two=False)
         ctx.kept, ctx.gates, ctx.of_expert = fp8.dequantise(quantise(gate_up)), gates, of_expert
         return torch.from_numpy(fp8.product(quantise(activation(gate_up, gates)), ctx.blocks)).to(gate_up.dtype)
@@ -95,9 +106,19 @@ class _Down(torch.autograd.Function):
             inner = activation(gate_up, gates)
         tiles = quantise(grad, ctx.of_expert)
         received = torch.from_numpy(fp8.dequantise(tiles)) if ctx.of_expert else grad
-        grad_weight = torch.from_numpy(fp8.product(quantise(received.T), quantise(inner.T))).to(grad.dtype)
+        grad_weight = weight_gradient(received.to(grad.dtype), inner, power_of_two=False, apart=ctx.apart)
         grad_inner = torch.from_numpy(fp8.product(tiles, turned(ctx.blocks))).to(grad.dtype)
-        return *torch.autograd.grad(inner, (gate_up, gates), grad_inner), grad_weight, None
+        return *torch.autograd.grad(inner, (gate_up, gates), grad_inner), grad_weight, None, None
+
+
+def weight_gradient(grad: Tensor, x: Tensor, power_of_two: bool, apart: int | None) -> Tensor:
+    """gradᵀ x in the dtype of `grad`, the sum of FP32 products over `apart` rows each."""
+    size = apart or max(1, len(x))
+    products = [
+        torch.from_numpy(fp8.product(quantise(ours.T), quantise(theirs.T, power_of_two))).to(grad.dtype)
+        for ours, theirs in zip(grad.split(size), x.split(size), strict=True)
+    ]
+    return torch.stack(products).sum(dim=0)
 
 
 def quantise(x: Tensor, power_of_two: bool = False) -> tuple[fp8.Array, fp8.Array]:
@@ -109,22 +130,24 @@ def turned(blocks: tuple[fp8.Array, fp8.Array]) -> tuple[fp8.Array, fp8.Array]:
     return blocks[0].T, blocks[1].T
 
 
-def swiglu(params: Params, prefix: str, x: Tensor, gates: Tensor | None = None) -> Tensor:
+def swiglu(params: Params, prefix: str, x: Tensor, gates: Tensor | None = None, apart: int | None = None) -> Tensor:
     """As `deepseek_v3.swiglu`; with gates, of an expert."""
     of_expert = gates is not None
     fused = torch.cat((params[f"{prefix}.gate_proj.weight"], params[f"{prefix}.up_proj.weight"]))
-    gate_up = linear(x, fused, of_expert=of_expert)
+    gate_up = linear(x, fused, of_expert=of_expert, apart=apart)
     gates = torch.ones_like(gate_up[..., :1]) if gates is None else gates[:, None]
     flat, down = gate_up.flatten(0, -2), params[f"{prefix}.down_proj.weight"]
-    out: Tensor = _Down.apply(flat, gates.flatten(0, -2), down, of_expert)  # type: ignore[no-untyped-call]
+    out: Tensor = _Down.apply(flat, gates.flatten(0, -2), down, of_expert, apart)  # type: ignore[no-untyped-call]
     return out.view(x.shape)
 
 
-def mixture(params: Params, prefix: str, config: ReferenceConfig, x_BSD: Tensor) -> tuple[Tensor, Routing]:
+def mixture(
+    params: Params, prefix: str, config: ReferenceConfig, x_BSD: Tensor, tokens_apart: int
+) -> tuple[Tensor, Routing]:
     """As `deepseek_v3.mixture`."""
     routing = deepseek_v3.route(params, prefix, config, x_BSD)
     x_TD, gates_TE, chosen_TE = x_BSD.flatten(0, 1), routing.gates.flatten(0, 1), routing.chosen.flatten(0, 1)
-    out_TD = swiglu(params, f"{prefix}.shared_experts", x_TD)
+    out_TD = swiglu(params, f"{prefix}.shared_experts", x_TD, apart=tokens_apart)
     for expert in range(config.experts):
         tokens = chosen_TE[:, expert].nonzero()[:, 0]
         if len(tokens):
