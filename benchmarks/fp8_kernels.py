@@ -106,7 +106,8 @@ def tflops(shape: Shape, work: Callable[[], Tensor]) -> float:
         torch.cuda.synchronize()
         if repetition >= 3:
             times.append(begin.elapsed_time(end))
-    return 2 * shape.m * shape.k * shape.n / statistics.median(times) / 1e9
+    milliseconds: float = statistics.median(times)
+    return 2 * shape.m * shape.k * shape.n / milliseconds / 1e9
 
 
 def measure(shape: Shape, providers: dict[str, Provider]) -> Row:

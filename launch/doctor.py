@@ -68,7 +68,11 @@ def _products() -> Iterator[Finding]:
 
 
 def _fp8() -> Iterator[Finding]:
-    what = {"triton": "our kernels", "torch": "scaled_mm of cuBLASLt, an expert at a time"}
+    what = {
+        "triton": "our kernels",
+        "torch": "scaled_mm of cuBLASLt, an expert at a time",
+        "te": "Transformer Engine's block-scaled GEMM, an expert at a time",
+    }
     for provider in PROVIDERS:
         on_gpu = torch.cuda.is_available()
         missing = list(missing_for(provider, on_gpu=on_gpu))

@@ -33,6 +33,7 @@ def test_what_was_never_run_says_so() -> None:
     assert found["reference"].usable
     assert NOT_YET in found["triton"].note
     assert NOT_YET in found["torch"].note
+    assert NOT_YET in found["te"].note
 
 
 def test_it_looks_before_it_speaks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def test_zero_is_refused_where_it_means_nothing(tree: dict[str, object]) -> None
         ({"exchange.name": "two_hops"}, "exchange.name", "no such exchange; there are: flat, two_hop, deepep"),
         ({"precision.compute": "fp8"}, "precision.compute", "must be auto, float32, bfloat16, float64"),
         ({"precision.linear": "fp9"}, "precision.linear", "must be native or fp8"),
-        ({"precision.provider": "cuda"}, "precision.provider", "must be auto, triton, torch, reference"),
+        ({"precision.provider": "cuda"}, "precision.provider", "must be auto, triton, torch, te, reference"),
         ({"precision.scales": "int8"}, "precision.scales", "must be fp32 or power_of_two"),
         ({"precision.provider": "reference"}, "precision.provider", "write linear=fp8 too"),
         ({"precision.scales": "power_of_two"}, "precision.scales", "write linear=fp8 too"),

@@ -49,7 +49,7 @@ def test_an_exchange_that_is_not_there(config: RunConfig) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_provider_of_fp8_that_is_not_there(config: RunConfig) -> None:
-    for provider in ("triton", "torch"):
+    for provider in ("triton", "torch", "te"):
         precision = replace(config.precision, linear="fp8", provider=provider)
         with pytest.raises(Refused, match=r"precision\.provider.*it needs a Hopper GPU"):
             preflight(replace(config, precision=precision), 4, fresh=False)

@@ -47,7 +47,7 @@ class Provider(Protocol):
         ...
 
 
-PROVIDERS = ("triton", "torch", "reference")
+PROVIDERS = ("triton", "torch", "te", "reference")
 """The faster ones first. All but the last need a Hopper GPU, and have not yet run on one."""
 
 _HOPPER = (9, 0)
@@ -59,11 +59,13 @@ def missing_for(name: str, *, on_gpu: bool) -> Iterator[str]:
         return
     if name == "triton" and importlib.util.find_spec("triton") is None:
         yield "triton is not installed; pip install triton, the version that this torch was built with"
+    if name == "te" and importlib.util.find_spec("transformer_engine_torch") is None:
+        yield "transformer_engine_torch is not installed; pip install transformer-engine[pytorch], 2.20 or later"
     if not on_gpu:
         yield "it needs a Hopper GPU; train on one, or write precision.provider=reference"
         return
     capability = torch.cuda.get_device_capability()
-    if capability < _HOPPER or (name == "torch" and capability > _HOPPER):
+    if capability < _HOPPER or (name != "triton" and capability[0] > _HOPPER[0]):
         yield f"it needs a GPU of compute capability 9.0 and the one here has {capability[0]}.{capability[1]}"
     if name == "torch" and (torch.version.cuda is None or _version(torch.version.cuda) < (12, 9)):
         yield f"it needs a torch built with CUDA 12.9 or later, and this one has {torch.version.cuda}"
@@ -91,4 +93,8 @@ def open_provider(name: str, device: torch.device) -> Provider:
         from .torch_provider import TorchProvider  # its scaled_mm is younger than the oldest torch that trains
 
         return TorchProvider()
+    if chosen == "te":
+        from .te_provider import TransformerEngineProvider  # optional package
+
+        return TransformerEngineProvider()
     return Reference()

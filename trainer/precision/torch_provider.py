@@ -10,7 +10,6 @@ Letters: M, N, K sides of a product, Q tiles of a row; L experts on this rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import ScalingType
 
 from ...comm.fp8 import TILE, tiles_of
+from .padding import accumulated, padded, rounded_up
 from .reference import Reference, of_experts
 from .tiles import Blocks, Columns, Tiles
 
@@ -34,9 +34,9 @@ class TorchProvider(Reference):
         rows, columns = len(x.values_XD), len(weight.values_NK)
         if not rows:
             return x.scales_XQ.new_empty((0, columns), dtype=dtype)
-        blocks_down = tiles_of(_up(columns, _SIDE))
-        second = _filled(weight.values_NK, _SIDE), _filled_scales(weight.scales_PQ, blocks_down)
-        return _multiply(x, second, ScalingType.BlockWise128x128, _stored(dtype))[:rows, :columns].to(dtype)
+        blocks_down = tiles_of(rounded_up(columns, _SIDE))
+        second = _filled(weight.values_NK), _filled_scales(weight.scales_PQ, blocks_down)
+        return _multiply(x, second, ScalingType.BlockWise128x128, accumulated(dtype))[:rows, :columns].to(dtype)
 
     def outer(self, grad: Columns, x: Columns) -> Tensor:
         """See `Provider`."""
@@ -46,7 +46,7 @@ class TorchProvider(Reference):
             if not ours.values_XD.shape[1]:
                 products.append(ours.scales_XQ.new_zeros((rows, columns)))
                 continue
-            second = _filled(theirs.values_XD, _SIDE), _filled_scales(theirs.scales_XQ, _up(columns, _SIDE))
+            second = _filled(theirs.values_XD), _filled_scales(theirs.scales_XQ, rounded_up(columns, _SIDE))
             product = _multiply(ours, second, ScalingType.BlockWise1x128, torch.float32)
             products.append(product[:rows, :columns])
         return torch.stack(products)
@@ -54,7 +54,7 @@ class TorchProvider(Reference):
 
 def _multiply(a: Tiles, b: tuple[Tensor, Tensor], of_b: ScalingType, dtype: torch.dtype) -> Tensor:
     """a bᵀ of filled sides; `b` is [N, K] with its scales."""
-    a_MK = _filled(a.values_XD, _SIDE)
+    a_MK = _filled(a.values_XD)
     scales_MQ, (b_NK, b_scales) = _filled_scales(a.scales_XQ, len(a_MK)), b
     return F.scaled_mm(
         a_MK,
@@ -67,26 +67,10 @@ def _multiply(a: Tiles, b: tuple[Tensor, Tensor], of_b: ScalingType, dtype: torc
     )
 
 
-def _filled(values: Tensor, side: int) -> Tensor:
-    """[M, K] with M and K filled up with zeros, row by row."""
-    return _padded(values, (_up(values.shape[0], side), _up(values.shape[1], _TILES * TILE)))
+def _filled(values: Tensor) -> Tensor:
+    """[M, K] with both sides filled up."""
+    return padded(values, rounded_up(values.shape[0], _SIDE), rounded_up(values.shape[1], _TILES * TILE))
 
 
 def _filled_scales(scales: Tensor, rows: int) -> Tensor:
-    return _padded(scales, (rows, _up(scales.shape[1], _TILES)))
-
-
-def _padded(x: Tensor, shape: Sequence[int]) -> Tensor:
-    if tuple(shape) == x.shape:
-        return x.contiguous()
-    filled = torch.zeros(tuple(shape), dtype=x.dtype, device=x.device)
-    filled[: x.shape[0], : x.shape[1]] = x
-    return filled
-
-
-def _up(size: int, step: int) -> int:
-    return -(-size // step) * step
-
-
-def _stored(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.bfloat16 else torch.float32
+    return padded(scales, rows, rounded_up(scales.shape[1], _TILES))

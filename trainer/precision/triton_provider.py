@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...comm.fp8 import TILE, tiles_of
 from . import kernels
+from .padding import accumulated
 from .tiles import Blocks, Columns, Scales, Tiles
 
 _ROWS_TO_QUANTISE, _COLUMNS_TO_QUANTISE = 16, 64
@@ -72,7 +73,7 @@ class TritonProvider:
         """See `Provider`. Tensor cores read E4M3 along K alone, so a transposed weight is copied first."""
         values, scales = weight.values_NK.contiguous(), weight.scales_PQ.contiguous()
         _, columns, k = values.shape
-        out_RN = x.values_XD.new_empty((len(x.values_XD), columns), dtype=_stored(dtype))
+        out_RN = x.values_XD.new_empty((len(x.values_XD), columns), dtype=accumulated(dtype))
         spans = _spans(rows_L, _ROWS)
         if spans:
             first, last, expert = _on(out_RN.device, zip(*spans, strict=True))
@@ -105,10 +106,6 @@ def _scales_like(like: Tensor, *shape: int) -> Tensor:
 def _narrow(x: Tensor) -> Tensor:
     """Kernels read FP32 and BF16."""
     return x if x.dtype == torch.bfloat16 else x.to(torch.float32)
-
-
-def _stored(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.bfloat16 else torch.float32
 
 
 def _spans(rows_L: Sequence[int], size: int) -> list[tuple[int, int, int]]:

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
 
 
-@pytest.mark.parametrize("name", ["triton", "torch"])
+@pytest.mark.parametrize("name", ["triton", "torch", "te"])
 def test_every_operation_is_its_twin(name: str) -> None:
     missing = list(missing_for(name, on_gpu=torch.cuda.is_available()))
     if missing:
