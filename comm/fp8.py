@@ -1,5 +1,7 @@
 """The one quantiser: FP8 E4M3 with a power-of-two scale for each tile of a row (report §3.3, tiles of 1 × 128).
 
+Rows cross between ranks like this; `trainer/precision/tiles.py` makes of the same parts what matrix products take.
+
 Letters: X rows, D width, Q tiles of a row.
 """
 
@@ -11,6 +13,9 @@ from torch import Tensor
 
 TILE = 128
 """Neighbouring elements of a row that share a scale."""
+
+LARGEST = 448.0
+"""The largest E4M3 number."""
 
 _LARGEST_MANTISSA = 0.875  # 448, the largest E4M3 number, is 0.875 · 2^9
 _LARGEST_EXPONENT = 9
@@ -32,15 +37,9 @@ def quantise(x_XD: Tensor) -> tuple[Tensor, Tensor]:
     below the smallest normal number. A tile that holds infinity or NaN comes back as NaN throughout: a fault must not
     become a large number on its way.
     """
-    x_XQI = _tiles(x_XD)
-    largest_XQ = torch.maximum(x_XQI.amax(dim=-1), -x_XQI.amin(dim=-1))
-    mantissa_XQ, exponent_XQ = torch.frexp(largest_XQ)
-    scale_XQ = exponent_XQ - _LARGEST_EXPONENT + (mantissa_XQ > _LARGEST_MANTISSA).to(exponent_XQ.dtype)
-    # Down to 2^-126, so that dividing by the scale cannot overflow.
-    stored_XQ = (scale_XQ + _BIAS).clamp(min=1)
-    broken_XQ = ~torch.isfinite(largest_XQ) | (stored_XQ >= _NOT_A_NUMBER)
-    exponents_XQ = stored_XQ.masked_fill(broken_XQ, _NOT_A_NUMBER).to(torch.uint8)
-    scaled_XQI = torch.div(x_XQI, _scales(exponents_XQ, x_XQI.dtype)[..., None], out=_own(x_XQI, x_XD))
+    x_XQI = tiled(x_XD)
+    exponents_XQ = exponents_for(torch.maximum(x_XQI.amax(dim=-1), -x_XQI.amin(dim=-1)))
+    scaled_XQI = torch.div(x_XQI, scales_of(exponents_XQ, x_XQI.dtype)[..., None], out=_own(x_XQI, x_XD))
     values_XD = scaled_XQI.flatten(1)[:, : x_XD.shape[1]].to(torch.float8_e4m3fn)
     return values_XD.contiguous(), exponents_XQ
 
@@ -48,7 +47,7 @@ def quantise(x_XD: Tensor) -> tuple[Tensor, Tensor]:
 def dequantise(values_XD: Tensor, exponents_XQ: Tensor, dtype: torch.dtype) -> Tensor:
     """What `quantise` made, as `dtype`, [X, D]. Exact in every dtype that has E4M3's three bits after the point."""
     tiles = exponents_XQ.shape[1]
-    wide_XD = _widened(values_XD, dtype)
+    wide_XD = widened(values_XD, dtype)
     missing = tiles * TILE - wide_XD.shape[1]
     if missing:
         wide_XD = F.pad(wide_XD, (0, missing))
@@ -56,8 +55,23 @@ def dequantise(values_XD: Tensor, exponents_XQ: Tensor, dtype: torch.dtype) -> T
     return wide_XD[:, : values_XD.shape[1]] if missing else wide_XD
 
 
-def _widened(values_XD: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same numbers in a wider dtype, in memory of their own.
+def exponents_for(largest: Tensor) -> Tensor:
+    """The smallest power of two that brings each of these magnitudes to 448 at most, uint8 in the E8M0 format."""
+    mantissa, exponent = torch.frexp(largest)
+    scale = exponent - _LARGEST_EXPONENT + (mantissa > _LARGEST_MANTISSA).to(exponent.dtype)
+    # Down to 2^-126, so that dividing by the scale cannot overflow.
+    stored = (scale + _BIAS).clamp(min=1).masked_fill(largest == 0, 1)
+    broken = ~torch.isfinite(largest) | (stored >= _NOT_A_NUMBER)
+    return stored.masked_fill(broken, _NOT_A_NUMBER).to(torch.uint8)
+
+
+def scales_of(exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    """The powers of two that E8M0 numbers stand for, in `dtype`, FP32 at least."""
+    return exponents.view(torch.float8_e8m0fnu).to(torch.promote_types(dtype, torch.float32))
+
+
+def widened(values_XD: Tensor, dtype: torch.dtype) -> Tensor:
+    """E4M3 numbers in a wider dtype, in memory of their own.
 
     On a CPU torch's own conversion takes ten times as long as these passes: E4M3's bits, moved to where BF16 has its
     own, are the number times 2^-120, for the biases differ by that. NaN would become 480, but comes with a scale that
@@ -75,11 +89,7 @@ def _own(x_XQI: Tensor, x_XD: Tensor) -> Tensor | None:
     return None if x_XQI.data_ptr() == x_XD.data_ptr() else x_XQI
 
 
-def _scales(exponents_XQ: Tensor, dtype: torch.dtype) -> Tensor:
-    return exponents_XQ.view(torch.float8_e8m0fnu).to(torch.promote_types(dtype, torch.float32))
-
-
-def _tiles(x_XD: Tensor) -> Tensor:
+def tiled(x_XD: Tensor) -> Tensor:
     """[X, Q, 128], FP32 at least, zeros behind a last tile that is not whole."""
     rows, width = x_XD.shape
     wide_XD = x_XD.to(torch.promote_types(x_XD.dtype, torch.float32))

@@ -13,6 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ..comm.deepep import missing_for_deepep
+from ..trainer.precision.provider import PROVIDERS, missing_for
 from .namespaces import missing_means
 
 NOT_YET = "not yet run on hardware"
@@ -32,7 +33,7 @@ class Finding:
 
 def findings() -> tuple[Finding, ...]:
     """Everything that Shoestring chooses between, in the order of the report's sections."""
-    return (*_devices(), *_exchanges(), *_products(), *_rehearsal())
+    return (*_devices(), *_exchanges(), *_products(), *_fp8(), *_rehearsal())
 
 
 def _devices() -> Iterator[Finding]:
@@ -65,6 +66,22 @@ def _products() -> Iterator[Finding]:
         )
     note = "FP32 arithmetic, moments in BF16; sharded over replicas (ZeRO-1)"
     yield Finding("optimizer", "torch's fused AdamW", True, note)
+
+
+def _fp8() -> Iterator[Finding]:
+    what = {
+        "triton": "our kernels",
+        "torch": "scaled_mm of cuBLASLt, an expert at a time",
+        "te": "Transformer Engine's block-scaled GEMM, an expert at a time",
+    }
+    for provider in PROVIDERS:
+        on_gpu = torch.cuda.is_available()
+        missing = list(missing_for(provider, on_gpu=on_gpu))
+        if provider == "reference":
+            note = f"the definition, exact sums of 128 products; on a GPU {NOT_YET}"
+        else:
+            note = "; ".join([what[provider], *missing, NOT_YET])
+        yield Finding("FP8 products", provider, not missing, note)
 
 
 def _rehearsal() -> Iterator[Finding]:

@@ -17,6 +17,7 @@ from ..trainer.checkpoint.store import CheckpointStore
 from ..trainer.config import RunConfig
 from ..trainer.data.prepared import open_prepared
 from ..trainer.data.verified import verify_before_run
+from ..trainer.precision.provider import choose_provider, missing_for
 from ..trainer.rank import largest_dispatch, open_samples
 from .run_dir import read_status, run_dir_problems
 
@@ -35,6 +36,7 @@ def preflight(config: RunConfig, local_ranks: int, *, fresh: bool, first_machine
         open_samples(config, prepared)
         verify_before_run(Path(config.data.prepared), prepared.manifest, first_machine=first_machine)
     problems += [*_device_problems(config, local_ranks), *_exchange_problems(config, local_ranks)]
+    problems += _provider_problems(config, local_ranks)
     if first_machine and config.telemetry.wandb.mode == "online":
         from ..trainer.telemetry.wandb_sink import account_problems  # a second of import, for the runs that use it
 
@@ -84,3 +86,13 @@ def _exchange_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]
         dtype = config.precision.compute_dtype(torch.device("cuda"))
         shape = largest_dispatch(config)
         yield from deepep_problems(shape, config.topology.ep, dtype, config.training.device, local_ranks)
+
+
+def _provider_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:
+    """What computes in FP8 must be here, for the device that each rank will take."""
+    name, device = config.precision.provider, config.training.device
+    if config.precision.linear != "fp8":
+        return
+    on_gpu = device != "cpu" and torch.cuda.device_count() >= local_ranks
+    for reason in missing_for(choose_provider(name, on_gpu=on_gpu), on_gpu=on_gpu):
+        yield Problem("precision.provider", name, reason)

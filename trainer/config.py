@@ -17,7 +17,7 @@ from .costs.cluster import ClusterConfig
 from .data.config import DataConfig
 from .defaults import with_defaults
 from .model.config import ModelConfig
-from .model.recompute import RecomputeConfig
+from .model.recompute import Part, RecomputeConfig
 from .optimizer.config import OptimizerConfig
 from .precision.config import PrecisionConfig
 from .telemetry.config import TelemetryConfig
@@ -201,6 +201,9 @@ class RunConfig:
             nearest = max(1, round(training.global_batch / share)) * share
             remedy = f"must be a multiple of {share} ({parts}); the nearest is {nearest}"
             yield Problem("training.global_batch", training.global_batch, remedy, _SHARE)
+        if self.precision.linear == "fp8" and Part.GATE_UP in self.recompute.parts:
+            remedy = "saves nothing in FP8, which keeps the tiles of gate and up projections; leave gate_up out"
+            yield Problem("recompute.parts", self.recompute.parts, remedy, ("precision.linear",))
         yield from self._schedule_problems(share)
         yield from self._alignment_problems()
         if self.data.vocabulary != model.vocabulary:

@@ -36,7 +36,8 @@ def evaluate(
     starts = [index * share + first for index in range(rounds)]
     batches = [padded_batch(samples, range(start, start + micro_batch)).to(device) for start in starts]
     stages = [RunningStage(chunk, batches) for chunk in chunks]
-    forwards(rounds).run(stages)
+    with chunks[0].model.weights_unchanged():
+        forwards(rounds).run(stages)
     depth = chunks[0].model.config.mtp_depth
     loss_sum = sum(float(summary.main_sum) for stage in stages for summary in stage.summaries)
     targets = sum(int(count_targets(batch, depth)) for batch in batches) if groups.pp_rank == 0 else 0

@@ -266,4 +266,7 @@ def build_model(config: RunConfig, groups: ProcessGroups, device: torch.device) 
     for parameter in model.parameters():
         parameter.data = parameter.data.to(config.precision.parameter_dtype())
     initialise(model, config.training.seed)
+    fp8 = config.precision.fp8(device)
+    if fp8 is not None:
+        model.use_fp8(fp8)
     return model

@@ -62,6 +62,7 @@ class Reporter:
             "ranks": self._ranks,
             "device": device,
             "compute_dtype": dtype,
+            "linear": self._config.precision.linear,
             "parameters": parameters.main + parameters.mtp,
             "active_parameters": parameters.main_active + parameters.mtp_active,
             "total_steps": self._config.total_steps,

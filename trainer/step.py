@@ -131,7 +131,8 @@ class Stepper:
     def _forward_backward(self, micro_batches: Sequence[TokenBatch], scales: LossScales) -> Iterator[Summary]:
         """Run the schedule; a summary of each micro-batch in each stage of this rank."""
         stages = [RunningStage(chunk, micro_batches, scales) for chunk in self.chunks]
-        self.executor.run(stages, self.optimizer)
+        with self.model.weights_unchanged():
+            self.executor.run(stages, self.optimizer)
         for stage in stages:
             yield from stage.summaries
 

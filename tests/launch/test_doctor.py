@@ -30,6 +30,10 @@ def test_what_was_never_run_says_so() -> None:
     assert NOT_YET in found["deepep"].note
     assert NOT_YET in found["two_hop"].note
     assert found["gloo"].usable
+    assert found["reference"].usable
+    assert NOT_YET in found["triton"].note
+    assert NOT_YET in found["torch"].note
+    assert NOT_YET in found["te"].note
 
 
 def test_it_looks_before_it_speaks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,17 @@ def test_an_exchange_that_is_not_there(config: RunConfig) -> None:
         preflight(replace(config, exchange=replace(config.exchange, name="deepep")), 4, fresh=False)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_provider_of_fp8_that_is_not_there(config: RunConfig) -> None:
+    for provider in ("triton", "torch", "te"):
+        precision = replace(config.precision, linear="fp8", provider=provider)
+        with pytest.raises(Refused, match=r"precision\.provider.*it needs a Hopper GPU"):
+            preflight(replace(config, precision=precision), 4, fresh=False)
+    for provider in ("auto", "reference"):
+        precision = replace(config.precision, linear="fp8", provider=provider)
+        preflight(replace(config, precision=precision), 4, fresh=False)
+
+
 def test_data_that_is_not_there(config: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="run `shoestring data prepare` first"):
         preflight(replace(config, data=replace(config.data, prepared=str(tmp_path))), 4, fresh=False)

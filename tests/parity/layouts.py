@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shoestring.comm.topology import Topology
+from shoestring.comm.wire import Format
 from shoestring.parallelism.pipeline.schedules import SCHEDULES, build_placement
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.reference.deepseek_v3 import BIAS, ReferenceConfig
@@ -71,6 +72,10 @@ class Layout:
     """Of the two halves of an FB."""
     recompute: frozenset[Part] = frozenset()
     """What the backward makes again."""
+    fp8: bool = False
+    """In every Linear but the head, by the reference provider."""
+    wire: Format = Format.NATIVE
+    """Of what goes to the experts."""
 
     @property
     def name(self) -> str:
@@ -95,6 +100,8 @@ class Layout:
                 self.schedule,
                 *([] if self.overlap else ["in turn"]),
                 *(["remade", "+".join(sorted(self.recompute))] if self.recompute else []),
+                *(["fp8"] if self.fp8 else []),
+                *([] if self.wire is Format.NATIVE else [f"wire {self.wire}"]),
             )
         )
 

@@ -42,6 +42,8 @@ from shoestring.tests.trainer.model.released import (
 from shoestring.trainer.data.batch import TokenBatch
 from shoestring.trainer.model.model import Model
 from shoestring.trainer.optimizer.config import OptimizerConfig
+from shoestring.trainer.precision.fp8 import Fp8
+from shoestring.trainer.precision.reference import Reference
 from shoestring.trainer.rank import Pipeline, build_stepper
 from shoestring.trainer.stages import Stages
 from shoestring.trainer.step import Stepper, StepSettings
@@ -106,7 +108,10 @@ def build(
     for parameter in model.parameters():
         parameter.data = parameter.data.to(layout.dtype)
     load_released(model, start_params(layout))
-    config, traffic = ExchangeConfig(name=layout.exchange), Traffic(topology, rank)
+    if layout.fp8:
+        model.use_fp8(Fp8(Reference()))
+    config = ExchangeConfig(name=layout.exchange, dispatch=layout.wire, combine_backward=layout.wire)
+    traffic = Traffic(topology, rank)
     exchange = open_exchange(config, groups, layout.config.experts, worker, traffic)
     cpu = torch.device("cpu")
     pipeline = Pipeline.open(stages, groups, cpu, overlap=layout.overlap, recorder=recorder, recompute=layout.recompute)

@@ -38,7 +38,7 @@ class LatentAttention(nn.Module):
         self.kv_down = Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim)
         self.kv_norm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
         self.kv_up = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
-        self.out = Linear(heads * config.v_head_dim, hidden)
+        self.out = Linear(heads * config.v_head_dim, hidden, after_attention=True)
 
     def forward(self, x_BSD: Tensor, rotation: Rotation) -> Tensor:
         """Attend: [B, S, D] to [B, S, D]."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...comm.host import to_device
 from ...parallelism.pipeline.weight_grad import add_to_grad, collecting
+from ..precision.fp8 import Fp8
 from ..precision.linear import Linear, at_least_fp32
 from .recompute import Part, recomputed
 
@@ -28,8 +29,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
         gate_up: Tensor = recomputed(Part.GATE_UP, self.gate_up, x)
-        out: Tensor = self.down(recomputed(Part.SWIGLU, swiglu, gate_up))
-        return out
+        return self.down.of(_remade_swiglu, gate_up)
 
 
 class Experts(nn.Module):
@@ -39,12 +39,16 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up_LFD = nn.Parameter(torch.empty(local_experts, 2 * inner, hidden))
         self.down_LDF = nn.Parameter(torch.empty(local_experts, hidden, inner))
+        self.fp8: Fp8 | None = None
 
     def forward(self, rows_RD: Tensor, weights_R: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
         """[R, D] to [R, D]; rows are grouped by expert. Each row comes out multiplied by its gate weight.
 
         The weight multiplies before the down projection, so that combine can be a plain sum.
         """
+        if self.fp8 is not None:
+            gate_up_RF = self.fp8.experts_up(rows_RD, self.gate_up_LFD, rows_per_expert_L)
+            return self.fp8.experts_down(weighted_swiglu, gate_up_RF, weights_R, self.down_LDF, rows_per_expert_L)
         gate_up_RF = recomputed(Part.GATE_UP, grouped_linear, rows_RD, self.gate_up_LFD, rows_per_expert_L)
         inner_RF = recomputed(Part.SWIGLU, weighted_swiglu, gate_up_RF, weights_R)
         return grouped_linear(inner_RF, self.down_LDF, rows_per_expert_L)
@@ -60,6 +64,10 @@ def swiglu_twin(gate_up: Tensor) -> Tensor:
     """The same, differentiated by autograd, which keeps silu(first half) too."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def _remade_swiglu(gate_up: Tensor) -> Tensor:
+    return recomputed(Part.SWIGLU, swiglu, gate_up)
 
 
 def weighted_swiglu(gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:

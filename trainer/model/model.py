@@ -6,12 +6,14 @@ Letters: D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ...parallelism.pipeline.weight_grad import embedding
+from ..precision.fp8 import Fp8
 from ..precision.linear import Linear
 from .config import ModelConfig
 from .experts import Experts
@@ -93,10 +95,22 @@ class Model(nn.Module):
         self.head = Linear(config.hidden, config.vocabulary) if share.head else None
         depth = config.mtp_depth if share.head else 0
         self.mtp = nn.ModuleList(MTPModule(config, self.local_experts) for _ in range(depth))
+        self.fp8: Fp8 | None = None
 
     def _layer(self, index: int) -> DenseLayer | MoELayer:
         dense = index < self.config.dense_layers
         return DenseLayer(self.config) if dense else MoELayer(self.config, self.local_experts)
+
+    def use_fp8(self, fp8: Fp8) -> None:
+        """Compute every Linear in FP8 but the head. Embedding, router, norms and attention have none (§3.3.1)."""
+        self.fp8 = fp8
+        for module in self.modules():
+            if isinstance(module, Linear | Experts) and module is not self.head:
+                module.fp8 = fp8
+
+    def weights_unchanged(self) -> AbstractContextManager[None]:
+        """Inside, no weight changes: in FP8 each is quantised once."""
+        return nullcontext() if self.fp8 is None else self.fp8.weights.unchanged()
 
     def expert_parameter_names(self) -> frozenset[str]:
         """Names of the parameters whose first dimension is this rank's share of the experts."""

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from ...comm.refusal import Problem
+from .fp8 import Fp8
+from .provider import PROVIDERS, open_provider
+from .tiles import Scales
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -21,11 +24,28 @@ class PrecisionConfig:
 
     compute: str = "auto"
     """`float32`, `bfloat16`, `float64`, or `auto`: BF16 on a GPU, FP32 elsewhere."""
+    linear: str = "native"
+    """Products of the Linears but the head's: `native` (in `compute`), or `fp8` as in the report (§3.3)."""
+    provider: str = "auto"
+    """What computes in FP8: see `shoestring doctor`; `auto` takes the fastest that serves the device."""
+    scales: str = "fp32"
+    """Of FP8 tiles: `fp32`, or `power_of_two`. Those that the report wants to be powers of two always are."""
 
     def problems(self) -> Iterator[Problem]:
         """What is impossible about these values on their own."""
         if self.compute != "auto" and self.compute not in _DTYPES:
             yield Problem("compute", self.compute, f"must be auto, {', '.join(_DTYPES)}")
+        if self.linear not in ("native", "fp8"):
+            yield Problem("linear", self.linear, "must be native or fp8")
+        if self.provider not in ("auto", *PROVIDERS):
+            yield Problem("provider", self.provider, f"must be auto, {', '.join(PROVIDERS)}")
+        if self.scales not in list(Scales):
+            yield Problem("scales", self.scales, f"must be {' or '.join(Scales)}")
+        for name, default in (("provider", "auto"), ("scales", "fp32")):
+            if self.linear == "native" and self.__dict__[name] != default:
+                yield Problem(
+                    name, self.__dict__[name], "is for FP8: write linear=fp8 too, or leave it out", ("linear",)
+                )
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """The dtype of activations."""
@@ -36,3 +56,7 @@ class PrecisionConfig:
     def parameter_dtype(self) -> torch.dtype:
         """The dtype of initial weights, of their masters and of gradients."""
         return torch.float64 if self.compute == "float64" else torch.float32
+
+    def fp8(self, device: torch.device) -> Fp8 | None:
+        """How the Linears compute, where it is in FP8."""
+        return Fp8(open_provider(self.provider, device), Scales(self.scales)) if self.linear == "fp8" else None

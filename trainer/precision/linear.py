@@ -6,21 +6,33 @@ import torch
 from torch import Tensor, nn
 
 from ...parallelism.pipeline.weight_grad import linear
+from .fp8 import Activation, Fp8
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ, without bias, computed in the dtype of x.
+    """y = x Wᵀ, without bias, computed in the dtype of x, or in FP8 where `use_fp8` has set it.
 
     The weight is cast at its use where its dtype is another.
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, *, after_attention: bool = False) -> None:
+        """`after_attention`: FP8 keeps more bits of such an input."""
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.after_attention = after_attention
+        self.fp8: Fp8 | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
+        if self.fp8 is not None:
+            return self.fp8.linear(x, self.weight, after_attention=self.after_attention)
         return linear(x, self.weight)
+
+    def of(self, activation: Activation, source: Tensor) -> Tensor:
+        """activation(source) Wᵀ. FP8 keeps `source` and computes its activation again in the backward."""
+        if self.fp8 is not None:
+            return self.fp8.linear_of(activation, source, self.weight)
+        return linear(activation(source), self.weight)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

@@ -49,7 +49,8 @@ def _step(event: Event) -> str:
 def _run(event: Event) -> str:
     values = event.values
     active, total = (metric(_number(values, key)) for key in ("active_parameters", "parameters"))
-    where = f"{values['ranks']} ranks on {values['device']}, computing in {values['compute_dtype']}"
+    linears = ", Linears in FP8" if values["linear"] == "fp8" else ""
+    where = f"{values['ranks']} ranks on {values['device']}, computing in {values['compute_dtype']}{linears}"
     work = f"{values['total_steps']} steps, {metric(_number(values, 'flops_per_token'))}FLOP a token"
     peak = f"peak {_number(values, 'peak_tflops'):.3g} TFLOPS a rank ({values['peak_source']})"
     return "\n".join((f"{total} parameters, {active} active a token; {where}", f"{work}; {peak}"))

@@ -54,6 +54,7 @@ RUN: dict[str, JSON] = {
     "ranks": 4,
     "device": "cpu",
     "compute_dtype": "float32",
+    "linear": "native",
     "total_steps": 391,
     "flops_per_token": 1.0851e7,
     "peak_tflops": 0.0442,
@@ -77,6 +78,11 @@ RUN: dict[str, JSON] = {
         (
             Event("run", 0, RUN),
             "3.5M parameters, 1.7M active a token; 4 ranks on cpu, computing in float32\n"
+            "391 steps, 10.9MFLOP a token; peak 0.0442 TFLOPS a rank (measured)",
+        ),
+        (
+            Event("run", 0, {**RUN, "linear": "fp8"}),
+            "3.5M parameters, 1.7M active a token; 4 ranks on cpu, computing in float32, Linears in FP8\n"
             "391 steps, 10.9MFLOP a token; peak 0.0442 TFLOPS a rank (measured)",
         ),
     ],

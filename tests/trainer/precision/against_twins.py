@@ -1,0 +1,89 @@
+"""Compares every operation of a faster provider with its twin, on any device.
+
+As a module it runs the Triton kernels in Triton's interpreter, which needs TRITON_INTERPRET=1. The interpreter's casts
+to E4M3 and BF16 are wrong, so there quantised numbers are stored in FP32 and cast by torch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shoestring.tests.trainer.precision.hard_numbers import numbers
+from shoestring.trainer.precision.provider import Provider
+from shoestring.trainer.precision.reference import Reference
+from shoestring.trainer.precision.tiles import Blocks, Scales, Tiles
+
+TWIN = Reference()
+ROWS = (130, 0, 128, 7)
+
+
+def same(ours: Tiles | Blocks, theirs: Tiles | Blocks, what: str) -> None:
+    """Scales and values to the last bit."""
+    (values, scales), (expected, expected_scales) = vars(ours).values(), vars(theirs).values()
+    assert torch.equal(scales.nan_to_num(-1), expected_scales.nan_to_num(-1)), f"scales of {what}"
+    cast = values.to(torch.float8_e4m3fn).float().nan_to_num(-1)
+    assert torch.equal(cast, expected.float().nan_to_num(-1)), f"values of {what}"
+
+
+def close(ours: Tensor, theirs: Tensor, what: str) -> None:
+    """Up to the order of sums in FP32."""
+    assert ours.shape == theirs.shape, what
+    assert ours.dtype == theirs.dtype == torch.float32, what
+    error = float((ours - theirs).abs().max() / theirs.abs().max())
+    assert error <= 1e-5, f"{what}: {error}"
+
+
+def check_quantisation(provider: Provider, device: torch.device) -> None:
+    """Rows, columns and blocks; hard numbers and faults."""
+    for shape in ((5, 128), (21, 129), (257, 300)):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = numbers(*shape, dtype).to(device)
+            faulty = x.clone()
+            faulty[1, 3], faulty[2, 4], faulty[-1, 0] = float("nan"), float("inf"), -float("inf")
+            for scales in Scales:
+                what = f"{shape} {dtype} {scales}"
+                for y in (x, faulty):
+                    same(provider.tiles(y, scales), TWIN.tiles(y, scales), f"rows {what}")
+                    same(provider.blocks(y, scales), TWIN.blocks(y, scales), f"blocks {what}")
+                    rows = (3, 0, len(y) - 3)
+                    ours, theirs = provider.columns(y, rows, scales), TWIN.columns(y, rows, scales)
+                    assert ours.tiles_per_expert_L == theirs.tiles_per_expert_L
+                    same(ours.tiles, theirs.tiles, f"columns {what}")
+    stack = torch.randn(3, 140, 200, device=device)
+    same(provider.blocks(stack, Scales.FP32), TWIN.blocks(stack, Scales.FP32), "blocks of a stack")
+    assert provider.columns(stack[0][:0], (0, 0), Scales.FP32).tiles.values_XD.shape == (200, 0)
+    assert provider.tiles(stack[0][:0], Scales.FP32).values_XD.shape == (0, 200)
+
+
+def check_products(provider: Provider, device: torch.device) -> None:
+    """All three, dense and grouped, with sides that are no multiples of anything."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device)
+
+    for rows, n, k in ((5, 40, 30), (130, 256, 300)):
+        x, w = TWIN.tiles(normal(rows, k), Scales.FP32), TWIN.blocks(normal(n, k), Scales.FP32)
+        close(provider.multiply(x, w, torch.float32), TWIN.multiply(x, w, torch.float32), f"product {rows} {n} {k}")
+        grad, turned = TWIN.tiles(normal(rows, n), Scales.FP32), w.transposed()
+        expected = TWIN.multiply(grad, turned, torch.float32)
+        close(provider.multiply(grad, turned, torch.float32), expected, f"input gradient {rows} {n} {k}")
+    x_RK, grad_RN = normal(sum(ROWS), 140), normal(sum(ROWS), 200)
+    x, w = TWIN.tiles(x_RK, Scales.FP32), TWIN.blocks(normal(4, 200, 140), Scales.FP32)
+    expected = TWIN.multiply_grouped(x, w, ROWS, torch.float32)
+    close(provider.multiply_grouped(x, w, ROWS, torch.float32), expected, "grouped product")
+    grad_columns, x_columns = (TWIN.columns(part, ROWS, Scales.FP32) for part in (grad_RN, x_RK))
+    found = provider.outer(grad_columns, x_columns)
+    close(found, TWIN.outer(grad_columns, x_columns), "weight gradient")
+    assert not found[1].any()
+    empty = provider.multiply_grouped(Tiles(x.values_XD[:0], x.scales_XQ[:0]), w, (0, 0, 0, 0), torch.bfloat16)
+    assert empty.shape == (0, 200)
+
+
+if __name__ == "__main__":
+    from shoestring.trainer.precision.triton_provider import TritonProvider
+
+    torch.manual_seed(0)
+    check_quantisation(TritonProvider(torch.float32), torch.device("cpu"))
+    check_products(TritonProvider(), torch.device("cpu"))
+    print("every kernel is its twin")

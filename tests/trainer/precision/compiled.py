@@ -1,0 +1,85 @@
+"""Compiles every Triton kernel for sm_90 without a GPU, and prints what the compiler made of it as JSON lines.
+
+Needs a process without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from shoestring.trainer.precision import kernels
+
+FP8, FP32, BF16, INDEX = "*fp8e4nv", "*fp32", "*bf16", "*i32"
+INT = "i32"
+WIDTHS = {"stride_row": INT, "rows": INT, "width": INT, "tiles": INT, "n": INT, "k": INT}
+SPANS = {"first_ptr": INDEX, "last_ptr": INDEX, "expert_ptr": INDEX, "first_tile_ptr": INDEX}
+COUNTS = {"row_blocks": INT, "blocks": INT, "n_blocks": INT, "k_blocks": INT}
+QUANTISED = {"values_ptr": FP8, "scales_ptr": FP32, "x_scales_ptr": FP32, "w_ptr": FP8, "w_scales_ptr": FP32}
+FACTORS = {"a_ptr": FP8, "b_ptr": FP8, "a_scales_ptr": FP32, "b_scales_ptr": FP32}
+TYPES = WIDTHS | SPANS | COUNTS | QUANTISED | FACTORS
+
+# Kernel, types that differ between kernels, constants, warps.
+CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
+    *(
+        (kernel, {"x_ptr": source}, {"power_of_two": power, **constants}, warps)
+        for kernel, constants, warps in (
+            (kernels.quantise_rows, {"ROWS": 16}, 4),
+            (kernels.quantise_columns, {"COLUMNS": 64}, 4),
+            (kernels.quantise_blocks, {}, 8),
+        )
+        for source in (BF16, FP32)
+        for power in (False, True)
+    ),
+    *((kernels.multiply, {"x_ptr": FP8, "out_ptr": out}, {"ROWS": 128, "COLUMNS": 128}, 8) for out in (BF16, FP32)),
+    (kernels.outer, {"out_ptr": FP32}, {"ROWS": 128, "COLUMNS": 128}, 8),
+]
+
+
+def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int) -> dict[str, Any]:
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else (TYPES | types)[name] for name in names}
+    # As the launcher does for arguments that are multiples of 16.
+    aligned = [["tt.divisibility", 16]]
+    attributes = {(place,): aligned for place, name in enumerate(names) if signature[name].startswith("*")}
+    attributes |= {(names.index(name),): aligned for name in ("n", "k", "width", "stride_row") if name in names}
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs=attributes,
+    )
+    options = {"num_warps": warps, "num_stages": 3}
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return {
+        "kernel": kernel.__name__,
+        "constants": {**types, **constants},
+        "wgmma": "wgmma.mma_async.sync.aligned" in binary.asm["ptx"] and "e4m3.e4m3" in binary.asm["ptx"],
+        "shared": binary.metadata.shared,
+        **resources(binary.asm["cubin"]),
+    }
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, and bytes of stack and local memory: where registers are spilled to."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", said.stdout + said.stderr))
+    return {name.lower(): int(value) for name, value in found.items()}
+
+
+if __name__ == "__main__":
+    for case in CASES:
+        print(json.dumps(compiled(*case)), flush=True)

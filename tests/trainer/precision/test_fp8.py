@@ -1,0 +1,241 @@
+"""A Linear in FP8: its three products by the NumPy definition, what it keeps, and when its weights are quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shoestring.comm.fp8 import tiles_of
+from shoestring.parallelism.pipeline.weight_grad import WeightGradients
+from shoestring.tests.reference import fp8_model as twin
+from shoestring.trainer.model.config import ModelConfig
+from shoestring.trainer.model.experts import Experts, SwiGLU
+from shoestring.trainer.model.model import Model
+from shoestring.trainer.precision.fp8 import Fp8
+from shoestring.trainer.precision.linear import Linear
+from shoestring.trainer.precision.reference import Reference
+from shoestring.trainer.precision.tiles import Blocks, Scales
+
+ROWS = (100, 0, 50)
+WIDTH, INNER = 200, 96
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
+
+
+def linear(after_attention: bool = False) -> Linear:
+    module = Linear(WIDTH, 150, after_attention=after_attention)
+    with torch.no_grad():
+        module.weight.copy_(normal(150, WIDTH))
+    module.fp8 = Fp8(Reference())
+    return module
+
+
+def run(function: Callable[[Tensor], Tensor], x: Tensor, *weights: Tensor) -> list[Tensor]:
+    """Output, gradient of x, gradients of the weights."""
+    x = x.detach().requires_grad_()
+    for weight in weights:
+        weight.grad = None
+    out = function(x)
+    out.backward(normal(*out.shape, dtype=out.dtype))
+    return [out.detach(), x.grad, *(weight.grad for weight in weights)]  # type: ignore[list-item]
+
+
+def grad_of(weight: Tensor) -> Tensor:
+    assert weight.grad is not None
+    return weight.grad
+
+
+@pytest.mark.parametrize("after_attention", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_all_three_products_are_the_definition(dtype: torch.dtype, after_attention: bool) -> None:
+    module, x = linear(after_attention), normal(3, 70, WIDTH).to(dtype)
+    ours = run(module, x, module.weight)
+    theirs = run(lambda x: twin.linear(x, module.weight, after_attention), x, module.weight)
+    assert ours[0].dtype == ours[1].dtype == dtype
+    assert ours[2].dtype == torch.float32  # accumulates in the dtype of the parameter, whatever computes
+    assert all(torch.equal(mine, other.to(mine.dtype)) for mine, other in zip(ours[:2], theirs[:2], strict=True))
+    if dtype == torch.float32:  # the twin rounds it to the dtype of x
+        assert torch.equal(ours[2], theirs[2])
+
+
+def test_swiglu_is_the_definition_from_its_kept_input() -> None:
+    module = SwiGLU(WIDTH, INNER).double()
+    with torch.no_grad():
+        for number, weight in enumerate(module.parameters()):
+            weight.copy_(normal(*weight.shape, dtype=torch.float64) / (10 + number))
+    for part in (module.gate_up, module.down):
+        part.fp8 = Fp8(Reference())
+    gate, up = module.gate_up.weight.detach().chunk(2)
+    down = module.down.weight.detach()
+    names = [f"x.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")]
+    params = {name: weight.clone().requires_grad_() for name, weight in zip(names, (gate, up, down), strict=True)}
+    x = normal(130, WIDTH, dtype=torch.float64)
+    ours = run(module, x, *module.parameters())
+    out, grad_x, *grads = run(lambda x: twin.swiglu(params, "x", x), x, *params.values())
+    for mine, other in zip(ours, (out, grad_x, torch.cat(grads[:2]), grads[2]), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+def experts() -> Experts:
+    module = Experts(len(ROWS), WIDTH, INNER).double()
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.copy_(normal(*weight.shape, dtype=torch.float64) / 10)
+    module.fp8 = Fp8(Reference())
+    return module
+
+
+def test_experts_are_the_definition_one_at_a_time() -> None:
+    module = experts()
+    gates = torch.rand(sum(ROWS), dtype=torch.float64, requires_grad=True)
+    x = normal(sum(ROWS), WIDTH, dtype=torch.float64)
+    out, grad_x, grad_up, grad_down, grad_gates = run(
+        lambda x: module(x, gates, ROWS), x, module.gate_up_LFD, module.down_LDF, gates
+    )
+    upstream = normal(*out.shape, dtype=out.dtype)
+    start = 0
+    for number, count in enumerate(ROWS):
+        mine = slice(start, start + count)
+        start += count
+        if not count:
+            assert not grad_up[number].any()
+            assert not grad_down[number].any()
+            continue
+        gate, up = module.gate_up_LFD[number].detach().chunk(2)
+        leaves = {
+            "e.gate_proj.weight": gate.clone().requires_grad_(),
+            "e.up_proj.weight": up.clone().requires_grad_(),
+            "e.down_proj.weight": module.down_LDF[number].detach().clone().requires_grad_(),
+        }
+        rows = x[mine].clone().requires_grad_()
+        weights = gates[mine].detach().clone().requires_grad_()
+        expected = twin.swiglu(leaves, "e", rows, weights)
+        expected.backward(upstream[mine])
+        pairs = [(out[mine], expected), (grad_x[mine], rows.grad), (grad_gates[mine], weights.grad)]
+        pairs.append((grad_up[number], torch.cat([grad_of(leaf) for leaf in leaves.values()][:2])))
+        pairs.append((grad_down[number], leaves["e.down_proj.weight"].grad))
+        for ours, theirs in pairs:
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_weights_can_wait() -> None:
+    module, mixture = linear(), experts()
+    gates, x = torch.rand(150, dtype=torch.float64), normal(150, WIDTH)
+    cases: list[tuple[Callable[[Tensor], Tensor], Tensor, list[nn.Parameter]]] = [
+        (module, x, [module.weight]),
+        (lambda rows: mixture(rows, gates, ROWS), x.double(), list(mixture.parameters())),
+    ]
+    for function, source, weights in cases:
+        at_once = run(function, source, *weights)
+        left = WeightGradients(deferred=True)
+        with left.collect():
+            later = run(function, source, *weights)
+        assert later[2:] == [None] * len(weights)
+        left.run()
+        found = [*later[:2], *map(grad_of, weights)]
+        assert all(torch.equal(one, other) for one, other in zip(at_once, found, strict=True))
+        with left.collect():
+            again = function(source)
+        again.backward(normal(*later[0].shape, dtype=source.dtype))
+        left.run()
+        assert all(torch.equal(grad_of(weight), 2 * once) for weight, once in zip(weights, at_once[2:], strict=True))
+
+
+@dataclass(frozen=True)
+class Counting(Reference):
+    """Remembers the shapes of the weights that it has quantised."""
+
+    seen: list[torch.Size] = field(default_factory=list)
+
+    def blocks(self, weight: Tensor, scales: Scales) -> Blocks:
+        self.seen.append(weight.shape)
+        return super().blocks(weight, scales)
+
+
+def test_weights_are_quantised_once_while_they_are_unchanged() -> None:
+    module, counting = linear(), Counting()
+    module.fp8 = Fp8(counting)
+    x = normal(4, WIDTH)
+    for times in (1, 2):
+        with module.fp8.weights.unchanged():
+            first = module(x)
+            first.sum().backward()
+            assert torch.equal(module(x), first)
+        assert len(counting.seen) == times
+        with torch.no_grad():
+            module.weight.mul_(2)
+    assert torch.equal(module(x), 4 * first / 2)  # outside of it every use quantises anew
+    assert len(counting.seen) == 3
+
+
+def kept_bytes(function: Callable[[], Tensor], weights: list[nn.Parameter]) -> int:
+    """Of what the backward needs, apart from weights in any form."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not any(tensor.shape in (weight.shape, weight.mT.shape) for weight in weights):
+            kept[tensor.data_ptr()] = tensor.numel() * tensor.itemsize
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sum(kept.values())
+
+
+def test_what_is_kept_for_the_backward_is_as_large_as_it_says() -> None:
+    rows, blocks = 512, tiles_of(150) * tiles_of(WIDTH) * 4
+    x = normal(rows, WIDTH).bfloat16().requires_grad_()
+    scales = rows * tiles_of(WIDTH)
+    for after_attention, expected in ((False, rows * WIDTH + 4 * scales), (True, rows * WIDTH * 3 // 2 + scales)):
+        module = linear(after_attention)
+        assert kept_bytes(partial(module, x), [module.weight]) == expected + blocks
+        module.fp8 = None
+        assert kept_bytes(partial(module, x), [module.weight]) == rows * WIDTH * 2
+
+
+def test_experts_keep_two_tiled_tensors_instead_of_three_whole_ones() -> None:
+    module, rows = experts().float(), sum(ROWS)
+    x, gates = normal(rows, WIDTH).bfloat16().requires_grad_(), torch.rand(rows)
+    function, weights = partial(module, x, gates, ROWS), list(module.parameters())
+    scales = rows * (tiles_of(WIDTH) + tiles_of(2 * INNER))
+    blocks = len(ROWS) * tiles_of(WIDTH) * (tiles_of(2 * INNER) + tiles_of(INNER))
+    expected = rows * (WIDTH + 2 * INNER) + 4 * (scales + blocks + rows)  # the last: gates
+    assert kept_bytes(function, weights) == expected
+    module.fp8 = None
+    in_fp8 = expected
+    with WeightGradients().collect():  # as in training; outside of it weights are kept too, cast
+        native = kept_bytes(function, weights)
+    assert native == 2 * rows * (WIDTH + 2 * INNER + INNER) + 4 * rows
+    assert in_fp8 < 0.45 * native
+
+
+def test_the_head_and_the_router_have_no_fp8() -> None:
+    model = Model(ModelConfig())
+    model.use_fp8(Fp8(Reference()))
+    plain = {name for name, module in model.named_modules() if isinstance(module, Linear) and module.fp8 is None}
+    assert plain == {"head"}
+    in_fp8 = [name for name, module in model.named_modules() if isinstance(module, Linear | Experts) and module.fp8]
+    assert {name.rsplit(".", 1)[-1] for name in in_fp8} == {
+        "q_down", "q_up", "kv_down", "kv_up", "out", "gate_up", "down", "experts", "project",
+    }  # fmt: skip
+    assert {name for name, module in model.named_modules() if getattr(module, "after_attention", False)} == {
+        name for name in in_fp8 if name.endswith(".out")
+    }
+
+
+def test_without_gradients_nothing_is_kept() -> None:
+    module = linear()
+    with torch.no_grad():
+        assert not module(normal(3, WIDTH)).requires_grad
+    module.weight.requires_grad_(False)
+    x = normal(3, WIDTH).requires_grad_()
+    module(x).sum().backward()
+    assert module.weight.grad is None
+    assert x.grad is not None

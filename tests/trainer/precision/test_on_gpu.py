@@ -1,0 +1,23 @@
+"""The providers for Hopper GPUs against their twins, on one. Not yet run on hardware."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shoestring.tests.trainer.precision.against_twins import check_products, check_quantisation
+from shoestring.trainer.precision.provider import missing_for, open_provider
+
+pytestmark = pytest.mark.gpu
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize("name", ["triton", "torch", "te"])
+def test_every_operation_is_its_twin(name: str) -> None:
+    missing = list(missing_for(name, on_gpu=torch.cuda.is_available()))
+    if missing:
+        pytest.skip("; ".join(missing))
+    torch.manual_seed(0)
+    provider = open_provider(name, GPU)
+    check_quantisation(provider, GPU)
+    check_products(provider, GPU)

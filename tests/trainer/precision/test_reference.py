@@ -1,0 +1,85 @@
+"""Products of the reference provider against their NumPy definition, and the sums of Hopper's accumulator."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from shoestring.tests.reference import fp8 as twin
+from shoestring.trainer.precision.accumulate import exact_sum, hopper_sum
+from shoestring.trainer.precision.reference import Reference
+from shoestring.trainer.precision.tiles import Scales, quantise_blocks, quantise_columns, quantise_tiles
+
+ROWS = (150, 0, 128, 7)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def tiles(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    return twin.quantise(x.numpy(), 1, 128, power_of_two=False)
+
+
+def blocks(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    return twin.quantise(x.numpy(), 128, 128, power_of_two=False)
+
+
+@pytest.mark.parametrize(("rows", "width", "out"), [(1, 1, 1), (70, 128, 256), (130, 300, 150)])
+def test_products_are_the_definition(rows: int, width: int, out: int) -> None:
+    x_RK, w_NK = normal(rows, width), normal(out, width)
+    ours = Reference().multiply(quantise_tiles(x_RK, Scales.FP32), quantise_blocks(w_NK, Scales.FP32), torch.float32)
+    assert np.array_equal(ours.numpy(), twin.product(tiles(x_RK), blocks(w_NK)))
+
+
+def test_input_gradients_use_the_same_blocks_the_other_way_round() -> None:
+    grad_RN, w_NK = normal(70, 300), normal(300, 150)
+    transposed = quantise_blocks(w_NK, Scales.FP32).transposed()
+    ours = Reference().multiply(quantise_tiles(grad_RN, Scales.FP32), transposed, torch.float32)
+    values, scales = blocks(w_NK)
+    assert np.array_equal(ours.numpy(), twin.product(tiles(grad_RN), (values.T, scales.T)))
+
+
+def test_grouped_products_are_those_of_each_expert() -> None:
+    x_RK, w_LNK, grad_RN = normal(sum(ROWS), 140), normal(4, 200, 140), normal(sum(ROWS), 200)
+    provider = Reference()
+    x, grad = (quantise_columns(part, ROWS, Scales.FP32) for part in (x_RK, grad_RN))
+    ours_RN = provider.multiply_grouped(
+        quantise_tiles(x_RK, Scales.FP32), quantise_blocks(w_LNK, Scales.FP32), ROWS, torch.float32
+    )
+    grads_LNK = provider.outer(grad, x)
+    assert grads_LNK.dtype == torch.float32
+    parts = zip(x_RK.split(ROWS), w_LNK, grad_RN.split(ROWS), ours_RN.split(ROWS), grads_LNK, strict=True)
+    for x_part, weight, grad_part, ours, ours_grad in parts:
+        assert np.array_equal(ours.numpy(), twin.product(tiles(x_part), blocks(weight)))
+        expected = twin.product(tiles(grad_part.T.contiguous()), tiles(x_part.T.contiguous()))
+        assert np.array_equal(ours_grad.numpy(), expected)
+
+
+def uniform(rows: int, width: int) -> Tensor:
+    return torch.rand(rows, width, generator=torch.Generator().manual_seed(rows)).to(torch.float8_e4m3fn).double()
+
+
+def test_exact_sums_do_not_depend_on_the_order() -> None:
+    a, b = uniform(8, 4096), uniform(9, 4096)
+    order = torch.randperm(4096)
+    assert torch.equal(exact_sum(a, b), exact_sum(a[:, order], b[:, order]))
+
+
+def test_thirteen_bits_are_kept_of_an_instruction() -> None:
+    one = torch.ones(1, 32, dtype=torch.float64)
+    small = one * 2.0**-9
+    a = torch.cat((one[:, :1], small[:, 1:]), dim=1)
+    # 1 · 1, and 31 terms of 2^-9 or of 2^-18: the last place that is kept beside 1 is 2^-13.
+    assert float(hopper_sum(a, torch.cat((one[:, :1], one[:, 1:]), dim=1))) == 1 + 31 * 2.0**-9
+    assert float(hopper_sum(a, torch.cat((one[:, :1], small[:, 1:]), dim=1))) == 1
+    assert float(hopper_sum(small, small)) == 32 * 2.0**-18  # with none larger beside them
+
+
+def test_promotion_takes_most_of_the_error_away() -> None:
+    a, b = uniform(16, 4096), uniform(17, 4096)
+    truth = exact_sum(a, b)
+    error = [float((hopper_sum(a, b, every) - truth).abs().max() / truth.abs().max()) for every in (None, 128)]
+    assert error[0] > 10 * error[1] > 0

@@ -1,0 +1,72 @@
+"""Twelve-bit numbers for activations that more than one backward reads: E5M6 with power-of-two scales (report §3.3.3).
+
+The report keeps the inputs of the Linear after attention in "a customised E5M6 data format" and says no more of it.
+Here it is FP16 without the last four bits of its mantissa: a sign, five bits of exponent with a bias of 15, six of
+mantissa, largest number 65,024. Two numbers share three bytes.
+
+Letters: X rows, D width (P when made even), Q tiles of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...comm.fp8 import scales_of, tiled
+
+_MANTISSA = 6
+_DROPPED = 4  # bits of FP16's mantissa
+_SMALLEST_EXPONENT = -14  # of a normal number
+_LARGEST_EXPONENT, _LARGEST_MANTISSA = 16, 1 - 2.0**-7  # 65,024 = (1 - 2^-7) · 2^16
+_BIAS, _NOT_A_NUMBER = 127, 255  # of E8M0
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows of E5M6 numbers."""
+
+    bytes_XB: Tensor
+    """uint8, three for each two numbers of a row."""
+    exponents_XQ: Tensor
+    """uint8, E8M0: of the scale of each 1 × 128."""
+    width: int
+    """D."""
+
+
+def pack_e5m6(x_XD: Tensor) -> Packed:
+    """[X, D], rounded to nearest, ties to even. A tile that holds infinity or NaN becomes NaN."""
+    x_XQI = tiled(x_XD.to(torch.float32))
+    exponents_XQ = _exponents_for(torch.maximum(x_XQI.amax(dim=-1), -x_XQI.amin(dim=-1)))
+    scaled_XD = (x_XQI / scales_of(exponents_XQ, torch.float32)[..., None]).flatten(1)[:, : x_XD.shape[1]]
+    codes_XD = _rounded(scaled_XD).to(torch.float16).view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
+    codes_XP = F.pad(codes_XD >> _DROPPED, (0, x_XD.shape[1] % 2))
+    first, second = codes_XP[:, 0::2], codes_XP[:, 1::2]
+    triples = torch.stack((first & 0xFF, first >> 8 | (second & 0xF) << 4, second >> 4), dim=-1)
+    return Packed(triples.to(torch.uint8).flatten(1), exponents_XQ, x_XD.shape[1])
+
+
+def unpack_e5m6(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """[X, D]. Exact in BF16 and wider."""
+    low, middle, high = packed.bytes_XB.to(torch.int32).unflatten(1, (-1, 3)).unbind(-1)
+    codes_XP = torch.stack((low | (middle & 0xF) << 8, middle >> 4 | high << 4), dim=-1).flatten(1)
+    halves_XD = (codes_XP[:, : packed.width] << _DROPPED).to(torch.int16).view(torch.float16)
+    x_XQI = tiled(halves_XD) * scales_of(packed.exponents_XQ, torch.float32)[..., None]
+    return x_XQI.flatten(1)[:, : packed.width].to(dtype)
+
+
+def _exponents_for(largest: Tensor) -> Tensor:
+    """The smallest power of two that brings each of these magnitudes to 65,024 at most."""
+    mantissa, exponent = torch.frexp(largest)
+    stored = exponent - _LARGEST_EXPONENT + (mantissa > _LARGEST_MANTISSA).to(exponent.dtype) + _BIAS
+    stored = stored.clamp(min=1).masked_fill(largest == 0, 1)
+    return stored.masked_fill(~torch.isfinite(largest), _NOT_A_NUMBER).to(torch.uint8)
+
+
+def _rounded(scaled_XD: Tensor) -> Tensor:
+    """To six bits of mantissa, or to the fixed step below the smallest normal number."""
+    _, exponent_XD = torch.frexp(scaled_XD)
+    step_XD = torch.ldexp(torch.ones_like(scaled_XD), (exponent_XD - 1).clamp(min=_SMALLEST_EXPONENT) - _MANTISSA)
+    return (scaled_XD / step_XD).round_().mul_(step_XD)

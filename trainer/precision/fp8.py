@@ -1,0 +1,166 @@
+"""Linear in FP8: its three products, what it keeps for its backward, gradients of weights apart (report §3.3).
+
+    forward          y  = x Wᵀ     x in 1 × 128 tiles, W in 128 × 128 blocks
+    input gradient   dx = dy W     dy in 1 × 128 tiles, the same blocks, transposed
+    weight gradient  dW = dyᵀ x    both in 128 × 1 tiles, the sum in FP32, added to the FP32 gradient
+
+What is kept of x is FP8: its tiles, which the backward turns into columns; E5M6 for the Linear after attention; and
+where x is the output of an activation, the tiles of that one's input, from which x is computed again.
+
+Letters: R rows, L experts on this rank; N and K widths, F inner width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...parallelism.pipeline.weight_grad import add_to_grad, collecting
+from .e5m6 import Packed, pack_e5m6, unpack_e5m6
+from .provider import Provider, Rows
+from .tiles import Blocks, Columns, Scales, Tiles, dequantise_tiles
+from .weights import StepWeights
+
+Activation = Callable[..., Tensor]
+"""Of [R, 2F], and of whatever else it takes a row, to [R, F]."""
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """How the Linears of one model compute."""
+
+    provider: Provider
+    scales: Scales = Scales.FP32
+    """Of all but those which the report wants to be powers of two: the input of the Linear after attention, the rows
+    that experts receive, and the gradients that they receive. The last two are what crosses between ranks in FP8, so
+    tiles made of rows that came in FP8 hold the numbers that came."""
+    weights: StepWeights = field(default_factory=StepWeights)
+
+    def linear(self, x: Tensor, weight_NK: Tensor, *, after_attention: bool = False) -> Tensor:
+        """x Wᵀ, [..., K] to [..., N], in the dtype of `x`."""
+        x_RK = x.flatten(0, -2)
+        out_RN: Tensor = _Linear.apply(x_RK, weight_NK, self, None, after_attention)  # type: ignore[no-untyped-call]
+        return out_RN.view(*x.shape[:-1], -1)
+
+    def linear_of(self, activation: Activation, source: Tensor, weight_NK: Tensor) -> Tensor:
+        """activation(source) Wᵀ, [..., 2F] to [..., N], keeping tiles of `source` alone."""
+        flat_RF = source.flatten(0, -2)
+        out_RN: Tensor = _LinearOf.apply(flat_RF, None, weight_NK, self, None, activation)  # type: ignore[no-untyped-call]
+        return out_RN.view(*source.shape[:-1], -1)
+
+    def experts_up(self, rows_RK: Tensor, weight_LNK: Tensor, rows_L: Rows) -> Tensor:
+        """Each received row times the transposed weight of its expert, [R, N]."""
+        out: Tensor = _Linear.apply(rows_RK, weight_LNK, self, rows_L, False)  # type: ignore[no-untyped-call]
+        return out
+
+    def experts_down(
+        self, activation: Activation, source_RF: Tensor, gates_R: Tensor, weight_LNK: Tensor, rows_L: Rows
+    ) -> Tensor:
+        """activation(source, gates) times the transposed weight of each row's expert, [R, N]."""
+        out: Tensor = _LinearOf.apply(source_RF, gates_R, weight_LNK, self, rows_L, activation)  # type: ignore[no-untyped-call]
+        return out
+
+    def multiply(self, x: Tiles, blocks: Blocks, rows_L: Rows | None, dtype: torch.dtype) -> Tensor:
+        """x Wᵀ of one weight, or of each row's expert."""
+        if rows_L is None:
+            return self.provider.multiply(x, blocks, dtype)
+        return self.provider.multiply_grouped(x, blocks, rows_L, dtype)
+
+    def blocks(self, weight: Tensor) -> Blocks:
+        """Of a weight, once a step."""
+        return self.weights.blocks(weight, lambda w: self.provider.blocks(w, self.scales))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RK: Tensor, weight: Tensor, fp8: Fp8, rows_L: Rows | None, after_attention: bool) -> Tensor:
+        fixed = after_attention or rows_L is not None
+        scales = Scales.POWER_OF_TWO if fixed else fp8.scales
+        x, blocks = fp8.provider.tiles(x_RK, scales), fp8.blocks(weight)
+        ctx.fp8, ctx.weight, ctx.rows, ctx.left, ctx.x_scales = fp8, weight, rows_L, collecting(), scales
+        ctx.packed_width = x_RK.shape[1] if after_attention else None
+        kept = pack_e5m6(x_RK) if after_attention else None
+        kept_tensors = (x.values_XD, x.scales_XQ) if kept is None else (kept.bytes_XB, kept.exponents_XQ)
+        ctx.save_for_backward(*kept_tensors, blocks.values_NK, blocks.scales_PQ)
+        return fp8.multiply(x, blocks, rows_L, x_RK.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        kept, scales, *blocks = ctx.saved_tensors
+        grad_RN, fp8 = grads[0], ctx.fp8
+        if ctx.packed_width is None:
+            x_RK = dequantise_tiles(Tiles(kept, scales), torch.float32)
+        else:
+            x_RK = unpack_e5m6(Packed(kept, scales, ctx.packed_width), torch.float32)
+        rows_L = ctx.rows or (len(x_RK),)
+        x = fp8.provider.columns(x_RK, rows_L, ctx.x_scales)
+        grad = fp8.provider.columns(grad_RN, rows_L, fp8.scales)
+        grad_weight = _leave(ctx, grad, x)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, None, None, None
+        grad_tiles = fp8.provider.tiles(grad_RN, fp8.scales)
+        grad_x_RK = fp8.multiply(grad_tiles, Blocks(*blocks).transposed(), ctx.rows, grad_RN.dtype)
+        return grad_x_RK, grad_weight, None, None, None
+
+
+class _LinearOf(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        source_RF: Tensor,
+        gates_R: Tensor | None,
+        weight: Tensor,
+        fp8: Fp8,
+        rows_L: Rows | None,
+        activation: Activation,
+    ) -> Tensor:
+        inner_RK = activation(source_RF, *_given(gates_R))
+        blocks = fp8.blocks(weight)
+        ctx.fp8, ctx.weight, ctx.rows, ctx.left, ctx.activation = fp8, weight, rows_L, collecting(), activation
+        kept = fp8.provider.tiles(source_RF, fp8.scales)
+        ctx.save_for_backward(kept.values_XD, kept.scales_XQ, blocks.values_NK, blocks.scales_PQ, *_given(gates_R))
+        return fp8.multiply(fp8.provider.tiles(inner_RK, fp8.scales), blocks, rows_L, source_RF.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        kept, scales, values, block_scales, *gates = ctx.saved_tensors
+        grad_RN, fp8 = grads[0], ctx.fp8
+        with torch.enable_grad():
+            source_RF = dequantise_tiles(Tiles(kept, scales), grad_RN.dtype).requires_grad_()
+            leaves = (source_RF, *(gate.detach().requires_grad_() for gate in gates))
+            inner_RK = ctx.activation(*leaves)
+        received = ctx.rows is not None
+        grad_tiles = fp8.provider.tiles(grad_RN, Scales.POWER_OF_TWO if received else fp8.scales)
+        if received:  # in FP8 perhaps: both products see what an FP8 wire brings
+            grad_RN = dequantise_tiles(grad_tiles, grad_RN.dtype)
+        rows_L = ctx.rows or (len(grad_RN),)
+        grad = fp8.provider.columns(grad_RN, rows_L, fp8.scales)
+        grad_weight = _leave(ctx, grad, fp8.provider.columns(inner_RK.detach(), rows_L, fp8.scales))
+        blocks = Blocks(values, block_scales).transposed()
+        grad_inner_RK = fp8.multiply(grad_tiles, blocks, ctx.rows, inner_RK.dtype)
+        grad_source, *grad_gates = torch.autograd.grad(inner_RK, leaves, grad_inner_RK)
+        return grad_source, grad_gates[0] if grad_gates else None, grad_weight, None, None, None
+
+
+def _given(gates_R: Tensor | None) -> tuple[Tensor, ...]:
+    return () if gates_R is None else (gates_R,)
+
+
+def _leave(ctx: Any, grad: Columns, x: Columns) -> Tensor | None:
+    """Leave the gradient of the weight with whoever collects them, or hand it to autograd where nobody does."""
+    weight, provider = ctx.weight, ctx.fp8.provider
+    if not weight.requires_grad:
+        return None
+
+    def product() -> Tensor:
+        out: Tensor = provider.outer(grad, x)
+        return out.view_as(weight)
+
+    if ctx.left is None:
+        return product().to(weight.dtype)
+    ctx.left.add(lambda: add_to_grad(weight, product()))
+    return None

@@ -1,0 +1,143 @@
+"""Triton kernels for Hopper: quantise rows, columns and blocks; products, and gradients of weights (report §3.3).
+
+A tensor core's short accumulator holds 128 products at most: every 128 elements the partial sum is scaled and added to
+an FP32 accumulator in registers. One program makes one block of the result. Rows of different experts never share a
+block: `first`, `last` and `expert` say for each block of rows which it covers and whose weight it meets.
+
+Their twins are in `tiles.py` and `reference.py`. Under `TRITON_INTERPRET=1` they run on a CPU. Not yet run on hardware.
+
+Letters: R rows, D width, N and K sides of a weight.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+TILE: tl.constexpr = tl.constexpr(128)
+"""Elements that share a scale, and that a tensor core sums before promotion."""
+
+
+@triton.jit
+def _scale_for(largest, broken, power_of_two: tl.constexpr):
+    """FP32 scales, and NaN where `broken`. As `tiles._scale_for`."""
+    if power_of_two:
+        bits = largest.to(tl.int32, bitcast=True)
+        # 448 = 1.75 · 2^8: one more where the mantissa is above 1.75. Down to 2^-126, so that dividing is exact.
+        exponent = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
+        scale = (tl.maximum(exponent, 1) << 23).to(tl.float32, bitcast=True)
+    else:
+        scale = tl.maximum(tl.div_rn(largest, 448.0), 1.1754943508222875e-38)
+    return tl.where(broken, float("nan"), scale)
+
+
+@triton.jit
+def _broken(x):
+    """1 for infinity and NaN."""
+    return ((x != x) | (tl.abs(x) == float("inf"))).to(tl.int32)
+
+
+@triton.jit
+def quantise_rows(
+    x_ptr, values_ptr, scales_ptr, rows, width, tiles, stride_row, power_of_two: tl.constexpr, ROWS: tl.constexpr
+):
+    """[R, D] to values [R, D] and scales [R, Q]: 1 × 128 tiles, ROWS of them a program."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)[None, :]
+    there = (row < rows) & (column < width)
+    x = tl.load(x_ptr + row.to(tl.int64) * stride_row + column, mask=there, other=0.0).to(tl.float32)
+    scale = _scale_for(tl.max(tl.abs(x), axis=1), tl.max(_broken(x), axis=1) > 0, power_of_two)
+    scaled = tl.div_rn(x, tl.broadcast_to(scale[:, None], (ROWS, TILE)))
+    place = values_ptr + row.to(tl.int64) * width + column
+    tl.store(place, scaled.to(values_ptr.dtype.element_ty), mask=there)
+    own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tl.store(scales_ptr + own.to(tl.int64) * tiles + tl.program_id(1), scale, mask=own < rows)
+
+
+@triton.jit
+def quantise_columns(
+    x_ptr, first_ptr, last_ptr, values_ptr, scales_ptr, width, tiles, stride_row,
+    power_of_two: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """[R, D] to values [D, 128 · Q] and scales [D, Q]: 128 × 1 tiles of the rows from first[q] to last[q]."""
+    tile = tl.program_id(0)
+    row = tl.load(first_ptr + tile) + tl.arange(0, TILE)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    there = (row < tl.load(last_ptr + tile)) & (column < width)
+    x = tl.load(x_ptr + row.to(tl.int64) * stride_row + column, mask=there, other=0.0).to(tl.float32)
+    scale = _scale_for(tl.max(tl.abs(x), axis=0), tl.max(_broken(x), axis=0) > 0, power_of_two)
+    scaled = tl.div_rn(x, tl.broadcast_to(scale[None, :], (TILE, COLUMNS)))
+    turned = tl.trans(scaled)
+    own = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    place = own[:, None].to(tl.int64) * (tiles * TILE) + tile * TILE + tl.arange(0, TILE)[None, :]
+    tl.store(values_ptr + place, turned.to(values_ptr.dtype.element_ty), mask=own[:, None] < width)
+    tl.store(scales_ptr + own.to(tl.int64) * tiles + tile, scale, mask=own < width)
+
+
+@triton.jit
+def quantise_blocks(
+    x_ptr, values_ptr, scales_ptr, rows, width, row_blocks, blocks, power_of_two: tl.constexpr
+):  # fmt: skip
+    """A stack [L, N, K] to values and scales [L, P, Q]: one 128 × 128 block a program."""
+    of_stack, down, across = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = down * TILE + tl.arange(0, TILE)[:, None]
+    column = across * TILE + tl.arange(0, TILE)[None, :]
+    there = (row < rows) & (column < width)
+    place = (of_stack.to(tl.int64) * rows + row) * width + column
+    x = tl.load(x_ptr + place, mask=there, other=0.0).to(tl.float32)
+    largest = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
+    scale = _scale_for(largest, tl.max(tl.max(_broken(x), axis=1), axis=0) > 0, power_of_two)
+    scaled = tl.div_rn(x, tl.broadcast_to(scale, (TILE, TILE)))
+    tl.store(values_ptr + place, scaled.to(values_ptr.dtype.element_ty), mask=there)
+    tl.store(scales_ptr + (of_stack * row_blocks + down) * blocks + across, scale)
+
+
+@triton.jit
+def multiply(
+    x_ptr, x_scales_ptr, w_ptr, w_scales_ptr, out_ptr, first_ptr, last_ptr, expert_ptr, n, k, n_blocks, k_blocks,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """x Wᵀ: x [R, K] in 1 × 128 tiles, W [L, N, K] in 128 × 128 blocks, out [R, N]; COLUMNS divides 128."""
+    block = tl.program_id(0)
+    row = tl.load(first_ptr + block) + tl.arange(0, ROWS)
+    is_row = row < tl.load(last_ptr + block)
+    expert = tl.load(expert_ptr + block).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    x_at = x_ptr + row[:, None].to(tl.int64) * k
+    w_at = w_ptr + (expert * n + column[None, :]) * k
+    x_scale_at = x_scales_ptr + row.to(tl.int64) * k_blocks
+    w_scale_at = w_scales_ptr + (expert * n_blocks + tl.program_id(1) * COLUMNS // TILE) * k_blocks
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for tile in range(k_blocks):
+        part = tile * TILE + tl.arange(0, TILE)
+        x = tl.load(x_at + part[None, :], mask=is_row[:, None] & (part[None, :] < k), other=0.0)
+        w = tl.load(w_at + part[:, None], mask=(column[None, :] < n) & (part[:, None] < k), other=0.0)
+        x_scale = tl.load(x_scale_at + tile, mask=is_row, other=0.0)
+        total += tl.dot(x, w) * x_scale[:, None] * tl.load(w_scale_at + tile)
+    place = out_ptr + row[:, None].to(tl.int64) * n + column[None, :]
+    tl.store(place, total.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & (column[None, :] < n))
+
+
+@triton.jit
+def outer(
+    a_ptr, a_scales_ptr, b_ptr, b_scales_ptr, out_ptr, first_tile_ptr, n, k, tiles,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """a bᵀ over the tiles of each expert: a [N, 128 · Q], b [K, 128 · Q], both in tiles, out FP32 [L, N, K]."""
+    expert = tl.program_id(2)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    # Behind the edge the last row is read again: without masks the loop needs fewer registers.
+    a_row = tl.minimum(row, n - 1).to(tl.int64)
+    b_row = tl.minimum(column, k - 1).to(tl.int64)
+    a_at = a_ptr + a_row[:, None] * (tiles * TILE)
+    b_at = b_ptr + b_row[None, :] * (tiles * TILE)
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for tile in range(tl.load(first_tile_ptr + expert), tl.load(first_tile_ptr + expert + 1)):
+        part = tile * TILE + tl.arange(0, TILE)
+        partial = tl.dot(tl.load(a_at + part[None, :]), tl.load(b_at + part[:, None]))
+        a_scale = tl.load(a_scales_ptr + a_row * tiles + tile)
+        b_scale = tl.load(b_scales_ptr + b_row * tiles + tile)
+        total += partial * a_scale[:, None] * b_scale[None, :]
+    place = out_ptr + (expert.to(tl.int64) * n + row[:, None]) * k + column[None, :]
+    tl.store(place, total, mask=(row[:, None] < n) & (column[None, :] < k))

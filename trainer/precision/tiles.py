@@ -1,0 +1,120 @@
+"""What FP8 products take: E4M3 numbers, one scale for 1 × 128 activations or 128 × 128 weights (report §3.3.2).
+
+The scale of a tile is its largest magnitude over 448, in FP32, or the smallest power of two that is not below that, as
+`comm/fp8.py` makes it for what crosses between ranks. Numbers wider than FP32 are rounded to FP32 first. A tile that
+holds infinity or NaN is NaN throughout.
+
+Letters: X rows, D width, Q tiles of a row; R rows of activations, L experts on this rank; N, K sides of a weight, P, Q
+its blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...comm.fp8 import LARGEST, TILE, exponents_for, scales_of, tiled, tiles_of, widened
+
+_SMALLEST_SCALE = 2.0**-126  # FP32's smallest normal number: dividing by it is exact
+
+
+class Scales(StrEnum):
+    """Which numbers may be scales."""
+
+    FP32 = "fp32"
+    POWER_OF_TWO = "power_of_two"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows, each 128 neighbours of one with a scale of their own."""
+
+    values_XD: Tensor
+    """float8_e4m3fn."""
+    scales_XQ: Tensor
+    """FP32."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Rows of activations the other way round, for products that sum over them: tiles of 128 × 1.
+
+    Rows of different experts never share a tile: behind those of each expert, zeros fill its last one.
+    """
+
+    tiles: Tiles
+    """[D, 128 · Q]."""
+    tiles_per_expert_L: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A weight, or a stack of weights, each 128 × 128 of it with a scale of their own."""
+
+    values_NK: Tensor
+    """float8_e4m3fn, [..., N, K]."""
+    scales_PQ: Tensor
+    """FP32, [..., P, Q]."""
+
+    def transposed(self) -> Blocks:
+        """The same numbers, [..., K, N]: a square block needs no quantising for that."""
+        return Blocks(self.values_NK.transpose(-1, -2), self.scales_PQ.transpose(-1, -2))
+
+
+def quantise_tiles(x_XD: Tensor, scales: Scales) -> Tiles:
+    """[X, D], any D."""
+    x_XQI = tiled(x_XD.to(torch.float32))
+    scales_XQ = _scale_for(torch.maximum(x_XQI.amax(dim=-1), -x_XQI.amin(dim=-1)), scales)
+    scaled_XD = (x_XQI / scales_XQ[..., None]).flatten(1)[:, : x_XD.shape[1]]
+    return Tiles(_to_e4m3(scaled_XD), scales_XQ)
+
+
+def dequantise_tiles(tiles: Tiles, dtype: torch.dtype) -> Tensor:
+    """[X, D]."""
+    x_XQI = tiled(widened(tiles.values_XD, torch.float32)) * tiles.scales_XQ[..., None]
+    return x_XQI.flatten(1)[:, : tiles.values_XD.shape[1]].to(dtype)
+
+
+def quantise_columns(x_RD: Tensor, rows_per_expert_L: Sequence[int], scales: Scales) -> Columns:
+    """[R, D]; the rows of each expert follow each other, as many as are said."""
+    groups = tuple(tiles_of(rows) for rows in rows_per_expert_L)
+    whole_RD = x_RD
+    if any(rows % TILE for rows in rows_per_expert_L):
+        parts = zip(x_RD.split(list(rows_per_expert_L)), groups, strict=True)
+        whole_RD = torch.cat([F.pad(part, (0, 0, 0, count * TILE - len(part))) for part, count in parts])
+    return Columns(quantise_tiles(whole_RD.T, scales), groups)
+
+
+def quantise_blocks(weight_NK: Tensor, scales: Scales) -> Blocks:
+    """[..., N, K], any N and K."""
+    rows, columns = weight_NK.shape[-2:]
+    missing = (0, tiles_of(columns) * TILE - columns, 0, tiles_of(rows) * TILE - rows)
+    whole = F.pad(weight_NK.to(torch.float32), missing).unflatten(-1, (-1, TILE)).unflatten(-3, (-1, TILE))
+    scales_PQ = _scale_for(whole.abs().amax(dim=-1).amax(dim=-2), scales)  # in two steps: the inner one is contiguous
+    scaled = whole / scales_PQ[..., :, None, :, None]
+    values_NK = scaled.flatten(-4, -3).flatten(-2, -1)[..., :rows, :columns]
+    return Blocks(_to_e4m3(values_NK), scales_PQ)
+
+
+def dequantise_blocks(blocks: Blocks, dtype: torch.dtype) -> Tensor:
+    """[..., N, K]."""
+    values_NK = widened(blocks.values_NK, torch.float32)
+    rows, columns = values_NK.shape[-2:]
+    scales_NK = blocks.scales_PQ.repeat_interleave(TILE, -2)[..., :rows, :].repeat_interleave(TILE, -1)[..., :columns]
+    return (values_NK * scales_NK).to(dtype)
+
+
+def _scale_for(largest: Tensor, scales: Scales) -> Tensor:
+    if scales is Scales.POWER_OF_TWO:
+        return scales_of(exponents_for(largest), torch.float32)
+    return (largest / LARGEST).clamp(min=_SMALLEST_SCALE).masked_fill(~torch.isfinite(largest), torch.nan)
+
+
+def _to_e4m3(scaled: Tensor) -> Tensor:
+    """Nearest, ties to even. Nothing here is above 448 but by a rounding of the scale, which the cast saturates."""
+    return scaled.to(torch.float8_e4m3fn).contiguous()

@@ -1,0 +1,76 @@
+"""FP8 products by cuBLASLt through `torch.nn.functional.scaled_mm`. Not yet run on hardware.
+
+It has block scales on compute capability 9.0 from CUDA 12.9 on. What it demands of its operands, as read in torch's
+ScaledBlas.cpp: the first [M, K] row by row, with scales [M, K/128] column by column; the second [K, N] column by
+column, with scales of tiles [N, K/128], or of blocks [K/128, N/128] in columns of whole fours, column by column too. So
+sides are filled up with zeros: K to 512, M and N to 16.
+
+Letters: M, N, K sides of a product, Q tiles of a row; L experts on this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.functional import ScalingType
+
+from ...comm.fp8 import TILE, tiles_of
+from .padding import accumulated, padded, rounded_up
+from .reference import Reference, of_experts
+from .tiles import Blocks, Columns, Tiles
+
+_SIDE, _TILES = 16, 4
+
+
+@dataclass(frozen=True)
+class TorchProvider(Reference):
+    """Quantises as the reference does; experts are multiplied one at a time."""
+
+    def multiply(self, x: Tiles, weight: Blocks, dtype: torch.dtype) -> Tensor:
+        """See `Provider`."""
+        rows, columns = len(x.values_XD), len(weight.values_NK)
+        if not rows:
+            return x.scales_XQ.new_empty((0, columns), dtype=dtype)
+        blocks_down = tiles_of(rounded_up(columns, _SIDE))
+        second = _filled(weight.values_NK), _filled_scales(weight.scales_PQ, blocks_down)
+        return _multiply(x, second, ScalingType.BlockWise128x128, accumulated(dtype))[:rows, :columns].to(dtype)
+
+    def outer(self, grad: Columns, x: Columns) -> Tensor:
+        """See `Provider`."""
+        rows, columns = len(grad.tiles.values_XD), len(x.tiles.values_XD)
+        products = []
+        for ours, theirs in zip(of_experts(grad), of_experts(x), strict=True):
+            if not ours.values_XD.shape[1]:
+                products.append(ours.scales_XQ.new_zeros((rows, columns)))
+                continue
+            second = _filled(theirs.values_XD), _filled_scales(theirs.scales_XQ, rounded_up(columns, _SIDE))
+            product = _multiply(ours, second, ScalingType.BlockWise1x128, torch.float32)
+            products.append(product[:rows, :columns])
+        return torch.stack(products)
+
+
+def _multiply(a: Tiles, b: tuple[Tensor, Tensor], of_b: ScalingType, dtype: torch.dtype) -> Tensor:
+    """a bᵀ of filled sides; `b` is [N, K] with its scales."""
+    a_MK = _filled(a.values_XD)
+    scales_MQ, (b_NK, b_scales) = _filled_scales(a.scales_XQ, len(a_MK)), b
+    return F.scaled_mm(
+        a_MK,
+        b_NK.T,
+        scales_MQ.T.contiguous().T,
+        ScalingType.BlockWise1x128,
+        b_scales.T if of_b == ScalingType.BlockWise128x128 else b_scales.T.contiguous().T,
+        of_b,
+        output_dtype=dtype,
+    )
+
+
+def _filled(values: Tensor) -> Tensor:
+    """[M, K] with both sides filled up."""
+    return padded(values, rounded_up(values.shape[0], _SIDE), rounded_up(values.shape[1], _TILES * TILE))
+
+
+def _filled_scales(scales: Tensor, rows: int) -> Tensor:
+    return padded(scales, rows, rounded_up(scales.shape[1], _TILES))

@@ -1,0 +1,122 @@
+"""FP8 products by our Triton kernels. Not yet run on hardware: the interpreter runs them, and a compiler accepts them.
+
+Letters: X rows, D width, R rows of activations, L experts on this rank; N, K sides of a weight, Q tiles of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ...comm.fp8 import TILE, tiles_of
+from . import kernels
+from .padding import accumulated
+from .tiles import Blocks, Columns, Scales, Tiles
+
+_ROWS_TO_QUANTISE, _COLUMNS_TO_QUANTISE = 16, 64
+_ROWS, _COLUMNS = 128, 128  # of a block of a product
+
+
+@dataclass(frozen=True)
+class TritonProvider:
+    """`values` is the dtype that quantised numbers are stored in: the interpreter's own cast to E4M3 is wrong."""
+
+    values: torch.dtype = torch.float8_e4m3fn
+
+    def tiles(self, x_XD: Tensor, scales: Scales) -> Tiles:
+        """See `Provider`."""
+        x_XD = _narrow(x_XD).contiguous()
+        rows, width = x_XD.shape
+        tiles = Tiles(self._empty(x_XD, rows, width), _scales_like(x_XD, rows, tiles_of(width)))
+        if rows:
+            grid = (-(-rows // _ROWS_TO_QUANTISE), tiles_of(width))
+            kernels.quantise_rows[grid](
+                x_XD, tiles.values_XD, tiles.scales_XQ, rows, width, tiles_of(width), width,
+                scales is Scales.POWER_OF_TWO, _ROWS_TO_QUANTISE, num_warps=4,
+            )  # fmt: skip
+        return tiles
+
+    def columns(self, x_RD: Tensor, rows_L: tuple[int, ...], scales: Scales) -> Columns:
+        """See `Provider`."""
+        x_RD = _narrow(x_RD).contiguous()
+        width, spans = x_RD.shape[1], _spans(rows_L, TILE)
+        tiles = Tiles(self._empty(x_RD, width, len(spans) * TILE), _scales_like(x_RD, width, len(spans)))
+        if spans:
+            first, last, _ = _on(x_RD.device, zip(*spans, strict=True))
+            kernels.quantise_columns[(len(spans), -(-width // _COLUMNS_TO_QUANTISE))](
+                x_RD, first, last, tiles.values_XD, tiles.scales_XQ, width, len(spans), width,
+                scales is Scales.POWER_OF_TWO, _COLUMNS_TO_QUANTISE, num_warps=4,
+            )  # fmt: skip
+        return Columns(tiles, tuple(map(tiles_of, rows_L)))
+
+    def blocks(self, weight: Tensor, scales: Scales) -> Blocks:
+        """See `Provider`."""
+        weight_LNK = _narrow(weight).contiguous().view(-1, *weight.shape[-2:])
+        count, rows, columns = weight_LNK.shape
+        sides = (tiles_of(rows), tiles_of(columns))
+        values, block_scales = self._empty(weight, *weight.shape), _scales_like(weight, *weight.shape[:-2], *sides)
+        kernels.quantise_blocks[(count, *sides)](
+            weight_LNK, values, block_scales, rows, columns, *sides, scales is Scales.POWER_OF_TWO, num_warps=8
+        )
+        return Blocks(values, block_scales)
+
+    def multiply(self, x: Tiles, weight: Blocks, dtype: torch.dtype) -> Tensor:
+        """See `Provider`."""
+        stack = Blocks(weight.values_NK[None], weight.scales_PQ[None])
+        return self.multiply_grouped(x, stack, (len(x.values_XD),), dtype)
+
+    def multiply_grouped(self, x: Tiles, weight: Blocks, rows_L: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """See `Provider`. Tensor cores read E4M3 along K alone, so a transposed weight is copied first."""
+        values, scales = weight.values_NK.contiguous(), weight.scales_PQ.contiguous()
+        _, columns, k = values.shape
+        out_RN = x.values_XD.new_empty((len(x.values_XD), columns), dtype=accumulated(dtype))
+        spans = _spans(rows_L, _ROWS)
+        if spans:
+            first, last, expert = _on(out_RN.device, zip(*spans, strict=True))
+            kernels.multiply[(len(spans), -(-columns // _COLUMNS))](
+                x.values_XD, x.scales_XQ, values, scales, out_RN, first, last, expert,
+                columns, k, tiles_of(columns), tiles_of(k), _ROWS, _COLUMNS, num_warps=8, num_stages=3,
+            )  # fmt: skip
+        return out_RN.to(dtype)
+
+    def outer(self, grad: Columns, x: Columns) -> Tensor:
+        """See `Provider`."""
+        a, b, experts = grad.tiles, x.tiles, len(grad.tiles_per_expert_L)
+        rows, columns = len(a.values_XD), len(b.values_XD)
+        out_LNK = a.scales_XQ.new_empty((experts, rows, columns))
+        (first,) = _on(out_LNK.device, [list(accumulate(grad.tiles_per_expert_L, initial=0))])
+        kernels.outer[(-(-rows // _ROWS), -(-columns // _COLUMNS), experts)](
+            a.values_XD, a.scales_XQ, b.values_XD, b.scales_XQ, out_LNK, first,
+            rows, columns, a.scales_XQ.shape[1], _ROWS, _COLUMNS, num_warps=8, num_stages=3,
+        )  # fmt: skip
+        return out_LNK
+
+    def _empty(self, like: Tensor, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.values, device=like.device)
+
+
+def _scales_like(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _narrow(x: Tensor) -> Tensor:
+    """Kernels read FP32 and BF16."""
+    return x if x.dtype == torch.bfloat16 else x.to(torch.float32)
+
+
+def _spans(rows_L: Sequence[int], size: int) -> list[tuple[int, int, int]]:
+    """Blocks of up to `size` rows, none with rows of two experts: first row, the one behind the last, expert."""
+    ends = accumulate(rows_L)
+    return [
+        (start, end, expert)
+        for expert, (rows, end) in enumerate(zip(rows_L, ends, strict=True))
+        for start in range(end - rows, end, size)
+    ]
+
+
+def _on(device: torch.device, numbers: object) -> list[Tensor]:
+    return list(torch.tensor(list(numbers), dtype=torch.int32, device=device).unbind())  # type: ignore[call-overload]
