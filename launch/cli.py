@@ -59,10 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--format", choices=["table", "json"], default="table")
     doctor.set_defaults(run=_doctor)
 
-    budget = verbs.add_parser("budget", help="what a run has cost, beside the published 2.788 M GPU-hours")
-    budget.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    budget.add_argument("--format", choices=["table", "json"], default="table")
-    budget.set_defaults(run=_budget)
+    _add_budget(verbs)
+    dashboard = _with_overrides(verbs.add_parser("dashboard", help="the wandb workspace for a run's metrics, as JSON"))
+    dashboard.add_argument("--save", action="store_true", help="create it on wandb's server instead; needs an account")
+    dashboard.set_defaults(run=_dashboard)
 
     trace = verbs.add_parser("trace", help="what a traced run's timeline adds up to, and a picture of it")
     trace.add_argument("place", type=Path, metavar="TRACE", help="a run's directory, or its merged trace.json")
@@ -78,6 +78,20 @@ def _parser() -> argparse.ArgumentParser:
     for action, text in (("prepare", "train the tokenizer and write token shards"), ("inspect", "what is in them")):
         _with_overrides(data.add_parser(action, help=text)).set_defaults(run=_data)
     return parser
+
+
+def _add_budget(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    budget = verbs.add_parser("budget", help="what a run has cost, beside the published 2.788 M GPU-hours")
+    budget.add_argument("run_or_project", type=Path, metavar="RUN", help="directory of a run, or a project file")
+    budget.add_argument("--tokens", metavar="14.8T", help="what so many tokens would cost at this run's price")
+    budget.add_argument("--gpus", type=int, metavar="N", help="and how long N such GPUs would take")
+    budget.add_argument("--usd-per-gpu-hour", type=float, metavar="PRICE", help="default 2, as in the report")
+    budget.add_argument("--sacct", type=Path, metavar="FILE", help="compare with the output of sacct")
+    budget.add_argument("--invoice", type=Path, metavar="FILE", help="compare with an invoice, a CSV")
+    columns = "what the CSV calls gpu_hours and amount"
+    budget.add_argument("--invoice-columns", default="", metavar="gpu_hours=NAME,amount=NAME", help=columns)
+    budget.add_argument("--format", choices=["table", "json"], default="table")
+    budget.set_defaults(run=_budget)
 
 
 def _add_cluster(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -214,14 +228,23 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _budget(options: argparse.Namespace) -> int:
-    from ..trainer.budget.render import render
-    from ..trainer.budget.summary import summarise
+    from .budget import Question, budget_tables, budget_tree
 
-    summary = summarise(options.run_dir)
+    names = [field.name for field in fields(Question) if field.name != "run"]
+    question = Question(options.run_or_project, **{name: getattr(options, name) for name in names})
     if options.format == "json":
-        print(json.dumps(summary.to_json(), indent=1))
+        print(json.dumps(budget_tree(question), indent=1))
     else:
-        _show(render(summary))
+        for table in budget_tables(question):
+            _show(table)
+    return 0
+
+
+def _dashboard(options: argparse.Namespace) -> int:
+    from .dashboard import dashboard_json, save_dashboard
+
+    make = save_dashboard if options.save else dashboard_json
+    print(make(options.overrides, options.config_dir))
     return 0
 
 

@@ -8,13 +8,11 @@ from pathlib import Path
 from rich.console import RenderableType
 from rich.table import Table
 
-from ..comm.record import EDGE_WAIT, EXPOSED_EXCHANGE, OPTIMIZER, REDUCE_WAIT
 from ..comm.refusal import Problem, Refused
-from ..trainer.telemetry.trace import INSTRUCTIONS, TRACE_FILE, Span, read_trace, summarise_trace
+from ..trainer.budget.terms import TERMS
+from ..trainer.telemetry.trace import TRACE_FILE, Span, read_trace, summarise_trace
 from ..trainer.telemetry.trace_svg import svg_layer_pair
 from ..trainer.tracing import TRACE_FOLDER
-
-_TERMS = (*INSTRUCTIONS, EXPOSED_EXCHANGE, EDGE_WAIT, REDUCE_WAIT, OPTIMIZER)
 
 
 def open_trace(place: Path) -> dict[int, list[Span]]:
@@ -37,7 +35,7 @@ def trace_tree(ranks: Mapping[int, Sequence[Span]]) -> dict[str, dict[str, float
 def trace_table(ranks: Mapping[int, Sequence[Span]]) -> RenderableType:
     """The same for a reader, in milliseconds, without the terms that are nought everywhere."""
     terms = {rank: summarise_trace(spans) for rank, spans in sorted(ranks.items())}
-    shown = [name for name in _TERMS if any(seconds[name] for seconds in terms.values())]
+    shown = [name for name in TERMS if any(seconds[name] for seconds in terms.values())]
     table = Table(
         title="Milliseconds of the steps in this trace; instructions without their waits", title_justify="left"
     )

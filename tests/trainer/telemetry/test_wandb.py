@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ def step(number: int) -> Event:
 def test_the_history_that_wandb_keeps_is_that_of_the_event_file(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    stream = EventStream(run_dir, [WandbSink(WandbConfig(project="tests"), run_dir)])
+    stream = EventStream(run_dir, [WandbSink(WandbConfig(project="tests"), run_dir, 0)])
     stream.emit(Event("run", 0, {"config": {"model": {"layers": 4}}, "parameters": 12}))
     for number in range(1, 301):  # more than one block of 32 KiB
         stream.emit(step(number))
@@ -66,7 +68,7 @@ def test_a_second_life_has_the_same_id_and_goes_on_counting(tmp_path: Path) -> N
     run_dir = tmp_path / "run"
     for first in (1, 3):
         stream = EventStream(run_dir, [])
-        sink = WandbSink(WandbConfig(), run_dir)
+        sink = WandbSink(WandbConfig(), run_dir, 0 if first == 1 else 3)
         for event in (step(first), step(first + 1), step(first + 2)):
             stream.emit(event)
             sink.emit(event)
@@ -79,7 +81,7 @@ def test_a_second_life_has_the_same_id_and_goes_on_counting(tmp_path: Path) -> N
 
 
 def test_expert_loads_become_one_bar_an_expert(tmp_path: Path) -> None:
-    sink = WandbSink(WandbConfig(), tmp_path)
+    sink = WandbSink(WandbConfig(), tmp_path, 0)
     sink.emit(Event("step", 1, {"expert_load/layer_01": [4, 0, 8], "expert_load/layer_02": [1] * 1000}))
     sink.emit(Event("sample", 1, {"text": "<to be>"}))
     sink.close()
@@ -93,10 +95,42 @@ def test_expert_loads_become_one_bar_an_expert(tmp_path: Path) -> None:
 
 def test_online_without_an_account_is_one_clear_refusal(tmp_path: Path) -> None:
     with pytest.raises(Refused) as refusal:
-        WandbSink(WandbConfig(mode="online"), tmp_path)
+        WandbSink(WandbConfig(mode="online"), tmp_path, 0)
     (problem,) = refusal.value.problems
     assert problem.field == "telemetry.wandb"
     assert "wandb login" in problem.remedy
+
+
+@pytest.mark.slow
+def test_online_with_a_server_that_is_gone_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as listener:  # which never answers
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        stream = open_stream(TelemetryConfig(wandb=WandbConfig(mode="online")), tmp_path, io.StringIO())
+        start = time.perf_counter()
+        for number in range(1, 101):
+            stream.emit(step(number))
+        assert time.perf_counter() - start < 1
+        stream.close()
+    events = read_all_metrics(tmp_path / "metrics.jsonl")
+    assert [event.kind for event in events] == [*["step"] * 100, "warning"]
+    assert "wandb could not start" in str(events[-1].values["message"])
+
+
+def test_troubles_become_alerts(tmp_path: Path) -> None:
+    stream = open_stream(TelemetryConfig(), tmp_path, io.StringIO())
+    stream.emit(step(1))
+    stream.emit(Event("warning", 1, {"about": "spike", "message": "the loss has jumped"}))
+    stream.emit(Event("stop", 2, {"reason": "rank 3 is gone"}))
+    stream.close()
+    (run,) = lives(tmp_path)
+    assert run.alerts == (("spike at step 1", "the loss has jumped"), ("stopped at step 2", "rank 3 is gone"))
+    stream = open_stream(TelemetryConfig(), tmp_path, io.StringIO())
+    stream.emit(Event("stop", 2, {"reason": "done"}))
+    stream.close()
+    assert not lives(tmp_path)[1].alerts
 
 
 def test_disabled_leaves_no_trace(tmp_path: Path) -> None:
@@ -109,7 +143,7 @@ def test_disabled_leaves_no_trace(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_is_refused_and_a_torn_one_read_to_its_end(tmp_path: Path) -> None:
-    sink = WandbSink(WandbConfig(), tmp_path)
+    sink = WandbSink(WandbConfig(), tmp_path, 0)
     for number in range(1, 4):
         sink.emit(step(number))
     sink.close()
