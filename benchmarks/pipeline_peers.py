@@ -96,7 +96,7 @@ class ModuleStage:
             return (loss_of(out, self.targets[micro_batch]) if self.is_last else out,)
 
         phase = self.phases[micro_batch] = Phase(run, x)
-        return None if self.is_last else phase.outputs[0]
+        return None if self.is_last else phase.take()[0]
 
     def backward(self, micro_batch: int, received: Tensor | None, weights: WeightGradients) -> Steps[Tensor | None]:
         yield from ()

@@ -5,7 +5,7 @@ Letters: T tokens of this rank, K experts a token, D hidden width, R rows receiv
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
@@ -29,6 +29,11 @@ class Received(Generic[Layout]):
     label: Label
     layout: Layout
     """What the exchange that made this needs to send results back. Nobody else looks inside."""
+
+    def without_rows(self) -> Received[Layout]:
+        """The way back alone: enough for the three operations that follow, once the experts have the rows."""
+        nothing = self.rows_RD.new_empty(0)
+        return replace(self, rows_RD=nothing, weights_R=nothing)
 
 
 class TokenExchange(Protocol[Layout]):

@@ -17,6 +17,7 @@ from .costs.cluster import ClusterConfig
 from .data.config import DataConfig
 from .defaults import with_defaults
 from .model.config import ModelConfig
+from .model.recompute import RecomputeConfig
 from .optimizer.config import OptimizerConfig
 from .precision.config import PrecisionConfig
 from .telemetry.config import TelemetryConfig
@@ -135,6 +136,8 @@ class RunConfig:
     """By which rule."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """In which order."""
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    """What the backward makes again instead of keeping."""
     data: DataConfig
     """On which text."""
     budget: BudgetConfig

@@ -31,6 +31,7 @@ from .data.tokenizer import Tokenizer
 from .model.chunk import Chunk
 from .model.init import initialise
 from .model.model import Model
+from .model.recompute import Part
 from .optimizer.adamw import build_adamw
 from .optimizer.config import OptimizerConfig
 from .stages import Stages
@@ -81,6 +82,8 @@ class Pipeline:
     overlap: bool = True
     """See `ScheduleConfig`."""
     recorder: Recorder = SILENT
+    recompute: frozenset[Part] = frozenset()
+    """See `RecomputeConfig`."""
 
     @staticmethod
     def open(
@@ -90,9 +93,10 @@ class Pipeline:
         *,
         overlap: bool = True,
         recorder: Recorder = SILENT,
+        recompute: frozenset[Part] = frozenset(),
     ) -> Pipeline:
         """With lanes to the neighbours."""
-        return Pipeline(stages, groups, open_lanes(groups, device, recorder), overlap, recorder)
+        return Pipeline(stages, groups, open_lanes(groups, device, recorder), overlap, recorder, recompute)
 
     def executor(self, program: Program) -> Executor:
         """Runs this rank's share of `program`."""
@@ -139,7 +143,14 @@ def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -
     worker = open_worker(groups.ep, device, order, recorder)
     traffic = Traffic(config.topology, groups.rank)
     exchange = open_exchange(config.exchange, groups, config.model.experts, worker, traffic, largest_dispatch(config))
-    pipeline = Pipeline.open(stages_of(config), groups, device, overlap=config.schedule.overlap, recorder=recorder)
+    pipeline = Pipeline.open(
+        stages_of(config),
+        groups,
+        device,
+        overlap=config.schedule.overlap,
+        recorder=recorder,
+        recompute=config.recompute.policy,
+    )
     model, dtype = build_model(config, groups, device), config.precision.compute_dtype(device)
     return Rank(
         config=config,
@@ -174,7 +185,8 @@ def build_stepper(
     return Stepper(
         model=model,
         chunks=tuple(
-            Chunk(model, exchange, dtype, stage, pipeline.recorder) for stage in stages.chunks(groups.pp_rank)
+            Chunk(model, exchange, dtype, stage, pipeline.recorder, pipeline.recompute)
+            for stage in stages.chunks(groups.pp_rank)
         ),
         executor=pipeline.executor(stages.program(micro_batches)),
         optimizer=build_adamw(dict(model.named_parameters()), optimizer),

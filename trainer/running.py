@@ -12,7 +12,7 @@ from ..parallelism.pipeline.overlap import Steps
 from ..parallelism.pipeline.weight_grad import WeightGradients
 from .data.batch import TokenBatch
 from .model.chunk import Chunk
-from .model.tape import Forward, LossScales, Summary
+from .model.tape import LossScales, StageBackward, Summary
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class RunningStage:
     """None where there is no backward."""
     summaries: list[Summary] = field(default_factory=list)
     """Of the forwards that have run."""
-    _forwards: dict[int, Forward] = field(default_factory=dict)
-    """Those whose backward has not begun."""
+    _backwards: dict[int, StageBackward] = field(default_factory=dict)
+    """Of the micro-batches whose backward has not begun."""
 
     def forward(self, micro_batch: int, received: Tensor | None) -> Steps[Tensor | None]:
         """See `parallelism.pipeline.executor.Stage`."""
@@ -34,14 +34,14 @@ class RunningStage:
         forward = yield from self.chunk.forward(batch.tokens_BW, batch.valid_BW, micro_batch, received)
         self.summaries.append(forward.summary)
         if torch.is_grad_enabled():
-            self._forwards[micro_batch] = forward
+            self._backwards[micro_batch] = forward.backward
         return forward.output_BSD
 
     def backward(self, micro_batch: int, received: Tensor | None, weights: WeightGradients) -> Steps[Tensor | None]:
         """See `parallelism.pipeline.executor.Stage`."""
         assert self.scales is not None
-        forward = self._forwards.pop(micro_batch)
-        return (yield from forward.backward(self.scales, received, weights))
+        backward = self._backwards.pop(micro_batch)
+        return (yield from backward(self.scales, received, weights))
 
     def message(self, micro_batch: int) -> Tensor:
         """See `parallelism.pipeline.executor.Stage`."""

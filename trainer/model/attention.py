@@ -12,6 +12,7 @@ from ..precision.linear import Linear
 from .causal import causal_attention
 from .config import ModelConfig
 from .norm import RMSNorm
+from .recompute import Part, recomputed, replayed
 from .rope import Rotation, softmax_scale
 
 LATENT_NORM_EPS = 1e-6
@@ -42,26 +43,27 @@ class LatentAttention(nn.Module):
     def forward(self, x_BSD: Tensor, rotation: Rotation) -> Tensor:
         """Attend: [B, S, D] to [B, S, D]."""
         config = self.config
-        nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
-
-        q_BSH = self._query(x_BSD).unflatten(-1, (config.heads, -1))
-        q_nope, q_rope = q_BSH.split((nope, rope), dim=-1)  # eq. 6-9
-
-        latent_BSC, k_rope_BS = self.kv_down(x_BSD).split((config.kv_lora_rank, rope), dim=-1)  # eq. 1
-        kv_BSH = self.kv_up(self.kv_norm(latent_BSC)).unflatten(-1, (config.heads, -1))
-        k_nope, v = kv_BSH.split((nope, config.v_head_dim), dim=-1)  # eq. 2, 5
-        k_rope = rotation.apply(k_rope_BS[:, :, None]).expand(-1, -1, config.heads, -1)  # eq. 3: one for all heads
-
-        q = torch.cat((q_nope, rotation.apply(q_rope)), dim=-1)
-        k = torch.cat((k_nope, k_rope), dim=-1)  # eq. 4
-        q_BHS, k_BHS, v_BHS = (x.transpose(1, 2) for x in (q, k, v))
-        o_BHS = causal_attention(q_BHS, k_BHS, v_BHS, softmax_scale(config))  # eq. 10
+        query_BSC = x_BSD if config.q_lora_rank is None else self.q_norm(self.q_down(x_BSD))  # eq. 6
+        latent_BSC, k_rope_BS = self.kv_down(x_BSD).split((config.kv_lora_rank, config.qk_rope_head_dim), -1)  # eq. 1
+        latent_BSC = self.kv_norm(latent_BSC)
+        heads = recomputed(Part.UP_PROJECTION, self._heads, query_BSC, latent_BSC, k_rope_BS, rotation)
+        q_BHS, k_BHS, v_BHS = (x.transpose(1, 2) for x in heads)
+        o_BHS = replayed(Part.ATTENTION, causal_attention, q_BHS, k_BHS, v_BHS, softmax_scale(config))  # eq. 10
         out: Tensor = self.out(o_BHS.transpose(1, 2).flatten(2))  # eq. 11
         return out
 
-    def _query(self, x_BSD: Tensor) -> Tensor:
-        if self.config.q_lora_rank is None:
-            query: Tensor = self.q_proj(x_BSD)
-        else:
-            query = self.q_up(self.q_norm(self.q_down(x_BSD)))
-        return query
+    def _heads(
+        self, query_BSC: Tensor, latent_BSC: Tensor, k_rope_BS: Tensor, rotation: Rotation
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of all heads, [B, S, H, any]."""
+        config = self.config
+        nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
+        up = self.q_proj if config.q_lora_rank is None else self.q_up
+        q_nope, q_rope = up(query_BSC).unflatten(-1, (config.heads, -1)).split((nope, rope), dim=-1)  # eq. 7-8
+
+        kv_BSH = self.kv_up(latent_BSC).unflatten(-1, (config.heads, -1))
+        k_nope, v = kv_BSH.split((nope, config.v_head_dim), dim=-1)  # eq. 2, 5
+        k_rope = rotation.apply(k_rope_BS[:, :, None]).expand(-1, -1, config.heads, -1)  # eq. 3: one for all heads
+
+        q = torch.cat((q_nope, rotation.apply(q_rope)), dim=-1)  # eq. 9
+        return q, torch.cat((k_nope, k_rope), dim=-1), v  # eq. 4

@@ -32,6 +32,13 @@ def causal_attention_twin(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, scale:
     return F.scaled_dot_product_attention(q_BHSW, k_BHSW, v_BHSV, is_causal=True, scale=scale)
 
 
+def kept_probabilities(length: int) -> int:
+    """How many a head and sequence of this length are kept on a CPU; blocks hold a few that are 0."""
+    if length > _KEPT_LENGTH:
+        return 0
+    return sum((queries.stop - queries.start) * seen.stop for queries, seen in _blocks(length))
+
+
 class _BlockAttention(torch.autograd.Function):
     """Plain products, a sequence and a block of its queries at a time, against only the keys that the block may see.
 

@@ -28,7 +28,8 @@ from .layer import Context, DenseLayer, MoELayer
 from .loss import IGNORED, linear_cross_entropy
 from .model import Model, MTPModule, layer_name, mtp_name
 from .phase import Phase
-from .rope import rotation
+from .recompute import Part, Recompute
+from .rope import Rotation, rotation
 from .router import Routing
 from .tape import Forward, LossScales, Stage, Tape
 
@@ -47,12 +48,16 @@ class Chunk:
         dtype: torch.dtype,
         stage: Stage | None = None,
         recorder: Recorder = SILENT,
+        recompute: frozenset[Part] = frozenset(),
     ) -> None:
         self.model = model
         self.stage = stage or Stage(range(model.config.layers))
         self._exchange = exchange
         self._dtype = dtype
         self._recorder = recorder
+        self._recompute = Recompute(recompute)
+        self._rotation: Rotation | None = None
+        """The one used last: its angles come from the host, and seldom for another length than before."""
 
     def message(self, sequences: int, length: int, device: torch.device) -> Tensor:
         """An empty tensor like what stages send each other for so many sequences of this length: [B, S, D]."""
@@ -80,7 +85,7 @@ class Chunk:
         length = tokens_BW.shape[1] - 1 - depth
         tape = self._tape(valid_BW[:, :length], micro_batch)
         hidden_BSD, main_backward = yield from self._main(tokens_BW[:, :length], received_BSD, tape)
-        losses: list[Phase] = []
+        losses: list[tuple[Phase, Tensor]] = []
         depth_backwards: list[Backward] = []
         if self.stage.is_last:
             losses, depth_backwards = yield from self._losses(tokens_BW, valid_BW, hidden_BSD, tape)
@@ -88,8 +93,8 @@ class Chunk:
         def run_backward(scales: LossScales, grad_BSD: Tensor | None, weights: WeightGradients) -> Steps[Tensor | None]:
             tape.balance_scale = scales.balance
             factors = [scales.main] + [scales.mtp] * depth
-            roots = [loss.outputs[0].new_tensor(factor) for loss, factor in zip(losses, factors, strict=False)]
-            grads = [loss.backward(weights, root)[0] for loss, root in zip(losses, roots, strict=True)]
+            roots = [torch.full_like(loss, factor) for (_, loss), factor in zip(losses, factors, strict=False)]
+            grads = [phase.backward(weights, root)[0] for (phase, _), root in zip(losses, roots, strict=True)]
             if grads:
                 grad_BSD = grads.pop()
             assert grad_BSD is not None
@@ -102,35 +107,38 @@ class Chunk:
 
         return Forward(
             output_BSD=None if self.stage.is_last else hidden_BSD,
-            summary=tape.summary([loss.outputs[0] for loss in losses]),
+            summary=tape.summary([loss for _, loss in losses]),
             backward=run_backward,
         )
 
     def _tape(self, valid_BS: Tensor, micro_batch: int) -> Tape:
-        like = torch.empty(0, device=valid_BS.device, dtype=self._dtype)
-        return Tape(Context(rotation(self.model.config, valid_BS.shape[1], like), valid_BS), micro_batch)
+        length = valid_BS.shape[1]
+        if self._rotation is None or len(self._rotation.turn_SP) != length:
+            like = torch.empty(0, device=valid_BS.device, dtype=self._dtype)
+            self._rotation = rotation(self.model.config, length, like)
+        return Tape(Context(self._rotation, valid_BS), micro_batch)
 
     def _losses(
         self, tokens_BW: Tensor, valid_BW: Tensor, hidden_BSD: Tensor, tape: Tape
-    ) -> Steps[tuple[list[Phase], list[Backward]]]:
-        """The losses of every depth, the main model's first, and the backward of each MTP module."""
+    ) -> Steps[tuple[list[tuple[Phase, Tensor]], list[Backward]]]:
+        """The losses of every depth, the main model's first, with their phases, and the backward of each MTP module."""
         length = tape.context.valid_BS.shape[1]
 
-        def loss(k: int, hidden_BSD: Tensor) -> Phase:
+        def loss(k: int, hidden_BSD: Tensor) -> tuple[Phase, Tensor]:
             counted = tape.context.valid_BS & valid_BW[:, k + 1 : length + k + 1]
             targets_BS = tokens_BW[:, k + 1 : length + k + 1].masked_fill(~counted, IGNORED)
             with self._span("loss(F)"):
-                return Phase(lambda h: (self._cross_entropy(h, targets_BS),), hidden_BSD)
+                return self._single(lambda h: self._cross_entropy(h, targets_BS), hidden_BSD)
 
-        phases, backwards = [loss(0, hidden_BSD)], []
+        losses, backwards = [loss(0, hidden_BSD)], []
         for k, module in enumerate(self.model.mtp, start=1):
             assert isinstance(module, MTPModule)
             hidden_BSD, backward = yield from self._depth(
                 mtp_name(k), module, hidden_BSD, tokens_BW[:, k : length + k], tape
             )
             backwards.append(backward)
-            phases.append(loss(k, hidden_BSD))
-        return phases, backwards
+            losses.append(loss(k, hidden_BSD))
+        return losses, backwards
 
     def _cross_entropy(self, hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
         assert self.model.head is not None
@@ -144,13 +152,15 @@ class Chunk:
     def _main(self, tokens_BS: Tensor, received_BSD: Tensor | None, tape: Tape) -> Steps[tuple[Tensor, Backward]]:
         """The stage's part of the main model: its layers, in the first after the embedding, in the last before the
         final norm: h^0, [B, S, D]."""
-        embed = Phase(lambda: (self._embed(tokens_BS),)) if self.stage.is_first else None
-        first_BSD = received_BSD if embed is None else embed.outputs[0]
-        assert first_BSD is not None
-        hidden_BSD, backwards = yield from self._layers(first_BSD, tape)
-        final_norm = self.model.final_norm if self.stage.is_last else None
-        final = None if final_norm is None else Phase(lambda h: (final_norm(h),), hidden_BSD)
-        output_BSD = hidden_BSD if final is None else final.outputs[0]
+        embed: Phase | None = None
+        final: Phase | None = None
+        if self.stage.is_first:
+            embed, received_BSD = self._single(lambda: self._embed(tokens_BS))
+        assert received_BSD is not None
+        output_BSD, backwards = yield from self._layers(received_BSD, tape)
+        if self.stage.is_last:
+            assert self.model.final_norm is not None
+            final, output_BSD = self._single(self.model.final_norm, output_BSD)
 
         def run_backward(grad_BSD: Tensor, weights: WeightGradients) -> Steps[Tensor]:
             if final is not None:
@@ -180,9 +190,9 @@ class Chunk:
         self, name: str, module: MTPModule, hidden_BSD: Tensor, tokens_BS: Tensor, tape: Tape
     ) -> Steps[tuple[Tensor, Backward]]:
         """One depth of MTP: h^{k-1} and the tokens k further on to h^k, [B, S, D]."""
-        merged = Phase(lambda h: (module.merge_inputs(h, self._embed(tokens_BS)),), hidden_BSD)
-        layer_BSD, layer_backward = yield from self._moe(name, module.layer, merged.outputs[0], tape)
-        final = Phase(lambda h: (module.final_norm(h),), layer_BSD)
+        merged, input_BSD = self._single(lambda h: module.merge_inputs(h, self._embed(tokens_BS)), hidden_BSD)
+        layer_BSD, layer_backward = yield from self._moe(name, module.layer, input_BSD, tape)
+        final, output_BSD = self._single(module.final_norm, layer_BSD)
 
         def run_backward(grad_BSD: Tensor, weights: WeightGradients) -> Steps[Tensor]:
             (grad_BSD,) = final.backward(weights, grad_BSD)
@@ -190,7 +200,7 @@ class Chunk:
             (grad_BSD,) = merged.backward(weights, grad_BSD)
             return grad_BSD
 
-        return final.outputs[0], run_backward
+        return output_BSD, run_backward
 
     def _moe(self, name: str, layer: MoELayer, hidden_BSD: Tensor, tape: Tape) -> Steps[tuple[Tensor, Backward]]:
         """The five phases, and their backward in the opposite order."""
@@ -204,46 +214,48 @@ class Chunk:
 
         label = Label(name, tape.micro_batch)
         with self._span("attn(F)", label):
-            attended = Phase(attend, hidden_BSD)
+            attended = Phase(attend, hidden_BSD, recompute=self._recompute)
         assert routing is not None
-        residual_BSD, normed_TD, gates_TK, balance = attended.outputs
+        residual_BSD, normed_TD, gates_TK, balance = attended.take()
         tape.balance_sums.append(balance)
         tape.counts_E[name] = routing.counts_E
 
         dispatched = exchange.dispatch(normed_TD, gates_TK, routing.experts_TK, label)
         yield
-        shared_layer = layer.shared
+        shared: Phase | None = None
+        shared_TD: Tensor | None = None
         with self._span("mlp(F)", label):
-            shared = None if shared_layer is None else Phase(lambda x: (shared_layer(x),), normed_TD)
+            if layer.shared is not None:
+                shared, shared_TD = self._single(layer.shared, normed_TD)
             received = self._wait(dispatched, label)
-            routed = Phase(
-                lambda rows, weights: (layer.experts(rows, weights, received.rows_per_expert_L),),
-                received.rows_RD,
-                received.weights_R,
+            counts_L = received.rows_per_expert_L
+            routed, routed_RD = self._single(
+                lambda rows, weights: layer.experts(rows, weights, counts_L), received.rows_RD, received.weights_R
             )
         tape.visits += received.visits
+        way_back = received.without_rows()
 
-        combined = exchange.combine(routed.outputs[0], received)
+        combined = exchange.combine(routed_RD, way_back)
         yield
         routed_TD = self._wait(combined, label)
-        merged_BSD = layer.merge(residual_BSD, routed_TD, None if shared is None else shared.outputs[0])
+        merged_BSD = layer.merge(residual_BSD, routed_TD, shared_TD)
 
         def run_backward(grad_BSD: Tensor, weights: WeightGradients) -> Steps[Tensor]:
             grad_TD = grad_BSD.flatten(0, 1)
-            uncombined = exchange.combine_backward(grad_TD, received)
+            uncombined = exchange.combine_backward(grad_TD, way_back)
             self._settle(weights, "attn(W)")  # of the layer above
             yield
             with self._span("mlp(B)", label):
                 grad_normed_TD = None if shared is None else shared.backward(weights, grad_TD)[0]
                 grad_RD, grad_weights_R = routed.backward(weights, self._wait(uncombined, label))
 
-            undispatched = exchange.dispatch_backward(grad_RD, grad_weights_R, received)
+            undispatched = exchange.dispatch_backward(grad_RD, grad_weights_R, way_back)
             self._settle(weights, "mlp(W)")
             yield
             with self._span("attn(B)", label):
                 grad_routed_TD, grad_gates_TK = self._wait(undispatched, label)
                 grad_normed_TD = grad_routed_TD if grad_normed_TD is None else grad_normed_TD + grad_routed_TD
-                root = balance.new_tensor(tape.balance_scale)
+                root = torch.full_like(balance, tape.balance_scale)
                 (grad_BSD,) = attended.backward(weights, grad_BSD, grad_normed_TD, grad_gates_TK, root)
             return grad_BSD
 
@@ -251,14 +263,19 @@ class Chunk:
 
     def _dense(self, layer: DenseLayer, hidden_BSD: Tensor, context: Context) -> tuple[Tensor, Backward]:
         with self._span("dense(F)"):
-            phase = Phase(lambda h: (layer(h, context),), hidden_BSD)
+            phase, output_BSD = self._single(lambda h: layer(h, context), hidden_BSD)
 
         def run_backward(grad_BSD: Tensor, weights: WeightGradients) -> Steps[Tensor]:
             yield from ()
             with self._span("dense(B)"):
                 return phase.backward(weights, grad_BSD)[0]
 
-        return phase.outputs[0], run_backward
+        return output_BSD, run_backward
+
+    def _single(self, function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Phase, Tensor]:
+        """A phase that makes one tensor, and that tensor."""
+        phase = Phase(lambda *inputs: (function(*inputs),), *inputs, recompute=self._recompute)
+        return phase, phase.take()[0]
 
     def _span(self, name: str, label: Label | None = None) -> AbstractContextManager[object]:
         return self._recorder.span(Track.COMPUTE, name, label)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...parallelism.pipeline.weight_grad import add_to_grad, collecting
 from ..precision.linear import Linear, at_least_fp32
+from .recompute import Part, recomputed
 
 
 class SwiGLU(nn.Module):
@@ -25,7 +26,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
-        out: Tensor = self.down(swiglu(self.gate_up(x)))
+        gate_up: Tensor = recomputed(Part.GATE_UP, self.gate_up, x)
+        out: Tensor = self.down(recomputed(Part.SWIGLU, swiglu, gate_up))
         return out
 
 
@@ -42,13 +44,19 @@ class Experts(nn.Module):
 
         The weight multiplies before the down projection, so that combine can be a plain sum.
         """
-        gate_up_RF = grouped_linear(rows_RD, self.gate_up_LFD, rows_per_expert_L)
-        inner_RF = weighted_swiglu(gate_up_RF, weights_R)
+        gate_up_RF = recomputed(Part.GATE_UP, grouped_linear, rows_RD, self.gate_up_LFD, rows_per_expert_L)
+        inner_RF = recomputed(Part.SWIGLU, weighted_swiglu, gate_up_RF, weights_R)
         return grouped_linear(inner_RF, self.down_LDF, rows_per_expert_L)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(first half) ⊙ second half of the last dimension."""
+    out: Tensor = _SwiGLU.apply(gate_up)  # type: ignore[no-untyped-call]
+    return out
+
+
+def swiglu_twin(gate_up: Tensor) -> Tensor:
+    """The same, differentiated by autograd, which keeps silu(first half) too."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -61,7 +69,7 @@ def weighted_swiglu(gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:
 
 def weighted_swiglu_twin(gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:
     """The same, differentiated by autograd."""
-    return (swiglu(gate_up_RF) * weights_R[:, None]).to(gate_up_RF.dtype)
+    return (swiglu_twin(gate_up_RF) * weights_R[:, None]).to(gate_up_RF.dtype)
 
 
 def _scaled(x_RF: Tensor, weights_R: Tensor) -> Tensor:
@@ -69,6 +77,26 @@ def _scaled(x_RF: Tensor, weights_R: Tensor) -> Tensor:
     if x_RF.dtype == weights_R.dtype:
         return x_RF.mul_(weights_R[:, None])
     return (x_RF * weights_R[:, None]).to(x_RF.dtype)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps what it is given and nothing that it makes on its way."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        torch.mul(F.silu(gate), grads[0], out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=grad_gate)
+        return grad_gate_up
 
 
 class _WeightedSwiGLU(torch.autograd.Function):

@@ -17,6 +17,7 @@ from .config import ModelConfig
 from .experts import Experts
 from .layer import DenseLayer, MoELayer
 from .norm import RMSNorm
+from .recompute import Part, recomputed
 from .router import Router
 
 
@@ -49,9 +50,11 @@ class MTPModule(nn.Module):
 
     def merge_inputs(self, hidden_BSD: Tensor, embedded_BSD: Tensor) -> Tensor:
         """The input of this depth's layer, [B, S, D]."""
-        both = (self.embedding_norm(embedded_BSD), self.hidden_norm(hidden_BSD))
-        merged: Tensor = self.project(torch.cat(both, dim=-1))
+        merged: Tensor = self.project(recomputed(Part.NORM, self._normed, embedded_BSD, hidden_BSD))
         return merged
+
+    def _normed(self, embedded_BSD: Tensor, hidden_BSD: Tensor) -> Tensor:
+        return torch.cat((self.embedding_norm(embedded_BSD), self.hidden_norm(hidden_BSD)), dim=-1)
 
 
 @dataclass(frozen=True)

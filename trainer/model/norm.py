@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..precision.linear import at_least_fp32
+from .recompute import Part, recomputed
 
 
 class RMSNorm(nn.Module):
@@ -21,7 +22,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] to the same shape and dtype; computed in FP32 at least."""
-        return rms_norm(x, self.weight, self.eps)
+        return recomputed(Part.NORM, rms_norm, x, self.weight, self.eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

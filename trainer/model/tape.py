@@ -45,6 +45,11 @@ class Summary:
     """Of the stage's routed layers together."""
 
 
+StageBackward = Callable[[LossScales, Tensor | None, WeightGradients], Steps[Tensor | None]]
+"""Given the gradient of a stage's output (None for the last stage), returns that of what was received (None for the
+first); what is left to do for weights goes to the third."""
+
+
 @dataclass(frozen=True)
 class Forward:
     """What one micro-batch's forward leaves behind."""
@@ -52,9 +57,7 @@ class Forward:
     output_BSD: Tensor | None
     """For the next stage; None from the last."""
     summary: Summary
-    backward: Callable[[LossScales, Tensor | None, WeightGradients], Steps[Tensor | None]]
-    """Given the gradient of the output (None for the last stage), returns that of what was received (None for the
-    first)."""
+    backward: StageBackward
 
 
 @dataclass(frozen=True)

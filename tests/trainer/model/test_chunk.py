@@ -26,6 +26,7 @@ from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.init import initialise
 from shoestring.trainer.model.model import Model
+from shoestring.trainer.model.recompute import Part
 from shoestring.trainer.model.tape import LossScales
 
 T = TypeVar("T")
@@ -59,7 +60,7 @@ class WatchedExchange:
         self._exchange = exchange
         self._number: dict[int, int] = {}
         self.diary: list[str] = []
-        self.rows: list[weakref.ref[Tensor]] = []
+        self.rows: list[weakref.ref[torch.UntypedStorage]] = []
         self.most_alive = 0
 
     def dispatch(
@@ -69,7 +70,7 @@ class WatchedExchange:
         received = pending.wait()
         number = len(self.rows)
         self._number[id(received.layout)] = number
-        self.rows.append(weakref.ref(received.rows_RD))
+        self.rows.append(weakref.ref(received.rows_RD.untyped_storage()))
         self.most_alive = max(self.most_alive, self.alive())
         return self._watched(pending, f"dispatch {number}")
 
@@ -98,14 +99,16 @@ class WatchedExchange:
         return Watched(pending, name, self.diary)
 
 
-def make_chunk() -> tuple[Chunk, WatchedExchange]:
+def make_chunk(
+    recompute: frozenset[Part] = frozenset(), dtype: torch.dtype = torch.float32
+) -> tuple[Chunk, WatchedExchange]:
     model = Model(CONFIG)
     initialise(model, seed=0)
     topology = Topology()
     groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))
     exchange = FlatExchange(groups, CONFIG.experts, InlineWorker(), Traffic(topology, 0), ExchangeConfig())
     watched = WatchedExchange(exchange)
-    return Chunk(model, watched, torch.float32), watched
+    return Chunk(model, watched, dtype, recompute=recompute), watched
 
 
 def window() -> tuple[Tensor, Tensor]:

@@ -1,0 +1,150 @@
+"""What is made again in the backward is what the forward made, and nothing that communicates or chooses runs twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoestring.comm.refusal import Problem
+from shoestring.parallelism.pipeline.overlap import drive
+from shoestring.parallelism.pipeline.weight_grad import WeightGradients
+from shoestring.tests.trainer.model.test_chunk import LENGTH, SCALES, make_chunk, window
+from shoestring.trainer.model import recompute as recompute_module
+from shoestring.trainer.model.recompute import Part, Recompute, RecomputeConfig, recomputed, replayed
+from shoestring.trainer.model.router import Router
+
+REPORT = frozenset({Part.NORM, Part.UP_PROJECTION, Part.SWIGLU})
+POLICIES = [frozenset(parts) for size in range(len(Part) + 1) for parts in combinations(Part, size)]
+
+
+def names(policy: frozenset[Part]) -> str:
+    return "+".join(sorted(policy)) or "nothing"
+
+
+def gradients(policy: frozenset[Part], dtype: torch.dtype, *, deferred: bool = False) -> tuple[list[Tensor], list[str]]:
+    """Losses and gradients of one micro-batch, and what was sent."""
+    chunk, exchange = make_chunk(policy, dtype)
+    forward = drive(chunk.forward(*window()))
+    weights = WeightGradients(deferred=deferred)
+    drive(forward.backward(SCALES, None, weights))
+    weights.run()
+    found = [forward.summary.main_sum, forward.summary.mtp_sum, forward.summary.balance_sum]
+    for parameter in chunk.model.parameters():
+        assert parameter.grad is not None
+        found.append(parameter.grad)
+    return found, exchange.diary
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("policy", POLICIES[1:], ids=names)
+def test_recomputing_changes_no_bit(policy: frozenset[Part], dtype: torch.dtype) -> None:
+    kept, sent = gradients(frozenset(), dtype)
+    made_again, sent_again = gradients(policy, dtype)
+    assert all(map(torch.equal, made_again, kept))
+    assert sent_again == sent
+    split, _ = gradients(policy, dtype, deferred=True)
+    assert all(map(torch.equal, split, kept))
+
+
+def test_each_part_is_made_again_once_for_each_who_needs_it() -> None:
+    """Counts the recipes that are used: without any, the test above would say nothing."""
+    used: list[str] = []
+    result = recompute_module._Recipe.result
+
+    def counted(self: recompute_module._Recipe, index: int) -> Tensor:
+        if not self._results:
+            used.append(getattr(self._function, "__name__", "module"))
+        return result(self, index)
+
+    with patch.object(recompute_module._Recipe, "result", counted):
+        gradients(frozenset(Part), torch.float32)
+    layers, routed = 4, 3  # with that of MTP
+    assert used.count("_heads") == used.count("replay") == layers
+    assert used.count("rms_norm") == 4 * layers + 1  # two of them in attention; the last is that before MTP
+    assert used.count("_normed") == 1  # MTP's pair of norms
+    assert used.count("weighted_swiglu") == used.count("grouped_linear") == routed
+    assert used.count("swiglu") == used.count("module") == layers
+
+
+def test_where_tokens_go_is_decided_once() -> None:
+    choose, decided = Router._select, []
+
+    def counted(self: Router, affinity_TE: Tensor) -> Tensor:
+        decided.append(affinity_TE)
+        return choose(self, affinity_TE)
+
+    with patch.object(Router, "_select", counted):
+        gradients(frozenset(Part), torch.float32)
+    assert len(decided) == 3
+
+
+def test_logits_need_no_recipes() -> None:
+    chunk, _ = make_chunk(frozenset(Part))
+    with torch.no_grad(), patch.object(Recompute, "note", side_effect=AssertionError):
+        drive(chunk.logits(window()[0][:, :LENGTH]))
+
+
+def test_a_result_goes_when_the_last_who_kept_it_has_run() -> None:
+    made: list[int] = []
+
+    def double(x: Tensor) -> Tensor:
+        made.append(len(made))
+        return 2 * x
+
+    x, recompute = torch.randn(5, requires_grad=True), Recompute(frozenset({Part.NORM}))
+    with recompute.collect():
+        doubled = recomputed(Part.NORM, double, x)
+        first, second = doubled.sin().sum(), doubled[1:].cos().sum()
+        recomputed(Part.SWIGLU, double, x).sin()  # not in the policy
+    storage = doubled.untyped_storage()
+    assert len(recompute._results) == 1
+    del doubled, storage
+    assert len(recompute._results) == 0
+    made.clear()
+    (first + second).backward()
+    assert made == [0]
+    expected = 2 * (2 * x).cos()
+    expected[1:] -= 2 * (2 * x).sin()[1:]
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_a_function_that_returns_its_input_has_made_nothing() -> None:
+    x, recompute = torch.randn(5, requires_grad=True), Recompute(frozenset(Part))
+    with recompute.collect():
+        same = recomputed(Part.NORM, lambda x: x.view(-1), x)
+        result = same.sin().sum()
+    assert len(recompute._results) == 0
+    result.backward()
+    torch.testing.assert_close(x.grad, x.cos())
+
+
+def test_a_replayed_function_keeps_its_inputs_alone() -> None:
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    x, recompute = torch.randn(5, requires_grad=True), Recompute(frozenset({Part.ATTENTION}))
+    with recompute.collect(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = replayed(Part.ATTENTION, lambda x, scale: (x.exp().sin() * scale).cos(), x, 3.0)
+    assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
+    (gradient,) = torch.autograd.grad(result.sum(), x)
+    torch.testing.assert_close(gradient, torch.autograd.grad((x.exp().sin() * 3.0).cos().sum(), x)[0])
+
+
+def problems(*parts: str) -> Iterator[Problem]:
+    return RecomputeConfig(parts=parts).problems()
+
+
+def test_an_unknown_part_is_refused_and_so_is_one_twice() -> None:
+    assert not list(problems("norm", "swiglu"))
+    unknown, twice = problems("norm", "softmax", "norm")
+    assert (unknown.field, unknown.value) == ("parts[1]", "softmax")
+    assert all(part.value in unknown.remedy for part in Part)
+    assert (twice.field, twice.value) == ("parts[2]", "norm")

@@ -1,0 +1,182 @@
+"""Activations that are made again in the backward instead of being kept from the forward on (report §3.2.3).
+
+The model says of some of its functions which part of a layer they make (`recomputed`). Where the policy names that
+part, autograd keeps a recipe instead of the results, the function and its inputs, wherever it would keep a result. Who
+needs one first in the backward makes it again; it goes when the last one has had it. The function is the same on the
+same numbers, so the gradients are those of a run that keeps everything, to the last bit.
+
+Neither an exchange nor the choice of experts is one of these functions: tokens are sent once, and go where they went.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ...comm.refusal import Problem
+
+T = TypeVar("T", Tensor, tuple[Tensor, ...])
+
+
+class Part(StrEnum):
+    """What can be made again."""
+
+    NORM = "norm"  # what RMSNorms give
+    UP_PROJECTION = "up_projection"  # queries, keys and values, from the compressed vectors (without these, the norm)
+    ATTENTION = "attention"  # what attention gives, and its probabilities
+    GATE_UP = "gate_up"  # gate and up projections of experts and of dense layers
+    SWIGLU = "swiglu"  # what their down projections take
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecomputeConfig:
+    """Which activations are made again in the backward, to have memory for others."""
+
+    parts: tuple[str, ...] = ()
+    """Any of `norm`, `up_projection`, `attention`, `gate_up` and `swiglu`; the report's are the first two and the last.
+    The numbers are the same to the last bit. A backward that is split in I and W keeps what I has made again until W.
+    """
+
+    def problems(self) -> Iterator[Problem]:
+        """What is impossible about these values on their own."""
+        known = [part.value for part in Part]
+        for index, part in enumerate(self.parts):
+            if part not in known:
+                yield Problem(f"parts[{index}]", part, f"no such part of a layer; there are: {', '.join(known)}")
+            elif part in self.parts[:index]:
+                yield Problem(f"parts[{index}]", part, "is there already; write it once")
+
+    @property
+    def policy(self) -> frozenset[Part]:
+        """The same as a set."""
+        return frozenset(map(Part, self.parts))
+
+
+class Recompute:
+    """A policy at work, in all phases of a chunk: one may keep what another has made."""
+
+    def __init__(self, parts: frozenset[Part] = frozenset()) -> None:
+        self.parts = parts
+        # By storage, for as long as that lives: what autograd keeps is often a view of a result.
+        self._results = WeakIdKeyDictionary()
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Functions that run forward inside are recomputed where the policy says so."""
+        if not self.parts or not torch.is_grad_enabled():
+            yield
+            return
+        token = _COLLECTING.set(self)
+        try:
+            with saved_tensors_hooks(self._keep, _kept):
+                yield
+        finally:
+            _COLLECTING.reset(token)
+
+    def note(self, function: Callable[..., T], inputs: tuple[Any, ...], results: T) -> None:
+        """Remember how `results` were made. One that lies in an input's memory is that input, and not made at all."""
+        held = {id(x.untyped_storage()) for x in inputs if isinstance(x, Tensor)}
+        recipe = _Recipe(function, tuple(self._keep(x.detach()) if isinstance(x, Tensor) else x for x in inputs))
+        for index, result in enumerate(_as_tuple(results)):
+            if id(result.untyped_storage()) not in held:
+                self._results[result.untyped_storage()] = recipe, index
+
+    def _keep(self, tensor: Tensor) -> Tensor | _View:
+        found = self._results.get(tensor.untyped_storage())
+        if found is None:
+            return tensor
+        recipe, index = found
+        return _View(recipe, index, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+
+
+def recomputed(part: Part, function: Callable[..., T], *inputs: Any) -> T:
+    """`function(*inputs)`; a tensor, or a tuple of them. The policy may have it made again when it is needed.
+
+    The function must depend on nothing but its inputs and weights, and give the same bits each time.
+    """
+    results = function(*inputs)
+    recompute = _COLLECTING.get()
+    if recompute is not None and part in recompute.parts:
+        recompute.note(function, inputs, results)
+    return results
+
+
+def replayed(part: Part, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """The same for a function without weights, of which nothing inside is kept either: its backward runs it anew."""
+    recompute = _COLLECTING.get()
+    if recompute is None or part not in recompute.parts:
+        return function(*inputs)
+
+    def replay(*inputs: Any) -> Tensor:
+        result: Tensor = _Replayed.apply(function, *inputs)  # type: ignore[no-untyped-call]
+        return result
+
+    return recomputed(part, replay, *inputs)
+
+
+_COLLECTING: ContextVar[Recompute | None] = ContextVar("collecting recipes", default=None)
+
+
+class _Recipe:
+    """A function and its inputs, until its results are needed; then these, until nobody may ask for them any more."""
+
+    def __init__(self, function: Callable[..., Any], inputs: tuple[Any, ...]) -> None:
+        self._function, self._inputs = function, inputs
+        self._results: tuple[Tensor, ...] = ()
+
+    def result(self, index: int) -> Tensor:
+        if not self._results:
+            with torch.no_grad():
+                self._results = _as_tuple(self._function(*map(_kept, self._inputs)))
+            self._inputs = ()
+        return self._results[index]
+
+
+@dataclass(frozen=True)
+class _View:
+    """Stands for a tensor that lies in a recipe's result."""
+
+    recipe: _Recipe
+    index: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def tensor(self) -> Tensor:
+        return self.recipe.result(self.index).as_strided(self.shape, self.stride, self.offset)
+
+
+def _kept(kept: Any) -> Any:
+    return kept.tensor() if isinstance(kept, _View) else kept
+
+
+def _as_tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (results,) if isinstance(results, Tensor) else results
+
+
+class _Replayed(torch.autograd.Function):
+    """Keeps the tensors that a function takes, and none that it makes on its way."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+        ctx.function, ctx.others = function, [None if isinstance(x, Tensor) else x for x in inputs]
+        return function(*(x.detach() if isinstance(x, Tensor) else x for x in inputs))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = [x.detach().requires_grad_(x.is_floating_point()) for x in ctx.saved_tensors]
+        left = iter(tensors)
+        with torch.enable_grad():
+            result = ctx.function(*(next(left) if other is None else other for other in ctx.others))
+        found = iter(torch.autograd.grad(result, tensors, grads))
+        return (None, *(next(found) if other is None else None for other in ctx.others))
