@@ -33,6 +33,7 @@ from .exchange import Received
 from .failure import failing_clearly
 from .fp8 import dequantise, quantise, tiles_of
 from .groups import ProcessGroups
+from .host import to_host
 from .label import Call, Label
 from .layout import Visits, visited
 from .pending import Pending, Worker
@@ -126,7 +127,7 @@ class DeepEPExchange:
                     do_expand=True,
                 )
                 # DeepEP has waited for the sizes, so these are there. Asked for later, they would wait for the rows.
-                rank_visits, node_visits = visits.tolist()
+                rank_visits, node_visits = to_host(visits).tolist()
                 event.current_stream_wait(release_handle=True)
             tokens, top_k = experts_TK.shape
             return Received(

@@ -39,6 +39,8 @@ class Received(Generic[Layout]):
 class TokenExchange(Protocol[Layout]):
     """Four operations. Each returns at once; the communication advances while the caller computes.
 
+    A dispatch makes the host wait once (`host.to_host`), for the sizes of everything; the other three never do.
+
     dispatch_backward is a combine and combine_backward is a dispatch that reuses the layout: no sizes are exchanged
     again. Every rank of the expert-parallel group calls the same operations in the same order, also with zero tokens.
     """

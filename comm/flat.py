@@ -15,6 +15,7 @@ from torch import Tensor
 from .config import ExchangeConfig
 from .exchange import Received
 from .groups import ProcessGroups
+from .host import to_host
 from .label import Call, Label
 from .layout import Fan, Hop, Visits, count_choices, visited
 from .pending import Pending, Worker
@@ -110,7 +111,7 @@ class FlatExchange:
         visits_TP = visited(experts_TK // sent_PL.shape[1], ranks)
         visits_TM = visits_TP.unflatten(1, (-1, self._node_size)).any(dim=2)
         sums = (sent_PL.sum(dim=1), received_PL.sum(dim=1), received_PL.sum(dim=0), visits_TP.sum(), visits_TM.sum())
-        numbers: list[int] = torch.cat([x.reshape(-1) for x in sums]).tolist()  # the one wait for the GPU
+        numbers: list[int] = to_host(torch.cat([x.reshape(-1) for x in sums])).tolist()
         sent_P, received_P = numbers[:ranks], numbers[ranks : 2 * ranks]
         rows_per_expert_L, (rank_visits, node_visits) = numbers[2 * ranks : -2], numbers[-2:]
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from .config import ExchangeConfig
 from .exchange import Received
 from .groups import ProcessGroups
+from .host import to_host
 from .label import Call, Label
 from .layout import Fan, Hop, Visits, count_choices, visited
 from .pending import Pending, Worker
@@ -195,7 +196,7 @@ class TwoHopExchange:
             received_PS[:, 1 + node_size :].sum(dim=0),
             visits_TP.sum()[None],
         )
-        numbers = torch.cat(sums).cpu()  # the one wait for the GPU
+        numbers = to_host(torch.cat(sums))
         parts = [tuple(part.tolist()) for part in numbers.split([len(part) for part in sums])]
         return _Sizes(parts[0], parts[1], parts[2], parts[3], parts[4], parts[5][0]), visits_TN
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..comm.groups import Group
+from ..comm.host import to_host
 
 _PIECE = 2**16  # elements: 512 KB in FP64
 
@@ -77,7 +78,7 @@ def _sum_of_squares(parameters: Iterable[Tensor]) -> Tensor:
     the optimizer.
     """
     sums = [_squares_of(piece) for parameter in parameters for piece in _grad(parameter).reshape(-1).split(_PIECE)]
-    return torch.stack(sums).sum().cpu() if sums else torch.zeros((), dtype=torch.float64)
+    return to_host(torch.stack(sums).sum()) if sums else torch.zeros((), dtype=torch.float64)
 
 
 def _squares_of(piece: Tensor) -> Tensor:

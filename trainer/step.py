@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..comm.groups import ProcessGroups
+from ..comm.host import to_device, to_host
 from ..comm.layout import NO_VISITS, Visits
 from ..comm.record import OPTIMIZER, REDUCE_WAIT, SILENT, Recorder, Track
 from ..parallelism.gradients import Gradients
@@ -22,6 +23,11 @@ from .model.router import update_bias
 from .model.tape import LossScales, Summary
 from .optimizer.adamw import set_learning_rate
 from .running import RunningStage
+
+HOST_READS_A_STEP = 5
+"""How often the host waits for the device in one step: for the targets, losses, loads, norm and biases of the global
+batch, each in one piece. Beside these a rank waits once for each dispatch (see `TokenExchange`), and never inside an FB
+for anything else."""
 
 
 class NonFiniteStep(RuntimeError):  # noqa: N818 -- says what happened
@@ -116,10 +122,9 @@ class Stepper:
 
     def _count_targets(self, micro_batches: Sequence[TokenBatch]) -> int:
         """Valid next-token targets of the global batch, known before the first backward: each loss is scaled once."""
-        count = torch.zeros((), dtype=torch.int64)
-        for batch in micro_batches:
-            count += count_targets(batch, self.config.mtp_depth).cpu()
-        return max(1, int(self.groups.dense_dp.all_reduce_sum(count, "count of valid targets").item()))
+        counts = [count_targets(batch, self.config.mtp_depth) for batch in micro_batches]
+        count = self.groups.dense_dp.all_reduce_sum(to_host(sum_counts(counts)), "count of valid targets")
+        return max(1, int(count.item()))
 
     def _forward_backward(self, micro_batches: Sequence[TokenBatch], scales: LossScales) -> Iterator[Summary]:
         """Run the schedule; a summary of each micro-batch in each stage of this rank."""
@@ -131,7 +136,7 @@ class Stepper:
     def _reduce_sums(self, summaries: Sequence[Summary]) -> tuple[float, float, float]:
         """Each stage adds what it has: the last one the losses, all of them their layers' balance."""
         per_batch = [torch.stack((s.main_sum.double(), s.mtp_sum.double(), s.balance_sum.double())) for s in summaries]
-        sums = self.groups.world.all_reduce_sum(torch.stack(per_batch).sum(dim=0).cpu(), "sum of losses")
+        sums = self.groups.world.all_reduce_sum(to_host(torch.stack(per_batch).sum(dim=0)), "sum of losses")
         main, mtp, balance = sums.tolist()
         return main, mtp, balance
 
@@ -139,10 +144,10 @@ class Stepper:
         """Load of the whole global batch, of every router: each token counted where it was routed from."""
         names = router_names(self.config)
         counts_NE = torch.zeros((len(names), self.config.experts), dtype=torch.int64)
-        for row, name in enumerate(names):
-            own = [summary.counts_E[name] for summary in summaries if name in summary.counts_E]
-            if own:
-                counts_NE[row] = sum_counts(own).cpu()
+        own = [name for name in names if any(name in summary.counts_E for summary in summaries)]
+        if own:
+            sums = [sum_counts([s.counts_E[name] for s in summaries if name in s.counts_E]) for name in own]
+            counts_NE[[names.index(name) for name in own]] = to_host(torch.stack(sums))
         if names:
             self.groups.world.all_reduce_sum(counts_NE, "sum of expert loads")
         return dict(zip(names, counts_NE.unbind(), strict=True))
@@ -159,14 +164,16 @@ class Stepper:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for name, router in self.model.routers():
-            update_bias(router.bias_E, counts_E[name].to(router.bias_E.device), settings.bias_speed)
+            update_bias(router.bias_E, to_device(counts_E[name], router.bias_E.device), settings.bias_speed)
 
     def _bias_range(self) -> tuple[float, float]:
         biases = [router.bias_E for _, router in self.model.routers()]
-        least = min((float(bias.min()) for bias in biases), default=math.inf)
-        most = max((float(bias.max()) for bias in biases), default=-math.inf)
-        ends = self.groups.world.all_reduce_max(torch.tensor((-least, most)), "range of routing biases")
-        return (-float(ends[0]), float(ends[1])) if math.isfinite(ends[1]) else (0.0, 0.0)
+        ends = torch.full((2,), -math.inf)
+        if biases:
+            bias_NE = torch.stack(biases)
+            ends = to_host(torch.stack((-bias_NE.amin(), bias_NE.amax())))
+        least, most = self.groups.world.all_reduce_max(ends, "range of routing biases").tolist()
+        return (-least, most) if math.isfinite(most) else (0.0, 0.0)
 
 
 def count_targets(batch: TokenBatch, mtp_depth: int) -> Tensor:

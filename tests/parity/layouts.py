@@ -18,6 +18,7 @@ from shoestring.parallelism.pipeline.schedules import SCHEDULES, build_placement
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.reference.deepseek_v3 import BIAS, ReferenceConfig
 from shoestring.tests.trainer.model.released import model_config
+from shoestring.trainer.model.recompute import Part
 from shoestring.trainer.stages import Stages
 
 STEPS = 3
@@ -68,6 +69,8 @@ class Layout:
     schedule: str = "one_f_one_b"
     overlap: bool = True
     """Of the two halves of an FB."""
+    recompute: frozenset[Part] = frozenset()
+    """What the backward makes again."""
 
     @property
     def name(self) -> str:
@@ -91,6 +94,7 @@ class Layout:
                 place,
                 self.schedule,
                 *([] if self.overlap else ["in turn"]),
+                *(["remade", "+".join(sorted(self.recompute))] if self.recompute else []),
             )
         )
 
@@ -168,6 +172,8 @@ def global_batch(layout: Layout, step: int) -> tuple[Tensor, Tensor]:
     return tokens_BW, valid_BW
 
 
+REPORT = frozenset({Part.NORM, Part.UP_PROJECTION, Part.SWIGLU})
+EVERYTHING = frozenset(Part)
 _RAGGED, _EMPTY = Padding.RAGGED, Padding.EMPTY
 _IDLE, _BUSY, _UNUSED = Load.IDLE, Load.BUSY, Load.UNUSED
 _FP32 = torch.float32
@@ -192,6 +198,9 @@ QUICK = (
     Layout(2, 1, 5, 1, _EMPTY, pp=2, layers=4, schedule="dualpipev", exchange="two_hop", node_size=1),
     Layout(1, 1, 8, 1, _RAGGED, pp=4, layers=5, schedule="dualpipe"),
     Layout(2, 1, 4, 2, _RAGGED, _IDLE, pp=2, schedule="dualpipe", dtype=_FP32),
+    # The backward makes activations again: with FB, and with I apart from W.
+    Layout(2, 1, 5, 1, _RAGGED, layers=4, schedule="dualpipev", exchange="two_hop", node_size=1, recompute=REPORT),
+    Layout(1, 1, 4, 1, _EMPTY, pp=2, schedule="zb1p", recompute=EVERYTHING),
 )
 
 _GRIDS = ((2, 1, 1), (2, 2, 1), (2, 1, 2), (4, 1, 1), (2, 2, 2))
@@ -207,6 +216,18 @@ def _pipelines() -> Iterator[Layout]:
             yield Layout(
                 ep, edp, 2 * pp, mtp, next(paddings), pp=pp, schedule=schedule, dtype=dtype, layers=max(3, stages)
             )
+
+
+def _recomputed() -> Iterator[Layout]:
+    """Every schedule with both exchanges under the report's policy and under the largest one; loads in turn."""
+    loads = cycle(Load)
+    for schedule in (each.name for each in SCHEDULES):
+        stages = build_placement(schedule, 2).stages
+        for exchange, recompute in product(("flat", "two_hop"), (REPORT, EVERYTHING)):
+            yield Layout(
+                2, 1, 4, 1, _RAGGED, next(loads), pp=2, schedule=schedule, layers=max(3, stages), exchange=exchange,
+                node_size=1, recompute=recompute,
+            )  # fmt: skip
 
 
 SLOW = (
@@ -247,4 +268,5 @@ SLOW = (
     Layout(4, 2, 2, 1, _RAGGED, _IDLE),
     Layout(4, 2, 1, 2, _EMPTY, dtype=_FP32),
     *_pipelines(),
+    *_recomputed(),
 )

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...comm.host import to_device
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -22,4 +24,4 @@ class TokenBatch:
 
     def to(self, device: torch.device) -> TokenBatch:
         """The same batch on `device`."""
-        return TokenBatch(self.tokens_BW.to(device), self.valid_BW.to(device))
+        return TokenBatch(to_device(self.tokens_BW, device), to_device(self.valid_BW, device))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...comm.host import to_device
 from ...parallelism.pipeline.weight_grad import add_to_grad, collecting
 from ..precision.linear import Linear, at_least_fp32
 from .recompute import Part, recomputed
@@ -177,4 +178,4 @@ def grouped_mm_twin(x_RK: Tensor, weight_LNK: Tensor, rows_per_expert_L: tuple[i
 
 def _ends(rows_per_expert_L: tuple[int, ...], device: torch.device) -> Tensor:
     """Where the rows of each expert end."""
-    return torch.tensor(rows_per_expert_L, dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+    return to_device(torch.tensor(rows_per_expert_L, dtype=torch.int32).cumsum(0, dtype=torch.int32), device)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...comm.host import to_device
 from ..precision.linear import at_least_fp32
 from .config import ModelConfig, YarnConfig
 
@@ -39,7 +40,7 @@ def rotation(config: ModelConfig, length: int, like: Tensor) -> Rotation:
         scale = _magnitude(config.yarn, config.yarn.mscale) / _magnitude(config.yarn, config.yarn.mscale_all_dim)
     turn_SP = torch.polar(torch.full_like(angle_SP, scale), angle_SP)
     dtype = torch.promote_types(like.dtype, torch.float32)
-    return Rotation(turn_SP.to(like.device, dtype.to_complex()))
+    return Rotation(to_device(turn_SP.to(dtype.to_complex()), like.device))
 
 
 def softmax_scale(config: ModelConfig) -> float:

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from datetime import timedelta
 from itertools import combinations
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from shoestring.comm.config import ExchangeConfig
 from shoestring.comm.groups import ProcessGroups
@@ -22,6 +17,7 @@ from shoestring.comm.traffic import Traffic
 from shoestring.launch.compose import compose_run
 from shoestring.parallelism.pipeline.overlap import drive
 from shoestring.parallelism.pipeline.weight_grad import WeightGradients
+from shoestring.tests.trainer.census import Census
 from shoestring.trainer.costs.activations import MicroBatch, dense_layer, kept_bytes, moe_layer
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig
@@ -39,26 +35,6 @@ FULL_QUERY = ModelConfig(**{**vars(CONFIG), "q_lora_rank": None, "shared_experts
 REPORT = frozenset({Part.NORM, Part.UP_PROJECTION, Part.SWIGLU})
 POLICIES = [frozenset(parts) for size in range(len(Part) + 1) for parts in combinations(Part, size)]
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-class Census(TorchDispatchMode):
-    """Every piece of memory that has been allocated inside, as long as somebody holds it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._storages = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        held = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in held:
-                self._storages[tensor.untyped_storage()] = func
-        return result
-
-    @property
-    def bytes(self) -> int:
-        return sum(storage.nbytes() for storage in self._storages)
 
 
 def layer_forward(

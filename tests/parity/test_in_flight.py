@@ -1,0 +1,99 @@
+"""Activations of as many chunks are in memory as the program says, at the start and the end of each instruction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoestring.comm.groups import ProcessGroups
+from shoestring.comm.pending import open_worker
+from shoestring.comm.record import Silent, Track
+from shoestring.parallelism.pipeline.overlap import Steps
+from shoestring.parallelism.pipeline.program import Op, in_flight
+from shoestring.parallelism.pipeline.schedules import SCHEDULES, build_placement
+from shoestring.tests.parity.layouts import REPORT, Layout
+from shoestring.tests.parity.runner import build, take_step
+from shoestring.tests.processes import World, run_processes
+from shoestring.tests.trainer.census import Census
+from shoestring.trainer.running import RunningStage
+
+
+@dataclass
+class Watch(Silent):
+    """Records, of each instruction, of how many forwards the activations are in memory before it and after it."""
+
+    forwards: list[tuple[Census, int]] = field(default_factory=list)
+    """Those that have run, and what they kept, in bytes."""
+    seen: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def alive(self) -> int:
+        """What remains of the others is what they have to tell: losses and loads."""
+        return sum(census.bytes > kept // 20 for census, kept in self.forwards)
+
+    @contextmanager
+    def span(self, track: Track, name: str, detail: object = None) -> Iterator[None]:
+        before = self.alive
+        yield
+        if track is Track.INSTRUCTION and name in list(Op):
+            self.seen.append((before, self.alive))
+
+    def forward(self, stage: RunningStage, micro_batch: int, received: Tensor | None) -> Steps[Tensor | None]:
+        """The stage's own forward, of which a census is taken while it runs: not while it waits for its turn."""
+        census, steps = Census(), FORWARD(stage, micro_batch, received)
+        while True:
+            with census:
+                try:
+                    next(steps)
+                except StopIteration as stop:
+                    output: Tensor | None = stop.value
+                    break
+            yield
+        if output is not None:
+            census.leave_out(output)  # belongs to the next stage
+        self.forwards.append((census, census.bytes))
+        return output
+
+
+FORWARD = RunningStage.forward
+
+
+def watched(world: World, layout: Layout) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Of each instruction of this rank: chunks in memory before and after, as measured and as the program says."""
+    stages = layout.stages
+    groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=60), stages.all_holders())
+    watch = Watch()
+    with closing(open_worker(groups.ep, torch.device("cpu"))) as worker:
+        stepper, gradients = build(layout, stages, groups, worker, watch)
+        take_step(stepper, gradients, layout, 0, world.rank)  # makes what later steps use
+        watch.seen.clear()
+        with patch.object(RunningStage, "forward", lambda *arguments: watch.forward(*arguments)):
+            take_step(stepper, gradients, layout, 1, world.rank)
+    program = stepper.executor.program
+    alive, instructions = in_flight(program)[groups.pp_rank], program.instructions[groups.pp_rank]
+    expected = [
+        (during - (instruction.forward is not None), during - (instruction.op in (Op.B, Op.W, Op.FB)))
+        for during, instruction in zip(alive, instructions, strict=True)
+    ]
+    return watch.seen, expected
+
+
+def layouts() -> Iterator[Layout]:
+    for number, schedule in enumerate(each.name for each in SCHEDULES):
+        layers = max(3, build_placement(schedule, 2).stages)
+        recompute = REPORT if number % 2 else frozenset()
+        yield Layout(1, 1, 6, 1, pp=2, schedule=schedule, layers=layers, recompute=recompute)
+
+
+@pytest.mark.parametrize("layout", layouts(), ids=lambda layout: layout.schedule)
+def test_chunks_in_memory_are_those_of_the_program(layout: Layout) -> None:
+    for seen, expected in run_processes(2, watched, layout):
+        assert seen == expected
+        assert max(before for before, _ in seen) >= 1

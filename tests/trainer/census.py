@@ -1,0 +1,34 @@
+"""Which memory is held of all that has been allocated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class Census(TorchDispatchMode):
+    """Every piece of memory that has been allocated inside, as long as somebody holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._storages = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        held = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in held:
+                self._storages[tensor.untyped_storage()] = func
+        return result
+
+    def leave_out(self, tensor: Tensor) -> None:
+        """Count the memory of this one no more."""
+        self._storages.pop(tensor.untyped_storage(), None)
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self._storages)

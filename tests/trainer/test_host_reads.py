@@ -1,0 +1,104 @@
+"""How often a step makes the host wait for the device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import timedelta
+
+import pytest
+import torch
+
+from shoestring.comm.config import ExchangeConfig
+from shoestring.comm.groups import ProcessGroups
+from shoestring.comm.open_exchange import open_exchange
+from shoestring.comm.pending import open_worker
+from shoestring.comm.topology import Topology
+from shoestring.comm.traffic import Traffic
+from shoestring.tests.trainer.pretended_device import PretendedDevice
+from shoestring.trainer.data.batch import TokenBatch
+from shoestring.trainer.model.config import ModelConfig
+from shoestring.trainer.model.init import initialise
+from shoestring.trainer.model.model import Model
+from shoestring.trainer.model.recompute import Part
+from shoestring.trainer.optimizer.config import OptimizerConfig
+from shoestring.trainer.rank import Pipeline, build_stepper
+from shoestring.trainer.stages import Stages
+from shoestring.trainer.step import HOST_READS_A_STEP, Stepper, StepSettings
+
+CONFIG = ModelConfig(
+    vocabulary=64, hidden=16, layers=4, dense_layers=1, heads=2, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8,
+    qk_rope_head_dim=4, v_head_dim=8, dense_ffn=32, expert_ffn=8, experts=8, top_k=2, groups=2, top_k_groups=1,
+    mtp_depth=1, init_std=0.1,
+)  # fmt: skip
+ROUTED_LAYERS, MICRO_BATCHES, LENGTH = 4, 3, 8
+SETTINGS = StepSettings(learning_rate=1e-3, clip_norm=0.1, balance_weight=0.1, mtp_weight=0.3, bias_speed=0.01)
+
+
+def make_stepper(exchange: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Stepper:
+    """One process, whose program has FBs: two stages on the one rank."""
+    stages = Stages.of(CONFIG, LENGTH, "dualpipev", 1)
+    groups = ProcessGroups.create(Topology(), 0, timedelta(seconds=1), stages.all_holders())
+    with device:
+        model = Model(CONFIG)
+    initialise(model, seed=0)
+    worker, traffic = open_worker(groups.ep, device), Traffic(Topology(), 0)
+    exchanger = open_exchange(ExchangeConfig(name=exchange), groups, CONFIG.experts, worker, traffic)
+    pipeline = Pipeline.open(stages, groups, device, recompute=frozenset(Part))
+    return build_stepper(pipeline, model, exchanger, dtype, MICRO_BATCHES, OptimizerConfig())
+
+
+def batches(device: torch.device) -> list[TokenBatch]:
+    tokens_BW = torch.randint(0, CONFIG.vocabulary, (2, LENGTH + 2), generator=torch.Generator().manual_seed(3))
+    return [TokenBatch(tokens_BW, tokens_BW > 5).to(device)] * MICRO_BATCHES
+
+
+@pytest.mark.parametrize("exchange", ["flat", "two_hop"])
+def test_the_budget_is_met_to_the_last_read(exchange: str) -> None:
+    cpu = torch.device("cpu")
+    stepper, micro_batches = make_stepper(exchange, cpu), batches(cpu)
+    for _ in range(2):  # the first one makes what later ones use
+        with PretendedDevice() as device:
+            stepper.step(micro_batches, 2 * MICRO_BATCHES, SETTINGS)
+        assert device.waits == {"to_host": HOST_READS_A_STEP + ROUTED_LAYERS * MICRO_BATCHES}
+
+
+def test_a_look_elsewhere_is_seen() -> None:
+    with PretendedDevice() as device:
+        on_host, on_device = torch.arange(3), torch.arange(3, device="cpu")
+        assert on_host.sum().item() == 3
+        assert on_host.tolist() == on_device.cpu().tolist()  # one wait
+        assert not device.waits - Counter({"test_a_look_elsewhere_is_seen": 1})
+        assert float(on_device.sum()) == 3
+        assert on_device[on_device > 0].tolist() == [1, 2]  # for the size, and for the numbers
+        assert bool((on_device > 0).any())
+        torch.tensor([1, 2], device="cpu")
+        on_host.to(torch.device("cpu"))
+        assert on_host.new_zeros(2).tolist() == [0, 0]
+    assert device.waits == {"test_a_look_elsewhere_is_seen": 7}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("exchange", ["flat", "two_hop"])
+def test_on_a_gpu_nothing_else_waits(exchange: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's own watch raises at any wait; the counted reads are let through. BF16, the one that Hopper groups."""
+    device, reads = torch.device("cuda"), 0
+    stepper, micro_batches = make_stepper(exchange, device, torch.bfloat16), batches(device)
+    stepper.step(micro_batches, 2 * MICRO_BATCHES, SETTINGS)
+    copy_to_host = torch.Tensor.cpu
+
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        nonlocal reads
+        reads += x.is_cuda
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return copy_to_host(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("error")
+
+    monkeypatch.setattr(torch.Tensor, "cpu", counted)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        stepper.step(micro_batches, 2 * MICRO_BATCHES, SETTINGS)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert reads == HOST_READS_A_STEP + ROUTED_LAYERS * MICRO_BATCHES
