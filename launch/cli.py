@@ -64,6 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     budget.add_argument("--format", choices=["table", "json"], default="table")
     budget.set_defaults(run=_budget)
 
+    trace = verbs.add_parser("trace", help="what a traced run's timeline adds up to, and a picture of it")
+    trace.add_argument("place", type=Path, metavar="TRACE", help="a run's directory, or its merged trace.json")
+    trace.add_argument(
+        "--svg", type=Path, metavar="FILE", help="draw a forward's and a backward's layer in turns there"
+    )
+    trace.add_argument("--format", choices=["table", "json"], default="table")
+    trace.set_defaults(run=_trace)
+
     data = verbs.add_parser("data", help="prepare a corpus, look at a prepared one").add_subparsers(
         dest="action", required=True
     )
@@ -214,6 +222,19 @@ def _budget(options: argparse.Namespace) -> int:
         print(json.dumps(summary.to_json(), indent=1))
     else:
         _show(render(summary))
+    return 0
+
+
+def _trace(options: argparse.Namespace) -> int:
+    from .trace import open_trace, trace_table, trace_tree, write_picture
+
+    ranks = open_trace(options.place)
+    if options.svg is not None:
+        write_picture(ranks, options.svg)
+    if options.format == "json":
+        print(json.dumps(trace_tree(ranks), indent=1))
+    else:
+        _show(trace_table(ranks))
     return 0
 
 

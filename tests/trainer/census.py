@@ -14,7 +14,7 @@ class Census(TorchDispatchMode):
     """Every piece of memory that has been allocated inside, as long as somebody holds it."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._storages = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -81,6 +81,21 @@ def merge_ranks(folder: Path, ranks: int) -> Path:
     return path
 
 
+def read_trace(path: Path) -> dict[int, list[Span]]:
+    """The spans of each rank in a merged file; raises `ValueError` for a file that is none."""
+    try:
+        events = json.loads(path.read_text())["traceEvents"]
+        tracks, ranks = list(Track), {event["pid"]: list[Span]() for event in events}
+        for event in events:
+            if event["ph"] != "M":
+                begin, length = round(1e3 * event["ts"]), round(1e3 * event.get("dur", 0))
+                detail = event["args"]["of"]
+                ranks[event["pid"]].append(Span(tracks[event["tid"]], event["name"], detail, begin, begin + length))
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError("is no timeline that a traced run has written") from error
+    return ranks
+
+
 def _events(rank: int, spans: Sequence[Span], shift: int) -> Iterator[dict[str, object]]:
     yield {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}}
     tracks = list(Track)
