@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--cfg", choices=["job"], help="print the composed configuration instead")
     train.set_defaults(run=_train)
 
-    params = _with_overrides(verbs.add_parser("params", help="parameters and FLOPs a token of a model"))
+    params = _with_overrides(verbs.add_parser("params", help="parameters, FLOPs a token and activations of a model"))
     params.add_argument("--format", choices=["table", "json"], default="table")
     params.set_defaults(run=_params)
 

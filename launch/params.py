@@ -1,14 +1,16 @@
-"""`shoestring params`: parameters and FLOPs of a model, each with its convention."""
+"""`shoestring params`: parameters, FLOPs and activations of a model, each with its convention."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ..trainer.config import RunConfig
+from ..trainer.costs.activations import Kept, MicroBatch, dense_layer, kept_bytes, moe_layer
 from ..trainer.costs.flops import CONVENTION, count_flops
 from ..trainer.costs.parameters import count_parameters
 from .compose import compose_run
@@ -39,6 +41,10 @@ def params_tree(overrides: Sequence[str], config_dir: Path | None) -> dict[str, 
             "main_full_attention": flops.main_full_attention,
         },
         "convention": CONVENTION,
+        "activation_bytes": {
+            layer: {"everything": kept_bytes(kept), "recompute": kept_bytes(kept, config.recompute.policy)}
+            for layer, kept in _layers(config).items()
+        },
     }
 
 
@@ -64,7 +70,26 @@ def params_table(overrides: Sequence[str], config_dir: Path | None) -> Renderabl
     if config.model.mtp_depth:
         table.add_row("main model and MTP, causal attention", _giga(flops.with_mtp))
     table.add_row("main model, whole S x S of attention", _giga(flops.main_full_attention))
-    return Group(parameters, table, f"Convention: {CONVENTION}.")
+    return Group(parameters, table, f"Convention: {CONVENTION}.\n", _activations(config))
+
+
+def _activations(config: RunConfig) -> Table:
+    """What a layer keeps, and under the policy of `recompute`."""
+    length, policy = config.training.sequence_length, config.recompute.policy
+    title = f"Activations that a layer keeps of one sequence of {length} tokens, in BF16 on a GPU (predicted)"
+    table = Table(title=title, title_justify="left")
+    for heading in ("layer", "everything kept, MiB", *([f"without {', '.join(sorted(policy))}"] if policy else [])):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    for layer, kept in _layers(config).items():
+        under = [kept_bytes(kept)] + ([kept_bytes(kept, policy)] if policy else [])
+        table.add_row(layer, *(f"{size / 2**20:,.1f}" for size in under))
+    return table
+
+
+def _layers(config: RunConfig) -> dict[str, list[Kept]]:
+    batch = MicroBatch(1, config.training.sequence_length, torch.bfloat16, on_cpu=False)
+    kinds = {"dense": (config.model.dense_layers, dense_layer), "routed": (config.model.moe_layers, moe_layer)}
+    return {name: costs(config.model, batch) for name, (layers, costs) in kinds.items() if layers}
 
 
 def compose_model(overrides: Sequence[str], config_dir: Path | None) -> RunConfig:
