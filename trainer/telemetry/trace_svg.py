@@ -142,26 +142,36 @@ def _lanes(canvas: _Canvas) -> Iterator[str]:
     for name, top in (("compute", _TOP), ("exchange", canvas.exchange)):
         yield _text(_LEFT - 12, top + _LANE / 2 + 4, name, anchor="end", weight="bold")
         yield _rect(_LEFT, top, _WIDTH, _LANE, _RULE, opacity=0.35)
-    for span in pair.computed:
-        yield from _box(canvas, span, span.name, _TOP)
     for wait in pair.waits:
         yield _rect(canvas.x(wait.begin), _TOP, canvas.x(wait.end) - canvas.x(wait.begin), _LANE, "url(#wait)")
+    for span in pair.computed:
+        yield from _box(canvas, span, span.name, _TOP)
     for span in pair.exchanged:
         yield from _box(canvas, span, _NAMES[span.name.partition(" ")[0]], canvas.exchange)
 
 
 def _box(canvas: _Canvas, span: Span, name: str, top: float) -> Iterator[str]:
-    """A span as far as it lies in the picture, with its whole length in words."""
-    left, right = canvas.x(span.begin) + 0.5, canvas.x(span.end) - 0.5
-    width, milliseconds = max(right - left, 0.5), f"{(span.end - span.begin) / 1e6:.1f} ms"
-    colour, ink = _COLOURS[name[-2]]
+    """A span as far as it lies in the picture, without what it waits; in words its whole length without that."""
+    waits = [wait for wait in canvas.pair.waits if span.track is Track.COMPUTE and _inside(wait, span)]
+    edges = [span.begin, *(edge for wait in waits for edge in (wait.begin, wait.end)), span.end]
+    pieces = [(canvas.x(begin) + 0.5, canvas.x(end) - 0.5) for begin, end in zip(edges[::2], edges[1::2], strict=True)]
+    busy = sum(end - begin for begin, end in zip(edges[::2], edges[1::2], strict=True))
+    milliseconds, (colour, ink) = f"{busy / 1e6:.1f} ms", _COLOURS[name[-2]]
     yield f"<g><title>{escape(f'{name}: {milliseconds}, {span.detail or span.name}')}</title>"
-    yield _rect(left, top, width, _LANE, colour)
+    for left, right in pieces:
+        if right > left:
+            yield _rect(left, top, right - left, _LANE, colour)
+    left, right = max(pieces, key=lambda piece: piece[1] - piece[0])
+    width = right - left
     for line, (text, size) in enumerate(((name, 12.0), (milliseconds, 10.5))):
         if width > 0.56 * size * len(text) + 4:
             y = top + _LANE / 2 - 3 + 16 * line
             yield _text(left + width / 2, y, text, size=size, anchor="middle", colour=ink)
     yield "</g>"
+
+
+def _inside(wait: Span, span: Span) -> bool:
+    return span.begin <= wait.begin and wait.end <= span.end
 
 
 def _launches(canvas: _Canvas) -> Iterator[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shoestring.trainer.model.causal import causal_attention, causal_attention_twin
-from shoestring.trainer.model.experts import weighted_swiglu, weighted_swiglu_twin
+from shoestring.trainer.model.experts import swiglu, swiglu_twin, weighted_swiglu, weighted_swiglu_twin
 from shoestring.trainer.model.loss import IGNORED, linear_cross_entropy, linear_cross_entropy_twin
 from shoestring.trainer.model.norm import rms_norm, rms_norm_twin
 
@@ -34,6 +34,13 @@ def test_rms_norm() -> None:
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
+def test_swiglu_is_its_twin_to_the_last_bit(dtype: torch.dtype) -> None:
+    gate_up = random(3, 5, 12, dtype=dtype)
+    pairs = zip(gradients(swiglu, gate_up), gradients(swiglu_twin, gate_up), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
 def test_weighted_swiglu() -> None:
