@@ -60,7 +60,7 @@ def identifier(value: Layout | frozenset[Part]) -> str:
     return value.name.replace(" ", "-") if isinstance(value, Layout) else "+".join(sorted(value))
 
 
-@pytest.mark.parametrize(("layout", "recompute"), zip(LAYOUTS, cycle(POLICIES), strict=False), ids=identifier)
+@pytest.mark.parametrize(("layout", "recompute"), [*zip(LAYOUTS, cycle(POLICIES), strict=False)], ids=identifier)
 def test_neither_turns_nor_recomputing_change_a_bit(layout: Layout, recompute: frozenset[Part]) -> None:
     serial = run(replace(layout, overlap=False))
     assert_equal_bits(run(layout), serial)
@@ -68,7 +68,7 @@ def test_neither_turns_nor_recomputing_change_a_bit(layout: Layout, recompute: f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", every_layout(), ids=identifier)
+@pytest.mark.parametrize("layout", [*every_layout()], ids=identifier)
 def test_so_on_every_kind_of_layout(layout: Layout) -> None:
     serial = run(replace(layout, overlap=False))
     assert_equal_bits(run(layout), serial)
