@@ -13,8 +13,9 @@ from itertools import pairwise
 from ...comm.record import EXPOSED_EXCHANGE, Track
 from .trace import Span
 
-PHASES = ("attn(F)", "mlp(B)", "mlp(W)", "mlp(F)", "attn(B)", "attn(W)")
-"""What a pair computes, as in the published trace of DeepSeek-V3's training, in its order."""
+PHASES = ("attn(W)", "attn(F)", "mlp(B)", "mlp(W)", "mlp(F)", "attn(B)")
+"""What is computed from one combine(B) to the next, in the order of the published trace of DeepSeek-V3's training."""
+_FIRST = "combine_backward of "
 _NAMES = {
     "dispatch": "dispatch(F)",
     "combine": "combine(F)",
@@ -30,7 +31,7 @@ _TOP, _LANE, _GAP = 84.0, 54.0, 40.0
 
 @dataclass(frozen=True)
 class LayerPair:
-    """One of those in an FB: from the launch of combine(B) to the end of attn(W), in nanoseconds."""
+    """One of those in an FB: from the launch of one combine(B) to that of the next, in nanoseconds."""
 
     rank: int
     begin: int
@@ -54,19 +55,17 @@ class LayerPair:
 
 
 def layer_pairs(rank: int, spans: Sequence[Span]) -> Iterator[LayerPair]:
-    """The whole ones of every FB of one rank."""
+    """Those of every FB of one rank in which nothing else is computed: neither a dense layer nor a loss."""
     ordered = sorted(spans, key=lambda span: span.begin)
     for pair in ordered:
         if pair.track is not Track.INSTRUCTION or pair.name != "FB":
             continue
         inside = [span for span in ordered if pair.begin <= span.begin and span.end <= pair.end]
-        computed = [span for span in inside if span.track is Track.COMPUTE and span.name in PHASES]
-        starts = [index for index, span in enumerate(computed) if span.name == "attn(F)"]
-        for first, last in pairwise([*starts, len(computed)]):
-            phases = tuple(computed[first:last])
-            launched = [span.begin for span in inside if span.begin <= phases[0].begin and _is_combine_backward(span)]
-            if tuple(span.name for span in phases) == PHASES and launched:
-                yield _between(rank, launched[-1], phases, inside)
+        launches = [span.begin for span in inside if span.track is Track.LAUNCH and span.name.startswith(_FIRST)]
+        for begin, end in pairwise(launches):
+            found = _between(rank, begin, end, inside)
+            if tuple(span.name for span in found.computed) == PHASES:
+                yield found
 
 
 def svg_layer_pair(ranks: Mapping[int, Sequence[Span]]) -> str:
@@ -90,19 +89,14 @@ def svg_layer_pair(ranks: Mapping[int, Sequence[Span]]) -> str:
     )
 
 
-def _is_combine_backward(span: Span) -> bool:
-    return span.track is Track.LAUNCH and span.name.startswith("combine_backward of ")
-
-
-def _between(rank: int, begin: int, phases: tuple[Span, ...], inside: Sequence[Span]) -> LayerPair:
-    """Everything of a pair whose computing is `phases`."""
-    end = phases[-1].end
+def _between(rank: int, begin: int, end: int, inside: Sequence[Span]) -> LayerPair:
+    """Everything that went on meanwhile in an FB."""
     meeting = [span for span in inside if span.begin < end and span.end > begin]
     return LayerPair(
         rank=rank,
         begin=begin,
         end=end,
-        computed=phases,
+        computed=tuple(span for span in meeting if span.track is Track.COMPUTE and span.name != EXPOSED_EXCHANGE),
         exchanged=tuple(span for span in meeting if span.track is Track.EXCHANGE),
         waits=tuple(span for span in meeting if span.name == EXPOSED_EXCHANGE and span.begin >= begin),
         launches=tuple(span for span in inside if span.track is Track.LAUNCH and begin <= span.begin < end),
@@ -129,11 +123,11 @@ class _Canvas:
 
 def _heading(canvas: _Canvas, pairs: int) -> Iterator[str]:
     pair = canvas.pair
-    forward, backward = pair.computed[0].detail, pair.computed[1].detail
+    forward, backward = pair.computed[1].detail, pair.computed[2].detail
     yield _text(_LEFT, 26, "One layer forward and one backward, in turns", size=17, weight="bold")
     exposed = f"{100 * pair.waited / pair.length:.0f} % of it waiting for the exchange"
     median = f"the pair of median length of {pairs}" if pairs > 1 else "the one pair"
-    yield _text(_LEFT, 46, f"F: {forward}; B and W: {backward}; rank {pair.rank}; {median} in this trace")
+    yield _text(_LEFT, 46, f"F: {forward}; B: {backward}; rank {pair.rank}; {median} in this trace")
     yield _text(_LEFT, 63, f"{pair.length / 1e6:.1f} ms, {exposed}")
 
 
@@ -164,7 +158,7 @@ def _box(canvas: _Canvas, span: Span, name: str, top: float) -> Iterator[str]:
     left, right = max(pieces, key=lambda piece: piece[1] - piece[0])
     width = right - left
     for line, (text, size) in enumerate(((name, 12.0), (milliseconds, 10.5))):
-        if width > 0.56 * size * len(text) + 4:
+        if width > 0.54 * 12.0 * len(name):
             y = top + _LANE / 2 - 3 + 16 * line
             yield _text(left + width / 2, y, text, size=size, anchor="middle", colour=ink)
     yield "</g>"

@@ -16,7 +16,7 @@ FORWARD, BACKWARD = "layer_02, micro-batch 3", "layer_05, micro-batch 1"
 
 
 def pair_spans(start: int, scale: int) -> list[Span]:
-    """One pair of 60 times `scale` milliseconds, in which mlp(B) waits for half of its time."""
+    """One pair of 60 times `scale` milliseconds, in which attn(F) waits for half of its time."""
     unit, of = scale * MS, {"F": FORWARD, "B": BACKWARD, "W": BACKWARD}
     begins = {name: start + 10 * index * unit for index, name in enumerate(PHASES)}
     spans = [Span(Track.COMPUTE, name, of[name[-2]], begin, begin + 10 * unit) for name, begin in begins.items()]
@@ -31,9 +31,17 @@ def pair_spans(start: int, scale: int) -> list[Span]:
 
 
 def trace() -> list[Span]:
-    """One FB of three pairs, the last of which lacks its end; a forward alone."""
+    """One FB of three pairs, and one more that lacks its end; a forward alone."""
     pairs = [*pair_spans(0, 1), *pair_spans(60 * MS, 3), *pair_spans(240 * MS, 2)]
-    unfinished = [Span(Track.COMPUTE, "attn(F)", FORWARD, 360 * MS, 370 * MS)]
+    unfinished = [
+        Span(Track.LAUNCH, f"combine_backward of {BACKWARD}", "", 360 * MS, 360 * MS),
+        Span(Track.COMPUTE, "attn(W)", BACKWARD, 360 * MS, 370 * MS),
+    ]
+    unfinished += [  # and one with a dense layer in it
+        Span(Track.LAUNCH, f"combine_backward of {BACKWARD}", "", 372 * MS, 372 * MS),
+        *(Span(Track.COMPUTE, name, FORWARD, 373 * MS, 374 * MS) for name in ("dense(F)", *PHASES)),
+        Span(Track.LAUNCH, f"combine_backward of {BACKWARD}", "", 378 * MS, 378 * MS),
+    ]
     alone = [
         Span(Track.INSTRUCTION, "F", "", 400 * MS, 410 * MS),
         Span(Track.COMPUTE, "attn(F)", FORWARD, 401 * MS, 402 * MS),
@@ -59,10 +67,10 @@ def test_the_picture_is_that_of_median_length_and_to_scale() -> None:
         assert title is not None
         boxes[title.partition(":")[0]] = (float(box.attrib["x"]), float(box.attrib["width"]))
     assert boxes.keys() == {*PHASES, "combine(B)", "dispatch(F)"}
-    left, unit = boxes["attn(F)"][0], boxes["attn(F)"][1] + 1  # half a pixel of air at each end
-    assert boxes.pop("mlp(B)") == pytest.approx((left + 1.5 * unit, 0.5 * unit - 1), abs=0.02)  # when it has waited
+    left, unit = boxes["attn(W)"][0], boxes["attn(W)"][1] + 1  # half a pixel of air at each end
+    assert boxes.pop("attn(F)") == pytest.approx((left + 1.5 * unit, 0.5 * unit - 1), abs=0.02)  # when it has waited
     for index, name in enumerate(PHASES):
-        if name != "mlp(B)":
+        if name != "attn(F)":
             assert boxes[name] == pytest.approx((left + index * unit, unit - 1), abs=0.02)
     assert boxes["combine(B)"] == pytest.approx((left, 1.5 * unit - 1), abs=0.02)
     assert boxes["dispatch(F)"] == pytest.approx((left + 1.5 * unit, unit - 1), abs=0.02)
