@@ -12,6 +12,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -19,6 +20,8 @@ from .failure import failing_clearly
 from .topology import Topology
 
 T = TypeVar("T")
+
+_STAGED = 2**22  # elements that a reduction on gloo receives before it adds them
 
 
 @dataclass(frozen=True)
@@ -74,16 +77,49 @@ class Group:
             if arrived.is_cuda:
                 dist.all_to_all_single(arrived, sent.contiguous(), list(received_M), list(sent_M), group=self.handle)
             else:
-                self._message_each(arrived, sent.contiguous(), received_M, sent_M)
+                self._message_each(arrived.split(list(received_M)), sent.contiguous().split(list(sent_M)))
         return arrived
 
-    def _message_each(self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int]) -> None:
-        """gloo's own all-to-all often sends in one direction after the other: twice the time on a slow link.
+    def reduce_scatter_sum(self, shards_GN: Tensor, what: str) -> None:
+        """Replace this rank's row of `shards_GN`, [ranks, N], by its sum over the group; the others are garbage then.
 
-        Here every receive is posted before the first send.
+        A rank sends all rows but its own, and nothing else. On gloo, whose own reduce-scatter is an all-reduce, a row
+        is summed where it is owned: its own part first, then the others' in the order of their ranks.
+        """
+        if self.handle is None:
+            return
+        own_N = shards_GN[self.index]
+        with self.failing_clearly(what):
+            if shards_GN.is_cuda:
+                dist.reduce_scatter_tensor(own_N, shards_GN, group=self.handle)
+                return
+            piece = max(1, _STAGED // self.size)
+            for begin in range(0, own_N.numel(), piece):
+                part_GM = shards_GN[:, begin : begin + piece]
+                arrived_GM = torch.empty_like(part_GM, memory_format=torch.contiguous_format)
+                self._message_each(arrived_GM.unbind(), part_GM.unbind())
+                for index, arrived_M in enumerate(arrived_GM):
+                    if index != self.index:
+                        own_N[begin : begin + piece] += arrived_M
+
+    def all_gather(self, shards_GN: Tensor, what: str) -> None:
+        """Fill every row of `shards_GN`, [ranks, N], with that of the rank that owns it."""
+        if self.handle is None:
+            return
+        own_N = shards_GN[self.index]
+        with self.failing_clearly(what):
+            if shards_GN.is_cuda:
+                dist.all_gather_into_tensor(shards_GN, own_N, group=self.handle)
+            else:
+                self._message_each(shards_GN.unbind(), [own_N] * self.size)
+
+    def _message_each(self, buffers: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+        """Send each rank its part, and fill a buffer with what each has for this one.
+
+        gloo's own all-to-all often sends in one direction after the other: twice the time on a slow link. Here every
+        receive is posted before the first send.
         """
         waiting: list[dist.Work | None] = []
-        buffers, parts = arrived.split(list(received_M)), sent.split(list(sent_M))
         for peer, buffer in zip(self.ranks, buffers, strict=True):
             if peer != self.rank and buffer.numel():
                 waiting.append(dist.irecv(buffer, src=peer, group=self.handle))
@@ -140,7 +176,9 @@ class ProcessGroups:
     dense_dp: Group
     """The ranks of this pipeline rank: each of them reads its own samples."""
     dense: Mapping[tuple[int, ...], Group]
-    """By the pipeline ranks that hold a dense parameter: the ranks over which its gradient is summed."""
+    """By the pipeline ranks that hold a dense parameter: the ranks over which its gradient is summed.
+
+    These and `expert` belong to the worker that reduces gradients, not to the main thread."""
     expert: Mapping[tuple[int, ...], Group]
     """The same for the parameters of this rank's experts."""
 
@@ -171,7 +209,7 @@ class ProcessGroups:
                 mine = topology.pp_rank(r) in pp_ranks
                 return topology.holders(ranks_of(r), pp_ranks if mine else (topology.pp_rank(r),))
 
-            groups = {each: make.main(partial(holders_of, pp_ranks=each)) for each in shared}
+            groups = {each: make.reducing(partial(holders_of, pp_ranks=each)) for each in shared}
             return {each: group for each, group in groups.items() if topology.pp_rank(rank) in each}
 
         return ProcessGroups(
@@ -192,17 +230,22 @@ class ProcessGroups:
 class _Maker:
     """Makes groups. Every rank makes every group, in the same order.
 
-    Groups that the main thread uses share a communicator where their ranks are the same. Each that a thread of its own
-    uses has its own: two threads must not issue collectives on one.
+    Groups that one thread uses share a communicator where their ranks are the same: those of the main thread, and those
+    that gradients are reduced over. Two threads must not issue collectives on one.
     """
 
     def __init__(self, topology: Topology, rank: int, limit: timedelta) -> None:
         self._topology, self._rank, self._limit = topology, rank, limit
         self._main: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+        self._reducing: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
 
     def main(self, ranks_of: Callable[[int], tuple[int, ...]]) -> Group:
         """The group of this rank, for the main thread."""
         return self._make(ranks_of, self._main)
+
+    def reducing(self, ranks_of: Callable[[int], tuple[int, ...]]) -> Group:
+        """The group of this rank, for the worker that reduces gradients."""
+        return self._make(ranks_of, self._reducing)
 
     def own(self, ranks_of: Callable[[int], tuple[int, ...]]) -> Group:
         """The group of this rank, for a thread of its own."""

@@ -15,6 +15,7 @@ class Track(StrEnum):
     EXCHANGE = "exchange"  # what the exchange's worker does
     UP = "edge up"  # messages towards the end of the pipeline
     DOWN = "edge down"  # messages towards its beginning
+    REDUCE = "reduce"  # sums of gradients, and weights handed out
     LAUNCH = "launch"  # moments: the computing thread has started a communication
 
 

@@ -1,4 +1,4 @@
-"""Gradients of the global batch: summed over a parameter's replicas, their norm counted once, one verdict for all.
+"""Gradients of the global batch: summed over a parameter's replicas, each shard where it is owned, as soon as final.
 
 The loss is already scaled by global counts, so reduction is a sum and never an average.
 """
@@ -6,77 +6,101 @@ The loss is already scaled by global counts, so reduction is a sum and never an 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..comm.groups import Group
+from ..comm.pending import Pending, Worker
+from ..comm.traffic import Traffic
+from .bucket import Bucket
 
 _PIECE = 2**16  # elements: 512 KB in FP64
 
-
-@dataclass(frozen=True)
-class Replicated:
-    """Some parameters of one rank, all with replicas on the same ranks. Their order must be equal on all of these."""
-
-    parameters: tuple[Tensor, ...]
-    group: Group
-    counts: bool
-    """Whether it is this rank whose squares count in the norm: one of those that hold the same numbers."""
+REDUCE_SCATTER = "reduce_scatter"
+ALL_GATHER = "all_gather"
 
 
-@dataclass(frozen=True)
-class Gradients:
-    """Every parameter of one rank. Groups must come in an order that all ranks agree on."""
+class Reducer:
+    """Every bucket of one rank, in an order that all ranks agree on, and who is reduced after which instruction.
 
-    replicated: tuple[Replicated, ...]
-    world: Group
+    A bucket is reduced behind all those before it, also where it is final earlier: ranks that share buckets then
+    issue their collectives in one order, and none can wait for another for ever.
+    """
 
-    def reduce(self) -> None:
-        """Sum every gradient over its replicas, in place. A parameter that was not reached counts as zero."""
-        for share in self.replicated:
-            _sum_flat(share.parameters, share.group)
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        final_after: Sequence[int],
+        world: Group,
+        worker: Worker,
+        traffic: Traffic,
+    ) -> None:
+        """`final_after`: of each bucket, this rank's last instruction that adds to it (`finality.last_touch`)."""
+        self.buckets = tuple(buckets)
+        self.worker, self.traffic = worker, traffic
+        self._final_after = tuple(final_after)
+        self._world = world
+        self._reducing: list[Pending[None]] = []
+
+    def begin(self) -> None:
+        """Gradients of a new step: zero, also where no token will reach. `traffic` counts a step's bytes from here."""
+        self._reducing.clear()
+        self.traffic.clear()
+        for bucket in self.buckets:
+            bucket.grads_N.zero_()
+
+    def after(self, instruction: int) -> None:
+        """This rank has run the instruction of this index: start reducing what is final now."""
+        while self._next < len(self.buckets) and self._final_after[self._next] <= instruction:
+            self._start(self.buckets[self._next])
+
+    def finish(self) -> None:
+        """Reduce what has not been started, and wait for all of it. Raises `CollectiveFailed`."""
+        while self._next < len(self.buckets):
+            self._start(self.buckets[self._next])
+        for pending in self._reducing:
+            pending.wait()
 
     def norm(self) -> float:
-        """The 2-norm over all parameters of the model, after `reduce`; equal on all ranks, each parameter counted once.
+        """The 2-norm over all parameters of the model, after `finish`; equal on all ranks.
 
-        Squares are summed in FP64. NaN or infinity anywhere makes it NaN or infinite everywhere.
+        Each rank counts the shards that it owns, and each element is owned once. Squares are summed in FP64. NaN or
+        infinity anywhere makes it NaN or infinite everywhere: one verdict for all.
         """
-        counted = [parameter for share in self.replicated if share.counts for parameter in share.parameters]
-        total = self.world.all_reduce_sum(_sum_of_squares(counted), "gradient norm")
+        own = _sum_of_squares(bucket.grad_n for bucket in self.buckets)
+        total = self._world.all_reduce_sum(own, "gradient norm")
         return float(total.sqrt().item())
 
     def scale(self, factor: float) -> None:
-        """Multiply every gradient."""
-        grads = [_grad(parameter) for share in self.replicated for parameter in share.parameters]
-        torch._foreach_mul_(grads, factor)
+        """Multiply the gradients that this rank owns."""
+        for bucket in self.buckets:
+            bucket.grad_n.mul_(factor)
+
+    @property
+    def _next(self) -> int:
+        return len(self._reducing)
+
+    def _start(self, bucket: Bucket) -> None:
+        what = f"sum of gradients, {bucket.name}"
+        count_shards(self.traffic, REDUCE_SCATTER, bucket.group, bucket.grads_GN)
+        reduce = bucket.group.reduce_scatter_sum
+        self._reducing.append(self.worker.submit(what, lambda: reduce(bucket.grads_GN, what), (bucket.grads_N,)))
 
 
-def _grad(parameter: Tensor) -> Tensor:
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
+def count_shards(traffic: Traffic, operation: str, group: Group, shards_GN: Tensor) -> None:
+    """A rank sends every other rank one shard, in a reduce-scatter the peer's and in an all-gather its own."""
+    size = shards_GN[0].nbytes
+    traffic.count(operation, group, [0 if peer == group.rank else size for peer in group.ranks])
 
 
-def _sum_flat(parameters: Sequence[Tensor], group: Group) -> None:
-    grads = [_grad(parameter) for parameter in parameters]
-    if group.size == 1 or not grads:
-        return
-    flat = torch.cat([grad.reshape(-1) for grad in grads])
-    group.all_reduce_sum(flat, "sum of gradients")
-    pieces = flat.split([grad.numel() for grad in grads])
-    for grad, piece in zip(grads, pieces, strict=True):
-        grad.copy_(piece.view_as(grad))
-
-
-def _sum_of_squares(parameters: Iterable[Tensor]) -> Tensor:
+def _sum_of_squares(shards: Iterable[Tensor]) -> Tensor:
     """FP64, 0-dimensional, on the CPU, where the sums of all devices meet.
 
     The FP64 copy is made a piece at a time, in a buffer that stays in a cache: of whole gradients it costs more than
     the optimizer.
     """
-    sums = [_squares_of(piece) for parameter in parameters for piece in _grad(parameter).reshape(-1).split(_PIECE)]
+    sums = [_squares_of(piece) for shard_n in shards for piece in shard_n.split(_PIECE)]
     return torch.stack(sums).sum().cpu() if sums else torch.zeros((), dtype=torch.float64)
 
 

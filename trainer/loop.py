@@ -221,15 +221,15 @@ def _load(rank: Rank, step: int) -> dict[str, Any]:
     refuse_if_any(incompatibilities(facts, rank.config, rank.data_digest))
     state = _state(rank)
     rank.store.load(step, state, rank.groups.world)
-    for moments in rank.stepper.optimizer.state.values():
-        moments["step"].fill_(step)
+    rank.stepper.optimizer.steps = step
+    rank.stepper.optimizer.publish()
     torch.set_rng_state(state[f"rng/rank_{rank.groups.rank:05d}"])
     return facts
 
 
 def _state(rank: Rank) -> dict[str, torch.Tensor]:
     rng = {f"rng/rank_{rank.groups.rank:05d}": torch.get_rng_state()}
-    return named_state(rank.model, rank.stepper.optimizer, rng)
+    return named_state(rank.model, rank.stepper.optimizer, rank.groups.rank, rng)
 
 
 def _is_due(step: int, every: int, last: int) -> bool:

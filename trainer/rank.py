@@ -15,13 +15,16 @@ from ..comm.lane import Lane
 from ..comm.open_exchange import open_exchange
 from ..comm.order import OrderCheck
 from ..comm.pending import Worker, open_worker
-from ..comm.record import SILENT, Recorder
+from ..comm.record import SILENT, Recorder, Track
 from ..comm.traffic import Traffic
-from ..parallelism.gradients import Gradients, Replicated
+from ..parallelism.bucket import Bucket, Member
+from ..parallelism.gradients import Reducer
 from ..parallelism.pipeline.executor import Executor, open_lanes
+from ..parallelism.pipeline.finality import finality, last_touch
 from ..parallelism.pipeline.placement import Direction
 from ..parallelism.pipeline.program import Program
 from ..parallelism.pipeline.schedules import build_forward
+from ..parallelism.zero import ShardedOptimizer
 from .checkpoint.store import CheckpointStore
 from .config import RunConfig
 from .data.entropy import unigram_entropy
@@ -31,7 +34,7 @@ from .data.tokenizer import Tokenizer
 from .model.chunk import Chunk
 from .model.init import initialise
 from .model.model import Model
-from .optimizer.adamw import build_adamw
+from .optimizer.adamw import AdamW
 from .optimizer.config import OptimizerConfig
 from .stages import Stages
 from .step import Stepper
@@ -66,8 +69,9 @@ class Rank:
         return self.stepper.model
 
     def close(self) -> None:
-        """End what runs the exchanges."""
+        """End what runs the exchanges and reductions."""
         self.worker.close()
+        self.stepper.optimizer.close()
         self.pipeline.close()
 
 
@@ -171,32 +175,53 @@ def build_stepper(
 ) -> Stepper:
     """What takes steps of so many micro-batches with `model`, this rank's share."""
     stages, groups = pipeline.stages, pipeline.groups
+    program = stages.program(micro_batches)
     return Stepper(
         model=model,
         chunks=tuple(
             Chunk(model, exchange, dtype, stage, pipeline.recorder) for stage in stages.chunks(groups.pp_rank)
         ),
-        executor=pipeline.executor(stages.program(micro_batches)),
-        optimizer=build_adamw(dict(model.named_parameters()), optimizer),
-        gradients=gradients_of(model, stages, groups),
+        executor=pipeline.executor(program),
+        optimizer=build_optimizer(model, stages, program, groups, optimizer, dtype, pipeline.recorder),
         groups=groups,
         recorder=pipeline.recorder,
     )
 
 
-def gradients_of(model: Model, stages: Stages, groups: ProcessGroups) -> Gradients:
-    """The parameters of `model` by the ranks that hold them too, in one order on all ranks."""
-    expert_names, topology, rank = model.expert_parameter_names(), groups.topology, groups.rank
-    shares: dict[tuple[bool, tuple[int, ...]], list[torch.Tensor]] = {}
+def build_optimizer(
+    model: Model,
+    stages: Stages,
+    program: Program,
+    groups: ProcessGroups,
+    config: OptimizerConfig,
+    dtype: torch.dtype,
+    recorder: Recorder = SILENT,
+) -> ShardedOptimizer:
+    """The optimizer of `model`, this rank's share, whose parameters become views of its buffers.
+
+    They are kept in `dtype`, which is what products are computed in, but for norms and routers. Parameters with the
+    same replicas, users among the stages and dtype share a bucket; buckets are reduced in the order in which `program`
+    is done with them.
+    """
+    experts, wide = model.expert_parameter_names(), model.wide_parameter_names()
+    members: dict[tuple[int, tuple[int, ...], bool, bool], list[Member]] = {}
     for name, parameter in model.named_parameters():
-        shares.setdefault((name in expert_names, stages.holders(name)), []).append(parameter)
-    replicated = []
-    for (is_expert, holders), parameters in sorted(shares.items(), key=lambda item: item[0]):
-        group = (groups.expert if is_expert else groups.dense)[holders]
-        first_replica = topology.edp_rank(rank) == 0 if is_expert else topology.dp_rank(rank) == 0
-        counts = first_replica and groups.pp_rank == holders[0]
-        replicated.append(Replicated(tuple(parameters), group, counts))
-    return Gradients(tuple(replicated), groups.world)
+        users = stages.users(name)
+        key = (finality(program, users), users, name in experts, name in wide and parameter.dtype != dtype)
+        members.setdefault(key, []).append(Member(name, parameter, decays=parameter.ndim >= 2))
+    buckets, final_after = [], []
+    for (_, users, is_expert, is_wide), sharing in sorted(members.items()):
+        first = sharing[0].parameter
+        kept = first.dtype if is_wide else dtype
+        group = (groups.expert if is_expert else groups.dense)[stages.holders(sharing[0].name)]
+        kind = "experts" if is_expert else "wide dense" if is_wide else "dense"
+        name = f"{kind} of stage {' and '.join(map(str, users))}"
+        buckets.append(Bucket(name, sharing, group, config.moments_dtype(first.dtype), kept))
+        final_after.append(last_touch(program, groups.pp_rank, users))
+    device = buckets[0].weights_N.device
+    worker = open_worker(groups.world, device, recorder=recorder, track=Track.REDUCE)
+    reducer = Reducer(buckets, final_after, groups.world, worker, Traffic(groups.topology, groups.rank))
+    return ShardedOptimizer(reducer, AdamW(config))
 
 
 def open_samples(config: RunConfig, prepared: Prepared) -> tuple[Samples, Samples]:

@@ -69,16 +69,19 @@ class Stages:
             expert_rank=topology.ep_rank(rank),
         )
 
-    def holders(self, parameter: str) -> tuple[int, ...]:
-        """The pipeline ranks that hold the parameter of this name, ascending."""
-        first, last = self._ranks_of(0), self._ranks_of(self.placement.stages - 1)
+    def users(self, parameter: str) -> tuple[int, ...]:
+        """The stages that compute with the parameter of this name, ascending."""
+        last = self.placement.stages - 1
         top, *rest = parameter.split(".")
         if top == "layers":
-            stage = next(number for number, layers in enumerate(self.layers) if int(rest[0]) in layers)
-            return self._ranks_of(stage)
+            return (next(number for number, layers in enumerate(self.layers) if int(rest[0]) in layers),)
         if top == "embedding":
-            return tuple(sorted({*first, *last})) if self.model.mtp_depth else first
-        return last
+            return tuple(sorted({0, last})) if self.model.mtp_depth else (0,)
+        return (last,)
+
+    def holders(self, parameter: str) -> tuple[int, ...]:
+        """The pipeline ranks that hold the parameter of this name, ascending."""
+        return tuple(sorted({rank for stage in self.users(parameter) for rank in self._ranks_of(stage)}))
 
     def all_holders(self) -> Iterator[tuple[int, ...]]:
         """Every set of pipeline ranks that hold something in common."""

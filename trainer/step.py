@@ -12,15 +12,14 @@ from torch import Tensor
 from ..comm.groups import ProcessGroups
 from ..comm.layout import NO_VISITS, Visits
 from ..comm.record import OPTIMIZER, REDUCE_WAIT, SILENT, Recorder, Track
-from ..parallelism.gradients import Gradients
 from ..parallelism.pipeline.executor import Executor
+from ..parallelism.zero import ShardedOptimizer
 from .data.batch import TokenBatch
 from .model.chunk import Chunk
 from .model.config import ModelConfig
 from .model.model import Model, router_names
 from .model.router import update_bias
 from .model.tape import LossScales, Summary
-from .optimizer.adamw import set_learning_rate
 from .running import RunningStage
 
 
@@ -69,8 +68,7 @@ class Stepper:
     model: Model
     chunks: tuple[Chunk, ...]
     executor: Executor
-    optimizer: torch.optim.Optimizer
-    gradients: Gradients
+    optimizer: ShardedOptimizer
     groups: ProcessGroups
     recorder: Recorder = SILENT
 
@@ -91,17 +89,19 @@ class Stepper:
             mtp=settings.mtp_weight / (max(depth, 1) * targets),
             balance=settings.balance_weight / sequences,
         )
+        self.optimizer.reducer.begin()
         summaries = list(self._forward_backward(micro_batches, scales))
         main, mtp, balance = self._reduce_sums(summaries)
         counts_E = self._reduce_counts(summaries)
         with self.recorder.span(Track.INSTRUCTION, REDUCE_WAIT):
-            self.gradients.reduce()
-            norm = self.gradients.norm()
+            self.optimizer.reducer.finish()
+            norm = self.optimizer.reducer.norm()
         total = main * scales.main + mtp * scales.mtp + balance * scales.balance
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise NonFiniteStep(f"loss {total}, gradient norm {norm}: not finite, so no weight was changed")
         with self.recorder.span(Track.INSTRUCTION, OPTIMIZER):
             self._update(norm, counts_E, settings)
+            self.optimizer.wait()
         return StepResult(
             loss=main / targets,
             mtp_loss=mtp / (max(depth, 1) * targets),
@@ -124,7 +124,7 @@ class Stepper:
     def _forward_backward(self, micro_batches: Sequence[TokenBatch], scales: LossScales) -> Iterator[Summary]:
         """Run the schedule; a summary of each micro-batch in each stage of this rank."""
         stages = [RunningStage(chunk, micro_batches, scales) for chunk in self.chunks]
-        self.executor.run(stages)
+        self.executor.run(stages, self.optimizer.reducer.after)
         for stage in stages:
             yield from stage.summaries
 
@@ -153,11 +153,7 @@ class Stepper:
         return Visits(*self.groups.world.all_reduce_sum(counts, "sum of routing statistics").tolist())
 
     def _update(self, norm: float, counts_E: dict[str, Tensor], settings: StepSettings) -> None:
-        if norm > settings.clip_norm:
-            self.gradients.scale(settings.clip_norm / norm)
-        set_learning_rate(self.optimizer, settings.learning_rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step(settings.learning_rate, min(1.0, settings.clip_norm / norm) if norm > 0 else 1.0)
         for name, router in self.model.routers():
             update_bias(router.bias_E, counts_E[name].to(router.bias_E.device), settings.bias_speed)
 

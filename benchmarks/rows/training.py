@@ -87,6 +87,7 @@ class _Trainer:
 
     def close(self) -> None:
         self._worker.close()
+        self._stepper.optimizer.close()
 
 
 CHECKS = (Check("training step, tiny, bf16", training_step, mandatory=True),)

@@ -40,6 +40,10 @@ class Stage(Protocol):
         ...
 
 
+def nobody(index: int) -> None:
+    """Who is told of each instruction where nobody asks."""
+
+
 def open_lanes(groups: ProcessGroups, device: torch.device, recorder: Recorder = SILENT) -> dict[Direction, Lane]:
     """A lane each way where the pipeline has neighbours."""
     if groups.topology.pp == 1:
@@ -77,8 +81,8 @@ class Executor:
         """Derives what travels from the program."""
         return Executor(program, rank, lanes, global_ranks, edges(program)[rank], overlap, recorder)
 
-    def run(self, stages: Sequence[Stage]) -> None:
-        """Run every instruction on `stages`, which are indexed by chunk.
+    def run(self, stages: Sequence[Stage], after: Callable[[int], None] = nobody) -> None:
+        """Run every instruction on `stages`, which are indexed by chunk; tell `after` the index of each that is done.
 
         Raises `CollectiveFailed` for a message that does not come: it names instruction, message and peer.
         """
@@ -86,6 +90,7 @@ class Executor:
         for index, instruction in enumerate(self.program.instructions[self.rank]):
             run.post(self.commits[index])
             run.instruction(index, instruction)
+            after(index)
         run.post(self.commits[-1])
         run.finish()
 

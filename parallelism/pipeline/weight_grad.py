@@ -45,8 +45,9 @@ class WeightGradients:
         if not self._deferred:
             self.run()
 
+    @torch.no_grad()
     def run(self) -> None:
-        """Do all that has been left, in that order."""
+        """Do all that has been left, in that order. Recorded by autograd, a gradient would keep its inputs alive."""
         while self._work:
             self._work.popleft()()
 
@@ -77,9 +78,9 @@ def collecting() -> WeightGradients | None:
 
 
 def add_to_grad(weight: Tensor, grad: Tensor) -> None:
-    """Add to the gradient of a weight, in its dtype."""
+    """Add to the gradient of a weight, in the gradient's dtype, which may be wider than the weight's."""
     if weight.grad is None:
-        weight.grad = grad.to(weight.dtype)
+        weight.grad = grad.to(weight.grad_dtype)
     else:
         weight.grad += grad
 
@@ -112,10 +113,35 @@ class _Linear(torch.autograd.Function):
 
 
 def _add_product(weight_NK: Tensor, grad_RN: Tensor, x_RK: Tensor) -> None:
-    """Add gradᵀ x, where both have the weight's dtype without a pass of its own over it."""
-    if weight_NK.grad is None:
-        weight_NK.grad = (grad_RN.T @ x_RK).to(weight_NK.dtype)
-    elif grad_RN.dtype == weight_NK.dtype:
+    """Add gradᵀ x, where both have the gradient's dtype without a pass of its own over it."""
+    if weight_NK.grad is not None and weight_NK.grad.dtype == grad_RN.dtype:
         weight_NK.grad.addmm_(grad_RN.T, x_RK)
     else:
-        weight_NK.grad += grad_RN.T @ x_RK
+        add_to_grad(weight_NK, grad_RN.T @ x_RK)
+
+
+def embedding(tokens: Tensor, weight_VD: Tensor) -> Tensor:
+    """Rows of the weight, int64 [...] to [..., D]. Gradients of one token's rows are summed in the gradient's dtype."""
+    if collecting() is None or not torch.is_grad_enabled():
+        return F.embedding(tokens, weight_VD)
+    out: Tensor = _Embedding.apply(tokens, weight_VD)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight_VD: Tensor) -> Tensor:
+        ctx.tokens, ctx.weight, ctx.left = tokens, weight_VD, collecting()
+        return F.embedding(tokens, weight_VD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        tokens, weight_VD, (grad,) = ctx.tokens, ctx.weight, grads
+        ctx.left.add(lambda: add_to_grad(weight_VD, _sum_rows(grad.to(weight_VD.grad_dtype), tokens, len(weight_VD))))
+        return None, None
+
+
+def _sum_rows(grad: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:
+    """[..., D] to [V, D], the gradients of each token's row summed."""
+    summed: Tensor = torch.ops.aten.embedding_dense_backward(grad, tokens, vocabulary, -1, False)
+    return summed

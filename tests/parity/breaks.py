@@ -5,7 +5,7 @@ Letters: B batch, S sequence, T tokens (B*S), D hidden, E experts, K top-k, N ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -16,10 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import shoestring.parallelism.gradients as gradients_module
+import shoestring.trainer.rank as rank_module
 import shoestring.trainer.step as step_module
 from shoestring.comm.groups import Group
-from shoestring.parallelism.gradients import Gradients
+from shoestring.comm.pending import Done
+from shoestring.parallelism.bucket import Bucket
+from shoestring.parallelism.gradients import Reducer
 from shoestring.parallelism.pipeline.overlap import Steps
+from shoestring.parallelism.pipeline.placement import Place
+from shoestring.parallelism.pipeline.program import Program
 from shoestring.parallelism.pipeline.weight_grad import WeightGradients
 from shoestring.tests.parity.layouts import Layout, Load, Padding
 from shoestring.trainer.data.batch import TokenBatch
@@ -45,48 +50,68 @@ class Break:
 
 def average_gradients() -> Patch:
     """The mean over replicas instead of the sum: dense gradients shrink by dp, those of experts by edp."""
-    sum_flat = gradients_module._sum_flat
+    reduce = Group.reduce_scatter_sum
 
-    def averaged(parameters: Sequence[Tensor], group: Group) -> None:
-        sum_flat(parameters, group)
-        for parameter in parameters:
-            assert parameter.grad is not None
-            parameter.grad /= group.size
+    def averaged(self: Group, shards_GN: Tensor, what: str) -> None:
+        reduce(self, shards_GN, what)
+        shards_GN[self.index] /= self.size
 
-    return patch.object(gradients_module, "_sum_flat", averaged)
+    return patch.object(Group, "reduce_scatter_sum", averaged)
+
+
+def reduce_in_bf16() -> Patch:
+    """Gradients are rounded to BF16 before they travel, as some libraries do where weights are BF16."""
+    reduce = Group.reduce_scatter_sum
+
+    def rounded(self: Group, shards_GN: Tensor, what: str) -> None:
+        reduce(self, shards_GN.copy_(shards_GN.bfloat16()), what)
+
+    return patch.object(Group, "reduce_scatter_sum", rounded)
+
+
+def forget_the_mirror() -> Patch:
+    """Under DualPipe each of the two ranks that hold a stage keeps the gradients of its own half of the batch."""
+    return patch.object(Group, "reduce_scatter_sum", lambda self, shards_GN, what: None)
+
+
+def reduce_after_the_first_backward() -> Patch:
+    """A gradient is sent off when the first instruction that adds to it has run, not the last."""
+
+    def first_touch(program: Program, rank: int, stages: Iterable[int]) -> int:
+        wanted, placement = set(stages), program.placement
+        works = ((index, each.backward) for index, each in enumerate(program.instructions[rank]))
+        return next(i for i, work in works if work and placement.stage(Place(rank, work.chunk)) in wanted)
+
+    return patch.object(rank_module, "last_touch", first_touch)
 
 
 def sum_experts_over_every_rank() -> Patch:
     """Gradients of different experts are added as if they were replicas."""
 
-    def reduce(self: Gradients) -> None:
-        for share in self.replicated:
-            gradients_module._sum_flat(share.parameters, self.world)
+    def start(self: Reducer, bucket: Bucket) -> None:
+        self._world.all_reduce_sum(bucket.grads_N, "break")
+        self._reducing.append(Done(None))
 
-    return patch.object(Gradients, "reduce", reduce)
-
-
-def count_expert_squares_once_a_replica() -> Patch:
-    """The norm sums squares of experts over all ranks, so that each counts edp times."""
-
-    def norm(self: Gradients) -> float:
-        everywhere = [
-            replace(share, counts=share.counts or share.group.size < self.world.size) for share in self.replicated
-        ]
-        return right(Gradients(tuple(everywhere), self.world))
-
-    right = Gradients.norm
-    return patch.object(Gradients, "norm", norm)
+    return patch.object(Reducer, "_start", start)
 
 
-def leave_out_other_experts() -> Patch:
-    """The norm takes what this rank holds for the whole model."""
+def count_squares_once_a_replica() -> Patch:
+    """The norm sums squares of everything that each rank holds, so that a parameter counts once a replica."""
 
-    def norm(self: Gradients) -> float:
-        mine = [parameter for share in self.replicated for parameter in share.parameters]
-        return float(gradients_module._sum_of_squares(mine).sqrt())
+    def norm(self: Reducer) -> float:
+        own = gradients_module._sum_of_squares(bucket.grads_N for bucket in self.buckets)
+        return float(self._world.all_reduce_sum(own, "break").sqrt())
 
-    return patch.object(Gradients, "norm", norm)
+    return patch.object(Reducer, "norm", norm)
+
+
+def leave_out_other_shards() -> Patch:
+    """The norm takes what this rank owns for the whole model."""
+
+    def norm(self: Reducer) -> float:
+        return float(gradients_module._sum_of_squares(bucket.grad_n for bucket in self.buckets).sqrt())
+
+    return patch.object(Reducer, "norm", norm)
 
 
 def count_padding() -> Patch:
@@ -201,6 +226,8 @@ _TWO_RANKS = Layout(2, 1, 1, 1)
 _TWO_REPLICAS = Layout(2, 2, 1, 1, Padding.RAGGED)
 _PADDED = Layout(2, 1, MICRO_BATCHES, 1, Padding.RAGGED)
 _TWO_DEPTHS = Layout(4, 1, 1, 2, Padding.RAGGED, Load.IDLE)
+_PIPELINE = Layout(1, 2, 3, 1, Padding.EMPTY, pp=2, schedule="one_f_one_b")
+_MIRRORED = Layout(1, 1, 8, 1, Padding.RAGGED, pp=4, layers=5, schedule="dualpipe")
 # With one routed layer, other gates cannot change what a later router does.
 _ONE_ROUTER = Layout(2, 1, 1, 0, Padding.RAGGED, layers=2)
 
@@ -208,8 +235,11 @@ BREAKS: Mapping[str, Break] = MappingProxyType(
     {
         "gradients averaged": Break(average_gradients, _TWO_RANKS, _GRADIENT),
         "experts summed over every rank": Break(sum_experts_over_every_rank, _TWO_RANKS, _GRADIENT),
-        "expert squares counted twice": Break(count_expert_squares_once_a_replica, _TWO_REPLICAS, _NORM),
-        "expert squares left out": Break(leave_out_other_experts, _TWO_RANKS, _NORM),
+        "gradients rounded to BF16": Break(reduce_in_bf16, _TWO_RANKS, _GRADIENT),
+        "half of a mirrored stage": Break(forget_the_mirror, _MIRRORED, _GRADIENT),
+        "unfinished gradient reduced": Break(reduce_after_the_first_backward, _PIPELINE, _GRADIENT),
+        "squares counted by replica": Break(count_squares_once_a_replica, _TWO_REPLICAS, _NORM),
+        "squares of other ranks left out": Break(leave_out_other_shards, _TWO_RANKS, _NORM),
         "loss averaged by micro-batch": Break(average_each_micro_batch, _PADDED, _GRADIENT),
         "balance loss scaled by ranks": Break(scale_balance_by_ranks, _TWO_RANKS, _LOSS | {"balance"}),
         "MTP weight not divided by depth": Break(forget_mtp_depth, _TWO_DEPTHS, _LOSS),

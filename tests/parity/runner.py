@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -20,7 +19,7 @@ from shoestring.comm.order import OrderCheck
 from shoestring.comm.pending import Worker, open_worker
 from shoestring.comm.record import SILENT, Recorder
 from shoestring.comm.traffic import Traffic
-from shoestring.parallelism.gradients import Gradients
+from shoestring.parallelism.gradients import Reducer
 from shoestring.tests.parity.breaks import BREAKS
 from shoestring.tests.parity.layouts import (
     ADAM_EPS,
@@ -71,21 +70,27 @@ def run_rank(world: World, layout: Layout, steps: int, break_name: str | None) -
     )
 
 
-@dataclass(frozen=True)
-class RecordingGradients(Gradients):
-    """Keeps a copy of the reduced gradients at the moment their norm is taken: clipping comes after."""
+class RecordingReducer(Reducer):
+    """Keeps a copy of the reduced gradients at the moment their norm is taken: clipping comes after.
 
-    model: Model
-    seen: list[dict[str, Tensor]] = field(default_factory=list)
+    A rank has its own shards of them, and is given the others' here.
+    """
+
+    def __init__(self, reducer: Reducer, model: Model) -> None:
+        vars(self).update(vars(reducer))
+        self.model = model
+        self.seen: list[dict[str, Tensor]] = []
 
     def norm(self) -> float:
+        for bucket in self.buckets:
+            bucket.group.all_gather(bucket.grads_GN, "gradients for a test")
         self.seen.append(released_gradients(self.model))
         return super().norm()
 
 
 def build(
     layout: Layout, stages: Stages, groups: ProcessGroups, worker: Worker, recorder: Recorder = SILENT
-) -> tuple[Stepper, RecordingGradients]:
+) -> tuple[Stepper, RecordingReducer]:
     """What `trainer.rank.build_rank` makes, with the twin's weights, and without data and checkpoints."""
     topology, rank = layout.topology, groups.rank
     model = Model(model_config(layout.config), stages.share(topology, rank))
@@ -95,13 +100,15 @@ def build(
     config, traffic = ExchangeConfig(name=layout.exchange), Traffic(topology, rank)
     exchange = open_exchange(config, groups, layout.config.experts, worker, traffic)
     pipeline = Pipeline.open(stages, groups, torch.device("cpu"), overlap=layout.overlap, recorder=recorder)
-    optimizer = OptimizerConfig(eps=ADAM_EPS)
+    # BF16 moments are compared by the element, in tests/trainer/optimizer: rounding is no error of a layout.
+    optimizer = OptimizerConfig(eps=ADAM_EPS, moments="auto" if layout.dtype == torch.float64 else "float32")
     stepper = build_stepper(pipeline, model, exchange, layout.dtype, layout.micro_batches, optimizer)
-    gradients = RecordingGradients(stepper.gradients.replicated, groups.world, model)
-    return replace(stepper, gradients=gradients), gradients
+    gradients = RecordingReducer(stepper.optimizer.reducer, model)
+    stepper.optimizer.reducer = gradients
+    return stepper, gradients
 
 
-def take_step(stepper: Stepper, gradients: RecordingGradients, layout: Layout, step: int, rank: int) -> StepOutcome:
+def take_step(stepper: Stepper, gradients: RecordingReducer, layout: Layout, step: int, rank: int) -> StepOutcome:
     config = layout.config
     settings = StepSettings(
         learning_rate=learning_rate(step),

@@ -9,7 +9,10 @@ from typing import Any
 from ...comm.refusal import Problem
 from ..config import RunConfig
 
-_FIXED = ("model", "topology", "precision", "training.seed", "training.sequence_length", "training.global_batch")
+_FIXED = (
+    *("model", "topology", "precision", "optimizer.moments"),
+    *("training.seed", "training.sequence_length", "training.global_batch"),
+)
 """What shapes, places or positions in the data depend on. The rest may change when a run goes on: rates and weights of
 the loss, the size of micro-batches, how often to look, how far to go."""
 

@@ -43,7 +43,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight = weight_VD.to(hidden_TD.dtype)
         needs_grad = grad_enabled and any(ctx.needs_input_grad)  # which is not false under no_grad by itself
         loss = at_least_fp32(hidden_TD.new_zeros(()))
-        grad_TD, grad_VD = torch.empty_like(hidden_TD), torch.zeros_like(weight_VD) if needs_grad else weight_VD
+        grad_TD, grad_VD = torch.empty_like(hidden_TD), weight_VD
+        if needs_grad:
+            grad_VD = torch.zeros_like(weight_VD, dtype=weight_VD.grad_dtype)
         size = max(_FEWEST_TOKENS, _CHUNK_ELEMENTS // len(weight_VD))
         for start in range(0, len(hidden_TD), size):
             chunk = slice(start, start + size)

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...parallelism.pipeline.weight_grad import embedding
 from ..precision.linear import Linear
 from .config import ModelConfig
 from .experts import Experts
@@ -29,7 +29,7 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 [...] to [..., D]."""
-        return F.embedding(tokens, self.weight)
+        return embedding(tokens, self.weight)
 
 
 class MTPModule(nn.Module):
@@ -101,6 +101,15 @@ class Model(nn.Module):
             f"{module_name}.{name}"
             for module_name, module in self.named_modules()
             if isinstance(module, Experts)
+            for name, _ in module.named_parameters()
+        )
+
+    def wide_parameter_names(self) -> frozenset[str]:
+        """Names of the parameters that compute in FP32 at least whatever the rest computes in: norms and routers."""
+        return frozenset(
+            f"{module_name}.{name}"
+            for module_name, module in self.named_modules()
+            if isinstance(module, (RMSNorm, Router))
             for name, _ in module.named_parameters()
         )
 

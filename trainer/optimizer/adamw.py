@@ -1,39 +1,104 @@
-"""torch's AdamW with its state made up front, so that checkpoints can load into it."""
+"""AdamW (arXiv 1711.05101) with moments in BF16 and arithmetic in the dtype of the master weights (report §3.3.2).
+
+The moments are widened, moved, used for the update while they are wide, and rounded to nearest when they are put back.
+
+Letters: N elements.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from .config import OptimizerConfig
 
-
-def build_adamw(parameters: Mapping[str, Tensor], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over named parameters; weight decay on those with two dimensions or more.
-
-    Moments have each parameter's own dtype. `set_learning_rate` must be called before each step.
-    """
-    decayed = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
-    kept = [parameter for parameter in parameters.values() if parameter.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}],
-        lr=0.0,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
-    for parameter in parameters.values():
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-    return optimizer
+_PIECE = 2**16  # elements: the FP32 copies of two moments, 512 KB, stay in a cache
+_PIECE_ON_GPU = 2**24
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The rate of the next step."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+@dataclass(frozen=True)
+class AdamW:
+    """The rule of the update, by torch's fused kernel. See `parallelism.zero.Update`."""
+
+    config: OptimizerConfig
+
+    def __call__(
+        self,
+        master_n: Tensor,
+        grad_n: Tensor,
+        exp_avg_n: Tensor,
+        exp_avg_sq_n: Tensor,
+        *,
+        rate: float,
+        step: int,
+        decays: bool,
+    ) -> None:
+        """One step, in place."""
+        if not master_n.numel():
+            return
+        state = (master_n, grad_n, exp_avg_n, exp_avg_sq_n)
+        if exp_avg_n.dtype == master_n.dtype:
+            self._fused(*state, rate, step, decays)
+            return
+        # The kernel takes moments of the master's dtype alone: a piece of them is widened at a time.
+        size = _PIECE_ON_GPU if master_n.is_cuda else _PIECE
+        for master, grad, exp_avg, exp_avg_sq in zip(*(tensor.split(size) for tensor in state), strict=True):
+            wide, wide_sq = exp_avg.to(master.dtype), exp_avg_sq.to(master.dtype)
+            self._fused(master, grad, wide, wide_sq, rate, step, decays)
+            exp_avg.copy_(wide)
+            exp_avg_sq.copy_(wide_sq)
+
+    def _fused(
+        self, master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rate: float, step: int, decays: bool
+    ) -> None:
+        config = self.config
+        taken = torch.tensor(step - 1, dtype=torch.float32, device=master.device)
+        adamw(
+            [master],
+            [grad],
+            [exp_avg],
+            [exp_avg_sq],
+            [],
+            [taken],
+            fused=True,
+            amsgrad=False,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            lr=rate,
+            weight_decay=config.weight_decay if decays else 0.0,
+            eps=config.eps,
+            maximize=False,
+        )
+
+
+@dataclass(frozen=True)
+class AdamWTwin:
+    """The same formula by formula: the oracle."""
+
+    config: OptimizerConfig
+
+    def __call__(
+        self,
+        master_n: Tensor,
+        grad_n: Tensor,
+        exp_avg_n: Tensor,
+        exp_avg_sq_n: Tensor,
+        *,
+        rate: float,
+        step: int,
+        decays: bool,
+    ) -> None:
+        """One step, in place."""
+        config = self.config
+        exp_avg = config.beta1 * exp_avg_n.to(master_n.dtype) + (1 - config.beta1) * grad_n
+        exp_avg_sq = config.beta2 * exp_avg_sq_n.to(master_n.dtype) + (1 - config.beta2) * grad_n.square()
+        unbiased = exp_avg / (1 - config.beta1**step)
+        unbiased_sq = exp_avg_sq / (1 - config.beta2**step)
+        if decays:
+            master_n *= 1 - rate * config.weight_decay
+        master_n -= rate * unbiased / (unbiased_sq.sqrt() + config.eps)
+        exp_avg_n.copy_(exp_avg)
+        exp_avg_sq_n.copy_(exp_avg_sq)

@@ -6,7 +6,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from ...comm.refusal import Problem
+
+_MOMENTS = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+_LARGEST_BETA2_IN_BF16 = 1 - 2**-8
+"""BF16's spacing is up to 2^-7 of a number: a mean that one step moves by less than half of that stands still."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +39,9 @@ class OptimizerConfig:
     """Decoupled, on matrices; not on norms."""
     clip_norm: float = 1.0
     """Largest global gradient norm."""
+    moments: str = "auto"
+    """What both moments are kept in: `bfloat16` (report §3.3.2), `float32`, `float64`, or `auto`: BF16, and FP64 in a
+    run that computes in FP64. The arithmetic is that of the master weights."""
 
     def problems(self) -> Iterator[Problem]:
         """What is impossible about these values on their own."""
@@ -46,12 +55,25 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= values[name] < 1:
                 yield Problem(name, values[name], "must be at least 0 and less than 1")
+        if self.moments != "auto" and self.moments not in _MOMENTS:
+            yield Problem("moments", self.moments, f"must be auto, {', '.join(_MOMENTS)}")
+        if self.moments in ("auto", "bfloat16") and _LARGEST_BETA2_IN_BF16 < self.beta2 < 1:
+            remedy = (
+                f"is above {_LARGEST_BETA2_IN_BF16}, where a BF16 mean stands still; or write optimizer.moments=float32"
+            )
+            yield Problem("beta2", self.beta2, remedy, ("moments",))
         if self.final_learning_rate > self.peak_learning_rate:
             remedy = f"must be at most peak_learning_rate = {self.peak_learning_rate}"
             yield Problem("final_learning_rate", self.final_learning_rate, remedy, ("peak_learning_rate",))
         if self.constant_tokens is None and self.decay_tokens:
             remedy = "is never reached: constant_tokens is null, the rest of the run; say how long the rate is constant"
             yield Problem("decay_tokens", self.decay_tokens, remedy, ("constant_tokens",))
+
+    def moments_dtype(self, masters: torch.dtype) -> torch.dtype:
+        """The dtype of the moments beside master weights of this one."""
+        if self.moments == "auto":
+            return torch.float64 if masters == torch.float64 else torch.bfloat16
+        return _MOMENTS[self.moments]
 
     def learning_rate(self, tokens: int) -> float:
         """The rate of a step at whose end `tokens` are consumed, so that the first step's is not 0 (report §4.2)."""

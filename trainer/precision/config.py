@@ -14,7 +14,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torc
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-    """Parameters, gradients and optimizer state are FP32 (FP64 when computing in it); `compute` is for all between."""
+    """Master weights and gradients are FP32 (FP64 when computing in it); `compute` is for all between.
+
+    It is what weights are kept in, too, but for norms and routers: see `trainer.rank.build_optimizer`.
+    """
 
     compute: str = "auto"
     """`float32`, `bfloat16`, `float64`, or `auto`: BF16 on a GPU, FP32 elsewhere."""
@@ -31,5 +34,5 @@ class PrecisionConfig:
         return _DTYPES[self.compute]
 
     def parameter_dtype(self) -> torch.dtype:
-        """The dtype of parameters, gradients and moments."""
+        """The dtype of initial weights, of their masters and of gradients."""
         return torch.float64 if self.compute == "float64" else torch.float32

@@ -11,7 +11,7 @@ from ...parallelism.pipeline.weight_grad import linear
 class Linear(nn.Module):
     """y = x Wᵀ, without bias, computed in the dtype of x.
 
-    The parameter keeps its own dtype (FP32 in training) and is cast at its use, so it serves as its own master weight.
+    The weight is cast at its use where its dtype is another.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shoestring.parallelism.pipeline.weight_grad import WeightGradients, collecting, linear
+from shoestring.parallelism.pipeline.weight_grad import WeightGradients, collecting, embedding, linear
 from shoestring.trainer.model.experts import grouped_linear, grouped_mm_twin, grouped_outer, grouped_outer_twin
 from shoestring.trainer.model.loss import linear_cross_entropy, linear_cross_entropy_twin
 from shoestring.trainer.model.phase import Phase
@@ -102,12 +102,49 @@ def test_the_head_leaves_its_gradient_too() -> None:
 
 def test_a_phase_without_inputs_is_all_weights() -> None:
     table = torch.randn(5, 3, requires_grad=True)
-    phase = Phase(lambda: (F.embedding(torch.tensor([1, 1, 4]), table),))
+    phase = Phase(lambda: (embedding(torch.tensor([1, 1, 4]), table),))
     left = WeightGradients()
     assert phase.backward(left, torch.ones(3, 3)) == ()
     assert table.grad is None
     left.run()
     assert _rows_with_gradient(table) == [1, 4]
+
+
+def test_gradients_of_narrow_weights_are_summed_wide() -> None:
+    """256 + 1 is 256 in BF16: a weight in BF16 has a gradient in FP32, also within one product of a micro-batch."""
+    weights = [torch.zeros(rows, 4, dtype=torch.bfloat16, requires_grad=True) for rows in (4, 4, 4096)]
+    for weight in weights:
+        weight.grad_dtype = torch.float32
+        weight.grad = torch.zeros(weight.shape)
+    table, projection, head = weights
+    left = WeightGradients()
+    tokens = torch.tensor([0, 0, 1])
+    grad = torch.tensor([256.0, 1.0, 3.0]).bfloat16()[:, None].expand(3, 4)
+    Phase(lambda: (embedding(tokens, table),)).backward(left, grad)
+    for row in (256.0, 1.0):
+        x = torch.full((1, 4), row, dtype=torch.bfloat16)
+        Phase(lambda x: (linear(x, projection),), x).backward(left, torch.ones_like(x))
+    hidden = torch.ones(600, 4, dtype=torch.bfloat16)
+    hidden[:256] *= 256  # of the first chunk
+    targets = torch.zeros(600, dtype=torch.int64)
+    loss = Phase(lambda x: (linear_cross_entropy(x, head, targets),), hidden)
+    loss.backward(left, torch.ones(()))
+    left.run()
+    assert table.grad is not None
+    assert projection.grad is not None
+    assert head.grad is not None
+    assert table.grad[:2, 0].tolist() == [257.0, 3.0]
+    assert projection.grad[0, 0].item() == 257.0
+    assert head.grad[0, 0].item() == -(256 * 256 + 344)  # of three chunks; the probability of 1 in 4096 is rounded away
+
+
+def test_a_gradient_keeps_no_activation_alive() -> None:
+    weight, left = torch.randn(3, 3, requires_grad=True), WeightGradients()
+    for _ in range(2):
+        Phase(lambda x: (linear(x, weight),), torch.randn(2, 3)).backward(left, torch.ones(2, 3))
+        left.settle()
+        assert weight.grad is not None
+        assert not weight.grad.requires_grad
 
 
 def test_phases_hand_their_work_on_in_order() -> None:

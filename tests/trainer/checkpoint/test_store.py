@@ -18,23 +18,25 @@ from shoestring.trainer.checkpoint.store import CheckpointStore
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.init import initialise
 from shoestring.trainer.model.model import Model, Share
-from shoestring.trainer.optimizer.adamw import build_adamw
 from shoestring.trainer.optimizer.config import OptimizerConfig
+from shoestring.trainer.rank import build_optimizer
+from shoestring.trainer.stages import Stages
 
 SHAPE = ModelConfig(hidden=16, layers=2, vocabulary=32, experts=8, expert_ffn=8, dense_ffn=16)
 
 
-def state_of(topology: Topology, rank: int, seed: int) -> dict[str, Tensor]:
+def state_of(groups: ProcessGroups, seed: int) -> dict[str, Tensor]:
     """State of one rank with moments and biases that no two ranks' experts share."""
+    topology, rank, stages = groups.topology, groups.rank, Stages.of(SHAPE, 16)
     model = Model(SHAPE, Share.whole(SHAPE, topology.ep, topology.ep_rank(rank)))
     initialise(model, seed)
-    optimizer = build_adamw(dict(model.named_parameters()), OptimizerConfig())
-    for parameter in model.parameters():
-        optimizer.state[parameter]["exp_avg"].copy_(2 * parameter)
-        optimizer.state[parameter]["exp_avg_sq"].copy_(parameter.square())
+    optimizer = build_optimizer(model, stages, stages.program(1), groups, OptimizerConfig(), torch.float32)
+    for owned in optimizer.owned():
+        owned.exp_avg.copy_(2 * owned.master)
+        owned.exp_avg_sq.copy_(owned.master.square())
     for _, router in model.routers():
         router.bias_E += seed
-    return named_state(model, optimizer, {f"rng/rank_{rank:05d}": torch.get_rng_state()})
+    return named_state(model, optimizer, rank, {f"rng/rank_{rank:05d}": torch.get_rng_state()})
 
 
 def save_and_load(world: World, directory: str) -> list[str]:
@@ -42,7 +44,7 @@ def save_and_load(world: World, directory: str) -> list[str]:
     topology = Topology(ep=2, edp=2)
     groups = ProcessGroups.create(topology, world.rank, timedelta(seconds=30))
     store = CheckpointStore(Path(directory), keep=2)
-    saved, loaded = (state_of(topology, world.rank, seed) for seed in (1, 2))
+    saved, loaded = (state_of(groups, seed) for seed in (1, 2))
     store.save(7, saved, {"step": 7}, groups.world)
     store.load(7, loaded, groups.world)
     return [name for name, tensor in saved.items() if not torch.equal(tensor, loaded[name])]

@@ -15,7 +15,8 @@ from shoestring.tests.processes import World, run_processes
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.trainer.model.released import largest_difference, make_chunk, released_gradients, run_losses
 from shoestring.trainer.model.tape import LossScales
-from shoestring.trainer.rank import gradients_of
+from shoestring.trainer.optimizer.config import OptimizerConfig
+from shoestring.trainer.rank import build_optimizer
 from shoestring.trainer.stages import Stages
 
 TOLERANCE = {"float64": 1e-10, "float32": 5e-6}
@@ -40,6 +41,10 @@ def run_rank(topology: Topology, rank: int, name: str, dtype_name: str) -> Outco
     """Forward and backward of this rank's sequences; sums, loads, its own reduced gradients, and the global norm."""
     config, dtype = CONFIGS[name], {"float64": torch.float64, "float32": torch.float32}[dtype_name]
     chunk = make_chunk(config, parameters(name, dtype), dtype, topology, rank)
+    groups = ProcessGroups.create(topology, rank, timedelta(seconds=30))
+    stages = Stages.of(chunk.model.config, LENGTH)
+    program = stages.program(1)
+    reducer = build_optimizer(chunk.model, stages, program, groups, OptimizerConfig(), dtype).reducer
     generator = torch.Generator().manual_seed(2)
     tokens_BW = torch.randint(0, config.vocabulary, (SEQUENCES, LENGTH + 1 + config.mtp_depth), generator=generator)
     valid_BW = torch.ones_like(tokens_BW, dtype=torch.bool)
@@ -49,9 +54,7 @@ def run_rank(topology: Topology, rank: int, name: str, dtype_name: str) -> Outco
     scales = LossScales(main=1 / 40, mtp=0.3 / 40, balance=0.1 / SEQUENCES)
     forward = run_losses(chunk, tokens_BW[mine], valid_BW[mine], scales)
 
-    groups = ProcessGroups.create(topology, rank, timedelta(seconds=30))
-    gradients = gradients_of(chunk.model, Stages.of(chunk.model.config, LENGTH), groups)
-    gradients.reduce()
+    reducer.finish()
     summary = forward.summary
     sums = torch.stack((summary.main_sum, summary.mtp_sum, summary.balance_sum)).double()
     groups.dense_dp.all_reduce_sum(sums, "sums")
@@ -60,7 +63,10 @@ def run_rank(topology: Topology, rank: int, name: str, dtype_name: str) -> Outco
         for key, load in forward.summary.counts_E.items()
     }
     main, mtp, balance = sums.tolist()
-    return main, mtp, balance, loads, released_gradients(chunk.model), gradients.norm()
+    norm = reducer.norm()
+    for bucket in reducer.buckets:
+        bucket.group.all_gather(bucket.grads_GN, "gradients for a test")
+    return main, mtp, balance, loads, released_gradients(chunk.model), norm
 
 
 def in_process(world: World, topology: Topology, name: str, dtype_name: str) -> Outcome:

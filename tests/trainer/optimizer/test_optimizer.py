@@ -12,10 +12,15 @@ import torch
 from torch import Tensor
 
 from shoestring.comm.groups import ProcessGroups
+from shoestring.comm.pending import InlineWorker
 from shoestring.comm.topology import Topology
-from shoestring.parallelism.gradients import Gradients, Replicated
-from shoestring.tests.reference.adamw import AdamW, Moments, adamw_step
-from shoestring.trainer.optimizer.adamw import build_adamw, set_learning_rate
+from shoestring.comm.traffic import Traffic
+from shoestring.parallelism.bucket import Bucket, Member
+from shoestring.parallelism.gradients import Reducer
+from shoestring.parallelism.zero import ShardedOptimizer
+from shoestring.tests.reference.adamw import AdamW as PlainAdamW
+from shoestring.tests.reference.adamw import Moments, adamw_step
+from shoestring.trainer.optimizer.adamw import AdamW, AdamWTwin
 from shoestring.trainer.optimizer.config import OptimizerConfig
 
 # Warm-up to 100, constant to 400, cosine to 1000.
@@ -88,61 +93,114 @@ def tensors(seed: int, dtype: torch.dtype, scale: float = 1.0) -> dict[str, Tens
     return {name: (scale * value).to(dtype) for name, value in drawn.items()}
 
 
+def sharded(parameters: dict[str, Tensor], config: OptimizerConfig, moments: torch.dtype) -> ShardedOptimizer:
+    """On one rank, in two buckets."""
+    world = ProcessGroups.create(Topology(), 0, timedelta(seconds=1)).world
+    members = [Member(name, value, decays=value.ndim >= 2) for name, value in parameters.items()]
+    dtype = members[0].parameter.dtype
+    buckets = [Bucket("", each, world, moments, dtype) for each in (members[:1], members[1:])]
+    reducer = Reducer(buckets, [0, 0], world, InlineWorker(), Traffic(Topology(), 0))
+    return ShardedOptimizer(reducer, AdamW(config))
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)], ids=["fp64", "fp32"])
 def test_steps_are_those_of_the_plain_adamw(dtype: torch.dtype, tolerance: float) -> None:
     config = OptimizerConfig(weight_decay=0.2, clip_norm=1.5)
     plain, moments = tensors(0, dtype), Moments()
     ours = {name: value.clone().requires_grad_() for name, value in plain.items()}
-    optimizer = build_adamw(ours, config)
-    groups = ProcessGroups.create(Topology(), 0, timedelta(seconds=1))
-    kinds = ((ours["norm"], ours["matrix"]), (ours["experts"],))
-    gradients = Gradients(tuple(Replicated(kind, groups.world, counts=True) for kind in kinds), groups.world)
+    optimizer = sharded(ours, config, dtype)
+    reducer = optimizer.reducer
     clipped = []
     for step in range(5):
         scale, rate = (0.01 if step == 2 else 1.0), 0.01 * (step + 1)
         drawn = tensors(step + 1, dtype, scale)
-        settings = AdamW(rate, config.beta1, config.beta2, config.eps, config.weight_decay, config.clip_norm)
+        settings = PlainAdamW(rate, config.beta1, config.beta2, config.eps, config.weight_decay, config.clip_norm)
         expected_norm = adamw_step(plain, drawn, moments, settings)
 
+        reducer.begin()
         for name, value in ours.items():
-            value.grad = drawn[name].clone()
-        gradients.reduce()
-        norm = gradients.norm()
+            assert value.grad is not None
+            value.grad += drawn[name]
+        reducer.finish()
+        norm = reducer.norm()
         clipped.append(norm > config.clip_norm)
+        optimizer.step(rate, config.clip_norm / norm if clipped[-1] else 1.0)
         if clipped[-1]:
-            gradients.scale(config.clip_norm / norm)
-            assert gradients.norm() == pytest.approx(config.clip_norm, rel=10 * tolerance)
-        set_learning_rate(optimizer, rate)
-        optimizer.step()
+            assert reducer.norm() == pytest.approx(config.clip_norm, rel=10 * tolerance)
+        optimizer.wait()
         assert norm == pytest.approx(expected_norm, rel=1e-12)
     assert clipped == [True, True, False, True, True]
+    assert optimizer.steps == 5
+    state = {owned.name: owned for owned in optimizer.owned()}
     for name, value in ours.items():
         torch.testing.assert_close(value.detach(), plain[name], rtol=tolerance, atol=tolerance)
-        state = optimizer.state[value]
-        torch.testing.assert_close(state["exp_avg"], moments.first[name], rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(state["exp_avg_sq"], moments.second[name], rtol=tolerance, atol=tolerance)
-        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == dtype
-        assert state["step"].item() == 5
+        owned, shape = state[name], value.shape
+        assert torch.equal(owned.master.view(shape), value)
+        torch.testing.assert_close(owned.exp_avg.view(shape), moments.first[name], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(owned.exp_avg_sq.view(shape), moments.second[name], rtol=tolerance, atol=tolerance)
 
 
 def test_only_matrices_decay() -> None:
     before = tensors(0, torch.float32)
     ours = {name: value.clone().requires_grad_() for name, value in before.items()}
-    optimizer = build_adamw(ours, OptimizerConfig(weight_decay=0.5))
-    for value in ours.values():
-        value.grad = torch.zeros_like(value)
-    set_learning_rate(optimizer, 0.1)
-    optimizer.step()
+    optimizer = sharded(ours, OptimizerConfig(weight_decay=0.5), torch.bfloat16)
+    optimizer.reducer.begin()
+    optimizer.step(0.1)
     assert torch.equal(ours["norm"].detach(), before["norm"])
     for name in ("matrix", "experts"):
         torch.testing.assert_close(ours[name].detach(), before[name] * 0.95)
 
 
-def test_state_exists_before_the_first_step() -> None:
-    ours = {name: value.requires_grad_() for name, value in tensors(0, torch.float32).items()}
-    optimizer = build_adamw(ours, OptimizerConfig())
-    for value in ours.values():
-        state = optimizer.state[value]
-        assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
-        assert state["exp_avg"].shape == state["exp_avg_sq"].shape == value.shape
-        assert not any(tensor.any() for tensor in state.values())
+@pytest.mark.parametrize("masters", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("moments", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_the_fused_rule_does_what_its_twin_does(masters: torch.dtype, moments: torch.dtype) -> None:
+    """Over more than one piece, ten steps, each from the twin's state: a moment on the border between two numbers of
+    its dtype may be rounded up by one and down by the other."""
+    length, generator = 2**16 + 77, torch.Generator().manual_seed(0)
+    config, unit = OptimizerConfig(), torch.finfo(moments).eps
+    master = torch.randn(length, generator=generator, dtype=torch.float64).to(masters)
+    state = (master, torch.zeros(length, dtype=moments), torch.zeros(length, dtype=moments))
+    for step in range(1, 11):
+        grad = torch.randn(length, generator=generator, dtype=torch.float64).to(masters)
+        ours = tuple(tensor.clone() for tensor in state)
+        for rule, (master, exp_avg, exp_avg_sq) in ((AdamW(config), ours), (AdamWTwin(config), state)):
+            rule(master, grad, exp_avg, exp_avg_sq, rate=0.01, step=step, decays=step % 2 == 0)
+        torch.testing.assert_close(ours[0], state[0], rtol=1e-6, atol=1e-7)
+        for moment, twin in zip(ours[1:], state[1:], strict=True):
+            assert moment.dtype == moments
+            torch.testing.assert_close(moment.double(), twin.double(), rtol=unit, atol=1e-6)
+            assert float((moment != twin).double().mean()) < 1e-3 or moments == torch.float32
+
+
+def test_bf16_moments_stay_near_those_that_are_never_rounded() -> None:
+    """Fifty steps of the report's rule: the update is off by less than the 2^-8 that a rounding may cost."""
+    length, generator, config = 4096, torch.Generator().manual_seed(1), OptimizerConfig(weight_decay=0.0)
+    results = []
+    for moments in (torch.bfloat16, torch.float32):
+        generator.manual_seed(1)
+        master, exp_avg, exp_avg_sq = torch.zeros(length), torch.zeros(length), torch.zeros(length)
+        exp_avg, exp_avg_sq = exp_avg.to(moments), exp_avg_sq.to(moments)
+        for step in range(1, 51):
+            grad = torch.randn(length, generator=generator) + 0.5
+            AdamW(config)(master, grad, exp_avg, exp_avg_sq, rate=0.01, step=step, decays=True)
+        results.append(master)
+    rounded, exact = results
+    assert 0 < float((rounded - exact).norm() / exact.norm()) < 2**-8
+
+
+def test_a_mean_that_would_stand_still_is_refused() -> None:
+    def refused(beta2: float, moments: str) -> list[str]:
+        return [problem.field for problem in OptimizerConfig(beta2=beta2, moments=moments).problems()]
+
+    assert refused(0.999, "auto") == refused(0.999, "bfloat16") == ["beta2"]
+    assert refused(0.999, "float32") == refused(0.95, "bfloat16") == []
+    assert refused(0.95, "int8") == ["moments"]
+    # What is refused is what happens: a second moment under half of its spacing a step never falls.
+    stuck, falling = torch.ones(1, dtype=torch.bfloat16), torch.ones(1, dtype=torch.bfloat16)
+    master, grad, exp_avg = torch.zeros(1), torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)
+    for step in range(1, 101):
+        for beta2, exp_avg_sq in ((0.999, stuck), (0.99, falling)):
+            rule = AdamW(OptimizerConfig(beta2=beta2))
+            rule(master, grad, exp_avg, exp_avg_sq, rate=0.0, step=step, decays=False)
+    assert stuck.item() == 1.0
+    assert falling.item() < 0.5
