@@ -69,7 +69,7 @@ class Trainer:
         self.stepper: Stepper = build_stepper(
             pipeline, model, exchange, torch.float32, MICRO_BATCHES, OptimizerConfig()
         )
-        self._closers = (worker.close, pipeline.close)
+        self._closers = (worker.close, pipeline.close, self.stepper.optimizer.close)
 
     def step(self) -> dict[str, float]:
         """Seconds of this rank's FBs in one step: whole, computing, exchanging, waiting for exchanges."""

@@ -63,7 +63,8 @@ def _products() -> Iterator[Finding]:
         yield Finding(
             "attention", "blocks of plain products", True, "trainer/model/causal.py; a GPU takes torch's kernels"
         )
-    yield Finding("optimizer", "torch.optim.AdamW(fused=True)", True, "moments in the dtype of the parameters")
+    note = "FP32 arithmetic, moments in BF16; sharded over replicas (ZeRO-1)"
+    yield Finding("optimizer", "torch's fused AdamW", True, note)
 
 
 def _rehearsal() -> Iterator[Finding]:

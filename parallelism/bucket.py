@@ -51,6 +51,8 @@ class Owned:
     """Of the whole parameter on this rank."""
     offset: int
     """Of the stretch's first element in the flattened parameter."""
+    part: slice
+    """Where the stretch lies in this rank's shard of the bucket."""
     master: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
@@ -131,6 +133,7 @@ class Bucket:
                     name=extent.name,
                     shape=extent.parameter.shape,
                     offset=first - extent.begin,
+                    part=part,
                     master=self.master_n[part],
                     exp_avg=self.exp_avg_n[part],
                     exp_avg_sq=self.exp_avg_sq_n[part],

@@ -172,17 +172,21 @@ def _micro_batches(rank: Rank, consumed: int) -> Iterator[TokenBatch]:
 
 
 def _evaluate(rank: Rank, step: int, reporter: Reporter | None) -> None:
+    average, averaged = rank.stepper.average, None
     with _timing(reporter, "evaluation"):
-        loss, targets = evaluate(
-            rank.stepper.chunks,
-            rank.pipeline.forwards,
-            rank.validation,
-            rank.config.schedule.micro_batch,
-            rank.groups,
-            rank.device,
-        )
+        loss, targets = _validation_loss(rank)
+        if average is not None:
+            with average.in_use():
+                averaged, _ = _validation_loss(rank)
     if reporter is not None:
-        reporter.evaluation(step, loss, targets, rank.unigram_entropy)
+        reporter.evaluation(step, loss, averaged, targets, rank.unigram_entropy)
+
+
+def _validation_loss(rank: Rank) -> tuple[float, int]:
+    """And over how many targets."""
+    stepper, config = rank.stepper, rank.config
+    forwards, device = rank.pipeline.forwards, rank.device
+    return evaluate(stepper.chunks, forwards, rank.validation, config.schedule.micro_batch, rank.groups, device)
 
 
 def _sample(rank: Rank, step: int, reporter: Reporter | None) -> None:
@@ -229,7 +233,8 @@ def _load(rank: Rank, step: int) -> dict[str, Any]:
 
 def _state(rank: Rank) -> dict[str, torch.Tensor]:
     rng = {f"rng/rank_{rank.groups.rank:05d}": torch.get_rng_state()}
-    return named_state(rank.model, rank.stepper.optimizer, rank.groups.rank, rng)
+    stepper = rank.stepper
+    return named_state(rank.model, stepper.optimizer, stepper.average, rank.groups.rank, rng)
 
 
 def _is_due(step: int, every: int, last: int) -> bool:

@@ -35,6 +35,7 @@ from .model.chunk import Chunk
 from .model.init import initialise
 from .model.model import Model
 from .optimizer.adamw import AdamW
+from .optimizer.average import WeightAverage
 from .optimizer.config import OptimizerConfig
 from .stages import Stages
 from .step import Stepper
@@ -72,6 +73,8 @@ class Rank:
         """End what runs the exchanges and reductions."""
         self.worker.close()
         self.stepper.optimizer.close()
+        if self.stepper.average is not None:
+            self.stepper.average.close()
         self.pipeline.close()
 
 
@@ -176,13 +179,15 @@ def build_stepper(
     """What takes steps of so many micro-batches with `model`, this rank's share."""
     stages, groups = pipeline.stages, pipeline.groups
     program = stages.program(micro_batches)
+    sharded = build_optimizer(model, stages, program, groups, optimizer, dtype, pipeline.recorder)
     return Stepper(
         model=model,
         chunks=tuple(
             Chunk(model, exchange, dtype, stage, pipeline.recorder) for stage in stages.chunks(groups.pp_rank)
         ),
         executor=pipeline.executor(program),
-        optimizer=build_optimizer(model, stages, program, groups, optimizer, dtype, pipeline.recorder),
+        optimizer=sharded,
+        average=None if optimizer.ema_decay is None else WeightAverage(sharded, optimizer.ema_decay),
         groups=groups,
         recorder=pipeline.recorder,
     )

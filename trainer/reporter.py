@@ -130,9 +130,13 @@ class Reporter:
         }
         self._emit("step", step, values)
 
-    def evaluation(self, step: int, loss: float, targets: int, unigram_entropy: float) -> None:
-        """A validation loss, beside the entropy that knowing the frequency of each token alone would reach."""
-        self._emit("evaluation", step, {"loss": loss, "targets": targets, "unigram_entropy": unigram_entropy})
+    def evaluation(self, step: int, loss: float, averaged: float | None, targets: int, unigram_entropy: float) -> None:
+        """A validation loss, beside the entropy that knowing the frequency of each token alone would reach.
+
+        `averaged` is the loss of the moving average of the weights, where there is one.
+        """
+        values: dict[str, JSON] = {"loss": loss, "targets": targets, "unigram_entropy": unigram_entropy}
+        self._emit("evaluation", step, values if averaged is None else values | {"loss/averaged": averaged})
 
     def sample(self, step: int, prompt: str, continuation: str) -> None:
         """Text from the model."""

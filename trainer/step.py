@@ -20,6 +20,7 @@ from .model.config import ModelConfig
 from .model.model import Model, router_names
 from .model.router import update_bias
 from .model.tape import LossScales, Summary
+from .optimizer.average import WeightAverage
 from .running import RunningStage
 
 
@@ -69,6 +70,7 @@ class Stepper:
     chunks: tuple[Chunk, ...]
     executor: Executor
     optimizer: ShardedOptimizer
+    average: WeightAverage | None
     groups: ProcessGroups
     recorder: Recorder = SILENT
 
@@ -153,7 +155,11 @@ class Stepper:
         return Visits(*self.groups.world.all_reduce_sum(counts, "sum of routing statistics").tolist())
 
     def _update(self, norm: float, counts_E: dict[str, Tensor], settings: StepSettings) -> None:
+        if self.average is not None:
+            self.average.wait()
         self.optimizer.step(settings.learning_rate, min(1.0, settings.clip_norm / norm) if norm > 0 else 1.0)
+        if self.average is not None:
+            self.average.start()
         for name, router in self.model.routers():
             update_bias(router.bias_E, counts_E[name].to(router.bias_E.device), settings.bias_speed)
 

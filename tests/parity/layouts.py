@@ -192,6 +192,10 @@ QUICK = (
     Layout(2, 1, 5, 1, _EMPTY, pp=2, layers=4, schedule="dualpipev", exchange="two_hop", node_size=1),
     Layout(1, 1, 8, 1, _RAGGED, pp=4, layers=5, schedule="dualpipe"),
     Layout(2, 1, 4, 2, _RAGGED, _IDLE, pp=2, schedule="dualpipe", dtype=_FP32),
+    # Optimizer state over replicas in a pipeline: two a stage, then the four of two mirrored stages, idle experts too.
+    Layout(1, 2, 4, 1, _RAGGED, pp=2, schedule="zb1p", dtype=_FP32),
+    Layout(1, 2, 4, 1, _RAGGED, _UNUSED, pp=2, layers=4, schedule="dualpipev"),
+    Layout(1, 2, 4, 1, _EMPTY, _UNUSED, pp=2, schedule="dualpipe"),
 )
 
 _GRIDS = ((2, 1, 1), (2, 2, 1), (2, 1, 2), (4, 1, 1), (2, 2, 2))

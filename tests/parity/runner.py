@@ -89,9 +89,17 @@ class RecordingReducer(Reducer):
 
 
 def build(
-    layout: Layout, stages: Stages, groups: ProcessGroups, worker: Worker, recorder: Recorder = SILENT
+    layout: Layout,
+    stages: Stages,
+    groups: ProcessGroups,
+    worker: Worker,
+    recorder: Recorder = SILENT,
+    compute: torch.dtype | None = None,
 ) -> tuple[Stepper, RecordingReducer]:
-    """What `trainer.rank.build_rank` makes, with the twin's weights, and without data and checkpoints."""
+    """What `trainer.rank.build_rank` makes, with the twin's weights, and without data and checkpoints.
+
+    It computes in the layout's dtype, unless `compute` is another.
+    """
     topology, rank = layout.topology, groups.rank
     model = Model(model_config(layout.config), stages.share(topology, rank))
     for parameter in model.parameters():
@@ -102,7 +110,7 @@ def build(
     pipeline = Pipeline.open(stages, groups, torch.device("cpu"), overlap=layout.overlap, recorder=recorder)
     # BF16 moments are compared by the element, in tests/trainer/optimizer: rounding is no error of a layout.
     optimizer = OptimizerConfig(eps=ADAM_EPS, moments="auto" if layout.dtype == torch.float64 else "float32")
-    stepper = build_stepper(pipeline, model, exchange, layout.dtype, layout.micro_batches, optimizer)
+    stepper = build_stepper(pipeline, model, exchange, compute or layout.dtype, layout.micro_batches, optimizer)
     gradients = RecordingReducer(stepper.optimizer.reducer, model)
     stepper.optimizer.reducer = gradients
     return stepper, gradients

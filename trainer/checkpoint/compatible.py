@@ -10,7 +10,7 @@ from ...comm.refusal import Problem
 from ..config import RunConfig
 
 _FIXED = (
-    *("model", "topology", "precision", "optimizer.moments"),
+    *("model", "topology", "precision", "optimizer.moments", "optimizer.ema_decay"),
     *("training.seed", "training.sequence_length", "training.global_batch"),
 )
 """What shapes, places or positions in the data depend on. The rest may change when a run goes on: rates and weights of

@@ -12,10 +12,17 @@ from torch import Tensor
 
 from ...parallelism.zero import ShardedOptimizer
 from ..model.model import Model
+from ..optimizer.average import WeightAverage
 
 
-def named_state(model: Model, optimizer: ShardedOptimizer, rank: int, rng: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Masters, moments and routing biases as views, so that loading into them changes the run's state; and `rng`.
+def named_state(
+    model: Model,
+    optimizer: ShardedOptimizer,
+    average: WeightAverage | None,
+    rank: int,
+    rng: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Masters, moments, average and routing biases as views, so that loading into them changes the state; and `rng`.
 
     The weights are not in it: `optimizer.publish` makes them from the masters. Each rank writes what it owns.
     """
@@ -23,6 +30,8 @@ def named_state(model: Model, optimizer: ShardedOptimizer, rank: int, rng: Mappi
     for owned in optimizer.owned():
         for kind in ("master", "exp_avg", "exp_avg_sq"):
             state[f"{kind}/{owned.name}/rank_{rank:05d}"] = getattr(owned, kind)
+    if average is not None:
+        state |= {f"average/{name}/rank_{rank:05d}": stretch for name, _, stretch in average.owned()}
     for layer, router in model.routers():
         state[f"routing_bias/{layer}"] = router.bias_E
     return state

@@ -42,6 +42,9 @@ class OptimizerConfig:
     moments: str = "auto"
     """What both moments are kept in: `bfloat16` (report §3.3.2), `float32`, `float64`, or `auto`: BF16, and FP64 in a
     run that computes in FP64. The arithmetic is that of the master weights."""
+    ema_decay: float | None = None
+    """What a step keeps of the moving average of the weights (report §3.2.3, which gives no number); null: no average.
+    It is evaluated beside the weights."""
 
     def problems(self) -> Iterator[Problem]:
         """What is impossible about these values on their own."""
@@ -55,6 +58,8 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= values[name] < 1:
                 yield Problem(name, values[name], "must be at least 0 and less than 1")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            yield Problem("ema_decay", self.ema_decay, "must be more than 0 and less than 1, or null")
         if self.moments != "auto" and self.moments not in _MOMENTS:
             yield Problem("moments", self.moments, f"must be auto, {', '.join(_MOMENTS)}")
         if self.moments in ("auto", "bfloat16") and _LARGEST_BETA2_IN_BF16 < self.beta2 < 1:

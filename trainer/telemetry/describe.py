@@ -67,6 +67,8 @@ def _budget(event: Event) -> str:
 def _evaluation(event: Event) -> str:
     values = event.values
     line = f"step {event.step}: validation loss {_number(values, 'loss'):.4f} nats a token"
+    if "loss/averaged" in values:
+        line += f", with averaged weights {_number(values, 'loss/averaged'):.4f},"
     floor = f"unigram entropy of the same text {_number(values, 'unigram_entropy'):.4f}"
     return f"{line} over {values['targets']:,} tokens ({floor})"
 

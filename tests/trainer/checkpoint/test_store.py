@@ -36,7 +36,7 @@ def state_of(groups: ProcessGroups, seed: int) -> dict[str, Tensor]:
         owned.exp_avg_sq.copy_(owned.master.square())
     for _, router in model.routers():
         router.bias_E += seed
-    return named_state(model, optimizer, rank, {f"rng/rank_{rank:05d}": torch.get_rng_state()})
+    return named_state(model, optimizer, None, rank, {f"rng/rank_{rank:05d}": torch.get_rng_state()})
 
 
 def save_and_load(world: World, directory: str) -> list[str]:

@@ -1,0 +1,194 @@
+"""One model, data parallel: Shoestring's sharded optimizer, torch's ZeroRedundancyOptimizer, and torch's FSDP2.
+
+Letters: R rows of a micro-batch, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from shoestring.comm.groups import ProcessGroups
+from shoestring.comm.pending import open_worker
+from shoestring.comm.topology import Topology
+from shoestring.comm.traffic import Traffic
+from shoestring.parallelism.bucket import Bucket, Member
+from shoestring.parallelism.gradients import Reducer
+from shoestring.parallelism.zero import ShardedOptimizer
+from shoestring.trainer.optimizer.adamw import AdamW
+from shoestring.trainer.optimizer.config import OptimizerConfig
+
+CONFIG = OptimizerConfig()
+RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Sizes:
+    width: int
+    blocks: int
+    rows: int
+    """Of a micro-batch of one rank."""
+    micro_batches: int
+
+
+class Block(nn.Module):
+    """x + W₂ relu(W₁ x)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x_RD: Tensor) -> Tensor:
+        out: Tensor = x_RD + self.down(self.up(x_RD).relu())
+        return out
+
+
+def stack(sizes: Sizes) -> nn.Sequential:
+    """The same on every rank."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block(sizes.width) for _ in range(sizes.blocks)))
+
+
+@dataclass(frozen=True)
+class Runner:
+    """One step, and the weights whole by name."""
+
+    step: Callable[[], float]
+    """Returns the gradient norm."""
+    weights: Callable[[], dict[str, Tensor]]
+    close: Callable[[], None]
+
+
+def _batches(sizes: Sizes, rank: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1 + rank)
+    return [torch.randn(sizes.rows, sizes.width, generator=generator) for _ in range(sizes.micro_batches)]
+
+
+def _scale(sizes: Sizes, ranks: int) -> float:
+    """Of a micro-batch's sum of squares, for a mean over the global batch."""
+    return 1 / (sizes.rows * sizes.width * sizes.micro_batches * ranks)
+
+
+def _copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+def shoestring(sizes: Sizes, rank: int, ranks: int, moments: torch.dtype) -> Runner:
+    """Each block is a bucket, reduced while the backward of those before it runs."""
+    groups = ProcessGroups.create(Topology(edp=ranks), rank, timedelta(seconds=60))
+    model = stack(sizes)
+    members = [
+        [Member(f"{index}.{name}", p, decays=True) for name, p in block.named_parameters()]
+        for index, block in reversed(list(enumerate(model)))
+    ]
+    buckets = [Bucket("", each, groups.dense[(0,)], moments, torch.float32) for each in members]
+    worker = open_worker(groups.world, torch.device("cpu"))
+    reducer = Reducer(buckets, range(len(buckets)), groups.world, worker, Traffic(groups.topology, rank))
+    optimizer = ShardedOptimizer(reducer, AdamW(CONFIG))
+    batches, scale = _batches(sizes, rank), _scale(sizes, ranks)
+
+    def backward(x_RD: Tensor, *, last: bool) -> None:
+        """Block by block, so that what is final is known, as a pipeline's program knows it."""
+        kept = []
+        for block in model:
+            block_input = x_RD.detach().requires_grad_()
+            x_RD = block(block_input)
+            kept.append((block_input, x_RD))
+        grad = 2 * scale * x_RD.detach()
+        for index, (block_input, output) in enumerate(reversed(kept)):
+            output.backward(grad)
+            assert block_input.grad is not None
+            grad = block_input.grad
+            if last:
+                reducer.after(index)
+
+    def step() -> float:
+        reducer.begin()
+        for index, batch in enumerate(batches):
+            backward(batch, last=index == len(batches) - 1)
+        reducer.finish()
+        norm = reducer.norm()
+        optimizer.step(RATE, min(1.0, CONFIG.clip_norm / norm))
+        optimizer.wait()
+        return norm
+
+    return Runner(step, lambda: _copies(dict(model.named_parameters())), optimizer.close)
+
+
+def _peer(
+    sizes: Sizes,
+    rank: int,
+    ranks: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    unsynchronised: Callable[[bool], AbstractContextManager[object]],
+) -> Callable[[], float]:
+    """A step as their documentation writes it. Both take the mean over ranks: the loss is scaled up by their number."""
+    batches, scale = _batches(sizes, rank), _scale(sizes, ranks) * ranks
+
+    def step() -> float:
+        for index, batch in enumerate(batches):
+            with unsynchronised(index < len(batches) - 1):
+                (scale * model(batch).square().sum()).backward()
+        norm: Any = nn.utils.clip_grad_norm_(model.parameters(), CONFIG.clip_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(norm)
+
+    return step
+
+
+def zero_redundancy(sizes: Sizes, rank: int, ranks: int) -> Runner:
+    """DDP's all-reduce, then each rank updates some parameters and broadcasts them."""
+    model = DistributedDataParallel(stack(sizes))
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, **_adamw())
+    step = _peer(sizes, rank, ranks, model, optimizer, lambda skip: model.no_sync() if skip else nullcontext())
+    return Runner(step, lambda: _copies(dict(model.module.named_parameters())), lambda: None)
+
+
+def fsdp2(sizes: Sizes, rank: int, ranks: int) -> Runner:
+    """ZeRO-2 by `fully_shard`: weights stay whole between forward and backward."""
+    model = stack(sizes)
+    for block in model:
+        fully_shard(block, reshard_after_forward=False)
+    whole = fully_shard(model, reshard_after_forward=False)
+    optimizer = torch.optim.AdamW(model.parameters(), **_adamw())
+
+    def unsynchronised(skip: bool) -> AbstractContextManager[object]:
+        whole.set_requires_gradient_sync(not skip)
+        return nullcontext()
+
+    def weights() -> dict[str, Tensor]:
+        parameters = model.named_parameters()
+        return {name: p.full_tensor().detach().clone() for name, p in parameters if isinstance(p, DTensor)}
+
+    return Runner(_peer(sizes, rank, ranks, model, optimizer, unsynchronised), weights, lambda: None)
+
+
+def _adamw() -> dict[str, Any]:
+    settings = {"betas": (CONFIG.beta1, CONFIG.beta2), "eps": CONFIG.eps, "weight_decay": CONFIG.weight_decay}
+    return {"lr": RATE, "fused": True, **settings}
+
+
+RUNNERS: Mapping[str, Callable[[Sizes, int, int], Runner]] = MappingProxyType(
+    {
+        "shoestring": lambda sizes, rank, ranks: shoestring(sizes, rank, ranks, torch.float32),
+        "shoestring, BF16 moments": lambda sizes, rank, ranks: shoestring(sizes, rank, ranks, torch.bfloat16),
+        "DDP + ZeroRedundancyOptimizer": zero_redundancy,
+        "FSDP2": fsdp2,
+    }
+)

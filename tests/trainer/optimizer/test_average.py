@@ -1,0 +1,95 @@
+"""The moving average of the weights: its formula, beside the training, and the weights untouched by a look at it."""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+from shoestring.comm.groups import ProcessGroups
+from shoestring.comm.pending import open_worker
+from shoestring.comm.topology import Topology
+from shoestring.comm.traffic import Traffic
+from shoestring.parallelism.bucket import Bucket, Member
+from shoestring.parallelism.gradients import Reducer
+from shoestring.parallelism.zero import ShardedOptimizer
+from shoestring.tests.processes import World, run_processes
+from shoestring.trainer.optimizer.adamw import AdamW
+from shoestring.trainer.optimizer.average import WeightAverage
+from shoestring.trainer.optimizer.config import OptimizerConfig
+
+DECAY, STEPS = 0.75, 4
+
+
+def build(groups: ProcessGroups, weights: torch.dtype) -> tuple[ShardedOptimizer, Tensor]:
+    parameter = torch.arange(300.0).div(100).requires_grad_()
+    members = [Member("weight", parameter, decays=False)]
+    buckets = [Bucket("", members, groups.dense[(0,)], torch.bfloat16, weights)]
+    worker = open_worker(groups.world, torch.device("cpu"))
+    reducer = Reducer(buckets, [0], groups.world, worker, Traffic(groups.topology, groups.rank))
+    return ShardedOptimizer(reducer, AdamW(OptimizerConfig())), parameter
+
+
+def take_step(optimizer: ShardedOptimizer, parameter: Tensor) -> None:
+    optimizer.reducer.begin()
+    assert parameter.grad is not None
+    parameter.grad += 1 + parameter.float()
+    optimizer.reducer.finish()
+    optimizer.step(0.125)
+    optimizer.wait()
+
+
+def averaged(world: World, weights: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The average and its twin, the weights before a look at it and after."""
+    groups = ProcessGroups.create(Topology(edp=world.size), world.rank, timedelta(seconds=30))
+    optimizer, parameter = build(groups, weights)
+    average = WeightAverage(optimizer, DECAY)
+    twin = torch.arange(300.0).div(100)
+    for _ in range(STEPS):
+        average.wait()
+        take_step(optimizer, parameter)
+        average.start()
+        twin = DECAY * twin + (1 - DECAY) * parameter.detach().float()
+    before = parameter.detach().clone()
+    with average.in_use():
+        inside = parameter.detach().clone()
+    return inside, twin, before, parameter.detach().clone()
+
+
+def test_every_rank_sees_the_average_and_then_its_weights_again() -> None:
+    for inside, twin, before, after in run_processes(2, averaged, torch.float32):
+        torch.testing.assert_close(inside, twin, rtol=1e-6, atol=1e-6)
+        assert torch.equal(before, after)
+        assert float((inside - before).abs().max()) > 0.1
+
+
+def test_the_average_is_of_masters_and_never_rounded_on_the_way() -> None:
+    ((wide, _, _, _),) = run_processes(1, averaged, torch.float32)
+    ((inside, _, before, after),) = run_processes(1, averaged, torch.bfloat16)
+    assert torch.equal(before, after)
+    assert inside.dtype == torch.bfloat16
+    # Gradients differ in rounding of the weights they are made from; Adam's first steps hardly see it.
+    torch.testing.assert_close(inside.float(), wide, rtol=2**-7, atol=1e-3)
+
+
+def test_it_moves_beside_the_caller_and_is_waited_for() -> None:
+    groups = ProcessGroups.create(Topology(), 0, timedelta(seconds=1))
+    optimizer, _ = build(groups, torch.float32)
+    average = WeightAverage(optimizer, DECAY)
+    go_on, order = threading.Event(), []
+    move = average._move
+
+    def slow() -> None:
+        go_on.wait(10)
+        order.append("moved")
+        move()
+
+    average._move = slow  # type: ignore[method-assign]
+    average.start()
+    order.append("caller")  # start has returned while the average waits
+    go_on.set()
+    average.wait()
+    assert order == ["caller", "moved"]
+    average.close()

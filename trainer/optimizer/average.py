@@ -1,0 +1,74 @@
+"""Exponential moving average of the weights, on the CPU and beside the training (report §3.2.3).
+
+An early look at how the model would do after the learning rate has decayed, for no memory or time of a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ...parallelism.zero import ShardedOptimizer
+
+
+class WeightAverage:
+    """The average of the master weights that this rank owns: 4 / d bytes of the host's memory a parameter.
+
+    `start` after a step, `wait` before the next one changes the masters. On a GPU not yet run.
+    """
+
+    def __init__(self, optimizer: ShardedOptimizer, decay: float) -> None:
+        """Begins as the weights are now. A step keeps `decay` of the average and takes the rest from the weights."""
+        self._optimizer = optimizer
+        self._decay = decay
+        self._buckets = optimizer.reducer.buckets
+        self._shards = [bucket.master_n.detach().to("cpu", copy=True) for bucket in self._buckets]
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="average")
+        self._moving: Future[None] | None = None
+
+    def start(self) -> None:
+        """Move the average towards the weights, while the caller goes on with the next step."""
+        self.wait()
+        self._moving = self._thread.submit(self._move)
+
+    def wait(self) -> None:
+        """Until the average has moved."""
+        if self._moving is not None:
+            self._moving.result()
+            self._moving = None
+
+    def owned(self) -> Iterator[tuple[str, int, Tensor]]:
+        """Parameter, offset of a stretch in it when flattened, and the average there, a view; see `bucket.Owned`."""
+        self.wait()
+        for bucket, shard in zip(self._buckets, self._shards, strict=True):
+            for owned in bucket.owned():
+                yield owned.name, owned.offset, shard[owned.part]
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Collective: inside, the model's weights are the average; afterwards what they were, to the last bit."""
+        self.wait()
+        kept = [bucket.master_n.clone() for bucket in self._buckets]
+        self._replace_masters(self._shards)
+        try:
+            yield
+        finally:
+            self._replace_masters(kept)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown()
+
+    @torch.no_grad()
+    def _move(self) -> None:
+        for bucket, shard in zip(self._buckets, self._shards, strict=True):
+            shard.lerp_(bucket.master_n.cpu(), 1 - self._decay)
+
+    def _replace_masters(self, shards: list[Tensor]) -> None:
+        for bucket, shard in zip(self._buckets, shards, strict=True):
+            bucket.master_n.copy_(shard)
+        self._optimizer.publish()
