@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.pending import open_worker
+from shoestring.comm.record import SILENT
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
 from shoestring.parallelism.bucket import Bucket, Member
@@ -96,7 +97,7 @@ def shoestring(sizes: Sizes, rank: int, ranks: int, moments: torch.dtype) -> Run
     buckets = [Bucket("", each, groups.dense[(0,)], moments, torch.float32) for each in members]
     worker = open_worker(groups.world, torch.device("cpu"))
     reducer = Reducer(buckets, range(len(buckets)), groups.world, worker, Traffic(groups.topology, rank))
-    optimizer = ShardedOptimizer(reducer, AdamW(CONFIG))
+    optimizer = ShardedOptimizer(reducer, AdamW(CONFIG), [0] * len(buckets), range(len(buckets)), SILENT)
     batches, scale = _batches(sizes, rank), _scale(sizes, ranks)
 
     def backward(x_RD: Tensor, *, last: bool) -> None:

@@ -36,7 +36,7 @@ class Reducer:
         worker: Worker,
         traffic: Traffic,
     ) -> None:
-        """`final_after`: of each bucket, this rank's last instruction that adds to it (`finality.last_touch`)."""
+        """`final_after`: of each bucket, this rank's last instruction that adds to it (`pipeline.uses.last_use`)."""
         self.buckets = tuple(buckets)
         self.worker, self.traffic = worker, traffic
         self._final_after = tuple(final_after)

@@ -5,14 +5,15 @@ The rule of the update is the caller's; here is who updates what, and when.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..comm.pending import Pending
-from .bucket import Bucket, Owned
+from ..comm.record import REDUCE_WAIT, Recorder, Track
+from .bucket import Owned
 from .gradients import ALL_GATHER, Reducer, count_shards
 
 
@@ -37,16 +38,26 @@ class Update(Protocol):
 class ShardedOptimizer:
     """Master weights and moments of one rank's shards.
 
-    A step is `reducer.begin`, the backward with `reducer.after` behind each instruction, `reducer.finish` and `norm`,
-    then `step` here. Weights may be read after `wait`.
+    A step is `reducer.begin`, the backward with `after` behind each instruction, `reducer.finish` and `norm`, then
+    `step` here. The new weights arrive while others do what they do: the next program waits, by `before`, for those of
+    a bucket when it first computes with them. Whoever else reads weights calls `wait`.
     """
 
-    def __init__(self, reducer: Reducer, update: Update) -> None:
+    def __init__(
+        self, reducer: Reducer, update: Update, needed_from: Sequence[int], order: Sequence[int], recorder: Recorder
+    ) -> None:
+        """`needed_from`: of each bucket, this rank's first instruction that computes with it (`uses.first_use`).
+
+        `order`: the buckets' numbers as they are updated and handed out, equal on all ranks that share them.
+        """
         self.reducer = reducer
         self.steps = 0
         """Taken so far. Whoever loads a state sets it."""
         self._update = update
-        self._gathering: list[Pending[None]] = []
+        self._needed_from = tuple(needed_from)
+        self._order = tuple(order)
+        self._arriving: dict[int, Pending[None]] = {}
+        self._recorder = recorder
 
     @torch.no_grad()
     def step(self, rate: float, factor: float = 1.0) -> None:
@@ -54,11 +65,29 @@ class ShardedOptimizer:
         self.steps += 1
         if factor != 1.0:
             self.reducer.scale(factor)
-        for bucket in self.reducer.buckets:
+        for number in self._order:
+            bucket = self.reducer.buckets[number]
             for part, decays in bucket.by_decay():
                 state = (bucket.master_n, bucket.grad_n, bucket.exp_avg_n, bucket.exp_avg_sq_n)
                 self._update(*(tensor[part] for tensor in state), rate=rate, step=self.steps, decays=decays)
-            self._start(bucket)
+            self._hand_out(number)
+
+    def before(self, instruction: int) -> None:
+        """See `pipeline.executor.Listener`: wait for the weights that the instruction computes with."""
+        due = [number for number in self._arriving if self._needed_from[number] <= instruction]
+        if due:
+            with self._recorder.span(Track.INSTRUCTION, REDUCE_WAIT):
+                for number in due:
+                    self._arriving.pop(number).wait()
+
+    def after(self, instruction: int) -> None:
+        """See `pipeline.executor.Listener`: start to reduce what is final."""
+        self.reducer.after(instruction)
+
+    def wait(self) -> None:
+        """Until all weights are here. Raises `CollectiveFailed`."""
+        while self._arriving:
+            self._arriving.popitem()[1].wait()
 
     def owned(self) -> Iterator[Owned]:
         """The optimizer's state here, parameter by parameter, whatever the layout. Write, `publish`, then train on."""
@@ -67,22 +96,18 @@ class ShardedOptimizer:
 
     def publish(self) -> None:
         """Collective: make the weights everywhere what the masters are."""
-        for bucket in self.reducer.buckets:
-            self._start(bucket)
+        for number in self._order:
+            self._hand_out(number)
         self.wait()
-
-    def wait(self) -> None:
-        """Until all weights are here. Raises `CollectiveFailed`."""
-        while self._gathering:
-            self._gathering.pop(0).wait()
 
     def close(self) -> None:
         """End what runs the collectives."""
         self.reducer.worker.close()
 
-    def _start(self, bucket: Bucket) -> None:
+    def _hand_out(self, number: int) -> None:
+        bucket = self.reducer.buckets[number]
         bucket.take_masters()
         what, gather = f"weights, {bucket.name}", bucket.group.all_gather
         count_shards(self.reducer.traffic, ALL_GATHER, bucket.group, bucket.weights_GN)
         pending = self.reducer.worker.submit(what, lambda: gather(bucket.weights_GN, what), (bucket.weights_N,))
-        self._gathering.append(pending)
+        self._arriving[number] = pending

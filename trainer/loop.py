@@ -172,6 +172,7 @@ def _micro_batches(rank: Rank, consumed: int) -> Iterator[TokenBatch]:
 
 
 def _evaluate(rank: Rank, step: int, reporter: Reporter | None) -> None:
+    rank.stepper.optimizer.wait()
     average, averaged = rank.stepper.average, None
     with _timing(reporter, "evaluation"):
         loss, targets = _validation_loss(rank)
@@ -190,6 +191,7 @@ def _validation_loss(rank: Rank) -> tuple[float, int]:
 
 
 def _sample(rank: Rank, step: int, reporter: Reporter | None) -> None:
+    rank.stepper.optimizer.wait()
     training, tokenizer = rank.config.training, rank.tokenizer
     with _timing(reporter, "evaluation"):
         prompt = tokenizer.encode(training.sample_prompt)

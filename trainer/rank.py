@@ -20,10 +20,10 @@ from ..comm.traffic import Traffic
 from ..parallelism.bucket import Bucket, Member
 from ..parallelism.gradients import Reducer
 from ..parallelism.pipeline.executor import Executor, open_lanes
-from ..parallelism.pipeline.finality import finality, last_touch
 from ..parallelism.pipeline.placement import Direction
 from ..parallelism.pipeline.program import Program
 from ..parallelism.pipeline.schedules import build_forward
+from ..parallelism.pipeline.uses import first_use, first_use_anywhere, last_use, last_use_anywhere
 from ..parallelism.zero import ShardedOptimizer
 from .checkpoint.store import CheckpointStore
 from .config import RunConfig
@@ -72,6 +72,7 @@ class Rank:
     def close(self) -> None:
         """End what runs the exchanges and reductions."""
         self.worker.close()
+        self.stepper.optimizer.wait()
         self.stepper.optimizer.close()
         if self.stepper.average is not None:
             self.stepper.average.close()
@@ -206,15 +207,16 @@ def build_optimizer(
 
     They are kept in `dtype`, which is what products are computed in, but for norms and routers. Parameters with the
     same replicas, users among the stages and dtype share a bucket; buckets are reduced in the order in which `program`
-    is done with them.
+    is done with them, and handed out in that in which it needs them.
     """
     experts, wide = model.expert_parameter_names(), model.wide_parameter_names()
     members: dict[tuple[int, tuple[int, ...], bool, bool], list[Member]] = {}
     for name, parameter in model.named_parameters():
         users = stages.users(name)
-        key = (finality(program, users), users, name in experts, name in wide and parameter.dtype != dtype)
+        key = (last_use_anywhere(program, users), users, name in experts, name in wide and parameter.dtype != dtype)
         members.setdefault(key, []).append(Member(name, parameter, decays=parameter.ndim >= 2))
-    buckets, final_after = [], []
+    buckets, final_after, needed_from = [], [], []
+    order: list[tuple[int, int]] = []
     for (_, users, is_expert, is_wide), sharing in sorted(members.items()):
         first = sharing[0].parameter
         kept = first.dtype if is_wide else dtype
@@ -222,11 +224,13 @@ def build_optimizer(
         kind = "experts" if is_expert else "wide dense" if is_wide else "dense"
         name = f"{kind} of stage {' and '.join(map(str, users))}"
         buckets.append(Bucket(name, sharing, group, config.moments_dtype(first.dtype), kept))
-        final_after.append(last_touch(program, groups.pp_rank, users))
+        final_after.append(last_use(program, groups.pp_rank, users))
+        needed_from.append(first_use(program, groups.pp_rank, users))
+        order.append((first_use_anywhere(program, users), len(order)))
     device = buckets[0].weights_N.device
     worker = open_worker(groups.world, device, recorder=recorder, track=Track.REDUCE)
     reducer = Reducer(buckets, final_after, groups.world, worker, Traffic(groups.topology, groups.rank))
-    return ShardedOptimizer(reducer, AdamW(config))
+    return ShardedOptimizer(reducer, AdamW(config), needed_from, [number for _, number in sorted(order)], recorder)
 
 
 def open_samples(config: RunConfig, prepared: Prepared) -> tuple[Samples, Samples]:

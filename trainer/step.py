@@ -82,7 +82,8 @@ class Stepper:
     def step(self, micro_batches: Sequence[TokenBatch], sequences: int, settings: StepSettings) -> StepResult:
         """Forward, backward, reduce, clip, update weights and routing biases.
 
-        `micro_batches` are this rank's share of a global batch of `sequences`. Raises `NonFiniteStep`.
+        `micro_batches` are this rank's share of a global batch of `sequences`. The new weights may still be on their
+        way afterwards: see `optimizer.wait`. Raises `NonFiniteStep`.
         """
         targets = self._count_targets(micro_batches)
         depth = self.config.mtp_depth
@@ -103,7 +104,6 @@ class Stepper:
             raise NonFiniteStep(f"loss {total}, gradient norm {norm}: not finite, so no weight was changed")
         with self.recorder.span(Track.INSTRUCTION, OPTIMIZER):
             self._update(norm, counts_E, settings)
-            self.optimizer.wait()
         return StepResult(
             loss=main / targets,
             mtp_loss=mtp / (max(depth, 1) * targets),
@@ -126,7 +126,7 @@ class Stepper:
     def _forward_backward(self, micro_batches: Sequence[TokenBatch], scales: LossScales) -> Iterator[Summary]:
         """Run the schedule; a summary of each micro-batch in each stage of this rank."""
         stages = [RunningStage(chunk, micro_batches, scales) for chunk in self.chunks]
-        self.executor.run(stages, self.optimizer.reducer.after)
+        self.executor.run(stages, self.optimizer)
         for stage in stages:
             yield from stage.summaries
 

@@ -40,8 +40,16 @@ class Stage(Protocol):
         ...
 
 
-def nobody(index: int) -> None:
-    """Who is told of each instruction where nobody asks."""
+class Listener(Protocol):
+    """Told of each instruction of this rank by its index."""
+
+    def before(self, instruction: int) -> None:
+        """It is about to run."""
+        ...
+
+    def after(self, instruction: int) -> None:
+        """It has run."""
+        ...
 
 
 def open_lanes(groups: ProcessGroups, device: torch.device, recorder: Recorder = SILENT) -> dict[Direction, Lane]:
@@ -81,16 +89,19 @@ class Executor:
         """Derives what travels from the program."""
         return Executor(program, rank, lanes, global_ranks, edges(program)[rank], overlap, recorder)
 
-    def run(self, stages: Sequence[Stage], after: Callable[[int], None] = nobody) -> None:
-        """Run every instruction on `stages`, which are indexed by chunk; tell `after` the index of each that is done.
+    def run(self, stages: Sequence[Stage], listener: Listener | None = None) -> None:
+        """Run every instruction on `stages`, which are indexed by chunk.
 
         Raises `CollectiveFailed` for a message that does not come: it names instruction, message and peer.
         """
         run = _Run(self, stages)
         for index, instruction in enumerate(self.program.instructions[self.rank]):
             run.post(self.commits[index])
+            if listener is not None:
+                listener.before(index)
             run.instruction(index, instruction)
-            after(index)
+            if listener is not None:
+                listener.after(index)
         run.post(self.commits[-1])
         run.finish()
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shoestring.comm.groups import Group, ProcessGroups
 from shoestring.comm.pending import open_worker
+from shoestring.comm.record import SILENT
 from shoestring.comm.topology import Link, Topology
 from shoestring.comm.traffic import Traffic
 from shoestring.parallelism.bucket import Bucket, Member
@@ -56,7 +57,7 @@ def build(
     ]
     worker = open_worker(groups.world, torch.device("cpu"))
     reducer = Reducer(buckets, [0, 1], groups.world, worker, Traffic(groups.topology, groups.rank))
-    return ShardedOptimizer(reducer, AdamW(CONFIG)), parameters
+    return ShardedOptimizer(reducer, AdamW(CONFIG), [0, 0], [1, 0], SILENT), parameters
 
 
 def take_step(

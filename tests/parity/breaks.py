@@ -26,6 +26,7 @@ from shoestring.parallelism.pipeline.overlap import Steps
 from shoestring.parallelism.pipeline.placement import Place
 from shoestring.parallelism.pipeline.program import Program
 from shoestring.parallelism.pipeline.weight_grad import WeightGradients
+from shoestring.parallelism.zero import ShardedOptimizer
 from shoestring.tests.parity.layouts import Layout, Load, Padding
 from shoestring.trainer.data.batch import TokenBatch
 from shoestring.trainer.model.router import Router, Routing, update_bias
@@ -77,12 +78,21 @@ def forget_the_mirror() -> Patch:
 def reduce_after_the_first_backward() -> Patch:
     """A gradient is sent off when the first instruction that adds to it has run, not the last."""
 
-    def first_touch(program: Program, rank: int, stages: Iterable[int]) -> int:
+    def first_backward(program: Program, rank: int, stages: Iterable[int]) -> int:
         wanted, placement = set(stages), program.placement
         works = ((index, each.backward) for index, each in enumerate(program.instructions[rank]))
         return next(i for i, work in works if work and placement.stage(Place(rank, work.chunk)) in wanted)
 
-    return patch.object(rank_module, "last_touch", first_touch)
+    return patch.object(rank_module, "last_use", first_backward)
+
+
+def keep_weights_to_oneself() -> Patch:
+    """Each rank has the new weights of its own shards, and the old ones of all others."""
+
+    def keep(self: ShardedOptimizer, number: int) -> None:
+        self.reducer.buckets[number].take_masters()
+
+    return patch.object(ShardedOptimizer, "_hand_out", keep)
 
 
 def sum_experts_over_every_rank() -> Patch:
@@ -238,6 +248,7 @@ BREAKS: Mapping[str, Break] = MappingProxyType(
         "gradients rounded to BF16": Break(reduce_in_bf16, _TWO_RANKS, _GRADIENT),
         "half of a mirrored stage": Break(forget_the_mirror, _MIRRORED, _GRADIENT),
         "unfinished gradient reduced": Break(reduce_after_the_first_backward, _PIPELINE, _GRADIENT),
+        "weights not handed out": Break(keep_weights_to_oneself, _TWO_RANKS, frozenset({"weights"})),
         "squares counted by replica": Break(count_squares_once_a_replica, _TWO_REPLICAS, _NORM),
         "squares of other ranks left out": Break(leave_out_other_shards, _TWO_RANKS, _NORM),
         "loss averaged by micro-batch": Break(average_each_micro_batch, _PADDED, _GRADIENT),

@@ -62,6 +62,7 @@ def run_rank(world: World, layout: Layout, steps: int, break_name: str | None) -
     with broken, closing(open_worker(groups.ep, torch.device("cpu"), order)) as worker:
         stepper, gradients = build(layout, stages, groups, worker)
         records = tuple(take_step(stepper, gradients, layout, step, world.rank) for step in range(steps))
+        stepper.optimizer.wait()
     parts = {name: (value.detach().clone(), trained) for name, value, trained in released_parts(gradients.model)}
     return Outcome(
         records,

@@ -26,6 +26,7 @@ def twenty_steps(world: World) -> dict[str, Tensor]:
         stepper, gradients = build(LAYOUT, stages, groups, worker)
         for step in range(STEPS):
             take_step(stepper, gradients, LAYOUT, step % 3, world.rank)
+        stepper.optimizer.wait()
     biases = {f"bias {name}": router.bias_E for name, router in stepper.model.routers()}
     return biases | {name: parameter.detach() for name, parameter in stepper.model.named_parameters()}
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.pending import open_worker
+from shoestring.comm.record import SILENT
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
 from shoestring.parallelism.bucket import Bucket, Member
@@ -29,7 +30,7 @@ def build(groups: ProcessGroups, weights: torch.dtype) -> tuple[ShardedOptimizer
     buckets = [Bucket("", members, groups.dense[(0,)], torch.bfloat16, weights)]
     worker = open_worker(groups.world, torch.device("cpu"))
     reducer = Reducer(buckets, [0], groups.world, worker, Traffic(groups.topology, groups.rank))
-    return ShardedOptimizer(reducer, AdamW(OptimizerConfig())), parameter
+    return ShardedOptimizer(reducer, AdamW(OptimizerConfig()), [0], [0], SILENT), parameter
 
 
 def take_step(optimizer: ShardedOptimizer, parameter: Tensor) -> None:

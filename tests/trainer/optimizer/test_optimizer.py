@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.pending import InlineWorker
+from shoestring.comm.record import SILENT
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
 from shoestring.parallelism.bucket import Bucket, Member
@@ -100,7 +101,7 @@ def sharded(parameters: dict[str, Tensor], config: OptimizerConfig, moments: tor
     dtype = members[0].parameter.dtype
     buckets = [Bucket("", each, world, moments, dtype) for each in (members[:1], members[1:])]
     reducer = Reducer(buckets, [0, 0], world, InlineWorker(), Traffic(Topology(), 0))
-    return ShardedOptimizer(reducer, AdamW(config))
+    return ShardedOptimizer(reducer, AdamW(config), [0, 0], [0, 1], SILENT)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)], ids=["fp64", "fp32"])

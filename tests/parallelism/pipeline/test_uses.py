@@ -1,0 +1,38 @@
+"""From when to when the weights of a stage are used: an order that all ranks agree on, and what there is to overlap."""
+
+from __future__ import annotations
+
+import pytest
+
+from shoestring.parallelism.pipeline.placement import Place
+from shoestring.parallelism.pipeline.program import Op
+from shoestring.parallelism.pipeline.schedules import SCHEDULES, build_program
+from shoestring.parallelism.pipeline.uses import first_use, first_use_anywhere, last_use, last_use_anywhere
+
+
+@pytest.mark.parametrize("name", [schedule.name for schedule in SCHEDULES])
+def test_a_stage_is_used_from_its_first_forward_to_its_last_backward(name: str) -> None:
+    program = build_program(name, 4, 8)
+    for rank, instructions in enumerate(program.instructions):
+        for chunk in range(program.chunks):
+            stages = [program.placement.stage(Place(rank, chunk))]
+            first, last = first_use(program, rank, stages), last_use(program, rank, stages)
+            forwards = [i for i, each in enumerate(instructions) if each.forward and each.forward.chunk == chunk]
+            backwards = [i for i, each in enumerate(instructions) if each.backward and each.backward.chunk == chunk]
+            assert (first, last) == (forwards[0], backwards[-1])
+            assert instructions[last].op in (Op.B, Op.W, Op.FB)
+            assert first_use_anywhere(program, stages) <= first
+            assert last <= last_use_anywhere(program, stages)
+    every = range(program.placement.stages)
+    assert first_use(program, 0, every) == 0
+    assert last_use(program, 0, every) == len(program.instructions[0]) - 1
+
+
+@pytest.mark.parametrize("name", ["interleaved", "dualpipe", "dualpipev"])
+def test_of_two_chunks_one_is_done_while_the_other_still_runs(name: str) -> None:
+    """What there is to overlap a reduction with, and likewise the arrival of weights."""
+    program = build_program(name, 4, 8)
+    for rank, instructions in enumerate(program.instructions):
+        stages = [[program.placement.stage(Place(rank, chunk))] for chunk in range(2)]
+        assert min(last_use(program, rank, each) for each in stages) < len(instructions) - 1
+        assert max(first_use(program, rank, each) for each in stages) > 0
