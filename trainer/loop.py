@@ -155,7 +155,8 @@ def _one_step(rank: Rank, step: int, reporter: Reporter | None) -> None:
     start = time.perf_counter()
     result = rank.stepper.step(micro_batches, config.training.global_batch, settings)
     if reporter is not None:
-        reporter.step(step, result, settings, time.perf_counter() - start, rank.traffic)
+        seconds, between_replicas = time.perf_counter() - start, rank.stepper.optimizer.reducer.traffic
+        reporter.step(step, result, settings, seconds, rank.traffic, between_replicas)
 
 
 def _micro_batches(rank: Rank, consumed: int) -> Iterator[TokenBatch]:

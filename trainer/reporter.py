@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..comm.traffic import Kind
+from ..parallelism.gradients import ALL_GATHER, REDUCE_SCATTER
 from .budget.meter import Meter
 from .budget.render import over_budget
 from .budget.summary import summarise
@@ -92,10 +93,18 @@ class Reporter:
         if bucket != "data_stall":
             self._since += time.perf_counter() - start
 
-    def step(self, step: int, result: StepResult, settings: StepSettings, seconds: float, traffic: Traffic) -> None:
+    def step(
+        self,
+        step: int,
+        result: StepResult,
+        settings: StepSettings,
+        seconds: float,
+        traffic: Traffic,
+        between_replicas: Traffic,
+    ) -> None:
         """Step number `step` is done. Every step goes to the ledger, one in `log_every` to telemetry.
 
-        `traffic` holds the bytes that rank 0 has sent in this step.
+        `traffic` holds the bytes that rank 0 has sent to experts in this step, the other those between replicas.
         """
         config = self._config
         self._work.step(step, 1000 * seconds, config.tokens_per_step)
@@ -125,6 +134,7 @@ class Reporter:
             "eta_seconds": (config.total_steps - step) * config.tokens_per_step / rate,
             "total_steps": config.total_steps,
             **(traffic_values(traffic) if config.exchange.name != "deepep" else {}),  # which does not say what it sends
+            **replica_values(between_replicas),
             **balance_values(result, config.topology),
             **routing_values(result),
         }
@@ -199,6 +209,16 @@ def traffic_values(traffic: Traffic) -> dict[str, JSON]:
     everything, payload = traffic.by_link(), traffic.by_link(Kind.PAYLOAD)
     values: dict[str, JSON] = {f"bytes_sent/{link}": size for link, size in everything.items()}
     return values | {f"payload_sent/{link}": size for link, size in payload.items()}
+
+
+def replica_values(traffic: Traffic) -> dict[str, JSON]:
+    """Bytes of gradients and of weights that rank 0 has sent to the ranks with the same parameters, by link."""
+    operations = {"gradients_sent": REDUCE_SCATTER, "weights_sent": ALL_GATHER}
+    return {
+        f"{key}/{link}": size
+        for key, operation in operations.items()
+        for link, size in traffic.by_link(operation=operation).items()
+    }
 
 
 def routing_values(result: StepResult) -> dict[str, JSON]:

@@ -137,6 +137,9 @@ def test_bytes_of_one_step_are_logged_by_link(root: Path) -> None:
         assert values["bytes_sent/loopback"] + values["bytes_sent/infiniband"] == expected
         assert values["bytes_sent/infiniband"] > 0
         assert values["bytes_sent/nvlink"] == 0
+        # Half of the dense gradients in FP64, and half of the dense weights. Experts have no replicas here.
+        assert values["gradients_sent/infiniband"] == values["weights_sent/infiniband"] > 0
+        assert values["gradients_sent/loopback"] == 0
         payload = (values["payload_sent/loopback"], values["payload_sent/infiniband"])
         copies = sum(sum(values[f"expert_load/{layer}"][:8]) for layer in ("layer_01", "mtp_01"))
         assert sum(payload) == 2 * row * (BATCH // 2 * LENGTH * 4 * 2 + copies)
@@ -274,3 +277,24 @@ def test_the_random_state_comes_back_with_the_checkpoint(root: Path) -> None:
     tree = run_config(root)
     tree["training"] = tree["training"] | {"run_dir": str(root / "random")}
     assert run_processes(1, resumed_random_state, tree) == [True]
+
+
+def test_shards_of_masters_moments_and_average_come_back_with_the_checkpoint(root: Path) -> None:
+    """Two ranks with replicas, weights in BF16: six steps, and three steps twice."""
+
+    def run(name: str, steps: int) -> list[dict[str, Any]]:
+        tree = run_config(root) | {"topology": {"edp": 2}, "precision": {"compute": "bfloat16"}}
+        tree["optimizer"] = tree["optimizer"] | {"ema_decay": 0.5}
+        tokens = {"tokens": steps * LENGTH * BATCH, "run_dir": str(root / name), "evaluate_every": 2}
+        tree["training"] = tree["training"] | tokens
+        run_processes(2, run_rank, tree)
+        kinds, path = ("step", "evaluation", "sample"), root / name / "metrics.jsonl"
+        exact = ("loss", "loss/mtp", "grad_norm", "loss/averaged", "text")
+        events = [event for event in read_metrics(path) if event.kind in kinds and event.step > 3]
+        return [{key: event.values[key] for key in exact if key in event.values} for event in events]
+
+    undisturbed = run("six", 6)
+    assert run("three and three", 3) == []
+    assert run("three and three", 6) == undisturbed
+    evaluation = next(values for values in undisturbed if "loss/averaged" in values)
+    assert evaluation["loss/averaged"] != evaluation["loss"]
