@@ -19,9 +19,6 @@ from shoestring.tests.parity.outcome import compare
 from shoestring.tests.parity.runner import run_layout
 from shoestring.tests.parity.twin import run_twin
 
-# A break must stand this far above the tolerance: what is barely seen in a test is not seen in a run.
-MARGIN = 1e6
-
 
 def identifier(layout: Layout) -> str:
     return "-".join(layout.name.split())
@@ -44,7 +41,7 @@ def test_a_broken_convention_is_seen_where_it_must_be_and_nowhere_else(name: str
     assert case.layout in QUICK  # and so it is right when nothing is broken
     errors = run_layout(case.layout, 1, name)
     assert errors.over(case.layout.tolerance) == case.wrong, errors
-    assert errors.over(MARGIN * case.layout.tolerance) == case.wrong, errors
+    assert errors.over(case.margin * case.layout.tolerance) == case.wrong, errors
 
 
 def test_not_a_number_is_wrong() -> None:

@@ -65,18 +65,18 @@ def with_one_nan(world: World, break_name: str | None) -> tuple[str, bool, float
     layout = Layout(2, 1, 1, 1)
     stages = layout.stages
     groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=3), stages.all_holders())
-    finish = Reducer.finish
+    after = Reducer.after
 
-    def spoilt(self: Reducer) -> None:
-        if world.rank == 1:
-            self.buckets[0].grads_N[0] = torch.nan  # of the shard that rank 0 owns
-        finish(self)
+    def spoilt(self: Reducer, instruction: int) -> None:
+        if world.rank == 1 and instruction == 0:
+            self.buckets[0].grads_N[0] = torch.nan  # of the shard that rank 0 owns; the backward is still to come
+        after(self, instruction)
 
     with closing(open_worker(groups.ep, torch.device("cpu"))) as worker:
         stepper, reducer = build(layout, stages, groups, worker)
         before = [bucket.weights_N.clone() for bucket in reducer.buckets]
         broken = nullcontext() if break_name is None else BREAKS[break_name].apply()
-        with broken, patch.object(Reducer, "finish", spoilt):
+        with broken, patch.object(Reducer, "after", spoilt):
             try:
                 take_step(stepper, reducer, layout, 0, world.rank)
                 did = "stepped"
