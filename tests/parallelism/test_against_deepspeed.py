@@ -50,11 +50,12 @@ def rate(step: int) -> float:
     return 0.01 / (step + 1)
 
 
-def ours(world: World) -> dict[str, Tensor]:
+def ours(world: World, weights: torch.dtype) -> dict[str, Tensor]:
+    """Weights after twenty steps; in FP32 they are the masters."""
     groups = ProcessGroups.create(Topology(edp=world.size), world.rank, timedelta(seconds=30))
-    parameters = start()
+    parameters = {name: value.detach().float().requires_grad_() for name, value in start().items()}
     members = [Member(name, value, decays=value.ndim >= 2) for name, value in parameters.items()]
-    buckets = [Bucket("", members, groups.dense[(0,)], torch.float32, torch.bfloat16)]
+    buckets = [Bucket("", members, groups.dense[(0,)], torch.float32, weights)]
     worker = open_worker(groups.world, torch.device("cpu"))
     reducer = Reducer(buckets, [0], groups.world, worker, Traffic(groups.topology, world.rank))
     optimizer = ShardedOptimizer(reducer, AdamW(CONFIG), [0], [0], SILENT)
@@ -71,7 +72,8 @@ def ours(world: World) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in parameters.items()}
 
 
-def theirs(world: World) -> dict[str, Tensor]:
+def theirs(world: World) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights and masters after twenty steps."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(world.rank), "WORLD_SIZE": str(world.size), "LOCAL_RANK": "0"}
     import deepspeed
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -112,14 +114,25 @@ def theirs(world: World) -> dict[str, Tensor]:
         for group in inner.param_groups:
             group["lr"] = rate(step)
         optimizer.step()
-    return {name: value.detach().clone() for name, value in parameters.items()}
+    masters = {}
+    for (members, _), shard in zip(groups, optimizer.fp32_groups_flat_partition, strict=True):
+        shards = [torch.empty_like(shard) for _ in range(world.size)]
+        dist.all_gather(shards, shard.detach())
+        flat = torch.cat(shards)
+        for parameter in members:
+            masters[names[parameter]] = flat[: parameter.numel()].view_as(parameter)
+            flat = flat[parameter.numel() :]
+    return {name: value.detach().clone() for name, value in parameters.items()}, masters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_twenty_steps_are_deepspeed_s_to_the_last_bit(ranks: int) -> None:
     expected = run_processes(ranks, theirs, timeout=120)
-    for mine, reference in zip(run_processes(ranks, ours), expected, strict=True):
-        for name, weight in mine.items():
-            assert weight.dtype == torch.bfloat16
-            assert not torch.equal(weight, start()[name])
-            assert torch.equal(weight, reference[name]), name
+    narrow, wide = (run_processes(ranks, ours, dtype) for dtype in (torch.bfloat16, torch.float32))
+    for own_weights, own_masters, (weights, masters) in zip(narrow, wide, expected, strict=True):
+        for name, begin in start().items():
+            assert own_weights[name].dtype == weights[name].dtype == torch.bfloat16
+            assert not torch.equal(weights[name], begin)
+            assert torch.equal(own_weights[name], weights[name]), name
+            assert torch.equal(own_masters[name], masters[name]), name
