@@ -31,18 +31,18 @@ SIZES = (
 RUNS = 15
 
 
-def seconds(runner: Runner) -> float:
-    """Of the slowest rank."""
+def seconds(runner: Runner) -> tuple[float, float]:
+    """Of the slowest rank: on the clock, and of its processor, which a busy machine does not stretch."""
     dist.barrier()
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     runner.step()
-    own = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+    own = torch.tensor((time.perf_counter() - began, time.process_time() - busy), dtype=torch.float64)
     dist.all_reduce(own, dist.ReduceOp.MAX)
-    return float(own)
+    return float(own[0]), float(own[1])
 
 
 def compare(world: World, sizes: Sizes, runs: int) -> dict[str, dict[str, float]]:
-    """Of each: median seconds, median ratio to ours, and how far its weights are from ours after three steps."""
+    """Of each: medians of both times and of their ratios to ours; how far its weights are from ours in three steps."""
     runners = {name: make(sizes, world.rank, world.size) for name, make in RUNNERS.items()}
     for runner in runners.values():
         for _ in range(3):
@@ -50,7 +50,7 @@ def compare(world: World, sizes: Sizes, runs: int) -> dict[str, dict[str, float]
     weights = {name: runner.weights() for name, runner in runners.items()}
     names = list(runners)
     ours = weights[names[0]]
-    times: list[dict[str, float]] = []
+    times: list[dict[str, tuple[float, float]]] = []
     for run in range(runs):
         order = names[run % len(names) :] + names[: run % len(names)]
         times.append({name: seconds(runners[name]) for name in order})
@@ -58,9 +58,11 @@ def compare(world: World, sizes: Sizes, runs: int) -> dict[str, dict[str, float]
         runner.close()
     return {
         name: {
-            "seconds": median(found[name] for found in times),
-            "ratio": median(found[name] / found[names[0]] for found in times),
-            "difference": max(float((weights[name][key] - ours[key]).abs().max()) for key in ours),
+            "seconds": median(found[name][0] for found in times),
+            "ratio": median(found[name][0] / found[names[0]][0] for found in times),
+            "processor_seconds": median(found[name][1] for found in times),
+            "processor_ratio": median(found[name][1] / found[names[0]][1] for found in times),
+            "difference": max(float((weights[name][key] - ours[key]).norm() / ours[key].norm()) for key in ours),
         }
         for name in names
     }
@@ -78,11 +80,12 @@ def main() -> None:
         parameters = 8 * sizes.width**2 * sizes.blocks / 1e6
         title = f"{parameters:.1f} M parameters, {options.ranks} ranks, {sizes.micro_batches} x {sizes.rows} rows"
         table = Table(title=title, title_justify="left")
-        for heading in ("", "step, ms", "to ours", "largest difference of a weight"):
+        for heading in ("", "step, ms", "to ours", "processor, ms", "to ours", "largest ‖Δ‖ / ‖ours‖ of a weight"):
             table.add_column(heading, justify="right" if heading else "left")
         for name, figures in found.items():
             times = (f"{1e3 * figures['seconds']:.0f}", f"{figures['ratio']:.2f}")
-            table.add_row(name, *times, f"{figures['difference']:.1e}")
+            busy = (f"{1e3 * figures['processor_seconds']:.0f}", f"{figures['processor_ratio']:.2f}")
+            table.add_row(name, *times, *busy, f"{figures['difference']:.1e}")
         console.print(table)
     if options.json is not None:
         machine = {"cores": os.cpu_count(), "torch": torch.__version__, "load": os.getloadavg()[0]}

@@ -26,7 +26,9 @@ from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
 from shoestring.parallelism.bucket import Bucket, Member
 from shoestring.parallelism.gradients import Reducer
+from shoestring.parallelism.pipeline.weight_grad import WeightGradients, linear
 from shoestring.parallelism.zero import ShardedOptimizer
+from shoestring.trainer.model.phase import Phase
 from shoestring.trainer.optimizer.adamw import AdamW
 from shoestring.trainer.optimizer.config import OptimizerConfig
 
@@ -44,16 +46,15 @@ class Sizes:
 
 
 class Block(nn.Module):
-    """x + W₂ relu(W₁ x)."""
+    """x + W₂ relu(W₁ x). Outside a phase `linear` is torch's own."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.up = nn.Linear(width, 4 * width, bias=False)
-        self.down = nn.Linear(4 * width, width, bias=False)
+        self.up = nn.Parameter(0.02 * torch.randn(4 * width, width))
+        self.down = nn.Parameter(0.02 * torch.randn(width, 4 * width))
 
     def forward(self, x_RD: Tensor) -> Tensor:
-        out: Tensor = x_RD + self.down(self.up(x_RD).relu())
-        return out
+        return x_RD + linear(linear(x_RD, self.up).relu(), self.down)
 
 
 def stack(sizes: Sizes) -> nn.Sequential:
@@ -101,17 +102,15 @@ def shoestring(sizes: Sizes, rank: int, ranks: int, moments: torch.dtype) -> Run
     batches, scale = _batches(sizes, rank), _scale(sizes, ranks)
 
     def backward(x_RD: Tensor, *, last: bool) -> None:
-        """Block by block, so that what is final is known, as a pipeline's program knows it."""
-        kept = []
+        """Phase by phase, so that what is final is known, as a pipeline's program knows it."""
+        phases: list[Phase] = []
         for block in model:
-            block_input = x_RD.detach().requires_grad_()
-            x_RD = block(block_input)
-            kept.append((block_input, x_RD))
-        grad = 2 * scale * x_RD.detach()
-        for index, (block_input, output) in enumerate(reversed(kept)):
-            output.backward(grad)
-            assert block_input.grad is not None
-            grad = block_input.grad
+            phases.append(Phase(lambda x, block=block: (block(x),), x_RD))
+            (x_RD,) = phases[-1].outputs
+        grad, weights = 2 * scale * x_RD, WeightGradients()
+        for index, phase in enumerate(reversed(phases)):
+            (grad,) = phase.backward(weights, grad)
+            weights.run()
             if last:
                 reducer.after(index)
 
