@@ -28,8 +28,12 @@ def named_state(
     """
     state: dict[str, Tensor] = dict(rng)
     for owned in optimizer.owned():
-        for kind in ("master", "exp_avg", "exp_avg_sq"):
-            state[f"{kind}/{owned.name}/rank_{rank:05d}"] = getattr(owned, kind)
+        place = f"{owned.name}/rank_{rank:05d}"
+        state |= {
+            f"master/{place}": owned.master,
+            f"exp_avg/{place}": owned.exp_avg,
+            f"exp_avg_sq/{place}": owned.exp_avg_sq,
+        }
     if average is not None:
         state |= {f"average/{name}/rank_{rank:05d}": stretch for name, _, stretch in average.owned()}
     for layer, router in model.routers():
