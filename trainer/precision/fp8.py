@@ -103,7 +103,7 @@ class _Linear(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, grad_weight, None, None, None
         grad_tiles = fp8.provider.tiles(grad_RN, fp8.scales)
-        grad_x_RK = fp8.multiply(grad_tiles, Blocks(*blocks).transposed(), ctx.rows, grad_RN.dtype)
+        grad_x_RK = fp8.multiply(grad_tiles, fp8.weights.turned(ctx.weight, Blocks(*blocks)), ctx.rows, grad_RN.dtype)
         return grad_x_RK, grad_weight, None, None, None
 
 
@@ -140,7 +140,7 @@ class _LinearOf(torch.autograd.Function):
         rows_L = ctx.rows or (len(grad_RN),)
         grad = fp8.provider.columns(grad_RN, rows_L, fp8.scales)
         grad_weight = _leave(ctx, grad, fp8.provider.columns(inner_RK.detach(), rows_L, fp8.scales))
-        blocks = Blocks(values, block_scales).transposed()
+        blocks = fp8.weights.turned(ctx.weight, Blocks(values, block_scales))
         grad_inner_RK = fp8.multiply(grad_tiles, blocks, ctx.rows, inner_RK.dtype)
         grad_source, *grad_gates = torch.autograd.grad(inner_RK, leaves, grad_inner_RK)
         return grad_source, grad_gates[0] if grad_gates else None, grad_weight, None, None, None
