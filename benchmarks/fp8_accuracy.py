@@ -102,8 +102,8 @@ def build(provider: Reference | None, seed: int) -> Stepper:
 
 
 def settings(step: int, steps: int) -> StepSettings:
-    """Up over a tenth of the run, down over its second half: with a high rate to the end, two runs that differ by a last
-    bit come apart by more than what is to be seen."""
+    """Up over a tenth of the run, down over its second half: with a high rate to the end, two runs that differ by a
+    last bit come apart by more than what is to be seen."""
     done = (step + 1) / steps
     rate = PEAK_RATE * min(1.0, 10 * done, 0.5 * (1 + math.cos(math.pi * (2 * done - 1))) if done > 0.5 else 1.0)
     return StepSettings(learning_rate=rate, clip_norm=1.0, balance_weight=1e-4, mtp_weight=0.0, bias_speed=0.001)
