@@ -2,17 +2,20 @@
 
     python benchmarks/fp8_accuracy.py [--steps 400] [--seeds 3] [--json PATH]
 
-The quickstart's model on the bytes of its corpus. Three ways: BF16; FP8 by the reference provider; and FP8 whose
-activation gradients have one scale for 128 × 128 instead of 1 × 128, with which the report saw a 16 B model diverge at
-300 B tokens (appendix B.2). Losses are smoothed with a factor of 0.9 as in the report, and compared over the last
-quarter of the steps; the report stays below 0.25 %. Then, layer by layer, how far both ways of scaling take the
-gradients of inputs from exact ones, in a model that has been trained in FP8.
+Four ways from the same weights: BF16; FP32, which shows how far apart mere rounding drives two runs; FP8 by the
+reference provider; and FP8 whose activation gradients have one scale for 128 × 128 instead of 1 × 128, with which the
+report saw a 16 B model diverge at 300 B tokens (appendix B.2). The model is the quickstart's with three layers, on the
+bytes of its corpus. Losses are smoothed with a factor of 0.9 as in the report and compared over the last quarter of the
+steps; the report stays below 0.25 %. Then, a Linear at a time, how far both ways of scaling take the gradient of its
+input from the exact one, in a model that has been trained in FP8 (but for experts and for what follows a SwiGLU, whose
+inputs no module hook sees).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import time
@@ -49,7 +52,7 @@ from shoestring.trainer.step import Stepper, StepSettings
 
 BATCH, LENGTH = 2, 128
 SHAPE = replace(ModelConfig(), name="bytes", vocabulary=256, layers=3, mtp_depth=0)
-RATE = OptimizerConfig(peak_learning_rate=3e-3, final_learning_rate=3e-4, warmup_tokens=20 * BATCH * LENGTH)
+PEAK_RATE = 1e-3
 SMOOTHING = 0.9
 REPORTED = 0.0025
 
@@ -70,7 +73,20 @@ def block_tiles(x_XD: Tensor, scales: Scales) -> Tiles:
     return Tiles(blocks.values_NK, blocks.scales_PQ.repeat_interleave(TILE, 0)[: len(x_XD)])
 
 
-PROVIDERS: dict[str, Reference | None] = {"bf16": None, "fp8": Reference(), "fp8 block gradients": BlockGradients()}
+@dataclass(frozen=True)
+class Way:
+    """How a run computes."""
+
+    dtype: torch.dtype = torch.bfloat16
+    provider: Reference | None = None
+
+
+WAYS = {
+    "bf16": Way(),
+    "fp32": Way(torch.float32),
+    "fp8": Way(provider=Reference()),
+    "fp8 block gradients": Way(provider=BlockGradients()),
+}
 
 
 def text() -> Tensor:
@@ -88,30 +104,33 @@ def batches(tokens: Tensor, seed: int) -> Iterator[TokenBatch]:
         yield TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool))
 
 
-def build(provider: Reference | None, seed: int) -> Stepper:
+def build(way: Way, seed: int) -> Stepper:
     topology = Topology()
     groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))
     model = Model(SHAPE)
     initialise(model, seed)
-    if provider is not None:
-        model.use_fp8(Fp8(provider))
+    if way.provider is not None:
+        model.use_fp8(Fp8(way.provider))
     exchange = open_exchange(ExchangeConfig(), groups, SHAPE.experts, InlineWorker(), Traffic(topology, 0))
     pipeline = Pipeline.open(Stages.of(SHAPE, LENGTH), groups, torch.device("cpu"))
-    return build_stepper(pipeline, model, exchange, torch.bfloat16, 1, RATE)
+    return build_stepper(pipeline, model, exchange, way.dtype, 1, OptimizerConfig())
 
 
-def settings(step: int) -> StepSettings:
-    rate = RATE.learning_rate((step + 1) * BATCH * LENGTH)
+def settings(step: int, steps: int) -> StepSettings:
+    """Up over a tenth of the run, down over its second half: with a high rate to the end, two runs that differ by a
+    last bit come apart by more than what is to be seen."""
+    done = (step + 1) / steps
+    rate = PEAK_RATE * min(1.0, 10 * done, 0.5 * (1 + math.cos(math.pi * (2 * done - 1))) if done > 0.5 else 1.0)
     return StepSettings(learning_rate=rate, clip_norm=1.0, balance_weight=1e-4, mtp_weight=0.0, bias_speed=0.001)
 
 
 def train(name: str, tokens: Tensor, seed: int, steps: int) -> tuple[Stepper, list[float]]:
     """The smoothed loss of each step."""
-    stepper, data = build(PROVIDERS[name], seed), batches(tokens, seed)
+    stepper, data = build(WAYS[name], seed), batches(tokens, seed)
     smoothed: list[float] = []
     began = time.monotonic()
     for step in range(steps):
-        loss = stepper.step([next(data)], BATCH, settings(step)).loss
+        loss = stepper.step([next(data)], BATCH, settings(step, steps)).loss
         smoothed.append(loss if not smoothed else SMOOTHING * smoothed[-1] + (1 - SMOOTHING) * loss)
         if (step + 1) % 100 == 0:
             seconds = time.monotonic() - began
@@ -147,7 +166,7 @@ def watched(model: Model, seen: Callable[[str, Linear, Tensor], None]) -> Iterat
             handle.remove()
 
 
-def input_gradient_errors(stepper: Stepper, batch: TokenBatch, step: int) -> dict[str, tuple[float, float]]:
+def input_gradient_errors(stepper: Stepper, batch: TokenBatch) -> dict[str, tuple[float, float]]:
     """Per Linear: ‖Δ‖ / ‖exact‖ of its input's gradient, its output's scaled in 1 × 128 and in 128 × 128."""
     errors: dict[str, tuple[float, float]] = {}
 
@@ -165,7 +184,7 @@ def input_gradient_errors(stepper: Stepper, batch: TokenBatch, step: int) -> dic
         return quantise_blocks(module.weight.detach(), Scales.FP32).transposed()
 
     with watched(stepper.model, seen):
-        stepper.step([batch], BATCH, settings(step))
+        stepper.step([batch], BATCH, settings(0, 1))
     return errors
 
 
@@ -177,14 +196,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     tokens = text()
-    curves: dict[str, list[list[float]]] = {name: [] for name in PROVIDERS}
+    curves: dict[str, list[list[float]]] = {name: [] for name in WAYS}
     errors: dict[str, tuple[float, float]] = {}
     for seed in range(options.seeds):
-        for name in PROVIDERS:
+        for name in WAYS:
             stepper, losses = train(name, tokens, seed, options.steps)
             curves[name].append(losses)
+            if name != "bf16":
+                print(f"{name}, seed {seed}: {difference(losses, curves['bf16'][seed]):+.3%}", flush=True)
             if seed == 0 and name == "fp8":
-                errors = input_gradient_errors(stepper, next(batches(tokens, seed=10_000)), options.steps)
+                errors = input_gradient_errors(stepper, next(batches(tokens, seed=10_000)))
 
     print("\nlast quarter, smoothed loss (mean of it), by seed")
     means = {name: [statistics.mean(late(losses)) for losses in each] for name, each in curves.items()}
@@ -193,18 +214,23 @@ def main() -> None:
     spread = (max(means["bf16"]) - min(means["bf16"])) / statistics.mean(means["bf16"])
     print(f"  spread of BF16 over seeds: {spread:.2%}")
     found = {}
-    for name in ("fp8", "fp8 block gradients"):
+    for name in list(WAYS)[1:]:
         each = [difference(ours, base) for ours, base in zip(curves[name], curves["bf16"], strict=True)]
         found[name] = {"by_seed": each, "mean": statistics.mean(each)}
         print(
-            f"{name}: relative loss difference to BF16 {statistics.mean(each):+.3%} (report: below {REPORTED:.2%}), "
+            f"{name}: relative loss difference to BF16 {statistics.mean(each):+.3%}, "
             f"by seed {'  '.join(f'{one:+.3%}' for one in each)}"
         )
+    print(f"the report's, at its scale: below {REPORTED:.2%}")
     print("\nrelative error of the gradient of inputs: 1 x 128, 128 x 128")
     for name, (tiles, blocks) in errors.items():
         print(f"  {name:35} {tiles:.4f}  {blocks:.4f}  {'larger' if blocks > tiles else 'NOT LARGER'}")
-    larger = sum(blocks > tiles for tiles, blocks in errors.values())
-    print(f"larger in {larger} of {len(errors)} Linears")
+    for layer in sorted({name.split(".")[1] for name in errors}):
+        of_layer = [pair for name, pair in errors.items() if name.split(".")[1] == layer]
+        tiles, blocks = (statistics.mean(pair[way] for pair in of_layer) for way in (0, 1))
+        print(
+            f"  layer {layer}, mean of its Linears: {tiles:.4f}  {blocks:.4f}  {'larger' if blocks > tiles else 'NOT'}"
+        )
     if options.json:
         document = {
             "steps": options.steps, "batch": BATCH, "length": LENGTH, "threads": torch.get_num_threads(),

@@ -43,26 +43,42 @@ class Fp8:
     def linear(self, x: Tensor, weight_NK: Tensor, *, after_attention: bool = False) -> Tensor:
         """x Wᵀ, [..., K] to [..., N], in the dtype of `x`."""
         x_RK = x.flatten(0, -2)
-        out_RN: Tensor = _Linear.apply(x_RK, weight_NK, self, None, after_attention)  # type: ignore[no-untyped-call]
-        return out_RN.view(*x.shape[:-1], -1)
+        scales = Scales.POWER_OF_TWO if after_attention else self.scales
+        if torch.is_grad_enabled():
+            out: Tensor = _Linear.apply(x_RK, weight_NK, self, None, scales, after_attention)  # type: ignore[no-untyped-call]
+        else:
+            out = self._forward(x_RK, weight_NK, None, scales)
+        return out.view(*x.shape[:-1], -1)
 
     def linear_of(self, activation: Activation, source: Tensor, weight_NK: Tensor) -> Tensor:
         """activation(source) Wᵀ, [..., 2F] to [..., N], keeping tiles of `source` alone."""
         flat_RF = source.flatten(0, -2)
-        out_RN: Tensor = _LinearOf.apply(flat_RF, None, weight_NK, self, None, activation)  # type: ignore[no-untyped-call]
-        return out_RN.view(*source.shape[:-1], -1)
+        if torch.is_grad_enabled():
+            out: Tensor = _LinearOf.apply(flat_RF, None, weight_NK, self, None, activation)  # type: ignore[no-untyped-call]
+        else:
+            out = self._forward(activation(flat_RF), weight_NK, None, self.scales)
+        return out.view(*source.shape[:-1], -1)
 
     def experts_up(self, rows_RK: Tensor, weight_LNK: Tensor, rows_L: Rows) -> Tensor:
         """Each received row times the transposed weight of its expert, [R, N]."""
-        out: Tensor = _Linear.apply(rows_RK, weight_LNK, self, rows_L, False)  # type: ignore[no-untyped-call]
+        scales = Scales.POWER_OF_TWO
+        if not torch.is_grad_enabled():
+            return self._forward(rows_RK, weight_LNK, rows_L, scales)
+        out: Tensor = _Linear.apply(rows_RK, weight_LNK, self, rows_L, scales, False)  # type: ignore[no-untyped-call]
         return out
 
     def experts_down(
         self, activation: Activation, source_RF: Tensor, gates_R: Tensor, weight_LNK: Tensor, rows_L: Rows
     ) -> Tensor:
         """activation(source, gates) times the transposed weight of each row's expert, [R, N]."""
+        if not torch.is_grad_enabled():
+            return self._forward(activation(source_RF, gates_R), weight_LNK, rows_L, self.scales)
         out: Tensor = _LinearOf.apply(source_RF, gates_R, weight_LNK, self, rows_L, activation)  # type: ignore[no-untyped-call]
         return out
+
+    def _forward(self, x_RK: Tensor, weight: Tensor, rows_L: Rows | None, scales: Scales) -> Tensor:
+        """x Wᵀ with nothing kept."""
+        return self.multiply(self.provider.tiles(x_RK, scales), self.blocks(weight), rows_L, x_RK.dtype)
 
     def multiply(self, x: Tiles, blocks: Blocks, rows_L: Rows | None, dtype: torch.dtype) -> Tensor:
         """x Wᵀ of one weight, or of each row's expert."""
@@ -77,9 +93,9 @@ class Fp8:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_RK: Tensor, weight: Tensor, fp8: Fp8, rows_L: Rows | None, after_attention: bool) -> Tensor:
-        fixed = after_attention or rows_L is not None
-        scales = Scales.POWER_OF_TWO if fixed else fp8.scales
+    def forward(
+        ctx: Any, x_RK: Tensor, weight: Tensor, fp8: Fp8, rows_L: Rows | None, scales: Scales, after_attention: bool
+    ) -> Tensor:
         x, blocks = fp8.provider.tiles(x_RK, scales), fp8.blocks(weight)
         ctx.fp8, ctx.weight, ctx.rows, ctx.left, ctx.x_scales = fp8, weight, rows_L, collecting(), scales
         ctx.packed_width = x_RK.shape[1] if after_attention else None
@@ -89,22 +105,25 @@ class _Linear(torch.autograd.Function):
         return fp8.multiply(x, blocks, rows_L, x_RK.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        kept, scales, *blocks = ctx.saved_tensors
-        grad_RN, fp8 = grads[0], ctx.fp8
-        if ctx.packed_width is None:
-            x_RK = dequantise_tiles(Tiles(kept, scales), torch.float32)
-        else:
-            x_RK = unpack_e5m6(Packed(kept, scales, ctx.packed_width), torch.float32)
-        rows_L = ctx.rows or (len(x_RK),)
-        x = fp8.provider.columns(x_RK, rows_L, ctx.x_scales)
-        grad = fp8.provider.columns(grad_RN, rows_L, fp8.scales)
-        grad_weight = _leave(ctx, grad, x)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        kept, kept_scales, *blocks = ctx.saved_tensors
+        grad_RN, fp8, width, scales = grads[0], ctx.fp8, ctx.packed_width, ctx.x_scales
+        rows_L = ctx.rows or (len(grad_RN),)
+
+        def x() -> Columns:
+            if width is None:
+                x_RK = dequantise_tiles(Tiles(kept, kept_scales), torch.float32)
+            else:
+                x_RK = unpack_e5m6(Packed(kept, kept_scales, width), torch.float32)
+            columns: Columns = fp8.provider.columns(x_RK, rows_L, scales)
+            return columns
+
+        grad_weight = _leave(ctx, fp8.provider.columns(grad_RN, rows_L, fp8.scales), x)
         if not ctx.needs_input_grad[0]:
-            return None, grad_weight, None, None, None
+            return None, grad_weight, None, None, None, None
         grad_tiles = fp8.provider.tiles(grad_RN, fp8.scales)
-        grad_x_RK = fp8.multiply(grad_tiles, Blocks(*blocks).transposed(), ctx.rows, grad_RN.dtype)
-        return grad_x_RK, grad_weight, None, None, None
+        grad_x_RK = fp8.multiply(grad_tiles, fp8.weights.turned(ctx.weight, Blocks(*blocks)), ctx.rows, grad_RN.dtype)
+        return grad_x_RK, grad_weight, None, None, None, None
 
 
 class _LinearOf(torch.autograd.Function):
@@ -139,8 +158,9 @@ class _LinearOf(torch.autograd.Function):
             grad_RN = dequantise_tiles(grad_tiles, grad_RN.dtype)
         rows_L = ctx.rows or (len(grad_RN),)
         grad = fp8.provider.columns(grad_RN, rows_L, fp8.scales)
-        grad_weight = _leave(ctx, grad, fp8.provider.columns(inner_RK.detach(), rows_L, fp8.scales))
-        blocks = Blocks(values, block_scales).transposed()
+        inner = fp8.provider.columns(inner_RK.detach(), rows_L, fp8.scales)
+        grad_weight = _leave(ctx, grad, lambda: inner)
+        blocks = fp8.weights.turned(ctx.weight, Blocks(values, block_scales))
         grad_inner_RK = fp8.multiply(grad_tiles, blocks, ctx.rows, inner_RK.dtype)
         grad_source, *grad_gates = torch.autograd.grad(inner_RK, leaves, grad_inner_RK)
         return grad_source, grad_gates[0] if grad_gates else None, grad_weight, None, None, None
@@ -150,14 +170,17 @@ def _given(gates_R: Tensor | None) -> tuple[Tensor, ...]:
     return () if gates_R is None else (gates_R,)
 
 
-def _leave(ctx: Any, grad: Columns, x: Columns) -> Tensor | None:
-    """Leave the gradient of the weight with whoever collects them, or hand it to autograd where nobody does."""
+def _leave(ctx: Any, grad: Columns, x: Callable[[], Columns]) -> Tensor | None:
+    """Leave the gradient of the weight with whoever collects them, or hand it to autograd where nobody does.
+
+    Until then `grad` and what makes `x` are held, both of them FP8.
+    """
     weight, provider = ctx.weight, ctx.fp8.provider
     if not weight.requires_grad:
         return None
 
     def product() -> Tensor:
-        out: Tensor = provider.outer(grad, x)
+        out: Tensor = provider.outer(grad, x())
         return out.view_as(weight)
 
     if ctx.left is None:

@@ -65,6 +65,10 @@ class Blocks:
         """The same numbers, [..., K, N]: a square block needs no quantising for that."""
         return Blocks(self.values_NK.transpose(-1, -2), self.scales_PQ.transpose(-1, -2))
 
+    def contiguous(self) -> Blocks:
+        """The same, row by row in memory."""
+        return Blocks(self.values_NK.contiguous(), self.scales_PQ.contiguous())
+
 
 def quantise_tiles(x_XD: Tensor, scales: Scales) -> Tiles:
     """[X, D], any D."""

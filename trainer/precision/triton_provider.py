@@ -70,15 +70,15 @@ class TritonProvider:
         return self.multiply_grouped(x, stack, (len(x.values_XD),), dtype)
 
     def multiply_grouped(self, x: Tiles, weight: Blocks, rows_L: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """See `Provider`. Tensor cores read E4M3 along K alone, so a transposed weight is copied first."""
-        values, scales = weight.values_NK.contiguous(), weight.scales_PQ.contiguous()
-        _, columns, k = values.shape
+        """See `Provider`. Tensor cores read E4M3 along K alone: a transposed weight is copied, unless it was."""
+        weight = weight.contiguous()
+        _, columns, k = weight.values_NK.shape
         out_RN = x.values_XD.new_empty((len(x.values_XD), columns), dtype=accumulated(dtype))
         spans = _spans(rows_L, _ROWS)
         if spans:
             first, last, expert = _on(out_RN.device, zip(*spans, strict=True))
             kernels.multiply[(len(spans), -(-columns // _COLUMNS))](
-                x.values_XD, x.scales_XQ, values, scales, out_RN, first, last, expert,
+                x.values_XD, x.scales_XQ, weight.values_NK, weight.scales_PQ, out_RN, first, last, expert,
                 columns, k, tiles_of(columns), tiles_of(k), _ROWS, _COLUMNS, num_warps=8, num_stages=3,
             )  # fmt: skip
         return out_RN.to(dtype)

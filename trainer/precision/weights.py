@@ -4,30 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from .tiles import Blocks
 
 
+@dataclass
+class _Kept:
+    blocks: dict[Tensor, Blocks] = field(default_factory=dict)
+    turned: dict[Tensor, Blocks] = field(default_factory=dict)
+
+
 class StepWeights:
     """Keeps the blocks of each weight for as long as the caller promises that no weight changes."""
 
     def __init__(self) -> None:
-        self._kept: dict[Tensor, Blocks] | None = None
+        self._kept: _Kept | None = None
 
     def blocks(self, weight: Tensor, quantise: Callable[[Tensor], Blocks]) -> Blocks:
         """Of this weight: those that are kept, or new ones."""
         if self._kept is None:
             return quantise(weight.detach())
-        if weight not in self._kept:
-            self._kept[weight] = quantise(weight.detach())
-        return self._kept[weight]
+        if weight not in self._kept.blocks:
+            self._kept.blocks[weight] = quantise(weight.detach())
+        return self._kept.blocks[weight]
+
+    def turned(self, weight: Tensor, blocks: Blocks) -> Blocks:
+        """The same transposed. What is kept is a copy, row by row: tensor cores read E4M3 in no other order."""
+        if self._kept is None:
+            return blocks.transposed()
+        if weight not in self._kept.turned:
+            self._kept.turned[weight] = blocks.transposed().contiguous()
+        return self._kept.turned[weight]
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """Inside, every weight keeps its value; its blocks are made at its first use and freed at the end."""
-        self._kept = {}
+        self._kept = _Kept()
         try:
             yield
         finally:

@@ -230,10 +230,30 @@ def test_the_head_and_the_router_have_no_fp8() -> None:
     }
 
 
-def test_without_gradients_nothing_is_kept() -> None:
-    module = linear()
+def test_without_gradients_the_numbers_are_the_same() -> None:
+    mixture, gates = experts(), torch.rand(sum(ROWS), dtype=torch.float64)
+    network = SwiGLU(WIDTH, INNER).double()
     with torch.no_grad():
-        assert not module(normal(3, WIDTH)).requires_grad
+        for weight in network.parameters():
+            weight.copy_(normal(*weight.shape, dtype=torch.float64) / 10)
+    for part in (network.gate_up, network.down):
+        part.fp8 = Fp8(Reference())
+    cases: list[tuple[Callable[[Tensor], Tensor], torch.dtype]] = [
+        (linear(), torch.float32),
+        (linear(after_attention=True), torch.bfloat16),
+        (network, torch.float64),
+        (lambda rows: mixture(rows, gates, ROWS), torch.float64),
+    ]
+    for function, dtype in cases:
+        x = normal(sum(ROWS), WIDTH).to(dtype)
+        kept = function(x)
+        assert kept.requires_grad
+        with torch.no_grad():
+            assert torch.equal(function(x), kept)
+
+
+def test_a_frozen_weight_gets_no_gradient() -> None:
+    module = linear()
     module.weight.requires_grad_(False)
     x = normal(3, WIDTH).requires_grad_()
     module(x).sum().backward()

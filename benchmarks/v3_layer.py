@@ -1,0 +1,174 @@
+"""One MoE layer of DeepSeek-V3 on a Hopper GPU, phase by phase, beside DeepSeek's public training trace.
+
+    python benchmarks/v3_layer.py [--provider auto] [--json benchmarks/results/v3_layer_h200.json]
+
+A rank's share under 64 expert-parallel ranks: attention, router and shared expert on one sequence of 4096 tokens, four
+routed experts on 8192 rows each. Nothing is sent: the rows are there. The trace (deepseek-ai/profile-data, train.json)
+is of an H800 whose products had 112 of 132 processors. Without such a GPU this says so and ends well. Not yet run on
+hardware.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shoestring.parallelism.pipeline.weight_grad import WeightGradients
+from shoestring.trainer.model.config import ModelConfig
+from shoestring.trainer.model.layer import Context, MoELayer
+from shoestring.trainer.model.model import Model, Share
+from shoestring.trainer.model.rope import rotation
+from shoestring.trainer.precision.fp8 import Fp8
+from shoestring.trainer.precision.provider import choose_provider, missing_for, open_provider
+
+TRACE_US = {"attn(F)": 4370, "mlp(F)": 4604, "mlp(B)": 5306, "mlp(W)": 5063, "attn(B)": 9341, "attn(W)": 2388}
+V3 = ModelConfig(
+    name="deepseek_v3",
+    vocabulary=256,
+    hidden=7168,
+    layers=1,
+    dense_layers=0,
+    heads=128,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    dense_ffn=18432,
+    expert_ffn=2048,
+    experts=256,
+    shared_experts=1,
+    top_k=8,
+    groups=8,
+    top_k_groups=4,
+    mtp_depth=0,
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the layer is given."""
+
+    config: ModelConfig
+    expert_ranks: int
+    tokens: int
+    rows_per_expert: int
+
+
+SETTING = Setting(V3, expert_ranks=64, tokens=4096, rows_per_expert=8192)
+
+
+def build(setting: Setting, provider: str, device: torch.device) -> Model:
+    """Of random weights in FP32; its one layer alone is used."""
+    with torch.device(device):
+        model = Model(setting.config, Share((0,), False, False, setting.expert_ranks))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=0.006) if weight.ndim > 1 else weight.fill_(1.0)
+    for _, router in model.routers():
+        router.bias_E.zero_()
+    model.use_fp8(Fp8(open_provider(provider, device)))
+    return model
+
+
+def layer_seconds(model: Model, setting: Setting, device: torch.device) -> dict[str, float]:
+    """One forward and backward of the layer, in the order of the trace."""
+    layer = model.layers["0"]
+    assert isinstance(layer, MoELayer)
+    seconds: dict[str, float] = {}
+    shape = (1, setting.tokens, setting.config.hidden)
+    local = setting.config.experts // setting.expert_ranks
+    rows_L = (setting.rows_per_expert,) * local
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+    def timed(name: str, work: Callable[[], object]) -> None:
+        _settle(device)
+        began = time.perf_counter()
+        work()
+        _settle(device)
+        seconds[name] = time.perf_counter() - began
+
+    x_BSD = normal(*shape).requires_grad_()
+    rows_RD = normal(sum(rows_L), setting.config.hidden).requires_grad_()
+    gates_R = torch.rand(sum(rows_L), device=device).requires_grad_()
+    context = Context(
+        rotation(setting.config, setting.tokens, x_BSD), torch.ones(shape[:2], dtype=torch.bool, device=device)
+    )
+    attention, ffn = WeightGradients(deferred=True), WeightGradients(deferred=True)
+    made: dict[str, tuple[Tensor, ...]] = {}
+
+    def attend() -> None:
+        with attention.collect():
+            residual_BSD, normed_TD, routing = layer.attend(x_BSD, context)
+        made["attn"] = (residual_BSD, normed_TD, routing.gates_TK)
+
+    def mlp() -> None:
+        normed_TD = made["attn"][1].detach().requires_grad_()
+        with ffn.collect():
+            shared = () if layer.shared is None else (layer.shared(normed_TD),)
+            made["mlp"] = (*shared, layer.experts(rows_RD, gates_R, rows_L))
+
+    def backward(part: str) -> None:
+        grads = [torch.randn_like(out) for out in made[part]]
+        timed(f"{part}(B)", lambda: torch.autograd.backward(made[part], grads))
+
+    with model.weights_unchanged():
+        timed("attn(F)", attend)
+        timed("mlp(F)", mlp)
+        backward("mlp")
+        timed("mlp(W)", ffn.run)
+        backward("attn")
+        timed("attn(W)", attention.run)
+    return seconds
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Measure, print beside the trace, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--provider", default="auto")
+    parser.add_argument("--repetitions", type=int, default=10)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    name = choose_provider(options.provider, on_gpu=on_gpu)
+    missing = list(missing_for(name, on_gpu=on_gpu))
+    if not on_gpu or name == "reference" or missing:
+        print(f"nothing to measure here: {'; '.join(missing) or 'no provider of FP8 but the reference serves'}")
+        return
+    device = torch.device("cuda")
+    model = build(SETTING, name, device)
+    runs = [layer_seconds(model, SETTING, device) for _ in range(options.repetitions + 2)][2:]
+    found = {part: 1e6 * statistics.median(run[part] for run in runs) for part in TRACE_US}
+    facts = torch.cuda.get_device_properties(device)
+    print(f"{facts.name}, {facts.multi_processor_count} processors, provider {name}; microseconds, the trace's behind")
+    for part, microseconds in found.items():
+        print(f"{part:8} {microseconds:8.0f} {TRACE_US[part]:8}")
+    print(f"{'sum':8} {sum(found.values()):8.0f} {sum(TRACE_US.values()):8}")
+    if options.json:
+        document = {"device": facts.name, "torch": torch.__version__, "provider": name, "microseconds": found}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def small() -> Setting:
+    """The same on a CPU, to see that it works."""
+    config = replace(V3, hidden=64, heads=2, q_lora_rank=32, kv_lora_rank=16, expert_ffn=32)
+    return Setting(config, expert_ranks=64, tokens=16, rows_per_expert=8)
+
+
+if __name__ == "__main__":
+    main()
