@@ -59,10 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--format", choices=["table", "json"], default="table")
     doctor.set_defaults(run=_doctor)
 
-    budget = verbs.add_parser("budget", help="what a run has cost, beside the published 2.788 M GPU-hours")
-    budget.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    budget.add_argument("--format", choices=["table", "json"], default="table")
-    budget.set_defaults(run=_budget)
+    _add_budget(verbs)
+    dashboard = verbs.add_parser("dashboard", help="the wandb workspace that belongs to the metrics of a run")
+    dashboard.add_argument("--project", default="shoestring", help="of wandb (default shoestring)")
+    dashboard.add_argument("--entity", help="user or team that owns the project; needed to save")
+    dashboard.add_argument("--save", action="store_true", help="create it on the server; needs an account")
+    dashboard.set_defaults(run=_dashboard)
 
     data = verbs.add_parser("data", help="prepare a corpus, look at a prepared one").add_subparsers(
         dest="action", required=True
@@ -70,6 +72,20 @@ def _parser() -> argparse.ArgumentParser:
     for action, text in (("prepare", "train the tokenizer and write token shards"), ("inspect", "what is in them")):
         _with_overrides(data.add_parser(action, help=text)).set_defaults(run=_data)
     return parser
+
+
+def _add_budget(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    budget = verbs.add_parser("budget", help="what a run has cost, beside the published 2.788 M GPU-hours")
+    budget.add_argument("run", type=Path, metavar="RUN", help="directory of a run, or a project file")
+    budget.add_argument("--tokens", metavar="14.8T", help="what so many tokens would cost at this run's price")
+    budget.add_argument("--gpus", type=int, metavar="N", help="and how long N such GPUs would take")
+    budget.add_argument("--usd-per-gpu-hour", type=float, metavar="PRICE", help="default 2, as in the report")
+    budget.add_argument("--sacct", type=Path, metavar="FILE", help="compare with the output of sacct")
+    budget.add_argument("--invoice", type=Path, metavar="FILE", help="compare with an invoice, a CSV")
+    columns = "what the CSV calls gpu_hours and amount"
+    budget.add_argument("--invoice-columns", default="", metavar="gpu_hours=NAME,amount=NAME", help=columns)
+    budget.add_argument("--format", choices=["table", "json"], default="table")
+    budget.set_defaults(run=_budget)
 
 
 def _add_cluster(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -206,14 +222,25 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _budget(options: argparse.Namespace) -> int:
-    from ..trainer.budget.render import render
-    from ..trainer.budget.summary import summarise
+    from .budget import Question, budget_tables, budget_tree
 
-    summary = summarise(options.run_dir)
+    names = [field.name for field in fields(Question) if field.name != "run"]
+    question = Question(options.run, **{name: getattr(options, name) for name in names})
     if options.format == "json":
-        print(json.dumps(summary.to_json(), indent=1))
+        print(json.dumps(budget_tree(question), indent=1))
     else:
-        _show(render(summary))
+        for table in budget_tables(question):
+            _show(table)
+    return 0
+
+
+def _dashboard(options: argparse.Namespace) -> int:
+    from .dashboard import save_dashboard, workspace_json
+
+    if options.save:
+        print(save_dashboard(options.entity, options.project))
+    else:
+        print(workspace_json(options.entity or "", options.project))
     return 0
 
 

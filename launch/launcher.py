@@ -54,7 +54,13 @@ def launch(config: RunConfig, torchrun: Sequence[str], arguments: Sequence[str],
         clear_status(run_dir)
         (run_dir / CONFIG_FILE).write_text(to_yaml(config))
         attempt = uuid.uuid4().hex[:12]
-        allocation = Allocation(run_dir, ranks=config.topology.world_size, attempt=attempt, budget=config.budget)
+        allocation = Allocation(
+            run_dir,
+            ranks=config.topology.world_size,
+            attempt=attempt,
+            budget=config.budget,
+            job=os.environ.get("SLURM_JOB_ID"),
+        )
         reason = "the launcher failed"
         try:
             try:

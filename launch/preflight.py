@@ -9,7 +9,8 @@ import torch
 
 from ..comm.deepep import deepep_problems
 from ..comm.refusal import Problem, noting, refuse_if_any
-from ..trainer.budget.render import over_budget
+from ..trainer.budget.guard import accounts, left_of_project
+from ..trainer.budget.project import Project
 from ..trainer.budget.summary import summarise
 from ..trainer.budget.terms import ALLOCATION_FILE
 from ..trainer.checkpoint.compatible import incompatibilities
@@ -39,6 +40,8 @@ def preflight(config: RunConfig, local_ranks: int, *, fresh: bool, first_machine
         from ..trainer.telemetry.wandb_sink import account_problems  # a second of import, for the runs that use it
 
         problems += account_problems()
+    with noting(problems):
+        problems += _budget_problems(config)
     foreign = list(run_dir_problems(Path(config.training.run_dir)))
     with noting(problems):
         if not fresh and not foreign:
@@ -60,12 +63,46 @@ def is_finished(config: RunConfig) -> bool:
 
 
 def spent_budget(config: RunConfig) -> str | None:
-    """Why no step may be trained: what the run has used is its budget or more. Raises `Refused` for a broken ledger."""
-    run_dir, steps = Path(config.training.run_dir), _store(config).steps()
-    if not (run_dir / ALLOCATION_FILE).exists() or (steps and steps[-1] >= config.total_steps):
+    """Why no step may be trained: a budget is used up, or would be before the end at the price of the last steps.
+
+    Raises `Refused` for a broken ledger.
+    """
+    run_dir = Path(config.training.run_dir)
+    tokens_left = _tokens_left(config)
+    if not (run_dir / ALLOCATION_FILE).exists() or tokens_left == 0:
         return None
-    spent = summarise(run_dir).gpu_hours
-    return over_budget(spent, config.budget.gpu_hours) if spent >= config.budget.gpu_hours else None
+    reasons = (
+        account.exceeded(config.budget.stop_at)
+        for account in accounts(config.budget, summarise(run_dir), run_dir, tokens_left)
+    )
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _budget_problems(config: RunConfig) -> Iterator[Problem]:
+    """What the project and the plan say against this run."""
+    budget, run_dir = config.budget, Path(config.training.run_dir)
+    left, name = budget.gpu_hours, "budget.gpu_hours"
+    if budget.project is not None:
+        project = Project.read(Path(budget.project))
+        if not project.has(run_dir):
+            remedy = f"is not among the runs of {budget.project}; add it there, so that its cost is counted"
+            yield Problem("training.run_dir", str(run_dir), remedy)
+        if budget.phase not in project.gpu_hours:
+            yield Problem("budget.phase", budget.phase, f"has no budget in {budget.project}; add it under gpu_hours")
+        shared = left_of_project(budget, run_dir)
+        assert shared is not None
+        left, name = min((left, name), (shared, f"what is left in {budget.project}"))
+        if shared == 0.0:
+            yield Problem("budget.project", budget.project, f"nothing is left for {budget.phase}; raise gpu_hours there")
+    plan = budget.planned_gpu_hours
+    if plan is not None and plan > left and not budget.allow_over_plan:
+        remedy = f"the plan exceeds {name}, {left:.6g}; plan for less, raise it, or write budget.allow_over_plan=true"
+        yield Problem("budget.planned_gpu_hours", plan, remedy, ("budget.gpu_hours", "budget.project"))
+
+
+def _tokens_left(config: RunConfig) -> int:
+    steps = _store(config).steps()
+    return max(0, config.total_steps - (steps[-1] if steps else 0)) * config.tokens_per_step
 
 
 def _store(config: RunConfig) -> CheckpointStore:

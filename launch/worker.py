@@ -49,8 +49,7 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
     try:
         holders = stages_of(config).all_holders()
         groups = ProcessGroups.create(config.topology, worker.rank, timeout, holders)
-        attempt = os.environ.get(ATTEMPT_VARIABLE) or os.environ.get("TORCHELASTIC_RUN_ID", "none")
-        steps = train(config, groups, device, attempt, stop_asked)
+        steps = train(config, groups, device, attempt_name(), stop_asked)
     except Refused as error:
         return _stop(config, worker, 2, str(error))
     except RunFailed as error:
@@ -63,6 +62,22 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
         _die(f"shoestring train: rank {worker.rank}: {traceback.format_exc()}")
     dist.destroy_process_group()
     return _stop(config, worker, 0, f"{steps} steps done")
+
+
+def attempt_name() -> str:
+    """What the ledger calls this launch: as the launcher says, or as the torchrun that has started this rank is known.
+
+    Its run id is the same each time (`none`) unless it is given; process number and start tell two of them apart, and
+    stay when it starts its ranks again.
+    """
+    given = os.environ.get(ATTEMPT_VARIABLE)
+    if given:
+        return given
+    agent = os.getppid()
+    stat = Path(f"/proc/{agent}/stat")
+    # Field 22 is the start in ticks since the boot; field 2, the name, may hold spaces but ends with the last ")".
+    start = stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else "0"
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID', 'none')}.{agent}.{start}"
 
 
 def _die(words: str) -> NoReturn:

@@ -61,11 +61,11 @@ def train(
         _halt_if_agreed(rank, done, reporter, stop_asked, is_saved=True)
         if owes_evaluation:
             _evaluate(rank, done, reporter)
-        tracing = Tracing.of(rank, done)
+        tracing = Tracing(rank, done)
         for step in range(done + 1, config.total_steps + 1):
             tracing.before(step)
-            _one_step(rank, step, reporter)
-            tracing.after(step, reporter)
+            seconds = _one_step(rank, step, reporter)
+            tracing.after(step, seconds, reporter)
             done = step
             _halt_if_agreed(rank, done, reporter, stop_asked, is_saved=False)
             if _is_due(step, config.training.evaluate_every, config.total_steps):
@@ -83,7 +83,7 @@ def train(
         raise RunFailed(message) from error
     except (CollectiveFailed, RunHalted) as error:
         if reporter is not None:
-            reporter.close(done, str(error))
+            reporter.close(done, str(error), clean=isinstance(error, RunHalted))
         raise
     else:
         rank.close()
@@ -126,7 +126,7 @@ def _halt_if_agreed(
     config = rank.config
     if done == config.total_steps:
         return
-    spent = None if reporter is None else reporter.spent_budget()
+    spent = None if reporter is None else reporter.must_halt(done)
     halt = agree_to_halt(rank.groups.world, asked=stop_asked(), over_budget=spent is not None)
     if halt is None:
         return
@@ -138,8 +138,8 @@ def _halt_if_agreed(
     raise RunHalted(halt, f"stopped {where}: {reason}")
 
 
-def _one_step(rank: Rank, step: int, reporter: Reporter | None) -> None:
-    """Step number `step`, from 1."""
+def _one_step(rank: Rank, step: int, reporter: Reporter | None) -> float:
+    """Step number `step`, from 1; return the seconds it took once its samples were there."""
     config = rank.config
     with _timing(reporter, "data_stall"):
         micro_batches = list(_micro_batches(rank, (step - 1) * config.training.global_batch))
@@ -153,9 +153,16 @@ def _one_step(rank: Rank, step: int, reporter: Reporter | None) -> None:
     )
     rank.traffic.clear()
     start = time.perf_counter()
-    result = rank.stepper.step(micro_batches, config.training.global_batch, settings)
+    try:
+        result = rank.stepper.step(micro_batches, config.training.global_batch, settings)
+    except NonFiniteStep:
+        if reporter is not None:
+            reporter.skipped(step, time.perf_counter() - start)
+        raise
+    seconds = time.perf_counter() - start
     if reporter is not None:
-        reporter.step(step, result, settings, time.perf_counter() - start, rank.traffic)
+        reporter.step(step, result, settings, seconds, rank.traffic)
+    return seconds
 
 
 def _micro_batches(rank: Rank, consumed: int) -> Iterator[TokenBatch]:

@@ -35,7 +35,7 @@ from .optimizer.adamw import build_adamw
 from .optimizer.config import OptimizerConfig
 from .stages import Stages
 from .step import Stepper
-from .telemetry.trace import TraceRecorder, open_recorder, recorder_of
+from .telemetry.trace import TraceRecorder
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Rank:
     store: CheckpointStore
     worker: Worker
     traffic: Traffic
-    trace: TraceRecorder | None
-    """None unless the run is traced."""
+    trace: TraceRecorder
+    """Off but for steps that are looked at closely."""
 
     @property
     def model(self) -> Model:
@@ -133,8 +133,7 @@ def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -
     """Initial weights, optimizer, exchange and data of the rank that `groups` belong to."""
     prepared = open_prepared(config.data)
     train, validation = open_samples(config, prepared)
-    trace = open_recorder(trace=config.telemetry.trace, device=device)
-    recorder = recorder_of(trace)
+    recorder = TraceRecorder(nvtx=device.type == "cuda")
     order = OrderCheck(groups.ep) if config.exchange.check_order else None
     worker = open_worker(groups.ep, device, order, recorder)
     traffic = Traffic(config.topology, groups.rank)
@@ -157,7 +156,7 @@ def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -
         store=CheckpointStore(Path(config.training.run_dir) / "checkpoints", config.training.keep_checkpoints),
         worker=worker,
         traffic=traffic,
-        trace=trace,
+        trace=recorder,
     )
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..comm.traffic import Kind
+from .budget.guard import Guard
 from .budget.meter import Meter
-from .budget.render import over_budget
-from .budget.summary import summarise
+from .budget.summary import LedgerReader
 from .budget.totals import carry
 from .budget.work import Work
 from .config import RunConfig
@@ -45,7 +45,11 @@ class Reporter:
         self._ranks = config.topology.world_size
         self._work = Work(run_dir, ranks=self._ranks, attempt=attempt, budget=config.budget)
         self._stream: EventStream = open_stream(config.telemetry, run_dir, sys.stdout)
+        self._ledger = LedgerReader(run_dir)
         self._meter: Meter | None = None
+        self._guard: Guard | None = None
+        self._told_seconds = 0.0
+        self._is_telling = False
         self._since = time.perf_counter()
         self._tokens_since = 0
 
@@ -80,17 +84,42 @@ class Reporter:
     def ready(self) -> None:
         """The first step begins now."""
         self._work.ready()
-        self._meter = Meter(self._run_dir, ranks=self._ranks)
+        self._meter = Meter(self._ledger.summary(), ranks=self._ranks)
+        self._guard = Guard(self._config.budget, self._meter, self._run_dir)
+        self._told_seconds = 0.0
         self._since = time.perf_counter()
 
     @contextmanager
     def timing(self, bucket: str) -> Iterator[None]:
         """Charge what runs inside to a bucket of the ledger. Of these, tokens per second count waiting for data."""
         start = time.perf_counter()
-        with self._work.timing(bucket):
+        try:
             yield
-        if bucket != "data_stall":
-            self._since += time.perf_counter() - start
+        finally:
+            seconds = time.perf_counter() - start
+            with self.telling():
+                self._work.interval(bucket, 1000 * seconds)
+            if bucket != "data_stall":
+                self._since += seconds
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """What runs inside is neither training nor waiting, but telling: it is charged to `telemetry`."""
+        if self._is_telling:
+            yield
+            return
+        self._is_telling, start = True, time.perf_counter()
+        try:
+            yield
+        finally:
+            self._is_telling = False
+            self._told_seconds += time.perf_counter() - start
+
+    def _charge_telling(self) -> None:
+        """Enter into the ledger what telling has taken so far."""
+        seconds, self._told_seconds = self._told_seconds, 0.0
+        with self.telling():
+            self._work.interval("telemetry", 1000 * seconds)
 
     def step(self, step: int, result: StepResult, settings: StepSettings, seconds: float, traffic: Traffic) -> None:
         """Step number `step` is done. Every step goes to the ledger, one in `log_every` to telemetry.
@@ -98,14 +127,23 @@ class Reporter:
         `traffic` holds the bytes that rank 0 has sent in this step.
         """
         config = self._config
-        self._work.step(step, 1000 * seconds, config.tokens_per_step)
-        self._tokens_since += config.tokens_per_step
-        if step % config.telemetry.log_every and step not in (1, config.total_steps):
-            return
+        assert self._guard is not None and self._meter is not None  # noqa: PT018
+        with self.telling():
+            gpu_ms = self._work.step(step, 1000 * seconds, config.tokens_per_step)
+            self._guard.observe(gpu_ms, config.tokens_per_step)
+            self._meter.step(gpu_ms)
+            self._tokens_since += config.tokens_per_step
+            if step % config.telemetry.log_every == 0 or step in (1, config.total_steps):
+                self._tell(step, result, settings, traffic)
+                self._charge_telling()
+
+    def _tell(self, step: int, result: StepResult, settings: StepSettings, traffic: Traffic) -> None:
+        config = self._config
         now = time.perf_counter()
         rate = self._tokens_since / (now - self._since)
         self._since, self._tokens_since = now, 0
-        assert self._meter is not None
+        assert self._meter is not None and self._guard is not None  # noqa: PT018
+        own, *_ = self._guard.accounts(self._tokens_left(step))
         tflops = rate * self._speed.flops.with_mtp / self._ranks / 1e12
         values: dict[str, JSON] = {
             "loss": result.loss,
@@ -120,8 +158,11 @@ class Reporter:
             "tokens_per_second": rate,
             "tflops": tflops,
             "mfu": tflops / self._speed.peak_tflops,
-            "gpu_hours": self._meter.gpu_hours(),
-            "budget_share": self._meter.budget_share(),
+            "gpu_hours": own.spent,
+            "budget_share": own.spent / own.limit,
+            "budget_left": own.limit - own.spent,
+            "projected_gpu_hours": own.projected,
+            "goodput": self._meter.goodput(),
             "eta_seconds": (config.total_steps - step) * config.tokens_per_step / rate,
             "total_steps": config.total_steps,
             **(traffic_values(traffic) if config.exchange.name != "deepep" else {}),  # which does not say what it sends
@@ -129,40 +170,63 @@ class Reporter:
             **routing_values(result),
         }
         self._emit("step", step, values)
+        warning = self._guard.warning(self._tokens_left(step))
+        if warning is not None:
+            self._emit("warning", step, {"message": warning, "about": "budget"})
+
+    def skipped(self, step: int, seconds: float) -> None:
+        """Step number `step` has taken so long for nothing: it was not finite."""
+        with self.telling():
+            self._work.skipped(step, 1000 * seconds, self._config.tokens_per_step)
+
+    def terms(self, step: int, step_us: int, by_term: Mapping[str, int]) -> None:
+        """Where the time of step number `step` has gone on all ranks (see `Work.terms`)."""
+        with self.telling():
+            self._work.terms(step, step_us, by_term)
 
     def evaluation(self, step: int, loss: float, targets: int, unigram_entropy: float) -> None:
         """A validation loss, beside the entropy that knowing the frequency of each token alone would reach."""
-        self._emit("evaluation", step, {"loss": loss, "targets": targets, "unigram_entropy": unigram_entropy})
+        with self.telling():
+            self._emit("evaluation", step, {"loss": loss, "targets": targets, "unigram_entropy": unigram_entropy})
 
     def sample(self, step: int, prompt: str, continuation: str) -> None:
         """Text from the model."""
-        self._emit("sample", step, {"text": prompt + continuation})
+        with self.telling():
+            self._emit("sample", step, {"text": prompt + continuation})
 
     def checkpoint(self, step: int, path: Path) -> None:
         """A checkpoint is safe on disk."""
-        self._emit("checkpoint", step, {"path": str(path)})
+        with self.telling():
+            self._emit("checkpoint", step, {"path": str(path)})
 
     def trace(self, step: int, path: Path, values: Mapping[str, JSON]) -> None:
         """A timeline is written; `values` are the seconds of each term, by rank."""
-        self._emit("trace", step, {"path": str(path), **values})
+        with self.telling():
+            self._emit("trace", step, {"path": str(path), **values})
 
-    def spent_budget(self) -> str | None:
-        """Why the run must halt: what it has used is its budget or more. None while it is less."""
-        assert self._meter is not None
-        spent, budget = self._meter.gpu_hours(), self._config.budget.gpu_hours
-        return over_budget(spent, budget) if spent >= budget else None
+    def must_halt(self, done: int) -> str | None:
+        """Why the run must halt after `done` steps: for its budget. None if it need not."""
+        assert self._guard is not None
+        with self.telling():
+            return self._guard.must_halt(self._tokens_left(done))
 
     def totals(self) -> dict[str, int | str]:
         """What a checkpoint carries of the ledger."""
-        return summarise(self._run_dir).totals()
+        with self.telling():
+            self._work.sync()
+            return self._ledger.summary().totals()
 
-    def close(self, step: int, reason: str) -> None:
-        """The run ends, after `step` steps."""
-        self._work.close()
-        summary = summarise(self._run_dir)
-        self._emit("budget", step, dict(_flat(summary.to_json())))
+    def close(self, step: int, reason: str, *, clean: bool = True) -> None:
+        """The run ends, after `step` steps; `clean` unless a fault has ended it."""
+        if clean:  # what a life was waiting for when a fault ended it belongs to its end alone
+            self._charge_telling()
+        self._work.close(clean=clean)
+        self._emit("budget", step, dict(_flat(self._ledger.summary().to_json())))
         self._emit("stop", step, {"reason": reason})
         self._stream.close()
+
+    def _tokens_left(self, done: int) -> int:
+        return (self._config.total_steps - done) * self._config.tokens_per_step
 
     def _emit(self, kind: str, step: int, values: Mapping[str, JSON]) -> None:
         self._stream.emit(Event(kind, step, values))

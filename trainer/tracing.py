@@ -1,48 +1,76 @@
-"""When a traced run records, and what it does with the record."""
+"""When a run looks closely at a step, and what it does with what it sees."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
+
+import torch
 
 from .rank import Rank
 from .reporter import Reporter
+from .telemetry.sample import StepSample
 from .telemetry.trace import merge_ranks, summarise_trace, trace_values, write_rank
 
 TRACE_FOLDER = "trace"
 
 
-@dataclass(frozen=True)
 class Tracing:
-    """Records some steps of a launch: those after its first one, which warms up."""
+    """Looks at one step in `terms_every`, and writes a timeline of some steps if the run is traced.
 
-    rank: Rank
-    first: int
-    last: int
+    The first step of a launch warms up, and is not looked at unless it is the only one.
+    """
 
-    @staticmethod
-    def of(rank: Rank, done: int) -> Tracing:
-        """For a launch that goes on after `done` steps; the last ones there are where it is a short one."""
-        total, count = rank.config.total_steps, rank.config.telemetry.trace_steps
-        first = min(done + 2, total)
-        return Tracing(rank, first, min(first + count - 1, total))
+    def __init__(self, rank: Rank, done: int) -> None:
+        """For a launch that goes on after `done` steps."""
+        total, telemetry = rank.config.total_steps, rank.config.telemetry
+        self._rank = rank
+        self._second = min(done + 2, total)
+        self._last = min(self._second + telemetry.trace_steps - 1, total) if telemetry.trace else 0
+        self._every = telemetry.terms_every
+        self._begin = 0
 
     def before(self, step: int) -> None:
         """Step number `step` is about to begin."""
-        if self.rank.trace is not None:
-            self.rank.trace.on = self.first <= step <= self.last
+        trace = self._rank.trace
+        trace.on = self._is_traced(step) or self._is_sampled(step)
+        self._begin = len(trace.spans)
 
-    def after(self, step: int, reporter: Reporter | None) -> None:
-        """Step number `step` is done. Collective when it was the last one recorded: write all ranks' timelines."""
-        trace, groups = self.rank.trace, self.rank.groups
-        if trace is None or step != self.last:
-            return
+    def after(self, step: int, seconds: float, reporter: Reporter | None) -> None:
+        """Step number `step` has taken so long. Collective if it was looked at."""
+        trace = self._rank.trace
         trace.on = False
-        folder = Path(self.rank.config.training.run_dir) / TRACE_FOLDER
-        write_rank(folder, groups.rank, trace.spans)
-        # Every rank's file is written when the last one's summary is here.
-        summaries = groups.world.all_gather_objects(summarise_trace(trace.spans), "summaries of the trace")
-        trace.spans.clear()
+        with nullcontext() if reporter is None else reporter.telling():
+            if self._is_sampled(step):
+                self._sample(step, seconds, reporter)
+            if step == self._last:
+                self._write(step, reporter)
+        if not self._is_traced(step) or step == self._last:
+            trace.spans.clear()
+
+    def _is_traced(self, step: int) -> bool:
+        return self._second <= step <= self._last
+
+    def _is_sampled(self, step: int) -> bool:
+        return step == self._second or (step > self._second and step % self._every == 0)
+
+    def _sample(self, step: int, seconds: float, reporter: Reporter | None) -> None:
+        """Add up what all ranks have spent this step on; the first one notes it in the ledger."""
+        rank = self._rank
+        own = StepSample.of(rank.trace.spans[self._begin :], seconds)
+        numbers = rank.groups.world.all_reduce_sum(torch.tensor(own.numbers()), "times of a step by term")
         if reporter is not None:
-            path = merge_ranks(folder, groups.world.size)
-            reporter.trace(step, path, trace_values(summaries))
+            total = StepSample.from_numbers(numbers.tolist())
+            by_term = total.by_term(rank.stepper.executor.program, rank.config.topology.dp)
+            reporter.terms(step, total.step_us, by_term)
+
+    def _write(self, step: int, reporter: Reporter | None) -> None:
+        """Write all ranks' timelines."""
+        rank = self._rank
+        folder = Path(rank.config.training.run_dir) / TRACE_FOLDER
+        write_rank(folder, rank.groups.rank, rank.trace.spans)
+        # Every rank's file is written when the last one's summary is here.
+        summary = summarise_trace(rank.trace.spans)
+        summaries = rank.groups.world.all_gather_objects(summary, "summaries of the trace")
+        if reporter is not None:
+            reporter.trace(step, merge_ranks(folder, rank.groups.world.size), trace_values(summaries))

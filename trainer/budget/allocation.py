@@ -5,52 +5,87 @@ The launcher writes it, not the ranks: importing, restarting and dying all happe
 
 from __future__ import annotations
 
+import json
+import os
 import threading
 from pathlib import Path
 
 from .clock import Instant
 from .config import BudgetConfig
-from .journal import Journal, read_journal
-from .terms import ALLOCATION_FILE
+from .journal import Journal, Record, read_journal
+from .terms import ALLOCATION_FILE, HEARTBEAT_FILE
+
+BEAT_SECONDS = 2.0
+"""A killed launcher's last so many seconds are all that the ledger does not see."""
 
 
 class Allocation:
-    """One segment: `ranks` GPUs held under the name `attempt`, from construction to `close`.
+    """One launch: `ranks` GPUs held under the name `attempt`, from construction to `close`.
 
-    A daemon thread writes a heartbeat every `beat_seconds`; a launcher that is killed has held its GPUs up to the last
-    one, or up to the last record of rank 0 if that is later. Raises Refused while another launcher holds the run
-    directory.
+    A daemon thread leaves a sign of life every `beat_seconds`; a launcher that is killed has held its GPUs up to the
+    last one, or up to the last record of rank 0 if that is later. `job` is the scheduler's name of what holds the GPUs.
+    Raises Refused while another launcher holds the run directory.
     """
 
     def __init__(
-        self, run_dir: Path, *, ranks: int, attempt: str, budget: BudgetConfig, beat_seconds: float = 10.0
+        self,
+        run_dir: Path,
+        *,
+        ranks: int,
+        attempt: str,
+        budget: BudgetConfig,
+        job: str | None = None,
+        beat_seconds: float = BEAT_SECONDS,
     ) -> None:
         self._journal = Journal(run_dir / ALLOCATION_FILE)
-        if any(record["attempt"] == attempt for record in read_journal(run_dir / ALLOCATION_FILE)):
+        self._heartbeat_path = run_dir / HEARTBEAT_FILE
+        former = read_journal(run_dir / ALLOCATION_FILE)
+        if any(record["attempt"] == attempt for record in former):
             raise ValueError(f"attempt {attempt!r} is in the ledger already: each launch needs a name of its own")
+        self._close_former(former, read_heartbeat(run_dir))
         self._attempt = attempt
         self._beat_seconds = beat_seconds
-        self._lock = threading.Lock()
         self._closing = threading.Event()
-        self._append("open", ranks=ranks, phase=budget.phase, budget_gpu_hours=budget.gpu_hours)
+        held = {} if job is None else {"job": job}
+        self._append("open", ranks=ranks, phase=budget.phase, budget_gpu_hours=budget.gpu_hours, **held)
+        self.heartbeat()
         self._thread = threading.Thread(target=self._beat, name="ledger heartbeat", daemon=True)
         self._thread.start()
+
+    def _close_former(self, former: list[Record], heartbeat: Record | None) -> None:
+        """A launcher that was killed could not say so: what its heartbeat says enters the chain now."""
+        if heartbeat is not None and former and former[-1]["kind"] == "open":
+            if heartbeat["attempt"] == former[-1]["attempt"]:
+                self._journal.append({"kind": "close", **heartbeat, "reason": "its launcher was killed"})
 
     def _beat(self) -> None:
         while not self._closing.wait(self._beat_seconds):
             self.heartbeat()
 
     def heartbeat(self) -> None:
-        """Record that the GPUs are still held."""
-        self._append("heartbeat")
+        """Say that the GPUs are still held: in a file of its own, so that the chain keeps to what happened."""
+        new = self._heartbeat_path.with_suffix(".new")
+        try:
+            new.write_text(json.dumps({"attempt": self._attempt, **Instant.now().stamp()}))
+            os.replace(new, self._heartbeat_path)
+        except OSError:
+            return  # a full disk may have room again for the next one
 
     def close(self, reason: str) -> None:
-        """End the segment: the GPUs are given back. `reason` is for the reader of the file."""
+        """The GPUs are given back. `reason` is for the reader of the file."""
         self._closing.set()
         self._thread.join()
         self._append("close", reason=reason)
         self._journal.close()
 
     def _append(self, kind: str, **content: int | float | str) -> None:
-        with self._lock:
-            self._journal.append({"kind": kind, "attempt": self._attempt, **Instant.now().stamp(), **content})
+        self._journal.append({"kind": kind, "attempt": self._attempt, **Instant.now().stamp(), **content})
+
+
+def read_heartbeat(run_dir: Path) -> Record | None:
+    """The last launcher's last sign of life, an attempt and an instant; None where there is none to be read."""
+    try:
+        heartbeat = json.loads((run_dir / HEARTBEAT_FILE).read_text())
+        return {"attempt": str(heartbeat["attempt"]), **Instant.of(heartbeat).stamp()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...comm.refusal import Problem
-from .terms import PUBLISHED_GPU_HOURS
+from .terms import PUBLISHED_GPU_HOURS, PUBLISHED_USD_PER_GPU_HOUR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,10 +18,28 @@ class BudgetConfig:
     """This run's own budget. One rank is one GPU, also on CPU."""
     phase: str = "pre_train"
     """`pre_train`, `context_extension` or `post_training`."""
+    project: str | None = None
+    """A project file (see `shoestring budget FILE`): what its other runs of this phase have spent is gone for this one."""
+    warn_at: float = 0.9
+    """Warn when the cost projected at the end of the run passes this share of the budget."""
+    stop_at: float | None = 1.0
+    """Halt with a checkpoint when it passes this share; null: only when the budget itself is used up."""
+    planned_gpu_hours: float | None = None
+    """What a plan says that the run costs. A run is refused to start that is planned to cost more than what is left."""
+    allow_over_plan: bool = False
+    """Start it all the same."""
+    usd_per_gpu_hour: float = PUBLISHED_USD_PER_GPU_HOUR
+    """Price of a GPU-hour, for the bill; the default is the report's assumption."""
 
     def problems(self) -> Iterator[Problem]:
         """What is impossible about these values on their own."""
-        if not (self.gpu_hours > 0 and math.isfinite(self.gpu_hours)):
-            yield Problem("gpu_hours", self.gpu_hours, "must be greater than 0 and finite")
+        for name in ("gpu_hours", "warn_at", "stop_at", "planned_gpu_hours"):
+            value = self.__dict__[name]
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                yield Problem(name, value, "must be greater than 0 and finite")
         if self.phase not in PUBLISHED_GPU_HOURS:
             yield Problem("phase", self.phase, f"must be one of {', '.join(PUBLISHED_GPU_HOURS)}")
+        if not (self.usd_per_gpu_hour >= 0 and math.isfinite(self.usd_per_gpu_hour)):
+            yield Problem("usd_per_gpu_hour", self.usd_per_gpu_hour, "must be at least 0 and finite")
+        if self.project == "":
+            yield Problem("project", self.project, "must name a file; null for none")

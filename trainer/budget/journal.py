@@ -9,44 +9,79 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...comm.refusal import Problem, Refused
-from ..telemetry.lines import cut_torn_line, whole_lines
+from ..telemetry.lines import cut_torn_line
+
+Record = dict[str, Any]
 
 GENESIS = "0" * 64
 """What the first line is chained to."""
 
 
-def read_journal(path: Path) -> list[dict[str, Any]]:
+def read_journal(path: Path) -> list[Record]:
     """The records of the journal at `path`, each with its `hash`; none when there is no such file.
 
     A last line without newline is still being written, or was torn by a crash, and is left out. Raises Refused, naming
     the line, where the chain is broken.
     """
-    return list(_records(path)) if path.exists() else []
+    return JournalReader(path).new_records()
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    head = GENESIS
-    for number, line in whole_lines(path):
+class JournalReader:
+    """Reads a journal while it grows: a run of months is asked for its cost at every checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._position = 0
+        self._number = 0
+        self.head = GENESIS
+        """The hash of the last record read."""
+
+    def new_records(self) -> list[Record]:
+        """What has been appended since the last call. Raises Refused as `read_journal` does, and for a file cut short.
+
+        After a refusal the reader is not to be used again.
+        """
+        return list(self._read()) if self._path.exists() else []
+
+    def _read(self) -> Iterator[Record]:
+        with self._path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) < self._position:
+                remedy = "the journal is shorter than when it was last read; restore the file"
+                raise Refused([Problem(str(self._path), self._position, remedy)])
+            file.seek(self._position)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._position += len(line)
+                self._number += 1
+                yield self._checked(line.decode(errors="replace"))
+
+    def _checked(self, line: str) -> Record:
         record = _parse(line)
-        content = {key: value for key, value in record.items() if key != "hash"}
-        if record.get("hash") != (head := _link(head, content)):
+        self.head = _link(self.head, {key: value for key, value in record.items() if key != "hash"})
+        if record.get("hash") != self.head:
             remedy = "the chain of hashes is broken: this line or one before it was changed; restore the file"
-            raise Refused([Problem(f"{path}:{number}", line[:80], remedy)])
-        yield record
+            raise Refused([Problem(f"{self._path}:{self._number}", line[:80], remedy)])
+        return record
 
 
-def _parse(line: str) -> dict[str, Any]:
+def _parse(line: str) -> Record:
     """The object on `line`, or an empty one, which no chain contains."""
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
+        record = json.loads(line, parse_constant=_no_number)
+    except ValueError:
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _link(head: str, content: Mapping[str, Any]) -> str:
@@ -60,11 +95,15 @@ def _canonical(content: Mapping[str, Any]) -> str:
 class Journal:
     """The one writer of a journal. Raises Refused when the chain is broken or another writer holds the file.
 
-    Not for several threads at once: the owner locks.
+    A record survives the death of its writer as soon as `append` returns, and that of the machine within
+    `sync_seconds`: waiting for the disk after each short step would cost more than the step's record is worth. Not for
+    several threads at once: the owner locks.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, sync_seconds: float = 0.0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._sync_seconds = sync_seconds
+        self._synced_at = time.monotonic()
         self._path = path
         self._file = path.open("ab", buffering=0)
         try:
@@ -79,12 +118,13 @@ class Journal:
     def _settle(self) -> None:
         """Cut a torn line and find the end of the chain."""
         cut_torn_line(self._path)
-        records = read_journal(self._path)
-        self._head = records[-1]["hash"] if records else GENESIS
+        reader = JournalReader(self._path)
+        reader.new_records()
+        self._head = reader.head
         self._settled = True
 
     def append(self, content: Mapping[str, Any]) -> None:
-        """Write `content`, which has no key `hash`, as one line; it is on disk when this returns."""
+        """Write `content`, which has no key `hash`, as one line."""
         # A full disk or a signal may end an append half way. The next one then looks at the file again first.
         if not self._settled:
             self._settle()
@@ -93,10 +133,18 @@ class Journal:
         line = (_canonical({**content, "hash": head}) + "\n").encode()
         if self._file.write(line) != len(line):
             raise OSError(f"{self._path}: only a part of a record was written; is the disk full?")
-        os.fsync(self._file.fileno())
+        if time.monotonic() - self._synced_at >= self._sync_seconds:
+            self.sync()
         self._head = head
         self._settled = True
 
+    def sync(self) -> None:
+        """All that was appended is on disk when this returns."""
+        os.fsync(self._file.fileno())
+        self._synced_at = time.monotonic()
+
     def close(self) -> None:
         """Let another process write."""
+        if not self._file.closed:
+            self.sync()
         self._file.close()

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from .clock import Instant
-from .summary import summarise
+from .summary import Summary
 from .terms import gpu_hours
 
 
 class Meter:
-    """Reads the ledger once, then the clock: GPUs are held all the time. Make it after `Work` and `totals.carry`."""
+    """Starts from what the ledger says, then follows the clock: GPUs are held all the time.
 
-    def __init__(self, run_dir: Path, *, ranks: int) -> None:
-        summary = summarise(run_dir)
+    `summary` is of the present life, after `totals.carry`.
+    """
+
+    def __init__(self, summary: Summary, *, ranks: int) -> None:
         self._start = Instant.now()
         self._before_ms = summary.total_ms
-        self._budget_gpu_hours = summary.budget_gpu_hours
+        self._phase_before_ms = summary.by_phase[summary.phase]
+        self._productive_ms = summary.productive_ms
+        self._allocated_ms = summary.allocated_ms
         self._ranks = ranks
+
+    def step(self, gpu_ms: int) -> None:
+        """A step is in the weights."""
+        self._productive_ms += gpu_ms
 
     def gpu_hours(self) -> float:
         """GPU-hours from the first launch until now, inherited ones included."""
-        elapsed_ms = Instant.now().ns_since(self._start) // 1_000_000
-        return gpu_hours(self._before_ms + elapsed_ms * self._ranks)
+        return gpu_hours(self._before_ms + self._elapsed_ms())
 
-    def budget_share(self) -> float:
-        """The same over the run's own budget, 1.0 being all of it."""
-        return self.gpu_hours() / self._budget_gpu_hours
+    def phase_gpu_hours(self) -> float:
+        """GPU-hours of this run's launches in the present phase."""
+        return gpu_hours(self._phase_before_ms + self._elapsed_ms())
+
+    def goodput(self) -> float:
+        """The share of what the launches in this directory have held that is in the weights."""
+        return self._productive_ms / max(1, self._allocated_ms + self._elapsed_ms())
+
+    def _elapsed_ms(self) -> int:
+        return Instant.now().ns_since(self._start) // 1_000_000 * self._ranks

@@ -1,39 +1,59 @@
-"""The summary as a table for a person."""
+"""The bill as tables for a person."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from .project import Project, ProjectTotals
 from .summary import Summary
 from .terms import (
     BUCKETS,
     PUBLISHED_GPU_HOURS,
     PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS,
     PUBLISHED_TOTAL_GPU_HOURS,
+    PUBLISHED_USD_PER_GPU_HOUR,
     gpu_hours,
 )
 
-_MEANINGS = {**BUCKETS, "idle": "held after the run was done"}
+_TERMS = {
+    "F": "forward",
+    "I": "gradients of inputs",
+    "W": "gradients of weights",
+    "B": "whole backward",
+    "FB": "forward and backward, overlapped",
+    "exposed_exchange": "waiting for tokens of the exchange",
+    "edge_wait": "waiting for a neighbour in the pipeline",
+    "reduce_wait": "waiting for sums over ranks",
+    "optimizer": "updating the weights",
+    "other": "the rest of the step",
+}
+_REPORT_NAMES = {
+    "1F": "F",
+    "bubble": "of edge wait: what the schedule has by itself (derived)",
+    "imbalance": "the rest of edge wait (derived)",
+    "1B": "I and B",
+    "1W": "W",
+    "1F1B": "FB",
+    "opt": "optimizer",
+}
 
 
-def render(summary: Summary) -> RenderableType:
-    """`summary` as two tables: where the time went, and how that stands beside the budgets."""
-    return Group(_spending(summary), _comparison(summary))
+def render(summary: Summary, usd_per_gpu_hour: float = PUBLISHED_USD_PER_GPU_HOUR) -> RenderableType:
+    """`summary` as tables: where the time went, what productive time was, and how that stands beside the budgets."""
+    parts = [_spending(summary), *_productive(summary), _comparison(summary, usd_per_gpu_hour)]
+    return Group(*parts)
 
 
 def _spending(summary: Summary) -> Table:
     state = "still open, up to its last sign of life" if summary.running else "closed"
-    table = Table(
-        title=f"{summary.phase}: {_plural(summary.attempts, 'launch', 'launches')}, the last {state}",
-        caption="One rank is one GPU, also on CPU.",
-        title_justify="left",
-        caption_justify="left",
-    )
-    table.add_column("spent on")
-    table.add_column("GPU-hours", justify="right")
-    table.add_column("share", justify="right")
-    table.add_column("what it is")
+    parts = [_plural(summary.attempts, "launch", "launches")]
+    if summary.segments > summary.attempts:
+        parts.append(f"{summary.segments} segments")
+    table = _table(f"{summary.phase}: {', '.join(parts)}, the last {state}", "One rank is one GPU, also on CPU.")
 
     def row(name: str, milliseconds: int, meaning: str) -> None:
         share = percent(milliseconds / summary.allocated_ms) if summary.allocated_ms else "-"
@@ -42,7 +62,7 @@ def _spending(summary: Summary) -> Table:
     row("productive", summary.productive_ms, f"{_plural(summary.steps_retained, 'step', 'steps')} in the weights")
     row("rolled_back", summary.rolled_back_ms, "steps undone by a crash")
     for bucket, milliseconds in summary.buckets.items():
-        row(bucket, milliseconds, _MEANINGS[bucket])
+        row(bucket, milliseconds, BUCKETS[bucket])
     row("unknown", summary.unknown_ms, "charged to nothing")
     table.add_section()
     row("allocated", summary.allocated_ms, "all of the above")
@@ -53,37 +73,155 @@ def _spending(summary: Summary) -> Table:
     return table
 
 
-def _comparison(summary: Summary) -> Table:
+def _productive(summary: Summary) -> Iterator[Table]:
+    """The ledger's terms, and the same under the names of the report."""
+    if not summary.terms:
+        return
+    looks = _plural(summary.sampled_steps, "step", "steps")
+    views = (
+        ("productive time", summary.terms, _TERMS, f"From {looks} looked at on all ranks."),
+        ("the same under the report's names", summary.report_view, _TERMS | _REPORT_NAMES, None),
+    )
+    for title, parts, meanings, caption in views:
+        table = _table(title, caption)
+        for name, milliseconds in parts.items():
+            share = percent(milliseconds / max(1, summary.productive_ms))
+            shown = name if name in _REPORT_NAMES else name.replace("_", " ")
+            table.add_row(shown, hours(gpu_hours(milliseconds)), share, meanings[name])
+        yield table
+
+
+def _table(title: str, caption: str | None) -> Table:
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table.add_column("spent on")
+    table.add_column("GPU-hours", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("what it is")
+    return table
+
+
+def _plain() -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_column()
+    return table
+
+
+def _comparison(summary: Summary, usd_per_gpu_hour: float) -> Table:
+    table = _plain()
     spent, rate = summary.gpu_hours, summary.gpu_hours_per_trillion_tokens
-    table.add_row("cost", f"{hours(spent)} GPU-hours", "")
+    table.add_row("cost", f"{hours(spent)} GPU-hours", usd(spent, usd_per_gpu_hour))
+    table.add_row("goodput", percent(summary.goodput), "of what was allocated is in the weights")
     table.add_row("this run's budget", percent(summary.budget_share), f"of {hours(summary.budget_gpu_hours)} GPU-hours")
     table.add_row("tokens retained", f"{summary.tokens_retained:,}", f"of {summary.tokens_consumed:,} consumed")
+    _add_headline(table, rate)
+    for phase, spent_ms in summary.by_phase.items():
+        _add_phase(table, phase, gpu_hours(spent_ms) + (gpu_hours(summary.inherited_ms) if phase == summary.phase else 0))
+    _add_whole(table, spent)
+    return table
+
+
+def _add_headline(table: Table, rate: float | None) -> None:
+    shown = "-" if rate is None else f"{rate:,.0f}"
+    beside = f"beside {PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS:,} of DeepSeek-V3"
+    table.add_row("GPU-hours per trillion retained tokens", shown, beside)
+
+
+def _add_phase(table: Table, phase: str, spent: float) -> None:
+    published = PUBLISHED_GPU_HOURS[phase]
+    name = phase.replace("_", " ")
+    table.add_row(f"DeepSeek-V3's {name}", percent(spent / published), f"of {published:,} H800 GPU-hours")
+
+
+def _add_whole(table: Table, spent: float) -> None:
+    whole = PUBLISHED_TOTAL_GPU_HOURS
+    table.add_row("DeepSeek-V3 in all", percent(spent / whole), f"of {whole:,} GPU-hours")
+
+
+def render_what_if(summary: Summary, tokens: float, gpus: int, usd_per_gpu_hour: float) -> RenderableType:
+    """What `tokens` would cost on `gpus` at this run's price: of its last steps alone, and of all that it was charged.
+
+    A price of these ranks and of this model: it says what a run like this one costs, not one on other hardware.
+    """
+    table = Table(title=f"{tokens:.4g} tokens on {gpus:,} GPUs, each as fast as a rank of this run", title_justify="left")
+    table.add_column("at the price of")
+    for name in ("GPU-hours", "days", "cost", "per trillion tokens"):
+        table.add_column(name, justify="right")
+    for name, needed in what_if(summary, tokens).items():
+        table.add_row(
+            name,
+            hours(needed),
+            f"{needed / gpus / 24:,.1f}",
+            usd(needed, usd_per_gpu_hour),
+            f"{needed / tokens * 1e12:,.0f}",
+        )
+    published = PUBLISHED_GPU_HOURS["pre_train"]
     table.add_row(
-        "GPU-hours per trillion retained tokens",
-        "-" if rate is None else f"{rate:,.0f}",
-        f"beside {PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS:,} of DeepSeek-V3",
-    )
-    phase_hours = PUBLISHED_GPU_HOURS[summary.phase]
-    name = summary.phase.replace("_", " ")
-    table.add_row(f"DeepSeek-V3's {name}", percent(spent / phase_hours), f"of {phase_hours:,} H800 GPU-hours")
-    table.add_row(
-        "DeepSeek-V3 in all", percent(spent / PUBLISHED_TOTAL_GPU_HOURS), f"of {PUBLISHED_TOTAL_GPU_HOURS:,} GPU-hours"
+        "DeepSeek-V3's pre-training, 14.8 T tokens",
+        f"{published:,}",
+        f"{published / gpus / 24:,.1f}",
+        usd(published, PUBLISHED_USD_PER_GPU_HOUR),
+        f"{PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS:,}",
     )
     return table
 
 
-def over_budget(spent: float, budget: float) -> str:
-    """What the budget guard says, in GPU-hours, and the remedy."""
-    return f"the run has used {spent:.4g} GPU-hours and its budget is {budget:.4g}; raise budget.gpu_hours to go on"
+def what_if(summary: Summary, tokens: float) -> dict[str, float]:
+    """GPU-hours of `tokens` by what they are priced at; nothing before the first step."""
+    found = {}
+    if summary.step_ms_per_token is not None:
+        found["its last steps, their median"] = summary.step_ms_per_token * tokens / 3.6e6
+    if summary.gpu_hours_per_trillion_tokens is not None:
+        found["everything it was charged"] = summary.gpu_hours_per_trillion_tokens * tokens / 1e12
+    return found
+
+
+def render_project(project: Project, summaries: Mapping[Path, Summary], usd_per_gpu_hour: float) -> RenderableType:
+    """A project: its runs, what is left of the budget of each phase, and the published figures beside."""
+    totals = ProjectTotals.of(project, summaries)
+    runs = Table(title=f"{project.path}: {_plural(len(project.runs), 'run', 'runs')}", title_justify="left")
+    for name in ("run", "phase", "GPU-hours", "goodput", "tokens retained"):
+        runs.add_column(name, justify="left" if name in ("run", "phase") else "right")
+    for run in project.runs:
+        summary = summaries.get(run)
+        cells = ("-", "-", "-", "-") if summary is None else _run_cells(summary)
+        runs.add_row(run.name, *cells)
+    phases = Table(title="budget by phase", title_justify="left")
+    for name in ("phase", "GPU-hours", "budget", "left", "of the budget", "DeepSeek-V3"):
+        phases.add_column(name, justify="left" if name == "phase" else "right")
+    for phase, spent_ms in totals.by_phase.items():
+        budget, spent = project.gpu_hours.get(phase), gpu_hours(spent_ms)
+        if budget is None and not spent:
+            continue
+        of_budget = ("-", "-", "-") if budget is None else (hours(budget), hours(budget - spent), percent(spent / budget))
+        phases.add_row(phase.replace("_", " "), hours(spent), *of_budget, f"{PUBLISHED_GPU_HOURS[phase]:,}")
+    table, spent = _plain(), gpu_hours(totals.allocated_ms)
+    tokens = totals.tokens_by_phase["pre_train"]
+    table.add_row("cost", f"{hours(spent)} GPU-hours", usd(spent, usd_per_gpu_hour))
+    if totals.foreign_ms:
+        table.add_row("inherited", f"{hours(gpu_hours(totals.foreign_ms))} GPU-hours", "from runs that are not in it")
+    _add_headline(table, gpu_hours(totals.by_phase["pre_train"]) / tokens * 1e12 if tokens else None)
+    _add_whole(table, spent)
+    return Group(runs, phases, table)
+
+
+def _run_cells(summary: Summary) -> tuple[str, str, str, str]:
+    own_tokens = sum(summary.tokens_by_phase.values())
+    spent = hours(gpu_hours(summary.allocated_ms))
+    return summary.phase.replace("_", " "), spent, percent(summary.goodput), f"{own_tokens:,}"
 
 
 def hours(value: float) -> str:
     """GPU-hours with digits that fit their size; four decimals are a third of a GPU-second."""
-    return f"{value:,.0f}" if value >= 10_000 else f"{value:,.2f}" if value >= 100 else f"{value:.4f}"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:,.2f}" if abs(value) >= 100 else f"{value:.4f}"
+
+
+def usd(spent: float, usd_per_gpu_hour: float) -> str:
+    """GPU-hours as money."""
+    cost = spent * usd_per_gpu_hour
+    shown = f"{cost:,.0f}" if cost >= 10_000 else f"{cost:,.2f}" if cost >= 1 else f"{cost:.4f}"
+    return f"${shown} at ${usd_per_gpu_hour:g} each"
 
 
 def percent(share: float) -> str:

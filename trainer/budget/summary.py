@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...comm.refusal import Problem, Refused
-from .journal import GENESIS, read_journal
-from .replay import check_identity, segments, tally
+from .allocation import read_heartbeat
+from .journal import JournalReader
+from .replay import FIRST_START, Attempt, Ledger, State, Step
 from .terms import (
     ALLOCATION_FILE,
     BUCKETS,
+    INSTRUCTIONS,
     PUBLISHED_GPU_HOURS,
     PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS,
     PUBLISHED_TOTAL_GPU_HOURS,
+    TERMS,
     WORK_FILE,
     gpu_hours,
 )
+
+TRAILING_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Held:
+    """One launch, as a scheduler would account for it."""
+
+    attempt: str
+    job: str | None
+    """The scheduler's name of what held the GPUs."""
+    ranks: int
+    """GPUs at its end."""
+    milliseconds: int
+    gpu_ms: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,32 +46,50 @@ class Summary:
     phase: str
     budget_gpu_hours: float
     """The run's own budget, as its last launch was told."""
-    attempts: int
-    """Launches."""
+    held: Sequence[Held]
+    """Launches, in order."""
+    segments: int
+    """Stretches of a launch with one number of GPUs."""
     running: bool
     """The last launch has not given its GPUs back: it is alive, or its launcher was killed."""
     allocated_ms: int
     """GPUs held by the launches in this directory."""
+    by_phase: Mapping[str, int]
+    """The same by the phase that each launch was in."""
     productive_ms: int
     """Of steps that the weights hold."""
     rolled_back_ms: int
     """Of steps that a crash has undone."""
     buckets: Mapping[str, int]
-    """The names of `terms.BUCKETS`, and `idle`: held after the run was done."""
+    """The names of `terms.BUCKETS`."""
+    unknown_ms: int
+    """Allocated, and charged to nothing."""
+    terms: Mapping[str, int]
+    """Productive time by `terms.TERMS` and `other`, in proportion to the steps looked at; empty if there is none."""
+    bubble_ms: int
+    """The part of edge_wait that the program would have with every duration at its mean: derived, not measured."""
+    sampled_steps: int
+    """Steps that `terms` is known from."""
     inherited_ms: int
     """What the checkpoint had cost that this run started from, when it came without its ledger."""
+    inherited_head: str | None
+    """The last record of the ledger that it came from."""
     steps_retained: int
     tokens_consumed: int
     """Inherited ones included, like those below."""
     tokens_retained: int
     """Tokens of steps that the weights hold."""
+    tokens_by_phase: Mapping[str, int]
+    """Retained by steps of this directory."""
+    step_ms_per_token: float | None
+    """GPU-milliseconds a token, the median of the last steps; None before the first."""
     head: str
     """Hash of the last record of the work journal; a checkpoint carries it."""
 
     @property
-    def unknown_ms(self) -> int:
-        """Allocated, and charged to nothing."""
-        return self.allocated_ms - self.productive_ms - self.rolled_back_ms - sum(self.buckets.values())
+    def attempts(self) -> int:
+        """Launches."""
+        return len(self.held)
 
     @property
     def total_ms(self) -> int:
@@ -74,6 +111,22 @@ class Summary:
         """The cost over the run's own budget, 1.0 being all of it."""
         return self.gpu_hours / self.budget_gpu_hours
 
+    @property
+    def goodput(self) -> float:
+        """The share of what was allocated that is in the weights."""
+        return self.productive_ms / self.allocated_ms if self.allocated_ms else 0.0
+
+    @property
+    def report_view(self) -> Mapping[str, int]:
+        """`terms` under the names of the Insights paper, table 4; bubble and imbalance share edge_wait."""
+        terms = self.terms
+        if not terms:
+            return {}
+        own = {"1F": terms["F"], "bubble": self.bubble_ms, "imbalance": terms["edge_wait"] - self.bubble_ms}
+        own |= {"1B": terms["I"] + terms["B"], "1W": terms["W"], "1F1B": terms["FB"], "opt": terms["optimizer"]}
+        shown = {*INSTRUCTIONS, "edge_wait", "optimizer"}
+        return own | {name: spent for name, spent in terms.items() if name not in shown}
+
     def totals(self) -> dict[str, int | str]:
         """What a checkpoint carries, so that a resume can see that its ledger came along (see `totals.carry`)."""
         return {
@@ -88,6 +141,7 @@ class Summary:
         return {
             "phase": self.phase,
             "attempts": self.attempts,
+            "segments": self.segments,
             "running": self.running,
             "gpu_ms": {
                 "allocated": self.allocated_ms,
@@ -97,6 +151,11 @@ class Summary:
                 "unknown": self.unknown_ms,
                 "inherited": self.inherited_ms,
             },
+            "phase_gpu_ms": dict(self.by_phase),
+            "terms_gpu_ms": dict(self.terms),
+            "report_gpu_ms": dict(self.report_view),
+            "sampled_steps": self.sampled_steps,
+            "goodput": self.goodput,
             "steps_retained": self.steps_retained,
             "tokens_consumed": self.tokens_consumed,
             "tokens_retained": self.tokens_retained,
@@ -111,32 +170,99 @@ class Summary:
 
 
 def summarise(run_dir: Path) -> Summary:
-    """Read the ledger of `run_dir`, also while the run is alive.
+    """Read the ledger of `run_dir`, also while the run is alive. Raises Refused as `LedgerReader.summary` does."""
+    return LedgerReader(run_dir).summary()
 
-    Raises Refused when there is no ledger, when a chain is broken, and when more was charged than allocated.
-    """
-    allocation, work = read_journal(run_dir / ALLOCATION_FILE), read_journal(run_dir / WORK_FILE)
-    openings = [record for record in (*allocation, *work) if record["kind"] in ("open", "begin")]
-    if not openings:
-        raise Refused([Problem("run", str(run_dir), "holds no ledger; name the directory of a run")])
-    latest = max(openings, key=lambda record: int(record["wall_ns"]))
-    held, charged = segments(allocation, work), tally(work)
-    check_identity(run_dir, held, charged)
-    return Summary(
-        phase=latest["phase"],
-        budget_gpu_hours=latest["budget_gpu_hours"],
-        attempts=len(held),
-        running=not held[-1].closed,
-        allocated_ms=sum(segment.gpu_ms for segment in held),
-        productive_ms=sum(record["gpu_ms"] for record in charged.retained),
-        rolled_back_ms=charged.rolled_back_ms,
-        buckets={
-            **{bucket: charged.buckets[bucket] for bucket in BUCKETS},
-            "idle": sum(segment.idle_ms * segment.ranks for segment in held),
-        },
-        inherited_ms=charged.inherited_ms,
-        steps_retained=len(charged.retained),
-        tokens_consumed=charged.tokens_consumed + charged.inherited_consumed,
-        tokens_retained=sum(record["tokens"] for record in charged.retained) + charged.inherited_retained,
-        head=work[-1]["hash"] if work else GENESIS,
-    )
+
+class LedgerReader:
+    """Reads the ledger of `run_dir`, and from the second time on only what is new."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._allocation = JournalReader(run_dir / ALLOCATION_FILE)
+        self._work = JournalReader(run_dir / WORK_FILE)
+        self._ledger = Ledger()
+
+    def summary(self) -> Summary:
+        """As of now. Raises Refused when there is no ledger, when a chain is broken, and when intervals overlap."""
+        work = self._work.new_records()  # first: what opened it is then in the other journal already
+        self._ledger.replay(self._allocation.new_records(), work)
+        attempts, tally, latest = list(self._ledger.attempts.values()), self._ledger.tally, self._ledger.latest
+        if latest is None:
+            raise Refused([Problem("run", str(self._run_dir), "holds no ledger; name the directory of a run")])
+        self._hear_heartbeat()
+        held, spent = _outcomes(attempts)
+        by_phase: Counter[str] = Counter()
+        tokens: Counter[str] = Counter()
+        for attempt, launch in zip(attempts, held, strict=True):
+            by_phase[attempt.phase] += launch.gpu_ms
+        for step in tally.retained:
+            tokens[step.phase] += step.tokens
+        productive_ms = sum(step.gpu_ms for step in tally.retained)
+        self._refuse_overlap(spent)
+        return Summary(
+            phase=latest["phase"],
+            budget_gpu_hours=latest["budget_gpu_hours"],
+            held=held,
+            segments=sum(attempt.segments for attempt in attempts),
+            running=not attempts[-1].closed,
+            allocated_ms=sum(launch.gpu_ms for launch in held),
+            by_phase=by_phase,
+            productive_ms=productive_ms,
+            rolled_back_ms=tally.rolled_back_ms,
+            buckets={bucket: spent[bucket] for bucket in BUCKETS},
+            unknown_ms=spent["unknown"],
+            terms=_in_proportion(productive_ms, tally.terms_us, tally.sampled_us),
+            bubble_ms=productive_ms * tally.terms_us["bubble"] // max(1, tally.sampled_us),
+            sampled_steps=tally.sampled_steps,
+            inherited_ms=tally.inherited_ms,
+            inherited_head=tally.inherited_head,
+            steps_retained=len(tally.retained),
+            tokens_consumed=tally.tokens_consumed + tally.inherited_consumed,
+            tokens_retained=sum(tokens.values()) + tally.inherited_retained,
+            tokens_by_phase=tokens,
+            step_ms_per_token=trailing_median(tally.retained),
+            head=self._work.head,
+        )
+
+    def _hear_heartbeat(self) -> None:
+        heartbeat = read_heartbeat(self._run_dir)
+        if heartbeat is not None and heartbeat["attempt"] in self._ledger.attempts:
+            self._ledger.attempts[heartbeat["attempt"]].sign(heartbeat)
+
+    def _refuse_overlap(self, spent: Mapping[str, int]) -> None:
+        problems = [
+            Problem(f"{self._run_dir}/ledger, {bucket.replace('_', ' ')}", gpu_ms, "GPU-ms: charged intervals overlap")
+            for bucket, gpu_ms in spent.items()
+            if gpu_ms < 0
+        ]
+        if problems:
+            raise Refused(problems)
+
+
+def _outcomes(attempts: Sequence[Attempt]) -> tuple[list[Held], Counter[str]]:
+    """What each launch held, and where all their time went that is not of steps."""
+    held: list[Held] = []
+    total: Counter[str] = Counter(unknown=0)
+    after_death = False
+    for attempt in attempts:
+        lasted_ms, gpu_ms, spent = attempt.outcome(over=attempt.closed or attempt is not attempts[-1])
+        held.append(Held(attempt.name, attempt.job, attempt.ranks, lasted_ms, gpu_ms))
+        spent["recovery" if after_death else "initialisation"] += spent.pop(FIRST_START, 0)
+        total.update(spent)
+        after_death = attempt.state is not State.ENDED
+    return held, total
+
+
+def _in_proportion(total: int, weights: Mapping[str, int], whole: int) -> dict[str, int]:
+    """`total` split like `weights` split `whole`; what they leave is `other`. The parts add up exactly."""
+    if not whole:
+        return {}
+    parts = {term: total * weights[term] // whole for term in TERMS}
+    return parts | {"other": total - sum(parts.values())}
+
+
+def trailing_median(steps: Sequence[Step]) -> float | None:
+    """GPU-milliseconds a token of the last `TRAILING_STEPS`, their median; None of no step."""
+    rates = sorted(step.gpu_ms / step.tokens for step in steps[-TRAILING_STEPS:] if step.tokens)
+    return rates[len(rates) // 2] if rates else None

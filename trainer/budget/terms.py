@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from ...comm.record import EDGE_WAIT, EXPOSED_EXCHANGE, OPTIMIZER, REDUCE_WAIT
+
 PUBLISHED_GPU_HOURS: Mapping[str, int] = MappingProxyType(
     {"pre_train": 2_664_000, "context_extension": 119_000, "post_training": 5_000}
 )
@@ -13,20 +15,39 @@ PUBLISHED_GPU_HOURS: Mapping[str, int] = MappingProxyType(
 PUBLISHED_TOTAL_GPU_HOURS = 2_788_000
 PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS = 180_000
 """Of pre-training. 14.8 trillion tokens at this rate are exactly the 2,664 K above: no restart or stall is in it."""
+PUBLISHED_USD_PER_GPU_HOUR = 2.0
+"""The report's assumption about what renting an H800 costs."""
 
-BUCKETS: Mapping[str, str] = MappingProxyType(
+CHARGED: Mapping[str, str] = MappingProxyType(
     {
-        "initialisation": "from the launch to the first step",
         "data_stall": "waiting for the next batch",
         "checkpoint_save": "blocked while a checkpoint is saved",
         "checkpoint_load": "loading a checkpoint",
         "evaluation": "validation loss and samples",
-        "recovery": "from the last sign of a crashed life to the next life's first step",
+        "telemetry": "writing the ledger and metrics, on rank 0",
     }
 )
-"""What rank 0 charges besides steps. `rolled_back`, `idle` and `unknown` are found by the summary."""
+"""Buckets that rank 0 charges besides steps."""
+
+BUCKETS: Mapping[str, str] = MappingProxyType(
+    {
+        "initialisation": "from the launch to the first step",
+        **CHARGED,
+        "skipped": "steps that changed no weight: not finite",
+        "hang": "from the last sign of a life that died to its end",
+        "recovery": "from a death to the next life's first step",
+        "idle": "held after the run was done",
+    }
+)
+"""Where time goes that is not of steps. What `CHARGED` lacks follows from what the records are and when they came."""
+
+INSTRUCTIONS = ("F", "I", "W", "B", "FB")
+"""Instructions of a pipeline program, net of the exchanges that they wait for."""
+TERMS = (*INSTRUCTIONS, EXPOSED_EXCHANGE, EDGE_WAIT, REDUCE_WAIT, OPTIMIZER)
+"""What productive time is split into, disjoint on each rank. The rest of a step is `other`."""
 
 ALLOCATION_FILE = Path("ledger", "allocation.jsonl")
+HEARTBEAT_FILE = Path("ledger", "heartbeat.json")
 WORK_FILE = Path("ledger", "work.jsonl")
 
 _MS_PER_HOUR = 3_600_000

@@ -13,48 +13,55 @@ from pathlib import Path
 
 from .clock import Instant
 from .config import BudgetConfig
-from .journal import Journal, read_journal
-from .terms import ALLOCATION_FILE, BUCKETS, WORK_FILE
+from .journal import Journal
+from .terms import CHARGED, WORK_FILE
+
+SYNC_SECONDS = 1.0
 
 
 class Work:
-    """One life of rank 0, inside the segment that the launcher opened as `attempt`.
+    """One life of rank 0, inside what the launcher has opened as `attempt`.
 
     Work in an attempt that no launcher has opened counts as allocated from construction to its last record. Raises
     Refused while another process writes the same ledger.
     """
 
     def __init__(self, run_dir: Path, *, ranks: int, attempt: str, budget: BudgetConfig) -> None:
-        self._journal = Journal(run_dir / WORK_FILE)
+        self._journal = Journal(run_dir / WORK_FILE, sync_seconds=SYNC_SECONDS)
         self._attempt = attempt
         self._ranks = ranks
-        self._charged_ms = 0.0
         self._cut_ms = 0.0
-        former = [record for record in read_journal(run_dir / WORK_FILE) if record["attempt"] == attempt]
-        opened = [record for record in read_journal(run_dir / ALLOCATION_FILE) if record["attempt"] == attempt]
-        self._start_bucket = "recovery" if former else "initialisation"
-        began = self._append("begin", ranks=ranks, phase=budget.phase, budget_gpu_hours=budget.gpu_hours)
-        before = former[-1:] or opened[:1]
-        self._start = Instant.of(before[0]) if before else began
+        self._append("begin", ranks=ranks, phase=budget.phase, budget_gpu_hours=budget.gpu_hours)
 
     def ready(self) -> None:
-        """Charge the way to the first step; call it once, right before that step.
+        """The first step begins now: what no interval has charged up to here was spent on the way to it."""
+        self._cut_ms = 0.0
+        self._append("ready")
 
-        In the first life of an attempt: `initialisation`, from the launcher's opening. In a later one: `recovery`, from
-        the last sign of the life before. Intervals that this life has charged already are left out.
+    def step(self, step: int, productive_ms: float, tokens: int) -> int:
+        """Optimizer step `step` (from 1) is done: it took `productive_ms` of wall time and `tokens` new tokens.
+
+        Returns the GPU-milliseconds charged.
         """
-        elapsed_ms = Instant.now().ns_since(self._start) / 1e6
-        self.interval(self._start_bucket, max(0.0, elapsed_ms - self._charged_ms))
+        gpu_ms = self._gpu_ms(productive_ms)
+        self._append("step", step=step, gpu_ms=gpu_ms, tokens=tokens)
+        return gpu_ms
 
-    def step(self, step: int, productive_ms: float, tokens: int) -> None:
-        """Optimizer step `step` (from 1) is done: it took `productive_ms` of wall time and `tokens` new tokens."""
-        self._append("step", step=step, gpu_ms=self._gpu_ms(productive_ms), tokens=tokens)
+    def skipped(self, step: int, milliseconds: float, tokens: int) -> None:
+        """Step `step` took so long, and was not applied: its `tokens` are consumed, not retained."""
+        self._append("skipped", step=step, gpu_ms=self._gpu_ms(milliseconds), tokens=tokens)
+
+    def terms(self, step: int, step_us: int, us: Mapping[str, int]) -> None:
+        """Step `step` was looked at closely on all ranks together: `step_us` GPU-microseconds, and what they were of.
+
+        `us` holds the names of `terms.TERMS`, and `bubble`, the part of edge_wait that an ideal run would have too.
+        """
+        self._append("terms", step=step, step_us=step_us, us=us)
 
     def interval(self, bucket: str, milliseconds: float) -> None:
-        """Charge `milliseconds` of wall time to `bucket`, one of `terms.BUCKETS`."""
-        if bucket not in BUCKETS:
-            raise ValueError(f"{bucket!r} is not a bucket; one of {', '.join(BUCKETS)}")
-        self._charged_ms += milliseconds
+        """Charge `milliseconds` of wall time to `bucket`, one of `terms.CHARGED`."""
+        if bucket not in CHARGED:
+            raise ValueError(f"{bucket!r} is not a bucket to charge; one of {', '.join(CHARGED)}")
         self._append("interval", bucket=bucket, gpu_ms=self._gpu_ms(milliseconds))
 
     @contextmanager
@@ -67,16 +74,26 @@ class Work:
             self.interval(bucket, Instant.now().ns_since(started) / 1e6)
 
     def resume(self, step: int) -> None:
-        """The run goes on from the checkpoint of step `step`: steps done after it are rolled back."""
+        """The run goes on from the checkpoint of step `step`: steps done after it are rolled back.
+
+        A life that is `ready` without it starts from initial weights.
+        """
         self._append("resume", step=step)
 
     def inherit(self, totals: Mapping[str, int | str]) -> None:
         """Carry `totals`, of a checkpoint that came without its ledger (see `totals.carry`)."""
         self._append("inherited", **{f"from_{key}": value for key, value in totals.items()})
 
-    def close(self) -> None:
-        """This life ends on purpose; what its launcher holds the GPUs for from here on is `idle`."""
-        self._append("end")
+    def sync(self) -> None:
+        """Wait until all of it is on disk: a checkpoint is about to rely on it."""
+        self._journal.sync()
+
+    def close(self, *, clean: bool = True) -> None:
+        """This life ends on purpose, or because of a fault that it has lived to see.
+
+        What its launcher holds the GPUs for from here on is `idle`, or after a fault `recovery`.
+        """
+        self._append("end", clean=clean)
         self._journal.close()
 
     def _gpu_ms(self, milliseconds: float) -> int:
@@ -86,7 +103,5 @@ class Work:
         self._cut_ms += milliseconds - whole_ms
         return whole_ms * self._ranks
 
-    def _append(self, kind: str, **content: int | float | str) -> Instant:
-        now = Instant.now()
-        self._journal.append({"kind": kind, "attempt": self._attempt, **now.stamp(), **content})
-        return now
+    def _append(self, kind: str, **content: bool | int | float | str | Mapping[str, int]) -> None:
+        self._journal.append({"kind": kind, "attempt": self._attempt, **Instant.now().stamp(), **content})

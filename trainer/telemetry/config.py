@@ -37,6 +37,8 @@ class TelemetryConfig:
 
     log_every: int = 10
     """Optimizer steps from one `step` event to the next."""
+    terms_every: int = 20
+    """Optimizer steps from one look at where the time of a step goes, for the ledger, to the next."""
     trace: bool = False
     """Whether to record a timeline of some steps: run_dir/trace/trace.json, for ui.perfetto.dev."""
     trace_steps: int = 2
@@ -48,6 +50,8 @@ class TelemetryConfig:
         """What is impossible about these values on their own."""
         if self.log_every < 1:
             yield Problem("log_every", self.log_every, "must be at least 1")
+        if self.terms_every < 1:
+            yield Problem("terms_every", self.terms_every, "must be at least 1")
         if self.trace_steps < 1:
             yield Problem("trace_steps", self.trace_steps, "must be at least 1")
         for problem in self.wandb.problems():

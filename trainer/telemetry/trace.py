@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from ...comm.record import EDGE_WAIT, EXPOSED_EXCHANGE, OPTIMIZER, REDUCE_WAIT, SILENT, Recorder, Track
+from ...comm.record import EDGE_WAIT, EXPOSED_EXCHANGE, OPTIMIZER, REDUCE_WAIT, SILENT, Track
+from ..budget.terms import INSTRUCTIONS
 
 TRACE_FILE = "trace.json"
 _RANK_FILE = "rank_{:05d}.json"
-INSTRUCTIONS = ("F", "I", "W", "B", "FB")
 
 
 @dataclass(frozen=True)
@@ -125,13 +125,3 @@ def trace_values(summaries: Sequence[Mapping[str, float]]) -> dict[str, float | 
     """For the event stream: each term's seconds by rank."""
     names = list(summaries[0])
     return {f"trace/{name}": [summary[name] for summary in summaries] for name in names}
-
-
-def open_recorder(*, trace: bool, device: torch.device) -> TraceRecorder | None:
-    """None where nothing is to be kept."""
-    return TraceRecorder(nvtx=device.type == "cuda") if trace else None
-
-
-def recorder_of(trace: TraceRecorder | None) -> Recorder:
-    """What the parts of a rank record through."""
-    return SILENT if trace is None else trace
