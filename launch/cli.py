@@ -60,10 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     _add_budget(verbs)
-    dashboard = verbs.add_parser("dashboard", help="the wandb workspace that belongs to the metrics of a run")
-    dashboard.add_argument("--project", default="shoestring", help="of wandb (default shoestring)")
-    dashboard.add_argument("--entity", help="user or team that owns the project; needed to save")
-    dashboard.add_argument("--save", action="store_true", help="create it on the server; needs an account")
+    dashboard = _with_overrides(verbs.add_parser("dashboard", help="the wandb workspace for a run's metrics, as JSON"))
+    dashboard.add_argument("--save", action="store_true", help="create it on wandb's server instead; needs an account")
     dashboard.set_defaults(run=_dashboard)
 
     data = verbs.add_parser("data", help="prepare a corpus, look at a prepared one").add_subparsers(
@@ -76,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_budget(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     budget = verbs.add_parser("budget", help="what a run has cost, beside the published 2.788 M GPU-hours")
-    budget.add_argument("run", type=Path, metavar="RUN", help="directory of a run, or a project file")
+    budget.add_argument("run_or_project", type=Path, metavar="RUN", help="directory of a run, or a project file")
     budget.add_argument("--tokens", metavar="14.8T", help="what so many tokens would cost at this run's price")
     budget.add_argument("--gpus", type=int, metavar="N", help="and how long N such GPUs would take")
     budget.add_argument("--usd-per-gpu-hour", type=float, metavar="PRICE", help="default 2, as in the report")
@@ -225,7 +223,7 @@ def _budget(options: argparse.Namespace) -> int:
     from .budget import Question, budget_tables, budget_tree
 
     names = [field.name for field in fields(Question) if field.name != "run"]
-    question = Question(options.run, **{name: getattr(options, name) for name in names})
+    question = Question(options.run_or_project, **{name: getattr(options, name) for name in names})
     if options.format == "json":
         print(json.dumps(budget_tree(question), indent=1))
     else:
@@ -235,12 +233,10 @@ def _budget(options: argparse.Namespace) -> int:
 
 
 def _dashboard(options: argparse.Namespace) -> int:
-    from .dashboard import save_dashboard, workspace_json
+    from .dashboard import dashboard_json, save_dashboard
 
-    if options.save:
-        print(save_dashboard(options.entity, options.project))
-    else:
-        print(workspace_json(options.entity or "", options.project))
+    make = save_dashboard if options.save else dashboard_json
+    print(make(options.overrides, options.config_dir))
     return 0
 
 

@@ -41,7 +41,7 @@ def preflight(config: RunConfig, local_ranks: int, *, fresh: bool, first_machine
 
         problems += account_problems()
     with noting(problems):
-        problems += _budget_problems(config)
+        problems += budget_problems(config)
     foreign = list(run_dir_problems(Path(config.training.run_dir)))
     with noting(problems):
         if not fresh and not foreign:
@@ -78,7 +78,7 @@ def spent_budget(config: RunConfig) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _budget_problems(config: RunConfig) -> Iterator[Problem]:
+def budget_problems(config: RunConfig) -> Iterator[Problem]:
     """What the project and the plan say against this run."""
     budget, run_dir = config.budget, Path(config.training.run_dir)
     left, name = budget.gpu_hours, "budget.gpu_hours"
@@ -93,7 +93,9 @@ def _budget_problems(config: RunConfig) -> Iterator[Problem]:
         assert shared is not None
         left, name = min((left, name), (shared, f"what is left in {budget.project}"))
         if shared == 0.0:
-            yield Problem("budget.project", budget.project, f"nothing is left for {budget.phase}; raise gpu_hours there")
+            yield Problem(
+                "budget.project", budget.project, f"nothing is left for {budget.phase}; raise gpu_hours there"
+            )
     plan = budget.planned_gpu_hours
     if plan is not None and plan > left and not budget.allow_over_plan:
         remedy = f"the plan exceeds {name}, {left:.6g}; plan for less, raise it, or write budget.allow_over_plan=true"

@@ -20,6 +20,7 @@ from .config import RunConfig
 from .costs.flops import CONVENTION, FlopCount
 from .costs.parameters import count_parameters
 from .step import StepResult, StepSettings
+from .telemetry.alerts import Watch
 from .telemetry.events import JSON, Event, EventStream
 from .telemetry.open import open_stream
 
@@ -48,6 +49,7 @@ class Reporter:
         self._ledger = LedgerReader(run_dir)
         self._meter: Meter | None = None
         self._guard: Guard | None = None
+        self._watch = Watch()
         self._told_seconds = 0.0
         self._is_telling = False
         self._since = time.perf_counter()
@@ -171,8 +173,9 @@ class Reporter:
         }
         self._emit("step", step, values)
         warning = self._guard.warning(self._tokens_left(step))
-        if warning is not None:
-            self._emit("warning", step, {"message": warning, "about": "budget"})
+        troubles = [*self._watch.look(result.loss, rate), *([] if warning is None else [("budget", warning)])]
+        for about, message in troubles:
+            self._emit("warning", step, {"about": about, "message": message})
 
     def skipped(self, step: int, seconds: float) -> None:
         """Step number `step` has taken so long for nothing: it was not finite."""

@@ -6,7 +6,6 @@ The launcher writes it, not the ranks: importing, restarting and dying all happe
 from __future__ import annotations
 
 import json
-import os
 import threading
 from pathlib import Path
 
@@ -54,9 +53,9 @@ class Allocation:
 
     def _close_former(self, former: list[Record], heartbeat: Record | None) -> None:
         """A launcher that was killed could not say so: what its heartbeat says enters the chain now."""
-        if heartbeat is not None and former and former[-1]["kind"] == "open":
-            if heartbeat["attempt"] == former[-1]["attempt"]:
-                self._journal.append({"kind": "close", **heartbeat, "reason": "its launcher was killed"})
+        is_open = bool(former) and former[-1]["kind"] == "open"
+        if heartbeat is not None and is_open and heartbeat["attempt"] == former[-1]["attempt"]:
+            self._journal.append({"kind": "close", **heartbeat, "reason": "its launcher was killed"})
 
     def _beat(self) -> None:
         while not self._closing.wait(self._beat_seconds):
@@ -67,7 +66,7 @@ class Allocation:
         new = self._heartbeat_path.with_suffix(".new")
         try:
             new.write_text(json.dumps({"attempt": self._attempt, **Instant.now().stamp()}))
-            os.replace(new, self._heartbeat_path)
+            new.replace(self._heartbeat_path)
         except OSError:
             return  # a full disk may have room again for the next one
 

@@ -19,7 +19,7 @@ class BudgetConfig:
     phase: str = "pre_train"
     """`pre_train`, `context_extension` or `post_training`."""
     project: str | None = None
-    """A project file (see `shoestring budget FILE`): what its other runs of this phase have spent is gone for this one."""
+    """A project file (`shoestring budget FILE`): what its other runs of this phase have spent is gone for this one."""
     warn_at: float = 0.9
     """Warn when the cost projected at the end of the run passes this share of the budget."""
     stop_at: float | None = 1.0

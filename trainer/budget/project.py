@@ -1,11 +1,11 @@
 """Several runs on one budget: a project file names the runs, and what each phase may cost.
 
-    gpu_hours:
-      pre_train: 2664000
-      context_extension: 119000
-    runs:            # directories, from the file's own; a run need not be there yet
-      - runs/pre_train
-      - runs/context_extension
+gpu_hours:
+  pre_train: 2664000
+  context_extension: 119000
+runs:            # directories, from the file's own; a run need not be there yet
+  - runs/pre_train
+  - runs/context_extension
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def _problems(path: Path, tree: object, budgets: Any, runs: Any) -> Iterator[Pro
         if key not in ("gpu_hours", "runs"):
             yield Problem(f"{path}, {key}", tree[key], "no such key; a project holds gpu_hours and runs")
     if not isinstance(budgets, dict) or not budgets:
-        yield Problem(f"{path}, gpu_hours", budgets, f"must give GPU-hours for phases: {', '.join(PUBLISHED_GPU_HOURS)}")
+        yield Problem(
+            f"{path}, gpu_hours", budgets, f"must give GPU-hours for phases: {', '.join(PUBLISHED_GPU_HOURS)}"
+        )
     else:
         for phase, hours in budgets.items():
             if phase not in PUBLISHED_GPU_HOURS:
@@ -90,9 +92,7 @@ class ProjectReader:
     def left(self, phase: str, run_dir: Path) -> float:
         """GPU-hours of the phase's budget that the runs other than `run_dir` have left."""
         spent_ms = sum(
-            summary.by_phase.get(phase, 0)
-            for run, summary in self.summaries().items()
-            if run != run_dir.resolve()
+            summary.by_phase.get(phase, 0) for run, summary in self.summaries().items() if run != run_dir.resolve()
         )
         return max(0.0, self.project.gpu_hours.get(phase, 0.0) - gpu_hours(spent_ms))
 

@@ -117,7 +117,9 @@ def _comparison(summary: Summary, usd_per_gpu_hour: float) -> Table:
     table.add_row("tokens retained", f"{summary.tokens_retained:,}", f"of {summary.tokens_consumed:,} consumed")
     _add_headline(table, rate)
     for phase, spent_ms in summary.by_phase.items():
-        _add_phase(table, phase, gpu_hours(spent_ms) + (gpu_hours(summary.inherited_ms) if phase == summary.phase else 0))
+        _add_phase(
+            table, phase, gpu_hours(spent_ms) + (gpu_hours(summary.inherited_ms) if phase == summary.phase else 0)
+        )
     _add_whole(table, spent)
     return table
 
@@ -144,7 +146,9 @@ def render_what_if(summary: Summary, tokens: float, gpus: int, usd_per_gpu_hour:
 
     A price of these ranks and of this model: it says what a run like this one costs, not one on other hardware.
     """
-    table = Table(title=f"{tokens:.4g} tokens on {gpus:,} GPUs, each as fast as a rank of this run", title_justify="left")
+    table = Table(
+        title=f"{tokens:.4g} tokens on {gpus:,} GPUs, each as fast as a rank of this run", title_justify="left"
+    )
     table.add_column("at the price of")
     for name in ("GPU-hours", "days", "cost", "per trillion tokens"):
         table.add_column(name, justify="right")
@@ -194,7 +198,9 @@ def render_project(project: Project, summaries: Mapping[Path, Summary], usd_per_
         budget, spent = project.gpu_hours.get(phase), gpu_hours(spent_ms)
         if budget is None and not spent:
             continue
-        of_budget = ("-", "-", "-") if budget is None else (hours(budget), hours(budget - spent), percent(spent / budget))
+        of_budget = (
+            ("-", "-", "-") if budget is None else (hours(budget), hours(budget - spent), percent(spent / budget))
+        )
         phases.add_row(phase.replace("_", " "), hours(spent), *of_budget, f"{PUBLISHED_GPU_HOURS[phase]:,}")
     table, spent = _plain(), gpu_hours(totals.allocated_ms)
     tokens = totals.tokens_by_phase["pre_train"]

@@ -68,7 +68,8 @@ class Attempt:
 
     def replay(self, record: Record) -> None:
         """Apply one record of rank 0."""
-        kind, charged_ms = record["kind"], record.get("gpu_ms", 0)
+        kind: str = record["kind"]
+        charged_ms: int = record.get("gpu_ms", 0)
         free_ms = self._pass(Instant.of(record)) * self.ranks - charged_ms
         if kind == "begin":
             self._spend(free_ms, dying=self.state in (State.STARTING, State.RUNNING))

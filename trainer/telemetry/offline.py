@@ -34,6 +34,8 @@ class OfflineRun:
     history: tuple[dict[str, Any], ...]
     """Rows in order. wandb adds `_step`, `_timestamp` and `_runtime`."""
     summary: dict[str, Any]
+    alerts: tuple[tuple[str, str], ...]
+    """Title and text."""
 
 
 def read_offline_run(path: Path) -> OfflineRun:
@@ -45,6 +47,7 @@ def read_offline_run(path: Path) -> OfflineRun:
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
     history: list[dict[str, Any]] = []
+    alerts: list[tuple[str, str]] = []
     for data in read_records(path):
         record = Record.FromString(data)
         kind = record.WhichOneof("record_type")
@@ -59,7 +62,9 @@ def read_offline_run(path: Path) -> OfflineRun:
             row: dict[str, Any] = {}
             _put(row, record.history.item)
             history.append(row)
-    return OfflineRun(run_id, project, config, tuple(history), summary)
+        elif kind == "alert":
+            alerts.append((record.alert.title, record.alert.text))
+    return OfflineRun(run_id, project, config, tuple(history), summary, tuple(alerts))
 
 
 def read_records(path: Path) -> Iterator[bytes]:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from .config import TelemetryConfig
-from .events import EventStream, Sink
+from .background import Background
+from .config import TelemetryConfig, WandbConfig
+from .events import METRICS_FILE, EventStream, Sink
+from .lines import whole_lines
 from .terminal import terminal_sink
 
 
 def open_stream(config: TelemetryConfig, run_dir: Path, terminal: TextIO) -> EventStream:
-    """Rank 0's event stream in `run_dir`, shown on `terminal` and in wandb. Raises Refused if wandb cannot start."""
+    """Rank 0's event stream in `run_dir`, shown on `terminal` and in wandb, which may fail and be slow as it likes."""
     run_dir.mkdir(parents=True, exist_ok=True)
     sinks: list[Sink] = []
     if config.wandb.mode != "disabled":
-        from .wandb_sink import WandbSink  # half a second of import, for the runs that use it
-
-        sinks.append(WandbSink(config.wandb, run_dir))
+        metrics = run_dir / METRICS_FILE
+        lines = sum(1 for _ in whole_lines(metrics)) if metrics.exists() else 0
+        sinks.append(Background(partial(_open_wandb, config.wandb, run_dir, lines)))
     sinks.append(terminal_sink(terminal))
     return EventStream(run_dir, sinks)
+
+
+def _open_wandb(config: WandbConfig, run_dir: Path, lines: int) -> Sink:
+    from .wandb_sink import WandbSink  # half a second of import, for the runs that use it
+
+    return WandbSink(config, run_dir, lines)

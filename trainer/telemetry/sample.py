@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ...comm.record import Track
 from ...parallelism.pipeline.program import Op, Program
 from ...parallelism.pipeline.replay import UnitTimes, replay
 from ..budget.terms import INSTRUCTIONS, TERMS
-from .trace import Span, Track, summarise_trace
+from .trace import Span, summarise_trace
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from ...comm.refusal import Problem, Refused
 from .config import WandbConfig
-from .events import JSON, METRICS_FILE, Event
-from .lines import whole_lines
+from .events import JSON, Event
 
 RUN_ID_FILE = "wandb_run_id"
 _MOST_BINS = 512  # wandb.Histogram refuses more
 _SUMMARIES = ("budget", "stop")
+_AS_PLANNED = "done"
 
 
 def account_problems() -> Iterator[Problem]:
@@ -39,14 +39,13 @@ def account_problems() -> Iterator[Problem]:
 class WandbSink:
     """One wandb run for all lives of a run directory; its files lie in `run_dir/wandb`.
 
-    Raises Refused, naming `telemetry.wandb`, when wandb cannot start.
+    `lines` were in metrics.jsonl when it was opened. Raises Refused, naming `telemetry.wandb`, when wandb cannot start.
     """
 
-    def __init__(self, config: WandbConfig, run_dir: Path) -> None:
+    def __init__(self, config: WandbConfig, run_dir: Path, lines: int) -> None:
         # wandb wants its own step to grow even when training steps are done again after a crash: it is the line number
         # of the event in metrics.jsonl. Plots use `step`, the training step.
-        metrics = run_dir / METRICS_FILE
-        self._line = sum(1 for _ in whole_lines(metrics)) if metrics.exists() else 0
+        self._line = lines
         try:
             if config.mode == "online" and not wandb.login(prompt=False):
                 raise wandb.errors.UsageError("no API key is configured")
@@ -72,6 +71,12 @@ class WandbSink:
             self._run.config.update(dict(event.values), allow_val_change=True)  # type: ignore[no-untyped-call]
         elif event.kind in _SUMMARIES:
             self._run.summary.update({f"{event.kind}/{key}": value for key, value in event.values.items()})
+            reason = event.values.get("reason", _AS_PLANNED)
+            if reason != _AS_PLANNED:
+                self._run.alert(f"stopped at step {event.step}", str(reason), "ERROR")
+        elif event.kind == "warning":
+            about = event.values.get("about", "warning")
+            self._run.alert(f"{about} at step {event.step}", str(event.values["message"]), "WARN")
         else:
             prefix = "" if event.kind == "step" else f"{event.kind}/"
             row = {f"{prefix}{key}": _shown(event.kind, value) for key, value in event.values.items()}

@@ -209,7 +209,7 @@ class Story:
         self.launch()
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(25))
 def test_any_sequence_of_events_keeps_the_identity_and_credits_no_token_twice(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,7 +220,7 @@ def test_any_sequence_of_events_keeps_the_identity_and_credits_no_token_twice(
     events: list[Callable[[], None]] = [story.skip, story.save, story.look, story.dawdle, story.set_the_clock]
     events += [story.rank_dies, story.fault, story.launcher_dies, story.stop]
     weights = [2, 4, 4, 2, 2, 2, 1, 2, 1]
-    for _ in range(80):
+    for _ in range(60):
         dice.choices([story.train, *events], [20, *weights])[0]()
         summary = story.reader.summary()
         story.model.check(summary)

@@ -43,7 +43,7 @@ def step(number: int) -> Event:
 def test_the_history_that_wandb_keeps_is_that_of_the_event_file(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    stream = EventStream(run_dir, [WandbSink(WandbConfig(project="tests"), run_dir)])
+    stream = EventStream(run_dir, [WandbSink(WandbConfig(project="tests"), run_dir, 0)])
     stream.emit(Event("run", 0, {"config": {"model": {"layers": 4}}, "parameters": 12}))
     for number in range(1, 301):  # more than one block of 32 KiB
         stream.emit(step(number))
@@ -66,7 +66,7 @@ def test_a_second_life_has_the_same_id_and_goes_on_counting(tmp_path: Path) -> N
     run_dir = tmp_path / "run"
     for first in (1, 3):
         stream = EventStream(run_dir, [])
-        sink = WandbSink(WandbConfig(), run_dir)
+        sink = WandbSink(WandbConfig(), run_dir, 0 if first == 1 else 3)
         for event in (step(first), step(first + 1), step(first + 2)):
             stream.emit(event)
             sink.emit(event)
@@ -79,7 +79,7 @@ def test_a_second_life_has_the_same_id_and_goes_on_counting(tmp_path: Path) -> N
 
 
 def test_expert_loads_become_one_bar_an_expert(tmp_path: Path) -> None:
-    sink = WandbSink(WandbConfig(), tmp_path)
+    sink = WandbSink(WandbConfig(), tmp_path, 0)
     sink.emit(Event("step", 1, {"expert_load/layer_01": [4, 0, 8], "expert_load/layer_02": [1] * 1000}))
     sink.emit(Event("sample", 1, {"text": "<to be>"}))
     sink.close()
@@ -93,7 +93,7 @@ def test_expert_loads_become_one_bar_an_expert(tmp_path: Path) -> None:
 
 def test_online_without_an_account_is_one_clear_refusal(tmp_path: Path) -> None:
     with pytest.raises(Refused) as refusal:
-        WandbSink(WandbConfig(mode="online"), tmp_path)
+        WandbSink(WandbConfig(mode="online"), tmp_path, 0)
     (problem,) = refusal.value.problems
     assert problem.field == "telemetry.wandb"
     assert "wandb login" in problem.remedy
@@ -109,7 +109,7 @@ def test_disabled_leaves_no_trace(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_is_refused_and_a_torn_one_read_to_its_end(tmp_path: Path) -> None:
-    sink = WandbSink(WandbConfig(), tmp_path)
+    sink = WandbSink(WandbConfig(), tmp_path, 0)
     for number in range(1, 4):
         sink.emit(step(number))
     sink.close()

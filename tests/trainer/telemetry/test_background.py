@@ -1,0 +1,94 @@
+"""A view may fail, or take its time: the run neither stops nor waits, and says what became of the view."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from shoestring.trainer.telemetry.background import Background
+from shoestring.trainer.telemetry.events import Event, EventStream, Sink
+from shoestring.trainer.telemetry.history import read_all_metrics
+
+
+class Slow:
+    """Hears nothing more until it may."""
+
+    def __init__(self) -> None:
+        self.may_go_on = threading.Event()
+        self.heard: list[int] = []
+        self.closed = False
+
+    def emit(self, event: Event) -> None:
+        self.may_go_on.wait()
+        self.heard.append(event.step)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def step(number: int) -> Event:
+    return Event("step", number, {"loss": 3.0})
+
+
+def warnings(run_dir: Path) -> list[str]:
+    events = read_all_metrics(run_dir / "metrics.jsonl")
+    return [str(event.values["message"]) for event in events if event.kind == "warning"]
+
+
+def test_everything_arrives_in_order_before_the_end(tmp_path: Path) -> None:
+    sink = Slow()
+    sink.may_go_on.set()
+    stream = EventStream(tmp_path, [Background(lambda: sink)])
+    for number in range(500):
+        stream.emit(step(number))
+    stream.close()
+    assert sink.heard == list(range(500))
+    assert sink.closed
+    assert not warnings(tmp_path)
+
+
+def test_a_slow_view_costs_the_run_no_time_and_loses_what_does_not_fit(tmp_path: Path) -> None:
+    sink = Slow()
+    background = Background(lambda: sink, waiting=10, close_seconds=30)
+    stream = EventStream(tmp_path, [background])
+    start = time.perf_counter()
+    for number in range(200):
+        stream.emit(step(number))
+    assert time.perf_counter() - start < 1  # it hears nothing all the while
+    sink.may_go_on.set()
+    stream.close()
+    assert len(read_all_metrics(tmp_path / "metrics.jsonl")) == 201
+    assert sink.heard == list(range(len(sink.heard)))
+    assert 10 <= len(sink.heard) <= 12
+    (warning,) = warnings(tmp_path)
+    assert f"too slow: {200 - len(sink.heard)} events were left out" in warning
+
+
+def test_a_view_that_never_finishes_holds_up_the_end_for_a_limited_time(tmp_path: Path) -> None:
+    sink = Slow()
+    stream = EventStream(tmp_path, [Background(lambda: sink, close_seconds=0.1)])
+    stream.emit(step(1))
+    start = time.perf_counter()
+    stream.close()
+    assert time.perf_counter() - start < 5
+    assert "not done after 0.1 s" in warnings(tmp_path)[0]
+    sink.may_go_on.set()
+
+
+@pytest.mark.timeout(20)
+def test_a_view_that_does_not_open_is_dropped_and_the_run_goes_on(tmp_path: Path) -> None:
+    def fail() -> Sink:
+        raise ConnectionRefusedError("no server")
+
+    background = Background(fail)
+    stream = EventStream(tmp_path, [background])
+    number = 0
+    while not warnings(tmp_path):
+        stream.emit(step(number := number + 1))
+    stream.emit(step(number + 1))
+    stream.close()
+    assert len(warnings(tmp_path)) == 1
+    assert "no server" in warnings(tmp_path)[0]

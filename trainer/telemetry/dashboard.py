@@ -1,0 +1,70 @@
+"""The dashboard of a run as a list of panels; what draws them is elsewhere. The names are those of `step` events."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Metrics against training steps, in one frame."""
+
+    title: str
+    metrics: Sequence[str]
+    is_number: bool = False
+    """Whether it shows the last value alone."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Panels under one heading."""
+
+    name: str
+    panels: Sequence[Panel]
+
+
+def dashboard(routers: Sequence[str]) -> list[Section]:
+    """Of a model whose layers with routed experts are called `routers`."""
+    return [
+        Section(
+            "Budget",
+            (
+                Panel("GPU-hours left", ["budget_left"]),
+                Panel("GPU-hours: spent, and projected at the end", ["gpu_hours", "projected_gpu_hours"]),
+                Panel("Goodput", ["goodput"]),
+                Panel("GPU-hours a trillion retained tokens", ["budget/gpu_hours_per_trillion_tokens"], is_number=True),
+            ),
+        ),
+        Section(
+            "Loss",
+            (
+                Panel("Training loss", ["loss", "loss/mtp"]),
+                Panel("Validation loss", ["evaluation/loss"]),
+                Panel("Balance loss", ["loss/balance"]),
+                Panel("Gradient norm", ["grad_norm"]),
+                Panel("Learning rate", ["learning_rate"]),
+            ),
+        ),
+        Section(
+            "Throughput",
+            (
+                Panel("Tokens a second", ["tokens_per_second"]),
+                Panel("Model FLOPs utilisation", ["mfu"]),
+                Panel("TFLOPS a rank", ["tflops"]),
+            ),
+        ),
+        Section(
+            "Balance",
+            (
+                Panel("Maximum violation: experts, ranks, nodes", [*_violations("")]),
+                Panel("Routing bias, lowest and highest", ["bias/min", "bias/max"]),
+                *(Panel(f"Maximum violation, {router}", [*_violations(f"{router}/")]) for router in routers),
+            ),
+        ),
+        Section("Expert load: experts against steps", [Panel(router, [f"expert_load/{router}"]) for router in routers]),
+    ]
+
+
+def _violations(router: str) -> list[str]:
+    return [f"{load}/{router}max_violation" for load in ("load", "load/ranks", "load/nodes")]
