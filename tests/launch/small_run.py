@@ -22,6 +22,7 @@ SMALL = (
     "training.evaluate_every=0",
     "training.sample_tokens=0",
     "training.device=cpu",
+    "budget.stop_at=null",  # runs that never end by themselves must not be stopped for what they would cost
     "schedule.micro_batch=2",
 )
 

@@ -26,6 +26,7 @@ from shoestring.tests.launch.real_run import (
     wait_until,
 )
 from shoestring.tests.launch.small_run import BATCH, SEQUENCE, small_run
+from shoestring.trainer.budget.guard import LEAST_STEPS
 from shoestring.trainer.budget.summary import Summary, summarise
 from shoestring.trainer.telemetry.history import read_metrics
 
@@ -246,6 +247,20 @@ def test_a_budget_that_is_used_up_in_the_middle_is_raised(overrides: list[str], 
     richer = train(overrides, run_dir, last, f"budget.gpu_hours={40 * price}")
     assert richer.returncode == 0, richer.stderr
     assert closed_ledger(run_dir).steps_retained == done + 2
+
+
+def test_a_run_that_would_pass_its_budget_is_stopped_long_before(overrides: list[str], tmp_path: Path) -> None:
+    run_dir, guarded = tmp_path / "run", "budget.stop_at=1"
+    first = train(overrides, run_dir, ENDLESS, guarded)
+    assert first.returncode == 3, first.stderr
+    (done,) = checkpoints(run_dir)
+    assert done == LEAST_STEPS
+    assert f"stopped after step {done}, which is in a checkpoint: the run has used " in first.stderr
+    assert "and will have used " in first.stderr
+    assert "budget.stop_at=null" in first.stderr
+    assert closed_ledger(run_dir).budget_share < 0.5
+    again = train(overrides, run_dir, ENDLESS, guarded)
+    assert (again.returncode, again.stdout) == (3, "")  # no rank was started
 
 
 def measured_price(overrides: list[str], run_dir: Path) -> float:

@@ -17,6 +17,8 @@ from shoestring.launch.run_dir import read_status
 from shoestring.tests.launch.real_run import command, lines_as_they_come, processes_of, train, wait_until
 from shoestring.trainer.budget.summary import summarise
 from shoestring.trainer.data.prepare import prepare
+from shoestring.trainer.model.model import router_names
+from shoestring.trainer.telemetry.dashboard import dashboard
 from shoestring.trainer.telemetry.history import read_all_metrics, read_metrics
 from shoestring.trainer.telemetry.offline import read_offline_run
 
@@ -37,6 +39,7 @@ SMALL = [
     "training.sample_tokens=4",
     "telemetry.log_every=1",
     "schedule.micro_batch=2",
+    "budget.stop_at=null",
 ]
 
 
@@ -92,10 +95,22 @@ def test_a_finished_run_has_everything(finished: Path) -> None:
     assert {"sample", "checkpoint", "budget", "stop"} <= {event.kind for event in events}
     assert read_status(finished) == {"exit_code": 0, "reason": f"{STEPS} steps done"}
     summary = summarise(finished)
+    assert sum(summary.terms.values()) == summary.productive_ms
+    assert {"F", "edge_wait", "reduce_wait", "optimizer"} <= {term for term, spent in summary.terms.items() if spent}
     assert summary.tokens_retained == summary.tokens_consumed == STEPS * 8 * 32
     assert 0 < summary.productive_ms < summary.allocated_ms
     assert not summary.running
     assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == ["step_00000006", "step_00000008"]
+
+
+def test_every_panel_of_the_dashboard_shows_what_is_logged(finished: Path) -> None:
+    (path,) = (finished / "wandb").glob("offline-run-*/run-*.wandb")
+    run = read_offline_run(path)
+    logged = {key for row in run.history for key in row} | run.summary.keys()
+    config = compose_run(SMALL)
+    for section in dashboard(router_names(config.model)):
+        for panel in section.panels:
+            assert set(panel.metrics) <= logged
 
 
 def test_wandb_holds_the_logged_history(finished: Path) -> None:
@@ -208,6 +223,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_reason(overrides: list[s
     status = read_status(run_dir)
     assert status is not None
     assert status["exit_code"] == 1
+    summary = summarise(run_dir)
+    assert summary.buckets["skipped"] > 0
+    assert summary.tokens_consumed == summary.tokens_retained + 8 * 32
 
 
 def test_refusals_name_every_problem_and_leave_nothing_behind(overrides: list[str], tmp_path: Path) -> None:

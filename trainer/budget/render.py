@@ -113,6 +113,7 @@ def _comparison(summary: Summary, usd_per_gpu_hour: float) -> Table:
     spent, rate = summary.gpu_hours, summary.gpu_hours_per_trillion_tokens
     table.add_row("cost", f"{hours(spent)} GPU-hours", usd(spent, usd_per_gpu_hour))
     table.add_row("goodput", percent(summary.goodput), "of what was allocated is in the weights")
+    table.add_row("telemetry", percent(summary.telemetry_share), "of the time of steps")
     table.add_row("this run's budget", percent(summary.budget_share), f"of {hours(summary.budget_gpu_hours)} GPU-hours")
     table.add_row("tokens retained", f"{summary.tokens_retained:,}", f"of {summary.tokens_consumed:,} consumed")
     _add_headline(table, rate)

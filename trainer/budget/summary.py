@@ -117,6 +117,11 @@ class Summary:
         return self.productive_ms / self.allocated_ms if self.allocated_ms else 0.0
 
     @property
+    def telemetry_share(self) -> float:
+        """Time that rank 0 has spent on telling, over that of all steps done."""
+        return self.buckets["telemetry"] / max(1, self.productive_ms + self.rolled_back_ms)
+
+    @property
     def report_view(self) -> Mapping[str, int]:
         """`terms` under the names of the Insights paper, table 4; bubble and imbalance share edge_wait."""
         terms = self.terms
@@ -156,6 +161,7 @@ class Summary:
             "report_gpu_ms": dict(self.report_view),
             "sampled_steps": self.sampled_steps,
             "goodput": self.goodput,
+            "telemetry_share": self.telemetry_share,
             "steps_retained": self.steps_retained,
             "tokens_consumed": self.tokens_consumed,
             "tokens_retained": self.tokens_retained,

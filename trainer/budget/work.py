@@ -16,7 +16,8 @@ from .config import BudgetConfig
 from .journal import Journal
 from .terms import CHARGED, WORK_FILE
 
-SYNC_SECONDS = 1.0
+SYNC_SECONDS = 4.0
+"""A machine that loses power takes so much of the ledger with it; a process that is killed takes nothing."""
 
 
 class Work:

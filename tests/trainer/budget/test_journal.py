@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from shoestring.comm.refusal import Refused
-from shoestring.trainer.budget.journal import Journal, read_journal
+from shoestring.trainer.budget.journal import Journal, JournalReader, read_journal
 
 WRITER = """
 import sys
@@ -65,8 +66,9 @@ def test_a_line_torn_anywhere_is_left_out_and_cut_on_reopen(tmp_path: Path) -> N
         (lambda lines: [lines[1], lines[0], lines[2]], 1),
         (lambda lines: [lines[0], "not json", lines[2]], 2),
         (lambda lines: [lines[0], lines[1], "[]"], 3),
+        (lambda lines: [lines[0], '{"number":NaN}', lines[2]], 2),
     ],
-    ids=["edited", "removed", "swapped", "overwritten", "no object"],
+    ids=["edited", "removed", "swapped", "overwritten", "no object", "no number"],
 )
 def test_a_changed_journal_is_refused_by_line(tmp_path: Path, change: object, line: int) -> None:
     path = tmp_path / "work.jsonl"
@@ -77,6 +79,55 @@ def test_a_changed_journal_is_refused_by_line(tmp_path: Path, change: object, li
         read_journal(path)
     with pytest.raises(Refused, match=rf"work\.jsonl:{line} "):
         Journal(path)
+
+
+def test_a_growing_journal_is_read_on_from_where_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "work.jsonl"
+    reader = JournalReader(path)
+    assert reader.new_records() == []
+    fill(path, 1, 2)
+    assert [record["number"] for record in reader.new_records()] == [1, 2]
+    whole = path.read_bytes()
+    with path.open("ab") as file:
+        file.write(b'{"number":3,')  # being written
+    assert reader.new_records() == []
+    fill(path, 3)
+    assert [record["number"] for record in reader.new_records()] == [3]
+    assert reader.head == read_journal(path)[-1]["hash"]
+    path.write_bytes(path.read_bytes().replace(b'"number":3', b'"number":8') + b"{}\n")
+    with pytest.raises(Refused, match=r"work\.jsonl:4 "):
+        reader.new_records()
+    path.write_bytes(whole)
+    reader = JournalReader(path)
+    reader.new_records()
+    path.write_bytes(whole[:10])
+    with pytest.raises(Refused, match="shorter than when it was last read"):
+        reader.new_records()
+
+
+def test_the_disk_is_waited_for_once_an_interval_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, synced = 100.0, 0
+
+    def fsync(descriptor: int) -> None:
+        nonlocal synced
+        synced += 1
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(os, "fsync", fsync)
+    journal = Journal(tmp_path / "work.jsonl", sync_seconds=4)
+    for _ in range(8):  # two seconds
+        journal.append({"number": 1})
+        now += 0.25
+    assert synced == 0
+    now += 2
+    journal.append({"number": 2})
+    journal.append({"number": 3})
+    assert synced == 1
+    journal.sync()
+    journal.close()
+    assert synced == 3
 
 
 def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> None:
