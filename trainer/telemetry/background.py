@@ -24,14 +24,20 @@ class Background:
     """
 
     def __init__(
-        self, open_sink: Callable[[], Sink], *, waiting: int = WAITING_EVENTS, close_seconds: float = CLOSE_SECONDS
+        self,
+        open_sink: Callable[[], Sink],
+        *,
+        name: str,
+        waiting: int = WAITING_EVENTS,
+        close_seconds: float = CLOSE_SECONDS,
     ) -> None:
+        self._name = name
         self._events: queue.Queue[Event | None] = queue.Queue(waiting)
         self._close_seconds = close_seconds
         self._error: Exception | None = None
         self._left_out = 0
         # A daemon: a server that never answers must not keep the process, and its GPU, either.
-        self._thread = threading.Thread(target=self._run, args=(open_sink,), name="telemetry view", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(open_sink,), name=name, daemon=True)
         self._thread.start()
 
     def _run(self, open_sink: Callable[[], Sink]) -> None:
@@ -61,6 +67,10 @@ class Background:
         if self._error is not None:
             raise self._error
         if self._thread.is_alive():
-            raise TimeoutError(f"not done after {self._close_seconds:g} s; what it lacks is in metrics.jsonl")
+            raise TimeoutError(
+                f"{self._name} is not done after {self._close_seconds:g} s; what it lacks is in metrics.jsonl"
+            )
         if self._left_out:
-            raise TimeoutError(f"too slow: {self._left_out} events were left out; they are in metrics.jsonl")
+            raise TimeoutError(
+                f"{self._name} was too slow: {self._left_out} events were left out; they are in metrics.jsonl"
+            )

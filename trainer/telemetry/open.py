@@ -20,7 +20,7 @@ def open_stream(config: TelemetryConfig, run_dir: Path, terminal: TextIO) -> Eve
     if config.wandb.mode != "disabled":
         metrics = run_dir / METRICS_FILE
         lines = sum(1 for _ in whole_lines(metrics)) if metrics.exists() else 0
-        sinks.append(Background(partial(_open_wandb, config.wandb, run_dir, lines)))
+        sinks.append(Background(partial(_open_wandb, config.wandb, run_dir, lines), name="wandb"))
     sinks.append(terminal_sink(terminal))
     return EventStream(run_dir, sinks)
 

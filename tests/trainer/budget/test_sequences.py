@@ -239,8 +239,9 @@ def test_durations_of_any_length_add_up_as_well(seed: int, tmp_path: Path, monke
     for _ in range(3):
         clock.pass_ns(dice.randrange(MS))
         work = Work(tmp_path, ranks=3, attempt="a", budget=BUDGET)
-        clock.pass_ns(dice.randrange(3 * MS))
-        work.interval("checkpoint_load", 0)
+        ns = dice.randrange(3 * MS)
+        clock.pass_ns(ns)
+        work.interval("checkpoint_load", ns / 1e6)
         work.ready()
         for step in range(1, 40):
             ns = dice.randrange(4 * MS)

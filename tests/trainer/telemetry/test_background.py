@@ -41,7 +41,7 @@ def warnings(run_dir: Path) -> list[str]:
 def test_everything_arrives_in_order_before_the_end(tmp_path: Path) -> None:
     sink = Slow()
     sink.may_go_on.set()
-    stream = EventStream(tmp_path, [Background(lambda: sink)])
+    stream = EventStream(tmp_path, [Background(lambda: sink, name="view")])
     for number in range(500):
         stream.emit(step(number))
     stream.close()
@@ -52,7 +52,7 @@ def test_everything_arrives_in_order_before_the_end(tmp_path: Path) -> None:
 
 def test_a_slow_view_costs_the_run_no_time_and_loses_what_does_not_fit(tmp_path: Path) -> None:
     sink = Slow()
-    background = Background(lambda: sink, waiting=10, close_seconds=30)
+    background = Background(lambda: sink, name="view", waiting=10, close_seconds=30)
     stream = EventStream(tmp_path, [background])
     start = time.perf_counter()
     for number in range(200):
@@ -61,20 +61,20 @@ def test_a_slow_view_costs_the_run_no_time_and_loses_what_does_not_fit(tmp_path:
     sink.may_go_on.set()
     stream.close()
     assert len(read_all_metrics(tmp_path / "metrics.jsonl")) == 201
-    assert sink.heard == list(range(len(sink.heard)))
+    assert sink.heard == sorted(set(sink.heard))
     assert 10 <= len(sink.heard) <= 12
     (warning,) = warnings(tmp_path)
-    assert f"too slow: {200 - len(sink.heard)} events were left out" in warning
+    assert f"view was too slow: {200 - len(sink.heard)} events were left out" in warning
 
 
 def test_a_view_that_never_finishes_holds_up_the_end_for_a_limited_time(tmp_path: Path) -> None:
     sink = Slow()
-    stream = EventStream(tmp_path, [Background(lambda: sink, close_seconds=0.1)])
+    stream = EventStream(tmp_path, [Background(lambda: sink, name="view", close_seconds=0.1)])
     stream.emit(step(1))
     start = time.perf_counter()
     stream.close()
     assert time.perf_counter() - start < 5
-    assert "not done after 0.1 s" in warnings(tmp_path)[0]
+    assert "view is not done after 0.1 s" in warnings(tmp_path)[0]
     sink.may_go_on.set()
 
 
@@ -83,7 +83,7 @@ def test_a_view_that_does_not_open_is_dropped_and_the_run_goes_on(tmp_path: Path
     def fail() -> Sink:
         raise ConnectionRefusedError("no server")
 
-    background = Background(fail)
+    background = Background(fail, name="view")
     stream = EventStream(tmp_path, [background])
     number = 0
     while not warnings(tmp_path):

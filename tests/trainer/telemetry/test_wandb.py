@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,38 @@ def test_online_without_an_account_is_one_clear_refusal(tmp_path: Path) -> None:
     (problem,) = refusal.value.problems
     assert problem.field == "telemetry.wandb"
     assert "wandb login" in problem.remedy
+
+
+@pytest.mark.slow
+def test_online_with_a_server_that_is_gone_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as listener:  # which never answers
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        stream = open_stream(TelemetryConfig(wandb=WandbConfig(mode="online")), tmp_path, io.StringIO())
+        start = time.perf_counter()
+        for number in range(1, 101):
+            stream.emit(step(number))
+        assert time.perf_counter() - start < 1
+        stream.close()
+    events = read_all_metrics(tmp_path / "metrics.jsonl")
+    assert [event.kind for event in events] == [*["step"] * 100, "warning"]
+    assert "wandb could not start" in str(events[-1].values["message"])
+
+
+def test_troubles_become_alerts(tmp_path: Path) -> None:
+    stream = open_stream(TelemetryConfig(), tmp_path, io.StringIO())
+    stream.emit(step(1))
+    stream.emit(Event("warning", 1, {"about": "spike", "message": "the loss has jumped"}))
+    stream.emit(Event("stop", 2, {"reason": "rank 3 is gone"}))
+    stream.close()
+    (run,) = lives(tmp_path)
+    assert run.alerts == (("spike at step 1", "the loss has jumped"), ("stopped at step 2", "rank 3 is gone"))
+    stream = open_stream(TelemetryConfig(), tmp_path, io.StringIO())
+    stream.emit(Event("stop", 2, {"reason": "done"}))
+    stream.close()
+    assert not lives(tmp_path)[1].alerts
 
 
 def test_disabled_leaves_no_trace(tmp_path: Path) -> None:
