@@ -84,7 +84,8 @@ class Stepper:
 
         `micro_batches` are this rank's share of a global batch of `sequences`. Raises `NonFiniteStep`.
         """
-        targets = self._count_targets(micro_batches)
+        with self.recorder.span(Track.INSTRUCTION, REDUCE_WAIT):
+            targets = self._count_targets(micro_batches)
         depth = self.config.mtp_depth
         scales = LossScales(
             main=1 / targets,
@@ -92,9 +93,9 @@ class Stepper:
             balance=settings.balance_weight / sequences,
         )
         summaries = list(self._forward_backward(micro_batches, scales))
-        main, mtp, balance = self._reduce_sums(summaries)
-        counts_E = self._reduce_counts(summaries)
         with self.recorder.span(Track.INSTRUCTION, REDUCE_WAIT):
+            main, mtp, balance = self._reduce_sums(summaries)
+            counts_E = self._reduce_counts(summaries)
             self.gradients.reduce()
             norm = self.gradients.norm()
         total = main * scales.main + mtp * scales.mtp + balance * scales.balance

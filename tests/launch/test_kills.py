@@ -20,7 +20,8 @@ from shoestring.trainer.budget.terms import ALLOCATION_FILE, WORK_FILE
 
 KILLS = 10
 FLUSH_SECONDS = 5
-STEPS = 200
+MOST_STEPS = 8
+STEPS = 6 * MOST_STEPS
 
 
 def kill_at(run_dir: Path, file: Path, kind: str, count: int, process: subprocess.Popen[str]) -> int:
@@ -40,7 +41,7 @@ def kill_at(run_dir: Path, file: Path, kind: str, count: int, process: subproces
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ten_kills_lose_no_token_and_no_more_than_a_flush_interval(tmp_path: Path) -> None:
-    overrides = [*small_run(tmp_path, STEPS), "topology.ep=1", "training.checkpoint_every=10"]
+    overrides = [*small_run(tmp_path, STEPS), "topology.ep=1", "training.checkpoint_every=3"]
     run_dir, dice = tmp_path / "run", random.Random(7)
     lost_ms = []
     for _ in range(KILLS):
@@ -51,7 +52,7 @@ def test_ten_kills_lose_no_token_and_no_more_than_a_flush_interval(tmp_path: Pat
             text=True,
             start_new_session=True,
         )
-        moment = dice.choice([("begin", 1), ("ready", 1), *(("step", dice.randint(1, 40)) for _ in range(4))])
+        moment = dice.choice([("begin", 1), ("ready", 1), *(("step", dice.randint(1, MOST_STEPS)) for _ in range(3))])
         killed = kill_at(run_dir, WORK_FILE, *moment, process)
         opened = read_journal(run_dir / ALLOCATION_FILE)[-1]
         lost_ms.append((killed - opened["monotonic_ns"]) / 1e6 - summarise(run_dir).held[-1].milliseconds)
