@@ -69,7 +69,7 @@ def test_the_bill_splits_productive_time_and_stands_beside_the_published_one(
 def test_what_if_prices_tokens_on_other_gpus(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("budget", run_dir, "--tokens", "14.8T", "--gpus", "2048", "--usd-per-gpu-hour", "3")
     text = printed(capsys, *asked)
-    assert "14.8 T tokens" in text
+    assert "14.8T tokens on 2,048 GPUs" in text
     assert "2,664,000" in text
     tree = json.loads(printed(capsys, *asked, "--format", "json"))["what_if"]
     everything = tree["everything it was charged"]

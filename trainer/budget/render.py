@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from ..telemetry.describe import metric
 from .project import Project, ProjectTotals
 from .summary import Summary
 from .terms import (
@@ -148,7 +149,7 @@ def render_what_if(summary: Summary, tokens: float, gpus: int, usd_per_gpu_hour:
     A price of these ranks and of this model: it says what a run like this one costs, not one on other hardware.
     """
     table = Table(
-        title=f"{tokens:.4g} tokens on {gpus:,} GPUs, each as fast as a rank of this run", title_justify="left"
+        title=f"{metric(tokens)} tokens on {gpus:,} GPUs, each as fast as a rank of this run", title_justify="left"
     )
     table.add_column("at the price of")
     for name in ("GPU-hours", "days", "cost", "per trillion tokens"):

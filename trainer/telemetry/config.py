@@ -37,7 +37,7 @@ class TelemetryConfig:
 
     log_every: int = 10
     """Optimizer steps from one `step` event to the next."""
-    terms_every: int = 20
+    terms_every: int = 50
     """Optimizer steps from one look at where the time of a step goes, for the ledger, to the next."""
     trace: bool = False
     """Whether to record a timeline of some steps: run_dir/trace/trace.json, for ui.perfetto.dev."""

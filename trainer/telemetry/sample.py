@@ -29,7 +29,8 @@ class StepSample:
     def of(spans: Sequence[Span], step_seconds: float) -> StepSample:
         """One rank's step, of which `spans` were recorded."""
         seconds = summarise_trace(spans)
-        own = [[span for span in spans if span.track is Track.INSTRUCTION and span.name == op] for op in INSTRUCTIONS]
+        instructions = [span for span in spans if span.track is Track.INSTRUCTION]
+        own = [[span for span in instructions if span.name == op] for op in INSTRUCTIONS]
         return StepSample(
             step_us=round(step_seconds * 1e6),
             terms_us=tuple(round(seconds[term] * 1e6) for term in TERMS),

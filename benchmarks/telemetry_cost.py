@@ -1,0 +1,104 @@
+"""What telling costs the training thread: one step's calls into ledger and telemetry, with nothing else going on.
+
+    python -m shoestring.benchmarks.telemetry_cost --step-ms 611
+
+Prints a table: the median of each call, and their sum a step as a share of a step of --step-ms. The bill of a run
+(`shoestring budget`) has the same from inside the run, with everything that disturbs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..comm.layout import NO_VISITS
+from ..comm.traffic import Traffic
+from ..launch.compose import compose_run
+from ..trainer.costs.flops import count_flops
+from ..trainer.model.model import router_names
+from ..trainer.reporter import Reporter, Speed
+from ..trainer.step import StepResult, StepSettings
+
+REPEATS = 200
+
+
+def median_ms(call: Callable[[int], object]) -> float:
+    times = []
+    for number in range(1, REPEATS + 1):
+        start = time.perf_counter()
+        call(number)
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def measure(run_dir: Path) -> dict[str, float]:
+    """Milliseconds of each call, for the quickstart's model."""
+    logged = open_reporter(run_dir / "logged", 1)
+    found = {"a step that is logged": median_ms(partial(step, logged))}
+    silent = open_reporter(run_dir / "silent", REPEATS + 1)
+    found["a step that is not"] = median_ms(partial(step, silent))
+    found["waiting for data"] = median_ms(partial(stall, silent))
+    found["asking the guard"] = median_ms(silent.must_halt)
+    with mock.patch.object(sys, "stdout", io.StringIO()):
+        logged.close(REPEATS, "done")
+        silent.close(REPEATS, "done")
+    return found
+
+
+def open_reporter(run_dir: Path, log_every: int) -> Reporter:
+    overrides = [f"training.run_dir={run_dir}", f"telemetry.log_every={log_every}", "training.tokens=1_000_000_000"]
+    config = compose_run(["experiment=quickstart", *overrides])
+    with mock.patch.object(sys, "stdout", io.StringIO()):
+        reporter = Reporter(config, run_dir, "benchmark")
+        reporter.run(Speed(count_flops(config.model, config.training.sequence_length), 1.0), "cpu", "float32")
+        reporter.ready()
+    return reporter
+
+
+CONFIG = compose_run(["experiment=quickstart"])
+COUNTS_E = {name: torch.full((CONFIG.model.experts,), 1000) for name in router_names(CONFIG.model)}
+RESULT = StepResult(3.0, 3.1, 1e-4, 4.0, 1.0, 2048, COUNTS_E, NO_VISITS, (-0.01, 0.01))
+
+
+def step(reporter: Reporter, number: int) -> None:
+    reporter.step(number + 1, RESULT, StepSettings(1e-3, 1.0, 1e-4, 0.3, 1e-3), 0.0, Traffic(CONFIG.topology, 0))
+
+
+def stall(reporter: Reporter, number: int) -> None:
+    with reporter.timing("data_stall"):
+        pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--step-ms", type=float, required=True, help="of a step to compare with")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(Path(folder))
+    table = Table(title=f"Median of {REPEATS} calls, one thread", title_justify="left")
+    table.add_column("call")
+    table.add_column("ms", justify="right")
+    for name, milliseconds in found.items():
+        table.add_row(name, f"{milliseconds:.3f}")
+    often = found["a step that is not"] + found["waiting for data"] + found["asking the guard"]
+    mean = often + 0.1 * (found["a step that is logged"] - found["a step that is not"])
+    table.add_section()
+    table.add_row("a step on the average, one in ten logged", f"{mean:.3f}")
+    Console().print(table)
+    Console().print(f"{mean / options.step_ms:.2%} of a step of {options.step_ms:g} ms")
+
+
+if __name__ == "__main__":
+    main()
