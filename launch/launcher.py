@@ -17,13 +17,13 @@ from types import FrameType
 from ..trainer.budget.allocation import Allocation
 from ..trainer.config import RunConfig
 from ..trainer.halt import Halt
+from .attempt import ATTEMPT_VARIABLE
 from .compose import to_yaml
 from .orphan import LAUNCHER_VARIABLE, die_with_parent
 from .preflight import is_finished, spent_budget
 from .rank_environment import rank_environment
 from .run_dir import CONFIG_FILE, claimed, clear_status, read_status
 from .stopping import ASKING_SIGNALS, STOP_FILE_VARIABLE
-from .worker import ATTEMPT_VARIABLE
 
 _SECONDS_TO_END = 30
 SAME_REQUEST_SECONDS = 2

@@ -41,7 +41,7 @@ def preflight(config: RunConfig, local_ranks: int, *, fresh: bool, first_machine
 
         problems += account_problems()
     with noting(problems):
-        problems += budget_problems(config)
+        problems += budget_problems(config, fresh=fresh)
     foreign = list(run_dir_problems(Path(config.training.run_dir)))
     with noting(problems):
         if not fresh and not foreign:
@@ -78,7 +78,7 @@ def spent_budget(config: RunConfig) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def budget_problems(config: RunConfig) -> Iterator[Problem]:
+def budget_problems(config: RunConfig, *, fresh: bool = False) -> Iterator[Problem]:
     """What the project and the plan say against this run."""
     budget, run_dir = config.budget, Path(config.training.run_dir)
     left, name = budget.gpu_hours, "budget.gpu_hours"
@@ -92,6 +92,9 @@ def budget_problems(config: RunConfig) -> Iterator[Problem]:
         shared = left_of_project(budget, run_dir)
         assert shared is not None
         left, name = min((left, name), (shared, f"what is left in {budget.project}"))
+        if fresh and (run_dir / ALLOCATION_FILE).exists():
+            remedy = "would erase what this run has cost from the project; name another directory and list it there"
+            yield Problem("--fresh", True, remedy)
         if shared == 0.0:
             yield Problem(
                 "budget.project", budget.project, f"nothing is left for {budget.phase}; raise gpu_hours there"

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from ..comm.bootstrap import WorkerEnvironment
 from ..comm.refusal import Problem, Refused
+from .attempt import ATTEMPT_VARIABLE
 from .compose import compose_run
 from .launcher import launch
 from .preflight import preflight
-from .worker import ATTEMPT_VARIABLE, run_worker
+from .worker import run_worker
 
 
 def train_command(overrides: Sequence[str], config_dir: Path | None, *, fresh: bool) -> int:

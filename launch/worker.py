@@ -21,11 +21,10 @@ from ..trainer.config import RunConfig
 from ..trainer.halt import RunHalted
 from ..trainer.loop import RunFailed, train
 from ..trainer.rank import stages_of
+from .attempt import attempt_name
 from .compose import to_yaml
 from .run_dir import CONFIG_FILE, own, write_status
 from .stopping import listen_for_stop
-
-ATTEMPT_VARIABLE = "SHOESTRING_ATTEMPT"
 
 _SECONDS_FOR_OTHERS = 3
 """torchrun ends all ranks of a machine with the first: each shall have said what it waited for, and for whom."""
@@ -62,22 +61,6 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
         _die(f"shoestring train: rank {worker.rank}: {traceback.format_exc()}")
     dist.destroy_process_group()
     return _stop(config, worker, 0, f"{steps} steps done")
-
-
-def attempt_name() -> str:
-    """What the ledger calls this launch: as the launcher says, or as the torchrun that has started this rank is known.
-
-    Its run id is the same each time (`none`) unless it is given; process number and start tell two of them apart, and
-    stay when it starts its ranks again.
-    """
-    given = os.environ.get(ATTEMPT_VARIABLE)
-    if given:
-        return given
-    agent = os.getppid()
-    stat = Path(f"/proc/{agent}/stat")
-    # Field 22 is the start in ticks since the boot; field 2, the name, may hold spaces but ends with the last ")".
-    start = stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else "0"
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID', 'none')}.{agent}.{start}"
 
 
 def _die(words: str) -> NoReturn:

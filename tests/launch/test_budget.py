@@ -125,9 +125,9 @@ def test_the_ledger_is_reconciled_from_the_command_line(run_dir: Path, capsys: p
         assert words in text
 
 
-def problems(run_dir: Path, *overrides: str) -> dict[str, str]:
+def problems(run_dir: Path, *overrides: str, fresh: bool = False) -> dict[str, str]:
     config = compose_run(["experiment=quickstart", f"training.run_dir={run_dir}", *overrides])
-    return {problem.field: problem.remedy for problem in budget_problems(config)}
+    return {problem.field: problem.remedy for problem in budget_problems(config, fresh=fresh)}
 
 
 def test_a_plan_over_budget_is_refused_unless_told_otherwise(run_dir: Path) -> None:
@@ -145,6 +145,10 @@ def test_a_run_of_a_project_is_held_to_what_is_left_there(run_dir: Path) -> None
     assert "2.1" not in str(problems(run_dir, own))
     found = problems(later, own, "budget.planned_gpu_hours=0.2")
     assert f"exceeds what is left in {path}, 0.1" in found["budget.planned_gpu_hours"]
+    assert not problems(run_dir, own, fresh=True)  # this one has no launcher's half to lose
+    (run_dir / "ledger" / "allocation.jsonl").touch()
+    assert "would erase" in problems(run_dir, own, fresh=True)["--fresh"]
+    assert not problems(run_dir, fresh=True)
     assert "is not among the runs" in problems(run_dir.parent / "stranger", own)["training.run_dir"]
     assert "has no budget" in problems(later, own, "budget.phase=post_training")["budget.phase"]
     path.write_text("gpu_hours: {pre_train: 1.9}\nruns: [run, later]\n")

@@ -170,6 +170,25 @@ def test_work_without_a_launcher_counts_for_its_own_span(tmp_path: Path, time: T
     assert not summary.running
 
 
+def test_another_number_of_ranks_closes_a_segment(tmp_path: Path, time: Time) -> None:
+    allocation = launch(tmp_path, "a")
+    for ranks in (RANKS, 2, 2):
+        time.pass_ms(10)
+        work = Work(tmp_path, ranks=ranks, attempt="a", budget=BUDGET)
+        work.ready()
+        time.pass_ms(100)
+        work.step(1, 100, tokens=1000)
+        work._journal.close()
+    allocation.close("done")
+    summary = summarise(tmp_path)
+    assert (summary.attempts, summary.segments) == (1, 2)
+    assert summary.allocated_ms == everything(summary) == RANKS * 110 + RANKS * 10 + 2 * 100 + 2 * 110
+    assert summary.buckets["hang"] == RANKS * 10 + 2 * 10
+    text = io.StringIO()
+    Console(file=text, width=120).print(render(summary))
+    assert "1 launch, 2 segments" in text.getvalue()
+
+
 def test_overlapping_intervals_are_refused(tmp_path: Path, time: Time) -> None:
     work = begin(tmp_path, "a")
     do_steps(work, time, 1, 1)
