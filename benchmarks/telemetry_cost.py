@@ -1,6 +1,6 @@
 """What telling costs the training thread: one step's calls into ledger and telemetry, with nothing else going on.
 
-    python -m shoestring.benchmarks.telemetry_cost --step-ms 611
+    python benchmarks/telemetry_cost.py --step-ms 611 [--json FILE]
 
 Prints a table: the median of each call, and their sum a step as a share of a step of --step-ms. The bill of a run
 (`shoestring budget`) has the same from inside the run, with everything that disturbs it.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import statistics
 import sys
 import tempfile
@@ -23,13 +24,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..comm.layout import NO_VISITS
-from ..comm.traffic import Traffic
-from ..launch.compose import compose_run
-from ..trainer.costs.flops import count_flops
-from ..trainer.model.model import router_names
-from ..trainer.reporter import Reporter, Speed
-from ..trainer.step import StepResult, StepSettings
+from shoestring.comm.layout import NO_VISITS
+from shoestring.comm.traffic import Traffic
+from shoestring.launch.compose import compose_run
+from shoestring.trainer.costs.flops import count_flops
+from shoestring.trainer.model.model import router_names
+from shoestring.trainer.reporter import Reporter, Speed
+from shoestring.trainer.step import StepResult, StepSettings
 
 REPEATS = 200
 
@@ -84,6 +85,7 @@ def stall(reporter: Reporter, number: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--step-ms", type=float, required=True, help="of a step to compare with")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there, too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = measure(Path(folder))
@@ -94,8 +96,11 @@ def main() -> None:
         table.add_row(name, f"{milliseconds:.3f}")
     often = found["a step that is not"] + found["waiting for data"] + found["asking the guard"]
     mean = often + 0.1 * (found["a step that is logged"] - found["a step that is not"])
+    found["a step on the average, one in ten logged"] = mean
     table.add_section()
     table.add_row("a step on the average, one in ten logged", f"{mean:.3f}")
+    if options.json is not None:
+        options.json.write_text(json.dumps({"ms": found, "step_ms": options.step_ms}, indent=1) + "\n")
     Console().print(table)
     Console().print(f"{mean / options.step_ms:.2%} of a step of {options.step_ms:g} ms")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...comm.refusal import Problem
-from .terms import PUBLISHED_GPU_HOURS, PUBLISHED_USD_PER_GPU_HOUR
+from .terms import PUBLISHED_GPU_HOURS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,6 @@ class BudgetConfig:
     """What a plan says that the run costs. A run is refused to start that is planned to cost more than what is left."""
     allow_over_plan: bool = False
     """Start it all the same."""
-    usd_per_gpu_hour: float = PUBLISHED_USD_PER_GPU_HOUR
-    """Price of a GPU-hour, for the bill; the default is the report's assumption."""
 
     def problems(self) -> Iterator[Problem]:
         """What is impossible about these values on their own."""
@@ -39,7 +37,5 @@ class BudgetConfig:
                 yield Problem(name, value, "must be greater than 0 and finite")
         if self.phase not in PUBLISHED_GPU_HOURS:
             yield Problem("phase", self.phase, f"must be one of {', '.join(PUBLISHED_GPU_HOURS)}")
-        if not (self.usd_per_gpu_hour >= 0 and math.isfinite(self.usd_per_gpu_hour)):
-            yield Problem("usd_per_gpu_hour", self.usd_per_gpu_hour, "must be at least 0 and finite")
         if self.project == "":
             yield Problem("project", self.project, "must name a file; null for none")

@@ -164,7 +164,7 @@ def test_a_project_that_makes_no_sense_is_refused(text: str, gist: str, tmp_path
 
 
 def test_the_configuration_of_the_guard_is_checked() -> None:
-    wrong = BudgetConfig(gpu_hours=1, warn_at=0, stop_at=-1, planned_gpu_hours=0, usd_per_gpu_hour=-2, project="")
+    wrong = BudgetConfig(gpu_hours=1, warn_at=0, stop_at=-1, planned_gpu_hours=0, project="")
     fields = [problem.field for problem in wrong.problems()]
-    assert fields == ["warn_at", "stop_at", "planned_gpu_hours", "usd_per_gpu_hour", "project"]
+    assert fields == ["warn_at", "stop_at", "planned_gpu_hours", "project"]
     assert set(PUBLISHED_GPU_HOURS) == {"pre_train", "context_extension", "post_training"}
