@@ -1,0 +1,381 @@
+"""One optimizer step of one layout: the runtime's program on a clock, with the time of every rank by term."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from ...comm.topology import Link, Topology
+from ...parallelism.pipeline.placement import Place, Placement
+from ...parallelism.pipeline.program import Instruction, Op, Program
+from ...parallelism.pipeline.replay import Replay
+from ...parallelism.pipeline.schedules import build_placement, build_program
+from ...parallelism.pipeline.timetable import Timetable
+from ...trainer.costs.cluster import ClusterConfig
+from ...trainer.costs.flops import FlopCount, count_flops
+from ...trainer.model.config import ModelConfig
+from ...trainer.stages import split_layers
+from .exchange import Wire
+from .lanes import ChunkCosts, Lanes, StageShape
+from .memory import MemoryForecast, Parameters, forecast_memory, stage_parameters
+from .operations import Shape
+from .pricing import Compute
+from .recipe import Precision, Recipe
+from .tables import Coverage
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is spread, and in which order it runs."""
+
+    topology: Topology
+    schedule: str
+    micro_batch: int = 1
+    chunks: int | None = None
+    layers: tuple[int, ...] | None = None
+    """Of each stage; None: balanced by FLOPs, as the runtime does."""
+
+    def micro_batches(self, global_batch: int) -> int:
+        """Of one rank in one step."""
+        return global_batch // (self.topology.dp * self.micro_batch)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one optimizer step will take. Seconds and bytes; lists are by pipeline rank."""
+
+    layout: Layout
+    recipe: Recipe
+    stages: tuple[StageShape, ...]
+    replay: Replay
+    terms: tuple[dict[str, float], ...]
+    """The ledger's productive terms of each rank: F, I, W, B and FB net of waits, exposed_exchange, edge_wait."""
+    reduce: float
+    """Gradients over replicas, and weights back from their shards."""
+    optimizer: float
+    memory: tuple[MemoryForecast, ...]
+    flops: FlopCount
+    tokens: int
+    """Of the global batch."""
+    peak_flops: float
+    """Of one GPU, that utilisation is measured against."""
+    transfer: float
+    """Of one message between stages."""
+    coverage: Coverage
+
+    @property
+    def seconds(self) -> float:
+        """Of the step."""
+        return self.replay.makespan + self.reduce + self.optimizer
+
+    @property
+    def gpus(self) -> int:
+        """All ranks."""
+        return self.layout.topology.world_size
+
+    @property
+    def tokens_per_second_and_gpu(self) -> float:
+        """Throughput of one GPU."""
+        return self.tokens / self.seconds / self.gpus
+
+    @property
+    def mfu(self) -> float:
+        """Main model, causal, without MTP: the convention of the published 38.94 %."""
+        return self.flops.main * self.tokens_per_second_and_gpu / self.peak_flops
+
+    @property
+    def peak_memory(self) -> MemoryForecast:
+        """Of the rank that needs most."""
+        return max(self.memory, key=lambda memory: memory.total)
+
+    def gpu_hours(self, tokens: float) -> float:
+        """Of training on so many tokens at this rate."""
+        return tokens / self.tokens_per_second_and_gpu / 3600
+
+    @cached_property
+    def mean_terms(self) -> dict[str, float]:
+        """The terms, mean over ranks."""
+        return {name: sum(rank[name] for rank in self.terms) / len(self.terms) for name in self.terms[0]}
+
+    def report_view(self) -> dict[str, float]:
+        """The terms of the Insights paper's table 4, mean over ranks: instructions with their waits for exchanges."""
+        mean = {op: sum(self.instruction_seconds(op)) / len(self.terms) for op in Op}
+        return {
+            "1F": mean[Op.F],
+            "bubble": self.mean_terms["edge_wait"],
+            "1B": mean[Op.I] + mean[Op.B],
+            "1W": mean[Op.W],
+            "1F1B": mean[Op.FB],
+            "opt": self.reduce + self.optimizer,
+        }
+
+    def instruction_seconds(self, op: Op) -> list[float]:
+        """Of all instructions of one kind, by rank."""
+        program = self.replay.program
+        return [
+            sum(end - start for entry, start, end in zip(row, starts, ends, strict=True) if entry.op is op)
+            for row, starts, ends in zip(program.instructions, self.replay.starts, self.replay.ends, strict=True)
+        ]
+
+    @property
+    def limit(self) -> str:
+        """What costs most beside computing, in words."""
+        mean, busy = self.mean_terms, self.replay.busy
+        parts = {
+            "waits between stages": mean["edge_wait"],
+            "exposed exchanges": mean["exposed_exchange"],
+            "gradients and optimizer": self.reduce + self.optimizer,
+        }
+        name = max(parts, key=lambda key: parts[key])
+        uneven = max(busy) - sum(busy) / len(busy)
+        detail = f", {uneven / self.seconds:.0%} of it uneven stages" if name == "waits between stages" else ""
+        return f"{name} {parts[name] / self.seconds:.0%}{detail}"
+
+
+@dataclass
+class Forecaster:
+    """Forecasts steps of one model on one cluster. Keeps programs, partitions and prices between them."""
+
+    model: ModelConfig
+    cluster: ClusterConfig
+    sequence_length: int
+    flops: FlopCount = field(init=False)
+    _programs: dict[tuple[str, int, int, int | None], tuple[Program, Timetable]] = field(default_factory=dict)
+    _splits: dict[tuple[int, tuple[int, ...] | None], tuple[range, ...]] = field(default_factory=dict)
+    _costs: dict[tuple[Recipe, int, int], ChunkCosts] = field(default_factory=dict)
+    simulated: int = 0
+    """Full simulations so far."""
+
+    def __post_init__(self) -> None:
+        self.flops = count_flops(self.model, self.sequence_length)
+
+    def forecast(self, layout: Layout, recipe: Recipe, global_batch: int) -> Forecast:
+        """Simulate one step; layout and batch must be legal. Raises `Refused` where figures are missing."""
+        costs, stages = self.costs(layout, recipe), self.stages(layout)
+        program, timetable = self._program(layout, layout.micro_batches(global_batch))
+        held = self._held(program.placement, stages)
+        runs = _Runs(costs, held, program, recipe, self._slowest(layout, recipe))
+        transfer = self.transfer(layout, recipe)
+        replay = timetable.replay(runs.duration, transfer)
+        self.simulated += 1
+        reduce, optimizer = self.update(layout, recipe)
+        peak = self.cluster.peak_tflops
+        assert peak is not None
+        return Forecast(
+            layout=layout,
+            recipe=recipe,
+            stages=stages,
+            replay=replay,
+            terms=tuple(runs.terms(rank, bubble) for rank, bubble in enumerate(replay.bubbles)),
+            reduce=reduce,
+            optimizer=optimizer,
+            memory=self.memory(layout, recipe, program),
+            flops=self.flops,
+            tokens=global_batch * self.sequence_length,
+            peak_flops=peak * 1e12,
+            transfer=transfer,
+            coverage=costs.cost.coverage,
+        )
+
+    def lower_bound(self, layout: Layout, recipe: Recipe, global_batch: int) -> float:
+        """Seconds that no order of things can beat: the computing of the busiest rank, and the update."""
+        costs, stages = self.costs(layout, recipe), self.stages(layout)
+        placement = build_placement(layout.schedule, layout.topology.pp, layout.chunks)
+        count = layout.micro_batches(global_batch) / len(placement.holders(0))
+        held = self._held(placement, stages)
+        busy = [count * sum(costs.compute_seconds(stage) for stage in rank) for rank in held]
+        longest = max(busy) if recipe.imbalance else sum(busy) / len(busy)
+        return longest * self._slowest(layout, recipe) + sum(self.update(layout, recipe))
+
+    def memory(self, layout: Layout, recipe: Recipe, program: Program) -> tuple[MemoryForecast, ...]:
+        """Of every pipeline rank."""
+        stages = self.stages(layout)
+        held = self._held(program.placement, stages)
+        shape = self._shape(layout, recipe)
+        return tuple(
+            forecast_memory(
+                program.instructions[rank], held[rank], shape, recipe, self._parameters(layout, program.placement, rank)
+            )
+            for rank in range(program.ranks)
+        )
+
+    def program(self, layout: Layout, global_batch: int) -> Program:
+        """The program of one step."""
+        return self._program(layout, layout.micro_batches(global_batch))[0]
+
+    def stages(self, layout: Layout) -> tuple[StageShape, ...]:
+        """What each stage holds, by the runtime's own partition."""
+        count = build_placement(layout.schedule, layout.topology.pp, layout.chunks).stages
+        key = count, layout.layers
+        if key not in self._splits:
+            self._splits[key] = split_layers(self.model, self.sequence_length, count, layout.layers).ranges
+        ranges = self._splits[key]
+        dense = [sum(layer < self.model.dense_layers for layer in layers) for layers in ranges]
+        return tuple(
+            StageShape(dense[stage], len(layers) - dense[stage], stage == 0, stage == count - 1)
+            for stage, layers in enumerate(ranges)
+        )
+
+    def costs(self, layout: Layout, recipe: Recipe) -> ChunkCosts:
+        """Prices of chunks."""
+        key = recipe, layout.topology.ep, layout.micro_batch
+        if key not in self._costs:
+            cost = Compute.of(self.cluster, recipe)
+            wire = Wire(self.cluster, recipe, cost.table, cost.coverage)
+            self._costs[key] = ChunkCosts(self._shape(layout, recipe), cost, wire)
+        return self._costs[key]
+
+    def transfer(self, layout: Layout, recipe: Recipe) -> float:
+        """Of one message between neighbours: bytes over the slowest link between any two."""
+        topology = layout.topology
+        if topology.pp == 1 or not recipe.edges:
+            return 0.0
+        tokens = self.sequence_length * layout.micro_batch
+        table = self.costs(layout, recipe).cost.table
+        measured = table.find("edge", "message", f"{layout.micro_batch}x{self.sequence_length}")
+        if measured is not None:
+            return measured.seconds
+        links = {topology.link(rank, rank + topology.dp) for rank in range(topology.dp)}
+        name = "infiniband_gbps" if Link.INFINIBAND in links else "nvlink_gbps"
+        rate = self.cluster.__dict__[name]
+        return tokens * self.model.hidden * max(2, recipe.precision.bytes) / (rate * 1e9) if rate else 0.0
+
+    def update(self, layout: Layout, recipe: Recipe) -> tuple[float, float]:
+        """Seconds of reducing gradients with gathering weights, and of the optimizer, on the rank that takes longest."""
+        placement = build_placement(layout.schedule, layout.topology.pp, layout.chunks)
+        ranks = range(placement.ranks)
+        both = [self._update(layout, recipe, self._parameters(layout, placement, rank)) for rank in ranks]
+        return max(reduce for reduce, _ in both), max(optimizer for _, optimizer in both)
+
+    def _update(self, layout: Layout, recipe: Recipe, held: Parameters) -> tuple[float, float]:
+        topology, size = layout.topology, layout.topology.gpus_per_node
+        table = self.costs(layout, recipe).cost.table
+        wide = max(2, recipe.precision.bytes)
+        local = table.find("phase", "optimizer", "any")
+        if local is not None:  # nanoseconds a parameter, as calibrated
+            reduced = table.find("phase", "reduce", "any")
+            per_parameter = reduced.value * 1e-9 if reduced is not None else 0.0
+            copied = held.dense * (held.dense_copies > 1) + held.routed * (held.routed_copies > 1)
+            return copied * per_parameter, (held.dense + held.routed) * local.value * 1e-9
+        dense = self._collective(held.dense * (4 + wide), held.dense_copies, min(topology.dp, size))
+        expert_neighbours = max(1, min(topology.edp, size // topology.ep))
+        routed = self._collective(held.routed * (4 + wide), held.routed_copies, expert_neighbours)
+        shard = held.dense / held.dense_copies + held.routed / held.routed_copies
+        touched = shard * (4 + 4 + 8 + 2 * recipe.moment_bytes + wide)  # norm, gradient, master, moments, weight
+        if recipe.precision is Precision.FP8:
+            touched += (held.dense + held.routed) * 4  # weights read, both layouts written
+        share = table.find("memory", "update", "any")
+        rate = (self.cluster.memory_gbps or math.inf) * 1e9 * (share.value if share is not None else 1.0)
+        return dense + routed, touched / rate
+
+    def _collective(self, count: float, ranks: int, inside: int) -> float:
+        """A reduce-scatter or all-gather of `count` bytes: rings inside nodes and between them run at the same time."""
+        if ranks == 1:
+            return 0.0
+        nodes = max(1, ranks // inside)
+        nvlink, infiniband = self.cluster.nvlink_gbps, self.cluster.infiniband_gbps
+        seconds = [0.0]
+        if inside > 1 and nvlink is not None:
+            seconds.append(count * (inside - 1) / inside / (nvlink * 1e9))
+        if nodes > 1 and infiniband is not None:
+            seconds.append(count * (nodes - 1) / nodes / inside / (infiniband * 1e9))
+        return max(seconds)
+
+    def _parameters(self, layout: Layout, placement: Placement, rank: int) -> Parameters:
+        topology, copies = layout.topology, len(placement.holders(0))
+        held = self._held(placement, self.stages(layout))[rank]
+        both = [stage_parameters(self.model, stage) for stage in held]
+        dense, table = sum(part[0] for part in both), self.model.vocabulary * self.model.hidden
+        first, last = any(stage.is_first for stage in held), any(stage.is_last for stage in held)
+        replica = bool(self.model.mtp_depth) and last and not first  # an embedding of its own, for MTP
+        routed = sum(part[1] for part in both) / topology.ep
+        tables = table * (first + last + replica)
+        return Parameters(dense + table * replica, routed, topology.dp * copies, topology.edp * copies, tables)
+
+    def _held(self, placement: Placement, stages: Sequence[StageShape]) -> list[tuple[StageShape, ...]]:
+        return [
+            tuple(stages[placement.stage(Place(rank, chunk))] for chunk in range(placement.chunks))
+            for rank in range(placement.ranks)
+        ]
+
+    def _program(self, layout: Layout, micro_batches: int) -> tuple[Program, Timetable]:
+        key = layout.schedule, layout.topology.pp, micro_batches, layout.chunks
+        if key not in self._programs:
+            program = build_program(*key)
+            self._programs[key] = program, Timetable.of(program)
+        return self._programs[key]
+
+    def _shape(self, layout: Layout, recipe: Recipe) -> Shape:
+        return Shape(self.model, self.sequence_length, layout.micro_batch, layout.topology.ep, recipe.skew)
+
+    def _slowest(self, layout: Layout, recipe: Recipe) -> float:
+        """The slowest of so many nodes: the expected maximum of normal speeds."""
+        nodes = max(1, layout.topology.world_size // layout.topology.gpus_per_node)
+        return 1 + recipe.jitter * math.sqrt(2 * math.log(nodes))
+
+
+class _Runs:
+    """Durations of the instructions of a program, and what of them is waiting."""
+
+    def __init__(
+        self,
+        costs: ChunkCosts,
+        held: Sequence[tuple[StageShape, ...]],
+        program: Program,
+        recipe: Recipe,
+        slowest: float,
+    ) -> None:
+        self._costs, self._held, self._program, self._slowest = costs, held, program, slowest
+        self._counts: list[dict[tuple[Op, int, int], int]] = []
+        for row in program.instructions:
+            counts: dict[tuple[Op, int, int], int] = {}
+            for entry in row:
+                key = _key(entry)
+                counts[key] = counts.get(key, 0) + 1
+            self._counts.append(counts)
+        self._seconds = [{key: self._lanes(rank, key).now * slowest for key in c} for rank, c in enumerate(self._counts)]
+        if not recipe.imbalance:
+            self._level()
+
+    def duration(self, rank: int, instruction: Instruction) -> float:
+        """Of `instruction` on `rank`."""
+        return self._seconds[rank][_key(instruction)]
+
+    def terms(self, rank: int, bubble: float) -> dict[str, float]:
+        """Where the time of a rank goes; disjoint."""
+        terms: dict[str, float] = dict.fromkeys([op.value for op in Op], 0.0)
+        exposed = 0.0
+        for key, count in self._counts[rank].items():
+            waits = min(self._lanes(rank, key).exposed * self._slowest, self._seconds[rank][key])
+            terms[key[0].value] += count * (self._seconds[rank][key] - waits)
+            exposed += count * waits
+        return terms | {"exposed_exchange": exposed, "edge_wait": bubble}
+
+    def _lanes(self, rank: int, key: tuple[Op, int, int]) -> Lanes:
+        op, forward, backward = key
+        held = self._held[rank]
+        return self._costs.run(
+            op.value, held[forward] if forward >= 0 else None, held[backward] if backward >= 0 else None
+        )
+
+    def _level(self) -> None:
+        """Every op takes the mean of its kind, as if all stages were equal."""
+        for op in Op:
+            all_of = [
+                (count, self._seconds[rank][key])
+                for rank, counts in enumerate(self._counts)
+                for key, count in counts.items()
+                if key[0] is op
+            ]
+            if not all_of:
+                continue
+            mean = sum(count * seconds for count, seconds in all_of) / sum(count for count, _ in all_of)
+            for seconds_of in self._seconds:
+                seconds_of.update({key: mean for key in seconds_of if key[0] is op})
+
+
+def _key(entry: Instruction) -> tuple[Op, int, int]:
+    forward, backward = entry.forward, entry.backward
+    return entry.op, -1 if forward is None else forward.chunk, -1 if backward is None else backward.chunk
