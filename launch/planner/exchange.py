@@ -108,7 +108,7 @@ class Wire:
             return measured
         rows = [row for row in self.table.of("sync", "overlapped") if row.name == exchange.value]
         syncs = tuple(row.seconds for row in sorted(rows, key=lambda row: row.outputs)) or (0.0,)
-        alone = self._alone(shape, exchange) * (1 + self.recipe.skew)
+        alone = self._alone(shape, exchange) * (1 + self.recipe.skew) / self.recipe.links
         beside = alone * self._contention(exchange)
         self.coverage.add("measured" if rows else "published", beside + sum(syncs) / len(syncs))
         return Travel(exchange.value, beside, alone, syncs)

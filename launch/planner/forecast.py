@@ -19,7 +19,7 @@ from ...trainer.model.config import ModelConfig
 from ...trainer.stages import split_layers
 from .exchange import Wire
 from .lanes import ChunkCosts, Lanes, StageShape
-from .memory import MemoryForecast, Parameters, forecast_memory, stage_parameters
+from .memory import MemoryForecast, Occupancy, Parameters, forecast_memory, occupancy, stage_parameters, static_bytes
 from .operations import Shape
 from .pricing import Compute
 from .recipe import Precision, Recipe
@@ -142,9 +142,12 @@ class Forecaster:
     cluster: ClusterConfig
     sequence_length: int
     flops: FlopCount = field(init=False)
-    _programs: dict[tuple[str, int, int, int | None], tuple[Program, Timetable]] = field(default_factory=dict)
-    _splits: dict[tuple[int, tuple[int, ...] | None], tuple[range, ...]] = field(default_factory=dict)
+    _programs: dict[tuple[str, int, int, int | None], Program] = field(default_factory=dict)
+    _timetables: dict[tuple[str, int, int, int | None], Timetable] = field(default_factory=dict)
+    _splits: dict[tuple[int, tuple[int, ...] | None], tuple[StageShape, ...]] = field(default_factory=dict)
+    _parameters: dict[Layout, tuple[Parameters, ...]] = field(default_factory=dict)
     _costs: dict[tuple[Recipe, int, int], ChunkCosts] = field(default_factory=dict)
+    _occupancy: dict[tuple[str, int, int, int], tuple[Occupancy, ...]] = field(default_factory=dict)
     simulated: int = 0
     """Full simulations so far."""
 
@@ -154,7 +157,8 @@ class Forecaster:
     def forecast(self, layout: Layout, recipe: Recipe, global_batch: int) -> Forecast:
         """Simulate one step; layout and batch must be legal. Raises `Refused` where figures are missing."""
         costs, stages = self.costs(layout, recipe), self.stages(layout)
-        program, timetable = self._program(layout, layout.micro_batches(global_batch))
+        timetable = self._timetable(layout, layout.micro_batches(global_batch))
+        program = timetable.program
         held = self._held(program.placement, stages)
         runs = _Runs(costs, held, program, recipe, self._slowest(layout, recipe))
         transfer = self.transfer(layout, recipe)
@@ -191,32 +195,35 @@ class Forecaster:
 
     def memory(self, layout: Layout, recipe: Recipe, program: Program) -> tuple[MemoryForecast, ...]:
         """Of every pipeline rank."""
-        stages = self.stages(layout)
-        held = self._held(program.placement, stages)
-        shape = self._shape(layout, recipe)
+        held = self._held(program.placement, self.stages(layout))
+        shape, key = self._shape(layout, recipe), (program.schedule, program.ranks, program.micro_batches, program.chunks)
+        if key not in self._occupancy:
+            self._occupancy[key] = tuple(map(occupancy, program.instructions))
         return tuple(
-            forecast_memory(
-                program.instructions[rank], held[rank], shape, recipe, self._parameters(layout, program.placement, rank)
-            )
-            for rank in range(program.ranks)
+            forecast_memory(moments, stages, shape, recipe, parameters)
+            for moments, stages, parameters in zip(self._occupancy[key], held, self.parameters(layout), strict=True)
         )
+
+    def static_memory(self, layout: Layout, recipe: Recipe) -> float:
+        """Bytes of weights, gradients and optimizer of the rank that has most."""
+        return max(sum(static_bytes(recipe, held)) for held in self.parameters(layout))
 
     def program(self, layout: Layout, global_batch: int) -> Program:
         """The program of one step."""
-        return self._program(layout, layout.micro_batches(global_batch))[0]
+        return self._program(layout, layout.micro_batches(global_batch))
 
     def stages(self, layout: Layout) -> tuple[StageShape, ...]:
         """What each stage holds, by the runtime's own partition."""
         count = build_placement(layout.schedule, layout.topology.pp, layout.chunks).stages
         key = count, layout.layers
         if key not in self._splits:
-            self._splits[key] = split_layers(self.model, self.sequence_length, count, layout.layers).ranges
-        ranges = self._splits[key]
-        dense = [sum(layer < self.model.dense_layers for layer in layers) for layers in ranges]
-        return tuple(
-            StageShape(dense[stage], len(layers) - dense[stage], stage == 0, stage == count - 1)
-            for stage, layers in enumerate(ranges)
-        )
+            ranges = split_layers(self.model, self.sequence_length, count, layout.layers).ranges
+            dense = [sum(layer < self.model.dense_layers for layer in layers) for layers in ranges]
+            self._splits[key] = tuple(
+                StageShape(dense[stage], len(layers) - dense[stage], stage == 0, stage == count - 1)
+                for stage, layers in enumerate(ranges)
+            )
+        return self._splits[key]
 
     def costs(self, layout: Layout, recipe: Recipe) -> ChunkCosts:
         """Prices of chunks."""
@@ -232,6 +239,8 @@ class Forecaster:
         topology = layout.topology
         if topology.pp == 1 or not recipe.edges:
             return 0.0
+        if recipe.message_seconds is not None:
+            return recipe.message_seconds
         tokens = self.sequence_length * layout.micro_batch
         table = self.costs(layout, recipe).cost.table
         measured = table.find("edge", "message", f"{layout.micro_batch}x{self.sequence_length}")
@@ -240,13 +249,11 @@ class Forecaster:
         links = {topology.link(rank, rank + topology.dp) for rank in range(topology.dp)}
         name = "infiniband_gbps" if Link.INFINIBAND in links else "nvlink_gbps"
         rate = self.cluster.__dict__[name]
-        return tokens * self.model.hidden * max(2, recipe.precision.bytes) / (rate * 1e9) if rate else 0.0
+        return tokens * self.model.hidden * max(2, recipe.precision.bytes) / (rate * recipe.links * 1e9) if rate else 0.0
 
     def update(self, layout: Layout, recipe: Recipe) -> tuple[float, float]:
         """Seconds of reducing gradients with gathering weights, and of the optimizer, on the rank that takes longest."""
-        placement = build_placement(layout.schedule, layout.topology.pp, layout.chunks)
-        ranks = range(placement.ranks)
-        both = [self._update(layout, recipe, self._parameters(layout, placement, rank)) for rank in ranks]
+        both = [self._update(layout, recipe, held) for held in self.parameters(layout)]
         return max(reduce for reduce, _ in both), max(optimizer for _, optimizer in both)
 
     def _update(self, layout: Layout, recipe: Recipe, held: Parameters) -> tuple[float, float]:
@@ -283,9 +290,16 @@ class Forecaster:
             seconds.append(count * (nodes - 1) / nodes / inside / (infiniband * 1e9))
         return max(seconds)
 
-    def _parameters(self, layout: Layout, placement: Placement, rank: int) -> Parameters:
-        topology, copies = layout.topology, len(placement.holders(0))
-        held = self._held(placement, self.stages(layout))[rank]
+    def parameters(self, layout: Layout) -> tuple[Parameters, ...]:
+        """What one rank of each pipeline rank holds."""
+        if layout not in self._parameters:
+            placement = build_placement(layout.schedule, layout.topology.pp, layout.chunks)
+            copies = len(placement.holders(0))
+            held = self._held(placement, self.stages(layout))
+            self._parameters[layout] = tuple(self._count(layout.topology, copies, stages) for stages in held)
+        return self._parameters[layout]
+
+    def _count(self, topology: Topology, copies: int, held: Sequence[StageShape]) -> Parameters:
         both = [stage_parameters(self.model, stage) for stage in held]
         dense, table = sum(part[0] for part in both), self.model.vocabulary * self.model.hidden
         first, last = any(stage.is_first for stage in held), any(stage.is_last for stage in held)
@@ -300,11 +314,16 @@ class Forecaster:
             for rank in range(placement.ranks)
         ]
 
-    def _program(self, layout: Layout, micro_batches: int) -> tuple[Program, Timetable]:
+    def _timetable(self, layout: Layout, micro_batches: int) -> Timetable:
+        key = layout.schedule, layout.topology.pp, micro_batches, layout.chunks
+        if key not in self._timetables:
+            self._timetables[key] = Timetable.of(self._program(layout, micro_batches))
+        return self._timetables[key]
+
+    def _program(self, layout: Layout, micro_batches: int) -> Program:
         key = layout.schedule, layout.topology.pp, micro_batches, layout.chunks
         if key not in self._programs:
-            program = build_program(*key)
-            self._programs[key] = program, Timetable.of(program)
+            self._programs[key] = build_program(*key)
         return self._programs[key]
 
     def _shape(self, layout: Layout, recipe: Recipe) -> Shape:
@@ -338,6 +357,8 @@ class _Runs:
         self._seconds = [{key: self._lanes(rank, key).now * slowest for key in c} for rank, c in enumerate(self._counts)]
         if not recipe.imbalance:
             self._level()
+        for rank, factor in recipe.slowed:
+            self._seconds[rank] = {key: seconds * factor for key, seconds in self._seconds[rank].items()}
 
     def duration(self, rank: int, instruction: Instruction) -> float:
         """Of `instruction` on `rank`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from ...parallelism.pipeline.program import Instruction, Op
 from ...trainer.model.config import ModelConfig
@@ -62,6 +63,7 @@ class MemoryForecast:
         return self.total - self.fixed
 
 
+@cache
 def activation_bytes(shape: Shape, recipe: Recipe, *, routed: bool) -> float:
     """What one layer keeps of one micro-batch for its backward."""
     return sum(size for _, size in kept(shape, recipe, routed=routed))
@@ -140,21 +142,47 @@ def stage_activations(shape: Shape, recipe: Recipe, stage: StageShape) -> float:
     return held
 
 
+Occupancy = frozenset[tuple[tuple[int, ...], tuple[int, ...]]]
+"""Every moment of one rank that may be its worst: of each chunk, micro-batches alive and waiting for their W."""
+
+
+def occupancy(instructions: Sequence[Instruction]) -> Occupancy:
+    """Replay the instructions of one rank."""
+    chunks = 1 + max((work.chunk for entry in instructions for work in entry.works), default=0)
+    alive, waiting = [0] * chunks, [0] * chunks
+    moments = set()
+    for entry in instructions:
+        if entry.forward is not None:
+            alive[entry.forward.chunk] += 1
+        moments.add((tuple(alive), tuple(waiting)))
+        if entry.backward is None:
+            continue
+        if entry.op is Op.I:
+            waiting[entry.backward.chunk] += 1
+            moments.add((tuple(alive), tuple(waiting)))
+        else:
+            alive[entry.backward.chunk] -= 1
+            waiting[entry.backward.chunk] -= entry.op is Op.W
+    return frozenset(moment for moment in moments if not any(_exceeds(other, moment) for other in moments))
+
+
+def _exceeds(a: tuple[tuple[int, ...], ...], b: tuple[tuple[int, ...], ...]) -> bool:
+    """Whether `a` holds as much as `b` of everything, and more of something."""
+    return a != b and all(x >= y for left, right in zip(a, b, strict=True) for x, y in zip(left, right, strict=True))
+
+
 def forecast_memory(
-    instructions: Sequence[Instruction], stages: Sequence[StageShape], shape: Shape, recipe: Recipe, held: Parameters
+    moments: Occupancy, stages: Sequence[StageShape], shape: Shape, recipe: Recipe, held: Parameters
 ) -> MemoryForecast:
-    """Replay the instructions of one rank, whose chunks hold `stages`."""
+    """The worst of the `moments` of one rank, whose chunks hold `stages`."""
     alive = [stage_activations(shape, recipe, stage) for stage in stages]
     pending = [deferred_bytes(shape, recipe, stage) for stage in stages]
-    activations, deferred = _peak(instructions, alive, pending)
-    low = 2.0 if recipe.precision is Precision.FP8 else 0.0  # both layouts of a Linear's weight
-    wide = max(2, recipe.precision.bytes)
-    state = 4.0 + recipe.moment_bytes
-    count = held.dense + held.routed
+    activations, deferred = max((_held(moment, alive, pending) for moment in moments), key=sum)
+    weights, gradients, optimizer = static_bytes(recipe, held)
     return MemoryForecast(
-        weights=wide * count + low * (count - held.tables),
-        gradients=4.0 * count,
-        optimizer=state * (held.dense / held.dense_copies + held.routed / held.routed_copies),
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
         activations=activations,
         deferred=deferred,
         working=_working(shape, recipe, stages),
@@ -162,24 +190,24 @@ def forecast_memory(
     )
 
 
-def _peak(
-    instructions: Sequence[Instruction], alive: Sequence[float], pending: Sequence[float]
+def static_bytes(recipe: Recipe, held: Parameters) -> tuple[float, float, float]:
+    """Weights, gradients and optimizer state of one rank: 6 + 8/d bytes a parameter with BF16 moments, and FP8 copies."""
+    low = 2.0 if recipe.precision is Precision.FP8 else 0.0  # both layouts of a Linear's weight
+    count = held.dense + held.routed
+    weights = max(2, recipe.precision.bytes) * count + low * (count - held.tables)
+    shards = held.dense / held.dense_copies + held.routed / held.routed_copies
+    return weights, 4.0 * count, (4.0 + recipe.moment_bytes) * shards
+
+
+def _held(
+    moment: tuple[tuple[int, ...], tuple[int, ...]], alive: Sequence[float], pending: Sequence[float]
 ) -> tuple[float, float]:
-    """Activations and deferred gradients when they are most together."""
-    held, waiting, worst = 0.0, 0.0, (0.0, 0.0)
-    for entry in instructions:
-        if entry.forward is not None:
-            held += alive[entry.forward.chunk]
-        worst = max(worst, (held, waiting), key=sum)
-        if entry.backward is None:
-            continue
-        chunk = entry.backward.chunk
-        if entry.op is Op.I:
-            waiting += pending[chunk]
-        else:
-            held -= alive[chunk]
-            waiting -= pending[chunk] if entry.op is Op.W else 0.0
-    return worst
+    """Activations and deferred gradients at one moment."""
+    counts, waiting = moment
+    return (
+        sum(count * size for count, size in zip(counts, alive, strict=True)),
+        sum(count * size for count, size in zip(waiting, pending, strict=True)),
+    )
 
 
 def _working(shape: Shape, recipe: Recipe, stages: Sequence[StageShape]) -> float:

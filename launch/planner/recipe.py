@@ -42,8 +42,8 @@ class Sync(StrEnum):
 class Recipe:
     """Defaults are what the report says of DeepSeek-V3's run, and a machine without disturbances.
 
-    `skew`, `jitter`, `imbalance` and `edges` are explicit inputs and never fitted: see `benchmarks/planner_accuracy.py`
-    for what each of them would explain.
+    All that disturbs a run (`skew` to `slowed`) is an explicit input and never fitted; `shoestring simulate` prints what
+    each of them would explain.
     """
 
     precision: Precision = Precision.FP8
@@ -62,6 +62,12 @@ class Recipe:
     """Whether stages cost what their layers cost; false: all the mean of them, as no real partition does."""
     edges: bool = True
     """Whether messages between stages take bytes over bandwidth; false: no time."""
+    links: float = 1.0
+    """Factor on the pace of every link, for what-ifs."""
+    message_seconds: float | None = None
+    """Of a message between stages, for what-ifs; None: bytes over bandwidth."""
+    slowed: tuple[tuple[int, float], ...] = ()
+    """Pipeline ranks that take longer by a factor, for what-ifs; negative ranks count from the last."""
     moment_bytes: int = 4
     """Bytes a parameter of both Adam moments: 4 in BF16 (report §3.3.3), 8 in FP32."""
 
