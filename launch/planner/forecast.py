@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -130,8 +131,8 @@ class Forecast:
         }
         name = max(parts, key=lambda key: parts[key])
         uneven = max(busy) - sum(busy) / len(busy)
-        detail = f", {uneven / self.seconds:.0%} of it uneven stages" if name == "waits between stages" else ""
-        return f"{name} {parts[name] / self.seconds:.0%}{detail}"
+        detail = f" ({uneven / self.seconds:.1%} for uneven stages)" if name == "waits between stages" else ""
+        return f"{name} {parts[name] / self.seconds:.1%} of the step{detail}"
 
 
 @dataclass
@@ -148,8 +149,7 @@ class Forecaster:
     _parameters: dict[Layout, tuple[Parameters, ...]] = field(default_factory=dict)
     _costs: dict[tuple[Recipe, int, int], ChunkCosts] = field(default_factory=dict)
     _occupancy: dict[tuple[str, int, int, int], tuple[Occupancy, ...]] = field(default_factory=dict)
-    simulated: int = 0
-    """Full simulations so far."""
+    _kinds: dict[tuple[str, int, int, int], list[dict[tuple[Op, int, int], int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.flops = count_flops(self.model, self.sequence_length)
@@ -160,10 +160,9 @@ class Forecaster:
         timetable = self._timetable(layout, layout.micro_batches(global_batch))
         program = timetable.program
         held = self._held(program.placement, stages)
-        runs = _Runs(costs, held, program, recipe, self._slowest(layout, recipe))
+        runs = _Runs(costs, held, self._counts(program), recipe, self._slowest(layout, recipe))
         transfer = self.transfer(layout, recipe)
         replay = timetable.replay(runs.duration, transfer)
-        self.simulated += 1
         reduce, optimizer = self.update(layout, recipe)
         peak = self.cluster.peak_tflops
         assert peak is not None
@@ -182,6 +181,10 @@ class Forecaster:
             transfer=transfer,
             coverage=costs.cost.coverage,
         )
+
+    def prepare(self, layout: Layout, global_batch: int) -> None:
+        """Build the program of a layout, so that forecasts of it only run it."""
+        self._timetable(layout, layout.micro_batches(global_batch))
 
     def lower_bound(self, layout: Layout, recipe: Recipe, global_batch: int) -> float:
         """Seconds that no order of things can beat: the computing of the busiest rank, and the update."""
@@ -326,6 +329,12 @@ class Forecaster:
             self._programs[key] = build_program(*key)
         return self._programs[key]
 
+    def _counts(self, program: Program) -> Sequence[dict[tuple[Op, int, int], int]]:
+        key = program.schedule, program.ranks, program.micro_batches, program.chunks
+        if key not in self._kinds:
+            self._kinds[key] = _kinds(program)
+        return self._kinds[key]
+
     def _shape(self, layout: Layout, recipe: Recipe) -> Shape:
         return Shape(self.model, self.sequence_length, layout.micro_batch, layout.topology.ep, recipe.skew)
 
@@ -342,18 +351,12 @@ class _Runs:
         self,
         costs: ChunkCosts,
         held: Sequence[tuple[StageShape, ...]],
-        program: Program,
+        counts: Sequence[dict[tuple[Op, int, int], int]],
         recipe: Recipe,
         slowest: float,
     ) -> None:
-        self._costs, self._held, self._program, self._slowest = costs, held, program, slowest
-        self._counts: list[dict[tuple[Op, int, int], int]] = []
-        for row in program.instructions:
-            counts: dict[tuple[Op, int, int], int] = {}
-            for entry in row:
-                key = _key(entry)
-                counts[key] = counts.get(key, 0) + 1
-            self._counts.append(counts)
+        self._costs, self._held, self._slowest = costs, held, slowest
+        self._counts = counts
         self._seconds = [{key: self._lanes(rank, key).now * slowest for key in c} for rank, c in enumerate(self._counts)]
         if not recipe.imbalance:
             self._level()
@@ -362,7 +365,10 @@ class _Runs:
 
     def duration(self, rank: int, instruction: Instruction) -> float:
         """Of `instruction` on `rank`."""
-        return self._seconds[rank][_key(instruction)]
+        forward, backward = instruction.forward, instruction.backward
+        return self._seconds[rank][
+            instruction.op, -1 if forward is None else forward.chunk, -1 if backward is None else backward.chunk
+        ]
 
     def terms(self, rank: int, bubble: float) -> dict[str, float]:
         """Where the time of a rank goes; disjoint."""
@@ -395,6 +401,11 @@ class _Runs:
             mean = sum(count * seconds for count, seconds in all_of) / sum(count for count, _ in all_of)
             for seconds_of in self._seconds:
                 seconds_of.update({key: mean for key in seconds_of if key[0] is op})
+
+
+def _kinds(program: Program) -> list[dict[tuple[Op, int, int], int]]:
+    """Of each rank, how often it runs each kind of instruction."""
+    return [dict(Counter(map(_key, row))) for row in program.instructions]
 
 
 def _key(entry: Instruction) -> tuple[Op, int, int]:

@@ -138,13 +138,13 @@ def sensitivity(forecaster: Forecaster, layout: Layout, recipe: Recipe, global_b
     """What a change of one input would do to a step."""
     changes = {
         "+10 % pace of every link": replace(recipe, links=recipe.links * 1.1),
-        f"{max(0, recipe.comm_sms - 14)} instead of {recipe.comm_sms} SMs lent to the exchange": replace(
-            recipe, comm_sms=max(0, recipe.comm_sms - 14)
-        ),
         "first and last pipeline rank 8 % slower": replace(recipe, slowed=((0, 1.08), (-1, 1.08))),
         "experts' rows 20 % above the mean on every rank's critical path": replace(recipe, skew=0.2),
         "nodes that differ by 1.4 % (standard deviation)": replace(recipe, jitter=0.014),
     }
+    if recipe.comm_sms > 14:
+        lent = recipe.comm_sms - 14
+        changes[f"{lent} instead of {recipe.comm_sms} SMs lent to the exchange"] = replace(recipe, comm_sms=lent)
     return [
         WhatIf(name, forecaster.forecast(layout, changed, global_batch).seconds) for name, changed in changes.items()
     ]

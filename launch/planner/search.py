@@ -62,7 +62,7 @@ class SearchResult:
     seconds: float = 0.0
     """Of the search."""
     simulation_seconds: float = 0.0
-    """Of these, in full simulations."""
+    """Of these, in full simulations; programs are built once and for several of them."""
 
 
 def search(
@@ -90,6 +90,7 @@ def search(
             result.excluded = len(open_ones) - number
             result.smallest_excluded = bound
             break
+        forecaster.prepare(layout, global_batch)
         started = time.perf_counter()
         result.best.append(forecaster.forecast(layout, recipe, global_batch))
         result.simulation_seconds += time.perf_counter() - started

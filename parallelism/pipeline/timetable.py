@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .edges import Commit, Edge, edges
 from .placement import Direction
@@ -12,8 +13,7 @@ from .program import Program, ProgramError
 from .replay import Duration, Replay
 
 
-@dataclass(frozen=True)
-class _Node:
+class _Node(NamedTuple):
     """An instruction, or a batch of messages: when it can begin, and what it is."""
 
     after: tuple[int, ...]
@@ -48,15 +48,16 @@ class Timetable:
         starts: list[list[float]] = [[0.0] * len(row) for row in instructions]
         ends: list[list[float]] = [[0.0] * len(row) for row in instructions]
         times: list[float] = []
-        for node in self._nodes:
-            time = max([times[other] for other in node.after], default=0.0)
-            if node.rank >= 0:
-                starts[node.rank][node.index] = time
-                time += duration(node.rank, instructions[node.rank][node.index])
-                ends[node.rank][node.index] = time
-            elif node.travels:
+        end_of, note = times.__getitem__, times.append
+        for after, rank, index, travels in self._nodes:
+            time = max(map(end_of, after)) if after else 0.0
+            if rank >= 0:
+                starts[rank][index] = time
+                time += duration(rank, instructions[rank][index])
+                ends[rank][index] = time
+            elif travels:
                 time += transfer
-            times.append(time)
+            note(time)
         return Replay(self.program, tuple(map(tuple, starts)), tuple(map(tuple, ends)))
 
 
