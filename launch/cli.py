@@ -128,6 +128,12 @@ def _add_planner(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     plan.add_argument("--keep", type=int, default=5, metavar="N", help="layouts to print (default 5)")
     plan.add_argument("--format", choices=["table", "json"], default="table")
     plan.set_defaults(run=_plan)
+    text = "measure this machine's parts for the planner, as a cluster of its own"
+    calibrate = _with_overrides(verbs.add_parser("calibrate", help=text))
+    calibrate.add_argument("--output", type=Path, default=Path("calibration"), metavar="DIR", help="for --config-dir")
+    calibrate.add_argument("--ranks", type=int, default=2, metavar="N", help="processes at work (default 2)")
+    calibrate.add_argument("--repeats", type=int, default=20, metavar="N", help="of each measurement (default 20)")
+    calibrate.set_defaults(run=_calibrate)
 
 
 def _with_overrides(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -237,6 +243,15 @@ def _plan(options: argparse.Namespace) -> int:
         print(json.dumps(plan_tree(result), indent=1))
     else:
         _show(plan_table(result))
+    return 0
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from .calibrate import calibrate
+
+    size = options.ranks, options.repeats
+    written = calibrate(options.overrides, options.config_dir, options.output, *size)
+    print(f"wrote {written}; price with it: --config-dir {options.output} cluster=measured")
     return 0
 
 

@@ -6,6 +6,7 @@ visit, K experts it visits.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
@@ -101,11 +102,11 @@ class Wire:
         return model.hidden * max(2, self.recipe.precision.bytes)
 
     def _price(self, shape: Shape, exchange: Exchange) -> Travel:
-        if shape.expert_ranks == 1:
-            return Travel(exchange.value, 0.0, 0.0)
         measured = self._calibrated(shape, exchange)
         if measured is not None:
             return measured
+        if shape.expert_ranks == 1:
+            return Travel(exchange.value, 0.0, 0.0)
         rows = [row for row in self.table.of("sync", "overlapped") if row.name == exchange.value]
         syncs = tuple(row.seconds for row in sorted(rows, key=lambda row: row.outputs)) or (0.0,)
         alone = self._alone(shape, exchange) * (1 + self.recipe.skew) / self.recipe.links
@@ -114,12 +115,12 @@ class Wire:
         return Travel(exchange.value, beside, alone, syncs)
 
     def _calibrated(self, shape: Shape, exchange: Exchange) -> Travel | None:
-        """A whole exchange as `shoestring calibrate` measured it."""
+        """A whole exchange as `shoestring calibrate` measured it. On a CPU it hides behind nothing: its core computes."""
         row = self.table.find("phase", exchange.value, f"{shape.micro_batch}x{shape.sequence_length}/{shape.expert_ranks}")
         if row is None:
             return None
         self.coverage.add(row.evidence, row.seconds)
-        return Travel(exchange.value, row.seconds, row.seconds)
+        return Travel(exchange.value, math.inf, row.seconds)
 
     def _alone(self, shape: Shape, exchange: Exchange) -> float:
         """The slower of both links: forwarding inside the nodes goes on while more arrives."""

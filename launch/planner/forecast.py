@@ -264,11 +264,13 @@ class Forecaster:
         table = self.costs(layout, recipe).cost.table
         wide = max(2, recipe.precision.bytes)
         local = table.find("phase", "optimizer", "any")
-        if local is not None:  # nanoseconds a parameter, as calibrated
-            reduced = table.find("phase", "reduce", "any")
-            per_parameter = reduced.value * 1e-9 if reduced is not None else 0.0
+        if local is not None:  # as calibrated, for a thousand parameters
+            reduce, rest = (table.find("phase", name, "any") for name in ("reduce", "step"))
+            assert reduce is not None
+            assert rest is not None
             copied = held.dense * (held.dense_copies > 1) + held.routed * (held.routed_copies > 1)
-            return copied * per_parameter, (held.dense + held.routed) * local.value * 1e-9
+            updated = (held.dense + held.routed) / 1e3 * local.seconds
+            return copied / 1e3 * reduce.seconds, updated + rest.seconds
         dense = self._collective(held.dense * (4 + wide), held.dense_copies, min(topology.dp, size))
         expert_neighbours = max(1, min(topology.edp, size // topology.ep))
         routed = self._collective(held.routed * (4 + wide), held.routed_copies, expert_neighbours)
