@@ -123,9 +123,7 @@ def zero_bubble(published: dict[str, float]) -> Iterator[Comparison]:
             parts = profile.forward * part, profile.input_gradient * part, profile.weight_gradient * part
             seconds = replay(program, UnitTimes(*parts), profile.transfer * 1e-6).makespan
             rates[name] = profile.micro_batch * profile.micro_batches / profile.ranks / seconds
-        rows = {
-            name: f"zb-{profile.name}-{name}-m{profile.micro_batches}-samples_per_gpu_per_s" for name in _SCHEDULES
-        }
+        rows = {name: f"zb-{profile.name}-{name}-m{profile.micro_batches}-samples_per_gpu_per_s" for name in _SCHEDULES}
         for name in ("zb1p", "f1bi"):
             ratio = published[rows[name]] / published[rows["f1b"]]
             yield Comparison("Zero Bubble, throughput over 1F1B", rows[name], ratio, rates[name] / rates["f1b"])
@@ -239,9 +237,13 @@ def main() -> None:
         rows = [entry for entry in found if entry.group == group]
         print(f"\n{group}")
         for entry in rows:
-            print(f"  {entry.row:<75} {entry.published:>12.4g} {entry.forecast:>12.4g} {entry.error:>+7.1%}  {entry.use}")
+            print(
+                f"  {entry.row:<75} {entry.published:>12.4g} {entry.forecast:>12.4g} {entry.error:>+7.1%}  {entry.use}"
+            )
         errors = [abs(entry.error) for entry in rows if entry.use == "predicted"]
-        print(f"  median error {statistics.median(errors):.1%}, worst {max(errors):.1%}, of {len(errors)} predicted rows")
+        print(
+            f"  median error {statistics.median(errors):.1%}, worst {max(errors):.1%}, of {len(errors)} predicted rows"
+        )
     left_out = not_applicable(published, {entry.row for entry in found})
     print("\nrows that do not apply")
     for reason, count in left_out.most_common():

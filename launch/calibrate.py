@@ -1,4 +1,4 @@
-"""`shoestring calibrate`: what this machine takes for the parts of a run, as a cluster that the planner can price with."""
+"""`shoestring calibrate`: what this machine takes for the parts of a run, as a cluster that the planner prices with."""
 
 from __future__ import annotations
 
@@ -35,7 +35,13 @@ def calibrate(overrides: Sequence[str], config_dir: Path | None, folder: Path, r
     described = json.dumps([list(overrides), None if config_dir is None else str(config_dir.absolute())])
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "rows.json"
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost", f"--nproc-per-node={ranks}"]
+        torchrun = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--local-addr=localhost",
+            f"--nproc-per-node={ranks}",
+        ]
         rank = ["-m", "shoestring.launch.calibrate_rank", described, str(output), str(repeats)]
         done = subprocess.run([sys.executable, *torchrun, *rank], env=rank_environment(), timeout=_SECONDS, check=False)
         if done.returncode:

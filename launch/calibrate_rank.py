@@ -15,9 +15,11 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ..comm.bootstrap import WorkerEnvironment, start_default_group
 from ..comm.config import ExchangeConfig
@@ -40,6 +42,8 @@ from .compose import compose_run
 from .planner.exchange import Exchange
 from .planner.operations import Phase
 from .planner.tables import Row
+
+T = TypeVar("T")
 
 _LIMIT = timedelta(minutes=2)
 _WARM_UP = 3
@@ -132,21 +136,25 @@ class Calibration:
         weights_TK = torch.rand(tokens, model.top_k)
         experts_TK = torch.rand(tokens, model.experts).topk(model.top_k).indices
         seconds: defaultdict[Exchange, list[float]] = defaultdict(list)
+
+        def go_round(number: int) -> tuple[float, ...]:
+            label = Label("calibrate", number)
+            received, first = self._timed(lambda: exchange.dispatch(tokens_TD, weights_TK, experts_TK, label).wait())
+            rows_RD, grads_R = received.rows_RD.clone(), torch.zeros_like(received.weights_R)
+            _, second = self._timed(lambda: exchange.combine(rows_RD, received).wait())
+            _, third = self._timed(lambda: exchange.combine_backward(grad_TD, received).wait())
+            _, fourth = self._timed(lambda: exchange.dispatch_backward(rows_RD, grads_R, received).wait())
+            return first, second, third, fourth
+
         for repetition in range(self.repeats + _WARM_UP):
-            label = Label("calibrate", repetition)
-            received, first = self._timed(lambda: exchange.dispatch(tokens_TD, weights_TK, experts_TK, label).wait())  # noqa: B023
-            rows_RD = received.rows_RD.clone()
-            _, second = self._timed(lambda: exchange.combine(rows_RD, received).wait())  # noqa: B023
-            _, third = self._timed(lambda: exchange.combine_backward(grad_TD, received).wait())  # noqa: B023
-            grads_R = torch.zeros_like(received.weights_R)
-            _, fourth = self._timed(lambda: exchange.dispatch_backward(rows_RD, grads_R, received).wait())  # noqa: B023
-            if repetition >= _WARM_UP:
-                for name, value in zip(Exchange, (first, second, third, fourth), strict=True):
+            times = go_round(repetition)
+            for name, value in zip(Exchange, times, strict=True):
+                if repetition >= _WARM_UP:
                     seconds[name].append(value)
         worker.close()
         return {name: median(values) for name, values in seconds.items()}
 
-    def _timed(self, work: Callable[[], object]) -> tuple[object, float]:
+    def _timed(self, work: Callable[[], T]) -> tuple[T, float]:
         self.groups.world.barrier("an operation to time")
         start = time.perf_counter()
         result = work()
@@ -188,10 +196,13 @@ class Calibration:
                 rest.append(whole - sum(map(_length, top)))
         few, many = torch.zeros(8), torch.zeros(count)
         world = self.groups.world
-        sums = {
-            name: median(self._timed(lambda: world.all_reduce_sum(tensor, "sum to time"))[1] for _ in range(self.repeats))  # noqa: B023
-            for name, tensor in (("few", few), ("many", many))
-        }
+
+        def seconds_of_sum(tensor: Tensor) -> float:
+            return median(
+                self._timed(lambda: world.all_reduce_sum(tensor, "sum to time"))[1] for _ in range(self.repeats)
+            )
+
+        sums = {"few": seconds_of_sum(few), "many": seconds_of_sum(many)}
         yield self._row("phase", "step", "any", median(rest) + _COLLECTIVES_A_STEP * sums["few"])
         yield self._row("phase", "optimizer", "any", median(update) / count * 1e3)  # in thousands of parameters
         yield self._row("phase", "reduce", "any", sums["many"] / count * 1e3)

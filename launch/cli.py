@@ -223,9 +223,14 @@ def _simulate(options: argparse.Namespace) -> int:
     from .planner.recipe import Precision, Recompute
     from .simulate import simulate, simulation_table, simulation_tree, write_files
 
-    given = {name: getattr(options, name) for name in ("precision", "recompute", "comm_sms", "skew", "jitter")}
-    kinds = {"precision": Precision, "recompute": Recompute}
-    changes = {name: kinds.get(name, type(value))(value) for name, value in given.items() if value is not None}
+    given: dict[str, object] = {
+        "precision": None if options.precision is None else Precision(options.precision),
+        "recompute": None if options.recompute is None else Recompute(options.recompute),
+        "comm_sms": options.comm_sms,
+        "skew": options.skew,
+        "jitter": options.jitter,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
     simulation = simulate(options.overrides, options.config_dir, changes)
     write_files(simulation, options.trace, options.html)
     if options.format == "json":

@@ -109,12 +109,23 @@ def plan_table(result: Plan) -> RenderableType:
 def _layouts(result: Plan) -> Table:
     cluster, training = result.config.cluster, result.config.training
     table = Table(
-        title=f"{result.config.model.name} on {cluster.gpus} {cluster.name}, {training.global_batch:,} sequences a step",
+        title=f"{result.config.model.name} on {cluster.gpus} {cluster.name}, {training.global_batch:,} sequences",
         caption="MFU: main model, causal, without MTP, of the dense BF16 peak.",
         title_justify="left",
         caption_justify="left",
     )
-    for heading in ("pp edp ep", "schedule", "mb", "recipe", "step", "tok/s/GPU", "MFU", "memory", "GPU-hours", "limit"):
+    for heading in (
+        "pp edp ep",
+        "schedule",
+        "mb",
+        "recipe",
+        "step",
+        "tok/s/GPU",
+        "MFU",
+        "memory",
+        "GPU-hours",
+        "limit",
+    ):
         table.add_column(heading, justify="right" if heading in ("mb", "step", "tok/s/GPU", "MFU") else "left")
     for forecast in result.found.best:
         table.add_row(*_cells(forecast, training.tokens))
@@ -176,10 +187,12 @@ def _failures(result: Plan) -> str:
     assert result.best is not None
     failures, gpus = result.failures, result.best.gpus
     hours = failures.mean_seconds_between(gpus) / 3600
+    blocked, restart = failures.checkpoint_seconds, failures.restart_seconds
+    interval, share = failures.best_interval(gpus) / 60, failures.effective_share(gpus)
     return (
-        f"Failures: one in {hours:.1f} h on {gpus} GPUs (published rate of Llama 3.1's run); with checkpoints that block "
-        f"{failures.checkpoint_seconds:g} s and restarts of {failures.restart_seconds:g} s (both assumed) a checkpoint every "
-        f"{failures.best_interval(gpus) / 60:.0f} min leaves {failures.effective_share(gpus):.1%} effective training time."
+        f"Failures: one in {hours:.1f} h on {gpus} GPUs (published rate of Llama 3.1's run). With checkpoints that "
+        f"block {blocked:g} s and restarts of {restart:g} s (both assumed), a checkpoint every {interval:.0f} min leaves "
+        f"{share:.1%} effective training time."
     )
 
 

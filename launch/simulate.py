@@ -15,8 +15,8 @@ from ..trainer.costs.flops import CONVENTION
 from .compose import compose_run
 from .planner.evidence import assumptions
 from .planner.forecast import Forecast, Forecaster, Layout
-from .planner.pair import exposed_share, simulate_pair
 from .planner.page import html_page
+from .planner.pair import exposed_share, simulate_pair
 from .planner.phases import PhaseCost, run_phases
 from .planner.published import PAIR_SECONDS, PHASES, STEP_SECONDS, is_published
 from .planner.recipe import Precision, Recipe, Recompute, Sync
@@ -67,7 +67,7 @@ class Simulation:
 
 def default_recipe(config: RunConfig) -> Recipe:
     """What the report did, in the lowest format that the cluster has; FP32 where that is configured or measured."""
-    if config.precision.compute == "float32" or config.cluster.infiniband_gbps is None and config.cluster.sms is None:
+    if config.precision.compute == "float32" or config.cluster.sms is None:
         return Recipe(precision=Precision.FP32, recompute=Recompute.NONE, comm_sms=0, moment_bytes=8)
     if config.precision.compute == "bfloat16" or config.cluster.peak_fp8_tflops is None:
         return Recipe(precision=Precision.BF16)
@@ -100,7 +100,9 @@ def write_files(simulation: Simulation, trace: Path | None, page: Path | None) -
             assert memory is not None
             page.write_text(html_page(simulation.forecast, _title(simulation), memory))
     except OSError as error:
-        raise Refused([Problem("--trace, --html", str(error.filename), f"cannot be written: {error.strerror}")]) from None
+        raise Refused(
+            [Problem("--trace, --html", str(error.filename), f"cannot be written: {error.strerror}")]
+        ) from None
 
 
 def simulation_tree(simulation: Simulation) -> dict[str, object]:
@@ -184,7 +186,8 @@ def simulation_table(simulation: Simulation) -> RenderableType:
 def _title(simulation: Simulation) -> str:
     topology, layout = simulation.layout.topology, simulation.layout
     grid = f"pp{topology.pp} edp{topology.edp} ep{topology.ep}"
-    return f"{simulation.config.model.name} on {topology.world_size} {simulation.config.cluster.name}: {grid}, {layout.schedule}"
+    names = f"{simulation.config.model.name} on {topology.world_size} {simulation.config.cluster.name}"
+    return f"{names}: {grid}, {layout.schedule}"
 
 
 def _figures(simulation: Simulation) -> Table:
@@ -195,7 +198,9 @@ def _figures(simulation: Simulation) -> Table:
     table.add_row("step", f"{forecast.seconds:.3f} s" if forecast.seconds > 0.1 else f"{forecast.seconds * 1e3:.2f} ms")
     table.add_row("tokens a second and GPU", f"{forecast.tokens_per_second_and_gpu:,.0f}")
     table.add_row("FLOPs a token", f"{forecast.flops.main / 1e9:.4g} G")
-    table.add_row("MFU, main model, causal, without MTP", f"{forecast.mfu:.2%} of {forecast.peak_flops / 1e12:.4g} TFLOPS")
+    table.add_row(
+        "MFU, main model, causal, without MTP", f"{forecast.mfu:.2%} of {forecast.peak_flops / 1e12:.4g} TFLOPS"
+    )
     if cluster.memory_gb is not None:
         peak = forecast.peak_memory.total / 1e9
         verdict = "fits" if peak <= cluster.memory_gb else "does NOT fit"
@@ -205,7 +210,9 @@ def _figures(simulation: Simulation) -> Table:
     table.add_row("limited by", forecast.limit)
     ramp, published = simulation.config.training.ramp_from, 3072
     if simulation.is_published and ramp is not None and ramp != published:
-        table.add_row("deviation", f"the ramp starts at {ramp:,} sequences, not {published:,}: {_ramp_reason(simulation)}")
+        table.add_row(
+            "deviation", f"the ramp starts at {ramp:,} sequences, not {published:,}: {_ramp_reason(simulation)}"
+        )
     return table
 
 

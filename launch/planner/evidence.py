@@ -18,10 +18,16 @@ def assumptions(forecast: Forecast, table: Table, sources: dict[str, str]) -> li
         evidence, _, source = text.partition(": ")
         found.append((f"cluster.{name}", evidence, source))
     report = "V3 report §3.3" if recipe.precision is Precision.FP8 else "the configuration"
-    found.append((f"GEMMs in {recipe.precision.value}", "published" if recipe.precision is Precision.FP8 else "chosen", report))
+    found.append(
+        (f"GEMMs in {recipe.precision.value}", "published" if recipe.precision is Precision.FP8 else "chosen", report)
+    )
     recompute = "V3 report §3.2.3" if recipe.recompute is Recompute.REPORT else "the search"
-    found.append((f"recompute: {recipe.recompute.value}", "published" if "report" in recompute else "chosen", recompute))
-    lent = "V3 report §3.2.2" if recipe.comm_sms == 20 else "DeepEP V2's README, measured with 32 ranks, not this layout"
+    found.append(
+        (f"recompute: {recipe.recompute.value}", "published" if "report" in recompute else "chosen", recompute)
+    )
+    lent = (
+        "V3 report §3.2.2" if recipe.comm_sms == 20 else "DeepEP V2's README, measured with 32 ranks, not this layout"
+    )
     found.append((f"{recipe.comm_sms} SMs lent", "published", lent))
     found += [
         ("routing uniform within the node limit", "assumed", "the router's balancing (V3 report §2.1.2)"),

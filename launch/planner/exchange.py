@@ -115,8 +115,10 @@ class Wire:
         return Travel(exchange.value, beside, alone, syncs)
 
     def _calibrated(self, shape: Shape, exchange: Exchange) -> Travel | None:
-        """A whole exchange as `shoestring calibrate` measured it. On a CPU it hides behind nothing: its core computes."""
-        row = self.table.find("phase", exchange.value, f"{shape.micro_batch}x{shape.sequence_length}/{shape.expert_ranks}")
+        """As `shoestring calibrate` measured it whole. On a CPU it hides behind nothing: its core computes."""
+        row = self.table.find(
+            "phase", exchange.value, f"{shape.micro_batch}x{shape.sequence_length}/{shape.expert_ranks}"
+        )
         if row is None:
             return None
         self.coverage.add(row.evidence, row.seconds)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from ...comm.topology import Link, Topology
 from ...parallelism.pipeline.placement import Place, Placement
-from ...parallelism.pipeline.program import Instruction, Op, Program
+from ...parallelism.pipeline.program import Op, Program
 from ...parallelism.pipeline.replay import Replay
 from ...parallelism.pipeline.schedules import build_placement, build_program
 from ...parallelism.pipeline.timetable import Timetable
@@ -19,11 +18,12 @@ from ...trainer.costs.flops import FlopCount, count_flops
 from ...trainer.model.config import ModelConfig
 from ...trainer.stages import split_layers
 from .exchange import Wire
-from .lanes import ChunkCosts, Lanes, StageShape
+from .lanes import ChunkCosts, StageShape
 from .memory import MemoryForecast, Occupancy, Parameters, forecast_memory, occupancy, stage_parameters, static_bytes
 from .operations import Shape
 from .pricing import Compute
 from .recipe import Precision, Recipe
+from .runs import Kinds, Runs, kinds_of
 from .tables import Coverage
 
 
@@ -149,7 +149,7 @@ class Forecaster:
     _parameters: dict[Layout, tuple[Parameters, ...]] = field(default_factory=dict)
     _costs: dict[tuple[Recipe, int, int], ChunkCosts] = field(default_factory=dict)
     _occupancy: dict[tuple[str, int, int, int], tuple[Occupancy, ...]] = field(default_factory=dict)
-    _kinds: dict[tuple[str, int, int, int], list[dict[tuple[Op, int, int], int]]] = field(default_factory=dict)
+    _kinds: dict[tuple[str, int, int, int], Kinds] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.flops = count_flops(self.model, self.sequence_length)
@@ -160,7 +160,7 @@ class Forecaster:
         timetable = self._timetable(layout, layout.micro_batches(global_batch))
         program = timetable.program
         held = self._held(program.placement, stages)
-        runs = _Runs(costs, held, self._counts(program), recipe, self._slowest(layout, recipe))
+        runs = Runs(costs, held, self._counts(program), recipe, self._slowest(layout, recipe))
         transfer = self.transfer(layout, recipe)
         replay = timetable.replay(runs.duration, transfer)
         reduce, optimizer = self.update(layout, recipe)
@@ -199,7 +199,10 @@ class Forecaster:
     def memory(self, layout: Layout, recipe: Recipe, program: Program) -> tuple[MemoryForecast, ...]:
         """Of every pipeline rank."""
         held = self._held(program.placement, self.stages(layout))
-        shape, key = self._shape(layout, recipe), (program.schedule, program.ranks, program.micro_batches, program.chunks)
+        shape, key = (
+            self._shape(layout, recipe),
+            (program.schedule, program.ranks, program.micro_batches, program.chunks),
+        )
         if key not in self._occupancy:
             self._occupancy[key] = tuple(map(occupancy, program.instructions))
         return tuple(
@@ -252,10 +255,12 @@ class Forecaster:
         links = {topology.link(rank, rank + topology.dp) for rank in range(topology.dp)}
         name = "infiniband_gbps" if Link.INFINIBAND in links else "nvlink_gbps"
         rate = self.cluster.__dict__[name]
-        return tokens * self.model.hidden * max(2, recipe.precision.bytes) / (rate * recipe.links * 1e9) if rate else 0.0
+        return (
+            tokens * self.model.hidden * max(2, recipe.precision.bytes) / (rate * recipe.links * 1e9) if rate else 0.0
+        )
 
     def update(self, layout: Layout, recipe: Recipe) -> tuple[float, float]:
-        """Seconds of reducing gradients with gathering weights, and of the optimizer, on the rank that takes longest."""
+        """Seconds of summing gradients and gathering weights, and of the optimizer, on the rank that takes longest."""
         both = [self._update(layout, recipe, held) for held in self.parameters(layout)]
         return max(reduce for reduce, _ in both), max(optimizer for _, optimizer in both)
 
@@ -331,10 +336,10 @@ class Forecaster:
             self._programs[key] = build_program(*key)
         return self._programs[key]
 
-    def _counts(self, program: Program) -> Sequence[dict[tuple[Op, int, int], int]]:
+    def _counts(self, program: Program) -> Kinds:
         key = program.schedule, program.ranks, program.micro_batches, program.chunks
         if key not in self._kinds:
-            self._kinds[key] = _kinds(program)
+            self._kinds[key] = kinds_of(program)
         return self._kinds[key]
 
     def _shape(self, layout: Layout, recipe: Recipe) -> Shape:
@@ -344,72 +349,3 @@ class Forecaster:
         """The slowest of so many nodes: the expected maximum of normal speeds."""
         nodes = max(1, layout.topology.world_size // layout.topology.gpus_per_node)
         return 1 + recipe.jitter * math.sqrt(2 * math.log(nodes))
-
-
-class _Runs:
-    """Durations of the instructions of a program, and what of them is waiting."""
-
-    def __init__(
-        self,
-        costs: ChunkCosts,
-        held: Sequence[tuple[StageShape, ...]],
-        counts: Sequence[dict[tuple[Op, int, int], int]],
-        recipe: Recipe,
-        slowest: float,
-    ) -> None:
-        self._costs, self._held, self._slowest = costs, held, slowest
-        self._counts = counts
-        self._seconds = [{key: self._lanes(rank, key).now * slowest for key in c} for rank, c in enumerate(self._counts)]
-        if not recipe.imbalance:
-            self._level()
-        for rank, factor in recipe.slowed:
-            self._seconds[rank] = {key: seconds * factor for key, seconds in self._seconds[rank].items()}
-
-    def duration(self, rank: int, instruction: Instruction) -> float:
-        """Of `instruction` on `rank`."""
-        forward, backward = instruction.forward, instruction.backward
-        return self._seconds[rank][
-            instruction.op, -1 if forward is None else forward.chunk, -1 if backward is None else backward.chunk
-        ]
-
-    def terms(self, rank: int, bubble: float) -> dict[str, float]:
-        """Where the time of a rank goes; disjoint."""
-        terms: dict[str, float] = dict.fromkeys([op.value for op in Op], 0.0)
-        exposed = 0.0
-        for key, count in self._counts[rank].items():
-            waits = min(self._lanes(rank, key).exposed * self._slowest, self._seconds[rank][key])
-            terms[key[0].value] += count * (self._seconds[rank][key] - waits)
-            exposed += count * waits
-        return terms | {"exposed_exchange": exposed, "edge_wait": bubble}
-
-    def _lanes(self, rank: int, key: tuple[Op, int, int]) -> Lanes:
-        op, forward, backward = key
-        held = self._held[rank]
-        return self._costs.run(
-            op.value, held[forward] if forward >= 0 else None, held[backward] if backward >= 0 else None
-        )
-
-    def _level(self) -> None:
-        """Every op takes the mean of its kind, as if all stages were equal."""
-        for op in Op:
-            all_of = [
-                (count, self._seconds[rank][key])
-                for rank, counts in enumerate(self._counts)
-                for key, count in counts.items()
-                if key[0] is op
-            ]
-            if not all_of:
-                continue
-            mean = sum(count * seconds for count, seconds in all_of) / sum(count for count, _ in all_of)
-            for seconds_of in self._seconds:
-                seconds_of.update({key: mean for key in seconds_of if key[0] is op})
-
-
-def _kinds(program: Program) -> list[dict[tuple[Op, int, int], int]]:
-    """Of each rank, how often it runs each kind of instruction."""
-    return [dict(Counter(map(_key, row))) for row in program.instructions]
-
-
-def _key(entry: Instruction) -> tuple[Op, int, int]:
-    forward, backward = entry.forward, entry.backward
-    return entry.op, -1 if forward is None else forward.chunk, -1 if backward is None else backward.chunk

@@ -1,7 +1,7 @@
 """Two lanes of one rank, computing and exchanging, and the five-phase chunks that run on them.
 
-The chunks are generators that yield where the runtime's do (`trainer/model/chunk.py`) and take turns by the runtime's own
-`take_turns`; only that nothing is computed and a clock goes on instead.
+The chunks are generators that yield where the runtime's do (`trainer/model/chunk.py`) and take turns by the runtime's
+own `take_turns`; only that nothing is computed and a clock goes on instead.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LaneSpan:
 
 @dataclass
 class Lanes:
-    """The clock of a rank: computing moves it on, waiting too, and the exchanges travel in the order of their launch."""
+    """The clock of a rank: computing and waiting move it on, and exchanges travel in the order of their launch."""
 
     now: float = 0.0
     exposed: float = 0.0

@@ -1,4 +1,4 @@
-"""Bytes of one pipeline rank, by replaying its program: what stays all the time, and what is alive at the worst moment."""
+"""Bytes of one pipeline rank, by replaying its program: what stays, and what is alive at the worst moment."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ class MemoryForecast:
     @property
     def total(self) -> float:
         """All of it."""
-        return sum(self.__dict__.values())
+        parts: list[float] = list(self.__dict__.values())
+        return sum(parts)
 
     @property
     def allocated(self) -> float:
@@ -191,7 +192,7 @@ def forecast_memory(
 
 
 def static_bytes(recipe: Recipe, held: Parameters) -> tuple[float, float, float]:
-    """Weights, gradients and optimizer state of one rank: 6 + 8/d bytes a parameter with BF16 moments, and FP8 copies."""
+    """Weights, gradients, optimizer state of one rank: 6 + 8/d bytes a parameter with BF16 moments, and FP8 copies."""
     low = 2.0 if recipe.precision is Precision.FP8 else 0.0  # both layouts of a Linear's weight
     count = held.dense + held.routed
     weights = max(2, recipe.precision.bytes) * count + low * (count - held.tables)

@@ -55,7 +55,8 @@ def _memory_plot(forecast: Forecast, memory_gb: float) -> Iterator[str]:
         for part, colour in _PARTS.items():
             size = memory.__dict__[part] / 1e9 / most * width
             label = f"{part}: {memory.__dict__[part] / 1e9:.1f} GB"
-            yield f'<rect x="{x:.1f}" y="{y}" width="{size:.1f}" height="{height}" fill="{colour}"><title>{label}</title></rect>'
+            box = f'x="{x:.1f}" y="{y}" width="{size:.1f}" height="{height}"'
+            yield f'<rect {box} fill="{colour}"><title>{label}</title></rect>'
             x += size
         yield f'<text x="{x + 6:.1f}" y="{y + 16}">{memory.total / 1e9:.1f} GB</text>'
     limit = 60 + memory_gb / most * width

@@ -1,4 +1,4 @@
-"""The pair of chunks that DeepSeek has published a trace of, simulated: the check of lanes, exchanges and kernel times."""
+"""The pair of chunks of which DeepSeek has published a trace, simulated: a check of lanes and prices."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A whole run in GPU-hours and dollars: the batch ramp, the steady batch, context extension, post-training.
 
-What is illegal on the grid is explained with the nearest legal numbers; what cannot be simulated stands at its published
-cost and is marked so.
+What is illegal on the grid is explained with the nearest legal numbers; what cannot be simulated stands at its
+published cost and is marked so.
 """
 
 from __future__ import annotations
@@ -60,23 +60,23 @@ def run_phases(
         note = f"from {ramp_from:,} to {global_batch:,} sequences; {hours / steady - 1:+.1%} over the full batch"
         phases.append(PhaseCost("batch ramp", hours, "simulated", note))
     steady = forecaster.forecast(layout, recipe, global_batch).gpu_hours(tokens - ramp)
-    phases.append(PhaseCost("pre-training", steady, "simulated", f"{(tokens - ramp) / 1e12:.2f} T tokens at full batch"))
-    notes = [note for phase in CONTEXT_EXTENSION if (note := long_context_note(layout, phase)) is not None]
+    phases.append(
+        PhaseCost("pre-training", steady, "simulated", f"{(tokens - ramp) / 1e12:.2f} T tokens at full batch")
+    )
+    reasons = [long_context_note(layout, phase) for phase in CONTEXT_EXTENSION]
     phases.append(
         PhaseCost(
             "context extension",
             PUBLISHED_GPU_HOURS["context_extension"],
             "published",
-            "; ".join([*notes, "long sequences need context parallelism, which this runtime has not"]),
+            "; ".join([*filter(None, reasons), "long sequences need context parallelism, which this runtime has not"]),
         )
     )
     phases.append(PhaseCost("post-training", PUBLISHED_GPU_HOURS["post_training"], "published"))
     return phases
 
 
-def _ramp_hours(
-    forecaster: Forecaster, layout: Layout, recipe: Recipe, first: int, last: int, tokens: float
-) -> float:
+def _ramp_hours(forecaster: Forecaster, layout: Layout, recipe: Recipe, first: int, last: int, tokens: float) -> float:
     """The batch grows evenly with the consumed tokens, so each of its sizes has the same share of them."""
     share = layout.topology.dp * layout.micro_batch
     low, high = first // share, last // share

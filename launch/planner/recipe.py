@@ -42,8 +42,8 @@ class Sync(StrEnum):
 class Recipe:
     """Defaults are what the report says of DeepSeek-V3's run, and a machine without disturbances.
 
-    All that disturbs a run (`skew` to `slowed`) is an explicit input and never fitted; `shoestring simulate` prints what
-    each of them would explain.
+    All that disturbs a run (`skew` to `slowed`) is an explicit input and never fitted; `shoestring simulate` prints
+    what some of them would explain.
     """
 
     precision: Precision = Precision.FP8

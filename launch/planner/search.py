@@ -1,4 +1,4 @@
-"""Every layout of a model on a cluster: what is illegal, what does not fit, what is simulated, what a bound excludes."""
+"""Every layout of a model on a cluster: illegal, too big, simulated, or excluded by a bound."""
 
 from __future__ import annotations
 

@@ -107,8 +107,10 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
 
 def _row(line: dict[str, str]) -> Row:
     shape = [int(line[column] or 0) for column in ("tokens", "inputs", "outputs")]
-    texts = [line[column] for column in ("kind", "name", "role", "dtype")]
-    return Row(*texts, *shape, float(line["value"]), line["unit"], line["evidence"], line["source"])  # type: ignore[arg-type]
+    words = line["kind"], line["name"], line["role"], line["dtype"]
+    return Row(
+        *words, shape[0], shape[1], shape[2], float(line["value"]), line["unit"], line["evidence"], line["source"]
+    )
 
 
 @dataclass

@@ -19,8 +19,8 @@ class _Node(NamedTuple):
     after: tuple[int, ...]
     """Ends of other nodes that it waits for."""
     rank: int = -1
-    index: int = -1
-    """Of the instruction; both -1 for a batch."""
+    place: int = -1
+    """Of the instruction in its rank's list; both -1 for a batch."""
     travels: bool = False
     """Whether a batch holds messages of which this is the end, and not only a moment at which it opens."""
 
@@ -130,7 +130,7 @@ def _sorted(nodes: Sequence[_Node]) -> Iterator[_Node]:
         number = ready.popleft()
         node = nodes[number]
         place[number] = len(place)
-        yield _Node(tuple(place[other] for other in node.after), node.rank, node.index, node.travels)
+        yield _Node(tuple(place[other] for other in node.after), node.rank, node.place, node.travels)
         for follower in followers[number]:
             waiting[follower] -= 1
             if waiting[follower] == 0:

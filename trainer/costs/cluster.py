@@ -43,7 +43,7 @@ class ClusterConfig:
     price_per_gpu_hour: float | None = None
     """In US dollars."""
     tables: str | None = None
-    """Measured kernel times: the name of a table of the planner, or a CSV file such as `shoestring calibrate` writes."""
+    """Measured kernel times: a table of the planner, by name, or a CSV file such as `shoestring calibrate` writes."""
     sources: dict[str, str] = field(default_factory=dict)
     """Of each figure above."""
 

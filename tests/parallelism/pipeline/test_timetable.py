@@ -20,7 +20,9 @@ def test_times_equal_those_of_replay(schedule: str, ranks: int) -> None:
     program = build_program(schedule, ranks, 3 * ranks if schedule != "dualpipe" else 2 * ranks + 2)
     dice = random.Random(ranks)
     times = [[dice.uniform(0.5, 3.0) for _ in row] for row in program.instructions]
-    numbers = {(rank, entry): times[rank][i] for rank, row in enumerate(program.instructions) for i, entry in enumerate(row)}
+    numbers = {
+        (rank, entry): times[rank][i] for rank, row in enumerate(program.instructions) for i, entry in enumerate(row)
+    }
 
     def duration(rank: int, instruction: Instruction) -> float:
         return numbers[rank, instruction]
@@ -34,9 +36,10 @@ def test_times_equal_those_of_replay(schedule: str, ranks: int) -> None:
 
 def test_forwards_alone() -> None:
     program = build_forward(build_program("interleaved", 3, 6).placement, 6)
-    assert Timetable.of(program).replay(lambda rank, _: 1.0 + rank, 0.5).ends == replay(
-        program, lambda rank, _: 1.0 + rank, 0.5
-    ).ends
+    assert (
+        Timetable.of(program).replay(lambda rank, _: 1.0 + rank, 0.5).ends
+        == replay(program, lambda rank, _: 1.0 + rank, 0.5).ends
+    )
 
 
 def test_a_deadlock_is_found() -> None:
