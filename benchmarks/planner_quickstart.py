@@ -35,6 +35,13 @@ def overrides(layout: list[str]) -> list[str]:
     return ["experiment=quickstart", *layout, "schedule.micro_batch=2"]
 
 
+def shoestring(*arguments: str) -> None:
+    command = [sys.executable, "-m", "shoestring.launch.cli", *arguments]
+    done = subprocess.run(command, env=rank_environment(), check=False, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+
+
 def forecast(layout: list[str], calibration: Path) -> float:
     """Seconds of a step."""
     return simulate([*overrides(layout), "cluster=measured"], calibration, {}).forecast.seconds
@@ -47,8 +54,8 @@ def measure(layout: list[str], folder: Path) -> float:
     run = folder / "run"
     settings = [f"training.run_dir={run}", f"training.tokens={steps * size}", "training.evaluate_every=0"]
     settings += ["training.checkpoint_every=0", "training.sample_tokens=0", "telemetry.log_every=1"]
-    command = [sys.executable, "-m", "shoestring.launch.cli", "train", *overrides(layout), *settings, "--fresh"]
-    subprocess.run(command, env=rank_environment(), check=True, capture_output=True, timeout=300)
+    settings.append(f"data.prepared={folder / 'data'}")
+    shoestring("train", *overrides(layout), *settings, "--fresh")
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps_seen = [event for event in events if "tokens_per_second" in event]
     rates: dict[int, float] = {event["step"]: event["tokens_per_second"] for event in steps_seen}
@@ -63,6 +70,7 @@ def main() -> None:
     errors: list[float] = []
     with tempfile.TemporaryDirectory() as scratch:
         calibration = Path(scratch) / "calibration"
+        shoestring("data", "prepare", "experiment=quickstart", f"data.prepared={Path(scratch) / 'data'}")
         calibrate(["experiment=quickstart"], None, calibration, ranks=2, repeats=20)
         for name, layout in LAYOUTS.items():
             predicted, measured = forecast(layout, calibration), measure(layout, Path(scratch))

@@ -191,8 +191,8 @@ def _failures(result: Plan) -> str:
     interval, share = failures.best_interval(gpus) / 60, failures.effective_share(gpus)
     return (
         f"Failures: one in {hours:.1f} h on {gpus} GPUs (published rate of Llama 3.1's run). With checkpoints that "
-        f"block {blocked:g} s and restarts of {restart:g} s (both assumed), a checkpoint every {interval:.0f} min leaves "
-        f"{share:.1%} effective training time."
+        f"block {blocked:g} s and restarts of {restart:g} s (both assumed), a checkpoint every {interval:.0f} min "
+        f"leaves {share:.1%} effective training time."
     )
 
 
