@@ -161,7 +161,9 @@ def _counts(found: SearchResult) -> Table:
     for reason, count in found.unfit.most_common():
         table.add_row(f"does not fit: {reason}", f"{count:,}")
     rate = found.simulated / found.simulation_seconds if found.simulation_seconds else 0.0
-    table.add_row(f"simulated in full ({rate:.0f} a second once their programs are built)", f"{found.simulated:,}")
+    table.add_row(
+        f"simulated in full ({rate:.0f} a second of a core once their programs are built)", f"{found.simulated:,}"
+    )
     if found.excluded:
         table.add_row(f"excluded: no order of things is under {found.smallest_excluded:.3f} s", f"{found.excluded:,}")
     return table

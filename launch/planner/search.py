@@ -62,7 +62,7 @@ class SearchResult:
     seconds: float = 0.0
     """Of the search."""
     simulation_seconds: float = 0.0
-    """Of these, in full simulations; programs are built once and for several of them."""
+    """Of the processor, in full simulations; programs are built once and for several of them."""
 
 
 def search(
@@ -91,9 +91,9 @@ def search(
             result.smallest_excluded = bound
             break
         forecaster.prepare(layout, global_batch)
-        started = time.perf_counter()
+        started = time.process_time()
         result.best.append(forecaster.forecast(layout, recipe, global_batch))
-        result.simulation_seconds += time.perf_counter() - started
+        result.simulation_seconds += time.process_time() - started
         result.simulated += 1
         result.best.sort(key=lambda forecast: forecast.seconds)
         del result.best[keep:]
