@@ -106,7 +106,7 @@ def shoestring(sizes: Sizes, rank: int, ranks: int, moments: torch.dtype) -> Run
         phases: list[Phase] = []
         for block in model:
             phases.append(Phase(lambda x, block=block: (block(x),), x_RD))
-            (x_RD,) = phases[-1].outputs
+            (x_RD,) = phases[-1].take()
         grad, weights = 2 * scale * x_RD, WeightGradients()
         for index, phase in enumerate(reversed(phases)):
             (grad,) = phase.backward(weights, grad)

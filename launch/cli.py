@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     partition.add_argument("--format", choices=["table", "json"], default="table")
     partition.set_defaults(run=_partition)
 
+    _add_planner(verbs)
     doctor = verbs.add_parser("doctor", help="what serves each operation on this machine, and what cannot")
     doctor.add_argument("--format", choices=["table", "json"], default="table")
     doctor.set_defaults(run=_doctor)
@@ -132,6 +133,29 @@ def _add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     bench.add_argument("--uplink", metavar="RATE", help="on a simulated cluster with such uplinks, as 200mbit (root)")
     bench.add_argument("--format", choices=["table", "json"], default="table")
     bench.set_defaults(run=_bench)
+
+
+def _add_planner(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    simulate = _with_overrides(verbs.add_parser("simulate", help="one layout priced and explained, before it runs"))
+    simulate.add_argument("--precision", choices=["fp8", "bf16", "fp32"], help="of GEMMs (default: as the cluster can)")
+    simulate.add_argument("--recompute", choices=["none", "report", "full"], help="default: the report's savings")
+    simulate.add_argument("--comm-sms", type=int, metavar="N", help="SMs lent to the exchange (default 20)")
+    simulate.add_argument("--skew", type=float, metavar="X", help="rows of the fullest rank above the mean (default 0)")
+    simulate.add_argument("--jitter", type=float, metavar="X", help="spread of nodes' speed (default 0)")
+    simulate.add_argument("--trace", type=Path, metavar="FILE", help="write a timeline for Perfetto")
+    simulate.add_argument("--html", type=Path, metavar="FILE", help="write a page with timeline and memory")
+    simulate.add_argument("--format", choices=["table", "json"], default="table")
+    simulate.set_defaults(run=_simulate)
+    plan = _with_overrides(verbs.add_parser("plan", help="layouts searched and priced against the budget"))
+    plan.add_argument("--keep", type=int, default=5, metavar="N", help="layouts to print (default 5)")
+    plan.add_argument("--format", choices=["table", "json"], default="table")
+    plan.set_defaults(run=_plan)
+    text = "measure this machine's parts for the planner, as a cluster of its own"
+    calibrate = _with_overrides(verbs.add_parser("calibrate", help=text))
+    calibrate.add_argument("--output", type=Path, default=Path("calibration"), metavar="DIR", help="for --config-dir")
+    calibrate.add_argument("--ranks", type=int, default=2, metavar="N", help="processes at work (default 2)")
+    calibrate.add_argument("--repeats", type=int, default=20, metavar="N", help="of each measurement (default 20)")
+    calibrate.set_defaults(run=_calibrate)
 
 
 def _with_overrides(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -214,6 +238,47 @@ def _bench(options: argparse.Namespace) -> int:
         print(json.dumps(result, indent=1))
     else:
         _show(bench_tables(result))
+    return 0
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from .planner.recipe import Precision, Recompute
+    from .simulate import simulate, simulation_table, simulation_tree, write_files
+
+    given: dict[str, object] = {
+        "precision": None if options.precision is None else Precision(options.precision),
+        "recompute": None if options.recompute is None else Recompute(options.recompute),
+        "comm_sms": options.comm_sms,
+        "skew": options.skew,
+        "jitter": options.jitter,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    simulation = simulate(options.overrides, options.config_dir, changes)
+    write_files(simulation, options.trace, options.html)
+    if options.format == "json":
+        print(json.dumps(simulation_tree(simulation), indent=1))
+    else:
+        _show(simulation_table(simulation))
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from .plan import plan, plan_table, plan_tree
+
+    result = plan(options.overrides, options.config_dir, options.keep)
+    if options.format == "json":
+        print(json.dumps(plan_tree(result), indent=1))
+    else:
+        _show(plan_table(result))
+    return 0
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from .calibrate import calibrate
+
+    size = options.ranks, options.repeats
+    written = calibrate(options.overrides, options.config_dir, options.output, *size)
+    print(f"wrote {written}; price with it: --config-dir {options.output} cluster=measured")
     return 0
 
 

@@ -23,6 +23,8 @@ from shoestring.tests.tree import ROOT, tree_files
 LAYERS = ("comm", "parallelism", "trainer", "launch")
 # Folders no part of the package may import from. conf holds YAML, which is read and not imported.
 OUTSIDE = ("conf", "tests", "benchmarks")
+# Folders of the package that hold data.
+DATA = (("trainer", "data", "corpus"), ("launch", "planner", "tables"))
 # What a machine or its package index leaves behind in text.
 TRACES = re.compile(
     r"(?<![\w.}/-])/(?:work|root|home|Users)/"
@@ -166,7 +168,7 @@ def test_an_installed_wheel_is_whole(tmp_path: Path) -> None:
         path
         for path in tree_files()
         if path.parts[0] not in ("tests", "benchmarks")
-        and (path.suffix == ".py" or path.parts[0] == "conf" or path.parts[:3] == ("trainer", "data", "corpus"))
+        and (path.suffix == ".py" or path.parts[0] == "conf" or path.parts[:3] in DATA)
     ]
     assert held == {f"shoestring/{path.as_posix()}" for path in shipped}
 

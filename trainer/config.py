@@ -64,6 +64,11 @@ class TrainingConfig:
     """S, inputs of one sample."""
     global_batch: int = 16
     """Sequences of one optimizer step over all ranks."""
+    ramp_from: int | None = None
+    """Sequences of the first step; the batch then grows to `global_batch`. null: it is `global_batch` from the start.
+    The planner prices it; the training loop has no ramp yet, and refuses it."""
+    ramp_tokens: int = 0
+    """Consumed tokens over which it grows."""
     balance_weight: float = 1e-4
     """α of the sequence-wise balance loss (eq. 17)."""
     mtp_weight: dict[int, float] = field(default_factory=lambda: {0: 0.3})
@@ -94,7 +99,10 @@ class TrainingConfig:
         for name in (*at_least_one, "collective_timeout_seconds", "stop_seconds"):
             if values[name] < 1:
                 yield Problem(name, values[name], "must be at least 1")
-        for name in ("balance_weight", "evaluate_every", "checkpoint_every", "sample_tokens", "seed"):
+        if self.ramp_from is not None and not 1 <= self.ramp_from <= self.global_batch:
+            remedy = f"must be from 1 to global_batch = {self.global_batch}, or null"
+            yield Problem("ramp_from", self.ramp_from, remedy, ("global_batch",))
+        for name in ("balance_weight", "evaluate_every", "checkpoint_every", "sample_tokens", "seed", "ramp_tokens"):
             if values[name] < 0:
                 yield Problem(name, values[name], "must be at least 0")
         if self.seed >= 2**63:
@@ -213,6 +221,7 @@ class RunConfig:
     def _schedule_problems(self, share: int) -> Iterator[Problem]:
         """What schedule and split into stages demand; `share` is a micro-batch on every rank, in sequences."""
         schedule, ranks, layers = self.schedule, self.topology.pp, self.model.layers
+        yield from self._ramp_problems(share)
         found = list(schedule_problems(schedule.name, ranks, self.micro_batches, schedule.chunks))
         for problem in found:
             if problem.field == "micro_batches" and self.training.global_batch % share:
@@ -232,6 +241,21 @@ class RunConfig:
         elif schedule.layout is not None:
             for problem in partition_problems(layers, stages, schedule.layout):
                 yield replace(problem.under("schedule"), others=(*_STAGES, "model.layers"))
+
+    def _ramp_problems(self, share: int) -> Iterator[Problem]:
+        """The first step of a growing batch must be a legal one too."""
+        first, schedule = self.training.ramp_from, self.schedule
+        if first is None:
+            return
+        judges = (*_STAGES, *_SHARE)
+        if first % share:
+            remedy = f"must be a multiple of {share}; the nearest is {max(1, round(first / share)) * share}"
+            yield Problem("training.ramp_from", first, remedy, judges)
+            return
+        for problem in schedule_problems(schedule.name, self.topology.pp, first // share, schedule.chunks):
+            if problem.field == "micro_batches":
+                gives = f"gives {first // share} micro-batches of {share} sequences in the first step"
+                yield Problem("training.ramp_from", first, f"{gives}; {problem.remedy}", judges)
 
     def _alignment_problems(self) -> Iterator[Problem]:
         """Grouped GEMMs want rows of whole 16 bytes; FP64 has a path of its own."""

@@ -67,7 +67,7 @@ def write_rank(folder: Path, rank: int, spans: Sequence[Span]) -> None:
     """One rank's file, on the clock of the world, so that files of several machines fit together."""
     folder.mkdir(parents=True, exist_ok=True)
     shift = time.time_ns() - time.perf_counter_ns()
-    (folder / _RANK_FILE.format(rank)).write_text(json.dumps({"traceEvents": list(_events(rank, spans, shift))}))
+    (folder / _RANK_FILE.format(rank)).write_text(json.dumps({"traceEvents": list(trace_events(rank, spans, shift))}))
 
 
 def merge_ranks(folder: Path, ranks: int) -> Path:
@@ -99,7 +99,8 @@ def read_trace(path: Path) -> dict[int, list[Span]]:
     return ranks
 
 
-def _events(rank: int, spans: Sequence[Span], shift: int) -> Iterator[dict[str, object]]:
+def trace_events(rank: int, spans: Sequence[Span], shift: int = 0) -> Iterator[dict[str, object]]:
+    """One rank's spans as events of Chrome's trace format; `shift` nanoseconds are added to their times."""
     yield {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}}
     tracks = list(Track)
     for number, track in enumerate(tracks):

@@ -1,0 +1,261 @@
+"""Forecasts against published measurements: every row that applies, its error, the median and the worst.
+
+    python benchmarks/planner_accuracy.py [--json benchmarks/results/planner_accuracy.json]
+
+Three sets. DeepSeek-V3 on 2048 H800 and its trace: nothing is calibrated on a step. Zero Bubble's table 4 (arXiv
+2401.10241): chunk times are the authors' own profile, the programs are the runtime's. DeepSeek-V3 with four layers on 8
+B200 (SimuMax release v1.2): two factors, on computing and on the update, are calibrated on two of its six rows. All
+other rows of `published_measurements.csv` are listed with the reason why they do not apply.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from shoestring.comm.topology import Topology
+from shoestring.launch.planner.forecast import Forecaster, Layout
+from shoestring.launch.planner.memory import occupancy
+from shoestring.launch.planner.pair import exposed_share, simulate_pair
+from shoestring.launch.planner.recipe import Precision, Recipe, Recompute
+from shoestring.launch.simulate import simulate
+from shoestring.parallelism.pipeline.placement import Place
+from shoestring.parallelism.pipeline.replay import UnitTimes, replay
+from shoestring.parallelism.pipeline.schedules import build_program
+
+PUBLISHED = Path(__file__).with_name("published_measurements.csv")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One published number and its forecast."""
+
+    group: str
+    row: str
+    published: float
+    forecast: float
+    use: str = "predicted"
+    """`predicted`, or `calibrated on`."""
+
+    @property
+    def error(self) -> float:
+        """Relative to the published number."""
+        return self.forecast / self.published - 1
+
+
+def read_published() -> dict[str, float]:
+    """Every row with one number, by id."""
+    with PUBLISHED.open() as file:
+        return {line["id"]: float(line["value"]) for line in csv.DictReader(file)}
+
+
+def deepseek_v3(published: dict[str, float]) -> Iterator[Comparison]:
+    simulation = simulate(["experiment=deepseek_v3_h800"], None, {})
+    forecast, view = simulation.forecast, simulation.forecast.report_view()
+    own = {f"phase_{name}_s": seconds for name, seconds in view.items()}
+    own |= {
+        "step_time_s": forecast.seconds,
+        "tokens_per_day_B": forecast.tokens / forecast.seconds * 86_400 / 1e9,
+        "tflops_per_gpu_causal": forecast.mfu * forecast.peak_flops / 1e12,
+        "mfu_causal_pct": 100 * forecast.mfu,
+        "tflops_per_gpu_noncausal": forecast.flops.main_full_attention * forecast.tokens_per_second_and_gpu / 1e12,
+        "mfu_noncausal_pct": 100
+        * forecast.flops.main_full_attention
+        * forecast.tokens_per_second_and_gpu
+        / forecast.peak_flops,
+    }
+    for metric, value in own.items():
+        row = f"dsv3-isca-mpft-{metric}"
+        yield Comparison("DeepSeek-V3 step", row, published[row], value)
+    row = "dsv3-report-pretrain-gpu_hours"
+    yield Comparison("DeepSeek-V3 step", row, published[row], forecast.gpu_hours(14.8e12))
+    lanes = simulate_pair(simulation.forecaster.costs(simulation.layout, forecast.recipe))
+    yield Comparison("H800 trace", "dsv3-trace-chunk_pair_span_ms", 129.012, lanes.now * 1e3)
+    exposed = exposed_share(lanes) * lanes.now * 1e3
+    yield Comparison("H800 trace", "dsv3-trace-exposed_comm_ms", published["dsv3-trace-exposed_comm_ms"], exposed)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A model of Zero Bubble's table 4: microseconds of a rank's chunk as its authors profiled them.
+
+    (p, n, f, b, w, c) in the settings of sail-sg/zero-bubble-pipeline-parallelism's `v_schedule.py`.
+    """
+
+    name: str
+    ranks: int
+    hidden: int
+    heads: int
+    micro_batch: int
+    micro_batches: int
+    forward: float
+    input_gradient: float
+    weight_gradient: float
+    transfer: float
+
+
+PROFILES = (
+    Profile("1.5B", 8, 2304, 24, 6, 24, 18522, 18086, 9337, 601),
+    Profile("1.5B", 8, 2304, 24, 6, 32, 18513, 18086, 9331, 626),
+    Profile("1.5B", 8, 2304, 24, 6, 64, 18546, 18097, 9321, 762),
+    Profile("14.6B", 16, 5120, 40, 1, 48, 11347, 11248, 8132, 377),
+    Profile("14.6B", 16, 5120, 40, 1, 64, 11307, 11254, 8101, 379),
+    Profile("14.6B", 16, 5120, 40, 1, 128, 11325, 11308, 8109, 378),
+)
+_SCHEDULES = {"f1b": ("one_f_one_b", None), "zb1p": ("zb1p", None), "f1bi": ("interleaved", 3)}
+_LENGTH, _LAYERS_A_RANK = 1024, 3  # two layers less in all: first and last stage hold one less, for embedding and head
+_BYTES_A_PARAMETER = 16  # mixed-precision Adam (ZeRO paper, arXiv 1910.02054, §3.1)
+
+
+def zero_bubble(published: dict[str, float]) -> Iterator[Comparison]:
+    for profile in PROFILES:
+        rates = {}
+        for name, (schedule, chunks) in _SCHEDULES.items():
+            program = build_program(schedule, profile.ranks, profile.micro_batches, chunks)
+            part = 1e-6 / (chunks or 1)
+            parts = profile.forward * part, profile.input_gradient * part, profile.weight_gradient * part
+            seconds = replay(program, UnitTimes(*parts), profile.transfer * 1e-6).makespan
+            rates[name] = profile.micro_batch * profile.micro_batches / profile.ranks / seconds
+        rows = {name: f"zb-{profile.name}-{name}-m{profile.micro_batches}-samples_per_gpu_per_s" for name in _SCHEDULES}
+        for name in ("zb1p", "f1bi"):
+            ratio = published[rows[name]] / published[rows["f1b"]]
+            yield Comparison("Zero Bubble, throughput over 1F1B", rows[name], ratio, rates[name] / rates["f1b"])
+    for profile in (PROFILES[0], PROFILES[3]):
+        for name, (schedule, chunks) in _SCHEDULES.items():
+            row = f"zb-{profile.name}-{name}-mem-peak_memory_GB"
+            yield Comparison("Zero Bubble, memory", row, published[row], _zero_bubble_memory(profile, schedule, chunks))
+
+
+def _zero_bubble_memory(profile: Profile, schedule: str, chunks: int | None) -> float:
+    """Gigabytes of the fullest rank: 34 s b h + 5 a s² b bytes a layer (Korthikanti et al., arXiv 2205.05198)."""
+    program = build_program(schedule, profile.ranks, profile.micro_batches, chunks)
+    tokens = _LENGTH * profile.micro_batch
+    layer = 34 * tokens * profile.hidden + 5 * profile.heads * _LENGTH * tokens
+    stages, count = program.placement.stages, _LAYERS_A_RANK // program.chunks
+    worst = 0.0
+    for rank, instructions in enumerate(program.instructions):
+        held = [program.placement.stage(Place(rank, chunk)) for chunk in range(program.chunks)]
+        layers = [count - (stage in (0, stages - 1)) for stage in held]
+        alive = max(sum(n * k for n, k in zip(moment[0], layers, strict=True)) for moment in occupancy(instructions))
+        static = _BYTES_A_PARAMETER * 12 * profile.hidden**2 * sum(layers)
+        worst = max(worst, alive * layer + static)
+    return worst / 1e9
+
+
+def four_layers(published: dict[str, float]) -> Iterator[Comparison]:
+    from shoestring.launch.compose import compose_run
+
+    cluster = compose_run(["cluster=b200"]).cluster
+    v3 = compose_run(["model=deepseek_v3", "data.vocabulary=129280"]).model
+    model = replace(v3, layers=4, dense_layers=1, mtp_depth=0)
+    recipe = Recipe(precision=Precision.BF16, recompute=Recompute.NONE, comm_sms=0, moment_bytes=8)
+    forecaster = Forecaster(model, cluster, 4096)
+    calibrated = ("ep8_pp1", 4), ("ep8_pp1", 32)
+    grids = {"ep8_pp1": (Topology(ep=8), "dp8"), "ep4_pp2": (Topology(pp=2, ep=4), "dp4")}
+    halves = {"ep8_pp1": None, "ep4_pp2": (2, 2)}  # Megatron's: as many layers on each stage
+    forecasts = {
+        (name, count): forecaster.forecast(
+            Layout(topology, "one_f_one_b", layers=halves[name]), recipe, count * topology.dp
+        )
+        for name, (topology, _) in grids.items()
+        for count in (4, 8, 32)
+    }
+
+    def row(name: str, count: int, metric: str) -> str:
+        return f"simumax-b200-deepseekv3_l4_tp1_{name}_{grids[name][1]}_mbc{count}_cef-{metric}"
+
+    first, second = calibrated
+    a, b = (forecasts[key].replay.makespan for key in calibrated)
+    update = forecasts[first].reduce + forecasts[first].optimizer
+    x, y = (published[row(*key, "step_time_ms")] / 1e3 for key in (first, second))
+    pace = (y - x) / (b - a)
+    rest = (x - pace * a) / update
+    print(f"four layers: calibrated factor on computing {pace:.3f}, on the update {rest:.3f}")
+    for key, forecast in forecasts.items():
+        seconds = pace * forecast.replay.makespan + rest * (forecast.reduce + forecast.optimizer)
+        use = "calibrated on" if key in calibrated else "predicted"
+        name = row(*key, "step_time_ms")
+        yield Comparison("four layers on 8 B200, time", name, published[name], seconds * 1e3, use)
+        name = row(*key, "peak_alloc_GiB_worst_rank")
+        allocated = max(memory.allocated for memory in forecast.memory) / 2**30
+        yield Comparison("four layers on 8 B200, memory", name, published[name], allocated)
+
+
+_WHY_NOT = (
+    ("zb-1.5B-zb2p", "no ZB-2p among the runtime's schedules"),
+    ("zb-14.6B-zb2p", "no ZB-2p among the runtime's schedules"),
+    ("zb-", "1F1B is the base of the ratios"),
+    ("dsv3-isca-mrft", "the same layout on another network"),
+    ("dsv3-report-", "published totals that hold no further layout"),
+    ("dsv3-trace-", "an input: the kernel table is made of it"),
+    ("deepep-", "an input: exchanges alone"),
+    ("isca-fig7-", "an input: exchanges alone"),
+    ("mcore-report-dsv3-gb", "no kernel table of GB200 and GB300"),
+    ("mcore-report-", "tensor parallelism, which the runtime has not"),
+    ("mbridge-epoverlap", "a model without latent attention"),
+    ("mbridge-25.09-deepseek", "tensor parallelism, which the runtime has not"),
+    ("mbridge-25.09-dsv3", "tensor parallelism, which the runtime has not"),
+    ("mbridge-", "a dense model with tensor parallelism"),
+    ("zoo-", "a model without latent attention, with tensor parallelism"),
+    ("llama405", "failures, not steps"),
+    ("byterobust", "failures, not steps"),
+    ("smollm3", "a ledger, not steps"),
+)
+
+
+def not_applicable(published: dict[str, float], used: set[str]) -> Counter[str]:
+    """How many rows are left out, by reason."""
+    reasons: Counter[str] = Counter()
+    for row in published.keys() - used:
+        reasons[next((why for prefix, why in _WHY_NOT if row.startswith(prefix)), "not explained")] += 1
+    return reasons
+
+
+def simulations_a_second() -> float:
+    """Full simulations of V3 on 2048 GPUs in a second of one core's time, each with other prices: chunks, program and
+    memory. The program is built before."""
+    simulation = simulate(["experiment=deepseek_v3_h800"], None, {})
+    began = time.process_time()
+    for number in range(40):
+        simulation.again(replace(simulation.forecast.recipe, skew=1e-6 * (number + 1)))
+    return 40 / (time.process_time() - began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    published = read_published()
+    found = [*deepseek_v3(published), *zero_bubble(published), *four_layers(published)]
+    for group in dict.fromkeys(entry.group for entry in found):
+        rows = [entry for entry in found if entry.group == group]
+        print(f"\n{group}")
+        for entry in rows:
+            print(
+                f"  {entry.row:<75} {entry.published:>12.4g} {entry.forecast:>12.4g} {entry.error:>+7.1%}  {entry.use}"
+            )
+        errors = [abs(entry.error) for entry in rows if entry.use == "predicted"]
+        print(
+            f"  median error {statistics.median(errors):.1%}, worst {max(errors):.1%}, of {len(errors)} predicted rows"
+        )
+    left_out = not_applicable(published, {entry.row for entry in found})
+    print("\nrows that do not apply")
+    for reason, count in left_out.most_common():
+        print(f"  {count:>4}  {reason}")
+    rate = simulations_a_second()
+    print(f"\n{rate:.0f} full simulations a second of one core's time")
+    if options.json is not None:
+        rows_tree = [entry.__dict__ | {"error": entry.error} for entry in found]
+        tree = {"rows": rows_tree, "left_out": left_out, "simulations_a_second": rate}
+        options.json.write_text(json.dumps(tree, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

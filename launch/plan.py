@@ -1,0 +1,216 @@
+"""`shoestring plan`: layouts searched, and the best of them priced against the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from ..trainer.config import RunConfig
+from .compose import compose_run
+from .planner.failures import Failures
+from .planner.forecast import Forecast, Forecaster
+from .planner.phases import PhaseCost, WhatIf, run_phases, sensitivity
+from .planner.recipe import Precision, Recipe
+from .planner.search import SearchResult, Space, illegality, search
+from .simulate import default_recipe, layout_of, layout_tree, phase_table
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a search has found."""
+
+    config: RunConfig
+    recipe: Recipe
+    found: SearchResult
+    configured: Forecast | None
+    """The layout of the configuration, to compare with; None where it is illegal."""
+    phases: list[PhaseCost]
+    """Of the best layout."""
+    what_ifs: list[WhatIf]
+    """The same."""
+    failures: Failures
+
+    @property
+    def best(self) -> Forecast | None:
+        """The fastest layout that is legal and fits."""
+        return self.found.best[0] if self.found.best else None
+
+
+def plan(overrides: Sequence[str], config_dir: Path | None, keep: int) -> Plan:
+    """Search the layouts of the run that `overrides` describe on all GPUs of its cluster."""
+    config = compose_run(overrides, config_dir)
+    cluster, training = config.cluster, config.training
+    recipe = default_recipe(config)
+    forecaster = Forecaster(config.model, cluster, training.sequence_length)
+    formats = (Precision.FP8, Precision.BF16) if recipe.precision is Precision.FP8 else (recipe.precision,)
+    lent = (20, 6) if recipe.comm_sms else (recipe.comm_sms,)
+    space = Space(cluster.gpus, cluster.gpus_per_node, precisions=formats, comm_sms=lent)
+    found = search(forecaster, space.candidates(recipe), training.global_batch, keep)
+    configured = None
+    if illegality(forecaster, layout_of(config), training.global_batch) is None:
+        configured = forecaster.forecast(layout_of(config), recipe, training.global_batch)
+    phases: list[PhaseCost] = []
+    what_ifs: list[WhatIf] = []
+    if found.best:
+        best = found.best[0]
+        ramp = {"ramp_from": training.ramp_from, "ramp_tokens": training.ramp_tokens}
+        size = {"tokens": training.tokens, "global_batch": training.global_batch}
+        phases = run_phases(forecaster, best.layout, best.recipe, **size, **ramp)  # type: ignore[arg-type]
+        what_ifs = sensitivity(forecaster, best.layout, best.recipe, training.global_batch)
+    return Plan(config, recipe, found, configured, phases, what_ifs, Failures())
+
+
+def plan_tree(result: Plan) -> dict[str, object]:
+    """The figures as plain values, which `shoestring budget --against` reads."""
+    found, best = result.found, result.best
+    return {
+        "considered": found.considered,
+        "illegal": dict(found.illegal),
+        "unfit": dict(found.unfit),
+        "simulated": found.simulated,
+        "excluded": found.excluded,
+        "smallest_excluded_bound_seconds": found.smallest_excluded,
+        "search_seconds": found.seconds,
+        "layouts": [_row_tree(forecast, result) for forecast in found.best],
+        "configured": None if result.configured is None else _row_tree(result.configured, result),
+        "budget_gpu_hours": result.config.budget.gpu_hours,
+        "phases": [phase.__dict__ for phase in result.phases],
+        "sensitivity": [{"what": w.name, "step_seconds": w.seconds} for w in result.what_ifs],
+        "effective_training_time": None if best is None else result.failures.effective_share(best.gpus),
+        "checkpoint_interval_seconds": None if best is None else result.failures.best_interval(best.gpus),
+    }
+
+
+def _row_tree(forecast: Forecast, result: Plan) -> dict[str, object]:
+    return layout_tree(forecast) | {
+        "step_seconds": forecast.seconds,
+        "tokens_per_second_and_gpu": forecast.tokens_per_second_and_gpu,
+        "mfu": forecast.mfu,
+        "memory_bytes": forecast.peak_memory.total,
+        "gpu_hours": forecast.gpu_hours(result.config.training.tokens),
+        "terms": forecast.mean_terms | {"reduce_wait": forecast.reduce, "optimizer": forecast.optimizer},
+        "limit": forecast.limit,
+    }
+
+
+def plan_table(result: Plan) -> RenderableType:
+    """The same for a reader."""
+    parts: list[RenderableType] = [_layouts(result), _counts(result.found)]
+    if result.best is not None:
+        parts += [phase_table(result.phases, result.config.cluster.price_per_gpu_hour), _budget(result)]
+        parts += [_sensitivity(result), _failures(result), _comparison(result)]
+    return Group(*parts)
+
+
+def _layouts(result: Plan) -> Table:
+    cluster, training = result.config.cluster, result.config.training
+    table = Table(
+        title=f"{result.config.model.name} on {cluster.gpus} {cluster.name}, {training.global_batch:,} sequences",
+        caption="MFU: main model, causal, without MTP, of the dense BF16 peak.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for heading in (
+        "pp edp ep",
+        "schedule",
+        "mb",
+        "recipe",
+        "step",
+        "tok/s/GPU",
+        "MFU",
+        "memory",
+        "GPU-hours",
+        "limit",
+    ):
+        table.add_column(heading, justify="right" if heading in ("mb", "step", "tok/s/GPU", "MFU") else "left")
+    for forecast in result.found.best:
+        table.add_row(*_cells(forecast, training.tokens))
+    if result.configured is not None:
+        table.add_section()
+        cells = _cells(result.configured, training.tokens)
+        table.add_row(f"{cells[0]} (configured)", *cells[1:])
+    return table
+
+
+def _cells(forecast: Forecast, tokens: int) -> list[str]:
+    topology, recipe = forecast.layout.topology, forecast.recipe
+    return [
+        f"{topology.pp} {topology.edp} {topology.ep}",
+        forecast.layout.schedule,
+        str(forecast.layout.micro_batch),
+        f"{recipe.precision} {recipe.recompute} {recipe.comm_sms} SMs",
+        f"{forecast.seconds:.3f} s",
+        f"{forecast.tokens_per_second_and_gpu:,.0f}",
+        f"{forecast.mfu:.1%}",
+        f"{forecast.peak_memory.total / 1e9:.1f} GB",
+        f"{forecast.gpu_hours(tokens):,.0f}",
+        forecast.limit,
+    ]
+
+
+def _counts(found: SearchResult) -> Table:
+    table = Table(title=f"{found.considered:,} combinations in {found.seconds:.1f} s", title_justify="left")
+    table.add_column("what became of them")
+    table.add_column("number", justify="right")
+    for reason, count in found.illegal.most_common():
+        table.add_row(f"illegal: {reason}", f"{count:,}")
+    for reason, count in found.unfit.most_common():
+        table.add_row(f"does not fit: {reason}", f"{count:,}")
+    rate = found.simulated / found.simulation_seconds if found.simulation_seconds else 0.0
+    table.add_row(
+        f"simulated in full ({rate:.0f} a second of a core once their programs are built)", f"{found.simulated:,}"
+    )
+    if found.excluded:
+        table.add_row(f"excluded: no order of things is under {found.smallest_excluded:.3f} s", f"{found.excluded:,}")
+    return table
+
+
+def _budget(result: Plan) -> str:
+    planned, budget = sum(phase.gpu_hours for phase in result.phases[:-2]), result.config.budget.gpu_hours
+    verdict = "inside" if planned <= budget else "over"
+    return f"Pre-training {planned:,.0f} GPU-hours, {verdict} the budget of {budget:,.0f} ({planned / budget:.1%})."
+
+
+def _sensitivity(result: Plan) -> Table:
+    assert result.best is not None
+    table = Table(title="What a change would do to the best layout's step", title_justify="left")
+    for heading in ("change", "seconds", "of the step"):
+        table.add_column(heading, justify="left" if heading == "change" else "right")
+    for what_if in result.what_ifs:
+        table.add_row(what_if.name, f"{what_if.seconds:.3f}", f"{what_if.seconds / result.best.seconds - 1:+.1%}")
+    return table
+
+
+def _failures(result: Plan) -> str:
+    assert result.best is not None
+    failures, gpus = result.failures, result.best.gpus
+    hours = failures.mean_seconds_between(gpus) / 3600
+    blocked, restart = failures.checkpoint_seconds, failures.restart_seconds
+    interval, share = failures.best_interval(gpus) / 60, failures.effective_share(gpus)
+    return (
+        f"Failures: one in {hours:.1f} h on {gpus} GPUs (published rate of Llama 3.1's run). With checkpoints that "
+        f"block {blocked:g} s and restarts of {restart:g} s (both assumed), a checkpoint every {interval:.0f} min "
+        f"leaves {share:.1%} effective training time."
+    )
+
+
+def _comparison(result: Plan) -> str:
+    best, configured = result.best, result.configured
+    if best is None or configured is None:
+        return "The configured layout is illegal, so there is nothing to compare with."
+    if best.seconds >= configured.seconds:
+        return "No layout of the search beats the configured one."
+    gain = 1 - best.seconds / configured.seconds
+    same = replace(best.recipe, comm_sms=configured.recipe.comm_sms) == configured.recipe
+    why = "the same layout of weights and phases" if same and best.layout == configured.layout else best.limit
+    lent = f"{best.recipe.comm_sms} SMs lent instead of {configured.recipe.comm_sms}"
+    evidence = (
+        f" {lent}: published for DeepEP V2 with 32 ranks at the same pace, assumed to hold here."
+        if best.recipe.comm_sms != configured.recipe.comm_sms
+        else ""
+    )
+    return f"The best layout is {gain:.1%} faster than the configured one ({why}).{evidence}"

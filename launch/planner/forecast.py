@@ -1,0 +1,351 @@
+"""One optimizer step of one layout: the runtime's program on a clock, with the time of every rank by term."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from ...comm.topology import Link, Topology
+from ...parallelism.pipeline.placement import Place, Placement
+from ...parallelism.pipeline.program import Op, Program
+from ...parallelism.pipeline.replay import Replay
+from ...parallelism.pipeline.schedules import build_placement, build_program
+from ...parallelism.pipeline.timetable import Timetable
+from ...trainer.costs.cluster import ClusterConfig
+from ...trainer.costs.flops import FlopCount, count_flops
+from ...trainer.model.config import ModelConfig
+from ...trainer.stages import split_layers
+from .exchange import Wire
+from .lanes import ChunkCosts, StageShape
+from .memory import MemoryForecast, Occupancy, Parameters, forecast_memory, occupancy, stage_parameters, static_bytes
+from .operations import Shape
+from .pricing import Compute
+from .recipe import Precision, Recipe
+from .runs import Kinds, Runs, kinds_of
+from .tables import Coverage
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is spread, and in which order it runs."""
+
+    topology: Topology
+    schedule: str
+    micro_batch: int = 1
+    chunks: int | None = None
+    layers: tuple[int, ...] | None = None
+    """Of each stage; None: balanced by FLOPs, as the runtime does."""
+
+    def micro_batches(self, global_batch: int) -> int:
+        """Of one rank in one step."""
+        return global_batch // (self.topology.dp * self.micro_batch)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one optimizer step will take. Seconds and bytes; lists are by pipeline rank."""
+
+    layout: Layout
+    recipe: Recipe
+    stages: tuple[StageShape, ...]
+    replay: Replay
+    terms: tuple[dict[str, float], ...]
+    """The ledger's productive terms of each rank: F, I, W, B and FB net of waits, exposed_exchange, edge_wait."""
+    reduce: float
+    """Gradients over replicas, and weights back from their shards."""
+    optimizer: float
+    memory: tuple[MemoryForecast, ...]
+    flops: FlopCount
+    tokens: int
+    """Of the global batch."""
+    peak_flops: float
+    """Of one GPU, that utilisation is measured against."""
+    transfer: float
+    """Of one message between stages."""
+    coverage: Coverage
+
+    @property
+    def seconds(self) -> float:
+        """Of the step."""
+        return self.replay.makespan + self.reduce + self.optimizer
+
+    @property
+    def gpus(self) -> int:
+        """All ranks."""
+        return self.layout.topology.world_size
+
+    @property
+    def tokens_per_second_and_gpu(self) -> float:
+        """Throughput of one GPU."""
+        return self.tokens / self.seconds / self.gpus
+
+    @property
+    def mfu(self) -> float:
+        """Main model, causal, without MTP: the convention of the published 38.94 %."""
+        return self.flops.main * self.tokens_per_second_and_gpu / self.peak_flops
+
+    @property
+    def peak_memory(self) -> MemoryForecast:
+        """Of the rank that needs most."""
+        return max(self.memory, key=lambda memory: memory.total)
+
+    def gpu_hours(self, tokens: float) -> float:
+        """Of training on so many tokens at this rate."""
+        return tokens / self.tokens_per_second_and_gpu / 3600
+
+    @cached_property
+    def mean_terms(self) -> dict[str, float]:
+        """The terms, mean over ranks."""
+        return {name: sum(rank[name] for rank in self.terms) / len(self.terms) for name in self.terms[0]}
+
+    def report_view(self) -> dict[str, float]:
+        """The terms of the Insights paper's table 4, mean over ranks: instructions with their waits for exchanges."""
+        mean = {op: sum(self.instruction_seconds(op)) / len(self.terms) for op in Op}
+        return {
+            "1F": mean[Op.F],
+            "bubble": self.mean_terms["edge_wait"],
+            "1B": mean[Op.I] + mean[Op.B],
+            "1W": mean[Op.W],
+            "1F1B": mean[Op.FB],
+            "opt": self.reduce + self.optimizer,
+        }
+
+    def instruction_seconds(self, op: Op) -> list[float]:
+        """Of all instructions of one kind, by rank."""
+        program = self.replay.program
+        return [
+            sum(end - start for entry, start, end in zip(row, starts, ends, strict=True) if entry.op is op)
+            for row, starts, ends in zip(program.instructions, self.replay.starts, self.replay.ends, strict=True)
+        ]
+
+    @property
+    def limit(self) -> str:
+        """What costs most beside computing, in words."""
+        mean, busy = self.mean_terms, self.replay.busy
+        parts = {
+            "waits between stages": mean["edge_wait"],
+            "exposed exchanges": mean["exposed_exchange"],
+            "gradients and optimizer": self.reduce + self.optimizer,
+        }
+        name = max(parts, key=lambda key: parts[key])
+        uneven = max(busy) - sum(busy) / len(busy)
+        detail = f" ({uneven / self.seconds:.1%} for uneven stages)" if name == "waits between stages" else ""
+        return f"{name} {parts[name] / self.seconds:.1%} of the step{detail}"
+
+
+@dataclass
+class Forecaster:
+    """Forecasts steps of one model on one cluster. Keeps programs, partitions and prices between them."""
+
+    model: ModelConfig
+    cluster: ClusterConfig
+    sequence_length: int
+    flops: FlopCount = field(init=False)
+    _programs: dict[tuple[str, int, int, int | None], Program] = field(default_factory=dict)
+    _timetables: dict[tuple[str, int, int, int | None], Timetable] = field(default_factory=dict)
+    _splits: dict[tuple[int, tuple[int, ...] | None], tuple[StageShape, ...]] = field(default_factory=dict)
+    _parameters: dict[Layout, tuple[Parameters, ...]] = field(default_factory=dict)
+    _costs: dict[tuple[Recipe, int, int], ChunkCosts] = field(default_factory=dict)
+    _occupancy: dict[tuple[str, int, int, int], tuple[Occupancy, ...]] = field(default_factory=dict)
+    _kinds: dict[tuple[str, int, int, int], Kinds] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.flops = count_flops(self.model, self.sequence_length)
+
+    def forecast(self, layout: Layout, recipe: Recipe, global_batch: int) -> Forecast:
+        """Simulate one step; layout and batch must be legal. Raises `Refused` where figures are missing."""
+        costs, stages = self.costs(layout, recipe), self.stages(layout)
+        timetable = self._timetable(layout, layout.micro_batches(global_batch))
+        program = timetable.program
+        held = self._held(program.placement, stages)
+        runs = Runs(costs, held, self._counts(program), recipe, self._slowest(layout, recipe))
+        transfer = self.transfer(layout, recipe)
+        replay = timetable.replay(runs.duration, transfer)
+        reduce, optimizer = self.update(layout, recipe)
+        peak = self.cluster.peak_tflops
+        assert peak is not None
+        return Forecast(
+            layout=layout,
+            recipe=recipe,
+            stages=stages,
+            replay=replay,
+            terms=tuple(runs.terms(rank, bubble) for rank, bubble in enumerate(replay.bubbles)),
+            reduce=reduce,
+            optimizer=optimizer,
+            memory=self.memory(layout, recipe, program),
+            flops=self.flops,
+            tokens=global_batch * self.sequence_length,
+            peak_flops=peak * 1e12,
+            transfer=transfer,
+            coverage=costs.cost.coverage,
+        )
+
+    def prepare(self, layout: Layout, global_batch: int) -> None:
+        """Build the program of a layout, so that forecasts of it only run it."""
+        self._timetable(layout, layout.micro_batches(global_batch))
+
+    def lower_bound(self, layout: Layout, recipe: Recipe, global_batch: int) -> float:
+        """Seconds that no order of things can beat: the computing of the busiest rank, and the update."""
+        costs, stages = self.costs(layout, recipe), self.stages(layout)
+        placement = build_placement(layout.schedule, layout.topology.pp, layout.chunks)
+        count = layout.micro_batches(global_batch) / len(placement.holders(0))
+        held = self._held(placement, stages)
+        busy = [count * sum(costs.compute_seconds(stage) for stage in rank) for rank in held]
+        longest = max(busy) if recipe.imbalance else sum(busy) / len(busy)
+        return longest * self._slowest(layout, recipe) + sum(self.update(layout, recipe))
+
+    def memory(self, layout: Layout, recipe: Recipe, program: Program) -> tuple[MemoryForecast, ...]:
+        """Of every pipeline rank."""
+        held = self._held(program.placement, self.stages(layout))
+        shape, key = (
+            self._shape(layout, recipe),
+            (program.schedule, program.ranks, program.micro_batches, program.chunks),
+        )
+        if key not in self._occupancy:
+            self._occupancy[key] = tuple(map(occupancy, program.instructions))
+        return tuple(
+            forecast_memory(moments, stages, shape, recipe, parameters)
+            for moments, stages, parameters in zip(self._occupancy[key], held, self.parameters(layout), strict=True)
+        )
+
+    def static_memory(self, layout: Layout, recipe: Recipe) -> float:
+        """Bytes of weights, gradients and optimizer of the rank that has most."""
+        return max(sum(static_bytes(recipe, held)) for held in self.parameters(layout))
+
+    def program(self, layout: Layout, global_batch: int) -> Program:
+        """The program of one step."""
+        return self._program(layout, layout.micro_batches(global_batch))
+
+    def stages(self, layout: Layout) -> tuple[StageShape, ...]:
+        """What each stage holds, by the runtime's own partition."""
+        count = build_placement(layout.schedule, layout.topology.pp, layout.chunks).stages
+        key = count, layout.layers
+        if key not in self._splits:
+            ranges = split_layers(self.model, self.sequence_length, count, layout.layers).ranges
+            dense = [sum(layer < self.model.dense_layers for layer in layers) for layers in ranges]
+            self._splits[key] = tuple(
+                StageShape(dense[stage], len(layers) - dense[stage], stage == 0, stage == count - 1)
+                for stage, layers in enumerate(ranges)
+            )
+        return self._splits[key]
+
+    def costs(self, layout: Layout, recipe: Recipe) -> ChunkCosts:
+        """Prices of chunks."""
+        key = recipe, layout.topology.ep, layout.micro_batch
+        if key not in self._costs:
+            cost = Compute.of(self.cluster, recipe)
+            wire = Wire(self.cluster, recipe, cost.table, cost.coverage)
+            self._costs[key] = ChunkCosts(self._shape(layout, recipe), cost, wire)
+        return self._costs[key]
+
+    def transfer(self, layout: Layout, recipe: Recipe) -> float:
+        """Of one message between neighbours: bytes over the slowest link between any two."""
+        topology = layout.topology
+        if topology.pp == 1 or not recipe.edges:
+            return 0.0
+        if recipe.message_seconds is not None:
+            return recipe.message_seconds
+        tokens = self.sequence_length * layout.micro_batch
+        table = self.costs(layout, recipe).cost.table
+        measured = table.find("edge", "message", f"{layout.micro_batch}x{self.sequence_length}")
+        if measured is not None:
+            return measured.seconds
+        links = {topology.link(rank, rank + topology.dp) for rank in range(topology.dp)}
+        name = "infiniband_gbps" if Link.INFINIBAND in links else "nvlink_gbps"
+        rate = self.cluster.__dict__[name]
+        return (
+            tokens * self.model.hidden * max(2, recipe.precision.bytes) / (rate * recipe.links * 1e9) if rate else 0.0
+        )
+
+    def update(self, layout: Layout, recipe: Recipe) -> tuple[float, float]:
+        """Seconds of summing gradients and gathering weights, and of the optimizer, on the rank that takes longest."""
+        both = [self._update(layout, recipe, held) for held in self.parameters(layout)]
+        return max(reduce for reduce, _ in both), max(optimizer for _, optimizer in both)
+
+    def _update(self, layout: Layout, recipe: Recipe, held: Parameters) -> tuple[float, float]:
+        topology, size = layout.topology, layout.topology.gpus_per_node
+        table = self.costs(layout, recipe).cost.table
+        wide = max(2, recipe.precision.bytes)
+        local = table.find("phase", "optimizer", "any")
+        if local is not None:  # as calibrated, for a thousand parameters
+            reduce, rest = (table.find("phase", name, "any") for name in ("reduce", "step"))
+            assert reduce is not None
+            assert rest is not None
+            copied = held.dense * (held.dense_copies > 1) + held.routed * (held.routed_copies > 1)
+            updated = (held.dense + held.routed) / 1e3 * local.seconds
+            return copied / 1e3 * reduce.seconds, updated + rest.seconds
+        dense = self._collective(held.dense * (4 + wide), held.dense_copies, min(topology.dp, size))
+        expert_neighbours = max(1, min(topology.edp, size // topology.ep))
+        routed = self._collective(held.routed * (4 + wide), held.routed_copies, expert_neighbours)
+        shard = held.dense / held.dense_copies + held.routed / held.routed_copies
+        touched = shard * (4 + 4 + 8 + 2 * recipe.moment_bytes + wide)  # norm, gradient, master, moments, weight
+        if recipe.precision is Precision.FP8:
+            touched += (held.dense + held.routed) * 4  # weights read, both layouts written
+        share = table.find("memory", "update", "any")
+        rate = (self.cluster.memory_gbps or math.inf) * 1e9 * (share.value if share is not None else 1.0)
+        return dense + routed, touched / rate
+
+    def _collective(self, count: float, ranks: int, inside: int) -> float:
+        """A reduce-scatter or all-gather of `count` bytes: rings inside nodes and between them run at the same time."""
+        if ranks == 1:
+            return 0.0
+        nodes = max(1, ranks // inside)
+        nvlink, infiniband = self.cluster.nvlink_gbps, self.cluster.infiniband_gbps
+        seconds = [0.0]
+        if inside > 1 and nvlink is not None:
+            seconds.append(count * (inside - 1) / inside / (nvlink * 1e9))
+        if nodes > 1 and infiniband is not None:
+            seconds.append(count * (nodes - 1) / nodes / inside / (infiniband * 1e9))
+        return max(seconds)
+
+    def parameters(self, layout: Layout) -> tuple[Parameters, ...]:
+        """What one rank of each pipeline rank holds."""
+        if layout not in self._parameters:
+            placement = build_placement(layout.schedule, layout.topology.pp, layout.chunks)
+            copies = len(placement.holders(0))
+            held = self._held(placement, self.stages(layout))
+            self._parameters[layout] = tuple(self._count(layout.topology, copies, stages) for stages in held)
+        return self._parameters[layout]
+
+    def _count(self, topology: Topology, copies: int, held: Sequence[StageShape]) -> Parameters:
+        both = [stage_parameters(self.model, stage) for stage in held]
+        dense, table = sum(part[0] for part in both), self.model.vocabulary * self.model.hidden
+        first, last = any(stage.is_first for stage in held), any(stage.is_last for stage in held)
+        replica = bool(self.model.mtp_depth) and last and not first  # an embedding of its own, for MTP
+        routed = sum(part[1] for part in both) / topology.ep
+        tables = table * (first + last + replica)
+        return Parameters(dense + table * replica, routed, topology.dp * copies, topology.edp * copies, tables)
+
+    def _held(self, placement: Placement, stages: Sequence[StageShape]) -> list[tuple[StageShape, ...]]:
+        return [
+            tuple(stages[placement.stage(Place(rank, chunk))] for chunk in range(placement.chunks))
+            for rank in range(placement.ranks)
+        ]
+
+    def _timetable(self, layout: Layout, micro_batches: int) -> Timetable:
+        key = layout.schedule, layout.topology.pp, micro_batches, layout.chunks
+        if key not in self._timetables:
+            self._timetables[key] = Timetable.of(self._program(layout, micro_batches))
+        return self._timetables[key]
+
+    def _program(self, layout: Layout, micro_batches: int) -> Program:
+        key = layout.schedule, layout.topology.pp, micro_batches, layout.chunks
+        if key not in self._programs:
+            self._programs[key] = build_program(*key)
+        return self._programs[key]
+
+    def _counts(self, program: Program) -> Kinds:
+        key = program.schedule, program.ranks, program.micro_batches, program.chunks
+        if key not in self._kinds:
+            self._kinds[key] = kinds_of(program)
+        return self._kinds[key]
+
+    def _shape(self, layout: Layout, recipe: Recipe) -> Shape:
+        return Shape(self.model, self.sequence_length, layout.micro_batch, layout.topology.ep, recipe.skew)
+
+    def _slowest(self, layout: Layout, recipe: Recipe) -> float:
+        """The slowest of so many nodes: the expected maximum of normal speeds."""
+        nodes = max(1, layout.topology.world_size // layout.topology.gpus_per_node)
+        return 1 + recipe.jitter * math.sqrt(2 * math.log(nodes))

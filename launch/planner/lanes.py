@@ -1,0 +1,270 @@
+"""Two lanes of one rank, computing and exchanging, and the five-phase chunks that run on them.
+
+The chunks are generators that yield where the runtime's do (`trainer/model/chunk.py`) and take turns by the runtime's
+own `take_turns`; only that nothing is computed and a clock goes on instead.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from ...comm.record import EXPOSED_EXCHANGE, Track
+from ...parallelism.pipeline.overlap import Steps, drive, take_turns
+from .exchange import Exchange, Travel, Wire
+from .operations import Phase, Shape
+from .pricing import Compute
+from .recipe import Sync
+
+
+@dataclass
+class _Flight:
+    """An exchange under way: seconds of waiting for others, then the share that has still to travel."""
+
+    travel: Travel
+    sync: float
+    left: float = 1.0
+    begun: float | None = None
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class LaneSpan:
+    """What ran on a lane, in seconds from the chunk's beginning."""
+
+    track: Track
+    name: str
+    begin: float
+    end: float
+
+
+@dataclass
+class Lanes:
+    """The clock of a rank: computing and waiting move it on, and exchanges travel in the order of their launch."""
+
+    now: float = 0.0
+    exposed: float = 0.0
+    """Seconds of waiting for exchanges."""
+    exchanging: float = 0.0
+    """Seconds in which an exchange was under way."""
+    idle_beside: float = 0.0
+    """Of the gaps between kernels, those beside an exchange: no kernel runs but the exchange's."""
+    spans: list[LaneSpan] = field(default_factory=list)
+    _queue: deque[_Flight] = field(default_factory=deque)
+
+    def compute(self, phase: Phase, seconds: float, gaps: float = 0.0) -> None:
+        """Compute, while exchanges travel at the pace they have beside computing."""
+        if seconds == 0:
+            return
+        begin, end, travelled = self.now, self.now + seconds, self.exchanging
+        while self._queue and self._need(beside=True) <= end - self.now:
+            self._arrive(self._need(beside=True))
+        if self._queue:
+            self._travel(end - self.now)
+        self.now = end
+        self.idle_beside += gaps * (self.exchanging - travelled) / seconds
+        self.spans.append(LaneSpan(Track.COMPUTE, phase.value, begin, self.now))
+
+    def launch(self, travel: Travel, sync: float = 0.0) -> _Flight:
+        """Start an exchange; once those before it have arrived it waits `sync` for other ranks, and travels."""
+        flight = _Flight(travel, sync)
+        self._queue.append(flight)
+        return flight
+
+    def wait(self, flight: _Flight) -> None:
+        """Until it has arrived, at the pace that exchanges have alone."""
+        begin = self.now
+        while not flight.done:
+            self._arrive(self._need(beside=False))
+        if self.now > begin:
+            self.exposed += self.now - begin
+            self.spans.append(LaneSpan(Track.COMPUTE, EXPOSED_EXCHANGE, begin, self.now))
+
+    def _need(self, *, beside: bool) -> float:
+        """Seconds that the first exchange still takes."""
+        head = self._queue[0]
+        return head.sync + head.left * (head.travel.beside if beside else head.travel.alone)
+
+    def _travel(self, seconds: float) -> None:
+        """The first exchange goes on for so long beside computing, and has not arrived then."""
+        head = self._queue[0]
+        head.begun = self.now if head.begun is None else head.begun
+        synced = min(seconds, head.sync)
+        head.sync -= synced
+        if seconds > synced:
+            head.left -= (seconds - synced) / head.travel.beside
+        self.exchanging += seconds
+
+    def _arrive(self, seconds: float) -> None:
+        """The first exchange arrives after so long."""
+        head = self._queue.popleft()
+        begun = self.now if head.begun is None else head.begun
+        self.now += seconds
+        self.exchanging += seconds
+        head.done = True
+        self.spans.append(LaneSpan(Track.EXCHANGE, head.travel.name, begun, self.now))
+
+
+@dataclass(frozen=True)
+class StageShape:
+    """What a stage holds: enough to say how long its chunks take."""
+
+    dense: int
+    routed: int
+    is_first: bool
+    is_last: bool
+
+
+Backward = Callable[[bool], Steps[None]]
+"""Given whether weight gradients are computed along with those of inputs."""
+
+
+@dataclass(frozen=True)
+class SimulatedChunk:
+    """The chunk of a stage on `lanes`. A new one for each simulation."""
+
+    stage: StageShape
+    shape: Shape
+    cost: Compute
+    wire: Wire
+    lanes: Lanes
+    waits: bool
+    """Whether exchanges wait for other ranks, as they do in the trace, which is of two chunks beside each other."""
+    rows: tuple[int, ...] = ()
+    """That reach the experts of each layer, in the order in which the layers run, where a trace says so."""
+
+    def forward(self) -> Steps[None]:
+        """All layers, in the last stage MTP modules and losses too."""
+        for _ in range(self.stage.dense):
+            self._compute(Phase.DENSE_F)
+        for layer in range(self.stage.routed):
+            yield from self._moe_forward(layer)
+        if self.stage.is_last:
+            self._compute(Phase.HEAD_F)
+            for depth in range(self.shape.model.mtp_depth):
+                self._compute(Phase.MERGE_F)
+                yield from self._moe_forward(self.stage.routed + depth)
+                self._compute(Phase.HEAD_F)
+
+    def backward(self, weights: bool) -> Steps[None]:
+        """The opposite way. As in the runtime a layer's attention weights wait for the next layer's exchange."""
+        left: list[Phase] = []
+
+        def settle(layer: int | None = None) -> None:
+            if weights:
+                for phase in left:
+                    self._compute(phase)
+                if layer is not None:
+                    self._compute(Phase.EXPERTS_W, layer)
+            left.clear()
+
+        if self.stage.is_last:
+            for _ in range(self.shape.model.mtp_depth + 1):
+                self._compute(Phase.HEAD_B)
+                left.append(Phase.HEAD_W)
+            for depth in range(self.shape.model.mtp_depth):
+                yield from self._moe_backward(depth, left, settle)
+                self._compute(Phase.MERGE_B)
+                left.append(Phase.MERGE_W)
+        first = self.shape.model.mtp_depth if self.stage.is_last else 0
+        for layer in range(first, first + self.stage.routed):
+            yield from self._moe_backward(layer, left, settle)
+        for _ in range(self.stage.dense):
+            self._compute(Phase.DENSE_B)
+            left.append(Phase.DENSE_W)
+        settle()
+
+    def weight_gradients(self) -> None:
+        """What an I has left for its W."""
+        depth = self.shape.model.mtp_depth if self.stage.is_last else 0
+        for phase, times in (
+            (Phase.EXPERTS_W, self.stage.routed + depth),
+            (Phase.ATTENTION_W, self.stage.routed + depth),
+            (Phase.DENSE_W, self.stage.dense),
+            (Phase.HEAD_W, depth + 1 if self.stage.is_last else 0),
+            (Phase.MERGE_W, depth),
+        ):
+            for _ in range(times):
+                self._compute(phase)
+
+    def _moe_forward(self, layer: int) -> Steps[None]:
+        self._compute(Phase.ATTENTION_F)
+        dispatched = self._launch(Exchange.DISPATCH, layer)
+        yield
+        self._compute(Phase.SHARED_F)
+        self.lanes.wait(dispatched)
+        self._compute(Phase.EXPERTS_F, layer)
+        combined = self._launch(Exchange.COMBINE, layer)
+        yield
+        self.lanes.wait(combined)
+
+    def _moe_backward(self, layer: int, left: list[Phase], settle: Callable[..., None]) -> Steps[None]:
+        uncombined = self._launch(Exchange.COMBINE_BACKWARD, layer)
+        settle()
+        yield
+        self._compute(Phase.SHARED_B)
+        self.lanes.wait(uncombined)
+        self._compute(Phase.EXPERTS_B, layer)
+        undispatched = self._launch(Exchange.DISPATCH_BACKWARD, layer)
+        settle(layer)
+        yield
+        self.lanes.wait(undispatched)
+        self._compute(Phase.ATTENTION_B)
+        left.append(Phase.ATTENTION_W)
+
+    def _compute(self, phase: Phase, layer: int | None = None) -> None:
+        shape = self.shape
+        if layer is not None and self.rows:
+            shape = replace(shape, received=self.rows[layer % len(self.rows)])
+        self.lanes.compute(phase, self.cost.phase(shape, phase), self.cost.gaps(phase))
+
+    def _launch(self, exchange: Exchange, layer: int) -> _Flight:
+        travel = self.wire.travel(self.shape, exchange)
+        return self.lanes.launch(travel, travel.syncs[layer % len(travel.syncs)] if self.waits else 0.0)
+
+
+@dataclass(frozen=True)
+class ChunkCosts:
+    """How long the instructions of a program take, by what the stages hold."""
+
+    shape: Shape
+    cost: Compute
+    wire: Wire
+    _lanes: dict[tuple[str, StageShape | None, StageShape | None], Lanes] = field(default_factory=dict)
+
+    def run(self, op: str, forward: StageShape | None, backward: StageShape | None) -> Lanes:
+        """The lanes after one instruction: `op` is F, B, I, W or FB."""
+        key = op, forward, backward
+        if key not in self._lanes:
+            self._lanes[key] = self._run(*key)
+        return self._lanes[key]
+
+    def _run(self, op: str, forward: StageShape | None, backward: StageShape | None) -> Lanes:
+        lanes = Lanes()
+        sync = self.cost.recipe.sync
+        waits = sync is Sync.EVERYWHERE or (sync is Sync.PAIRS and op == "FB")
+        ahead = None if forward is None else self._chunk(forward, lanes, waits).forward()
+        if backward is None:
+            assert ahead is not None
+            drive(ahead)
+        elif op == "W":
+            self._chunk(backward, lanes, waits).weight_gradients()
+        elif ahead is None:
+            drive(self._chunk(backward, lanes, waits).backward(op == "B"))
+        else:
+            take_turns(self._chunk(backward, lanes, waits).backward(True), ahead)
+        return lanes
+
+    def _chunk(self, stage: StageShape, lanes: Lanes, waits: bool) -> SimulatedChunk:
+        return SimulatedChunk(stage, self.shape, self.cost, self.wire, lanes, waits)
+
+    def compute_seconds(self, stage: StageShape) -> float:
+        """Forward and whole backward of one micro-batch without any waiting: no order of things can be faster."""
+        return sum(self.run(op, forward, backward).now for op, forward, backward in _alone(stage)) - sum(
+            self.run(op, forward, backward).exposed for op, forward, backward in _alone(stage)
+        )
+
+
+def _alone(stage: StageShape) -> tuple[tuple[str, StageShape | None, StageShape | None], ...]:
+    return ("F", stage, None), ("B", None, stage)

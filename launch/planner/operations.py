@@ -1,0 +1,234 @@
+"""What the phases of a layer compute: GEMMs, attention cores and passes over memory, from the model's shapes.
+
+Letters: T tokens of a micro-batch, R rows that reach this rank's experts, D hidden, F expert FFN width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ...trainer.model.config import ModelConfig
+from .recipe import Precision, Recipe, Recompute
+
+
+class Phase(StrEnum):
+    """Compute phases, in the words of the runtime's trace; B is for gradients of inputs, W for those of weights."""
+
+    ATTENTION_F = "attn(F)"
+    ATTENTION_B = "attn(B)"
+    ATTENTION_W = "attn(W)"
+    SHARED_F = "shared(F)"
+    SHARED_B = "shared(B)"
+    EXPERTS_F = "mlp(F)"
+    EXPERTS_B = "mlp(B)"
+    EXPERTS_W = "mlp(W)"
+    DENSE_F = "dense(F)"
+    DENSE_B = "dense(B)"
+    DENSE_W = "dense(W)"
+    HEAD_F = "loss(F)"
+    HEAD_B = "loss(B)"
+    HEAD_W = "loss(W)"
+    MERGE_F = "mtp(F)"
+    MERGE_B = "mtp(B)"
+    MERGE_W = "mtp(W)"
+
+
+class Role(StrEnum):
+    """Which of a Linear's three GEMMs."""
+
+    FORWARD = "forward"
+    INPUT = "input_gradient"
+    WEIGHT = "weight_gradient"
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """One Linear, or the same one of several experts: 2 · tokens · inputs · outputs FLOPs."""
+
+    name: str
+    role: Role
+    dtype: Precision
+    tokens: int
+    inputs: int
+    outputs: int
+    grouped: bool = False
+
+    @property
+    def flops(self) -> float:
+        """2 a multiply-add."""
+        return 2.0 * self.tokens * self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
+class Core:
+    """The attention core, causal."""
+
+    role: str
+    flops: float
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass over memory; `bytes` are what must move at least once, in the shape that the table measured too."""
+
+    kind: str
+    phase: Phase
+    """Under which the table has it."""
+    bytes: float
+
+
+Operation = Gemm | Core | Pass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model with what one rank sees of a micro-batch."""
+
+    model: ModelConfig
+    sequence_length: int
+    micro_batch: int
+    expert_ranks: int
+    skew: float = 0.0
+    received: int | None = None
+    """Rows that reached this rank, where a trace says so."""
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.sequence_length * self.micro_batch
+
+    @property
+    def rows(self) -> int:
+        """R, with balanced routing and on the rank with the most of them above that by `skew`."""
+        if self.received is not None:
+            return self.received
+        return round(self.tokens * self.model.top_k * (1 + self.skew))
+
+
+def phase_operations(shape: Shape, recipe: Recipe, phase: Phase) -> Iterator[Operation]:
+    """Everything that `phase` of one layer computes on one rank."""
+    part, way = phase.value[:-3], phase.value[-2]
+    role = {"F": Role.FORWARD, "B": Role.INPUT, "W": Role.WEIGHT}[way]
+    # The runtime leaves the weights of shared and routed experts for the same moment.
+    for linears in ("shared", "mlp") if phase is Phase.EXPERTS_W else (part,):
+        for name, tokens, inputs, outputs, dtype, grouped in _linears(shape, recipe, linears):
+            yield Gemm(name, role, dtype, tokens, inputs, outputs, grouped)
+    if way == "B":
+        yield from _recomputed(shape, recipe, part)
+    if part in ("attn", "dense") and way != "W":
+        yield from _core(shape, "forward" if way == "F" else "backward")
+    yield from _passes(shape, recipe, phase)
+
+
+def _linears(shape: Shape, recipe: Recipe, part: str) -> Iterator[tuple[str, int, int, int, Precision, bool]]:
+    """Name, tokens, inputs, outputs, format and whether grouped of each Linear of a part."""
+    model, tokens, low = shape.model, shape.tokens, recipe.precision
+    high = max(low, Precision.BF16, key=lambda precision: precision.bytes)  # what stays out of FP8
+    hidden, inner = model.hidden, model.expert_ffn
+    if part in ("attn", "dense"):
+        for name, inputs, outputs in _attention_linears(model):
+            yield name, tokens, inputs, outputs, low, False
+    if part == "attn":
+        yield "gate", tokens, hidden, model.experts, high, False
+    elif part == "dense":
+        yield "ffn_gate_up", tokens, hidden, 2 * model.dense_ffn, low, False
+        yield "ffn_down", tokens, model.dense_ffn, hidden, low, False
+    elif part == "loss":
+        yield "head", tokens, hidden, model.vocabulary, high, False
+    elif part == "mtp":
+        yield "mtp_merge", tokens, 2 * hidden, hidden, low, False
+    if part == "shared" and model.shared_experts:
+        yield "shared_gate_up", tokens, hidden, 2 * inner * model.shared_experts, low, False
+        yield "shared_down", tokens, inner * model.shared_experts, hidden, low, False
+    if part == "mlp":
+        yield "gate_up", shape.rows, hidden, 2 * inner, low, True
+        yield "down", shape.rows, inner, hidden, low, True
+
+
+def _attention_linears(model: ModelConfig) -> Iterator[tuple[str, int, int]]:
+    hidden, heads, rank = model.hidden, model.heads, model.q_lora_rank
+    if rank is None:
+        yield "q_proj", hidden, heads * model.qk_head_dim
+    else:
+        yield "q_down", hidden, rank
+        yield "q_up", rank, heads * model.qk_head_dim
+    yield "kv_down", hidden, model.kv_lora_rank + model.qk_rope_head_dim
+    yield "kv_up", model.kv_lora_rank, heads * (model.qk_nope_head_dim + model.v_head_dim)
+    yield "out", heads * model.v_head_dim, hidden
+
+
+def _recomputed(shape: Shape, recipe: Recipe, part: str) -> Iterator[Operation]:
+    """What the backward makes again."""
+    if recipe.recompute is Recompute.NONE or part not in ("attn", "dense", "shared", "mlp"):
+        return
+    full = recipe.recompute is Recompute.FULL
+    for name, tokens, inputs, outputs, dtype, grouped in _linears(shape, recipe, part):
+        if full or name in ("q_up", "kv_up"):
+            yield Gemm(name, Role.FORWARD, dtype, tokens, inputs, outputs, grouped)
+    if full:
+        if part in ("attn", "dense"):
+            yield from _core(shape, "forward")
+        phases = {"attn": Phase.ATTENTION_F, "dense": Phase.DENSE_F, "shared": Phase.SHARED_F, "mlp": Phase.EXPERTS_F}
+        yield from _passes(shape, recipe, phases[part])
+
+
+def _core(shape: Shape, role: str) -> Iterator[Core]:
+    """Two matrix products forward, five backward, half of S x S."""
+    model, length = shape.model, shape.sequence_length
+    widths = model.qk_head_dim + model.v_head_dim
+    if role == "backward":
+        widths = 3 * model.qk_head_dim + 2 * model.v_head_dim
+    yield Core(role, float(shape.micro_batch) * model.heads * widths * length**2)
+
+
+# Kinds of passes in each phase; a dense layer is attention and a wide shared expert.
+_KINDS: dict[str, tuple[str, ...]] = {
+    "attn": ("norm", "quantise", "rope", "router", "elementwise"),
+    "mlp": ("norm", "quantise", "swiglu", "permute", "elementwise"),
+    "dense": ("norm", "quantise", "rope", "elementwise"),
+}
+
+
+def _passes(shape: Shape, recipe: Recipe, phase: Phase) -> Iterator[Pass]:
+    part, way = phase.value[:-3], phase.value[-2]
+    for kind in _KINDS.get(part, ()):
+        if kind == "quantise" and recipe.precision is not Precision.FP8:
+            continue
+        under = Phase(f"attn({way})") if part == "dense" else phase
+        yield Pass(kind, under, pass_bytes(shape, kind, under))
+    if part == "dense":
+        for kind in ("quantise", "swiglu"):
+            if kind != "quantise" or recipe.precision is Precision.FP8:
+                yield Pass(kind, Phase(f"mlp({way})"), _dense_bytes(shape, kind))
+
+
+def pass_bytes(shape: Shape, kind: str, phase: Phase) -> float:
+    """Bytes that a pass of this kind must move at least once in this phase of a routed layer."""
+    model, tokens, rows = shape.model, shape.tokens, shape.rows
+    hidden, inner, heads = model.hidden, model.expert_ffn, model.heads
+    if phase.value.startswith("mlp"):
+        shared = tokens * model.shared_experts
+        return {
+            "norm": 4.0 * tokens * hidden,
+            "quantise": 3.0 * (rows + shared) * (hidden + 2 * inner),
+            "swiglu": 6.0 * (rows + shared) * inner,
+            "permute": 4.0 * rows * hidden,
+            "elementwise": 4.0 * tokens * hidden,
+        }[kind]
+    latents = (model.q_lora_rank or 0) + model.kv_lora_rank
+    return {
+        "norm": 4.0 * tokens * (2 * hidden + latents),
+        "quantise": 3.0 * tokens * (hidden + latents + heads * model.v_head_dim),
+        "rope": 8.0 * tokens * heads * model.qk_head_dim,
+        "router": 8.0 * tokens * model.experts,
+        "elementwise": 4.0 * tokens * hidden,
+    }[kind]
+
+
+def _dense_bytes(shape: Shape, kind: str) -> float:
+    model, tokens = shape.model, shape.tokens
+    if kind == "quantise":
+        return 3.0 * tokens * (model.hidden + 2 * model.dense_ffn)
+    return 6.0 * tokens * model.dense_ffn

@@ -1,0 +1,194 @@
+"""Seconds of computing: every operation from a measured row of its shape and role, or from the most similar one.
+
+Computing leaves the lent SMs free whether an exchange runs or not, and takes no longer beside one: in the public trace
+grids are 112 of 132 SMs throughout, and attn(W) takes 2,405 µs alone and 2,375 to 2,392 beside an exchange.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from ...comm.refusal import Problem, Refused
+from ...trainer.costs.cluster import ClusterConfig
+from ...trainer.model.config import ModelConfig
+from .operations import Core, Gemm, Operation, Pass, Phase, Shape, pass_bytes, phase_operations
+from .recipe import Precision, Recipe
+from .tables import Coverage, Row, Table, read_table
+
+_TILE = 128
+"""Edge of the blocks that a GEMM is cut into (DeepGEMM)."""
+
+MEASURED_ON = ModelConfig(
+    name="deepseek_v3",
+    hidden=7168,
+    heads=128,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    dense_ffn=18432,
+    expert_ffn=2048,
+    experts=256,
+    top_k=8,
+)
+"""The layer whose passes over memory the tables measured, with 4,096 tokens."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Prices phases on one cluster with one recipe. Keeps what it has priced."""
+
+    cluster: ClusterConfig
+    recipe: Recipe
+    table: Table
+    coverage: Coverage = field(default_factory=Coverage)
+    _priced: dict[tuple[Shape, Phase], float] = field(default_factory=dict)
+
+    @staticmethod
+    def of(cluster: ClusterConfig, recipe: Recipe) -> Compute:
+        """Raises `Refused` where the cluster does not say enough."""
+        problems = [
+            Problem(f"cluster.{name}", None, f"is not known for {cluster.name}, and nothing can be priced without it")
+            for name in ("tables", "peak_tflops", "memory_gb")
+            if cluster.__dict__[name] is None
+        ]
+        if recipe.precision is Precision.FP8 and cluster.peak_fp8_tflops is None:
+            problems.append(Problem("--precision", "fp8", f"{cluster.name} has no FP8; write bf16"))
+        if problems:
+            raise Refused(problems)
+        assert cluster.tables is not None
+        return Compute(cluster, recipe, read_table(cluster.tables))
+
+    def phase(self, shape: Shape, phase: Phase) -> float:
+        """Seconds of one phase of one layer, gaps between its kernels included."""
+        key = shape, phase
+        if key not in self._priced:
+            measured = self.table.find("phase", phase.value, _shape_name(shape))
+            if measured is not None:
+                self._count(measured, measured.seconds)
+                self._priced[key] = measured.seconds
+            else:
+                self._priced[key] = sum(map(self._seconds, phase_operations(shape, self.recipe, phase)))
+                self._priced[key] += self._gaps(phase)
+        return self._priced[key]
+
+    def gaps(self, phase: Phase) -> float:
+        """Of these, what passes between kernels: the processors are idle."""
+        row = self.table.find("launch", "gaps", _like(phase))
+        return row.seconds if row is not None else 0.0
+
+    def _gaps(self, phase: Phase) -> float:
+        row = self.table.find("launch", "gaps", _like(phase))
+        if row is None:
+            return 0.0
+        self._count(row, row.seconds)
+        return row.seconds
+
+    def _seconds(self, operation: Operation) -> float:
+        if isinstance(operation, Gemm):
+            return self._gemm(operation)
+        if isinstance(operation, Core):
+            return self._core(operation)
+        return self._pass(operation)
+
+    def _gemm(self, gemm: Gemm) -> float:
+        kind, shape = ("grouped" if gemm.grouped else "gemm"), (gemm.tokens, gemm.inputs, gemm.outputs)
+        found = self.table.nearest(kind, gemm.role.value, gemm.dtype.value, shape)
+        if found is not None and found[1]:
+            row = found[0]
+            seconds = gemm.flops / self._rate(row, gemm.dtype) * self._waves(gemm)
+            self._count(row, seconds)
+            return seconds
+        # Not measured: the share of peak that the most similar shape reaches, of this format or of another.
+        formats = (p for p in (gemm.dtype, *Precision) if self.table.of(kind, gemm.role.value, p.value))
+        dtype = next(formats, None)
+        if dtype is None:
+            remedy = f"has no {gemm.role.value} GEMM at all; measure one"
+            raise Refused([Problem("cluster.tables", self.table.name, remedy)])
+        found = self.table.nearest(kind, gemm.role.value, dtype.value, shape)
+        assert found is not None
+        row = found[0]
+        share = self._rate(row, dtype) / self._peak(dtype)
+        seconds = gemm.flops / (share * self._peak(gemm.dtype)) * self._waves(gemm)
+        taken = f"{row.name} {row.tokens} x {row.inputs} x {row.outputs} {row.dtype}, {share:.0%} of peak"
+        self._miss(f"{gemm.name} {gemm.role.value} {'x'.join(map(str, shape))} {gemm.dtype.value}", taken, seconds)
+        return seconds
+
+    def _rate(self, row: Row, dtype: Precision) -> float:
+        """FLOPs a second of a measured GEMM."""
+        if row.unit == "share":
+            return row.value * self._peak(dtype)
+        return 2.0 * row.tokens * row.inputs * row.outputs / row.seconds
+
+    def _peak(self, dtype: Precision) -> float:
+        cluster = self.cluster
+        peak = cluster.peak_fp8_tflops if dtype is Precision.FP8 else cluster.peak_tflops
+        assert peak is not None
+        return peak * 1e12
+
+    def _waves(self, gemm: Gemm) -> float:
+        """By how much more or fewer lent SMs than in the table change a GEMM: whole waves of tiles."""
+        sms, measured = self.cluster.sms, self.table.find("gemm", "lent_sms", "any")
+        if sms is None or measured is None or self.recipe.comm_sms == int(measured.value):
+            return 1.0
+        # An input gradient's tiles are tokens x inputs, a weight gradient's inputs x outputs.
+        height, width = {
+            "forward": (gemm.tokens, gemm.outputs),
+            "input_gradient": (gemm.tokens, gemm.inputs),
+            "weight_gradient": (gemm.inputs, gemm.outputs),
+        }[gemm.role.value]
+        tiles = math.ceil(height / _TILE) * math.ceil(width / _TILE)
+        waves = [math.ceil(tiles / (sms - lent)) for lent in (self.recipe.comm_sms, int(measured.value))]
+        return waves[0] / waves[1]
+
+    def _core(self, core: Core) -> float:
+        rows = [row for precision in Precision for row in self.table.of("attention", core.role, precision.value)]
+        if not rows:
+            raise Refused([Problem("cluster.tables", self.table.name, f"has no attention core, {core.role}")])
+        row = rows[0]
+        if row.unit == "share":
+            seconds = core.flops / (row.value * self._peak(Precision.BF16))
+        else:
+            length, widths = row.tokens, row.inputs + row.outputs
+            if core.role == "backward":
+                widths = 3 * row.inputs + 2 * row.outputs
+            seconds = core.flops / (MEASURED_ON.heads * widths * length**2) * row.seconds
+        lent = self.table.find("gemm", "lent_sms", "any")
+        if lent is not None and self.cluster.sms is not None:
+            seconds *= (self.cluster.sms - lent.value) / (self.cluster.sms - self.recipe.comm_sms)
+        self._count(row, seconds)
+        return seconds
+
+    def _pass(self, operation: Pass) -> float:
+        row = self.table.find("memory", operation.kind, operation.phase.value)
+        if row is None:
+            default = self.table.find("memory", "default", "any")
+            if default is None or self.cluster.memory_gbps is None:
+                return 0.0  # this phase has no such pass in the measured layer
+            seconds = operation.bytes / (default.value * self.cluster.memory_gbps * 1e9)
+            self._count(default, seconds)
+            return seconds
+        shape = Shape(MEASURED_ON, row.tokens, 1, 1, received=row.inputs or None)
+        seconds = row.seconds * operation.bytes / pass_bytes(shape, operation.kind, operation.phase)
+        self._count(row, seconds)
+        return seconds
+
+    def _count(self, row: Row, seconds: float) -> None:
+        self.coverage.add(row.evidence, seconds)
+
+    def _miss(self, operation: str, taken: str, seconds: float) -> None:
+        self.coverage.add("assumed", seconds)
+        self.coverage.misses[operation] = taken
+
+
+def _like(phase: Phase) -> str:
+    """Phases without gaps of their own have those of the phase that is most alike."""
+    part, way = phase.value[:-3], phase.value[-2]
+    return f"attn({way})" if part == "dense" else phase.value
+
+
+def _shape_name(shape: Shape) -> str:
+    """How a table of whole phases names the shape."""
+    return f"{shape.micro_batch}x{shape.sequence_length}/{shape.expert_ranks}"

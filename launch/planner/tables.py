@@ -1,0 +1,132 @@
+"""Measured times of kernels, by shape and role, and how much of a forecast they cover."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from ...comm.refusal import Problem, Refused
+
+_COLUMNS = ("kind", "name", "role", "dtype", "tokens", "inputs", "outputs", "value", "unit", "evidence", "source")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. `tokens`, `inputs` and `outputs` are the shape, as far as the kind has one."""
+
+    kind: str
+    """`gemm`, `grouped`, `attention`, `memory`, `launch`, `exchange`, `sync` or `phase`."""
+    name: str
+    role: str
+    dtype: str
+    tokens: int
+    inputs: int
+    outputs: int
+    value: float
+    unit: str
+    """`us`, `GB/s` or `share` (of peak)."""
+    evidence: str
+    """`measured`, `published` or `assumed`."""
+    source: str
+
+    @property
+    def seconds(self) -> float:
+        """Of a row in microseconds."""
+        assert self.unit == "us", self
+        return self.value * 1e-6
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows of one cluster."""
+
+    name: str
+    rows: tuple[Row, ...]
+    _index: dict[tuple[str, str, str], list[Row]] = field(default_factory=lambda: defaultdict(list))
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            self._index[row.kind, row.role, row.dtype].append(row)
+
+    def of(self, kind: str, role: str, dtype: str = "any") -> Sequence[Row]:
+        """The rows of one kind, role and dtype."""
+        return self._index.get((kind, role, dtype), ())
+
+    def find(self, kind: str, name: str, role: str, dtype: str = "any") -> Row | None:
+        """The row of this name."""
+        return next((row for row in self.of(kind, role, dtype) if row.name == name), None)
+
+    def nearest(self, kind: str, role: str, dtype: str, shape: tuple[int, int, int]) -> tuple[Row, bool] | None:
+        """The row with the most similar (tokens, inputs, outputs), and whether it is a hit.
+
+        A hit has the same weight matrix and at most twice or half the tokens. None where nothing of the kind was
+        measured.
+        """
+        rows = self.of(kind, role, dtype)
+        if not rows:
+            return None
+        row = min(rows, key=lambda row: _distance((row.tokens, row.inputs, row.outputs), shape))
+        same = (row.inputs, row.outputs) == shape[1:]
+        return row, same and 0.5 <= shape[0] / row.tokens <= 2
+
+
+def _distance(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
+    return sum(abs(math.log(x / y)) for x, y in zip(a, b, strict=True))
+
+
+@cache
+def read_table(name: str) -> Table:
+    """A table that comes with the planner, by name, or a CSV file, by path. Raises `Refused`."""
+    shipped = files(__package__).joinpath("tables", f"{name}.csv")
+    if shipped.is_file():
+        text = shipped.read_text()
+    elif Path(name).is_file():
+        text = Path(name).read_text()
+    else:
+        remedy = "is no table of the planner and no file; `shoestring calibrate` writes one for this machine"
+        raise Refused([Problem("cluster.tables", name, remedy)])
+    reader = csv.DictReader(text.splitlines())
+    if tuple(reader.fieldnames or ()) != _COLUMNS:
+        raise Refused([Problem("cluster.tables", name, f"must have the columns {','.join(_COLUMNS)}")])
+    return Table(name, tuple(_row(line) for line in reader))
+
+
+def write_table(path: Path, rows: Sequence[Row]) -> None:
+    """Write `rows` where `read_table` finds them."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        writer.writerows([row.__dict__[column] for column in _COLUMNS] for row in rows)
+
+
+def _row(line: dict[str, str]) -> Row:
+    shape = [int(line[column] or 0) for column in ("tokens", "inputs", "outputs")]
+    words = line["kind"], line["name"], line["role"], line["dtype"]
+    return Row(
+        *words, shape[0], shape[1], shape[2], float(line["value"]), line["unit"], line["evidence"], line["source"]
+    )
+
+
+@dataclass
+class Coverage:
+    """How much of the priced time stands on which evidence, and what no table had."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """By evidence class."""
+    misses: dict[str, str] = field(default_factory=dict)
+    """Operation to what was taken instead."""
+
+    def add(self, evidence: str, seconds: float) -> None:
+        """Count `seconds` that stand on `evidence`."""
+        self.seconds[evidence] += seconds
+
+    def shares(self) -> dict[str, float]:
+        """Of each evidence class, 1 in all."""
+        total = sum(self.seconds.values())
+        return {name: seconds / total for name, seconds in sorted(self.seconds.items())} if total else {}

@@ -1,0 +1,54 @@
+"""A whole run: the ramp, what is illegal, failures."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from shoestring.launch.planner.failures import Failures
+from shoestring.launch.planner.phases import CONTEXT_EXTENSION, long_context_note, run_phases
+
+from .v3 import simulated
+
+
+def test_the_ramp_costs_more_a_token_than_the_full_batch() -> None:
+    simulation = simulated()
+    phases = {phase.name: phase for phase in simulation.phases()}
+    tokens = simulation.config.training.ramp_tokens
+    full = simulation.forecast.gpu_hours(tokens)
+    assert 1.02 * full < phases["batch ramp"].gpu_hours < 1.3 * full
+    assert phases["context extension"].evidence == "published"
+    assert phases["context extension"].gpu_hours == 119_000
+
+
+def test_without_a_ramp_there_is_no_such_phase() -> None:
+    simulation = simulated()
+    recipe = simulation.forecast.recipe
+    rest = {"tokens": 1e12, "global_batch": 15_360, "ramp_from": None, "ramp_tokens": 0}
+    phases = run_phases(simulation.forecaster, simulation.layout, recipe, **rest)  # type: ignore[arg-type]
+    assert [phase.name for phase in phases] == ["pre-training", "context extension", "post-training"]
+
+
+def test_long_phases_are_explained_with_the_nearest_legal_batch() -> None:
+    notes = [long_context_note(simulated().layout, phase) for phase in CONTEXT_EXTENSION]
+    assert notes[0] == (
+        "32 K: 1,920 sequences are 15 micro-batches of 128, illegal for dualpipe on 16 ranks; "
+        "nearest legal 4,096 sequences (32 micro-batches)"
+    )
+    assert notes[1] is not None
+    assert "480 sequences are 3.75 micro-batches of 128, not a whole number" in notes[1]
+
+
+def test_the_best_interval_loses_least() -> None:
+    failures, gpus = Failures(), 2048
+
+    def lost(interval: float) -> float:
+        mean = failures.mean_seconds_between(gpus)
+        return failures.checkpoint_seconds / interval + interval / (2 * mean) + failures.restart_seconds / mean
+
+    best = failures.best_interval(gpus)
+    assert lost(best) < min(lost(best * 0.8), lost(best * 1.25))
+    assert failures.effective_share(gpus) == pytest.approx(1 - lost(best))
+    assert failures.mean_seconds_between(2 * gpus) == failures.mean_seconds_between(gpus) / 2
+    assert math.isclose(failures.mean_seconds_between(16_384) * 419, 54 * 86_400)

@@ -1,0 +1,12 @@
+"""DeepSeek-V3 on 2048 H800, made once for all tests."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from shoestring.launch.simulate import Simulation, simulate
+
+
+@cache
+def simulated() -> Simulation:
+    return simulate(["experiment=deepseek_v3_h800"], None, {})

@@ -1,0 +1,97 @@
+"""`shoestring simulate` and `shoestring plan` as commands, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoestring.launch.cli import main
+
+V3 = "experiment=deepseek_v3_h800"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == code
+    output = capsys.readouterr()
+    return output.err if code else output.out
+
+
+def tree(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads(run(capsys, *arguments, "--format", "json"))
+    return parsed
+
+
+def test_the_published_ramp_is_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    said = run(capsys, "simulate", "experiment=deepseek_v3_h800_published", code=2)
+    assert "training.ramp_from = 3072: gives 24 micro-batches of 128 sequences in the first step" in said
+    assert "at least 32" in said
+
+
+def test_training_refuses_a_ramp(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    ramp = ["training.ramp_from=8", f"training.run_dir={tmp_path / 'run'}"]
+    said = run(capsys, "train", "topology=single", *ramp, code=2)
+    assert "training.ramp_from = 8: the training loop has no batch ramp yet" in said
+
+
+def test_a_step_explained(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    said = run(capsys, "simulate", V3)
+    for text in (
+        "250.4 G",
+        "both: the forecast",
+        "unidentified:",
+        "24 micro-batches",
+        "without a measured row",
+        "fits",
+    ):
+        assert text in said
+
+
+def test_json_trace_and_page(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    trace, page = tmp_path / "trace.json", tmp_path / "page.html"
+    found = tree(capsys, "simulate", V3, "--trace", str(trace), "--html", str(page), "--precision", "bf16")
+    assert found["layout"]["precision"] == "bf16"
+    assert len(found["terms"]) == 16
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {event["pid"] for event in events} == set(range(16))
+    names = {event["name"] for event in events}
+    assert {"F", "B", "I", "W", "FB", "edge_wait", "attn(F)", "mlp(B)", "dispatch", "optimizer"} <= names
+    ends = [(event["ts"] + event["dur"]) / 1e6 for event in events if "dur" in event]
+    assert max(ends) == pytest.approx(found["step_seconds"], rel=1e-6)
+    text = page.read_text()
+    assert text.count("<svg") == 2
+    assert "rank 15" in text
+
+
+def test_a_file_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    said = run(capsys, "simulate", V3, "--trace", str(tmp_path / "no" / "trace.json"), code=2)
+    assert "cannot be written" in said
+
+
+def test_impossible_assumptions_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    said = run(capsys, "simulate", V3, "--comm-sms", "132", "--skew", "-1", code=2)
+    assert "--comm-sms = 132" in said
+    assert "--skew = -1.0" in said
+
+
+def test_nothing_can_be_priced_without_kernel_times(capsys: pytest.CaptureFixture[str]) -> None:
+    said = run(capsys, "simulate", "experiment=quickstart", code=2)
+    assert "cluster.tables = None" in said
+
+
+def test_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["model.layers=8", "cluster.nodes=4", "topology.pp=4", "topology.edp=1", "topology.ep=8"]
+    batch = ["training.global_batch=128", "training.ramp_from=null"]
+    found = tree(capsys, "plan", V3, *small, *batch)
+    counted = sum(found["illegal"].values()) + sum(found["unfit"].values()) + found["simulated"] + found["excluded"]
+    assert counted == found["considered"]
+    steps = [layout["step_seconds"] for layout in found["layouts"]]
+    assert steps == sorted(steps)
+    assert found["configured"] is not None
+    assert 0.9 < found["effective_training_time"] < 1
+    assert {"what", "step_seconds"} == set(found["sensitivity"][0])

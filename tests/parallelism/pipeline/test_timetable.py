@@ -1,0 +1,50 @@
+"""The fast twin of `replay` gives its times, to the last bit."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from shoestring.parallelism.pipeline.program import Instruction, Op, Program, ProgramError, Work
+from shoestring.parallelism.pipeline.replay import replay
+from shoestring.parallelism.pipeline.schedules import SCHEDULES, build_forward, build_program
+from shoestring.parallelism.pipeline.timetable import Timetable
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 6])
+@pytest.mark.parametrize("schedule", [schedule.name for schedule in SCHEDULES])
+def test_times_equal_those_of_replay(schedule: str, ranks: int) -> None:
+    if schedule == "dualpipe" and ranks % 2:
+        pytest.skip("mirrored ranks are even")
+    program = build_program(schedule, ranks, 3 * ranks if schedule != "dualpipe" else 2 * ranks + 2)
+    dice = random.Random(ranks)
+    times = [[dice.uniform(0.5, 3.0) for _ in row] for row in program.instructions]
+    numbers = {
+        (rank, entry): times[rank][i] for rank, row in enumerate(program.instructions) for i, entry in enumerate(row)
+    }
+
+    def duration(rank: int, instruction: Instruction) -> float:
+        return numbers[rank, instruction]
+
+    timetable = Timetable.of(program)
+    for transfer in (0.0, 0.25):
+        slow, fast = replay(program, duration, transfer), timetable.replay(duration, transfer)
+        assert slow.starts == fast.starts
+        assert slow.ends == fast.ends
+
+
+def test_forwards_alone() -> None:
+    program = build_forward(build_program("interleaved", 3, 6).placement, 6)
+    assert (
+        Timetable.of(program).replay(lambda rank, _: 1.0 + rank, 0.5).ends
+        == replay(program, lambda rank, _: 1.0 + rank, 0.5).ends
+    )
+
+
+def test_a_deadlock_is_found() -> None:
+    program = build_program("one_f_one_b", 2, 2)
+    first, second = program.instructions
+    backwards_first = (Instruction(Op.B, backward=Work(0, 0)), *(e for e in first if e.backward != Work(0, 0)))
+    with pytest.raises(ProgramError, match="deadlock"):
+        Timetable.of(Program("broken", program.placement, 2, (backwards_first, second)))
