@@ -102,6 +102,9 @@ class TrainingConfig:
         if self.ramp_from is not None and not 1 <= self.ramp_from <= self.global_batch:
             remedy = f"must be from 1 to global_batch = {self.global_batch}, or null"
             yield Problem("ramp_from", self.ramp_from, remedy, ("global_batch",))
+        if (self.ramp_from is None) != (self.ramp_tokens == 0):
+            remedy = "goes with ramp_from: write both, or neither (0 and null)"
+            yield Problem("ramp_tokens", self.ramp_tokens, remedy, ("ramp_from",))
         for name in ("balance_weight", "evaluate_every", "checkpoint_every", "sample_tokens", "seed", "ramp_tokens"):
             if values[name] < 0:
                 yield Problem(name, values[name], "must be at least 0")

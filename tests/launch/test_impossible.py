@@ -81,6 +81,7 @@ ZERO_IS_NOTHING = {
     "training.evaluate_every",
     "training.checkpoint_every",
     "training.sample_tokens",
+    "training.ramp_tokens",
 }
 
 

@@ -33,9 +33,15 @@ def test_the_published_ramp_is_refused_with_the_reason(capsys: pytest.CaptureFix
 
 
 def test_training_refuses_a_ramp(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    ramp = ["training.ramp_from=8", f"training.run_dir={tmp_path / 'run'}"]
+    ramp = ["training.ramp_from=8", "training.ramp_tokens=1000", f"training.run_dir={tmp_path / 'run'}"]
     said = run(capsys, "train", "topology=single", *ramp, code=2)
     assert "training.ramp_from = 8: the training loop has no batch ramp yet" in said
+
+
+def test_half_a_ramp_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "training.ramp_tokens = 0: goes with ramp_from" in run(
+        capsys, "simulate", V3, "training.ramp_tokens=0", code=2
+    )
 
 
 def test_a_step_explained(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +92,7 @@ def test_nothing_can_be_priced_without_kernel_times(capsys: pytest.CaptureFixtur
 
 def test_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["model.layers=8", "cluster.nodes=4", "topology.pp=4", "topology.edp=1", "topology.ep=8"]
-    batch = ["training.global_batch=128", "training.ramp_from=null"]
+    batch = ["training.global_batch=128", "training.ramp_from=null", "training.ramp_tokens=0"]
     found = tree(capsys, "plan", V3, *small, *batch)
     counted = sum(found["illegal"].values()) + sum(found["unfit"].values()) + found["simulated"] + found["excluded"]
     assert counted == found["considered"]
