@@ -55,7 +55,7 @@ class AdamW:
         self, master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rate: float, step: int, decays: bool
     ) -> None:
         config = self.config
-        taken = torch.tensor(step - 1, dtype=torch.float32, device=master.device)
+        taken = torch.full((), step - 1, dtype=torch.float32, device=master.device)  # filled there: nothing to wait for
         adamw(
             [master],
             [grad],
