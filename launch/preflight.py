@@ -13,8 +13,9 @@ from ..trainer.budget.render import over_budget
 from ..trainer.budget.summary import summarise
 from ..trainer.budget.terms import ALLOCATION_FILE
 from ..trainer.checkpoint.compatible import incompatibilities
-from ..trainer.checkpoint.store import CheckpointStore
+from ..trainer.checkpoint.store import CheckpointStore, refuse_damaged
 from ..trainer.config import RunConfig
+from ..trainer.data.manifest import Manifest
 from ..trainer.data.prepared import open_prepared
 from ..trainer.data.verified import verify_before_run
 from ..trainer.rank import largest_dispatch, open_samples
@@ -28,10 +29,10 @@ def preflight(config: RunConfig, local_ranks: int, *, fresh: bool, first_machine
     no run has made, a checkpoint of another run. `first_machine` is the one that speaks for the run.
     """
     problems: list[Problem] = []
-    digest = None
+    data = None
     with noting(problems):
         prepared = open_prepared(config.data)
-        digest = prepared.manifest.digest
+        data = prepared.manifest
         open_samples(config, prepared)
         verify_before_run(Path(config.data.prepared), prepared.manifest, first_machine=first_machine)
     problems += [*_device_problems(config, local_ranks), *_exchange_problems(config, local_ranks)]
@@ -42,15 +43,18 @@ def preflight(config: RunConfig, local_ranks: int, *, fresh: bool, first_machine
     foreign = list(run_dir_problems(Path(config.training.run_dir)))
     with noting(problems):
         if not fresh and not foreign:
-            problems += _checkpoint_problems(config, digest)
+            problems += _checkpoint_problems(config, data)
     refuse_if_any([*problems, *foreign])
 
 
-def _checkpoint_problems(config: RunConfig, data_digest: str | None) -> Iterator[Problem]:
+def _checkpoint_problems(config: RunConfig, data: Manifest | None) -> Iterator[Problem]:
+    """Of the last one that looks whole: the run takes that, and says so."""
     store = _store(config)
-    steps = store.steps()
-    if steps:
-        yield from incompatibilities(store.facts(steps[-1]), config, data_digest)
+    checkpoint, damaged = store.last_good()
+    if checkpoint is not None:
+        yield from incompatibilities(checkpoint.manifest.facts, config, data)
+    elif damaged:
+        raise refuse_damaged(store.directory, damaged)
 
 
 def is_finished(config: RunConfig) -> bool:

@@ -22,16 +22,20 @@ from ..parallelism.pipeline.executor import Executor, open_lanes
 from ..parallelism.pipeline.placement import Direction
 from ..parallelism.pipeline.program import Program
 from ..parallelism.pipeline.schedules import build_forward
+from .checkpoint.names import holders_of, state_pieces, whole_state
+from .checkpoint.pieces import MODEL, Piece
+from .checkpoint.saver import Saver
 from .checkpoint.store import CheckpointStore
 from .config import RunConfig
 from .data.entropy import unigram_entropy
+from .data.manifest import Manifest
 from .data.prepared import Prepared, open_prepared
 from .data.samples import SampleOrder, Samples
 from .data.tokenizer import Tokenizer
 from .model.chunk import Chunk
 from .model.init import initialise
 from .model.model import Model
-from .optimizer.adamw import build_adamw
+from .optimizer.adamw import MOMENTS, build_adamw, state_parts
 from .optimizer.config import OptimizerConfig
 from .stages import Stages
 from .step import Stepper
@@ -53,8 +57,11 @@ class Rank:
     validation: Samples
     unigram_entropy: float
     tokenizer: Tokenizer
-    data_digest: str
+    data: Manifest
     store: CheckpointStore
+    saver: Saver
+    state_names: frozenset[str]
+    """Every tensor of a checkpoint, whichever rank holds it."""
     worker: Worker
     traffic: Traffic
     trace: TraceRecorder | None
@@ -65,8 +72,15 @@ class Rank:
         """This rank's share."""
         return self.stepper.model
 
+    def state(self) -> list[Piece]:
+        """What a checkpoint holds of this rank, as views: filling them changes the model."""
+        parts = state_parts(dict(self.model.named_parameters()), self.stepper.optimizer)
+        holders = holders_of(self.model, self.pipeline.stages, self.groups)
+        return list(state_pieces(self.model, parts, holders, self.groups.rank))
+
     def close(self) -> None:
-        """End what runs the exchanges."""
+        """End what runs the exchanges and writes checkpoints."""
+        self.saver.close()
         self.worker.close()
         self.pipeline.close()
 
@@ -141,6 +155,7 @@ def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -
     exchange = open_exchange(config.exchange, groups, config.model.experts, worker, traffic, largest_dispatch(config))
     pipeline = Pipeline.open(stages_of(config), groups, device, overlap=config.schedule.overlap, recorder=recorder)
     model, dtype = build_model(config, groups, device), config.precision.compute_dtype(device)
+    store = CheckpointStore(Path(config.training.run_dir) / "checkpoints", config.training.keep_checkpoints)
     return Rank(
         config=config,
         groups=groups,
@@ -153,8 +168,10 @@ def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -
         validation=validation,
         unigram_entropy=unigram_entropy(prepared.validation, config.model.vocabulary),
         tokenizer=prepared.tokenizer,
-        data_digest=prepared.manifest.digest,
-        store=CheckpointStore(Path(config.training.run_dir) / "checkpoints", config.training.keep_checkpoints),
+        data=prepared.manifest,
+        store=store,
+        saver=Saver(store, groups.world),
+        state_names=whole_state(config.model, (MODEL, *MOMENTS)),
         worker=worker,
         traffic=traffic,
         trace=trace,

@@ -16,6 +16,7 @@ from .budget.render import over_budget
 from .budget.summary import summarise
 from .budget.totals import carry
 from .budget.work import Work
+from .checkpoint.saver import Saved
 from .config import RunConfig
 from .costs.flops import CONVENTION, FlopCount
 from .costs.parameters import count_parameters
@@ -138,9 +139,17 @@ class Reporter:
         """Text from the model."""
         self._emit("sample", step, {"text": prompt + continuation})
 
-    def checkpoint(self, step: int, path: Path) -> None:
-        """A checkpoint is safe on disk."""
-        self._emit("checkpoint", step, {"path": str(path)})
+    def checkpoint(self, saved: Saved) -> None:
+        """A checkpoint is safe on disk, or could not be written."""
+        if saved.failure is None:
+            self._emit("checkpoint", saved.step, {"path": str(saved.path)})
+        else:
+            self.warn(saved.step, f"the checkpoint of step {saved.step} could not be written: {saved.failure}")
+
+    def warn(self, step: int, text: str) -> None:
+        """Something is wrong that does not end the run."""
+        self._emit("warning", step, {"message": text})
+        print(f"shoestring train: {text}", file=sys.stderr, flush=True)
 
     def trace(self, step: int, path: Path, values: Mapping[str, JSON]) -> None:
         """A timeline is written; `values` are the seconds of each term, by rank."""

@@ -21,6 +21,7 @@ from shoestring.tests.tree import ROOT
 from shoestring.trainer.checkpoint.compatible import incompatibilities
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.data.prepare import prepare
+from shoestring.trainer.data.prepared import open_prepared
 
 
 @pytest.fixture(scope="module")
@@ -118,18 +119,24 @@ def test_text_too_short_for_one_sample(config: RunConfig) -> None:
 
 
 def test_what_a_checkpoint_holds_on_to(config: RunConfig) -> None:
-    facts = {"step": 7, "config": asdict(config), "data": "digest"}
-    assert not list(incompatibilities(facts, config, "digest"))
+    data = open_prepared(config.data).manifest
+    facts = {"step": 7, "config": asdict(config), "data": data.digest, "tokenizer": data.tokenizer.sha256}
+    assert not list(incompatibilities(facts, config, data))
     freer = replace(
         config,
         optimizer=replace(config.optimizer, peak_learning_rate=1e-4),
         training=replace(config.training, tokens=10**7),
+        topology=replace(config.topology, pp=4, ep=1),
+        schedule=replace(config.schedule, name="zb1p"),
     )
-    assert not list(incompatibilities(facts, freer, "digest"))
+    assert not list(incompatibilities(facts, freer, data))
     other = replace(config, model=replace(config.model, heads=2), training=replace(config.training, seed=1))
-    found = {problem.field: problem for problem in incompatibilities(facts, other, "other digest")}
+    found = {problem.field: problem for problem in incompatibilities(facts | {"data": "other"}, other, data)}
     assert set(found) == {"model.heads", "training.seed", "data.prepared"}
     assert "the checkpoint of step 7 has 4" in found["model.heads"].remedy
+    assert "holds other tokens" in found["data.prepared"].remedy
+    (tokenizer,) = incompatibilities(facts | {"tokenizer": "other", "data": "other"}, config, data)
+    assert "has another tokenizer" in tokenizer.remedy
 
 
 @pytest.mark.parametrize("fresh", [True, False])

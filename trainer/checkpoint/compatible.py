@@ -1,4 +1,4 @@
-"""Which configuration a checkpoint can be gone on from."""
+"""Which configuration a checkpoint can be gone on from: any layout, but the same model, numbers and data."""
 
 from __future__ import annotations
 
@@ -8,21 +8,25 @@ from typing import Any
 
 from ...comm.refusal import Problem
 from ..config import RunConfig
+from ..data.manifest import Manifest
 
-_FIXED = ("model", "topology", "precision", "training.seed", "training.sequence_length", "training.global_batch")
-"""What shapes, places or positions in the data depend on. The rest may change when a run goes on: rates and weights of
-the loss, the size of micro-batches, how often to look, how far to go."""
+_FIXED = ("model", "precision", "training.seed", "training.sequence_length", "training.global_batch")
+"""What shapes, dtypes or positions in the data depend on. The rest may change when a run goes on: the grid of ranks,
+the schedule, rates and weights of the loss, the size of micro-batches, how often to look, how far to go."""
 
 
-def incompatibilities(facts: Mapping[str, Any], config: RunConfig, data_digest: str | None = None) -> Iterator[Problem]:
-    """What keeps `config`, on the data with this digest, from going on from the checkpoint with these `facts`."""
+def incompatibilities(facts: Mapping[str, Any], config: RunConfig, data: Manifest | None = None) -> Iterator[Problem]:
+    """What keeps `config`, on this `data`, from going on from the checkpoint with these `facts`."""
     now = asdict(config)
     for path in _FIXED:
         saved, wanted = facts["config"], now
         for key in path.split("."):
             saved, wanted = saved[key], wanted[key]
         yield from _differences(path, saved, wanted, facts["step"])
-    if data_digest is not None and facts["data"] != data_digest:
+    if data is not None and facts["tokenizer"] != data.tokenizer.sha256:
+        remedy = f"has another tokenizer than the checkpoint of step {facts['step']} was trained with; restore it"
+        yield Problem("data.prepared", config.data.prepared, f"{remedy}, or use another training.run_dir")
+    elif data is not None and facts["data"] != data.digest:
         remedy = f"holds other tokens than the checkpoint of step {facts['step']} was trained on; restore them"
         yield Problem("data.prepared", config.data.prepared, f"{remedy}, or use another training.run_dir")
 

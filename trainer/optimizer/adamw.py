@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from ..checkpoint.pieces import MODEL, Part
 from .config import OptimizerConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def build_adamw(parameters: Mapping[str, Tensor], config: OptimizerConfig) -> torch.optim.AdamW:
@@ -31,6 +34,19 @@ def build_adamw(parameters: Mapping[str, Tensor], config: OptimizerConfig) -> to
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     return optimizer
+
+
+def state_parts(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Iterator[Part]:
+    """Everything of the optimizer that a checkpoint holds: the weights that it updates, and their moments."""
+    for name, parameter in parameters.items():
+        yield Part(MODEL, name, parameter)
+        yield from (Part(kind, name, optimizer.state[parameter][kind]) for kind in MOMENTS)
+
+
+def set_steps_done(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """How many steps the moments have seen."""
+    for state in optimizer.state.values():
+        state["step"].fill_(steps)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
