@@ -7,9 +7,11 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from ..model.config import ModelConfig, YarnConfig
 from .manifest import Damaged, Manifest, StoredPiece, read_manifest
 from .pieces import Piece
 from .tensor_file import as_bytes, read_at
@@ -50,6 +52,23 @@ class Checkpoint:
             if begin < stop:
                 found = self._piece(piece.name, source)[begin - source.first : stop - source.first]
                 piece.flat[begin - piece.first : stop - piece.first].copy_(found)
+
+    @property
+    def model(self) -> ModelConfig:
+        """The shape of the model whose weights these are."""
+        tree: dict[str, Any] = dict(self.manifest.facts["config"]["model"])
+        if tree["yarn"] is not None:
+            tree["yarn"] = YarnConfig(**tree["yarn"])
+        return ModelConfig(**tree)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that the weights have seen."""
+        return int(self.manifest.facts["step"])
+
+    def attachments(self) -> dict[str, bytes]:
+        """All other files by name. Raises `Damaged`."""
+        return {entry.file: self.attachment(entry.file) for entry in self.manifest.attachments}
 
     def attachment(self, file: str) -> bytes:
         """The bytes of another file. Raises `Damaged`, also where there is none of this name."""

@@ -84,7 +84,7 @@ class Saver:
         (failed,) = self._count(prepared.done())  # also: nobody writes before there is a directory
         if not failed:
             copied = self._copied(written_by(self._world.rank, pieces))
-            file = f"rank_{self._world.rank:05d}"
+            file = f"part_{self._world.rank:05d}"
             writing: Future[object] = self._thread.submit(write_share, self._store.partial(step), file, copied)
             self._save = replace(self._save, work=writing)
 

@@ -83,7 +83,7 @@ class CheckpointStore:
         written is not the whole state.
         """
         partial, final = self.partial(step), self.path(step)
-        records = sorted(partial.glob("rank_*.json"))
+        records = sorted(partial.glob("part_*.json"))
         entries = [write_file(partial / name, raw) for name, raw in cover.attachments.items()]
         manifest = merge((json.loads(path.read_text()) for path in records), cover.facts, entries)
         if missing := sorted(cover.names - manifest.tensors.keys()):

@@ -160,9 +160,9 @@ def flip_bit(path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "harm", "message"),
     [
-        ("rank_00000.safetensors", truncate, "bytes instead of"),
-        ("rank_00000.safetensors", flip_bit, "the SHA-256 of c is not that in the manifest"),
-        ("rank_00000.safetensors", Path.unlink, "is missing"),
+        ("part_00000.safetensors", truncate, "bytes instead of"),
+        ("part_00000.safetensors", flip_bit, "the SHA-256 of c is not that in the manifest"),
+        ("part_00000.safetensors", Path.unlink, "is missing"),
         ("manifest.json", flip_bit, "its SHA-256 is not that in complete"),
         ("manifest.json", truncate, "its SHA-256 is not that in complete"),
         ("manifest.json", Path.unlink, "No such file"),
