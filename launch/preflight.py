@@ -54,7 +54,7 @@ def _checkpoint_problems(config: RunConfig, data: Manifest | None) -> Iterator[P
     if checkpoint is not None:
         yield from incompatibilities(checkpoint.manifest.facts, config, data)
     elif damaged:
-        raise refuse_damaged(store.directory, damaged)
+        raise refuse_damaged(damaged)
 
 
 def is_finished(config: RunConfig) -> bool:

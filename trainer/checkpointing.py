@@ -76,7 +76,7 @@ def load_last(rank: Rank, reporter: Reporter | None) -> dict[str, Any] | None:
                 reporter.warn(step, f"{text}; the run goes on from step {step}")
         return dict(checkpoint.manifest.facts)
     if damaged:
-        raise refuse_damaged(store.directory, damaged)
+        raise refuse_damaged(damaged)
     return None
 
 

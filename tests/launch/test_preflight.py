@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict, replace
 from functools import partial
@@ -19,6 +18,7 @@ from shoestring.launch.run_dir import CONFIG_FILE, claimed, own
 from shoestring.tests.launch.refusals import refused
 from shoestring.tests.tree import ROOT
 from shoestring.trainer.checkpoint.compatible import incompatibilities
+from shoestring.trainer.checkpoint.store import CheckpointStore, Cover
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.data.prepare import prepare
 from shoestring.trainer.data.prepared import open_prepared
@@ -69,9 +69,9 @@ def test_everything_that_keeps_a_run_from_starting_is_named_at_once(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     run_dir = tmp_path / "run"
     with claimed(run_dir, fresh=False):
-        facts = {"step": 7, "config": asdict(config), "data": "other tokens"}
-        (run_dir / "checkpoints" / "step_00000007").mkdir(parents=True)
-        (run_dir / "checkpoints" / "step_00000007" / "facts.json").write_text(json.dumps(facts))
+        store = CheckpointStore(run_dir / "checkpoints", keep=2)
+        store.prepare(7)
+        store.commit(7, Cover({"step": 7, "config": asdict(config), "data": "other", "tokenizer": "other"}))
     wrong = replace(
         in_directory(config, run_dir),
         model=replace(config.model, heads=2),
@@ -84,7 +84,7 @@ def test_everything_that_keeps_a_run_from_starting_is_named_at_once(
         "training.device",
         "model.heads",
     }
-    (run_dir / "checkpoints" / "step_00000007" / "facts.json").write_text("{")
+    (store.path(7) / "manifest.json").write_text("{")
     assert "checkpoint" in refused(look, wrong, 4)
     short = replace(config, training=replace(config.training, sequence_length=10**6, device="cuda"))
     assert len(refused(look, short, 4)) == 2

@@ -112,10 +112,10 @@ class CheckpointStore:
         return self.path(step).rename(aside)
 
 
-def refuse_damaged(directory: Path, found: list[Damaged]) -> Refused:
+def refuse_damaged(found: list[Damaged]) -> Refused:
     """When no checkpoint of a run is left to go on from."""
     remedy = "is damaged, and no other checkpoint is left; restore one, or start over with --fresh"
-    return Refused(Problem(str(directory), str(damaged), remedy) for damaged in found)
+    return Refused(Problem("checkpoint", str(damaged), remedy) for damaged in found)
 
 
 def _remove(path: Path) -> None:
