@@ -12,7 +12,8 @@ from ..comm.refusal import Problem, noting, refuse_if_any
 from ..trainer.budget.render import over_budget
 from ..trainer.budget.summary import summarise
 from ..trainer.budget.terms import ALLOCATION_FILE
-from ..trainer.checkpoint.compatible import incompatibilities
+from ..trainer.checkpoint.compatible import incompatibilities, start_problems
+from ..trainer.checkpoint.find import find_checkpoint
 from ..trainer.checkpoint.store import CheckpointStore, refuse_damaged
 from ..trainer.config import RunConfig
 from ..trainer.data.manifest import Manifest
@@ -42,19 +43,23 @@ def preflight(config: RunConfig, local_ranks: int, *, fresh: bool, first_machine
         problems += account_problems()
     foreign = list(run_dir_problems(Path(config.training.run_dir)))
     with noting(problems):
-        if not fresh and not foreign:
-            problems += _checkpoint_problems(config, data)
+        if not foreign:
+            problems += _checkpoint_problems(config, data, fresh=fresh)
     refuse_if_any([*problems, *foreign])
 
 
-def _checkpoint_problems(config: RunConfig, data: Manifest | None) -> Iterator[Problem]:
-    """Of the last one that looks whole: the run takes that, and says so."""
-    store = _store(config)
-    checkpoint, damaged = store.last_good()
+def _checkpoint_problems(config: RunConfig, data: Manifest | None, *, fresh: bool) -> Iterator[Problem]:
+    """Of the last one that looks whole: the run takes that, and says so. Or of that which a new run begins with."""
+    checkpoint, damaged = (None, []) if fresh else _store(config).last_good()
     if checkpoint is not None:
         yield from incompatibilities(checkpoint.manifest.facts, config, data)
     elif damaged:
         raise refuse_damaged(damaged)
+    elif config.training.start_from is not None:
+        start, run_dir = Path(config.training.start_from), Path(config.training.run_dir)
+        if fresh and start.resolve().is_relative_to(run_dir.resolve()):
+            yield Problem("training.start_from", str(start), f"lies in {run_dir}, which --fresh empties; move it first")
+        yield from start_problems(find_checkpoint(start), config, data)
 
 
 def is_finished(config: RunConfig) -> bool:

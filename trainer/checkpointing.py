@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from ..comm.groups import Group
-from ..comm.refusal import refuse_if_any
-from .checkpoint.compatible import incompatibilities
+from ..comm.refusal import Problem, Refused, refuse_if_any
+from .checkpoint.compatible import incompatibilities, start_problems
+from .checkpoint.find import find_checkpoint
 from .checkpoint.manifest import Damaged
 from .checkpoint.names import rng_name
 from .checkpoint.opened import Checkpoint
-from .checkpoint.pieces import Piece, whole_pieces
+from .checkpoint.pieces import MODEL, Piece, whole_pieces
 from .checkpoint.saver import Saved
 from .checkpoint.store import Cover, refuse_damaged
 from .optimizer.adamw import set_steps_done
@@ -56,7 +58,7 @@ def load_last(rank: Rank, reporter: Reporter | None) -> dict[str, Any] | None:
     """Fill the rank's state from the newest checkpoint that is whole; return its facts, or None where there is none.
 
     Newer ones that are damaged are named and set aside. Raises `Refused` for a checkpoint that does not fit the
-    configuration, and where all are damaged.
+    configuration, and where all are damaged. A run without any begins with the weights of `training.start_from`.
     """
     world, store = rank.groups.world, rank.store
     steps = world.all_gather_objects(store.steps(), "which checkpoints there are")[0]
@@ -77,7 +79,28 @@ def load_last(rank: Rank, reporter: Reporter | None) -> dict[str, Any] | None:
         return dict(checkpoint.manifest.facts)
     if damaged:
         raise refuse_damaged(damaged)
+    if rank.config.training.start_from is not None:
+        _start_from(rank, Path(rank.config.training.start_from), reporter)
     return None
+
+
+def _start_from(rank: Rank, path: Path, reporter: Reporter | None) -> None:
+    """Weights and routing biases alone. Raises `Refused`."""
+    checkpoint = find_checkpoint(path)
+    refuse_if_any(start_problems(checkpoint, rank.config, rank.data))
+
+    def fill() -> None:
+        for piece in rank.state():
+            if piece.name.startswith(f"{MODEL}/"):
+                checkpoint.fill(piece)
+
+    try:
+        _agreed(rank.groups.world, fill)
+    except Damaged as damaged:
+        remedy = "is damaged; name another checkpoint"
+        raise Refused([Problem("training.start_from", str(damaged), remedy)]) from damaged
+    if reporter is not None:
+        reporter.start(checkpoint.path)
 
 
 def _fill(rank: Rank, checkpoint: Checkpoint) -> None:

@@ -78,6 +78,10 @@ class Reporter:
         self._work.resume(step)
         self._emit("resume", step, {})
 
+    def start(self, path: Path) -> None:
+        """The run begins with the weights of the checkpoint at `path`."""
+        self._emit("start", 0, {"checkpoint": str(path)})
+
     def ready(self) -> None:
         """The first step begins now."""
         self._work.ready()

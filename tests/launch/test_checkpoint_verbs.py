@@ -150,7 +150,7 @@ def test_export_and_import_carry_the_tokenizer(
 def test_generate_prints_text_and_the_acceptance_of_drafts(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    greedy = ["generate", run, "--prompt", "word1 word2", "--tokens", "12", "--temperature", "0"]
+    greedy: list[str | Path] = ["generate", run, "--prompt", "word1 word2", "--tokens", "12", "--temperature", "0"]
     code, drafted, counts = shoestring(capsys, *greedy)
     assert code == 0
     assert drafted.startswith("word1 word2")

@@ -44,10 +44,12 @@ LAYOUTS: dict[str, tuple[Topology, str]] = {
     "alone": (Topology(), "one_f_one_b"),
     "pp2 ep2 edp2": (Topology(pp=2, ep=2, edp=2), "zb1p"),
     "pp2 mirrored": (Topology(pp=2), "dualpipe"),
+    "pp2 one way": (Topology(pp=2), "one_f_one_b"),
+    "ep2": (Topology(ep=2), "one_f_one_b"),
 }
 
 
-SLOW = ("pp4", "pp2 ep2 edp2", "pp2 mirrored")
+SLOW = ("ep4", "pp4", "alone", "pp2 ep2 edp2", "pp2 mirrored")
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +143,23 @@ def began(root: Path) -> tuple[Path, State, list[float]]:
     return root / "began", state, losses(again)
 
 
-@pytest.mark.parametrize("layout", ["ep4", "alone", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize(("first", "second"), [("pp2 mirrored", "alone"), ("ep2", "pp2 one way")])
+def test_weights_moments_and_biases_come_back_to_the_bit(first: str, second: str, root: Path, tmp_path: Path) -> None:
+    state = run(root, tmp_path / "run", first, 2)
+    assert {name.partition("/")[0] for name in state} == {"model", "exp_avg", "exp_avg_sq"}
+    assert loaded(root, tmp_path / "run", second) == state
+    checkpoint = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).open(2)
+    assert checkpoint.manifest.tensors.keys() - state.keys() == {
+        f"rng/rank_{rank:05d}" for rank in range(LAYOUTS[first][0].world_size)
+    }
+    tokenizer = hashlib.sha256(checkpoint.attachment("tokenizer.json")).hexdigest()
+    assert tokenizer == checkpoint.manifest.facts["tokenizer"]
+    assert run(root, tmp_path / "run", second, 3).keys() == state.keys()
+    assert loaded(root, tmp_path / "run", first).keys() == state.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", SLOW)
 def test_a_run_goes_on_on_another_layout_and_back(
     layout: str, root: Path, began: tuple[Path, State, list[float]], tmp_path: Path
 ) -> None:
@@ -153,6 +171,33 @@ def test_a_run_goes_on_on_another_layout_and_back(
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-5)
     assert losses(tmp_path / "run")[: BEFORE + 1] == pytest.approx(expected[: BEFORE + 1], rel=1e-6)
     assert loaded(root, tmp_path / "run", "pp2 ep2") == there
+
+
+def started_on(world: World, tree: dict[str, Any]) -> tuple[State, bool]:
+    """The state that a new run begins with, and whether its moments are fresh."""
+    config = build(RunConfig, tree)
+    rank = build_rank(config, groups_of(world, config), torch.device("cpu"))
+    assert load_last(rank, None) is None
+    state = rank.state()
+    rank.close()
+    return digests(state), not any(piece.flat.any() for piece in state if not piece.name.startswith("model/"))
+
+
+def test_a_new_run_begins_with_the_weights_of_another(root: Path, tmp_path: Path) -> None:
+    state = run(root, tmp_path / "first", "alone", 2)
+    tree = tree_of(root, tmp_path / "second", "ep2", 2, start_from=str(tmp_path / "first"), seed=5)
+    found = run_processes(2, started_on, tree)
+    assert all(fresh for _, fresh in found)
+    merged = whole([part for part, _ in found])
+    assert all((merged[name] == state[name]) == name.startswith("model/") for name in state)
+    run_processes(2, train_on, tree)
+    events = read_metrics(tmp_path / "second" / "metrics.jsonl")
+    (start,) = (event.values["checkpoint"] for event in events if event.kind == "start")
+    assert start == str(tmp_path / "first" / "checkpoints" / "step_00000002")
+    other = tree | {"model": tree["model"] | {"heads": 2}}
+    other["training"] = tree["training"] | {"run_dir": str(tmp_path / "third")}
+    with pytest.raises(RanksFailed, match=r"model.heads = 2: the checkpoint of training.start_from has 4"):
+        run_processes(2, train_on, other)
 
 
 def flip_bit(path: Path) -> None:
@@ -167,7 +212,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(root: Path, t
     assert store.steps() == [2, 4]
     expected = losses(tmp_path / "run")
     flip_bit(next(store.path(4).glob("part_*.safetensors")))
-    run(root, tmp_path / "run", "ep4", 5, checkpoint_every=2)
+    run(root, tmp_path / "run", "ep2", 5, checkpoint_every=2)
     events = read_metrics(tmp_path / "run" / "metrics.jsonl")
     (warning,) = (str(event.values["message"]) for event in events if event.kind == "warning")
     assert "the checkpoint of step 4 is damaged and now called step_00000004.damaged" in warning
@@ -212,18 +257,18 @@ def train_on_a_full_disk(world: World, tree: dict[str, Any], steps: tuple[int, .
 
 
 def test_a_disk_that_is_full_is_told_and_training_goes_on(root: Path, tmp_path: Path) -> None:
-    tree = tree_of(root, tmp_path / "run", "pp2 ep2", 6, checkpoint_every=2)
-    assert run_processes(4, train_on_a_full_disk, tree, (4,)) == [None] * 4
+    tree = tree_of(root, tmp_path / "run", "ep2", 6, checkpoint_every=2)
+    assert run_processes(2, train_on_a_full_disk, tree, (4,)) == [None] * 2
     events = read_metrics(tmp_path / "run" / "metrics.jsonl")
     (warning,) = (str(event.values["message"]) for event in events if event.kind == "warning")
-    assert "the checkpoint of step 4 could not be written: rank 3: [Errno 28] No space left on device" in warning
+    assert "the checkpoint of step 4 could not be written: rank 1: [Errno 28] No space left on device" in warning
     assert [event.step for event in events if event.kind == "checkpoint"] == [2, 6]
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step_00000002", "step_00000006"}
 
 
 def test_a_run_whose_last_checkpoint_cannot_be_written_has_failed(root: Path, tmp_path: Path) -> None:
-    tree = tree_of(root, tmp_path / "run", "ep4", 3, checkpoint_every=2)
-    messages = run_processes(4, train_on_a_full_disk, tree, (3,))
+    tree = tree_of(root, tmp_path / "run", "ep2", 3, checkpoint_every=2)
+    messages = run_processes(2, train_on_a_full_disk, tree, (3,))
     assert all(
         message is not None and "the last checkpoint, of step 3, could not be" in message for message in messages
     )

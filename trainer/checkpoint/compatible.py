@@ -9,6 +9,8 @@ from typing import Any
 from ...comm.refusal import Problem
 from ..config import RunConfig
 from ..data.manifest import Manifest
+from .opened import Checkpoint
+from .pieces import MODEL
 
 _FIXED = ("model", "precision", "training.seed", "training.sequence_length", "training.global_batch")
 """What shapes, dtypes or positions in the data depend on. The rest may change when a run goes on: the grid of ranks,
@@ -29,6 +31,27 @@ def incompatibilities(facts: Mapping[str, Any], config: RunConfig, data: Manifes
     elif data is not None and facts["data"] != data.digest:
         remedy = f"holds other tokens than the checkpoint of step {facts['step']} was trained on; restore them"
         yield Problem("data.prepared", config.data.prepared, f"{remedy}, or use another training.run_dir")
+
+
+_FREE_MODEL = ("name", "yarn", "init_std")
+"""What weights may be given anew: a context extension changes nothing but the rotation."""
+
+
+def start_problems(checkpoint: Checkpoint, config: RunConfig, data: Manifest | None = None) -> Iterator[Problem]:
+    """What keeps `config`, on this `data`, from beginning with the weights of `checkpoint`."""
+    saved, wanted = asdict(checkpoint.model), asdict(config.model)
+    for key in wanted:
+        if key not in _FREE_MODEL and saved[key] != wanted[key]:
+            remedy = f"the checkpoint of training.start_from has {saved[key]!r}; use that, or another checkpoint"
+            yield Problem(f"model.{key}", wanted[key], remedy)
+    stored = checkpoint.manifest.tensors[f"{MODEL}/embedding.weight"].dtype
+    if stored != config.precision.parameter_dtype():
+        remedy = f"the weights of training.start_from are {stored}, and parameters would be another dtype"
+        yield Problem("precision.compute", config.precision.compute, remedy)
+    tokenizers = [entry.sha256 for entry in checkpoint.manifest.attachments if entry.file == "tokenizer.json"]
+    if data is not None and tokenizers and tokenizers != [data.tokenizer.sha256]:
+        remedy = "has another tokenizer than the checkpoint of training.start_from; use data prepared with that one"
+        yield Problem("data.prepared", config.data.prepared, remedy)
 
 
 def _differences(path: str, saved: Any, wanted: Any, step: int) -> Iterator[Problem]:

@@ -65,7 +65,7 @@ def config_json(model: ModelConfig, *, dtype: str, fp8: bool, rope_interleave: b
     refuse_if_any(_unknown_there(model))
     tree: dict[str, Any] = {"architectures": ["DeepseekV3ForCausalLM"]}
     tree |= {key: values[0] for key, values in _ONE_WAY.items()}
-    tree |= {theirs: getattr(model, ours) for ours, theirs in _SAME.items()}
+    tree |= {theirs: model.__dict__[ours] for ours, theirs in _SAME.items()}
     tree |= {
         "num_key_value_heads": model.heads,
         "num_nextn_predict_layers": model.mtp_depth,
