@@ -107,6 +107,8 @@ def _listed(path: Path) -> Listed:
         manifest = Checkpoint.open(path).manifest
     except Damaged as damaged:
         return Listed(path.name, f"damaged: {damaged}")
+    except Refused as refused:
+        return Listed(path.name, str(refused))
     grid = manifest.facts["config"].get("topology")
     layout = "an import" if grid is None else " ".join(f"{axis}{grid[axis]}" for axis in ("pp", "edp", "ep"))
     sizes = manifest.bytes, len(manifest.tensors), len(manifest.files)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,6 +49,8 @@ def poll_save(rank: Rank, reporter: Reporter | None) -> None:
 
 def finish_save(rank: Rank, reporter: Reporter | None) -> Saved | None:
     """Wait for the save under way, if there is one, and tell how it has ended."""
+    if not rank.saver.is_saving:
+        return None
     with _timing(reporter, "checkpoint_save"):
         saved = rank.saver.finish()
     _tell(saved, reporter)
@@ -60,28 +63,33 @@ def load_last(rank: Rank, reporter: Reporter | None) -> dict[str, Any] | None:
     Newer ones that are damaged are named and set aside. Raises `Refused` for a checkpoint that does not fit the
     configuration, and where all are damaged. A run without any begins with the weights of `training.start_from`.
     """
+    steps = rank.groups.world.all_gather_objects(rank.store.steps(), "which checkpoints there are")[0]
+    if steps:
+        with _timing(reporter, "checkpoint_load"):
+            return _load_newest(rank, steps, reporter)
+    if rank.config.training.start_from is not None:
+        _start_from(rank, Path(rank.config.training.start_from), reporter)
+    return None
+
+
+def _load_newest(rank: Rank, steps: list[int], reporter: Reporter | None) -> dict[str, Any]:
     world, store = rank.groups.world, rank.store
-    steps = world.all_gather_objects(store.steps(), "which checkpoints there are")[0]
-    damaged: list[Damaged] = []
+    damaged: dict[int, Damaged] = {}
     for step in reversed(steps):
         try:
-            checkpoint = _agreed(world, lambda step=step: store.open(step))  # type: ignore[misc]
+            checkpoint = _agreed(world, partial(store.open, step))
             refuse_if_any(incompatibilities(checkpoint.manifest.facts, rank.config, rank.data))
-            _agreed(world, lambda checkpoint=checkpoint: _fill(rank, checkpoint))  # type: ignore[misc]
+            _agreed(world, partial(_fill, rank, checkpoint))
         except Damaged as found:
-            damaged.append(found)
+            damaged[step] = found
             continue
         if reporter is not None:
-            for newer, why in zip(reversed(steps), damaged, strict=False):
+            for newer, why in damaged.items():
                 aside = store.set_aside(newer).name
                 text = f"the checkpoint of step {newer} is damaged and now called {aside}: {why}"
                 reporter.warn(step, f"{text}; the run goes on from step {step}")
         return dict(checkpoint.manifest.facts)
-    if damaged:
-        raise refuse_damaged(damaged)
-    if rank.config.training.start_from is not None:
-        _start_from(rank, Path(rank.config.training.start_from), reporter)
-    return None
+    raise refuse_damaged(list(damaged.values()))
 
 
 def _start_from(rank: Rank, path: Path, reporter: Reporter | None) -> None:

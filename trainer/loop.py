@@ -102,8 +102,7 @@ def _start(rank: Rank, reporter: Reporter | None) -> tuple[int, bool]:
     if reporter is not None:
         speed = Speed(count_flops(config.model, config.training.sequence_length), peak)
         reporter.run(speed, str(rank.device), str(rank.dtype).removeprefix("torch."))
-    with _timing(reporter, "checkpoint_load"):
-        facts = load_last(rank, reporter)
+    facts = load_last(rank, reporter)
     done, owes_evaluation = 0, False
     if facts is not None:
         done, owes_evaluation = facts["step"], facts["owes_evaluation"]

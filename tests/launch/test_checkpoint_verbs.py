@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from transformers import AutoTokenizer, DeepseekV3ForCausalLM
@@ -66,10 +67,13 @@ def test_ls_tells_whole_from_damaged_from_unfinished(run: Path, capsys: pytest.C
     store = CheckpointStore(run / "checkpoints", keep=9)
     store.partial(6).mkdir()
     (store.path(4) / "complete").unlink()
+    with patch("shoestring.trainer.checkpoint.manifest.FORMAT", 3):
+        save_model(model(5), run / "checkpoints", 5)
     code, output, _ = shoestring(capsys, "checkpoint", "ls", run, "--format", "json")
     assert code == 0
     states = {each["name"]: each["state"] for each in json.loads(output)}
-    assert states.keys() == {"step_00000002", "step_00000004", "step_00000006.partial"}
+    assert states.keys() == {"step_00000002", "step_00000004", "step_00000005", "step_00000006.partial"}
+    assert "this version reads format 2" in states["step_00000005"]
     assert states["step_00000002"] == "whole"
     assert states["step_00000004"].startswith("damaged: ")
     assert states["step_00000006.partial"].startswith("unfinished")

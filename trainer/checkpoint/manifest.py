@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ...comm.refusal import Problem, Refused
 from ..data.manifest import FileEntry
 from .tensor_file import DTYPES, NAMES, Declared
 
@@ -126,7 +127,10 @@ def record(file: str, size: int, pieces: Iterable[tuple[Declared, StoredPiece]])
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a complete checkpoint, and that its files have their sizes. Raises `Damaged`."""
+    """The manifest of a complete checkpoint, and that its files have their sizes.
+
+    Raises `Damaged`, and `Refused` for another format.
+    """
     try:
         marker = (directory / MARKER).read_text().strip()
         raw = (directory / MANIFEST).read_bytes()
@@ -135,6 +139,10 @@ def read_manifest(directory: Path) -> Manifest:
     if hashlib.sha256(raw).hexdigest() != marker:
         raise Damaged(f"{directory / MANIFEST}: its SHA-256 is not that in {MARKER}")
     try:
+        found = json.loads(raw)["format"]
+        if found != FORMAT:
+            remedy = f"this version reads format {FORMAT}; go on with the version that wrote it, or start over"
+            raise Refused([Problem(str(directory / MANIFEST), found, remedy)])
         manifest = parse(raw.decode())
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{directory / MANIFEST}: {type(error).__name__}: {error}") from error

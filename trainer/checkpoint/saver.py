@@ -68,6 +68,11 @@ class Saver:
         self._copy = torch.empty(0, dtype=torch.uint8)
         self._save: _Save | None = None
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is under way; the same on all ranks."""
+        return self._save is not None
+
     def begin(self, step: int, pieces: Iterable[Piece], cover: Cover) -> None:
         """Start a save; return when this rank's share of the state is copied. No other may be under way.
 

@@ -70,7 +70,7 @@ class CheckpointStore:
     def prepare(self, step: int) -> None:
         """On one rank: make room for a checkpoint, without what crashes have left. Raises `OSError`."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        for pattern in ("*.partial", "*.old"):
+        for pattern in ("step_*.partial", "step_*.old"):
             for leftover in self.directory.glob(pattern):
                 shutil.rmtree(leftover)
         self.partial(step).mkdir()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,23 +53,40 @@ def export(checkpoint: Checkpoint, directory: Path, options: ExportOptions, say:
     context = checkpoint.manifest.facts["config"].get("training", {}).get("sequence_length", 4096)
     dtype, fp8 = _DTYPES[options.dtype], options.dtype == "fp8"
     tree = config_json(config, dtype=_NAMES[dtype], fp8=fp8, rope_interleave=options.rope_interleave, context=context)
+    with _appearing_whole(directory) as partial:
+        try:
+            _write_weights(checkpoint, planned, partial, options, say)
+            attachments = checkpoint.attachments()
+        except Damaged as damaged:
+            raise Refused([Problem("checkpoint", str(damaged), "is damaged; export another one")]) from damaged
+        tree |= special_tokens(attachments)
+        write_file(partial / "config.json", (json.dumps(tree, indent=2) + "\n").encode())
+        for name, raw in described(attachments, tree["max_position_embeddings"]).items():
+            write_file(partial / name, raw)
+
+
+@contextmanager
+def _appearing_whole(directory: Path) -> Iterator[Path]:
+    """A directory to write into, which gets the name of `directory` at the end, or is gone after an error."""
     partial = directory.with_name(f"{directory.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    for leftover in partial.iterdir():
-        leftover.unlink()
     try:
-        _write_weights(checkpoint, planned, partial, options, say)
-        attachments = checkpoint.attachments()
-    except Damaged as damaged:
-        raise Refused([Problem("checkpoint", str(damaged), "is damaged; export another one")]) from damaged
-    tree |= special_tokens(attachments)
-    write_file(partial / "config.json", (json.dumps(tree, indent=2) + "\n").encode())
-    for name, raw in described(attachments, tree["max_position_embeddings"]).items():
-        write_file(partial / name, raw)
-    sync_directory(partial)
-    if directory.exists():
-        directory.rmdir()
-    partial.rename(directory)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        remedy = f"cannot be made ({error.strerror}); remove what a broken export has left, or name another directory"
+        raise Refused([Problem("directory", str(partial), remedy)]) from error
+    try:
+        yield partial
+        sync_directory(partial)
+        if directory.exists():
+            directory.rmdir()
+        partial.rename(directory)
+    except OSError as error:
+        shutil.rmtree(partial)
+        remedy = f"cannot be written ({error.strerror}); make room, or name another directory"
+        raise Refused([Problem("directory", str(directory), remedy)]) from error
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
 
 
 def _write_weights(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shoestring.comm.groups import Group, ProcessGroups
 from shoestring.comm.topology import Topology
+from shoestring.tests.launch.refusals import refused
 from shoestring.tests.processes import World, run_processes
 from shoestring.trainer.checkpoint.manifest import Damaged
 from shoestring.trainer.checkpoint.pieces import MODEL, Part, Piece, part_pieces, whole_pieces, written_by
@@ -93,9 +94,10 @@ def test_only_whole_checkpoints_count_and_the_oldest_go(tmp_path: Path) -> None:
     assert store.steps() == []
     (tmp_path / "step_00000009.partial").mkdir(parents=True)  # a crash in the middle of step 9's
     (tmp_path / "step_00000008.old").mkdir()  # and in the middle of a removal
+    (tmp_path / "thesis.partial").mkdir()  # somebody else's
     for step in (1, 2, 3):
         save(store, step)
-    assert names(tmp_path) == ["step_00000002", "step_00000003"]
+    assert names(tmp_path) == ["step_00000002", "step_00000003", "thesis.partial"]
     save(store, 3, tensors(2.0))  # of a life that went on from step 2
     assert torch.equal(store.open(3).read("a"), tensors(2.0)["a"])
     assert store.steps() == [2, 3]
@@ -178,6 +180,13 @@ def test_every_damage_is_found_and_named(tmp_path: Path, file: str, harm: Callab
     with pytest.raises(Damaged, match=message) as damaged:
         raise Damaged("; ".join(store.open(1).damage()))
     assert file in str(damaged.value)
+
+
+def test_another_format_is_refused_and_not_taken_for_damage(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    with patch("shoestring.trainer.checkpoint.manifest.FORMAT", 3):
+        save(store, 1)
+    assert "this version reads format 2" in refused(store.open, 1).popitem()[1]
 
 
 def test_a_tensor_that_is_not_there_or_another_is_named(tmp_path: Path) -> None:
