@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from shoestring.launch.run_dir import read_status
-from shoestring.tests.launch.real_run import command, lines_as_they_come, processes_of, train, wait_until
+from shoestring.tests.launch.real_run import command, processes_of, train, wait_until
 from shoestring.tests.launch.small_run import small_run
 from shoestring.trainer.checkpoint.store import CheckpointStore
 from shoestring.trainer.telemetry.history import read_all_metrics, read_metrics
@@ -27,28 +28,28 @@ def history(run_dir: Path) -> list[dict[str, Any]]:
     return [{"step": event.step} | {key: event.values[key] for key in EXACT} for event in events]
 
 
-def kill_after_step(run_dir: Path, process: subprocess.Popen[str], step: int) -> None:
-    """When a line of the run says that it has done this step."""
-    lives = read_all_metrics(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").exists() else []
-    for number, event in enumerate(lines_as_they_come(run_dir / "metrics.jsonl", process)):
-        if number >= len(lives) and event["kind"] == "step" and event["step"] >= step:
-            break
-    os.killpg(process.pid, signal.SIGKILL)
+def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
+    """Until the run says that it has done this step"""
+    assert process.stdout is not None
+    for line in process.stdout:
+        told = re.match(r"step +(\d+)/", line)
+        if told and int(told[1]) >= step:
+            return
+    raise AssertionError("the run ended before it was killed")
 
 
-def kill_in_a_save(store: CheckpointStore, process: subprocess.Popen[str], step: int, later: float) -> None:
-    """So many seconds after the save of this step has made its directory."""
+def wait_for_save(store: CheckpointStore, process: subprocess.Popen[str], step: int, later: float) -> None:
+    """Until so many seconds after the save of this step has made its directory."""
     while not store.partial(step).exists() and not store.path(step).exists():
         assert process.poll() is None, "the run ended before it was killed"
         os.sched_yield()
     until = time.perf_counter() + later
     while time.perf_counter() < until:
         pass
-    os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_twenty_kills_leave_the_losses_of_an_undisturbed_run(tmp_path: Path) -> None:
     overrides = [*small_run(tmp_path, STEPS), f"training.checkpoint_every={EVERY}", "telemetry.log_every=1"]
     overrides += ["model.hidden=128"]  # a save takes a while
@@ -62,16 +63,19 @@ def test_twenty_kills_leave_the_losses_of_an_undisturbed_run(tmp_path: Path) -> 
         resumed = store.steps()[-1] if store.steps() else 0
         process = subprocess.Popen(
             command(overrides, run_dir),
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
             start_new_session=True,
         )
         if number % 2:
-            kill_in_a_save(store, process, resumed + EVERY, moments.uniform(0, 0.03))
+            wait_for_step(process, resumed + EVERY - 1)
+            wait_for_save(store, process, resumed + EVERY, moments.uniform(0, 0.03))
         else:
-            kill_after_step(run_dir, process, resumed + moments.randint(1, EVERY + 1))
-        assert process.wait() == -signal.SIGKILL
+            wait_for_step(process, resumed + moments.randint(1, EVERY + 1))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()  # until the last holder of the pipe has gone
+        assert process.returncode == -signal.SIGKILL
         wait_until(lambda: not processes_of(run_dir), 20)
         halves += any(store.directory.glob("*.partial"))
         for step in store.steps():

@@ -156,7 +156,7 @@ class Saver:
         copied = []
         for piece, begin in zip(pieces, begins, strict=True):
             flat = self._copy[begin : begin + piece.bytes].view(piece.flat.dtype)
-            flat.copy_(piece.flat, non_blocking=True)
+            flat.copy_(piece.flat, non_blocking=True)  # from a GPU: not yet run on hardware
             copied.append(replace(piece, flat=flat))
         if on_gpu:
             torch.cuda.synchronize()
