@@ -89,9 +89,9 @@ def diff(first: Path, second: Path, steps: tuple[int | None, int | None]) -> tup
 def diff_table(differences: list[Difference]) -> Table:
     """For the terminal."""
     table = Table(box=None)
-    headings = ("state", "in both", "equal", "only in 1st", "only in 2nd", "other shape", "largest difference", "in")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("state", "in") else "right")
+    for heading in ("state", "in both", "equal", "only 1st", "only 2nd", "reshaped", "largest Δ"):
+        table.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True)
+    table.add_column("in", overflow="fold")
     for each in differences:
         values = list(asdict(each).values())
         table.add_row(*map(str, values[:6]), f"{each.largest:.3g}", each.where)

@@ -54,7 +54,11 @@ SLOW = ("ep4", "pp4", "alone", "pp2 ep2 edp2", "pp2 mirrored")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("resume")
+    return prepared_root(tmp_path_factory.mktemp("resume"))
+
+
+def prepared_root(folder: Path) -> Path:
+    """With data for runs in it."""
     (folder / "corpus").mkdir()
     words = [f"word{index * 7919 % 211}" for index in range(4000)]
     (folder / "corpus" / "train.txt").write_text(" ".join(words))
