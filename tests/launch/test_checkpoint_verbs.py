@@ -65,10 +65,10 @@ def flip_bit(path: Path) -> None:
 
 def test_ls_tells_whole_from_damaged_from_unfinished(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = CheckpointStore(run / "checkpoints", keep=9)
-    store.partial(6).mkdir()
     (store.path(4) / "complete").unlink()
     with patch("shoestring.trainer.checkpoint.manifest.FORMAT", 3):
         save_model(model(5), run / "checkpoints", 5)
+    store.partial(6).mkdir()  # now, for the next save clears it
     code, output, _ = shoestring(capsys, "checkpoint", "ls", run, "--format", "json")
     assert code == 0
     states = {each["name"]: each["state"] for each in json.loads(output)}
