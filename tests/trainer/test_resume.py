@@ -239,7 +239,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(root: Path, t
     flip_bit(next(store.path(4).glob("part_*.safetensors")))
     run(root, tmp_path / "run", "ep2", 5, checkpoint_every=2)
     events = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    (warning,) = (str(event.values["message"]) for event in events if event.kind == "warning")
+    (warning,) = (str(event.values["message"]) for event in events if event.values.get("about") == "checkpoint")
     assert "the checkpoint of step 4 is damaged and now called step_00000004.damaged" in warning
     assert "SHA-256" in warning
     assert warning.endswith("the run goes on from step 2")
@@ -285,7 +285,7 @@ def test_a_disk_that_is_full_is_told_and_training_goes_on(root: Path, tmp_path: 
     tree = tree_of(root, tmp_path / "run", "ep2", 6, checkpoint_every=2)
     assert run_processes(2, train_on_a_full_disk, tree, (4,)) == [None] * 2
     events = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    (warning,) = (str(event.values["message"]) for event in events if event.kind == "warning")
+    (warning,) = (str(event.values["message"]) for event in events if event.values.get("about") == "checkpoint")
     assert "the checkpoint of step 4 could not be written: rank 1: [Errno 28] No space left on device" in warning
     assert [event.step for event in events if event.kind == "checkpoint"] == [2, 6]
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step_00000002", "step_00000006"}
