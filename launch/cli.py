@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from ..comm.refusal import Problem, Refused
@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("--format", choices=["table", "json"], default="table")
     trace.set_defaults(run=_trace)
 
+    _add_checkpoint(verbs)
     data = verbs.add_parser("data", help="prepare a corpus, look at a prepared one").add_subparsers(
         dest="action", required=True
     )
@@ -156,6 +157,42 @@ def _add_planner(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     calibrate.add_argument("--ranks", type=int, default=2, metavar="N", help="processes at work (default 2)")
     calibrate.add_argument("--repeats", type=int, default=20, metavar="N", help="of each measurement (default 20)")
     calibrate.set_defaults(run=_calibrate)
+
+
+def _add_checkpoint(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    actions = verbs.add_parser("checkpoint", help="list, verify and compare checkpoints").add_subparsers(
+        dest="action", required=True
+    )
+    listing = actions.add_parser("ls", help="the checkpoints of a run")
+    verify = actions.add_parser("verify", help="read every byte of a checkpoint and check its hash")
+    diff = actions.add_parser("diff", help="where two checkpoints differ; exit code 1 where they do")
+    for action in (listing, verify, diff):
+        action.add_argument("path", type=Path, metavar="RUN", help="a run, or one checkpoint")
+        action.add_argument("--format", choices=["table", "json"], default="table")
+        action.set_defaults(run=_checkpoint)
+    diff.add_argument("other", type=Path, metavar="RUN", help="the one to compare with")
+    diff.add_argument("--other-step", type=int, metavar="N", help="of the second run")
+    importing = verbs.add_parser("import", help="a checkpoint from released weights (DeepseekV3ForCausalLM)")
+    importing.add_argument("source", type=Path, metavar="DIRECTORY", help="config.json and safetensors")
+    importing.add_argument("target", type=Path, metavar="TARGET", help="the new checkpoint goes into this directory")
+    importing.set_defaults(run=_import)
+    export = verbs.add_parser("export", help="a checkpoint as transformers and others read it")
+    generate = verbs.add_parser("generate", help="text from a checkpoint, with MTP as a draft")
+    for reader in (export, generate):
+        reader.add_argument("path", type=Path, metavar="RUN", help="a run, or one checkpoint")
+    export.add_argument("directory", type=Path, metavar="DIRECTORY", help="new, or empty")
+    export.add_argument("--dtype", choices=["bf16", "fp32", "fp8"], default="bf16", help="default bf16")
+    export.add_argument("--rope", choices=["pairs", "halves"], default="pairs", help="order of rotated rows")
+    export.add_argument("--max-shard", default="5GB", metavar="SIZE", help="of a file (default 5GB)")
+    export.set_defaults(run=_export)
+    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--tokens", type=int, default=100, metavar="N", help="default 100")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default 0.8)")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--no-draft", action="store_true", help="without MTP, a token a forward")
+    generate.set_defaults(run=_generate)
+    for with_step in (verify, diff, export, generate):
+        with_step.add_argument("--step", type=int, metavar="N", help="instead of the newest")
 
 
 def _with_overrides(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -323,6 +360,65 @@ def _trace(options: argparse.Namespace) -> int:
         print(json.dumps(trace_tree(ranks), indent=1))
     else:
         _show(trace_table(ranks))
+    return 0
+
+
+def _checkpoint(options: argparse.Namespace) -> int:
+    from . import checkpoint
+
+    as_json = options.format == "json"
+    if options.action == "ls":
+        listed = checkpoint.list_checkpoints(options.path)
+        _show_or_print(checkpoint.checkpoints_table(listed), [asdict(each) for each in listed], as_json=as_json)
+        return 0
+    if options.action == "verify":
+        found, damage = checkpoint.verify(options.path, options.step)
+        manifest = found.manifest
+        tree = {"path": str(found.path), "tensors": len(manifest.tensors), "bytes": manifest.bytes, "damage": damage}
+        whole = f"{found.path}: {len(manifest.tensors):,} tensors, {manifest.bytes:,} bytes, every hash is right"
+        _show_or_print("\n".join(damage) or whole, tree, as_json=as_json)
+        return 1 if damage else 0
+    facts, differences = checkpoint.diff(options.path, options.other, (options.step, options.other_step))
+    tree = {"facts": facts, "tensors": [asdict(each) for each in differences]}
+    if not as_json:
+        print("\n".join(facts))
+    _show_or_print(checkpoint.diff_table(differences), tree, as_json=as_json)
+    return (
+        0 if all(each.equal == each.tensors and not each.only_first + each.only_second for each in differences) else 1
+    )
+
+
+def _show_or_print(table: object, tree: object, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(tree, indent=1))
+    elif isinstance(table, str):
+        print(table)
+    else:
+        _show(table)
+
+
+def _import(options: argparse.Namespace) -> int:
+    from .convert import import_command
+
+    print(f"imported to {import_command(options.source, options.target)}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from .convert import export_command
+
+    how = options.dtype, options.rope, options.max_shard
+    print(f"exported {export_command(options.path, options.step, options.directory, *how)} to {options.directory}")
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from .generate import Request, acceptance, generate_text
+
+    size = options.tokens, options.temperature, options.seed, not options.no_draft
+    text, found = generate_text(Request(options.path, options.step, options.prompt, *size))
+    print(options.prompt + text)
+    print(acceptance(found), file=sys.stderr)
     return 0
 
 

@@ -13,9 +13,11 @@ from ..trainer.budget.guard import accounts, left_of_project
 from ..trainer.budget.project import Project
 from ..trainer.budget.summary import summarise
 from ..trainer.budget.terms import ALLOCATION_FILE
-from ..trainer.checkpoint.compatible import incompatibilities
-from ..trainer.checkpoint.store import CheckpointStore
+from ..trainer.checkpoint.compatible import incompatibilities, start_problems
+from ..trainer.checkpoint.find import find_checkpoint
+from ..trainer.checkpoint.store import CheckpointStore, refuse_damaged
 from ..trainer.config import RunConfig
+from ..trainer.data.manifest import Manifest
 from ..trainer.data.prepared import open_prepared
 from ..trainer.data.verified import verify_before_run
 from ..trainer.precision.provider import choose_provider, missing_for
@@ -30,10 +32,10 @@ def preflight(config: RunConfig, local_ranks: int, *, fresh: bool, first_machine
     no run has made, a checkpoint of another run. `first_machine` is the one that speaks for the run.
     """
     problems: list[Problem] = [*_ramp_problems(config)]
-    digest = None
+    data = None
     with noting(problems):
         prepared = open_prepared(config.data)
-        digest = prepared.manifest.digest
+        data = prepared.manifest
         open_samples(config, prepared)
         verify_before_run(Path(config.data.prepared), prepared.manifest, first_machine=first_machine)
     problems += [*_device_problems(config, local_ranks), *_exchange_problems(config, local_ranks)]
@@ -46,16 +48,23 @@ def preflight(config: RunConfig, local_ranks: int, *, fresh: bool, first_machine
         problems += budget_problems(config, fresh=fresh)
     foreign = list(run_dir_problems(Path(config.training.run_dir)))
     with noting(problems):
-        if not fresh and not foreign:
-            problems += _checkpoint_problems(config, digest)
+        if not foreign:
+            problems += _checkpoint_problems(config, data, fresh=fresh)
     refuse_if_any([*problems, *foreign])
 
 
-def _checkpoint_problems(config: RunConfig, data_digest: str | None) -> Iterator[Problem]:
-    store = _store(config)
-    steps = store.steps()
-    if steps:
-        yield from incompatibilities(store.facts(steps[-1]), config, data_digest)
+def _checkpoint_problems(config: RunConfig, data: Manifest | None, *, fresh: bool) -> Iterator[Problem]:
+    """Of the last one that looks whole: the run takes that, and says so. Or of that which a new run begins with."""
+    checkpoint, damaged = (None, []) if fresh else _store(config).last_good()
+    if checkpoint is not None:
+        yield from incompatibilities(checkpoint.manifest.facts, config, data)
+    elif damaged:
+        raise refuse_damaged(damaged)
+    elif config.training.start_from is not None:
+        start, run_dir = Path(config.training.start_from), Path(config.training.run_dir)
+        if fresh and start.resolve().is_relative_to(run_dir.resolve()):
+            yield Problem("training.start_from", str(start), f"lies in {run_dir}, which --fresh empties; move it first")
+        yield from start_problems(find_checkpoint(start), config, data)
 
 
 def is_finished(config: RunConfig) -> bool:

@@ -47,7 +47,6 @@ PRELOADED = (
     "omegaconf",
     "pytest",
     "torch._dynamo",  # AdamW imports it, 0.6 s in each rank
-    "torch.distributed.checkpoint",
     "shoestring.tests.processes",
 )
 

@@ -54,6 +54,9 @@ class TrainingConfig:
 
     run_dir: str = "runs/default"
     """Everything a run writes is here. A run that finds its own checkpoint here goes on from it."""
+    start_from: str | None = None
+    """A run, an import or one checkpoint, whose weights and routing biases a new run begins with, at step 0; null for
+    random ones. A run that has checkpoints goes on from these."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: a GPU for each process where there are enough, else the CPU."""
     seed: int = 0

@@ -5,18 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..comm.failure import CollectiveFailed
 from ..comm.groups import ProcessGroups
-from ..comm.refusal import refuse_if_any
 from .by_tokens import value_at
-from .checkpoint.compatible import incompatibilities
-from .checkpoint.names import named_state
+from .checkpoint.saver import Saved
+from .checkpointing import begin_save, finish_save, load_last, poll_save
 from .config import RunConfig
 from .costs.cluster import measure_peak_tflops
 from .costs.flops import count_flops
@@ -67,21 +64,24 @@ def train(
             seconds = _one_step(rank, step, reporter)
             tracing.after(step, seconds, reporter)
             done = step
+            poll_save(rank, reporter)
             _halt_if_agreed(rank, done, reporter, stop_asked, is_saved=False)
             if _is_due(step, config.training.evaluate_every, config.total_steps):
                 _evaluate(rank, step, reporter)
             if _is_due(step, config.training.checkpoint_every, config.total_steps):
-                _save(rank, step, reporter)
+                begin_save(rank, step, reporter)
+        _insist(finish_save(rank, reporter))
         if config.training.sample_tokens:
             _sample(rank, done, reporter)
     except NonFiniteStep as error:
+        finish_save(rank, reporter)
         last = rank.store.steps()
         hope = f"the last checkpoint is step {last[-1]}" if last else "there is no checkpoint yet"
         message = f"step {done + 1}: {error}; {hope}. Lower optimizer.peak_learning_rate or lengthen its warm-up."
         if reporter is not None:
             reporter.close(done, message)
         raise RunFailed(message) from error
-    except (CollectiveFailed, RunHalted) as error:
+    except (CollectiveFailed, RunFailed, RunHalted) as error:
         if reporter is not None:
             reporter.close(done, str(error), clean=isinstance(error, RunHalted))
         raise
@@ -102,13 +102,10 @@ def _start(rank: Rank, reporter: Reporter | None) -> tuple[int, bool]:
     if reporter is not None:
         speed = Speed(count_flops(config.model, config.training.sequence_length), peak)
         reporter.run(speed, str(rank.device), str(rank.dtype).removeprefix("torch."))
-    steps = rank.store.steps()
+    facts = load_last(rank, reporter)
     done, owes_evaluation = 0, False
-    if steps:
-        with _timing(reporter, "checkpoint_load"):
-            done = steps[-1]
-            facts = _load(rank, done)
-        owes_evaluation = facts.get("owes_evaluation", False)
+    if facts is not None:
+        done, owes_evaluation = facts["step"], facts["owes_evaluation"]
         if reporter is not None:
             reporter.resume(done, facts["ledger"])
     if reporter is not None:
@@ -130,10 +127,13 @@ def _halt_if_agreed(
     halt = agree_to_halt(rank.groups.world, asked=stop_asked(), over_budget=spent is not None)
     if halt is None:
         return
+    where = f"after step {done}, which is in a checkpoint" if done else "before the first step"
     if not is_saved:
         owes = _is_due(done, config.training.evaluate_every, config.total_steps)
-        _save(rank, done, reporter, owes_evaluation=owes)
-    where = f"after step {done}, which is in a checkpoint" if done else "before the first step"
+        begin_save(rank, done, reporter, owes_evaluation=owes)
+        saved = finish_save(rank, reporter)
+        if saved is None or saved.failure is not None:
+            where = f"after step {done}, whose checkpoint could not be written"
     reason = "it was asked to, and the same command goes on" if halt == Halt.PREEMPTED else spent
     raise RunHalted(halt, f"stopped {where}: {reason}")
 
@@ -217,33 +217,11 @@ def _sample(rank: Rank, step: int, reporter: Reporter | None) -> None:
         reporter.sample(step, training.sample_prompt, tokenizer.decode(continuation))
 
 
-def _save(rank: Rank, step: int, reporter: Reporter | None, *, owes_evaluation: bool = False) -> None:
-    facts: dict[str, Any] = {"step": step, "consumed_samples": step * rank.config.training.global_batch}
-    facts["owes_evaluation"] = owes_evaluation
-    if reporter is not None:
-        facts |= {"config": asdict(rank.config), "data": rank.data_digest, "ledger": reporter.totals()}
-    with _timing(reporter, "checkpoint_save"):
-        path = rank.store.save(step, _state(rank), facts, rank.groups.world)
-    if reporter is not None:
-        reporter.checkpoint(step, path)
-
-
-def _load(rank: Rank, step: int) -> dict[str, Any]:
-    """Fill the rank's state from a checkpoint; return the checkpoint's facts."""
-    facts = rank.store.facts(step)
-    refuse_if_any(incompatibilities(facts, rank.config, rank.data_digest))
-    state = _state(rank)
-    rank.store.load(step, state, rank.groups.world)
-    rank.stepper.optimizer.steps = step
-    rank.stepper.optimizer.publish()
-    torch.set_rng_state(state[f"rng/rank_{rank.groups.rank:05d}"])
-    return facts
-
-
-def _state(rank: Rank) -> dict[str, torch.Tensor]:
-    rng = {f"rng/rank_{rank.groups.rank:05d}": torch.get_rng_state()}
-    stepper = rank.stepper
-    return named_state(rank.model, stepper.optimizer, stepper.average, rank.groups.rank, rng)
+def _insist(last: Saved | None) -> None:
+    """A run whose last checkpoint is missing has not done what it was started for."""
+    if last is not None and last.failure is not None:
+        remedy = "make room; the same command goes on from the checkpoint before it"
+        raise RunFailed(f"the last checkpoint, of step {last.step}, could not be written: {last.failure}; {remedy}")
 
 
 def _is_due(step: int, every: int, last: int) -> bool:

@@ -25,9 +25,13 @@ from ..parallelism.pipeline.program import Program
 from ..parallelism.pipeline.schedules import build_forward
 from ..parallelism.pipeline.uses import first_use, first_use_anywhere, last_use, last_use_anywhere
 from ..parallelism.zero import ShardedOptimizer
+from .checkpoint.names import holders_of, state_pieces, whole_state
+from .checkpoint.pieces import Piece
+from .checkpoint.saver import Saver
 from .checkpoint.store import CheckpointStore
 from .config import RunConfig
 from .data.entropy import unigram_entropy
+from .data.manifest import Manifest
 from .data.prepared import Prepared, open_prepared
 from .data.samples import SampleOrder, Samples
 from .data.tokenizer import Tokenizer
@@ -58,8 +62,11 @@ class Rank:
     validation: Samples
     unigram_entropy: float
     tokenizer: Tokenizer
-    data_digest: str
+    data: Manifest
     store: CheckpointStore
+    saver: Saver
+    state_names: frozenset[str]
+    """Every tensor of a checkpoint, whichever rank holds it."""
     worker: Worker
     traffic: Traffic
     trace: TraceRecorder
@@ -70,8 +77,16 @@ class Rank:
         """This rank's share."""
         return self.stepper.model
 
+    def state(self) -> list[Piece]:
+        """What a checkpoint holds of this rank, as views: fill them, `optimizer.publish`, then train on."""
+        optimizer, average = self.stepper.optimizer, self.stepper.average
+        optimizer.wait()
+        holders = holders_of(self.pipeline.stages, self.groups)
+        return list(state_pieces(self.model, optimizer, average, holders, self.groups.rank))
+
     def close(self) -> None:
-        """End what runs the exchanges and reductions."""
+        """End what runs the exchanges and reductions, and what writes checkpoints."""
+        self.saver.close()
         self.worker.close()
         self.stepper.optimizer.wait()
         self.stepper.optimizer.close()
@@ -159,6 +174,7 @@ def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -
         recompute=config.recompute.policy,
     )
     model, dtype = build_model(config, groups, device), config.precision.compute_dtype(device)
+    store = CheckpointStore(Path(config.training.run_dir) / "checkpoints", config.training.keep_checkpoints)
     return Rank(
         config=config,
         groups=groups,
@@ -171,8 +187,10 @@ def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -
         validation=validation,
         unigram_entropy=unigram_entropy(prepared.validation, config.model.vocabulary),
         tokenizer=prepared.tokenizer,
-        data_digest=prepared.manifest.digest,
-        store=CheckpointStore(Path(config.training.run_dir) / "checkpoints", config.training.keep_checkpoints),
+        data=prepared.manifest,
+        store=store,
+        saver=Saver(store, groups.world),
+        state_names=whole_state(config.model, averages=config.optimizer.ema_decay is not None),
         worker=worker,
         traffic=traffic,
         trace=recorder,

@@ -17,6 +17,7 @@ from .budget.meter import Meter
 from .budget.summary import LedgerReader
 from .budget.totals import carry
 from .budget.work import Work
+from .checkpoint.saver import Saved
 from .config import RunConfig
 from .costs.flops import CONVENTION, FlopCount
 from .costs.parameters import count_parameters
@@ -84,6 +85,10 @@ class Reporter:
         carry(self._work, self._run_dir, totals)
         self._work.resume(step)
         self._emit("resume", step, {})
+
+    def start(self, path: Path) -> None:
+        """The run begins with the weights of the checkpoint at `path`."""
+        self._emit("start", 0, {"checkpoint": str(path)})
 
     def ready(self) -> None:
         """The first step begins now."""
@@ -216,10 +221,19 @@ class Reporter:
         with self.telling():
             self._emit("sample", step, {"text": prompt + continuation})
 
-    def checkpoint(self, step: int, path: Path) -> None:
-        """A checkpoint is safe on disk."""
+    def checkpoint(self, saved: Saved) -> None:
+        """A checkpoint is safe on disk, or could not be written."""
+        if saved.failure is None:
+            with self.telling():
+                self._emit("checkpoint", saved.step, {"path": str(saved.path)})
+        else:
+            self.warn(saved.step, f"the checkpoint of step {saved.step} could not be written: {saved.failure}")
+
+    def warn(self, step: int, text: str) -> None:
+        """A checkpoint has gone wrong in a way that does not end the run."""
         with self.telling():
-            self._emit("checkpoint", step, {"path": str(path)})
+            self._emit("warning", step, {"about": "checkpoint", "message": text})
+        print(f"shoestring train: {text}", file=sys.stderr, flush=True)
 
     def trace(self, step: int, path: Path, values: Mapping[str, JSON]) -> None:
         """A timeline is written; `values` are the seconds of each term, by rank."""

@@ -22,7 +22,7 @@ from shoestring.tests.launch.small_run import small_run
 from shoestring.trainer.budget.summary import summarise
 from shoestring.trainer.telemetry.history import read_all_metrics, read_metrics
 
-STEPS, EVERY, BREAK = 18, 8, 9  # far from the next checkpoint, whose collectives are torch's own
+STEPS, EVERY, BREAK = 18, 8, 12  # some steps after a save has begun, which takes two of them, and before the next
 TWO_NODES = Rehearsal(["topology.ep=4"], None, fresh=False, nodes=2, gpus_per_node=2, uplink="100mbit")
 
 # What stands in for a node's launcher: it tells step 5 of a run and then behaves as its node is told to.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict, replace
 from functools import partial
@@ -19,8 +18,10 @@ from shoestring.launch.run_dir import CONFIG_FILE, claimed, own
 from shoestring.tests.launch.refusals import refused
 from shoestring.tests.tree import ROOT
 from shoestring.trainer.checkpoint.compatible import incompatibilities
+from shoestring.trainer.checkpoint.store import CheckpointStore, Cover
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.data.prepare import prepare
+from shoestring.trainer.data.prepared import open_prepared
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +80,9 @@ def test_everything_that_keeps_a_run_from_starting_is_named_at_once(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     run_dir = tmp_path / "run"
     with claimed(run_dir, fresh=False):
-        facts = {"step": 7, "config": asdict(config), "data": "other tokens"}
-        (run_dir / "checkpoints" / "step_00000007").mkdir(parents=True)
-        (run_dir / "checkpoints" / "step_00000007" / "facts.json").write_text(json.dumps(facts))
+        store = CheckpointStore(run_dir / "checkpoints", keep=2)
+        store.prepare(7)
+        store.commit(7, Cover({"step": 7, "config": asdict(config), "data": "other", "tokenizer": "other"}))
     wrong = replace(
         in_directory(config, run_dir),
         model=replace(config.model, heads=2),
@@ -94,7 +95,7 @@ def test_everything_that_keeps_a_run_from_starting_is_named_at_once(
         "training.device",
         "model.heads",
     }
-    (run_dir / "checkpoints" / "step_00000007" / "facts.json").write_text("{")
+    (store.path(7) / "manifest.json").write_text("{")
     assert "checkpoint" in refused(look, wrong, 4)
     short = replace(config, training=replace(config.training, sequence_length=10**6, device="cuda"))
     assert len(refused(look, short, 4)) == 2
@@ -129,18 +130,30 @@ def test_text_too_short_for_one_sample(config: RunConfig) -> None:
 
 
 def test_what_a_checkpoint_holds_on_to(config: RunConfig) -> None:
-    facts = {"step": 7, "config": asdict(config), "data": "digest"}
-    assert not list(incompatibilities(facts, config, "digest"))
+    data = open_prepared(config.data).manifest
+    facts = {"step": 7, "config": asdict(config), "data": data.digest, "tokenizer": data.tokenizer.sha256}
+    assert not list(incompatibilities(facts, config, data))
     freer = replace(
         config,
         optimizer=replace(config.optimizer, peak_learning_rate=1e-4),
         training=replace(config.training, tokens=10**7),
+        topology=replace(config.topology, pp=4, ep=1),
+        schedule=replace(config.schedule, name="zb1p"),
     )
-    assert not list(incompatibilities(facts, freer, "digest"))
-    other = replace(config, model=replace(config.model, heads=2), training=replace(config.training, seed=1))
-    found = {problem.field: problem for problem in incompatibilities(facts, other, "other digest")}
-    assert set(found) == {"model.heads", "training.seed", "data.prepared"}
+    assert not list(incompatibilities(facts, freer, data))
+    other = replace(
+        config,
+        model=replace(config.model, heads=2),
+        optimizer=replace(config.optimizer, moments="float32", ema_decay=0.5),
+        training=replace(config.training, seed=1),
+    )
+    found = {problem.field: problem for problem in incompatibilities(facts | {"data": "other"}, other, data)}
+    moments = {"optimizer.moments", "optimizer.ema_decay"}
+    assert set(found) == {"model.heads", *moments, "training.seed", "data.prepared"}
     assert "the checkpoint of step 7 has 4" in found["model.heads"].remedy
+    assert "holds other tokens" in found["data.prepared"].remedy
+    (tokenizer,) = incompatibilities(facts | {"tokenizer": "other", "data": "other"}, config, data)
+    assert "has another tokenizer" in tokenizer.remedy
 
 
 @pytest.mark.parametrize("fresh", [True, False])

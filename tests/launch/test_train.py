@@ -16,6 +16,7 @@ from shoestring.launch.compose import compose_run
 from shoestring.launch.run_dir import read_status
 from shoestring.tests.launch.real_run import command, lines_as_they_come, processes_of, train, wait_until
 from shoestring.trainer.budget.summary import summarise
+from shoestring.trainer.checkpoint.store import CheckpointStore
 from shoestring.trainer.data.prepare import prepare
 from shoestring.trainer.model.model import router_names
 from shoestring.trainer.telemetry.dashboard import dashboard
@@ -145,12 +146,15 @@ def test_killed_and_started_again_it_ends_as_if_nothing_had_happened(
         text=True,
         start_new_session=True,
     )
+    saved = False
     for event in lines_as_they_come(run_dir / "metrics.jsonl", process):
-        if event["kind"] == "step" and event["step"] == 5:
-            os.killpg(process.pid, signal.SIGKILL)  # two steps after the checkpoint of step 3
+        saved |= event["kind"] == "checkpoint"
+        if saved and event["kind"] == "step":
+            os.killpg(process.pid, signal.SIGKILL)  # some steps after the checkpoint of step 3
     process.wait()
     assert process.returncode == -signal.SIGKILL
     assert read_status(run_dir) is None
+    assert CheckpointStore(run_dir / "checkpoints", 2).steps()[-1] == 3
 
     again = train(overrides, run_dir)
     assert again.returncode == 0, again.stderr

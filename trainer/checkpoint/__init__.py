@@ -1,1 +1,1 @@
-"""Atomic distributed checkpoints."""
+"""Checkpoints that travel: independent of layout, verified, written beside the training."""

@@ -1,4 +1,4 @@
-"""Which configuration a checkpoint can be gone on from."""
+"""Which configuration a checkpoint can be gone on from: any layout, but the same model, numbers and data."""
 
 from __future__ import annotations
 
@@ -8,26 +8,53 @@ from typing import Any
 
 from ...comm.refusal import Problem
 from ..config import RunConfig
+from ..data.manifest import Manifest
+from .opened import Checkpoint
+from .pieces import MODEL
 
 _FIXED = (
-    *("model", "topology", "precision", "optimizer.moments", "optimizer.ema_decay"),
+    *("model", "precision", "optimizer.moments", "optimizer.ema_decay"),
     *("training.seed", "training.sequence_length", "training.global_batch"),
 )
-"""What shapes, places or positions in the data depend on. The rest may change when a run goes on: rates and weights of
-the loss, the size of micro-batches, how often to look, how far to go."""
+"""What shapes, dtypes or positions in the data depend on. The rest may change when a run goes on: the grid of ranks,
+the schedule, rates and weights of the loss, the size of micro-batches, how often to look, how far to go."""
 
 
-def incompatibilities(facts: Mapping[str, Any], config: RunConfig, data_digest: str | None = None) -> Iterator[Problem]:
-    """What keeps `config`, on the data with this digest, from going on from the checkpoint with these `facts`."""
+def incompatibilities(facts: Mapping[str, Any], config: RunConfig, data: Manifest | None = None) -> Iterator[Problem]:
+    """What keeps `config`, on this `data`, from going on from the checkpoint with these `facts`."""
     now = asdict(config)
     for path in _FIXED:
         saved, wanted = facts["config"], now
         for key in path.split("."):
             saved, wanted = saved[key], wanted[key]
         yield from _differences(path, saved, wanted, facts["step"])
-    if data_digest is not None and facts["data"] != data_digest:
+    if data is not None and facts["tokenizer"] != data.tokenizer.sha256:
+        remedy = f"has another tokenizer than the checkpoint of step {facts['step']} was trained with; restore it"
+        yield Problem("data.prepared", config.data.prepared, f"{remedy}, or use another training.run_dir")
+    elif data is not None and facts["data"] != data.digest:
         remedy = f"holds other tokens than the checkpoint of step {facts['step']} was trained on; restore them"
         yield Problem("data.prepared", config.data.prepared, f"{remedy}, or use another training.run_dir")
+
+
+_FREE_MODEL = ("name", "yarn", "init_std")
+"""What weights may be given anew: a context extension changes nothing but the rotation."""
+
+
+def start_problems(checkpoint: Checkpoint, config: RunConfig, data: Manifest | None = None) -> Iterator[Problem]:
+    """What keeps `config`, on this `data`, from beginning with the weights of `checkpoint`."""
+    saved, wanted = asdict(checkpoint.model), asdict(config.model)
+    for key in wanted:
+        if key not in _FREE_MODEL and saved[key] != wanted[key]:
+            remedy = f"the checkpoint of training.start_from has {saved[key]!r}; use that, or another checkpoint"
+            yield Problem(f"model.{key}", wanted[key], remedy)
+    stored = checkpoint.manifest.tensors[f"{MODEL}/embedding.weight"].dtype
+    if stored != config.precision.parameter_dtype():
+        remedy = f"the weights of training.start_from are {stored}, and parameters would be another dtype"
+        yield Problem("precision.compute", config.precision.compute, remedy)
+    tokenizers = [entry.sha256 for entry in checkpoint.manifest.attachments if entry.file == "tokenizer.json"]
+    if data is not None and tokenizers and tokenizers != [data.tokenizer.sha256]:
+        remedy = "has another tokenizer than the checkpoint of training.start_from; use data prepared with that one"
+        yield Problem("data.prepared", config.data.prepared, remedy)
 
 
 def _differences(path: str, saved: Any, wanted: Any, step: int) -> Iterator[Problem]:

@@ -1,94 +1,121 @@
-"""Checkpoints in a directory: written beside, then renamed, so that a half-written one is never picked up."""
+"""The checkpoints of one run in a directory: written beside, then renamed, so that no half of one is picked up."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import re
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-
-from ...comm.groups import Group
 from ...comm.refusal import Problem, Refused
-from ..data.files import sync_directory
+from ..data.files import sync_directory, write_file
+from .manifest import MANIFEST, MARKER, Damaged, merge
+from .opened import Checkpoint
 
 _NAME = re.compile(r"step_(\d{8})")
-_FACTS = "facts.json"
+
+
+@dataclass(frozen=True)
+class Cover:
+    """What a checkpoint holds beside tensors."""
+
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Plain JSON."""
+    attachments: Mapping[str, bytes] = field(default_factory=dict)
+    """Files by name."""
+    names: frozenset[str] = frozenset()
+    """Tensors without which it would not be whole."""
 
 
 @dataclass(frozen=True)
 class CheckpointStore:
-    """The checkpoints of one run. Promise: after `save` returns on all ranks, the checkpoint survives any crash."""
+    """Where the checkpoints are, and how many of them stay."""
 
     directory: Path
     keep: int
 
     def steps(self) -> list[int]:
-        """Steps of the whole checkpoints, oldest first."""
+        """Steps of the checkpoints that were saved to their end, oldest first. They may have been damaged since."""
         if not self.directory.is_dir():
             return []
         found = (_NAME.fullmatch(path.name) for path in self.directory.iterdir())
         return sorted(int(match.group(1)) for match in found if match)
 
-    def save(self, step: int, state: Mapping[str, Tensor], facts: Mapping[str, Any], world: Group) -> Path:
-        """Collective: write `state` (see `named_state`) and the JSON `facts`, then let the oldest checkpoints go."""
-        final = self._path(step)
-        partial = final.with_name(final.name + ".partial")
-        if world.is_first:
-            self._clear_leftovers()
-            _remove(final)  # of an earlier life that went on from before this step
-            partial.mkdir(parents=True)
-            sync_directory(self.directory.parent)
-        world.barrier("start of a checkpoint")
-        with _quiet(), world.failing_clearly(f"saving the checkpoint of step {step}"):
-            dcp.save(dict(state), checkpoint_id=partial, no_dist=world.handle is None, process_group=world.handle)
-        if world.is_first:
-            _write_durably(partial / _FACTS, json.dumps(facts, indent=1))
-            sync_directory(partial)
-            partial.rename(final)
-            sync_directory(self.directory)
-            for old in self.steps()[: -self.keep]:
-                _remove(self._path(old))
-        world.barrier("end of a checkpoint")
-        return final
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of `step` is, or would be."""
+        return self.directory / f"step_{step:08d}"
 
-    def facts(self, step: int) -> dict[str, Any]:
-        """The JSON facts of a checkpoint."""
-        path = self._path(step) / _FACTS
-        try:
-            facts: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            remedy = f"cannot be read ({error}); remove {path.parent} to go on from the checkpoint before it"
-            raise Refused([Problem("checkpoint", str(path), remedy)]) from error
-        return facts
+    def partial(self, step: int) -> Path:
+        """Where it is while it is written."""
+        return self.directory / f"step_{step:08d}.partial"
 
-    def load(self, step: int, state: dict[str, Tensor], world: Group) -> None:
-        """Collective: fill the tensors of `state` in place. Raises `Refused` for a damaged checkpoint."""
-        path = self._path(step)
-        try:
-            with _quiet(), world.failing_clearly(f"loading the checkpoint of step {step}"):
-                dcp.load(state, checkpoint_id=path, no_dist=world.handle is None, process_group=world.handle)
-        except (CheckpointException, OSError) as error:
-            remedy = f"cannot be read ({error}); remove it to go on from the checkpoint before it"
-            raise Refused([Problem("checkpoint", str(path), remedy)]) from error
+    def open(self, step: int) -> Checkpoint:
+        """Raises `Damaged`."""
+        return Checkpoint.open(self.path(step))
 
-    def _clear_leftovers(self) -> None:
-        """Remove what a crash in the middle of a save or of a removal has left."""
-        for pattern in ("*.partial", "*.old"):
+    def last_good(self) -> tuple[Checkpoint | None, list[Damaged]]:
+        """The newest checkpoint that looks whole from outside, and what is wrong with those after it."""
+        found: list[Damaged] = []
+        for step in reversed(self.steps()):
+            try:
+                return self.open(step), found
+            except Damaged as damaged:
+                found.append(damaged)
+        return None, found
+
+    def prepare(self, step: int) -> None:
+        """On one rank: make room for a checkpoint, without what crashes have left. Raises `OSError`."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for pattern in ("step_*.partial", "step_*.old"):
             for leftover in self.directory.glob(pattern):
                 shutil.rmtree(leftover)
+        self.partial(step).mkdir()
+        sync_directory(self.directory)
 
-    def _path(self, step: int) -> Path:
-        return self.directory / f"step_{step:08d}"
+    def commit(self, step: int, cover: Cover) -> Path:
+        """On one rank, when all have written: make the partial checkpoint a checkpoint, let the oldest go.
+
+        After it returns the checkpoint survives any crash. Raises `OSError`, and `ValueError` where what the ranks have
+        written is not the whole state.
+        """
+        partial, final = self.partial(step), self.path(step)
+        records = sorted(partial.glob("part_*.json"))
+        entries = [write_file(partial / name, raw) for name, raw in cover.attachments.items()]
+        manifest = merge((json.loads(path.read_text()) for path in records), cover.facts, entries)
+        if missing := sorted(cover.names - manifest.tensors.keys()):
+            raise ValueError(f"no rank has saved {missing[0]}, and {len(missing) - 1} more")
+        text = manifest.to_json().encode()
+        write_file(partial / MANIFEST, text)
+        write_file(partial / MARKER, f"{hashlib.sha256(text).hexdigest()}\n".encode())
+        for path in records:
+            path.unlink()
+        sync_directory(partial)
+        _remove(final)  # of an earlier life that went on from before this step
+        partial.rename(final)
+        sync_directory(self.directory)
+        for old in self.steps()[: -self.keep]:
+            _remove(self.path(old))
+        return final
+
+    def abandon(self, step: int) -> None:
+        """On one rank: free what a save has taken that cannot be finished."""
+        shutil.rmtree(self.partial(step), ignore_errors=True)
+
+    def set_aside(self, step: int) -> Path:
+        """On one rank: rename a damaged checkpoint, so that no run looks at it again and it can be looked into."""
+        aside = self.path(step).with_suffix(".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        return self.path(step).rename(aside)
+
+
+def refuse_damaged(found: list[Damaged]) -> Refused:
+    """When no checkpoint of a run is left to go on from."""
+    remedy = "is damaged, and no other checkpoint is left; restore one, or start over with --fresh"
+    return Refused(Problem("checkpoint", str(damaged), remedy) for damaged in found)
 
 
 def _remove(path: Path) -> None:
@@ -97,18 +124,3 @@ def _remove(path: Path) -> None:
         old = path.with_name(path.name + ".old")
         path.rename(old)
         shutil.rmtree(old)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the library's remark that a single process saves alone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

@@ -65,10 +65,28 @@ class Chunk:
 
     def logits(self, tokens_BS: Tensor, received_BSD: Tensor | None = None) -> Steps[Tensor]:
         """Next-token logits [B, S, V] of the main model, or what the next stage needs. Use it under `torch.no_grad`."""
+        hidden_BSD = yield from self.hidden(tokens_BS, received_BSD)
+        return self.head(hidden_BSD) if self.stage.is_last else hidden_BSD
+
+    def hidden(self, tokens_BS: Tensor, received_BSD: Tensor | None = None) -> Steps[Tensor]:
+        """What the stage makes of text, [B, S, D]; the last one, after the final norm. Under `torch.no_grad`."""
         tape = self._tape(torch.ones_like(tokens_BS, dtype=torch.bool), micro_batch=0)
         hidden_BSD, _ = yield from self._main(tokens_BS, received_BSD, tape)
-        if not self.stage.is_last:
-            return hidden_BSD
+        return hidden_BSD
+
+    def draft(self, hidden_BSD: Tensor, next_BS: Tensor) -> Steps[Tensor]:
+        """Logits [B, S, V] of the tokens after the next ones, by the first MTP module (report eq. 21-23).
+
+        `hidden_BSD` comes from `hidden` and `next_BS` are the tokens that follow each position. Under `torch.no_grad`.
+        """
+        module = self.model.mtp[0]
+        assert isinstance(module, MTPModule)
+        tape = self._tape(torch.ones_like(next_BS, dtype=torch.bool), micro_batch=0)
+        further_BSD, _ = yield from self._depth(mtp_name(1), module, hidden_BSD, next_BS, tape)
+        return self.head(further_BSD)
+
+    def head(self, hidden_BSD: Tensor) -> Tensor:
+        """Logits [..., V]."""
         assert self.model.head is not None
         logits: Tensor = self.model.head(hidden_BSD)
         return logits

@@ -22,13 +22,19 @@ class WeightAverage:
     """
 
     def __init__(self, optimizer: ShardedOptimizer, decay: float) -> None:
-        """Begins as the weights are now. A step keeps `decay` of the average and takes the rest from the weights."""
+        """Begins as the weights are. A step keeps `decay` of the average and takes the rest from the weights."""
         self._optimizer = optimizer
         self._decay = decay
         self._buckets = optimizer.reducer.buckets
-        self._shards = [bucket.master_n.detach().to("cpu", copy=True) for bucket in self._buckets]
+        self._shards = [torch.empty_like(bucket.master_n, device="cpu") for bucket in self._buckets]
+        self.begin()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="average")
         self._moving: Future[None] | None = None
+
+    def begin(self) -> None:
+        """Make the average what the weights are now."""
+        for bucket, shard in zip(self._buckets, self._shards, strict=True):
+            shard.copy_(bucket.master_n)
 
     def start(self) -> None:
         """Move the average towards the weights, while the caller goes on with the next step."""

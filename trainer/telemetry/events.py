@@ -25,8 +25,9 @@ _OWN_KEYS = ("time", "kind", "step")
 class Event:
     """One thing that happened.
 
-    Kinds of the training loop: `run` (configuration and facts of the model), `resume` (the step it resumes from),
-    `step`, `evaluation`, `sample` (generated text), `checkpoint`, `budget` (final summary), `stop`, and `warning`.
+    Kinds of the training loop: `run` (configuration and facts of the model), `start` (the checkpoint whose weights it
+    begins with), `resume` (the step it resumes from), `step`, `evaluation`, `sample` (generated text), `checkpoint`,
+    `budget` (final summary), `stop`, and `warning`.
     """
 
     kind: str

@@ -2,117 +2,289 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
-from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.refusal import Refused
+from shoestring.comm.groups import Group, ProcessGroups
 from shoestring.comm.topology import Topology
+from shoestring.tests.launch.refusals import refused
 from shoestring.tests.processes import World, run_processes
-from shoestring.trainer.checkpoint.names import named_state
-from shoestring.trainer.checkpoint.store import CheckpointStore
-from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.model.init import initialise
-from shoestring.trainer.model.model import Model, Share
-from shoestring.trainer.optimizer.config import OptimizerConfig
-from shoestring.trainer.rank import build_optimizer
-from shoestring.trainer.stages import Stages
+from shoestring.trainer.checkpoint.manifest import Damaged
+from shoestring.trainer.checkpoint.pieces import EXP_AVG, MODEL, Part, Piece, part_pieces, whole_pieces, written_by
+from shoestring.trainer.checkpoint.saver import Saved, Saver
+from shoestring.trainer.checkpoint.store import CheckpointStore, Cover
 
-SHAPE = ModelConfig(hidden=16, layers=2, vocabulary=32, experts=8, expert_ffn=8, dense_ffn=16)
+WORLD = Group((0,), None, 0, timedelta(seconds=1))
 
 
-def state_of(groups: ProcessGroups, seed: int) -> dict[str, Tensor]:
-    """State of one rank with moments and biases that no two ranks' experts share."""
-    topology, rank, stages = groups.topology, groups.rank, Stages.of(SHAPE, 16)
-    model = Model(SHAPE, Share.whole(SHAPE, topology.ep, topology.ep_rank(rank)))
-    initialise(model, seed)
-    optimizer = build_optimizer(model, stages, stages.program(1), groups, OptimizerConfig(), torch.float32)
-    for owned in optimizer.owned():
-        owned.exp_avg.copy_(2 * owned.master)
-        owned.exp_avg_sq.copy_(owned.master.square())
-    for _, router in model.routers():
-        router.bias_E += seed
-    return named_state(model, optimizer, None, rank, {f"rng/rank_{rank:05d}": torch.get_rng_state()})
+def tensors(value: float = 1.0) -> dict[str, Tensor]:
+    return {
+        "a": torch.full((3, 5), value),
+        "b": torch.full((7,), value, dtype=torch.bfloat16),
+        "c": torch.tensor(value),
+    }
 
 
-def save_and_load(world: World, directory: str) -> list[str]:
-    """Save seed 1, load into seed 2; names of the tensors that did not come back."""
-    topology = Topology(ep=2, edp=2)
-    groups = ProcessGroups.create(topology, world.rank, timedelta(seconds=30))
-    store = CheckpointStore(Path(directory), keep=2)
-    saved, loaded = (state_of(groups, seed) for seed in (1, 2))
-    store.save(7, saved, {"step": 7}, groups.world)
-    store.load(7, loaded, groups.world)
-    return [name for name, tensor in saved.items() if not torch.equal(tensor, loaded[name])]
+def pieces(state: dict[str, Tensor]) -> list[Piece]:
+    return [piece for name, tensor in state.items() for piece in whole_pieces(name, tensor, (0,))]
 
 
-def test_every_rank_gets_its_own_experts_back(tmp_path: Path) -> None:
-    assert run_processes(4, save_and_load, str(tmp_path)) == [[]] * 4
+def save(store: CheckpointStore, step: int, state: dict[str, Tensor] | None = None) -> Saved | None:
+    saver = Saver(store, WORLD)
+    saver.begin(step, pieces(tensors() if state is None else state), Cover({"step": step}, {"note.txt": b"words"}))
+    saved = saver.finish()
+    saver.close()
+    return saved
 
 
-def one_rank() -> ProcessGroups:
-    return ProcessGroups.create(Topology(), 0, timedelta(seconds=1))
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_what_was_saved_comes_back_to_the_bit(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2)
+    state = {name: torch.randn_like(tensor) for name, tensor in tensors().items()}
+    assert save(store, 7, state) == Saved(7, store.path(7), None)
+    checkpoint = store.open(7)
+    assert checkpoint.manifest.facts == {"step": 7}
+    assert checkpoint.attachment("note.txt") == b"words"
+    assert list(checkpoint.damage()) == []
+    loaded = tensors(0.0)
+    for piece in pieces(loaded):
+        checkpoint.fill(piece)
+    for name, tensor in state.items():
+        assert torch.equal(loaded[name], tensor)
+        assert torch.equal(checkpoint.read(name), tensor)
+
+
+def test_the_step_waits_for_the_copy_alone(tmp_path: Path) -> None:
+    """What the training changes after `begin` is not in the checkpoint."""
+    store, saver = CheckpointStore(tmp_path, keep=2), Saver(CheckpointStore(tmp_path, keep=2), WORLD)
+    state = tensors()
+    saver.begin(1, pieces(state), Cover())
+    for tensor in state.values():
+        tensor.zero_()
+    assert saver.finish() == Saved(1, store.path(1), None)
+    saver.close()
+    assert torch.equal(store.open(1).read("a"), tensors()["a"])
+
+
+def test_poll_tells_once_when_a_save_has_ended(tmp_path: Path) -> None:
+    saver = Saver(CheckpointStore(tmp_path, keep=2), WORLD)
+    assert saver.poll() is None
+    saver.begin(1, pieces(tensors()), Cover())
+    while (saved := saver.poll()) is None:
+        os.sched_yield()
+    assert saved == Saved(1, tmp_path / "step_00000001", None)
+    assert (saver.poll(), saver.finish()) == (None, None)
+    saver.close()
 
 
 def test_only_whole_checkpoints_count_and_the_oldest_go(tmp_path: Path) -> None:
-    store, world = CheckpointStore(tmp_path, keep=2), one_rank().world
-    state = {"weight": torch.ones(3)}
+    store = CheckpointStore(tmp_path, keep=2)
     assert store.steps() == []
     (tmp_path / "step_00000009.partial").mkdir(parents=True)  # a crash in the middle of step 9's
+    (tmp_path / "step_00000008.old").mkdir()  # and in the middle of a removal
+    (tmp_path / "thesis.partial").mkdir()  # somebody else's
     for step in (1, 2, 3):
-        store.save(step, state, {"step": step}, world)
+        save(store, step)
+    assert names(tmp_path) == ["step_00000002", "step_00000003", "thesis.partial"]
+    save(store, 3, tensors(2.0))  # of a life that went on from step 2
+    assert torch.equal(store.open(3).read("a"), tensors(2.0)["a"])
     assert store.steps() == [2, 3]
-    assert store.facts(3) == {"step": 3}
-    store.save(9, state, {"step": 9}, world)  # the leftover is in nobody's way
-    assert store.steps() == [3, 9]
-    assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_save_that_dies_half_way_leaves_the_one_before(tmp_path: Path) -> None:
-    store, world = CheckpointStore(tmp_path, keep=2), one_rank().world
-    store.save(1, {"weight": torch.ones(3)}, {"step": 1}, world)
-    with pytest.raises(TypeError):
-        store.save(2, {"weight": torch.zeros(3)}, {"step": object()}, world)  # fails after the tensors are written
-    assert store.steps() == [1]
-    loaded = {"weight": torch.empty(3)}
-    store.load(1, loaded, world)
-    assert torch.equal(loaded["weight"], torch.ones(3))
+def crash_at(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    def crash(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"shoestring.trainer.checkpoint.{target}", crash)
 
 
-def test_unreadable_facts_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "target",
+    ["saver.write_share", "saver.TensorFileWriter.write", "saver.write_file", "store.merge", "store.write_file"],
+)
+def test_a_save_that_dies_half_way_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
     store = CheckpointStore(tmp_path, keep=2)
-    store.save(1, {"weight": torch.ones(3)}, {"step": 1}, one_rank().world)
-    (tmp_path / "step_00000001" / "facts.json").write_text("{")
-    with pytest.raises(Refused, match="to go on from the checkpoint before it"):
-        store.facts(1)
+    save(store, 1)
+    with monkeypatch.context() as patched:
+        crash_at(patched, target)
+        with pytest.raises(KeyboardInterrupt):
+            save(store, 2, tensors(0.0))
+    assert store.steps() == [1]
+    assert torch.equal(store.open(1).read("a"), tensors()["a"])
+    save(store, 3)
+    assert store.steps() == [1, 3]
+    assert names(tmp_path) == ["step_00000001", "step_00000003"]
 
 
 def test_a_crash_while_old_checkpoints_go_leaves_no_half_of_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, world = CheckpointStore(tmp_path, keep=1), one_rank().world
-    store.save(1, {"weight": torch.ones(3)}, {"step": 1}, world)
+    store = CheckpointStore(tmp_path, keep=1)
+    save(store, 1)
 
     def crash(path: Path) -> None:
-        (path / ".metadata").unlink()  # as far as the removal came
+        (path / "manifest.json").unlink()  # as far as the removal came
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr("shoestring.trainer.checkpoint.store.shutil.rmtree", crash)
+    with monkeypatch.context() as patched:
+        patched.setattr("shoestring.trainer.checkpoint.store.shutil.rmtree", crash)
         with pytest.raises(KeyboardInterrupt):
-            store.save(2, {"weight": torch.ones(3)}, {"step": 2}, world)
+            save(store, 2)
     assert store.steps() == [2]
-    store.save(3, {"weight": torch.ones(3)}, {"step": 3}, world)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
+    save(store, 3)
+    assert names(tmp_path) == ["step_00000003"]
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    store, world = CheckpointStore(tmp_path, keep=2), one_rank().world
-    store.save(1, {"weight": torch.ones(3)}, {"step": 1}, world)
-    (tmp_path / "step_00000001" / ".metadata").unlink()
-    with pytest.raises(Refused, match="remove it to go on from the checkpoint before it"):
-        store.load(1, {"weight": torch.ones(3)}, world)
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flip_bit(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-3] ^= 4
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("file", "harm", "message"),
+    [
+        ("part_00000.safetensors", truncate, "bytes instead of"),
+        ("part_00000.safetensors", flip_bit, "the SHA-256 of c is not that in the manifest"),
+        ("part_00000.safetensors", Path.unlink, "is missing"),
+        ("manifest.json", flip_bit, "its SHA-256 is not that in complete"),
+        ("manifest.json", truncate, "its SHA-256 is not that in complete"),
+        ("manifest.json", Path.unlink, "No such file"),
+        ("complete", Path.unlink, "No such file"),
+        ("complete", flip_bit, "its SHA-256 is not that in complete"),
+        ("note.txt", flip_bit, "its SHA-256 is not that in the manifest"),
+    ],
+)
+def test_every_damage_is_found_and_named(tmp_path: Path, file: str, harm: Callable[[Path], None], message: str) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    save(store, 1)
+    harm(tmp_path / "step_00000001" / file)
+    with pytest.raises(Damaged, match=message) as damaged:
+        raise Damaged("; ".join(store.open(1).damage()))
+    assert file in str(damaged.value)
+
+
+def test_another_format_is_refused_and_not_taken_for_damage(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    with patch("shoestring.trainer.checkpoint.manifest.FORMAT", 3):
+        save(store, 1)
+    assert "this version reads format 2" in refused(store.open, 1).popitem()[1]
+
+
+def test_a_tensor_that_is_not_there_or_another_is_named(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    save(store, 1)
+    for wrong, message in [
+        ({"d": torch.zeros(2)}, "holds no tensor d"),
+        ({"a": torch.zeros(5, 3)}, r"a is torch.float32 \[3, 5\] instead of torch.float32 \[5, 3\]"),
+        ({"a": torch.zeros(3, 5, dtype=torch.float64)}, "instead of torch.float64"),
+    ]:
+        with pytest.raises(Damaged, match=message):
+            store.open(1).fill(*pieces(wrong))
+
+
+def test_a_disk_that_is_full_ends_the_save_and_frees_its_place(tmp_path: Path) -> None:
+    store, saver = CheckpointStore(tmp_path, keep=2), Saver(CheckpointStore(tmp_path, keep=2), WORLD)
+    save(store, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # the kernel refuses what is beyond
+    try:
+        saver.begin(2, pieces({"large": torch.zeros(10_000)}), Cover())
+        saved = saver.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert saved is not None
+    assert saved.failure == f"rank 0: [Errno {errno.EFBIG}] File too large"
+    assert names(tmp_path) == ["step_00000001"]
+    with patch("shoestring.trainer.checkpoint.store.Path.mkdir", side_effect=OSError(errno.ENOSPC, "No space left")):
+        saver.begin(3, pieces(tensors()), Cover())
+        assert (saved := saver.finish()) is not None
+        assert "No space left" in str(saved.failure)
+    saver.begin(4, pieces(tensors()), Cover())
+    assert saver.finish() == Saved(4, store.path(4), None)
+    saver.close()
+
+
+def slices(parameter: Tensor, ranks: int, rank: int) -> list[Piece]:
+    """A stack of experts as an optimizer that is sharded over `ranks` holds it: runs that end inside of an expert."""
+    flat = parameter.view(-1)
+    size = -(-flat.numel() // ranks)
+    part = Part(EXP_AVG, "experts", rank * size, flat[rank * size : (rank + 1) * size])
+    return list(part_pieces(part, tuple(parameter.shape), 4, rank))
+
+
+def save_slices(world: World, directory: str) -> list[str]:
+    topology = Topology(edp=world.size)
+    group = ProcessGroups.create(topology, world.rank, timedelta(seconds=30)).world
+    saver = Saver(CheckpointStore(Path(directory), keep=1), group)
+    stack = torch.arange(5 * 6.0).view(5, 2, 3)
+    shared = [
+        piece
+        for name in "abcdef"
+        for piece in whole_pieces(f"{MODEL}/{name}", torch.full((4,), 1.0), tuple(range(world.size)))
+    ]
+    saver.begin(1, [*slices(stack, world.size, world.rank), *shared], Cover())
+    saved = saver.finish()
+    saver.close()
+    assert saved is not None
+    assert saved.failure is None
+    return [piece.name for piece in written_by(world.rank, shared)]
+
+
+def test_slices_of_a_sharded_optimizer_fit_any_other_sharding(tmp_path: Path) -> None:
+    written = run_processes(4, save_slices, str(tmp_path))
+    assert sorted(name for own in written for name in own) == [f"{MODEL}/{name}" for name in "abcdef"]
+    assert all(written)  # replicas share the work
+    checkpoint = CheckpointStore(tmp_path, keep=1).open(1)
+    stack = torch.arange(5 * 6.0).view(5, 2, 3)
+    for expert, weights in enumerate(stack):
+        assert torch.equal(checkpoint.read(f"exp_avg/experts/expert_{4 + expert:04d}"), weights)
+    for ranks in (1, 3):
+        loaded = torch.zeros_like(stack)
+        for rank in range(ranks):
+            for piece in slices(loaded, ranks, rank):
+                checkpoint.fill(piece)
+        assert torch.equal(loaded, stack)
+
+
+def save_a_hole(world: World, directory: str) -> str | None:
+    """The second rank does not save its half."""
+    group = ProcessGroups.create(Topology(edp=2), world.rank, timedelta(seconds=30)).world
+    saver = Saver(CheckpointStore(Path(directory), keep=1), group)
+    names = frozenset(f"exp_avg/experts/expert_{expert:04d}" for expert in range(4, 8))
+    saver.begin(1, slices(torch.ones(4, 2, 3), 2, 0) if world.rank == 0 else [], Cover(names=names))
+    saved = saver.finish()
+    saver.close()
+    return None if saved is None else saved.failure
+
+
+def test_experts_that_no_rank_has_saved_are_missed(tmp_path: Path) -> None:
+    failure = "rank 0: no rank has saved exp_avg/experts/expert_0006, and 1 more"
+    assert run_processes(2, save_a_hole, str(tmp_path)) == [failure] * 2
+    assert names(tmp_path) == []
+
+
+def test_half_a_tensor_is_missed(tmp_path: Path) -> None:
+    saver = Saver(CheckpointStore(tmp_path, keep=1), WORLD)
+    saver.begin(1, slices(torch.ones(1, 5, 3), 2, 0), Cover())
+    assert (saved := saver.finish()) is not None
+    assert saved.failure == "rank 0: exp_avg/experts/expert_0004: elements from 8 on were saved by no rank"
+    saver.close()

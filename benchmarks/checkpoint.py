@@ -1,0 +1,194 @@
+"""What a checkpoint costs: how long a step is blocked, how fast it reaches the disk, how much memory an export takes.
+
+    python benchmarks/checkpoint.py [--megabytes 1024] [--directory DIR] [--json FILE]
+    python benchmarks/checkpoint.py --export-gigabytes 4 [--directory DIR] [--json FILE]
+
+Saves: a state of so many megabytes, in tensors of 4 MB, on one process. An asynchronous save blocks for a copy; beside
+it stands a copy of the same state to memory that is used already. A synchronous save is compared with a plain fsynced
+write of the same bytes. All in turns; the figure is the median of the ratios of five rounds.
+Export: a model of so many gigabytes in FP32 is written as a checkpoint, then exported by a process of its own, whose
+largest resident memory is told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from shoestring.comm.groups import Group
+from shoestring.trainer.checkpoint.names import whole_model
+from shoestring.trainer.checkpoint.opened import Checkpoint
+from shoestring.trainer.checkpoint.pieces import Piece, whole_pieces
+from shoestring.trainer.checkpoint.saver import Saver, write_share
+from shoestring.trainer.checkpoint.store import CheckpointStore, Cover
+from shoestring.trainer.checkpoint.tensor_file import as_bytes
+from shoestring.trainer.huggingface.export import ExportOptions, export
+from shoestring.trainer.model.config import ModelConfig
+
+ROUNDS = 5
+TENSOR_BYTES = 4 * 2**20
+WORLD = Group((0,), None, 0, timedelta(seconds=60))
+
+
+def timed(function: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def plain_write(path: Path, tensors: list[Tensor]) -> None:
+    with path.open("wb", buffering=0) as file:
+        for tensor in tensors:
+            file.write(as_bytes(tensor))
+        os.fsync(file.fileno())
+
+
+def measure_saves(directory: Path, megabytes: int) -> dict[str, Any]:
+    tensors = [torch.randn(TENSOR_BYTES // 4) for _ in range(megabytes * 2**20 // TENSOR_BYTES)]
+    pieces = [piece for index, tensor in enumerate(tensors) for piece in whole_pieces(f"t{index}", tensor, (0,))]
+    saver = Saver(CheckpointStore(directory / "checkpoints", keep=1), WORLD)
+    target = [torch.ones_like(tensor) for tensor in tensors]
+    rounds = []
+    for number in range(ROUNDS + 1):
+        copy_s = timed(lambda: [to.copy_(tensor) for to, tensor in zip(target, tensors, strict=True)])
+        blocked_s = timed(lambda number=number: saver.begin(number, pieces, Cover()))  # type: ignore[misc]
+        saver.finish()
+        write_s = timed(lambda: plain_write(directory / "plain", tensors))
+        save_s = timed(lambda number=number: save(saver, 100 + number, pieces))  # type: ignore[misc]
+        (directory / "plain").unlink()
+        shutil.rmtree(directory / "checkpoints")
+        rounds.append((copy_s, blocked_s, write_s, save_s))
+    saver.close()
+    copy_s, blocked_s, write_s, save_s = (median(column) for column in zip(*rounds[1:], strict=True))
+    return {
+        "megabytes": megabytes,
+        "first_blocked_ms": 1e3 * rounds[0][1],
+        "blocked_ms": 1e3 * blocked_s,
+        "copy_ms": 1e3 * copy_s,
+        "allowed_ms": 1.5e3 * copy_s + 50,
+        "save_MB_s": megabytes * 2**20 / 1e6 / save_s,
+        "plain_write_MB_s": megabytes * 2**20 / 1e6 / write_s,
+        "save_over_plain_write": median(each[2] / each[3] for each in rounds[1:]),
+    }
+
+
+def save(saver: Saver, step: int, pieces: list[Piece]) -> None:
+    saver.begin(step, pieces, Cover())
+    saved = saver.finish()
+    assert saved is not None
+    assert saved.failure is None
+
+
+def model_of(gigabytes: float) -> ModelConfig:
+    """Experts make up most of it, as in the real one."""
+    config = ModelConfig(
+        name="export",
+        vocabulary=32768,
+        hidden=1024,
+        layers=8,
+        heads=16,
+        q_lora_rank=384,
+        kv_lora_rank=128,
+        qk_nope_head_dim=64,
+        v_head_dim=64,
+        dense_ffn=4096,
+        expert_ffn=512,
+        experts=16,
+    )
+    rest = sum(torch.Size(shape).numel() for name, shape in whole_model(config).items() if "/expert_" not in name)
+    expert = 3 * config.expert_ffn * config.hidden
+    routed = config.moe_layers + config.mtp_depth
+    per_group = round((gigabytes * 1e9 / 4 - rest) / (routed * expert * config.groups))
+    return ModelConfig(**{**asdict(config), "experts": max(1, per_group) * config.groups, "yarn": None})
+
+
+def write_model(directory: Path, config: ModelConfig) -> Checkpoint:
+    """A checkpoint of random weights, a file for each batch of tensors, so that this process stays small, too."""
+    store = CheckpointStore(directory, keep=1)
+    store.prepare(0)
+    shapes = whole_model(config)
+    names = list(shapes)
+    for number in range(0, len(names), 16):
+        batch = [piece for name in names[number : number + 16] for piece in random_piece(name, shapes[name])]
+        write_share(store.partial(0), f"part_{number:05d}", batch)
+    facts = {"step": 0, "config": {"model": asdict(config)}}
+    return Checkpoint.open(store.commit(0, Cover(facts, names=frozenset(names))))
+
+
+def random_piece(name: str, shape: tuple[int, ...]) -> Iterator[Piece]:
+    yield from whole_pieces(name, torch.randn(shape), (0,))
+
+
+def measure_export(directory: Path, gigabytes: float) -> dict[str, Any]:
+    checkpoint = write_model(directory / "store", model_of(gigabytes))
+    sizes = {"gigabytes": checkpoint.manifest.bytes / 1e9, "largest_tensor_MB": largest(checkpoint) / 1e6}
+    rows = {}
+    for dtype in ("bf16", "fp8"):
+        command = [sys.executable, __file__, "--exporting", str(checkpoint.path), str(directory / dtype), dtype]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows[dtype] = json.loads(done.stdout.splitlines()[-1])
+        shutil.rmtree(directory / dtype)
+    return {**sizes, **{f"{dtype}_{key}": value for dtype, row in rows.items() for key, value in row.items()}}
+
+
+def largest(checkpoint: Checkpoint) -> int:
+    return max(tensor.declared("").bytes for tensor in checkpoint.manifest.tensors.values())
+
+
+def exporting(path: Path, directory: Path, dtype: str) -> None:
+    """In a process of its own: export, then print what it took."""
+    before = peak_mb()
+    took = timed(lambda: export(Checkpoint.open(path), directory, ExportOptions(dtype), lambda _: None))
+    print(json.dumps({"seconds": took, "peak_MB": peak_mb(), "peak_before_MB": before}))
+
+
+def peak_mb() -> float:
+    """Largest resident memory of this process so far. Not `ru_maxrss`, which begins with that of its parent."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=1024, help="of the state that is saved (default 1024)")
+    parser.add_argument("--export-gigabytes", type=float, help="measure an export of such a model instead")
+    parser.add_argument("--directory", type=Path, help="on the disk to measure (default: a temporary one)")
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--exporting", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.exporting:
+        exporting(Path(options.exporting[0]), Path(options.exporting[1]), options.exporting[2])
+        return
+    with tempfile.TemporaryDirectory(dir=options.directory) as folder:
+        if options.export_gigabytes is None:
+            figures = measure_saves(Path(folder), options.megabytes)
+        else:
+            figures = measure_export(Path(folder), options.export_gigabytes)
+    table = Table(title="Checkpoints on one process", title_justify="left", show_header=False)
+    for name, value in figures.items():
+        table.add_row(name, f"{value:,.2f}")
+    Console(width=100).print(table)
+    if options.json is not None:
+        machine = {"cores": os.cpu_count(), "torch": torch.__version__, "load": os.getloadavg()[0]}
+        options.json.write_text(json.dumps({"machine": machine, "figures": figures}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

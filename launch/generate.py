@@ -1,0 +1,83 @@
+"""`shoestring generate`: text from a checkpoint, with its MTP module as a draft."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+import torch
+
+from ..comm.refusal import Problem, Refused, refuse_if_any
+from ..trainer.checkpoint.find import find_checkpoint
+from ..trainer.checkpoint.manifest import Damaged
+from ..trainer.checkpoint.opened import Checkpoint
+from ..trainer.data.tokenizer import END
+from ..trainer.loaded import load_chunk
+from ..trainer.speculate import Continuation, Sampler, speculate
+
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for."""
+
+    path: Path
+    """A run, or one checkpoint."""
+    step: int | None
+    prompt: str
+    tokens: int
+    temperature: float
+    seed: int
+    draft: bool
+
+    def check(self) -> None:
+        """Raises `Refused`."""
+        problems = []
+        if not self.prompt:
+            problems.append(Problem("--prompt", self.prompt, "must hold text"))
+        if self.tokens < 1:
+            problems.append(Problem("--tokens", self.tokens, "must be at least 1"))
+        if self.temperature < 0:
+            problems.append(Problem("--temperature", self.temperature, "must be at least 0, which takes the likeliest"))
+        refuse_if_any(problems)
+
+
+def generate_text(request: Request) -> tuple[str, Continuation]:
+    """The continuation of the prompt, as text and with its counts. Raises `Refused`."""
+    request.check()
+    checkpoint = find_checkpoint(request.path, request.step)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        tokenizer, stop = open_tokenizer(checkpoint)
+        chunk = load_chunk(checkpoint, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    except Damaged as damaged:
+        raise Refused([Problem("checkpoint", str(damaged), "is damaged; --step takes another")]) from damaged
+    sampler = Sampler(torch.Generator().manual_seed(request.seed), request.temperature)
+    context = checkpoint.manifest.facts["config"].get("training", {}).get("sequence_length", 4096)
+    prompt = tokenizer.encode(request.prompt, add_special_tokens=False).ids
+    found = speculate(chunk, prompt, request.tokens, context, sampler, stop=stop, draft=request.draft)
+    return tokenizer.decode(found.tokens, skip_special_tokens=False), found
+
+
+def acceptance(found: Continuation) -> str:
+    """How the drafts did, in words."""
+    rate = f"{len(found.tokens) / found.forwards:.2f} tokens a forward" if found.forwards else "no forward"
+    counts = f"{len(found.tokens)} tokens in {found.forwards} forwards, {rate}"
+    if not found.drafted:
+        return f"{counts}; nothing was drafted"
+    share = f"{found.accepted / found.drafted:.1%}"
+    return f"{counts}; MTP drafted {found.drafted} tokens, {found.accepted} accepted: acceptance rate {share}"
+
+
+def open_tokenizer(checkpoint: Checkpoint) -> tuple[tokenizers.Tokenizer, int | None]:
+    """The tokenizer in a checkpoint, and the token that ends a text: ours, or what an imported config.json names."""
+    if TOKENIZER not in {entry.file for entry in checkpoint.manifest.attachments}:
+        raise Refused([Problem("checkpoint", str(checkpoint.path), f"has no {TOKENIZER}, so it cannot read a prompt")])
+    tokenizer = tokenizers.Tokenizer.from_str(checkpoint.attachment(TOKENIZER).decode())
+    stop = tokenizer.token_to_id(END)
+    if stop is None:
+        named = checkpoint.manifest.facts.get("source", {}).get("eos_token_id")
+        stop = named if isinstance(named, int) else None
+    return tokenizer, stop

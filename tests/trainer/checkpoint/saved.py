@@ -1,0 +1,49 @@
+"""Checkpoints of models that were not trained, for tests of what is done with one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shoestring.comm.groups import Group
+from shoestring.tests.reference.deepseek_v3 import ReferenceConfig
+from shoestring.tests.trainer.model.released import load_released, model_config
+from shoestring.trainer.checkpoint.names import model_pieces, whole_model
+from shoestring.trainer.checkpoint.opened import Checkpoint
+from shoestring.trainer.checkpoint.saver import Saver
+from shoestring.trainer.checkpoint.store import CheckpointStore, Cover
+from shoestring.trainer.model.config import ModelConfig
+from shoestring.trainer.model.model import Model
+
+WORLD = Group((0,), None, 0, timedelta(seconds=1))
+
+
+def save_model(
+    model: Model, directory: Path, step: int = 0, attachments: Mapping[str, bytes] | None = None
+) -> Checkpoint:
+    facts = {"step": step, "config": {"model": asdict(model.config), "training": {"sequence_length": 32}}}
+    store, saver = CheckpointStore(directory, keep=9), Saver(CheckpointStore(directory, keep=9), WORLD)
+    saver.begin(step, model_pieces(model), Cover(facts, attachments or {}, names_of(model.config)))
+    saved = saver.finish()
+    saver.close()
+    assert saved is not None
+    assert saved.failure is None
+    return store.open(step)
+
+
+def names_of(config: ModelConfig) -> frozenset[str]:
+    return frozenset(whole_model(config))
+
+
+def save_params(config: ReferenceConfig, params: Mapping[str, Tensor], directory: Path) -> Checkpoint:
+    """A checkpoint of these parameters, which have their released names."""
+    model = Model(model_config(config))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32)
+    load_released(model, params)
+    return save_model(model, directory)

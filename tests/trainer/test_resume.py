@@ -1,0 +1,300 @@
+"""A run that goes on, on whatever layout, and in spite of checkpoints that are damaged or cannot be written."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import math
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoestring.comm.groups import ProcessGroups
+from shoestring.comm.refusal import Refused
+from shoestring.comm.topology import Topology
+from shoestring.launch.typed import build
+from shoestring.tests.processes import RanksFailed, World, run_processes
+from shoestring.tests.trainer.test_loop import BATCH, LENGTH, run_config
+from shoestring.trainer import loop
+from shoestring.trainer.checkpoint import saver
+from shoestring.trainer.checkpoint.names import model_pieces
+from shoestring.trainer.checkpoint.pieces import Piece
+from shoestring.trainer.checkpoint.store import CheckpointStore
+from shoestring.trainer.checkpoint.tensor_file import as_bytes
+from shoestring.trainer.checkpointing import load_last
+from shoestring.trainer.config import RunConfig
+from shoestring.trainer.data.prepare import prepare
+from shoestring.trainer.rank import Rank, build_rank, stages_of
+from shoestring.trainer.telemetry.history import read_metrics
+
+BEFORE, AFTER = 3, 10
+Share = list[tuple[str, tuple[int, ...], torch.dtype, int, bytes]]
+"""Pieces that a rank holds: name, shape and dtype of the tensor, the piece's first element and its bytes."""
+State = dict[str, str]
+"""SHA-256 of each canonical tensor."""
+
+LAYOUTS: dict[str, tuple[Topology, str]] = {
+    "pp2 ep2": (Topology(pp=2, ep=2), "dualpipev"),
+    "ep4": (Topology(ep=4), "one_f_one_b"),
+    "pp4": (Topology(pp=4), "one_f_one_b"),
+    "alone": (Topology(), "one_f_one_b"),
+    "pp2 ep2 edp2": (Topology(pp=2, ep=2, edp=2), "zb1p"),
+    "pp2 mirrored": (Topology(pp=2), "dualpipe"),
+    "ep2": (Topology(ep=2), "one_f_one_b"),
+    "ep2 in BF16": (Topology(ep=2), "one_f_one_b"),
+    "pp2 in BF16": (Topology(pp=2), "one_f_one_b"),
+}
+
+
+SLOW = ("ep4", "pp4", "alone", "pp2 ep2 edp2", "pp2 mirrored")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared_root(tmp_path_factory.mktemp("resume"))
+
+
+def prepared_root(folder: Path) -> Path:
+    """With data for runs in it."""
+    (folder / "corpus").mkdir()
+    words = [f"word{index * 7919 % 211}" for index in range(4000)]
+    (folder / "corpus" / "train.txt").write_text(" ".join(words))
+    (folder / "corpus" / "held.txt").write_text(" ".join(words[:90]))
+    prepare(build(RunConfig, run_config(folder)).data, lambda _: None)
+    return folder
+
+
+def tree_of(root: Path, run: Path, layout: str, steps: int, **training: Any) -> dict[str, Any]:
+    tree, (topology, schedule) = run_config(root), LAYOUTS[layout]
+    tree["model"] |= {"layers": 4}
+    compute = "bfloat16" if layout.endswith("BF16") else "float32"  # in FP32, weights and masters share memory
+    tree["optimizer"] |= {"ema_decay": 0.9}
+    tree |= {"topology": asdict(topology), "schedule": {"name": schedule}, "precision": {"compute": compute}}
+    tree["training"] |= {"run_dir": str(run), "tokens": steps * LENGTH * BATCH, "sample_tokens": 0, "evaluate_every": 0}
+    tree["training"] |= training
+    return tree
+
+
+def groups_of(world: World, config: RunConfig) -> ProcessGroups:
+    return ProcessGroups.create(config.topology, world.rank, timedelta(seconds=60), stages_of(config).all_holders())
+
+
+def share_of(pieces: Iterable[Piece]) -> Share:
+    return [(p.name, p.shape, p.flat.dtype, p.first, bytes(as_bytes(p.flat))) for p in pieces]
+
+
+def train_on(world: World, tree: dict[str, Any]) -> Share:
+    """Train to the end; the state of this rank there."""
+    config, ranks = build(RunConfig, tree), []
+
+    def build_and_keep(*arguments: Any) -> Rank:
+        ranks.append(build_rank(*arguments))
+        return ranks[-1]
+
+    with patch.object(loop, "build_rank", build_and_keep):
+        attempt = f"{world.size} ranks to {config.training.tokens}"  # a launch has as many ranks to its end
+        loop.train(config, groups_of(world, config), torch.device("cpu"), attempt)
+    return share_of(ranks[0].state())
+
+
+def loaded_on(world: World, tree: dict[str, Any]) -> tuple[Share, Share]:
+    """The state that this rank finds in the run's last checkpoint, and the weights that it then computes with."""
+    config = build(RunConfig, tree)
+    rank = build_rank(config, groups_of(world, config), torch.device("cpu"))
+    assert load_last(rank, None) is not None
+    rank.close()
+    return share_of(rank.state()), share_of(model_pieces(rank.model))
+
+
+def whole(shares: list[Share]) -> dict[str, Tensor]:
+    """Of all ranks, flattened; what several hold is the same on all of them."""
+    found: dict[str, dict[int, Tensor]] = {}
+    sizes: dict[str, int] = {}
+    for share in shares:
+        for name, shape, dtype, first, raw in share:
+            piece = torch.frombuffer(bytearray(raw), dtype=dtype)
+            assert sizes.setdefault(name, math.prod(shape)) == math.prod(shape), name
+            assert torch.equal(found.setdefault(name, {}).setdefault(first, piece), piece), name
+    merged = {name: torch.cat([pieces[first] for first in sorted(pieces)]) for name, pieces in found.items()}
+    assert {name: tensor.numel() for name, tensor in merged.items()} == sizes
+    return merged
+
+
+def digests(shares: list[Share]) -> State:
+    return {name: hashlib.sha256(as_bytes(tensor)).hexdigest() for name, tensor in whole(shares).items()}
+
+
+def run(root: Path, directory: Path, layout: str, steps: int, **training: Any) -> State:
+    size = LAYOUTS[layout][0].world_size
+    return digests(run_processes(size, train_on, tree_of(root, directory, layout, steps, **training), timeout=120))
+
+
+def loaded(root: Path, directory: Path, layout: str) -> State:
+    size = LAYOUTS[layout][0].world_size
+    found = run_processes(size, loaded_on, tree_of(root, directory, layout, BEFORE), timeout=120)
+    state = [share for share, _ in found]
+    masters = whole(state)
+    for name, weight in whole([share for _, share in found]).items():
+        assert torch.equal(masters[name].to(weight.dtype), weight), name
+    return digests(state)
+
+
+def losses(directory: Path) -> list[float]:
+    events = read_metrics(directory / "metrics.jsonl")
+    return [float(str(event.values["loss/total"])) for event in events if event.kind == "step"]
+
+
+@pytest.fixture(scope="module")
+def began(root: Path) -> tuple[Path, State, list[float]]:
+    """A run on (pp2 ep2) up to its first checkpoint, the state it then had, and the losses that follow undisturbed."""
+    state = run(root, root / "began", "pp2 ep2", BEFORE)
+    undisturbed = run(root, root / "undisturbed", "pp2 ep2", BEFORE + AFTER, checkpoint_every=BEFORE)
+    again = root / "again"
+    shutil.copytree(root / "began", again)
+    assert run(root, again, "pp2 ep2", BEFORE + AFTER) == undisturbed  # to the last bit
+    assert losses(again) == losses(root / "undisturbed")
+    return root / "began", state, losses(again)
+
+
+@pytest.mark.parametrize(("first", "second"), [("pp2 mirrored", "alone"), ("ep2 in BF16", "pp2 in BF16")])
+def test_weights_moments_and_biases_come_back_to_the_bit(first: str, second: str, root: Path, tmp_path: Path) -> None:
+    state = run(root, tmp_path / "run", first, 2)
+    assert {name.partition("/")[0] for name in state} == {"model", "exp_avg", "exp_avg_sq", "average"}
+    assert loaded(root, tmp_path / "run", second) == state
+    checkpoint = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).open(2)
+    assert checkpoint.manifest.tensors.keys() - state.keys() == {
+        f"rng/rank_{rank:05d}" for rank in range(LAYOUTS[first][0].world_size)
+    }
+    tokenizer = hashlib.sha256(checkpoint.attachment("tokenizer.json")).hexdigest()
+    assert tokenizer == checkpoint.manifest.facts["tokenizer"]
+    assert run(root, tmp_path / "run", second, 3).keys() == state.keys()
+    assert loaded(root, tmp_path / "run", first).keys() == state.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", SLOW)
+def test_a_run_goes_on_on_another_layout_and_back(
+    layout: str, root: Path, began: tuple[Path, State, list[float]], tmp_path: Path
+) -> None:
+    directory, state, expected = began
+    shutil.copytree(directory, tmp_path / "run")
+    assert loaded(root, tmp_path / "run", layout) == state
+    there = run(root, tmp_path / "run", layout, BEFORE + AFTER)
+    assert there.keys() == state.keys()
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-5)
+    assert losses(tmp_path / "run")[: BEFORE + 1] == pytest.approx(expected[: BEFORE + 1], rel=1e-6)
+    assert loaded(root, tmp_path / "run", "pp2 ep2") == there
+
+
+def started_on(world: World, tree: dict[str, Any]) -> Share:
+    """The state that a new run begins with."""
+    config = build(RunConfig, tree)
+    rank = build_rank(config, groups_of(world, config), torch.device("cpu"))
+    assert load_last(rank, None) is None
+    rank.close()
+    return share_of(rank.state())
+
+
+def test_a_new_run_begins_with_the_weights_of_another(root: Path, tmp_path: Path) -> None:
+    state = run(root, tmp_path / "first", "alone", 2)
+    tree = tree_of(root, tmp_path / "second", "ep2", 2, start_from=str(tmp_path / "first"), seed=5)
+    found = run_processes(2, started_on, tree)
+    assert not any(tensor.any() for name, tensor in whole(found).items() if name.startswith("exp_avg"))
+    began = digests(found)
+    for name, digest in began.items():
+        kind, _, parameter = name.partition("/")
+        if kind in ("model", "average"):
+            assert digest == state[f"model/{parameter}"], name
+    assert began.keys() == state.keys()
+    run_processes(2, train_on, tree)
+    events = read_metrics(tmp_path / "second" / "metrics.jsonl")
+    (start,) = (event.values["checkpoint"] for event in events if event.kind == "start")
+    assert start == str(tmp_path / "first" / "checkpoints" / "step_00000002")
+    other = tree | {"model": tree["model"] | {"heads": 2}}
+    other["training"] = tree["training"] | {"run_dir": str(tmp_path / "third")}
+    with pytest.raises(RanksFailed, match=r"model.heads = 2: the checkpoint of training.start_from has 4"):
+        run_processes(2, train_on, other)
+
+
+def flip_bit(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(root: Path, tmp_path: Path) -> None:
+    run(root, tmp_path / "run", "alone", 4, checkpoint_every=2)
+    store = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2)
+    assert store.steps() == [2, 4]
+    expected = losses(tmp_path / "run")
+    flip_bit(next(store.path(4).glob("part_*.safetensors")))
+    run(root, tmp_path / "run", "ep2", 5, checkpoint_every=2)
+    events = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    (warning,) = (str(event.values["message"]) for event in events if event.values.get("about") == "checkpoint")
+    assert "the checkpoint of step 4 is damaged and now called step_00000004.damaged" in warning
+    assert "SHA-256" in warning
+    assert warning.endswith("the run goes on from step 2")
+    assert losses(tmp_path / "run")[:4] == pytest.approx(expected, rel=1e-5)
+    assert store.steps() == [4, 5]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(root: Path, tmp_path: Path) -> None:
+    run(root, tmp_path / "run", "alone", 2)
+    store = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2)
+    flip_bit(next(store.path(2).glob("part_*.safetensors")))
+    for _ in range(2):
+        with pytest.raises(RanksFailed, match="no other checkpoint is left") as failed:
+            run(root, tmp_path / "run", "alone", 3)
+        assert Refused.__name__ in str(failed.value)
+    assert store.steps() == [2]
+
+
+@contextmanager
+def full_disk(steps: tuple[int, ...]) -> Iterator[None]:
+    """The disk of the last rank is full while these steps are saved."""
+    real = saver.write_share
+
+    def write(directory: Path, name: str, pieces: Any) -> None:
+        if int(directory.name[5:13]) in steps:
+            raise OSError(errno.ENOSPC, "No space left on device", str(directory))
+        real(directory, name, pieces)
+
+    with patch.object(saver, "write_share", write):
+        yield
+
+
+def train_on_a_full_disk(world: World, tree: dict[str, Any], steps: tuple[int, ...]) -> str | None:
+    with full_disk(steps if world.rank == world.size - 1 else ()):
+        try:
+            train_on(world, tree)
+        except loop.RunFailed as failed:
+            return str(failed)
+    return None
+
+
+def test_a_disk_that_is_full_is_told_and_training_goes_on(root: Path, tmp_path: Path) -> None:
+    tree = tree_of(root, tmp_path / "run", "ep2", 6, checkpoint_every=2)
+    assert run_processes(2, train_on_a_full_disk, tree, (4,)) == [None] * 2
+    events = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    (warning,) = (str(event.values["message"]) for event in events if event.values.get("about") == "checkpoint")
+    assert "the checkpoint of step 4 could not be written: rank 1: [Errno 28] No space left on device" in warning
+    assert [event.step for event in events if event.kind == "checkpoint"] == [2, 6]
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step_00000002", "step_00000006"}
+
+
+def test_a_run_whose_last_checkpoint_cannot_be_written_has_failed(root: Path, tmp_path: Path) -> None:
+    tree = tree_of(root, tmp_path / "run", "ep2", 3, checkpoint_every=2)
+    messages = run_processes(2, train_on_a_full_disk, tree, (3,))
+    assert all(
+        message is not None and "the last checkpoint, of step 3, could not be" in message for message in messages
+    )
+    assert CheckpointStore(tmp_path / "run" / "checkpoints", 2).steps() == [2]

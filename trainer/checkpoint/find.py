@@ -1,0 +1,37 @@
+"""Which checkpoint a path means: itself, or the newest in a run's directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...comm.refusal import Problem, Refused
+from .manifest import MANIFEST, MARKER, Damaged
+from .opened import Checkpoint
+from .store import CheckpointStore
+
+FOLDER = "checkpoints"
+"""Of a run directory."""
+
+
+def store_at(path: Path) -> CheckpointStore:
+    """The checkpoints of the run in `path`, or in `path` itself. For reading: nothing is ever let go."""
+    return CheckpointStore(path / FOLDER if (path / FOLDER).is_dir() else path, keep=1)
+
+
+def find_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
+    """The checkpoint at `path`, or that of `step`, or the newest of the run there. Raises `Refused`."""
+    try:
+        if (path / MANIFEST).exists() or (path / MARKER).exists():
+            return Checkpoint.open(path)
+        store = store_at(path)
+        steps = store.steps()
+        if step is not None and step not in steps:
+            has = ", ".join(map(str, steps)) or "none"
+            raise Refused([Problem("--step", step, f"there is no such checkpoint in {store.directory}; it has {has}")])
+        if not steps:
+            remedy = "holds no checkpoint; name a run directory, or the directory of one checkpoint"
+            raise Refused([Problem("checkpoint", str(path), remedy)])
+        return store.open(steps[-1] if step is None else step)
+    except Damaged as damaged:
+        remedy = "is damaged; `shoestring checkpoint verify` says more, --step takes another"
+        raise Refused([Problem("checkpoint", str(damaged), remedy)]) from damaged

@@ -1,0 +1,193 @@
+"""Saving beside the training: a step waits for the copy of the state, a thread brings the copy to the disk.
+
+No thread communicates. While a save is under way the ranks agree once a step, in the main thread, whether all of them
+have written; then the first one makes it a checkpoint. A disk that is full ends the save, not the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ...comm.groups import Group
+from ..data.files import write_file
+from .manifest import StoredPiece, record
+from .pieces import Piece, written_by
+from .store import CheckpointStore, Cover
+from .tensor_file import Declared, TensorFileWriter, as_bytes
+
+_ALIGNMENT = 16
+"""Bytes; of every piece in the copy, so that it can be seen as any dtype."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How a save ended."""
+
+    step: int
+    path: Path
+    failure: str | None
+    """Why there is no such checkpoint; None where there is."""
+
+
+@dataclass(frozen=True)
+class _Save:
+    """One that is under way, in one of two phases: all ranks write, then the first one commits."""
+
+    step: int
+    cover: Cover
+    work: Future[object] | None
+    """What this rank does in this phase."""
+    is_written: bool = False
+
+    @property
+    def is_done(self) -> bool:
+        return self.work is None or self.work.done()
+
+    def failure(self) -> str | None:
+        """Of what is done here: the disk is full or gone, or the state is not whole."""
+        error = None if self.work is None or not self.work.done() else self.work.exception()
+        if error is None or isinstance(error, OSError | ValueError):
+            return None if error is None else str(error)
+        raise error
+
+
+class Saver:
+    """Saves the checkpoints of a run, one at a time. Every method but `close` is collective."""
+
+    def __init__(self, store: CheckpointStore, world: Group) -> None:
+        self._store = store
+        self._world = world
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._copy = torch.empty(0, dtype=torch.uint8)
+        self._save: _Save | None = None
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is under way; the same on all ranks."""
+        return self._save is not None
+
+    def begin(self, step: int, pieces: Iterable[Piece], cover: Cover) -> None:
+        """Start a save; return when this rank's share of the state is copied. No other may be under way.
+
+        `pieces` are all that this rank holds; only the first rank's `cover` is looked at.
+        """
+        assert self._save is None
+        prepared: Future[object] = Future()
+        if self._world.is_first:
+            try:
+                self._store.prepare(step)
+            except OSError as error:
+                prepared.set_exception(error)
+        self._save = _Save(step, cover, prepared if prepared.done() else None)
+        (failed,) = self._count(prepared.done())  # also: nobody writes before there is a directory
+        if not failed:
+            copied = self._copied(written_by(self._world.rank, pieces))
+            file = f"part_{self._world.rank:05d}"
+            writing: Future[object] = self._thread.submit(write_share, self._store.partial(step), file, copied)
+            self._save = replace(self._save, work=writing)
+
+    def poll(self) -> Saved | None:
+        """Once a step: how the save under way ended, if it has ended since."""
+        save = self._save
+        if save is None:
+            return None
+        done, failed = self._count(save.is_done, save.failure() is not None)
+        return self._advance(save, failed) if done == self._world.size else None
+
+    def finish(self) -> Saved | None:
+        """Wait for the save under way, if there is one, and say how it ended."""
+        saved = None
+        while (save := self._save) is not None:
+            if save.work is not None:
+                wait([save.work])
+            saved = self._advance(save, *self._count(save.failure() is not None))
+        return saved
+
+    def close(self) -> None:
+        """End the thread; nothing may be under way."""
+        self._thread.shutdown()
+
+    def _advance(self, save: _Save, failed: int) -> Saved | None:
+        """All ranks are through with a phase."""
+        path = self._store.path(save.step)
+        if failure := self._failure_of_any(save.failure(), failed):
+            if self._world.is_first:
+                self._store.abandon(save.step)
+            self._save = None
+            return Saved(save.step, path, failure)
+        if save.is_written:
+            self._save = None
+            return Saved(save.step, path, None)
+        commit: Future[object] | None = None
+        if self._world.is_first:
+            commit = self._thread.submit(self._store.commit, save.step, save.cover)
+        self._save = replace(save, work=commit, is_written=True)
+        return None
+
+    def _count(self, *flags: bool) -> list[int]:
+        """On how many ranks each flag is true."""
+        counts = torch.tensor(flags, dtype=torch.int64)
+        found: list[int] = self._world.all_reduce_sum(counts, "state of a checkpoint").tolist()
+        return found
+
+    def _failure_of_any(self, failure: str | None, failed: int) -> str | None:
+        """In words, with the rank."""
+        if not failed:
+            return None
+        words = self._world.all_gather_objects(failure, "why a checkpoint failed")
+        return "; ".join(f"rank {rank}: {each}" for rank, each in zip(self._world.ranks, words, strict=True) if each)
+
+    def _copied(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """The pieces with their elements copied. The memory is kept for the next save."""
+        begins, size = [], 0
+        for piece in pieces:
+            begins.append(size)
+            size += -(-piece.bytes // _ALIGNMENT) * _ALIGNMENT
+        on_gpu = any(piece.flat.is_cuda for piece in pieces)
+        if self._copy.numel() < size:
+            self._copy = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
+        copied = []
+        for piece, begin in zip(pieces, begins, strict=True):
+            flat = self._copy[begin : begin + piece.bytes].view(piece.flat.dtype)
+            flat.copy_(piece.flat, non_blocking=True)  # from a GPU: not yet run on hardware
+            copied.append(replace(piece, flat=flat))
+        if on_gpu:
+            torch.cuda.synchronize()
+        return copied
+
+
+def write_share(directory: Path, name: str, pieces: Sequence[Piece]) -> None:
+    """Write one rank's file of tensors and, beside it, its record of them; on disk when it returns.
+
+    One thread writes while another hashes: either alone takes about as long as both.
+    """
+    declared = [Declared(p.key, p.flat.dtype, p.shape if p.is_whole else tuple(p.flat.shape)) for p in pieces]
+    path = directory / f"{name}.safetensors"
+    with ThreadPoolExecutor(1, thread_name_prefix="checkpoint-hash") as hashing:
+        hashes = [hashing.submit(_sha256, piece) for piece in pieces]
+        try:
+            with TensorFileWriter(path, declared) as file:
+                for piece, each in zip(pieces, declared, strict=True):
+                    file.write(piece.flat.view(each.shape))
+        except BaseException:
+            hashing.shutdown(cancel_futures=True)
+            raise
+        stored = [
+            (
+                Declared(piece.name, piece.flat.dtype, piece.shape),
+                StoredPiece(path.name, file.begins[piece.key], piece.first, piece.flat.numel(), sha256.result()),
+            )
+            for piece, sha256 in zip(pieces, hashes, strict=True)
+        ]
+    write_file(directory / f"{name}.json", json.dumps(record(path.name, path.stat().st_size, stored)).encode())
+
+
+def _sha256(piece: Piece) -> str:
+    return hashlib.sha256(as_bytes(piece.flat)).hexdigest()

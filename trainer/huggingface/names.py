@@ -1,0 +1,132 @@
+"""What each tensor of a checkpoint is called in the released weights; MTP modules are layers behind the last there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.names import whole_model
+from ..checkpoint.pieces import MODEL
+from ..model.config import ModelConfig
+
+SCALE = "_scale_inv"
+"""Follows the name of an FP8 weight."""
+
+_ATTENTION = {
+    "q_proj": "q_proj",
+    "q_down": "q_a_proj",
+    "q_norm": "q_a_layernorm",
+    "q_up": "q_b_proj",
+    "kv_down": "kv_a_proj_with_mqa",
+    "kv_norm": "kv_a_layernorm",
+    "kv_up": "kv_b_proj",
+    "out": "o_proj",
+}
+_TOP = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "final_norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+_MTP = {
+    "embedding_norm.weight": "enorm.weight",
+    "hidden_norm.weight": "hnorm.weight",
+    "project.weight": "eh_proj.weight",
+    "final_norm.weight": "shared_head.norm.weight",
+}
+_LAYER = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "router.weight": "mlp.gate.weight",
+    "router.bias_E": "mlp.gate.e_score_correction_bias",
+}
+_ROTATED = ("q_proj", "q_up", "kv_down")
+"""Projections whose last rows, of each head or of all, are rotated."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a checkpoint and what becomes of it."""
+
+    name: str
+    """In the checkpoint."""
+    shape: tuple[int, ...]
+    released: tuple[str, ...]
+    """Names of the equal parts that it is cut into along its first dimension."""
+    copies: tuple[str, ...] = ()
+    """Further names of the first part: the MTP modules of the released weights repeat embedding and head."""
+    rotated: tuple[int, int] | None = None
+    """Rows of a head, and how many of them, the last, are rotated."""
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """Of each part."""
+        return (self.shape[0] // len(self.released), *self.shape[1:])
+
+    @property
+    def layer(self) -> int:
+        """Where it stands in the model: -1 for the embedding, the number of the layer, or behind all."""
+        number = self.released[0].removeprefix("model.layers.").partition(".")[0]
+        return int(number) if number.isdecimal() else -1 if self.name == f"{MODEL}/embedding.weight" else 10**9
+
+
+def entries(config: ModelConfig) -> list[Entry]:
+    """Of the whole model, from its beginning to its end."""
+    found = [_entry(name, shape, config) for name, shape in whole_model(config).items()]
+    return sorted(found, key=lambda entry: entry.layer)  # stable: inside a layer they keep the model's order
+
+
+def is_quantised(released: str) -> bool:
+    """Whether a weight is FP8 in an FP8 checkpoint: every projection of a layer, but no MTP module's `eh_proj`."""
+    return "_proj" in released and not released.endswith("eh_proj.weight")
+
+
+def to_halves(weight: Tensor, rotated: tuple[int, int]) -> Tensor:
+    """From neighbouring pairs (x0, x1), (x2, x3), … of rotated rows, ours, to x0, x2, … before x1, x3, …"""
+    return _reordered(weight, rotated, to_halves=True)
+
+
+def to_pairs(weight: Tensor, rotated: tuple[int, int]) -> Tensor:
+    """The inverse of `to_halves`."""
+    return _reordered(weight, rotated, to_halves=False)
+
+
+def _reordered(weight: Tensor, rotated: tuple[int, int], *, to_halves: bool) -> Tensor:
+    head, width = rotated
+    order = torch.cat((torch.arange(0, width, 2), torch.arange(1, width, 2)))
+    rows = torch.arange(head)
+    rows[head - width :] = head - width + (order if to_halves else order.argsort())
+    reordered: Tensor = weight.unflatten(0, (-1, head))[:, rows].flatten(0, 1)
+    return reordered
+
+
+def _entry(name: str, shape: tuple[int, ...], config: ModelConfig) -> Entry:
+    ours, _, expert = name.removeprefix(f"{MODEL}/").partition("/expert_")
+    if ours in _TOP:
+        return Entry(name, shape, (_TOP[ours],), copies=tuple(_copies(ours, config)))
+    kind, number, rest = ours.split(".", 2)
+    prefix = f"model.layers.{int(number) + (config.layers if kind == 'mtp' else 0)}"
+    if rest in _MTP and kind == "mtp":
+        return Entry(name, shape, (f"{prefix}.{_MTP[rest]}",))
+    rest = rest.removeprefix("layer.")
+    if rest in _LAYER:
+        return Entry(name, shape, (f"{prefix}.{_LAYER[rest]}",))
+    module, matrix = rest.split(".")[:2]
+    if module == "attention":
+        released = f"{prefix}.self_attn.{_ATTENTION[matrix]}.weight"
+        if matrix not in _ROTATED:
+            return Entry(name, shape, (released,))
+        head = shape[0] if matrix == "kv_down" else config.qk_head_dim
+        return Entry(name, shape, (released,), rotated=(head, config.qk_rope_head_dim))
+    where = {"ffn": "mlp", "shared": "mlp.shared_experts", "experts": f"mlp.experts.{int(expert or 0)}"}[module]
+    parts = ("gate_proj", "up_proj") if matrix.startswith("gate_up") else ("down_proj",)
+    return Entry(name, shape, tuple(f"{prefix}.{where}.{part}.weight" for part in parts))
+
+
+def _copies(ours: str, config: ModelConfig) -> Iterator[str]:
+    names = {"embedding.weight": "embed_tokens.weight", "head.weight": "shared_head.head.weight"}
+    if ours in names:
+        for depth in range(config.mtp_depth):
+            yield f"model.layers.{config.layers + depth}.{names[ours]}"
