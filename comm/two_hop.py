@@ -24,7 +24,7 @@ from .label import Call, Label
 from .layout import Fan, Hop, Visits, count_choices, visited
 from .pending import Pending, Worker
 from .traffic import Traffic
-from .wire import Format, Wire, nothing_beside, pack, unpack
+from .wire import Format, Wire, nothing_beside, pack, unpack, unpack_one
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class TwoHopExchange:
         def work() -> Tensor:
             wire = self._wire(self._config.combine_backward, grad_TD)
             payload_VB = layout.between.forth(call, layout.to_nodes.spread(wire.encode(grad_TD)), wire.row_bytes)
-            payload_UB = layout.inside.forth(call, layout.to_ranks.spread(payload_VB), wire.row_bytes)
+            payload_UB = layout.inside.forth(call, self._for_ranks(layout.to_ranks, payload_VB), wire.row_bytes)
             return layout.to_experts.spread(wire.decode(payload_UB))
 
         return self._worker.submit(str(call), work, (grad_TD,))
@@ -127,11 +127,11 @@ class TwoHopExchange:
         between = Hop(self._between, self._traffic, sizes.to_nodes_N, sizes.from_nodes_N)
         message_VB = between.forth(call, to_nodes.spread(message_TB), wire.row_bytes)
 
-        visits_VG = visited(self._rank_in_node(unpack(message_VB, columns)[1]), self._inside.size)
+        visits_VG = visited(self._rank_in_node(unpack_one(message_VB, columns, 1)), self._inside.size)
         to_ranks = Fan.to_members(visits_VG, sum(sizes.to_ranks_G))
         inside = Hop(self._inside, self._traffic, sizes.to_ranks_G, sizes.from_ranks_G)
         payload_UB, experts_UK, weights_UK = unpack(
-            inside.forth(call, to_ranks.spread(message_VB), wire.row_bytes), columns
+            inside.forth(call, self._for_ranks(to_ranks, message_VB), wire.row_bytes), columns
         )
         choice_of_row_R, to_experts = self._sort(experts_UK, sum(sizes.rows_per_expert_L))
         tokens, top_k = experts_TK.shape
@@ -203,6 +203,10 @@ class TwoHopExchange:
     def _wire(self, form: str, rows_XD: Tensor) -> Wire:
         """A single rank has no wire, and rounds nothing for it."""
         return Wire(Format.NATIVE if self._group.size == 1 else Format(form), rows_XD.shape[1], rows_XD.dtype)
+
+    def _for_ranks(self, to_ranks: Fan, rows_VB: Tensor) -> Tensor:
+        """The copies for the ranks of this node; a node of one rank gets the rows as they have arrived."""
+        return rows_VB if self._inside.size == 1 else to_ranks.spread(rows_VB)
 
     def _rank_in_node(self, experts_VK: Tensor) -> Tensor:
         """The place in this node of each choice's rank; negative for experts of other nodes."""

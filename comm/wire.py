@@ -77,6 +77,12 @@ def unpack(message_XB: Tensor, columns: Sequence[tuple[int, torch.dtype]]) -> li
     return [_alone(part, dtype) for part, (_, dtype) in zip(parts, columns, strict=True)]
 
 
+def unpack_one(message_XB: Tensor, columns: Sequence[tuple[int, torch.dtype]], index: int) -> Tensor:
+    """One of the tensors that were packed."""
+    sizes = [width * dtype.itemsize for width, dtype in columns]
+    return _alone(message_XB.split(sizes, dim=1)[index], columns[index][1])
+
+
 def _alone(part_XB: Tensor, dtype: torch.dtype) -> Tensor:
     """A column as what it was; a copy unless it is the whole message."""
     rows, size = part_XB.shape
