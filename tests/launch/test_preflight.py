@@ -27,7 +27,8 @@ from shoestring.trainer.data.prepared import open_prepared
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     root = tmp_path_factory.mktemp("preflight")
-    composed = compose_run(["experiment=quickstart", f"data.prepared={root / 'data'}"])
+    overrides = [f"data.prepared={root / 'data'}", f"training.run_dir={root / 'run'}"]
+    composed = compose_run(["experiment=quickstart", *overrides])
     prepare(composed.data, lambda _: None)
     return composed
 
