@@ -3,8 +3,8 @@
     python benchmarks/overlap.py [--json FILE] [--trace FILE]      needs root, for simulated nodes
 
 Two nodes of one rank, one core each, experts over both, DualPipeV on a pipeline of one rank: every FB is measured with
-its halves in turns and with the forward first, in neighbouring steps. The uplinks are set so that exchanging takes as
-long as computing. Then four nodes, with a pipeline of two ranks.
+its halves in turns and with the forward first, in neighbouring steps. The uplinks are set so that exchanging takes
+nearly as long as computing. Then four nodes, with a pipeline of two ranks.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from shoestring.launch.bench_exchange import run_on_cluster
 
 MODULE = "shoestring.benchmarks.overlap_rank"
 TRIES = 4
+BALANCE = 1.15
+"""Computing over exchanging that the uplinks are set for; the figures hold from 0.8 to 1.25, and say what it was."""
 
 
 def run(nodes: int, pp: int, pairs: int, uplink: str, folder: Path) -> list[dict[str, Any]]:
@@ -36,21 +38,21 @@ def run(nodes: int, pp: int, pairs: int, uplink: str, folder: Path) -> list[dict
 
 
 def balanced(nodes: int, pp: int, pairs: int, folder: Path) -> tuple[str, list[dict[str, Any]]]:
-    """The uplink at which exchanging takes as long as computing, and the figures there.
+    """The uplink at which computing takes `BALANCE` times as long as exchanging, and the figures there.
 
     A first guess from bytes and computing on fast links; then each run corrects the guess for the next.
     """
     free = run(nodes, pp, 2, "10gbit", folder / "free")
     sent = max(rank["bytes_between_nodes"] for rank in free)
-    mbit = 8 * sent / mean(rank["serial"]["compute"] for rank in free) / 1e6
+    mbit = BALANCE * 8 * sent / mean(rank["serial"]["compute"] for rank in free) / 1e6
     for attempt in range(TRIES):
         uplink = f"{max(1, round(mbit))}mbit"
         found = run(nodes, pp, pairs, uplink, folder / f"try{attempt}")
         balance = mean(rank["serial"]["compute"] / rank["serial"]["exchange"] for rank in found)
         print(f"uplinks of {uplink}: compute : exchange {balance:.2f}", flush=True)
-        if 0.9 < balance < 1.1:
+        if abs(balance - BALANCE) < 0.1:
             break
-        mbit /= balance
+        mbit *= BALANCE / balance
     return uplink, found
 
 
