@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shoestring.launch.planner.pricing import MEASURED_ON
 from shoestring.parallelism.pipeline.weight_grad import WeightGradients
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.layer import Context, MoELayer
@@ -30,27 +31,7 @@ from shoestring.trainer.precision.fp8 import Fp8
 from shoestring.trainer.precision.provider import choose_provider, missing_for, open_provider
 
 TRACE_US = {"attn(F)": 4370, "mlp(F)": 4604, "mlp(B)": 5306, "mlp(W)": 5063, "attn(B)": 9341, "attn(W)": 2388}
-V3 = ModelConfig(
-    name="deepseek_v3",
-    vocabulary=256,
-    hidden=7168,
-    layers=1,
-    dense_layers=0,
-    heads=128,
-    q_lora_rank=1536,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    dense_ffn=18432,
-    expert_ffn=2048,
-    experts=256,
-    shared_experts=1,
-    top_k=8,
-    groups=8,
-    top_k_groups=4,
-    mtp_depth=0,
-)
+V3 = replace(MEASURED_ON, vocabulary=256, layers=1, dense_layers=0, groups=8, top_k_groups=4, mtp_depth=0)
 
 
 @dataclass(frozen=True)
