@@ -31,7 +31,7 @@ class RunningStage:
     def forward(self, micro_batch: int, received: Tensor | None) -> Steps[Tensor | None]:
         """See `parallelism.pipeline.executor.Stage`."""
         batch = self.micro_batches[micro_batch]
-        forward = yield from self.chunk.forward(batch.tokens_BW, batch.valid_BW, micro_batch, received)
+        forward = yield from self.chunk.forward(batch.tokens_BW, batch.valid_BW, self.scales, micro_batch, received)
         self.summaries.append(forward.summary)
         if torch.is_grad_enabled():
             self._backwards[micro_batch] = forward.backward
@@ -39,9 +39,7 @@ class RunningStage:
 
     def backward(self, micro_batch: int, received: Tensor | None, weights: WeightGradients) -> Steps[Tensor | None]:
         """See `parallelism.pipeline.executor.Stage`."""
-        assert self.scales is not None
-        backward = self._backwards.pop(micro_batch)
-        return (yield from backward(self.scales, received, weights))
+        return (yield from self._backwards.pop(micro_batch)(received, weights))
 
     def message(self, micro_batch: int) -> Tensor:
         """See `parallelism.pipeline.executor.Stage`."""

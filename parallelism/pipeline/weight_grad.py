@@ -106,14 +106,14 @@ class _Linear(torch.autograd.Function):
         (x,), weight_NK = ctx.saved_tensors, ctx.weight
         grad_RN, x_RK = grads[0].flatten(0, -2), x.flatten(0, -2)
         if weight_NK.requires_grad:
-            ctx.left.add(lambda: _add_product(weight_NK, grad_RN, x_RK))
+            ctx.left.add(lambda: add_product(weight_NK, grad_RN, x_RK))
         if not ctx.needs_input_grad[0]:
             return None, None
         return (grad_RN @ weight_NK.to(grad_RN.dtype)).view(x.shape), None
 
 
-def _add_product(weight_NK: Tensor, grad_RN: Tensor, x_RK: Tensor) -> None:
-    """Add gradᵀ x, where both have the gradient's dtype without a pass of its own over it."""
+def add_product(weight_NK: Tensor, grad_RN: Tensor, x_RK: Tensor) -> None:
+    """Add gradᵀ x to the gradient of a weight; where both have its dtype, without a pass of its own over it."""
     if weight_NK.grad is not None and weight_NK.grad.dtype == grad_RN.dtype:
         weight_NK.grad.addmm_(grad_RN.T, x_RK)
     else:

@@ -70,7 +70,7 @@ class Chunk:
 
     def hidden(self, tokens_BS: Tensor, received_BSD: Tensor | None = None) -> Steps[Tensor]:
         """What the stage makes of text, [B, S, D]; the last one, after the final norm. Under `torch.no_grad`."""
-        tape = self._tape(torch.ones_like(tokens_BS, dtype=torch.bool), micro_batch=0)
+        tape = self._tape(torch.ones_like(tokens_BS, dtype=torch.bool))
         hidden_BSD, _ = yield from self._main(tokens_BS, received_BSD, tape)
         return hidden_BSD
 
@@ -81,7 +81,7 @@ class Chunk:
         """
         module = self.model.mtp[0]
         assert isinstance(module, MTPModule)
-        tape = self._tape(torch.ones_like(next_BS, dtype=torch.bool), micro_batch=0)
+        tape = self._tape(torch.ones_like(next_BS, dtype=torch.bool))
         further_BSD, _ = yield from self._depth(mtp_name(1), module, hidden_BSD, next_BS, tape)
         return self.head(further_BSD)
 
@@ -92,27 +92,29 @@ class Chunk:
         return logits
 
     def forward(
-        self, tokens_BW: Tensor, valid_BW: Tensor, micro_batch: int = 0, received_BSD: Tensor | None = None
+        self,
+        tokens_BW: Tensor,
+        valid_BW: Tensor,
+        scales: LossScales | None,
+        micro_batch: int = 0,
+        received_BSD: Tensor | None = None,
     ) -> Steps[Forward]:
         """Forward of one micro-batch; the last stage ends with the losses of the main model and of MTP.
 
         `valid_BW` is false on padding: a target counts where it and the position that predicts it are valid, the load
-        counts every valid input. `micro_batch` is its number, for the words of errors.
+        counts every valid input. Without `scales` there is no backward, and no MTP, whose loss is for training alone.
+        `micro_batch` is its number, for the words of errors.
         """
-        depth = self.model.config.mtp_depth
-        length = tokens_BW.shape[1] - 1 - depth
-        tape = self._tape(valid_BW[:, :length], micro_batch)
+        length = tokens_BW.shape[1] - 1 - self.model.config.mtp_depth
+        tape = self._tape(valid_BW[:, :length], micro_batch, scales)
         hidden_BSD, main_backward = yield from self._main(tokens_BW[:, :length], received_BSD, tape)
         losses: list[tuple[Phase, Tensor]] = []
         depth_backwards: list[Backward] = []
         if self.stage.is_last:
             losses, depth_backwards = yield from self._losses(tokens_BW, valid_BW, hidden_BSD, tape)
 
-        def run_backward(scales: LossScales, grad_BSD: Tensor | None, weights: WeightGradients) -> Steps[Tensor | None]:
-            tape.balance_scale = scales.balance
-            factors = [scales.main] + [scales.mtp] * depth
-            roots = [torch.full_like(loss, factor) for (_, loss), factor in zip(losses, factors, strict=False)]
-            grads = [phase.backward(weights, root)[0] for (phase, _), root in zip(losses, roots, strict=True)]
+        def run_backward(grad_BSD: Tensor | None, weights: WeightGradients) -> Steps[Tensor | None]:
+            grads = [phase.backward(weights, torch.ones_like(loss))[0] for phase, loss in losses]
             if grads:
                 grad_BSD = grads.pop()
             assert grad_BSD is not None
@@ -129,12 +131,12 @@ class Chunk:
             backward=run_backward,
         )
 
-    def _tape(self, valid_BS: Tensor, micro_batch: int) -> Tape:
+    def _tape(self, valid_BS: Tensor, micro_batch: int = 0, scales: LossScales | None = None) -> Tape:
         length = valid_BS.shape[1]
         if self._rotation is None or len(self._rotation.turn_SP) != length:
             like = torch.empty(0, device=valid_BS.device, dtype=self._dtype)
             self._rotation = rotation(self.model.config, length, like)
-        return Tape(Context(self._rotation, valid_BS), micro_batch)
+        return Tape(Context(self._rotation, valid_BS), micro_batch, scales)
 
     def _losses(
         self, tokens_BW: Tensor, valid_BW: Tensor, hidden_BSD: Tensor, tape: Tape
@@ -142,25 +144,28 @@ class Chunk:
         """The losses of every depth, the main model's first, with their phases, and the backward of each MTP module."""
         length = tape.context.valid_BS.shape[1]
 
-        def loss(k: int, hidden_BSD: Tensor) -> tuple[Phase, Tensor]:
+        def loss(k: int, hidden_BSD: Tensor, factor: float) -> tuple[Phase, Tensor]:
             counted = tape.context.valid_BS & valid_BW[:, k + 1 : length + k + 1]
             targets_BS = tokens_BW[:, k + 1 : length + k + 1].masked_fill(~counted, IGNORED)
             with self._span("loss(F)"):
-                return self._single(lambda h: self._cross_entropy(h, targets_BS), hidden_BSD)
+                return self._single(lambda h: self._cross_entropy(h, targets_BS, factor), hidden_BSD)
 
-        losses, backwards = [loss(0, hidden_BSD)], []
+        scales, backwards = tape.scales, list[Backward]()
+        if scales is None:
+            return [loss(0, hidden_BSD, factor=1.0)], backwards
+        losses = [loss(0, hidden_BSD, scales.main)]
         for k, module in enumerate(self.model.mtp, start=1):
             assert isinstance(module, MTPModule)
             hidden_BSD, backward = yield from self._depth(
                 mtp_name(k), module, hidden_BSD, tokens_BW[:, k : length + k], tape
             )
             backwards.append(backward)
-            losses.append(loss(k, hidden_BSD))
+            losses.append(loss(k, hidden_BSD, scales.mtp))
         return losses, backwards
 
-    def _cross_entropy(self, hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
+    def _cross_entropy(self, hidden_BSD: Tensor, targets_BS: Tensor, factor: float) -> Tensor:
         assert self.model.head is not None
-        return linear_cross_entropy(hidden_BSD.flatten(0, 1), self.model.head.weight, targets_BS.flatten())
+        return linear_cross_entropy(hidden_BSD.flatten(0, 1), self.model.head.weight, targets_BS.flatten(), factor)
 
     def _embed(self, tokens_BS: Tensor) -> Tensor:
         assert self.model.embedding is not None
@@ -273,7 +278,8 @@ class Chunk:
             with self._span("attn(B)", label):
                 grad_routed_TD, grad_gates_TK = self._wait(undispatched, label)
                 grad_normed_TD = grad_routed_TD if grad_normed_TD is None else grad_normed_TD + grad_routed_TD
-                root = torch.full_like(balance, tape.balance_scale)
+                assert tape.scales is not None
+                root = torch.full_like(balance, tape.scales.balance)
                 (grad_BSD,) = attended.backward(weights, grad_BSD, grad_normed_TD, grad_gates_TK, root)
             return grad_BSD
 

@@ -11,24 +11,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...parallelism.pipeline.weight_grad import add_to_grad, collecting
+from ...parallelism.pipeline.weight_grad import add_product, collecting
 from ..precision.linear import at_least_fp32
 
 IGNORED = -100
 """Target of a token that counts in no loss."""
 
 _CHUNK_ELEMENTS = 2**20  # logits of a chunk: 4 MB in FP32, which stay in a cache
+_CHUNK_ELEMENTS_ON_GPU = 2**27  # 512 MB: every chunk costs a pass over the gradient of the weight
 _FEWEST_TOKENS = 256  # of a chunk, for products worth their launch
 
 
-def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
+def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, factor: float = 1.0) -> Tensor:
     """Sum over tokens of -log softmax(hidden weightᵀ)[target], in nats; FP32 at least, 0-dimensional.
 
-    `weight_VD` may be wider than `hidden_TD`, whose dtype the products are taken in; softmax and sums FP32 at least.
-    Gradients are formed together with the loss, while a chunk's logits are at hand, and scaled in the backward.
+    Its gradients are those of `factor` times the sum. `weight_VD` may be wider than `hidden_TD`, whose dtype the
+    products are taken in; softmax and sums FP32 at least. Gradients are formed together with the loss, while a chunk's
+    logits are at hand. Inside a phase that of the weight is added to its `.grad` at once, and nothing of the weight's
+    size is kept: the backward must then begin with a gradient of 1.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    loss: Tensor = _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, factor, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return loss
+
+
+def chunk_tokens(vocabulary: int, *, on_gpu: bool) -> int:
+    """C: tokens whose logits are in memory at once."""
+    return max(_FEWEST_TOKENS, (_CHUNK_ELEMENTS_ON_GPU if on_gpu else _CHUNK_ELEMENTS) // vocabulary)
 
 
 def linear_cross_entropy_twin(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
@@ -39,36 +47,37 @@ def linear_cross_entropy_twin(hidden_TD: Tensor, weight_VD: Tensor, targets_T: T
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, grad_enabled: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, factor: float, grad_enabled: bool
+    ) -> Tensor:
         weight = weight_VD.to(hidden_TD.dtype)
         needs_grad = grad_enabled and any(ctx.needs_input_grad)  # which is not false under no_grad by itself
         loss = at_least_fp32(hidden_TD.new_zeros(()))
-        grad_TD, grad_VD = torch.empty_like(hidden_TD), weight_VD
-        if needs_grad:
-            grad_VD = torch.zeros_like(weight_VD, dtype=weight_VD.grad_dtype)
-        size = max(_FEWEST_TOKENS, _CHUNK_ELEMENTS // len(weight_VD))
+        grad_TD = torch.empty_like(hidden_TD) if needs_grad else hidden_TD
+        summed = weight_VD  # whose `.grad` the products are added to
+        if needs_grad and collecting() is None:
+            summed = weight_VD.detach()
+            summed.grad_dtype = weight_VD.grad_dtype
+        size = chunk_tokens(len(weight_VD), on_gpu=hidden_TD.is_cuda)
         for start in range(0, len(hidden_TD), size):
             chunk = slice(start, start + size)
             probability_CV, chunk_loss = _softmax(F.linear(hidden_TD[chunk], weight), targets_T[chunk])
             loss += chunk_loss
             if needs_grad:
-                grad_CV = _minus_target(probability_CV, targets_T[chunk]).to(weight.dtype)
+                grad_CV = _minus_target(probability_CV, targets_T[chunk]).mul_(factor).to(weight.dtype)
                 torch.mm(grad_CV, weight, out=grad_TD[chunk])
-                _add_product(grad_VD, grad_CV, hidden_TD[chunk])
+                add_product(summed, grad_CV, hidden_TD[chunk])
         if needs_grad:
-            ctx.save_for_backward(grad_TD, grad_VD)
-            ctx.weight, ctx.left = weight_VD, collecting()
+            ctx.save_for_backward(grad_TD, None if summed is weight_VD else summed.grad)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         grad_TD, grad_VD = ctx.saved_tensors
+        if grad_VD is None:
+            return grad_TD, None, None, None, None
         (grad,) = grads
-        grad_TD.mul_(grad.to(grad_TD.dtype))
-        if ctx.left is None:
-            return grad_TD, grad_VD.mul_(grad.to(grad_VD.dtype)), None, None
-        ctx.left.add(lambda: add_to_grad(ctx.weight, grad_VD.mul_(grad.to(grad_VD.dtype))))
-        return grad_TD, None, None, None
+        return grad_TD.mul_(grad.to(grad_TD.dtype)), grad_VD.mul_(grad.to(grad_VD.dtype)), None, None, None
 
 
 def _softmax(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,10 +96,3 @@ def _minus_target(probability_CV: Tensor, targets_C: Tensor) -> Tensor:
     """Gradient of the loss by the logits, in place: probability - 1 at the target, and 0 for ignored tokens."""
     counted_C1 = (targets_C != IGNORED).to(probability_CV.dtype)[:, None]
     return probability_CV.scatter_add_(1, targets_C.clamp(min=0)[:, None], -counted_C1)
-
-
-def _add_product(total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
-    if grad_CV.dtype == total_VD.dtype:
-        total_VD.addmm_(grad_CV.T, hidden_CD)
-    else:
-        total_VD += grad_CV.T @ hidden_CD

@@ -36,7 +36,7 @@ class Summary:
     main_sum: Tensor
     """Cross-entropy summed over the valid targets, in nats; 0 but for the last stage."""
     mtp_sum: Tensor
-    """The same, summed over the further depths too; 0 without MTP."""
+    """The same, summed over the further depths too; 0 without MTP, and where there is no backward."""
     balance_sum: Tensor
     """Balance loss without α, summed over the stage's routed layers and sequences."""
     counts_E: dict[str, Tensor]
@@ -45,9 +45,9 @@ class Summary:
     """Of the stage's routed layers together."""
 
 
-StageBackward = Callable[[LossScales, Tensor | None, WeightGradients], Steps[Tensor | None]]
+StageBackward = Callable[[Tensor | None, WeightGradients], Steps[Tensor | None]]
 """Given the gradient of a stage's output (None for the last stage), returns that of what was received (None for the
-first); what is left to do for weights goes to the third."""
+first); what is left to do for weights goes to the second."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Tape:
 
     context: Context
     micro_batch: int
-    balance_scale: float = 0.0
-    """Known only when the backward starts: the balance loss is an extra backward root in every routed layer."""
+    scales: LossScales | None
+    """None where there is no backward. The balance loss is an extra backward root in every routed layer."""
     balance_sums: list[Tensor] = field(default_factory=list)
     counts_E: dict[str, Tensor] = field(default_factory=dict)
     visits: Visits = NO_VISITS

@@ -87,13 +87,19 @@ def test_grouped_products_are_those_of_each_expert(dtype: torch.dtype) -> None:
     assert not outer[1].any()  # an expert without rows
 
 
-def test_the_head_leaves_its_gradient_too() -> None:
+def test_the_head_has_its_gradient_at_once() -> None:
+    """And keeps nothing of its own size for the backward."""
     hidden, head = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-    targets, left = torch.randint(9, (6,)), WeightGradients()
-    with left.collect():
-        loss = linear_cross_entropy(hidden, head, targets)
-    loss.backward(torch.tensor(0.5))
-    assert head.grad is None
+    targets, left, kept = torch.randint(9, (6,)), WeightGradients(), list[Tensor]()
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with left.collect(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = linear_cross_entropy(hidden, head, targets, factor=0.5)
+    assert [tensor.shape for tensor in kept] == [hidden.shape]
+    loss.backward()
     left.run()
     expected = torch.autograd.grad(linear_cross_entropy_twin(hidden, head, targets), (hidden, head), torch.tensor(0.5))
     torch.testing.assert_close(hidden.grad, expected[0])

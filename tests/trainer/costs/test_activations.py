@@ -35,6 +35,7 @@ FULL_QUERY = ModelConfig(**{**vars(CONFIG), "q_lora_rank": None, "shared_experts
 REPORT = frozenset({Part.NORM, Part.UP_PROJECTION, Part.SWIGLU})
 POLICIES = [frozenset(parts) for size in range(len(Part) + 1) for parts in combinations(Part, size)]
 DTYPES = [torch.float32, torch.bfloat16]
+SCALES = LossScales(1.0, 1.0, 1.0)
 
 
 def layer_forward(
@@ -53,9 +54,9 @@ def layer_forward(
     valid_BW = torch.ones_like(tokens_BW, dtype=torch.bool)
     generator = torch.Generator().manual_seed(1)
     input_BSD = torch.randn((batch.sequences, batch.length, config.hidden), generator=generator).to(batch.dtype)
-    drive(chunk.forward(tokens_BW, valid_BW, 0, input_BSD))  # what is made once, at the first use
+    drive(chunk.forward(tokens_BW, valid_BW, SCALES, 0, input_BSD))  # what is made once, at the first use
     with Census() as census:
-        forward = drive(chunk.forward(tokens_BW, valid_BW, 0, input_BSD))
+        forward = drive(chunk.forward(tokens_BW, valid_BW, SCALES, 0, input_BSD))
     return forward, census, input_BSD.nbytes
 
 
@@ -110,7 +111,7 @@ def test_a_phase_of_the_backward_frees_what_its_forward_kept(policy: frozenset[P
     forward, census, _ = layer_forward(CONFIG, 1, batch, policy)
     assert forward.output_BSD is not None
     grad_BSD, weights = torch.ones_like(forward.output_BSD), WeightGradients(deferred=deferred)
-    steps = forward.backward(LossScales(1.0, 1.0, 1.0), grad_BSD, weights)
+    steps = forward.backward(grad_BSD, weights)
     del forward
 
     items = [kept for kept in moe_layer(CONFIG, batch) if kept.part not in policy and kept.what != "input"]

@@ -136,8 +136,8 @@ def make_chunk(
 
 def run_losses(chunk: Chunk, tokens_BW: Tensor, valid_BW: Tensor, scales: LossScales) -> Forward:
     """Forward and backward of one micro-batch."""
-    forward = drive(chunk.forward(tokens_BW, valid_BW))
-    drive(forward.backward(scales, None, WeightGradients()))
+    forward = drive(chunk.forward(tokens_BW, valid_BW, scales))
+    drive(forward.backward(None, WeightGradients()))
     return forward
 
 

@@ -133,16 +133,28 @@ def launched_yielded_waited(*names: str) -> list[str]:
 
 def test_one_yield_for_each_communication_between_its_launch_and_its_wait() -> None:
     chunk, exchange = make_chunk()
-    forward = run(chunk.forward(*window()), exchange.diary)
+    forward = run(chunk.forward(*window(), SCALES), exchange.diary)
     layers = range(ROUTED_LAYERS)
     assert exchange.diary == launched_yielded_waited(*(f"{op} {i}" for i in layers for op in ("dispatch", "combine")))
     assert exchange.diary.count("yield") == 2 * ROUTED_LAYERS
 
     exchange.diary.clear()
-    run(forward.backward(SCALES, None, WeightGradients()), exchange.diary)
+    run(forward.backward(None, WeightGradients()), exchange.diary)
     backwards = (f"{op} {i}" for i in reversed(layers) for op in ("combine_backward", "dispatch_backward"))
     assert exchange.diary == launched_yielded_waited(*backwards)
     assert exchange.diary.count("yield") == 2 * ROUTED_LAYERS
+
+
+def test_losses_without_a_backward_are_of_the_main_model_alone() -> None:
+    chunk, exchange = make_chunk()
+    with torch.no_grad():
+        alone = run(chunk.forward(*window(), None), exchange.diary).summary
+        assert exchange.diary == launched_yielded_waited(
+            *(f"{op} {i}" for i in (0, 1) for op in ("dispatch", "combine"))
+        )
+        with_mtp = run(chunk.forward(*window(), SCALES), exchange.diary).summary
+    assert alone.mtp_sum == 0 < with_mtp.mtp_sum
+    assert alone.main_sum == with_mtp.main_sum
 
 
 def test_logits_run_the_main_model_alone() -> None:
@@ -161,17 +173,17 @@ def test_two_generators_may_take_turns() -> None:
     tokens_BW, valid_BW = window()
     alone, _ = make_chunk()
     for rows in (slice(0, 1), slice(1, 2)):
-        drive(drive(alone.forward(tokens_BW[rows], valid_BW[rows])).backward(SCALES, None, WeightGradients()))
+        drive(drive(alone.forward(tokens_BW[rows], valid_BW[rows], SCALES)).backward(None, WeightGradients()))
 
     chunk, _ = make_chunk()
-    first = drive(chunk.forward(tokens_BW[:1], valid_BW[:1]))
-    backward, forward = first.backward(SCALES, None, WeightGradients()), chunk.forward(tokens_BW[1:], valid_BW[1:])
+    first = drive(chunk.forward(tokens_BW[:1], valid_BW[:1], SCALES))
+    backward, forward = first.backward(None, WeightGradients()), chunk.forward(tokens_BW[1:], valid_BW[1:], SCALES)
     for _ in range(2 * ROUTED_LAYERS):  # F(2) and B(1), an exchange each in turn
         next(forward)
         next(backward)
     with pytest.raises(StopIteration):
         next(backward)
-    drive(drive(forward).backward(SCALES, None, WeightGradients()))
+    drive(drive(forward).backward(None, WeightGradients()))
     assert len(gradients(chunk)) == len(list(chunk.model.parameters()))
     for ours, expected in zip(gradients(chunk), gradients(alone), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-8)
@@ -179,9 +191,9 @@ def test_two_generators_may_take_turns() -> None:
 
 def test_a_backward_frees_each_layer_when_it_is_done() -> None:
     chunk, exchange = make_chunk()
-    forward = drive(chunk.forward(*window()))
+    forward = drive(chunk.forward(*window(), SCALES))
     assert exchange.alive() == ROUTED_LAYERS
-    drive(forward.backward(SCALES, None, WeightGradients()))
+    drive(forward.backward(None, WeightGradients()))
     del forward
     gc.collect()
     assert exchange.alive() == 0
@@ -199,7 +211,7 @@ def test_without_gradients_nothing_is_kept(kind: str) -> None:
 
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         if kind == "losses":
-            result = drive(chunk.forward(tokens_BW, valid_BW)).summary.main_sum
+            result = drive(chunk.forward(tokens_BW, valid_BW, None)).summary.main_sum
         else:
             result = drive(chunk.logits(tokens_BW[:, :LENGTH]))
     assert not saved

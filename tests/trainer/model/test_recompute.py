@@ -29,9 +29,9 @@ def names(policy: frozenset[Part]) -> str:
 def gradients(policy: frozenset[Part], dtype: torch.dtype, *, deferred: bool = False) -> tuple[list[Tensor], list[str]]:
     """Losses and gradients of one micro-batch, and what was sent."""
     chunk, exchange = make_chunk(policy, dtype)
-    forward = drive(chunk.forward(*window()))
+    forward = drive(chunk.forward(*window(), SCALES))
     weights = WeightGradients(deferred=deferred)
-    drive(forward.backward(SCALES, None, weights))
+    drive(forward.backward(None, weights))
     weights.run()
     found = [forward.summary.main_sum, forward.summary.mtp_sum, forward.summary.balance_sum]
     for parameter in chunk.model.parameters():
