@@ -25,7 +25,6 @@ from shoestring.parallelism.gradients import Reducer
 from shoestring.parallelism.pipeline.overlap import Steps
 from shoestring.parallelism.pipeline.placement import Place
 from shoestring.parallelism.pipeline.program import Program
-from shoestring.parallelism.pipeline.weight_grad import WeightGradients
 from shoestring.parallelism.zero import ShardedOptimizer
 from shoestring.tests.parity.layouts import Layout, Load, Padding
 from shoestring.trainer.data.batch import TokenBatch
@@ -214,18 +213,16 @@ def divide_mtp_by_own_targets() -> Patch:
 
 def average_each_micro_batch() -> Patch:
     """Each micro-batch's loss is its own mean, and these means are averaged: a short one's tokens weigh more."""
-    backward = RunningStage.backward
+    forward = RunningStage.forward
 
-    def averaged(
-        self: RunningStage, micro_batch: int, received: Tensor | None, weights: WeightGradients
-    ) -> Steps[Tensor | None]:
+    def averaged(self: RunningStage, micro_batch: int, received: Tensor | None) -> Steps[Tensor | None]:
         assert self.scales is not None
         targets = max(1, int(count_targets(self.micro_batches[micro_batch], self.chunk.model.config.mtp_depth)))
         main = 1 / (targets * MICRO_BATCHES * torch.distributed.get_world_size())
         scales = replace(self.scales, main=main, mtp=self.scales.mtp / self.scales.main * main)
-        return backward(replace(self, scales=scales), micro_batch, received, weights)
+        return forward(replace(self, scales=scales), micro_batch, received)
 
-    return patch.object(RunningStage, "backward", averaged)
+    return patch.object(RunningStage, "forward", averaged)
 
 
 _GRADIENT = frozenset({"grad", "norm", "weights"})
