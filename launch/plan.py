@@ -57,9 +57,8 @@ def plan(overrides: Sequence[str], config_dir: Path | None, keep: int) -> Plan:
     what_ifs: list[WhatIf] = []
     if found.best:
         best = found.best[0]
-        ramp = {"ramp_from": training.ramp_from, "ramp_tokens": training.ramp_tokens}
-        size = {"tokens": training.tokens, "global_batch": training.global_batch}
-        phases = run_phases(forecaster, best.layout, best.recipe, **size, **ramp)  # type: ignore[arg-type]
+        tokens, batches = training.tokens, config.batches
+        phases = run_phases(forecaster, best.layout, best.recipe, tokens=tokens, batches=batches)
         what_ifs = sensitivity(forecaster, best.layout, best.recipe, training.global_batch)
     return Plan(config, recipe, found, configured, phases, what_ifs, Failures())
 

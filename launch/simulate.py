@@ -53,16 +53,8 @@ class Simulation:
 
     def phases(self) -> list[PhaseCost]:
         """GPU-hours of the whole run."""
-        training = self.config.training
-        return run_phases(
-            self.forecaster,
-            self.layout,
-            self.forecast.recipe,
-            tokens=training.tokens,
-            global_batch=training.global_batch,
-            ramp_from=training.ramp_from,
-            ramp_tokens=training.ramp_tokens,
-        )
+        tokens, batches = self.config.training.tokens, self.config.batches
+        return run_phases(self.forecaster, self.layout, self.forecast.recipe, tokens=tokens, batches=batches)
 
 
 def default_recipe(config: RunConfig) -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,24 @@ def test_the_published_ramp_is_refused_with_the_reason(capsys: pytest.CaptureFix
     assert "at least 32" in said
 
 
-def test_training_refuses_a_ramp(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    ramp = ["training.ramp_from=8", "training.ramp_tokens=1000", f"training.run_dir={tmp_path / 'run'}"]
-    said = run(capsys, "train", "topology=single", *ramp, code=2)
-    assert "training.ramp_from = 8: the training loop has no batch ramp yet" in said
+@pytest.mark.parametrize(
+    ("ramp", "gist"),
+    [
+        (
+            "training.ramp_from=4000",
+            "gives 31.25 micro-batches of 128 sequences in the first step, .* nearest legal batch is 4096",
+        ),
+        (
+            "training.ramp_step=200",
+            "gives 33.5625 micro-batches of 128 sequences in steps of 4296, .* nearest legal batch is 4352",
+        ),
+        ("training.ramp_step=128", "gives 33 micro-batches of 128 sequences in steps of 4224; .* nearest 32 or 34"),
+    ],
+)
+def test_a_ramp_with_an_illegal_size_is_refused(capsys: pytest.CaptureFixture[str], ramp: str, gist: str) -> None:
+    field, _, value = ramp.partition("=")
+    (problem,) = run(capsys, "train", V3, ramp, code=2).splitlines()[1:]
+    assert re.fullmatch(rf"  {re.escape(field)} = {value}: {gist}", problem), problem
 
 
 def test_half_a_ramp_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,7 +107,12 @@ def test_nothing_can_be_priced_without_kernel_times(capsys: pytest.CaptureFixtur
 
 def test_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["model.layers=8", "cluster.nodes=4", "topology.pp=4", "topology.edp=1", "topology.ep=8"]
-    batch = ["training.global_batch=128", "training.ramp_from=null", "training.ramp_tokens=0"]
+    batch = [
+        "training.global_batch=128",
+        "training.ramp_from=null",
+        "training.ramp_step=null",
+        "training.ramp_tokens=0",
+    ]
     found = tree(capsys, "plan", V3, *small, *batch)
     counted = sum(found["illegal"].values()) + sum(found["unfit"].values()) + found["simulated"] + found["excluded"]
     assert counted == found["considered"]
