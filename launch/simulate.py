@@ -270,17 +270,20 @@ def _errors(simulation: Simulation) -> Table:
     return table
 
 
-def phase_table(phases: Sequence[PhaseCost], price: float | None) -> Table:
-    """GPU-hours, and dollars where there is a price."""
+def phase_table(phases: Sequence[PhaseCost], price: float | None) -> RenderableType:
+    """GPU-hours, and dollars where there is a price; what is to be said about a phase stands below."""
     table = Table(title="The whole run", title_justify="left")
-    for heading in ("phase", "GPU-hours", "dollars", "evidence", "note"):
+    for heading in ("phase", "GPU-hours", "dollars", "evidence"):
         table.add_column(heading, justify="right" if heading in ("GPU-hours", "dollars") else "left")
+    notes = Table.grid(padding=(0, 2))
     total = PhaseCost("total", sum(phase.gpu_hours for phase in phases), "")
     for phase in (*phases, total):
         hours = f"{phase.gpu_hours:,.0f}" if phase.gpu_hours >= 100 else f"{phase.gpu_hours:.4g}"
         dollars = "-" if price is None else f"{phase.gpu_hours * price:,.0f}"
-        table.add_row(phase.name, hours, dollars, phase.evidence, phase.note, end_section=phase is phases[-1])
-    return table
+        table.add_row(phase.name, hours, dollars, phase.evidence, end_section=phase is phases[-1])
+        if phase.note:
+            notes.add_row(phase.name, phase.note.replace("; ", "\n"))
+    return Group(table, notes, "")
 
 
 def _assumptions(simulation: Simulation) -> list[tuple[str, str, str]]:

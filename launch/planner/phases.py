@@ -126,7 +126,7 @@ def sensitivity(forecaster: Forecaster, layout: Layout, recipe: Recipe, global_b
     changes = {
         "+10 % pace of every link": replace(recipe, links=recipe.links * 1.1),
         "first and last pipeline rank 8 % slower": replace(recipe, slowed=((0, 1.08), (-1, 1.08))),
-        "experts' rows 20 % above the mean on every rank's critical path": replace(recipe, skew=0.2),
+        "rows of the fullest rank 20 % above the mean": replace(recipe, skew=0.2),
         "nodes that differ by 1.4 % (standard deviation)": replace(recipe, jitter=0.014),
     }
     if recipe.comm_sms > 14:

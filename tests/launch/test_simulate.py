@@ -105,15 +105,26 @@ def test_nothing_can_be_priced_without_kernel_times(capsys: pytest.CaptureFixtur
     assert "cluster.tables = None" in said
 
 
+SMALL_PLAN = (
+    *("plan", V3, "model.layers=8", "cluster.nodes=4", "topology.pp=4", "topology.edp=1", "topology.ep=8"),
+    *("training.global_batch=128", "training.ramp_from=null", "training.ramp_step=null", "training.ramp_tokens=0"),
+)
+
+
+def test_a_plan_fits_into_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run(capsys, *SMALL_PLAN).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+    rows = [line.split() for line in lines if line.split()[:1] in (["1"], ["conf"])]
+    assert [row[0] for row in rows] == ["1", "conf", "1", "conf"]
+    assert [len(row) for row in rows[:2]] == [13, 13]  # every figure stands in the one line of its layout
+    assert "of the step" in " ".join(rows[2])
+    assert "does NOT fit into 84.94 GB" in " ".join(rows[3])
+
+
 def test_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["model.layers=8", "cluster.nodes=4", "topology.pp=4", "topology.edp=1", "topology.ep=8"]
-    batch = [
-        "training.global_batch=128",
-        "training.ramp_from=null",
-        "training.ramp_step=null",
-        "training.ramp_tokens=0",
-    ]
-    found = tree(capsys, "plan", V3, *small, *batch)
+    found = tree(capsys, *SMALL_PLAN)
     counted = sum(found["illegal"].values()) + sum(found["unfit"].values()) + found["simulated"] + found["excluded"]
     assert counted == found["considered"]
     steps = [layout["step_seconds"] for layout in found["layouts"]]
