@@ -14,10 +14,23 @@ from ..trainer.config import RunConfig
 from .compose import compose_run
 from .planner.failures import Failures
 from .planner.forecast import Forecast, Forecaster
-from .planner.phases import PhaseCost, WhatIf, run_phases, sensitivity
+from .planner.phases import PhaseCost, WhatIf, pretraining_hours, run_phases, sensitivity
 from .planner.recipe import Precision, Recipe
 from .planner.search import SearchResult, Space, illegality, search
-from .simulate import default_recipe, layout_of, layout_tree, phase_table
+from .simulate import default_recipe, layout_of, layout_tree, phase_table, run_facts
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layout and what pre-training costs in it."""
+
+    forecast: Forecast
+    phases: list[PhaseCost]
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of pre-training, the ramp included."""
+        return pretraining_hours(self.phases)
 
 
 @dataclass(frozen=True)
@@ -27,18 +40,18 @@ class Plan:
     config: RunConfig
     recipe: Recipe
     found: SearchResult
-    configured: Forecast | None
+    rows: tuple[Row, ...]
+    """The best layouts that are legal and fit, fastest first."""
+    configured: Row | None
     """The layout of the configuration, to compare with; None where it is illegal."""
-    phases: list[PhaseCost]
-    """Of the best layout."""
     what_ifs: list[WhatIf]
-    """The same."""
+    """Of the best layout."""
     failures: Failures
 
     @property
-    def best(self) -> Forecast | None:
+    def best(self) -> Row | None:
         """The fastest layout that is legal and fits."""
-        return self.found.best[0] if self.found.best else None
+        return self.rows[0] if self.rows else None
 
 
 def plan(overrides: Sequence[str], config_dir: Path | None, keep: int) -> Plan:
@@ -51,23 +64,26 @@ def plan(overrides: Sequence[str], config_dir: Path | None, keep: int) -> Plan:
     lent = (20, 6) if recipe.comm_sms else (recipe.comm_sms,)
     space = Space(cluster.gpus, cluster.gpus_per_node, precisions=formats, comm_sms=lent)
     found = search(forecaster, space.candidates(recipe), training.global_batch, keep)
+
+    def row(forecast: Forecast) -> Row:
+        size = forecaster, forecast.layout, forecast.recipe
+        return Row(forecast, run_phases(*size, tokens=training.tokens, batches=config.batches))
+
     configured = None
     if illegality(forecaster, layout_of(config), training.global_batch) is None:
-        configured = forecaster.forecast(layout_of(config), recipe, training.global_batch)
-    phases: list[PhaseCost] = []
+        configured = row(forecaster.forecast(layout_of(config), recipe, training.global_batch))
     what_ifs: list[WhatIf] = []
     if found.best:
-        best = found.best[0]
-        tokens, batches = training.tokens, config.batches
-        phases = run_phases(forecaster, best.layout, best.recipe, tokens=tokens, batches=batches)
-        what_ifs = sensitivity(forecaster, best.layout, best.recipe, training.global_batch)
-    return Plan(config, recipe, found, configured, phases, what_ifs, Failures())
+        what_ifs = sensitivity(forecaster, found.best[0].layout, found.best[0].recipe, training.global_batch)
+    return Plan(config, recipe, found, tuple(map(row, found.best)), configured, what_ifs, Failures())
 
 
 def plan_tree(result: Plan) -> dict[str, object]:
     """The figures as plain values, which `shoestring budget --against` reads."""
     found, best = result.found, result.best
+    gpus = result.config.cluster.gpus
     return {
+        "of": run_facts(result.config),
         "considered": found.considered,
         "illegal": dict(found.illegal),
         "unfit": dict(found.unfit),
@@ -75,25 +91,15 @@ def plan_tree(result: Plan) -> dict[str, object]:
         "excluded": found.excluded,
         "smallest_excluded_bound_seconds": found.smallest_excluded,
         "search_seconds": found.seconds,
-        "layouts": [_row_tree(forecast, result) for forecast in found.best],
-        "configured": None if result.configured is None else _row_tree(result.configured, result),
+        "layouts": [layout_tree(row.forecast, row.gpu_hours) for row in result.rows],
+        "configured": None
+        if result.configured is None
+        else layout_tree(result.configured.forecast, result.configured.gpu_hours),
         "budget_gpu_hours": result.config.budget.gpu_hours,
-        "phases": [phase.__dict__ for phase in result.phases],
+        "phases": [] if best is None else [phase.__dict__ for phase in best.phases],
         "sensitivity": [{"what": w.name, "step_seconds": w.seconds} for w in result.what_ifs],
-        "effective_training_time": None if best is None else result.failures.effective_share(best.gpus),
-        "checkpoint_interval_seconds": None if best is None else result.failures.best_interval(best.gpus),
-    }
-
-
-def _row_tree(forecast: Forecast, result: Plan) -> dict[str, object]:
-    return layout_tree(forecast) | {
-        "step_seconds": forecast.seconds,
-        "tokens_per_second_and_gpu": forecast.tokens_per_second_and_gpu,
-        "mfu": forecast.mfu,
-        "memory_bytes": forecast.peak_memory.total,
-        "gpu_hours": forecast.gpu_hours(result.config.training.tokens),
-        "terms": forecast.mean_terms | {"reduce_wait": forecast.reduce, "optimizer": forecast.optimizer},
-        "limit": forecast.limit,
+        "effective_training_time": None if best is None else result.failures.effective_share(gpus),
+        "checkpoint_interval_seconds": None if best is None else result.failures.best_interval(gpus),
     }
 
 
@@ -101,7 +107,7 @@ def plan_table(result: Plan) -> RenderableType:
     """The same for a reader."""
     parts: list[RenderableType] = [_layouts(result), _counts(result.found)]
     if result.best is not None:
-        parts += [phase_table(result.phases, result.config.cluster.price_per_gpu_hour), _budget(result)]
+        parts += [phase_table(result.best.phases, result.config.cluster.price_per_gpu_hour), _budget(result)]
         parts += [_sensitivity(result), _failures(result), _comparison(result)]
     return Group(*parts)
 
@@ -124,12 +130,13 @@ def _layouts(result: Plan) -> RenderableType:
     limits.add_column("")
     limits.add_column("GPU-hours", justify="right", no_wrap=True)
     limits.add_column("limited by")
-    rows = [(str(place), forecast) for place, forecast in enumerate(result.found.best, 1)]
-    for name, forecast in [*rows, *([] if result.configured is None else [("conf", result.configured)])]:
+    named = [(str(place), row) for place, row in enumerate(result.rows, 1)]
+    for name, row in [*named, *([] if result.configured is None else [("conf", result.configured)])]:
+        forecast = row.forecast
         figures.add_row(name, *_cells(forecast))
         fits = cluster.memory_gb is None or forecast.peak_memory.total <= cluster.memory_gb * 1e9
         limit = forecast.limit if fits else f"its memory: does NOT fit into {cluster.memory_gb:g} GB"
-        limits.add_row(name, f"{forecast.gpu_hours(training.tokens):,.0f}", limit)
+        limits.add_row(name, f"{row.gpu_hours:,.0f}", limit)
     if result.configured is not None:
         limits.caption = "conf: the layout of the configuration, to compare with."
     return Group(figures, "", limits, "")
@@ -178,7 +185,8 @@ def _counts(found: SearchResult) -> Table:
 
 
 def _budget(result: Plan) -> str:
-    planned, budget = sum(phase.gpu_hours for phase in result.phases[:-2]), result.config.budget.gpu_hours
+    assert result.best is not None
+    planned, budget = result.best.gpu_hours, result.config.budget.gpu_hours
     verdict = "inside" if planned <= budget else "over"
     return f"Pre-training {planned:,.0f} GPU-hours, {verdict} the budget of {budget:,.0f} ({planned / budget:.1%})."
 
@@ -189,13 +197,15 @@ def _sensitivity(result: Plan) -> Table:
     for heading in ("change", "seconds", "of the step"):
         table.add_column(heading, justify="left" if heading == "change" else "right")
     for what_if in result.what_ifs:
-        table.add_row(what_if.name, f"{what_if.seconds:.3f}", f"{what_if.seconds / result.best.seconds - 1:+.1%}")
+        table.add_row(
+            what_if.name, f"{what_if.seconds:.3f}", f"{what_if.seconds / result.best.forecast.seconds - 1:+.1%}"
+        )
     return table
 
 
 def _failures(result: Plan) -> str:
     assert result.best is not None
-    failures, gpus = result.failures, result.best.gpus
+    failures, gpus = result.failures, result.best.forecast.gpus
     hours = failures.mean_seconds_between(gpus) / 3600
     blocked, restart = failures.checkpoint_seconds, failures.restart_seconds
     interval, share = failures.best_interval(gpus) / 60, failures.effective_share(gpus)
@@ -207,9 +217,9 @@ def _failures(result: Plan) -> str:
 
 
 def _comparison(result: Plan) -> str:
-    best, configured = result.best, result.configured
-    if best is None or configured is None:
+    if result.best is None or result.configured is None:
         return "The configured layout is illegal, so there is nothing to compare with."
+    best, configured = result.best.forecast, result.configured.forecast
     if best.seconds >= configured.seconds:
         return "No layout of the search beats the configured one."
     gain = 1 - best.seconds / configured.seconds

@@ -6,6 +6,7 @@ published cost and is marked so.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -68,6 +69,11 @@ def run_phases(
     )
     phases.append(PhaseCost("post-training", PUBLISHED_GPU_HOURS["post_training"], "published"))
     return phases
+
+
+def pretraining_hours(phases: Sequence[PhaseCost]) -> float:
+    """Of the phases that run on the grid: the ramp and the full batch."""
+    return sum(phase.gpu_hours for phase in phases if phase.evidence == "simulated")
 
 
 def _ramp_hours(forecaster: Forecaster, layout: Layout, recipe: Recipe, batches: Batches, tokens: int) -> float:

@@ -77,13 +77,13 @@ def test_json_trace_and_page(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     trace, page = tmp_path / "trace.json", tmp_path / "page.html"
     found = tree(capsys, "simulate", V3, "--trace", str(trace), "--html", str(page), "--precision", "bf16")
     assert found["layout"]["precision"] == "bf16"
-    assert len(found["terms"]) == 16
+    assert len(found["terms_by_rank"]) == 16
     events = json.loads(trace.read_text())["traceEvents"]
     assert {event["pid"] for event in events} == set(range(16))
     names = {event["name"] for event in events}
     assert {"F", "B", "I", "W", "FB", "edge_wait", "attn(F)", "mlp(B)", "dispatch", "optimizer"} <= names
     ends = [(event["ts"] + event["dur"]) / 1e6 for event in events if "dur" in event]
-    assert max(ends) == pytest.approx(found["step_seconds"], rel=1e-6)
+    assert max(ends) == pytest.approx(found["layout"]["step_seconds"], rel=1e-6)
     text = page.read_text()
     assert text.count("<svg") == 2
     assert "rank 15" in text
