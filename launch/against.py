@@ -157,10 +157,11 @@ def comparison_tree(comparison: Comparison) -> dict[str, object]:
 
 def comparison_table(comparison: Comparison) -> RenderableType:
     """The same for a person."""
-    scale, unit = (1.0, "s") if max(comparison.step.planned or 0, comparison.step.measured or 0) >= 1 else (1e3, "ms")
+    longest = max(comparison.step.planned or 0.0, comparison.step.measured or 0.0)
+    scale, unit = (1.0, "s") if longest >= 1 else (1e3, "ms")
     table = Table(
         title=f"planned and measured: {comparison.row}",
-        caption=f"Terms in {unit} a step, mean over ranks. GPU-hours at the run's end: a plan's are of\n"
+        caption=f"Terms in {unit} a step, mean over ranks. GPU-hours at the run's end: a plan's are of "
         "steps alone, all are also start-up, checkpoints and the like.",
         title_justify="left",
         caption_justify="left",
@@ -168,9 +169,9 @@ def comparison_table(comparison: Comparison) -> RenderableType:
     for heading in ("", "planned", "measured", "difference", "of the plan"):
         table.add_column(heading, justify="right" if heading else "left")
     for each in (*comparison.terms, comparison.step):
-        figures = _figures(each, lambda figure: f"{figure * scale:.4g}")
+        figures = _figures(each, lambda figure: f"{figure * scale:.4f}")
         is_last = each in (comparison.terms[-1], comparison.step)
-        table.add_row(each.name.replace("_", " "), *figures, _share(each), end_section=is_last)
+        table.add_row(each.name.replace("_", " "), *figures, _share(each, least=longest / 1e5), end_section=is_last)
     for each in comparison.totals:
         name, show = _TOTALS[each.name]
         table.add_row(name, *_figures(each, show), _share(each))
@@ -196,9 +197,9 @@ def _figures(each: Line, show: Callable[[float], str]) -> list[str]:
     return [planned, measured, "-" if each.difference is None else f"{sign}{show(each.difference)}"]
 
 
-def _share(each: Line) -> str:
-    """The difference, of what was planned; the ratio where that says more."""
-    if not each.planned or each.measured is None:
+def _share(each: Line, least: float = 0.0) -> str:
+    """The difference, of what was planned; the ratio where that says more. Nothing of a plan up to `least`."""
+    if each.planned is None or each.planned <= least or each.measured is None:
         return ""
     ratio = each.measured / each.planned
     return f"x {ratio:,.0f}" if ratio >= 10 else f"{ratio - 1:+.1%}"
