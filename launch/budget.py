@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import RenderableType
 
@@ -40,6 +41,8 @@ class Question:
     sacct: Path | None
     invoice: Path | None
     invoice_columns: str
+    against: Path | None
+    """A plan, to compare with."""
 
     @property
     def price(self) -> float:
@@ -57,7 +60,12 @@ class Question:
 
     def _problems(self) -> Iterator[Problem]:
         if self.is_project:
-            asked = {"--tokens": self.tokens, "--sacct": self.sacct, "--invoice": self.invoice}
+            asked = {
+                "--tokens": self.tokens,
+                "--sacct": self.sacct,
+                "--invoice": self.invoice,
+                "--against": self.against,
+            }
             for option, value in asked.items():
                 if value is not None:
                     yield Problem(option, str(value), "asks about one run; name its directory, not a project")
@@ -91,7 +99,10 @@ def budget_tables(question: Question) -> Iterator[RenderableType]:
         return
     summary = summarise(question.run)
     comparisons, invoice = _comparisons(question, summary), _invoice(question)
+    plan = None if question.against is None else _against(question.run, summary, question.against, as_json=False)
     yield render(summary, question.price)
+    if plan is not None:
+        yield plan
     if question.tokens is not None and question.gpus is not None:
         yield render_what_if(summary, parse_tokens(question.tokens), question.gpus, question.price)
     for title, lines in comparisons.items():
@@ -113,6 +124,8 @@ def budget_tree(question: Question) -> dict[str, object]:
             name: {"gpu_hours": hours, "days": hours / question.gpus / 24, "usd": hours * question.price}
             for name, hours in needed.items()
         }
+    if question.against is not None:
+        tree["against"] = _against(question.run, summary, question.against, as_json=True)
     for title, lines in _comparisons(question, summary).items():
         tree[title] = [{"line": line.name, "gpu_ms": line.gpu_ms} for line in lines]
     invoice = _invoice(question)
@@ -140,6 +153,17 @@ def _comparisons(question: Question, summary: Summary) -> dict[str, Sequence[Lin
     if invoice is not None:
         found["invoice and ledger"] = reconcile_invoice(summary, invoice)
     return found
+
+
+def _against(run_dir: Path, summary: Summary, plan: Path, *, as_json: bool) -> Any:
+    """A table, or plain values."""
+    from .against import (
+        compare,
+        comparison_table,
+        comparison_tree,
+    )  # and with it torch: seconds that a bill need not wait
+
+    return (comparison_tree if as_json else comparison_table)(compare(run_dir, summary, plan))
 
 
 def _invoice(question: Question) -> Invoice | None:

@@ -92,6 +92,8 @@ def _add_budget(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     budget.add_argument("--invoice", type=Path, metavar="FILE", help="compare with an invoice, a CSV")
     columns = "what the CSV calls gpu_hours and amount"
     budget.add_argument("--invoice-columns", default="", metavar="gpu_hours=NAME,amount=NAME", help=columns)
+    plan = "compare with a plan: what shoestring plan or simulate prints with --format json"
+    budget.add_argument("--against", type=Path, metavar="PLAN", help=plan)
     budget.add_argument("--format", choices=["table", "json"], default="table")
     budget.set_defaults(run=_budget)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
@@ -13,10 +14,23 @@ from ..trainer.config import RunConfig
 from .compose import compose_run
 from .planner.failures import Failures
 from .planner.forecast import Forecast, Forecaster
-from .planner.phases import PhaseCost, WhatIf, run_phases, sensitivity
+from .planner.phases import PhaseCost, WhatIf, pretraining_hours, run_phases, sensitivity
 from .planner.recipe import Precision, Recipe
 from .planner.search import SearchResult, Space, illegality, search
-from .simulate import default_recipe, layout_of, layout_tree, phase_table
+from .simulate import default_recipe, layout_of, layout_tree, phase_table, run_facts
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layout and what pre-training costs in it."""
+
+    forecast: Forecast
+    phases: list[PhaseCost]
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of pre-training, the ramp included."""
+        return pretraining_hours(self.phases)
 
 
 @dataclass(frozen=True)
@@ -26,18 +40,18 @@ class Plan:
     config: RunConfig
     recipe: Recipe
     found: SearchResult
-    configured: Forecast | None
+    rows: tuple[Row, ...]
+    """The best layouts that are legal and fit, fastest first."""
+    configured: Row | None
     """The layout of the configuration, to compare with; None where it is illegal."""
-    phases: list[PhaseCost]
-    """Of the best layout."""
     what_ifs: list[WhatIf]
-    """The same."""
+    """Of the best layout."""
     failures: Failures
 
     @property
-    def best(self) -> Forecast | None:
+    def best(self) -> Row | None:
         """The fastest layout that is legal and fits."""
-        return self.found.best[0] if self.found.best else None
+        return self.rows[0] if self.rows else None
 
 
 def plan(overrides: Sequence[str], config_dir: Path | None, keep: int) -> Plan:
@@ -50,24 +64,26 @@ def plan(overrides: Sequence[str], config_dir: Path | None, keep: int) -> Plan:
     lent = (20, 6) if recipe.comm_sms else (recipe.comm_sms,)
     space = Space(cluster.gpus, cluster.gpus_per_node, precisions=formats, comm_sms=lent)
     found = search(forecaster, space.candidates(recipe), training.global_batch, keep)
+
+    def row(forecast: Forecast) -> Row:
+        size = forecaster, forecast.layout, forecast.recipe
+        return Row(forecast, run_phases(*size, tokens=training.tokens, batches=config.batches))
+
     configured = None
     if illegality(forecaster, layout_of(config), training.global_batch) is None:
-        configured = forecaster.forecast(layout_of(config), recipe, training.global_batch)
-    phases: list[PhaseCost] = []
+        configured = row(forecaster.forecast(layout_of(config), recipe, training.global_batch))
     what_ifs: list[WhatIf] = []
     if found.best:
-        best = found.best[0]
-        ramp = {"ramp_from": training.ramp_from, "ramp_tokens": training.ramp_tokens}
-        size = {"tokens": training.tokens, "global_batch": training.global_batch}
-        phases = run_phases(forecaster, best.layout, best.recipe, **size, **ramp)  # type: ignore[arg-type]
-        what_ifs = sensitivity(forecaster, best.layout, best.recipe, training.global_batch)
-    return Plan(config, recipe, found, configured, phases, what_ifs, Failures())
+        what_ifs = sensitivity(forecaster, found.best[0].layout, found.best[0].recipe, training.global_batch)
+    return Plan(config, recipe, found, tuple(map(row, found.best)), configured, what_ifs, Failures())
 
 
 def plan_tree(result: Plan) -> dict[str, object]:
     """The figures as plain values, which `shoestring budget --against` reads."""
     found, best = result.found, result.best
+    gpus = result.config.cluster.gpus
     return {
+        "of": run_facts(result.config),
         "considered": found.considered,
         "illegal": dict(found.illegal),
         "unfit": dict(found.unfit),
@@ -75,25 +91,15 @@ def plan_tree(result: Plan) -> dict[str, object]:
         "excluded": found.excluded,
         "smallest_excluded_bound_seconds": found.smallest_excluded,
         "search_seconds": found.seconds,
-        "layouts": [_row_tree(forecast, result) for forecast in found.best],
-        "configured": None if result.configured is None else _row_tree(result.configured, result),
+        "layouts": [layout_tree(row.forecast, row.gpu_hours) for row in result.rows],
+        "configured": None
+        if result.configured is None
+        else layout_tree(result.configured.forecast, result.configured.gpu_hours),
         "budget_gpu_hours": result.config.budget.gpu_hours,
-        "phases": [phase.__dict__ for phase in result.phases],
+        "phases": [] if best is None else [phase.__dict__ for phase in best.phases],
         "sensitivity": [{"what": w.name, "step_seconds": w.seconds} for w in result.what_ifs],
-        "effective_training_time": None if best is None else result.failures.effective_share(best.gpus),
-        "checkpoint_interval_seconds": None if best is None else result.failures.best_interval(best.gpus),
-    }
-
-
-def _row_tree(forecast: Forecast, result: Plan) -> dict[str, object]:
-    return layout_tree(forecast) | {
-        "step_seconds": forecast.seconds,
-        "tokens_per_second_and_gpu": forecast.tokens_per_second_and_gpu,
-        "mfu": forecast.mfu,
-        "memory_bytes": forecast.peak_memory.total,
-        "gpu_hours": forecast.gpu_hours(result.config.training.tokens),
-        "terms": forecast.mean_terms | {"reduce_wait": forecast.reduce, "optimizer": forecast.optimizer},
-        "limit": forecast.limit,
+        "effective_training_time": None if best is None else result.failures.effective_share(gpus),
+        "checkpoint_interval_seconds": None if best is None else result.failures.best_interval(gpus),
     }
 
 
@@ -101,54 +107,65 @@ def plan_table(result: Plan) -> RenderableType:
     """The same for a reader."""
     parts: list[RenderableType] = [_layouts(result), _counts(result.found)]
     if result.best is not None:
-        parts += [phase_table(result.phases, result.config.cluster.price_per_gpu_hour), _budget(result)]
+        parts += [phase_table(result.best.phases, result.config.cluster.price_per_gpu_hour), _budget(result)]
         parts += [_sensitivity(result), _failures(result), _comparison(result)]
     return Group(*parts)
 
 
-def _layouts(result: Plan) -> Table:
+_COLUMNS = ("", "pp edp ep", "schedule", "mb", "recipe", "SMs", "step, s", "tok/s", "MFU", "GB")
+_WORDS = ("", "pp edp ep", "schedule", "recipe")
+
+
+def _layouts(result: Plan) -> RenderableType:
+    """Two tables of the same rows, each narrow enough for 80 columns."""
     cluster, training = result.config.cluster, result.config.training
-    table = Table(
-        title=f"{result.config.model.name} on {cluster.gpus} {cluster.name}, {training.global_batch:,} sequences",
-        caption="MFU: main model, causal, without MTP, of the dense BF16 peak.",
+    figures, limits = _slim_table(), _slim_table()
+    figures.title = f"{result.config.model.name} on {cluster.gpus} {cluster.name}, {training.global_batch:,} sequences"
+    figures.caption = (
+        "mb: sequences of a micro-batch; SMs: lent to the exchange; tok/s: of one GPU; GB: of the fullest rank.\n"
+        "MFU: main model, causal, without MTP, of the dense BF16 peak."
+    )
+    for heading in _COLUMNS:
+        figures.add_column(heading, justify="left" if heading in _WORDS else "right", no_wrap=True)
+    limits.add_column("")
+    limits.add_column("GPU-hours", justify="right", no_wrap=True)
+    limits.add_column("limited by")
+    named = [(str(place), row) for place, row in enumerate(result.rows, 1)]
+    for name, row in [*named, *([] if result.configured is None else [("conf", result.configured)])]:
+        forecast = row.forecast
+        figures.add_row(name, *_cells(forecast))
+        fits = cluster.memory_gb is None or forecast.peak_memory.total <= cluster.memory_gb * 1e9
+        limit = forecast.limit if fits else f"its memory: does NOT fit into {cluster.memory_gb:g} GB"
+        limits.add_row(name, f"{row.gpu_hours:,.0f}", limit)
+    if result.configured is not None:
+        limits.caption = "conf: the layout of the configuration, to compare with."
+    return Group(figures, "", limits, "")
+
+
+def _slim_table() -> Table:
+    """Without lines between columns, which would take a third of a narrow terminal."""
+    return Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
         title_justify="left",
         caption_justify="left",
     )
-    for heading in (
-        "pp edp ep",
-        "schedule",
-        "mb",
-        "recipe",
-        "step",
-        "tok/s/GPU",
-        "MFU",
-        "memory",
-        "GPU-hours",
-        "limit",
-    ):
-        table.add_column(heading, justify="right" if heading in ("mb", "step", "tok/s/GPU", "MFU") else "left")
-    for forecast in result.found.best:
-        table.add_row(*_cells(forecast, training.tokens))
-    if result.configured is not None:
-        table.add_section()
-        cells = _cells(result.configured, training.tokens)
-        table.add_row(f"{cells[0]} (configured)", *cells[1:])
-    return table
 
 
-def _cells(forecast: Forecast, tokens: int) -> list[str]:
+def _cells(forecast: Forecast) -> list[str]:
     topology, recipe = forecast.layout.topology, forecast.recipe
     return [
         f"{topology.pp} {topology.edp} {topology.ep}",
         forecast.layout.schedule,
         str(forecast.layout.micro_batch),
-        f"{recipe.precision} {recipe.recompute} {recipe.comm_sms} SMs",
-        f"{forecast.seconds:.3f} s",
+        f"{recipe.precision} {recipe.recompute}",
+        str(recipe.comm_sms),
+        f"{forecast.seconds:.3f}",
         f"{forecast.tokens_per_second_and_gpu:,.0f}",
         f"{forecast.mfu:.1%}",
-        f"{forecast.peak_memory.total / 1e9:.1f} GB",
-        f"{forecast.gpu_hours(tokens):,.0f}",
-        forecast.limit,
+        f"{forecast.peak_memory.total / 1e9:.1f}",
     ]
 
 
@@ -161,16 +178,15 @@ def _counts(found: SearchResult) -> Table:
     for reason, count in found.unfit.most_common():
         table.add_row(f"does not fit: {reason}", f"{count:,}")
     rate = found.simulated / found.simulation_seconds if found.simulation_seconds else 0.0
-    table.add_row(
-        f"simulated in full ({rate:.0f} a second of a core once their programs are built)", f"{found.simulated:,}"
-    )
+    table.add_row(f"simulated in full, {rate:.0f} a second and core", f"{found.simulated:,}")
     if found.excluded:
         table.add_row(f"excluded: no order of things is under {found.smallest_excluded:.3f} s", f"{found.excluded:,}")
     return table
 
 
 def _budget(result: Plan) -> str:
-    planned, budget = sum(phase.gpu_hours for phase in result.phases[:-2]), result.config.budget.gpu_hours
+    assert result.best is not None
+    planned, budget = result.best.gpu_hours, result.config.budget.gpu_hours
     verdict = "inside" if planned <= budget else "over"
     return f"Pre-training {planned:,.0f} GPU-hours, {verdict} the budget of {budget:,.0f} ({planned / budget:.1%})."
 
@@ -181,13 +197,15 @@ def _sensitivity(result: Plan) -> Table:
     for heading in ("change", "seconds", "of the step"):
         table.add_column(heading, justify="left" if heading == "change" else "right")
     for what_if in result.what_ifs:
-        table.add_row(what_if.name, f"{what_if.seconds:.3f}", f"{what_if.seconds / result.best.seconds - 1:+.1%}")
+        table.add_row(
+            what_if.name, f"{what_if.seconds:.3f}", f"{what_if.seconds / result.best.forecast.seconds - 1:+.1%}"
+        )
     return table
 
 
 def _failures(result: Plan) -> str:
     assert result.best is not None
-    failures, gpus = result.failures, result.best.gpus
+    failures, gpus = result.failures, result.best.forecast.gpus
     hours = failures.mean_seconds_between(gpus) / 3600
     blocked, restart = failures.checkpoint_seconds, failures.restart_seconds
     interval, share = failures.best_interval(gpus) / 60, failures.effective_share(gpus)
@@ -199,18 +217,16 @@ def _failures(result: Plan) -> str:
 
 
 def _comparison(result: Plan) -> str:
-    best, configured = result.best, result.configured
-    if best is None or configured is None:
+    if result.best is None or result.configured is None:
         return "The configured layout is illegal, so there is nothing to compare with."
+    best, configured = result.best.forecast, result.configured.forecast
     if best.seconds >= configured.seconds:
         return "No layout of the search beats the configured one."
     gain = 1 - best.seconds / configured.seconds
-    same = replace(best.recipe, comm_sms=configured.recipe.comm_sms) == configured.recipe
-    why = "the same layout of weights and phases" if same and best.layout == configured.layout else best.limit
     lent = f"{best.recipe.comm_sms} SMs lent instead of {configured.recipe.comm_sms}"
     evidence = (
         f" {lent}: published for DeepEP V2 with 32 ranks at the same pace, assumed to hold here."
         if best.recipe.comm_sms != configured.recipe.comm_sms
         else ""
     )
-    return f"The best layout is {gain:.1%} faster than the configured one ({why}).{evidence}"
+    return f"The best layout is {gain:.1%} faster than the configured one.{evidence}"

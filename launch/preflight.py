@@ -31,7 +31,7 @@ def preflight(config: RunConfig, local_ranks: int, *, fresh: bool, first_machine
     Data that is missing, damaged or too short, GPUs or a DeepEP not there, a wandb without account, a directory that
     no run has made, a checkpoint of another run. `first_machine` is the one that speaks for the run.
     """
-    problems: list[Problem] = [*_ramp_problems(config)]
+    problems: list[Problem] = []
     data = None
     with noting(problems):
         prepared = open_prepared(config.data)
@@ -118,17 +118,12 @@ def budget_problems(config: RunConfig, *, fresh: bool = False) -> Iterator[Probl
 
 def _tokens_left(config: RunConfig) -> int:
     steps = _store(config).steps()
-    return max(0, config.total_steps - (steps[-1] if steps else 0)) * config.tokens_per_step
+    done = steps[-1] if steps else 0
+    return max(0, config.tokens_after(config.total_steps) - config.tokens_after(done))
 
 
 def _store(config: RunConfig) -> CheckpointStore:
     return CheckpointStore(Path(config.training.run_dir) / "checkpoints", config.training.keep_checkpoints)
-
-
-def _ramp_problems(config: RunConfig) -> Iterator[Problem]:
-    if config.training.ramp_from not in (None, config.training.global_batch):
-        remedy = "the training loop has no batch ramp yet, only the planner prices one; write null"
-        yield Problem("training.ramp_from", config.training.ramp_from, remedy)
 
 
 def _device_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -17,7 +17,7 @@ from .planner.evidence import assumptions
 from .planner.forecast import Forecast, Forecaster, Layout
 from .planner.page import html_page
 from .planner.pair import exposed_share, simulate_pair
-from .planner.phases import PhaseCost, run_phases
+from .planner.phases import PhaseCost, pretraining_hours, run_phases
 from .planner.published import PAIR_SECONDS, PHASES, STEP_SECONDS, is_published
 from .planner.recipe import Precision, Recipe, Recompute, Sync
 from .planner.timeline import write_timeline
@@ -53,16 +53,8 @@ class Simulation:
 
     def phases(self) -> list[PhaseCost]:
         """GPU-hours of the whole run."""
-        training = self.config.training
-        return run_phases(
-            self.forecaster,
-            self.layout,
-            self.forecast.recipe,
-            tokens=training.tokens,
-            global_batch=training.global_batch,
-            ramp_from=training.ramp_from,
-            ramp_tokens=training.ramp_tokens,
-        )
+        tokens, batches = self.config.training.tokens, self.config.batches
+        return run_phases(self.forecaster, self.layout, self.forecast.recipe, tokens=tokens, batches=batches)
 
 
 def default_recipe(config: RunConfig) -> Recipe:
@@ -108,31 +100,35 @@ def write_files(simulation: Simulation, trace: Path | None, page: Path | None) -
 def simulation_tree(simulation: Simulation) -> dict[str, object]:
     """Everything as plain values."""
     forecast, cluster = simulation.forecast, simulation.config.cluster
+    phases = simulation.phases()
     tree: dict[str, object] = {
-        "layout": layout_tree(forecast),
-        "step_seconds": forecast.seconds,
-        "tokens_per_second_and_gpu": forecast.tokens_per_second_and_gpu,
-        "mfu": forecast.mfu,
+        "of": run_facts(simulation.config),
+        "layout": layout_tree(forecast, pretraining_hours(phases)),
         "flops_per_token": forecast.flops.main,
         "convention": CONVENTION,
-        "terms": list(forecast.terms),
+        "terms_by_rank": list(forecast.terms),
         "report_view": forecast.report_view(),
-        "reduce_wait": forecast.reduce,
-        "optimizer": forecast.optimizer,
-        "memory_bytes": [memory.__dict__ | {"total": memory.total} for memory in forecast.memory],
+        "memory_by_rank": [memory.__dict__ | {"total": memory.total} for memory in forecast.memory],
         "memory_limit_bytes": None if cluster.memory_gb is None else cluster.memory_gb * 1e9,
         "transfer_seconds": forecast.transfer,
         "evidence": forecast.coverage.shares(),
         "misses": forecast.coverage.misses,
         "assumptions": [list(row) for row in _assumptions(simulation)],
         "errors": [list(row) for row in error_rows(simulation)] if simulation.is_published else [],
-        "phases": [phase.__dict__ for phase in simulation.phases()],
+        "phases": [phase.__dict__ for phase in phases],
     }
     return tree
 
 
-def layout_tree(forecast: Forecast) -> dict[str, object]:
-    """A layout as plain values."""
+def run_facts(config: RunConfig) -> dict[str, object]:
+    """What a price is of, besides the layout: a run of anything else has another."""
+    names = ("sequence_length", "global_batch", "ramp_from", "ramp_step", "ramp_tokens", "tokens")
+    training = {name: config.training.__dict__[name] for name in names}
+    return {"model": asdict(config.model), **training, "cluster": config.cluster.name}
+
+
+def layout_tree(forecast: Forecast, gpu_hours: float) -> dict[str, object]:
+    """A layout and its price as plain values; `gpu_hours` are those of pre-training, terms are means over ranks."""
     topology, recipe = forecast.layout.topology, forecast.recipe
     return {
         "pp": topology.pp,
@@ -144,6 +140,13 @@ def layout_tree(forecast: Forecast) -> dict[str, object]:
         "precision": recipe.precision.value,
         "recompute": recipe.recompute.value,
         "comm_sms": recipe.comm_sms,
+        "step_seconds": forecast.seconds,
+        "tokens_per_second_and_gpu": forecast.tokens_per_second_and_gpu,
+        "mfu": forecast.mfu,
+        "memory_bytes": forecast.peak_memory.total,
+        "gpu_hours": gpu_hours,
+        "terms": forecast.mean_terms | {"reduce_wait": forecast.reduce, "optimizer": forecast.optimizer},
+        "limit": forecast.limit,
     }
 
 
@@ -278,17 +281,20 @@ def _errors(simulation: Simulation) -> Table:
     return table
 
 
-def phase_table(phases: Sequence[PhaseCost], price: float | None) -> Table:
-    """GPU-hours, and dollars where there is a price."""
+def phase_table(phases: Sequence[PhaseCost], price: float | None) -> RenderableType:
+    """GPU-hours, and dollars where there is a price; what is to be said about a phase stands below."""
     table = Table(title="The whole run", title_justify="left")
-    for heading in ("phase", "GPU-hours", "dollars", "evidence", "note"):
+    for heading in ("phase", "GPU-hours", "dollars", "evidence"):
         table.add_column(heading, justify="right" if heading in ("GPU-hours", "dollars") else "left")
+    notes = Table.grid(padding=(0, 2))
     total = PhaseCost("total", sum(phase.gpu_hours for phase in phases), "")
     for phase in (*phases, total):
         hours = f"{phase.gpu_hours:,.0f}" if phase.gpu_hours >= 100 else f"{phase.gpu_hours:.4g}"
         dollars = "-" if price is None else f"{phase.gpu_hours * price:,.0f}"
-        table.add_row(phase.name, hours, dollars, phase.evidence, phase.note, end_section=phase is phases[-1])
-    return table
+        table.add_row(phase.name, hours, dollars, phase.evidence, end_section=phase is phases[-1])
+        if phase.note:
+            notes.add_row(phase.name, phase.note.replace("; ", "\n"))
+    return Group(table, notes, "")
 
 
 def _assumptions(simulation: Simulation) -> list[tuple[str, str, str]]:

@@ -44,6 +44,10 @@ class Reducer:
         self._world = world
         self._reducing: list[Pending[None]] = []
 
+    def follow(self, final_after: Sequence[int]) -> None:
+        """Another program runs from the next step on. The order of the buckets stays: any will do that all agree on."""
+        self._final_after = tuple(final_after)
+
     def begin(self) -> None:
         """Gradients of a new step: zero, also where no token will reach. `traffic` counts a step's bytes from here."""
         self._reducing.clear()

@@ -59,6 +59,14 @@ class ShardedOptimizer:
         self._arriving: dict[int, Pending[None]] = {}
         self._recorder = recorder
 
+    def follow(self, needed_from: Sequence[int], final_after: Sequence[int]) -> None:
+        """Another program runs from the next step on; of each bucket, the instructions that matter there.
+
+        Weights that are on their way arrive as the new one needs them.
+        """
+        self._needed_from = tuple(needed_from)
+        self.reducer.follow(final_after)
+
     @torch.no_grad()
     def step(self, rate: float, factor: float = 1.0) -> None:
         """Update every owned shard by its gradients times `factor`, and start to hand the weights out."""

@@ -30,7 +30,7 @@ T = TypeVar("T")
 def begin_save(rank: Rank, step: int, reporter: Reporter | None, *, owes_evaluation: bool = False) -> None:
     """Save the state after `step` steps: return when it is copied, and the save before has ended."""
     finish_save(rank, reporter)
-    facts: dict[str, Any] = {"step": step, "consumed_samples": step * rank.config.training.global_batch}
+    facts: dict[str, Any] = {"step": step, "consumed_samples": rank.config.batches.consumed(step)}
     facts["owes_evaluation"] = owes_evaluation
     attachments = {}
     if reporter is not None:

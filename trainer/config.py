@@ -10,7 +10,8 @@ from ..comm.config import ExchangeConfig
 from ..comm.refusal import Doubt, Problem
 from ..comm.topology import Topology
 from ..parallelism.pipeline.partition import partition_problems
-from ..parallelism.pipeline.schedules import SCHEDULES, build_placement, schedule_problems
+from ..parallelism.pipeline.schedules import SCHEDULES, build_placement, nearest_legal, schedule_problems
+from .batches import Batches, ramp
 from .budget.config import BudgetConfig
 from .by_tokens import by_tokens_problems
 from .costs.cluster import ClusterConfig
@@ -68,10 +69,11 @@ class TrainingConfig:
     global_batch: int = 16
     """Sequences of one optimizer step over all ranks."""
     ramp_from: int | None = None
-    """Sequences of the first step; the batch then grows to `global_batch`. null: it is `global_batch` from the start.
-    The planner prices it; the training loop has no ramp yet, and refuses it."""
+    """Sequences of the first step; the batch then grows to `global_batch`. null: it is that from the start."""
+    ramp_step: int | None = None
+    """Sequences by which it grows at a time; null without a ramp."""
     ramp_tokens: int = 0
-    """Consumed tokens over which it grows."""
+    """Consumed tokens over which it grows, an equal share of them with each size."""
     balance_weight: float = 1e-4
     """α of the sequence-wise balance loss (eq. 17)."""
     mtp_weight: dict[int, float] = field(default_factory=lambda: {0: 0.3})
@@ -105,9 +107,12 @@ class TrainingConfig:
         if self.ramp_from is not None and not 1 <= self.ramp_from <= self.global_batch:
             remedy = f"must be from 1 to global_batch = {self.global_batch}, or null"
             yield Problem("ramp_from", self.ramp_from, remedy, ("global_batch",))
-        if (self.ramp_from is None) != (self.ramp_tokens == 0):
-            remedy = "goes with ramp_from: write both, or neither (0 and null)"
-            yield Problem("ramp_tokens", self.ramp_tokens, remedy, ("ramp_from",))
+        if self.ramp_step is not None and self.ramp_step < 1:
+            yield Problem("ramp_step", self.ramp_step, "must be at least 1, or null")
+        for name, missing in (("ramp_step", None), ("ramp_tokens", 0)):
+            if (values[name] == missing) != (self.ramp_from is None):
+                remedy = "goes with ramp_from: write ramp_from, ramp_step and ramp_tokens, or none (null, null and 0)"
+                yield Problem(name, values[name], remedy, ("ramp_from",))
         for name in ("balance_weight", "evaluate_every", "checkpoint_every", "sample_tokens", "seed", "ramp_tokens"):
             if values[name] < 0:
                 yield Problem(name, values[name], "must be at least 0")
@@ -127,6 +132,7 @@ NO_DOUBT = Doubt()
 # Of checks between several values: what they look at.
 _SHARE = ("topology.edp", "topology.ep", "schedule.micro_batch")
 _STAGES = ("schedule.name", "schedule.chunks", "topology.pp")
+_RAMP = ("training.ramp_from", "training.ramp_step", "training.ramp_tokens", "training.global_batch")
 
 
 @runtime_checkable
@@ -164,14 +170,22 @@ class RunConfig:
     """Told to whom."""
 
     @property
-    def tokens_per_step(self) -> int:
-        """Input tokens of one optimizer step."""
-        return self.training.global_batch * self.training.sequence_length
+    def batches(self) -> Batches:
+        """Sequences of every optimizer step."""
+        training = self.training
+        if training.ramp_from is None or training.ramp_step is None:
+            return Batches.constant(training.global_batch)
+        sizes = training.ramp_from, training.ramp_step, training.global_batch
+        return ramp(*sizes, training.ramp_tokens, training.sequence_length)
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the run."""
-        return -(-self.training.tokens // self.tokens_per_step)
+        return self.batches.steps_to(-(-self.training.tokens // self.training.sequence_length))
+
+    def tokens_after(self, steps: int) -> int:
+        """Input tokens that the first `steps` optimizer steps consume."""
+        return self.batches.consumed(steps) * self.training.sequence_length
 
     @property
     def window(self) -> int:
@@ -179,9 +193,14 @@ class RunConfig:
         return self.training.sequence_length + 1 + self.model.mtp_depth
 
     @property
+    def share(self) -> int:
+        """Sequences of one micro-batch on all data-parallel ranks together."""
+        return self.topology.dp * self.schedule.micro_batch
+
+    @property
     def micro_batches(self) -> int:
-        """Micro-batches of one rank in one step."""
-        return self.training.global_batch // (self.topology.dp * self.schedule.micro_batch)
+        """Micro-batches of one rank in one step of `global_batch` sequences."""
+        return self.training.global_batch // self.share
 
     def problems(self, doubt: Doubt = NO_DOUBT) -> Iterator[Problem]:
         """Everything impossible about this configuration that needs neither disk nor processes to see.
@@ -209,7 +228,7 @@ class RunConfig:
         if model.experts % topology.ep:
             remedy = f"must divide model.experts = {model.experts}: every rank holds as many experts"
             yield Problem("topology.ep", topology.ep, remedy, ("model.experts",))
-        share = topology.dp * self.schedule.micro_batch
+        share = self.share
         if training.global_batch % share:
             parts = f"edp x ep x micro_batch = {topology.edp} x {topology.ep} x {self.schedule.micro_batch}"
             nearest = max(1, round(training.global_batch / share)) * share
@@ -249,19 +268,28 @@ class RunConfig:
                 yield replace(problem.under("schedule"), others=(*_STAGES, "model.layers"))
 
     def _ramp_problems(self, share: int) -> Iterator[Problem]:
-        """The first step of a growing batch must be a legal one too."""
-        first, schedule = self.training.ramp_from, self.schedule
-        if first is None:
+        """Every size of a growing batch must be legal; the first that is not is named, with the nearest that is."""
+        for number, level in enumerate(self.batches.levels[:-1]):
+            found = next(self._size_problems(level.size, share, is_first=number == 0), None)
+            if found is not None:
+                yield found
+                return
+
+    def _size_problems(self, size: int, share: int, *, is_first: bool) -> Iterator[Problem]:
+        """What keeps a step of the ramp from taking `size` sequences."""
+        schedule, training = self.schedule, self.training
+        name = "ramp_from" if is_first else "ramp_step"
+        field, value, judges = f"training.{name}", training.__dict__[name], (*_STAGES, *_SHARE, *_RAMP)
+        when = "in the first step" if is_first else f"in steps of {size}"
+        if size % share:
+            gives = f"gives {size / share:g} micro-batches of {share} sequences {when}, and not a whole number"
+            nearest = nearest_legal(schedule.name, self.topology.pp, round(size / share), schedule.chunks) * share
+            yield Problem(field, value, f"{gives}; the nearest legal batch is {nearest}", judges)
             return
-        judges = (*_STAGES, *_SHARE)
-        if first % share:
-            remedy = f"must be a multiple of {share}; the nearest is {max(1, round(first / share)) * share}"
-            yield Problem("training.ramp_from", first, remedy, judges)
-            return
-        for problem in schedule_problems(schedule.name, self.topology.pp, first // share, schedule.chunks):
+        for problem in schedule_problems(schedule.name, self.topology.pp, size // share, schedule.chunks):
             if problem.field == "micro_batches":
-                gives = f"gives {first // share} micro-batches of {share} sequences in the first step"
-                yield Problem("training.ramp_from", first, f"{gives}; {problem.remedy}", judges)
+                gives = f"gives {size // share} micro-batches of {share} sequences {when}"
+                yield Problem(field, value, f"{gives}; {problem.remedy}", judges)
 
     def _alignment_problems(self) -> Iterator[Problem]:
         """Grouped GEMMs want rows of whole 16 bytes; FP64 has a path of its own."""

@@ -142,10 +142,10 @@ def _one_step(rank: Rank, step: int, reporter: Reporter | None) -> float:
     """Step number `step`, from 1; return the seconds it took once its samples were there."""
     config = rank.config
     with _timing(reporter, "data_stall"):
-        micro_batches = list(_micro_batches(rank, (step - 1) * config.training.global_batch))
-    before = (step - 1) * config.tokens_per_step
+        micro_batches = list(_micro_batches(rank, step))
+    before = config.tokens_after(step - 1)
     settings = StepSettings(
-        learning_rate=config.optimizer.learning_rate(step * config.tokens_per_step),
+        learning_rate=config.optimizer.learning_rate(config.tokens_after(step)),
         clip_norm=config.optimizer.clip_norm,
         balance_weight=config.training.balance_weight,
         mtp_weight=value_at(config.training.mtp_weight, before),
@@ -154,7 +154,7 @@ def _one_step(rank: Rank, step: int, reporter: Reporter | None) -> float:
     rank.traffic.clear()
     start = time.perf_counter()
     try:
-        result = rank.stepper.step(micro_batches, config.training.global_batch, settings)
+        result = rank.stepper.step(micro_batches, config.batches.size(step), settings)
     except NonFiniteStep:
         if reporter is not None:
             reporter.skipped(step, time.perf_counter() - start)
@@ -165,16 +165,15 @@ def _one_step(rank: Rank, step: int, reporter: Reporter | None) -> float:
     return seconds
 
 
-def _micro_batches(rank: Rank, consumed: int) -> Iterator[TokenBatch]:
-    """This rank's samples of the global batch that follows `consumed` samples.
+def _micro_batches(rank: Rank, step: int) -> Iterator[TokenBatch]:
+    """This rank's samples of the global batch of step number `step`.
 
     Each round of micro-batches takes neighbouring samples, so what the batch holds depends on no rank count.
     """
-    config = rank.config
+    config, batches = rank.config, rank.config.batches
     size = config.schedule.micro_batch
-    first = config.topology.dp_rank(rank.groups.rank) * size
-    for index in range(config.micro_batches):
-        start = consumed + index * config.topology.dp * size + first
+    first = batches.consumed(step - 1) + config.topology.dp_rank(rank.groups.rank) * size
+    for start in range(first, first + batches.size(step), config.share):
         yield rank.train.batch(rank.order.indices(start, size).tolist()).to(rank.device)
 
 

@@ -42,6 +42,7 @@ from .model.recompute import Part
 from .optimizer.adamw import AdamW
 from .optimizer.average import WeightAverage
 from .optimizer.config import OptimizerConfig
+from .programs import Programs
 from .stages import Stages
 from .step import Stepper
 from .telemetry.trace import TraceRecorder
@@ -205,17 +206,20 @@ def build_stepper(
     micro_batches: int,
     optimizer: OptimizerConfig,
 ) -> Stepper:
-    """What takes steps of so many micro-batches with `model`, this rank's share."""
+    """What takes steps with `model`, this rank's share; `micro_batches` are those of most of them."""
     stages, groups = pipeline.stages, pipeline.groups
     program = stages.program(micro_batches)
     sharded = build_optimizer(model, stages, program, groups, optimizer, dtype, pipeline.recorder)
+    users = [stages.users(bucket.extents[0].name) for bucket in sharded.reducer.buckets]
     return Stepper(
         model=model,
         chunks=tuple(
             Chunk(model, exchange, dtype, stage, pipeline.recorder, pipeline.recompute)
             for stage in stages.chunks(groups.pp_rank)
         ),
-        executor=pipeline.executor(program),
+        programs=Programs(
+            lambda count: pipeline.executor(stages.program(count)), pipeline.executor(program), sharded, users
+        ),
         optimizer=sharded,
         average=None if optimizer.ema_decay is None else WeightAverage(sharded, optimizer.ema_decay),
         groups=groups,

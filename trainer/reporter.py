@@ -143,13 +143,13 @@ class Reporter:
 
         `traffic` holds the bytes that rank 0 has sent to experts in this step, the other those between replicas.
         """
-        config = self._config
+        config, tokens = self._config, self._tokens_of(step)
         assert self._guard is not None and self._meter is not None  # noqa: PT018
         with self.telling():
-            gpu_ms = self._work.step(step, 1000 * seconds, config.tokens_per_step)
-            self._guard.observe(gpu_ms, config.tokens_per_step)
+            gpu_ms = self._work.step(step, 1000 * seconds, tokens)
+            self._guard.observe(gpu_ms, tokens)
             self._meter.step(gpu_ms)
-            self._tokens_since += config.tokens_per_step
+            self._tokens_since += tokens
             if step % config.telemetry.log_every == 0 or step in (1, config.total_steps):
                 self._tell(step, result, settings, traffic, between_replicas)
                 self._charge_telling()
@@ -173,7 +173,7 @@ class Reporter:
             "mtp_weight": settings.mtp_weight,
             "bias_speed": settings.bias_speed,
             "grad_norm": result.grad_norm,
-            "tokens": step * config.tokens_per_step,
+            "tokens": config.tokens_after(step),
             "tokens_per_second": rate,
             "tflops": tflops,
             "mfu": tflops / self._speed.peak_tflops,
@@ -182,7 +182,7 @@ class Reporter:
             "budget_left": own.limit - own.spent,
             "projected_gpu_hours": own.projected,
             "goodput": self._meter.goodput(),
-            "eta_seconds": (config.total_steps - step) * config.tokens_per_step / rate,
+            "eta_seconds": self._tokens_left(step) / rate,
             "total_steps": config.total_steps,
             **(traffic_values(traffic) if config.exchange.name != "deepep" else {}),  # which does not say what it sends
             **replica_values(between_replicas),
@@ -198,7 +198,7 @@ class Reporter:
     def skipped(self, step: int, seconds: float) -> None:
         """Step number `step` has taken so long for nothing: it was not finite."""
         with self.telling():
-            self._work.skipped(step, 1000 * seconds, self._config.tokens_per_step)
+            self._work.skipped(step, 1000 * seconds, self._tokens_of(step))
 
     def terms(self, step: int, step_us: int, by_term: Mapping[str, int]) -> None:
         """Where the time of step number `step` has gone on all ranks (see `Work.terms`)."""
@@ -262,7 +262,10 @@ class Reporter:
         self._stream.close()
 
     def _tokens_left(self, done: int) -> int:
-        return (self._config.total_steps - done) * self._config.tokens_per_step
+        return self._config.tokens_after(self._config.total_steps) - self._config.tokens_after(done)
+
+    def _tokens_of(self, step: int) -> int:
+        return self._config.tokens_after(step) - self._config.tokens_after(step - 1)
 
     def _emit(self, kind: str, step: int, values: Mapping[str, JSON]) -> None:
         self._stream.emit(Event(kind, step, values))

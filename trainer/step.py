@@ -22,6 +22,7 @@ from .model.model import Model, router_names
 from .model.router import update_bias
 from .model.tape import LossScales, Summary
 from .optimizer.average import WeightAverage
+from .programs import Programs
 from .running import RunningStage
 
 HOST_READS_A_STEP = 5
@@ -74,7 +75,7 @@ class Stepper:
 
     model: Model
     chunks: tuple[Chunk, ...]
-    executor: Executor
+    programs: Programs
     optimizer: ShardedOptimizer
     average: WeightAverage | None
     groups: ProcessGroups
@@ -84,6 +85,11 @@ class Stepper:
     def config(self) -> ModelConfig:
         """Of the whole model."""
         return self.model.config
+
+    @property
+    def executor(self) -> Executor:
+        """What ran the last step, or will run the first."""
+        return self.programs.executor
 
     def step(self, micro_batches: Sequence[TokenBatch], sequences: int, settings: StepSettings) -> StepResult:
         """Forward, backward, reduce, clip, update weights and routing biases.
@@ -132,8 +138,9 @@ class Stepper:
     def _forward_backward(self, micro_batches: Sequence[TokenBatch], scales: LossScales) -> Iterator[Summary]:
         """Run the schedule; a summary of each micro-batch in each stage of this rank."""
         stages = [RunningStage(chunk, micro_batches, scales) for chunk in self.chunks]
+        executor = self.programs.of(len(micro_batches))
         with self.model.weights_unchanged():
-            self.executor.run(stages, self.optimizer)
+            executor.run(stages, self.optimizer)
         for stage in stages:
             yield from stage.summaries
 

@@ -7,7 +7,7 @@ visit, K experts it visits.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cache
 from math import comb
@@ -163,10 +163,10 @@ class Wire:
         row = next((row for row in names if row is not None), None)
         if row is None:
             return 1.0
-        traced = Wire(self.cluster, Recipe(), self.table, Coverage())
+        traced = Wire(replace(self.cluster, gpus_per_node=_TRACED_NODE), Recipe(), self.table, Coverage())
         shape = Shape(_TRACED_MODEL, row.tokens, 1, row.inputs)
         infiniband, nvlink = traced.bytes(shape, exchange)
-        rates = [self._measured_rate(_kind(exchange), ranks) for ranks in (row.inputs, self.cluster.gpus_per_node)]
+        rates = [traced._measured_rate(_kind(exchange), ranks) for ranks in (row.inputs, _TRACED_NODE)]
         assert rates[0] is not None
         assert rates[1] is not None
         return row.seconds / max(infiniband / rates[0], nvlink / rates[1])
@@ -176,4 +176,6 @@ def _kind(exchange: Exchange) -> str:
     return "dispatch" if exchange.towards_experts else "combine"
 
 
+_TRACED_NODE = 8
+"""GPUs of a node in the trace and in the published kernels' measurements, whatever the cluster at hand has."""
 _TRACED_MODEL = ModelConfig(hidden=7168, experts=256, groups=8, top_k_groups=4, top_k=8)

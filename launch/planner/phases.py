@@ -6,9 +6,12 @@ published cost and is marked so.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
-from ...parallelism.pipeline.schedules import schedule_problems
+from ...parallelism.pipeline.schedules import nearest_legal, schedule_problems
+from ...trainer.batches import Batches
 from ...trainer.budget.terms import PUBLISHED_GPU_HOURS
 from .forecast import Forecaster, Layout
 from .recipe import Recipe
@@ -41,28 +44,20 @@ CONTEXT_EXTENSION = (LongContext(32_768, 1920), LongContext(131_072, 480))
 
 
 def run_phases(
-    forecaster: Forecaster,
-    layout: Layout,
-    recipe: Recipe,
-    *,
-    tokens: float,
-    global_batch: int,
-    ramp_from: int | None,
-    ramp_tokens: float,
+    forecaster: Forecaster, layout: Layout, recipe: Recipe, *, tokens: int, batches: Batches
 ) -> list[PhaseCost]:
-    """The cost of each phase of DeepSeek-V3's run in this layout."""
-    phases = []
-    ramp = 0.0
-    if ramp_from is not None and ramp_from < global_batch and ramp_tokens:
-        ramp = min(ramp_tokens, tokens)
-        hours = _ramp_hours(forecaster, layout, recipe, ramp_from, global_batch, ramp)
-        steady = forecaster.forecast(layout, recipe, global_batch).gpu_hours(ramp)
-        note = f"from {ramp_from:,} to {global_batch:,} sequences; {hours / steady - 1:+.1%} over the full batch"
-        phases.append(PhaseCost("batch ramp", hours, "simulated", note))
-    steady = forecaster.forecast(layout, recipe, global_batch).gpu_hours(tokens - ramp)
-    phases.append(
-        PhaseCost("pre-training", steady, "simulated", f"{(tokens - ramp) / 1e12:.2f} T tokens at full batch")
-    )
+    """The cost of each phase of DeepSeek-V3's run in this layout; pre-training takes `tokens` in `batches`."""
+    phases, full = [], batches.levels[-1]
+    forecast = forecaster.forecast(layout, recipe, full.size)
+    ramp = min(full.samples * forecaster.sequence_length, tokens)
+    if ramp:
+        hours = _ramp_hours(forecaster, layout, recipe, batches, ramp)
+        dearer = f"{hours / forecast.gpu_hours(ramp) - 1:+.1%} over the full batch"
+        note = f"from {batches.levels[0].size:,} to {full.size:,} sequences; {dearer}"
+        illegal = next(filter(None, (_batch_note(layout, level.size) for level in batches.levels)), None)
+        phases.append(PhaseCost("batch ramp", hours, "simulated", "; ".join(filter(None, (note, illegal)))))
+    note = f"{(tokens - ramp) / 1e12:.2f} T tokens at full batch"
+    phases.append(PhaseCost("pre-training", forecast.gpu_hours(tokens - ramp), "simulated", note))
     reasons = [long_context_note(layout, phase) for phase in CONTEXT_EXTENSION]
     phases.append(
         PhaseCost(
@@ -76,10 +71,15 @@ def run_phases(
     return phases
 
 
-def _ramp_hours(forecaster: Forecaster, layout: Layout, recipe: Recipe, first: int, last: int, tokens: float) -> float:
-    """The batch grows evenly with the consumed tokens, so each of its sizes has the same share of them."""
+def pretraining_hours(phases: Sequence[PhaseCost]) -> float:
+    """Of the phases that run on the grid: the ramp and the full batch."""
+    return sum(phase.gpu_hours for phase in phases if phase.evidence == "simulated")
+
+
+def _ramp_hours(forecaster: Forecaster, layout: Layout, recipe: Recipe, batches: Batches, tokens: int) -> float:
+    """Of the first `tokens`, which steps of the ramp take. Where a size is illegal here, others stand in for it."""
     share = layout.topology.dp * layout.micro_batch
-    low, high = first // share, last // share
+    low, high = (batches.levels[index].size // share for index in (0, -1))
     points = sorted({low, high, *(low + (high - low) * k // (_RAMP_POINTS - 1) // 2 * 2 for k in range(_RAMP_POINTS))})
     legal = [count for count in points if not any(schedule_problems(layout.schedule, layout.topology.pp, count))]
     times = {count: forecaster.forecast(layout, recipe, count * share).seconds for count in legal}
@@ -90,39 +90,32 @@ def _ramp_hours(forecaster: Forecaster, layout: Layout, recipe: Recipe, first: i
         slope = (times[above] - times[below]) / (above - below) if above > below else 0.0
         return times[below] + slope * (count - below)
 
-    samples = [low + (high - low) * (k + 0.5) / 200 for k in range(200)]
-    per_token = sum(seconds(count) / (count * share * forecaster.sequence_length) for count in samples) / len(samples)
-    return per_token * tokens * layout.topology.world_size / 3600
+    spent, samples = 0.0, tokens / forecaster.sequence_length
+    for level, after in pairwise(batches.levels):
+        steps = max(0.0, min(after.samples, samples) - level.samples) / level.size
+        spent += steps * seconds(level.size / share)
+    return spent * layout.topology.world_size / 3600
 
 
 def long_context_note(layout: Layout, phase: LongContext) -> str | None:
     """Why a long phase is illegal on this grid, and the nearest legal batch; None if it is legal."""
+    note = _batch_note(layout, phase.batch)
+    return None if note is None else f"{phase.length // 1024} K: {note}"
+
+
+def _batch_note(layout: Layout, sequences: int) -> str | None:
+    """Why a step cannot take so many, and the nearest number that it can; None if it can."""
     share = layout.topology.dp * layout.micro_batch
-    count = phase.batch / share
-    where = f"{phase.length // 1024} K: {phase.batch:,} sequences are {count:g} micro-batches of {share}"
-    if phase.batch % share:
-        whole = max(1, round(count))
-        legal = _nearest_legal(layout, whole)
-        return f"{where}, not a whole number; nearest legal {legal * share:,} sequences ({legal} micro-batches)"
-    problems = list(schedule_problems(layout.schedule, layout.topology.pp, int(count), layout.chunks))
-    if not problems:
+    count = sequences / share
+    where = f"{sequences:,} sequences are {count:g} micro-batches of {share}"
+    if sequences % share:
+        why = "not a whole number"
+    elif any(schedule_problems(layout.schedule, layout.topology.pp, int(count), layout.chunks)):
+        why = f"illegal for {layout.schedule} on {layout.topology.pp} ranks"
+    else:
         return None
-    legal = _nearest_legal(layout, int(count))
-    return (
-        f"{where}, illegal for {layout.schedule} on {layout.topology.pp} ranks; "
-        f"nearest legal {legal * share:,} sequences ({legal} micro-batches)"
-    )
-
-
-def _nearest_legal(layout: Layout, count: int) -> int:
-    """The nearest number of micro-batches that the schedule takes."""
-    for distance in range(4 * layout.topology.pp + 4):
-        for candidate in (count - distance, count + distance):
-            if candidate > 0 and not any(
-                schedule_problems(layout.schedule, layout.topology.pp, candidate, layout.chunks)
-            ):
-                return candidate
-    return count
+    legal = nearest_legal(layout.schedule, layout.topology.pp, round(count), layout.chunks)
+    return f"{where}, {why}; nearest legal {legal * share:,} sequences ({legal} micro-batches)"
 
 
 @dataclass(frozen=True)
@@ -139,7 +132,7 @@ def sensitivity(forecaster: Forecaster, layout: Layout, recipe: Recipe, global_b
     changes = {
         "+10 % pace of every link": replace(recipe, links=recipe.links * 1.1),
         "first and last pipeline rank 8 % slower": replace(recipe, slowed=((0, 1.08), (-1, 1.08))),
-        "experts' rows 20 % above the mean on every rank's critical path": replace(recipe, skew=0.2),
+        "rows of the fullest rank 20 % above the mean": replace(recipe, skew=0.2),
         "nodes that differ by 1.4 % (standard deviation)": replace(recipe, jitter=0.014),
     }
     if recipe.comm_sms > 14:

@@ -111,7 +111,7 @@ def illegality(forecaster: Forecaster, layout: Layout, global_batch: int) -> str
     if any(True for _ in topology.problems()):
         return "expert-parallel groups do not fill nodes evenly"
     if global_batch % (topology.dp * layout.micro_batch):
-        return "the batch does not divide over data-parallel ranks and micro-batches"
+        return "the batch does not divide over ranks and micro-batches"
     count = layout.micro_batches(global_batch)
     for problem in schedule_problems(layout.schedule, topology.pp, count, layout.chunks):
         words = {"ranks": "ranks do not suit the schedule", "micro_batches": "too few or odd micro-batches"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 
 from ...comm.refusal import Problem, refuse_if_any
 from .dualpipe import dualpipe, dualpipev
@@ -104,6 +105,17 @@ def schedule_problems(schedule: str, ranks: int, micro_batches: int, chunks: int
         yield Problem("schedule", schedule, f"no such schedule; there are {names}")
     else:
         yield from found.problems(ranks, micro_batches, chunks)
+
+
+def nearest_legal(schedule: str, ranks: int, micro_batches: int, chunks: int | None = None) -> int:
+    """The number of micro-batches nearest to this one that `schedule` takes."""
+
+    def is_legal(number: int) -> bool:
+        problems = schedule_problems(schedule, ranks, number, chunks)
+        return number > 0 and not any(problem.field == "micro_batches" for problem in problems)
+
+    pairs = ((micro_batches - distance, micro_batches + distance) for distance in count())
+    return next(number for pair in pairs for number in pair if is_legal(number))
 
 
 def build_placement(schedule: str, ranks: int, chunks: int | None = None) -> Placement:

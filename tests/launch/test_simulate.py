@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,24 @@ def test_the_published_ramp_is_refused_with_the_reason(capsys: pytest.CaptureFix
     assert "at least 32" in said
 
 
-def test_training_refuses_a_ramp(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    ramp = ["training.ramp_from=8", "training.ramp_tokens=1000", f"training.run_dir={tmp_path / 'run'}"]
-    said = run(capsys, "train", "topology=single", *ramp, code=2)
-    assert "training.ramp_from = 8: the training loop has no batch ramp yet" in said
+@pytest.mark.parametrize(
+    ("ramp", "gist"),
+    [
+        (
+            "training.ramp_from=4000",
+            "gives 31.25 micro-batches of 128 sequences in the first step, .* nearest legal batch is 4096",
+        ),
+        (
+            "training.ramp_step=200",
+            "gives 33.5625 micro-batches of 128 sequences in steps of 4296, .* nearest legal batch is 4352",
+        ),
+        ("training.ramp_step=128", "gives 33 micro-batches of 128 sequences in steps of 4224; .* nearest 32 or 34"),
+    ],
+)
+def test_a_ramp_with_an_illegal_size_is_refused(capsys: pytest.CaptureFixture[str], ramp: str, gist: str) -> None:
+    field, _, value = ramp.partition("=")
+    (problem,) = run(capsys, "train", V3, ramp, code=2).splitlines()[1:]
+    assert re.fullmatch(rf"  {re.escape(field)} = {value}: {gist}", problem), problem
 
 
 def test_half_a_ramp_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,13 +77,13 @@ def test_json_trace_and_page(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     trace, page = tmp_path / "trace.json", tmp_path / "page.html"
     found = tree(capsys, "simulate", V3, "--trace", str(trace), "--html", str(page), "--precision", "bf16")
     assert found["layout"]["precision"] == "bf16"
-    assert len(found["terms"]) == 16
+    assert len(found["terms_by_rank"]) == 16
     events = json.loads(trace.read_text())["traceEvents"]
     assert {event["pid"] for event in events} == set(range(16))
     names = {event["name"] for event in events}
     assert {"F", "B", "I", "W", "FB", "edge_wait", "attn(F)", "mlp(B)", "dispatch", "optimizer"} <= names
     ends = [(event["ts"] + event["dur"]) / 1e6 for event in events if "dur" in event]
-    assert max(ends) == pytest.approx(found["step_seconds"], rel=1e-6)
+    assert max(ends) == pytest.approx(found["layout"]["step_seconds"], rel=1e-6)
     text = page.read_text()
     assert text.count("<svg") == 2
     assert "rank 15" in text
@@ -90,10 +105,26 @@ def test_nothing_can_be_priced_without_kernel_times(capsys: pytest.CaptureFixtur
     assert "cluster.tables = None" in said
 
 
+SMALL_PLAN = (
+    *("plan", V3, "model.layers=8", "cluster.nodes=4", "topology.pp=4", "topology.edp=1", "topology.ep=8"),
+    *("training.global_batch=128", "training.ramp_from=null", "training.ramp_step=null", "training.ramp_tokens=0"),
+)
+
+
+def test_a_plan_fits_into_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run(capsys, *SMALL_PLAN).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+    rows = [line.split() for line in lines if line.split()[:1] in (["1"], ["conf"])]
+    assert [row[0] for row in rows] == ["1", "conf", "1", "conf"]
+    assert [len(row) for row in rows[:2]] == [13, 13]  # every figure stands in the one line of its layout
+    assert "of the step" in " ".join(rows[2])
+    assert "does NOT fit into 84.94 GB" in " ".join(rows[3])
+
+
 def test_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["model.layers=8", "cluster.nodes=4", "topology.pp=4", "topology.edp=1", "topology.ep=8"]
-    batch = ["training.global_batch=128", "training.ramp_from=null", "training.ramp_tokens=0"]
-    found = tree(capsys, "plan", V3, *small, *batch)
+    found = tree(capsys, *SMALL_PLAN)
     counted = sum(found["illegal"].values()) + sum(found["unfit"].values()) + found["simulated"] + found["excluded"]
     assert counted == found["considered"]
     steps = [layout["step_seconds"] for layout in found["layouts"]]

@@ -76,6 +76,8 @@ class Layout:
     """In every Linear but the head, by the reference provider."""
     wire: Format = Format.NATIVE
     """Of what goes to the experts."""
+    growth: int = 0
+    """Micro-batches that each step has more than the one before."""
 
     @property
     def name(self) -> str:
@@ -102,6 +104,7 @@ class Layout:
                 *(["remade", "+".join(sorted(self.recompute))] if self.recompute else []),
                 *(["fp8"] if self.fp8 else []),
                 *([] if self.wire is Format.NATIVE else [f"wire {self.wire}"]),
+                *([f"growing by {self.growth}"] if self.growth else []),
             )
         )
 
@@ -130,10 +133,13 @@ class Layout:
         """B of one micro-batch on one rank; the global batch has at least four sequences."""
         return 4 if self.topology.dp * self.micro_batches == 1 else 2
 
-    @property
-    def sequences(self) -> int:
-        """B of the global batch."""
-        return self.topology.dp * self.micro_batches * self.sequences_per_micro_batch
+    def micro_batches_of(self, step: int) -> int:
+        """Of one rank in this step, from 0."""
+        return self.micro_batches + step * self.growth
+
+    def sequences_of(self, step: int) -> int:
+        """B of the global batch of this step."""
+        return self.topology.dp * self.micro_batches_of(step) * self.sequences_per_micro_batch
 
 
 def learning_rate(step: int) -> float:
@@ -167,11 +173,11 @@ def global_batch(layout: Layout, step: int) -> tuple[Tensor, Tensor]:
     """Tokens and valid positions of one step, each [B, W]. Padding holds random tokens: nothing may depend on them."""
     window = SEQUENCE_LENGTH + 1 + layout.mtp
     generator = torch.Generator().manual_seed(100 + step)
-    tokens_BW = torch.randint(0, layout.config.vocabulary, (layout.sequences, window), generator=generator)
+    tokens_BW = torch.randint(0, layout.config.vocabulary, (layout.sequences_of(step), window), generator=generator)
     valid_BW = torch.ones_like(tokens_BW, dtype=torch.bool)
     if layout.padding is Padding.RAGGED:
         valid_BW[:] = False
-        for index in range(layout.sequences):
+        for index in range(layout.sequences_of(step)):
             valid_BW[index, : RAGGED_ENDS[(index + step) % len(RAGGED_ENDS)]] = True
     elif layout.padding is Padding.EMPTY:
         valid_BW[step % layout.sequences_per_micro_batch, 9:] = False
@@ -212,6 +218,10 @@ QUICK = (
     # The backward makes activations again: with FB, and with I apart from W.
     Layout(2, 1, 5, 1, _RAGGED, layers=4, schedule="dualpipev", exchange="two_hop", node_size=1, recompute=REPORT),
     Layout(1, 1, 4, 1, _EMPTY, pp=2, schedule="zb1p", recompute=EVERYTHING),
+    # The batch grows from step to step, so each step runs a program of its own.
+    Layout(1, 2, 2, 1, _RAGGED, pp=2, schedule="one_f_one_b", growth=1),
+    Layout(2, 1, 4, 1, _EMPTY, pp=2, schedule="dualpipe", growth=2),
+    Layout(1, 1, 2, 0, _RAGGED, pp=2, layers=4, schedule="interleaved", growth=2, dtype=_FP32),
 )
 
 _GRIDS = ((2, 1, 1), (2, 2, 1), (2, 1, 2), (4, 1, 1), (2, 2, 2))

@@ -132,7 +132,7 @@ def take_step(stepper: Stepper, gradients: RecordingReducer, layout: Layout, ste
         mtp_weight=config.mtp_weight,
         bias_speed=BIAS_SPEED,
     )
-    result = stepper.step(list(_micro_batches(layout, step, rank)), layout.sequences, settings)
+    result = stepper.step(list(_micro_batches(layout, step, rank)), layout.sequences_of(step), settings)
     routed_layers = range(config.dense_layers, config.layers + config.mtp_depth)
     return StepOutcome(
         total=result.total_loss,
@@ -149,6 +149,6 @@ def _micro_batches(layout: Layout, step: int, rank: int) -> Iterator[TokenBatch]
     """This rank's share of the global batch: each round of micro-batches takes neighbouring sequences."""
     tokens_BW, valid_BW = global_batch(layout, step)
     size, ranks = layout.sequences_per_micro_batch, layout.topology.dp
-    for index in range(layout.micro_batches):
+    for index in range(layout.micro_batches_of(step)):
         first = (index * ranks + layout.topology.dp_rank(rank)) * size
         yield TokenBatch(tokens_BW[first : first + size], valid_BW[first : first + size])

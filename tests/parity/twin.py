@@ -78,7 +78,7 @@ def _losses_fp8(leaves: dict[str, Tensor], layout: Layout, step: int) -> Losses:
     together = layout.ep * layout.sequences_per_micro_batch
     with in_fp8(leaves, tokens_apart=layout.sequences_per_micro_batch * length):
         parts = [
-            losses(leaves, layout.config, tokens, valid, targets, layout.sequences)
+            losses(leaves, layout.config, tokens, valid, targets, layout.sequences_of(step))
             for tokens, valid in zip(tokens_BW.split(together), valid_BW.split(together), strict=True)
         ]
     return reduce(_plus, parts)

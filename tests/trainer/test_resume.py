@@ -225,6 +225,28 @@ def test_a_new_run_begins_with_the_weights_of_another(root: Path, tmp_path: Path
         run_processes(2, train_on, other)
 
 
+GROWING = {"global_batch": 16, "ramp_from": 8, "ramp_step": 4, "ramp_tokens": 32 * LENGTH}
+"""Steps of 8, 8, 12, 12, 16 and 16 sequences, and so on."""
+
+
+def test_a_run_goes_on_in_the_middle_of_a_batch_ramp(root: Path, tmp_path: Path) -> None:
+    whole_run = GROWING | {"tokens": 72 * LENGTH}
+    first, again = tmp_path / "first", tmp_path / "again"
+    run(root, first, "pp2 mirrored", 0, **GROWING, tokens=28 * LENGTH)
+    store = CheckpointStore(first / "checkpoints", keep=2)
+    assert store.steps() == [3]
+    assert store.open(3).manifest.facts["consumed_samples"] == 28
+    undisturbed = run(root, tmp_path / "undisturbed", "pp2 mirrored", 0, **whole_run, checkpoint_every=3)
+    shutil.copytree(first, again)
+    assert run(root, again, "pp2 mirrored", 0, **whole_run) == undisturbed  # to the last bit
+    assert losses(again) == losses(tmp_path / "undisturbed")
+    assert len(losses(again)) == 6
+    run(root, first, "alone", 0, **whole_run)
+    assert losses(first) == pytest.approx(losses(again), rel=1e-5)
+    with pytest.raises(RanksFailed, match=r"training.ramp_step = 8: the checkpoint of step 6 has 4"):
+        run(root, again, "pp2 mirrored", 0, **(whole_run | {"ramp_step": 8, "tokens": 104 * LENGTH}))
+
+
 def flip_bit(path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1

@@ -15,6 +15,7 @@ from .pieces import MODEL
 _FIXED = (
     *("model", "precision", "optimizer.moments", "optimizer.ema_decay"),
     *("training.seed", "training.sequence_length", "training.global_batch"),
+    *("training.ramp_from", "training.ramp_step", "training.ramp_tokens"),
 )
 """What shapes, dtypes or positions in the data depend on. The rest may change when a run goes on: the grid of ranks,
 the schedule, rates and weights of the loss, the size of micro-batches, how often to look, how far to go."""
@@ -26,7 +27,7 @@ def incompatibilities(facts: Mapping[str, Any], config: RunConfig, data: Manifes
     for path in _FIXED:
         saved, wanted = facts["config"], now
         for key in path.split("."):
-            saved, wanted = saved[key], wanted[key]
+            saved, wanted = saved.get(key), wanted[key]  # not there: it was saved before this key was made
         yield from _differences(path, saved, wanted, facts["step"])
     if data is not None and facts["tokenizer"] != data.tokenizer.sha256:
         remedy = f"has another tokenizer than the checkpoint of step {facts['step']} was trained with; restore it"

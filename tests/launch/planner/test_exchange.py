@@ -8,6 +8,7 @@ from itertools import combinations
 import pytest
 
 from shoestring.launch.planner.exchange import Exchange, expected_visits
+from shoestring.launch.simulate import simulate
 from shoestring.trainer.model.config import ModelConfig
 
 from .v3 import simulated
@@ -51,3 +52,12 @@ def test_beside_computing_an_exchange_takes_what_the_trace_took() -> None:
         travel = costs.wire.travel(costs.shape, exchange)
         assert travel.beside * 1e3 == pytest.approx(traced[exchange.value])
         assert travel.alone < travel.beside
+
+
+@pytest.mark.parametrize("node", [2, 4])
+def test_smaller_nodes_than_the_traced_ones_are_priced(node: int) -> None:
+    """The same 64 expert ranks on more nodes: more crosses between them."""
+    of_eight = simulated()
+    smaller = [f"topology.gpus_per_node={node}", f"cluster.gpus_per_node={node}", f"cluster.nodes={2048 // node}"]
+    found = simulate(["experiment=deepseek_v3_h800", *smaller], None, {})
+    assert found.forecast.mean_terms["exposed_exchange"] > of_eight.forecast.mean_terms["exposed_exchange"]

@@ -8,6 +8,7 @@ import pytest
 
 from shoestring.launch.planner.failures import Failures
 from shoestring.launch.planner.phases import CONTEXT_EXTENSION, long_context_note, run_phases
+from shoestring.trainer.batches import Batches, ramp
 
 from .v3 import simulated
 
@@ -25,9 +26,19 @@ def test_the_ramp_costs_more_a_token_than_the_full_batch() -> None:
 def test_without_a_ramp_there_is_no_such_phase() -> None:
     simulation = simulated()
     recipe = simulation.forecast.recipe
-    rest = {"tokens": 1e12, "global_batch": 15_360, "ramp_from": None, "ramp_tokens": 0}
-    phases = run_phases(simulation.forecaster, simulation.layout, recipe, **rest)  # type: ignore[arg-type]
+    batches = Batches.constant(15_360)
+    phases = run_phases(simulation.forecaster, simulation.layout, recipe, tokens=10**12, batches=batches)
     assert [phase.name for phase in phases] == ["pre-training", "context extension", "post-training"]
+
+
+def test_a_size_that_the_grid_cannot_run_is_named() -> None:
+    simulation = simulated()
+    recipe, batches = simulation.forecast.recipe, ramp(3072, 256, 15_360, 469 * 10**9, 4096)
+    phases = run_phases(simulation.forecaster, simulation.layout, recipe, tokens=10**12, batches=batches)
+    assert phases[0].note.endswith(
+        "3,072 sequences are 24 micro-batches of 128, illegal for dualpipe on 16 ranks; "
+        "nearest legal 4,096 sequences (32 micro-batches)"
+    )
 
 
 def test_long_phases_are_explained_with_the_nearest_legal_batch() -> None:
