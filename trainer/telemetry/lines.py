@@ -31,7 +31,30 @@ def cut_torn_line(path: Path) -> None:
 
 def whole_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line without its newline). A last line without newline is still being written."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.endswith(b"\n"):
-                yield number, line[:-1].decode()
+    return LineReader(path).new_lines()
+
+
+class Replaced(Exception):  # noqa: N818 -- says what happened
+    """A file that only ever grows has become shorter: it is another one now."""
+
+
+class LineReader:
+    """Reads the whole lines of a file while it grows."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._position = 0
+        self._number = 0
+
+    def new_lines(self) -> Iterator[tuple[int, str]]:
+        """Yield (line number from 1, line without its newline) of what has come since. Raises `Replaced`."""
+        with self._path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) < self._position:
+                raise Replaced
+            file.seek(self._position)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._position += len(line)
+                self._number += 1
+                yield self._number, line[:-1].decode()
