@@ -83,20 +83,19 @@ class PrometheusSink(Collector):
 
     def emit(self, event: Event) -> None:
         """Keep what `event` says."""
-        self._set("step", "Optimizer steps done.", event.step)
-        self._set("last_event_timestamp_seconds", "When the run last told something, since the epoch.", event.time)
+        gauges = dict(self._gauges)
+        gauges["step"] = "Optimizer steps done.", event.step
+        gauges["last_event_timestamp_seconds"] = "When the run last told something, since the epoch.", event.time
         for key, (name, text) in _GAUGES.get(event.kind, {}).items():
             value = as_number(event.values.get(key))
             if value is not None:
-                self._set(name, text, value)
+                gauges[name] = text, value
+        # A scrape may come at any time: it sees all of this event or nothing.
+        self._gauges = gauges
         if event.kind == "run":
             self._info = {"run": self._run, **{key: str(event.values.get(key)) for key in _INFO}}
         elif event.kind == "warning":
             self._warnings[str(event.values.get("about", "telemetry"))] += 1
-
-    def _set(self, name: str, text: str, value: float) -> None:
-        # A scrape may come at any time: it sees the dictionary of before or of after.
-        self._gauges = {**self._gauges, name: (text, value)}
 
     def collect(self) -> Iterator[Metric]:
         """What a scrape gets."""
