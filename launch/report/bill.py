@@ -132,17 +132,21 @@ def _beside(summary: Summary) -> Table:
             "a trillion retained tokens",
             "–" if rate is None else f"{rate:,.0f}",
             f"{PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS:,}",
-            "–" if rate is None else percent(rate / PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS),
+            "–" if rate is None else _ratio(rate / PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS),
         )
     ]
     for phase, published in PUBLISHED_GPU_HOURS.items():
         spent = gpu_hours(summary.by_phase.get(phase, 0) + (summary.inherited_ms if phase == summary.phase else 0))
         if spent:
-            lines.append((phase.replace("_", " "), hours(spent), f"{published:,}", percent(spent / published)))
+            lines.append((phase.replace("_", " "), hours(spent), f"{published:,}", _ratio(spent / published)))
     whole = PUBLISHED_TOTAL_GPU_HOURS
-    lines.append(("all", hours(summary.gpu_hours), f"{whole:,}", percent(summary.gpu_hours / whole)))
-    heads = ("GPU-hours of", "this run", "DeepSeek-V3", "share")
+    lines.append(("all", hours(summary.gpu_hours), f"{whole:,}", _ratio(summary.gpu_hours / whole)))
+    heads = ("GPU-hours of", "this run", "DeepSeek-V3", "this of that")
     return Table(heads, [Line(cells) for cells in lines], frozenset({1, 2, 3}), "Beside DeepSeek-V3, on H800")
+
+
+def _ratio(share: float) -> str:
+    return percent(share) if share < 10 else f"{share:,.0f} times"
 
 
 def _bar(title: str, spent: Mapping[str, int], whole: int, styles: Mapping[str, str]) -> Bar:

@@ -66,9 +66,9 @@ class MetricsReader:
         self._lines = LineReader(path)
 
     def new_events(self) -> list[Event]:
-        """What has been appended since the last call; nothing while there is no file. Raises Refused for a broken line.
+        """What has been appended since the last call. Raises Refused for a broken line.
 
-        Raises `lines.Replaced` when the file has become shorter: another run has begun in its place.
+        Raises FileNotFoundError while there is no file, and `lines.Replaced` when it is not the one of the last call.
         """
         return [_event(self._path, number, line) for number, line in self._lines.new_lines()]
 

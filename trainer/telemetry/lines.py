@@ -35,7 +35,7 @@ def whole_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 class Replaced(Exception):  # noqa: N818 -- says what happened
-    """A file that only ever grows has become shorter: it is another one now."""
+    """A file that only ever grows is another one now: its reader has to begin anew."""
 
 
 class LineReader:
@@ -45,12 +45,15 @@ class LineReader:
         self._path = path
         self._position = 0
         self._number = 0
+        self._inode: int | None = None
 
     def new_lines(self) -> Iterator[tuple[int, str]]:
         """Yield (line number from 1, line without its newline) of what has come since. Raises `Replaced`."""
         with self._path.open("rb") as file:
-            if file.seek(0, os.SEEK_END) < self._position:
+            status = os.fstat(file.fileno())
+            if status.st_size < self._position or self._inode not in (None, status.st_ino):
                 raise Replaced
+            self._inode = status.st_ino
             file.seek(self._position)
             for line in file:
                 if not line.endswith(b"\n"):

@@ -16,10 +16,16 @@ from shoestring.comm.refusal import Refused
 from shoestring.trainer.budget.allocation import Allocation
 from shoestring.trainer.budget.clock import Instant
 from shoestring.trainer.budget.config import BudgetConfig
+from shoestring.trainer.budget.journal import Journal
 from shoestring.trainer.budget.meter import Meter
 from shoestring.trainer.budget.render import hours, percent, render
 from shoestring.trainer.budget.summary import Summary, summarise
-from shoestring.trainer.budget.terms import PUBLISHED_GPU_HOURS, PUBLISHED_TOTAL_GPU_HOURS, gpu_milliseconds
+from shoestring.trainer.budget.terms import (
+    ALLOCATION_FILE,
+    PUBLISHED_GPU_HOURS,
+    PUBLISHED_TOTAL_GPU_HOURS,
+    gpu_milliseconds,
+)
 from shoestring.trainer.budget.totals import carry
 from shoestring.trainer.budget.work import Work
 
@@ -57,6 +63,14 @@ def do_steps(work: Work, time: Time, first: int, last: int, milliseconds: float 
     for step in range(first, last + 1):
         time.pass_ms(milliseconds)
         work.step(step, milliseconds, tokens=1000)
+
+
+def test_a_ledger_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / ALLOCATION_FILE)
+    journal.append({"kind": "open", "attempt": "a", "phase": "pre_train"})
+    journal.close()
+    with pytest.raises(Refused, match="lacks 'ranks': another version of Shoestring"):
+        summarise(tmp_path)
 
 
 def everything(summary: Summary) -> int:
