@@ -32,14 +32,10 @@ def frame(look: Look) -> RenderableType:
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column()
     step = look.last("step")
+    grid.add_row("state", Text(*_state(look)))
     for name, shown in (*_progress(look, step), *_figures(look, step), *_cost(look, step)):
         grid.add_row(name, shown)
-    return Group(_title(look), Text(""), grid, *_latest(look.events))
-
-
-def _title(look: Look) -> Text:
-    word, style = _state(look)
-    return Text.assemble((str(look.run_dir), "bold"), "  ", (word, style))
+    return Group(Text(str(look.run_dir), "bold"), Text(""), grid, *_latest(look.events))
 
 
 def _state(look: Look) -> tuple[str, str]:

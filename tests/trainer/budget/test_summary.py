@@ -65,14 +65,6 @@ def do_steps(work: Work, time: Time, first: int, last: int, milliseconds: float 
         work.step(step, milliseconds, tokens=1000)
 
 
-def test_a_ledger_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / ALLOCATION_FILE)
-    journal.append({"kind": "open", "attempt": "a", "phase": "pre_train"})
-    journal.close()
-    with pytest.raises(Refused, match="lacks 'ranks': another version of Shoestring"):
-        summarise(tmp_path)
-
-
 def everything(summary: Summary) -> int:
     return summary.productive_ms + summary.rolled_back_ms + sum(summary.buckets.values()) + summary.unknown_ms
 
@@ -386,3 +378,11 @@ def test_a_real_launcher_beats_until_it_is_killed_and_the_next_goes_on(tmp_path:
     assert summary.attempts == 2
     assert held.allocated_ms <= summary.allocated_ms
     assert not summary.running
+
+
+def test_a_ledger_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / ALLOCATION_FILE)
+    journal.append({"kind": "open", "attempt": "a", "phase": "pre_train"})
+    journal.close()
+    with pytest.raises(Refused, match="lacks 'ranks': another version of Shoestring"):
+        summarise(tmp_path)
