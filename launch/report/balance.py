@@ -49,8 +49,8 @@ def _violations(record: RunRecord) -> Iterator[Block]:
 
 
 def _map(record: RunRecord, name: str) -> Figure | None:
-    columns = [as_numbers(event.values.get(name)) for event in record.steps]
-    columns = [column for column in columns if column and len(column) == len(columns[0])]
+    columns = [column for event in record.steps if (column := as_numbers(event.values.get(name)))]
+    columns = [column for column in columns if len(column) == len(columns[0])]
     if not columns:
         return None
     layer, last = name.removeprefix(_PREFIX), columns[-1]

@@ -51,7 +51,7 @@ def bill_section(record: RunRecord) -> Section:
     """Burn-down, buckets, terms, and the published run beside."""
     blocks: list[Block] = [*_burn_down(record)]
     if record.summary is None:
-        blocks.append(Missing(f"No bill: {record.no_summary}", "`shoestring train` keeps a ledger by itself."))
+        blocks.append(Missing(f"No bill: {record.no_summary}", "The launcher of a run and its rank 0 keep a ledger."))
     else:
         blocks += [*_buckets(record.summary), *_terms(record.summary), _beside(record.summary)]
     return Section("budget", "Budget", blocks)

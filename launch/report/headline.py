@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from statistics import median
 
@@ -12,7 +12,7 @@ from ...trainer.budget.terms import PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS
 from ...trainer.telemetry.describe import clock, metric
 from ...trainer.telemetry.events import as_number
 from .blocks import Card
-from .record import RunRecord
+from .record import Point, RunRecord
 
 UNKNOWN = "–"
 
@@ -50,7 +50,7 @@ def facts(record: RunRecord) -> Iterator[str]:
 
 def cards(record: RunRecord) -> list[Card]:
     """The headline."""
-    return [*_losses(record), _tokens(record), *_cost(record), *_speed(record)]
+    return [*_losses(record), _tokens(record), *_cost(record), _speed(record)]
 
 
 def _losses(record: RunRecord) -> Iterator[Card]:
@@ -82,7 +82,7 @@ def _cost(record: RunRecord) -> Iterator[Card]:
     summary = record.summary
     published = f"{PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS:,}"
     if summary is None:
-        for name in ("GPU-hours", "GPU-hours a trillion tokens", "goodput"):
+        for name in ("GPU-hours", "GPU-hours a trillion retained tokens", "goodput"):
             yield Card(name, UNKNOWN, "", "no ledger to read")
         return
     share = f"{percent(summary.budget_share)} of its budget of {hours(summary.budget_gpu_hours)}"
@@ -93,13 +93,12 @@ def _cost(record: RunRecord) -> Iterator[Card]:
     yield Card("goodput", percent(summary.goodput), "", "of the time held is in the weights")
 
 
-def _speed(record: RunRecord) -> Iterator[Card]:
-    rates = [rate for _, rate in record.points("tokens_per_second")[1:]] or [
-        rate for _, rate in record.points("tokens_per_second")
-    ]
-    shares = [share for _, share in record.points("mfu")[1:]] or [share for _, share in record.points("mfu")]
-    rate = f"{metric(median(rates))} tokens a second" if rates else ""
-    if shares:
-        yield Card("MFU", percent(median(shares)), "", f"median; {rate}")
-    elif rates:
-        yield Card("tokens a second", metric(median(rates)), "", "median")
+def _speed(record: RunRecord) -> Card:
+    """Medians; the first step of a run warms up, and counts only where it is all there is."""
+    rates, shares = (_settled(record.points(key)) for key in ("tokens_per_second", "mfu"))
+    rate = f"median; {metric(median(rates))} tokens a second" if rates else ""
+    return Card("MFU", percent(median(shares)) if shares else UNKNOWN, "", rate)
+
+
+def _settled(points: Sequence[Point]) -> list[float]:
+    return [value for _, value in points[1:] or points if math.isfinite(value)]

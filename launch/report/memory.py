@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from statistics import median
 
-from ...trainer.telemetry.describe import metric
 from ...trainer.telemetry.events import as_number, as_numbers
 from .blocks import Block, Figure, Line, Missing, Section, Table
 from .plot import Plot, Series
@@ -39,6 +38,7 @@ def _blocks(record: RunRecord) -> Iterator[Block]:
         from_zero=True,
         levels=[] if limit is None else [("the device has", limit)],
         words=_size,
+        on_axis=_size,
     )
     picture = plot.svg()
     if picture is not None:
@@ -52,4 +52,5 @@ def _blocks(record: RunRecord) -> Iterator[Block]:
 
 
 def _size(value: float) -> str:
-    return f"{metric(value)}B"
+    """Bytes for the reader."""
+    return f"{value / 1e9:.4g} GB" if value >= 1e9 else f"{value / 1e6:.4g} MB"

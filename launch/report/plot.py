@@ -13,7 +13,7 @@ from ...trainer.telemetry.describe import metric
 from .blocks import Label
 from .record import Point
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54.0, 16.0, 12.0, 26.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 16.0, 12.0, 26.0
 _MOST_POINTS = 800
 _MOST_BANDS = 240
 _MOST_DOTS = 12

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from ...comm.refusal import Problem, Refused
 from ...trainer.budget.summary import Summary, summarise
+from ...trainer.budget.terms import WORK_FILE
 from ...trainer.telemetry.events import METRICS_FILE, Event, as_number
 from ...trainer.telemetry.history import read_metrics
 from ..run_dir import CONFIG_FILE, is_marked
@@ -80,12 +81,18 @@ def read_run(run_dir: Path) -> RunRecord:
     refuse_other_places(run_dir)
     metrics = run_dir / METRICS_FILE
     events = read_metrics(metrics) if metrics.exists() else []
-    summary, no_summary = None, ""
-    try:
-        summary = summarise(run_dir)
-    except Refused as refused:  # a broken ledger is said in its place, and the rest is told all the same
-        no_summary = str(refused)
+    summary, no_summary = _bill(run_dir)
     return RunRecord(run_dir, events, _config(run_dir, events), summary, no_summary)
+
+
+def _bill(run_dir: Path) -> tuple[Summary | None, str]:
+    """What the ledger says, or why it says nothing: a broken one is told in its place, and the rest all the same."""
+    if not (run_dir / WORK_FILE).parent.exists():
+        return None, "there is no ledger yet."
+    try:
+        return summarise(run_dir), ""
+    except Refused as refused:
+        return None, f"{refused}."
 
 
 def refuse_other_places(run_dir: Path) -> None:

@@ -24,7 +24,7 @@ from .blocks import Block, Figure, Missing, Prose, Section
 from .record import RunRecord
 
 _RECORDS = "telemetry.trace=true records a timeline of some steps."
-_PAGE = 690.0
+_PAGE = 760.0
 """Pixels of the timeline alone that fit on the page."""
 _LEAST = 5.0
 """Pixels of a box, on the average; a longer program scrolls."""

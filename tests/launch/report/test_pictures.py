@@ -15,13 +15,13 @@ from shoestring.launch.report.plot import Plot, Series, thin, ticks
 
 
 def drawn(series: Series) -> list[str]:
-    picture = Plot([series], width=170, height=138, from_zero=True).svg()  # 100 by 100 for the curve
+    picture = Plot([series], width=174, height=138, from_zero=True).svg()  # 100 by 100 for the curve
     assert picture is not None
     return re.findall(r' d="([^"]*)"', picture)
 
 
 def test_a_curve_is_to_scale() -> None:
-    assert drawn(Series("loss", [(0, 0.0), (50, 13.0), (100, 26.0)])) == ["M54.0 112.0L104.0 63.9L154.0 15.8"]
+    assert drawn(Series("loss", [(0, 0.0), (50, 13.0), (100, 26.0)])) == ["M58.0 112.0L108.0 63.9L158.0 15.8"]
 
 
 def test_what_is_not_finite_breaks_the_line() -> None:

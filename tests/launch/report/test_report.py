@@ -114,7 +114,7 @@ def test_incidents_come_in_order(page: Reader) -> None:
 
 
 def test_memory_and_expert_load(page: Reader) -> None:
-    assert "rank 1 200.0MB 310.0MB" in page.words("memory")
+    assert "rank 1 200 MB 310 MB" in page.words("memory")
     assert "layer 01" in page.words("experts")
     assert "last: 0.00 to 2.00 of the mean, 1 unused" in page.words("experts")
 
@@ -169,7 +169,7 @@ def test_a_run_that_has_not_begun_has_a_page(tmp_path: Path) -> None:
     assert "not begun" in page.words()
     assert "no step yet" in page.words()
     assert "No curves: no step has been told of yet" in page.words("loss")
-    assert "holds no ledger" in page.words("budget")
+    assert "there is no ledger yet" in page.words("budget")
     assert "No timeline" in page.words("schedule")
     assert "Nothing is recorded yet" in page.words("incidents")
     assert "not recorded" in page.words("configuration")
