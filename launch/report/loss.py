@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 
-from ...trainer.telemetry.describe import metric, printable
-from ...trainer.telemetry.events import as_number
+from ...trainer.telemetry.describe import printable
 from .blocks import Block, Figure, Missing, Row, Section, Text
 from .plot import Plot, Series
 from .record import RunRecord
@@ -18,16 +16,14 @@ def loss_section(record: RunRecord) -> Section:
 
 
 def marks(record: RunRecord) -> list[tuple[float, str]]:
-    """Steps at which the curves may jump, and why."""
-    found: list[tuple[float, str]] = []
-    for before, event in pairwise([None, *record.events]):
-        if event is None:
-            continue
+    """Steps at which the curves may jump, and why: all that has happened at one step together."""
+    found: dict[int, list[str]] = {}
+    for event in record.events:
         if event.kind == "resume":
-            found.append((event.step, "went on from a checkpoint"))
-        elif event.kind == "warning" and (before is None or before.kind != "warning" or before.step != event.step):
-            found.append((event.step, str(event.values.get("message"))))
-    return found
+            found.setdefault(event.step, []).append("went on from a checkpoint")
+        elif event.kind == "warning":
+            found.setdefault(event.step, []).append(str(event.values.get("message")))
+    return [(step, "; ".join(texts)) for step, texts in found.items()]
 
 
 def _curves(record: RunRecord) -> Iterator[Block]:
@@ -77,8 +73,6 @@ def _sample(record: RunRecord) -> Iterator[Block]:
     if sample is not None:
         yield Text(f"Text sampled at step {sample.step:,}", printable(str(sample.values.get("text"))).strip())
     else:
-        length = as_number(record.setting("training.sample_tokens"))
-        remedy = "training.sample_tokens=100 asks for one." if length == 0 else "It comes at the end of the run."
-        yield Missing(
-            "No text was sampled.", remedy if length is None or length == 0 else f"{remedy} ({metric(length)} tokens)"
-        )
+        asks_for_none = record.setting("training.sample_tokens") == 0
+        remedy = "training.sample_tokens=100 asks for one." if asks_for_none else "It comes at the end of the run."
+        yield Missing("No text was sampled.", remedy)
