@@ -24,6 +24,8 @@ _BAR = 40
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _TOLD = frozenset({"evaluation", "checkpoint", "resume", "start", "warning", "stop", "trace", "memory"})
 _LATEST = 6
+_NEARLY = 0.9
+"""Of its budget: a run that has used so much of it is shown in red."""
 
 
 def frame(look: Look) -> RenderableType:
@@ -61,7 +63,7 @@ def _progress(look: Look, step: Event | None) -> Iterator[tuple[str, RenderableT
     seconds = None if step is None else as_number(step.values.get("eta_seconds"))
     if seconds is not None and not look.has_ended:
         words.append(f"{clock(seconds)} to go")
-    yield "step", _beside(ProgressBar(total=total, completed=done, width=_BAR), "  ".join(words))
+    yield "step", _beside(_bar(done, total, "cyan"), "  ".join(words))
 
 
 def _figures(look: Look, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
@@ -90,7 +92,8 @@ def _cost(look: Look, step: Event | None) -> Iterator[tuple[str, RenderableType]
     if summary is None:
         yield "cost", Text("no ledger to read")
         return
-    spent = ProgressBar(total=summary.budget_gpu_hours, completed=summary.gpu_hours, width=_BAR)
+    style = "red" if summary.budget_share > _NEARLY else "green"
+    spent = _bar(summary.gpu_hours, summary.budget_gpu_hours, style)
     yield "budget", _beside(spent, f"{hours(summary.gpu_hours)} of {hours(summary.budget_gpu_hours)} GPU-hours")
     projected = None if step is None else as_number(step.values.get("projected_gpu_hours"))
     rate, words = summary.gpu_hours_per_trillion_tokens, []
@@ -125,6 +128,10 @@ def _said(event: Event) -> str:
     if event.kind != "warning":
         return describe(event)
     return printable(f"step {event.step}, {event.values.get('about', 'telemetry')}: {event.values.get('message')}")
+
+
+def _bar(done: float, total: float, style: str) -> ProgressBar:
+    return ProgressBar(total=total, completed=done, width=_BAR, complete_style=style, finished_style=style)
 
 
 def _beside(bar: ProgressBar, words: str) -> Table:
