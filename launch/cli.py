@@ -61,6 +61,14 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     _add_budget(verbs)
+    report = verbs.add_parser("report", help="a run as one HTML page: curves, bill, timeline, incidents")
+    report.add_argument("run_dir", type=Path, metavar="RUN", help="directory of a run, which may be going on")
+    report.add_argument("--out", type=Path, metavar="PATH", help="write there (default: RUN/report.html)")
+    report.set_defaults(run=_report)
+    watch = verbs.add_parser("watch", help="follow a run in the terminal until it has ended, or Ctrl-C")
+    watch.add_argument("run_dir", type=Path, metavar="RUN", help="directory of a run")
+    watch.add_argument("--once", action="store_true", help="print how it stands, and be done")
+    watch.set_defaults(run=_watch)
     dashboard = _with_overrides(verbs.add_parser("dashboard", help="the wandb workspace for a run's metrics, as JSON"))
     dashboard.add_argument("--save", action="store_true", help="create it on wandb's server instead; needs an account")
     dashboard.set_defaults(run=_dashboard)
@@ -341,6 +349,22 @@ def _budget(options: argparse.Namespace) -> int:
     else:
         for table in budget_tables(question):
             _show(table)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from .report.command import write_report
+
+    print(f"wrote {write_report(options.run_dir, options.out)}")
+    return 0
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from .watch import watch
+
+    watch(options.run_dir, Console(), once=options.once)
     return 0
 
 

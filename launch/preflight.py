@@ -28,8 +28,9 @@ from .run_dir import read_status, run_dir_problems
 def preflight(config: RunConfig, local_ranks: int, *, fresh: bool, first_machine: bool = True) -> None:
     """Refuse, all at once, what cannot run on this machine or in this directory.
 
-    Data that is missing, damaged or too short, GPUs or a DeepEP not there, a wandb without account, a directory that
-    no run has made, a checkpoint of another run. `first_machine` is the one that speaks for the run.
+    Data that is missing, damaged or too short, GPUs or a DeepEP not there, a wandb without account, a port that is
+    taken, a directory that no run has made, a checkpoint of another run. `first_machine` is the one that speaks for the
+    run.
     """
     problems: list[Problem] = []
     data = None
@@ -44,6 +45,10 @@ def preflight(config: RunConfig, local_ranks: int, *, fresh: bool, first_machine
         from ..trainer.telemetry.wandb_sink import account_problems  # a second of import, for the runs that use it
 
         problems += account_problems()
+    if first_machine and config.telemetry.prometheus.port is not None:
+        from ..trainer.telemetry.prometheus_sink import port_problems  # only runs that are scraped need its library
+
+        problems += port_problems(config.telemetry.prometheus)
     with noting(problems):
         problems += budget_problems(config, fresh=fresh)
     foreign = list(run_dir_problems(Path(config.training.run_dir)))

@@ -45,6 +45,11 @@ def run_dir_problems(run_dir: Path) -> Iterator[Problem]:
         yield Problem("training.run_dir", str(run_dir), remedy)
 
 
+def is_marked(run_dir: Path) -> bool:
+    """Whether a run has made `run_dir`."""
+    return (run_dir / _MARKER_FILE).exists()
+
+
 def own(run_dir: Path) -> None:
     """Make `run_dir` a run's, whether or not it is there. Raises `Refused` for one that holds anything else."""
     with _refusing_to_fail(run_dir):

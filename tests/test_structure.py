@@ -23,8 +23,13 @@ from shoestring.tests.tree import ROOT, tree_files
 LAYERS = ("comm", "parallelism", "trainer", "launch")
 # Folders no part of the package may import from. conf holds YAML, which is read and not imported.
 OUTSIDE = ("conf", "tests", "benchmarks")
-# Folders of the package that hold data.
-DATA = (("trainer", "data", "corpus"), ("launch", "planner", "tables"))
+# Folders and files of the package that hold data.
+DATA = (
+    ("trainer", "data", "corpus"),
+    ("launch", "planner", "tables"),
+    ("launch", "report", "page.html"),
+    ("launch", "report", "style.css"),
+)
 # What a machine or its package index leaves behind in text.
 TRACES = re.compile(
     r"(?<![\w.}/-])/(?:work|root|home|Users)/"

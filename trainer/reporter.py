@@ -205,6 +205,12 @@ class Reporter:
         with self.telling():
             self._work.terms(step, step_us, by_term)
 
+    def memory(self, step: int, values: Mapping[str, JSON]) -> None:
+        """What every rank uses after step number `step` (see `memory_values`); nothing where nobody says."""
+        if values:
+            with self.telling():
+                self._emit("memory", step, values)
+
     def evaluation(self, step: int, loss: float, averaged: float | None, targets: int, unigram_entropy: float) -> None:
         """A validation loss, beside the entropy that knowing the frequency of each token alone would reach.
 

@@ -9,6 +9,7 @@ import torch
 
 from .rank import Rank
 from .reporter import Reporter
+from .telemetry.memory import memory_use, memory_values
 from .telemetry.sample import StepSample
 from .telemetry.trace import merge_ranks, summarise_trace, trace_values, write_rank
 
@@ -55,14 +56,16 @@ class Tracing:
         return step == self._second or (step > self._second and step % self._every == 0)
 
     def _sample(self, step: int, seconds: float, reporter: Reporter | None) -> None:
-        """Add up what all ranks have spent this step on; the first one notes it in the ledger."""
+        """Add up what all ranks have spent this step on, and ask each for its memory; the first one notes it."""
         rank = self._rank
         own = StepSample.of(rank.trace.spans[self._begin :], seconds)
         numbers = rank.groups.world.all_reduce_sum(torch.tensor(own.numbers()), "times of a step by term")
+        memory = rank.groups.world.all_gather_objects(memory_use(rank.device), "memory of the ranks")
         if reporter is not None:
             total = StepSample.from_numbers(numbers.tolist())
             by_term = total.by_term(rank.stepper.executor.program, rank.config.topology.dp)
             reporter.terms(step, total.step_us, by_term)
+            reporter.memory(step, memory_values(rank.device, memory))
 
     def _write(self, step: int, reporter: Reporter | None) -> None:
         """Write all ranks' timelines."""

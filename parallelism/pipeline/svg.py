@@ -12,7 +12,7 @@ from .placement import Direction, Route
 from .program import Instruction, Op, Program, Work, in_flight
 from .replay import Replay
 
-_INK, _FAINT, _BUBBLE, _RULE = "#22272e", "#6b7280", "#eef0f2", "#d5d9de"
+_INK = "#22272e"
 # Apart in hue and in lightness, so that they stay apart for the colour-blind and in print without colours.
 _COLOURS = {Op.F: "#f0a830", Op.B: "#2f8f83", Op.I: "#4a78b5", Op.W: "#a38cc6"}
 _NAMES = {
@@ -29,10 +29,33 @@ _UNIT_WIDTH, _WIDEST, _NARROWEST = 19.0, 2600.0, 3.0  # of the shortest instruct
 
 
 @dataclass(frozen=True)
+class Look:
+    """How a picture fits in with what is around it; as given here it stands alone, on white paper."""
+
+    ink: str = _INK
+    faint: str = "#6b7280"
+    bubble: str = "#eef0f2"
+    rule: str = "#d5d9de"
+    ground: str = "#ffffff"
+    scale: float | None = None
+    """Pixels a unit of time, for pictures that are to be compared; None: as many as the boxes need."""
+    least_width: float = 330.0
+    """Pixels of the timeline, at least."""
+    unit: str = "time"
+    """What the axis counts."""
+    heading: str = ""
+    """In the place of the schedule and its size."""
+
+
+ALONE = Look()
+
+
+@dataclass(frozen=True)
 class _Canvas:
     """Where things are."""
 
     replay: Replay
+    look: Look
     scale: float
     """Pixels a unit of time."""
 
@@ -42,7 +65,7 @@ class _Canvas:
 
     @property
     def right(self) -> float:
-        return _LEFT + max(self.replay.makespan * self.scale, 330.0)
+        return _LEFT + max(self.replay.makespan * self.scale, self.look.least_width)
 
     @property
     def bottom(self) -> float:
@@ -55,34 +78,39 @@ class _Canvas:
         return _TOP + rank * (_ROW + _GAP)
 
 
-def svg_timeline(replay: Replay, note: str = "") -> str:
+def svg_timeline(replay: Replay, note: str = "", look: Look = ALONE) -> str:
     """A row a rank, a box an instruction with the number of its micro-batch; what is left grey is bubble.
 
     `note` goes below the title, behind makespan and bubble.
     """
-    durations = [
-        end - start
-        for starts, ends in zip(replay.starts, replay.ends, strict=True)
-        for start, end in zip(starts, ends, strict=True)
-    ]
-    fitting = min(_UNIT_WIDTH / min(durations), _WIDEST / replay.makespan)
-    canvas = _Canvas(replay, max(fitting, _NARROWEST / min(durations)))
+    canvas = _Canvas(replay, look, _fitting(replay) if look.scale is None else look.scale)
     width, height = canvas.right + _RIGHT, canvas.bottom + 76
     body = [*_heading(canvas, note), *_rows(canvas), *_axis(canvas), *_columns(canvas), *_legend(canvas)]
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
-            f'height="{height:g}" font-family="Helvetica, Arial, sans-serif" font-size="11" fill="{_INK}">',
-            f'<rect width="{width:g}" height="{height:g}" fill="#ffffff"/>',
+            f'height="{height:g}" font-family="Helvetica, Arial, sans-serif" font-size="11" fill="{look.ink}">',
+            f'<rect width="{width:g}" height="{height:g}" fill="{look.ground}"/>',
             *body,
             "</svg>",
         ]
     )
 
 
+def _fitting(replay: Replay) -> float:
+    """Pixels a unit of time that let the shortest box hold its number, unless the picture becomes too wide."""
+    durations = [
+        end - start
+        for starts, ends in zip(replay.starts, replay.ends, strict=True)
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    fitting = min(_UNIT_WIDTH / min(durations), _WIDEST / replay.makespan)
+    return max(fitting, _NARROWEST / min(durations))
+
+
 def _heading(canvas: _Canvas, note: str) -> Iterator[str]:
-    yield _text(_LEFT, 30, title(canvas.program), size=16, weight="bold")
-    yield _text(_LEFT, 50, "; ".join(filter(None, (summary(canvas.replay), note))), size=12, colour=_FAINT)
+    yield _text(_LEFT, 30, canvas.look.heading or title(canvas.program), size=16, weight="bold")
+    yield _text(_LEFT, 50, "; ".join(filter(None, (summary(canvas.replay), note))), size=12, colour=canvas.look.faint)
 
 
 def _rows(canvas: _Canvas) -> Iterator[str]:
@@ -90,7 +118,7 @@ def _rows(canvas: _Canvas) -> Iterator[str]:
     for rank, instructions in enumerate(canvas.program.instructions):
         top = canvas.row(rank)
         yield _text(_LEFT - 10, top + _ROW / 2 + 4, f"rank {rank}", anchor="end")
-        yield _rect(_LEFT, top, replay.makespan * canvas.scale, _ROW, _BUBBLE)
+        yield _rect(_LEFT, top, replay.makespan * canvas.scale, _ROW, canvas.look.bubble)
         for instruction, start, end in zip(instructions, replay.starts[rank], replay.ends[rank], strict=True):
             left, right = canvas.x(start) + 0.4, canvas.x(end) - 0.4
             yield f"<g><title>{escape(f'rank {rank}: {instruction}, {start:g} to {end:g}')}</title>"
@@ -120,28 +148,28 @@ def _box(program: Program, instruction: Instruction, left: float, top: float, wi
 def _axis(canvas: _Canvas) -> Iterator[str]:
     y, makespan = canvas.bottom + 8, canvas.replay.makespan
     step = _tick(60 / canvas.scale)
-    yield _line(_LEFT, y, canvas.x(makespan), y)
+    yield _line(_LEFT, y, canvas.x(makespan), y, canvas.look.rule)
     for index in range(int(makespan / step) + 1):
         x = canvas.x(index * step)
-        yield _line(x, y, x, y + 4)
-        yield _text(x, y + 16, f"{index * step:g}", size=10, anchor="middle", colour=_FAINT)
-    yield _text(_LEFT - 10, y + 16, "time", size=10, anchor="end", colour=_FAINT)
+        yield _line(x, y, x, y + 4, canvas.look.rule)
+        yield _text(x, y + 16, f"{index * step:g}", size=10, anchor="middle", colour=canvas.look.faint)
+    yield _text(_LEFT - 10, y + 16, canvas.look.unit, size=10, anchor="end", colour=canvas.look.faint)
 
 
 def _columns(canvas: _Canvas) -> Iterator[str]:
     """Beside each rank its peak of chunks in flight and its bubble, as a number and as a bar."""
     peaks = [float(max(alive)) for alive in in_flight(canvas.program)]
     for index, (heading, unit, values) in enumerate(
-        (("in flight", "chunks, peak", peaks), ("bubble", "time", list(canvas.replay.bubbles)))
+        (("in flight", "chunks, peak", peaks), ("bubble", canvas.look.unit, list(canvas.replay.bubbles)))
     ):
         left = canvas.right + 22 + index * 74
         yield _text(left, _TOP - 20, heading, weight="bold")
-        yield _text(left, _TOP - 8, unit, size=9, colour=_FAINT)
+        yield _text(left, _TOP - 8, unit, size=9, colour=canvas.look.faint)
         for rank, value in enumerate(values):
             y = canvas.row(rank)
             yield _text(left, y + _ROW / 2 + 1, f"{value:.4g}")
-            yield _rect(left, y + _ROW - 7, 54, 3, _BUBBLE)
-            yield _rect(left, y + _ROW - 7, 54 * value / (max(values) or 1), 3, _FAINT)
+            yield _rect(left, y + _ROW - 7, 54, 3, canvas.look.bubble)
+            yield _rect(left, y + _ROW - 7, 54 * value / (max(values) or 1), 3, canvas.look.faint)
 
 
 def _legend(canvas: _Canvas) -> Iterator[str]:
@@ -162,7 +190,7 @@ def _legend(canvas: _Canvas) -> Iterator[str]:
         )
         x += 34 + 8 * len(op.value) + 5.6 * len(_NAMES[op])
     if program.chunks > 1:
-        yield _text(_LEFT, y + 28, _chunk_note(program), size=10, colour=_FAINT)
+        yield _text(_LEFT, y + 28, _chunk_note(program), size=10, colour=canvas.look.faint)
 
 
 def _chunk_note(program: Program) -> str:
@@ -198,8 +226,8 @@ def _rect(x: float, y: float, width: float, height: float, colour: str) -> str:
     return f'<rect x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height:.2f}" fill="{colour}"/>'
 
 
-def _line(x1: float, y1: float, x2: float, y2: float) -> str:
-    return f'<line x1="{x1:.2f}" y1="{y1:.2f}" x2="{x2:.2f}" y2="{y2:.2f}" stroke="{_RULE}"/>'
+def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
+    return f'<line x1="{x1:.2f}" y1="{y1:.2f}" x2="{x2:.2f}" y2="{y2:.2f}" stroke="{colour}"/>'
 
 
 def _text(
@@ -210,9 +238,11 @@ def _text(
     size: float = 11,
     anchor: str = "start",
     weight: str = "normal",
-    colour: str = _INK,
+    colour: str | None = None,
 ) -> str:
+    """In the picture's ink, unless `colour` says otherwise."""
+    fill = "" if colour is None else f' fill="{colour}"'
     return (
-        f'<text x="{x:.2f}" y="{y:.2f}" font-size="{size:g}" text-anchor="{anchor}" font-weight="{weight}" '
-        f'fill="{colour}">{escape(text)}</text>'
+        f'<text x="{x:.2f}" y="{y:.2f}" font-size="{size:g}" text-anchor="{anchor}" font-weight="{weight}"'
+        f"{fill}>{escape(text)}</text>"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from shoestring.trainer.checkpoint.store import CheckpointStore, Cover
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.data.prepare import prepare
 from shoestring.trainer.data.prepared import open_prepared
+from shoestring.trainer.telemetry.config import PrometheusConfig
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,14 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 def test_what_can_run_passes(config: RunConfig) -> None:
     preflight(config, 4, fresh=False)
+
+
+def test_a_port_that_is_taken(config: RunConfig) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        prometheus = PrometheusConfig(port=other.getsockname()[1])
+        scraped = replace(config, telemetry=replace(config.telemetry, prometheus=prometheus))
+        assert set(refused(partial(preflight, fresh=False), scraped, 4)) == {"telemetry.prometheus.port"}
+        preflight(scraped, 4, fresh=False, first_machine=False)  # nobody listens there but the machine of rank 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -10,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from shoestring.launch import orphan
 from shoestring.launch.compose import compose_run
+from shoestring.launch.report.page import html_report
+from shoestring.launch.report.record import read_run
 from shoestring.launch.run_dir import read_status
+from shoestring.launch.watch import watch
 from shoestring.tests.launch.real_run import command, lines_as_they_come, processes_of, train, wait_until
+from shoestring.tests.launch.report.reader import Reader
 from shoestring.trainer.budget.summary import summarise
 from shoestring.trainer.checkpoint.store import CheckpointStore
 from shoestring.trainer.data.prepare import prepare
@@ -114,6 +120,21 @@ def test_a_finished_run_has_everything(finished: Path) -> None:
     assert 0 < summary.productive_ms < summary.allocated_ms
     assert not summary.running
     assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == ["step_00000006", "step_00000008"]
+
+
+def test_the_report_and_the_watcher_have_its_figures(finished: Path) -> None:
+    evaluation, summary = read_run(finished).last("evaluation"), summarise(finished)
+    assert evaluation is not None
+    loss: Any = evaluation.values["loss"]
+    page = Reader(html_report(read_run(finished)))
+    assert f"validation loss {loss:.3f} nats a token" in page.words()
+    assert f"GPU-hours {summary.gpu_hours:.4f}" in page.words()
+    assert f"{STEPS} steps in the weights" in page.words("budget")
+    assert "rank 1" in page.words("memory")
+    assert "None: no warning" in page.words("incidents")
+    console = Console(file=io.StringIO(), width=120)
+    watch(finished, console)
+    assert f"{STEPS} of {STEPS}" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_every_panel_of_the_dashboard_shows_what_is_logged(finished: Path) -> None:

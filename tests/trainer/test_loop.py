@@ -252,6 +252,11 @@ def test_a_traced_run_leaves_one_timeline_of_all_ranks(root: Path) -> None:
     first, second = values[0]["trace/FB"]
     assert first > 0
     assert second > 0
+    (memory,) = (event for event in metrics if event.kind == "memory")  # of step 2; the next look would be at step 50
+    assert memory.step == 2
+    now: Any = memory.values["now"]
+    assert len(now) == 2
+    assert all(1e7 < size < 1e11 for size in now)
 
 
 def one_rank_raises(world: World, tree: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from .terms import (
     gpu_hours,
 )
 
-_TERMS = {
+TERM_MEANINGS = {
     "F": "forward",
     "I": "gradients of inputs",
     "W": "gradients of weights",
@@ -32,7 +32,7 @@ _TERMS = {
     "optimizer": "updating the weights",
     "other": "the rest of the step",
 }
-_REPORT_NAMES = {
+REPORT_NAMES = {
     "1F": "F",
     "bubble": "of edge wait: what the schedule has by itself (derived)",
     "imbalance": "the rest of edge wait (derived)",
@@ -80,14 +80,14 @@ def _productive(summary: Summary) -> Iterator[Table]:
         return
     looks = _plural(summary.sampled_steps, "step", "steps")
     views = (
-        ("productive time", summary.terms, _TERMS, f"From {looks} looked at on all ranks."),
-        ("the same under the report's names", summary.report_view, _TERMS | _REPORT_NAMES, None),
+        ("productive time", summary.terms, TERM_MEANINGS, f"From {looks} looked at on all ranks."),
+        ("the same under the report's names", summary.report_view, TERM_MEANINGS | REPORT_NAMES, None),
     )
     for title, parts, meanings, caption in views:
         table = _table(title, caption)
         for name, milliseconds in parts.items():
             share = percent(milliseconds / max(1, summary.productive_ms))
-            shown = name if name in _REPORT_NAMES else name.replace("_", " ")
+            shown = name if name in REPORT_NAMES else name.replace("_", " ")
             table.add_row(shown, hours(gpu_hours(milliseconds)), share, meanings[name])
         yield table
 

@@ -190,9 +190,16 @@ class LedgerReader:
         self._ledger = Ledger()
 
     def summary(self) -> Summary:
-        """As of now. Raises Refused when there is no ledger, when a chain is broken, and when intervals overlap."""
+        """As of now.
+
+        Raises Refused when there is no ledger or another version's, when a chain is broken, and when intervals overlap.
+        """
         work = self._work.new_records()  # first: what opened it is then in the other journal already
-        self._ledger.replay(self._allocation.new_records(), work)
+        try:
+            self._ledger.replay(self._allocation.new_records(), work)
+        except KeyError as error:
+            remedy = f"a record lacks {error}: another version of Shoestring has written it, read it with that one"
+            raise Refused([Problem("run", str(self._run_dir), remedy)]) from error
         attempts, tally, latest = list(self._ledger.attempts.values()), self._ledger.tally, self._ledger.latest
         if latest is None:
             raise Refused([Problem("run", str(self._run_dir), "holds no ledger; name the directory of a run")])

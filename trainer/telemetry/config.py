@@ -32,8 +32,25 @@ class WandbConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrometheusConfig:
+    """Figures for a Prometheus to scrape, served by rank 0."""
+
+    port: int | None = None
+    """TCP port of `/metrics`; null for none."""
+    address: str = "127.0.0.1"
+    """Where to listen: this machine alone, or 0.0.0.0 for a Prometheus elsewhere. Whoever can reach it can read it."""
+
+    def problems(self) -> Iterator[Problem]:
+        """What is impossible about these values on their own."""
+        if self.port is not None and not 1 <= self.port <= 65535:
+            yield Problem("port", self.port, "must be from 1 to 65535, or null for none")
+        if not self.address:
+            yield Problem("address", self.address, "must not be empty; 0.0.0.0 is every address of the machine")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TelemetryConfig:
-    """`metrics.jsonl` and the terminal always; wandb as configured."""
+    """`metrics.jsonl` and the terminal always; wandb and Prometheus as configured."""
 
     log_every: int = 10
     """Optimizer steps from one `step` event to the next."""
@@ -45,6 +62,8 @@ class TelemetryConfig:
     """How many steps, from the second of the launch."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""
+    prometheus: PrometheusConfig = field(default_factory=PrometheusConfig)
+    """Figures to scrape."""
 
     def problems(self) -> Iterator[Problem]:
         """What is impossible about these values on their own."""
@@ -56,3 +75,5 @@ class TelemetryConfig:
             yield Problem("trace_steps", self.trace_steps, "must be at least 1")
         for problem in self.wandb.problems():
             yield problem.under("wandb")
+        for problem in self.prometheus.problems():
+            yield problem.under("prometheus")

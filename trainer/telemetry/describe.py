@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from .events import JSON, Event
+from .events import JSON, Event, as_number, as_numbers
 
 
 def describe(event: Event) -> str:
@@ -74,11 +74,17 @@ def _evaluation(event: Event) -> str:
     return f"{line} over {values['targets']:,} tokens ({floor})"
 
 
+def _memory(event: Event) -> str:
+    now, peak = (max(as_numbers(event.values[key])) for key in ("now", "peak"))
+    of = str(event.values["of"]).partition(",")[0]
+    return f"step {event.step}: the fullest rank has {metric(now)}B {of}, {metric(peak)}B at most so far"
+
+
 def _number(values: Mapping[str, JSON], key: str) -> float:
-    value = values[key]
-    if not isinstance(value, int | float):
-        raise TypeError(f"{key} of a step event must be a number, not {value!r}")
-    return value
+    number = as_number(values[key])
+    if number is None:
+        raise TypeError(f"{key} must be a number, not {values[key]!r}")
+    return number
 
 
 def metric(value: float) -> str:
@@ -110,6 +116,6 @@ def _short(value: bool | int | float | str) -> str:
 
 
 _SHORT: Mapping[str, Callable[[Event], str]] = MappingProxyType(
-    {"run": _run, "step": _step, "evaluation": _evaluation, "budget": _budget}
+    {"run": _run, "step": _step, "evaluation": _evaluation, "budget": _budget, "memory": _memory}
 )
 """Kinds with a line of their own; the others show their values as they are."""

@@ -19,6 +19,7 @@ JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON
 
 METRICS_FILE = "metrics.jsonl"
 _OWN_KEYS = ("time", "kind", "step")
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Event:
 
     Kinds of the training loop: `run` (configuration and facts of the model), `start` (the checkpoint whose weights it
     begins with), `resume` (the step it resumes from), `step`, `evaluation`, `sample` (generated text), `checkpoint`,
+    `memory` (of every rank, at a step that is looked at closely), `trace` (a timeline is written),
     `budget` (final summary), `stop`, and `warning`.
     """
 
@@ -50,12 +52,25 @@ class Event:
 def _strict(value: JSON) -> JSON:
     """JSON has no NaN; like protobuf's JSON mapping, write it as a string, so that every parser can read the file."""
     if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        return _NOT_FINITE[0 if math.isnan(value) else 1 if value > 0 else 2]
     if isinstance(value, Mapping):
         return {key: _strict(inner) for key, inner in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_strict(inner) for inner in value]
     return value
+
+
+def as_number(value: JSON) -> float | None:
+    """`value` as a number, also where it was read back and is the word for one that is not finite; else None."""
+    if isinstance(value, str):
+        return float(value) if value in _NOT_FINITE else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def as_numbers(value: JSON) -> list[float]:
+    """The numbers of the list `value`; none where it is no list."""
+    items = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    return [number for item in items if (number := as_number(item)) is not None]
 
 
 class Sink(Protocol):

@@ -3,34 +3,52 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from ...comm.refusal import Problem, Refused
 from .events import Event
-from .lines import whole_lines
+from .lines import LineReader, whole_lines
 
-_MEASURED = frozenset({"step", "evaluation", "sample", "checkpoint"})
+_MEASURED = frozenset({"step", "evaluation", "sample", "checkpoint", "memory"})
 
 
-def read_metrics(path: Path) -> list[Event]:
-    """The retained history of the run whose `metrics.jsonl` is at `path`, in order.
+class History:
+    """The events that still hold, of those heard so far.
 
     After a resume from step r, what an earlier life measured after r never happened to these weights and is dropped; of
     two measurements of one kind at one step the later counts. Events about the run itself (run, resume, stop, budget,
-    warning) are all kept. A last line still being written is left out. Raises Refused for a missing file or a broken
-    line.
+    warning) are all kept.
     """
-    kept: list[Event] = []
-    for event in read_all_metrics(path):
-        if event.kind == "resume":
-            kept = [old for old in kept if old.kind not in _MEASURED or old.step <= event.step]
-        kept.append(event)
-    last = {(event.kind, event.step): index for index, event in enumerate(kept)}
-    return [
-        event
-        for index, event in enumerate(kept)
-        if event.kind not in _MEASURED or last[(event.kind, event.step)] == index
-    ]
+
+    def __init__(self, events: Iterable[Event] = ()) -> None:
+        self._kept: list[Event] = []
+        self.hear(events)
+
+    def hear(self, events: Iterable[Event]) -> None:
+        """What has happened next."""
+        for event in events:
+            if event.kind == "resume":
+                self._kept = [old for old in self._kept if old.kind not in _MEASURED or old.step <= event.step]
+            self._kept.append(event)
+
+    @property
+    def events(self) -> list[Event]:
+        """In order."""
+        last = {(event.kind, event.step): index for index, event in enumerate(self._kept)}
+        return [
+            event
+            for index, event in enumerate(self._kept)
+            if event.kind not in _MEASURED or last[(event.kind, event.step)] == index
+        ]
+
+
+def read_metrics(path: Path) -> list[Event]:
+    """The retained history of the run whose `metrics.jsonl` is at `path`, in order (see `History`).
+
+    A last line still being written is left out. Raises Refused for a missing file or a broken line.
+    """
+    return History(read_all_metrics(path)).events
 
 
 def read_all_metrics(path: Path) -> list[Event]:
@@ -38,6 +56,21 @@ def read_all_metrics(path: Path) -> list[Event]:
     if not path.is_file():
         raise Refused([Problem(str(path), None, "no such file; name the metrics.jsonl of a run")])
     return [_event(path, number, line) for number, line in whole_lines(path)]
+
+
+class MetricsReader:
+    """Reads a `metrics.jsonl` while it grows."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lines = LineReader(path)
+
+    def new_events(self) -> list[Event]:
+        """What has been appended since the last call. Raises Refused for a broken line.
+
+        Raises FileNotFoundError while there is no file, and `lines.Replaced` when it is not the one of the last call.
+        """
+        return [_event(self._path, number, line) for number, line in self._lines.new_lines()]
 
 
 def _event(path: Path, number: int, line: str) -> Event:

@@ -31,7 +31,33 @@ def cut_torn_line(path: Path) -> None:
 
 def whole_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line without its newline). A last line without newline is still being written."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.endswith(b"\n"):
-                yield number, line[:-1].decode()
+    return LineReader(path).new_lines()
+
+
+class Replaced(Exception):  # noqa: N818 -- says what happened
+    """A file that only ever grows is another one now: its reader has to begin anew."""
+
+
+class LineReader:
+    """Reads the whole lines of a file while it grows."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._position = 0
+        self._number = 0
+        self._inode: int | None = None
+
+    def new_lines(self) -> Iterator[tuple[int, str]]:
+        """Yield (line number from 1, line without its newline) of what has come since. Raises `Replaced`."""
+        with self._path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_size < self._position or self._inode not in (None, status.st_ino):
+                raise Replaced
+            self._inode = status.st_ino
+            file.seek(self._position)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._position += len(line)
+                self._number += 1
+                yield self._number, line[:-1].decode()

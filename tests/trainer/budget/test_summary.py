@@ -16,10 +16,16 @@ from shoestring.comm.refusal import Refused
 from shoestring.trainer.budget.allocation import Allocation
 from shoestring.trainer.budget.clock import Instant
 from shoestring.trainer.budget.config import BudgetConfig
+from shoestring.trainer.budget.journal import Journal
 from shoestring.trainer.budget.meter import Meter
 from shoestring.trainer.budget.render import hours, percent, render
 from shoestring.trainer.budget.summary import Summary, summarise
-from shoestring.trainer.budget.terms import PUBLISHED_GPU_HOURS, PUBLISHED_TOTAL_GPU_HOURS, gpu_milliseconds
+from shoestring.trainer.budget.terms import (
+    ALLOCATION_FILE,
+    PUBLISHED_GPU_HOURS,
+    PUBLISHED_TOTAL_GPU_HOURS,
+    gpu_milliseconds,
+)
 from shoestring.trainer.budget.totals import carry
 from shoestring.trainer.budget.work import Work
 
@@ -372,3 +378,11 @@ def test_a_real_launcher_beats_until_it_is_killed_and_the_next_goes_on(tmp_path:
     assert summary.attempts == 2
     assert held.allocated_ms <= summary.allocated_ms
     assert not summary.running
+
+
+def test_a_ledger_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / ALLOCATION_FILE)
+    journal.append({"kind": "open", "attempt": "a", "phase": "pre_train"})
+    journal.close()
+    with pytest.raises(Refused, match="lacks 'ranks': another version of Shoestring"):
+        summarise(tmp_path)

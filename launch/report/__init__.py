@@ -1,0 +1,1 @@
+"""`shoestring report`: what a run was, as one self-contained page. A file a section."""

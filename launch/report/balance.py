@@ -1,0 +1,68 @@
+"""How evenly experts were used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from ...trainer.telemetry.events import as_numbers
+from .blocks import Block, Figure, Label, Missing, Row, Section
+from .heat import heat_map
+from .plot import Plot, Series
+from .record import RunRecord
+
+_PREFIX = "expert_load/"
+_SHADES = (
+    Label("a quarter of the mean or less", "shade-low"),
+    Label("the mean", "shade-mean"),
+    Label("four times or more", "shade-high"),
+)
+
+
+def balance_section(record: RunRecord) -> Section:
+    """Maximum violation over steps, and a heat map of each routed layer."""
+    return Section("experts", "Expert load", [*_blocks(record)])
+
+
+def _blocks(record: RunRecord) -> Iterator[Block]:
+    names = dict.fromkeys(key for event in record.steps for key in event.values if key.startswith(_PREFIX))
+    if not names:
+        why = "no step has been told of yet" if not record.steps else "the model has no routed experts"
+        yield Missing(f"No expert load: {why}.", "")
+        return
+    yield from _violations(record)
+    maps = [figure for name in names if (figure := _map(record, name)) is not None]
+    yield Row(maps, "Load of each expert (a row) at each step that was told of (a column)", _SHADES)
+
+
+def _violations(record: RunRecord) -> Iterator[Block]:
+    series = [
+        Series("experts", record.points("load/max_violation"), "c1"),
+        Series("ranks", record.points("load/ranks/max_violation"), "c2"),
+        Series("nodes", record.points("load/nodes/max_violation"), "c3"),
+    ]
+    plot = Plot([each for each in series if any(y for _, y in each.points)], height=190, from_zero=True)
+    picture = plot.svg()
+    if picture is not None:
+        title = "Maximum violation, worst layer: the fullest over the mean, minus 1"
+        yield Figure(title, picture, plot.legend())
+
+
+def _map(record: RunRecord, name: str) -> Figure | None:
+    columns = [column for event in record.steps if (column := as_numbers(event.values.get(name)))]
+    columns = [column for column in columns if len(column) == len(columns[0])]
+    if not columns:
+        return None
+    layer, last = name.removeprefix(_PREFIX), columns[-1]
+    picture = heat_map(columns, f"load of {len(last)} experts of {layer}")
+    return Figure(layer.replace("_", " "), picture, (), _words(last))
+
+
+def _words(loads: Sequence[float]) -> str:
+    """The last step in words."""
+    mean = sum(loads) / len(loads)
+    if not mean or not math.isfinite(mean):
+        return ""
+    unused = sum(load == 0 for load in loads)
+    idle = f", {unused} unused" if unused else ""
+    return f"last: {min(loads) / mean:.2f} to {max(loads) / mean:.2f} of the mean{idle}"

@@ -1,0 +1,162 @@
+"""What the run has cost: how its budget went down, and where the time went."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from ...trainer.budget.render import REPORT_NAMES, TERM_MEANINGS, hours, percent
+from ...trainer.budget.summary import Summary
+from ...trainer.budget.terms import (
+    BUCKETS,
+    PUBLISHED_GPU_HOURS,
+    PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS,
+    PUBLISHED_TOTAL_GPU_HOURS,
+    gpu_hours,
+)
+from .blocks import Bar, Block, Figure, Line, Missing, Part, Section, Table
+from .loss import marks
+from .plot import Plot, Series
+from .record import RunRecord
+
+_STYLES = {
+    "productive": "k-good",
+    "rolled_back": "k-bad",
+    "initialisation": "k1",
+    "data_stall": "k2",
+    "checkpoint_save": "k3",
+    "checkpoint_load": "k4",
+    "evaluation": "k5",
+    "telemetry": "k6",
+    "skipped": "k-bad",
+    "hang": "k-bad",
+    "recovery": "k7",
+    "idle": "k8",
+    "unknown": "k9",
+}
+_TERM_STYLES = {
+    "F": "f",
+    "I": "i",
+    "W": "w",
+    "B": "b",
+    "FB": "fb",
+    "exposed_exchange": "k3",
+    "edge_wait": "k5",
+    "reduce_wait": "k7",
+    "optimizer": "k2",
+    "other": "k9",
+}
+
+
+def bill_section(record: RunRecord) -> Section:
+    """Burn-down, buckets, terms, and the published run beside."""
+    blocks: list[Block] = [*_burn_down(record)]
+    if record.summary is None:
+        blocks.append(Missing(f"No bill: {record.no_summary}", "The launcher of a run and its rank 0 keep a ledger."))
+    else:
+        blocks += [*_buckets(record.summary), *_terms(record.summary), _beside(record.summary)]
+    return Section("budget", "Budget", blocks)
+
+
+def _burn_down(record: RunRecord) -> Iterator[Block]:
+    left, total = record.points("budget_left"), record.total_steps
+    if not left or total is None:
+        yield Missing("No burn-down: no step has told what is left of the budget.", "")
+        return
+    budget = left[0][1]
+    if record.summary is not None:  # which knows of evaluations and waiting after the last step that was told of
+        budget = record.summary.budget_gpu_hours
+        left.append((left[-1][0], budget - record.summary.gpu_hours))
+    step, now = left[-1]
+    series = [
+        Series("spending evenly", [(0.0, budget), (float(total), 0.0)], "c5", is_dashed=True),
+        Series("left", left, "c1"),
+    ]
+    projected, spent = record.value("projected_gpu_hours"), record.value("gpu_hours")
+    if step < total and projected is not None and spent is not None:
+        series.append(Series("projected", [(step, now), (float(total), now + spent - projected)], "c1", is_dashed=True))
+    plot = Plot(series, height=220, from_zero=True, marks=marks(record), words=hours)
+    picture = plot.svg()
+    if picture is not None:
+        note = "Above the dashed line the run costs less than its budget, below it more."
+        yield Figure("GPU-hours left of the budget, over optimizer steps", picture, plot.legend(), note)
+
+
+def _buckets(summary: Summary) -> Iterator[Block]:
+    meanings = {
+        "productive": f"{summary.steps_retained:,} steps in the weights",
+        "rolled_back": "steps undone by a crash",
+        **BUCKETS,
+        "unknown": "charged to nothing",
+    }
+    spent = {
+        "productive": summary.productive_ms,
+        "rolled_back": summary.rolled_back_ms,
+        **summary.buckets,
+        "unknown": summary.unknown_ms,
+    }
+    whole = max(1, summary.allocated_ms)
+    some = {name: gpu_ms for name, gpu_ms in spent.items() if gpu_ms}
+    yield _bar("Where the time went", some, whole, _STYLES)
+    lines = [_line(name, some[name], whole, meanings[name], _STYLES[name]) for name in some]
+    launches = "1 launch" if summary.attempts == 1 else f"{summary.attempts} launches"
+    total = Line(
+        ("allocated", hours(gpu_hours(summary.allocated_ms)), "100 %", f"all of it, in {launches}"), is_sum=True
+    )
+    nothing = ", ".join(name.replace("_", " ") for name in spent if name not in some)
+    note = f"Nothing went to {nothing}." if nothing else ""
+    if summary.inherited_ms:
+        note += f" {hours(gpu_hours(summary.inherited_ms))} GPU-hours more were inherited with the checkpoint."
+    yield _table([*lines, total], note)
+
+
+def _terms(summary: Summary) -> Iterator[Block]:
+    if not summary.terms:
+        remedy = "A run looks closely at its second step and at one in telemetry.terms_every."
+        yield Missing("What steps are made of is not recorded: no step was looked at closely.", remedy)
+        return
+    whole = max(1, summary.productive_ms)
+    some = {name: gpu_ms for name, gpu_ms in summary.terms.items() if gpu_ms}
+    yield _bar("What steps are made of", some, whole, _TERM_STYLES)
+    lines = [_line(name, some[name], whole, TERM_MEANINGS[name], _TERM_STYLES[name]) for name in some]
+    looks = "1 step" if summary.sampled_steps == 1 else f"{summary.sampled_steps} steps"
+    yield _table(lines, f"Of productive time, from {looks} looked at on all ranks.")
+    meanings = TERM_MEANINGS | REPORT_NAMES
+    view = [_line(name, gpu_ms, whole, meanings[name], "") for name, gpu_ms in summary.report_view.items() if gpu_ms]
+    yield _table(view, "", title="Under the names of DeepSeek's report", is_folded=True)
+
+
+def _beside(summary: Summary) -> Table:
+    rate = summary.gpu_hours_per_trillion_tokens
+    lines = [
+        (
+            "a trillion retained tokens",
+            "–" if rate is None else f"{rate:,.0f}",
+            f"{PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS:,}",
+            "–" if rate is None else _ratio(rate / PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS),
+        )
+    ]
+    for phase, published in PUBLISHED_GPU_HOURS.items():
+        spent = gpu_hours(summary.by_phase.get(phase, 0) + (summary.inherited_ms if phase == summary.phase else 0))
+        if spent:
+            lines.append((phase.replace("_", " "), hours(spent), f"{published:,}", _ratio(spent / published)))
+    whole = PUBLISHED_TOTAL_GPU_HOURS
+    lines.append(("all", hours(summary.gpu_hours), f"{whole:,}", _ratio(summary.gpu_hours / whole)))
+    heads = ("GPU-hours of", "this run", "DeepSeek-V3", "this of that")
+    return Table(heads, [Line(cells) for cells in lines], frozenset({1, 2, 3}), "Beside DeepSeek-V3, on H800")
+
+
+def _ratio(share: float) -> str:
+    return percent(share) if share < 10 else f"{share:,.0f} times"
+
+
+def _bar(title: str, spent: Mapping[str, int], whole: int, styles: Mapping[str, str]) -> Bar:
+    return Bar(title, [Part(name.replace("_", " "), gpu_ms / whole, styles[name]) for name, gpu_ms in spent.items()])
+
+
+def _line(name: str, gpu_ms: int, whole: int, meaning: str, style: str) -> Line:
+    return Line((name.replace("_", " "), hours(gpu_hours(gpu_ms)), percent(gpu_ms / whole), meaning), style)
+
+
+def _table(lines: list[Line], note: str, *, title: str = "", is_folded: bool = False) -> Table:
+    heads = ("spent on", "GPU-hours", "share", "what it is")
+    return Table(heads, lines, frozenset({1, 2}), title, note, is_folded)

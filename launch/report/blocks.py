@@ -1,0 +1,147 @@
+"""What a section of a report is made of. page.html says how each looks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from markupsafe import Markup
+
+
+@dataclass(frozen=True)
+class Prose:
+    """A sentence or two."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What is not there, said in its place, and how the next run records it."""
+
+    text: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Label:
+    """An entry of a legend."""
+
+    name: str
+    style: str
+    """Class of its colour."""
+    value: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture with its heading."""
+
+    title: str
+    picture: Markup
+    legend: Sequence[Label] = ()
+    note: str = ""
+    is_wide: bool = False
+    """Whether it keeps its size and scrolls, instead of shrinking to the page."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Small figures side by side."""
+
+    figures: Sequence[Figure]
+    title: str = ""
+    legend: Sequence[Label] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of a bar."""
+
+    name: str
+    share: float
+    style: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A whole, split."""
+
+    title: str
+    parts: Sequence[Part]
+
+
+@dataclass(frozen=True)
+class Line:
+    """Of a table."""
+
+    cells: Sequence[str]
+    style: str = ""
+    """Class of the colour that its first cell shows; none if empty."""
+    is_sum: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of words, and of numbers."""
+
+    heads: Sequence[str]
+    lines: Sequence[Line]
+    numbers: frozenset[int] = frozenset()
+    """Columns that are aligned to the right."""
+    title: str = ""
+    note: str = ""
+    is_folded: bool = False
+    """Whether it is shown only to who asks."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text as it is."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The configuration: of each group its keys and values."""
+
+    groups: Sequence[tuple[str, Sequence[tuple[str, str]]]]
+
+
+Block = Prose | Missing | Figure | Row | Bar | Table | Text | Settings
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page."""
+
+    name: str
+    title: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Card:
+    """A figure of the headline."""
+
+    name: str
+    value: str
+    unit: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Page:
+    """All of it."""
+
+    title: str
+    state: str
+    """In a word."""
+    state_style: str
+    facts: Sequence[str]
+    cards: Sequence[Card]
+    sections: Sequence[Section] = field(default_factory=tuple)
+    made: str = ""
+    """When."""

@@ -1,0 +1,26 @@
+"""Everything that was configured, by group."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .blocks import Missing, Section, Settings
+from .record import RunRecord
+
+
+def configuration_section(record: RunRecord) -> Section:
+    """Of the last launch."""
+    if not record.config:
+        return Section("configuration", "Configuration", [Missing("The configuration is not recorded.", "")])
+    groups = [(name, list(_flat(tree))) for name, tree in record.config.items() if isinstance(tree, Mapping)]
+    return Section("configuration", "Configuration", [Settings(groups)])
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if isinstance(value, str) and value.isprintable() else json.dumps(value)

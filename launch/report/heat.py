@@ -1,0 +1,71 @@
+"""The load of experts as a heat map: a pixel an expert and step, blue below the mean, amber above, clear at it.
+
+A PNG inside the page: a frontier model has fifteen thousand experts, too many for a box each. Letters: N moments, E
+experts.
+"""
+
+from __future__ import annotations
+
+import base64
+import struct
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+_OCTAVES = 2
+"""From a quarter of the mean to four times."""
+_SHADES = 16
+"""From clear to full, to either side."""
+_BELOW, _ABOVE = (58, 110, 176), (224, 138, 30)
+MOST_COLUMNS = 240
+
+
+def heat_map(loads: Sequence[Sequence[float]], label: str) -> Markup:
+    """`loads` hold the load of each expert at one moment after another; those that do not fit in are averaged."""
+    rows = _shades(_averaged(np.array(loads, dtype=np.float64))).T
+    image = base64.b64encode(_png(rows)).decode()
+    return Markup('<img class="heat" alt="{}" src="data:image/png;base64,{}">').format(label, image)
+
+
+def _averaged(loads_NE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of each stretch of neighbouring moments the mean."""
+    starts = np.arange(0, len(loads_NE), -(-len(loads_NE) // MOST_COLUMNS))
+    counts = np.diff(np.append(starts, len(loads_NE)))
+    means: NDArray[np.float64] = np.add.reduceat(loads_NE, starts, axis=0) / counts[:, None]
+    return means
+
+
+def _shades(loads_NE: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """The places of loads in the palette, whose middle is the mean of a moment; without any load all is mean."""
+    mean_N1 = loads_NE.mean(axis=1, keepdims=True)
+    ratios_NE = np.where(mean_N1 > 0, loads_NE / np.where(mean_N1 > 0, mean_N1, 1), 1)
+    octaves_NE = np.log2(np.clip(ratios_NE, 2.0**-_OCTAVES, 2.0**_OCTAVES))
+    places_NE: NDArray[np.uint8] = (_SHADES + np.rint(octaves_NE / _OCTAVES * _SHADES)).astype(np.uint8)
+    return places_NE
+
+
+def _palette() -> list[tuple[int, int, int, int]]:
+    """Red, green, blue and opacity, so that it suits a light and a dark page."""
+    strength = [round(255 * step / _SHADES) for step in range(_SHADES + 1)]
+    return [(*_BELOW, s) for s in reversed(strength[1:])] + [(*_ABOVE, s) for s in strength]
+
+
+def _png(pixels: NDArray[np.uint8]) -> bytes:
+    """An image of the palette's colours, by the PNG specification: each row of pixels behind a 0, for no filter."""
+    palette, (height, width) = _palette(), pixels.shape
+    header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)
+    chunks = (
+        (b"IHDR", header),
+        (b"PLTE", bytes(channel for colour in palette for channel in colour[:3])),
+        (b"tRNS", bytes(colour[3] for colour in palette)),
+        (b"IDAT", zlib.compress(np.insert(pixels, 0, 0, axis=1).tobytes())),
+        (b"IEND", b""),
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in chunks)
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

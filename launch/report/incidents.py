@@ -1,0 +1,89 @@
+"""What did not go as planned: warnings, launches that ended early, steps that were undone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from ...trainer.budget.journal import Record, read_journal
+from ...trainer.budget.terms import ALLOCATION_FILE, WORK_FILE
+from ...trainer.telemetry.events import Event
+from .blocks import Block, Line, Missing, Prose, Section, Table
+from .record import RunRecord
+
+
+@dataclass(frozen=True)
+class Incident:
+    """One of them."""
+
+    time: float
+    """Seconds since the epoch."""
+    step: int | None
+    about: str
+    text: str
+
+
+def incidents_section(record: RunRecord) -> Section:
+    """All of them, in order of time."""
+    return Section("incidents", "Incidents", [*_blocks(record)])
+
+
+def _blocks(record: RunRecord) -> Iterator[Block]:
+    found = incidents(record)
+    if not found:
+        if not record.events and record.summary is None:
+            yield Missing("Nothing is recorded yet.", "")
+        else:
+            yield Prose("None: no warning, no step undone, no launch that ended before its time.")
+        return
+    lines = [
+        Line((_clock(each.time), "" if each.step is None else f"{each.step:,}", each.about, each.text))
+        for each in found
+    ]
+    yield Table(("time", "step", "about", "what"), lines, frozenset({1}))
+
+
+def incidents(record: RunRecord) -> list[Incident]:
+    """From the event stream, and where the ledger can be read from that."""
+    found = [*_of_events(record.events)]
+    if record.summary is not None:
+        said = {incident.text for incident in found}
+        found += [each for each in _of_launches(record.run_dir) if each.text not in said]
+        found += _undone(read_journal(record.run_dir / WORK_FILE))
+    return sorted(found, key=lambda incident: incident.time)
+
+
+def _of_events(events: Sequence[Event]) -> Iterator[Incident]:
+    for event in events:
+        if event.kind == "warning":
+            about, text = event.values.get("about", "telemetry"), event.values.get("message")
+            yield Incident(event.time, event.step, str(about), str(text))
+        elif event.kind == "stop" and event.values.get("reason") != "done":
+            yield Incident(event.time, event.step, "stop", str(event.values.get("reason")))
+
+
+def _of_launches(run_dir: Path) -> Iterator[Incident]:
+    """Those that did not end with the last step; the launcher's words for one that did are `196 steps done`."""
+    for record in read_journal(run_dir / ALLOCATION_FILE):
+        reason = str(record.get("reason", ""))
+        if record["kind"] == "close" and not reason.endswith("steps done"):
+            yield Incident(record["wall_ns"] / 1e9, None, "launch", reason)
+
+
+def _undone(work: Sequence[Record]) -> Iterator[Incident]:
+    """Where a life has gone on from, and how many steps of those before it that has cost."""
+    last = 0
+    for record in work:
+        if record["kind"] == "step":
+            last = record["step"]
+        elif record["kind"] == "resume":
+            undone = last - record["step"]
+            text = f"went on from step {record['step']:,}" + (f"; {undone:,} steps undone" if undone > 0 else "")
+            last = record["step"]
+            yield Incident(record["wall_ns"] / 1e9, record["step"], "resume", text)
+
+
+def _clock(time: float) -> str:
+    return datetime.fromtimestamp(time).astimezone().strftime("%Y-%m-%d %H:%M:%S")

@@ -1,0 +1,56 @@
+"""How much memory ranks have used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import median
+
+from ...trainer.telemetry.events import as_number, as_numbers
+from .blocks import Block, Figure, Line, Missing, Section, Table
+from .plot import Plot, Series
+from .record import RunRecord
+
+_MOST_ROWS = 16
+
+
+def memory_section(record: RunRecord) -> Section:
+    """Over steps on the fullest rank and on the others, and of each rank at the last look."""
+    return Section("memory", "Memory", [*_blocks(record)])
+
+
+def _blocks(record: RunRecord) -> Iterator[Block]:
+    events = [event for event in record.of("memory") if as_numbers(event.values.get("now"))]
+    if not events:
+        remedy = "A run asks its ranks at the second step and at one in telemetry.terms_every, on GPUs and on Linux."
+        yield Missing("Memory is not recorded.", remedy)
+        return
+    looks = [
+        (event.step, as_numbers(event.values.get("now")), as_numbers(event.values.get("peak"))) for event in events
+    ]
+    limit = as_number(events[-1].values.get("limit"))
+    plot = Plot(
+        [
+            Series("peak of the fullest rank", [(step, max(peak)) for step, _, peak in looks], "c2"),
+            Series("fullest rank", [(step, max(now)) for step, now, _ in looks], "c1"),
+            Series("median rank", [(step, median(now)) for step, now, _ in looks], "c5"),
+        ],
+        height=190,
+        from_zero=True,
+        levels=[] if limit is None else [("the device has", limit)],
+        words=_size,
+        on_axis=_size,
+    )
+    picture = plot.svg()
+    if picture is not None:
+        of = str(events[-1].values.get("of"))
+        yield Figure(f"Bytes {of}, over optimizer steps", picture, plot.legend())
+    _, now, peak = looks[-1]
+    if len(now) <= _MOST_ROWS:
+        rows = zip(range(len(now)), now, peak, strict=True)
+        lines = [Line((f"rank {rank}", _size(held), _size(most))) for rank, held, most in rows]
+        yield Table(("", "at the last look", "peak"), lines, frozenset({1, 2}), "By rank")
+
+
+def _size(value: float) -> str:
+    """Bytes for the reader."""
+    return f"{value / 1e9:.4g} GB" if value >= 1e9 else f"{value / 1e6:.4g} MB"

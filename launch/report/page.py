@@ -1,0 +1,48 @@
+"""A report as HTML: one file that loads nothing."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from .balance import balance_section
+from .bill import bill_section
+from .blocks import Page
+from .configuration import configuration_section
+from .headline import cards, facts, state
+from .incidents import incidents_section
+from .loss import loss_section
+from .memory import memory_section
+from .record import RunRecord
+from .schedule import schedule_section
+
+_SECTIONS = (
+    loss_section,
+    bill_section,
+    schedule_section,
+    balance_section,
+    memory_section,
+    incidents_section,
+    configuration_section,
+)
+
+
+def html_report(record: RunRecord) -> str:
+    """The page of one run."""
+    word, style = state(record)
+    page = Page(
+        title=record.run_dir.resolve().name,
+        state=word,
+        state_style=style,
+        facts=list(facts(record)),
+        cards=cards(record),
+        sections=[section(record) for section in _SECTIONS],
+        made=datetime.now().astimezone().strftime("%-d %B %Y, %H:%M"),
+    )
+    loader = PackageLoader(__package__, ".")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.tests["block"] = lambda block, name: type(block).__name__ == name
+    return environment.get_template("page.html").render(page=page)

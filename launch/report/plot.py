@@ -1,0 +1,208 @@
+"""Lines over steps, as SVG: colours are classes of the page's style sheet, and pointing at a step tells its figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from markupsafe import Markup, escape
+
+from ...trainer.telemetry.describe import metric
+from .blocks import Label
+from .record import Point
+
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 16.0, 12.0, 26.0
+_MOST_POINTS = 800
+_MOST_BANDS = 240
+_MOST_DOTS = 12
+"""A series of so few points shows each."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line. A value that is not finite breaks it."""
+
+    name: str
+    points: Sequence[Point]
+    style: str = "c1"
+    is_dashed: bool = False
+
+
+def plain(value: float) -> str:
+    """A number with four digits, or with a letter from ten thousand on."""
+    return metric(value) if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Series in one frame."""
+
+    series: Sequence[Series]
+    width: float = 900
+    height: float = 260
+    from_zero: bool = False
+    levels: Sequence[tuple[str, float]] = ()
+    """Lines from left to right, with their names."""
+    marks: Sequence[tuple[float, str]] = ()
+    """Steps at which something has happened, and what."""
+    words: Callable[[float], str] = plain
+    """A value for the reader."""
+    on_axis: Callable[[float], str] = plain
+    """A round value."""
+
+    @property
+    def finite(self) -> list[Point]:
+        """What can be drawn."""
+        return [point for series in self.series for point in series.points if math.isfinite(point[1])]
+
+    def legend(self) -> list[Label]:
+        """Each series with its last value."""
+        return [
+            Label(each.name, each.style, "" if each.is_dashed else self.words(each.points[-1][1]))
+            for each in self.series
+            if each.points
+        ]
+
+    def svg(self) -> Markup | None:
+        """The picture; None where there is nothing to draw."""
+        if not self.finite:
+            return None
+        canvas = _Canvas.of(self)
+        body = [*_axes(canvas), *_marks(canvas), *_lines(canvas), *_bands(canvas)]
+        names = ", ".join(each.name for each in self.series)
+        head = Markup('<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{} over steps">')
+        return head.format(f"{self.width:g}", f"{self.height:g}", names) + Markup("").join(body) + Markup("</svg>")
+
+
+@dataclass(frozen=True)
+class _Canvas:
+    """Where values are."""
+
+    plot: Plot
+    last: float
+    """Step on the right; 0 is on the left."""
+    low: float
+    high: float
+
+    @staticmethod
+    def of(plot: Plot) -> _Canvas:
+        xs = [x for x, _ in plot.finite]
+        ys = [y for _, y in plot.finite] + [y for _, y in plot.levels]
+        low, high = min(ys), max(ys)
+        if plot.from_zero:
+            low, high = min(low, 0.0), max(high, 0.0)
+        if low == high:  # a level line sits in the middle
+            room = abs(low) / 2 or 1.0
+            low, high = low - room, high + room
+        room = 0.04 * (high - low)
+        low = low if plot.from_zero and low == 0 else low - room
+        return _Canvas(plot, max(1.0, *xs), low, high + room)
+
+    @property
+    def right(self) -> float:
+        return self.plot.width - _RIGHT
+
+    @property
+    def bottom(self) -> float:
+        return self.plot.height - _BOTTOM
+
+    def x(self, value: float) -> float:
+        return _LEFT + value / self.last * (self.right - _LEFT)
+
+    def y(self, value: float) -> float:
+        return self.bottom - (value - self.low) / (self.high - self.low) * (self.bottom - _TOP)
+
+
+def ticks(low: float, high: float, most: int) -> list[float]:
+    """Round numbers from `low` to `high`, `most` of them at most."""
+    least = (high - low) / most
+    magnitude = 10.0 ** math.floor(math.log10(least))
+    step = next(step for base in (1, 2, 2.5, 5, 10, 20) if (step := base * magnitude) >= least)
+    return [step * index for index in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _axes(canvas: _Canvas) -> Iterator[Markup]:
+    plot = canvas.plot
+    for value in ticks(canvas.low, canvas.high, 5 if plot.height > 200 else 4):
+        y = canvas.y(value)
+        yield _line(_LEFT, y, canvas.right, y, "grid")
+        yield _text(_LEFT - 8, y + 4, plot.on_axis(value), "end")
+    for value in ticks(0.0, canvas.last, 8 if plot.width > 600 else 4):
+        if value == int(value):
+            yield _text(canvas.x(value), canvas.bottom + 18, f"{value:,.0f}", "middle")
+    for name, value in plot.levels:
+        y = canvas.y(value)
+        yield _line(_LEFT, y, canvas.right, y, "level")
+        yield _text(canvas.right, y - 5, f"{name} {plot.words(value)}", "end")
+
+
+def _marks(canvas: _Canvas) -> Iterator[Markup]:
+    for step, text in canvas.plot.marks:
+        if step <= canvas.last:
+            x = canvas.x(step)
+            line = _line(x, _TOP, x, canvas.bottom, "mark")
+            yield Markup("<g><title>{}</title>").format(f"step {step:,.0f}: {text}") + line + Markup("</g>")
+
+
+def _lines(canvas: _Canvas) -> Iterator[Markup]:
+    for series in canvas.plot.series:
+        points = thin(series.points, _MOST_POINTS)
+        dashed = " dashed" if series.is_dashed else ""
+        yield Markup('<path class="line {}{}" d="{}"/>').format(series.style, dashed, _path(canvas, points))
+        if len(points) <= _MOST_DOTS and not series.is_dashed:
+            for x, y in points:
+                if math.isfinite(y):
+                    place = f"{canvas.x(x):.1f}", f"{canvas.y(y):.1f}"
+                    yield Markup('<circle class="dot {}" cx="{}" cy="{}" r="2.5"/>').format(series.style, *place)
+
+
+def _path(canvas: _Canvas, points: Sequence[Point]) -> str:
+    words, pen_is_down = [], False
+    for x, y in points:
+        if math.isfinite(y):
+            words.append(f"{'L' if pen_is_down else 'M'}{canvas.x(x):.1f} {canvas.y(y):.1f}")
+        pen_is_down = math.isfinite(y)
+    return "".join(words)
+
+
+def thin(points: Sequence[Point], most: int) -> list[Point]:
+    """Points that look the same where there are more than `most`: of each stretch its lowest and its highest."""
+    if len(points) <= most:
+        return list(points)
+    size = -(-2 * len(points) // most)
+    kept: list[Point] = []
+    for start in range(0, len(points), size):
+        stretch = points[start : start + size]
+        finite = [point for point in stretch if math.isfinite(point[1])]
+        ends = {min(finite, key=lambda point: point[1]), max(finite, key=lambda point: point[1])} if finite else set()
+        kept += sorted(ends) if ends else stretch[:1]
+    return kept
+
+
+def _bands(canvas: _Canvas) -> Iterator[Markup]:
+    """Over each step a strip that can be pointed at."""
+    plot = canvas.plot
+    told: dict[float, list[str]] = {}
+    for series in plot.series:
+        if not series.is_dashed:
+            for x, y in series.points:
+                told.setdefault(x, []).append(f"{series.name} {plot.words(y)}")
+    steps = sorted(told)
+    steps = steps[:: -(-len(steps) // _MOST_BANDS)]
+    edges = [_LEFT, *(canvas.x((a + b) / 2) for a, b in pairwise(steps)), canvas.right]
+    for step, (left, right) in zip(steps, pairwise(edges), strict=True):
+        text = "\n".join([f"step {step:,.0f}", *told[step]])
+        size = f"{left:.1f}", f"{_TOP:g}", f"{max(right - left, 0.5):.1f}", f"{canvas.bottom - _TOP:g}"
+        strip = '<rect class="band" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>'
+        yield Markup(strip).format(*size, text)
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> Markup:
+    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
+    return Markup(f'<line class="{style}" {ends}/>')
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> Markup:
+    return Markup(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>')

@@ -1,0 +1,115 @@
+"""Everything that a run has left behind and a report tells of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ...comm.refusal import Problem, Refused
+from ...trainer.budget.summary import Summary, summarise
+from ...trainer.budget.terms import WORK_FILE
+from ...trainer.telemetry.events import METRICS_FILE, Event, as_number
+from ...trainer.telemetry.history import read_metrics
+from ..run_dir import CONFIG_FILE, is_marked
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run, as of now."""
+
+    run_dir: Path
+    events: Sequence[Event]
+    """That still hold, in order."""
+    config: Mapping[str, Any]
+    """Of the last launch, as a tree of plain values; empty where none is recorded."""
+    summary: Summary | None
+    """What it has cost; None where its ledger does not say."""
+    no_summary: str
+    """Why there is none."""
+
+    @cached_property
+    def steps(self) -> list[Event]:
+        """The `step` events."""
+        return self.of("step")
+
+    def of(self, kind: str) -> list[Event]:
+        """The events of one kind."""
+        return [event for event in self.events if event.kind == kind]
+
+    def last(self, kind: str) -> Event | None:
+        """The last event of a kind."""
+        found = self.of(kind)
+        return found[-1] if found else None
+
+    def points(self, key: str, kind: str = "step") -> list[Point]:
+        """(step, value) of a number in the events of a kind; it may be not finite."""
+        return [
+            (event.step, value) for event in self.of(kind) if (value := as_number(event.values.get(key))) is not None
+        ]
+
+    def value(self, key: str, kind: str = "step") -> float | None:
+        """The last of these."""
+        points = self.points(key, kind)
+        return points[-1][1] if points else None
+
+    def setting(self, key: str) -> Any:
+        """The configured value of a dotted key; None where it is not recorded."""
+        tree: Any = self.config
+        for name in key.split("."):
+            tree = tree.get(name) if isinstance(tree, Mapping) else None
+        return tree
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the whole run."""
+        for kind in ("step", "run"):
+            total = self.value("total_steps", kind)
+            if total is not None:
+                return int(total)
+        return None
+
+
+def read_run(run_dir: Path) -> RunRecord:
+    """What is in the directory of a run. Raises `Refused` for any other place, and for a broken line of metrics."""
+    refuse_other_places(run_dir)
+    metrics = run_dir / METRICS_FILE
+    events = read_metrics(metrics) if metrics.exists() else []
+    summary, no_summary = _bill(run_dir)
+    return RunRecord(run_dir, events, _config(run_dir, events), summary, no_summary)
+
+
+def _bill(run_dir: Path) -> tuple[Summary | None, str]:
+    """What the ledger says, or why it says nothing: a broken one is told in its place, and the rest all the same."""
+    if not (run_dir / WORK_FILE).parent.exists():
+        return None, "there is no ledger yet."
+    try:
+        return summarise(run_dir), ""
+    except Refused as refused:
+        return None, f"{refused}."
+
+
+def refuse_other_places(run_dir: Path) -> None:
+    """Raise `Refused` unless a run has made `run_dir`."""
+    if not run_dir.is_dir():
+        raise Refused([Problem("RUN", str(run_dir), "is no directory; name that of a run, its training.run_dir")])
+    if not is_marked(run_dir) and not (run_dir / METRICS_FILE).exists():
+        remedy = f"holds no run (neither {METRICS_FILE} nor what marks a run's directory); name its training.run_dir"
+        raise Refused([Problem("RUN", str(run_dir), remedy)])
+
+
+def _config(run_dir: Path, events: Sequence[Event]) -> Mapping[str, Any]:
+    """What rank 0 has told; else, where no rank has come so far, what its launcher has written."""
+    told = [event.values["config"] for event in events if isinstance(event.values.get("config"), Mapping)]
+    if told:
+        tree: Any = told[-1]
+    else:
+        path = run_dir / CONFIG_FILE
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True) if path.exists() else {}
+    return tree if isinstance(tree, Mapping) else {}

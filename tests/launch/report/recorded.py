@@ -1,0 +1,153 @@
+"""The directory of a run of two pipeline ranks, as one would have left it, without training anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from unittest import mock
+
+from shoestring.comm.record import EDGE_WAIT, OPTIMIZER, Track
+from shoestring.launch.compose import compose_run
+from shoestring.launch.run_dir import own
+from shoestring.parallelism.pipeline.program import Program
+from shoestring.parallelism.pipeline.replay import UnitTimes, replay
+from shoestring.parallelism.pipeline.schedules import build_program
+from shoestring.trainer.budget.allocation import Allocation
+from shoestring.trainer.budget.clock import Instant
+from shoestring.trainer.budget.config import BudgetConfig
+from shoestring.trainer.budget.terms import TERMS
+from shoestring.trainer.budget.work import Work
+from shoestring.trainer.config import RunConfig
+from shoestring.trainer.telemetry.events import JSON, Event, EventStream
+from shoestring.trainer.telemetry.memory import RESIDENT
+from shoestring.trainer.telemetry.trace import Span, merge_ranks, write_rank
+
+STEPS, TOKENS, LAST = 8, 1000, 4.25
+BUDGET = BudgetConfig(gpu_hours=4.0)
+BEGAN = 1_800_000_000
+
+
+class Clock:
+    """The ledger's clock, which stands still unless it is told to go on."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def now(self) -> Instant:
+        ns = round(self.seconds * 1e9)
+        return Instant((BEGAN * 10**9) + ns, ns, "boot")
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        with mock.patch.object(Instant, "now", self.now):
+            yield
+
+
+def config(run_dir: Path) -> RunConfig:
+    composed = compose_run(["experiment=quickstart"])
+    return replace(composed, training=replace(composed.training, run_dir=str(run_dir)))
+
+
+def program(run_dir: Path) -> Program:
+    described = config(run_dir)
+    return build_program(described.schedule.name, described.topology.pp, described.micro_batches)
+
+
+def record_run(run_dir: Path) -> None:
+    """Two launches of eight steps in all; the first dies after step 6 and the second goes on from step 4."""
+    own(run_dir)
+    clock = Clock()
+    with clock.told():
+        first = Allocation(run_dir, ranks=2, attempt="first", budget=BUDGET, beat_seconds=1000)
+        life(run_dir, clock, "first", range(1, 7), resumed=None)
+        first.close("a rank died, torchrun exited with 1")
+        second = Allocation(run_dir, ranks=2, attempt="second", budget=BUDGET, beat_seconds=1000)
+        life(run_dir, clock, "second", range(5, STEPS + 1), resumed=4)
+        second.close(f"{STEPS} steps done")
+    write_events(run_dir)
+
+
+def life(run_dir: Path, clock: Clock, attempt: str, steps: range, resumed: int | None) -> None:
+    """Each step takes both ranks 324 s, the evaluation at the end 360 s."""
+    work = Work(run_dir, ranks=2, attempt=attempt, budget=BUDGET)
+    if resumed is not None:
+        work.resume(resumed)
+    work.ready()
+    for step in steps:
+        clock.seconds += 324
+        work.step(step, 324_000, TOKENS)
+        work.terms(step, 200, dict.fromkeys(TERMS, 20) | {"bubble": 15})
+    if steps.stop == STEPS + 1:
+        clock.seconds += 360
+        work.interval("evaluation", 360_000)
+    work.close(clean=resumed is not None)
+
+
+def write_events(run_dir: Path) -> None:
+    stream = EventStream(run_dir, [])
+    for event in events(run_dir):
+        stream.emit(event)
+    stream.close()
+
+
+def events(run_dir: Path) -> Iterator[Event]:
+    run: dict[str, JSON] = {"config": asdict(config(run_dir)), "ranks": 2, "device": "cpu", "linear": "native"}
+    run |= {"parameters": 3_500_000, "active_parameters": 1_700_000, "compute_dtype": "float32", "total_steps": STEPS}
+    yield Event("run", 0, run, BEGAN)
+    for number in range(1, 7):
+        yield step(number, loss=9.0 - number)
+    yield Event("warning", 6, {"about": "spike", "message": "the loss <script>alert(1)</script> jumped"}, BEGAN + 2)
+    yield Event("run", 0, run, BEGAN + 5000)
+    yield Event("resume", 4, {}, BEGAN + 5001)
+    for number in range(5, STEPS + 1):
+        yield step(number, loss=LAST + STEPS - number)
+    memory: dict[str, JSON] = {"of": RESIDENT, "limit": None, "now": [300e6, 200e6], "peak": [420e6, 310e6]}
+    yield Event("memory", STEPS, memory, BEGAN + 6000)
+    yield Event("evaluation", STEPS, {"loss": 4.5, "targets": 640, "unigram_entropy": 5.83}, BEGAN + 6001)
+    yield Event("sample", STEPS, {"text": "BRUTUS\nSpeak, hands & <b>feet</b>"}, BEGAN + 6002)
+    yield Event("stop", STEPS, {"reason": "done"}, BEGAN + 6003)
+
+
+def step(number: int, loss: float = math.nan) -> Event:
+    values: dict[str, JSON] = {
+        "loss": loss,
+        "loss/mtp": loss + 0.5,
+        "learning_rate": 1e-3,
+        "grad_norm": 1.5,
+        "tokens": number * TOKENS,
+        "tokens_per_second": 2000.0,
+        "mfu": 0.25,
+        "gpu_hours": 0.18 * number,
+        "budget_share": 0.045 * number,
+        "budget_left": 4 - 0.18 * number,
+        "projected_gpu_hours": 1.5,
+        "eta_seconds": 60.0,
+        "total_steps": STEPS,
+        "expert_load/layer_01": [0, 100, 200, 100],
+        "load/max_violation": 1.0,
+    }
+    return Event("step", number, values, BEGAN + number)
+
+
+def record_trace(run_dir: Path, steps: int = 2) -> None:
+    """Of both ranks of the configured layout's first replica; in step k an F takes k ms, and B, I, W and FB as well."""
+    columns = config(run_dir).topology.dp
+    spans: list[list[Span]] = [[] for _ in range(2)]
+    start = 10**12
+    for number in range(1, steps + 1):
+        timeline = replay(program(run_dir), UnitTimes(1e6, 1e6, 1e6, 1e6, 1e6), transfer=0)
+        rows = zip(timeline.program.instructions, timeline.starts, timeline.ends, strict=True)
+        for rank, (instructions, starts, ends) in enumerate(rows):
+            for instruction, begin, end in zip(instructions, starts, ends, strict=True):
+                at = (start + round(number * begin), start + round(number * end))
+                spans[rank].append(Span(Track.INSTRUCTION, instruction.op, str(instruction), *at))
+                spans[rank].append(Span(Track.INSTRUCTION, EDGE_WAIT, "a message", at[0], at[0]))
+        start += 10**9
+        for row in spans:
+            row.append(Span(Track.INSTRUCTION, OPTIMIZER, "", start - 10**6, start))
+    for rank in range(2 * columns):
+        write_rank(run_dir / "trace", rank, spans[rank // columns])
+    merge_ranks(run_dir / "trace", 2 * columns)

@@ -1,0 +1,115 @@
+"""The run's figures for Prometheus, at `http://ADDRESS:PORT/metrics` on the machine of rank 0.
+
+They are gauges, tokens and GPU-hours too: a resume takes steps back. What is not known yet is not there, rather than 0.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from ...comm.refusal import Problem, Refused
+from .config import PrometheusConfig
+from .events import Event, as_number
+
+_GAUGES: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType(
+    {
+        "step": {
+            "loss": ("loss_nats", "Training loss of the last step told, in nats a token."),
+            "loss/mtp": ("mtp_loss_nats", "The same of multi-token prediction."),
+            "loss/balance": ("balance_loss", "Balance loss."),
+            "grad_norm": ("gradient_norm", "Norm of the gradient before clipping."),
+            "learning_rate": ("learning_rate", "Learning rate."),
+            "tokens": ("tokens", "Tokens that the weights have been trained on."),
+            "tokens_per_second": ("tokens_per_second", "Tokens a second, all ranks together."),
+            "mfu": ("mfu_ratio", "Model FLOPs utilisation; 1 is the peak."),
+            "gpu_hours": ("gpu_hours", "GPU-hours spent since the first launch."),
+            "budget_left": ("budget_left_gpu_hours", "GPU-hours of the run's own budget that are left."),
+            "projected_gpu_hours": ("projected_gpu_hours", "GPU-hours that the run will have cost at its end."),
+            "goodput": ("goodput_ratio", "Share of the GPU time held that is in the weights."),
+            "eta_seconds": ("eta_seconds", "Seconds to the end at the rate of the last steps."),
+            "total_steps": ("steps_planned", "Optimizer steps of the whole run."),
+            "load/max_violation": ("load_max_violation", "Load of the fullest expert over the mean, minus 1."),
+            "load/ranks/max_violation": ("rank_load_max_violation", "The same of the fullest rank."),
+        },
+        "evaluation": {
+            "loss": ("validation_loss_nats", "Validation loss, in nats a token."),
+            "loss/averaged": ("averaged_validation_loss_nats", "The same of the averaged weights."),
+        },
+    }
+)
+"""By kind of event and name in it."""
+_INFO = ("device", "compute_dtype", "linear", "ranks")
+
+
+def port_problems(config: PrometheusConfig) -> Iterator[Problem]:
+    """What keeps this machine from listening there."""
+    if config.port is None:
+        return
+    try:
+        family, *_ = socket.getaddrinfo(config.address, config.port, type=socket.SOCK_STREAM)[0]
+        socket.create_server((config.address, config.port), family=family).close()
+    except OSError as error:
+        yield _cannot_listen(config, error)
+
+
+def _cannot_listen(config: PrometheusConfig, error: OSError) -> Problem:
+    remedy = f"cannot be listened on at {config.address} ({error.strerror}); name a free port, or null for none"
+    return Problem("telemetry.prometheus.port", config.port, remedy)
+
+
+class PrometheusSink(Collector):
+    """Serves the figures of the last events from a daemon thread. Raises Refused where it cannot listen."""
+
+    def __init__(self, config: PrometheusConfig, run_dir: Path) -> None:
+        assert config.port is not None
+        self._run = str(run_dir)
+        self._info: Mapping[str, str] = {}
+        self._gauges: dict[str, tuple[str, float]] = {}
+        self._warnings: Counter[str] = Counter()
+        registry = CollectorRegistry()
+        registry.register(self)
+        try:
+            self._server, self._thread = start_http_server(config.port, config.address, registry)
+        except OSError as error:
+            raise Refused([_cannot_listen(config, error)]) from error
+
+    def emit(self, event: Event) -> None:
+        """Keep what `event` says."""
+        gauges = dict(self._gauges)
+        gauges["step"] = "Optimizer steps done.", event.step
+        gauges["last_event_timestamp_seconds"] = "When the run last told something, since the epoch.", event.time
+        for key, (name, text) in _GAUGES.get(event.kind, {}).items():
+            value = as_number(event.values.get(key))
+            if value is not None:
+                gauges[name] = text, value
+        # A scrape may come at any time: it sees all of this event or nothing.
+        self._gauges = gauges
+        if event.kind == "run":
+            self._info = {"run": self._run, **{key: str(event.values.get(key)) for key in _INFO}}
+        elif event.kind == "warning":
+            self._warnings[str(event.values.get("about", "telemetry"))] += 1
+
+    def collect(self) -> Iterator[Metric]:
+        """What a scrape gets."""
+        if self._info:
+            yield InfoMetricFamily("shoestring_run", "The run.", dict(self._info))
+        for name, (text, value) in self._gauges.items():
+            yield GaugeMetricFamily(f"shoestring_{name}", text, value)
+        warnings = CounterMetricFamily("shoestring_warnings", "Warnings since rank 0 has started.", labels=["about"])
+        for about, count in self._warnings.copy().items():
+            warnings.add_metric([about], count)
+        yield warnings
+
+    def close(self) -> None:
+        """Stop serving, and let go of the port."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
