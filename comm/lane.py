@@ -6,6 +6,7 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -84,11 +85,13 @@ class SocketLane:
         arriving: list[Pending[Tensor]] = []
         for incoming in receives:
             buffer, tag = incoming.make(), self._received[incoming.peer]
-            work = dist.irecv(buffer, incoming.peer, self._group.handle, tag)
+            with self._failing_clearly(incoming):
+                work = dist.irecv(buffer, incoming.peer, self._group.handle, tag)
             arriving.append(_Moving(work, buffer, incoming.what, incoming.peer, self._group))
             self._received[incoming.peer] += 1
         for outgoing in sends:
-            work = dist.isend(outgoing.tensor, outgoing.peer, self._group.handle, self._sent[outgoing.peer])
+            with self._failing_clearly(outgoing):
+                work = dist.isend(outgoing.tensor, outgoing.peer, self._group.handle, self._sent[outgoing.peer])
             self._leaving.put(_Moving(work, outgoing.tensor, outgoing.what, outgoing.peer, self._group))
             self._sent[outgoing.peer] += 1
         return arriving
@@ -100,6 +103,10 @@ class SocketLane:
     def close(self) -> None:
         """See `Lane`."""
         self._leaving.close()
+
+    def _failing_clearly(self, message: Outgoing | Incoming) -> AbstractContextManager[None]:
+        """gloo refuses to post to a neighbour that it knows is gone."""
+        return failing_clearly(self._group.rank, message.what, [message.peer], self._group.limit)
 
 
 @dataclass(frozen=True)

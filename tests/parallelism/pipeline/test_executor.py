@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shoestring.comm.failure import CollectiveFailed
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.lane import Lane
+from shoestring.comm.lane import Incoming, Lane, Outgoing
 from shoestring.comm.topology import Topology
 from shoestring.parallelism.pipeline.executor import Executor, open_lanes
 from shoestring.parallelism.pipeline.overlap import Steps
@@ -239,6 +239,34 @@ def silent_neighbour(world: World) -> str:
     for lane in lanes:
         lane.close()
     return str(failure.value)
+
+
+def neighbour_that_leaves(world: World) -> list[str]:
+    """What rank 0 hears when it waits for rank 1, and when it then posts to it."""
+    _, lanes = open_executor(world, build_program("one_f_one_b", world.size, 4))
+    if world.rank == 1:
+        torch.distributed.destroy_process_group()
+        return []
+
+    def ask(lane: Lane) -> None:
+        lane.post([], [Incoming("an answer", lambda: torch.zeros(1), 1)])[0].wait()
+
+    def tell(lane: Lane) -> None:
+        lane.post([Outgoing("a message", torch.zeros(1), 1)], [])
+
+    heard = []
+    for post in (ask, tell, ask):
+        with pytest.raises(CollectiveFailed) as failure:
+            post(lanes[0])
+        heard.append(str(failure.value))
+    return heard
+
+
+def test_a_neighbour_that_is_gone_is_named_by_whoever_posts_to_it() -> None:
+    first, *later = run_processes(2, neighbour_that_leaves)[0]
+    assert first.startswith("rank 0: an answer with ranks 1 failed")
+    assert later[0].startswith("rank 0: a message with ranks 1 failed")
+    assert later[1].startswith("rank 0: an answer with ranks 1 failed")
 
 
 def test_a_message_that_does_not_come_is_named() -> None:
