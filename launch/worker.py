@@ -18,8 +18,8 @@ from ..comm.failure import CollectiveFailed
 from ..comm.groups import ProcessGroups
 from ..comm.refusal import Problem, Refused
 from ..trainer.config import RunConfig
-from ..trainer.halt import RunHalted
-from ..trainer.loop import RunFailed, train
+from ..trainer.halt import RunFailed, RunHalted
+from ..trainer.loop import train
 from ..trainer.rank import stages_of
 from .attempt import attempt_name
 from .compose import to_yaml

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from ..comm.groups import Group
 from ..comm.refusal import Problem, Refused, refuse_if_any
-from .checkpoint.compatible import incompatibilities, start_problems
+from .checkpoint.compatible import incompatibilities, other_dtype, start_problems
 from .checkpoint.find import find_checkpoint
 from .checkpoint.manifest import Damaged
 from .checkpoint.names import rng_name
@@ -21,8 +20,9 @@ from .checkpoint.opened import Checkpoint
 from .checkpoint.pieces import MODEL, Piece, whole_pieces
 from .checkpoint.saver import Saved
 from .checkpoint.store import Cover, refuse_damaged
+from .halt import RunFailed
 from .rank import Rank
-from .reporter import Reporter
+from .reporter import Reporter, timing
 
 T = TypeVar("T")
 
@@ -34,10 +34,10 @@ def begin_save(rank: Rank, step: int, reporter: Reporter | None, *, owes_evaluat
     facts["owes_evaluation"] = owes_evaluation
     attachments = {}
     if reporter is not None:
-        facts |= {"config": asdict(rank.config), "ledger": reporter.totals()}
+        facts |= {"config": asdict(rank.config), "compute": str(rank.dtype), "ledger": reporter.totals()}
         facts |= {"data": rank.data.digest, "tokenizer": rank.data.tokenizer.sha256}
         attachments[rank.data.tokenizer.file] = rank.tokenizer.to_json().encode()
-    with _timing(reporter, "checkpoint_save"):
+    with timing(reporter, "checkpoint_save"):
         rank.saver.begin(step, _state(rank), Cover(facts, attachments, rank.state_names))
 
 
@@ -50,7 +50,7 @@ def finish_save(rank: Rank, reporter: Reporter | None) -> Saved | None:
     """Wait for the save under way, if there is one, and tell how it has ended."""
     if not rank.saver.is_saving:
         return None
-    with _timing(reporter, "checkpoint_save"):
+    with timing(reporter, "checkpoint_save"):
         saved = rank.saver.finish()
     _tell(saved, reporter)
     return saved
@@ -60,11 +60,12 @@ def load_last(rank: Rank, reporter: Reporter | None) -> dict[str, Any] | None:
     """Fill the rank's state from the newest checkpoint that is whole; return its facts, or None where there is none.
 
     Newer ones that are damaged are named and set aside. Raises `Refused` for a checkpoint that does not fit the
-    configuration, and where all are damaged. A run without any begins with the weights of `training.start_from`.
+    configuration and where all are damaged, `RunFailed` where one cannot be read. A run without any begins with the
+    weights of `training.start_from`.
     """
     steps = rank.groups.world.all_gather_objects(rank.store.steps(), "which checkpoints there are")[0]
     if steps:
-        with _timing(reporter, "checkpoint_load"):
+        with timing(reporter, "checkpoint_load"):
             return _load_newest(rank, steps, reporter)
     if rank.config.training.start_from is not None:
         _start_from(rank, Path(rank.config.training.start_from), reporter)
@@ -78,6 +79,7 @@ def _load_newest(rank: Rank, steps: list[int], reporter: Reporter | None) -> dic
         try:
             checkpoint = _agreed(world, partial(store.open, step))
             refuse_if_any(incompatibilities(checkpoint.manifest.facts, rank.config, rank.data))
+            refuse_if_any(other_dtype(checkpoint.manifest.facts, rank.dtype))
             _agreed(world, partial(_fill, rank, checkpoint))
         except Damaged as found:
             damaged[step] = found
@@ -130,23 +132,24 @@ def _state(rank: Rank) -> list[Piece]:
 
 
 def _agreed(world: Group, function: Callable[[], T]) -> T:
-    """`function()`. Raises `Damaged` on every rank if it does on any."""
-    failure: Damaged | None = None
+    """`function()`. Raises `Damaged` on every rank if it does on any, `RunFailed` where a file cannot be read now."""
+    failure: Damaged | OSError | None = None
     try:
         result = function()
-    except Damaged as damaged:
-        failure = damaged
-    failed = torch.tensor(int(failure is not None), dtype=torch.int64)
-    if int(world.all_reduce_sum(failed, "whether a checkpoint is whole").item()):
+    except (Damaged, OSError) as error:
+        failure = error
+    kinds = torch.tensor([isinstance(failure, kind) for kind in (Damaged, OSError)], dtype=torch.int64)
+    damaged, unreadable = world.all_reduce_sum(kinds, "whether a checkpoint is whole").tolist()
+    if damaged or unreadable:
         words = world.all_gather_objects(None if failure is None else str(failure), "why a checkpoint is not whole")
-        raise Damaged(next(each for each in words if each))
+        reason = next(each for each in words if each)
+        if unreadable:
+            remedy = "nothing was changed: when it can be read again, the same command goes on from it"
+            raise RunFailed(f"a checkpoint cannot be read ({reason}); {remedy}")
+        raise Damaged(reason)
     return result
 
 
 def _tell(saved: Saved | None, reporter: Reporter | None) -> None:
     if saved is not None and reporter is not None:
         reporter.checkpoint(saved)
-
-
-def _timing(reporter: Reporter | None, bucket: str) -> AbstractContextManager[None]:
-    return nullcontext() if reporter is None else reporter.timing(bucket)

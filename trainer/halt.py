@@ -1,4 +1,4 @@
-"""Ending a run before its end, on purpose: all ranks agree after the same step, write a checkpoint and say why."""
+"""How a run ends before its end: because it cannot go on, or on purpose, all ranks after the same step."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ class Halt(IntEnum):
     """The GPU-hours of the budget are used up."""
     PREEMPTED = 75
     """It was asked to; 75 is EX_TEMPFAIL of sysexits.h: please try again."""
+
+
+class RunFailed(RuntimeError):  # noqa: N818 -- says what happened
+    """The run cannot go on; the message says why and what to do. Raised on every rank."""
 
 
 class RunHalted(RuntimeError):  # noqa: N818 -- says what happened

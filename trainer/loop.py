@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -20,15 +19,11 @@ from .costs.flops import count_flops
 from .data.batch import TokenBatch
 from .evaluate import evaluate
 from .generate import generate
-from .halt import Halt, RunHalted, agree_to_halt
+from .halt import Halt, RunFailed, RunHalted, agree_to_halt
 from .rank import Rank, build_rank
-from .reporter import Reporter, Speed
+from .reporter import Reporter, Speed, timing
 from .step import NonFiniteStep, StepSettings
 from .tracing import Tracing
-
-
-class RunFailed(RuntimeError):  # noqa: N818 -- says what happened
-    """The run cannot go on; the message says why and what to do. Raised on every rank."""
 
 
 def _never() -> bool:
@@ -79,7 +74,7 @@ def train(
         hope = f"the last checkpoint is step {last[-1]}" if last else "there is no checkpoint yet"
         message = f"step {done + 1}: {error}; {hope}. Lower optimizer.peak_learning_rate or lengthen its warm-up."
         if reporter is not None:
-            reporter.close(done, message)
+            reporter.close(done, message, clean=False)
         raise RunFailed(message) from error
     except (CollectiveFailed, RunFailed, RunHalted) as error:
         if reporter is not None:
@@ -141,7 +136,7 @@ def _halt_if_agreed(
 def _one_step(rank: Rank, step: int, reporter: Reporter | None) -> float:
     """Step number `step`, from 1; return the seconds it took once its samples were there."""
     config = rank.config
-    with _timing(reporter, "data_stall"):
+    with timing(reporter, "data_stall"):
         micro_batches = list(_micro_batches(rank, step))
     before = config.tokens_after(step - 1)
     settings = StepSettings(
@@ -180,7 +175,7 @@ def _micro_batches(rank: Rank, step: int) -> Iterator[TokenBatch]:
 def _evaluate(rank: Rank, step: int, reporter: Reporter | None) -> None:
     rank.stepper.optimizer.wait()
     average, averaged = rank.stepper.average, None
-    with _timing(reporter, "evaluation"):
+    with timing(reporter, "evaluation"):
         loss, targets = _validation_loss(rank)
         if average is not None:
             with average.in_use():
@@ -199,7 +194,7 @@ def _validation_loss(rank: Rank) -> tuple[float, int]:
 def _sample(rank: Rank, step: int, reporter: Reporter | None) -> None:
     rank.stepper.optimizer.wait()
     training, tokenizer = rank.config.training, rank.tokenizer
-    with _timing(reporter, "evaluation"):
+    with timing(reporter, "evaluation"):
         prompt = tokenizer.encode(training.sample_prompt)
         continuation = generate(
             rank.stepper.chunks,
@@ -225,7 +220,3 @@ def _insist(last: Saved | None) -> None:
 
 def _is_due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
-
-
-def _timing(reporter: Reporter | None, bucket: str) -> AbstractContextManager[None]:
-    return nullcontext() if reporter is None else reporter.timing(bucket)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -337,3 +337,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(value, f"{prefix}{key}/")
         else:
             yield f"{prefix}{key}", value
+
+
+def timing(reporter: Reporter | None, bucket: str) -> AbstractContextManager[None]:
+    """`Reporter.timing`, on the rank that has one."""
+    return nullcontext() if reporter is None else reporter.timing(bucket)

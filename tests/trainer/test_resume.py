@@ -25,14 +25,16 @@ from shoestring.launch.typed import build
 from shoestring.tests.processes import RanksFailed, World, run_processes
 from shoestring.tests.trainer.test_loop import BATCH, LENGTH, run_config
 from shoestring.trainer import loop
-from shoestring.trainer.checkpoint import saver
+from shoestring.trainer.checkpoint import opened, saver
+from shoestring.trainer.checkpoint.compatible import other_dtype
 from shoestring.trainer.checkpoint.names import model_pieces
 from shoestring.trainer.checkpoint.pieces import Piece
 from shoestring.trainer.checkpoint.store import CheckpointStore
-from shoestring.trainer.checkpoint.tensor_file import as_bytes
+from shoestring.trainer.checkpoint.tensor_file import as_bytes, read_at
 from shoestring.trainer.checkpointing import load_last
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.data.prepare import prepare
+from shoestring.trainer.halt import RunFailed
 from shoestring.trainer.rank import Rank, build_rank, stages_of
 from shoestring.trainer.telemetry.history import read_metrics
 
@@ -280,6 +282,37 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(root: Path,
     assert store.steps() == [2]
 
 
+def train_where_files_cannot_be_opened(world: World, tree: dict[str, Any]) -> str:
+    """On the last rank, which has too many open, say."""
+    real = read_at
+
+    def read(path: Path, *what: Any) -> Tensor:
+        if world.rank == world.size - 1:
+            raise OSError(errno.EMFILE, "Too many open files", str(path))
+        return real(path, *what)
+
+    with patch.object(opened, "read_at", read), pytest.raises(RunFailed) as failed:
+        train_on(world, tree)
+    return str(failed.value)
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(root: Path, tmp_path: Path) -> None:
+    run(root, tmp_path / "run", "alone", 4, checkpoint_every=2)
+    messages = run_processes(2, train_where_files_cannot_be_opened, tree_of(root, tmp_path / "run", "ep2", 5))
+    assert all("Too many open files" in message and "nothing was changed" in message for message in messages)
+    assert CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).steps() == [2, 4]
+    run(root, tmp_path / "run", "ep2", 5)
+    assert len(losses(tmp_path / "run")) == 5
+
+
+def test_auto_is_refused_where_it_means_other_numbers(root: Path, tmp_path: Path) -> None:
+    run(root, tmp_path / "run", "alone", 2)
+    facts = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).open(2).manifest.facts
+    assert list(other_dtype(facts, torch.float32)) == []
+    (problem,) = other_dtype(facts, torch.bfloat16)
+    assert "means bfloat16 on this device, and the checkpoint of step 2 was computed in float32" in str(problem)
+
+
 @contextmanager
 def full_disk(steps: tuple[int, ...]) -> Iterator[None]:
     """The disk of the last rank is full while these steps are saved."""
@@ -298,7 +331,7 @@ def train_on_a_full_disk(world: World, tree: dict[str, Any], steps: tuple[int, .
     with full_disk(steps if world.rank == world.size - 1 else ()):
         try:
             train_on(world, tree)
-        except loop.RunFailed as failed:
+        except RunFailed as failed:
             return str(failed)
     return None
 

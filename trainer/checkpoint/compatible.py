@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from ...comm.refusal import Problem
 from ..config import RunConfig
 from ..data.manifest import Manifest
@@ -35,6 +37,15 @@ def incompatibilities(facts: Mapping[str, Any], config: RunConfig, data: Manifes
     elif data is not None and facts["data"] != data.digest:
         remedy = f"holds other tokens than the checkpoint of step {facts['step']} was trained on; restore them"
         yield Problem("data.prepared", config.data.prepared, f"{remedy}, or use another training.run_dir")
+
+
+def other_dtype(facts: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Problem]:
+    """`precision.compute=auto` means another dtype on another device: then the numbers would be others."""
+    saved = facts.get("compute", str(dtype))
+    if saved != str(dtype):
+        before, now = saved.removeprefix("torch."), str(dtype).removeprefix("torch.")
+        remedy = f"means {now} on this device, and the checkpoint of step {facts['step']} was computed in {before}"
+        yield Problem("precision.compute", "auto", f"{remedy}; use such a device, or another training.run_dir")
 
 
 _FREE_MODEL = ("name", "yarn", "init_std")

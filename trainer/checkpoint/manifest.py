@@ -58,7 +58,7 @@ class Manifest:
     """Everything about a checkpoint but the tensors' bytes."""
 
     facts: Mapping[str, Any]
-    """Step, configuration, data position, totals of the ledger: see `trainer/loop.py`."""
+    """Step, configuration, data position, totals of the ledger: see `trainer/checkpointing.py`."""
     tensors: Mapping[str, StoredTensor]
     files: Mapping[str, int]
     """Files of tensors, and their sizes in bytes."""
@@ -129,13 +129,13 @@ def record(file: str, size: int, pieces: Iterable[tuple[Declared, StoredPiece]])
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a complete checkpoint, and that its files have their sizes.
 
-    Raises `Damaged`, and `Refused` for another format.
+    Raises `Damaged`, `Refused` for another format, and `OSError` where files are there and cannot be read.
     """
     try:
         marker = (directory / MARKER).read_text().strip()
         raw = (directory / MANIFEST).read_bytes()
-    except OSError as error:
-        raise Damaged(f"{error.filename}: {error.strerror}") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise Damaged(f"{error.filename}: is missing") from error
     if hashlib.sha256(raw).hexdigest() != marker:
         raise Damaged(f"{directory / MANIFEST}: its SHA-256 is not that in {MARKER}")
     try:

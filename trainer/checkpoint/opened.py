@@ -1,4 +1,8 @@
-"""A complete checkpoint, opened for reading. Nothing that is read from it is used before its SHA-256 was checked."""
+"""A complete checkpoint, opened for reading. Nothing that is read from it is used before its SHA-256 was checked.
+
+What is wrong with it for good is `Damaged`: a missing file, another size, another hash. A file that cannot be read now,
+for want of rights or of a disk, raises `OSError`: it may be whole.
+"""
 
 from __future__ import annotations
 
@@ -86,13 +90,13 @@ class Checkpoint:
             for piece in tensor.pieces:
                 try:
                     self._piece(name, piece)
-                except Damaged as damaged:
-                    yield str(damaged)
+                except (Damaged, OSError) as found:
+                    yield str(found)
         for entry in self.manifest.attachments:
             try:
                 self.attachment(entry.file)
-            except Damaged as damaged:
-                yield str(damaged)
+            except (Damaged, OSError) as found:
+                yield str(found)
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that are no tensors here."""
@@ -102,7 +106,7 @@ class Checkpoint:
         path = self.path / piece.file
         try:
             flat = read_at(path, piece.begin, self.manifest.tensors[name].dtype, (piece.elements,))
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, ValueError) as error:
             raise Damaged(str(error)) from error
         if hashlib.sha256(as_bytes(flat)).hexdigest() != piece.sha256:
             raise Damaged(f"{path}: the SHA-256 of {name} is not that in the manifest")
