@@ -1,1 +1,1 @@
-"""How a training step is spread over ranks: gradient reduction and the global norm. Knows no model."""
+"""How a training step is spread over ranks: pipeline programs, gradient reduction, ZeRO-1. Knows no model."""

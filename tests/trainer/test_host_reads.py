@@ -21,6 +21,7 @@ from shoestring.trainer.model.init import initialise
 from shoestring.trainer.model.model import Model
 from shoestring.trainer.model.recompute import Part
 from shoestring.trainer.optimizer.config import OptimizerConfig
+from shoestring.trainer.precision.triton_provider import numbers_on
 from shoestring.trainer.rank import Pipeline, build_stepper
 from shoestring.trainer.stages import Stages
 from shoestring.trainer.step import HOST_READS_A_STEP, Stepper, StepSettings
@@ -60,6 +61,12 @@ def test_the_budget_is_met_to_the_last_read(exchange: str) -> None:
         with PretendedDevice() as device:
             stepper.step(micro_batches, 2 * MICRO_BATCHES, SETTINGS)
         assert device.waits == {"to_host": HOST_READS_A_STEP + ROUTED_LAYERS * MICRO_BATCHES}
+
+
+def test_numbers_for_the_grouped_kernels_do_not_make_it_wait() -> None:
+    with PretendedDevice() as device:
+        numbers_on(torch.device("cpu"), [(0, 128), (128, 160)])
+    assert not device.waits
 
 
 def test_a_look_elsewhere_is_seen() -> None:

@@ -1,1 +1,1 @@
-"""What a model costs: parameters and FLOPs, counted from its shapes."""
+"""What a model costs, counted from its shapes: parameters, FLOPs, memory."""

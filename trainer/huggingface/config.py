@@ -97,9 +97,9 @@ def model_config(tree: Mapping[str, Any], name: str) -> ModelConfig:
     problems = list(_unknown_here(tree))
     if problems:
         raise Refused(problems)
-    values = {ours: tree[theirs] for ours, theirs in _SAME.items() if theirs in tree}
+    values = {ours: tree[theirs] for ours, theirs in _SAME.items()}
     # JSON may write 1 for 1.0.
-    values |= {key: float(values[key]) for key in ("routed_scaling", "norm_eps", "init_std") if key in values}
+    values |= {key: float(values[key]) for key in ("routed_scaling", "norm_eps", "init_std")}
     rope = rope_settings(tree)
     model = ModelConfig(
         name=name,
@@ -152,9 +152,9 @@ def _unknown_here(tree: Mapping[str, Any]) -> Iterator[Problem]:
     for key, allowed in _ONE_WAY.items():
         if tree.get(key, allowed[0]) not in allowed:
             yield Problem(f"config.json: {key}", tree[key], f"cannot be imported: our model has {allowed[0]!r} alone")
-    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "n_routed_experts", "kv_lora_rank"):
-        if key not in tree:
-            yield Problem(f"config.json: {key}", None, "is missing")
+    for key in _SAME.values():
+        if key not in tree:  # whoever wrote it relied on defaults, which differ between libraries
+            yield Problem(f"config.json: {key}", None, "is missing; write it there, as transformers does when it saves")
     heads = tree.get("num_attention_heads")
     if tree.get("num_key_value_heads", heads) not in (heads, None):
         remedy = f"cannot be imported: latent attention has as many as query heads, {heads}"

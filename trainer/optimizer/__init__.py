@@ -1,1 +1,1 @@
-"""AdamW and the learning-rate schedule."""
+"""AdamW, the learning-rate schedule, and the average of the weights."""

@@ -1,1 +1,1 @@
-"""Numeric formats: which dtype computes, and the one Linear through which every GEMM goes."""
+"""Numeric formats: which dtype computes, the Linear of the model, and its products in FP8 with their providers."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...comm.fp8 import TILE, tiles_of
+from ...comm.host import to_device
 from . import kernels
 from .padding import accumulated
 from .tiles import Blocks, Columns, Scales, Tiles
@@ -46,7 +47,7 @@ class TritonProvider:
         width, spans = x_RD.shape[1], _spans(rows_L, TILE)
         tiles = Tiles(self._empty(x_RD, width, len(spans) * TILE), _scales_like(x_RD, width, len(spans)))
         if spans:
-            first, last, _ = _on(x_RD.device, zip(*spans, strict=True))
+            first, last, _ = numbers_on(x_RD.device, zip(*spans, strict=True))
             kernels.quantise_columns[(len(spans), -(-width // _COLUMNS_TO_QUANTISE))](
                 x_RD, first, last, tiles.values_XD, tiles.scales_XQ, width, len(spans), width,
                 scales is Scales.POWER_OF_TWO, _COLUMNS_TO_QUANTISE, num_warps=4,
@@ -76,7 +77,7 @@ class TritonProvider:
         out_RN = x.values_XD.new_empty((len(x.values_XD), columns), dtype=accumulated(dtype))
         spans = _spans(rows_L, _ROWS)
         if spans:
-            first, last, expert = _on(out_RN.device, zip(*spans, strict=True))
+            first, last, expert = numbers_on(out_RN.device, zip(*spans, strict=True))
             kernels.multiply[(len(spans), -(-columns // _COLUMNS))](
                 x.values_XD, x.scales_XQ, weight.values_NK, weight.scales_PQ, out_RN, first, last, expert,
                 columns, k, tiles_of(columns), tiles_of(k), _ROWS, _COLUMNS, num_warps=8, num_stages=3,
@@ -88,7 +89,7 @@ class TritonProvider:
         a, b, experts = grad.tiles, x.tiles, len(grad.tiles_per_expert_L)
         rows, columns = len(a.values_XD), len(b.values_XD)
         out_LNK = a.scales_XQ.new_empty((experts, rows, columns))
-        (first,) = _on(out_LNK.device, [list(accumulate(grad.tiles_per_expert_L, initial=0))])
+        (first,) = numbers_on(out_LNK.device, [list(accumulate(grad.tiles_per_expert_L, initial=0))])
         kernels.outer[(-(-rows // _ROWS), -(-columns // _COLUMNS), experts)](
             a.values_XD, a.scales_XQ, b.values_XD, b.scales_XQ, out_LNK, first,
             rows, columns, a.scales_XQ.shape[1], _ROWS, _COLUMNS, num_warps=8, num_stages=3,
@@ -118,5 +119,6 @@ def _spans(rows_L: Sequence[int], size: int) -> list[tuple[int, int, int]]:
     ]
 
 
-def _on(device: torch.device, numbers: object) -> list[Tensor]:
-    return list(torch.tensor(list(numbers), dtype=torch.int32, device=device).unbind())  # type: ignore[call-overload]
+def numbers_on(device: torch.device, numbers: object) -> list[Tensor]:
+    """Lists of integers where a kernel can read them. The host does not wait."""
+    return list(to_device(torch.tensor(list(numbers), dtype=torch.int32), device).unbind())  # type: ignore[call-overload]

@@ -31,7 +31,7 @@ class Background:
         waiting: int = WAITING_EVENTS,
         close_seconds: float = CLOSE_SECONDS,
     ) -> None:
-        self._name = name
+        self.name = name
         self._events: queue.Queue[Event | None] = queue.Queue(waiting)
         self._close_seconds = close_seconds
         self._error: Exception | None = None
@@ -68,9 +68,9 @@ class Background:
             raise self._error
         if self._thread.is_alive():
             raise TimeoutError(
-                f"{self._name} is not done after {self._close_seconds:g} s; what it lacks is in metrics.jsonl"
+                f"{self.name} is not done after {self._close_seconds:g} s; what it lacks is in metrics.jsonl"
             )
         if self._left_out:
             raise TimeoutError(
-                f"{self._name} was too slow: {self._left_out} events were left out; they are in metrics.jsonl"
+                f"{self.name} was too slow: {self._left_out} events were left out; they are in metrics.jsonl"
             )

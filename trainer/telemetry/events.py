@@ -76,6 +76,11 @@ def as_numbers(value: JSON) -> list[float]:
 class Sink(Protocol):
     """A view of the stream. It sees every event in order, then is closed."""
 
+    @property
+    def name(self) -> str:
+        """What its user calls it."""
+        ...
+
     def emit(self, event: Event) -> None:
         """Show `event`."""
 
@@ -120,4 +125,4 @@ class EventStream:
 
 
 def _lost(sink: Sink, step: int, error: Exception) -> Event:
-    return Event("warning", step, {"message": f"{type(sink).__name__} failed and is dropped: {error!r}"})
+    return Event("warning", step, {"message": f"{sink.name} failed and is dropped: {error!r}"})

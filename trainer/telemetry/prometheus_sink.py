@@ -68,6 +68,8 @@ def _cannot_listen(config: PrometheusConfig, error: OSError) -> Problem:
 class PrometheusSink(Collector):
     """Serves the figures of the last events from a daemon thread. Raises Refused where it cannot listen."""
 
+    name = "prometheus"
+
     def __init__(self, config: PrometheusConfig, run_dir: Path) -> None:
         assert config.port is not None
         self._run = str(run_dir)

@@ -21,6 +21,8 @@ def terminal_sink(stream: TextIO) -> Sink:
 class PlainTerminal:
     """One line an event."""
 
+    name = "the terminal"
+
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
@@ -34,6 +36,8 @@ class PlainTerminal:
 
 class LiveTerminal:
     """A bar with the last step's figures at the bottom; other events scroll by above it."""
+
+    name = "the terminal"
 
     def __init__(self, console: Console) -> None:
         # Drawn only when an event comes: no thread competes with the run. Standard output is left alone, it may be

@@ -42,6 +42,8 @@ class WandbSink:
     `lines` were in metrics.jsonl when it was opened. Raises Refused, naming `telemetry.wandb`, when wandb cannot start.
     """
 
+    name = "wandb"
+
     def __init__(self, config: WandbConfig, run_dir: Path, lines: int) -> None:
         # wandb wants its own step to grow even when training steps are done again after a crash: it is the line number
         # of the event in metrics.jsonl. Plots use `step`, the training step.

@@ -295,6 +295,17 @@ def test_a_config_that_our_model_is_not_is_refused(key: str, value: object, gist
     assert not (tmp_path / "again").exists()
 
 
+def test_a_config_that_leaves_a_choice_to_defaults_is_refused(tmp_path: Path) -> None:
+    """No tensor's shape tells how many experts a token has."""
+    _, directory = exported("full", tmp_path)
+    tree = json.loads((directory / "config.json").read_text())
+    for key in ("num_experts_per_tok", "norm_topk_prob", "rms_norm_eps"):
+        del tree[key]
+    (directory / "config.json").write_text(json.dumps(tree))
+    found = refused(import_released, directory, tmp_path / "again", silent)
+    assert found.keys() == {f"config.json: {key}" for key in ("num_experts_per_tok", "norm_topk_prob", "rms_norm_eps")}
+
+
 def edited(directory: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
     tensors = load_file(directory / "model.safetensors")
     edit(tensors)

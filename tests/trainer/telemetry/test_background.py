@@ -16,6 +16,8 @@ from shoestring.trainer.telemetry.history import read_all_metrics
 class Slow:
     """Hears nothing more until it may."""
 
+    name = "a slow server"
+
     def __init__(self) -> None:
         self.may_go_on = threading.Event()
         self.heard: list[int] = []

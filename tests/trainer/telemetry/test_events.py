@@ -14,6 +14,8 @@ from shoestring.trainer.telemetry.history import read_all_metrics, read_metrics
 
 
 class Listener:
+    name = "a listener"
+
     def __init__(self) -> None:
         self.heard: list[Event] = []
         self.closed = False
@@ -26,6 +28,8 @@ class Listener:
 
 
 class Broken:
+    name = "a server"
+
     def emit(self, event: Event) -> None:
         raise ConnectionResetError("connection lost")
 
@@ -121,6 +125,6 @@ def test_a_sink_that_fails_is_dropped_and_the_run_goes_on(tmp_path: Path) -> Non
     stream.close()
     history = read_metrics(tmp_path / "metrics.jsonl")
     assert [event.kind for event in history] == ["step", "warning", "step"]
-    assert "Broken failed and is dropped: ConnectionResetError" in str(history[1].values["message"])
+    assert "a server failed and is dropped: ConnectionResetError" in str(history[1].values["message"])
     assert {event.kind for event in listener.heard} == {"step", "warning"}
     assert listener.closed
