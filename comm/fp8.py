@@ -7,6 +7,8 @@ Letters: X rows, D width, Q tiles of a row.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,8 +19,6 @@ TILE = 128
 LARGEST = 448.0
 """The largest E4M3 number."""
 
-_LARGEST_MANTISSA = 0.875  # 448, the largest E4M3 number, is 0.875 · 2^9
-_LARGEST_EXPONENT = 9
 _BIAS = 127
 _NOT_A_NUMBER = 255
 _SIGN_AND_NUMBER = 0x87F0 - 2**16  # as int16: the bits of BF16 that E4M3 has too
@@ -55,10 +55,11 @@ def dequantise(values_XD: Tensor, exponents_XQ: Tensor, dtype: torch.dtype) -> T
     return wide_XD[:, : values_XD.shape[1]] if missing else wide_XD
 
 
-def exponents_for(largest: Tensor) -> Tensor:
-    """The smallest power of two that brings each of these magnitudes to 448 at most, uint8 in the E8M0 format."""
+def exponents_for(largest: Tensor, limit: float = LARGEST) -> Tensor:
+    """The smallest power of two that brings each of these magnitudes to `limit` at most, uint8 in the E8M0 format."""
+    limit_mantissa, limit_exponent = math.frexp(limit)
     mantissa, exponent = torch.frexp(largest)
-    scale = exponent - _LARGEST_EXPONENT + (mantissa > _LARGEST_MANTISSA).to(exponent.dtype)
+    scale = exponent - limit_exponent + (mantissa > limit_mantissa).to(exponent.dtype)
     # Down to 2^-126, so that dividing by the scale cannot overflow.
     stored = (scale + _BIAS).clamp(min=1).masked_fill(largest == 0, 1)
     broken = ~torch.isfinite(largest) | (stored >= _NOT_A_NUMBER)

@@ -21,13 +21,13 @@ from shoestring.launch.run_dir import read_status
 from shoestring.launch.watch import watch
 from shoestring.tests.launch.real_run import command, lines_as_they_come, processes_of, train, wait_until
 from shoestring.tests.launch.report.reader import Reader
+from shoestring.tests.trainer.telemetry.offline_run import read_offline_run
 from shoestring.trainer.budget.summary import summarise
 from shoestring.trainer.checkpoint.store import CheckpointStore
 from shoestring.trainer.data.prepare import prepare
 from shoestring.trainer.model.model import router_names
 from shoestring.trainer.telemetry.dashboard import dashboard
 from shoestring.trainer.telemetry.history import read_all_metrics, read_metrics
-from shoestring.trainer.telemetry.offline import read_offline_run
 
 STEPS = 8
 SMALL = [

@@ -56,8 +56,3 @@ _MS_PER_HOUR = 3_600_000
 def gpu_hours(gpu_ms: int) -> float:
     """GPU-milliseconds in GPU-hours."""
     return gpu_ms / _MS_PER_HOUR
-
-
-def gpu_milliseconds(hours: float) -> int:
-    """GPU-hours in GPU-milliseconds, rounded to the nearest."""
-    return round(hours * _MS_PER_HOUR)

@@ -6,12 +6,14 @@ Letters: N rows, K columns, I and J their blocks, 128 each but for the last.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 128
-_LARGEST = 448.0  # of E4M3
-_SMALLEST_SCALE = 2.0**-126
+from ...comm.fp8 import TILE, tiles_of
+from ..precision.tiles import Blocks, Scales
+from ..precision.tiles import dequantise_blocks as dequantise
+from ..precision.tiles import quantise_blocks as quantise
+
+BLOCK = TILE
 
 
 def quantise_blocks(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,33 +24,19 @@ def quantise_blocks(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not torch.isfinite(weight_NK).all():
         raise ValueError("holds infinity or NaN, which FP8 cannot keep apart from a large number")
-    blocks_IBJC = _blocks(weight_NK.to(torch.float32))
-    scale_IJ = (blocks_IBJC.abs().amax(dim=(1, 3)) / _LARGEST).clamp(min=_SMALLEST_SCALE)
-    scaled_IBJC = blocks_IBJC / scale_IJ[:, None, :, None]
-    rows, columns = weight_NK.shape
-    values_NK = scaled_IBJC.flatten(2).flatten(0, 1)[:rows, :columns].to(torch.float8_e4m3fn)
-    return values_NK.contiguous(), scale_IJ
+    blocks = quantise(weight_NK, Scales.FP32)
+    return blocks.values_NK, blocks.scales_PQ
 
 
 def dequantise_blocks(values_NK: Tensor, scale_IJ: Tensor) -> Tensor:
     """FP32 [N, K]. Raises `ValueError` where there is not one scale for each block."""
-    blocks_IBJC = _blocks(values_NK.to(torch.float32))
-    if scale_IJ.shape != (blocks_IBJC.shape[0], blocks_IBJC.shape[2]):
-        raise ValueError(f"{list(values_NK.shape)} values have {list(scale_IJ.shape)} scales")
     rows, columns = values_NK.shape
-    scaled_IBJC = blocks_IBJC * scale_IJ.to(torch.float32)[:, None, :, None]
-    return scaled_IBJC.flatten(2).flatten(0, 1)[:rows, :columns].contiguous()
+    if scale_IJ.shape != scales_of((rows, columns)):
+        raise ValueError(f"{list(values_NK.shape)} values have {list(scale_IJ.shape)} scales")
+    return dequantise(Blocks(values_NK, scale_IJ.to(torch.float32)), torch.float32)
 
 
 def scales_of(shape: tuple[int, ...]) -> tuple[int, int]:
     """I and J of a matrix of this shape."""
     rows, columns = shape
-    return -(-rows // BLOCK), -(-columns // BLOCK)
-
-
-def _blocks(x_NK: Tensor) -> Tensor:
-    """[I, 128, J, 128], zeros behind a last block that is not whole."""
-    rows, columns = x_NK.shape
-    x_NK = F.pad(x_NK, (0, -columns % BLOCK, 0, -rows % BLOCK))
-    blocks: Tensor = x_NK.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
-    return blocks
+    return tiles_of(rows), tiles_of(columns)

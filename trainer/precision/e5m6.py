@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...comm.fp8 import scales_of, tiled
+from ...comm.fp8 import exponents_for, scales_of, tiled
 
 _MANTISSA = 6
 _DROPPED = 4  # bits of FP16's mantissa
 _SMALLEST_EXPONENT = -14  # of a normal number
-_LARGEST_EXPONENT, _LARGEST_MANTISSA = 16, 1 - 2.0**-7  # 65,024 = (1 - 2^-7) · 2^16
-_BIAS, _NOT_A_NUMBER = 127, 255  # of E8M0
+LARGEST = 65_024.0
+"""The largest E5M6 number, (1 - 2^-7) · 2^16."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Packed:
 def pack_e5m6(x_XD: Tensor) -> Packed:
     """[X, D], rounded to nearest, ties to even. A tile that holds infinity or NaN becomes NaN."""
     x_XQI = tiled(x_XD.to(torch.float32))
-    exponents_XQ = _exponents_for(torch.maximum(x_XQI.amax(dim=-1), -x_XQI.amin(dim=-1)))
+    exponents_XQ = exponents_for(torch.maximum(x_XQI.amax(dim=-1), -x_XQI.amin(dim=-1)), LARGEST)
     scaled_XD = (x_XQI / scales_of(exponents_XQ, torch.float32)[..., None]).flatten(1)[:, : x_XD.shape[1]]
     codes_XD = _rounded(scaled_XD).to(torch.float16).view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
     codes_XP = F.pad(codes_XD >> _DROPPED, (0, x_XD.shape[1] % 2))
@@ -55,14 +55,6 @@ def unpack_e5m6(packed: Packed, dtype: torch.dtype) -> Tensor:
     halves_XD = (codes_XP[:, : packed.width] << _DROPPED).to(torch.int16).view(torch.float16)
     x_XQI = tiled(halves_XD) * scales_of(packed.exponents_XQ, torch.float32)[..., None]
     return x_XQI.flatten(1)[:, : packed.width].to(dtype)
-
-
-def _exponents_for(largest: Tensor) -> Tensor:
-    """The smallest power of two that brings each of these magnitudes to 65,024 at most."""
-    mantissa, exponent = torch.frexp(largest)
-    stored = exponent - _LARGEST_EXPONENT + (mantissa > _LARGEST_MANTISSA).to(exponent.dtype) + _BIAS
-    stored = stored.clamp(min=1).masked_fill(largest == 0, 1)
-    return stored.masked_fill(~torch.isfinite(largest), _NOT_A_NUMBER).to(torch.uint8)
 
 
 def _rounded(scaled_XD: Tensor) -> Tensor:

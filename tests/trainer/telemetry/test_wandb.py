@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from shoestring.comm.refusal import Refused
+from shoestring.tests.trainer.telemetry.offline_run import OfflineRun, read_offline_run
 from shoestring.trainer.telemetry.config import TelemetryConfig, WandbConfig
 from shoestring.trainer.telemetry.events import JSON, Event, EventStream
 from shoestring.trainer.telemetry.history import read_all_metrics
-from shoestring.trainer.telemetry.offline import OfflineRun, read_offline_run
 from shoestring.trainer.telemetry.open import open_stream
 from shoestring.trainer.telemetry.wandb_sink import WandbSink
 
