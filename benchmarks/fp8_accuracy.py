@@ -50,9 +50,9 @@ from shoestring.trainer.rank import Pipeline, build_stepper
 from shoestring.trainer.stages import Stages
 from shoestring.trainer.step import Stepper, StepSettings
 
-BATCH, LENGTH = 2, 128
+BATCH, LENGTH = 8, 128
 SHAPE = replace(ModelConfig(), name="bytes", vocabulary=256, layers=3, mtp_depth=0)
-PEAK_RATE = 1e-3
+PEAK_RATE = 4e-4
 SMOOTHING = 0.9
 REPORTED = 0.0025
 

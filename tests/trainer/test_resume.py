@@ -54,7 +54,17 @@ LAYOUTS: dict[str, tuple[Topology, str]] = {
     "ep2": (Topology(ep=2), "one_f_one_b"),
     "ep2 in BF16": (Topology(ep=2), "one_f_one_b"),
     "pp2 in BF16": (Topology(pp=2), "one_f_one_b"),
+    "ep2 in FP8": (Topology(ep=2), "one_f_one_b"),
+    "pp2 in FP8": (Topology(pp=2), "zb1p"),
+    "ep2 in FP64": (Topology(ep=2), "one_f_one_b"),
+    "pp2 in FP64": (Topology(pp=2), "one_f_one_b"),
 }
+PRECISIONS: dict[str, dict[str, str]] = {
+    "BF16": {"compute": "bfloat16"},
+    "FP8": {"compute": "bfloat16", "linear": "fp8"},
+    "FP64": {"compute": "float64"},
+}
+FP32 = {"compute": "float32"}  # in which weights and masters share memory
 
 
 SLOW = ("ep4", "pp4", "alone", "pp2 ep2 edp2", "pp2 mirrored")
@@ -78,9 +88,9 @@ def prepared_root(folder: Path) -> Path:
 def tree_of(root: Path, run: Path, layout: str, steps: int, **training: Any) -> dict[str, Any]:
     tree, (topology, schedule) = run_config(root), LAYOUTS[layout]
     tree["model"] |= {"layers": 4}
-    compute = "bfloat16" if layout.endswith("BF16") else "float32"  # in FP32, weights and masters share memory
+    precision = PRECISIONS.get(layout.rpartition(" in ")[2], FP32)
     tree["optimizer"] |= {"ema_decay": 0.9}
-    tree |= {"topology": asdict(topology), "schedule": {"name": schedule}, "precision": {"compute": compute}}
+    tree |= {"topology": asdict(topology), "schedule": {"name": schedule}, "precision": precision}
     tree["training"] |= {"run_dir": str(run), "tokens": steps * LENGTH * BATCH, "sample_tokens": 0, "evaluate_every": 0}
     tree["training"] |= training
     return tree
@@ -167,7 +177,19 @@ def began(root: Path) -> tuple[Path, State, list[float]]:
     return root / "began", state, losses(again)
 
 
-@pytest.mark.parametrize(("first", "second"), [("pp2 mirrored", "alone"), ("ep2 in BF16", "pp2 in BF16")])
+@pytest.mark.parametrize("precision", ["FP8", "FP64"])
+def test_a_run_in_other_numbers_goes_on_to_the_last_bit(precision: str, root: Path, tmp_path: Path) -> None:
+    layout = f"ep2 in {precision}"
+    undisturbed = run(root, tmp_path / "undisturbed", layout, 4)
+    run(root, tmp_path / "run", layout, 2)
+    assert run(root, tmp_path / "run", layout, 4) == undisturbed
+    assert losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
+
+
+COMES_BACK = [("pp2 mirrored", "alone"), *((f"ep2 in {each}", f"pp2 in {each}") for each in PRECISIONS)]
+
+
+@pytest.mark.parametrize(("first", "second"), COMES_BACK)
 def test_weights_moments_and_biases_come_back_to_the_bit(first: str, second: str, root: Path, tmp_path: Path) -> None:
     state = run(root, tmp_path / "run", first, 2)
     assert {name.partition("/")[0] for name in state} == {"model", "exp_avg", "exp_avg_sq", "average"}
