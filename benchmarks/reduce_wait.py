@@ -1,0 +1,111 @@
+"""How long steps wait for sums of gradients and for new weights: reduced at the end of the program, and beside it.
+
+    python benchmarks/reduce_wait.py [--steps 40] [--json FILE]
+
+The quickstart on its four processes, and its model on two replicas, each twice from the same seed, in turns: as it is;
+and with every bucket reduced when the program has ended and all weights waited for at once. The figures are the
+ledger's, from every step looked at on all ranks. Needs prepared data (`./launch/quickstart.sh`) and an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from shoestring.comm.groups import ProcessGroups
+from shoestring.comm.record import REDUCE_WAIT, Track
+from shoestring.launch.compose import compose_run
+from shoestring.parallelism.gradients import Reducer
+from shoestring.parallelism.zero import ShardedOptimizer
+from shoestring.tests.processes import World, run_processes
+from shoestring.trainer.budget.summary import summarise
+from shoestring.trainer.loop import train
+from shoestring.trainer.rank import stages_of
+
+LAYOUTS = {
+    "pp 2 x ep 2, DualPipeV": [],
+    "edp 2, 1F1B": [
+        "topology.pp=1",
+        "topology.ep=1",
+        "topology.edp=2",
+        "schedule=one_f_one_b",
+        "schedule.micro_batch=2",
+    ],
+}
+ROUNDS = 3
+
+
+def one_after_the_other(stack: ExitStack) -> None:
+    """Reduce when all has run; hand weights out before anything else does."""
+    step = ShardedOptimizer.step
+
+    def step_and_wait(self: ShardedOptimizer, rate: float, factor: float = 1.0) -> None:
+        step(self, rate, factor)
+        with self._recorder.span(Track.INSTRUCTION, REDUCE_WAIT):
+            self.wait()
+
+    stack.enter_context(patch.object(Reducer, "after", lambda self, instruction: None))
+    stack.enter_context(patch.object(ShardedOptimizer, "step", step_and_wait))
+
+
+def run(world: World, overrides: list[str], overlap: bool) -> None:
+    torch.set_num_threads(1)
+    config = compose_run(["experiment=quickstart", *overrides])
+    groups = ProcessGroups.create(config.topology, world.rank, timedelta(seconds=60), stages_of(config).all_holders())
+    with ExitStack() as stack:
+        if not overlap:
+            one_after_the_other(stack)
+        train(config, groups, torch.device("cpu"), "benchmark")
+
+
+def measure(directory: Path, layout: list[str], steps: int, overlap: bool) -> dict[str, float]:
+    """Milliseconds of a step and rank."""
+    tokens = steps * 16 * 128
+    quiet = ["telemetry.wandb.mode=disabled", "telemetry.terms_every=1", "training.sample_tokens=0"]
+    where = [f"training.run_dir={directory}", f"training.tokens={tokens}", "training.evaluate_every=0"]
+    overrides = [*layout, "schedule.micro_batch=2", *quiet, *where, "training.checkpoint_every=0"]
+    ranks = compose_run(["experiment=quickstart", *overrides]).topology.world_size
+    run_processes(ranks, run, overrides, overlap, timeout=300)
+    summary = summarise(directory)
+    per_step = {name: ms / (ranks * steps) for name, ms in summary.terms.items()}
+    return {"reduce_wait_ms": per_step["reduce_wait"], "step_ms": summary.productive_ms / (ranks * steps)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    options = parser.parse_args()
+    table = Table(title=f"Milliseconds of a step and rank, least of {ROUNDS} runs of {options.steps} steps")
+    for heading in ("layout", "", "reduce_wait", "step"):
+        table.add_column(heading)
+    rows = []
+    for name, layout in LAYOUTS.items():
+        found: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+        for _ in range(ROUNDS):
+            for overlap in found:
+                with tempfile.TemporaryDirectory() as directory:
+                    found[overlap].append(measure(Path(directory) / "run", layout, options.steps, overlap))
+        for overlap, runs in found.items():
+            least = min(runs, key=lambda each: each["step_ms"])
+            way = "beside the program" if overlap else "after the program"
+            rows.append({"layout": name, "reduced": way, **least})
+            table.add_row(name, way, f"{least['reduce_wait_ms']:.1f}", f"{least['step_ms']:.0f}")
+    Console(width=100).print(table)
+    if options.json is not None:
+        machine = {"cores": os.cpu_count(), "torch": torch.__version__, "load": os.getloadavg()[0]}
+        options.json.write_text(json.dumps({"machine": machine, "steps": options.steps, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
