@@ -111,7 +111,7 @@ class Saver:
         return saved
 
     def close(self) -> None:
-        """End the thread; nothing may be under way."""
+        """End the thread, when the oldest checkpoints are gone; no save may be under way."""
         self._thread.shutdown()
 
     def _advance(self, save: _Save, failed: int) -> Saved | None:
@@ -124,6 +124,8 @@ class Saver:
             return Saved(save.step, path, failure)
         if save.is_written:
             self._save = None
+            if self._world.is_first:
+                self._thread.submit(self._store.let_go)
             return Saved(save.step, path, None)
         commit: Future[object] | None = None
         if self._world.is_first:
@@ -166,11 +168,11 @@ class Saver:
 def write_share(directory: Path, name: str, pieces: Sequence[Piece]) -> None:
     """Write one rank's file of tensors and, beside it, its record of them; on disk when it returns.
 
-    One thread writes while another hashes: either alone takes about as long as both.
+    One thread writes and waits for the disk while two others hash, which takes as long as writing.
     """
     declared = [Declared(p.key, p.flat.dtype, p.shape if p.is_whole else tuple(p.flat.shape)) for p in pieces]
     path = directory / f"{name}.safetensors"
-    with ThreadPoolExecutor(1, thread_name_prefix="checkpoint-hash") as hashing:
+    with ThreadPoolExecutor(2, thread_name_prefix="checkpoint-hash") as hashing:
         hashes = [hashing.submit(_sha256, piece) for piece in pieces]
         try:
             with TensorFileWriter(path, declared) as file:

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class CheckpointStore:
         sync_directory(self.directory)
 
     def commit(self, step: int, cover: Cover) -> Path:
-        """On one rank, when all have written: make the partial checkpoint a checkpoint, let the oldest go.
+        """On one rank, when all have written: make the partial checkpoint a checkpoint.
 
         After it returns the checkpoint survives any crash. Raises `OSError`, and `ValueError` where what the ranks have
         written is not the whole state.
@@ -97,9 +98,13 @@ class CheckpointStore:
         _remove(final)  # of an earlier life that went on from before this step
         partial.rename(final)
         sync_directory(self.directory)
-        for old in self.steps()[: -self.keep]:
-            _remove(self.path(old))
         return final
+
+    def let_go(self) -> None:
+        """On one rank, after `commit`: remove the oldest. What cannot be removed is tried again the next time."""
+        with suppress(OSError):
+            for old in self.steps()[: -self.keep]:
+                _remove(self.path(old))
 
     def abandon(self, step: int) -> None:
         """On one rank: free what a save has taken that cannot be finished."""
