@@ -57,3 +57,14 @@ def test_the_smallest_numbers_do_not_overflow_on_the_way() -> None:
 def test_no_rows() -> None:
     values_XD, exponents_XQ = quantise(torch.empty(0, 300))
     assert dequantise(values_XD, exponents_XQ, torch.float32).shape == (0, 300)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("exponent", [-100, -8, 0, 1, 40, 100])
+def test_what_comes_back_is_the_number_times_its_scale(dtype: torch.dtype, exponent: int) -> None:
+    """Small scales and large ones take different ways on a CPU; every E4M3 number is among the values."""
+    values_XD = torch.arange(256, dtype=torch.int64).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    values_XD = values_XD.nan_to_num(1.0).view(2, 128).to(torch.float8_e4m3fn)
+    exponents_XQ = torch.full((2, 1), 127 + exponent, dtype=torch.uint8)
+    expected = (values_XD.double() * 2.0**exponent).to(dtype)
+    assert torch.equal(dequantise(values_XD, exponents_XQ, dtype), expected)
