@@ -18,7 +18,7 @@ EXIT_REFUSED = 2
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: run the verb and exit with its code; 2 for refused input, every problem on a line of its own."""
     die_with_launcher()
-    options = _parser().parse_args(arguments)
+    options = parse(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         code = run(options)
@@ -28,6 +28,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"  {problem}", file=sys.stderr)
         code = EXIT_REFUSED
     sys.exit(code)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What was asked for; overrides may stand before, between and behind options.
+
+    argparse fills a list of positionals once, with those before the next option, and has no intermixed parsing for
+    verbs: what it leaves over are overrides too.
+    """
+    parser = _parser()
+    options, left = parser.parse_known_args(arguments)
+    left = [text for text in left if text != "--"]
+    if left and ("overrides" not in options or any(text.startswith("-") for text in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        options.overrides = [*options.overrides, *left]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
