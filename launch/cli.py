@@ -154,25 +154,38 @@ def _add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def _add_planner(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     simulate = _with_overrides(verbs.add_parser("simulate", help="one layout priced and explained, before it runs"))
-    simulate.add_argument("--precision", choices=["fp8", "bf16", "fp32"], help="of GEMMs (default: as the cluster can)")
-    simulate.add_argument("--recompute", choices=["none", "report", "full"], help="default: the report's savings")
-    simulate.add_argument("--comm-sms", type=int, metavar="N", help="SMs lent to the exchange (default 20)")
-    simulate.add_argument("--skew", type=float, metavar="X", help="rows of the fullest rank above the mean (default 0)")
-    simulate.add_argument("--jitter", type=float, metavar="X", help="spread of nodes' speed (default 0)")
     simulate.add_argument("--trace", type=Path, metavar="FILE", help="write a timeline for Perfetto")
     simulate.add_argument("--html", type=Path, metavar="FILE", help="write a page with timeline and memory")
     simulate.add_argument("--format", choices=["table", "json"], default="table")
     simulate.set_defaults(run=_simulate)
+    _add_inputs(simulate)
     plan = _with_overrides(verbs.add_parser("plan", help="layouts searched and priced against the budget"))
     plan.add_argument("--keep", type=int, default=5, metavar="N", help="layouts to print (default 5)")
     plan.add_argument("--format", choices=["table", "json"], default="table")
     plan.set_defaults(run=_plan)
+    _add_inputs(plan)
     text = "measure this machine's parts for the planner, as a cluster of its own"
     calibrate = _with_overrides(verbs.add_parser("calibrate", help=text))
-    calibrate.add_argument("--output", type=Path, default=Path("calibration"), metavar="DIR", help="for --config-dir")
+    folder = Path("runs/calibration")
+    calibrate.add_argument("--output", type=Path, default=folder, metavar="DIR", help=f"default {folder}")
     calibrate.add_argument("--ranks", type=int, default=2, metavar="N", help="processes at work (default 2)")
     calibrate.add_argument("--repeats", type=int, default=20, metavar="N", help="of each measurement (default 20)")
     calibrate.set_defaults(run=_calibrate)
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    """What a forecast takes and no run configures."""
+    parser.add_argument("--comm-sms", type=int, metavar="N", help="SMs lent to the exchange (default: as measured)")
+    parser.add_argument("--skew", type=float, metavar="X", help="rows of the fullest rank above the mean (default 0)")
+    parser.add_argument("--jitter", type=float, metavar="X", help="spread of nodes' speed (default 0)")
+    text = "of the memory that comes and goes, what is lost (default 0.1)"
+    parser.add_argument("--fragmentation", type=float, metavar="X", help=text)
+
+
+def _inputs(options: argparse.Namespace) -> dict[str, object]:
+    """Those that were given, by field of the recipe."""
+    named = {name: getattr(options, name) for name in ("comm_sms", "skew", "jitter", "fragmentation")}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def _add_checkpoint(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -295,18 +308,9 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _simulate(options: argparse.Namespace) -> int:
-    from .planner.recipe import Precision, Recompute
     from .simulate import simulate, simulation_table, simulation_tree, write_files
 
-    given: dict[str, object] = {
-        "precision": None if options.precision is None else Precision(options.precision),
-        "recompute": None if options.recompute is None else Recompute(options.recompute),
-        "comm_sms": options.comm_sms,
-        "skew": options.skew,
-        "jitter": options.jitter,
-    }
-    changes = {name: value for name, value in given.items() if value is not None}
-    simulation = simulate(options.overrides, options.config_dir, changes)
+    simulation = simulate(options.overrides, options.config_dir, _inputs(options))
     write_files(simulation, options.trace, options.html)
     if options.format == "json":
         print(json.dumps(simulation_tree(simulation), indent=1))
@@ -318,7 +322,7 @@ def _simulate(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from .plan import plan, plan_table, plan_tree
 
-    result = plan(options.overrides, options.config_dir, options.keep)
+    result = plan(options.overrides, options.config_dir, options.keep, _inputs(options))
     if options.format == "json":
         print(json.dumps(plan_tree(result), indent=1))
     else:
@@ -455,7 +459,7 @@ def _data(options: argparse.Namespace) -> int:
 def _show(renderable: object) -> None:
     from rich.console import Console
 
-    Console().print(renderable)
+    Console(markup=False).print(renderable)  # a bracket in a cell is a bracket
 
 
 if __name__ == "__main__":

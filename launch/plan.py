@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from ..comm.refusal import Problem, Refused
 from ..trainer.config import RunConfig
 from .compose import compose_run
+from .planner.configured import layout_of, overrides_between, recipe_of, run_with
 from .planner.failures import Failures
-from .planner.forecast import Forecast, Forecaster
-from .planner.phases import PhaseCost, WhatIf, run_phases, sensitivity
+from .planner.forecast import Forecast, Forecaster, Layout
+from .planner.phases import PhaseCost, WhatIf, run_phases, sensitivity, significant, simulated_hours
+from .planner.pricing import Compute
+from .planner.published import is_published_run
 from .planner.recipe import Precision, Recipe
-from .planner.search import SearchResult, Space, illegality, search
-from .simulate import default_recipe, layout_of, layout_tree, phase_table
+from .planner.search import SearchResult, Space, search
+from .simulate import layout_tree, phase_table
+
+_TELLS_APART = 0.01
+"""Two forecasts share most of their errors, but not all: within this they are the same."""
+NO_INPUTS: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -26,8 +36,8 @@ class Plan:
     config: RunConfig
     recipe: Recipe
     found: SearchResult
-    configured: Forecast | None
-    """The layout of the configuration, to compare with; None where it is illegal."""
+    configured: Forecast
+    """The layout of the configuration, to compare with."""
     phases: list[PhaseCost]
     """Of the best layout."""
     what_ifs: list[WhatIf]
@@ -40,28 +50,55 @@ class Plan:
         return self.found.best[0] if self.found.best else None
 
 
-def plan(overrides: Sequence[str], config_dir: Path | None, keep: int) -> Plan:
-    """Search the layouts of the run that `overrides` describe on all GPUs of its cluster."""
+def plan(overrides: Sequence[str], config_dir: Path | None, keep: int, inputs: Mapping[str, Any] = NO_INPUTS) -> Plan:
+    """Search the layouts of the run that `overrides` describe on all GPUs of its cluster.
+
+    `inputs` are fields of the recipe that no configuration has. Raises `Refused`.
+    """
+    if keep < 1:
+        raise Refused([Problem("--keep", keep, "must be at least 1")])
     config = compose_run(overrides, config_dir)
-    cluster, training = config.cluster, config.training
-    recipe = default_recipe(config)
-    forecaster = Forecaster(config.model, cluster, training.sequence_length)
-    formats = (Precision.FP8, Precision.BF16) if recipe.precision is Precision.FP8 else (recipe.precision,)
-    lent = (20, 6) if recipe.comm_sms else (recipe.comm_sms,)
-    space = Space(cluster.gpus, cluster.gpus_per_node, precisions=formats, comm_sms=lent)
-    found = search(forecaster, space.candidates(recipe), training.global_batch, keep)
-    configured = None
-    if illegality(forecaster, layout_of(config), training.global_batch) is None:
-        configured = forecaster.forecast(layout_of(config), recipe, training.global_batch)
+    training, recipe = config.training, recipe_of(config, inputs)
+    forecaster = Forecaster(config.model, config.cluster, training.sequence_length)
+    configured = forecaster.forecast(layout_of(config), recipe, training.global_batch)
+    candidates = _space(config, recipe).candidates(recipe)
+    found = search(forecaster, candidates, training.global_batch, keep, refusal=Refusals(config))
     phases: list[PhaseCost] = []
     what_ifs: list[WhatIf] = []
     if found.best:
         best = found.best[0]
         ramp = {"ramp_from": training.ramp_from, "ramp_tokens": training.ramp_tokens}
         size = {"tokens": training.tokens, "global_batch": training.global_batch}
-        phases = run_phases(forecaster, best.layout, best.recipe, **size, **ramp)  # type: ignore[arg-type]
+        whole = {"published": is_published_run(config)}
+        phases = run_phases(forecaster, best.layout, best.recipe, **size, **ramp, **whole)  # type: ignore[arg-type]
         what_ifs = sensitivity(forecaster, best.layout, best.recipe, training.global_batch)
     return Plan(config, recipe, found, configured, phases, what_ifs, Failures())
+
+
+def _space(config: RunConfig, recipe: Recipe) -> Space:
+    """Held fixed is what the table was measured with, and a format that the run does not compute in anyway."""
+    cluster = config.cluster
+    space = Space(cluster.gpus, cluster.gpus_per_node, precisions=(recipe.precision,))
+    if Compute.of(cluster, recipe).table.measured_with:
+        return replace(space, recomputes=(recipe.recompute,))
+    has_both = recipe.precision in (Precision.FP8, Precision.BF16) and cluster.peak_fp8_tflops is not None
+    return replace(space, precisions=(Precision.FP8, Precision.BF16)) if has_both else space
+
+
+class Refusals:
+    """Why `train` would refuse a run in another layout; remembers what it has looked at."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._found: dict[tuple[Layout, Recipe], str | None] = {}
+
+    def __call__(self, layout: Layout, recipe: Recipe) -> str | None:
+        """In a few words that many layouts share; None where it would not."""
+        key = layout, recipe
+        if key not in self._found:
+            problem = next(run_with(self._config, layout, recipe).problems(), None)
+            self._found[key] = None if problem is None else f"{problem.field} ({layout.schedule})"
+        return self._found[key]
 
 
 def plan_tree(result: Plan) -> dict[str, object]:
@@ -71,12 +108,13 @@ def plan_tree(result: Plan) -> dict[str, object]:
         "considered": found.considered,
         "illegal": dict(found.illegal),
         "unfit": dict(found.unfit),
+        "unpriced": dict(found.unpriced),
         "simulated": found.simulated,
         "excluded": found.excluded,
         "smallest_excluded_bound_seconds": found.smallest_excluded,
         "search_seconds": found.seconds,
         "layouts": [_row_tree(forecast, result) for forecast in found.best],
-        "configured": None if result.configured is None else _row_tree(result.configured, result),
+        "configured": _row_tree(result.configured, result),
         "budget_gpu_hours": result.config.budget.gpu_hours,
         "phases": [phase.__dict__ for phase in result.phases],
         "sensitivity": [{"what": w.name, "step_seconds": w.seconds} for w in result.what_ifs],
@@ -91,6 +129,9 @@ def _row_tree(forecast: Forecast, result: Plan) -> dict[str, object]:
         "tokens_per_second_and_gpu": forecast.tokens_per_second_and_gpu,
         "mfu": forecast.mfu,
         "memory_bytes": forecast.peak_memory.total,
+        "needed_memory_bytes": forecast.needed_memory,
+        "fits": _fits(forecast, result.config),
+        "overrides": _overrides(forecast, result.config),
         "gpu_hours": forecast.gpu_hours(result.config.training.tokens),
         "terms": forecast.mean_terms | {"reduce_wait": forecast.reduce, "optimizer": forecast.optimizer},
         "limit": forecast.limit,
@@ -102,7 +143,7 @@ def plan_table(result: Plan) -> RenderableType:
     parts: list[RenderableType] = [_layouts(result), _counts(result.found)]
     if result.best is not None:
         parts += [phase_table(result.phases, result.config.cluster.price_per_gpu_hour), _budget(result)]
-        parts += [_sensitivity(result), _failures(result), _comparison(result)]
+        parts += [_sensitivity(result), _failures(result), _comparison(result), _how_to_run(result)]
     return Group(*parts)
 
 
@@ -110,7 +151,7 @@ def _layouts(result: Plan) -> Table:
     cluster, training = result.config.cluster, result.config.training
     table = Table(
         title=f"{result.config.model.name} on {cluster.gpus} {cluster.name}, {training.global_batch:,} sequences",
-        caption="MFU: main model, causal, without MTP, of the dense BF16 peak.",
+        caption="MFU: main model, causal, without MTP, of the dense BF16 peak. Memory: with fragmentation.",
         title_justify="left",
         caption_justify="left",
     )
@@ -118,7 +159,7 @@ def _layouts(result: Plan) -> Table:
         "pp edp ep",
         "schedule",
         "mb",
-        "recipe",
+        "computing",
         "step",
         "tok/s/GPU",
         "MFU",
@@ -129,11 +170,23 @@ def _layouts(result: Plan) -> Table:
         table.add_column(heading, justify="right" if heading in ("mb", "step", "tok/s/GPU", "MFU") else "left")
     for forecast in result.found.best:
         table.add_row(*_cells(forecast, training.tokens))
-    if result.configured is not None:
-        table.add_section()
-        cells = _cells(result.configured, training.tokens)
-        table.add_row(f"{cells[0]} (configured)", *cells[1:])
+    table.add_section()
+    cells = _cells(result.configured, training.tokens)
+    table.add_row(f"{cells[0]} (configured)", *cells[1:])
+    if not _fits(result.configured, result.config):
+        assert isinstance(table.caption, str)
+        table.caption += "\nThe configured layout does NOT fit."
     return table
+
+
+def _fits(forecast: Forecast, config: RunConfig) -> bool:
+    memory = config.cluster.memory_gb
+    return memory is not None and forecast.needed_memory <= memory * 1e9
+
+
+def _overrides(forecast: Forecast, config: RunConfig) -> list[str]:
+    """What to write behind the run's overrides to run it so."""
+    return overrides_between(config, run_with(config, forecast.layout, forecast.recipe))
 
 
 def _cells(forecast: Forecast, tokens: int) -> list[str]:
@@ -142,12 +195,12 @@ def _cells(forecast: Forecast, tokens: int) -> list[str]:
         f"{topology.pp} {topology.edp} {topology.ep}",
         forecast.layout.schedule,
         str(forecast.layout.micro_batch),
-        f"{recipe.precision} {recipe.recompute} {recipe.comm_sms} SMs",
+        f"{recipe.precision} {recipe.recompute_name}",
         f"{forecast.seconds:.3f} s",
         f"{forecast.tokens_per_second_and_gpu:,.0f}",
         f"{forecast.mfu:.1%}",
-        f"{forecast.peak_memory.total / 1e9:.1f} GB",
-        f"{forecast.gpu_hours(tokens):,.0f}",
+        f"{forecast.needed_memory / 1e9:.1f} GB",
+        significant(forecast.gpu_hours(tokens)),
         forecast.limit,
     ]
 
@@ -160,6 +213,8 @@ def _counts(found: SearchResult) -> Table:
         table.add_row(f"illegal: {reason}", f"{count:,}")
     for reason, count in found.unfit.most_common():
         table.add_row(f"does not fit: {reason}", f"{count:,}")
+    for reason, count in found.unpriced.most_common():
+        table.add_row(f"no price: {reason}", f"{count:,}")
     rate = found.simulated / found.simulation_seconds if found.simulation_seconds else 0.0
     table.add_row(
         f"simulated in full ({rate:.0f} a second of a core once their programs are built)", f"{found.simulated:,}"
@@ -170,9 +225,10 @@ def _counts(found: SearchResult) -> Table:
 
 
 def _budget(result: Plan) -> str:
-    planned, budget = sum(phase.gpu_hours for phase in result.phases[:-2]), result.config.budget.gpu_hours
-    verdict = "inside" if planned <= budget else "over"
-    return f"Pre-training {planned:,.0f} GPU-hours, {verdict} the budget of {budget:,.0f} ({planned / budget:.1%})."
+    planned, budget = simulated_hours(result.phases), result.config.budget.gpu_hours
+    verdict, share = "inside" if planned <= budget else "over", significant(100 * planned / budget)
+    hours = f"{significant(planned)} GPU-hours"
+    return f"Pre-training {hours}, {verdict} the budget of {significant(budget)} ({share} %)."
 
 
 def _sensitivity(result: Plan) -> Table:
@@ -200,17 +256,19 @@ def _failures(result: Plan) -> str:
 
 def _comparison(result: Plan) -> str:
     best, configured = result.best, result.configured
-    if best is None or configured is None:
-        return "The configured layout is illegal, so there is nothing to compare with."
+    assert best is not None
+    if not _fits(configured, result.config):
+        return "The configured layout does not fit, so there is nothing to compare with."
     if best.seconds >= configured.seconds:
         return "No layout of the search beats the configured one."
     gain = 1 - best.seconds / configured.seconds
-    same = replace(best.recipe, comm_sms=configured.recipe.comm_sms) == configured.recipe
-    why = "the same layout of weights and phases" if same and best.layout == configured.layout else best.limit
-    lent = f"{best.recipe.comm_sms} SMs lent instead of {configured.recipe.comm_sms}"
-    evidence = (
-        f" {lent}: published for DeepEP V2 with 32 ranks at the same pace, assumed to hold here."
-        if best.recipe.comm_sms != configured.recipe.comm_sms
-        else ""
-    )
-    return f"The best layout is {gain:.1%} faster than the configured one ({why}).{evidence}"
+    doubt = ", which is less than a forecast can tell apart" if gain < _TELLS_APART else ""
+    return f"The best layout is {gain:.2%} faster than the configured one{doubt}."
+
+
+def _how_to_run(result: Plan) -> str:
+    assert result.best is not None
+    overrides = _overrides(result.best, result.config)
+    if not overrides:
+        return "The best layout is the configured one."
+    return f"To run the best layout, add: {' '.join(overrides)}"

@@ -1,4 +1,4 @@
-"""A whole run in GPU-hours and dollars: the batch ramp, the steady batch, context extension, post-training.
+"""A whole run in GPU-hours and dollars: the batch ramp, the steady batch, and of DeepSeek's run what came after.
 
 What is illegal on the grid is explained with the nearest legal numbers; what cannot be simulated stands at its
 published cost and is marked so.
@@ -6,13 +6,16 @@ published cost and is marked so.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from ...comm.refusal import Problem, Refused
 from ...parallelism.pipeline.schedules import schedule_problems
 from ...trainer.budget.terms import PUBLISHED_GPU_HOURS
 from .forecast import Forecaster, Layout
-from .recipe import Recipe
+from .recipe import FEWEST_SMS, Recipe
 
+SIMULATED = "simulated"
 _RAMP_POINTS = 3
 """Batches of the ramp that are simulated; between them a step's time is taken to be linear in its micro-batches."""
 
@@ -24,7 +27,7 @@ class PhaseCost:
     name: str
     gpu_hours: float
     evidence: str
-    """`simulated`, or `published` where the phase cannot run on the grid."""
+    """`simulated`, or `published` where the planner cannot simulate the phase."""
     note: str = ""
 
 
@@ -49,8 +52,9 @@ def run_phases(
     global_batch: int,
     ramp_from: int | None,
     ramp_tokens: float,
+    published: bool,
 ) -> list[PhaseCost]:
-    """The cost of each phase of DeepSeek-V3's run in this layout."""
+    """The cost of each phase of a run in this layout; `published`: DeepSeek-V3's, whose later phases are known too."""
     phases = []
     ramp = 0.0
     if ramp_from is not None and ramp_from < global_batch and ramp_tokens:
@@ -58,22 +62,35 @@ def run_phases(
         hours = _ramp_hours(forecaster, layout, recipe, ramp_from, global_batch, ramp)
         steady = forecaster.forecast(layout, recipe, global_batch).gpu_hours(ramp)
         note = f"from {ramp_from:,} to {global_batch:,} sequences; {hours / steady - 1:+.1%} over the full batch"
-        phases.append(PhaseCost("batch ramp", hours, "simulated", note))
+        phases.append(PhaseCost("batch ramp", hours, SIMULATED, note))
     steady = forecaster.forecast(layout, recipe, global_batch).gpu_hours(tokens - ramp)
-    phases.append(
-        PhaseCost("pre-training", steady, "simulated", f"{(tokens - ramp) / 1e12:.2f} T tokens at full batch")
-    )
+    phases.append(PhaseCost("pre-training", steady, SIMULATED, f"{_scaled(tokens - ramp)} tokens at full batch"))
+    return [*phases, *_published(layout)] if published else phases
+
+
+def _published(layout: Layout) -> Iterator[PhaseCost]:
+    """What DeepSeek's run did after pre-training, at what it has cost there."""
     reasons = [long_context_note(layout, phase) for phase in CONTEXT_EXTENSION]
-    phases.append(
-        PhaseCost(
-            "context extension",
-            PUBLISHED_GPU_HOURS["context_extension"],
-            "published",
-            "; ".join([*filter(None, reasons), "long sequences need context parallelism, which this runtime has not"]),
-        )
-    )
-    phases.append(PhaseCost("post-training", PUBLISHED_GPU_HOURS["post_training"], "published"))
-    return phases
+    note = "; ".join([*filter(None, reasons), "long sequences need context parallelism, which this runtime has not"])
+    yield PhaseCost("context extension", PUBLISHED_GPU_HOURS["context_extension"], "published", note)
+    yield PhaseCost("post-training", PUBLISHED_GPU_HOURS["post_training"], "published")
+
+
+def simulated_hours(phases: Iterable[PhaseCost]) -> float:
+    """GPU-hours of what was simulated: pre-training with its ramp."""
+    return sum(phase.gpu_hours for phase in phases if phase.evidence == SIMULATED)
+
+
+def significant(number: float) -> str:
+    """Whole from 100 on, else three digits that say something."""
+    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
+
+
+def _scaled(tokens: float) -> str:
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if tokens >= unit:
+            return f"{tokens / unit:.4g} {letter}"
+    return f"{tokens:,.0f}"
 
 
 def _ramp_hours(forecaster: Forecaster, layout: Layout, recipe: Recipe, first: int, last: int, tokens: float) -> float:
@@ -81,7 +98,12 @@ def _ramp_hours(forecaster: Forecaster, layout: Layout, recipe: Recipe, first: i
     share = layout.topology.dp * layout.micro_batch
     low, high = first // share, last // share
     points = sorted({low, high, *(low + (high - low) * k // (_RAMP_POINTS - 1) // 2 * 2 for k in range(_RAMP_POINTS))})
-    legal = [count for count in points if not any(schedule_problems(layout.schedule, layout.topology.pp, count))]
+    grid = layout.schedule, layout.topology.pp
+    legal = [count for count in points if not any(schedule_problems(*grid, count, layout.chunks))]
+    if low not in legal:  # the search counts such layouts as illegal, and a configuration is refused
+        nearest = _nearest_legal(layout, low)
+        remedy = f"gives {low} micro-batches in the first step; nearest legal {nearest * share:,} ({nearest})"
+        raise Refused([Problem("training.ramp_from", first, remedy)])
     times = {count: forecaster.forecast(layout, recipe, count * share).seconds for count in legal}
 
     def seconds(count: float) -> float:
@@ -135,16 +157,20 @@ class WhatIf:
 
 
 def sensitivity(forecaster: Forecaster, layout: Layout, recipe: Recipe, global_batch: int) -> list[WhatIf]:
-    """What a change of one input would do to a step."""
-    changes = {
-        "+10 % pace of every link": replace(recipe, links=recipe.links * 1.1),
-        "first and last pipeline rank 8 % slower": replace(recipe, slowed=((0, 1.08), (-1, 1.08))),
-        "experts' rows 20 % above the mean on every rank's critical path": replace(recipe, skew=0.2),
-        "nodes that differ by 1.4 % (standard deviation)": replace(recipe, jitter=0.014),
-    }
-    if recipe.comm_sms > 14:
-        lent = recipe.comm_sms - 14
-        changes[f"{lent} instead of {recipe.comm_sms} SMs lent to the exchange"] = replace(recipe, comm_sms=lent)
+    """What a change of one input would do to a step. Where phases were timed whole, some inputs change nothing."""
+    slowed = replace(recipe, slowed=((0, 1.08), (-1, 1.08)))
+    changes = {"first and last pipeline rank 8 % slower": slowed}
+    if layout.topology.world_size > layout.topology.gpus_per_node:
+        changes["nodes that differ by 1.4 % (standard deviation)"] = replace(recipe, jitter=0.014)
+    if not forecaster.costs(layout, recipe).cost.table.measured_with:
+        changes["+10 % pace of every link"] = replace(recipe, links=recipe.links * 1.1)
+        changes["experts' rows 20 % above the mean on every rank's critical path"] = replace(recipe, skew=0.2)
+    if recipe.comm_sms > FEWEST_SMS and layout.topology.ep > 1:
+        # Nothing says how the pace of an exchange depends on its SMs: these are the ends of what it may be.
+        lent = f"{FEWEST_SMS} instead of {recipe.comm_sms} SMs lent"
+        few = replace(recipe, comm_sms=FEWEST_SMS)
+        changes[f"{lent}, exchanges as fast (DeepEP V2 with 32 ranks)"] = few
+        changes[f"{lent}, links slower in proportion"] = replace(few, links=recipe.links * FEWEST_SMS / recipe.comm_sms)
     return [
         WhatIf(name, forecaster.forecast(layout, changed, global_batch).seconds) for name, changed in changes.items()
     ]

@@ -6,8 +6,17 @@ import math
 
 import pytest
 
+from shoestring.comm.refusal import Refused
 from shoestring.launch.planner.failures import Failures
-from shoestring.launch.planner.phases import CONTEXT_EXTENSION, long_context_note, run_phases
+from shoestring.launch.planner.phases import (
+    CONTEXT_EXTENSION,
+    long_context_note,
+    run_phases,
+    sensitivity,
+    significant,
+    simulated_hours,
+)
+from shoestring.launch.simulate import simulate
 
 from .v3 import simulated
 
@@ -26,8 +35,36 @@ def test_without_a_ramp_there_is_no_such_phase() -> None:
     simulation = simulated()
     recipe = simulation.forecast.recipe
     rest = {"tokens": 1e12, "global_batch": 15_360, "ramp_from": None, "ramp_tokens": 0}
+    rest |= {"published": True}
     phases = run_phases(simulation.forecaster, simulation.layout, recipe, **rest)  # type: ignore[arg-type]
     assert [phase.name for phase in phases] == ["pre-training", "context extension", "post-training"]
+
+
+def test_a_run_that_is_not_deepseeks_has_none_of_its_later_phases() -> None:
+    simulation = simulate(["experiment=deepseek_v3_h800", "training.tokens=1_000_000_000_000"], None, {})
+    assert [phase.name for phase in simulation.phases()] == ["batch ramp", "pre-training"]
+    assert simulated_hours(simulation.phases()) == sum(phase.gpu_hours for phase in simulation.phases())
+
+
+def test_a_ramp_that_cannot_begin_is_refused_and_not_extrapolated() -> None:
+    simulation = simulated()
+    rest = {"tokens": 1e12, "global_batch": 15_360, "ramp_from": 3072, "ramp_tokens": 469e9, "published": False}
+    with pytest.raises(Refused, match=r"ramp_from = 3072: gives 24 micro-batches .* nearest legal 4,096 \(32\)"):
+        run_phases(simulation.forecaster, simulation.layout, simulation.forecast.recipe, **rest)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0.1616, "0.162"), (0.0, "0"), (12.345, "12.3"), (100.4, "100"), (2_393_815.2, "2,393,815")]
+)
+def test_numbers_say_something_whatever_their_size(number: float, text: str) -> None:
+    assert significant(number) == text
+
+
+def test_few_sms_are_a_question_and_both_ends_of_its_answer() -> None:
+    simulation = simulated()
+    asked = sensitivity(simulation.forecaster, simulation.layout, simulation.forecast.recipe, simulation.global_batch)
+    fast, slow = (entry for entry in asked if "SMs lent" in entry.name)
+    assert fast.seconds < simulation.forecast.seconds < slow.seconds
 
 
 def test_long_phases_are_explained_with_the_nearest_legal_batch() -> None:
