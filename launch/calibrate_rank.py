@@ -112,7 +112,8 @@ class Calibration:
         initialise(model, seed=0)
         worker = InlineWorker(recorder)
         exchange = open_exchange(ExchangeConfig(), groups, config.model.experts, worker, Traffic(alone, 0))
-        pipeline = Pipeline.open(Stages.of(config.model, self.length), groups, device, recorder=recorder)
+        stages, policy = Stages.of(config.model, self.length), config.recompute.policy
+        pipeline = Pipeline.open(stages, groups, device, recorder=recorder, recompute=policy)
         dtype = config.precision.compute_dtype(device)
         stepper = build_stepper(pipeline, model, exchange, dtype, 1, config.optimizer)
         window = self.length + 1 + config.model.mtp_depth
@@ -128,8 +129,7 @@ class Calibration:
         topology = Topology(ep=ranks, gpus_per_node=config.topology.gpus_per_node)
         groups = self.groups if ranks > 1 else ProcessGroups.create(topology, 0, _LIMIT)
         worker = open_worker(groups.ep, device)
-        native = ExchangeConfig(name=config.exchange.name) if config.exchange.name != "deepep" else ExchangeConfig()
-        exchange = open_exchange(native, groups, model.experts, worker, Traffic(topology, groups.rank))
+        exchange = open_exchange(config.exchange, groups, model.experts, worker, Traffic(topology, groups.rank))
         tokens = micro_batch * self.length
         dtype = config.precision.compute_dtype(device)
         tokens_TD, grad_TD = (torch.randn(tokens, model.hidden).to(dtype) for _ in range(2))

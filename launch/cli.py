@@ -11,8 +11,9 @@ from pathlib import Path
 
 from ..comm.refusal import Problem, Refused
 from .orphan import die_with_launcher
+from .torchrun import RanksFailed
 
-EXIT_REFUSED = 2
+EXIT_FAULT, EXIT_REFUSED = 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for problem in refused.problems:
             print(f"  {problem}", file=sys.stderr)
         code = EXIT_REFUSED
+    except RanksFailed as failed:
+        print(f"shoestring {options.verb}: {failed}", file=sys.stderr)
+        code = EXIT_FAULT
     sys.exit(code)
 
 

@@ -18,6 +18,7 @@ from ..trainer.halt import Halt
 from .compose import compose_run
 from .launcher import Stopped, launch, run_torchrun
 from .preflight import is_finished, preflight, spent_budget
+from .torchrun import local_torchrun
 
 _PORT = 29500
 _REFUSED = 2
@@ -44,8 +45,7 @@ class Place:
         topology would not be neighbours in the network, and rank 0 could be anywhere.
         """
         if self.nodes == 1:
-            # Without the address ranks would look for each other under the host's name, which may not resolve.
-            return ["--standalone", "--local-addr=localhost", f"--nproc-per-node={processes}"]
+            return local_torchrun(processes)
         meeting = [f"--master-addr={self.address}", f"--master-port={self.port}"]
         return [f"--nnodes={self.nodes}", f"--node-rank={self.rank}", *meeting, f"--nproc-per-node={processes}"]
 

@@ -33,17 +33,20 @@ def recipe_of(config: RunConfig, inputs: Mapping[str, Any]) -> Recipe:
     Raises `Refused` with all that cannot be priced on its cluster.
     """
     table = described_table(config.cluster)
-    recipe = Recipe(
+    given = replace(computing_of(config), **{"comm_sms": _lent(config, table), **inputs})
+    refuse_if_any([*unpriced(config), *grid_problems(config), *_input_problems(config, table, given, inputs)])
+    return given
+
+
+def computing_of(config: RunConfig) -> Recipe:
+    """What of the recipe the configuration says."""
+    return Recipe(
         precision=precision_of(config),
         recompute=config.recompute.policy,
         exchange=config.exchange,
         overlap=config.schedule.overlap,
         moment_bytes=2 * config.optimizer.moments_dtype(config.precision.parameter_dtype()).itemsize,
-        comm_sms=_lent(config, table),
     )
-    given = replace(recipe, **inputs)
-    refuse_if_any([*_unpriced(config, table), *grid_problems(config), *_input_problems(config, table, given, inputs)])
-    return given
 
 
 def precision_of(config: RunConfig) -> Precision:
@@ -69,7 +72,7 @@ def _lent(config: RunConfig, table: Table) -> int:
     return SMS_BETWEEN_NODES if asked else int(lent.value)
 
 
-def _unpriced(config: RunConfig, table: Table) -> Iterator[Problem]:
+def unpriced(config: RunConfig) -> Iterator[Problem]:
     """What the run would do, and no table says how long it takes."""
     cluster, precision = config.cluster, config.precision
     here = "cpu" if on_cpu(config) else "cuda"

@@ -42,6 +42,8 @@ def assumptions(config: RunConfig, forecast: Forecast, costs: ChunkCosts) -> lis
 def _times(table: Table, at_best: str) -> Iterator[Evidence]:
     rows: dict[tuple[str, str], str] = {}
     for row in table.rows:
+        if row.kind == "recipe":
+            continue  # says what was measured, and how long nothing takes
         rows.setdefault((f"times: {row.kind}", weakest(row.evidence, at_best)), row.source)
     for (what, evidence), source in rows.items():
         yield what, evidence, source
