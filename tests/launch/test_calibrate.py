@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from shoestring.comm.record import EXPOSED_EXCHANGE, Track
 from shoestring.launch.calibrate import calibrate, measured_with, write_cluster
-from shoestring.launch.calibrate_rank import phase_seconds
+from shoestring.launch.calibrate_rank import Calibration, phase_seconds
 from shoestring.launch.compose import compose_run
 from shoestring.launch.plan import plan
 from shoestring.launch.planner.evidence import assumptions
@@ -53,6 +54,13 @@ def test_waiting_for_an_exchange_is_no_computing() -> None:
     settle = spans(Track.COMPUTE, *[("attn(W)", 1)] * 4)
     wait = Span(Track.COMPUTE, EXPOSED_EXCHANGE, "", 2 * 10**9, 5 * 10**9)
     assert phase_seconds([experts, wait, *settle], config)["mlp(F)"] == 7
+
+
+def test_exchanges_are_timed_in_groups_of_every_size() -> None:
+    """Else the quickstart, two by two ranks, could not be priced after a calibration on four."""
+    of_four = SimpleNamespace(world=SimpleNamespace(size=4))
+    calibration = Calibration(compose_run([]), of_four, 1)  # type: ignore[arg-type]
+    assert calibration.group_sizes == [1, 2, 4]
 
 
 def test_impossible_numbers_are_refused_before_a_process_starts(tmp_path: Path) -> None:
