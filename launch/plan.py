@@ -143,7 +143,8 @@ def plan_table(result: Plan) -> RenderableType:
     parts: list[RenderableType] = [_layouts(result), _counts(result.found)]
     if result.best is not None:
         parts += [phase_table(result.phases, result.config.cluster.price_per_gpu_hour), _budget(result)]
-        parts += [_sensitivity(result), _failures(result), _comparison(result), _how_to_run(result)]
+        parts += [_sensitivity(result)] if result.what_ifs else []
+        parts += [_failures(result), _comparison(result), _how_to_run(result)]
     return Group(*parts)
 
 

@@ -208,10 +208,11 @@ def _figures(simulation: Simulation) -> Table:
 
 def _recipe_rows(recipe: Recipe) -> list[tuple[str, str]]:
     """How the run computes, as priced."""
-    turns = "" if recipe.overlap else ", one after the other"
+    turns = "" if recipe.overlap else ", the halves of an FB one after the other"
+    lent = f", {recipe.comm_sms} SMs lent" if recipe.comm_sms else ""
     return [
         ("computing", f"{recipe.precision}, recompute {recipe.recompute_name}, moments {recipe.moment_bytes} B"),
-        ("exchange", f"{recipe.exchange_name}, {recipe.comm_sms} SMs lent{turns}"),
+        ("exchange", f"{recipe.exchange_name}{lent}{turns}"),
     ]
 
 

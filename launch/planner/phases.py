@@ -158,8 +158,9 @@ class WhatIf:
 
 def sensitivity(forecaster: Forecaster, layout: Layout, recipe: Recipe, global_batch: int) -> list[WhatIf]:
     """What a change of one input would do to a step. Where phases were timed whole, some inputs change nothing."""
-    slowed = replace(recipe, slowed=((0, 1.08), (-1, 1.08)))
-    changes = {"first and last pipeline rank 8 % slower": slowed}
+    changes: dict[str, Recipe] = {}
+    if layout.topology.pp > 1:
+        changes["first and last pipeline rank 8 % slower"] = replace(recipe, slowed=((0, 1.08), (-1, 1.08)))
     if layout.topology.world_size > layout.topology.gpus_per_node:
         changes["nodes that differ by 1.4 % (standard deviation)"] = replace(recipe, jitter=0.014)
     if not forecaster.costs(layout, recipe).cost.table.measured_with:
