@@ -17,7 +17,7 @@ from ..comm.topology import Link
 from .exchange_rank import OPERATIONS, ExchangeSpec
 from .rank_environment import rank_environment
 from .simulated_cluster import SimulatedCluster
-from .torchrun import TORCHRUN, refuse_faults, run_ranks
+from .torchrun import TORCHRUN, run_ranks, wait_for
 
 _MODULE = "shoestring.launch.exchange_rank"
 _SECONDS = 600
@@ -54,7 +54,7 @@ def run_on_cluster(nodes: int, gpus_per_node: int, uplink: str, arguments: Seque
             meeting = [f"--master-addr={place['MASTER_ADDR']}", f"--master-port={place['MASTER_PORT']}"]
             torchrun = [f"--nnodes={nodes}", f"--node-rank={node}", f"--nproc-per-node={gpus_per_node}", *meeting]
             processes.append(cluster.start(node, [*TORCHRUN, *torchrun, *arguments], rank_environment()))
-        refuse_faults([process.wait(_SECONDS) for process in processes])
+        wait_for(processes, _SECONDS)
         return sum(cluster.bytes_sent(node) for node in range(nodes))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +19,7 @@ from .planner.configured import layout_of, overrides_between, recipe_of, run_wit
 from .planner.failures import Failures
 from .planner.forecast import Forecast, Forecaster, Layout
 from .planner.phases import PhaseCost, WhatIf, run_phases, sensitivity, significant, simulated_hours
-from .planner.pricing import Compute
+from .planner.pricing import Compute, described_table
 from .planner.published import is_published_run
 from .planner.recipe import Precision, Recipe
 from .planner.search import SearchResult, Space, search
@@ -90,13 +91,16 @@ class Refusals:
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
+        lends = described_table(config.cluster).find("gemm", "lent_sms", "any") is not None
+        self._sms = config.cluster.sms if lends else None
         self._found: dict[tuple[Layout, Recipe], str | None] = {}
 
     def __call__(self, layout: Layout, recipe: Recipe) -> str | None:
         """In a few words that many layouts share; None where it would not."""
         key = layout, recipe
         if key not in self._found:
-            problem = next(run_with(self._config, layout, recipe).problems(), None)
+            run, own = run_with(self._config, layout, recipe), recipe.problems(self._sms, layout.topology.ep)
+            problem = next(chain(run.problems(), own), None)
             self._found[key] = None if problem is None else f"{problem.field} ({layout.schedule})"
         return self._found[key]
 

@@ -31,16 +31,17 @@ def run_ranks(arguments: Sequence[str], processes: int, seconds: float) -> None:
     command = [*TORCHRUN, *local_torchrun(processes), *arguments]
     process = Popen(command, env=rank_environment())
     try:
-        code = process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        raise RanksFailed(f"the ranks have not ended within {seconds:g} s and were stopped") from None
+        wait_for([process], seconds)
     finally:
         end(process)
-    refuse_faults([code])
 
 
-def refuse_faults(codes: Sequence[int]) -> None:
-    """Raises `RanksFailed` unless every torchrun has exited with 0."""
+def wait_for(torchruns: Sequence[Popen[Any]], seconds: float) -> None:
+    """Until each has ended. Raises `RanksFailed` for one that does not, or ends with another code than 0."""
+    try:
+        codes = [process.wait(seconds) for process in torchruns]
+    except subprocess.TimeoutExpired:
+        raise RanksFailed(f"the ranks have not ended within {seconds:g} s and were stopped") from None
     if any(codes):
         which = ", ".join(map(str, codes))
         raise RanksFailed(f"the ranks failed, torchrun exited with {which}; their words are above")

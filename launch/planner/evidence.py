@@ -18,13 +18,13 @@ Evidence = tuple[str, str, str]
 
 def assumptions(config: RunConfig, forecast: Forecast, costs: ChunkCosts) -> list[Evidence]:
     """Everything that a forecast rests on."""
-    recipe, table = forecast.recipe, costs.cost.table
-    found = [*_times(table, forecast.coverage.at_best), *_figures(config.cluster), *_choices(recipe)]
+    recipe, table, at_best = forecast.recipe, costs.cost.table, forecast.coverage.at_best
+    found = [*_times(table, at_best), *_figures(config.cluster), *_choices(recipe)]
     if config.exchange.name == "flat" and forecast.layout.topology.ep > 1 and not table.measured_with:
         found.append(("a row for every expert at the links' pace", "assumed", "no measurement of such an exchange"))
     if recipe.comm_sms:
-        found += _lent(config, recipe, table)
-    found += _of_a_trace(table) if table.of("sync", "overlapped") else ()
+        found += _lent(config, recipe, table, at_best)
+    found += _of_a_trace(at_best) if table.of("sync", "overlapped") else ()
     found += _of_a_cpu() if table.measured_with else _of_kernels(config, recipe, costs.shape)
     if config.optimizer.ema_decay is not None:
         found.append(("the weights' moving average costs no time", "assumed", "a thread of the host keeps it"))
@@ -62,23 +62,23 @@ def _choices(recipe: Recipe) -> Iterator[Evidence]:
     yield f"moments of {recipe.moment_bytes} bytes a parameter", "chosen", "optimizer.moments"
 
 
-def _lent(config: RunConfig, recipe: Recipe, table: Table) -> Iterator[Evidence]:
+def _lent(config: RunConfig, recipe: Recipe, table: Table, at_best: str) -> Iterator[Evidence]:
     row = table.find("gemm", "lent_sms", "any")
     if row is None:
         return
     what, measured = f"{recipe.comm_sms} SMs lent", int(row.value)
     if recipe.comm_sms == measured:
-        yield what, row.evidence, row.source
+        yield what, weakest(row.evidence, at_best), row.source
         return
     yield what, "chosen", "exchange" if config.exchange.name == "deepep" else "--comm-sms"
     source = "DeepEP V2's README says so of 6 SMs with 32 ranks; nobody has measured it in this layout"
     yield f"exchanges as fast as with {measured}", "assumed", source
 
 
-def _of_a_trace(table: Table) -> Iterator[Evidence]:
+def _of_a_trace(at_best: str) -> Iterator[Evidence]:
     yield "exchanges wait for other ranks beside another chunk only", "assumed", "the trace has no lone chunk"
     yield "messages between stages do not slow exchanges down", "assumed", "the trace leaves pipeline messages out"
-    yield "computing is as fast beside an exchange as alone", "measured", "attn(W) of the trace, alone and beside one"
+    yield "computing is as fast beside an exchange as alone", at_best, "attn(W) of the trace, alone and beside one"
 
 
 def _of_kernels(config: RunConfig, recipe: Recipe, shape: Shape) -> Iterator[Evidence]:

@@ -8,6 +8,7 @@ import pytest
 
 from shoestring.comm.topology import Topology
 from shoestring.launch.compose import compose_run
+from shoestring.launch.plan import plan
 from shoestring.launch.planner.configured import layout_of, overrides_between, recipe_of, run_with
 from shoestring.launch.planner.evidence import assumptions
 from shoestring.launch.planner.forecast import Layout
@@ -124,3 +125,20 @@ def test_no_candidate_makes_gate_up_again_in_fp8_and_runs() -> None:
     legal = [recipe for recipe in own if not any(run_with(config, layout_of(config), recipe).problems())]
     assert len(own) == 8
     assert len(legal) == 7
+
+
+def test_nothing_is_measured_with_a_borrowed_table() -> None:
+    simulation = simulate([V3, "cluster=h100"], None, {})
+    costs = simulation.forecaster.costs(simulation.layout, simulation.forecast.recipe)
+    rows = assumptions(simulation.config, simulation.forecast, costs)
+    assert "measured" not in {evidence for what, evidence, _ in rows if not what.startswith("cluster.")}
+    assert set(simulation.forecast.coverage.shares()) == {"assumed"}
+
+
+def test_a_search_lends_no_exchange_too_few_sms() -> None:
+    """Where the configured run has no exchange, `--comm-sms 3` is legal, and layouts that have one are not."""
+    grid = ["cluster.nodes=1", "topology.pp=8", "topology.edp=1", "topology.ep=1", "model.layers=8"]
+    batch = ["training.global_batch=64", "training.ramp_from=null", "training.ramp_tokens=0"]
+    found = plan([V3, *grid, *batch, "model.experts=64"], None, 3, {"comm_sms": 3}).found
+    assert any(reason.startswith("--comm-sms") for reason in found.illegal)
+    assert {best.layout.topology.ep for best in found.best} <= {1}
