@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -15,11 +16,11 @@ from rich.table import Table
 from ..comm.refusal import Problem, Refused
 from ..trainer.config import RunConfig
 from .compose import compose_run
-from .planner.configured import layout_of, overrides_between, recipe_of, run_with
+from .planner.configured import layout_of, lendable_sms, overrides_between, recipe_of, run_with
 from .planner.failures import Failures
 from .planner.forecast import Forecast, Forecaster, Layout
 from .planner.phases import PhaseCost, WhatIf, run_phases, sensitivity, significant, simulated_hours
-from .planner.pricing import Compute, described_table
+from .planner.pricing import Compute
 from .planner.published import is_published_run
 from .planner.recipe import Precision, Recipe
 from .planner.search import SearchResult, Space, search
@@ -63,7 +64,8 @@ def plan(overrides: Sequence[str], config_dir: Path | None, keep: int, inputs: M
     forecaster = Forecaster(config.model, config.cluster, training.sequence_length)
     configured = forecaster.forecast(layout_of(config), recipe, training.global_batch)
     candidates = _space(config, recipe).candidates(recipe)
-    found = search(forecaster, candidates, training.global_batch, keep, refusal=Refusals(config))
+    refusal = partial(_refusal, config, lendable_sms(config))
+    found = search(forecaster, candidates, training.global_batch, keep, refusal=refusal)
     phases: list[PhaseCost] = []
     what_ifs: list[WhatIf] = []
     if found.best:
@@ -86,23 +88,11 @@ def _space(config: RunConfig, recipe: Recipe) -> Space:
     return replace(space, precisions=(Precision.FP8, Precision.BF16)) if has_both else space
 
 
-class Refusals:
-    """Why `train` would refuse a run in another layout; remembers what it has looked at."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self._config = config
-        lends = described_table(config.cluster).find("gemm", "lent_sms", "any") is not None
-        self._sms = config.cluster.sms if lends else None
-        self._found: dict[tuple[Layout, Recipe], str | None] = {}
-
-    def __call__(self, layout: Layout, recipe: Recipe) -> str | None:
-        """In a few words that many layouts share; None where it would not."""
-        key = layout, recipe
-        if key not in self._found:
-            run, own = run_with(self._config, layout, recipe), recipe.problems(self._sms, layout.topology.ep)
-            problem = next(chain(run.problems(), own), None)
-            self._found[key] = None if problem is None else f"{problem.field} ({layout.schedule})"
-        return self._found[key]
+def _refusal(config: RunConfig, sms: int | None, layout: Layout, recipe: Recipe) -> str | None:
+    """Why `train` would refuse the run in another layout, in a few words that many share; None where it would not."""
+    run, own = run_with(config, layout, recipe), recipe.problems(sms, layout.topology.ep)
+    problem = next(chain(run.problems(), own), None)
+    return None if problem is None else f"{problem.field} ({layout.schedule})"
 
 
 def plan_tree(result: Plan) -> dict[str, object]:

@@ -72,6 +72,12 @@ def _lent(config: RunConfig, table: Table) -> int:
     return SMS_BETWEEN_NODES if asked else int(lent.value)
 
 
+def lendable_sms(config: RunConfig) -> int | None:
+    """SMs of a GPU; None where the table does not say how many were lent, so that no time depends on it."""
+    lent = described_table(config.cluster).find("gemm", "lent_sms", "any")
+    return None if lent is None else config.cluster.sms
+
+
 def unpriced(config: RunConfig) -> Iterator[Problem]:
     """What the run would do, and no table says how long it takes."""
     cluster, precision = config.cluster, config.precision
@@ -110,9 +116,9 @@ def grid_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def _input_problems(config: RunConfig, table: Table, recipe: Recipe, inputs: Mapping[str, Any]) -> Iterator[Problem]:
-    has_lent = table.find("gemm", "lent_sms", "any") is not None
-    yield from recipe.problems(config.cluster.sms if has_lent else None, config.topology.ep)
-    if "comm_sms" in inputs and not has_lent:
+    sms = lendable_sms(config)
+    yield from recipe.problems(sms, config.topology.ep)
+    if "comm_sms" in inputs and sms is None:
         remedy = f"the table of {config.cluster.name} does not say how many SMs were lent, so nothing depends on it"
         yield Problem("--comm-sms", recipe.comm_sms, f"{remedy}; leave it out")
     if recipe.skew > 0 and table.measured_with:
