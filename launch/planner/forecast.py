@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ...comm.topology import Link, Topology
@@ -19,12 +19,14 @@ from ...trainer.model.config import ModelConfig
 from ...trainer.stages import split_layers
 from .exchange import Wire
 from .lanes import ChunkCosts, StageShape
+from .links import bytes_a_second
 from .memory import MemoryForecast, Occupancy, Parameters, forecast_memory, occupancy, stage_parameters, static_bytes
 from .operations import Shape
 from .pricing import Compute
-from .recipe import Precision, Recipe
+from .recipe import Recipe
 from .runs import Kinds, Runs, kinds_of
 from .tables import Coverage
+from .update import Traffic, Updates, Uses, exposed_gather, exposed_reduce
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Forecast:
     terms: tuple[dict[str, float], ...]
     """The ledger's productive terms of each rank: F, I, W, B and FB net of waits, exposed_exchange, edge_wait."""
     reduce: float
-    """Gradients over replicas, and weights back from their shards."""
+    """What shows of summing gradients over replicas, and of handing out weights to the next step."""
     optimizer: float
     memory: tuple[MemoryForecast, ...]
     flops: FlopCount
@@ -90,6 +92,11 @@ class Forecast:
     def peak_memory(self) -> MemoryForecast:
         """Of the rank that needs most."""
         return max(self.memory, key=lambda memory: memory.total)
+
+    @property
+    def needed_memory(self) -> float:
+        """Bytes of that rank with what fragmentation loses."""
+        return max(needed_bytes(memory, self.recipe) for memory in self.memory)
 
     def gpu_hours(self, tokens: float) -> float:
         """Of training on so many tokens at this rate."""
@@ -135,6 +142,11 @@ class Forecast:
         return f"{name} {parts[name] / self.seconds:.1%} of the step{detail}"
 
 
+def needed_bytes(memory: MemoryForecast, recipe: Recipe) -> float:
+    """What a rank must have: flat buffers lie where they lie, all that comes and goes leaves gaps."""
+    return memory.total + recipe.fragmentation * (memory.activations + memory.deferred + memory.working)
+
+
 @dataclass
 class Forecaster:
     """Forecasts steps of one model on one cluster. Keeps programs, partitions and prices between them."""
@@ -149,6 +161,7 @@ class Forecaster:
     _parameters: dict[Layout, tuple[Parameters, ...]] = field(default_factory=dict)
     _costs: dict[tuple[Recipe, int, int], ChunkCosts] = field(default_factory=dict)
     _occupancy: dict[tuple[str, int, int, int], tuple[Occupancy, ...]] = field(default_factory=dict)
+    _uses: dict[tuple[str, int, int, int], Uses] = field(default_factory=dict)
     _kinds: dict[tuple[str, int, int, int], Kinds] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -163,7 +176,7 @@ class Forecaster:
         runs = Runs(costs, held, self._counts(program), recipe, self._slowest(layout, recipe))
         transfer = self.transfer(layout, recipe)
         replay = timetable.replay(runs.duration, transfer)
-        reduce, optimizer = self.update(layout, recipe)
+        reduce, optimizer = self.update(layout, recipe, replay)
         peak = self.cluster.peak_tflops
         assert peak is not None
         return Forecast(
@@ -194,7 +207,7 @@ class Forecaster:
         held = self._held(placement, stages)
         busy = [count * sum(costs.compute_seconds(stage) for stage in rank) for rank in held]
         longest = max(busy) if recipe.imbalance else sum(busy) / len(busy)
-        return longest * self._slowest(layout, recipe) + sum(self.update(layout, recipe))
+        return longest * self._slowest(layout, recipe) + self._optimizer(layout, recipe)
 
     def memory(self, layout: Layout, recipe: Recipe, program: Program) -> tuple[MemoryForecast, ...]:
         """Of every pipeline rank."""
@@ -252,53 +265,51 @@ class Forecaster:
         measured = table.find("edge", "message", f"{layout.micro_batch}x{self.sequence_length}")
         if measured is not None:
             return measured.seconds
+        cluster = self.cluster
         links = {topology.link(rank, rank + topology.dp) for rank in range(topology.dp)}
-        name = "infiniband_gbps" if Link.INFINIBAND in links else "nvlink_gbps"
-        rate = self.cluster.__dict__[name]
-        return (
-            tokens * self.model.hidden * max(2, recipe.precision.bytes) / (rate * recipe.links * 1e9) if rate else 0.0
-        )
+        crosses = Link.INFINIBAND in links
+        name, link = ("infiniband_gbps", cluster.infiniband_gbps) if crosses else ("nvlink_gbps", cluster.nvlink_gbps)
+        rate = bytes_a_second(cluster, name, link, "a message between stages")
+        return tokens * self.model.hidden * recipe.wide / (rate * recipe.links)
 
-    def update(self, layout: Layout, recipe: Recipe) -> tuple[float, float]:
-        """Seconds of summing gradients and gathering weights, and of the optimizer, on the rank that takes longest."""
-        both = [self._update(layout, recipe, held) for held in self.parameters(layout)]
-        return max(reduce for reduce, _ in both), max(optimizer for _, optimizer in both)
+    def update(self, layout: Layout, recipe: Recipe, replay: Replay) -> tuple[float, float]:
+        """Seconds that show of summing gradients and handing out weights, and of the optimizer on the slowest rank."""
+        updates = self._updates(layout, recipe)
+        if updates.is_timed:
+            both = [updates.timed(held) for held in self.parameters(layout)]
+            return max(reduce for reduce, _ in both), max(optimizer for _, optimizer in both)
+        uses, traffic = self._program_uses(replay.program), self._traffic(layout, updates)
+        shown = exposed_reduce(uses, replay, traffic) + exposed_gather(uses, replay, traffic)
+        return shown, self._optimizer(layout, recipe)
 
-    def _update(self, layout: Layout, recipe: Recipe, held: Parameters) -> tuple[float, float]:
-        topology, size = layout.topology, layout.topology.gpus_per_node
-        table = self.costs(layout, recipe).cost.table
-        wide = max(2, recipe.precision.bytes)
-        local = table.find("phase", "optimizer", "any")
-        if local is not None:  # as calibrated, for a thousand parameters
-            reduce, rest = (table.find("phase", name, "any") for name in ("reduce", "step"))
-            assert reduce is not None
-            assert rest is not None
-            copied = held.dense * (held.dense_copies > 1) + held.routed * (held.routed_copies > 1)
-            updated = (held.dense + held.routed) / 1e3 * local.seconds
-            return copied / 1e3 * reduce.seconds, updated + rest.seconds
-        dense = self._collective(held.dense * (4 + wide), held.dense_copies, min(topology.dp, size))
-        expert_neighbours = max(1, min(topology.edp, size // topology.ep))
-        routed = self._collective(held.routed * (4 + wide), held.routed_copies, expert_neighbours)
-        shard = held.dense / held.dense_copies + held.routed / held.routed_copies
-        touched = shard * (4 + 4 + 8 + 2 * recipe.moment_bytes + wide)  # norm, gradient, master, moments, weight
-        if recipe.precision is Precision.FP8:
-            touched += (held.dense + held.routed) * 4  # weights read, both layouts written
-        share = table.find("memory", "update", "any")
-        rate = (self.cluster.memory_gbps or math.inf) * 1e9 * (share.value if share is not None else 1.0)
-        return dense + routed, touched / rate
+    def _optimizer(self, layout: Layout, recipe: Recipe) -> float:
+        """On the rank that takes longest."""
+        updates = self._updates(layout, recipe)
+        if updates.is_timed:
+            return max(updates.timed(held)[1] for held in self.parameters(layout))
+        return max(map(updates.optimizer, self.parameters(layout)))
 
-    def _collective(self, count: float, ranks: int, inside: int) -> float:
-        """A reduce-scatter or all-gather of `count` bytes: rings inside nodes and between them run at the same time."""
-        if ranks == 1:
-            return 0.0
-        nodes = max(1, ranks // inside)
-        nvlink, infiniband = self.cluster.nvlink_gbps, self.cluster.infiniband_gbps
-        seconds = [0.0]
-        if inside > 1 and nvlink is not None:
-            seconds.append(count * (inside - 1) / inside / (nvlink * 1e9))
-        if nodes > 1 and infiniband is not None:
-            seconds.append(count * (nodes - 1) / nodes / inside / (infiniband * 1e9))
-        return max(seconds)
+    def _updates(self, layout: Layout, recipe: Recipe) -> Updates:
+        return Updates(self.cluster, recipe, self.costs(layout, recipe).cost.table, layout.topology)
+
+    def _program_uses(self, program: Program) -> Uses:
+        key = program.schedule, program.ranks, program.micro_batches, program.chunks
+        if key not in self._uses:
+            self._uses[key] = Uses.of(program)
+        return self._uses[key]
+
+    def _traffic(self, layout: Layout, updates: Updates) -> list[Traffic]:
+        """Of each stage's collectives; the last one's are also those of a replica of the embedding."""
+        placement = build_placement(layout.schedule, layout.topology.pp, layout.chunks)
+        stages, copies = self.stages(layout), len(placement.holders(0))
+        together = any(held[0].is_first and held[-1].is_last for held in self._held(placement, stages))
+        table = self.model.vocabulary * self.model.hidden
+        counted = []
+        for stage in stages:
+            held = self._count(layout.topology, copies, [stage])
+            spare = table if stage.is_last and not stage.is_first and together and self.model.mtp_depth else 0
+            counted.append(replace(held, dense=held.dense - spare))  # the table is the first stage's there
+        return [updates.traffic(held) for held in counted]
 
     def parameters(self, layout: Layout) -> tuple[Parameters, ...]:
         """What one rank of each pipeline rank holds."""

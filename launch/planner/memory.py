@@ -8,9 +8,10 @@ from functools import cache
 
 from ...parallelism.pipeline.program import Instruction, Op
 from ...trainer.model.config import ModelConfig
+from ...trainer.model.recompute import Part
 from .lanes import StageShape
 from .operations import Shape
-from .recipe import Precision, Recipe, Recompute
+from .recipe import NOTHING, Precision, Recipe
 
 EXCHANGE_BUFFERS = 1.0e9
 """Assumed: the buffers of an exchange's kernels."""
@@ -72,52 +73,45 @@ def activation_bytes(shape: Shape, recipe: Recipe, *, routed: bool) -> float:
 
 def kept(shape: Shape, recipe: Recipe, *, routed: bool) -> Iterator[tuple[str, float]]:
     """Every tensor that a layer keeps, with its bytes."""
-    if recipe.recompute is Recompute.FULL:
-        yield from _kept_inputs(shape, recipe, routed=routed)
-        return
     yield from _kept_by_attention(shape, recipe)
-    model, tokens = shape.model, shape.tokens
-    saves, wide, narrow = _elements(recipe)
+    model, tokens, policy = shape.model, shape.tokens, recipe.recompute
+    wide, narrow = _elements(recipe)
     inner = model.shared_experts * model.expert_ffn if routed else model.dense_ffn
-    if not saves:
+    if Part.NORM not in policy:
         yield "input of the feed-forward network", tokens * model.hidden * wide
+    if Part.SWIGLU not in policy:
         yield "SwiGLU output", tokens * inner * wide
-    if inner:
+    if inner and Part.GATE_UP not in policy:
         yield "SwiGLU input", tokens * 2 * inner * narrow
     if routed:
         yield "dispatched rows", shape.rows * model.hidden * narrow
-        yield "experts' SwiGLU input", shape.rows * 2 * model.expert_ffn * narrow
-        if not saves:
+        if Part.GATE_UP not in policy:
+            yield "experts' SwiGLU input", shape.rows * 2 * model.expert_ffn * narrow
+        if Part.SWIGLU not in policy:
             yield "experts' SwiGLU output", shape.rows * model.expert_ffn * wide
+        if not policy:
             yield "experts' results", shape.rows * model.hidden * wide
 
 
-def _elements(recipe: Recipe) -> tuple[bool, float, float]:
-    """Whether the report's savings apply; bytes of an element as computed, and as cached for a weight gradient."""
-    wide = float(max(2, recipe.precision.bytes))
-    saves = recipe.recompute is not Recompute.NONE
-    return saves, wide, _FP8_ELEMENT if saves and recipe.precision is Precision.FP8 else wide
+def _elements(recipe: Recipe) -> tuple[float, float]:
+    """Bytes of an element as computed, and as cached for a weight gradient."""
+    wide = float(recipe.wide)
+    return wide, _FP8_ELEMENT if recipe.recompute and recipe.precision is Precision.FP8 else wide
 
 
 def _kept_by_attention(shape: Shape, recipe: Recipe) -> Iterator[tuple[str, float]]:
     model, tokens, heads = shape.model, shape.tokens, shape.model.heads
-    saves, wide, narrow = _elements(recipe)
+    wide, narrow = _elements(recipe)
     latents = (model.q_lora_rank or 0) + model.kv_lora_rank + model.qk_rope_head_dim
     yield "residual stream, twice", 2 * tokens * model.hidden * wide
     yield "compressed query, key and value", tokens * latents * wide
     out = _E5M6_ELEMENT if narrow < wide else wide
-    yield "attention output", tokens * heads * (model.v_head_dim * out + 4)  # with the FP32 log-sum of each head
-    if not saves:
+    if Part.ATTENTION not in recipe.recompute:  # with the FP32 log-sum of each head
+        yield "attention output", tokens * heads * (model.v_head_dim * out + 4)
+    if Part.NORM not in recipe.recompute:
         yield "normed inputs", tokens * (model.hidden + latents) * wide
+    if Part.UP_PROJECTION not in recipe.recompute:
         yield "query, key and value", tokens * heads * (2 * model.qk_head_dim + model.v_head_dim) * wide
-
-
-def _kept_inputs(shape: Shape, recipe: Recipe, *, routed: bool) -> Iterator[tuple[str, float]]:
-    """With every phase recomputed: the inputs of phases; exchanges are not replayed."""
-    _, wide, narrow = _elements(recipe)
-    yield "residual stream, twice", 2 * shape.tokens * shape.model.hidden * wide
-    if routed:
-        yield "dispatched rows", shape.rows * shape.model.hidden * narrow
 
 
 def deferred_bytes(shape: Shape, recipe: Recipe, stage: StageShape) -> float:
@@ -213,10 +207,10 @@ def _held(
 
 def _working(shape: Shape, recipe: Recipe, stages: Sequence[StageShape]) -> float:
     """One layer without savings while it runs, and the logits of one loss with their gradient."""
-    everything = Recipe(precision=recipe.precision, recompute=Recompute.NONE)
+    everything = Recipe(precision=recipe.precision, recompute=NOTHING)
     routed = any(stage.routed or (stage.is_last and shape.model.mtp_depth) for stage in stages)
     layer = activation_bytes(shape, everything, routed=routed)
-    if recipe.recompute is Recompute.NONE:
+    if not recipe.recompute:
         layer = 0.0  # it is among the activations
     wide = max(2, recipe.precision.bytes)
     logits = shape.tokens * shape.model.vocabulary * (4.0 + wide) if any(s.is_last for s in stages) else 0.0

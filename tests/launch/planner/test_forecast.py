@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from shoestring.comm.refusal import Refused
 from shoestring.comm.topology import Topology
 from shoestring.launch.planner.forecast import Forecaster, Layout
 from shoestring.launch.planner.published import STEP_SECONDS
-from shoestring.launch.planner.recipe import Recipe, Recompute
+from shoestring.launch.planner.recipe import EVERYTHING, NOTHING, Precision, Recipe
 from shoestring.launch.simulate import error_rows
+from shoestring.trainer.model.recompute import Part
 
 from .v3 import simulated
 
@@ -27,8 +29,13 @@ def test_the_published_step_is_met_without_fitting() -> None:
 
 def test_it_fits_with_the_reports_savings_and_not_without() -> None:
     simulation = simulated()
+    limit = simulation.config.cluster.memory_gb
+    assert limit is not None
     assert simulation.forecast.peak_memory.total < 80e9
-    assert simulation.again(replace(simulation.forecast.recipe, recompute=Recompute.NONE)).peak_memory.total > 80e9
+    assert simulation.forecast.needed_memory < limit * 1e9
+    without = simulation.again(replace(simulation.forecast.recipe, recompute=NOTHING))
+    assert without.peak_memory.total > 80e9
+    assert without.needed_memory > limit * 1e9
 
 
 def test_imbalance_and_messages_each_cost_and_are_shown_apart() -> None:
@@ -65,6 +72,32 @@ def test_inputs_that_disturb_make_a_step_longer() -> None:
         assert forecaster.forecast(layout, recipe, batch).seconds > base
     for recipe in (Recipe(links=1.1), Recipe(comm_sms=6)):
         assert forecaster.forecast(layout, recipe, batch).seconds < base
+
+
+def test_halves_one_after_the_other_hide_nothing() -> None:
+    simulation = simulated()
+    turns, apart = simulation.forecast, simulation.again(replace(simulation.forecast.recipe, overlap=False))
+    assert apart.seconds > 1.1 * turns.seconds
+    assert apart.mean_terms["exposed_exchange"] > turns.mean_terms["exposed_exchange"]
+    assert apart.mean_terms["FB"] == pytest.approx(turns.mean_terms["FB"], rel=0.01)
+
+
+def test_what_is_made_again_takes_time() -> None:
+    forecaster, layout, batch = small(), Layout(GRID, "dualpipe"), 16 * GRID.dp
+    policies = [NOTHING, frozenset({Part.UP_PROJECTION}), frozenset({Part.UP_PROJECTION, Part.ATTENTION}), EVERYTHING]
+    recipes = [Recipe(precision=Precision.BF16, recompute=policy) for policy in policies]
+    steps = [forecaster.forecast(layout, recipe, batch).seconds for recipe in recipes]
+    assert steps == sorted(set(steps))
+
+
+def test_figures_that_are_not_known_are_refused() -> None:
+    simulation = simulated()
+    layout = Layout(GRID, "one_f_one_b")
+    for name in ("nvlink_gbps", "infiniband_gbps", "memory_gbps"):
+        cluster = replace(simulation.config.cluster, **{name: None})  # type: ignore[arg-type]
+        forecaster = Forecaster(replace(simulation.config.model, layers=12), cluster, 4096)
+        with pytest.raises(Refused, match=rf"cluster\.{name} = None: is not known for h800"):
+            forecaster.forecast(layout, Recipe(), 8 * GRID.dp)
 
 
 def small() -> Forecaster:
