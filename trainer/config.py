@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Protocol, runtime_checkable
 
 from ..comm.config import ExchangeConfig
+from ..comm.fp8 import TILE, tiles_of
 from ..comm.refusal import Doubt, Problem
 from ..comm.topology import Topology
 from ..parallelism.pipeline.partition import partition_problems
@@ -182,6 +183,14 @@ class RunConfig:
     def micro_batches(self) -> int:
         """Micro-batches of one rank in one step."""
         return self.training.global_batch // (self.topology.dp * self.schedule.micro_batch)
+
+    @property
+    def expert_rows(self) -> int:
+        """Rows that the experts of one rank compute at once: see `RecomputeConfig`."""
+        if self.recompute.expert_rows is not None:
+            return self.recompute.expert_rows
+        even = self.schedule.micro_batch * self.training.sequence_length * self.model.top_k
+        return TILE * tiles_of(2 * even)
 
     def problems(self, doubt: Doubt = NO_DOUBT) -> Iterator[Problem]:
         """Everything impossible about this configuration that needs neither disk nor processes to see.

@@ -286,4 +286,5 @@ def build_model(config: RunConfig, groups: ProcessGroups, device: torch.device) 
     fp8 = config.precision.fp8(device)
     if fp8 is not None:
         model.use_fp8(fp8)
+    model.compute_in_blocks(config.expert_rows)
     return model

@@ -108,6 +108,12 @@ class Model(nn.Module):
             if isinstance(module, Linear | Experts) and module is not self.head:
                 module.fp8 = fp8
 
+    def compute_in_blocks(self, rows: int) -> None:
+        """Let the experts of a layer compute so many rows at once, and no more."""
+        for module in self.modules():
+            if isinstance(module, Experts):
+                module.block = rows
+
     def weights_unchanged(self) -> AbstractContextManager[None]:
         """Inside, no weight changes: in FP8 each is quantised once."""
         return nullcontext() if self.fp8 is None else self.fp8.weights.unchanged()
