@@ -31,6 +31,11 @@ def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor
     return loss
 
 
+def chunk_tokens(vocabulary: int) -> int:
+    """C: tokens whose logits are in memory at once."""
+    return max(_FEWEST_TOKENS, _CHUNK_ELEMENTS // vocabulary)
+
+
 def linear_cross_entropy_twin(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
     """The same in one piece, differentiated by autograd."""
     logits_TV = at_least_fp32(F.linear(hidden_TD, weight_VD.to(hidden_TD.dtype)))
@@ -46,7 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_TD, grad_VD = torch.empty_like(hidden_TD), weight_VD
         if needs_grad:
             grad_VD = torch.zeros_like(weight_VD, dtype=weight_VD.grad_dtype)
-        size = max(_FEWEST_TOKENS, _CHUNK_ELEMENTS // len(weight_VD))
+        size = chunk_tokens(len(weight_VD))
         for start in range(0, len(hidden_TD), size):
             chunk = slice(start, start + size)
             probability_CV, chunk_loss = _softmax(F.linear(hidden_TD[chunk], weight), targets_T[chunk])

@@ -5,10 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 
+import torch
 from torch import Tensor
 
+from ...comm.fp8 import tiles_of
 from .tiles import Blocks
+
+_SCALE = 4  # bytes
+
+
+def blocks_bytes(shape: torch.Size) -> int:
+    """Of one weight, or a stack of them, in blocks of 128 × 128."""
+    *stack, rows, columns = shape
+    return prod(stack) * (rows * columns + _SCALE * tiles_of(rows) * tiles_of(columns))
 
 
 @dataclass
@@ -30,6 +41,14 @@ class StepWeights:
         if weight not in self._kept.blocks:
             self._kept.blocks[weight] = quantise(weight.detach())
         return self._kept.blocks[weight]
+
+    @property
+    def bytes(self) -> int:
+        """Of all that is kept."""
+        if self._kept is None:
+            return 0
+        every = [*self._kept.blocks.values(), *self._kept.turned.values()]
+        return sum(blocks.values_NK.nbytes + blocks.scales_PQ.nbytes for blocks in every)
 
     def turned(self, weight: Tensor, blocks: Blocks) -> Blocks:
         """The same transposed. What is kept is a copy, row by row: tensor cores read E4M3 in no other order."""

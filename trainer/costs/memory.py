@@ -1,0 +1,86 @@
+"""Bytes of one rank at its worst moment: its state, and its program replayed with what every chunk holds and needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ...parallelism.pipeline.moments import Held, Moment
+from ...parallelism.pipeline.program import Op
+from .chunk_memory import ChunkMemory, Kind, Meter
+from .state import State
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """What one rank needs."""
+
+    state: State
+    """From step to step, and FP8 copies of weights during one."""
+    at_worst: dict[Kind, float]
+    """What comes and goes, at the worst moment of a step."""
+    between: float
+    """The most of it that is held when an instruction is about to begin: activations, deferred work and messages."""
+
+    @property
+    def total(self) -> float:
+        """At the worst moment."""
+        return self.state.total + sum(self.at_worst.values())
+
+
+@dataclass
+class Chunks:
+    """The chunks of a rank; remembers how each instruction runs on them."""
+
+    chunks: Sequence[ChunkMemory]
+    _runs: dict[tuple[Op, int | None, int | None], Meter] = field(default_factory=dict)
+
+    def worst(self, moments: Iterable[Moment]) -> dict[Kind, float]:
+        """Levels at the worst of the `moments`."""
+        return max((self._at(moment) for moment in moments), key=lambda levels: sum(levels.values()))
+
+    def held(self, held: Held) -> float:
+        """Bytes of what is in flight, put off or on its way."""
+        levels = self._held(held)
+        return sum(levels.values())
+
+    def _at(self, moment: Moment) -> dict[Kind, float]:
+        """Beside what the instruction needs there is what its backward begins with, and all that others hold."""
+        levels = self._held(moment.held)
+        if moment.backward is not None:
+            own = self.chunks[moment.backward]
+            levels[Kind.DEFERRED if moment.op is Op.W else Kind.ACTIVATIONS] += (
+                own.waiting if moment.op is Op.W else own.kept
+            )
+        peak = self._run(moment.work).peak
+        return {kind: levels[kind] + peak[kind] for kind in Kind}
+
+    def _held(self, held: Held) -> dict[Kind, float]:
+        levels = dict.fromkeys(Kind, 0.0)
+        for chunk, alive, waiting in zip(self.chunks, held.alive, held.waiting, strict=True):
+            levels[Kind.ACTIVATIONS] += alive * chunk.kept
+            levels[Kind.DEFERRED] += waiting * chunk.waiting
+        levels[Kind.MESSAGES] = held.messages * max(chunk.message for chunk in self.chunks)
+        return levels
+
+    def _run(self, work: tuple[Op, int | None, int | None]) -> Meter:
+        if work not in self._runs:
+            op, forward, backward = work
+            ahead = None if forward is None else self.chunks[forward]
+            behind = None if backward is None else self.chunks[backward]
+            if behind is None:
+                assert ahead is not None
+                self._runs[work] = ahead.run(op)
+            else:
+                self._runs[work] = behind.run(op, ahead)
+        return self._runs[work]
+
+
+def rank_memory(
+    state: State, chunks: Chunks, moments: Iterable[Moment], between: Iterable[Held], update: float
+) -> RankMemory:
+    """`update`: bytes that the end of a step needs, when no chunk runs."""
+    worst = chunks.worst(moments)
+    if update > sum(worst.values()):
+        worst = dict.fromkeys(Kind, 0.0) | {Kind.WORKING: update}
+    return RankMemory(state, worst, max(chunks.held(held) for held in between))
