@@ -9,20 +9,27 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch._C._autograd import _disable_profiler_legacy, _enable_profiler_legacy
 from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
 
+from ..comm.groups import ProcessGroups
 from ..comm.record import Silent, Track
 from ..parallelism.pipeline.program import Op
+from .by_tokens import value_at
+from .config import RunConfig
 from .costs.state import State
-from .step import Stepper
+from .data.batch import TokenBatch
+from .model.model import Model
+from .rank import open_engine
+from .step import Stepper, StepSettings
 
+_NEVER = -100.0
 _PROFILED = ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
 """Memory, and neither shapes nor stacks."""
 
@@ -37,12 +44,23 @@ class MeasuredMemory:
     total: float
     """At the worst moment."""
 
+    def tree(self) -> dict[str, object]:
+        """As plain values."""
+        return {"state": vars(self.state), "between": self.between, "total": self.total}
+
+    @staticmethod
+    def of_tree(tree: dict[str, Any]) -> MeasuredMemory:
+        """From the same."""
+        return MeasuredMemory(State(**tree["state"]), tree["between"], tree["total"])
+
 
 class Meter(Protocol):
     """Sees every allocation from its construction on."""
 
-    recorder: Silent
-    """For the rank: tells where instructions begin and end."""
+    @property
+    def recorder(self) -> Silent:
+        """For the rank: tells where instructions begin and end."""
+        ...
 
     def begin(self) -> None:
         """What is measured begins here."""
@@ -63,18 +81,55 @@ def open_meter(device: torch.device) -> Iterator[Meter]:
         yield meter
 
 
-def measured(stepper: Stepper, fp8_weights: float, levels: Iterable[int], peak: int) -> MeasuredMemory:
-    """What the meter has seen, by kind: `fp8_weights` as counted during the step."""
-    state = _state(stepper, fp8_weights)
+def measure(config: RunConfig, groups: ProcessGroups, device: torch.device, *, skewed: bool = False) -> MeasuredMemory:
+    """The second step of this rank of a new run, on random tokens; collective.
+
+    `skewed`: routing sends every token to the first rank of its expert-parallel group, as far as its experts go.
+    """
+    with open_meter(device) as meter:
+        engine = open_engine(config, groups, device, meter.recorder)
+        stepper = engine.stepper
+        if skewed:
+            _send_all_to_first(stepper.model)
+        generator = torch.Generator().manual_seed(config.training.seed + groups.rank)
+        for step in range(2):
+            batches = [_random_batch(config, generator).to(device) for _ in range(config.micro_batches)]
+            if step:
+                meter.begin()
+            stepper.step(batches, config.training.global_batch, _settings(config))
+            stepper.optimizer.wait()
+        levels, peak = meter.finish()
+    engine.close()
+    state = _state(stepper)
     return MeasuredMemory(state, max(levels) - state.total, peak)
 
 
-def _state(stepper: Stepper, fp8_weights: float) -> State:
+def _random_batch(config: RunConfig, generator: torch.Generator) -> TokenBatch:
+    shape = (config.schedule.micro_batch, config.window)
+    tokens_BW = torch.randint(0, config.model.vocabulary, shape, generator=generator)
+    return TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool))
+
+
+def _settings(config: RunConfig) -> StepSettings:
+    training, optimizer = config.training, config.optimizer
+    weights = {"balance_weight": training.balance_weight, "mtp_weight": value_at(training.mtp_weight, 0)}
+    rate = optimizer.learning_rate(config.tokens_per_step)
+    return StepSettings(learning_rate=rate, clip_norm=optimizer.clip_norm, bias_speed=0.0, **weights)
+
+
+def _send_all_to_first(model: Model) -> None:
+    """By biases far below any affinity for all other ranks' experts."""
+    for _, router in model.routers():
+        router.bias_E[model.local_experts :] = _NEVER
+
+
+def _state(stepper: Stepper) -> State:
+    fp8 = stepper.model.fp8
     buckets = stepper.optimizer.reducer.buckets
     average = 0 if stepper.average is None else stepper.average.bytes
     return State(
         weights=sum(bucket.weights_N.nbytes for bucket in buckets),
-        fp8_weights=fp8_weights,
+        fp8_weights=0 if fp8 is None else fp8.weights.taken,
         gradients=sum(bucket.grads_N.nbytes for bucket in buckets),
         masters=sum(b.master_n.nbytes for b in buckets if b.master_n.dtype != b.weights_N.dtype),
         moments=sum(bucket.exp_avg_n.nbytes + bucket.exp_avg_sq_n.nbytes for bucket in buckets),
@@ -145,7 +200,7 @@ class _OnCpu(Silent):
 
     def _read(self) -> float:
         """Stop this thread's profiler and keep what it has seen; returns the last instant."""
-        events = [event for of_thread in _disable_profiler_legacy() for event in of_thread]
+        events: list[Any] = [event for of_thread in _disable_profiler_legacy() for event in of_thread]
         self._is_on.remove(threading.get_ident())
         self._changes += [(e.start_us(), e.cpu_memory_usage()) for e in events if e.kind() == "memory_alloc"]
         return max(float(event.start_us()) for event in events)

@@ -18,7 +18,7 @@ from .buckets import BucketPlan, plan_buckets
 from .config import RunConfig
 from .costs.activations import MicroBatch
 from .costs.chunk_memory import ChunkMemory, StageShape
-from .costs.memory import Chunks, RankMemory, rank_memory
+from .costs.memory import Chunks, RankMemory, fixed_bytes, rank_memory
 from .costs.state import Portion, State
 from .costs.working import Wire, Working
 from .model.model import Model
@@ -45,7 +45,8 @@ class RunMemory:
         plans = list(self._plans(pp_rank))
         state = State.of(self._portions(plans), self._fp8_weights(pp_rank))
         worst, held = moments(program, pp_rank), between(program, pp_rank)
-        return rank_memory(state, chunks, worst, held, self._update(plans))
+        fixed = fixed_bytes(self.config.topology.ep, on_cpu=self.device.type == "cpu")
+        return rank_memory(state, chunks, worst, held, self._update(plans), fixed)
 
     @property
     def most_rows(self) -> int:

@@ -101,7 +101,7 @@ def shared(config: ModelConfig, batch: MicroBatch) -> list[Kept]:
     """What the shared experts could keep; their input is among the first phase's where it is kept as it is."""
     inner = config.shared_experts * config.expert_ffn
     items = _feed_forward("shared experts", batch.tokens, inner, config, batch) if inner else ()
-    return [kept for kept in items if kept.what != _NORMED]
+    return [kept for kept in items if kept.what != NORMED]
 
 
 def routed(config: ModelConfig, batch: MicroBatch) -> list[Kept]:
@@ -180,7 +180,8 @@ def _is_kept(kept: Kept, policy: Collection[Part]) -> bool:
     return kept.part not in policy and (kept.source_of is None or kept.source_of in policy)
 
 
-_NORMED = "norm before the feed-forward network"
+INPUT = "input"
+NORMED = "norm before the feed-forward network"
 
 
 def _attention(config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
@@ -194,7 +195,7 @@ def _attention(config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
         2 * config.qk_head_dim + config.qk_nope_head_dim + config.v_head_dim
     )  # values hold unrotated keys' memory
     given = heads * config.v_head_dim
-    yield numbers("input", config.hidden)
+    yield numbers(INPUT, config.hidden)
     if batch.fp8:
         yield from _attention_tiles(config, batch)
         whole = query_rank + rank + (config.hidden if config.q_lora_rank is None else 0)
@@ -231,7 +232,7 @@ def _router(config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
     normed = batch.tokens * config.hidden
     narrow = batch.wide > batch.size
     if not narrow or (config.shared_experts and not batch.fp8):  # the routed ones have copies of their own
-        yield Kept(_NORMED, normed * batch.size, Part.NORM, for_weights=True)
+        yield Kept(NORMED, normed * batch.size, Part.NORM, for_weights=True)
     if narrow:
         yield Kept("the same for the router, in FP32", normed * batch.wide, Part.NORM, for_weights=True)
     yield Kept("affinities", batch.tokens * config.experts * batch.wide)
@@ -245,7 +246,7 @@ def _feed_forward(whose: str, rows: float, inner: int, config: ModelConfig, batc
     if batch.fp8:
         yield Kept(f"{whose}: tiles of their input", tiles_bytes(rows, config.hidden), for_weights=True)
     else:
-        yield Kept(_NORMED, rows * config.hidden * batch.size, Part.NORM, for_weights=True)
+        yield Kept(NORMED, rows * config.hidden * batch.size, Part.NORM, for_weights=True)
     yield from _inner(whose, rows, inner, batch)
 
 

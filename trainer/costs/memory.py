@@ -10,6 +10,11 @@ from ...parallelism.pipeline.program import Op
 from .chunk_memory import ChunkMemory, Kind, Meter
 from .state import State
 
+EXCHANGE_BUFFERS = 1.0e9
+"""Assumed: the buffers of an exchange's kernels on a GPU."""
+CONTEXT = 2.0e9
+"""Assumed: CUDA context, NCCL and libraries, outside of the allocator."""
+
 
 @dataclass(frozen=True)
 class RankMemory:
@@ -22,9 +27,17 @@ class RankMemory:
     between: float
     """The most of it that is held when an instruction is about to begin: activations, deferred work and messages."""
 
+    fixed: float = 0.0
+    """On a GPU, outside of the allocator."""
+
     @property
     def total(self) -> float:
         """At the worst moment."""
+        return self.allocated + self.fixed
+
+    @property
+    def allocated(self) -> float:
+        """What an allocator sees of it."""
         return self.state.total + sum(self.at_worst.values())
 
 
@@ -76,11 +89,18 @@ class Chunks:
         return self._runs[work]
 
 
+def fixed_bytes(expert_ranks: int, *, on_cpu: bool) -> float:
+    """What no allocator of torch sees."""
+    if on_cpu:
+        return 0.0
+    return CONTEXT + (EXCHANGE_BUFFERS if expert_ranks > 1 else 0.0)
+
+
 def rank_memory(
-    state: State, chunks: Chunks, moments: Iterable[Moment], between: Iterable[Held], update: float
+    state: State, chunks: Chunks, moments: Iterable[Moment], between: Iterable[Held], update: float, fixed: float
 ) -> RankMemory:
     """`update`: bytes that the end of a step needs, when no chunk runs."""
     worst = chunks.worst(moments)
     if update > sum(worst.values()):
         worst = dict.fromkeys(Kind, 0.0) | {Kind.WORKING: update}
-    return RankMemory(state, worst, max(chunks.held(held) for held in between))
+    return RankMemory(state, worst, max(chunks.held(held) for held in between), fixed)

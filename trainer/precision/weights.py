@@ -33,6 +33,8 @@ class StepWeights:
 
     def __init__(self) -> None:
         self._kept: _Kept | None = None
+        self.taken = 0
+        """Bytes of all that the last step has made."""
 
     def blocks(self, weight: Tensor, quantise: Callable[[Tensor], Blocks]) -> Blocks:
         """Of this weight: those that are kept, or new ones."""
@@ -41,14 +43,6 @@ class StepWeights:
         if weight not in self._kept.blocks:
             self._kept.blocks[weight] = quantise(weight.detach())
         return self._kept.blocks[weight]
-
-    @property
-    def bytes(self) -> int:
-        """Of all that is kept."""
-        if self._kept is None:
-            return 0
-        every = [*self._kept.blocks.values(), *self._kept.turned.values()]
-        return sum(blocks.values_NK.nbytes + blocks.scales_PQ.nbytes for blocks in every)
 
     def turned(self, weight: Tensor, blocks: Blocks) -> Blocks:
         """The same transposed. What is kept is a copy, row by row: tensor cores read E4M3 in no other order."""
@@ -65,4 +59,6 @@ class StepWeights:
         try:
             yield
         finally:
+            every = [*self._kept.blocks.values(), *self._kept.turned.values()]
+            self.taken = sum(blocks.values_NK.nbytes + blocks.scales_PQ.nbytes for blocks in every)
             self._kept = None
