@@ -68,7 +68,8 @@ class Simulation:
 def default_recipe(config: RunConfig) -> Recipe:
     """What the report did, in the lowest format that the cluster has; FP32 where that is configured or measured."""
     if config.precision.compute == "float32" or config.cluster.sms is None:
-        return Recipe(precision=Precision.FP32, recompute=Recompute.NONE, comm_sms=0, moment_bytes=8)
+        alone = config.cluster.sms is None
+        return Recipe(precision=Precision.FP32, recompute=Recompute.NONE, on_cpu=alone, comm_sms=0, moment_bytes=8)
     if config.precision.compute == "bfloat16" or config.cluster.peak_fp8_tflops is None:
         return Recipe(precision=Precision.BF16)
     return Recipe()

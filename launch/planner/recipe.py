@@ -50,6 +50,8 @@ class Recipe:
     """Format of the GEMMs; caching of activations follows it."""
     recompute: Recompute = Recompute.REPORT
     """Recomputation in the backward."""
+    on_cpu: bool = False
+    """Whether ranks compute on CPUs, which keep attention's probabilities."""
     comm_sms: int = 20
     """SMs lent to the exchange (report §3.2.2: 20)."""
     skew: float = 0.0

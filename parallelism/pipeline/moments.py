@@ -53,6 +53,15 @@ class Moment:
         """What the instruction does, whichever micro-batch it does it for."""
         return self.op, self.forward, self.backward
 
+    @property
+    def in_memory(self) -> tuple[int, ...]:
+        """Micro-batches of each chunk of which anything is here."""
+        counts = [sum(both) for both in zip(self.held.alive, self.held.waiting, strict=True)]
+        for chunk in (self.forward, self.backward):
+            if chunk is not None:
+                counts[chunk] += 1
+        return tuple(counts)
+
 
 def moments(program: Program, rank: int) -> frozenset[Moment]:
     """All instructions of `rank` that may be its worst moment; others hold less of everything while doing the same."""

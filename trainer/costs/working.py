@@ -279,7 +279,7 @@ class Working:
     def _back(self, element: int | None, *, beside: bool) -> float:
         """What is sent, what arrives, and where something travels beside it the rows alone; sums of them in FP32."""
         sent, rows = self.batch.tokens * self.wire.visited(self.config), self.batch.received(self.config)
-        sums = self.batch.tokens * self.config.hidden * self.batch.wide
+        sums: float = self.batch.tokens * self.config.hidden * self.batch.wide
         if self.batch.size < self.batch.wide:  # what is summed is widened before, and the sums rounded
             sums += sent * self.config.hidden * self.batch.wide + self.hidden
         if self.wire.ranks == 1:
