@@ -25,6 +25,7 @@ from shoestring.launch.planner.forecast import Forecaster, Layout
 from shoestring.launch.planner.pair import exposed_share, simulate_pair
 from shoestring.launch.planner.recipe import Precision, Recipe, Recompute
 from shoestring.launch.simulate import simulate
+from shoestring.parallelism.pipeline.edges import edges
 from shoestring.parallelism.pipeline.moments import moments
 from shoestring.parallelism.pipeline.placement import Place
 from shoestring.parallelism.pipeline.replay import UnitTimes, replay
@@ -140,10 +141,10 @@ def _zero_bubble_memory(profile: Profile, schedule: str, chunks: int | None) -> 
     layer = 34 * tokens * profile.hidden + 5 * profile.heads * _LENGTH * tokens
     stages, count = program.placement.stages, _LAYERS_A_RANK // program.chunks
     worst = 0.0
-    for rank in range(program.ranks):
+    for rank, commits in enumerate(edges(program)):
         held = [program.placement.stage(Place(rank, chunk)) for chunk in range(program.chunks)]
         layers = [count - (stage in (0, stages - 1)) for stage in held]
-        counts = [moment.in_memory for moment in moments(program, rank)]
+        counts = [moment.in_memory for moment in moments(program, rank, commits)]
         alive = max(sum(n * k for n, k in zip(each, layers, strict=True)) for each in counts)
         static = _BYTES_A_PARAMETER * 12 * profile.hidden**2 * sum(layers)
         worst = max(worst, alive * layer + static)

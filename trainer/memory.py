@@ -12,6 +12,7 @@ from ..comm.groups import STAGED
 from ..comm.wire import Format
 from ..parallelism.bucket import bucket_length
 from ..parallelism.gradients import PIECE
+from ..parallelism.pipeline.edges import Commit, edges
 from ..parallelism.pipeline.moments import between, moments
 from ..parallelism.pipeline.program import Program
 from .buckets import BucketPlan, plan_buckets
@@ -44,7 +45,8 @@ class RunMemory:
         chunks = Chunks([ChunkMemory(shape, self._working(rows)) for shape in self._shapes(pp_rank)])
         plans = list(self._plans(pp_rank))
         state = State.of(self._portions(plans), self._fp8_weights(pp_rank))
-        worst, held = moments(program, pp_rank), between(program, pp_rank)
+        of_rank = program, pp_rank, self._commits[pp_rank]
+        worst, held = moments(*of_rank), between(*of_rank)
         fixed = fixed_bytes(self.config.topology.ep, on_cpu=self.device.type == "cpu")
         return rank_memory(state, chunks, worst, held, self._update(plans), fixed)
 
@@ -58,6 +60,10 @@ class RunMemory:
     def program(self) -> Program:
         """Of one step."""
         return self._stages.program(self.config.micro_batches)
+
+    @cached_property
+    def _commits(self) -> tuple[tuple[Commit, ...], ...]:
+        return edges(self.program)
 
     @cached_property
     def _stages(self) -> Stages:

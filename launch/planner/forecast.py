@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from ...comm.topology import Link, Topology
-from ...parallelism.pipeline.moments import Held, Moment, between, moments
+from ...parallelism.pipeline.edges import edges
+from ...parallelism.pipeline.moments import Moment, moments
 from ...parallelism.pipeline.placement import Place, Placement
 from ...parallelism.pipeline.program import Op, Program
 from ...parallelism.pipeline.replay import Replay
@@ -150,9 +151,7 @@ class Forecaster:
     _splits: dict[tuple[int, tuple[int, ...] | None], tuple[StageShape, ...]] = field(default_factory=dict)
     _parameters: dict[Layout, tuple[Parameters, ...]] = field(default_factory=dict)
     _costs: dict[tuple[Recipe, int, int], ChunkCosts] = field(default_factory=dict)
-    _moments: dict[tuple[str, int, int, int], tuple[tuple[frozenset[Moment], frozenset[Held]], ...]] = field(
-        default_factory=dict
-    )
+    _moments: dict[tuple[str, int, int, int], tuple[frozenset[Moment], ...]] = field(default_factory=dict)
     _chunks: ChunkCache = field(default_factory=ChunkCache)
     _kinds: dict[tuple[str, int, int, int], Kinds] = field(default_factory=dict)
 
@@ -206,13 +205,12 @@ class Forecaster:
         held, shape = self._held(program.placement, self.stages(layout)), self._shape(layout, recipe)
         key = program.schedule, program.ranks, program.micro_batches, program.chunks
         if key not in self._moments:
-            ranks = range(program.ranks)
-            self._moments[key] = tuple((moments(program, rank), between(program, rank)) for rank in ranks)
+            self._moments[key] = tuple(moments(program, *each) for each in enumerate(edges(program)))
         chunks = [self._chunks.of(stages, shape, recipe) for stages in held]
         states = [state_of(recipe, parameters) for parameters in self.parameters(layout)]
         return tuple(
-            forecast_memory(*counts, own, state, recipe, shape.expert_ranks)
-            for counts, own, state in zip(self._moments[key], chunks, states, strict=True)
+            forecast_memory(worst, own, state, recipe, shape.expert_ranks)
+            for worst, own, state in zip(self._moments[key], chunks, states, strict=True)
         )
 
     def static_memory(self, layout: Layout, recipe: Recipe) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ...comm.fp8 import TILE, tiles_of
-from ...parallelism.pipeline.moments import Held, Moment
+from ...parallelism.pipeline.moments import Moment
 from ...trainer.costs.activations import MicroBatch
 from ...trainer.costs.chunk_memory import ChunkMemory, Kind, StageShape
 from ...trainer.costs.memory import Chunks, RankMemory, fixed_bytes, rank_memory
@@ -119,11 +119,11 @@ class ChunkCache:
 
 
 def forecast_memory(
-    worst: Collection[Moment], between: Collection[Held], chunks: Chunks, state: State, recipe: Recipe, ranks: int
+    worst: Collection[Moment], chunks: Chunks, state: State, recipe: Recipe, ranks: int
 ) -> MemoryForecast:
     """One rank, whose program has these moments; experts are spread over so many `ranks`."""
     fixed = fixed_bytes(ranks, on_cpu=recipe.on_cpu)
-    return MemoryForecast.of(rank_memory(state, chunks, worst, between, update=0.0, fixed=fixed))
+    return MemoryForecast.of(rank_memory(state, chunks, worst, between=(), update=0.0, fixed=fixed))
 
 
 def state_of(recipe: Recipe, held: Parameters) -> State:

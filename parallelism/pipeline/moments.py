@@ -5,10 +5,10 @@ Counts alone: what they weigh is the caller's business.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from .edges import edges
+from .edges import Commit
 from .placement import Place
 from .program import Instruction, Op, Program, Work
 
@@ -63,29 +63,36 @@ class Moment:
         return tuple(counts)
 
 
-def moments(program: Program, rank: int) -> frozenset[Moment]:
-    """All instructions of `rank` that may be its worst moment; others hold less of everything while doing the same."""
+def moments(program: Program, rank: int, commits: Sequence[Commit]) -> frozenset[Moment]:
+    """All instructions of `rank` that may be its worst moment; others hold less of everything while doing the same.
+
+    `commits` are those of the rank, from `edges`.
+    """
     found: dict[tuple[Op, int | None, int | None], set[Held]] = {}
-    for instruction, held in zip(program.instructions[rank], _held(program, rank), strict=True):
+    for instruction, held in zip(program.instructions[rank], _held(program, rank, commits), strict=True):
         forward, backward = instruction.forward, instruction.backward
         chunks = None if forward is None else forward.chunk, None if backward is None else backward.chunk
         found.setdefault((instruction.op, *chunks), set()).add(held)
     return frozenset(Moment(*work, held) for work, all_held in found.items() for held in _largest(all_held))
 
 
-def between(program: Program, rank: int) -> frozenset[Held]:
+def between(program: Program, rank: int, commits: Sequence[Commit]) -> frozenset[Held]:
     """The largest of what `rank` holds when an instruction is about to begin, its messages included."""
-    before, messages = _before(program, rank), _messages(program, rank)
+    before, messages = _before(program, rank), _messages(program, rank, commits)
     return frozenset(_largest(Held(*counts, waiting) for counts, (waiting, _) in zip(before, messages, strict=True)))
 
 
 def _largest(all_held: Iterable[Held]) -> Iterator[Held]:
-    distinct = set(all_held)
-    yield from (h for h in distinct if not any(other != h and other.covers(h) for other in distinct))
+    """Those that no other covers."""
+    largest: list[Held] = []
+    for held in sorted(set(all_held), key=lambda held: (*held.alive, *held.waiting, held.messages), reverse=True):
+        if not any(other.covers(held) for other in largest):
+            largest.append(held)
+    yield from largest
 
 
-def _held(program: Program, rank: int) -> Iterator[Held]:
-    counts = zip(program.instructions[rank], _before(program, rank), _messages(program, rank), strict=True)
+def _held(program: Program, rank: int, commits: Sequence[Commit]) -> Iterator[Held]:
+    counts = zip(program.instructions[rank], _before(program, rank), _messages(program, rank, commits), strict=True)
     for instruction, before, (_, messages) in counts:
         alive, waiting = map(list, before)
         if instruction.backward is not None:
@@ -107,10 +114,10 @@ def _before(program: Program, rank: int) -> Iterator[tuple[tuple[int, ...], tupl
             waiting[chunk] += (instruction.op is Op.I) - (instruction.op is Op.W)
 
 
-def _messages(program: Program, rank: int) -> Iterator[tuple[int, int]]:
+def _messages(program: Program, rank: int, commits: Sequence[Commit]) -> Iterator[tuple[int, int]]:
     """Before each instruction and while it runs: received ahead, just sent, or going to another chunk of this rank."""
     here = 0
-    for commit, instruction in zip(edges(program)[rank], program.instructions[rank], strict=False):
+    for commit, instruction in zip(commits, program.instructions[rank], strict=False):
         here += len(commit.receives)
         taken = len(commit.needs) + sum(1 for _ in _from_here(program, rank, instruction))
         sent = len(commit.sends)

@@ -144,7 +144,7 @@ def merge(config: ModelConfig, batch: MicroBatch) -> list[Kept]:
     return [
         Kept("hidden state and embedding", normed),
         Kept("a number a token of each", 2 * tokens * batch.wide),
-        Kept("tiles of their norms", tiles_bytes(tokens, 2 * width), for_weights=True)
+        Kept("tiles of their norms", tiles_bytes(tokens, 2 * width), Part.NORM, for_weights=True)
         if batch.fp8
         else Kept("their norms", normed, Part.NORM, for_weights=True),
     ]
@@ -210,8 +210,8 @@ def _attention(config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
         yield Kept("probabilities", elements * batch.size, Part.ATTENTION)
     else:
         yield Kept("log of the sum of each softmax", batch.tokens * heads * batch.wide, Part.ATTENTION)
-    if not (batch.fp8 and batch.on_cpu):  # a fused kernel wants its output again
-        yield numbers("what attention gives", given, Part.ATTENTION, for_weights=not batch.fp8)
+    if not (batch.fp8 and batch.on_cpu):
+        yield numbers("what attention gives", given, Part.ATTENTION, for_weights=True)
     yield numbers("residual", config.hidden)
     norms = 3 if config.q_lora_rank is None else 4
     yield Kept("a number a token of each norm", batch.tokens * norms * batch.wide)
@@ -222,10 +222,11 @@ def _attention_tiles(config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
     widths = [config.hidden, config.hidden, config.kv_lora_rank]
     widths += [] if config.q_lora_rank is None else [config.q_lora_rank]
     tiles = sum(tiles_bytes(batch.tokens, width) for width in widths)
-    yield Kept("tiles of norms", tiles, for_weights=True)
+    yield Kept("tiles of norms", tiles, Part.NORM, for_weights=True)
     given = config.heads * config.v_head_dim
     packed = batch.tokens * (_E5M6 * (given + given % 2) + tiles_of(given))
-    yield Kept("E5M6 of what attention gives", packed, for_weights=True)
+    fused = None if batch.on_cpu else Part.ATTENTION  # a fused kernel keeps what it gives, and wants it again
+    yield Kept("E5M6 of what attention gives", packed, for_weights=batch.on_cpu, source_of=fused)
 
 
 def _router(config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
@@ -244,7 +245,7 @@ def _router(config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
 
 def _feed_forward(whose: str, rows: float, inner: int, config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
     if batch.fp8:
-        yield Kept(f"{whose}: tiles of their input", tiles_bytes(rows, config.hidden), for_weights=True)
+        yield Kept(f"{whose}: tiles of their input", tiles_bytes(rows, config.hidden), Part.NORM, for_weights=True)
     else:
         yield Kept(NORMED, rows * config.hidden * batch.size, Part.NORM, for_weights=True)
     yield from _inner(whose, rows, inner, batch)

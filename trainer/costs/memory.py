@@ -103,4 +103,4 @@ def rank_memory(
     worst = chunks.worst(moments)
     if update > sum(worst.values()):
         worst = dict.fromkeys(Kind, 0.0) | {Kind.WORKING: update}
-    return RankMemory(state, worst, max(chunks.held(held) for held in between), fixed)
+    return RankMemory(state, worst, max((chunks.held(held) for held in between), default=0.0), fixed)

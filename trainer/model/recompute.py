@@ -98,6 +98,10 @@ class Recompute:
             if id(result.untyped_storage()) not in held:
                 self._results[result.untyped_storage()] = recipe, index
 
+    def makes_again(self, tensor: Tensor) -> bool:
+        """Whether there is a recipe for it."""
+        return tensor.untyped_storage() in self._results
+
     def _keep(self, tensor: Tensor) -> Tensor | _View:
         found = self._results.get(tensor.untyped_storage())
         if found is None:
@@ -129,6 +133,12 @@ def replayed(part: Part, function: Callable[..., Tensor], *inputs: Any) -> Tenso
         return result
 
     return recomputed(part, replay, *inputs)
+
+
+def is_made_again(tensor: Tensor) -> bool:
+    """Whether the policy has `tensor` made again, so that who wants it in a backward should ask for it as it is."""
+    recompute = _COLLECTING.get()
+    return recompute is not None and recompute.makes_again(tensor)
 
 
 _COLLECTING: ContextVar[Recompute | None] = ContextVar("collecting recipes", default=None)
