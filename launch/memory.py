@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +37,22 @@ class MemoryReport:
     config: RunConfig
     device: str
     """What the prediction is for: cpu or cuda."""
-    ranks: list[RankMemory]
-    """Predicted, of each pipeline rank, with even routing."""
-    skewed: list[RankMemory]
-    """The same with every token of an expert-parallel group on one rank, in every layer: no routing needs more."""
+    memory: RunMemory
     measured: list[MeasuredMemory]
     """Of each rank; empty where it was not asked for."""
     one_rank: bool
     """Whether the measured run sent every token to one rank of each group."""
 
+    @cached_property
+    def ranks(self) -> list[RankMemory]:
+        """Predicted, of each pipeline rank, with even routing."""
+        return [self.memory.of(pp_rank) for pp_rank in range(self.config.topology.pp)]
+
     def predicted(self, rank: int) -> RankMemory:
-        """Of a rank of the whole run."""
-        pp_rank = self.config.topology.pp_rank(rank)
-        busy = self.one_rank and self.config.topology.ep_rank(rank) == 0
-        return (self.skewed if busy else self.ranks)[pp_rank]
+        """Of a rank of the whole run, with the routing that was measured."""
+        topology = self.config.topology
+        rows = self.memory.rows_if_skewed(topology.ep_rank(rank)) if self.one_rank else None
+        return self.memory.of(topology.pp_rank(rank), rows)
 
 
 def memory_report(
@@ -63,11 +66,7 @@ def memory_report(
         refuse_if_any(hardware_problems(config, config.topology.world_size))
         devices, found = _measure(config, overrides, config_dir, one_rank=one_rank)
         device = devices[0].partition(":")[0]
-    memory = RunMemory(config, torch.device(device))
-    pp_ranks = range(config.topology.pp)
-    even = [memory.of(pp_rank) for pp_rank in pp_ranks]
-    skewed = [memory.of(pp_rank, memory.most_rows) for pp_rank in pp_ranks]
-    return MemoryReport(config, device, even, skewed, found, one_rank)
+    return MemoryReport(config, device, RunMemory(config, torch.device(device)), found, one_rank)
 
 
 def _device(config: RunConfig) -> str:
@@ -99,7 +98,7 @@ def memory_tree(report: MemoryReport) -> dict[str, object]:
     return {
         "device": report.device,
         "predicted": [_rank_tree(memory) for memory in report.ranks],
-        "bound_under_any_routing": [memory.total for memory in report.skewed],
+        "bound_under_any_routing": [report.memory.bound(pp_rank) for pp_rank in range(len(report.ranks))],
         "measured": [memory.tree() for memory in report.measured],
         "routing_measured": "one rank" if report.one_rank else "as it falls",
     }
@@ -136,7 +135,8 @@ def _predicted(report: MemoryReport) -> Table:
             table.add_row(kind, *(_mega(row[kind]) for row in rows))
     table.add_section()
     table.add_row(_WORST, *(_mega(memory.total) for memory in report.ranks))
-    table.add_row("the same under any routing, at most", *(_mega(memory.total) for memory in report.skewed))
+    bounds = (report.memory.bound(pp_rank) for pp_rank in range(len(report.ranks)))
+    table.add_row("under any routing, at most", *(_mega(bound) for bound in bounds))
     return table
 
 

@@ -29,6 +29,9 @@ from .precision.weights import blocks_bytes
 from .rank import stages_of
 from .stages import Stages
 
+MARGIN = 0.05
+"""By how much a prediction may be wrong: tests hold it to this."""
+
 _FP64 = 8  # bytes
 
 
@@ -55,6 +58,16 @@ class RunMemory:
         """That routing can send to one rank: every token of the expert-parallel group, once for each of its experts."""
         model, ranks = self.config.model, self.config.topology.ep
         return self._tokens * ranks * min(model.top_k, model.experts // ranks)
+
+    def rows_if_skewed(self, ep_rank: int) -> float:
+        """That this rank of an expert-parallel group receives when its first one has `most_rows`."""
+        ranks = self.config.topology.ep
+        left = self._tokens * ranks * self.config.model.top_k - self.most_rows
+        return self.most_rows if ep_rank == 0 else left / (ranks - 1)
+
+    def bound(self, pp_rank: int) -> float:
+        """Bytes that no routing can exceed, with `MARGIN` for what is not counted."""
+        return (1 + MARGIN) * self.of(pp_rank, self.most_rows).total
 
     @cached_property
     def program(self) -> Program:
