@@ -32,14 +32,16 @@ class Meter:
     def __init__(self) -> None:
         self.levels: dict[Kind, float] = dict.fromkeys(Kind, 0.0)
         self.peak: dict[Kind, float] = dict.fromkeys(Kind, 0.0)
-        self._sum = self._largest = 0.0
+        self.largest = 0.0
+        """The sum of `peak`."""
+        self._sum = 0.0
 
     def hold(self, kind: Kind, size: float) -> None:
         """From here on, so much more."""
         self.levels[kind] += size
         self._sum += size
-        if self._sum > self._largest:
-            self._largest = self._sum
+        if self._sum > self.largest:
+            self.largest = self._sum
             self.peak = dict(self.levels)
 
     def drop(self, kind: Kind, size: float) -> None:

@@ -50,30 +50,35 @@ class Chunks:
 
     def worst(self, moments: Iterable[Moment]) -> dict[Kind, float]:
         """Levels at the worst of the `moments`."""
-        return max((self._at(moment) for moment in moments), key=lambda levels: sum(levels.values()))
+        return self._at(max(moments, key=self._size))
 
     def held(self, held: Held) -> float:
         """Bytes of what is in flight, put off or on its way."""
-        levels = self._held(held)
-        return sum(levels.values())
+        return (
+            sum(alive * chunk.kept for alive, chunk in zip(held.alive, self.chunks, strict=True))
+            + sum(waiting * chunk.waiting for waiting, chunk in zip(held.waiting, self.chunks, strict=True) if waiting)
+            + held.messages * self.chunks[0].message
+        )
+
+    def _size(self, moment: Moment) -> float:
+        """Of all that is here: what others hold, what the instruction begins with, and the most that it needs then."""
+        return self.held(moment.held) + self._own(moment) + self._run(moment.work).largest
+
+    def _own(self, moment: Moment) -> float:
+        """What a backward begins with."""
+        if moment.backward is None:
+            return 0.0
+        own = self.chunks[moment.backward]
+        return own.waiting if moment.op is Op.W else own.kept
 
     def _at(self, moment: Moment) -> dict[Kind, float]:
-        """Beside what the instruction needs there is what its backward begins with, and all that others hold."""
-        levels = self._held(moment.held)
-        if moment.backward is not None:
-            own = self.chunks[moment.backward]
-            levels[Kind.DEFERRED if moment.op is Op.W else Kind.ACTIVATIONS] += (
-                own.waiting if moment.op is Op.W else own.kept
-            )
-        peak = self._run(moment.work).peak
-        return {kind: levels[kind] + peak[kind] for kind in Kind}
-
-    def _held(self, held: Held) -> dict[Kind, float]:
-        levels = dict.fromkeys(Kind, 0.0)
+        """The same by kind."""
+        held, levels = moment.held, dict(self._run(moment.work).peak)
         for chunk, alive, waiting in zip(self.chunks, held.alive, held.waiting, strict=True):
             levels[Kind.ACTIVATIONS] += alive * chunk.kept
-            levels[Kind.DEFERRED] += waiting * chunk.waiting
-        levels[Kind.MESSAGES] = held.messages * max(chunk.message for chunk in self.chunks)
+            levels[Kind.DEFERRED] += waiting * chunk.waiting if waiting else 0.0
+        levels[Kind.MESSAGES] += held.messages * self.chunks[0].message
+        levels[Kind.DEFERRED if moment.op is Op.W else Kind.ACTIVATIONS] += self._own(moment)
         return levels
 
     def _run(self, work: tuple[Op, int | None, int | None]) -> Meter:
