@@ -24,10 +24,11 @@ from pathlib import Path
 from shoestring.comm.config import ExchangeConfig
 from shoestring.comm.topology import Topology
 from shoestring.launch.planner.forecast import Forecaster, Layout
-from shoestring.launch.planner.memory import occupancy
 from shoestring.launch.planner.pair import exposed_share, simulate_pair
 from shoestring.launch.planner.recipe import NOTHING, Precision, Recipe
 from shoestring.launch.simulate import simulate
+from shoestring.parallelism.pipeline.edges import edges
+from shoestring.parallelism.pipeline.moments import moments
 from shoestring.parallelism.pipeline.placement import Place
 from shoestring.parallelism.pipeline.replay import UnitTimes, replay
 from shoestring.parallelism.pipeline.schedules import build_program
@@ -144,10 +145,11 @@ def _zero_bubble_memory(profile: Profile, schedule: str, chunks: int | None) -> 
     layer = 34 * tokens * profile.hidden + 5 * profile.heads * _LENGTH * tokens
     stages, count = program.placement.stages, _LAYERS_A_RANK // program.chunks
     worst = 0.0
-    for rank, instructions in enumerate(program.instructions):
+    for rank, commits in enumerate(edges(program)):
         held = [program.placement.stage(Place(rank, chunk)) for chunk in range(program.chunks)]
         layers = [count - (stage in (0, stages - 1)) for stage in held]
-        alive = max(sum(n * k for n, k in zip(moment[0], layers, strict=True)) for moment in occupancy(instructions))
+        counts = [moment.in_memory for moment in moments(program, rank, commits)]
+        alive = max(sum(n * k for n, k in zip(each, layers, strict=True)) for each in counts)
         static = _BYTES_A_PARAMETER * 12 * profile.hidden**2 * sum(layers)
         worst = max(worst, alive * layer + static)
     return worst / 1e9

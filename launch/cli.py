@@ -65,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     params.add_argument("--format", choices=["table", "json"], default="table")
     params.set_defaults(run=_params)
 
+    memory = _with_overrides(verbs.add_parser("memory", help="bytes that each rank of a run needs, by kind"))
+    memory.add_argument("--measure", action="store_true", help="run two steps of the real ranks here, and compare")
+    memory.add_argument("--one-rank", action="store_true", help="with all tokens of a group on one rank's experts")
+    memory.add_argument("--format", choices=["table", "json"], default="table")
+    memory.set_defaults(run=_memory)
+
     _add_cluster(verbs)
     _add_schedule(verbs)
     _add_bench(verbs)
@@ -277,6 +283,20 @@ def _params(options: argparse.Namespace) -> int:
         print(json.dumps(params_tree(options.overrides, options.config_dir), indent=1))
     else:
         _show(params_table(options.overrides, options.config_dir))
+    return 0
+
+
+def _memory(options: argparse.Namespace) -> int:
+    from .memory import memory_report, memory_table, memory_tree
+
+    if options.one_rank and not options.measure:
+        raise Refused([Problem("--one-rank", True, "is how a run is measured; write --measure too")])
+    described = options.overrides, options.config_dir
+    report = memory_report(*described, measure=options.measure, one_rank=options.one_rank)
+    if options.format == "json":
+        print(json.dumps(memory_tree(report), indent=1))
+    else:
+        _show(memory_table(report))
     return 0
 
 

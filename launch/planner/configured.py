@@ -46,6 +46,8 @@ def computing_of(config: RunConfig) -> Recipe:
         exchange=config.exchange,
         overlap=config.schedule.overlap,
         moment_bytes=2 * config.optimizer.moments_dtype(config.precision.parameter_dtype()).itemsize,
+        expert_rows=config.recompute.expert_rows,
+        on_cpu=on_cpu(config),
     )
 
 

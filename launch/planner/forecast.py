@@ -8,19 +8,22 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ...comm.topology import Link, Topology
+from ...parallelism.pipeline.edges import edges
+from ...parallelism.pipeline.moments import Moment, moments
 from ...parallelism.pipeline.placement import Place, Placement
 from ...parallelism.pipeline.program import Op, Program
 from ...parallelism.pipeline.replay import Replay
 from ...parallelism.pipeline.schedules import build_placement, build_program
 from ...parallelism.pipeline.timetable import Timetable
+from ...trainer.costs.chunk_memory import StageShape
 from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.costs.flops import FlopCount, count_flops
 from ...trainer.model.config import ModelConfig
 from ...trainer.stages import split_layers
 from .exchange import Wire
-from .lanes import ChunkCosts, StageShape
+from .lanes import ChunkCosts
 from .links import bytes_a_second
-from .memory import MemoryForecast, Occupancy, Parameters, forecast_memory, occupancy, stage_parameters, static_bytes
+from .memory import ChunkCache, MemoryForecast, Parameters, forecast_memory, stage_parameters, state_of
 from .operations import Shape
 from .pricing import Compute
 from .recipe import Recipe
@@ -160,7 +163,8 @@ class Forecaster:
     _splits: dict[tuple[int, tuple[int, ...] | None], tuple[StageShape, ...]] = field(default_factory=dict)
     _parameters: dict[Layout, tuple[Parameters, ...]] = field(default_factory=dict)
     _costs: dict[tuple[Recipe, int, int], ChunkCosts] = field(default_factory=dict)
-    _occupancy: dict[tuple[str, int, int, int], tuple[Occupancy, ...]] = field(default_factory=dict)
+    _moments: dict[tuple[str, int, int, int], tuple[frozenset[Moment], ...]] = field(default_factory=dict)
+    _chunks: ChunkCache = field(default_factory=ChunkCache)
     _uses: dict[tuple[str, int, int, int], Uses] = field(default_factory=dict)
     _kinds: dict[tuple[str, int, int, int], Kinds] = field(default_factory=dict)
 
@@ -211,21 +215,20 @@ class Forecaster:
 
     def memory(self, layout: Layout, recipe: Recipe, program: Program) -> tuple[MemoryForecast, ...]:
         """Of every pipeline rank."""
-        held = self._held(program.placement, self.stages(layout))
-        shape, key = (
-            self._shape(layout, recipe),
-            (program.schedule, program.ranks, program.micro_batches, program.chunks),
-        )
-        if key not in self._occupancy:
-            self._occupancy[key] = tuple(map(occupancy, program.instructions))
+        held, shape = self._held(program.placement, self.stages(layout)), self._shape(layout, recipe)
+        key = program.schedule, program.ranks, program.micro_batches, program.chunks
+        if key not in self._moments:
+            self._moments[key] = tuple(moments(program, *each) for each in enumerate(edges(program)))
+        chunks = [self._chunks.of(stages, shape, recipe) for stages in held]
+        states = [state_of(recipe, parameters) for parameters in self.parameters(layout)]
         return tuple(
-            forecast_memory(moments, stages, shape, recipe, parameters)
-            for moments, stages, parameters in zip(self._occupancy[key], held, self.parameters(layout), strict=True)
+            forecast_memory(worst, own, state, recipe, shape.expert_ranks)
+            for worst, own, state in zip(self._moments[key], chunks, states, strict=True)
         )
 
     def static_memory(self, layout: Layout, recipe: Recipe) -> float:
         """Bytes of weights, gradients and optimizer of the rank that has most."""
-        return max(sum(static_bytes(recipe, held)) for held in self.parameters(layout))
+        return max(state_of(recipe, held).total for held in self.parameters(layout))
 
     def program(self, layout: Layout, global_batch: int) -> Program:
         """The program of one step."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from ...comm.record import EXPOSED_EXCHANGE, Track
 from ...parallelism.pipeline.overlap import Steps, drive, take_turns
+from ...trainer.costs.chunk_memory import StageShape
 from .exchange import Exchange, Travel, Wire
 from .operations import Phase, Shape
 from .pricing import Compute
@@ -105,16 +106,6 @@ class Lanes:
         self.exchanging += seconds
         head.done = True
         self.spans.append(LaneSpan(Track.EXCHANGE, head.travel.name, begun, self.now))
-
-
-@dataclass(frozen=True)
-class StageShape:
-    """What a stage holds: enough to say how long its chunks take."""
-
-    dense: int
-    routed: int
-    is_first: bool
-    is_last: bool
 
 
 Backward = Callable[[bool], Steps[None]]

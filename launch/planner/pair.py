@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ...parallelism.pipeline.overlap import take_turns
-from .lanes import ChunkCosts, Lanes, SimulatedChunk, StageShape
+from ...trainer.costs.chunk_memory import StageShape
+from .lanes import ChunkCosts, Lanes, SimulatedChunk
 from .published import PAIR_ROWS
 
 TRACED = StageShape(dense=0, routed=4, is_first=False, is_last=False)

@@ -69,6 +69,10 @@ class Recipe:
     """Whether the halves of an FB take turns at each exchange."""
     moment_bytes: int = 4
     """Bytes a parameter of both Adam moments: 4 in BF16 (report §3.3.3), 8 in FP32."""
+    expert_rows: int | None = None
+    """Rows that the experts of a rank compute at once; None: twice the even share."""
+    on_cpu: bool = False
+    """Whether ranks compute on CPUs, which keep attention's probabilities."""
 
     comm_sms: int = 20
     """SMs lent to the exchange (report §3.2.2: 20)."""

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ...parallelism.pipeline.program import Instruction, Op, Program
-from .lanes import ChunkCosts, Lanes, StageShape
+from ...trainer.costs.chunk_memory import StageShape
+from .lanes import ChunkCosts, Lanes
 from .recipe import Recipe
 
 Kinds = Sequence[dict[tuple[Op, int, int], int]]
