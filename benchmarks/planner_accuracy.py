@@ -25,6 +25,7 @@ from shoestring.comm.config import ExchangeConfig
 from shoestring.comm.topology import Topology
 from shoestring.launch.planner.forecast import Forecaster, Layout
 from shoestring.launch.planner.pair import exposed_share, simulate_pair
+from shoestring.launch.planner.published import as_published
 from shoestring.launch.planner.recipe import NOTHING, Precision, Recipe
 from shoestring.launch.simulate import simulate
 from shoestring.parallelism.pipeline.edges import edges
@@ -61,8 +62,8 @@ def read_published() -> dict[str, float]:
 
 def deepseek_v3(published: dict[str, float]) -> Iterator[Comparison]:
     simulation = simulate(["experiment=deepseek_v3_h800"], None, {})
-    forecast, view = simulation.forecast, simulation.forecast.report_view()
-    own = {f"phase_{name}_s": seconds for name, seconds in view.items()}
+    forecast = simulation.forecast
+    own = {f"phase_{name}_s": seconds for name, seconds in as_published(forecast).items()}
     own |= {
         "step_time_s": forecast.seconds,
         "tokens_per_day_B": forecast.tokens / forecast.seconds * 86_400 / 1e9,

@@ -20,7 +20,15 @@ from .planner.forecast import Forecast, Forecaster, Layout
 from .planner.page import html_page
 from .planner.pair import exposed_share, simulate_pair
 from .planner.phases import PhaseCost, pretraining_hours, run_phases, significant
-from .planner.published import PAIR_SECONDS, PHASES, RAMP_FROM, STEP_SECONDS, is_published, is_published_run
+from .planner.published import (
+    PAIR_SECONDS,
+    PHASES,
+    RAMP_FROM,
+    STEP_SECONDS,
+    as_published,
+    is_published,
+    is_published_run,
+)
 from .planner.recipe import NOTHING, REPORT, Recipe, Sync
 from .planner.timeline import write_timeline
 
@@ -140,7 +148,7 @@ def layout_tree(forecast: Forecast, gpu_hours: float) -> dict[str, object]:
         "memory_bytes": forecast.peak_memory.total,
         "needed_memory_bytes": forecast.needed_memory,
         "gpu_hours": gpu_hours,
-        "terms": forecast.mean_terms | {"reduce_wait": forecast.reduce, "optimizer": forecast.optimizer},
+        "terms": forecast.mean_terms,
         "limit": forecast.limit,
     }
 
@@ -176,7 +184,7 @@ def simulation_table(simulation: Simulation) -> RenderableType:
     """The same for a reader."""
     parts: list[RenderableType] = [_figures(simulation), _terms(simulation), _memory(simulation)]
     if simulation.is_published:
-        parts += [_pair(simulation), _errors(simulation)]
+        parts += [_published_phases(simulation), _pair(simulation), _errors(simulation)]
     parts += [phase_table(simulation.phases(), simulation.config.cluster.price_per_gpu_hour), _evidence(simulation)]
     return Group(*parts, f"Convention: {CONVENTION}.")
 
@@ -233,19 +241,31 @@ def _ramp_reason(simulation: Simulation) -> str:
 
 
 def _terms(simulation: Simulation) -> Table:
+    """In the ledger's words, and what the report's names make of them."""
     forecast = simulation.forecast
     table = Table(title="Where a step goes, mean over ranks", title_justify="left")
-    for heading in ("term", "seconds", "share", "published", "error"):
+    for heading in ("term", "seconds", "share"):
         table.add_column(heading, justify="left" if heading == "term" else "right")
-    for name, seconds in forecast.report_view().items():
-        published = PHASES[name] if simulation.is_published else None
-        shown = ("", "") if published is None else (f"{published:.2f}", f"{seconds / published - 1:+.1%}")
-        table.add_row(name, f"{seconds:.4g}", f"{seconds / forecast.seconds:.1%}", *shown)
-    table.add_section()
-    for name, seconds in forecast.mean_terms.items():
-        table.add_row(name, f"{seconds:.4g}", f"{seconds / forecast.seconds:.1%}", "", "")
-    table.add_row("reduce_wait", f"{forecast.reduce:.4g}", f"{forecast.reduce / forecast.seconds:.1%}", "", "")
-    table.add_row("optimizer", f"{forecast.optimizer:.4g}", f"{forecast.optimizer / forecast.seconds:.1%}", "", "")
+    named = {name: seconds for name, seconds in forecast.report_view().items() if name not in forecast.mean_terms}
+    for terms in (forecast.mean_terms, named):
+        for name, seconds in terms.items():
+            table.add_row(name, f"{seconds:.4g}", f"{seconds / forecast.seconds:.1%}")
+        table.add_section()
+    return table
+
+
+def _published_phases(simulation: Simulation) -> Table:
+    table = Table(
+        title="The step in the published table's rows",
+        caption="1F to 1F1B with the exchanges that they wait for; bubble: all waits for other stages;\n"
+        "opt: sums over ranks, and the update.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for heading in ("phase", "seconds", "published", "error"):
+        table.add_column(heading, justify="left" if heading == "phase" else "right")
+    for name, seconds in as_published(simulation.forecast).items():
+        table.add_row(name, f"{seconds:.4g}", f"{PHASES[name]:.2f}", f"{seconds / PHASES[name] - 1:+.1%}")
     return table
 
 

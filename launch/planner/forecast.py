@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from ...comm.record import EDGE_WAIT, OPTIMIZER, REDUCE_WAIT
 from ...comm.topology import Link, Topology
 from ...parallelism.pipeline.edges import edges
 from ...parallelism.pipeline.moments import Moment, moments
 from ...parallelism.pipeline.placement import Place, Placement
 from ...parallelism.pipeline.program import Op, Program
-from ...parallelism.pipeline.replay import Replay
+from ...parallelism.pipeline.replay import Replay, ideal_wait
 from ...parallelism.pipeline.schedules import build_placement, build_program
 from ...parallelism.pipeline.timetable import Timetable
+from ...trainer.budget.terms import report_view
 from ...trainer.costs.chunk_memory import StageShape
 from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.costs.flops import FlopCount, count_flops
@@ -57,7 +60,7 @@ class Forecast:
     stages: tuple[StageShape, ...]
     replay: Replay
     terms: tuple[dict[str, float], ...]
-    """The ledger's productive terms of each rank: F, I, W, B and FB net of waits, exposed_exchange, edge_wait."""
+    """The ledger's productive terms (`budget.terms.TERMS`) of each rank; each rank's add up to the step."""
     reduce: float
     """What shows of summing gradients over replicas, and of handing out weights to the next step."""
     optimizer: float
@@ -110,17 +113,17 @@ class Forecast:
         """The terms, mean over ranks."""
         return {name: sum(rank[name] for rank in self.terms) / len(self.terms) for name in self.terms[0]}
 
+    @cached_property
+    def bubble(self) -> float:
+        """What of the mean edge_wait the program has by itself, as the ledger has it."""
+        program = self.replay.program
+        counts = Counter(entry.op for row in program.instructions for entry in row)
+        mean = {op: sum(self.instruction_seconds(op)) / counts[op] if counts[op] else 0.0 for op in Op}
+        return min(self.mean_terms[EDGE_WAIT], ideal_wait(program, mean) / program.ranks)
+
     def report_view(self) -> dict[str, float]:
-        """The terms of the Insights paper's table 4, mean over ranks: instructions with their waits for exchanges."""
-        mean = {op: sum(self.instruction_seconds(op)) / len(self.terms) for op in Op}
-        return {
-            "1F": mean[Op.F],
-            "bubble": self.mean_terms["edge_wait"],
-            "1B": mean[Op.I] + mean[Op.B],
-            "1W": mean[Op.W],
-            "1F1B": mean[Op.FB],
-            "opt": self.reduce + self.optimizer,
-        }
+        """The mean terms under the report's names, as the ledger and a timeline have them."""
+        return report_view(self.mean_terms, self.bubble)
 
     def instruction_seconds(self, op: Op) -> list[float]:
         """Of all instructions of one kind, by rank."""
@@ -133,9 +136,9 @@ class Forecast:
     @property
     def limit(self) -> str:
         """What costs most beside computing, in words."""
-        mean, busy = self.mean_terms, self.replay.busy
+        mean, busy, waits = self.mean_terms, self.replay.busy, self.replay.bubbles
         parts = {
-            "waits between stages": mean["edge_wait"],
+            "waits between stages": sum(waits) / len(waits),
             "exposed exchanges": mean["exposed_exchange"],
             "gradients and optimizer": self.reduce + self.optimizer,
         }
@@ -143,6 +146,13 @@ class Forecast:
         uneven = max(busy) - sum(busy) / len(busy)
         detail = f" ({uneven / self.seconds:.1%} for uneven stages)" if name == "waits between stages" else ""
         return f"{name} {parts[name] / self.seconds:.1%} of the step{detail}"
+
+
+def _terms(runs: Runs, replay: Replay, reduce: float, optimizer: float) -> Iterator[dict[str, float]]:
+    """Of each rank. Behind its last instruction it waits for all others in the sums over ranks, as the runtime does."""
+    for rank, (ends, busy) in enumerate(zip(replay.ends, replay.busy, strict=True)):
+        last = replay.makespan - ends[-1] + reduce
+        yield runs.terms(rank) | {EDGE_WAIT: ends[-1] - busy, REDUCE_WAIT: last, OPTIMIZER: optimizer}
 
 
 def needed_bytes(memory: MemoryForecast, recipe: Recipe) -> float:
@@ -188,7 +198,7 @@ class Forecaster:
             recipe=recipe,
             stages=stages,
             replay=replay,
-            terms=tuple(runs.terms(rank, bubble) for rank, bubble in enumerate(replay.bubbles)),
+            terms=tuple(_terms(runs, replay, reduce, optimizer)),
             reduce=reduce,
             optimizer=optimizer,
             memory=self.memory(layout, recipe, program),

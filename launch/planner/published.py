@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from ...parallelism.pipeline.program import Op
 from ...trainer.config import RunConfig
 from ...trainer.model.config import ModelConfig
-from .forecast import Layout
+from .forecast import Forecast, Layout
 from .recipe import Recipe
 
 STEP_SECONDS = 19.926
@@ -19,7 +20,7 @@ STEP_SECONDS = 19.926
 PHASES: Mapping[str, float] = MappingProxyType(
     {"1F": 1.13, "bubble": 2.06, "1B": 1.99, "1W": 0.48, "1F1B": 13.95, "opt": 0.29}
 )
-"""Of that table, in seconds a step."""
+"""Of that table, in seconds a step; see `as_published`."""
 PAIR_SECONDS = 0.129012
 """A forward and a backward of four routed layers (deepseek-ai/profile-data train.json)."""
 PAIR_ROWS = ((31_104, 30_976, 36_864, 31_104), (34_688, 32_512, 32_896, 28_416))
@@ -45,6 +46,25 @@ def is_published(config: RunConfig, layout: Layout, recipe: Recipe) -> bool:
     as_reported = all(getattr(recipe, name) == getattr(own, name) for name in fields)
     grid = topology.pp, topology.ep, layout.schedule, layout.micro_batch
     return is_published_run(config) and as_reported and grid == (16, 64, "dualpipe", 1)
+
+
+def as_published(forecast: Forecast) -> dict[str, float]:
+    """A forecast's seconds in the rows of `PHASES`, which are a step without a rest.
+
+    So instructions are with the exchanges that they wait for there, the bubble is every wait for another stage, also
+    behind a rank's last instruction, and opt are sums over ranks and the update. `report_view` says the same names of
+    what the ledger can tell apart.
+    """
+    mean = {op: sum(forecast.instruction_seconds(op)) / len(forecast.terms) for op in Op}
+    waits = forecast.replay.bubbles
+    return {
+        "1F": mean[Op.F],
+        "bubble": sum(waits) / len(waits),
+        "1B": mean[Op.I] + mean[Op.B],
+        "1W": mean[Op.W],
+        "1F1B": mean[Op.FB],
+        "opt": forecast.reduce + forecast.optimizer,
+    }
 
 
 def _size(model: ModelConfig) -> tuple[int, ...]:

@@ -9,9 +9,10 @@ import pytest
 from shoestring.comm.refusal import Refused
 from shoestring.comm.topology import Topology
 from shoestring.launch.planner.forecast import Forecaster, Layout
-from shoestring.launch.planner.published import STEP_SECONDS
+from shoestring.launch.planner.published import STEP_SECONDS, as_published
 from shoestring.launch.planner.recipe import EVERYTHING, NOTHING, Precision, Recipe
 from shoestring.launch.simulate import error_rows
+from shoestring.trainer.budget.terms import TERMS
 from shoestring.trainer.model.recompute import Part
 
 from .v3 import simulated
@@ -53,15 +54,26 @@ def test_messages_take_bytes_over_bandwidth() -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_terms_sum_up_to_the_makespan_and_no_step_is_under_its_bound(schedule: str) -> None:
+def test_terms_of_each_rank_sum_up_to_the_step_and_no_step_is_under_its_bound(schedule: str) -> None:
     forecaster = small()
     for micro_batches in (8, 16):
         layout = Layout(GRID, schedule)
         forecast = forecaster.forecast(layout, Recipe(), micro_batches * GRID.dp)
         for terms in forecast.terms:
-            assert sum(terms.values()) == pytest.approx(forecast.replay.makespan)
+            assert set(terms) == set(TERMS)
+            assert sum(terms.values()) == pytest.approx(forecast.seconds)
         assert forecast.seconds >= forecaster.lower_bound(layout, Recipe(), micro_batches * GRID.dp)
         assert sum(forecast.report_view().values()) == pytest.approx(forecast.seconds)
+        assert sum(as_published(forecast).values()) == pytest.approx(forecast.seconds)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_waiting_is_bubble_in_a_program_of_equal_stages_and_imbalance_beyond(schedule: str) -> None:
+    forecaster, layout = small(), Layout(GRID, schedule)
+    equal = forecaster.forecast(layout, Recipe(imbalance=False, edges=False), 8 * GRID.dp)
+    assert equal.bubble == pytest.approx(equal.mean_terms["edge_wait"]) > 0
+    slowed = forecaster.forecast(layout, Recipe(imbalance=False, edges=False, slowed=((1, 1.5),)), 8 * GRID.dp)
+    assert slowed.report_view()["imbalance"] > 0.1 * slowed.mean_terms["edge_wait"]
 
 
 def test_inputs_that_disturb_make_a_step_longer() -> None:
