@@ -1,7 +1,7 @@
 """Bytes that a part of a stage needs while it runs, beyond what is kept before and after it.
 
-Each figure is the worst moment of the code that it names, counted in whole tensors: `trainer/model/`, and `trainer/precision/`
-for FP8.
+Each figure is the worst moment of the code that it names, counted in whole tensors: `trainer/model/`, and
+`trainer/precision/` for FP8.
 
 Letters: T tokens, R rows received, D hidden, F inner width of an expert, N and K sides of a weight.
 """
