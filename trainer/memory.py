@@ -17,10 +17,11 @@ from ..parallelism.pipeline.program import Program
 from .buckets import BucketPlan, plan_buckets
 from .config import RunConfig
 from .costs.activations import MicroBatch
+from .costs.buffers import Wire
 from .costs.chunk_memory import ChunkMemory, StageShape
 from .costs.memory import Chunks, RankMemory, fixed_bytes, rank_memory
 from .costs.state import Portion, State
-from .costs.working import Wire, Working
+from .costs.working import Working
 from .model.model import Model
 from .optimizer.adamw import PIECE as ADAM_PIECE
 from .optimizer.adamw import PIECE_ON_GPU as ADAM_PIECE_ON_GPU

@@ -10,10 +10,11 @@ import torch
 from ...comm.fp8 import TILE
 from ...parallelism.pipeline.moments import Moment
 from ...trainer.costs.activations import MicroBatch
+from ...trainer.costs.buffers import Wire
 from ...trainer.costs.chunk_memory import ChunkMemory, Kind, StageShape
 from ...trainer.costs.memory import Chunks, RankMemory, fixed_bytes, rank_memory
 from ...trainer.costs.state import Portion, State
-from ...trainer.costs.working import Wire, Working
+from ...trainer.costs.working import Working
 from ...trainer.model.config import ModelConfig
 from ...trainer.model.recompute import RecomputeConfig
 from .operations import Shape

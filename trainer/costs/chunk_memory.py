@@ -171,18 +171,20 @@ class ChunkMemory:
         meter.hold(Kind.ACTIVATIONS, parts.attend.kept)
         meter.work(working.attend_forward)
         meter.hold(Kind.WORKING, 0.0 if working.keeps_normed else self.message)
-        meter.launch(working.dispatch, working.rows)
+        meter.launch(working.exchange.dispatch, working.exchange.rows)
         yield
         if self.config.shared_experts:
             meter.hold(Kind.ACTIVATIONS, parts.shared.kept)
             meter.hold(Kind.WORKING, self.message)  # their result
             meter.work(working.shared)
-        meter.drop(Kind.EXCHANGE, working.rows)
-        meter.hold(Kind.WORKING, working.rows if working.batch.fp8 else 0.0)  # as they came; else that is what is kept
-        meter.hold(Kind.WORKING, working.rows)  # results
+        meter.drop(Kind.EXCHANGE, working.exchange.rows)
+        meter.hold(
+            Kind.WORKING, working.exchange.rows if working.batch.fp8 else 0.0
+        )  # as they came; else that is what is kept
+        meter.hold(Kind.WORKING, working.exchange.rows)  # results
         meter.hold(Kind.ACTIVATIONS, parts.routed.kept)
         meter.work(working.experts)
-        meter.launch(working.combine, self.message)
+        meter.launch(working.exchange.combine, self.message)
         yield
         meter.drop(Kind.EXCHANGE, self.message)
         meter.work(2 * self.message)  # sums, and with the shared experts'
@@ -204,19 +206,19 @@ class ChunkMemory:
         """What exchanges bring stays until the layer is done."""
         working, parts = self.working, self._parts
         begun = meter.levels[Kind.WORKING]
-        meter.launch(working.combine_backward, working.rows)
+        meter.launch(working.exchange.combine_backward, working.exchange.rows)
         left.settle()
         yield
         if self.config.shared_experts:
             meter.work(working.shared_backward)
             left.finish(parts.shared)
             meter.hold(Kind.WORKING, self.message)
-        meter.drop(Kind.EXCHANGE, working.rows)
-        meter.hold(Kind.WORKING, working.rows)
+        meter.drop(Kind.EXCHANGE, working.exchange.rows)
+        meter.hold(Kind.WORKING, working.exchange.rows)
         meter.work(working.experts_backward)
         left.finish(parts.routed)
-        meter.hold(Kind.WORKING, working.rows)
-        meter.launch(working.dispatch_backward, self.message)
+        meter.hold(Kind.WORKING, working.exchange.rows)
+        meter.launch(working.exchange.dispatch_backward, self.message)
         left.settle()
         yield
         meter.drop(Kind.EXCHANGE, self.message)
