@@ -20,6 +20,7 @@ from ...trainer.model.recompute import RecomputeConfig
 from .operations import Shape
 from .recipe import Precision, Recipe
 
+
 @dataclass(frozen=True)
 class Parameters:
     """What one rank holds: dense parts are replicated over data-parallel ranks, experts over their replicas."""

@@ -126,15 +126,13 @@ def test_a_search_keeps_to_what_was_measured(tmp_path: Path) -> None:
     write_cluster(tmp_path, [*measured_with(compose_run([])), *invented(2)], 2)
     found = plan(["cluster=measured", "topology.edp=2"], tmp_path, 3)
     assert found.best is not None
-    assert {(best.recipe.precision, best.recipe.recompute) for best in found.found.best} == {(Precision.FP32, NOTHING)}
-    assert {best.layout.micro_batch for best in found.found.best} == {1}
+    assert {(kept.recipe.precision, kept.recipe.recompute) for kept in found.found.best} == {(Precision.FP32, NOTHING)}
+    assert {kept.layout.micro_batch for kept in found.found.best} == {1}
     assert found.found.unpriced == {"cluster.tables does not say enough": found.found.unpriced.total()}
     assert not any("links" in what_if.name or "rows" in what_if.name for what_if in found.what_ifs)
-    rows = assumptions(
-        found.config,
-        found.best,
-        Forecaster(found.config.model, found.config.cluster, 128).costs(found.best.layout, found.best.recipe),
-    )
+    best = found.best.forecast
+    costs = Forecaster(found.config.model, found.config.cluster, 128).costs(best.layout, best.recipe)
+    rows = assumptions(found.config, best, costs)
     assert not any("trace" in source for _, _, source in rows)
 
 

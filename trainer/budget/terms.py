@@ -57,7 +57,7 @@ _MS_PER_HOUR = 3_600_000
 
 
 def report_view(terms: Mapping[str, Amount], bubble: Amount | None) -> dict[str, Amount]:
-    """`terms` under the names of the Insights paper (arXiv 2505.09343, table 4): of a plan, a ledger and a timeline alike.
+    """`terms` under the names of the Insights paper (arXiv 2505.09343, table 4): of plans, ledgers and timelines alike.
 
     Instructions are net of the exchanges that they wait for; `bubble` is what of edge_wait the program has by itself
     (`ideal_wait`) and imbalance the rest of it; opt is the update alone. What that table has no row for keeps its name,

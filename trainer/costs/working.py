@@ -182,8 +182,8 @@ class Working:
 
     @cached_property
     def loss(self) -> float:
-        """Logits of a chunk of tokens, in FP32 at least and in the compute dtype; and their share of the head's gradient,
-        where that is not added in the product."""
+        """Logits of a chunk of tokens, in FP32 at least and in the compute dtype; and their part of the gradient of
+        the head, where that is not added in the product."""
         tokens = min(self.batch.tokens, chunk_tokens(self.config.vocabulary, on_gpu=not self.batch.on_cpu))
         narrow = self.batch.size if self.batch.size < self.batch.wide else 0
         logits = tokens * self.config.vocabulary * (self.batch.wide + narrow)

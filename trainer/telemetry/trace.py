@@ -117,7 +117,7 @@ def trace_events(rank: int, spans: Sequence[Span], shift: int = 0) -> Iterator[d
 def summarise_trace(spans: Sequence[Span]) -> dict[str, float]:
     """Seconds of each productive term of one rank, disjoint; instructions are net of the exchanges they wait for.
 
-    Beside them the same under the report's names, see `report_view`. Which of the waits are bubble one rank cannot know.
+    Beside them the same under the report's names, see `report_view`. Which waits are bubble one rank cannot know.
     """
     by_name: dict[str, list[Span]] = defaultdict(list)
     for span in spans:

@@ -113,7 +113,8 @@ def test_what_to_write_makes_the_layout() -> None:
     recipe = replace(recipe_of(config, {}), precision=Precision.BF16, recompute=NOTHING)
     layout = Layout(Topology(pp=8, edp=4, ep=64), "dualpipev", 2)
     written = overrides_between(config, run_with(config, layout, recipe))
-    again = compose_run([V3, "training.ramp_from=8192", *written])
+    ramp = ("training.ramp_from=8192", "training.ramp_step=1024")
+    again = compose_run([V3, *ramp, *written])
     assert layout_of(again) == layout
     assert recipe_of(again, {}) == recipe
     assert overrides_between(config, run_with(config, layout_of(config), recipe_of(config, {}))) == []
@@ -140,7 +141,7 @@ def test_nothing_is_measured_with_a_borrowed_table() -> None:
 def test_a_search_lends_no_exchange_too_few_sms() -> None:
     """Where the configured run has no exchange, `--comm-sms 3` is legal, and layouts that have one are not."""
     grid = ["cluster.nodes=1", "topology.pp=8", "topology.edp=1", "topology.ep=1", "model.layers=8"]
-    batch = ["training.global_batch=64", "training.ramp_from=null", "training.ramp_tokens=0"]
+    batch = ["training.global_batch=64", *(f"training.ramp_{name}" for name in ("from=null", "step=null", "tokens=0"))]
     found = plan([V3, *grid, *batch, "model.experts=64"], None, 3, {"comm_sms": 3}).found
     assert any(reason.startswith("--comm-sms") for reason in found.illegal)
     assert {best.layout.topology.ep for best in found.best} <= {1}
