@@ -49,7 +49,7 @@ WIDTH_STEP = 256
 MOST_CHOICES = 32
 """A warp has a thread for each of a token's experts."""
 
-_SMS_BETWEEN_NODES = 6
+SMS_BETWEEN_NODES = 6
 """DeepEP's own estimate is for gates without a limit of nodes. It names 4 to 6 for training like V3's."""
 
 
@@ -87,7 +87,7 @@ class DeepEPExchange:
         self._worker = worker
         self._config = config
         self._shape = shape
-        self._sms = 0 if groups.topology.ep_nodes == 1 else _SMS_BETWEEN_NODES  # 0: as DeepEP thinks best
+        self._sms = 0 if groups.topology.ep_nodes == 1 else SMS_BETWEEN_NODES  # 0: as DeepEP thinks best
         # A communicator may not exist before its first collective, and DeepEP takes the one that is there.
         self._group.barrier("opening DeepEP")
         library = importlib.import_module("deep_ep")

@@ -21,7 +21,7 @@ from .topology import Topology
 
 T = TypeVar("T")
 
-_STAGED = 2**22  # elements that a reduction on gloo receives before it adds them
+STAGED = 2**22  # elements that a reduction on gloo receives before it adds them
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Group:
             if shards_GN.is_cuda:
                 dist.reduce_scatter_tensor(own_N, shards_GN, group=self.handle)
                 return
-            piece = max(1, _STAGED // self.size)
+            piece = max(1, STAGED // self.size)
             for begin in range(0, own_N.numel(), piece):
                 part_GM = shards_GN[:, begin : begin + piece]
                 arrived_GM = torch.empty_like(part_GM, memory_format=torch.contiguous_format)

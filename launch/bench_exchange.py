@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,6 +17,7 @@ from ..comm.topology import Link
 from .exchange_rank import OPERATIONS, ExchangeSpec
 from .rank_environment import rank_environment
 from .simulated_cluster import SimulatedCluster
+from .torchrun import TORCHRUN, run_ranks, wait_for
 
 _MODULE = "shoestring.launch.exchange_rank"
 _SECONDS = 600
@@ -35,20 +34,12 @@ def bench_exchange(spec: ExchangeSpec, uplink: str | None) -> dict[str, Any]:
         output = Path(folder) / "result.json"
         arguments = ["-m", _MODULE, json.dumps(asdict(spec)), str(output)]
         if uplink is None:
-            interfaces = _run_here(spec, arguments)
+            interfaces = None  # processes that are called nodes have none of their own
+            run_ranks(arguments, spec.topology.world_size, _SECONDS)
         else:
             interfaces = run_on_cluster(spec.nodes, spec.gpus_per_node, uplink, arguments)
         result: dict[str, Any] = json.loads(output.read_text())
     return result | {"uplink": uplink, "sent_by_interfaces": interfaces}
-
-
-def _run_here(spec: ExchangeSpec, arguments: list[str]) -> int | None:
-    """None: processes that are called nodes have no interfaces of their own."""
-    ranks = spec.topology.world_size
-    torchrun = ["--standalone", "--local-addr=localhost", f"--nproc-per-node={ranks}"]
-    done = subprocess.run([*_TORCHRUN, *torchrun, *arguments], env=rank_environment(), timeout=_SECONDS, check=False)
-    _check([done.returncode])
-    return None
 
 
 def run_on_cluster(nodes: int, gpus_per_node: int, uplink: str, arguments: Sequence[str]) -> int:
@@ -62,17 +53,9 @@ def run_on_cluster(nodes: int, gpus_per_node: int, uplink: str, arguments: Seque
             place = cluster.environment(node)
             meeting = [f"--master-addr={place['MASTER_ADDR']}", f"--master-port={place['MASTER_PORT']}"]
             torchrun = [f"--nnodes={nodes}", f"--node-rank={node}", f"--nproc-per-node={gpus_per_node}", *meeting]
-            processes.append(cluster.start(node, [*_TORCHRUN, *torchrun, *arguments], rank_environment()))
-        _check([process.wait(_SECONDS) for process in processes])
+            processes.append(cluster.start(node, [*TORCHRUN, *torchrun, *arguments], rank_environment()))
+        wait_for(processes, _SECONDS)
         return sum(cluster.bytes_sent(node) for node in range(nodes))
-
-
-def _check(codes: list[int]) -> None:
-    if any(codes):
-        raise RuntimeError(f"the ranks failed; torchrun exited with {codes}; their words are above")
-
-
-_TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 
 def read_names(text: str, option: str) -> tuple[str, ...]:

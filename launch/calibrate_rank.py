@@ -74,7 +74,7 @@ class Calibration:
             size *= 2
         for micro_batch in sizes:
             exchanges = {}
-            for ranks in dict.fromkeys((1, self.groups.world.size)):
+            for ranks in self.group_sizes:
                 exchanges[ranks] = self._exchanges(micro_batch, ranks)
                 for exchange, seconds in exchanges[ranks].items():
                     yield self._row("phase", exchange.value, f"{micro_batch}x{self.length}/{ranks}", seconds)
@@ -83,6 +83,20 @@ class Calibration:
                     yield self._row("phase", name, f"{micro_batch}x{self.length}/{ranks}", seconds)
             yield self._row("edge", "message", "any", self._message(micro_batch), f"{micro_batch}x{self.length}")
         yield from self._updates()
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Over how many ranks of these an exchange could be."""
+        world, experts = self.groups.world.size, self.config.model.experts
+        return [ranks for ranks in range(1, world + 1) if world % ranks == 0 and experts % ranks == 0]
+
+    def _exchange_groups(self, ranks: int) -> ProcessGroups:
+        """Exchanges over so many ranks, in as many groups at once as there are."""
+        world, per_node = self.groups.world.size, self.config.topology.gpus_per_node
+        if ranks == 1:
+            return ProcessGroups.create(Topology(gpus_per_node=per_node), 0, _LIMIT)
+        topology = Topology(edp=world // ranks, ep=ranks, gpus_per_node=per_node)
+        return ProcessGroups.create(topology, self.groups.rank, _LIMIT)
 
     def _row(self, kind: str, name: str, role: str, seconds: float, shape: str = "") -> Row:
         slowest = self.groups.world.all_reduce_max(torch.tensor([seconds], dtype=torch.float64), "slowest rank")
@@ -112,7 +126,8 @@ class Calibration:
         initialise(model, seed=0)
         worker = InlineWorker(recorder)
         exchange = open_exchange(ExchangeConfig(), groups, config.model.experts, worker, Traffic(alone, 0))
-        pipeline = Pipeline.open(Stages.of(config.model, self.length), groups, device, recorder=recorder)
+        stages, policy = Stages.of(config.model, self.length), config.recompute.policy
+        pipeline = Pipeline.open(stages, groups, device, recorder=recorder, recompute=policy)
         dtype = config.precision.compute_dtype(device)
         stepper = build_stepper(pipeline, model, exchange, dtype, 1, config.optimizer)
         window = self.length + 1 + config.model.mtp_depth
@@ -125,11 +140,9 @@ class Calibration:
     def _exchanges(self, micro_batch: int, ranks: int) -> dict[Exchange, float]:
         """Seconds of the four operations over so many ranks, from the call to what arrived."""
         config, model, device = self.config, self.config.model, torch.device("cpu")
-        topology = Topology(ep=ranks, gpus_per_node=config.topology.gpus_per_node)
-        groups = self.groups if ranks > 1 else ProcessGroups.create(topology, 0, _LIMIT)
+        groups = self._exchange_groups(ranks)
         worker = open_worker(groups.ep, device)
-        native = ExchangeConfig(name=config.exchange.name) if config.exchange.name != "deepep" else ExchangeConfig()
-        exchange = open_exchange(native, groups, model.experts, worker, Traffic(topology, groups.rank))
+        exchange = open_exchange(config.exchange, groups, model.experts, worker, Traffic(groups.topology, groups.rank))
         tokens = micro_batch * self.length
         dtype = config.precision.compute_dtype(device)
         tokens_TD, grad_TD = (torch.randn(tokens, model.hidden).to(dtype) for _ in range(2))

@@ -11,14 +11,15 @@ from pathlib import Path
 
 from ..comm.refusal import Problem, Refused
 from .orphan import die_with_launcher
+from .torchrun import RanksFailed
 
-EXIT_REFUSED = 2
+EXIT_FAULT, EXIT_REFUSED = 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: run the verb and exit with its code; 2 for refused input, every problem on a line of its own."""
     die_with_launcher()
-    options = _parser().parse_args(arguments)
+    options = parse(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         code = run(options)
@@ -27,7 +28,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for problem in refused.problems:
             print(f"  {problem}", file=sys.stderr)
         code = EXIT_REFUSED
+    except RanksFailed as failed:
+        print(f"shoestring {options.verb}: {failed}", file=sys.stderr)
+        code = EXIT_FAULT
     sys.exit(code)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What was asked for; overrides may stand before, between and behind options.
+
+    argparse fills a list of positionals once, with those before the next option, and has no intermixed parsing for
+    verbs: what it leaves over are overrides too.
+    """
+    parser = _parser()
+    options, left = parser.parse_known_args(arguments)
+    left = [text for text in left if text != "--"]
+    if left and ("overrides" not in options or any(text.startswith("-") for text in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        options.overrides = [*options.overrides, *left]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     params = _with_overrides(verbs.add_parser("params", help="parameters, FLOPs a token and activations of a model"))
     params.add_argument("--format", choices=["table", "json"], default="table")
     params.set_defaults(run=_params)
+
+    memory = _with_overrides(verbs.add_parser("memory", help="bytes that each rank of a run needs, by kind"))
+    memory.add_argument("--measure", action="store_true", help="run two steps of the real ranks here, and compare")
+    memory.add_argument("--one-rank", action="store_true", help="with all tokens of a group on one rank's experts")
+    memory.add_argument("--format", choices=["table", "json"], default="table")
+    memory.set_defaults(run=_memory)
 
     _add_cluster(verbs)
     _add_schedule(verbs)
@@ -148,25 +174,38 @@ def _add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def _add_planner(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     simulate = _with_overrides(verbs.add_parser("simulate", help="one layout priced and explained, before it runs"))
-    simulate.add_argument("--precision", choices=["fp8", "bf16", "fp32"], help="of GEMMs (default: as the cluster can)")
-    simulate.add_argument("--recompute", choices=["none", "report", "full"], help="default: the report's savings")
-    simulate.add_argument("--comm-sms", type=int, metavar="N", help="SMs lent to the exchange (default 20)")
-    simulate.add_argument("--skew", type=float, metavar="X", help="rows of the fullest rank above the mean (default 0)")
-    simulate.add_argument("--jitter", type=float, metavar="X", help="spread of nodes' speed (default 0)")
     simulate.add_argument("--trace", type=Path, metavar="FILE", help="write a timeline for Perfetto")
     simulate.add_argument("--html", type=Path, metavar="FILE", help="write a page with timeline and memory")
     simulate.add_argument("--format", choices=["table", "json"], default="table")
     simulate.set_defaults(run=_simulate)
+    _add_inputs(simulate)
     plan = _with_overrides(verbs.add_parser("plan", help="layouts searched and priced against the budget"))
     plan.add_argument("--keep", type=int, default=5, metavar="N", help="layouts to print (default 5)")
     plan.add_argument("--format", choices=["table", "json"], default="table")
     plan.set_defaults(run=_plan)
+    _add_inputs(plan)
     text = "measure this machine's parts for the planner, as a cluster of its own"
     calibrate = _with_overrides(verbs.add_parser("calibrate", help=text))
-    calibrate.add_argument("--output", type=Path, default=Path("calibration"), metavar="DIR", help="for --config-dir")
+    folder = Path("runs/calibration")
+    calibrate.add_argument("--output", type=Path, default=folder, metavar="DIR", help=f"default {folder}")
     calibrate.add_argument("--ranks", type=int, default=2, metavar="N", help="processes at work (default 2)")
     calibrate.add_argument("--repeats", type=int, default=20, metavar="N", help="of each measurement (default 20)")
     calibrate.set_defaults(run=_calibrate)
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    """What a forecast takes and no run configures."""
+    parser.add_argument("--comm-sms", type=int, metavar="N", help="SMs lent to the exchange (default: as measured)")
+    parser.add_argument("--skew", type=float, metavar="X", help="rows of the fullest rank above the mean (default 0)")
+    parser.add_argument("--jitter", type=float, metavar="X", help="spread of nodes' speed (default 0)")
+    text = "of the memory that comes and goes, what is lost (default 0.1)"
+    parser.add_argument("--fragmentation", type=float, metavar="X", help=text)
+
+
+def _inputs(options: argparse.Namespace) -> dict[str, object]:
+    """Those that were given, by field of the recipe."""
+    named = {name: getattr(options, name) for name in ("comm_sms", "skew", "jitter", "fragmentation")}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def _add_checkpoint(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -247,6 +286,20 @@ def _params(options: argparse.Namespace) -> int:
     return 0
 
 
+def _memory(options: argparse.Namespace) -> int:
+    from .memory import memory_report, memory_table, memory_tree
+
+    if options.one_rank and not options.measure:
+        raise Refused([Problem("--one-rank", True, "is how a run is measured; write --measure too")])
+    described = options.overrides, options.config_dir
+    report = memory_report(*described, measure=options.measure, one_rank=options.one_rank)
+    if options.format == "json":
+        print(json.dumps(memory_tree(report), indent=1))
+    else:
+        _show(memory_table(report))
+    return 0
+
+
 def _schedule(options: argparse.Namespace) -> int:
     from .schedule import draw_schedule
 
@@ -289,18 +342,9 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _simulate(options: argparse.Namespace) -> int:
-    from .planner.recipe import Precision, Recompute
     from .simulate import simulate, simulation_table, simulation_tree, write_files
 
-    given: dict[str, object] = {
-        "precision": None if options.precision is None else Precision(options.precision),
-        "recompute": None if options.recompute is None else Recompute(options.recompute),
-        "comm_sms": options.comm_sms,
-        "skew": options.skew,
-        "jitter": options.jitter,
-    }
-    changes = {name: value for name, value in given.items() if value is not None}
-    simulation = simulate(options.overrides, options.config_dir, changes)
+    simulation = simulate(options.overrides, options.config_dir, _inputs(options))
     write_files(simulation, options.trace, options.html)
     if options.format == "json":
         print(json.dumps(simulation_tree(simulation), indent=1))
@@ -312,7 +356,7 @@ def _simulate(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from .plan import plan, plan_table, plan_tree
 
-    result = plan(options.overrides, options.config_dir, options.keep)
+    result = plan(options.overrides, options.config_dir, options.keep, _inputs(options))
     if options.format == "json":
         print(json.dumps(plan_tree(result), indent=1))
     else:
@@ -465,7 +509,7 @@ def _data(options: argparse.Namespace) -> int:
 def _show(renderable: object) -> None:
     from rich.console import Console
 
-    Console().print(renderable)
+    Console(markup=False).print(renderable)  # a bracket in a cell is a bracket
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def to_yaml(config: RunConfig) -> str:
 
     Kept as `DIR/experiment/NAME.yaml` it is read back with `--config-dir DIR experiment=NAME`.
     """
-    return f"{_WHOLE_RUN}\n{OmegaConf.to_yaml(OmegaConf.create(_literal(to_tree(config))))}"
+    return f"{_WHOLE_RUN}\n{OmegaConf.to_yaml(OmegaConf.create(literal(to_tree(config))))}"
 
 
 def to_tree(config: RunConfig) -> dict[str, Any]:
@@ -69,12 +69,12 @@ def _plain(value: Any) -> Any:
     return {key: _plain(item) for key, item in vars(value).items()}
 
 
-def _literal(value: Any) -> Any:
+def literal(value: Any) -> Any:
     """`value` with every `${` in it escaped, so that OmegaConf reads it as text."""
     if isinstance(value, dict):
-        return {key: _literal(item) for key, item in value.items()}
+        return {key: literal(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_literal(item) for item in value]
+        return [literal(item) for item in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 

@@ -13,10 +13,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ..comm.deepep import missing_for_deepep
-from ..trainer.precision.provider import PROVIDERS, missing_for
+from ..trainer.precision.provider import PROVIDERS, choose_provider, missing_for
 from .namespaces import missing_means
 
 NOT_YET = "not yet run on hardware"
+TAKEN = "what precision.provider=auto takes"
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,16 @@ def _fp8() -> Iterator[Finding]:
         "torch": "scaled_mm of cuBLASLt, an expert at a time",
         "te": "Transformer Engine's block-scaled GEMM, an expert at a time",
     }
+    on_gpu = torch.cuda.is_available()
+    taken = choose_provider("auto", on_gpu=on_gpu)
     for provider in PROVIDERS:
-        on_gpu = torch.cuda.is_available()
         missing = list(missing_for(provider, on_gpu=on_gpu))
         if provider == "reference":
             note = f"the definition, exact sums of 128 products; on a GPU {NOT_YET}"
         else:
             note = "; ".join([what[provider], *missing, NOT_YET])
+        if provider == taken:
+            note = f"{TAKEN}; {note}"
         yield Finding("FP8 products", provider, not missing, note)
 
 

@@ -24,8 +24,8 @@ from .preflight import is_finished, spent_budget
 from .rank_environment import rank_environment
 from .run_dir import CONFIG_FILE, claimed, clear_status, read_status
 from .stopping import ASKING_SIGNALS, STOP_FILE_VARIABLE
+from .torchrun import TORCHRUN, end
 
-_SECONDS_TO_END = 30
 SAME_REQUEST_SECONDS = 2
 
 
@@ -92,15 +92,14 @@ def run_torchrun(torchrun: Sequence[str], arguments: Sequence[str], attempt: str
 
 def _run(torchrun: Sequence[str], arguments: Sequence[str], own: Mapping[str, str], request: StopRequest) -> int:
     environment = rank_environment(own)
-    command = [sys.executable, "-m", "torch.distributed.run", *torchrun]
-    command += ["-m", "shoestring.launch.cli", "train", *arguments]
+    command = [*TORCHRUN, *torchrun, "-m", "shoestring.launch.cli", "train", *arguments]
     with stop_signals_raise():
         process = subprocess.Popen(command, env=environment, preexec_fn=_become_torchrun)
         try:
             with request.on_first_signal():
                 code = process.wait()
         finally:
-            _end(process)
+            end(process)
     request.raise_if_failed(code)
     return code
 
@@ -113,17 +112,6 @@ def _become_torchrun() -> None:
     die_with_parent()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """torchrun passes SIGINT on to its ranks; one that does not end takes them along by the death of their parent."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(_SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 class StopRequest:

@@ -18,6 +18,7 @@ from ..trainer.halt import Halt
 from .compose import compose_run
 from .launcher import Stopped, launch, run_torchrun
 from .preflight import is_finished, preflight, spent_budget
+from .torchrun import local_torchrun
 
 _PORT = 29500
 _REFUSED = 2
@@ -44,8 +45,7 @@ class Place:
         topology would not be neighbours in the network, and rank 0 could be anywhere.
         """
         if self.nodes == 1:
-            # Without the address ranks would look for each other under the host's name, which may not resolve.
-            return ["--standalone", "--local-addr=localhost", f"--nproc-per-node={processes}"]
+            return local_torchrun(processes)
         meeting = [f"--master-addr={self.address}", f"--master-port={self.port}"]
         return [f"--nnodes={self.nodes}", f"--node-rank={self.rank}", *meeting, f"--nproc-per-node={processes}"]
 
@@ -132,11 +132,7 @@ def run_node(overrides: Sequence[str], config_dir: Path | None, *, fresh: bool) 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of launch/torchrun.sh: the arguments are those of `shoestring train`."""
-    parser = argparse.ArgumentParser(prog="torchrun.sh", description=__doc__)
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="group=choice or key=value, as in Hydra")
-    parser.add_argument("--config-dir", type=Path, help="a directory with configuration groups of your own")
-    parser.add_argument("--fresh", action="store_true", help="empty training.run_dir first")
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
     try:
         code = run_node(options.overrides, options.config_dir, fresh=options.fresh)
     except Refused as refused:
@@ -145,6 +141,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"  {problem}", file=sys.stderr)
         code = _REFUSED
     sys.exit(code)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand before, between and behind options."""
+    parser = argparse.ArgumentParser(prog="torchrun.sh", description=__doc__)
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="group=choice or key=value, as in Hydra")
+    parser.add_argument("--config-dir", type=Path, help="a directory with configuration groups of your own")
+    parser.add_argument("--fresh", action="store_true", help="empty training.run_dir first")
+    return parser.parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":

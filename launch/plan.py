@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from ..comm.refusal import Problem, Refused
 from ..trainer.config import RunConfig
 from .compose import compose_run
+from .planner.configured import layout_of, lendable_sms, overrides_between, recipe_of, run_with
 from .planner.failures import Failures
-from .planner.forecast import Forecast, Forecaster
-from .planner.phases import PhaseCost, WhatIf, pretraining_hours, run_phases, sensitivity
+from .planner.forecast import Forecast, Forecaster, Layout
+from .planner.phases import PhaseCost, WhatIf, pretraining_hours, run_phases, sensitivity, significant
+from .planner.pricing import Compute
+from .planner.published import is_published_run
 from .planner.recipe import Precision, Recipe
-from .planner.search import SearchResult, Space, illegality, search
-from .simulate import default_recipe, layout_of, layout_tree, phase_table, run_facts
+from .planner.search import SearchResult, Space, search
+from .simulate import layout_tree, phase_table, run_facts
+
+_TELLS_APART = 0.01
+"""Two forecasts share most of their errors, but not all: within this they are the same."""
+NO_INPUTS: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Row:
-    """A layout and what pre-training costs in it."""
+    """A layout and what the run costs in it."""
 
     forecast: Forecast
     phases: list[PhaseCost]
@@ -42,8 +54,8 @@ class Plan:
     found: SearchResult
     rows: tuple[Row, ...]
     """The best layouts that are legal and fit, fastest first."""
-    configured: Row | None
-    """The layout of the configuration, to compare with; None where it is illegal."""
+    configured: Row
+    """The layout of the configuration, to compare with."""
     what_ifs: list[WhatIf]
     """Of the best layout."""
     failures: Failures
@@ -54,28 +66,54 @@ class Plan:
         return self.rows[0] if self.rows else None
 
 
-def plan(overrides: Sequence[str], config_dir: Path | None, keep: int) -> Plan:
-    """Search the layouts of the run that `overrides` describe on all GPUs of its cluster."""
+def plan(overrides: Sequence[str], config_dir: Path | None, keep: int, inputs: Mapping[str, Any] = NO_INPUTS) -> Plan:
+    """Search the layouts of the run that `overrides` describe on all GPUs of its cluster.
+
+    `inputs` are fields of the recipe that no configuration has. Raises `Refused`.
+    """
+    if keep < 1:
+        raise Refused([Problem("--keep", keep, "must be at least 1")])
     config = compose_run(overrides, config_dir)
-    cluster, training = config.cluster, config.training
-    recipe = default_recipe(config)
-    forecaster = Forecaster(config.model, cluster, training.sequence_length)
-    formats = (Precision.FP8, Precision.BF16) if recipe.precision is Precision.FP8 else (recipe.precision,)
-    lent = (20, 6) if recipe.comm_sms else (recipe.comm_sms,)
-    space = Space(cluster.gpus, cluster.gpus_per_node, precisions=formats, comm_sms=lent)
-    found = search(forecaster, space.candidates(recipe), training.global_batch, keep)
-
-    def row(forecast: Forecast) -> Row:
-        size = forecaster, forecast.layout, forecast.recipe
-        return Row(forecast, run_phases(*size, tokens=training.tokens, batches=config.batches))
-
-    configured = None
-    if illegality(forecaster, layout_of(config), training.global_batch) is None:
-        configured = row(forecaster.forecast(layout_of(config), recipe, training.global_batch))
+    training, recipe = config.training, recipe_of(config, inputs)
+    forecaster = Forecaster(config.model, config.cluster, training.sequence_length)
+    configured = forecaster.forecast(layout_of(config), recipe, training.global_batch)
+    candidates = _space(config, recipe).candidates(recipe)
+    refusal = partial(_refusal, config, lendable_sms(config))
+    found = search(forecaster, candidates, training.global_batch, keep, refusal=refusal)
+    rows = tuple(_row(config, forecaster, forecast) for forecast in found.best)
     what_ifs: list[WhatIf] = []
     if found.best:
         what_ifs = sensitivity(forecaster, found.best[0].layout, found.best[0].recipe, training.global_batch)
-    return Plan(config, recipe, found, tuple(map(row, found.best)), configured, what_ifs, Failures())
+    return Plan(config, recipe, found, rows, _row(config, forecaster, configured), what_ifs, Failures())
+
+
+def _row(config: RunConfig, forecaster: Forecaster, forecast: Forecast) -> Row:
+    phases = run_phases(
+        forecaster,
+        forecast.layout,
+        forecast.recipe,
+        tokens=config.training.tokens,
+        batches=config.batches,
+        published=is_published_run(config),
+    )
+    return Row(forecast, phases)
+
+
+def _space(config: RunConfig, recipe: Recipe) -> Space:
+    """Held fixed is what the table was measured with, and a format that the run does not compute in anyway."""
+    cluster = config.cluster
+    space = Space(cluster.gpus, cluster.gpus_per_node, precisions=(recipe.precision,))
+    if Compute.of(cluster, recipe).table.measured_with:
+        return replace(space, recomputes=(recipe.recompute,))
+    has_both = recipe.precision in (Precision.FP8, Precision.BF16) and cluster.peak_fp8_tflops is not None
+    return replace(space, precisions=(Precision.FP8, Precision.BF16)) if has_both else space
+
+
+def _refusal(config: RunConfig, sms: int | None, layout: Layout, recipe: Recipe) -> str | None:
+    """Why `train` would refuse the run in another layout, in a few words that many share; None where it would not."""
+    run, own = run_with(config, layout, recipe), recipe.problems(sms, layout.topology.ep)
+    problem = next(chain(run.problems(), own), None)
+    return None if problem is None else f"{problem.field} ({layout.schedule})"
 
 
 def plan_tree(result: Plan) -> dict[str, object]:
@@ -87,14 +125,13 @@ def plan_tree(result: Plan) -> dict[str, object]:
         "considered": found.considered,
         "illegal": dict(found.illegal),
         "unfit": dict(found.unfit),
+        "unpriced": dict(found.unpriced),
         "simulated": found.simulated,
         "excluded": found.excluded,
         "smallest_excluded_bound_seconds": found.smallest_excluded,
         "search_seconds": found.seconds,
-        "layouts": [layout_tree(row.forecast, row.gpu_hours) for row in result.rows],
-        "configured": None
-        if result.configured is None
-        else layout_tree(result.configured.forecast, result.configured.gpu_hours),
+        "layouts": [_row_tree(row, result.config) for row in result.rows],
+        "configured": _row_tree(result.configured, result.config),
         "budget_gpu_hours": result.config.budget.gpu_hours,
         "phases": [] if best is None else [phase.__dict__ for phase in best.phases],
         "sensitivity": [{"what": w.name, "step_seconds": w.seconds} for w in result.what_ifs],
@@ -103,17 +140,23 @@ def plan_tree(result: Plan) -> dict[str, object]:
     }
 
 
+def _row_tree(row: Row, config: RunConfig) -> dict[str, object]:
+    own = {"fits": _fits(row.forecast, config), "overrides": _overrides(row.forecast, config)}
+    return layout_tree(row.forecast, row.gpu_hours) | own
+
+
 def plan_table(result: Plan) -> RenderableType:
     """The same for a reader."""
     parts: list[RenderableType] = [_layouts(result), _counts(result.found)]
     if result.best is not None:
         parts += [phase_table(result.best.phases, result.config.cluster.price_per_gpu_hour), _budget(result)]
-        parts += [_sensitivity(result), _failures(result), _comparison(result)]
+        parts += [_sensitivity(result)] if result.what_ifs else []
+        parts += [_failures(result), _comparison(result), _how_to_run(result)]
     return Group(*parts)
 
 
-_COLUMNS = ("", "pp edp ep", "schedule", "mb", "recipe", "SMs", "step, s", "tok/s", "MFU", "GB")
-_WORDS = ("", "pp edp ep", "schedule", "recipe")
+_COLUMNS = ("", "pp edp ep", "schedule", "mb", "GEMMs", "step, s", "tok/s", "MFU", "GB")
+_WORDS = ("", "pp edp ep", "schedule", "GEMMs")
 
 
 def _layouts(result: Plan) -> RenderableType:
@@ -122,23 +165,23 @@ def _layouts(result: Plan) -> RenderableType:
     figures, limits = _slim_table(), _slim_table()
     figures.title = f"{result.config.model.name} on {cluster.gpus} {cluster.name}, {training.global_batch:,} sequences"
     figures.caption = (
-        "mb: sequences of a micro-batch; SMs: lent to the exchange; tok/s: of one GPU; GB: of the fullest rank.\n"
+        "mb: sequences of a micro-batch; tok/s: of one GPU; GB: of the fullest rank, with\nfragmentation. "
         "MFU: main model, causal, without MTP, of the dense BF16 peak."
     )
     for heading in _COLUMNS:
         figures.add_column(heading, justify="left" if heading in _WORDS else "right", no_wrap=True)
     limits.add_column("")
     limits.add_column("GPU-hours", justify="right", no_wrap=True)
+    limits.add_column("recompute", no_wrap=True)
     limits.add_column("limited by")
+    limits.caption = "conf: the layout of the configuration, to compare with."
     named = [(str(place), row) for place, row in enumerate(result.rows, 1)]
-    for name, row in [*named, *([] if result.configured is None else [("conf", result.configured)])]:
+    for name, row in [*named, ("conf", result.configured)]:
         forecast = row.forecast
         figures.add_row(name, *_cells(forecast))
-        fits = cluster.memory_gb is None or forecast.peak_memory.total <= cluster.memory_gb * 1e9
+        fits = _fits(forecast, result.config)
         limit = forecast.limit if fits else f"its memory: does NOT fit into {cluster.memory_gb:g} GB"
-        limits.add_row(name, f"{row.gpu_hours:,.0f}", limit)
-    if result.configured is not None:
-        limits.caption = "conf: the layout of the configuration, to compare with."
+        limits.add_row(name, significant(row.gpu_hours), forecast.recipe.recompute_name, limit)
     return Group(figures, "", limits, "")
 
 
@@ -154,18 +197,27 @@ def _slim_table() -> Table:
     )
 
 
+def _fits(forecast: Forecast, config: RunConfig) -> bool:
+    memory = config.cluster.memory_gb
+    return memory is not None and forecast.needed_memory <= memory * 1e9
+
+
+def _overrides(forecast: Forecast, config: RunConfig) -> list[str]:
+    """What to write behind the run's overrides to run it so."""
+    return overrides_between(config, run_with(config, forecast.layout, forecast.recipe))
+
+
 def _cells(forecast: Forecast) -> list[str]:
-    topology, recipe = forecast.layout.topology, forecast.recipe
+    topology = forecast.layout.topology
     return [
         f"{topology.pp} {topology.edp} {topology.ep}",
         forecast.layout.schedule,
         str(forecast.layout.micro_batch),
-        f"{recipe.precision} {recipe.recompute}",
-        str(recipe.comm_sms),
+        forecast.recipe.precision.value,
         f"{forecast.seconds:.3f}",
         f"{forecast.tokens_per_second_and_gpu:,.0f}",
         f"{forecast.mfu:.1%}",
-        f"{forecast.peak_memory.total / 1e9:.1f}",
+        f"{forecast.needed_memory / 1e9:.1f}",
     ]
 
 
@@ -177,6 +229,8 @@ def _counts(found: SearchResult) -> Table:
         table.add_row(f"illegal: {reason}", f"{count:,}")
     for reason, count in found.unfit.most_common():
         table.add_row(f"does not fit: {reason}", f"{count:,}")
+    for reason, count in found.unpriced.most_common():
+        table.add_row(f"no price: {reason}", f"{count:,}")
     rate = found.simulated / found.simulation_seconds if found.simulation_seconds else 0.0
     table.add_row(f"simulated in full, {rate:.0f} a second and core", f"{found.simulated:,}")
     if found.excluded:
@@ -187,8 +241,9 @@ def _counts(found: SearchResult) -> Table:
 def _budget(result: Plan) -> str:
     assert result.best is not None
     planned, budget = result.best.gpu_hours, result.config.budget.gpu_hours
-    verdict = "inside" if planned <= budget else "over"
-    return f"Pre-training {planned:,.0f} GPU-hours, {verdict} the budget of {budget:,.0f} ({planned / budget:.1%})."
+    verdict, share = "inside" if planned <= budget else "over", significant(100 * planned / budget)
+    hours = f"{significant(planned)} GPU-hours"
+    return f"Pre-training {hours}, {verdict} the budget of {significant(budget)} ({share} %)."
 
 
 def _sensitivity(result: Plan) -> Table:
@@ -217,16 +272,20 @@ def _failures(result: Plan) -> str:
 
 
 def _comparison(result: Plan) -> str:
-    if result.best is None or result.configured is None:
-        return "The configured layout is illegal, so there is nothing to compare with."
+    assert result.best is not None
     best, configured = result.best.forecast, result.configured.forecast
+    if not _fits(configured, result.config):
+        return "The configured layout does not fit, so there is nothing to compare with."
     if best.seconds >= configured.seconds:
         return "No layout of the search beats the configured one."
     gain = 1 - best.seconds / configured.seconds
-    lent = f"{best.recipe.comm_sms} SMs lent instead of {configured.recipe.comm_sms}"
-    evidence = (
-        f" {lent}: published for DeepEP V2 with 32 ranks at the same pace, assumed to hold here."
-        if best.recipe.comm_sms != configured.recipe.comm_sms
-        else ""
-    )
-    return f"The best layout is {gain:.1%} faster than the configured one.{evidence}"
+    doubt = ", which is less than a forecast can tell apart" if gain < _TELLS_APART else ""
+    return f"The best layout is {gain:.2%} faster than the configured one{doubt}."
+
+
+def _how_to_run(result: Plan) -> str:
+    assert result.best is not None
+    overrides = _overrides(result.best.forecast, result.config)
+    if not overrides:
+        return "The best layout is the configured one."
+    return f"To run the best layout, add: {' '.join(overrides)}"

@@ -12,15 +12,13 @@ from ..comm.refusal import Problem, Refused, refuse_if_any
 from ..trainer.budget.terms import TERMS
 from ..trainer.config import RunConfig
 from ..trainer.rank import stages_of
-from .planner.recipe import Recompute
+from .planner.configured import computing_of
 from .simulate import run_facts
 
 _OPTION = "--against"
 _SAME = ("model", "sequence_length", "global_batch")
 """Of a plan's facts, those that a run must share: without them its prices are of something else."""
 _LAYOUT = ("pp", "edp", "ep", "schedule", "micro_batch", "layers")
-_REPORT = {"norm", "up_projection", "swiglu"}
-"""What `Recompute.REPORT` makes again (report §3.2.3, §3.3.3)."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +89,7 @@ def _rows(tree: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     count = len(tree["layouts"])
     for place, row in enumerate(tree["layouts"], 1):
         yield f"layout {place} of {count}", row
-    if tree["configured"] is not None:
-        yield "the configured layout", tree["configured"]
+    yield "the configured layout", tree["configured"]
 
 
 def _planned(name: str, row: Mapping[str, Any], deviations: Sequence[str]) -> Planned:
@@ -160,16 +157,18 @@ def _other_recipe(row: Mapping[str, Any], config: RunConfig, precision: str | No
     """What changes the time of a step."""
     if precision is not None and row["precision"] != precision:
         yield f"precision: {row['precision']} planned, {precision} run"
-    remade = _recompute(config)
-    if row["recompute"] != remade:
-        yield f"recompute: {row['recompute']} planned, {remade} run"
+    run = computing_of(config)
+    planned, parts = _parts(row["recompute"]), _parts(sorted(run.recompute))
+    if planned != parts:
+        yield f"recompute: {planned} planned, {parts} run"
+    ours = {"exchange": run.exchange_name, "overlap": run.overlap, "moment_bytes": run.moment_bytes}
+    for key, value in ours.items():
+        if row[key] != value and (key != "exchange" or row["ep"] > 1):
+            yield f"{key}: {row[key]} planned, {value} run"
 
 
-def _recompute(config: RunConfig) -> str:
-    parts = set(config.recompute.parts)
-    if not parts:
-        return Recompute.NONE
-    return Recompute.REPORT if parts == _REPORT else "+".join(sorted(parts))
+def _parts(names: Sequence[str]) -> str:
+    return "+".join(names) or "nothing"
 
 
 def _word(value: object) -> str:

@@ -39,8 +39,7 @@ def preflight(config: RunConfig, local_ranks: int, *, fresh: bool, first_machine
         data = prepared.manifest
         open_samples(config, prepared)
         verify_before_run(Path(config.data.prepared), prepared.manifest, first_machine=first_machine)
-    problems += [*_device_problems(config, local_ranks), *_exchange_problems(config, local_ranks)]
-    problems += _provider_problems(config, local_ranks)
+    problems += hardware_problems(config, local_ranks)
     if first_machine and config.telemetry.wandb.mode == "online":
         from ..trainer.telemetry.wandb_sink import account_problems  # a second of import, for the runs that use it
 
@@ -129,6 +128,13 @@ def _tokens_left(config: RunConfig) -> int:
 
 def _store(config: RunConfig) -> CheckpointStore:
     return CheckpointStore(Path(config.training.run_dir) / "checkpoints", config.training.keep_checkpoints)
+
+
+def hardware_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:
+    """What this machine lacks for so many ranks of the run."""
+    yield from _device_problems(config, local_ranks)
+    yield from _exchange_problems(config, local_ranks)
+    yield from _provider_problems(config, local_ranks)
 
 
 def _device_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from ..comm.refusal import Problem, Refused, refuse_if_any
+from ..comm.refusal import Problem, Refused
 from ..trainer.config import RunConfig
 from ..trainer.costs.flops import CONVENTION
 from .compose import compose_run
+from .planner.configured import layout_of, recipe_of
 from .planner.evidence import assumptions
 from .planner.forecast import Forecast, Forecaster, Layout
 from .planner.page import html_page
 from .planner.pair import exposed_share, simulate_pair
-from .planner.phases import PhaseCost, pretraining_hours, run_phases
-from .planner.published import PAIR_SECONDS, PHASES, STEP_SECONDS, is_published
-from .planner.recipe import Precision, Recipe, Recompute, Sync
+from .planner.phases import PhaseCost, pretraining_hours, run_phases, significant
+from .planner.published import (
+    PAIR_SECONDS,
+    PHASES,
+    RAMP_FROM,
+    STEP_SECONDS,
+    as_published,
+    is_published,
+    is_published_run,
+)
+from .planner.recipe import NOTHING, REPORT, Recipe, Sync
 from .planner.timeline import write_timeline
 
 
@@ -48,35 +58,24 @@ class Simulation:
     @property
     def is_published(self) -> bool:
         """Whether DeepSeek's own figures are of this layout."""
-        names = self.config.model.name, self.config.cluster.name
-        return is_published(*names, self.layout, self.global_batch, self.config.training.sequence_length)
+        return is_published(self.config, self.layout, self.forecast.recipe)
 
     def phases(self) -> list[PhaseCost]:
         """GPU-hours of the whole run."""
-        tokens, batches = self.config.training.tokens, self.config.batches
-        return run_phases(self.forecaster, self.layout, self.forecast.recipe, tokens=tokens, batches=batches)
+        return run_phases(
+            self.forecaster,
+            self.layout,
+            self.forecast.recipe,
+            tokens=self.config.training.tokens,
+            batches=self.config.batches,
+            published=is_published_run(self.config),
+        )
 
 
-def default_recipe(config: RunConfig) -> Recipe:
-    """What the report did, in the lowest format that the cluster has; FP32 where that is configured or measured."""
-    if config.precision.compute == "float32" or config.cluster.sms is None:
-        return Recipe(precision=Precision.FP32, recompute=Recompute.NONE, comm_sms=0, moment_bytes=8)
-    if config.precision.compute == "bfloat16" or config.cluster.peak_fp8_tflops is None:
-        return Recipe(precision=Precision.BF16)
-    return Recipe()
-
-
-def layout_of(config: RunConfig) -> Layout:
-    """The layout that a configuration describes."""
-    schedule = config.schedule
-    return Layout(config.topology, schedule.name, schedule.micro_batch, schedule.chunks, schedule.layout)
-
-
-def simulate(overrides: Sequence[str], config_dir: Path | None, changes: dict[str, object]) -> Simulation:
-    """Simulate the run that `overrides` describe. `changes` to the recipe are named as its fields."""
+def simulate(overrides: Sequence[str], config_dir: Path | None, inputs: Mapping[str, Any]) -> Simulation:
+    """Simulate the run that `overrides` describe. `inputs` are fields of the recipe that no configuration has."""
     config = compose_run(overrides, config_dir)
-    recipe = replace(default_recipe(config), **changes)  # type: ignore[arg-type]
-    refuse_if_any(recipe.problems())
+    recipe = recipe_of(config, inputs)
     forecaster = Forecaster(config.model, config.cluster, config.training.sequence_length)
     return Simulation(config, forecaster, forecaster.forecast(layout_of(config), recipe, config.training.global_batch))
 
@@ -138,14 +137,18 @@ def layout_tree(forecast: Forecast, gpu_hours: float) -> dict[str, object]:
         "micro_batch": forecast.layout.micro_batch,
         "layers": [stage.dense + stage.routed for stage in forecast.stages],
         "precision": recipe.precision.value,
-        "recompute": recipe.recompute.value,
+        "recompute": sorted(recipe.recompute),
+        "exchange": recipe.exchange_name,
+        "overlap": recipe.overlap,
+        "moment_bytes": recipe.moment_bytes,
         "comm_sms": recipe.comm_sms,
         "step_seconds": forecast.seconds,
         "tokens_per_second_and_gpu": forecast.tokens_per_second_and_gpu,
         "mfu": forecast.mfu,
         "memory_bytes": forecast.peak_memory.total,
+        "needed_memory_bytes": forecast.needed_memory,
         "gpu_hours": gpu_hours,
-        "terms": forecast.mean_terms | {"reduce_wait": forecast.reduce, "optimizer": forecast.optimizer},
+        "terms": forecast.mean_terms,
         "limit": forecast.limit,
     }
 
@@ -181,7 +184,7 @@ def simulation_table(simulation: Simulation) -> RenderableType:
     """The same for a reader."""
     parts: list[RenderableType] = [_figures(simulation), _terms(simulation), _memory(simulation)]
     if simulation.is_published:
-        parts += [_pair(simulation), _errors(simulation)]
+        parts += [_published_phases(simulation), _pair(simulation), _errors(simulation)]
     parts += [phase_table(simulation.phases(), simulation.config.cluster.price_per_gpu_hour), _evidence(simulation)]
     return Group(*parts, f"Convention: {CONVENTION}.")
 
@@ -205,42 +208,64 @@ def _figures(simulation: Simulation) -> Table:
         "MFU, main model, causal, without MTP", f"{forecast.mfu:.2%} of {forecast.peak_flops / 1e12:.4g} TFLOPS"
     )
     if cluster.memory_gb is not None:
-        peak = forecast.peak_memory.total / 1e9
-        verdict = "fits" if peak <= cluster.memory_gb else "does NOT fit"
-        table.add_row("memory of the fullest rank", f"{peak:.1f} GB of {cluster.memory_gb:g}: {verdict}")
-    recipe = forecast.recipe
-    table.add_row("recipe", f"{recipe.precision}, recompute {recipe.recompute}, {recipe.comm_sms} SMs lent")
+        peak, needed = forecast.peak_memory.total / 1e9, forecast.needed_memory / 1e9
+        verdict = "fits" if needed <= cluster.memory_gb else "does NOT fit"
+        sizes = f"{peak:.1f} GB, {needed:.1f} with fragmentation, of {cluster.memory_gb:g}"
+        table.add_row("memory of the fullest rank", f"{sizes}: {verdict}")
+    for name, value in _recipe_rows(forecast.recipe):
+        table.add_row(name, value)
     table.add_row("limited by", forecast.limit)
-    ramp, published = simulation.config.training.ramp_from, 3072
-    if simulation.is_published and ramp is not None and ramp != published:
-        table.add_row(
-            "deviation", f"the ramp starts at {ramp:,} sequences, not {published:,}: {_ramp_reason(simulation)}"
-        )
+    ramp = simulation.config.training.ramp_from
+    if simulation.is_published and ramp is not None and ramp != RAMP_FROM:
+        deviation = f"the ramp starts at {ramp:,} sequences, not {RAMP_FROM:,}: {_ramp_reason(simulation)}"
+        table.add_row("deviation", deviation)
     return table
+
+
+def _recipe_rows(recipe: Recipe) -> list[tuple[str, str]]:
+    """How the run computes, as priced."""
+    turns = "" if recipe.overlap else ", the halves of an FB one after the other"
+    lent = f", {recipe.comm_sms} SMs lent" if recipe.comm_sms else ""
+    return [
+        ("computing", f"{recipe.precision}, recompute {recipe.recompute_name}, moments {recipe.moment_bytes} B"),
+        ("exchange", f"{recipe.exchange_name}{lent}{turns}"),
+    ]
 
 
 def _ramp_reason(simulation: Simulation) -> str:
     """Why the published start of the ramp is illegal."""
     config = simulation.config
-    published = replace(config, training=replace(config.training, ramp_from=3072))
+    published = replace(config, training=replace(config.training, ramp_from=RAMP_FROM))
     found = [problem for problem in published.problems() if problem.field == "training.ramp_from"]
     return found[0].remedy if found else "it is legal on this grid"
 
 
 def _terms(simulation: Simulation) -> Table:
+    """In the ledger's words, and what the report's names make of them."""
     forecast = simulation.forecast
     table = Table(title="Where a step goes, mean over ranks", title_justify="left")
-    for heading in ("term", "seconds", "share", "published", "error"):
+    for heading in ("term", "seconds", "share"):
         table.add_column(heading, justify="left" if heading == "term" else "right")
-    for name, seconds in forecast.report_view().items():
-        published = PHASES[name] if simulation.is_published else None
-        shown = ("", "") if published is None else (f"{published:.2f}", f"{seconds / published - 1:+.1%}")
-        table.add_row(name, f"{seconds:.4g}", f"{seconds / forecast.seconds:.1%}", *shown)
-    table.add_section()
-    for name, seconds in forecast.mean_terms.items():
-        table.add_row(name, f"{seconds:.4g}", f"{seconds / forecast.seconds:.1%}", "", "")
-    table.add_row("reduce_wait", f"{forecast.reduce:.4g}", f"{forecast.reduce / forecast.seconds:.1%}", "", "")
-    table.add_row("optimizer", f"{forecast.optimizer:.4g}", f"{forecast.optimizer / forecast.seconds:.1%}", "", "")
+    named = {name: seconds for name, seconds in forecast.report_view().items() if name not in forecast.mean_terms}
+    for terms in (forecast.mean_terms, named):
+        for name, seconds in terms.items():
+            table.add_row(name, f"{seconds:.4g}", f"{seconds / forecast.seconds:.1%}")
+        table.add_section()
+    return table
+
+
+def _published_phases(simulation: Simulation) -> Table:
+    table = Table(
+        title="The step in the published table's rows",
+        caption="1F to 1F1B with the exchanges that they wait for; bubble: all waits for other stages;\n"
+        "opt: sums over ranks, and the update.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for heading in ("phase", "seconds", "published", "error"):
+        table.add_column(heading, justify="left" if heading == "phase" else "right")
+    for name, seconds in as_published(simulation.forecast).items():
+        table.add_row(name, f"{seconds:.4g}", f"{PHASES[name]:.2f}", f"{seconds / PHASES[name] - 1:+.1%}")
     return table
 
 
@@ -253,15 +278,17 @@ def _memory(simulation: Simulation) -> Table:
         table.add_row(name, f"{size / 1e9:.2f}")
     table.add_section()
     table.add_row("total", f"{peak.total / 1e9:.2f}")
-    if simulation.forecast.recipe.recompute is Recompute.REPORT:
-        without = simulation.again(replace(simulation.forecast.recipe, recompute=Recompute.NONE))
+    if simulation.forecast.recipe.recompute == REPORT:
+        without = simulation.again(replace(simulation.forecast.recipe, recompute=NOTHING))
         table.add_row("without the report's savings", f"{without.peak_memory.total / 1e9:.2f}")
     return table
 
 
 def _pair(simulation: Simulation) -> Table:
     costs = simulation.forecaster.costs(simulation.layout, simulation.forecast.recipe)
-    table = Table(title="Forward and backward of four routed layers, against the public trace", title_justify="left")
+    # Its kernels are those of the table: this shows that lanes put them together as they were, and predicts nothing.
+    title = "Consistency: forward and backward of four routed layers, put together from the public trace's kernels"
+    table = Table(title=title, title_justify="left")
     for heading in ("rows at the experts", "ms", "of 129.0", "exposed communication", "traced"):
         table.add_column(heading, justify="left" if heading.startswith("rows") else "right")
     for name, as_routed in (("as in the trace", True), ("balanced", False)):
@@ -289,9 +316,10 @@ def phase_table(phases: Sequence[PhaseCost], price: float | None) -> RenderableT
     notes = Table.grid(padding=(0, 2))
     total = PhaseCost("total", sum(phase.gpu_hours for phase in phases), "")
     for phase in (*phases, total):
-        hours = f"{phase.gpu_hours:,.0f}" if phase.gpu_hours >= 100 else f"{phase.gpu_hours:.4g}"
-        dollars = "-" if price is None else f"{phase.gpu_hours * price:,.0f}"
-        table.add_row(phase.name, hours, dollars, phase.evidence, end_section=phase is phases[-1])
+        dollars = "-" if price is None else significant(phase.gpu_hours * price)
+        table.add_row(
+            phase.name, significant(phase.gpu_hours), dollars, phase.evidence, end_section=phase is phases[-1]
+        )
         if phase.note:
             notes.add_row(phase.name, phase.note.replace("; ", "\n"))
     return Group(table, notes, "")
@@ -299,7 +327,7 @@ def phase_table(phases: Sequence[PhaseCost], price: float | None) -> RenderableT
 
 def _assumptions(simulation: Simulation) -> list[tuple[str, str, str]]:
     costs = simulation.forecaster.costs(simulation.layout, simulation.forecast.recipe)
-    return assumptions(simulation.forecast, costs.cost.table, simulation.config.cluster.sources)
+    return assumptions(simulation.config, simulation.forecast, costs)
 
 
 def _evidence(simulation: Simulation) -> RenderableType:

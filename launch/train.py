@@ -12,6 +12,7 @@ from .attempt import ATTEMPT_VARIABLE
 from .compose import compose_run
 from .launcher import launch
 from .preflight import preflight
+from .torchrun import local_torchrun
 from .worker import run_worker
 
 
@@ -27,6 +28,4 @@ def train_command(overrides: Sequence[str], config_dir: Path | None, *, fresh: b
     ranks = config.topology.world_size
     preflight(config, ranks, fresh=fresh)
     arguments = [*overrides, *([] if config_dir is None else ["--config-dir", str(config_dir)])]
-    # Without the address, ranks would look for each other under the host's name, which may not resolve.
-    torchrun = ["--standalone", "--local-addr=localhost", f"--nproc-per-node={ranks}"]
-    return launch(config, torchrun, arguments, fresh=fresh)
+    return launch(config, local_torchrun(ranks), arguments, fresh=fresh)

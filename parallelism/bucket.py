@@ -79,14 +79,14 @@ class Bucket:
 
         The masters keep what the parameters hold now, at full width.
         """
-        ordered = sorted(members, key=lambda member: not member.decays)
+        ordered = _in_order(members)
         wide = torch.promote_types(ordered[0].parameter.dtype, torch.float32)
         device = ordered[0].parameter.device
         self.name, self.group = name, group
         self.extents = tuple(_extents(ordered))
         self.decayed = max((e.end for e, m in zip(self.extents, ordered, strict=True) if m.decays), default=0)
         """Elements from here on have no weight decay."""
-        length = _rounded_up(self.extents[-1].end, _ALIGNMENT * group.size)
+        length = bucket_length(ordered, group.size)
         self.shard = length // group.size
         self.begin = group.index * self.shard
         """Of this rank's shard in the buffer."""
@@ -147,6 +147,17 @@ class Bucket:
         parameter.data = self.weights_N[extent.begin : extent.end].view(parameter.shape)
         parameter.grad_dtype = self.grads_N.dtype
         parameter.grad = self.grads_N[extent.begin : extent.end].view(parameter.shape)
+
+
+def bucket_length(members: Sequence[Member], ranks: int) -> int:
+    """N: elements of a bucket of these over so many ranks."""
+    *_, last = _extents(_in_order(members))
+    return _rounded_up(last.end, _ALIGNMENT * ranks)
+
+
+def _in_order(members: Sequence[Member]) -> list[Member]:
+    """Those with weight decay first."""
+    return sorted(members, key=lambda member: not member.decays)
 
 
 def _extents(members: Sequence[Member]) -> Iterator[Extent]:

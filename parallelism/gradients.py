@@ -16,7 +16,7 @@ from ..comm.pending import Pending, Worker
 from ..comm.traffic import Traffic
 from .bucket import Bucket
 
-_PIECE = 2**16  # elements: 512 KB in FP64
+PIECE = 2**16  # elements: 512 KB in FP64
 
 REDUCE_SCATTER = "reduce_scatter"
 ALL_GATHER = "all_gather"
@@ -105,7 +105,7 @@ def _sum_of_squares(shards: Iterable[Tensor]) -> Tensor:
     The FP64 copy is made a piece at a time, in a buffer that stays in a cache: of whole gradients it costs more than
     the optimizer.
     """
-    sums = [_squares_of(piece) for shard_n in shards for piece in shard_n.split(_PIECE)]
+    sums = [_squares_of(piece) for shard_n in shards for piece in shard_n.split(PIECE)]
     return to_host(torch.stack(sums).sum()) if sums else torch.zeros((), dtype=torch.float64)
 
 

@@ -202,6 +202,11 @@ class RunConfig:
         """Micro-batches of one rank in one step of `global_batch` sequences."""
         return self.training.global_batch // self.share
 
+    @property
+    def expert_rows(self) -> int:
+        """Rows that the experts of one rank compute at once: see `RecomputeConfig`."""
+        return self.recompute.rows_at_once(self.schedule.micro_batch * self.training.sequence_length * self.model.top_k)
+
     def problems(self, doubt: Doubt = NO_DOUBT) -> Iterator[Problem]:
         """Everything impossible about this configuration that needs neither disk nor processes to see.
 

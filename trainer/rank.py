@@ -17,14 +17,15 @@ from ..comm.order import OrderCheck
 from ..comm.pending import Worker, open_worker
 from ..comm.record import SILENT, Recorder, Track
 from ..comm.traffic import Traffic
-from ..parallelism.bucket import Bucket, Member
+from ..parallelism.bucket import Bucket
 from ..parallelism.gradients import Reducer
 from ..parallelism.pipeline.executor import Executor, open_lanes
 from ..parallelism.pipeline.placement import Direction
 from ..parallelism.pipeline.program import Program
 from ..parallelism.pipeline.schedules import build_forward
-from ..parallelism.pipeline.uses import first_use, first_use_anywhere, last_use, last_use_anywhere
+from ..parallelism.pipeline.uses import first_use, first_use_anywhere, last_use
 from ..parallelism.zero import ShardedOptimizer
+from .buckets import plan_buckets
 from .checkpoint.names import holders_of, state_pieces, whole_state
 from .checkpoint.pieces import Piece
 from .checkpoint.saver import Saver
@@ -56,8 +57,7 @@ class Rank:
     groups: ProcessGroups
     device: torch.device
     dtype: torch.dtype
-    pipeline: Pipeline
-    stepper: Stepper
+    engine: Engine
     train: Samples
     order: SampleOrder
     validation: Samples
@@ -68,10 +68,23 @@ class Rank:
     saver: Saver
     state_names: frozenset[str]
     """Every tensor of a checkpoint, whichever rank holds it."""
-    worker: Worker
-    traffic: Traffic
     trace: TraceRecorder
     """Off but for steps that are looked at closely."""
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """This rank's end of it."""
+        return self.engine.pipeline
+
+    @property
+    def stepper(self) -> Stepper:
+        """What takes steps."""
+        return self.engine.stepper
+
+    @property
+    def traffic(self) -> Traffic:
+        """Of the token exchange."""
+        return self.engine.traffic
 
     @property
     def model(self) -> Model:
@@ -88,12 +101,7 @@ class Rank:
     def close(self) -> None:
         """End what runs the exchanges and reductions, and what writes checkpoints."""
         self.saver.close()
-        self.worker.close()
-        self.stepper.optimizer.wait()
-        self.stepper.optimizer.close()
-        if self.stepper.average is not None:
-            self.stepper.average.close()
-        self.pipeline.close()
+        self.engine.close()
 
 
 @dataclass(frozen=True)
@@ -162,6 +170,48 @@ def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -
     prepared = open_prepared(config.data)
     train, validation = open_samples(config, prepared)
     recorder = TraceRecorder(nvtx=device.type == "cuda")
+    engine = open_engine(config, groups, device, recorder)
+    store = CheckpointStore(Path(config.training.run_dir) / "checkpoints", config.training.keep_checkpoints)
+    return Rank(
+        config=config,
+        groups=groups,
+        device=device,
+        dtype=config.precision.compute_dtype(device),
+        engine=engine,
+        train=train,
+        order=SampleOrder(config.training.seed, len(train)),
+        validation=validation,
+        unigram_entropy=unigram_entropy(prepared.validation, config.model.vocabulary),
+        tokenizer=prepared.tokenizer,
+        data=prepared.manifest,
+        store=store,
+        saver=Saver(store, groups.world),
+        state_names=whole_state(config.model, averages=config.optimizer.ema_decay is not None),
+        trace=recorder,
+    )
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What takes steps on one rank, with all that runs beside it."""
+
+    pipeline: Pipeline
+    stepper: Stepper
+    worker: Worker
+    traffic: Traffic
+
+    def close(self) -> None:
+        """End what runs the exchanges and reductions."""
+        self.worker.close()
+        self.stepper.optimizer.wait()
+        self.stepper.optimizer.close()
+        if self.stepper.average is not None:
+            self.stepper.average.close()
+        self.pipeline.close()
+
+
+def open_engine(config: RunConfig, groups: ProcessGroups, device: torch.device, recorder: Recorder) -> Engine:
+    """Initial weights, optimizer and exchange of the rank that `groups` belong to; no data."""
     order = OrderCheck(groups.ep) if config.exchange.check_order else None
     worker = open_worker(groups.ep, device, order, recorder)
     traffic = Traffic(config.topology, groups.rank)
@@ -175,27 +225,8 @@ def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -
         recompute=config.recompute.policy,
     )
     model, dtype = build_model(config, groups, device), config.precision.compute_dtype(device)
-    store = CheckpointStore(Path(config.training.run_dir) / "checkpoints", config.training.keep_checkpoints)
-    return Rank(
-        config=config,
-        groups=groups,
-        device=device,
-        dtype=dtype,
-        pipeline=pipeline,
-        stepper=build_stepper(pipeline, model, exchange, dtype, config.micro_batches, config.optimizer),
-        train=train,
-        order=SampleOrder(config.training.seed, len(train)),
-        validation=validation,
-        unigram_entropy=unigram_entropy(prepared.validation, config.model.vocabulary),
-        tokenizer=prepared.tokenizer,
-        data=prepared.manifest,
-        store=store,
-        saver=Saver(store, groups.world),
-        state_names=whole_state(config.model, averages=config.optimizer.ema_decay is not None),
-        worker=worker,
-        traffic=traffic,
-        trace=recorder,
-    )
+    stepper = build_stepper(pipeline, model, exchange, dtype, config.micro_batches, config.optimizer)
+    return Engine(pipeline, stepper, worker, traffic)
 
 
 def build_stepper(
@@ -238,28 +269,17 @@ def build_optimizer(
 ) -> ShardedOptimizer:
     """The optimizer of `model`, this rank's share, whose parameters become views of its buffers.
 
-    They are kept in `dtype`, which is what products are computed in, but for norms and routers. Parameters with the
-    same replicas, users among the stages and dtype share a bucket; buckets are reduced in the order in which `program`
-    is done with them, and handed out in that in which it needs them.
+    Buckets are reduced in the order in which `program` is done with them, and handed out in that in which it needs
+    them.
     """
-    experts, wide = model.expert_parameter_names(), model.wide_parameter_names()
-    members: dict[tuple[int, tuple[int, ...], bool, bool], list[Member]] = {}
-    for name, parameter in model.named_parameters():
-        users = stages.users(name)
-        key = (last_use_anywhere(program, users), users, name in experts, name in wide and parameter.dtype != dtype)
-        members.setdefault(key, []).append(Member(name, parameter, decays=parameter.ndim >= 2))
     buckets, final_after, needed_from = [], [], []
     order: list[tuple[int, int]] = []
-    for (_, users, is_expert, is_wide), sharing in sorted(members.items()):
-        first = sharing[0].parameter
-        kept = first.dtype if is_wide else dtype
-        group = (groups.expert if is_expert else groups.dense)[stages.holders(sharing[0].name)]
-        kind = "experts" if is_expert else "wide dense" if is_wide else "dense"
-        name = f"{kind} of stage {' and '.join(map(str, users))}"
-        buckets.append(Bucket(name, sharing, group, config.moments_dtype(first.dtype), kept))
-        final_after.append(last_use(program, groups.pp_rank, users))
-        needed_from.append(first_use(program, groups.pp_rank, users))
-        order.append((first_use_anywhere(program, users), len(order)))
+    for plan in plan_buckets(model, stages, program, dtype):
+        group = (groups.expert if plan.is_expert else groups.dense)[plan.holders]
+        buckets.append(Bucket(plan.name, plan.members, group, config.moments_dtype(plan.masters), plan.weights))
+        final_after.append(last_use(program, groups.pp_rank, plan.users))
+        needed_from.append(first_use(program, groups.pp_rank, plan.users))
+        order.append((first_use_anywhere(program, plan.users), len(order)))
     device = buckets[0].weights_N.device
     worker = open_worker(groups.world, device, recorder=recorder, track=Track.REDUCE)
     reducer = Reducer(buckets, final_after, groups.world, worker, Traffic(groups.topology, groups.rank))
@@ -290,4 +310,5 @@ def build_model(config: RunConfig, groups: ProcessGroups, device: torch.device) 
     fp8 = config.precision.fp8(device)
     if fp8 is not None:
         model.use_fp8(fp8)
+    model.compute_in_blocks(config.expert_rows)
     return model

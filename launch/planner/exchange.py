@@ -13,11 +13,13 @@ from functools import cache
 from math import comb
 
 from ...comm.refusal import Problem, Refused
+from ...comm.wire import Format
 from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.model.config import ModelConfig
+from .links import bytes_a_second, evidence_of
 from .operations import Shape
 from .recipe import Precision, Recipe
-from .tables import Coverage, Table
+from .tables import Coverage, Row, Table, weakest
 
 
 class Exchange(StrEnum):
@@ -30,7 +32,7 @@ class Exchange(StrEnum):
 
     @property
     def towards_experts(self) -> bool:
-        """Rows go to the experts, in FP8 if computing is; sums of them come back in BF16 (report §3.3)."""
+        """Rows go to the experts; else sums of them come back."""
         return self in (Exchange.DISPATCH, Exchange.COMBINE_BACKWARD)
 
 
@@ -91,15 +93,30 @@ class Wire:
         model, ranks = shape.model, shape.expert_ranks
         nodes = max(1, ranks // self.cluster.gpus_per_node)
         row = self._row_bytes(model, exchange)
+        if self._is_flat:  # a row for every expert, wherever it is
+            inside = min(ranks, self.cluster.gpus_per_node)
+            rows = shape.tokens * row * model.top_k
+            return rows * (nodes - 1) / nodes, rows * (inside - 1) / ranks
         places = min(ranks, model.experts)
         remote = expected_visits(model, nodes) * (nodes - 1) / nodes
         forwarded = expected_visits(model, places) * (1 - 1 / min(ranks, self.cluster.gpus_per_node))
         return shape.tokens * row * remote, shape.tokens * row * forwarded
 
     def _row_bytes(self, model: ModelConfig, exchange: Exchange) -> float:
-        if self.recipe.precision is Precision.FP8 and exchange.towards_experts:
-            return model.hidden * (1 + 4 / 128)  # with an FP32 scale for 128 elements
-        return model.hidden * max(2, self.recipe.precision.bytes)
+        formats = self.recipe.exchange
+        named = {
+            Exchange.DISPATCH: formats.dispatch,
+            Exchange.COMBINE: formats.combine,
+            Exchange.COMBINE_BACKWARD: formats.combine_backward,
+            Exchange.DISPATCH_BACKWARD: formats.dispatch_backward,
+        }[exchange]
+        if named == Format.FP8:
+            return model.hidden * (1 + 4 / 128)  # with an FP32 scale for 128 elements, as DeepEP's V1
+        return model.hidden * (2 if named == Format.BF16 else self.recipe.wide)
+
+    @property
+    def _is_flat(self) -> bool:
+        return self.recipe.exchange.name == "flat"
 
     def _price(self, shape: Shape, exchange: Exchange) -> Travel:
         measured = self._calibrated(shape, exchange)
@@ -107,12 +124,35 @@ class Wire:
             return measured
         if shape.expert_ranks == 1:
             return Travel(exchange.value, 0.0, 0.0)
+        if self.table.measured_with:
+            self._refuse_unmeasured(shape)
         rows = [row for row in self.table.of("sync", "overlapped") if row.name == exchange.value]
         syncs = tuple(row.seconds for row in sorted(rows, key=lambda row: row.outputs)) or (0.0,)
         alone = self._alone(shape, exchange) * (1 + self.recipe.skew) / self.recipe.links
         beside = alone * self._contention(exchange)
-        self.coverage.add("measured" if rows else "published", beside + sum(syncs) / len(syncs))
+        self.coverage.add(self._evidence(shape, exchange), beside + sum(syncs) / len(syncs))
         return Travel(exchange.value, beside, alone, syncs)
+
+    def _evidence(self, shape: Shape, exchange: Exchange) -> str:
+        """Of a price: measured where the trace is of this very exchange."""
+        traced = self._overlapped(exchange)
+        if self._is_flat:
+            return "assumed"  # kernels that were measured send a token once a node
+        if traced is not None and (traced.tokens, traced.inputs) == (shape.tokens, shape.expert_ranks):
+            return traced.evidence
+        nvlink = self._rate_evidence(_kind(exchange), self.cluster.gpus_per_node, "nvlink_gbps")
+        if shape.expert_ranks <= self.cluster.gpus_per_node:
+            return nvlink
+        return weakest(nvlink, self._rate_evidence(_kind(exchange), shape.expert_ranks, "infiniband_gbps"))
+
+    def _rate_evidence(self, kind: str, ranks: int, name: str) -> str:
+        row = self._rate_row(kind, ranks) if self.table.name == self.cluster.name else None
+        return evidence_of(self.cluster, name) if row is None else row.evidence
+
+    def _refuse_unmeasured(self, shape: Shape) -> None:
+        name = f"{shape.micro_batch} sequences of {shape.sequence_length} over {shape.expert_ranks} ranks"
+        remedy = f"has no exchange of {name}; calibrate with as many ranks and such a batch"
+        raise Refused([Problem("cluster.tables", self.table.name, remedy)])
 
     def _calibrated(self, shape: Shape, exchange: Exchange) -> Travel | None:
         """As `shoestring calibrate` measured it whole. On a CPU it hides behind nothing: its core computes."""
@@ -135,34 +175,35 @@ class Wire:
         return max(seconds)
 
     def _rate(self, kind: str, ranks: int, link: float | None, name: str) -> float:
-        """Bytes a second: those that kernels reached on this cluster, else the link's."""
-        measured = self._measured_rate(kind, ranks) if self.table.name == self.cluster.name else None
+        """Bytes a second: those that kernels which send once a node reached on this cluster, else the link's."""
+        own = self.table.name == self.cluster.name and not self._is_flat
+        measured = self._measured_rate(kind, ranks) if own else None
         if measured is not None:
             return measured
-        if link is None:
-            remedy = f"is not known for {self.cluster.name}, and {ranks} expert-parallel ranks need it"
-            raise Refused([Problem(f"cluster.{name}", None, remedy)])
-        return link * 1e9
+        return bytes_a_second(self.cluster, name, link, f"an exchange over {ranks} expert-parallel ranks")
 
     def _measured_rate(self, kind: str, ranks: int) -> float | None:
         """Bytes a second that cross the link, in the measurement of the group that is most alike."""
+        row, size = self._rate_row(kind, ranks), self.cluster.gpus_per_node
+        if row is None:
+            return None
+        nodes = max(1, row.inputs // size)
+        return row.value * 1e9 * ((nodes - 1) / nodes if nodes > 1 else 1.0)  # logical: tokens that stay are counted
+
+    def _rate_row(self, kind: str, ranks: int) -> Row | None:
         size = self.cluster.gpus_per_node
         rows = [row for precision in Precision for row in self.table.of("exchange", "alone", precision.value)]
         rows = [row for row in rows if row.name == kind and (row.inputs <= size) == (ranks <= size)]
         # Two nodes are left out: there the published kernels are held up by NVLink, not by InfiniBand.
         rows = [row for row in rows if row.inputs <= size or row.inputs > 2 * size]
-        if not rows:
-            return None
-        row = min(rows, key=lambda row: abs(row.inputs - ranks))
-        nodes = max(1, row.inputs // size)
-        return row.value * 1e9 * ((nodes - 1) / nodes if nodes > 1 else 1.0)  # logical: tokens that stay are counted
+        return min(rows, key=lambda row: abs(row.inputs - ranks), default=None)
 
     def _contention(self, exchange: Exchange) -> float:
         """By how much computing beside it slows an exchange down: the trace's kernels against the same ones alone."""
-        names = (self.table.find("exchange", exchange.value, "overlapped", precision.value) for precision in Precision)
-        row = next((row for row in names if row is not None), None)
+        row = self._overlapped(exchange)
         if row is None:
             return 1.0
+        # The report's formats, and nodes as there.
         traced = Wire(replace(self.cluster, gpus_per_node=_TRACED_NODE), Recipe(), self.table, Coverage())
         shape = Shape(_TRACED_MODEL, row.tokens, 1, row.inputs)
         infiniband, nvlink = traced.bytes(shape, exchange)
@@ -170,6 +211,11 @@ class Wire:
         assert rates[0] is not None
         assert rates[1] is not None
         return row.seconds / max(infiniband / rates[0], nvlink / rates[1])
+
+    def _overlapped(self, exchange: Exchange) -> Row | None:
+        """The exchange beside computing, as it was measured."""
+        names = (self.table.find("exchange", exchange.value, "overlapped", precision.value) for precision in Precision)
+        return next((row for row in names if row is not None), None)
 
 
 def _kind(exchange: Exchange) -> str:

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from ...comm.record import EDGE_WAIT, OPTIMIZER, REDUCE_WAIT
 from ...comm.topology import Link, Topology
+from ...parallelism.pipeline.edges import edges
+from ...parallelism.pipeline.moments import Moment, moments
 from ...parallelism.pipeline.placement import Place, Placement
 from ...parallelism.pipeline.program import Op, Program
-from ...parallelism.pipeline.replay import Replay
+from ...parallelism.pipeline.replay import Replay, ideal_wait
 from ...parallelism.pipeline.schedules import build_placement, build_program
 from ...parallelism.pipeline.timetable import Timetable
+from ...trainer.budget.terms import report_view
+from ...trainer.costs.chunk_memory import StageShape
 from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.costs.flops import FlopCount, count_flops
 from ...trainer.model.config import ModelConfig
 from ...trainer.stages import split_layers
 from .exchange import Wire
-from .lanes import ChunkCosts, StageShape
-from .memory import MemoryForecast, Occupancy, Parameters, forecast_memory, occupancy, stage_parameters, static_bytes
+from .lanes import ChunkCosts
+from .links import bytes_a_second
+from .memory import ChunkCache, MemoryForecast, Parameters, forecast_memory, stage_parameters, state_of
 from .operations import Shape
 from .pricing import Compute
-from .recipe import Precision, Recipe
+from .recipe import Recipe
 from .runs import Kinds, Runs, kinds_of
 from .tables import Coverage
+from .update import Traffic, Updates, Uses, exposed_gather, exposed_reduce
 
 
 @dataclass(frozen=True)
@@ -52,9 +60,9 @@ class Forecast:
     stages: tuple[StageShape, ...]
     replay: Replay
     terms: tuple[dict[str, float], ...]
-    """The ledger's productive terms of each rank: F, I, W, B and FB net of waits, exposed_exchange, edge_wait."""
+    """The ledger's productive terms (`budget.terms.TERMS`) of each rank; each rank's add up to the step."""
     reduce: float
-    """Gradients over replicas, and weights back from their shards."""
+    """What shows of summing gradients over replicas, and of handing out weights to the next step."""
     optimizer: float
     memory: tuple[MemoryForecast, ...]
     flops: FlopCount
@@ -91,6 +99,11 @@ class Forecast:
         """Of the rank that needs most."""
         return max(self.memory, key=lambda memory: memory.total)
 
+    @property
+    def needed_memory(self) -> float:
+        """Bytes of that rank with what fragmentation loses."""
+        return max(needed_bytes(memory, self.recipe) for memory in self.memory)
+
     def gpu_hours(self, tokens: float) -> float:
         """Of training on so many tokens at this rate."""
         return tokens / self.tokens_per_second_and_gpu / 3600
@@ -100,17 +113,17 @@ class Forecast:
         """The terms, mean over ranks."""
         return {name: sum(rank[name] for rank in self.terms) / len(self.terms) for name in self.terms[0]}
 
+    @cached_property
+    def bubble(self) -> float:
+        """What of the mean edge_wait the program has by itself, as the ledger has it."""
+        program = self.replay.program
+        counts = Counter(entry.op for row in program.instructions for entry in row)
+        mean = {op: sum(self.instruction_seconds(op)) / counts[op] if counts[op] else 0.0 for op in Op}
+        return min(self.mean_terms[EDGE_WAIT], ideal_wait(program, mean) / program.ranks)
+
     def report_view(self) -> dict[str, float]:
-        """The terms of the Insights paper's table 4, mean over ranks: instructions with their waits for exchanges."""
-        mean = {op: sum(self.instruction_seconds(op)) / len(self.terms) for op in Op}
-        return {
-            "1F": mean[Op.F],
-            "bubble": self.mean_terms["edge_wait"],
-            "1B": mean[Op.I] + mean[Op.B],
-            "1W": mean[Op.W],
-            "1F1B": mean[Op.FB],
-            "opt": self.reduce + self.optimizer,
-        }
+        """The mean terms under the report's names, as the ledger and a timeline have them."""
+        return report_view(self.mean_terms, self.bubble)
 
     def instruction_seconds(self, op: Op) -> list[float]:
         """Of all instructions of one kind, by rank."""
@@ -123,9 +136,9 @@ class Forecast:
     @property
     def limit(self) -> str:
         """What costs most beside computing, in words."""
-        mean, busy = self.mean_terms, self.replay.busy
+        mean, busy, waits = self.mean_terms, self.replay.busy, self.replay.bubbles
         parts = {
-            "waits between stages": mean["edge_wait"],
+            "waits between stages": sum(waits) / len(waits),
             "exposed exchanges": mean["exposed_exchange"],
             "gradients and optimizer": self.reduce + self.optimizer,
         }
@@ -133,6 +146,18 @@ class Forecast:
         uneven = max(busy) - sum(busy) / len(busy)
         detail = f" ({uneven / self.seconds:.1%} for uneven stages)" if name == "waits between stages" else ""
         return f"{name} {parts[name] / self.seconds:.1%} of the step{detail}"
+
+
+def _terms(runs: Runs, replay: Replay, reduce: float, optimizer: float) -> Iterator[dict[str, float]]:
+    """Of each rank. Behind its last instruction it waits for all others in the sums over ranks, as the runtime does."""
+    for rank, (ends, busy) in enumerate(zip(replay.ends, replay.busy, strict=True)):
+        last = replay.makespan - ends[-1] + reduce
+        yield runs.terms(rank) | {EDGE_WAIT: ends[-1] - busy, REDUCE_WAIT: last, OPTIMIZER: optimizer}
+
+
+def needed_bytes(memory: MemoryForecast, recipe: Recipe) -> float:
+    """What a rank must have: flat buffers lie where they lie, all that comes and goes leaves gaps."""
+    return memory.total + recipe.fragmentation * (memory.activations + memory.deferred + memory.working)
 
 
 @dataclass
@@ -148,7 +173,9 @@ class Forecaster:
     _splits: dict[tuple[int, tuple[int, ...] | None], tuple[StageShape, ...]] = field(default_factory=dict)
     _parameters: dict[Layout, tuple[Parameters, ...]] = field(default_factory=dict)
     _costs: dict[tuple[Recipe, int, int], ChunkCosts] = field(default_factory=dict)
-    _occupancy: dict[tuple[str, int, int, int], tuple[Occupancy, ...]] = field(default_factory=dict)
+    _moments: dict[tuple[str, int, int, int], tuple[frozenset[Moment], ...]] = field(default_factory=dict)
+    _chunks: ChunkCache = field(default_factory=ChunkCache)
+    _uses: dict[tuple[str, int, int, int], Uses] = field(default_factory=dict)
     _kinds: dict[tuple[str, int, int, int], Kinds] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -163,7 +190,7 @@ class Forecaster:
         runs = Runs(costs, held, self._counts(program), recipe, self._slowest(layout, recipe))
         transfer = self.transfer(layout, recipe)
         replay = timetable.replay(runs.duration, transfer)
-        reduce, optimizer = self.update(layout, recipe)
+        reduce, optimizer = self.update(layout, recipe, replay)
         peak = self.cluster.peak_tflops
         assert peak is not None
         return Forecast(
@@ -171,7 +198,7 @@ class Forecaster:
             recipe=recipe,
             stages=stages,
             replay=replay,
-            terms=tuple(runs.terms(rank, bubble) for rank, bubble in enumerate(replay.bubbles)),
+            terms=tuple(_terms(runs, replay, reduce, optimizer)),
             reduce=reduce,
             optimizer=optimizer,
             memory=self.memory(layout, recipe, program),
@@ -194,25 +221,24 @@ class Forecaster:
         held = self._held(placement, stages)
         busy = [count * sum(costs.compute_seconds(stage) for stage in rank) for rank in held]
         longest = max(busy) if recipe.imbalance else sum(busy) / len(busy)
-        return longest * self._slowest(layout, recipe) + sum(self.update(layout, recipe))
+        return longest * self._slowest(layout, recipe) + self._optimizer(layout, recipe)
 
     def memory(self, layout: Layout, recipe: Recipe, program: Program) -> tuple[MemoryForecast, ...]:
         """Of every pipeline rank."""
-        held = self._held(program.placement, self.stages(layout))
-        shape, key = (
-            self._shape(layout, recipe),
-            (program.schedule, program.ranks, program.micro_batches, program.chunks),
-        )
-        if key not in self._occupancy:
-            self._occupancy[key] = tuple(map(occupancy, program.instructions))
+        held, shape = self._held(program.placement, self.stages(layout)), self._shape(layout, recipe)
+        key = program.schedule, program.ranks, program.micro_batches, program.chunks
+        if key not in self._moments:
+            self._moments[key] = tuple(moments(program, *each) for each in enumerate(edges(program)))
+        chunks = [self._chunks.of(stages, shape, recipe) for stages in held]
+        states = [state_of(recipe, parameters) for parameters in self.parameters(layout)]
         return tuple(
-            forecast_memory(moments, stages, shape, recipe, parameters)
-            for moments, stages, parameters in zip(self._occupancy[key], held, self.parameters(layout), strict=True)
+            forecast_memory(worst, own, state, recipe, shape.expert_ranks)
+            for worst, own, state in zip(self._moments[key], chunks, states, strict=True)
         )
 
     def static_memory(self, layout: Layout, recipe: Recipe) -> float:
         """Bytes of weights, gradients and optimizer of the rank that has most."""
-        return max(sum(static_bytes(recipe, held)) for held in self.parameters(layout))
+        return max(state_of(recipe, held).total for held in self.parameters(layout))
 
     def program(self, layout: Layout, global_batch: int) -> Program:
         """The program of one step."""
@@ -252,53 +278,51 @@ class Forecaster:
         measured = table.find("edge", "message", f"{layout.micro_batch}x{self.sequence_length}")
         if measured is not None:
             return measured.seconds
+        cluster = self.cluster
         links = {topology.link(rank, rank + topology.dp) for rank in range(topology.dp)}
-        name = "infiniband_gbps" if Link.INFINIBAND in links else "nvlink_gbps"
-        rate = self.cluster.__dict__[name]
-        return (
-            tokens * self.model.hidden * max(2, recipe.precision.bytes) / (rate * recipe.links * 1e9) if rate else 0.0
-        )
+        crosses = Link.INFINIBAND in links
+        name, link = ("infiniband_gbps", cluster.infiniband_gbps) if crosses else ("nvlink_gbps", cluster.nvlink_gbps)
+        rate = bytes_a_second(cluster, name, link, "a message between stages")
+        return tokens * self.model.hidden * recipe.wide / (rate * recipe.links)
 
-    def update(self, layout: Layout, recipe: Recipe) -> tuple[float, float]:
-        """Seconds of summing gradients and gathering weights, and of the optimizer, on the rank that takes longest."""
-        both = [self._update(layout, recipe, held) for held in self.parameters(layout)]
-        return max(reduce for reduce, _ in both), max(optimizer for _, optimizer in both)
+    def update(self, layout: Layout, recipe: Recipe, replay: Replay) -> tuple[float, float]:
+        """Seconds that show of summing gradients and handing out weights, and of the optimizer on the slowest rank."""
+        updates = self._updates(layout, recipe)
+        if updates.is_timed:
+            both = [updates.timed(held) for held in self.parameters(layout)]
+            return max(reduce for reduce, _ in both), max(optimizer for _, optimizer in both)
+        uses, traffic = self._program_uses(replay.program), self._traffic(layout, updates)
+        shown = exposed_reduce(uses, replay, traffic) + exposed_gather(uses, replay, traffic)
+        return shown, self._optimizer(layout, recipe)
 
-    def _update(self, layout: Layout, recipe: Recipe, held: Parameters) -> tuple[float, float]:
-        topology, size = layout.topology, layout.topology.gpus_per_node
-        table = self.costs(layout, recipe).cost.table
-        wide = max(2, recipe.precision.bytes)
-        local = table.find("phase", "optimizer", "any")
-        if local is not None:  # as calibrated, for a thousand parameters
-            reduce, rest = (table.find("phase", name, "any") for name in ("reduce", "step"))
-            assert reduce is not None
-            assert rest is not None
-            copied = held.dense * (held.dense_copies > 1) + held.routed * (held.routed_copies > 1)
-            updated = (held.dense + held.routed) / 1e3 * local.seconds
-            return copied / 1e3 * reduce.seconds, updated + rest.seconds
-        dense = self._collective(held.dense * (4 + wide), held.dense_copies, min(topology.dp, size))
-        expert_neighbours = max(1, min(topology.edp, size // topology.ep))
-        routed = self._collective(held.routed * (4 + wide), held.routed_copies, expert_neighbours)
-        shard = held.dense / held.dense_copies + held.routed / held.routed_copies
-        touched = shard * (4 + 4 + 8 + 2 * recipe.moment_bytes + wide)  # norm, gradient, master, moments, weight
-        if recipe.precision is Precision.FP8:
-            touched += (held.dense + held.routed) * 4  # weights read, both layouts written
-        share = table.find("memory", "update", "any")
-        rate = (self.cluster.memory_gbps or math.inf) * 1e9 * (share.value if share is not None else 1.0)
-        return dense + routed, touched / rate
+    def _optimizer(self, layout: Layout, recipe: Recipe) -> float:
+        """On the rank that takes longest."""
+        updates = self._updates(layout, recipe)
+        if updates.is_timed:
+            return max(updates.timed(held)[1] for held in self.parameters(layout))
+        return max(map(updates.optimizer, self.parameters(layout)))
 
-    def _collective(self, count: float, ranks: int, inside: int) -> float:
-        """A reduce-scatter or all-gather of `count` bytes: rings inside nodes and between them run at the same time."""
-        if ranks == 1:
-            return 0.0
-        nodes = max(1, ranks // inside)
-        nvlink, infiniband = self.cluster.nvlink_gbps, self.cluster.infiniband_gbps
-        seconds = [0.0]
-        if inside > 1 and nvlink is not None:
-            seconds.append(count * (inside - 1) / inside / (nvlink * 1e9))
-        if nodes > 1 and infiniband is not None:
-            seconds.append(count * (nodes - 1) / nodes / inside / (infiniband * 1e9))
-        return max(seconds)
+    def _updates(self, layout: Layout, recipe: Recipe) -> Updates:
+        return Updates(self.cluster, recipe, self.costs(layout, recipe).cost.table, layout.topology)
+
+    def _program_uses(self, program: Program) -> Uses:
+        key = program.schedule, program.ranks, program.micro_batches, program.chunks
+        if key not in self._uses:
+            self._uses[key] = Uses.of(program)
+        return self._uses[key]
+
+    def _traffic(self, layout: Layout, updates: Updates) -> list[Traffic]:
+        """Of each stage's collectives; the last one's are also those of a replica of the embedding."""
+        placement = build_placement(layout.schedule, layout.topology.pp, layout.chunks)
+        stages, copies = self.stages(layout), len(placement.holders(0))
+        together = any(held[0].is_first and held[-1].is_last for held in self._held(placement, stages))
+        table = self.model.vocabulary * self.model.hidden
+        counted = []
+        for stage in stages:
+            held = self._count(layout.topology, copies, [stage])
+            spare = table if stage.is_last and not stage.is_first and together and self.model.mtp_depth else 0
+            counted.append(replace(held, dense=held.dense - spare))  # the table is the first stage's there
+        return [updates.traffic(held) for held in counted]
 
     def parameters(self, layout: Layout) -> tuple[Parameters, ...]:
         """What one rank of each pipeline rank holds."""

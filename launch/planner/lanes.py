@@ -12,10 +12,12 @@ from dataclasses import dataclass, field, replace
 
 from ...comm.record import EXPOSED_EXCHANGE, Track
 from ...parallelism.pipeline.overlap import Steps, drive, take_turns
+from ...trainer.costs.chunk_memory import StageShape
 from .exchange import Exchange, Travel, Wire
 from .operations import Phase, Shape
 from .pricing import Compute
 from .recipe import Sync
+from .tables import Coverage
 
 
 @dataclass
@@ -104,16 +106,6 @@ class Lanes:
         self.exchanging += seconds
         head.done = True
         self.spans.append(LaneSpan(Track.EXCHANGE, head.travel.name, begun, self.now))
-
-
-@dataclass(frozen=True)
-class StageShape:
-    """What a stage holds: enough to say how long its chunks take."""
-
-    dense: int
-    routed: int
-    is_first: bool
-    is_last: bool
 
 
 Backward = Callable[[bool], Steps[None]]
@@ -233,6 +225,12 @@ class ChunkCosts:
     wire: Wire
     _lanes: dict[tuple[str, StageShape | None, StageShape | None], Lanes] = field(default_factory=dict)
 
+    def apart(self) -> ChunkCosts:
+        """The same prices, counted in no coverage but their own."""
+        coverage = Coverage(at_best=self.cost.coverage.at_best)
+        cost = Compute(self.cost.cluster, self.cost.recipe, self.cost.table, coverage)
+        return ChunkCosts(self.shape, cost, Wire(self.wire.cluster, self.wire.recipe, self.wire.table, coverage))
+
     def run(self, op: str, forward: StageShape | None, backward: StageShape | None) -> Lanes:
         """The lanes after one instruction: `op` is F, B, I, W or FB."""
         key = op, forward, backward
@@ -243,7 +241,8 @@ class ChunkCosts:
     def _run(self, op: str, forward: StageShape | None, backward: StageShape | None) -> Lanes:
         lanes = Lanes()
         sync = self.cost.recipe.sync
-        waits = sync is Sync.EVERYWHERE or (sync is Sync.PAIRS and op == "FB")
+        in_turns = op == "FB" and self.cost.recipe.overlap
+        waits = sync is Sync.EVERYWHERE or (sync is Sync.PAIRS and in_turns)
         ahead = None if forward is None else self._chunk(forward, lanes, waits).forward()
         if backward is None:
             assert ahead is not None
@@ -252,8 +251,11 @@ class ChunkCosts:
             self._chunk(backward, lanes, waits).weight_gradients()
         elif ahead is None:
             drive(self._chunk(backward, lanes, waits).backward(op == "B"))
-        else:
+        elif in_turns:
             take_turns(self._chunk(backward, lanes, waits).backward(True), ahead)
+        else:  # as the executor does without `schedule.overlap`
+            drive(ahead)
+            drive(self._chunk(backward, lanes, waits).backward(True))
         return lanes
 
     def _chunk(self, stage: StageShape, lanes: Lanes, waits: bool) -> SimulatedChunk:

@@ -1,23 +1,24 @@
-"""Bytes of one pipeline rank, by replaying its program: what stays, and what is alive at the worst moment."""
+"""The memory of a layout that the planner looks at, by the runtime's own accounting (`trainer/costs/memory.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
-from ...parallelism.pipeline.program import Instruction, Op
+import torch
+
+from ...comm.fp8 import TILE
+from ...parallelism.pipeline.moments import Moment
+from ...trainer.costs.activations import MicroBatch
+from ...trainer.costs.buffers import Wire
+from ...trainer.costs.chunk_memory import ChunkMemory, Kind, StageShape
+from ...trainer.costs.memory import Chunks, RankMemory, fixed_bytes, rank_memory
+from ...trainer.costs.state import Portion, State
+from ...trainer.costs.working import Working
 from ...trainer.model.config import ModelConfig
-from .lanes import StageShape
+from ...trainer.model.recompute import RecomputeConfig
 from .operations import Shape
-from .recipe import Precision, Recipe, Recompute
-
-EXCHANGE_BUFFERS = 1.0e9
-"""Assumed: the buffers of an exchange's kernels."""
-CONTEXT = 2.0e9
-"""Assumed: CUDA context, NCCL and libraries, outside of the allocator."""
-_FP8_ELEMENT = 1 + 4 / 128  # with an FP32 scale for 128 elements
-_E5M6_ELEMENT = 1.5  # inputs of the Linear after attention (report §3.3.3)
+from .recipe import Precision, Recipe
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,25 @@ class MemoryForecast:
     activations: float
     """Of micro-batches in flight."""
     deferred: float
-    """Gradients that a W still needs."""
+    """What gradients of weights still need."""
     working: float
-    """What one layer and the losses need while they run."""
+    """What layers, losses, exchanges and messages need while they run."""
     fixed: float
     """Exchange buffers, and what lies outside of the allocator."""
+
+    @staticmethod
+    def of(memory: RankMemory) -> MemoryForecast:
+        """The same in the planner's words."""
+        state, coming = memory.state, memory.at_worst
+        return MemoryForecast(
+            weights=state.weights + state.fp8_weights,
+            gradients=state.gradients,
+            optimizer=state.masters + state.moments,
+            activations=coming[Kind.ACTIVATIONS],
+            deferred=coming[Kind.DEFERRED],
+            working=coming[Kind.WORKING] + coming[Kind.EXCHANGE] + coming[Kind.MESSAGES],
+            fixed=memory.fixed,
+        )
 
     @property
     def total(self) -> float:
@@ -64,163 +79,57 @@ class MemoryForecast:
         return self.total - self.fixed
 
 
-@cache
-def activation_bytes(shape: Shape, recipe: Recipe, *, routed: bool) -> float:
-    """What one layer keeps of one micro-batch for its backward."""
-    return sum(size for _, size in kept(shape, recipe, routed=routed))
+def working_of(shape: Shape, recipe: Recipe) -> Working:
+    """What a micro-batch of this shape keeps and needs."""
+    model = shape.model
+    batch = MicroBatch(
+        shape.micro_batch,
+        shape.sequence_length,
+        torch.float32 if recipe.precision is Precision.FP32 else torch.bfloat16,
+        on_cpu=recipe.on_cpu,
+        rows=shape.rows,
+        fp8=recipe.precision is Precision.FP8,
+        block=RecomputeConfig(expert_rows=recipe.expert_rows).rows_at_once(shape.tokens * model.top_k),
+    )
+    wire = Wire.of(recipe.exchange, shape.expert_ranks)
+    return Working(model, batch, recipe.recompute, wire, model.experts // shape.expert_ranks)
 
 
-def kept(shape: Shape, recipe: Recipe, *, routed: bool) -> Iterator[tuple[str, float]]:
-    """Every tensor that a layer keeps, with its bytes."""
-    if recipe.recompute is Recompute.FULL:
-        yield from _kept_inputs(shape, recipe, routed=routed)
-        return
-    yield from _kept_by_attention(shape, recipe)
-    model, tokens = shape.model, shape.tokens
-    saves, wide, narrow = _elements(recipe)
-    inner = model.shared_experts * model.expert_ffn if routed else model.dense_ffn
-    if not saves:
-        yield "input of the feed-forward network", tokens * model.hidden * wide
-        yield "SwiGLU output", tokens * inner * wide
-    if inner:
-        yield "SwiGLU input", tokens * 2 * inner * narrow
-    if routed:
-        yield "dispatched rows", shape.rows * model.hidden * narrow
-        yield "experts' SwiGLU input", shape.rows * 2 * model.expert_ffn * narrow
-        if not saves:
-            yield "experts' SwiGLU output", shape.rows * model.expert_ffn * wide
-            yield "experts' results", shape.rows * model.hidden * wide
+@dataclass
+class ChunkCache:
+    """Chunks of ranks, each run on paper once."""
 
+    _working: dict[tuple[object, ...], Working] = field(default_factory=dict)
+    _chunks: dict[tuple[object, ...], Chunks] = field(default_factory=dict)
 
-def _elements(recipe: Recipe) -> tuple[bool, float, float]:
-    """Whether the report's savings apply; bytes of an element as computed, and as cached for a weight gradient."""
-    wide = float(max(2, recipe.precision.bytes))
-    saves = recipe.recompute is not Recompute.NONE
-    return saves, wide, _FP8_ELEMENT if saves and recipe.precision is Precision.FP8 else wide
-
-
-def _kept_by_attention(shape: Shape, recipe: Recipe) -> Iterator[tuple[str, float]]:
-    model, tokens, heads = shape.model, shape.tokens, shape.model.heads
-    saves, wide, narrow = _elements(recipe)
-    latents = (model.q_lora_rank or 0) + model.kv_lora_rank + model.qk_rope_head_dim
-    yield "residual stream, twice", 2 * tokens * model.hidden * wide
-    yield "compressed query, key and value", tokens * latents * wide
-    out = _E5M6_ELEMENT if narrow < wide else wide
-    yield "attention output", tokens * heads * (model.v_head_dim * out + 4)  # with the FP32 log-sum of each head
-    if not saves:
-        yield "normed inputs", tokens * (model.hidden + latents) * wide
-        yield "query, key and value", tokens * heads * (2 * model.qk_head_dim + model.v_head_dim) * wide
-
-
-def _kept_inputs(shape: Shape, recipe: Recipe, *, routed: bool) -> Iterator[tuple[str, float]]:
-    """With every phase recomputed: the inputs of phases; exchanges are not replayed."""
-    _, wide, narrow = _elements(recipe)
-    yield "residual stream, twice", 2 * shape.tokens * shape.model.hidden * wide
-    if routed:
-        yield "dispatched rows", shape.rows * shape.model.hidden * narrow
-
-
-def deferred_bytes(shape: Shape, recipe: Recipe, stage: StageShape) -> float:
-    """Output gradients of every Linear of a stage, kept from its I to its W."""
-    model, tokens, rows = shape.model, shape.tokens, shape.rows
-    element = _FP8_ELEMENT if recipe.precision is Precision.FP8 else float(recipe.precision.bytes)
-    outputs = (model.q_lora_rank or 0) + model.heads * model.qk_head_dim + model.kv_lora_rank + model.hidden
-    outputs += model.heads * (model.qk_nope_head_dim + model.v_head_dim)
-    dense = outputs + 2 * model.dense_ffn + model.hidden
-    shared = outputs + model.shared_experts * 2 * model.expert_ffn + model.hidden
-    routed = rows * (2 * model.expert_ffn + model.hidden) + tokens * shared
-    layers = stage.routed + (model.mtp_depth if stage.is_last else 0)
-    return element * (stage.dense * tokens * dense + layers * routed)
-
-
-def stage_activations(shape: Shape, recipe: Recipe, stage: StageShape) -> float:
-    """What a stage keeps of one micro-batch."""
-    depth = shape.model.mtp_depth if stage.is_last else 0
-    held = stage.dense * activation_bytes(shape, recipe, routed=False)
-    held += (stage.routed + depth) * activation_bytes(shape, recipe, routed=True)
-    if stage.is_last:
-        held += (1 + 3 * depth) * shape.tokens * shape.model.hidden * max(2, recipe.precision.bytes)
-    return held
-
-
-Occupancy = frozenset[tuple[tuple[int, ...], tuple[int, ...]]]
-"""Every moment of one rank that may be its worst: of each chunk, micro-batches alive and waiting for their W."""
-
-
-def occupancy(instructions: Sequence[Instruction]) -> Occupancy:
-    """Replay the instructions of one rank."""
-    chunks = 1 + max((work.chunk for entry in instructions for work in entry.works), default=0)
-    alive, waiting = [0] * chunks, [0] * chunks
-    moments = set()
-    for entry in instructions:
-        if entry.forward is not None:
-            alive[entry.forward.chunk] += 1
-        moments.add((tuple(alive), tuple(waiting)))
-        if entry.backward is None:
-            continue
-        if entry.op is Op.I:
-            waiting[entry.backward.chunk] += 1
-            moments.add((tuple(alive), tuple(waiting)))
-        else:
-            alive[entry.backward.chunk] -= 1
-            waiting[entry.backward.chunk] -= entry.op is Op.W
-    return frozenset(moment for moment in moments if not any(_exceeds(other, moment) for other in moments))
-
-
-def _exceeds(a: tuple[tuple[int, ...], ...], b: tuple[tuple[int, ...], ...]) -> bool:
-    """Whether `a` holds as much as `b` of everything, and more of something."""
-    return a != b and all(x >= y for left, right in zip(a, b, strict=True) for x, y in zip(left, right, strict=True))
+    def of(self, stages: Sequence[StageShape], shape: Shape, recipe: Recipe) -> Chunks:
+        """Those of a rank that holds `stages`."""
+        computing = recipe.precision, recipe.recompute, recipe.exchange, recipe.expert_rows, recipe.on_cpu
+        key = shape.micro_batch, shape.expert_ranks, shape.skew, *computing
+        if key not in self._working:
+            self._working[key] = working_of(shape, recipe)
+        if (*key, *stages) not in self._chunks:
+            self._chunks[*key, *stages] = Chunks([ChunkMemory(stage, self._working[key]) for stage in stages])
+        return self._chunks[*key, *stages]
 
 
 def forecast_memory(
-    moments: Occupancy, stages: Sequence[StageShape], shape: Shape, recipe: Recipe, held: Parameters
+    worst: Collection[Moment], chunks: Chunks, state: State, recipe: Recipe, ranks: int
 ) -> MemoryForecast:
-    """The worst of the `moments` of one rank, whose chunks hold `stages`."""
-    alive = [stage_activations(shape, recipe, stage) for stage in stages]
-    pending = [deferred_bytes(shape, recipe, stage) for stage in stages]
-    activations, deferred = max((_held(moment, alive, pending) for moment in moments), key=sum)
-    weights, gradients, optimizer = static_bytes(recipe, held)
-    return MemoryForecast(
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        activations=activations,
-        deferred=deferred,
-        working=_working(shape, recipe, stages),
-        fixed=CONTEXT + (EXCHANGE_BUFFERS if shape.expert_ranks > 1 else 0.0),
+    """One rank, whose program has these moments; experts are spread over so many `ranks`."""
+    fixed = fixed_bytes(ranks, on_cpu=recipe.on_cpu)
+    return MemoryForecast.of(rank_memory(state, chunks, worst, between=(), update=0.0, fixed=fixed))
+
+
+def state_of(recipe: Recipe, held: Parameters) -> State:
+    """Weights, gradients, optimizer state of one rank, and its FP8 copies."""
+    weight, moment = recipe.wide, recipe.moment_bytes // 2
+    parts = (held.dense, held.dense_copies), (held.routed, held.routed_copies)
+    low = 2 * (1 + 4 / TILE**2) if recipe.precision is Precision.FP8 else 0.0  # both layouts of a Linear's weight
+    return State.of(
+        (Portion(count, copies, weight, moment=moment) for count, copies in parts),
+        fp8_weights=low * (held.dense + held.routed - held.tables),
     )
-
-
-def static_bytes(recipe: Recipe, held: Parameters) -> tuple[float, float, float]:
-    """Weights, gradients, optimizer state of one rank: 6 + 8/d bytes a parameter with BF16 moments, and FP8 copies."""
-    low = 2.0 if recipe.precision is Precision.FP8 else 0.0  # both layouts of a Linear's weight
-    count = held.dense + held.routed
-    weights = max(2, recipe.precision.bytes) * count + low * (count - held.tables)
-    shards = held.dense / held.dense_copies + held.routed / held.routed_copies
-    return weights, 4.0 * count, (4.0 + recipe.moment_bytes) * shards
-
-
-def _held(
-    moment: tuple[tuple[int, ...], tuple[int, ...]], alive: Sequence[float], pending: Sequence[float]
-) -> tuple[float, float]:
-    """Activations and deferred gradients at one moment."""
-    counts, waiting = moment
-    return (
-        sum(count * size for count, size in zip(counts, alive, strict=True)),
-        sum(count * size for count, size in zip(waiting, pending, strict=True)),
-    )
-
-
-def _working(shape: Shape, recipe: Recipe, stages: Sequence[StageShape]) -> float:
-    """One layer without savings while it runs, and the logits of one loss with their gradient."""
-    everything = Recipe(precision=recipe.precision, recompute=Recompute.NONE)
-    routed = any(stage.routed or (stage.is_last and shape.model.mtp_depth) for stage in stages)
-    layer = activation_bytes(shape, everything, routed=routed)
-    if recipe.recompute is Recompute.NONE:
-        layer = 0.0  # it is among the activations
-    wide = max(2, recipe.precision.bytes)
-    logits = shape.tokens * shape.model.vocabulary * (4.0 + wide) if any(s.is_last for s in stages) else 0.0
-    return layer + logits
 
 
 def stage_parameters(model: ModelConfig, stage: StageShape) -> tuple[float, float]:

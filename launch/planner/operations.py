@@ -5,12 +5,15 @@ Letters: T tokens of a micro-batch, R rows that reach this rank's experts, D hid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
 from ...trainer.model.config import ModelConfig
-from .recipe import Precision, Recipe, Recompute
+from ...trainer.model.loss import chunk_tokens
+from ...trainer.model.recompute import Part
+from .recipe import Precision, Recipe
 
 
 class Phase(StrEnum):
@@ -110,6 +113,9 @@ class Shape:
 def phase_operations(shape: Shape, recipe: Recipe, phase: Phase) -> Iterator[Operation]:
     """Everything that `phase` of one layer computes on one rank."""
     part, way = phase.value[:-3], phase.value[-2]
+    if part == "loss":
+        yield from _loss(shape, recipe, phase)
+        return
     role = {"F": Role.FORWARD, "B": Role.INPUT, "W": Role.WEIGHT}[way]
     # The runtime leaves the weights of shared and routed experts for the same moment.
     for linears in ("shared", "mlp") if phase is Phase.EXPERTS_W else (part,):
@@ -125,18 +131,15 @@ def phase_operations(shape: Shape, recipe: Recipe, phase: Phase) -> Iterator[Ope
 def _linears(shape: Shape, recipe: Recipe, part: str) -> Iterator[tuple[str, int, int, int, Precision, bool]]:
     """Name, tokens, inputs, outputs, format and whether grouped of each Linear of a part."""
     model, tokens, low = shape.model, shape.tokens, recipe.precision
-    high = max(low, Precision.BF16, key=lambda precision: precision.bytes)  # what stays out of FP8
     hidden, inner = model.hidden, model.expert_ffn
     if part in ("attn", "dense"):
         for name, inputs, outputs in _attention_linears(model):
             yield name, tokens, inputs, outputs, low, False
     if part == "attn":
-        yield "gate", tokens, hidden, model.experts, high, False
+        yield "gate", tokens, hidden, model.experts, _out_of_fp8(recipe), False
     elif part == "dense":
         yield "ffn_gate_up", tokens, hidden, 2 * model.dense_ffn, low, False
         yield "ffn_down", tokens, model.dense_ffn, hidden, low, False
-    elif part == "loss":
-        yield "head", tokens, hidden, model.vocabulary, high, False
     elif part == "mtp":
         yield "mtp_merge", tokens, 2 * hidden, hidden, low, False
     if part == "shared" and model.shared_experts:
@@ -145,6 +148,28 @@ def _linears(shape: Shape, recipe: Recipe, part: str) -> Iterator[tuple[str, int
     if part == "mlp":
         yield "gate_up", shape.rows, hidden, 2 * inner, low, True
         yield "down", shape.rows, inner, hidden, low, True
+
+
+def _loss(shape: Shape, recipe: Recipe, phase: Phase) -> Iterator[Operation]:
+    """The runtime forms the gradients together with the loss: all three products are in the forward."""
+    if phase is not Phase.HEAD_F:
+        return
+    for role in Role:
+        dtype = _out_of_fp8(recipe)
+        yield Gemm("head", role, dtype, shape.tokens, shape.model.hidden, shape.model.vocabulary)
+
+
+def head_traffic(shape: Shape, recipe: Recipe) -> float:
+    """Bytes that adding up the head's FP32 gradient moves: for each chunk of tokens a product, and the sum.
+
+    No pass of `_loss`: nobody has measured a head, and a kernel may keep the sum to itself.
+    """
+    chunks = math.ceil(shape.tokens / chunk_tokens(shape.model.vocabulary, on_gpu=True))
+    return float(chunks) * shape.model.vocabulary * shape.model.hidden * (2 * recipe.wide + 2 * 4)
+
+
+def _out_of_fp8(recipe: Recipe) -> Precision:
+    return max(recipe.precision, Precision.BF16, key=lambda precision: precision.bytes)
 
 
 def _attention_linears(model: ModelConfig) -> Iterator[tuple[str, int, int]]:
@@ -159,19 +184,21 @@ def _attention_linears(model: ModelConfig) -> Iterator[tuple[str, int, int]]:
     yield "out", heads * model.v_head_dim, hidden
 
 
+_REMADE = {
+    Part.UP_PROJECTION: ("q_proj", "q_up", "kv_up"),
+    Part.GATE_UP: ("gate_up", "shared_gate_up", "ffn_gate_up"),
+}
+"""Linears that a policy runs again. Norms and SwiGLU are in the measured passes, of a run that makes them again."""
+
+
 def _recomputed(shape: Shape, recipe: Recipe, part: str) -> Iterator[Operation]:
     """What the backward makes again."""
-    if recipe.recompute is Recompute.NONE or part not in ("attn", "dense", "shared", "mlp"):
-        return
-    full = recipe.recompute is Recompute.FULL
+    names = [name for policy, linears in _REMADE.items() if policy in recipe.recompute for name in linears]
     for name, tokens, inputs, outputs, dtype, grouped in _linears(shape, recipe, part):
-        if full or name in ("q_up", "kv_up"):
+        if name in names:
             yield Gemm(name, Role.FORWARD, dtype, tokens, inputs, outputs, grouped)
-    if full:
-        if part in ("attn", "dense"):
-            yield from _core(shape, "forward")
-        phases = {"attn": Phase.ATTENTION_F, "dense": Phase.DENSE_F, "shared": Phase.SHARED_F, "mlp": Phase.EXPERTS_F}
-        yield from _passes(shape, recipe, phases[part])
+    if Part.ATTENTION in recipe.recompute and part in ("attn", "dense"):
+        yield from _core(shape, "forward")
 
 
 def _core(shape: Shape, role: str) -> Iterator[Core]:

@@ -30,7 +30,8 @@ def html_page(forecast: Forecast, title: str, memory_gb: float) -> str:
         "step": f"{forecast.seconds:.3f} s",
         "throughput": f"{forecast.tokens_per_second_and_gpu:,.0f} tokens/s/GPU",
         "MFU (causal, without MTP)": f"{forecast.mfu:.2%}",
-        "peak memory": f"{forecast.peak_memory.total / 1e9:.1f} GB of {memory_gb:g}",
+        "peak memory": f"{forecast.peak_memory.total / 1e9:.1f} GB, {forecast.needed_memory / 1e9:.1f} with "
+        f"fragmentation, of {memory_gb:g}",
         "limited by": forecast.limit,
     }
     rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in figures.items())

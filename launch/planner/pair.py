@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ...parallelism.pipeline.overlap import take_turns
-from .lanes import ChunkCosts, Lanes, SimulatedChunk, StageShape
+from ...trainer.costs.chunk_memory import StageShape
+from .lanes import ChunkCosts, Lanes, SimulatedChunk
 from .published import PAIR_ROWS
 
 TRACED = StageShape(dense=0, routed=4, is_first=False, is_last=False)
@@ -12,7 +13,7 @@ TRACED = StageShape(dense=0, routed=4, is_first=False, is_last=False)
 def simulate_pair(costs: ChunkCosts, *, as_routed: bool = True) -> Lanes:
     """Forward and backward of four routed layers in turns; `as_routed`: with the rows that reached the traced rank."""
     forward_rows, backward_rows = PAIR_ROWS if as_routed else ((), ())
-    lanes = Lanes()
+    lanes, costs = Lanes(), costs.apart()  # a look aside, which is no part of the forecast
     parts = costs.shape, costs.cost, costs.wire, lanes, True
     take_turns(
         SimulatedChunk(TRACED, *parts, backward_rows).backward(weights=True),

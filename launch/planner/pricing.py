@@ -7,11 +7,13 @@ grids are 112 of 132 SMs throughout, and attn(W) takes 2,405 µs alone and 2,375
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ...comm.refusal import Problem, Refused
+from ...comm.refusal import Problem, Refused, refuse_if_any
 from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.model.config import ModelConfig
+from .links import bytes_a_second, evidence_of
 from .operations import Core, Gemm, Operation, Pass, Phase, Shape, pass_bytes, phase_operations
 from .recipe import Precision, Recipe
 from .tables import Coverage, Row, Table, read_table
@@ -36,6 +38,41 @@ MEASURED_ON = ModelConfig(
 """The layer whose passes over memory the tables measured, with 4,096 tokens."""
 
 
+def described_table(cluster: ClusterConfig) -> Table:
+    """The kernel times of a cluster. Raises `Refused` where it does not say what every price needs."""
+    if cluster.tables is None:
+        remedy = (
+            f"{cluster.name} has no kernel times, and nothing can be priced without; write a cluster that has some, as "
+            "cluster=h800, or measure this machine with `shoestring calibrate`"
+        )
+        raise Refused([Problem("cluster.tables", None, remedy)])
+    refuse_if_any(
+        Problem(f"cluster.{name}", None, f"is not known for {cluster.name}, and nothing can be priced without it")
+        for name, value in (("peak_tflops", cluster.peak_tflops), ("memory_gb", cluster.memory_gb))
+        if value is None
+    )
+    return read_table(cluster.tables)
+
+
+def _foreign(table: Table, recipe: Recipe) -> Iterator[Problem]:
+    """Where phases were timed whole, they are those of one recipe, and say nothing about another."""
+    own = recipe_names(recipe)
+    for field_name, measured in table.measured_with.items():
+        if own[field_name] != measured:
+            remedy = f"{table.name} was measured with {measured}; write that, or calibrate with this"
+            yield Problem(field_name, own[field_name], remedy)
+
+
+def recipe_names(recipe: Recipe) -> dict[str, str]:
+    """What changes the time of whole phases, by the key that says so in a configuration."""
+    return {
+        "precision": recipe.precision.value,
+        "recompute": recipe.recompute_name,
+        "exchange": recipe.exchange_name,
+        "optimizer.moments": f"{recipe.moment_bytes} bytes a parameter",
+    }
+
+
 @dataclass(frozen=True)
 class Compute:
     """Prices phases on one cluster with one recipe. Keeps what it has priced."""
@@ -48,24 +85,22 @@ class Compute:
 
     @staticmethod
     def of(cluster: ClusterConfig, recipe: Recipe) -> Compute:
-        """Raises `Refused` where the cluster does not say enough."""
-        problems = [
-            Problem(f"cluster.{name}", None, f"is not known for {cluster.name}, and nothing can be priced without it")
-            for name in ("tables", "peak_tflops", "memory_gb")
-            if cluster.__dict__[name] is None
-        ]
+        """Raises `Refused` where the cluster does not say enough, or was measured with another recipe."""
+        table = described_table(cluster)
+        problems = list(_foreign(table, recipe))
         if recipe.precision is Precision.FP8 and cluster.peak_fp8_tflops is None:
-            problems.append(Problem("--precision", "fp8", f"{cluster.name} has no FP8; write bf16"))
-        if problems:
-            raise Refused(problems)
-        assert cluster.tables is not None
-        return Compute(cluster, recipe, read_table(cluster.tables))
+            problems.append(Problem("precision.linear", "fp8", f"{cluster.name} has no FP8; write precision=bf16"))
+        refuse_if_any(problems)
+        return Compute(cluster, recipe, table, Coverage(at_best=evidence_of(cluster, "tables")))
 
     def phase(self, shape: Shape, phase: Phase) -> float:
         """Seconds of one phase of one layer, gaps between its kernels included."""
         key = shape, phase
         if key not in self._priced:
             measured = self.table.find("phase", phase.value, _shape_name(shape))
+            if measured is None and self.table.measured_with:
+                remedy = f"has no {phase.value} of {_shape_name(shape)}; calibrate with as many ranks and such a batch"
+                raise Refused([Problem("cluster.tables", self.table.name, remedy)])
             if measured is not None:
                 self._count(measured, measured.seconds)
                 self._priced[key] = measured.seconds
@@ -165,9 +200,10 @@ class Compute:
         row = self.table.find("memory", operation.kind, operation.phase.value)
         if row is None:
             default = self.table.find("memory", "default", "any")
-            if default is None or self.cluster.memory_gbps is None:
+            if default is None:
                 return 0.0  # this phase has no such pass in the measured layer
-            seconds = operation.bytes / (default.value * self.cluster.memory_gbps * 1e9)
+            rate = bytes_a_second(self.cluster, "memory_gbps", self.cluster.memory_gbps, f"a {operation.kind} pass")
+            seconds = operation.bytes / (default.value * rate)
             self._count(default, seconds)
             return seconds
         shape = Shape(MEASURED_ON, row.tokens, 1, 1, received=row.inputs or None)

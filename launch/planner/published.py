@@ -1,28 +1,73 @@
-"""DeepSeek-V3's own figures for its run, to stand beside a forecast. None of them is an input of one."""
+"""DeepSeek-V3's own figures for its run, to stand beside a forecast. None of the step is an input of one.
+
+The trace's pair is another matter: the kernel table is made of that trace, so its span shows that lanes put together
+again what was taken apart, and no more.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from .forecast import Layout
+from ...parallelism.pipeline.program import Op
+from ...trainer.config import RunConfig
+from ...trainer.model.config import ModelConfig
+from .forecast import Forecast, Layout
+from .recipe import Recipe
 
 STEP_SECONDS = 19.926
 """Insights paper (arXiv 2505.09343), table 4, MPFT."""
 PHASES: Mapping[str, float] = MappingProxyType(
     {"1F": 1.13, "bubble": 2.06, "1B": 1.99, "1W": 0.48, "1F1B": 13.95, "opt": 0.29}
 )
-"""Of that table, in seconds a step."""
+"""Of that table, in seconds a step; see `as_published`."""
 PAIR_SECONDS = 0.129012
 """A forward and a backward of four routed layers (deepseek-ai/profile-data train.json)."""
 PAIR_ROWS = ((31_104, 30_976, 36_864, 31_104), (34_688, 32_512, 32_896, 28_416))
 """Rows that reached the traced rank's experts in the four layers of the forward and of the backward."""
 GLOBAL_BATCH, LENGTH, GPUS = 15_360, 4096, 2048
+TOKENS = 14_800_000_000_000
+RAMP_FROM = 3072
+"""Sequences of the first step (V3 report §4.2)."""
+_MODEL = (61, 3, 7168, 256, 8, 2048, 129_280, 1)
 
 
-def is_published(model: str, cluster: str, layout: Layout, global_batch: int, length: int) -> bool:
-    """Whether this is the layout that the figures above are of."""
-    topology = layout.topology
-    same = (topology.pp, topology.ep, topology.world_size) == (16, 64, GPUS) and layout.micro_batch == 1
-    names = (model, cluster, layout.schedule) == ("deepseek_v3", "h800", "dualpipe")
-    return same and names and (global_batch, length) == (GLOBAL_BATCH, LENGTH)
+def is_published_run(config: RunConfig) -> bool:
+    """Whether this is DeepSeek-V3's pre-training, in whatever layout: model, cluster, batch and tokens."""
+    training, cluster = config.training, config.cluster
+    same = (training.global_batch, training.sequence_length, training.tokens) == (GLOBAL_BATCH, LENGTH, TOKENS)
+    return same and (cluster.name, cluster.gpus) == ("h800", GPUS) and _size(config.model) == _MODEL
+
+
+def is_published(config: RunConfig, layout: Layout, recipe: Recipe) -> bool:
+    """Whether it also computes and is spread as the step that the figures above are of."""
+    own, topology = Recipe(), layout.topology
+    fields = ("precision", "recompute", "exchange", "overlap", "moment_bytes", "comm_sms")
+    as_reported = all(getattr(recipe, name) == getattr(own, name) for name in fields)
+    grid = topology.pp, topology.ep, layout.schedule, layout.micro_batch
+    return is_published_run(config) and as_reported and grid == (16, 64, "dualpipe", 1)
+
+
+def as_published(forecast: Forecast) -> dict[str, float]:
+    """A forecast's seconds in the rows of `PHASES`, which are a step without a rest.
+
+    So instructions are with the exchanges that they wait for there, the bubble is every wait for another stage, also
+    behind a rank's last instruction, and opt are sums over ranks and the update. `report_view` says the same names of
+    what the ledger can tell apart.
+    """
+    mean = {op: sum(forecast.instruction_seconds(op)) / len(forecast.terms) for op in Op}
+    waits = forecast.replay.bubbles
+    return {
+        "1F": mean[Op.F],
+        "bubble": sum(waits) / len(waits),
+        "1B": mean[Op.I] + mean[Op.B],
+        "1W": mean[Op.W],
+        "1F1B": mean[Op.FB],
+        "opt": forecast.reduce + forecast.optimizer,
+    }
+
+
+def _size(model: ModelConfig) -> tuple[int, ...]:
+    layers = model.layers, model.dense_layers, model.hidden
+    experts = model.experts, model.top_k, model.expert_ffn
+    return *layers, *experts, model.vocabulary, model.mtp_depth

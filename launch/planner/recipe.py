@@ -1,4 +1,4 @@
-"""What a forecast assumes beside the run's configuration; every deviation from a perfect machine is an input here."""
+"""What a forecast assumes beside the layout: how the run computes, and every deviation from a perfect machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+from ...comm.config import ExchangeConfig
 from ...comm.refusal import Problem
+from ...comm.wire import Format
+from ...trainer.model.recompute import Part
 
 
 class Precision(StrEnum):
@@ -22,12 +25,22 @@ class Precision(StrEnum):
         return {"fp8": 1, "bf16": 2, "fp32": 4}[self.value]
 
 
-class Recompute(StrEnum):
-    """What the backward makes again instead of keeping it."""
+NOTHING: frozenset[Part] = frozenset()
+REPORT = frozenset({Part.NORM, Part.UP_PROJECTION, Part.SWIGLU})
+"""What DeepSeek-V3's run makes again in the backward (report §3.2.3, and §3.3.3 for SwiGLU)."""
+EVERYTHING = frozenset(Part)
 
-    NONE = "none"
-    REPORT = "report"  # RMSNorm, MLA up-projections, SwiGLU outputs (report §3.2.3, §3.3.3)
-    FULL = "full"  # every compute phase; exchanges are never replayed
+REPORT_EXCHANGE = ExchangeConfig(
+    name="two_hop",
+    dispatch=Format.FP8,
+    combine=Format.BF16,
+    combine_backward=Format.FP8,
+    dispatch_backward=Format.BF16,
+)
+"""Once a node, in the report's formats (§3.3): conf/exchange/two_hop_fp8."""
+
+FEWEST_SMS = 6
+"""Of the published exchanges between ranks, none takes fewer: DeepEP V2's README names 4 to 6 for V3's shape."""
 
 
 class Sync(StrEnum):
@@ -42,16 +55,29 @@ class Sync(StrEnum):
 class Recipe:
     """Defaults are what the report says of DeepSeek-V3's run, and a machine without disturbances.
 
-    All that disturbs a run (`skew` to `slowed`) is an explicit input and never fitted; `shoestring simulate` prints
-    what some of them would explain.
+    The first group follows from the run's configuration: see `configured.recipe_of`. All that disturbs a run (`skew` to
+    `slowed`) is an explicit input and never fitted; `shoestring simulate` prints what some of them would explain.
     """
 
     precision: Precision = Precision.FP8
     """Format of the GEMMs; caching of activations follows it."""
-    recompute: Recompute = Recompute.REPORT
-    """Recomputation in the backward."""
+    recompute: frozenset[Part] = REPORT
+    """What the backward makes again."""
+    exchange: ExchangeConfig = REPORT_EXCHANGE
+    """How tokens cross, and in which formats."""
+    overlap: bool = True
+    """Whether the halves of an FB take turns at each exchange."""
+    moment_bytes: int = 4
+    """Bytes a parameter of both Adam moments: 4 in BF16 (report §3.3.3), 8 in FP32."""
+    expert_rows: int | None = None
+    """Rows that the experts of a rank compute at once; None: twice the even share."""
+    on_cpu: bool = False
+    """Whether ranks compute on CPUs, which keep attention's probabilities."""
+
     comm_sms: int = 20
     """SMs lent to the exchange (report §3.2.2: 20)."""
+    fragmentation: float = 0.1
+    """What the allocator loses of the memory that comes and goes within a step, as a fraction; PithTrain's default."""
     skew: float = 0.0
     """By how much the rank with the most rows is above the mean: its experts' time, and the memory of all, grow so."""
     jitter: float = 0.0
@@ -68,13 +94,34 @@ class Recipe:
     """Of a message between stages, for what-ifs; None: bytes over bandwidth."""
     slowed: tuple[tuple[int, float], ...] = ()
     """Pipeline ranks that take longer by a factor, for what-ifs; negative ranks count from the last."""
-    moment_bytes: int = 4
-    """Bytes a parameter of both Adam moments: 4 in BF16 (report §3.3.3), 8 in FP32."""
 
-    def problems(self) -> Iterator[Problem]:
-        """What is impossible about these values on their own."""
-        if not 0 <= self.comm_sms < 132:
-            yield Problem("--comm-sms", self.comm_sms, "must be at least 0 and less than the SMs of a GPU")
-        for name in ("skew", "jitter"):
+    @property
+    def wide(self) -> int:
+        """Bytes of an element outside of FP8 products."""
+        return max(2, self.precision.bytes)
+
+    @property
+    def recompute_name(self) -> str:
+        """The file of conf/recompute with this policy, the one part it keeps, or those it makes again."""
+        known = {NOTHING: "nothing", REPORT: "deepseek_v3", EVERYTHING: "everything"}
+        if len(kept := EVERYTHING - self.recompute) == 1:
+            return f"everything but {min(kept)}"
+        return known.get(self.recompute, "+".join(part for part in Part if part in self.recompute))
+
+    @property
+    def exchange_name(self) -> str:
+        """Name and formats of its four operations."""
+        exchange = self.exchange
+        formats = exchange.dispatch, exchange.combine, exchange.combine_backward, exchange.dispatch_backward
+        return " ".join((exchange.name, *formats))
+
+    def problems(self, sms: int | None, expert_ranks: int) -> Iterator[Problem]:
+        """What is impossible about these values on a GPU with so many SMs and over so many expert-parallel ranks."""
+        if sms is not None and not 0 <= self.comm_sms < sms:
+            yield Problem("--comm-sms", self.comm_sms, f"must be at least 0 and less than the {sms} SMs of a GPU")
+        elif sms is not None and expert_ranks > 1 and self.comm_sms < FEWEST_SMS:
+            remedy = f"must be at least {FEWEST_SMS}: {expert_ranks} expert-parallel ranks exchange, and no published "
+            yield Problem("--comm-sms", self.comm_sms, f"{remedy}exchange takes fewer")
+        for name in ("skew", "jitter", "fragmentation"):
             if self.__dict__[name] < 0:
                 yield Problem(f"--{name}", self.__dict__[name], "must be at least 0")

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from ...comm.record import EXPOSED_EXCHANGE
 from ...parallelism.pipeline.program import Instruction, Op, Program
-from .lanes import ChunkCosts, Lanes, StageShape
+from ...trainer.costs.chunk_memory import StageShape
+from .lanes import ChunkCosts, Lanes
 from .recipe import Recipe
 
 Kinds = Sequence[dict[tuple[Op, int, int], int]]
@@ -41,15 +43,15 @@ class Runs:
             instruction.op, -1 if forward is None else forward.chunk, -1 if backward is None else backward.chunk
         ]
 
-    def terms(self, rank: int, bubble: float) -> dict[str, float]:
-        """Where the time of a rank goes; disjoint."""
+    def terms(self, rank: int) -> dict[str, float]:
+        """What the instructions of a rank take, net of the exchanges that they wait for, and these; disjoint."""
         terms: dict[str, float] = dict.fromkeys([op.value for op in Op], 0.0)
         exposed = 0.0
         for key, count in self._counts[rank].items():
             waits = min(self._lanes(rank, key).exposed * self._slowest, self._seconds[rank][key])
             terms[key[0].value] += count * (self._seconds[rank][key] - waits)
             exposed += count * waits
-        return terms | {"exposed_exchange": exposed, "edge_wait": bubble}
+        return terms | {EXPOSED_EXCHANGE: exposed}
 
     def _lanes(self, rank: int, key: tuple[Op, int, int]) -> Lanes:
         op, forward, backward = key

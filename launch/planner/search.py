@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
+from ...comm.refusal import Refused
 from ...comm.topology import Topology
 from ...parallelism.pipeline.schedules import SCHEDULES, build_placement, schedule_problems
-from .forecast import Forecast, Forecaster, Layout
-from .recipe import Precision, Recipe, Recompute
+from ...trainer.model.recompute import Part
+from .forecast import Forecast, Forecaster, Layout, needed_bytes
+from .recipe import EVERYTHING, NOTHING, REPORT, Precision, Recipe
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,8 @@ class Space:
     gpus_per_node: int
     schedules: tuple[str, ...] = tuple(schedule.name for schedule in SCHEDULES)
     micro_batches: tuple[int, ...] = (1, 2, 4)
-    recomputes: tuple[Recompute, ...] = tuple(Recompute)
+    recomputes: tuple[frozenset[Part], ...] = (NOTHING, REPORT, EVERYTHING, EVERYTHING - {Part.GATE_UP})
     precisions: tuple[Precision, ...] = (Precision.FP8, Precision.BF16)
-    comm_sms: tuple[int, ...] = (20, 6)
-    """20: DeepSeek's and DeepEP V1's. 6: DeepEP V2's, which its README reports at the same pace with 32 ranks."""
 
     def candidates(self, recipe: Recipe) -> Iterator[tuple[Layout, Recipe]]:
         """Every combination, legal or not; `recipe` says what is not searched."""
@@ -35,8 +35,8 @@ class Space:
             topology = Topology(pp=pp, edp=self.gpus // (pp * ep), ep=ep, gpus_per_node=self.gpus_per_node)
             for schedule, micro_batch in product(self.schedules, self.micro_batches):
                 layout = Layout(topology, schedule, micro_batch)
-                for recompute, precision, sms in product(self.recomputes, self.precisions, self.comm_sms):
-                    yield layout, replace(recipe, recompute=recompute, precision=precision, comm_sms=sms)
+                for recompute, precision in product(self.recomputes, self.precisions):
+                    yield layout, replace(recipe, recompute=recompute, precision=precision)
 
 
 def _powers(limit: int) -> list[int]:
@@ -54,6 +54,8 @@ class SearchResult:
     """By reason."""
     unfit: Counter[str] = field(default_factory=Counter)
     """By what takes most of the memory."""
+    unpriced: Counter[str] = field(default_factory=Counter)
+    """By what the cluster does not say."""
     simulated: int = 0
     excluded: int = 0
     """By their lower bound."""
@@ -72,18 +74,25 @@ def search(
     keep: int = 5,
     *,
     exhaustive: bool = False,
+    refusal: Callable[[Layout, Recipe], str | None] = lambda layout, recipe: None,
 ) -> SearchResult:
-    """The `keep` fastest layouts that are legal and fit. With `exhaustive` nothing is excluded by a bound."""
+    """The `keep` (at least 1) fastest layouts that are legal and fit. With `exhaustive` nothing is excluded by a bound.
+
+    `refusal`: why the run itself would be refused in a layout, None where it would not.
+    """
     began = time.perf_counter()
     result, open_ones = SearchResult(), []
     for layout, recipe in candidates:
         result.considered += 1
-        if reason := illegality(forecaster, layout, global_batch):
-            result.illegal[reason] += 1
-        elif reason := unfitness(forecaster, layout, recipe, global_batch):
-            result.unfit[reason] += 1
-        else:
-            open_ones.append((forecaster.lower_bound(layout, recipe, global_batch), layout, recipe))
+        try:
+            if reason := illegality(forecaster, layout, global_batch) or refusal(layout, recipe):
+                result.illegal[reason] += 1
+            elif reason := unfitness(forecaster, layout, recipe, global_batch):
+                result.unfit[reason] += 1
+            else:
+                open_ones.append((forecaster.lower_bound(layout, recipe, global_batch), layout, recipe))
+        except Refused as refused:
+            result.unpriced[_unknown(refused)] += 1
     open_ones.sort(key=lambda entry: entry[0])
     for number, (bound, layout, recipe) in enumerate(open_ones):
         if not exhaustive and len(result.best) >= keep and bound > result.best[-1].seconds:
@@ -92,13 +101,21 @@ def search(
             break
         forecaster.prepare(layout, global_batch)
         started = time.process_time()
-        result.best.append(forecaster.forecast(layout, recipe, global_batch))
+        try:
+            result.best.append(forecaster.forecast(layout, recipe, global_batch))
+        except Refused as refused:
+            result.unpriced[_unknown(refused)] += 1
+            continue
         result.simulation_seconds += time.process_time() - started
         result.simulated += 1
         result.best.sort(key=lambda forecast: forecast.seconds)
         del result.best[keep:]
     result.seconds = time.perf_counter() - began
     return result
+
+
+def _unknown(refused: Refused) -> str:
+    return f"{refused.problems[0].field} does not say enough"
 
 
 def illegality(forecaster: Forecaster, layout: Layout, global_batch: int) -> str | None:
@@ -129,10 +146,9 @@ def unfitness(forecaster: Forecaster, layout: Layout, recipe: Recipe, global_bat
     static = forecaster.static_memory(layout, recipe)
     if static > limit:
         return "weights, gradients and optimizer alone"
-    worst = max(
-        forecaster.memory(layout, recipe, forecaster.program(layout, global_batch)), key=lambda memory: memory.total
-    )
-    if worst.total <= limit:
+    ranks = forecaster.memory(layout, recipe, forecaster.program(layout, global_batch))
+    worst = max(ranks, key=lambda memory: needed_bytes(memory, recipe))
+    if needed_bytes(worst, recipe) <= limit:
         return None
     parts = {
         "weights, gradients and optimizer": worst.weights + worst.gradients + worst.optimizer,

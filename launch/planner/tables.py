@@ -21,7 +21,8 @@ class Row:
     """One measurement. `tokens`, `inputs` and `outputs` are the shape, as far as the kind has one."""
 
     kind: str
-    """`gemm`, `grouped`, `attention`, `memory`, `launch`, `exchange`, `sync` or `phase`."""
+    """`gemm`, `grouped`, `attention`, `memory`, `launch`, `exchange`, `sync`, `phase`, `edge`, or `recipe`: with what
+    (`role`) whole phases were measured."""
     name: str
     role: str
     dtype: str
@@ -53,6 +54,11 @@ class Table:
     def __post_init__(self) -> None:
         for row in self.rows:
             self._index[row.kind, row.role, row.dtype].append(row)
+
+    @property
+    def measured_with(self) -> dict[str, str]:
+        """Of a table of whole phases: the recipe that they were measured with. Empty where kernels were measured."""
+        return {row.name: row.role for row in self.rows if row.kind == "recipe"}
 
     def of(self, kind: str, role: str, dtype: str = "any") -> Sequence[Row]:
         """The rows of one kind, role and dtype."""
@@ -113,9 +119,21 @@ def _row(line: dict[str, str]) -> Row:
     )
 
 
+EVIDENCE = ("measured", "published", "assumed")
+"""From the strongest to the weakest."""
+
+
+def weakest(*classes: str) -> str:
+    """What something stands on that stands on all of these."""
+    return max(classes, key=EVIDENCE.index)
+
+
 @dataclass
 class Coverage:
     """How much of the priced time stands on which evidence, and what no table had."""
+
+    at_best: str = "measured"
+    """A table that is assumed to hold for a cluster makes nothing measured there."""
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """By evidence class."""
@@ -124,7 +142,7 @@ class Coverage:
 
     def add(self, evidence: str, seconds: float) -> None:
         """Count `seconds` that stand on `evidence`."""
-        self.seconds[evidence] += seconds
+        self.seconds[weakest(evidence, self.at_best)] += seconds
 
     def shares(self) -> dict[str, float]:
         """Of each evidence class, 1 in all."""

@@ -34,11 +34,8 @@ def _spans(forecast: Forecast, costs: ChunkCosts, rank: int) -> Iterator[Span]:
         yield _span(Track.INSTRUCTION, entry.op.value, str(entry), start, end)
         yield from _lanes(forecast, costs, rank, entry, start, end)
         now = end
-    makespan = replay.makespan
-    if makespan > now:
-        yield _span(Track.INSTRUCTION, EDGE_WAIT, "", now, makespan)
-    reduced = makespan + forecast.reduce
-    yield _span(Track.INSTRUCTION, REDUCE_WAIT, "", makespan, reduced)
+    reduced = replay.makespan + forecast.reduce  # behind its last instruction a rank waits for all others
+    yield _span(Track.INSTRUCTION, REDUCE_WAIT, "", now, reduced)
     yield _span(Track.INSTRUCTION, OPTIMIZER, "", reduced, forecast.seconds)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from .edges import Edge, edges
@@ -93,6 +93,16 @@ def replay(program: Program, duration: Duration, transfer: float = 0.0) -> Repla
     run = _Run(program, duration, transfer)
     run.to_the_end()
     return Replay(program, tuple(map(tuple, run.starts)), tuple(map(tuple, run.ends)))
+
+
+def ideal_wait(program: Program, mean: Mapping[Op, float]) -> float:
+    """How long the ranks of `program` wait by themselves, together: each to the end of its last instruction.
+
+    That is, where every instruction takes the mean of its kind, exchanges that it waits for included, and messages take
+    no time. What ranks wait beyond that, stages or machines that differ are to blame for, or messages.
+    """
+    ideal = replay(program, UnitTimes(*(mean[op] for op in (Op.F, Op.I, Op.W, Op.B, Op.FB))))
+    return sum(ends[-1] - busy for ends, busy in zip(ideal.ends, ideal.busy, strict=True) if ends)
 
 
 @dataclass

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from shoestring.launch.cli import main
-from shoestring.launch.doctor import NOT_YET, findings
+from shoestring.launch.doctor import NOT_YET, TAKEN, findings
+from shoestring.trainer.precision import provider
 
 
 def test_json_and_table_tell_the_same(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,6 +24,18 @@ def test_json_and_table_tell_the_same(capsys: pytest.CaptureFixture[str], monkey
             assert [each["provider"] for each in json.loads(printed)["findings"]] == [f.provider for f in findings()]
         else:
             assert all(finding.provider in printed for finding in findings())
+            assert "pip install transformer-engine[pytorch], 2.20" in printed  # a bracket is no markup
+
+
+def test_the_provider_that_auto_takes_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken() -> list[str]:
+        return [finding.provider for finding in findings() if TAKEN in finding.note]
+
+    assert taken() == ["reference"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+    monkeypatch.setattr(provider, "missing_for", lambda name, on_gpu: iter(["no"] if name == "triton" else []))
+    assert taken() == ["torch"]
 
 
 def test_what_was_never_run_says_so() -> None:

@@ -78,6 +78,8 @@ class Layout:
     """Of what goes to the experts."""
     growth: int = 0
     """Micro-batches that each step has more than the one before."""
+    block: int | None = None
+    """Rows that the experts of a rank compute at once."""
 
     @property
     def name(self) -> str:
@@ -105,6 +107,7 @@ class Layout:
                 *(["fp8"] if self.fp8 else []),
                 *([] if self.wire is Format.NATIVE else [f"wire {self.wire}"]),
                 *([f"growing by {self.growth}"] if self.growth else []),
+                *([] if self.block is None else [f"blocks of {self.block}"]),
             )
         )
 
@@ -215,6 +218,8 @@ QUICK = (
     Layout(1, 2, 4, 1, _RAGGED, pp=2, schedule="zb1p", dtype=_FP32),
     Layout(1, 2, 4, 1, _RAGGED, _UNUSED, pp=2, layers=4, schedule="dualpipev"),
     Layout(1, 2, 4, 1, _EMPTY, _UNUSED, pp=2, schedule="dualpipe"),
+    # One rank receives every row, and computes them in blocks.
+    Layout(4, 1, 2, 1, _EMPTY, _BUSY, block=128),
     # The backward makes activations again: with FB, and with I apart from W.
     Layout(2, 1, 5, 1, _RAGGED, layers=4, schedule="dualpipev", exchange="two_hop", node_size=1, recompute=REPORT),
     Layout(1, 1, 4, 1, _EMPTY, pp=2, schedule="zb1p", recompute=EVERYTHING),
@@ -284,6 +289,9 @@ SLOW = (
     Layout(4, 1, 2, 1, _RAGGED, exchange="two_hop"),
     Layout(2, 2, 2, 1, _RAGGED, _UNUSED, exchange="two_hop", node_size=1),
     Layout(4, 1, 2, 2, _RAGGED, dtype=_FP32, exchange="two_hop", node_size=2),
+    # One rank receives every row, and computes them in blocks: FB, and I apart from W.
+    Layout(4, 1, 4, 1, _RAGGED, _BUSY, layers=4, schedule="dualpipev", recompute=REPORT, block=128),
+    Layout(4, 1, 4, 1, _RAGGED, _BUSY, pp=2, schedule="zb1p", dtype=_FP32, block=128),
     # Eight processes.
     Layout(4, 2, 1, 1, _RAGGED, exchange="two_hop", node_size=2),
     Layout(4, 2, 2, 1, _RAGGED, _IDLE),

@@ -108,6 +108,8 @@ def build(
     for parameter in model.parameters():
         parameter.data = parameter.data.to(layout.dtype)
     load_released(model, start_params(layout))
+    if layout.block is not None:
+        model.compute_in_blocks(layout.block)
     if layout.fp8:
         model.use_fp8(Fp8(Reference()))
     config = ExchangeConfig(name=layout.exchange, dispatch=layout.wire, combine_backward=layout.wire)

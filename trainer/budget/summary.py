@@ -14,13 +14,13 @@ from .replay import FIRST_START, Attempt, Ledger, State, Step
 from .terms import (
     ALLOCATION_FILE,
     BUCKETS,
-    INSTRUCTIONS,
     PUBLISHED_GPU_HOURS,
     PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS,
     PUBLISHED_TOTAL_GPU_HOURS,
     TERMS,
     WORK_FILE,
     gpu_hours,
+    report_view,
 )
 
 TRAILING_STEPS = 100
@@ -123,14 +123,8 @@ class Summary:
 
     @property
     def report_view(self) -> Mapping[str, int]:
-        """`terms` under the names of the Insights paper, table 4; bubble and imbalance share edge_wait."""
-        terms = self.terms
-        if not terms:
-            return {}
-        own = {"1F": terms["F"], "bubble": self.bubble_ms, "imbalance": terms["edge_wait"] - self.bubble_ms}
-        own |= {"1B": terms["I"] + terms["B"], "1W": terms["W"], "1F1B": terms["FB"], "opt": terms["optimizer"]}
-        shown = {*INSTRUCTIONS, "edge_wait", "optimizer"}
-        return own | {name: spent for name, spent in terms.items() if name not in shown}
+        """See `terms.report_view`; empty where no step was looked at."""
+        return report_view(self.terms, self.bubble_ms) if self.terms else {}
 
     def totals(self) -> dict[str, int | str]:
         """What a checkpoint carries, so that a resume can see that its ledger came along (see `totals.carry`)."""

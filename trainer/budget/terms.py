@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeVar
 
 from ...comm.record import EDGE_WAIT, EXPOSED_EXCHANGE, OPTIMIZER, REDUCE_WAIT
 
@@ -46,11 +47,28 @@ INSTRUCTIONS = ("F", "I", "W", "B", "FB")
 TERMS = (*INSTRUCTIONS, EXPOSED_EXCHANGE, EDGE_WAIT, REDUCE_WAIT, OPTIMIZER)
 """What productive time is split into, disjoint on each rank. The rest of a step is `other`."""
 
+Amount = TypeVar("Amount", int, float)
+
 ALLOCATION_FILE = Path("ledger", "allocation.jsonl")
 HEARTBEAT_FILE = Path("ledger", "heartbeat.json")
 WORK_FILE = Path("ledger", "work.jsonl")
 
 _MS_PER_HOUR = 3_600_000
+
+
+def report_view(terms: Mapping[str, Amount], bubble: Amount | None) -> dict[str, Amount]:
+    """`terms` under the names of the Insights paper (arXiv 2505.09343, table 4): of plans, ledgers and timelines alike.
+
+    Instructions are net of the exchanges that they wait for; `bubble` is what of edge_wait the program has by itself
+    (`ideal_wait`) and imbalance the rest of it; opt is the update alone. What that table has no row for keeps its name,
+    and so does edge_wait where nobody knows `bubble`. The parts add up to what `terms` do.
+    """
+    own, shown = {"1F": terms["F"]}, {*INSTRUCTIONS, OPTIMIZER}
+    if bubble is not None:
+        own |= {"bubble": bubble, "imbalance": terms[EDGE_WAIT] - bubble}
+        shown.add(EDGE_WAIT)
+    own |= {"1B": terms["I"] + terms["B"], "1W": terms["W"], "1F1B": terms["FB"], "opt": terms[OPTIMIZER]}
+    return own | {name: spent for name, spent in terms.items() if name not in shown}
 
 
 def gpu_hours(gpu_ms: int) -> float:

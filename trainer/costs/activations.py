@@ -1,17 +1,26 @@
-"""Bytes that the forward of one layer keeps for its backward, from the shapes, under any policy of recomputing."""
+"""Bytes that the forward of a stage's parts keeps for its backward, from the shapes, under any policy of recomputing.
+
+What keeps what is read off `trainer/model/` and `trainer/precision/fp8.py`; tests compare it with what is allocated.
+
+Letters: D hidden, F inner width of an expert.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 
+from ...comm.fp8 import TILE, tiles_of
 from ..model.causal import kept_probabilities
 from ..model.config import ModelConfig
 from ..model.recompute import Part
 
 _INDEX = 8  # bytes of an int64
+_SCALE = 4  # of an FP8 tile
+_E5M6 = 1.5
 
 
 @dataclass(frozen=True)
@@ -22,6 +31,10 @@ class Kept:
     bytes: float
     part: Part | None = None
     """The policy that makes it again instead; None where there is none."""
+    for_weights: bool = False
+    """Whether a gradient of weights takes it: between I and W it stays, or what has been made again does."""
+    source_of: Part | None = None
+    """It is kept under this policy alone, which makes something again from it."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,10 @@ class MicroBatch:
     """Where attention keeps its probabilities up to a length, instead of one number a query and head."""
     rows: float | None = None
     """That the experts of this rank receive; None for the average over ranks, top-k a token."""
+    fp8: bool = False
+    """Whether Linears compute in FP8 and keep what they keep in it."""
+    block: int | None = None
+    """More rows than this are computed in blocks of so many: see `model.experts`."""
 
     @property
     def tokens(self) -> int:
@@ -50,73 +67,172 @@ class MicroBatch:
 
     @property
     def wide(self) -> int:
-        """Bytes of a number of what is FP32 at least: gates, affinities, sums over a row."""
+        """Bytes of a number of what is FP32 at least: gates, affinities, sums over a row, gradients of weights."""
         return torch.promote_types(self.dtype, torch.float32).itemsize
+
+    def received(self, config: ModelConfig) -> float:
+        """R, rows for the experts of this rank."""
+        return self.tokens * config.top_k if self.rows is None else self.rows
+
+    def in_blocks(self, config: ModelConfig) -> bool:
+        """Whether these are too many rows to compute at once."""
+        return self.block is not None and self.received(config) > self.block
 
 
 def dense_layer(config: ModelConfig, batch: MicroBatch) -> list[Kept]:
     """Everything that a dense layer could keep."""
     return [
         *_attention(config, batch),
-        _normed(config, batch),
-        *_feed_forward("dense", batch.tokens, config.dense_ffn, batch),
+        *_feed_forward("dense", batch.tokens, config.dense_ffn, config, batch),
     ]
 
 
 def moe_layer(config: ModelConfig, batch: MicroBatch) -> list[Kept]:
     """Everything that a layer with routed experts could keep, with the routing tables of the `flat` exchange."""
-    rows = batch.tokens * config.top_k if batch.rows is None else batch.rows
-    return [
-        *_attention(config, batch),
-        *_router(config, batch),
-        *_feed_forward("shared experts", batch.tokens, config.shared_experts * config.expert_ffn, batch),
-        Kept("rows that came", rows * config.hidden * batch.size),
+    return [*attend(config, batch), *shared(config, batch), *routed(config, batch), tables(config, batch)]
+
+
+def attend(config: ModelConfig, batch: MicroBatch) -> list[Kept]:
+    """What the first phase of a routed layer could keep, up to the router. The layer's input comes first."""
+    return [*_attention(config, batch), *_router(config, batch)]
+
+
+def shared(config: ModelConfig, batch: MicroBatch) -> list[Kept]:
+    """What the shared experts could keep; their input is among the first phase's where it is kept as it is."""
+    inner = config.shared_experts * config.expert_ffn
+    items = _feed_forward("shared experts", batch.tokens, inner, config, batch) if inner else ()
+    return [kept for kept in items if kept.what != NORMED]
+
+
+def routed(config: ModelConfig, batch: MicroBatch) -> list[Kept]:
+    """What the routed experts of this rank could keep. In blocks, nothing but what they have received."""
+    rows, in_blocks = batch.received(config), batch.in_blocks(config)
+    came = tiles_bytes(rows, config.hidden) if batch.fp8 else rows * config.hidden * batch.size
+    items = [
+        Kept("rows that came", came, for_weights=not in_blocks),
         Kept("their gate weights", rows * batch.wide),
-        *_feed_forward("routed experts", rows, config.expert_ffn, batch),
-        Kept("routing tables", _INDEX * (batch.tokens * (3 * config.top_k + 1) + 3 * rows)),
+    ]
+    return items if in_blocks else [*items, *_inner("routed experts", rows, config.expert_ffn, batch)]
+
+
+def tables(config: ModelConfig, batch: MicroBatch) -> Kept:
+    """Where tokens went, and the way back."""
+    rows = batch.received(config)
+    return Kept("routing tables", _INDEX * (batch.tokens * (3 * config.top_k + 1) + 3 * rows))
+
+
+def final_norm(config: ModelConfig, batch: MicroBatch) -> list[Kept]:
+    """What a norm behind the last layer keeps: the layer's output."""
+    return [
+        Kept("input of the final norm", batch.tokens * config.hidden * batch.size),
+        Kept("a number a token", batch.tokens * batch.wide),
     ]
 
 
-def kept_bytes(layer: Collection[Kept], policy: Collection[Part] = ()) -> float:
+def loss(config: ModelConfig, batch: MicroBatch) -> list[Kept]:
+    """What one loss keeps: a gradient that is formed with it. That of the head goes where it belongs at once."""
+    return [Kept("gradient of the head's input", batch.tokens * config.hidden * batch.size)]
+
+
+def merge(config: ModelConfig, batch: MicroBatch) -> list[Kept]:
+    """What an MTP module could keep of joining hidden state and embedding."""
+    tokens, width = batch.tokens, config.hidden
+    normed = tokens * 2 * width * batch.size
+    return [
+        Kept("hidden state and embedding", normed),
+        Kept("a number a token of each", 2 * tokens * batch.wide),
+        Kept("tiles of their norms", tiles_bytes(tokens, 2 * width), Part.NORM, for_weights=True)
+        if batch.fp8
+        else Kept("their norms", normed, Part.NORM, for_weights=True),
+    ]
+
+
+def kept_bytes(items: Iterable[Kept], policy: Collection[Part] = ()) -> float:
     """What is left of it under a policy."""
-    return sum(kept.bytes for kept in layer if kept.part not in policy)
+    return sum(kept.bytes for kept in items if _is_kept(kept, policy))
+
+
+def waiting_bytes(items: Iterable[Kept]) -> float:
+    """What of it stays from I to W, whatever the policy."""
+    return sum(kept.bytes for kept in items if kept.for_weights)
+
+
+def made_bytes(items: Iterable[Kept], policy: Collection[Part] = ()) -> float:
+    """What a backward under a policy makes again of it."""
+    return sum(kept.bytes for kept in items if kept.part in policy and kept.source_of is None)
+
+
+def tiles_bytes(rows: float, width: int) -> float:
+    """FP8 numbers with a scale for each 1 × 128."""
+    return rows * (width + _SCALE * tiles_of(width))
+
+
+def columns_bytes(rows: float, width: int, experts: int = 1) -> float:
+    """FP8 numbers with a scale for each 128 × 1; those of each expert are filled up to whole tiles."""
+    tiles = experts * ceil(rows / experts / TILE)
+    return tiles * width * (TILE + _SCALE)
+
+
+def _is_kept(kept: Kept, policy: Collection[Part]) -> bool:
+    return kept.part not in policy and (kept.source_of is None or kept.source_of in policy)
+
+
+INPUT = "input"
+NORMED = "norm before the feed-forward network"
 
 
 def _attention(config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
     """Up to the residual stream behind it."""
 
-    def numbers(what: str, a_token: int, part: Part | None = None) -> Kept:
-        return Kept(what, batch.tokens * a_token * batch.size, part)
+    def numbers(what: str, a_token: int, part: Part | None = None, **more: object) -> Kept:
+        return Kept(what, batch.tokens * a_token * batch.size, part, **more)  # type: ignore[arg-type]
 
     heads, query_rank, rank = config.heads, config.q_lora_rank or 0, config.kv_lora_rank
     of_a_head = (
         2 * config.qk_head_dim + config.qk_nope_head_dim + config.v_head_dim
     )  # values hold unrotated keys' memory
-    yield numbers("input", config.hidden)
-    yield numbers("norm before attention", config.hidden, Part.NORM)
+    given = heads * config.v_head_dim
+    yield numbers(INPUT, config.hidden)
+    if batch.fp8:
+        yield from _attention_tiles(config, batch)
+        whole = query_rank + rank + (config.hidden if config.q_lora_rank is None else 0)
+        yield numbers("norms", whole, Part.NORM, source_of=Part.UP_PROJECTION)
+    else:
+        yield numbers("norm before attention", config.hidden, Part.NORM, for_weights=True)
+        yield numbers("their norms", query_rank + rank, Part.NORM, for_weights=True)
     yield numbers("compressed queries, keys and values", query_rank + rank + config.qk_rope_head_dim)
-    yield numbers("their norms", query_rank + rank, Part.NORM)
     yield numbers("queries, keys and values", heads * of_a_head, Part.UP_PROJECTION)
     if batch.on_cpu:
         elements = batch.sequences * heads * kept_probabilities(batch.length)
         yield Kept("probabilities", elements * batch.size, Part.ATTENTION)
     else:
         yield Kept("log of the sum of each softmax", batch.tokens * heads * batch.wide, Part.ATTENTION)
-    yield numbers("what attention gives", heads * config.v_head_dim, Part.ATTENTION)
+    if not (batch.fp8 and batch.on_cpu):
+        yield numbers("what attention gives", given, Part.ATTENTION, for_weights=True)
     yield numbers("residual", config.hidden)
     norms = 3 if config.q_lora_rank is None else 4
     yield Kept("a number a token of each norm", batch.tokens * norms * batch.wide)
 
 
-def _normed(config: ModelConfig, batch: MicroBatch) -> Kept:
-    return Kept("norm before the feed-forward network", batch.tokens * config.hidden * batch.size, Part.NORM)
+def _attention_tiles(config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
+    """What Linears keep in FP8 of their inputs: each its own, also of the same input."""
+    widths = [config.hidden, config.hidden, config.kv_lora_rank]
+    widths += [] if config.q_lora_rank is None else [config.q_lora_rank]
+    tiles = sum(tiles_bytes(batch.tokens, width) for width in widths)
+    yield Kept("tiles of norms", tiles, Part.NORM, for_weights=True)
+    given = config.heads * config.v_head_dim
+    packed = batch.tokens * (_E5M6 * (given + given % 2) + tiles_of(given))
+    fused = None if batch.on_cpu else Part.ATTENTION  # a fused kernel keeps what it gives, and wants it again
+    yield Kept("E5M6 of what attention gives", packed, for_weights=batch.on_cpu, source_of=fused)
 
 
 def _router(config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
-    if config.shared_experts or batch.wide == batch.size:  # the routed ones have copies of their own
-        yield _normed(config, batch)
-    if batch.wide > batch.size:
-        yield Kept("the same for the router, in FP32", batch.tokens * config.hidden * batch.wide, Part.NORM)
+    normed = batch.tokens * config.hidden
+    narrow = batch.wide > batch.size
+    if not narrow or (config.shared_experts and not batch.fp8):  # the routed ones have copies of their own
+        yield Kept(NORMED, normed * batch.size, Part.NORM, for_weights=True)
+    if narrow:
+        yield Kept("the same for the router, in FP32", normed * batch.wide, Part.NORM, for_weights=True)
     yield Kept("affinities", batch.tokens * config.experts * batch.wide)
     yield Kept("choices", batch.tokens * config.top_k * _INDEX)
     sums = 1 + (config.top_k + 1 if config.normalise_gates else 0)  # of the balance loss; gates and their sum
@@ -124,6 +240,17 @@ def _router(config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
     yield Kept("load of each sequence", batch.sequences * (config.experts + 1) * batch.wide)
 
 
-def _feed_forward(whose: str, rows: float, inner: int, batch: MicroBatch) -> Iterator[Kept]:
+def _feed_forward(whose: str, rows: float, inner: int, config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
+    if batch.fp8:
+        yield Kept(f"{whose}: tiles of their input", tiles_bytes(rows, config.hidden), Part.NORM, for_weights=True)
+    else:
+        yield Kept(NORMED, rows * config.hidden * batch.size, Part.NORM, for_weights=True)
+    yield from _inner(whose, rows, inner, batch)
+
+
+def _inner(whose: str, rows: float, inner: int, batch: MicroBatch) -> Iterator[Kept]:
+    if batch.fp8:  # SwiGLU is always made again from these
+        yield Kept(f"{whose}: tiles of gate and up projections", tiles_bytes(rows, 2 * inner))
+        return
     yield Kept(f"{whose}: gate and up projections", rows * 2 * inner * batch.size, Part.GATE_UP)
-    yield Kept(f"{whose}: SwiGLU", rows * inner * batch.size, Part.SWIGLU)
+    yield Kept(f"{whose}: SwiGLU", rows * inner * batch.size, Part.SWIGLU, for_weights=True)

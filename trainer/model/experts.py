@@ -16,6 +16,7 @@ from ...parallelism.pipeline.weight_grad import add_to_grad, collecting
 from ..precision.fp8 import Fp8
 from ..precision.linear import Linear, at_least_fp32
 from .recompute import Part, recomputed
+from .row_blocks import in_blocks
 
 
 class SwiGLU(nn.Module):
@@ -40,12 +41,19 @@ class Experts(nn.Module):
         self.gate_up_LFD = nn.Parameter(torch.empty(local_experts, 2 * inner, hidden))
         self.down_LDF = nn.Parameter(torch.empty(local_experts, hidden, inner))
         self.fp8: Fp8 | None = None
+        self.block: int | None = None
+        """More rows than this are computed in blocks of so many at most: see `row_blocks.py`."""
 
     def forward(self, rows_RD: Tensor, weights_R: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
         """[R, D] to [R, D]; rows are grouped by expert. Each row comes out multiplied by its gate weight.
 
         The weight multiplies before the down projection, so that combine can be a plain sum.
         """
+        if self.block is not None and len(rows_RD) > self.block:
+            return in_blocks(self._at_once, rows_RD, weights_R, rows_per_expert_L, self.block, self.fp8)
+        return self._at_once(rows_RD, weights_R, rows_per_expert_L)
+
+    def _at_once(self, rows_RD: Tensor, weights_R: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
         if self.fp8 is not None:
             gate_up_RF = self.fp8.experts_up(rows_RD, self.gate_up_LFD, rows_per_expert_L)
             return self.fp8.experts_down(weighted_swiglu, gate_up_RF, weights_R, self.down_LDF, rows_per_expert_L)

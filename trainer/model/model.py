@@ -104,9 +104,24 @@ class Model(nn.Module):
     def use_fp8(self, fp8: Fp8) -> None:
         """Compute every Linear in FP8 but the head. Embedding, router, norms and attention have none (§3.3.1)."""
         self.fp8 = fp8
+        for module in self._fp8_modules():
+            module.fp8 = fp8
+
+    def fp8_weights(self) -> Iterator[nn.Parameter]:
+        """What `use_fp8` makes compute in FP8."""
+        for module in self._fp8_modules():
+            yield from module.parameters()
+
+    def _fp8_modules(self) -> Iterator[Linear | Experts]:
         for module in self.modules():
             if isinstance(module, Linear | Experts) and module is not self.head:
-                module.fp8 = fp8
+                yield module
+
+    def compute_in_blocks(self, rows: int) -> None:
+        """Let the experts of a layer compute so many rows at once, and no more."""
+        for module in self.modules():
+            if isinstance(module, Experts):
+                module.block = rows
 
     def weights_unchanged(self) -> AbstractContextManager[None]:
         """Inside, no weight changes: in FP8 each is quantised once."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ...comm.fp8 import TILE, tiles_of
 from ...comm.refusal import Problem
 
 T = TypeVar("T", Tensor, tuple[Tensor, ...])
@@ -45,6 +46,10 @@ class RecomputeConfig:
     """Any of `norm`, `up_projection`, `attention`, `gate_up` and `swiglu`; the report's are the first two and the last.
     The numbers are the same to the last bit. A backward that is split in I and W keeps what I has made again until W.
     """
+    expert_rows: int | None = None
+    """Rows that the experts of one rank compute at once. A rank that receives more computes them in blocks, keeps the
+    rows alone and makes the rest again: routing that sends everything to one rank makes it slow, and does not end the
+    run for want of memory (`shoestring memory` says what it takes at most). null: twice a rank's even share."""
 
     def problems(self) -> Iterator[Problem]:
         """What is impossible about these values on their own."""
@@ -54,6 +59,13 @@ class RecomputeConfig:
                 yield Problem(f"parts[{index}]", part, f"no such part of a layer; there are: {', '.join(known)}")
             elif part in self.parts[:index]:
                 yield Problem(f"parts[{index}]", part, "is there already; write it once")
+        if self.expert_rows is not None and (self.expert_rows < TILE or self.expert_rows % TILE):
+            remedy = f"must be a multiple of {TILE}, which are the rows of an FP8 tile; or null"
+            yield Problem("expert_rows", self.expert_rows, remedy)
+
+    def rows_at_once(self, even: int) -> int:
+        """The same as a number, for a rank whose even share are `even` rows."""
+        return TILE * tiles_of(2 * even) if self.expert_rows is None else self.expert_rows
 
     @property
     def policy(self) -> frozenset[Part]:
@@ -90,6 +102,10 @@ class Recompute:
             if id(result.untyped_storage()) not in held:
                 self._results[result.untyped_storage()] = recipe, index
 
+    def makes_again(self, tensor: Tensor) -> bool:
+        """Whether there is a recipe for it."""
+        return tensor.untyped_storage() in self._results
+
     def _keep(self, tensor: Tensor) -> Tensor | _View:
         found = self._results.get(tensor.untyped_storage())
         if found is None:
@@ -121,6 +137,12 @@ def replayed(part: Part, function: Callable[..., Tensor], *inputs: Any) -> Tenso
         return result
 
     return recomputed(part, replay, *inputs)
+
+
+def is_made_again(tensor: Tensor) -> bool:
+    """Whether the policy has `tensor` made again, so that who wants it in a backward should ask for it as it is."""
+    recompute = _COLLECTING.get()
+    return recompute is not None and recompute.makes_again(tensor)
 
 
 _COLLECTING: ContextVar[Recompute | None] = ContextVar("collecting recipes", default=None)

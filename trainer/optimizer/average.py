@@ -65,6 +65,11 @@ class WeightAverage:
         finally:
             self._replace_masters(kept)
 
+    @property
+    def bytes(self) -> int:
+        """Of the average."""
+        return sum(shard.nbytes for shard in self._shards)
+
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown()

@@ -19,7 +19,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torc
 class PrecisionConfig:
     """Master weights and gradients are FP32 (FP64 when computing in it); `compute` is for all between.
 
-    It is what weights are kept in, too, but for norms and routers: see `trainer.rank.build_optimizer`.
+    It is what weights are kept in, too, but for norms and routers: see `trainer.buckets.plan_buckets`.
     """
 
     compute: str = "auto"

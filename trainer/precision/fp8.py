@@ -5,7 +5,8 @@
     weight gradient  dW = dyᵀ x    both in 128 × 1 tiles, the sum in FP32, added to the FP32 gradient
 
 What is kept of x is FP8: its tiles, which the backward turns into columns; E5M6 for the Linear after attention; and
-where x is the output of an activation, the tiles of that one's input, from which x is computed again.
+where x is the output of an activation, the tiles of that one's input, from which x is computed again. Nothing is kept
+of an x that the backward makes again anyway (`recompute`), or that a fused attention keeps for itself.
 
 Letters: R rows, L experts on this rank; N and K widths, F inner width.
 """
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ...parallelism.pipeline.weight_grad import add_to_grad, collecting
+from ..model.recompute import is_made_again
 from .e5m6 import Packed, pack_e5m6, unpack_e5m6
 from .provider import Provider, Rows
 from .tiles import Blocks, Columns, Scales, Tiles, dequantise_tiles
@@ -98,31 +100,45 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         x, blocks = fp8.provider.tiles(x_RK, scales), fp8.blocks(weight)
         ctx.fp8, ctx.weight, ctx.rows, ctx.left, ctx.x_scales = fp8, weight, rows_L, collecting(), scales
-        ctx.packed_width = x_RK.shape[1] if after_attention else None
-        kept = pack_e5m6(x_RK) if after_attention else None
-        kept_tensors = (x.values_XD, x.scales_XQ) if kept is None else (kept.bytes_XB, kept.exponents_XQ)
-        ctx.save_for_backward(*kept_tensors, blocks.values_NK, blocks.scales_PQ)
+        ctx.packed_width = None
+        made_again = is_made_again(x_RK)
+        kept: tuple[Tensor, ...]
+        if after_attention and (made_again or not x_RK.is_cuda):
+            packed = pack_e5m6(x_RK)
+            ctx.packed_width, kept = packed.width, (packed.bytes_XB, packed.exponents_XQ)
+        elif after_attention or made_again:
+            kept = (x_RK,)
+        else:
+            kept = (x.values_XD, x.scales_XQ)
+        ctx.save_for_backward(blocks.values_NK, blocks.scales_PQ, *kept)
         return fp8.multiply(x, blocks, rows_L, x_RK.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        kept, kept_scales, *blocks = ctx.saved_tensors
+        values, block_scales, *kept = ctx.saved_tensors
         grad_RN, fp8, width, scales = grads[0], ctx.fp8, ctx.packed_width, ctx.x_scales
         rows_L = ctx.rows or (len(grad_RN),)
 
+        def columns(x_RK: Tensor) -> Columns:
+            made: Columns = fp8.provider.columns(x_RK, rows_L, scales)
+            return made
+
         def x() -> Columns:
             if width is None:
-                x_RK = dequantise_tiles(Tiles(kept, kept_scales), torch.float32)
-            else:
-                x_RK = unpack_e5m6(Packed(kept, kept_scales, width), torch.float32)
-            columns: Columns = fp8.provider.columns(x_RK, rows_L, scales)
-            return columns
+                return columns(dequantise_tiles(Tiles(kept[0], kept[1]), torch.float32))
+            return columns(unpack_e5m6(Packed(kept[0], kept[1], width), torch.float32))
 
-        grad_weight = _leave(ctx, fp8.provider.columns(grad_RN, rows_L, fp8.scales), x)
+        if len(kept) == 1:  # wide: what waits for its product shall be FP8
+            tiles = fp8.provider.tiles(kept[0], scales)
+            made = columns(dequantise_tiles(tiles, torch.float32))
+            grad_weight = _leave(ctx, fp8.provider.columns(grad_RN, rows_L, fp8.scales), lambda: made)
+        else:
+            grad_weight = _leave(ctx, fp8.provider.columns(grad_RN, rows_L, fp8.scales), x)
         if not ctx.needs_input_grad[0]:
             return None, grad_weight, None, None, None, None
         grad_tiles = fp8.provider.tiles(grad_RN, fp8.scales)
-        grad_x_RK = fp8.multiply(grad_tiles, fp8.weights.turned(ctx.weight, Blocks(*blocks)), ctx.rows, grad_RN.dtype)
+        turned = fp8.weights.turned(ctx.weight, Blocks(values, block_scales))
+        grad_x_RK = fp8.multiply(grad_tiles, turned, ctx.rows, grad_RN.dtype)
         return grad_x_RK, grad_weight, None, None, None, None
 
 

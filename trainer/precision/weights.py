@@ -5,10 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 
+import torch
 from torch import Tensor
 
+from ...comm.fp8 import tiles_of
 from .tiles import Blocks
+
+_SCALE = 4  # bytes
+
+
+def blocks_bytes(shape: torch.Size) -> int:
+    """Of one weight, or a stack of them, in blocks of 128 × 128."""
+    *stack, rows, columns = shape
+    return prod(stack) * (rows * columns + _SCALE * tiles_of(rows) * tiles_of(columns))
 
 
 @dataclass
@@ -22,6 +33,8 @@ class StepWeights:
 
     def __init__(self) -> None:
         self._kept: _Kept | None = None
+        self.taken = 0
+        """Bytes of all that the last step has made."""
 
     def blocks(self, weight: Tensor, quantise: Callable[[Tensor], Blocks]) -> Blocks:
         """Of this weight: those that are kept, or new ones."""
@@ -46,4 +59,6 @@ class StepWeights:
         try:
             yield
         finally:
+            every = [*self._kept.blocks.values(), *self._kept.turned.values()]
+            self.taken = sum(blocks.values_NK.nbytes + blocks.scales_PQ.nbytes for blocks in every)
             self._kept = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ...comm.record import Track
 from ...parallelism.pipeline.program import Op, Program
-from ...parallelism.pipeline.replay import UnitTimes, replay
+from ...parallelism.pipeline.replay import ideal_wait
 from ..budget.terms import INSTRUCTIONS, TERMS
 from .trace import Span, summarise_trace
 
@@ -52,17 +52,11 @@ class StepSample:
     def by_term(self, program: Program, replicas: int) -> dict[str, int]:
         """Microseconds by term, and `bubble`: the part of edge_wait that `program` has by itself.
 
-        That is, in a replay in which each kind of instruction always takes its mean and messages take no time; the rest
-        of edge_wait is imbalance. `replicas` pipelines run `program`.
+        See `ideal_wait`; the rest of edge_wait is imbalance. `replicas` pipelines run `program`.
         """
         terms = dict(zip(TERMS, self.terms_us, strict=True))
-        return terms | {"bubble": min(terms["edge_wait"], round(replicas * self._ideal_wait_us(program)))}
-
-    def _ideal_wait_us(self, program: Program) -> float:
-        """Of one pipeline, from the first start to the end of each rank's last instruction."""
         mean = {
             Op(op): whole / count if count else 0.0
             for op, whole, count in zip(INSTRUCTIONS, self.whole_us, self.counts, strict=True)
         }
-        ideal = replay(program, UnitTimes(mean[Op.F], mean[Op.I], mean[Op.W], mean[Op.B], mean[Op.FB]))
-        return sum(ends[-1] - busy for ends, busy in zip(ideal.ends, ideal.busy, strict=True) if ends)
+        return terms | {"bubble": min(terms["edge_wait"], round(replicas * ideal_wait(program, mean)))}

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ...comm.record import EDGE_WAIT, EXPOSED_EXCHANGE, OPTIMIZER, REDUCE_WAIT, SILENT, Track
-from ..budget.terms import INSTRUCTIONS
+from ..budget.terms import INSTRUCTIONS, report_view
 
 TRACE_FILE = "trace.json"
 _RANK_FILE = "rank_{:05d}.json"
@@ -117,7 +117,7 @@ def trace_events(rank: int, spans: Sequence[Span], shift: int = 0) -> Iterator[d
 def summarise_trace(spans: Sequence[Span]) -> dict[str, float]:
     """Seconds of each productive term of one rank, disjoint; instructions are net of the exchanges they wait for.
 
-    Beside them the report's view (Insights paper, table 4): 1F, 1B, 1W, 1F1B and bubble.
+    Beside them the same under the report's names, see `report_view`. Which waits are bubble one rank cannot know.
     """
     by_name: dict[str, list[Span]] = defaultdict(list)
     for span in spans:
@@ -129,13 +129,7 @@ def summarise_trace(spans: Sequence[Span]) -> dict[str, float]:
         terms[name] = sum(span.end - span.begin - waits.inside(span) for span in own) / 1e9
     for name in (EXPOSED_EXCHANGE, EDGE_WAIT, REDUCE_WAIT, OPTIMIZER):
         terms[name] = sum(span.end - span.begin for span in by_name[name]) / 1e9
-    return terms | {
-        "1F": terms["F"],
-        "1B": terms["I"] + terms["B"],
-        "1W": terms["W"],
-        "1F1B": terms["FB"],
-        "bubble": terms[EDGE_WAIT],
-    }
+    return terms | report_view(terms, None)
 
 
 @dataclass(frozen=True)

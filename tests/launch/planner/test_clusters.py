@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from shoestring.comm.refusal import Refused
 from shoestring.launch.compose import compose_run
+from shoestring.launch.planner.operations import Phase, Shape
 from shoestring.launch.planner.pricing import Compute
 from shoestring.launch.planner.recipe import Precision, Recipe
-from shoestring.launch.planner.tables import Coverage, Row, Table, read_table, write_table
+from shoestring.launch.planner.tables import Coverage, Row, Table, read_table, weakest, write_table
 from shoestring.trainer.costs.cluster import ClusterConfig
 
 GPU_CLUSTERS = ("h800", "h100", "h200", "b200", "a100")
@@ -40,8 +41,17 @@ def test_a_cluster_without_kernel_times_is_described_but_not_priced() -> None:
 
 
 def test_no_fp8_where_the_cluster_has_none() -> None:
-    with pytest.raises(Refused, match="has no FP8"):
-        Compute.of(compose_run(["cluster=a100"]).cluster, Recipe())
+    cluster = replace(compose_run(["cluster=h800"]).cluster, peak_fp8_tflops=None)
+    with pytest.raises(Refused, match=r"precision\.linear = 'fp8': h800 has no FP8; write precision=bf16"):
+        Compute.of(cluster, Recipe())
+
+
+def test_a_table_of_another_cluster_measures_nothing_here() -> None:
+    compute = Compute.of(compose_run(["cluster=h100"]).cluster, Recipe())
+    model = compose_run(["model=deepseek_v3", "data.vocabulary=129280"]).model
+    compute.phase(Shape(model, 4096, 1, 64), Phase.ATTENTION_F)
+    assert compute.coverage.shares() == {"assumed": 1.0}
+    assert weakest("measured", "assumed", "published") == "assumed"
 
 
 def row(name: str, value: float, tokens: int = 4096, inputs: int = 1024) -> Row:

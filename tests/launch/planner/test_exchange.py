@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
 
-from shoestring.launch.planner.exchange import Exchange, expected_visits
+from shoestring.comm.config import ExchangeConfig
+from shoestring.launch.planner.exchange import Exchange, Wire, expected_visits
+from shoestring.launch.planner.operations import Shape
+from shoestring.launch.planner.recipe import REPORT_EXCHANGE, Recipe
+from shoestring.launch.planner.tables import Coverage, read_table
 from shoestring.launch.simulate import simulate
 from shoestring.trainer.model.config import ModelConfig
 
@@ -61,3 +66,34 @@ def test_smaller_nodes_than_the_traced_ones_are_priced(node: int) -> None:
     smaller = [f"topology.gpus_per_node={node}", f"cluster.gpus_per_node={node}", f"cluster.nodes={2048 // node}"]
     found = simulate(["experiment=deepseek_v3_h800", *smaller], None, {})
     assert found.forecast.mean_terms["exposed_exchange"] > of_eight.forecast.mean_terms["exposed_exchange"]
+
+
+def test_flat_sends_a_row_for_every_expert() -> None:
+    model = simulated().config.model
+    flat, once = wire(exchange=ExchangeConfig(name="flat")), wire(exchange=ExchangeConfig(name="two_hop"))
+    shape = Shape(model, 4096, 1, 64)
+    sent = flat.bytes(shape, Exchange.DISPATCH)
+    assert sent == pytest.approx((4096 * 7168 * 2 * 8 * 7 / 8, 4096 * 7168 * 2 * 8 * 7 / 64))
+    assert sent[0] > 1.9 * once.bytes(shape, Exchange.DISPATCH)[0]
+    assert flat.travel(shape, Exchange.DISPATCH).alone > once.travel(shape, Exchange.DISPATCH).alone
+    assert set(flat.coverage.seconds) == {"assumed"}
+
+
+def test_rows_are_as_wide_as_their_format() -> None:
+    shape = Shape(simulated().config.model, 4096, 1, 64)
+    wide, narrow = (wire(exchange=replace(REPORT_EXCHANGE, dispatch=name)) for name in ("native", "fp8"))
+    assert wide.bytes(shape, Exchange.DISPATCH)[0] / narrow.bytes(shape, Exchange.DISPATCH)[0] == pytest.approx(64 / 33)
+
+
+def test_only_the_traced_exchange_is_measured() -> None:
+    model, evidence = simulated().config.model, {}
+    for ranks in (64, 32, 8):
+        own = wire()
+        own.travel(Shape(model, 4096, 1, ranks), Exchange.DISPATCH)
+        evidence[ranks] = set(own.coverage.seconds)
+    assert evidence == {64: {"measured"}, 32: {"published"}, 8: {"published"}}
+
+
+def wire(**changes: object) -> Wire:
+    recipe, table = replace(Recipe(), **changes), read_table("h800")  # type: ignore[arg-type]
+    return Wire(simulated().config.cluster, recipe, table, Coverage())

@@ -6,11 +6,14 @@ from dataclasses import replace
 
 import pytest
 
+from shoestring.comm.refusal import Refused
 from shoestring.comm.topology import Topology
 from shoestring.launch.planner.forecast import Forecaster, Layout
-from shoestring.launch.planner.published import STEP_SECONDS
-from shoestring.launch.planner.recipe import Recipe, Recompute
+from shoestring.launch.planner.published import STEP_SECONDS, as_published
+from shoestring.launch.planner.recipe import EVERYTHING, NOTHING, Precision, Recipe
 from shoestring.launch.simulate import error_rows
+from shoestring.trainer.budget.terms import TERMS
+from shoestring.trainer.model.recompute import Part
 
 from .v3 import simulated
 
@@ -27,8 +30,13 @@ def test_the_published_step_is_met_without_fitting() -> None:
 
 def test_it_fits_with_the_reports_savings_and_not_without() -> None:
     simulation = simulated()
+    limit = simulation.config.cluster.memory_gb
+    assert limit is not None
     assert simulation.forecast.peak_memory.total < 80e9
-    assert simulation.again(replace(simulation.forecast.recipe, recompute=Recompute.NONE)).peak_memory.total > 80e9
+    assert simulation.forecast.needed_memory < limit * 1e9
+    without = simulation.again(replace(simulation.forecast.recipe, recompute=NOTHING))
+    assert without.peak_memory.total > 80e9
+    assert without.needed_memory > limit * 1e9
 
 
 def test_imbalance_and_messages_each_cost_and_are_shown_apart() -> None:
@@ -46,15 +54,26 @@ def test_messages_take_bytes_over_bandwidth() -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_terms_sum_up_to_the_makespan_and_no_step_is_under_its_bound(schedule: str) -> None:
+def test_terms_of_each_rank_sum_up_to_the_step_and_no_step_is_under_its_bound(schedule: str) -> None:
     forecaster = small()
     for micro_batches in (8, 16):
         layout = Layout(GRID, schedule)
         forecast = forecaster.forecast(layout, Recipe(), micro_batches * GRID.dp)
         for terms in forecast.terms:
-            assert sum(terms.values()) == pytest.approx(forecast.replay.makespan)
+            assert set(terms) == set(TERMS)
+            assert sum(terms.values()) == pytest.approx(forecast.seconds)
         assert forecast.seconds >= forecaster.lower_bound(layout, Recipe(), micro_batches * GRID.dp)
         assert sum(forecast.report_view().values()) == pytest.approx(forecast.seconds)
+        assert sum(as_published(forecast).values()) == pytest.approx(forecast.seconds)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_waiting_is_bubble_in_a_program_of_equal_stages_and_imbalance_beyond(schedule: str) -> None:
+    forecaster, layout = small(), Layout(GRID, schedule)
+    equal = forecaster.forecast(layout, Recipe(imbalance=False, edges=False), 8 * GRID.dp)
+    assert 0.0 < equal.bubble == pytest.approx(equal.mean_terms["edge_wait"])
+    slowed = forecaster.forecast(layout, Recipe(imbalance=False, edges=False, slowed=((1, 1.5),)), 8 * GRID.dp)
+    assert slowed.report_view()["imbalance"] > 0.1 * slowed.mean_terms["edge_wait"]
 
 
 def test_inputs_that_disturb_make_a_step_longer() -> None:
@@ -65,6 +84,32 @@ def test_inputs_that_disturb_make_a_step_longer() -> None:
         assert forecaster.forecast(layout, recipe, batch).seconds > base
     for recipe in (Recipe(links=1.1), Recipe(comm_sms=6)):
         assert forecaster.forecast(layout, recipe, batch).seconds < base
+
+
+def test_halves_one_after_the_other_hide_nothing() -> None:
+    simulation = simulated()
+    turns, apart = simulation.forecast, simulation.again(replace(simulation.forecast.recipe, overlap=False))
+    assert apart.seconds > 1.1 * turns.seconds
+    assert apart.mean_terms["exposed_exchange"] > turns.mean_terms["exposed_exchange"]
+    assert apart.mean_terms["FB"] == pytest.approx(turns.mean_terms["FB"], rel=0.01)
+
+
+def test_what_is_made_again_takes_time() -> None:
+    forecaster, layout, batch = small(), Layout(GRID, "dualpipe"), 16 * GRID.dp
+    policies = [NOTHING, frozenset({Part.UP_PROJECTION}), frozenset({Part.UP_PROJECTION, Part.ATTENTION}), EVERYTHING]
+    recipes = [Recipe(precision=Precision.BF16, recompute=policy) for policy in policies]
+    steps = [forecaster.forecast(layout, recipe, batch).seconds for recipe in recipes]
+    assert steps == sorted(set(steps))
+
+
+def test_figures_that_are_not_known_are_refused() -> None:
+    simulation = simulated()
+    layout = Layout(GRID, "one_f_one_b")
+    for name in ("nvlink_gbps", "infiniband_gbps", "memory_gbps"):
+        cluster = replace(simulation.config.cluster, **{name: None})  # type: ignore[arg-type]
+        forecaster = Forecaster(replace(simulation.config.model, layers=12), cluster, 4096)
+        with pytest.raises(Refused, match=rf"cluster\.{name} = None: is not known for h800"):
+            forecaster.forecast(layout, Recipe(), 8 * GRID.dp)
 
 
 def small() -> Forecaster:

@@ -8,11 +8,12 @@ import pytest
 
 from shoestring.comm.record import EXPOSED_EXCHANGE, Track
 from shoestring.launch.planner.exchange import Travel
-from shoestring.launch.planner.lanes import ChunkCosts, Lanes, StageShape
+from shoestring.launch.planner.lanes import ChunkCosts, Lanes
 from shoestring.launch.planner.operations import Phase
 from shoestring.launch.planner.pair import TRACED, exposed_share, simulate_pair
 from shoestring.launch.planner.published import PAIR_SECONDS
 from shoestring.launch.planner.recipe import Sync
+from shoestring.trainer.costs.chunk_memory import StageShape
 
 from .v3 import simulated
 
@@ -95,3 +96,17 @@ def test_waits_for_others_are_where_they_were_measured() -> None:
     last = StageShape(dense=0, routed=1, is_first=False, is_last=True)
     paired = {sync: own[sync].run("FB", last, TRACED).now for sync in Sync}
     assert paired[Sync.PAIRS] == paired[Sync.EVERYWHERE] > paired[Sync.NONE]
+
+
+def test_the_head_is_all_in_the_forward() -> None:
+    own = costs()
+    shape, cost = own.shape, own.cost
+    assert cost.phase(shape, Phase.HEAD_F) == pytest.approx(3 * 2 * 4096 * 7168 * 129_280 / 662e12, rel=0.01)
+    assert cost.phase(shape, Phase.HEAD_B) == cost.phase(shape, Phase.HEAD_W) == 0.0
+
+
+def test_a_look_at_the_traced_pair_changes_no_forecast() -> None:
+    own = costs()
+    before = dict(own.cost.coverage.seconds)
+    simulate_pair(own)
+    assert own.cost.coverage.seconds == before

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from shoestring.launch.planner.forecast import Forecaster
-from shoestring.launch.planner.recipe import Precision, Recipe, Recompute
-from shoestring.launch.planner.search import Space, search
+from shoestring.launch.planner.forecast import Forecaster, needed_bytes
+from shoestring.launch.planner.recipe import EVERYTHING, REPORT, Precision, Recipe
+from shoestring.launch.planner.search import Space, search, unfitness
 
 from .v3 import simulated
 
@@ -17,9 +17,7 @@ from .v3 import simulated
 def test_what_bounds_exclude_is_not_among_the_best(gpus: int, layers: int, batch: int) -> None:
     config = simulated().config
     forecaster = Forecaster(replace(config.model, layers=layers), config.cluster, 4096)
-    space = Space(
-        gpus, 8, micro_batches=(1, 2), recomputes=(Recompute.REPORT, Recompute.FULL), precisions=(Precision.FP8,)
-    )
+    space = Space(gpus, 8, micro_batches=(1, 2), recomputes=(REPORT, EVERYTHING), precisions=(Precision.FP8,))
     candidates = list(space.candidates(Recipe()))
     pruned = search(forecaster, candidates, batch, keep=3)
     whole = search(forecaster, candidates, batch, keep=3, exhaustive=True)
@@ -28,6 +26,7 @@ def test_what_bounds_exclude_is_not_among_the_best(gpus: int, layers: int, batch
     assert whole.excluded == 0
     for result in (pruned, whole):
         counted = sum(result.illegal.values()) + sum(result.unfit.values()) + result.simulated + result.excluded
+        assert not result.unpriced
         assert counted == result.considered
     assert pruned.smallest_excluded is not None
     assert pruned.smallest_excluded > pruned.best[-1].seconds
@@ -39,3 +38,34 @@ def test_what_does_not_fit_is_counted_apart() -> None:
     result = search(forecaster, list(Space(64, 8, micro_batches=(1,)).candidates(Recipe())), 256)
     assert not result.best  # 671 B parameters on 64 GPUs
     assert result.unfit["weights, gradients and optimizer alone"] > 0
+
+
+def test_room_for_fragmentation_decides_what_fits() -> None:
+    simulation = simulated()
+    layout, batch = simulation.layout, simulation.global_batch
+    roomy, tight = Recipe(fragmentation=0.1), Recipe(fragmentation=0.3)
+    assert unfitness(simulation.forecaster, layout, roomy, batch) is None
+    assert unfitness(simulation.forecaster, layout, tight, batch) == "mostly activations in flight"
+    memory = simulation.forecast.peak_memory
+    comes_and_goes = memory.activations + memory.deferred + memory.working
+    assert needed_bytes(memory, tight) == pytest.approx(memory.total + 0.3 * comes_and_goes)
+
+
+def test_what_a_cluster_does_not_say_is_counted_and_never_free() -> None:
+    config = simulated().config
+    cluster = replace(config.cluster, infiniband_gbps=None)
+    forecaster = Forecaster(replace(config.model, layers=8), cluster, 4096)
+    space = Space(32, 8, micro_batches=(1,), recomputes=(REPORT,), precisions=(Precision.FP8,))
+    result = search(forecaster, space.candidates(Recipe()), 64, keep=3)
+    assert not result.best  # at least the dense part has replicas in other nodes
+    assert set(result.unpriced) == {"cluster.infiniband_gbps does not say enough"}
+
+
+def test_the_run_has_the_last_word() -> None:
+    config = simulated().config
+    forecaster = Forecaster(replace(config.model, layers=8), config.cluster, 4096)
+    space = Space(32, 8, micro_batches=(1,), recomputes=(REPORT,), precisions=(Precision.FP8,))
+    candidates = list(space.candidates(Recipe()))
+    result = search(forecaster, candidates, 64, refusal=lambda layout, recipe: "not today")
+    assert not result.best
+    assert result.illegal["not today"] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from itertools import combinations
 
@@ -25,6 +26,8 @@ from shoestring.trainer.model.init import initialise
 from shoestring.trainer.model.model import Model
 from shoestring.trainer.model.recompute import Part
 from shoestring.trainer.model.tape import Forward, LossScales, Stage
+from shoestring.trainer.precision.fp8 import Fp8
+from shoestring.trainer.precision.reference import Reference
 
 CONFIG = ModelConfig(
     vocabulary=64, hidden=48, layers=2, dense_layers=1, heads=3, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=16,
@@ -32,10 +35,15 @@ CONFIG = ModelConfig(
     mtp_depth=0,
 )  # fmt: skip
 FULL_QUERY = ModelConfig(**{**vars(CONFIG), "q_lora_rank": None, "shared_experts": 0, "normalise_gates": False})
+WIDE = replace(CONFIG, hidden=256, dense_ffn=256, expert_ffn=64)
 REPORT = frozenset({Part.NORM, Part.UP_PROJECTION, Part.SWIGLU})
 POLICIES = [frozenset(parts) for size in range(len(Part) + 1) for parts in combinations(Part, size)]
 DTYPES = [torch.float32, torch.bfloat16]
 SCALES = LossScales(1.0, 1.0, 1.0)
+
+
+def names(policy: frozenset[Part]) -> str:
+    return "+".join(sorted(policy)) or "nothing"
 
 
 def layer_forward(
@@ -44,6 +52,8 @@ def layer_forward(
     """One layer's forward alone, what lives of what it has allocated, and the bytes of its input."""
     model = Model(config)
     initialise(model, seed=0)
+    if batch.fp8:
+        model.use_fp8(Fp8(Reference()))
     topology = Topology()
     groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))
     traffic = Traffic(topology, 0)
@@ -54,9 +64,10 @@ def layer_forward(
     valid_BW = torch.ones_like(tokens_BW, dtype=torch.bool)
     generator = torch.Generator().manual_seed(1)
     input_BSD = torch.randn((batch.sequences, batch.length, config.hidden), generator=generator).to(batch.dtype)
-    drive(chunk.forward(tokens_BW, valid_BW, SCALES, 0, input_BSD))  # what is made once, at the first use
-    with Census() as census:
-        forward = drive(chunk.forward(tokens_BW, valid_BW, SCALES, 0, input_BSD))
+    with model.weights_unchanged():
+        drive(chunk.forward(tokens_BW, valid_BW, SCALES, 0, input_BSD))  # what is made once, at the first use
+        with Census() as census:
+            forward = drive(chunk.forward(tokens_BW, valid_BW, SCALES, 0, input_BSD))
     return forward, census, input_BSD.nbytes
 
 
@@ -86,6 +97,22 @@ def test_each_policy_keeps_what_is_predicted(layer: str, config: ModelConfig, le
     falls = {policy: kept_bytes(items) - kept_bytes(items, policy) for policy in POLICIES}
     assert {policy: found[frozenset()] - size for policy, size in found.items()} == falls  # to the byte
     assert all(found[policy | {part}] < size for policy, size in found.items() for part in Part if part not in policy)
+
+
+@pytest.mark.parametrize("policy", [frozenset(), frozenset({Part.UP_PROJECTION}), REPORT], ids=names)
+@pytest.mark.parametrize("config", [WIDE, replace(WIDE, q_lora_rank=None)], ids=["V3", "V2-like"])
+@pytest.mark.parametrize("layer", ["dense", "routed"])
+def test_what_fp8_keeps_falls_as_predicted(layer: str, config: ModelConfig, policy: frozenset[Part]) -> None:
+    kept = {}
+    for fp8 in (False, True):
+        batch = MicroBatch(2, 128, torch.bfloat16, on_cpu=True, fp8=fp8)
+        index, items = (0, dense_layer(config, batch)) if layer == "dense" else (1, moe_layer(config, batch))
+        kept[fp8] = measured(config, index, batch, policy), kept_bytes(items, policy)
+        assert kept[fp8][0] == pytest.approx(kept[fp8][1], rel=0.01)
+    fall, predicted = (kept[False][which] - kept[True][which] for which in (0, 1))
+    print(layer, names(policy), {"bf16": kept[False], "fp8": kept[True]}, f"fall {fall} predicted {predicted}")
+    assert fall == pytest.approx(predicted, rel=0.01)
+    assert fall > 0
 
 
 def test_two_hops_keep_about_as_much() -> None:

@@ -17,6 +17,8 @@ from shoestring.tests.trainer.model.test_chunk import LENGTH, SCALES, make_chunk
 from shoestring.trainer.model import recompute as recompute_module
 from shoestring.trainer.model.recompute import Part, Recompute, RecomputeConfig, recomputed, replayed
 from shoestring.trainer.model.router import Router
+from shoestring.trainer.precision.fp8 import Fp8
+from shoestring.trainer.precision.reference import Reference
 
 REPORT = frozenset({Part.NORM, Part.UP_PROJECTION, Part.SWIGLU})
 POLICIES = [frozenset(parts) for size in range(len(Part) + 1) for parts in combinations(Part, size)]
@@ -26,9 +28,13 @@ def names(policy: frozenset[Part]) -> str:
     return "+".join(sorted(policy)) or "nothing"
 
 
-def gradients(policy: frozenset[Part], dtype: torch.dtype, *, deferred: bool = False) -> tuple[list[Tensor], list[str]]:
+def gradients(
+    policy: frozenset[Part], dtype: torch.dtype, *, deferred: bool = False, fp8: bool = False
+) -> tuple[list[Tensor], list[str]]:
     """Losses and gradients of one micro-batch, and what was sent."""
     chunk, exchange = make_chunk(policy, dtype)
+    if fp8:
+        chunk.model.use_fp8(Fp8(Reference()))
     forward = drive(chunk.forward(*window(), SCALES))
     weights = WeightGradients(deferred=deferred)
     drive(forward.backward(None, weights))
@@ -49,6 +55,14 @@ def test_recomputing_changes_no_bit(policy: frozenset[Part], dtype: torch.dtype)
     assert sent_again == sent
     split, _ = gradients(policy, dtype, deferred=True)
     assert all(map(torch.equal, split, kept))
+
+
+@pytest.mark.parametrize("policy", [frozenset({Part.NORM}), REPORT, frozenset(Part) - {Part.GATE_UP}], ids=names)
+def test_nor_does_it_in_fp8(policy: frozenset[Part]) -> None:
+    kept, _ = gradients(frozenset(), torch.bfloat16, fp8=True)
+    for deferred in (False, True):
+        made_again, _ = gradients(policy, torch.bfloat16, deferred=deferred, fp8=True)
+        assert all(map(torch.equal, made_again, kept))
 
 
 def test_each_part_is_made_again_once_for_each_who_needs_it() -> None:

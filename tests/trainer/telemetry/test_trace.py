@@ -32,8 +32,9 @@ def test_terms_are_disjoint_and_add_up_to_the_step() -> None:
     wanted |= {REDUCE_WAIT: 10, OPTIMIZER: 20}
     assert {name: terms[name] for name in wanted} == wanted
     assert sum(wanted.values()) == 530
-    view = {"1F": 70, "1B": 95, "1W": 5, "1F1B": 240, "bubble": 50}
+    view = {"1F": 70, "1B": 95, "1W": 5, "1F1B": 240, "opt": 20}
     assert {name: terms[name] for name in view} == view
+    assert not {"bubble", "imbalance"} & set(terms)  # what the program has by itself one rank does not know
 
 
 def test_nothing_is_kept_while_it_is_off() -> None:

@@ -1,0 +1,166 @@
+"""Between a run's configuration and what the planner prices: layout and recipe of a run, and the run of a layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ...comm.deepep import SMS_BETWEEN_NODES
+from ...comm.refusal import Problem, refuse_if_any
+from ...trainer.config import RunConfig
+from ...trainer.model.recompute import Part
+from ..compose import to_tree
+from .forecast import Layout
+from .pricing import described_table
+from .recipe import Precision, Recipe
+from .tables import Table
+
+_COMPUTE = {"float32": Precision.FP32, "bfloat16": Precision.BF16}
+
+
+def layout_of(config: RunConfig) -> Layout:
+    """The layout that a configuration describes."""
+    schedule = config.schedule
+    return Layout(config.topology, schedule.name, schedule.micro_batch, schedule.chunks, schedule.layout)
+
+
+def recipe_of(config: RunConfig, inputs: Mapping[str, Any]) -> Recipe:
+    """How the run of this configuration computes, with `inputs`, fields that no configuration has.
+
+    Raises `Refused` with all that cannot be priced on its cluster.
+    """
+    table = described_table(config.cluster)
+    given = replace(computing_of(config), **{"comm_sms": _lent(config, table), **inputs})
+    refuse_if_any([*unpriced(config), *grid_problems(config), *_input_problems(config, table, given, inputs)])
+    return given
+
+
+def computing_of(config: RunConfig) -> Recipe:
+    """What of the recipe the configuration says."""
+    return Recipe(
+        precision=precision_of(config),
+        recompute=config.recompute.policy,
+        exchange=config.exchange,
+        overlap=config.schedule.overlap,
+        moment_bytes=2 * config.optimizer.moments_dtype(config.precision.parameter_dtype()).itemsize,
+        expert_rows=config.recompute.expert_rows,
+        on_cpu=on_cpu(config),
+    )
+
+
+def precision_of(config: RunConfig) -> Precision:
+    """What the Linears compute in; `auto` is BF16 on GPUs and FP32 on a CPU."""
+    if config.precision.linear == "fp8":
+        return Precision.FP8
+    device = torch.device("cpu" if on_cpu(config) else "cuda")
+    name = str(config.precision.compute_dtype(device)).removeprefix("torch.")
+    return _COMPUTE.get(name, Precision.FP32)  # FP64 is refused
+
+
+def on_cpu(config: RunConfig) -> bool:
+    """Whether the cluster's "GPUs" are processes of a CPU."""
+    return config.cluster.sms is None
+
+
+def _lent(config: RunConfig, table: Table) -> int:
+    """SMs that the exchange takes: what DeepEP is asked for, else as many as where the table was measured."""
+    lent = table.find("gemm", "lent_sms", "any")
+    if lent is None:
+        return 0
+    asked = config.exchange.name == "deepep" and config.topology.ep_nodes > 1
+    return SMS_BETWEEN_NODES if asked else int(lent.value)
+
+
+def lendable_sms(config: RunConfig) -> int | None:
+    """SMs of a GPU; None where the table does not say how many were lent, so that no time depends on it."""
+    lent = described_table(config.cluster).find("gemm", "lent_sms", "any")
+    return None if lent is None else config.cluster.sms
+
+
+def unpriced(config: RunConfig) -> Iterator[Problem]:
+    """What the run would do, and no table says how long it takes."""
+    cluster, precision = config.cluster, config.precision
+    here = "cpu" if on_cpu(config) else "cuda"
+    if config.training.device not in ("auto", here):
+        remedy = f"{cluster.name} is priced on its {'CPU' if here == 'cpu' else 'GPUs'}; write auto or {here}"
+        yield Problem("training.device", config.training.device, remedy)
+    if precision.compute == "float64":
+        yield Problem("precision.compute", "float64", "no table prices FP64; write precision=bf16 or precision=fp32")
+    elif precision.compute == "float32" and not on_cpu(config):
+        remedy = f"no table prices FP32 on {cluster.name}; write precision=bf16 or precision=fp8"
+        yield Problem("precision.compute", "float32", remedy)
+    if precision.linear == "fp8" and on_cpu(config):
+        remedy = "a CPU emulates FP8, and no table prices that; write precision=auto, or price a cluster of GPUs"
+        yield Problem("precision.linear", "fp8", remedy)
+    if precision.provider == "reference" and not on_cpu(config):
+        remedy = "no table prices the emulation on a GPU; write precision.provider=auto"
+        yield Problem("precision.provider", "reference", remedy)
+    if config.exchange.check_order:
+        remedy = "a check before each exchange, which no table prices; write false"
+        yield Problem("exchange.check_order", True, remedy)
+
+
+def grid_problems(config: RunConfig) -> Iterator[Problem]:
+    """A run on other GPUs than the cluster's would be priced as another run."""
+    topology, cluster = config.topology, config.cluster
+    ranks, gpus, per_node = topology.world_size, cluster.gpus, cluster.gpus_per_node
+    if ranks != gpus:
+        fit = f"cluster.nodes={ranks // per_node}" if ranks % per_node == 0 else f"cluster.gpus_per_node={ranks}"
+        grid = f"pp x edp x ep = {topology.pp} x {topology.edp} x {topology.ep} = {ranks}"
+        has = f"with {per_node} GPUs each are {gpus} GPUs, and the topology has {grid} ranks"
+        yield Problem("cluster.nodes", cluster.nodes, f"{has}; write a topology of {gpus} ranks, or {fit}")
+    elif min(topology.gpus_per_node, ranks) != min(per_node, ranks):
+        remedy = f"{cluster.name} has {per_node} in a node; write topology.gpus_per_node={per_node}"
+        yield Problem("topology.gpus_per_node", topology.gpus_per_node, remedy)
+
+
+def _input_problems(config: RunConfig, table: Table, recipe: Recipe, inputs: Mapping[str, Any]) -> Iterator[Problem]:
+    sms = lendable_sms(config)
+    yield from recipe.problems(sms, config.topology.ep)
+    if "comm_sms" in inputs and sms is None:
+        remedy = f"the table of {config.cluster.name} does not say how many SMs were lent, so nothing depends on it"
+        yield Problem("--comm-sms", recipe.comm_sms, f"{remedy}; leave it out")
+    if recipe.skew > 0 and table.measured_with:
+        remedy = f"phases of {config.cluster.name} were timed whole, with the rows of balanced experts; leave it out"
+        yield Problem("--skew", recipe.skew, remedy)
+
+
+def run_with(config: RunConfig, layout: Layout, recipe: Recipe) -> RunConfig:
+    """The run in another layout, of which the recipe says how it computes and what it makes again."""
+    names = {"name": layout.schedule, "micro_batch": layout.micro_batch, "chunks": layout.chunks}
+    precision = config.precision
+    if recipe.precision is Precision.FP8:
+        precision = replace(precision, linear="fp8")
+    elif precision.linear == "fp8":
+        precision = replace(precision, linear="native", provider="auto", scales="fp32")
+    return replace(
+        config,
+        topology=layout.topology,
+        schedule=replace(config.schedule, **names, layout=layout.layers),  # type: ignore[arg-type]
+        recompute=replace(config.recompute, parts=tuple(part.value for part in Part if part in recipe.recompute)),
+        precision=precision,
+    )
+
+
+def overrides_between(before: RunConfig, after: RunConfig) -> list[str]:
+    """What to write behind the overrides of the first to have the second."""
+    return list(_differences(to_tree(before), to_tree(after), ""))
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in after.items():
+        if isinstance(value, dict) and isinstance(before[key], dict) and prefix.count(".") == 0:
+            yield from _differences(before[key], value, f"{prefix}{key}.")
+        elif value != before[key]:
+            yield f"{prefix}{key}={_written(value)}"
+
+
+def _written(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)

@@ -1,0 +1,145 @@
+"""The end of a step: gradients summed over replicas, shards updated, weights handed out; when each begins, and what
+shows of it.
+
+The gradients of a stage are reduced as soon as the program has run the last instruction that adds to them, and its new
+weights are handed out until the next program first computes with them (`parallelism/gradients.py`, `zero.py`). A rank's
+collectives run one after the other; they and the exchanges are taken not to slow each other down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ...comm.refusal import Problem, Refused
+from ...comm.topology import Topology
+from ...parallelism.pipeline.program import Program
+from ...parallelism.pipeline.replay import Replay
+from ...parallelism.pipeline.uses import first_use, last_use
+from ...trainer.costs.cluster import ClusterConfig
+from .links import bytes_a_second
+from .memory import Parameters
+from .recipe import Precision, Recipe
+from .tables import Table
+
+_GRADIENT = 4  # bytes: FP32
+
+
+@dataclass(frozen=True)
+class Uses:
+    """Which instructions of a program first and last compute with the weights of each stage, on each of its ranks."""
+
+    first: tuple[dict[int, int], ...]
+    """By stage: rank to index."""
+    last: tuple[dict[int, int], ...]
+
+    @staticmethod
+    def of(program: Program) -> Uses:
+        """Read off the program, as the runtime does."""
+        holders = [
+            sorted({place.rank for place in program.placement.holders(stage)})
+            for stage in range(program.placement.stages)
+        ]
+        return Uses(
+            tuple({rank: first_use(program, rank, [stage]) for rank in ranks} for stage, ranks in enumerate(holders)),
+            tuple({rank: last_use(program, rank, [stage]) for rank in ranks} for stage, ranks in enumerate(holders)),
+        )
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Seconds of one stage's collectives: of gradients, and of weights."""
+
+    reduce: float
+    gather: float
+
+
+@dataclass(frozen=True)
+class Updates:
+    """Prices of updates in one layout."""
+
+    cluster: ClusterConfig
+    recipe: Recipe
+    table: Table
+    topology: Topology
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the table has the update whole, for a thousand parameters, as `shoestring calibrate` times it."""
+        return self.table.find("phase", "optimizer", "any") is not None
+
+    def timed(self, held: Parameters) -> tuple[float, float]:
+        """Seconds of sums over replicas and of the rest on one rank. Nothing hides there: one core does everything."""
+        reduce, update, rest = (self._timed_row(name) for name in ("reduce", "optimizer", "step"))
+        copied = held.dense * (held.dense_copies > 1) + held.routed * (held.routed_copies > 1)
+        return copied / 1e3 * reduce, (held.dense + held.routed) / 1e3 * update + rest
+
+    def _timed_row(self, name: str) -> float:
+        row = self.table.find("phase", name, "any")
+        if row is None:
+            raise Refused([Problem("cluster.tables", self.table.name, f"has no phase {name}; calibrate again")])
+        return row.seconds
+
+    def optimizer(self, held: Parameters) -> float:
+        """Seconds of updating the shards of one rank: what it reads and writes, over the memory's bandwidth."""
+        wide = self.recipe.wide
+        shard = held.dense / held.dense_copies + held.routed / held.routed_copies
+        # Gradient for the norm and again, master, both moments, weight.
+        touched = shard * (2 * _GRADIENT + 8 + 2 * self.recipe.moment_bytes + wide)
+        if self.recipe.precision is Precision.FP8:
+            touched += (held.dense + held.routed) * 4  # weights read, both layouts written
+        share = self.table.find("memory", "update", "any")
+        rate = bytes_a_second(self.cluster, "memory_gbps", self.cluster.memory_gbps, "the optimizer's update")
+        return touched / (rate * (share.value if share is not None else 1.0))
+
+    def traffic(self, held: Parameters) -> Traffic:
+        """Of the parameters of one stage."""
+        return Traffic(self._seconds(held, _GRADIENT), self._seconds(held, self.recipe.wide))
+
+    def _seconds(self, held: Parameters, size: int) -> float:
+        topology, per_node = self.topology, self.topology.gpus_per_node
+        dense = self._collective(held.dense * size, held.dense_copies, min(topology.dp, per_node))
+        neighbours = max(1, min(topology.edp, per_node // topology.ep))
+        return dense + self._collective(held.routed * size, held.routed_copies, neighbours)
+
+    def _collective(self, count: float, ranks: int, inside: int) -> float:
+        """A reduce-scatter or all-gather of `count` bytes: rings inside nodes and between them run at the same time."""
+        if ranks == 1 or not count:
+            return 0.0
+        nodes, cluster, need = max(1, ranks // inside), self.cluster, f"a sum over {ranks} replicas"
+        seconds = []
+        if inside > 1:
+            rate = bytes_a_second(cluster, "nvlink_gbps", cluster.nvlink_gbps, need)
+            seconds.append(count * (inside - 1) / inside / rate)
+        if nodes > 1:
+            rate = bytes_a_second(cluster, "infiniband_gbps", cluster.infiniband_gbps, need)
+            seconds.append(count * (nodes - 1) / nodes / inside / rate)
+        return max(seconds) / self.recipe.links
+
+
+def exposed_reduce(uses: Uses, replay: Replay, traffic: Sequence[Traffic]) -> float:
+    """Seconds after the last instruction until all gradients are reduced, in the order of their ends in the program."""
+    order = sorted(range(len(traffic)), key=lambda stage: (max(uses.last[stage].values()), stage))
+    ready = [{rank: replay.ends[rank][index] for rank, index in ends.items()} for ends in uses.last]
+    ends = list(_one_by_one(order, ready, [each.reduce for each in traffic], len(replay.ends)))
+    return max(0.0, max(end for _, end in ends) - replay.makespan)
+
+
+def exposed_gather(uses: Uses, replay: Replay, traffic: Sequence[Traffic]) -> float:
+    """Seconds by which the next program waits for weights, on the rank that waits longest."""
+    order = sorted(range(len(traffic)), key=lambda stage: (min(uses.first[stage].values()), stage))
+    ready = [dict.fromkeys(firsts, 0.0) for firsts in uses.first]
+    ends = _one_by_one(order, ready, [each.gather for each in traffic], len(replay.ends))
+    return max(end - replay.starts[rank][index] for stage, end in ends for rank, index in uses.first[stage].items())
+
+
+def _one_by_one(
+    order: Sequence[int], ready: Sequence[dict[int, float]], seconds: Sequence[float], ranks: int
+) -> Iterator[tuple[int, float]]:
+    """Stages with the end of their collective, which begins when all its ranks have what it needs and are free."""
+    free = [0.0] * ranks
+    for stage in order:
+        end = max(max(free[rank], moment) for rank, moment in ready[stage].items()) + seconds[stage]
+        for rank in ready[stage]:
+            free[rank] = end
+        yield stage, end

@@ -1,0 +1,147 @@
+"""What is priced is the run that is configured, or it is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from shoestring.comm.topology import Topology
+from shoestring.launch.compose import compose_run
+from shoestring.launch.plan import plan
+from shoestring.launch.planner.configured import layout_of, overrides_between, recipe_of, run_with
+from shoestring.launch.planner.evidence import assumptions
+from shoestring.launch.planner.forecast import Layout
+from shoestring.launch.planner.published import is_published
+from shoestring.launch.planner.recipe import NOTHING, Precision, Recipe
+from shoestring.launch.planner.search import Space
+from shoestring.launch.simulate import simulate
+from shoestring.tests.launch.refusals import refused
+
+from .v3 import simulated
+
+V3 = "experiment=deepseek_v3_h800"
+
+
+def test_the_experiment_is_the_reports_run() -> None:
+    assert simulated().forecast.recipe == Recipe()
+    assert simulated().is_published
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "precision=bf16",
+        "recompute=nothing",
+        "recompute.parts=[up_projection,attention]",
+        "exchange=flat",
+        "exchange.dispatch=bf16",
+        "exchange=deepep",
+        "schedule.overlap=false",
+        "optimizer.moments=float32",
+    ],
+)
+def test_every_choice_changes_the_price(change: str) -> None:
+    base, changed = simulated(), simulate([V3, change], None, {})
+    figures = [(s.forecast.seconds, s.forecast.peak_memory.total) for s in (base, changed)]
+    assert figures[0] != figures[1]
+    assert not changed.is_published
+    assert not is_published(changed.config, changed.layout, changed.forecast.recipe)
+
+
+def test_deepep_lends_what_it_is_asked_for_and_its_pace_is_assumed() -> None:
+    simulation = simulate([V3, "exchange=deepep"], None, {})
+    assert simulation.forecast.recipe.comm_sms == 6
+    rows = {what: evidence for what, evidence, _ in found(simulation.forecast.recipe, "exchange=deepep")}
+    assert rows["6 SMs lent"] == "chosen"
+    assert rows["exchanges as fast as with 20"] == "assumed"
+    sources = {what: source for what, _, source in found(Recipe())}
+    assert "loss.py moves 44.5 GB a micro-batch" in sources["the head's passes over memory are free"]
+    rows = {what: evidence for what, evidence, _ in found(Recipe())}
+    assert rows["20 SMs lent"] == "measured"
+    assert not any(what.startswith("exchanges as fast") for what in rows)
+
+
+def found(recipe: Recipe, *overrides: str) -> list[tuple[str, str, str]]:
+    simulation = simulate([V3, *overrides], None, {})
+    assert simulation.forecast.recipe == recipe
+    return assumptions(simulation.config, simulation.forecast, simulation.forecaster.costs(simulation.layout, recipe))
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "remedy"),
+    [
+        ("precision=fp32", "precision.compute", "write precision=bf16 or precision=fp8"),
+        ("precision=fp64", "precision.compute", "no table prices FP64"),
+        ("precision.provider=reference", "precision.provider", "write precision.provider=auto"),
+        ("exchange.check_order=true", "exchange.check_order", "write false"),
+        ("training.device=cpu", "training.device", "write auto or cuda"),
+        ("topology.gpus_per_node=4", "topology.gpus_per_node", "write topology.gpus_per_node=8"),
+        ("cluster.nodes=128", "cluster.nodes", "topology of 1024 ranks, or cluster.nodes=256"),
+        ("cluster.tables=null", "cluster.tables", "`shoestring calibrate`"),
+    ],
+)
+def test_what_cannot_be_priced_is_refused(override: str, field: str, remedy: str) -> None:
+    said = refused(simulate, [V3, override], None, {})
+    assert set(said) == {field}
+    assert remedy in said[field]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "field"),
+    [
+        ({"comm_sms": 132}, "--comm-sms"),
+        ({"comm_sms": 5}, "--comm-sms"),
+        ({"skew": -1.0}, "--skew"),
+        ({"jitter": -0.1}, "--jitter"),
+        ({"fragmentation": -0.1}, "--fragmentation"),
+    ],
+)
+def test_impossible_inputs_are_refused(inputs: dict[str, float], field: str) -> None:
+    assert set(refused(simulate, [V3], None, inputs)) == {field}
+
+
+def test_sms_that_no_table_knows_of_are_refused() -> None:
+    overrides = ["model=deepseek_v3", "data.vocabulary=129280", "cluster=b200", "topology.ep=8", "precision=bf16"]
+    config = compose_run(overrides)
+    assert recipe_of(config, {}).comm_sms == 0
+    assert "does not say how many SMs were lent" in refused(recipe_of, config, {"comm_sms": 20})["--comm-sms"]
+
+
+def test_what_to_write_makes_the_layout() -> None:
+    config = compose_run([V3])
+    recipe = replace(recipe_of(config, {}), precision=Precision.BF16, recompute=NOTHING)
+    layout = Layout(Topology(pp=8, edp=4, ep=64), "dualpipev", 2)
+    written = overrides_between(config, run_with(config, layout, recipe))
+    ramp = ("training.ramp_from=8192", "training.ramp_step=1024")
+    again = compose_run([V3, *ramp, *written])
+    assert layout_of(again) == layout
+    assert recipe_of(again, {}) == recipe
+    assert overrides_between(config, run_with(config, layout_of(config), recipe_of(config, {}))) == []
+
+
+def test_no_candidate_makes_gate_up_again_in_fp8_and_runs() -> None:
+    """`train` refuses it, and so does the search, by the run's own word."""
+    config = compose_run([V3])
+    candidates = Space(2048, 8, micro_batches=(1,)).candidates(recipe_of(config, {}))
+    own = [recipe for layout, recipe in candidates if layout == layout_of(config)]
+    legal = [recipe for recipe in own if not any(run_with(config, layout_of(config), recipe).problems())]
+    assert len(own) == 8
+    assert len(legal) == 7
+
+
+def test_nothing_is_measured_with_a_borrowed_table() -> None:
+    simulation = simulate([V3, "cluster=h100"], None, {})
+    costs = simulation.forecaster.costs(simulation.layout, simulation.forecast.recipe)
+    rows = assumptions(simulation.config, simulation.forecast, costs)
+    assert "measured" not in {evidence for what, evidence, _ in rows if not what.startswith("cluster.")}
+    assert set(simulation.forecast.coverage.shares()) == {"assumed"}
+
+
+def test_a_search_lends_no_exchange_too_few_sms() -> None:
+    """Where the configured run has no exchange, `--comm-sms 3` is legal, and layouts that have one are not."""
+    grid = ["cluster.nodes=1", "topology.pp=8", "topology.edp=1", "topology.ep=1", "model.layers=8"]
+    batch = ["training.global_batch=64", *(f"training.ramp_{name}" for name in ("from=null", "step=null", "tokens=0"))]
+    found = plan([V3, *grid, *batch, "model.experts=64"], None, 3, {"comm_sms": 3}).found
+    assert any(reason.startswith("--comm-sms") for reason in found.illegal)
+    assert {best.layout.topology.ep for best in found.best} <= {1}

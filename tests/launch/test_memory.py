@@ -1,0 +1,84 @@
+"""`shoestring memory`: what it predicts, what it measures, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from shoestring.launch.cli import main
+from shoestring.launch.compose import compose_run
+from shoestring.launch.simulate import simulate
+from shoestring.trainer.memory import RunMemory
+
+SMALL = ("model=tiny", "model.layers=2", "training.sequence_length=32", "training.global_batch=4")
+DEEPSEEK = ["experiment=deepseek_v3_h800", "precision=fp8", "recompute=deepseek_v3"]
+
+
+def memory(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(["memory", *arguments])
+    assert stopped.value.code == code
+    output = capsys.readouterr()
+    return output.err if code else output.out
+
+
+def tree(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads(memory(capsys, *arguments, "--format", "json"))
+    return parsed
+
+
+def test_bytes_a_parameter_are_those_of_zero_1(capsys: pytest.CaptureFixture[str]) -> None:
+    """2 for the weight, 4 for the gradient, 4 / d for the master, 4 / d for both moments."""
+    arguments = (*SMALL, "topology.edp=2", "precision=bf16", "optimizer.ema_decay=0.9")
+    (rank,) = tree(capsys, *arguments)["predicted"]
+    state = rank["state"]
+    assert state["gradients"] == pytest.approx(2 * state["weights"], rel=0.02)  # norms and routers are FP32
+    assert state["masters"] == pytest.approx(state["gradients"] / 2, rel=0.02)
+    assert state["moments"] == pytest.approx(state["masters"], rel=0.02)
+    assert state["average"] == pytest.approx(state["masters"], rel=0.02)
+    assert rank["total"] == sum(state.values()) + sum(rank["at_worst"].values())
+
+
+def test_the_table_says_the_same(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    arguments = (*SMALL, "topology.pp=2", "topology.ep=2")
+    figures, text = tree(capsys, *arguments), memory(capsys, *arguments)
+    for rank, bound in zip(figures["predicted"], figures["bound_under_any_routing"], strict=True):
+        assert f"{rank['total'] / 1e6:,.2f}" in text
+        assert f"{bound / 1e6:,.2f}" in text
+    assert "on a CPU" in text
+
+
+def test_deepseeks_layout_is_what_the_planner_says() -> None:
+    run = RunMemory(compose_run(DEEPSEEK), torch.device("cuda"))
+    forecast = simulate(DEEPSEEK, None, {}).forecast
+    for pp_rank in (0, 1, 7, 15):
+        ours, planned = run.of(pp_rank), forecast.memory[pp_rank]
+        assert ours.total == pytest.approx(planned.total, rel=0.01)
+
+
+def test_one_rank_is_a_way_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--one-rank = True: is how a run is measured; write --measure too" in memory(
+        capsys, *SMALL, "--one-rank", code=2
+    )
+
+
+def test_rows_that_are_no_whole_tiles_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for rows in (0, 100, 200):
+        text = memory(capsys, *SMALL, f"recompute.expert_rows={rows}", code=2)
+        assert f"recompute.expert_rows = {rows}: must be a multiple of 128" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("routing", [(), ("--one-rank",)], ids=["as it falls", "one rank"])
+def test_real_processes_need_what_is_predicted(capsys: pytest.CaptureFixture[str], routing: tuple[str, ...]) -> None:
+    figures = tree(capsys, *SMALL, "topology.ep=2", "training.sequence_length=128", "--measure", *routing)
+    assert len(figures["measured"]) == 2
+    bound = figures["bound_under_any_routing"][0]
+    assert all(found["total"] <= bound for found in figures["measured"])
+    if not routing:
+        for found in figures["measured"]:
+            assert found["total"] == pytest.approx(figures["predicted"][0]["total"], rel=0.05)
