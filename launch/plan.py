@@ -165,8 +165,9 @@ def _layouts(result: Plan) -> RenderableType:
     figures, limits = _slim_table(), _slim_table()
     figures.title = f"{result.config.model.name} on {cluster.gpus} {cluster.name}, {training.global_batch:,} sequences"
     figures.caption = (
-        "mb: sequences of a micro-batch; tok/s: of one GPU; GB: of the fullest rank, with\nfragmentation. "
-        "MFU: main model, causal, without MTP, of the dense BF16 peak."
+        "mb: sequences of a micro-batch; tok/s: of one GPU; GB: of the\n"
+        "fullest rank, fragmentation included; MFU: main model, causal,\n"
+        "without MTP, of the dense BF16 peak."
     )
     for heading in _COLUMNS:
         figures.add_column(heading, justify="left" if heading in _WORDS else "right", no_wrap=True)

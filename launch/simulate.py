@@ -257,8 +257,8 @@ def _terms(simulation: Simulation) -> Table:
 def _published_phases(simulation: Simulation) -> Table:
     table = Table(
         title="The step in the published table's rows",
-        caption="1F to 1F1B with the exchanges that they wait for; bubble: all waits for other stages;\n"
-        "opt: sums over ranks, and the update.",
+        caption="1F to 1F1B: with the exchanges they\nwait for; bubble: all waits for other\n"
+        "stages; opt: sums and the update.",
         title_justify="left",
         caption_justify="left",
     )

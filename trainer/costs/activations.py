@@ -207,7 +207,7 @@ def _attention(config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
         yield Kept("probabilities", elements * batch.size, Part.ATTENTION)
     else:
         yield Kept("log of the sum of each softmax", batch.tokens * heads * batch.wide, Part.ATTENTION)
-    if not (batch.fp8 and batch.on_cpu):
+    if not batch.fp8:
         yield numbers("what attention gives", given, Part.ATTENTION, for_weights=True)
     yield numbers("residual", config.hidden)
     norms = 3 if config.q_lora_rank is None else 4
@@ -222,8 +222,7 @@ def _attention_tiles(config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
     yield Kept("tiles of norms", tiles, Part.NORM, for_weights=True)
     given = config.heads * config.v_head_dim
     packed = batch.tokens * (_E5M6 * (given + given % 2) + tiles_of(given))
-    fused = None if batch.on_cpu else Part.ATTENTION  # a fused kernel keeps what it gives, and wants it again
-    yield Kept("E5M6 of what attention gives", packed, for_weights=batch.on_cpu, source_of=fused)
+    yield Kept("E5M6 of what attention gives", packed, for_weights=True)
 
 
 def _router(config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:

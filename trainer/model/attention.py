@@ -5,10 +5,13 @@ Letters: B batch, S sequence, D hidden, H heads, C latent rank. Head widths: `no
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from ..precision.linear import Linear
+from ..precision.shared_output import SharedOutput
 from .causal import causal_attention
 from .config import ModelConfig
 from .norm import RMSNorm
@@ -48,8 +51,10 @@ class LatentAttention(nn.Module):
         latent_BSC = self.kv_norm(latent_BSC)
         heads = recomputed(Part.UP_PROJECTION, self._heads, query_BSC, latent_BSC, k_rope_BS, rotation)
         q_BHS, k_BHS, v_BHS = (x.transpose(1, 2) for x in heads)
-        o_BHS = replayed(Part.ATTENTION, causal_attention, q_BHS, k_BHS, v_BHS, softmax_scale(config))  # eq. 10
-        out: Tensor = self.out(o_BHS.transpose(1, 2).flatten(2))  # eq. 11
+        shared = SharedOutput() if self.out.fp8 is not None else None
+        attend = causal_attention if shared is None else partial(shared.of, causal_attention)
+        o_BHS = replayed(Part.ATTENTION, attend, q_BHS, k_BHS, v_BHS, softmax_scale(config))  # eq. 10
+        out: Tensor = self.out(o_BHS.transpose(1, 2).flatten(2), shared)  # eq. 11
         return out
 
     def _heads(

@@ -89,7 +89,7 @@ class Recompute:
             return
         token = _COLLECTING.set(self)
         try:
-            with saved_tensors_hooks(self._keep, _kept):
+            with saved_tensors_hooks(self.keep, kept_by_policy):
                 yield
         finally:
             _COLLECTING.reset(token)
@@ -97,7 +97,7 @@ class Recompute:
     def note(self, function: Callable[..., T], inputs: tuple[Any, ...], results: T) -> None:
         """Remember how `results` were made. One that lies in an input's memory is that input, and not made at all."""
         held = {id(x.untyped_storage()) for x in inputs if isinstance(x, Tensor)}
-        recipe = _Recipe(function, tuple(self._keep(x.detach()) if isinstance(x, Tensor) else x for x in inputs))
+        recipe = _Recipe(function, tuple(self.keep(x.detach()) if isinstance(x, Tensor) else x for x in inputs))
         for index, result in enumerate(_as_tuple(results)):
             if id(result.untyped_storage()) not in held:
                 self._results[result.untyped_storage()] = recipe, index
@@ -106,7 +106,8 @@ class Recompute:
         """Whether there is a recipe for it."""
         return tensor.untyped_storage() in self._results
 
-    def _keep(self, tensor: Tensor) -> Tensor | _View:
+    def keep(self, tensor: Tensor) -> Tensor | _View:
+        """What to keep of `tensor`: see `kept_by_policy`."""
         found = self._results.get(tensor.untyped_storage())
         if found is None:
             return tensor
@@ -145,6 +146,12 @@ def is_made_again(tensor: Tensor) -> bool:
     return recompute is not None and recompute.makes_again(tensor)
 
 
+def keep_by_policy(tensor: Tensor) -> Any:
+    """What autograd keeps of `tensor` under the policy at work: for other hooks, which stand before the policy's."""
+    recompute = _COLLECTING.get()
+    return tensor if recompute is None else recompute.keep(tensor)
+
+
 _COLLECTING: ContextVar[Recompute | None] = ContextVar("collecting recipes", default=None)
 
 
@@ -158,7 +165,7 @@ class _Recipe:
     def result(self, index: int) -> Tensor:
         if not self._results:
             with torch.no_grad():
-                self._results = _as_tuple(self._function(*map(_kept, self._inputs)))
+                self._results = _as_tuple(self._function(*map(kept_by_policy, self._inputs)))
             self._inputs = ()
         return self._results[index]
 
@@ -177,7 +184,8 @@ class _View:
         return self.recipe.result(self.index).as_strided(self.shape, self.stride, self.offset)
 
 
-def _kept(kept: Any) -> Any:
+def kept_by_policy(kept: Any) -> Any:
+    """The tensor that `keep_by_policy` has kept so; made again where there is a recipe for it."""
     return kept.tensor() if isinstance(kept, _View) else kept
 
 

@@ -6,7 +6,7 @@
 
 What is kept of x is FP8: its tiles, which the backward turns into columns; E5M6 for the Linear after attention; and
 where x is the output of an activation, the tiles of that one's input, from which x is computed again. Nothing is kept
-of an x that the backward makes again anyway (`recompute`), or that a fused attention keeps for itself.
+of an x that the backward makes again anyway (`recompute`), but for the one after attention.
 
 Letters: R rows, L experts on this rank; N and K widths, F inner width.
 """
@@ -24,6 +24,7 @@ from ...parallelism.pipeline.weight_grad import add_to_grad, collecting
 from ..model.recompute import is_made_again
 from .e5m6 import Packed, pack_e5m6, unpack_e5m6
 from .provider import Provider, Rows
+from .shared_output import SharedOutput
 from .tiles import Blocks, Columns, Scales, Tiles, dequantise_tiles
 from .weights import StepWeights
 
@@ -42,12 +43,14 @@ class Fp8:
     tiles made of rows that came in FP8 hold the numbers that came."""
     weights: StepWeights = field(default_factory=StepWeights)
 
-    def linear(self, x: Tensor, weight_NK: Tensor, *, after_attention: bool = False) -> Tensor:
-        """x Wᵀ, [..., K] to [..., N], in the dtype of `x`."""
+    def linear(
+        self, x: Tensor, weight_NK: Tensor, *, after_attention: bool = False, shared: SharedOutput | None = None
+    ) -> Tensor:
+        """x Wᵀ, [..., K] to [..., N], in the dtype of `x`. `shared`: the attention whose output `x` is."""
         x_RK = x.flatten(0, -2)
         scales = Scales.POWER_OF_TWO if after_attention else self.scales
         if torch.is_grad_enabled():
-            out: Tensor = _Linear.apply(x_RK, weight_NK, self, None, scales, after_attention)  # type: ignore[no-untyped-call]
+            out: Tensor = _Linear.apply(x_RK, weight_NK, self, None, scales, after_attention, shared)  # type: ignore[no-untyped-call]
         else:
             out = self._forward(x_RK, weight_NK, None, scales)
         return out.view(*x.shape[:-1], -1)
@@ -66,7 +69,7 @@ class Fp8:
         scales = Scales.POWER_OF_TWO
         if not torch.is_grad_enabled():
             return self._forward(rows_RK, weight_LNK, rows_L, scales)
-        out: Tensor = _Linear.apply(rows_RK, weight_LNK, self, rows_L, scales, False)  # type: ignore[no-untyped-call]
+        out: Tensor = _Linear.apply(rows_RK, weight_LNK, self, rows_L, scales, False, None)  # type: ignore[no-untyped-call]
         return out
 
     def experts_down(
@@ -96,17 +99,25 @@ class Fp8:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_RK: Tensor, weight: Tensor, fp8: Fp8, rows_L: Rows | None, scales: Scales, after_attention: bool
+        ctx: Any,
+        x_RK: Tensor,
+        weight: Tensor,
+        fp8: Fp8,
+        rows_L: Rows | None,
+        scales: Scales,
+        after_attention: bool,
+        shared: SharedOutput | None,
     ) -> Tensor:
         x, blocks = fp8.provider.tiles(x_RK, scales), fp8.blocks(weight)
         ctx.fp8, ctx.weight, ctx.rows, ctx.left, ctx.x_scales = fp8, weight, rows_L, collecting(), scales
         ctx.packed_width = None
-        made_again = is_made_again(x_RK)
         kept: tuple[Tensor, ...]
-        if after_attention and (made_again or not x_RK.is_cuda):
+        if after_attention:
             packed = pack_e5m6(x_RK)
             ctx.packed_width, kept = packed.width, (packed.bytes_XB, packed.exponents_XQ)
-        elif after_attention or made_again:
+            if shared is not None:
+                shared.pack(packed)
+        elif is_made_again(x_RK):
             kept = (x_RK,)
         else:
             kept = (x.values_XD, x.scales_XQ)
@@ -135,11 +146,11 @@ class _Linear(torch.autograd.Function):
         else:
             grad_weight = _leave(ctx, fp8.provider.columns(grad_RN, rows_L, fp8.scales), x)
         if not ctx.needs_input_grad[0]:
-            return None, grad_weight, None, None, None, None
+            return None, grad_weight, None, None, None, None, None
         grad_tiles = fp8.provider.tiles(grad_RN, fp8.scales)
         turned = fp8.weights.turned(ctx.weight, Blocks(values, block_scales))
         grad_x_RK = fp8.multiply(grad_tiles, turned, ctx.rows, grad_RN.dtype)
-        return grad_x_RK, grad_weight, None, None, None, None
+        return grad_x_RK, grad_weight, None, None, None, None, None
 
 
 class _LinearOf(torch.autograd.Function):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ...parallelism.pipeline.weight_grad import linear
 from .fp8 import Activation, Fp8
+from .shared_output import SharedOutput
 
 
 class Linear(nn.Module):
@@ -22,10 +23,10 @@ class Linear(nn.Module):
         self.after_attention = after_attention
         self.fp8: Fp8 | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features]."""
+    def forward(self, x: Tensor, shared: SharedOutput | None = None) -> Tensor:
+        """[..., in_features] to [..., out_features]. `shared`: the attention whose output `x` is; of use in FP8."""
         if self.fp8 is not None:
-            return self.fp8.linear(x, self.weight, after_attention=self.after_attention)
+            return self.fp8.linear(x, self.weight, after_attention=self.after_attention, shared=shared)
         return linear(x, self.weight)
 
     def of(self, activation: Activation, source: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from shoestring.parallelism.pipeline.overlap import drive
 from shoestring.parallelism.pipeline.weight_grad import WeightGradients
 from shoestring.tests.trainer.census import Census
 from shoestring.trainer.costs.activations import MicroBatch, dense_layer, kept_bytes, moe_layer
+from shoestring.trainer.model import attention
+from shoestring.trainer.model.causal import causal_attention_twin
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.init import initialise
@@ -113,6 +115,20 @@ def test_what_fp8_keeps_falls_as_predicted(layer: str, config: ModelConfig, poli
     print(layer, names(policy), {"bf16": kept[False], "fp8": kept[True]}, f"fall {fall} predicted {predicted}")
     assert fall == pytest.approx(predicted, rel=0.01)
     assert fall > 0
+
+
+@pytest.mark.parametrize("policy", [frozenset(), REPORT, frozenset(Part)], ids=names)
+@pytest.mark.parametrize("layer", ["dense", "routed"])
+def test_beside_a_fused_attention_fp8_keeps_its_output_once(
+    layer: str, policy: frozenset[Part], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's kernel for CPUs stands for those of GPUs, which keep their output, too; it wants heads of one width."""
+    monkeypatch.setattr(attention, "causal_attention", causal_attention_twin)
+    config = replace(WIDE, v_head_dim=WIDE.qk_head_dim)
+    for fp8 in (False, True):
+        batch = MicroBatch(2, 128, torch.bfloat16, on_cpu=False, fp8=fp8)
+        index, items = (0, dense_layer(config, batch)) if layer == "dense" else (1, moe_layer(config, batch))
+        assert measured(config, index, batch, policy) == pytest.approx(kept_bytes(items, policy), rel=0.01)
 
 
 def test_two_hops_keep_about_as_much() -> None:

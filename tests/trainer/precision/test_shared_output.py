@@ -1,0 +1,85 @@
+"""What attention gives, read by two backwards from one E5M6."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from shoestring.trainer.model.causal import causal_attention_twin
+from shoestring.trainer.precision.e5m6 import pack_e5m6, unpack_e5m6
+from shoestring.trainer.precision.shared_output import SharedOutput
+
+BATCH, HEADS, LENGTH, WIDTH, SCALE = 2, 3, 40, 16, 0.3
+
+
+def heads() -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, as projections write them."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (BATCH, LENGTH, HEADS, WIDTH)
+    q, k, v = (torch.randn(shape, generator=generator).transpose(1, 2).requires_grad_() for _ in range(3))
+    return q, k, v
+
+
+def rows(x_BHSV: Tensor) -> Tensor:
+    """[B · S, H · V]."""
+    return x_BHSV.detach().transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def gradients(inputs: tuple[Tensor, ...], output: Tensor, grad: Tensor) -> list[Tensor]:
+    """Of softmax attention by its definition; the sum over keys of P ⊙ dP is that over values of O ⊙ dO."""
+    q, k, v = (x.detach().double() for x in inputs)
+    hidden = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    p = (SCALE * q @ k.transpose(2, 3)).masked_fill(hidden, float("-inf")).softmax(-1)
+    grad, output = grad.double(), output.double()
+    grad_score = p * (grad @ v.transpose(2, 3) - (grad * output).sum(-1, keepdim=True)) * SCALE
+    return [grad_score @ k, grad_score.transpose(2, 3) @ q, p.transpose(2, 3) @ grad]
+
+
+def test_the_backward_of_attention_reads_what_was_packed() -> None:
+    inputs, shared = heads(), SharedOutput()
+    out = shared.of(causal_attention_twin, *inputs, SCALE)
+    torch.testing.assert_close(out, causal_attention_twin(*inputs, SCALE))
+    packed = pack_e5m6(rows(out))
+    shared.pack(packed)
+    rounded = unpack_e5m6(packed, torch.float32).view(BATCH, LENGTH, HEADS, WIDTH).transpose(1, 2)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad(out, inputs, grad)
+    of_rounded, exact = (gradients(inputs, output, grad) for output in (rounded, out.detach()))
+    for ours, expected in zip(found, of_rounded, strict=True):
+        assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (found[0] - exact[0]).abs().max() > 1e-4 * exact[0].abs().max()  # the rounding is there to be seen
+
+
+def test_the_wide_output_goes_with_the_forward() -> None:
+    inputs, shared = heads(), SharedOutput()
+    out = shared.of(causal_attention_twin, *inputs, SCALE)
+    storage, packed, end = StorageWeakRef(out.untyped_storage()), pack_e5m6(rows(out)), out.sum()
+    shared.pack(packed)
+    del out
+    assert storage.expired()
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(end, inputs))
+
+
+def test_what_nobody_packs_is_kept_as_it_is() -> None:
+    inputs = heads()
+    found, expected = (
+        torch.autograd.grad(attend(causal_attention_twin, *inputs, SCALE).square().sum(), inputs)
+        for attend in (SharedOutput().of, lambda attention, *others: attention(*others))
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("made", [torch.clone, lambda x: x[..., :-1].contiguous()], ids=["a copy", "another shape"])
+def test_another_tensor_than_the_output_is_not_taken_for_it(made: Callable[[Tensor], Tensor]) -> None:
+    """A kernel that keeps a copy of its output, or pads it: the numbers stay right, and nothing is saved."""
+    inputs, shared = heads(), SharedOutput()
+    out = shared.of(lambda *given: made(causal_attention_twin(*given)), *inputs, SCALE)
+    shared.pack(pack_e5m6(torch.zeros(BATCH * LENGTH, HEADS * WIDTH)))
+    theirs = torch.autograd.grad(made(causal_attention_twin(*inputs, SCALE)).sum(), inputs)
+    for ours, expected in zip(torch.autograd.grad(out.sum(), inputs), theirs, strict=True):
+        assert torch.equal(ours, expected)

@@ -1,0 +1,79 @@
+"""What attention gives, kept once for two backwards: its own and that of the Linear behind it, in E5M6 (report §3.3.3).
+
+A fused attention keeps its output for its backward. In FP8 the Linear behind it keeps the same numbers for its weight,
+in E5M6; here both read these, as in the report, and the wide output goes with the forward.
+
+Letters: B batch, H heads, S sequence, W width of queries and keys, V of values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from ..model.recompute import keep_by_policy, kept_by_policy
+from .e5m6 import Packed, unpack_e5m6
+
+
+@dataclass
+class _Place:
+    """Stands for a tensor where autograd keeps it."""
+
+    tensor: Tensor | None
+    """Until it is packed."""
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class SharedOutput:
+    """The output of one attention."""
+
+    def __init__(self) -> None:
+        self._places: list[_Place] = []
+        self._packed: Packed | None = None
+
+    def of(
+        self, attention: Callable[..., Tensor], q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, *others: Any
+    ) -> Tensor:
+        """What `attention` gives, [B, H, S, V]. What its backward keeps of that will be here."""
+        shape = v_BHSV.shape  # and no tensor: autograd holds these functions as long as what they keep
+        inputs = {x.untyped_storage().data_ptr() for x in (q_BHSW, k_BHSW, v_BHSV)}
+
+        def keep(tensor: Tensor) -> Any:
+            if tensor.shape != shape or tensor.untyped_storage().data_ptr() in inputs:
+                return keep_by_policy(tensor)
+            self._places.append(_Place(tensor, tensor.shape, tensor.stride(), tensor.dtype))
+            return self._places[-1]
+
+        with saved_tensors_hooks(keep, self._kept):
+            out_BHSV = attention(q_BHSW, k_BHSW, v_BHSV, *others)
+        self._places = [place for place in self._places if _is_in(place.tensor, out_BHSV)]
+        return out_BHSV
+
+    def pack(self, packed: Packed) -> None:
+        """The same numbers, [B · S, H · V], in the place of the wide ones."""
+        self._packed = packed
+        for place in self._places:
+            place.tensor = None
+
+    def _kept(self, kept: Any) -> Tensor:
+        if not isinstance(kept, _Place):
+            found: Tensor = kept_by_policy(kept)
+            return found
+        if kept.tensor is not None:
+            return kept.tensor
+        assert self._packed is not None
+        batch, heads, length, width = kept.shape
+        rows = unpack_e5m6(self._packed, kept.dtype).view(batch, length, heads, width).transpose(1, 2)
+        return torch.empty_strided(kept.shape, kept.stride, dtype=kept.dtype, device=rows.device).copy_(rows)
+
+
+def _is_in(tensor: Tensor | None, other: Tensor) -> bool:
+    assert tensor is not None
+    return tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
