@@ -109,6 +109,8 @@ def _listed(path: Path) -> Listed:
         return Listed(path.name, f"damaged: {damaged}")
     except Refused as refused:
         return Listed(path.name, str(refused))
+    except OSError as error:
+        return Listed(path.name, f"cannot be read now: {error}")
     grid = manifest.facts["config"].get("topology")
     layout = "an import" if grid is None else " ".join(f"{axis}{grid[axis]}" for axis in ("pp", "edp", "ep"))
     sizes = manifest.bytes, len(manifest.tensors), len(manifest.files)

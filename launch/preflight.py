@@ -14,7 +14,7 @@ from ..trainer.budget.project import Project
 from ..trainer.budget.summary import summarise
 from ..trainer.budget.terms import ALLOCATION_FILE
 from ..trainer.checkpoint.compatible import incompatibilities, start_problems
-from ..trainer.checkpoint.find import find_checkpoint
+from ..trainer.checkpoint.find import find_checkpoint, unreadable
 from ..trainer.checkpoint.store import CheckpointStore, refuse_damaged
 from ..trainer.config import RunConfig
 from ..trainer.data.manifest import Manifest
@@ -59,7 +59,10 @@ def preflight(config: RunConfig, local_ranks: int, *, fresh: bool, first_machine
 
 def _checkpoint_problems(config: RunConfig, data: Manifest | None, *, fresh: bool) -> Iterator[Problem]:
     """Of the last one that looks whole: the run takes that, and says so. Or of that which a new run begins with."""
-    checkpoint, damaged = (None, []) if fresh else _store(config).last_good()
+    try:
+        checkpoint, damaged = (None, []) if fresh else _store(config).last_good()
+    except OSError as error:
+        raise unreadable(error) from error
     if checkpoint is not None:
         yield from incompatibilities(checkpoint.manifest.facts, config, data)
     elif damaged:
@@ -86,10 +89,9 @@ def spent_budget(config: RunConfig) -> str | None:
     tokens_left = _tokens_left(config)
     if not (run_dir / ALLOCATION_FILE).exists() or tokens_left == 0:
         return None
-    reasons = (
-        account.exceeded(config.budget.stop_at)
-        for account in accounts(config.budget, summarise(run_dir), run_dir, tokens_left)
-    )
+    ramp_steps = config.batches.levels[-1].steps
+    found = accounts(config.budget, summarise(run_dir), run_dir, tokens_left, ramp_steps)
+    reasons = (account.exceeded(config.budget.stop_at) for account in found)
     return next((reason for reason in reasons if reason is not None), None)
 
 

@@ -144,7 +144,7 @@ def _agreed(world: Group, function: Callable[[], T]) -> T:
         words = world.all_gather_objects(None if failure is None else str(failure), "why a checkpoint is not whole")
         reason = next(each for each in words if each)
         if unreadable:
-            remedy = "nothing was changed: when it can be read again, the same command goes on from it"
+            remedy = "nothing was changed: when it can be read again, the same command goes on"
             raise RunFailed(f"a checkpoint cannot be read ({reason}); {remedy}")
         raise Damaged(reason)
     return result

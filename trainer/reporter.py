@@ -147,7 +147,8 @@ class Reporter:
         assert self._guard is not None and self._meter is not None  # noqa: PT018
         with self.telling():
             gpu_ms = self._work.step(step, 1000 * seconds, tokens)
-            self._guard.observe(gpu_ms, tokens)
+            if config.batches.size(step) == config.training.global_batch:  # tokens of smaller steps are dearer
+                self._guard.observe(gpu_ms, tokens)
             self._meter.step(gpu_ms)
             self._tokens_since += tokens
             if step % config.telemetry.log_every == 0 or step in (1, config.total_steps):

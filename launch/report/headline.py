@@ -24,6 +24,9 @@ def state(record: RunRecord) -> tuple[str, str]:
         return "running, or its launcher was killed", "busy"
     if stop is None:
         return ("not begun", "busy") if summary is None else ("ended by a fault", "bad")
+    begun = record.last("run")
+    if begun is not None and begun.time > stop.time:
+        return "ended by a fault", "bad"
     reason = str(stop.values.get("reason"))
     if reason == "done":
         return "done", "good"

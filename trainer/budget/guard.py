@@ -50,9 +50,15 @@ def project_cost(spent: float, tokens_left: int, ms_per_token: float) -> float:
     return spent + gpu_hours(1) * ms_per_token * max(0, tokens_left)
 
 
-def accounts(config: BudgetConfig, summary: Summary, run_dir: Path, tokens_left: int) -> Iterator[Account]:
-    """Of a run that is not going on: what it has drawn on each budget, and will have at its end."""
-    rate = summary.step_ms_per_token if summary.steps_retained >= LEAST_STEPS else None
+def accounts(
+    config: BudgetConfig, summary: Summary, run_dir: Path, tokens_left: int, ramp_steps: int = 0
+) -> Iterator[Account]:
+    """Of a run that is not going on: what it has drawn on each budget, and will have at its end.
+
+    The first `ramp_steps` are smaller than those that are left, and tell nothing of their price.
+    """
+    least = ramp_steps + TRAILING_STEPS if ramp_steps else LEAST_STEPS
+    rate = summary.step_ms_per_token if summary.steps_retained >= least else None
     spent, phase_spent = summary.gpu_hours, gpu_hours(summary.by_phase.get(config.phase, 0))
     yield from _accounts(config, spent, phase_spent, left_of_project(config, run_dir), tokens_left, rate)
 

@@ -35,3 +35,10 @@ def find_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
     except Damaged as damaged:
         remedy = "is damaged; `shoestring checkpoint verify` says more, --step takes another"
         raise Refused([Problem("checkpoint", str(damaged), remedy)]) from damaged
+    except OSError as error:
+        raise unreadable(error) from error
+
+
+def unreadable(error: OSError) -> Refused:
+    """A checkpoint that may be whole."""
+    return Refused([Problem("checkpoint", str(error), "cannot be read now; nothing was changed")])

@@ -67,6 +67,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._copy = torch.empty(0, dtype=torch.uint8)
         self._save: _Save | None = None
+        self._letting_go: Future[None] | None = None
 
     @property
     def is_saving(self) -> bool:
@@ -79,6 +80,8 @@ class Saver:
         `pieces` are all that this rank holds; only the first rank's `cover` is looked at.
         """
         assert self._save is None
+        if self._letting_go is not None:  # it removes what `prepare` looks through
+            wait([self._letting_go])
         prepared: Future[object] = Future()
         if self._world.is_first:
             try:
@@ -125,7 +128,7 @@ class Saver:
         if save.is_written:
             self._save = None
             if self._world.is_first:
-                self._thread.submit(self._store.let_go)
+                self._letting_go = self._thread.submit(self._store.let_go)
             return Saved(save.step, path, None)
         commit: Future[object] | None = None
         if self._world.is_first:

@@ -86,7 +86,8 @@ class PrometheusSink(Collector):
     def emit(self, event: Event) -> None:
         """Keep what `event` says."""
         gauges = dict(self._gauges)
-        gauges["step"] = "Optimizer steps done.", event.step
+        if event.kind in ("run", "resume", "step"):  # a checkpoint is told when the run is further on
+            gauges["step"] = "Optimizer steps done.", event.step
         gauges["last_event_timestamp_seconds"] = "When the run last told something, since the epoch.", event.time
         for key, (name, text) in _GAUGES.get(event.kind, {}).items():
             value = as_number(event.values.get(key))

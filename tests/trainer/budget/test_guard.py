@@ -90,6 +90,8 @@ def test_a_run_that_stands_still_is_judged_by_its_ledger(tmp_path: Path, time: T
     (account,) = accounts(BUDGET, summary, tmp_path, LEAST_STEPS * 200)
     assert "raise budget.gpu_hours" in str(account.exceeded(1.0))
     assert account.exceeded(None) is None
+    (account,) = accounts(BUDGET, summary, tmp_path, LEAST_STEPS * 200, ramp_steps=3)
+    assert account.projected is None  # smaller steps tell nothing of the price of those that are left
 
 
 def project_file(folder: Path, budgets: str = "{pre_train: 2.0, context_extension: 0.5}") -> Path:

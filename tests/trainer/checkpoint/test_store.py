@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -15,9 +17,11 @@ import torch
 from torch import Tensor
 
 from shoestring.comm.groups import Group, ProcessGroups
+from shoestring.comm.refusal import Refused
 from shoestring.comm.topology import Topology
 from shoestring.tests.launch.refusals import refused
 from shoestring.tests.processes import World, run_processes
+from shoestring.trainer.checkpoint.find import find_checkpoint
 from shoestring.trainer.checkpoint.manifest import Damaged
 from shoestring.trainer.checkpoint.pieces import EXP_AVG, MODEL, Part, Piece, part_pieces, whole_pieces, written_by
 from shoestring.trainer.checkpoint.saver import Saved, Saver
@@ -147,6 +151,40 @@ def test_a_crash_while_old_checkpoints_go_leaves_no_half_of_one(
     assert store.steps() == [2]
     save(store, 3)
     assert names(tmp_path) == ["step_00000003"]
+
+
+def test_a_save_waits_until_the_oldest_checkpoint_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both look through what removals have left; a removal of many files takes a while."""
+    store, may_go_on, real = CheckpointStore(tmp_path, keep=1), threading.Event(), shutil.rmtree
+    saver = Saver(store, WORLD)
+
+    def slow(path: Path) -> None:
+        assert may_go_on.wait(10)
+        real(path)
+
+    monkeypatch.setattr("shoestring.trainer.checkpoint.store.shutil.rmtree", slow)
+    for step in (1, 2):
+        saver.begin(step, pieces(tensors()), Cover({"step": step}))
+        assert saver.finish() == Saved(step, store.path(step), None)
+    assert "step_00000002" in names(tmp_path)
+    threading.Timer(0.1, may_go_on.set).start()
+    saver.begin(3, pieces(tensors()), Cover({"step": 3}))
+    assert saver.finish() == Saved(3, store.path(3), None)
+    saver.close()
+    assert names(tmp_path) == ["step_00000003"]
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_refused_and_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(CheckpointStore(tmp_path, keep=1), 1)
+
+    def fail(path: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    with pytest.raises(Refused, match=r"Input/output error.*cannot be read now; nothing was changed"):
+        find_checkpoint(tmp_path)
 
 
 def truncate(path: Path) -> None:

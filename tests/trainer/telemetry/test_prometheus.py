@@ -94,6 +94,12 @@ def test_a_resume_takes_steps_back(config: PrometheusConfig, sink: PrometheusSin
     assert scrape(port_of(config))["shoestring_step"] == 30
 
 
+def test_a_checkpoint_that_is_done_later_takes_no_step_back(config: PrometheusConfig, sink: PrometheusSink) -> None:
+    for event in (RUN, STEP, Event("checkpoint", 30, {"path": "step_00000030"})):
+        sink.emit(event)
+    assert scrape(port_of(config))["shoestring_step"] == 40
+
+
 def test_the_next_life_listens_on_the_same_port_at_once(config: PrometheusConfig, tmp_path: Path) -> None:
     for step in range(3):
         sink = PrometheusSink(config, tmp_path)
