@@ -182,6 +182,7 @@ def _add_planner(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     plan = _with_overrides(verbs.add_parser("plan", help="layouts searched and priced against the budget"))
     plan.add_argument("--keep", type=int, default=5, metavar="N", help="layouts to print (default 5)")
     plan.add_argument("--format", choices=["table", "json"], default="table")
+    plan.add_argument("--html", type=Path, metavar="FILE", help="write a page of the best layout, with its timeline")
     plan.set_defaults(run=_plan)
     _add_inputs(plan)
     text = "measure this machine's parts for the planner, as a cluster of its own"
@@ -354,9 +355,11 @@ def _simulate(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from .plan import plan, plan_table, plan_tree
+    from .plan import plan, plan_table, plan_tree, write_page
 
     result = plan(options.overrides, options.config_dir, options.keep, _inputs(options))
+    if options.html is not None:
+        write_page(result, options.html)
     if options.format == "json":
         print(json.dumps(plan_tree(result), indent=1))
     else:

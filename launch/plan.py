@@ -20,6 +20,7 @@ from .compose import compose_run
 from .planner.configured import layout_of, lendable_sms, overrides_between, recipe_of, run_with
 from .planner.failures import Failures
 from .planner.forecast import Forecast, Forecaster, Layout
+from .planner.page import html_page
 from .planner.phases import PhaseCost, WhatIf, pretraining_hours, run_phases, sensitivity, significant
 from .planner.pricing import Compute
 from .planner.published import is_published_run
@@ -143,6 +144,20 @@ def plan_tree(result: Plan) -> dict[str, object]:
 def _row_tree(row: Row, config: RunConfig) -> dict[str, object]:
     own = {"fits": _fits(row.forecast, config), "overrides": _overrides(row.forecast, config)}
     return layout_tree(row.forecast, row.gpu_hours) | own
+
+
+def write_page(result: Plan, path: Path) -> None:
+    """The best layout with its timeline and memory, as HTML. Raises `Refused`."""
+    memory = result.config.cluster.memory_gb
+    if result.best is None or memory is None:
+        raise Refused([Problem("--html", str(path), "there is nothing to draw: no layout is legal and fits")])
+    forecast = result.best.forecast
+    grid = forecast.layout.topology
+    title = f"{result.config.model.name}: pp{grid.pp} edp{grid.edp} ep{grid.ep}, {forecast.layout.schedule}"
+    try:
+        path.write_text(html_page(forecast, title, memory))
+    except OSError as error:
+        raise Refused([Problem("--html", str(path), f"cannot be written: {error.strerror}")]) from error
 
 
 def plan_table(result: Plan) -> RenderableType:

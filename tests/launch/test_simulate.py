@@ -150,6 +150,16 @@ def test_a_plan_fits_into_80_columns(capsys: pytest.CaptureFixture[str], monkeyp
     assert "To run the best layout, add: " in words
 
 
+def test_a_page_of_the_best_layout(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = tmp_path / "plan.html"
+    best = tree(capsys, *SMALL_PLAN, "--html", str(page))["layouts"][0]
+    text = page.read_text()
+    assert f"{best['step_seconds']:.3f} s" in text
+    assert "<svg" in text
+    said = run(capsys, *SMALL_PLAN, "--html", str(tmp_path), code=2)
+    assert "--html" in said
+
+
 def test_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     found = tree(capsys, *SMALL_PLAN)
     counted = sum(found["illegal"].values()) + sum(found["unfit"].values()) + found["simulated"] + found["excluded"]
