@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .edges import Commit
 from .placement import Place
-from .program import Instruction, Op, Program, Work
+from .program import Instruction, Op, Program
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,32 +119,20 @@ def _messages(program: Program, rank: int, commits: Sequence[Commit]) -> Iterato
     here = 0
     for commit, instruction in zip(commits, program.instructions[rank], strict=False):
         here += len(commit.receives)
-        taken = len(commit.needs) + sum(1 for _ in _from_here(program, rank, instruction))
+        taken = len(commit.needs) + _between_chunks(program, rank, instruction, made=False)
         sent = len(commit.sends)
         yield here + sent, here + sent - taken
-        here += sum(1 for _ in _to_here(program, rank, instruction)) - taken
+        here += _between_chunks(program, rank, instruction, made=True) - taken
 
 
-def _from_here(program: Program, rank: int, instruction: Instruction) -> Iterator[Work]:
-    """Works of the instruction that take what another chunk of this rank has made."""
-    forward, backward = instruction.forward, instruction.backward
-    if forward is not None and _is_on(rank, program.placement.before(Place(rank, forward.chunk))):
-        yield forward
+def _between_chunks(program: Program, rank: int, instruction: Instruction, *, made: bool) -> int:
+    """Works of the instruction that take what another chunk of this rank has made, or that make such a thing."""
+    placement, forward, backward = program.placement, instruction.forward, instruction.backward
+    earlier, later = (placement.after, placement.before) if made else (placement.before, placement.after)
+    found = forward is not None and _is_on(rank, earlier(Place(rank, forward.chunk)))
     if instruction.op is Op.W or backward is None:
-        return
-    if _is_on(rank, program.placement.after(Place(rank, backward.chunk))):
-        yield backward
-
-
-def _to_here(program: Program, rank: int, instruction: Instruction) -> Iterator[Work]:
-    """Works of the instruction that make something for another chunk of this rank."""
-    forward, backward = instruction.forward, instruction.backward
-    if forward is not None and _is_on(rank, program.placement.after(Place(rank, forward.chunk))):
-        yield forward
-    if instruction.op is Op.W or backward is None:
-        return
-    if _is_on(rank, program.placement.before(Place(rank, backward.chunk))):
-        yield backward
+        return int(found)
+    return found + _is_on(rank, later(Place(rank, backward.chunk)))
 
 
 def _is_on(rank: int, place: Place | None) -> bool:
