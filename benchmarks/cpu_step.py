@@ -6,7 +6,8 @@ Both train the same shape (20 M parameters, 32 experts, top-4, batch 4 x 256) fr
 AdamW: forward, loss, backward, clipping, update. Each has a process of its own with as many threads as there are cores:
 Shoestring with the variables that its launcher sets, the peer without and, for comparison, with them. The peer runs
 with grouped experts and SDPA attention, its defaults.
-In BF16 the peer's weights and moments are BF16; Shoestring computes in BF16 and keeps both in FP32.
+Moments have the dtype that is computed in, on both sides. In BF16 the peer has no other weights than its BF16 ones;
+Shoestring keeps FP32 masters and FP32 gradients beside them.
 The floor is the model's FLOPs (convention: trainer/costs/flops.py) over the rate of a large matrix product, measured
 between the steps.
 """
@@ -81,7 +82,8 @@ def ours(dtype: torch.dtype) -> Callable[[], float]:
     initialise(model, seed=0)
     exchange = open_exchange(ExchangeConfig(), groups, SHAPE.experts, InlineWorker(), Traffic(topology, 0))
     pipeline = Pipeline.open(Stages.of(SHAPE, LENGTH), groups, torch.device("cpu"))
-    stepper = build_stepper(pipeline, model, exchange, dtype, 1, OptimizerConfig())
+    optimizer = OptimizerConfig(moments=str(dtype).removeprefix("torch."))
+    stepper = build_stepper(pipeline, model, exchange, dtype, 1, optimizer)
     settings = StepSettings(learning_rate=1e-4, clip_norm=1.0, balance_weight=1e-4, mtp_weight=0.3, bias_speed=0.001)
     tokens_BW = torch.randint(0, SHAPE.vocabulary, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     batch = TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool))

@@ -16,7 +16,7 @@ from ..comm.pending import Pending, Worker
 from ..comm.traffic import Traffic
 from .bucket import Bucket
 
-PIECE = 2**16  # elements: 512 KB in FP64
+PIECE = 2**18  # elements: 2 MB in FP64
 
 REDUCE_SCATTER = "reduce_scatter"
 ALL_GATHER = "all_gather"

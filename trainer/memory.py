@@ -152,9 +152,10 @@ class RunMemory:
     def _update(self, plans: list[BucketPlan]) -> float:
         """At the end of a step: rows of gradients that arrive to be added, squares for the norm, or wider moments."""
         on_cpu = self.device.type == "cpu"
-        sizes = [float(PIECE * _FP64)]
+        sizes = [0.0]
         for portion in self._portions(plans):
             shard = portion.elements / portion.copies
+            sizes.append(min(shard, PIECE) * _FP64)
             if on_cpu and portion.copies > 1:
                 sizes.append(min(shard, STAGED // portion.copies) * portion.copies * portion.wide)
             if portion.moment < portion.wide:

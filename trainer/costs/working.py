@@ -166,13 +166,13 @@ class Working:
 
     @cached_property
     def expert_weights(self) -> float:
-        """Gradients of all experts' gate and up projections, before they are added to those that are there."""
+        """Gradients of all experts' gate and up projections, where they are not added in the products."""
         outputs, inputs = 2 * self.config.expert_ffn, self.config.hidden
         elements = self.local_experts * outputs * inputs
         if self.batch.fp8:  # one expert after the other, then stacked
             rows = self.batch.received(self.config) / self.local_experts
             return elements * 2 * self.batch.wide + self._outer(rows, inputs, outputs)
-        return elements * (self.batch.size + self._widened)
+        return elements * (self.batch.size + self._widened) if self.batch.size < self.batch.wide else 0.0
 
     def dense_weights(self, inputs: int, outputs: int) -> float:
         """Gradient of one weight before it is added to the one that is there."""

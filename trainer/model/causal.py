@@ -52,9 +52,10 @@ class _BlockAttention(torch.autograd.Function):
         keeps = any(ctx.needs_input_grad) and q_BHSW.shape[2] <= _KEPT_LENGTH
         kept = []
         out_BHSV = _empty_like(v_BHSV)
+        later_QQ = _later(q_BHSW)
         for q_HSW, k_HSW, v_HSV, out_HSV in zip(q_BHSW, k_BHSW, v_BHSV, out_BHSV, strict=True):
             for queries, seen in _blocks(q_BHSW.shape[2]):
-                probability_HQP = _probability(q_HSW[:, queries], k_HSW[:, seen], scale).to(v_HSV.dtype)
+                probability_HQP = _probability(q_HSW[:, queries], k_HSW[:, seen], later_QQ, scale).to(v_HSV.dtype)
                 torch.bmm(probability_HQP, v_HSV[:, seen], out=out_HSV[:, queries])
                 if keeps:
                     kept.append(probability_HQP)
@@ -67,12 +68,12 @@ class _BlockAttention(torch.autograd.Function):
         q_BHSW, k_BHSW, v_BHSV, *kept = ctx.saved_tensors
         grad_q, grad_k, grad_v = (_empty_like(x) for x in (q_BHSW, k_BHSW, v_BHSV))
         sequences = zip(q_BHSW, k_BHSW, v_BHSV, grads[0], grad_q, grad_k, grad_v, strict=True)
-        blocks = list(_blocks(q_BHSW.shape[2]))
+        blocks, later_QQ = list(_blocks(q_BHSW.shape[2])), _later(q_BHSW)
         for number, (q_HSW, k_HSW, v_HSV, grad_HSV, grad_q_HSW, grad_k_HSW, grad_v_HSV) in enumerate(sequences):
             own = kept[number * len(blocks) : (number + 1) * len(blocks)]
             for queries, seen in reversed(blocks):  # the last sees all keys: it begins the sums over queries
                 q_HQW, k_HPW, grad_HQV = q_HSW[:, queries], k_HSW[:, seen], grad_HSV[:, queries]
-                probability_HQP = own.pop() if own else _probability(q_HQW, k_HPW, ctx.scale)
+                probability_HQP = own.pop() if own else _probability(q_HQW, k_HPW, later_QQ, ctx.scale)
                 begun = int(seen.stop < q_HSW.shape[1])
                 grad_score_HQP = _grad_score(grad_HQV, v_HSV[:, seen], probability_HQP).to(q_HSW.dtype)
                 grad_v_HSV[:, seen].baddbmm_(probability_HQP.to(v_HSV.dtype).transpose(1, 2), grad_HQV, beta=begun)
@@ -88,11 +89,17 @@ def _blocks(length: int) -> Iterator[tuple[slice, slice]]:
         yield slice(start, stop), slice(stop)
 
 
-def _probability(q_HQW: Tensor, k_HPW: Tensor, scale: float) -> Tensor:
+def _later(like: Tensor) -> Tensor:
+    """-inf where a key of a block lies behind its query, else 0; FP32 at least."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return like.new_full((_BLOCK, _BLOCK), float("-inf"), dtype=dtype).triu(1)
+
+
+def _probability(q_HQW: Tensor, k_HPW: Tensor, later_QQ: Tensor, scale: float) -> Tensor:
     """Softmax of the scores of a block, whose queries are the last Q of the P positions; FP32 at least."""
     score_HQP = torch.bmm(at_least_fp32(q_HQW) * scale, at_least_fp32(k_HPW).transpose(1, 2))
     queries, seen = score_HQP.shape[1:]
-    score_HQP[..., seen - queries :] += score_HQP.new_full((queries, queries), float("-inf")).triu(1)
+    score_HQP[..., seen - queries :] += later_QQ[:queries, :queries]
     return score_HQP.softmax(dim=-1)
 
 

@@ -162,8 +162,22 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (x_RK,), weight_LNK, rows_L = ctx.saved_tensors, ctx.weight, ctx.rows
         grad_RN = grads[0].contiguous()
-        ctx.left.add(lambda: add_to_grad(weight_LNK, grouped_outer(grad_RN, x_RK, rows_L)))
+        ctx.left.add(lambda: add_grouped_outer(weight_LNK, grad_RN, x_RK, rows_L))
         return grouped_mm(grad_RN, weight_LNK.to(grad_RN.dtype).transpose(1, 2), rows_L), None, None
+
+
+def add_grouped_outer(weight_LNK: Tensor, grad_RN: Tensor, x_RK: Tensor, rows_per_expert_L: tuple[int, ...]) -> None:
+    """Add gradᵀ x of each expert's rows to the gradient of its weight.
+
+    Where both have one dtype, products add to it themselves: a gradient is read and written while it is in a cache.
+    """
+    summed_LNK = weight_LNK.grad
+    if summed_LNK is None or summed_LNK.dtype != grad_RN.dtype:
+        add_to_grad(weight_LNK, grouped_outer(grad_RN, x_RK, rows_per_expert_L))
+        return
+    pairs = zip(grad_RN.split(rows_per_expert_L), x_RK.split(rows_per_expert_L), strict=True)
+    for summed_NK, (grad, x) in zip(summed_LNK, pairs, strict=True):
+        summed_NK.addmm_(grad.T, x)
 
 
 def grouped_outer(grad_RN: Tensor, x_RK: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:

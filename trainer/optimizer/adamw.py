@@ -15,7 +15,7 @@ from torch.optim.adamw import adamw
 
 from .config import OptimizerConfig
 
-PIECE = 2**16  # elements: the FP32 copies of two moments, 512 KB, stay in a cache
+PIECE = 2**18  # elements: the FP32 copies of two moments, 2 MB, stay in a cache
 PIECE_ON_GPU = 2**24
 
 
