@@ -135,7 +135,7 @@ def _predicted(report: MemoryReport) -> Table:
 
 
 def _kinds(memory: RankMemory) -> Iterator[tuple[str, float]]:
-    names = {"fp8_weights": "weights in FP8", "average": "average of the weights (host)"}
+    names = {"fp8_weights": "weights in FP8", "average": "average of the weights"}
     for name, size in vars(memory.state).items():
         yield names.get(name, name), size
     for kind, size in memory.at_worst.items():

@@ -141,7 +141,7 @@ class RunMemory:
                 weight=plan.weights.itemsize,
                 wide=wide,
                 moment=optimizer.moments_dtype(plan.masters).itemsize,
-                averaged=optimizer.ema_decay is not None,
+                averaged=optimizer.ema_decay is not None and self.device.type == "cpu",
             )
 
     def _fp8_weights(self, pp_rank: int) -> float:

@@ -60,6 +60,15 @@ def test_deepseeks_layout_is_what_the_planner_says() -> None:
         assert ours.total == pytest.approx(planned.total, rel=0.01)
 
 
+def test_the_average_of_the_weights_takes_none_of_a_gpus_memory() -> None:
+    """The host has it; on a CPU that is the same memory."""
+    plain, averaging = compose_run(SMALL), compose_run([*SMALL, "optimizer.ema_decay=0.9"])
+    for device in map(torch.device, ("cuda", "cpu")):
+        without, beside = (RunMemory(config, device).of(0) for config in (plain, averaging))
+        expected = 0 if device.type == "cuda" else without.state.gradients  # as wide as these, and one rank has all
+        assert beside.total - without.total == pytest.approx(expected)
+
+
 def test_one_rank_is_a_way_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--one-rank = True: is how a run is measured; write --measure too" in memory(
         capsys, *SMALL, "--one-rank", code=2

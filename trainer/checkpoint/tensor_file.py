@@ -11,13 +11,14 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .direct_file import DirectFile
 
 DTYPES = {
     "F64": torch.float64,
@@ -56,14 +57,14 @@ class TensorFileWriter:
         self._declared = list(declared)
         header, self.begins = _header(self._declared, dict(metadata or {}))
         self._next = 0
-        self._file = path.open("xb", buffering=0)
-        write_all(self._file, header)
+        self._file = DirectFile(path)
+        self._file.write(header)
 
     def write(self, tensor: Tensor) -> None:
         """The next of the declared tensors."""
         expected = self._declared[self._next]
         assert (tensor.dtype, tuple(tensor.shape)) == (expected.dtype, expected.shape), expected.name
-        write_all(self._file, as_bytes(tensor))
+        self._file.write(as_bytes(tensor))
         self._next += 1
 
     def __enter__(self) -> TensorFileWriter:
@@ -72,10 +73,8 @@ class TensorFileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._file:
-            if kind is None:
-                assert self._next == len(self._declared), f"{self._declared[self._next].name} was not written"
-                os.fsync(self._file.fileno())
+        self._file.__exit__(kind, error, trace)
+        assert kind is not None or self._next == len(self._declared), f"{self._declared[self._next].name} is missing"
 
 
 class TensorFile:
@@ -133,13 +132,6 @@ def as_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor on the CPU; without a copy where it is contiguous."""
     raw = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
     return memoryview(raw)  # type: ignore[arg-type]  # numpy's stubs hide the buffer
-
-
-def write_all(file: FileIO, raw: bytes | memoryview) -> None:
-    """A system call may write less than it is given."""
-    view = memoryview(raw)
-    while view:
-        view = view[file.write(view) :]
 
 
 def _header(declared: list[Declared], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:

@@ -20,6 +20,7 @@ class Portion:
     moment: int = 2
     """Of each of its two moments."""
     averaged: bool = False
+    """Whether their average is kept in this memory: beside a GPU it lies in the host's."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,6 @@ class State:
     masters: float
     moments: float
     average: float
-    """In the host's memory."""
 
     @staticmethod
     def of(portions: Iterable[Portion], fp8_weights: float = 0.0) -> State:
