@@ -12,7 +12,6 @@ from unittest.mock import patch
 
 import pytest
 
-from shoestring.trainer.checkpoint import direct_file
 from shoestring.trainer.checkpoint.direct_file import DirectFile
 
 CHUNK = 4 * 2**20
@@ -70,7 +69,7 @@ def test_a_file_system_that_takes_larger_blocks_is_written_plainly(tmp_path: Pat
             raise OSError(errno.EINVAL, "Invalid argument")
         return real(descriptor, raw)
 
-    with patch.object(direct_file.os, "write", picky), DirectFile(tmp_path / "file") as file:
+    with patch.object(os, "write", picky), DirectFile(tmp_path / "file") as file:
         file.write(RAW)
     assert (tmp_path / "file").read_bytes() == RAW
 
