@@ -18,7 +18,9 @@ from ..trainer.budget.render import hours
 from ..trainer.budget.summary import Summary
 from ..trainer.budget.terms import TERMS, gpu_hours
 from ..trainer.config import RunConfig
+from ..trainer.telemetry.events import Event, as_numbers
 from ..trainer.telemetry.history import read_all_metrics
+from ..trainer.telemetry.memory import ALLOCATED
 from .planned import Planned, read_planned
 from .run_dir import CONFIG_FILE
 from .typed import build
@@ -80,6 +82,7 @@ def compare(run_dir: Path, summary: Summary, plan: Path) -> Comparison:
         totals=[
             Line("tokens_per_second", planned.tokens_per_second, tokens / seconds),
             *_costs(config, summary, planned),
+            Line("memory_bytes", planned.memory_bytes, _allocated(run_dir)),
         ],
         deviations=planned.deviations,
         notes=list(_notes(config, summary, tokens)),
@@ -98,7 +101,12 @@ def _costs(config: RunConfig, summary: Summary, planned: Planned) -> Iterator[Li
     ahead = project_cost(0.0, left, summary.step_ms_per_token)
     yield Line("gpu_hours_of_steps", planned.gpu_hours, gpu_hours(summary.productive_ms) + ahead)
     yield Line("gpu_hours", None, summary.gpu_hours + ahead)
-    yield Line("memory_bytes", planned.memory_bytes, None)
+
+
+def _allocated(run_dir: Path) -> float | None:
+    """Bytes at the worst moment of the fullest rank; None for a run on a CPU, whose figures hold Python too."""
+    looks = [event.values for event in _events(run_dir, "memory") if event.values["of"] == ALLOCATED]
+    return max(as_numbers(looks[-1]["peak"])) if looks else None
 
 
 def _notes(config: RunConfig, summary: Summary, tokens: int) -> Iterator[str]:
@@ -131,12 +139,15 @@ def _precision(run_dir: Path, config: RunConfig) -> str | None:
     if config.precision.linear == "fp8":
         return "fp8"
     dtype = config.precision.compute
-    if dtype == "auto" and (run_dir / _METRICS_FILE).exists():  # what the device has made of it
-        told = [
-            event.values["compute_dtype"] for event in read_all_metrics(run_dir / _METRICS_FILE) if event.kind == "run"
-        ]
-        dtype = str(told[-1]) if told else dtype
+    if dtype == "auto":  # what the device has made of it
+        told = [str(event.values["compute_dtype"]) for event in _events(run_dir, "run")]
+        dtype = told[-1] if told else dtype
     return _PRECISIONS.get(dtype)
+
+
+def _events(run_dir: Path, kind: str) -> list[Event]:
+    path = run_dir / _METRICS_FILE
+    return [event for event in read_all_metrics(path) if event.kind == kind] if path.exists() else []
 
 
 def comparison_tree(comparison: Comparison) -> dict[str, object]:

@@ -24,6 +24,7 @@ from shoestring.trainer.budget.summary import Held, summarise
 from shoestring.trainer.budget.terms import TERMS, gpu_hours
 from shoestring.trainer.loop import train
 from shoestring.trainer.rank import stages_of
+from shoestring.trainer.telemetry.memory import ALLOCATED
 
 STEPS = 4
 Tree = dict[str, Any]
@@ -101,7 +102,7 @@ def test_terms_add_up_to_the_step_on_both_sides(run_dir: Path, simulated: Tree, 
         STEPS * simulated["layout"]["step_seconds"] * 2 / 3600, rel=1e-6
     )
     assert totals["gpu_hours"].measured == summary.gpu_hours
-    assert totals["memory_bytes"].measured is None  # no run records it
+    assert totals["memory_bytes"].measured is None  # of a CPU: resident memory, which is another thing
     assert comparison.notes == []
     assert comparison.deviations == [
         "cluster: h800 planned, local run",
@@ -128,6 +129,19 @@ def test_what_is_left_is_priced_at_the_last_steps(run_dir: Path, simulated: Tree
     assert totals["gpu_hours"] == pytest.approx(summary.gpu_hours + left)
     assert totals["gpu_hours_of_steps"] == pytest.approx(gpu_hours(summary.productive_ms) + left)
     assert "tokens: 1,024 planned, 2,048 run" in comparison.deviations
+
+
+def test_memory_is_the_allocators_peak_on_the_fullest_rank(run_dir: Path, simulated: Tree, write: Write) -> None:
+    summary, metrics = summarise(run_dir), run_dir / "metrics.jsonl"
+    told = metrics.read_text()
+    looks = [{"of": ALLOCATED, "limit": 9, "now": [1, 1], "peak": peak} for peak in ([2, 3], [5, 4])]
+    events = [{"time": 0.0, "kind": "memory", "step": step, **look} for step, look in enumerate(looks, 1)]
+    metrics.write_text(told + "".join(json.dumps(event) + "\n" for event in events))
+    try:
+        comparison = compare(run_dir, summary, write(simulated))
+    finally:
+        metrics.write_text(told)
+    assert {line.name: line.measured for line in comparison.totals}["memory_bytes"] == 5
 
 
 def test_table_and_json(
