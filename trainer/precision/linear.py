@@ -34,8 +34,3 @@ class Linear(nn.Module):
         if self.fp8 is not None:
             return self.fp8.linear_of(activation, source, self.weight)
         return linear(activation(source), self.weight)
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """`x` in FP32, or as it is where it is wider, so that FP64 runs stay FP64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
