@@ -1,4 +1,4 @@
-"""Feed-forward networks: one dense SwiGLU, and many of them computed as grouped GEMMs (report §2.1.2, eq. 12).
+"""Feed-forward networks: one dense, and many of them computed as grouped GEMMs (report §2.1.2, eq. 12).
 
 Letters: T tokens, D hidden, F inner width, R received rows, L experts on this rank.
 """
@@ -17,7 +17,7 @@ from ..precision.fp8 import Fp8
 from ..precision.linear import Linear
 from .recompute import Part, recomputed
 from .row_blocks import in_blocks
-from .swiglu import swiglu, weighted_swiglu
+from .swiglu import weighted_swiglu
 
 
 class SwiGLU(nn.Module):
@@ -31,7 +31,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
         gate_up: Tensor = recomputed(Part.GATE_UP, self.gate_up, x)
-        return self.down.of(_remade_swiglu, gate_up)
+        return self.down.of_swiglu(gate_up)
 
 
 class Experts(nn.Module):
@@ -57,14 +57,10 @@ class Experts(nn.Module):
     def _at_once(self, rows_RD: Tensor, weights_R: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
         if self.fp8 is not None:
             gate_up_RF = self.fp8.experts_up(rows_RD, self.gate_up_LFD, rows_per_expert_L)
-            return self.fp8.experts_down(weighted_swiglu, gate_up_RF, weights_R, self.down_LDF, rows_per_expert_L)
+            return self.fp8.experts_down(gate_up_RF, weights_R, self.down_LDF, rows_per_expert_L)
         gate_up_RF = recomputed(Part.GATE_UP, grouped_linear, rows_RD, self.gate_up_LFD, rows_per_expert_L)
         inner_RF = recomputed(Part.SWIGLU, weighted_swiglu, gate_up_RF, weights_R)
         return grouped_linear(inner_RF, self.down_LDF, rows_per_expert_L)
-
-
-def _remade_swiglu(gate_up: Tensor) -> Tensor:
-    return recomputed(Part.SWIGLU, swiglu, gate_up)
 
 
 def grouped_linear(x_RK: Tensor, weight_LNK: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:

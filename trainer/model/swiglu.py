@@ -37,6 +37,11 @@ def weighted_swiglu_twin(gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:
     return (swiglu_twin(gate_up_RF) * weights_R[:, None]).to(gate_up_RF.dtype)
 
 
+def swiglu_of_rows(gate_up_RF: Tensor, weights_R: Tensor | None) -> Tensor:
+    """Either of the two: rows of experts have weights, those of a dense layer have none."""
+    return swiglu(gate_up_RF) if weights_R is None else weighted_swiglu(gate_up_RF, weights_R)
+
+
 def _scaled(x_RF: Tensor, weights_R: Tensor) -> Tensor:
     """Each row times its weight, rounded once, from the wider of the two dtypes. May write into `x_RF`."""
     if x_RF.dtype == weights_R.dtype:

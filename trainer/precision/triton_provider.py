@@ -1,6 +1,7 @@
 """FP8 products by our Triton kernels. Not yet run on hardware: the interpreter runs them, and a compiler accepts them.
 
-Letters: X rows, D width, R rows of activations, L experts on this rank; N, K sides of a weight, Q tiles of a row.
+Letters: X rows, D width, R rows of activations, F inner width, L experts on this rank; N, K sides of a weight, Q tiles
+of a row.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ...comm.fp8 import TILE, tiles_of
 from ...comm.host import to_device
+from ..model.swiglu import swiglu_of_rows
 from . import kernels
 from .padding import accumulated
 from .tiles import Blocks, Columns, Scales, Tiles
@@ -37,6 +39,21 @@ class TritonProvider:
             grid = (-(-rows // _ROWS_TO_QUANTISE), tiles_of(width))
             kernels.quantise_rows[grid](
                 x_XD, tiles.values_XD, tiles.scales_XQ, rows, width, tiles_of(width), width,
+                scales is Scales.POWER_OF_TWO, _ROWS_TO_QUANTISE, num_warps=4,
+            )  # fmt: skip
+        return tiles
+
+    def swiglu_tiles(self, gate_up_RF: Tensor, gates_R: Tensor | None, scales: Scales) -> Tiles:
+        """See `Provider`. In one kernel of BF16, which is what a GPU computes in."""
+        if gate_up_RF.dtype != torch.bfloat16:
+            return self.tiles(swiglu_of_rows(gate_up_RF, gates_R), scales)
+        gate_up_RF, gates_R = gate_up_RF.contiguous(), None if gates_R is None else gates_R.contiguous()
+        rows, width = len(gate_up_RF), gate_up_RF.shape[1] // 2
+        tiles = Tiles(self._empty(gate_up_RF, rows, width), _scales_like(gate_up_RF, rows, tiles_of(width)))
+        if rows:
+            grid = (-(-rows // _ROWS_TO_QUANTISE), tiles_of(width))
+            kernels.quantise_swiglu[grid](
+                gate_up_RF, gates_R, tiles.values_XD, tiles.scales_XQ, rows, width, tiles_of(width),
                 scales is Scales.POWER_OF_TWO, _ROWS_TO_QUANTISE, num_warps=4,
             )  # fmt: skip
         return tiles

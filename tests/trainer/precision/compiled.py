@@ -25,7 +25,8 @@ SPANS = {"first_ptr": INDEX, "last_ptr": INDEX, "expert_ptr": INDEX, "first_tile
 COUNTS = {"row_blocks": INT, "blocks": INT, "n_blocks": INT, "k_blocks": INT}
 QUANTISED = {"values_ptr": FP8, "scales_ptr": FP32, "x_scales_ptr": FP32, "w_ptr": FP8, "w_scales_ptr": FP32}
 FACTORS = {"a_ptr": FP8, "b_ptr": FP8, "a_scales_ptr": FP32, "b_scales_ptr": FP32}
-TYPES = WIDTHS | SPANS | COUNTS | QUANTISED | FACTORS
+SWIGLU = {"gate_up_ptr": BF16, "gates_ptr": FP32}
+TYPES = WIDTHS | SPANS | COUNTS | QUANTISED | FACTORS | SWIGLU
 
 # Kernel, types that differ between kernels, constants, warps.
 CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
@@ -37,6 +38,11 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
             (kernels.quantise_blocks, {}, 8),
         )
         for source in (BF16, FP32)
+        for power in (False, True)
+    ),
+    *(
+        (kernels.quantise_swiglu, {}, {"power_of_two": power, "ROWS": 16, **gates}, 4)
+        for gates in ({}, {"gates_ptr": None})
         for power in (False, True)
     ),
     *((kernels.multiply, {"x_ptr": FP8, "out_ptr": out}, {"ROWS": 128, "COLUMNS": 128}, 8) for out in (BF16, FP32)),
