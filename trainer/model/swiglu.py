@@ -42,6 +42,13 @@ def swiglu_of_rows(gate_up_RF: Tensor, weights_R: Tensor | None) -> Tensor:
     return swiglu(gate_up_RF) if weights_R is None else weighted_swiglu(gate_up_RF, weights_R)
 
 
+def gradients_of_rows(gate_up_RF: Tensor, weights_R: Tensor | None, grad_RF: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Of gate and up projections, and of the weights where there are any."""
+    if weights_R is None:
+        return _gradient(gate_up_RF, grad_RF), None
+    return _weighted_gradients(gate_up_RF, weights_R, grad_RF)
+
+
 def _scaled(x_RF: Tensor, weights_R: Tensor) -> Tensor:
     """Each row times its weight, rounded once, from the wider of the two dtypes. May write into `x_RF`."""
     if x_RF.dtype == weights_R.dtype:
@@ -60,13 +67,16 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), grads[0], out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=grad_gate)
-        return grad_gate_up
+        return _gradient(*ctx.saved_tensors, *grads)
+
+
+def _gradient(gate_up: Tensor, grad: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    grad_gate_up = torch.empty_like(gate_up)
+    grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+    torch.mul(F.silu(gate), grad, out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+    return grad_gate_up
 
 
 class _WeightedSwiGLU(torch.autograd.Function):
@@ -80,14 +90,16 @@ class _WeightedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        gate_up_RF, weights_R = ctx.saved_tensors
-        (grad_RF,) = grads
-        gate_RF, up_RF = gate_up_RF.chunk(2, dim=-1)
-        grad_gate_up_RF = torch.empty_like(gate_up_RF)
-        grad_gate_RF, grad_up_RF = grad_gate_up_RF.chunk(2, dim=-1)
-        unweighted_RF = F.silu(gate_RF).mul_(grad_RF)
-        grad_weights_R = torch.linalg.vecdot(at_least_fp32(unweighted_RF), at_least_fp32(up_RF)).to(weights_R.dtype)
-        torch.mul(unweighted_RF, weights_R[:, None], out=grad_up_RF)
-        weighted_RF = _scaled(grad_RF * up_RF, weights_R)
-        torch.ops.aten.silu_backward.grad_input(weighted_RF, gate_RF, grad_input=grad_gate_RF)
-        return grad_gate_up_RF, grad_weights_R
+        return _weighted_gradients(*ctx.saved_tensors, *grads)
+
+
+def _weighted_gradients(gate_up_RF: Tensor, weights_R: Tensor, grad_RF: Tensor) -> tuple[Tensor, Tensor]:
+    gate_RF, up_RF = gate_up_RF.chunk(2, dim=-1)
+    grad_gate_up_RF = torch.empty_like(gate_up_RF)
+    grad_gate_RF, grad_up_RF = grad_gate_up_RF.chunk(2, dim=-1)
+    unweighted_RF = F.silu(gate_RF).mul_(grad_RF)
+    grad_weights_R = torch.linalg.vecdot(at_least_fp32(unweighted_RF), at_least_fp32(up_RF)).to(weights_R.dtype)
+    torch.mul(unweighted_RF, weights_R[:, None], out=grad_up_RF)
+    weighted_RF = _scaled(grad_RF * up_RF, weights_R)
+    torch.ops.aten.silu_backward.grad_input(weighted_RF, gate_RF, grad_input=grad_gate_RF)
+    return grad_gate_up_RF, grad_weights_R

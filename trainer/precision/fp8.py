@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...parallelism.pipeline.weight_grad import add_to_grad, collecting
 from ..model.recompute import is_made_again
-from ..model.swiglu import swiglu_of_rows
+from ..model.swiglu import gradients_of_rows
 from .e5m6 import Packed, pack_e5m6, unpack_e5m6
 from .provider import Provider, Rows
 from .shared_output import SharedOutput
@@ -166,23 +166,18 @@ class _LinearOfSwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         kept, scales, values, block_scales, *gates = ctx.saved_tensors
         grad_RN, fp8 = grads[0], ctx.fp8
-        with torch.enable_grad():
-            gate_up_RF = dequantise_tiles(Tiles(kept, scales), grad_RN.dtype).requires_grad_()
-            gates_R = gates[0].detach().requires_grad_() if gates else None
-            inner_RK = swiglu_of_rows(gate_up_RF, gates_R)
+        gate_up_RF, gates_R = dequantise_tiles(Tiles(kept, scales), grad_RN.dtype), gates[0] if gates else None
         received = ctx.rows is not None
         grad_tiles = fp8.provider.tiles(grad_RN, Scales.POWER_OF_TWO if received else fp8.scales)
         if received:  # in FP8 perhaps: both products see what an FP8 wire brings
             grad_RN = dequantise_tiles(grad_tiles, grad_RN.dtype)
         rows_L = ctx.rows or (len(grad_RN),)
         grad = fp8.provider.columns(grad_RN, rows_L, fp8.scales)
-        inner = fp8.provider.columns(inner_RK.detach(), rows_L, fp8.scales)
+        inner = fp8.provider.swiglu_columns(gate_up_RF, gates_R, rows_L, fp8.scales)
         grad_weight = _leave(ctx, grad, lambda: inner)
         blocks = fp8.weights.turned(ctx.weight, Blocks(values, block_scales))
-        grad_inner_RK = fp8.multiply(grad_tiles, blocks, ctx.rows, inner_RK.dtype)
-        leaves = (gate_up_RF,) if gates_R is None else (gate_up_RF, gates_R)
-        grad_gate_up, *grad_gates = torch.autograd.grad(inner_RK, leaves, grad_inner_RK)
-        return grad_gate_up, grad_gates[0] if grad_gates else None, grad_weight, None, None
+        grad_inner_RK = fp8.multiply(grad_tiles, blocks, ctx.rows, grad_RN.dtype)
+        return *gradients_of_rows(gate_up_RF, gates_R, grad_inner_RK), grad_weight, None, None
 
 
 def _leave(ctx: Any, grad: Columns, x: Callable[[], Columns]) -> Tensor | None:

@@ -34,6 +34,10 @@ class Provider(Protocol):
         """Rows the other way round, in tiles of 128 × 1, those of each expert apart."""
         ...
 
+    def swiglu_columns(self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: Rows, scales: Scales) -> Columns:
+        """The same numbers the other way round, in tiles of 128 × 1, those of each expert apart."""
+        ...
+
     def blocks(self, weight: Tensor, scales: Scales) -> Blocks:
         """A weight [N, K] or a stack of them [L, N, K] in blocks of 128 × 128."""
         ...

@@ -39,6 +39,12 @@ class Reference:
         """See `Provider`."""
         return quantise_columns(x_RD, rows_L, scales)
 
+    def swiglu_columns(
+        self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: tuple[int, ...], scales: Scales
+    ) -> Columns:
+        """See `Provider`."""
+        return self.columns(swiglu_of_rows(gate_up_RF, gates_R), rows_L, scales)
+
     def blocks(self, weight: Tensor, scales: Scales) -> Blocks:
         """See `Provider`."""
         return quantise_blocks(weight, scales)

@@ -73,10 +73,15 @@ def check_swiglu(provider: Provider, device: torch.device) -> None:
         gates[::4] = 0
         gates[1:2] = torch.tensor(2**31 - 1, dtype=torch.int32).view(torch.float32)  # NaN, as a GPU writes it
         for weights in (None, gates.to(torch.promote_types(gate_up.dtype, torch.float32)), gates.to(gate_up.dtype)):
+            gated = "no gates" if weights is None else str(weights.dtype)
+            rows_L = (len(gate_up) // 3, 0, len(gate_up) - len(gate_up) // 3)
             for scales in Scales:
-                ours, theirs = (each.swiglu_tiles(gate_up, weights, scales) for each in (provider, TWIN))
-                gated = "no gates" if weights is None else str(weights.dtype)
-                same(ours, theirs, f"SwiGLU {tuple(gate_up.shape)} {gate_up.dtype} {scales}, {gated}")
+                what = f"SwiGLU {tuple(gate_up.shape)} {gate_up.dtype} {scales}, {gated}"
+                expected = TWIN.swiglu_tiles(gate_up, weights, scales)
+                same(provider.swiglu_tiles(gate_up, weights, scales), expected, f"rows of {what}")
+                both = [each.swiglu_columns(gate_up, weights, rows_L, scales) for each in (provider, TWIN)]
+                same(both[0].tiles, both[1].tiles, f"columns of {what}")
+                assert both[0].tiles_per_expert_L == both[1].tiles_per_expert_L
 
 
 def check_products(provider: Provider, device: torch.device) -> None:
