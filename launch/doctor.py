@@ -13,6 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ..comm.deepep import missing_for_deepep
+from ..parallelism.pipeline.apex import missing_for_apex
 from ..trainer.precision.provider import PROVIDERS, choose_provider, missing_for
 from .namespaces import missing_means
 
@@ -65,6 +66,10 @@ def _products() -> Iterator[Finding]:
         yield Finding(
             "attention", "blocks of plain products", True, "trainer/model/causal.py; a GPU takes torch's kernels"
         )
+    missing = list(missing_for_apex(on_gpu=torch.cuda.is_available()))
+    note = "; ".join(["BF16 products of Linears, added in FP32 by one GEMM", *missing, NOT_YET])
+    yield Finding("weight gradients", "Apex's wgrad_gemm_accum_fp32", not missing, note)
+    yield Finding("weight gradients", "a product, then a sum", True, "where Apex does not serve, and for experts")
     note = "FP32 arithmetic, moments in BF16; sharded over replicas (ZeRO-1)"
     yield Finding("optimizer", "torch's fused AdamW", True, note)
 

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .apex import gemm_for
+
 Work = Callable[[], None]
 
 
@@ -113,9 +115,12 @@ class _Linear(torch.autograd.Function):
 
 
 def add_product(weight_NK: Tensor, grad_RN: Tensor, x_RK: Tensor) -> None:
-    """Add gradᵀ x to the gradient of a weight; where both have its dtype, without a pass of its own over it."""
-    if weight_NK.grad is not None and weight_NK.grad.dtype == grad_RN.dtype:
-        weight_NK.grad.addmm_(grad_RN.T, x_RK)
+    """Add gradᵀ x to the gradient of a weight; where one GEMM can do both, without a pass of its own over it."""
+    sum_NK = weight_NK.grad
+    if sum_NK is not None and sum_NK.dtype == grad_RN.dtype:
+        sum_NK.addmm_(grad_RN.T, x_RK)
+    elif sum_NK is not None and (gemm := gemm_for(sum_NK, grad_RN, x_RK)) is not None:
+        gemm(x_RK.contiguous(), grad_RN.contiguous(), sum_NK)
     else:
         add_to_grad(weight_NK, grad_RN.T @ x_RK)
 

@@ -47,6 +47,7 @@ def test_what_was_never_run_says_so() -> None:
     assert NOT_YET in found["triton"].note
     assert NOT_YET in found["torch"].note
     assert NOT_YET in found["te"].note
+    assert NOT_YET in found["Apex's wgrad_gemm_accum_fp32"].note
 
 
 def test_it_looks_before_it_speaks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Feed-forward networks: one dense SwiGLU, and many of them computed as grouped GEMMs (report §2.1.2, eq. 12).
+"""Feed-forward networks: one dense, and many of them computed as grouped GEMMs (report §2.1.2, eq. 12).
 
 Letters: T tokens, D hidden, F inner width, R received rows, L experts on this rank.
 """
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ...comm.host import to_device
 from ...parallelism.pipeline.weight_grad import add_to_grad, collecting
 from ..precision.fp8 import Fp8
-from ..precision.linear import Linear, at_least_fp32
+from ..precision.linear import Linear
 from .recompute import Part, recomputed
 from .row_blocks import in_blocks
+from .swiglu import weighted_swiglu
 
 
 class SwiGLU(nn.Module):
@@ -30,7 +31,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
         gate_up: Tensor = recomputed(Part.GATE_UP, self.gate_up, x)
-        return self.down.of(_remade_swiglu, gate_up)
+        return self.down.of_swiglu(gate_up)
 
 
 class Experts(nn.Module):
@@ -56,88 +57,10 @@ class Experts(nn.Module):
     def _at_once(self, rows_RD: Tensor, weights_R: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
         if self.fp8 is not None:
             gate_up_RF = self.fp8.experts_up(rows_RD, self.gate_up_LFD, rows_per_expert_L)
-            return self.fp8.experts_down(weighted_swiglu, gate_up_RF, weights_R, self.down_LDF, rows_per_expert_L)
+            return self.fp8.experts_down(gate_up_RF, weights_R, self.down_LDF, rows_per_expert_L)
         gate_up_RF = recomputed(Part.GATE_UP, grouped_linear, rows_RD, self.gate_up_LFD, rows_per_expert_L)
         inner_RF = recomputed(Part.SWIGLU, weighted_swiglu, gate_up_RF, weights_R)
         return grouped_linear(inner_RF, self.down_LDF, rows_per_expert_L)
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(first half) ⊙ second half of the last dimension."""
-    out: Tensor = _SwiGLU.apply(gate_up)  # type: ignore[no-untyped-call]
-    return out
-
-
-def swiglu_twin(gate_up: Tensor) -> Tensor:
-    """The same, differentiated by autograd, which keeps silu(first half) too."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def _remade_swiglu(gate_up: Tensor) -> Tensor:
-    return recomputed(Part.SWIGLU, swiglu, gate_up)
-
-
-def weighted_swiglu(gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:
-    """SwiGLU with each row times its weight, [R, 2F] to [R, F]."""
-    out: Tensor = _WeightedSwiGLU.apply(gate_up_RF, weights_R)  # type: ignore[no-untyped-call]
-    return out
-
-
-def weighted_swiglu_twin(gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:
-    """The same, differentiated by autograd."""
-    return (swiglu_twin(gate_up_RF) * weights_R[:, None]).to(gate_up_RF.dtype)
-
-
-def _scaled(x_RF: Tensor, weights_R: Tensor) -> Tensor:
-    """Each row times its weight, rounded once, from the wider of the two dtypes. May write into `x_RF`."""
-    if x_RF.dtype == weights_R.dtype:
-        return x_RF.mul_(weights_R[:, None])
-    return (x_RF * weights_R[:, None]).to(x_RF.dtype)
-
-
-class _SwiGLU(torch.autograd.Function):
-    """Keeps what it is given and nothing that it makes on its way."""
-
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), grads[0], out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=grad_gate)
-        return grad_gate_up
-
-
-class _WeightedSwiGLU(torch.autograd.Function):
-    """Fewer passes over memory than autograd takes: the backward writes both halves of its gradient in place."""
-
-    @staticmethod
-    def forward(ctx: Any, gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up_RF, weights_R)
-        gate_RF, up_RF = gate_up_RF.chunk(2, dim=-1)
-        return _scaled(F.silu(gate_RF).mul_(up_RF), weights_R)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        gate_up_RF, weights_R = ctx.saved_tensors
-        (grad_RF,) = grads
-        gate_RF, up_RF = gate_up_RF.chunk(2, dim=-1)
-        grad_gate_up_RF = torch.empty_like(gate_up_RF)
-        grad_gate_RF, grad_up_RF = grad_gate_up_RF.chunk(2, dim=-1)
-        unweighted_RF = F.silu(gate_RF).mul_(grad_RF)
-        grad_weights_R = torch.linalg.vecdot(at_least_fp32(unweighted_RF), at_least_fp32(up_RF)).to(weights_R.dtype)
-        torch.mul(unweighted_RF, weights_R[:, None], out=grad_up_RF)
-        weighted_RF = _scaled(grad_RF * up_RF, weights_R)
-        torch.ops.aten.silu_backward.grad_input(weighted_RF, gate_RF, grad_input=grad_gate_RF)
-        return grad_gate_up_RF, grad_weights_R
 
 
 def grouped_linear(x_RK: Tensor, weight_LNK: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:

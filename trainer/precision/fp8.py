@@ -5,8 +5,8 @@
     weight gradient  dW = dyᵀ x    both in 128 × 1 tiles, the sum in FP32, added to the FP32 gradient
 
 What is kept of x is FP8: its tiles, which the backward turns into columns; E5M6 for the Linear after attention; and
-where x is the output of an activation, the tiles of that one's input, from which x is computed again. Nothing is kept
-of an x that the backward makes again anyway (`recompute`), but for the one after attention.
+where x is the output of a SwiGLU, the tiles of that one's input, from which x is computed again. Nothing is kept of
+an x that the backward makes again anyway (`recompute`), but for the one after attention.
 
 Letters: R rows, L experts on this rank; N and K widths, F inner width.
 """
@@ -22,14 +22,12 @@ from torch import Tensor
 
 from ...parallelism.pipeline.weight_grad import add_to_grad, collecting
 from ..model.recompute import is_made_again
+from ..model.swiglu import gradients_of_rows
 from .e5m6 import Packed, pack_e5m6, unpack_e5m6
 from .provider import Provider, Rows
 from .shared_output import SharedOutput
 from .tiles import Blocks, Columns, Scales, Tiles, dequantise_tiles
 from .weights import StepWeights
-
-Activation = Callable[..., Tensor]
-"""Of [R, 2F], and of whatever else it takes a row, to [R, F]."""
 
 
 @dataclass(frozen=True)
@@ -52,38 +50,36 @@ class Fp8:
         if torch.is_grad_enabled():
             out: Tensor = _Linear.apply(x_RK, weight_NK, self, None, scales, after_attention, shared)  # type: ignore[no-untyped-call]
         else:
-            out = self._forward(x_RK, weight_NK, None, scales)
+            out = self._product(self.provider.tiles(x_RK, scales), weight_NK, None, x_RK.dtype)
         return out.view(*x.shape[:-1], -1)
 
-    def linear_of(self, activation: Activation, source: Tensor, weight_NK: Tensor) -> Tensor:
-        """activation(source) Wᵀ, [..., 2F] to [..., N], keeping tiles of `source` alone."""
-        flat_RF = source.flatten(0, -2)
-        if torch.is_grad_enabled():
-            out: Tensor = _LinearOf.apply(flat_RF, None, weight_NK, self, None, activation)  # type: ignore[no-untyped-call]
-        else:
-            out = self._forward(activation(flat_RF), weight_NK, None, self.scales)
-        return out.view(*source.shape[:-1], -1)
+    def linear_of_swiglu(self, gate_up: Tensor, weight_NK: Tensor) -> Tensor:
+        """SwiGLU(gate_up) Wᵀ, [..., 2F] to [..., N], keeping tiles of `gate_up` alone."""
+        out = self._of_swiglu(gate_up.flatten(0, -2), None, weight_NK, None)
+        return out.view(*gate_up.shape[:-1], -1)
 
     def experts_up(self, rows_RK: Tensor, weight_LNK: Tensor, rows_L: Rows) -> Tensor:
         """Each received row times the transposed weight of its expert, [R, N]."""
         scales = Scales.POWER_OF_TWO
         if not torch.is_grad_enabled():
-            return self._forward(rows_RK, weight_LNK, rows_L, scales)
+            return self._product(self.provider.tiles(rows_RK, scales), weight_LNK, rows_L, rows_RK.dtype)
         out: Tensor = _Linear.apply(rows_RK, weight_LNK, self, rows_L, scales, False, None)  # type: ignore[no-untyped-call]
         return out
 
-    def experts_down(
-        self, activation: Activation, source_RF: Tensor, gates_R: Tensor, weight_LNK: Tensor, rows_L: Rows
-    ) -> Tensor:
-        """activation(source, gates) times the transposed weight of each row's expert, [R, N]."""
+    def experts_down(self, gate_up_RF: Tensor, gates_R: Tensor, weight_LNK: Tensor, rows_L: Rows) -> Tensor:
+        """SwiGLU(gate_up) times the row's gate weight, times the transposed weight of its expert, [R, N]."""
+        return self._of_swiglu(gate_up_RF, gates_R, weight_LNK, rows_L)
+
+    def _of_swiglu(self, gate_up_RF: Tensor, gates_R: Tensor | None, weight: Tensor, rows_L: Rows | None) -> Tensor:
         if not torch.is_grad_enabled():
-            return self._forward(activation(source_RF, gates_R), weight_LNK, rows_L, self.scales)
-        out: Tensor = _LinearOf.apply(source_RF, gates_R, weight_LNK, self, rows_L, activation)  # type: ignore[no-untyped-call]
+            x = self.provider.swiglu_tiles(gate_up_RF, gates_R, self.scales)
+            return self._product(x, weight, rows_L, gate_up_RF.dtype)
+        out: Tensor = _LinearOfSwiGLU.apply(gate_up_RF, gates_R, weight, self, rows_L)  # type: ignore[no-untyped-call]
         return out
 
-    def _forward(self, x_RK: Tensor, weight: Tensor, rows_L: Rows | None, scales: Scales) -> Tensor:
+    def _product(self, x: Tiles, weight: Tensor, rows_L: Rows | None, dtype: torch.dtype) -> Tensor:
         """x Wᵀ with nothing kept."""
-        return self.multiply(self.provider.tiles(x_RK, scales), self.blocks(weight), rows_L, x_RK.dtype)
+        return self.multiply(x, self.blocks(weight), rows_L, dtype)
 
     def multiply(self, x: Tiles, blocks: Blocks, rows_L: Rows | None, dtype: torch.dtype) -> Tensor:
         """x Wᵀ of one weight, or of each row's expert."""
@@ -153,48 +149,35 @@ class _Linear(torch.autograd.Function):
         return grad_x_RK, grad_weight, None, None, None, None, None
 
 
-class _LinearOf(torch.autograd.Function):
+class _LinearOfSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        source_RF: Tensor,
-        gates_R: Tensor | None,
-        weight: Tensor,
-        fp8: Fp8,
-        rows_L: Rows | None,
-        activation: Activation,
+        ctx: Any, gate_up_RF: Tensor, gates_R: Tensor | None, weight: Tensor, fp8: Fp8, rows_L: Rows | None
     ) -> Tensor:
-        inner_RK = activation(source_RF, *_given(gates_R))
+        inner = fp8.provider.swiglu_tiles(gate_up_RF, gates_R, fp8.scales)
         blocks = fp8.blocks(weight)
-        ctx.fp8, ctx.weight, ctx.rows, ctx.left, ctx.activation = fp8, weight, rows_L, collecting(), activation
-        kept = fp8.provider.tiles(source_RF, fp8.scales)
-        ctx.save_for_backward(kept.values_XD, kept.scales_XQ, blocks.values_NK, blocks.scales_PQ, *_given(gates_R))
-        return fp8.multiply(fp8.provider.tiles(inner_RK, fp8.scales), blocks, rows_L, source_RF.dtype)
+        ctx.fp8, ctx.weight, ctx.rows, ctx.left = fp8, weight, rows_L, collecting()
+        kept = fp8.provider.tiles(gate_up_RF, fp8.scales)
+        gates = () if gates_R is None else (gates_R,)
+        ctx.save_for_backward(kept.values_XD, kept.scales_XQ, blocks.values_NK, blocks.scales_PQ, *gates)
+        return fp8.multiply(inner, blocks, rows_L, gate_up_RF.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         kept, scales, values, block_scales, *gates = ctx.saved_tensors
         grad_RN, fp8 = grads[0], ctx.fp8
-        with torch.enable_grad():
-            source_RF = dequantise_tiles(Tiles(kept, scales), grad_RN.dtype).requires_grad_()
-            leaves = (source_RF, *(gate.detach().requires_grad_() for gate in gates))
-            inner_RK = ctx.activation(*leaves)
+        gate_up_RF, gates_R = dequantise_tiles(Tiles(kept, scales), grad_RN.dtype), gates[0] if gates else None
         received = ctx.rows is not None
         grad_tiles = fp8.provider.tiles(grad_RN, Scales.POWER_OF_TWO if received else fp8.scales)
         if received:  # in FP8 perhaps: both products see what an FP8 wire brings
             grad_RN = dequantise_tiles(grad_tiles, grad_RN.dtype)
         rows_L = ctx.rows or (len(grad_RN),)
         grad = fp8.provider.columns(grad_RN, rows_L, fp8.scales)
-        inner = fp8.provider.columns(inner_RK.detach(), rows_L, fp8.scales)
+        inner = fp8.provider.swiglu_columns(gate_up_RF, gates_R, rows_L, fp8.scales)
         grad_weight = _leave(ctx, grad, lambda: inner)
         blocks = fp8.weights.turned(ctx.weight, Blocks(values, block_scales))
-        grad_inner_RK = fp8.multiply(grad_tiles, blocks, ctx.rows, inner_RK.dtype)
-        grad_source, *grad_gates = torch.autograd.grad(inner_RK, leaves, grad_inner_RK)
-        return grad_source, grad_gates[0] if grad_gates else None, grad_weight, None, None, None
-
-
-def _given(gates_R: Tensor | None) -> tuple[Tensor, ...]:
-    return () if gates_R is None else (gates_R,)
+        grad_inner_RK = fp8.multiply(grad_tiles, blocks, ctx.rows, grad_RN.dtype)
+        return *gradients_of_rows(gate_up_RF, gates_R, grad_inner_RK), grad_weight, None, None
 
 
 def _leave(ctx: Any, grad: Columns, x: Callable[[], Columns]) -> Tensor | None:

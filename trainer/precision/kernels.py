@@ -1,18 +1,21 @@
-"""Triton kernels for Hopper: quantise rows, columns and blocks; products, and gradients of weights (report §3.3).
+"""Triton kernels for Hopper: quantise rows and columns, those of a SwiGLU too, and blocks; products, and gradients of
+weights (report §3.3).
 
 A tensor core's short accumulator holds 128 products at most: every 128 elements the partial sum is scaled and added to
 an FP32 accumulator in registers. One program makes one block of the result. Rows of different experts never share a
 block: `first`, `last` and `expert` say for each block of rows which it covers and whose weight it meets.
 
-Their twins are in `tiles.py` and `reference.py`. Under `TRITON_INTERPRET=1` they run on a CPU. Not yet run on hardware.
+Their twins are in `tiles.py` and `reference.py`. Under `TRITON_INTERPRET=1` they run on a CPU, but for CUDA's exp, in
+whose place `tests/trainer/precision/against_twins.py` puts another. Not yet run on hardware.
 
-Letters: R rows, D width, N and K sides of a weight.
+Letters: R rows, D width, F inner width, N and K sides of a weight.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 TILE: tl.constexpr = tl.constexpr(128)
 """Elements that share a scale, and that a tensor core sums before promotion."""
@@ -38,40 +41,99 @@ def _broken(x):
 
 
 @triton.jit
-def quantise_rows(
-    x_ptr, values_ptr, scales_ptr, rows, width, tiles, stride_row, power_of_two: tl.constexpr, ROWS: tl.constexpr
-):
-    """[R, D] to values [R, D] and scales [R, Q]: 1 × 128 tiles, ROWS of them a program."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * TILE + tl.arange(0, TILE)[None, :]
-    there = (row < rows) & (column < width)
-    x = tl.load(x_ptr + row.to(tl.int64) * stride_row + column, mask=there, other=0.0).to(tl.float32)
+def _to_bf16(x):
+    """FP32 numbers that BF16 has: the nearest, ties to even. The interpreter's own cast cuts off instead."""
+    bits = x.to(tl.int32, bitcast=True)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+    return tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)  # of some NaN the sum would be a number
+
+
+@triton.jit
+def _store_tiles(x, values_ptr, scales_ptr, row, rows, width, tiles, power_of_two: tl.constexpr, ROWS: tl.constexpr):
+    """ROWS tiles of 1 × 128: quantised, to values [R, D] and scales [R, Q]. x [ROWS, 128], row [ROWS]."""
+    tile = tl.program_id(1)
+    column = tile * TILE + tl.arange(0, TILE)
     scale = _scale_for(tl.max(tl.abs(x), axis=1), tl.max(_broken(x), axis=1) > 0, power_of_two)
     scaled = tl.div_rn(x, tl.broadcast_to(scale[:, None], (ROWS, TILE)))
-    place = values_ptr + row.to(tl.int64) * width + column
-    tl.store(place, scaled.to(values_ptr.dtype.element_ty), mask=there)
-    own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    tl.store(scales_ptr + own.to(tl.int64) * tiles + tl.program_id(1), scale, mask=own < rows)
+    place = values_ptr + row[:, None].to(tl.int64) * width + column[None, :]
+    tl.store(place, scaled.to(values_ptr.dtype.element_ty), mask=(row[:, None] < rows) & (column[None, :] < width))
+    tl.store(scales_ptr + row.to(tl.int64) * tiles + tile, scale, mask=row < rows)
+
+
+@triton.jit
+def _swiglu(gate_up_ptr, gates_ptr, row, column, is_row, width):
+    """[R, F] of BF16 [R, 2F], each row times its gate weight where there are any (`gates_ptr` may be None).
+
+    Rounded to BF16 where plain tensors are: after silu, after each product. The exp is that of torch's silu: `tl.exp`
+    is off by more where its argument is large.
+    """
+    there = is_row[:, None] & (column[None, :] < width)
+    place = gate_up_ptr + row[:, None].to(tl.int64) * (2 * width) + column[None, :]
+    gate = tl.load(place, mask=there, other=0.0).to(tl.float32)
+    up = tl.load(place + width, mask=there, other=0.0).to(tl.float32)
+    x = _to_bf16(_to_bf16(tl.div_rn(gate, 1 + libdevice.exp(-gate))) * up)
+    if gates_ptr is not None:
+        x = _to_bf16(x * tl.load(gates_ptr + row, mask=is_row, other=0.0).to(tl.float32)[:, None])
+    return x
+
+
+@triton.jit
+def quantise_rows(x_ptr, values_ptr, scales_ptr, rows, width, tiles, power_of_two: tl.constexpr, ROWS: tl.constexpr):
+    """[R, D] to values [R, D] and scales [R, Q]: 1 × 128 tiles, ROWS of them a program."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    there = (row[:, None] < rows) & (column[None, :] < width)
+    place = x_ptr + row[:, None].to(tl.int64) * width + column[None, :]
+    x = tl.load(place, mask=there, other=0.0).to(tl.float32)
+    _store_tiles(x, values_ptr, scales_ptr, row, rows, width, tiles, power_of_two, ROWS)
+
+
+@triton.jit
+def quantise_swiglu_rows(
+    gate_up_ptr, gates_ptr, values_ptr, scales_ptr, rows, width, tiles, power_of_two: tl.constexpr, ROWS: tl.constexpr
+):
+    """`_swiglu` to what `quantise_rows` makes of it."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    x = _swiglu(gate_up_ptr, gates_ptr, row, column, row < rows, width)
+    _store_tiles(x, values_ptr, scales_ptr, row, rows, width, tiles, power_of_two, ROWS)
+
+
+@triton.jit
+def _store_columns(x, values_ptr, scales_ptr, column, width, tiles, power_of_two: tl.constexpr, COLUMNS: tl.constexpr):
+    """COLUMNS tiles of 128 × 1: quantised, to values [D, 128 · Q] and scales [D, Q]. x [128, COLUMNS]."""
+    tile = tl.program_id(0)
+    scale = _scale_for(tl.max(tl.abs(x), axis=0), tl.max(_broken(x), axis=0) > 0, power_of_two)
+    turned = tl.trans(tl.div_rn(x, tl.broadcast_to(scale[None, :], (TILE, COLUMNS))))
+    place = column[:, None].to(tl.int64) * (tiles * TILE) + tile * TILE + tl.arange(0, TILE)[None, :]
+    tl.store(values_ptr + place, turned.to(values_ptr.dtype.element_ty), mask=column[:, None] < width)
+    tl.store(scales_ptr + column.to(tl.int64) * tiles + tile, scale, mask=column < width)
 
 
 @triton.jit
 def quantise_columns(
-    x_ptr, first_ptr, last_ptr, values_ptr, scales_ptr, width, tiles, stride_row,
+    x_ptr, first_ptr, last_ptr, values_ptr, scales_ptr, width, tiles,
     power_of_two: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """[R, D] to values [D, 128 · Q] and scales [D, Q]: 128 × 1 tiles of the rows from first[q] to last[q]."""
-    tile = tl.program_id(0)
-    row = tl.load(first_ptr + tile) + tl.arange(0, TILE)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    there = (row < tl.load(last_ptr + tile)) & (column < width)
-    x = tl.load(x_ptr + row.to(tl.int64) * stride_row + column, mask=there, other=0.0).to(tl.float32)
-    scale = _scale_for(tl.max(tl.abs(x), axis=0), tl.max(_broken(x), axis=0) > 0, power_of_two)
-    scaled = tl.div_rn(x, tl.broadcast_to(scale[None, :], (TILE, COLUMNS)))
-    turned = tl.trans(scaled)
-    own = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    place = own[:, None].to(tl.int64) * (tiles * TILE) + tile * TILE + tl.arange(0, TILE)[None, :]
-    tl.store(values_ptr + place, turned.to(values_ptr.dtype.element_ty), mask=own[:, None] < width)
-    tl.store(scales_ptr + own.to(tl.int64) * tiles + tile, scale, mask=own < width)
+    row = tl.load(first_ptr + tl.program_id(0)) + tl.arange(0, TILE)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there = (row[:, None] < tl.load(last_ptr + tl.program_id(0))) & (column[None, :] < width)
+    place = x_ptr + row[:, None].to(tl.int64) * width + column[None, :]
+    x = tl.load(place, mask=there, other=0.0).to(tl.float32)
+    _store_columns(x, values_ptr, scales_ptr, column, width, tiles, power_of_two, COLUMNS)
+
+
+@triton.jit
+def quantise_swiglu_columns(
+    gate_up_ptr, gates_ptr, first_ptr, last_ptr, values_ptr, scales_ptr, width, tiles,
+    power_of_two: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`_swiglu` to what `quantise_columns` makes of it."""
+    row = tl.load(first_ptr + tl.program_id(0)) + tl.arange(0, TILE)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    x = _swiglu(gate_up_ptr, gates_ptr, row, column, row < tl.load(last_ptr + tl.program_id(0)), width)
+    _store_columns(x, values_ptr, scales_ptr, column, width, tiles, power_of_two, COLUMNS)
 
 
 @triton.jit

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ...parallelism.pipeline.weight_grad import linear
-from .fp8 import Activation, Fp8
+from ..model.recompute import Part, recomputed
+from ..model.swiglu import swiglu
+from .fp8 import Fp8
 from .shared_output import SharedOutput
 
 
@@ -29,13 +31,8 @@ class Linear(nn.Module):
             return self.fp8.linear(x, self.weight, after_attention=self.after_attention, shared=shared)
         return linear(x, self.weight)
 
-    def of(self, activation: Activation, source: Tensor) -> Tensor:
-        """activation(source) Wᵀ. FP8 keeps `source` and computes its activation again in the backward."""
+    def of_swiglu(self, gate_up: Tensor) -> Tensor:
+        """SwiGLU(gate_up) Wᵀ. FP8 keeps `gate_up` and computes the SwiGLU again in the backward."""
         if self.fp8 is not None:
-            return self.fp8.linear_of(activation, source, self.weight)
-        return linear(activation(source), self.weight)
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """`x` in FP32, or as it is where it is wider, so that FP64 runs stay FP64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+            return self.fp8.linear_of_swiglu(gate_up, self.weight)
+        return linear(recomputed(Part.SWIGLU, swiglu, gate_up), self.weight)

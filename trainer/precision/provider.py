@@ -1,6 +1,6 @@
 """What computes in FP8: one small interface, several providers (report §3.3).
 
-Letters: X rows, D width, R rows of activations, L experts on this rank; N, K sides of a weight [N, K].
+Letters: X rows, D width, R rows of activations, F inner width, L experts on this rank; N, K sides of a weight [N, K].
 """
 
 from __future__ import annotations
@@ -26,8 +26,16 @@ class Provider(Protocol):
         """Rows in tiles of 1 × 128."""
         ...
 
+    def swiglu_tiles(self, gate_up_RF: Tensor, gates_R: Tensor | None, scales: Scales) -> Tiles:
+        """SwiGLU of [R, 2F], each row times its gate weight where there are any, in tiles of 1 × 128, [R, F]."""
+        ...
+
     def columns(self, x_RD: Tensor, rows_L: Rows, scales: Scales) -> Columns:
         """Rows the other way round, in tiles of 128 × 1, those of each expert apart."""
+        ...
+
+    def swiglu_columns(self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: Rows, scales: Scales) -> Columns:
+        """The same numbers the other way round, in tiles of 128 × 1, those of each expert apart."""
         ...
 
     def blocks(self, weight: Tensor, scales: Scales) -> Blocks:

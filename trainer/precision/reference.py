@@ -3,7 +3,8 @@
 A product sums 128 neighbours exactly and rounds to FP32, multiplies by both scales, and adds to an FP32 total, tile by
 tile: what tensor cores with promotion every 128 elements do (report §3.3.2), without their short accumulator.
 
-Letters: X and Y rows of two factors, Q tiles; R rows of activations, L experts on this rank; N, K sides of a weight.
+Letters: X and Y rows of two factors, Q tiles; R rows of activations, F inner width, L experts on this rank; N, K sides
+of a weight.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...comm.fp8 import TILE, widened
+from ..model.swiglu import swiglu_of_rows
 from .accumulate import exact_sum
 from .tiles import Blocks, Columns, Scales, Tiles, quantise_blocks, quantise_columns, quantise_tiles
 
@@ -29,9 +31,19 @@ class Reference:
         """See `Provider`."""
         return quantise_tiles(x_XD, scales)
 
+    def swiglu_tiles(self, gate_up_RF: Tensor, gates_R: Tensor | None, scales: Scales) -> Tiles:
+        """See `Provider`."""
+        return self.tiles(swiglu_of_rows(gate_up_RF, gates_R), scales)
+
     def columns(self, x_RD: Tensor, rows_L: tuple[int, ...], scales: Scales) -> Columns:
         """See `Provider`."""
         return quantise_columns(x_RD, rows_L, scales)
+
+    def swiglu_columns(
+        self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: tuple[int, ...], scales: Scales
+    ) -> Columns:
+        """See `Provider`."""
+        return self.columns(swiglu_of_rows(gate_up_RF, gates_R), rows_L, scales)
 
     def blocks(self, weight: Tensor, scales: Scales) -> Blocks:
         """See `Provider`."""

@@ -1,6 +1,7 @@
 """FP8 products by our Triton kernels. Not yet run on hardware: the interpreter runs them, and a compiler accepts them.
 
-Letters: X rows, D width, R rows of activations, L experts on this rank; N, K sides of a weight, Q tiles of a row.
+Letters: X rows, D width, R rows of activations, F inner width, L experts on this rank; N, K sides of a weight, Q tiles
+of a row.
 """
 
 from __future__ import annotations
@@ -8,18 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...comm.fp8 import TILE, tiles_of
 from ...comm.host import to_device
+from ..model.swiglu import swiglu_of_rows
 from . import kernels
 from .padding import accumulated
 from .tiles import Blocks, Columns, Scales, Tiles
 
 _ROWS_TO_QUANTISE, _COLUMNS_TO_QUANTISE = 16, 64
 _ROWS, _COLUMNS = 128, 128  # of a block of a product
+
+Inputs = tuple[Tensor] | tuple[Tensor, Tensor | None]
+"""What a kernel quantises: rows; or gate and up projections with gate weights, if there are any."""
 
 
 @dataclass(frozen=True)
@@ -31,28 +37,28 @@ class TritonProvider:
     def tiles(self, x_XD: Tensor, scales: Scales) -> Tiles:
         """See `Provider`."""
         x_XD = _narrow(x_XD).contiguous()
-        rows, width = x_XD.shape
-        tiles = Tiles(self._empty(x_XD, rows, width), _scales_like(x_XD, rows, tiles_of(width)))
-        if rows:
-            grid = (-(-rows // _ROWS_TO_QUANTISE), tiles_of(width))
-            kernels.quantise_rows[grid](
-                x_XD, tiles.values_XD, tiles.scales_XQ, rows, width, tiles_of(width), width,
-                scales is Scales.POWER_OF_TWO, _ROWS_TO_QUANTISE, num_warps=4,
-            )  # fmt: skip
-        return tiles
+        return self._rows(kernels.quantise_rows, (x_XD,), x_XD.shape[1], scales)
+
+    def swiglu_tiles(self, gate_up_RF: Tensor, gates_R: Tensor | None, scales: Scales) -> Tiles:
+        """See `Provider`. One kernel in BF16, which is what a GPU computes in."""
+        if gate_up_RF.dtype != torch.bfloat16:
+            return self.tiles(swiglu_of_rows(gate_up_RF, gates_R), scales)
+        inputs = _contiguous(gate_up_RF, gates_R)
+        return self._rows(kernels.quantise_swiglu_rows, inputs, gate_up_RF.shape[1] // 2, scales)
 
     def columns(self, x_RD: Tensor, rows_L: tuple[int, ...], scales: Scales) -> Columns:
         """See `Provider`."""
         x_RD = _narrow(x_RD).contiguous()
-        width, spans = x_RD.shape[1], _spans(rows_L, TILE)
-        tiles = Tiles(self._empty(x_RD, width, len(spans) * TILE), _scales_like(x_RD, width, len(spans)))
-        if spans:
-            first, last, _ = numbers_on(x_RD.device, zip(*spans, strict=True))
-            kernels.quantise_columns[(len(spans), -(-width // _COLUMNS_TO_QUANTISE))](
-                x_RD, first, last, tiles.values_XD, tiles.scales_XQ, width, len(spans), width,
-                scales is Scales.POWER_OF_TWO, _COLUMNS_TO_QUANTISE, num_warps=4,
-            )  # fmt: skip
-        return Columns(tiles, tuple(map(tiles_of, rows_L)))
+        return self._columns(kernels.quantise_columns, (x_RD,), x_RD.shape[1], rows_L, scales)
+
+    def swiglu_columns(
+        self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: tuple[int, ...], scales: Scales
+    ) -> Columns:
+        """See `Provider`. As `swiglu_tiles`."""
+        if gate_up_RF.dtype != torch.bfloat16:
+            return self.columns(swiglu_of_rows(gate_up_RF, gates_R), rows_L, scales)
+        inputs = _contiguous(gate_up_RF, gates_R)
+        return self._columns(kernels.quantise_swiglu_columns, inputs, gate_up_RF.shape[1] // 2, rows_L, scales)
 
     def blocks(self, weight: Tensor, scales: Scales) -> Blocks:
         """See `Provider`."""
@@ -96,8 +102,33 @@ class TritonProvider:
         )  # fmt: skip
         return out_LNK
 
+    def _rows(self, kernel: Any, inputs: Inputs, width: int, scales: Scales) -> Tiles:
+        rows = len(inputs[0])
+        tiles = Tiles(self._empty(inputs[0], rows, width), _scales_like(inputs[0], rows, tiles_of(width)))
+        if rows:
+            kernel[(-(-rows // _ROWS_TO_QUANTISE), tiles_of(width))](
+                *inputs, tiles.values_XD, tiles.scales_XQ, rows, width, tiles_of(width),
+                scales is Scales.POWER_OF_TWO, _ROWS_TO_QUANTISE, num_warps=4,
+            )  # fmt: skip
+        return tiles
+
+    def _columns(self, kernel: Any, inputs: Inputs, width: int, rows_L: tuple[int, ...], scales: Scales) -> Columns:
+        like, spans = inputs[0], _spans(rows_L, TILE)
+        tiles = Tiles(self._empty(like, width, len(spans) * TILE), _scales_like(like, width, len(spans)))
+        if spans:
+            first, last, _ = numbers_on(like.device, zip(*spans, strict=True))
+            kernel[(len(spans), -(-width // _COLUMNS_TO_QUANTISE))](
+                *inputs, first, last, tiles.values_XD, tiles.scales_XQ, width, len(spans),
+                scales is Scales.POWER_OF_TWO, _COLUMNS_TO_QUANTISE, num_warps=8,
+            )  # fmt: skip
+        return Columns(tiles, tuple(map(tiles_of, rows_L)))
+
     def _empty(self, like: Tensor, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.values, device=like.device)
+
+
+def _contiguous(gate_up_RF: Tensor, gates_R: Tensor | None) -> Inputs:
+    return gate_up_RF.contiguous(), None if gates_R is None else gates_R.contiguous()
 
 
 def _scales_like(like: Tensor, *shape: int) -> Tensor:

@@ -20,12 +20,13 @@ from shoestring.trainer.precision import kernels
 
 FP8, FP32, BF16, INDEX = "*fp8e4nv", "*fp32", "*bf16", "*i32"
 INT = "i32"
-WIDTHS = {"stride_row": INT, "rows": INT, "width": INT, "tiles": INT, "n": INT, "k": INT}
+WIDTHS = {"rows": INT, "width": INT, "tiles": INT, "n": INT, "k": INT}
 SPANS = {"first_ptr": INDEX, "last_ptr": INDEX, "expert_ptr": INDEX, "first_tile_ptr": INDEX}
 COUNTS = {"row_blocks": INT, "blocks": INT, "n_blocks": INT, "k_blocks": INT}
 QUANTISED = {"values_ptr": FP8, "scales_ptr": FP32, "x_scales_ptr": FP32, "w_ptr": FP8, "w_scales_ptr": FP32}
 FACTORS = {"a_ptr": FP8, "b_ptr": FP8, "a_scales_ptr": FP32, "b_scales_ptr": FP32}
-TYPES = WIDTHS | SPANS | COUNTS | QUANTISED | FACTORS
+SWIGLU = {"gate_up_ptr": BF16, "gates_ptr": FP32}
+TYPES = WIDTHS | SPANS | COUNTS | QUANTISED | FACTORS | SWIGLU
 
 # Kernel, types that differ between kernels, constants, warps.
 CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
@@ -33,10 +34,19 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
         (kernel, {"x_ptr": source}, {"power_of_two": power, **constants}, warps)
         for kernel, constants, warps in (
             (kernels.quantise_rows, {"ROWS": 16}, 4),
-            (kernels.quantise_columns, {"COLUMNS": 64}, 4),
+            (kernels.quantise_columns, {"COLUMNS": 64}, 8),
             (kernels.quantise_blocks, {}, 8),
         )
         for source in (BF16, FP32)
+        for power in (False, True)
+    ),
+    *(
+        (kernel, {}, {"power_of_two": power, **constants, **gates}, warps)
+        for kernel, constants, warps in (
+            (kernels.quantise_swiglu_rows, {"ROWS": 16}, 4),
+            (kernels.quantise_swiglu_columns, {"COLUMNS": 64}, 8),
+        )
+        for gates in ({}, {"gates_ptr": None})
         for power in (False, True)
     ),
     *((kernels.multiply, {"x_ptr": FP8, "out_ptr": out}, {"ROWS": 128, "COLUMNS": 128}, 8) for out in (BF16, FP32)),
@@ -50,7 +60,7 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], warp
     # As the launcher does for arguments that are multiples of 16.
     aligned = [["tt.divisibility", 16]]
     attributes = {(place,): aligned for place, name in enumerate(names) if signature[name].startswith("*")}
-    attributes |= {(names.index(name),): aligned for name in ("n", "k", "width", "stride_row") if name in names}
+    attributes |= {(names.index(name),): aligned for name in ("n", "k", "width") if name in names}
     source = ASTSource(
         fn=kernel,
         signature=signature,

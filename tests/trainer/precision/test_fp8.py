@@ -18,8 +18,9 @@ from shoestring.trainer.model.experts import Experts, SwiGLU
 from shoestring.trainer.model.model import Model
 from shoestring.trainer.precision.fp8 import Fp8
 from shoestring.trainer.precision.linear import Linear
+from shoestring.trainer.precision.provider import Rows
 from shoestring.trainer.precision.reference import Reference
-from shoestring.trainer.precision.tiles import Blocks, Scales
+from shoestring.trainer.precision.tiles import Blocks, Columns, Scales, Tiles
 
 ROWS = (100, 0, 50)
 WIDTH, INNER = 200, 96
@@ -157,6 +158,32 @@ class Counting(Reference):
     def blocks(self, weight: Tensor, scales: Scales) -> Blocks:
         self.seen.append(weight.shape)
         return super().blocks(weight, scales)
+
+
+@dataclass(frozen=True)
+class Fused(Reference):
+    """Remembers which SwiGLUs it was given to quantise."""
+
+    seen: list[str] = field(default_factory=list)
+
+    def swiglu_tiles(self, gate_up_RF: Tensor, gates_R: Tensor | None, scales: Scales) -> Tiles:
+        self.seen.append("rows" if gates_R is None else "weighted rows")
+        return super().swiglu_tiles(gate_up_RF, gates_R, scales)
+
+    def swiglu_columns(self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: Rows, scales: Scales) -> Columns:
+        self.seen.append("columns" if gates_R is None else "weighted columns")
+        return super().swiglu_columns(gate_up_RF, gates_R, rows_L, scales)
+
+
+def test_a_provider_is_given_the_input_of_a_swiglu() -> None:
+    fused, network, mixture = Fused(), SwiGLU(WIDTH, INNER), experts().float()
+    network.down.fp8 = mixture.fp8 = Fp8(fused)
+    x, gates = normal(sum(ROWS), WIDTH), torch.rand(sum(ROWS))
+    run(network, x, *network.parameters())
+    run(lambda rows: mixture(rows, gates, ROWS), x, *mixture.parameters())
+    with torch.no_grad():
+        network(x)
+    assert fused.seen == ["rows", "columns", "weighted rows", "weighted columns", "rows"]
 
 
 def test_weights_are_quantised_once_while_they_are_unchanged() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoestring.tests.trainer.precision.against_twins import check_products, check_quantisation
+from shoestring.tests.trainer.precision.against_twins import check_products, check_quantisation, check_swiglu
 from shoestring.trainer.precision.provider import missing_for, open_provider
 
 pytestmark = pytest.mark.gpu
@@ -20,4 +20,5 @@ def test_every_operation_is_its_twin(name: str) -> None:
     torch.manual_seed(0)
     provider = open_provider(name, GPU)
     check_quantisation(provider, GPU)
+    check_swiglu(provider, GPU)
     check_products(provider, GPU)

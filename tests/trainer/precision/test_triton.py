@@ -38,7 +38,8 @@ def test_every_kernel_is_its_twin_in_the_interpreter(tmp_path: Path) -> None:
 def test_every_kernel_compiles_for_hopper_without_spills(tmp_path: Path) -> None:
     found = [json.loads(line) for line in run("compiled", tmp_path, interpret=False).splitlines()]
     assert {each["kernel"] for each in found} == {
-        "quantise_rows", "quantise_columns", "quantise_blocks", "multiply", "outer",
+        "quantise_rows", "quantise_columns", "quantise_swiglu_rows", "quantise_swiglu_columns", "quantise_blocks",
+        "multiply", "outer",
     }  # fmt: skip
     for each in found:
         print(each)
