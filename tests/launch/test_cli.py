@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,10 @@ def test_both_reach_the_run(capsys: pytest.CaptureFixture[str]) -> None:
         main(["train", A, "--cfg", "job", "training.seed=7"])
     assert stop.value.code == 0
     assert "  seed: 7\n" in capsys.readouterr().out
+
+
+def test_no_verb_loads_anything_before_it_runs() -> None:
+    code = "import sys; from shoestring.launch.cli import parse; parse(['train']); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "shoestring.launch.verbs.training" in loaded
+    assert not {"torch", "numpy", "omegaconf", "rich"}.intersection(loaded)
