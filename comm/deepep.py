@@ -31,7 +31,7 @@ from torch import Tensor
 from .config import ExchangeConfig
 from .exchange import Received
 from .failure import failing_clearly
-from .fp8 import dequantise, quantise, tiles_of
+from .fp8 import RowTiles, dequantise, quantise, stand_in, tiles_of
 from .groups import ProcessGroups
 from .host import to_host
 from .label import Call, Label
@@ -107,7 +107,7 @@ class DeepEPExchange:
             )
 
     def dispatch(
-        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: Label
+        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: Label, *, as_tiles: bool = False
     ) -> Pending[Received[DeepEPLayout]]:
         """See `TokenExchange`."""
         call = Call("dispatch", label)
@@ -130,13 +130,15 @@ class DeepEPExchange:
                 rank_visits, node_visits = to_host(visits).tolist()
                 event.current_stream_wait(release_handle=True)
             tokens, top_k = experts_TK.shape
+            tiles = _tiles(*arrived) if as_tiles and isinstance(arrived, tuple) else None
             return Received(
-                rows_RD=_decode(arrived, tokens_TD.dtype),
+                rows_RD=stand_in(tiles.values_XD, tokens_TD.dtype) if tiles else _decode(arrived, tokens_TD.dtype),
                 weights_R=weights_R.to(weights_TK.dtype),
                 rows_per_expert_L=tuple(handle.num_recv_tokens_per_expert_list),
                 visits=Visits(tokens, tokens * top_k, rank_visits, node_visits),
                 label=label,
                 layout=DeepEPLayout(handle),
+                tiles=tiles,
             )
 
         return self._worker.submit(str(call), work, (tokens_TD, weights_TK, experts_TK))
@@ -220,8 +222,12 @@ def _decode(arrived: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype) -> Tens
     """What `_encode` made, [X, D], as `dtype`."""
     if isinstance(arrived, Tensor):
         return arrived.to(dtype)
-    values_XD, packed = arrived
-    return dequantise(values_XD, packed.view(torch.uint8)[:, : tiles_of(values_XD.shape[1])], dtype)
+    tiles = _tiles(*arrived)
+    return dequantise(tiles.values_XD, tiles.exponents_XQ, dtype)
+
+
+def _tiles(values_XD: Tensor, packed: Tensor) -> RowTiles:
+    return RowTiles(values_XD, packed.view(torch.uint8)[:, : tiles_of(values_XD.shape[1])])
 
 
 def deepep_problems(

@@ -10,6 +10,7 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
+from .fp8 import RowTiles
 from .label import Label
 from .layout import Visits
 from .pending import Pending
@@ -29,11 +30,13 @@ class Received(Generic[Layout]):
     label: Label
     layout: Layout
     """What the exchange that made this needs to send results back. Nobody else looks inside."""
+    tiles: RowTiles | None = None
+    """The same rows as they crossed, where they were asked for like this; `rows_RD` is then a `stand_in`."""
 
     def without_rows(self) -> Received[Layout]:
         """The way back alone: enough for the three operations that follow, once the experts have the rows."""
         nothing = self.rows_RD.new_empty(0)
-        return replace(self, rows_RD=nothing, weights_R=nothing)
+        return replace(self, rows_RD=nothing, weights_R=nothing, tiles=None)
 
 
 class TokenExchange(Protocol[Layout]):
@@ -46,9 +49,12 @@ class TokenExchange(Protocol[Layout]):
     """
 
     def dispatch(
-        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: Label
+        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: Label, *, as_tiles: bool = False
     ) -> Pending[Received[Layout]]:
-        """Send each token to the ranks of its K experts. `experts_TK` are int64 indices over all experts."""
+        """Send each token to the ranks of its K experts. `experts_TK` are int64 indices over all experts.
+
+        `as_tiles`: rows that cross in FP8 shall stay in it, because nothing else is made of them.
+        """
         ...
 
     def combine(self, rows_RD: Tensor, received: Received[Layout]) -> Pending[Tensor]:

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from .config import ExchangeConfig
 from .exchange import Received
+from .fp8 import RowTiles, stand_in
 from .groups import ProcessGroups
 from .host import to_host
 from .label import Call, Label
 from .layout import Fan, Hop, Visits, count_choices, visited
 from .pending import Pending, Worker
 from .traffic import Traffic
-from .wire import Format, Wire, nothing_beside, pack, unpack
+from .wire import Format, Wire, nothing_beside, pack, unpack, unpack_one
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class FlatExchange:
         self._config = config
 
     def dispatch(
-        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: Label
+        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: Label, *, as_tiles: bool = False
     ) -> Pending[Received[FlatLayout]]:
         """See `TokenExchange`."""
         call = Call("dispatch", label)
@@ -59,8 +60,14 @@ class FlatExchange:
         def work() -> Received[FlatLayout]:
             layout, rows_per_expert_L, visits = self._plan(call, experts_TK)
             weights_N1 = weights_TK.reshape(-1, 1).index_select(0, layout.choice_of_copy_N)
-            rows_RD, weights_R1 = self._forth(call, self._config.dispatch, tokens_TD, layout, weights_N1)
-            return Received(rows_RD, weights_R1.flatten(), rows_per_expert_L, visits, label, layout)
+            wire = Wire(Format(self._config.dispatch), tokens_TD.shape[1], tokens_TD.dtype)
+            if as_tiles and wire.format is Format.FP8 and not layout.hop.is_local:
+                tiles, weights_R1 = self._tiles(call, wire, tokens_TD, layout, weights_N1)
+                rows_RD = stand_in(tiles.values_XD, wire.dtype)
+            else:
+                tiles = None
+                rows_RD, weights_R1 = self._forth(call, wire, tokens_TD, layout, weights_N1)
+            return Received(rows_RD, weights_R1.flatten(), rows_per_expert_L, visits, label, layout, tiles)
 
         return self._worker.submit(str(call), work, (tokens_TD, weights_TK, experts_TK))
 
@@ -78,8 +85,8 @@ class FlatExchange:
         call, layout = Call("combine_backward", received.label), received.layout
 
         def work() -> Tensor:
-            nothing = nothing_beside(layout.choice_of_copy_N)
-            return self._forth(call, self._config.combine_backward, grad_TD, layout, nothing)[0]
+            wire = Wire(Format(self._config.combine_backward), grad_TD.shape[1], grad_TD.dtype)
+            return self._forth(call, wire, grad_TD, layout, nothing_beside(layout.choice_of_copy_N))[0]
 
         return self._worker.submit(str(call), work, (grad_TD,))
 
@@ -126,16 +133,27 @@ class FlatExchange:
         return layout, tuple(rows_per_expert_L), Visits(tokens, tokens * top_k, rank_visits, node_visits)
 
     def _forth(
-        self, call: Call, form: str, tokens_TD: Tensor, layout: FlatLayout, beside_NW: Tensor
+        self, call: Call, wire: Wire, tokens_TD: Tensor, layout: FlatLayout, beside_NW: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Tokens to rows by expert; what travels beside each copy to what came beside each row."""
         if layout.hop.is_local:  # already by expert
             return layout.to_experts.spread(tokens_TD), beside_NW
-        wire = Wire(Format(form), tokens_TD.shape[1], tokens_TD.dtype)
-        message_NB = pack(layout.to_experts.spread(wire.encode(tokens_TD)), beside_NW)
-        message_AB = layout.hop.forth(call, message_NB, wire.row_bytes)
+        message_AB = self._send(call, wire, tokens_TD, layout, beside_NW)
         payload_RB, beside_RW = unpack(layout.sort.spread(message_AB), wire.columns(beside_NW))
         return wire.decode(payload_RB), beside_RW
+
+    def _tiles(
+        self, call: Call, wire: Wire, tokens_TD: Tensor, layout: FlatLayout, beside_NW: Tensor
+    ) -> tuple[RowTiles, Tensor]:
+        """The same, the rows as they crossed."""
+        message_AB = self._send(call, wire, tokens_TD, layout, beside_NW)
+        beside_AW = unpack_one(message_AB, wire.columns(beside_NW), 1)
+        return wire.tiles(message_AB, layout.sort.spread), layout.sort.spread(beside_AW)
+
+    def _send(self, call: Call, wire: Wire, tokens_TD: Tensor, layout: FlatLayout, beside_NW: Tensor) -> Tensor:
+        """Messages in the order in which they arrive, [A, B]."""
+        message_NB = pack(layout.to_experts.spread(wire.encode(tokens_TD)), beside_NW)
+        return layout.hop.forth(call, message_NB, wire.row_bytes)
 
     def _back(
         self, call: Call, form: str, rows_RD: Tensor, layout: FlatLayout, beside_RW: Tensor

@@ -8,6 +8,7 @@ Letters: X rows, D width, Q tiles of a row.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,16 @@ _BIAS = 127
 _NOT_A_NUMBER = 255
 _LIFT = 120  # the bias of BF16's exponents less that of E4M3's
 _SIGN_AND_NUMBER = 0x87F0 - 2**16  # as int16: the bits of BF16 that E4M3 has too
+
+
+@dataclass(frozen=True)
+class RowTiles:
+    """Rows as `quantise` makes them, for whoever multiplies these very numbers."""
+
+    values_XD: Tensor
+    """float8_e4m3fn, row by row in memory."""
+    exponents_XQ: Tensor
+    """uint8, E8M0."""
 
 
 def tiles_of(width: int) -> int:
@@ -57,6 +68,14 @@ def dequantise(values_XD: Tensor, exponents_XQ: Tensor, dtype: torch.dtype) -> T
         wide_XD = F.pad(wide_XD, (0, missing))
     wide_XD.view(-1, tiles, TILE).mul_(exponents_XQ.view(torch.float8_e8m0fnu).to(dtype)[..., None])
     return wide_XD[:, : values_XD.shape[1]] if missing else wide_XD
+
+
+def stand_in(values_XD: Tensor, dtype: torch.dtype) -> Tensor:
+    """NaN throughout, [X, D] in `dtype`, in the memory of one number: in the place of rows that nobody reads.
+
+    Where tiles have the numbers, autograd still wants a tensor of the dtype that gradients are to have.
+    """
+    return values_XD.new_full((1, 1), torch.nan, dtype=dtype).expand(values_XD.shape)
 
 
 def exponents_for(largest: Tensor, limit: float = LARGEST) -> Tensor:

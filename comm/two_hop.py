@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .config import ExchangeConfig
 from .exchange import Received
+from .fp8 import stand_in
 from .groups import ProcessGroups
 from .host import to_host
 from .label import Call, Label
@@ -68,13 +69,13 @@ class TwoHopExchange:
         self._config = config
 
     def dispatch(
-        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: Label
+        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: Label, *, as_tiles: bool = False
     ) -> Pending[Received[TwoHopLayout]]:
         """See `TokenExchange`."""
         call = Call("dispatch", label)
         return self._worker.submit(
             str(call),
-            lambda: self._dispatch(call, tokens_TD, weights_TK, experts_TK),
+            lambda: self._dispatch(call, tokens_TD, weights_TK, experts_TK, as_tiles),
             (tokens_TD, weights_TK, experts_TK),
         )
 
@@ -115,7 +116,7 @@ class TwoHopExchange:
         return self._worker.submit(str(call), work, (grad_RD, grad_weights_R))
 
     def _dispatch(
-        self, call: Call, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor
+        self, call: Call, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, as_tiles: bool
     ) -> Received[TwoHopLayout]:
         sizes, visits_TN = self._exchange_sizes(call, experts_TK)
         wire = self._wire(self._config.dispatch, tokens_TD)
@@ -134,14 +135,20 @@ class TwoHopExchange:
             inside.forth(call, self._for_ranks(to_ranks, message_VB), wire.row_bytes), columns
         )
         choice_of_row_R, to_experts = self._sort(experts_UK, sum(sizes.rows_per_expert_L))
+        if as_tiles and wire.format is Format.FP8:
+            tiles = wire.tiles(payload_UB, to_experts.spread)
+            rows_RD = stand_in(tiles.values_XD, wire.dtype)
+        else:
+            tiles, rows_RD = None, to_experts.spread(wire.decode(payload_UB))
         tokens, top_k = experts_TK.shape
         return Received(
-            rows_RD=to_experts.spread(wire.decode(payload_UB)),
+            rows_RD=rows_RD,
             weights_R=weights_UK.flatten()[choice_of_row_R],
             rows_per_expert_L=sizes.rows_per_expert_L,
             visits=Visits(tokens, tokens * top_k, sizes.rank_visits, sum(sizes.to_nodes_N)),
             label=call.label,
             layout=TwoHopLayout(to_nodes, between, to_ranks, inside, to_experts, choice_of_row_R, top_k),
+            tiles=tiles,
         )
 
     def _back(

@@ -7,14 +7,14 @@ Letters: X rows, D hidden width, B bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
 from torch import Tensor
 
-from .fp8 import dequantise, quantise, tiles_of
+from .fp8 import RowTiles, dequantise, quantise, tiles_of
 
 
 class Format(StrEnum):
@@ -54,6 +54,11 @@ class Wire:
             values_XD = payload_XB[:, : self.width].view(torch.float8_e4m3fn)
             return dequantise(values_XD, payload_XB[:, self.width :].contiguous(), self.dtype)
         return payload_XB.view(self._crossing).to(self.dtype)
+
+    def tiles(self, messages_XB: Tensor, spread: Callable[[Tensor], Tensor]) -> RowTiles:
+        """The rows in FP8 at the beginning of these messages as they came, in the order that `spread` puts them in."""
+        values_XD, exponents_XQ = messages_XB[:, : self.width], messages_XB[:, self.width : self.row_bytes]
+        return RowTiles(spread(values_XD).view(torch.float8_e4m3fn), spread(exponents_XQ))
 
     def columns(self, *beside: Tensor) -> tuple[tuple[int, torch.dtype], ...]:
         """For `unpack`: a payload, and behind it columns like `beside`."""

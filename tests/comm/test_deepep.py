@@ -18,6 +18,7 @@ from shoestring.comm.config import ExchangeConfig
 from shoestring.comm.deepep import BufferShape, deepep_problems
 from shoestring.comm.exchange import TokenExchange
 from shoestring.comm.failure import CollectiveFailed
+from shoestring.comm.fp8 import dequantise
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.open_exchange import open_exchange
 from shoestring.comm.pending import open_worker
@@ -71,6 +72,12 @@ def compare(world: World, gpus_per_node: int) -> dict[tuple[str, str, str], floa
             assert one.visits == other.visits
             assert one.label == LABEL
             assert one.weights_R.dtype == other.weights_R.dtype
+            in_fp8 = ours.dispatch(batch.tokens_TD, batch.weights_TK, batch.experts_TK, LABEL, as_tiles=True).wait()
+            assert (in_fp8.tiles is not None) == (config.dispatch == "fp8")
+            if in_fp8.tiles is not None:
+                rows_RD = dequantise(in_fp8.tiles.values_XD, in_fp8.tiles.exponents_XQ, dtype)
+                assert torch.equal(rows_RD.sort(dim=0).values, one.rows_RD.sort(dim=0).values)  # in any order
+                assert in_fp8.rows_RD.isnan().all()
         assert not traffic.bytes_sent  # what is not known is not counted
     return errors
 

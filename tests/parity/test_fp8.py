@@ -14,15 +14,15 @@ from torch import Tensor
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.pending import open_worker
 from shoestring.comm.wire import Format
-from shoestring.tests.parity.layouts import Layout, Padding
+from shoestring.tests.parity.layouts import EVERYTHING, REPORT, Layout, Load, Padding
 from shoestring.tests.parity.runner import build, run_layout, run_rank, take_step
 from shoestring.tests.parity.test_overlap import results
-from shoestring.tests.processes import run_processes
+from shoestring.tests.processes import World, run_processes
 from shoestring.trainer.model.experts import Experts
 from shoestring.trainer.precision.fp8 import Fp8
 from shoestring.trainer.precision.linear import Linear
 from shoestring.trainer.precision.reference import Reference
-from shoestring.trainer.precision.tiles import Blocks, Scales
+from shoestring.trainer.precision.tiles import Blocks, Scales, Tiles
 
 ONE = Layout(1, 1, 1, 1, layers=2, fp8=True)
 LAYOUTS = [
@@ -42,15 +42,59 @@ def test_a_layout_does_what_one_process_does(layout: Layout) -> None:
     assert not errors.over(layout.tolerance), errors
 
 
-def test_rows_that_cross_in_fp8_change_no_bit() -> None:
-    native = Layout(2, 1, 1, 0, layers=2, fp8=True)
+FP32, RAGGED = torch.float32, Padding.RAGGED
+CROSSING = [
+    Layout(2, 1, 1, 0, layers=2, fp8=True),
+    Layout(2, 1, 2, 1, RAGGED, Load.IDLE, FP32, layers=2, fp8=True, recompute=REPORT),  # a rank without rows
+    Layout(2, 1, 2, 1, RAGGED, Load.BUSY, FP32, layers=2, fp8=True, recompute=EVERYTHING, block=128),
+    Layout(2, 1, 4, 1, RAGGED, Load.BUSY, FP32, layers=4, exchange="two_hop", node_size=1, fp8=True, block=128,
+           schedule="dualpipev"),
+    Layout(4, 1, 1, 0, RAGGED, Load.UNUSED, FP32, layers=2, exchange="two_hop", node_size=2, fp8=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("native", CROSSING, ids=lambda layout: layout.name.replace(" ", "-"))
+def test_rows_that_cross_in_fp8_change_no_bit(native: Layout) -> None:
+    ranks = native.topology.world_size
     for ours, theirs in zip(
-        run_processes(2, run_rank, native, 2, None),
-        run_processes(2, run_rank, replace(native, wire=Format.FP8), 2, None),
+        run_processes(ranks, run_rank, native, 2, None),
+        run_processes(ranks, run_rank, replace(native, wire=Format.FP8), 2, None),
         strict=True,
     ):
         first, second = results(ours), results(theirs)
         assert not [name for name, tensor in first.items() if not torch.equal(tensor, second[name])]
+
+
+@dataclass(frozen=True)
+class Quantising(Reference):
+    """Counts how often it makes tiles with powers of two for scales."""
+
+    times: Counter[str] = field(default_factory=Counter)
+
+    def tiles(self, x_XD: Tensor, scales: Scales) -> Tiles:
+        self.times[scales] += 1
+        return super().tiles(x_XD, scales)
+
+
+def quantised(world: World, layout: Layout) -> int:
+    """How often one step of this rank does so."""
+    groups, quantising = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=60)), Quantising()
+    with closing(open_worker(groups.ep, torch.device("cpu"))) as worker:
+        stepper, gradients = build(layout, layout.stages, groups, worker)
+        stepper.model.use_fp8(Fp8(quantising))
+        take_step(stepper, gradients, layout, 0, world.rank)
+    return quantising.times[Scales.POWER_OF_TWO]
+
+
+@pytest.mark.parametrize("layout", CROSSING[:3], ids=lambda layout: layout.name.replace(" ", "-"))
+@pytest.mark.parametrize("exchange", ["flat", "two_hop"])
+def test_rows_that_came_in_fp8_are_not_quantised_again(exchange: str, layout: Layout) -> None:
+    """Without a wire in FP8 each routed layer quantises what it receives, once a micro-batch, in blocks or not."""
+    native = replace(layout, exchange=exchange, node_size=1)
+    received = native.micro_batches * (native.layers - native.config.dense_layers + native.mtp)
+    ours = run_processes(2, quantised, replace(native, wire=Format.FP8))
+    theirs = run_processes(2, quantised, native)
+    assert [more - fewer for fewer, more in zip(ours, theirs, strict=True)] == [received] * 2
 
 
 @dataclass(frozen=True)

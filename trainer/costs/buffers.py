@@ -62,19 +62,29 @@ class Buffers:
         """What the experts receive, and what they give, R × D."""
         return self.batch.received(self.config) * self.config.hidden * self.batch.size
 
+    @property
+    def as_tiles(self) -> bool:
+        """Whether rows come in FP8 and stay in it."""
+        return self.batch.fp8 and self.wire.ranks > 1 and self.wire.dispatch == 1
+
+    @property
+    def came(self) -> float:
+        """What a dispatch leaves for the experts."""
+        return self.batch.received(self.config) * self._row(1) if self.as_tiles else self.rows
+
     @cached_property
     def dispatch(self) -> float:
         """Tokens to rows for the experts, with their gates; the rows are among it."""
         if self.wire.ranks == 1:
             return self.rows
-        return self._forth(self.wire.dispatch, beside=True)
+        return self._forth(self.wire.dispatch, beside=True, as_tiles=self.as_tiles)
 
     @cached_property
     def combine_backward(self) -> float:
         """The same of gradients, alone."""
         if self.wire.ranks == 1:
             return self.rows
-        return self._forth(self.wire.combine_backward, beside=False)
+        return self._forth(self.wire.combine_backward, beside=False, as_tiles=False)
 
     @cached_property
     def combine(self) -> float:
@@ -86,16 +96,20 @@ class Buffers:
         """The same of gradients, with those of gates."""
         return self._back(self.wire.dispatch_backward, beside=True)
 
-    def _forth(self, element: int | None, *, beside: bool) -> float:
-        """What is sent, what arrives, the same by expert, and where something travels beside it the rows alone."""
+    def _forth(self, element: int | None, *, beside: bool, as_tiles: bool) -> float:
+        """What is sent, what arrives, the same by expert, and where something travels beside it the rows alone.
+
+        In `flat` what was sent is gone by then. Rows that stay as they came go to their places at once.
+        """
         sent, rows = self.batch.tokens * self.wire.visited(self.config), self.batch.received(self.config)
         payload = self._row(element)
         message = payload + (self.batch.wide if beside else 0)
         alone = rows * payload if beside else 0.0
         decoded = self.rows if element is not None and element != self.batch.size else 0.0
         if self.wire.once_a_rank:
-            return 2 * sent * message + sent * payload + self.rows + decoded
-        return sent * message + 2 * rows * message + alone + decoded
+            return 2 * sent * message + sent * payload + (self.came if as_tiles else self.rows + decoded)
+        placed = self.came if as_tiles else rows * message + alone + decoded
+        return rows * message + max(sent * message, placed)
 
     def _back(self, element: int | None, *, beside: bool) -> float:
         """What is sent, what arrives, and where something travels beside it the rows alone; sums of them in FP32."""

@@ -171,16 +171,15 @@ class ChunkMemory:
         meter.hold(Kind.ACTIVATIONS, parts.attend.kept)
         meter.work(working.attend_forward)
         meter.hold(Kind.WORKING, 0.0 if working.keeps_normed else self.message)
-        meter.launch(working.exchange.dispatch, working.exchange.rows)
+        meter.launch(working.exchange.dispatch, working.exchange.came)
         yield
         if self.config.shared_experts:
             meter.hold(Kind.ACTIVATIONS, parts.shared.kept)
             meter.hold(Kind.WORKING, self.message)  # their result
             meter.work(working.shared)
-        meter.drop(Kind.EXCHANGE, working.exchange.rows)
-        meter.hold(
-            Kind.WORKING, working.exchange.rows if working.batch.fp8 else 0.0
-        )  # as they came; else that is what is kept
+        meter.drop(Kind.EXCHANGE, working.exchange.came)
+        if working.batch.fp8 and not working.exchange.as_tiles:
+            meter.hold(Kind.WORKING, working.exchange.rows)  # as they came; else that is what is kept
         meter.hold(Kind.WORKING, working.exchange.rows)  # results
         meter.hold(Kind.ACTIVATIONS, parts.routed.kept)
         meter.work(working.experts)

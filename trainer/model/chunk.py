@@ -243,7 +243,8 @@ class Chunk:
         tape.balance_sums.append(balance)
         tape.counts_E[name] = routing.counts_E
 
-        dispatched = exchange.dispatch(normed_TD, gates_TK, routing.experts_TK, label)
+        in_fp8 = layer.experts.fp8 is not None
+        dispatched = exchange.dispatch(normed_TD, gates_TK, routing.experts_TK, label, as_tiles=in_fp8)
         yield
         shared: Phase | None = None
         shared_TD: Tensor | None = None
@@ -251,9 +252,9 @@ class Chunk:
             if layer.shared is not None:
                 shared, shared_TD = self._single(layer.shared, normed_TD)
             received = self._wait(dispatched, label)
-            counts_L = received.rows_per_expert_L
+            counts_L, came = received.rows_per_expert_L, received.tiles
             routed, routed_RD = self._single(
-                lambda rows, weights: layer.experts(rows, weights, counts_L), received.rows_RD, received.weights_R
+                lambda rows, weights: layer.experts(rows, weights, counts_L, came), received.rows_RD, received.weights_R
             )
         tape.visits += received.visits
         way_back = received.without_rows()

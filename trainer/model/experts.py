@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...comm.fp8 import RowTiles
 from ...comm.host import to_device
 from ...parallelism.pipeline.weight_grad import add_to_grad, collecting
 from ..precision.fp8 import Fp8
 from ..precision.linear import Linear
+from ..precision.tiles import Tiles
 from .recompute import Part, recomputed
 from .row_blocks import in_blocks
 from .swiglu import weighted_swiglu
@@ -45,18 +47,26 @@ class Experts(nn.Module):
         self.block: int | None = None
         """More rows than this are computed in blocks of so many at most: see `row_blocks.py`."""
 
-    def forward(self, rows_RD: Tensor, weights_R: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
+    def forward(
+        self, rows_RD: Tensor, weights_R: Tensor, rows_per_expert_L: tuple[int, ...], came: RowTiles | None = None
+    ) -> Tensor:
         """[R, D] to [R, D]; rows are grouped by expert. Each row comes out multiplied by its gate weight.
 
         The weight multiplies before the down projection, so that combine can be a plain sum.
+        `came`: in FP8, the rows as they came, where they came in it; see `stand_in` for `rows_RD`.
         """
-        if self.block is not None and len(rows_RD) > self.block:
-            return in_blocks(self._at_once, rows_RD, weights_R, rows_per_expert_L, self.block, self.fp8)
-        return self._at_once(rows_RD, weights_R, rows_per_expert_L)
+        tiles = None if came is None else Tiles.that_came(came)
+        if self.block is None or len(rows_RD) <= self.block:
+            return self._at_once(rows_RD, weights_R, rows_per_expert_L, tiles)
+        if tiles is None and self.fp8 is not None:
+            tiles = self.fp8.received(rows_RD)
+        return in_blocks(self._at_once, rows_RD, weights_R, rows_per_expert_L, self.block, tiles)
 
-    def _at_once(self, rows_RD: Tensor, weights_R: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
+    def _at_once(
+        self, rows_RD: Tensor, weights_R: Tensor, rows_per_expert_L: tuple[int, ...], tiles: Tiles | None
+    ) -> Tensor:
         if self.fp8 is not None:
-            gate_up_RF = self.fp8.experts_up(rows_RD, self.gate_up_LFD, rows_per_expert_L)
+            gate_up_RF = self.fp8.experts_up(rows_RD, self.gate_up_LFD, rows_per_expert_L, tiles)
             return self.fp8.experts_down(gate_up_RF, weights_R, self.down_LDF, rows_per_expert_L)
         gate_up_RF = recomputed(Part.GATE_UP, grouped_linear, rows_RD, self.gate_up_LFD, rows_per_expert_L)
         inner_RF = recomputed(Part.SWIGLU, weighted_swiglu, gate_up_RF, weights_R)

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...comm.fp8 import TILE
+from ...comm.fp8 import TILE, stand_in
 from ...parallelism.pipeline.weight_grad import WeightGradients
-from ..precision.fp8 import Fp8
-from ..precision.tiles import Scales, Tiles, dequantise_tiles
+from ..precision.tiles import Tiles
 
-Function = Callable[[Tensor, Tensor, tuple[int, ...]], Tensor]
-"""Rows, their gate weights and how many each expert has, to results: row by row."""
+Function = Callable[[Tensor, Tensor, tuple[int, ...], Tiles | None], Tensor]
+"""Rows, their gate weights, how many each expert has, and their tiles if there are any, to results: row by row."""
 
 
 def in_blocks(
@@ -32,11 +31,14 @@ def in_blocks(
     weights_R: Tensor,
     rows_per_expert_L: tuple[int, ...],
     block: int,
-    fp8: Fp8 | None,
+    tiles: Tiles | None,
 ) -> Tensor:
-    """`function` over all rows, of at most `block` at a time, a multiple of 128; [R, D]. `fp8`: rows are kept in it."""
+    """`function` over all rows, of at most `block` at a time, a multiple of 128; [R, D].
+
+    Where there are `tiles`, they are the rows: they are kept, and of `rows_RD` nothing but shape and dtype is used.
+    """
     blocks = tuple(cut(rows_per_expert_L, block))
-    out: Tensor = _InBlocks.apply(rows_RD, weights_R, function, blocks, fp8)  # type: ignore[no-untyped-call]
+    out: Tensor = _InBlocks.apply(rows_RD, weights_R, function, blocks, tiles)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -67,16 +69,15 @@ class _InBlocks(torch.autograd.Function):
         weights_R: Tensor,
         function: Function,
         blocks: tuple[tuple[int, ...], ...],
-        fp8: Fp8 | None,
+        tiles: Tiles | None,
     ) -> Tensor:
         ctx.function, ctx.blocks, ctx.dtype = function, blocks, rows_RD.dtype
         if any(ctx.needs_input_grad):
-            tiles = None if fp8 is None else fp8.provider.tiles(rows_RD, Scales.POWER_OF_TWO)
             kept = (rows_RD,) if tiles is None else (tiles.values_XD, tiles.scales_XQ)
             ctx.save_for_backward(weights_R, *kept)
-        out_RD = torch.empty_like(rows_RD)
+        out_RD = rows_RD.new_empty(rows_RD.shape)
         for part, counts_L in _parts(blocks):
-            out_RD[part] = function(rows_RD[part], weights_R[part], counts_L)
+            out_RD[part] = function(rows_RD[part], weights_R[part], counts_L, tiles and tiles.part(part))
         return out_RD
 
     @staticmethod
@@ -85,13 +86,12 @@ class _InBlocks(torch.autograd.Function):
         grad_rows_RD = torch.empty(grads[0].shape, dtype=ctx.dtype, device=grads[0].device)
         grad_weights_R = torch.empty_like(weights_R)
         for part, counts_L in _parts(ctx.blocks):
-            own = [x[part] for x in kept]
-            # Tiles with powers of two for scales give the same tiles again: no number is rounded twice.
-            rows = own[0].detach() if len(own) == 1 else dequantise_tiles(Tiles(*own), ctx.dtype)
+            tiles = Tiles(*kept).part(part) if len(kept) == 2 else None
+            rows = kept[0][part].detach() if tiles is None else stand_in(tiles.values_XD, ctx.dtype)
             leaves = rows.requires_grad_(), weights_R[part].detach().requires_grad_()
             work = WeightGradients()
             with torch.enable_grad(), work.collect():
-                out = ctx.function(*leaves, counts_L)
+                out = ctx.function(*leaves, counts_L, tiles)
             grad_rows_RD[part], grad_weights_R[part] = torch.autograd.grad(out, leaves, grads[0][part])
             work.run()
         return grad_rows_RD, grad_weights_R, None, None, None

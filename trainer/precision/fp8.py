@@ -37,8 +37,8 @@ class Fp8:
     provider: Provider
     scales: Scales = Scales.FP32
     """Of all but those which the report wants to be powers of two: the input of the Linear after attention, the rows
-    that experts receive, and the gradients that they receive. The last two are what crosses between ranks in FP8, so
-    tiles made of rows that came in FP8 hold the numbers that came."""
+    that experts receive, and the gradients that they receive. The last two are what crosses between ranks in FP8: rows
+    that came in FP8 are taken as they came, and tiles made of such gradients hold the numbers that came."""
     weights: StepWeights = field(default_factory=StepWeights)
 
     def linear(
@@ -48,7 +48,7 @@ class Fp8:
         x_RK = x.flatten(0, -2)
         scales = Scales.POWER_OF_TWO if after_attention else self.scales
         if torch.is_grad_enabled():
-            out: Tensor = _Linear.apply(x_RK, weight_NK, self, None, scales, after_attention, shared)  # type: ignore[no-untyped-call]
+            out: Tensor = _Linear.apply(x_RK, weight_NK, self, None, scales, after_attention, shared, None)  # type: ignore[no-untyped-call]
         else:
             out = self._product(self.provider.tiles(x_RK, scales), weight_NK, None, x_RK.dtype)
         return out.view(*x.shape[:-1], -1)
@@ -58,12 +58,20 @@ class Fp8:
         out = self._of_swiglu(gate_up.flatten(0, -2), None, weight_NK, None)
         return out.view(*gate_up.shape[:-1], -1)
 
-    def experts_up(self, rows_RK: Tensor, weight_LNK: Tensor, rows_L: Rows) -> Tensor:
-        """Each received row times the transposed weight of its expert, [R, N]."""
-        scales = Scales.POWER_OF_TWO
+    def received(self, rows_RK: Tensor) -> Tiles:
+        """Received rows as they would have come on an FP8 wire."""
+        return self.provider.tiles(rows_RK, Scales.POWER_OF_TWO)
+
+    def experts_up(self, rows_RK: Tensor, weight_LNK: Tensor, rows_L: Rows, came: Tiles | None = None) -> Tensor:
+        """Each received row times the transposed weight of its expert, [R, N]; `came`: the rows where they came in FP8.
+
+        Then of `rows_RK` nothing but shape and dtype is used.
+        """
         if not torch.is_grad_enabled():
-            return self._product(self.provider.tiles(rows_RK, scales), weight_LNK, rows_L, rows_RK.dtype)
-        out: Tensor = _Linear.apply(rows_RK, weight_LNK, self, rows_L, scales, False, None)  # type: ignore[no-untyped-call]
+            tiles = self.received(rows_RK) if came is None else came
+            return self._product(tiles, weight_LNK, rows_L, rows_RK.dtype)
+        scales = Scales.POWER_OF_TWO
+        out: Tensor = _Linear.apply(rows_RK, weight_LNK, self, rows_L, scales, False, None, came)  # type: ignore[no-untyped-call]
         return out
 
     def experts_down(self, gate_up_RF: Tensor, gates_R: Tensor, weight_LNK: Tensor, rows_L: Rows) -> Tensor:
@@ -103,8 +111,10 @@ class _Linear(torch.autograd.Function):
         scales: Scales,
         after_attention: bool,
         shared: SharedOutput | None,
+        came: Tiles | None,
     ) -> Tensor:
-        x, blocks = fp8.provider.tiles(x_RK, scales), fp8.blocks(weight)
+        x = fp8.provider.tiles(x_RK, scales) if came is None else came
+        blocks = fp8.blocks(weight)
         ctx.fp8, ctx.weight, ctx.rows, ctx.left, ctx.x_scales = fp8, weight, rows_L, collecting(), scales
         ctx.packed_width = None
         kept: tuple[Tensor, ...]
@@ -142,11 +152,11 @@ class _Linear(torch.autograd.Function):
         else:
             grad_weight = _leave(ctx, fp8.provider.columns(grad_RN, rows_L, fp8.scales), x)
         if not ctx.needs_input_grad[0]:
-            return None, grad_weight, None, None, None, None, None
+            return None, grad_weight, None, None, None, None, None, None
         grad_tiles = fp8.provider.tiles(grad_RN, fp8.scales)
         turned = fp8.weights.turned(ctx.weight, Blocks(values, block_scales))
         grad_x_RK = fp8.multiply(grad_tiles, turned, ctx.rows, grad_RN.dtype)
-        return grad_x_RK, grad_weight, None, None, None, None, None
+        return grad_x_RK, grad_weight, None, None, None, None, None, None
 
 
 class _LinearOfSwiGLU(torch.autograd.Function):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...comm.fp8 import LARGEST, TILE, exponents_for, scales_of, tiled, tiles_of, widened
+from ...comm.fp8 import LARGEST, TILE, RowTiles, exponents_for, scales_of, tiled, tiles_of, widened
 
 _SMALLEST_SCALE = 2.0**-126  # FP32's smallest normal number: dividing by it is exact
 
@@ -38,6 +38,15 @@ class Tiles:
     """float8_e4m3fn."""
     scales_XQ: Tensor
     """FP32."""
+
+    @staticmethod
+    def that_came(rows: RowTiles) -> Tiles:
+        """What has crossed between ranks: the numbers as they are, and their powers of two as products take them."""
+        return Tiles(rows.values_XD, scales_of(rows.exponents_XQ, torch.float32))
+
+    def part(self, rows: slice) -> Tiles:
+        """Some of the rows."""
+        return Tiles(self.values_XD[rows], self.scales_XQ[rows])
 
 
 @dataclass(frozen=True)

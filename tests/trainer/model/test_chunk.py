@@ -64,9 +64,9 @@ class WatchedExchange:
         self.most_alive = 0
 
     def dispatch(
-        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: Label
+        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: Label, *, as_tiles: bool = False
     ) -> Pending[Received[FlatLayout]]:
-        pending = self._exchange.dispatch(tokens_TD, weights_TK, experts_TK, label)
+        pending = self._exchange.dispatch(tokens_TD, weights_TK, experts_TK, label, as_tiles=as_tiles)
         received = pending.wait()
         number = len(self.rows)
         self._number[id(received.layout)] = number
