@@ -51,12 +51,12 @@ class Fp8:
             out: Tensor = _Linear.apply(x_RK, weight_NK, self, None, scales, after_attention, shared)  # type: ignore[no-untyped-call]
         else:
             out = self._product(self.provider.tiles(x_RK, scales), weight_NK, None, x_RK.dtype)
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], len(weight_NK))
 
     def linear_of_swiglu(self, gate_up: Tensor, weight_NK: Tensor) -> Tensor:
         """SwiGLU(gate_up) Wᵀ, [..., 2F] to [..., N], keeping tiles of `gate_up` alone."""
         out = self._of_swiglu(gate_up.flatten(0, -2), None, weight_NK, None)
-        return out.view(*gate_up.shape[:-1], -1)
+        return out.view(*gate_up.shape[:-1], len(weight_NK))
 
     def experts_up(self, rows_RK: Tensor, weight_LNK: Tensor, rows_L: Rows) -> Tensor:
         """Each received row times the transposed weight of its expert, [R, N]."""

@@ -279,6 +279,19 @@ def test_without_gradients_the_numbers_are_the_same() -> None:
             assert torch.equal(function(x), kept)
 
 
+def test_no_rows_are_rows_too() -> None:
+    network = SwiGLU(WIDTH, INNER)
+    for part in (network.gate_up, network.down):
+        part.fp8 = Fp8(Reference())
+    for module, out in ((linear(), 150), (linear(after_attention=True), 150), (network, WIDTH)):
+        found, grad, *weights = run(module, normal(0, 3, WIDTH), *module.parameters())
+        assert found.shape == (0, 3, out)
+        assert grad.shape == (0, 3, WIDTH)
+        assert not any(weight.any() for weight in weights)
+        with torch.no_grad():
+            assert module(normal(2, 0, WIDTH)).shape == (2, 0, out)
+
+
 def test_a_frozen_weight_gets_no_gradient() -> None:
     module = linear()
     module.weight.requires_grad_(False)
