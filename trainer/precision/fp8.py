@@ -193,7 +193,13 @@ def _leave(ctx: Any, grad: Columns, x: Callable[[], Columns]) -> Tensor | None:
         out: Tensor = provider.outer(grad, x())
         return out.view_as(weight)
 
+    def add() -> None:
+        if weight.grad is None:
+            add_to_grad(weight, product())
+        else:
+            provider.add_outer(grad, x(), weight.grad.view(-1, *weight.shape[-2:]))
+
     if ctx.left is None:
         return product().to(weight.dtype)
-    ctx.left.add(lambda: add_to_grad(weight, product()))
+    ctx.left.add(add)
     return None

@@ -55,6 +55,10 @@ class Provider(Protocol):
         """gradᵀ x over the rows of each expert, FP32 [L, N, K]: the gradient of weights; 0 for one without rows."""
         ...
 
+    def add_outer(self, grad: Columns, x: Columns, sum_LNK: Tensor) -> None:
+        """Add the same to a sum that is there, in the sum's dtype."""
+        ...
+
 
 PROVIDERS = ("triton", "torch", "te", "reference")
 """The faster ones first. All but the last need a Hopper GPU, and have not yet run on one."""

@@ -66,6 +66,10 @@ class Reference:
         both = zip(of_experts(grad), of_experts(x), strict=True)
         return torch.stack([self._product(ours, theirs) for ours, theirs in both])
 
+    def add_outer(self, grad: Columns, x: Columns, sum_LNK: Tensor) -> None:
+        """See `Provider`."""
+        sum_LNK += self.outer(grad, x)
+
     def _product(self, a: Tiles, b: Tiles) -> Tensor:
         """a bᵀ of X rows and Y rows, FP32 [X, Y]."""
         a_XK, b_YK = widened(a.values_XD, torch.float64), widened(b.values_XD, torch.float64)

@@ -150,6 +150,33 @@ def test_gradients_of_weights_can_wait() -> None:
 
 
 @dataclass(frozen=True)
+class Adding(Reference):
+    """Remembers which gradients it was given to add to."""
+
+    sums: list[tuple[torch.Size, int]] = field(default_factory=list)
+
+    def add_outer(self, grad: Columns, x: Columns, sum_LNK: Tensor) -> None:
+        self.sums.append((sum_LNK.shape, sum_LNK.data_ptr()))
+        super().add_outer(grad, x, sum_LNK)
+
+
+def test_a_provider_adds_to_the_gradient_that_is_there() -> None:
+    adding, module, mixture = Adding(), linear(), experts()
+    module.fp8 = mixture.fp8 = Fp8(adding)
+    gates, left = torch.rand(150, dtype=torch.float64), WeightGradients()
+    for _ in range(2):
+        with left.collect():
+            outputs = module(normal(150, WIDTH)), mixture(normal(150, WIDTH).double(), gates, ROWS)
+        for out in outputs:
+            out.sum().backward()
+            left.run()
+    weights = [module.weight[None], mixture.down_LDF, mixture.gate_up_LFD]
+    assert [shape for shape, _ in adding.sums] == [weight.shape for weight in weights]
+    grads = [grad_of(module.weight), grad_of(mixture.down_LDF), grad_of(mixture.gate_up_LFD)]
+    assert [place for _, place in adding.sums] == [grad.data_ptr() for grad in grads]
+
+
+@dataclass(frozen=True)
 class Counting(Reference):
     """Remembers the shapes of the weights that it has quantised."""
 
