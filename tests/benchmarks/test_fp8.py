@@ -3,19 +3,52 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from dataclasses import dataclass, field
 
 import pytest
 import torch
+from torch import Tensor
 
 from shoestring.benchmarks import fp8_accumulation, fp8_kernels, v3_layer
+from shoestring.trainer.precision.fp8 import Fp8
+from shoestring.trainer.precision.reference import Reference
+from shoestring.trainer.precision.tiles import Blocks, Scales, Tiles
 
 
-def test_the_layer_is_run_phase_by_phase() -> None:
-    setting, device = v3_layer.small(), torch.device("cpu")
+@dataclass(frozen=True)
+class Counting(Reference):
+    """Counts what it does."""
+
+    times: Counter[str] = field(default_factory=Counter)
+
+    def blocks(self, weight: Tensor, scales: Scales) -> Blocks:
+        self.times["blocks"] += 1
+        return super().blocks(weight, scales)
+
+    def multiply(self, x: Tiles, weight: Blocks, dtype: torch.dtype) -> Tensor:
+        self.times["multiply"] += 1
+        return super().multiply(x, weight, dtype)
+
+
+def test_the_layer_is_run_phase_by_phase_as_in_training() -> None:
+    setting, device, counting = v3_layer.small(), torch.device("cpu"), Counting()
     model = v3_layer.build(setting, "reference", device)
-    seconds = v3_layer.layer_seconds(model, setting, device)
+    model.use_fp8(Fp8(counting))
+    before = {name: weight.grad for name, weight in model.named_parameters()}
+    with model.weights_unchanged():
+        for _ in range(2):
+            counting.times["multiply"] = 0
+            seconds = v3_layer.layer_seconds(model, setting, device)
     assert list(seconds) == list(v3_layer.TRACE_US)
-    assert all(weight.grad is not None for weight in model.parameters())
+    assert counting.times["blocks"] == 5 + 2 + 2  # attention, shared expert, routed ones: each weight once
+    assert counting.times["multiply"] == 2 * (5 + 2 + 2 * 4) + 2  # the last: up-projections of the latents again
+    for name, weight in model.named_parameters():
+        assert weight.dtype == (torch.float32 if name in model.wide_parameter_names() else torch.bfloat16)
+        assert weight.grad is before[name]
+        assert weight.grad is not None
+        assert weight.grad.dtype == torch.float32
+        assert weight.grad.any()
     assert sum(v3_layer.TRACE_US.values()) == 31072  # what the trace spends on computing a layer pair
 
 
