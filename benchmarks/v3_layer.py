@@ -4,9 +4,9 @@
 
 A rank's share under 64 expert-parallel ranks: attention, router and shared expert on one sequence of 4096 tokens, four
 routed experts on 8192 rows each. Nothing is sent: the rows are there. As in a step of training, weights are BF16 and in
-FP8 already, gradients are FP32 and added to, and the backward makes again what the report's does. The trace (deepseek-ai/profile-data, train.json)
-is of an H800 whose products had 112 of 132 processors. Without such a GPU this says so and ends well. Not yet run on
-hardware.
+FP8 already, gradients are FP32 and added to, and the backward makes again what the report's does. The trace
+(deepseek-ai/profile-data, train.json) is of an H800 whose products had 112 of 132 processors. Without such a GPU this
+says so and ends well. Not yet run on hardware.
 """
 
 from __future__ import annotations
