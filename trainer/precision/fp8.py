@@ -126,18 +126,19 @@ class _Linear(torch.autograd.Function):
         grad_RN, fp8, width, scales = grads[0], ctx.fp8, ctx.packed_width, ctx.x_scales
         rows_L = ctx.rows or (len(grad_RN),)
 
-        def columns(x_RK: Tensor) -> Columns:
-            made: Columns = fp8.provider.columns(x_RK, rows_L, scales)
+        def columns(tiles: Tiles) -> Columns:
+            made: Columns = fp8.provider.turned(tiles, rows_L, scales)
             return made
 
         def x() -> Columns:
             if width is None:
-                return columns(dequantise_tiles(Tiles(kept[0], kept[1]), torch.float32))
-            return columns(unpack_e5m6(Packed(kept[0], kept[1], width), torch.float32))
+                return columns(Tiles(kept[0], kept[1]))
+            wide_RK = unpack_e5m6(Packed(kept[0], kept[1], width), torch.float32)
+            made: Columns = fp8.provider.columns(wide_RK, rows_L, scales)
+            return made
 
         if len(kept) == 1:  # wide: what waits for its product shall be FP8
-            tiles = fp8.provider.tiles(kept[0], scales)
-            made = columns(dequantise_tiles(tiles, torch.float32))
+            made = columns(fp8.provider.tiles(kept[0], scales))
             grad_weight = _leave(ctx, fp8.provider.columns(grad_RN, rows_L, fp8.scales), lambda: made)
         else:
             grad_weight = _leave(ctx, fp8.provider.columns(grad_RN, rows_L, fp8.scales), x)
@@ -169,10 +170,11 @@ class _LinearOfSwiGLU(torch.autograd.Function):
         gate_up_RF, gates_R = dequantise_tiles(Tiles(kept, scales), grad_RN.dtype), gates[0] if gates else None
         received = ctx.rows is not None
         grad_tiles = fp8.provider.tiles(grad_RN, Scales.POWER_OF_TWO if received else fp8.scales)
-        if received:  # in FP8 perhaps: both products see what an FP8 wire brings
-            grad_RN = dequantise_tiles(grad_tiles, grad_RN.dtype)
         rows_L = ctx.rows or (len(grad_RN),)
-        grad = fp8.provider.columns(grad_RN, rows_L, fp8.scales)
+        if received:  # in FP8 perhaps: both products see what an FP8 wire brings
+            grad = fp8.provider.turned(grad_tiles, rows_L, fp8.scales)
+        else:
+            grad = fp8.provider.columns(grad_RN, rows_L, fp8.scales)
         inner = fp8.provider.swiglu_columns(gate_up_RF, gates_R, rows_L, fp8.scales)
         grad_weight = _leave(ctx, grad, lambda: inner)
         blocks = fp8.weights.turned(ctx.weight, Blocks(values, block_scales))

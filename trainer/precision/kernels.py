@@ -1,5 +1,5 @@
-"""Triton kernels for Hopper: quantise rows and columns, those of a SwiGLU too, and blocks; products, and gradients of
-weights (report §3.3).
+"""Triton kernels for Hopper: quantise rows and columns, those of a SwiGLU and of tiles too, and blocks; products, and
+gradients of weights (report §3.3).
 
 A tensor core's short accumulator holds 128 products at most: every 128 elements the partial sum is scaled and added to
 an FP32 accumulator in registers. One program makes one block of the result. Rows of different experts never share a
@@ -139,6 +139,22 @@ def quantise_swiglu_columns(
     row = tl.load(first_ptr + tl.program_id(0)) + tl.arange(0, TILE)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     x = _swiglu(gate_up_ptr, gates_ptr, row, column, row < tl.load(last_ptr + tl.program_id(0)), width)
+    _store_columns(x, values_ptr, scales_ptr, column, width, tiles, power_of_two, COLUMNS)
+
+
+@triton.jit
+def turn_tiles(
+    x_ptr, x_scales_ptr, first_ptr, last_ptr, values_ptr, scales_ptr, width, tiles,
+    power_of_two: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The numbers of 1 × 128 tiles [R, D] to what `quantise_columns` makes of them; COLUMNS divides 128."""
+    row = tl.load(first_ptr + tl.program_id(0)) + tl.arange(0, TILE)
+    is_row = row < tl.load(last_ptr + tl.program_id(0))
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    place = x_ptr + row[:, None].to(tl.int64) * width + column[None, :]
+    x = tl.load(place, mask=is_row[:, None] & (column[None, :] < width), other=0.0).to(tl.float32)
+    scale_at = x_scales_ptr + row.to(tl.int64) * tl.cdiv(width, TILE) + tl.program_id(1) * COLUMNS // TILE
+    x *= tl.load(scale_at, mask=is_row, other=0.0)[:, None]
     _store_columns(x, values_ptr, scales_ptr, column, width, tiles, power_of_two, COLUMNS)
 
 

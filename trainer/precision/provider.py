@@ -35,6 +35,10 @@ class Provider(Protocol):
         """Rows the other way round, in tiles of 128 × 1, those of each expert apart."""
         ...
 
+    def turned(self, x: Tiles, rows_L: Rows, scales: Scales) -> Columns:
+        """Rows that are in tiles of 1 × 128 the other way round, as `columns` of the numbers that they hold."""
+        ...
+
     def swiglu_columns(self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: Rows, scales: Scales) -> Columns:
         """The same numbers the other way round, in tiles of 128 × 1, those of each expert apart."""
         ...

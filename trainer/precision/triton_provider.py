@@ -25,7 +25,7 @@ _ROWS_TO_QUANTISE, _COLUMNS_TO_QUANTISE = 16, 64
 _ROWS, _COLUMNS = 128, 128  # of a block of a product
 
 Inputs = tuple[Tensor] | tuple[Tensor, Tensor | None]
-"""What a kernel quantises: rows; or gate and up projections with gate weights, if there are any."""
+"""What a kernel quantises: rows; their tiles; or gate and up projections with gate weights, if there are any."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,10 @@ class TritonProvider:
         """See `Provider`."""
         x_RD = _narrow(x_RD).contiguous()
         return self._columns(kernels.quantise_columns, (x_RD,), x_RD.shape[1], rows_L, scales)
+
+    def turned(self, x: Tiles, rows_L: tuple[int, ...], scales: Scales) -> Columns:
+        """See `Provider`."""
+        return self._columns(kernels.turn_tiles, (x.values_XD, x.scales_XQ), x.values_XD.shape[1], rows_L, scales)
 
     def swiglu_columns(
         self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: tuple[int, ...], scales: Scales

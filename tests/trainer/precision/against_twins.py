@@ -57,6 +57,10 @@ def check_quantisation(provider: Provider, device: torch.device) -> None:
                     ours, theirs = provider.columns(y, rows, scales), TWIN.columns(y, rows, scales)
                     assert ours.tiles_per_expert_L == theirs.tiles_per_expert_L
                     same(ours.tiles, theirs.tiles, f"columns {what}")
+                    tiles = TWIN.tiles(y, scales)
+                    ours, theirs = provider.turned(tiles, rows, scales), TWIN.turned(tiles, rows, scales)
+                    assert ours.tiles_per_expert_L == theirs.tiles_per_expert_L
+                    same(ours.tiles, theirs.tiles, f"columns of tiles {what}")
     stack = torch.randn(3, 140, 200, device=device)
     same(provider.blocks(stack, Scales.FP32), TWIN.blocks(stack, Scales.FP32), "blocks of a stack")
     assert provider.columns(stack[0][:0], (0, 0), Scales.FP32).tiles.values_XD.shape == (200, 0)

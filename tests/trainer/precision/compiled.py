@@ -49,6 +49,7 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
         for gates in ({}, {"gates_ptr": None})
         for power in (False, True)
     ),
+    *((kernels.turn_tiles, {"x_ptr": FP8}, {"power_of_two": power, "COLUMNS": 64}, 8) for power in (False, True)),
     *((kernels.multiply, {"x_ptr": FP8, "out_ptr": out}, {"ROWS": 128, "COLUMNS": 128}, 8) for out in (BF16, FP32)),
     (kernels.outer, {"out_ptr": FP32}, {"ROWS": 128, "COLUMNS": 128}, 8),
 ]

@@ -189,7 +189,7 @@ class Counting(Reference):
 
 @dataclass(frozen=True)
 class Fused(Reference):
-    """Remembers which SwiGLUs it was given to quantise."""
+    """Remembers which SwiGLUs it was given to quantise, and when tiles were turned."""
 
     seen: list[str] = field(default_factory=list)
 
@@ -201,8 +201,12 @@ class Fused(Reference):
         self.seen.append("columns" if gates_R is None else "weighted columns")
         return super().swiglu_columns(gate_up_RF, gates_R, rows_L, scales)
 
+    def turned(self, x: Tiles, rows_L: Rows, scales: Scales) -> Columns:
+        self.seen.append("turned")
+        return super().turned(x, rows_L, scales)
 
-def test_a_provider_is_given_the_input_of_a_swiglu() -> None:
+
+def test_a_provider_is_given_the_input_of_a_swiglu_and_tiles_to_turn() -> None:
     fused, network, mixture = Fused(), SwiGLU(WIDTH, INNER), experts().float()
     network.down.fp8 = mixture.fp8 = Fp8(fused)
     x, gates = normal(sum(ROWS), WIDTH), torch.rand(sum(ROWS))
@@ -210,7 +214,7 @@ def test_a_provider_is_given_the_input_of_a_swiglu() -> None:
     run(lambda rows: mixture(rows, gates, ROWS), x, *mixture.parameters())
     with torch.no_grad():
         network(x)
-    assert fused.seen == ["rows", "columns", "weighted rows", "weighted columns", "rows"]
+    assert fused.seen == ["rows", "columns", "weighted rows", "turned", "weighted columns", "turned", "rows"]
 
 
 def test_weights_are_quantised_once_while_they_are_unchanged() -> None:

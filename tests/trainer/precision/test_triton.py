@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 
 KERNELS = (
     "quantise_rows", "quantise_columns", "quantise_swiglu_rows", "quantise_swiglu_columns", "quantise_blocks",
-    "multiply", "outer",
+    "turn_tiles", "multiply", "outer",
 )  # fmt: skip
 SPILLING = ("quantise_blocks", "multiply")
 
