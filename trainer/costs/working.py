@@ -176,7 +176,8 @@ class Working:
         return elements * (self.batch.size + self._widened) if self.batch.size < self.batch.wide else 0.0
 
     def dense_weights(self, inputs: int, outputs: int) -> float:
-        """Gradient of one weight before it is added to the one that is there."""
+        """Gradient of one weight before it is added to the one that is there. On a GPU, FP8's `triton` adds in the
+        product and makes none; the other providers make this much."""
         if self.batch.fp8:
             return inputs * outputs * 2 * self.batch.wide + self._outer(self.batch.tokens, inputs, outputs)
         return inputs * outputs * (self.batch.size + self._widened) if self.batch.size < self.batch.wide else 0

@@ -51,12 +51,12 @@ class Fp8:
             out: Tensor = _Linear.apply(x_RK, weight_NK, self, None, scales, after_attention, shared, None)  # type: ignore[no-untyped-call]
         else:
             out = self._product(self.provider.tiles(x_RK, scales), weight_NK, None, x_RK.dtype)
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], len(weight_NK))
 
     def linear_of_swiglu(self, gate_up: Tensor, weight_NK: Tensor) -> Tensor:
         """SwiGLU(gate_up) Wᵀ, [..., 2F] to [..., N], keeping tiles of `gate_up` alone."""
         out = self._of_swiglu(gate_up.flatten(0, -2), None, weight_NK, None)
-        return out.view(*gate_up.shape[:-1], -1)
+        return out.view(*gate_up.shape[:-1], len(weight_NK))
 
     def received(self, rows_RK: Tensor) -> Tiles:
         """Received rows as they would have come on an FP8 wire."""
@@ -136,18 +136,19 @@ class _Linear(torch.autograd.Function):
         grad_RN, fp8, width, scales = grads[0], ctx.fp8, ctx.packed_width, ctx.x_scales
         rows_L = ctx.rows or (len(grad_RN),)
 
-        def columns(x_RK: Tensor) -> Columns:
-            made: Columns = fp8.provider.columns(x_RK, rows_L, scales)
+        def columns(tiles: Tiles) -> Columns:
+            made: Columns = fp8.provider.turned(tiles, rows_L, scales)
             return made
 
         def x() -> Columns:
             if width is None:
-                return columns(dequantise_tiles(Tiles(kept[0], kept[1]), torch.float32))
-            return columns(unpack_e5m6(Packed(kept[0], kept[1], width), torch.float32))
+                return columns(Tiles(kept[0], kept[1]))
+            wide_RK = unpack_e5m6(Packed(kept[0], kept[1], width), torch.float32)
+            made: Columns = fp8.provider.columns(wide_RK, rows_L, scales)
+            return made
 
         if len(kept) == 1:  # wide: what waits for its product shall be FP8
-            tiles = fp8.provider.tiles(kept[0], scales)
-            made = columns(dequantise_tiles(tiles, torch.float32))
+            made = columns(fp8.provider.tiles(kept[0], scales))
             grad_weight = _leave(ctx, fp8.provider.columns(grad_RN, rows_L, fp8.scales), lambda: made)
         else:
             grad_weight = _leave(ctx, fp8.provider.columns(grad_RN, rows_L, fp8.scales), x)
@@ -179,10 +180,11 @@ class _LinearOfSwiGLU(torch.autograd.Function):
         gate_up_RF, gates_R = dequantise_tiles(Tiles(kept, scales), grad_RN.dtype), gates[0] if gates else None
         received = ctx.rows is not None
         grad_tiles = fp8.provider.tiles(grad_RN, Scales.POWER_OF_TWO if received else fp8.scales)
-        if received:  # in FP8 perhaps: both products see what an FP8 wire brings
-            grad_RN = dequantise_tiles(grad_tiles, grad_RN.dtype)
         rows_L = ctx.rows or (len(grad_RN),)
-        grad = fp8.provider.columns(grad_RN, rows_L, fp8.scales)
+        if received:  # in FP8 perhaps: both products see what an FP8 wire brings
+            grad = fp8.provider.turned(grad_tiles, rows_L, fp8.scales)
+        else:
+            grad = fp8.provider.columns(grad_RN, rows_L, fp8.scales)
         inner = fp8.provider.swiglu_columns(gate_up_RF, gates_R, rows_L, fp8.scales)
         grad_weight = _leave(ctx, grad, lambda: inner)
         blocks = fp8.weights.turned(ctx.weight, Blocks(values, block_scales))
@@ -203,7 +205,13 @@ def _leave(ctx: Any, grad: Columns, x: Callable[[], Columns]) -> Tensor | None:
         out: Tensor = provider.outer(grad, x())
         return out.view_as(weight)
 
+    def add() -> None:
+        if weight.grad is None:
+            add_to_grad(weight, product())
+        else:
+            provider.add_outer(grad, x(), weight.grad.view(-1, *weight.shape[-2:]))
+
     if ctx.left is None:
         return product().to(weight.dtype)
-    ctx.left.add(lambda: add_to_grad(weight, product()))
+    ctx.left.add(add)
     return None

@@ -1,9 +1,12 @@
-"""Triton kernels for Hopper: quantise rows and columns, those of a SwiGLU too, and blocks; products, and gradients of
-weights (report §3.3).
+"""Triton kernels for Hopper: quantise rows and columns, those of a SwiGLU and of tiles too, and blocks; products, and
+gradients of weights (report §3.3).
 
 A tensor core's short accumulator holds 128 products at most: every 128 elements the partial sum is scaled and added to
 an FP32 accumulator in registers. One program makes one block of the result. Rows of different experts never share a
 block: `first`, `last` and `expert` say for each block of rows which it covers and whose weight it meets.
+
+Every width is right. Where it is no multiple of 16, loads are one number wide, and `multiply` and `quantise_blocks` are
+slow besides, since they spill registers; no other kernel does, nor do these two where it is one.
 
 Their twins are in `tiles.py` and `reference.py`. Under `TRITON_INTERPRET=1` they run on a CPU, but for CUDA's exp, in
 whose place `tests/trainer/precision/against_twins.py` puts another. Not yet run on hardware.
@@ -19,6 +22,9 @@ from triton.language.extra import libdevice
 
 TILE: tl.constexpr = tl.constexpr(128)
 """Elements that share a scale, and that a tensor core sums before promotion."""
+
+GROUP: tl.constexpr = tl.constexpr(16)
+"""Blocks of rows that programs take together, see `block_of`."""
 
 
 @triton.jit
@@ -137,6 +143,22 @@ def quantise_swiglu_columns(
 
 
 @triton.jit
+def turn_tiles(
+    x_ptr, x_scales_ptr, first_ptr, last_ptr, values_ptr, scales_ptr, width, tiles,
+    power_of_two: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The numbers of 1 × 128 tiles [R, D] to what `quantise_columns` makes of them; COLUMNS divides 128."""
+    row = tl.load(first_ptr + tl.program_id(0)) + tl.arange(0, TILE)
+    is_row = row < tl.load(last_ptr + tl.program_id(0))
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    place = x_ptr + row[:, None].to(tl.int64) * width + column[None, :]
+    x = tl.load(place, mask=is_row[:, None] & (column[None, :] < width), other=0.0).to(tl.float32)
+    scale_at = x_scales_ptr + row.to(tl.int64) * tl.cdiv(width, TILE) + tl.program_id(1) * COLUMNS // TILE
+    x *= tl.load(scale_at, mask=is_row, other=0.0)[:, None]
+    _store_columns(x, values_ptr, scales_ptr, column, width, tiles, power_of_two, COLUMNS)
+
+
+@triton.jit
 def quantise_blocks(
     x_ptr, values_ptr, scales_ptr, rows, width, row_blocks, blocks, power_of_two: tl.constexpr
 ):  # fmt: skip
@@ -155,20 +177,35 @@ def quantise_blocks(
 
 
 @triton.jit
+def block_of(program, row_blocks, column_blocks):
+    """Which block of the result a program makes: row, column.
+
+    Programs that run at the same time shall read little. Those of one wave take a few blocks of columns of GROUP blocks
+    of rows, so both factors come from the cache; one after the other down the rows, they would read all rows again for
+    each block of columns.
+    """
+    group = program // (GROUP * column_blocks)
+    height = tl.minimum(row_blocks - group * GROUP, GROUP)
+    place = program % (GROUP * column_blocks)
+    return group * GROUP + place % height, place // height
+
+
+@triton.jit
 def multiply(
     x_ptr, x_scales_ptr, w_ptr, w_scales_ptr, out_ptr, first_ptr, last_ptr, expert_ptr, n, k, n_blocks, k_blocks,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """x Wᵀ: x [R, K] in 1 × 128 tiles, W [L, N, K] in 128 × 128 blocks, out [R, N]; COLUMNS divides 128."""
-    block = tl.program_id(0)
+    column_blocks = tl.cdiv(n, COLUMNS)
+    block, column_block = block_of(tl.program_id(0), tl.num_programs(0) // column_blocks, column_blocks)
     row = tl.load(first_ptr + block) + tl.arange(0, ROWS)
     is_row = row < tl.load(last_ptr + block)
     expert = tl.load(expert_ptr + block).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column = column_block * COLUMNS + tl.arange(0, COLUMNS)
     x_at = x_ptr + row[:, None].to(tl.int64) * k
     w_at = w_ptr + (expert * n + column[None, :]) * k
     x_scale_at = x_scales_ptr + row.to(tl.int64) * k_blocks
-    w_scale_at = w_scales_ptr + (expert * n_blocks + tl.program_id(1) * COLUMNS // TILE) * k_blocks
+    w_scale_at = w_scales_ptr + (expert * n_blocks + column_block * COLUMNS // TILE) * k_blocks
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for tile in range(k_blocks):
         part = tile * TILE + tl.arange(0, TILE)
@@ -185,10 +222,13 @@ def outer(
     a_ptr, a_scales_ptr, b_ptr, b_scales_ptr, out_ptr, first_tile_ptr, n, k, tiles,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """a bᵀ over the tiles of each expert: a [N, 128 · Q], b [K, 128 · Q], both in tiles, out FP32 [L, N, K]."""
-    expert = tl.program_id(2)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    """a bᵀ over the tiles of each expert, added to what is there: a [N, 128 · Q], b [K, 128 · Q], both in tiles, out
+    FP32 [L, N, K].
+    """
+    expert = tl.program_id(1)
+    row_block, column_block = block_of(tl.program_id(0), tl.cdiv(n, ROWS), tl.cdiv(k, COLUMNS))
+    row = row_block * ROWS + tl.arange(0, ROWS)
+    column = column_block * COLUMNS + tl.arange(0, COLUMNS)
     # Behind the edge the last row is read again: without masks the loop needs fewer registers.
     a_row = tl.minimum(row, n - 1).to(tl.int64)
     b_row = tl.minimum(column, k - 1).to(tl.int64)
@@ -201,5 +241,8 @@ def outer(
         a_scale = tl.load(a_scales_ptr + a_row * tiles + tile)
         b_scale = tl.load(b_scales_ptr + b_row * tiles + tile)
         total += partial * a_scale[:, None] * b_scale[None, :]
-    place = out_ptr + (expert.to(tl.int64) * n + row[:, None]) * k + column[None, :]
-    tl.store(place, total, mask=(row[:, None] < n) & (column[None, :] < k))
+    # From the block's corner, in 32 bits: whole places would take registers that are not there.
+    corner = out_ptr + (expert.to(tl.int64) * n + row_block * ROWS) * k + column_block * COLUMNS
+    place = corner + tl.arange(0, ROWS)[:, None] * k + tl.arange(0, COLUMNS)[None, :]
+    there = (row[:, None] < n) & (column[None, :] < k)
+    tl.store(place, tl.load(place, mask=there, other=0.0) + total, mask=there)

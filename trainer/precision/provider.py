@@ -5,6 +5,7 @@ Letters: X rows, D width, R rows of activations, F inner width, L experts on thi
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Iterator
 from typing import Protocol
@@ -34,6 +35,10 @@ class Provider(Protocol):
         """Rows the other way round, in tiles of 128 × 1, those of each expert apart."""
         ...
 
+    def turned(self, x: Tiles, rows_L: Rows, scales: Scales) -> Columns:
+        """Rows that are in tiles of 1 × 128 the other way round, as `columns` of the numbers that they hold."""
+        ...
+
     def swiglu_columns(self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: Rows, scales: Scales) -> Columns:
         """The same numbers the other way round, in tiles of 128 × 1, those of each expert apart."""
         ...
@@ -54,6 +59,10 @@ class Provider(Protocol):
         """gradᵀ x over the rows of each expert, FP32 [L, N, K]: the gradient of weights; 0 for one without rows."""
         ...
 
+    def add_outer(self, grad: Columns, x: Columns, sum_LNK: Tensor) -> None:
+        """Add the same to a sum that is there, in the sum's dtype."""
+        ...
+
 
 PROVIDERS = ("triton", "torch", "te", "reference")
 """The faster ones first. All but the last need a Hopper GPU, and have not yet run on one."""
@@ -67,16 +76,27 @@ def missing_for(name: str, *, on_gpu: bool) -> Iterator[str]:
         return
     if name == "triton" and importlib.util.find_spec("triton") is None:
         yield "triton is not installed; pip install triton, the version that this torch was built with"
-    if name == "te" and importlib.util.find_spec("transformer_engine_torch") is None:
-        yield "transformer_engine_torch is not installed; pip install transformer-engine[pytorch], 2.20 or later"
+    if name == "te":
+        yield from _missing_of_te(on_gpu=on_gpu)
     if not on_gpu:
         yield "it needs a Hopper GPU; train on one, or write precision.provider=reference"
         return
     capability = torch.cuda.get_device_capability()
-    if capability < _HOPPER or (name != "triton" and capability[0] > _HOPPER[0]):
+    if capability != _HOPPER:
         yield f"it needs a GPU of compute capability 9.0 and the one here has {capability[0]}.{capability[1]}"
     if name == "torch" and (torch.version.cuda is None or _version(torch.version.cuda) < (12, 9)):
         yield f"it needs a torch built with CUDA 12.9 or later, and this one has {torch.version.cuda}"
+
+
+def _missing_of_te(*, on_gpu: bool) -> Iterator[str]:
+    """Its part for torch is a library in its own folder, which no search finds; on a GPU it is loaded instead."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        yield "transformer_engine is not installed; pip install transformer-engine[pytorch], 2.20 or later"
+    elif on_gpu:
+        try:
+            importlib.import_module(".te_provider", __package__)
+        except Exception as fault:  # what one meets that is older, or was built for another torch or CUDA
+            yield f"transformer_engine does not load; install 2.20 or later for this torch ({fault!r})"
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...comm.fp8 import TILE, widened
 from ..model.swiglu import swiglu_of_rows
 from .accumulate import exact_sum
-from .tiles import Blocks, Columns, Scales, Tiles, quantise_blocks, quantise_columns, quantise_tiles
+from .tiles import Blocks, Columns, Scales, Tiles, dequantise_tiles, quantise_blocks, quantise_columns, quantise_tiles
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class Reference:
     def columns(self, x_RD: Tensor, rows_L: tuple[int, ...], scales: Scales) -> Columns:
         """See `Provider`."""
         return quantise_columns(x_RD, rows_L, scales)
+
+    def turned(self, x: Tiles, rows_L: tuple[int, ...], scales: Scales) -> Columns:
+        """See `Provider`."""
+        return self.columns(dequantise_tiles(x, torch.float32), rows_L, scales)
 
     def swiglu_columns(
         self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: tuple[int, ...], scales: Scales
@@ -65,6 +69,10 @@ class Reference:
         """See `Provider`."""
         both = zip(of_experts(grad), of_experts(x), strict=True)
         return torch.stack([self._product(ours, theirs) for ours, theirs in both])
+
+    def add_outer(self, grad: Columns, x: Columns, sum_LNK: Tensor) -> None:
+        """See `Provider`."""
+        sum_LNK += self.outer(grad, x)
 
     def _product(self, a: Tiles, b: Tiles) -> Tensor:
         """a bᵀ of X rows and Y rows, FP32 [X, Y]."""

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformer_engine_torch
 from torch import Tensor
+from transformer_engine.pytorch import DType
 from transformer_engine.pytorch.cpp_extensions import general_gemm
 from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import Float8BlockwiseQTensorStorage
 
@@ -81,7 +81,7 @@ def _storage(values: Tensor, scales: Tensor, *, is_2D_scaled: bool) -> Any:
         rowwise_scale_inv=scales,
         columnwise_data=None,
         columnwise_scale_inv=None,
-        fp8_dtype=transformer_engine_torch.DType.kFloat8E4M3,
+        fp8_dtype=DType.kFloat8E4M3,
         quantizer=None,
         is_2D_scaled=is_2D_scaled,
     )

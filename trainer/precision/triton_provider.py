@@ -25,7 +25,7 @@ _ROWS_TO_QUANTISE, _COLUMNS_TO_QUANTISE = 16, 64
 _ROWS, _COLUMNS = 128, 128  # of a block of a product
 
 Inputs = tuple[Tensor] | tuple[Tensor, Tensor | None]
-"""What a kernel quantises: rows; or gate and up projections with gate weights, if there are any."""
+"""What a kernel quantises: rows; their tiles; or gate and up projections with gate weights, if there are any."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,10 @@ class TritonProvider:
         """See `Provider`."""
         x_RD = _narrow(x_RD).contiguous()
         return self._columns(kernels.quantise_columns, (x_RD,), x_RD.shape[1], rows_L, scales)
+
+    def turned(self, x: Tiles, rows_L: tuple[int, ...], scales: Scales) -> Columns:
+        """See `Provider`."""
+        return self._columns(kernels.turn_tiles, (x.values_XD, x.scales_XQ), x.values_XD.shape[1], rows_L, scales)
 
     def swiglu_columns(
         self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: tuple[int, ...], scales: Scales
@@ -84,7 +88,7 @@ class TritonProvider:
         spans = _spans(rows_L, _ROWS)
         if spans:
             first, last, expert = numbers_on(out_RN.device, zip(*spans, strict=True))
-            kernels.multiply[(len(spans), -(-columns // _COLUMNS))](
+            kernels.multiply[(len(spans) * -(-columns // _COLUMNS),)](
                 x.values_XD, x.scales_XQ, weight.values_NK, weight.scales_PQ, out_RN, first, last, expert,
                 columns, k, tiles_of(columns), tiles_of(k), _ROWS, _COLUMNS, num_warps=8, num_stages=3,
             )  # fmt: skip
@@ -92,15 +96,22 @@ class TritonProvider:
 
     def outer(self, grad: Columns, x: Columns) -> Tensor:
         """See `Provider`."""
-        a, b, experts = grad.tiles, x.tiles, len(grad.tiles_per_expert_L)
-        rows, columns = len(a.values_XD), len(b.values_XD)
-        out_LNK = a.scales_XQ.new_empty((experts, rows, columns))
-        (first,) = numbers_on(out_LNK.device, [list(accumulate(grad.tiles_per_expert_L, initial=0))])
-        kernels.outer[(-(-rows // _ROWS), -(-columns // _COLUMNS), experts)](
-            a.values_XD, a.scales_XQ, b.values_XD, b.scales_XQ, out_LNK, first,
+        shape = len(grad.tiles_per_expert_L), len(grad.tiles.values_XD), len(x.tiles.values_XD)
+        out_LNK = grad.tiles.scales_XQ.new_zeros(shape)
+        self.add_outer(grad, x, out_LNK)
+        return out_LNK
+
+    def add_outer(self, grad: Columns, x: Columns, sum_LNK: Tensor) -> None:
+        """See `Provider`. One kernel: nothing but the sum is written."""
+        if sum_LNK.dtype != torch.float32 or not sum_LNK.is_contiguous():
+            sum_LNK += self.outer(grad, x)
+            return
+        (experts, rows, columns), a, b = sum_LNK.shape, grad.tiles, x.tiles
+        (first,) = numbers_on(sum_LNK.device, [list(accumulate(grad.tiles_per_expert_L, initial=0))])
+        kernels.outer[(-(-rows // _ROWS) * -(-columns // _COLUMNS), experts)](
+            a.values_XD, a.scales_XQ, b.values_XD, b.scales_XQ, sum_LNK, first,
             rows, columns, a.scales_XQ.shape[1], _ROWS, _COLUMNS, num_warps=8, num_stages=3,
         )  # fmt: skip
-        return out_LNK
 
     def _rows(self, kernel: Any, inputs: Inputs, width: int, scales: Scales) -> Tiles:
         rows = len(inputs[0])

@@ -49,18 +49,23 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
         for gates in ({}, {"gates_ptr": None})
         for power in (False, True)
     ),
+    *((kernels.turn_tiles, {"x_ptr": FP8}, {"power_of_two": power, "COLUMNS": 64}, 8) for power in (False, True)),
     *((kernels.multiply, {"x_ptr": FP8, "out_ptr": out}, {"ROWS": 128, "COLUMNS": 128}, 8) for out in (BF16, FP32)),
     (kernels.outer, {"out_ptr": FP32}, {"ROWS": 128, "COLUMNS": 128}, 8),
 ]
 
 
-def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int) -> dict[str, Any]:
+def compiled(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, *, whole: bool = True
+) -> dict[str, Any]:
+    """`whole`: widths are multiples of 16."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else (TYPES | types)[name] for name in names}
     # As the launcher does for arguments that are multiples of 16.
     aligned = [["tt.divisibility", 16]]
     attributes = {(place,): aligned for place, name in enumerate(names) if signature[name].startswith("*")}
-    attributes |= {(names.index(name),): aligned for name in ("n", "k", "width") if name in names}
+    if whole:
+        attributes |= {(names.index(name),): aligned for name in ("n", "k", "width") if name in names}
     source = ASTSource(
         fn=kernel,
         signature=signature,
@@ -72,6 +77,7 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], warp
     return {
         "kernel": kernel.__name__,
         "constants": {**types, **constants},
+        "whole": whole,
         "wgmma": "wgmma.mma_async.sync.aligned" in binary.asm["ptx"] and "e4m3.e4m3" in binary.asm["ptx"],
         "shared": binary.metadata.shared,
         **resources(binary.asm["cubin"]),
@@ -93,3 +99,5 @@ def resources(cubin: bytes) -> dict[str, int]:
 if __name__ == "__main__":
     for case in CASES:
         print(json.dumps(compiled(*case)), flush=True)
+    for case in {case[0].__name__: case for case in CASES}.values():
+        print(json.dumps(compiled(*case, whole=False)), flush=True)

@@ -150,6 +150,33 @@ def test_gradients_of_weights_can_wait() -> None:
 
 
 @dataclass(frozen=True)
+class Adding(Reference):
+    """Remembers which gradients it was given to add to."""
+
+    sums: list[tuple[torch.Size, int]] = field(default_factory=list)
+
+    def add_outer(self, grad: Columns, x: Columns, sum_LNK: Tensor) -> None:
+        self.sums.append((sum_LNK.shape, sum_LNK.data_ptr()))
+        super().add_outer(grad, x, sum_LNK)
+
+
+def test_a_provider_adds_to_the_gradient_that_is_there() -> None:
+    adding, module, mixture = Adding(), linear(), experts()
+    module.fp8 = mixture.fp8 = Fp8(adding)
+    gates, left = torch.rand(150, dtype=torch.float64), WeightGradients()
+    for _ in range(2):
+        with left.collect():
+            outputs = module(normal(150, WIDTH)), mixture(normal(150, WIDTH).double(), gates, ROWS)
+        for out in outputs:
+            out.sum().backward()
+            left.run()
+    weights = [module.weight[None], mixture.down_LDF, mixture.gate_up_LFD]
+    assert [shape for shape, _ in adding.sums] == [weight.shape for weight in weights]
+    grads = [grad_of(module.weight), grad_of(mixture.down_LDF), grad_of(mixture.gate_up_LFD)]
+    assert [place for _, place in adding.sums] == [grad.data_ptr() for grad in grads]
+
+
+@dataclass(frozen=True)
 class Counting(Reference):
     """Remembers the shapes of the weights that it has quantised."""
 
@@ -162,7 +189,7 @@ class Counting(Reference):
 
 @dataclass(frozen=True)
 class Fused(Reference):
-    """Remembers which SwiGLUs it was given to quantise."""
+    """Remembers which SwiGLUs it was given to quantise, and when tiles were turned."""
 
     seen: list[str] = field(default_factory=list)
 
@@ -174,8 +201,12 @@ class Fused(Reference):
         self.seen.append("columns" if gates_R is None else "weighted columns")
         return super().swiglu_columns(gate_up_RF, gates_R, rows_L, scales)
 
+    def turned(self, x: Tiles, rows_L: Rows, scales: Scales) -> Columns:
+        self.seen.append("turned")
+        return super().turned(x, rows_L, scales)
 
-def test_a_provider_is_given_the_input_of_a_swiglu() -> None:
+
+def test_a_provider_is_given_the_input_of_a_swiglu_and_tiles_to_turn() -> None:
     fused, network, mixture = Fused(), SwiGLU(WIDTH, INNER), experts().float()
     network.down.fp8 = mixture.fp8 = Fp8(fused)
     x, gates = normal(sum(ROWS), WIDTH), torch.rand(sum(ROWS))
@@ -183,7 +214,7 @@ def test_a_provider_is_given_the_input_of_a_swiglu() -> None:
     run(lambda rows: mixture(rows, gates, ROWS), x, *mixture.parameters())
     with torch.no_grad():
         network(x)
-    assert fused.seen == ["rows", "columns", "weighted rows", "weighted columns", "rows"]
+    assert fused.seen == ["rows", "columns", "weighted rows", "turned", "weighted columns", "turned", "rows"]
 
 
 def test_weights_are_quantised_once_while_they_are_unchanged() -> None:
@@ -277,6 +308,19 @@ def test_without_gradients_the_numbers_are_the_same() -> None:
         assert kept.requires_grad
         with torch.no_grad():
             assert torch.equal(function(x), kept)
+
+
+def test_no_rows_are_rows_too() -> None:
+    network = SwiGLU(WIDTH, INNER)
+    for part in (network.gate_up, network.down):
+        part.fp8 = Fp8(Reference())
+    for module, out in ((linear(), 150), (linear(after_attention=True), 150), (network, WIDTH)):
+        found, grad, *weights = run(module, normal(0, 3, WIDTH), *module.parameters())
+        assert found.shape == (0, 3, out)
+        assert grad.shape == (0, 3, WIDTH)
+        assert not any(weight.any() for weight in weights)
+        with torch.no_grad():
+            assert module(normal(2, 0, WIDTH)).shape == (2, 0, out)
 
 
 def test_a_frozen_weight_gets_no_gradient() -> None:

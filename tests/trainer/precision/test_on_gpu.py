@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from shoestring.tests.trainer.precision.against_twins import check_products, check_quantisation, check_swiglu
+from shoestring.trainer.precision.accumulate import hopper_sum
 from shoestring.trainer.precision.provider import missing_for, open_provider
+from shoestring.trainer.precision.reference import Reference
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
@@ -21,4 +23,4 @@ def test_every_operation_is_its_twin(name: str) -> None:
     provider = open_provider(name, GPU)
     check_quantisation(provider, GPU)
     check_swiglu(provider, GPU)
-    check_products(provider, GPU)
+    check_products(provider, GPU, Reference(hopper_sum))

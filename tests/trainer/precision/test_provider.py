@@ -25,7 +25,8 @@ def test_a_cpu_takes_the_reference() -> None:
         ((9, 0), "12.9", True, "triton"),
         ((9, 0), "13.0", False, "torch"),
         ((9, 0), "12.8", False, "reference"),
-        ((10, 0), "13.0", False, "reference"),
+        ((10, 0), "13.0", True, "reference"),
+        ((12, 0), "13.0", True, "reference"),
         ((8, 0), "13.0", True, "reference"),
     ],
 )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shoestring.tests.reference import fp8 as twin
+from shoestring.tests.trainer.precision.against_twins import check_products
 from shoestring.trainer.precision.accumulate import exact_sum, hopper_sum
 from shoestring.trainer.precision.reference import Reference
 from shoestring.trainer.precision.tiles import Scales, quantise_blocks, quantise_columns, quantise_tiles
@@ -76,6 +77,15 @@ def test_thirteen_bits_are_kept_of_an_instruction() -> None:
     assert float(hopper_sum(a, torch.cat((one[:, :1], one[:, 1:]), dim=1))) == 1 + 31 * 2.0**-9
     assert float(hopper_sum(a, torch.cat((one[:, :1], small[:, 1:]), dim=1))) == 1
     assert float(hopper_sum(small, small)) == 32 * 2.0**-18  # with none larger beside them
+
+
+def test_on_a_gpu_products_may_be_off_by_what_its_accumulator_loses() -> None:
+    """More than elsewhere, and less than sums that are rounded to BF16."""
+    hopper, cpu = Reference(hopper_sum), torch.device("cpu")
+    with pytest.raises(AssertionError, match="above"):
+        check_products(hopper, cpu)
+    with pytest.raises(AssertionError, match="above"):
+        check_products(Reference(lambda a, b: exact_sum(a, b).bfloat16().float()), cpu, hopper)
 
 
 def test_promotion_takes_most_of_the_error_away() -> None:
