@@ -146,7 +146,8 @@ def test_a_run_that_does_not_come_to_the_end_of_a_step_is_ended(
     wait_until(has_been_ended, 20)
     os.kill(second, signal.SIGCONT)  # what it was sent meanwhile ends it, sooner than torchrun's 30 seconds are over
     process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    # One more, when Python has let go of its handlers already, ends it as the signal does: 143 to a shell either way.
+    assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM if seconds > 1 else None)
     assert not processes_of(run_dir)
     assert read_status(run_dir) is None
     assert not (run_dir / "checkpoints").exists()

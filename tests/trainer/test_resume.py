@@ -39,6 +39,8 @@ from shoestring.trainer.rank import Rank, build_rank, stages_of
 from shoestring.trainer.telemetry.history import read_metrics
 
 BEFORE, AFTER = 3, 10
+SEED = 1
+"""With 0 two experts are so nearly equal for one token that rounding decides, which moves a loss by 5e-5."""
 Share = list[tuple[str, tuple[int, ...], torch.dtype, int, bytes]]
 """Pieces that a rank holds: name, shape and dtype of the tensor, the piece's first element and its bytes."""
 State = dict[str, str]
@@ -92,6 +94,7 @@ def tree_of(root: Path, run: Path, layout: str, steps: int, **training: Any) -> 
     tree["optimizer"] |= {"ema_decay": 0.9}
     tree |= {"topology": asdict(topology), "schedule": {"name": schedule}, "precision": precision}
     tree["training"] |= {"run_dir": str(run), "tokens": steps * LENGTH * BATCH, "sample_tokens": 0, "evaluate_every": 0}
+    tree["training"] |= {"seed": SEED}
     tree["training"] |= training
     return tree
 
@@ -214,8 +217,7 @@ def test_a_run_goes_on_on_another_layout_and_back(
     assert loaded(root, tmp_path / "run", layout) == state
     there = run(root, tmp_path / "run", layout, BEFORE + AFTER)
     assert there.keys() == state.keys()
-    assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-5)
-    assert losses(tmp_path / "run")[: BEFORE + 1] == pytest.approx(expected[: BEFORE + 1], rel=1e-6)
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-6)
     assert loaded(root, tmp_path / "run", "pp2 ep2") == there
 
 
@@ -289,7 +291,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(root: Path, t
     assert "the checkpoint of step 4 is damaged and now called step_00000004.damaged" in warning
     assert "SHA-256" in warning
     assert warning.endswith("the run goes on from step 2")
-    assert losses(tmp_path / "run")[:4] == pytest.approx(expected, rel=1e-5)
+    assert losses(tmp_path / "run")[:4] == pytest.approx(expected, rel=1e-8)
     assert store.steps() == [4, 5]
 
 
