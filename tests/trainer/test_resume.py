@@ -291,7 +291,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(root: Path, t
     assert "the checkpoint of step 4 is damaged and now called step_00000004.damaged" in warning
     assert "SHA-256" in warning
     assert warning.endswith("the run goes on from step 2")
-    assert losses(tmp_path / "run")[:4] == pytest.approx(expected, rel=1e-8)
+    assert losses(tmp_path / "run")[:4] == pytest.approx(expected, rel=1e-6)
     assert store.steps() == [4, 5]
 
 
