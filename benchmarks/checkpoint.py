@@ -123,7 +123,7 @@ def model_of(gigabytes: float) -> ModelConfig:
     expert = 3 * config.expert_ffn * config.hidden
     routed = config.moe_layers + config.mtp_depth
     per_group = round((gigabytes * 1e9 / 4 - rest) / (routed * expert * config.groups))
-    return ModelConfig(**{**asdict(config), "experts": max(1, per_group) * config.groups, "yarn": None})
+    return ModelConfig(**{**asdict(config), "experts": max(2, per_group) * config.groups, "yarn": None})
 
 
 def write_model(directory: Path, config: ModelConfig) -> Checkpoint:

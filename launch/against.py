@@ -106,7 +106,7 @@ def _costs(config: RunConfig, summary: Summary, planned: Planned) -> Iterator[Li
 def _allocated(run_dir: Path) -> float | None:
     """Bytes at the worst moment of the fullest rank; None for a run on a CPU, whose figures hold Python too."""
     looks = [event.values for event in _events(run_dir, "memory") if event.values["of"] == ALLOCATED]
-    return max(as_numbers(looks[-1]["peak"])) if looks else None
+    return max((peak for look in looks for peak in as_numbers(look["peak"])), default=None)
 
 
 def _notes(config: RunConfig, summary: Summary, tokens: int) -> Iterator[str]:

@@ -12,11 +12,13 @@ from ..trainer.huggingface.importing import import_released
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def export_command(path: Path, step: int | None, directory: Path, dtype: str, rope: str, shard: str) -> Path:
-    """Export one checkpoint; return it. Raises `Refused`."""
+def export_command(
+    path: Path, step: int | None, directory: Path, dtype: str, rope: str, shard: str, *, average: bool
+) -> Path:
+    """Export one checkpoint, or the average of its weights; return it. Raises `Refused`."""
     options = ExportOptions(dtype, rope == "pairs", read_size(shard))
     checkpoint = find_checkpoint(path, step)
-    export(checkpoint, directory, options, print)
+    export(checkpoint.averaged() if average else checkpoint, directory, options, print)
     return checkpoint.path
 
 

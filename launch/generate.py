@@ -31,6 +31,8 @@ class Request:
     temperature: float
     seed: int
     draft: bool
+    average: bool
+    """Of the weights, instead of the weights."""
 
     def check(self) -> None:
         """Raises `Refused`."""
@@ -48,6 +50,8 @@ def generate_text(request: Request) -> tuple[str, Continuation]:
     """The continuation of the prompt, as text and with its counts. Raises `Refused`."""
     request.check()
     checkpoint = find_checkpoint(request.path, request.step)
+    if request.average:
+        checkpoint = checkpoint.averaged()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         tokenizer, stop = open_tokenizer(checkpoint)

@@ -100,6 +100,7 @@ def _add_export(verbs: Verbs) -> None:
     export.add_argument("--rope", choices=["pairs", "halves"], default="pairs", help="order of rotated rows")
     export.add_argument("--max-shard", default="5GB", metavar="SIZE", help="of a file (default 5GB)")
     _add_step(export)
+    _add_average(export)
     export.set_defaults(run=_export)
 
 
@@ -107,7 +108,8 @@ def _export(options: argparse.Namespace) -> int:
     from ..convert import export_command
 
     how = options.dtype, options.rope, options.max_shard
-    print(f"exported {export_command(options.path, options.step, options.directory, *how)} to {options.directory}")
+    found = export_command(options.path, options.step, options.directory, *how, average=options.average)
+    print(f"exported {found} to {options.directory}")
     return 0
 
 
@@ -120,13 +122,14 @@ def _add_generate(verbs: Verbs) -> None:
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--no-draft", action="store_true", help="without MTP, a token a forward")
     _add_step(generate)
+    _add_average(generate)
     generate.set_defaults(run=_generate)
 
 
 def _generate(options: argparse.Namespace) -> int:
     from ..generate import Request, acceptance, generate_text
 
-    size = options.tokens, options.temperature, options.seed, not options.no_draft
+    size = options.tokens, options.temperature, options.seed, not options.no_draft, options.average
     text, found = generate_text(Request(options.path, options.step, options.prompt, *size))
     print(options.prompt + text)
     print(acceptance(found), file=sys.stderr)
@@ -139,3 +142,8 @@ def _add_path(parser: argparse.ArgumentParser) -> None:
 
 def _add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, metavar="N", help="instead of the newest")
+
+
+def _add_average(parser: argparse.ArgumentParser) -> None:
+    words = "the moving average of the weights (optimizer.ema_decay) instead of the weights"
+    parser.add_argument("--average", action="store_true", help=words)

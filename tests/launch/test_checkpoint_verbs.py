@@ -172,6 +172,32 @@ def test_generate_prints_text_and_the_acceptance_of_drafts(
     assert "has no tokenizer.json" in errors
 
 
+def test_the_average_of_the_weights_is_exported_and_generates(
+    run: Path, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As if it were the weights; routing biases are the model's own, for they are not averaged."""
+    last, average = model(7), model(8)
+    for _, router in last.routers():
+        router.bias_E.uniform_(-1, 1)
+    attachments = {"tokenizer.json": tokenizer.to_json().encode()}
+    save_model(last, run / "checkpoints", 7, attachments, average)
+    for (_, theirs), (_, own) in zip(average.routers(), last.routers(), strict=True):
+        theirs.bias_E.copy_(own.bias_E)
+    save_model(average, tmp_path / "alone", 7, attachments)
+    assert shoestring(capsys, "export", run, tmp_path / "hf", "--dtype", "fp32", "--average")[0] == 0
+    assert shoestring(capsys, "export", tmp_path / "alone", tmp_path / "expected", "--dtype", "fp32")[0] == 0
+    assert (tmp_path / "hf/model.safetensors").read_bytes() == (tmp_path / "expected/model.safetensors").read_bytes()
+    greedy: list[str | Path] = ["--prompt", "word1", "--tokens", "12", "--temperature", "0"]
+    text = shoestring(capsys, "generate", tmp_path / "alone", *greedy)[1]
+    assert shoestring(capsys, "generate", run, *greedy, "--average")[1] == text
+    assert shoestring(capsys, "generate", run, *greedy)[1] != text
+    verbs: list[list[str | Path]] = [["export", run, tmp_path / "none"], ["generate", run, *greedy]]
+    for verb in verbs:
+        code, _, errors = shoestring(capsys, *verb, "--step", "4", "--average")
+        assert code == 2
+        assert "holds no average of the weights; a run keeps one with optimizer.ema_decay" in errors
+
+
 def test_an_export_of_a_damaged_checkpoint_is_refused(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -68,12 +69,14 @@ def test_twenty_kills_leave_the_losses_of_an_undisturbed_run(tmp_path: Path) -> 
     tree = tree_of(root, tmp_path / "run", "ep2", STEPS, checkpoint_every=EVERY)
     store, halves = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2), 0
     for life in range(KILLS):
+        for leftover in store.directory.glob("*.partial"):  # of an earlier life: the next save would remove it
+            shutil.rmtree(leftover)
         with pytest.raises(RanksFailed, match="died with exit code -9"):
             run_processes(2, train_until_killed, tree, life)
-        halves += any(store.directory.glob("*.partial"))
+        halves += life % 2 == 1 and any(store.directory.glob("*.partial"))
         for step in store.steps():
             assert list(store.open(step).damage()) == []
-    assert halves >= KILLS // 4, "too few kills hit a save"
+    assert halves >= 2 * KILLS // 5, "too few kills hit a save"
     assert store.steps()[-1] >= KILLS // 2, "too few saves came to their end"
 
     run_processes(2, train_on, tree, timeout=120)

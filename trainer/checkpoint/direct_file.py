@@ -17,20 +17,23 @@ from types import TracebackType
 
 import numpy as np
 
-_CHUNK = 4 * 2**20
+CHUNK = 4 * 2**20
 """Bytes of a write: a multiple of any disk's block."""
 _PAST_THE_CACHE = getattr(os, "O_DIRECT", 0)
 
 
 class DirectFile:
-    """Written once, front to back; use it as a context. On disk when the context ends without error."""
+    """Written once, front to back; use it as a context. On disk when the context ends without error.
+
+    After an `OSError` the file is lost: leave the context.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises `FileExistsError`. The file system may refuse to be written past the cache; then it is not."""
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self._chunk = mmap.mmap(-1, _CHUNK)  # begins at a page
+        self._chunk = mmap.mmap(-1, CHUNK)  # begins at a page
         self._filled = 0
-        with suppress(OSError):  # tmpfs, for one
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with suppress(OSError):  # tmpfs of older kernels, for one
             self._pass_the_cache(True)
 
     def write(self, raw: bytes | memoryview) -> None:
@@ -38,11 +41,11 @@ class DirectFile:
         bytes_N = np.frombuffer(raw, np.uint8)
         chunk_C = np.frombuffer(self._chunk, np.uint8)
         while len(bytes_N):
-            taken = min(len(bytes_N), _CHUNK - self._filled)
+            taken = min(len(bytes_N), CHUNK - self._filled)
             np.copyto(chunk_C[self._filled : self._filled + taken], bytes_N[:taken])  # while other threads run
             self._filled += taken
             bytes_N = bytes_N[taken:]
-            if self._filled == _CHUNK:
+            if self._filled == CHUNK:
                 self._empty()
 
     def __enter__(self) -> DirectFile:

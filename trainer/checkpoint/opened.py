@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ...comm.refusal import Problem, Refused
 from ..model.config import ModelConfig, YarnConfig
 from .manifest import Damaged, Manifest, StoredPiece, read_manifest
-from .pieces import Piece
+from .pieces import AVERAGE, MODEL, Piece
 from .tensor_file import as_bytes, read_at
 
 
@@ -97,6 +98,19 @@ class Checkpoint:
                 self.attachment(entry.file)
             except (Damaged, OSError) as found:
                 yield str(found)
+
+    def averaged(self) -> Checkpoint:
+        """The same with the moving average for weights (report §3.2.3). Routing biases have none and stay.
+
+        Raises `Refused` where the run has not kept one.
+        """
+        tensors = dict(self.manifest.tensors)
+        averages = {name: stored for name, stored in tensors.items() if name.startswith(f"{AVERAGE}/")}
+        if not averages:
+            remedy = f"{self.path} holds no average of the weights; a run keeps one with optimizer.ema_decay"
+            raise Refused([Problem("--average", True, remedy)])
+        tensors |= {MODEL + name.removeprefix(AVERAGE): stored for name, stored in averages.items()}
+        return replace(self, manifest=replace(self.manifest, tensors=tensors))
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that are no tensors here."""

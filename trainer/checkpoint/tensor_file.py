@@ -55,10 +55,9 @@ class TensorFileWriter:
 
     def __init__(self, path: Path, declared: Iterable[Declared], metadata: Mapping[str, str] | None = None) -> None:
         self._declared = list(declared)
-        header, self.begins = _header(self._declared, dict(metadata or {}))
+        self._header, self.begins = _header(self._declared, dict(metadata or {}))
         self._next = 0
         self._file = DirectFile(path)
-        self._file.write(header)
 
     def write(self, tensor: Tensor) -> None:
         """The next of the declared tensors."""
@@ -68,6 +67,11 @@ class TensorFileWriter:
         self._next += 1
 
     def __enter__(self) -> TensorFileWriter:
+        try:
+            self._file.write(self._header)  # of many tensors it is large, and the disk may be full
+        except BaseException as error:
+            self._file.__exit__(type(error), error, None)
+            raise
         return self
 
     def __exit__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,8 +13,9 @@ from torch import Tensor
 from shoestring.comm.groups import Group
 from shoestring.tests.reference.deepseek_v3 import ReferenceConfig
 from shoestring.tests.trainer.model.released import load_released, model_config
-from shoestring.trainer.checkpoint.names import model_pieces, whole_model
+from shoestring.trainer.checkpoint.names import BIAS, model_pieces, whole_model
 from shoestring.trainer.checkpoint.opened import Checkpoint
+from shoestring.trainer.checkpoint.pieces import AVERAGE, MODEL
 from shoestring.trainer.checkpoint.saver import Saver
 from shoestring.trainer.checkpoint.store import CheckpointStore, Cover
 from shoestring.trainer.model.config import ModelConfig
@@ -24,11 +25,19 @@ WORLD = Group((0,), None, 0, timedelta(seconds=1))
 
 
 def save_model(
-    model: Model, directory: Path, step: int = 0, attachments: Mapping[str, bytes] | None = None
+    model: Model,
+    directory: Path,
+    step: int = 0,
+    attachments: Mapping[str, bytes] | None = None,
+    average: Model | None = None,
 ) -> Checkpoint:
     facts = {"step": step, "config": {"model": asdict(model.config), "training": {"sequence_length": 32}}}
     store, saver = CheckpointStore(directory, keep=9), Saver(CheckpointStore(directory, keep=9), WORLD)
-    saver.begin(step, model_pieces(model), Cover(facts, attachments or {}, names_of(model.config)))
+    pieces = list(model_pieces(model))
+    if average is not None:
+        own = (piece for piece in model_pieces(average) if not piece.name.endswith(BIAS))
+        pieces += (replace(piece, name=AVERAGE + piece.name.removeprefix(MODEL)) for piece in own)
+    saver.begin(step, pieces, Cover(facts, attachments or {}, names_of(model.config)))
     saved = saver.finish()
     saver.close()
     assert saved is not None

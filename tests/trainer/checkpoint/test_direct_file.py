@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 import resource
@@ -11,11 +12,16 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 
-from shoestring.trainer.checkpoint.direct_file import DirectFile
+from shoestring.trainer.checkpoint.direct_file import CHUNK, DirectFile
+from shoestring.trainer.checkpoint.tensor_file import Declared, TensorFileWriter
 
-CHUNK = 4 * 2**20
 RAW = random.Random(0).randbytes(2 * CHUNK + CHUNK // 2 + 3)
+
+
+def open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 @pytest.fixture
@@ -34,31 +40,51 @@ def test_it_holds_what_was_written(tmp_path: Path, size: int) -> None:
     assert (tmp_path / "file").read_bytes() == RAW[:size]
 
 
-@pytest.mark.parametrize("shared_memory", [False, True])
-def test_pieces_of_any_length_follow_each_other(tmp_path: Path, shared_memory: bool) -> None:
-    path = Path("/dev/shm", f"shoestring_{os.getpid()}") if shared_memory else tmp_path / "file"
+def test_pieces_of_any_length_follow_each_other(tmp_path: Path) -> None:
     lengths, at = random.Random(1), 0
+    with DirectFile(tmp_path / "file") as file:
+        while at < len(RAW):
+            end = at + lengths.choice([0, 1, 511, 4096, 100_001, CHUNK + 7])
+            file.write(memoryview(RAW)[at:end])
+            at = end
+    assert (tmp_path / "file").read_bytes() == RAW
+
+
+def takes_direct_writes(path: Path) -> bool:
+    """Whether this disk does, asked without our code."""
     try:
-        with DirectFile(path) as file:
-            while at < len(RAW):
-                end = at + lengths.choice([0, 1, 511, 4096, 100_001, CHUNK + 7])
-                file.write(memoryview(RAW)[at:end])
-                at = end
-        assert path.read_bytes() == RAW
-    finally:
-        path.unlink()
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
 
 
-def test_whole_chunks_pass_the_cache(tmp_path: Path) -> None:
-    """Where this disk takes them so: a disk that refuses is no failure."""
-    written = []
-    with DirectFile(tmp_path / "file") as file, patch.object(os, "write", side_effect=os.write) as write:
-        if not file.is_past_the_cache:
-            pytest.skip("this file system has no way past the cache")
+def test_whole_chunks_pass_the_cache_and_the_rest_is_synced(tmp_path: Path) -> None:
+    if not takes_direct_writes(tmp_path / "probe"):
+        pytest.skip("this file system has no way past the cache")
+    before = open_files()
+    with patch.object(os, "write", side_effect=os.write) as write, patch.object(os, "fsync") as sync:
+        with DirectFile(tmp_path / "file") as file:
+            file.write(RAW)
+            assert file.is_past_the_cache
+            assert [len(call.args[1]) for call in write.call_args_list] == [CHUNK, CHUNK]
+        assert [len(call.args[1]) for call in write.call_args_list[2:]] == [len(RAW) - 2 * CHUNK]
+    sync.assert_called_once()
+    assert open_files() == before
+
+
+def test_a_file_system_without_a_way_past_the_cache_is_written_plainly(tmp_path: Path) -> None:
+    real = fcntl.fcntl
+
+    def refusing(descriptor: int, command: int, flags: int = 0) -> int:
+        if command == fcntl.F_SETFL and flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(descriptor, command, flags)
+
+    with patch.object(fcntl, "fcntl", refusing), DirectFile(tmp_path / "file") as file:
+        assert not file.is_past_the_cache
         file.write(RAW)
-        written = [len(call.args[1]) for call in write.call_args_list]
-        assert file.is_past_the_cache
-    assert written == [CHUNK, CHUNK]
+    assert (tmp_path / "file").read_bytes() == RAW
 
 
 def test_a_file_system_that_takes_larger_blocks_is_written_plainly(tmp_path: Path) -> None:
@@ -72,6 +98,27 @@ def test_a_file_system_that_takes_larger_blocks_is_written_plainly(tmp_path: Pat
     with patch.object(os, "write", picky), DirectFile(tmp_path / "file") as file:
         file.write(RAW)
     assert (tmp_path / "file").read_bytes() == RAW
+
+
+def test_an_error_that_is_no_matter_of_blocks_is_told_at_once(tmp_path: Path) -> None:
+    before = open_files()
+    with (
+        patch.object(os, "write", side_effect=OSError(errno.EIO, "Input/output error")) as write,
+        pytest.raises(OSError, match="Input/output error"),
+        DirectFile(tmp_path / "file") as file,
+    ):
+        file.write(RAW)
+    write.assert_called_once()
+    assert open_files() == before
+
+
+def test_nothing_stays_open_when_the_disk_is_full_at_the_header(tmp_path: Path) -> None:
+    """Which is large where there are many tensors."""
+    before, many = open_files(), [Declared(f"tensor {number}", torch.uint8, (0,)) for number in range(100_000)]
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with patch.object(DirectFile, "write", side_effect=full), pytest.raises(OSError, match="No space"):
+        TensorFileWriter(tmp_path / "file", many).__enter__()
+    assert open_files() == before
 
 
 @pytest.mark.usefixtures("limit")

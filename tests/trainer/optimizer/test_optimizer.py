@@ -17,11 +17,12 @@ from shoestring.comm.record import SILENT
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
 from shoestring.parallelism.bucket import Bucket, Member
+from shoestring.parallelism.gradients import PIECE as NORM_PIECE
 from shoestring.parallelism.gradients import Reducer
 from shoestring.parallelism.zero import ShardedOptimizer
 from shoestring.tests.reference.adamw import AdamW as PlainAdamW
 from shoestring.tests.reference.adamw import Moments, adamw_step
-from shoestring.trainer.optimizer.adamw import AdamW, AdamWTwin
+from shoestring.trainer.optimizer.adamw import PIECE, AdamW, AdamWTwin
 from shoestring.trainer.optimizer.config import OptimizerConfig
 
 # Warm-up to 100, constant to 400, cosine to 1000.
@@ -152,12 +153,22 @@ def test_only_matrices_decay() -> None:
         torch.testing.assert_close(ours[name].detach(), before[name] * 0.95)
 
 
+def test_the_norm_counts_every_piece() -> None:
+    long = torch.zeros(NORM_PIECE + 77, requires_grad=True)
+    reducer = sharded({"short": torch.zeros(3, requires_grad=True), "long": long}, RATES, torch.float32).reducer
+    reducer.begin()
+    assert long.grad is not None
+    long.grad.copy_(torch.randn(len(long), generator=torch.Generator().manual_seed(0)))
+    reducer.finish()
+    assert reducer.norm() == pytest.approx(float(long.grad.double().norm()), rel=1e-12)
+
+
 @pytest.mark.parametrize("masters", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("moments", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_the_fused_rule_does_what_its_twin_does(masters: torch.dtype, moments: torch.dtype) -> None:
     """Over more than one piece, ten steps, each from the twin's state: a moment on the border between two numbers of
     its dtype may be rounded up by one and down by the other."""
-    length, generator = 2**16 + 77, torch.Generator().manual_seed(0)
+    length, generator = PIECE + 77, torch.Generator().manual_seed(0)
     config, unit = OptimizerConfig(), torch.finfo(moments).eps
     master = torch.randn(length, generator=generator, dtype=torch.float64).to(masters)
     state = (master, torch.zeros(length, dtype=moments), torch.zeros(length, dtype=moments))
