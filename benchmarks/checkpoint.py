@@ -70,6 +70,7 @@ def measure_saves(directory: Path, megabytes: int) -> dict[str, Any]:
     tensors = [torch.randn(TENSOR_BYTES // 4) for _ in range(megabytes * 2**20 // TENSOR_BYTES)]
     pieces = [piece for index, tensor in enumerate(tensors) for piece in whole_pieces(f"t{index}", tensor, (0,))]
     saver = Saver(CheckpointStore(directory / "checkpoints", keep=1), WORLD)
+    saver.reserve(pieces)  # beside the first steps, which here are
     target = [torch.ones_like(tensor) for tensor in tensors]
     rounds = []
     for number in range(ROUNDS + 1):

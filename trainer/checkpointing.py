@@ -27,6 +27,11 @@ from .reporter import Reporter, timing
 T = TypeVar("T")
 
 
+def prepare_saves(rank: Rank) -> None:
+    """Find memory for the copies that saves make, beside the first steps."""
+    rank.saver.reserve(_state(rank))
+
+
 def begin_save(rank: Rank, step: int, reporter: Reporter | None, *, owes_evaluation: bool = False) -> None:
     """Save the state after `step` steps: return when it is copied, and the save before has ended."""
     finish_save(rank, reporter)

@@ -12,7 +12,7 @@ from ..comm.failure import CollectiveFailed
 from ..comm.groups import ProcessGroups
 from .by_tokens import value_at
 from .checkpoint.saver import Saved
-from .checkpointing import begin_save, finish_save, load_last, poll_save
+from .checkpointing import begin_save, finish_save, load_last, poll_save, prepare_saves
 from .config import RunConfig
 from .costs.cluster import measure_peak_tflops
 from .costs.flops import count_flops
@@ -103,6 +103,7 @@ def _start(rank: Rank, reporter: Reporter | None) -> tuple[int, bool]:
         done, owes_evaluation = facts["step"], facts["owes_evaluation"]
         if reporter is not None:
             reporter.resume(done, facts["ledger"])
+    prepare_saves(rank)
     if reporter is not None:
         reporter.ready()
     return done, owes_evaluation

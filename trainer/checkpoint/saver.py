@@ -66,6 +66,7 @@ class Saver:
         self._world = world
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._copy = torch.empty(0, dtype=torch.uint8)
+        self._reserved: Future[None] | None = None
         self._save: _Save | None = None
         self._letting_go: Future[None] | None = None
 
@@ -73,6 +74,14 @@ class Saver:
     def is_saving(self) -> bool:
         """Whether a save is under way; the same on all ranks."""
         return self._save is not None
+
+    def reserve(self, pieces: Iterable[Piece]) -> None:
+        """Find memory for the copy now, beside the training: no step shall wait until the kernel has filled its pages.
+
+        `pieces` are those that `begin` will get. Not collective.
+        """
+        own = written_by(self._world.rank, pieces)
+        self._reserved = self._thread.submit(self._grow, _places(own)[1], on_gpu=_any_on_gpu(own))
 
     def begin(self, step: int, pieces: Iterable[Piece], cover: Cover) -> None:
         """Start a save; return when this rank's share of the state is copied. No other may be under way.
@@ -151,13 +160,10 @@ class Saver:
 
     def _copied(self, pieces: Sequence[Piece]) -> list[Piece]:
         """The pieces with their elements copied. The memory is kept for the next save."""
-        begins, size = [], 0
-        for piece in pieces:
-            begins.append(size)
-            size += -(-piece.bytes // _ALIGNMENT) * _ALIGNMENT
-        on_gpu = any(piece.flat.is_cuda for piece in pieces)
-        if self._copy.numel() < size:
-            self._copy = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
+        (begins, size), on_gpu = _places(pieces), _any_on_gpu(pieces)
+        if self._reserved is not None:
+            wait([self._reserved])
+        self._grow(size, on_gpu=on_gpu)
         copied = []
         for piece, begin in zip(pieces, begins, strict=True):
             flat = self._copy[begin : begin + piece.bytes].view(piece.flat.dtype)
@@ -166,6 +172,23 @@ class Saver:
         if on_gpu:
             torch.cuda.synchronize()
         return copied
+
+    def _grow(self, size: int, *, on_gpu: bool) -> None:
+        if self._copy.numel() < size:
+            self._copy = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu).fill_(0)
+
+
+def _places(pieces: Sequence[Piece]) -> tuple[list[int], int]:
+    """Where each piece begins in the copy, and where it ends."""
+    begins, size = [], 0
+    for piece in pieces:
+        begins.append(size)
+        size += -(-piece.bytes // _ALIGNMENT) * _ALIGNMENT
+    return begins, size
+
+
+def _any_on_gpu(pieces: Sequence[Piece]) -> bool:
+    return any(piece.flat.is_cuda for piece in pieces)
 
 
 def write_share(directory: Path, name: str, pieces: Sequence[Piece]) -> None:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -80,6 +81,25 @@ def test_the_step_waits_for_the_copy_alone(tmp_path: Path) -> None:
     assert saver.finish() == Saved(1, store.path(1), None)
     saver.close()
     assert torch.equal(store.open(1).read("a"), tensors()["a"])
+
+
+def test_the_memory_for_copies_is_had_beside_the_training(tmp_path: Path) -> None:
+    saver, large, real = (
+        Saver(CheckpointStore(tmp_path, keep=1), WORLD),
+        {"large": torch.arange(100_000.0)},
+        torch.empty,
+    )
+
+    def empty(*arguments: Any, **options: Any) -> Tensor:
+        assert threading.current_thread() is not threading.main_thread()
+        return real(*arguments, **options)
+
+    with patch("shoestring.trainer.checkpoint.saver.torch.empty", empty):
+        saver.reserve(pieces(large))
+        saver.begin(1, pieces(large), Cover())
+        assert saver.finish() == Saved(1, tmp_path / "step_00000001", None)
+    saver.close()
+    assert torch.equal(CheckpointStore(tmp_path, keep=1).open(1).read("large"), large["large"])
 
 
 def test_poll_tells_once_when_a_save_has_ended(tmp_path: Path) -> None:
