@@ -3,8 +3,9 @@
     python benchmarks/checkpoint.py [--megabytes 1024] [--directory DIR] [--json FILE]
     python benchmarks/checkpoint.py --export-gigabytes 4 [--directory DIR] [--json FILE]
 
-Saves: a state of so many megabytes, in tensors of 4 MB, on one process. An asynchronous save blocks for a copy; beside
-it stands a copy of the same state to memory that is used already. A synchronous save is compared with a plain fsynced
+Saves: a state of so many megabytes, in tensors of 4 MB, on one process. An asynchronous save blocks for a copy, the
+first one no longer, for its memory is reserved as in a run; beside it stands a copy of the same state to memory that is
+used already. A synchronous save is compared with a plain fsynced
 write of the same bytes; before either, as many bytes are written and removed, so that both find memory for the page
 cache that a virtual machine's host has backed. All in turns; the figure is the median of the ratios of five rounds.
 Export: a model of so many gigabytes in FP32 is written as a checkpoint, then exported by a process of its own, whose
@@ -70,7 +71,7 @@ def measure_saves(directory: Path, megabytes: int) -> dict[str, Any]:
     tensors = [torch.randn(TENSOR_BYTES // 4) for _ in range(megabytes * 2**20 // TENSOR_BYTES)]
     pieces = [piece for index, tensor in enumerate(tensors) for piece in whole_pieces(f"t{index}", tensor, (0,))]
     saver = Saver(CheckpointStore(directory / "checkpoints", keep=1), WORLD)
-    saver.reserve(pieces)  # beside the first steps, which here are
+    saver.reserve(pieces)
     target = [torch.ones_like(tensor) for tensor in tensors]
     rounds = []
     for number in range(ROUNDS + 1):

@@ -53,6 +53,8 @@ def train(
         _halt_if_agreed(rank, done, reporter, stop_asked, is_saved=True)
         if owes_evaluation:
             _evaluate(rank, done, reporter)
+        if done < config.total_steps:
+            prepare_saves(rank)
         tracing = Tracing(rank, done)
         for step in range(done + 1, config.total_steps + 1):
             tracing.before(step)
@@ -103,7 +105,6 @@ def _start(rank: Rank, reporter: Reporter | None) -> tuple[int, bool]:
         done, owes_evaluation = facts["step"], facts["owes_evaluation"]
         if reporter is not None:
             reporter.resume(done, facts["ledger"])
-    prepare_saves(rank)
     if reporter is not None:
         reporter.ready()
     return done, owes_evaluation

@@ -109,7 +109,8 @@ def _export(options: argparse.Namespace) -> int:
 
     how = options.dtype, options.rope, options.max_shard
     found = export_command(options.path, options.step, options.directory, *how, average=options.average)
-    print(f"exported {found} to {options.directory}")
+    what = "the average of the weights of " if options.average else ""
+    print(f"exported {what}{found} to {options.directory}")
     return 0
 
 

@@ -134,7 +134,7 @@ def test_what_is_left_is_priced_at_the_last_steps(run_dir: Path, simulated: Tree
 def test_memory_is_the_allocators_peak_on_the_fullest_rank(run_dir: Path, simulated: Tree, write: Write) -> None:
     summary, metrics = summarise(run_dir), run_dir / "metrics.jsonl"
     told = metrics.read_text()
-    looks = [{"of": ALLOCATED, "limit": 9, "now": [1, 1], "peak": peak} for peak in ([2, 3], [5, 4])]
+    looks = [{"of": ALLOCATED, "limit": 9, "now": [1, 1], "peak": peak} for peak in ([5, 4], [2, 3])]
     events = [{"time": 0.0, "kind": "memory", "step": step, **look} for step, look in enumerate(looks, 1)]
     metrics.write_text(told + "".join(json.dumps(event) + "\n" for event in events))
     try:

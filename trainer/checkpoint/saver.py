@@ -59,7 +59,7 @@ class _Save:
 
 
 class Saver:
-    """Saves the checkpoints of a run, one at a time. Every method but `close` is collective."""
+    """Saves the checkpoints of a run, one at a time. Every method but `reserve` and `close` is collective."""
 
     def __init__(self, store: CheckpointStore, world: Group) -> None:
         self._store = store
@@ -76,12 +76,17 @@ class Saver:
         return self._save is not None
 
     def reserve(self, pieces: Iterable[Piece]) -> None:
-        """Find memory for the copy now, beside the training: no step shall wait until the kernel has filled its pages.
+        """Find memory for the copy before the first save, which would wait until the kernel has filled its pages.
 
-        `pieces` are those that `begin` will get. Not collective.
+        `pieces` are those that `begin` will get. A thread does it; pinned memory, which stops a GPU for a moment, is
+        had before this returns. Not collective.
         """
         own = written_by(self._world.rank, pieces)
-        self._reserved = self._thread.submit(self._grow, _places(own)[1], on_gpu=_any_on_gpu(own))
+        _, size = _places(own)
+        if _any_on_gpu(own):
+            self._grow(size, on_gpu=True)
+        else:
+            self._reserved = self._thread.submit(self._grow, size, on_gpu=False)
 
     def begin(self, step: int, pieces: Iterable[Piece], cover: Cover) -> None:
         """Start a save; return when this rank's share of the state is copied. No other may be under way.
@@ -160,7 +165,8 @@ class Saver:
 
     def _copied(self, pieces: Sequence[Piece]) -> list[Piece]:
         """The pieces with their elements copied. The memory is kept for the next save."""
-        (begins, size), on_gpu = _places(pieces), _any_on_gpu(pieces)
+        begins, size = _places(pieces)
+        on_gpu = _any_on_gpu(pieces)
         if self._reserved is not None:
             wait([self._reserved])
         self._grow(size, on_gpu=on_gpu)

@@ -84,21 +84,23 @@ def test_the_step_waits_for_the_copy_alone(tmp_path: Path) -> None:
 
 
 def test_the_memory_for_copies_is_had_beside_the_training(tmp_path: Path) -> None:
-    saver, large, real = (
-        Saver(CheckpointStore(tmp_path, keep=1), WORLD),
-        {"large": torch.arange(100_000.0)},
-        torch.empty,
-    )
+    """Once, by the saver's thread; a save that comes too early waits for it."""
+    saver = Saver(CheckpointStore(tmp_path, keep=1), WORLD)
+    large, real = {"large": torch.arange(100_000.0)}, torch.empty
+    may_go_on, made = threading.Event(), list[str]()
 
     def empty(*arguments: Any, **options: Any) -> Tensor:
-        assert threading.current_thread() is not threading.main_thread()
+        assert may_go_on.wait(10)
+        made.append(threading.current_thread().name)
         return real(*arguments, **options)
 
     with patch("shoestring.trainer.checkpoint.saver.torch.empty", empty):
         saver.reserve(pieces(large))
+        threading.Timer(0.1, may_go_on.set).start()
         saver.begin(1, pieces(large), Cover())
         assert saver.finish() == Saved(1, tmp_path / "step_00000001", None)
     saver.close()
+    assert [name.split("_")[0] for name in made] == ["checkpoint"]
     assert torch.equal(CheckpointStore(tmp_path, keep=1).open(1).read("large"), large["large"])
 
 
