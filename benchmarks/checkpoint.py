@@ -5,9 +5,9 @@
 
 Saves: a state of so many megabytes, in tensors of 4 MB, on one process. An asynchronous save blocks for a copy, the
 first one no longer, for its memory is reserved as in a run; beside it stands a copy of the same state to memory that is
-used already. A synchronous save is compared with a plain fsynced
-write of the same bytes; before either, as many bytes are written and removed, so that both find memory for the page
-cache that a virtual machine's host has backed. All in turns; the figure is the median of the ratios of five rounds.
+used already. A synchronous save is compared with a plain fsynced write of the same bytes; before either, as many bytes
+are written and removed, so that both find memory for the page cache that a virtual machine's host has backed. All in
+turns; the figure is the median of the ratios of five rounds.
 Export: a model of so many gigabytes in FP32 is written as a checkpoint, then exported by a process of its own, whose
 largest resident memory is told.
 """

@@ -13,8 +13,9 @@ import argparse
 import json
 import os
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from datetime import timedelta
+from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
 
@@ -65,6 +66,7 @@ def run(world: World, overrides: list[str], overlap: bool) -> None:
     with ExitStack() as stack:
         if not overlap:
             one_after_the_other(stack)
+        stack.enter_context(redirect_stdout(StringIO()))
         train(config, groups, torch.device("cpu"), "benchmark")
 
 

@@ -22,6 +22,9 @@ from shoestring.launch.typed import build
 from shoestring.tests.processes import RanksFailed, World, run_processes
 from shoestring.trainer.budget.meter import Meter
 from shoestring.trainer.budget.summary import summarise
+from shoestring.trainer.checkpoint.pieces import Piece
+from shoestring.trainer.checkpoint.saver import Saver
+from shoestring.trainer.checkpoint.store import Cover
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.data.batch import TokenBatch
 from shoestring.trainer.data.prepare import prepare
@@ -345,6 +348,34 @@ def test_the_budget_guard_halts_the_run_until_its_budget_is_raised(root: Path) -
     assert summary.buckets["checkpoint_save"] > 0
     assert summary.rolled_back_ms == 0
     assert 0 <= summary.unknown_ms < summary.allocated_ms
+
+
+def reserved_bytes(world: World, tree: dict[str, Any]) -> list[tuple[str, int]]:
+    """What a run asks memory for, and what its saves copy, in that order."""
+    found, reserve, begin = list[tuple[str, int]](), Saver.reserve, Saver.begin
+
+    def noted_reserve(self: Saver, pieces: list[Piece]) -> None:
+        found.append(("reserve", sum(piece.bytes for piece in pieces)))
+        reserve(self, pieces)
+
+    def noted_begin(self: Saver, step: int, pieces: list[Piece], cover: Cover) -> None:
+        found.append(("begin", sum(piece.bytes for piece in pieces)))
+        begin(self, step, pieces, cover)
+
+    with patch.object(Saver, "reserve", noted_reserve), patch.object(Saver, "begin", noted_begin):
+        run_rank(world, tree)
+    return found
+
+
+def test_memory_for_saves_is_reserved_once_before_the_first_step(root: Path) -> None:
+    tree = run_config(root)
+    tree["training"] = tree["training"] | {"run_dir": str(root / "reserved")}
+    (found,) = run_processes(1, reserved_bytes, tree)
+    (first, size), *saves = found
+    assert first == "reserve"
+    assert saves
+    assert all(save == ("begin", size) for save in saves)
+    assert run_processes(1, reserved_bytes, tree) == [[]]  # a run that has nothing left to do
 
 
 def resumed_random_state(world: World, tree: dict[str, Any]) -> bool:

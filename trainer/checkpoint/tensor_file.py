@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -57,7 +58,7 @@ class TensorFileWriter:
         self._declared = list(declared)
         self._header, self.begins = _header(self._declared, dict(metadata or {}))
         self._next = 0
-        self._file = DirectFile(path)
+        self._path = path
 
     def write(self, tensor: Tensor) -> None:
         """The next of the declared tensors."""
@@ -67,17 +68,16 @@ class TensorFileWriter:
         self._next += 1
 
     def __enter__(self) -> TensorFileWriter:
-        try:
+        with ExitStack() as opening:
+            self._file = opening.enter_context(DirectFile(self._path))
             self._file.write(self._header)  # of many tensors it is large, and the disk may be full
-        except BaseException as error:
-            self._file.__exit__(type(error), error, None)
-            raise
+            self._open = opening.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.__exit__(kind, error, trace)
+        self._open.__exit__(kind, error, trace)
         assert kind is not None or self._next == len(self._declared), f"{self._declared[self._next].name} is missing"
 
 

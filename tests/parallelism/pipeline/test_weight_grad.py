@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from shoestring.parallelism.pipeline.weight_grad import WeightGradients, collecting, embedding, linear
-from shoestring.trainer.model.experts import grouped_linear, grouped_mm_twin, grouped_outer, grouped_outer_twin
+from shoestring.trainer.model.experts import (
+    add_grouped_outer,
+    grouped_linear,
+    grouped_mm_twin,
+    grouped_outer,
+    grouped_outer_twin,
+)
 from shoestring.trainer.model.loss import linear_cross_entropy, linear_cross_entropy_twin
 from shoestring.trainer.model.phase import Phase
 
@@ -85,6 +93,20 @@ def test_grouped_products_are_those_of_each_expert(dtype: torch.dtype) -> None:
     outer = grouped_outer(grad, x.detach(), ROWS)
     torch.testing.assert_close(outer, grouped_outer_twin(grad, x.detach(), ROWS))
     assert not outer[1].any()  # an expert without rows
+
+
+def test_products_of_experts_are_added_to_the_gradient_that_is_there() -> None:
+    """Without another of its size; a gradient of a wider dtype takes the sum of the products."""
+    weight = torch.randn(len(ROWS), 8, 8, requires_grad=True)
+    grad, x = torch.randn(sum(ROWS), 8), torch.randn(sum(ROWS), 8)
+    weight.grad = torch.randn_like(weight)
+    expected = weight.grad + grouped_outer_twin(grad, x, ROWS)
+    with patch("shoestring.trainer.model.experts.grouped_outer", side_effect=AssertionError("a whole gradient")):
+        add_grouped_outer(weight, grad, x, ROWS)
+    torch.testing.assert_close(weight.grad, expected)
+    add_grouped_outer(weight, grad.bfloat16(), x.bfloat16(), ROWS)
+    assert weight.grad.dtype == torch.float32
+    torch.testing.assert_close(weight.grad, expected + grouped_outer_twin(grad, x, ROWS), rtol=0, atol=0.1)
 
 
 def test_the_head_has_its_gradient_at_once() -> None:

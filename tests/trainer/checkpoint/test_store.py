@@ -104,6 +104,22 @@ def test_the_memory_for_copies_is_had_beside_the_training(tmp_path: Path) -> Non
     assert torch.equal(CheckpointStore(tmp_path, keep=1).open(1).read("large"), large["large"])
 
 
+def test_the_memory_for_copies_is_there_and_not_only_promised(tmp_path: Path) -> None:
+    """The kernel gives pages when they are written."""
+    saver, given, real = Saver(CheckpointStore(tmp_path, keep=1), WORLD), list[Tensor](), torch.empty
+
+    def empty(*arguments: Any, **options: Any) -> Tensor:
+        given.append(real(*arguments, **options).fill_(7))
+        return given[-1]
+
+    with patch("shoestring.trainer.checkpoint.saver.torch.empty", empty):
+        saver.reserve(pieces({"large": torch.zeros(1000)}))
+        saver.close()
+    (buffer,) = given
+    assert len(buffer) >= 4000
+    assert not buffer.any()
+
+
 def test_poll_tells_once_when_a_save_has_ended(tmp_path: Path) -> None:
     saver = Saver(CheckpointStore(tmp_path, keep=2), WORLD)
     assert saver.poll() is None
