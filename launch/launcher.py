@@ -100,7 +100,7 @@ def _run(torchrun: Sequence[str], arguments: Sequence[str], own: Mapping[str, st
                 code = process.wait()
         finally:
             end(process)
-    request.raise_if_failed(code)
+        request.raise_if_failed(code)
     return code
 
 
@@ -156,7 +156,10 @@ class StopRequest:
 
 @contextmanager
 def stop_signals_raise() -> Iterator[None]:
-    """SIGTERM (Slurm, `docker stop`) and SIGINT become `Stopped`, so that the ledger is closed."""
+    """SIGTERM (Slurm, `docker stop`) and SIGINT become `Stopped`, so that the ledger is closed.
+
+    Once one has, this process is about to end, and further ones are ignored: none may cut the closing short.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
@@ -164,6 +167,9 @@ def stop_signals_raise() -> Iterator[None]:
     former = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
+    except Stopped:
+        former = dict.fromkeys(former, signal.SIG_IGN)
+        raise
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
