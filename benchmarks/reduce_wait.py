@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 from contextlib import ExitStack, redirect_stdout
 from datetime import timedelta
@@ -94,7 +95,8 @@ def main() -> None:
     rows = []
     for name, layout in LAYOUTS.items():
         found: dict[bool, list[dict[str, float]]] = {False: [], True: []}
-        for _ in range(ROUNDS):
+        for number in range(1, ROUNDS + 1):
+            print(f"{name}: round {number} of {ROUNDS}", file=sys.stderr, flush=True)
             for overlap in found:
                 with tempfile.TemporaryDirectory() as directory:
                     found[overlap].append(measure(Path(directory) / "run", layout, options.steps, overlap))
