@@ -29,6 +29,7 @@ from shoestring.benchmarks.rows import compute, network, providers, training
 from shoestring.benchmarks.rows.row import Machine, Outcome, Verdict, run_check
 from shoestring.comm.bootstrap import WorkerEnvironment, start_default_group
 from shoestring.comm.groups import Group
+from shoestring.comm.open_groups import open_groups_on
 
 CHECKS = (*compute.CHECKS, *network.CHECKS, *training.CHECKS, *providers.CHECKS)
 COLLECTIVE = timedelta(minutes=2)
@@ -53,14 +54,16 @@ def open_machine() -> Machine:
     node = [tuple(range(first, first + local)) for first in range(0, size, local)]
     rail = [tuple(range(first, size, local)) for first in range(local)]
 
-    def mine(parts: Sequence[tuple[int, ...]]) -> Group:
-        made = [
-            Group(ranks, dist.new_group(list(ranks), timeout=COLLECTIVE), worker.rank, COLLECTIVE) for ranks in parts
-        ]
-        return next(group for group in made if worker.rank in group.ranks)
+    make = open_groups_on(device, worker.rank, COLLECTIVE)
+
+    def mine(name: str, parts: Sequence[tuple[int, ...]]) -> Group:
+        several = [ranks for ranks in parts if len(ranks) > 1]
+        communicator = make.split(name, several, None) if several else None
+        own = next(ranks for ranks in parts if worker.rank in ranks)
+        return Group(own, communicator, worker.rank, COLLECTIVE)
 
     talk = dist.new_group(backend="gloo", timeout=COMPARING)
-    return Machine(device, mine([tuple(range(size))]), mine(node), mine(rail), talk)
+    return Machine(device, mine("all", [tuple(range(size))]), mine("node", node), mine("rail", rail), talk)
 
 
 def write_json(path: Path, machine: Machine, outcomes: Sequence[Outcome]) -> None:

@@ -38,7 +38,7 @@ class WorkerEnvironment:
 
 
 def start_default_group(worker: WorkerEnvironment, device: torch.device, timeout: timedelta) -> None:
-    """Open the default process group: NCCL and gloo where `device` is a GPU, gloo elsewhere.
+    """Open the default process group: NCCL where `device` is a GPU, gloo elsewhere.
 
     torchrun keeps one store over its restarts, and gloo reads the addresses of dead workers from it.
     A prefix for each attempt keeps the lives apart.
@@ -52,7 +52,7 @@ def start_default_group(worker: WorkerEnvironment, device: torch.device, timeout
     )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
-        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        backend="nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore(f"attempt_{attempt}", store),
         rank=worker.rank,
         world_size=worker.world_size,

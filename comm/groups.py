@@ -9,30 +9,28 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .communicator import Communicator, Messages
 from .failure import failing_clearly
+from .open_groups import GlooGroups, OpenGroups
 from .topology import Topology
 
 T = TypeVar("T")
 
-STAGED = 2**22  # elements that a reduction on gloo receives before it adds them
-
 
 @dataclass(frozen=True)
 class Group:
-    """Some ranks that communicate. `handle` is None where `ranks` is this rank alone.
+    """Some ranks that communicate. `communicator` is None where `ranks` is this rank alone.
 
     `what` names a communication in the error of one that fails: every method raises `CollectiveFailed`.
     """
 
     ranks: tuple[int, ...]
-    handle: dist.ProcessGroup | None
+    communicator: Communicator | None
     rank: int
     """This process, as one of `ranks`."""
     limit: timedelta
@@ -53,104 +51,76 @@ class Group:
         """Position of this process among `ranks`."""
         return self.ranks.index(self.rank)
 
+    @property
+    def handle(self) -> dist.ProcessGroup:
+        """torch's process group, for libraries that take one. Only where there are several ranks."""
+        assert self.communicator is not None
+        return self.communicator.handle
+
     def all_reduce_sum(self, tensor: Tensor, what: str) -> Tensor:
         """Replace `tensor` by its sum over the group, in place, and return it."""
-        if self.handle is not None:
+        if self.communicator is not None:
             with self.failing_clearly(what):
-                dist.all_reduce(tensor, group=self.handle)
+                self.communicator.all_reduce(tensor, dist.ReduceOp.SUM)
         return tensor
 
     def all_reduce_max(self, tensor: Tensor, what: str) -> Tensor:
         """Replace `tensor` by its largest over the group, element by element, in place, and return it."""
-        if self.handle is not None:
+        if self.communicator is not None:
             with self.failing_clearly(what):
-                dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.handle)
+                self.communicator.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
     def all_to_all(
         self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int], what: str
     ) -> Tensor:
         """Fill `arrived` with the rows of `sent` that every rank has for this one; sizes in rows, by rank."""
-        if self.handle is None:
+        if self.communicator is None:
             return arrived.copy_(sent)
         with self.failing_clearly(what):
-            if arrived.is_cuda:
-                dist.all_to_all_single(arrived, sent.contiguous(), list(received_M), list(sent_M), group=self.handle)
-            else:
-                self._message_each(arrived.split(list(received_M)), sent.contiguous().split(list(sent_M)))
+            self.communicator.all_to_all(arrived, sent.contiguous(), received_M, sent_M)
         return arrived
 
     def reduce_scatter_sum(self, shards_GN: Tensor, what: str) -> None:
         """Replace this rank's row of `shards_GN`, [ranks, N], by its sum over the group; the others are garbage then.
 
-        A rank sends all rows but its own, and nothing else. On gloo, whose own reduce-scatter is an all-reduce, a row
-        is summed where it is owned: its own part first, then the others' in the order of their ranks.
+        A rank sends all rows but its own, and nothing else.
         """
-        if self.handle is None:
-            return
-        own_N = shards_GN[self.index]
-        with self.failing_clearly(what):
-            if shards_GN.is_cuda:
-                dist.reduce_scatter_tensor(own_N, shards_GN, group=self.handle)
-                return
-            piece = max(1, STAGED // self.size)
-            for begin in range(0, own_N.numel(), piece):
-                part_GM = shards_GN[:, begin : begin + piece]
-                arrived_GM = torch.empty_like(part_GM, memory_format=torch.contiguous_format)
-                self._message_each(arrived_GM.unbind(), part_GM.unbind())
-                for index, arrived_M in enumerate(arrived_GM):
-                    if index != self.index:
-                        own_N[begin : begin + piece] += arrived_M
+        if self.communicator is not None:
+            with self.failing_clearly(what):
+                self.communicator.reduce_scatter(shards_GN[self.index], shards_GN)
 
     def all_gather(self, shards_GN: Tensor, what: str) -> None:
         """Fill every row of `shards_GN`, [ranks, N], with that of the rank that owns it."""
-        if self.handle is None:
-            return
-        own_N = shards_GN[self.index]
-        with self.failing_clearly(what):
-            if shards_GN.is_cuda:
-                dist.all_gather_into_tensor(shards_GN, own_N, group=self.handle)
-            else:
-                self._message_each(shards_GN.unbind(), [own_N] * self.size)
+        if self.communicator is not None:
+            with self.failing_clearly(what):
+                self.communicator.all_gather(shards_GN, shards_GN[self.index])
 
-    def _message_each(self, buffers: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
-        """Send each rank its part, and fill a buffer with what each has for this one.
-
-        gloo's own all-to-all often sends in one direction after the other: twice the time on a slow link. Here every
-        receive is posted before the first send.
-        """
-        waiting: list[dist.Work | None] = []
-        for peer, buffer in zip(self.ranks, buffers, strict=True):
-            if peer != self.rank and buffer.numel():
-                waiting.append(dist.irecv(buffer, src=peer, group=self.handle))
-        # Each rank begins with its neighbour, so that not all send to the same one.
-        for step in range(1, self.size):
-            index = (self.index + step) % self.size
-            if parts[index].numel():
-                waiting.append(dist.isend(parts[index], dst=self.ranks[index], group=self.handle))
-        buffers[self.index].copy_(parts[self.index])
-        for work in waiting:
-            if work is not None:
-                work.wait(self.limit)
+    def send_and_receive(self, sends: Messages, receives: Messages, what: str) -> None:
+        """Exchange messages with some ranks of the group, as one batch."""
+        if self.communicator is not None:
+            peers = [peer for _, peer in (*sends, *receives)]
+            with failing_clearly(self.rank, what, peers, self.limit):
+                self.communicator.send_and_receive(sends, receives)
 
     def all_gather_objects(self, value: T, what: str) -> list[T]:
         """Every rank's small plain `value`, in the group's order."""
-        if self.handle is None:
+        if self.communicator is None:
             return [value]
         values: list[T] = [value] * self.size
         with self.failing_clearly(what):
-            dist.all_gather_object(values, value, group=self.handle)
+            dist.all_gather_object(values, value, group=self.communicator.handle)
         return values
 
     def barrier(self, what: str) -> None:
         """Wait for every rank of the group."""
-        if self.handle is not None:
+        if self.communicator is not None:
             with self.failing_clearly(what):
-                dist.barrier(group=self.handle)
+                dist.barrier(group=self.communicator.handle)
 
     def failing_clearly(self, what: str) -> AbstractContextManager[None]:
         """For collectives of a library over this group: what fails inside is `CollectiveFailed`."""
-        if self.handle is None:
+        if self.communicator is None:
             return nullcontext()
         return failing_clearly(self.rank, what, self.ranks, self.limit)
 
@@ -162,7 +132,9 @@ class ProcessGroups:
     topology: Topology
     rank: int
     world: Group
-    """Every rank."""
+    """Every rank, for tensors on the device that the run computes on."""
+    control: Group
+    """Every rank, for tensors on the host: checkpoints, measurements. On a GPU no step uses it."""
     ep: Group
     """Spreads the experts: tokens are exchanged here."""
     ep_between: Group
@@ -189,42 +161,45 @@ class ProcessGroups:
 
     @staticmethod
     def create(
-        topology: Topology, rank: int, limit: timedelta, holders: Iterable[tuple[int, ...]] = ()
+        topology: Topology,
+        rank: int,
+        limit: timedelta,
+        holders: Iterable[tuple[int, ...]] = (),
+        open_groups: OpenGroups | None = None,
     ) -> ProcessGroups:
         """Collective over the default group: make every group of the grid and keep those that hold `rank`.
 
         `holders` are sets of pipeline ranks that hold some parameters in common, besides each rank alone; equal on all
-        ranks. A new group does not inherit the default group's timeout, so each is given `limit`.
-        Without a default group (one process) every group is this rank alone.
+        ranks. `open_groups` makes the groups, by default over gloo. Without a default group (one process) every group
+        is this rank alone.
         """
-        make = _Maker(topology, rank, limit)
-        everyone = tuple(range(topology.world_size))
+        make = _Maker(topology, rank, limit, open_groups or GlooGroups(rank, limit))
         alone = [(pp_rank,) for pp_rank in range(topology.pp)]
         shared = list(dict.fromkeys((*alone, *(tuple(sorted(set(each))) for each in holders))))
-
-        def union(ranks_of: Callable[[int], tuple[int, ...]]) -> dict[tuple[int, ...], Group]:
-            """Pipeline ranks outside a set make a group each, too, which they do not keep."""
-
-            def holders_of(r: int, pp_ranks: tuple[int, ...]) -> tuple[int, ...]:
-                mine = topology.pp_rank(r) in pp_ranks
-                return topology.holders(ranks_of(r), pp_ranks if mine else (topology.pp_rank(r),))
-
-            groups = {each: make.reducing(partial(holders_of, pp_ranks=each)) for each in shared}
-            return {each: group for each, group in groups.items() if topology.pp_rank(rank) in each}
-
+        everyone = tuple(range(topology.world_size))
         return ProcessGroups(
             topology=topology,
             rank=rank,
-            world=make.main(lambda r: everyone),
-            ep=make.own(topology.ep_ranks),
-            ep_between=make.own(topology.ep_ranks_between_nodes),
-            ep_inside=make.own(topology.ep_ranks_inside_node),
-            up=make.own(topology.pp_ranks),
-            down=make.own(topology.pp_ranks),
-            dense_dp=make.main(topology.dense_dp_ranks),
-            dense=union(topology.dense_dp_ranks),
-            expert=union(topology.expert_dp_ranks),
+            world=make.world(everyone),
+            control=make.control(everyone),
+            ep=make.own("ep", topology.ep_ranks),
+            ep_between=make.own("ep between nodes", topology.ep_ranks_between_nodes),
+            ep_inside=make.own("ep inside node", topology.ep_ranks_inside_node),
+            up=make.own("pipeline up", topology.pp_ranks, max_ctas=P2P_CTAS),
+            down=make.own("pipeline down", topology.pp_ranks, max_ctas=P2P_CTAS),
+            dense_dp=make.main("dense data-parallel", topology.dense_dp_ranks),
+            dense=make.reducing("dense gradients", topology.dense_dp_ranks, shared),
+            expert=make.reducing("expert gradients", topology.expert_dp_ranks, shared),
         )
+
+
+P2P_CTAS = 4
+"""Thread blocks of a message between pipeline stages: a receive that is posted ahead keeps its SMs while it waits, and
+4 are enough for one InfiniBand port (50 GB/s)."""
+REDUCE_CTAS = 8
+"""Thread blocks of a reduce-scatter or all-gather of ZeRO-1, which runs beside the products of the backward."""
+
+_Parts = tuple[tuple[int, ...], ...]
 
 
 class _Maker:
@@ -234,28 +209,72 @@ class _Maker:
     that gradients are reduced over. Two threads must not issue collectives on one.
     """
 
-    def __init__(self, topology: Topology, rank: int, limit: timedelta) -> None:
-        self._topology, self._rank, self._limit = topology, rank, limit
-        self._main: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
-        self._reducing: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+    def __init__(self, topology: Topology, rank: int, limit: timedelta, open_groups: OpenGroups) -> None:
+        self._topology, self._rank, self._limit, self._open = topology, rank, limit, open_groups
+        self._main: dict[_Parts, Communicator | None] = {}
+        self._reducing: dict[_Parts, Communicator | None] = {}
 
-    def main(self, ranks_of: Callable[[int], tuple[int, ...]]) -> Group:
+    def world(self, everyone: tuple[int, ...]) -> Group:
+        """The group of all ranks, for the main thread and tensors on the device."""
+        if len(everyone) > 1:
+            self._main[(everyone,)] = self._open.world(everyone)
+        return self._group(everyone, self._main.get((everyone,)))
+
+    def control(self, everyone: tuple[int, ...]) -> Group:
+        """The group of all ranks for tensors on the host."""
+        return self._group(everyone, self._open.control(everyone) if len(everyone) > 1 else None)
+
+    def main(self, name: str, ranks_of: Callable[[int], tuple[int, ...]]) -> Group:
         """The group of this rank, for the main thread."""
-        return self._make(ranks_of, self._main)
+        return self._group(ranks_of(self._rank), self._make(name, self._parts(ranks_of), self._main))
 
-    def reducing(self, ranks_of: Callable[[int], tuple[int, ...]]) -> Group:
-        """The group of this rank, for the worker that reduces gradients."""
-        return self._make(ranks_of, self._reducing)
+    def own(self, name: str, ranks_of: Callable[[int], tuple[int, ...]], max_ctas: int | None = None) -> Group:
+        """The group of this rank, for a thread or a stream of its own."""
+        return self._group(ranks_of(self._rank), self._make(name, self._parts(ranks_of), {}, max_ctas))
 
-    def own(self, ranks_of: Callable[[int], tuple[int, ...]]) -> Group:
-        """The group of this rank, for a thread of its own."""
-        return self._make(ranks_of, {})
+    def reducing(
+        self, name: str, ranks_of: Callable[[int], tuple[int, ...]], shared: Sequence[tuple[int, ...]]
+    ) -> dict[tuple[int, ...], Group]:
+        """The groups of this rank for the worker that reduces gradients, by the pipeline ranks that hold them."""
+        topology, pp_rank = self._topology, self._topology.pp_rank(self._rank)
+        groups = {}
+        for holders in _disjoint(shared):
+            parts = tuple(
+                dict.fromkeys(
+                    topology.holders(ranks_of(rank), pp_ranks)
+                    for pp_ranks in holders
+                    for rank in range(pp_ranks[0] * topology.dp, (pp_ranks[0] + 1) * topology.dp)
+                )
+            )
+            made = self._make(name, parts, self._reducing, REDUCE_CTAS)
+            for pp_ranks in holders:
+                if pp_rank in pp_ranks:
+                    groups[pp_ranks] = self._group(topology.holders(ranks_of(self._rank), pp_ranks), made)
+        return groups
+
+    def _parts(self, ranks_of: Callable[[int], tuple[int, ...]]) -> _Parts:
+        return tuple(dict.fromkeys(map(ranks_of, range(self._topology.world_size))))
 
     def _make(
-        self, ranks_of: Callable[[int], tuple[int, ...]], made: dict[tuple[int, ...], dist.ProcessGroup | None]
-    ) -> Group:
-        for ranks in map(ranks_of, range(self._topology.world_size)):
-            if ranks not in made:
-                made[ranks] = dist.new_group(list(ranks), timeout=self._limit) if len(ranks) > 1 else None
-        ranks = ranks_of(self._rank)
-        return Group(ranks, made[ranks], self._rank, self._limit)
+        self, name: str, parts: _Parts, made: dict[_Parts, Communicator | None], max_ctas: int | None = None
+    ) -> Communicator | None:
+        if parts not in made:
+            several = [ranks for ranks in parts if len(ranks) > 1]
+            made[parts] = self._open.split(name, several, max_ctas) if several else None
+        return made[parts]
+
+    def _group(self, ranks: tuple[int, ...], communicator: Communicator | None) -> Group:
+        return Group(ranks, communicator if len(ranks) > 1 else None, self._rank, self._limit)
+
+
+def _disjoint(sets: Iterable[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """Distribute `sets` over lists of sets without a common member: the groups of a list are made by one split."""
+    lists: list[list[tuple[int, ...]]] = []
+    for each in sets:
+        fitting = (found for found in lists if not any(set(each) & set(other) for other in found))
+        chosen = next(fitting, None)
+        if chosen is None:
+            lists.append([each])
+        else:
+            chosen.append(each)
+    return lists

@@ -18,6 +18,7 @@ from .failure import failing_clearly
 from .groups import Group
 from .pending import Pending, StreamWorker
 from .record import SILENT, Recorder, Track
+from .streams import Streams, streams_of
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,16 @@ class Lane(Protocol):
         ...
 
 
-def open_lane(group: Group, device: torch.device, recorder: Recorder, track: Track) -> Lane:
-    """The lane for messages over `group` by tensors on `device`; it shows on `track` of a timeline."""
-    if device.type == "cuda":
-        return StreamLane(group, StreamWorker(device, recorder=recorder, track=track))
+def open_lane(
+    group: Group, device: torch.device, recorder: Recorder, track: Track, streams: Streams | None = None
+) -> Lane:
+    """The lane for messages over `group` by tensors on `device`; it shows on `track` of a timeline.
+
+    `streams` are those that it uses; by default those of `device`.
+    """
+    streams = streams or streams_of(device)
+    if streams is not None:
+        return StreamLane(group, StreamWorker(streams, recorder=recorder, track=track))
     return SocketLane(group, recorder, track)
 
 
@@ -75,7 +82,7 @@ class SocketLane:
     """
 
     def __init__(self, group: Group, recorder: Recorder = SILENT, track: Track = Track.UP) -> None:
-        self._group = group
+        self._group, self._handle = group, group.handle
         self._sent: Counter[int] = Counter()
         self._received: Counter[int] = Counter()
         self._leaving = _Leaving(recorder, track)
@@ -86,12 +93,12 @@ class SocketLane:
         for incoming in receives:
             buffer, tag = incoming.make(), self._received[incoming.peer]
             with self._failing_clearly(incoming):
-                work = dist.irecv(buffer, incoming.peer, self._group.handle, tag)
+                work = dist.irecv(buffer, incoming.peer, self._handle, tag)
             arriving.append(_Moving(work, buffer, incoming.what, incoming.peer, self._group))
             self._received[incoming.peer] += 1
         for outgoing in sends:
             with self._failing_clearly(outgoing):
-                work = dist.isend(outgoing.tensor, outgoing.peer, self._group.handle, self._sent[outgoing.peer])
+                work = dist.isend(outgoing.tensor, outgoing.peer, self._handle, self._sent[outgoing.peer])
             self._leaving.put(_Moving(work, outgoing.tensor, outgoing.what, outgoing.peer, self._group))
             self._sent[outgoing.peer] += 1
         return arriving
@@ -178,21 +185,14 @@ class StreamLane:
         """See `Lane`."""
         if not sends and not receives:
             return []
-        group = self._group
         messages: list[Outgoing | Incoming] = [*sends, *receives]
         what = "; ".join(str(message.what) for message in messages)
-        peers = [message.peer for message in messages]
 
         def move() -> tuple[Tensor, ...]:
             buffers = tuple(message.make() for message in receives)
-            outgoing = [dist.P2POp(dist.isend, each.tensor, each.peer, group.handle) for each in sends]
-            incoming = [
-                dist.P2POp(dist.irecv, buffer, each.peer, group.handle)
-                for buffer, each in zip(buffers, receives, strict=True)
-            ]
-            with failing_clearly(group.rank, what, peers, group.limit):
-                for work in dist.batch_isend_irecv([*outgoing, *incoming]):
-                    work.wait()  # without a limit: with one, this thread would wait for the neighbour
+            outgoing = [(each.tensor, each.peer) for each in sends]
+            incoming = [(buffer, each.peer) for buffer, each in zip(buffers, receives, strict=True)]
+            self._group.send_and_receive(outgoing, incoming, what)
             return buffers
 
         self._last = batch = self._worker.submit(what, move, [message.tensor for message in sends])

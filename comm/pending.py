@@ -13,6 +13,7 @@ from torch import Tensor
 from .groups import Group
 from .order import OrderCheck
 from .record import SILENT, Recorder, Track
+from .streams import Event, Streams, streams_of
 
 T = TypeVar("T")
 Result = TypeVar("Result", covariant=True)
@@ -47,12 +48,17 @@ def open_worker(
     order: OrderCheck | None = None,
     recorder: Recorder = SILENT,
     track: Track = Track.EXCHANGE,
+    streams: Streams | None = None,
 ) -> Worker:
-    """The worker for communication over `group` by tensors on `device`; it shows on `track` of a timeline."""
+    """The worker for communication over `group` by tensors on `device`; it shows on `track` of a timeline.
+
+    `streams` are those that it uses; by default those of `device`.
+    """
     if group.size == 1:
         return InlineWorker(recorder, track)
-    if device.type == "cuda":
-        return StreamWorker(device, order, recorder, track)
+    streams = streams or streams_of(device)
+    if streams is not None:
+        return StreamWorker(streams, order, recorder, track)
     return ThreadWorker(order, recorder, track)
 
 
@@ -137,13 +143,13 @@ class StreamWorker:
 
     def __init__(
         self,
-        device: torch.device,
+        streams: Streams,
         order: OrderCheck | None = None,
         recorder: Recorder = SILENT,
         track: Track = Track.EXCHANGE,
     ) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device, priority=-1)  # before the products that it feeds
+        self._streams = streams
+        self._stream = streams.create(track)
         self._order = order
         self._recorder, self._track = recorder, track
 
@@ -152,14 +158,14 @@ class StreamWorker:
         if self._order is not None:
             self._order.check(what)
         self._recorder.mark(Track.LAUNCH, what)
-        computed = torch.cuda.current_stream(self._device).record_event()
-        with torch.no_grad(), torch.cuda.stream(self._stream), self._recorder.span(self._track, what):
+        computed = self._streams.current().record_event()
+        with torch.no_grad(), self._streams.use(self._stream), self._recorder.span(self._track, what):
             self._stream.wait_event(computed)
             result = function()
             arrived = self._stream.record_event()
         for tensor in inputs:
-            tensor.record_stream(self._stream)
-        return _OnStream(result, arrived, self._device)
+            self._streams.hold(tensor, self._stream)
+        return _OnStream(result, arrived, self._streams)
 
     def close(self) -> None:
         """See `Worker`."""
@@ -167,16 +173,16 @@ class StreamWorker:
 
 
 class _OnStream(Generic[T]):
-    def __init__(self, result: T, arrived: torch.cuda.Event, device: torch.device) -> None:
+    def __init__(self, result: T, arrived: Event, streams: Streams) -> None:
         self._result = result
-        self._device = device
+        self._streams = streams
         self._arrived = arrived
 
     def wait(self) -> T:
-        stream = torch.cuda.current_stream(self._device)
+        stream = self._streams.current()
         stream.wait_event(self._arrived)
         for tensor in tensors_of(self._result):
-            tensor.record_stream(stream)
+            self._streams.hold(tensor, stream)
         return self._result
 
 

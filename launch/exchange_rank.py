@@ -28,6 +28,7 @@ from ..comm.groups import ProcessGroups
 from ..comm.label import Label
 from ..comm.layout import visited
 from ..comm.open_exchange import open_exchange
+from ..comm.open_groups import open_groups_on
 from ..comm.pending import open_worker
 from ..comm.refusal import Problem
 from ..comm.topology import Link, Topology
@@ -152,7 +153,7 @@ class Bench:
         self.seconds()
         keys = [(operation, kind, link) for operation in (*OPERATIONS, "sizes") for kind in Kind for link in Link]
         own = [self._traffic.by_link(kind, operation)[link] for operation, kind, link in keys]
-        total = self._groups.world.all_reduce_sum(torch.tensor(own), "sum of bytes").tolist()
+        total = self._groups.control.all_reduce_sum(torch.tensor(own), "sum of bytes").tolist()
         tree: dict[str, dict[str, dict[str, int]]] = {}
         for (operation, kind, link), size in zip(keys, total, strict=True):
             tree.setdefault(operation, {}).setdefault(kind, {})[link] = size
@@ -190,14 +191,14 @@ class Bench:
     def sent_between_nodes(self) -> int:
         """By all ranks in all passes so far, whatever it was for."""
         own = torch.tensor(self._traffic.by_link()[Link.INFINIBAND])
-        return int(self._groups.world.all_reduce_sum(own, "sum of bytes"))
+        return int(self._groups.control.all_reduce_sum(own, "sum of bytes"))
 
     def close(self) -> None:
         """End what runs the exchange."""
         self._worker.close()
 
     def _timed(self, function: Callable[[], T]) -> tuple[T, float]:
-        world = self._groups.world
+        world = self._groups.control
         world.barrier("start of a measurement")
         began = time.perf_counter()
         result = function()
@@ -219,7 +220,7 @@ def needed_bytes(spec: ExchangeSpec, groups: ProcessGroups) -> dict[str, dict[st
     for members in (topology.ep_nodes, topology.ep, spec.experts):
         visits_TNM = visits_TE.unflatten(1, (members, -1)).any(dim=2).unflatten(1, (topology.ep_nodes, -1))
         rows.append(visits_TNM.sum() - visits_TNM[:, own_node].sum())
-    per_way = groups.world.all_reduce_sum(torch.stack(rows), "sum of needed rows").tolist()
+    per_way = groups.control.all_reduce_sum(torch.stack(rows), "sum of needed rows").tolist()
     sizes = {form: Wire(Format(form), spec.hidden, torch.bfloat16).row_bytes for form in spec.formats}
     return {
         form: {way: count * size for way, count in zip(("node", "rank", "expert"), per_way, strict=True)}
@@ -268,7 +269,8 @@ def main(spec_text: str, output: str) -> None:
         torch.cuda.set_device(device)
     torch.set_num_threads(1)
     start_default_group(worker, device, _LIMIT)
-    result = measure(spec, ProcessGroups.create(spec.topology, worker.rank, _LIMIT), device)
+    make = open_groups_on(device, worker.rank, _LIMIT)
+    result = measure(spec, ProcessGroups.create(spec.topology, worker.rank, _LIMIT, open_groups=make), device)
     if worker.rank == 0:
         Path(output).write_text(json.dumps(result))
     dist.destroy_process_group()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from ..comm.bootstrap import WorkerEnvironment, start_default_group
 from ..comm.groups import ProcessGroups
+from ..comm.open_groups import open_groups_on
 from ..trainer.measured_memory import measure
 from ..trainer.rank import stages_of
 from .compose import compose_run
@@ -27,9 +28,10 @@ def main(arguments: Sequence[str]) -> None:
     device = pick_device(config, worker)
     limit = timedelta(seconds=config.training.collective_timeout_seconds)
     start_default_group(worker, device, limit)
-    groups = ProcessGroups.create(config.topology, worker.rank, limit, stages_of(config).all_holders())
+    holders, make = stages_of(config).all_holders(), open_groups_on(device, worker.rank, limit)
+    groups = ProcessGroups.create(config.topology, worker.rank, limit, holders, make)
     own = measure(config, groups, device, skewed=skewed)
-    everyone = groups.world.all_gather_objects((str(device), own.tree()), "measured memory")
+    everyone = groups.control.all_gather_objects((str(device), own.tree()), "measured memory")
     if worker.rank == 0:
         Path(arguments[1]).write_text(json.dumps(everyone))
     dist.destroy_process_group()

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from ..comm.bootstrap import WorkerEnvironment, start_default_group
 from ..comm.failure import CollectiveFailed
 from ..comm.groups import ProcessGroups
+from ..comm.open_groups import open_groups_on
 from ..comm.refusal import Problem, Refused
 from ..trainer.config import RunConfig
 from ..trainer.halt import RunFailed, RunHalted
@@ -47,7 +48,8 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
     start_default_group(worker, device, timeout)
     try:
         holders = stages_of(config).all_holders()
-        groups = ProcessGroups.create(config.topology, worker.rank, timeout, holders)
+        make = open_groups_on(device, worker.rank, timeout)
+        groups = ProcessGroups.create(config.topology, worker.rank, timeout, holders, make)
         steps = train(config, groups, device, attempt_name(), stop_asked)
     except Refused as error:
         return _stop(config, worker, 2, str(error))

@@ -68,7 +68,7 @@ def load_last(rank: Rank, reporter: Reporter | None) -> dict[str, Any] | None:
     configuration and where all are damaged, `RunFailed` where one cannot be read. A run without any begins with the
     weights of `training.start_from`.
     """
-    steps = rank.groups.world.all_gather_objects(rank.store.steps(), "which checkpoints there are")[0]
+    steps = rank.groups.control.all_gather_objects(rank.store.steps(), "which checkpoints there are")[0]
     if steps:
         with timing(reporter, "checkpoint_load"):
             return _load_newest(rank, steps, reporter)
@@ -78,7 +78,7 @@ def load_last(rank: Rank, reporter: Reporter | None) -> dict[str, Any] | None:
 
 
 def _load_newest(rank: Rank, steps: list[int], reporter: Reporter | None) -> dict[str, Any]:
-    world, store = rank.groups.world, rank.store
+    world, store = rank.groups.control, rank.store
     damaged: dict[int, Damaged] = {}
     for step in reversed(steps):
         try:
@@ -111,7 +111,7 @@ def _start_from(rank: Rank, path: Path, reporter: Reporter | None) -> None:
                 checkpoint.fill(piece)
 
     try:
-        _agreed(rank.groups.world, fill)
+        _agreed(rank.groups.control, fill)
     except Damaged as damaged:
         remedy = "is damaged; name another checkpoint"
         raise Refused([Problem("training.start_from", str(damaged), remedy)]) from damaged

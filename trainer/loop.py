@@ -95,7 +95,7 @@ def _start(rank: Rank, reporter: Reporter | None) -> tuple[int, bool]:
     And whether an evaluation was due after them that a halt has put off.
     """
     config, groups = rank.config, rank.groups
-    peak = config.cluster.peak_tflops or measure_peak_tflops(rank.device, rank.dtype, groups.world)
+    peak = config.cluster.peak_tflops or measure_peak_tflops(rank.device, rank.dtype, groups.control)
     if reporter is not None:
         speed = Speed(count_flops(config.model, config.training.sequence_length), peak)
         reporter.run(speed, str(rank.device), str(rank.dtype).removeprefix("torch."))

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from ..comm.groups import STAGED
+from ..comm.communicator import STAGED
 from ..parallelism.bucket import bucket_length
 from ..parallelism.gradients import PIECE
 from ..parallelism.pipeline.edges import Commit, edges

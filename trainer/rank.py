@@ -185,7 +185,7 @@ def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -
         tokenizer=prepared.tokenizer,
         data=prepared.manifest,
         store=store,
-        saver=Saver(store, groups.world),
+        saver=Saver(store, groups.control),
         state_names=whole_state(config.model, averages=config.optimizer.ema_decay is not None),
         trace=recorder,
     )

@@ -59,8 +59,8 @@ class Tracing:
         """Add up what all ranks have spent this step on, and ask each for its memory; the first one notes it."""
         rank = self._rank
         own = StepSample.of(rank.trace.spans[self._begin :], seconds)
-        numbers = rank.groups.world.all_reduce_sum(torch.tensor(own.numbers()), "times of a step by term")
-        memory = rank.groups.world.all_gather_objects(memory_use(rank.device), "memory of the ranks")
+        numbers = rank.groups.control.all_reduce_sum(torch.tensor(own.numbers()), "times of a step by term")
+        memory = rank.groups.control.all_gather_objects(memory_use(rank.device), "memory of the ranks")
         if reporter is not None:
             total = StepSample.from_numbers(numbers.tolist())
             by_term = total.by_term(rank.stepper.executor.program, rank.config.topology.dp)
@@ -74,6 +74,6 @@ class Tracing:
         write_rank(folder, rank.groups.rank, rank.trace.spans)
         # Every rank's file is written when the last one's summary is here.
         summary = summarise_trace(rank.trace.spans)
-        summaries = rank.groups.world.all_gather_objects(summary, "summaries of the trace")
+        summaries = rank.groups.control.all_gather_objects(summary, "summaries of the trace")
         if reporter is not None:
             reporter.trace(step, merge_ranks(folder, rank.groups.world.size), trace_values(summaries))

@@ -14,6 +14,7 @@ from torch import Tensor
 from shoestring.benchmarks.rows.row import Check, Figures, Machine, expect
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.open_exchange import open_exchange
+from shoestring.comm.open_groups import open_groups_on
 from shoestring.comm.pending import open_worker
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
@@ -44,7 +45,8 @@ def training_step(machine: Machine) -> Figures:
     truth = oracle.step()
     oracle.close()
 
-    groups = ProcessGroups.create(config.topology, rank, TIMEOUT)
+    make = open_groups_on(machine.device, rank, TIMEOUT)
+    groups = ProcessGroups.create(config.topology, rank, TIMEOUT, open_groups=make)
     mine_BW = tokens_BW[SEQUENCES * rank : SEQUENCES * (rank + 1)]
     trainer = _Trainer(config, groups, machine.device, torch.bfloat16, mine_BW, SEQUENCES * ranks)
     loss, norm = trainer.step()

@@ -1,0 +1,143 @@
+"""The collectives of one communication library over one process group: what `Group` is built on.
+
+Letters: G ranks of the group, N elements of a shard, M members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Messages = Sequence[tuple[Tensor, int]]
+"""Tensors, each with the global rank of the other end."""
+
+STAGED = 2**22  # elements that a reduction on gloo receives before it adds them
+
+
+class Communicator(Protocol):
+    """Collective operations of the ranks of one group, in place.
+
+    On a GPU each of them returns when it is queued on the current stream, which waits for its end; on a CPU, when it is
+    done. What fails is a RuntimeError; `Group` makes a `CollectiveFailed` of it.
+    """
+
+    handle: dist.ProcessGroup
+
+    def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
+        """Replace `tensor` by its reduction over the group."""
+        ...
+
+    def all_to_all(self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int]) -> None:
+        """Send `sent_M[i]` rows to rank i and fill `arrived` with the `received_M[i]` rows that each rank has here."""
+        ...
+
+    def reduce_scatter(self, own_N: Tensor, shards_GN: Tensor) -> None:
+        """Replace `own_N`, this rank's row of `shards_GN`, by its sum over the group."""
+        ...
+
+    def all_gather(self, shards_GN: Tensor, own_N: Tensor) -> None:
+        """Fill every row of `shards_GN` with the `own_N` of the rank that it belongs to."""
+        ...
+
+    def send_and_receive(self, sends: Messages, receives: Messages) -> None:
+        """Exchange messages as one batch, which ends when every message in it has been matched."""
+        ...
+
+
+class NcclCommunicator:
+    """NCCL, on the current stream of a GPU. Not yet run on hardware."""
+
+    def __init__(self, handle: dist.ProcessGroup) -> None:
+        self.handle = handle
+
+    def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
+        """See `Communicator`."""
+        dist.all_reduce(tensor, operation, group=self.handle)
+
+    def all_to_all(self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int]) -> None:
+        """See `Communicator`."""
+        dist.all_to_all_single(arrived, sent, list(received_M), list(sent_M), group=self.handle)
+
+    def reduce_scatter(self, own_N: Tensor, shards_GN: Tensor) -> None:
+        """See `Communicator`. In place, as NCCL allows where `own_N` is this rank's row."""
+        _reduce_scatter(own_N, shards_GN, group=self.handle)
+
+    def all_gather(self, shards_GN: Tensor, own_N: Tensor) -> None:
+        """See `Communicator`. In place, as NCCL allows where `own_N` is this rank's row."""
+        _all_gather(shards_GN, own_N, group=self.handle)
+
+    def send_and_receive(self, sends: Messages, receives: Messages) -> None:
+        """See `Communicator`."""
+        operations = [
+            *(dist.P2POp(dist.isend, tensor, peer, self.handle) for tensor, peer in sends),
+            *(dist.P2POp(dist.irecv, tensor, peer, self.handle) for tensor, peer in receives),
+        ]
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()  # without a limit: with one, the host would wait for the neighbor
+
+
+class GlooCommunicator:
+    """gloo, for tensors on the host. The caller waits until an operation is done, at most `limit`.
+
+    gloo's own all-to-all often sends in one direction after the other (twice the time on a slow link) and its
+    reduce-scatter is an all-reduce (twice the bytes), so messages are sent one by one here.
+    """
+
+    def __init__(self, handle: dist.ProcessGroup, ranks: tuple[int, ...], rank: int, limit: timedelta) -> None:
+        self.handle = handle
+        self._ranks, self._index, self._limit = ranks, ranks.index(rank), limit
+
+    def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
+        """See `Communicator`."""
+        dist.all_reduce(tensor, operation, group=self.handle)
+
+    def all_to_all(self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int]) -> None:
+        """See `Communicator`."""
+        self._message_each(arrived.split(list(received_M)), sent.split(list(sent_M)))
+
+    def reduce_scatter(self, own_N: Tensor, shards_GN: Tensor) -> None:
+        """See `Communicator`. A row is summed where it is owned: its own part first, then the others' by rank."""
+        piece = max(1, STAGED // len(self._ranks))
+        for begin in range(0, own_N.numel(), piece):
+            part_GM = shards_GN[:, begin : begin + piece]
+            arrived_GM = torch.empty_like(part_GM, memory_format=torch.contiguous_format)
+            self._message_each(arrived_GM.unbind(), part_GM.unbind())
+            for index, arrived_M in enumerate(arrived_GM):
+                if index != self._index:
+                    own_N[begin : begin + piece] += arrived_M
+
+    def all_gather(self, shards_GN: Tensor, own_N: Tensor) -> None:
+        """See `Communicator`."""
+        self._message_each(shards_GN.unbind(), [own_N] * len(self._ranks))
+
+    def send_and_receive(self, sends: Messages, receives: Messages) -> None:
+        """See `Communicator`."""
+        waiting = [dist.irecv(tensor, src=peer, group=self.handle) for tensor, peer in receives]
+        waiting += [dist.isend(tensor, dst=peer, group=self.handle) for tensor, peer in sends]
+        for work in waiting:
+            if work is not None:
+                work.wait(self._limit)
+
+    def _message_each(self, buffers: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+        """Send each rank its part, and fill a buffer with what each has for this one. Every receive is posted first."""
+        receives = [
+            (buffer, peer)
+            for index, (peer, buffer) in enumerate(zip(self._ranks, buffers, strict=True))
+            if index != self._index and buffer.numel()
+        ]
+        size = len(self._ranks)
+        # Each rank begins with its neighbor, so that not all send to the same one.
+        order = [(self._index + step) % size for step in range(1, size)]
+        sends = [(parts[index], self._ranks[index]) for index in order if parts[index].numel()]
+        buffers[self._index].copy_(parts[self._index])
+        self.send_and_receive(sends, receives)
+
+
+# torch 2.13 renames both, and warns from every rank where the former names are used.
+_reduce_scatter: Callable[..., object] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_all_gather: Callable[..., object] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)

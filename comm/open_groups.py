@@ -1,0 +1,109 @@
+"""Making process groups: over gloo one by one, over NCCL all groups of a kind by one split.
+
+At 2048 ranks the grid has 2,377 groups. `new_group` is a call for each of them, and over NCCL each call is collective
+over all ranks; `split_group` makes all disjoint groups of a kind at once, so that about 14 calls are enough.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from .communicator import Communicator, GlooCommunicator, NcclCommunicator
+
+
+class OpenGroups(Protocol):
+    """Makes groups over the ranks of the default group. Every rank makes every group, in the same order."""
+
+    calls: int
+    """How many process groups have been created, the default one included; a split counts once."""
+
+    def world(self, ranks: tuple[int, ...]) -> Communicator:
+        """Return the communicator of all ranks, for tensors on the device."""
+        ...
+
+    def control(self, ranks: tuple[int, ...]) -> Communicator:
+        """Return the communicator of all ranks, for tensors on the host."""
+        ...
+
+    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Communicator | None:
+        """Make a group of each of the disjoint `parts`; return that of this rank, or None where it is in no part.
+
+        `max_ctas` is the most thread blocks that one of its operations occupies on a GPU; None leaves it to NCCL.
+        """
+        ...
+
+
+def open_groups_on(device: torch.device, rank: int, limit: timedelta) -> OpenGroups:
+    """Return what makes the groups of a run that computes on `device`."""
+    return NcclGroups(device, rank, limit) if device.type == "cuda" else GlooGroups(rank, limit)
+
+
+class GlooGroups:
+    """Over gloo, for runs on CPUs: gloo cannot split, so each part is a `new_group`."""
+
+    def __init__(self, rank: int, limit: timedelta) -> None:
+        """`limit` is how long an operation may take: a new group does not inherit the default group's."""
+        self.calls = 1
+        self._rank, self._limit = rank, limit
+        self._everyone: Communicator | None = None
+
+    def world(self, ranks: tuple[int, ...]) -> Communicator:
+        """See `OpenGroups`."""
+        if self._everyone is None:
+            self._everyone = self.split("world", [ranks], None)
+        assert self._everyone is not None
+        return self._everyone
+
+    def control(self, ranks: tuple[int, ...]) -> Communicator:
+        """See `OpenGroups`: the same, for tensors of a run on CPUs are on the host."""
+        return self.world(ranks)
+
+    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Communicator | None:
+        """See `OpenGroups`."""
+        own: Communicator | None = None
+        for ranks in parts:
+            self.calls += 1
+            handle = dist.new_group(list(ranks), timeout=self._limit)
+            if self._rank in ranks:
+                own = GlooCommunicator(handle, ranks, self._rank, self._limit)
+        return own
+
+
+class NcclGroups:
+    """Over NCCL, by splits of the default group, which `start_default_group` has bound to a GPU.
+
+    Not yet run on hardware.
+    """
+
+    def __init__(self, device: torch.device, rank: int, limit: timedelta) -> None:
+        self.calls = 1
+        self._device, self._rank, self._limit = device, rank, limit
+
+    def world(self, ranks: tuple[int, ...]) -> Communicator:
+        """See `OpenGroups`: the default group itself."""
+        assert dist.group.WORLD is not None
+        return NcclCommunicator(dist.group.WORLD)
+
+    def control(self, ranks: tuple[int, ...]) -> Communicator:
+        """See `OpenGroups`: a gloo group. Its pairs connect when they are used first (`TORCH_GLOO_LAZY_INIT`)."""
+        self.calls += 1
+        handle = dist.new_group(backend="gloo", timeout=self._limit)
+        return GlooCommunicator(handle, ranks, self._rank, self._limit)
+
+    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Communicator | None:
+        """See `OpenGroups`."""
+        self.calls += 1
+        assert dist.group.WORLD is not None
+        options: Any = copy.deepcopy(dist.group.WORLD._get_backend(self._device).options)
+        if max_ctas is not None:
+            options.config.max_ctas = max_ctas
+        handle = dist.split_group(
+            split_ranks=[list(ranks) for ranks in parts], timeout=self._limit, pg_options=options, group_desc=name
+        )
+        return None if handle is None else NcclCommunicator(handle)
