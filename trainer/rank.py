@@ -16,6 +16,7 @@ from ..comm.open_exchange import open_exchange
 from ..comm.order import OrderCheck
 from ..comm.pending import Worker, open_worker
 from ..comm.record import SILENT, Recorder, Track
+from ..comm.streams import Streams
 from ..comm.traffic import Traffic
 from ..parallelism.bucket import Bucket
 from ..parallelism.gradients import Reducer
@@ -116,6 +117,8 @@ class Pipeline:
     recorder: Recorder = SILENT
     recompute: frozenset[Part] = frozenset()
     """See `RecomputeConfig`."""
+    streams: Streams | None = None
+    """What communication is queued on; None: those of the device."""
 
     @staticmethod
     def open(
@@ -126,9 +129,11 @@ class Pipeline:
         overlap: bool = True,
         recorder: Recorder = SILENT,
         recompute: frozenset[Part] = frozenset(),
+        streams: Streams | None = None,
     ) -> Pipeline:
         """With lanes to the neighbours."""
-        return Pipeline(stages, groups, open_lanes(groups, device, recorder), overlap, recorder, recompute)
+        lanes = open_lanes(groups, device, recorder, streams)
+        return Pipeline(stages, groups, lanes, overlap, recorder, recompute, streams)
 
     def executor(self, program: Program) -> Executor:
         """Runs this rank's share of `program`."""
@@ -210,10 +215,19 @@ class Engine:
         self.pipeline.close()
 
 
-def open_engine(config: RunConfig, groups: ProcessGroups, device: torch.device, recorder: Recorder) -> Engine:
-    """Initial weights, optimizer and exchange of the rank that `groups` belong to; no data."""
+def open_engine(
+    config: RunConfig,
+    groups: ProcessGroups,
+    device: torch.device,
+    recorder: Recorder,
+    streams: Streams | None = None,
+) -> Engine:
+    """Initial weights, optimizer and exchange of the rank that `groups` belong to; no data.
+
+    Communication is queued on `streams`, by default those of `device`.
+    """
     order = OrderCheck(groups.ep) if config.exchange.check_order else None
-    worker = open_worker(groups.ep, device, order, recorder)
+    worker = open_worker(groups.ep, device, order, recorder, streams=streams)
     traffic = Traffic(config.topology, groups.rank)
     exchange = open_exchange(config.exchange, groups, config.model.experts, worker, traffic, largest_dispatch(config))
     pipeline = Pipeline.open(
@@ -223,6 +237,7 @@ def open_engine(config: RunConfig, groups: ProcessGroups, device: torch.device, 
         overlap=config.schedule.overlap,
         recorder=recorder,
         recompute=config.recompute.policy,
+        streams=streams,
     )
     model, dtype = build_model(config, groups, device), config.precision.compute_dtype(device)
     stepper = build_stepper(pipeline, model, exchange, dtype, config.micro_batches, config.optimizer)
@@ -240,7 +255,7 @@ def build_stepper(
     """What takes steps with `model`, this rank's share; `micro_batches` are those of most of them."""
     stages, groups = pipeline.stages, pipeline.groups
     program = stages.program(micro_batches)
-    sharded = build_optimizer(model, stages, program, groups, optimizer, dtype, pipeline.recorder)
+    sharded = build_optimizer(model, stages, program, groups, optimizer, dtype, pipeline.recorder, pipeline.streams)
     users = [stages.users(bucket.extents[0].name) for bucket in sharded.reducer.buckets]
     return Stepper(
         model=model,
@@ -266,6 +281,7 @@ def build_optimizer(
     config: OptimizerConfig,
     dtype: torch.dtype,
     recorder: Recorder = SILENT,
+    streams: Streams | None = None,
 ) -> ShardedOptimizer:
     """The optimizer of `model`, this rank's share, whose parameters become views of its buffers.
 
@@ -281,7 +297,7 @@ def build_optimizer(
         needed_from.append(first_use(program, groups.pp_rank, plan.users))
         order.append((first_use_anywhere(program, plan.users), len(order)))
     device = buckets[0].weights_N.device
-    worker = open_worker(groups.world, device, recorder=recorder, track=Track.REDUCE)
+    worker = open_worker(groups.world, device, recorder=recorder, track=Track.REDUCE, streams=streams)
     reducer = Reducer(buckets, final_after, groups.world, worker, Traffic(groups.topology, groups.rank))
     return ShardedOptimizer(reducer, AdamW(config), needed_from, [number for _, number in sorted(order)], recorder)
 

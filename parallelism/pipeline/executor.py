@@ -17,6 +17,7 @@ from ...comm.groups import ProcessGroups
 from ...comm.lane import Incoming, Lane, Outgoing, open_lane
 from ...comm.pending import Pending
 from ...comm.record import EDGE_WAIT, SILENT, Recorder, Track
+from ...comm.streams import Streams
 from .edges import Commit, Edge, Payload, edges
 from .overlap import Steps, drive, take_turns
 from .placement import Direction, Place
@@ -52,12 +53,14 @@ class Listener(Protocol):
         ...
 
 
-def open_lanes(groups: ProcessGroups, device: torch.device, recorder: Recorder = SILENT) -> dict[Direction, Lane]:
-    """A lane each way where the pipeline has neighbours."""
+def open_lanes(
+    groups: ProcessGroups, device: torch.device, recorder: Recorder = SILENT, streams: Streams | None = None
+) -> dict[Direction, Lane]:
+    """A lane each way where the pipeline has neighbours; on `streams`, by default those of `device`."""
     if groups.topology.pp == 1:
         return {}
     ways = ((Direction.UP, groups.up, Track.UP), (Direction.DOWN, groups.down, Track.DOWN))
-    return {way: open_lane(group, device, recorder, track) for way, group, track in ways}
+    return {way: open_lane(group, device, recorder, track, streams) for way, group, track in ways}
 
 
 @dataclass(frozen=True)
