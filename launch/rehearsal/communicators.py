@@ -26,6 +26,9 @@ class Communicator:
         """Return those of the `rehearsed` ranks that belong to it, ascending."""
         return sorted(set(self.ranks).intersection(rehearsed))
 
+    def __hash__(self) -> int:
+        return hash((self.group, self.ranks[0], len(self.ranks)))  # of 2048 ranks at each look-up would take minutes
+
     def __str__(self) -> str:
         return f"`{self.group}` of {ranks_text(self.ranks)}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .log import Finding, RankLog
@@ -28,14 +28,25 @@ class Fault:
         return f"{self.kind}, {ranks_text(self.ranks)}: {self.text}{where}"
 
 
-def own_faults(logs: Sequence[RankLog]) -> Iterator[Fault]:
-    """Return what single ranks show; what several show alike is one fault of them all."""
-    ranks: dict[Finding, list[int]] = {}
-    for log in logs:
-        for finding in dict.fromkeys(log.findings):
-            ranks.setdefault(finding, []).append(log.rank)
-    for finding, of in ranks.items():
-        yield Fault(finding.kind, tuple(of), finding.text, (finding.place,))
+def grouped(findings: Mapping[int, Sequence[Finding]]) -> Iterator[Fault]:
+    """Return the findings of single ranks, one fault for all that say the same of one line of code.
+
+    The instructions in which it happens differ: the first is named, and they are counted.
+    """
+    alike: dict[tuple[str, str, str], list[tuple[int, str]]] = {}
+    for rank, found in findings.items():
+        for finding in dict.fromkeys(found):
+            key = finding.kind, finding.text, line_of(finding.place)
+            alike.setdefault(key, []).append((rank, finding.place))
+    for (kind, text, _), of in alike.items():
+        ranks = tuple(dict.fromkeys(rank for rank, _ in of))
+        often = f"; {len(of)} times" if len(of) > len(ranks) else ""
+        yield Fault(kind, ranks, f"{text}{often}", (of[0][1],))
+
+
+def line_of(place: str) -> str:
+    """Return the line of our code without the instruction that a place begins with."""
+    return place.rpartition(": ")[2]
 
 
 def ends_early(log: RankLog) -> bool:

@@ -109,6 +109,7 @@ class Simulation:
         self._open_ends: defaultdict[tuple[Pair, int], set[int]] = defaultdict(set)
         self._contacts: dict[tuple[Communicator, int, int], tuple[frozenset[Pair], str]] = {}
         self._members: dict[Communicator, frozenset[int]] = {}
+        self._communicators: dict[Communicator, Communicator] = {}
         self._asleep: defaultdict[Hashable, list[Actor]] = defaultdict(list)
         self._ready: deque[Actor] = deque(Actor(rank) for rank in self.hosts)
 
@@ -127,6 +128,11 @@ class Simulation:
         if communicator not in self._members:
             self._members[communicator] = frozenset(communicator.ranks).intersection(self.hosts)
         return self._members[communicator]
+
+    def _communicator(self, event: Collective | Batch) -> Communicator:
+        """Return the one object for a communicator: what is identical is not compared rank by rank."""
+        communicator = Communicator.of(event)
+        return self._communicators.setdefault(communicator, communicator)
 
     def has_ended(self, rank: int) -> bool:
         """Return whether the host has done all that is in its log."""
@@ -171,7 +177,7 @@ class Simulation:
         return None if self.queues[reached.actor].done >= reached.items else reached
 
     def _call_collective(self, host: Host, event: Collective) -> Wait | None:
-        rank, communicator = host.log.rank, Communicator.of(event)
+        rank, communicator = host.log.rank, self._communicator(event)
         if event.group == CONTROL:
             return self._call_control(host, event, communicator)
         first = FirstCollective(communicator, event.operation)
@@ -209,7 +215,7 @@ class Simulation:
         return needed <= called
 
     def _call_batch(self, host: Host, event: Batch) -> Wait | None:
-        rank, communicator = host.log.rank, Communicator.of(event)
+        rank, communicator = host.log.rank, self._communicator(event)
         pairs = [(communicator, rank, message.peer) for message in event.sends if message.peer in self.hosts]
         pairs += [(communicator, message.peer, rank) for message in event.receives if message.peer in self.hosts]
         if not host.has_entered:

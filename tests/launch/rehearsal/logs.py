@@ -17,7 +17,7 @@ from shoestring.launch.rehearsal.log import (
     Record,
     StreamWait,
 )
-from shoestring.parallelism.pipeline.edges import Edge, edges
+from shoestring.parallelism.pipeline.edges import Commit, Edge, edges
 from shoestring.parallelism.pipeline.placement import Direction
 from shoestring.parallelism.pipeline.program import Program
 
@@ -92,17 +92,17 @@ class ProgramLog:
         self,
         program: Program,
         rank: int,
-        *,
+        commits: Sequence[Commit],
         warm: Sequence[Direction],
-        listener: Callable[[int, int], Sequence[Collective]] = lambda rank, index: (),
-        sends_first: bool = True,
+        listener: Callable[[int, int], Sequence[Collective]],
+        sends_first: bool,
     ) -> None:
         self._program, self._rank = program, rank
         self._events: list[LogEvent] = []
         self._made = 0
         self._arriving: dict[Edge, int] = {}
         self._warm_up(warm)
-        commits, row = edges(program)[rank], program.instructions[rank]
+        row = program.instructions[rank]
         for index in range(len(commits)):
             told = listener(rank, index - 1) if index else ()
             if not sends_first:
@@ -154,8 +154,10 @@ def program_logs(
     sends_first: bool = True,
 ) -> list[RankLog]:
     """Of every rank of the pipeline."""
-    ranks = range(program.ranks)
-    return [ProgramLog(program, rank, warm=warm, listener=listener, sends_first=sends_first).log() for rank in ranks]
+    return [
+        ProgramLog(program, rank, commits, warm, listener, sends_first).log()
+        for rank, commits in enumerate(edges(program))
+    ]
 
 
 def without(each: RankLog, *numbers: int) -> RankLog:
