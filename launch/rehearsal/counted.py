@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from ...parallelism.pipeline.program import Op
 from ...trainer.config import RunConfig
-from ...trainer.stages import Stages
+from ...trainer.stages import Stage, Stages
 from .log import Launches, RankLog
 
 MOE, DENSE, MTP, STEP = "MoE layer", "dense layer", "MTP module", "step"
@@ -54,37 +55,63 @@ def layer_pair(counts: Sequence[Count]) -> dict[str, tuple[float, float]]:
     return dict(sums)
 
 
+class _Owners:
+    """What the launches of each rank belong to, and how often there is such a thing."""
+
+    def __init__(self, config: RunConfig, stages: Stages, logs: Sequence[RankLog]) -> None:
+        self._dense_layers = config.model.dense_layers
+        self._plain: set[int] = set()
+        """Ranks that have MoE layers and nothing else."""
+        self.times: Counter[str] = Counter({STEP: len(logs)})
+        numbers = {log.micro_batches for log in logs}
+        micro_batches = {number: stages.program(number).micro_batches_of(0) for number in numbers}
+        for log in logs:
+            chunks = stages.chunks(log.pp_rank)
+            layers = {kind: n * micro_batches[log.micro_batches] for kind, n in _layers(config, chunks).items() if n}
+            self.times.update(layers)
+            if set(layers) == {MOE} and not any(chunk.is_first or chunk.is_last for chunk in chunks):
+                self._plain.add(log.rank)
+                self.times[_UNLABELED] += layers[MOE]
+
+    def of(self, rank: int, row: Launches) -> str:
+        """Return a key of `times`."""
+        if row.layer:
+            name, _, number = row.layer.rpartition("_")
+            if name != "layer":
+                return MTP
+            return DENSE if int(number) < self._dense_layers else MOE
+        if row.phase in _DENSE_PHASES:
+            return DENSE
+        return _UNLABELED if row.phase in _CHUNK_PHASES and rank in self._plain else STEP
+
+
+_UNLABELED = "launches of MoE layers that name no layer"
+_DENSE_PHASES = frozenset({"dense(F)", "dense(B)"})
+_CHUNK_PHASES = frozenset({*Op, "attn(W)", "mlp(W)"})
+"""Weight gradients, and what a chunk does between the phases of its layers. On a rank that has MoE layers alone all of
+it is theirs."""
+
+
+def _layers(config: RunConfig, chunks: Sequence[Stage]) -> dict[str, int]:
+    """Return how many layers of each kind the chunks of a rank have."""
+    layers = [layer for chunk in chunks for layer in chunk.layers]
+    dense = sum(layer < config.model.dense_layers for layer in layers)
+    return {DENSE: dense, MOE: len(layers) - dense, MTP: config.model.mtp_depth * any(c.is_last for c in chunks)}
+
+
 def _means(
     config: RunConfig, stages: Stages, logs: Sequence[RankLog], key_of: Callable[[Launches], Key]
 ) -> dict[tuple[str, Key], tuple[float, float]]:
     """Return launches and bytes by what is counted for and key."""
-    times = _times(config, stages, logs)
-    sums: dict[tuple[str, Key], list[float]] = {}
+    owners = _Owners(config, stages, logs)
+    sums: defaultdict[tuple[str, Key], list[int]] = defaultdict(lambda: [0, 0])
     for log in logs:
         for row in log.launches:
-            total = sums.setdefault((_kind(config, row.layer), key_of(row)), [0.0, 0.0])
+            total = sums[owners.of(log.rank, row), key_of(row)]
             total[0] += row.launches
             total[1] += row.bytes
-    return {key: (total[0] / times[key[0]], total[1] / times[key[0]]) for key, total in sums.items()}
-
-
-def _times(config: RunConfig, stages: Stages, logs: Sequence[RankLog]) -> dict[str, int]:
-    """Return how many micro-batches all layers of a kind see on all rehearsed ranks; of `step`, how many ranks."""
-    layers: dict[str, set[tuple[int, str]]] = {MOE: set(), DENSE: set(), MTP: set(), STEP: set()}
-    for log in logs:
-        for row in log.launches:
-            if row.layer:
-                layers[_kind(config, row.layer)].add((log.rank, row.layer))
-    per_layer = {number: stages.program(number).micro_batches_of(0) for number in {log.micro_batches for log in logs}}
-    seen = {log.rank: per_layer[log.micro_batches] for log in logs}
-    times = {kind: sum(seen[rank] for rank, _ in found) for kind, found in layers.items()}
-    return times | {STEP: len(logs)}
-
-
-def _kind(config: RunConfig, layer: str) -> str:
-    if not layer:
-        return STEP
-    name, _, number = layer.rpartition("_")
-    if name != "layer":
-        return MTP
-    return DENSE if int(number) < config.model.dense_layers else MOE
+    means: defaultdict[tuple[str, Key], tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+    for (owner, key), (launches, size) in sums.items():
+        of, times = MOE if owner == _UNLABELED else owner, owners.times[owner]
+        means[of, key] = means[of, key][0] + launches / times, means[of, key][1] + size / times
+    return dict(means)

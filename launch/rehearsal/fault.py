@@ -24,7 +24,8 @@ class Fault:
     """Of each of `ranks`, or one that they share: the instruction and the line of our code."""
 
     def __str__(self) -> str:
-        where = f" [{'; '.join(self.places)}]" if self.places else ""
+        is_told = not self.places or "\n" in self.text  # a text of several lines has the places where they belong
+        where = "" if is_told else f" [{'; '.join(dict.fromkeys(self.places))}]"
         return f"{self.kind}, {ranks_text(self.ranks)}: {self.text}{where}"
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .checks import GROUP_CREATIONS, WORLD_REDUCTIONS, difference
-from .counted import MOE, Count
+from .counted import DENSE, MOE, MTP, STEP, Count
 from .fault import ranks_text
 from .verdict import Verdict, batches, collectives, host_waits
 
@@ -113,7 +113,7 @@ def _host_reads(verdict: Verdict) -> Table:
 
 
 def _memory(verdict: Verdict) -> Table:
-    table = _table("Live tensors by phase, GB, on the rank where they are the most")
+    table = _table("Live tensors by phase, GB")
     for heading in ("phase", "most", "rank"):
         table.add_column(heading, justify="left" if heading == "phase" else "right")
     built = max(verdict.logs, key=lambda log: log.memory.building)
@@ -124,10 +124,10 @@ def _memory(verdict: Verdict) -> Table:
 
 
 def _phases(verdict: Verdict) -> Table:
-    table = _table("Launches and GB moved: of one layer in one micro-batch, of what no layer has in a whole step")
+    table = _table("Launches and GB moved, of a layer in one micro-batch or of a step")
     for heading in ("of", "phase", "stream", "launches", "GB"):
         table.add_column(heading, justify="left" if heading in ("of", "phase", "stream") else "right")
-    counts = sorted(verdict.phases, key=lambda count: (count.of, count.stream, -count.bytes))
+    counts = sorted(verdict.phases, key=lambda count: (_ORDER.index(count.of), count.stream, -count.bytes))
     for _, same in groupby(counts, key=lambda count: (count.of, count.stream)):
         for count in same:
             _add_count(table, count, (count.of, count.phase, count.stream))
@@ -136,6 +136,9 @@ def _phases(verdict: Verdict) -> Table:
         cells = (f"{MOE} pair", "forward and backward", stream, f"{launches:,.1f}", _giga(size))
         table.add_row(*cells)
     return table
+
+
+_ORDER = (MOE, DENSE, MTP, STEP)
 
 
 def _passes(verdict: Verdict, number: int) -> Table:

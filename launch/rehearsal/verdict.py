@@ -121,8 +121,8 @@ def batches(log: RankLog) -> int:
 
 
 def host_waits(log: RankLog) -> Iterator[HostWait]:
-    """Return where the host of the rank waits for its device."""
-    return (event for event in log.events if isinstance(event, HostWait))
+    """Return where the host of the rank waits for its device in the step."""
+    return (event for event in log.events if isinstance(event, HostWait) and not event.is_warm_up)
 
 
 def judge(config: RunConfig, logs: Sequence[RankLog]) -> Verdict:

@@ -19,14 +19,23 @@ from .logs import GIB, MEMORY, batch, collective, log, message, swapped
 CONFIG = compose_run(["experiment=quickstart"])
 """DualPipeV on two pipeline ranks; its model has a dense layer, three MoE layers and an MTP module."""
 
-ROWS = (
-    Launches("attn(F)", "layer_01", "compute", "mm", "trainer/model/attention.py:forward", 16, 4000),
-    Launches("attn(F)", "layer_01", "compute", "add", "trainer/model/attention.py:forward", 8, 8000),
-    Launches("attn(F)", "layer_02", "compute", "mm", "trainer/model/attention.py:forward", 24, 4000),
-    Launches("dispatch", "layer_02", "exchange", "index", "comm/layout.py:spread", 4, 800),
-    Launches("attn(F)", "layer_00", "compute", "mm", "trainer/model/attention.py:forward", 400, 40000),
-    Launches("attn(F)", "mtp_01", "compute", "mm", "trainer/model/attention.py:forward", 4, 4),
+ATTENTION = "trainer/model/attention.py:forward"
+MIDDLE = (
+    Launches("attn(F)", "layer_01", "compute", "mm", ATTENTION, 32, 8000),
+    Launches("attn(F)", "layer_02", "compute", "add", ATTENTION, 16, 16000),
+    Launches("dispatch", "layer_02", "exchange", "index", "comm/layout.py:spread", 6, 1200),
+    Launches("attn(W)", "", "compute", "mm", "parallelism/weight_grad.py:run", 24, 2400),
+    Launches("W", "", "compute", "mm", "parallelism/weight_grad.py:run", 8, 800),
+    Launches("FB", "", "compute", "add", "trainer/model/chunk.py:forward", 4, 400),
     Launches("optimizer", "", "compute", "adamw", "trainer/optimizer/adamw.py:step", 10, 5000),
+)
+"""Of the second pipeline rank, which has two MoE layers and nothing else; the first has one, and the rest."""
+ENDS = (
+    Launches("attn(F)", "layer_03", "compute", "mm", ATTENTION, 24, 0),
+    Launches("attn(W)", "", "compute", "mm", "parallelism/weight_grad.py:run", 100, 7000),
+    Launches("dense(F)", "", "compute", "mm", ATTENTION, 400, 40000),
+    Launches("attn(F)", "mtp_01", "compute", "mm", ATTENTION, 4, 4),
+    Launches("optimizer", "", "compute", "adamw", "trainer/optimizer/adamw.py:step", 30, 9000),
 )
 
 
@@ -145,36 +154,41 @@ def test_behind_an_error_only_the_error_is_told() -> None:
 
 
 def test_launches_are_those_of_one_layer_and_micro_batch() -> None:
-    """Two MoE layers of one rank and four micro-batches: 8 times a layer's phase, of which layer_02 has all."""
-    verdict = judged(replace(log(0), launches=ROWS), replace(log(1), launches=ROWS[6:]))
+    """Four micro-batches and three MoE layers: 12 times a phase. Weight gradients, without a layer, are two's."""
+    verdict = judged(replace(log(0), launches=ENDS), replace(log(1), launches=MIDDLE))
     counts = {(each.of, each.phase): (each.launches, each.bytes) for each in verdict.phases}
     assert counts == {
-        ("MoE layer", "attn(F)"): (48 / 8, 2000.0),
+        ("MoE layer", "attn(F)"): (72 / 12, 2000.0),
         ("MoE layer", "dispatch"): (0.5, 100.0),
-        ("dense layer", "attn(F)"): (100.0, 10000.0),
+        ("MoE layer", "attn(W)"): (3.0, 300.0),
+        ("MoE layer", "W"): (1.0, 100.0),
+        ("MoE layer", "FB"): (0.5, 50.0),
+        ("dense layer", "dense(F)"): (100.0, 10000.0),
         ("MTP module", "attn(F)"): (1.0, 1.0),
-        ("step", "optimizer"): (10.0, 5000.0),
+        ("step", "attn(W)"): (50.0, 3500.0),
+        ("step", "optimizer"): (20.0, 7000.0),
     }
-    assert verdict.layer_pair == {"compute": (6.0, 2000.0), "exchange": (0.5, 100.0)}
-    assert [each.operation for each in verdict.passes if each.of == "MoE layer"] == ["mm", "add", "index"]
+    assert verdict.layer_pair == {"compute": (10.5, 2450.0), "exchange": (0.5, 100.0)}
+    moved = [(each.operation, each.phase) for each in verdict.passes if each.of == "MoE layer"]
+    assert moved[:3] == [("add", "attn(F)"), ("mm", "attn(F)"), ("mm", "attn(W)")]
 
 
 def test_in_a_bidirectional_program_a_layer_sees_half_of_the_micro_batches() -> None:
     both = compose_run(["experiment=quickstart", "schedule=dualpipe"])
-    (count,) = judge(both, [replace(log(0), launches=ROWS[3:4])]).phases
-    assert (count.launches, count.bytes) == (2.0, 400.0)
+    (count,) = judge(both, [replace(log(1), launches=MIDDLE[2:3])]).phases
+    assert (count.launches, count.bytes) == (6 / 2 / 3, 1200 / 2 / 3)
 
 
 def test_the_tables_say_what_the_tree_says() -> None:
     read = HostWait(None, "compute", "read", "F: comm/two_hop.py:9 sizes")
-    verdict = judged(replace(log(0, read, collective("x"), batch([message("a", 3)])), launches=ROWS))
+    verdict = judged(replace(log(0, read, collective("x"), batch([message("a", 3)])), launches=ENDS[:1] + MIDDLE[2:3]))
     (rank,) = tree(verdict)["ranks"]
     assert (rank["collectives"], rank["batches"], rank["host_waits"], rank["group_creations"]) == (1, 1, 1, 14)
     assert rank["peak_above_prediction"] == pytest.approx(70 / 71 - 1)
     text = printed(verdict, passes=1)
     assert "75.16 │ mlp(B) │     76.24 │      -1.4% │     1.5 │" in text
     assert "│ comm/two_hop.py:9 sizes │ read │ no" in text
-    assert "│ MoE layer pair │ forward and backward │ exchange │      0.5 │" in text
-    assert "trainer/model/attention.py:forward" in text
-    assert "comm/layout.py:spread" not in text
-    assert "trainer/model/attention.py:forward" not in printed(verdict)
+    assert "│ MoE layer pair │ forward and backward │ exchange │      1.5 │" in text
+    assert "comm/layout.py:spread" in text
+    assert ATTENTION not in text
+    assert "comm/layout.py:spread" not in printed(verdict)
