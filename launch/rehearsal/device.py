@@ -8,19 +8,18 @@ answered by an oracle.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .fakes import Fakes
 from .ledger import Ledger
 
 _LARGE = 2**17
@@ -30,6 +29,7 @@ _EMPTY = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_stride
 _COPY = _aten.copy_.default
 _TO_COPY = _aten._to_copy.default
 _ITEM = _aten._local_scalar_dense.default
+_DEVICE = torch.ops.prim.device.default
 _CROSSING = (_COPY, _TO_COPY, _ITEM)
 
 
@@ -62,8 +62,13 @@ class RehearsedDevice(TorchDispatchMode):
     def __init__(self, ledger: Ledger, oracle: Oracle) -> None:
         super().__init__()
         self._ledger, self._oracle = ledger, oracle
-        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._fakes = Fakes()
         self._kinds: dict[OpOverload, _Kind] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """The wrapper against torch.compile, which is not used here, costs more than most operations."""
+        return False
 
     def __enter__(self) -> RehearsedDevice:
         self._lifts_on_cpu = torch._C._only_lift_cpu_tensors()  # type: ignore[attr-defined]
@@ -79,6 +84,8 @@ class RehearsedDevice(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run one operation."""
+        if func is _DEVICE:
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
         kwargs = kwargs or {}
         self._ledger.operations += 1
         kind = self._kinds.get(func)
@@ -87,9 +94,9 @@ class RehearsedDevice(TorchDispatchMode):
         if FakeTensor not in types:
             return self._of_host(func, kind, types, args, kwargs)
         if kind.is_view:
-            return self._fake.__torch_dispatch__(func, types, args, kwargs)
+            return self._fakes.run(func, types, args, kwargs)
         if kind.is_collective:
-            return self._fake.__torch_dispatch__(func, types, args, kwargs)
+            return self._fakes.run(func, types, args, kwargs)
         if func in _CROSSING:
             crossing = _crossing(func, args, kwargs)
             if crossing is not None:
@@ -98,12 +105,12 @@ class RehearsedDevice(TorchDispatchMode):
             return _on_host(func, args, kwargs)
         return self._of_device(func, kind, types, args, kwargs)
 
-    def kernel(self, name: str, tensors: Sequence[Tensor], frame: FrameType | None) -> None:
+    def kernel(self, name: str, tensors: Sequence[Tensor]) -> None:
         """Count a launch that torch does not dispatch."""
         for place, tensor in enumerate(tensors):
             if not is_on_device(tensor):
                 self._ledger.find("device", f"argument {place} of kernel {name} is a {_described(tensor)}")
-        self._ledger.launch(name, bytes_of(tensors), frame)
+        self._ledger.launch(name, bytes_of(tensors))
 
     def _of_host(self, func: Any, kind: _Kind, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Nothing that it takes is fake."""
@@ -117,7 +124,7 @@ class RehearsedDevice(TorchDispatchMode):
         if kind.name == "_pin_memory":
             return args[0]
         if kind.is_factory and args and _elements(args[0]) >= _LARGE:
-            return self._fake.__torch_dispatch__(func, types, args, kwargs)
+            return self._fakes.run(func, types, args, kwargs)
         return func(*args, **_unpinned(kwargs))
 
     def _of_device(self, func: Any, kind: _Kind, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -126,16 +133,16 @@ class RehearsedDevice(TorchDispatchMode):
             inputs += _tensors(kwargs.values())
         if len(inputs) > 1 and func is not _COPY:
             args, kwargs = self._on_one_device(kind, inputs, args, kwargs)
-        out = self._fake.__torch_dispatch__(func, types, args, _unpinned(kwargs))
+        out = self._fakes.run(func, types, args, _unpinned(kwargs))
         outputs = (out,) if isinstance(out, Tensor) else list(_tensors(out)) if isinstance(out, (tuple, list)) else ()
         is_used = False
         for tensor in outputs:
-            if tensor.fake_device.type == "cuda":  # type: ignore[attr-defined]
+            if tensor._fake_device.type == "cuda":  # type: ignore[attr-defined]
                 is_used = True
                 self._ledger.memory.add(tensor)
         if kind.is_free or not (is_used or any(map(is_on_device, inputs))):
             return out
-        self._ledger.launch(kind.name, bytes_of([*inputs, *outputs]), sys._getframe(2))
+        self._ledger.launch(kind.name, bytes_of([*inputs, *outputs]))
         return out
 
     def _on_one_device(
@@ -147,7 +154,7 @@ class RehearsedDevice(TorchDispatchMode):
             return args, kwargs
         for tensor in wrong:
             text = f"{kind.name} takes a {_described(tensor)} beside tensors of the device"
-            self._ledger.find("device", text, self._ledger.place(sys._getframe(3)))
+            self._ledger.find("device", text)
         moved = {id(tensor): self._empty(tensor) for tensor in wrong}
         return _replaced(tuple(args), moved), _replaced(dict(kwargs), moved)
 
@@ -155,18 +162,18 @@ class RehearsedDevice(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any], to_host: bool, waits: bool
     ) -> Any:
         """A copy between host and device."""
-        ledger, frame = self._ledger, sys._getframe(2)
+        ledger = self._ledger
         if waits:
             ledger.host_wait(None, ledger.stream, "read" if to_host else "synchronize")
         if func is _ITEM:
             return self._oracle.answer(args[0]).item() if to_host else 1
         source = args[1] if func is _COPY else args[0]
-        ledger.launch("copy to host" if to_host else "copy to device", 2 * bytes_of([source]), frame)
+        ledger.launch("copy to host" if to_host else "copy to device", 2 * bytes_of([source]))
         target = args[0] if func is _COPY else None
         if to_host and not isinstance(target, FakeTensor) and source.numel() < _LARGE:
             answer = self._oracle.answer(source)
             return answer.to(kwargs.get("dtype") or answer.dtype) if target is None else target.copy_(answer)
-        out = self._fake.__torch_dispatch__(func, types, args, kwargs)
+        out = self._fakes.run(func, types, args, kwargs)
         if not to_host:
             ledger.memory.add(out)
         return out
@@ -176,21 +183,21 @@ class RehearsedDevice(TorchDispatchMode):
         if not kwargs.get("non_blocking"):
             self._ledger.host_wait(None, self._ledger.stream, "synchronize")
         out = self._empty(tensor, kwargs.get("dtype"))
-        self._ledger.launch("copy to device", bytes_of([tensor, out]), sys._getframe(3))
+        self._ledger.launch("copy to device", bytes_of([tensor, out]))
         return out
 
     def _empty(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of the device with the shape and strides of one of the host."""
         func = _aten.empty_strided.default
         kwargs = {"dtype": dtype or like.dtype, "device": torch.device("cuda", 0)}
-        out: Tensor = self._fake.__torch_dispatch__(func, (), (like.shape, like.stride()), kwargs)
+        out: Tensor = self._fakes.run(func, (), (like.shape, like.stride()), kwargs)
         self._ledger.memory.add(out)
         return out
 
 
 def is_on_device(tensor: Tensor) -> bool:
     """Whether a tensor is one of the rehearsed device."""
-    return isinstance(tensor, FakeTensor) and tensor.fake_device.type == "cuda"
+    return isinstance(tensor, FakeTensor) and tensor._fake_device.type == "cuda"
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:

@@ -111,7 +111,7 @@ class LoggedCommunicator:
             if is_on_device(tensor) != self._on_device:
                 side, library = ("host", "NCCL") if self._on_device else ("device", "gloo")
                 text = f"{operation} over {self._group[0]} ({what}) takes a tensor of the {side}, which {library} does not"
-                self._ledger.find("device", text, self._ledger.place(sys._getframe(2)))
+                self._ledger.find("device", text)
         return what
 
 

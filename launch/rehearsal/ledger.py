@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Sequence
-from types import FrameType
 
 from torch import Tensor, UntypedStorage
 
 from .log import Batch, Collective, Finding, HostWait, Launches, LogEvent, Message, Record, StreamWait
-from .places import Places, caller
+from .places import Places
 from .spans import Spans
 
 COMPUTE = "compute"
@@ -95,10 +95,10 @@ class Ledger:
         self._launches.clear()
         self.memory.begin()
 
-    def launch(self, operation: str, size: int, frame: FrameType | None) -> None:
+    def launch(self, operation: str, size: int) -> None:
         """Count a launch that reads and writes `size` bytes."""
         place = self.spans.phases[-1]
-        key = (place.phase, place.layer, self.stream, operation, self.places.of_operation(frame))
+        key = (place.phase, place.layer, self.stream, operation, self.places.of_operation(sys._getframe()))
         row = self._launches.get(key)
         if row is None:
             row = self._launches[key] = [0, 0]
@@ -107,11 +107,11 @@ class Ledger:
 
     def find(self, kind: str, text: str, place: str | None = None) -> None:
         """Note a fault; by default where it is called from."""
-        self._findings.setdefault(Finding(kind, text, place or self.place(caller())))
+        self._findings.setdefault(Finding(kind, text, place or self.place()))
 
-    def place(self, frame: FrameType | None) -> str:
-        """Return the instruction, and the line of our code that `frame` is in or was called by."""
-        return f"{self.spans.where}: {self.places.of_event(frame)}"
+    def place(self) -> str:
+        """Return the instruction, and the line of our code that calls this."""
+        return f"{self.spans.where}: {self.places.of_event(sys._getframe())}"
 
     def collective(
         self,
@@ -133,7 +133,7 @@ class Ledger:
                 sends=tuple(rows[0]),
                 receives=tuple(rows[1]),
                 stream=self.stream,
-                place=self.place(caller()),
+                place=self.place(),
                 is_warm_up=self.is_warm_up,
             )
         )
@@ -142,7 +142,7 @@ class Ledger:
         self, group: tuple[str, tuple[int, ...]], sends: Sequence[Message], receives: Sequence[Message]
     ) -> None:
         """Log messages that are posted together."""
-        place = self.place(caller())
+        place = self.place()
         self.events.append(
             Batch(group[0], group[1], tuple(sends), tuple(receives), self.stream, place, self.is_warm_up)
         )
@@ -159,7 +159,7 @@ class Ledger:
 
     def host_wait(self, event: int | None, stream: str, reason: str) -> None:
         """Log that the host waits; inside an FB it may do so for the sizes of a dispatch, and for nothing else."""
-        spans, place = self.spans, self.place(caller())
+        spans, place = self.spans, self.place()
         self.events.append(HostWait(event, stream, reason, place, spans.is_pair))
         if spans.is_pair and not spans.is_dispatch:
             self.find("host read", f"the host waits for stream {stream} ({reason}) inside an FB", place)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType, FrameType, TracebackType
@@ -91,7 +90,3 @@ def _raised_in(trace: TracebackType | None) -> Iterator[tuple[FrameType, int]]:
         yield trace.tb_frame, trace.tb_lineno
         trace = trace.tb_next
 
-
-def caller() -> FrameType:
-    """Return the frame that called the function which calls this."""
-    return sys._getframe(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ from .groups import LoggedGroups
 from .ledger import Ledger
 from .log import Memory, RankLog
 from .oracle import BalancedOracle
-from .places import NO_PLACE, caller
+from .places import NO_PLACE
 from .routing import BalancedRouting
 from .spans import Spans
 from .stand_ins import standing_in
@@ -122,6 +123,7 @@ class Rehearsal:
         with standing_in(device), device:
             engine = open_engine(self.config, groups, DEVICE, ledger.spans, LoggedStreams(ledger))
             levels.state, levels.building = ledger.memory.now, ledger.memory.peak
+            ledger.spans.begin("step")
             ledger.begin_step()
             self._take_step(engine)
 
@@ -207,7 +209,7 @@ def _noting_warnings(ledger: Ledger) -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        place = ledger.places.of_event(caller())
+        place = ledger.places.of_event(sys._getframe())
         is_deprecation = issubclass(category, DeprecationWarning | FutureWarning) or "deprecated" in str(message)
         if is_deprecation and place != NO_PLACE:
             ledger.find("deprecated", str(message).strip().splitlines()[0], place)

@@ -36,6 +36,10 @@ class Spans:
         self.is_pair = False
         """Whether an FB runs."""
 
+    def begin(self, phase: str) -> None:
+        """Name what runs from here on where no span is open."""
+        self.phases[0] = Place(phase, "")
+
     def span(self, track: Track, name: str, detail: object = None) -> AbstractContextManager[object]:
         """See `Recorder`."""
         if name in (EXPOSED_EXCHANGE, EDGE_WAIT):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -37,7 +36,7 @@ def _counting_kernels(device: RehearsedDevice) -> Iterator[None]:
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
-        device.kernel(f"triton.{kernel.__name__}", tensors, sys._getframe(1))
+        device.kernel(f"triton.{kernel.__name__}", tensors)
 
     with patch.object(JITFunction, "run", run):
         yield
