@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .storage import share_storage
+
 TILE = 128
 """Neighbouring elements of a row that share a scale."""
 
@@ -116,7 +118,7 @@ def _moved(values_XD: Tensor) -> Tensor:
 
 def _own(x_XQI: Tensor, x_XD: Tensor) -> Tensor | None:
     """Memory to write into: the tiles themselves, where they are a copy of `x_XD`."""
-    return None if x_XQI.data_ptr() == x_XD.data_ptr() else x_XQI
+    return None if share_storage(x_XQI, x_XD) else x_XQI
 
 
 def tiled(x_XD: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from ...comm.storage import share_storage
 from ..model.recompute import keep_by_policy, kept_by_policy
 from .e5m6 import Packed, unpack_e5m6
 
@@ -43,10 +44,10 @@ class SharedOutput:
     ) -> Tensor:
         """What `attention` gives, [B, H, S, V]. What its backward keeps of that will be here."""
         shape = v_BHSV.shape  # and no tensor: autograd holds these functions as long as what they keep
-        inputs = {x.untyped_storage().data_ptr() for x in (q_BHSW, k_BHSW, v_BHSV)}
+        inputs = {x.untyped_storage()._cdata for x in (q_BHSW, k_BHSW, v_BHSV)}
 
         def keep(tensor: Tensor) -> Any:
-            if tensor.shape != shape or tensor.untyped_storage().data_ptr() in inputs:
+            if tensor.shape != shape or tensor.untyped_storage()._cdata in inputs:
                 return keep_by_policy(tensor)
             self._places.append(_Place(tensor, tensor.shape, tensor.stride(), tensor.dtype))
             return self._places[-1]
@@ -76,4 +77,4 @@ class SharedOutput:
 
 def _is_in(tensor: Tensor | None, other: Tensor) -> bool:
     assert tensor is not None
-    return tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    return share_storage(tensor, other)
