@@ -138,9 +138,7 @@ class Ledger:
             )
         )
 
-    def batch(
-        self, group: tuple[str, tuple[int, ...]], sends: Sequence[Message], receives: Sequence[Message]
-    ) -> None:
+    def batch(self, group: tuple[str, tuple[int, ...]], sends: Sequence[Message], receives: Sequence[Message]) -> None:
         """Log messages that are posted together."""
         place = self.place()
         self.events.append(
@@ -160,6 +158,6 @@ class Ledger:
     def host_wait(self, event: int | None, stream: str, reason: str) -> None:
         """Log that the host waits; inside an FB it may do so for the sizes of a dispatch, and for nothing else."""
         spans, place = self.spans, self.place()
-        self.events.append(HostWait(event, stream, reason, place, spans.is_pair))
+        self.events.append(HostWait(event, stream, reason, place, spans.is_pair, self.is_warm_up))
         if spans.is_pair and not spans.is_dispatch:
             self.find("host read", f"the host waits for stream {stream} ({reason}) inside an FB", place)

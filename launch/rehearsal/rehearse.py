@@ -78,7 +78,7 @@ class Rehearsal:
     def assumptions(self) -> tuple[str, ...]:
         """What stands for numbers that only a GPU would have."""
         routing = BalancedRouting.of(self.config)
-        rows = int(routing.copies_PE.sum()) // routing.ranks
+        rows = int(routing.copies.sum()) // routing.ranks
         return (
             f"routing is balanced: the experts of each rank receive {rows} rows a micro-batch, and a token visits"
             f" {routing.visits_of_ranks:.2f} ranks in {routing.visits_of_nodes:.2f} nodes",
@@ -190,7 +190,9 @@ def on_gpu(config: RunConfig, micro_batches: int | None) -> RunConfig:
 
 def _unknown(config: RunConfig) -> Iterator[Problem]:
     if config.exchange.name == "deepep":
-        remedy = "cannot be rehearsed: DeepEP's kernels need GPUs; rehearse exchange=two_hop_fp8, which sends the same rows"
+        remedy = (
+            "cannot be rehearsed: DeepEP's kernels need GPUs; rehearse exchange=two_hop_fp8, which sends the same rows"
+        )
         yield Problem("exchange.name", "deepep", remedy)
     if config.precision.provider not in ("auto", "triton"):
         remedy = "cannot be rehearsed: its kernels need a GPU; write auto or triton"
