@@ -298,7 +298,7 @@ def build_optimizer(
         order.append((first_use_anywhere(program, plan.users), len(order)))
     device = buckets[0].weights_N.device
     worker = open_worker(groups.world, device, recorder=recorder, track=Track.REDUCE, streams=streams)
-    reducer = Reducer(buckets, final_after, groups.world, worker, Traffic(groups.topology, groups.rank))
+    reducer = Reducer(buckets, final_after, worker, Traffic(groups.topology, groups.rank))
     return ShardedOptimizer(reducer, AdamW(config), needed_from, [number for _, number in sorted(order)], recorder)
 
 

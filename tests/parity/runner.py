@@ -74,7 +74,7 @@ def run_rank(world: World, layout: Layout, steps: int, break_name: str | None) -
 
 
 class RecordingReducer(Reducer):
-    """Keeps a copy of the reduced gradients at the moment their norm is taken: clipping comes after.
+    """Keeps a copy of the reduced gradients at the moment their squares are summed: clipping comes after.
 
     A rank has its own shards of them, and is given the others' here.
     """
@@ -84,11 +84,11 @@ class RecordingReducer(Reducer):
         self.model = model
         self.seen: list[dict[str, Tensor]] = []
 
-    def norm(self) -> float:
+    def sum_of_squares(self) -> Tensor:
         for bucket in self.buckets:
             bucket.group.all_gather(bucket.grads_GN, "gradients for a test")
         self.seen.append(released_gradients(self.model))
-        return super().norm()
+        return super().sum_of_squares()
 
 
 def build(

@@ -1,7 +1,7 @@
 """Saving beside the training: a step waits for the copy of the state, a thread brings the copy to the disk.
 
-No thread communicates. While a save is under way the ranks agree once a step, in the main thread, whether all of them
-have written; then the first one makes it a checkpoint. A disk that is full ends the save, not the run.
+No thread communicates. Once a step the ranks say, with everything else that they sum, whether they have written; when
+all of them have, the first one makes it a checkpoint. A disk that is full ends the save, not the run.
 """
 
 from __future__ import annotations
@@ -110,13 +110,18 @@ class Saver:
             writing: Future[object] = self._thread.submit(write_share, self._store.partial(step), file, copied)
             self._save = replace(self._save, work=writing)
 
-    def poll(self) -> Saved | None:
-        """Once a step: how the save under way ended, if it has ended since."""
+    def votes(self) -> tuple[bool, bool]:
+        """Whether this rank is through with a phase of the save under way, and whether it failed; for `poll`."""
         save = self._save
-        if save is None:
-            return None
-        done, failed = self._count(save.is_done, save.failure() is not None)
-        return self._advance(save, failed) if done == self._world.size else None
+        return (False, False) if save is None else (save.is_done, save.failure() is not None)
+
+    def poll(self, done: int, failed: int) -> Saved | None:
+        """Once a step: how the save under way ended, if it has ended since.
+
+        `done` and `failed` say on how many ranks the `votes` of this step were true.
+        """
+        save = self._save
+        return self._advance(save, failed) if save is not None and done == self._world.size else None
 
     def finish(self) -> Saved | None:
         """Wait for the save under way, if there is one, and say how it ended."""

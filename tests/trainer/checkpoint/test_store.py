@@ -122,12 +122,12 @@ def test_the_memory_for_copies_is_there_and_not_only_promised(tmp_path: Path) ->
 
 def test_poll_tells_once_when_a_save_has_ended(tmp_path: Path) -> None:
     saver = Saver(CheckpointStore(tmp_path, keep=2), WORLD)
-    assert saver.poll() is None
+    assert saver.poll(*saver.votes()) is None
     saver.begin(1, pieces(tensors()), Cover())
-    while (saved := saver.poll()) is None:
+    while (saved := saver.poll(*saver.votes())) is None:
         os.sched_yield()
     assert saved == Saved(1, tmp_path / "step_00000001", None)
-    assert (saver.poll(), saver.finish()) == (None, None)
+    assert (saver.poll(*saver.votes()), saver.finish()) == (None, None)
     saver.close()
 
 

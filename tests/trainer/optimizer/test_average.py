@@ -29,7 +29,7 @@ def build(groups: ProcessGroups, weights: torch.dtype) -> tuple[ShardedOptimizer
     members = [Member("weight", parameter, decays=False)]
     buckets = [Bucket("", members, groups.dense[(0,)], torch.bfloat16, weights)]
     worker = open_worker(groups.world, torch.device("cpu"))
-    reducer = Reducer(buckets, [0], groups.world, worker, Traffic(groups.topology, groups.rank))
+    reducer = Reducer(buckets, [0], worker, Traffic(groups.topology, groups.rank))
     return ShardedOptimizer(reducer, AdamW(OptimizerConfig()), [0], [0], SILENT), parameter
 
 
