@@ -92,6 +92,8 @@ class TrainingConfig:
     """Length of that sample; 0 for none."""
     collective_timeout_seconds: int = 300
     """A collective that waits longer than this ends the run."""
+    start_timeout_seconds: int = 1800
+    """How long ranks may take to find each other and to connect, once: at 2048 ranks one store serves them all."""
     stop_seconds: int = 300
     """After SIGTERM or SIGUSR1: the time for the step under way and a checkpoint. A run that needs longer is ended."""
 
@@ -101,7 +103,7 @@ class TrainingConfig:
         if self.device not in ("auto", "cpu", "cuda"):
             yield Problem("device", self.device, "must be auto, cpu or cuda")
         at_least_one = ["tokens", "sequence_length", "global_batch", "keep_checkpoints"]
-        for name in (*at_least_one, "collective_timeout_seconds", "stop_seconds"):
+        for name in (*at_least_one, "collective_timeout_seconds", "start_timeout_seconds", "stop_seconds"):
             if values[name] < 1:
                 yield Problem(name, values[name], "must be at least 1")
         if self.ramp_from is not None and not 1 <= self.ramp_from <= self.global_batch:
