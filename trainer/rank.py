@@ -16,8 +16,9 @@ from ..comm.open_exchange import open_exchange
 from ..comm.order import OrderCheck
 from ..comm.pending import Worker, open_worker
 from ..comm.record import SILENT, Recorder, Track
-from ..comm.streams import Streams
+from ..comm.streams import Streams, streams_of
 from ..comm.traffic import Traffic
+from ..comm.warm_up import warm_up_exchange
 from ..parallelism.bucket import Bucket
 from ..parallelism.gradients import Reducer
 from ..parallelism.pipeline.executor import Executor, open_lanes
@@ -252,7 +253,21 @@ def open_engine(
     )
     model, dtype = build_model(config, groups, device), config.precision.compute_dtype(device)
     stepper = build_stepper(pipeline, model, exchange, dtype, config.micro_batches, config.optimizer)
+    streams = streams or streams_of(device)
+    if streams is not None:  # gloo connects a group when it is made
+        warm_up(stepper, worker, config.exchange.name, device, streams)
     return Engine(pipeline, stepper, worker, traffic)
+
+
+def warm_up(stepper: Stepper, worker: Worker, exchange: str, device: torch.device, streams: Streams) -> None:
+    """Connect all that a step communicates over, and wait for the end of it: collective, in one order on all ranks.
+
+    `worker` runs the token exchange called `exchange`. See `comm.warm_up` for why.
+    """
+    stepper.executor.warm_up(device)
+    warm_up_exchange(exchange, stepper.groups, worker, device)
+    stepper.optimizer.warm_up()
+    streams.current().synchronize()
 
 
 def build_stepper(
