@@ -264,9 +264,8 @@ def warm_up(stepper: Stepper, worker: Worker, exchange: str, device: torch.devic
 
     `worker` runs the token exchange called `exchange`. See `comm.warm_up` for why.
     """
-    stepper.executor.warm_up(device)
     warm_up_exchange(exchange, stepper.groups, worker, device)
-    stepper.optimizer.warm_up()
+    stepper.warm_up(device)
     streams.current().synchronize()
 
 
