@@ -18,7 +18,7 @@ import ctypes
 import importlib
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +33,10 @@ from .exchange import Received
 from .failure import failing_clearly
 from .fp8 import RowTiles, dequantise, quantise, stand_in, tiles_of
 from .groups import ProcessGroups
-from .host import to_host
+from .host import HostCopy
 from .label import Call, Label
 from .layout import Visits, visited
-from .pending import Pending, Worker
+from .pending import InParts, Pending, Worker
 from .refusal import Problem
 from .wire import Format
 
@@ -108,12 +108,18 @@ class DeepEPExchange:
 
     def dispatch(
         self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: Label, *, as_tiles: bool = False
-    ) -> Pending[Received[DeepEPLayout]]:
-        """See `TokenExchange`."""
+    ) -> InParts[Received[DeepEPLayout]]:
+        """See `TokenExchange`. DeepEP exchanges sizes inside its one call and polls for them: that is the second part.
+
+        So the kernel starts only when the host proceeds; the first part counts visits and nothing else.
+        """
         call = Call("dispatch", label)
 
-        def work() -> Received[DeepEPLayout]:
-            visits = self._count_visits(experts_TK)
+        def first() -> Callable[[], Received[DeepEPLayout]]:
+            visits = self._worker.to_host_later(self._count_visits(experts_TK))
+            return lambda: second(visits)
+
+        def second(visits: HostCopy) -> Received[DeepEPLayout]:
             with self._failing_clearly(str(call)):
                 arrived, _, weights_R, handle, event = self._buffer.dispatch(
                     _encode(self._config.dispatch, tokens_TD),
@@ -126,9 +132,8 @@ class DeepEPExchange:
                     async_with_compute_stream=True,
                     do_expand=True,
                 )
-                # DeepEP has waited for the sizes, so these are there. Asked for later, they would wait for the rows.
-                rank_visits, node_visits = to_host(visits).tolist()
                 event.current_stream_wait(release_handle=True)
+            rank_visits, node_visits = visits.wait().tolist()  # there since DeepEP has waited for the sizes
             tokens, top_k = experts_TK.shape
             tiles = _tiles(*arrived) if as_tiles and isinstance(arrived, tuple) else None
             return Received(
@@ -141,7 +146,7 @@ class DeepEPExchange:
                 tiles=tiles,
             )
 
-        return self._worker.submit(str(call), work, (tokens_TD, weights_TK, experts_TK))
+        return self._worker.submit_in_parts(str(call), first, (tokens_TD, weights_TK, experts_TK))
 
     def combine(self, rows_RD: Tensor, received: Received[DeepEPLayout]) -> Pending[Tensor]:
         """See `TokenExchange`."""

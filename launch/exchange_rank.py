@@ -165,7 +165,9 @@ class Bench:
         square = torch.randn(256, 256, device=sent.tokens_TD.device)
 
         def start() -> Callable[[], object]:
-            return self._exchange.dispatch(sent.tokens_TD, sent.weights_TK, sent.experts_TK, _LABEL).wait
+            dispatched = self._exchange.dispatch(sent.tokens_TD, sent.weights_TK, sent.experts_TK, _LABEL)
+            dispatched.proceed()  # all of it is under way before products are queued
+            return dispatched.wait
 
         def exchanges() -> None:
             for _ in range(_IN_FLIGHT):
