@@ -8,6 +8,12 @@ dispatch. Inside an expert the rows come in any order, and in another one in eac
 `Traffic` stays empty: DeepEP does not tell which links its bytes take, and chooses by what NCCL sees of the machine.
 `Visits` follow from the routing and say what has to cross.
 
+A dispatch needs its sizes on the host. DeepEP polls for them and does not release the GIL meanwhile, so no thread of
+this rank that saves, averages or reads data runs until the other ranks have told theirs. Its `do_cpu_sync=False` does
+not wait, and is no way out: it allocates for every token of the group at min(K, L) experts of this rank, for
+DeepSeek-V3 7.5 GB a dispatch in place of 0.23, and the experts would still need the sizes. The layout of a cached
+dispatch (`combine_backward`) is known; it neither polls nor waits.
+
 Letters: T tokens of this rank, K experts a token, D hidden width, L experts on this rank, P ranks of the group,
 N nodes, R rows received by this rank, Q tiles of a row, X rows anywhere.
 """
@@ -29,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import ExchangeConfig
+from .deepep_buffer import BufferShape
 from .exchange import Received
 from .failure import failing_clearly
 from .fp8 import RowTiles, dequantise, quantise, stand_in, tiles_of
@@ -51,16 +58,6 @@ MOST_CHOICES = 32
 
 SMS_BETWEEN_NODES = 6
 """DeepEP's own estimate is for gates without a limit of nodes. It names 4 to 6 for training like V3's."""
-
-
-@dataclass(frozen=True)
-class BufferShape:
-    """What DeepEP's buffers are made for; every rank of a group has to say the same."""
-
-    tokens: int
-    """The most that one rank dispatches at once."""
-    width: int
-    top_k: int
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ..comm.bootstrap import WorkerEnvironment, start_default_group
 from ..comm.config import EXCHANGES, ExchangeConfig
-from ..comm.deepep import BufferShape, missing_for_deepep
+from ..comm.deepep import missing_for_deepep
+from ..comm.deepep_buffer import BufferShape
 from ..comm.exchange import TokenExchange
 from ..comm.groups import ProcessGroups
 from ..comm.label import Label

@@ -103,7 +103,7 @@ def _rank_tree(memory: RankMemory) -> dict[str, Any]:
         "state": vars(memory.state),
         "at_worst": {kind.value: size for kind, size in memory.at_worst.items()},
         "between": memory.between,
-        "fixed": memory.fixed,
+        "outside_of_allocator": vars(memory.outside),
         "total": memory.total,
     }
 
@@ -140,7 +140,8 @@ def _kinds(memory: RankMemory) -> Iterator[tuple[str, float]]:
         yield names.get(name, name), size
     for kind, size in memory.at_worst.items():
         yield kind.value, size
-    yield "outside of the allocator", memory.fixed
+    yield "CUDA context, libraries (assumed)", memory.outside.context
+    yield "exchange buffers", memory.outside.exchange
 
 
 def _compared(report: MemoryReport) -> Table:

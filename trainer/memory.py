@@ -19,14 +19,14 @@ from .config import RunConfig
 from .costs.activations import MicroBatch
 from .costs.buffers import Wire
 from .costs.chunk_memory import ChunkMemory, StageShape
-from .costs.memory import Chunks, RankMemory, fixed_bytes, rank_memory
+from .costs.memory import Chunks, Outside, RankMemory, rank_memory
 from .costs.state import Portion, State
 from .costs.working import Working
 from .model.model import Model
 from .optimizer.adamw import PIECE as ADAM_PIECE
 from .optimizer.adamw import PIECE_ON_GPU as ADAM_PIECE_ON_GPU
 from .precision.weights import blocks_bytes
-from .rank import stages_of
+from .rank import largest_dispatch, stages_of
 from .stages import Stages
 
 MARGIN = 0.05
@@ -50,8 +50,7 @@ class RunMemory:
         state = State.of(self._portions(plans), self._fp8_weights(pp_rank))
         of_rank = program, pp_rank, self._commits[pp_rank]
         worst, held = moments(*of_rank), between(*of_rank)
-        fixed = fixed_bytes(self.config.topology.ep, on_cpu=self.device.type == "cpu")
-        return rank_memory(state, chunks, worst, held, self._update(plans), fixed)
+        return rank_memory(state, chunks, worst, held, self._update(plans), self._outside)
 
     @property
     def most_rows(self) -> int:
@@ -85,6 +84,14 @@ class RunMemory:
     @cached_property
     def _models(self) -> dict[int, Model]:
         return {}
+
+    @property
+    def _outside(self) -> Outside:
+        if self.device.type == "cpu":
+            return Outside()
+        topology = self.config.topology
+        shape = largest_dispatch(self.config)
+        return Outside.of(self.config.exchange, shape, topology.ep_nodes, topology.ep_node_size)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..comm.deepep import BufferShape
+from ..comm.deepep_buffer import BufferShape
 from ..comm.exchange import TokenExchange
 from ..comm.groups import ProcessGroups
 from ..comm.lane import Lane

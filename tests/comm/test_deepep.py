@@ -15,7 +15,8 @@ from torch import Tensor
 
 from shoestring.comm import deepep
 from shoestring.comm.config import ExchangeConfig
-from shoestring.comm.deepep import BufferShape, deepep_problems
+from shoestring.comm.deepep import deepep_problems
+from shoestring.comm.deepep_buffer import BufferShape
 from shoestring.comm.exchange import TokenExchange
 from shoestring.comm.failure import CollectiveFailed
 from shoestring.comm.fp8 import dequantise
