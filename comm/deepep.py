@@ -24,7 +24,7 @@ import ctypes
 import importlib
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ from torch import Tensor
 
 from .config import ExchangeConfig
 from .deepep_buffer import BufferShape
+from .deepep_probe import why_deepep_fails
 from .exchange import Received
 from .failure import failing_clearly
 from .fp8 import RowTiles, dequantise, quantise, stand_in, tiles_of
@@ -55,6 +56,11 @@ WIDTH_STEP = 256
 """A warp of 32 threads moves 16 bytes of BF16 each."""
 MOST_CHOICES = 32
 """A warp has a thread for each of a token's experts."""
+
+_REBUILD = (
+    f'run pip install --no-deps "nvidia-nccl-cu13>={".".join(map(str, NCCL))}", so that torch loads it too, and build '
+    "DeepEP anew against it (the Dockerfile's target `deepep` does)"
+)
 
 SMS_BETWEEN_NODES = 6
 """DeepEP's own estimate is for gates without a limit of nodes. It names 4 to 6 for training like V3's."""
@@ -228,16 +234,33 @@ def _tiles(values_XD: Tensor, packed: Tensor) -> RowTiles:
 
 
 def deepep_problems(
-    shape: BufferShape, ranks: int, dtype: torch.dtype, device: str, local_ranks: int
+    shape: BufferShape,
+    ranks: int,
+    dtype: torch.dtype,
+    device: str,
+    local_ranks: int,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Problem]:
-    """Why `local_ranks` of this machine cannot exchange by DeepEP with `ranks` in all. Imports nothing of deep_ep."""
-    reasons = (*missing_for_deepep(device, local_ranks), *_impossible(shape, ranks, dtype))
+    """Why `local_ranks` of this machine cannot exchange by DeepEP with `ranks` in all; see `missing_for_deepep`."""
+    reasons = (*missing_for_deepep(device, local_ranks, environment), *_impossible(shape, ranks, dtype))
     for reason in reasons:
         yield Problem("exchange.name", "deepep", f"{reason}, or write exchange=two_hop")
 
 
-def missing_for_deepep(device: str, local_ranks: int) -> Iterator[str]:
-    """What this machine lacks, and what to do about it."""
+def missing_for_deepep(device: str, local_ranks: int, environment: Mapping[str, str] | None = None) -> Iterator[str]:
+    """What this machine lacks, and what to do about it.
+
+    Where all else is here, a child process with the `environment` of a rank (None: of this process) imports deep_ep.
+    This process does not.
+    """
+    missing = list(_missing(device, local_ranks))
+    if not missing and (failure := why_deepep_fails(environment)) is not None:
+        missing.append(f"importing deep_ep fails: {failure}; {_REBUILD}")
+    yield from missing
+
+
+def _missing(device: str, local_ranks: int) -> Iterator[str]:
+    """What can be seen from here."""
     spec = importlib.util.find_spec("deep_ep")
     build = "build version 2 of github.com/deepseek-ai/DeepEP, which needs CUDA 12.3 or later with nvcc"
     if spec is None:
@@ -257,7 +280,7 @@ def missing_for_deepep(device: str, local_ranks: int) -> Iterator[str]:
         )
     loaded = loaded_nccl()
     if loaded < NCCL:
-        yield f"DeepEP needs NCCL {_dotted(NCCL)} and {_dotted(loaded) or 'none'} is here; install nvidia-nccl-cu13"
+        yield f"DeepEP needs NCCL {_dotted(NCCL)} and {_dotted(loaded) or 'none'} is here; {_REBUILD}"
 
 
 def _impossible(shape: BufferShape, ranks: int, dtype: torch.dtype) -> Iterator[str]:
