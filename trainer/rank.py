@@ -16,7 +16,7 @@ from ..comm.open_exchange import open_exchange
 from ..comm.order import OrderCheck
 from ..comm.pending import Worker, open_worker
 from ..comm.record import SILENT, Recorder, Track
-from ..comm.streams import Streams
+from ..comm.streams import Streams, streams_of
 from ..comm.traffic import Traffic
 from ..parallelism.bucket import Bucket
 from ..parallelism.gradients import Reducer
@@ -256,6 +256,10 @@ def build_stepper(
     stages, groups = pipeline.stages, pipeline.groups
     program = stages.program(micro_batches)
     sharded = build_optimizer(model, stages, program, groups, optimizer, dtype, pipeline.recorder, pipeline.streams)
+    average = None
+    if optimizer.ema_decay is not None:
+        device = sharded.reducer.buckets[0].master_n.device
+        average = WeightAverage(sharded, optimizer.ema_decay, pipeline.streams or streams_of(device))
     users = [stages.users(bucket.extents[0].name) for bucket in sharded.reducer.buckets]
     return Stepper(
         model=model,
@@ -267,7 +271,7 @@ def build_stepper(
             lambda count: pipeline.executor(stages.program(count)), pipeline.executor(program), sharded, users
         ),
         optimizer=sharded,
-        average=None if optimizer.ema_decay is None else WeightAverage(sharded, optimizer.ema_decay),
+        average=average,
         groups=groups,
         recorder=pipeline.recorder,
     )
