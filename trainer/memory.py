@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 
 from ..comm.communicator import STAGED
+from ..comm.staged_reader import STAGED_BYTES
 from ..parallelism.bucket import bucket_length
 from ..parallelism.gradients import PIECE
 from ..parallelism.pipeline.edges import Commit, edges
@@ -36,6 +37,16 @@ _FP64 = 8  # bytes
 
 
 @dataclass(frozen=True)
+class HostBytes:
+    """What one rank holds on the host beside its processes and data; on a CPU, beside all that it computes with."""
+
+    copy_for_saves: float
+    """Of masters, moments and average, kept from the first save on."""
+    average: float = 0.0
+    """Of the weights, with what is staged on the way from a GPU. On a CPU it is part of the state."""
+
+
+@dataclass(frozen=True)
 class RunMemory:
     """Of a run on such devices."""
 
@@ -51,6 +62,16 @@ class RunMemory:
         of_rank = program, pp_rank, self._commits[pp_rank]
         worst, held = moments(*of_rank), between(*of_rank)
         return rank_memory(state, chunks, worst, held, self._update(plans), self._outside)
+
+    def on_host(self, pp_rank: int) -> HostBytes:
+        """One rank of this pipeline rank, padding at the end of buckets included."""
+        averages, on_cpu = self.config.optimizer.ema_decay is not None, self.device.type == "cpu"
+        copied = average = 0.0
+        for portion in self._portions(list(self._plans(pp_rank))):
+            shard = portion.elements / portion.copies
+            copied += shard * (portion.wide * (2 if averages else 1) + 2 * portion.moment)
+            average += shard * portion.wide
+        return HostBytes(copied, average + STAGED_BYTES if averages and not on_cpu else 0.0)
 
     @property
     def most_rows(self) -> int:

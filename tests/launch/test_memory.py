@@ -98,6 +98,23 @@ def test_the_average_of_the_weights_takes_none_of_a_gpus_memory() -> None:
         assert beside.total - without.total == pytest.approx(expected)
 
 
+def test_what_the_host_holds_beside_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """The average and 64 MiB on the way to it; a copy for saves of all that is not made from something else."""
+    plain, averaging = compose_run(SMALL), compose_run([*SMALL, "optimizer.ema_decay=0.9"])
+    for device in map(torch.device, ("cuda", "cpu")):
+        without, beside = (RunMemory(config, device) for config in (plain, averaging))
+        masters = without.of(0).state.gradients  # one rank has all, as wide as these
+        copied = masters + without.of(0).state.moments
+        assert (without.on_host(0).copy_for_saves, without.on_host(0).average) == (copied, 0)
+        assert beside.on_host(0).copy_for_saves == copied + masters
+        assert beside.on_host(0).average == (masters + 2**26 if device.type == "cuda" else 0)
+    arguments = (*SMALL, "optimizer.ema_decay=0.9", "training.device=cuda")
+    host = tree(capsys, *arguments)["on_host"][0]
+    text = memory(capsys, *arguments).split("\n")
+    for heading, size in (("for saves", host["copy_for_saves"]), ("average", host["average"])):
+        assert any(f"on the host, {heading}" in line and f"{size / 1e6:,.2f}" in line for line in text)
+
+
 def test_one_rank_is_a_way_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--one-rank = True: is how a run is measured; write --measure too" in memory(
         capsys, *SMALL, "--one-rank", code=2
