@@ -25,6 +25,7 @@ from ..trainer.model.attention_backend import (
 )
 from ..trainer.precision.provider import PROVIDERS, choose_provider, missing_for
 from .namespaces import missing_means
+from .rank_environment import rank_environment
 
 NOT_YET = "not yet run on hardware"
 TAKEN = "what precision.provider=auto takes"
@@ -65,7 +66,7 @@ def _exchanges() -> Iterator[Finding]:
     on_gpu = f"; on a GPU {NOT_YET}"
     yield Finding("token exchange", "flat", True, f"all-to-all, a row an expert: the oracle{on_gpu}")
     yield Finding("token exchange", "two_hop", True, f"once a node, then inside it; BF16 and FP8 on the wire{on_gpu}")
-    missing = list(missing_for_deepep("auto", 1))
+    missing = list(missing_for_deepep("auto", 1, rank_environment()))
     note = f"{'; '.join(missing)}; {NOT_YET}" if missing else NOT_YET
     yield Finding("token exchange", "deepep", not missing, note)
 
