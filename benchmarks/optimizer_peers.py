@@ -97,7 +97,7 @@ def shoestring(sizes: Sizes, rank: int, ranks: int, moments: torch.dtype) -> Run
     ]
     buckets = [Bucket("", each, groups.dense[(0,)], moments, torch.float32) for each in members]
     worker = open_worker(groups.world, torch.device("cpu"))
-    reducer = Reducer(buckets, range(len(buckets)), groups.world, worker, Traffic(groups.topology, rank))
+    reducer = Reducer(buckets, range(len(buckets)), worker, Traffic(groups.topology, rank))
     optimizer = ShardedOptimizer(reducer, AdamW(CONFIG), [0] * len(buckets), range(len(buckets)), SILENT)
     batches, scale = _batches(sizes, rank), _scale(sizes, ranks)
 
@@ -119,7 +119,7 @@ def shoestring(sizes: Sizes, rank: int, ranks: int, moments: torch.dtype) -> Run
         for index, batch in enumerate(batches):
             backward(batch, last=index == len(batches) - 1)
         reducer.finish()
-        norm = reducer.norm()
+        norm = reducer.norm(groups.world)
         optimizer.step(RATE, min(1.0, CONFIG.clip_norm / norm))
         optimizer.wait()
         return norm

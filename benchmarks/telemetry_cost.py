@@ -63,14 +63,14 @@ def open_reporter(run_dir: Path, log_every: int) -> Reporter:
     config = compose_run(["experiment=quickstart", *overrides])
     with mock.patch.object(sys, "stdout", io.StringIO()):
         reporter = Reporter(config, run_dir, "benchmark")
-        reporter.run(Speed(count_flops(config.model, config.training.sequence_length), 1.0), "cpu", "float32")
+        reporter.run(Speed(count_flops(config.model, config.training.sequence_length), 1.0), "cpu", "float32", "blocks")
         reporter.ready()
     return reporter
 
 
 CONFIG = compose_run(["experiment=quickstart"])
 COUNTS_E = {name: torch.full((CONFIG.model.experts,), 1000) for name in router_names(CONFIG.model)}
-RESULT = StepResult(3.0, 3.1, 1e-4, 4.0, 1.0, 2048, COUNTS_E, NO_VISITS, (-0.01, 0.01))
+RESULT = StepResult(3.0, 3.1, 1e-4, 4.0, 1.0, 2048, COUNTS_E, NO_VISITS, (-0.01, 0.01), ())
 
 
 def step(reporter: Reporter, number: int) -> None:

@@ -145,8 +145,6 @@ class ProcessGroups:
     """The pipeline of this rank, for what travels towards its end."""
     down: Group
     """The same ranks, for what travels towards its beginning: neighbours send to each other at the same moment."""
-    dense_dp: Group
-    """The ranks of this pipeline rank: each of them reads its own samples."""
     dense: Mapping[tuple[int, ...], Group]
     """By the pipeline ranks that hold a dense parameter: the ranks over which its gradient is summed.
 
@@ -187,7 +185,6 @@ class ProcessGroups:
             ep_inside=make.own("ep inside node", topology.ep_ranks_inside_node),
             up=make.own("pipeline up", topology.pp_ranks, max_ctas=P2P_CTAS),
             down=make.own("pipeline down", topology.pp_ranks, max_ctas=P2P_CTAS),
-            dense_dp=make.main("dense data-parallel", topology.dense_dp_ranks),
             dense=make.reducing("dense gradients", topology.dense_dp_ranks, shared),
             expert=make.reducing("expert gradients", topology.expert_dp_ranks, shared),
         )
@@ -205,32 +202,26 @@ _Parts = tuple[tuple[int, ...], ...]
 class _Maker:
     """Makes groups. Every rank makes every group, in the same order.
 
-    Groups that one thread uses share a communicator where their ranks are the same: those of the main thread, and those
-    that gradients are reduced over. Two threads must not issue collectives on one.
+    Groups that gradients are reduced over share a communicator where their ranks are the same, because one thread uses
+    them. Two threads, or two streams, must not issue collectives on one.
     """
 
     def __init__(self, topology: Topology, rank: int, limit: timedelta, open_groups: OpenGroups) -> None:
         self._topology, self._rank, self._limit, self._open = topology, rank, limit, open_groups
-        self._main: dict[_Parts, Communicator | None] = {}
         self._reducing: dict[_Parts, Communicator | None] = {}
 
     def world(self, everyone: tuple[int, ...]) -> Group:
         """The group of all ranks, for the main thread and tensors on the device."""
-        if len(everyone) > 1:
-            self._main[(everyone,)] = self._open.world(everyone)
-        return self._group(everyone, self._main.get((everyone,)))
+        return self._group(everyone, self._open.world(everyone) if len(everyone) > 1 else None)
 
     def control(self, everyone: tuple[int, ...]) -> Group:
         """The group of all ranks for tensors on the host."""
         return self._group(everyone, self._open.control(everyone) if len(everyone) > 1 else None)
 
-    def main(self, name: str, ranks_of: Callable[[int], tuple[int, ...]]) -> Group:
-        """The group of this rank, for the main thread."""
-        return self._group(ranks_of(self._rank), self._make(name, self._parts(ranks_of), self._main))
-
     def own(self, name: str, ranks_of: Callable[[int], tuple[int, ...]], max_ctas: int | None = None) -> Group:
         """The group of this rank, for a thread or a stream of its own."""
-        return self._group(ranks_of(self._rank), self._make(name, self._parts(ranks_of), {}, max_ctas))
+        parts = tuple(dict.fromkeys(map(ranks_of, range(self._topology.world_size))))
+        return self._group(ranks_of(self._rank), self._split(name, parts, max_ctas))
 
     def reducing(
         self, name: str, ranks_of: Callable[[int], tuple[int, ...]], shared: Sequence[tuple[int, ...]]
@@ -246,22 +237,17 @@ class _Maker:
                     for rank in range(pp_ranks[0] * topology.dp, (pp_ranks[0] + 1) * topology.dp)
                 )
             )
-            made = self._make(name, parts, self._reducing, REDUCE_CTAS)
+            if parts not in self._reducing:
+                self._reducing[parts] = self._split(name, parts, REDUCE_CTAS)
+            made = self._reducing[parts]
             for pp_ranks in holders:
                 if pp_rank in pp_ranks:
                     groups[pp_ranks] = self._group(topology.holders(ranks_of(self._rank), pp_ranks), made)
         return groups
 
-    def _parts(self, ranks_of: Callable[[int], tuple[int, ...]]) -> _Parts:
-        return tuple(dict.fromkeys(map(ranks_of, range(self._topology.world_size))))
-
-    def _make(
-        self, name: str, parts: _Parts, made: dict[_Parts, Communicator | None], max_ctas: int | None = None
-    ) -> Communicator | None:
-        if parts not in made:
-            several = [ranks for ranks in parts if len(ranks) > 1]
-            made[parts] = self._open.split(name, several, max_ctas) if several else None
-        return made[parts]
+    def _split(self, name: str, parts: _Parts, max_ctas: int | None) -> Communicator | None:
+        several = [ranks for ranks in parts if len(ranks) > 1]
+        return self._open.split(name, several, max_ctas) if several else None
 
     def _group(self, ranks: tuple[int, ...], communicator: Communicator | None) -> Group:
         return Group(ranks, communicator if len(ranks) > 1 else None, self._rank, self._limit)

@@ -86,9 +86,10 @@ class NcclGroups:
         self._device, self._rank, self._limit = device, rank, limit
 
     def world(self, ranks: tuple[int, ...]) -> Communicator:
-        """See `OpenGroups`: the default group itself."""
-        assert dist.group.WORLD is not None
-        return NcclCommunicator(dist.group.WORLD)
+        """See `OpenGroups`: a split like the others, because the default group has the longer limit of a start."""
+        communicator = self.split("world", [ranks], None)
+        assert communicator is not None
+        return communicator
 
     def control(self, ranks: tuple[int, ...]) -> Communicator:
         """See `OpenGroups`: a gloo group. Its pairs connect when they are used first (`TORCH_GLOO_LAZY_INIT`)."""

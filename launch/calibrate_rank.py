@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 _LIMIT = timedelta(minutes=2)
 _WARM_UP = 3
-_COLLECTIVES_A_STEP = 6  # of a few numbers: targets, sums, loads, norm, visits, biases (trainer/step.py)
+_COLLECTIVES_A_STEP = 2  # of few numbers: targets, and the sums of a step (trainer/step.py)
 _SOURCE = "shoestring calibrate: median on this machine, all ranks at work"
 
 
@@ -207,7 +207,8 @@ class Calibration:
                 top = [span for span in recorder.spans if span.track is Track.INSTRUCTION]
                 update.append(sum(_length(span) for span in top if span.name in (OPTIMIZER, REDUCE_WAIT)))
                 rest.append(whole - sum(map(_length, top)))
-        few, many = torch.zeros(8), torch.zeros(count)
+        few = torch.zeros(2 * self.config.model.layers * self.config.model.experts)  # loads and biases
+        many = torch.zeros(count)
         world = self.groups.world
 
         def seconds_of_sum(tensor: Tensor) -> float:

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     config = compose_run(overrides, None if directory is None else Path(directory))
     device = pick_device(config, worker)
     limit = timedelta(seconds=config.training.collective_timeout_seconds)
-    start_default_group(worker, device, limit)
+    start_default_group(worker, device, timedelta(seconds=config.training.start_timeout_seconds))
     holders, make = stages_of(config).all_holders(), open_groups_on(device, worker.rank, limit)
     groups = ProcessGroups.create(config.topology, worker.rank, limit, holders, make)
     own = measure(config, groups, device, skewed=skewed)

@@ -45,7 +45,7 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
         return _stop(config, worker, 2, str(Problem("world size", worker.world_size, f"{size}; start as many")))
     device = pick_device(config, worker)
     timeout = timedelta(seconds=config.training.collective_timeout_seconds)
-    start_default_group(worker, device, timeout)
+    start_default_group(worker, device, timedelta(seconds=config.training.start_timeout_seconds))
     try:
         holders = stages_of(config).all_holders()
         make = open_groups_on(device, worker.rank, timeout)

@@ -5,7 +5,7 @@ The loss is already scaled by global counts, so reduction is a sum and never an 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,7 +33,6 @@ class Reducer:
         self,
         buckets: Sequence[Bucket],
         final_after: Sequence[int],
-        world: Group,
         worker: Worker,
         traffic: Traffic,
     ) -> None:
@@ -41,7 +40,6 @@ class Reducer:
         self.buckets = tuple(buckets)
         self.worker, self.traffic = worker, traffic
         self._final_after = tuple(final_after)
-        self._world = world
         self._reducing: list[Pending[None]] = []
 
     def follow(self, final_after: Sequence[int]) -> None:
@@ -67,14 +65,19 @@ class Reducer:
         for pending in self._reducing:
             pending.wait()
 
-    def norm(self) -> float:
-        """The 2-norm over all parameters of the model, after `finish`; equal on all ranks.
+    def sum_of_squares(self) -> Tensor:
+        """The squares of the gradients that this rank owns, summed, after `finish`: FP64, 0-dimensional.
 
-        Each rank counts the shards that it owns, and each element is owned once. Squares are summed in FP64. NaN or
-        infinity anywhere makes it NaN or infinite everywhere: one verdict for all.
+        Each element of the model is owned once, so the root of the sum over all ranks is the gradient's norm.
         """
-        own = _sum_of_squares(bucket.grad_n for bucket in self.buckets)
-        total = self._world.all_reduce_sum(own, "gradient norm")
+        return _sum_of_squares([bucket.grad_n for bucket in self.buckets])
+
+    def norm(self, world: Group) -> float:
+        """Collective: the 2-norm over all parameters of the model, equal on all ranks; for callers that sum no more.
+
+        NaN or infinity anywhere makes it NaN or infinite everywhere: one verdict for all.
+        """
+        total = to_host(world.all_reduce_sum(self.sum_of_squares(), "gradient norm"))
         return float(total.sqrt().item())
 
     def scale(self, factor: float) -> None:
@@ -99,14 +102,13 @@ def count_shards(traffic: Traffic, operation: str, group: Group, shards_GN: Tens
     traffic.count(operation, group, [0 if peer == group.rank else size for peer in group.ranks])
 
 
-def _sum_of_squares(shards: Iterable[Tensor]) -> Tensor:
-    """FP64, 0-dimensional, on the CPU, where the sums of all devices meet.
+def _sum_of_squares(shards: Sequence[Tensor]) -> Tensor:
+    """FP64, 0-dimensional.
 
     The FP64 copy is made a piece at a time, in a buffer that stays in a cache: of whole gradients it costs more than
     the optimizer.
     """
-    sums = [_squares_of(piece) for shard_n in shards for piece in shard_n.split(PIECE)]
-    return to_host(torch.stack(sums).sum()) if sums else torch.zeros((), dtype=torch.float64)
+    return torch.stack([_squares_of(piece) for shard_n in shards for piece in shard_n.split(PIECE)]).sum()
 
 
 def _squares_of(piece: Tensor) -> Tensor:

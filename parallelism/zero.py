@@ -108,6 +108,17 @@ class ShardedOptimizer:
             self._hand_out(number)
         self.wait()
 
+    def warm_up(self) -> None:
+        """Collective: reduce gradients of zero and gather the weights as they are, each bucket as in a step.
+
+        A communicator of NCCL connects the ring, tree or switch of an algorithm when a collective first uses it, and
+        blocks the host until all its ranks do. The size of a collective decides its algorithm: so whole buckets.
+        Before the first step; gradients are zero afterwards.
+        """
+        self.reducer.begin()
+        self.reducer.finish()
+        self.publish()
+
     def close(self) -> None:
         """End what runs the collectives."""
         self.reducer.worker.close()

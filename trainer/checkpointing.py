@@ -46,9 +46,9 @@ def begin_save(rank: Rank, step: int, reporter: Reporter | None, *, owes_evaluat
         rank.saver.begin(step, _state(rank), Cover(facts, attachments, rank.state_names))
 
 
-def poll_save(rank: Rank, reporter: Reporter | None) -> None:
-    """Once a step: tell how the save under way has ended, if it has."""
-    _tell(rank.saver.poll(), reporter)
+def poll_save(rank: Rank, reporter: Reporter | None, done: int, failed: int) -> None:
+    """Once a step: tell how the save under way has ended, if it has; see `Saver.poll`."""
+    _tell(rank.saver.poll(done, failed), reporter)
 
 
 def finish_save(rank: Rank, reporter: Reporter | None) -> Saved | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ..comm.groups import ProcessGroups
+from ..comm.host import to_device, to_host
 from ..parallelism.pipeline.executor import Executor
 from .data.batch import TokenBatch
 from .data.samples import Samples
@@ -41,8 +42,8 @@ def evaluate(
     depth = chunks[0].model.config.mtp_depth
     loss_sum = sum(float(summary.main_sum) for stage in stages for summary in stage.summaries)
     targets = sum(int(count_targets(batch, depth)) for batch in batches) if groups.pp_rank == 0 else 0
-    own = torch.tensor((loss_sum, targets), dtype=torch.float64)
-    total, count = groups.world.all_reduce_sum(own, "sum of validation losses").tolist()
+    own = to_device(torch.tensor((loss_sum, targets), dtype=torch.float64), device)
+    total, count = to_host(groups.world.all_reduce_sum(own, "sum of validation losses")).tolist()
     return total / count, int(count)
 
 

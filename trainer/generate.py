@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..comm.groups import ProcessGroups
+from ..comm.host import to_device, to_host
 from ..parallelism.pipeline.executor import Executor
 from .model.chunk import Chunk
 from .running import LogitsStage
@@ -43,7 +44,7 @@ def generate(
             drawn = torch.multinomial((logits_V / temperature).softmax(dim=0), 1, generator=generator)
         if groups.topology.dp_rank(groups.rank) != 0:  # its like in other stages adds nothing either
             drawn.zero_()
-        token = int(groups.world.all_reduce_sum(drawn, "drawn token").item())
+        token = int(to_host(groups.world.all_reduce_sum(to_device(drawn, device), "drawn token")).item())
         if token == stop:
             break
         tokens.append(token)

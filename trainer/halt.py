@@ -30,10 +30,14 @@ class RunHalted(RuntimeError):  # noqa: N818 -- says what happened
         self.halt = halt
 
 
-def agree_to_halt(world: Group, *, asked: bool, over_budget: bool) -> Halt | None:
-    """Collective: whether any rank has a reason. Signals reach ranks between different steps; the verdict is one."""
-    flags = torch.tensor([asked, over_budget], dtype=torch.int64)
-    any_asked, any_over = world.all_reduce_sum(flags, "whether to halt").tolist()
-    if any_over:  # whoever starts the run again would meet it first
+def decide_to_halt(asked: int, over_budget: int) -> Halt | None:
+    """Return why the run halts, given on how many ranks it was asked to stop, and is over its budget."""
+    if over_budget:  # a run that is started again would meet it first
         return Halt.OVER_BUDGET
-    return Halt.PREEMPTED if any_asked else None
+    return Halt.PREEMPTED if asked else None
+
+
+def agree_to_halt(group: Group, *, asked: bool, over_budget: bool) -> Halt | None:
+    """Collective, before the first step: whether any rank has a reason. `group` is one for tensors on the host."""
+    flags = torch.tensor([asked, over_budget], dtype=torch.int64)
+    return decide_to_halt(*group.all_reduce_sum(flags, "whether to halt").tolist())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from .costs.flops import count_flops
 from .data.batch import TokenBatch
 from .evaluate import evaluate
 from .generate import generate
-from .halt import Halt, RunFailed, RunHalted, agree_to_halt
+from .halt import Halt, RunFailed, RunHalted, agree_to_halt, decide_to_halt
 from .rank import Rank, build_rank
 from .reporter import Reporter, Speed, timing
 from .step import NonFiniteStep, StepSettings
@@ -50,7 +50,7 @@ def train(
     done = 0
     try:
         done, owes_evaluation = _start(rank, reporter)
-        _halt_if_agreed(rank, done, reporter, stop_asked, is_saved=True)
+        _halt_before_training(rank, done, reporter, stop_asked)
         if owes_evaluation:
             _evaluate(rank, done, reporter)
         if done < config.total_steps:
@@ -58,11 +58,12 @@ def train(
         tracing = Tracing(rank, done)
         for step in range(done + 1, config.total_steps + 1):
             tracing.before(step)
-            seconds = _one_step(rank, step, reporter)
+            votes = Votes(rank, reporter, step, stop_asked)
+            seconds = _one_step(rank, step, reporter, votes)
             tracing.after(step, seconds, reporter)
             done = step
-            poll_save(rank, reporter)
-            _halt_if_agreed(rank, done, reporter, stop_asked, is_saved=False)
+            poll_save(rank, reporter, votes.saved, votes.failed)
+            _halt_if_agreed(rank, done, reporter, votes)
             if _is_due(step, config.training.evaluate_every, config.total_steps):
                 _evaluate(rank, step, reporter)
             if _is_due(step, config.training.checkpoint_every, config.total_steps):
@@ -98,7 +99,7 @@ def _start(rank: Rank, reporter: Reporter | None) -> tuple[int, bool]:
     peak = config.cluster.peak_tflops or measure_peak_tflops(rank.device, rank.dtype, groups.control)
     if reporter is not None:
         speed = Speed(count_flops(config.model, config.training.sequence_length), peak)
-        reporter.run(speed, str(rank.device), str(rank.dtype).removeprefix("torch."))
+        reporter.run(speed, str(rank.device), str(rank.dtype).removeprefix("torch."), str(rank.model.attention))
     facts = load_last(rank, reporter)
     done, owes_evaluation = 0, False
     if facts is not None:
@@ -110,32 +111,62 @@ def _start(rank: Rank, reporter: Reporter | None) -> tuple[int, bool]:
     return done, owes_evaluation
 
 
-def _halt_if_agreed(
-    rank: Rank, done: int, reporter: Reporter | None, stop_asked: Callable[[], bool], *, is_saved: bool
-) -> None:
-    """After `done` steps, of a run with more to do: raise `RunHalted` on all ranks if any of them has a reason.
+class Votes:
+    """What this rank tells the others in one step, and on how many ranks each of it was true."""
 
-    Whoever asks may not wait long: an evaluation that is due comes after the checkpoint, in the run's next life.
-    """
-    config = rank.config
-    if done == config.total_steps:
+    def __init__(self, rank: Rank, reporter: Reporter | None, step: int, stop_asked: Callable[[], bool]) -> None:
+        self._rank, self._reporter, self._step, self._stop_asked = rank, reporter, step, stop_asked
+        self.over_budget: str | None = None
+        """Why the run must halt for its budget; the first rank alone knows."""
+        self.halt: Halt | None = None
+        self.saved = self.failed = 0
+        """Of the save under way: how many ranks have written, and how many could not."""
+
+    def ask(self) -> tuple[bool, ...]:
+        """Return this rank's votes; asked shortly before the end of the step."""
+        if self._reporter is not None:
+            self.over_budget = self._reporter.must_halt(self._step)
+        return self._stop_asked(), self.over_budget is not None, *self._rank.saver.votes()
+
+    def count(self, counts: Sequence[int]) -> None:
+        """Take what the ranks have said."""
+        asked, over_budget, self.saved, self.failed = counts
+        self.halt = decide_to_halt(asked, over_budget)
+
+
+def _halt_before_training(rank: Rank, done: int, reporter: Reporter | None, stop_asked: Callable[[], bool]) -> None:
+    """Raise `RunHalted` on all ranks if any of them has a reason and there is more to do; `done` steps are saved."""
+    if done == rank.config.total_steps:
         return
     spent = None if reporter is None else reporter.must_halt(done)
-    halt = agree_to_halt(rank.groups.world, asked=stop_asked(), over_budget=spent is not None)
-    if halt is None:
+    halt = agree_to_halt(rank.groups.control, asked=stop_asked(), over_budget=spent is not None)
+    if halt is not None:
+        raise _halted(halt, f"after step {done}, which is in a checkpoint" if done else "before the first step", spent)
+
+
+def _halt_if_agreed(rank: Rank, done: int, reporter: Reporter | None, votes: Votes) -> None:
+    """After `done` steps, of a run with more to do: save and raise `RunHalted` on all ranks if any has a reason.
+
+    A stop cannot wait long: an evaluation that is due comes after the checkpoint, when the run goes on.
+    """
+    config = rank.config
+    if done == config.total_steps or votes.halt is None:
         return
-    where = f"after step {done}, which is in a checkpoint" if done else "before the first step"
-    if not is_saved:
-        owes = _is_due(done, config.training.evaluate_every, config.total_steps)
-        begin_save(rank, done, reporter, owes_evaluation=owes)
-        saved = finish_save(rank, reporter)
-        if saved is None or saved.failure is not None:
-            where = f"after step {done}, whose checkpoint could not be written"
+    owes = _is_due(done, config.training.evaluate_every, config.total_steps)
+    begin_save(rank, done, reporter, owes_evaluation=owes)
+    saved = finish_save(rank, reporter)
+    where = f"after step {done}, which is in a checkpoint"
+    if saved is None or saved.failure is not None:
+        where = f"after step {done}, whose checkpoint could not be written"
+    raise _halted(votes.halt, where, votes.over_budget)
+
+
+def _halted(halt: Halt, where: str, spent: str | None) -> RunHalted:
     reason = "it was asked to, and the same command goes on" if halt == Halt.PREEMPTED else spent
-    raise RunHalted(halt, f"stopped {where}: {reason}")
+    return RunHalted(halt, f"stopped {where}: {reason}")
 
 
-def _one_step(rank: Rank, step: int, reporter: Reporter | None) -> float:
+def _one_step(rank: Rank, step: int, reporter: Reporter | None, votes: Votes) -> float:
     """Step number `step`, from 1; return the seconds it took once its samples were there."""
     config = rank.config
     with timing(reporter, "data_stall"):
@@ -151,12 +182,13 @@ def _one_step(rank: Rank, step: int, reporter: Reporter | None) -> float:
     rank.traffic.clear()
     start = time.perf_counter()
     try:
-        result = rank.stepper.step(micro_batches, config.batches.size(step), settings)
+        result = rank.stepper.step(micro_batches, config.batches.size(step), settings, votes.ask)
     except NonFiniteStep:
         if reporter is not None:
             reporter.skipped(step, time.perf_counter() - start)
         raise
     seconds = time.perf_counter() - start
+    votes.count(result.votes)
     if reporter is not None:
         reporter.step(step, result, settings, seconds, rank.traffic, rank.stepper.optimizer.reducer.traffic)
     return seconds

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..comm.deepep import BufferShape
+from ..comm.deepep_buffer import BufferShape
 from ..comm.exchange import TokenExchange
 from ..comm.groups import ProcessGroups
 from ..comm.lane import Lane
@@ -16,8 +16,9 @@ from ..comm.open_exchange import open_exchange
 from ..comm.order import OrderCheck
 from ..comm.pending import Worker, open_worker
 from ..comm.record import SILENT, Recorder, Track
-from ..comm.streams import Streams
+from ..comm.streams import Streams, streams_of
 from ..comm.traffic import Traffic
+from ..comm.warm_up import warm_up_exchange
 from ..parallelism.bucket import Bucket
 from ..parallelism.gradients import Reducer
 from ..parallelism.pipeline.executor import Executor, open_lanes
@@ -37,6 +38,14 @@ from .data.manifest import Manifest
 from .data.prepared import Prepared, open_prepared
 from .data.samples import SampleOrder, Samples
 from .data.tokenizer import Tokenizer
+from .model.attention_backend import (
+    ON_CPU,
+    AttentionChoice,
+    GpuFacts,
+    choose_attention,
+    named_attention,
+    try_attention,
+)
 from .model.chunk import Chunk
 from .model.init import initialise
 from .model.model import Model
@@ -176,12 +185,15 @@ def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -
     train, validation = open_samples(config, prepared)
     recorder = TraceRecorder(nvtx=device.type == "cuda")
     engine = open_engine(config, groups, device, recorder)
+    dtype = config.precision.compute_dtype(device)
+    if device.type == "cuda":
+        try_attention(engine.stepper.model.attention, config.attention_case(dtype), device)
     store = CheckpointStore(Path(config.training.run_dir) / "checkpoints", config.training.keep_checkpoints)
     return Rank(
         config=config,
         groups=groups,
         device=device,
-        dtype=config.precision.compute_dtype(device),
+        dtype=dtype,
         engine=engine,
         train=train,
         order=SampleOrder(config.training.seed, len(train)),
@@ -241,7 +253,20 @@ def open_engine(
     )
     model, dtype = build_model(config, groups, device), config.precision.compute_dtype(device)
     stepper = build_stepper(pipeline, model, exchange, dtype, config.micro_batches, config.optimizer)
+    streams = streams or streams_of(device)
+    if streams is not None:  # gloo connects a group when it is made
+        warm_up(stepper, worker, config.exchange.name, device, streams)
     return Engine(pipeline, stepper, worker, traffic)
+
+
+def warm_up(stepper: Stepper, worker: Worker, exchange: str, device: torch.device, streams: Streams) -> None:
+    """Connect all that a step communicates over, and wait for the end of it: collective, in one order on all ranks.
+
+    `worker` runs the token exchange called `exchange`. See `comm.warm_up` for why.
+    """
+    warm_up_exchange(exchange, stepper.groups, worker, device)
+    stepper.warm_up(device)
+    streams.current().synchronize()
 
 
 def build_stepper(
@@ -256,6 +281,10 @@ def build_stepper(
     stages, groups = pipeline.stages, pipeline.groups
     program = stages.program(micro_batches)
     sharded = build_optimizer(model, stages, program, groups, optimizer, dtype, pipeline.recorder, pipeline.streams)
+    average = None
+    if optimizer.ema_decay is not None:
+        device = sharded.reducer.buckets[0].master_n.device
+        average = WeightAverage(sharded, optimizer.ema_decay, pipeline.streams or streams_of(device))
     users = [stages.users(bucket.extents[0].name) for bucket in sharded.reducer.buckets]
     return Stepper(
         model=model,
@@ -267,7 +296,7 @@ def build_stepper(
             lambda count: pipeline.executor(stages.program(count)), pipeline.executor(program), sharded, users
         ),
         optimizer=sharded,
-        average=None if optimizer.ema_decay is None else WeightAverage(sharded, optimizer.ema_decay),
+        average=average,
         groups=groups,
         recorder=pipeline.recorder,
     )
@@ -298,7 +327,7 @@ def build_optimizer(
         order.append((first_use_anywhere(program, plan.users), len(order)))
     device = buckets[0].weights_N.device
     worker = open_worker(groups.world, device, recorder=recorder, track=Track.REDUCE, streams=streams)
-    reducer = Reducer(buckets, final_after, groups.world, worker, Traffic(groups.topology, groups.rank))
+    reducer = Reducer(buckets, final_after, worker, Traffic(groups.topology, groups.rank))
     return ShardedOptimizer(reducer, AdamW(config), needed_from, [number for _, number in sorted(order)], recorder)
 
 
@@ -327,4 +356,15 @@ def build_model(config: RunConfig, groups: ProcessGroups, device: torch.device) 
     if fp8 is not None:
         model.use_fp8(fp8)
     model.compute_in_blocks(config.expert_rows)
+    model.use_attention(choose_for_run(config, device))
     return model
+
+
+def choose_for_run(config: RunConfig, device: torch.device) -> AttentionChoice:
+    """What computes attention on `device`, which is asked only where the configuration says `auto`."""
+    if device.type == "cpu":
+        return ON_CPU
+    name = config.training.attention
+    if name != "auto":
+        return named_attention(name)
+    return choose_attention(name, config.attention_case(config.precision.compute_dtype(device)), GpuFacts.here())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from ..comm.groups import ProcessGroups
 from ..comm.host import to_device, to_host
 from ..comm.layout import NO_VISITS, Visits
 from ..comm.record import OPTIMIZER, REDUCE_WAIT, SILENT, Recorder, Track
+from ..comm.warm_up import warm_up_all_reduce
 from ..parallelism.pipeline.executor import Executor
 from ..parallelism.zero import ShardedOptimizer
 from .data.batch import TokenBatch
@@ -24,11 +25,15 @@ from .model.tape import LossScales, Summary
 from .optimizer.average import WeightAverage
 from .programs import Programs
 from .running import RunningStage
+from .totals import Share, Totals, length, sum_over_ranks
 
-HOST_READS_A_STEP = 5
-"""How often the host waits for the device in one step: for the targets, losses, loads, norm and biases of the global
-batch, each in one piece. Beside these a rank waits once for each dispatch (see `TokenExchange`), and never inside an FB
-for anything else."""
+HOST_READS_A_STEP = 2
+"""How often the host waits for the device in one step: for the targets of the global batch before the first forward,
+and for everything that ranks sum at its end (`totals.py`). Beside these a rank waits once for each dispatch (see
+`TokenExchange`), and never inside an FB for anything else."""
+
+Votes = Callable[[], Sequence[bool]]
+"""What this rank has to say to the others, asked once a step, shortly before its end."""
 
 
 class NonFiniteStep(RuntimeError):  # noqa: N818 -- says what happened
@@ -67,6 +72,8 @@ class StepResult:
     """Of all routed layers together, padding included."""
     bias_range: tuple[float, float]
     """Smallest and largest routing bias after the step; zeros without routers."""
+    votes: tuple[int, ...]
+    """On how many ranks each vote was true."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,21 @@ class Stepper:
         """What ran the last step, or will run the first."""
         return self.programs.executor
 
-    def step(self, micro_batches: Sequence[TokenBatch], sequences: int, settings: StepSettings) -> StepResult:
+    def warm_up(self, device: torch.device) -> None:
+        """Connect what a step communicates over but for the token exchange: collective, in one order on all ranks.
+
+        See `comm.warm_up` for why.
+        """
+        self.executor.warm_up(device)
+        self.optimizer.warm_up()
+        few = torch.zeros(1, dtype=torch.float64, device=device)
+        routers = len(router_names(self.config))
+        for like in (few, few.expand(length(routers, self.config.experts))):
+            warm_up_all_reduce(self.groups.world, like)
+
+    def step(
+        self, micro_batches: Sequence[TokenBatch], sequences: int, settings: StepSettings, votes: Votes = tuple
+    ) -> StepResult:
         """Forward, backward, reduce, clip, update weights and routing biases.
 
         `micro_batches` are this rank's share of a global batch of `sequences`. The new weights may still be on their
@@ -108,15 +129,15 @@ class Stepper:
         self.optimizer.reducer.begin()
         summaries = list(self._forward_backward(micro_batches, scales))
         with self.recorder.span(Track.INSTRUCTION, REDUCE_WAIT):
-            main, mtp, balance = self._reduce_sums(summaries)
-            counts_E = self._reduce_counts(summaries)
             self.optimizer.reducer.finish()
-            norm = self.optimizer.reducer.norm()
+            totals = self._sum_over_ranks(summaries, votes())
+        main, mtp, balance = totals.losses
+        norm = math.sqrt(totals.squares)
         total = main * scales.main + mtp * scales.mtp + balance * scales.balance
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise NonFiniteStep(f"loss {total}, gradient norm {norm}: not finite, so no weight was changed")
         with self.recorder.span(Track.INSTRUCTION, OPTIMIZER):
-            self._update(norm, counts_E, settings)
+            self._update(norm, totals.counts_E, settings)
         return StepResult(
             loss=main / targets,
             mtp_loss=mtp / (max(depth, 1) * targets),
@@ -124,16 +145,18 @@ class Stepper:
             total_loss=total,
             grad_norm=norm,
             valid_tokens=targets,
-            counts_E=counts_E,
-            visits=self._reduce_visits(summaries),
-            bias_range=self._bias_range(),
+            counts_E=totals.counts_E,
+            visits=totals.visits,
+            bias_range=_bias_range(totals, settings.bias_speed),
+            votes=totals.votes,
         )
 
     def _count_targets(self, micro_batches: Sequence[TokenBatch]) -> int:
         """Valid next-token targets of the global batch, known before the first backward: each loss is scaled once."""
         counts = [count_targets(batch, self.config.mtp_depth) for batch in micro_batches]
-        count = self.groups.dense_dp.all_reduce_sum(to_host(sum_counts(counts)), "count of valid targets")
-        return max(1, int(count.item()))
+        count = to_host(self.groups.world.all_reduce_sum(sum_counts(counts), "count of valid targets"))
+        # The ranks of a pipeline read the same samples.
+        return max(1, int(count.item()) // self.groups.topology.pp)
 
     def _forward_backward(self, micro_batches: Sequence[TokenBatch], scales: LossScales) -> Iterator[Summary]:
         """Run the schedule; a summary of each micro-batch in each stage of this rank."""
@@ -144,29 +167,29 @@ class Stepper:
         for stage in stages:
             yield from stage.summaries
 
-    def _reduce_sums(self, summaries: Sequence[Summary]) -> tuple[float, float, float]:
-        """Each stage adds what it has: the last one the losses, all of them their layers' balance."""
+    def _sum_over_ranks(self, summaries: Sequence[Summary], votes: Sequence[bool]) -> Totals:
+        """Each stage adds what it has: the last one the losses, all of them their layers' balance and loads."""
         per_batch = [torch.stack((s.main_sum.double(), s.mtp_sum.double(), s.balance_sum.double())) for s in summaries]
-        sums = self.groups.world.all_reduce_sum(to_host(torch.stack(per_batch).sum(dim=0)), "sum of losses")
-        main, mtp, balance = sums.tolist()
-        return main, mtp, balance
+        # Routers of one pipeline rank are equal on all its ranks.
+        speaks = self.groups.topology.dp_rank(self.groups.rank) == 0
+        share = Share(
+            losses=torch.stack(per_batch).sum(dim=0),
+            squares=self.optimizer.reducer.sum_of_squares(),
+            counts_E=self._own_counts(summaries),
+            bias_E={name: router.bias_E for name, router in self.model.routers()} if speaks else {},
+            visits=sum((summary.visits for summary in summaries), NO_VISITS),
+            votes=votes,
+        )
+        return sum_over_ranks(share, router_names(self.config), self.config.experts, self.groups.world)
 
-    def _reduce_counts(self, summaries: Sequence[Summary]) -> dict[str, Tensor]:
-        """Load of the whole global batch, of every router: each token counted where it was routed from."""
-        names = router_names(self.config)
-        counts_NE = torch.zeros((len(names), self.config.experts), dtype=torch.int64)
-        own = [name for name in names if any(name in summary.counts_E for summary in summaries)]
-        if own:
-            sums = [sum_counts([s.counts_E[name] for s in summaries if name in s.counts_E]) for name in own]
-            counts_NE[[names.index(name) for name in own]] = to_host(torch.stack(sums))
-        if names:
-            self.groups.world.all_reduce_sum(counts_NE, "sum of expert loads")
-        return dict(zip(names, counts_NE.unbind(), strict=True))
-
-    def _reduce_visits(self, summaries: Sequence[Summary]) -> Visits:
-        own = sum((summary.visits for summary in summaries), NO_VISITS)
-        counts = torch.tensor(own.counts(), dtype=torch.int64)
-        return Visits(*self.groups.world.all_reduce_sum(counts, "sum of routing statistics").tolist())
+    def _own_counts(self, summaries: Sequence[Summary]) -> dict[str, Tensor]:
+        """Load of this rank's tokens, of every router here: each token is counted where it was routed from."""
+        names = [name for name, _ in self.model.routers()]
+        return {
+            name: sum_counts([s.counts_E[name] for s in summaries if name in s.counts_E])
+            for name in names
+            if any(name in s.counts_E for s in summaries)
+        }
 
     def _update(self, norm: float, counts_E: dict[str, Tensor], settings: StepSettings) -> None:
         if self.average is not None:
@@ -177,14 +200,18 @@ class Stepper:
         for name, router in self.model.routers():
             update_bias(router.bias_E, to_device(counts_E[name], router.bias_E.device), settings.bias_speed)
 
-    def _bias_range(self) -> tuple[float, float]:
-        biases = [router.bias_E for _, router in self.model.routers()]
-        ends = torch.full((2,), -math.inf)
-        if biases:
-            bias_NE = torch.stack(biases)
-            ends = to_host(torch.stack((-bias_NE.amin(), bias_NE.amax())))
-        least, most = self.groups.world.all_reduce_max(ends, "range of routing biases").tolist()
-        return (-least, most) if math.isfinite(most) else (0.0, 0.0)
+
+def _bias_range(totals: Totals, speed: float) -> tuple[float, float]:
+    """Of all routers after the step: every rank can work it out, because it knows all loads."""
+    biases = []
+    for name, before_E in totals.bias_E.items():
+        after_E = before_E.clone()
+        update_bias(after_E, totals.counts_E[name], speed)
+        biases.append(after_E)
+    if not biases:
+        return 0.0, 0.0
+    bias_NE = torch.stack(biases)
+    return float(bias_NE.amin()), float(bias_NE.amax())
 
 
 def count_targets(batch: TokenBatch, mtp_depth: int) -> Tensor:

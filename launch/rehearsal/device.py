@@ -1,7 +1,7 @@
 """A GPU that computes nothing: torch's operations on fake CUDA tensors, counted; real ones on the host.
 
-The mode sees every operation that torch dispatches. What touches a tensor of the device runs on fake tensors, which have
-shapes, dtypes and devices, and no memory. What touches the host alone runs for real, so that Python can read its
+The mode sees every operation that torch dispatches. What touches a tensor of the device runs on fake tensors, which
+have shapes, dtypes and devices, and no memory. What touches the host alone runs for real, so that Python can read its
 numbers; only large tensors of the host, which nothing reads, are fake too. What crosses from the device to the host is
 answered by an oracle.
 """
@@ -60,7 +60,7 @@ class RehearsedDevice(TorchDispatchMode):
     """Runs operations on fake tensors of `cuda:0` and writes them into a ledger."""
 
     def __init__(self, ledger: Ledger, oracle: Oracle) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._ledger, self._oracle = ledger, oracle
         self._fakes = Fakes()
         self._kinds: dict[OpOverload, _Kind] = {}
@@ -71,14 +71,14 @@ class RehearsedDevice(TorchDispatchMode):
         return False
 
     def __enter__(self) -> RehearsedDevice:
-        self._lifts_on_cpu = torch._C._only_lift_cpu_tensors()  # type: ignore[attr-defined]
-        torch._C._set_only_lift_cpu_tensors(True)  # type: ignore[attr-defined]
-        super().__enter__()
+        self._lifts_on_cpu = torch._C._only_lift_cpu_tensors()
+        torch._C._set_only_lift_cpu_tensors(True)
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        torch._C._set_only_lift_cpu_tensors(self._lifts_on_cpu)  # type: ignore[attr-defined]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        torch._C._set_only_lift_cpu_tensors(self._lifts_on_cpu)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -96,6 +96,7 @@ class RehearsedDevice(TorchDispatchMode):
         if kind.is_view:
             return self._fakes.run(func, types, args, kwargs)
         if kind.is_collective:
+            self._ledger.launch(f"c10d.{kind.name}", bytes_of(list(_tensors(args))))
             return self._fakes.run(func, types, args, kwargs)
         if func in _CROSSING:
             crossing = _crossing(func, args, kwargs)
@@ -218,7 +219,8 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
         return True
     if a.shape != b.shape or a.storage_offset() != b.storage_offset():
         return False
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    is_same: bool = a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return is_same
 
 
 def _touched(tensor: Tensor) -> int:
@@ -235,7 +237,7 @@ def _kind(func: Any) -> _Kind:
     schema = func._schema
     name = schema.name.partition("::")[2]
     is_view = all(each.alias_info is not None and not each.alias_info.is_write for each in schema.returns)
-    is_view = bool(schema.returns) and is_view or name == "_unsafe_view"
+    is_view = (bool(schema.returns) and is_view) or name == "_unsafe_view"
     takes_tensor = any("Tensor" in str(argument.type) for argument in schema.arguments)
     return _Kind(
         name=name,
@@ -265,7 +267,7 @@ def _crossing(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tupl
 
 
 def _is_host(device: object) -> bool:
-    return device is not None and torch.device(device).type == "cpu"  # type: ignore[call-overload,no-any-return]
+    return device is not None and torch.device(device).type == "cpu"  # type: ignore[call-overload]
 
 
 def _on_host(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

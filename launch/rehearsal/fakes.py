@@ -142,7 +142,8 @@ def _recipes(out: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Recip
 def _recipe(out: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Recipe:
     if type(out) is not FakeTensor or out.constant is not None:
         raise _Unknown
-    for name, value in (*enumerate(args), *kwargs.items()):
+    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for name, value in named:
         if value is out:
             return _Argument(name)
     state = dict(vars(out))
@@ -151,7 +152,7 @@ def _recipe(out: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Recipe
     storage = out.untyped_storage()
     for place, value in enumerate(args):
         if type(value) is FakeTensor and value.untyped_storage()._cdata == storage._cdata:
-            return _View(place, out.shape, out.stride(), out.storage_offset(), out.dtype, state)
+            return _View(place, out.shape, out.stride(), int(out.storage_offset()), out.dtype, state)
     nested = [value for each in (*args, *kwargs.values()) if isinstance(each, (tuple, list)) for value in each]
     taken = [value for value in (*nested, *kwargs.values()) if isinstance(value, Tensor)]
     if out.storage_offset() or any(value.untyped_storage()._cdata == storage._cdata for value in taken):

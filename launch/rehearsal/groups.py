@@ -110,7 +110,9 @@ class LoggedCommunicator:
             _insist(what, tensor.is_contiguous(), f"a tensor that is not contiguous, strides {tensor.stride()}")
             if is_on_device(tensor) != self._on_device:
                 side, library = ("host", "NCCL") if self._on_device else ("device", "gloo")
-                text = f"{operation} over {self._group[0]} ({what}) takes a tensor of the {side}, which {library} does not"
+                text = (
+                    f"{operation} over {self._group[0]} ({what}) takes a tensor of the {side}, which {library} does not"
+                )
                 self._ledger.find("device", text)
         return what
 
@@ -143,5 +145,3 @@ def _described(tensor: Tensor) -> tuple[tuple[int, ...], str]:
 
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-

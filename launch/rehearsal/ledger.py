@@ -138,9 +138,7 @@ class Ledger:
             )
         )
 
-    def batch(
-        self, group: tuple[str, tuple[int, ...]], sends: Sequence[Message], receives: Sequence[Message]
-    ) -> None:
+    def batch(self, group: tuple[str, tuple[int, ...]], sends: Sequence[Message], receives: Sequence[Message]) -> None:
         """Log messages that are posted together."""
         place = self.place()
         self.events.append(

@@ -24,6 +24,7 @@ from ...trainer.config import RunConfig
 from ...trainer.costs.memory import RankMemory
 from ...trainer.data.batch import TokenBatch
 from ...trainer.memory import RunMemory
+from ...trainer.model.attention_backend import unfit
 from ...trainer.rank import Engine, open_engine, stages_of
 from ...trainer.step import StepSettings
 from ..compose import compose_run
@@ -78,7 +79,7 @@ class Rehearsal:
     def assumptions(self) -> tuple[str, ...]:
         """What stands for numbers that only a GPU would have."""
         routing = BalancedRouting.of(self.config)
-        rows = int(routing.copies_PE.sum()) // routing.ranks
+        rows = int(routing.copies.sum()) // routing.ranks
         return (
             f"routing is balanced: the experts of each rank receive {rows} rows a micro-batch, and a token visits"
             f" {routing.visits_of_ranks:.2f} ranks in {routing.visits_of_nodes:.2f} nodes",
@@ -182,15 +183,25 @@ def on_gpu(config: RunConfig, micro_batches: int | None) -> RunConfig:
         training = replace(training, global_batch=size, ramp_from=None, ramp_step=None, ramp_tokens=0)
     config = replace(config, training=training)
     refuse_if_any([*config.problems(), *_unknown(config)])
+    if config.training.attention == "auto":
+        config = replace(config, training=replace(config.training, attention=_attention(config)))
     precision = config.precision
     if precision.linear == "fp8" and precision.provider == "auto":
         precision = replace(precision, provider="triton")
     return replace(config, precision=precision)
 
 
+def _attention(config: RunConfig) -> str:
+    """What `auto` takes on a Hopper GPU with all that it needs, but for FlashAttention-3, which is not in torch."""
+    case = config.attention_case(config.precision.compute_dtype(DEVICE))
+    return next(name for name in ("cudnn", "efficient", "math") if not any(unfit(name, case)))
+
+
 def _unknown(config: RunConfig) -> Iterator[Problem]:
     if config.exchange.name == "deepep":
-        remedy = "cannot be rehearsed: DeepEP's kernels need GPUs; rehearse exchange=two_hop_fp8, which sends the same rows"
+        remedy = (
+            "cannot be rehearsed: DeepEP's kernels need GPUs; rehearse exchange=two_hop_fp8, which sends the same rows"
+        )
         yield Problem("exchange.name", "deepep", remedy)
     if config.precision.provider not in ("auto", "triton"):
         remedy = "cannot be rehearsed: its kernels need a GPU; write auto or triton"

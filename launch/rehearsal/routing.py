@@ -51,35 +51,35 @@ class BalancedRouting:
         )
 
     @cached_property
-    def copies_PE(self) -> Counts:
+    def copies(self) -> Counts:
         """(token, expert) pairs of each rank, by expert."""
         return _spread(self.tokens * self.top_k, self.ranks, self.experts)
 
     @cached_property
-    def visits_PP(self) -> Counts:
+    def visits(self) -> Counts:
         """Tokens of each rank that have at least one expert on each rank."""
-        copies_PPL = self.copies_PE.reshape(self.ranks, self.ranks, -1)
+        copies_PPL = self.copies.reshape(self.ranks, self.ranks, -1)
         even_PP = _spread(round(self.tokens * self.visits_of_ranks), self.ranks, self.ranks)
         most_PP = np.minimum(self.tokens, copies_PPL.sum(axis=2))
         return np.clip(even_PP, copies_PPL.max(axis=2), most_PP)
 
     @cached_property
-    def visits_PN(self) -> Counts:
+    def node_visits(self) -> Counts:
         """Tokens of each rank that have at least one expert in each node."""
-        visits_PNG = self.visits_PP.reshape(self.ranks, self.nodes, -1)
+        visits_PNG = self.visits.reshape(self.ranks, self.nodes, -1)
         even_PN = _spread(round(self.tokens * self.visits_of_nodes), self.ranks, self.nodes)
         most_PN = np.minimum(self.tokens, visits_PNG.sum(axis=2))
         return np.clip(even_PN, visits_PNG.max(axis=2), most_PN)
 
     def flat(self, rank: int) -> list[int]:
         """Return what `FlatExchange` reads, [2P + L + 2]: sent, received, rows by expert, visits of ranks and nodes."""
-        copies_PPL = self.copies_PE.reshape(self.ranks, self.ranks, -1)
+        copies_PPL = self.copies.reshape(self.ranks, self.ranks, -1)
         parts = (
             copies_PPL[rank].sum(axis=1),
             copies_PPL[:, rank].sum(axis=1),
             copies_PPL[:, rank].sum(axis=0),
-            self.visits_PP[rank].sum(keepdims=True),
-            self.visits_PN[rank].sum(keepdims=True),
+            self.visits[rank].sum(keepdims=True),
+            self.node_visits[rank].sum(keepdims=True),
         )
         return _numbers(parts)
 
@@ -94,12 +94,12 @@ class BalancedRouting:
         rail_N = np.arange(self.nodes) * size + place
         own_G = slice(node * size, (node + 1) * size)
         parts = (
-            self.visits_PN[rank],
-            self.visits_PN[rail_N, node],
-            self.visits_PP[rail_N, own_G].sum(axis=0),
-            self.visits_PP[:, rank].reshape(self.nodes, size).sum(axis=0),
-            self.copies_PE.reshape(self.ranks, self.ranks, -1)[:, rank].sum(axis=0),
-            self.visits_PP[rank].sum(keepdims=True),
+            self.node_visits[rank],
+            self.node_visits[rail_N, node],
+            self.visits[rail_N, own_G].sum(axis=0),
+            self.visits[:, rank].reshape(self.nodes, size).sum(axis=0),
+            self.copies.reshape(self.ranks, self.ranks, -1)[:, rank].sum(axis=0),
+            self.visits[rank].sum(keepdims=True),
         )
         return _numbers(parts)
 

@@ -1,4 +1,4 @@
-"""The library that lets a torch without CUDA run autograd over fake CUDA tensors: compiled once, kept in the user's cache.
+"""The library that lets a torch without CUDA run autograd over fake CUDA tensors: compiled once and kept in a cache.
 
 Autograd asks a device guard and hooks, two internal C++ interfaces of torch, before it runs a node of a CUDA tensor.
 A build for CPUs has neither, so `cpp/` registers some that do nothing. They must be there before `import torch`.

@@ -11,7 +11,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from ...trainer.model import causal
 from .device import RehearsedDevice
 
 
@@ -22,7 +21,6 @@ def standing_in(device: RehearsedDevice) -> Iterator[None]:
         stack.enter_context(_counting_kernels(device))
         stack.enter_context(patch.object(torch.cuda, "_lazy_init", _nothing))
         stack.enter_context(patch.object(ThreadPoolExecutor, "submit", _at_once))
-        stack.enter_context(patch.object(causal, "causal_attention_twin", _cudnn_attention))
         yield
 
 
@@ -54,10 +52,3 @@ def _at_once(pool: ThreadPoolExecutor, function: Callable[..., Any], /, *args: A
     except Exception as error:
         future.set_exception(error)
     return future
-
-
-def _cudnn_attention(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
-    """The kernel that `causal_attention` takes on a Hopper GPU."""
-    attention = torch.ops.aten._scaled_dot_product_cudnn_attention
-    found: tuple[Tensor, ...] = attention(q_BHSW, k_BHSW, v_BHSV, None, True, 0.0, True, False, scale=scale)
-    return found[0]

@@ -5,7 +5,7 @@ Knows no model: a stage takes and gives tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,7 +49,7 @@ class Listener(Protocol):
         ...
 
     def after(self, instruction: int) -> None:
-        """It has run."""
+        """It has run, and what it made for other ranks is posted."""
         ...
 
 
@@ -61,6 +61,9 @@ def open_lanes(
         return {}
     ways = ((Direction.UP, groups.up, Track.UP), (Direction.DOWN, groups.down, Track.DOWN))
     return {way: open_lane(group, device, recorder, track, streams) for way, group, track in ways}
+
+
+_FIRST = "first message between neighbors"
 
 
 @dataclass(frozen=True)
@@ -98,15 +101,39 @@ class Executor:
         Raises `CollectiveFailed` for a message that does not come: it names instruction, message and peer.
         """
         run = _Run(self, stages)
+        run.post(self.commits[0])
         for index, instruction in enumerate(self.program.instructions[self.rank]):
-            run.post(self.commits[index])
             if listener is not None:
                 listener.before(index)
             run.instruction(index, instruction)
+            # Before the listener: it may start a collective with ranks that need these messages to get there.
+            run.post(self.commits[index + 1])
             if listener is not None:
                 listener.after(index)
-        run.post(self.commits[-1])
         run.finish()
+
+    def warm_up(self, device: torch.device) -> None:
+        """Exchange a first message of one element on `device` with each neighbor; collective over the pipeline.
+
+        NCCL connects two ranks at their first message and blocks the host until both have posted it. A schedule posts
+        its receives ahead, so its first one would wait for a message that its sender posts much later, or never.
+        All pairs of a direction connect in one batch: two ranks that are both next and previous to each other (a loop
+        of two) exchange their connections in one message, whose length must be the same at both ends.
+        """
+        for direction, lane in self.lanes.items():
+            sent = {edge.target for commit in self.commits for edge in commit.sends if edge.direction is direction}
+            awaited = {
+                edge.source for commit in self.commits for edge in commit.receives if edge.direction is direction
+            }
+            lane.post(
+                [Outgoing(_FIRST, torch.zeros(1, device=device), peer) for peer in self._peers(sent)],
+                [Incoming(_FIRST, lambda: torch.zeros(1, device=device), peer) for peer in self._peers(awaited)],
+            )
+            lane.finish()
+
+    def _peers(self, places: Iterable[Place]) -> list[int]:
+        """The global ranks of `places`, each once."""
+        return [self.global_ranks[rank] for rank in sorted({place.rank for place in places})]
 
 
 class _Run:

@@ -57,7 +57,7 @@ def ours(world: World, weights: torch.dtype) -> dict[str, Tensor]:
     members = [Member(name, value, decays=value.ndim >= 2) for name, value in parameters.items()]
     buckets = [Bucket("", members, groups.dense[(0,)], torch.float32, weights)]
     worker = open_worker(groups.world, torch.device("cpu"))
-    reducer = Reducer(buckets, [0], groups.world, worker, Traffic(groups.topology, world.rank))
+    reducer = Reducer(buckets, [0], worker, Traffic(groups.topology, world.rank))
     optimizer = ShardedOptimizer(reducer, AdamW(CONFIG), [0], [0], SILENT)
     for step in range(STEPS):
         reducer.begin()

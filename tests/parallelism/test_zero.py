@@ -56,15 +56,15 @@ def build(
         for shapes in BUCKETS
     ]
     worker = open_worker(groups.world, torch.device("cpu"))
-    reducer = Reducer(buckets, [0, 1], groups.world, worker, Traffic(groups.topology, groups.rank))
+    reducer = Reducer(buckets, [0, 1], worker, Traffic(groups.topology, groups.rank))
     return ShardedOptimizer(reducer, AdamW(CONFIG), [0, 0], [1, 0], SILENT), parameters
 
 
 def take_step(
-    optimizer: ShardedOptimizer, parameters: dict[str, Tensor], step: int, rank: int, ranks: int
+    optimizer: ShardedOptimizer, parameters: dict[str, Tensor], step: int, world: Group
 ) -> tuple[float, dict[str, Tensor]]:
     """Every rank adds its own gradients, of which the last one has none."""
-    reducer = optimizer.reducer
+    reducer, rank, ranks = optimizer.reducer, world.rank, world.size
     reducer.begin()
     if ranks == 1 or rank < ranks - 1:
         for name, grad in drawn(100 * step + rank + 1).items():
@@ -73,7 +73,7 @@ def take_step(
             total += grad
     reducer.after(0)
     reducer.finish()
-    norm = reducer.norm()
+    norm = reducer.norm(world)
     optimizer.step(RATE, min(1.0, CONFIG.clip_norm / norm))
     optimizer.wait()
     return norm, {name: value.detach().clone() for name, value in parameters.items()}
@@ -82,7 +82,7 @@ def take_step(
 def train(world: World, masters: torch.dtype, moments: torch.dtype, weights: torch.dtype) -> Any:
     groups = ProcessGroups.create(Topology(edp=world.size), world.rank, timedelta(seconds=30))
     optimizer, parameters = build(groups, masters, moments, weights)
-    results = [take_step(optimizer, parameters, step, world.rank, world.size) for step in range(STEPS)]
+    results = [take_step(optimizer, parameters, step, groups.world) for step in range(STEPS)]
     return [norm for norm, _ in results], results[-1][1]
 
 
@@ -129,9 +129,9 @@ def count_bytes(world: World) -> tuple[int, dict[str, int], list[int]]:
         return isend(tensor, **kwargs)
 
     with patch.object(dist, "isend", counted):
-        take_step(optimizer, parameters, 0, world.rank, world.size)
+        take_step(optimizer, parameters, 0, groups.world)
         first = sum(sent)
-        take_step(optimizer, parameters, 1, world.rank, world.size)
+        take_step(optimizer, parameters, 1, groups.world)
     assert sum(sent) == 2 * first  # and the count begins anew each step
     traffic = optimizer.reducer.traffic
     links = {operation: traffic.by_link(operation=operation) for operation in (REDUCE_SCATTER, ALL_GATHER)}

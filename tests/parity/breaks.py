@@ -12,6 +12,7 @@ from types import MappingProxyType
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,9 +30,10 @@ from shoestring.parallelism.zero import ShardedOptimizer
 from shoestring.tests.parity.layouts import Layout, Load, Padding
 from shoestring.trainer.data.batch import TokenBatch
 from shoestring.trainer.model.router import Router, Routing, update_bias
-from shoestring.trainer.model.tape import LossScales, Summary
+from shoestring.trainer.model.tape import LossScales
 from shoestring.trainer.running import RunningStage
 from shoestring.trainer.step import Stepper, StepResult, StepSettings, count_targets
+from shoestring.trainer.totals import Share, Totals, sum_over_ranks
 
 Patch = AbstractContextManager[object]
 MICRO_BATCHES = 2  # of the layouts that have more than one here
@@ -100,7 +102,7 @@ def sum_experts_over_every_rank() -> Patch:
     """Gradients of different experts are added as if they were replicas."""
 
     def start(self: Reducer, bucket: Bucket) -> None:
-        self._world.all_reduce_sum(bucket.grads_N, "break")
+        dist.all_reduce(bucket.grads_N)
         self._reducing.append(Done(None))
 
     return patch.object(Reducer, "_start", start)
@@ -109,20 +111,20 @@ def sum_experts_over_every_rank() -> Patch:
 def count_squares_once_a_replica() -> Patch:
     """The norm sums squares of everything that each rank holds, so that a parameter counts once a replica."""
 
-    def norm(self: Reducer) -> float:
-        own = gradients_module._sum_of_squares(bucket.grads_N for bucket in self.buckets)
-        return float(self._world.all_reduce_sum(own, "break").sqrt())
+    def sum_of_squares(self: Reducer) -> Tensor:
+        return gradients_module._sum_of_squares([bucket.grads_N for bucket in self.buckets])
 
-    return patch.object(Reducer, "norm", norm)
+    return patch.object(Reducer, "sum_of_squares", sum_of_squares)
 
 
 def leave_out_other_shards() -> Patch:
     """The norm takes what this rank owns for the whole model."""
 
-    def norm(self: Reducer) -> float:
-        return float(gradients_module._sum_of_squares(bucket.grad_n for bucket in self.buckets).sqrt())
+    def own_squares(share: Share, routers: Sequence[str], experts: int, world: Group) -> Totals:
+        own = float(share.squares)  # the sum replaces it
+        return replace(sum_over_ranks(share, routers, experts, world), squares=own)
 
-    return patch.object(Reducer, "norm", norm)
+    return patch.object(step_module, "sum_over_ranks", own_squares)
 
 
 def count_padding() -> Patch:
@@ -139,13 +141,10 @@ def count_padding() -> Patch:
 def count_own_tokens() -> Patch:
     """The load is that of this rank's tokens alone."""
 
-    def reduce_counts(self: Stepper, summaries: Sequence[Summary]) -> dict[str, Tensor]:
-        return {
-            name: torch.stack([summary.counts_E[name] for summary in summaries]).sum(dim=0)
-            for name in summaries[0].counts_E
-        }
+    def own_counts(share: Share, routers: Sequence[str], experts: int, world: Group) -> Totals:
+        return replace(sum_over_ranks(share, routers, experts, world), counts_E=dict(share.counts_E))
 
-    return patch.object(Stepper, "_reduce_counts", reduce_counts)
+    return patch.object(step_module, "sum_over_ranks", own_counts)
 
 
 def flip_bias() -> Patch:
@@ -205,7 +204,7 @@ def divide_mtp_by_own_targets() -> Patch:
             length = batch.valid_BW.shape[1] - 2
             own = (batch.valid_BW[:, :length] & batch.valid_BW[:, 2:]).sum()
             counts += torch.stack((count_targets(batch, 1), own))
-        main, mtp = self.groups.dense_dp.all_reduce_sum(counts, "counts").tolist()
+        main, mtp = self.groups.world.all_reduce_sum(counts, "counts").tolist()
         return step(self, micro_batches, sequences, replace(settings, mtp_weight=settings.mtp_weight * main / mtp))
 
     return patch.object(Stepper, "step", own_mean)

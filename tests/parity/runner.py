@@ -18,6 +18,7 @@ from shoestring.comm.open_exchange import open_exchange
 from shoestring.comm.order import OrderCheck
 from shoestring.comm.pending import Worker, open_worker
 from shoestring.comm.record import SILENT, Recorder
+from shoestring.comm.streams import Streams
 from shoestring.comm.traffic import Traffic
 from shoestring.parallelism.gradients import Reducer
 from shoestring.tests.parity.breaks import BREAKS
@@ -65,6 +66,11 @@ def run_rank(world: World, layout: Layout, steps: int, break_name: str | None) -
         stepper, gradients = build(layout, stages, groups, worker)
         records = tuple(take_step(stepper, gradients, layout, step, world.rank) for step in range(steps))
         stepper.optimizer.wait()
+    return outcome(records, gradients)
+
+
+def outcome(records: tuple[StepOutcome, ...], gradients: RecordingReducer) -> Outcome:
+    """What the steps of one rank left behind."""
     parts = {name: (value.detach().clone(), trained) for name, value, trained in released_parts(gradients.model)}
     return Outcome(
         records,
@@ -74,7 +80,7 @@ def run_rank(world: World, layout: Layout, steps: int, break_name: str | None) -
 
 
 class RecordingReducer(Reducer):
-    """Keeps a copy of the reduced gradients at the moment their norm is taken: clipping comes after.
+    """Keeps a copy of the reduced gradients at the moment their squares are summed: clipping comes after.
 
     A rank has its own shards of them, and is given the others' here.
     """
@@ -84,11 +90,11 @@ class RecordingReducer(Reducer):
         self.model = model
         self.seen: list[dict[str, Tensor]] = []
 
-    def norm(self) -> float:
+    def sum_of_squares(self) -> Tensor:
         for bucket in self.buckets:
             bucket.group.all_gather(bucket.grads_GN, "gradients for a test")
         self.seen.append(released_gradients(self.model))
-        return super().norm()
+        return super().sum_of_squares()
 
 
 def build(
@@ -98,10 +104,11 @@ def build(
     worker: Worker,
     recorder: Recorder = SILENT,
     compute: torch.dtype | None = None,
+    streams: Streams | None = None,
 ) -> tuple[Stepper, RecordingReducer]:
     """What `trainer.rank.build_rank` makes, with the twin's weights, and without data and checkpoints.
 
-    It computes in the layout's dtype, unless `compute` is another.
+    It computes in the layout's dtype, unless `compute` is another. Communication is queued on `streams`, if any.
     """
     topology, rank = layout.topology, groups.rank
     model = Model(model_config(layout.config), stages.share(topology, rank))
@@ -116,7 +123,15 @@ def build(
     traffic = Traffic(topology, rank)
     exchange = open_exchange(config, groups, layout.config.experts, worker, traffic)
     cpu = torch.device("cpu")
-    pipeline = Pipeline.open(stages, groups, cpu, overlap=layout.overlap, recorder=recorder, recompute=layout.recompute)
+    pipeline = Pipeline.open(
+        stages,
+        groups,
+        cpu,
+        overlap=layout.overlap,
+        recorder=recorder,
+        recompute=layout.recompute,
+        streams=streams,
+    )
     # BF16 moments are compared by the element, in tests/trainer/optimizer: rounding is no error of a layout.
     optimizer = OptimizerConfig(eps=ADAM_EPS, moments="auto" if layout.dtype == torch.float64 else "float32")
     stepper = build_stepper(pipeline, model, exchange, compute or layout.dtype, layout.micro_batches, optimizer)

@@ -79,6 +79,7 @@ def with_one_nan(world: World, break_name: str | None) -> tuple[str, bool, float
         with broken, patch.object(Reducer, "after", spoilt):
             try:
                 take_step(stepper, reducer, layout, 0, world.rank)
+                stepper.optimizer.wait()  # for the other rank's weights
                 did = "stepped"
             except NonFiniteStep:
                 did = "refused"

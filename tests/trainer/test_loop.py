@@ -32,8 +32,10 @@ from shoestring.trainer.data.prepared import open_prepared
 from shoestring.trainer.data.samples import SampleOrder, Samples
 from shoestring.trainer.halt import RunHalted
 from shoestring.trainer.loop import train
+from shoestring.trainer.memory import RunMemory
 from shoestring.trainer.rank import open_samples, stages_of
 from shoestring.trainer.running import RunningStage
+from shoestring.trainer.step import Stepper, StepResult
 from shoestring.trainer.telemetry.history import read_metrics
 
 STEPS, LENGTH, BATCH = 3, 16, 8
@@ -293,10 +295,17 @@ def train_until(world: World, tree: dict[str, Any], looks: int, spent_in_a_step:
     config = build(RunConfig, tree)
     groups = ProcessGroups.create(config.topology, world.rank, timedelta(seconds=30))
 
-    def spent(meter: Meter) -> float:
-        return spent_in_a_step * summarise(run_dir).steps_retained
+    begun = summarise(run_dir).steps_retained if run_dir.exists() else 0
+    step, taken = Stepper.step, list[int]()
 
-    with mock.patch.object(Meter, "gpu_hours", spent):
+    def counted(self: Stepper, *arguments: Any) -> StepResult:
+        taken.append(len(taken))
+        return step(self, *arguments)
+
+    def spent(meter: Meter) -> float:
+        return spent_in_a_step * (begun + len(taken))
+
+    with mock.patch.object(Meter, "gpu_hours", spent), mock.patch.object(Stepper, "step", counted):
         try:
             stop_asked = (lambda: next(asked, None) is None) if world.rank == world.size - 1 else lambda: False
             train(config, groups, torch.device("cpu"), "test", stop_asked)
@@ -375,6 +384,9 @@ def test_memory_for_saves_is_reserved_once_before_the_first_step(root: Path) -> 
     assert first == "reserve"
     assert saves
     assert all(save == ("begin", size) for save in saves)
+    predicted = RunMemory(build(RunConfig, tree), torch.device("cpu")).on_host(0).copy_for_saves
+    random = len(torch.get_rng_state())  # the state of a generator is not counted
+    assert predicted == pytest.approx(size - random, rel=0.01)
     assert run_processes(1, reserved_bytes, tree) == [[]]  # a run that has nothing left to do
 
 

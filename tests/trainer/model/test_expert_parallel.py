@@ -57,13 +57,13 @@ def run_rank(topology: Topology, rank: int, name: str, dtype_name: str) -> Outco
     reducer.finish()
     summary = forward.summary
     sums = torch.stack((summary.main_sum, summary.mtp_sum, summary.balance_sum)).double()
-    groups.dense_dp.all_reduce_sum(sums, "sums")
+    groups.world.all_reduce_sum(sums, "sums")
     loads = {
-        key: groups.dense_dp.all_reduce_sum(load.clone(), "load").tolist()
+        key: groups.world.all_reduce_sum(load.clone(), "load").tolist()
         for key, load in forward.summary.counts_E.items()
     }
     main, mtp, balance = sums.tolist()
-    norm = reducer.norm()
+    norm = reducer.norm(groups.world)
     for bucket in reducer.buckets:
         bucket.group.all_gather(bucket.grads_GN, "gradients for a test")
     return main, mtp, balance, loads, released_gradients(chunk.model), norm

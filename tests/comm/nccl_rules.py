@@ -1,0 +1,292 @@
+"""NCCL's rules on CPUs: stand-ins for CUDA streams and NCCL communicators over gloo.
+
+With these the classes that GPUs use (`StreamLane`, `StreamWorker`) run in tests. The rules:
+
+* A pair's first message, and a group's first collective of each algorithm, block the calling thread until all members
+  have made the matching call (NCCL 2.30: `ncclTransportP2pSetup` in transport.cc, `ncclCollPreconnect` in group.cc).
+* Every other call only queues. Waiting for it holds a stream, and the host when it computes on that stream.
+* Calls on one communicator run in the order in which they were launched.
+* A batch of messages ends when all of them are matched.
+* Two ranks that are next and previous to each other swap their connections in one message. An end that connects fewer
+  channels than the other gets a message of another length, which is an error.
+
+A CPU computes at once, in the host thread. So what a stream of a GPU would hold back holds the host: not where it waits
+for an event, but at the first tensor operation behind it, which `Eager` sees. Posting alone never blocks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shoestring.comm.communicator import Communicator, GlooCommunicator, Messages
+from shoestring.comm.open_groups import GlooGroups
+from shoestring.comm.streams import Stream
+
+CONNECT, COLLECT = 1 << 10, 1 << 20
+"""Tags of the messages by which pairs and algorithms connect; data has tag 0."""
+TREE, RING = 0, 1
+"""Algorithms: a small collective goes over a tree, a larger one round the ring."""
+RING_BYTES = 1024
+FIRST_CONTACT, TRUNCATED = "first contact", "message truncated"
+
+
+@dataclass(frozen=True)
+class QueuedEvent:
+    """A point in a stream: the ends of communications that it comes after."""
+
+    parts: tuple[Future[None], ...]
+
+    def synchronize(self) -> None:
+        """Block the calling thread until all of them have ended; raise what one has raised."""
+        for part in self.parts:
+            part.result()
+
+
+class QueuedStream:
+    """A queue of communications. Computing leaves nothing in it, for that is done when the host gets there."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._last: tuple[Future[None], ...] = ()
+
+    def record_event(self) -> QueuedEvent:
+        """See `Stream`."""
+        return QueuedEvent(self._last)
+
+    def wait_event(self, event: QueuedEvent) -> None:
+        """See `Stream`."""
+        self._last = tuple(dict.fromkeys((*self._last, *event.parts)))
+
+    def queue(self, communication: Future[None]) -> None:
+        """What is queued from here on comes after `communication`, which itself comes after all before it."""
+        self._last = (communication,)
+
+    def synchronize(self) -> None:
+        """See `Stream`."""
+        self.record_event().synchronize()
+        self._last = ()
+
+
+class QueuedStreams:
+    """`Streams` of a CPU."""
+
+    def __init__(self) -> None:
+        self._main = QueuedStream("main")
+        self._thread = threading.local()
+
+    def create(self, name: str) -> QueuedStream:
+        """See `Streams`."""
+        return QueuedStream(name)
+
+    def current(self) -> QueuedStream:
+        """See `Streams`."""
+        stream: QueuedStream = getattr(self._thread, "stream", self._main)
+        return stream
+
+    @contextmanager
+    def use(self, stream: Stream) -> Iterator[None]:
+        """See `Streams`."""
+        before = self.current()
+        self._thread.stream = stream
+        try:
+            yield
+        finally:
+            self._thread.stream = before
+
+    def hold(self, tensor: Tensor, stream: Stream) -> None:
+        """See `Streams`: a communication keeps what it moves."""
+
+
+class Eager(TorchDispatchMode):
+    """Holds the host at each tensor operation until the current stream is empty: the operation is queued behind it.
+
+    What only describes a tensor (views, empty ones) is the host's alone, on a GPU too.
+    """
+
+    def __init__(self, streams: QueuedStreams) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._streams = streams
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation."""
+        if not function.is_view and "empty" not in function.__name__:
+            self._streams.current().synchronize()
+        return function(*args, **(kwargs or {}))
+
+
+class Reading(TorchFunctionMode):
+    """The same for `tolist`, which reads a tensor of a CPU without an operation."""
+
+    def __init__(self, streams: QueuedStreams) -> None:
+        super().__init__()
+        self._streams = streams
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call one function."""
+        if function is Tensor.tolist:
+            self._streams.current().synchronize()
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def computing_behind(streams: QueuedStreams) -> Iterator[None]:
+    """Tensor operations of this thread come behind what its current stream holds."""
+    with Eager(streams), Reading(streams):
+        yield
+
+
+class NeverConnected(RuntimeError):  # noqa: N818 -- says what happened
+    """A first contact for which a peer did not come, or came with another number of channels."""
+
+
+@dataclass
+class Connections:
+    """Of one rank in one communicator. All of it blocks the calling thread."""
+
+    handle: dist.ProcessGroup
+    ranks: tuple[int, ...]
+    rank: int
+    patience: timedelta
+    """For a peer to come."""
+    _targets: set[int] = field(default_factory=set)
+    _sources: set[int] = field(default_factory=set)
+    _algorithms: set[int] = field(default_factory=set)
+    _posted: list[tuple[Any, Tensor]] = field(default_factory=list)
+    """Sent to peers that may take it at any time later."""
+
+    def pairs(self, targets: Iterable[int], sources: Iterable[int]) -> None:
+        """Connect the ranks that this one sends to and receives from, those which it has not met before.
+
+        As NCCL does: peers at distance 1, 2, … in turn, each told how many channels are to connect.
+        """
+        here, size = self.ranks.index(self.rank), len(self.ranks)
+        new_targets = set(targets) - self._targets - {self.rank}
+        new_sources = set(sources) - self._sources - {self.rank}
+        self._targets |= new_targets
+        self._sources |= new_sources
+        for distance in range(1, size):
+            target, source = self.ranks[(here + distance) % size], self.ranks[(here - distance) % size]
+            sends, receives = target in new_targets, source in new_sources
+            if target == source:
+                self._meet([(target, sends + receives)], CONNECT + distance)
+            else:
+                self._meet([(source, int(receives)), (target, int(sends))], CONNECT + distance)
+
+    def collective(self, size: int) -> None:
+        """Connect what a collective of `size` bytes goes over, if it is the first such one."""
+        algorithm = RING if size >= RING_BYTES else TREE
+        if algorithm not in self._algorithms:
+            self._algorithms.add(algorithm)
+            self._meet([(rank, 1) for rank in self.ranks if rank != self.rank], COLLECT + algorithm)
+
+    def _meet(self, peers: Sequence[tuple[int, int]], tag: int) -> None:
+        """Tell each peer how many channels connect here, and wait until it has told the same."""
+        coming = [(peer, channels) for peer, channels in peers if channels]
+        for peer, channels in coming:
+            word = torch.tensor([channels])
+            self._posted.append((dist.isend(word, peer, self.handle, tag), word))
+        for peer, channels in coming:
+            word = torch.zeros(1, dtype=torch.int64)
+            receiving = dist.irecv(word, peer, self.handle, tag)
+            assert receiving is not None
+            try:
+                receiving.wait(self.patience)
+            except RuntimeError as error:
+                raise NeverConnected(f"{FIRST_CONTACT} with rank {peer}, which does not come") from error
+            if int(word) != channels:
+                raise NeverConnected(f"{TRUNCATED}: {channels} channels here, {int(word)} on rank {peer}")
+
+
+class RulesCommunicator:
+    """NCCL's rules around gloo's collectives, which run in a thread of their own, one after the other."""
+
+    def __init__(
+        self,
+        handle: dist.ProcessGroup,
+        ranks: tuple[int, ...],
+        rank: int,
+        limit: timedelta,
+        streams: QueuedStreams,
+        patience: timedelta,
+    ) -> None:
+        self.handle = handle
+        self._gloo = GlooCommunicator(handle, ranks, rank, limit)
+        self._ranks = ranks
+        self._streams = streams
+        self._connections = Connections(handle, ranks, rank, patience)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="communicator")
+
+    def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
+        """See `Communicator`."""
+        self._connections.collective(tensor.nbytes)
+        self._queue(lambda: self._gloo.all_reduce(tensor, operation))
+
+    def all_to_all(self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int]) -> None:
+        """See `Communicator`. A message to each rank, and none of no row."""
+        self._connections.pairs(
+            [rank for rank, rows in zip(self._ranks, sent_M, strict=True) if rows],
+            [rank for rank, rows in zip(self._ranks, received_M, strict=True) if rows],
+        )
+        self._queue(lambda: self._gloo.all_to_all(arrived, sent, received_M, sent_M))
+
+    def reduce_scatter(self, own_N: Tensor, shards_GN: Tensor) -> None:
+        """See `Communicator`."""
+        self._connections.collective(shards_GN.nbytes)
+        self._queue(lambda: self._gloo.reduce_scatter(own_N, shards_GN))
+
+    def all_gather(self, shards_GN: Tensor, own_N: Tensor) -> None:
+        """See `Communicator`."""
+        self._connections.collective(shards_GN.nbytes)
+        self._queue(lambda: self._gloo.all_gather(shards_GN, own_N))
+
+    def send_and_receive(self, sends: Messages, receives: Messages) -> None:
+        """See `Communicator`."""
+        self._connections.pairs([peer for _, peer in sends], [peer for _, peer in receives])
+        self._queue(lambda: self._gloo.send_and_receive(sends, receives))
+
+    def _queue(self, work: Callable[[], None]) -> None:
+        """Run `work` behind what the current stream holds and behind earlier calls; the stream goes on behind it."""
+        stream = self._streams.current()
+        computed = stream.record_event()
+
+        def run() -> None:
+            computed.synchronize()
+            with torch.no_grad():
+                work()
+
+        stream.queue(self._thread.submit(run))
+
+
+class RulesGroups(GlooGroups):
+    """Makes groups whose communicators follow NCCL's rules; but for that of tensors on the host, which is gloo's."""
+
+    def __init__(self, rank: int, limit: timedelta, streams: QueuedStreams, patience: timedelta) -> None:
+        """`patience`: how long a first contact may take; `limit`: a communication."""
+        super().__init__(rank, limit)
+        self._streams, self._patience = streams, patience
+
+    def control(self, ranks: tuple[int, ...]) -> Communicator:
+        """See `OpenGroups`."""
+        communicator = super().split("control", [ranks], None)
+        assert communicator is not None
+        return communicator
+
+    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Communicator | None:
+        """See `OpenGroups`."""
+        own = super().split(name, parts, max_ctas)
+        if own is None:
+            return None
+        ranks = next(part for part in parts if self._rank in part)
+        return RulesCommunicator(own.handle, ranks, self._rank, self._limit, self._streams, self._patience)

@@ -1,0 +1,84 @@
+"""How process groups are made: few calls where a library can split, the right ranks in each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import cast
+
+import pytest
+
+from shoestring.comm.communicator import Communicator
+from shoestring.comm.groups import P2P_CTAS, REDUCE_CTAS, Group, ProcessGroups
+from shoestring.comm.topology import Topology
+from shoestring.launch.compose import compose_run
+from shoestring.trainer.rank import stages_of
+
+LIMIT = timedelta(seconds=1)
+
+
+class Drawn:
+    """`OpenGroups` that only notes what it is asked for; a communicator is the ranks that it joins."""
+
+    def __init__(self, rank: int) -> None:
+        self.calls = 1
+        self.made: list[tuple[str, list[tuple[int, ...]], int | None]] = []
+        self._rank = rank
+
+    def world(self, ranks: tuple[int, ...]) -> Communicator:
+        communicator = self.split("world", [ranks], None)
+        assert communicator is not None
+        return communicator
+
+    def control(self, ranks: tuple[int, ...]) -> Communicator:
+        self.calls += 1
+        return cast("Communicator", ranks)
+
+    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Communicator | None:
+        self.calls += 1
+        self.made.append((name, list(parts), max_ctas))
+        return cast("Communicator | None", next((ranks for ranks in parts if self._rank in ranks), None))
+
+
+def groups_of(groups: ProcessGroups) -> list[Group]:
+    named = [groups.world, groups.control, groups.ep, groups.ep_between, groups.ep_inside, groups.up, groups.down]
+    return [*named, *groups.dense.values(), *groups.expert.values()]
+
+
+@pytest.mark.parametrize("rank", [0, 901, 2047])
+def test_2048_ranks_make_their_groups_in_at_most_twenty_calls(rank: int) -> None:
+    config = compose_run(["experiment=deepseek_v3_h800"])
+    drawn = Drawn(rank)
+    groups = ProcessGroups.create(config.topology, rank, LIMIT, stages_of(config).all_holders(), drawn)
+    assert drawn.calls <= 20
+    for group in groups_of(groups):  # each has its own ranks, and no other group's communicator
+        assert cast("object", group.communicator) == (group.ranks if group.size > 1 else None)
+        assert rank in group.ranks
+    for _, parts, _ in drawn.made:  # a split takes disjoint groups
+        ranks = [rank for part in parts for rank in part]
+        assert len(ranks) == len(set(ranks))
+
+
+def test_every_rank_makes_the_same_groups_in_the_same_order() -> None:
+    topology, holders = Topology(pp=4, edp=2, ep=2, gpus_per_node=2), [(0, 3), (1, 2), (0, 1, 2, 3)]
+    made = []
+    for rank in range(topology.world_size):
+        drawn = Drawn(rank)
+        groups = ProcessGroups.create(topology, rank, LIMIT, holders, drawn)
+        made.append(drawn.made)
+        pp_rank = topology.pp_rank(rank)
+        kept = {(pp_rank,), (0, 1, 2, 3), (0, 3) if pp_rank in (0, 3) else (1, 2)}
+        assert set(groups.dense) == set(groups.expert) == kept
+        for each in kept:
+            assert groups.dense[each].ranks == topology.holders(topology.dense_dp_ranks(rank), each)
+            assert groups.expert[each].ranks == topology.holders(topology.expert_dp_ranks(rank), each)
+    assert all(each == made[0] for each in made)
+
+
+def test_messages_and_reductions_get_few_thread_blocks() -> None:
+    drawn = Drawn(0)
+    ProcessGroups.create(Topology(pp=2, ep=2), 0, LIMIT, [(0, 1)], drawn)
+    blocks = {name: max_ctas for name, _, max_ctas in drawn.made}
+    assert {blocks["pipeline up"], blocks["pipeline down"]} == {P2P_CTAS}
+    assert {blocks["dense gradients"], blocks["expert gradients"]} == {REDUCE_CTAS}
+    assert blocks["ep"] is None

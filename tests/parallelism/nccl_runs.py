@@ -1,0 +1,105 @@
+"""Runs a layout under NCCL's rules, with the classes that GPUs use and as much of the warm-up as is asked for.
+
+`python -m shoestring.tests.parallelism.nccl_runs` prints how every schedule ends without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from datetime import timedelta
+from enum import StrEnum
+from itertools import product
+from unittest.mock import patch
+
+import torch
+
+from shoestring.comm.groups import ProcessGroups
+from shoestring.comm.pending import Worker, open_worker
+from shoestring.comm.warm_up import warm_up_exchange
+from shoestring.parallelism.pipeline.executor import Executor, Listener, Stage, _Run
+from shoestring.parallelism.pipeline.schedules import SCHEDULES, build_placement
+from shoestring.tests.comm.nccl_rules import (
+    QueuedStreams,
+    RulesGroups,
+    computing_behind,
+)
+from shoestring.tests.parity.layouts import Layout, Padding
+from shoestring.tests.parity.outcome import Errors, Outcome, compare
+from shoestring.tests.parity.runner import build, outcome, take_step
+from shoestring.tests.parity.twin import run_twin
+from shoestring.tests.processes import RanksFailed, World, run_processes
+from shoestring.trainer.rank import warm_up
+from shoestring.trainer.step import Stepper
+
+STEPS = 2
+CPU = torch.device("cpu")
+
+
+class Start(StrEnum):
+    """What connects before the first step."""
+
+    WARM = "everything"
+    PAIRS = "pairs"  # neighbors and the token exchange, and no group that reduces gradients
+    COLD = "nothing"
+
+
+def connect(start: Start, stepper: Stepper, worker: Worker, layout: Layout, streams: QueuedStreams) -> None:
+    if start is Start.WARM:
+        warm_up(stepper, worker, layout.exchange, CPU, streams)
+    elif start is Start.PAIRS:
+        stepper.executor.warm_up(CPU)
+        warm_up_exchange(layout.exchange, stepper.groups, worker, CPU)
+
+
+def sends_after_the_listener(executor: Executor, stages: Sequence[Stage], listener: Listener | None = None) -> None:
+    """`Executor.run` with an instruction's sends behind its listener."""
+    run = _Run(executor, stages)
+    for index, instruction in enumerate(executor.program.instructions[executor.rank]):
+        run.post(executor.commits[index])
+        if listener is not None:
+            listener.before(index)
+        run.instruction(index, instruction)
+        if listener is not None:
+            listener.after(index)
+    run.post(executor.commits[-1])
+    run.finish()
+
+
+def run_rank(world: World, layout: Layout, start: Start, late_sends: bool, patience: float) -> Outcome:
+    """One rank's training under the rules. A first contact that takes longer than `patience` seconds is an error."""
+    streams, limit = QueuedStreams(), timedelta(seconds=60)
+    make = RulesGroups(world.rank, limit, streams, timedelta(seconds=patience))
+    stages = layout.stages
+    groups = ProcessGroups.create(layout.topology, world.rank, limit, stages.all_holders(), make)
+    worker = open_worker(groups.ep, CPU, streams=streams)
+    stepper, gradients = build(layout, stages, groups, worker, streams=streams)
+    order = patch.object(Executor, "run", sends_after_the_listener) if late_sends else nullcontext()
+    with order, computing_behind(streams):
+        connect(start, stepper, worker, layout, streams)
+        records = tuple(take_step(stepper, gradients, layout, step, world.rank) for step in range(STEPS))
+        stepper.optimizer.wait()
+        return outcome(records, gradients)
+
+
+def layout_of(schedule: str, pp: int, mtp: int) -> Layout:
+    stages = build_placement(schedule, pp).stages
+    return Layout(2, 1, 2 * pp, mtp, Padding.RAGGED, pp=pp, schedule=schedule, layers=max(3, stages))
+
+
+MATRIX = [layout_of(each.name, pp, mtp) for pp, each, mtp in product((2, 4), SCHEDULES, (0, 1))]
+
+
+def errors_of(layout: Layout) -> Errors:
+    """How far a run with the whole warm-up is from its twin."""
+    ranks = run_processes(layout.topology.world_size, run_rank, layout, Start.WARM, False, 60.0)
+    return compare(ranks, run_twin(layout, STEPS))
+
+
+def end_of(layout: Layout, start: Start, *, late_sends: bool = False, patience: float = 3) -> str:
+    """How a run ends that may hang."""
+    try:
+        run_processes(layout.topology.world_size, run_rank, layout, start, late_sends, patience, timeout=60)
+    except RanksFailed as failed:
+        return str(failed)
+    return "ends"
