@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from shoestring.launch.rehearsal import rank
 
@@ -36,7 +37,7 @@ def host_tensor() -> None:
     def faulty(router: Router, affinity_TE: torch.Tensor) -> torch.Tensor:
         return select(router, affinity_TE + torch.zeros(affinity_TE.shape[1]))
 
-    Router._select = faulty  # type: ignore[method-assign]
+    mock.patch.object(Router, "_select", faulty).start()
 
 
 def message_shape() -> None:
@@ -50,7 +51,7 @@ def message_shape() -> None:
     def faulty(chunk: Chunk, sequences: int, length: int, device: torch.device) -> torch.Tensor:
         return message(chunk, 2 * sequences, length, device)
 
-    Chunk.message = faulty  # type: ignore[method-assign]
+    mock.patch.object(Chunk, "message", faulty).start()
 
 
 def swapped_collectives() -> None:
@@ -61,7 +62,7 @@ def swapped_collectives() -> None:
         build(reducer, buckets[::-1], final_after[::-1], *others)
 
     build = Reducer.__init__
-    Reducer.__init__ = faulty  # type: ignore[method-assign]
+    mock.patch.object(Reducer, "__init__", faulty).start()
 
 
 def no_send() -> None:
@@ -77,7 +78,7 @@ def no_send() -> None:
         commits[first] = replace(commits[first], sends=())
         return replace(executor, commits=tuple(commits))
 
-    Executor.of = staticmethod(faulty)  # type: ignore[method-assign]
+    mock.patch.object(Executor, "of", staticmethod(faulty)).start()
 
 
 FAULTS: dict[str, Callable[[], None]] = {
