@@ -1,4 +1,4 @@
-"""The process of a rehearsed rank, with a fault where it is the rank that is named: …seeded FAULT RANK SPEC OUT.
+"""The process of a rehearsed rank, with a fault where it is one of the ranks named: …seeded FAULT RANK,RANK SPEC OUT.
 
 The code of the run is changed in this process before its rank is built.
 """
@@ -20,7 +20,7 @@ from shoestring.launch.rehearsal import rank
 def main(arguments: Sequence[str]) -> None:
     fault, faulty, spec, output = arguments
     described = json.loads(Path(spec).read_text())
-    if described["rank"] == int(faulty):
+    if described["rank"] in map(int, faulty.split(",")):
         ctypes.CDLL(described["shim"], mode=ctypes.RTLD_GLOBAL)  # before what is changed imports torch
         FAULTS[fault]()
     rank.main([spec, output])
@@ -81,8 +81,15 @@ def no_send() -> None:
     mock.patch.object(Executor, "of", staticmethod(faulty)).start()
 
 
+def no_warm_up() -> None:
+    """No pair of pipeline ranks is connected before the step."""
+    from shoestring.parallelism.pipeline.executor import Executor
+
+    mock.patch.object(Executor, "warm_up", return_value=None).start()
+
+
 FAULTS: dict[str, Callable[[], None]] = {
-    each.__name__: each for each in (host_tensor, message_shape, swapped_collectives, no_send)
+    each.__name__: each for each in (host_tensor, message_shape, swapped_collectives, no_send, no_warm_up)
 }
 
 if __name__ == "__main__":
