@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from .checks import GROUP_CREATIONS, WORLD_REDUCTIONS, difference
 from .counted import DENSE, MOE, MTP, STEP, Count
@@ -61,13 +60,12 @@ def _count_tree(count: Count) -> dict[str, Any]:
     return {name: getattr(count, name) for name in names}
 
 
-def verdict_table(verdict: Verdict, passes: int) -> RenderableType:
+def verdict_table(verdict: Verdict, passes: int) -> tuple[str, RenderableType]:
     """The verdict first; then what it stands on. `passes` operations of a MoE layer are listed."""
-    parts: list[RenderableType] = [Text(line) for line in verdict_lines(verdict)]
-    parts += [_ranks(verdict), _host_reads(verdict), _memory(verdict), _phases(verdict)]
+    parts = [_ranks(verdict), _peaks(verdict), _host_waits(verdict), _memory(verdict), _phases(verdict)]
     if passes:
         parts.append(_passes(verdict, passes))
-    return Group(*parts)
+    return "\n".join(verdict_lines(verdict)), Group(*parts)
 
 
 def verdict_lines(verdict: Verdict) -> list[str]:
@@ -87,22 +85,28 @@ def verdict_lines(verdict: Verdict) -> list[str]:
 
 
 def _ranks(verdict: Verdict) -> Table:
-    table = _table(
-        "Rehearsed ranks; GB of live tensors at the peak, beside `shoestring memory` without its fixed reserve"
-    )
-    headings = ("rank", "pp", "operations", "collectives", "P2P batches", "host waits", "groups created")
-    for heading in (*headings, "peak", "in", "predicted", "difference", "seconds"):
-        table.add_column(heading, justify="left" if heading == "in" else "right")
+    table = _table("Rehearsed ranks")
+    for heading in ("rank", "pp", "operations", "collectives", "batches", "host waits", "groups made", "seconds"):
+        table.add_column(heading, justify="right")
     for log in verdict.logs:
-        memory = log.memory
         counts = (log.operations, collectives(log), batches(log), sum(1 for _ in host_waits(log)), log.group_creations)
-        sizes = (_giga(memory.peak), memory.peak_phase, _giga(memory.predicted), f"{difference(log):+.1%}")
-        cells = (f"{count:,}" for count in counts)
-        table.add_row(str(log.rank), str(log.pp_rank), *cells, *sizes, f"{log.seconds:.1f}")
+        table.add_row(str(log.rank), str(log.pp_rank), *(f"{count:,}" for count in counts), f"{log.seconds:.1f}")
     return table
 
 
-def _host_reads(verdict: Verdict) -> Table:
+def _peaks(verdict: Verdict) -> Table:
+    table = _table("GB of live tensors at the peak; `shoestring memory` without its fixed reserve")
+    for heading in ("rank", "peak", "in", "predicted", "difference", "the GPU has"):
+        table.add_column(heading, justify="left" if heading == "in" else "right")
+    for log in verdict.logs:
+        memory = log.memory
+        room = "-" if memory.capacity is None else _giga(memory.capacity)
+        sizes = (_giga(memory.peak), memory.peak_phase, _giga(memory.predicted), f"{difference(log):+.1%}", room)
+        table.add_row(str(log.rank), *sizes)
+    return table
+
+
+def _host_waits(verdict: Verdict) -> Table:
     table = _table("Where the host waits for the device")
     for heading in ("place", "why", "inside an FB", "most of one rank", "of all"):
         table.add_column(heading, justify="left" if heading in ("place", "why", "inside an FB") else "right")
