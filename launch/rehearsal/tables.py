@@ -86,7 +86,7 @@ def verdict_lines(verdict: Verdict) -> list[str]:
 
 def _ranks(verdict: Verdict) -> Table:
     table = _table("Rehearsed ranks")
-    for heading in ("rank", "pp", "operations", "collectives", "batches", "host waits", "groups made", "seconds"):
+    for heading in ("rank", "pp", "operations", "collectives", "batches", "host waits", "groups", "s"):
         table.add_column(heading, justify="right")
     for log in verdict.logs:
         counts = (log.operations, collectives(log), batches(log), sum(1 for _ in host_waits(log)), log.group_creations)
@@ -95,7 +95,7 @@ def _ranks(verdict: Verdict) -> Table:
 
 
 def _peaks(verdict: Verdict) -> Table:
-    table = _table("GB of live tensors at the peak; `shoestring memory` without its fixed reserve")
+    table = _table("Peak of live tensors, GB, beside what `memory` predicts")
     for heading in ("rank", "peak", "in", "predicted", "difference", "the GPU has"):
         table.add_column(heading, justify="left" if heading == "in" else "right")
     for log in verdict.logs:

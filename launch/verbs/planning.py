@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ...comm.refusal import Problem, Refused
 from .options import Verbs, add_format, described, with_overrides
 from .show import show
 
@@ -92,6 +93,8 @@ def _rehearse(options: argparse.Namespace) -> int:
     def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
+    if options.passes < 0:
+        raise Refused([Problem("--passes", options.passes, "must be at least 0")])
     tell("reading the configuration")  # before torch is loaded, which takes seconds
     from ..launcher import Stopped
     from ..rehearsal.command import rehearse

@@ -124,6 +124,7 @@ def test_a_layout_that_does_not_fit_is_named() -> None:
             ("schedule=dualpipev", "training.global_batch=8", "--micro-batches", "3"),
             "--micro-batches = 3: dualpipev needs",
         ),
+        (("--passes", "-1"), "--passes = -1: must be at least 0"),
         (("model.hiden=3",), "model.hiden = 3: no such key; did you mean hidden?"),
         (("exchange=deepep",), "exchange.name = 'deepep': cannot be rehearsed"),
     ],
