@@ -63,7 +63,7 @@ def open_reporter(run_dir: Path, log_every: int) -> Reporter:
     config = compose_run(["experiment=quickstart", *overrides])
     with mock.patch.object(sys, "stdout", io.StringIO()):
         reporter = Reporter(config, run_dir, "benchmark")
-        reporter.run(Speed(count_flops(config.model, config.training.sequence_length), 1.0), "cpu", "float32")
+        reporter.run(Speed(count_flops(config.model, config.training.sequence_length), 1.0), "cpu", "float32", "blocks")
         reporter.ready()
     return reporter
 

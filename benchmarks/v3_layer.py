@@ -24,6 +24,7 @@ from torch import Tensor
 
 from shoestring.launch.planner.pricing import MEASURED_ON
 from shoestring.parallelism.pipeline.weight_grad import WeightGradients
+from shoestring.trainer.model.attention_backend import AttentionCase, GpuFacts, choose_attention
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.layer import Context, MoELayer
 from shoestring.trainer.model.model import Model, Share
@@ -66,6 +67,10 @@ def build(setting: Setting, provider: str, device: torch.device) -> Model:
         weight.grad_dtype = torch.float32
         weight.grad = torch.zeros_like(weight, dtype=torch.float32)
     model.use_fp8(Fp8(open_provider(provider, device)))
+    if device.type == "cuda":
+        config, dtype = setting.config, torch.bfloat16
+        case = AttentionCase(1, config.heads, setting.tokens, config.qk_head_dim, config.v_head_dim, dtype)
+        model.use_attention(choose_attention("auto", case, GpuFacts.here()))
     return model
 
 

@@ -14,11 +14,23 @@ from rich.table import Table
 
 from ..comm.deepep import missing_for_deepep
 from ..parallelism.pipeline.apex import missing_for_apex
+from ..trainer.model.attention_backend import (
+    BACKENDS,
+    BLOCKS,
+    AttentionCase,
+    GpuFacts,
+    choose_attention,
+    missing_here,
+    unfit,
+)
 from ..trainer.precision.provider import PROVIDERS, choose_provider, missing_for
 from .namespaces import missing_means
 
 NOT_YET = "not yet run on hardware"
 TAKEN = "what precision.provider=auto takes"
+TAKEN_ATTENTION = "what training.attention=auto takes for DeepSeek-V3"
+RELEASED = AttentionCase(batch=1, heads=128, length=4096, qk_width=192, v_width=128, dtype=torch.bfloat16)
+"""The attention of DeepSeek-V3."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +72,27 @@ def _exchanges() -> Iterator[Finding]:
 
 def _products() -> Iterator[Finding]:
     yield Finding("expert products", "F.grouped_mm", True, "FP32 and BF16; FP64 runs an expert at a time")
-    if torch.cuda.is_available():
-        yield Finding("attention", "F.scaled_dot_product_attention", True, NOT_YET)
-    else:
-        yield Finding(
-            "attention", "blocks of plain products", True, "trainer/model/causal.py; a GPU takes torch's kernels"
-        )
+    yield from _attention()
     missing = list(missing_for_apex(on_gpu=torch.cuda.is_available()))
     note = "; ".join(["BF16 products of Linears, added in FP32 by one GEMM", *missing, NOT_YET])
     yield Finding("weight gradients", "Apex's wgrad_gemm_accum_fp32", not missing, note)
     yield Finding("weight gradients", "a product, then a sum", True, "where Apex does not serve, and for experts")
     note = "FP32 arithmetic, moments in BF16; sharded over replicas (ZeRO-1)"
     yield Finding("optimizer", "torch's fused AdamW", True, note)
+
+
+def _attention() -> Iterator[Finding]:
+    """Each backend for DeepSeek-V3's heads and length in BF16; `training.attention=auto` takes the first of them."""
+    yield Finding("attention", BLOCKS.name, True, f"{BLOCKS.what}; trainer/model/causal.py")
+    on_gpu = torch.cuda.is_available()
+    gpu = GpuFacts.here() if on_gpu else None
+    for backend in BACKENDS.values():
+        missing = [*unfit(backend.name, RELEASED)]
+        missing += ["it needs a GPU"] if gpu is None else missing_here(backend.name, RELEASED, gpu)
+        note = "; ".join([backend.what, *missing, NOT_YET])
+        if gpu is not None and choose_attention("auto", RELEASED, gpu).backend is backend:
+            note = f"{TAKEN_ATTENTION}; {note}"
+        yield Finding("attention", backend.name, not missing, note)
 
 
 def _fp8() -> Iterator[Finding]:

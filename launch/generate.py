@@ -14,6 +14,8 @@ from ..trainer.checkpoint.manifest import Damaged
 from ..trainer.checkpoint.opened import Checkpoint
 from ..trainer.data.tokenizer import END
 from ..trainer.loaded import load_chunk
+from ..trainer.model.attention_backend import ON_CPU, AttentionCase, AttentionChoice, GpuFacts, choose_attention
+from ..trainer.model.config import ModelConfig
 from ..trainer.speculate import Continuation, Sampler, speculate
 
 TOKENIZER = "tokenizer.json"
@@ -53,16 +55,25 @@ def generate_text(request: Request) -> tuple[str, Continuation]:
     if request.average:
         checkpoint = checkpoint.averaged()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    context = checkpoint.manifest.facts["config"].get("training", {}).get("sequence_length", 4096)
     try:
         tokenizer, stop = open_tokenizer(checkpoint)
-        chunk = load_chunk(checkpoint, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        chunk = load_chunk(checkpoint, device, dtype, _attention(checkpoint.model, context, dtype, device))
     except Damaged as damaged:
         raise Refused([Problem("checkpoint", str(damaged), "is damaged; --step takes another")]) from damaged
     sampler = Sampler(torch.Generator().manual_seed(request.seed), request.temperature)
-    context = checkpoint.manifest.facts["config"].get("training", {}).get("sequence_length", 4096)
     prompt = tokenizer.encode(request.prompt, add_special_tokens=False).ids
     found = speculate(chunk, prompt, request.tokens, context, sampler, stop=stop, draft=request.draft)
     return tokenizer.decode(found.tokens, skip_special_tokens=False), found
+
+
+def _attention(model: ModelConfig, context: int, dtype: torch.dtype, device: torch.device) -> AttentionChoice:
+    """What computes up to `context` tokens of one text. Raises `Refused`."""
+    if device.type == "cpu":
+        return ON_CPU
+    case = AttentionCase(1, model.heads, context, model.qk_head_dim, model.v_head_dim, dtype)
+    return choose_attention("auto", case, GpuFacts.here())
 
 
 def acceptance(found: Continuation) -> str:

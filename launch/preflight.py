@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..comm.deepep import deepep_problems
-from ..comm.refusal import Problem, noting, refuse_if_any
+from ..comm.refusal import Problem, Refused, noting, refuse_if_any
 from ..trainer.budget.guard import accounts, left_of_project
 from ..trainer.budget.project import Project
 from ..trainer.budget.summary import summarise
@@ -20,6 +20,7 @@ from ..trainer.config import RunConfig
 from ..trainer.data.manifest import Manifest
 from ..trainer.data.prepared import open_prepared
 from ..trainer.data.verified import verify_before_run
+from ..trainer.model.attention_backend import FIELD, GpuFacts, choose_attention
 from ..trainer.precision.provider import choose_provider, missing_for
 from ..trainer.rank import largest_dispatch, open_samples
 from .run_dir import read_status, run_dir_problems
@@ -137,6 +138,7 @@ def hardware_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:
     yield from _device_problems(config, local_ranks)
     yield from _exchange_problems(config, local_ranks)
     yield from _provider_problems(config, local_ranks)
+    yield from _attention_problems(config, local_ranks)
 
 
 def _device_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:
@@ -151,6 +153,21 @@ def _exchange_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]
         dtype = config.precision.compute_dtype(torch.device("cuda"))
         shape = largest_dispatch(config)
         yield from deepep_problems(shape, config.topology.ep, dtype, config.training.device, local_ranks)
+
+
+def _attention_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:
+    """What computes attention must be here, for the device that each rank will take."""
+    name, device = config.training.attention, config.training.device
+    gpus = torch.cuda.device_count()
+    if device != "cpu" and gpus >= local_ranks:
+        case = config.attention_case(config.precision.compute_dtype(torch.device("cuda")))
+        try:
+            choose_attention(name, case, GpuFacts.here())
+        except Refused as refused:
+            yield from refused.problems
+    elif name != "auto" and device == "auto":
+        remedy = f"is for GPUs, and this machine has {gpus} for {local_ranks} ranks; write auto, or fewer ranks"
+        yield Problem(FIELD, name, remedy)
 
 
 def _provider_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Protocol, runtime_checkable
 
+import torch
+
 from ..comm.config import ExchangeConfig
 from ..comm.refusal import Doubt, Problem
 from ..comm.topology import Topology
@@ -17,6 +19,7 @@ from .by_tokens import by_tokens_problems
 from .costs.cluster import ClusterConfig
 from .data.config import DataConfig
 from .defaults import with_defaults
+from .model.attention_backend import BACKENDS, AttentionCase, unfit
 from .model.config import ModelConfig
 from .model.recompute import Part, RecomputeConfig
 from .optimizer.config import OptimizerConfig
@@ -60,6 +63,9 @@ class TrainingConfig:
     random ones. A run that has checkpoints goes on from these."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: a GPU for each process where there are enough, else the CPU."""
+    attention: str = "auto"
+    """What computes attention on GPUs: `cudnn`, `flash3`, `efficient`, `math`, or `auto`, the first of them that serves
+    the run (see `shoestring doctor`). CPUs have a way of their own, and no choice."""
     seed: int = 0
     """Of the initial weights and of the order of samples."""
     tokens: int = 1_000_000
@@ -100,6 +106,10 @@ class TrainingConfig:
         values = self.__dict__
         if self.device not in ("auto", "cpu", "cuda"):
             yield Problem("device", self.device, "must be auto, cpu or cuda")
+        if self.attention != "auto" and self.attention not in BACKENDS:
+            yield Problem("attention", self.attention, f"must be auto, {', '.join(BACKENDS)}")
+        elif self.attention != "auto" and self.device == "cpu":
+            yield Problem("attention", self.attention, "is for GPUs: write auto, or training.device=cuda", ("device",))
         at_least_one = ["tokens", "sequence_length", "global_batch", "keep_checkpoints"]
         for name in (*at_least_one, "collective_timeout_seconds", "stop_seconds"):
             if values[name] < 1:
@@ -132,6 +142,7 @@ NO_DOUBT = Doubt()
 # Of checks between several values: what they look at.
 _SHARE = ("topology.edp", "topology.ep", "schedule.micro_batch")
 _STAGES = ("schedule.name", "schedule.chunks", "topology.pp")
+_ATTENTION = ("model", "precision.compute", "training.sequence_length", "schedule.micro_batch")
 _RAMP = ("training.ramp_from", "training.ramp_step", "training.ramp_tokens", "training.global_batch")
 
 
@@ -207,6 +218,14 @@ class RunConfig:
         """Rows that the experts of one rank compute at once: see `RecomputeConfig`."""
         return self.recompute.rows_at_once(self.schedule.micro_batch * self.training.sequence_length * self.model.top_k)
 
+    def attention_case(self, dtype: torch.dtype) -> AttentionCase:
+        """The attention of one micro-batch on one rank, computed in `dtype`."""
+        model = self.model
+        widths = (model.qk_head_dim, model.v_head_dim)
+        return AttentionCase(
+            self.schedule.micro_batch, model.heads, self.training.sequence_length, *widths, dtype=dtype
+        )
+
     def problems(self, doubt: Doubt = NO_DOUBT) -> Iterator[Problem]:
         """Everything impossible about this configuration that needs neither disk nor processes to see.
 
@@ -242,6 +261,10 @@ class RunConfig:
         if self.precision.linear == "fp8" and Part.GATE_UP in self.recompute.parts:
             remedy = "saves nothing in FP8, which keeps the tiles of gate and up projections; leave gate_up out"
             yield Problem("recompute.parts", self.recompute.parts, remedy, ("precision.linear",))
+        if training.attention != "auto":
+            case = self.attention_case(self.precision.compute_dtype(torch.device("cuda")))
+            for reason in unfit(training.attention, case):
+                yield Problem("training.attention", training.attention, reason, _ATTENTION)
         yield from self._schedule_problems(share)
         yield from self._alignment_problems()
         if self.data.vocabulary != model.vocabulary:

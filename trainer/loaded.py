@@ -15,11 +15,14 @@ from ..comm.traffic import Traffic
 from .checkpoint.names import model_pieces
 from .checkpoint.opened import Checkpoint
 from .checkpoint.pieces import MODEL
+from .model.attention_backend import ON_CPU, AttentionChoice
 from .model.chunk import Chunk
 from .model.model import Model
 
 
-def load_chunk(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Chunk:
+def load_chunk(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, attention: AttentionChoice = ON_CPU
+) -> Chunk:
     """All layers in one chunk that computes in `dtype`; parameters keep the checkpoint's. Raises `Damaged`."""
     config, topology = checkpoint.model, Topology()
     with torch.device(device):
@@ -27,6 +30,7 @@ def load_chunk(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
     stored = checkpoint.manifest.tensors[f"{MODEL}/embedding.weight"].dtype
     for parameter in model.parameters():
         parameter.data = parameter.data.to(stored)
+    model.use_attention(attention)
     for piece in model_pieces(model):
         checkpoint.fill(piece)
     groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))

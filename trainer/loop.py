@@ -98,7 +98,7 @@ def _start(rank: Rank, reporter: Reporter | None) -> tuple[int, bool]:
     peak = config.cluster.peak_tflops or measure_peak_tflops(rank.device, rank.dtype, groups.control)
     if reporter is not None:
         speed = Speed(count_flops(config.model, config.training.sequence_length), peak)
-        reporter.run(speed, str(rank.device), str(rank.dtype).removeprefix("torch."))
+        reporter.run(speed, str(rank.device), str(rank.dtype).removeprefix("torch."), str(rank.model.attention))
     facts = load_last(rank, reporter)
     done, owes_evaluation = 0, False
     if facts is not None:

@@ -37,6 +37,14 @@ from .data.manifest import Manifest
 from .data.prepared import Prepared, open_prepared
 from .data.samples import SampleOrder, Samples
 from .data.tokenizer import Tokenizer
+from .model.attention_backend import (
+    ON_CPU,
+    AttentionChoice,
+    GpuFacts,
+    choose_attention,
+    named_attention,
+    try_attention,
+)
 from .model.chunk import Chunk
 from .model.init import initialise
 from .model.model import Model
@@ -176,12 +184,15 @@ def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -
     train, validation = open_samples(config, prepared)
     recorder = TraceRecorder(nvtx=device.type == "cuda")
     engine = open_engine(config, groups, device, recorder)
+    dtype = config.precision.compute_dtype(device)
+    if device.type == "cuda":
+        try_attention(engine.stepper.model.attention, config.attention_case(dtype), device)
     store = CheckpointStore(Path(config.training.run_dir) / "checkpoints", config.training.keep_checkpoints)
     return Rank(
         config=config,
         groups=groups,
         device=device,
-        dtype=config.precision.compute_dtype(device),
+        dtype=dtype,
         engine=engine,
         train=train,
         order=SampleOrder(config.training.seed, len(train)),
@@ -327,4 +338,15 @@ def build_model(config: RunConfig, groups: ProcessGroups, device: torch.device) 
     if fp8 is not None:
         model.use_fp8(fp8)
     model.compute_in_blocks(config.expert_rows)
+    model.use_attention(choose_for_run(config, device))
     return model
+
+
+def choose_for_run(config: RunConfig, device: torch.device) -> AttentionChoice:
+    """What computes attention on `device`, which is asked only where the configuration says `auto`."""
+    if device.type == "cpu":
+        return ON_CPU
+    name = config.training.attention
+    if name != "auto":
+        return named_attention(name)
+    return choose_attention(name, config.attention_case(config.precision.compute_dtype(device)), GpuFacts.here())

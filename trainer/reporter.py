@@ -57,8 +57,8 @@ class Reporter:
         self._since = time.perf_counter()
         self._tokens_since = 0
 
-    def run(self, speed: Speed, device: str, dtype: str) -> None:
-        """What is about to run."""
+    def run(self, speed: Speed, device: str, dtype: str, attention: str) -> None:
+        """What is about to run; `attention` says by which kernel and why."""
         self._speed = speed
         parameters = count_parameters(self._config.model)
         peak_source = (
@@ -70,6 +70,7 @@ class Reporter:
             "device": device,
             "compute_dtype": dtype,
             "linear": self._config.precision.linear,
+            "attention": attention,
             "parameters": parameters.main + parameters.mtp,
             "active_parameters": parameters.main_active + parameters.mtp_active,
             "total_steps": self._config.total_steps,

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from shoestring.launch.cli import main
-from shoestring.launch.doctor import NOT_YET, TAKEN, findings
+from shoestring.launch.doctor import NOT_YET, TAKEN, TAKEN_ATTENTION, Finding, findings
+from shoestring.trainer.model.attention_backend import GpuFacts
 from shoestring.trainer.precision import provider
 
 
@@ -36,6 +37,24 @@ def test_the_provider_that_auto_takes_is_marked(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
     monkeypatch.setattr(provider, "missing_for", lambda name, on_gpu: iter(["no"] if name == "triton" else []))
     assert taken() == ["torch"]
+
+
+def test_attention_is_judged_by_the_released_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attention() -> dict[str, Finding]:
+        return {finding.provider: finding for finding in findings() if finding.operation == "attention"}
+
+    found = attention()
+    assert found["blocks"].usable
+    assert not found["cudnn"].usable
+    assert "it needs a GPU" in found["cudnn"].note
+    assert NOT_YET in found["cudnn"].note
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+    monkeypatch.setattr(GpuFacts, "here", lambda: GpuFacts((9, 0), 92000, "flash_attn_interface is not installed"))
+    found = attention()
+    assert [name for name, finding in found.items() if TAKEN_ATTENTION in finding.note] == ["cudnn"]
+    assert {name for name, finding in found.items() if finding.usable} == {"blocks", "cudnn", "efficient"}
+    assert "8.6 GB" in found["math"].note
 
 
 def test_what_was_never_run_says_so() -> None:

@@ -14,15 +14,16 @@ import torch
 from shoestring.comm.bootstrap import WorkerEnvironment
 from shoestring.comm.refusal import Refused
 from shoestring.launch.compose import compose_run
-from shoestring.launch.preflight import preflight
+from shoestring.launch.preflight import hardware_problems, preflight
 from shoestring.launch.run_dir import CONFIG_FILE, claimed, own
-from shoestring.tests.launch.refusals import refused
+from shoestring.tests.launch.refusals import by_field, refused
 from shoestring.tests.tree import ROOT
 from shoestring.trainer.checkpoint.compatible import incompatibilities
 from shoestring.trainer.checkpoint.store import CheckpointStore, Cover
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.data.prepare import prepare
 from shoestring.trainer.data.prepared import open_prepared
+from shoestring.trainer.model.attention_backend import GpuFacts
 from shoestring.trainer.telemetry.config import PrometheusConfig
 
 
@@ -68,6 +69,24 @@ def test_a_provider_of_fp8_that_is_not_there(config: RunConfig) -> None:
     for provider in ("auto", "reference"):
         precision = replace(config.precision, linear="fp8", provider=provider)
         preflight(replace(config, precision=precision), 4, fresh=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_an_attention_of_gpus_where_there_is_none(config: RunConfig) -> None:
+    wanted = replace(config, training=replace(config.training, attention="cudnn"))
+    found = refused(partial(preflight, fresh=False), wanted, 4)["training.attention"]
+    assert found == "'cudnn': is for GPUs, and this machine has 0 for 4 ranks; write auto, or fewer ranks"
+
+
+def test_an_attention_that_this_gpu_does_not_have(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(GpuFacts, "here", lambda: GpuFacts((9, 0), 91002, "flash_attn_interface is not installed"))
+    for name, why in (("cudnn", "torch has 9.10.2"), ("flash3", "is not installed"), ("efficient", "")):
+        wanted = replace(config, training=replace(config.training, attention=name))
+        found = by_field(hardware_problems(wanted, 4))
+        assert found.keys() == ({"training.attention"} if why else set())
+        assert why in found.get("training.attention", "")
+    assert not list(hardware_problems(config, 4))
 
 
 def test_data_that_is_not_there(config: RunConfig, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..precision.linear import Linear
 from ..precision.shared_output import SharedOutput
+from .attention_backend import Attend
 from .causal import causal_attention
 from .config import ModelConfig
 from .norm import RMSNorm
@@ -42,6 +43,8 @@ class LatentAttention(nn.Module):
         self.kv_norm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
         self.kv_up = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.out = Linear(heads * config.v_head_dim, hidden, after_attention=True)
+        self.attend: Attend = causal_attention
+        """See `Model.use_attention`."""
 
     def forward(self, x_BSD: Tensor, rotation: Rotation) -> Tensor:
         """Attend: [B, S, D] to [B, S, D]."""
@@ -52,7 +55,7 @@ class LatentAttention(nn.Module):
         heads = recomputed(Part.UP_PROJECTION, self._heads, query_BSC, latent_BSC, k_rope_BS, rotation)
         q_BHS, k_BHS, v_BHS = (x.transpose(1, 2) for x in heads)
         shared = SharedOutput() if self.out.fp8 is not None else None
-        attend = causal_attention if shared is None else partial(shared.of, causal_attention)
+        attend = self.attend if shared is None else partial(shared.of, self.attend)
         o_BHS = replayed(Part.ATTENTION, attend, q_BHS, k_BHS, v_BHS, softmax_scale(config))  # eq. 10
         out: Tensor = self.out(o_BHS.transpose(1, 2).flatten(2), shared)  # eq. 11
         return out

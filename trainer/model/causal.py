@@ -20,15 +20,18 @@ _KEPT_LENGTH = 512  # up to here probabilities are kept for the backward; beyond
 
 
 def causal_attention(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
-    """softmax(scale · q kᵀ) v, [B, H, S, V], where each position sees itself and those before it."""
-    if q_BHSW.device.type == "cpu":
-        out: Tensor = _BlockAttention.apply(q_BHSW, k_BHSW, v_BHSV, scale)  # type: ignore[no-untyped-call]
-        return out
-    return causal_attention_twin(q_BHSW, k_BHSW, v_BHSV, scale)
+    """Return softmax(scale · q kᵀ) v, [B, H, S, V], where each position sees itself and those before it; on CPUs.
+
+    Raises `RuntimeError` on another device, whose backend `Model.use_attention` sets.
+    """
+    if q_BHSW.device.type != "cpu":
+        raise RuntimeError(f"no attention is chosen for {q_BHSW.device}: call Model.use_attention first")
+    out: Tensor = _BlockAttention.apply(q_BHSW, k_BHSW, v_BHSV, scale)  # type: ignore[no-untyped-call]
+    return out
 
 
 def causal_attention_twin(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
-    """The same by torch's own function."""
+    """Return the same by torch's own function, whichever kernel that takes."""
     return F.scaled_dot_product_attention(q_BHSW, k_BHSW, v_BHSV, is_causal=True, scale=scale)
 
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from ...parallelism.pipeline.weight_grad import embedding
 from ..precision.fp8 import Fp8
 from ..precision.linear import Linear
+from .attention import LatentAttention
+from .attention_backend import ON_CPU, AttentionChoice
 from .config import ModelConfig
 from .experts import Experts
 from .layer import DenseLayer, MoELayer
@@ -96,6 +98,7 @@ class Model(nn.Module):
         depth = config.mtp_depth if share.head else 0
         self.mtp = nn.ModuleList(MTPModule(config, self.local_experts) for _ in range(depth))
         self.fp8: Fp8 | None = None
+        self.attention = ON_CPU
 
     def _layer(self, index: int) -> DenseLayer | MoELayer:
         dense = index < self.config.dense_layers
@@ -106,6 +109,13 @@ class Model(nn.Module):
         self.fp8 = fp8
         for module in self._fp8_modules():
             module.fp8 = fp8
+
+    def use_attention(self, choice: AttentionChoice) -> None:
+        """Compute the attention of every layer as `choice` says."""
+        self.attention = choice
+        for module in self.modules():
+            if isinstance(module, LatentAttention):
+                module.attend = choice.attend
 
     def fp8_weights(self) -> Iterator[nn.Parameter]:
         """What `use_fp8` makes compute in FP8."""

@@ -53,7 +53,10 @@ def _run(event: Event) -> str:
     where = f"{values['ranks']} ranks on {values['device']}, computing in {values['compute_dtype']}{linears}"
     work = f"{values['total_steps']} steps, {metric(_number(values, 'flops_per_token'))}FLOP a token"
     peak = f"peak {_number(values, 'peak_tflops'):.3g} TFLOPS a rank ({values['peak_source']})"
-    return "\n".join((f"{total} parameters, {active} active a token; {where}", f"{work}; {peak}"))
+    lines = [f"{total} parameters, {active} active a token; {where}", f"{work}; {peak}"]
+    if "attention" in values:  # runs of earlier versions do not say it
+        lines.append(f"attention by {values['attention']}")
+    return "\n".join(lines)
 
 
 def _budget(event: Event) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from shoestring.trainer.model.attention_backend import BACKENDS
 from shoestring.trainer.model.causal import causal_attention_twin
 from shoestring.trainer.precision.e5m6 import pack_e5m6, unpack_e5m6
 from shoestring.trainer.precision.shared_output import SharedOutput
@@ -29,7 +31,7 @@ def rows(x_BHSV: Tensor) -> Tensor:
     return x_BHSV.detach().transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-def gradients(inputs: tuple[Tensor, ...], output: Tensor, grad: Tensor) -> list[Tensor]:
+def gradients(inputs: Sequence[Tensor], output: Tensor, grad: Tensor) -> list[Tensor]:
     """Of softmax attention by its definition; the sum over keys of P ⊙ dP is that over values of O ⊙ dO."""
     q, k, v = (x.detach().double() for x in inputs)
     hidden = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
@@ -62,6 +64,55 @@ def test_the_wide_output_goes_with_the_forward() -> None:
     del out
     assert storage.expired()
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(end, inputs))
+
+
+class TokensFirst(torch.autograd.Function):
+    """Keeps its output as [B, S, H, V] for its backward, as FlashAttention-3 does."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor) -> Tensor:
+        out_BSHV = causal_attention_twin(q_BHSW, k_BHSW, v_BHSV, SCALE).transpose(1, 2).contiguous()
+        ctx.save_for_backward(q_BHSW, k_BHSW, v_BHSV, out_BSHV)
+        return out_BSHV
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        *inputs, out_BSHV = ctx.saved_tensors
+        return tuple(gradients(inputs, out_BSHV.transpose(1, 2), grads[0].transpose(1, 2)))
+
+
+def test_an_output_that_is_kept_in_another_view_is_found() -> None:
+    inputs, shared = tuple(x.detach().double().requires_grad_() for x in heads()), SharedOutput()
+
+    def attend(*given: Tensor) -> Tensor:
+        out: Tensor = TokensFirst.apply(*given)  # type: ignore[no-untyped-call]
+        return out.transpose(1, 2)
+
+    out = shared.of(attend, *inputs)
+    storage, packed = StorageWeakRef(out.untyped_storage()), pack_e5m6(rows(out).float())
+    rounded = unpack_e5m6(packed, torch.float64).view(BATCH, LENGTH, HEADS, WIDTH).transpose(1, 2)
+    grad, end = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64), out.clone()
+    shared.pack(packed)
+    del out
+    assert storage.expired()
+    for ours, expected in zip(torch.autograd.grad(end, inputs, grad), gradients(inputs, rounded, grad), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("name", ["cudnn", "efficient"])
+def test_the_operators_of_gpus_keep_an_output_that_is_found(name: str) -> None:
+    """On tensors without memory: which tensor autograd keeps is decided by the operator's formula alone."""
+    inputs = tuple(
+        torch.empty(BATCH, LENGTH, HEADS, WIDTH, dtype=torch.bfloat16, device="meta").transpose(1, 2).requires_grad_()
+        for _ in range(3)
+    )
+    shared = SharedOutput()
+    out = shared.of(BACKENDS[name].attend, *inputs, SCALE)
+    storage, packed, end = StorageWeakRef(out.untyped_storage()), pack_e5m6(rows(out)), out.sum()
+    shared.pack(packed)
+    del out
+    assert storage.expired()
+    assert [grad.shape for grad in torch.autograd.grad(end, inputs)] == [x.shape for x in inputs]
 
 
 def test_what_nobody_packs_is_kept_as_it_is() -> None:

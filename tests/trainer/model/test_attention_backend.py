@@ -1,0 +1,238 @@
+"""Which kernel computes attention: what serves where, what is refused, and that a choice reaches every layer."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from shoestring.launch.compose import compose_run
+from shoestring.tests.launch.refusals import by_field, refused
+from shoestring.trainer.model.attention import LatentAttention
+from shoestring.trainer.model.attention_backend import (
+    BACKENDS,
+    ON_CPU,
+    AttentionBackend,
+    AttentionCase,
+    AttentionChoice,
+    GpuFacts,
+    choose_attention,
+    missing_here,
+    named_attention,
+    try_attention,
+    unfit,
+)
+from shoestring.trainer.model.causal import causal_attention, causal_attention_twin
+from shoestring.trainer.model.model import Model
+from shoestring.trainer.rank import choose_for_run
+
+V3 = AttentionCase(batch=1, heads=128, length=4096, qk_width=192, v_width=128, dtype=torch.bfloat16)
+HOPPER = GpuFacts((9, 0), 92000, "flash_attn_interface is not installed")
+
+
+def chosen(case: AttentionCase, gpu: GpuFacts) -> str:
+    return choose_attention("auto", case, gpu).backend.name
+
+
+def test_auto_takes_the_first_that_serves() -> None:
+    assert chosen(V3, HOPPER) == "cudnn"
+    old = replace(HOPPER, cudnn=91002)
+    assert chosen(V3, old) == "efficient"
+    assert chosen(V3, replace(old, flash3=None)) == "flash3"
+    assert chosen(V3, replace(HOPPER, capability=(8, 0))) == "efficient"
+    assert chosen(replace(V3, qk_width=128), replace(HOPPER, capability=(8, 0))) == "cudnn"
+    assert chosen(replace(V3, dtype=torch.float32), HOPPER) == "efficient"
+    assert chosen(replace(V3, dtype=torch.float64, length=128), HOPPER) == "math"
+    assert chosen(replace(V3, qk_width=84, v_width=84, length=128), HOPPER) == "math"
+
+
+def test_the_reason_names_the_library_and_what_was_passed_over() -> None:
+    assert "cuDNN 9.20.0" in str(choose_attention("auto", V3, HOPPER))
+    text = str(choose_attention("auto", V3, replace(HOPPER, cudnn=91002)))
+    assert text.startswith("efficient (torch's memory-efficient kernel, made for SM80): auto: serves widths of 192/128")
+    assert "not cudnn: it needs cuDNN 9.15.1 or later and torch has 9.10.2" in text
+    assert "not flash3: flash_attn_interface is not installed" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "gpu", "why"),
+    [
+        ("cudnn", V3, replace(HOPPER, cudnn=None), "torch has none"),
+        ("cudnn", V3, replace(HOPPER, cudnn=91500), "later and torch has 9.15.0"),
+        ("cudnn", V3, replace(HOPPER, capability=(12, 0)), "9.0 or 10.x and the one here has 12.0"),
+        ("cudnn", replace(V3, dtype=torch.float32), HOPPER, "BF16 and FP16 and the run in float32"),
+        ("cudnn", replace(V3, qk_width=160), HOPPER, "192/128, and any up to 128, and the model's are 160/128"),
+        ("cudnn", replace(V3, length=1), HOPPER, "two tokens at least"),
+        ("flash3", V3, HOPPER, "is not installed"),
+        ("flash3", V3, GpuFacts((10, 0), 92000, None), "compute capability 9.0"),
+        ("flash3", replace(V3, v_width=64), replace(HOPPER, flash3=None), "equal ones up to 256"),
+        ("efficient", replace(V3, dtype=torch.float64), HOPPER, "write training.attention=math"),
+        ("efficient", replace(V3, v_width=12), HOPPER, "multiples of 8"),
+        ("math", V3, HOPPER, "take 8.6 GB, more than 1 GB; write training.attention=auto"),
+        ("auto", replace(V3, dtype=torch.float64), HOPPER, "nothing serves this run. cudnn: it computes in BF16"),
+    ],
+)
+def test_what_does_not_serve_is_refused_with_the_reason(
+    name: str, case: AttentionCase, gpu: GpuFacts, why: str
+) -> None:
+    assert why in refused(choose_attention, name, case, gpu)["training.attention"]
+
+
+def test_math_is_refused_from_a_gigabyte_of_scores_on() -> None:
+    fits = replace(V3, heads=125, length=1000, batch=2)  # 4 bytes x 2 x 125 x 1000²: the limit itself
+    assert not list(unfit("math", fits))
+    assert list(unfit("math", replace(fits, length=1001)))
+    assert list(unfit("math", replace(fits, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["training.attention=fused"], "must be auto, cudnn, flash3, efficient, math"),
+        (["training.attention=cudnn", "training.device=cpu"], "is for GPUs: write auto, or training.device=cuda"),
+        (["training.attention=cudnn", "precision=fp32"], "BF16 and FP16 and the run in float32"),
+        (["training.attention=math", "training.sequence_length=65536"], "write training.attention=auto"),
+    ],
+)
+def test_a_configuration_that_no_gpu_can_run_is_refused(overrides: list[str], why: str) -> None:
+    assert why in refused(compose_run, overrides)["training.attention"]
+
+
+def test_deepseek_v3_may_not_use_math() -> None:
+    config = compose_run(["experiment=deepseek_v3_h800"])
+    wrong = replace(config, training=replace(config.training, attention="math"))
+    assert "(1 x 128 heads x 4096²) take 8.6 GB" in by_field(wrong.problems())["training.attention"]
+
+
+def test_a_named_backend_asks_no_device() -> None:
+    """So that a run can be rehearsed where there is none; `auto` is what looks."""
+    config = compose_run(["training.attention=cudnn"])
+    assert choose_for_run(config, torch.device("cuda", 0)).backend is BACKENDS["cudnn"]
+    assert choose_for_run(compose_run([]), torch.device("cpu")) is ON_CPU
+
+
+def test_the_choice_reaches_every_layer() -> None:
+    calls = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        calls.append(q.shape)
+        return causal_attention(q, k, v, scale)
+
+    with torch.device("meta"):
+        model = Model(compose_run([]).model)
+    choice = AttentionChoice(AttentionBackend("ours", attend, "a test"), "of course")
+    model.use_attention(choice)
+    layers = [module for module in model.modules() if isinstance(module, LatentAttention)]
+    assert len(layers) == model.config.layers + model.config.mtp_depth
+    assert all(layer.attend is attend for layer in layers)
+    assert model.attention is choice
+
+
+def test_no_device_but_a_cpu_computes_without_a_choice() -> None:
+    inputs = [torch.empty(1, 2, 4, 8, device="meta") for _ in range(3)]
+    with pytest.raises(RuntimeError, match="no attention is chosen for meta"):
+        causal_attention(inputs[0], inputs[1], inputs[2], 1.0)
+
+
+# ---- each operator, called as on a GPU, on tensors without memory
+
+
+def on_fake_gpu(mode: FakeTensorMode, width: int, case: AttentionCase = V3, columns: slice = slice(None)) -> Tensor:
+    """[B, H, S, width], a view of [B, S, H, any] as projections write it; `columns` cuts it out of wider heads."""
+    meta = torch.empty(case.batch, case.length, case.heads, width, dtype=case.dtype, device="meta")
+    return FakeTensor(mode, meta[..., columns].transpose(1, 2), torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("name", ["cudnn", "efficient"])
+def test_an_operator_runs_on_fake_tensors_of_a_gpu(name: str) -> None:
+    """V3's values are the second half of a projection of 256 columns a head: strided, and narrower than the keys."""
+    mode = FakeTensorMode()
+    q, k, v = (on_fake_gpu(mode, 192), on_fake_gpu(mode, 192), on_fake_gpu(mode, 256, columns=slice(128, None)))
+    with mode:
+        out = BACKENDS[name].attend(q, k, v, 0.1)
+    assert isinstance(out, FakeTensor)
+    assert (out.shape, out.dtype, out.device) == ((1, 128, 4096, 128), torch.bfloat16, torch.device("cuda", 0))
+    assert out.transpose(1, 2).is_contiguous()  # so that the Linear behind it copies nothing
+
+
+@pytest.mark.parametrize("name", ["cudnn", "efficient"])
+def test_an_operator_has_a_gradient(name: str) -> None:
+    """The meta kernels of the backward give what the autograd formula asks for: one gradient an input."""
+    case = replace(V3, heads=2, length=256)
+    shapes = ((case.batch, case.heads, case.length, width) for width in (192, 192, 128))
+    q, k, v = (torch.empty(shape, dtype=case.dtype, device="meta", requires_grad=True) for shape in shapes)
+    out = BACKENDS[name].attend(q, k, v, 0.1)
+    assert type(out.grad_fn).__name__.lower().startswith(f"scaleddotproduct{name}attention")
+    grads = torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
+    assert [grad.shape for grad in grads] == [x.shape for x in (q, k, v)]
+
+
+def test_cudnn_answers_for_one_token_itself() -> None:
+    q, k, v = (torch.randn(2, 3, 1, width) for width in (24, 24, 16))
+    torch.testing.assert_close(BACKENDS["cudnn"].attend(q, k, v, 0.3), causal_attention_twin(q, k, v, 0.3))
+
+
+def test_math_is_attention() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(2, 3, 40, width, generator=generator, dtype=torch.float64, requires_grad=True)
+        for width in (24, 24, 16)
+    ]
+    q, k, v = inputs
+    pairs = [
+        torch.autograd.grad(f(q, k, v, 0.3).sin().sum(), inputs) for f in (BACKENDS["math"].attend, causal_attention)
+    ]
+    for ours, blocks in zip(*pairs, strict=True):
+        torch.testing.assert_close(ours, blocks, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("with_sums", [False, True], ids=["output alone", "log-sum-exps, too"])
+def test_flash_attention_3_is_called_in_its_own_layout(with_sums: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, causal: bool) -> Any:
+        given.update(shape=q.shape, causal=causal)
+        heads = (x.transpose(1, 2) for x in (q, k, v))
+        out = causal_attention_twin(next(heads), next(heads), next(heads), softmax_scale).transpose(1, 2)
+        return (out, torch.zeros(1)) if with_sums else out
+
+    module = ModuleType("flash_attn_interface")
+    module.__dict__["flash_attn_func"] = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    q, k, v = (torch.randn(2, 3, 7, width) for width in (24, 24, 16))
+    torch.testing.assert_close(BACKENDS["flash3"].attend(q, k, v, 0.3), causal_attention(q, k, v, 0.3))
+    assert given == {"shape": (2, 7, 3, 24), "causal": True}
+
+
+# ---- the trial at the start
+
+SMALL = AttentionCase(batch=1, heads=2, length=16, qk_width=24, v_width=16, dtype=torch.float32)
+
+
+def test_a_trial_passes_where_the_backend_serves() -> None:
+    try_attention(named_attention("math"), SMALL, torch.device("cpu"))
+    try_attention(ON_CPU, SMALL, torch.device("cpu"))
+
+
+def test_a_trial_that_fails_refuses_the_run_and_takes_nothing_else() -> None:
+    """An operator for GPUs on a CPU stands for a library that refuses the shape."""
+    found = refused(try_attention, named_attention("cudnn"), SMALL, torch.device("cpu"))["training.attention"]
+    assert "'cudnn': it fails at this run's shape: " in found
+    assert "write training.attention=flash3 or training.attention=efficient" in found
+
+
+def test_a_trial_looks_at_the_numbers() -> None:
+    broken = AttentionBackend("broken", lambda q, k, v, scale: causal_attention(q, k, v, scale) / 0.0, "a test")
+    found = refused(try_attention, AttentionChoice(broken, "a test"), SMALL, torch.device("cpu"))
+    assert "not finite" in found["training.attention"]
+
+
+def test_what_is_missing_is_no_secret_of_one_gpu() -> None:
+    assert not list(missing_here("math", V3, GpuFacts((7, 0), None, "no")))
+    assert "8.0 or later" in "".join(missing_here("efficient", V3, GpuFacts((7, 0), None, "no")))
