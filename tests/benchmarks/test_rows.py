@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
-from shoestring.benchmarks.rows import exact, fp8
+from shoestring.benchmarks.rows import attention, compute, exact, fp8, training
 from shoestring.benchmarks.rows.row import Figures, Machine, Wrong
 from shoestring.comm.groups import Group
 from shoestring.tests.tree import ROOT
+from shoestring.trainer.model import experts
 from shoestring.trainer.precision.reference import Reference
 from shoestring.trainer.precision.tiles import Blocks, Columns, Scales, Tiles
 
@@ -72,6 +74,39 @@ def test_every_kernel_has_a_row() -> None:
 )
 def test_a_cpu_is_as_a_cpu(row: Callable[[Machine], Figures]) -> None:
     assert row(CPU)
+
+
+def test_attention_that_is_a_little_off_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a scale that is 5 % wrong."""
+    assert attention.attention("auto", CPU)["backend"] == "blocks"
+    monkeypatch.setattr(attention, "SCALE", 1.05 * attention.SCALE)
+    plain = attention._plain
+    monkeypatch.setattr(attention, "_plain", lambda *inputs: plain(inputs[0] / 1.05, *inputs[1:]))
+    with pytest.raises(Wrong, match="is off by"):
+        attention.attention("auto", CPU)
+
+
+def test_experts_that_add_other_gradients_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`add_grouped_outer`, which only training's own backward calls."""
+    assert compute.grouped_empty(CPU)
+    monkeypatch.setattr(experts, "add_grouped_outer", lambda weight, grad, x, rows: None)
+    with pytest.raises(Wrong, match="weight gradient in FP32"):
+        compute.grouped_empty(CPU)
+
+
+def test_a_step_that_is_off_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the oracle takes one without multi-token prediction."""
+    other = replace(training.SETTINGS, mtp_weight=0.0)
+    settings = iter((other, other))
+    step = training._Trainer.step
+
+    def first_other(trainer: training._Trainer) -> tuple[float, float]:
+        with patch.object(training, "SETTINGS", next(settings, training.SETTINGS)):
+            return step(trainer)
+
+    monkeypatch.setattr(training._Trainer, "step", first_other)
+    with pytest.raises(Wrong, match="gradient norm of step 0"):
+        training.training_step(CPU)
 
 
 def test_hard_numbers_are_hard() -> None:
