@@ -39,6 +39,7 @@ CHECKS = (
     *network.CHECKS,
     *training.CHECKS,
     *providers.CHECKS,
+    *fp8.LAST_CHECKS,
 )
 COMPARING = timedelta(minutes=10)
 """Ranks wait this long for each other's attempts: longer than one of them may take."""

@@ -91,7 +91,8 @@ part() {
         [[ "$mandatory" != mandatory ]] || bad+=("$name")
         return 0
     fi
-    timeout --kill-after=5 "$limit" "$@" >"$out/$name.txt" 2>&1 || code=$?
+    # The braces: what this shell says of a killed process belongs there, too.
+    { timeout --kill-after=5 "$limit" "$@"; } >"$out/$name.txt" 2>&1 || code=$?
     if ((code)); then
         verdict=fails
         words="see $name.txt"
@@ -104,9 +105,9 @@ part() {
 
 # shoestring is how the command is called where it is not installed.
 shoestring=(-m shoestring.launch.cli)
-# The quickstart on one rank: 20 steps of 16 sequences, each step's loss in the metrics.
-run=(experiment=quickstart topology=single schedule=one_f_one_b schedule.micro_batch=2 training.tokens=40_960
-    training.evaluate_every=0 training.sample_tokens=0 training.checkpoint_every=1000 telemetry.log_every=1
+# The quickstart on one rank: 20 steps of 8 sequences, each step's loss in the metrics.
+run=(experiment=quickstart topology=single schedule=one_f_one_b schedule.micro_batch=2 training.global_batch=8
+    training.tokens=20_480 training.evaluate_every=0 training.sample_tokens=0 training.checkpoint_every=1000 telemetry.log_every=1
     telemetry.wandb.mode=disabled budget.stop_at=null)
 
 # train NAME OVERRIDE...: the arguments of a run whose directory is named so.
@@ -142,14 +143,19 @@ mapfile -d '' -t in_fp8 < <(train fp8 training.device=cuda precision=fp8)
 compared='name="$1" python="$2" root="$3" && shift 3 && "$python" "$@" &&
     "$python" "$root/benchmarks/compare_losses.py" "runs/$name" runs/cpu --within 0.02'
 
+# Only files that have such tests: others import what is not here.
+mapfile -t gpu_tests < <(grep -rl --include='test_*.py' 'mark\.gpu' "$root/tests")
+
 part environment 40 mandatory "" "$python" "$root/benchmarks/environment.py"
 part doctor 40 mandatory "" "$python" "${shoestring[@]}" doctor
 part bring_up 200 mandatory "" "$python" "$root/benchmarks/bring_up.py" --json "$out/bring_up.json"
-part data 60 mandatory "" "$python" "${shoestring[@]}" data prepare experiment=quickstart data.prepared="$scratch/data"
+part data 60 mandatory "" "$python" "${shoestring[@]}" data prepare experiment=quickstart \
+    data.prepared="$scratch/data"
 part train_cpu 90 mandatory "" "$python" "${on_cpu[@]}"
 part train_bf16 60 mandatory gpu bash -c "$compared" bash bf16 "$python" "$root" "${in_bf16[@]}"
 part train_fp8 90 mandatory hopper bash -c "$compared" bash fp8 "$python" "$root" "${in_fp8[@]}"
-part gpu_tests 120 mandatory "gpu pytest" "$python" -m pytest -q -m gpu -p no:cacheprovider "$root/tests" -rs --rootdir "$root"
+part gpu_tests 120 mandatory "gpu pytest" "$python" -m pytest -q -rs -m gpu -p no:cacheprovider --rootdir "$root" \
+    -c "$root/setup.cfg" "${gpu_tests[@]}"
 part fp8_kernels 60 optional hopper "$python" "$root/benchmarks/fp8_kernels.py" --json "$out/fp8_kernels.json"
 part v3_layer 60 optional hopper "$python" "$root/benchmarks/v3_layer.py" --repetitions 5 --json "$out/v3_layer.json"
 part memory 60 optional gpu "$python" "${shoestring[@]}" memory --measure "${run[@]}" training.device=cuda precision=bf16

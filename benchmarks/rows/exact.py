@@ -114,7 +114,7 @@ def hard_numbers(rows: int, width: int) -> Tensor:
 
 
 def _same(what: str, ours: Tensor, theirs: Tensor) -> None:
-    """Raise `Wrong` unless both hold the same numbers; any NaN equals any."""
+    """Raise `Wrong` unless both hold the same numbers, of which the second are right; any NaN equals any."""
     ours, theirs = (x.cpu() if not x.is_floating_point() else x.cpu().float() for x in (ours, theirs))
     other = (ours != theirs) & ~(ours.isnan() & theirs.isnan())
     if bool(other.any()):

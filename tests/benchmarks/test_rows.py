@@ -69,6 +69,14 @@ def test_every_kernel_has_a_row() -> None:
     assert {name for name in kernels if not name.startswith("_")} - helpers == {kernel.name for kernel in fp8.KERNELS}
 
 
+def test_a_number_that_is_another_is_seen() -> None:
+    """NaN equals NaN, and nothing else."""
+    nan = float("nan")
+    exact._same("numbers", torch.tensor([1.0, nan]), torch.tensor([1.0, nan]))
+    with pytest.raises(Wrong, match=r"1 of 2 numbers are others, first at \(1,\): nan, not 2.0"):
+        exact._same("numbers", torch.tensor([1.0, nan]), torch.tensor([1.0, 2.0]))
+
+
 @pytest.mark.parametrize(
     "row", [exact.token_layout, exact.router, exact.e4m3_cast, exact.tiles_on_the_wire, exact.e5m6]
 )
