@@ -121,7 +121,7 @@ def _same(what: str, ours: Tensor, theirs: Tensor) -> None:
         place = tuple(other.nonzero()[0].tolist())
         count = f"{int(other.sum())} of {other.numel()} {what}"
         raise Wrong(
-            f"{count} differ from the CPU's, first at {place}: {ours[place].item()}, not {theirs[place].item()}"
+            f"{count} are others, first at {place}: {ours[place].item()}, not {theirs[place].item()}"
         )
 
 
