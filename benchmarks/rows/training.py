@@ -113,7 +113,7 @@ class _Trainer:
 @contextmanager
 def _open(config: RunConfig, groups: ProcessGroups, device: torch.device, tokens_BW: Tensor) -> Iterator[_Trainer]:
     """The rank of `groups`, which reads its part of the batch. On one rank the batch is one micro-batch."""
-    own_BW = tokens_BW.chunk(groups.dense_dp.size)[groups.dense_dp.index]
+    own_BW = tokens_BW.chunk(groups.topology.dp)[groups.topology.dp_rank(groups.rank)]
     size = len(own_BW) if groups.world.size == 1 else config.schedule.micro_batch
     micro_batches = [
         TokenBatch(part_BW, torch.ones_like(part_BW, dtype=torch.bool)).to(device) for part_BW in own_BW.split(size)
