@@ -185,13 +185,15 @@ def users_choices(chosen: Iterable[Setting], environment: Mapping[str, str]) -> 
 
 
 def make_late(chosen: Iterable[Setting], environment: MutableMapping[str, str]) -> Iterator[str]:
-    """Set in `environment`, that of this process, what is missing and read late; yield in words what is too late."""
-    given = dict(environment)
+    """Set in `environment`, that of this process, what is missing and read late; say in words what is too late."""
+    given, too_late = dict(environment), []
     for setting in chosen:
         if setting.users(given) is not None:
             continue
         if setting.at_start:
-            too_late = "is not set, and it is too late for this process"
-            yield f"{setting.name}={setting.value} {too_late}; `shoestring train` and launch/torchrun.sh set it"
+            too_late.append(f"{setting.name}={setting.value}")
         else:
             environment[setting.name] = setting.value
+    if too_late:
+        remedy = "start the run with `shoestring train` or launch/torchrun.sh, or set them before torchrun"
+        yield f"not set, and too late for this process: {', '.join(too_late)}; {remedy}"
