@@ -120,9 +120,7 @@ def _same(what: str, ours: Tensor, theirs: Tensor) -> None:
     if bool(other.any()):
         place = tuple(other.nonzero()[0].tolist())
         count = f"{int(other.sum())} of {other.numel()} {what}"
-        raise Wrong(
-            f"{count} are others, first at {place}: {ours[place].item()}, not {theirs[place].item()}"
-        )
+        raise Wrong(f"{count} are others, first at {place}: {ours[place].item()}, not {theirs[place].item()}")
 
 
 CHECKS = (
