@@ -29,7 +29,7 @@ from shoestring.benchmarks.rows import attention, compute, exact, fp8, network, 
 from shoestring.benchmarks.rows.process import Rank, RowProcess
 from shoestring.benchmarks.rows.row import Attempt, Check, Outcome, Verdict, outcome_of
 from shoestring.comm.bootstrap import start_default_group
-from shoestring.launch.rank_environment import rank_environment
+from shoestring.launch.rank_environment import FLIGHT_RECORDER, applying, rank_environment
 
 CHECKS = (
     *compute.CHECKS,
@@ -69,10 +69,18 @@ def everyones(rank: Rank, own: Attempt) -> list[Attempt]:
     return gathered
 
 
+def set_environment(rank: Rank, folder: Path) -> None:
+    """Make the settings of a rank of a training run; NCCL's flight recorder writes under `folder`."""
+    on_gpu = torch.cuda.is_available()
+    os.environ.update(rank_environment(made=applying(folder, on_gpu=on_gpu)))
+    if on_gpu and rank.worker is not None:
+        (folder / FLIGHT_RECORDER).mkdir(parents=True, exist_ok=True)
+
+
 def bring_up(checks: Sequence[Check], path: Path | None) -> int:
     """Try every row; return the exit code."""
-    os.environ.update(rank_environment())  # that of a rank of a training run
     rank = Rank.read()
+    set_environment(rank, Path() if path is None else path.parent)
     speaks = rank.worker is None or rank.worker.rank == 0
     if rank.worker is not None:
         start_default_group(rank.worker, torch.device("cpu"), COMPARING)

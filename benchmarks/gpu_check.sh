@@ -54,16 +54,21 @@ install_missing() {
     done
 }
 
-# lacks NEED...: print what this machine lacks of `gpu`, `hopper` and modules; nothing where all is there.
+# lacks NEED...: print the first of `gpu`, `hopper` and modules that this machine lacks; nothing where all is there.
 lacks() {
-    local need
+    local need reason
     for need in "$@"; do
+        reason=""
         case "$need" in
-            gpu) [[ "$capability" != none ]] || echo "torch sees no GPU" ;;
-            hopper) [[ "$capability" == "9.0" ]] || echo "needs a GPU of compute capability 9.0; here: $capability" ;;
-            *) "$python" -c "import $need" 2>/dev/null || echo "$need is not installed" ;;
+            gpu) [[ "$capability" != none ]] || reason="torch sees no GPU" ;;
+            hopper) [[ "$capability" == "9.0" ]] || reason="needs a GPU of compute capability 9.0; here: $capability" ;;
+            *) "$python" -c "import $need" 2>/dev/null || reason="$need is not installed" ;;
         esac
-    done | head -n 1
+        if [[ -n "$reason" ]]; then
+            echo "$reason"
+            return 0
+        fi
+    done
 }
 
 # record VERDICT SECONDS CODE PART WORDS: one line of the summary.
@@ -105,9 +110,9 @@ part() {
 
 # shoestring is how the command is called where it is not installed.
 shoestring=(-m shoestring.launch.cli)
-# The quickstart on one rank: 20 steps of 8 sequences, each step's loss in the metrics.
+# The quickstart on one rank: 20 steps of 8 short sequences, each step's loss in the metrics.
 run=(experiment=quickstart topology=single schedule=one_f_one_b schedule.micro_batch=2 training.global_batch=8
-    training.tokens=20_480 training.evaluate_every=0 training.sample_tokens=0 training.checkpoint_every=1000 telemetry.log_every=1
+    training.tokens=10_240 training.sequence_length=64 training.evaluate_every=0 training.sample_tokens=0 training.checkpoint_every=1000 telemetry.log_every=1
     telemetry.wandb.mode=disabled budget.stop_at=null)
 
 # train NAME OVERRIDE...: the arguments of a run whose directory is named so.

@@ -134,13 +134,14 @@ def _serve(rank: Rank, start: int, variables: dict[str, str], end: Connection[An
 def open_machine(rank: Rank) -> Machine:
     """This rank's device, and its groups where torchrun started it.
 
-    Groups are those of a training run, NCCL's settings included: what a row certifies is what training meets.
+    Groups and settings are those of a training run: what a row certifies is what training meets.
     """
     worker = rank.worker
     local_rank = 0 if worker is None else worker.local_rank
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # as a run
     if worker is None:
         alone = Group((0,), None, 0, COLLECTIVE)
         return Machine(device, alone, alone, alone)

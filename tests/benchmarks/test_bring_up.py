@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -42,6 +44,13 @@ ON_CPU = {
     "training step, tiny, bf16",
 }
 PIPELINES = {f"pipeline of two, {schedule.name}" for schedule in SCHEDULES}
+
+
+@pytest.fixture(autouse=True)
+def _own_environment() -> Iterator[None]:
+    """What the script sets in its process ends with the test."""
+    with patch.dict(os.environ):
+        yield
 
 
 @dataclass(frozen=True)
