@@ -168,16 +168,17 @@ class RehearsedDevice(TorchDispatchMode):
             ledger.host_wait(None, ledger.stream, "read" if to_host else "synchronize")
         if func is _ITEM:
             return self._oracle.answer(args[0]).item() if to_host else 1
-        source = args[1] if func is _COPY else args[0]
-        ledger.launch("copy to host" if to_host else "copy to device", 2 * bytes_of([source]))
-        target = args[0] if func is _COPY else None
-        if to_host and not isinstance(target, FakeTensor) and source.numel() < _LARGE:
-            answer = self._oracle.answer(source)
-            return answer.to(kwargs.get("dtype") or answer.dtype) if target is None else target.copy_(answer)
-        out = self._fakes.run(func, types, args, kwargs)
         if not to_host:
+            out = self._fakes.run(func, types, args, kwargs)
             ledger.memory.add(out)
-        return out
+            ledger.launch("copy to device", bytes_of([out]))
+            return out
+        target, source = args[:2] if func is _COPY else (None, args[0])
+        ledger.launch("copy to host", bytes_of([source]))
+        if isinstance(target, FakeTensor) or source.numel() >= _LARGE:
+            return self._fakes.run(func, types, args, kwargs)
+        answer = self._oracle.answer(source)
+        return answer.to(kwargs.get("dtype") or answer.dtype) if target is None else target.copy_(answer)
 
     def _upload(self, tensor: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """A tensor of the host to the device."""

@@ -89,6 +89,7 @@ class Fakes:
         except (_Unknown, TypeError):
             return self.mode.dispatch(func, types, args, kwargs)
         if known is _NEW:
+            _check_product(func, args)
             out = self.mode.dispatch(func, types, args, kwargs)
             self._recipes[key] = _recipes(out, args, kwargs)
             return out
@@ -101,6 +102,15 @@ class Fakes:
 
 
 _NEW = object()
+_PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "dot")
+
+
+def _check_product(func: Any, args: Sequence[Any]) -> None:
+    """Raise `RuntimeError`, as a GPU does, where a product takes several dtypes: torch's fake kernels accept that."""
+    if func._schema.name.removeprefix("aten::") in _PRODUCTS:
+        dtypes = list(dict.fromkeys(str(each.dtype) for each in args if isinstance(each, Tensor)))
+        if len(dtypes) > 1:
+            raise RuntimeError(f"{func} takes {' and '.join(dtypes)}: tensors of a product have one dtype")
 
 
 def _key(values: Any) -> tuple[Any, ...]:

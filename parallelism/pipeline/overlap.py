@@ -1,4 +1,4 @@
-"""Generators that yield each time they have launched a communication: running one to its end, and two in turns."""
+"""Generators that yield where another one may go on: running one to its end, and two in turns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 Result = TypeVar("Result")
 Other = TypeVar("Other")
 Steps = Generator[None, bool | None, Result]
-"""Each yield gives whether another generator has had a turn meanwhile, and has a further one."""
+"""A yield returns whether another generator takes turns with this one: true while both have steps left."""
 
 
 def drive(steps: Steps[Result]) -> Result:

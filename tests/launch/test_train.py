@@ -98,6 +98,7 @@ def finished(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_a_finished_run_has_everything(finished: Path) -> None:
     events = read_metrics(finished / "metrics.jsonl")
+    assert str(events[0].values["attention"]).startswith("blocks (blocks of plain products")
     steps = [event for event in events if event.kind == "step"]
     assert [event.step for event in steps] == list(range(1, STEPS + 1))
     first: Any = steps[0].values
@@ -245,6 +246,7 @@ def test_the_quickstart_on_one_gpu(tmp_path: Path) -> None:
     events = read_metrics(tmp_path / "run" / "metrics.jsonl")
     (run,) = (event.values for event in events if event.kind == "run")
     assert (run["ranks"], run["device"], run["compute_dtype"]) == (1, "cuda:0", "bfloat16")
+    assert str(run["attention"]).startswith(("cudnn ", "flash3 ", "efficient "))
     losses: list[Any] = [event.values["loss"] for event in events if event.kind == "step"]
     assert len(losses) == config.total_steps
     assert losses[-1] < losses[0]

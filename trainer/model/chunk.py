@@ -1,9 +1,11 @@
 """Runs the layers of one pipeline stage as generators that yield each time they have launched a communication.
 
 Alone, a generator is driven to its end with `drive`. Two of them can take turns: while one waits for its exchange, the
-other computes. Each layer's forward returns its output and its backward, a function that starts a generator of its own.
-A backward computes gradients of inputs, launches the exchange that they wait for, and only then turns to those of
-weights.
+other computes. Then each yields once more a layer: the forward when it has launched the second part of its dispatch,
+the backward when it has queued mlp(B), which hides that part.
+
+Each layer's forward returns its output and its backward, a function that starts a generator of its own. A backward
+computes gradients of inputs, launches the exchange that they wait for, and only then turns to those of weights.
 
 Letters: B batch, S sequence, T tokens (B·S), W window (S inputs, the target of the last, and one more a depth of MTP),
 D hidden, V vocabulary, E experts, K top-k, R rows received by this rank, L experts on this rank.
