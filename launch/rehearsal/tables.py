@@ -136,9 +136,11 @@ def _phases(verdict: Verdict) -> Table:
         for count in same:
             _add_count(table, count, (count.of, count.phase, count.stream))
         table.add_section()
-    for stream, (launches, size) in verdict.layer_pair.items():
-        cells = (f"{MOE} pair", "forward and backward", stream, f"{launches:,.1f}", _giga(size))
-        table.add_row(*cells)
+    pair = verdict.layer_pair
+    if len(pair) > 1:
+        pair = {**pair, "all": (sum(launches for launches, _ in pair.values()), sum(size for _, size in pair.values()))}
+    for stream, (launches, size) in pair.items():
+        table.add_row(f"{MOE} pair", "forward and backward", stream, f"{launches:,.1f}", _giga(size))
     return table
 
 
