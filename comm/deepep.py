@@ -30,7 +30,6 @@ from torch import Tensor
 
 from .config import ExchangeConfig
 from .exchange import Received
-from .failure import failing_clearly
 from .fp8 import RowTiles, dequantise, quantise, stand_in, tiles_of
 from .groups import ProcessGroups
 from .host import to_host
@@ -207,7 +206,7 @@ class DeepEPExchange:
         return torch.stack((visits_TP.sum(), visits_TN.sum()))
 
     def _failing_clearly(self, what: str) -> AbstractContextManager[None]:
-        return failing_clearly(self._group.rank, what, self._group.ranks, self._group.limit)
+        return self._group.failing_clearly(what)
 
 
 def _encode(form: str, rows_XD: Tensor) -> Tensor | tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
@@ -20,6 +21,8 @@ from shoestring.comm.warm_up import warm_up_exchange
 from shoestring.parallelism.pipeline.executor import Executor, Listener, Stage, _Run
 from shoestring.parallelism.pipeline.schedules import SCHEDULES, build_placement
 from shoestring.tests.comm.nccl_rules import (
+    FIRST_CONTACT,
+    TRUNCATED,
     QueuedStreams,
     RulesGroups,
     computing_behind,
@@ -96,10 +99,24 @@ def errors_of(layout: Layout) -> Errors:
     return compare(ranks, run_twin(layout, STEPS))
 
 
-def end_of(layout: Layout, start: Start, *, late_sends: bool = False, patience: float = 3) -> str:
-    """How a run ends that may hang."""
+def failure_of(layout: Layout, start: Start, *, late_sends: bool = False, patience: float = 3) -> str:
+    """The first error that says where a run stopped, or nothing. A first contact may take `patience` seconds."""
     try:
-        run_processes(layout.topology.world_size, run_rank, layout, start, late_sends, patience, timeout=60)
+        run_processes(layout.topology.world_size, run_rank, layout, start, late_sends, patience)
     except RanksFailed as failed:
-        return str(failed)
-    return "ends"
+        said = re.search(r"CollectiveFailed: (rank .*)", str(failed))
+        return said.group(1) if said else str(failed)
+    return ""
+
+
+def main() -> None:
+    """Print how each row of the matrix ends without a warm-up and with it."""
+    for layout in MATRIX:
+        row = f"{layout.schedule:12} pp {layout.pp} MTP {layout.mtp}"
+        cold = failure_of(layout, Start.COLD, late_sends=True)
+        verdict = "error" if TRUNCATED in cold else "hangs" if FIRST_CONTACT in cold else "ends"
+        print(f"{row}  {verdict}: {cold}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
