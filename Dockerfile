@@ -1,7 +1,8 @@
-# Two images of this repository:
+# Three images of this repository:
 #
-#   docker build -t shoestring .                      for GPUs: NVIDIA's PyTorch, with Transformer Engine and Apex
-#   docker build -t shoestring:cpu --target cpu .     for CPUs: the versions of requirements.lock
+#   docker build -t shoestring .                          for GPUs: NVIDIA's PyTorch, with Transformer Engine and Apex
+#   docker build -t shoestring:deepep --target deepep .   the same with DeepEP, for exchange=deepep on Hopper GPUs
+#   docker build -t shoestring:cpu --target cpu .         for CPUs: the versions of requirements.lock
 #
 #   docker run --rm shoestring:cpu params model=deepseek_v3
 #   docker run --rm --gpus all --ipc host --user "$(id -u):$(id -g)" -v "$PWD:/workspace" shoestring \
@@ -31,7 +32,7 @@ WORKDIR /workspace
 USER 10001:10001
 ENTRYPOINT ["shoestring"]
 
-FROM ${BASE} AS gpu
+FROM ${BASE} AS training
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /opt/shoestring
 COPY setup.cfg requirements.lock ./
@@ -48,3 +49,28 @@ ENV HOME=/tmp USER=shoestring
 WORKDIR /workspace
 USER 10001:10001
 ENTRYPOINT ["shoestring"]
+
+FROM training AS deepep
+# Not yet built. DeepEP asserts, when it is imported, that the libnccl which torch has loaded is byte for byte the one
+# that DeepEP was built with. It looks for lib/ and include/ below one directory; in NVIDIA's image these are the
+# system's. EP_NCCL_ROOT_DIR is read again at each import. In an environment of wheels, where torch brings an older
+# NCCL, no directory has to be named:
+#   pip install --no-deps "nvidia-nccl-cu13>=2.30.4"
+#   TORCH_CUDA_ARCH_LIST=9.0 pip install --no-deps --no-build-isolation <clone of DeepEP, with its submodule>
+# `shoestring doctor` imports DeepEP and says whether it works; this cannot be done here, without a GPU's driver.
+ARG DEEPEP=dd758caf451848bd150e1046af3d0a73e5fff38d
+USER root
+ENV EP_NCCL_ROOT_DIR=/opt/nccl
+RUN install -d /opt/nccl/lib /opt/nccl/include \
+    && ln -s /usr/lib/"$(uname -m)"-linux-gnu/libnccl.so* /opt/nccl/lib/ \
+    && ln -s /usr/include/nccl* /opt/nccl/include/ \
+    && pip install --no-cache-dir --no-deps nvidia-nvshmem-cu13 \
+    && git clone https://github.com/deepseek-ai/DeepEP /tmp/deepep \
+    && git -C /tmp/deepep checkout "$DEEPEP" \
+    && git -C /tmp/deepep submodule update --init \
+    && TORCH_CUDA_ARCH_LIST=9.0 pip install --no-cache-dir --no-deps --no-build-isolation /tmp/deepep \
+    && rm -rf /tmp/deepep
+USER 10001:10001
+
+# The last stage is what a build without --target makes.
+FROM training AS gpu

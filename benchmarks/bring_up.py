@@ -5,8 +5,8 @@
     torchrun --nnodes=2 --node-rank=... --master-addr=... --nproc-per-node=8 benchmarks/bring_up.py ...
 
 Every row is tried on every rank and says `works` with figures, `not here` with what is missing, or `fails` with the
-reason; the next row is tried in any case. Exit code 1 where a mandatory row failed. Without a GPU the rows that need
-one are `not here`.
+reason; the next row is tried in any case. Each row has a limit of its own: what does not end in time is killed and says
+so. Exit code 1 where a mandatory row failed. Without a GPU the rows that need one are `not here`.
 Only a table of this script may turn "not yet run on hardware" into "run on ...", for the rows that say `works`.
 """
 
@@ -25,82 +25,82 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from shoestring.benchmarks.rows import compute, network, providers, training
-from shoestring.benchmarks.rows.row import Machine, Outcome, Verdict, run_check
-from shoestring.comm.bootstrap import WorkerEnvironment, start_default_group
-from shoestring.comm.groups import Group
-from shoestring.comm.open_groups import open_groups_on
+from shoestring.benchmarks.rows import attention, compute, exact, fp8, network, providers, training
+from shoestring.benchmarks.rows.process import Rank, RowProcess
+from shoestring.benchmarks.rows.row import Attempt, Check, Outcome, Verdict, outcome_of
+from shoestring.comm.bootstrap import start_default_group
+from shoestring.launch.rank_environment import rank_environment
 
-CHECKS = (*compute.CHECKS, *network.CHECKS, *training.CHECKS, *providers.CHECKS)
-COLLECTIVE = timedelta(minutes=2)
+CHECKS = (
+    *compute.CHECKS,
+    *exact.CHECKS,
+    *attention.CHECKS,
+    *fp8.CHECKS,
+    *network.CHECKS,
+    *training.CHECKS,
+    *providers.CHECKS,
+    *fp8.LAST_CHECKS,
+)
 COMPARING = timedelta(minutes=10)
-"""Ranks wait this long for each other's outcome: longer than one of them waits in a collective."""
+"""Ranks wait this long for each other's attempts: longer than one of them may take."""
 
 
-def open_machine() -> Machine:
-    """This rank's device, and its groups where torchrun started it."""
-    worker = WorkerEnvironment.read()
-    local_rank = 0 if worker is None else worker.local_rank
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if worker is None:
-        alone = Group((0,), None, 0, COLLECTIVE)
-        return Machine(device, alone, alone, alone, None)
-    # A collective that times out shall raise, so that its row fails, and not end the process.
-    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
-    start_default_group(worker, device, COLLECTIVE)
-    size, local = worker.world_size, int(os.environ["LOCAL_WORLD_SIZE"])
-    node = [tuple(range(first, first + local)) for first in range(0, size, local)]
-    rail = [tuple(range(first, size, local)) for first in range(local)]
-
-    make = open_groups_on(device, worker.rank, COLLECTIVE)
-
-    def mine(name: str, parts: Sequence[tuple[int, ...]]) -> Group:
-        several = [ranks for ranks in parts if len(ranks) > 1]
-        communicator = make.split(name, several, None) if several else None
-        own = next(ranks for ranks in parts if worker.rank in ranks)
-        return Group(own, communicator, worker.rank, COLLECTIVE)
-
-    talk = dist.new_group(backend="gloo", timeout=COMPARING)
-    return Machine(device, mine("all", [tuple(range(size))]), mine("node", node), mine("rail", rail), talk)
-
-
-def write_json(path: Path, machine: Machine, outcomes: Sequence[Outcome]) -> None:
+def write_json(path: Path, rank: Rank, device: str, outcomes: Sequence[Outcome]) -> None:
     """All rows so far, with every rank's figures."""
+    ranks = 1 if rank.worker is None else rank.worker.world_size
     facts = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "processor": platform.machine(),
-        "device": torch.cuda.get_device_name(machine.device) if machine.on_gpu else "cpu",
-        "ranks": machine.world.size,
-        "nodes": machine.world.size // machine.node.size,
+        "device": device,
+        "torch": torch.__version__,
+        "ranks": ranks,
+        "nodes": ranks // rank.local_size,
         "rows": [asdict(outcome) for outcome in outcomes],
     }
     path.write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def main() -> int:
+def everyones(rank: Rank, own: Attempt) -> list[Attempt]:
+    """The attempts of all ranks, over gloo between the waiting processes: no row can break it."""
+    if rank.worker is None:
+        return [own]
+    gathered = [own] * rank.worker.world_size
+    dist.all_gather_object(gathered, own)
+    return gathered
+
+
+def bring_up(checks: Sequence[Check], path: Path | None) -> int:
     """Try every row; return the exit code."""
+    os.environ.update(rank_environment())  # that of a rank of a training run
+    rank = Rank.read()
+    speaks = rank.worker is None or rank.worker.rank == 0
+    if rank.worker is not None:
+        start_default_group(rank.worker, torch.device("cpu"), COMPARING)
+    process, outcomes = RowProcess(rank), []
+    for check in checks:
+        outcomes.append(outcome_of(check, everyones(rank, process.attempt(check))))
+        if outcomes[-1].verdict is Verdict.FAILS:
+            process.close()
+        if speaks:
+            print(outcomes[-1].line(), flush=True)
+            if path is not None:
+                write_json(path, rank, process.device_name, outcomes)
+    process.close()
+    failed = [row.name for row in outcomes if row.mandatory and row.verdict is Verdict.FAILS]
+    if speaks:
+        counts = ", ".join(f"{sum(row.verdict is verdict for row in outcomes)} {verdict}" for verdict in Verdict)
+        print(f"{len(outcomes)} rows: {counts}" + (f"; mandatory and failed: {', '.join(failed)}" if failed else ""))
+    if rank.worker is not None:
+        dist.destroy_process_group()
+    return 1 if failed else 0
+
+
+def main() -> int:
+    """Read the arguments and try every row."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows here too, anew after each of them")
-    path: Path | None = parser.parse_args().json
-    machine = open_machine()
-    torch.manual_seed(machine.world.rank)
-    outcomes: list[Outcome] = []
-    for check in CHECKS:
-        outcomes.append(run_check(check, machine))
-        if machine.world.is_first:
-            print(outcomes[-1].line(), flush=True)
-            if path is not None:
-                write_json(path, machine, outcomes)
-    failed = [row.name for row in outcomes if row.mandatory and row.verdict is Verdict.FAILS]
-    if machine.world.is_first:
-        counts = ", ".join(f"{sum(row.verdict is verdict for row in outcomes)} {verdict}" for verdict in Verdict)
-        print(f"{len(outcomes)} rows: {counts}" + (f"; mandatory and failed: {', '.join(failed)}" if failed else ""))
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return 1 if failed else 0
+    return bring_up(CHECKS, parser.parse_args().json)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from shoestring.launch.planner.pricing import MEASURED_ON
 from shoestring.parallelism.pipeline.weight_grad import WeightGradients
@@ -34,6 +38,8 @@ from shoestring.trainer.precision.fp8 import Fp8
 from shoestring.trainer.precision.provider import choose_provider, missing_for, open_provider
 
 TRACE_US = {"attn(F)": 4370, "mlp(F)": 4604, "mlp(B)": 5306, "mlp(W)": 5063, "attn(B)": 9341, "attn(W)": 2388}
+LAUNCH = re.compile("cu(da)?(LaunchKernel|LaunchCooperativeKernel|Memcpy|Memset)")
+"""CUDA's calls that queue work on a stream, by the runtime and the driver."""
 RECOMPUTED = frozenset({Part.NORM, Part.UP_PROJECTION, Part.SWIGLU})  # recompute=deepseek_v3; the trace shows it
 V3 = replace(MEASURED_ON, vocabulary=256, layers=1, dense_layers=0, groups=8, top_k_groups=4, mtp_depth=0)
 
@@ -91,7 +97,8 @@ def layer_seconds(model: Model, setting: Setting, device: torch.device) -> dict[
     def timed(name: str, work: Callable[[], object]) -> None:
         _settle(device)
         began = time.perf_counter()
-        work()
+        with record_function(name):
+            work()
         _settle(device)
         seconds[name] = time.perf_counter() - began
 
@@ -128,6 +135,23 @@ def layer_seconds(model: Model, setting: Setting, device: torch.device) -> dict[
     return seconds
 
 
+def launches(model: Model, setting: Setting, device: torch.device) -> dict[str, int]:
+    """How many kernels, copies and fills the host launches in each phase, by torch's profiler."""
+    on_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
+    with profile(activities=[ProfilerActivity.CPU, *on_gpu]) as profiler:
+        layer_seconds(model, setting, device)
+    return count_launches(profiler.events())
+
+
+def count_launches(events: Iterable[Any]) -> dict[str, int]:
+    """How many of the profiler's events are launches, by the phase in whose time they begin, whatever the thread."""
+    events = list(events)
+    on_host = [event for event in events if event.device_type == DeviceType.CPU]
+    phases = {event.name: event.time_range for event in on_host if event.name in TRACE_US}
+    begins = [event.time_range.start for event in on_host if LAUNCH.match(event.name)]
+    return {name: sum(span.start <= begin < span.end for begin in begins) for name, span in phases.items()}
+
+
 def _settle(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -150,14 +174,16 @@ def main() -> None:
     model = build(SETTING, name, device)
     with model.weights_unchanged():  # so the first runs, which are left out, quantise them all
         runs = [layer_seconds(model, SETTING, device) for _ in range(options.repetitions + 2)][2:]
+        counts = launches(model, SETTING, device)
     found = {part: 1e6 * statistics.median(run[part] for run in runs) for part in TRACE_US}
     facts = torch.cuda.get_device_properties(device)
     print(f"{facts.name}, {facts.multi_processor_count} processors, provider {name}; microseconds, the trace's behind")
     for part, microseconds in found.items():
-        print(f"{part:8} {microseconds:8.0f} {TRACE_US[part]:8}")
-    print(f"{'sum':8} {sum(found.values()):8.0f} {sum(TRACE_US.values()):8}")
+        print(f"{part:8} {microseconds:8.0f} {TRACE_US[part]:8}  {counts.get(part, 0):5} launches")
+    print(f"{'sum':8} {sum(found.values()):8.0f} {sum(TRACE_US.values()):8}  {sum(counts.values()):5} launches")
     if options.json:
-        document = {"device": facts.name, "torch": torch.__version__, "provider": name, "microseconds": found}
+        versions = {"device": facts.name, "torch": torch.__version__, "provider": name}
+        document = {**versions, "microseconds": found, "launches": counts}
         options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 

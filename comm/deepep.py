@@ -8,6 +8,12 @@ dispatch. Inside an expert the rows come in any order, and in another one in eac
 `Traffic` stays empty: DeepEP does not tell which links its bytes take, and chooses by what NCCL sees of the machine.
 `Visits` follow from the routing and say what has to cross.
 
+A dispatch needs its sizes on the host. DeepEP polls for them and does not release the GIL meanwhile, so no thread of
+this rank that saves, averages or reads data runs until the other ranks have told theirs. Its `do_cpu_sync=False` does
+not wait, and is no way out: it allocates for every token of the group at min(K, L) experts of this rank, for
+DeepSeek-V3 7.5 GB a dispatch in place of 0.23, and the experts would still need the sizes. The layout of a cached
+dispatch (`combine_backward`) is known; it neither polls nor waits.
+
 Letters: T tokens of this rank, K experts a token, D hidden width, L experts on this rank, P ranks of the group,
 N nodes, R rows received by this rank, Q tiles of a row, X rows anywhere.
 """
@@ -18,7 +24,7 @@ import ctypes
 import importlib
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +35,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import ExchangeConfig
+from .deepep_buffer import BufferShape
+from .deepep_probe import why_deepep_fails
 from .exchange import Received
 from .fp8 import RowTiles, dequantise, quantise, stand_in, tiles_of
 from .groups import ProcessGroups
-from .host import to_host
+from .host import HostCopy
 from .label import Call, Label
 from .layout import Visits, visited
-from .pending import Pending, Worker
+from .pending import InParts, Pending, Worker
 from .refusal import Problem
 from .wire import Format
 
@@ -48,18 +56,13 @@ WIDTH_STEP = 256
 MOST_CHOICES = 32
 """A warp has a thread for each of a token's experts."""
 
+_REBUILD = (
+    f'run pip install --no-deps "nvidia-nccl-cu13>={".".join(map(str, NCCL))}", so that torch loads it too, and build '
+    "DeepEP anew against it (the Dockerfile's target `deepep` does)"
+)
+
 SMS_BETWEEN_NODES = 6
 """DeepEP's own estimate is for gates without a limit of nodes. It names 4 to 6 for training like V3's."""
-
-
-@dataclass(frozen=True)
-class BufferShape:
-    """What DeepEP's buffers are made for; every rank of a group has to say the same."""
-
-    tokens: int
-    """The most that one rank dispatches at once."""
-    width: int
-    top_k: int
 
 
 @dataclass(frozen=True)
@@ -107,12 +110,18 @@ class DeepEPExchange:
 
     def dispatch(
         self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: Label, *, as_tiles: bool = False
-    ) -> Pending[Received[DeepEPLayout]]:
-        """See `TokenExchange`."""
+    ) -> InParts[Received[DeepEPLayout]]:
+        """See `TokenExchange`. DeepEP exchanges sizes inside its one call and polls for them: that is the second part.
+
+        So the kernel starts only when the host proceeds; the first part counts visits and nothing else.
+        """
         call = Call("dispatch", label)
 
-        def work() -> Received[DeepEPLayout]:
-            visits = self._count_visits(experts_TK)
+        def first() -> Callable[[], Received[DeepEPLayout]]:
+            visits = self._worker.to_host_later(self._count_visits(experts_TK))
+            return lambda: second(visits)
+
+        def second(visits: HostCopy) -> Received[DeepEPLayout]:
             with self._failing_clearly(str(call)):
                 arrived, _, weights_R, handle, event = self._buffer.dispatch(
                     _encode(self._config.dispatch, tokens_TD),
@@ -125,9 +134,8 @@ class DeepEPExchange:
                     async_with_compute_stream=True,
                     do_expand=True,
                 )
-                # DeepEP has waited for the sizes, so these are there. Asked for later, they would wait for the rows.
-                rank_visits, node_visits = to_host(visits).tolist()
                 event.current_stream_wait(release_handle=True)
+            rank_visits, node_visits = visits.wait().tolist()  # there since DeepEP has waited for the sizes
             tokens, top_k = experts_TK.shape
             tiles = _tiles(*arrived) if as_tiles and isinstance(arrived, tuple) else None
             return Received(
@@ -140,7 +148,7 @@ class DeepEPExchange:
                 tiles=tiles,
             )
 
-        return self._worker.submit(str(call), work, (tokens_TD, weights_TK, experts_TK))
+        return self._worker.submit_in_parts(str(call), first, (tokens_TD, weights_TK, experts_TK))
 
     def combine(self, rows_RD: Tensor, received: Received[DeepEPLayout]) -> Pending[Tensor]:
         """See `TokenExchange`."""
@@ -230,16 +238,33 @@ def _tiles(values_XD: Tensor, packed: Tensor) -> RowTiles:
 
 
 def deepep_problems(
-    shape: BufferShape, ranks: int, dtype: torch.dtype, device: str, local_ranks: int
+    shape: BufferShape,
+    ranks: int,
+    dtype: torch.dtype,
+    device: str,
+    local_ranks: int,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Problem]:
-    """Why `local_ranks` of this machine cannot exchange by DeepEP with `ranks` in all. Imports nothing of deep_ep."""
-    reasons = (*missing_for_deepep(device, local_ranks), *_impossible(shape, ranks, dtype))
+    """Why `local_ranks` of this machine cannot exchange by DeepEP with `ranks` in all; see `missing_for_deepep`."""
+    reasons = (*missing_for_deepep(device, local_ranks, environment), *_impossible(shape, ranks, dtype))
     for reason in reasons:
         yield Problem("exchange.name", "deepep", f"{reason}, or write exchange=two_hop")
 
 
-def missing_for_deepep(device: str, local_ranks: int) -> Iterator[str]:
-    """What this machine lacks, and what to do about it."""
+def missing_for_deepep(device: str, local_ranks: int, environment: Mapping[str, str] | None = None) -> Iterator[str]:
+    """What this machine lacks, and what to do about it.
+
+    Where all else is here, a child process with the `environment` of a rank (None: of this process) imports deep_ep.
+    This process does not.
+    """
+    missing = list(_missing(device, local_ranks))
+    if not missing and (failure := why_deepep_fails(environment)) is not None:
+        missing.append(f"importing deep_ep fails: {failure}; {_REBUILD}")
+    yield from missing
+
+
+def _missing(device: str, local_ranks: int) -> Iterator[str]:
+    """What can be seen from here."""
     spec = importlib.util.find_spec("deep_ep")
     build = "build version 2 of github.com/deepseek-ai/DeepEP, which needs CUDA 12.3 or later with nvcc"
     if spec is None:
@@ -259,7 +284,7 @@ def missing_for_deepep(device: str, local_ranks: int) -> Iterator[str]:
         )
     loaded = loaded_nccl()
     if loaded < NCCL:
-        yield f"DeepEP needs NCCL {_dotted(NCCL)} and {_dotted(loaded) or 'none'} is here; install nvidia-nccl-cu13"
+        yield f"DeepEP needs NCCL {_dotted(NCCL)} and {_dotted(loaded) or 'none'} is here; {_REBUILD}"
 
 
 def _impossible(shape: BufferShape, ranks: int, dtype: torch.dtype) -> Iterator[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .fp8 import RowTiles
 from .label import Label
 from .layout import Visits
-from .pending import Pending
+from .pending import InParts, Pending
 
 Layout = TypeVar("Layout")
 
@@ -42,7 +42,8 @@ class Received(Generic[Layout]):
 class TokenExchange(Protocol[Layout]):
     """Four operations. Each returns at once; the communication advances while the caller computes.
 
-    A dispatch makes the host wait once (`host.to_host`), for the sizes of everything; the other three never do.
+    A dispatch makes the host wait once, for the sizes of everything, and not before it proceeds; the other three never
+    do.
 
     dispatch_backward is a combine and combine_backward is a dispatch that reuses the layout: no sizes are exchanged
     again. Every rank of the expert-parallel group calls the same operations in the same order, also with zero tokens.
@@ -50,8 +51,10 @@ class TokenExchange(Protocol[Layout]):
 
     def dispatch(
         self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: Label, *, as_tiles: bool = False
-    ) -> Pending[Received[Layout]]:
+    ) -> InParts[Received[Layout]]:
         """Send each token to the ranks of its K experts. `experts_TK` are int64 indices over all experts.
+
+        The first part exchanges sizes, the second sends the tokens.
 
         `as_tiles`: rows that cross in FP8 shall stay in it, because nothing else is made of them.
         """

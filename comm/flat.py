@@ -7,6 +7,7 @@ beside a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +17,10 @@ from .config import ExchangeConfig
 from .exchange import Received
 from .fp8 import RowTiles, stand_in
 from .groups import ProcessGroups
-from .host import to_host
+from .host import HostCopy
 from .label import Call, Label
 from .layout import Fan, Hop, Visits, count_choices, visited
-from .pending import Pending, Worker
+from .pending import InParts, Pending, Worker
 from .traffic import Traffic
 from .wire import Format, Wire, nothing_beside, pack, unpack, unpack_one
 
@@ -53,12 +54,16 @@ class FlatExchange:
 
     def dispatch(
         self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: Label, *, as_tiles: bool = False
-    ) -> Pending[Received[FlatLayout]]:
+    ) -> InParts[Received[FlatLayout]]:
         """See `TokenExchange`."""
         call = Call("dispatch", label)
 
-        def work() -> Received[FlatLayout]:
-            layout, rows_per_expert_L, visits = self._plan(call, experts_TK)
+        def first() -> Callable[[], Received[FlatLayout]]:
+            received_PL, numbers = self._exchange_sizes(call, experts_TK)
+            return lambda: second(received_PL, numbers.wait())
+
+        def second(received_PL: Tensor, numbers: Tensor) -> Received[FlatLayout]:
+            layout, rows_per_expert_L, visits = self._plan(experts_TK, received_PL, numbers.tolist())
             weights_N1 = weights_TK.reshape(-1, 1).index_select(0, layout.choice_of_copy_N)
             wire = Wire(Format(self._config.dispatch), tokens_TD.shape[1], tokens_TD.dtype)
             if as_tiles and wire.format is Format.FP8 and not layout.hop.is_local:
@@ -69,7 +74,7 @@ class FlatExchange:
                 rows_RD, weights_R1 = self._forth(call, wire, tokens_TD, layout, weights_N1)
             return Received(rows_RD, weights_R1.flatten(), rows_per_expert_L, visits, label, layout, tiles)
 
-        return self._worker.submit(str(call), work, (tokens_TD, weights_TK, experts_TK))
+        return self._worker.submit_in_parts(str(call), first, (tokens_TD, weights_TK, experts_TK))
 
     def combine(self, rows_RD: Tensor, received: Received[FlatLayout]) -> Pending[Tensor]:
         """See `TokenExchange`."""
@@ -105,10 +110,9 @@ class FlatExchange:
 
         return self._worker.submit(str(call), work, (grad_RD, grad_weights_R))
 
-    def _plan(self, call: Call, experts_TK: Tensor) -> tuple[FlatLayout, tuple[int, ...], Visits]:
-        """Exchange sizes, and from them everything that the four operations need."""
-        ranks, (tokens, top_k) = self._group.size, experts_TK.shape
-        choice_of_copy_N = torch.argsort(experts_TK.reshape(-1), stable=True)
+    def _exchange_sizes(self, call: Call, experts_TK: Tensor) -> tuple[Tensor, HostCopy]:
+        """Rows that each rank sends to each expert here, and on their way to the host the sums that `_plan` needs."""
+        ranks = self._group.size
         sent_PL = count_choices(experts_TK, self._experts).view(ranks, -1)
         received_PL = torch.empty_like(sent_PL)
         one_each = [1] * ranks
@@ -118,10 +122,17 @@ class FlatExchange:
         visits_TP = visited(experts_TK // sent_PL.shape[1], ranks)
         visits_TM = visits_TP.unflatten(1, (-1, self._node_size)).any(dim=2)
         sums = (sent_PL.sum(dim=1), received_PL.sum(dim=1), received_PL.sum(dim=0), visits_TP.sum(), visits_TM.sum())
-        numbers: list[int] = to_host(torch.cat([x.reshape(-1) for x in sums])).tolist()
+        return received_PL, self._worker.to_host_later(torch.cat([x.reshape(-1) for x in sums]))
+
+    def _plan(
+        self, experts_TK: Tensor, received_PL: Tensor, numbers: list[int]
+    ) -> tuple[FlatLayout, tuple[int, ...], Visits]:
+        """From the sizes everything that the four operations need."""
+        ranks, (tokens, top_k) = self._group.size, experts_TK.shape
         sent_P, received_P = numbers[:ranks], numbers[ranks : 2 * ranks]
         rows_per_expert_L, (rank_visits, node_visits) = numbers[2 * ranks : -2], numbers[-2:]
 
+        choice_of_copy_N = torch.argsort(experts_TK.reshape(-1), stable=True)
         wire_of_row_R = _rows_by_expert(received_PL, sum(received_P))
         layout = FlatLayout(
             to_experts=Fan.of(choice_of_copy_N // top_k, experts_TK.new_full((tokens,), top_k)),

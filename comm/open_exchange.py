@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .config import ExchangeConfig
-from .deepep import BufferShape, DeepEPExchange
+from .deepep import DeepEPExchange
+from .deepep_buffer import BufferShape
 from .exchange import TokenExchange
 from .flat import FlatExchange
 from .groups import ProcessGroups

@@ -11,6 +11,7 @@ experts, W numbers beside a row, X rows anywhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +21,10 @@ from .config import ExchangeConfig
 from .exchange import Received
 from .fp8 import stand_in
 from .groups import ProcessGroups
-from .host import to_host
+from .host import HostCopy
 from .label import Call, Label
 from .layout import Fan, Hop, Visits, count_choices, visited
-from .pending import Pending, Worker
+from .pending import InParts, Pending, Worker
 from .traffic import Traffic
 from .wire import Format, Wire, nothing_beside, pack, unpack, unpack_one
 
@@ -54,6 +55,21 @@ class _Sizes:
     rank_visits: int
 
 
+@dataclass(frozen=True)
+class _Counted:
+    """The exchange of sizes, which is under way."""
+
+    visits_TN: Tensor
+    numbers: HostCopy
+    lengths: tuple[int, ...]
+    """How many of the numbers each field of `_Sizes` takes."""
+
+    def sizes(self) -> _Sizes:
+        """Wait for the numbers; nothing else of a dispatch holds the host."""
+        parts = [tuple(part.tolist()) for part in self.numbers.wait().split(self.lengths)]
+        return _Sizes(parts[0], parts[1], parts[2], parts[3], parts[4], parts[5][0])
+
+
 class TwoHopExchange:
     """`TokenExchange` over one expert-parallel group, spread evenly over nodes. Expert e lives on its rank e // L."""
 
@@ -70,14 +86,15 @@ class TwoHopExchange:
 
     def dispatch(
         self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: Label, *, as_tiles: bool = False
-    ) -> Pending[Received[TwoHopLayout]]:
+    ) -> InParts[Received[TwoHopLayout]]:
         """See `TokenExchange`."""
         call = Call("dispatch", label)
-        return self._worker.submit(
-            str(call),
-            lambda: self._dispatch(call, tokens_TD, weights_TK, experts_TK, as_tiles),
-            (tokens_TD, weights_TK, experts_TK),
-        )
+
+        def first() -> Callable[[], Received[TwoHopLayout]]:
+            counted = self._exchange_sizes(call, experts_TK)
+            return lambda: self._send_tokens(call, tokens_TD, weights_TK, experts_TK, as_tiles, counted)
+
+        return self._worker.submit_in_parts(str(call), first, (tokens_TD, weights_TK, experts_TK))
 
     def combine(self, rows_RD: Tensor, received: Received[TwoHopLayout]) -> Pending[Tensor]:
         """See `TokenExchange`."""
@@ -115,16 +132,16 @@ class TwoHopExchange:
 
         return self._worker.submit(str(call), work, (grad_RD, grad_weights_R))
 
-    def _dispatch(
-        self, call: Call, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, as_tiles: bool
+    def _send_tokens(
+        self, call: Call, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, as_tiles: bool, counted: _Counted
     ) -> Received[TwoHopLayout]:
-        sizes, visits_TN = self._exchange_sizes(call, experts_TK)
+        sizes = counted.sizes()
         wire = self._wire(self._config.dispatch, tokens_TD)
         numbers_TK = experts_TK.to(torch.int32)
         columns = wire.columns(numbers_TK, weights_TK)
         message_TB = pack(wire.encode(tokens_TD), numbers_TK, weights_TK)
 
-        to_nodes = Fan.to_members(visits_TN, sum(sizes.to_nodes_N))
+        to_nodes = Fan.to_members(counted.visits_TN, sum(sizes.to_nodes_N))
         between = Hop(self._between, self._traffic, sizes.to_nodes_N, sizes.from_nodes_N)
         message_VB = between.forth(call, to_nodes.spread(message_TB), wire.row_bytes)
 
@@ -170,8 +187,8 @@ class TwoHopExchange:
         sums_TD, beside_TW = home(layout.between, layout.to_nodes, sums_VD, beside_VW)
         return sums_TD.to(rows_RD.dtype), beside_TW.to(beside_UW.dtype)
 
-    def _exchange_sizes(self, call: Call, experts_TK: Tensor) -> tuple[_Sizes, Tensor]:
-        """Tell every rank of the group what it will have to receive, forward and compute; also the visits to nodes.
+    def _exchange_sizes(self, call: Call, experts_TK: Tensor) -> _Counted:
+        """Tell every rank of the group what it will have to receive, forward and compute.
 
         A rank is sent, by each other one: its tokens for this node, those for each rank of this node, and those for
         each expert of this rank. The first two matter only to the rank on the sender's rail.
@@ -203,9 +220,8 @@ class TwoHopExchange:
             received_PS[:, 1 + node_size :].sum(dim=0),
             visits_TP.sum()[None],
         )
-        numbers = to_host(torch.cat(sums))
-        parts = [tuple(part.tolist()) for part in numbers.split([len(part) for part in sums])]
-        return _Sizes(parts[0], parts[1], parts[2], parts[3], parts[4], parts[5][0]), visits_TN
+        lengths = tuple(len(part) for part in sums)
+        return _Counted(visits_TN, self._worker.to_host_later(torch.cat(sums)), lengths)
 
     def _wire(self, form: str, rows_XD: Tensor) -> Wire:
         """A single rank has no wire, and rounds nothing for it."""

@@ -22,8 +22,6 @@ from typing import Any, TextIO
 
 import torch
 
-FOLDER = "flight_recorder"
-"""Of a run directory. `torchfrtrace` reads it with the prefix `rank_`."""
 SECONDS_TO_TELL = 30
 """The flight recorder asks CUDA for the state of its events, which may hang too. Then the rank ends without it."""
 PEERS_TOLD = 8
@@ -50,15 +48,15 @@ class Watchdog:
         self,
         rank: int,
         limit: timedelta,
-        run_dir: Path,
+        folder: Path,
         *,
         clock: Callable[[], float] = time.monotonic,
         leave: Callable[[int], object] = os._exit,
         output: TextIO = sys.stderr,
     ) -> None:
-        """The flight recorder is written below `run_dir`. Nobody looks before `start`."""
+        """The flight recorder is written into `folder`. Nobody looks before `start`."""
         self.limit = limit
-        self._rank, self._folder = rank, run_dir / FOLDER
+        self._rank, self._folder = rank, folder
         self._clock, self._leave, self._output = clock, leave, output
         self._calls: dict[int, _Call] = {}
         self._closed = threading.Event()

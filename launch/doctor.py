@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from ..comm.deepep import missing_for_deepep
+from ..comm.groups import P2P_CTAS, REDUCE_CTAS
 from ..parallelism.pipeline.apex import missing_for_apex
 from ..trainer.model.attention_backend import (
     BACKENDS,
@@ -25,6 +28,8 @@ from ..trainer.model.attention_backend import (
 )
 from ..trainer.precision.provider import PROVIDERS, choose_provider, missing_for
 from .namespaces import missing_means
+from .numa import BINDING, NumaFacts, why_not_bound
+from .rank_environment import applying, rank_environment, settings
 
 NOT_YET = "not yet run on hardware"
 TAKEN = "what precision.provider=auto takes"
@@ -65,7 +70,7 @@ def _exchanges() -> Iterator[Finding]:
     on_gpu = f"; on a GPU {NOT_YET}"
     yield Finding("token exchange", "flat", True, f"all-to-all, a row an expert: the oracle{on_gpu}")
     yield Finding("token exchange", "two_hop", True, f"once a node, then inside it; BF16 and FP8 on the wire{on_gpu}")
-    missing = list(missing_for_deepep("auto", 1))
+    missing = list(missing_for_deepep("auto", 1, rank_environment()))
     note = f"{'; '.join(missing)}; {NOT_YET}" if missing else NOT_YET
     yield Finding("token exchange", "deepep", not missing, note)
 
@@ -120,12 +125,55 @@ def _rehearsal() -> Iterator[Finding]:
     yield Finding("simulated cluster", "ip, tc", not problems, note)
 
 
+_NO_GPU = "not made here: for GPUs"
+
+
+@dataclass(frozen=True)
+class InForce:
+    """A setting as a run that starts here and now would have it."""
+
+    name: str
+    value: str
+    whose: str
+    """Ours, yours (from the environment), or why it is not made."""
+    why: str
+
+
+def settings_in_force(environment: Mapping[str, str]) -> Iterator[InForce]:
+    """Every setting of ranks: variables, the options of NCCL's groups, NUMA binding, and torch's switches."""
+    on_gpu = torch.cuda.device_count() > 0
+    here = "ours" if on_gpu else _NO_GPU
+    run_dir = Path("RUN_DIR")
+    made = {setting.name for setting in applying(run_dir, on_gpu=on_gpu)}
+    for setting in settings(run_dir):
+        why, users = f"{setting.reader}: {setting.why}", setting.users(environment)
+        value = setting.value.replace(f"{Path.cwd()}/", "")
+        if users is not None:
+            same = (
+                "yours, as ours" if users == (setting.name, setting.value) else f"yours; ours: {setting.name}={value}"
+            )
+            yield InForce(users[0], users[1], same, why)
+        elif setting.name in made:
+            yield InForce(setting.name, value, "ours", why)
+        else:
+            yield InForce(setting.name, value, "not made here: CUDA is too old" if on_gpu else _NO_GPU, why)
+    sms = "thread blocks that NCCL may use, an option of the group:"
+    yield InForce("max_ctas of P2P groups", str(P2P_CTAS), here, f"{sms} a receive holds its SMs while it waits")
+    yield InForce("max_ctas of gradient groups", str(REDUCE_CTAS), here, f"{sms} it runs beside products")
+    not_bound = why_not_bound(NumaFacts.here(), on_gpu=on_gpu)
+    whose = "ours" if not_bound is None else f"not made here: {not_bound}"
+    yield InForce("torchrun", BINDING, whose, "Python far from its GPU launches more slowly")
+    name = "allow_bf16_reduced_precision_reduction"
+    yield InForce(name, "False", here, "torch.backends.cuda.matmul: split products would add their parts in BF16")
+
+
 def doctor_tree() -> dict[str, object]:
     """The findings as plain values."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "findings": [asdict(finding) for finding in findings()],
+        "settings": [asdict(setting) for setting in settings_in_force(os.environ)],
     }
 
 
@@ -138,4 +186,13 @@ def doctor_table() -> RenderableType:
         table.add_row(finding.operation, finding.provider, "yes" if finding.usable else "no", finding.note)
     versions = f"Python {platform.python_version()}, torch {torch.__version__}."
     advice = "`python benchmarks/bring_up.py` runs each of them and says what works."
-    return Group(table, f"{versions} {advice}")
+    return Group(table, _settings_table(), f"{versions} {advice}")
+
+
+def _settings_table() -> Table:
+    table = Table(title="Settings of ranks that start here", title_justify="left")
+    for heading in ("setting", "value", "whose", "why"):
+        table.add_column(heading)
+    for setting in settings_in_force(os.environ):
+        table.add_row(*map(escape, (setting.name, setting.value, setting.whose, setting.why)))
+    return table

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ..comm.bootstrap import WorkerEnvironment, start_default_group
 from ..comm.config import EXCHANGES, ExchangeConfig
-from ..comm.deepep import BufferShape, missing_for_deepep
+from ..comm.deepep import missing_for_deepep
+from ..comm.deepep_buffer import BufferShape
 from ..comm.exchange import TokenExchange
 from ..comm.groups import ProcessGroups
 from ..comm.label import Label
@@ -34,6 +35,7 @@ from ..comm.refusal import Problem
 from ..comm.topology import Link, Topology
 from ..comm.traffic import Kind, Traffic
 from ..comm.wire import Format, Wire
+from .rank_environment import rank_environment
 
 T = TypeVar("T")
 
@@ -89,7 +91,7 @@ class ExchangeSpec:
         if self.top_k > reachable:
             yield Problem("top_k", self.top_k, f"must be at most {reachable}: that many experts can be reached")
         if "deepep" in self.exchanges:
-            for reason in missing_for_deepep("auto", self.gpus_per_node):
+            for reason in missing_for_deepep("auto", self.gpus_per_node, rank_environment()):
                 yield Problem("exchanges", "deepep", reason)
         for field, known in (("exchanges", EXCHANGES), ("formats", FORMATS)):
             for name in vars(self)[field]:
@@ -165,7 +167,9 @@ class Bench:
         square = torch.randn(256, 256, device=sent.tokens_TD.device)
 
         def start() -> Callable[[], object]:
-            return self._exchange.dispatch(sent.tokens_TD, sent.weights_TK, sent.experts_TK, _LABEL).wait
+            dispatched = self._exchange.dispatch(sent.tokens_TD, sent.weights_TK, sent.experts_TK, _LABEL)
+            dispatched.proceed()  # all of it is under way before products are queued
+            return dispatched.wait
 
         def exchanges() -> None:
             for _ in range(_IN_FLIGHT):

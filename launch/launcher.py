@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -19,9 +20,10 @@ from ..trainer.config import RunConfig
 from ..trainer.halt import Halt
 from .attempt import ATTEMPT_VARIABLE
 from .compose import to_yaml
+from .numa import BINDING, NumaFacts, why_not_bound
 from .orphan import LAUNCHER_VARIABLE, die_with_parent
 from .preflight import is_finished, spent_budget
-from .rank_environment import rank_environment
+from .rank_environment import applying, computes_on_gpus, rank_environment
 from .run_dir import CONFIG_FILE, claimed, clear_status, read_status
 from .stopping import ASKING_SIGNALS, STOP_FILE_VARIABLE
 from .torchrun import TORCHRUN, end
@@ -37,10 +39,10 @@ class Stopped(BaseException):
         self.exit_code = 128 + number
 
 
-def launch(config: RunConfig, torchrun: Sequence[str], arguments: Sequence[str], *, fresh: bool) -> int:
+def launch(config: RunConfig, local: LocalRanks, arguments: Sequence[str], *, fresh: bool) -> int:
     """Run the whole job, or machine 0's share of it, to its end; return the exit code of `shoestring train`.
 
-    `torchrun` says which ranks this machine runs, `arguments` are those of `shoestring train`.
+    `local` says which ranks this machine runs, `arguments` are those of `shoestring train`.
     """
     run_dir = Path(config.training.run_dir)
     with claimed(run_dir, fresh=fresh):
@@ -64,7 +66,7 @@ def launch(config: RunConfig, torchrun: Sequence[str], arguments: Sequence[str],
         reason = "the launcher failed"
         try:
             try:
-                code = run_torchrun(torchrun, arguments, attempt, config.training.stop_seconds)
+                code = run_torchrun(config, local, arguments, attempt)
                 reason = f"a rank died, torchrun exited with {code}"
             except Stopped as stop:
                 code, reason = stop.exit_code, str(stop)
@@ -78,20 +80,42 @@ def launch(config: RunConfig, torchrun: Sequence[str], arguments: Sequence[str],
             allocation.close(reason)
 
 
-def run_torchrun(torchrun: Sequence[str], arguments: Sequence[str], attempt: str, stop_seconds: int) -> int:
+@dataclass(frozen=True)
+class LocalRanks:
+    """The ranks of one machine."""
+
+    count: int
+    torchrun: tuple[str, ...]
+    """Arguments of torchrun that say which they are."""
+
+
+def run_torchrun(config: RunConfig, local: LocalRanks, arguments: Sequence[str], attempt: str) -> int:
     """Run this machine's ranks to their end and return torchrun's exit code.
 
     The first SIGTERM or SIGUSR1 asks the ranks to stop after their step. A second SIGTERM, no end within
-    `stop_seconds`, or SIGINT ends them and then raises `Stopped`; so does a failure of ranks that were asked.
+    `training.stop_seconds`, or SIGINT ends them and then raises `Stopped`; so does a failure of ranks that were asked.
     """
     with tempfile.TemporaryDirectory() as folder:
         stop_file = Path(folder, "stop")
         own = {ATTEMPT_VARIABLE: attempt, LAUNCHER_VARIABLE: str(os.getpid()), STOP_FILE_VARIABLE: str(stop_file)}
-        return _run(torchrun, arguments, own, StopRequest(stop_file, stop_seconds))
+        environment = _environment(config, local, own)
+        return _run(
+            _torchrun(config, local), arguments, environment, StopRequest(stop_file, config.training.stop_seconds)
+        )
 
 
-def _run(torchrun: Sequence[str], arguments: Sequence[str], own: Mapping[str, str], request: StopRequest) -> int:
-    environment = rank_environment(own)
+def _environment(config: RunConfig, local: LocalRanks, own: Mapping[str, str]) -> dict[str, str]:
+    on_gpu = computes_on_gpus(config.training.device, local.count)
+    return rank_environment(own, applying(Path(config.training.run_dir), on_gpu=on_gpu))
+
+
+def _torchrun(config: RunConfig, local: LocalRanks) -> tuple[str, ...]:
+    on_gpu = computes_on_gpus(config.training.device, local.count)
+    bound = why_not_bound(NumaFacts.here(), on_gpu=on_gpu) is None
+    return (*local.torchrun, BINDING) if bound else local.torchrun
+
+
+def _run(torchrun: Sequence[str], arguments: Sequence[str], environment: dict[str, str], request: StopRequest) -> int:
     command = [*TORCHRUN, *torchrun, "-m", "shoestring.launch.cli", "train", *arguments]
     with stop_signals_raise():
         process = subprocess.Popen(command, env=environment, preexec_fn=_become_torchrun)

@@ -18,7 +18,7 @@ from ..comm.refusal import refuse_if_any
 from ..trainer.config import RunConfig
 from ..trainer.costs.memory import RankMemory
 from ..trainer.measured_memory import MeasuredMemory
-from ..trainer.memory import RunMemory
+from ..trainer.memory import HostBytes, RunMemory
 from .compose import compose_run
 from .preflight import hardware_problems
 from .torchrun import run_ranks
@@ -45,6 +45,11 @@ class MemoryReport:
     def ranks(self) -> list[RankMemory]:
         """Predicted, of each pipeline rank, with even routing."""
         return [self.memory.of(pp_rank) for pp_rank in range(self.config.topology.pp)]
+
+    @cached_property
+    def on_host(self) -> list[HostBytes]:
+        """Of each pipeline rank, beside the memory that it computes in."""
+        return [self.memory.on_host(pp_rank) for pp_rank in range(self.config.topology.pp)]
 
     def predicted(self, rank: int) -> RankMemory:
         """Of a rank of the whole run, with the routing that was measured."""
@@ -92,6 +97,7 @@ def memory_tree(report: MemoryReport) -> dict[str, object]:
     return {
         "device": report.device,
         "predicted": [_rank_tree(memory) for memory in report.ranks],
+        "on_host": [vars(host) for host in report.on_host],
         "bound_under_any_routing": [report.memory.bound(pp_rank) for pp_rank in range(len(report.ranks))],
         "measured": [memory.tree() for memory in report.measured],
         "routing_measured": "one rank" if report.one_rank else "as it falls",
@@ -103,7 +109,7 @@ def _rank_tree(memory: RankMemory) -> dict[str, Any]:
         "state": vars(memory.state),
         "at_worst": {kind.value: size for kind, size in memory.at_worst.items()},
         "between": memory.between,
-        "fixed": memory.fixed,
+        "outside_of_allocator": vars(memory.outside),
         "total": memory.total,
     }
 
@@ -131,6 +137,10 @@ def _predicted(report: MemoryReport) -> Table:
     table.add_row(_WORST, *(_mega(memory.total) for memory in report.ranks))
     bounds = (report.memory.bound(pp_rank) for pp_rank in range(len(report.ranks)))
     table.add_row("under any routing, at most", *(_mega(bound) for bound in bounds))
+    table.add_section()
+    table.add_row("on the host, for saves", *(_mega(host.copy_for_saves) for host in report.on_host))
+    if any(host.average for host in report.on_host):
+        table.add_row("on the host, average", *(_mega(host.average) for host in report.on_host))
     return table
 
 
@@ -140,7 +150,8 @@ def _kinds(memory: RankMemory) -> Iterator[tuple[str, float]]:
         yield names.get(name, name), size
     for kind, size in memory.at_worst.items():
         yield kind.value, size
-    yield "outside of the allocator", memory.fixed
+    yield "CUDA context, libraries (assumed)", memory.outside.context
+    yield "exchange buffers", memory.outside.exchange
 
 
 def _compared(report: MemoryReport) -> Table:

@@ -16,7 +16,7 @@ from ..comm.refusal import Problem, Refused, refuse_if_any
 from ..trainer.config import RunConfig
 from ..trainer.halt import Halt
 from .compose import compose_run
-from .launcher import Stopped, launch, run_torchrun
+from .launcher import LocalRanks, Stopped, launch, run_torchrun
 from .preflight import is_finished, preflight, spent_budget
 from .torchrun import local_torchrun
 
@@ -117,15 +117,15 @@ def run_node(overrides: Sequence[str], config_dir: Path | None, *, fresh: bool) 
     processes = count_processes(config, place)
     preflight(config, processes, fresh=fresh, first_machine=place.rank == 0)
     arguments = [*overrides, *([] if config_dir is None else ["--config-dir", str(config_dir)])]
-    torchrun = place.torchrun(processes)
+    local = LocalRanks(processes, tuple(place.torchrun(processes)))
     if place.rank == 0:
-        return launch(config, torchrun, arguments, fresh=fresh)
+        return launch(config, local, arguments, fresh=fresh)
     if not fresh and is_finished(config):
         return 0
     if not fresh and spent_budget(config) is not None:
         return Halt.OVER_BUDGET
     try:
-        return run_torchrun(torchrun, arguments, uuid.uuid4().hex[:12], config.training.stop_seconds)
+        return run_torchrun(config, local, arguments, uuid.uuid4().hex[:12])
     except Stopped as stop:
         return stop.exit_code
 

@@ -23,6 +23,7 @@ from ..trainer.data.verified import verify_before_run
 from ..trainer.model.attention_backend import FIELD, GpuFacts, choose_attention
 from ..trainer.precision.provider import choose_provider, missing_for
 from ..trainer.rank import largest_dispatch, open_samples
+from .rank_environment import rank_environment
 from .run_dir import read_status, run_dir_problems
 
 
@@ -151,8 +152,8 @@ def _device_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:
 def _exchange_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:
     if config.exchange.name == "deepep":
         dtype = config.precision.compute_dtype(torch.device("cuda"))
-        shape = largest_dispatch(config)
-        yield from deepep_problems(shape, config.topology.ep, dtype, config.training.device, local_ranks)
+        run = largest_dispatch(config), config.topology.ep, dtype, config.training.device
+        yield from deepep_problems(*run, local_ranks, rank_environment())
 
 
 def _attention_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:

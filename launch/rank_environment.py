@@ -1,26 +1,197 @@
-"""The variables that ranks start with, where the user has not set them."""
+"""Every variable that ranks start with, where the user has not set it: its value, who reads it, and why.
+
+`shoestring doctor` prints this list. The launcher hands it to torchrun; a rank that a torchrun of one's own has started
+makes the settings that are read late, and says which it cannot make any more. `TORCH_NCCL_ASYNC_ERROR_HANDLING` is not
+here: torch's default ends a rank whose collective failed, as wanted.
+
+Not yet run on hardware: what is for GPUs alone.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
+import torch
+
 _KEPT = str(2**33)  # bytes
-
-DEFAULTS: Mapping[str, str] = MappingProxyType(
-    {
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        # With a pool each, ranks of one CPU spend their time spinning.
-        "OMP_NUM_THREADS": "1",
-        # glibc would give the memory of large tensors back to the kernel when they end, and fault it in again page by
-        # page for the next. Read at the start of a process only.
-        "MALLOC_TRIM_THRESHOLD_": _KEPT,
-        "MALLOC_MMAP_THRESHOLD_": _KEPT,
-    }
-)
+FLIGHT_RECORDER = "flight_recorder"
+"""The folder of a run directory where torch writes the collectives of each rank when one does not return."""
 
 
-def rank_environment(own: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
-    """The environment of this process with the defaults, and with `own`, which wins."""
-    return {**DEFAULTS, **os.environ, **own}
+@dataclass(frozen=True)
+class Setting:
+    """One environment variable."""
+
+    name: str
+    value: str
+    reader: str
+    """The library that reads it."""
+    why: str
+    for_gpus: bool = True
+    """Whether runs on CPUs go without it."""
+    at_start: bool = False
+    """Whether it is read when Python or torch starts, so that a running process cannot set it any more."""
+    others: tuple[str, ...] = ()
+    """Other names of the same setting: a user who has set one of them has set this."""
+
+    def users(self, environment: Mapping[str, str]) -> tuple[str, str] | None:
+        """The name and value in `environment`, under whichever name."""
+        return next(((name, environment[name]) for name in (self.name, *self.others) if name in environment), None)
+
+
+def settings(run_dir: Path) -> tuple[Setting, ...]:
+    """Every setting of a run whose directory is `run_dir`."""
+    dumps = str(run_dir.absolute() / FLIGHT_RECORDER / "rank_")
+    dump_names = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+    where = "the flight recorder's file of each rank, in the run directory and not in the home of one machine"
+    return (
+        Setting(
+            "TORCH_CPP_LOG_LEVEL",
+            "ERROR",
+            "torch",
+            "a warning of torch's C++ part would come from every rank",
+            for_gpus=False,
+            at_start=True,
+        ),
+        Setting(
+            "OMP_NUM_THREADS",
+            "1",
+            "OpenMP",
+            "with a pool of threads each, the ranks of one machine spend their time spinning",
+            for_gpus=False,
+            at_start=True,
+        ),
+        *(
+            Setting(
+                name,
+                _KEPT,
+                "glibc",
+                "it gives large tensors back to the kernel when they end, and faults the memory of the next in again "
+                "page by page; up to 8 GiB it now keeps",
+                for_gpus=False,
+                at_start=True,
+            )
+            for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+        ),
+        Setting(
+            "CUDA_DEVICE_MAX_CONNECTIONS",
+            "32",
+            "CUDA",
+            "a process has 8 hardware queues by default, and a rank a dozen streams; of two streams in one queue, the "
+            "second waits behind a receive that was posted ahead in the first",
+        ),
+        Setting(
+            "PYTORCH_ALLOC_CONF",
+            "expandable_segments:True",
+            "torch",
+            "row counts differ in every dispatch, which fragments fixed segments; DeepSeek-V3's fullest rank has "
+            "4.8 GiB to spare",
+            at_start=True,
+            others=("PYTORCH_CUDA_ALLOC_CONF",),
+        ),
+        Setting(
+            "NCCL_LAUNCH_ORDER_IMPLICIT",
+            "1",
+            "NCCL 2.26 or later",
+            "kernels of several communicators start in the order in which the host launched them, so that two GPUs "
+            "cannot each give its SMs to what the other has not started; set from CUDA 12.3 on, as before that NCCL "
+            "would run them one after the other, and a receive posted ahead would stop all",
+        ),
+        Setting("NCCL_DEBUG", "WARN", "NCCL", "NCCL says nothing of what went wrong unless told to"),
+        Setting(
+            "TORCH_FR_BUFFER_SIZE",
+            "10000",
+            "torch",
+            "calls that the flight recorder keeps; the default of 2,000 is half a step: 4 layers x 8 all-to-alls x 120 "
+            "micro-batches are 3,840",
+            others=("TORCH_NCCL_TRACE_BUFFER_SIZE",),
+        ),
+        Setting("TORCH_NCCL_DUMP_ON_TIMEOUT", "1", "torch", "a collective past its limit writes the flight recorder"),
+        *(
+            Setting(name, dumps, "torch 2.13" if name is dump_names[0] else "earlier torch", where, others=dump_names)
+            for name in dump_names
+        ),
+        Setting(
+            "TORCH_GLOO_LAZY_INIT",
+            "1",
+            "torch",
+            "gloo connects a pair of ranks when they first talk; at 2,048 ranks a world-wide group would open 2,047 "
+            "sockets in each at once, and on a GPU gloo carries halts and saves alone",
+        ),
+    )
+
+
+def orders_launches(runtime: str | None, driver: int | None) -> bool:
+    """Whether NCCL can order launches of several communicators without running them one after the other.
+
+    `runtime` is CUDA's version in torch ("13.0"), `driver` the newest that the driver serves (13000 for 13.0).
+    """
+    if runtime is None or driver is None:
+        return False
+    major, minor = (int(part) for part in runtime.split(".")[:2])
+    return min(1000 * major + 10 * minor, driver) >= 12030
+
+
+def _driver() -> int | None:
+    if torch.version.cuda is None:
+        return None
+    version: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # builds for CUDA have it
+    return version
+
+
+def applying(run_dir: Path, *, on_gpu: bool) -> list[Setting]:
+    """Those of `settings` that a run on GPUs, or on CPUs, takes on this machine."""
+    found = [setting for setting in settings(run_dir) if on_gpu or not setting.for_gpus]
+    if on_gpu and not orders_launches(torch.version.cuda, _driver()):
+        found = [setting for setting in found if setting.name != "NCCL_LAUNCH_ORDER_IMPLICIT"]
+    return found
+
+
+def computes_on_gpus(device: str, local_ranks: int) -> bool:
+    """Whether `training.device` takes GPUs on a machine with so many ranks: `auto` does where each gets its own."""
+    return device == "cuda" or (device == "auto" and torch.cuda.device_count() >= local_ranks)
+
+
+OF_EVERY_RUN = tuple(setting for setting in settings(Path()) if not setting.for_gpus)
+"""Those that depend neither on the device nor on the run directory."""
+DEFAULTS: Mapping[str, str] = MappingProxyType({setting.name: setting.value for setting in OF_EVERY_RUN})
+"""The same by name."""
+
+
+def rank_environment(
+    own: Mapping[str, str] = MappingProxyType({}), made: Iterable[Setting] = OF_EVERY_RUN
+) -> dict[str, str]:
+    """The environment of this process with the settings `made` and with `own`.
+
+    What the user has set wins over settings, and `own` over both.
+    """
+    ours = {setting.name: setting.value for setting in made if setting.users(os.environ) is None}
+    return {**ours, **os.environ, **own}
+
+
+def users_choices(chosen: Iterable[Setting], environment: Mapping[str, str]) -> Iterator[str]:
+    """Yield what the user has set to another value, in words."""
+    named = set()
+    for setting in chosen:
+        found = setting.users(environment)
+        if found is not None and found[1] != setting.value and found[0] not in named:
+            named.add(found[0])
+            ours = setting.value if found[0] == setting.name else f"{setting.name}={setting.value}"
+            yield f"{found[0]}={found[1]} from your environment, instead of {ours}"
+
+
+def make_late(chosen: Iterable[Setting], environment: MutableMapping[str, str]) -> Iterator[str]:
+    """Set in `environment`, that of this process, what is missing and read late; yield in words what is too late."""
+    given = dict(environment)
+    for setting in chosen:
+        if setting.users(given) is not None:
+            continue
+        if setting.at_start:
+            too_late = "is not set, and it is too late for this process"
+            yield f"{setting.name}={setting.value} {too_late}; `shoestring train` and launch/torchrun.sh set it"
+        else:
+            environment[setting.name] = setting.value

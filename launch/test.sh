@@ -46,7 +46,7 @@ part() {
 part "ruff check" "$SHOESTRING_BIN/ruff" check .
 part "ruff format" "$SHOESTRING_BIN/ruff" format --check .
 part "mypy" "$SHOESTRING_BIN/mypy"
-part "shellcheck" "$SHOESTRING_BIN/shellcheck" -x launch/*.sh launch/slurm/*.sbatch .ci/run
+part "shellcheck" "$SHOESTRING_BIN/shellcheck" -x launch/*.sh benchmarks/*.sh launch/slurm/*.sbatch .ci/run
 part "hadolint" "$SHOESTRING_BIN/hadolint" Dockerfile
 # ${x[@]+...}: bash before 4.4 calls an empty array unset.
 part "pytest" "$SHOESTRING_BIN/python" -m pytest \

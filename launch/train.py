@@ -10,7 +10,7 @@ from ..comm.bootstrap import WorkerEnvironment
 from ..comm.refusal import Problem, Refused
 from .attempt import ATTEMPT_VARIABLE
 from .compose import compose_run
-from .launcher import launch
+from .launcher import LocalRanks, launch
 from .preflight import preflight
 from .torchrun import local_torchrun
 from .worker import run_worker
@@ -28,4 +28,4 @@ def train_command(overrides: Sequence[str], config_dir: Path | None, *, fresh: b
     ranks = config.topology.world_size
     preflight(config, ranks, fresh=fresh)
     arguments = [*overrides, *([] if config_dir is None else ["--config-dir", str(config_dir)])]
-    return launch(config, local_torchrun(ranks), arguments, fresh=fresh)
+    return launch(config, LocalRanks(ranks, tuple(local_torchrun(ranks))), arguments, fresh=fresh)

@@ -25,6 +25,7 @@ from ..trainer.loop import train
 from ..trainer.rank import stages_of
 from .attempt import attempt_name
 from .compose import to_yaml
+from .rank_environment import FLIGHT_RECORDER, applying, computes_on_gpus, make_late, users_choices
 from .run_dir import CONFIG_FILE, own, write_status
 from .stopping import listen_for_stop
 
@@ -44,6 +45,7 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
     if worker.world_size != config.topology.world_size:
         size = f"topology asks for {config.topology.world_size} processes"
         return _stop(config, worker, 2, str(Problem("world size", worker.world_size, f"{size}; start as many")))
+    _make_settings(config, worker)
     device = pick_device(config, worker)
     timeout = timedelta(seconds=config.training.collective_timeout_seconds)
     start_default_group(worker, device, timedelta(seconds=config.training.start_timeout_seconds))
@@ -70,9 +72,27 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
 def _watch(config: RunConfig, worker: WorkerEnvironment) -> Watchdog:
     """Watch calls into NCCL, with the limit of the start until the engine has connected."""
     limit = timedelta(seconds=config.training.start_timeout_seconds)
-    watchdog = Watchdog(worker.rank, limit, Path(config.training.run_dir))
+    watchdog = Watchdog(worker.rank, limit, Path(config.training.run_dir) / FLIGHT_RECORDER)
     watchdog.start()
     return watchdog
+
+
+def _make_settings(config: RunConfig, worker: WorkerEnvironment) -> None:
+    """Before CUDA starts: make what a torchrun of one's own has not, and say what differs from our settings."""
+    on_gpu = computes_on_gpus(config.training.device, _local_ranks())
+    run_dir = Path(config.training.run_dir)
+    chosen = applying(run_dir, on_gpu=on_gpu)
+    words = [*users_choices(chosen, os.environ), *make_late(chosen, os.environ)]
+    if worker.rank != 0:
+        return
+    if on_gpu:  # rank 0 alone makes the folder: a run directory that others make before it would not be a run's
+        (run_dir / FLIGHT_RECORDER).mkdir(exist_ok=True)
+    for each in words:
+        print(f"shoestring train: {each}", file=sys.stderr, flush=True)
+
+
+def _local_ranks() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _die(words: str) -> NoReturn:
@@ -105,14 +125,16 @@ def pick_device(config: RunConfig, worker: WorkerEnvironment) -> torch.device:
     """The device of this rank; `auto` takes GPUs where every local process gets one of its own."""
     wanted = config.training.device
     gpus = torch.cuda.device_count()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local = _local_ranks()
     if wanted == "auto" and 0 < gpus < local and worker.local_rank == 0:
         has = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
         fit = "topology=single" if gpus == 1 else f"topology=single for one of them, or a topology of {gpus} ranks"
         text = f"this machine has {has} for {local} ranks, so they compute on its CPU; to use {has}, write {fit}"
         print(f"shoestring train: {text}", file=sys.stderr, flush=True)
-    if wanted == "cpu" or (wanted == "auto" and gpus < local):
+    if not computes_on_gpus(wanted, local):
         return torch.device("cpu")
     device = torch.device("cuda", worker.local_rank)
     torch.cuda.set_device(device)
+    # A product that cuBLAS splits along its inner width would add the parts in BF16.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return device

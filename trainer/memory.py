@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 
 from ..comm.communicator import STAGED
+from ..comm.staged_reader import STAGED_BYTES
 from ..parallelism.bucket import bucket_length
 from ..parallelism.gradients import PIECE
 from ..parallelism.pipeline.edges import Commit, edges
@@ -19,20 +20,30 @@ from .config import RunConfig
 from .costs.activations import MicroBatch
 from .costs.buffers import Wire
 from .costs.chunk_memory import ChunkMemory, StageShape
-from .costs.memory import Chunks, RankMemory, fixed_bytes, rank_memory
+from .costs.memory import Chunks, Outside, RankMemory, rank_memory
 from .costs.state import Portion, State
 from .costs.working import Working
 from .model.model import Model
 from .optimizer.adamw import PIECE as ADAM_PIECE
 from .optimizer.adamw import PIECE_ON_GPU as ADAM_PIECE_ON_GPU
 from .precision.weights import blocks_bytes
-from .rank import stages_of
+from .rank import largest_dispatch, stages_of
 from .stages import Stages
 
 MARGIN = 0.05
 """By how much a prediction may be wrong: tests hold it to this."""
 
 _FP64 = 8  # bytes
+
+
+@dataclass(frozen=True)
+class HostBytes:
+    """What one rank holds on the host beside its processes and data; on a CPU, beside all that it computes with."""
+
+    copy_for_saves: float
+    """Of masters, moments and average, kept from the first save on."""
+    average: float = 0.0
+    """Of the weights, with what is staged on the way from a GPU. On a CPU it is part of the state."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +61,17 @@ class RunMemory:
         state = State.of(self._portions(plans), self._fp8_weights(pp_rank))
         of_rank = program, pp_rank, self._commits[pp_rank]
         worst, held = moments(*of_rank), between(*of_rank)
-        fixed = fixed_bytes(self.config.topology.ep, on_cpu=self.device.type == "cpu")
-        return rank_memory(state, chunks, worst, held, self._update(plans), fixed)
+        return rank_memory(state, chunks, worst, held, self._update(plans), self._outside)
+
+    def on_host(self, pp_rank: int) -> HostBytes:
+        """One rank of this pipeline rank, padding at the end of buckets included."""
+        averages, on_cpu = self.config.optimizer.ema_decay is not None, self.device.type == "cpu"
+        copied = average = 0.0
+        for portion in self._portions(list(self._plans(pp_rank))):
+            shard = portion.elements / portion.copies
+            copied += shard * (portion.wide * (2 if averages else 1) + 2 * portion.moment)
+            average += shard * portion.wide
+        return HostBytes(copied, average + STAGED_BYTES if averages and not on_cpu else 0.0)
 
     @property
     def most_rows(self) -> int:
@@ -85,6 +105,14 @@ class RunMemory:
     @cached_property
     def _models(self) -> dict[int, Model]:
         return {}
+
+    @property
+    def _outside(self) -> Outside:
+        if self.device.type == "cpu":
+            return Outside()
+        topology = self.config.topology
+        shape = largest_dispatch(self.config)
+        return Outside.of(self.config.exchange, shape, topology.ep_nodes, topology.ep_node_size)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..comm.deepep import BufferShape
+from ..comm.deepep_buffer import BufferShape
 from ..comm.exchange import TokenExchange
 from ..comm.groups import ProcessGroups
 from ..comm.lane import Lane
@@ -267,9 +267,8 @@ def warm_up(stepper: Stepper, worker: Worker, exchange: str, device: torch.devic
 
     `worker` runs the token exchange called `exchange`. See `comm.warm_up` for why.
     """
-    stepper.executor.warm_up(device)
     warm_up_exchange(exchange, stepper.groups, worker, device)
-    stepper.optimizer.warm_up()
+    stepper.warm_up(device)
     streams.current().synchronize()
 
 
@@ -285,6 +284,10 @@ def build_stepper(
     stages, groups = pipeline.stages, pipeline.groups
     program = stages.program(micro_batches)
     sharded = build_optimizer(model, stages, program, groups, optimizer, dtype, pipeline.recorder, pipeline.streams)
+    average = None
+    if optimizer.ema_decay is not None:
+        device = sharded.reducer.buckets[0].master_n.device
+        average = WeightAverage(sharded, optimizer.ema_decay, pipeline.streams or streams_of(device))
     users = [stages.users(bucket.extents[0].name) for bucket in sharded.reducer.buckets]
     return Stepper(
         model=model,
@@ -296,7 +299,7 @@ def build_stepper(
             lambda count: pipeline.executor(stages.program(count)), pipeline.executor(program), sharded, users
         ),
         optimizer=sharded,
-        average=None if optimizer.ema_decay is None else WeightAverage(sharded, optimizer.ema_decay),
+        average=average,
         groups=groups,
         recorder=pipeline.recorder,
     )

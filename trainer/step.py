@@ -13,6 +13,7 @@ from ..comm.groups import ProcessGroups
 from ..comm.host import to_device, to_host
 from ..comm.layout import NO_VISITS, Visits
 from ..comm.record import OPTIMIZER, REDUCE_WAIT, SILENT, Recorder, Track
+from ..comm.warm_up import warm_up_all_reduce
 from ..parallelism.pipeline.executor import Executor
 from ..parallelism.zero import ShardedOptimizer
 from .data.batch import TokenBatch
@@ -24,7 +25,7 @@ from .model.tape import LossScales, Summary
 from .optimizer.average import WeightAverage
 from .programs import Programs
 from .running import RunningStage
-from .totals import Share, Totals, sum_over_ranks
+from .totals import Share, Totals, length, sum_over_ranks
 
 HOST_READS_A_STEP = 2
 """How often the host waits for the device in one step: for the targets of the global batch before the first forward,
@@ -96,6 +97,18 @@ class Stepper:
     def executor(self) -> Executor:
         """What ran the last step, or will run the first."""
         return self.programs.executor
+
+    def warm_up(self, device: torch.device) -> None:
+        """Connect what a step communicates over but for the token exchange: collective, in one order on all ranks.
+
+        See `comm.warm_up` for why.
+        """
+        self.executor.warm_up(device)
+        self.optimizer.warm_up()
+        few = torch.zeros(1, dtype=torch.float64, device=device)
+        routers = len(router_names(self.config))
+        for like in (few, few.expand(length(routers, self.config.experts))):
+            warm_up_all_reduce(self.groups.world, like)
 
     def step(
         self, micro_batches: Sequence[TokenBatch], sequences: int, settings: StepSettings, votes: Votes = tuple

@@ -18,6 +18,8 @@ from ..comm.groups import Group
 from ..comm.host import to_device, to_host
 from ..comm.layout import Visits
 
+_LOSSES, _SQUARES, _VISITS = 3, 1, 4  # how many numbers
+
 
 @dataclass(frozen=True)
 class Share:
@@ -59,7 +61,7 @@ def sum_over_ranks(share: Share, routers: Sequence[str], experts: int, world: Gr
     vector = torch.cat([part.flatten() for part in _parts(share, routers, experts)])
     host = to_host(world.all_reduce_sum(vector, "sums of a step"))
     loads = len(routers) * experts
-    sizes = (3, 1, 4, len(share.votes), len(routers), loads, loads)
+    sizes = (_LOSSES, _SQUARES, _VISITS, len(share.votes), len(routers), loads, loads)
     losses, squares, visits, votes, speakers, counts, biases = host.split(sizes)
     counts_NE = counts.view(-1, experts).to(torch.int64)
     bias_NE = (biases.view(-1, experts) / speakers[:, None]).to(torch.float32)
@@ -72,6 +74,11 @@ def sum_over_ranks(share: Share, routers: Sequence[str], experts: int, world: Gr
         visits=Visits(*map(int, visits.tolist())),
         votes=tuple(map(int, votes.tolist())),
     )
+
+
+def length(routers: int, experts: int) -> int:
+    """Return how many numbers travel, without votes."""
+    return _LOSSES + _SQUARES + _VISITS + routers * (1 + 2 * experts)
 
 
 def _parts(share: Share, routers: Sequence[str], experts: int) -> Iterator[Tensor]:

@@ -10,14 +10,17 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import ScalingType
 
-from shoestring.benchmarks.rows.row import Check, Figures, Machine, NotHere, expect, relative_error
-from shoestring.trainer.model.experts import grouped_mm, grouped_mm_twin
+from shoestring.benchmarks.rows.row import Check, Figures, Machine, NotHere, Wrong, expect, relative_error
+from shoestring.parallelism.pipeline.weight_grad import WeightGradients
+from shoestring.trainer.model.experts import grouped_linear, grouped_mm, grouped_mm_twin
 
 TILE = 128
 """Side of a scaled tile or block (report §3.3.2)."""
@@ -73,28 +76,80 @@ def grouped_any(machine: Machine) -> Figures:
     return _grouped(machine, (1023, 0, 3071, 513, 2047, 1, 1025, 512) if machine.on_gpu else (31, 0, 97, 16))
 
 
+def grouped_empty(machine: Machine) -> Figures:
+    """Experts without rows: at the beginning, at the end and side by side; all rows at one expert."""
+    last, one = ((0, 0, 1024, 0, 0, 37, 0, 0), (0, 0, 0, 2048)) if machine.on_gpu else ((0, 0, 24, 0, 5, 0), (0, 0, 9))
+    return {f"error_of_{sum(rows_L)}_rows": _grouped_error(machine, rows_L) for rows_L in (last, one)}
+
+
+def grouped_nothing(machine: Machine) -> Figures:
+    """No row for any expert, as a rank meets that no token visits."""
+    out_RF, grad_RD, *weight_grads = _run_grouped(_grouped_inputs(machine, (0, 0, 0, 0)))
+    if len(out_RF) or len(grad_RD):
+        raise Wrong(f"no rows became {len(out_RF)} and {len(grad_RD)}")
+    expect("a gradient of weights", max(float(grad.abs().max()) for grad in weight_grads), 0)
+    return {"weight_gradient": 0.0}
+
+
 def _grouped(machine: Machine, rows_per_expert_L: tuple[int, ...]) -> Figures:
-    """Forward and backward of the experts' product beside the twin's."""
+    """Forward and backward of the experts' product beside the twin's, and their rate."""
+    error = _grouped_error(machine, rows_per_expert_L)
+    inputs = _grouped_inputs(machine, rows_per_expert_L)
+    flops = 6 * inputs.x_RD.numel() * inputs.weight_LFD.shape[1]
+    rates = (_rate(machine, flops, partial(_autograd, product, inputs)) for product in (grouped_mm, grouped_mm_twin))
+    return {**dict(zip(("TFLOP/s", "twin_TFLOP/s"), rates, strict=True)), "error": error}
+
+
+@dataclass(frozen=True)
+class _Grouped:
+    x_RD: Tensor
+    weight_LFD: Tensor
+    grad_RF: Tensor
+    rows_L: tuple[int, ...]
+
+
+def _grouped_inputs(machine: Machine, rows_L: tuple[int, ...]) -> _Grouped:
     inner, hidden = (4096, 7168) if machine.on_gpu else (64, 128)
-    x_RD = _normal(machine, sum(rows_per_expert_L), hidden).bfloat16()
-    weight_LFD = (_normal(machine, len(rows_per_expert_L), inner, hidden) * 0.02).bfloat16()
-    grad_RF = _normal(machine, sum(rows_per_expert_L), inner).bfloat16()
+    x_RD = _normal(machine, sum(rows_L), hidden).bfloat16()
+    weight_LFD = (_normal(machine, len(rows_L), inner, hidden) * 0.02).bfloat16()
+    return _Grouped(x_RD, weight_LFD, _normal(machine, sum(rows_L), inner).bfloat16(), rows_L)
 
-    def run(product: Callable[[Tensor, Tensor, tuple[int, ...]], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight = x_RD.clone().requires_grad_(), weight_LFD.clone().requires_grad_()
-        out_RF = product(x, weight, rows_per_expert_L)
-        grad_x, grad_weight = torch.autograd.grad(out_RF, (x, weight), grad_RF)
-        return out_RF.detach(), grad_x, grad_weight
 
-    names = ("output", "input gradient", "weight gradient")
-    pairs = zip(names, run(grouped_mm), run(grouped_mm_twin), strict=True)
-    error = max(expect(name, relative_error(ours, twins), 1e-2) for name, ours, twins in pairs)
-    flops = 6 * sum(rows_per_expert_L) * inner * hidden
-    return {
-        "TFLOP/s": _rate(machine, flops, lambda: run(grouped_mm)),
-        "twin_TFLOP/s": _rate(machine, flops, lambda: run(grouped_mm_twin)),
-        "error": error,
-    }
+def _grouped_error(machine: Machine, rows_L: tuple[int, ...]) -> float:
+    """Largest error of the output and all gradients, those of weights by autograd and by each way of training."""
+    inputs = _grouped_inputs(machine, rows_L)
+    out_RF, grad_RD, grad_LFD = _autograd(grouped_mm_twin, inputs)
+    names = ("output", "input gradient", "weight gradient", "weight gradient in FP32", "weight gradient in BF16")
+    pairs = zip(names, _run_grouped(inputs), (out_RF, grad_RD, grad_LFD, grad_LFD, grad_LFD), strict=True)
+    return max(expect(name, relative_error(ours, twins), 1e-2) for name, ours, twins in pairs)
+
+
+def _run_grouped(inputs: _Grouped) -> tuple[Tensor, ...]:
+    """By autograd; then as training does, which adds the gradient of weights later, to a sum in FP32 or BF16."""
+    return *_autograd(grouped_mm, inputs), *(_added_grad(inputs, dtype) for dtype in (torch.float32, torch.bfloat16))
+
+
+def _autograd(
+    product: Callable[[Tensor, Tensor, tuple[int, ...]], Tensor], inputs: _Grouped
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, gradient of rows and gradient of weights."""
+    x, weight = inputs.x_RD.clone().requires_grad_(), inputs.weight_LFD.clone().requires_grad_()
+    out_RF = product(x, weight, inputs.rows_L)
+    grad_x, grad_weight = torch.autograd.grad(out_RF, (x, weight), inputs.grad_RF)
+    return out_RF.detach(), grad_x, grad_weight
+
+
+def _added_grad(inputs: _Grouped, dtype: torch.dtype) -> Tensor:
+    """The gradient of weights as `grouped_linear` adds it to a `.grad` of this dtype."""
+    weight = inputs.weight_LFD.clone().requires_grad_()
+    weight.grad_dtype = dtype
+    weight.grad = torch.zeros_like(weight, dtype=dtype)
+    left = WeightGradients(deferred=True)
+    with left.collect():
+        out_RF = grouped_linear(inputs.x_RD.clone().requires_grad_(), weight, inputs.rows_L)
+    out_RF.backward(inputs.grad_RF)
+    left.run()
+    return weight.grad
 
 
 def streams(machine: Machine) -> Figures:
@@ -192,6 +247,8 @@ CHECKS = (
     Check("matmul bf16", matmul_bf16, mandatory=True),
     Check("grouped_mm, rows in eights", grouped_in_eights, mandatory=True),
     Check("grouped_mm, any rows", grouped_any, mandatory=True),
+    Check("grouped_mm, experts without rows", grouped_empty, mandatory=True),
+    Check("grouped_mm, no row at all", grouped_nothing, mandatory=True),
     Check("copy beside compute", streams, mandatory=True),
     Check("fp8 scaled_mm, tensor scales", fp8_tensor_scales, mandatory=False),
     Check("fp8 scaled_mm, 1x128 and 128x128", fp8_block_scales, mandatory=False),

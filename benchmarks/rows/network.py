@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 
 import torch
 import torch.distributed as dist
@@ -89,9 +90,9 @@ def _several(group: Group) -> Group:
 
 
 _GROUPS: tuple[tuple[str, Pick], ...] = (
-    ("all ranks", lambda machine: machine.world),
-    ("inside the node", lambda machine: machine.node),
-    ("between nodes", lambda machine: machine.rail),
+    ("all ranks", attrgetter("world")),
+    ("inside the node", attrgetter("node")),
+    ("between nodes", attrgetter("rail")),
 )
 CHECKS = tuple(
     Check(f"{name}, {where}", partial(run, pick), mandatory=True)

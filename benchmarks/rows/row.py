@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
-import torch.distributed as dist
 
 from shoestring.comm.groups import Group
 
@@ -41,8 +40,6 @@ class Machine:
     """The ranks of this rank's node."""
     rail: Group
     """The ranks with its local index on all nodes."""
-    talk: dist.ProcessGroup | None
-    """gloo, in which ranks compare their outcomes: it outlives a communicator that timed out."""
 
     @property
     def on_gpu(self) -> bool:
@@ -82,6 +79,17 @@ class Check:
     run: Callable[[Machine], Figures]
     mandatory: bool
     """Whether its failure fails the script. What is not here never does."""
+    seconds: float = 60.0
+    """How long it may take. A rank that takes longer is killed, and the row fails."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A row after it ran on one rank."""
+
+    verdict: Verdict
+    reason: str
+    figures: Figures | None
 
 
 @dataclass(frozen=True)
@@ -103,25 +111,22 @@ class Outcome:
         return [f"{name} {_range([each[name] for each in self.figures])}" for name in self.figures[0]]
 
 
-def run_check(check: Check, machine: Machine) -> Outcome:
-    """Run `check` on all ranks and agree on what came of it: the worst rank decides."""
-    figures: Figures | None = None
+def attempt(check: Check, machine: Machine) -> Attempt:
+    """Run `check` on this rank."""
     try:
-        figures = check.run(machine)
-        mine = (Verdict.WORKS, "")
+        return Attempt(Verdict.WORKS, "", check.run(machine))
     except NotHere as error:
-        mine = (Verdict.NOT_HERE, str(error))
+        return Attempt(Verdict.NOT_HERE, str(error), None)
     except Exception as error:  # whatever a provider or a driver raises is the finding, and the next row is tried
-        mine = (Verdict.FAILS, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-    everyone: list[tuple[Verdict, str, Figures | None]] = [(*mine, figures)]
-    if machine.talk is not None:
-        gathered: list[tuple[Verdict, str, Figures | None] | None] = [None] * machine.world.size
-        dist.all_gather_object(gathered, everyone[0], group=machine.talk)
-        everyone = [each for each in gathered if each is not None]
+        return Attempt(Verdict.FAILS, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", None)
+
+
+def outcome_of(check: Check, of_ranks: Sequence[Attempt]) -> Outcome:
+    """What all ranks together say of a row: the worst rank decides."""
     order = (Verdict.WORKS, Verdict.NOT_HERE, Verdict.FAILS)
-    worst = max((verdict for verdict, _, _ in everyone), key=order.index)
-    measured = tuple(figures for _, _, figures in everyone if figures is not None)
-    return Outcome(check.name, worst, check.mandatory, _reasons([reason for _, reason, _ in everyone]), measured)
+    worst = max((each.verdict for each in of_ranks), key=order.index)
+    measured = tuple(each.figures for each in of_ranks if each.figures is not None)
+    return Outcome(check.name, worst, check.mandatory, _reasons([each.reason for each in of_ranks]), measured)
 
 
 def _reasons(of_ranks: Sequence[str]) -> str:

@@ -1,4 +1,5 @@
-"""One training step of the tiny model: in BF16 with its experts over all ranks, against FP32 in one CPU process.
+"""One training step of the tiny model against FP32 in one CPU process: its experts over all ranks; every pipeline
+schedule over two halves of them. BF16, as a run on GPUs.
 
 Letters: B batch, W window of tokens.
 """
@@ -6,90 +7,129 @@ Letters: B batch, W window of tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from shoestring.benchmarks.rows.row import Check, Figures, Machine, expect
+from shoestring.benchmarks.rows.row import Check, Figures, Machine, NotHere, expect
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.open_exchange import open_exchange
 from shoestring.comm.open_groups import open_groups_on
-from shoestring.comm.pending import open_worker
+from shoestring.comm.record import SILENT
 from shoestring.comm.topology import Topology
-from shoestring.comm.traffic import Traffic
 from shoestring.launch.compose import compose_run
+from shoestring.parallelism.pipeline.schedules import SCHEDULES
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.data.batch import TokenBatch
-from shoestring.trainer.rank import Pipeline, build_model, build_stepper, stages_of
+from shoestring.trainer.rank import Engine, open_engine, stages_of
 from shoestring.trainer.step import StepSettings
 
 SETTINGS = StepSettings(learning_rate=1e-3, clip_norm=1.0, balance_weight=1e-4, mtp_weight=0.3, bias_speed=0.001)
 TIMEOUT = timedelta(minutes=2)
-SEQUENCES = 2
-"""Of each rank."""
+EXPERTS = 16
+"""Of the tiny model."""
+MICRO_BATCHES = 4
+"""Of each data-parallel rank; DualPipe wants two for each pipeline rank."""
+LIMITS = 5e-3, 5e-2
+"""Relative errors of loss and gradient norm in BF16."""
 
 
 def training_step(machine: Machine) -> Figures:
-    """Loss and gradient norm of the first step, then the time of a step."""
-    ranks, rank = machine.world.size, machine.world.rank
-    ep = math.gcd(ranks, 16)  # the tiny model has 16 experts
-    grid = [f"topology.ep={ep}", f"topology.edp={ranks // ep}", f"training.global_batch={SEQUENCES * ranks}"]
-    config = compose_run(["model=tiny", *grid, f"schedule.micro_batch={SEQUENCES}"])
-    shape = (SEQUENCES * ranks, config.window)
+    """Loss and gradient norm of two steps, so that the second has new weights, then the time of one."""
+    ranks = machine.world.size
+    ep = math.gcd(ranks, EXPERTS)
+    grid = [f"topology.ep={ep}", f"topology.edp={ranks // ep}", f"training.global_batch={2 * ranks}"]
+    return _step(machine, [*grid, "schedule.micro_batch=2"])
+
+
+def pipeline_step(schedule: str, machine: Machine) -> Figures:
+    """The same on two pipeline ranks, with multi-token prediction, whose head shares the embedding of the first rank.
+
+    On four ranks and more, experts are spread over those of a pipeline rank, and the halves of an FB take turns.
+    """
+    ranks = machine.world.size
+    if ranks % 2:
+        raise NotHere("needs two GPUs" if ranks == 1 else "needs an even number of ranks")
+    ep = math.gcd(ranks // 2, EXPERTS)
+    grid = ["topology.pp=2", f"topology.ep={ep}", f"topology.edp={ranks // 2 // ep}"]
+    batch = [f"training.global_batch={MICRO_BATCHES * ranks // 2}", "schedule.micro_batch=1"]
+    return _step(machine, [*grid, *batch, f"schedule={schedule}"])
+
+
+def overlapped_step(machine: Machine) -> Figures:
+    """DualPipe on four ranks, two expert-parallel ranks in each pipeline rank: an exchange hides behind computing."""
+    if machine.world.size % 4:
+        raise NotHere("needs four GPUs, two pipeline ranks of two expert-parallel ranks")
+    return pipeline_step("dualpipe", machine)
+
+
+def _step(machine: Machine, overrides: Sequence[str]) -> Figures:
+    """Losses and gradient norms of two steps beside the CPU's, and the time of a step."""
+    config = compose_run(["model=tiny", "precision=bf16", *overrides])
+    shape = (config.training.global_batch, config.window)
     tokens_BW = torch.randint(config.model.vocabulary, shape, generator=torch.Generator().manual_seed(0))
-
     alone = ProcessGroups.create(Topology(), 0, TIMEOUT)
-    single = compose_run(["model=tiny"])
-    oracle = _Trainer(single, alone, torch.device("cpu"), torch.float32, tokens_BW, SEQUENCES * ranks)
-    truth = oracle.step()
-    oracle.close()
+    with _open(compose_run(["model=tiny", "precision=fp32"]), alone, torch.device("cpu"), tokens_BW) as oracle:
+        truth = [oracle.step() for _ in range(2)]
 
-    make = open_groups_on(machine.device, rank, TIMEOUT)
-    groups = ProcessGroups.create(config.topology, rank, TIMEOUT, open_groups=make)
-    mine_BW = tokens_BW[SEQUENCES * rank : SEQUENCES * (rank + 1)]
-    trainer = _Trainer(config, groups, machine.device, torch.bfloat16, mine_BW, SEQUENCES * ranks)
-    loss, norm = trainer.step()
-    seconds = machine.seconds(trainer.step, repeats=3)
-    trainer.close()
+    make = open_groups_on(machine.device, machine.world.rank, TIMEOUT)
+    holders = stages_of(config).all_holders()
+    groups = ProcessGroups.create(config.topology, machine.world.rank, TIMEOUT, holders, make)
+    with _open(config, groups, machine.device, tokens_BW) as trainer:
+        found = [trainer.step() for _ in range(2)]
+        seconds = machine.seconds(trainer.step, repeats=3)
+    errors = [
+        expect(f"the {name} of step {step}", abs(ours - true) / true, limit)
+        for step in range(2)
+        for name, limit, ours, true in zip(("loss", "gradient norm"), LIMITS, found[step], truth[step], strict=True)
+    ]
     return {
-        "loss": loss,
-        "fp32_loss": truth[0],
-        "loss_error": expect("the loss", abs(loss - truth[0]) / truth[0], 5e-3),
-        "norm_error": expect("the gradient norm", abs(norm - truth[1]) / truth[1], 5e-2),
+        "loss": found[1][0],
+        "fp32_loss": truth[1][0],
+        "loss_error": max(errors[::2]),
+        "norm_error": max(errors[1::2]),
         "step_ms": seconds * 1e3,
     }
 
 
+@dataclass(frozen=True)
 class _Trainer:
-    """One rank's model and optimizer, and one batch."""
+    """One rank's engine, and its micro-batches of one global batch."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        groups: ProcessGroups,
-        device: torch.device,
-        dtype: torch.dtype,
-        tokens_BW: Tensor,
-        sequences: int,
-    ) -> None:
-        model = build_model(config, groups, device)
-        self._worker = open_worker(groups.ep, device)
-        traffic = Traffic(config.topology, groups.rank)
-        exchange = open_exchange(config.exchange, groups, config.model.experts, self._worker, traffic)
-        pipeline = Pipeline.open(stages_of(config), groups, device)
-        self._stepper = build_stepper(pipeline, model, exchange, dtype, 1, config.optimizer)
-        self._batch = TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool)).to(device)
-        self._sequences = sequences
+    engine: Engine
+    micro_batches: list[TokenBatch]
+    sequences: int
 
     def step(self) -> tuple[float, float]:
         """Loss and gradient norm of the global batch."""
-        result = self._stepper.step([self._batch], self._sequences, SETTINGS)
+        result = self.engine.stepper.step(self.micro_batches, self.sequences, SETTINGS)
         return result.loss, result.grad_norm
 
-    def close(self) -> None:
-        self._worker.close()
-        self._stepper.optimizer.close()
+
+@contextmanager
+def _open(config: RunConfig, groups: ProcessGroups, device: torch.device, tokens_BW: Tensor) -> Iterator[_Trainer]:
+    """The rank of `groups`, which reads its part of the batch. On one rank the batch is one micro-batch."""
+    own_BW = tokens_BW.chunk(groups.topology.dp)[groups.topology.dp_rank(groups.rank)]
+    size = len(own_BW) if groups.world.size == 1 else config.schedule.micro_batch
+    micro_batches = [
+        TokenBatch(part_BW, torch.ones_like(part_BW, dtype=torch.bool)).to(device) for part_BW in own_BW.split(size)
+    ]
+    engine = open_engine(config, groups, device, SILENT)
+    try:
+        yield _Trainer(engine, micro_batches, len(tokens_BW))
+    finally:
+        engine.close()
 
 
-CHECKS = (Check("training step, tiny, bf16", training_step, mandatory=True),)
+CHECKS = (
+    Check("training step, tiny, bf16", training_step, mandatory=True),
+    *(
+        Check(f"pipeline of two, {schedule.name}", partial(pipeline_step, schedule.name), mandatory=True)
+        for schedule in SCHEDULES
+    ),
+    Check("dispatch beside computing, 2 x 2", overlapped_step, mandatory=True),
+)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from ...trainer.config import RunConfig
 from ...trainer.costs.cluster import ClusterConfig
+from ...trainer.costs.memory import ALL_TO_ALL, CONTEXT
 from .forecast import Forecast
 from .lanes import ChunkCosts
 from .operations import Shape, head_traffic
@@ -32,11 +33,23 @@ def assumptions(config: RunConfig, forecast: Forecast, costs: ChunkCosts) -> lis
     jitter = "jitter" if recipe.jitter == 0 else f"jitter {recipe.jitter:g}"
     found += [
         ("routing uniform within the node limit", "assumed", "the router's balancing (V3 report §2.1.2)"),
-        ("exchange buffers 1 GB, CUDA context and libraries 2 GB", "assumed", "no measurement"),
+        *_outside(recipe, forecast.layout.topology.ep),
         (f"fragmentation {recipe.fragmentation:.0%} of what comes and goes", *_fragmentation(recipe)),
         (f"{jitter}, {skew}, no failures", "assumed", "explicit inputs"),
     ]
     return found
+
+
+def _outside(recipe: Recipe, expert_ranks: int) -> Iterator[Evidence]:
+    """What a GPU's memory holds that no allocator sees."""
+    if recipe.on_cpu:
+        return
+    context = f"CUDA context, libraries and NCCL's communicators {CONTEXT / 1e9:g} GB"
+    yield context, "assumed", "no measurement"
+    if expert_ranks > 1 and recipe.exchange.name == "deepep":
+        yield "DeepEP's buffer", "published", "DeepEP 2.1.0's own formula (comm/deepep_buffer.py)"
+    elif expert_ranks > 1:
+        yield f"NCCL's buffers of all-to-alls {ALL_TO_ALL / 1e9:g} GB", "assumed", "no measurement"
 
 
 def _times(table: Table, at_best: str) -> Iterator[Evidence]:

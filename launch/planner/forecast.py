@@ -26,7 +26,7 @@ from ...trainer.stages import split_layers
 from .exchange import Wire
 from .lanes import ChunkCosts
 from .links import bytes_a_second
-from .memory import ChunkCache, MemoryForecast, Parameters, forecast_memory, stage_parameters, state_of
+from .memory import ChunkCache, MemoryForecast, Parameters, forecast_memory, outside_of, stage_parameters, state_of
 from .operations import Shape
 from .pricing import Compute
 from .recipe import Recipe
@@ -231,8 +231,9 @@ class Forecaster:
             self._moments[key] = tuple(moments(program, *each) for each in enumerate(edges(program)))
         chunks = [self._chunks.of(stages, shape, recipe) for stages in held]
         states = [state_of(recipe, parameters) for parameters in self.parameters(layout)]
+        outside = outside_of(shape, recipe, layout.topology)
         return tuple(
-            forecast_memory(worst, own, state, recipe, shape.expert_ranks)
+            forecast_memory(worst, own, state, outside)
             for worst, own, state in zip(self._moments[key], chunks, states, strict=True)
         )
 

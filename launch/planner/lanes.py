@@ -183,7 +183,9 @@ class SimulatedChunk:
     def _moe_forward(self, layer: int) -> Steps[None]:
         self._compute(Phase.ATTENTION_F)
         dispatched = self._launch(Exchange.DISPATCH, layer)
-        yield
+        in_turns = yield
+        if in_turns:  # the second part of the dispatch is launched, behind the first without a gap
+            yield
         self._compute(Phase.SHARED_F)
         self.lanes.wait(dispatched)
         self._compute(Phase.EXPERTS_F, layer)
@@ -194,10 +196,12 @@ class SimulatedChunk:
     def _moe_backward(self, layer: int, left: list[Phase], settle: Callable[..., None]) -> Steps[None]:
         uncombined = self._launch(Exchange.COMBINE_BACKWARD, layer)
         settle()
-        yield
+        in_turns = yield
         self._compute(Phase.SHARED_B)
         self.lanes.wait(uncombined)
         self._compute(Phase.EXPERTS_B, layer)
+        if in_turns:
+            yield
         undispatched = self._launch(Exchange.DISPATCH_BACKWARD, layer)
         settle(layer)
         yield

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ...comm.deepep_buffer import BufferShape
 from ...comm.fp8 import TILE
+from ...comm.topology import Topology
 from ...parallelism.pipeline.moments import Moment
 from ...trainer.costs.activations import MicroBatch
 from ...trainer.costs.buffers import Wire
 from ...trainer.costs.chunk_memory import ChunkMemory, Kind, StageShape
-from ...trainer.costs.memory import Chunks, RankMemory, fixed_bytes, rank_memory
+from ...trainer.costs.memory import Chunks, Outside, RankMemory, rank_memory
 from ...trainer.costs.state import Portion, State
 from ...trainer.costs.working import Working
 from ...trainer.model.config import ModelConfig
@@ -113,12 +115,17 @@ class ChunkCache:
         return self._chunks[*key, *stages]
 
 
-def forecast_memory(
-    worst: Collection[Moment], chunks: Chunks, state: State, recipe: Recipe, ranks: int
-) -> MemoryForecast:
-    """One rank, whose program has these moments; experts are spread over so many `ranks`."""
-    fixed = fixed_bytes(ranks, on_cpu=recipe.on_cpu)
-    return MemoryForecast.of(rank_memory(state, chunks, worst, between=(), update=0.0, fixed=fixed))
+def forecast_memory(worst: Collection[Moment], chunks: Chunks, state: State, outside: Outside) -> MemoryForecast:
+    """One rank, whose program has these moments."""
+    return MemoryForecast.of(rank_memory(state, chunks, worst, between=(), update=0.0, outside=outside))
+
+
+def outside_of(shape: Shape, recipe: Recipe, topology: Topology) -> Outside:
+    """What no allocator sees of a rank's memory."""
+    if recipe.on_cpu:
+        return Outside()
+    buffer = BufferShape(shape.tokens, shape.model.hidden, shape.model.top_k)
+    return Outside.of(recipe.exchange, buffer, topology.ep_nodes, topology.ep_node_size)
 
 
 def state_of(recipe: Recipe, held: Parameters) -> State:

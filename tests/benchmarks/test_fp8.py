@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 
 from shoestring.benchmarks import fp8_accumulation, fp8_kernels, v3_layer
 from shoestring.trainer.precision.fp8 import Fp8
@@ -50,6 +52,29 @@ def test_the_layer_is_run_phase_by_phase_as_in_training() -> None:
         assert weight.grad.dtype == torch.float32
         assert weight.grad.any()
     assert sum(v3_layer.TRACE_US.values()) == 31072  # what the trace spends on computing a layer pair
+
+
+def test_launches_are_counted_by_the_phase_that_they_begin_in() -> None:
+    """On any thread of the host; what the GPU does has the same names and is left out."""
+
+    def event(name: str, start: float, end: float, device: DeviceType = DeviceType.CPU) -> SimpleNamespace:
+        return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end), device_type=device)
+
+    events = [
+        event("attn(F)", 0, 10),
+        event("attn(F)", 2, 90, DeviceType.CUDA),
+        event("mlp(F)", 20, 30),
+        event("cudaLaunchKernel", 1, 2),
+        event("cuLaunchKernelEx", 9, 12),
+        event("cudaMemcpyAsync", 21, 22),
+        event("cudaLaunchKernel", 15, 16),  # between the phases
+        event("cudaStreamSynchronize", 3, 4),
+        event("aten::mm", 3, 4),
+    ]
+    assert v3_layer.count_launches(events) == {"attn(F)": 2, "mlp(F)": 1}
+    setting, device = v3_layer.small(), torch.device("cpu")
+    counts = v3_layer.launches(v3_layer.build(setting, "reference", device), setting, device)
+    assert counts == dict.fromkeys(v3_layer.TRACE_US, 0)  # every phase is found, and a CPU launches nothing
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

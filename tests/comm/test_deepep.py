@@ -15,7 +15,8 @@ from torch import Tensor
 
 from shoestring.comm import deepep
 from shoestring.comm.config import ExchangeConfig
-from shoestring.comm.deepep import BufferShape, deepep_problems
+from shoestring.comm.deepep import deepep_problems
+from shoestring.comm.deepep_buffer import BufferShape
 from shoestring.comm.exchange import TokenExchange
 from shoestring.comm.failure import CollectiveFailed
 from shoestring.comm.fp8 import dequantise
@@ -26,6 +27,7 @@ from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
 from shoestring.launch.compose import compose_run
 from shoestring.tests.comm import deep_ep_stand_in, routing
+from shoestring.tests.comm.deep_ep_package import GOOD, write_deep_ep
 from shoestring.tests.comm.routing import CASES, EXPERTS, LABEL, batch_of, through_experts
 from shoestring.tests.processes import World, run_processes
 
@@ -187,12 +189,10 @@ FITS = {"shape": BufferShape(4096, 7168, 8), "ranks": 8, "dtype": torch.bfloat16
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A machine with two Hopper GPUs, NCCL and DeepEP, which must not be imported."""
-    package = tmp_path / "deep_ep"
-    (package / "buffers").mkdir(parents=True)
-    (package / "__init__.py").write_text("raise AssertionError('imported')\n")
-    (package / "buffers" / "elastic.py").touch()
+    """A machine with two Hopper GPUs, NCCL and DeepEP, which this process must not import."""
+    package = write_deep_ep(tmp_path, GOOD)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(deepep, "loaded_nccl", lambda: (2, 30, 4))
@@ -227,6 +227,16 @@ def test_what_a_machine_lacks(hopper: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "has no ElasticBuffer; build version 2 of github.com/deepseek-ai/DeepEP" in found
     assert "needs a Hopper GPU (compute capability 9.0) and a GPU here has 8.0" in found
     assert "needs NCCL 2.30.4 and 2.28.9 is here" in found
+    assert "importing deep_ep fails" not in found  # it would, for these reasons
+
+
+def test_what_its_import_asserts_is_said(hopper: Path) -> None:
+    assert "deep_ep" not in sys.modules
+    (hopper / "__init__.py").write_text("assert False, 'Duplicate NCCL runtime found'\n")
+    found = remedies()
+    assert "importing deep_ep fails: AssertionError: Duplicate NCCL runtime found; run pip install --no-deps" in found
+    assert '"nvidia-nccl-cu13>=2.30.4"' in found
+    assert "deep_ep" not in sys.modules
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

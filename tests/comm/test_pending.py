@@ -13,10 +13,12 @@ import torch
 from shoestring.comm.config import ExchangeConfig
 from shoestring.comm.failure import CollectiveFailed
 from shoestring.comm.groups import ProcessGroups
+from shoestring.comm.host import HostCopies
 from shoestring.comm.label import Call, Label
 from shoestring.comm.order import OrderCheck
-from shoestring.comm.pending import InlineWorker, Pending, ThreadWorker, open_worker, tensors_of
+from shoestring.comm.pending import InlineWorker, Pending, StreamWorker, ThreadWorker, open_worker, tensors_of
 from shoestring.comm.topology import Topology
+from shoestring.tests.comm.recorded_streams import HOST_WAITS, REST, RecordedStreams
 from shoestring.tests.comm.routing import CASES, LABEL, batch_of, open_on
 from shoestring.tests.processes import World, run_processes
 
@@ -64,9 +66,84 @@ def test_close_lets_the_running_one_end_and_starts_no_other() -> None:
 
 def test_nothing_in_a_worker_is_recorded_by_autograd() -> None:
     x = torch.ones(2, requires_grad=True)
-    for worker in (ThreadWorker(), InlineWorker()):
+    for worker in (ThreadWorker(), InlineWorker(), on_streams()[0]):
         assert not worker.submit(CALL, lambda: 2 * x, (x,)).wait().requires_grad
+        assert not worker.submit_in_parts(CALL, lambda: lambda: 2 * x, (x,)).wait().requires_grad
         worker.close()
+
+
+def on_streams() -> tuple[StreamWorker, RecordedStreams]:
+    streams = RecordedStreams()
+    return StreamWorker(streams, recorder=streams), streams
+
+
+def test_the_second_part_runs_when_it_is_asked_for() -> None:
+    for worker in (InlineWorker(), on_streams()[0]):
+        done: list[str] = []
+
+        def first(done: list[str] = done) -> Callable[[], None]:
+            done.append("first")
+            return lambda: done.append("second")
+
+        pending = worker.submit_in_parts(CALL, first, ())
+        assert done == ["first"]
+        pending.proceed()
+        pending.wait()
+        assert done == ["first", "second"]
+        worker.submit_in_parts(CALL, first, ()).wait()
+        assert done == ["first", "second"] * 2
+
+
+def test_a_thread_goes_on_with_the_second_part_by_itself() -> None:
+    worker, done = ThreadWorker(), threading.Event()
+    pending = worker.submit_in_parts(CALL, lambda: done.set, ())
+    assert done.wait(timeout=30)
+    pending.wait()
+    worker.close()
+
+
+def test_nothing_comes_between_two_parts() -> None:
+    """Else a thread, which runs both at once, and a stream would have their collectives in two orders."""
+    for worker in (ThreadWorker(), InlineWorker(), on_streams()[0]):
+        pending = worker.submit_in_parts(CALL, lambda: lambda: 1, ())
+        for submit in (worker.submit, worker.submit_in_parts):
+            with pytest.raises(RuntimeError, match="before the second part of dispatch of layer_01, micro-batch 2"):
+                submit("another", lambda: lambda: 2, ())
+        pending.proceed()
+        worker.submit("another", lambda: 2, ())
+        assert pending.wait() == 1
+        worker.close()
+
+
+def test_the_second_part_waits_for_nothing_that_was_computed_since_the_first() -> None:
+    worker, streams = on_streams()
+    with streams.queue("before"):
+        pass
+    pending = worker.submit_in_parts(CALL, lambda: lambda: None, ())
+    with streams.queue("between"):
+        pass
+    pending.wait()
+    assert streams.needs[REST + CALL] == {"before", CALL}
+
+
+def test_buffers_of_copies_to_the_host_are_used_again() -> None:
+    streams = RecordedStreams()
+    copies = HostCopies(streams)
+    x, y = torch.tensor([1, 2]), torch.tensor([3, 4])
+    first, second = copies.start(x), copies.start(y)
+    x.zero_()  # the copy was queued before
+    numbers = first.wait()
+    buffers = [buffer.data_ptr() for buffers in copies._free.values() for buffer in buffers]
+    third = copies.start(torch.tensor([5, 6]))
+    assert third._numbers.data_ptr() in buffers
+    assert [each.tolist() for each in (numbers, first.wait(), second.wait(), third.wait())] == [
+        [1, 2],
+        [1, 2],
+        [3, 4],
+        [5, 6],
+    ]
+    assert streams.diary == [HOST_WAITS] * 3
+    assert HostCopies(None).start(y).wait() is y
 
 
 def test_every_tensor_of_a_result_is_found() -> None:

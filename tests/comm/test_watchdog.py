@@ -13,7 +13,7 @@ import torch
 
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
-from shoestring.comm.watchdog import FOLDER, Watchdog
+from shoestring.comm.watchdog import Watchdog
 from shoestring.tests.comm.nccl_rules import QueuedStreams, RulesGroups
 from shoestring.tests.processes import RanksFailed, World, run_processes
 
@@ -34,10 +34,10 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.clock, self.ends = Clock(), list[int]()
-        self.folder, self._path = folder, folder / "said"
+        self.folder, self._path = folder / "flight_recorder", folder / "said"
         self._file: TextIOWrapper = self._path.open("w")
         self.watchdog = Watchdog(
-            3, timedelta(seconds=10), folder, clock=self.clock, leave=self.ends.append, output=self._file
+            3, timedelta(seconds=10), self.folder, clock=self.clock, leave=self.ends.append, output=self._file
         )
 
     @property
@@ -107,7 +107,7 @@ def test_the_flight_recorder_is_written_or_it_is_said_why_not(bench: Bench, reco
         bench.clock.now = 11
         bench.watchdog.look()
     assert words in bench.said.splitlines()[-1]
-    written = bench.folder / FOLDER / "rank_3"
+    written = bench.folder / "rank_3"
     assert (written.read_bytes() if written.exists() else None) == (RECORDED if recorded == RECORDED else None)
     assert bench.ends == [1]
 

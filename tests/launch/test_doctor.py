@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shoestring.launch.cli import main
-from shoestring.launch.doctor import NOT_YET, TAKEN, TAKEN_ATTENTION, Finding, findings
+from shoestring.launch.doctor import NOT_YET, TAKEN, TAKEN_ATTENTION, Finding, findings, settings_in_force
 from shoestring.trainer.model.attention_backend import GpuFacts
 from shoestring.trainer.precision import provider
 
@@ -55,6 +55,21 @@ def test_attention_is_judged_by_the_released_model(monkeypatch: pytest.MonkeyPat
     assert [name for name, finding in found.items() if TAKEN_ATTENTION in finding.note] == ["cudnn"]
     assert {name for name, finding in found.items() if finding.usable} == {"blocks", "cudnn", "efficient"}
     assert "8.6 GB" in found["math"].note
+
+
+def test_every_setting_says_whose_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    theirs = {"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "1"}
+    found = {setting.name: setting for setting in settings_in_force(theirs)}
+    assert (found["NCCL_DEBUG"].value, found["NCCL_DEBUG"].whose) == ("INFO", "yours; ours: NCCL_DEBUG=WARN")
+    assert found["OMP_NUM_THREADS"].whose == "yours, as ours"
+    assert found["TORCH_CPP_LOG_LEVEL"].whose == "ours"
+    assert found["CUDA_DEVICE_MAX_CONNECTIONS"].whose == "not made here: for GPUs"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    found = {setting.name: setting for setting in settings_in_force(theirs)}
+    assert (found["CUDA_DEVICE_MAX_CONNECTIONS"].value, found["CUDA_DEVICE_MAX_CONNECTIONS"].whose) == ("32", "ours")
+    assert found["max_ctas of P2P groups"].value == "4"
+    assert all(setting.why for setting in found.values())
 
 
 def test_what_was_never_run_says_so() -> None:

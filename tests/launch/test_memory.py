@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from shoestring.comm.deepep_buffer import BufferShape, buffer_bytes
 from shoestring.launch.cli import main
 from shoestring.launch.compose import compose_run
 from shoestring.launch.simulate import simulate
@@ -52,12 +53,40 @@ def test_the_table_says_the_same(capsys: pytest.CaptureFixture[str], monkeypatch
     assert "on a CPU" in text
 
 
-def test_deepseeks_layout_is_what_the_planner_says() -> None:
-    run = RunMemory(compose_run(DEEPSEEK), torch.device("cuda"))
-    forecast = simulate(DEEPSEEK, None, {}).forecast
+@pytest.mark.parametrize("exchange", ["two_hop_fp8", "deepep"])
+def test_deepseeks_layout_is_what_the_planner_says(exchange: str) -> None:
+    overrides = [*DEEPSEEK, f"exchange={exchange}"]
+    run = RunMemory(compose_run(overrides), torch.device("cuda"))
+    forecast = simulate(overrides, None, {}).forecast
     for pp_rank in (0, 1, 7, 15):
         ours, planned = run.of(pp_rank), forecast.memory[pp_rank]
         assert ours.total == pytest.approx(planned.total, rel=0.01)
+        assert ours.fixed == planned.fixed
+
+
+def test_deepeps_buffer_is_counted_by_its_own_formula(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4.88 GB for DeepSeek-V3, where NCCL's all-to-alls are assumed to take 1; and none on a CPU."""
+    monkeypatch.setenv("COLUMNS", "300")
+    buffer = buffer_bytes(BufferShape(4096, 7168, 8), 8, 8, fp8_dispatch=True)
+    rank = tree(capsys, *DEEPSEEK, "exchange=deepep")["predicted"][7]
+    assert rank["outside_of_allocator"] == {"context": 2e9, "exchange": buffer}
+    assert rank["total"] == sum(rank["state"].values()) + sum(rank["at_worst"].values()) + 2e9 + buffer
+    (line,) = (line for line in memory(capsys, *DEEPSEEK, "exchange=deepep").split("\n") if "exchange buffers" in line)
+    assert line.count("4,884.27") == 16
+    assert tree(capsys, *DEEPSEEK)["predicted"][7]["outside_of_allocator"] == {"context": 2e9, "exchange": 1e9}
+    on_cpu = tree(capsys, *SMALL, "topology.ep=2")["predicted"][0]
+    assert on_cpu["outside_of_allocator"] == {"context": 0.0, "exchange": 0.0}
+
+
+def test_rows_in_deepeps_buffer_take_none_of_the_allocators_memory() -> None:
+    """Where two hops pack, receive and widen, its kernels read what they are given and write results."""
+    ranks = {}
+    for exchange in ("two_hop_fp8", "deepep"):
+        run = RunMemory(compose_run([*DEEPSEEK, f"exchange={exchange}"]), torch.device("cuda"))
+        ranks[exchange] = run.of(7).allocated
+    assert ranks["two_hop_fp8"] - ranks["deepep"] == pytest.approx(1.4e9, rel=0.05)
 
 
 def test_the_average_of_the_weights_takes_none_of_a_gpus_memory() -> None:
@@ -67,6 +96,23 @@ def test_the_average_of_the_weights_takes_none_of_a_gpus_memory() -> None:
         without, beside = (RunMemory(config, device).of(0) for config in (plain, averaging))
         expected = 0 if device.type == "cuda" else without.state.gradients  # as wide as these, and one rank has all
         assert beside.total - without.total == pytest.approx(expected)
+
+
+def test_what_the_host_holds_beside_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """The average and 64 MiB on the way to it; a copy for saves of all that is not made from something else."""
+    plain, averaging = compose_run(SMALL), compose_run([*SMALL, "optimizer.ema_decay=0.9"])
+    for device in map(torch.device, ("cuda", "cpu")):
+        without, beside = (RunMemory(config, device) for config in (plain, averaging))
+        masters = without.of(0).state.gradients  # one rank has all, as wide as these
+        copied = masters + without.of(0).state.moments
+        assert (without.on_host(0).copy_for_saves, without.on_host(0).average) == (copied, 0)
+        assert beside.on_host(0).copy_for_saves == copied + masters
+        assert beside.on_host(0).average == (masters + 2**26 if device.type == "cuda" else 0)
+    arguments = (*SMALL, "optimizer.ema_decay=0.9", "training.device=cuda")
+    host = tree(capsys, *arguments)["on_host"][0]
+    text = memory(capsys, *arguments).split("\n")
+    for heading, size in (("for saves", host["copy_for_saves"]), ("average", host["average"])):
+        assert any(f"on the host, {heading}" in line and f"{size / 1e6:,.2f}" in line for line in text)
 
 
 def test_one_rank_is_a_way_to_measure(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,11 +6,13 @@ from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 
+import pytest
 import torch
 
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.pending import open_worker
 from shoestring.comm.record import Track
+from shoestring.tests.comm.recorded_streams import RecordedStreams
 from shoestring.tests.parity.layouts import Layout
 from shoestring.tests.parity.runner import build, take_step
 from shoestring.tests.processes import World, run_processes
@@ -51,12 +53,13 @@ def published_order() -> list[str]:
     return ["combine(B)", *order]
 
 
-def recorded(world: World, layout: Layout) -> list[str]:
-    """What the computing thread did in one FB of the steady state."""
+def recorded(world: World, layout: Layout, on_streams: bool) -> list[str]:
+    """What the computing thread did in one FB of the steady state; on a stand-in for streams as a GPU's would."""
     stages = layout.stages
     groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=60), stages.all_holders())
     trace = TraceRecorder(nvtx=False)
-    with closing(open_worker(groups.ep, torch.device("cpu"), recorder=trace)) as worker:
+    streams = RecordedStreams() if on_streams else None
+    with closing(open_worker(groups.ep, torch.device("cpu"), recorder=trace, streams=streams)) as worker:
         stepper, gradients = build(layout, stages, groups, worker, trace)
         trace.on = True
         take_step(stepper, gradients, layout, 0, world.rank)
@@ -76,8 +79,9 @@ def order_inside(pair: Span, spans: list[Span]) -> list[str]:
     return order
 
 
-def test_one_layer_pair_is_in_the_published_order_on_all_ranks() -> None:
-    first, second = run_processes(2, recorded, LAYOUT)
+@pytest.mark.parametrize("on_streams", [False, True], ids=["threads", "streams"])
+def test_one_layer_pair_is_in_the_published_order_on_all_ranks(on_streams: bool) -> None:
+    first, second = run_processes(2, recorded, LAYOUT, on_streams)
     assert first == second
     pair = published_order()
     # The weights of attention are computed behind the next pair's combine(B), which waits for nothing but attn(B).
@@ -89,7 +93,7 @@ def test_one_layer_pair_is_in_the_published_order_on_all_ranks() -> None:
 
 
 def test_without_turns_a_forward_is_over_before_the_backward_begins() -> None:
-    for order in run_processes(2, recorded, replace(LAYOUT, overlap=False)):
+    for order in run_processes(2, recorded, replace(LAYOUT, overlap=False), False):
         forward, backward = order[: order.index("combine(B)")], order[order.index("combine(B)") :]
         assert {name[-2] for name in forward} == {"F"}
         assert {name[-2] for name in backward} == {"B", "W"}

@@ -42,6 +42,8 @@ class PretendedDevice(TorchFunctionMode):
             return self._mark(func(*args, **kwargs).clone())
         if name in LOOKS | SIZED_BY_DATA or _is_masked(name, args):
             self._count(not from_host)
+        if name == "copy_" and tensors[0] in self._on_host:
+            self._count(not from_host and not kwargs.get("non_blocking", False))
         if name in ("tensor", "as_tensor") and device is not None:
             self._count(True)
         if name == "to" and device is not None:

@@ -1,8 +1,10 @@
-"""How often a step makes the host wait for the device."""
+"""How often a step makes the host wait for the device, and where."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 
 import pytest
@@ -12,8 +14,11 @@ from shoestring.comm.config import ExchangeConfig
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.open_exchange import open_exchange
 from shoestring.comm.pending import open_worker
+from shoestring.comm.record import SILENT, Recorder, Track
+from shoestring.comm.streams import Streams
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
+from shoestring.tests.comm.recorded_streams import RecordedStreams
 from shoestring.tests.trainer.pretended_device import PretendedDevice
 from shoestring.trainer.data.batch import TokenBatch
 from shoestring.trainer.model.config import ModelConfig
@@ -35,16 +40,43 @@ ROUTED_LAYERS, MICRO_BATCHES, LENGTH = 4, 3, 8
 SETTINGS = StepSettings(learning_rate=1e-3, clip_norm=0.1, balance_weight=0.1, mtp_weight=0.3, bias_speed=0.01)
 
 
-def make_stepper(exchange: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Stepper:
+class PairWatch:
+    """Looks at the waits of `device` when an FB begins and when it ends."""
+
+    def __init__(self) -> None:
+        self.device = PretendedDevice()
+        self.pairs = 0
+
+    def span(self, track: Track, name: str, detail: object = None) -> AbstractContextManager[object]:
+        return self._pair() if track is Track.INSTRUCTION and name == "FB" else SILENT.span(track, name)
+
+    def mark(self, track: Track, name: str, detail: object = None) -> None:
+        pass
+
+    @contextmanager
+    def _pair(self) -> Iterator[None]:
+        before = Counter(self.device.waits)
+        yield
+        assert self.device.waits == before
+        self.pairs += 1
+
+
+def make_stepper(
+    exchange: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    recorder: Recorder = SILENT,
+    streams: Streams | None = None,
+) -> Stepper:
     """One process, whose program has FBs: two stages on the one rank."""
     stages = Stages.of(CONFIG, LENGTH, "dualpipev", 1)
     groups = ProcessGroups.create(Topology(), 0, timedelta(seconds=1), stages.all_holders())
     with device:
         model = Model(CONFIG)
     initialise(model, seed=0)
-    worker, traffic = open_worker(groups.ep, device), Traffic(Topology(), 0)
+    worker, traffic = open_worker(groups.ep, device, streams=streams), Traffic(Topology(), 0)
     exchanger = open_exchange(ExchangeConfig(name=exchange), groups, CONFIG.experts, worker, traffic)
-    pipeline = Pipeline.open(stages, groups, device, recompute=frozenset(Part))
+    pipeline = Pipeline.open(stages, groups, device, recorder=recorder, recompute=frozenset(Part))
     return build_stepper(pipeline, model, exchanger, dtype, MICRO_BATCHES, OptimizerConfig())
 
 
@@ -55,12 +87,16 @@ def batches(device: torch.device) -> list[TokenBatch]:
 
 @pytest.mark.parametrize("exchange", ["flat", "two_hop"])
 def test_the_budget_is_met_to_the_last_read(exchange: str) -> None:
-    cpu = torch.device("cpu")
-    stepper, micro_batches = make_stepper(exchange, cpu), batches(cpu)
+    cpu, watch, streams = torch.device("cpu"), PairWatch(), RecordedStreams()
+    stepper, micro_batches = make_stepper(exchange, cpu, recorder=watch, streams=streams), batches(cpu)
     for _ in range(2):  # the first one makes what later ones use
-        with PretendedDevice() as device:
+        streams.places.clear()
+        watch.device.waits.clear()
+        with watch.device:
             stepper.step(micro_batches, 2 * MICRO_BATCHES, SETTINGS)
-        assert device.waits == {"to_host": HOST_READS_A_STEP + ROUTED_LAYERS * MICRO_BATCHES}
+        assert watch.device.waits == {"to_host": HOST_READS_A_STEP}
+        assert streams.places == {"HostCopy.wait": ROUTED_LAYERS * MICRO_BATCHES}
+    assert watch.pairs
 
 
 def test_numbers_for_the_grouped_kernels_do_not_make_it_wait() -> None:
@@ -80,8 +116,10 @@ def test_a_look_elsewhere_is_seen() -> None:
         assert bool((on_device > 0).any())
         torch.tensor([1, 2], device="cpu")
         on_host.to(torch.device("cpu"))
+        on_host.clone().copy_(on_device)
+        on_host.clone().copy_(on_device, non_blocking=True)  # no wait
         assert on_host.new_zeros(2).tolist() == [0, 0]
-    assert device.waits == {"test_a_look_elsewhere_is_seen": 7}
+    assert device.waits == {"test_a_look_elsewhere_is_seen": 8}
 
 
 @pytest.mark.gpu
@@ -108,4 +146,4 @@ def test_on_a_gpu_nothing_else_waits(exchange: str, monkeypatch: pytest.MonkeyPa
         stepper.step(micro_batches, 2 * MICRO_BATCHES, SETTINGS)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert reads == HOST_READS_A_STEP + ROUTED_LAYERS * MICRO_BATCHES
+    assert reads == HOST_READS_A_STEP  # sizes come by events, which the watch lets through

@@ -32,6 +32,7 @@ from shoestring.trainer.data.prepared import open_prepared
 from shoestring.trainer.data.samples import SampleOrder, Samples
 from shoestring.trainer.halt import RunHalted
 from shoestring.trainer.loop import train
+from shoestring.trainer.memory import RunMemory
 from shoestring.trainer.rank import open_samples, stages_of
 from shoestring.trainer.running import RunningStage
 from shoestring.trainer.step import Stepper, StepResult
@@ -383,6 +384,9 @@ def test_memory_for_saves_is_reserved_once_before_the_first_step(root: Path) -> 
     assert first == "reserve"
     assert saves
     assert all(save == ("begin", size) for save in saves)
+    predicted = RunMemory(build(RunConfig, tree), torch.device("cpu")).on_host(0).copy_for_saves
+    random = len(torch.get_rng_state())  # the state of a generator is not counted
+    assert predicted == pytest.approx(size - random, rel=0.01)
     assert run_processes(1, reserved_bytes, tree) == [[]]  # a run that has nothing left to do
 
 

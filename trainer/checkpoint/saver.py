@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ...comm.groups import Group
+from ...comm.host_memory import HostMemory
 from ..data.files import write_file
 from .manifest import StoredPiece, record
 from .pieces import Piece, written_by
@@ -61,11 +62,12 @@ class _Save:
 class Saver:
     """Saves the checkpoints of a run, one at a time. Every method but `reserve` and `close` is collective."""
 
-    def __init__(self, store: CheckpointStore, world: Group) -> None:
+    def __init__(self, store: CheckpointStore, world: Group, memory: HostMemory | None = None) -> None:
+        """`memory` is for the copies of this rank."""
         self._store = store
         self._world = world
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._copy = torch.empty(0, dtype=torch.uint8)
+        self._memory = HostMemory() if memory is None else memory
         self._reserved: Future[None] | None = None
         self._save: _Save | None = None
         self._letting_go: Future[None] | None = None
@@ -84,9 +86,9 @@ class Saver:
         own = written_by(self._world.rank, pieces)
         _, size = _places(own)
         if _any_on_gpu(own):
-            self._grow(size, on_gpu=True)
+            self._memory.grow(size, pinned=True)
         else:
-            self._reserved = self._thread.submit(self._grow, size, on_gpu=False)
+            self._reserved = self._thread.submit(self._memory.grow, size, pinned=False)
 
     def begin(self, step: int, pieces: Iterable[Piece], cover: Cover) -> None:
         """Start a save; return when this rank's share of the state is copied. No other may be under way.
@@ -135,6 +137,7 @@ class Saver:
     def close(self) -> None:
         """End the thread, when the oldest checkpoints are gone; no save may be under way."""
         self._thread.shutdown()
+        self._memory.unpin()
 
     def _advance(self, save: _Save, failed: int) -> Saved | None:
         """All ranks are through with a phase."""
@@ -174,19 +177,15 @@ class Saver:
         on_gpu = _any_on_gpu(pieces)
         if self._reserved is not None:
             wait([self._reserved])
-        self._grow(size, on_gpu=on_gpu)
+        self._memory.grow(size, pinned=on_gpu)
         copied = []
         for piece, begin in zip(pieces, begins, strict=True):
-            flat = self._copy[begin : begin + piece.bytes].view(piece.flat.dtype)
+            flat = self._memory.bytes[begin : begin + piece.bytes].view(piece.flat.dtype)
             flat.copy_(piece.flat, non_blocking=True)  # from a GPU: not yet run on hardware
             copied.append(replace(piece, flat=flat))
         if on_gpu:
             torch.cuda.synchronize()
         return copied
-
-    def _grow(self, size: int, *, on_gpu: bool) -> None:
-        if self._copy.numel() < size:
-            self._copy = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu).fill_(0)
 
 
 def _places(pieces: Sequence[Piece]) -> tuple[list[int], int]:

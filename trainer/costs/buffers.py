@@ -1,4 +1,4 @@
-"""Bytes of a token exchange's buffers on one rank, counted in whole tensors: see `comm/flat.py` and `comm/two_hop.py`.
+"""Bytes of a token exchange's tensors on one rank: see `comm/flat.py`, `comm/two_hop.py` and `comm/deepep.py`.
 
 Letters: T tokens, R rows received, D hidden.
 """
@@ -14,6 +14,8 @@ from ...comm.wire import Format
 from ..model.config import ModelConfig
 from .activations import MicroBatch
 
+_GATE = 4  # bytes: DeepEP's gates are FP32
+
 
 @dataclass(frozen=True)
 class Wire:
@@ -28,6 +30,8 @@ class Wire:
     dispatch_backward: int | None = None
     once_a_rank: bool = False
     """Whether a token crosses once to each rank that needs it, and not once for each of its experts."""
+    own_buffer: bool = False
+    """Whether rows travel through a buffer that is allocated once, outside of torch's allocator: DeepEP's."""
 
     @staticmethod
     def of(exchange: ExchangeConfig, ranks: int) -> Wire:
@@ -40,6 +44,7 @@ class Wire:
             combine_backward=sizes[Format(exchange.combine_backward)],
             dispatch_backward=sizes[Format(exchange.dispatch_backward)],
             once_a_rank=exchange.name != "flat",
+            own_buffer=exchange.name == "deepep",
         )
 
     def visited(self, config: ModelConfig) -> float:
@@ -99,20 +104,34 @@ class Buffers:
     def _forth(self, element: int | None, *, beside: bool, as_tiles: bool) -> float:
         """What is sent, what arrives, the same by expert, and where something travels beside it the rows alone.
 
-        In `flat` what was sent is gone by then. Rows that stay as they came go to their places at once.
+        In `flat` what was sent is gone by then. Rows that stay as they came go to their places at once. DeepEP reads
+        the encoded tokens and writes rows and gates to tensors of their own.
         """
         sent, rows = self.batch.tokens * self.wire.visited(self.config), self.batch.received(self.config)
         payload = self._row(element)
         message = payload + (self.batch.wide if beside else 0)
         alone = rows * payload if beside else 0.0
         decoded = self.rows if element is not None and element != self.batch.size else 0.0
+        if self.wire.own_buffer:
+            gates = rows * _GATE if beside else 0.0
+            encoded = self.batch.tokens * payload if decoded else 0.0
+            return encoded + gates + (self.came if as_tiles else rows * payload + decoded)
         if self.wire.once_a_rank:
             return 2 * sent * message + sent * payload + (self.came if as_tiles else self.rows + decoded)
         placed = self.came if as_tiles else rows * message + alone + decoded
         return rows * message + max(sent * message, placed)
 
     def _back(self, element: int | None, *, beside: bool) -> float:
-        """What is sent, what arrives, and where something travels beside it the rows alone; sums of them in FP32."""
+        """What is sent, what arrives, and where something travels beside it the rows alone; sums of them in FP32.
+
+        DeepEP reads rows and writes sums, both in BF16, and a gate for each choice of a token.
+        """
+        if self.wire.own_buffer and self.wire.ranks > 1:
+            gates = self.batch.tokens * self.config.top_k * _GATE if beside else 0.0
+            size: float = 2 * self.batch.tokens
+            if self.batch.size != 2:  # rows and sums are converted
+                size += 2 * self.batch.received(self.config) + self.batch.size * self.batch.tokens
+            return gates + size * self.config.hidden
         sent, rows = self.batch.tokens * self.wire.visited(self.config), self.batch.received(self.config)
         sums: float = self.batch.tokens * self.config.hidden * self.batch.wide
         if self.batch.size < self.batch.wide:  # what is summed is widened before, and the sums rounded

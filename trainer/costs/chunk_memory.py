@@ -171,12 +171,16 @@ class ChunkMemory:
         meter.hold(Kind.ACTIVATIONS, parts.attend.kept)
         meter.work(working.attend_forward)
         meter.hold(Kind.WORKING, 0.0 if working.keeps_normed else self.message)
-        meter.launch(working.exchange.dispatch, working.exchange.came)
-        yield
+        in_turns = yield  # with the sizes alone under way
+        if in_turns:
+            meter.launch(working.exchange.dispatch, working.exchange.came)
+            yield
         if self.config.shared_experts:
             meter.hold(Kind.ACTIVATIONS, parts.shared.kept)
             meter.hold(Kind.WORKING, self.message)  # their result
             meter.work(working.shared)
+        if not in_turns:
+            meter.launch(working.exchange.dispatch, working.exchange.came)
         meter.drop(Kind.EXCHANGE, working.exchange.came)
         if working.batch.fp8 and not working.exchange.as_tiles:
             meter.hold(Kind.WORKING, working.exchange.rows)  # as they came; else that is what is kept
@@ -207,7 +211,7 @@ class ChunkMemory:
         begun = meter.levels[Kind.WORKING]
         meter.launch(working.exchange.combine_backward, working.exchange.rows)
         left.settle()
-        yield
+        in_turns = yield
         if self.config.shared_experts:
             meter.work(working.shared_backward)
             left.finish(parts.shared)
@@ -217,6 +221,8 @@ class ChunkMemory:
         meter.work(working.experts_backward)
         left.finish(parts.routed)
         meter.hold(Kind.WORKING, working.exchange.rows)
+        if in_turns:
+            yield
         meter.launch(working.exchange.dispatch_backward, self.message)
         left.settle()
         yield

@@ -5,15 +5,42 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from ...comm.config import ExchangeConfig
+from ...comm.deepep_buffer import BufferShape, buffer_bytes
+from ...comm.wire import Format
 from ...parallelism.pipeline.moments import Held, Moment
 from ...parallelism.pipeline.program import Op
 from .chunk_memory import ChunkMemory, Kind, Meter
 from .state import State
 
-EXCHANGE_BUFFERS = 1.0e9
-"""Assumed: the buffers of an exchange's kernels on a GPU."""
 CONTEXT = 2.0e9
-"""Assumed: CUDA context, NCCL and libraries, outside of the allocator."""
+"""Assumed: CUDA context, libraries, and NCCL's communicators (about 12 a rank) without their all-to-alls."""
+ALL_TO_ALL = 1.0e9
+"""Assumed: what NCCL buffers for the all-to-alls of `flat` and `two_hop`, for each channel to each peer."""
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Bytes of a GPU that no allocator of torch sees."""
+
+    context: float = 0.0
+    exchange: float = 0.0
+    """Buffers of the token exchange."""
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.context + self.exchange
+
+    @staticmethod
+    def of(exchange: ExchangeConfig, shape: BufferShape, nodes: int, ranks_a_node: int) -> Outside:
+        """Of a rank whose expert-parallel group has `ranks_a_node` on each of `nodes`. Not yet measured on hardware."""
+        if nodes * ranks_a_node == 1:
+            return Outside(CONTEXT)
+        if exchange.name == "deepep":
+            fp8 = exchange.dispatch == Format.FP8
+            return Outside(CONTEXT, buffer_bytes(shape, nodes, ranks_a_node, fp8_dispatch=fp8))
+        return Outside(CONTEXT, ALL_TO_ALL)
 
 
 @dataclass(frozen=True)
@@ -27,13 +54,17 @@ class RankMemory:
     between: float
     """The most of it that is held when an instruction is about to begin: activations, deferred work and messages."""
 
-    fixed: float = 0.0
-    """On a GPU, outside of the allocator."""
+    outside: Outside = Outside()
 
     @property
     def total(self) -> float:
         """At the worst moment."""
         return self.allocated + self.fixed
+
+    @property
+    def fixed(self) -> float:
+        """On a GPU, outside of the allocator."""
+        return self.outside.total
 
     @property
     def allocated(self) -> float:
@@ -94,18 +125,11 @@ class Chunks:
         return self._runs[work]
 
 
-def fixed_bytes(expert_ranks: int, *, on_cpu: bool) -> float:
-    """What no allocator of torch sees."""
-    if on_cpu:
-        return 0.0
-    return CONTEXT + (EXCHANGE_BUFFERS if expert_ranks > 1 else 0.0)
-
-
 def rank_memory(
-    state: State, chunks: Chunks, moments: Iterable[Moment], between: Iterable[Held], update: float, fixed: float
+    state: State, chunks: Chunks, moments: Iterable[Moment], between: Iterable[Held], update: float, outside: Outside
 ) -> RankMemory:
     """`update`: bytes that the end of a step needs, when no chunk runs."""
     worst = chunks.worst(moments)
     if update > sum(worst.values()):
         worst = dict.fromkeys(Kind, 0.0) | {Kind.WORKING: update}
-    return RankMemory(state, worst, max((chunks.held(held) for held in between), default=0.0), fixed)
+    return RankMemory(state, worst, max((chunks.held(held) for held in between), default=0.0), outside)

@@ -204,8 +204,9 @@ class Working:
 
     @cached_property
     def embedding_weights(self) -> float:
-        """The gradient of the whole table, before it is added."""
-        return (self.config.vocabulary * self.config.hidden + self.batch.tokens * self.config.hidden) * self.batch.wide
+        """Rows of the gradient, one for a token, and as many in the gradient's dtype where that is wider."""
+        copies = 2 if self.batch.size < self.batch.wide else 1
+        return copies * self.batch.tokens * self.config.hidden * self.batch.wide
 
     def _product(self, rows: float, outputs: int, experts: int = 1) -> float:
         """What the reference provider needs for one product in FP8: both factors in FP64, and sums on their way.

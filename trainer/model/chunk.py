@@ -1,9 +1,11 @@
 """Runs the layers of one pipeline stage as generators that yield each time they have launched a communication.
 
 Alone, a generator is driven to its end with `drive`. Two of them can take turns: while one waits for its exchange, the
-other computes. Each layer's forward returns its output and its backward, a function that starts a generator of its own.
-A backward computes gradients of inputs, launches the exchange that they wait for, and only then turns to those of
-weights.
+other computes. Then each yields once more a layer: the forward when it has launched the second part of its dispatch,
+the backward when it has queued mlp(B), which hides that part.
+
+Each layer's forward returns its output and its backward, a function that starts a generator of its own. A backward
+computes gradients of inputs, launches the exchange that they wait for, and only then turns to those of weights.
 
 Letters: B batch, S sequence, T tokens (B·S), W window (S inputs, the target of the last, and one more a depth of MTP),
 D hidden, V vocabulary, E experts, K top-k, R rows received by this rank, L experts on this rank.
@@ -245,10 +247,13 @@ class Chunk:
 
         in_fp8 = layer.experts.fp8 is not None
         dispatched = exchange.dispatch(normed_TD, gates_TK, routing.experts_TK, label, as_tiles=in_fp8)
-        yield
+        in_turns = yield
+        if in_turns:  # mlp(B) of the other half has been queued, and hides the rest of the dispatch
+            dispatched.proceed()
+            yield
         shared: Phase | None = None
         shared_TD: Tensor | None = None
-        with self._span("mlp(F)", label):
+        with self._span("mlp(F)", label):  # alone, the shared expert is queued before the host waits for sizes
             if layer.shared is not None:
                 shared, shared_TD = self._single(layer.shared, normed_TD)
             received = self._wait(dispatched, label)
@@ -268,10 +273,12 @@ class Chunk:
             grad_TD = grad_BSD.flatten(0, 1)
             uncombined = exchange.combine_backward(grad_TD, way_back)
             self._settle(weights, "attn(W)")  # of the layer above
-            yield
+            in_turns = yield
             with self._span("mlp(B)", label):
                 grad_normed_TD = None if shared is None else shared.backward(weights, grad_TD)[0]
                 grad_RD, grad_weights_R = routed.backward(weights, self._wait(uncombined, label))
+            if in_turns:  # the rest of the other half's dispatch goes first: what follows waits for mlp(B)
+                yield
 
             undispatched = exchange.dispatch_backward(grad_RD, grad_weights_R, way_back)
             self._settle(weights, "mlp(W)")

@@ -12,21 +12,37 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ...comm.staged_reader import STAGED_BYTES, StagedReader
+from ...comm.streams import Event, Streams
 from ...parallelism.zero import ShardedOptimizer
 
 
 class WeightAverage:
     """The average of the master weights that this rank owns: 4 / d bytes of the host's memory a parameter.
 
-    `start` after a step, `wait` before the next one changes the masters. On a GPU not yet run.
+    `start` after a step, `wait` before the next one changes the masters. On a GPU, whose `streams` are given, not yet
+    run on hardware.
     """
 
-    def __init__(self, optimizer: ShardedOptimizer, decay: float) -> None:
-        """Begins as the weights are. A step keeps `decay` of the average and takes the rest from the weights."""
+    def __init__(
+        self,
+        optimizer: ShardedOptimizer,
+        decay: float,
+        streams: Streams | None = None,
+        staged_bytes: int = STAGED_BYTES,
+    ) -> None:
+        """Begin as the weights are. A step keeps `decay` of the average and takes the rest from the weights.
+
+        With `streams`, `staged_bytes` of pinned memory lie between the GPU and the average.
+        """
         self._optimizer = optimizer
         self._decay = decay
         self._buckets = optimizer.reducer.buckets
         self._shards = [torch.empty_like(bucket.master_n, device="cpu") for bucket in self._buckets]
+        self._reader = None
+        if streams is not None:
+            pinned = self._buckets[0].master_n.is_cuda
+            self._reader = StagedReader(streams, "average", pinned=pinned, staged_bytes=staged_bytes)
         self.begin()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="average")
         self._moving: Future[None] | None = None
@@ -39,7 +55,8 @@ class WeightAverage:
     def start(self) -> None:
         """Move the average towards the weights, while the caller goes on with the next step."""
         self.wait()
-        self._moving = self._thread.submit(self._move)
+        updated = None if self._reader is None else self._reader.mark()
+        self._moving = self._thread.submit(self._move, updated)
 
     def wait(self) -> None:
         """Until the average has moved."""
@@ -75,9 +92,19 @@ class WeightAverage:
         self._thread.shutdown()
 
     @torch.no_grad()
-    def _move(self) -> None:
+    def _move(self, updated: Event | None) -> None:
+        """`updated`: when the masters of this step are there; None on a CPU."""
         for bucket, shard in zip(self._buckets, self._shards, strict=True):
-            shard.lerp_(bucket.master_n.cpu(), 1 - self._decay)
+            for part, master_n in self._on_host(bucket.master_n, updated):
+                shard[part].lerp_(master_n, 1 - self._decay)
+
+    def _on_host(self, master_n: Tensor, updated: Event | None) -> Iterator[tuple[slice, Tensor]]:
+        """In stretches."""
+        if self._reader is None:
+            yield slice(None), master_n
+        else:
+            assert updated is not None
+            yield from self._reader.pieces(master_n, updated)
 
     def _replace_masters(self, shards: list[Tensor]) -> None:
         for bucket, shard in zip(self._buckets, shards, strict=True):

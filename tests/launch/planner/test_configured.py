@@ -55,10 +55,13 @@ def test_deepep_lends_what_it_is_asked_for_and_its_pace_is_assumed() -> None:
     rows = {what: evidence for what, evidence, _ in found(simulation.forecast.recipe, "exchange=deepep")}
     assert rows["6 SMs lent"] == "chosen"
     assert rows["exchanges as fast as with 20"] == "assumed"
+    assert rows["DeepEP's buffer"] == "published"
+    assert not any("all-to-alls" in what for what in rows)
     sources = {what: source for what, _, source in found(Recipe())}
     assert "loss.py moves 44.5 GB a micro-batch" in sources["the head's passes over memory are free"]
     rows = {what: evidence for what, evidence, _ in found(Recipe())}
     assert rows["20 SMs lent"] == "measured"
+    assert rows["NCCL's buffers of all-to-alls 1 GB"] == "assumed"
     assert not any(what.startswith("exchanges as fast") for what in rows)
 
 

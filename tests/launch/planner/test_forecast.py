@@ -11,7 +11,7 @@ from shoestring.comm.topology import Topology
 from shoestring.launch.planner.forecast import Forecaster, Layout
 from shoestring.launch.planner.published import STEP_SECONDS, as_published
 from shoestring.launch.planner.recipe import EVERYTHING, NOTHING, Precision, Recipe
-from shoestring.launch.simulate import error_rows
+from shoestring.launch.simulate import error_rows, simulate
 from shoestring.trainer.budget.terms import TERMS
 from shoestring.trainer.model.recompute import Part
 
@@ -37,6 +37,14 @@ def test_it_fits_with_the_reports_savings_and_not_without() -> None:
     without = simulation.again(replace(simulation.forecast.recipe, recompute=NOTHING))
     assert without.peak_memory.total > 80e9
     assert without.needed_memory > limit * 1e9
+
+
+def test_deepeps_buffer_is_what_does_not_fit() -> None:
+    """4.88 GB in place of the 1 that NCCL's all-to-alls are assumed to take."""
+    simulation = simulate(["experiment=deepseek_v3_h800", "exchange=deepep"], None, {})
+    limit, needed = simulation.config.cluster.memory_gb, simulation.forecast.needed_memory
+    assert limit is not None
+    assert needed - 3.88e9 < limit * 1e9 < needed
 
 
 def test_imbalance_and_messages_each_cost_and_are_shown_apart() -> None:

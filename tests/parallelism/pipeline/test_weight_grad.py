@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from shoestring.parallelism.pipeline.weight_grad import WeightGradients, collecting, embedding, linear
 from shoestring.trainer.model.experts import (
@@ -136,6 +139,38 @@ def test_a_phase_without_inputs_is_all_weights() -> None:
     assert table.grad is None
     left.run()
     assert _rows_with_gradient(table) == [1, 4]
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements of a tensor that an operation makes anew."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage().data_ptr() for tensor in tree_leaves(args) if isinstance(tensor, Tensor)}
+        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in given:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lowest", [0, 3], ids=["with token 0", "without"])
+def test_rows_of_tokens_are_added_without_a_gradient_of_the_whole_table(dtype: torch.dtype, lowest: int) -> None:
+    """To the last bit what the sum over each token's rows gives, added as one."""
+    wide = torch.promote_types(dtype, torch.float32)
+    table = torch.zeros(1000, 4, dtype=dtype, requires_grad=True)
+    table.grad_dtype = wide
+    table.grad = torch.randn(1000, 4, dtype=wide)
+    tokens, grad = torch.randint(lowest, lowest + 20, (3, 30)), torch.randn(3, 30, 4).to(dtype)
+    dense = torch.ops.aten.embedding_dense_backward(grad.to(wide), tokens, 1000, -1, False)
+    expected = table.grad + dense
+    left = WeightGradients()
+    Phase(lambda: (embedding(tokens, table),)).backward(left, grad)
+    with _Largest() as largest:  # type: ignore[no-untyped-call]
+        left.run()
+    assert torch.equal(table.grad, expected)
+    assert largest.elements == tokens.numel() * 4
 
 
 def test_gradients_of_narrow_weights_are_summed_wide() -> None:

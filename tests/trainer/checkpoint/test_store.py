@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import resource
 import shutil
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor
 
 from shoestring.comm.groups import Group, ProcessGroups
+from shoestring.comm.host_memory import HostMemory
 from shoestring.comm.refusal import Refused
 from shoestring.comm.topology import Topology
+from shoestring.tests.comm.pages import StandInPages
 from shoestring.tests.launch.refusals import refused
 from shoestring.tests.processes import World, run_processes
 from shoestring.trainer.checkpoint.find import find_checkpoint
@@ -94,7 +97,7 @@ def test_the_memory_for_copies_is_had_beside_the_training(tmp_path: Path) -> Non
         made.append(threading.current_thread().name)
         return real(*arguments, **options)
 
-    with patch("shoestring.trainer.checkpoint.saver.torch.empty", empty):
+    with patch("shoestring.comm.host_memory.torch.empty", empty):
         saver.reserve(pieces(large))
         threading.Timer(0.1, may_go_on.set).start()
         saver.begin(1, pieces(large), Cover())
@@ -112,12 +115,29 @@ def test_the_memory_for_copies_is_there_and_not_only_promised(tmp_path: Path) ->
         given.append(real(*arguments, **options).fill_(7))
         return given[-1]
 
-    with patch("shoestring.trainer.checkpoint.saver.torch.empty", empty):
+    with patch("shoestring.comm.host_memory.torch.empty", empty):
         saver.reserve(pieces({"large": torch.zeros(1000)}))
         saver.close()
     (buffer,) = given
     assert len(buffer) >= 4000
     assert not buffer.any()
+
+
+def test_for_a_gpu_the_memory_for_copies_is_pinned_at_its_size(tmp_path: Path) -> None:
+    """Before `reserve` returns, since it stops a GPU; and until the saver ends."""
+    pages = StandInPages()
+    saver = Saver(CheckpointStore(tmp_path, keep=1), WORLD, HostMemory(pages))
+    large = {"large": torch.arange(100_000.0)}
+    where = "shoestring.trainer.checkpoint.saver"
+    with patch(f"{where}._any_on_gpu", return_value=True), patch(f"{where}.torch.cuda.synchronize") as copied:
+        saver.reserve(pieces(large))
+        assert list(pages.pinned.values()) == [-(-400_000 // mmap.PAGESIZE) * mmap.PAGESIZE]
+        saver.begin(1, pieces(large), Cover())
+        copied.assert_called_once()
+        assert saver.finish() == Saved(1, tmp_path / "step_00000001", None)
+    saver.close()
+    assert pages.log == ["pin", "unpin"]
+    assert torch.equal(CheckpointStore(tmp_path, keep=1).open(1).read("large"), large["large"])
 
 
 def test_poll_tells_once_when_a_save_has_ended(tmp_path: Path) -> None:

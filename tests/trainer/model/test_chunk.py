@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Generator
 from datetime import timedelta
 from typing import Generic, TypeVar
 
@@ -17,10 +16,10 @@ from shoestring.comm.exchange import Received
 from shoestring.comm.flat import FlatExchange, FlatLayout
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.label import Label
-from shoestring.comm.pending import InlineWorker, Pending
+from shoestring.comm.pending import InlineWorker, InParts, Pending
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
-from shoestring.parallelism.pipeline.overlap import drive
+from shoestring.parallelism.pipeline.overlap import Steps, drive, take_turns
 from shoestring.parallelism.pipeline.weight_grad import WeightGradients
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig
@@ -65,14 +64,19 @@ class WatchedExchange:
 
     def dispatch(
         self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: Label, *, as_tiles: bool = False
-    ) -> Pending[Received[FlatLayout]]:
-        pending = self._exchange.dispatch(tokens_TD, weights_TK, experts_TK, label, as_tiles=as_tiles)
-        received = pending.wait()
+    ) -> InParts[Received[FlatLayout]]:
         number = len(self.rows)
-        self._number[id(received.layout)] = number
-        self.rows.append(weakref.ref(received.rows_RD.untyped_storage()))
-        self.most_alive = max(self.most_alive, self.alive())
-        return self._watched(pending, f"dispatch {number}")
+        self.diary.append(f"dispatch {number}")
+        pending = self._exchange.dispatch(tokens_TD, weights_TK, experts_TK, label, as_tiles=as_tiles)
+
+        def proceed() -> Pending[Received[FlatLayout]]:
+            received = pending.wait()
+            self._number[id(received.layout)] = number
+            self.rows.append(weakref.ref(received.rows_RD.untyped_storage()))
+            self.most_alive = max(self.most_alive, self.alive())
+            return Watched(pending, f"dispatch {number}", self.diary)
+
+        return InParts(proceed)
 
     def combine(self, rows_RD: Tensor, received: Received[FlatLayout]) -> Pending[Tensor]:
         return self._watched(self._exchange.combine(rows_RD, received), f"combine {self._of(received)}")
@@ -116,7 +120,7 @@ def window() -> tuple[Tensor, Tensor]:
     return tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool)
 
 
-def run(steps: Generator[None, None, T], diary: list[str]) -> T:
+def run(steps: Steps[T], diary: list[str]) -> T:
     """Drive a generator, writing each yield into the diary of its exchange."""
     while True:
         try:
@@ -178,12 +182,8 @@ def test_two_generators_may_take_turns() -> None:
     chunk, _ = make_chunk()
     first = drive(chunk.forward(tokens_BW[:1], valid_BW[:1], SCALES))
     backward, forward = first.backward(None, WeightGradients()), chunk.forward(tokens_BW[1:], valid_BW[1:], SCALES)
-    for _ in range(2 * ROUTED_LAYERS):  # F(2) and B(1), an exchange each in turn
-        next(forward)
-        next(backward)
-    with pytest.raises(StopIteration):
-        next(backward)
-    drive(drive(forward).backward(None, WeightGradients()))
+    _, second = take_turns(backward, forward)
+    drive(second.backward(None, WeightGradients()))
     assert len(gradients(chunk)) == len(list(chunk.model.parameters()))
     for ours, expected in zip(gradients(chunk), gradients(alone), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-8)

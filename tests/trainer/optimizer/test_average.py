@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from datetime import timedelta
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from shoestring.comm.traffic import Traffic
 from shoestring.parallelism.bucket import Bucket, Member
 from shoestring.parallelism.gradients import Reducer
 from shoestring.parallelism.zero import ShardedOptimizer
+from shoestring.tests.comm.late_streams import LateStreams
 from shoestring.tests.processes import World, run_processes
 from shoestring.trainer.optimizer.adamw import AdamW
 from shoestring.trainer.optimizer.average import WeightAverage
@@ -75,6 +77,30 @@ def test_the_average_is_of_masters_and_never_rounded_on_the_way() -> None:
     torch.testing.assert_close(inside.float(), wide, rtol=2**-7, atol=1e-3)
 
 
+def moved_through(streams: LateStreams | None) -> list[Tensor]:
+    """The average after each step, of 300 masters through two halves of 64."""
+    groups = ProcessGroups.create(Topology(), 0, timedelta(seconds=1))
+    optimizer, parameter = build(groups, torch.float32)
+    average, found = WeightAverage(optimizer, DECAY, streams, staged_bytes=2 * 64 * 4), []
+    for _ in range(STEPS):
+        average.wait()
+        take_step(optimizer, parameter)
+        average.start()
+        found.append(torch.cat([part.clone() for _, _, part in average.owned()]))
+    average.close()
+    return found
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "as late as may be"])
+def test_by_a_stream_of_its_own_it_is_the_same_to_the_last_bit(late: bool) -> None:
+    streams = LateStreams(late)
+    for staged, plain in zip(moved_through(streams), moved_through(None), strict=True):
+        assert torch.equal(staged, plain)
+    waits = [line for line in streams.log if line.startswith("average waits")]
+    assert waits == ["average waits for computing 1"] * STEPS  # of the masters that the step has just written
+    assert sum(line.startswith("host waits") for line in streams.log) == STEPS * 5
+
+
 def test_it_moves_beside_the_caller_and_is_waited_for() -> None:
     groups = ProcessGroups.create(Topology(), 0, timedelta(seconds=1))
     optimizer, _ = build(groups, torch.float32)
@@ -82,10 +108,10 @@ def test_it_moves_beside_the_caller_and_is_waited_for() -> None:
     go_on, order = threading.Event(), []
     move = average._move
 
-    def slow() -> None:
+    def slow(updated: object) -> None:
         go_on.wait(10)
         order.append("moved")
-        move()
+        move(None)
 
     average._move = slow  # type: ignore[method-assign]
     average.start()

@@ -1,0 +1,168 @@
+#!/usr/bin/env bash
+# Everything worth knowing of a machine with one GPU, most valuable first, in at most eight minutes.
+#   ./benchmarks/gpu_check.sh [--wheels DIR] [--out DIR] [--seconds 480] [--list]
+# It takes the first Python that has torch, PYTHON before all others, and needs no network. Packages that training
+# imports and this Python lacks are installed from the wheels in DIR, for this script alone; none of it stays.
+# Each part has a limit and goes its own way: what it prints is in OUT/PART.txt, its figures in OUT/PART.json, and after
+# each part OUT/summary.txt has one more line: verdict, seconds, exit code, part. A part is skipped where its limit is
+# longer than what is left of --seconds. Without a GPU the parts that need one say `not here`.
+# Exit code: 0; 1 where a mandatory part failed or was skipped; 2 for arguments it does not know.
+set -euo pipefail
+
+root="$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+wheels="" out="" seconds=480 list=""
+
+usage() {
+    sed -n '2,4p' "${BASH_SOURCE[0]}" | sed 's/^# *//' >&2
+    exit 2
+}
+
+while (($#)); do
+    case "$1" in
+        --list) list=yes ;;
+        --wheels | --out | --seconds)
+            (($# > 1)) || usage
+            declare "${1#--}=$2"
+            shift
+            ;;
+        *) usage ;;
+    esac
+    shift
+done
+[[ "$seconds" =~ ^[0-9]+$ ]] || usage
+
+# choose_python: print the interpreter that has torch.
+choose_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} python3 python3.12 python3.11 python3.13 "$root/.venv/bin/python"; do
+        if "$candidate" -c 'import sys, importlib.util as u; sys.exit(u.find_spec("torch") is None)' 2>/dev/null; then
+            command -v "$candidate"
+            return 0
+        fi
+    done
+    echo "No Python here has torch. Name one that has: PYTHON=/path/to/python $0" >&2
+    return 1
+}
+
+# install_missing: from the wheels, into a folder of this script.
+install_missing() {
+    local package
+    for package in $("$python" "$root/benchmarks/environment.py" --missing); do
+        "$python" -m pip install --quiet --no-index --no-deps --no-compile --disable-pip-version-check \
+            --find-links "$wheels" --target "$scratch/site" "$package" >&2 ||
+            echo "no wheel of $package in $wheels serves this Python" >&2
+    done
+}
+
+# lacks NEED...: print what this machine lacks of `gpu`, `hopper` and modules; nothing where all is there.
+lacks() {
+    local need
+    for need in "$@"; do
+        case "$need" in
+            gpu) [[ "$capability" != none ]] || echo "torch sees no GPU" ;;
+            hopper) [[ "$capability" == "9.0" ]] || echo "needs a GPU of compute capability 9.0; here: $capability" ;;
+            *) "$python" -c "import $need" 2>/dev/null || echo "$need is not installed" ;;
+        esac
+    done | head -n 1
+}
+
+# record VERDICT SECONDS CODE PART WORDS: one line of the summary.
+record() {
+    printf '%-9s %5s s  code %-4s %-16s %s\n' "$@" | tee -a "$out/summary.txt"
+}
+
+bad=()
+# part NAME LIMIT mandatory|optional NEEDS COMMAND...: run one part, unless it is not here or does not fit.
+part() {
+    local name="$1" limit="$2" mandatory="$3" needs="$4" began=$SECONDS code=0 verdict=works words="" lacking
+    shift 4
+    if [[ -n "$list" ]]; then
+        printf '%-16s %4s s  %-10s needs %s\n' "$name" "$limit" "$mandatory" "${needs:-nothing}"
+        return 0
+    fi
+    # shellcheck disable=SC2086 # words
+    lacking="$(lacks $needs)"
+    if [[ -n "$lacking" ]]; then
+        record "not here" 0 - "$name" "$lacking"
+        return 0
+    fi
+    if ((limit > seconds - SECONDS)); then
+        record skipped 0 - "$name" "may take $limit s, and $((seconds > SECONDS ? seconds - SECONDS : 0)) s are left"
+        [[ "$mandatory" != mandatory ]] || bad+=("$name")
+        return 0
+    fi
+    # The braces: what this shell says of a killed process belongs there, too.
+    { timeout --kill-after=5 "$limit" "$@"; } >"$out/$name.txt" 2>&1 || code=$?
+    if ((code)); then
+        verdict=fails
+        words="see $name.txt"
+        ((code != 124 && code != 137)) || words="no end within $limit s; $words"
+        [[ "$mandatory" != mandatory ]] || bad+=("$name")
+    fi
+    record "$verdict" "$((SECONDS - began))" "$code" "$name" "$words"
+    ((code == 0)) || tail -n 12 "$out/$name.txt" | cut -c 1-300 | sed 's/^/    /'
+}
+
+# shoestring is how the command is called where it is not installed.
+shoestring=(-m shoestring.launch.cli)
+# The quickstart on one rank: 20 steps of 8 sequences, each step's loss in the metrics.
+run=(experiment=quickstart topology=single schedule=one_f_one_b schedule.micro_batch=2 training.global_batch=8
+    training.tokens=20_480 training.evaluate_every=0 training.sample_tokens=0 training.checkpoint_every=1000 telemetry.log_every=1
+    telemetry.wandb.mode=disabled budget.stop_at=null)
+
+# train NAME OVERRIDE...: the arguments of a run whose directory is named so.
+train() {
+    printf '%s\0' "${shoestring[@]}" train --fresh "${run[@]}" data.prepared="$scratch/data" \
+        training.run_dir="$scratch/runs/$1" "${@:2}"
+}
+
+if [[ -z "$list" ]]; then
+    python="$(choose_python)"
+    scratch="$(mktemp -d)"
+    trap 'rm -rf "$scratch"' EXIT
+    out="${out:-gpu_check_$(date +%Y%m%d_%H%M%S)}"
+    mkdir -p "$out" "$scratch/path" "$scratch/runs" "$scratch/site"
+    out="$(cd "$out" && pwd)"
+    : >"$out/summary.txt"
+    [[ -z "$wheels" ]] || wheels="$(cd "$wheels" && pwd)"
+    # The package is this folder, whatever it is called.
+    ln -s "$root" "$scratch/path/shoestring"
+    export PYTHONPATH="$scratch/path:$scratch/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+    [[ -z "$wheels" ]] || install_missing
+    capability="$("$python" -c 'import torch
+print(".".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else "none")')"
+    cd "$scratch" # runs write where they are started
+else
+    python=python scratch=SCRATCH out=OUT capability=none
+fi
+mapfile -d '' -t on_cpu < <(train cpu training.device=cpu precision=fp32)
+mapfile -d '' -t in_bf16 < <(train bf16 training.device=cuda precision=bf16)
+mapfile -d '' -t in_fp8 < <(train fp8 training.device=cuda precision=fp8)
+# Trains a run by name with the arguments behind it, then compares its losses with the CPU's.
+# shellcheck disable=SC2016 # for the shell that the limit is for
+compared='name="$1" python="$2" root="$3" && shift 3 && "$python" "$@" &&
+    "$python" "$root/benchmarks/compare_losses.py" "runs/$name" runs/cpu --within 0.02'
+
+# Only files that have such tests: others import what is not here.
+mapfile -t gpu_tests < <(grep -rl --include='test_*.py' 'mark\.gpu' "$root/tests")
+
+part environment 40 mandatory "" "$python" "$root/benchmarks/environment.py"
+part doctor 40 mandatory "" "$python" "${shoestring[@]}" doctor
+part bring_up 200 mandatory "" "$python" "$root/benchmarks/bring_up.py" --json "$out/bring_up.json"
+part data 60 mandatory "" "$python" "${shoestring[@]}" data prepare experiment=quickstart \
+    data.prepared="$scratch/data"
+part train_cpu 90 mandatory "" "$python" "${on_cpu[@]}"
+part train_bf16 60 mandatory gpu bash -c "$compared" bash bf16 "$python" "$root" "${in_bf16[@]}"
+part train_fp8 90 mandatory hopper bash -c "$compared" bash fp8 "$python" "$root" "${in_fp8[@]}"
+part gpu_tests 120 mandatory "gpu pytest" "$python" -m pytest -q -rs -m gpu -p no:cacheprovider --rootdir "$root" \
+    -c "$root/setup.cfg" "${gpu_tests[@]}"
+part fp8_kernels 60 optional hopper "$python" "$root/benchmarks/fp8_kernels.py" --json "$out/fp8_kernels.json"
+part v3_layer 60 optional hopper "$python" "$root/benchmarks/v3_layer.py" --repetitions 5 --json "$out/v3_layer.json"
+part memory 60 optional gpu "$python" "${shoestring[@]}" memory --measure "${run[@]}" training.device=cuda precision=bf16
+
+[[ -z "$list" ]] || exit 0
+if ((${#bad[@]})); then
+    echo "mandatory and not passed: ${bad[*]}; everything is in $out" | tee -a "$out/summary.txt"
+    exit 1
+fi
+echo "every mandatory part that can run here passed; everything is in $out" | tee -a "$out/summary.txt"

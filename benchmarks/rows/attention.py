@@ -1,0 +1,110 @@
+"""Causal attention at DeepSeek-V3's widths by each backend: its times, what it is off by, and which kernels ran.
+
+Letters: B batch, H heads, S sequence, W width of queries and keys, V of values.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from shoestring.benchmarks.rows.row import Check, Figures, Machine, NotHere, expect, relative_error
+from shoestring.trainer.model.attention_backend import (
+    BACKENDS,
+    ON_CPU,
+    Attend,
+    AttentionCase,
+    AttentionChoice,
+    GpuFacts,
+    choose_attention,
+    missing_here,
+    named_attention,
+    unfit,
+)
+
+QUERY, VALUE = 192, 128
+SCALE = QUERY**-0.5
+V3 = AttentionCase(1, 128, 4096, QUERY, VALUE, torch.bfloat16)
+"""One micro-batch."""
+_NAMES = ("output", "gradient of queries", "gradient of keys", "gradient of values")
+
+
+def attention(name: str, machine: Machine) -> Figures:
+    """BF16 beside FP64 with plain products, on fewer heads and positions; times at V3's shape.
+
+    DeepSeek's trace has 1.24 ms forward and 4.26 ms backward on an H800.
+    """
+    choice = _choose(name, machine)
+    inputs = _inputs(machine, 4, 1024 if machine.on_gpu else 192)
+    pairs = zip(_NAMES, run(choice.attend, *inputs), _plain(*inputs), strict=True)
+    error = max(expect(f"the {what}", relative_error(ours, plain), 2e-2) for what, ours, plain in pairs)
+    timed = _inputs(machine, V3.heads, V3.length) if machine.on_gpu else inputs
+
+    def forward() -> None:
+        with torch.no_grad():
+            choice.attend(*timed[:3], SCALE)
+
+    alone, both = machine.seconds(forward), machine.seconds(lambda: run(choice.attend, *timed))
+    return {
+        "backend": choice.backend.name,
+        "forward_ms": alone * 1e3,
+        "backward_ms": (both - alone) * 1e3,
+        "error": error,
+        "kernels": _kernels(machine, choice.attend, timed),
+    }
+
+
+def _choose(name: str, machine: Machine) -> AttentionChoice:
+    """What a run of V3 would take here, or the backend of this name."""
+    if not machine.on_gpu:
+        if name != "auto":
+            raise NotHere("torch sees no GPU")
+        return ON_CPU
+    if name == "auto":
+        return choose_attention("auto", V3, GpuFacts.here())
+    missing = [*unfit(name, V3), *missing_here(name, V3, GpuFacts.here())]
+    if missing:
+        raise NotHere("; ".join(missing))
+    return named_attention(name)
+
+
+def _inputs(machine: Machine, heads: int, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys, values and the gradient of the output; heads of a token are neighbors in memory."""
+    shapes = [(1, length, heads, width) for width in (QUERY, QUERY, VALUE, VALUE)]
+    q, k, v, grad = (torch.randn(shape, device=machine.device).bfloat16().transpose(1, 2) for shape in shapes)
+    return q, k, v, grad
+
+
+def run(attend: Attend, q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, grad_BHSV: Tensor) -> tuple[Tensor, ...]:
+    """Output and gradients of queries, keys and values."""
+    q, k, v = (x.detach().requires_grad_() for x in (q_BHSW, k_BHSW, v_BHSV))
+    out_BHSV = attend(q, k, v, SCALE)
+    return out_BHSV.detach(), *torch.autograd.grad(out_BHSV, (q, k, v), grad_BHSV)
+
+
+def _plain(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, grad_BHSV: Tensor) -> tuple[Tensor, ...]:
+    """The same in FP64, with every score in memory."""
+    q, k, v = (x.detach().double().requires_grad_() for x in (q_BHSW, k_BHSW, v_BHSV))
+    later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    scores_BHSS = (SCALE * q @ k.transpose(2, 3)).masked_fill(later, float("-inf"))
+    out_BHSV = scores_BHSS.softmax(dim=-1) @ v
+    return out_BHSV.detach(), *torch.autograd.grad(out_BHSV, (q, k, v), grad_BHSV.double())
+
+
+def _kernels(machine: Machine, attend: Attend, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> str:
+    """The two kernels that took longest, of forward and backward: what ran, whatever was chosen."""
+    if not machine.on_gpu:
+        return "plain products"
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run(attend, *inputs)
+        machine.synchronise()
+    events = sorted(profile.key_averages(), key=lambda event: event.self_device_time_total, reverse=True)
+    return " and ".join(event.key[:90] for event in events[:2])
+
+
+CHECKS = (
+    Check("attention 192/128, as chosen", partial(attention, "auto"), mandatory=True, seconds=90),
+    *(Check(f"attention 192/128, {name}", partial(attention, name), mandatory=False, seconds=60) for name in BACKENDS),
+)

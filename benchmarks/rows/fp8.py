@@ -1,0 +1,239 @@
+"""Each Triton kernel of FP8 training beside its twin of plain tensors, its rate at DeepSeek-V3's shapes, and how often
+Triton compiles it.
+
+Letters: R rows, D hidden, F inner width, L experts; N, K sides of a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from shoestring.benchmarks.rows.exact import hard_numbers
+from shoestring.benchmarks.rows.row import Check, Figures, Machine, NotHere, Wrong, expect
+from shoestring.trainer.precision.provider import Provider, Rows, missing_for, open_provider
+from shoestring.trainer.precision.reference import Reference
+from shoestring.trainer.precision.tiles import Columns, Scales
+
+FP32 = Scales.FP32
+PRODUCT_ERROR = 2.0**-7
+"""Of the largest number: twice BF16's last place, far above what Hopper's 14-bit accumulator loses."""
+OTHER_EXP = 1e-2
+"""Share of a SwiGLU's values that may differ from a CPU's, whose exp is another: one E4M3 number further."""
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What all kernels are tried on."""
+
+    rows_L: Rows
+    x_RD: Tensor
+    """BF16."""
+    gate_up_RF: Tensor
+    gates_R: Tensor
+    weight_LND: Tensor
+
+    @property
+    def hidden(self) -> int:
+        """D."""
+        return self.x_RD.shape[1]
+
+    def to(self, device: torch.device) -> Operands:
+        """The same on `device`."""
+        tensors = (self.x_RD, self.gate_up_RF, self.gates_R, self.weight_LND)
+        return Operands(self.rows_L, *(x.to(device) for x in tensors))
+
+
+Work = Callable[[Provider, Operands], Callable[[], object]]
+"""Makes what a kernel reads, and returns what calls the kernel."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of `trainer/precision/kernels.py`."""
+
+    name: str
+    work: Work
+    amount: Callable[[Operands], int]
+    """Floating-point operations of a product, bytes of a quantization."""
+    has_exp: bool = False
+
+    @property
+    def is_product(self) -> bool:
+        return self.name in ("multiply", "outer")
+
+
+def _columns(provider: Provider, o: Operands) -> tuple[Columns, Columns]:
+    return provider.columns(o.gate_up_RF, o.rows_L, FP32), provider.columns(o.x_RD, o.rows_L, FP32)
+
+
+def _turn(provider: Provider, o: Operands) -> Callable[[], object]:
+    tiles = provider.tiles(o.x_RD, FP32)
+    return lambda: provider.turned(tiles, o.rows_L, FP32)
+
+
+def _multiply(provider: Provider, o: Operands) -> Callable[[], object]:
+    tiles, blocks = provider.tiles(o.x_RD, FP32), provider.blocks(o.weight_LND, FP32)
+    return lambda: provider.multiply_grouped(tiles, blocks, o.rows_L, torch.bfloat16)
+
+
+def _outer(provider: Provider, o: Operands) -> Callable[[], object]:
+    grad, x = _columns(provider, o)
+    sums = o.x_RD.new_zeros((len(o.rows_L), o.gate_up_RF.shape[1], o.hidden), dtype=torch.float32)
+
+    def add() -> Tensor:
+        provider.add_outer(grad, x, sums)
+        return sums
+
+    return add
+
+
+def _product_flops(o: Operands) -> int:
+    return 2 * len(o.x_RD) * o.gate_up_RF.shape[1] * o.hidden
+
+
+KERNELS = (
+    Kernel("quantise_rows", lambda p, o: lambda: p.tiles(o.x_RD, FP32), lambda o: 3 * o.x_RD.numel()),
+    Kernel(
+        "quantise_swiglu_rows",
+        lambda p, o: lambda: p.swiglu_tiles(o.gate_up_RF, o.gates_R, FP32),
+        lambda o: 5 * o.gate_up_RF.numel() // 2,
+        has_exp=True,
+    ),
+    Kernel("quantise_columns", lambda p, o: lambda: p.columns(o.x_RD, o.rows_L, FP32), lambda o: 3 * o.x_RD.numel()),
+    Kernel(
+        "quantise_swiglu_columns",
+        lambda p, o: lambda: p.swiglu_columns(o.gate_up_RF, o.gates_R, o.rows_L, FP32),
+        lambda o: 5 * o.gate_up_RF.numel() // 2,
+        has_exp=True,
+    ),
+    Kernel("turn_tiles", _turn, lambda o: 2 * o.x_RD.numel()),
+    Kernel("quantise_blocks", lambda p, o: lambda: p.blocks(o.weight_LND, FP32), lambda o: 3 * o.weight_LND.numel()),
+    Kernel("multiply", _multiply, _product_flops),
+    Kernel("outer", _outer, _product_flops),
+)
+
+
+def kernel_row(name: str, machine: Machine) -> Figures:
+    """Compare, then time; the host's part of a call is in the time, unlike in `benchmarks/fp8_kernels.py`."""
+    need_triton(machine)
+    kernel = next(each for each in KERNELS if each.name == name)
+    provider = open_provider("triton", machine.device)
+    figures = compare(kernel, provider, machine.device)
+    operands = v3_operands(machine.device)
+    seconds = machine.seconds(kernel.work(provider, operands))
+    rate = kernel.amount(operands) / seconds
+    unit = {"TFLOP/s": rate / 1e12} if kernel.is_product else {"GB/s": rate / 1e9}
+    return {**unit, "ms": seconds * 1e3, **figures}
+
+
+def need_triton(machine: Machine) -> None:
+    """Raise `NotHere` where the kernels cannot run."""
+    missing = list(missing_for("triton", on_gpu=machine.on_gpu))
+    if missing:
+        raise NotHere("; ".join(missing))
+
+
+def compare(kernel: Kernel, provider: Provider, device: torch.device) -> Mapping[str, float]:
+    """What one kernel makes on `device` beside the reference on a CPU. Raise `Wrong` where it is another.
+
+    Quantized numbers and scales must be the same to the last bit; where a SwiGLU's exp comes in, the same as torch's on
+    `device`, and but for a few the CPU's.
+    """
+    operands = small_operands(faults=not kernel.is_product)
+    ours = _numbers(kernel.work(provider, operands.to(device))())
+    twins = _numbers(kernel.work(Reference(), operands)())
+    if kernel.is_product:
+        error = float((ours[0] - twins[0]).abs().max() / twins[0].abs().max())
+        return {"error": expect("the product", error, PRODUCT_ERROR)}
+    exact = _numbers(kernel.work(Reference(), operands.to(device))()) if kernel.has_exp else twins
+    wrong = max(_differing(*pair) for pair in zip(ours, exact, strict=True))
+    if wrong:
+        raise Wrong(f"{wrong:.2%} of its values or scales differ from the reference's")
+    return {"unlike_cpu": expect("the share unlike a CPU's", _differing(ours[0], twins[0]), OTHER_EXP)}
+
+
+def _numbers(made: object) -> list[Tensor]:
+    """Values and scales, or a product, in FP32 on the host."""
+    if isinstance(made, Columns):
+        made = made.tiles
+    tensors = [made] if isinstance(made, Tensor) else list(vars(made).values())
+    return [x.float().cpu() for x in tensors]
+
+
+def _differing(ours: Tensor, theirs: Tensor) -> float:
+    """Share of the numbers that are not the same; any NaN equals any."""
+    return float(((ours != theirs) & ~(ours.isnan() & theirs.isnan())).double().mean())
+
+
+def small_operands(*, faults: bool) -> Operands:
+    """On the host: hard numbers, an expert without rows, sides that are no multiples of 128."""
+    rows_L, hidden, inner = (130, 0, 128, 7), 400, 192
+    rows = sum(rows_L)
+    generator = torch.Generator().manual_seed(0)
+    x_RD = torch.randn(rows, hidden, generator=generator)
+    return Operands(
+        rows_L,
+        (hard_numbers(rows, hidden) if faults else x_RD).bfloat16(),
+        torch.randn(rows, 2 * inner, generator=generator).bfloat16(),
+        torch.rand(rows, generator=generator),
+        torch.randn(len(rows_L), 2 * inner, hidden, generator=generator).bfloat16(),
+    )
+
+
+def v3_operands(device: torch.device, rows_L: Rows = (8192,) * 4) -> Operands:
+    """What a rank's four experts of DeepSeek-V3 see of a micro-batch under 64 expert-parallel ranks."""
+    hidden, inner, rows = 7168, 2048, sum(rows_L)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+    gates_R = torch.rand(rows, device=device)
+    return Operands(
+        rows_L, normal(rows, hidden), normal(rows, 2 * inner), gates_R, normal(len(rows_L), 2 * inner, hidden)
+    )
+
+
+COUNTS: tuple[Rows, ...] = (
+    (128, 256, 0, 128),
+    (101, 128, 260, 7),
+    (2000, 130, 0, 1),
+    (512, 512, 512, 512),
+    (1, 0, 0, 0),
+    (640, 300, 900, 77),
+)
+"""Rows of four experts in some micro-batches: what routing gives has any number of blocks, aligned or not."""
+
+
+def compiled_variants(machine: Machine) -> Figures:
+    """How many variants of each kernel Triton compiles while the numbers of rows change, each for seconds on one rank.
+
+    1 is what a run can have compiled before its first step.
+    """
+    need_triton(machine)
+    from shoestring.trainer.precision import kernels  # needs triton
+
+    for kernel in KERNELS:
+        vars(kernels)[kernel.name].device_caches.clear()  # what other rows compiled does not count
+    provider = open_provider("triton", machine.device)
+    for rows_L in COUNTS:
+        operands = v3_operands(machine.device, rows_L)
+        for kernel in KERNELS:
+            kernel.work(provider, operands)()
+    machine.synchronise()
+    device = machine.device.index or 0
+    made = {kernel.name: vars(kernels)[kernel.name].device_caches[device][0] for kernel in KERNELS}
+    counts = {name: float(len(variants)) for name, variants in made.items()}
+    spills = max(variant.n_spills or 0 for variants in made.values() for variant in variants.values())
+    return {"row counts": float(len(COUNTS)), **counts, "most_spills": float(spills)}
+
+
+CHECKS = tuple(
+    Check(f"triton {kernel.name}", partial(kernel_row, kernel.name), mandatory=True, seconds=60) for kernel in KERNELS
+)
+LAST_CHECKS = (Check("triton, compiled variants", compiled_variants, mandatory=False, seconds=60),)
+"""It compiles for long, so everything else comes first."""

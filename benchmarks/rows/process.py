@@ -1,0 +1,159 @@
+"""The process that runs the rows of one rank, apart from the one that waits for them.
+
+A kernel that never ends, or a rank that its peer never answers, holds a thread inside a driver: nothing in that process
+can stop it. So `bring_up.py` only waits, and kills: a row that does not end in time, or takes its process along, fails,
+and the next row is tried in a new process. A fault on a GPU leaves the process without a usable device, so a row that
+failed on any rank gets new processes on all of them.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from typing import Any
+
+import torch
+
+from shoestring.benchmarks.rows.row import Attempt, Check, Machine, Verdict, attempt
+from shoestring.comm.bootstrap import WorkerEnvironment, start_default_group
+from shoestring.comm.groups import Group
+from shoestring.comm.open_groups import open_groups_on
+from shoestring.launch.orphan import die_with_parent
+
+COLLECTIVE = timedelta(minutes=2)
+START_SECONDS = 120.0
+"""How long a process may take until its groups are open."""
+_FOR_STACKS = 2.0  # seconds in which a process that hangs prints where
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Which rank the rows run as."""
+
+    worker: WorkerEnvironment | None
+    """None outside torchrun."""
+    local_size: int
+    """Ranks on each node."""
+
+    @staticmethod
+    def read() -> Rank:
+        """Read torchrun's variables."""
+        return Rank(WorkerEnvironment.read(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+class RowProcess:
+    """Runs rows one after the other in a process of its own, which is started anew when it is needed."""
+
+    def __init__(self, rank: Rank, start_seconds: float = START_SECONDS) -> None:
+        self.device_name = ""
+        """Name of the device, once a process has started."""
+        self._rank, self._start_seconds = rank, start_seconds
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["shoestring.benchmarks.rows.process"])
+        self._process: ForkServerProcess | None = None
+        self._end: Connection[Any, Any] | None = None
+        self._starts = 0
+        self._refused: Attempt | None = None
+
+    def attempt(self, check: Check) -> Attempt:
+        """Run one row. A process that could not start once is not started again: every row costs its limit."""
+        if self._process is None and self._refused is None:
+            self._refused = self._start()
+        if self._refused is not None:
+            return self._refused
+        assert self._end is not None
+        self._end.send(check)
+        return self._answer(check.seconds, f"no end within {check.seconds:g} s")
+
+    def close(self) -> None:
+        """Kill the process, if there is one; the next row starts another."""
+        if self._process is not None and self._end is not None:
+            self._process.kill()
+            self._process.join()
+            self._end.close()
+        self._process = self._end = None
+
+    def _start(self) -> Attempt | None:
+        """Start a process; return why it did not start."""
+        self._end, theirs = self._context.Pipe()
+        arguments = (self._rank, self._starts, dict(os.environ), theirs)
+        self._process = self._context.Process(target=_serve, args=arguments, daemon=True)
+        with theirs:
+            self._process.start()
+        self._starts += 1
+        hello = self._answer(self._start_seconds, f"its process did not start within {self._start_seconds:g} s")
+        if hello.verdict is Verdict.FAILS:
+            return hello
+        self.device_name = hello.reason
+        return None
+
+    def _answer(self, seconds: float, too_late: str) -> Attempt:
+        assert self._process is not None
+        assert self._end is not None
+        try:
+            if self._end.poll(seconds + _FOR_STACKS):
+                found: Attempt = self._end.recv()
+                return found
+        except EOFError:
+            self._process.join()
+            code = self._process.exitcode
+            self.close()
+            return Attempt(Verdict.FAILS, f"its process ended with exit code {code}", None)
+        self.close()
+        return Attempt(Verdict.FAILS, too_late, None)
+
+
+def _serve(rank: Rank, start: int, variables: dict[str, str], end: Connection[Any, Any]) -> None:
+    """Run the rows that arrive until there is nobody to answer to. Print all stacks when one takes too long."""
+    die_with_parent()
+    os.environ.update(variables)  # the forkserver was started with older ones
+    if rank.worker is not None:
+        # Keys of its own in torchrun's store, whose server runs in the waiting process or in torchrun.
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = f"{variables.get('TORCHELASTIC_RESTART_COUNT', 0)}_rows_{start}"
+    machine = open_machine(rank)
+    torch.manual_seed(machine.world.rank)
+    end.send(Attempt(Verdict.WORKS, torch.cuda.get_device_name(machine.device) if machine.on_gpu else "cpu", None))
+    while True:
+        try:
+            check: Check = end.recv()
+        except EOFError:
+            return
+        faulthandler.dump_traceback_later(check.seconds)
+        found = attempt(check, machine)
+        faulthandler.cancel_dump_traceback_later()
+        end.send(found)
+
+
+def open_machine(rank: Rank) -> Machine:
+    """This rank's device, and its groups where torchrun started it.
+
+    Groups are those of a training run, NCCL's settings included: what a row certifies is what training meets.
+    """
+    worker = rank.worker
+    local_rank = 0 if worker is None else worker.local_rank
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if worker is None:
+        alone = Group((0,), None, 0, COLLECTIVE)
+        return Machine(device, alone, alone, alone)
+    start_default_group(worker, device, COLLECTIVE)
+    size, local = worker.world_size, rank.local_size
+    node = [tuple(range(first, first + local)) for first in range(0, size, local)]
+    rail = [tuple(range(first, size, local)) for first in range(local)]
+    make = open_groups_on(device, worker.rank, COLLECTIVE)
+
+    def mine(name: str, parts: Sequence[tuple[int, ...]]) -> Group:
+        several = [ranks for ranks in parts if len(ranks) > 1]
+        communicator = make.split(name, several, None) if several else None
+        own = next(ranks for ranks in parts if worker.rank in ranks)
+        return Group(own, communicator, worker.rank, COLLECTIVE)
+
+    return Machine(device, mine("all", [tuple(range(size))]), mine("node", node), mine("rail", rail))

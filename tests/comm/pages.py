@@ -1,0 +1,25 @@
+"""What stands in for CUDA where memory is pinned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class StandInPages:
+    """Refuses what CUDA would: memory that is pinned twice, or taken back and was not."""
+
+    error: int = 0
+    pinned: dict[int, int] = field(default_factory=dict)
+    log: list[str] = field(default_factory=list)
+
+    def pin(self, pointer: int, size: int) -> int:
+        assert pointer not in self.pinned
+        self.pinned[pointer] = size
+        self.log.append("pin")
+        return self.error
+
+    def unpin(self, pointer: int) -> int:
+        del self.pinned[pointer]
+        self.log.append("unpin")
+        return 0

@@ -1,0 +1,103 @@
+"""Stand-ins for CUDA streams on a CPU: work is done at once, and written down is what it would have waited for."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+from torch import Tensor
+
+from shoestring.comm.record import EXPOSED_EXCHANGE, Track
+from shoestring.comm.streams import Stream
+
+HOST_WAITS = "the host waits"
+REST = "rest of "
+
+
+class RecordedEvent:
+    """Has happened when all of `behind` has run."""
+
+    def __init__(self, behind: frozenset[str], streams: RecordedStreams) -> None:
+        self.behind = behind
+        self._streams = streams
+
+    def synchronize(self) -> None:
+        """Write down that the host waits, for what, and which function makes it wait."""
+        self._streams.diary.append(HOST_WAITS)
+        self._streams.host_waits_for.append(self.behind)
+        self._streams.places[sys._getframe(1).f_code.co_qualname] += 1
+
+
+class RecordedStream:
+    """Knows all that has run when its queue is empty."""
+
+    def __init__(self, streams: RecordedStreams) -> None:
+        self._streams = streams
+        self.behind: frozenset[str] = frozenset()
+
+    def record_event(self) -> RecordedEvent:
+        """See `Stream`."""
+        return RecordedEvent(self.behind, self._streams)
+
+    def wait_event(self, event: RecordedEvent) -> None:
+        """See `Stream`."""
+        self.behind |= event.behind
+
+    def synchronize(self) -> None:
+        """See `Stream`."""
+
+
+class RecordedStreams:
+    """The `Streams` of a run, and its `Recorder`, whose spans are the work on the streams."""
+
+    def __init__(self) -> None:
+        self._current = RecordedStream(self)
+        self.diary: list[str] = []
+        """What the host queued and launched, and where it waited, in its order."""
+        self.needs: dict[str, frozenset[str]] = {}
+        """Of each work, what runs before it."""
+        self.host_waits_for: list[frozenset[str]] = []
+        self.places: Counter[str] = Counter()
+        """Functions in which the host waits."""
+
+    def create(self, name: str) -> RecordedStream:
+        """See `Streams`."""
+        return RecordedStream(self)
+
+    def current(self) -> RecordedStream:
+        """See `Streams`."""
+        return self._current
+
+    @contextmanager
+    def use(self, stream: Stream) -> Iterator[None]:
+        """See `Streams`."""
+        assert isinstance(stream, RecordedStream)
+        before, self._current = self._current, stream
+        try:
+            yield
+        finally:
+            self._current = before
+
+    def hold(self, tensor: Tensor, stream: Stream) -> None:
+        """See `Streams`."""
+
+    def span(self, track: Track, name: str, detail: object = None) -> AbstractContextManager[object]:
+        """Work of a layer, or a part of an exchange. An exchange that comes again comes with its second part."""
+        if track is Track.EXCHANGE:
+            return self.queue(REST + name if name in self.needs else name)
+        if track is Track.COMPUTE and name != EXPOSED_EXCHANGE:
+            return self.queue(f"{name} of {detail}" if detail else name)
+        return nullcontext()
+
+    def mark(self, track: Track, name: str, detail: object = None) -> None:
+        """See `Recorder`."""
+
+    @contextmanager
+    def queue(self, name: str) -> Iterator[None]:
+        """Work on the stream that is current inside; events in there have happened when it has run."""
+        self._current.behind |= {name}
+        yield
+        self.diary.append(name)
+        self.needs[name] = self._current.behind - {name}

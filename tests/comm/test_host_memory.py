@@ -1,0 +1,48 @@
+"""Pinned memory of the size that is asked for, against a stand-in for the CUDA runtime."""
+
+from __future__ import annotations
+
+import mmap
+
+import pytest
+
+from shoestring.comm.host_memory import HostMemory
+from shoestring.tests.comm.pages import StandInPages
+
+
+@pytest.mark.parametrize("size", [1, 4096, 5000, 2**20 + 1])
+def test_whole_pages_are_pinned_and_less_than_one_is_lost(size: int) -> None:
+    pages = StandInPages()
+    memory = HostMemory(pages)
+    memory.grow(size, pinned=True)
+    ((pointer, pinned),) = pages.pinned.items()
+    assert pointer == memory.bytes.data_ptr()
+    assert pointer % mmap.PAGESIZE == pinned % mmap.PAGESIZE == 0
+    assert size <= pinned == len(memory.bytes) < size + mmap.PAGESIZE
+    assert not memory.bytes.any()
+
+
+def test_it_is_kept_until_more_is_asked_for_and_given_back_before_it_is_freed() -> None:
+    pages = StandInPages()
+    memory = HostMemory(pages)
+    for size in (10_000, 5_000, 10_000):
+        memory.grow(size, pinned=True)
+    assert pages.log == ["pin"]
+    memory.grow(20_000, pinned=True)
+    assert pages.log == ["pin", "unpin", "pin"]
+    memory.unpin()
+    memory.unpin()
+    assert pages.pinned == {}
+
+
+def test_without_a_gpu_nothing_is_pinned() -> None:
+    pages = StandInPages()
+    memory = HostMemory(pages)
+    memory.grow(10_000, pinned=False)
+    memory.unpin()
+    assert pages.log == []
+
+
+def test_what_cuda_does_not_pin_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="cudaHostRegister failed with the CUDA error 2"):
+        HostMemory(StandInPages(error=2)).grow(1, pinned=True)
