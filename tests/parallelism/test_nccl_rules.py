@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from shoestring.parallelism.pipeline.edges import edges
+from shoestring.parallelism.pipeline.placement import Direction
+from shoestring.parallelism.pipeline.program import Program
+from shoestring.parallelism.pipeline.schedules import SCHEDULES, build_forward, build_program
 from shoestring.tests.comm.nccl_rules import FIRST_CONTACT
-from shoestring.tests.parallelism.nccl_runs import MATRIX, Start, errors_of, failure_of
+from shoestring.tests.launch.small_run import SMALL
+from shoestring.tests.parallelism.nccl_runs import MATRIX, Start, errors_of, failure_of, open_and_step
 from shoestring.tests.parity.layouts import Layout
+from shoestring.tests.processes import run_processes
 
 SHARED_EMBEDDING = Layout(1, 1, 4, 1, pp=2, schedule="one_f_one_b")
 """MTP embeds tokens on the last stage: its embedding's gradient is summed with that of the first."""
@@ -44,3 +50,23 @@ def test_with_pairs_alone_sends_behind_the_listener_wait_for_ever() -> None:
 
 def test_with_pairs_alone_sends_before_the_listener_do_not() -> None:
     assert failure_of(SHARED_EMBEDDING, Start.PAIRS, patience=60) == ""
+
+
+def pairs(program: Program) -> set[tuple[Direction, int, int]]:
+    """Who sends to whom, each way."""
+    sent = (edge for commits in edges(program) for commit in commits for edge in commit.sends)
+    return {(edge.direction, edge.source.rank, edge.target.rank) for edge in sent}
+
+
+@pytest.mark.parametrize(("schedule", "pp"), [(each.name, pp) for each in SCHEDULES for pp in (2, 4)])
+def test_programs_of_other_batches_and_of_evaluation_meet_no_other_ranks(schedule: str, pp: int) -> None:
+    warmed_up = build_program(schedule, pp, 2 * pp)
+    assert pairs(build_program(schedule, pp, 4 * pp)) == pairs(warmed_up)
+    assert pairs(build_forward(warmed_up.placement, 1)) <= pairs(warmed_up)
+
+
+def test_an_engine_connects_what_its_configuration_communicates_over() -> None:
+    pipeline = ["topology.pp=2", "model.layers=4", "training.global_batch=16"]
+    overrides = [*SMALL, *pipeline, "exchange=two_hop", "topology.gpus_per_node=1"]
+    first, *others = run_processes(4, open_and_step, overrides)
+    assert others == [first] * 3
