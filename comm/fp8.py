@@ -116,7 +116,8 @@ def _moved(values_XD: Tensor) -> Tensor:
 
 def _own(x_XQI: Tensor, x_XD: Tensor) -> Tensor | None:
     """Memory to write into: the tiles themselves, where they are a copy of `x_XD`."""
-    return None if x_XQI.data_ptr() == x_XD.data_ptr() else x_XQI
+    is_copy: bool = x_XQI.untyped_storage()._cdata != x_XD.untyped_storage()._cdata  # fake tensors have no addresses
+    return x_XQI if is_copy else None
 
 
 def tiled(x_XD: Tensor) -> Tensor:

@@ -118,9 +118,8 @@ class Bucket:
 
     def take_masters(self) -> None:
         """Round this rank's shard of the masters to the weights."""
-        own_n = self._own(self.weights_N)
-        if own_n.data_ptr() != self.master_n.data_ptr():
-            own_n.copy_(self.master_n)
+        if self.master_n.dtype != self.weights_N.dtype:  # else they are the weights
+            self._own(self.weights_N).copy_(self.master_n)
 
     def owned(self) -> Iterator[Owned]:
         """What this rank holds, parameter by parameter."""

@@ -27,6 +27,7 @@ OUTSIDE = ("conf", "tests", "benchmarks")
 DATA = (
     ("trainer", "data", "corpus"),
     ("launch", "planner", "tables"),
+    ("launch", "rehearsal", "cpp"),
     ("launch", "report", "page.html"),
     ("launch", "report", "style.css"),
 )

@@ -87,6 +87,8 @@ class HostWait:
     place: str
     is_inside_pair: bool = False
     """Whether it happens while an FB runs, of its first to its last operation."""
+    is_warm_up: bool = False
+    """Whether it happens before the step, while model and optimizer are made."""
 
 
 LogEvent: TypeAlias = Collective | Batch | Record | StreamWait | HostWait

@@ -1,0 +1,38 @@
+"""The process of one rehearsed rank: python -m shoestring.launch.rehearsal.rank SPEC.json OUT.json
+
+SPEC: {"overrides": [...], "config_dir": null or a path, "rank": a number, "micro_batches": null or a number,
+"shim": the path of what `shim.build_shim` returns}. Nothing here may import torch before the shim is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Rehearse what the file of the first argument says and write the log to the second.
+
+    Ends with the text of a refusal and code 2 where the run cannot be rehearsed.
+    """
+    spec = json.loads(Path(arguments[0]).read_text())
+    os.environ.pop("TRITON_INTERPRET", None)  # kernels are counted, and neither compiled nor interpreted
+    ctypes.CDLL(spec["shim"], mode=ctypes.RTLD_GLOBAL)
+    from ...comm.refusal import Refused
+    from .rehearse import Rehearsal  # imports torch, which now finds the shim's device
+
+    directory = None if spec["config_dir"] is None else Path(spec["config_dir"])
+    try:
+        rehearsal = Rehearsal.of(spec["overrides"], directory, spec["rank"], spec["micro_batches"])
+    except Refused as refused:
+        print(refused, file=sys.stderr)
+        sys.exit(2)
+    rehearsal.run().write(Path(arguments[1]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,19 @@
+"""What the tests of a rehearsed rank share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shoestring.comm.refusal import Refused
+from shoestring.launch.rehearsal.shim import build_shim
+
+
+@pytest.fixture(scope="session")
+def shim() -> Path:
+    """The compiled library; a test that needs it is skipped where it cannot be built."""
+    try:
+        return build_shim()
+    except Refused as refused:
+        pytest.skip(str(refused))
