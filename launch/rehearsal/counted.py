@@ -57,7 +57,7 @@ def layer_pair(counts: Sequence[Count]) -> dict[str, tuple[float, float]]:
 
 
 def has_weight_gradients(counts: Sequence[Count]) -> bool:
-    """Whether a MoE layer's counts hold its weight gradients: they name no layer, so a rank of MoE layers alone knows."""
+    """Whether a MoE layer's counts hold its weight gradients, which name no layer: a rank of MoE layers alone knows."""
     return any(count.of == MOE and count.phase in _CHUNK_PHASES for count in counts)
 
 
