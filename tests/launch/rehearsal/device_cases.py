@@ -111,6 +111,9 @@ def test_pinned_memory_goes_to_the_device_without_a_wait(ledger: Ledger) -> None
     assert launched(ledger) == {"copy to device": (1, 24)}
     numbers.to("cuda")
     assert waits(ledger) == ["synchronize"]
+    huge = torch.zeros(2**20, dtype=torch.int64, pin_memory=True).pin_memory()
+    assert huge.to("cuda", non_blocking=True).shape == (2**20,)
+    assert len(waits(ledger)) == 1
 
 
 def test_the_host_computes_for_real(ledger: Ledger) -> None:
