@@ -23,7 +23,8 @@ class Communicator(Protocol):
     """Collective operations of the ranks of one group, in place.
 
     On a GPU each of them returns when it is queued on the current stream, which waits for its end; on a CPU, when it is
-    done. What fails is a RuntimeError; `Group` makes a `CollectiveFailed` of it.
+    done. NCCL blocks the host in a first call until the other ranks make theirs: see `warm_up`. What fails is a
+    RuntimeError; `Group` makes a `CollectiveFailed` of it.
     """
 
     handle: dist.ProcessGroup

@@ -38,7 +38,6 @@ from .config import ExchangeConfig
 from .deepep_buffer import BufferShape
 from .deepep_probe import why_deepep_fails
 from .exchange import Received
-from .failure import failing_clearly
 from .fp8 import RowTiles, dequantise, quantise, stand_in, tiles_of
 from .groups import ProcessGroups
 from .host import HostCopy
@@ -215,7 +214,7 @@ class DeepEPExchange:
         return torch.stack((visits_TP.sum(), visits_TN.sum()))
 
     def _failing_clearly(self, what: str) -> AbstractContextManager[None]:
-        return failing_clearly(self._group.rank, what, self._group.ranks, self._group.limit)
+        return self._group.failing_clearly(what)
 
 
 def _encode(form: str, rows_XD: Tensor) -> Tensor | tuple[Tensor, Tensor]:

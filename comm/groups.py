@@ -5,9 +5,9 @@ A group of one rank has no communicator and costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from .communicator import Communicator, Messages
 from .failure import failing_clearly
 from .open_groups import GlooGroups, OpenGroups
 from .topology import Topology
+from .watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -35,6 +36,8 @@ class Group:
     """This process, as one of `ranks`."""
     limit: timedelta
     """How long a collective may take."""
+    watchdog: Watchdog | None = None
+    """Watches each call into the communication library; None for gloo, whose calls end at their limit."""
 
     @property
     def is_first(self) -> bool:
@@ -100,7 +103,7 @@ class Group:
         """Exchange messages with some ranks of the group, as one batch."""
         if self.communicator is not None:
             peers = [peer for _, peer in (*sends, *receives)]
-            with failing_clearly(self.rank, what, peers, self.limit):
+            with self._calling(what, peers):
                 self.communicator.send_and_receive(sends, receives)
 
     def all_gather_objects(self, value: T, what: str) -> list[T]:
@@ -122,7 +125,13 @@ class Group:
         """For collectives of a library over this group: what fails inside is `CollectiveFailed`."""
         if self.communicator is None:
             return nullcontext()
-        return failing_clearly(self.rank, what, self.ranks, self.limit)
+        return self._calling(what, self.ranks)
+
+    @contextmanager
+    def _calling(self, what: str, peers: Sequence[int]) -> Iterator[None]:
+        watched = nullcontext() if self.watchdog is None else self.watchdog.watching(what, peers)
+        with failing_clearly(self.rank, what, peers, self.limit), watched:
+            yield
 
 
 @dataclass(frozen=True)
@@ -151,6 +160,8 @@ class ProcessGroups:
     These and `expert` belong to the worker that reduces gradients, not to the main thread."""
     expert: Mapping[tuple[int, ...], Group]
     """The same for the parameters of this rank's experts."""
+    watchdog: Watchdog | None = None
+    """Of all of them but `control`."""
 
     @property
     def pp_rank(self) -> int:
@@ -164,14 +175,15 @@ class ProcessGroups:
         limit: timedelta,
         holders: Iterable[tuple[int, ...]] = (),
         open_groups: OpenGroups | None = None,
+        watchdog: Watchdog | None = None,
     ) -> ProcessGroups:
         """Collective over the default group: make every group of the grid and keep those that hold `rank`.
 
         `holders` are sets of pipeline ranks that hold some parameters in common, besides each rank alone; equal on all
-        ranks. `open_groups` makes the groups, by default over gloo. Without a default group (one process) every group
-        is this rank alone.
+        ranks. `open_groups` makes the groups, by default over gloo; `watchdog` watches their calls, but for those of
+        `control`. Without a default group (one process) every group is this rank alone.
         """
-        make = _Maker(topology, rank, limit, open_groups or GlooGroups(rank, limit))
+        make = _Maker(topology, rank, limit, open_groups or GlooGroups(rank, limit), watchdog)
         alone = [(pp_rank,) for pp_rank in range(topology.pp)]
         shared = list(dict.fromkeys((*alone, *(tuple(sorted(set(each))) for each in holders))))
         everyone = tuple(range(topology.world_size))
@@ -187,6 +199,7 @@ class ProcessGroups:
             down=make.own("pipeline down", topology.pp_ranks, max_ctas=P2P_CTAS),
             dense=make.reducing("dense gradients", topology.dense_dp_ranks, shared),
             expert=make.reducing("expert gradients", topology.expert_dp_ranks, shared),
+            watchdog=watchdog,
         )
 
 
@@ -206,8 +219,11 @@ class _Maker:
     them. Two threads, or two streams, must not issue collectives on one.
     """
 
-    def __init__(self, topology: Topology, rank: int, limit: timedelta, open_groups: OpenGroups) -> None:
+    def __init__(
+        self, topology: Topology, rank: int, limit: timedelta, open_groups: OpenGroups, watchdog: Watchdog | None
+    ) -> None:
         self._topology, self._rank, self._limit, self._open = topology, rank, limit, open_groups
+        self._watchdog = watchdog
         self._reducing: dict[_Parts, Communicator | None] = {}
 
     def world(self, everyone: tuple[int, ...]) -> Group:
@@ -216,7 +232,9 @@ class _Maker:
 
     def control(self, everyone: tuple[int, ...]) -> Group:
         """The group of all ranks for tensors on the host."""
-        return self._group(everyone, self._open.control(everyone) if len(everyone) > 1 else None)
+        return replace(
+            self._group(everyone, self._open.control(everyone) if len(everyone) > 1 else None), watchdog=None
+        )
 
     def own(self, name: str, ranks_of: Callable[[int], tuple[int, ...]], max_ctas: int | None = None) -> Group:
         """The group of this rank, for a thread or a stream of its own."""
@@ -250,7 +268,7 @@ class _Maker:
         return self._open.split(name, several, max_ctas) if several else None
 
     def _group(self, ranks: tuple[int, ...], communicator: Communicator | None) -> Group:
-        return Group(ranks, communicator if len(ranks) > 1 else None, self._rank, self._limit)
+        return Group(ranks, communicator if len(ranks) > 1 else None, self._rank, self._limit, self._watchdog)
 
 
 def _disjoint(sets: Iterable[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:

@@ -18,6 +18,7 @@ from ..comm.failure import CollectiveFailed
 from ..comm.groups import ProcessGroups
 from ..comm.open_groups import open_groups_on
 from ..comm.refusal import Problem, Refused
+from ..comm.watchdog import Watchdog
 from ..trainer.config import RunConfig
 from ..trainer.halt import RunFailed, RunHalted
 from ..trainer.loop import train
@@ -48,10 +49,11 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
     device = pick_device(config, worker)
     timeout = timedelta(seconds=config.training.collective_timeout_seconds)
     start_default_group(worker, device, timedelta(seconds=config.training.start_timeout_seconds))
+    watchdog = _watch(config, worker) if device.type == "cuda" else None  # gloo's calls end at their limit
     try:
         holders = stages_of(config).all_holders()
         make = open_groups_on(device, worker.rank, timeout)
-        groups = ProcessGroups.create(config.topology, worker.rank, timeout, holders, make)
+        groups = ProcessGroups.create(config.topology, worker.rank, timeout, holders, make, watchdog)
         steps = train(config, groups, device, attempt_name(), stop_asked)
     except Refused as error:
         return _stop(config, worker, 2, str(error))
@@ -65,6 +67,14 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
         _die(f"shoestring train: rank {worker.rank}: {traceback.format_exc()}")
     dist.destroy_process_group()
     return _stop(config, worker, 0, f"{steps} steps done")
+
+
+def _watch(config: RunConfig, worker: WorkerEnvironment) -> Watchdog:
+    """Watch calls into NCCL, with the limit of the start until the engine has connected."""
+    limit = timedelta(seconds=config.training.start_timeout_seconds)
+    watchdog = Watchdog(worker.rank, limit, Path(config.training.run_dir) / FLIGHT_RECORDER)
+    watchdog.start()
+    return watchdog
 
 
 def _make_settings(config: RunConfig, worker: WorkerEnvironment) -> None:

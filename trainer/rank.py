@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,8 @@ def open_engine(
     streams = streams or streams_of(device)
     if streams is not None:  # gloo connects a group when it is made
         warm_up(stepper, worker, config.exchange.name, device, streams)
+    if groups.watchdog is not None:  # from here on no call has to wait for a rank that still starts
+        groups.watchdog.limit = timedelta(seconds=config.training.collective_timeout_seconds)
     return Engine(pipeline, stepper, worker, traffic)
 
 

@@ -26,8 +26,9 @@ class LoggedGroups:
 
     def world(self, ranks: tuple[int, ...]) -> Communicator:
         """See `OpenGroups`."""
-        assert dist.group.WORLD is not None
-        return LoggedCommunicator("world", ranks, dist.group.WORLD, self._ledger)
+        communicator = self.split("world", [ranks], None)
+        assert communicator is not None
+        return communicator
 
     def control(self, ranks: tuple[int, ...]) -> Communicator:
         """See `OpenGroups`."""

@@ -12,6 +12,7 @@ _CARRIERS = (
     "comm/communicator.py",
     "comm/groups.py",
     "comm/host.py",
+    "comm/lane.py",
     "comm/layout.py",
     "comm/pending.py",
     "comm/streams.py",

@@ -1,10 +1,12 @@
-"""A run priced before it starts: `simulate` and `plan`, and `calibrate`, which measures what they reckon with."""
+"""A run before it starts: `simulate` and `plan` price it, `calibrate` measures for them, `rehearse` runs its code."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
+from ...comm.refusal import Problem, Refused
 from .options import Verbs, add_format, described, with_overrides
 from .show import show
 
@@ -14,6 +16,7 @@ def add(verbs: Verbs) -> None:
     _add_simulate(verbs)
     _add_plan(verbs)
     _add_calibrate(verbs)
+    _add_rehearse(verbs)
 
 
 def _add_simulate(verbs: Verbs) -> None:
@@ -69,6 +72,41 @@ def _calibrate(options: argparse.Namespace) -> int:
     written = calibrate(*described(options), options.output, options.ranks, options.repeats)
     print(f"wrote {written}; price with it: --config-dir {options.output} cluster=measured")
     return 0
+
+
+def _add_rehearse(verbs: Verbs) -> None:
+    text = "one step of a GPU run's real code, rank by rank on fake CUDA tensors: no GPU and no data are needed"
+    rehearse = with_overrides(verbs.add_parser("rehearse", help=text))
+    ranks = rehearse.add_mutually_exclusive_group()
+    ranks.add_argument("--ranks", metavar="R,R,…", help="ranks to rehearse, as 0,7,901")
+    text = "one rank of each pipeline position, and a second member of one EP group and of one edp group (the default)"
+    ranks.add_argument("--representative", action="store_true", help=text)
+    text = "of one rank in the step (default: those of the run's first step)"
+    rehearse.add_argument("--micro-batches", type=int, metavar="N", help=text)
+    text = "list the N operations of an expert layer that move the most bytes (default 0)"
+    rehearse.add_argument("--passes", type=int, default=0, metavar="N", help=text)
+    add_format(rehearse)
+    rehearse.set_defaults(run=_rehearse)
+
+
+def _rehearse(options: argparse.Namespace) -> int:
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    if options.passes < 0:
+        raise Refused([Problem("--passes", options.passes, "must be at least 0")])
+    tell("reading the configuration")  # before torch is loaded, which takes seconds
+    from ..launcher import Stopped
+    from ..rehearsal.command import rehearse
+    from ..rehearsal.tables import verdict_table, verdict_tree
+
+    try:
+        verdict = rehearse(*described(options), options.ranks, options.micro_batches, tell)
+    except Stopped as stop:
+        tell(f"shoestring rehearse: {stop}")
+        return stop.exit_code
+    show(options, lambda: verdict_table(verdict, options.passes), lambda: verdict_tree(verdict))
+    return verdict.exit_code
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:

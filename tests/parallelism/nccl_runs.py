@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
@@ -16,10 +17,14 @@ import torch
 
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.pending import Worker, open_worker
+from shoestring.comm.record import SILENT
 from shoestring.comm.warm_up import warm_up_exchange
+from shoestring.launch.compose import compose_run
 from shoestring.parallelism.pipeline.executor import Executor, Listener, Stage, _Run
 from shoestring.parallelism.pipeline.schedules import SCHEDULES, build_placement
 from shoestring.tests.comm.nccl_rules import (
+    FIRST_CONTACT,
+    TRUNCATED,
     QueuedStreams,
     RulesGroups,
     computing_behind,
@@ -29,8 +34,9 @@ from shoestring.tests.parity.outcome import Errors, Outcome, compare
 from shoestring.tests.parity.runner import build, outcome, take_step
 from shoestring.tests.parity.twin import run_twin
 from shoestring.tests.processes import RanksFailed, World, run_processes
-from shoestring.trainer.rank import warm_up
-from shoestring.trainer.step import Stepper
+from shoestring.trainer.data.batch import TokenBatch
+from shoestring.trainer.rank import open_engine, stages_of, warm_up
+from shoestring.trainer.step import Stepper, StepSettings
 
 STEPS = 2
 CPU = torch.device("cpu")
@@ -96,10 +102,40 @@ def errors_of(layout: Layout) -> Errors:
     return compare(ranks, run_twin(layout, STEPS))
 
 
-def end_of(layout: Layout, start: Start, *, late_sends: bool = False, patience: float = 3) -> str:
-    """How a run ends that may hang."""
+def failure_of(layout: Layout, start: Start, *, late_sends: bool = False, patience: float = 3) -> str:
+    """The first error that says where a run stopped, or nothing. A first contact may take `patience` seconds."""
     try:
-        run_processes(layout.topology.world_size, run_rank, layout, start, late_sends, patience, timeout=60)
+        run_processes(layout.topology.world_size, run_rank, layout, start, late_sends, patience)
     except RanksFailed as failed:
-        return str(failed)
-    return "ends"
+        said = re.search(r"CollectiveFailed: (rank .*)", str(failed))
+        return said.group(1) if said else str(failed)
+    return ""
+
+
+def open_and_step(world: World, overrides: Sequence[str]) -> float:
+    """The loss of one step of a configured run, whose engine connects by itself what it communicates over."""
+    config, streams, limit = compose_run(overrides), QueuedStreams(), timedelta(seconds=60)
+    make = RulesGroups(world.rank, limit, streams, timedelta(seconds=10))
+    groups = ProcessGroups.create(config.topology, world.rank, limit, stages_of(config).all_holders(), make)
+    with computing_behind(streams):
+        engine = open_engine(config, groups, CPU, SILENT, streams)
+        shape = (config.schedule.micro_batch, config.window)
+        tokens_BW = torch.randint(config.model.vocabulary, shape)
+        batches = [TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool))] * config.micro_batches
+        settings = StepSettings(learning_rate=1e-3, clip_norm=1, balance_weight=0, mtp_weight=0, bias_speed=0)
+        loss = engine.stepper.step(batches, config.training.global_batch, settings).loss
+        engine.close()
+    return loss
+
+
+def main() -> None:
+    """Print how each row of the matrix ends without a warm-up, and with an instruction's sends behind its listener."""
+    for layout in MATRIX:
+        row = f"{layout.schedule:12} pp {layout.pp} MTP {layout.mtp}"
+        cold = failure_of(layout, Start.COLD, late_sends=True)
+        hung = FIRST_CONTACT in cold or TRUNCATED in cold
+        print(f"{row}  {'stops' if hung else 'fails' if cold else 'ends'}: {cold}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Which ranks of a run are rehearsed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ...comm.refusal import Problem, refuse_if_any
+from ...comm.topology import Topology
+from ...parallelism.pipeline.schedules import schedule_problems
+from ...trainer.config import RunConfig
+
+
+def representative(topology: Topology) -> tuple[int, ...]:
+    """Return ranks that together run all code of the grid and have every kind of neighbor.
+
+    One of each pipeline position, all at the same place in their data-parallel groups; and of the middle position,
+    which holds the most expert layers, a second member of an EP group and a second member of an edp group.
+    """
+    chosen = {pp_rank * topology.dp for pp_rank in range(topology.pp)}
+    middle = topology.pp // 2 * topology.dp
+    chosen.update(topology.ep_ranks(middle)[1:2])
+    chosen.update(topology.expert_dp_ranks(middle)[1:2])
+    return tuple(sorted(chosen))
+
+
+def chosen_ranks(topology: Topology, listed: str | None) -> tuple[int, ...]:
+    """Return those of `--ranks`, such as `0,7,901`, ascending; the representative ones without. Raises `Refused`."""
+    if listed is None:
+        return representative(topology)
+    ranks: list[int] = []
+    refuse_if_any(_parse(listed, topology.world_size, ranks))
+    return tuple(sorted(ranks))
+
+
+def _parse(listed: str, world_size: int, ranks: list[int]) -> Iterator[Problem]:
+    """Read `listed` into `ranks`."""
+    for text in listed.split(","):
+        try:
+            rank = int(text)
+        except ValueError:
+            yield Problem("--ranks", text, "write numbers of ranks with commas between them, as in 0,7,901")
+            continue
+        if not 0 <= rank < world_size:
+            yield Problem("--ranks", rank, f"the run has {world_size} ranks; write numbers from 0 to {world_size - 1}")
+        elif rank in ranks:
+            yield Problem("--ranks", rank, "stands there twice; write each rank once")
+        else:
+            ranks.append(rank)
+
+
+def micro_batch_problems(config: RunConfig, micro_batches: int | None) -> Iterator[Problem]:
+    """Return why a step of the run cannot have so many micro-batches; None is the number of its first step."""
+    if micro_batches is None:
+        return
+    schedule = config.schedule
+    for problem in schedule_problems(schedule.name, config.topology.pp, micro_batches, schedule.chunks):
+        yield Problem("--micro-batches", micro_batches, problem.remedy)

@@ -1,0 +1,134 @@
+"""The logs of all rehearsed ranks against each other: same collectives in the same order, messages one to one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations, pairwise
+
+from .communicators import Collectives, Communicator, End, collectives_of, messages_of
+from .fault import Fault, ends_early
+from .log import Collective, RankLog
+
+ALL_TO_ALL = "all_to_all"
+
+_Row = list[Collective]
+
+
+def compare(logs: Sequence[RankLog]) -> Iterator[Fault]:
+    """Return every mismatch between two rehearsed ranks.
+
+    Of two ranks on one communicator the first mismatch is described and the others behind it are counted: where a call
+    is missing, all that follow differ. A log that ends by an error is compared as far as it goes.
+    """
+    cut = {log.rank for log in logs if ends_early(log)}
+    collectives = collectives_of(logs)
+    yield from _order_faults(collectives, cut)
+    yield from _size_faults(collectives)
+    yield from _message_faults(logs, cut)
+
+
+def _order_faults(collectives: Collectives, cut: set[int]) -> Iterator[Fault]:
+    """Operation, shape, dtype and purpose are equal for all members, so each member is compared with the next."""
+    for communicator, rows in collectives.items():
+        for ours, theirs in pairwise(sorted(rows)):
+            differing = [
+                number
+                for number in range(max(len(rows[ours]), len(rows[theirs])))
+                if not _is_alike(rows, ours, theirs, number, cut)
+            ]
+            if differing:
+                yield _order_fault(communicator, rows, (ours, theirs), differing)
+
+
+def _is_alike(rows: dict[int, _Row], ours: int, theirs: int, number: int, cut: set[int]) -> bool:
+    present = [rank for rank in (ours, theirs) if number < len(rows[rank])]
+    if len(present) == 2:
+        return _facts(rows[ours][number]) == _facts(rows[theirs][number])
+    return bool({ours, theirs}.difference(present) & cut)
+
+
+def _facts(collective: Collective) -> tuple[object, ...]:
+    return collective.operation, collective.what, collective.shape, collective.dtype
+
+
+def _order_fault(
+    communicator: Communicator, rows: dict[int, _Row], ranks: tuple[int, int], differing: list[int]
+) -> Fault:
+    first = differing[0]
+    has = "; ".join(f"rank {rank} has {_collective_at(rows[rank], first)}" for rank in ranks)
+    places = tuple(rows[rank][first].place for rank in ranks if first < len(rows[rank]))
+    return Fault("collective", ranks, f"number {first + 1} on {communicator}: {has}{_more(differing)}", places)
+
+
+def _collective_at(row: _Row, number: int) -> str:
+    if number >= len(row):
+        return f"none, its last is number {len(row)}"
+    each = row[number]
+    return f"{each.operation} ({each.what}) of {each.dtype} {list(each.shape)}"
+
+
+def _more(differing: Sequence[int]) -> str:
+    return f"; {len(differing) - 1} more differ behind it" if len(differing) > 1 else ""
+
+
+def _size_faults(collectives: Collectives) -> Iterator[Fault]:
+    """Every pair of members agrees on the rows that they exchange in an all-to-all."""
+    for communicator, rows in collectives.items():
+        for ours, theirs in combinations(sorted(rows), 2):
+            differing = [
+                number
+                for number, (left, right) in enumerate(zip(rows[ours], rows[theirs], strict=False))
+                if left.operation == right.operation == ALL_TO_ALL
+                and any(sent != received for sent, received in _between(communicator, left, ours, right, theirs))
+            ]
+            if differing:
+                first = differing[0]
+                left, right = rows[ours][first], rows[theirs][first]
+                (out, received), (sent, back) = _between(communicator, left, ours, right, theirs)
+                text = (
+                    f"number {first + 1} on {communicator}, {left.what}: rank {ours} sends {out} rows to rank {theirs},"
+                    f" which expects {received}; rank {theirs} sends {sent} back, and rank {ours} expects {back}"
+                )
+                places = left.place, right.place
+                yield Fault("collective", (ours, theirs), f"{text}{_more(differing)}", places)
+
+
+def _between(
+    communicator: Communicator, left: Collective, ours: int, right: Collective, theirs: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows sent and expected, from the first to the second rank and back."""
+    here, there = communicator.ranks.index(ours), communicator.ranks.index(theirs)
+    return (left.sends[there], right.receives[here]), (right.sends[here], left.receives[there])
+
+
+def _message_faults(logs: Sequence[RankLog], cut: set[int]) -> Iterator[Fault]:
+    """Between two ranks of a communicator a message is known by its number."""
+    sent, received = messages_of(logs)
+    for key in dict.fromkeys((*sent, *received)):
+        communicator, source, target = key
+        out, arriving = sent.get(key, []), received.get(key, [])
+        shorter = source if len(out) < len(arriving) else target
+        compared = min(len(out), len(arriving)) if shorter in cut else max(len(out), len(arriving))
+        differing = [number for number in range(compared) if not _is_matched(out, arriving, number)]
+        if differing:
+            first = differing[0]
+            text = (
+                f"message {first + 1} from rank {source} to rank {target} on {communicator}: rank {source} sends"
+                f" {_message_at(out, first)}; rank {target} receives {_message_at(arriving, first)}"
+            )
+            places = tuple(ends[first].place for ends in (out, arriving) if first < len(ends))
+            yield Fault("message", (source, target), f"{text}{_more(differing)}", places)
+
+
+def _is_matched(out: Sequence[End], arriving: Sequence[End], number: int) -> bool:
+    if number >= min(len(out), len(arriving)):
+        return False
+    left, right = out[number].message, arriving[number].message
+    return (left.what, left.shape, left.dtype) == (right.what, right.shape, right.dtype)
+
+
+def _message_at(ends: Sequence[End], number: int) -> str:
+    if number >= len(ends):
+        return "none"
+    message = ends[number].message
+    return f"{message.what}, {message.dtype} {list(message.shape)}"

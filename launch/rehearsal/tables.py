@@ -1,0 +1,166 @@
+"""The verdict as text and tables, and as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from .checks import GROUP_CREATIONS, WORLD_REDUCTIONS, difference
+from .counted import DENSE, MOE, MTP, STEP, Count
+from .fault import ranks_text
+from .verdict import Verdict, batches, collectives, host_waits
+
+
+def verdict_tree(verdict: Verdict) -> dict[str, Any]:
+    """Everything as plain values; sizes in bytes, times in seconds."""
+    shared, messages = verdict.compared
+    return {
+        "findings": [asdict(fault) for fault in verdict.faults],
+        "mismatches": verdict.mismatches,
+        "compared": {"collectives": shared, "messages": messages},
+        "connection_model": "not run" if verdict.cut else "run",
+        "assumptions": list(verdict.assumptions),
+        "limits": {"group_creations": GROUP_CREATIONS, "world_reductions": WORLD_REDUCTIONS},
+        "ranks": _rank_trees(verdict),
+        "host_waits": [asdict(each) for each in verdict.host_reads],
+        "phases": [_count_tree(count) for count in verdict.phases],
+        "layer_pair": {
+            stream: {"launches": launches, "bytes": size} for stream, (launches, size) in verdict.layer_pair.items()
+        },
+        "passes": [asdict(count) for count in verdict.passes],
+    }
+
+
+def _rank_trees(verdict: Verdict) -> list[dict[str, Any]]:
+    return [
+        {
+            "rank": log.rank,
+            "pp_rank": log.pp_rank,
+            "micro_batches": log.micro_batches,
+            "operations": log.operations,
+            "collectives": collectives(log),
+            "batches": batches(log),
+            "host_waits": sum(1 for _ in host_waits(log)),
+            "group_creations": log.group_creations,
+            "memory": asdict(log.memory),
+            "peak_above_prediction": difference(log),
+            "seconds": log.seconds,
+        }
+        for log in verdict.logs
+    ]
+
+
+def _count_tree(count: Count) -> dict[str, Any]:
+    names = ("of", "phase", "stream", "launches", "bytes")
+    return {name: getattr(count, name) for name in names}
+
+
+def verdict_table(verdict: Verdict, passes: int) -> tuple[str, RenderableType]:
+    """The verdict first; then what it stands on. `passes` operations of a MoE layer are listed."""
+    parts = [_ranks(verdict), _peaks(verdict), _host_waits(verdict), _memory(verdict), _phases(verdict)]
+    if passes:
+        parts.append(_passes(verdict, passes))
+    return "\n".join(verdict_lines(verdict)), Group(*parts)
+
+
+def verdict_lines(verdict: Verdict) -> list[str]:
+    """Return the findings, or that there are none; what was compared; and what was assumed."""
+    first, shared = verdict.logs[0], verdict.compared
+    ranks = f"{len(verdict.logs)} of {first.world_size} ranks, {first.micro_batches} micro-batches"
+    count = len(verdict.faults)
+    found = f"{count} finding{'s' if count > 1 else ''}" if count else "no findings"
+    lines = [f"{found}: {ranks}", *map(str, verdict.faults)]
+    lines.append(
+        f"{verdict.mismatches} mismatches in {shared[0]:,} collectives and {shared[1]:,} messages that rehearsed ranks"
+        " have in common"
+    )
+    if verdict.cut:
+        lines.append(f"connection model: not run, for the step of {ranks_text(verdict.cut)} ends by its error")
+    return lines + [f"assumed: {text}" for text in verdict.assumptions]
+
+
+def _ranks(verdict: Verdict) -> Table:
+    table = _table("Rehearsed ranks")
+    for heading in ("rank", "pp", "operations", "collectives", "batches", "host waits", "groups", "s"):
+        table.add_column(heading, justify="right")
+    for log in verdict.logs:
+        counts = (log.operations, collectives(log), batches(log), sum(1 for _ in host_waits(log)), log.group_creations)
+        table.add_row(str(log.rank), str(log.pp_rank), *(f"{count:,}" for count in counts), f"{log.seconds:.1f}")
+    return table
+
+
+def _peaks(verdict: Verdict) -> Table:
+    table = _table("Peak of live tensors, GB, beside what `memory` predicts")
+    for heading in ("rank", "peak", "in", "predicted", "difference", "the GPU has"):
+        table.add_column(heading, justify="left" if heading == "in" else "right")
+    for log in verdict.logs:
+        memory = log.memory
+        room = "-" if memory.capacity is None else _giga(memory.capacity)
+        sizes = (_giga(memory.peak), memory.peak_phase, _giga(memory.predicted), f"{difference(log):+.1%}", room)
+        table.add_row(str(log.rank), *sizes)
+    return table
+
+
+def _host_waits(verdict: Verdict) -> Table:
+    table = _table("Where the host waits for the device")
+    for heading in ("place", "why", "inside an FB", "most of one rank", "of all"):
+        table.add_column(heading, justify="left" if heading in ("place", "why", "inside an FB") else "right")
+    for each in verdict.host_reads:
+        inside = "yes" if each.is_inside_pair else "no"
+        table.add_row(each.line, each.reason, inside, f"{each.most:,}", f"{each.times:,}")
+    return table
+
+
+def _memory(verdict: Verdict) -> Table:
+    table = _table("Live tensors by phase, GB")
+    for heading in ("phase", "most", "rank"):
+        table.add_column(heading, justify="left" if heading == "phase" else "right")
+    built = max(verdict.logs, key=lambda log: log.memory.building)
+    table.add_row("model and optimizer are made", _giga(built.memory.building), str(built.rank), end_section=True)
+    for phase, (size, rank) in verdict.phase_memory.items():
+        table.add_row(phase, _giga(size), str(rank))
+    return table
+
+
+def _phases(verdict: Verdict) -> Table:
+    table = _table("Launches and GB moved, of a layer in one micro-batch or of a step")
+    for heading in ("of", "phase", "stream", "launches", "GB"):
+        table.add_column(heading, justify="left" if heading in ("of", "phase", "stream") else "right")
+    counts = sorted(verdict.phases, key=lambda count: (_ORDER.index(count.of), count.stream, -count.bytes))
+    for _, same in groupby(counts, key=lambda count: (count.of, count.stream)):
+        for count in same:
+            _add_count(table, count, (count.of, count.phase, count.stream))
+        table.add_section()
+    for stream, (launches, size) in verdict.layer_pair.items():
+        cells = (f"{MOE} pair", "forward and backward", stream, f"{launches:,.1f}", _giga(size))
+        table.add_row(*cells)
+    return table
+
+
+_ORDER = (MOE, DENSE, MTP, STEP)
+
+
+def _passes(verdict: Verdict, number: int) -> Table:
+    table = _table(f"The operations of a {MOE} in one micro-batch that move the most bytes")
+    for heading in ("operation", "phase", "stream", "place", "launches", "GB"):
+        table.add_column(heading, justify="right" if heading in ("launches", "GB") else "left")
+    for count in [each for each in verdict.passes if each.of == MOE][:number]:
+        _add_count(table, count, (count.operation, count.phase, count.stream, count.place))
+    return table
+
+
+def _add_count(table: Table, count: Count, cells: Sequence[str]) -> None:
+    table.add_row(*cells, f"{count.launches:,.1f}", _giga(count.bytes))
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left")
+
+
+def _giga(size: float) -> str:
+    return f"{size / 1e9:,.3f}" if size < 1e9 else f"{size / 1e9:,.2f}"

@@ -1,0 +1,139 @@
+"""The stand-ins for NCCL do what NCCL does, where it differs from gloo."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoestring.comm.groups import Group
+from shoestring.comm.lane import Incoming, Outgoing, StreamLane
+from shoestring.comm.pending import StreamWorker
+from shoestring.tests.comm.nccl_rules import (
+    FIRST_CONTACT,
+    RING_BYTES,
+    TRUNCATED,
+    QueuedStreams,
+    RulesGroups,
+    computing_behind,
+)
+from shoestring.tests.processes import RanksFailed, World, run_processes
+
+LIMIT = timedelta(seconds=60)
+SMALL, LARGE = 1, RING_BYTES
+
+
+def open_group(world: World, streams: QueuedStreams, patience: float = 60) -> Group:
+    everyone = tuple(range(world.size))
+    make = RulesGroups(world.rank, LIMIT, streams, timedelta(seconds=patience))
+    return Group(everyone, make.split("all", [everyone], None), world.rank, LIMIT)
+
+
+def batch_of(world: World, sends: bool, receives: bool) -> float:
+    """One batch with the other of two ranks, as a first contact; what was received, or 0."""
+    streams = QueuedStreams()
+    group, peer = open_group(world, streams, patience=5), 1 - world.rank
+    arrived = torch.zeros(1)
+    group.send_and_receive(
+        [(torch.ones(1), peer)] if sends else [], [(arrived, peer)] if receives else [], "first message"
+    )
+    streams.current().synchronize()
+    return arrived.item()
+
+
+def meet(world: World, batches: list[tuple[bool, bool]]) -> float:
+    return batch_of(world, *batches[world.rank])
+
+
+@pytest.mark.parametrize(
+    ("batches", "arrived"),
+    [([(True, False), (False, True)], [0, 1]), ([(True, True), (True, True)], [1, 1])],
+    ids=["one way", "both ways"],
+)
+def test_ends_that_agree_connect(batches: list[tuple[bool, bool]], arrived: list[float]) -> None:
+    assert run_processes(2, meet, batches) == arrived
+
+
+def test_of_two_ranks_a_receive_alone_does_not_connect_with_a_send_and_a_receive() -> None:
+    with pytest.raises(RanksFailed, match=f"{TRUNCATED}: (1 channels here, 2 on rank 1|2 channels here, 1 on rank 0)"):
+        run_processes(2, meet, [(False, True), (True, True)])
+
+
+def collect(world: World, sizes: list[list[int]]) -> None:
+    """All-reduces of so many bytes, by rank."""
+    streams = QueuedStreams()
+    group = open_group(world, streams, patience=2)
+    for size in sizes[world.rank]:
+        group.all_reduce_sum(torch.zeros(size, dtype=torch.uint8), "sum")
+    if world.rank:
+        return
+    streams.current().synchronize()
+
+
+def test_a_small_collective_does_not_connect_what_a_large_one_uses() -> None:
+    with pytest.raises(RanksFailed, match=FIRST_CONTACT):
+        run_processes(2, collect, [[SMALL, LARGE], [SMALL]])
+
+
+def test_a_collective_that_is_connected_blocks_nobody() -> None:
+    run_processes(2, collect, [[LARGE], [LARGE, LARGE]])
+
+
+def talk_in_turns(world: World) -> float:
+    """Rank 0 waits for an answer before it posts the question: the wait holds one stream, and not the host."""
+    streams = QueuedStreams()
+    down, up = (StreamLane(open_group(world, streams), StreamWorker(streams)) for _ in range(2))
+    peer, side = 1 - world.rank, streams.create("side")
+
+    def one() -> Tensor:
+        return torch.empty(1)
+
+    with computing_behind(streams):
+        for lane in (down, up):
+            lane.post([Outgoing("first", torch.zeros(1), peer)], [Incoming("first", one, peer)])
+            lane.finish()
+        if world.rank == 0:
+            (answer,) = down.post([], [Incoming("answer", one, peer)])
+            with streams.use(side):
+                arrived = answer.wait()
+            up.post([Outgoing("question", torch.full((1,), 3.0), peer)], [])
+            with streams.use(side):
+                return arrived.item()
+        (question,) = up.post([], [Incoming("question", one, peer)])
+        arrived = question.wait()
+        down.post([Outgoing("answer", arrived + 1, peer)], [])
+        return arrived.item()
+
+
+def test_waiting_holds_a_stream_and_computing_behind_it_the_host() -> None:
+    assert run_processes(2, talk_in_turns) == [4.0, 3.0]
+
+
+def launch_two(world: World) -> list[bool]:
+    """Of one communicator: a call whose stream is held by another one, and a later call on a free stream."""
+    streams = QueuedStreams()
+    held, group = open_group(world, streams), open_group(world, streams)
+    for each in (held, group):
+        each.all_reduce_sum(torch.zeros(1), "first")
+    streams.current().synchronize()
+    sums = [torch.ones(1), torch.ones(1)]
+    busy, free = streams.create("busy"), streams.create("free")
+    with streams.use(busy):
+        if world.rank == 0:
+            held.all_reduce_sum(torch.zeros(1), "what holds the stream")
+        group.all_reduce_sum(sums[0], "earlier")
+    with streams.use(free):
+        group.all_reduce_sum(sums[1], "later")
+    early = free.record_event().parts[0].done()
+    if world.rank == 1:
+        held.all_reduce_sum(torch.zeros(1), "what holds the stream")
+    free.synchronize()
+    return [early, *(total.item() == 2 for total in sums)]
+
+
+def test_calls_on_one_communicator_run_in_launch_order() -> None:
+    first, second = run_processes(2, launch_two)
+    assert not second[0]  # rank 1 has not yet made the call that holds the earlier one on rank 0
+    assert [*first[1:], *second[1:]] == [True] * 4

@@ -1,0 +1,96 @@
+"""The process of a rehearsed rank, with a fault where it is one of the ranks named: …seeded FAULT RANK,RANK SPEC OUT.
+
+The code of the run is changed in this process before its rank is built.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from shoestring.launch.rehearsal import rank
+
+
+def main(arguments: Sequence[str]) -> None:
+    fault, faulty, spec, output = arguments
+    described = json.loads(Path(spec).read_text())
+    if described["rank"] in map(int, faulty.split(",")):
+        ctypes.CDLL(described["shim"], mode=ctypes.RTLD_GLOBAL)  # before what is changed imports torch
+        FAULTS[fault]()
+    rank.main([spec, output])
+
+
+def host_tensor() -> None:
+    """The router adds a tensor of the host to its affinities."""
+    import torch
+
+    from shoestring.trainer.model.router import Router
+
+    select = Router._select
+
+    def faulty(router: Router, affinity_TE: torch.Tensor) -> torch.Tensor:
+        return select(router, affinity_TE + torch.zeros(affinity_TE.shape[1]))
+
+    mock.patch.object(Router, "_select", faulty).start()
+
+
+def message_shape() -> None:
+    """Messages are expected with twice the sequences."""
+    import torch
+
+    from shoestring.trainer.model.chunk import Chunk
+
+    message = Chunk.message
+
+    def faulty(chunk: Chunk, sequences: int, length: int, device: torch.device) -> torch.Tensor:
+        return message(chunk, 2 * sequences, length, device)
+
+    mock.patch.object(Chunk, "message", faulty).start()
+
+
+def swapped_collectives() -> None:
+    """Buckets of gradients are summed in another order than all ranks agreed on."""
+    from shoestring.parallelism.gradients import Reducer
+
+    def faulty(reducer: Reducer, buckets: Sequence[Any], final_after: Sequence[int], *others: Any) -> None:
+        build(reducer, buckets[::-1], final_after[::-1], *others)
+
+    build = Reducer.__init__
+    mock.patch.object(Reducer, "__init__", faulty).start()
+
+
+def no_send() -> None:
+    """The first message of the step is not sent."""
+    from shoestring.parallelism.pipeline.executor import Executor
+
+    of = Executor.of
+
+    def faulty(*arguments: Any, **options: Any) -> Executor:
+        executor = of(*arguments, **options)
+        first = next(index for index, commit in enumerate(executor.commits) if commit.sends)
+        commits = list(executor.commits)
+        commits[first] = replace(commits[first], sends=())
+        return replace(executor, commits=tuple(commits))
+
+    mock.patch.object(Executor, "of", staticmethod(faulty)).start()
+
+
+def no_warm_up() -> None:
+    """No pair of pipeline ranks is connected before the step."""
+    from shoestring.parallelism.pipeline.executor import Executor
+
+    mock.patch.object(Executor, "warm_up", return_value=None).start()
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    each.__name__: each for each in (host_tensor, message_shape, swapped_collectives, no_send, no_warm_up)
+}
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

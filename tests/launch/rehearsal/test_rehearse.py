@@ -1,0 +1,149 @@
+"""`shoestring rehearse` on a tiny model: what it refuses, what it finds where a fault is put, and what it prints."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from shoestring.comm.refusal import Refused
+from shoestring.launch.cli import main
+from shoestring.launch.compose import compose_run
+from shoestring.launch.rehearsal.command import rehearse
+from shoestring.launch.rehearsal.fault import Fault
+from shoestring.launch.rehearsal.processes import RANK
+from shoestring.launch.rehearsal.shim import build_shim
+from shoestring.launch.rehearsal.verdict import Verdict
+from shoestring.trainer.memory import RunMemory
+
+SMALL = (
+    *("experiment=quickstart", "schedule=one_f_one_b", "schedule.micro_batch=1", "training.global_batch=4"),
+    *("training.sequence_length=32", "model.mtp_depth=0"),
+)
+"""Two pipeline ranks of two layers each, experts over two ranks; two micro-batches."""
+SEEDED = ("-m", "shoestring.tests.launch.rehearsal.seeded")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shim() -> None:
+    """Where it cannot be built, nothing can be rehearsed."""
+    try:
+        build_shim()
+    except Refused as refused:
+        pytest.skip(str(refused))
+
+
+def rehearsed(ranks: str | None, *overrides: str, fault: tuple[str, str] | None = None) -> Verdict:
+    entry = RANK if fault is None else (*SEEDED, *fault)
+    return rehearse([*SMALL, *overrides], None, ranks, None, lambda line: None, entry)
+
+
+def of_kind(verdict: Verdict, kind: str) -> list[Fault]:
+    return [fault for fault in verdict.faults if fault.kind == kind]
+
+
+@pytest.fixture(scope="module")
+def sound() -> Verdict:
+    """Without a fault, on the representative ranks."""
+    return rehearsed(None)
+
+
+def test_nothing_is_found_on_sound_ranks(sound: Verdict) -> None:
+    assert [log.rank for log in sound.logs] == [0, 2, 3]
+    assert not sound.faults
+    assert sound.exit_code == 0
+    assert sound.compared > (10, 8)
+    assert {"compute", "exchange"} == set(sound.layer_pair)
+
+
+def test_pipeline_ranks_that_were_not_connected_hang() -> None:
+    verdict = rehearsed("0,2", fault=("no_warm_up", "0,2"))
+    (found,) = verdict.faults
+    assert (found.kind, found.ranks) == ("hang", (0, 2))
+    assert "connects rank 0 to rank 2 on `pipeline up` of ranks 0, 2 for its first message" in found.text
+    assert all("parallelism/pipeline/executor.py" in place for place in found.places)
+
+
+def test_a_tensor_of_the_host_is_named() -> None:
+    verdict = rehearsed("2", fault=("host_tensor", "2"))
+    (found,) = verdict.faults
+    assert (found.kind, found.ranks) == ("device", (2,))
+    assert "add takes a float32 tensor [16] of the host" in found.text
+    assert "trainer/model/router.py" in found.places[0]
+
+
+def test_a_shape_that_differs_between_neighbors_is_named() -> None:
+    verdict = rehearsed("0,2", fault=("message_shape", "2"))
+    assert verdict.exit_code == 1
+    found = of_kind(verdict, "message")[0]
+    assert set(found.ranks) == {0, 2}
+    assert "[1, 32, 128]" in found.text
+    assert "[2, 32, 128]" in found.text
+    assert all("parallelism/pipeline/executor.py" in place for place in found.places)
+
+
+def test_swapped_collectives_are_named() -> None:
+    verdict = rehearsed("2,3", "model.layers=6", "schedule=interleaved", fault=("swapped_collectives", "3"))
+    assert verdict.exit_code == 1
+    found = next(fault for fault in of_kind(verdict, "collective") if "sum of gradients" in fault.text)
+    assert found.ranks == (2, 3)
+    assert "parallelism/gradients.py" in found.places[0]
+
+
+def test_a_receive_without_a_send_is_named() -> None:
+    verdict = rehearsed("0,2", fault=("no_send", "0"))
+    assert verdict.exit_code == 1
+    (found,) = of_kind(verdict, "message")
+    assert found.ranks == (0, 2)
+    assert "rank 0 sends activation of micro-batch 1" in found.text
+    assert "rank 2 receives activation of micro-batch 0" in found.text
+    assert of_kind(verdict, "hang")
+
+
+def test_a_layout_that_does_not_fit_is_named() -> None:
+    """The GPU has room for what the rank is predicted to need with everything recomputed, and not with nothing."""
+    layout = ("schedule=gpipe", "training.global_batch=16", "training.sequence_length=128")
+    least, most = (
+        RunMemory(compose_run([*SMALL, *layout, f"recompute={name}"]), torch.device("cuda")).of(0)
+        for name in ("everything", "nothing")
+    )
+    assert most.allocated > 1.2 * least.allocated
+    gigabytes = ((least.allocated + most.allocated) / 2 + least.fixed) / 1e9
+    for name, faults in (("everything", []), ("nothing", [("memory", (0,))])):
+        verdict = rehearsed("0", *layout, f"recompute={name}", f"cluster.memory_gb={gigabytes}")
+        assert [(fault.kind, fault.ranks) for fault in verdict.faults] == faults
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--ranks", "0,4"), "--ranks = 4: the run has 4 ranks; write numbers from 0 to 3"),
+        (("--micro-batches", "0"), "--micro-batches = 0: one_f_one_b needs at least 1"),
+        (
+            ("schedule=dualpipev", "training.global_batch=8", "--micro-batches", "3"),
+            "--micro-batches = 3: dualpipev needs",
+        ),
+        (("--passes", "-1"), "--passes = -1: must be at least 0"),
+        (("model.hiden=3",), "model.hiden = 3: no such key; did you mean hidden?"),
+        (("exchange=deepep",), "exchange.name = 'deepep': cannot be rehearsed"),
+    ],
+)
+def test_refusals(arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["rehearse", *SMALL, *arguments])
+    assert stopped.value.code == 2
+    output = capsys.readouterr()
+    assert said in output.err
+    assert not output.out
+
+
+def test_the_command_prints_one_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["rehearse", *SMALL, "--ranks", "3", "--micro-batches", "4", "--format", "json"])
+    output = capsys.readouterr()
+    tree = json.loads(output.out)
+    assert stopped.value.code == 0
+    assert tree["findings"] == []
+    assert [rank["micro_batches"] for rank in tree["ranks"]] == [4]
+    assert output.err.splitlines()[:2] == ["reading the configuration", "rehearsing 1 rank(s), 1 at a time"]
