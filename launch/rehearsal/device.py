@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .fakes import Fakes
 from .ledger import Ledger
 
-_LARGE = 2**17
+_LARGE = 2**20
 """Elements from which on a tensor of the host is fake: weights and their averages."""
 _aten = torch.ops.aten
 _EMPTY = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "empty_permuted")

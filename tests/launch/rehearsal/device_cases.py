@@ -78,6 +78,13 @@ def test_views_are_free(ledger: Ledger) -> None:
         assert launched(ledger) == {"zero_": (1, 4 * 8 * (N - 5))}
 
 
+def test_what_changes_its_argument_is_not_remembered(ledger: Ledger) -> None:
+    for _ in range(2):
+        x = on_device(2, 3)
+        assert x.t_().shape == (3, 2)
+        assert x.unsqueeze_(0).shape == (1, 3, 2)
+
+
 def test_memory_is_that_of_storages(ledger: Ledger) -> None:
     memory = ledger.memory
     x = on_device(N)
