@@ -48,8 +48,9 @@ choose_python() {
 install_missing() {
     local package
     for package in $("$python" "$root/benchmarks/environment.py" --missing); do
+        # A wheel's file has underscores where the package's name has dashes.
         "$python" -m pip install --quiet --no-index --no-deps --no-compile --disable-pip-version-check \
-            --find-links "$wheels" --target "$scratch/site" "$package" >&2 ||
+            --target "$scratch/site" "$wheels/${package//-/_}"-*.whl >&2 ||
             echo "no wheel of $package in $wheels serves this Python" >&2
     done
 }

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-import torch
-
 _KEPT = str(2**33)  # bytes
 FLIGHT_RECORDER = "flight_recorder"
 """The folder of a run directory where torch writes the collectives of each rank when one does not return."""
@@ -136,23 +134,28 @@ def orders_launches(runtime: str | None, driver: int | None) -> bool:
     return min(1000 * major + 10 * minor, driver) >= 12030
 
 
-def _driver() -> int | None:
+def _versions() -> tuple[str | None, int | None]:
+    """CUDA's versions in torch and in the driver; None where there is none."""
+    import torch  # a second, which no verb that starts no ranks shall wait for
+
     if torch.version.cuda is None:
-        return None
-    version: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # builds for CUDA have it
-    return version
+        return None, None
+    driver: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # builds for CUDA have it
+    return torch.version.cuda, driver
 
 
 def applying(run_dir: Path, *, on_gpu: bool) -> list[Setting]:
     """Those of `settings` that a run on GPUs, or on CPUs, takes on this machine."""
     found = [setting for setting in settings(run_dir) if on_gpu or not setting.for_gpus]
-    if on_gpu and not orders_launches(torch.version.cuda, _driver()):
+    if on_gpu and not orders_launches(*_versions()):
         found = [setting for setting in found if setting.name != "NCCL_LAUNCH_ORDER_IMPLICIT"]
     return found
 
 
 def computes_on_gpus(device: str, local_ranks: int) -> bool:
     """Whether `training.device` takes GPUs on a machine with so many ranks: `auto` does where each gets its own."""
+    import torch
+
     return device == "cuda" or (device == "auto" and torch.cuda.device_count() >= local_ranks)
 
 

@@ -56,6 +56,11 @@ def layer_pair(counts: Sequence[Count]) -> dict[str, tuple[float, float]]:
     return dict(sums)
 
 
+def has_weight_gradients(counts: Sequence[Count]) -> bool:
+    """Whether a MoE layer's counts hold its weight gradients, which name no layer: a rank of MoE layers alone knows."""
+    return any(count.of == MOE and count.phase in _CHUNK_PHASES for count in counts)
+
+
 class _Owners:
     """What the launches of each rank belong to, and how often there is such a thing."""
 

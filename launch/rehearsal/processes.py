@@ -22,8 +22,8 @@ from .log import RankLog
 
 RANK = ("-m", "shoestring.launch.rehearsal.rank")
 """Arguments of Python for the process of one rank; a specification and the path of its log come behind them."""
-RANK_BYTES = 3 * 10**9
-"""Of a process: a rank of DeepSeek-V3 needs 2 to 3 GB of this machine."""
+RANK_BYTES = 10**9
+"""Of the host, for a process: a rank of DeepSeek-V3 takes half of it at most (resident set, measured)."""
 
 _LAST_LINES = 12
 _LOOK_SECONDS = 0.05

@@ -37,8 +37,9 @@ def _hang(simulation: Simulation) -> Fault:
 
 def _shortest_chain(simulation: Simulation) -> list[Actor]:
     """Return a way to a rank that has ended without a call that others wait for, else the shortest cycle."""
-    ways = [way for start in simulation.waiting if (way := _way_to_end(simulation, start))]
-    cycles = [way for start in simulation.waiting if (way := _way(simulation, start, start))]
+    starts = sorted(simulation.waiting, key=lambda actor: (actor.rank, actor.stream))
+    ways = [way for start in starts if (way := _way_to_end(simulation, start))]
+    cycles = [way for start in starts if (way := _way(simulation, start, start))]
     return min(ways or cycles, key=len)
 
 

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from .checks import GROUP_CREATIONS, WORLD_REDUCTIONS, difference
-from .counted import DENSE, MOE, MTP, STEP, Count
+from .counted import DENSE, MOE, MTP, STEP, Count, has_weight_gradients
 from .fault import ranks_text
 from .verdict import Verdict, batches, collectives, host_waits
 
@@ -32,6 +32,7 @@ def verdict_tree(verdict: Verdict) -> dict[str, Any]:
         "layer_pair": {
             stream: {"launches": launches, "bytes": size} for stream, (launches, size) in verdict.layer_pair.items()
         },
+        "layer_pair_has_weight_gradients": has_weight_gradients(verdict.phases),
         "passes": [asdict(count) for count in verdict.passes],
     }
 
@@ -136,9 +137,13 @@ def _phases(verdict: Verdict) -> Table:
         for count in same:
             _add_count(table, count, (count.of, count.phase, count.stream))
         table.add_section()
-    for stream, (launches, size) in verdict.layer_pair.items():
-        cells = (f"{MOE} pair", "forward and backward", stream, f"{launches:,.1f}", _giga(size))
-        table.add_row(*cells)
+    pair = verdict.layer_pair
+    if len(pair) > 1:
+        pair = {**pair, "all": (sum(launches for launches, _ in pair.values()), sum(size for _, size in pair.values()))}
+    is_whole = has_weight_gradients(verdict.phases)  # where a rehearsed rank holds MoE layers alone
+    what = "forward and backward" if is_whole else "without weight gradients"
+    for stream, (launches, size) in pair.items():
+        table.add_row(f"{MOE} pair", what, stream, f"{launches:,.1f}", _giga(size))
     return table
 
 

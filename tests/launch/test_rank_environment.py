@@ -52,8 +52,7 @@ def test_the_user_wins_over_defaults_and_the_launcher_over_both(monkeypatch: pyt
 
 
 def test_gpus_have_settings_that_cpus_go_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank_environment, "_driver", lambda: 13000)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(rank_environment, "_versions", lambda: ("13.0", 13000))
     cpu = {setting.name: setting.value for setting in applying(Path("run"), on_gpu=False)}
     gpu = {setting.name: setting.value for setting in applying(Path("run"), on_gpu=True)}
     assert cpu == DEFAULTS
@@ -63,7 +62,7 @@ def test_gpus_have_settings_that_cpus_go_without(monkeypatch: pytest.MonkeyPatch
     expected |= {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
     assert expected.items() <= gpu.items()
     assert gpu["TORCH_FR_DUMP_TEMP_FILE"] == str(Path.cwd() / "run" / "flight_recorder" / "rank_")
-    monkeypatch.setattr(rank_environment, "_driver", lambda: 12020)
+    monkeypatch.setattr(rank_environment, "_versions", lambda: ("13.0", 12020))
     assert "NCCL_LAUNCH_ORDER_IMPLICIT" not in {setting.name for setting in applying(Path("run"), on_gpu=True)}
 
 

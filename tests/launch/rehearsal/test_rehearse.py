@@ -103,7 +103,7 @@ def test_a_receive_without_a_send_is_named() -> None:
 
 def test_a_layout_that_does_not_fit_is_named() -> None:
     """The GPU has room for what the rank is predicted to need with everything recomputed, and not with nothing."""
-    layout = ("schedule=gpipe", "training.global_batch=16", "training.sequence_length=128")
+    layout = ("schedule=gpipe", "training.global_batch=8", "training.sequence_length=128")
     least, most = (
         RunMemory(compose_run([*SMALL, *layout, f"recompute={name}"]), torch.device("cuda")).of(0)
         for name in ("everything", "nothing")

@@ -189,7 +189,11 @@ def test_the_tables_say_what_the_tree_says() -> None:
     text = printed(verdict, passes=1)
     assert "75.16 │ mlp(B) │     76.24 │      -1.4% │       81.60 │" in text
     assert "│ comm/two_hop.py:9 sizes │ read │ no" in text
-    assert "│ MoE layer pair │ forward and backward │ exchange │      1.5 │" in text
+    assert "│ MoE layer pair │ without weight gradients │ exchange │      1.5 │" in text
+    assert "│ MoE layer pair │ without weight gradients │ all      │      7.5 │" in text
+    assert not tree(verdict)["layer_pair_has_weight_gradients"]
+    whole = judged(replace(log(0), launches=ENDS), replace(log(1), launches=MIDDLE))
+    assert "│ MoE layer pair │ forward and backward │ exchange │" in printed(whole, passes=0)
     assert "comm/layout.py:spread" in text
     assert "attention.py" not in text
     assert "comm/layout.py:spread" not in printed(verdict)
