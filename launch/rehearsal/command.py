@@ -8,8 +8,8 @@ from pathlib import Path
 from ...comm.refusal import refuse_if_any
 from ..compose import compose_run
 from .choose import chosen_ranks, micro_batch_problems
+from .configured import on_gpu
 from .processes import RANK, Request, processes_at_once, rehearse_ranks
-from .rehearse import on_gpu
 from .shim import build_shim
 from .verdict import Verdict, judge
 

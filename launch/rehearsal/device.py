@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .fakes import Fakes
 from .ledger import Ledger
 
-_LARGE = 2**17
+_LARGE = 2**20
 """Elements from which on a tensor of the host is fake: weights and their averages."""
 _aten = torch.ops.aten
 _EMPTY = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "empty_permuted")
@@ -30,6 +30,7 @@ _COPY = _aten.copy_.default
 _TO_COPY = _aten._to_copy.default
 _ITEM = _aten._local_scalar_dense.default
 _DEVICE = torch.ops.prim.device.default
+_PIN = _aten._pin_memory.default
 _CROSSING = (_COPY, _TO_COPY, _ITEM)
 
 
@@ -91,6 +92,8 @@ class RehearsedDevice(TorchDispatchMode):
         kind = self._kinds.get(func)
         if kind is None:
             kind = self._kinds[func] = _kind(func)
+        if func is _PIN:
+            return args[0]
         if FakeTensor not in types:
             return self._of_host(func, kind, types, args, kwargs)
         if kind.is_view:
@@ -120,12 +123,8 @@ class RehearsedDevice(TorchDispatchMode):
             if func is _TO_COPY:
                 return self._upload(args[0], kwargs)
             return self._of_device(func, kind, types, args, kwargs)
-        if kind.name == "is_pinned":
-            return True
-        if kind.name == "_pin_memory":
-            return args[0]
         if kind.is_factory and args and _elements(args[0]) >= _LARGE:
-            return self._fakes.run(func, types, args, kwargs)
+            return self._fakes.run(func, types, args, _unpinned(kwargs))
         return func(*args, **_unpinned(kwargs))
 
     def _of_device(self, func: Any, kind: _Kind, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -91,7 +91,8 @@ class Fakes:
         if known is _NEW:
             _check_product(func, args)
             out = self.mode.dispatch(func, types, args, kwargs)
-            self._recipes[key] = _recipes(out, args, kwargs)
+            is_changed = _key(args) != key[1]  # by an operation such as `resize_`
+            self._recipes[key] = None if is_changed else _recipes(out, args, kwargs)
             return out
         if known is None:
             return self.mode.dispatch(func, types, args, kwargs)

@@ -18,16 +18,16 @@ from torch.distributed._tools import fake_collectives
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ...comm.groups import ProcessGroups
-from ...comm.refusal import Problem, Refused, refuse_if_any
+from ...comm.refusal import Problem, Refused
 from ...trainer.by_tokens import value_at
 from ...trainer.config import RunConfig
 from ...trainer.costs.memory import RankMemory
 from ...trainer.data.batch import TokenBatch
 from ...trainer.memory import RunMemory
-from ...trainer.model.attention_backend import unfit
 from ...trainer.rank import Engine, open_engine, stages_of
 from ...trainer.step import StepSettings
 from ..compose import compose_run
+from .configured import DEVICE, on_gpu
 from .device import RehearsedDevice
 from .groups import LoggedGroups
 from .ledger import Ledger
@@ -40,7 +40,6 @@ from .stand_ins import standing_in
 from .streams import LoggedStreams
 
 assert fake_collectives.collective_ops  # its import registers what collectives do to fake tensors
-DEVICE = torch.device("cuda", 0)
 
 
 @dataclass(frozen=True)
@@ -173,39 +172,6 @@ class _Levels:
 
     state: int = 0
     building: int = 0
-
-
-def on_gpu(config: RunConfig, micro_batches: int | None) -> RunConfig:
-    """Return the run as it is on the GPUs it is for, in steps of so many micro-batches. Raises `Refused`."""
-    training = replace(config.training, device="cuda")
-    if micro_batches is not None:
-        size = micro_batches * config.share
-        training = replace(training, global_batch=size, ramp_from=None, ramp_step=None, ramp_tokens=0)
-    config = replace(config, training=training)
-    refuse_if_any([*config.problems(), *_unknown(config)])
-    if config.training.attention == "auto":
-        config = replace(config, training=replace(config.training, attention=_attention(config)))
-    precision = config.precision
-    if precision.linear == "fp8" and precision.provider == "auto":
-        precision = replace(precision, provider="triton")
-    return replace(config, precision=precision)
-
-
-def _attention(config: RunConfig) -> str:
-    """What `auto` takes on a Hopper GPU with all that it needs, but for FlashAttention-3, which is not in torch."""
-    case = config.attention_case(config.precision.compute_dtype(DEVICE))
-    return next(name for name in ("cudnn", "efficient", "math") if not any(unfit(name, case)))
-
-
-def _unknown(config: RunConfig) -> Iterator[Problem]:
-    if config.exchange.name == "deepep":
-        remedy = (
-            "cannot be rehearsed: DeepEP's kernels need GPUs; rehearse exchange=two_hop_fp8, which sends the same rows"
-        )
-        yield Problem("exchange.name", "deepep", remedy)
-    if config.precision.provider not in ("auto", "triton"):
-        remedy = "cannot be rehearsed: its kernels need a GPU; write auto or triton"
-        yield Problem("precision.provider", config.precision.provider, remedy)
 
 
 @contextmanager

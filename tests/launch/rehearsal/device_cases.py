@@ -78,6 +78,13 @@ def test_views_are_free(ledger: Ledger) -> None:
         assert launched(ledger) == {"zero_": (1, 4 * 8 * (N - 5))}
 
 
+def test_what_changes_its_argument_is_not_remembered(ledger: Ledger) -> None:
+    for _ in range(2):
+        x = on_device(2, 3)
+        assert x.t_().shape == (3, 2)
+        assert x.unsqueeze_(0).shape == (1, 3, 2)
+
+
 def test_memory_is_that_of_storages(ledger: Ledger) -> None:
     memory = ledger.memory
     x = on_device(N)
@@ -111,6 +118,9 @@ def test_pinned_memory_goes_to_the_device_without_a_wait(ledger: Ledger) -> None
     assert launched(ledger) == {"copy to device": (1, 24)}
     numbers.to("cuda")
     assert waits(ledger) == ["synchronize"]
+    huge = torch.zeros(2**20, dtype=torch.int64, pin_memory=True).pin_memory()
+    assert huge.to("cuda", non_blocking=True).shape == (2**20,)
+    assert len(waits(ledger)) == 1
 
 
 def test_the_host_computes_for_real(ledger: Ledger) -> None:

@@ -17,8 +17,8 @@ from shoestring.comm.communicator import Communicator
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.refusal import Refused
 from shoestring.launch.compose import compose_run
+from shoestring.launch.rehearsal.configured import on_gpu
 from shoestring.launch.rehearsal.log import Batch, Collective, HostWait, RankLog, Record, StreamWait
-from shoestring.launch.rehearsal.rehearse import on_gpu
 from shoestring.launch.rehearsal.shim import build_shim
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.memory import MARGIN, RunMemory
@@ -151,6 +151,7 @@ class Counting:
     calls = 1
 
     def world(self, ranks: tuple[int, ...]) -> Communicator:
+        self.calls += 1
         return None  # type: ignore[return-value]
 
     def control(self, ranks: tuple[int, ...]) -> Communicator:
@@ -209,6 +210,8 @@ def test_what_cannot_be_rehearsed_is_refused() -> None:
         on_gpu(deepep, None)
     with pytest.raises(Refused, match=r"training\.global_batch = 6"):
         on_gpu(compose_run(BF16), 3)  # DualPipe of two ranks wants an even number
+    with pytest.raises(Refused, match=r"precision\.compute = 'float32': cannot be rehearsed"):
+        on_gpu(compose_run(["precision=fp32"]), None)
 
 
 def test_a_run_is_taken_to_its_gpus() -> None:

@@ -1,0 +1,51 @@
+"""The configuration of a run as its GPUs would have it: what `auto` stands for there, and what cannot be rehearsed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from ...comm.refusal import Problem, refuse_if_any
+from ...trainer.config import RunConfig
+from ...trainer.model.attention_backend import unfit
+
+DEVICE = torch.device("cuda", 0)
+"""That of every rehearsed rank."""
+
+
+def on_gpu(config: RunConfig, micro_batches: int | None) -> RunConfig:
+    """Return the run as it is on the GPUs it is for, in steps of so many micro-batches. Raises `Refused`."""
+    training = replace(config.training, device="cuda")
+    if micro_batches is not None:
+        size = micro_batches * config.share
+        training = replace(training, global_batch=size, ramp_from=None, ramp_step=None, ramp_tokens=0)
+    config = replace(config, training=training)
+    refuse_if_any([*config.problems(), *_unknown(config)])
+    if config.training.attention == "auto":
+        config = replace(config, training=replace(config.training, attention=_attention(config)))
+    precision = config.precision
+    if precision.linear == "fp8" and precision.provider == "auto":
+        precision = replace(precision, provider="triton")
+    return replace(config, precision=precision)
+
+
+def _attention(config: RunConfig) -> str:
+    """What `auto` takes on a Hopper GPU with all that it needs, but for FlashAttention-3, which is not in torch."""
+    case = config.attention_case(config.precision.compute_dtype(DEVICE))
+    return next(name for name in ("cudnn", "efficient", "math") if not any(unfit(name, case)))
+
+
+def _unknown(config: RunConfig) -> Iterator[Problem]:
+    if config.exchange.name == "deepep":
+        remedy = (
+            "cannot be rehearsed: DeepEP's kernels need GPUs; rehearse exchange=two_hop_fp8, which sends the same rows"
+        )
+        yield Problem("exchange.name", "deepep", remedy)
+    if config.precision.compute == "float32" and config.model.moe_layers + config.model.mtp_depth:
+        remedy = "cannot be rehearsed: torch's grouped product has a fake kernel for BF16 alone; write auto"
+        yield Problem("precision.compute", "float32", remedy)
+    if config.precision.provider not in ("auto", "triton"):
+        remedy = "cannot be rehearsed: its kernels need a GPU; write auto or triton"
+        yield Problem("precision.provider", config.precision.provider, remedy)
