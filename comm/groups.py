@@ -228,13 +228,12 @@ class _Maker:
 
     def world(self, everyone: tuple[int, ...]) -> Group:
         """The group of all ranks, for the main thread and tensors on the device."""
-        return self._group(everyone, self._open.world(everyone) if len(everyone) > 1 else None)
+        return self._group(everyone, self._opened("all ranks", everyone, lambda: self._open.world(everyone)))
 
     def control(self, everyone: tuple[int, ...]) -> Group:
         """The group of all ranks for tensors on the host."""
-        return replace(
-            self._group(everyone, self._open.control(everyone) if len(everyone) > 1 else None), watchdog=None
-        )
+        control = self._opened("all ranks, for the host", everyone, lambda: self._open.control(everyone))
+        return replace(self._group(everyone, control), watchdog=None)
 
     def own(self, name: str, ranks_of: Callable[[int], tuple[int, ...]], max_ctas: int | None = None) -> Group:
         """The group of this rank, for a thread or a stream of its own."""
@@ -265,7 +264,17 @@ class _Maker:
 
     def _split(self, name: str, parts: _Parts, max_ctas: int | None) -> Communicator | None:
         several = [ranks for ranks in parts if len(ranks) > 1]
-        return self._open.split(name, several, max_ctas) if several else None
+        everyone = range(self._topology.world_size if several else 1)
+        return self._opened(name, everyone, lambda: self._open.split(name, several, max_ctas))
+
+    def _opened(self, name: str, ranks: Sequence[int], make: Callable[[], Communicator | None]) -> Communicator | None:
+        """Make groups, which is collective over `ranks`; one rank alone has none."""
+        if len(ranks) == 1:
+            return None
+        if self._watchdog is None:
+            return make()
+        with self._watchdog.watching(f"making the groups of {name}", ranks):
+            return make()
 
     def _group(self, ranks: tuple[int, ...], communicator: Communicator | None) -> Group:
         return Group(ranks, communicator if len(ranks) > 1 else None, self._rank, self._limit, self._watchdog)

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import traceback
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -48,8 +49,10 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
     _make_settings(config, worker)
     device = pick_device(config, worker)
     timeout = timedelta(seconds=config.training.collective_timeout_seconds)
-    start_default_group(worker, device, timedelta(seconds=config.training.start_timeout_seconds))
     watchdog = _watch(config, worker) if device.type == "cuda" else None  # gloo's calls end at their limit
+    start = timedelta(seconds=config.training.start_timeout_seconds)
+    with nullcontext() if watchdog is None else watchdog.watching("opening NCCL", range(worker.world_size)):
+        start_default_group(worker, device, start)
     try:
         holders = stages_of(config).all_holders()
         make = open_groups_on(device, worker.rank, timeout)

@@ -19,7 +19,6 @@ from ..comm.pending import Worker, open_worker
 from ..comm.record import SILENT, Recorder, Track
 from ..comm.streams import Streams, streams_of
 from ..comm.traffic import Traffic
-from ..comm.warm_up import warm_up_exchange
 from ..parallelism.bucket import Bucket
 from ..parallelism.gradients import Reducer
 from ..parallelism.pipeline.executor import Executor, open_lanes
@@ -58,6 +57,7 @@ from .programs import Programs
 from .stages import Stages
 from .step import Stepper
 from .telemetry.trace import TraceRecorder
+from .warm_up import warm_up
 
 
 @dataclass(frozen=True)
@@ -256,20 +256,11 @@ def open_engine(
     stepper = build_stepper(pipeline, model, exchange, dtype, config.micro_batches, config.optimizer)
     streams = streams or streams_of(device)
     if streams is not None:  # gloo connects a group when it is made
-        warm_up(stepper, worker, config.exchange.name, device, streams)
+        batch = config.schedule.micro_batch, config.window
+        warm_up(stepper, worker, config.exchange.name, batch, device, streams)
     if groups.watchdog is not None:  # from here on no call has to wait for a rank that still starts
         groups.watchdog.limit = timedelta(seconds=config.training.collective_timeout_seconds)
     return Engine(pipeline, stepper, worker, traffic)
-
-
-def warm_up(stepper: Stepper, worker: Worker, exchange: str, device: torch.device, streams: Streams) -> None:
-    """Connect all that a step communicates over, and wait for the end of it: collective, in one order on all ranks.
-
-    `worker` runs the token exchange called `exchange`. See `comm.warm_up` for why.
-    """
-    warm_up_exchange(exchange, stepper.groups, worker, device)
-    stepper.warm_up(device)
-    streams.current().synchronize()
 
 
 def build_stepper(

@@ -32,6 +32,8 @@ HOST_READS_A_STEP = 2
 and for everything that ranks sum at its end (`totals.py`). Beside these a rank waits once for each dispatch (see
 `TokenExchange`), and never inside an FB for anything else."""
 
+_VOTES = 4
+"""Of the training loop."""
 Votes = Callable[[], Sequence[bool]]
 """What this rank has to say to the others, asked once a step, shortly before its end."""
 
@@ -107,7 +109,7 @@ class Stepper:
         self.optimizer.warm_up()
         few = torch.zeros(1, dtype=torch.float64, device=device)
         routers = len(router_names(self.config))
-        for like in (few, few.expand(length(routers, self.config.experts))):
+        for like in (few, few.expand(length(routers, self.config.experts, _VOTES))):
             warm_up_all_reduce(self.groups.world, like)
 
     def step(

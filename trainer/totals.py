@@ -76,9 +76,9 @@ def sum_over_ranks(share: Share, routers: Sequence[str], experts: int, world: Gr
     )
 
 
-def length(routers: int, experts: int) -> int:
-    """Return how many numbers travel, without votes."""
-    return _LOSSES + _SQUARES + _VISITS + routers * (1 + 2 * experts)
+def length(routers: int, experts: int, votes: int) -> int:
+    """Return how many numbers travel."""
+    return _LOSSES + _SQUARES + _VISITS + votes + routers * (1 + 2 * experts)
 
 
 def _parts(share: Share, routers: Sequence[str], experts: int) -> Iterator[Tensor]:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import cast
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 
+from shoestring.comm import open_groups
 from shoestring.comm.communicator import Communicator
 from shoestring.comm.groups import P2P_CTAS, REDUCE_CTAS, Group, ProcessGroups
+from shoestring.comm.open_groups import NcclGroups
 from shoestring.comm.topology import Topology
+from shoestring.comm.watchdog import Watchdog
 from shoestring.launch.compose import compose_run
 from shoestring.trainer.rank import stages_of
 
@@ -73,6 +79,55 @@ def test_every_rank_makes_the_same_groups_in_the_same_order() -> None:
             assert groups.dense[each].ranks == topology.holders(topology.dense_dp_ranks(rank), each)
             assert groups.expert[each].ranks == topology.holders(topology.expert_dp_ranks(rank), each)
     assert all(each == made[0] for each in made)
+
+
+class Splitting:
+    """torch's default group over NCCL, as far as a split looks at it."""
+
+    def __init__(self) -> None:
+        self.options = SimpleNamespace(config=SimpleNamespace(max_ctas=None))
+        self.asked: list[dict[str, Any]] = []
+
+    def _get_backend(self, device: torch.device) -> Splitting:
+        return self
+
+    def split(self, **asked: Any) -> str:
+        self.asked.append(asked)
+        return "handle"
+
+
+def test_nccl_splits_the_default_group_with_its_options_and_fewer_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    default = Splitting()
+    library = SimpleNamespace(group=SimpleNamespace(WORLD=default), split_group=default.split)
+    monkeypatch.setattr(open_groups, "dist", library)
+    make = NcclGroups(torch.device("cuda", 0), 3, LIMIT)
+    for blocks in (4, None):
+        communicator = make.split("rings", [(0, 1), (2, 3)], blocks)
+        assert communicator is not None
+        assert str(communicator.handle) == "handle"
+        asked = default.asked[-1]
+        assert asked["pg_options"].config.max_ctas == blocks
+        assert (asked["split_ranks"], asked["timeout"], asked["group_desc"]) == ([[0, 1], [2, 3]], LIMIT, "rings")
+    assert default.options.config.max_ctas is None  # other groups do not inherit it
+    assert make.calls == 3
+
+
+def test_a_group_that_is_not_made_in_time_is_named(tmp_path: Path) -> None:
+    """The watchdog sees the making of groups, too: a split waits for all ranks of the parent."""
+    now, ends = [0.0], list[int]()
+    told = (tmp_path / "told").open("w")
+    watchdog = Watchdog(0, timedelta(seconds=5), tmp_path, clock=lambda: now[0], leave=ends.append, output=told)
+
+    class Slow(Drawn):
+        def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Communicator | None:
+            now[0] += 6
+            watchdog.look()
+            return super().split(name, parts, max_ctas)
+
+    with told:
+        ProcessGroups.create(Topology(ep=2), 0, LIMIT, (), Slow(0), watchdog)
+    assert ends
+    assert "making the groups of ep with ranks 1 has not returned" in (tmp_path / "told").read_text()
 
 
 def test_messages_and_reductions_get_few_thread_blocks() -> None:

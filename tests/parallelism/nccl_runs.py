@@ -29,14 +29,15 @@ from shoestring.tests.comm.nccl_rules import (
     RulesGroups,
     computing_behind,
 )
-from shoestring.tests.parity.layouts import Layout, Padding
+from shoestring.tests.parity.layouts import SEQUENCE_LENGTH, Layout, Padding
 from shoestring.tests.parity.outcome import Errors, Outcome, compare
 from shoestring.tests.parity.runner import build, outcome, take_step
 from shoestring.tests.parity.twin import run_twin
 from shoestring.tests.processes import RanksFailed, World, run_processes
 from shoestring.trainer.data.batch import TokenBatch
-from shoestring.trainer.rank import open_engine, stages_of, warm_up
+from shoestring.trainer.rank import open_engine, stages_of
 from shoestring.trainer.step import Stepper, StepSettings
+from shoestring.trainer.warm_up import warm_up
 
 STEPS = 2
 CPU = torch.device("cpu")
@@ -52,7 +53,8 @@ class Start(StrEnum):
 
 def connect(start: Start, stepper: Stepper, worker: Worker, layout: Layout, streams: QueuedStreams) -> None:
     if start is Start.WARM:
-        warm_up(stepper, worker, layout.exchange, CPU, streams)
+        batch = 1, SEQUENCE_LENGTH + 1 + layout.mtp
+        warm_up(stepper, worker, layout.exchange, batch, CPU, streams)
     elif start is Start.PAIRS:
         stepper.executor.warm_up(CPU)
         warm_up_exchange(layout.exchange, stepper.groups, worker, CPU)

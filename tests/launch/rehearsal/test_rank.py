@@ -95,7 +95,9 @@ def test_memory_is_what_is_predicted(log: RankLog) -> None:
     layers = [layer for chunk in chunks for layer in chunk.layers]
     routers = sum(layer >= config.model.dense_layers for layer in layers) + any(c.is_last for c in chunks)
     biases = 4 * config.model.experts * routers  # of routers, which the prediction leaves out
-    beyond = live.state - (predicted.state.total - predicted.state.fp8_weights) - biases
+    # Angles of positions, which a chunk keeps from its first forward on: complex64.
+    angles = 8 * len(chunks) * config.training.sequence_length * config.model.qk_rope_head_dim // 2
+    beyond = live.state - (predicted.state.total - predicted.state.fp8_weights) - biases - angles
     assert 0 <= beyond <= 16  # what the lanes connected with: messages of one element
     assert live.predicted == predicted.allocated
     assert abs(live.peak / live.predicted - 1) < MARGIN
@@ -105,7 +107,8 @@ def test_memory_is_what_is_predicted(log: RankLog) -> None:
 
 def test_the_host_waits_for_sizes_and_for_the_sums_of_the_step(log: RankLog) -> None:
     waits = [event for event in log.events if isinstance(event, HostWait) and not event.is_warm_up]
-    sizes = [event for event in log.events if isinstance(event, Collective) and event.what.startswith("sizes of")]
+    collectives = [event for event in log.events if isinstance(event, Collective) and not event.is_warm_up]
+    sizes = [event for event in collectives if event.what.startswith("sizes of")]
     assert sizes
     assert Counter(wait.reason for wait in waits) == {"read": HOST_READS_A_STEP, "event": len(sizes)}
     assert {wait.reason for wait in waits if wait.is_inside_pair} <= {"event"}
@@ -198,7 +201,7 @@ def test_an_error_ends_the_step_and_the_log_is_written(shim: Path, tmp_path: Pat
     (finding,) = log.findings
     assert finding.kind == "error"
     assert "shape '[7, -1]' is invalid" in finding.text
-    assert finding.place.startswith("F chunk ")
+    assert finding.place.startswith("building: ")  # before the step each chunk runs once by itself
     assert "trainer/model/chunk.py:" in finding.place
     assert log.events
     assert log.launches
