@@ -59,7 +59,7 @@ def _refuse_depth(text: str) -> None:
     for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
-            raise Malformed(f"line {event.start_mark.line + 1}", "", f"is nested more than {MAX_DEPTH} deep")
+            raise Malformed("", f"{text[:20]}…", f"is nested more than {MAX_DEPTH} deep")
 
 
 def _size(node: yaml.Node, known: dict[int, int], above: tuple[int, ...]) -> int:
