@@ -16,6 +16,7 @@ from ...comm.refusal import Problem, Refused
 from ...comm.strict import shortened
 
 _UNITS = ("us", "GB/s", "share", "SMs", "")
+_RATES = ("GB/s", "share")
 _MOST_BYTES = 2**26
 _COLUMNS = ("kind", "name", "role", "dtype", "tokens", "inputs", "outputs", "value", "unit", "evidence", "source")
 
@@ -42,8 +43,12 @@ class Row:
 
     @property
     def seconds(self) -> float:
-        """Of a row in microseconds."""
-        assert self.unit == "us", self
+        """Of a row in microseconds. Raises `Refused` for a row in another unit."""
+        if self.unit != "us":
+            where = f"cluster.tables: {self.kind} {self.name} {self.role}"
+            raise Refused(
+                [Problem(where, self.unit, "must be in us; write the table anew with `shoestring calibrate`")]
+            )
         return self.value * 1e-6
 
 
@@ -78,7 +83,7 @@ class Table:
         A hit has the same weight matrix and at most twice or half the tokens. None where nothing of the kind was
         measured.
         """
-        rows = self.of(kind, role, dtype)
+        rows = [row for row in self.of(kind, role, dtype) if min(row.tokens, row.inputs, row.outputs) > 0]
         if not rows:
             return None
         row = min(rows, key=lambda row: _distance((row.tokens, row.inputs, row.outputs), shape))
@@ -114,6 +119,8 @@ def _checked(name: str, number: int, line: dict[str, str]) -> Row:
         row = _row(line)
         if min(row.tokens, row.inputs, row.outputs) < 0 or not 0 <= row.value < math.inf:
             raise ValueError("a number below 0, or without end")
+        if row.unit in _RATES and row.value == 0:
+            raise ValueError("a rate of 0")
         if row.unit not in _UNITS or row.evidence not in EVIDENCE:
             raise ValueError(f"units are {', '.join(_UNITS)}, and evidence {', '.join(EVIDENCE)}")
     except (ValueError, TypeError, AttributeError) as error:

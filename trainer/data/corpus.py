@@ -9,14 +9,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...comm.files import open_regular, refusing
+from ...comm.files import open_regular, read_regular, refusing
 from ...comm.refusal import Problem, Refused, refuse_if_any
+from ...comm.strict import Malformed
 from .config import SMALLEST_VOCABULARY, DataConfig
 from .manifest import Source
 
 _FORMS = (".txt", ".jsonl")
 _LISTED = 8
 """Names in a line about what was not read."""
+_DOCUMENT_BYTES, _LINE_BYTES = 2**31, 2**27
+"""Of one document: it is in memory as a whole, many times when it is encoded."""
 _FIX = "let it be read, or take it out of the corpus"
 
 
@@ -76,8 +79,8 @@ def _broken_entries(directory: Path) -> Iterator[Problem]:
 def read_documents(path: Path) -> Iterator[str]:
     """The documents of one work, exactly as written. Raises `Refused` at the first that cannot be used."""
     if path.suffix == ".txt":
-        with refusing(path, _FIX), open_regular(path) as file:
-            raw = file.read()
+        with refusing(path, _FIX):
+            raw = read_regular(path, _DOCUMENT_BYTES)
         text = _decode(path, "the file", raw)
         if not text.strip():
             raise Refused([Problem(str(path), "", "holds no text; fill or remove the file")])
@@ -85,7 +88,9 @@ def read_documents(path: Path) -> Iterator[str]:
         return
     number = 0
     with refusing(path, _FIX), open_regular(path) as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(_LINE_BYTES + 1), b""), start=1):
+            if len(line) > _LINE_BYTES:
+                raise Malformed(f"line {number}", None, f"is longer than {_LINE_BYTES} bytes")
             yield _document(path, number, line)
     if number == 0:
         raise Refused([Problem(str(path), "", "holds no text; fill or remove the file")])

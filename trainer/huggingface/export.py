@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ...comm.files import refusing
-from ...comm.refusal import Problem, Refused
+from ...comm.refusal import Problem, Refused, refuse_if_any
 from ..checkpoint.manifest import Damaged
 from ..checkpoint.opened import Checkpoint
 from ..checkpoint.tensor_file import Declared, TensorFileWriter
@@ -23,6 +24,7 @@ from .config import config_json, not_read
 from .names import SCALE, Entry, entries, is_quantised, to_halves
 from .tokenizer import TOKENIZER, described, special_tokens
 
+_MOST_PROBLEMS = 8
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 _NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -51,6 +53,7 @@ def export(checkpoint: Checkpoint, directory: Path, options: ExportOptions, say:
     planned = entries(config)
     if missing := checkpoint.missing(entry.name for entry in planned):
         raise Refused([Problem("checkpoint", str(checkpoint.path), f"holds no tensor {missing[0]}")])
+    refuse_if_any(islice(_misfits(checkpoint, planned), _MOST_PROBLEMS))
     context = checkpoint.setting("training", "sequence_length", default=4096)
     dtype, fp8 = _DTYPES[options.dtype], options.dtype == "fp8"
     source = checkpoint.source
@@ -70,6 +73,16 @@ def export(checkpoint: Checkpoint, directory: Path, options: ExportOptions, say:
         write_file(partial / "config.json", (json.dumps(tree, indent=2) + "\n").encode())
         for name, raw in described(attachments, tree["max_position_embeddings"]).items():
             write_file(partial / name, raw)
+
+
+def _misfits(checkpoint: Checkpoint, planned: Sequence[Entry]) -> Iterator[Problem]:
+    """Tensors that are not those of the model that the checkpoint's configuration describes."""
+    for entry in planned:
+        stored = checkpoint.manifest.tensors[entry.name]
+        if stored.shape != entry.shape or not stored.dtype.is_floating_point:
+            found = f"{stored.dtype} {list(stored.shape)}"
+            remedy = f"must be floating-point {list(entry.shape)} by its configuration; export another checkpoint"
+            yield Problem(f"{checkpoint.path}: {entry.name}", found, remedy)
 
 
 @contextmanager
