@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Group, RenderableType
 from rich.table import Table
-from yaml import YAMLError
 
+from ..comm.files import refusing
 from ..comm.refusal import Problem, Refused
+from ..comm.strict_yaml import read_yaml
 from ..trainer.budget.guard import project_cost
 from ..trainer.budget.render import hours
 from ..trainer.budget.summary import Summary
@@ -105,8 +104,8 @@ def _costs(config: RunConfig, summary: Summary, planned: Planned) -> Iterator[Li
 
 def _allocated(run_dir: Path) -> float | None:
     """Bytes at the worst moment of the fullest rank; None for a run on a CPU, whose figures hold Python too."""
-    looks = [event.values for event in _events(run_dir, "memory") if event.values["of"] == ALLOCATED]
-    return max((peak for look in looks for peak in as_numbers(look["peak"])), default=None)
+    looks = [event.values for event in _events(run_dir, "memory") if event.values.get("of") == ALLOCATED]
+    return max((peak for look in looks for peak in as_numbers(look.get("peak"))), default=None)
 
 
 def _notes(config: RunConfig, summary: Summary, tokens: int) -> Iterator[str]:
@@ -124,13 +123,8 @@ def _notes(config: RunConfig, summary: Summary, tokens: int) -> Iterator[str]:
 def _configuration(run_dir: Path) -> RunConfig:
     """What the last launch was told."""
     path = run_dir / CONFIG_FILE
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except OSError as error:
-        remedy = f"says what the run was told, and cannot be read: {error.strerror}"
-        raise Refused([Problem(str(path), None, remedy)]) from error
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise Refused([Problem(str(path), None, f"is not YAML: {error}")]) from error
+    with refusing(path, "it says what the run was told; restore it"):
+        tree = read_yaml(path)
     return build(RunConfig, tree)
 
 
@@ -140,7 +134,7 @@ def _precision(run_dir: Path, config: RunConfig) -> str | None:
         return "fp8"
     dtype = config.precision.compute
     if dtype == "auto":  # what the device has made of it
-        told = [str(event.values["compute_dtype"]) for event in _events(run_dir, "run")]
+        told = [str(event.values.get("compute_dtype")) for event in _events(run_dir, "run")]
         dtype = told[-1] if told else dtype
     return _PRECISIONS.get(dtype)
 

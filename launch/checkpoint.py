@@ -72,7 +72,8 @@ def checkpoints_table(listed: list[Listed]) -> Table:
 
 def verify(path: Path, step: int | None) -> tuple[Checkpoint, list[str]]:
     """Read every byte of a checkpoint; what is wrong with it. Raises `Refused` for one that cannot be opened."""
-    checkpoint = find_checkpoint(path, step)
+    remedy = "is damaged, so that nothing more of it can be checked; restore that file, or --step takes another"
+    checkpoint = find_checkpoint(path, step, remedy)
     return checkpoint, list(checkpoint.damage())
 
 
@@ -104,17 +105,22 @@ def _listed(path: Path) -> Listed:
     if path.suffix == ".damaged":
         return Listed(path.name, "set aside by a run that found it damaged")
     try:
-        manifest = Checkpoint.open(path).manifest
+        return _whole(Checkpoint.open(path))
     except Damaged as damaged:
         return Listed(path.name, f"damaged: {damaged}")
     except Refused as refused:
         return Listed(path.name, str(refused))
     except OSError as error:
         return Listed(path.name, f"cannot be read now: {error}")
-    grid = manifest.facts["config"].get("topology")
-    layout = "an import" if grid is None else " ".join(f"{axis}{grid[axis]}" for axis in ("pp", "edp", "ep"))
+
+
+def _whole(checkpoint: Checkpoint) -> Listed:
+    manifest = checkpoint.manifest
+    layout = "an import"
+    if "topology" in checkpoint.config:
+        layout = " ".join(f"{axis}{checkpoint.setting('topology', axis, default=1)}" for axis in ("pp", "edp", "ep"))
     sizes = manifest.bytes, len(manifest.tensors), len(manifest.files)
-    return Listed(path.name, "whole", manifest.facts["step"], *sizes, layout)
+    return Listed(checkpoint.path.name, "whole", checkpoint.step, *sizes, layout)
 
 
 def _facts(one: Mapping[str, Any], two: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from ..comm.files import os_problem
 from ..comm.refusal import Refused
 from .orphan import die_with_launcher
 from .torchrun import RanksFailed
@@ -28,6 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"shoestring {options.verb}: refused", file=sys.stderr)
         for problem in refused.problems:
             print(f"  {problem}", file=sys.stderr)
+        code = EXIT_REFUSED
+    except BrokenPipeError:
+        raise  # who reads the output has gone: no file is at fault
+    except OSError as error:
+        problem = os_problem(error, "a file that the system does not name", "nothing more was done")
+        print(f"shoestring {options.verb}: refused\n  {problem}", file=sys.stderr)
         code = EXIT_REFUSED
     except RanksFailed as failed:
         print(f"shoestring {options.verb}: {failed}", file=sys.stderr)

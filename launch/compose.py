@@ -17,10 +17,15 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from ..comm.files import os_problem
 from ..comm.refusal import Doubt, Problem, Refused, refuse_if_any
+from ..comm.strict import Malformed
+from ..comm.strict_yaml import check_yaml
 from ..trainer.config import RunConfig
 from .typed import read
 
+_RESOLVING = (ValueError, TypeError, KeyError, AttributeError, OSError)
+"""What resolvers and merges of Hydra and OmegaConf let through for values that they were not made for."""
 _WHOLE_RUN = "# @package _global_"
 """Hydra's word for a file whose keys stand at the top, as an experiment's do, and not under its group."""
 
@@ -34,6 +39,8 @@ def compose_run(overrides: Sequence[str], config_dir: Path | None = None) -> Run
     problems: list[Problem] = []
     with initialize_config_module("shoestring.conf", version_base="1.3"):
         problems += _directory_problems(config_dir)
+        if unreadable := list(_unreadable_files(config_dir)):  # Hydra would load them without end, or fail
+            raise Refused([*problems, *unreadable])
         lines = [(text, list(_readable(text, config_dir, problems))) for text in overrides]
         tree = _compose([line for _, read_as in lines for line in read_as], config_dir, problems)
     unread = {_key(text) for text, read_as in lines if not read_as}
@@ -87,7 +94,7 @@ def _compose(lines: Sequence[str], config_dir: Path | None, problems: list[Probl
     try:
         composed = compose("config", [*searchpath, *lines])
         tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, RecursionError, *_RESOLVING) as error:
         text = " ".join(line.removeprefix("++") for line in lines)
         raise Refused([*problems, Problem("command line", text, str(error))]) from error
     assert isinstance(tree, dict)
@@ -101,7 +108,7 @@ def _readable(text: str, config_dir: Path | None, problems: list[Problem]) -> It
     """`text` as a line for Hydra; nothing but a problem more where that would fail or have no effect."""
     try:
         (override,) = OverridesParser.create().parse_overrides([text])
-    except HydraException:
+    except (HydraException, RecursionError):
         problems.append(_malformed(text))
         return
     choices = _choices(override.key_or_group, config_dir)
@@ -149,6 +156,19 @@ def _choices(group: str, config_dir: Path | None) -> list[str]:
 def _shipped(group: str) -> list[str]:
     options: list[str] = GlobalHydra.instance().config_loader().get_group_options(group)
     return options
+
+
+def _unreadable_files(config_dir: Path | None) -> Iterator[Problem]:
+    """Files of groups that could be chosen and that no reader of YAML gets through."""
+    for path in sorted([] if config_dir is None else config_dir.glob("*/*.yaml")):
+        if not _shipped(path.parent.name):
+            continue
+        try:
+            check_yaml(path)
+        except Malformed as error:
+            yield error.problem(path, "correct the file, or remove it")
+        except OSError as error:
+            yield os_problem(error, path, "let it be read, or remove it")
 
 
 def _directory_problems(config_dir: Path | None) -> Iterator[Problem]:

@@ -8,11 +8,12 @@ from pathlib import Path
 import tokenizers
 import torch
 
+from ..comm.files import refusing
 from ..comm.refusal import Problem, Refused, refuse_if_any
 from ..trainer.checkpoint.find import find_checkpoint
 from ..trainer.checkpoint.manifest import Damaged
 from ..trainer.checkpoint.opened import Checkpoint
-from ..trainer.data.tokenizer import END
+from ..trainer.data.tokenizer import END, read_bpe
 from ..trainer.loaded import load_chunk
 from ..trainer.model.attention_backend import ON_CPU, AttentionCase, AttentionChoice, GpuFacts, choose_attention
 from ..trainer.model.config import ModelConfig
@@ -55,7 +56,7 @@ def generate_text(request: Request) -> tuple[str, Continuation]:
     if request.average:
         checkpoint = checkpoint.averaged()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    context = checkpoint.manifest.facts["config"].get("training", {}).get("sequence_length", 4096)
+    context = checkpoint.setting("training", "sequence_length", default=4096)
     try:
         tokenizer, stop = open_tokenizer(checkpoint)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -64,6 +65,11 @@ def generate_text(request: Request) -> tuple[str, Continuation]:
         raise Refused([Problem("checkpoint", str(damaged), "is damaged; --step takes another")]) from damaged
     sampler = Sampler(torch.Generator().manual_seed(request.seed), request.temperature)
     prompt = tokenizer.encode(request.prompt, add_special_tokens=False).ids
+    if not prompt or max(prompt) >= checkpoint.model.vocabulary:
+        remedy = (
+            f"its tokens must be numbers below {checkpoint.model.vocabulary}, the model's vocabulary, and at least one"
+        )
+        raise Refused([Problem("--prompt", request.prompt, f"{TOKENIZER} gives {prompt[:8]}: {remedy}")])
     found = speculate(chunk, prompt, request.tokens, context, sampler, stop=stop, draft=request.draft)
     return tokenizer.decode(found.tokens, skip_special_tokens=False), found
 
@@ -90,9 +96,10 @@ def open_tokenizer(checkpoint: Checkpoint) -> tuple[tokenizers.Tokenizer, int | 
     """The tokenizer in a checkpoint, and the token that ends a text: ours, or what an imported config.json names."""
     if TOKENIZER not in {entry.file for entry in checkpoint.manifest.attachments}:
         raise Refused([Problem("checkpoint", str(checkpoint.path), f"has no {TOKENIZER}, so it cannot read a prompt")])
-    tokenizer = tokenizers.Tokenizer.from_str(checkpoint.attachment(TOKENIZER).decode())
+    with refusing(checkpoint.path / TOKENIZER, "take another checkpoint"):
+        tokenizer = read_bpe(checkpoint.attachment(TOKENIZER))
     stop = tokenizer.token_to_id(END)
     if stop is None:
-        named = checkpoint.manifest.facts.get("source", {}).get("eos_token_id")
-        stop = named if isinstance(named, int) else None
+        named = (checkpoint.source or {}).get("eos_token_id")
+        stop = named if type(named) is int else None
     return tokenizer, stop

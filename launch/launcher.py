@@ -24,7 +24,7 @@ from .numa import BINDING, NumaFacts, why_not_bound
 from .orphan import LAUNCHER_VARIABLE, die_with_parent
 from .preflight import is_finished, spent_budget
 from .rank_environment import applying, computes_on_gpus, rank_environment
-from .run_dir import CONFIG_FILE, claimed, clear_status, read_status
+from .run_dir import claimed, clear_status, read_status, write_config
 from .stopping import ASKING_SIGNALS, STOP_FILE_VARIABLE
 from .torchrun import TORCHRUN, end
 
@@ -54,7 +54,7 @@ def launch(config: RunConfig, local: LocalRanks, arguments: Sequence[str], *, fr
             print(f"shoestring train: {spent}", file=sys.stderr)
             return Halt.OVER_BUDGET
         clear_status(run_dir)
-        (run_dir / CONFIG_FILE).write_text(to_yaml(config))
+        write_config(run_dir, to_yaml(config))
         attempt = uuid.uuid4().hex[:12]
         allocation = Allocation(
             run_dir,

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..comm.files import read_json
 from ..comm.refusal import Problem, Refused, refuse_if_any
+from ..comm.strict import Item, Malformed
 from ..trainer.budget.terms import TERMS
 from ..trainer.config import RunConfig
 from ..trainer.rank import stages_of
@@ -16,6 +18,7 @@ from .planner.configured import computing_of
 from .simulate import run_facts
 
 _OPTION = "--against"
+_MOST_BYTES = 2**28
 _SAME = ("model", "sequence_length", "global_batch")
 """Of a plan's facts, those that a run must share: without them its prices are of something else."""
 _LAYOUT = ("pp", "edp", "ep", "schedule", "micro_batch", "layers")
@@ -60,20 +63,17 @@ def read_planned(path: Path, config: RunConfig, precision: str | None) -> Planne
         return _planned(
             name, same[name], [*_other_facts(tree["of"], config), *_other_recipe(same[name], config, precision)]
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise Refused([_no_plan(path)]) from error
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(path.read_text())
+        return read_json(path, _MOST_BYTES).mapping()
     except OSError as error:
         raise Refused([Problem(_OPTION, str(path), f"cannot be read: {error.strerror}")]) from error
-    except ValueError as error:
+    except Malformed as error:
         raise Refused([_no_plan(path)]) from error
-    if not isinstance(tree, dict):
-        raise Refused([_no_plan(path)])
-    return tree
 
 
 def _no_plan(path: Path) -> Problem:
@@ -95,11 +95,11 @@ def _rows(tree: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _planned(name: str, row: Mapping[str, Any], deviations: Sequence[str]) -> Planned:
     return Planned(
         row=name,
-        terms={term: float(row["terms"][term]) for term in TERMS},
-        step_seconds=float(row["step_seconds"]),
-        tokens_per_second=row["tokens_per_second_and_gpu"] * row["pp"] * row["edp"] * row["ep"],
-        gpu_hours=float(row["gpu_hours"]),
-        memory_bytes=float(row["memory_bytes"]),
+        terms={term: Item(row["terms"][term]).number() for term in TERMS},
+        step_seconds=Item(row["step_seconds"]).number(0),
+        tokens_per_second=Item(row["tokens_per_second_and_gpu"]).number(0) * row["pp"] * row["edp"] * row["ep"],
+        gpu_hours=Item(row["gpu_hours"]).number(0),
+        memory_bytes=Item(row["memory_bytes"]).number(0),
         deviations=deviations,
     )
 

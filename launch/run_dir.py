@@ -8,14 +8,18 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..comm.files import read_json, refuse_links, replace_file
 from ..comm.refusal import Problem, Refused, refuse_if_any
+from ..comm.strict import Malformed
 
 CONFIG_FILE = "config.yaml"
 STATUS_FILE = "run_status.json"
+_STATUS_BYTES = 10**6
 _LOCK_FILE = "lock"
 _MARKER_FILE = ".shoestring_run"
 _MARKER_TEXT = "This directory was made by a training run of Shoestring; `shoestring train --fresh` empties it.\n"
@@ -29,6 +33,7 @@ def claimed(run_dir: Path, *, fresh: bool) -> Iterator[None]:
     """
     own(run_dir)
     with _refusing_to_fail(run_dir):
+        refuse_links(run_dir / _LOCK_FILE)
         lock = (run_dir / _LOCK_FILE).open("a")
     with lock:
         _lock(lock.fileno(), run_dir)
@@ -56,7 +61,7 @@ def own(run_dir: Path) -> None:
         refuse_if_any(run_dir_problems(run_dir))
         run_dir.mkdir(parents=True, exist_ok=True)
         if not (run_dir / _MARKER_FILE).exists():
-            (run_dir / _MARKER_FILE).write_text(_MARKER_TEXT)
+            replace_file(run_dir / _MARKER_FILE, _MARKER_TEXT.encode())
 
 
 @contextmanager
@@ -96,7 +101,12 @@ def _empty(run_dir: Path) -> None:
 
 def write_status(run_dir: Path, code: int, reason: str) -> None:
     """What a worker that stops on purpose leaves for its launcher, since torchrun turns every exit code into 1."""
-    (run_dir / STATUS_FILE).write_text(json.dumps({"exit_code": code, "reason": reason}) + "\n")
+    replace_file(run_dir / STATUS_FILE, (json.dumps({"exit_code": code, "reason": reason}) + "\n").encode())
+
+
+def write_config(run_dir: Path, text: str) -> None:
+    """Leave the run's configuration in its directory. A link in its place is replaced, not written through."""
+    replace_file(run_dir / CONFIG_FILE, text.encode())
 
 
 def clear_status(run_dir: Path) -> None:
@@ -104,8 +114,21 @@ def clear_status(run_dir: Path) -> None:
     (run_dir / STATUS_FILE).unlink(missing_ok=True)
 
 
-def read_status(run_dir: Path) -> Mapping[str, object] | None:
-    """What a worker of the last launch has left, or None where all of them ended otherwise."""
+def _say(text: str) -> None:
+    print(f"shoestring train: {text}", file=sys.stderr, flush=True)
+
+
+def read_status(run_dir: Path, say: Callable[[str], None] = _say) -> Mapping[str, object] | None:
+    """What a worker of the last launch has left, or None where all of them ended otherwise.
+
+    A status that cannot be read, of a machine that lost power while it was written, counts as none, and `say` is told.
+    """
     path = run_dir / STATUS_FILE
-    status: Mapping[str, object] | None = json.loads(path.read_text()) if path.exists() else None
-    return status
+    try:
+        status = read_json(path, _STATUS_BYTES)
+        return {"exit_code": status["exit_code"].whole(0, 255), "reason": status["reason"].text()}
+    except FileNotFoundError:
+        return None
+    except (Malformed, OSError) as error:
+        say(f"{path} does not say how the last launch ended ({error}): it counts as one that did not end as it should")
+        return None

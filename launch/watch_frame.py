@@ -55,7 +55,7 @@ def _state(look: Look) -> tuple[str, str]:
 def _progress(look: Look, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
     first = step or look.last("run")
     total = None if first is None else as_number(first.values.get("total_steps"))
-    if first is None or not total:
+    if first is None or not total or not 0 < total < math.inf:
         yield "step", Text("none yet")
         return
     done = 0 if step is None else step.step
@@ -126,7 +126,10 @@ def _latest(events: Sequence[Event]) -> Iterator[Text]:
 def _said(event: Event) -> str:
     """A warning without ceremony: the line may be short."""
     if event.kind != "warning":
-        return describe(event)
+        try:
+            return describe(event)
+        except (KeyError, TypeError, ValueError, OverflowError):  # of another version, with other values
+            return f"{event.kind} at step {event.step}"
     return printable(f"step {event.step}, {event.values.get('about', 'telemetry')}: {event.values.get('message')}")
 
 

@@ -27,7 +27,7 @@ from ..trainer.rank import stages_of
 from .attempt import attempt_name
 from .compose import to_yaml
 from .rank_environment import FLIGHT_RECORDER, applying, computes_on_gpus, make_late, users_choices
-from .run_dir import CONFIG_FILE, own, write_status
+from .run_dir import CONFIG_FILE, own, write_config, write_status
 from .stopping import listen_for_stop
 
 _SECONDS_FOR_OTHERS = 3
@@ -113,7 +113,7 @@ def _own(run_dir: Path, config: RunConfig) -> None:
     """Under a torchrun of one's own there is no launcher to leave the configuration."""
     own(run_dir)
     if not (run_dir / CONFIG_FILE).exists():
-        (run_dir / CONFIG_FILE).write_text(to_yaml(config))
+        write_config(run_dir, to_yaml(config))
 
 
 def _stop(config: RunConfig, worker: WorkerEnvironment, code: int, reason: str) -> int:

@@ -208,8 +208,9 @@ class Wire:
         shape = Shape(_TRACED_MODEL, row.tokens, 1, row.inputs)
         infiniband, nvlink = traced.bytes(shape, exchange)
         rates = [traced._measured_rate(_kind(exchange), ranks) for ranks in (row.inputs, _TRACED_NODE)]
-        assert rates[0] is not None
-        assert rates[1] is not None
+        if rates[0] is None or rates[1] is None:
+            remedy = f"has the {exchange.value} beside computing, and none alone to compare it with; measure both"
+            raise Refused([Problem("cluster.tables", self.table.name, remedy)])
         return row.seconds / max(infiniband / rates[0], nvlink / rates[1])
 
     def _overlapped(self, exchange: Exchange) -> Row | None:

@@ -11,8 +11,13 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
+from ...comm.files import read_text, refusing
 from ...comm.refusal import Problem, Refused
+from ...comm.strict import shortened
 
+_UNITS = ("us", "GB/s", "share", "SMs", "")
+_RATES = ("GB/s", "share")
+_MOST_BYTES = 2**26
 _COLUMNS = ("kind", "name", "role", "dtype", "tokens", "inputs", "outputs", "value", "unit", "evidence", "source")
 
 
@@ -38,8 +43,12 @@ class Row:
 
     @property
     def seconds(self) -> float:
-        """Of a row in microseconds."""
-        assert self.unit == "us", self
+        """Of a row in microseconds. Raises `Refused` for a row in another unit."""
+        if self.unit != "us":
+            where = f"cluster.tables: {self.kind} {self.name} {self.role}"
+            raise Refused(
+                [Problem(where, self.unit, "must be in us; write the table anew with `shoestring calibrate`")]
+            )
         return self.value * 1e-6
 
 
@@ -74,7 +83,7 @@ class Table:
         A hit has the same weight matrix and at most twice or half the tokens. None where nothing of the kind was
         measured.
         """
-        rows = self.of(kind, role, dtype)
+        rows = [row for row in self.of(kind, role, dtype) if min(row.tokens, row.inputs, row.outputs) > 0]
         if not rows:
             return None
         row = min(rows, key=lambda row: _distance((row.tokens, row.inputs, row.outputs), shape))
@@ -92,15 +101,32 @@ def read_table(name: str) -> Table:
     shipped = files(__package__).joinpath("tables", f"{name}.csv")
     if shipped.is_file():
         text = shipped.read_text()
-    elif Path(name).is_file():
-        text = Path(name).read_text()
+    elif Path(name).exists():
+        with refusing(name, "name a table that `shoestring calibrate` has written"):
+            text = read_text(Path(name), _MOST_BYTES)
     else:
         remedy = "is no table of the planner and no file; `shoestring calibrate` writes one for this machine"
         raise Refused([Problem("cluster.tables", name, remedy)])
     reader = csv.DictReader(text.splitlines())
     if tuple(reader.fieldnames or ()) != _COLUMNS:
         raise Refused([Problem("cluster.tables", name, f"must have the columns {','.join(_COLUMNS)}")])
-    return Table(name, tuple(_row(line) for line in reader))
+    return Table(name, tuple(_checked(name, reader.line_num, line) for line in reader))
+
+
+def _checked(name: str, number: int, line: dict[str, str]) -> Row:
+    """The row on a line. Raises `Refused` for one that is none."""
+    try:
+        row = _row(line)
+        if min(row.tokens, row.inputs, row.outputs) < 0 or not 0 <= row.value < math.inf:
+            raise ValueError("a number below 0, or without end")
+        if row.unit in _RATES and row.value == 0:
+            raise ValueError("a rate of 0")
+        if row.unit not in _UNITS or row.evidence not in EVIDENCE:
+            raise ValueError(f"units are {', '.join(_UNITS)}, and evidence {', '.join(EVIDENCE)}")
+    except (ValueError, TypeError, AttributeError) as error:
+        remedy = f"is no row of the table ({error}); write it anew with `shoestring calibrate`"
+        raise Refused([Problem(f"{name}:{number}", shortened(",".join(map(str, line.values()))), remedy)]) from error
+    return row
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from ...trainer.budget.journal import Record, read_journal
+from ...trainer.budget.journal import Record
+from ...trainer.budget.records import read_records
 from ...trainer.budget.terms import ALLOCATION_FILE, WORK_FILE
 from ...trainer.telemetry.events import Event
 from .blocks import Block, Line, Missing, Prose, Section, Table
@@ -51,7 +52,7 @@ def incidents(record: RunRecord) -> list[Incident]:
     if record.summary is not None:
         said = {incident.text for incident in found}
         found += [each for each in _of_launches(record.run_dir) if each.text not in said]
-        found += _undone(read_journal(record.run_dir / WORK_FILE))
+        found += _undone(read_records(record.run_dir / WORK_FILE))
     return sorted(found, key=lambda incident: incident.time)
 
 
@@ -66,7 +67,7 @@ def _of_events(events: Sequence[Event]) -> Iterator[Incident]:
 
 def _of_launches(run_dir: Path) -> Iterator[Incident]:
     """Those that did not end with the last step; the launcher's words for one that did are `196 steps done`."""
-    for record in read_journal(run_dir / ALLOCATION_FILE):
+    for record in read_records(run_dir / ALLOCATION_FILE):
         reason = str(record.get("reason", ""))
         if record["kind"] == "close" and not reason.endswith("steps done"):
             yield Incident(record["wall_ns"] / 1e9, None, "launch", reason)

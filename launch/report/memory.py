@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from statistics import median
 
-from ...trainer.telemetry.events import as_number, as_numbers
+from ...trainer.telemetry.events import Event, as_number, as_numbers
 from .blocks import Block, Figure, Line, Missing, Section, Table
 from .plot import Plot, Series
 from .record import RunRecord
@@ -19,7 +20,7 @@ def memory_section(record: RunRecord) -> Section:
 
 
 def _blocks(record: RunRecord) -> Iterator[Block]:
-    events = [event for event in record.of("memory") if as_numbers(event.values.get("now"))]
+    events = [event for event in record.of("memory") if _is_whole(event)]
     if not events:
         remedy = "A run asks its ranks at the second step and at one in telemetry.terms_every, on GPUs and on Linux."
         yield Missing("Memory is not recorded.", remedy)
@@ -49,6 +50,12 @@ def _blocks(record: RunRecord) -> Iterator[Block]:
         rows = zip(range(len(now)), now, peak, strict=True)
         lines = [Line((f"rank {rank}", _size(held), _size(most))) for rank, held, most in rows]
         yield Table(("", "at the last look", "peak"), lines, frozenset({1, 2}), "By rank")
+
+
+def _is_whole(event: Event) -> bool:
+    """Whether it has two finite numbers of each rank."""
+    now, peak = (as_numbers(event.values.get(key)) for key in ("now", "peak"))
+    return len(now) == len(peak) > 0 and all(map(math.isfinite, [*now, *peak]))
 
 
 def _size(value: float) -> str:

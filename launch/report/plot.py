@@ -16,18 +16,27 @@ from .record import Point
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 16.0, 12.0, 26.0
 _MOST_POINTS = 800
 _MOST_BANDS = 240
+_LARGEST = 1e150
+"""Differences of drawn values stay finite."""
+_NO_ROOM = 1e-12
+"""Of the larger value: below it, rounding is all that is seen."""
 _MOST_DOTS = 12
 """A series of so few points shows each."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line. A value that is not finite breaks it."""
+    """One line. A value that is not finite, or beyond 1e150, breaks it."""
 
     name: str
     points: Sequence[Point]
     style: str = "c1"
     is_dashed: bool = False
+
+
+def _is_drawn(value: float) -> bool:
+    """Whether a value has a place in a frame: not NaN, not infinite, and no figure that only overflows."""
+    return abs(value) < _LARGEST
 
 
 def plain(value: float) -> str:
@@ -55,7 +64,7 @@ class Plot:
     @property
     def finite(self) -> list[Point]:
         """What can be drawn."""
-        return [point for series in self.series for point in series.points if math.isfinite(point[1])]
+        return [point for series in self.series for point in series.points if _is_drawn(point[1])]
 
     def legend(self) -> list[Label]:
         """Each series with its last value."""
@@ -89,11 +98,11 @@ class _Canvas:
     @staticmethod
     def of(plot: Plot) -> _Canvas:
         xs = [x for x, _ in plot.finite]
-        ys = [y for _, y in plot.finite] + [y for _, y in plot.levels]
+        ys = [y for _, y in plot.finite] + [y for _, y in plot.levels if _is_drawn(y)]
         low, high = min(ys), max(ys)
         if plot.from_zero:
             low, high = min(low, 0.0), max(high, 0.0)
-        if low == high:  # a level line sits in the middle
+        if high - low <= _NO_ROOM * max(abs(low), abs(high), _NO_ROOM):  # a level line sits in the middle
             room = abs(low) / 2 or 1.0
             low, high = low - room, high + room
         room = 0.04 * (high - low)
@@ -133,6 +142,8 @@ def _axes(canvas: _Canvas) -> Iterator[Markup]:
         if value == int(value):
             yield _text(canvas.x(value), canvas.bottom + 18, f"{value:,.0f}", "middle")
     for name, value in plot.levels:
+        if not _is_drawn(value):
+            continue
         y = canvas.y(value)
         yield _line(_LEFT, y, canvas.right, y, "level")
         yield _text(canvas.right, y - 5, f"{name} {plot.words(value)}", "end")
@@ -153,7 +164,7 @@ def _lines(canvas: _Canvas) -> Iterator[Markup]:
         yield Markup('<path class="line {}{}" d="{}"/>').format(series.style, dashed, _path(canvas, points))
         if len(points) <= _MOST_DOTS and not series.is_dashed:
             for x, y in points:
-                if math.isfinite(y):
+                if _is_drawn(y):
                     place = f"{canvas.x(x):.1f}", f"{canvas.y(y):.1f}"
                     yield Markup('<circle class="dot {}" cx="{}" cy="{}" r="2.5"/>').format(series.style, *place)
 
@@ -161,9 +172,9 @@ def _lines(canvas: _Canvas) -> Iterator[Markup]:
 def _path(canvas: _Canvas, points: Sequence[Point]) -> str:
     words, pen_is_down = [], False
     for x, y in points:
-        if math.isfinite(y):
+        if _is_drawn(y):
             words.append(f"{'L' if pen_is_down else 'M'}{canvas.x(x):.1f} {canvas.y(y):.1f}")
-        pen_is_down = math.isfinite(y)
+        pen_is_down = _is_drawn(y)
     return "".join(words)
 
 
@@ -175,7 +186,7 @@ def thin(points: Sequence[Point], most: int) -> list[Point]:
     kept: list[Point] = []
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
-        finite = [point for point in stretch if math.isfinite(point[1])]
+        finite = [point for point in stretch if _is_drawn(point[1])]
         ends = {min(finite, key=lambda point: point[1]), max(finite, key=lambda point: point[1])} if finite else set()
         kept += sorted(ends) if ends else stretch[:1]
     return kept

@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from ...comm.files import refusing
 from ...comm.refusal import Problem, Refused
+from ...comm.strict_yaml import read_yaml
 from ...trainer.budget.summary import Summary, summarise
 from ...trainer.budget.terms import WORK_FILE
 from ...trainer.telemetry.events import METRICS_FILE, Event, as_number
@@ -18,6 +18,7 @@ from ...trainer.telemetry.history import read_metrics
 from ..run_dir import CONFIG_FILE, is_marked
 
 Point = tuple[float, float]
+_MOST_STEPS = 2**53
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class RunRecord:
         """Optimizer steps of the whole run."""
         for kind in ("step", "run"):
             total = self.value("total_steps", kind)
-            if total is not None:
+            if total is not None and 0 < total < _MOST_STEPS:
                 return int(total)
         return None
 
@@ -111,5 +112,6 @@ def _config(run_dir: Path, events: Sequence[Event]) -> Mapping[str, Any]:
         tree: Any = told[-1]
     else:
         path = run_dir / CONFIG_FILE
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True) if path.exists() else {}
+        with refusing(path, "restore it, or remove it"):
+            tree = read_yaml(path) if path.exists() else {}
     return tree if isinstance(tree, Mapping) else {}

@@ -24,6 +24,8 @@ from .blocks import Block, Figure, Missing, Prose, Section
 from .record import RunRecord
 
 _RECORDS = "telemetry.trace=true records a timeline of some steps."
+_MOST_INSTRUCTIONS = 10**6
+"""Of a kind, on all ranks: a drawing of more would be of no use, and a damaged number may ask for any number."""
 _PAGE = 760.0
 """Pixels of the timeline alone that fit on the page."""
 _LEAST = 5.0
@@ -52,13 +54,15 @@ def _program(record: RunRecord) -> Program | None:
     """The program that the run's configuration describes."""
     names = "topology.pp", "topology.edp", "topology.ep", "schedule.micro_batch", "training.global_batch"
     numbers = [record.setting(name) for name in names]
-    if not all(isinstance(number, int) and number > 0 for number in numbers):
+    if not all(type(number) is int and number > 0 for number in numbers):
         return None
     pp, edp, ep, micro_batch, batch = numbers
     try:
         micro_batches = batch // (edp * ep * micro_batch)
+        if pp * micro_batches > _MOST_INSTRUCTIONS or type(record.setting("schedule.name")) is not str:
+            return None
         return build_program(record.setting("schedule.name"), pp, micro_batches, record.setting("schedule.chunks"))
-    except Refused:  # of a version of Shoestring whose schedules were others
+    except (Refused, TypeError, ValueError):  # of a version of Shoestring whose schedules were others
         return None
 
 
@@ -76,7 +80,7 @@ def _picture(svg: str) -> Figure:
 def _as_it_ran(record: RunRecord, program: Program, path: Path) -> Iterator[Block]:
     try:
         ranks = read_trace(path)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         yield Missing(f"{path} {error}.", _RECORDS)
         yield from _on_paper(program)
         return

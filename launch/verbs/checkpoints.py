@@ -51,7 +51,8 @@ def _verify(options: argparse.Namespace) -> int:
     found, damage = verify(options.path, options.step)
     manifest = found.manifest
     tree = {"path": str(found.path), "tensors": len(manifest.tensors), "bytes": manifest.bytes, "damage": damage}
-    whole = f"{found.path}: {len(manifest.tensors):,} tensors, {manifest.bytes:,} bytes, every hash is right"
+    sizes = f"{len(manifest.tensors):,} tensors, {manifest.bytes:,} bytes"
+    whole = f"{found.path}: {sizes}, every hash and every header is right"
     show(options, lambda: "\n".join(damage) or whole, lambda: tree)
     return 1 if damage else 0
 

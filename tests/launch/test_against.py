@@ -230,7 +230,9 @@ def test_what_cannot_be_compared_is_refused(
     plan = write(simulated)
     with pytest.raises(Refused, match="has no step to compare yet"):
         compare(run_dir, replace(summarise(run_dir), steps_retained=0), plan)
-    with pytest.raises(Refused, match=r"config.yaml = None: says what the run was told, and cannot be read"):
+    with pytest.raises(
+        Refused, match=r"config.yaml = None: cannot be used: No such file .*it says what the run was told"
+    ):
         compare(tmp_path, summarise(run_dir), plan)
     plan.write_text("[]")
     assert "is no plan" in printed(capsys, "budget", run_dir, "--against", plan, code=2)

@@ -87,7 +87,7 @@ def test_what_if_prices_tokens_on_other_gpus(run_dir: Path, capsys: pytest.Captu
         (["--tokens", "many", "--gpus", "8"], "must be a number of tokens"),
         (["--tokens", "1T", "--gpus", "0"], "must be at least 1"),
         (["--usd-per-gpu-hour", "-1"], "must be at least 0"),
-        (["--sacct", "absent"], "cannot be read"),
+        (["--sacct", "absent"], "cannot be used: No such file"),
         (["--invoice", "absent", "--invoice-columns", "price=x"], "gpu_hours=NAME,amount=NAME"),
     ],
 )

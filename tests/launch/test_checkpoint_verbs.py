@@ -84,7 +84,7 @@ def test_verify_reads_every_byte(run: Path, capsys: pytest.CaptureFixture[str]) 
     code, output, _ = shoestring(capsys, "checkpoint", "verify", run)
     assert code == 0
     assert "step_00000004" in output
-    assert "every hash is right" in output
+    assert "every hash and every header is right" in output
     (part,) = (run / "checkpoints" / "step_00000004").glob("part_*.safetensors")
     flip_bit(part)
     code, output, _ = shoestring(capsys, "checkpoint", "verify", run)

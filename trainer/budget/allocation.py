@@ -9,13 +9,17 @@ import json
 import threading
 from pathlib import Path
 
+from ...comm.files import read_json, replace_file
+from ...comm.strict import LARGEST, Malformed
 from .clock import Instant
 from .config import BudgetConfig
-from .journal import Journal, Record, read_journal
+from .journal import Journal, Record
+from .records import read_records
 from .terms import ALLOCATION_FILE, HEARTBEAT_FILE
 
 BEAT_SECONDS = 2.0
 """A killed launcher's last so many seconds are all that the ledger does not see."""
+_HEARTBEAT_BYTES = 10_000
 
 
 class Allocation:
@@ -38,7 +42,7 @@ class Allocation:
     ) -> None:
         self._journal = Journal(run_dir / ALLOCATION_FILE)
         self._heartbeat_path = run_dir / HEARTBEAT_FILE
-        former = read_journal(run_dir / ALLOCATION_FILE)
+        former = read_records(run_dir / ALLOCATION_FILE)
         if any(record["attempt"] == attempt for record in former):
             raise ValueError(f"attempt {attempt!r} is in the ledger already: each launch needs a name of its own")
         self._close_former(former, read_heartbeat(run_dir))
@@ -63,10 +67,8 @@ class Allocation:
 
     def heartbeat(self) -> None:
         """Say that the GPUs are still held: in a file of its own, so that the chain keeps to what happened."""
-        new = self._heartbeat_path.with_suffix(".new")
         try:
-            new.write_text(json.dumps({"attempt": self._attempt, **Instant.now().stamp()}))
-            new.replace(self._heartbeat_path)
+            replace_file(self._heartbeat_path, json.dumps({"attempt": self._attempt, **Instant.now().stamp()}).encode())
         except OSError:
             return  # a full disk may have room again for the next one
 
@@ -84,7 +86,8 @@ class Allocation:
 def read_heartbeat(run_dir: Path) -> Record | None:
     """The last launcher's last sign of life, an attempt and an instant; None where there is none to be read."""
     try:
-        heartbeat = json.loads((run_dir / HEARTBEAT_FILE).read_text())
-        return {"attempt": str(heartbeat["attempt"]), **Instant.of(heartbeat).stamp()}
-    except (OSError, ValueError, KeyError, TypeError):
+        heartbeat = read_json(run_dir / HEARTBEAT_FILE, _HEARTBEAT_BYTES)
+        times = {key: heartbeat[key].whole(-LARGEST) for key in ("wall_ns", "monotonic_ns")}
+        return {"attempt": heartbeat["attempt"].text(), **times, "boot": heartbeat["boot"].text()}
+    except (OSError, Malformed):
         return None

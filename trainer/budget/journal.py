@@ -10,14 +10,18 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...comm.files import open_regular, refuse_links, refusing
 from ...comm.refusal import Problem, Refused
+from ...comm.strict import Malformed, parse_json
 from ..telemetry.lines import cut_torn_line
 
 Record = dict[str, Any]
+
+_RESTORE = "restore the file"
 
 GENESIS = "0" * 64
 """What the first line is chained to."""
@@ -32,11 +36,17 @@ def read_journal(path: Path) -> list[Record]:
     return JournalReader(path).new_records()
 
 
+def _accept(record: Record) -> None:
+    """Any object will do."""
+
+
 class JournalReader:
     """Reads a journal while it grows: a run of months is asked for its cost at every checkpoint."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, check: Callable[[Record], None] = _accept) -> None:
+        """`check` raises `Malformed` for a record that does not hold what it must; it is refused with its line."""
         self._path = path
+        self._check = check
         self._position = 0
         self._number = 0
         self.head = GENESIS
@@ -50,7 +60,7 @@ class JournalReader:
         return list(self._read()) if self._path.exists() else []
 
     def _read(self) -> Iterator[Record]:
-        with self._path.open("rb") as file:
+        with refusing(self._path, _RESTORE), open_regular(self._path) as file:
             if file.seek(0, os.SEEK_END) < self._position:
                 remedy = "the journal is shorter than when it was last read; restore the file"
                 raise Refused([Problem(str(self._path), self._position, remedy)])
@@ -68,20 +78,20 @@ class JournalReader:
         if record.get("hash") != self.head:
             remedy = "the chain of hashes is broken: this line or one before it was changed; restore the file"
             raise Refused([Problem(f"{self._path}:{self._number}", line[:80], remedy)])
+        try:
+            self._check(record)
+        except Malformed as error:
+            remedy = f"{_RESTORE}, or read it with the version of Shoestring that wrote it"
+            raise Refused([error.problem(f"{self._path}:{self._number}", remedy)]) from error
         return record
 
 
 def _parse(line: str) -> Record:
     """The object on `line`, or an empty one, which no chain contains."""
     try:
-        record = json.loads(line, parse_constant=_no_number)
-    except ValueError:
+        return parse_json(line).mapping()
+    except Malformed:
         return {}
-    return record if isinstance(record, dict) else {}
-
-
-def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _link(head: str, content: Mapping[str, Any]) -> str:
@@ -105,6 +115,7 @@ class Journal:
         self._sync_seconds = sync_seconds
         self._synced_at = time.monotonic()
         self._path = path
+        refuse_links(path)
         self._file = path.open("ab", buffering=0)
         try:
             # Released by the kernel when the process ends, however it ends.

@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
-from ...comm.refusal import Problem, Refused, refuse_if_any
-from .journal import read_journal
+from ...comm.files import refusing
+from ...comm.refusal import Problem, refuse_if_any
+from ...comm.strict_yaml import read_yaml
+from .records import read_records
 from .summary import LedgerReader, Summary
 from .terms import PUBLISHED_GPU_HOURS, WORK_FILE, gpu_hours
 
@@ -39,10 +37,8 @@ class Project:
     @staticmethod
     def read(path: Path) -> Project:
         """The project in the file at `path`. Raises Refused with all that is wrong with it."""
-        try:
-            tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-        except (OSError, OmegaConfBaseException, YAMLError) as error:
-            raise Refused([Problem(str(path), None, f"cannot be read as a project: {error}")]) from error
+        with refusing(path, "it cannot be read as a project; correct it"):
+            tree = read_yaml(path)
         budgets, runs = (tree.get(key) for key in ("gpu_hours", "runs")) if isinstance(tree, dict) else (None, None)
         refuse_if_any(_problems(path, tree, budgets, runs))
         assert isinstance(budgets, dict) and isinstance(runs, list)  # noqa: PT018
@@ -126,4 +122,4 @@ class ProjectTotals:
 
 
 def _heads(run: Path) -> set[str]:
-    return {record["hash"] for record in read_journal(run / WORK_FILE)}
+    return {record["hash"] for record in read_records(run / WORK_FILE)}

@@ -15,13 +15,17 @@ from pathlib import Path
 
 from rich.table import Table
 
+from ...comm.files import read_text, refusing
 from ...comm.refusal import Problem, Refused
 from .render import hours
 from .summary import Summary
 from .terms import gpu_hours
 
 _SACCT = ("JobID", "ElapsedRaw", "AllocTRES")
-_GPUS = re.compile(r"(?:^|,)gres/gpu=(\d+)(?:,|$)")
+_GPUS = re.compile(r"(?:^|,)gres/gpu=([0-9]{1,9})(?:,|$)")
+_MOST_BYTES = 2**30
+_MOST = 1e15
+"""GPU-hours, or an amount of money."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def read_sacct(path: Path) -> list[Job]:
         gpus = _GPUS.search(row["AllocTRES"])
         if gpus is None:
             problems.append(Problem(f"{path}:{number}, AllocTRES", row["AllocTRES"], "names no gres/gpu=N"))
-        elif not row["ElapsedRaw"].isdecimal():
+        elif not re.fullmatch(r"[0-9]{1,15}", row["ElapsedRaw"]):
             problems.append(Problem(f"{path}:{number}, ElapsedRaw", row["ElapsedRaw"], "must be whole seconds"))
         else:
             jobs.append(Job(row["JobID"], int(gpus[1]), int(row["ElapsedRaw"])))
@@ -107,7 +111,10 @@ def read_invoice(path: Path, columns: Mapping[str, str]) -> Invoice:
     for number, row in rows:
         for key, name in names.items():
             try:
-                sums[key] += float(row[name].replace("$", "").replace(",", ""))
+                found = float(row[name].replace("$", "").replace(",", ""))
+                if not abs(found) < _MOST:
+                    raise ValueError(found)
+                sums[key] += found
             except ValueError:
                 problems.append(Problem(f"{path}:{number}, {name}", row[name], "must be a number"))
     if problems:
@@ -144,13 +151,15 @@ def invoice_price(invoice: Invoice, usd_per_gpu_hour: float) -> str:
 
 def _rows(path: Path, delimiter: str, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """Rows below a header, numbered as lines of the file."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refused([Problem(str(path), None, f"cannot be read: {error}")]) from error
+    with refusing(path, "name another file"):
+        lines = read_text(path, _MOST_BYTES).removeprefix("\ufeff").splitlines()
     reader = csv.DictReader(lines, delimiter=delimiter)
     missing = [name for name in needed if name not in (reader.fieldnames or ())]
     if missing:
         has = ", ".join(reader.fieldnames or ("nothing",))
         raise Refused([Problem(f"{path}:1", has, f"lacks the column {name!r}") for name in missing])
-    return ((reader.line_num, {key: value or "" for key, value in row.items() if key is not None}) for row in reader)
+    try:
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise Refused([Problem(f"{path}:{reader.line_num}", None, f"is no line of a table: {error}")]) from error
+    return ((number, {key: value or "" for key, value in row.items() if key is not None}) for number, row in rows)

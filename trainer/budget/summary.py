@@ -10,6 +10,7 @@ from pathlib import Path
 from ...comm.refusal import Problem, Refused
 from .allocation import read_heartbeat
 from .journal import JournalReader
+from .records import check_record
 from .replay import FIRST_START, Attempt, Ledger, State, Step
 from .terms import (
     ALLOCATION_FILE,
@@ -179,8 +180,8 @@ class LedgerReader:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        self._allocation = JournalReader(run_dir / ALLOCATION_FILE)
-        self._work = JournalReader(run_dir / WORK_FILE)
+        self._allocation = JournalReader(run_dir / ALLOCATION_FILE, check_record)
+        self._work = JournalReader(run_dir / WORK_FILE, check_record)
         self._ledger = Ledger()
 
     def summary(self) -> Summary:
@@ -192,7 +193,7 @@ class LedgerReader:
         try:
             self._ledger.replay(self._allocation.new_records(), work)
         except KeyError as error:
-            remedy = f"a record lacks {error}: another version of Shoestring has written it, read it with that one"
+            remedy = f"has a record of launch {error}, which no record opens; restore the ledger's files"
             raise Refused([Problem("run", str(self._run_dir), remedy)]) from error
         attempts, tally, latest = list(self._ledger.attempts.values()), self._ledger.tally, self._ledger.latest
         if latest is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...comm.refusal import Problem, Refused
-from .journal import read_journal
+from .records import read_records
 from .summary import summarise
 from .terms import WORK_FILE
 from .work import Work
@@ -19,7 +19,7 @@ def carry(work: Work, run_dir: Path, totals: Mapping[str, int | str]) -> None:
     copied here: the totals are carried as one `inherited` record. Any other is of another run, or was cut: raises
     Refused, so that no GPU-hour is lost or counted twice.
     """
-    records = read_journal(run_dir / WORK_FILE)
+    records = read_records(run_dir / WORK_FILE)
     known = {hash_ for record in records for hash_ in (record["hash"], record.get("from_head"))}
     if totals["head"] in known:
         spent = summarise(run_dir).total_ms

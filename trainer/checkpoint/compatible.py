@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ...comm.refusal import Problem
+from ...comm.strict import Item, Malformed
 from ..config import RunConfig
 from ..data.manifest import Manifest
 from .opened import Checkpoint
@@ -25,18 +26,42 @@ the schedule, rates and weights of the loss, the size of micro-batches, how ofte
 
 def incompatibilities(facts: Mapping[str, Any], config: RunConfig, data: Manifest | None = None) -> Iterator[Problem]:
     """What keeps `config`, on this `data`, from going on from the checkpoint with these `facts`."""
+    try:
+        _check_facts(Item(dict(facts), "facts"))
+    except Malformed as error:
+        yield error.problem("checkpoint", "restore it, or use another training.run_dir")
+        return
     now = asdict(config)
     for path in _FIXED:
         saved, wanted = facts["config"], now
         for key in path.split("."):
             saved, wanted = saved.get(key), wanted[key]  # not there: it was saved before this key was made
         yield from _differences(path, saved, wanted, facts["step"])
-    if data is not None and facts["tokenizer"] != data.tokenizer.sha256:
+    if data is not None and facts.get("tokenizer") != data.tokenizer.sha256:
         remedy = f"has another tokenizer than the checkpoint of step {facts['step']} was trained with; restore it"
         yield Problem("data.prepared", config.data.prepared, f"{remedy}, or use another training.run_dir")
-    elif data is not None and facts["data"] != data.digest:
+    elif data is not None and facts.get("data") != data.digest:
         remedy = f"holds other tokens than the checkpoint of step {facts['step']} was trained on; restore them"
         yield Problem("data.prepared", config.data.prepared, f"{remedy}, or use another training.run_dir")
+
+
+def _check_facts(facts: Item) -> None:
+    """What a run reads of the facts has the type that a run has written. Raises `Malformed`."""
+    facts["step"].whole()
+    for path in _FIXED:
+        group, _, key = path.partition(".")
+        if key:
+            facts["config"][group].mapping()
+    for name in ("tokenizer", "data", "compute"):
+        if (item := facts.get(name)) is not None:
+            item.text()
+    if "owes_evaluation" in facts:
+        facts["owes_evaluation"].flag()
+    if "ledger" in facts:
+        ledger = facts["ledger"]
+        ledger["head"].text()
+        for name in ("gpu_ms", "tokens_consumed", "tokens_retained"):
+            ledger[name].whole()
 
 
 def other_dtype(facts: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Problem]:
@@ -59,7 +84,11 @@ def start_problems(checkpoint: Checkpoint, config: RunConfig, data: Manifest | N
         if key not in _FREE_MODEL and saved[key] != wanted[key]:
             remedy = f"the checkpoint of training.start_from has {saved[key]!r}; use that, or another checkpoint"
             yield Problem(f"model.{key}", wanted[key], remedy)
-    stored = checkpoint.manifest.tensors[f"{MODEL}/embedding.weight"].dtype
+    embedding = f"{MODEL}/embedding.weight"
+    if checkpoint.missing([embedding]):
+        yield Problem("training.start_from", str(checkpoint.path), f"holds no tensor {embedding}; name another")
+        return
+    stored = checkpoint.manifest.tensors[embedding].dtype
     if stored != config.precision.parameter_dtype():
         remedy = f"the weights of training.start_from are {stored}, and parameters would be another dtype"
         yield Problem("precision.compute", config.precision.compute, remedy)

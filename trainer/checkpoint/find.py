@@ -18,8 +18,14 @@ def store_at(path: Path) -> CheckpointStore:
     return CheckpointStore(path / FOLDER if (path / FOLDER).is_dir() else path, keep=1)
 
 
-def find_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
-    """The checkpoint at `path`, or that of `step`, or the newest of the run there. Raises `Refused`."""
+_SAYS_MORE = "is damaged; `shoestring checkpoint verify` says more, --step takes another"
+
+
+def find_checkpoint(path: Path, step: int | None = None, remedy_of_damage: str = _SAYS_MORE) -> Checkpoint:
+    """The checkpoint at `path`, or that of `step`, or the newest of the run there. Raises `Refused`.
+
+    `remedy_of_damage` is what a refusal says of a checkpoint that cannot be opened.
+    """
     try:
         if (path / MANIFEST).exists() or (path / MARKER).exists():
             return Checkpoint.open(path)
@@ -33,8 +39,7 @@ def find_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
             raise Refused([Problem("checkpoint", str(path), remedy)])
         return store.open(steps[-1] if step is None else step)
     except Damaged as damaged:
-        remedy = "is damaged; `shoestring checkpoint verify` says more, --step takes another"
-        raise Refused([Problem("checkpoint", str(damaged), remedy)]) from damaged
+        raise Refused([Problem("checkpoint", str(damaged), remedy_of_damage)]) from damaged
     except OSError as error:
         raise unreadable(error) from error
 

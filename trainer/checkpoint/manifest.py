@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...comm.files import read_regular, read_text
 from ...comm.refusal import Problem, Refused
+from ...comm.strict import Item, Malformed, parse_json
 from ..data.manifest import FileEntry
-from .tensor_file import DTYPES, NAMES, Declared
+from .tensor_file import DTYPES, NAMES, Declared, read_dtype
 
 FORMAT = 2
 """1 was torch DCP's, whose metadata is a pickle."""
 MANIFEST = "manifest.json"
 MARKER = "complete"
 """Holds the SHA-256 of the manifest, and is written last."""
+_MARKER_BYTES = 1000
 
 
 class Damaged(Exception):  # noqa: N818 -- says what it is
@@ -82,15 +87,21 @@ class Manifest:
         return json.dumps(tree, separators=(",", ":"))
 
 
-def parse(text: str) -> Manifest:
-    """The inverse of `Manifest.to_json`. Raises `ValueError`, `KeyError` or `TypeError` for anything else."""
-    tree = json.loads(text)
-    return Manifest(
-        facts=tree["facts"],
-        tensors={name: _tensor(each) for name, each in tree["tensors"].items()},
-        files=tree["files"],
-        attachments=tuple(FileEntry(**entry) for entry in tree["attachments"]),
-    )
+def parse(raw: bytes) -> Manifest:
+    """The inverse of `Manifest.to_json`. Raises `Malformed` for anything else, `Refused` for another format."""
+    tree = parse_json(raw)
+    found = tree["format"].value
+    if found != FORMAT or type(found) is not int:
+        remedy = f"this version reads format {FORMAT}; go on with the version that wrote it, or start over"
+        raise Refused([Problem(MANIFEST, found, remedy)])
+    tree.only(("format", "facts", "files", "attachments", "tensors"))
+    files = {_key_name(name, size): size.whole() for name, size in tree["files"].items()}
+    attachments = tuple(_attachment(entry, files) for entry in tree["attachments"].list())
+    if len({entry.file for entry in attachments}) < len(attachments):
+        raise tree["attachments"].malformed("names a file twice")
+    tensors = {name: _tensor(each) for name, each in tree["tensors"].items()}
+    _check_places(tree["tensors"], tensors, files)
+    return Manifest(tree["facts"].mapping(), tensors, files, attachments)
 
 
 def merge(
@@ -131,26 +142,25 @@ def read_manifest(directory: Path) -> Manifest:
 
     Raises `Damaged`, `Refused` for another format, and `OSError` where files are there and cannot be read.
     """
+    file = directory / MARKER
     try:
-        marker = (directory / MARKER).read_text().strip()
-        raw = (directory / MANIFEST).read_bytes()
+        marker = read_text(file, _MARKER_BYTES).strip()
+        file = directory / MANIFEST
+        raw = read_regular(file)
+        if hashlib.sha256(raw).hexdigest() != marker:
+            raise Damaged(f"{file}: its SHA-256 is not that in {MARKER}")
+        manifest = parse(raw)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Damaged(f"{error.filename}: is missing") from error
-    if hashlib.sha256(raw).hexdigest() != marker:
-        raise Damaged(f"{directory / MANIFEST}: its SHA-256 is not that in {MARKER}")
-    try:
-        found = json.loads(raw)["format"]
-        if found != FORMAT:
-            remedy = f"this version reads format {FORMAT}; go on with the version that wrote it, or start over"
-            raise Refused([Problem(str(directory / MANIFEST), found, remedy)])
-        manifest = parse(raw.decode())
-    except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{directory / MANIFEST}: {type(error).__name__}: {error}") from error
+    except Malformed as error:
+        raise Damaged(f"{file}: {error}") from error
+    except Refused as refused:
+        raise Refused(replace(problem, field=str(file)) for problem in refused.problems) from refused
     sizes = {**manifest.files, **{entry.file: entry.bytes for entry in manifest.attachments}}
-    for file, size in sizes.items():
-        path = directory / file
+    for name, size in sizes.items():
+        path = directory / name
         if not path.is_file():
-            raise Damaged(f"{path}: is missing")
+            raise Damaged(f"{path}: is missing" if not path.exists() else f"{path}: is no regular file")
         if path.stat().st_size != size:
             raise Damaged(f"{path}: has {path.stat().st_size} bytes instead of {size}")
     return manifest
@@ -171,6 +181,65 @@ def _tensor_tree(tensor: StoredTensor) -> list[Any]:
     return [NAMES[tensor.dtype], list(tensor.shape), pieces]
 
 
-def _tensor(tree: list[Any]) -> StoredTensor:
-    dtype, shape, pieces = tree
-    return StoredTensor(DTYPES[dtype], tuple(shape), tuple(StoredPiece(*piece) for piece in pieces))
+def _tensor(item: Item) -> StoredTensor:
+    parts = item.list()
+    if len(parts) != 3:
+        raise item.malformed("must be a dtype, a shape and pieces")
+    shape = tuple(size.whole() for size in parts[1].list())
+    pieces = tuple(_piece(each, f"{item.where}[2][{index}]") for index, each in enumerate(_plain_list(parts[2])))
+    end = 0
+    for piece in pieces:
+        if piece.first != end:
+            raise parts[2].malformed(f"element {min(end, piece.first)} is in no piece, or in two")
+        end += piece.elements
+    if end != math.prod(shape) or not pieces:
+        raise parts[2].malformed(f"pieces hold {end} elements where the shape {list(shape)} asks for others")
+    return StoredTensor(read_dtype(parts[0]), shape, pieces)
+
+
+def _plain_list(item: Item) -> list[Any]:
+    if not isinstance(item.value, list):
+        raise item.malformed("must be a list")
+    return item.value
+
+
+def _piece(tree: object, where: str) -> StoredPiece:
+    """Of a large run there are hundreds of thousands: what is right is read without more."""
+    match tree:
+        case [str(file), int(begin), int(first), int(elements), str(sha256)] if (
+            type(begin) is type(first) is type(elements) is int and min(begin, first, elements) >= 0
+        ):
+            return StoredPiece(file, begin, first, elements, sha256)
+    remedy = "must be a file, its first byte, the first element, the number of elements, and a SHA-256"
+    raise Malformed(where, tree, remedy)
+
+
+def _key_name(name: str, item: Item) -> str:
+    return Item(name, item.where).file_name()
+
+
+def _attachment(item: Item, files: Mapping[str, int]) -> FileEntry:
+    entry = item.build(FileEntry)
+    item["file"].file_name()
+    item["sha256"].sha256()
+    if entry.file in (*files, MANIFEST, MARKER):
+        raise item["file"].malformed("is a file of tensors, or the manifest, too")
+    return entry
+
+
+def _check_places(item: Item, tensors: Mapping[str, StoredTensor], files: Mapping[str, int]) -> None:
+    """Every piece lies in a file of the manifest, before its end, and on no byte of another."""
+    places: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        for piece in tensor.pieces:
+            end = piece.begin + piece.elements * tensor.dtype.itemsize
+            if piece.file not in files:
+                raise item[name].malformed(f"a piece lies in {piece.file!r}, which the manifest does not list")
+            if end > files[piece.file]:
+                raise item[name].malformed(f"a piece passes the end of {piece.file}: {files[piece.file]} bytes")
+            places[piece.file].append((piece.begin, end, name))
+    for own in places.values():
+        own.sort()
+        for (_, end, _), (begin, _, name) in itertools.pairwise(own):
+            if begin < end:
+                raise item[name].malformed("a piece lies on bytes of another tensor")

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ...comm.refusal import Problem, Refused
-from ..model.config import ModelConfig, YarnConfig
-from .manifest import Damaged, Manifest, StoredPiece, read_manifest
+from ...comm.files import read_regular, refusing
+from ...comm.refusal import Problem, Refused, refuse_if_any
+from ...comm.strict import Item, Malformed
+from ..model.config import ModelConfig
+from .manifest import MANIFEST, Damaged, Manifest, StoredPiece, read_manifest
 from .pieces import AVERAGE, MODEL, Piece
-from .tensor_file import as_bytes, read_at
+from .tensor_file import Declared, TensorFile, as_bytes, read_at
+
+_FIX = "take another checkpoint, or go on with the version of Shoestring that wrote it"
 
 
 @dataclass(frozen=True)
@@ -60,16 +65,48 @@ class Checkpoint:
 
     @property
     def model(self) -> ModelConfig:
-        """The shape of the model whose weights these are."""
-        tree: dict[str, Any] = dict(self.manifest.facts["config"]["model"])
-        if tree["yarn"] is not None:
-            tree["yarn"] = YarnConfig(**tree["yarn"])
-        return ModelConfig(**tree)
+        """The shape of the model whose weights these are. Raises `Refused` for facts that describe none."""
+        with self._refusing():
+            model = self.facts["config"]["model"].build(ModelConfig)
+        refuse_if_any(
+            replace(problem, field=f"{self.path / MANIFEST}: {problem.field}") for problem in model.problems()
+        )
+        return model
 
     @property
     def step(self) -> int:
-        """Optimizer steps that the weights have seen."""
-        return int(self.manifest.facts["step"])
+        """Optimizer steps that the weights have seen. Raises `Refused` for facts that do not say."""
+        with self._refusing():
+            return self.facts["step"].whole()
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration of the run that has saved it, as plain values. Raises `Refused` where there is none."""
+        with self._refusing():
+            return self.facts["config"].mapping()
+
+    @property
+    def facts(self) -> Item:
+        """What the manifest says beside tensors; who asks for what is not there gets `Malformed`."""
+        return Item(self.manifest.facts, "facts")
+
+    @property
+    def source(self) -> Mapping[str, Any] | None:
+        """The `config.json` that the weights were imported with; None for those of a run."""
+        with self._refusing():
+            found = self.facts.get("source")
+            return None if found is None else found.mapping()
+
+    def setting(self, *keys: str, default: int) -> int:
+        """A whole number of at least 1 in the configuration; `default` where it was not configured."""
+        with self._refusing():
+            found: Item | None = self.facts["config"]
+            for key in keys:
+                found = None if found is None else found.get(key)
+            return default if found is None else found.whole(1)
+
+    def _refusing(self) -> AbstractContextManager[None]:
+        return refusing(self.path / MANIFEST, _FIX)
 
     def attachments(self) -> dict[str, bytes]:
         """All other files by name. Raises `Damaged`."""
@@ -79,14 +116,21 @@ class Checkpoint:
         """The bytes of another file. Raises `Damaged`, also where there is none of this name."""
         for entry in self.manifest.attachments:
             if entry.file == file:
-                raw = (self.path / file).read_bytes()
+                raw = self._attached(file)
                 if hashlib.sha256(raw).hexdigest() != entry.sha256:
                     raise Damaged(f"{self.path / file}: its SHA-256 is not that in the manifest")
                 return raw
         raise Damaged(f"{self.path}: has no {file}")
 
+    def _attached(self, file: str) -> bytes:
+        try:
+            return read_regular(self.path / file)
+        except (FileNotFoundError, Malformed) as error:
+            raise Damaged(f"{self.path / file}: {error}") from error
+
     def damage(self) -> Iterator[str]:
-        """Read every byte; what is wrong, a line for each piece or file."""
+        """Read every byte; what is wrong, a line for each header, piece or file."""
+        yield from self._damaged_headers()
         for name, tensor in self.manifest.tensors.items():
             for piece in tensor.pieces:
                 try:
@@ -98,6 +142,27 @@ class Checkpoint:
                 self.attachment(entry.file)
             except (Damaged, OSError) as found:
                 yield str(found)
+
+    def _damaged_headers(self) -> Iterator[str]:
+        """Nothing of ours reads them, other libraries do: each must say exactly what the manifest says."""
+        expected: dict[str, dict[str, tuple[Declared, int]]] = {file: {} for file in self.manifest.files}
+        for name, tensor in self.manifest.tensors.items():
+            for piece in tensor.pieces:
+                key, shape = name, tensor.shape
+                if piece.elements != math.prod(tensor.shape):
+                    key, shape = f"{name}[{piece.first}:{piece.first + piece.elements}]", (piece.elements,)
+                expected[piece.file][key] = Declared(key, tensor.dtype, shape), piece.begin
+        for name, wanted in expected.items():
+            path = self.path / name
+            try:
+                file = TensorFile(path)
+            except (Malformed, OSError) as error:
+                yield f"{path}: its header is damaged: {error}"
+                continue
+            found = {key: (declared, file.begins[key]) for key, declared in file.tensors.items()}
+            if found != wanted:
+                wrong = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+                yield f"{path}: its header is damaged: it says something else of {wrong[0]} than the manifest"
 
     def averaged(self) -> Checkpoint:
         """The same with the moving average for weights (report §3.2.3). Routing biases have none and stay.
@@ -121,7 +186,7 @@ class Checkpoint:
         try:
             flat = read_at(path, piece.begin, self.manifest.tensors[name].dtype, (piece.elements,))
         except (FileNotFoundError, ValueError) as error:
-            raise Damaged(str(error)) from error
+            raise Damaged(f"{path}: {error}") from error
         if hashlib.sha256(as_bytes(flat)).hexdigest() != piece.sha256:
             raise Damaged(f"{path}: the SHA-256 of {name} is not that in the manifest")
         return flat

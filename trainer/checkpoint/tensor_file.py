@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...comm.files import open_regular
+from ...comm.strict import Item, Malformed, parse_json
 from .direct_file import DirectFile
 
 DTYPES = {
@@ -35,6 +37,8 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST_HEADER = 10**9
+_METADATA = "__metadata__"
+_OURS = {"dtype", "shape", "data_offsets"}
 
 
 @dataclass(frozen=True)
@@ -82,52 +86,86 @@ class TensorFileWriter:
 
 
 class TensorFile:
-    """A file to read from. Raises `ValueError` for one that is no whole safetensors file, `OSError` for none."""
+    """A file to read from: its header is checked as a whole, its data when a tensor is read.
+
+    Raises `Malformed`, a `ValueError`, for a file that is no whole safetensors file: a header that is not strict JSON,
+    a dtype that no tensor of ours has, offsets that overlap, leave a hole or pass the end. Raises `OSError` for none.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if length > min(size, _LARGEST_HEADER):
-                raise ValueError(f"{path}: is truncated, or no safetensors file")
-            header = json.loads(file.read(length))
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
-        self._begins: dict[str, int] = {}
-        self.tensors: dict[str, Declared] = {}
-        end = 8 + length
-        for name, entry in header.items():
-            end = max(end, 8 + length + self._add(name, entry, 8 + length))
-        if end != size:
-            raise ValueError(f"{path}: has {size} bytes where its header describes {end}")
+            if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+                raise Malformed("", size, "is truncated, or no safetensors file")
+            header = parse_json(file.read(length))
+        data = 8 + length
+        placed = sorted(_placed(header), key=lambda each: each[1:])
+        self.metadata = _metadata(header)
+        self.tensors: dict[str, Declared] = {declared.name: declared for declared, _, _ in placed}
+        self.begins: dict[str, int] = {declared.name: data + begin for declared, begin, _ in placed}
+        """First byte of each tensor in the file."""
+        end = 0
+        for declared, begin, stop in placed:
+            if begin != end:
+                raise Malformed(declared.name, [begin, stop], f"must begin at byte {end}, where the one before it ends")
+            end = stop
+        if data + end != size:
+            raise Malformed("", size, f"has {size} bytes where its header describes {data + end}")
 
     def read(self, name: str) -> Tensor:
         """A tensor, in memory of its own."""
         declared = self.tensors[name]
-        return read_at(self.path, self._begins[name], declared.dtype, declared.shape)
+        return read_at(self.path, self.begins[name], declared.dtype, declared.shape)
 
-    def _add(self, name: str, entry: Mapping[str, Any], data: int) -> int:
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{self.path}: {name} has the unknown dtype {entry['dtype']}")
-        declared = Declared(name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-        begin, end = entry["data_offsets"]
+
+def _placed(header: Item) -> Iterator[tuple[Declared, int, int]]:
+    """Each tensor, its first byte in the data and the one behind its last."""
+    for name, entry in header.items():
+        if name == _METADATA:
+            continue
+        entry.only(_OURS)
+        dtype = read_dtype(entry["dtype"])
+        declared = Declared(name, dtype, tuple(size.whole() for size in entry["shape"].list()))
+        offsets = entry["data_offsets"].list()
+        if len(offsets) != 2:
+            raise entry["data_offsets"].malformed("must be two numbers: the first byte and the one behind the last")
+        begin, end = (offset.whole() for offset in offsets)
         if end - begin != declared.bytes:
-            raise ValueError(f"{self.path}: {name} has {end - begin} bytes where its shape asks for {declared.bytes}")
-        self.tensors[name] = declared
-        self._begins[name] = data + begin
-        return int(end)
+            remedy = f"{end - begin} bytes, where the shape asks for {declared.bytes}"
+            raise entry["data_offsets"].malformed(remedy)
+        yield declared, begin, end
+
+
+def _metadata(header: Item) -> dict[str, str]:
+    """The words about the file; of no meaning here, and text to text by the format."""
+    found = header.get(_METADATA)
+    return {} if found is None else {key: item.text() for key, item in found.items()}
+
+
+def read_dtype(item: Item) -> torch.dtype:
+    """A dtype by its name in the format. Raises `Malformed` for one that no tensor of ours has."""
+    name = item.text()
+    if name not in DTYPES:
+        raise item.malformed(f"is a dtype that is not read; there are {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def read_at(path: Path, begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """The tensor whose bytes begin there. Raises `ValueError` where the file ends too early."""
-    raw = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
-    with path.open("rb", buffering=0) as file:
+    size = math.prod(shape) * dtype.itemsize
+    with open_regular(path) as file:
+        # Before memory is taken: a number that was damaged may ask for more than any machine has.
+        if begin + size > (there := os.fstat(file.fileno()).st_size):
+            raise Malformed("", there, f"ends {begin + size - there} bytes too early")
+        raw = torch.empty(size, dtype=torch.uint8)
         file.seek(begin)
         view = memoryview(raw.numpy())  # type: ignore[arg-type]  # numpy's stubs hide the buffer
         while view:
             count = file.readinto(view)
             if not count:
-                raise ValueError(f"{path}: ends {len(view)} bytes too early")
+                raise Malformed("", there, f"ends {len(view)} bytes too early")
             view = view[count:]
     return raw.view(dtype).view(shape)
 

@@ -7,24 +7,33 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from ...comm.files import open_regular, read_regular, refusing
 from ...comm.refusal import Problem, Refused, refuse_if_any
-from .config import DataConfig
+from ...comm.strict import Malformed
+from .config import SMALLEST_VOCABULARY, DataConfig
 from .manifest import Source
 
 _FORMS = (".txt", ".jsonl")
+_LISTED = 8
+"""Names in a line about what was not read."""
+_DOCUMENT_BYTES, _LINE_BYTES = 2**31, 2**27
+"""Of one document: it is in memory as a whole, many times when it is encoded."""
+_FIX = "let it be read, or take it out of the corpus"
 
 
 def survey(config: DataConfig) -> tuple[Source, ...]:
     """Read the whole corpus once and return its works, sorted by name.
 
-    Raises `Refused` with everything that is wrong: a missing or empty directory, works without text or not in UTF-8,
-    held-out works that do not exist, nothing left to train on.
+    Raises `Refused` with everything that is wrong: a missing or empty directory, links that lead nowhere, works without
+    text or not in UTF-8, held-out works that do not exist, nothing left to train on.
     """
     directory = config.corpus_directory
     if not directory.is_dir():
         raise Refused([Problem("data.corpus", config.corpus, "is not a directory")])
     paths = sorted(path for path in directory.iterdir() if path.suffix in _FORMS and path.is_file())
+    refuse_if_any(_broken_entries(directory))
     if not paths:
         remedy = "holds no text: put *.txt (one document a file) or *.jsonl (one a line, key `text`) there"
         raise Refused([Problem("data.corpus", config.corpus, remedy)])
@@ -36,20 +45,52 @@ def survey(config: DataConfig) -> tuple[Source, ...]:
         except Refused as refusal:
             problems.extend(refusal.problems)
     refuse_if_any(problems)
+    most = SMALLEST_VOCABULARY + sum(source.bytes for source in sources if source.split == "train")
+    if config.vocabulary > most:  # before the trainer of the tokenizer reserves memory for all entries
+        remedy = f"cannot be reached: the training text gives {most} entries at most; add text or ask for less"
+        raise Refused([Problem("data.vocabulary", config.vocabulary, remedy)])
     return tuple(sources)
+
+
+def left_out(directory: Path) -> str | None:
+    """A line about the entries of a corpus that are no works; None where every entry is one."""
+    names = sorted(path.name for path in directory.iterdir() if not (path.suffix in _FORMS and path.is_file()))
+    if not names:
+        return None
+    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    shown = ", ".join(ascii(name)[1:-1] for name in names[:_LISTED])
+    count = "1 entry was" if len(names) == 1 else f"{len(names)} entries were"
+    return f"{count} not read: {shown}{more}. A work is a file *.txt or *.jsonl in {directory} itself."
+
+
+def _broken_entries(directory: Path) -> Iterator[Problem]:
+    """A link without an end may be a disk that is not mounted; a name that is no text cannot be kept."""
+    for path in sorted(directory.iterdir()):
+        if path.suffix not in _FORMS:
+            continue
+        if path.is_symlink() and not path.exists():
+            yield Problem(str(path), str(path.readlink()), "is a link that leads nowhere; mount its disk, or remove it")
+        try:
+            path.name.encode()
+        except UnicodeEncodeError:
+            yield Problem(ascii(str(path)), None, "has a name that is not UTF-8; rename the file")
 
 
 def read_documents(path: Path) -> Iterator[str]:
     """The documents of one work, exactly as written. Raises `Refused` at the first that cannot be used."""
     if path.suffix == ".txt":
-        text = _decode(path, "the file", path.read_bytes())
+        with refusing(path, _FIX):
+            raw = read_regular(path, _DOCUMENT_BYTES)
+        text = _decode(path, "the file", raw)
         if not text.strip():
             raise Refused([Problem(str(path), "", "holds no text; fill or remove the file")])
         yield text
         return
     number = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+    with refusing(path, _FIX), open_regular(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(_LINE_BYTES + 1), b""), start=1):
+            if len(line) > _LINE_BYTES:
+                raise Malformed(f"line {number}", None, f"is longer than {_LINE_BYTES} bytes")
             yield _document(path, number, line)
     if number == 0:
         raise Refused([Problem(str(path), "", "holds no text; fill or remove the file")])
@@ -69,7 +110,7 @@ def _name_problems(config: DataConfig, works: Sequence[str]) -> Iterator[Problem
 
 def _source(path: Path, split: str) -> Source:
     documents = sum(1 for _ in read_documents(path))
-    with path.open("rb") as file:
+    with refusing(path, _FIX), open_regular(path) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return Source(
         work=path.stem, file=path.name, split=split, documents=documents, bytes=path.stat().st_size, sha256=sha256
@@ -80,9 +121,9 @@ def _document(path: Path, number: int, line: bytes) -> str:
     where = f"line {number}"
     text = _decode(path, where, line)
     try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise Refused([Problem(str(path), where, f"is not JSON ({error.msg})")]) from error
+        record = json.loads(text, object_pairs_hook=_pairs)
+    except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
+        raise Refused([Problem(str(path), where, f"is not JSON ({error})")]) from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise Refused([Problem(str(path), where, 'must be an object with a string under the key "text"')])
     document: str = record["text"]
@@ -93,6 +134,13 @@ def _document(path: Path, number: int, line: bytes) -> str:
     except UnicodeEncodeError as error:
         raise Refused([Problem(str(path), where, "holds half of a surrogate pair, which is no character")]) from error
     return document
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        raise ValueError("a key stands twice")
+    return tree
 
 
 def _decode(path: Path, where: str, raw: bytes) -> str:

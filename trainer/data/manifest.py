@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from ...comm.files import os_problem, read_json
 from ...comm.refusal import Problem, Refused
+from ...comm.strict import Item, Malformed
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -112,50 +114,43 @@ def token_dtype(vocabulary: int) -> str:
 def read_manifest(directory: Path) -> Manifest:
     """Read and check `manifest.json`. Raises `Refused` when it is missing, damaged, or of another format."""
     path = directory / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         raise Refused([Problem(str(path), None, "is missing: run `shoestring data prepare` first")])
     try:
-        tree = json.loads(path.read_bytes())
-        if isinstance(tree, dict) and tree.get("format") != FORMAT:
+        tree = read_json(path)
+        found = tree["format"].value
+        if found != FORMAT or type(found) is not int:
             remedy = f"this version reads format {FORMAT}; remove {directory} and prepare again"
-            raise Refused([Problem(str(path), tree.get("format"), remedy)])
-        manifest = _parse(tree)
-    except (ValueError, KeyError, TypeError) as error:
+            raise Refused([Problem(str(path), found, remedy)])
+        return _parse(tree)
+    except Malformed as error:
         remedy = f"is damaged; remove {directory} and prepare again"
-        raise Refused([Problem(str(path), f"{type(error).__name__}: {error}", remedy)]) from error
-    return manifest
+        raise Refused([Problem(str(path), str(error), remedy)]) from error
+    except OSError as error:
+        raise Refused([os_problem(error, path, "let it be read")]) from error
 
 
-def _parse(tree: dict[str, Any]) -> Manifest:
-    """Strict: a wrong key, a wrong type, or a changed fact raises `TypeError`, `KeyError` or `ValueError`."""
-    parsed = dict(tree)
-    parsed["sources"] = tuple(_of(Source, source) for source in tree["sources"])
-    parsed["tokenizer"] = _file(tree["tokenizer"])
-    for split in ("train", "validation"):
-        entry = dict(tree[split])
-        entry["shards"] = tuple(_file(shard) for shard in entry["shards"])
-        entry["starts"] = _file(entry["starts"])
-        parsed[split] = _of(SplitEntry, entry)
-    manifest: Manifest = _of(Manifest, parsed)
+def _parse(tree: Item) -> Manifest:
+    """Raises `Malformed` for a wrong key, type or range, and where two facts do not fit each other."""
+    manifest = tree.build(Manifest)
+    files = [tree["tokenizer"]]
+    for name, split in (("train", manifest.train), ("validation", manifest.validation)):
+        files += [*tree[name]["shards"].list(), tree[name]["starts"]]
+        if not 1 <= split.documents <= split.tokens:  # each document has an end token
+            raise tree[name]["documents"].malformed(f"must be from 1 to the number of tokens, {split.tokens}")
+    for file in files:
+        file["file"].file_name()
+        file["sha256"].sha256()
+    for source in tree["sources"].list():
+        if source["split"].text() not in ("train", "validation"):
+            raise source["split"].malformed("must be train or validation")
+    names = [entry.file for entry in manifest.files]
+    if len(set(names)) < len(names) or MANIFEST in names:
+        raise Malformed("files", sorted(names), "must have a name each")
+    tree["vocabulary"].whole(1, 2**32)
+    tree["shard_tokens"].whole(1)
     if manifest.fingerprint != fingerprint(manifest.sources, manifest.vocabulary, manifest.shard_tokens):
-        raise ValueError("the fingerprint does not fit the sources and settings")
+        raise tree["fingerprint"].malformed("does not fit the sources and settings")
     if manifest.dtype != token_dtype(manifest.vocabulary):
-        raise ValueError(f"{manifest.dtype} shards for {manifest.vocabulary} tokens")
+        raise tree["dtype"].malformed(f"must be {token_dtype(manifest.vocabulary)} for {manifest.vocabulary} tokens")
     return manifest
-
-
-def _file(tree: dict[str, Any]) -> FileEntry:
-    entry: FileEntry = _of(FileEntry, tree)
-    if Path(entry.file).name != entry.file:
-        raise ValueError(f"{entry.file!r} is not the name of a file in this directory")
-    return entry
-
-
-def _of(cls: Any, tree: dict[str, Any]) -> Any:
-    """The dataclass `cls` from its fields, whose plain types are checked by name."""
-    made = cls(**tree)
-    for name, annotation in cls.__annotations__.items():
-        expected = {"int": int, "str": str}.get(annotation)
-        if expected is not None and type(tree[name]) is not expected:
-            raise TypeError(f"{name} is {tree[name]!r}, not {annotation}")
-    return made

@@ -15,7 +15,7 @@ import numpy as np
 
 from ...comm.refusal import Problem, Refused, refuse_if_any
 from .config import DataConfig
-from .corpus import read_documents, survey
+from .corpus import left_out, read_documents, survey
 from .files import sync_directory, write_file
 from .manifest import FORMAT, MANIFEST, Manifest, Source, SplitEntry, fingerprint, token_dtype
 from .prepared import open_directory
@@ -39,6 +39,8 @@ def prepare(config: DataConfig, report: Callable[[str], None], *, shard_tokens: 
     if _is_occupied(final):
         return _reuse(final, wanted, report)
     total = sum(source.bytes for source in sources)
+    if (line := left_out(config.corpus_directory)) is not None:
+        report(line)
     report(f"{len(sources)} works, {total / 1e6:.2f} MB of text; held out: {', '.join(config.validation)}.")
     for leftover in sorted(final.parent.glob(f".{glob.escape(final.name)}.preparing-*")):
         report(f"{leftover} belongs to a preparation that is under way, or was killed; remove it in the second case.")

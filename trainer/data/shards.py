@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...comm.files import open_regular, os_problem, read_regular
 from ...comm.refusal import Problem, Refused, refuse_if_any
 from .files import HashedFile, write_file
 from .manifest import FileEntry, Manifest, SplitEntry
@@ -116,10 +117,13 @@ def open_split(directory: Path, manifest: Manifest, name: str) -> Split:
     dtype = manifest.numpy_dtype
     problems = list(_size_problems(directory, (*entry.shards, entry.starts)))
     limit = manifest.shard_tokens
-    expected = [min(limit, entry.tokens - first) * dtype.itemsize for first in range(0, entry.tokens, limit)]
-    if [shard.bytes for shard in entry.shards] != expected:
-        remedy = f"{entry.tokens} {name} tokens in {manifest.dtype} need shards of {expected} bytes; prepare again"
-        problems.append(Problem(str(directory), [shard.bytes for shard in entry.shards], remedy))
+    count = -(-entry.tokens // limit)  # counted before they are listed: a damaged number may ask for any number
+    last = entry.tokens - (count - 1) * limit
+    expected = [limit * dtype.itemsize] * (min(count, len(entry.shards) + 1) - 1) + [last * dtype.itemsize]
+    if count != len(entry.shards) or [shard.bytes for shard in entry.shards] != expected:
+        needed = f"{limit * dtype.itemsize} bytes, {count} of them, the last of {last * dtype.itemsize}"
+        remedy = f"{entry.tokens} {name} tokens in {manifest.dtype} need shards of {needed}; prepare again"
+        problems.append(Problem(str(directory), [shard.bytes for shard in entry.shards][:8], remedy))
     refuse_if_any(problems)
     shards = tuple(np.memmap(directory / shard.file, dtype=dtype, mode="r") for shard in entry.shards)
     return Split(name, entry.tokens, _read_starts(directory / entry.starts.file, entry), shards, limit)
@@ -133,8 +137,12 @@ def verify_files(directory: Path, files: Sequence[FileEntry]) -> None:
         path = directory / entry.file
         if str(path) in damaged:
             continue
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with open_regular(path) as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            problems.append(os_problem(error, path, "let it be read"))
+            continue
         if found != entry.sha256:
             problems.append(Problem(str(path), found, f"must have SHA-256 {entry.sha256}: {_AGAIN}"))
     refuse_if_any(problems)
@@ -147,16 +155,22 @@ def _size_problems(directory: Path, files: Sequence[FileEntry]) -> Iterator[Prob
     for entry in files:
         path = directory / entry.file
         if not path.is_file():
-            yield Problem(str(path), None, "is missing; remove the directory and prepare again")
+            what = "is no regular file" if path.exists() else "is missing"
+            yield Problem(str(path), None, f"{what}; remove the directory and prepare again")
         elif path.stat().st_size != entry.bytes:
             yield Problem(str(path), path.stat().st_size, f"must have {entry.bytes} bytes: {_AGAIN}")
 
 
 def _read_starts(path: Path, entry: SplitEntry) -> Int64Array:
     try:
-        starts_M: Int64Array = np.load(path, allow_pickle=False)
-    except ValueError as error:
+        # From memory: a header may ask for any size, and a buffer has only what the file has.
+        starts_M: Int64Array = np.load(io.BytesIO(read_regular(path, entry.starts.bytes)), allow_pickle=False)
+    except OSError as error:
+        raise Refused([os_problem(error, path, "let it be read")]) from error
+    except (ValueError, EOFError, MemoryError, OverflowError, SyntaxError, TypeError, RecursionError) as error:
         raise Refused([Problem(str(path), str(error), f"is not an .npy file: {_AGAIN}")]) from error
+    if not isinstance(starts_M, np.ndarray):  # a zip file of several
+        raise Refused([Problem(str(path), type(starts_M).__name__, f"is not an .npy file: {_AGAIN}")])
     ends_M = np.append(starts_M[1:], entry.tokens) if starts_M.ndim == 1 else starts_M
     is_whole = starts_M.dtype == np.int64 and starts_M.shape == (entry.documents,) and starts_M[:1].tolist() == [0]
     if not (is_whole and (starts_M < ends_M).all()):

@@ -10,10 +10,14 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from ...comm.files import os_problem, read_regular
 from ...comm.refusal import Problem, Refused
+from ...comm.strict import Malformed, parse_json
 
 END = "<|end|>"
 PAD = "<|pad|>"
+TOKENIZER_BYTES = 2**28
+"""Most that is read of a `tokenizer.json`; DeepSeek-V3's has 8 MB."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +83,34 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
+def read_bpe(raw: bytes) -> tokenizers.Tokenizer:
+    """What `tokenizer.json` describes. Raises `Malformed` for anything else."""
+    parse_json(raw)["model"].mapping()
+    try:
+        return tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # plain Exception for a file that it cannot read; a panic of Rust is no Exception
+        raise Malformed("", str(error), "is not a tokenizer that the tokenizers library reads") from error
+
+
 def load_tokenizer(path: Path, vocabulary: int, sha256: str) -> Tokenizer:
     """Read `tokenizer.json`. Raises `Refused` unless it is the very file that the shards were made with."""
-    if not path.is_file():
+    if not path.exists():
         raise Refused([Problem(str(path), None, "is missing; remove the directory and prepare again")])
-    raw = path.read_bytes()
+    try:
+        raw = read_regular(path, TOKENIZER_BYTES)
+    except Malformed as error:
+        raise Refused([error.problem(path, "prepare again")]) from error
+    except OSError as error:
+        raise Refused([os_problem(error, path, "let it be read")]) from error
     found = hashlib.sha256(raw).hexdigest()
     if found != sha256:
         remedy = f"is not the tokenizer of these shards, whose SHA-256 is {sha256}; restore it, or prepare again"
         raise Refused([Problem(str(path), found, remedy)])
     try:
-        tokenizer = Tokenizer.around(tokenizers.Tokenizer.from_str(raw.decode("utf-8")))
-    except Exception as error:  # the library raises plain Exception for a file it cannot read
+        tokenizer = Tokenizer.around(read_bpe(raw))
+    except ValueError as error:
         raise Refused([Problem(str(path), str(error), "is not a tokenizer of ours; prepare again")]) from error
     if tokenizer.vocabulary != vocabulary:
         remedy = f"its number of entries must be the manifest's {vocabulary}; prepare again"

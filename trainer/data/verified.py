@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from ...comm.files import read_json, replace_file
+from ...comm.strict import Malformed
 from .manifest import FileEntry, Manifest
 from .shards import verify_files
 
@@ -43,15 +44,12 @@ def _mark(directory: Path, entry: FileEntry) -> list[object]:
 
 def _read_stamp(directory: Path) -> Mapping[str, object]:
     try:
-        stamp = json.loads((directory / STAMP).read_bytes())
-    except (OSError, ValueError):
+        return read_json(directory / STAMP).mapping()
+    except (OSError, Malformed):
         return {}
-    return stamp if isinstance(stamp, dict) else {}
 
 
 def _write_stamp(directory: Path, stamp: Mapping[str, object]) -> None:
     """Where the directory may be written; elsewhere every launch reads again."""
-    own = directory / f"{STAMP}.{os.getpid()}"
     with contextlib.suppress(OSError):
-        own.write_text(json.dumps(stamp, indent=1) + "\n")
-        own.replace(directory / STAMP)
+        replace_file(directory / STAMP, (json.dumps(stamp, indent=1) + "\n").encode())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
-from typing import Any
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, get_type_hints
 
-from ...comm.refusal import Problem, Refused, refuse_if_any
+from ...comm.refusal import Problem, refuse_if_any
+from ...comm.strict import Item, Malformed
 from ..model.config import ModelConfig, YarnConfig
 from .blocks import BLOCK
 
@@ -46,6 +48,21 @@ _ONE_WAY: Mapping[str, tuple[object, ...]] = {
 }
 """What our model does in one way only; keys that are not there have the first value."""
 
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_CARRIED = (*_TOKENS, "max_position_embeddings")
+"""Nothing of ours is computed from them; an import keeps them, and an export gives them back."""
+_READ = frozenset(
+    {
+        *("architectures", "num_key_value_heads", "num_nextn_predict_layers", "num_mtp_layers", "rope_theta"),
+        *("rope_scaling", "rope_parameters", "rope_interleave", "quantization_config", "torch_dtype", "dtype"),
+        *("attention_factor", "truncate"),
+    }
+)
+"""Further keys that an import has read, or that follow from the weights and from how an export is asked for."""
+_LONGEST = 2**31
+"""Positions; more than any context, and fit for every reader's integers."""
+_FILE = "config.json"
+
 _YARN = {
     "factor": "factor",
     "original_length": "original_max_position_embeddings",
@@ -56,11 +73,20 @@ _YARN = {
 }
 
 
-def config_json(model: ModelConfig, *, dtype: str, fp8: bool, rope_interleave: bool, context: int) -> dict[str, Any]:
+def config_json(
+    model: ModelConfig,
+    *,
+    dtype: str,
+    fp8: bool,
+    rope_interleave: bool,
+    context: int,
+    source: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """The tree of `config.json`. Raises `Refused` for a model that `DeepseekV3ForCausalLM` is not.
 
     `context` is the sequence length that the model was trained with. Rotary settings are in the released file's form,
-    which vLLM and SGLang read, too.
+    which vLLM and SGLang read, too. `source` is the `config.json` that the weights were imported with: what it says of
+    special tokens and of the context comes back.
     """
     refuse_if_any(_unknown_there(model))
     tree: dict[str, Any] = {"architectures": ["DeepseekV3ForCausalLM"]}
@@ -82,6 +108,9 @@ def config_json(model: ModelConfig, *, dtype: str, fp8: bool, rope_interleave: b
         yarn = asdict(model.yarn)
         tree["rope_scaling"] = {"type": "yarn"} | {theirs: yarn[ours] for ours, theirs in _YARN.items()}
         tree["max_position_embeddings"] = round(model.yarn.factor * model.yarn.original_length)
+    if source is not None:
+        refuse_if_any(_carried_problems(source))
+        tree |= {key: source[key] for key in _CARRIED if source.get(key) is not None}
     if fp8:
         tree["quantization_config"] = {
             "quant_method": "fp8",
@@ -94,28 +123,116 @@ def config_json(model: ModelConfig, *, dtype: str, fp8: bool, rope_interleave: b
 
 def model_config(tree: Mapping[str, Any], name: str) -> ModelConfig:
     """The shape that a `config.json` describes. Raises `Refused` with everything in it that our model is not."""
-    problems = list(_unknown_here(tree))
-    if problems:
-        raise Refused(problems)
-    values = {ours: tree[theirs] for ours, theirs in _SAME.items()}
-    # JSON may write 1 for 1.0.
-    values |= {key: float(values[key]) for key in ("routed_scaling", "norm_eps", "init_std")}
-    rope = rope_settings(tree)
-    model = ModelConfig(
-        name=name,
-        affinity="sigmoid",
-        mtp_depth=tree.get("num_nextn_predict_layers", tree.get("num_mtp_layers", 0)) or 0,
-        rope_theta=float(rope.get("rope_theta", tree.get("rope_theta", 10000.0))),
-        yarn=_yarn(rope) if rope_type(rope) == "yarn" else None,
-        **values,
-    )
-    refuse_if_any(problem.under("config.json") for problem in model.problems())
+    problems: list[Problem] = []
+    read = _Reader(Item(dict(tree)), problems)
+    rope = read.rope()
+    values = read.same()
+    mtp = read.whole_or_zero("num_nextn_predict_layers", "num_mtp_layers")
+    theta = read.number("rope_theta", 10000.0, rope)
+    read.flag("rope_interleave")
+    problems += [*_carried_problems(tree), *_unknown_here(tree, rope)]
+    refuse_if_any(problems)
+    yarn = _yarn(rope) if rope_type(rope) == "yarn" else None
+    model = ModelConfig(name=name, affinity="sigmoid", mtp_depth=mtp, rope_theta=theta, yarn=yarn, **values)
+    refuse_if_any(problem.under(_FILE) for problem in model.problems())
     return model
 
 
-def rope_settings(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The rotary settings of a `config.json`: `rope_scaling` before transformers 5, `rope_parameters` since."""
-    return tree.get("rope_parameters") or tree.get("rope_scaling") or {}
+def not_read(tree: Mapping[str, Any]) -> list[str]:
+    """Keys of a `config.json` that neither change what an import gives nor come back from an export."""
+    known = {*_SAME.values(), *_ONE_WAY, *_CARRIED, *_READ}
+    return sorted(key for key in tree if key not in known)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads a `config.json` to its end: what does not fit is noted, and stands as a value that nothing looks at."""
+
+    tree: Item
+    problems: list[Problem]
+
+    def same(self) -> dict[str, Any]:
+        """The fields of `_SAME` that are there, by our names and of our types."""
+        kinds = get_type_hints(ModelConfig)
+        found = {}
+        for ours, theirs in _SAME.items():
+            if theirs in self.tree:  # else it is named as missing
+                found[ours] = self._try(self.tree[theirs], kinds[ours])
+        return found
+
+    def rope(self) -> Mapping[str, Any]:
+        """The rotary settings: `rope_scaling` before transformers 5, `rope_parameters` since. None are an empty one."""
+        for key in ("rope_parameters", "rope_scaling"):
+            item = self.tree.get(key)
+            if item is not None:
+                with self._noting(item):
+                    settings = item.mapping()
+                    for name in ("rope_type", "type"):
+                        if name in settings:
+                            item[name].text()
+                    for name in (*_YARN.values(), "rope_theta", "attention_factor"):
+                        if settings.get(name) is not None:
+                            item[name].number()
+                    if settings.get("original_max_position_embeddings") is not None:
+                        whole = item["original_max_position_embeddings"].number(1, _LONGEST)
+                        if not whole.is_integer():
+                            raise item["original_max_position_embeddings"].malformed("must be a whole number")
+                    if settings:
+                        return settings
+        return {}
+
+    def whole_or_zero(self, *keys: str) -> int:
+        """The first of `keys` that is there; 0 where none is, or where it is null."""
+        key = next((key for key in keys if key in self.tree), None)
+        item = None if key is None else self.tree.get(key)
+        found: int = 0 if item is None else self._try(item, int)
+        return found
+
+    def number(self, key: str, default: float, first: Mapping[str, Any]) -> float:
+        """A number of `first`, or else of the file, or else `default`."""
+        item = Item(dict(first)).get(key) or self.tree.get(key)
+        found: float = default if item is None else self._try(item, float)
+        return found
+
+    def flag(self, key: str) -> None:
+        """Note a value that is neither left out nor true or false."""
+        if key in self.tree:
+            self._try(self.tree[key], bool)
+
+    def _try(self, item: Item, kind: Any) -> Any:
+        found: Any = 0  # where a problem is noted: nothing is made of it
+        with self._noting(item):
+            if kind is float:
+                found = item.number()
+            elif kind is bool:
+                found = item.flag()
+            else:
+                found = None if item.value is None and kind is not int else item.whole(0, _LONGEST)
+        return found
+
+    @contextmanager
+    def _noting(self, item: Item) -> Iterator[None]:
+        try:
+            yield
+        except Malformed as error:
+            self.problems.append(Problem(f"{_FILE}: {error.where}", error.value, f"{error.remedy}; correct it"))
+
+
+def _carried_problems(tree: Mapping[str, Any]) -> Iterator[Problem]:
+    """Special tokens are numbers of tokens, one or several; a context has an end."""
+    item = Item(dict(tree))
+    for key in _CARRIED:
+        found = item.get(key)
+        try:
+            if found is None:
+                continue
+            if key == "eos_token_id" and isinstance(found.value, list):
+                for each in found.list():
+                    each.whole(0, _LONGEST)
+            else:
+                found.whole(-1 if key in _TOKENS else 1, _LONGEST)  # -1: no such token, in older files
+        except Malformed as error:
+            yield Problem(f"{_FILE}: {error.where}", error.value, f"{error.remedy}; correct it")
 
 
 def rope_type(rope: Mapping[str, Any]) -> str:
@@ -148,22 +265,24 @@ def _unknown_there(model: ModelConfig) -> Iterator[Problem]:
         yield Problem("model.yarn.mscale", yarn.mscale, remedy)
 
 
-def _unknown_here(tree: Mapping[str, Any]) -> Iterator[Problem]:
+def _unknown_here(tree: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[Problem]:
     for key, allowed in _ONE_WAY.items():
-        if tree.get(key, allowed[0]) not in allowed:
+        found = tree.get(key, allowed[0])
+        if not any(found == each and type(found) is type(each) for each in allowed):  # 0 is not false
             yield Problem(f"config.json: {key}", tree[key], f"cannot be imported: our model has {allowed[0]!r} alone")
     for key in _SAME.values():
         if key not in tree:  # whoever wrote it relied on defaults, which differ between libraries
             yield Problem(f"config.json: {key}", None, "is missing; write it there, as transformers does when it saves")
     heads = tree.get("num_attention_heads")
-    if tree.get("num_key_value_heads", heads) not in (heads, None):
+    groups = tree.get("num_key_value_heads", heads)
+    if groups is not None and (groups != heads or type(groups) is not type(heads)):
         remedy = f"cannot be imported: latent attention has as many as query heads, {heads}"
         yield Problem("config.json: num_key_value_heads", tree["num_key_value_heads"], remedy)
-    yield from _unknown_rotation(rope_settings(tree))
+    yield from _unknown_rotation(rope)
     quantisation = tree.get("quantization_config")
     if quantisation is not None:
-        block = quantisation.get("weight_block_size")
-        if quantisation.get("quant_method") != "fp8" or list(block or []) != [BLOCK, BLOCK]:
+        method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else None
+        if method != "fp8" or quantisation.get("weight_block_size") != [BLOCK, BLOCK]:
             remedy = f"cannot be imported: only fp8 with weight_block_size [{BLOCK}, {BLOCK}] can"
             yield Problem("config.json: quantization_config", quantisation, remedy)
 
@@ -175,7 +294,7 @@ def _unknown_rotation(rope: Mapping[str, Any]) -> Iterator[Problem]:
     if kind != "yarn":
         return
     for key in ("original_max_position_embeddings", "factor"):
-        if key not in rope:
+        if rope.get(key) is None:
             yield Problem(f"config.json: {key}", None, "is missing from the rotary settings")
     for key, standard in (("attention_factor", None), ("truncate", True)):
         if rope.get(key, standard) != standard:

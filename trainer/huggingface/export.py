@@ -7,21 +7,24 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ...comm.refusal import Problem, Refused
+from ...comm.files import refusing
+from ...comm.refusal import Problem, Refused, refuse_if_any
 from ..checkpoint.manifest import Damaged
 from ..checkpoint.opened import Checkpoint
 from ..checkpoint.tensor_file import Declared, TensorFileWriter
 from ..data.files import sync_directory, write_file
 from .blocks import quantise_blocks, scales_of
-from .config import config_json
+from .config import config_json, not_read
 from .names import SCALE, Entry, entries, is_quantised, to_halves
-from .tokenizer import described, special_tokens
+from .tokenizer import TOKENIZER, described, special_tokens
 
+_MOST_PROBLEMS = 8
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 _NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -50,19 +53,36 @@ def export(checkpoint: Checkpoint, directory: Path, options: ExportOptions, say:
     planned = entries(config)
     if missing := checkpoint.missing(entry.name for entry in planned):
         raise Refused([Problem("checkpoint", str(checkpoint.path), f"holds no tensor {missing[0]}")])
-    context = checkpoint.manifest.facts["config"].get("training", {}).get("sequence_length", 4096)
+    refuse_if_any(islice(_misfits(checkpoint, planned), _MOST_PROBLEMS))
+    context = checkpoint.setting("training", "sequence_length", default=4096)
     dtype, fp8 = _DTYPES[options.dtype], options.dtype == "fp8"
-    tree = config_json(config, dtype=_NAMES[dtype], fp8=fp8, rope_interleave=options.rope_interleave, context=context)
+    source = checkpoint.source
+    pairs = options.rope_interleave
+    tree = config_json(config, dtype=_NAMES[dtype], fp8=fp8, rope_interleave=pairs, context=context, source=source)
+    if source is not None and (left := not_read(source)):
+        say(f"left out, keys that the imported config.json had and that mean nothing here: {', '.join(left)}")
     with _appearing_whole(directory) as partial:
         try:
             _write_weights(checkpoint, planned, partial, options, say)
             attachments = checkpoint.attachments()
         except Damaged as damaged:
             raise Refused([Problem("checkpoint", str(damaged), "is damaged; export another one")]) from damaged
-        tree |= special_tokens(attachments)
+        with refusing(checkpoint.path / TOKENIZER, "export another checkpoint"):
+            own = special_tokens(attachments)
+        tree |= {key: value for key, value in own.items() if tree[key] is None}
         write_file(partial / "config.json", (json.dumps(tree, indent=2) + "\n").encode())
         for name, raw in described(attachments, tree["max_position_embeddings"]).items():
             write_file(partial / name, raw)
+
+
+def _misfits(checkpoint: Checkpoint, planned: Sequence[Entry]) -> Iterator[Problem]:
+    """Tensors that are not those of the model that the checkpoint's configuration describes."""
+    for entry in planned:
+        stored = checkpoint.manifest.tensors[entry.name]
+        if stored.shape != entry.shape or not stored.dtype.is_floating_point:
+            found = f"{stored.dtype} {list(stored.shape)}"
+            remedy = f"must be floating-point {list(entry.shape)} by its configuration; export another checkpoint"
+            yield Problem(f"{checkpoint.path}: {entry.name}", found, remedy)
 
 
 @contextmanager

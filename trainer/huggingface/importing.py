@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,23 +11,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...comm.files import os_problem, read_json, read_regular, refusing
 from ...comm.refusal import Problem, Refused, refuse_if_any
+from ...comm.strict import Malformed, parse_json
 from ..checkpoint.pieces import Piece
 from ..checkpoint.saver import write_share
 from ..checkpoint.store import CheckpointStore, Cover
 from ..checkpoint.tensor_file import TensorFile
 from ..model.config import ModelConfig
 from .blocks import dequantise_blocks, scales_of
-from .config import model_config
+from .config import model_config, not_read
 from .export import INDEX
 from .names import SCALE, Entry, entries, to_pairs
-from .tokenizer import CARRIED
+from .tokenizer import CARRIED, TOKENIZER, special_tokens
 
 _BATCH_BYTES = 256 * 2**20
 """Of FP32 weights that are collected for one file of the checkpoint."""
 _MOST_PROBLEMS = 8
+_APART = "config.json and files do not belong together"
+_SIZES = frozenset(
+    {
+        *("vocabulary", "hidden", "layers", "heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim"),
+        *("qk_rope_head_dim", "v_head_dim", "expert_ffn", "experts", "shared_experts", "mtp_depth"),
+    }
+)
+"""Fields of a model that are the side of some tensor, or never more than the longest one."""
 _IGNORED = ("rotary_emb.inv_freq",)
 """Ends of names that old files hold and that follow from the configuration."""
+_FETCH = "fetch it again"
+_WEIGHTS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn})
+"""Dtypes that a weight may have; whole numbers are none."""
+_ATTACHMENT_BYTES = 2**28
+_SCALES = _WEIGHTS | {torch.float8_e8m0fnu}
+_LISTED = 12
+"""Names in a line about what is left out."""
 
 
 @dataclass(frozen=True)
@@ -41,30 +58,57 @@ class Released:
     @staticmethod
     def open(directory: Path) -> Released:
         """Read the headers. Raises `Refused` for files that are missing or no safetensors."""
-        paths = [directory / "model.safetensors"]
-        if (directory / INDEX).exists():
-            paths = [directory / file for file in sorted(set(_json(directory / INDEX)["weight_map"].values()))]
+        index = _weight_map(directory)
+        names = ["model.safetensors"] if index is None else sorted(set(index.values()))
         problems: list[Problem] = []
         files: dict[str, TensorFile] = {}
-        for path in paths:
+        for path in (directory / name for name in names):
             try:
                 file = TensorFile(path)
-                files |= dict.fromkeys(file.tensors, file)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                problems.append(Problem(str(path), str(error), "cannot be read; fetch it again"))
-        refuse_if_any(problems)
+            except Malformed as error:
+                problems.append(error.problem(path, f"cannot be read; {_FETCH}"))
+                continue
+            except OSError as error:
+                problems.append(os_problem(error, path, _FETCH))
+                continue
+            for name in file.tensors:
+                if name in files:
+                    remedy = f"is in {files[name].path.name}, too; remove one of the files"
+                    problems.append(Problem(name, path.name, remedy))
+                files[name] = file
+        for name, where in (index or {}).items():
+            if not problems and (name not in files or files[name].path != directory / where):
+                remedy = f"does not hold {name}, which {INDEX} says; {_FETCH}"
+                problems.append(Problem(str(directory / where), None, remedy))
+        _refuse_briefly(problems, directory)
         return Released(directory, files)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Of a tensor, or None where there is none."""
         return self.files[name].tensors[name].shape if name in self.files else None
 
+    def dtype(self, name: str) -> torch.dtype | None:
+        """Of a tensor, or None where there is none."""
+        return self.files[name].tensors[name].dtype if name in self.files else None
+
     def read(self, name: str) -> Tensor:
-        """A weight in FP32, whatever it is stored in."""
-        tensor = self.files[name].read(name)
+        """A weight in FP32, whatever it is stored in. Raises `Refused` where an element is not finite."""
+        tensor = self._raw(name)
         if name + SCALE in self.files:
-            return dequantise_blocks(tensor, self.files[name + SCALE].read(name + SCALE))
-        return tensor.to(torch.float32)
+            weight = dequantise_blocks(tensor, self._raw(name + SCALE))
+        else:
+            weight = tensor.to(torch.float32)
+        if not torch.isfinite(weight).all():
+            count = int((~torch.isfinite(weight)).sum())
+            where = f"{self.files[name].path}: {name}"
+            what = f"{count:,} of {weight.numel():,} elements not finite"
+            raise Refused([Problem(where, what, "no weight and no bias is NaN or infinite; fetch it again")])
+        return weight
+
+    def _raw(self, name: str) -> Tensor:
+        file = self.files[name]
+        with refusing(file.path, _FETCH):
+            return file.read(name)
 
 
 def import_released(source: Path, target: Path, say: Callable[[str], None]) -> Path:
@@ -75,32 +119,107 @@ def import_released(source: Path, target: Path, say: Callable[[str], None]) -> P
     store = CheckpointStore(target, keep=1)
     if store.steps():
         raise Refused([Problem("target", str(target), "holds checkpoints already; name another directory")])
-    if not (source / "config.json").is_file():
+    if not (source / "config.json").exists():
         raise Refused([Problem("source", str(source), "holds no config.json; name a directory of released weights")])
-    tree = _json(source / "config.json")
+    with refusing(source / "config.json", _FETCH):
+        tree = read_json(source / "config.json").mapping()
     released = Released.open(source)
     config = _with_the_mtp_that_is_there(model_config(tree, source.resolve().name), released, say)
+    _refuse_other_sizes(config, released)
     planned = entries(config)
     _refuse_briefly(list(_misfits(planned, released)), source)
+    attachments = _attachments(source)
+    _say_what_is_left_out(source, tree, planned, released, say)
     rope_interleave = tree.get("rope_interleave", True) is not False
-    store.prepare(0)
-    for number, batch in enumerate(_batches(planned)):
-        pieces = [_piece(entry, released, rope_interleave=rope_interleave) for entry in batch]
-        write_share(store.partial(0), f"part_{number:05d}", pieces)
-        say(f"{sum(piece.bytes for piece in pieces):,} bytes, up to {batch[-1].name}")
-    attachments = {name: (source / name).read_bytes() for name in CARRIED if (source / name).is_file()}
-    facts: dict[str, Any] = {"step": 0, "config": {"model": asdict(config)}, "source": tree}
-    return store.commit(0, Cover(facts, attachments, frozenset(entry.name for entry in planned)))
+    with _nothing_left(store):
+        store.prepare(0)
+        for number, batch in enumerate(_batches(planned)):
+            pieces = [_piece(entry, released, rope_interleave=rope_interleave) for entry in batch]
+            write_share(store.partial(0), f"part_{number:05d}", pieces)
+            say(f"{sum(piece.bytes for piece in pieces):,} bytes, up to {batch[-1].name}")
+        facts: dict[str, Any] = {"step": 0, "config": {"model": asdict(config)}, "source": tree}
+        return store.commit(0, Cover(facts, attachments, frozenset(entry.name for entry in planned)))
 
 
-def _json(path: Path) -> dict[str, Any]:
+@contextmanager
+def _nothing_left(store: CheckpointStore) -> Iterator[None]:
+    """Remove what has been made of the target, and of the folders above it, when the import fails."""
+    target = store.directory
+    made = [folder for folder in (target, *target.parents) if not folder.exists()]
     try:
-        tree = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise Refused([Problem(str(path), str(error), "cannot be read; fetch it again")]) from error
-    if not isinstance(tree, dict):
-        raise Refused([Problem(str(path), type(tree).__name__, "must be a mapping; fetch it again")])
-    return tree
+        yield
+    except BaseException as error:
+        store.abandon(0)
+        for folder in made:  # from the inside out; one that holds anything else stays
+            with suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise Refused([os_problem(error, target, "make room, or name another directory")]) from error
+        raise
+
+
+def _weight_map(directory: Path) -> dict[str, str] | None:
+    """In which file the index says each tensor is; None where there is no index. Raises `Refused`."""
+    path = directory / INDEX
+    if not path.exists():
+        return None
+    with refusing(path, _FETCH):
+        tree = read_json(path)
+        found = {name: file.inside() for name, file in tree["weight_map"].items()}
+        if not found:
+            raise tree["weight_map"].malformed("names no tensor")
+        return found
+
+
+def _attachments(source: Path) -> dict[str, bytes]:
+    """The files that are carried beside the weights. Raises `Refused` for one that cannot be what its name says."""
+    found = {}
+    for name in CARRIED:
+        path = source / name
+        if path.exists() or path.is_symlink():
+            with refusing(path, "fetch it again, or remove it"):
+                found[name] = read_regular(path, _ATTACHMENT_BYTES)
+                if name == TOKENIZER:
+                    special_tokens({name: found[name]})
+                elif name.endswith(".json"):
+                    parse_json(found[name]).mapping()
+    return found
+
+
+def _say_what_is_left_out(
+    source: Path, tree: Mapping[str, Any], planned: Sequence[Entry], released: Released, say: Callable[[str], None]
+) -> None:
+    """Files, keys and tensors of the source that the checkpoint does not have, a line each."""
+    weights = {file.path.relative_to(source).parts[0] for file in released.files.values()}
+    read = {"config.json", INDEX, *CARRIED, *weights}
+    shared = {name for entry in planned for name in entry.copies if name in released.files}
+    ignored = [name for name in released.files if name.endswith(_IGNORED)]
+    for what, names in (
+        ("files not read", sorted(path.name for path in source.iterdir() if path.name not in read)),
+        ("keys of config.json without a meaning here", not_read(tree)),
+        ("tensors that follow from config.json", sorted(ignored)),
+        ("tensors that repeat the main model's", sorted(shared)),
+    ):
+        if names:
+            more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+            say(f"left out, {len(names)} {what}: {', '.join(names[:_LISTED])}{more}")
+
+
+def _refuse_other_sizes(config: ModelConfig, released: Released) -> None:
+    """Before the model is laid out: a wrong number may ask for more tensors, or larger ones, than fit anywhere."""
+    tensors = len(released.files)
+    least = config.layers + 3 * max(0, config.moe_layers) * config.experts
+    largest = max((max(file.tensors[name].shape, default=0) for name, file in released.files.items()), default=0)
+    sizes = {name: value for name, value in asdict(config).items() if name in _SIZES and value is not None}
+    problems = [
+        Problem(f"config.json: {name}", value, f"the longest side of any tensor is {largest}; {_APART}")
+        for name, value in sizes.items()
+        if value > largest
+    ]
+    if least > 2 * tensors + 1000:
+        remedy = f"asks for at least {least:,} tensors, and the files hold {tensors:,}; {_APART}"
+        problems.append(Problem("config.json", least, remedy))
+    refuse_if_any(problems)
 
 
 def _with_the_mtp_that_is_there(config: ModelConfig, released: Released, say: Callable[[str], None]) -> ModelConfig:
@@ -115,7 +234,7 @@ def _with_the_mtp_that_is_there(config: ModelConfig, released: Released, say: Ca
 def _refuse_briefly(problems: list[Problem], source: Path) -> None:
     """A large model has a hundred thousand tensors, and a wrong number in config.json may make all of them wrong."""
     if len(problems) > _MOST_PROBLEMS:
-        remedy = "problems of the same kind: config.json and files do not belong together"
+        remedy = f"problems of the same kind: {_APART}"
         problems = [*problems[:_MOST_PROBLEMS], Problem(str(source), f"{len(problems) - _MOST_PROBLEMS} more", remedy)]
     refuse_if_any(problems)
 
@@ -131,12 +250,22 @@ def _misfits(planned: list[Entry], released: Released) -> Iterator[Problem]:
             elif shape not in (None, entry.part_shape):
                 yield Problem(name, list(shape or ()), f"must have the shape {list(entry.part_shape)} by config.json")
             scale = released.shape(name + SCALE)
-            if scale is not None and scale != scales_of(entry.part_shape):
+            if scale is not None and len(entry.part_shape) != 2:
+                yield Problem(name + SCALE, list(scale), f"is no part of this model: {name} is no matrix")
+            elif scale is not None and scale != scales_of(entry.part_shape):
                 remedy = f"must have the shape {list(scales_of(entry.part_shape))}, a scale for each block"
                 yield Problem(name + SCALE, list(scale), remedy)
-            is_fp8 = shape is not None and released.files[name].tensors[name].dtype.itemsize == 1
+            dtype = released.dtype(name)
+            if dtype is not None and dtype not in _WEIGHTS:
+                yield Problem(name, str(dtype), "is no dtype of a weight: a weight is a floating-point number")
+            is_fp8 = dtype == torch.float8_e4m3fn
             if is_fp8 and scale is None:
                 yield Problem(name + SCALE, None, "is in no file of the directory, and the weight is FP8")
+            if scale is not None and not is_fp8:
+                yield Problem(name + SCALE, list(scale), f"belongs to an FP8 weight, and {name} is {dtype}")
+            if scale is not None and released.dtype(name + SCALE) not in _SCALES:
+                remedy = "is no dtype of a scale: a scale is a floating-point number"
+                yield Problem(name + SCALE, str(released.dtype(name + SCALE)), remedy)
         yield from _different_copies(entry, released)
     for name in released.files:
         if name not in known and not name.endswith(_IGNORED):
@@ -145,8 +274,11 @@ def _misfits(planned: list[Entry], released: Released) -> Iterator[Problem]:
 
 def _different_copies(entry: Entry, released: Released) -> Iterator[Problem]:
     """MTP modules share embedding and head with the main model; the files repeat them."""
-    here = [name for name in entry.copies if released.shape(name) == entry.part_shape]
-    if here and released.shape(entry.released[0]) == entry.part_shape:
+    names = (entry.released[0], *entry.copies)
+    fit = [name for name in names if released.shape(name) == entry.part_shape and released.dtype(name) in _WEIGHTS]
+    fit = [name for name in fit if released.dtype(name) != torch.float8_e4m3fn or name + SCALE in released.files]
+    here = [name for name in fit if name != entry.released[0]]
+    if here and entry.released[0] in fit:
         main = released.read(entry.released[0])
         for name in here:
             if not torch.equal(released.read(name), main):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from ...comm.strict import parse_json
 from ..data.tokenizer import END, PAD
 
 TOKENIZER = "tokenizer.json"
@@ -29,9 +30,9 @@ def described(attachments: Mapping[str, bytes], context: int) -> dict[str, bytes
 
 
 def special_tokens(attachments: Mapping[str, bytes]) -> dict[str, int | None]:
-    """`eos_token_id` and `pad_token_id` of a tokenizer of ours; none of any other."""
+    """`eos_token_id` and `pad_token_id` of a tokenizer of ours; none of any other. Raises `Malformed`."""
     if TOKENIZER not in attachments:
         return {}
-    added = json.loads(attachments[TOKENIZER]).get("added_tokens") or []
-    numbers = {each["content"]: each["id"] for each in added}
+    added = parse_json(attachments[TOKENIZER]).get("added_tokens")
+    numbers = {} if added is None else {each["content"].text(): each["id"].whole() for each in added.list()}
     return {key: numbers[token] for key, token in (("eos_token_id", END), ("pad_token_id", PAD)) if token in numbers}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
+from ...comm.files import refuse_links
 from .lines import cut_torn_line
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
@@ -98,6 +99,7 @@ class EventStream:
     def __init__(self, run_dir: Path, sinks: Sequence[Sink]) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
+        refuse_links(path)
         cut_torn_line(path)
         self._file = path.open("a", encoding="utf-8")
         self._sinks = list(sinks)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from ...comm.files import refusing
 from ...comm.refusal import Problem, Refused
+from ...comm.strict import Malformed, parse_json
 from .events import Event
 from .lines import LineReader, whole_lines
 
@@ -53,9 +54,10 @@ def read_metrics(path: Path) -> list[Event]:
 
 def read_all_metrics(path: Path) -> list[Event]:
     """Every event in the file at `path`, lives that were rolled back included. Raises Refused like `read_metrics`."""
-    if not path.is_file():
+    if not path.exists():
         raise Refused([Problem(str(path), None, "no such file; name the metrics.jsonl of a run")])
-    return [_event(path, number, line) for number, line in whole_lines(path)]
+    with refusing(path, "restore it"):
+        return [_event(path, number, line) for number, line in whole_lines(path)]
 
 
 class MetricsReader:
@@ -70,12 +72,23 @@ class MetricsReader:
 
         Raises FileNotFoundError while there is no file, and `lines.Replaced` when it is not the one of the last call.
         """
-        return [_event(self._path, number, line) for number, line in self._lines.new_lines()]
+        try:
+            return [_event(self._path, number, line) for number, line in self._lines.new_lines()]
+        except Malformed as error:
+            raise Refused([error.problem(self._path, "restore it")]) from error
+
+
+_LAST_SECOND = 10**11
+"""Since the epoch: the year 5138, which every calendar still writes."""
+_LAST_STEP = 2**53
 
 
 def _event(path: Path, number: int, line: str) -> Event:
     try:
-        values = json.loads(line)
-        return Event(kind=values.pop("kind"), step=values.pop("step"), time=values.pop("time"), values=values)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise Refused([Problem(f"{path}:{number}", line[:80], "not an event; restore or delete this line")]) from error
+        item = parse_json(line if line.isascii() else line.encode(errors="surrogateescape"))
+        kind, step, time = item["kind"].text(), item["step"].whole(0, _LAST_STEP), item["time"].number(0, _LAST_SECOND)
+        values = {key: value for key, value in item.mapping().items() if key not in ("kind", "step", "time")}
+        return Event(kind=kind, step=step, time=time, values=values)
+    except Malformed as error:
+        remedy = f"not an event ({error}); restore or delete this line"
+        raise Refused([Problem(f"{path}:{number}", line[:80], remedy)]) from error

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from ...comm.files import open_regular
+
 _CHUNK_BYTES = 64 * 1024
 
 
@@ -48,8 +50,11 @@ class LineReader:
         self._inode: int | None = None
 
     def new_lines(self) -> Iterator[tuple[int, str]]:
-        """Yield (line number from 1, line without its newline) of what has come since. Raises `Replaced`."""
-        with self._path.open("rb") as file:
+        """Yield (line number from 1, line without its newline) of what has come since. Raises `Replaced`.
+
+        A byte that is no UTF-8 stands as half of a surrogate pair, so that whoever reads the line can name it.
+        """
+        with open_regular(self._path) as file:
             status = os.fstat(file.fileno())
             if status.st_size < self._position or self._inode not in (None, status.st_ino):
                 raise Replaced
@@ -60,4 +65,4 @@ class LineReader:
                     return
                 self._position += len(line)
                 self._number += 1
-                yield self._number, line[:-1].decode()
+                yield self._number, line[:-1].decode(errors="surrogateescape")

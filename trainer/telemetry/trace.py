@@ -14,11 +14,17 @@ from pathlib import Path
 
 import torch
 
+from ...comm.files import read_json, replace_file
 from ...comm.record import EDGE_WAIT, EXPOSED_EXCHANGE, OPTIMIZER, REDUCE_WAIT, SILENT, Track
+from ...comm.strict import Item, Malformed
 from ..budget.terms import INSTRUCTIONS, report_view
 
 TRACE_FILE = "trace.json"
 _RANK_FILE = "rank_{:05d}.json"
+_TRACKS = tuple(Track)
+_MOST_RANKS = 10**7
+_LATEST_US = 1e17
+"""Since the epoch: microseconds, more than any clock says."""
 
 
 @dataclass(frozen=True)
@@ -74,29 +80,34 @@ def merge_ranks(folder: Path, ranks: int) -> Path:
     """All ranks' files as one, with a group of tracks for each rank."""
     events = []
     for rank in range(ranks):
-        events += json.loads((folder / _RANK_FILE.format(rank)).read_text())["traceEvents"]
+        events += read_json(folder / _RANK_FILE.format(rank))["traceEvents"].value
     start = min((event["ts"] for event in events if "ts" in event), default=0)
     for event in events:
         if "ts" in event:
             event["ts"] -= start
     path = folder / TRACE_FILE
-    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    replace_file(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode())
     return path
 
 
 def read_trace(path: Path) -> dict[int, list[Span]]:
-    """The spans of each rank in a merged file; raises `ValueError` for a file that is none."""
+    """The spans of each rank in a merged file. Raises `ValueError` for a file that is none, and `OSError`."""
     try:
-        events = json.loads(path.read_text())["traceEvents"]
-        tracks, ranks = list(Track), {event["pid"]: list[Span]() for event in events}
-        for event in events:
-            if event["ph"] != "M":
-                begin, length = round(1e3 * event["ts"]), round(1e3 * event.get("dur", 0))
-                detail = event["args"]["of"]
-                ranks[event["pid"]].append(Span(tracks[event["tid"]], event["name"], detail, begin, begin + length))
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError("is no timeline that a traced run has written") from error
+        ranks: dict[int, list[Span]] = {}
+        for event in read_json(path)["traceEvents"].list():
+            spans = ranks.setdefault(event["pid"].whole(0, _MOST_RANKS), [])
+            if event["ph"].text() != "M":
+                spans.append(_read_span(event))
+    except Malformed as error:
+        raise ValueError(f"is no timeline that a traced run has written ({error})") from error
     return ranks
+
+
+def _read_span(event: Item) -> Span:
+    track = _TRACKS[event["tid"].whole(0, len(_TRACKS) - 1)]
+    length = event["dur"].number(0, _LATEST_US) if "dur" in event else 0.0
+    begin = round(1e3 * event["ts"].number(0, _LATEST_US))
+    return Span(track, event["name"].text(), event["args"]["of"].text(), begin, begin + round(1e3 * length))
 
 
 def trace_events(rank: int, spans: Sequence[Span], shift: int = 0) -> Iterator[dict[str, object]]:

@@ -6,7 +6,9 @@ The only module that imports wandb to write; it is imported when a run opens the
 from __future__ import annotations
 
 import html
+import re
 import secrets
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,11 +16,14 @@ import numpy as np
 import wandb
 from numpy.typing import NDArray
 
+from ...comm.files import read_text, replace_file
 from ...comm.refusal import Problem, Refused
+from ...comm.strict import Malformed
 from .config import WandbConfig
 from .events import JSON, Event
 
 RUN_ID_FILE = "wandb_run_id"
+_RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _MOST_BINS = 512  # wandb.Histogram refuses more
 _SUMMARIES = ("budget", "stop")
 _AS_PLANNED = "done"
@@ -94,9 +99,20 @@ class WandbSink:
 def _run_id(run_dir: Path) -> str:
     """The id that `run_dir` got in its first life."""
     path = run_dir / RUN_ID_FILE
-    if not path.exists():
-        path.write_text(secrets.token_hex(4) + "\n")
-    return path.read_text().strip()
+    try:
+        found = read_text(path, 1000).strip()
+        if _RUN_ID.fullmatch(found):
+            return found
+        why: object = f"it holds {found!r}"
+    except FileNotFoundError:
+        why = None
+    except (Malformed, OSError) as error:
+        why = error
+    new = secrets.token_hex(4)
+    if why is not None:
+        print(f"shoestring train: {path} names no run of wandb ({why}); a new one begins: {new}", file=sys.stderr)
+    replace_file(path, f"{new}\n".encode())
+    return new
 
 
 def _shown(kind: str, value: JSON) -> object:

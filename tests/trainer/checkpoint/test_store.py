@@ -237,10 +237,10 @@ def test_a_checkpoint_that_cannot_be_read_now_is_refused_and_not_called_damaged(
 ) -> None:
     save(CheckpointStore(tmp_path, keep=1), 1)
 
-    def fail(path: Path) -> str:
+    def fail(path: Path, most: int) -> str:
         raise OSError(errno.EIO, "Input/output error", str(path))
 
-    monkeypatch.setattr(Path, "read_text", fail)
+    monkeypatch.setattr("shoestring.trainer.checkpoint.manifest.read_text", fail)
     with pytest.raises(Refused, match=r"Input/output error.*cannot be read now; nothing was changed"):
         find_checkpoint(tmp_path)
 

@@ -1,0 +1,367 @@
+"""Kinds of inputs: what of the seeds is damaged, and which verb then reads it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from types import MappingProxyType
+from typing import Any
+
+from shoestring.launch.compose import compose_run, to_tree
+from shoestring.trainer.data.manifest import Source, fingerprint
+
+from .mutate import dumps, mutate_bytes, mutate_file, mutate_json, mutate_tree, nasty, places
+from .seeds import data_overrides
+
+FILE_SHARE = 0.08
+"""Of inputs in which a file is no longer a file."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A command on files that lie in its folder."""
+
+    arguments: tuple[str, ...]
+    codes: frozenset[int]
+    """Exit codes that the verb's documentation knows of."""
+    made: Path | None = None
+    """What must not be there when the command has refused."""
+
+
+def reads(*arguments: object, codes: tuple[int, ...] = (0, 2), made: Path | None = None) -> Input:
+    """An input whose verb ends with one of `codes`."""
+    return Input(tuple(map(str, arguments)), frozenset(codes), made)
+
+
+def copy(seeds: Path, folder: Path, name: str) -> Path:
+    """A seed of one's own."""
+    source, target = seeds / name, folder / name
+    return Path(shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target))
+
+
+def overrides(random: Random, seeds: Path, folder: Path) -> Input:
+    """Keys and values of the command line, or of a file in a directory of one's own."""
+    if random.random() < 0.3:
+        own = copy(seeds, folder, "own")
+        path = own / "experiment" / "mine.yaml"
+        if random.random() < FILE_SHARE:
+            mutate_file(random, path)
+        else:
+            path.write_bytes(_yaml(random, path.read_bytes()))
+        return reads("train", "--cfg", "job", "--config-dir", own, "experiment=mine")
+    tree = to_tree(compose_run(["experiment=quickstart"]))
+    found = [place for place in places(tree) if isinstance(place[1], str)]
+    lines = []
+    for _ in range(random.choice([1, 1, 2, 4])):
+        container, key = random.choice(found)
+        name = next(path for path, holder in _paths(tree) if holder is container)
+        value = nasty(random, container[key])
+        text = value if isinstance(value, str) else json.dumps(value)
+        line = f"{name}{key}={text}".replace("\0", "0").encode(errors="replace").decode()
+        lines.append(random.choice([line, line, line, line.replace("=", "", 1), f"+{line}", f"~{line}", line + "}"]))
+    return reads("train", "--cfg", "job", "experiment=quickstart", "--", *lines)
+
+
+def _paths(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    found = [(prefix, tree)]
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        found += _paths(value, f"{prefix}{key}.")
+    return found
+
+
+def _yaml(random: Random, raw: bytes) -> bytes:
+    lines = raw.splitlines(keepends=True)
+    place = random.randrange(1, len(lines))
+    indent = lines[place][: len(lines[place]) - len(lines[place].lstrip())]
+    key = lines[place].split(b":")[0]
+    new = [
+        key + b": " + json.dumps(nasty(random)).encode() + b"\n",
+        key + b": &a [*a]\n",
+        key + b": ${" + key.strip() + b"}\n",
+        key + b": ${oc.env:NO_SUCH_VARIABLE}\n",
+        key + b": !!python/object/apply:os.getcwd []\n",
+        key + b": " + b"[" * 3000 + b"\n",
+        indent + b"- a\n",
+        lines[place] * 2,
+        indent + b"a: &a [1,1,1,1,1,1,1,1,1,1]\n"
+        + b"".join(indent + b"%c: &%c [%s]\n" % (n + 1, n + 1, b",".join([b"*%c" % n] * 10)) for n in range(97, 106)),
+    ]  # fmt: skip
+    if random.random() < 0.3:
+        return mutate_bytes(random, raw)
+    return b"".join([*lines[:place], random.choice(new), *lines[place + 1 :]])
+
+
+def config_json(random: Random, seeds: Path, folder: Path) -> Input:
+    """The configuration, and files that are carried, of released weights."""
+    hf = copy(seeds, folder, "hf")
+    name = random.choice(["config.json"] * 6 + ["generation_config.json", "tokenizer_config.json"])
+    _damage_json(random, hf / name)
+    return reads("import", hf, folder / "made", made=folder / "made")
+
+
+def headers(random: Random, seeds: Path, folder: Path) -> Input:
+    """The index and the headers of released weights, and their data."""
+    hf = copy(seeds, folder, random.choice(["hf", "hf_sharded"]))
+    files = sorted(hf.glob("model*"))
+    path = random.choice(files)
+    if path.suffix == ".json" or random.random() < FILE_SHARE:
+        _damage_json(random, path)
+        return reads("import", hf, folder / "made", made=folder / "made")
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    text, data = raw[8 : 8 + length], raw[8 + length :]
+    action = random.random()
+    if action < 0.7:
+        text = mutate_json(random, text)
+        length = len(text)
+    elif action < 0.8:
+        length = random.choice([0, 1, 2**31, 2**63, length - 1, length + 1, len(raw)])
+    elif action < 0.9:
+        place = random.randrange(len(data))
+        data = data[:place] + b"\xff" * 4 + data[place + 4 :]
+    else:
+        path.write_bytes(mutate_bytes(random, raw))
+        return reads("import", hf, folder / "made", made=folder / "made")
+    path.write_bytes(struct.pack("<Q", length) + text + data)
+    return reads("import", hf, folder / "made", made=folder / "made")
+
+
+def _damage_json(random: Random, path: Path) -> None:
+    if random.random() < FILE_SHARE or not path.name.endswith(".json"):
+        mutate_file(random, path)
+    else:
+        path.write_bytes(mutate_json(random, path.read_bytes()))
+
+
+def data_manifest(random: Random, seeds: Path, folder: Path) -> Input:
+    """The manifest of prepared data, half of them with a fingerprint that fits, or a file beside it."""
+    prepared = copy(seeds, folder, "prepared")
+    path = prepared / "manifest.json"
+    if random.random() < 0.2:
+        _damage_any(random, random.choice(sorted(prepared.iterdir())))
+    elif random.random() < 0.3:
+        path.write_bytes(mutate_json(random, path.read_bytes()))
+    else:
+        tree = mutate_tree(random, json.loads(path.read_bytes()))
+        try:
+            sources = [Source(**source) for source in tree["sources"]]
+            tree["fingerprint"] = fingerprint(sources, tree["vocabulary"], tree["shard_tokens"])
+        except (TypeError, KeyError, AttributeError, ValueError):
+            pass  # no fingerprint fits it
+        path.write_bytes(dumps(tree))
+    return reads("data", "inspect", *data_overrides(folder))
+
+
+def _damage_any(random: Random, path: Path) -> None:
+    if random.random() < 0.5:
+        mutate_file(random, path)
+    else:
+        path.write_bytes(mutate_bytes(random, path.read_bytes()))
+
+
+def checkpoint_manifest(random: Random, seeds: Path, folder: Path) -> Input:
+    """The manifest of a checkpoint, resealed, or a file beside it."""
+    saved = copy(seeds, folder, "saved")
+    step = saved / "checkpoints" / "step_00000004"
+    if random.random() < 0.2:
+        _damage_any(random, random.choice(sorted(step.iterdir())))
+    else:
+        path = step / "manifest.json"
+        path.write_bytes(mutate_json(random, path.read_bytes()))
+        (step / "complete").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+    made = folder / "made"
+    return random.choice(
+        [
+            reads("checkpoint", "verify", saved, codes=(0, 1, 2)),
+            reads("checkpoint", "ls", saved),
+            reads("checkpoint", "diff", saved, saved, "--other-step", 2, codes=(0, 1, 2)),
+            reads("export", saved, made, made=made),
+            reads("generate", saved, "--prompt", "word", "--tokens", 2),
+        ]
+    )
+
+
+def ledger(random: Random, seeds: Path, folder: Path) -> Input:
+    """Records of the ledger with hashes that fit, or other bytes, or the heartbeat."""
+    run = copy(seeds, folder, "run")
+    path = run / "ledger" / random.choice(["work.jsonl"] * 4 + ["allocation.jsonl"] * 3 + ["heartbeat.json"])
+    if random.random() < FILE_SHARE:
+        mutate_file(random, path)
+    elif path.suffix == ".json" or random.random() < 0.15:
+        path.write_bytes(mutate_bytes(random, path.read_bytes()))
+    else:
+        records = [json.loads(line) for line in path.read_bytes().splitlines()]
+        index = random.randrange(len(records))
+        changed = mutate_tree(random, records[index])
+        records[index : index + 1] = random.choice([[changed]] * 5 + [[], [changed, changed]])
+        path.write_bytes(_chained(records))
+    return _looks_at(random, run, folder)
+
+
+def _chained(records: list[Any]) -> bytes:
+    head, lines = "0" * 64, []
+    for record in records:
+        if not isinstance(record, dict):
+            lines.append(dumps(record) + b"\n")
+            continue
+        content = {key: value for key, value in record.items() if key != "hash"}
+        try:
+            text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        except (TypeError, ValueError):
+            text = ""
+        head = hashlib.sha256((head + text).encode()).hexdigest()
+        lines.append(dumps({**content, "hash": head}) + b"\n")
+    return b"".join(lines)
+
+
+def _looks_at(random: Random, run: Path, folder: Path) -> Input:
+    return random.choice(
+        [
+            reads("budget", run),
+            reads("budget", run, "--format", "json"),
+            reads("watch", run, "--once"),
+            reads("report", run, "--out", folder / "made", made=folder / "made"),
+        ]
+    )
+
+
+def metrics(random: Random, seeds: Path, folder: Path) -> Input:
+    """Lines of the event stream."""
+    run = copy(seeds, folder, "run")
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    if random.random() < FILE_SHARE:
+        mutate_file(random, path)
+    elif random.random() < 0.15:
+        path.write_bytes(mutate_bytes(random, path.read_bytes()))
+    else:
+        for _ in range(random.choice([1, 1, 3])):
+            index = random.randrange(len(lines))
+            tree = lines[index] if random.random() < 0.1 else dumps(mutate_tree(random, json.loads(lines[index])))
+            lines[index] = (mutate_bytes(random, tree) if tree is lines[index] else tree) + b"\n"
+            break
+        path.write_bytes(b"".join(lines))
+    return random.choice(
+        [reads("watch", run, "--once"), reads("report", run, "--out", folder / "made", made=folder / "made")]
+    )
+
+
+def tokenizer(random: Random, seeds: Path, folder: Path) -> Input:
+    """The tokenizer of prepared data, of released weights, or of a checkpoint, each with the hash that fits."""
+    where = random.choice(["prepared", "hf", "saved"])
+    base = copy(seeds, folder, where)
+    path = base / "tokenizer.json"
+    if where == "saved":
+        path = base / "checkpoints" / "step_00000004" / "tokenizer.json"
+    raw = path.read_bytes()
+    tree = json.loads(raw)
+    if random.random() < 0.5:  # near the root: the vocabulary has most of all values
+        short = {key: value for key, value in tree.items() if key != "model"}
+        changed = mutate_tree(random, short)
+        new = dumps({**changed, "model": tree["model"]} if isinstance(changed, dict) else changed)
+    else:
+        new = mutate_json(random, raw)
+    path.write_bytes(new)
+    sha256, size = hashlib.sha256(new).hexdigest(), len(new)
+    if where == "hf":
+        return reads("import", base, folder / "made", made=folder / "made")
+    if where == "prepared":
+        manifest = json.loads((base / "manifest.json").read_bytes())
+        manifest["tokenizer"].update(sha256=sha256, bytes=size)
+        (base / "manifest.json").write_text(json.dumps(manifest))
+        return reads("data", "inspect", *data_overrides(folder))
+    manifest = json.loads((path.parent / "manifest.json").read_bytes())
+    manifest["attachments"][0].update(sha256=sha256, bytes=size)
+    (path.parent / "manifest.json").write_text(json.dumps(manifest, separators=(",", ":")))
+    (path.parent / "complete").write_text(hashlib.sha256((path.parent / "manifest.json").read_bytes()).hexdigest())
+    made = folder / "made"
+    return random.choice(
+        [reads("generate", base, "--prompt", "word", "--tokens", 2), reads("export", base, made, made=made)]
+    )
+
+
+def corpus(random: Random, seeds: Path, folder: Path) -> Input:
+    """Works of a corpus."""
+    base = copy(seeds, folder, "corpus")
+    path = random.choice(sorted(base.iterdir()))
+    action = random.random()
+    if action < 0.2:
+        mutate_file(random, path)
+    elif action < 0.4:
+        path.write_bytes(mutate_bytes(random, path.read_bytes()))
+    elif action < 0.7:
+        path = base / "w.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True)
+        index = random.randrange(len(lines))
+        lines[index] = mutate_json(random, lines[index]) + b"\n"
+        path.write_bytes(b"".join(lines))
+    else:
+        name = random.choice(
+            ["a.jsonl", "b.TXT", "é.txt", ".txt", "x" * 200 + ".txt", "sub", "c.txt.gz", "new\nline.txt"]
+        )
+        mutate_file(random, base / name)
+    return reads("data", "prepare", *data_overrides(folder), made=folder / "prepared")
+
+
+def small_files(random: Random, seeds: Path, folder: Path) -> Input:
+    """Plans, timelines, tables, invoices, accounts, projects, and the configuration that a run has left."""
+    run, what = copy(seeds, folder, "run"), random.randrange(7)
+    if what == 0:
+        (run / "metrics.jsonl").unlink()
+        path = run / "config.yaml"
+        path.write_bytes(_yaml(random, path.read_bytes()))
+        return reads("report", run, "--out", folder / "made", made=folder / "made")
+    if what == 1:
+        path = run / "trace" / "trace.json"
+        _damage_json(random, path)
+        return random.choice([reads("trace", run), reads("trace", path, "--svg", folder / "made")])
+    name = ["plan.json", "table.csv", "invoice.csv", "sacct.txt", "project.yaml"][what - 2]
+    path = copy(seeds, folder, name)
+    if name == "plan.json":
+        _damage_json(random, path)
+        return reads("budget", run, "--against", path)
+    if random.random() < FILE_SHARE:
+        mutate_file(random, path)
+    elif name == "project.yaml" and random.random() < 0.7:
+        path.write_bytes(_yaml(random, path.read_bytes()))
+    else:
+        path.write_bytes(_row(random, path.read_bytes()))
+    if name == "table.csv":
+        return reads("simulate", "experiment=deepseek_v3_h800", f"cluster.tables={path}")
+    if name == "project.yaml":
+        return reads("budget", path)
+    return reads("budget", run, "--invoice" if name == "invoice.csv" else "--sacct", path)
+
+
+def _row(random: Random, raw: bytes) -> bytes:
+    if random.random() < 0.3:
+        return mutate_bytes(random, raw)
+    lines = raw.decode().splitlines()
+    index = random.randrange(len(lines))
+    sign = "|" if "|" in lines[0] else ","
+    cells = lines[index].split(sign)
+    cells[random.randrange(len(cells))] = str(nasty(random, 5))[:6000]
+    lines[index] = sign.join(cells)
+    return "\n".join(lines).encode(errors="surrogatepass") + b"\n"
+
+
+KINDS: Mapping[str, Callable[[Random, Path, Path], Input]] = MappingProxyType(
+    {
+        "overrides": overrides,
+        "config.json": config_json,
+        "index and headers": headers,
+        "data manifest": data_manifest,
+        "checkpoint manifest": checkpoint_manifest,
+        "ledger": ledger,
+        "metrics": metrics,
+        "tokenizer": tokenizer,
+        "corpus": corpus,
+        "small files": small_files,
+    }
+)
