@@ -6,11 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Group, RenderableType
 from rich.table import Table
-from yaml import YAMLError
 
 from ..comm.refusal import Problem, Refused
 from ..trainer.budget.guard import project_cost
@@ -21,9 +18,9 @@ from ..trainer.config import RunConfig
 from ..trainer.telemetry.events import Event, as_numbers
 from ..trainer.telemetry.history import read_all_metrics
 from ..trainer.telemetry.memory import ALLOCATED
+from .compose import read_config
 from .planned import Planned, read_planned
 from .run_dir import CONFIG_FILE
-from .typed import build
 
 _METRICS_FILE = "metrics.jsonl"
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
@@ -123,15 +120,7 @@ def _notes(config: RunConfig, summary: Summary, tokens: int) -> Iterator[str]:
 
 def _configuration(run_dir: Path) -> RunConfig:
     """What the last launch was told."""
-    path = run_dir / CONFIG_FILE
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except OSError as error:
-        remedy = f"says what the run was told, and cannot be read: {error.strerror}"
-        raise Refused([Problem(str(path), None, remedy)]) from error
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise Refused([Problem(str(path), None, f"is not YAML: {error}")]) from error
-    return build(RunConfig, tree)
+    return read_config(run_dir / CONFIG_FILE)
 
 
 def _precision(run_dir: Path, config: RunConfig) -> str | None:

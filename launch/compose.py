@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,26 @@ from yaml import YAMLError
 
 from ..comm.refusal import Doubt, Problem, Refused, refuse_if_any
 from ..trainer.config import RunConfig
-from .typed import read
+from ..trainer.environment_text import EnvironmentText
+from .interpolations import resolve
+from .typed import build, read
 
 _WHOLE_RUN = "# @package _global_"
 """Hydra's word for a file whose keys stand at the top, as an experiment's do, and not under its group."""
 
 
-def compose_run(overrides: Sequence[str], config_dir: Path | None = None) -> RunConfig:
+def compose_run(overrides: Sequence[str], config_dir: Path | None = None, instant: datetime | None = None) -> RunConfig:
     """The configuration that `overrides` describe, such as `experiment=quickstart` and `training.seed=1`.
 
-    Groups are looked up in `config_dir` too, where it is given. Raises `Refused` with every problem that can be seen
-    without disk or processes.
+    Groups are looked up in `config_dir` too, where it is given; `${now:…}` is `instant`, by default now. Raises
+    `Refused` with every problem that can be seen without disk or processes.
     """
     problems: list[Problem] = []
     with initialize_config_module("shoestring.conf", version_base="1.3"):
         problems += _directory_problems(config_dir)
         lines = [(text, list(_readable(text, config_dir, problems))) for text in overrides]
-        tree = _compose([line for _, read_as in lines for line in read_as], config_dir, problems)
+        words = [line for _, read_as in lines for line in read_as]
+        tree = _compose(words, config_dir, instant or datetime.now().astimezone(), problems)
     unread = {_key(text) for text, read_as in lines if not read_as}
     if {"--config-dir", "experiment"} & (unread | {problem.field for problem in problems}):
         unread.add("")  # their files could have set anything
@@ -46,11 +50,24 @@ def compose_run(overrides: Sequence[str], config_dir: Path | None = None) -> Run
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole configuration, every default written out.
+    """The whole configuration, every default written out; what comes from the environment is not resolved.
 
-    Kept as `DIR/experiment/NAME.yaml` it is read back with `--config-dir DIR experiment=NAME`.
+    `read_config` reads it. Kept as `DIR/experiment/NAME.yaml` it is read back with `--config-dir DIR experiment=NAME`.
     """
     return f"{_WHOLE_RUN}\n{OmegaConf.to_yaml(OmegaConf.create(literal(to_tree(config))))}"
+
+
+def read_config(path: Path) -> RunConfig:
+    """Read what `to_yaml` wrote, and resolve what comes from the environment. Raises `Refused`."""
+    problems: list[Problem] = []
+    try:
+        tree = resolve(OmegaConf.load(path), problems, datetime.now().astimezone())
+    except OSError as error:
+        remedy = f"says what the run was told, and cannot be read: {error.strerror}"
+        raise Refused([Problem(str(path), None, remedy)]) from error
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise Refused([Problem(str(path), None, f"cannot be read or resolved: {error}")]) from error
+    return build(RunConfig, tree, problems)
 
 
 def to_tree(config: RunConfig) -> dict[str, Any]:
@@ -70,7 +87,9 @@ def _plain(value: Any) -> Any:
 
 
 def literal(value: Any) -> Any:
-    """`value` with every `${` in it escaped, so that OmegaConf reads it as text."""
+    """`value` with every `${` in it escaped, so that OmegaConf reads it as text; not where it was an interpolation."""
+    if isinstance(value, EnvironmentText):
+        return value.source
     if isinstance(value, dict):
         return {key: literal(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -78,7 +97,7 @@ def literal(value: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
-def _compose(lines: Sequence[str], config_dir: Path | None, problems: list[Problem]) -> object:
+def _compose(lines: Sequence[str], config_dir: Path | None, instant: datetime, problems: list[Problem]) -> object:
     """The tree of plain values that Hydra makes of override lines that are fit to be read."""
     searchpath = []
     if config_dir is not None and config_dir.is_dir():
@@ -86,7 +105,7 @@ def _compose(lines: Sequence[str], config_dir: Path | None, problems: list[Probl
         searchpath = [f"hydra.searchpath=['file://{quoted}']"]
     try:
         composed = compose("config", [*searchpath, *lines])
-        tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        tree = resolve(composed, problems, instant)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         text = " ".join(line.removeprefix("++") for line in lines)
         raise Refused([*problems, Problem("command line", text, str(error))]) from error

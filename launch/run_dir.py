@@ -99,6 +99,13 @@ def write_status(run_dir: Path, code: int, reason: str) -> None:
     (run_dir / STATUS_FILE).write_text(json.dumps({"exit_code": code, "reason": reason}) + "\n")
 
 
+def write_config(run_dir: Path, text: str) -> None:
+    """Leave the run's configuration in its directory."""
+    new = run_dir / f"{CONFIG_FILE}.new"
+    new.write_text(text)
+    new.replace(run_dir / CONFIG_FILE)
+
+
 def clear_status(run_dir: Path) -> None:
     """Forget how the last launch ended: another one begins."""
     (run_dir / STATUS_FILE).unlink(missing_ok=True)

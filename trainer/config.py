@@ -100,6 +100,8 @@ class TrainingConfig:
     """A collective that waits longer than this ends the run."""
     start_timeout_seconds: int = 1800
     """How long ranks may take to find each other and to connect, once: at 2048 ranks one store serves them all."""
+    meeting_timeout_seconds: int = 300
+    """How long the machines of a launch wait for each other before any of them starts a rank."""
     stop_seconds: int = 300
     """After SIGTERM or SIGUSR1: the time for the step under way and a checkpoint. A run that needs longer is ended."""
 
@@ -113,7 +115,13 @@ class TrainingConfig:
         elif self.attention != "auto" and self.device == "cpu":
             yield Problem("attention", self.attention, "is for GPUs: write auto, or training.device=cuda", ("device",))
         at_least_one = ["tokens", "sequence_length", "global_batch", "keep_checkpoints"]
-        for name in (*at_least_one, "collective_timeout_seconds", "start_timeout_seconds", "stop_seconds"):
+        for name in (
+            *at_least_one,
+            "collective_timeout_seconds",
+            "start_timeout_seconds",
+            "meeting_timeout_seconds",
+            "stop_seconds",
+        ):
             if values[name] < 1:
                 yield Problem(name, values[name], "must be at least 1")
         if self.ramp_from is not None and not 1 <= self.ramp_from <= self.global_batch:

@@ -111,5 +111,5 @@ def _config(run_dir: Path, events: Sequence[Event]) -> Mapping[str, Any]:
         tree: Any = told[-1]
     else:
         path = run_dir / CONFIG_FILE
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True) if path.exists() else {}
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False) if path.exists() else {}
     return tree if isinstance(tree, Mapping) else {}

@@ -32,7 +32,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def test_the_variables_become_torchruns_arguments() -> None:
-    assert read_place({}).torchrun(4) == ["--standalone", "--local-addr=localhost", "--nproc-per-node=4"]
+    assert read_place({}).torchrun(4) == ["--rdzv-backend=loopback", "--rdzv-endpoint=127.0.0.1", "--nproc-per-node=4"]
     place = read_place(TWO | {"MASTER_PORT": "1234", "GPUS_PER_NODE": "8"})
     assert place == Place(nodes=2, rank=1, address="node0", port=1234, processes=8)
     assert place.torchrun(8) == [
