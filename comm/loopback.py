@@ -18,8 +18,9 @@ def loopback_address() -> str:
     reasons = []
     for address in _ADDRESSES:
         try:
-            with listen_on(address) as listener:
-                socket.create_connection(listener.getsockname()[:2], _SECONDS).close()
+            with listen_on(address) as listener, socket.socket(listener.family, socket.SOCK_STREAM) as caller:
+                caller.settimeout(_SECONDS)
+                caller.connect(listener.getsockname())
         except OSError as error:
             reasons.append(f"{address}: {error.strerror or error}")
         else:

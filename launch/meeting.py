@@ -30,6 +30,8 @@ _SECONDS_TO_SPEAK = 10
 """For a machine that has connected to send its line: on one machine and in one network this takes milliseconds."""
 _SECONDS_TO_SEE = 60
 """For a file to appear on the other machines: NFS looks again after 60 s (acdirmax)."""
+_SECONDS_TO_HEAR = 20
+"""For machines that are about to come, when one that has come is refused: they would wait for nobody."""
 _SECONDS_FOR_PORT = 20
 _SECONDS_TO_REPORT = 3
 _MOST_BYTES = 4 * 2**20
@@ -201,12 +203,15 @@ def _listen(venue: Venue) -> socket.socket:
 
 
 def _gather(venue: Venue, listener: socket.socket, facts: Facts, guests: dict[int, _Line]) -> None:
-    """Until every other machine is among the `guests`."""
+    """Until every other machine is among the `guests`. Raises `Refused`, once most of them are there to hear it."""
     deadline, words, hint = time.monotonic() + venue.seconds, _Words(), _foreign(venue.address)
+    refusals: list[Refused] = []
     while len(guests) < venue.machines - 1:
         missing = [number for number in range(1, venue.machines) if number not in guests]
         some = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
         words.say(f"waiting for {len(missing)} of {venue.machines} machines at {venue.where} (missing: {some}){hint}")
+        if refusals and time.monotonic() > deadline:
+            break
         if time.monotonic() > deadline:
             late = f"of {venue.machines} machines, {some} did not come to {venue.where} within {venue.limit}{hint}"
             raise NotMet(f"{late}; look what they say, and whether they reach that address")
@@ -214,7 +219,13 @@ def _gather(venue: Venue, listener: socket.socket, facts: Facts, guests: dict[in
             connection, _ = listener.accept()
         except TimeoutError:
             continue
-        _welcome(venue, _Line(connection), facts, guests)
+        try:
+            _welcome(venue, _Line(connection), facts, guests)
+        except Refused as refused:
+            refusals.append(refused)
+            deadline = min(deadline, time.monotonic() + _SECONDS_TO_HEAR)
+    if refusals:
+        raise refusals[0]
 
 
 def _foreign(address: str) -> str:
@@ -236,7 +247,7 @@ def _welcome(venue: Venue, line: _Line, facts: Facts, guests: dict[int, _Line]) 
         number, line.host = message["machine"], str(message["host"])
         refused = message.get("refused")
         theirs = {} if refused is not None else from_json(str(message["facts"]))
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, RecursionError):
         line.close()
         return
     if not isinstance(number, int) or not 1 <= number < venue.machines:

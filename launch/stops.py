@@ -1,4 +1,4 @@
-"""How often in a row a run was stopped before it had made a step: such a run must not be started again for ever."""
+"""What must not be started again for ever: a run that is always stopped before its first step, one that has ended."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _FILE = "stops_without_step"
+_ENDED = "ended"
 MOST_STOPS = 3
 """In a row; the last of them is a fault, and no scheduler starts the run again for it."""
 
@@ -34,3 +35,19 @@ def too_many_stops(run_dir: Path) -> str | None:
     if count < MOST_STOPS:
         return None
     return f"{count} launches in a row were stopped before their first step; give them more time, then start again"
+
+
+def note_end(run_dir: Path, attempt: str, code: int) -> None:
+    """Note that `attempt` has ended on purpose, with this exit code."""
+    with suppress(OSError):
+        (run_dir / _ENDED).write_text(f"{attempt} {code}\n")
+
+
+def end_of(run_dir: Path, attempt: str) -> int | None:
+    """Return the exit code with which `attempt` has ended on purpose; None where it has not."""
+    try:
+        name, _, code = (run_dir / _ENDED).read_text().strip().rpartition(" ")
+    except (OSError, UnicodeDecodeError):
+        return None
+    is_code = code.isascii() and code.isdigit() and len(code) <= 3
+    return int(code) if name == attempt and is_code else None

@@ -32,7 +32,7 @@ from .rank_environment import FLIGHT_RECORDER, applying, computes_on_gpus, make_
 from .run_dir import is_marked, own, write_config, write_status
 from .say import say
 from .stopping import listen_for_stop
-from .stops import note_stop
+from .stops import end_of, note_end, note_stop
 
 _REFUSED = 2
 _SECONDS_FOR_OTHERS = 3
@@ -61,6 +61,9 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
     anything else it exits with the true code, and every rank says why.
     """
     stop_asked = listen_for_stop()
+    code = end_of(Path(config.training.run_dir), attempt_name())
+    if code is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return code  # a torchrun of one's own, with --max-restarts: it starts again what has ended on purpose
     if worker.rank == 0:
         _own(Path(config.training.run_dir), config)
     if worker.world_size != config.topology.world_size:
@@ -158,9 +161,11 @@ def _own(run_dir: Path, config: RunConfig) -> None:
 
 
 def _stop(config: RunConfig, worker: WorkerEnvironment, code: int, reason: str) -> int:
-    launched = LAUNCHER_VARIABLE in os.environ
+    launched, run_dir = LAUNCHER_VARIABLE in os.environ, Path(config.training.run_dir)
     if worker.rank == 0:
-        write_status(Path(config.training.run_dir), code, reason)
+        write_status(run_dir, code, reason)
+        if not launched:
+            note_end(run_dir, attempt_name(), code)
     if code and (worker.rank == 0 or not launched):
         say(f"shoestring train: {reason}" if worker.rank == 0 else f"shoestring train: rank {worker.rank}: {reason}")
     return 0 if launched else code
