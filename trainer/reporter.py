@@ -250,10 +250,12 @@ class Reporter:
             self._emit("trace", step, {"path": str(path), **values})
 
     def must_halt(self, done: int) -> str | None:
-        """Why the run must halt after `done` steps: for its budget. None if it need not."""
+        """Why the run must halt after `done` steps: for its budget. None if it need not.
+
+        Asked inside a step, whose time is charged as a whole: this is not charged to `telemetry` again.
+        """
         assert self._guard is not None
-        with self.telling():
-            return self._guard.must_halt(self._tokens_left(done))
+        return self._guard.must_halt(self._tokens_left(done))
 
     def totals(self) -> dict[str, int | str]:
         """What a checkpoint carries of the ledger."""

@@ -210,7 +210,7 @@ def test_a_job_whose_notice_comes_in_its_first_minutes_is_requeued_as_long_as_it
 def has_begun(run_dir: Path, life: int) -> bool:
     """Whether the launcher of this life holds the directory and hears signals: its ranks come seconds later."""
     path = run_dir / ALLOCATION_FILE
-    return path.exists() and path.read_text().count('"kind":"begin"') >= life
+    return path.exists() and path.read_text().count('"kind":"open"') >= life
 
 
 @pytest.mark.timeout(300)
