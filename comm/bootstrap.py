@@ -9,7 +9,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from .refusal import Problem, Refused
+from .loopback import listen_on, loopback_of
+from .refusal import Problem, Refused, refuse_if_any
+
+_MOST_RANKS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -30,30 +33,53 @@ class WorkerEnvironment:
         if missing:
             remedy = f"is set but {', '.join(missing)} is not; start ranks with torchrun, or unset it"
             raise Refused([Problem("RANK", os.environ["RANK"], remedy)])
-        return WorkerEnvironment(
-            rank=int(os.environ["RANK"]),
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            world_size=int(os.environ["WORLD_SIZE"]),
-        )
+        problems: list[Problem] = []
+        size = _whole("WORLD_SIZE", 1, _MOST_RANKS, problems)
+        rank = _whole("RANK", 0, _MOST_RANKS, problems)
+        local_rank = _whole("LOCAL_RANK", 0, _MOST_RANKS, problems) if "LOCAL_RANK" in os.environ else 0
+        _whole("MASTER_PORT", 1, 65535, problems)
+        if not os.environ["MASTER_ADDR"]:
+            problems.append(Problem("MASTER_ADDR", "", "must name the machine of rank 0"))
+        if not problems and rank >= size:
+            problems.append(Problem("RANK", rank, f"must be less than WORLD_SIZE = {size}: ranks count from 0"))
+        refuse_if_any(problems)
+        return WorkerEnvironment(rank=rank, local_rank=local_rank, world_size=size)
 
 
-def start_default_group(worker: WorkerEnvironment, device: torch.device, timeout: timedelta) -> None:
-    """Open the default process group: NCCL where `device` is a GPU, gloo elsewhere.
+def _whole(name: str, low: int, high: int, problems: list[Problem]) -> int:
+    """The number in a variable of the environment; `low`, and a problem more, where there is none."""
+    text = os.environ[name]
+    if text.isascii() and text.isdecimal() and len(text) <= len(str(high)) and low <= int(text) <= high:
+        return int(text)
+    remedy = f"must be a whole number from {low} to {high}; start ranks with torchrun, or unset RANK"
+    problems.append(Problem(name, text, remedy))
+    return low
+
+
+def open_store(worker: WorkerEnvironment, timeout: timedelta) -> dist.Store:
+    """Meet the other ranks at the store of the launch. Raises `dist.DistError` where they do not come in time.
 
     torchrun keeps one store over its restarts, and gloo reads the addresses of dead workers from it.
     A prefix for each attempt keeps the lives apart.
     """
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        worker.world_size,
-        is_master=worker.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        timeout=timeout,
-    )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_master = worker.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address = loopback_of(host) if is_master else None
+    descriptor = None if address is None else listen_on(address, port).detach()
+    store = dist.TCPStore(host, port, worker.world_size, is_master, timeout, master_listen_fd=descriptor)
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def start_default_group(
+    worker: WorkerEnvironment, device: torch.device, timeout: timedelta, store: dist.Store | None = None
+) -> None:
+    """Open the default process group: NCCL where `device` is a GPU, gloo elsewhere.
+
+    Ranks meet at `store`, by default a new one (see `open_store`).
+    """
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"attempt_{attempt}", store),
+        store=open_store(worker, timeout) if store is None else store,
         rank=worker.rank,
         world_size=worker.world_size,
         timeout=timeout,

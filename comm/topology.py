@@ -8,6 +8,8 @@ from enum import StrEnum
 
 from .refusal import Problem
 
+_MOST_RANKS, _MOST_STAGES = 2**20, 1024
+
 
 class Link(StrEnum):
     """The wire between two ranks. The names are an H800 node's, also where both ranks are processes on one CPU."""
@@ -114,6 +116,8 @@ class Topology:
             value: int = self.__dict__[name]
             if value < 1:
                 yield Problem(name, value, "must be at least 1")
+            elif value > (most := _MOST_STAGES if name == "pp" else _MOST_RANKS):
+                yield Problem(name, value, f"must be at most {most}: no cluster has more")
         if min(self.ep, self.gpus_per_node) >= 1 and max(self.ep, self.gpus_per_node) % self.ep_node_size:
             remedy = (
                 f"must divide gpus_per_node = {self.gpus_per_node} or be a multiple of it: groups fill nodes evenly"

@@ -9,9 +9,7 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from ..comm.files import refusing
 from ..comm.refusal import Problem, Refused
-from ..comm.strict_yaml import read_yaml
 from ..trainer.budget.guard import project_cost
 from ..trainer.budget.render import hours
 from ..trainer.budget.summary import Summary
@@ -20,9 +18,9 @@ from ..trainer.config import RunConfig
 from ..trainer.telemetry.events import Event, as_numbers
 from ..trainer.telemetry.history import read_all_metrics
 from ..trainer.telemetry.memory import ALLOCATED
+from .compose import read_config
 from .planned import Planned, read_planned
 from .run_dir import CONFIG_FILE
-from .typed import build
 
 _METRICS_FILE = "metrics.jsonl"
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
@@ -122,10 +120,7 @@ def _notes(config: RunConfig, summary: Summary, tokens: int) -> Iterator[str]:
 
 def _configuration(run_dir: Path) -> RunConfig:
     """What the last launch was told."""
-    path = run_dir / CONFIG_FILE
-    with refusing(path, "it says what the run was told; restore it"):
-        tree = read_yaml(path)
-    return build(RunConfig, tree)
+    return read_config(run_dir / CONFIG_FILE)
 
 
 def _precision(run_dir: Path, config: RunConfig) -> str | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from ..comm.files import os_problem
 from ..comm.refusal import Refused
 from .orphan import die_with_launcher
+from .say import open_standard_streams, say
 from .torchrun import RanksFailed
 from .verbs import checkpoints, data, machine, model, planning, runs, training
 
@@ -21,14 +22,15 @@ _FAMILIES = (training.add, model.add, planning.add, machine.add, runs.add, check
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: run the verb and exit with its code; 2 for refused input, every problem on a line of its own."""
     die_with_launcher()
+    open_standard_streams()
     options = parse(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         code = run(options)
     except Refused as refused:
-        print(f"shoestring {options.verb}: refused", file=sys.stderr)
+        say(f"shoestring {options.verb}: refused")
         for problem in refused.problems:
-            print(f"  {problem}", file=sys.stderr)
+            say(f"  {problem}")
         code = EXIT_REFUSED
     except BrokenPipeError:
         raise  # who reads the output has gone: no file is at fault
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"shoestring {options.verb}: refused\n  {problem}", file=sys.stderr)
         code = EXIT_REFUSED
     except RanksFailed as failed:
-        print(f"shoestring {options.verb}: {failed}", file=sys.stderr)
+        say(f"shoestring {options.verb}: {failed}")
         code = EXIT_FAULT
     sys.exit(code)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Sequence
+from datetime import datetime
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ..comm.files import os_problem
+from ..comm.files import os_problem, refusing
 from ..comm.refusal import Doubt, Problem, Refused, refuse_if_any
 from ..comm.strict import Malformed
 from ..comm.strict_yaml import check_yaml
 from ..trainer.config import RunConfig
-from .typed import read
+from ..trainer.environment_text import EnvironmentText
+from .interpolations import resolve
+from .typed import build, read
 
 _RESOLVING = (ValueError, TypeError, KeyError, AttributeError, OSError)
 """What resolvers and merges of Hydra and OmegaConf let through for values that they were not made for."""
@@ -30,11 +34,11 @@ _WHOLE_RUN = "# @package _global_"
 """Hydra's word for a file whose keys stand at the top, as an experiment's do, and not under its group."""
 
 
-def compose_run(overrides: Sequence[str], config_dir: Path | None = None) -> RunConfig:
+def compose_run(overrides: Sequence[str], config_dir: Path | None = None, instant: datetime | None = None) -> RunConfig:
     """The configuration that `overrides` describe, such as `experiment=quickstart` and `training.seed=1`.
 
-    Groups are looked up in `config_dir` too, where it is given. Raises `Refused` with every problem that can be seen
-    without disk or processes.
+    Groups are looked up in `config_dir` too, where it is given; `${now:…}` is `instant`, by default now. Raises
+    `Refused` with every problem that can be seen without disk or processes.
     """
     problems: list[Problem] = []
     with initialize_config_module("shoestring.conf", version_base="1.3"):
@@ -42,7 +46,8 @@ def compose_run(overrides: Sequence[str], config_dir: Path | None = None) -> Run
         if unreadable := list(_unreadable_files(config_dir)):  # Hydra would load them without end, or fail
             raise Refused([*problems, *unreadable])
         lines = [(text, list(_readable(text, config_dir, problems))) for text in overrides]
-        tree = _compose([line for _, read_as in lines for line in read_as], config_dir, problems)
+        words = [line for _, read_as in lines for line in read_as]
+        tree = _compose(words, config_dir, instant or datetime.now().astimezone(), problems)
     unread = {_key(text) for text, read_as in lines if not read_as}
     if {"--config-dir", "experiment"} & (unread | {problem.field for problem in problems}):
         unread.add("")  # their files could have set anything
@@ -53,11 +58,23 @@ def compose_run(overrides: Sequence[str], config_dir: Path | None = None) -> Run
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole configuration, every default written out.
+    """The whole configuration, every default written out; what comes from the environment is not resolved.
 
-    Kept as `DIR/experiment/NAME.yaml` it is read back with `--config-dir DIR experiment=NAME`.
+    `read_config` reads it. Kept as `DIR/experiment/NAME.yaml` it is read back with `--config-dir DIR experiment=NAME`.
     """
     return f"{_WHOLE_RUN}\n{OmegaConf.to_yaml(OmegaConf.create(literal(to_tree(config))))}"
+
+
+def read_config(path: Path) -> RunConfig:
+    """Read what `to_yaml` wrote, and resolve what comes from the environment. Raises `Refused`."""
+    problems: list[Problem] = []
+    with refusing(path, "it says what the run was told; restore it"):
+        text = check_yaml(path)
+    try:
+        tree = resolve(OmegaConf.load(StringIO(text)), problems, datetime.now().astimezone())
+    except (OmegaConfBaseException, YAMLError, RecursionError, *_RESOLVING) as error:
+        raise Refused([Problem(str(path), None, f"cannot be read or resolved: {error}")]) from error
+    return build(RunConfig, tree, problems)
 
 
 def to_tree(config: RunConfig) -> dict[str, Any]:
@@ -77,7 +94,9 @@ def _plain(value: Any) -> Any:
 
 
 def literal(value: Any) -> Any:
-    """`value` with every `${` in it escaped, so that OmegaConf reads it as text."""
+    """`value` with every `${` in it escaped, so that OmegaConf reads it as text; not where it was an interpolation."""
+    if isinstance(value, EnvironmentText):
+        return value.source
     if isinstance(value, dict):
         return {key: literal(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -85,7 +104,7 @@ def literal(value: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
-def _compose(lines: Sequence[str], config_dir: Path | None, problems: list[Problem]) -> object:
+def _compose(lines: Sequence[str], config_dir: Path | None, instant: datetime, problems: list[Problem]) -> object:
     """The tree of plain values that Hydra makes of override lines that are fit to be read."""
     searchpath = []
     if config_dir is not None and config_dir.is_dir():
@@ -93,7 +112,7 @@ def _compose(lines: Sequence[str], config_dir: Path | None, problems: list[Probl
         searchpath = [f"hydra.searchpath=['file://{quoted}']"]
     try:
         composed = compose("config", [*searchpath, *lines])
-        tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        tree = resolve(composed, problems, instant)
     except (HydraException, OmegaConfBaseException, YAMLError, RecursionError, *_RESOLVING) as error:
         text = " ".join(line.removeprefix("++") for line in lines)
         raise Refused([*problems, Problem("command line", text, str(error))]) from error

@@ -29,7 +29,7 @@ from ..trainer.model.attention_backend import (
 from ..trainer.precision.provider import PROVIDERS, choose_provider, missing_for
 from .namespaces import missing_means
 from .numa import BINDING, NumaFacts, why_not_bound
-from .rank_environment import applying, rank_environment, settings
+from .rank_environment import applying, of_one_machine, rank_environment, settings
 
 NOT_YET = "not yet run on hardware"
 TAKEN = "what precision.provider=auto takes"
@@ -144,8 +144,10 @@ def settings_in_force(environment: Mapping[str, str]) -> Iterator[InForce]:
     on_gpu = torch.cuda.device_count() > 0
     here = "ours" if on_gpu else _NO_GPU
     run_dir = Path("RUN_DIR")
+    local = of_one_machine()
     made = {setting.name for setting in applying(run_dir, on_gpu=on_gpu)}
-    for setting in settings(run_dir):
+    made |= {setting.name for setting in local if on_gpu or not setting.for_gpus}
+    for setting in (*settings(run_dir), *local):
         why, users = f"{setting.reader}: {setting.why}", setting.users(environment)
         value = setting.value.replace(f"{Path.cwd()}/", "")
         if users is not None:

@@ -5,23 +5,35 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
+from ..comm.agreement import Facts
 from ..comm.refusal import Problem, Refused, refuse_if_any
 from ..trainer.config import RunConfig
 from ..trainer.halt import Halt
-from .compose import compose_run
-from .launcher import LocalRanks, Stopped, launch, run_torchrun
+from .compose import compose_run, read_config
+from .identity import data_digest, identity
+from .launcher import LocalRanks, Stopped, launch, run_torchrun, stop_signals_raise
+from .meeting import NotMet, Venue, address_problems, attend_meeting, host_meeting, report_refusal
 from .preflight import is_finished, preflight, spent_budget
+from .run_dir import CONFIG_FILE, read_status
+from .say import open_standard_streams, say
+from .stopping import ASKING_SIGNALS
 from .torchrun import local_torchrun
 
 _PORT = 29500
-_REFUSED = 2
+_FAULT, _REFUSED = 1, 2
+_SECONDS_TO_REPORT = 3
+_SECONDS_FOR_STATUS = 10
+_SECONDS_BETWEEN_LOOKS = 0.5
+_NO_INSTANT = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,10 @@ class Place:
     """TCP port on machine 0."""
     processes: int | None
     """Ranks on each machine, where they are given."""
+
+    def venue(self, seconds: float) -> Venue:
+        """Where the machines meet, who wait for each other so long."""
+        return Venue(self.address, self.port, self.nodes, self.rank, seconds)
 
     def torchrun(self, processes: int) -> list[str]:
         """Arguments of torchrun for `processes` ranks on this machine.
@@ -109,37 +125,80 @@ def _how_to_fit(world: int, place: Place, processes: int, gpus: int) -> str:
 def run_node(overrides: Sequence[str], config_dir: Path | None, *, fresh: bool) -> int:
     """Run this machine's ranks to the end; return the exit code.
 
-    Machine 0 returns that of the run, as `shoestring train` does; the others return torchrun's own. Raises `Refused`
-    before any process exists.
+    Every machine returns that of the run, as `shoestring train` does, and 1 for a fault of its own. Raises `Refused`
+    before any process exists, and `NotMet`.
     """
     place = read_place(os.environ)
-    config = compose_run(overrides, config_dir)
-    processes = count_processes(config, place)
-    preflight(config, processes, fresh=fresh, first_machine=place.rank == 0)
-    arguments = [*overrides, *([] if config_dir is None else ["--config-dir", str(config_dir)])]
+    try:
+        config = compose_run(overrides, config_dir)
+        processes = count_processes(config, place)
+        if place.nodes > 1:
+            refuse_if_any(address_problems(place.address))
+        preflight(config, processes, fresh=fresh, first_machine=place.rank == 0)
+    except Refused as refused:
+        if place.rank > 0:
+            report_refusal(place.venue(_SECONDS_TO_REPORT), refused)
+        raise
     local = LocalRanks(processes, tuple(place.torchrun(processes)))
+    if place.nodes == 1:
+        return launch(config, local, fresh=fresh)
+    # Each machine would put another instant in the place of `${now:...}`: machine 0's holds, and is not compared.
+    facts = identity(compose_run(overrides, config_dir, _NO_INSTANT), data_digest(config))
+    venue = place.venue(config.training.meeting_timeout_seconds)
     if place.rank == 0:
-        return launch(config, local, arguments, fresh=fresh)
+        run_dir = Path(config.training.run_dir)
+        return launch(config, local, fresh=fresh, meet=lambda attempt: host_meeting(venue, facts, run_dir, attempt))
     if not fresh and is_finished(config):
         return 0
     if not fresh and spent_budget(config) is not None:
         return Halt.OVER_BUDGET
+    return _share(venue, facts, local)
+
+
+def _share(venue: Venue, facts: Facts, local: LocalRanks) -> int:
+    """Run the ranks of a machine that is not machine 0; return the exit code of the run, or 1 for a fault."""
     try:
-        return run_torchrun(config, local, arguments, uuid.uuid4().hex[:12])
+        with stop_signals_raise(ASKING_SIGNALS):
+            run_dir = attend_meeting(venue, facts)
     except Stopped as stop:
-        return stop.exit_code
+        say(f"shoestring train: {stop} before the machines had met")
+        return Halt.PREEMPTED
+    config = read_config(run_dir / CONFIG_FILE)
+    try:
+        code = run_torchrun(config, local, run_dir, uuid.uuid4().hex[:12])
+    except Stopped as stop:
+        code = stop.exit_code
+    status = _status(run_dir, seconds=0 if code else _SECONDS_FOR_STATUS)
+    if status is None:
+        return code if code <= 0 or code > _FAULT else _FAULT
+    found = int(str(status["exit_code"]))
+    if found:
+        say(f"shoestring train: {status['reason']}")
+    return found
+
+
+def _status(run_dir: Path, seconds: float) -> Mapping[str, object] | None:
+    """What rank 0 has left, which may show a moment later on this machine."""
+    deadline = time.monotonic() + seconds
+    while (status := read_status(run_dir)) is None and time.monotonic() < deadline:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    return status
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of launch/torchrun.sh: the arguments are those of `shoestring train`."""
+    open_standard_streams()
     options = parse(arguments)
     try:
         code = run_node(options.overrides, options.config_dir, fresh=options.fresh)
     except Refused as refused:
-        print("launch/torchrun.sh: refused", file=sys.stderr)
+        say("launch/torchrun.sh: refused")
         for problem in refused.problems:
-            print(f"  {problem}", file=sys.stderr)
+            say(f"  {problem}")
         code = _REFUSED
+    except NotMet as error:
+        say(f"launch/torchrun.sh: {error}")
+        code = _FAULT
     sys.exit(code)
 
 

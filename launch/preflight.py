@@ -23,8 +23,9 @@ from ..trainer.data.verified import verify_before_run
 from ..trainer.model.attention_backend import FIELD, GpuFacts, choose_attention
 from ..trainer.precision.provider import choose_provider, missing_for
 from ..trainer.rank import largest_dispatch, open_samples
-from .rank_environment import rank_environment
+from .rank_environment import computes_on_gpus, rank_environment
 from .run_dir import read_status, run_dir_problems
+from .sizes import Room, size_problems
 
 
 def preflight(config: RunConfig, local_ranks: int, *, fresh: bool, first_machine: bool = True) -> None:
@@ -34,6 +35,9 @@ def preflight(config: RunConfig, local_ranks: int, *, fresh: bool, first_machine
     taken, a directory that no run has made, a checkpoint of another run. `first_machine` is the one that speaks for the
     run.
     """
+    on_gpu = computes_on_gpus(config.training.device, local_ranks)
+    # First and alone: what is checked below takes time and memory that grow with these sizes.
+    refuse_if_any(size_problems(config, local_ranks, Room.here(on_gpu=on_gpu and torch.cuda.is_available())))
     problems: list[Problem] = []
     data = None
     with noting(problems):

@@ -10,6 +10,7 @@ Not yet run on hardware: what is for GPUs alone.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,20 @@ def settings(run_dir: Path) -> tuple[Setting, ...]:
             "gloo connects a pair of ranks when they first talk; at 2,048 ranks a world-wide group would open 2,047 "
             "sockets in each at once, and on a GPU gloo carries halts and saves alone",
         ),
+    )
+
+
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+"""For ranks, which torchrun starts by `python -m`: modules of the working directory are not to be imported."""
+
+
+def of_one_machine() -> tuple[Setting, ...]:
+    """Settings of ranks that are all on this machine."""
+    why = "ranks of one machine talk over its loopback interface; gloo would listen on the address of its name"
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    return (
+        Setting("GLOO_SOCKET_IFNAME", loopback, "gloo", why, for_gpus=False),
+        Setting("NCCL_SOCKET_IFNAME", loopback, "NCCL", why.replace("gloo", "NCCL")),
     )
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from subprocess import Popen
 from typing import Any
 
-from .rank_environment import rank_environment
+from ..comm.loopback import loopback_address
+from .rank_environment import OF_EVERY_RUN, SAFE_PATH, of_one_machine, rank_environment
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+# With -P the working directory is not on the path: a `token.py` there is not ours to import.
+TORCHRUN = (sys.executable, "-P", "-m", "shoestring.launch.agent")
 
 _SECONDS_TO_END = 30
 
@@ -21,19 +24,20 @@ class RanksFailed(RuntimeError):  # noqa: N818 -- says what happened
 
 
 def local_torchrun(processes: int) -> list[str]:
-    """Arguments for so many ranks, all of them here."""
-    # Without the address ranks would look for each other under the host's name, which may not resolve.
-    return ["--standalone", "--local-addr=localhost", f"--nproc-per-node={processes}"]
+    """Arguments for so many ranks, all of them here. Raises `Refused` where this machine cannot reach itself."""
+    # An address and not a name: neither the host's name nor `localhost` resolves everywhere.
+    return ["--rdzv-backend=loopback", f"--rdzv-endpoint={loopback_address()}", f"--nproc-per-node={processes}"]
 
 
 def run_ranks(arguments: Sequence[str], processes: int, seconds: float) -> None:
     """Run `python <arguments>` as so many ranks of this machine, to their end. Raises `RanksFailed`."""
-    command = [*TORCHRUN, *local_torchrun(processes), *arguments]
-    process = Popen(command, env=rank_environment())
-    try:
-        wait_for([process], seconds)
-    finally:
-        end(process)
+    with tempfile.TemporaryDirectory() as logs:  # torchrun would leave one of its own behind
+        command = [*TORCHRUN, *local_torchrun(processes), f"--log-dir={logs}", *arguments]
+        process = Popen(command, env=rank_environment(SAFE_PATH, [*OF_EVERY_RUN, *of_one_machine()]))
+        try:
+            wait_for([process], seconds)
+        finally:
+            end(process)
 
 
 def wait_for(torchruns: Sequence[Popen[Any]], seconds: float) -> None:

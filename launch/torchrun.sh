@@ -12,11 +12,12 @@
 #   GPUS_PER_NODE   ranks on each machine; when it is not set, its GPUs, or on CPUs the topology's ranks dealt out
 #   PYTHON          an interpreter that has shoestring; when it is not set, that of .venv, else python3
 #
-# training.run_dir and the prepared data must be on a file system that all machines share.
-# SIGTERM or SIGUSR1 on any machine makes the run finish its step, write a checkpoint and exit with 75; a second SIGTERM,
-# or training.stop_seconds without an end, ends it at once.
-# Exit code: on machine 0 that of the run (0 done, 2 refused, 3 budget used up, 75 start it again, else a fault); on the
-# others 0 unless torchrun failed.
+# training.run_dir and the prepared data must be on a file system that all machines share. Before a rank starts, the
+# machines meet at MASTER_ADDR:MASTER_PORT, for at most training.meeting_timeout_seconds, and compare configuration, code
+# and data; machine 0 resolves `${now:...}` for all. Settings from the environment (`${oc.env:...}`) must be the same.
+# SIGTERM, SIGUSR1, SIGHUP or SIGQUIT on any machine makes the run finish its step, write a checkpoint and exit with 75; a
+# second SIGTERM or SIGQUIT, or training.stop_seconds without an end, ends it at once.
+# Exit code, on every machine: 0 done, 2 refused, 3 budget used up, 75 start it again, else a fault.
 set -euo pipefail
 
 here="$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -29,8 +30,13 @@ if [[ -z "${PYTHON:-}" ]]; then
     PYTHON="$here/../.venv/bin/python"
     [[ -x "$PYTHON" ]] || PYTHON=python3
 fi
-if ! "$PYTHON" -c 'import shoestring.launch' 2>/dev/null; then
+# -P: modules of the working directory are not imported.
+where='import os, shoestring.launch as code; print(os.path.realpath(code.__file__).rpartition("/launch/")[0])'
+if ! code="$("$PYTHON" -P -c "$where" 2>/dev/null)"; then
     echo "$PYTHON has no shoestring. Install it (pip install -e $(dirname "$here")), or name another in PYTHON." >&2
     exit 2
 fi
-exec "$PYTHON" -m shoestring.launch.node "$@"
+if [[ "$code" != "$(dirname "$here")" ]]; then  # a .venv that was copied
+    echo "$PYTHON runs the code in $code, and not that beside this script. Make .venv anew, or name another in PYTHON." >&2
+fi
+exec "$PYTHON" -P -m shoestring.launch.node "$@"

@@ -27,5 +27,4 @@ def train_command(overrides: Sequence[str], config_dir: Path | None, *, fresh: b
         return run_worker(config, worker)
     ranks = config.topology.world_size
     preflight(config, ranks, fresh=fresh)
-    arguments = [*overrides, *([] if config_dir is None else ["--config-dir", str(config_dir)])]
-    return launch(config, LocalRanks(ranks, tuple(local_torchrun(ranks))), arguments, fresh=fresh)
+    return launch(config, LocalRanks(ranks, tuple(local_torchrun(ranks))), fresh=fresh)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from ..comm.refusal import Problem, refuse_if_any
 from ..trainer.defaults import default_of
+from ..trainer.environment_text import EnvironmentText
 
 T = TypeVar("T")
 
@@ -60,6 +61,8 @@ class _Reader:
             return float(value)
         if kind is int and isinstance(value, float) and value.is_integer():
             return int(value)  # 1e12 tokens
+        if kind is str and isinstance(value, EnvironmentText):
+            return value
         if kind in (int, str, bool) and type(value) is kind:  # not isinstance: True is an int there
             return value
         return self._refuse(Problem(path, value, f"must be {_in_words(kind)}"), kind, default)

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import traceback
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -14,7 +14,8 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from ..comm.bootstrap import WorkerEnvironment, start_default_group
+from ..comm.agreement import Different, refuse_unless_equal
+from ..comm.bootstrap import WorkerEnvironment, open_store, start_default_group
 from ..comm.failure import CollectiveFailed
 from ..comm.groups import ProcessGroups
 from ..comm.open_groups import open_groups_on
@@ -25,44 +26,67 @@ from ..trainer.halt import RunFailed, RunHalted
 from ..trainer.loop import train
 from ..trainer.rank import stages_of
 from .attempt import attempt_name
-from .compose import to_yaml
+from .compose import read_config, to_yaml
+from .identity import data_digest, identity
+from .orphan import LAUNCHER_VARIABLE
 from .rank_environment import FLIGHT_RECORDER, applying, computes_on_gpus, make_late, users_choices
-from .run_dir import CONFIG_FILE, own, write_config, write_status
+from .run_dir import is_marked, own, write_config, write_status
+from .say import say
 from .stopping import listen_for_stop
+from .stops import end_of, note_end, note_stop
 
+_REFUSED = 2
 _SECONDS_FOR_OTHERS = 3
 """torchrun ends all ranks of a machine with the first: each shall have said what it waited for, and for whom."""
+
+
+def run_from_file(path: Path) -> int:
+    """Train as the rank that torchrun's variables name, as the launcher has written down at `path`.
+
+    Return the exit code: 0 where the launcher reads the true one from `run_status.json`.
+    """
+    worker = WorkerEnvironment.read()
+    assert worker is not None
+    try:
+        config = read_config(path)
+    except Refused as refused:  # a variable of the environment that is not set on every machine
+        return _refuse_alone(path.parent, worker.rank, refused)
+    return run_worker(config, worker)
 
 
 def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
     """Train as the rank that `worker` names; return the exit code.
 
     A fault of the network or of another rank ends this one with 1. A worker that stops on purpose writes
-    `run_status.json` and exits with 0, because torchrun would turn any other code into 1 and might start it again.
+    `run_status.json`, and exits with 0 under the launcher, which reads it: torchrun turns any other code into 1. Under
+    anything else it exits with the true code, and every rank says why.
     """
     stop_asked = listen_for_stop()
+    code = end_of(Path(config.training.run_dir), attempt_name())
+    if code is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return code  # a torchrun of one's own, with --max-restarts: it starts again what has ended on purpose
     if worker.rank == 0:
         _own(Path(config.training.run_dir), config)
     if worker.world_size != config.topology.world_size:
         size = f"topology asks for {config.topology.world_size} processes"
-        return _stop(config, worker, 2, str(Problem("world size", worker.world_size, f"{size}; start as many")))
-    _make_settings(config, worker)
-    device = pick_device(config, worker)
+        return _stop(config, worker, _REFUSED, str(Problem("world size", worker.world_size, f"{size}; start as many")))
+    try:
+        device, watchdog = _meet(config, worker)
+    except Refused as error:
+        return _refuse_alone(Path(config.training.run_dir), worker.rank, error)
     timeout = timedelta(seconds=config.training.collective_timeout_seconds)
-    watchdog = _watch(config, worker) if device.type == "cuda" else None  # gloo's calls end at their limit
-    start = timedelta(seconds=config.training.start_timeout_seconds)
-    with nullcontext() if watchdog is None else watchdog.watching("opening NCCL", range(worker.world_size)):
-        start_default_group(worker, device, start)
     try:
         holders = stages_of(config).all_holders()
         make = open_groups_on(device, worker.rank, timeout)
         groups = ProcessGroups.create(config.topology, worker.rank, timeout, holders, make, watchdog)
         steps = train(config, groups, device, attempt_name(), stop_asked)
     except Refused as error:
-        return _stop(config, worker, 2, str(error))
+        return _stop(config, worker, _REFUSED, str(error))
     except RunFailed as error:
         return _stop(config, worker, 1, str(error))
     except RunHalted as halted:
+        if worker.rank == 0:
+            note_stop(Path(config.training.run_dir), progressed=halted.progressed)
         return _stop(config, worker, halted.halt, str(halted))
     except CollectiveFailed as error:
         _die(f"shoestring train: {error}")
@@ -80,6 +104,39 @@ def _watch(config: RunConfig, worker: WorkerEnvironment) -> Watchdog:
     return watchdog
 
 
+def _meet(config: RunConfig, worker: WorkerEnvironment) -> tuple[torch.device, Watchdog | None]:
+    """Find the other ranks, compare this one with them, and open the default group.
+
+    Return this rank's device, and on a GPU what watches its calls; gloo's end at their limit.
+    """
+    limit = timedelta(seconds=config.training.start_timeout_seconds)
+    try:
+        store = open_store(worker, limit)
+        refuse_unless_equal(store, worker.rank, worker.world_size, identity(config, data_digest(config)))
+        _make_settings(config, worker)
+        device = pick_device(config, worker)
+        watchdog = _watch(config, worker) if device.type == "cuda" else None
+        with nullcontext() if watchdog is None else watchdog.watching("opening NCCL", range(worker.world_size)):
+            start_default_group(worker, device, limit, store)
+    except (dist.DistError, OSError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        words = f"did not meet the other {worker.world_size - 1} ranks at {where} within {limit.total_seconds():g} s"
+        _die(f"shoestring train: rank {worker.rank} {words} (training.start_timeout_seconds): {error}")
+    return device, watchdog
+
+
+def _refuse_alone(run_dir: Path, rank: int, refused: Refused) -> int:
+    """Refuse where other ranks may be waiting for this one: torchrun ends them for a code that is not 0.
+
+    So this rank leaves the status, whichever it is.
+    """
+    if is_marked(run_dir):
+        write_status(run_dir, _REFUSED, str(refused))
+    if rank == 0 or LAUNCHER_VARIABLE not in os.environ or not isinstance(refused, Different):
+        say(f"shoestring train: {refused}" if rank == 0 else f"shoestring train: rank {rank}: {refused}")
+    return _REFUSED
+
+
 def _make_settings(config: RunConfig, worker: WorkerEnvironment) -> None:
     """Before CUDA starts: make what a torchrun of one's own has not, and say what differs from our settings."""
     on_gpu = computes_on_gpus(config.training.device, _local_ranks())
@@ -91,7 +148,7 @@ def _make_settings(config: RunConfig, worker: WorkerEnvironment) -> None:
     if on_gpu:  # rank 0 alone makes the folder: a run directory that others make before it would not be a run's
         (run_dir / FLIGHT_RECORDER).mkdir(exist_ok=True)
     for each in words:
-        print(f"shoestring train: {each}", file=sys.stderr, flush=True)
+        say(f"shoestring train: {each}")
 
 
 def _local_ranks() -> int:
@@ -103,8 +160,9 @@ def _die(words: str) -> NoReturn:
 
     The words come before the connections close, so that they stand before those of the ranks that then miss this one.
     """
-    print(words, file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    say(words)
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
     time.sleep(_SECONDS_FOR_OTHERS)
     os._exit(1)
 
@@ -112,16 +170,19 @@ def _die(words: str) -> NoReturn:
 def _own(run_dir: Path, config: RunConfig) -> None:
     """Under a torchrun of one's own there is no launcher to leave the configuration."""
     own(run_dir)
-    if not (run_dir / CONFIG_FILE).exists():
+    if LAUNCHER_VARIABLE not in os.environ:
         write_config(run_dir, to_yaml(config))
 
 
 def _stop(config: RunConfig, worker: WorkerEnvironment, code: int, reason: str) -> int:
+    launched, run_dir = LAUNCHER_VARIABLE in os.environ, Path(config.training.run_dir)
     if worker.rank == 0:
-        write_status(Path(config.training.run_dir), code, reason)
-        if code:
-            print(f"shoestring train: {reason}", file=sys.stderr, flush=True)
-    return 0
+        write_status(run_dir, code, reason)
+        if not launched:
+            note_end(run_dir, attempt_name(), code)
+    if code and (worker.rank == 0 or not launched):
+        say(f"shoestring train: {reason}" if worker.rank == 0 else f"shoestring train: rank {worker.rank}: {reason}")
+    return 0 if launched else code
 
 
 def pick_device(config: RunConfig, worker: WorkerEnvironment) -> torch.device:
@@ -133,7 +194,7 @@ def pick_device(config: RunConfig, worker: WorkerEnvironment) -> torch.device:
         has = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
         fit = "topology=single" if gpus == 1 else f"topology=single for one of them, or a topology of {gpus} ranks"
         text = f"this machine has {has} for {local} ranks, so they compute on its CPU; to use {has}, write {fit}"
-        print(f"shoestring train: {text}", file=sys.stderr, flush=True)
+        say(f"shoestring train: {text}")
     if not computes_on_gpus(wanted, local):
         return torch.device("cpu")
     device = torch.device("cuda", worker.local_rank)

@@ -20,6 +20,7 @@ from .checkpoint.opened import Checkpoint
 from .checkpoint.pieces import MODEL, Piece, whole_pieces
 from .checkpoint.saver import Saved
 from .checkpoint.store import Cover, refuse_damaged
+from .environment_text import as_written
 from .halt import RunFailed
 from .rank import Rank
 from .reporter import Reporter, timing
@@ -39,7 +40,7 @@ def begin_save(rank: Rank, step: int, reporter: Reporter | None, *, owes_evaluat
     facts["owes_evaluation"] = owes_evaluation
     attachments = {}
     if reporter is not None:
-        facts |= {"config": asdict(rank.config), "compute": str(rank.dtype), "ledger": reporter.totals()}
+        facts |= {"config": as_written(asdict(rank.config)), "compute": str(rank.dtype), "ledger": reporter.totals()}
         facts |= {"data": rank.data.digest, "tokenizer": rank.data.tokenizer.sha256}
         attachments[rank.data.tokenizer.file] = rank.tokenizer.to_json().encode()
     with timing(reporter, "checkpoint_save"):

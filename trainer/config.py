@@ -50,6 +50,18 @@ class ScheduleConfig:
             yield Problem("name", self.name, f"no such schedule; there are: {', '.join(names)}")
         if self.micro_batch < 1:
             yield Problem("micro_batch", self.micro_batch, "must be at least 1")
+        for name, most in (("micro_batch", 2**20), ("chunks", 4096)):
+            if (self.__dict__[name] or 0) > most:
+                yield Problem(name, self.__dict__[name], f"must be at most {most}: no machine trains more")
+
+
+_TIMEOUTS = ("collective_timeout_seconds", "start_timeout_seconds", "meeting_timeout_seconds", "stop_seconds")
+_MOST = {"tokens": 10**18, "sequence_length": 2**24, "global_batch": 2**31} | dict.fromkeys(_TIMEOUTS, 10**7)
+"""Of training's numbers: 60,000 times DeepSeek-V3's tokens, a context of 16 million, four months of waiting."""
+_MOST_LEVELS = 100_000
+"""Sizes of a growing batch."""
+_MOST_MICRO_BATCHES = 2**16
+"""Of one rank in one step: each is some instructions of a program that is made and checked before the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +112,8 @@ class TrainingConfig:
     """A collective that waits longer than this ends the run."""
     start_timeout_seconds: int = 1800
     """How long ranks may take to find each other and to connect, once: at 2048 ranks one store serves them all."""
+    meeting_timeout_seconds: int = 300
+    """How long the machines of a launch wait for each other before any of them starts a rank."""
     stop_seconds: int = 300
     """After SIGTERM or SIGUSR1: the time for the step under way and a checkpoint. A run that needs longer is ended."""
 
@@ -113,14 +127,20 @@ class TrainingConfig:
         elif self.attention != "auto" and self.device == "cpu":
             yield Problem("attention", self.attention, "is for GPUs: write auto, or training.device=cuda", ("device",))
         at_least_one = ["tokens", "sequence_length", "global_batch", "keep_checkpoints"]
-        for name in (*at_least_one, "collective_timeout_seconds", "start_timeout_seconds", "stop_seconds"):
+        for name in (*at_least_one, *_TIMEOUTS):
             if values[name] < 1:
                 yield Problem(name, values[name], "must be at least 1")
+        for name, most in _MOST.items():
+            if values[name] > most:
+                yield Problem(name, values[name], f"must be at most {most:,}")
         if self.ramp_from is not None and not 1 <= self.ramp_from <= self.global_batch:
             remedy = f"must be from 1 to global_batch = {self.global_batch}, or null"
             yield Problem("ramp_from", self.ramp_from, remedy, ("global_batch",))
         if self.ramp_step is not None and self.ramp_step < 1:
             yield Problem("ramp_step", self.ramp_step, "must be at least 1, or null")
+        elif None not in (self.ramp_from, self.ramp_step) and self._levels > _MOST_LEVELS:
+            remedy = f"gives {self._levels} sizes of the batch; at most {_MOST_LEVELS}: grow by more at a time"
+            yield Problem("ramp_step", self.ramp_step, remedy)
         for name, missing in (("ramp_step", None), ("ramp_tokens", 0)):
             if (values[name] == missing) != (self.ramp_from is None):
                 remedy = "goes with ramp_from: write ramp_from, ramp_step and ramp_tokens, or none (null, null and 0)"
@@ -137,6 +157,11 @@ class TrainingConfig:
             yield Problem("sample_prompt", self.sample_prompt, remedy, ("sample_tokens",))
         yield from by_tokens_problems("mtp_weight", self.mtp_weight)
         yield from by_tokens_problems("bias_speed", self.bias_speed)
+
+    @property
+    def _levels(self) -> int:
+        """Sizes that a growing batch has."""
+        return -(-(self.global_batch - (self.ramp_from or 1)) // (self.ramp_step or 1))
 
 
 NO_DOUBT = Doubt()
@@ -267,7 +292,12 @@ class RunConfig:
             case = self.attention_case(self.precision.compute_dtype(torch.device("cuda")))
             for reason in unfit(training.attention, case):
                 yield Problem("training.attention", training.attention, reason, _ATTENTION)
-        yield from self._schedule_problems(share)
+        if training.global_batch > share * _MOST_MICRO_BATCHES:
+            count = f"gives {training.global_batch // share} micro-batches of {share} sequences a step"
+            remedy = f"{count}; at most {_MOST_MICRO_BATCHES}: take more ranks or larger micro-batches"
+            yield Problem("training.global_batch", training.global_batch, remedy, _SHARE)
+        else:
+            yield from self._schedule_problems(share)
         yield from self._alignment_problems()
         if self.data.vocabulary != model.vocabulary:
             remedy = f"must equal model.vocabulary = {model.vocabulary}"

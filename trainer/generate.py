@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ..comm.groups import ProcessGroups
 from ..comm.host import to_device, to_host
 from ..parallelism.pipeline.executor import Executor
+from .halt import never
 from .model.chunk import Chunk
 from .running import LogitsStage
 
@@ -26,11 +27,12 @@ def generate(
     seed: int,
     temperature: float = 0.8,
     stop: int | None = None,
-) -> list[int]:
+    stop_asked: Callable[[], bool] = never,
+) -> list[int] | None:
     """Continue `prompt` by up to `count` tokens, given the last `context` of them, up to the token `stop`.
 
     `executor` runs one forward. All ranks read the same text, since layers and experts are spread over them; one that
-    has the logits draws.
+    has the logits draws. All ranks leave, and return None, after a token in which `stop_asked` was true on any of them.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
@@ -44,7 +46,10 @@ def generate(
             drawn = torch.multinomial((logits_V / temperature).softmax(dim=0), 1, generator=generator)
         if groups.topology.dp_rank(groups.rank) != 0:  # its like in other stages adds nothing either
             drawn.zero_()
-        token = int(to_host(groups.world.all_reduce_sum(to_device(drawn, device), "drawn token")).item())
+        own = torch.cat((drawn, torch.tensor([stop_asked()], dtype=torch.int64)))
+        token, asked = map(int, to_host(groups.world.all_reduce_sum(to_device(own, device), "drawn token")).tolist())
+        if asked:
+            return None
         if token == stop:
             break
         tokens.append(token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 
 import torch
@@ -25,9 +26,16 @@ class RunFailed(RuntimeError):  # noqa: N818 -- says what happened
 class RunHalted(RuntimeError):  # noqa: N818 -- says what happened
     """The run has halted, its last step in a checkpoint. Raised on every rank; the first one's message says why."""
 
-    def __init__(self, halt: Halt, message: str) -> None:
+    def __init__(self, halt: Halt, message: str, *, progressed: bool) -> None:
+        """`progressed` says whether this attempt has made a step."""
         super().__init__(message)
         self.halt = halt
+        self.progressed = progressed
+
+
+def never() -> bool:
+    """Return False: no stop was asked for."""
+    return False
 
 
 def decide_to_halt(asked: int, over_budget: int) -> Halt | None:
@@ -41,3 +49,9 @@ def agree_to_halt(group: Group, *, asked: bool, over_budget: bool) -> Halt | Non
     """Collective, before the first step: whether any rank has a reason. `group` is one for tensors on the host."""
     flags = torch.tensor([asked, over_budget], dtype=torch.int64)
     return decide_to_halt(*group.all_reduce_sum(flags, "whether to halt").tolist())
+
+
+def any_asked(group: Group, stop_asked: Callable[[], bool]) -> bool:
+    """Collective: whether any rank was asked to stop. `group` is one for tensors on the host."""
+    flag = torch.tensor([stop_asked()], dtype=torch.int64)
+    return bool(group.all_reduce_sum(flag, "whether to stop"))

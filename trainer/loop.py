@@ -18,16 +18,13 @@ from .costs.cluster import measure_peak_tflops
 from .costs.flops import count_flops
 from .data.batch import TokenBatch
 from .evaluate import evaluate
+from .evaluated import evaluated_until, forget_evaluations, note_evaluated
 from .generate import generate
-from .halt import Halt, RunFailed, RunHalted, agree_to_halt, decide_to_halt
+from .halt import Halt, RunFailed, RunHalted, agree_to_halt, decide_to_halt, never
 from .rank import Rank, build_rank
 from .reporter import Reporter, Speed, timing
 from .step import NonFiniteStep, StepSettings
 from .tracing import Tracing
-
-
-def _never() -> bool:
-    return False
 
 
 def train(
@@ -35,24 +32,27 @@ def train(
     groups: ProcessGroups,
     device: torch.device,
     attempt: str,
-    stop_asked: Callable[[], bool] = _never,
+    stop_asked: Callable[[], bool] = never,
 ) -> int:
     """Train to the end, going on from the run directory's last checkpoint; return the number of steps done.
 
-    Collective over all ranks. `attempt` names the launch in the ledger; `stop_asked` is looked at once a step, on every
-    rank. Raises `Refused` for a checkpoint that does not fit the configuration, `RunFailed` for a loss that is not
-    finite, `RunHalted` when any rank was asked to stop or the budget is used up, and `CollectiveFailed` for a peer that
-    is gone or silent. After an error communication may be under way that never ends: end the process.
+    Collective over all ranks. `attempt` names the launch in the ledger; `stop_asked` is looked at on every rank:
+    once a step, before each group of micro-batches of an evaluation, and after each token of the sample.
+
+    Raises `Refused` for a checkpoint that does not fit the configuration, `RunFailed` for a loss that is not finite,
+    `RunHalted` when any rank was asked to stop or the budget is used up, and `CollectiveFailed` for a peer that is gone
+    or silent. After an error communication may be under way that never ends: end the process.
     """
     run_dir = Path(config.training.run_dir)
     reporter = Reporter(config, run_dir, attempt) if groups.world.is_first else None
     rank = build_rank(config, groups, device)
     done = 0
     try:
-        done, owes_evaluation = _start(rank, reporter)
+        began, owes_evaluation = _start(rank, reporter)
+        done = began
         _halt_before_training(rank, done, reporter, stop_asked)
-        if owes_evaluation:
-            _evaluate(rank, done, reporter)
+        if owes_evaluation and not _evaluate(rank, done, reporter, stop_asked):
+            raise _halted(Halt.PREEMPTED, f"after step {done}, which is in a checkpoint", None, progressed=False)
         if done < config.total_steps:
             prepare_saves(rank)
         tracing = Tracing(rank, done)
@@ -64,13 +64,16 @@ def train(
             done = step
             poll_save(rank, reporter, votes.saved, votes.failed)
             _halt_if_agreed(rank, done, reporter, votes)
-            if _is_due(step, config.training.evaluate_every, config.total_steps):
-                _evaluate(rank, step, reporter)
-            if _is_due(step, config.training.checkpoint_every, config.total_steps):
-                begin_save(rank, step, reporter)
+            owes = _is_due(step, config.training.evaluate_every, config.total_steps)
+            saves = _is_due(step, config.training.checkpoint_every, config.total_steps)
+            if saves:  # first: an evaluation takes minutes, in which a fault would cost the steps before it
+                begin_save(rank, step, reporter, owes_evaluation=owes)
+            if owes and not _evaluate(rank, step, reporter, stop_asked):
+                raise _halted_in_evaluation(rank, step, reporter, saves=saves)
         _insist(finish_save(rank, reporter))
-        if config.training.sample_tokens:
-            _sample(rank, done, reporter)
+        if config.training.sample_tokens and not _sample(rank, done, reporter, stop_asked):
+            where = f"in the sample after step {done}, which is in a checkpoint"
+            raise _halted(Halt.PREEMPTED, where, None, progressed=done > began)
     except NonFiniteStep as error:
         finish_save(rank, reporter)
         last = rank.store.steps()
@@ -103,12 +106,22 @@ def _start(rank: Rank, reporter: Reporter | None) -> tuple[int, bool]:
     facts = load_last(rank, reporter)
     done, owes_evaluation = 0, False
     if facts is not None:
-        done, owes_evaluation = facts["step"], facts["owes_evaluation"]
+        done = facts["step"]
+        owes_evaluation = facts["owes_evaluation"] and not _is_evaluated(rank, done)
         if reporter is not None:
             reporter.resume(done, facts["ledger"])
+    elif reporter is not None:
+        forget_evaluations(Path(config.training.run_dir))
     if reporter is not None:
         reporter.ready()
     return done, owes_evaluation
+
+
+def _is_evaluated(rank: Rank, done: int) -> bool:
+    """Collective: whether the evaluation that was due after `done` steps has come after the checkpoint, says rank 0."""
+    until = evaluated_until(Path(rank.config.training.run_dir))
+    first: int = rank.groups.control.all_gather_objects(until, "which evaluations were told")[0]
+    return first >= done
 
 
 class Votes:
@@ -141,7 +154,8 @@ def _halt_before_training(rank: Rank, done: int, reporter: Reporter | None, stop
     spent = None if reporter is None else reporter.must_halt(done)
     halt = agree_to_halt(rank.groups.control, asked=stop_asked(), over_budget=spent is not None)
     if halt is not None:
-        raise _halted(halt, f"after step {done}, which is in a checkpoint" if done else "before the first step", spent)
+        where = f"after step {done}, which is in a checkpoint" if done else "before the first step"
+        raise _halted(halt, where, spent, progressed=False)
 
 
 def _halt_if_agreed(rank: Rank, done: int, reporter: Reporter | None, votes: Votes) -> None:
@@ -154,16 +168,29 @@ def _halt_if_agreed(rank: Rank, done: int, reporter: Reporter | None, votes: Vot
         return
     owes = _is_due(done, config.training.evaluate_every, config.total_steps)
     begin_save(rank, done, reporter, owes_evaluation=owes)
-    saved = finish_save(rank, reporter)
-    where = f"after step {done}, which is in a checkpoint"
+    raise _halted(votes.halt, _where(done, finish_save(rank, reporter)), votes.over_budget, progressed=True)
+
+
+def _halted_in_evaluation(rank: Rank, done: int, reporter: Reporter | None, *, saves: bool) -> RunHalted:
+    """Return why the run halts in the evaluation after `done` steps, which are saved; the evaluation is owed.
+
+    `saves` says whether a checkpoint was due after this step, and so begun before the evaluation.
+    """
+    if not saves:
+        begin_save(rank, done, reporter, owes_evaluation=True)
+    where = _where(done, finish_save(rank, reporter))
+    return _halted(Halt.PREEMPTED, f"in the evaluation {where}", None, progressed=True)
+
+
+def _where(done: int, saved: Saved | None) -> str:
     if saved is None or saved.failure is not None:
-        where = f"after step {done}, whose checkpoint could not be written"
-    raise _halted(votes.halt, where, votes.over_budget)
+        return f"after step {done}, whose checkpoint could not be written"
+    return f"after step {done}, which is in a checkpoint"
 
 
-def _halted(halt: Halt, where: str, spent: str | None) -> RunHalted:
+def _halted(halt: Halt, where: str, spent: str | None, *, progressed: bool) -> RunHalted:
     reason = "it was asked to, and the same command goes on" if halt == Halt.PREEMPTED else spent
-    return RunHalted(halt, f"stopped {where}: {reason}")
+    return RunHalted(halt, f"stopped {where}: {reason}", progressed=progressed)
 
 
 def _one_step(rank: Rank, step: int, reporter: Reporter | None, votes: Votes) -> float:
@@ -206,26 +233,33 @@ def _micro_batches(rank: Rank, step: int) -> Iterator[TokenBatch]:
         yield rank.train.batch(rank.order.indices(start, size).tolist()).to(rank.device)
 
 
-def _evaluate(rank: Rank, step: int, reporter: Reporter | None) -> None:
+def _evaluate(rank: Rank, step: int, reporter: Reporter | None, stop_asked: Callable[[], bool]) -> bool:
+    """Tell the validation loss after `step` steps; return False where a stop request came first."""
     rank.stepper.optimizer.wait()
     average, averaged = rank.stepper.average, None
     with timing(reporter, "evaluation"):
-        loss, targets = _validation_loss(rank)
-        if average is not None:
+        plain = _validation_loss(rank, stop_asked)
+        if average is not None and plain is not None:
             with average.in_use():
-                averaged, _ = _validation_loss(rank)
+                averaged = _validation_loss(rank, stop_asked)
+    if plain is None or (average is not None and averaged is None):
+        return False
     if reporter is not None:
-        reporter.evaluation(step, loss, averaged, targets, rank.unigram_entropy)
+        mean = None if averaged is None else averaged[0]
+        reporter.evaluation(step, plain[0], mean, plain[1], rank.unigram_entropy)
+        note_evaluated(Path(rank.config.training.run_dir), step)
+    return True
 
 
-def _validation_loss(rank: Rank) -> tuple[float, int]:
-    """And over how many targets."""
-    stepper, config = rank.stepper, rank.config
+def _validation_loss(rank: Rank, stop_asked: Callable[[], bool]) -> tuple[float, int] | None:
+    """And over how many targets; None where a stop request came first."""
+    stepper, size = rank.stepper, rank.config.schedule.micro_batch
     forwards, device = rank.pipeline.forwards, rank.device
-    return evaluate(stepper.chunks, forwards, rank.validation, config.schedule.micro_batch, rank.groups, device)
+    return evaluate(stepper.chunks, forwards, rank.validation, size, rank.groups, device, stop_asked)
 
 
-def _sample(rank: Rank, step: int, reporter: Reporter | None) -> None:
+def _sample(rank: Rank, step: int, reporter: Reporter | None, stop_asked: Callable[[], bool]) -> bool:
+    """Tell a text of the model after `step` steps; return False where a stop request came first."""
     rank.stepper.optimizer.wait()
     training, tokenizer = rank.config.training, rank.tokenizer
     with timing(reporter, "evaluation"):
@@ -240,9 +274,13 @@ def _sample(rank: Rank, step: int, reporter: Reporter | None) -> None:
             rank.device,
             seed=training.seed,
             stop=tokenizer.end,
+            stop_asked=stop_asked,
         )
+    if continuation is None:
+        return False
     if reporter is not None:
         reporter.sample(step, training.sample_prompt, tokenizer.decode(continuation))
+    return True
 
 
 def _insist(last: Saved | None) -> None:

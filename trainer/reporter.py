@@ -21,6 +21,7 @@ from .checkpoint.saver import Saved
 from .config import RunConfig
 from .costs.flops import CONVENTION, FlopCount
 from .costs.parameters import count_parameters
+from .environment_text import as_written
 from .step import StepResult, StepSettings
 from .telemetry.alerts import Watch
 from .telemetry.events import JSON, Event, EventStream
@@ -65,7 +66,7 @@ class Reporter:
             "cluster.peak_tflops" if self._config.cluster.peak_tflops else "matrix product measured at the start"
         )
         values: dict[str, Any] = {
-            "config": asdict(self._config),
+            "config": as_written(asdict(self._config)),
             "ranks": self._ranks,
             "device": device,
             "compute_dtype": dtype,
@@ -227,7 +228,7 @@ class Reporter:
     def sample(self, step: int, prompt: str, continuation: str) -> None:
         """Text from the model."""
         with self.telling():
-            self._emit("sample", step, {"text": prompt + continuation})
+            self._emit("sample", step, {"text": as_written(prompt) + continuation})
 
     def checkpoint(self, saved: Saved) -> None:
         """A checkpoint is safe on disk, or could not be written."""
@@ -249,10 +250,12 @@ class Reporter:
             self._emit("trace", step, {"path": str(path), **values})
 
     def must_halt(self, done: int) -> str | None:
-        """Why the run must halt after `done` steps: for its budget. None if it need not."""
+        """Why the run must halt after `done` steps: for its budget. None if it need not.
+
+        Asked inside a step, whose time is charged as a whole: this is not charged to `telemetry` again.
+        """
         assert self._guard is not None
-        with self.telling():
-            return self._guard.must_halt(self._tokens_left(done))
+        return self._guard.must_halt(self._tokens_left(done))
 
     def totals(self) -> dict[str, int | str]:
         """What a checkpoint carries of the ledger."""

@@ -56,7 +56,8 @@ def processes_of(run_dir: Path) -> dict[int, str]:
 
 
 def torchrun_of(run_dir: Path) -> int:
-    (torchrun,) = (pid for pid, line in processes_of(run_dir).items() if "torch.distributed.run" in line)
+    names = ("shoestring.launch.agent", "torch.distributed.run")
+    (torchrun,) = (pid for pid, line in processes_of(run_dir).items() if any(name in line for name in names))
     return torchrun
 
 

@@ -100,6 +100,8 @@ def test_a_run_that_is_asked_to_stop_ends_its_step_and_exits_with_75(
     ("who", "number"),
     [
         ("launcher", signal.SIGUSR1),
+        ("launcher", signal.SIGQUIT),
+        ("all", signal.SIGHUP),
         ("torchrun", signal.SIGTERM),
         ("a rank", signal.SIGTERM),
         ("all", signal.SIGTERM),
@@ -185,6 +187,32 @@ def test_the_first_signal_asks_and_a_later_one_or_the_time_ends(
         request.raise_if_failed(1)
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1])
+def test_every_asking_signal_asks(number: signal.Signals, tmp_path: Path) -> None:
+    request = StopRequest(tmp_path / "stop", 60)
+    with request.on_first_signal():
+        signal.raise_signal(number)
+        assert (tmp_path / "stop").exists()
+
+
+def test_under_nohup_the_end_of_a_terminal_means_nothing(tmp_path: Path) -> None:
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals_raise(), StopRequest(tmp_path / "stop", 60).on_first_signal():
+            signal.raise_signal(signal.SIGHUP)
+        assert not (tmp_path / "stop").exists()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+def test_a_rank_hears_what_came_before_it_listened() -> None:
+    code = "from shoestring.launch.stopping import listen_for_stop as l; import signal; signal.raise_signal(15); "
+    code += "raise SystemExit(0 if l()() else 1)"
+    with subprocess.Popen([sys.executable, "-c", code], preexec_fn=launcher._become_torchrun) as rank:
+        assert rank.wait(60) == 0
+
+
 def test_nothing_cuts_short_what_a_launcher_does_after_it_was_stopped() -> None:
     former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -215,7 +243,7 @@ def test_under_a_torchrun_of_ones_own_with_restarts(start: Start, overrides: lis
     process = start(own_torchrun(overrides, run_dir, "--max-restarts=3"), run_dir)
     os.kill(ranks_of(run_dir)[0], signal.SIGUSR1)
     process.communicate(timeout=60)
-    assert process.returncode == 0
+    assert process.returncode == 1  # torchrun's own: a rank has exited with 75
     (done,) = checkpoints(run_dir)
     assert [event.kind for event in read_metrics(run_dir / "metrics.jsonl")].count("run") == 1
     status = read_status(run_dir)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def test_the_variables_become_torchruns_arguments() -> None:
-    assert read_place({}).torchrun(4) == ["--standalone", "--local-addr=localhost", "--nproc-per-node=4"]
+    assert read_place({}).torchrun(4) == ["--rdzv-backend=loopback", "--rdzv-endpoint=127.0.0.1", "--nproc-per-node=4"]
     place = read_place(TWO | {"MASTER_PORT": "1234", "GPUS_PER_NODE": "8"})
     assert place == Place(nodes=2, rank=1, address="node0", port=1234, processes=8)
     assert place.torchrun(8) == [
@@ -127,27 +128,60 @@ def test_the_script_explains_itself_and_exits_with_2() -> None:
     assert "has no shoestring" in nowhere.stderr
 
 
-@pytest.mark.slow
+def start(rank: int, overrides: list[str], meeting: dict[str, str], folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [SCRIPT, *overrides],
+        env=environment(NODE_RANK=str(rank), **meeting),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 def test_two_machines_are_one_run(tmp_path: Path) -> None:
-    run_dir, steps = tmp_path / "run", 6
-    overrides = [*small_run(tmp_path, steps), "topology.gpus_per_node=1", f"training.run_dir={run_dir}"]
+    """Machine 0 resolves `${now:}` for both, and no machine says that it failed."""
+    runs, steps = tmp_path / "runs", 6
+    overrides = [*small_run(tmp_path, steps), "topology.gpus_per_node=1", f"training.run_dir={runs}/${{now:%S.%f}}"]
     meeting = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    launchers = [
-        subprocess.Popen(
-            [SCRIPT, *overrides],
-            env=environment(NODE_RANK=str(rank), **meeting),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (1, 0)
-    ]
+    launchers = [start(rank, overrides, meeting, tmp_path) for rank in (1, 0)]
     try:
         texts = [launcher.communicate(timeout=120)[0] for launcher in launchers]
     finally:
         for launcher in launchers:
             launcher.kill()
     assert [launcher.returncode for launcher in launchers] == [0, 0], "\n".join(texts)
+    (run_dir,) = runs.iterdir()
     assert read_status(run_dir) == {"exit_code": 0, "reason": f"{steps} steps done"}
     assert [event.step for event in read_metrics(run_dir / "metrics.jsonl") if event.kind == "stop"] == [steps]
     assert not summarise(run_dir).running
+
+
+def test_machines_that_differ_and_a_directory_of_one_machine_are_refused_by_both(tmp_path: Path) -> None:
+    overrides = [*small_run(tmp_path, 1), "topology.gpus_per_node=1", "training.run_dir=run"]
+    for own, folders, words in (
+        (["training.seed=7"], ["here", "here"], "training.seed = '0 on machine 0"),
+        ([], ["here", "there"], "training.run_dir = 'run': is not shared: machine 1"),
+    ):
+        meeting = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        places = [tmp_path / name for name in folders]
+        for place in places:
+            place.mkdir(exist_ok=True)
+        both = [start(0, overrides, meeting, places[0]), start(1, [*overrides, *own], meeting, places[1])]
+        texts = [machine.communicate(timeout=120)[0] for machine in both]
+        assert [machine.returncode for machine in both] == [2, 2], "\n".join(texts)
+        assert all(words in text for text in texts)
+
+
+def test_a_machine_that_waits_for_others_stops_at_once(tmp_path: Path) -> None:
+    overrides = [*small_run(tmp_path, 1), "topology.gpus_per_node=1", f"training.run_dir={tmp_path / 'run'}"]
+    meeting = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with start(0, overrides, meeting, tmp_path) as machine:
+        assert machine.stdout is not None
+        assert "waiting for 1 of 2 machines at 127.0.0.1:" in machine.stdout.readline()
+        asked = time.monotonic()
+        machine.terminate()
+        assert machine.wait(60) == 75
+        assert time.monotonic() - asked < 2
+        assert "stopped by SIGTERM before the machines had met" in machine.stdout.read()
+    assert not summarise(tmp_path / "run").running

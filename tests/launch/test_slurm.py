@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from shoestring.launch.run_dir import read_status
 from shoestring.tests.launch.small_run import free_port, small_run
 from shoestring.tests.tree import ROOT
 from shoestring.trainer.budget.summary import summarise
+from shoestring.trainer.budget.terms import ALLOCATION_FILE
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "srun")
 MISSING = [program for program in PROGRAMS if shutil.which(program) is None]
@@ -187,3 +189,42 @@ def test_a_refused_run_fails_the_job_with_2(slurm: Slurm, tmp_path: Path) -> Non
     assert slurm.job(job)["ExitCode"] == "2:0", output.read_text()
     assert slurm.job(job)["JobState"] == "FAILED"
     assert "write topology.gpus_per_node=2" in output.read_text()
+
+
+@pytest.mark.timeout(300)
+def test_a_job_whose_notice_comes_in_its_first_minutes_is_requeued_as_long_as_it_makes_steps(
+    slurm: Slurm, tmp_path: Path
+) -> None:
+    """A time limit with the notice half a minute after the start; the second life has time enough."""
+    run_dir, output = tmp_path / "run", tmp_path / "job.out"
+    own = ["topology.gpus_per_node=1", "training.checkpoint_every=0", f"training.run_dir={run_dir}"]
+    flags = ["--gpus-per-node=0", "--time=20", "--signal=USR1@1100", f"--output={output}"]
+    job = slurm.call("sbatch", "--parsable", *flags, "launch/slurm/pretrain.sbatch", *small_run(tmp_path, 10**6), *own)
+    wait_until(lambda: slurm.job(job)["JobState"] == "PENDING" or slurm.has_ended(job), 200)
+    assert slurm.job(job)["Restarts"] == "1", output.read_text()
+    assert summarise(run_dir).steps_retained > 0
+    slurm.call("scancel", job)
+    wait_until(lambda: slurm.has_ended(job), 60)
+
+
+def has_begun(run_dir: Path, life: int) -> bool:
+    """Whether the launcher of this life holds the directory and hears signals: its ranks come seconds later."""
+    path = run_dir / ALLOCATION_FILE
+    return path.exists() and path.read_text().count('"kind":"open"') >= life
+
+
+@pytest.mark.timeout(300)
+def test_a_job_that_never_makes_a_step_is_not_requeued_for_ever(slurm: Slurm, tmp_path: Path) -> None:
+    """Every life is stopped while its machines meet or its ranks start."""
+    run_dir, output = tmp_path / "run", tmp_path / "job.out"
+    own = ["topology.gpus_per_node=1", f"training.run_dir={run_dir}"]
+    job = slurm.submit(output, *small_run(tmp_path, STEPS), *own)
+    for life in range(1, 4):
+        wait_until(partial(has_begun, run_dir, life), 90)
+        slurm.call("scancel", "--signal=USR1", job)
+        wait_until(lambda: slurm.job(job)["JobState"] == "PENDING" or slurm.has_ended(job), 90)
+        if not slurm.has_ended(job):
+            slurm.call("scontrol", "update", f"jobid={job}", "starttime=now")
+    text = output.read_text()
+    assert slurm.job(job)["ExitCode"] == "1:0", text
+    assert "3 launches in a row were stopped before their first step" in text

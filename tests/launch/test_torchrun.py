@@ -17,15 +17,13 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
 
 
 def test_ranks_of_one_machine_find_each_other_without_its_name() -> None:
-    assert local_torchrun(4) == ["--standalone", "--local-addr=localhost", "--nproc-per-node=4"]
+    assert local_torchrun(4) == ["--rdzv-backend=loopback", "--rdzv-endpoint=127.0.0.1", "--nproc-per-node=4"]
 
 
 def test_what_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in(
-        monkeypatch,
-        "import sys; sys.exit(sys.argv[1:] != ['--standalone', '--local-addr=localhost', "
-        "'--nproc-per-node=2', '-m', 'module'])",
-    )
+    script = "import sys; *own, logs, flag, module = sys.argv[1:]; sys.exit(own != ['--rdzv-backend=loopback', "
+    script += "'--rdzv-endpoint=127.0.0.1', '--nproc-per-node=2'] or '--log-dir=' not in logs or module != 'module')"
+    stand_in(monkeypatch, script)
     run_ranks(["-m", "module"], 2, seconds=60)
 
 

@@ -50,8 +50,11 @@ def run_rank(world: World, topology: Topology, prepared: str) -> tuple[float, in
     chunk = make_chunk(CONFIG, random_params(CONFIG, 3, torch.float64), torch.float64, topology, world.rank)
     cpu = torch.device("cpu")
     forwards = Pipeline.open(Stages.of(chunk.model.config, 8), groups, cpu).forwards
-    loss, targets = evaluate((chunk,), forwards, validation_samples(prepared), 2, groups, cpu)
-    return loss, targets, generate((chunk,), forwards(1), [5, 6, 7], 6, 8, groups, cpu, seed=0)
+    found = evaluate((chunk,), forwards, validation_samples(prepared), 2, groups, cpu)
+    text = generate((chunk,), forwards(1), [5, 6, 7], 6, 8, groups, cpu, seed=0)
+    assert found is not None
+    assert text is not None
+    return *found, text
 
 
 def test_every_target_counts_once_in_every_layout(prepared: str) -> None:

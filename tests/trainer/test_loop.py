@@ -289,6 +289,10 @@ def test_the_rate_of_a_step_is_that_of_its_end(alone: list[dict[str, Any]]) -> N
     assert rates == pytest.approx([0.5e-2, 1e-2, 1e-2])  # a warm-up of two steps, then constant
 
 
+LOOKS = 4
+"""At a stop request in one evaluation of the runs below: its rounds of micro-batches."""
+
+
 def train_until(world: World, tree: dict[str, Any], looks: int, spent_in_a_step: float) -> tuple[int, str] | None:
     """Train; the last rank alone asks to stop, after so many looks. Exit code and reason of a halt."""
     run_dir, asked = Path(tree["training"]["run_dir"]), iter(range(looks))
@@ -332,13 +336,43 @@ def test_one_rank_that_is_asked_halts_all_after_the_same_step_and_nothing_is_los
     reason = "stopped before the first step: it was asked to, and the same command goes on"
     assert run_processes(2, train_until, tree, 0, 0.0) == [(75, reason)] * 2
     reason = "stopped after step 2, which is in a checkpoint: it was asked to, and the same command goes on"
-    assert run_processes(2, train_until, tree, 2, 0.0) == [(75, reason)] * 2
+    assert run_processes(2, train_until, tree, 2 + LOOKS, 0.0) == [(75, reason)] * 2
     assert told(tree) == told(undisturbed)[:3]  # the evaluation of step 2 is owed
     assert run_processes(2, train_until, tree, 100, 0.0) == [None, None]
     assert told(tree) == told(undisturbed)
     summary = summarise(root / "halted")
     assert summary.steps_retained == STEPS
     assert (summary.rolled_back_ms, summary.running) == (0, False)
+
+
+@pytest.mark.parametrize("checkpoint_every", [0, 2])
+def test_a_stop_in_an_evaluation_is_served_at_the_next_micro_batch(root: Path, checkpoint_every: int) -> None:
+    undisturbed = on_two_ranks(root, f"whole{checkpoint_every}")
+    tree = on_two_ranks(root, f"left{checkpoint_every}", checkpoint_every=checkpoint_every)
+    assert run_processes(2, train_until, undisturbed, 100, 0.0) == [None, None]
+    reason = "after step 2, which is in a checkpoint: it was asked to, and the same command goes on"
+    # In the evaluation; before it is made up for; in that again.
+    for looks, where in (2 + LOOKS + 1 + 2, "in the evaluation "), (0, ""), (1 + 2, ""):
+        halted = run_processes(2, train_until, tree, looks, 0.0)
+        assert halted == [(75, f"stopped {where}{reason}")] * 2
+        assert told(tree) == told(undisturbed)[:3]
+    last = run_processes(2, train_until, tree, 1 + LOOKS + 1 + 2, 0.0)  # in the evaluation of the last step
+    assert "in the evaluation after step 3" in str(last)
+    text = run_processes(2, train_until, tree, LOOKS + 1, 0.0)  # in the second token of the sample
+    assert "in the sample after step 3, which is in a checkpoint" in str(text)
+    assert run_processes(2, train_until, tree, 100, 0.0) == [None, None]
+    assert told(tree) == told(undisturbed)
+    assert summarise(Path(tree["training"]["run_dir"])).rolled_back_ms == 0
+
+
+def test_a_checkpoint_that_is_due_comes_before_the_evaluation_which_is_told_once(root: Path) -> None:
+    tree = on_two_ranks(root, "longer", checkpoint_every=1)
+    assert run_processes(2, train_until, tree, 100, 0.0) == [None, None]
+    manifest = json.loads((root / "longer" / "checkpoints" / "step_00000003" / "manifest.json").read_text())
+    assert manifest["facts"]["owes_evaluation"]
+    tree["training"] = tree["training"] | {"tokens": (STEPS + 1) * LENGTH * BATCH, "sample_tokens": 0}
+    assert run_processes(2, train_until, tree, 100, 0.0) == [None, None]
+    assert [step for kind, step, _ in told(tree) if kind == "evaluation"] == [1, 2, 3, 4]
 
 
 def test_the_budget_guard_halts_the_run_until_its_budget_is_raised(root: Path) -> None:

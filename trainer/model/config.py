@@ -41,6 +41,12 @@ class YarnConfig:
                 yield Problem(name, self.__dict__[name], "must be at least 0")
 
 
+MOST_WIDTH = 2**20
+"""Of a matrix in either direction: 60 times DeepSeek-V3's widest."""
+MOST = {"vocabulary": 2**24, "layers": 4096, "experts": 2**16, "groups": 2**16, "mtp_depth": 64}
+"""What else has another limit. Beyond these sizes, planning a run alone takes hours."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Multi-head latent attention, DeepSeekMoE and multi-token prediction."""
@@ -133,6 +139,10 @@ class ModelConfig:
         for name in ("dense_layers", "shared_experts", "mtp_depth"):
             if values[name] < 0:
                 yield Problem(name, values[name], "must be at least 0")
+        for name in (*at_least_one, "q_lora_rank", "shared_experts", "mtp_depth"):
+            most = MOST.get(name, MOST_WIDTH)
+            if (values[name] or 0) > most:
+                yield Problem(name, values[name], f"must be at most {most}: no machine trains more")
         for name in ("routed_scaling", "norm_eps", "rope_theta", "init_std"):
             if not values[name] > 0:
                 yield Problem(name, values[name], "must be greater than 0")

@@ -1,0 +1,88 @@
+"""Whether the processes of a run have the same configuration, code and data: compared before any group is opened."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from .refusal import Problem, Refused
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing that must be the same everywhere."""
+
+    digest: str
+    """Of its value, which may be a secret."""
+    shown: str
+    """What messages show of it."""
+
+
+class Different(Refused):
+    """Processes of one run are not the same; raised on all of them."""
+
+
+Facts = Mapping[str, Fact]
+"""By name, in the order in which they are compared."""
+
+
+def first_difference(here: Facts, there: Facts) -> str | None:
+    """Return the name of the first fact that is not the same, or is missing on one side; None where all agree."""
+    for name in (*here, *(name for name in there if name not in here)):
+        ours, theirs = here.get(name), there.get(name)
+        if ours is None or theirs is None or ours.digest != theirs.digest:
+            return name
+    return None
+
+
+def difference(name: str, here: tuple[str, Facts], there: tuple[str, Facts]) -> str:
+    """Return in words what the fact `name` is on both sides; each side has a name of its own."""
+    sides = [f"{facts[name].shown if name in facts else 'nothing'} on {who}" for who, facts in (here, there)]
+    return ", ".join(sides)
+
+
+def to_json(facts: Facts) -> str:
+    """Return `facts` as text."""
+    return json.dumps({name: [fact.digest, fact.shown] for name, fact in facts.items()})
+
+
+def from_json(text: str) -> dict[str, Fact]:
+    """Return what `to_json` made into text. Raises `ValueError` for any other text."""
+    tree = json.loads(text)
+    if not isinstance(tree, dict):
+        raise ValueError("is not a mapping of facts")
+    facts = {}
+    for name, pair in tree.items():
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(each, str) for each in pair)):
+            raise ValueError(f"{name} is not a fact")
+        facts[name] = Fact(*pair)
+    return facts
+
+
+def refuse_unless_equal(store: dist.Store, rank: int, ranks: int, facts: Facts) -> None:
+    """Raise `Different` on every rank, with the first difference from rank 0, unless `facts` are the same on all.
+
+    A few messages of each rank with the store of the launch: no group is open yet, as ranks that differ may want other
+    groups. Raises `dist.DistError` where ranks do not come in time.
+    """
+    who = f"rank {rank} ({socket.gethostname()})"
+    if rank == 0:
+        store.set("facts", json.dumps([who, to_json(facts)]))
+    first, text = json.loads(store.get("facts"))
+    theirs = from_json(text)
+    name = first_difference(theirs, facts)
+    if name is not None:
+        store.set("difference", json.dumps([name, difference(name, (first, theirs), (who, facts))]))
+    if store.add("compared", 1) == ranks:
+        store.set("all compared", "")
+    store.wait(["all compared"])
+    if store.check(["difference"]):
+        name, sides = json.loads(store.get("difference"))
+        raise Different([Problem(name, sides, DIFFERENT)])
+
+
+DIFFERENT = "must be the same on all ranks and machines; start all with one command, one tree and one prepared data"

@@ -1,0 +1,53 @@
+"""This machine's own address, and a port on it that no other machine reaches."""
+
+from __future__ import annotations
+
+import socket
+from ipaddress import ip_address
+
+from .refusal import Problem, Refused
+
+_ADDRESSES = ("127.0.0.1", "::1")
+_SECONDS = 5
+_WAITING = 2048
+"""Connections that may wait to be accepted: every rank of a machine comes at once."""
+
+
+def loopback_address() -> str:
+    """Return an address at which this machine reaches itself; no name is looked up. Raises `Refused` without any."""
+    reasons = []
+    for address in _ADDRESSES:
+        try:
+            with listen_on(address) as listener, socket.socket(listener.family, socket.SOCK_STREAM) as caller:
+                caller.settimeout(_SECONDS)
+                caller.connect(listener.getsockname())
+        except OSError as error:
+            reasons.append(f"{address}: {error.strerror or error}")
+        else:
+            return address
+    remedy = f"this machine cannot reach itself ({'; '.join(reasons)}); bring its loopback up: `ip link set lo up`"
+    raise Refused([Problem("localhost", _ADDRESSES[0], remedy)])
+
+
+def listen_on(address: str, port: int = 0) -> socket.socket:
+    """Return a socket that listens on `address` alone; port 0 takes a free one. Raises `OSError`."""
+    family = socket.AF_INET6 if ip_address(address).version == 6 else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        listener.listen(_WAITING)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def loopback_of(host: str) -> str | None:
+    """Return the loopback address that `host` means; None where it means any other, or none."""
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return None
+    loopback = [address for address in _ADDRESSES if address in found]
+    return loopback[0] if loopback and all(ip_address(each.partition("%")[0]).is_loopback for each in found) else None

@@ -1,0 +1,74 @@
+"""Interpolations in a configuration: what is resolved once for a launch, and what each process resolves for itself.
+
+`${now:…}` is resolved where a run is composed, and never again. `${oc.env:…}` may hold a secret, so that files keep it
+as it was written: its value is an `EnvironmentText`, which remembers that. Numbers and choices hold no secrets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from ..comm.refusal import Problem
+from ..trainer.environment_text import EnvironmentText
+
+_NOW = re.compile(r"(?<!\\)((?:\\\\)*)\$\{now:([^{}]*)\}")
+_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:")
+_CHOICES = ("model.", "exchange.", "precision.", "optimizer.", "schedule.", "recompute.", "topology.")
+"""Groups whose text is one of a list of names. A checkpoint is compared by them, so it holds what they mean."""
+
+
+def resolve(config: DictConfig | ListConfig, problems: list[Problem], instant: datetime) -> Any:
+    """Return `config` as nested plain values, all resolved: `${now:…}` is `instant`.
+
+    What may be text of the environment is an `EnvironmentText`.
+
+    Raises OmegaConf's errors for what cannot be resolved; lists from the environment are added to `problems`.
+    """
+    raw = _with_now(OmegaConf.to_container(config, resolve=False), instant)
+    resolved = OmegaConf.to_container(OmegaConf.create(raw), resolve=True, throw_on_missing=True)
+    if not any(_ENVIRONMENT.search(text) for text in _texts(raw)):
+        return resolved
+    return _joined(raw, resolved, "", problems)
+
+
+def _with_now(raw: Any, instant: datetime) -> Any:
+    """`raw` with one instant for every `${now:…}` of it."""
+    if isinstance(raw, dict):
+        return {key: _with_now(item, instant) for key, item in raw.items()}
+    if isinstance(raw, list):
+        return [_with_now(item, instant) for item in raw]
+    if not isinstance(raw, str):
+        return raw
+    return _NOW.sub(lambda found: found.group(1) + instant.strftime(found.group(2)), raw)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
+def _joined(raw: Any, resolved: Any, path: str, problems: list[Problem]) -> Any:
+    if isinstance(raw, dict) and isinstance(resolved, dict):
+        return {key: _joined(raw.get(key), item, f"{path}{key}.", problems) for key, item in resolved.items()}
+    if isinstance(raw, list) and isinstance(resolved, list):
+        return [_joined(*pair, path, problems) for pair in zip(raw, resolved, strict=True)]
+    if not isinstance(raw, str) or "${" not in raw:
+        return resolved
+    key = path.removesuffix(".")
+    if isinstance(resolved, dict | list) and _ENVIRONMENT.search(raw):
+        problems.append(Problem(key, raw, "only text and numbers can come from the environment; write it out"))
+    if not isinstance(resolved, str) or (path.startswith(_CHOICES) and key != "model.name"):
+        return resolved
+    # With a variable somewhere in the configuration, a reference to another key may lead to it.
+    return EnvironmentText(resolved, raw)

@@ -1,0 +1,326 @@
+"""The machines of a launch meet before any of them starts a rank: machine 0 waits at MASTER_ADDR:MASTER_PORT.
+
+    machine r -> machine 0   who it is, and its facts: configuration, code, data (`identity.py`)
+    machine 0 -> machine r   once all have come: the run directory, and what a file in it holds
+    machine r -> machine 0   whether it sees that file
+    machine 0 -> machine r   go
+
+In the place of each answer of machine 0 may come a refusal, which all machines get. A message is a line of JSON.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..comm.agreement import DIFFERENT, Facts, difference, first_difference, from_json, to_json
+from ..comm.loopback import listen_on, loopback_of
+from ..comm.refusal import Problem, Refused
+from .say import say
+
+_SECONDS_BETWEEN_WORDS = 30
+_SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_TO_SPEAK = 10
+"""For a machine that has connected to send its line: on one machine and in one network this takes milliseconds."""
+_SECONDS_TO_SEE = 60
+"""For a file to appear on the other machines: NFS looks again after 60 s (acdirmax)."""
+_SECONDS_TO_HEAR = 20
+"""For machines that are about to come, when one that has come is refused: they would wait for nobody."""
+_SECONDS_FOR_PORT = 20
+_SECONDS_TO_REPORT = 3
+_MOST_BYTES = 4 * 2**20
+_FILE = "meeting"
+
+
+class NotMet(Exception):  # noqa: N818 -- says what happened
+    """Machines did not come, or have left again. Not the input's fault: the same command may do."""
+
+
+@dataclass(frozen=True)
+class Venue:
+    """Where the machines meet, and which of them this is."""
+
+    address: str
+    port: int
+    machines: int
+    machine: int
+    """Number of this one."""
+    seconds: float
+    """How long to wait: `training.meeting_timeout_seconds`."""
+
+    @property
+    def where(self) -> str:
+        """Address and port."""
+        return f"{self.address}:{self.port}"
+
+    @property
+    def limit(self) -> str:
+        """The limit, with the key that sets it."""
+        return f"{self.seconds:g} s (training.meeting_timeout_seconds)"
+
+
+def address_problems(address: str) -> Iterator[Problem]:
+    """What keeps this machine from finding machine 0: its name does not resolve."""
+    try:
+        socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        remedy = f"does not resolve on this machine ({error}); name machine 0 by an address that all machines know"
+        yield Problem("MASTER_ADDR", address, remedy)
+
+
+def host_meeting(venue: Venue, facts: Facts, run_dir: Path, attempt: str) -> None:
+    """As machine 0: return when all machines are there, fit, and see what `run_dir` holds; `attempt` is in no other.
+
+    Raises `Refused` for one that does not fit, `NotMet` for one that does not come.
+    """
+    with ExitStack() as cleanup:
+        note = run_dir / _FILE
+        note.write_text(attempt)
+        cleanup.callback(lambda: note.unlink(missing_ok=True))
+        listener = cleanup.enter_context(_listener(venue))
+        guests: dict[int, _Line] = {}
+        cleanup.callback(_close, guests)
+        try:
+            _gather(venue, listener, facts, guests)
+            for guest in guests.values():
+                guest.send({"run_dir": str(run_dir), "attempt": attempt})
+            for number, guest in guests.items():
+                _check_sight(number, guest, run_dir)
+        except Refused as refused:
+            for guest in guests.values():
+                with suppress(OSError):
+                    guest.send({"refused": str(refused)})
+            raise
+        for guest in guests.values():
+            guest.send({"go": True})
+
+
+def _close(guests: Mapping[int, _Line]) -> None:
+    for guest in guests.values():
+        guest.close()
+
+
+def attend_meeting(venue: Venue, facts: Facts) -> Path:
+    """As another machine: return the run directory of the launch once all machines are there and fit."""
+    line = _reach(venue)
+    try:
+        line.send({"machine": venue.machine, "host": socket.gethostname(), "facts": to_json(facts)})
+        told = _answer(venue, line)
+        run_dir, attempt = Path(str(told.get("run_dir"))), str(told.get("attempt"))
+        line.send({"sees": _sees(run_dir / _FILE, attempt), "where": str(run_dir.absolute())})
+        _answer(venue, line)
+    except OSError as error:
+        raise NotMet(f"machine 0 at {venue.where} cannot be reached any more: {error}") from error
+    finally:
+        line.close()
+    return run_dir
+
+
+def report_refusal(venue: Venue, refused: Refused) -> None:
+    """Tell machine 0, if it is waiting, that this machine will not come."""
+    with suppress(OSError):
+        connection = socket.create_connection((venue.address, venue.port), _SECONDS_TO_REPORT)
+        line = _Line(connection)
+        line.send({"machine": venue.machine, "host": socket.gethostname(), "refused": str(refused)})
+        line.close()
+
+
+@dataclass
+class _Line:
+    """One connection: a line of JSON at a time."""
+
+    connection: socket.socket
+    host: str = "?"
+    _rest: bytes = field(default=b"")
+
+    def send(self, message: Mapping[str, object]) -> None:
+        self.connection.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self, seconds: float) -> dict[str, object] | None:
+        """The next message; None where the other side has closed. Raises `TimeoutError`, and `ValueError` for junk."""
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._rest:
+            self.connection.settimeout(max(0.001, deadline - time.monotonic()))
+            got = self.connection.recv(2**16)
+            if not got:
+                return None
+            self._rest += got
+            if len(self._rest) > _MOST_BYTES:
+                raise ValueError("is too long for a message")
+        text, _, self._rest = self._rest.partition(b"\n")
+        message = json.loads(text)
+        if not isinstance(message, dict):
+            raise ValueError("is not a message")
+        return message
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+class _Words:
+    """Says what is waited for, at once and every 30 seconds."""
+
+    def __init__(self) -> None:
+        self._next = time.monotonic()
+
+    def say(self, text: str) -> None:
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + _SECONDS_BETWEEN_WORDS
+            say(f"shoestring train: {text}")
+
+
+@contextmanager
+def _listener(venue: Venue) -> Iterator[socket.socket]:
+    """On every address of this machine, or on its loopback alone where that is where the machines meet."""
+    deadline = time.monotonic() + _SECONDS_FOR_PORT
+    while True:
+        try:
+            listener = _listen(venue)
+            break
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                remedy = f"cannot be listened to on this machine ({error.strerror}); name another port, the same on all"
+                raise Refused([Problem("MASTER_PORT", venue.port, remedy)]) from error
+        time.sleep(_SECONDS_BETWEEN_LOOKS)  # the launch before this one, or another program, still has the port
+    with listener:
+        listener.settimeout(_SECONDS_BETWEEN_LOOKS)
+        yield listener
+
+
+def _listen(venue: Venue) -> socket.socket:
+    loopback = loopback_of(venue.address)
+    if loopback is not None:
+        return listen_on(loopback, venue.port)
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    return socket.create_server(("", venue.port), family=family, dualstack_ipv6=both, backlog=2048)
+
+
+def _gather(venue: Venue, listener: socket.socket, facts: Facts, guests: dict[int, _Line]) -> None:
+    """Until every other machine is among the `guests`. Raises `Refused`, once most of them are there to hear it."""
+    deadline, words, hint = time.monotonic() + venue.seconds, _Words(), _foreign(venue.address)
+    refusals: list[Refused] = []
+    while len(guests) < venue.machines - 1:
+        missing = [number for number in range(1, venue.machines) if number not in guests]
+        some = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
+        words.say(f"waiting for {len(missing)} of {venue.machines} machines at {venue.where} (missing: {some}){hint}")
+        if refusals and time.monotonic() > deadline:
+            break
+        if time.monotonic() > deadline:
+            late = f"of {venue.machines} machines, {some} did not come to {venue.where} within {venue.limit}{hint}"
+            raise NotMet(f"{late}; look what they say, and whether they reach that address")
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            continue
+        try:
+            _welcome(venue, _Line(connection), facts, guests)
+        except Refused as refused:
+            refusals.append(refused)
+            deadline = min(deadline, time.monotonic() + _SECONDS_TO_HEAR)
+    if refusals:
+        raise refusals[0]
+
+
+def _foreign(address: str) -> str:
+    """A word on an address that is not of this machine, as far as it knows."""
+    try:
+        for family, _, _, _, place in socket.getaddrinfo(address, 0, type=socket.SOCK_DGRAM):
+            with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.bind(place)
+                return ""
+    except OSError:
+        return ""
+    return f"; {address} is no address of this machine, which has NODE_RANK=0"
+
+
+def _welcome(venue: Venue, line: _Line, facts: Facts, guests: dict[int, _Line]) -> None:
+    """Note who has come. What does not speak our language is let go without a word: a port may be scanned."""
+    try:
+        message = line.receive(_SECONDS_TO_SPEAK) or {}
+        number, line.host = message["machine"], str(message["host"])
+        refused = message.get("refused")
+        theirs = {} if refused is not None else from_json(str(message["facts"]))
+    except (OSError, ValueError, KeyError, RecursionError):
+        line.close()
+        return
+    if not isinstance(number, int) or not 1 <= number < venue.machines:
+        line.close()
+        return
+    if number in guests:
+        guests[number].close()  # it was started again
+    guests[number] = line
+    who = f"machine {number} ({line.host})"
+    if refused is not None:
+        raise Refused([Problem(f"machine {number}", line.host, f"was refused there: {refused}")])
+    name = first_difference(facts, theirs)
+    if name is not None:
+        here = f"machine 0 ({socket.gethostname()})"
+        raise Refused([Problem(name, difference(name, (here, facts), (who, theirs)), DIFFERENT)])
+
+
+def _check_sight(number: int, guest: _Line, run_dir: Path) -> None:
+    try:
+        message = guest.receive(_SECONDS_TO_SEE + _SECONDS_TO_SPEAK)
+    except (OSError, ValueError) as error:
+        raise NotMet(f"machine {number} ({guest.host}) has stopped answering: {error}") from error
+    if message is None:
+        raise NotMet(f"machine {number} ({guest.host}) has left; look what it says")
+    if message.get("sees") is not True:
+        remedy = (
+            f"is not shared: machine {number} ({guest.host}) does not see in {message.get('where')} what machine 0 "
+            f"wrote in {run_dir.absolute()}; name a directory on a file system that all machines share"
+        )
+        raise Refused([Problem("training.run_dir", str(run_dir), remedy)])
+
+
+def _sees(note: Path, attempt: str) -> bool:
+    """Whether `note` holds `attempt`, or does so soon: a network file system may show it late."""
+    deadline = time.monotonic() + (_SECONDS_TO_SEE if note.parent.is_dir() else _SECONDS_BETWEEN_LOOKS)
+    while True:
+        with suppress(OSError, UnicodeDecodeError):
+            if note.name in {path.name for path in note.parent.iterdir()} and note.read_text() == attempt:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _reach(venue: Venue) -> _Line:
+    deadline, words = time.monotonic() + venue.seconds, _Words()
+    while True:
+        try:
+            connection = socket.create_connection((venue.address, venue.port), _SECONDS_TO_SPEAK)
+        except OSError as error:
+            words.say(f"waiting for machine 0 at {venue.where} ({error.strerror or error})")
+            if time.monotonic() > deadline:
+                remedy = "check MASTER_ADDR and MASTER_PORT, and look what machine 0 says"
+                raise NotMet(f"machine 0 was not at {venue.where} within {venue.limit}; {remedy}") from error
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        else:
+            return _Line(connection)
+
+
+def _answer(venue: Venue, line: _Line) -> dict[str, object]:
+    """What machine 0 says next. Raises `Refused` and `NotMet`."""
+    deadline, words = time.monotonic() + venue.seconds + _SECONDS_TO_SEE, _Words()
+    while time.monotonic() < deadline:
+        try:
+            message = line.receive(_SECONDS_BETWEEN_LOOKS)
+        except TimeoutError:
+            words.say(f"has reached machine 0 at {venue.where}; waiting until all {venue.machines} machines are there")
+            continue
+        except ValueError as error:
+            raise NotMet(f"what answers at {venue.where} is no launch of Shoestring: {error}") from error
+        if message is None:
+            raise NotMet(f"machine 0 at {venue.where} has ended the launch; look what it says")
+        if "refused" in message:
+            raise Refused([Problem("machine 0", venue.where, f"has refused the launch: {message['refused']}")])
+        return message
+    raise NotMet(f"machine 0 at {venue.where} did not answer within {venue.limit}; look what it says")
