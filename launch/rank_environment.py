@@ -98,8 +98,8 @@ def settings(run_dir: Path) -> tuple[Setting, ...]:
             "NCCL 2.26 or later",
             "kernels of several communicators start in the order in which the host launched them, so that two GPUs "
             "cannot each give its SMs to what the other has not started; a launch waits until the one before it has "
-            "started, so the first collective of a step waits for all weights but the last bucket's to be gathered; set "
-            "from CUDA 12.3 on, as before that NCCL would run them one after the other, and a receive posted ahead "
+            "started, so the first collective of a step waits for all weights but the last bucket's to be gathered; "
+            "set from CUDA 12.3 on, as before that NCCL would run them one after the other, and a receive posted ahead "
             "would stop all",
         ),
         Setting("NCCL_DEBUG", "WARN", "NCCL", "NCCL says nothing of what went wrong unless told to"),
