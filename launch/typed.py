@@ -57,7 +57,7 @@ class _Reader:
         if origin is dict and isinstance(value, Mapping):
             pairs = ((self._item(arguments[0], key, path), key, item) for key, item in value.items())
             return {made: self._item(arguments[1], item, f"{path}.{key}") for made, key, item in pairs}
-        if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value):
             return float(value)
         if kind is int and isinstance(value, float) and value.is_integer():
             return int(value)  # 1e12 tokens
@@ -101,6 +101,13 @@ class _Reader:
         hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(known))}"
         self.problems.append(Problem(path, item, f"no such key; {hint}"))
         self.doubtful.update(f"{prefix}{name}" for name in close or known)
+
+
+def _is_finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of more digits than a float has room for
+        return False
 
 
 def _empty(kind: Any) -> Any:

@@ -110,6 +110,12 @@ def headers(random: Random, seeds: Path, folder: Path) -> Input:
     hf = copy(seeds, folder, random.choice(["hf", "hf_sharded"]))
     files = sorted(hf.glob("model*"))
     path = random.choice(files)
+    if path.suffix == ".json" and random.random() < 0.5:
+        tree = json.loads(path.read_bytes())
+        name = random.choice(list(tree["weight_map"]))
+        tree["weight_map"][name] = random.choice([*tree["weight_map"].values(), "../hf/x", "/dev/zero", "sub/x", 5])
+        path.write_bytes(dumps(tree))
+        return reads("import", hf, folder / "made", made=folder / "made")
     if path.suffix == ".json" or random.random() < FILE_SHARE:
         _damage_json(random, path)
         return reads("import", hf, folder / "made", made=folder / "made")
@@ -145,6 +151,8 @@ def data_manifest(random: Random, seeds: Path, folder: Path) -> Input:
     path = prepared / "manifest.json"
     if random.random() < 0.2:
         _damage_any(random, random.choice(sorted(prepared.iterdir())))
+    elif random.random() < 0.15:
+        _flip(random, random.choice(sorted(prepared.iterdir())))
     elif random.random() < 0.3:
         path.write_bytes(mutate_json(random, path.read_bytes()))
     else:
@@ -165,15 +173,31 @@ def _damage_any(random: Random, path: Path) -> None:
         path.write_bytes(mutate_bytes(random, path.read_bytes()))
 
 
+def _flip(random: Random, path: Path) -> None:
+    """Change a bit, half of the time near the beginning; the size stays."""
+    raw = bytearray(path.read_bytes())
+    place = random.randrange(len(raw) if random.random() < 0.5 else min(len(raw), 2000))
+    raw[place] ^= 1 << random.randrange(8)
+    path.write_bytes(raw)
+
+
 def checkpoint_manifest(random: Random, seeds: Path, folder: Path) -> Input:
     """The manifest of a checkpoint, resealed, or a file beside it."""
     saved = copy(seeds, folder, "saved")
     step = saved / "checkpoints" / "step_00000004"
-    if random.random() < 0.2:
+    path, action = step / "manifest.json", random.random()
+    if action < 0.15:
         _damage_any(random, random.choice(sorted(step.iterdir())))
+    elif action < 0.35:
+        _flip(random, random.choice([*step.glob("part_*"), step / "tokenizer.json"]))
+        return reads("checkpoint", "verify", saved, codes=(0, 1, 2))
     else:
-        path = step / "manifest.json"
-        path.write_bytes(mutate_json(random, path.read_bytes()))
+        tree = json.loads(path.read_bytes())
+        if action < 0.6:
+            tree["facts"] = mutate_tree(random, tree["facts"])
+            path.write_bytes(dumps(tree))
+        else:
+            path.write_bytes(mutate_json(random, path.read_bytes()))
         (step / "complete").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
     made = folder / "made"
     return random.choice(
@@ -271,10 +295,11 @@ def tokenizer(random: Random, seeds: Path, folder: Path) -> Input:
     sha256, size = hashlib.sha256(new).hexdigest(), len(new)
     if where == "hf":
         return reads("import", base, folder / "made", made=folder / "made")
-    if where == "prepared":
+    if where == "prepared" and random.random() < 0.9:
         manifest = json.loads((base / "manifest.json").read_bytes())
         manifest["tokenizer"].update(sha256=sha256, bytes=size)
         (base / "manifest.json").write_text(json.dumps(manifest))
+    if where == "prepared":
         return reads("data", "inspect", *data_overrides(folder))
     manifest = json.loads((path.parent / "manifest.json").read_bytes())
     manifest["attachments"][0].update(sha256=sha256, bytes=size)

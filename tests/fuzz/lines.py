@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,7 +51,7 @@ class Lines:
     def __init__(self) -> None:
         self.seen: set[tuple[str, int]] = set()
         self._names: dict[CodeType, str | None] = {}
-        self._files = {name: lines_of(ROOT / name) for name in READERS}
+        self._readers = {str(ROOT / name): name for name in READERS}
 
     def start(self) -> None:
         """Count from here on, in this thread."""
@@ -59,9 +60,7 @@ class Lines:
     def _call(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
         code = frame.f_code
         if code not in self._names:
-            path = Path(code.co_filename).resolve()
-            name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else ""
-            self._names[code] = name if name in self._files else None
+            self._names[code] = self._readers.get(os.path.realpath(code.co_filename))
         return None if self._names[code] is None else self._line
 
     def _line(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any]:

@@ -21,8 +21,8 @@ from .lines import Lines
 
 CPU_SECONDS = 10
 """Of one input: more is a hang."""
-WALL_SECONDS = 40
-"""What waits for what never comes uses no CPU; on a loaded machine, what does not may have to wait for its turn."""
+IDLE_SECONDS = 10
+"""Of an input that uses no CPU: it waits for what never comes, since no verb waits for anything else that long."""
 _MEMORY = 24 * 2**30
 """Bytes of addresses: torch alone maps several GB."""
 _RAISED = 70
@@ -91,13 +91,16 @@ def _fork(made: Input, out: Path, *, counted: bool) -> tuple[int, float, str, tu
 
 
 def _wait(child: int) -> int:
-    deadline = time.monotonic() + WALL_SECONDS
-    pause = 0.005
+    """Its status. On a loaded machine a process may need minutes for seconds of CPU: it is idle when it sleeps."""
+    busy, pause = time.monotonic(), 0.005
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return status
-        if time.monotonic() > deadline:
+        state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
+        if state != "S":
+            busy = time.monotonic()
+        if time.monotonic() - busy > IDLE_SECONDS:
             os.kill(child, signal.SIGKILL)
             return os.waitpid(child, 0)[1]
         time.sleep(pause)
