@@ -86,9 +86,8 @@ def least_bytes(config: RunConfig) -> Iterator[tuple[str, tuple[str, object], fl
     size = parameters * 9.0 / config.topology.world_size
     yield f"{parameters:.3g} parameters and their optimizer state", ("model", config.model.name), size
     tokens = config.schedule.micro_batch * config.training.sequence_length
-    width = max(config.model.hidden, config.model.vocabulary)
     key = ("training.sequence_length", config.training.sequence_length)
-    yield f"the widest activation of {tokens:,} tokens in a micro-batch", key, 2.0 * tokens * width
+    yield f"one activation of the {tokens:,} tokens of a micro-batch", key, 2.0 * tokens * config.model.hidden
 
 
 def least_parameters(model: ModelConfig) -> int:

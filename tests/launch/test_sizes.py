@@ -66,7 +66,7 @@ def test_each_size_has_a_limit(overrides: str, field: str) -> None:
         ("model.hidden=1048576", "parameters and their optimizer state alone"),
         ("model.hidden=65536 model.expert_ffn=1048576", "parameters and their optimizer state alone"),
         ("model.experts=65536", "parameters and their optimizer state alone"),
-        ("training.sequence_length=16777216 schedule.micro_batch=8", "the widest activation of 134,217,728 tokens"),
+        ("training.sequence_length=16777216 schedule.micro_batch=8", "one activation of the 134,217,728 tokens"),
     ],
 )
 def test_what_is_too_large_for_this_machine(overrides: str, words: str) -> None:
