@@ -22,9 +22,9 @@ from .attempt import ATTEMPT_VARIABLE
 from .compose import to_yaml
 from .numa import BINDING, NumaFacts, why_not_bound
 from .orphan import LAUNCHER_VARIABLE, die_with_parent
-from .preflight import is_finished, spent_budget
+from .preflight import is_finished, make_room, spent_budget
 from .rank_environment import applying, computes_on_gpus, rank_environment
-from .run_dir import CONFIG_FILE, claimed, clear_status, read_status
+from .run_dir import CONFIG_FILE, claimed, clear_status, read_status, reserve_status
 from .stopping import ASKING_SIGNALS, STOP_FILE_VARIABLE
 from .torchrun import TORCHRUN, end
 
@@ -54,6 +54,8 @@ def launch(config: RunConfig, local: LocalRanks, arguments: Sequence[str], *, fr
             print(f"shoestring train: {spent}", file=sys.stderr)
             return Halt.OVER_BUDGET
         clear_status(run_dir)
+        make_room(config)
+        reserve_status(run_dir)
         (run_dir / CONFIG_FILE).write_text(to_yaml(config))
         attempt = uuid.uuid4().hex[:12]
         allocation = Allocation(

@@ -19,13 +19,14 @@ from ..comm.groups import ProcessGroups
 from ..comm.open_groups import open_groups_on
 from ..comm.refusal import Problem, Refused
 from ..trainer.config import RunConfig
-from ..trainer.halt import RunFailed, RunHalted
+from ..trainer.data.shard_files import DataChanged
+from ..trainer.halt import RankFailed, RunFailed, RunHalted
 from ..trainer.loop import train
 from ..trainer.rank import stages_of
 from .attempt import attempt_name
 from .compose import to_yaml
 from .rank_environment import FLIGHT_RECORDER, applying, computes_on_gpus, make_late, users_choices
-from .run_dir import CONFIG_FILE, own, write_status
+from .run_dir import CONFIG_FILE, own, reserve_status, write_status
 from .stopping import listen_for_stop
 
 _SECONDS_FOR_OTHERS = 3
@@ -61,6 +62,8 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
         return _stop(config, worker, halted.halt, str(halted))
     except CollectiveFailed as error:
         _die(f"shoestring train: {error}")
+    except (DataChanged, RankFailed) as error:
+        _die(f"shoestring train: rank {worker.rank}: {error}")
     except Exception:
         _die(f"shoestring train: rank {worker.rank}: {traceback.format_exc()}")
     dist.destroy_process_group()
@@ -99,15 +102,20 @@ def _die(words: str) -> NoReturn:
 def _own(run_dir: Path, config: RunConfig) -> None:
     """Under a torchrun of one's own there is no launcher to leave the configuration."""
     own(run_dir)
+    reserve_status(run_dir)
     if not (run_dir / CONFIG_FILE).exists():
         (run_dir / CONFIG_FILE).write_text(to_yaml(config))
 
 
 def _stop(config: RunConfig, worker: WorkerEnvironment, code: int, reason: str) -> int:
     if worker.rank == 0:
-        write_status(Path(config.training.run_dir), code, reason)
         if code:
             print(f"shoestring train: {reason}", file=sys.stderr, flush=True)
+        try:
+            write_status(Path(config.training.run_dir), code, reason)
+        except OSError as error:  # the run directory is gone: a launcher that reads nothing says so with 1
+            print(f"shoestring train: how the run ended cannot be written down: {error}", file=sys.stderr, flush=True)
+            return 1
     return 0
 
 

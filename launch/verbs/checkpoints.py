@@ -87,8 +87,9 @@ def _add_import(verbs: Verbs) -> None:
 
 def _import(options: argparse.Namespace) -> int:
     from ..convert import import_command
+    from ..say import say
 
-    print(f"imported to {import_command(options.source, options.target)}")
+    say(f"imported to {import_command(options.source, options.target)}")
     return 0
 
 
@@ -106,11 +107,12 @@ def _add_export(verbs: Verbs) -> None:
 
 def _export(options: argparse.Namespace) -> int:
     from ..convert import export_command
+    from ..say import say
 
     how = options.dtype, options.rope, options.max_shard
     found = export_command(options.path, options.step, options.directory, *how, average=options.average)
     what = "the average of the weights of " if options.average else ""
-    print(f"exported {what}{found} to {options.directory}")
+    say(f"exported {what}{found} to {options.directory}")
     return 0
 
 

@@ -55,8 +55,9 @@ def _add_report(verbs: Verbs) -> None:
 
 def _report(options: argparse.Namespace) -> int:
     from ..report.command import write_report
+    from ..say import say
 
-    print(f"wrote {write_report(options.run_dir, options.out)}")
+    say(f"wrote {write_report(options.run_dir, options.out)}")
     return 0
 
 

@@ -5,7 +5,6 @@ Each line is one JSON object. Its `hash` is SHA-256 over the hash of the line be
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ...comm.refusal import Problem, Refused
+from ..telemetry.line_writer import BACKLOG_BYTES, LineWriter
 from ..telemetry.lines import cut_torn_line
+from .lock import lock_or_refuse
 
 Record = dict[str, Any]
 
@@ -96,55 +97,86 @@ class Journal:
     """The one writer of a journal. Raises Refused when the chain is broken or another writer holds the file.
 
     A record survives the death of its writer as soon as `append` returns, and that of the machine within
-    `sync_seconds`: waiting for the disk after each short step would cost more than the step's record is worth. Not for
-    several threads at once: the owner locks.
+    `sync_seconds`: waiting for the disk after each short step would cost more than the step's record is worth. Records
+    that a full disk does not take wait in memory (see `LineWriter`). Not for several threads at once: the owner locks.
     """
 
-    def __init__(self, path: Path, *, sync_seconds: float = 0.0) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path, *, sync_seconds: float = 0.0, backlog_bytes: int = BACKLOG_BYTES) -> None:
+        self._path = path
         self._sync_seconds = sync_seconds
         self._synced_at = time.monotonic()
-        self._path = path
-        self._file = path.open("ab", buffering=0)
         try:
-            # Released by the kernel when the process ends, however it ends.
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.close()
-            remedy = "another process is writing this journal: the run is already going on; wait for it or stop it"
-            raise Refused([Problem(str(path), None, remedy)]) from error
-        self._settle()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = path.open("ab", buffering=0)
+        except OSError as error:
+            raise _no_room(path, error.strerror) from error
+        try:
+            lock_or_refuse(self._lock.fileno(), str(path), None, _HELD)
+            cut_torn_line(path)
+            reader = JournalReader(path)
+            reader.new_records()
+            self._head = reader.head
+            self._writer = LineWriter(path, backlog_bytes=backlog_bytes)
+        except BaseException:
+            self._lock.close()
+            raise
 
-    def _settle(self) -> None:
-        """Cut a torn line and find the end of the chain."""
-        cut_torn_line(self._path)
-        reader = JournalReader(self._path)
-        reader.new_records()
-        self._head = reader.head
-        self._settled = True
+    @property
+    def waiting(self) -> int:
+        """Records that are not in the file yet."""
+        return self._writer.waiting
 
-    def append(self, content: Mapping[str, Any]) -> None:
-        """Write `content`, which has no key `hash`, as one line."""
-        # A full disk or a signal may end an append half way. The next one then looks at the file again first.
-        if not self._settled:
-            self._settle()
-        self._settled = False
+    @property
+    def failure(self) -> str | None:
+        """Why records wait; None where none does."""
+        return self._writer.failure
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether the file has no name any more."""
+        return self._writer.is_removed
+
+    def append(self, content: Mapping[str, Any]) -> bool:
+        """Write `content`, which has no key `hash`, as one line; return False where no memory is left for it to wait.
+
+        A record that is left out is in no chain: the one after it follows the one before it.
+        """
         head = _link(self._head, content)
-        line = (_canonical({**content, "hash": head}) + "\n").encode()
-        if self._file.write(line) != len(line):
-            raise OSError(f"{self._path}: only a part of a record was written; is the disk full?")
+        if not self._writer.append((_canonical({**content, "hash": head}) + "\n").encode()):
+            return False
+        self._head = head
         if time.monotonic() - self._synced_at >= self._sync_seconds:
             self.sync()
-        self._head = head
-        self._settled = True
+        return True
+
+    def insist(self) -> None:
+        """Raise Refused where the disk has not taken every record so far."""
+        if self._writer.waiting:
+            reason = self._writer.failure
+            self.close()
+            raise _no_room(self._path, reason)
 
     def sync(self) -> None:
-        """All that was appended is on disk when this returns."""
-        os.fsync(self._file.fileno())
+        """Bring what was appended to the disk, as far as the disk takes it."""
+        self._writer.sync()
         self._synced_at = time.monotonic()
 
     def close(self) -> None:
         """Let another process write."""
-        if not self._file.closed:
-            self.sync()
-        self._file.close()
+        self._writer.close()
+        self._lock.close()
+
+
+_HELD = "another process is writing this journal: the run is already going on; wait for it or stop it"
+
+
+def refuse_if_held(path: Path) -> None:
+    """Raise Refused while another process writes the journal at `path`; nothing is made or changed."""
+    if path.is_file():
+        with path.open("rb") as file:
+            lock_or_refuse(file.fileno(), str(path), None, _HELD)
+
+
+def _no_room(path: Path, reason: str | None) -> Refused:
+    remedy = f"cannot be written ({reason}); make room, or name another training.run_dir"
+    return Refused([Problem(str(path), None, remedy)])

@@ -26,6 +26,7 @@ CHARGED: Mapping[str, str] = MappingProxyType(
         "checkpoint_load": "loading a checkpoint",
         "evaluation": "validation loss and samples",
         "telemetry": "writing the ledger and metrics, on rank 0",
+        "stall": "rank 0 stopped, or waiting for a disk, between steps",
     }
 )
 """Buckets that rank 0 charges besides steps."""

@@ -24,7 +24,8 @@ class Work:
     """One life of rank 0, inside what the launcher has opened as `attempt`.
 
     Work in an attempt that no launcher has opened counts as allocated from construction to its last record. Raises
-    Refused while another process writes the same ledger.
+    Refused while another process writes the same ledger, and where the disk has no room for the first record; later
+    ones wait in memory (see `LineWriter`).
     """
 
     def __init__(self, run_dir: Path, *, ranks: int, attempt: str, budget: BudgetConfig) -> None:
@@ -32,7 +33,24 @@ class Work:
         self._attempt = attempt
         self._ranks = ranks
         self._cut_ms = 0.0
+        self._left_out = 0
         self._append("begin", ranks=ranks, phase=budget.phase, budget_gpu_hours=budget.gpu_hours)
+        self._journal.insist()
+
+    @property
+    def waiting(self) -> int:
+        """Records that a full disk has not taken yet."""
+        return self._journal.waiting
+
+    @property
+    def failure(self) -> str | None:
+        """Why records wait; None where none does."""
+        return self._journal.failure
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether somebody has removed the file that this half of the ledger is written to."""
+        return self._journal.is_removed
 
     def ready(self) -> None:
         """The first step begins now: what no interval has charged up to here was spent on the way to it."""
@@ -105,4 +123,8 @@ class Work:
         return whole_ms * self._ranks
 
     def _append(self, kind: str, **content: bool | int | float | str | Mapping[str, int]) -> None:
-        self._journal.append({"kind": kind, "attempt": self._attempt, **Instant.now().stamp(), **content})
+        own = {"attempt": self._attempt, **Instant.now().stamp()}
+        if self._left_out and self._journal.append({"kind": "left_out", **own, "records": self._left_out}):
+            self._left_out = 0
+        if not self._journal.append({"kind": kind, **own, **content}):
+            self._left_out += 1

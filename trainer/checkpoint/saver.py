@@ -35,6 +35,8 @@ class Saved:
     path: Path
     failure: str | None
     """Why there is no such checkpoint; None where there is."""
+    note: str | None = None
+    """What else a person should know of the save; on the first rank alone."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class _Save:
     work: Future[object] | None
     """What this rank does in this phase."""
     is_written: bool = False
+    note: str | None = None
+    """See `Saved`."""
 
     @property
     def is_done(self) -> bool:
@@ -71,6 +75,8 @@ class Saver:
         self._reserved: Future[None] | None = None
         self._save: _Save | None = None
         self._letting_go: Future[None] | None = None
+        self.failed_in_a_row = 0
+        """Saves that have failed since the last one that did not; the same on all ranks."""
 
     @property
     def is_saving(self) -> bool:
@@ -98,16 +104,19 @@ class Saver:
         assert self._save is None
         if self._letting_go is not None:  # it removes what `prepare` looks through
             wait([self._letting_go])
+        own = written_by(self._world.rank, pieces)
+        (size,) = self._sum(sum(piece.bytes for piece in own))
         prepared: Future[object] = Future()
+        note = None
         if self._world.is_first:
             try:
-                self._store.prepare(step)
+                note = self._store.prepare(step, size)
             except OSError as error:
                 prepared.set_exception(error)
-        self._save = _Save(step, cover, prepared if prepared.done() else None)
-        (failed,) = self._count(prepared.done())  # also: nobody writes before there is a directory
+        self._save = _Save(step, cover, prepared if prepared.done() else None, note=note)
+        (failed,) = self._sum(prepared.done())  # also: nobody writes before there is a directory
         if not failed:
-            copied = self._copied(written_by(self._world.rank, pieces))
+            copied = self._copied(own)
             file = f"part_{self._world.rank:05d}"
             writing: Future[object] = self._thread.submit(write_share, self._store.partial(step), file, copied)
             self._save = replace(self._save, work=writing)
@@ -131,7 +140,7 @@ class Saver:
         while (save := self._save) is not None:
             if save.work is not None:
                 wait([save.work])
-            saved = self._advance(save, *self._count(save.failure() is not None))
+            saved = self._advance(save, *self._sum(save.failure() is not None))
         return saved
 
     def close(self) -> None:
@@ -146,22 +155,24 @@ class Saver:
             if self._world.is_first:
                 self._store.abandon(save.step)
             self._save = None
-            return Saved(save.step, path, failure)
+            self.failed_in_a_row += 1
+            return Saved(save.step, path, failure, save.note)
         if save.is_written:
             self._save = None
+            self.failed_in_a_row = 0
             if self._world.is_first:
                 self._letting_go = self._thread.submit(self._store.let_go)
-            return Saved(save.step, path, None)
+            return Saved(save.step, path, None, save.note)
         commit: Future[object] | None = None
         if self._world.is_first:
             commit = self._thread.submit(self._store.commit, save.step, save.cover)
         self._save = replace(save, work=commit, is_written=True)
         return None
 
-    def _count(self, *flags: bool) -> list[int]:
-        """On how many ranks each flag is true."""
-        counts = torch.tensor(flags, dtype=torch.int64)
-        found: list[int] = self._world.all_reduce_sum(counts, "state of a checkpoint").tolist()
+    def _sum(self, *numbers: int) -> list[int]:
+        """Return the sum of each number over the ranks; of a flag, on how many ranks it is true."""
+        own = torch.tensor(numbers, dtype=torch.int64)
+        found: list[int] = self._world.all_reduce_sum(own, "state of a checkpoint").tolist()
         return found
 
     def _failure_of_any(self, failure: str | None, failed: int) -> str | None:

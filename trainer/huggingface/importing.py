@@ -83,6 +83,7 @@ def import_released(source: Path, target: Path, say: Callable[[str], None]) -> P
     planned = entries(config)
     _refuse_briefly(list(_misfits(planned, released)), source)
     rope_interleave = tree.get("rope_interleave", True) is not False
+    target.mkdir(parents=True, exist_ok=True)
     store.prepare(0)
     for number, batch in enumerate(_batches(planned)):
         pieces = [_piece(entry, released, rope_interleave=rope_interleave) for entry in batch]
