@@ -14,6 +14,7 @@ from ..trainer.budget.journal import refuse_if_held
 from ..trainer.budget.project import Project
 from ..trainer.budget.summary import summarise
 from ..trainer.budget.terms import ALLOCATION_FILE, WORK_FILE
+from ..trainer.budget.totals import ledger_problems
 from ..trainer.checkpoint.compatible import incompatibilities, start_problems
 from ..trainer.checkpoint.find import find_checkpoint, unreadable
 from ..trainer.checkpoint.store import CheckpointStore, refuse_damaged
@@ -69,6 +70,7 @@ def _checkpoint_problems(config: RunConfig, data: Manifest | None, *, fresh: boo
         raise unreadable(error) from error
     if checkpoint is not None:
         yield from incompatibilities(checkpoint.manifest.facts, config, data)
+        yield from ledger_problems(Path(config.training.run_dir), checkpoint.manifest.facts["ledger"])
     elif damaged:
         raise refuse_damaged(damaged)
     elif config.training.start_from is not None:

@@ -14,7 +14,6 @@ from ..comm.traffic import Kind
 from ..parallelism.gradients import ALL_GATHER, REDUCE_SCATTER
 from .budget.guard import Guard
 from .budget.meter import Meter
-from .budget.summary import LedgerReader
 from .budget.totals import carry
 from .budget.work import Work
 from .checkpoint.saver import Saved
@@ -98,7 +97,7 @@ class Reporter:
         self._ranks = config.topology.world_size
         self._work = Work(run_dir, ranks=self._ranks, attempt=attempt, budget=config.budget)
         self._stream: EventStream = open_stream(config.telemetry, run_dir, sys.stdout)
-        self._ledger = LedgerReader(run_dir)
+        self._ledger = self._work.ledger
         self._meter: Meter | None = None
         self._guard: Guard | None = None
         self._watch = Watch()

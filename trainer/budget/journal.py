@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,43 +35,122 @@ def read_journal(path: Path) -> list[Record]:
     return JournalReader(path).new_records()
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where in a journal a reader is: behind a record of it, or at its beginning."""
+
+    position: int = 0
+    """Bytes before it."""
+    number: int = 0
+    """Records before it."""
+    head: str = GENESIS
+    """The hash of the last of them."""
+
+
 class JournalReader:
     """Reads a journal while it grows: a run of months is asked for its cost at every checkpoint."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, start: Place | None = None) -> None:
+        """Begin at `start`, a place of this journal (see `is_place_of`), or at its beginning."""
         self._path = path
-        self._position = 0
-        self._number = 0
-        self.head = GENESIS
+        self.place = Place() if start is None else start
+
+    @property
+    def head(self) -> str:
         """The hash of the last record read."""
+        return self.place.head
 
     def new_records(self) -> list[Record]:
         """What has been appended since the last call. Raises Refused as `read_journal` does, and for a file cut short.
 
         After a refusal the reader is not to be used again.
         """
-        return list(self._read()) if self._path.exists() else []
+        return list(self.stream())
 
-    def _read(self) -> Iterator[Record]:
+    def size(self) -> int:
+        """Bytes of the file now; what is there up to here was written before anything that is seen later."""
+        return self._path.stat().st_size if self._path.exists() else 0
+
+    def stream(self, end: int | None = None) -> Iterator[Record]:
+        """Yield the same one by one, of those that begin before byte `end`."""
+        if not self._path.exists():
+            return
         with self._path.open("rb") as file:
-            if file.seek(0, os.SEEK_END) < self._position:
+            if file.seek(0, os.SEEK_END) < self.place.position:
                 remedy = "the journal is shorter than when it was last read; restore the file"
-                raise Refused([Problem(str(self._path), self._position, remedy)])
-            file.seek(self._position)
+                raise Refused([Problem(str(self._path), self.place.position, remedy)])
+            position, number, head = self.place.position, self.place.number, self.place.head
+            file.seek(position)
             for line in file:
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n") or (end is not None and position >= end):
                     return
-                self._position += len(line)
-                self._number += 1
-                yield self._checked(line.decode(errors="replace"))
+                position, number = position + len(line), number + 1
+                record = self._checked(line, number, head)
+                head = record["hash"]
+                self.place = Place(position, number, head)
+                yield record
 
-    def _checked(self, line: str) -> Record:
-        record = _parse(line)
-        self.head = _link(self.head, {key: value for key, value in record.items() if key != "hash"})
-        if record.get("hash") != self.head:
+    def _checked(self, line: bytes, number: int, head: str) -> Record:
+        """The record of `line`, which must be chained to `head`."""
+        if is_linked(line, head):
+            record: Record = json.loads(line)
+            return record
+        record = _parse(line.decode(errors="replace"))
+        if record.get("hash") != _link(head, {key: value for key, value in record.items() if key != "hash"}):
             remedy = "the chain of hashes is broken: this line or one before it was changed; restore the file"
-            raise Refused([Problem(f"{self._path}:{self._number}", line[:80], remedy)])
+            raise Refused([Problem(f"{self._path}:{number}", line.decode(errors="replace")[:80], remedy)])
         return record
+
+
+_HASH = re.compile(rb',"hash":"([0-9a-f]{64})"|"hash":"([0-9a-f]{64})",?')
+
+
+def is_linked(line: bytes, head: str) -> bool:
+    """Whether `line` is as `Journal` writes it and chained to `head`; parsing it would take thrice as long."""
+    found = _HASH.search(line)
+    if found is None:
+        return False
+    content = line[: found.start()] + line[found.end() : -1]
+    return hashlib.sha256(head.encode() + content).hexdigest().encode() in found.groups()
+
+
+def is_place_of(path: Path, place: Place) -> bool:
+    """Whether the record before `place` is the one that ends there in the journal at `path`."""
+    if place.position == 0:
+        return place == Place()
+    try:
+        with path.open("rb") as file:
+            begin = max(0, place.position - _LONGEST)
+            file.seek(begin)
+            last = file.read(place.position - begin)
+    except OSError:
+        return False
+    if len(last) != place.position - begin or not last.endswith(b"\n"):
+        return False
+    found = _HASH.search(last[last.rfind(b"\n", 0, -1) + 1 :])
+    return found is not None and place.head.encode() in found.groups()
+
+
+_LONGEST = 2**20
+"""Bytes of a record, at most."""
+
+
+def holds_record(path: Path, head: str) -> bool:
+    """Whether the journal at `path` has a record with this hash."""
+    return holds(path, f'"hash":"{head}"'.encode())
+
+
+def holds(path: Path, *words: bytes) -> bool:
+    """Whether any of `words`, none longer than 1 MiB, is in the file at `path`, which is not parsed."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        rest = b""
+        while chunk := file.read(2**23):
+            if any(word in rest + chunk for word in words):
+                return True
+            rest = chunk[-_LONGEST:]
+    return False
 
 
 def _parse(line: str) -> Record:
@@ -101,7 +182,18 @@ class Journal:
     that a full disk does not take wait in memory (see `LineWriter`). Not for several threads at once: the owner locks.
     """
 
-    def __init__(self, path: Path, *, sync_seconds: float = 0.0, backlog_bytes: int = BACKLOG_BYTES) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        sync_seconds: float = 0.0,
+        backlog_bytes: int = BACKLOG_BYTES,
+        find_head: Callable[[], str] | None = None,
+    ) -> None:
+        """`find_head` returns the hash of the last record, once the file ends with a whole line.
+
+        Without it every record is read.
+        """
         self._path = path
         self._sync_seconds = sync_seconds
         self._synced_at = time.monotonic()
@@ -113,9 +205,7 @@ class Journal:
         try:
             lock_or_refuse(self._lock.fileno(), str(path), None, _HELD)
             cut_torn_line(path)
-            reader = JournalReader(path)
-            reader.new_records()
-            self._head = reader.head
+            self._head = _last_hash(path) if find_head is None else find_head()
             self._writer = LineWriter(path, backlog_bytes=backlog_bytes)
         except BaseException:
             self._lock.close()
@@ -165,6 +255,13 @@ class Journal:
         """Let another process write."""
         self._writer.close()
         self._lock.close()
+
+
+def _last_hash(path: Path) -> str:
+    reader = JournalReader(path)
+    for _ in reader.stream():
+        pass
+    return reader.head
 
 
 _HELD = "another process is writing this journal: the run is already going on; wait for it or stop it"

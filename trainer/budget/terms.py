@@ -53,6 +53,7 @@ Amount = TypeVar("Amount", int, float)
 ALLOCATION_FILE = Path("ledger", "allocation.jsonl")
 HEARTBEAT_FILE = Path("ledger", "heartbeat.json")
 WORK_FILE = Path("ledger", "work.jsonl")
+TOTALS_FILE = Path("ledger", "totals.json")
 
 _MS_PER_HOUR = 3_600_000
 

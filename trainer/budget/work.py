@@ -14,8 +14,11 @@ from pathlib import Path
 from .clock import Instant
 from .config import BudgetConfig
 from .journal import Journal
+from .summary import LedgerReader
 from .terms import CHARGED, WORK_FILE
 
+TOTALS_RECORDS = 10_000
+"""Totals are saved after so many records: reading these takes a tenth of a second."""
 SYNC_SECONDS = 4.0
 """A machine that loses power takes so much of the ledger with it; a process that is killed takes nothing."""
 
@@ -29,7 +32,10 @@ class Work:
     """
 
     def __init__(self, run_dir: Path, *, ranks: int, attempt: str, budget: BudgetConfig) -> None:
-        self._journal = Journal(run_dir / WORK_FILE, sync_seconds=SYNC_SECONDS)
+        self.ledger = LedgerReader(run_dir)
+        """Both halves of the ledger, as far as they are in their files."""
+        self._journal = Journal(run_dir / WORK_FILE, sync_seconds=SYNC_SECONDS, find_head=self.ledger.read)
+        self._since_totals = 0
         self._attempt = attempt
         self._ranks = ranks
         self._cut_ms = 0.0
@@ -113,6 +119,8 @@ class Work:
         What its launcher holds the GPUs for from here on is `idle`, or after a fault `recovery`.
         """
         self._append("end", clean=clean)
+        self._journal.sync()
+        self._save_totals()
         self._journal.close()
 
     def _gpu_ms(self, milliseconds: float) -> int:
@@ -128,3 +136,10 @@ class Work:
             self._left_out = 0
         if not self._journal.append({"kind": kind, **own, **content}):
             self._left_out += 1
+        self._since_totals += 1
+        if self._since_totals >= TOTALS_RECORDS:
+            self._save_totals()
+
+    def _save_totals(self) -> None:
+        self._since_totals = 0
+        self.ledger.save()
