@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..comm.refusal import Problem, Refused
 from ..trainer.checkpoint.find import find_checkpoint, store_at
-from ..trainer.checkpoint.manifest import Damaged
+from ..trainer.checkpoint.manifest import Damaged, read_outline
 from ..trainer.checkpoint.opened import Checkpoint
 
 
@@ -104,17 +104,17 @@ def _listed(path: Path) -> Listed:
     if path.suffix == ".damaged":
         return Listed(path.name, "set aside by a run that found it damaged")
     try:
-        manifest = Checkpoint.open(path).manifest
+        outline = read_outline(path)
     except Damaged as damaged:
         return Listed(path.name, f"damaged: {damaged}")
     except Refused as refused:
         return Listed(path.name, str(refused))
     except OSError as error:
         return Listed(path.name, f"cannot be read now: {error}")
-    grid = manifest.facts["config"].get("topology")
+    grid = outline.facts["config"].get("topology")
     layout = "an import" if grid is None else " ".join(f"{axis}{grid[axis]}" for axis in ("pp", "edp", "ep"))
-    sizes = manifest.bytes, len(manifest.tensors), len(manifest.files)
-    return Listed(path.name, "whole", manifest.facts["step"], *sizes, layout)
+    sizes = outline.bytes, outline.tensors, outline.files
+    return Listed(path.name, "whole", outline.facts["step"], *sizes, layout)
 
 
 def _facts(one: Mapping[str, Any], two: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

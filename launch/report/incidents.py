@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from ...trainer.budget.journal import Record, read_journal
+from ...trainer.budget.journal import read_journal
 from ...trainer.budget.terms import ALLOCATION_FILE, WORK_FILE
 from ...trainer.telemetry.events import Event
 from .blocks import Block, Line, Missing, Prose, Section, Table
@@ -51,7 +52,7 @@ def incidents(record: RunRecord) -> list[Incident]:
     if record.summary is not None:
         said = {incident.text for incident in found}
         found += [each for each in _of_launches(record.run_dir) if each.text not in said]
-        found += _undone(read_journal(record.run_dir / WORK_FILE))
+        found += _undone(record.run_dir / WORK_FILE)
     return sorted(found, key=lambda incident: incident.time)
 
 
@@ -72,17 +73,22 @@ def _of_launches(run_dir: Path) -> Iterator[Incident]:
             yield Incident(record["wall_ns"] / 1e9, None, "launch", reason)
 
 
-def _undone(work: Sequence[Record]) -> Iterator[Incident]:
-    """Where a life has gone on from, and how many steps of those before it that has cost."""
-    last = 0
-    for record in work:
-        if record["kind"] == "step":
-            last = record["step"]
-        elif record["kind"] == "resume":
-            undone = last - record["step"]
-            text = f"went on from step {record['step']:,}" + (f"; {undone:,} steps undone" if undone > 0 else "")
-            last = record["step"]
-            yield Incident(record["wall_ns"] / 1e9, record["step"], "resume", text)
+def _undone(path: Path) -> Iterator[Incident]:
+    """Where a life has gone on from, and how many steps of those before it that has cost.
+
+    Of the journal of a long run only these records are parsed.
+    """
+    last = b"{}"
+    with path.open("rb") as file:
+        for line in file:
+            if b'"kind":"step"' in line:
+                last = line
+            elif b'"kind":"resume"' in line:
+                record, before = json.loads(line), json.loads(last).get("step", 0)
+                undone = before - record["step"]
+                text = f"went on from step {record['step']:,}" + (f"; {undone:,} steps undone" if undone > 0 else "")
+                last = line
+                yield Incident(record["wall_ns"] / 1e9, record["step"], "resume", text)
 
 
 def _clock(time: float) -> str:

@@ -90,6 +90,8 @@ class Summary:
     """Hash of the last record of the work journal; a checkpoint carries it."""
     allocation_head: str
     """The same of the launcher's journal."""
+    records: int
+    """Of work, up to its head."""
 
     @property
     def attempts(self) -> int:
@@ -196,11 +198,6 @@ class LedgerReader:
         self._work = JournalReader(self._run_dir / WORK_FILE, start.work)
         self._ledger = start.ledger
 
-    @property
-    def records(self) -> int:
-        """Records of work that were read or summed up so far."""
-        return self._work.place.number
-
     def read(self) -> str:
         """Read what is new; return the hash of the last record of work. Raises Refused as `summary` does."""
         try:
@@ -262,6 +259,7 @@ class LedgerReader:
             step_ms_per_token=_median(retained.rates(TRAILING_STEPS)),
             head=self._work.head,
             allocation_head=self._allocation.head,
+            records=self._work.place.number,
         )
 
     def _refuse_overlap(self, spent: Mapping[str, int]) -> None:

@@ -131,6 +131,18 @@ def read_manifest(directory: Path) -> Manifest:
 
     Raises `Damaged`, `Refused` for another format, and `OSError` where files are there and cannot be read.
     """
+    raw = _hashed(directory)
+    try:
+        _check_format(directory, json.loads(raw)["format"])
+        manifest = parse(raw.decode())
+    except (ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{directory / MANIFEST}: {type(error).__name__}: {error}") from error
+    _check_sizes(directory, {**manifest.files, **{entry.file: entry.bytes for entry in manifest.attachments}})
+    return manifest
+
+
+def _hashed(directory: Path) -> bytes:
+    """The text of the manifest, which has the hash that is in the marker."""
     try:
         marker = (directory / MARKER).read_text().strip()
         raw = (directory / MANIFEST).read_bytes()
@@ -138,22 +150,59 @@ def read_manifest(directory: Path) -> Manifest:
         raise Damaged(f"{error.filename}: is missing") from error
     if hashlib.sha256(raw).hexdigest() != marker:
         raise Damaged(f"{directory / MANIFEST}: its SHA-256 is not that in {MARKER}")
-    try:
-        found = json.loads(raw)["format"]
-        if found != FORMAT:
-            remedy = f"this version reads format {FORMAT}; go on with the version that wrote it, or start over"
-            raise Refused([Problem(str(directory / MANIFEST), found, remedy)])
-        manifest = parse(raw.decode())
-    except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{directory / MANIFEST}: {type(error).__name__}: {error}") from error
-    sizes = {**manifest.files, **{entry.file: entry.bytes for entry in manifest.attachments}}
+    return raw
+
+
+def _check_format(directory: Path, found: Any) -> None:
+    if found != FORMAT:
+        remedy = f"this version reads format {FORMAT}; go on with the version that wrote it, or start over"
+        raise Refused([Problem(str(directory / MANIFEST), found, remedy)])
+
+
+def _check_sizes(directory: Path, sizes: Mapping[str, int]) -> None:
     for file, size in sizes.items():
         path = directory / file
         if not path.is_file():
             raise Damaged(f"{path}: is missing")
         if path.stat().st_size != size:
             raise Damaged(f"{path}: has {path.stat().st_size} bytes instead of {size}")
-    return manifest
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a list of checkpoints says of one: its manifest, without its tensors."""
+
+    facts: Mapping[str, Any]
+    bytes: int
+    """Of all files."""
+    files: int
+    """Of tensors."""
+    tensors: int
+
+
+def read_outline(directory: Path) -> Outline:
+    """The outline of a complete checkpoint; the same checks as `read_manifest` makes, without parsing the tensors.
+
+    The hash in the marker says that the manifest is as it was written, and it is written with the tensors last.
+    Raises `Damaged`, `Refused` and `OSError` like it.
+    """
+    raw = _hashed(directory)
+    begin = raw.find(_TENSORS)
+    try:
+        if begin < 0:
+            raise ValueError("is not as this version writes it")
+        tree = json.loads(raw[:begin] + b"}")
+        _check_format(directory, tree["format"])
+        sizes = {**tree["files"], **{entry["file"]: entry["bytes"] for entry in tree["attachments"]}}
+        facts, files = tree["facts"], len(tree["files"])
+    except (ValueError, KeyError, TypeError):
+        manifest = read_manifest(directory)
+        return Outline(manifest.facts, manifest.bytes, len(manifest.files), len(manifest.tensors))
+    _check_sizes(directory, sizes)
+    return Outline(facts, sum(sizes.values()), files, raw.count(b'":["', begin))
+
+
+_TENSORS = b',"tensors":{'
 
 
 def _check_whole(name: str, shape: tuple[int, ...], pieces: tuple[StoredPiece, ...]) -> None:

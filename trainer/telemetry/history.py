@@ -21,7 +21,9 @@ class History:
     warning) are all kept.
     """
 
-    def __init__(self, events: Iterable[Event] = ()) -> None:
+    def __init__(self, events: Iterable[Event] = (), most: int | None = None) -> None:
+        """Of more than `most` events the first ones are forgotten."""
+        self._most = most
         self._kept: list[Event] = []
         self.hear(events)
 
@@ -31,6 +33,8 @@ class History:
             if event.kind == "resume":
                 self._kept = [old for old in self._kept if old.kind not in _MEASURED or old.step <= event.step]
             self._kept.append(event)
+            if self._most is not None and len(self._kept) > 2 * self._most:
+                del self._kept[: -self._most]
 
     @property
     def events(self) -> list[Event]:
@@ -55,25 +59,27 @@ def read_all_metrics(path: Path) -> list[Event]:
     """Every event in the file at `path`, lives that were rolled back included. Raises Refused like `read_metrics`."""
     if not path.is_file():
         raise Refused([Problem(str(path), None, "no such file; name the metrics.jsonl of a run")])
-    return [_event(path, number, line) for number, line in whole_lines(path)]
+    return [parse_event(path, number, line) for number, line in whole_lines(path)]
 
 
 class MetricsReader:
     """Reads a `metrics.jsonl` while it grows."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lines: LineReader | None = None) -> None:
+        """`lines` may begin in the middle of the file; by default they begin at its start."""
         self._path = path
-        self._lines = LineReader(path)
+        self._lines = LineReader(path) if lines is None else lines
 
     def new_events(self) -> list[Event]:
         """What has been appended since the last call. Raises Refused for a broken line.
 
         Raises FileNotFoundError while there is no file, and `lines.Replaced` when it is not the one of the last call.
         """
-        return [_event(self._path, number, line) for number, line in self._lines.new_lines()]
+        return [parse_event(self._path, number, line) for number, line in self._lines.new_lines()]
 
 
-def _event(path: Path, number: int, line: str) -> Event:
+def parse_event(path: Path, number: int, line: str) -> Event:
+    """The event on line `number` of the file at `path`. Raises Refused for a broken line."""
     try:
         values = json.loads(line)
         return Event(kind=values.pop("kind"), step=values.pop("step"), time=values.pop("time"), values=values)
