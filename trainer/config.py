@@ -94,7 +94,8 @@ class TrainingConfig:
     """How many of the latest checkpoints stay. Where the disk has no room for one more beside them, the oldest goes
     before a save instead of after it; the newest always stays."""
     failed_saves: int = 3
-    """After so many saves in a row that have failed the run ends: what it trains from there on could only be lost."""
+    """After so many saves in a row that have failed the run ends: what it trains from there on could only be lost.
+    A disk that is full gets ten seconds at least."""
     sample_prompt: str = "ROMEO"
     """Text that the sample at the end continues."""
     sample_tokens: int = 100

@@ -259,8 +259,8 @@ def _insist(last: Saved | None) -> None:
 
 def _insist_on_saves(rank: Rank, done: int) -> None:
     """Raise `RunFailed` on all ranks where too many saves in a row have failed; `done` steps are trained."""
-    failed = rank.saver.failed_in_a_row
-    if failed < rank.config.training.failed_saves:
+    failed = rank.config.training.failed_saves
+    if not rank.saver.is_hopeless(failed):
         return
     last = rank.store.steps()
     where = f"step {last[-1]}, the last one in a checkpoint" if last else "the beginning: there is no checkpoint"
