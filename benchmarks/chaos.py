@@ -201,11 +201,17 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def fill(path: Path) -> None:
-    """Take every byte that the disk has left."""
-    with path.open("wb", buffering=0) as file, suppress(OSError):
+def fill(path: Path, seconds: float = 0.0) -> None:
+    """Take every byte that the disk has left, and for so long also what is given back."""
+    deadline = time.monotonic() + seconds
+    with path.open("wb", buffering=0) as file:
         while True:
-            file.write(b"x" * 4096)
+            with suppress(OSError):
+                while True:
+                    file.write(b"x" * 4096)
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(0.005)
 
 
 def told(row: Row, ended: Ended, code: int, words: str) -> None:
@@ -213,7 +219,8 @@ def told(row: Row, ended: Ended, code: int, words: str) -> None:
     row.codes.append(ended.code)
     row.insist(ended.code == code, f"exit {ended.code} instead of {code}: {ended.words[-300:]}")
     row.insist(words in ended.words, f"does not say {words!r}: {ended.words[-300:]}")
-    row.insist("Traceback" not in ended.words, f"a traceback: {ended.words[-300:]}")
+    if code != 1:  # torchrun shows one of its own for every rank that dies
+        row.insist("Traceback" not in ended.words, f"a traceback: {ended.words[-300:]}")
 
 
 def torn_status(bench: Bench, row: Row, place: Path) -> None:
@@ -245,8 +252,7 @@ def full_for_a_while(bench: Bench, row: Row, place: Path) -> None:
     with small_disk(place / "disk", 64 * 2**20) as disk:
         launch = bench.start(disk / "run")
         launch.reaches(8)
-        fill(disk / "filler")
-        time.sleep(1.5)
+        fill(disk / "filler", 1.5)
         (disk / "filler").unlink()
         told(row, launch.wait(), 0, "wait in memory")
         bench.compare(row, disk / "run")
@@ -256,8 +262,8 @@ def stopped_on_a_full_disk(bench: Bench, row: Row, place: Path) -> None:
     with small_disk(place / "disk", 64 * 2**20) as disk:
         launch = bench.start(disk / "run", "training.failed_saves=1000")
         launch.reaches(8)
-        fill(disk / "filler")
         launch.signal(signal.SIGTERM)
+        fill(disk / "filler", 4.0)
         told(row, launch.wait(), 75, "whose checkpoint could not be written")
         (disk / "filler").unlink()
         bench.finish(row, disk / "run")
