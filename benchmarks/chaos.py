@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -339,7 +340,16 @@ def impossible_sizes(bench: Bench, row: Row, place: Path) -> None:
             ["training.global_batch=1" + 30 * "0"],
         )
     ):
-        told(row, bench.start(place / f"run{number}", *sizes).wait(), 2, sizes[0].partition("=")[0])
+        launch = bench.start(place / f"run{number}", *sizes)
+        if launch.until(partial(has_ranks, launch), 60):  # 512 of them would stop this machine
+            launch.kill()
+            row.insist(False, f"{sizes[0]} was started, and killed by this script")
+        else:
+            told(row, launch.wait(), 2, sizes[0].partition("=")[0])
+
+
+def has_ranks(launch: Launch) -> bool:
+    return launch.rank() is not None
 
 
 def no_locks(bench: Bench, row: Row, place: Path) -> None:

@@ -32,7 +32,6 @@ from shoestring.trainer.budget.allocation import Allocation
 from shoestring.trainer.budget.config import BudgetConfig
 from shoestring.trainer.budget.terms import TOTALS_FILE
 from shoestring.trainer.budget.work import Work
-from shoestring.trainer.checkpoint.manifest import MANIFEST, MARKER
 from shoestring.trainer.telemetry.events import METRICS_FILE, Event
 
 RECORDS, LINES, CHECKPOINTS = 1_000_000, 1_000_000, 1000
@@ -92,6 +91,8 @@ def make_metrics(run_dir: Path, lines: int) -> None:
 
 def make_checkpoints(run_dir: Path, number: int) -> None:
     """Whole from outside: a file of tensors, a manifest of their names, the marker."""
+    from shoestring.trainer.checkpoint.manifest import MANIFEST, MARKER  # and torch, which the measuring must not hold
+
     piece = ["part_00000.safetensors", 8, 0, 0, "0" * 64]
     name = "model/layers.{0}.experts.gate_up/expert_{0:04d}"
     tensors = {name.format(index): ["F32", [0], [piece]] for index in range(TENSORS)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -454,16 +455,27 @@ def _flip(run_dir: Path, prepared: Path) -> None:
     shard.write_bytes(bytes(shard.stat().st_size))
 
 
+def _empty(run_dir: Path, prepared: Path) -> None:
+    for path in run_dir.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _replace(run_dir: Path, prepared: Path) -> None:
+    run_dir.rename(run_dir.with_suffix(".moved"))
+    run_dir.mkdir()
+
+
 HARMS: dict[str, Callable[[Path, Path], object]] = {
     "removed": lambda run_dir, prepared: shutil.rmtree(run_dir),
     "moved": lambda run_dir, prepared: run_dir.rename(run_dir.with_suffix(".moved")),
-    "emptied": lambda run_dir, prepared: [
-        shutil.rmtree(path) if path.is_dir() else path.unlink() for path in run_dir.iterdir()
-    ],
-    "replaced": lambda run_dir, prepared: (run_dir.rename(run_dir.with_suffix(".moved")), run_dir.mkdir()),
-    "without ledger": lambda run_dir, prepared: (run_dir / "ledger" / "work.jsonl").unlink(),
+    "emptied": _empty,
+    "replaced": _replace,
+    "without ledger": lambda run_dir, prepared: os.unlink(run_dir / "ledger" / "work.jsonl"),  # noqa: PTH108
     "other tokens": _flip,
-    "metrics removed": lambda run_dir, prepared: (run_dir / "metrics.jsonl").unlink(),
+    "metrics removed": lambda run_dir, prepared: os.unlink(run_dir / "metrics.jsonl"),  # noqa: PTH108
 }
 
 

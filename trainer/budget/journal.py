@@ -53,12 +53,15 @@ class JournalReader:
     def __init__(self, path: Path, start: Place | None = None) -> None:
         """Begin at `start`, a place of this journal (see `is_place_of`), or at its beginning."""
         self._path = path
-        self.place = Place() if start is None else start
+        begin = Place() if start is None else start
+        self._position, self._number = begin.position, begin.number
+        self.head = begin.head
+        """The hash of the last record read."""
 
     @property
-    def head(self) -> str:
-        """The hash of the last record read."""
-        return self.place.head
+    def place(self) -> Place:
+        """Behind the last record read."""
+        return Place(self._position, self._number, self.head)
 
     def new_records(self) -> list[Record]:
         """What has been appended since the last call. Raises Refused as `read_journal` does, and for a file cut short.
@@ -76,25 +79,24 @@ class JournalReader:
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
-            if file.seek(0, os.SEEK_END) < self.place.position:
+            if file.seek(0, os.SEEK_END) < self._position:
                 remedy = "the journal is shorter than when it was last read; restore the file"
-                raise Refused([Problem(str(self._path), self.place.position, remedy)])
-            position, number, head = self.place.position, self.place.number, self.place.head
-            file.seek(position)
+                raise Refused([Problem(str(self._path), self._position, remedy)])
+            file.seek(self._position)
             for line in file:
-                if not line.endswith(b"\n") or (end is not None and position >= end):
+                if not line.endswith(b"\n") or (end is not None and self._position >= end):
                     return
-                position, number = position + len(line), number + 1
-                record = self._checked(line, number, head)
-                head = record["hash"]
-                self.place = Place(position, number, head)
+                self._number += 1
+                record = self._checked(line, self._number, self.head)
+                self._position += len(line)
+                self.head = record["hash"]
                 yield record
 
     def _checked(self, line: bytes, number: int, head: str) -> Record:
         """The record of `line`, which must be chained to `head`."""
         if is_linked(line, head):
-            record: Record = json.loads(line)
-            return record
+            found: Record = _scan(line.decode(), 0)[0]  # `json.loads` takes half as long again
+            return found
         record = _parse(line.decode(errors="replace"))
         if record.get("hash") != _link(head, {key: value for key, value in record.items() if key != "hash"}):
             remedy = "the chain of hashes is broken: this line or one before it was changed; restore the file"
@@ -102,6 +104,7 @@ class JournalReader:
         return record
 
 
+_scan = json.JSONDecoder().scan_once
 _HASH = re.compile(rb',"hash":"([0-9a-f]{64})"|"hash":"([0-9a-f]{64})",?')
 
 

@@ -118,8 +118,9 @@ class Attempt:
 
     def to_tree(self) -> dict[str, Any]:
         """As plain values."""
-        opened = {"kind": "begin" if self._by_itself else "open", "attempt": self.name, "phase": self.phase}
-        opened |= {"ranks": self.ranks, **self.opened.stamp()} | ({} if self.job is None else {"job": self.job})
+        kind, job = "begin" if self._by_itself else "open", {} if self.job is None else {"job": self.job}
+        own = {"kind": kind, "attempt": self.name, "phase": self.phase, "ranks": self.ranks}
+        opened = {**own, **self.opened.stamp(), **job}
         tree = {name.removeprefix("_"): getattr(self, name) for name in _PLAIN}
         cursor = {key: self._cursor[key] for key in _INSTANT}
         sign = None if self._sign is None else self._sign.stamp()
