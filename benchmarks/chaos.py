@@ -263,10 +263,12 @@ def stopped_on_a_full_disk(bench: Bench, row: Row, place: Path) -> None:
     with small_disk(place / "disk", 64 * 2**20) as disk:
         launch = bench.start(disk / "run", "training.failed_saves=1000")
         launch.reaches(8)
+        fill(disk / "filler")
         launch.signal(signal.SIGTERM)
-        fill(disk / "filler", 4.0)
+        fill(disk / "filler too", 4.0)
         told(row, launch.wait(), 75, "whose checkpoint could not be written")
-        (disk / "filler").unlink()
+        for filler in disk.glob("filler*"):
+            filler.unlink()
         bench.finish(row, disk / "run")
 
 

@@ -70,7 +70,8 @@ def _checkpoint_problems(config: RunConfig, data: Manifest | None, *, fresh: boo
         raise unreadable(error) from error
     if checkpoint is not None:
         yield from incompatibilities(checkpoint.manifest.facts, config, data)
-        yield from ledger_problems(Path(config.training.run_dir), checkpoint.manifest.facts["ledger"])
+        if "ledger" in checkpoint.manifest.facts:
+            yield from ledger_problems(Path(config.training.run_dir), checkpoint.manifest.facts["ledger"])
     elif damaged:
         raise refuse_damaged(damaged)
     elif config.training.start_from is not None:
