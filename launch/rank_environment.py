@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-import torch
-
 _KEPT = str(2**33)  # bytes
 FLIGHT_RECORDER = "flight_recorder"
 """The folder of a run directory where torch writes the collectives of each rank when one does not return."""
@@ -137,6 +135,8 @@ def orders_launches(runtime: str | None, driver: int | None) -> bool:
 
 
 def _driver() -> int | None:
+    import torch  # seconds, and 200 MB, that `shoestring budget` need not take
+
     if torch.version.cuda is None:
         return None
     version: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # builds for CUDA have it
@@ -145,6 +145,8 @@ def _driver() -> int | None:
 
 def applying(run_dir: Path, *, on_gpu: bool) -> list[Setting]:
     """Those of `settings` that a run on GPUs, or on CPUs, takes on this machine."""
+    import torch
+
     found = [setting for setting in settings(run_dir) if on_gpu or not setting.for_gpus]
     if on_gpu and not orders_launches(torch.version.cuda, _driver()):
         found = [setting for setting in found if setting.name != "NCCL_LAUNCH_ORDER_IMPLICIT"]
@@ -153,6 +155,8 @@ def applying(run_dir: Path, *, on_gpu: bool) -> list[Setting]:
 
 def computes_on_gpus(device: str, local_ranks: int) -> bool:
     """Whether `training.device` takes GPUs on a machine with so many ranks: `auto` does where each gets its own."""
+    import torch
+
     return device == "cuda" or (device == "auto" and torch.cuda.device_count() >= local_ranks)
 
 
