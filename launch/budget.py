@@ -23,7 +23,8 @@ from ..trainer.budget.reconcile import (
     render_lines,
 )
 from ..trainer.budget.render import render, render_project, render_what_if, what_if
-from ..trainer.budget.summary import Summary, summarise
+from ..trainer.budget.snapshot import verify_snapshot
+from ..trainer.budget.summary import LedgerReader, Summary, summarise
 from ..trainer.budget.terms import PUBLISHED_USD_PER_GPU_HOUR, gpu_hours
 
 _SCALES = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
@@ -43,6 +44,8 @@ class Question:
     invoice_columns: str
     against: Path | None
     """A plan, to compare with."""
+    verify: bool = False
+    """Whether every record of the ledger is read, whatever totals are saved beside it."""
 
     @property
     def price(self) -> float:
@@ -65,6 +68,7 @@ class Question:
                 "--sacct": self.sacct,
                 "--invoice": self.invoice,
                 "--against": self.against,
+                "--verify": self.verify or None,
             }
             for option, value in asked.items():
                 if value is not None:
@@ -97,10 +101,12 @@ def budget_tables(question: Question) -> Iterator[RenderableType]:
         project = Project.read(question.run)
         yield render_project(project, ProjectReader(project).summaries(), question.price)
         return
-    summary = summarise(question.run)
+    summary = _summary(question)
     comparisons, invoice = _comparisons(question, summary), _invoice(question)
     plan = None if question.against is None else _against(question.run, summary, question.against, as_json=False)
     yield render(summary, question.price)
+    if question.verify:
+        yield f"Every record was read: {summary.records:,} of work; the totals saved beside them agree."
     if plan is not None:
         yield plan
     if question.tokens is not None and question.gpus is not None:
@@ -116,7 +122,7 @@ def budget_tree(question: Question) -> dict[str, object]:
     question.check()
     if question.is_project:
         return _project_tree(Project.read(question.run))
-    summary = summarise(question.run)
+    summary = _summary(question)
     tree = summary.to_json() | {"usd": summary.gpu_hours * question.price}
     if question.tokens is not None and question.gpus is not None:
         needed = what_if(summary, parse_tokens(question.tokens))
@@ -130,6 +136,14 @@ def budget_tree(question: Question) -> dict[str, object]:
         tree[title] = [{"line": line.name, "gpu_ms": line.gpu_ms} for line in lines]
     invoice = _invoice(question)
     return tree if invoice is None else tree | {"invoice": asdict(invoice)}
+
+
+def _summary(question: Question) -> Summary:
+    """Of the run; where it is to be verified, without the saved totals, which must agree."""
+    if not question.verify:
+        return summarise(question.run)
+    verify_snapshot(question.run)
+    return LedgerReader(question.run, from_totals=False).summary()
 
 
 def _project_tree(project: Project) -> dict[str, object]:

@@ -9,9 +9,11 @@ from typing import Any
 
 from rich.table import Table
 
+from ..comm.files import refusing
 from ..comm.refusal import Problem, Refused
+from ..comm.strict import Item
 from ..trainer.checkpoint.find import find_checkpoint, store_at
-from ..trainer.checkpoint.manifest import Damaged
+from ..trainer.checkpoint.manifest import MANIFEST, Damaged, read_outline
 from ..trainer.checkpoint.opened import Checkpoint
 
 
@@ -105,7 +107,7 @@ def _listed(path: Path) -> Listed:
     if path.suffix == ".damaged":
         return Listed(path.name, "set aside by a run that found it damaged")
     try:
-        return _whole(Checkpoint.open(path))
+        return _whole(path)
     except Damaged as damaged:
         return Listed(path.name, f"damaged: {damaged}")
     except Refused as refused:
@@ -114,13 +116,20 @@ def _listed(path: Path) -> Listed:
         return Listed(path.name, f"cannot be read now: {error}")
 
 
-def _whole(checkpoint: Checkpoint) -> Listed:
-    manifest = checkpoint.manifest
-    layout = "an import"
-    if "topology" in checkpoint.config:
-        layout = " ".join(f"{axis}{checkpoint.setting('topology', axis, default=1)}" for axis in ("pp", "edp", "ep"))
-    sizes = manifest.bytes, len(manifest.tensors), len(manifest.files)
-    return Listed(checkpoint.path.name, "whole", checkpoint.step, *sizes, layout)
+def _whole(path: Path) -> Listed:
+    outline = read_outline(path)
+    with refusing(path / MANIFEST, "take another checkpoint"):
+        facts = Item(outline.facts, "facts")
+        grid, layout = facts["config"].get("topology"), "an import"
+        if grid is not None:
+            layout = " ".join(f"{axis}{_size(grid, axis)}" for axis in ("pp", "edp", "ep"))
+        step = facts["step"].whole()
+    return Listed(path.name, "whole", step, outline.bytes, outline.tensors, outline.files, layout)
+
+
+def _size(grid: Item, axis: str) -> int:
+    found = grid.get(axis)
+    return 1 if found is None else found.whole(1)
 
 
 def _facts(one: Mapping[str, Any], two: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

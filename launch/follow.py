@@ -13,6 +13,7 @@ from ..trainer.budget.summary import LedgerReader, Summary
 from ..trainer.telemetry.events import METRICS_FILE, Event
 from ..trainer.telemetry.history import History, MetricsReader
 from ..trainer.telemetry.lines import Replaced
+from ..trainer.telemetry.sampled import tail_reader
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Look:
 
     run_dir: Path
     events: Sequence[Event]
-    """That still hold, in order."""
+    """The last ones that still hold, in order."""
     summary: Summary | None
     """Of its ledger; None where there is none to be read."""
     silent_seconds: float | None
@@ -39,16 +40,24 @@ class Look:
         return bool(self.events) and self.events[-1].kind == "stop"
 
 
+_MOST_EVENTS = 10_000
+"""A frame shows the last of each kind and the losses of some dozen steps."""
+
+
 class Follower:
-    """Reads what is new in the directory of a run; one that another run has begun anew is read anew."""
+    """Reads what is new in the directory of a run, of a long one from its last part on.
+
+    A directory that another run has begun anew is read anew.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self._begin()
 
     def _begin(self) -> None:
-        self._metrics = MetricsReader(self._run_dir / METRICS_FILE)
-        self._history = History()
+        path = self._run_dir / METRICS_FILE
+        self._metrics = MetricsReader(path, tail_reader(path))
+        self._history = History(most=_MOST_EVENTS)
         self._ledger = LedgerReader(self._run_dir)
 
     def look(self) -> Look:

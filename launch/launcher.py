@@ -24,9 +24,9 @@ from .lock_wait import wait_until_free
 from .meeting import NotMet
 from .numa import BINDING, NumaFacts, why_not_bound
 from .orphan import LAUNCHER_VARIABLE, die_with_parent
-from .preflight import is_finished, spent_budget
+from .preflight import is_finished, make_room, spent_budget
 from .rank_environment import SAFE_PATH, applying, computes_on_gpus, of_one_machine, rank_environment
-from .run_dir import CONFIG_FILE, claimed, clear_status, read_status, write_config
+from .run_dir import CONFIG_FILE, claimed, clear_status, read_status, reserve_status, write_config
 from .say import say
 from .stopping import ASKING_SIGNALS, ENDING_SIGNALS, STOP_FILE_VARIABLE, listened_to
 from .stops import note_stop, too_many_stops
@@ -72,6 +72,8 @@ def launch(config: RunConfig, local: LocalRanks, *, fresh: bool, meet: Meet | No
             say(f"shoestring train: {spent}")
             return Halt.OVER_BUDGET
         clear_status(run_dir)
+        make_room(config)
+        reserve_status(run_dir)
         write_config(run_dir, to_yaml(config))
         attempt = uuid.uuid4().hex[:12]
         allocation = Allocation(

@@ -10,12 +10,15 @@ import torch
 from ..comm.deepep import deepep_problems
 from ..comm.refusal import Problem, Refused, noting, refuse_if_any
 from ..trainer.budget.guard import accounts, left_of_project
+from ..trainer.budget.journal import refuse_if_held
 from ..trainer.budget.project import Project
 from ..trainer.budget.summary import summarise
-from ..trainer.budget.terms import ALLOCATION_FILE
+from ..trainer.budget.terms import ALLOCATION_FILE, WORK_FILE
+from ..trainer.budget.totals import ledger_problems
 from ..trainer.checkpoint.compatible import incompatibilities, start_problems
 from ..trainer.checkpoint.find import find_checkpoint, unreadable
 from ..trainer.checkpoint.store import CheckpointStore, refuse_damaged
+from ..trainer.checkpointing import clear_leftovers
 from ..trainer.config import RunConfig
 from ..trainer.data.manifest import Manifest
 from ..trainer.data.prepared import open_prepared
@@ -71,6 +74,8 @@ def _checkpoint_problems(config: RunConfig, data: Manifest | None, *, fresh: boo
         raise unreadable(error) from error
     if checkpoint is not None:
         yield from incompatibilities(checkpoint.manifest.facts, config, data)
+        if "ledger" in checkpoint.manifest.facts:
+            yield from ledger_problems(Path(config.training.run_dir), checkpoint.manifest.facts["ledger"])
     elif damaged:
         raise refuse_damaged(damaged)
     elif config.training.start_from is not None:
@@ -78,6 +83,15 @@ def _checkpoint_problems(config: RunConfig, data: Manifest | None, *, fresh: boo
         if fresh and start.resolve().is_relative_to(run_dir.resolve()):
             yield Problem("training.start_from", str(start), f"lies in {run_dir}, which --fresh empties; move it first")
         yield from start_problems(find_checkpoint(start), config, data)
+
+
+def make_room(config: RunConfig) -> None:
+    """Before a launch writes anything: free what saves of an earlier one have left half written.
+
+    Raises `Refused` while another process trains in the same directory, whose save may be under way.
+    """
+    refuse_if_held(Path(config.training.run_dir) / WORK_FILE)
+    clear_leftovers(_store(config))
 
 
 def is_finished(config: RunConfig) -> bool:

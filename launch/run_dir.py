@@ -5,7 +5,6 @@ A marker, the first file of a new run directory, tells it from any other directo
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import sys
@@ -16,11 +15,15 @@ from pathlib import Path
 from ..comm.files import read_json, refuse_links, replace_file
 from ..comm.refusal import Problem, Refused, refuse_if_any
 from ..comm.strict import Malformed
+from ..trainer.budget.lock import lock_or_refuse
 
 CONFIG_FILE = "config.yaml"
 STATUS_FILE = "run_status.json"
 _STATUS_BYTES = 10**6
 _LOCK_FILE = "lock"
+_RESERVE_FILE = "run_status.reserve"
+_RESERVE_BYTES = 16 * 1024
+"""Some blocks of any file system: the launcher's heartbeat may take one when they are freed."""
 _MARKER_FILE = ".shoestring_run"
 _MARKER_TEXT = "This directory was made by a training run of Shoestring; `shoestring train --fresh` empties it.\n"
 
@@ -83,11 +86,8 @@ def _is_a_runs(run_dir: Path) -> bool:
 
 def _lock(descriptor: int, run_dir: Path) -> None:
     """The kernel lets go of the lock when this process ends, however it ends."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        remedy = "another run is going on in it; wait for it, stop it, or name another directory"
-        raise Refused([Problem("training.run_dir", str(run_dir), remedy)]) from error
+    held = "another run is going on in it; wait for it, stop it, or name another directory"
+    lock_or_refuse(descriptor, "training.run_dir", str(run_dir), held)
 
 
 def _empty(run_dir: Path) -> None:
@@ -99,8 +99,20 @@ def _empty(run_dir: Path) -> None:
             path.unlink()
 
 
+def reserve_status(run_dir: Path) -> None:
+    """Take room on the disk that `write_status` will need: a disk that fills up meanwhile must not change exit codes.
+
+    Raises `Refused` where there is none.
+    """
+    with _refusing_to_fail(run_dir):
+        path = run_dir / _RESERVE_FILE
+        if not (path.exists() and path.stat().st_size == _RESERVE_BYTES):
+            path.write_bytes(b" " * _RESERVE_BYTES)
+
+
 def write_status(run_dir: Path, code: int, reason: str) -> None:
     """What a worker that stops on purpose leaves for its launcher, since torchrun turns every exit code into 1."""
+    (run_dir / _RESERVE_FILE).unlink(missing_ok=True)
     replace_file(run_dir / STATUS_FILE, (json.dumps({"exit_code": code, "reason": reason}) + "\n").encode())
 
 

@@ -1,7 +1,11 @@
-"""Words for the person who started a run: where nobody can read them, the run goes on."""
+"""Words for the person who started a run: where nobody can read them, the work goes on.
+
+A standard stream may be closed, on a full disk, or a pipe or a terminal that has gone.
+"""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from contextlib import suppress
@@ -11,6 +15,29 @@ def say(text: str) -> None:
     """Print `text` on standard error; a terminal that has gone or a full disk behind it changes nothing."""
     with suppress(OSError, ValueError, RuntimeError):
         print(text, file=sys.stderr, flush=True)
+
+
+def tell(text: str) -> None:
+    """Print `text`, a result, on standard output now, or drop it where it cannot be shown.
+
+    After a failure standard output is the null device, so that Python's own last flush fails no more.
+    """
+    if sys.stdout is None:  # a program that was started without one
+        return
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError):  # ValueError: it was closed by this process
+        _show_nothing_more()
+
+
+def _show_nothing_more() -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, sys.stdout.fileno())
+    except (OSError, ValueError):  # what stands in for standard output has no descriptor
+        sys.stdout = io.StringIO()
+    finally:
+        os.close(null)
 
 
 def open_standard_streams() -> None:

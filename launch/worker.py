@@ -22,7 +22,8 @@ from ..comm.open_groups import open_groups_on
 from ..comm.refusal import Problem, Refused
 from ..comm.watchdog import Watchdog
 from ..trainer.config import RunConfig
-from ..trainer.halt import RunFailed, RunHalted
+from ..trainer.data.shard_files import DataChanged
+from ..trainer.halt import RankFailed, RunFailed, RunHalted
 from ..trainer.loop import train
 from ..trainer.rank import stages_of
 from .attempt import attempt_name
@@ -30,7 +31,7 @@ from .compose import read_config, to_yaml
 from .identity import data_digest, identity
 from .orphan import LAUNCHER_VARIABLE
 from .rank_environment import FLIGHT_RECORDER, applying, computes_on_gpus, make_late, users_choices
-from .run_dir import is_marked, own, write_config, write_status
+from .run_dir import is_marked, own, reserve_status, write_config, write_status
 from .say import say
 from .stopping import listen_for_stop
 from .stops import end_of, note_end, note_stop
@@ -90,6 +91,8 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
         return _stop(config, worker, halted.halt, str(halted))
     except CollectiveFailed as error:
         _die(f"shoestring train: {error}")
+    except (DataChanged, RankFailed) as error:
+        _die(f"shoestring train: rank {worker.rank}: {error}")
     except Exception:
         _die(f"shoestring train: rank {worker.rank}: {traceback.format_exc()}")
     dist.destroy_process_group()
@@ -170,18 +173,23 @@ def _die(words: str) -> NoReturn:
 def _own(run_dir: Path, config: RunConfig) -> None:
     """Under a torchrun of one's own there is no launcher to leave the configuration."""
     own(run_dir)
+    reserve_status(run_dir)
     if LAUNCHER_VARIABLE not in os.environ:
         write_config(run_dir, to_yaml(config))
 
 
 def _stop(config: RunConfig, worker: WorkerEnvironment, code: int, reason: str) -> int:
     launched, run_dir = LAUNCHER_VARIABLE in os.environ, Path(config.training.run_dir)
-    if worker.rank == 0:
-        write_status(run_dir, code, reason)
-        if not launched:
-            note_end(run_dir, attempt_name(), code)
     if code and (worker.rank == 0 or not launched):
         say(f"shoestring train: {reason}" if worker.rank == 0 else f"shoestring train: rank {worker.rank}: {reason}")
+    if worker.rank == 0:
+        try:
+            write_status(run_dir, code, reason)
+            if not launched:
+                note_end(run_dir, attempt_name(), code)
+        except OSError as error:  # the run directory is gone: a launcher that reads nothing says so with 1
+            say(f"shoestring train: how the run ended cannot be written down: {error}")
+            return 1 if launched else code
     return 0 if launched else code
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,13 +20,22 @@ from .checkpoint.names import rng_name
 from .checkpoint.opened import Checkpoint
 from .checkpoint.pieces import MODEL, Piece, whole_pieces
 from .checkpoint.saver import Saved
-from .checkpoint.store import Cover, refuse_damaged
+from .checkpoint.store import CheckpointStore, Cover, refuse_damaged
 from .environment_text import as_written
 from .halt import RunFailed
 from .rank import Rank
 from .reporter import Reporter, timing
 
 T = TypeVar("T")
+
+
+def clear_leftovers(store: CheckpointStore) -> None:
+    """On one rank of a run, before it writes anything of its own: free what an earlier launch has left half written.
+
+    What cannot be removed is left to the next save, which says so.
+    """
+    with suppress(OSError):
+        store.clear_leftovers()
 
 
 def prepare_saves(rank: Rank) -> None:

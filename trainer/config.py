@@ -103,7 +103,11 @@ class TrainingConfig:
     checkpoint_every: int = 100
     """Steps between checkpoints; 0 for the end alone."""
     keep_checkpoints: int = 2
-    """How many of the latest checkpoints stay."""
+    """How many of the latest checkpoints stay. Where the disk has no room for one more beside them, the oldest goes
+    before a save instead of after it; the newest always stays."""
+    failed_saves: int = 3
+    """After so many saves in a row that have failed the run ends: what it trains from there on could only be lost.
+    A disk that is full gets ten seconds at least."""
     sample_prompt: str = "ROMEO"
     """Text that the sample at the end continues."""
     sample_tokens: int = 100
@@ -126,7 +130,7 @@ class TrainingConfig:
             yield Problem("attention", self.attention, f"must be auto, {', '.join(BACKENDS)}")
         elif self.attention != "auto" and self.device == "cpu":
             yield Problem("attention", self.attention, "is for GPUs: write auto, or training.device=cuda", ("device",))
-        at_least_one = ["tokens", "sequence_length", "global_batch", "keep_checkpoints"]
+        at_least_one = ["tokens", "sequence_length", "global_batch", "keep_checkpoints", "failed_saves"]
         for name in (*at_least_one, *_TIMEOUTS):
             if values[name] < 1:
                 yield Problem(name, values[name], "must be at least 1")

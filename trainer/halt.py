@@ -23,6 +23,10 @@ class RunFailed(RuntimeError):  # noqa: N818 -- says what happened
     """The run cannot go on; the message says why and what to do. Raised on every rank."""
 
 
+class RankFailed(RuntimeError):  # noqa: N818 -- says what happened
+    """One rank cannot go on; the message says why. Raised on that rank alone: the others miss it in a collective."""
+
+
 class RunHalted(RuntimeError):  # noqa: N818 -- says what happened
     """The run has halted, its last step in a checkpoint. Raised on every rank; the first one's message says why."""
 

@@ -12,15 +12,16 @@ from ..comm.failure import CollectiveFailed
 from ..comm.groups import ProcessGroups
 from .by_tokens import value_at
 from .checkpoint.saver import Saved
-from .checkpointing import begin_save, finish_save, load_last, poll_save, prepare_saves
+from .checkpointing import begin_save, clear_leftovers, finish_save, load_last, poll_save, prepare_saves
 from .config import RunConfig
 from .costs.cluster import measure_peak_tflops
 from .costs.flops import count_flops
 from .data.batch import TokenBatch
+from .data.shard_files import DataChanged
 from .evaluate import evaluate
 from .evaluated import evaluated_until, forget_evaluations, note_evaluated
 from .generate import generate
-from .halt import Halt, RunFailed, RunHalted, agree_to_halt, decide_to_halt, never
+from .halt import Halt, RankFailed, RunFailed, RunHalted, agree_to_halt, decide_to_halt, never
 from .rank import Rank, build_rank
 from .reporter import Reporter, Speed, timing
 from .step import NonFiniteStep, StepSettings
@@ -39,15 +40,18 @@ def train(
     Collective over all ranks. `attempt` names the launch in the ledger; `stop_asked` is looked at on every rank:
     once a step, before each group of micro-batches of an evaluation, and after each token of the sample.
 
-    Raises `Refused` for a checkpoint that does not fit the configuration, `RunFailed` for a loss that is not finite,
-    `RunHalted` when any rank was asked to stop or the budget is used up, and `CollectiveFailed` for a peer that is gone
-    or silent. After an error communication may be under way that never ends: end the process.
+    Raises `Refused` for a checkpoint that does not fit the configuration, `RunFailed` for a loss that is not finite and
+    for saves that fail again and again, `RunHalted` when any rank was asked to stop or the budget is used up,
+    `RankFailed` or `DataChanged` for a fault of this rank alone, and `CollectiveFailed` for a peer that is gone or
+    silent. After an error communication may be under way that never ends: end the process.
     """
     run_dir = Path(config.training.run_dir)
     reporter = Reporter(config, run_dir, attempt) if groups.world.is_first else None
     rank = build_rank(config, groups, device)
     done = 0
     try:
+        if groups.world.is_first:
+            clear_leftovers(rank.store)
         began, owes_evaluation = _start(rank, reporter)
         done = began
         _halt_before_training(rank, done, reporter, stop_asked)
@@ -64,6 +68,7 @@ def train(
             done = step
             poll_save(rank, reporter, votes.saved, votes.failed)
             _halt_if_agreed(rank, done, reporter, votes)
+            _insist_on_saves(rank, done)
             owes = _is_due(step, config.training.evaluate_every, config.total_steps)
             saves = _is_due(step, config.training.checkpoint_every, config.total_steps)
             if saves:  # first: an evaluation takes minutes, in which a fault would cost the steps before it
@@ -82,7 +87,7 @@ def train(
         if reporter is not None:
             reporter.close(done, message, clean=False)
         raise RunFailed(message) from error
-    except (CollectiveFailed, RunFailed, RunHalted) as error:
+    except (CollectiveFailed, DataChanged, RankFailed, RunFailed, RunHalted) as error:
         if reporter is not None:
             reporter.close(done, str(error), clean=isinstance(error, RunHalted))
         raise
@@ -288,6 +293,19 @@ def _insist(last: Saved | None) -> None:
     if last is not None and last.failure is not None:
         remedy = "make room; the same command goes on from the checkpoint before it"
         raise RunFailed(f"the last checkpoint, of step {last.step}, could not be written: {last.failure}; {remedy}")
+
+
+def _insist_on_saves(rank: Rank, done: int) -> None:
+    """Raise `RunFailed` on all ranks where too many saves in a row have failed; `done` steps are trained."""
+    failed = rank.config.training.failed_saves
+    if not rank.saver.is_hopeless(failed):
+        return
+    last = rank.store.steps()
+    where = f"step {last[-1]}, the last one in a checkpoint" if last else "the beginning: there is no checkpoint"
+    remedy = f"make room; the same command goes on from {where}"
+    raise RunFailed(
+        f"the last {failed} checkpoints could not be written (training.failed_saves), by step {done}; {remedy}"
+    )
 
 
 def _is_due(step: int, every: int, last: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,6 @@ from ..comm.traffic import Kind
 from ..parallelism.gradients import ALL_GATHER, REDUCE_SCATTER
 from .budget.guard import Guard
 from .budget.meter import Meter
-from .budget.summary import LedgerReader
 from .budget.totals import carry
 from .budget.work import Work
 from .checkpoint.saver import Saved
@@ -22,6 +21,7 @@ from .config import RunConfig
 from .costs.flops import CONVENTION, FlopCount
 from .costs.parameters import count_parameters
 from .environment_text import as_written
+from .halt import RankFailed
 from .step import StepResult, StepSettings
 from .telemetry.alerts import Watch
 from .telemetry.events import JSON, Event, EventStream
@@ -40,6 +40,55 @@ class Speed:
     peak_tflops: float
 
 
+STALL_SECONDS = 0.5
+"""Less time than this between two steps, charged to nothing, is `unknown`: the loop itself takes milliseconds."""
+_ROUNDING_SECONDS = 0.005
+"""Left uncharged, since the ledger counts in whole milliseconds: no bucket may be charged more than has passed."""
+
+
+class Gaps:
+    """Time that nothing accounts for: a process that was stopped, a machine that was suspended, a frozen disk."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+        self._accounted = 0.0
+
+    def account(self, seconds: float) -> None:
+        """`seconds` of the time since the last `close` are charged to something, or will be."""
+        self._accounted += seconds
+
+    def close(self) -> float:
+        """Return the seconds since the last call that nothing has accounted for."""
+        now = time.perf_counter()
+        gap = now - self._since - self._accounted - _ROUNDING_SECONDS
+        self._since, self._accounted = now, 0.0
+        return gap
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A directory, told from another one that has its name later."""
+
+    path: Path
+    device: int
+    inode: int
+
+    @staticmethod
+    def of(path: Path) -> _Place:
+        status = path.stat()
+        return _Place(path, status.st_dev, status.st_ino)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether its name leads nowhere, or to another one; a file server that does not answer says neither."""
+        try:
+            return _Place.of(self.path) != self
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:
+            return False
+
+
 class Reporter:
     """Opens the run's event stream and its half of the ledger; every rank but the first has none."""
 
@@ -49,12 +98,15 @@ class Reporter:
         self._ranks = config.topology.world_size
         self._work = Work(run_dir, ranks=self._ranks, attempt=attempt, budget=config.budget)
         self._stream: EventStream = open_stream(config.telemetry, run_dir, sys.stdout)
-        self._ledger = LedgerReader(run_dir)
+        self._ledger = self._work.ledger
         self._meter: Meter | None = None
         self._guard: Guard | None = None
         self._watch = Watch()
         self._told_seconds = 0.0
         self._is_telling = False
+        self._gaps = Gaps()
+        self._disk_is_full = False
+        self._place = _Place.of(run_dir)
         self._since = time.perf_counter()
         self._tokens_since = 0
 
@@ -98,6 +150,7 @@ class Reporter:
         self._meter = Meter(self._ledger.summary(), ranks=self._ranks)
         self._guard = Guard(self._config.budget, self._meter, self._run_dir)
         self._told_seconds = 0.0
+        self._gaps = Gaps()
         self._since = time.perf_counter()
 
     @contextmanager
@@ -108,6 +161,7 @@ class Reporter:
             yield
         finally:
             seconds = time.perf_counter() - start
+            self._gaps.account(seconds)
             with self.telling():
                 self._work.interval(bucket, 1000 * seconds)
             if bucket != "data_stall":
@@ -124,13 +178,20 @@ class Reporter:
             yield
         finally:
             self._is_telling = False
-            self._told_seconds += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self._told_seconds += seconds
+            self._gaps.account(seconds)
 
     def _charge_telling(self) -> None:
         """Enter into the ledger what telling has taken so far."""
         seconds, self._told_seconds = self._told_seconds, 0.0
         with self.telling():
             self._work.interval("telemetry", 1000 * seconds)
+
+    def _charge_stall(self, seconds: float) -> None:
+        """Enter into the ledger time that nothing accounts for, if it is long."""
+        if seconds >= STALL_SECONDS:
+            self._work.interval("stall", 1000 * seconds)
 
     def step(
         self,
@@ -144,11 +205,16 @@ class Reporter:
         """Step number `step` is done. Every step goes to the ledger, one in `log_every` to telemetry.
 
         `traffic` holds the bytes that rank 0 has sent to experts in this step, the other those between replicas.
+        Raises `RankFailed` where the run directory is gone.
         """
         config, tokens = self._config, self._tokens_of(step)
         assert self._guard is not None and self._meter is not None  # noqa: PT018
+        self._gaps.account(seconds)
+        gap = self._gaps.close()
         with self.telling():
             gpu_ms = self._work.step(step, 1000 * seconds, tokens)
+            self._charge_stall(gap)
+            self._look_at_disk(step)
             if config.batches.size(step) == config.training.global_batch:  # tokens of smaller steps are dearer
                 self._guard.observe(gpu_ms, tokens)
             self._meter.step(gpu_ms)
@@ -230,19 +296,37 @@ class Reporter:
         with self.telling():
             self._emit("sample", step, {"text": as_written(prompt) + continuation})
 
+    def _look_at_disk(self, step: int) -> None:
+        """Say when records begin to wait for room and when they have it. Raises `RankFailed` without a directory."""
+        if self._place.is_gone or self._work.is_removed:
+            words = f"{self._run_dir} or its ledger was removed while the run was writing into it, by step {step}"
+            raise RankFailed(f"{words}; the run ends, and what it has trained since its last checkpoint is lost")
+        waiting = self._work.waiting + self._stream.waiting
+        if waiting and not self._disk_is_full:
+            reason = self._work.failure or self._stream.failure
+            self._disk_is_full = True
+            words = f"records of {self._run_dir} cannot be written ({reason})"
+            self.warn(step, f"{words}: they wait in memory until there is room, and the run goes on", about="disk")
+        elif not waiting and self._disk_is_full:
+            self._disk_is_full = False
+            self.warn(step, "there is room again: the records that waited are written", about="disk")
+
     def checkpoint(self, saved: Saved) -> None:
         """A checkpoint is safe on disk, or could not be written."""
+        if saved.note is not None:
+            self.warn(saved.step, saved.note)
         if saved.failure is None:
             with self.telling():
                 self._emit("checkpoint", saved.step, {"path": str(saved.path)})
         else:
             self.warn(saved.step, f"the checkpoint of step {saved.step} could not be written: {saved.failure}")
 
-    def warn(self, step: int, text: str) -> None:
-        """A checkpoint has gone wrong in a way that does not end the run."""
+    def warn(self, step: int, text: str, about: str = "checkpoint") -> None:
+        """Something has gone wrong in a way that does not end the run."""
         with self.telling():
-            self._emit("warning", step, {"about": "checkpoint", "message": text})
-        print(f"shoestring train: {text}", file=sys.stderr, flush=True)
+            self._emit("warning", step, {"about": about, "message": text})
+            with suppress(OSError):  # standard error may be a full disk or a closed pipe
+                print(f"shoestring train: {text}", file=sys.stderr, flush=True)
 
     def trace(self, step: int, path: Path, values: Mapping[str, JSON]) -> None:
         """A timeline is written; `values` are the seconds of each term, by rank."""
@@ -266,11 +350,16 @@ class Reporter:
     def close(self, step: int, reason: str, *, clean: bool = True) -> None:
         """The run ends, after `step` steps; `clean` unless a fault has ended it."""
         if clean:  # what a life was waiting for when a fault ended it belongs to its end alone
+            self._charge_stall(self._gaps.close())
             self._charge_telling()
         self._work.close(clean=clean)
         self._emit("budget", step, dict(_flat(self._ledger.summary().to_json())))
         self._emit("stop", step, {"reason": reason})
         self._stream.close()
+        if lost := self._stream.waiting + self._work.waiting:
+            text = f"{lost} records of the run could not be written: {self._stream.failure or self._work.failure}"
+            with suppress(OSError):
+                print(f"shoestring train: {text}", file=sys.stderr, flush=True)
 
     def _tokens_left(self, done: int) -> int:
         return self._config.tokens_after(self._config.total_steps) - self._config.tokens_after(done)

@@ -68,12 +68,24 @@ class Tracing:
             reporter.memory(step, memory_values(rank.device, memory))
 
     def _write(self, step: int, reporter: Reporter | None) -> None:
-        """Write all ranks' timelines."""
+        """Write all ranks' timelines; a disk that does not take them ends the trace, not the run."""
         rank = self._rank
         folder = Path(rank.config.training.run_dir) / TRACE_FOLDER
-        write_rank(folder, rank.groups.rank, rank.trace.spans)
+        failure = None
+        try:
+            write_rank(folder, rank.groups.rank, rank.trace.spans)
+        except OSError as error:
+            failure = str(error)
         # Every rank's file is written when the last one's summary is here.
         summary = summarise_trace(rank.trace.spans)
-        summaries = rank.groups.control.all_gather_objects(summary, "summaries of the trace")
-        if reporter is not None:
-            reporter.trace(step, merge_ranks(folder, rank.groups.world.size), trace_values(summaries))
+        gathered = rank.groups.control.all_gather_objects((summary, failure), "summaries of the trace")
+        if reporter is None:
+            return
+        try:
+            if failures := [each for _, each in gathered if each is not None]:
+                raise OSError(failures[0])
+            path = merge_ranks(folder, rank.groups.world.size)
+        except OSError as error:
+            reporter.warn(step, f"the timeline could not be written: {error}", about="trace")
+        else:
+            reporter.trace(step, path, trace_values([summary for summary, _ in gathered]))

@@ -27,6 +27,7 @@ _STYLES = {
     "checkpoint_load": "k4",
     "evaluation": "k5",
     "telemetry": "k6",
+    "stall": "k-bad",
     "skipped": "k-bad",
     "hang": "k-bad",
     "recovery": "k7",

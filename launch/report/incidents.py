@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from ...comm.files import open_regular, refusing
+from ...comm.strict import parse_json
 from ...trainer.budget.journal import Record
-from ...trainer.budget.records import read_records
+from ...trainer.budget.records import check_record, read_records
 from ...trainer.budget.terms import ALLOCATION_FILE, WORK_FILE
 from ...trainer.telemetry.events import Event
 from .blocks import Block, Line, Missing, Prose, Section, Table
@@ -52,7 +54,7 @@ def incidents(record: RunRecord) -> list[Incident]:
     if record.summary is not None:
         said = {incident.text for incident in found}
         found += [each for each in _of_launches(record.run_dir) if each.text not in said]
-        found += _undone(read_records(record.run_dir / WORK_FILE))
+        found += _undone(record.run_dir / WORK_FILE)
     return sorted(found, key=lambda incident: incident.time)
 
 
@@ -73,17 +75,32 @@ def _of_launches(run_dir: Path) -> Iterator[Incident]:
             yield Incident(record["wall_ns"] / 1e9, None, "launch", reason)
 
 
-def _undone(work: Sequence[Record]) -> Iterator[Incident]:
-    """Where a life has gone on from, and how many steps of those before it that has cost."""
-    last = 0
-    for record in work:
-        if record["kind"] == "step":
-            last = record["step"]
-        elif record["kind"] == "resume":
-            undone = last - record["step"]
-            text = f"went on from step {record['step']:,}" + (f"; {undone:,} steps undone" if undone > 0 else "")
-            last = record["step"]
-            yield Incident(record["wall_ns"] / 1e9, record["step"], "resume", text)
+def _undone(path: Path) -> Iterator[Incident]:
+    """Where a life has gone on from, and how many steps of those before it that has cost.
+
+    Of the journal of a long run only these records are parsed.
+    """
+    if not path.exists():
+        return
+    last = None
+    with refusing(path, "restore the file"), open_regular(path) as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            if b'"kind":"step"' in line:
+                last = line
+            elif b'"kind":"resume"' in line:
+                record, before = _step_record(line), 0 if last is None else _step_record(last).get("step", 0)
+                undone = before - record["step"]
+                text = f"went on from step {record['step']:,}" + (f"; {undone:,} steps undone" if undone > 0 else "")
+                last = line
+                yield Incident(record["wall_ns"] / 1e9, record["step"], "resume", text)
+
+
+def _step_record(line: bytes) -> Record:
+    record = parse_json(line).mapping()
+    check_record(record)
+    return record
 
 
 def _clock(time: float) -> str:

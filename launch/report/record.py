@@ -17,7 +17,7 @@ from ...comm.strict_yaml import check_yaml
 from ...trainer.budget.summary import Summary, summarise
 from ...trainer.budget.terms import WORK_FILE
 from ...trainer.telemetry.events import METRICS_FILE, Event, as_number
-from ...trainer.telemetry.history import read_metrics
+from ...trainer.telemetry.sampled import read_sampled
 from ..run_dir import CONFIG_FILE, is_marked
 
 Point = tuple[float, float]
@@ -30,7 +30,7 @@ class RunRecord:
 
     run_dir: Path
     events: Sequence[Event]
-    """That still hold, in order."""
+    """That still hold, in order; of a long run a sample (see `telemetry/sampled.py`)."""
     config: Mapping[str, Any]
     """Of the last launch, as a tree of plain values; empty where none is recorded."""
     summary: Summary | None
@@ -84,7 +84,7 @@ def read_run(run_dir: Path) -> RunRecord:
     """What is in the directory of a run. Raises `Refused` for any other place, and for a broken line of metrics."""
     refuse_other_places(run_dir)
     metrics = run_dir / METRICS_FILE
-    events = read_metrics(metrics) if metrics.exists() else []
+    events = read_sampled(metrics) if metrics.exists() else []
     summary, no_summary = _bill(run_dir)
     return RunRecord(run_dir, events, _config(run_dir, events), summary, no_summary)
 

@@ -88,8 +88,9 @@ def _add_import(verbs: Verbs) -> None:
 
 def _import(options: argparse.Namespace) -> int:
     from ..convert import import_command
+    from ..say import tell
 
-    print(f"imported to {import_command(options.source, options.target)}")
+    tell(f"imported to {import_command(options.source, options.target)}")
     return 0
 
 
@@ -107,11 +108,12 @@ def _add_export(verbs: Verbs) -> None:
 
 def _export(options: argparse.Namespace) -> int:
     from ..convert import export_command
+    from ..say import tell
 
     how = options.dtype, options.rope, options.max_shard
     found = export_command(options.path, options.step, options.directory, *how, average=options.average)
     what = "the average of the weights of " if options.average else ""
-    print(f"exported {what}{found} to {options.directory}")
+    tell(f"exported {what}{found} to {options.directory}")
     return 0
 
 

@@ -20,9 +20,10 @@ def add(verbs: Verbs) -> None:
 def _prepare(options: argparse.Namespace) -> int:
     from ...trainer.data.prepare import prepare
     from ..compose import compose_run
+    from ..say import tell
 
     config = compose_run(*described(options)).data
-    prepare(config, print)
+    prepare(config, tell)
     _describe(config.prepared)
     return 0
 
@@ -36,5 +37,6 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _describe(prepared: str) -> None:
     from ...trainer.data.inspect import describe, render
+    from ..say import tell
 
-    print(render(describe(Path(prepared))))
+    tell(render(describe(Path(prepared))))

@@ -31,6 +31,8 @@ def _add_budget(verbs: Verbs) -> None:
     budget.add_argument("--invoice-columns", default="", metavar="gpu_hours=NAME,amount=NAME", help=columns)
     plan = "compare with a plan: what shoestring plan or simulate prints with --format json"
     budget.add_argument("--against", type=Path, metavar="PLAN", help=plan)
+    everything = "read every record of the ledger, and compare the totals that are saved beside it"
+    budget.add_argument("--verify", action="store_true", help=everything)
     add_format(budget)
     budget.set_defaults(run=_budget)
 
@@ -55,8 +57,9 @@ def _add_report(verbs: Verbs) -> None:
 
 def _report(options: argparse.Namespace) -> int:
     from ..report.command import write_report
+    from ..say import tell
 
-    print(f"wrote {write_report(options.run_dir, options.out)}")
+    tell(f"wrote {write_report(options.run_dir, options.out)}")
     return 0
 
 

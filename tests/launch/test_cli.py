@@ -67,3 +67,9 @@ def test_no_verb_loads_anything_before_it_runs() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "shoestring.launch.verbs.training" in loaded
     assert not {"torch", "numpy", "omegaconf", "rich"}.intersection(loaded)
+
+
+def test_a_bill_is_shown_without_torch() -> None:
+    """Importing it takes seconds and 200 MB, which a look at a run must not."""
+    program = "import sys, shoestring.launch.cli, shoestring.launch.budget; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

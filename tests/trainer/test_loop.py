@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -30,10 +32,12 @@ from shoestring.trainer.data.batch import TokenBatch
 from shoestring.trainer.data.prepare import prepare
 from shoestring.trainer.data.prepared import open_prepared
 from shoestring.trainer.data.samples import SampleOrder, Samples
-from shoestring.trainer.halt import RunHalted
+from shoestring.trainer.data.shard_files import DataChanged
+from shoestring.trainer.halt import RankFailed, RunHalted
 from shoestring.trainer.loop import train
 from shoestring.trainer.memory import RunMemory
 from shoestring.trainer.rank import open_samples, stages_of
+from shoestring.trainer.reporter import STALL_SECONDS, Gaps
 from shoestring.trainer.running import RunningStage
 from shoestring.trainer.step import Stepper, StepResult
 from shoestring.trainer.telemetry.history import read_metrics
@@ -459,3 +463,90 @@ def test_shards_of_masters_moments_and_average_come_back_with_the_checkpoint(roo
     assert run("three and three", 6) == undisturbed
     evaluation = next(values for values in undisturbed if "loss/averaged" in values)
     assert evaluation["loss/averaged"] != evaluation["loss"]
+
+
+def run_and_harm(world: World, tree: dict[str, Any], harm: str) -> str:
+    """Train; on rank 0 something happens to the files between two steps, which every step asks about."""
+    config = build(RunConfig, tree)
+    groups = ProcessGroups.create(config.topology, world.rank, timedelta(seconds=30), stages_of(config).all_holders())
+    run_dir, asked = Path(config.training.run_dir), [0]
+
+    def stop_asked() -> bool:
+        asked[0] += 1
+        if asked[0] == 3:  # once before the first step, then at the end of each
+            HARMS[harm](run_dir, Path(config.data.prepared))
+        return False
+
+    try:
+        train(config, groups, torch.device("cpu"), attempt="test", stop_asked=stop_asked)
+    except (DataChanged, RankFailed) as error:
+        return f"{type(error).__name__}: {error}"
+    return "done"
+
+
+def _flip(run_dir: Path, prepared: Path) -> None:
+    shard = prepared / "train_00000.bin"
+    shard.write_bytes(bytes(shard.stat().st_size))
+
+
+def _empty(run_dir: Path, prepared: Path) -> None:
+    for path in run_dir.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _replace(run_dir: Path, prepared: Path) -> None:
+    run_dir.rename(run_dir.with_suffix(".moved"))
+    run_dir.mkdir()
+
+
+HARMS: dict[str, Callable[[Path, Path], object]] = {
+    "removed": lambda run_dir, prepared: shutil.rmtree(run_dir),
+    "moved": lambda run_dir, prepared: run_dir.rename(run_dir.with_suffix(".moved")),
+    "emptied": _empty,
+    "replaced": _replace,
+    "without ledger": lambda run_dir, prepared: os.unlink(run_dir / "ledger" / "work.jsonl"),  # noqa: PTH108
+    "other tokens": _flip,
+    "metrics removed": lambda run_dir, prepared: os.unlink(run_dir / "metrics.jsonl"),  # noqa: PTH108
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_what_happens_to_a_runs_files_in_mid_run_is_said(root: Path, tmp_path: Path, harm: str) -> None:
+    tree = run_config(root)
+    shutil.copytree(root / "prepared", tmp_path / "prepared")
+    tree["data"] = tree["data"] | {"prepared": str(tmp_path / "prepared")}
+    tree["training"] = tree["training"] | {"run_dir": str(tmp_path / "run"), "sample_tokens": 0}
+    (ended,) = run_processes(1, run_and_harm, tree, harm)
+    expected = {"other tokens": "train_00000.bin is not what was prepared", "metrics removed": "done"}
+    assert expected.get(harm, "was removed while the run was writing into it, by step 2") in ended
+
+
+def test_time_that_nothing_accounts_for_is_a_stall(tmp_path: Path) -> None:
+    with mock.patch("shoestring.trainer.reporter.time.perf_counter") as clock:
+        clock.return_value = 10.0
+        gaps = Gaps()
+        clock.return_value = 12.0
+        gaps.account(0.5)
+        assert gaps.close() == pytest.approx(1.495)
+        assert gaps.close() < 0
+        clock.return_value = 20.0
+        gaps.account(8.0)
+        assert gaps.close() < STALL_SECONDS
+
+
+def run_and_stall(world: World, tree: dict[str, Any]) -> None:
+    """Between two steps the process is stopped for a second, which no part of the loop knows of."""
+    with patch("shoestring.trainer.loop.poll_save", lambda *_: time.sleep(0.7)):
+        run_rank(world, tree)
+
+
+def test_a_stop_between_steps_is_in_the_ledger(root: Path, tmp_path: Path) -> None:
+    tree = run_config(root)
+    tree["training"] = tree["training"] | {"run_dir": str(tmp_path / "run"), "sample_tokens": 0}
+    run_processes(1, run_and_stall, tree)
+    summary = summarise(tmp_path / "run")
+    assert summary.buckets["stall"] >= 0.6 * 1000 * STEPS
+    assert summary.unknown_ms < 500

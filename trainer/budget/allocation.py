@@ -27,7 +27,7 @@ class Allocation:
 
     A daemon thread leaves a sign of life every `beat_seconds`; a launcher that is killed has held its GPUs up to the
     last one, or up to the last record of rank 0 if that is later. `job` is the scheduler's name of what holds the GPUs.
-    Raises Refused while another launcher holds the run directory.
+    Raises Refused while another launcher holds the run directory, and where the disk has no room for the opening.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Allocation:
         self._closing = threading.Event()
         held = {} if job is None else {"job": job}
         self._append("open", ranks=ranks, phase=budget.phase, budget_gpu_hours=budget.gpu_hours, **held)
+        self._journal.insist()
         self.heartbeat()
         self._thread = threading.Thread(target=self._beat, name="ledger heartbeat", daemon=True)
         self._thread.start()

@@ -19,7 +19,7 @@ from typing import Any
 from ...comm.files import refusing
 from ...comm.refusal import Problem, refuse_if_any
 from ...comm.strict_yaml import read_yaml
-from .records import read_records
+from .journal import holds_record
 from .summary import LedgerReader, Summary
 from .terms import PUBLISHED_GPU_HOURS, WORK_FILE, gpu_hours
 
@@ -107,7 +107,6 @@ class ProjectTotals:
     @staticmethod
     def of(project: Project, summaries: Mapping[Path, Summary]) -> ProjectTotals:
         """Their sum."""
-        heads = {head for run in summaries for head in _heads(run)}
         by_phase = dict.fromkeys(PUBLISHED_GPU_HOURS, 0)
         tokens = dict.fromkeys(PUBLISHED_GPU_HOURS, 0)
         foreign_ms = 0
@@ -116,10 +115,7 @@ class ProjectTotals:
                 by_phase[phase] += spent_ms
             for phase, retained in summary.tokens_by_phase.items():
                 tokens[phase] += retained
-            if summary.inherited_head is not None and summary.inherited_head not in heads:
+            head = summary.inherited_head
+            if head is not None and not any(holds_record(run / WORK_FILE, head) for run in summaries):
                 foreign_ms += summary.inherited_ms
         return ProjectTotals(sum(by_phase.values()), by_phase, tokens, foreign_ms)
-
-
-def _heads(run: Path) -> set[str]:
-    return {record["hash"] for record in read_records(run / WORK_FILE)}

@@ -11,7 +11,16 @@ from .journal import JournalReader, Record
 from .terms import BUCKETS, PUBLISHED_GPU_HOURS, TERMS
 
 _MOST_RANKS = 10**7
-_WHOLE = ("gpu_ms", "tokens", "step", "step_us", "from_gpu_ms", "from_tokens_consumed", "from_tokens_retained")
+_WHOLE = (
+    "gpu_ms",
+    "tokens",
+    "step",
+    "step_us",
+    "from_gpu_ms",
+    "from_tokens_consumed",
+    "from_tokens_retained",
+    "records",
+)
 _KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "open": ("ranks", "phase", "budget_gpu_hours"),
@@ -25,6 +34,7 @@ _KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "terms": ("step", "step_us", "us"),
         "inherited": ("from_gpu_ms", "from_tokens_consumed", "from_tokens_retained", "from_head"),
         "end": ("clean",),
+        "left_out": ("records",),
     }
 )
 """Kinds and what they need beside an attempt and an instant; a kind that is not here is of a later version."""
@@ -34,7 +44,7 @@ _MOST = 2**53
 
 def read_records(path: Path) -> list[Record]:
     """The records of a ledger's journal, each checked. Raises Refused as `read_journal` does, and for a wrong value."""
-    return JournalReader(path, check_record).new_records()
+    return JournalReader(path, check=check_record).new_records()
 
 
 def check_record(record: Record) -> None:
@@ -69,8 +79,9 @@ def _find(item: Item, needed: tuple[str, ...] | None) -> None:
         item[key].whole(-LARGEST)  # a wall clock may be set to anything
     for key in ("attempt", "boot"):
         item[key].text()
-    if item.get("job") is not None:
-        item["job"].text()
+    for key in ("job", "from_allocation_head"):
+        if item.get(key) is not None:
+            item[key].text()
 
 
 def _check(item: Item, key: str) -> None:

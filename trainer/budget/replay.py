@@ -10,9 +10,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from .clock import Instant
 from .journal import Record
+from .retained import Retained
 from .terms import TERMS
 
 
@@ -24,16 +26,6 @@ class State(StrEnum):
     RUNNING = "training"
     ENDED = "done"
     FAILED = "ended by a fault"
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step that the weights hold."""
-
-    number: int
-    gpu_ms: int
-    tokens: int
-    phase: str
 
 
 class Attempt:
@@ -54,7 +46,7 @@ class Attempt:
         self.segments = 1
         self._held_ms = 0
         self._by_itself = opened["kind"] == "begin"
-        self._cursor = self.opened
+        self._cursor: Record = {key: opened[key] for key in _INSTANT}
         self._since_ns = 0
         self._counted_ms = 0
         self._lives = 0
@@ -70,7 +62,7 @@ class Attempt:
         """Apply one record of rank 0."""
         kind: str = record["kind"]
         charged_ms: int = record.get("gpu_ms", 0)
-        free_ms = self._pass(Instant.of(record)) * self.ranks - charged_ms
+        free_ms = self._pass(record) * self.ranks - charged_ms
         if kind == "begin":
             self._spend(free_ms, dying=self.state in (State.STARTING, State.RUNNING))
             self.state = State.STARTING
@@ -87,9 +79,13 @@ class Attempt:
             self.state = State.ENDED if record["clean"] else State.FAILED
             self.closed = self.closed or self._by_itself
 
-    def _pass(self, now: Instant) -> int:
-        """Whole milliseconds from the last record to `now`; what is cut comes with a later one."""
-        self._since_ns += now.ns_since(self._cursor)
+    def _pass(self, now: Record) -> int:
+        """Whole milliseconds from the last record to `now`; what is cut comes with a later one.
+
+        The same as `Instant.ns_since`, without making instants: of a long run there are a million records.
+        """
+        clock = "monotonic_ns" if now["boot"] == self._cursor["boot"] else "wall_ns"
+        self._since_ns += max(0, now[clock] - self._cursor[clock])
         self._cursor = now
         passed = self._since_ns // 1_000_000 - self._counted_ms
         self._counted_ms += passed
@@ -105,12 +101,14 @@ class Attempt:
             return FIRST_START
         return _FREE[self.state]
 
-    def outcome(self, *, over: bool) -> tuple[int, int, Counter[str]]:
+    def outcome(self, *, over: bool, heard: Instant | None) -> tuple[int, int, Counter[str]]:
         """Milliseconds up to the last sign of life, GPU-milliseconds held, the buckets of those that no step has taken.
 
-        Nobody knows yet what a life is about that still goes on; one that is `over` without having said so has died.
+        `heard` is the launcher's last heartbeat. Nobody knows yet what a life is about that still goes on; one that is
+        `over` without having said so has died.
         """
-        latest_ns = 0 if self._sign is None else self._sign.ns_since(self._cursor)
+        cursor = Instant.of(self._cursor)
+        latest_ns = max((sign.ns_since(cursor) for sign in (self._sign, heard) if sign is not None), default=0)
         lasted_ms = (self._since_ns + latest_ns) // 1_000_000
         tail_ms = (lasted_ms - self._counted_ms) * self.ranks
         died = over and self.state in (State.STARTING, State.RUNNING)
@@ -118,7 +116,29 @@ class Attempt:
         spent["hang" if died else self._free_bucket()] += tail_ms
         return lasted_ms, self._held_ms + tail_ms, spent
 
+    def to_tree(self) -> dict[str, Any]:
+        """As plain values."""
+        kind, job = "begin" if self._by_itself else "open", {} if self.job is None else {"job": self.job}
+        own = {"kind": kind, "attempt": self.name, "phase": self.phase, "ranks": self.ranks}
+        opened = {**own, **self.opened.stamp(), **job}
+        tree = {name.removeprefix("_"): getattr(self, name) for name in _PLAIN}
+        cursor = {key: self._cursor[key] for key in _INSTANT}
+        sign = None if self._sign is None else self._sign.stamp()
+        return tree | {"opened": opened, "state": self.state, "spent": dict(self.spent), "cursor": cursor, "sign": sign}
 
+    @staticmethod
+    def of_tree(tree: dict[str, Any]) -> Attempt:
+        """Return the inverse of `to_tree`."""
+        made = Attempt(tree["opened"])
+        for name in _PLAIN:
+            setattr(made, name, tree[name.removeprefix("_")])
+        made.state, made.spent, made._cursor = State(tree["state"]), Counter(tree["spent"]), tree["cursor"]
+        made._sign = None if tree["sign"] is None else Instant.of(tree["sign"])
+        return made
+
+
+_INSTANT = ("wall_ns", "monotonic_ns", "boot")
+_PLAIN = ("closed", "segments", "_held_ms", "_since_ns", "_counted_ms", "_lives")
 FIRST_START = "first start"
 """A launch's first way to a step: `initialisation`, or `recovery` if the launch before it has died."""
 _FREE = {
@@ -134,8 +154,8 @@ _FREE = {
 class Tally:
     """What became of the steps, in GPU-milliseconds and tokens, as of the last record replayed."""
 
-    retained: list[Step] = field(default_factory=list)
-    """Steps that the weights hold, in order."""
+    retained: Retained = field(default_factory=Retained)
+    """Steps that the weights hold."""
     rolled_back_ms: int = 0
     tokens_consumed: int = 0
     inherited_ms: int = 0
@@ -155,7 +175,7 @@ class Tally:
         if kind == "step":
             # A step seen again was done again, whether or not a resume was recorded.
             self.roll_back_to(record["step"] - 1)
-            self.retained.append(Step(record["step"], record["gpu_ms"], record["tokens"], phase))
+            self.retained.append(record["step"], record["gpu_ms"], record["tokens"], phase)
             self.tokens_consumed += record["tokens"]
         elif kind == "skipped":
             self.tokens_consumed += record["tokens"]
@@ -178,8 +198,35 @@ class Tally:
 
     def roll_back_to(self, step: int) -> None:
         """Steps after `step` have left the weights: what they cost was not productive after all."""
-        while self.retained and self.retained[-1].number > step:
-            self.rolled_back_ms += self.retained.pop().gpu_ms
+        self.rolled_back_ms += self.retained.roll_back_to(step)
+
+    def figures(self) -> dict[str, Any]:
+        """See `Retained.figures`."""
+        return {**self._sums(), "retained": self.retained.figures()}
+
+    def to_tree(self) -> dict[str, Any]:
+        """As plain values."""
+        return {**self._sums(), "has_resumed": self._has_resumed, "retained": self.retained.to_tree()}
+
+    @staticmethod
+    def of_tree(tree: dict[str, Any]) -> Tally:
+        """Return the inverse of `to_tree`."""
+        own = {name: tree[name] for name in _SUMS}
+        own |= {"retained": Retained.of_tree(tree["retained"]), "terms_us": Counter(tree["terms_us"])}
+        return Tally(**own, _has_resumed=tree["has_resumed"])
+
+    def _sums(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _SUMS} | {"terms_us": dict(self.terms_us)}
+
+
+_SUMS = (
+    *("rolled_back_ms", "tokens_consumed", "inherited_ms", "inherited_consumed", "inherited_retained"),
+    *("inherited_head", "sampled_us", "sampled_steps"),
+)
+
+
+class LateOpening(Exception):  # noqa: N818 -- says what happened
+    """A launch was opened after its work was seen, since a full disk has kept its opening: read all of it again."""
 
 
 class Ledger:
@@ -211,6 +258,26 @@ class Ledger:
             attempt.replay(record)
             self.tally.replay(record, attempt.phase)
 
+    def figures(self) -> dict[str, Any]:
+        """What two readers of one ledger must agree on."""
+        return {"attempts": [each.to_tree() for each in self.attempts.values()], "tally": self.tally.figures()}
+
+    def to_tree(self) -> dict[str, Any]:
+        """As plain values."""
+        attempts = [each.to_tree() for each in self.attempts.values()]
+        return {"attempts": attempts, "tally": self.tally.to_tree(), "latest": self.latest}
+
+    @staticmethod
+    def of_tree(tree: dict[str, Any]) -> Ledger:
+        """Return the inverse of `to_tree`."""
+        made = Ledger()
+        attempts = map(Attempt.of_tree, tree["attempts"])
+        made.attempts = {attempt.name: attempt for attempt in attempts}
+        made.tally, made.latest = Tally.of_tree(tree["tally"]), tree["latest"]
+        return made
+
     def _open(self, record: Record) -> None:
+        if record["attempt"] in self.attempts:
+            raise LateOpening
         self.attempts[record["attempt"]] = Attempt(record)
         self.latest = record

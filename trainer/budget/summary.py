@@ -9,9 +9,12 @@ from pathlib import Path
 
 from ...comm.refusal import Problem, Refused
 from .allocation import read_heartbeat
-from .journal import JournalReader
+from .clock import Instant
+from .journal import JournalReader, Record
 from .records import check_record
-from .replay import FIRST_START, Attempt, Ledger, State, Step
+from .replay import FIRST_START, Attempt, LateOpening, State
+from .retained import Forgotten
+from .snapshot import Snapshot, read_snapshot, write_snapshot
 from .terms import (
     ALLOCATION_FILE,
     BUCKETS,
@@ -86,6 +89,10 @@ class Summary:
     """GPU-milliseconds a token, the median of the last steps; None before the first."""
     head: str
     """Hash of the last record of the work journal; a checkpoint carries it."""
+    allocation_head: str
+    """The same of the launcher's journal."""
+    records: int
+    """Of work, up to its head."""
 
     @property
     def attempts(self) -> int:
@@ -134,6 +141,7 @@ class Summary:
             "tokens_consumed": self.tokens_consumed,
             "tokens_retained": self.tokens_retained,
             "head": self.head,
+            "allocation_head": self.allocation_head,
         }
 
     def to_json(self) -> dict[str, object]:
@@ -176,37 +184,57 @@ def summarise(run_dir: Path) -> Summary:
 
 
 class LedgerReader:
-    """Reads the ledger of `run_dir`, and from the second time on only what is new."""
+    """Reads the ledger of `run_dir`, and from the second time on only what is new.
 
-    def __init__(self, run_dir: Path) -> None:
+    It begins with the totals that a run saves beside its ledger, where there are some that fit (see `snapshot.py`).
+    """
+
+    def __init__(self, run_dir: Path, *, from_totals: bool = True) -> None:
         self._run_dir = run_dir
-        self._allocation = JournalReader(run_dir / ALLOCATION_FILE, check_record)
-        self._work = JournalReader(run_dir / WORK_FILE, check_record)
-        self._ledger = Ledger()
+        self._begin(read_snapshot(run_dir) if from_totals else None)
+
+    def _begin(self, snapshot: Snapshot | None) -> None:
+        start = Snapshot() if snapshot is None else snapshot
+        self._allocation = JournalReader(self._run_dir / ALLOCATION_FILE, start.allocation, check=check_record)
+        self._work = JournalReader(self._run_dir / WORK_FILE, start.work, check=check_record)
+        self._ledger = start.ledger
+
+    def read(self) -> str:
+        """Read what is new; return the hash of the last record of work. Raises Refused as `summary` does."""
+        try:
+            self._read()
+        except (Forgotten, LateOpening):
+            self._begin(None)
+            self._read()
+        return self._work.head
+
+    def _read(self) -> None:
+        end = self._work.size()  # first: what opened the work up to here is then in the other journal already
+        try:
+            self._ledger.replay(self._allocation.stream(), self._work.stream(end))
+        except KeyError as error:
+            remedy = f"has a record of launch {error}, which no record opens; restore the ledger's files"
+            raise Refused([Problem("run", str(self._run_dir), remedy)]) from error
+
+    def save(self) -> None:
+        """Save the totals up to here beside the ledger, for the next reader; a disk that is full keeps the old ones."""
+        self.read()
+        write_snapshot(self._run_dir, Snapshot(self._allocation.place, self._work.place, self._ledger))
 
     def summary(self) -> Summary:
         """As of now.
 
         Raises Refused when there is no ledger or another version's, when a chain is broken, and when intervals overlap.
         """
-        work = self._work.new_records()  # first: what opened it is then in the other journal already
-        try:
-            self._ledger.replay(self._allocation.new_records(), work)
-        except KeyError as error:
-            remedy = f"has a record of launch {error}, which no record opens; restore the ledger's files"
-            raise Refused([Problem("run", str(self._run_dir), remedy)]) from error
+        self.read()
         attempts, tally, latest = list(self._ledger.attempts.values()), self._ledger.tally, self._ledger.latest
         if latest is None:
             raise Refused([Problem("run", str(self._run_dir), "holds no ledger; name the directory of a run")])
-        self._hear_heartbeat()
-        held, spent = _outcomes(attempts)
+        held, spent = _outcomes(attempts, read_heartbeat(self._run_dir))
         by_phase: Counter[str] = Counter()
-        tokens: Counter[str] = Counter()
         for attempt, launch in zip(attempts, held, strict=True):
             by_phase[attempt.phase] += launch.gpu_ms
-        for step in tally.retained:
-            tokens[step.phase] += step.tokens
-        productive_ms = sum(step.gpu_ms for step in tally.retained)
+        retained = tally.retained
         self._refuse_overlap(spent)
         return Summary(
             phase=latest["phase"],
@@ -216,27 +244,24 @@ class LedgerReader:
             running=not attempts[-1].closed,
             allocated_ms=sum(launch.gpu_ms for launch in held),
             by_phase=by_phase,
-            productive_ms=productive_ms,
+            productive_ms=retained.gpu_ms,
             rolled_back_ms=tally.rolled_back_ms,
             buckets={bucket: spent[bucket] for bucket in BUCKETS},
             unknown_ms=spent["unknown"],
-            terms=_in_proportion(productive_ms, tally.terms_us, tally.sampled_us),
-            bubble_ms=productive_ms * tally.terms_us["bubble"] // max(1, tally.sampled_us),
+            terms=_in_proportion(retained.gpu_ms, tally.terms_us, tally.sampled_us),
+            bubble_ms=retained.gpu_ms * tally.terms_us["bubble"] // max(1, tally.sampled_us),
             sampled_steps=tally.sampled_steps,
             inherited_ms=tally.inherited_ms,
             inherited_head=tally.inherited_head,
-            steps_retained=len(tally.retained),
+            steps_retained=len(retained),
             tokens_consumed=tally.tokens_consumed + tally.inherited_consumed,
-            tokens_retained=sum(tokens.values()) + tally.inherited_retained,
-            tokens_by_phase=tokens,
-            step_ms_per_token=trailing_median(tally.retained),
+            tokens_retained=retained.tokens.total() + tally.inherited_retained,
+            tokens_by_phase=+retained.tokens,
+            step_ms_per_token=_median(retained.rates(TRAILING_STEPS)),
             head=self._work.head,
+            allocation_head=self._allocation.head,
+            records=self._work.place.number,
         )
-
-    def _hear_heartbeat(self) -> None:
-        heartbeat = read_heartbeat(self._run_dir)
-        if heartbeat is not None and heartbeat["attempt"] in self._ledger.attempts:
-            self._ledger.attempts[heartbeat["attempt"]].sign(heartbeat)
 
     def _refuse_overlap(self, spent: Mapping[str, int]) -> None:
         problems = [
@@ -248,13 +273,16 @@ class LedgerReader:
             raise Refused(problems)
 
 
-def _outcomes(attempts: Sequence[Attempt]) -> tuple[list[Held], Counter[str]]:
+def _outcomes(attempts: Sequence[Attempt], heartbeat: Record | None) -> tuple[list[Held], Counter[str]]:
     """What each launch held, and where all their time went that is not of steps."""
     held: list[Held] = []
     total: Counter[str] = Counter(unknown=0)
     after_death = False
     for attempt in attempts:
-        lasted_ms, gpu_ms, spent = attempt.outcome(over=attempt.closed or attempt is not attempts[-1])
+        is_heard = heartbeat is not None and heartbeat["attempt"] == attempt.name
+        heard = Instant.of(heartbeat) if heartbeat is not None and is_heard else None
+        is_over = attempt.closed or attempt is not attempts[-1]
+        lasted_ms, gpu_ms, spent = attempt.outcome(over=is_over, heard=heard)
         held.append(Held(attempt.name, attempt.job, attempt.ranks, lasted_ms, gpu_ms))
         spent["recovery" if after_death else "initialisation"] += spent.pop(FIRST_START, 0)
         total.update(spent)
@@ -270,7 +298,5 @@ def _in_proportion(total: int, weights: Mapping[str, int], whole: int) -> dict[s
     return parts | {"other": total - sum(parts.values())}
 
 
-def trailing_median(steps: Sequence[Step]) -> float | None:
-    """GPU-milliseconds a token of the last `TRAILING_STEPS`, their median; None of no step."""
-    rates = sorted(step.gpu_ms / step.tokens for step in steps[-TRAILING_STEPS:] if step.tokens)
-    return rates[len(rates) // 2] if rates else None
+def _median(rates: Sequence[float]) -> float | None:
+    return sorted(rates)[len(rates) // 2] if rates else None

@@ -26,6 +26,7 @@ CHARGED: Mapping[str, str] = MappingProxyType(
         "checkpoint_load": "loading a checkpoint",
         "evaluation": "validation loss and samples",
         "telemetry": "writing the ledger and metrics, on rank 0",
+        "stall": "rank 0 stopped, or waiting for a disk, between steps",
     }
 )
 """Buckets that rank 0 charges besides steps."""
@@ -52,6 +53,7 @@ Amount = TypeVar("Amount", int, float)
 ALLOCATION_FILE = Path("ledger", "allocation.jsonl")
 HEARTBEAT_FILE = Path("ledger", "heartbeat.json")
 WORK_FILE = Path("ledger", "work.jsonl")
+TOTALS_FILE = Path("ledger", "totals.json")
 
 _MS_PER_HOUR = 3_600_000
 

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ...comm.refusal import Problem, Refused
-from .records import read_records
-from .summary import summarise
-from .terms import WORK_FILE
+from ...comm.refusal import Problem, Refused, refuse_if_any
+from .journal import GENESIS, holds, holds_record
+from .terms import ALLOCATION_FILE, WORK_FILE
 from .work import Work
+
+
+def ledger_problems(run_dir: Path, totals: Mapping[str, int | str]) -> Iterator[Problem]:
+    """What is missing in the ledger of `run_dir`, given the `totals` of the checkpoint that the run resumes from.
+
+    A checkpoint that was copied to a new directory comes without a ledger: then neither half has what it names.
+    """
+    work, allocation = run_dir / WORK_FILE, run_dir / ALLOCATION_FILE
+    head, opened = str(totals["head"]), str(totals.get("allocation_head", GENESIS))
+    has_work, is_launched = holds_record(work, head), opened != GENESIS
+    has_allocation = is_launched and holds_record(allocation, opened)
+    carried = f"or remove {work.parent}: the run then carries the cost of the checkpoint"
+    if has_work and is_launched and not has_allocation:
+        remedy = f"does not hold the launch that the checkpoint was saved in; restore it, {carried}"
+        yield Problem(str(allocation), opened, remedy)
+    elif has_allocation and not has_work:
+        remedy = f"does not hold the checkpoint's last record, and {allocation.name} does hold its launch"
+        yield Problem(str(work), head, f"{remedy}; restore it, {carried}")
 
 
 def carry(work: Work, run_dir: Path, totals: Mapping[str, int | str]) -> None:
@@ -19,15 +36,15 @@ def carry(work: Work, run_dir: Path, totals: Mapping[str, int | str]) -> None:
     copied here: the totals are carried as one `inherited` record. Any other is of another run, or was cut: raises
     Refused, so that no GPU-hour is lost or counted twice.
     """
-    records = read_records(run_dir / WORK_FILE)
-    known = {hash_ for record in records for hash_ in (record["hash"], record.get("from_head"))}
-    if totals["head"] in known:
-        spent = summarise(run_dir).total_ms
+    refuse_if_any(ledger_problems(run_dir, totals))
+    path = run_dir / WORK_FILE
+    if holds(path, str(totals["head"]).encode()):
+        spent = work.ledger.summary().total_ms
         if spent < int(totals["gpu_ms"]):
             remedy = f"GPU-ms in the checkpoint, but only {spent} in the ledger; restore ledger/allocation.jsonl"
             raise Refused([Problem(str(run_dir / "ledger"), totals["gpu_ms"], remedy)])
-    elif any(record["kind"] in ("step", "inherited") for record in records):
+    elif holds(path, b'"kind":"step"', b'"kind":"inherited"'):
         remedy = "does not hold the checkpoint's last record; restore its ledger, or resume in a new run directory"
-        raise Refused([Problem(str(run_dir / WORK_FILE), totals["head"], remedy)])
+        raise Refused([Problem(str(path), totals["head"], remedy)])
     else:
         work.inherit(totals)

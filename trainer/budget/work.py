@@ -14,8 +14,11 @@ from pathlib import Path
 from .clock import Instant
 from .config import BudgetConfig
 from .journal import Journal
+from .summary import LedgerReader
 from .terms import CHARGED, WORK_FILE
 
+TOTALS_RECORDS = 10_000
+"""Totals are saved after so many records: reading these takes a tenth of a second."""
 SYNC_SECONDS = 4.0
 """A machine that loses power takes so much of the ledger with it; a process that is killed takes nothing."""
 
@@ -24,15 +27,36 @@ class Work:
     """One life of rank 0, inside what the launcher has opened as `attempt`.
 
     Work in an attempt that no launcher has opened counts as allocated from construction to its last record. Raises
-    Refused while another process writes the same ledger.
+    Refused while another process writes the same ledger, and where the disk has no room for the first record; later
+    ones wait in memory (see `LineWriter`).
     """
 
     def __init__(self, run_dir: Path, *, ranks: int, attempt: str, budget: BudgetConfig) -> None:
-        self._journal = Journal(run_dir / WORK_FILE, sync_seconds=SYNC_SECONDS)
+        self.ledger = LedgerReader(run_dir)
+        """Both halves of the ledger, as far as they are in their files."""
+        self._journal = Journal(run_dir / WORK_FILE, sync_seconds=SYNC_SECONDS, find_head=self.ledger.read)
+        self._since_totals = 0
         self._attempt = attempt
         self._ranks = ranks
         self._cut_ms = 0.0
+        self._left_out = 0
         self._append("begin", ranks=ranks, phase=budget.phase, budget_gpu_hours=budget.gpu_hours)
+        self._journal.insist()
+
+    @property
+    def waiting(self) -> int:
+        """Records that a full disk has not taken yet."""
+        return self._journal.waiting
+
+    @property
+    def failure(self) -> str | None:
+        """Why records wait; None where none does."""
+        return self._journal.failure
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether somebody has removed the file that this half of the ledger is written to."""
+        return self._journal.is_removed
 
     def ready(self) -> None:
         """The first step begins now: what no interval has charged up to here was spent on the way to it."""
@@ -95,6 +119,8 @@ class Work:
         What its launcher holds the GPUs for from here on is `idle`, or after a fault `recovery`.
         """
         self._append("end", clean=clean)
+        self._journal.sync()
+        self._save_totals()
         self._journal.close()
 
     def _gpu_ms(self, milliseconds: float) -> int:
@@ -105,4 +131,15 @@ class Work:
         return whole_ms * self._ranks
 
     def _append(self, kind: str, **content: bool | int | float | str | Mapping[str, int]) -> None:
-        self._journal.append({"kind": kind, "attempt": self._attempt, **Instant.now().stamp(), **content})
+        own = {"attempt": self._attempt, **Instant.now().stamp()}
+        if self._left_out and self._journal.append({"kind": "left_out", **own, "records": self._left_out}):
+            self._left_out = 0
+        if not self._journal.append({"kind": kind, **own, **content}):
+            self._left_out += 1
+        self._since_totals += 1
+        if self._since_totals >= TOTALS_RECORDS:
+            self._save_totals()
+
+    def _save_totals(self) -> None:
+        self._since_totals = 0
+        self.ledger.save()

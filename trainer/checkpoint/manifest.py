@@ -7,10 +7,10 @@ import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +26,8 @@ MANIFEST = "manifest.json"
 MARKER = "complete"
 """Holds the SHA-256 of the manifest, and is written last."""
 _MARKER_BYTES = 1000
+
+T = TypeVar("T")
 
 
 class Damaged(Exception):  # noqa: N818 -- says what it is
@@ -90,18 +92,27 @@ class Manifest:
 def parse(raw: bytes) -> Manifest:
     """The inverse of `Manifest.to_json`. Raises `Malformed` for anything else, `Refused` for another format."""
     tree = parse_json(raw)
+    _check_format(tree)
+    tree.only(("format", "facts", "files", "attachments", "tensors"))
+    files, attachments = _files(tree)
+    tensors = {name: _tensor(each) for name, each in tree["tensors"].items()}
+    _check_places(tree["tensors"], tensors, files)
+    return Manifest(tree["facts"].mapping(), tensors, files, attachments)
+
+
+def _check_format(tree: Item) -> None:
     found = tree["format"].value
     if found != FORMAT or type(found) is not int:
         remedy = f"this version reads format {FORMAT}; go on with the version that wrote it, or start over"
         raise Refused([Problem(MANIFEST, found, remedy)])
-    tree.only(("format", "facts", "files", "attachments", "tensors"))
+
+
+def _files(tree: Item) -> tuple[dict[str, int], tuple[FileEntry, ...]]:
     files = {_key_name(name, size): size.whole() for name, size in tree["files"].items()}
     attachments = tuple(_attachment(entry, files) for entry in tree["attachments"].list())
     if len({entry.file for entry in attachments}) < len(attachments):
         raise tree["attachments"].malformed("names a file twice")
-    tensors = {name: _tensor(each) for name, each in tree["tensors"].items()}
-    _check_places(tree["tensors"], tensors, files)
-    return Manifest(tree["facts"].mapping(), tensors, files, attachments)
+    return files, attachments
 
 
 def merge(
@@ -142,6 +153,13 @@ def read_manifest(directory: Path) -> Manifest:
 
     Raises `Damaged`, `Refused` for another format, and `OSError` where files are there and cannot be read.
     """
+    manifest = _read(directory, parse)
+    _check_sizes(directory, {**manifest.files, **{entry.file: entry.bytes for entry in manifest.attachments}})
+    return manifest
+
+
+def _read(directory: Path, take: Callable[[bytes], T]) -> T:
+    """What `take` makes of the manifest's text, which has the hash that is in the marker."""
     file = directory / MARKER
     try:
         marker = read_text(file, _MARKER_BYTES).strip()
@@ -149,21 +167,68 @@ def read_manifest(directory: Path) -> Manifest:
         raw = read_regular(file)
         if hashlib.sha256(raw).hexdigest() != marker:
             raise Damaged(f"{file}: its SHA-256 is not that in {MARKER}")
-        manifest = parse(raw)
+        return take(raw)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Damaged(f"{error.filename}: is missing") from error
     except Malformed as error:
         raise Damaged(f"{file}: {error}") from error
     except Refused as refused:
         raise Refused(replace(problem, field=str(file)) for problem in refused.problems) from refused
-    sizes = {**manifest.files, **{entry.file: entry.bytes for entry in manifest.attachments}}
+
+
+def _check_sizes(directory: Path, sizes: Mapping[str, int]) -> None:
     for name, size in sizes.items():
         path = directory / name
         if not path.is_file():
             raise Damaged(f"{path}: is missing" if not path.exists() else f"{path}: is no regular file")
         if path.stat().st_size != size:
             raise Damaged(f"{path}: has {path.stat().st_size} bytes instead of {size}")
-    return manifest
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a list of checkpoints says of one: its manifest, without its tensors."""
+
+    facts: Mapping[str, Any]
+    bytes: int
+    """Of all files."""
+    files: int
+    """Of tensors."""
+    tensors: int
+
+
+def read_outline(directory: Path) -> Outline:
+    """The outline of a complete checkpoint; the same checks as `read_manifest` makes, without parsing the tensors.
+
+    The hash in the marker says that the manifest is as it was written, and it is written with the tensors last.
+    Raises `Damaged`, `Refused` and `OSError` like it.
+    """
+    outline, sizes = _read(directory, _outlined)
+    _check_sizes(directory, sizes)
+    return outline
+
+
+def _outlined(raw: bytes) -> tuple[Outline, dict[str, int]]:
+    """The outline of a manifest's text, and the sizes of its files."""
+    begin = raw.find(_TENSORS)
+    facts: Mapping[str, Any]
+    try:
+        if begin < 0:
+            raise Malformed("tensors", None, "does not stand last")
+        tree = parse_json(raw[:begin] + b"}")
+        _check_format(tree)
+        tree.only(("format", "facts", "files", "attachments"))
+        (files, attachments), facts = _files(tree), tree["facts"].mapping()
+        tensors = raw.count(b'":["', begin)
+    except Malformed:  # not as this version writes it
+        manifest = parse(raw)
+        files, attachments, facts = dict(manifest.files), manifest.attachments, manifest.facts
+        tensors = len(manifest.tensors)
+    sizes = {**files, **{entry.file: entry.bytes for entry in attachments}}
+    return Outline(facts, sum(sizes.values()), len(files), tensors), sizes
+
+
+_TENSORS = b',"tensors":{'
 
 
 def _check_whole(name: str, shape: tuple[int, ...], pieces: tuple[StoredPiece, ...]) -> None:

@@ -6,8 +6,10 @@ all of them have, the first one makes it a checkpoint. A disk that is full ends 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -23,6 +25,8 @@ from .pieces import Piece, written_by
 from .store import CheckpointStore, Cover
 from .tensor_file import Declared, TensorFileWriter, as_bytes
 
+FULL_DISK_SECONDS = 10.0
+"""For so long no number of failed saves ends a run whose disk is full: others may make room."""
 _ALIGNMENT = 16
 """Bytes; of every piece in the copy, so that it can be seen as any dtype."""
 
@@ -35,6 +39,8 @@ class Saved:
     path: Path
     failure: str | None
     """Why there is no such checkpoint; None where there is."""
+    note: str | None = None
+    """What else a person should know of the save; on the first rank alone."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class _Save:
     work: Future[object] | None
     """What this rank does in this phase."""
     is_written: bool = False
+    note: str | None = None
+    """See `Saved`."""
 
     @property
     def is_done(self) -> bool:
@@ -57,6 +65,12 @@ class _Save:
         if error is None or isinstance(error, OSError | ValueError):
             return None if error is None else str(error)
         raise error
+
+    @property
+    def found_no_room(self) -> bool:
+        """Whether what is done here has failed for want of room, which may come back."""
+        error = None if self.work is None or not self.work.done() else self.work.exception()
+        return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 class Saver:
@@ -71,11 +85,21 @@ class Saver:
         self._reserved: Future[None] | None = None
         self._save: _Save | None = None
         self._letting_go: Future[None] | None = None
+        self._failed_in_a_row = 0
+        self._failing_since = 0.0
+        self._is_patient = False
 
     @property
     def is_saving(self) -> bool:
         """Whether a save is under way; the same on all ranks."""
         return self._save is not None
+
+    def is_hopeless(self, most: int) -> bool:
+        """Whether `most` saves in a row have failed; the same on all ranks.
+
+        A disk that is full may have room again soon: then the first of them is `FULL_DISK_SECONDS` ago, too.
+        """
+        return self._failed_in_a_row >= most and not self._is_patient
 
     def reserve(self, pieces: Iterable[Piece]) -> None:
         """Find memory for the copy before the first save, which would wait until the kernel has filled its pages.
@@ -98,16 +122,19 @@ class Saver:
         assert self._save is None
         if self._letting_go is not None:  # it removes what `prepare` looks through
             wait([self._letting_go])
+        own = written_by(self._world.rank, pieces)
+        (size,) = self._sum(sum(piece.bytes for piece in own))
         prepared: Future[object] = Future()
+        note = None
         if self._world.is_first:
             try:
-                self._store.prepare(step)
+                note = self._store.prepare(step, size)
             except OSError as error:
                 prepared.set_exception(error)
-        self._save = _Save(step, cover, prepared if prepared.done() else None)
-        (failed,) = self._count(prepared.done())  # also: nobody writes before there is a directory
+        self._save = _Save(step, cover, prepared if prepared.done() else None, note=note)
+        (failed,) = self._sum(prepared.done())  # also: nobody writes before there is a directory
         if not failed:
-            copied = self._copied(written_by(self._world.rank, pieces))
+            copied = self._copied(own)
             file = f"part_{self._world.rank:05d}"
             writing: Future[object] = self._thread.submit(write_share, self._store.partial(step), file, copied)
             self._save = replace(self._save, work=writing)
@@ -131,7 +158,7 @@ class Saver:
         while (save := self._save) is not None:
             if save.work is not None:
                 wait([save.work])
-            saved = self._advance(save, *self._count(save.failure() is not None))
+            saved = self._advance(save, *self._sum(save.failure() is not None))
         return saved
 
     def close(self) -> None:
@@ -142,34 +169,43 @@ class Saver:
     def _advance(self, save: _Save, failed: int) -> Saved | None:
         """All ranks are through with a phase."""
         path = self._store.path(save.step)
-        if failure := self._failure_of_any(save.failure(), failed):
+        if failure := self._failure_of_any(save, failed):
             if self._world.is_first:
                 self._store.abandon(save.step)
             self._save = None
-            return Saved(save.step, path, failure)
+            return Saved(save.step, path, failure, save.note)
         if save.is_written:
             self._save = None
+            self._failed_in_a_row = 0
             if self._world.is_first:
                 self._letting_go = self._thread.submit(self._store.let_go)
-            return Saved(save.step, path, None)
+            return Saved(save.step, path, None, save.note)
         commit: Future[object] | None = None
         if self._world.is_first:
             commit = self._thread.submit(self._store.commit, save.step, save.cover)
         self._save = replace(save, work=commit, is_written=True)
         return None
 
-    def _count(self, *flags: bool) -> list[int]:
-        """On how many ranks each flag is true."""
-        counts = torch.tensor(flags, dtype=torch.int64)
-        found: list[int] = self._world.all_reduce_sum(counts, "state of a checkpoint").tolist()
+    def _sum(self, *numbers: int) -> list[int]:
+        """Return the sum of each number over the ranks; of a flag, on how many ranks it is true."""
+        own = torch.tensor(numbers, dtype=torch.int64)
+        found: list[int] = self._world.all_reduce_sum(own, "state of a checkpoint").tolist()
         return found
 
-    def _failure_of_any(self, failure: str | None, failed: int) -> str | None:
+    def _failure_of_any(self, save: _Save, failed: int) -> str | None:
         """In words, with the rank."""
         if not failed:
             return None
-        words = self._world.all_gather_objects(failure, "why a checkpoint failed")
-        return "; ".join(f"rank {rank}: {each}" for rank, each in zip(self._world.ranks, words, strict=True) if each)
+        if not self._failed_in_a_row:
+            self._failing_since = time.monotonic()
+        self._failed_in_a_row += 1
+        own = save.failure(), save.found_no_room, time.monotonic() - self._failing_since
+        gathered = self._world.all_gather_objects(own, "why a checkpoint failed")
+        seconds = gathered[0][2]  # by one clock, so that all ranks come to the same end
+        is_full = all(no_room for failure, no_room, _ in gathered if failure)
+        self._is_patient = is_full and seconds < FULL_DISK_SECONDS
+        words = ((rank, failure) for rank, (failure, *_) in zip(self._world.ranks, gathered, strict=True) if failure)
+        return "; ".join(f"rank {rank}: {failure}" for rank, failure in words)
 
     def _copied(self, pieces: Sequence[Piece]) -> list[Piece]:
         """The pieces with their elements copied. The memory is kept for the next save."""

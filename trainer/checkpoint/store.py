@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -18,6 +19,8 @@ from .manifest import MANIFEST, MARKER, Damaged, merge
 from .opened import Checkpoint
 
 _NAME = re.compile(r"step_(\d{8})")
+_ROOM_BESIDE = 2**20
+"""Bytes of the manifest and the other files of a checkpoint, and of what a run writes while it is saved."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,58 @@ class CheckpointStore:
                 found.append(damaged)
         return None, found
 
-    def prepare(self, step: int) -> None:
-        """On one rank: make room for a checkpoint, without what crashes have left. Raises `OSError`."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+    def clear_leftovers(self) -> None:
+        """On one rank: remove what saves have left that a crash has ended. Raises `OSError`."""
         for pattern in ("step_*.partial", "step_*.old"):
             for leftover in self.directory.glob(pattern):
                 shutil.rmtree(leftover)
+
+    def prepare(self, step: int, size: int = 0) -> str | None:
+        """On one rank: make room for a checkpoint whose tensors have `size` bytes, without what crashes have left.
+
+        Where the disk has no room for one more beside those that stay, the ones that would go after this save go before
+        it: then the return value says so. The newest one always stays. Raises `OSError`, also where there is no room
+        even so, and where the directory that holds all checkpoints of the run is gone.
+        """
+        self.directory.mkdir(exist_ok=True)
+        self.clear_leftovers()
+        removed = self._make_room(size + size // 64 + _ROOM_BESIDE)
         self.partial(step).mkdir()
         sync_directory(self.directory)
+        if not removed:
+            return None
+        what = " and ".join(f"that of step {old}" for old in removed)
+        return f"{what} was removed before the checkpoint of step {step} was written: there was no room for both"
+
+    def _make_room(self, needed: int) -> list[int]:
+        """Remove the oldest checkpoints that need not stay until `needed` bytes are free; return their steps.
+
+        None is removed where that would not be enough, or where the newest one is not whole.
+        """
+        free = self._free()
+        if free >= needed:
+            return []
+        steps, removed = self.steps(), list[int]()
+        for old in steps[: -max(1, self.keep - 1)]:
+            free += _size(self.path(old))
+            removed.append(old)
+            if free >= needed and not self._is_damaged(steps[-1]):
+                for each in removed:
+                    _remove(self.path(each))
+                return removed
+        free = self._free()
+        raise OSError(errno.ENOSPC, f"No space left: a checkpoint takes {needed:,} bytes and {free:,} are free")
+
+    def _is_damaged(self, step: int) -> bool:
+        try:
+            self.open(step)
+        except Damaged:
+            return True
+        return False
+
+    def _free(self) -> int:
+        """Bytes that the disk has for this user. A quota is not known here: then the save itself fails."""
+        return shutil.disk_usage(self.directory).free
 
     def commit(self, step: int, cover: Cover) -> Path:
         """On one rank, when all have written: make the partial checkpoint a checkpoint.
@@ -121,6 +168,11 @@ def refuse_damaged(found: list[Damaged]) -> Refused:
     """When no checkpoint of a run is left to go on from."""
     remedy = "is damaged, and no other checkpoint is left; restore one, or start over with --fresh"
     return Refused(Problem("checkpoint", str(damaged), remedy) for damaged in found)
+
+
+def _size(path: Path) -> int:
+    """Bytes of the files in a directory."""
+    return sum(file.stat().st_size for file in path.iterdir())
 
 
 def _remove(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The tokens of a split in files of limited size, written once and read through memory maps.
+"""The tokens of a split in files of limited size, written once.
 
 Shapes: T tokens of a range, M documents.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,8 @@ from ...comm.files import open_regular, os_problem, read_regular
 from ...comm.refusal import Problem, Refused, refuse_if_any
 from .files import HashedFile, write_file
 from .manifest import FileEntry, Manifest, SplitEntry
+from .shard_files import ShardFiles
+from .stamp import read_stamp
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -83,6 +85,16 @@ class SplitWriter:
         self._shards.append(HashedFile(self._directory / f"{self._name}_{len(self._shards):05d}.bin"))
 
 
+class ShardSource(Protocol):
+    """The shards of one split, by number."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, number: int, first: int, count: int) -> npt.NDArray[Any]:
+        """Tokens `first` to `first + count` (excluded) of a shard."""
+        ...
+
+
 @dataclass(frozen=True)
 class Split:
     """The tokens of one split as one long row, whatever files they are in."""
@@ -93,26 +105,32 @@ class Split:
     """Length of the row."""
     starts_M: Int64Array
     """Where each document starts."""
-    shards: tuple[npt.NDArray[Any], ...]
-    """Memory maps; each but the last holds `shard_tokens` tokens."""
+    shards: ShardSource
+    """Each but the last holds `shard_tokens` tokens."""
     shard_tokens: int
 
     def read(self, start: int, stop: int) -> Int64Array:
-        """Tokens `start` to `stop` (excluded) as int64 [T], across shards where need be."""
+        """Tokens `start` to `stop` (excluded) as int64 [T], across shards where need be.
+
+        Raises `DataChanged` for a shard that is not what was written.
+        """
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"{self.name}: tokens {start} to {stop} of {self.tokens}")
         tokens_T = np.empty(stop - start, dtype=np.int64)
         position = start
         while position < stop:
             index, offset = divmod(position, self.shard_tokens)
-            part = self.shards[index][offset : offset + stop - position]
-            tokens_T[position - start : position - start + len(part)] = part
-            position += len(part)
+            count = min(stop - position, self.shard_tokens - offset)
+            tokens_T[position - start : position - start + count] = self.shards.read(index, offset, count)
+            position += count
         return tokens_T
 
 
 def open_split(directory: Path, manifest: Manifest, name: str) -> Split:
-    """Map the shards of a split. Raises `Refused` for missing or truncated files, but reads no token."""
+    """Open a split, whose shards are opened when they are read.
+
+    Raises `Refused` for missing or truncated files, but reads no token.
+    """
     entry = {"train": manifest.train, "validation": manifest.validation}[name]
     dtype = manifest.numpy_dtype
     problems = list(_size_problems(directory, (*entry.shards, entry.starts)))
@@ -125,7 +143,7 @@ def open_split(directory: Path, manifest: Manifest, name: str) -> Split:
         remedy = f"{entry.tokens} {name} tokens in {manifest.dtype} need shards of {needed}; prepare again"
         problems.append(Problem(str(directory), [shard.bytes for shard in entry.shards][:8], remedy))
     refuse_if_any(problems)
-    shards = tuple(np.memmap(directory / shard.file, dtype=dtype, mode="r") for shard in entry.shards)
+    shards = ShardFiles(directory, entry.shards, dtype, read_stamp(directory))
     return Split(name, entry.tokens, _read_starts(directory / entry.starts.file, entry), shards, limit)
 
 

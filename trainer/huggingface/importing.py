@@ -132,6 +132,7 @@ def import_released(source: Path, target: Path, say: Callable[[str], None]) -> P
     _say_what_is_left_out(source, tree, planned, released, say)
     rope_interleave = tree.get("rope_interleave", True) is not False
     with _nothing_left(store):
+        target.mkdir(parents=True, exist_ok=True)
         store.prepare(0)
         for number, batch in enumerate(_batches(planned)):
             pieces = [_piece(entry, released, rope_interleave=rope_interleave) for entry in batch]

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from ...comm.files import refuse_links
+from ...comm.refusal import Refused
+from .line_writer import BACKLOG_BYTES, LineWriter
 from .lines import cut_torn_line
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
@@ -93,21 +95,33 @@ class EventStream:
     """Appends each event to `run_dir/metrics.jsonl`, then hands it to the sinks. One writer a run: rank 0.
 
     A sink that raises is dropped and the loss is recorded as a `warning` event: a view may break, but the run is paid
-    by the GPU-hour and goes on. A failure to write the file itself is raised.
+    by the GPU-hour and goes on. Events that a full disk does not take wait in memory (see `LineWriter`).
     """
 
-    def __init__(self, run_dir: Path, sinks: Sequence[Sink]) -> None:
+    def __init__(self, run_dir: Path, sinks: Sequence[Sink], *, backlog_bytes: int = BACKLOG_BYTES) -> None:
+        """Raises `OSError` where the file can be neither opened nor made."""
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / METRICS_FILE
-        refuse_links(path)
-        cut_torn_line(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = run_dir / METRICS_FILE
+        refuse_links(self._path)
+        cut_torn_line(self._path)
+        self._backlog_bytes = backlog_bytes
+        self._writer = LineWriter(self._path, backlog_bytes=backlog_bytes)
+        self._left_out = 0
         self._sinks = list(sinks)
+
+    @property
+    def waiting(self) -> int:
+        """Events that are not in the file yet."""
+        return self._writer.waiting
+
+    @property
+    def failure(self) -> str | None:
+        """Why events wait; None where none does."""
+        return self._writer.failure
 
     def emit(self, event: Event) -> None:
         """Record `event`, then show it."""
-        self._file.write(event.line() + "\n")
-        self._file.flush()
+        self._record(event)
         for sink in tuple(self._sinks):
             try:
                 sink.emit(event)
@@ -123,7 +137,32 @@ class EventStream:
                 sink.close()
             except Exception as error:
                 self.emit(_lost(sink, 0, error))
-        self._file.close()
+        self._writer.close()
+
+    def _record(self, event: Event) -> None:
+        if self._writer.is_removed:
+            self._reopen(event.step)
+        if self._left_out and self._writer.flush():
+            text, self._left_out = f"{self._left_out} events were left out here: the disk was full", 0
+            self._append(Event("warning", event.step, {"about": "disk", "message": text}))
+        self._append(event)
+
+    def _append(self, event: Event) -> None:
+        if not self._writer.append((event.line() + "\n").encode()):
+            self._left_out += 1
+
+    def _reopen(self, step: int) -> None:
+        """Begin a new file where a person has removed the one that was written so far."""
+        try:
+            refuse_links(self._path)
+            writer = LineWriter(self._path, backlog_bytes=self._backlog_bytes)
+        except (OSError, Refused):
+            return  # the whole directory is gone: see `Reporter`; or a link stands there
+        self._writer.close()
+        self._writer = writer
+        self._append(
+            Event("warning", step, {"about": "disk", "message": f"{METRICS_FILE} was removed; it begins anew"})
+        )
 
 
 def _lost(sink: Sink, step: int, error: Exception) -> Event:

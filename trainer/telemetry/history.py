@@ -22,7 +22,9 @@ class History:
     warning) are all kept.
     """
 
-    def __init__(self, events: Iterable[Event] = ()) -> None:
+    def __init__(self, events: Iterable[Event] = (), most: int | None = None) -> None:
+        """Of more than `most` events the first ones are forgotten."""
+        self._most = most
         self._kept: list[Event] = []
         self.hear(events)
 
@@ -32,6 +34,8 @@ class History:
             if event.kind == "resume":
                 self._kept = [old for old in self._kept if old.kind not in _MEASURED or old.step <= event.step]
             self._kept.append(event)
+            if self._most is not None and len(self._kept) > 2 * self._most:
+                del self._kept[: -self._most]
 
     @property
     def events(self) -> list[Event]:
@@ -57,15 +61,16 @@ def read_all_metrics(path: Path) -> list[Event]:
     if not path.exists():
         raise Refused([Problem(str(path), None, "no such file; name the metrics.jsonl of a run")])
     with refusing(path, "restore it"):
-        return [_event(path, number, line) for number, line in whole_lines(path)]
+        return [parse_event(path, number, line) for number, line in whole_lines(path)]
 
 
 class MetricsReader:
     """Reads a `metrics.jsonl` while it grows."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lines: LineReader | None = None) -> None:
+        """`lines` may begin in the middle of the file; by default they begin at its start."""
         self._path = path
-        self._lines = LineReader(path)
+        self._lines = LineReader(path) if lines is None else lines
 
     def new_events(self) -> list[Event]:
         """What has been appended since the last call. Raises Refused for a broken line.
@@ -73,7 +78,7 @@ class MetricsReader:
         Raises FileNotFoundError while there is no file, and `lines.Replaced` when it is not the one of the last call.
         """
         try:
-            return [_event(self._path, number, line) for number, line in self._lines.new_lines()]
+            return [parse_event(self._path, number, line) for number, line in self._lines.new_lines()]
         except Malformed as error:
             raise Refused([error.problem(self._path, "restore it")]) from error
 
@@ -83,7 +88,8 @@ _LAST_SECOND = 10**11
 _LAST_STEP = 2**53
 
 
-def _event(path: Path, number: int, line: str) -> Event:
+def parse_event(path: Path, number: int, line: str) -> Event:
+    """The event on line `number` of the file at `path`. Raises Refused for a broken line."""
     try:
         item = parse_json(line if line.isascii() else line.encode(errors="surrogateescape"))
         kind, step, time = item["kind"].text(), item["step"].whole(0, _LAST_STEP), item["time"].number(0, _LAST_SECOND)

@@ -31,6 +31,15 @@ def cut_torn_line(path: Path) -> None:
         file.truncate(0)
 
 
+def count_lines(path: Path) -> int:
+    """Return how many whole lines the file at `path` has."""
+    count = 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**23):
+            count += chunk.count(b"\n")
+    return count
+
+
 def whole_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line without its newline). A last line without newline is still being written."""
     return LineReader(path).new_lines()
@@ -43,9 +52,10 @@ class Replaced(Exception):  # noqa: N818 -- says what happened
 class LineReader:
     """Reads the whole lines of a file while it grows."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, position: int = 0) -> None:
+        """Begin at byte `position`, where a line begins, with the number 1."""
         self._path = path
-        self._position = 0
+        self._position = position
         self._number = 0
         self._inode: int | None = None
 

@@ -9,7 +9,7 @@ from typing import TextIO
 from .background import Background
 from .config import PrometheusConfig, TelemetryConfig, WandbConfig
 from .events import METRICS_FILE, EventStream, Sink
-from .lines import whole_lines
+from .lines import count_lines
 from .terminal import terminal_sink
 
 
@@ -22,7 +22,7 @@ def open_stream(config: TelemetryConfig, run_dir: Path, terminal: TextIO) -> Eve
     sinks: list[Sink] = []
     if config.wandb.mode != "disabled":
         metrics = run_dir / METRICS_FILE
-        lines = sum(1 for _ in whole_lines(metrics)) if metrics.exists() else 0
+        lines = count_lines(metrics) if metrics.exists() else 0
         sinks.append(Background(partial(_open_wandb, config.wandb, run_dir, lines), name="wandb"))
     if config.prometheus.port is not None:
         sinks.append(Background(partial(_open_prometheus, config.prometheus, run_dir), name="prometheus"))

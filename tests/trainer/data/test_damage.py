@@ -21,6 +21,7 @@ from shoestring.trainer.data.manifest import FileEntry
 from shoestring.trainer.data.prepare import prepare
 from shoestring.trainer.data.prepared import open_directory, verify
 from shoestring.trainer.data.shards import verify_files
+from shoestring.trainer.data.stamp import STAMP
 from shoestring.trainer.data.verified import verify_before_run
 
 
@@ -107,7 +108,7 @@ def test_large_data_is_read_once_and_when_it_changes(directory: Path, monkeypatc
         assert "train_00000.bin" in refusal(verify_for_launch, directory)
         assert read.pop() == "train_00000.bin"
         assert read == []
-    (directory / verified.STAMP).write_text("[")
+    (directory / STAMP).write_text("[")
     assert "train_00000.bin" in refusal(verify_for_launch, directory)
     assert len(read) == len(manifest.files)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -20,8 +23,21 @@ PAD = 9999
 def row(tokens: int, shard_tokens: int = 13) -> Split:
     """Token i is the number i, so that a token tells where it stood."""
     tokens_T = np.arange(tokens, dtype=np.uint16)
-    shards = tuple(tokens_T[i : i + shard_tokens] for i in range(0, tokens, shard_tokens))
-    return Split("train", tokens, np.zeros(1, dtype=np.int64), shards, shard_tokens)
+    shards = [tokens_T[i : i + shard_tokens] for i in range(0, tokens, shard_tokens)]
+    return Split("train", tokens, np.zeros(1, dtype=np.int64), InMemory(shards), shard_tokens)
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Shards without files."""
+
+    shards: Sequence[npt.NDArray[np.uint16]]
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def read(self, number: int, first: int, count: int) -> npt.NDArray[np.uint16]:
+        return self.shards[number][first : first + count]
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
@@ -120,7 +136,7 @@ def test_the_shuffle_looks_uniform() -> None:
 
 def test_unigram_entropy_is_the_lowest_loss_without_context() -> None:
     tokens_T = np.array([7, 1, 1, 2, 1, 3, 2, 1], dtype=np.uint16)
-    split = Split("validation", 8, np.zeros(1, dtype=np.int64), (tokens_T,), 100)
+    split = Split("validation", 8, np.zeros(1, dtype=np.int64), InMemory([tokens_T]), 100)
     shares = [4 / 7, 2 / 7, 1 / 7]  # of 1, 2, 3: the first token is no target
     assert unigram_entropy(split, 8) == pytest.approx(-sum(p * math.log(p) for p in shares), rel=1e-12)
     # The loss of a bias alone is least at the logarithms of the frequencies.

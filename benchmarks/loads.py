@@ -1,0 +1,206 @@
+"""What the verbs that look at a run take where the run is long: seconds and peak memory of each.
+
+    python benchmarks/loads.py [--scale 0.1] [--directory DIR] [--json FILE]
+
+At --scale 1 the loads are a ledger of 1,000,000 records, a metrics.jsonl of 1,000,000 lines (2.1 GB) and 1,000
+checkpoints; DeepSeek-V3's run has 235,000 steps. Making them takes minutes and 3 GB of disk. A row without totals reads
+a ledger whose saved totals were removed. `resume` is what a new launch does with the ledger before its first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from shoestring.launch.run_dir import own
+from shoestring.trainer.budget.allocation import Allocation
+from shoestring.trainer.budget.config import BudgetConfig
+from shoestring.trainer.budget.terms import TOTALS_FILE
+from shoestring.trainer.budget.work import Work
+from shoestring.trainer.telemetry.events import METRICS_FILE, Event
+
+RECORDS, LINES, CHECKPOINTS = 1_000_000, 1_000_000, 1000
+LINE_BYTES = 2100
+TENSORS = 2500
+BUDGET = BudgetConfig(gpu_hours=1e6)
+LIMITS = {"report": 20.0}
+LIMIT_SECONDS, LIMIT_MB = 5.0, 500.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One verb on one load."""
+
+    verb: str
+    load: str
+    seconds: float
+    peak_mb: float
+    exit_code: int
+    is_within: bool
+
+
+def make_ledger(run_dir: Path, records: int) -> None:
+    """Three records a step, as a run writes them; one launch goes back to an earlier step."""
+    allocation = Allocation(run_dir, ranks=8, attempt="one", budget=BUDGET)
+    work = Work(run_dir, ranks=8, attempt="one", budget=BUDGET)
+    work.ready()
+    step = 0
+    for number in range(1, records // 3 + 1):
+        step += 1
+        work.interval("data_stall", 0.0)
+        work.step(step, 0.0, 4096)
+        work.interval("telemetry", 0.0)
+        if number % 1000 == 0:
+            work.resume(step - 10)
+            step -= 10
+    work.close()
+    allocation.close(f"{step} steps done")
+
+
+def make_metrics(run_dir: Path, lines: int) -> None:
+    """Lines of the length that a model of 16 routed layers of 32 experts has; an evaluation in a hundred."""
+    loads = {f"expert_load/layer_{layer:02d}": [100 + expert for expert in range(16)] for layer in range(18)}
+    with (run_dir / METRICS_FILE).open("w") as file:
+        file.write(Event("run", 0, {"config": {}, "total_steps": lines}, 1.8e9).line() + "\n")
+        for step in range(1, lines + 1):
+            values = {"loss": 10 / (1 + step / lines), "loss/mtp": 5.0, "grad_norm": 1.0, "learning_rate": 1e-4}
+            values |= {"tokens_per_second": 1e6, "mfu": 0.3, "budget_left": 1e6 - step, "total_steps": lines}
+            line = Event("step", step, {**values, **loads}, 1.8e9 + step).line()
+            file.write(line[:-1] + f', "filler": "{"x" * max(0, LINE_BYTES - len(line) - 14)}"}}\n')
+            if step % 100 == 0:
+                found = {"loss": 5.0, "targets": 640, "unigram_entropy": 7.0}
+                file.write(Event("evaluation", step, found, 1.8e9 + step).line() + "\n")
+            if step % 1000 == 0:
+                file.write(Event("checkpoint", step, {"path": f"step_{step:08d}"}, 1.8e9 + step).line() + "\n")
+
+
+def make_checkpoints(run_dir: Path, number: int) -> None:
+    """Whole from outside: a file of tensors, a manifest of their names, the marker."""
+    from shoestring.trainer.checkpoint.manifest import MANIFEST, MARKER  # and torch, which the measuring must not hold
+
+    piece = ["part_00000.safetensors", 8, 0, 0, "0" * 64]
+    name = "model/layers.{0}.experts.gate_up/expert_{0:04d}"
+    tensors = {name.format(index): ["F32", [0], [piece]] for index in range(TENSORS)}
+    config = {"topology": {"pp": 1, "edp": 1, "ep": 1}, "model": {}}
+    for step in range(1, number + 1):
+        folder = run_dir / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "part_00000.safetensors").write_bytes(b" " * 8)
+        tree = {"format": 2, "facts": {"step": step, "config": config}, "files": {"part_00000.safetensors": 8}}
+        text = json.dumps({**tree, "attachments": [], "tensors": tensors}, separators=(",", ":")).encode()
+        (folder / MANIFEST).write_bytes(text)
+        (folder / MARKER).write_text(hashlib.sha256(text).hexdigest() + "\n")
+
+
+RESUME = """
+import sys
+from pathlib import Path
+from shoestring.trainer.budget.allocation import Allocation
+from shoestring.trainer.budget.config import BudgetConfig
+from shoestring.trainer.budget.summary import summarise
+from shoestring.trainer.budget.totals import carry
+from shoestring.trainer.budget.work import Work
+run_dir, budget = Path(sys.argv[1]), BudgetConfig(gpu_hours=1e6)
+totals = summarise(run_dir).totals()
+allocation = Allocation(run_dir, ranks=8, attempt=sys.argv[2], budget=budget)
+work = Work(run_dir, ranks=8, attempt=sys.argv[2], budget=budget)
+carry(work, run_dir, totals)
+work.resume(summarise(run_dir).steps_retained)
+work.ready()
+work.ledger.summary()
+work.close()
+allocation.close("done")
+"""
+
+
+def run(verb: str, load: str, command: Sequence[str]) -> Row:
+    """Run `command` to its end; its own peak memory."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    seconds, peak = time.perf_counter() - start, used.ru_maxrss / 1000
+    process.returncode = os.waitstatus_to_exitcode(status)
+    within = seconds <= LIMITS.get(verb, LIMIT_SECONDS) and peak <= LIMIT_MB and process.returncode == 0
+    return Row(verb, load, round(seconds, 2), round(peak, 1), process.returncode, within)
+
+
+def apart(make: Callable[[Path, int], None], run_dir: Path, number: int) -> None:
+    """Make a load in a process of its own: what this one has used would count as a child's peak memory."""
+    process = multiprocessing.get_context("spawn").Process(target=make, args=(run_dir, number))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{make.__name__} ended with {process.exitcode}")
+
+
+def measure(run_dir: Path, scale: float) -> list[Row]:
+    """All verbs on loads of this size."""
+    own(run_dir)
+    records, lines, checkpoints = (max(10, round(scale * full)) for full in (RECORDS, LINES, CHECKPOINTS))
+    apart(make_ledger, run_dir, records)
+    apart(make_checkpoints, run_dir, checkpoints)
+    cli = [sys.executable, "-m", "shoestring.launch.cli"]
+    ledger = f"{records:,} records"
+    rows = [
+        run("budget", ledger, [*cli, "budget", str(run_dir)]),
+        run("budget --verify", ledger, [*cli, "budget", str(run_dir), "--verify"]),
+        run("resume", ledger, [sys.executable, "-c", RESUME, str(run_dir), "two"]),
+        run("checkpoint ls", f"{checkpoints:,} checkpoints", [*cli, "checkpoint", "ls", str(run_dir)]),
+    ]
+    apart(make_metrics, run_dir, lines)
+    size = (run_dir / METRICS_FILE).stat().st_size / 1e9
+    both = f"{ledger}, {lines:,} lines ({size:.2f} GB)"
+    rows += [
+        run("watch", both, [*cli, "watch", str(run_dir), "--once"]),
+        run("report", both, [*cli, "report", str(run_dir), "--out", str(run_dir / "report.html")]),
+    ]
+    (run_dir / TOTALS_FILE).unlink()
+    rows.append(run("budget", f"{ledger}, without totals", [*cli, "budget", str(run_dir)]))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the loads (default 1)")
+    parser.add_argument(
+        "--directory", type=Path, help="make the loads there, a new directory (default: a temporary one)"
+    )
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    options = parser.parse_args()
+    directory = options.directory or Path(tempfile.mkdtemp(prefix="loads-"))
+    try:
+        rows = measure(directory / "run", options.scale)
+    finally:
+        if options.directory is None:
+            shutil.rmtree(directory)
+    table = Table(
+        "verb", "load", "s", "peak MB", "exit", f"within {LIMIT_SECONDS:g} s (report 20) and {LIMIT_MB:g} MB", box=None
+    )
+    for row in rows:
+        cells = (row.verb, row.load, f"{row.seconds:.2f}", f"{row.peak_mb:,.0f}", str(row.exit_code))
+        table.add_row(*cells, "yes" if row.is_within else "no")
+    Console(width=140).print(table)
+    if options.json is not None:
+        load = os.getloadavg()[0]
+        tree = {"scale": options.scale, "load_average": load, "rows": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(tree, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    main()

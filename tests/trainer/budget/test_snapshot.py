@@ -1,0 +1,145 @@
+"""Totals beside a ledger: what is read from there on is what all of it says, or the totals count for nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shoestring.comm.refusal import Refused
+from shoestring.trainer.budget import retained, snapshot
+from shoestring.trainer.budget.allocation import Allocation
+from shoestring.trainer.budget.config import BudgetConfig
+from shoestring.trainer.budget.journal import JournalReader, is_linked
+from shoestring.trainer.budget.snapshot import read_snapshot, verify_snapshot
+from shoestring.trainer.budget.summary import LedgerReader, Summary, summarise
+from shoestring.trainer.budget.terms import TERMS, TOTALS_FILE, WORK_FILE
+from shoestring.trainer.budget.work import Work
+
+BUDGET = BudgetConfig(gpu_hours=1.0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "CHEAP_BYTES", 0)
+
+
+def full(run_dir: Path) -> Summary:
+    return LedgerReader(run_dir, from_totals=False).summary()
+
+
+def train(run_dir: Path, attempt: str, first: int, last: int, *, close: bool = True) -> None:
+    allocation = Allocation(run_dir, ranks=2, attempt=attempt, budget=BUDGET, beat_seconds=1e6)
+    work = Work(run_dir, ranks=2, attempt=attempt, budget=BUDGET)
+    if first > 1:
+        work.resume(first - 1)
+    work.ready()
+    for step in range(first, last + 1):
+        work.interval("data_stall", 0.0)
+        work.step(step, 0.0, 8)
+    work.terms(last, 200, dict.fromkeys(TERMS, 20) | {"bubble": 15})
+    if close:
+        work.close()
+        allocation.close(f"{last} steps done")
+    else:
+        work._journal.close()
+        allocation._closing.set()
+        allocation._journal.close()
+
+
+def test_totals_and_what_came_since_are_the_whole(tmp_path: Path) -> None:
+    train(tmp_path, "a", 1, 20)
+    train(tmp_path, "b", 16, 30, close=False)
+    saved = read_snapshot(tmp_path)
+    assert saved is not None
+    assert 0 < saved.work.number < len(JournalReader(tmp_path / WORK_FILE).new_records())
+    assert summarise(tmp_path) == full(tmp_path)
+    assert (summarise(tmp_path).steps_retained, summarise(tmp_path).attempts) == (30, 2)
+    assert verify_snapshot(tmp_path) == saved.work.number
+
+
+def test_any_sequence_of_launches_is_the_same_with_totals_and_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a run goes back behind what the totals know of single steps."""
+    monkeypatch.setattr(retained, "KEPT", 4)
+    dice, last = random.Random(3), 0
+    for number in range(12):
+        first = dice.randint(0, last) + 1
+        last = first + dice.randint(0, 9)
+        train(tmp_path, f"launch {number}", first, last, close=dice.random() < 0.7)
+        assert summarise(tmp_path) == full(tmp_path)
+        verify_snapshot(tmp_path)
+
+
+def test_a_short_ledger_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path, "a", 1, 3)
+    assert read_snapshot(tmp_path) is not None
+    monkeypatch.setattr(snapshot, "CHEAP_BYTES", 10**6)
+    assert read_snapshot(tmp_path) is None
+    assert summarise(tmp_path) == full(tmp_path)
+
+
+def edit(path: Path, change: Callable[[dict[str, object]], None]) -> None:
+    tree = json.loads(path.read_text())
+    change(tree["totals"])
+    path.write_text(json.dumps(tree))
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda path: path.write_text(""),
+        lambda path: path.write_text(path.read_text()[:-50]),
+        lambda path: path.write_text("[]"),
+        lambda path: path.write_text('{"sha256": "0", "totals": null}'),
+        lambda path: path.write_bytes(b"\xff\xfe"),
+        lambda path: path.write_text("[" * 100_000),
+        lambda path: edit(path, lambda totals: totals.update(work={"position": 0, "number": 0, "head": "0" * 64})),
+        lambda path: edit(path, lambda totals: totals.update(format=2)),
+        lambda path: path.unlink(),
+    ],
+)
+def test_totals_that_are_not_as_they_were_written_count_for_nothing(
+    tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    train(tmp_path, "a", 1, 5)
+    before = full(tmp_path)
+    harm(tmp_path / TOTALS_FILE)
+    assert read_snapshot(tmp_path) is None
+    assert summarise(tmp_path) == before
+
+
+def test_totals_of_another_ledger_count_for_nothing(tmp_path: Path) -> None:
+    train(tmp_path / "one", "a", 1, 5)
+    train(tmp_path / "two", "a", 1, 9)
+    (tmp_path / "two" / TOTALS_FILE).write_bytes((tmp_path / "one" / TOTALS_FILE).read_bytes())
+    assert read_snapshot(tmp_path / "two") is None
+    assert summarise(tmp_path / "two").steps_retained == 9
+    assert verify_snapshot(tmp_path / "two") == 0
+
+
+def test_verifying_finds_what_totals_hide(tmp_path: Path) -> None:
+    train(tmp_path, "a", 1, 5)
+    work = tmp_path / WORK_FILE
+    whole = work.read_text()
+    work.write_text(whole.replace('"tokens":8', '"tokens":9', 1))
+    with pytest.raises(Refused, match="chain of hashes is broken"):
+        verify_snapshot(tmp_path)
+    work.write_text(whole)
+    path = tmp_path / TOTALS_FILE
+    tree = json.loads(path.read_text())
+    tree["totals"]["ledger"]["tally"]["tokens_consumed"] += 1
+    tree["sha256"] = snapshot._digest(tree["totals"])
+    path.write_text(json.dumps(tree))
+    with pytest.raises(Refused, match="are not what the ledger's records say"):
+        verify_snapshot(tmp_path)
+
+
+def test_a_line_is_checked_as_it_stands() -> None:
+    genesis = "0" * 64
+    assert not is_linked(b"{}\n", genesis)
+    assert not is_linked(b'{"hash":"' + b"0" * 64 + b'"}\n', genesis)

@@ -1,0 +1,95 @@
+"""Metrics of a long run: all that is rare, and of the steps a sample that shows every turn of the loss."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from shoestring.comm.refusal import Refused
+from shoestring.trainer.telemetry import sampled
+from shoestring.trainer.telemetry.events import Event, EventStream
+from shoestring.trainer.telemetry.history import History, MetricsReader, read_metrics
+from shoestring.trainer.telemetry.lines import count_lines
+from shoestring.trainer.telemetry.sampled import read_sampled, tail_reader
+
+
+def write(run_dir: Path, *events: Event) -> Path:
+    stream = EventStream(run_dir, [])
+    for event in events:
+        stream.emit(event)
+    stream.close()
+    return run_dir / "metrics.jsonl"
+
+
+def step(number: int, loss: float = 5.0) -> Event:
+    return Event("step", number, {"loss": loss, "grad_norm": 1.0}, 1000.0 + number)
+
+
+def test_of_a_short_run_everything_is_read(tmp_path: Path) -> None:
+    others = [Event("warning", 7, {"about": "spike", "message": "up"}), Event("resume", 5, {})]
+    path = write(tmp_path, Event("run", 0, {}), *map(step, range(1, 9)), *others, *map(step, range(6, 9)))
+    assert read_sampled(path) == read_metrics(path)
+
+
+def test_of_a_long_run_spikes_and_all_that_is_rare_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampled, "MOST_STEPS", 64)
+    monkeypatch.setattr(sampled.StepSample.__init__, "__defaults__", (64, 10**9))
+    events = [Event("run", 0, {})]
+    for number in range(1, 5001):
+        events.append(step(number, {777: 99.0, 4242: float("nan"), 3333: -1.0}.get(number, 5 - number / 5000)))
+        if number % 500 == 0:
+            events.append(Event("evaluation", number, {"loss": 4.0, "targets": 1}))
+    found = read_sampled(write(tmp_path, *events))
+    steps = [event.step for event in found if event.kind == "step"]
+    assert steps == sorted(steps)
+    assert 32 <= len(steps) <= 70
+    assert {777, 3333} <= set(steps)
+    assert max(after - before for before, after in pairwise(steps)) <= 4 * 5000 / 32
+    assert [event.step for event in found if event.kind == "evaluation"] == [*range(500, 5001, 500)]
+
+
+def test_steps_that_were_undone_are_in_no_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampled.StepSample.__init__, "__defaults__", (16, 10**9))
+    path = write(
+        tmp_path, *map(step, range(1, 201)), Event("resume", 100, {}), *(step(n, 1.0) for n in range(101, 150))
+    )
+    found = [event for event in read_sampled(path) if event.kind == "step"]
+    assert max(event.step for event in found) < 150
+    assert all(event.values["loss"] == (5.0 if event.step <= 100 else 1.0) for event in found)
+
+
+def test_the_bytes_of_a_sample_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampled.StepSample.__init__, "__defaults__", (4096, 20_000))
+    path = write(tmp_path, *map(step, range(1, 2001)))
+    found = read_sampled(path)
+    assert 50 < len(found) < 300
+
+
+def test_a_broken_line_that_looks_like_no_step_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, step(1))
+    with path.open("a") as file:
+        file.write("not json\n")
+    with pytest.raises(Refused, match=r"metrics\.jsonl:2"):
+        read_sampled(path)
+
+
+def test_a_reader_of_the_tail_begins_at_a_line(tmp_path: Path) -> None:
+    path = write(tmp_path, *map(step, range(1, 101)))
+    size = path.stat().st_size // 100
+    for tail in (3 * size, 3 * size + 1, 3 * size - 1):
+        events = MetricsReader(path, tail_reader(path, tail)).new_events()
+        assert [event.step for event in events][-2:] == [99, 100]
+        assert len(events) in (2, 3)
+    assert len(MetricsReader(path, tail_reader(path, 10**9)).new_events()) == 100
+    assert count_lines(path) == 100
+
+
+def test_a_history_keeps_the_last_ones(tmp_path: Path) -> None:
+    history = History(most=10)
+    for number in range(1, 1001):
+        history.hear([step(number)])
+    steps = [event.step for event in history.events]
+    assert 10 <= len(steps) <= 20
+    assert steps[-1] == 1000

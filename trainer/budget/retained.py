@@ -1,0 +1,92 @@
+"""The steps that the weights hold, as numbers in columns: a run of months has a million of them."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from typing import Any
+
+KEPT = 8192
+"""Steps that a snapshot keeps each; of those before it keeps the sums. A run goes back to its last checkpoints."""
+
+
+class Forgotten(Exception):  # noqa: N818 -- says what happened
+    """The run has gone back to a step of which only sums are kept: the ledger has to be read from its beginning."""
+
+
+class Retained:
+    """Steps in order of their numbers, the last ones each and what is before them as sums. Times in GPU-ms."""
+
+    def __init__(self) -> None:
+        self._numbers = array("q")
+        self._gpu_ms = array("q")
+        self._tokens = array("q")
+        self._phases = array("q")
+        self._names: list[str] = []
+        self._summed = 0
+        """How many steps are sums alone."""
+        self._floor = 0
+        """The number of the last of them."""
+        self.gpu_ms = 0
+        self.tokens: Counter[str] = Counter()
+        """By phase."""
+
+    def __len__(self) -> int:
+        return self._summed + len(self._numbers)
+
+    def append(self, number: int, gpu_ms: int, tokens: int, phase: str) -> None:
+        """Add a step after the last one."""
+        self._numbers.append(number)
+        self._gpu_ms.append(gpu_ms)
+        self._tokens.append(tokens)
+        if phase not in self._names:
+            self._names.append(phase)
+        self._phases.append(self._names.index(phase))
+        self.gpu_ms += gpu_ms
+        self.tokens[phase] += tokens
+
+    def roll_back_to(self, step: int) -> int:
+        """Remove the steps after `step`; return what they cost. Raises `Forgotten` where only a sum is known."""
+        undone = 0
+        while self._numbers and self._numbers[-1] > step:
+            self._numbers.pop()
+            gpu_ms, phase = self._gpu_ms.pop(), self._names[self._phases.pop()]
+            self.gpu_ms -= gpu_ms
+            self.tokens[phase] -= self._tokens.pop()
+            undone += gpu_ms
+        if not self._numbers and self._floor > step:
+            raise Forgotten
+        return undone
+
+    def rates(self, last: int) -> list[float]:
+        """GPU-milliseconds a token of each of the last steps; of a step without tokens there is none."""
+        pairs = zip(self._gpu_ms[-last:], self._tokens[-last:], strict=True)
+        return [gpu_ms / tokens for gpu_ms, tokens in pairs if tokens]
+
+    def figures(self) -> dict[str, Any]:
+        """What two readers of one ledger must agree on, whatever they keep of single steps."""
+        tokens = {phase: count for phase, count in sorted(self.tokens.items()) if count}
+        return {"steps": len(self), "gpu_ms": self.gpu_ms, "tokens": tokens}
+
+    def to_tree(self) -> dict[str, Any]:
+        """As plain values, without the steps before the last `KEPT`."""
+        columns = (self._numbers, self._gpu_ms, self._tokens, self._phases)
+        dropped = max(0, len(self._numbers) - KEPT)
+        return {
+            "summed": self._summed + dropped,
+            "floor": self._numbers[dropped - 1] if dropped else self._floor,
+            "gpu_ms": self.gpu_ms,
+            "tokens": dict(self.tokens),
+            "phases": self._names,
+            "steps": [list(column[dropped:]) for column in columns],
+        }
+
+    @staticmethod
+    def of_tree(tree: dict[str, Any]) -> Retained:
+        """Return the inverse of `to_tree`."""
+        made = Retained()
+        columns = (array("q", column) for column in tree["steps"])
+        made._numbers, made._gpu_ms, made._tokens, made._phases = columns
+        made._names, made._summed, made._floor = tree["phases"], tree["summed"], tree["floor"]
+        made.gpu_ms, made.tokens = tree["gpu_ms"], Counter(tree["tokens"])
+        return made

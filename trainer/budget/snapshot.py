@@ -1,0 +1,96 @@
+"""The totals of a ledger, saved beside it: a reader begins there and reads what has come since.
+
+A ledger of a million records takes ten seconds to read. What is saved names the last record of both journals that it
+holds, by place and hash. Where that record is not there, or the file is not as it was written, the totals count for
+nothing and everything is read. A hash stands for all records before it, as they were when they were read; whether they
+are still the same is found by reading all of them: `shoestring budget --verify`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...comm.files import read_json
+from ...comm.refusal import Problem, Refused
+from .journal import JournalReader, Place, is_place_of
+from .records import check_record
+from .replay import Ledger
+from .terms import ALLOCATION_FILE, TOTALS_FILE, WORK_FILE
+
+CHEAP_BYTES = 4 * 2**20
+"""A journal of work up to this size, 15,000 records, is read whole each time: that takes a fifth of a second."""
+_FORMAT = 1
+_MOST_BYTES = 2**26
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A replayed ledger, and up to where its journals were read."""
+
+    allocation: Place = field(default_factory=Place)
+    work: Place = field(default_factory=Place)
+    ledger: Ledger = field(default_factory=Ledger)
+
+
+def read_snapshot(run_dir: Path, least_bytes: int | None = None) -> Snapshot | None:
+    """Return the totals that are saved in `run_dir`; None where there are none, or none that belong to its ledger.
+
+    None also for a ledger of less than `least_bytes`, by default `CHEAP_BYTES`.
+    """
+    path, least = run_dir / TOTALS_FILE, CHEAP_BYTES if least_bytes is None else least_bytes
+    try:
+        if (run_dir / WORK_FILE).stat().st_size < least:
+            return None
+        saved = read_json(path, _MOST_BYTES).mapping()
+        totals = saved["totals"]
+        if saved["sha256"] != _digest(totals) or totals["format"] != _FORMAT:
+            return None
+        places = Place(**totals["allocation"]), Place(**totals["work"])
+        fits = all(map(is_place_of, (run_dir / ALLOCATION_FILE, run_dir / WORK_FILE), places))
+        return Snapshot(*places, Ledger.of_tree(totals["ledger"])) if fits else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None
+
+
+def write_snapshot(run_dir: Path, snapshot: Snapshot) -> None:
+    """Save totals; a disk that does not take them keeps the former ones.
+
+    They are not synced: what a machine that loses power leaves of them counts for nothing.
+    """
+    places = {"allocation": asdict(snapshot.allocation), "work": asdict(snapshot.work)}
+    totals = {"format": _FORMAT, **places, "ledger": snapshot.ledger.to_tree()}
+    path = run_dir / TOTALS_FILE
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    with suppress(OSError):
+        try:
+            new.write_text(json.dumps({"sha256": _digest(totals), "totals": totals}) + "\n")
+            new.replace(path)
+        except OSError:
+            new.unlink(missing_ok=True)
+
+
+def verify_snapshot(run_dir: Path) -> int:
+    """Read every record up to where the saved totals end; return how many of work there are, 0 without saved totals.
+
+    Raises Refused where a chain is broken, and where the records say something else than the totals.
+    """
+    saved = read_snapshot(run_dir, 0)
+    if saved is None:
+        return 0
+    allocation, work = (JournalReader(run_dir / name, check=check_record) for name in (ALLOCATION_FILE, WORK_FILE))
+    ledger = Ledger()
+    ledger.replay(allocation.stream(saved.allocation.position), work.stream(saved.work.position))
+    if ledger.figures() != saved.ledger.figures() or (allocation.place, work.place) != (saved.allocation, saved.work):
+        remedy = "are not what the ledger's records say; remove this file, and it is made again"
+        raise Refused([Problem(str(run_dir / TOTALS_FILE), "saved totals", remedy)])
+    return saved.work.number
+
+
+def _digest(totals: Any) -> str:
+    return hashlib.sha256(json.dumps(totals, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,40 @@
+"""A note beside the data of which files were found whole, and what they looked like from outside then."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from ...comm.files import read_json, replace_file
+from ...comm.strict import Malformed
+from .manifest import FileEntry
+
+STAMP = ".verified.json"
+
+
+def mark(entry: FileEntry, status: os.stat_result | None) -> list[object]:
+    """Return what a file must still be for its stamp to hold: its digest, its size and its time of change."""
+    return [entry.sha256, status and status.st_size, status and status.st_mtime_ns]
+
+
+def mark_of(directory: Path, entry: FileEntry) -> list[object]:
+    """Return the mark of a file of `directory`, as it is now."""
+    path = directory / entry.file
+    return mark(entry, path.stat() if path.is_file() else None)
+
+
+def read_stamp(directory: Path) -> Mapping[str, object]:
+    """Return the mark of each file that was found whole, by name; none where there is no stamp to be read."""
+    try:
+        return read_json(directory / STAMP).mapping()
+    except (OSError, Malformed):
+        return {}
+
+
+def write_stamp(directory: Path, stamp: Mapping[str, object]) -> None:
+    """Write the stamp where the directory may be written; elsewhere every launch reads again."""
+    with contextlib.suppress(OSError):
+        replace_file(directory / STAMP, (json.dumps(stamp, indent=1) + "\n").encode())

@@ -1,0 +1,144 @@
+"""Reading a `metrics.jsonl` of any size: what happened rarely in full, steps in a sample, and the end of it.
+
+A run of a million steps has two gigabytes of them, which take minutes and nine gigabytes to parse.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...comm.files import open_regular, refusing
+from .events import Event
+from .history import History, parse_event
+from .lines import LineReader
+
+MOST_STEPS, MOST_BYTES = 4096, 64 * 2**20
+"""Lines of steps that are kept: more than any picture has columns."""
+MOST_OTHERS = 20_000
+"""Lines of other kinds that are kept, of each kind."""
+TAIL_BYTES = 16 * 2**20
+_STEP = re.compile(rb'\{"time": [0-9.e+]+, "kind": "step", "step": ([0-9]+), "loss": ([-+.0-9eE]+)')
+_HEAD_BYTES = 200
+
+
+@dataclass(frozen=True)
+class _Line:
+    number: int
+    step: int
+    loss: float
+    raw: bytes
+
+
+class StepSample:
+    """At most so many lines of steps, spread evenly; of each stretch the one with the lowest loss and the highest.
+
+    Where there are too many, two stretches become one.
+    """
+
+    def __init__(self, most_steps: int = MOST_STEPS, most_bytes: int = MOST_BYTES) -> None:
+        self._most_steps, self._most_bytes = most_steps, most_bytes
+        self._stretches: list[list[_Line]] = []
+        self._length = 1
+        """Lines of a stretch."""
+        self._in_last = 0
+        self._bytes = 0
+
+    def add(self, line: _Line) -> None:
+        """Take note of the next line."""
+        if not self._stretches or self._in_last >= self._length:
+            self._stretches.append([])
+            self._in_last = 0
+        self._in_last += 1
+        self._bytes += len(line.raw)
+        last = self._stretches[-1]
+        last.append(line)
+        if len(last) > 2:
+            self._stretches[-1] = self._ends(last)
+        if 2 * len(self._stretches) > self._most_steps or self._bytes > self._most_bytes:
+            self._halve()
+
+    def roll_back_to(self, step: int) -> None:
+        """Forget the steps after `step`."""
+        kept = [[line for line in stretch if line.step <= step] for stretch in self._stretches]
+        self._stretches = [stretch for stretch in kept if stretch]
+        self._bytes = sum(len(line.raw) for line in self.lines())
+
+    def lines(self) -> Iterator[_Line]:
+        """What is kept, in order."""
+        for stretch in self._stretches:
+            yield from stretch
+
+    def _ends(self, lines: list[_Line]) -> list[_Line]:
+        lowest, highest = (choose(lines, key=lambda line: line.loss) for choose in (min, max))
+        kept = sorted({lowest.number: lowest, highest.number: highest}.values(), key=lambda line: line.number)
+        self._bytes -= sum(len(line.raw) for line in lines) - sum(len(line.raw) for line in kept)
+        return kept
+
+    def _halve(self) -> None:
+        pairs = zip(self._stretches[::2], [*self._stretches[1::2], []], strict=False)
+        self._stretches = [self._ends([*one, *two]) for one, two in pairs]
+        self._length *= 2
+        self._in_last = self._length
+
+
+def read_sampled(path: Path) -> list[Event]:
+    """The retained history of the run whose metrics are at `path`, as `read_metrics` gives it of a short run.
+
+    Of more than `MOST_STEPS` steps it is a sample with all turns of the loss, and of other kinds of events the last
+    `MOST_OTHERS` each. Raises Refused for a broken line among those that are read.
+    """
+    steps, others = StepSample(), dict[str, list[tuple[int, Event]]]()
+    for number, raw in _raw_lines(path):
+        found = _STEP.match(raw, 0, _HEAD_BYTES)
+        if found is not None and _is_number(found[2]):
+            steps.add(_Line(number, int(found[1]), float(found[2]), raw))
+            continue
+        event = parse_event(path, number, raw.decode(errors="surrogateescape"))
+        if event.kind == "resume":
+            steps.roll_back_to(event.step)
+        kept = others.setdefault(event.kind, [])
+        kept.append((number, event))
+        if len(kept) > 2 * MOST_OTHERS:
+            del kept[:-MOST_OTHERS]
+    told = [
+        (line.number, parse_event(path, line.number, line.raw.decode(errors="surrogateescape")))
+        for line in steps.lines()
+    ]
+    told += [each for kept in others.values() for each in kept]
+    return History(event for _, event in sorted(told, key=lambda each: each[0])).events
+
+
+def _is_number(text: bytes) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Whole lines with their numbers, without newlines."""
+    with refusing(path, "restore it"), open_regular(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            yield number, line[:-1]
+
+
+def tail_reader(path: Path, tail_bytes: int = TAIL_BYTES) -> LineReader:
+    """Return a reader of `path` that begins at the first line of its last `tail_bytes`."""
+    try:
+        size = path.stat().st_size
+        if size <= tail_bytes:
+            return LineReader(path)
+        with path.open("rb") as file:
+            file.seek(size - tail_bytes)
+            while skipped := file.readline(2**20):
+                if skipped.endswith(b"\n"):
+                    return LineReader(path, file.tell())
+    except OSError:
+        pass
+    return LineReader(path)
