@@ -32,6 +32,7 @@ def save_model(
     average: Model | None = None,
 ) -> Checkpoint:
     facts = {"step": step, "config": {"model": asdict(model.config), "training": {"sequence_length": 32}}}
+    directory.parent.mkdir(parents=True, exist_ok=True)  # the directory of the run
     store, saver = CheckpointStore(directory, keep=9), Saver(CheckpointStore(directory, keep=9), WORLD)
     pieces = list(model_pieces(model))
     if average is not None:
