@@ -139,9 +139,9 @@ def test_a_whole_number_is_no_weight(dtype: torch.dtype, hf: Path, capsys: pytes
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "original_max_position_embeddings = None: is missing"),
         ({"rope_scaling": {"type": ["yarn"]}}, "type = ['yarn']: must be text"),
         ({"quantization_config": "fp8"}, "only fp8 with weight_block_size"),
-        ({"hidden_size": 10**9}, "the longest side of any tensor is 300"),
-        ({"n_routed_experts": 10**8}, "do not belong together"),
-        ({"num_hidden_layers": 10**7}, "do not belong together"),
+        ({"hidden_size": 10**5}, "the longest side of any tensor is 300"),
+        ({"n_routed_experts": 4096}, "do not belong together"),
+        ({"num_hidden_layers": 4096}, "do not belong together"),
         ({"hidden_size": 10**30}, "must be from 0 to"),
         ({"q_lora_rank": -1}, "q_lora_rank = -1: must be from 0"),
         ({"num_nextn_predict_layers": "1"}, "num_nextn_predict_layers = '1': must be a whole number"),
@@ -550,11 +550,11 @@ def test_a_line_of_a_corpus_that_cannot_be_used_is_named(
     assert gist in errors
 
 
-def test_a_vocabulary_of_billions_is_refused_before_memory_is_taken(
+def test_a_vocabulary_of_millions_is_refused_before_memory_is_taken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, verb = corpus(tmp_path)
-    code, _, errors = shoestring(capsys, *verb[:-2], "data.vocabulary=4e9", "model.vocabulary=4e9")
+    code, _, errors = shoestring(capsys, *verb[:-2], "data.vocabulary=16777216", "model.vocabulary=16777216")
     assert code == 2
     assert "cannot be reached" in errors
 
