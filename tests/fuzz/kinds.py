@@ -153,6 +153,13 @@ def data_manifest(random: Random, seeds: Path, folder: Path) -> Input:
         _damage_any(random, random.choice(sorted(prepared.iterdir())))
     elif random.random() < 0.15:
         _flip(random, random.choice(sorted(prepared.iterdir())))
+    elif random.random() < 0.15:
+        starts = prepared / "train_documents.npy"
+        starts.write_bytes(mutate_bytes(random, starts.read_bytes()))
+        tree = json.loads(path.read_bytes())
+        sha256 = hashlib.sha256(starts.read_bytes()).hexdigest()
+        tree["train"]["starts"].update(sha256=sha256, bytes=starts.stat().st_size)
+        path.write_bytes(dumps(tree))
     elif random.random() < 0.3:
         path.write_bytes(mutate_json(random, path.read_bytes()))
     else:
@@ -221,7 +228,8 @@ def ledger(random: Random, seeds: Path, folder: Path) -> Input:
         path.write_bytes(mutate_bytes(random, path.read_bytes()))
     else:
         records = [json.loads(line) for line in path.read_bytes().splitlines()]
-        index = random.randrange(len(records))
+        kind = random.choice(sorted({record["kind"] for record in records}))  # of steps there are most
+        index = random.choice([place for place, record in enumerate(records) if record["kind"] == kind])
         changed = mutate_tree(random, records[index])
         records[index : index + 1] = random.choice([[changed]] * 5 + [[], [changed, changed]])
         path.write_bytes(_chained(records))
@@ -331,7 +339,9 @@ def corpus(random: Random, seeds: Path, folder: Path) -> Input:
             ["a.jsonl", "b.TXT", "é.txt", ".txt", "x" * 200 + ".txt", "sub", "c.txt.gz", "new\nline.txt"]
         )
         mutate_file(random, base / name)
-    return reads("data", "prepare", *data_overrides(folder), made=folder / "prepared")
+    wrong = random.choice(["data.validation=[a,v,w]", "data.validation=[x]", "data.vocabulary=4e9", "data.corpus=/no"])
+    more = [wrong] if random.random() < 0.1 else []
+    return reads("data", "prepare", *data_overrides(folder), *more, made=folder / "prepared")
 
 
 def small_files(random: Random, seeds: Path, folder: Path) -> Input:
