@@ -189,10 +189,13 @@ def test_the_first_signal_asks_and_a_later_one_or_the_time_ends(
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1])
 def test_every_asking_signal_asks(number: signal.Signals, tmp_path: Path) -> None:
-    request = StopRequest(tmp_path / "stop", 60)
-    with request.on_first_signal():
-        signal.raise_signal(number)
-        assert (tmp_path / "stop").exists()
+    former = signal.signal(number, signal.SIG_DFL)  # under nohup the tests themselves ignore SIGHUP
+    try:
+        with StopRequest(tmp_path / "stop", 60).on_first_signal():
+            signal.raise_signal(number)
+            assert (tmp_path / "stop").exists()
+    finally:
+        signal.signal(number, former)
 
 
 def test_under_nohup_the_end_of_a_terminal_means_nothing(tmp_path: Path) -> None:
