@@ -59,12 +59,12 @@ FROM training AS deepep
 #   TORCH_CUDA_ARCH_LIST=9.0 pip install --no-deps --no-build-isolation <clone of DeepEP, with its submodule>
 # `shoestring doctor` imports DeepEP and says whether it works; this cannot be done here, without a GPU's driver.
 ARG DEEPEP=dd758caf451848bd150e1046af3d0a73e5fff38d
-USER root
+USER 0:0
 ENV EP_NCCL_ROOT_DIR=/opt/nccl
 RUN install -d /opt/nccl/lib /opt/nccl/include \
     && ln -s /usr/lib/"$(uname -m)"-linux-gnu/libnccl.so* /opt/nccl/lib/ \
     && ln -s /usr/include/nccl* /opt/nccl/include/ \
-    && pip install --no-cache-dir --no-deps nvidia-nvshmem-cu13 \
+    && pip install --no-cache-dir --no-deps nvidia-nvshmem-cu13==3.4.5 \
     && git clone https://github.com/deepseek-ai/DeepEP /tmp/deepep \
     && git -C /tmp/deepep checkout "$DEEPEP" \
     && git -C /tmp/deepep submodule update --init \
