@@ -49,6 +49,7 @@ import sys, time
 from pathlib import Path
 from shoestring.tests.fuzz import trial
 from shoestring.tests.fuzz.kinds import reads
+from shoestring.tests.fuzz.lines import Lines
 
 root = Path(sys.argv[1])
 
@@ -65,7 +66,7 @@ def act(arguments):
 trial.main, trial.CPU_SECONDS = act, 1
 for number, word in enumerate(("raise", "spin", "3", "2")):
     trial.KINDS = {"own": lambda random, seeds, folder: reads(word, made=root / "made")}
-    print(trial.run_trial("own", 0, root, root / f"t{number}", counted=False).wrong)
+    print(trial.run_trial("own", 0, root, root / f"t{number}", Lines()).wrong)
     (root / "made").rmdir() if (root / "made").exists() else None
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
