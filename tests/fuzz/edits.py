@@ -11,8 +11,10 @@ Edit = Callable[[Random, Any], object]
 
 
 def edit(random: Random, tree: Any, edits: Sequence[Edit]) -> Any:
-    """`tree` with one of `edits`."""
-    random.choice(edits)(random, tree)
+    """`tree` with one of `edits` that changes it."""
+    before = repr(tree)
+    while repr(tree) == before:
+        random.choice(edits)(random, tree)
     return tree
 
 
@@ -247,9 +249,24 @@ def _shift(random: Random, tree: Any) -> None:
     entry["data_offsets"] = [max(0, offset + by) for offset in entry["data_offsets"]]
 
 
+def _scale(change: Callable[[dict[str, Any], str], object]) -> Edit:
+    """An edit of the scales of an FP8 weight, where there are any."""
+
+    def edit_one(random: Random, tree: Any) -> None:
+        names = [name for name in tree if name.endswith("_scale_inv")]
+        if names:
+            change(tree, random.choice(names))
+
+    return edit_one
+
+
 HEADER: tuple[Edit, ...] = (
     _rename, _flatten, _other_dtype, _other_dtype, _shift, _shift, _entry(shape=[2**31, 2**31]), _entry(shape=[-1]),
     _entry(data_offsets=[5]), _entry(data_offsets=[9, 3]), _entry(dtype="F4"), _entry(extra=1),
+    _scale(lambda tree, name: tree[name].update(dtype="I32")),
+    _scale(lambda tree, name: tree[name].update(shape=[1, *tree[name]["shape"]])),
+    _scale(lambda tree, name: tree.update({"model.norm.weight_scale_inv": tree.pop(name)})),
+    _scale(lambda tree, name: tree.update({"x": tree.pop(name)})),
     setting("__metadata__", to={"format": 5}), setting("__metadata__", to=[]), setting("twin", to=5),
 )  # fmt: skip
 

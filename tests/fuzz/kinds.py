@@ -62,7 +62,7 @@ def overrides(random: Random, seeds: Path, folder: Path) -> Input:
         return reads("train", "--cfg", "job", "--config-dir", own, "experiment=mine")
     tree = to_tree(compose_run(["experiment=quickstart"]))
     found = [place for place in places(tree) if isinstance(place[1], str)]
-    lines = []
+    lines = ["training.run_dir='${oc.env:HOME}'"] if random.random() < 0.1 else []
     for _ in range(random.choice([1, 1, 2, 4])):
         container, key = random.choice(found)
         name = next(path for path, holder in _paths(tree) if holder is container)
@@ -93,6 +93,7 @@ def _yaml(random: Random, raw: bytes) -> bytes:
         key + b": !!python/object/apply:os.getcwd []\n",
         key + b": " + b"[" * 3000 + b"\n",
         indent + b"- a\n",
+        b"",
         lines[place] * 2,
         indent + b"a: &a [1,1,1,1,1,1,1,1,1,1]\n"
         + b"".join(indent + b"%c: &%c [%s]\n" % (n + 1, n + 1, b",".join([b"*%c" % n] * 10)) for n in range(97, 106)),
@@ -149,7 +150,8 @@ def headers(random: Random, seeds: Path, folder: Path) -> Input:
         length = random.choice([0, 1, 2**31, 2**63, length - 1, length + 1, len(raw)])
     elif action < 0.9:
         place = random.randrange(len(data))
-        data = data[:place] + b"\xff" * 4 + data[place + 4 :]
+        data = data[:place] + random.choice([b"\xff" * 4, random.randbytes(2)]) + data[place + 4 :]
+        data += b"\0" * (len(raw) - 8 - length - len(data))
     else:
         path.write_bytes(mutate_bytes(random, raw))
         return reads("import", hf, folder / "made", made=folder / "made")
@@ -194,7 +196,15 @@ def data_manifest(random: Random, seeds: Path, folder: Path) -> Input:
         except (TypeError, KeyError, AttributeError, ValueError):
             pass  # no fingerprint fits it
         path.write_bytes(dumps(tree))
-    return reads("data", "inspect", *data_overrides(folder))
+    return _opens_prepared(random, seeds, folder)
+
+
+def _opens_prepared(random: Random, seeds: Path, folder: Path) -> Input:
+    """One reads every byte first, the other what it needs to see whether anything is left to do."""
+    if random.random() < 0.6:
+        return reads("data", "inspect", *data_overrides(folder))
+    copy(seeds, folder, "corpus")
+    return reads("data", "prepare", *data_overrides(folder))
 
 
 def _other_array(random: Random, raw: bytes) -> bytes:
@@ -264,6 +274,8 @@ def checkpoint_manifest(random: Random, seeds: Path, folder: Path) -> Input:
 def ledger(random: Random, seeds: Path, folder: Path) -> Input:
     """Records of the ledger with hashes that fit, or other bytes, or the heartbeat."""
     run = copy(seeds, folder, "run")
+    if random.random() < 0.1:
+        return _project(random, seeds, folder, run)
     names = ["work.jsonl"] * 5 + ["allocation.jsonl"] * 4 + ["heartbeat.json", "totals.json"]
     path = run / "ledger" / random.choice(names)
     if path.name == "totals.json":
@@ -284,6 +296,21 @@ def ledger(random: Random, seeds: Path, folder: Path) -> Input:
         records[index : index + 1] = random.choice([[changed]] * 5 + [[], [changed, changed]])
         path.write_bytes(_chained(records))
     return _looks_at(random, seeds, run, folder)
+
+
+def _project(random: Random, seeds: Path, folder: Path, run: Path) -> Input:
+    """A run of a project goes on from a record that may be in another, whose ledger may be anything."""
+    other, work = folder / "other", run / "ledger" / "work.jsonl"
+    shutil.copytree(run, other)
+    records = [json.loads(line) for line in work.read_bytes().splitlines()]
+    head = random.choice([records[-1]["hash"], "a" * 64, "é"])
+    inherited = {**edits.INHERITED, "from_head": head}
+    (run / "ledger" / "work.jsonl").write_bytes(_chained([records[0], inherited, *records[1:]]))
+    if random.random() < 0.5:
+        _damage_any(random, other / "ledger" / "work.jsonl")
+    project = copy(seeds, folder, "project.yaml")
+    project.write_text(project.read_text() + "  - other\n")
+    return reads("budget", project)
 
 
 def _totals(random: Random, raw: bytes) -> bytes:
@@ -377,7 +404,7 @@ def tokenizer(random: Random, seeds: Path, folder: Path) -> Input:
         manifest["tokenizer"].update(sha256=sha256, bytes=size)
         (base / "manifest.json").write_text(json.dumps(manifest))
     if where == "prepared":
-        return reads("data", "inspect", *data_overrides(folder))
+        return _opens_prepared(random, seeds, folder)
     manifest = json.loads((path.parent / "manifest.json").read_bytes())
     manifest["attachments"][0].update(sha256=sha256, bytes=size)
     (path.parent / "manifest.json").write_text(json.dumps(manifest, separators=(",", ":")))
@@ -396,7 +423,7 @@ def corpus(random: Random, seeds: Path, folder: Path) -> Input:
     base = copy(seeds, folder, "corpus")
     path = random.choice(sorted(base.iterdir()))
     action = random.random()
-    if action < 0.1:
+    if action < 0.15:
         _strange_corpus(random, base)
     elif action < 0.2:
         mutate_file(random, path)
@@ -424,14 +451,14 @@ def corpus(random: Random, seeds: Path, folder: Path) -> Input:
         mutate_file(random, base / name)
     wrong = random.choice(
         [
-            "data.vocabulary=100000",
+            "data.vocabulary=100000 model.vocabulary=100000",
             "data.validation=[a,v,w]",
             "data.validation=[x]",
             "data.vocabulary=4e9",
             "data.corpus=/no",
         ]
     )
-    more = [wrong] if random.random() < 0.1 else []
+    more = wrong.split() if random.random() < 0.1 else []
     return reads("data", "prepare", *data_overrides(folder), *more, made=folder / "prepared")
 
 
