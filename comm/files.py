@@ -12,7 +12,7 @@ from pathlib import Path
 from .refusal import Problem, Refused
 from .strict import Item, Malformed, parse_json
 
-MAX_BYTES = 2**31
+MAX_BYTES = 2**29
 """Of a file that is read as a whole. The manifest of DeepSeek-V3 on 2,048 ranks has about 100 MB."""
 
 MAX_LINE_BYTES = 2**23
