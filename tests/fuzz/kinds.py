@@ -22,10 +22,15 @@ from shoestring.trainer.data.manifest import Source, fingerprint
 
 from . import edits
 from .mutate import dumps, mutate_bytes, mutate_file, mutate_json, mutate_tree, nasty, places
-from .seeds import data_overrides
 
 FILE_SHARE = 0.08
 """Of inputs in which a file is no longer a file."""
+
+
+def data_overrides(root: Path) -> list[str]:
+    """Of the corpus and the prepared data under `root`."""
+    data = [f"data.corpus={root / 'corpus'}", f"data.prepared={root / 'prepared'}", "data.validation=[v]"]
+    return [*data, "data.vocabulary=300", "model.vocabulary=300"]
 
 
 @dataclass(frozen=True)

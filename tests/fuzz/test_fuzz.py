@@ -18,7 +18,7 @@ def fuzz(tmp_path: Path, *options: object) -> tuple[dict[str, float], str]:
     """Run the fuzzer in a process of its own: it forks, and pytest has threads. Returns its summary and its words."""
     summary = tmp_path / "summary.json"
     command = [sys.executable, "-m", "shoestring.tests.fuzz", "--json", summary, *options]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=1500)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=900)
     words = done.stdout + done.stderr
     assert done.returncode == 0, words[-20_000:]
     found: dict[str, float] = json.loads(summary.read_text())
@@ -26,13 +26,14 @@ def fuzz(tmp_path: Path, *options: object) -> tuple[dict[str, float], str]:
 
 
 def test_some_inputs_of_every_kind(tmp_path: Path) -> None:
-    found, words = fuzz(tmp_path, "--each", 6)
-    assert found["inputs"] == 6 * len(KINDS) == 60
+    found, words = fuzz(tmp_path, "--each", 2)
+    assert found["inputs"] == 2 * len(KINDS) == 20
     assert found["wrong"] == 0, words
+    assert 0.3 < found["covered"] < 0.9  # lines of the readers are counted, and there are more
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1600)
+@pytest.mark.timeout(1000)
 def test_two_thousand_inputs_and_the_lines_of_the_readers(tmp_path: Path) -> None:
     found, words = fuzz(tmp_path, "--each", 200)
     print(words)
