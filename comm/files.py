@@ -12,8 +12,11 @@ from pathlib import Path
 from .refusal import Problem, Refused
 from .strict import Item, Malformed, parse_json
 
-MAX_BYTES = 2**31
+MAX_BYTES = 2**29
 """Of a file that is read as a whole. The manifest of DeepSeek-V3 on 2,048 ranks has about 100 MB."""
+
+MAX_LINE_BYTES = 2**23
+"""Of a file that is read line by line; a step of 61 layers of 256 experts takes 100 kB."""
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -52,6 +55,29 @@ def read_regular(path: Path, most: int = MAX_BYTES) -> bytes:
         if size > most:
             raise Malformed("", size, f"is too large: at most {most} bytes are read")
         return file.read(most)
+
+
+def lines_within(file: BufferedReader, most: int = MAX_LINE_BYTES) -> Iterator[bytes]:
+    """Yield the lines of `file` from where it stands, each with its newline; the last may have none.
+
+    Raises `Malformed` for a line of more than `most` bytes: a file of holes may be a terabyte without a newline, and
+    `for line in file` would hold all of it.
+    """
+    while line := file.readline(most + 1):
+        if len(line) > most:
+            raise Malformed("", repr(line[:20]), f"begins a line of more than {most} bytes, and no line is that long")
+        yield line
+
+
+def chunks_of_lines(file: BufferedReader) -> Iterator[bytes]:
+    """Yield the bytes of `file` in pieces of `MAX_LINE_BYTES`. Raises `Malformed` for such a piece without a newline.
+
+    For what is searched and not parsed, with the bound of `lines_within`.
+    """
+    while chunk := file.read(MAX_LINE_BYTES):
+        if len(chunk) == MAX_LINE_BYTES and b"\n" not in chunk:
+            raise Malformed("", repr(chunk[:20]), f"stands in a line of more than {MAX_LINE_BYTES} bytes")
+        yield chunk
 
 
 def read_text(path: Path, most: int = MAX_BYTES) -> str:

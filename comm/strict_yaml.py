@@ -18,11 +18,11 @@ _MAX_NODES = 100_000
 """With every alias written out."""
 
 
-def read_yaml(path: Path) -> object:
-    """The plain tree in a file, interpolations resolved. Raises `Malformed` and `OSError`."""
+def read_yaml(path: Path, *, resolve: bool = True) -> object:
+    """The plain tree in a file, interpolations resolved or as they stand. Raises `Malformed` and `OSError`."""
     text = check_yaml(path)
     try:
-        tree: object = OmegaConf.to_container(OmegaConf.load(StringIO(text)), resolve=True)
+        tree: object = OmegaConf.to_container(OmegaConf.load(StringIO(text)), resolve=resolve)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise Malformed("", str(error), "is not YAML of a configuration") from error
     except (ValueError, TypeError, OSError) as error:  # a date of no calendar, a document that is one number

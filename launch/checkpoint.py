@@ -12,8 +12,8 @@ from rich.table import Table
 from ..comm.files import refusing
 from ..comm.refusal import Problem, Refused
 from ..comm.strict import Item
-from ..trainer.checkpoint.find import find_checkpoint, store_at
-from ..trainer.checkpoint.manifest import MANIFEST, Damaged, read_outline
+from ..trainer.checkpoint.find import find_checkpoint, find_directory, store_at, unreadable
+from ..trainer.checkpoint.manifest import MANIFEST, Damaged, read_manifest_alone, read_outline
 from ..trainer.checkpoint.opened import Checkpoint
 
 
@@ -29,6 +29,26 @@ class Listed:
     tensors: int | None = None
     ranks: int | None = None
     layout: str | None = None
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `verify` has found of one checkpoint."""
+
+    path: str
+    tensors: int | None
+    """None where the manifest itself is damaged."""
+    bytes: int | None
+    """Of all files, as the manifest says."""
+    damage: list[str]
+    """Words about each file, header or piece that is damaged; empty for a whole checkpoint."""
+
+    @property
+    def words(self) -> str:
+        """For the terminal."""
+        if self.damage:
+            return "\n".join(self.damage)
+        return f"{self.path}: {self.tensors:,} tensors, {self.bytes:,} bytes, every hash and every header is right"
 
 
 @dataclass(frozen=True)
@@ -72,11 +92,19 @@ def checkpoints_table(listed: list[Listed]) -> Table:
     return table
 
 
-def verify(path: Path, step: int | None) -> tuple[Checkpoint, list[str]]:
-    """Read every byte of a checkpoint; what is wrong with it. Raises `Refused` for one that cannot be opened."""
-    remedy = "is damaged, so that nothing more of it can be checked; restore that file, or --step takes another"
-    checkpoint = find_checkpoint(path, step, remedy)
-    return checkpoint, list(checkpoint.damage())
+def verify(path: Path, step: int | None) -> Verified:
+    """Read every byte of a checkpoint. Raises `Refused` where there is none, or none that can be read now."""
+    try:
+        directory = find_directory(path, step)
+        try:
+            checkpoint = Checkpoint(directory, read_manifest_alone(directory))
+        except Damaged as damaged:
+            words = f"{damaged}; nothing more can be checked: restore that file, or --step takes another checkpoint"
+            return Verified(str(directory), None, None, [words])
+        manifest = checkpoint.manifest
+        return Verified(str(directory), len(manifest.tensors), manifest.bytes, list(checkpoint.damage()))
+    except OSError as error:
+        raise unreadable(error) from error
 
 
 def diff(first: Path, second: Path, steps: tuple[int | None, int | None]) -> tuple[list[str], list[Difference]]:

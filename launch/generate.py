@@ -13,7 +13,7 @@ from ..comm.refusal import Problem, Refused, refuse_if_any
 from ..trainer.checkpoint.find import find_checkpoint
 from ..trainer.checkpoint.manifest import Damaged
 from ..trainer.checkpoint.opened import Checkpoint
-from ..trainer.data.tokenizer import END, read_bpe
+from ..trainer.data.tokenizer import END, decode_with, encode_with, read_bpe
 from ..trainer.loaded import load_chunk
 from ..trainer.model.attention_backend import ON_CPU, AttentionCase, AttentionChoice, GpuFacts, choose_attention
 from ..trainer.model.config import ModelConfig
@@ -64,14 +64,16 @@ def generate_text(request: Request) -> tuple[str, Continuation]:
     except Damaged as damaged:
         raise Refused([Problem("checkpoint", str(damaged), "is damaged; --step takes another")]) from damaged
     sampler = Sampler(torch.Generator().manual_seed(request.seed), request.temperature)
-    prompt = tokenizer.encode(request.prompt, add_special_tokens=False).ids
+    with refusing(checkpoint.path / TOKENIZER, "take another checkpoint"):
+        prompt = encode_with(tokenizer, request.prompt)
     if not prompt or max(prompt) >= checkpoint.model.vocabulary:
         remedy = (
             f"its tokens must be numbers below {checkpoint.model.vocabulary}, the model's vocabulary, and at least one"
         )
         raise Refused([Problem("--prompt", request.prompt, f"{TOKENIZER} gives {prompt[:8]}: {remedy}")])
     found = speculate(chunk, prompt, request.tokens, context, sampler, stop=stop, draft=request.draft)
-    return tokenizer.decode(found.tokens, skip_special_tokens=False), found
+    with refusing(checkpoint.path / TOKENIZER, "take another checkpoint"):
+        return decode_with(tokenizer, found.tokens), found
 
 
 def _attention(model: ModelConfig, context: int, dtype: torch.dtype, device: torch.device) -> AttentionChoice:

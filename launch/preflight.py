@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def _checkpoint_problems(config: RunConfig, data: Manifest | None, *, fresh: boo
         raise refuse_damaged(damaged)
     elif config.training.start_from is not None:
         start, run_dir = Path(config.training.start_from), Path(config.training.run_dir)
-        if fresh and start.resolve().is_relative_to(run_dir.resolve()):
+        if fresh and Path(os.path.realpath(start)).is_relative_to(os.path.realpath(run_dir)):
             yield Problem("training.start_from", str(start), f"lies in {run_dir}, which --fresh empties; move it first")
         yield from start_problems(find_checkpoint(start), config, data)
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+from ..comm.files import read_text
+from ..comm.strict import Malformed
+
 _FILE = "stops_without_step"
 _ENDED = "ended"
+_MOST_BYTES = 1000
 MOST_STOPS = 3
 """In a row; the last of them is a fault, and no scheduler starts the run again for it."""
 
@@ -23,8 +27,8 @@ def note_stop(run_dir: Path, *, progressed: bool) -> None:
 def stops_without_step(run_dir: Path) -> int:
     """Return how many stops in a row came before the first step of their launch."""
     try:
-        text = (run_dir / _FILE).read_text().strip()
-    except (OSError, UnicodeDecodeError):
+        text = read_text(run_dir / _FILE, _MOST_BYTES).strip()
+    except (OSError, Malformed):
         return 0
     return int(text) if text.isascii() and text.isdigit() and len(text) < 4 else 0
 
@@ -46,8 +50,8 @@ def note_end(run_dir: Path, attempt: str, code: int) -> None:
 def end_of(run_dir: Path, attempt: str) -> int | None:
     """Return the exit code with which `attempt` has ended on purpose; None where it has not."""
     try:
-        name, _, code = (run_dir / _ENDED).read_text().strip().rpartition(" ")
-    except (OSError, UnicodeDecodeError):
+        name, _, code = read_text(run_dir / _ENDED, _MOST_BYTES).strip().rpartition(" ")
+    except (OSError, Malformed):
         return None
     is_code = code.isascii() and code.isdigit() and len(code) <= 3
     return int(code) if name == attempt and is_code else None

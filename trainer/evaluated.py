@@ -8,6 +8,9 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+from ..comm.files import read_text
+from ..comm.strict import Malformed
+
 _FILE = "evaluated"
 
 
@@ -28,7 +31,7 @@ def forget_evaluations(run_dir: Path) -> None:
 def evaluated_until(run_dir: Path) -> int:
     """Return the last step that was noted; 0 where there is none, or none that can be read."""
     try:
-        text = (run_dir / _FILE).read_text().strip()
-    except (OSError, UnicodeDecodeError):
+        text = read_text(run_dir / _FILE, 1000).strip()
+    except (OSError, Malformed):
         return 0
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0

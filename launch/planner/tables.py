@@ -108,9 +108,12 @@ def read_table(name: str) -> Table:
         remedy = "is no table of the planner and no file; `shoestring calibrate` writes one for this machine"
         raise Refused([Problem("cluster.tables", name, remedy)])
     reader = csv.DictReader(text.splitlines())
-    if tuple(reader.fieldnames or ()) != _COLUMNS:
-        raise Refused([Problem("cluster.tables", name, f"must have the columns {','.join(_COLUMNS)}")])
-    return Table(name, tuple(_checked(name, reader.line_num, line) for line in reader))
+    try:
+        if tuple(reader.fieldnames or ()) != _COLUMNS:
+            raise Refused([Problem("cluster.tables", name, f"must have the columns {','.join(_COLUMNS)}")])
+        return Table(name, tuple(_checked(name, reader.line_num, line) for line in reader))
+    except csv.Error as error:  # a cell of more than 131,072 characters
+        raise Refused([Problem(f"{name}:{reader.line_num}", None, f"is no line of a table: {error}")]) from error
 
 
 def _checked(name: str, number: int, line: dict[str, str]) -> Row:

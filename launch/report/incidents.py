@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from ...comm.files import open_regular, refusing
+from ...comm.files import lines_within, open_regular, refusing
 from ...comm.strict import parse_json
 from ...trainer.budget.journal import Record
 from ...trainer.budget.records import check_record, read_records
@@ -84,7 +84,7 @@ def _undone(path: Path) -> Iterator[Incident]:
         return
     last = None
     with refusing(path, "restore the file"), open_regular(path) as file:
-        for line in file:
+        for line in lines_within(file):
             if not line.endswith(b"\n"):
                 return
             if b'"kind":"step"' in line:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime
+from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -32,7 +34,7 @@ def html_report(record: RunRecord) -> str:
     """The page of one run."""
     word, style = state(record)
     page = Page(
-        title=record.run_dir.resolve().name,
+        title=Path(os.path.realpath(record.run_dir)).name,
         state=word,
         state_style=style,
         facts=list(facts(record)),

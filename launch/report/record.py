@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from ...comm.files import refusing
 from ...comm.refusal import Problem, Refused
-from ...comm.strict_yaml import check_yaml
+from ...comm.strict_yaml import read_yaml
 from ...trainer.budget.summary import Summary, summarise
 from ...trainer.budget.terms import WORK_FILE
 from ...trainer.telemetry.events import METRICS_FILE, Event, as_number
@@ -116,5 +113,5 @@ def _config(run_dir: Path, events: Sequence[Event]) -> Mapping[str, Any]:
     else:
         path = run_dir / CONFIG_FILE
         with refusing(path, "restore it, or remove it"):  # unresolved: a report shows no secret
-            tree = OmegaConf.to_container(OmegaConf.load(StringIO(check_yaml(path)))) if path.exists() else {}
+            tree = read_yaml(path, resolve=False) if path.exists() else {}
     return tree if isinstance(tree, Mapping) else {}

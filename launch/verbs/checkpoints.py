@@ -38,7 +38,8 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _add_verify(actions: Verbs) -> None:
-    verify = actions.add_parser("verify", help="read every byte of a checkpoint and check its hash")
+    words = "read every byte of a checkpoint and check its hash; exit code 1 where it is damaged"
+    verify = actions.add_parser("verify", help=words)
     _add_path(verify)
     add_format(verify)
     _add_step(verify)
@@ -48,13 +49,9 @@ def _add_verify(actions: Verbs) -> None:
 def _verify(options: argparse.Namespace) -> int:
     from ..checkpoint import verify
 
-    found, damage = verify(options.path, options.step)
-    manifest = found.manifest
-    tree = {"path": str(found.path), "tensors": len(manifest.tensors), "bytes": manifest.bytes, "damage": damage}
-    sizes = f"{len(manifest.tensors):,} tensors, {manifest.bytes:,} bytes"
-    whole = f"{found.path}: {sizes}, every hash and every header is right"
-    show(options, lambda: "\n".join(damage) or whole, lambda: tree)
-    return 1 if damage else 0
+    found = verify(options.path, options.step)
+    show(options, lambda: found.words, lambda: asdict(found))
+    return 1 if found.damage else 0
 
 
 def _add_diff(actions: Verbs) -> None:

@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 
-from shoestring.comm.files import MAX_BYTES, open_regular, read_json, read_regular, refuse_links, refusing, replace_file
+from shoestring.comm.files import (
+    MAX_BYTES,
+    chunks_of_lines,
+    lines_within,
+    open_regular,
+    read_json,
+    read_regular,
+    refuse_links,
+    refusing,
+    replace_file,
+)
 from shoestring.comm.refusal import Refused
 from shoestring.comm.strict import LARGEST, MAX_DEPTH, Item, Malformed, parse_json
 from shoestring.comm.strict_yaml import read_yaml
@@ -223,3 +233,20 @@ def test_yaml_with_an_honest_alias_is_read(tmp_path: Path) -> None:
     (tmp_path / "file.yaml").write_bytes(b"a: \xff")
     with pytest.raises(Malformed, match="UTF-8"):
         read_yaml(tmp_path / "file.yaml")
+    (tmp_path / "file.yaml").write_text("a: 1\nb: ${a}\n")
+    assert read_yaml(tmp_path / "file.yaml", resolve=False) == {"a": 1, "b": "${a}"}
+
+
+def test_lines_have_a_bound(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    path.write_bytes(b"123\n" * 5 + b"12")
+    with open_regular(path) as file:
+        assert list(lines_within(file, 4)) == [b"123\n"] * 5 + [b"12"]
+    with open_regular(path) as file, pytest.raises(Malformed, match="more than 3 bytes"):
+        list(lines_within(file, 3))
+    with open_regular(path) as file:
+        assert b"".join(chunks_of_lines(file)) == path.read_bytes()
+    os.truncate(path, 2**40)
+    for read in (lines_within, chunks_of_lines):
+        with open_regular(path) as file, pytest.raises(Malformed, match="more than 8388608 bytes"):
+            list(read(file))

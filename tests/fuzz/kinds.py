@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from shoestring.launch.compose import compose_run, to_tree
 from shoestring.trainer.data.manifest import Source, fingerprint
 
+from . import edits
 from .mutate import dumps, mutate_bytes, mutate_file, mutate_json, mutate_tree, nasty, places
-from .seeds import data_overrides
 
 FILE_SHARE = 0.08
 """Of inputs in which a file is no longer a file."""
+
+
+def data_overrides(root: Path) -> list[str]:
+    """Of the corpus and the prepared data under `root`."""
+    data = [f"data.corpus={root / 'corpus'}", f"data.prepared={root / 'prepared'}", "data.validation=[v]"]
+    return [*data, "data.vocabulary=300", "model.vocabulary=300"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ def overrides(random: Random, seeds: Path, folder: Path) -> Input:
         return reads("train", "--cfg", "job", "--config-dir", own, "experiment=mine")
     tree = to_tree(compose_run(["experiment=quickstart"]))
     found = [place for place in places(tree) if isinstance(place[1], str)]
-    lines = []
+    lines = ["training.run_dir='${oc.env:HOME}'"] if random.random() < 0.1 else []
     for _ in range(random.choice([1, 1, 2, 4])):
         container, key = random.choice(found)
         name = next(path for path, holder in _paths(tree) if holder is container)
@@ -88,6 +98,7 @@ def _yaml(random: Random, raw: bytes) -> bytes:
         key + b": !!python/object/apply:os.getcwd []\n",
         key + b": " + b"[" * 3000 + b"\n",
         indent + b"- a\n",
+        b"",
         lines[place] * 2,
         indent + b"a: &a [1,1,1,1,1,1,1,1,1,1]\n"
         + b"".join(indent + b"%c: &%c [%s]\n" % (n + 1, n + 1, b",".join([b"*%c" % n] * 10)) for n in range(97, 106)),
@@ -100,9 +111,17 @@ def _yaml(random: Random, raw: bytes) -> bytes:
 def config_json(random: Random, seeds: Path, folder: Path) -> Input:
     """The configuration, and files that are carried, of released weights."""
     hf = copy(seeds, folder, "hf")
-    name = random.choice(["config.json"] * 6 + ["generation_config.json", "tokenizer_config.json"])
-    _damage_json(random, hf / name)
-    return reads("import", hf, folder / "made", made=folder / "made")
+    made = folder / "made"
+    if random.random() < 0.5:
+        _edit_json(random, hf / "config.json", edits.CONFIG)
+    else:
+        name = random.choice(["config.json"] * 6 + ["generation_config.json", "tokenizer_config.json"])
+        _damage_json(random, hf / name)
+    if random.random() < 0.05:
+        (made / "checkpoints").mkdir(parents=True)
+        (made / random.choice(["step_00000000", "step_00000000.partial", "checkpoints/x"])).mkdir()
+        return reads("import", hf, made)
+    return reads("import", hf, made, made=made)
 
 
 def headers(random: Random, seeds: Path, folder: Path) -> Input:
@@ -113,8 +132,13 @@ def headers(random: Random, seeds: Path, folder: Path) -> Input:
     if path.suffix == ".json" and random.random() < 0.5:
         tree = json.loads(path.read_bytes())
         name = random.choice(list(tree["weight_map"]))
-        tree["weight_map"][name] = random.choice([*tree["weight_map"].values(), "../hf/x", "/dev/zero", "sub/x", 5])
-        path.write_bytes(dumps(tree))
+        tree["weight_map"][name] = random.choice(
+            [*tree["weight_map"].values(), "../hf/x", "/dev/zero", "sub/x", "x", 5]
+        )
+        path.write_bytes(dumps(random.choice([tree, tree, tree, {"weight_map": {}}])))
+        return reads("import", hf, folder / "made", made=folder / "made")
+    if len(files) > 1 and random.random() < 0.1:
+        shutil.copy(files[0], files[1])
         return reads("import", hf, folder / "made", made=folder / "made")
     if path.suffix == ".json" or random.random() < FILE_SHARE:
         _damage_json(random, path)
@@ -124,18 +148,24 @@ def headers(random: Random, seeds: Path, folder: Path) -> Input:
     text, data = raw[8 : 8 + length], raw[8 + length :]
     action = random.random()
     if action < 0.7:
-        text = mutate_json(random, text)
+        own = dumps(edits.edit(random, json.loads(text), edits.HEADER))
+        text = own if random.random() < 0.6 else mutate_json(random, text)
         length = len(text)
     elif action < 0.8:
         length = random.choice([0, 1, 2**31, 2**63, length - 1, length + 1, len(raw)])
     elif action < 0.9:
         place = random.randrange(len(data))
-        data = data[:place] + b"\xff" * 4 + data[place + 4 :]
+        data = data[:place] + random.choice([b"\xff" * 4, random.randbytes(2)]) + data[place + 4 :]
+        data += b"\0" * (len(raw) - 8 - length - len(data))
     else:
         path.write_bytes(mutate_bytes(random, raw))
         return reads("import", hf, folder / "made", made=folder / "made")
     path.write_bytes(struct.pack("<Q", length) + text + data)
     return reads("import", hf, folder / "made", made=folder / "made")
+
+
+def _edit_json(random: Random, path: Path, changes: Sequence[edits.Edit]) -> None:
+    path.write_bytes(dumps(edits.edit(random, json.loads(path.read_bytes()), changes)))
 
 
 def _damage_json(random: Random, path: Path) -> None:
@@ -155,7 +185,7 @@ def data_manifest(random: Random, seeds: Path, folder: Path) -> Input:
         _flip(random, random.choice(sorted(prepared.iterdir())))
     elif random.random() < 0.15:
         starts = prepared / "train_documents.npy"
-        starts.write_bytes(mutate_bytes(random, starts.read_bytes()))
+        starts.write_bytes(_other_array(random, starts.read_bytes()))
         tree = json.loads(path.read_bytes())
         sha256 = hashlib.sha256(starts.read_bytes()).hexdigest()
         tree["train"]["starts"].update(sha256=sha256, bytes=starts.stat().st_size)
@@ -163,14 +193,33 @@ def data_manifest(random: Random, seeds: Path, folder: Path) -> Input:
     elif random.random() < 0.3:
         path.write_bytes(mutate_json(random, path.read_bytes()))
     else:
-        tree = mutate_tree(random, json.loads(path.read_bytes()))
+        tree = json.loads(path.read_bytes())
+        tree = edits.edit(random, tree, edits.DATA) if random.random() < 0.6 else mutate_tree(random, tree)
         try:
             sources = [Source(**source) for source in tree["sources"]]
             tree["fingerprint"] = fingerprint(sources, tree["vocabulary"], tree["shard_tokens"])
         except (TypeError, KeyError, AttributeError, ValueError):
             pass  # no fingerprint fits it
         path.write_bytes(dumps(tree))
-    return reads("data", "inspect", *data_overrides(folder))
+    return _opens_prepared(random, seeds, folder)
+
+
+def _opens_prepared(random: Random, seeds: Path, folder: Path) -> Input:
+    """One reads every byte first, the other what it needs to see whether anything is left to do."""
+    if random.random() < 0.6:
+        return reads("data", "inspect", *data_overrides(folder))
+    copy(seeds, folder, "corpus")
+    return reads("data", "prepare", *data_overrides(folder))
+
+
+def _other_array(random: Random, raw: bytes) -> bytes:
+    """Another array of numpy's, or none."""
+    if random.random() < 0.5:
+        return mutate_bytes(random, raw)
+    arrays = [np.zeros(11, "<f8"), np.zeros((11, 1), "<i8"), np.arange(11)[::-1], np.array(["x"] * 11), np.arange(12)]
+    file, write = io.BytesIO(), random.choice([np.save, np.save, np.savez])
+    write(file, random.choice(arrays))
+    return file.getvalue()
 
 
 def _damage_any(random: Random, path: Path) -> None:
@@ -188,6 +237,10 @@ def _flip(random: Random, path: Path) -> None:
     path.write_bytes(raw)
 
 
+def _cut(random: Random, path: Path) -> None:
+    os.truncate(path, random.randrange(path.stat().st_size))
+
+
 def checkpoint_manifest(random: Random, seeds: Path, folder: Path) -> Input:
     """The manifest of a checkpoint, resealed, or a file beside it."""
     saved = copy(seeds, folder, "saved")
@@ -195,12 +248,17 @@ def checkpoint_manifest(random: Random, seeds: Path, folder: Path) -> Input:
     path, action = step / "manifest.json", random.random()
     if action < 0.15:
         _damage_any(random, random.choice(sorted(step.iterdir())))
-    elif action < 0.35:
-        _flip(random, random.choice([*step.glob("part_*"), step / "tokenizer.json"]))
-        return reads("checkpoint", "verify", saved, codes=(0, 1, 2))
+        if random.random() < 0.5:
+            return reads("checkpoint", "verify", saved, codes=(0, 1))  # 0: some damage changes no byte
+    elif action < 0.3:
+        damaged = random.choice([*step.glob("part_*"), step / "tokenizer.json"])
+        random.choice([_flip, _cut])(random, damaged)
+        return reads("checkpoint", "verify", saved, codes=(1,))
     else:
         tree = json.loads(path.read_bytes())
-        if action < 0.6:
+        if action < 0.65:
+            path.write_bytes(dumps(edits.edit(random, tree, edits.CHECKPOINT)))
+        elif action < 0.8:
             tree["facts"] = mutate_tree(random, tree["facts"])
             path.write_bytes(dumps(tree))
         else:
@@ -221,19 +279,56 @@ def checkpoint_manifest(random: Random, seeds: Path, folder: Path) -> Input:
 def ledger(random: Random, seeds: Path, folder: Path) -> Input:
     """Records of the ledger with hashes that fit, or other bytes, or the heartbeat."""
     run = copy(seeds, folder, "run")
-    path = run / "ledger" / random.choice(["work.jsonl"] * 4 + ["allocation.jsonl"] * 3 + ["heartbeat.json"])
+    if random.random() < 0.1:
+        return _project(random, seeds, folder, run)
+    names = ["work.jsonl"] * 5 + ["allocation.jsonl"] * 4 + ["heartbeat.json", "totals.json"]
+    path = run / "ledger" / random.choice(names)
+    if path.name == "totals.json":
+        path.write_bytes(_totals(random, path.read_bytes()))
+        return reads("budget", run, "--verify")
     if random.random() < FILE_SHARE:
         mutate_file(random, path)
     elif path.suffix == ".json" or random.random() < 0.15:
         path.write_bytes(mutate_bytes(random, path.read_bytes()))
     else:
         records = [json.loads(line) for line in path.read_bytes().splitlines()]
+        if random.random() < 0.5:
+            path.write_bytes(_chained(edits.edit(random, records, edits.RECORDS)))
+            return _looks_at(random, seeds, run, folder)
         kind = random.choice(sorted({record["kind"] for record in records}))  # of steps there are most
         index = random.choice([place for place, record in enumerate(records) if record["kind"] == kind])
         changed = mutate_tree(random, records[index])
         records[index : index + 1] = random.choice([[changed]] * 5 + [[], [changed, changed]])
         path.write_bytes(_chained(records))
-    return _looks_at(random, run, folder)
+    return _looks_at(random, seeds, run, folder)
+
+
+def _project(random: Random, seeds: Path, folder: Path, run: Path) -> Input:
+    """A run of a project goes on from a record that may be in another, whose ledger may be anything."""
+    other, work = folder / "other", run / "ledger" / "work.jsonl"
+    shutil.copytree(run, other)
+    records = [json.loads(line) for line in work.read_bytes().splitlines()]
+    head = random.choice([records[-1]["hash"], "a" * 64, "é"])
+    inherited = {**edits.INHERITED, "from_head": head}
+    (run / "ledger" / "work.jsonl").write_bytes(_chained([records[0], inherited, *records[1:]]))
+    if random.random() < 0.5:
+        _damage_any(random, other / "ledger" / "work.jsonl")
+    project = copy(seeds, folder, "project.yaml")
+    project.write_text(project.read_text() + "  - other\n")
+    return reads("budget", project)
+
+
+def _totals(random: Random, raw: bytes) -> bytes:
+    """Saved totals, half of them with a hash that fits."""
+    tree = json.loads(raw)
+    if random.random() < 0.3:
+        return mutate_json(random, raw)
+    tree["totals"] = mutate_tree(random, tree["totals"])
+    try:
+        text = json.dumps(tree["totals"], sort_keys=True, separators=(",", ":"))
+    except (TypeError, ValueError):
+        return dumps(tree)
+    return dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "totals": json.loads(text)})
 
 
 def _chained(records: list[Any]) -> bytes:
@@ -252,11 +347,13 @@ def _chained(records: list[Any]) -> bytes:
     return b"".join(lines)
 
 
-def _looks_at(random: Random, run: Path, folder: Path) -> Input:
+def _looks_at(random: Random, seeds: Path, run: Path, folder: Path) -> Input:
     return random.choice(
         [
             reads("budget", run),
             reads("budget", run, "--format", "json"),
+            reads("budget", run, "--verify"),
+            reads("budget", copy(seeds, folder, "project.yaml")),
             reads("watch", run, "--once"),
             reads("report", run, "--out", folder / "made", made=folder / "made"),
         ]
@@ -293,13 +390,17 @@ def tokenizer(random: Random, seeds: Path, folder: Path) -> Input:
         path = base / "checkpoints" / "step_00000004" / "tokenizer.json"
     raw = path.read_bytes()
     tree = json.loads(raw)
-    if random.random() < 0.5:  # near the root: the vocabulary has most of all values
+    if random.random() < 0.4:
+        new = dumps(edits.edit(random, tree, edits.TOKENIZER))
+    elif random.random() < 0.5:  # near the root: the vocabulary has most of all values
         short = {key: value for key, value in tree.items() if key != "model"}
         changed = mutate_tree(random, short)
         new = dumps({**changed, "model": tree["model"]} if isinstance(changed, dict) else changed)
     else:
         new = mutate_json(random, raw)
     path.write_bytes(new)
+    if random.random() < FILE_SHARE:
+        mutate_file(random, path)
     sha256, size = hashlib.sha256(new).hexdigest(), len(new)
     if where == "hf":
         return reads("import", base, folder / "made", made=folder / "made")
@@ -308,7 +409,7 @@ def tokenizer(random: Random, seeds: Path, folder: Path) -> Input:
         manifest["tokenizer"].update(sha256=sha256, bytes=size)
         (base / "manifest.json").write_text(json.dumps(manifest))
     if where == "prepared":
-        return reads("data", "inspect", *data_overrides(folder))
+        return _opens_prepared(random, seeds, folder)
     manifest = json.loads((path.parent / "manifest.json").read_bytes())
     manifest["attachments"][0].update(sha256=sha256, bytes=size)
     (path.parent / "manifest.json").write_text(json.dumps(manifest, separators=(",", ":")))
@@ -319,12 +420,17 @@ def tokenizer(random: Random, seeds: Path, folder: Path) -> Input:
     )
 
 
+DOCUMENTS = (b'{"text": "\\ud800"}', b'{"text": " "}', b'{"text": 5}', b"", b"\x00", b'{"text": "a", "text": "b"}')
+
+
 def corpus(random: Random, seeds: Path, folder: Path) -> Input:
     """Works of a corpus."""
     base = copy(seeds, folder, "corpus")
     path = random.choice(sorted(base.iterdir()))
     action = random.random()
-    if action < 0.2:
+    if action < 0.15:
+        _strange_corpus(random, base)
+    elif action < 0.2:
         mutate_file(random, path)
     elif action < 0.4:
         path.write_bytes(mutate_bytes(random, path.read_bytes()))
@@ -332,16 +438,49 @@ def corpus(random: Random, seeds: Path, folder: Path) -> Input:
         path = base / "w.jsonl"
         lines = path.read_bytes().splitlines(keepends=True)
         index = random.randrange(len(lines))
-        lines[index] = mutate_json(random, lines[index]) + b"\n"
+        strange = (
+            b'{"text": "\\ud800"}',
+            b'{"text": " "}',
+            b'{"text": 5}',
+            b"",
+            b"\x00",
+            b'{"text": "a", "text": "b"}',
+        )
+        lines[index] = mutate_json(random, lines[index]) if random.random() < 0.6 else random.choice(strange)
+        lines[index] += b"\n"
         path.write_bytes(b"".join(lines))
     else:
         name = random.choice(
             ["a.jsonl", "b.TXT", "é.txt", ".txt", "x" * 200 + ".txt", "sub", "c.txt.gz", "new\nline.txt"]
         )
         mutate_file(random, base / name)
-    wrong = random.choice(["data.validation=[a,v,w]", "data.validation=[x]", "data.vocabulary=4e9", "data.corpus=/no"])
-    more = [wrong] if random.random() < 0.1 else []
+    wrong = random.choice(
+        [
+            "data.vocabulary=100000 model.vocabulary=100000",
+            "data.validation=[a,v,w]",
+            "data.validation=[x]",
+            "data.vocabulary=4e9",
+            "data.corpus=/no",
+        ]
+    )
+    more = wrong.split() if random.random() < 0.1 else []
     return reads("data", "prepare", *data_overrides(folder), *more, made=folder / "prepared")
+
+
+def _strange_corpus(random: Random, base: Path) -> None:
+    """Works that are all there and no corpus."""
+    action = random.randrange(5)
+    if action == 0:
+        for path in base.iterdir():
+            path.rename(path.with_suffix(".md"))
+    elif action == 1:
+        Path(os.fsdecode(os.fsencode(base) + b"/\xff.txt")).write_text("text")
+    elif action == 2:
+        (base / "w.jsonl").write_bytes(b"")
+    elif action == 3:
+        shutil.copy(base / "a.txt", base / "w.txt")
+    else:
+        (base / "z.txt").write_text("word " * random.choice([1, 100_000]))
 
 
 def small_files(random: Random, seeds: Path, folder: Path) -> Input:

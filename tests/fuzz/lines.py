@@ -1,13 +1,14 @@
-"""Which lines of the readers were run, counted by the interpreter's own trace."""
+"""Which lines of the readers were run."""
 
 from __future__ import annotations
 
-import inspect
-import os
+import ast
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder, SourceFileLoader
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType, ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,43 +31,105 @@ _NO_READERS = (
 
 
 def lines_of(path: Path) -> set[int]:
-    """Lines of the functions in a file, without their heads."""
-    found: set[int] = set()
-    for code in _codes(compile(path.read_text(), str(path), "exec")):
-        if code.co_flags & inspect.CO_NEWLOCALS and not code.co_qualname.startswith(_NO_READERS):
-            found |= {line for _, _, line in code.co_lines() if line is not None and line != code.co_firstlineno}
-    return found
+    """First lines of the statements in the functions of a file."""
+    return {
+        statement.lineno
+        for body in _bodies(ast.parse(path.read_text()), _NO_READERS)
+        for statement in body
+        if not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
+    }
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
+def _module(name: str) -> str:
+    return "shoestring." + name.removesuffix(".py").replace("/", ".")
 
 
 class Lines:
-    """The lines of `READERS` that run while it is on."""
+    """The lines of `READERS` that have run, as the modules themselves note them.
+
+    `install` before the readers are imported: each is then compiled with a note before every statement of a function.
+    The interpreter's own trace would stop at every call of every module, and take three times as long.
+    """
 
     def __init__(self) -> None:
-        self.seen: set[tuple[str, int]] = set()
-        self._names: dict[CodeType, str | None] = {}
-        self._readers = {str(ROOT / name): name for name in READERS}
+        self.run: dict[str, set[int]] = {name: set() for name in READERS}
 
-    def start(self) -> None:
-        """Count from here on, in this thread."""
-        sys.settrace(self._call)
+    def install(self) -> None:
+        """Have the readers note their lines from their import on. Raises `RuntimeError` where one is imported."""
+        names = {_module(name): name for name in READERS}
+        if early := sorted(names.keys() & sys.modules.keys()):
+            raise RuntimeError(f"{early[0]} was imported before its lines could be counted")
+        sys.meta_path.insert(0, _Finder({module: self.run[name] for module, name in names.items()}))
 
-    def _call(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
-        code = frame.f_code
-        if code not in self._names:
-            self._names[code] = self._readers.get(os.path.realpath(code.co_filename))
-        return None if self._names[code] is None else self._line
+    def clear(self) -> None:
+        """Forget what has run so far."""
+        for lines in self.run.values():
+            lines.clear()
 
-    def _line(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any]:
-        if event == "line":
-            self.seen.add((str(self._names[frame.f_code]), frame.f_lineno))
-        return self._line
+    @property
+    def seen(self) -> set[tuple[str, int]]:
+        """Each file and line that has run."""
+        return {(name, line) for name, lines in self.run.items() for line in lines}
+
+
+class _Finder(MetaPathFinder):
+    """Finds the readers where they are, and loads them with notes."""
+
+    def __init__(self, lines: Mapping[str, set[int]]) -> None:
+        self._lines = lines
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        if fullname not in self._lines:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        assert spec is not None
+        assert spec.origin is not None
+        spec.loader = _Loader(fullname, spec.origin, self._lines[fullname])
+        return spec
+
+
+class _Loader(SourceFileLoader):
+    def __init__(self, fullname: str, path: str, lines: set[int]) -> None:
+        super().__init__(fullname, path)
+        self._run = lines
+
+    def get_code(self, fullname: str) -> CodeType:
+        """The module with its notes; never from a cache, and never put into one."""
+        path = self.get_filename(fullname)
+        tree = ast.parse(self.get_data(path), path)
+        for body in _bodies(tree):
+            body[:] = [each for statement in body for each in (_note(statement.lineno), statement)]
+        code: CodeType = compile(ast.fix_missing_locations(tree), path, "exec")
+        return code
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__dict__[_NOTE] = self._run.add
+        super().exec_module(module)
+
+
+_NOTE = "__note_line__"
+
+
+def _note(line: int) -> ast.stmt:
+    call = ast.Call(ast.Name(_NOTE, ast.Load(), lineno=line, col_offset=0), [ast.Constant(line)], [])
+    return ast.Expr(call, lineno=line, col_offset=0)
+
+
+def _bodies(tree: ast.AST, left_out: tuple[str, ...] = (), name: str = "", *, inside: bool = False) -> Iterator[Any]:
+    """Lists of statements in the functions of a module, without functions whose names begin like one `left_out`."""
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            full = f"{name}{child.name}"
+            is_function = not isinstance(child, ast.ClassDef)
+            if not (is_function and full.startswith(left_out)):
+                yield from _bodies(child, left_out, f"{full}.", inside=is_function)
+        else:
+            yield from _bodies(child, left_out, name, inside=inside)
+    if inside:
+        for part in ("body", "orelse", "finalbody"):
+            statements = getattr(tree, part, None)
+            if isinstance(statements, list):
+                yield statements
 
 
 def coverage(seen: set[tuple[str, int]]) -> dict[str, tuple[int, int, list[int]]]:

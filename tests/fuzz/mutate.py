@@ -39,7 +39,8 @@ def nasty(random: Random, old: object = None) -> Any:
     if isinstance(old, bool):
         close = [int(old), str(old).lower(), not old]
     elif isinstance(old, int):
-        close = [float(old), old + 0.5, str(old), -old, old + 1, old - 1, old * 10**9, [old], bool(old)]
+        small = max(-(2**53), min(old, 2**53))
+        close = [float(small), small + 0.5, str(old), -old, old + 1, old - 1, old * 10**9, [old], bool(old)]
     elif isinstance(old, float):
         close = [str(old), -old, old * 1e300, [old], int(old) if abs(old) < 1e18 else 0]
     elif isinstance(old, str):
@@ -51,7 +52,7 @@ def nasty(random: Random, old: object = None) -> Any:
             "../" + old,
             "/" + old,
             [old],
-            old.encode().hex(),
+            old.encode(errors="surrogatepass").hex(),
             old + "\0",
         ]
     elif isinstance(old, list):

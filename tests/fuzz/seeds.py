@@ -17,6 +17,8 @@ from shoestring.trainer.model.config import ModelConfig, YarnConfig
 from shoestring.trainer.model.init import initialise
 from shoestring.trainer.model.model import Model
 
+from .kinds import data_overrides
+
 SHAPE = ModelConfig(
     hidden=16, layers=2, heads=2, vocabulary=300, experts=4, groups=2, top_k_groups=1, top_k=2, expert_ffn=8,
     dense_ffn=16, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, init_std=0.2,
@@ -27,12 +29,6 @@ GPUS = ("cluster=h800", "cluster.nodes=1", "cluster.gpus_per_node=4", "training.
 INVOICE = "gpu_hours,amount\n1.5,3.0\n2,4\n"
 SACCT = "JobID|Start|End|ElapsedRaw|AllocTRES\n12|a|b|3600|cpu=2,gres/gpu=2\n12.0|a|b|3600|cpu=2\n"
 PROJECT = "gpu_hours:\n  pre_train: 100\n  context_extension: 5.5\nruns:\n  - run\n"
-
-
-def data_overrides(root: Path) -> list[str]:
-    """Of the corpus and the prepared data under `root`."""
-    data = [f"data.corpus={root / 'corpus'}", f"data.prepared={root / 'prepared'}", "data.validation=[v]"]
-    return [*data, "data.vocabulary=300", "model.vocabulary=300"]
 
 
 def quietly(*arguments: str) -> str:

@@ -43,16 +43,16 @@ class Trial:
     wrong: str
     """Empty where all is as it must be."""
     lines: tuple[tuple[str, int], ...]
-    """Of the readers, where they were counted."""
+    """Of the readers, unless it came to no end."""
 
 
-def run_trial(kind: str, seed: int, seeds: Path, folder: Path, *, counted: bool) -> Trial:
+def run_trial(kind: str, seed: int, seeds: Path, folder: Path, lines: Lines) -> Trial:
     """Make the input of this seed in `folder`, run it, and remove the folder."""
     folder.mkdir()
     try:
         made = KINDS[kind](Random(f"{kind} {seed}"), seeds, folder)
-        code, seconds, words, lines = _fork(made, folder.parent / f"{folder.name}.out", counted=counted)
-        return Trial(kind, seed, made.arguments, code, seconds, words[-3000:], _wrong(made, code, words), lines)
+        code, seconds, words, seen = _fork(made, folder.parent / f"{folder.name}.out", lines)
+        return Trial(kind, seed, made.arguments, code, seconds, words[-3000:], _wrong(made, code, words), seen)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -71,23 +71,23 @@ def _wrong(made: Input, code: int, words: str) -> str:
     return ""
 
 
-def _fork(made: Input, out: Path, *, counted: bool) -> tuple[int, float, str, tuple[tuple[str, int], ...]]:
+def _fork(made: Input, out: Path, lines: Lines) -> tuple[int, float, str, tuple[tuple[str, int], ...]]:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     child = os.fork()
     if child == 0:
-        _be_the_child(made, out, counted=counted)
+        _be_the_child(made, out, lines)
     status = _wait(child)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     words = out.read_text(errors="replace")
     out.unlink()
     seen = out.with_suffix(".lines")
-    lines: tuple[tuple[str, int], ...] = ()
+    found: tuple[tuple[str, int], ...] = ()
     if seen.exists():
         pairs = (line.rpartition(" ") for line in seen.read_text().splitlines())
-        lines = tuple((name, int(number)) for name, _, number in pairs)
+        found = tuple((name, int(number)) for name, _, number in pairs)
         seen.unlink()
-    return os.waitstatus_to_exitcode(status), seconds, words, lines
+    return os.waitstatus_to_exitcode(status), seconds, words, found
 
 
 def _wait(child: int) -> int:
@@ -107,7 +107,7 @@ def _wait(child: int) -> int:
         pause = min(0.1, pause * 1.5)
 
 
-def _be_the_child(made: Input, out: Path, *, counted: bool) -> NoReturn:
+def _be_the_child(made: Input, out: Path, lines: Lines) -> NoReturn:
     """Run the input and end this process."""
     code = _RAISED
     try:
@@ -119,16 +119,12 @@ def _be_the_child(made: Input, out: Path, *, counted: bool) -> NoReturn:
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.environ["COLUMNS"] = "200"
-        lines = Lines() if counted else None
-        if lines is not None:
-            lines.start()
+        lines.clear()
         try:
             main(list(made.arguments))
         except SystemExit as stopped:
             code = stopped.code if isinstance(stopped.code, int) else 1
-        if lines is not None:
-            seen = sorted(lines.seen)
-            out.with_suffix(".lines").write_text("".join(f"{name} {number}\n" for name, number in seen))
+        out.with_suffix(".lines").write_text("".join(f"{name} {number}\n" for name, number in sorted(lines.seen)))
     except BaseException:
         traceback.print_exc()
     finally:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -91,10 +93,89 @@ def test_verify_reads_every_byte(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert code == 1
     assert str(part) in output
     assert shoestring(capsys, "checkpoint", "verify", run, "--step", "2")[0] == 0
-    part.unlink()
-    code, _, errors = shoestring(capsys, "checkpoint", "verify", run)
-    assert code == 2
-    assert f"{part}: is missing" in errors
+
+
+def unlink(path: Path) -> None:
+    path.unlink()
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def change(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def link_to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("harm", [unlink, truncate, lengthen, change, folder, fifo, link_to_itself])
+@pytest.mark.parametrize("name", ["part_00000.safetensors", "tokenizer.json", "manifest.json", "complete"])
+def test_verify_ends_with_1_for_a_damaged_checkpoint(
+    name: str, harm: Callable[[Path], None], run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found in the run and by its own directory; the checkpoint before it is whole."""
+    directory = run / "checkpoints" / "step_00000004"
+    (path,) = directory.glob(name)
+    harm(path)
+    for where in (run, directory):
+        code, output, errors = shoestring(capsys, "checkpoint", "verify", where)
+        assert (code, errors) == (1, "")
+        assert str(directory) in output
+    code, output, _ = shoestring(capsys, "checkpoint", "verify", run, "--format", "json")
+    found = json.loads(output)
+    assert code == 1
+    assert found["path"] == str(directory)
+    assert len(found["damage"]) >= 1
+    assert (found["tensors"] is None) == (name in ("manifest.json", "complete"))
+    assert shoestring(capsys, "checkpoint", "verify", run, "--step", "2")[0] == 0
+
+
+def test_verify_names_every_damaged_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = run / "checkpoints" / "step_00000004"
+    (part,) = directory.glob("part_*.safetensors")
+    truncate(part)
+    (directory / "tokenizer.json").unlink()
+    code, output, _ = shoestring(capsys, "checkpoint", "verify", run)
+    assert code == 1
+    assert output.replace("\n", "").count(str(directory)) == 2
+    assert "bytes instead of" in output
+    assert "is missing" in output
+    for path in directory.iterdir():
+        path.unlink()
+    code, output, _ = shoestring(capsys, "checkpoint", "verify", run)
+    assert code == 1
+    assert "complete: is missing" in output
+
+
+def test_verify_ends_with_2_where_there_is_no_checkpoint(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "step_00000009").write_text("a file")
+    for place in ("empty", "nowhere", "step_00000009", "run/checkpoints/step_00000004/complete"):
+        code, _, errors = shoestring(capsys, "checkpoint", "verify", tmp_path / place)
+        assert code == 2, place
+        assert "holds no checkpoint" in errors
 
 
 def test_diff_finds_what_differs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -354,10 +354,10 @@ def test_verify_reads_every_bit_of_a_header(run: Path) -> None:
 
 def test_verify_does_not_send_to_itself(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (part(run).parent / "manifest.json").write_text("{}")
-    code, _, errors = shoestring(capsys, "checkpoint", "verify", run)
-    assert code == 2
-    assert "is damaged" in errors
-    assert "checkpoint verify`" not in errors
+    code, output, _ = shoestring(capsys, "checkpoint", "verify", run)
+    assert code == 1
+    assert "its SHA-256 is not that in complete" in output
+    assert "checkpoint verify`" not in output
 
 
 def reseal(checkpoint: Path, edit: Callable[[dict[str, Any]], object]) -> None:
@@ -405,7 +405,10 @@ def test_a_resealed_manifest_is_damaged_and_no_other_file_is_opened(
     edit: Callable[[dict[str, Any]], object], run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reseal(part(run).parent, edit)
-    for verb in (["checkpoint", "verify", run], ["export", run, run / "out"], ["generate", run, "--prompt", "word"]):
+    code, output, _ = shoestring(capsys, "checkpoint", "verify", run)
+    assert code == 1
+    assert "manifest.json" in output
+    for verb in (["export", run, run / "out"], ["generate", run, "--prompt", "word"]):
         code, _, errors = shoestring(capsys, *verb)
         assert code == 2
         assert "manifest.json" in errors
@@ -548,6 +551,84 @@ def test_a_line_of_a_corpus_that_cannot_be_used_is_named(
     assert code == 2
     assert "w.jsonl" in errors
     assert gist in errors
+
+
+@pytest.mark.parametrize("sign", ["a", "7", "=", " ", "\n", "語"])
+def test_a_word_without_end_is_refused(sign: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The time to learn merges grows with the square of the length of a word."""
+    folder, verb = corpus(tmp_path)
+    (folder / "w.jsonl").write_text(json.dumps({"text": "a word"}) + "\n" + json.dumps({"text": "b" + sign * 100_000}))
+    code, _, errors = shoestring(capsys, *verb)
+    assert code == 2
+    assert "w.jsonl = 'document 2': holds a word of more than 32768 letters, digits, signs or blanks" in errors
+
+
+def test_a_long_text_without_blanks_is_prepared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, verb = corpus(tmp_path)
+    (folder / "w.txt").write_text("a1," * 50_000)
+    assert shoestring(capsys, *verb)[0] == 0
+
+
+def test_a_directory_that_links_to_itself_is_refused(
+    hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, verb = corpus(tmp_path)
+    (tmp_path / "prepared").symlink_to("prepared")
+    for name in ("prepare", "inspect"):
+        code, _, errors = shoestring(capsys, "data", name, *verb[2:])
+        assert code == 2
+        assert "prepared" in errors
+    for arguments in (["import", tmp_path / "prepared", tmp_path / "made"], ["budget", tmp_path / "prepared"]):
+        assert shoestring(capsys, *arguments)[0] == 2
+
+
+def test_names_from_others_send_nothing_to_the_terminal(hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_config(hf, **{"\x1b[31mred": 1, "x" * 5000: 2})
+    code, output, _ = shoestring(capsys, "import", hf, hf.parent / "made")
+    assert code == 0
+    assert "\x1b" not in output
+    assert len(output) < 2000
+
+
+def test_a_config_json_or_index_is_read_to_a_bound(hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("config.json", "model.safetensors.index.json"):
+        (hf / name).touch()
+        size = (hf / name).stat().st_size
+        os.truncate(hf / name, 2**29)
+        errors = refused_import(capsys, hf)
+        assert f"{name} = 536870912: is too large" in errors
+        os.truncate(hf / name, size)
+
+
+@pytest.mark.parametrize(
+    ("values", "prompt"),
+    [
+        ({"model": {"type": "Unigram", "unk_id": None, "vocab": []}}, "word"),
+        ({"model": {"type": "WordLevel", "vocab": {}, "unk_token": "?"}}, "word"),
+        ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated",
+                            "invert": False}}, "x" * 60),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_cannot_encode_is_named(
+    values: dict[str, object], prompt: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = part(run).parent / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    raw = path.read_bytes()
+    entry = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    reseal(path.parent, lambda tree: tree["attachments"][0].update(entry))
+    code, _, errors = shoestring(capsys, "generate", run, "--prompt", prompt, "--tokens", "1")
+    assert code == 2
+    assert "tokenizer.json" in errors
+    assert "cannot encode this text" in errors
+
+
+def test_a_number_of_metrics_without_end_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record_run(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"kind": "step", "step": 9, "time": 1, "loss": {10**400}}}\n')
+    assert shoestring(capsys, "report", tmp_path, "--out", tmp_path / "made")[0] == 0
+    assert shoestring(capsys, "watch", tmp_path, "--once")[0] == 0
 
 
 def test_a_vocabulary_of_millions_is_refused_before_memory_is_taken(

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,10 +24,11 @@ from shoestring.launch.launcher import _wait
 from shoestring.launch.lock_wait import wait_until_free
 from shoestring.launch.run_dir import claimed, read_status
 from shoestring.launch.say import say
-from shoestring.launch.stops import MOST_STOPS, note_stop, stops_without_step, too_many_stops
+from shoestring.launch.stops import MOST_STOPS, end_of, note_stop, stops_without_step, too_many_stops
 from shoestring.tests.launch.real_run import processes_of, wait_for_step, wait_until
 from shoestring.tests.launch.small_run import free_port, small_run
 from shoestring.trainer.budget.summary import summarise
+from shoestring.trainer.evaluated import evaluated_until
 
 SECRET = "correct horse battery staple"
 MODULES = ("token", "random", "queue", "wandb", "torch", "trainer", "launch", "yaml", "sitecustomize")
@@ -204,6 +205,21 @@ def test_stops_without_a_step_are_counted_until_one_is_made(tmp_path: Path) -> N
     for junk in ("", "x", "-1", "9" * 50, "\0"):
         (tmp_path / stops._FILE).write_text(junk)
         assert stops_without_step(tmp_path) == 0
+
+
+def test_notes_of_a_run_that_are_no_files_say_nothing(tmp_path: Path) -> None:
+    names: dict[str, Callable[[Path], int | None]] = {stops._FILE: stops_without_step, "evaluated": evaluated_until}
+    names[stops._ENDED] = lambda run: end_of(run, "a")
+    harms: list[Callable[[Path], object]] = [os.mkfifo, Path.mkdir, lambda path: path.write_bytes(b"\xff"), endless]
+    for harm in harms:
+        for name, read in names.items():
+            harm(tmp_path / name)
+            assert not read(tmp_path), name
+            (tmp_path / name).rmdir() if (tmp_path / name).is_dir() else (tmp_path / name).unlink()
+
+
+def endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
 
 
 def test_a_directory_that_is_let_go_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...comm.files import open_regular, refuse_links, refusing
+from ...comm.files import chunks_of_lines, lines_within, open_regular, refuse_links, refusing
 from ...comm.refusal import Problem, Refused
 from ...comm.strict import Malformed, parse_json
 from ..telemetry.line_writer import BACKLOG_BYTES, LineWriter
@@ -95,7 +95,7 @@ class JournalReader:
                 remedy = "the journal is shorter than when it was last read; restore the file"
                 raise Refused([Problem(str(self._path), self._position, remedy)])
             file.seek(self._position)
-            for line in file:
+            for line in lines_within(file, _LONGEST):
                 if not line.endswith(b"\n") or (end is not None and self._position >= end):
                     return
                 self._number += 1
@@ -178,17 +178,20 @@ _LONGEST = 2**20
 
 
 def holds_record(path: Path, head: str) -> bool:
-    """Whether the journal at `path` has a record with this hash."""
+    """Whether the journal at `path` has a record with this hash. Raises Refused like `holds`."""
     return holds(path, f'"hash":"{head}"'.encode())
 
 
 def holds(path: Path, *words: bytes) -> bool:
-    """Whether any of `words`, none longer than 1 MiB, is in the file at `path`, which is not parsed."""
+    """Whether any of `words`, none longer than 1 MiB, is in the file of lines at `path`, which is not parsed.
+
+    Raises Refused where it cannot be read, or has a line of more than `MAX_LINE_BYTES`.
+    """
     if not path.is_file():
         return False
-    with path.open("rb") as file:
+    with refusing(path, _RESTORE), open_regular(path) as file:
         rest = b""
-        while chunk := file.read(2**23):
+        for chunk in chunks_of_lines(file):
             if any(word in rest + chunk for word in words):
                 return True
             rest = chunk[-_LONGEST:]

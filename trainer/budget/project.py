@@ -11,6 +11,7 @@ runs:            # directories, from the file's own; a run need not be there yet
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,12 +43,12 @@ class Project:
         budgets, runs = (tree.get(key) for key in ("gpu_hours", "runs")) if isinstance(tree, dict) else (None, None)
         refuse_if_any(_problems(path, tree, budgets, runs))
         assert isinstance(budgets, dict) and isinstance(runs, list)  # noqa: PT018
-        directories = [(path.parent / run).resolve() for run in runs]
+        directories = [Path(os.path.realpath(path.parent / run)) for run in runs]
         return Project(path, {str(phase): float(hours) for phase, hours in budgets.items()}, directories)
 
     def has(self, run_dir: Path) -> bool:
         """Whether `run_dir` is one of its runs."""
-        return run_dir.resolve() in self.runs
+        return Path(os.path.realpath(run_dir)) in self.runs
 
 
 def _problems(path: Path, tree: object, budgets: Any, runs: Any) -> Iterator[Problem]:
@@ -69,7 +70,7 @@ def _problems(path: Path, tree: object, budgets: Any, runs: Any) -> Iterator[Pro
                 yield Problem(f"{path}, gpu_hours.{phase}", hours, "must be greater than 0 and finite")
     if not isinstance(runs, list) or not runs or not all(isinstance(run, str) and run for run in runs):
         yield Problem(f"{path}, runs", runs, "must list the directories of runs")
-    elif len({(path.parent / run).resolve() for run in runs}) < len(runs):
+    elif len({Path(os.path.realpath(path.parent / run)) for run in runs}) < len(runs):
         yield Problem(f"{path}, runs", runs, "names a run twice, which would be counted twice; name it once")
 
 
@@ -88,7 +89,9 @@ class ProjectReader:
     def left(self, phase: str, run_dir: Path) -> float:
         """GPU-hours of the phase's budget that the runs other than `run_dir` have left."""
         spent_ms = sum(
-            summary.by_phase.get(phase, 0) for run, summary in self.summaries().items() if run != run_dir.resolve()
+            summary.by_phase.get(phase, 0)
+            for run, summary in self.summaries().items()
+            if run != Path(os.path.realpath(run_dir))
         )
         return max(0.0, self.project.gpu_hours.get(phase, 0.0) - gpu_hours(spent_ms))
 

@@ -154,11 +154,11 @@ def _rows(path: Path, delimiter: str, needed: Sequence[str]) -> Iterator[tuple[i
     with refusing(path, "name another file"):
         lines = read_text(path, _MOST_BYTES).removeprefix("\ufeff").splitlines()
     reader = csv.DictReader(lines, delimiter=delimiter)
-    missing = [name for name in needed if name not in (reader.fieldnames or ())]
-    if missing:
-        has = ", ".join(reader.fieldnames or ("nothing",))
-        raise Refused([Problem(f"{path}:1", has, f"lacks the column {name!r}") for name in missing])
     try:
+        missing = [name for name in needed if name not in (reader.fieldnames or ())]
+        if missing:
+            has = ", ".join(reader.fieldnames or ("nothing",))
+            raise Refused([Problem(f"{path}:1", has, f"lacks the column {name!r}") for name in missing])
         rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
         raise Refused([Problem(f"{path}:{reader.line_num}", None, f"is no line of a table: {error}")]) from error

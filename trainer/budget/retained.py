@@ -54,7 +54,7 @@ class Retained:
             self.gpu_ms -= gpu_ms
             self.tokens[phase] -= self._tokens.pop()
             undone += gpu_ms
-        if not self._numbers and self._floor > step:
+        if self._summed and not self._numbers and self._floor > step:
             raise Forgotten
         return undone
 

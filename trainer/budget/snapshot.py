@@ -18,6 +18,7 @@ from typing import Any
 
 from ...comm.files import read_json
 from ...comm.refusal import Problem, Refused
+from ...comm.strict import Item
 from .journal import JournalReader, Place, is_place_of
 from .records import check_record
 from .replay import Ledger
@@ -51,7 +52,7 @@ def read_snapshot(run_dir: Path, least_bytes: int | None = None) -> Snapshot | N
         totals = saved["totals"]
         if saved["sha256"] != _digest(totals) or totals["format"] != _FORMAT:
             return None
-        places = Place(**totals["allocation"]), Place(**totals["work"])
+        places = Item(totals["allocation"]).build(Place), Item(totals["work"]).build(Place)
         fits = all(map(is_place_of, (run_dir / ALLOCATION_FILE, run_dir / WORK_FILE), places))
         return Snapshot(*places, Ledger.of_tree(totals["ledger"])) if fits else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ...comm.refusal import Problem, Refused
 from .manifest import MANIFEST, MARKER, Damaged
 from .opened import Checkpoint
-from .store import CheckpointStore
+from .store import CheckpointStore, step_of
 
 FOLDER = "checkpoints"
 """Of a run directory."""
@@ -18,30 +19,31 @@ def store_at(path: Path) -> CheckpointStore:
     return CheckpointStore(path / FOLDER if (path / FOLDER).is_dir() else path, keep=1)
 
 
-_SAYS_MORE = "is damaged; `shoestring checkpoint verify` says more, --step takes another"
-
-
-def find_checkpoint(path: Path, step: int | None = None, remedy_of_damage: str = _SAYS_MORE) -> Checkpoint:
-    """The checkpoint at `path`, or that of `step`, or the newest of the run there. Raises `Refused`.
-
-    `remedy_of_damage` is what a refusal says of a checkpoint that cannot be opened.
-    """
+def find_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
+    """The checkpoint at `path`, or that of `step`, or the newest of the run there. Raises `Refused`."""
     try:
-        if (path / MANIFEST).exists() or (path / MARKER).exists():
-            return Checkpoint.open(path)
-        store = store_at(path)
-        steps = store.steps()
-        if step is not None and step not in steps:
-            has = ", ".join(map(str, steps)) or "none"
-            raise Refused([Problem("--step", step, f"there is no such checkpoint in {store.directory}; it has {has}")])
-        if not steps:
-            remedy = "holds no checkpoint; name a run directory, or the directory of one checkpoint"
-            raise Refused([Problem("checkpoint", str(path), remedy)])
-        return store.open(steps[-1] if step is None else step)
+        return Checkpoint.open(find_directory(path, step))
     except Damaged as damaged:
-        raise Refused([Problem("checkpoint", str(damaged), remedy_of_damage)]) from damaged
+        remedy = "is damaged; `shoestring checkpoint verify` says more, --step takes another"
+        raise Refused([Problem("checkpoint", str(damaged), remedy)]) from damaged
     except OSError as error:
         raise unreadable(error) from error
+
+
+def find_directory(path: Path, step: int | None = None) -> Path:
+    """The directory of the same checkpoint, whole or damaged. Raises `Refused` where there is none, and `OSError`."""
+    is_one = any(os.path.lexists(path / name) for name in (MANIFEST, MARKER))
+    if is_one or (step_of(path) is not None and path.is_dir()):
+        return path
+    store = store_at(path)
+    steps = store.steps()
+    if step is not None and step not in steps:
+        has = ", ".join(map(str, steps)) or "none"
+        raise Refused([Problem("--step", step, f"there is no such checkpoint in {store.directory}; it has {has}")])
+    if not steps:
+        remedy = "holds no checkpoint; name a run directory, or the directory of one checkpoint"
+        raise Refused([Problem("checkpoint", str(path), remedy)])
+    return store.path(steps[-1] if step is None else step)
 
 
 def unreadable(error: OSError) -> Refused:

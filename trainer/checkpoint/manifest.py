@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,7 +76,12 @@ class Manifest:
     @property
     def bytes(self) -> int:
         """Of all files."""
-        return sum(self.files.values()) + sum(entry.bytes for entry in self.attachments)
+        return sum(self.sizes.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file."""
+        return {**self.files, **{entry.file: entry.bytes for entry in self.attachments}}
 
     def to_json(self) -> str:
         """The text of the file."""
@@ -153,9 +159,14 @@ def read_manifest(directory: Path) -> Manifest:
 
     Raises `Damaged`, `Refused` for another format, and `OSError` where files are there and cannot be read.
     """
-    manifest = _read(directory, parse)
-    _check_sizes(directory, {**manifest.files, **{entry.file: entry.bytes for entry in manifest.attachments}})
+    manifest = read_manifest_alone(directory)
+    _check_sizes(directory, manifest.sizes)
     return manifest
+
+
+def read_manifest_alone(directory: Path) -> Manifest:
+    """The same manifest, whatever became of the files that it lists. Raises like `read_manifest`."""
+    return _read(directory, parse)
 
 
 def _read(directory: Path, take: Callable[[bytes], T]) -> T:
@@ -172,17 +183,27 @@ def _read(directory: Path, take: Callable[[bytes], T]) -> T:
         raise Damaged(f"{error.filename}: is missing") from error
     except Malformed as error:
         raise Damaged(f"{file}: {error}") from error
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # no time mends a link that leads to itself
+            raise
+        raise Damaged(f"{file}: {error.strerror}") from error
     except Refused as refused:
         raise Refused(replace(problem, field=str(file)) for problem in refused.problems) from refused
 
 
 def _check_sizes(directory: Path, sizes: Mapping[str, int]) -> None:
+    for _, words in wrong_sizes(directory, sizes):
+        raise Damaged(words)
+
+
+def wrong_sizes(directory: Path, sizes: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """Yield each of the files that is missing or has another size than in `sizes`, and words about it."""
     for name, size in sizes.items():
         path = directory / name
         if not path.is_file():
-            raise Damaged(f"{path}: is missing" if not path.exists() else f"{path}: is no regular file")
-        if path.stat().st_size != size:
-            raise Damaged(f"{path}: has {path.stat().st_size} bytes instead of {size}")
+            yield name, f"{path}: is missing" if not path.exists() else f"{path}: is no regular file"
+        elif path.stat().st_size != size:
+            yield name, f"{path}: has {path.stat().st_size} bytes instead of {size}"
 
 
 @dataclass(frozen=True)

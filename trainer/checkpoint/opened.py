@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from ...comm.files import read_regular, refusing
 from ...comm.refusal import Problem, Refused, refuse_if_any
 from ...comm.strict import Item, Malformed
 from ..model.config import ModelConfig
-from .manifest import MANIFEST, Damaged, Manifest, StoredPiece, read_manifest
+from .manifest import MANIFEST, Damaged, Manifest, StoredPiece, read_manifest, wrong_sizes
 from .pieces import AVERAGE, MODEL, Piece
 from .tensor_file import Declared, TensorFile, as_bytes, read_at
 
@@ -129,21 +129,23 @@ class Checkpoint:
             raise Damaged(f"{self.path / file}: {error}") from error
 
     def damage(self) -> Iterator[str]:
-        """Read every byte; what is wrong, a line for each header, piece or file."""
-        yield from self._damaged_headers()
+        """Read every byte; what is wrong, a line for each header, piece or file. Raises `OSError`."""
+        wrong = dict(wrong_sizes(self.path, self.manifest.sizes))
+        yield from wrong.values()
+        yield from self._damaged_headers(wrong)
         for name, tensor in self.manifest.tensors.items():
-            for piece in tensor.pieces:
+            for piece in (each for each in tensor.pieces if each.file not in wrong):
                 try:
                     self._piece(name, piece)
                 except (Damaged, OSError) as found:
                     yield str(found)
-        for entry in self.manifest.attachments:
+        for entry in (each for each in self.manifest.attachments if each.file not in wrong):
             try:
                 self.attachment(entry.file)
             except (Damaged, OSError) as found:
                 yield str(found)
 
-    def _damaged_headers(self) -> Iterator[str]:
+    def _damaged_headers(self, left_out: Container[str]) -> Iterator[str]:
         """Nothing of ours reads them, other libraries do: each must say exactly what the manifest says."""
         expected: dict[str, dict[str, tuple[Declared, int]]] = {file: {} for file in self.manifest.files}
         for name, tensor in self.manifest.tensors.items():
@@ -153,6 +155,8 @@ class Checkpoint:
                     key, shape = f"{name}[{piece.first}:{piece.first + piece.elements}]", (piece.elements,)
                 expected[piece.file][key] = Declared(key, tensor.dtype, shape), piece.begin
         for name, wanted in expected.items():
+            if name in left_out:
+                continue
             path = self.path / name
             try:
                 file = TensorFile(path)

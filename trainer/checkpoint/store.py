@@ -35,6 +35,12 @@ class Cover:
     """Tensors without which it would not be whole."""
 
 
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint that was saved to its end, by the name of its directory; None for any other name."""
+    found = _NAME.fullmatch(path.name)
+    return None if found is None else int(found.group(1))
+
+
 @dataclass(frozen=True)
 class CheckpointStore:
     """Where the checkpoints are, and how many of them stay."""
@@ -46,8 +52,7 @@ class CheckpointStore:
         """Steps of the checkpoints that were saved to their end, oldest first. They may have been damaged since."""
         if not self.directory.is_dir():
             return []
-        found = (_NAME.fullmatch(path.name) for path in self.directory.iterdir())
-        return sorted(int(match.group(1)) for match in found if match)
+        return sorted(step for step in map(step_of, self.directory.iterdir()) if step is not None)
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of `step` is, or would be."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class DataConfig:
         """What is impossible about these values on their own."""
         if not self.corpus:
             yield Problem("corpus", self.corpus, f"must name a directory, or be {PACKAGED_CORPUS}")
-        if not Path(self.prepared).resolve().name or not self.prepared:
+        if not Path(os.path.realpath(self.prepared)).name or not self.prepared:
             yield Problem("prepared", self.prepared, "must name a directory that may be created")
         if self.vocabulary < SMALLEST_VOCABULARY:
             remedy = f"must be at least {SMALLEST_VOCABULARY}: 256 bytes and two special tokens"

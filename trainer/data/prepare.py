@@ -35,7 +35,7 @@ def prepare(config: DataConfig, report: Callable[[str], None], *, shard_tokens: 
     _check(config, shard_tokens)
     sources = survey(config)
     wanted = fingerprint(sources, config.vocabulary, shard_tokens)
-    final = Path(config.prepared).resolve()
+    final = Path(os.path.realpath(config.prepared))
     if _is_occupied(final):
         return _reuse(final, wanted, report)
     total = sum(source.bytes for source in sources)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     Raises `Refused` when the texts have too few different words for `vocabulary` entries.
     """
     bpe = tokenizers.Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = _word_splitter()
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
@@ -83,15 +84,46 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
+def _word_splitter() -> pre_tokenizers.ByteLevel:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def split_words(text: str) -> list[str]:
+    """The words within which merges are learned, in the alphabet of bytes."""
+    return [word for word, _ in _word_splitter().pre_tokenize_str(text)]
+
+
 def read_bpe(raw: bytes) -> tokenizers.Tokenizer:
     """What `tokenizer.json` describes. Raises `Malformed` for anything else."""
     parse_json(raw)["model"].mapping()
-    try:
+    with _naming_panics("is not a tokenizer that the tokenizers library reads"):
         return tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
+
+
+def encode_with(bpe: tokenizers.Tokenizer, text: str) -> list[int]:
+    """Tokens of `text` by a tokenizer of others, without special tokens. Raises `Malformed` where it cannot.
+
+    A file may be read and yet describe what has no answer: an expression that backtracks without end, or a model
+    without a token for what it does not know.
+    """
+    with _naming_panics("is a tokenizer that cannot encode this text"):
+        return bpe.encode(text, add_special_tokens=False).ids
+
+
+def decode_with(bpe: tokenizers.Tokenizer, tokens: Sequence[int]) -> str:
+    """Text of `tokens` by a tokenizer of others, special tokens by name. Raises `Malformed` where it cannot."""
+    with _naming_panics("is a tokenizer that cannot decode these tokens"):
+        return bpe.decode(list(tokens), skip_special_tokens=False)
+
+
+@contextmanager
+def _naming_panics(remedy: str) -> Iterator[None]:
+    try:
+        yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # plain Exception for a file that it cannot read; a panic of Rust is no Exception
-        raise Malformed("", str(error), "is not a tokenizer that the tokenizers library reads") from error
+    except BaseException as error:  # plain Exception for most that it cannot do; a panic of Rust is no Exception
+        raise Malformed("", str(error), remedy) from error
 
 
 def load_tokenizer(path: Path, vocabulary: int, sha256: str) -> Tokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ...comm.files import os_problem, read_json, read_regular, refusing
 from ...comm.refusal import Problem, Refused, refuse_if_any
-from ...comm.strict import Malformed, parse_json
+from ...comm.strict import Malformed, parse_json, shortened
 from ..checkpoint.pieces import Piece
 from ..checkpoint.saver import write_share
 from ..checkpoint.store import CheckpointStore, Cover
@@ -43,6 +44,8 @@ _WEIGHTS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float1
 """Dtypes that a weight may have; whole numbers are none."""
 _ATTACHMENT_BYTES = 2**28
 _SCALES = _WEIGHTS | {torch.float8_e8m0fnu}
+_CONFIG_BYTES, _INDEX_BYTES = 2**24, 2**28
+"""Most that is read; those of DeepSeek-V3 have 2 kB and 9 MB."""
 _LISTED = 12
 """Names in a line about what is left out."""
 
@@ -122,9 +125,9 @@ def import_released(source: Path, target: Path, say: Callable[[str], None]) -> P
     if not (source / "config.json").exists():
         raise Refused([Problem("source", str(source), "holds no config.json; name a directory of released weights")])
     with refusing(source / "config.json", _FETCH):
-        tree = read_json(source / "config.json").mapping()
+        tree = read_json(source / "config.json", _CONFIG_BYTES).mapping()
     released = Released.open(source)
-    config = _with_the_mtp_that_is_there(model_config(tree, source.resolve().name), released, say)
+    config = _with_the_mtp_that_is_there(model_config(tree, Path(os.path.realpath(source)).name), released, say)
     _refuse_other_sizes(config, released)
     planned = entries(config)
     _refuse_briefly(list(_misfits(planned, released)), source)
@@ -165,7 +168,7 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
     if not path.exists():
         return None
     with refusing(path, _FETCH):
-        tree = read_json(path)
+        tree = read_json(path, _INDEX_BYTES)
         found = {name: file.inside() for name, file in tree["weight_map"].items()}
         if not found:
             raise tree["weight_map"].malformed("names no tensor")
@@ -203,7 +206,8 @@ def _say_what_is_left_out(
     ):
         if names:
             more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-            say(f"left out, {len(names)} {what}: {', '.join(names[:_LISTED])}{more}")
+            shown = ", ".join(ascii(name)[1:-1] for name in map(str, map(shortened, names[:_LISTED])))
+            say(f"left out, {len(names)} {what}: {shown}{more}")
 
 
 def _refuse_other_sizes(config: ModelConfig, released: Released) -> None:

@@ -67,7 +67,10 @@ def as_number(value: JSON) -> float | None:
     """`value` as a number, also where it was read back and is the word for one that is not finite; else None."""
     if isinstance(value, str):
         return float(value) if value in _NOT_FINITE else None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    except OverflowError:  # a whole number of more digits than a float has room for
+        return None
 
 
 def as_numbers(value: JSON) -> list[float]:

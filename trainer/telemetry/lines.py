@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...comm.files import open_regular
+from ...comm.files import MAX_LINE_BYTES, chunks_of_lines, lines_within, open_regular, refusing
+from ...comm.refusal import Problem, Refused
 
 _CHUNK_BYTES = 64 * 1024
 
@@ -14,13 +15,17 @@ _CHUNK_BYTES = 64 * 1024
 def cut_torn_line(path: Path) -> None:
     """Cut what follows the last newline of the file at `path`, the remains of a write that a crash ended.
 
-    A file without a newline becomes empty; a file that does not exist stays away.
+    A file without a newline becomes empty; a file that does not exist stays away. Raises `Refused` for more remains
+    than `MAX_LINE_BYTES`: no write was that long, so that something else has damaged the file.
     """
     if not path.exists():
         return
     with path.open("rb+") as file:
-        end = file.seek(0, os.SEEK_END)
+        size = end = file.seek(0, os.SEEK_END)
         while end > 0:
+            if size - end > MAX_LINE_BYTES:
+                remedy = f"ends in more than {MAX_LINE_BYTES} bytes without a newline; restore the file"
+                raise Refused([Problem(str(path), size, remedy)])
             start = max(0, end - _CHUNK_BYTES)
             file.seek(start)
             newline = file.read(end - start).rfind(b"\n")
@@ -32,12 +37,9 @@ def cut_torn_line(path: Path) -> None:
 
 
 def count_lines(path: Path) -> int:
-    """Return how many whole lines the file at `path` has."""
-    count = 0
-    with path.open("rb") as file:
-        while chunk := file.read(2**23):
-            count += chunk.count(b"\n")
-    return count
+    """Return how many whole lines the file at `path` has. Raises `Refused` where it cannot be read."""
+    with refusing(path, "restore it"), open_regular(path) as file:
+        return sum(chunk.count(b"\n") for chunk in chunks_of_lines(file))
 
 
 def whole_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -60,7 +62,9 @@ class LineReader:
         self._inode: int | None = None
 
     def new_lines(self) -> Iterator[tuple[int, str]]:
-        """Yield (line number from 1, line without its newline) of what has come since. Raises `Replaced`.
+        """Yield (line number from 1, line without its newline) of what has come since.
+
+        Raises `Replaced`, and `Malformed` and `OSError` for what is no file of lines.
 
         A byte that is no UTF-8 stands as half of a surrogate pair, so that whoever reads the line can name it.
         """
@@ -70,7 +74,7 @@ class LineReader:
                 raise Replaced
             self._inode = status.st_ino
             file.seek(self._position)
-            for line in file:
+            for line in lines_within(file):
                 if not line.endswith(b"\n"):
                     return
                 self._position += len(line)

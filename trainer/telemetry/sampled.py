@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...comm.files import open_regular, refusing
+from ...comm.files import lines_within, open_regular, refusing
 from .events import Event
 from .history import History, parse_event
 from .lines import LineReader
@@ -122,7 +122,7 @@ def _is_number(text: bytes) -> bool:
 def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Whole lines with their numbers, without newlines."""
     with refusing(path, "restore it"), open_regular(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(lines_within(file), 1):
             if not line.endswith(b"\n"):
                 return
             yield number, line[:-1]

@@ -6,6 +6,7 @@ The only module that imports wandb to write; it is imported when a run opens the
 from __future__ import annotations
 
 import html
+import os
 import re
 import secrets
 import sys
@@ -60,7 +61,7 @@ class WandbSink:
                 mode="online" if config.mode == "online" else "offline",
                 project=config.project,
                 entity=config.entity,
-                name=config.name or run_dir.resolve().name,
+                name=config.name or Path(os.path.realpath(run_dir)).name,
                 id=_run_id(run_dir),
                 resume="allow",
                 dir=str(run_dir),

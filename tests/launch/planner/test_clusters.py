@@ -81,6 +81,9 @@ def test_a_table_that_is_none_is_refused(tmp_path: Path) -> None:
     path.write_text("a,b\n1,2\n")
     with pytest.raises(Refused, match="must have the columns"):
         read_table(str(path))
+    path.write_text(f"kind,{'9' * 200_000}\n")
+    with pytest.raises(Refused, match=r"table.csv.*field larger than field limit"):
+        read_table(str(path))
     with pytest.raises(Refused, match="no table of the planner and no file"):
         read_table("nowhere")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from shoestring.comm.refusal import Refused
 from shoestring.launch.cli import main
 from shoestring.launch.report.page import html_report
 from shoestring.launch.report.record import read_run
@@ -188,6 +189,15 @@ def test_losses_that_are_not_numbers_break_nothing(tmp_path: Path) -> None:
     assert "step 2 training 3.500" in page.words("loss")
     assert "training inf" in page.words("loss")
     assert "ended by a fault" in page.words()
+
+
+@pytest.mark.parametrize("text", ["a: 1\na: 2", "a: !!python/object:os.system {}", "5"])
+def test_a_config_yaml_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+    """It is read where no rank has said how it was configured."""
+    own(tmp_path)
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(Refused, match=r"config.yaml.*restore it, or remove it"):
+        read_run(tmp_path)
 
 
 def test_a_broken_ledger_is_told_in_its_place(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from shoestring.comm.refusal import Refused
-from shoestring.trainer.budget.journal import Journal, JournalReader, read_journal
+from shoestring.trainer.budget.journal import Journal, JournalReader, holds, read_journal
 
 WRITER = """
 import sys
@@ -177,3 +177,34 @@ def test_a_writer_killed_while_appending_loses_nothing_it_had_written(tmp_path: 
         assert survived in (said, [*said, said[-1] + 1])
     fill(path, 0)
     assert numbers(path)[-1] == 0
+
+
+def hole(path: Path, *, end: bytes = b"") -> Path:
+    """A terabyte without a newline that takes no room, behind whatever is there, and `end`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.truncate(2**40)
+    with path.open("ab") as file:
+        file.write(end)
+    return path
+
+
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_a_journal_of_holes_is_refused_in_no_time(end: bytes, tmp_path: Path) -> None:
+    fill(tmp_path / "work.jsonl", 1)
+    path = hole(tmp_path / "work.jsonl", end=end)
+    with pytest.raises(Refused, match=r"work.jsonl.*begins a line of more than 1048576 bytes"):
+        read_journal(path)
+    with pytest.raises(Refused, match=r"work.jsonl.*stands in a line of more than 8388608 bytes"):
+        holds(path, b"nowhere")
+    assert holds(path, b'"number":1')
+    with pytest.raises(Refused, match=r"ends in more than 8388608 bytes|begins a line of more"):
+        Journal(path)
+    assert path.stat().st_size == 2**40 + len(end)
+
+
+def test_a_record_of_a_mebibyte_is_read(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "work.jsonl")
+    journal.append({"number": 1, "filler": "x" * 1_000_000})
+    journal.close()
+    assert numbers(tmp_path / "work.jsonl") == [1]

@@ -113,3 +113,8 @@ def test_an_invoice_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         read_invoice(written(tmp_path, "gpu_hours,amount\n1,two\n"), {})
     with pytest.raises(Refused, match="absent = None: cannot be used: No such file"):
         read_invoice(tmp_path / "absent", {})
+
+
+def test_a_heading_without_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"field larger than field limit"):
+        read_sacct(written(tmp_path, "JobID|" + "9" * 200_000))

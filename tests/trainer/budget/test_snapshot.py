@@ -143,3 +143,21 @@ def test_a_line_is_checked_as_it_stands() -> None:
     genesis = "0" * 64
     assert not is_linked(b"{}\n", genesis)
     assert not is_linked(b'{"hash":"' + b"0" * 64 + b'"}\n', genesis)
+
+
+@pytest.mark.parametrize("place", [{"position": -1}, {"position": 1.0}, {"number": "1"}, {"head": 5}, {"other": 1}])
+def test_totals_that_end_at_no_place_count_for_nothing(place: dict[str, object], tmp_path: Path) -> None:
+    """Also where their hash fits: a position of -1 would read all of a file."""
+    train(tmp_path, "a", 1, 20)
+    saved = json.loads((tmp_path / TOTALS_FILE).read_text())
+    assert read_snapshot(tmp_path) is not None
+    saved["totals"]["work"] |= place
+    saved["sha256"] = snapshot._digest(saved["totals"])
+    (tmp_path / TOTALS_FILE).write_text(json.dumps(saved))
+    assert read_snapshot(tmp_path) is None
+    assert summarise(tmp_path) == full(tmp_path)
+
+
+def test_a_step_0_goes_back_to_nothing_that_was_forgotten(tmp_path: Path) -> None:
+    train(tmp_path, "a", 0, 3)
+    assert full(tmp_path).steps_retained == 4

@@ -182,3 +182,12 @@ def test_the_description_counts_what_is_there(directory: Path) -> None:
     assert 0 < validation.unigram_entropy < np.log(290)
     assert description.excerpt.startswith("The time has come, the walrus said")
     assert f"{manifest.train.tokens}" in render(description)
+
+
+def test_a_token_beyond_the_vocabulary_is_refused(directory: Path) -> None:
+    """Whoever wrote the shard has written hashes that fit."""
+    shard = directory / "validation_00000.bin"
+    shard.write_bytes(b"\xff" * shard.stat().st_size)
+    sha256 = hashlib.sha256(shard.read_bytes()).hexdigest()
+    edit_manifest(directory, lambda tree: tree["validation"]["shards"][0].update(sha256=sha256))
+    assert "data.prepared: validation = 65535: is a token of the split" in refusal(describe, directory)

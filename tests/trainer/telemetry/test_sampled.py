@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from shoestring.comm.refusal import Refused
 from shoestring.trainer.telemetry import sampled
 from shoestring.trainer.telemetry.events import Event, EventStream
 from shoestring.trainer.telemetry.history import History, MetricsReader, read_metrics
-from shoestring.trainer.telemetry.lines import count_lines
+from shoestring.trainer.telemetry.lines import count_lines, cut_torn_line
 from shoestring.trainer.telemetry.sampled import read_sampled, tail_reader
 
 
@@ -93,3 +95,17 @@ def test_a_history_keeps_the_last_ones(tmp_path: Path) -> None:
     steps = [event.step for event in history.events]
     assert 10 <= len(steps) <= 20
     assert steps[-1] == 1000
+
+
+def test_metrics_of_holes_are_refused_in_no_time(tmp_path: Path) -> None:
+    """A file of a terabyte that takes no room, without a newline."""
+    path = write(tmp_path, step(1))
+    os.truncate(path, 2**40)
+    readers: list[Callable[[Path], object]] = [read_metrics, read_sampled, count_lines]
+    readers.append(lambda path: MetricsReader(path).new_events())
+    for read in readers:
+        with pytest.raises(Refused, match=r"metrics.jsonl.* line of more than 8388608 bytes"):
+            read(path)
+    with pytest.raises(Refused, match="ends in more than 8388608 bytes without a newline; restore the file"):
+        cut_torn_line(path)
+    assert path.stat().st_size == 2**40
