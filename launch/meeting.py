@@ -170,13 +170,14 @@ class _Line:
         self.connection.close()
 
 
-class _Words:
-    """Says what is waited for, at once and every 30 seconds."""
+class WaitingWords:
+    """Says what is waited for, `first_after` seconds from now and every 30 seconds."""
 
-    def __init__(self) -> None:
-        self._next = time.monotonic()
+    def __init__(self, first_after: float = 0) -> None:
+        self._next = time.monotonic() + first_after
 
     def say(self, text: str) -> None:
+        """Say `text` where it is time."""
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + _SECONDS_BETWEEN_WORDS
             say(f"shoestring train: {text}")
@@ -211,7 +212,7 @@ def _listen(venue: Venue) -> socket.socket:
 
 def _gather(venue: Venue, listener: socket.socket, facts: Facts, guests: dict[int, _Line]) -> None:
     """Until every other machine is among the `guests`. Raises `Refused`, once most of them are there to hear it."""
-    deadline, words, hint = time.monotonic() + venue.seconds, _Words(), _foreign(venue.address)
+    deadline, words, hint = time.monotonic() + venue.seconds, WaitingWords(), _foreign(venue.address)
     refusals: list[Refused] = []
     while len(guests) < venue.machines - 1:
         missing = [number for number in range(1, venue.machines) if number not in guests]
@@ -300,7 +301,7 @@ def _sees(note: Path, attempt: str) -> bool:
 
 
 def _reach(venue: Venue) -> _Line:
-    deadline, words = time.monotonic() + venue.seconds, _Words()
+    deadline, words = time.monotonic() + venue.seconds, WaitingWords()
     while True:
         try:
             connection = socket.create_connection((venue.address, venue.port), _SECONDS_TO_SPEAK)
@@ -316,7 +317,7 @@ def _reach(venue: Venue) -> _Line:
 
 def _answer(venue: Venue, line: _Line) -> dict[str, object]:
     """What machine 0 says next. Raises `Refused` and `NotMet`."""
-    deadline, words = time.monotonic() + venue.seconds + _SECONDS_TO_SEE, _Words()
+    deadline, words = time.monotonic() + venue.seconds + _SECONDS_TO_SEE, WaitingWords()
     while time.monotonic() < deadline:
         try:
             message = line.receive(_SECONDS_BETWEEN_LOOKS)

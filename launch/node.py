@@ -72,7 +72,7 @@ def read_place(environment: Mapping[str, str]) -> Place:
 
     def whole(name: str, default: int, low: int, high: int) -> int:
         text = environment.get(name) or str(default)
-        if text.isdecimal() and low <= int(text) <= high:
+        if text.isascii() and text.isdecimal() and len(text) <= len(str(high)) and low <= int(text) <= high:
             return int(text)
         problems.append(Problem(name, text, f"must be a whole number from {low} to {high}"))
         return default

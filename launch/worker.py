@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -31,12 +33,14 @@ from .compose import read_config, to_yaml
 from .identity import data_digest, identity
 from .orphan import LAUNCHER_VARIABLE
 from .rank_environment import FLIGHT_RECORDER, applying, computes_on_gpus, make_late, users_choices
+from .rank_meeting import StoppedBeforeMeeting, find_ranks
 from .run_dir import is_marked, own, reserve_status, write_config, write_status
 from .say import say
 from .stopping import listen_for_stop
 from .stops import end_of, note_end, note_stop
 
 _REFUSED = 2
+_STOPPED = 128 + signal.SIGTERM
 _SECONDS_FOR_OTHERS = 3
 """torchrun ends all ranks of a machine with the first: each shall have said what it waited for, and for whom."""
 
@@ -72,7 +76,9 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
         size = f"topology asks for {config.topology.world_size} processes"
         return _stop(config, worker, _REFUSED, str(Problem("world size", worker.world_size, f"{size}; start as many")))
     try:
-        device, watchdog = _meet(config, worker)
+        device, watchdog = _meet(config, worker, stop_asked)
+    except StoppedBeforeMeeting as stopped:
+        _leave(f"shoestring train: rank {worker.rank}: {stopped}", _STOPPED)
     except Refused as error:
         return _refuse_alone(Path(config.training.run_dir), worker.rank, error)
     timeout = timedelta(seconds=config.training.collective_timeout_seconds)
@@ -107,14 +113,23 @@ def _watch(config: RunConfig, worker: WorkerEnvironment) -> Watchdog:
     return watchdog
 
 
-def _meet(config: RunConfig, worker: WorkerEnvironment) -> tuple[torch.device, Watchdog | None]:
+def _meet(
+    config: RunConfig, worker: WorkerEnvironment, stop_asked: Callable[[], bool]
+) -> tuple[torch.device, Watchdog | None]:
     """Find the other ranks, compare this one with them, and open the default group.
 
-    Return this rank's device, and on a GPU what watches its calls; gloo's end at their limit.
+    Return this rank's device, and on a GPU what watches its calls; gloo's end at their limit. Machines that our
+    launcher starts have met before; ranks that others start meet here.
     """
     limit = timedelta(seconds=config.training.start_timeout_seconds)
+    key = "start_timeout_seconds" if LAUNCHER_VARIABLE in os.environ else "meeting_timeout_seconds"
     try:
-        store = open_store(worker, limit)
+        if LAUNCHER_VARIABLE in os.environ:
+            store = open_store(worker, limit)
+        else:
+            store = find_ranks(worker, config.training.meeting_timeout_seconds, stop_asked)
+            store.set_timeout(limit)
+        key = "start_timeout_seconds"
         refuse_unless_equal(store, worker.rank, worker.world_size, identity(config, data_digest(config)))
         _make_settings(config, worker)
         device = pick_device(config, worker)
@@ -123,8 +138,9 @@ def _meet(config: RunConfig, worker: WorkerEnvironment) -> tuple[torch.device, W
             start_default_group(worker, device, limit, store)
     except (dist.DistError, OSError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        words = f"did not meet the other {worker.world_size - 1} ranks at {where} within {limit.total_seconds():g} s"
-        _die(f"shoestring train: rank {worker.rank} {words} (training.start_timeout_seconds): {error}")
+        seconds = getattr(config.training, key)
+        words = f"did not meet the other {worker.world_size - 1} ranks at {where} within {seconds:g} s"
+        _die(f"shoestring train: rank {worker.rank} {words} (training.{key}): {error}")
     return device, watchdog
 
 
@@ -159,15 +175,17 @@ def _local_ranks() -> int:
 
 
 def _die(words: str) -> NoReturn:
-    """Say why, then leave at once: threads of this process may wait for messages that never come.
+    """Say why, then leave with 1, once the words stand before those of the ranks that then miss this one."""
+    _leave(words, 1, _SECONDS_FOR_OTHERS)
 
-    The words come before the connections close, so that they stand before those of the ranks that then miss this one.
-    """
+
+def _leave(words: str, code: int, seconds: float = 0) -> NoReturn:
+    """Say why, then leave after `seconds`: threads of this process may wait for messages that never come."""
     say(words)
     with suppress(OSError, ValueError):
         sys.stdout.flush()
-    time.sleep(_SECONDS_FOR_OTHERS)
-    os._exit(1)
+    time.sleep(seconds)
+    os._exit(code)
 
 
 def _own(run_dir: Path, config: RunConfig) -> None:
