@@ -170,29 +170,52 @@ def full_for_a_while(bench: Bench, row: Row, place: Path) -> None:
         bench.compare(row, disk / "run")
 
 
-def writes_fail_for_a_while(error: str) -> Inject:
-    """H3 with another error than ENOSPC, in metrics and ledger."""
+def failing_writes(place: Path, error: str, which: str) -> tuple[str, Path]:
+    """A site in whose processes writes fail while a flag, the second result, is there; `which` is about `name`."""
+    flag = place / "failing"
+    lines = (
+        "import errno, os",
+        "write = os.write",
+        "def failing(file, raw):",
+        "    name = os.readlink(f'/proc/self/fd/{file}')",
+        f"    if os.path.exists({str(flag)!r}) and {which}:",
+        f"        raise OSError(errno.{error}, os.strerror(errno.{error}))",
+        "    return write(file, raw)",
+        "os.write = failing",
+    )
+    return site(place, *lines), flag
+
+
+RECORDS = "name.endswith('.jsonl')"
+SAVES = "'.partial/' in name"
+
+
+def writes_fail_for_a_while(error: str, which: str, words: str) -> Inject:
+    """H3 with another error than ENOSPC, in metrics and ledger, or in saves."""
 
     def inject(bench: Bench, row: Row, place: Path) -> None:
-        flag = place / "failing"
-        lines = (
-            "import errno, os",
-            "write = os.write",
-            "def failing(file, raw):",
-            f"    if os.path.exists({str(flag)!r}) and os.readlink(f'/proc/self/fd/{{file}}').endswith('.jsonl'):",
-            f"        raise OSError(errno.{error}, os.strerror(errno.{error}))",
-            "    return write(file, raw)",
-            "os.write = failing",
-        )
-        launch = bench.start(place / "run", site=site(place, *lines))
+        folder, flag = failing_writes(place, error, which)
+        launch = bench.start(place / "run", "training.failed_saves=1000", site=folder)
         launch.reaches(8)
         flag.touch()
         time.sleep(1.5)
         flag.unlink()
-        row.told(launch.wait(), 0, "wait in memory")
+        row.told(launch.wait(), 0, words)
         bench.compare(row, place / "run")
 
     return inject
+
+
+def no_room_at_the_launch(bench: Bench, row: Row, place: Path) -> None:
+    """H3 before the first byte, in a directory that a run was stopped in and in a new one."""
+    with small_disk(place / "disk", 64 * 2**20) as disk:
+        bench.stopped(row, disk / "run")
+        fill(disk / "filler")
+        for run_dir in (disk / "run", disk / "new"):
+            row.told(bench.start(run_dir).wait(), 2, "cannot be written")
+        (disk / "filler").unlink()
+        bench.finish(row, disk / "run")
+        bench.finish(row, disk / "new")
 
 
 def stopped_on_a_full_disk(bench: Bench, row: Row, place: Path) -> None:
@@ -214,6 +237,15 @@ def no_save_succeeds(bench: Bench, row: Row, place: Path) -> None:
     launch = bench.start(place / "run", shell=f"ulimit -f {bench.largest_file() // 2 // 1024}")
     row.told(launch.wait(), 1, "training.failed_saves")
     row.insist(launch.steps < STEPS, "it has trained to its end")
+    bench.finish(row, place / "run")
+
+
+def saves_of_one_rank_fail(bench: Bench, row: Row, place: Path) -> None:
+    """H4 on the last rank alone: the others must not take its save for one."""
+    folder, flag = failing_writes(place, "EIO", f"{SAVES} and os.environ.get('RANK') == '{bench.ep - 1}'")
+    flag.touch()
+    row.told(bench.start(place / "run", site=folder).wait(), 1, "training.failed_saves")
+    row.insist(not list((place / "run").glob("checkpoints/step_????????")), "a checkpoint lacks a rank")
     bench.finish(row, place / "run")
 
 
@@ -331,6 +363,11 @@ def without_last_lines(raw: bytes) -> bytes:
     return b"".join(raw.splitlines(keepends=True)[:-12])
 
 
+def with_last_line_twice(raw: bytes) -> bytes:
+    """As a copy that was tried twice leaves it."""
+    return raw + raw.splitlines(keepends=True)[-1]
+
+
 def with_other_number(raw: bytes) -> bytes:
     """As a person leaves it who wants a smaller bill."""
     return raw.replace(b'"tokens":32', b'"tokens":64', 1)
@@ -401,6 +438,18 @@ def removed(name: str) -> Inject:
     return inject
 
 
+def another_in_its_place(bench: Bench, row: Row, place: Path) -> None:
+    """M10: the run directory was moved away, and its name leads to an empty one."""
+    launch = bench.start(place / "run")
+    launch.reaches(12)
+    (place / "run").rename(place / "moved")
+    (place / "run").mkdir()
+    row.told(launch.wait(), 1, "was removed")
+    shutil.rmtree(place / "run")
+    (place / "moved").rename(place / "run")
+    bench.finish(row, place / "run")
+
+
 def removed_part(name: str) -> Inject:
     """M10: something in it is removed that the run can make again."""
 
@@ -431,10 +480,30 @@ INJECTIONS = (
     Injection("H3", "no room for 1.5 s", "goes on; written when there is room", full_for_a_while, True),
     Injection("H3", "no room for 1.5 s", "goes on; written when there is room", full_for_a_while, True, ep=2),
     Injection("H3", "no room, then SIGTERM", "exit 75", stopped_on_a_full_disk, True),
-    Injection("H3", "EDQUOT for 1.5 s", "goes on; written later", writes_fail_for_a_while("EDQUOT")),
-    Injection("H3", "EIO for 1.5 s", "goes on; written later", writes_fail_for_a_while("EIO")),
-    Injection("H3", "EROFS for 1.5 s", "goes on; written later", writes_fail_for_a_while("EROFS"), ep=2),
+    Injection(
+        "H3", "EDQUOT for 1.5 s", "goes on; written later", writes_fail_for_a_while("EDQUOT", RECORDS, "wait in memory")
+    ),
+    Injection(
+        "H3", "EIO for 1.5 s", "goes on; written later", writes_fail_for_a_while("EIO", RECORDS, "wait in memory")
+    ),
+    Injection(
+        "H3",
+        "EROFS for 1.5 s",
+        "goes on; written later",
+        writes_fail_for_a_while("EROFS", RECORDS, "wait in memory"),
+        ep=2,
+    ),
+    Injection(
+        "H3",
+        "EIO in saves for 1.5 s",
+        "goes on, saves again",
+        writes_fail_for_a_while("EIO", SAVES, "could not be written"),
+    ),
+    Injection("H3", "no room at the launch", "one clear error, exit 2", no_room_at_the_launch, True),
     Injection("H4", "every save fails (ulimit -f)", "stops after 3 in a row, exit 1", no_save_succeeds),
+    Injection(
+        "H4", "every save of the last rank fails", "stops after 3 in a row, exit 1", saves_of_one_rank_fail, ep=2
+    ),
     Injection("H4", "checkpoints is a file", "one clear error", checkpoints_is_a_file),
     Injection("M4", "1,049 shards, ulimit -n 1024", "trains", more_shards_than_files(1024)),
     Injection("M4", "1,049 shards, ulimit -n 256", "trains", more_shards_than_files(256)),
@@ -456,6 +525,9 @@ INJECTIONS = (
     Injection("M6", "work.jsonl empty", "refused, exit 2", changed_ledger("work.jsonl", lambda _: b"")),
     Injection(
         "M6", "a number of work.jsonl edited", "refused, exit 2", changed_ledger("work.jsonl", with_other_number)
+    ),
+    Injection(
+        "M6", "the last line of work.jsonl twice", "refused, exit 2", changed_ledger("work.jsonl", with_last_line_twice)
     ),
     Injection("M6", "ledger/ removed between launches", "the checkpoint carries the cost", no_ledger, ep=2),
     Injection(
@@ -483,6 +555,7 @@ INJECTIONS = (
     Injection("M10", "run directory removed in mid-run", "a fault, said, exit 1", removed("")),
     Injection("M10", "run directory removed in mid-run", "a fault, said, exit 1", removed(""), ep=2),
     Injection("M10", "ledger/ removed in mid-run", "a fault, said, exit 1", removed("ledger"), ep=2),
+    Injection("M10", "another directory in its place", "a fault, said, exit 1", another_in_its_place),
     Injection("M10", "checkpoints/ removed in mid-run", "goes on, saves again", removed_part("checkpoints")),
     Injection("M10", "metrics.jsonl removed in mid-run", "goes on in a new file", removed_part("metrics.jsonl")),
 )
