@@ -115,6 +115,17 @@ def torn_small_files(how: str) -> Inject:
     return inject
 
 
+def torn_journals(bench: Bench, row: Row, place: Path) -> None:
+    """H1 for the files that grow: a power loss leaves zeros where a line was, or half of a line."""
+    for number, tail in enumerate((bytes(4096), b'{"attempt":"', b"\xff\x00{")):
+        run_dir = place / f"run{number}"
+        bench.stopped(row, run_dir)
+        for name in ("metrics.jsonl", "ledger/work.jsonl", "ledger/allocation.jsonl"):
+            with (run_dir / name).open("ab") as file:
+                file.write(tail)
+        bench.finish(row, run_dir)
+
+
 def harmed_checkpoint(bench: Bench, row: Row, place: Path) -> None:
     """The newest checkpoint, one of its files empty or torn: the one before it is taken."""
     first = place / "first"
@@ -264,20 +275,37 @@ def checkpoints_is_a_file(bench: Bench, row: Row, place: Path) -> None:
     bench.finish(row, place / "run")
 
 
+def many_shards(bench: Bench, row: Row, place: Path) -> str:
+    """The name of data in 1,049 shards or more, which is made once."""
+    if not (bench.root / "many").exists():
+        tokens = prepare(compose_run(bench.overrides(place / "run")).data, lambda _: None).train.tokens
+        config = compose_run(bench.overrides(place / "run", "many")).data
+        manifest = prepare(config, lambda _: None, shard_tokens=max(1, tokens // 1060))
+        row.insist(len(manifest.train.shards) >= 1049, f"only {len(manifest.train.shards)} shards")
+    return "many"
+
+
 def more_shards_than_files(limit: int) -> Inject:
     """M4."""
 
     def inject(bench: Bench, row: Row, place: Path) -> None:
-        data = bench.root / "many"
-        if not data.exists():
-            tokens = prepare(compose_run(bench.overrides(place / "run")).data, lambda _: None).train.tokens
-            config = compose_run(bench.overrides(place / "run", "many")).data
-            manifest = prepare(config, lambda _: None, shard_tokens=max(1, tokens // 1060))
-            row.insist(len(manifest.train.shards) >= 1049, f"only {len(manifest.train.shards)} shards")
-        row.codes.append(bench.start(place / "run", data="many", shell=f"ulimit -n {limit}").wait().code)
-        bench.finish(row, place / "run", "many")
+        data = many_shards(bench, row, place)
+        row.codes.append(bench.start(place / "run", data=data, shell=f"ulimit -n {limit}").wait().code)
+        bench.finish(row, place / "run", data)
 
     return inject
+
+
+def data_moved_away(bench: Bench, row: Row, place: Path) -> None:
+    """M5 for all shards at once, most of which are not open then."""
+    data = bench.root / many_shards(bench, row, place)
+    launch = bench.start(place / "run", data=data.name)
+    launch.reaches(12)
+    data.rename(place / "moved")
+    ended = launch.wait()
+    (place / "moved").rename(data)
+    row.told(ended, 1, "cannot be read")
+    bench.finish(row, place / "run", data.name)
 
 
 def changed_tokens(change: Callable[[Path], None], *, must_notice: bool = True) -> Inject:
@@ -474,6 +502,7 @@ INJECTIONS = (
     Injection("H1", "every small file of run and data empty", "treated as absent", torn_small_files("empty")),
     Injection("H1", "every small file torn", "treated as absent", torn_small_files("torn")),
     Injection("H1", "every small file noise", "treated as absent", torn_small_files("noise"), ep=2),
+    Injection("H1", "zeros or half a line in journals", "cut; goes on", torn_journals),
     Injection("H1", "a file of the newest checkpoint torn", "goes on from the one before", harmed_checkpoint),
     Injection("H1", "plan.json, measured cluster torn", "one clear error, exit 2", torn_inputs),
     Injection("H2", "a leftover .partial fills the disk", "cleared at start; goes on", leftovers_fill_the_disk, True),
@@ -513,6 +542,7 @@ INJECTIONS = (
     Injection(
         "M5", "a shard removed in mid-run", "noticed, or not read", changed_tokens(Path.unlink, must_notice=False)
     ),
+    Injection("M5", "1,049 shards moved away in mid-run", "noticed, exit 1", data_moved_away),
     Injection("M6", "rank 0 stopped for 5 s", "attributed: unknown at most 5 %", stopped_rank(0)),
     Injection("M6", "rank 1 stopped for 5 s", "attributed: unknown at most 5 %", stopped_rank(1), ep=2),
     Injection("M6", "ledger/work.jsonl removed", "refused, exit 2", changed_ledger("work.jsonl", lambda _: None)),
