@@ -1,10 +1,13 @@
-"""What the verbs that look at a run take where the run is long: seconds and peak memory of each.
+"""What the verbs that look at a run take where the run is long: CPU seconds, seconds and peak memory of each.
 
     python benchmarks/loads.py [--scale 0.1] [--directory DIR] [--json FILE]
 
 At --scale 1 the loads are a ledger of 1,000,000 records, a metrics.jsonl of 1,000,000 lines (2.1 GB) and 1,000
 checkpoints; DeepSeek-V3's run has 235,000 steps. Making them takes minutes and 3 GB of disk. A row without totals reads
 a ledger whose saved totals were removed. `resume` is what a new launch does with the ledger before its first step.
+
+The limits hold for CPU seconds (user and system, of the verb and what it starts): wall time, printed beside them, also
+counts what other processes of the machine take. Exit code 1 where a limit is missed.
 """
 
 from __future__ import annotations
@@ -48,7 +51,8 @@ class Row:
 
     verb: str
     load: str
-    seconds: float
+    cpu_seconds: float
+    wall_seconds: float
     peak_mb: float
     exit_code: int
     is_within: bool
@@ -112,10 +116,11 @@ import sys
 from pathlib import Path
 from shoestring.trainer.budget.allocation import Allocation
 from shoestring.trainer.budget.config import BudgetConfig
-from shoestring.trainer.budget.summary import summarise
+from shoestring.trainer.budget.summary import ensure_totals, summarise
 from shoestring.trainer.budget.totals import carry
 from shoestring.trainer.budget.work import Work
 run_dir, budget = Path(sys.argv[1]), BudgetConfig(gpu_hours=1e6)
+ensure_totals(run_dir)
 totals = summarise(run_dir).totals()
 allocation = Allocation(run_dir, ranks=8, attempt=sys.argv[2], budget=budget)
 work = Work(run_dir, ranks=8, attempt=sys.argv[2], budget=budget)
@@ -129,18 +134,20 @@ allocation.close("done")
 
 
 def run(verb: str, load: str, command: Sequence[str]) -> Row:
-    """Run `command` to its end; its own peak memory."""
+    """Run `command` to its end; its CPU time and peak memory, and of what it has started and waited for."""
+    print(f"shoestring {verb}, {load} ...", file=sys.stderr, flush=True)
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
-    seconds, peak = time.perf_counter() - start, used.ru_maxrss / 1000
+    wall, cpu, peak = time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss / 1000
     process.returncode = os.waitstatus_to_exitcode(status)
-    within = seconds <= LIMITS.get(verb, LIMIT_SECONDS) and peak <= LIMIT_MB and process.returncode == 0
-    return Row(verb, load, round(seconds, 2), round(peak, 1), process.returncode, within)
+    within = cpu <= LIMITS.get(verb, LIMIT_SECONDS) and peak <= LIMIT_MB and process.returncode == 0
+    return Row(verb, load, round(cpu, 2), round(wall, 2), round(peak, 1), process.returncode, within)
 
 
 def apart(make: Callable[[Path, int], None], run_dir: Path, number: int) -> None:
     """Make a load in a process of its own: what this one has used would count as a child's peak memory."""
+    print(f"{make.__name__} of {number:,} ...", file=sys.stderr, flush=True)
     process = multiprocessing.get_context("spawn").Process(target=make, args=(run_dir, number))
     process.start()
     process.join()
@@ -155,11 +162,12 @@ def measure(run_dir: Path, scale: float) -> list[Row]:
     apart(make_ledger, run_dir, records)
     apart(make_checkpoints, run_dir, checkpoints)
     cli = [sys.executable, "-m", "shoestring.launch.cli"]
+    resume = [sys.executable, "-c", RESUME, str(run_dir)]
     ledger = f"{records:,} records"
     rows = [
         run("budget", ledger, [*cli, "budget", str(run_dir)]),
         run("budget --verify", ledger, [*cli, "budget", str(run_dir), "--verify"]),
-        run("resume", ledger, [sys.executable, "-c", RESUME, str(run_dir), "two"]),
+        run("resume", ledger, [*resume, "two"]),
         run("checkpoint ls", f"{checkpoints:,} checkpoints", [*cli, "checkpoint", "ls", str(run_dir)]),
     ]
     apart(make_metrics, run_dir, lines)
@@ -169,8 +177,14 @@ def measure(run_dir: Path, scale: float) -> list[Row]:
         run("watch", both, [*cli, "watch", str(run_dir), "--once"]),
         run("report", both, [*cli, "report", str(run_dir), "--out", str(run_dir / "report.html")]),
     ]
-    (run_dir / TOTALS_FILE).unlink()
-    rows.append(run("budget", f"{ledger}, without totals", [*cli, "budget", str(run_dir)]))
+    without = {
+        "budget": [*cli, "budget", str(run_dir)],
+        "watch": [*cli, "watch", str(run_dir), "--once"],
+        "resume": [*resume, "three"],
+    }
+    for verb, command in without.items():
+        (run_dir / TOTALS_FILE).unlink(missing_ok=True)
+        rows.append(run(verb, f"{ledger}, without totals", command))
     return rows
 
 
@@ -189,16 +203,28 @@ def main() -> None:
         if options.directory is None:
             shutil.rmtree(directory)
     table = Table(
-        "verb", "load", "s", "peak MB", "exit", f"within {LIMIT_SECONDS:g} s (report 20) and {LIMIT_MB:g} MB", box=None
+        *("verb", "load", "CPU s", "wall s", "peak MB", "exit"),
+        f"within {LIMIT_SECONDS:g} s of CPU (report 20), {LIMIT_MB:g} MB",
+        box=None,
     )
     for row in rows:
-        cells = (row.verb, row.load, f"{row.seconds:.2f}", f"{row.peak_mb:,.0f}", str(row.exit_code))
-        table.add_row(*cells, "yes" if row.is_within else "no")
-    Console(width=140).print(table)
+        numbers = (f"{row.cpu_seconds:.2f}", f"{row.wall_seconds:.2f}", f"{row.peak_mb:,.0f}", str(row.exit_code))
+        table.add_row(row.verb, row.load, *numbers, "yes" if row.is_within else "no")
+    console = Console(width=140)
+    console.print(table)
+    load = os.getloadavg()[0]
+    console.print(
+        f"The limits hold for CPU seconds: wall time also counts what other processes take (load average {load:.1f})."
+    )
     if options.json is not None:
-        load = os.getloadavg()[0]
-        tree = {"scale": options.scale, "load_average": load, "rows": [asdict(row) for row in rows]}
+        tree = {
+            "scale": options.scale,
+            "load_average": load,
+            "judged": "cpu_seconds",
+            "rows": [asdict(row) for row in rows],
+        }
         options.json.write_text(json.dumps(tree, indent=1) + "\n")
+    sys.exit(not all(row.is_within for row in rows))
 
 
 if __name__ == "__main__":

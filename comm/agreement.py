@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from .refusal import Problem, Refused
+from .strict import parse_json
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,8 @@ def to_json(facts: Facts) -> str:
 
 def from_json(text: str) -> dict[str, Fact]:
     """Return what `to_json` made into text. Raises `ValueError` for any other text."""
-    tree = json.loads(text)
-    if not isinstance(tree, dict):
-        raise ValueError("is not a mapping of facts")
     facts = {}
-    for name, pair in tree.items():
+    for name, pair in parse_json(text).mapping().items():
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(each, str) for each in pair)):
             raise ValueError(f"{name} is not a fact")
         facts[name] = Fact(*pair)

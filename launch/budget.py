@@ -23,8 +23,7 @@ from ..trainer.budget.reconcile import (
     render_lines,
 )
 from ..trainer.budget.render import render, render_project, render_what_if, what_if
-from ..trainer.budget.snapshot import verify_snapshot
-from ..trainer.budget.summary import LedgerReader, Summary, summarise
+from ..trainer.budget.summary import Summary, summarise, verified_summary
 from ..trainer.budget.terms import PUBLISHED_USD_PER_GPU_HOUR, gpu_hours
 
 _SCALES = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
@@ -140,10 +139,7 @@ def budget_tree(question: Question) -> dict[str, object]:
 
 def _summary(question: Question) -> Summary:
     """Of the run; where it is to be verified, without the saved totals, which must agree."""
-    if not question.verify:
-        return summarise(question.run)
-    verify_snapshot(question.run)
-    return LedgerReader(question.run, from_totals=False).summary()
+    return verified_summary(question.run) if question.verify else summarise(question.run)
 
 
 def _project_tree(project: Project) -> dict[str, object]:

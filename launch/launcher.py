@@ -16,6 +16,7 @@ from types import FrameType
 
 from ..comm.refusal import Refused
 from ..trainer.budget.allocation import Allocation
+from ..trainer.budget.summary import ensure_totals
 from ..trainer.config import RunConfig
 from ..trainer.halt import Halt
 from .attempt import ATTEMPT_VARIABLE
@@ -67,6 +68,7 @@ def launch(config: RunConfig, local: LocalRanks, *, fresh: bool, meet: Meet | No
         if is_finished(config):
             print(f"{run_dir} is finished. --fresh starts over; a larger training.tokens goes on.")
             return 0
+        ensure_totals(run_dir)
         spent = spent_budget(config)
         if spent is not None:
             say(f"shoestring train: {spent}")

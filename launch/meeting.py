@@ -20,8 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..comm.agreement import DIFFERENT, Facts, difference, first_difference, from_json, to_json
+from ..comm.files import refusing, replace_file
 from ..comm.loopback import listen_on, loopback_of
 from ..comm.refusal import Problem, Refused
+from ..comm.strict import parse_json
 from .say import say
 
 _SECONDS_BETWEEN_WORDS = 30
@@ -81,15 +83,16 @@ def host_meeting(venue: Venue, facts: Facts, run_dir: Path, attempt: str) -> Non
     """
     with ExitStack() as cleanup:
         note = run_dir / _FILE
-        note.write_text(attempt)
+        with refusing(note, "make room, or name another training.run_dir"):
+            replace_file(note, attempt.encode())
         cleanup.callback(lambda: note.unlink(missing_ok=True))
         listener = cleanup.enter_context(_listener(venue))
         guests: dict[int, _Line] = {}
         cleanup.callback(_close, guests)
         try:
             _gather(venue, listener, facts, guests)
-            for guest in guests.values():
-                guest.send({"run_dir": str(run_dir), "attempt": attempt})
+            for number, guest in guests.items():
+                _send(number, guest, {"run_dir": str(run_dir), "attempt": attempt})
             for number, guest in guests.items():
                 _check_sight(number, guest, run_dir)
         except Refused as refused:
@@ -97,8 +100,15 @@ def host_meeting(venue: Venue, facts: Facts, run_dir: Path, attempt: str) -> Non
                 with suppress(OSError):
                     guest.send({"refused": str(refused)})
             raise
-        for guest in guests.values():
-            guest.send({"go": True})
+        for number, guest in guests.items():
+            _send(number, guest, {"go": True})
+
+
+def _send(number: int, guest: _Line, message: Mapping[str, object]) -> None:
+    try:
+        guest.send(message)
+    except OSError as error:
+        raise NotMet(f"machine {number} ({guest.host}) has left ({error.strerror}); look what it says") from error
 
 
 def _close(guests: Mapping[int, _Line]) -> None:
@@ -154,10 +164,7 @@ class _Line:
             if len(self._rest) > _MOST_BYTES:
                 raise ValueError("is too long for a message")
         text, _, self._rest = self._rest.partition(b"\n")
-        message = json.loads(text)
-        if not isinstance(message, dict):
-            raise ValueError("is not a message")
-        return message
+        return parse_json(text).mapping()
 
     def close(self) -> None:
         self.connection.close()
@@ -248,7 +255,7 @@ def _welcome(venue: Venue, line: _Line, facts: Facts, guests: dict[int, _Line]) 
         number, line.host = message["machine"], str(message["host"])
         refused = message.get("refused")
         theirs = {} if refused is not None else from_json(str(message["facts"]))
-    except (OSError, ValueError, KeyError, RecursionError):
+    except (OSError, ValueError, KeyError):
         line.close()
         return
     if not isinstance(number, int) or not 1 <= number < venue.machines:

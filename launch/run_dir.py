@@ -107,7 +107,7 @@ def reserve_status(run_dir: Path) -> None:
     with _refusing_to_fail(run_dir):
         path = run_dir / _RESERVE_FILE
         if not (path.exists() and path.stat().st_size == _RESERVE_BYTES):
-            path.write_bytes(b" " * _RESERVE_BYTES)
+            replace_file(path, b" " * _RESERVE_BYTES)
 
 
 def write_status(run_dir: Path, code: int, reason: str) -> None:

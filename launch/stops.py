@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from ..comm.files import read_text
+from ..comm.files import read_text, replace_file
 from ..comm.strict import Malformed
 
 _FILE = "stops_without_step"
@@ -18,10 +18,8 @@ MOST_STOPS = 3
 def note_stop(run_dir: Path, *, progressed: bool) -> None:
     """Note a stop on request; `progressed` says whether a step was made since the launch. No disk space, no note."""
     count = 0 if progressed else stops_without_step(run_dir) + 1
-    new = run_dir / f"{_FILE}.new"
     with suppress(OSError):
-        new.write_text(f"{count}\n")
-        new.replace(run_dir / _FILE)
+        replace_file(run_dir / _FILE, f"{count}\n".encode())
 
 
 def stops_without_step(run_dir: Path) -> int:
@@ -44,7 +42,7 @@ def too_many_stops(run_dir: Path) -> str | None:
 def note_end(run_dir: Path, attempt: str, code: int) -> None:
     """Note that `attempt` has ended on purpose, with this exit code."""
     with suppress(OSError):
-        (run_dir / _ENDED).write_text(f"{attempt} {code}\n")
+        replace_file(run_dir / _ENDED, f"{attempt} {code}\n".encode())
 
 
 def end_of(run_dir: Path, attempt: str) -> int | None:

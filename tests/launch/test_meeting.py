@@ -160,7 +160,11 @@ def test_a_machine_that_comes_again_takes_its_own_place(tmp_path: Path) -> None:
         hosting = machines.submit(outcome, lambda: host_meeting(host, FACTS, tmp_path, "attempt"))
         with _reached(host) as gone:
             meeting._Line(gone).send({"machine": 1, "host": "x", "facts": to_json(FACTS)})
-        others = [machines.submit(outcome, partial(attend_meeting, venue, FACTS)) for venue in (first, second)]
+            gone.shutdown(socket.SHUT_WR)
+            others = [machines.submit(outcome, partial(attend_meeting, first, FACTS))]
+            gone.settimeout(30)
+            assert gone.recv(1) == b""  # its place is taken: a third machine before that would end the waiting
+        others.append(machines.submit(outcome, partial(attend_meeting, second, FACTS)))
         assert [hosting.result(30), *(other.result(30) for other in others)] == [None, tmp_path, tmp_path]
 
 
@@ -175,6 +179,23 @@ def test_a_machine_that_leaves_is_named(tmp_path: Path) -> None:
         assert "machine 1 (far) has left" in str(hosting.result(30))
 
 
+def test_a_machine_that_is_gone_when_it_is_told_is_named() -> None:
+    here, there = socket.socketpair()
+    guest = meeting._Line(here)
+    guest.host = "far"
+    there.close()
+    with pytest.raises(NotMet, match=r"machine 1 \(far\) has left"):
+        meeting._send(1, guest, {"go": True})
+    guest.close()
+
+
+def test_a_note_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "meeting").mkdir()
+    host, _ = venues(2)
+    with pytest.raises(Refused, match=r"make room, or name another training\.run_dir"):
+        host_meeting(host, FACTS, tmp_path, "attempt")
+
+
 def test_a_port_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "_SECONDS_FOR_PORT", 0.1)
     host, _ = venues(2)
@@ -182,13 +203,14 @@ def test_a_port_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         host_meeting(host, FACTS, tmp_path, "attempt")
 
 
-def test_what_answers_and_is_no_launch() -> None:
+@pytest.mark.parametrize("words", [b"SSH-2.0-OpenSSH\n", b"[" * 100_000 + b"\n", b'{"go": NaN}\n', b"7\n"])
+def test_what_answers_and_is_no_launch(words: bytes) -> None:
     _, guest = venues(2)
     with socket.create_server((guest.address, guest.port)) as other, ThreadPoolExecutor(1) as machines:
         attending = machines.submit(outcome, lambda: attend_meeting(guest, FACTS))
         connection, _ = other.accept()
         with connection:
-            connection.sendall(b"SSH-2.0-OpenSSH\n")
+            connection.sendall(words)
             assert "is no launch of Shoestring" in str(attending.result(30))
 
 

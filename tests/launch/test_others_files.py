@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shoestring.launch.cli import main
-from shoestring.launch.run_dir import clear_status, own, read_status, write_config, write_status
+from shoestring.launch.run_dir import clear_status, own, read_status, reserve_status, write_config, write_status
+from shoestring.launch.stops import note_end, note_stop
 from shoestring.tests.launch.report.recorded import record_run
 from shoestring.tests.trainer.checkpoint.saved import save_model
 from shoestring.trainer.data.tokenizer import train_tokenizer
@@ -479,8 +480,12 @@ def test_state_of_a_run_is_written_through_no_link(tmp_path: Path) -> None:
     own(run_dir)
     (run_dir / "ledger").mkdir()
     for name in ("config.yaml", "run_status.json", "ledger/heartbeat.new", "ledger/heartbeat.json",
-                 "ledger/heartbeat.json.new", "config.yaml.new"):  # fmt: skip
+                 "ledger/heartbeat.json.new", "config.yaml.new", "ended", "stops_without_step",
+                 "stops_without_step.new", "run_status.reserve"):  # fmt: skip
         (run_dir / name).symlink_to(treasure)
+    reserve_status(run_dir)
+    note_stop(run_dir, progressed=False)
+    note_end(run_dir, "a", 0)
     write_config(run_dir, "a: 1\n")
     write_status(run_dir, 0, "done")
     Allocation(run_dir, ranks=1, attempt="a", budget=BudgetConfig(gpu_hours=1), beat_seconds=1000).close("done")

@@ -20,6 +20,7 @@ from ...comm.refusal import Problem, Refused
 from ...comm.strict import Malformed, parse_json
 from ..telemetry.line_writer import BACKLOG_BYTES, LineWriter
 from ..telemetry.lines import cut_torn_line
+from .batch import MOST_LINES, Batch, Row, are_alike, batch_of, row_of
 from .lock import lock_or_refuse
 
 Record = dict[str, Any]
@@ -88,21 +89,56 @@ class JournalReader:
 
     def stream(self, end: int | None = None) -> Iterator[Record]:
         """Yield the same one by one, of those that begin before byte `end`."""
+        for line in self._lines(end):
+            yield self._read(line)
+
+    def batches(self, end: int | None = None) -> Iterator[Record | Batch]:
+        """Yield the same, steps and intervals that follow each other together."""
+        rows: list[Row] = []
+        head, size = self.head.encode(), 0
+        for line in self._lines(end):
+            row = row_of(line, head)
+            if rows and (row is None or len(rows) == MOST_LINES or not are_alike(rows[0], row)):
+                yield self._batch(rows, size)
+                rows, size = [], 0
+            if row is None:
+                yield self._read(line)
+                head = self.head.encode()
+            else:
+                rows.append(row)
+                head, size = row[5], size + len(line)
+        if rows:
+            yield self._batch(rows, size)
+
+    def _batch(self, rows: list[Row], size: int) -> Batch:
+        """The batch of `rows`, lines of `size` bytes; the reader is behind them then."""
+        self._position += size
+        self._number += len(rows)
+        self.head = rows[-1][5].decode()
+        return batch_of(rows)
+
+    def _lines(self, end: int | None) -> Iterator[bytes]:
+        """Whole lines from the reader's place on, of those that begin before byte `end`. The place stays as it is."""
         if not self._path.exists():
             return
         with refusing(self._path, _RESTORE), open_regular(self._path) as file:
             if file.seek(0, os.SEEK_END) < self._position:
                 remedy = "the journal is shorter than when it was last read; restore the file"
                 raise Refused([Problem(str(self._path), self._position, remedy)])
-            file.seek(self._position)
+            position = file.seek(self._position)
             for line in lines_within(file, _LONGEST):
-                if not line.endswith(b"\n") or (end is not None and self._position >= end):
+                if not line.endswith(b"\n") or (end is not None and position >= end):
                     return
-                self._number += 1
-                record = self._checked(line, self._number, self.head)
-                self._position += len(line)
-                self.head = record["hash"]
-                yield record
+                position += len(line)
+                yield line
+
+    def _read(self, line: bytes) -> Record:
+        """The record of the line behind the reader's place; the reader is behind it then."""
+        self._number += 1
+        record = self._checked(line, self._number, self.head)
+        self._position += len(line)
+        self.head = record["hash"]
+        return record
 
     def _checked(self, line: bytes, number: int, head: str) -> Record:
         """The record of `line`, which must be chained to `head`."""

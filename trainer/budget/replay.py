@@ -6,12 +6,14 @@ starting, running, ended, or failed. So the parts add up by construction, whatev
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from .batch import Batch
 from .clock import Instant
 from .journal import Record
 from .retained import Retained
@@ -79,14 +81,31 @@ class Attempt:
             self.state = State.ENDED if record["clean"] else State.FAILED
             self.closed = self.closed or self._by_itself
 
+    def replay_batch(self, batch: Batch) -> None:
+        """Apply steps and intervals of rank 0: as `replay` of each, since none of them changes the state."""
+        cursor, clock = self._cursor, batch.monotonic_ns
+        if batch.boot == cursor["boot"]:
+            first_ns = clock[0] - cursor["monotonic_ns"]
+        else:
+            first_ns = batch.first_wall_ns - cursor["wall_ns"]
+        free_ms = self._advance(max(0, first_ns) + _rises(clock)) * self.ranks - batch.charged_ms
+        self._cursor = batch.cursor()
+        self._spend(free_ms, dying=False)
+        self.spent.update(batch.charged)
+
     def _pass(self, now: Record) -> int:
-        """Whole milliseconds from the last record to `now`; what is cut comes with a later one.
+        """Whole milliseconds from the last record to `now`.
 
         The same as `Instant.ns_since`, without making instants: of a long run there are a million records.
         """
         clock = "monotonic_ns" if now["boot"] == self._cursor["boot"] else "wall_ns"
-        self._since_ns += max(0, now[clock] - self._cursor[clock])
+        passed = self._advance(max(0, now[clock] - self._cursor[clock]))
         self._cursor = now
+        return passed
+
+    def _advance(self, nanoseconds: int) -> int:
+        """Whole milliseconds of so much more time; what is cut comes with a later one."""
+        self._since_ns += nanoseconds
         passed = self._since_ns // 1_000_000 - self._counted_ms
         self._counted_ms += passed
         self._held_ms += passed * self.ranks
@@ -135,6 +154,11 @@ class Attempt:
         made.state, made.spent, made._cursor = State(tree["state"]), Counter(tree["spent"]), tree["cursor"]
         made._sign = None if tree["sign"] is None else Instant.of(tree["sign"])
         return made
+
+
+def _rises(clock: Sequence[int]) -> int:
+    """The sum of all steps forward; a clock that goes back counts as one that stands."""
+    return sum(max(0, later - earlier) for earlier, later in itertools.pairwise(clock))
 
 
 _INSTANT = ("wall_ns", "monotonic_ns", "boot")
@@ -196,6 +220,15 @@ class Tally:
             self.sampled_us += record["step_us"]
             self.sampled_steps += 1
 
+    def replay_batch(self, batch: Batch, phase: str) -> None:
+        """Apply the steps of a batch, of a launch in `phase`."""
+        self.tokens_consumed += sum(batch.tokens)
+        if self.retained.extend(batch.steps, batch.gpu_ms, batch.tokens, phase):
+            return
+        for step, gpu_ms, tokens in zip(batch.steps, batch.gpu_ms, batch.tokens, strict=True):
+            self.roll_back_to(step - 1)
+            self.retained.append(step, gpu_ms, tokens, phase)
+
     def roll_back_to(self, step: int) -> None:
         """Steps after `step` have left the weights: what they cost was not productive after all."""
         self.rolled_back_ms += self.retained.roll_back_to(step)
@@ -239,7 +272,7 @@ class Ledger:
         self.latest: Record | None = None
         """The last opening, of a launch or a life."""
 
-    def replay(self, allocation: Iterable[Record], work: Iterable[Record]) -> None:
+    def replay(self, allocation: Iterable[Record], work: Iterable[Record | Batch]) -> None:
         """Apply new records of both journals."""
         for record in allocation:
             if record["kind"] == "open":
@@ -248,15 +281,23 @@ class Ledger:
                 attempt = self.attempts[record["attempt"]]
                 attempt.sign(record)
                 attempt.closed = True
-        for record in work:
-            if record["kind"] == "begin":
-                # Work that no launcher has opened is a launch of its own.
-                if record["attempt"] not in self.attempts:
-                    self._open(record)
-                self.latest = record
-            attempt = self.attempts[record["attempt"]]
-            attempt.replay(record)
-            self.tally.replay(record, attempt.phase)
+        for each in work:
+            if isinstance(each, Batch):
+                attempt = self.attempts[each.attempt]
+                attempt.replay_batch(each)
+                self.tally.replay_batch(each, attempt.phase)
+            else:
+                self._replay_work(each)
+
+    def _replay_work(self, record: Record) -> None:
+        if record["kind"] == "begin":
+            # Work that no launcher has opened is a launch of its own.
+            if record["attempt"] not in self.attempts:
+                self._open(record)
+            self.latest = record
+        attempt = self.attempts[record["attempt"]]
+        attempt.replay(record)
+        self.tally.replay(record, attempt.phase)
 
     def figures(self) -> dict[str, Any]:
         """What two readers of one ledger must agree on."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 KEPT = 8192
@@ -34,14 +36,32 @@ class Retained:
     def __len__(self) -> int:
         return self._summed + len(self._numbers)
 
+    def extend(self, numbers: Sequence[int], gpu_ms: Sequence[int], tokens: Sequence[int], phase: str) -> bool:
+        """Add steps if each comes after the last one; return whether they do, else nothing is changed."""
+        last = self._numbers[-1] if self._numbers else self._floor
+        if not all(map(operator.lt, (last, *numbers), numbers)):
+            return False
+        if not numbers:
+            return True
+        self._numbers.extend(numbers)
+        self._gpu_ms.extend(gpu_ms)
+        self._tokens.extend(tokens)
+        self._phases.extend([self._index(phase)] * len(numbers))
+        self.gpu_ms += sum(gpu_ms)
+        self.tokens[phase] += sum(tokens)
+        return True
+
+    def _index(self, phase: str) -> int:
+        if phase not in self._names:
+            self._names.append(phase)
+        return self._names.index(phase)
+
     def append(self, number: int, gpu_ms: int, tokens: int, phase: str) -> None:
         """Add a step after the last one."""
         self._numbers.append(number)
         self._gpu_ms.append(gpu_ms)
         self._tokens.append(tokens)
-        if phase not in self._names:
-            self._names.append(phase)
-        self._phases.append(self._names.index(phase))
+        self._phases.append(self._index(phase))
         self.gpu_ms += gpu_ms
         self.tokens[phase] += tokens
 

@@ -1,6 +1,6 @@
 """The totals of a ledger, saved beside it: a reader begins there and reads what has come since.
 
-A ledger of a million records takes ten seconds to read. What is saved names the last record of both journals that it
+A ledger of a million records takes seconds to read. What is saved names the last record of both journals that it
 holds, by place and hash. Where that record is not there, or the file is not as it was written, the totals count for
 nothing and everything is read. A hash stands for all records before it, as they were when they were read; whether they
 are still the same is found by reading all of them: `shoestring budget --verify`.
@@ -19,8 +19,7 @@ from typing import Any
 from ...comm.files import read_json
 from ...comm.refusal import Problem, Refused
 from ...comm.strict import Item
-from .journal import JournalReader, Place, is_place_of
-from .records import check_record
+from .journal import Place, is_place_of
 from .replay import Ledger
 from .terms import ALLOCATION_FILE, TOTALS_FILE, WORK_FILE
 
@@ -42,11 +41,11 @@ class Snapshot:
 def read_snapshot(run_dir: Path, least_bytes: int | None = None) -> Snapshot | None:
     """Return the totals that are saved in `run_dir`; None where there are none, or none that belong to its ledger.
 
-    None also for a ledger of less than `least_bytes`, by default `CHEAP_BYTES`.
+    None also for a ledger of less than `least_bytes`, by default `CHEAP_BYTES` (see `is_cheap`).
     """
-    path, least = run_dir / TOTALS_FILE, CHEAP_BYTES if least_bytes is None else least_bytes
+    path = run_dir / TOTALS_FILE
     try:
-        if (run_dir / WORK_FILE).stat().st_size < least:
+        if is_cheap(run_dir, least_bytes):
             return None
         saved = read_json(path, _MOST_BYTES).mapping()
         totals = saved["totals"]
@@ -57,6 +56,11 @@ def read_snapshot(run_dir: Path, least_bytes: int | None = None) -> Snapshot | N
         return Snapshot(*places, Ledger.of_tree(totals["ledger"])) if fits else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
+
+
+def is_cheap(run_dir: Path, least_bytes: int | None = None) -> bool:
+    """Whether the ledger of `run_dir` is read whole each time. Raises `OSError` where there is none."""
+    return (run_dir / WORK_FILE).stat().st_size < (CHEAP_BYTES if least_bytes is None else least_bytes)
 
 
 def write_snapshot(run_dir: Path, snapshot: Snapshot) -> None:
@@ -76,21 +80,12 @@ def write_snapshot(run_dir: Path, snapshot: Snapshot) -> None:
             new.unlink(missing_ok=True)
 
 
-def verify_snapshot(run_dir: Path) -> int:
-    """Read every record up to where the saved totals end; return how many of work there are, 0 without saved totals.
-
-    Raises Refused where a chain is broken, and where the records say something else than the totals.
-    """
-    saved = read_snapshot(run_dir, 0)
-    if saved is None:
-        return 0
-    allocation, work = (JournalReader(run_dir / name, check=check_record) for name in (ALLOCATION_FILE, WORK_FILE))
-    ledger = Ledger()
-    ledger.replay(allocation.stream(saved.allocation.position), work.stream(saved.work.position))
-    if ledger.figures() != saved.ledger.figures() or (allocation.place, work.place) != (saved.allocation, saved.work):
+def refuse_different(run_dir: Path, saved: Snapshot, found: Snapshot) -> None:
+    """Raise Refused where the totals that are `saved` in `run_dir` differ from what reading all records has `found`."""
+    is_same_place = (found.allocation, found.work) == (saved.allocation, saved.work)
+    if not is_same_place or found.ledger.figures() != saved.ledger.figures():
         remedy = "are not what the ledger's records say; remove this file, and it is made again"
         raise Refused([Problem(str(run_dir / TOTALS_FILE), "saved totals", remedy)])
-    return saved.work.number
 
 
 def _digest(totals: Any) -> str:

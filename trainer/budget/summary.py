@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from .journal import JournalReader, Record
 from .records import check_record
 from .replay import FIRST_START, Attempt, LateOpening, State
 from .retained import Forgotten
-from .snapshot import Snapshot, read_snapshot, write_snapshot
+from .snapshot import Snapshot, is_cheap, read_snapshot, refuse_different, write_snapshot
 from .terms import (
     ALLOCATION_FILE,
     BUCKETS,
@@ -183,6 +184,23 @@ def summarise(run_dir: Path) -> Summary:
     return LedgerReader(run_dir).summary()
 
 
+def verified_summary(run_dir: Path) -> Summary:
+    """The same from every record; the totals that are saved must agree, else raises Refused."""
+    reader = LedgerReader(run_dir, from_totals=False)
+    reader.verify()
+    return reader.summary()
+
+
+def ensure_totals(run_dir: Path) -> None:
+    """Save totals beside a long ledger that has none which fit, so that only this reader reads all of it.
+
+    For the launcher that holds the run directory. Raises Refused as `LedgerReader.summary` does.
+    """
+    with suppress(OSError):
+        if not is_cheap(run_dir) and read_snapshot(run_dir) is None:
+            LedgerReader(run_dir, from_totals=False).save()
+
+
 class LedgerReader:
     """Reads the ledger of `run_dir`, and from the second time on only what is new.
 
@@ -208,10 +226,13 @@ class LedgerReader:
             self._read()
         return self._work.head
 
-    def _read(self) -> None:
+    def _read(self, until: Snapshot | None = None) -> None:
         end = self._work.size()  # first: what opened the work up to here is then in the other journal already
+        opened = None
+        if until is not None:
+            opened, end = until.allocation.position, until.work.position
         try:
-            self._ledger.replay(self._allocation.stream(), self._work.stream(end))
+            self._ledger.replay(self._allocation.stream(opened), self._work.batches(end))
         except KeyError as error:
             remedy = f"has a record of launch {error}, which no record opens; restore the ledger's files"
             raise Refused([Problem("run", str(self._run_dir), remedy)]) from error
@@ -219,7 +240,22 @@ class LedgerReader:
     def save(self) -> None:
         """Save the totals up to here beside the ledger, for the next reader; a disk that is full keeps the old ones."""
         self.read()
-        write_snapshot(self._run_dir, Snapshot(self._allocation.place, self._work.place, self._ledger))
+        write_snapshot(self._run_dir, self._snapshot())
+
+    def verify(self) -> None:
+        """Read everything from the beginning, and compare it with the saved totals at their place.
+
+        Raises Refused as `summary` does, and where the records say something else than the totals.
+        """
+        self._begin(None)
+        saved = read_snapshot(self._run_dir, 0)
+        if saved is not None:
+            self._read(saved)
+            refuse_different(self._run_dir, saved, self._snapshot())
+        self.read()
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(self._allocation.place, self._work.place, self._ledger)
 
     def summary(self) -> Summary:
         """As of now.

@@ -14,8 +14,8 @@ from shoestring.trainer.budget import retained, snapshot
 from shoestring.trainer.budget.allocation import Allocation
 from shoestring.trainer.budget.config import BudgetConfig
 from shoestring.trainer.budget.journal import JournalReader, is_linked
-from shoestring.trainer.budget.snapshot import read_snapshot, verify_snapshot
-from shoestring.trainer.budget.summary import LedgerReader, Summary, summarise
+from shoestring.trainer.budget.snapshot import read_snapshot
+from shoestring.trainer.budget.summary import LedgerReader, Summary, ensure_totals, summarise, verified_summary
 from shoestring.trainer.budget.terms import TERMS, TOTALS_FILE, WORK_FILE
 from shoestring.trainer.budget.work import Work
 
@@ -58,7 +58,7 @@ def test_totals_and_what_came_since_are_the_whole(tmp_path: Path) -> None:
     assert 0 < saved.work.number < len(JournalReader(tmp_path / WORK_FILE).new_records())
     assert summarise(tmp_path) == full(tmp_path)
     assert (summarise(tmp_path).steps_retained, summarise(tmp_path).attempts) == (30, 2)
-    assert verify_snapshot(tmp_path) == saved.work.number
+    assert verified_summary(tmp_path) == full(tmp_path)
 
 
 def test_any_sequence_of_launches_is_the_same_with_totals_and_without(
@@ -72,7 +72,7 @@ def test_any_sequence_of_launches_is_the_same_with_totals_and_without(
         last = first + dice.randint(0, 9)
         train(tmp_path, f"launch {number}", first, last, close=dice.random() < 0.7)
         assert summarise(tmp_path) == full(tmp_path)
-        verify_snapshot(tmp_path)
+        assert verified_summary(tmp_path) == full(tmp_path)
 
 
 def test_a_short_ledger_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,6 +81,22 @@ def test_a_short_ledger_is_read_whole(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(snapshot, "CHEAP_BYTES", 10**6)
     assert read_snapshot(tmp_path) is None
     assert summarise(tmp_path) == full(tmp_path)
+
+
+def test_a_launch_makes_totals_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ensure_totals(tmp_path)
+    train(tmp_path, "a", 1, 30)
+    (tmp_path / TOTALS_FILE).unlink()
+    ensure_totals(tmp_path)
+    made = (tmp_path / TOTALS_FILE).read_bytes()
+    assert verified_summary(tmp_path) == summarise(tmp_path) == full(tmp_path)
+    (tmp_path / TOTALS_FILE).write_bytes(made[:-50])
+    ensure_totals(tmp_path)
+    assert (tmp_path / TOTALS_FILE).read_bytes() == made
+    (tmp_path / TOTALS_FILE).unlink()
+    monkeypatch.setattr(snapshot, "CHEAP_BYTES", 10**6)
+    ensure_totals(tmp_path)
+    assert not (tmp_path / TOTALS_FILE).exists()
 
 
 def edit(path: Path, change: Callable[[dict[str, object]], None]) -> None:
@@ -119,7 +135,7 @@ def test_totals_of_another_ledger_count_for_nothing(tmp_path: Path) -> None:
     (tmp_path / "two" / TOTALS_FILE).write_bytes((tmp_path / "one" / TOTALS_FILE).read_bytes())
     assert read_snapshot(tmp_path / "two") is None
     assert summarise(tmp_path / "two").steps_retained == 9
-    assert verify_snapshot(tmp_path / "two") == 0
+    assert verified_summary(tmp_path / "two").steps_retained == 9
 
 
 def test_verifying_finds_what_totals_hide(tmp_path: Path) -> None:
@@ -128,7 +144,7 @@ def test_verifying_finds_what_totals_hide(tmp_path: Path) -> None:
     whole = work.read_text()
     work.write_text(whole.replace('"tokens":8', '"tokens":9', 1))
     with pytest.raises(Refused, match="chain of hashes is broken"):
-        verify_snapshot(tmp_path)
+        verified_summary(tmp_path)
     work.write_text(whole)
     path = tmp_path / TOTALS_FILE
     tree = json.loads(path.read_text())
@@ -136,7 +152,7 @@ def test_verifying_finds_what_totals_hide(tmp_path: Path) -> None:
     tree["sha256"] = snapshot._digest(tree["totals"])
     path.write_text(json.dumps(tree))
     with pytest.raises(Refused, match="are not what the ledger's records say"):
-        verify_snapshot(tmp_path)
+        verified_summary(tmp_path)
 
 
 def test_a_line_is_checked_as_it_stands() -> None:

@@ -16,7 +16,7 @@ from shoestring.trainer.telemetry.config import TelemetryConfig, WandbConfig
 from shoestring.trainer.telemetry.events import JSON, Event, EventStream
 from shoestring.trainer.telemetry.history import read_all_metrics
 from shoestring.trainer.telemetry.open import open_stream
-from shoestring.trainer.telemetry.wandb_sink import WandbSink
+from shoestring.trainer.telemetry.wandb_sink import WandbSink, _run_id
 
 
 @pytest.fixture(autouse=True)
@@ -165,3 +165,12 @@ def test_all_problems_of_the_configuration_are_listed() -> None:
     config = TelemetryConfig(log_every=0, wandb=WandbConfig(mode="of", project=""))
     assert [problem.field for problem in config.problems()] == ["log_every", "wandb.mode", "wandb.project"]
     assert not list(TelemetryConfig().problems())
+
+
+@pytest.mark.parametrize("left", [b"", b"\xff\xfe\x00\x01", b"x" * 5000, b"../../etc/passwd"])
+def test_an_id_that_is_torn_gives_a_new_one(tmp_path: Path, left: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "wandb_run_id").write_bytes(left)
+    found = _run_id(tmp_path)
+    assert found == _run_id(tmp_path) == (tmp_path / "wandb_run_id").read_text().strip()
+    assert len(found) == 8
+    assert "names no run of wandb" in capsys.readouterr().err

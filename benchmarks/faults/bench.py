@@ -1,0 +1,252 @@
+"""Small runs into which faults are injected, and the comparison of each with a run that nothing disturbed."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shoestring.launch.compose import compose_run
+from shoestring.trainer.budget.summary import LedgerReader
+from shoestring.trainer.data.prepare import prepare
+from shoestring.trainer.telemetry.history import read_metrics
+
+STEPS, CHECKPOINT_EVERY = 60, 5
+SEQUENCE, BATCH = 16, 2
+CLI = [sys.executable, "-m", "shoestring.launch.cli"]
+SMALL = [
+    *("experiment=quickstart", "topology=single", "schedule=one_f_one_b", "schedule.micro_batch=1"),
+    *(f"training.sequence_length={SEQUENCE}", f"training.global_batch={BATCH}", "training.device=cpu"),
+    *(f"training.tokens={STEPS * SEQUENCE * BATCH}", "training.sample_tokens=0", "training.evaluate_every=0"),
+    *(f"training.checkpoint_every={CHECKPOINT_EVERY}", "telemetry.wandb.mode=disabled", "telemetry.log_every=1"),
+    *("model.layers=2", "model.hidden=32", "model.dense_ffn=32", "model.expert_ffn=32", "model.experts=4"),
+    *("model.groups=1", "model.top_k_groups=1", "model.top_k=2", "model.heads=2", "model.vocabulary=300"),
+    *("data.vocabulary=300", "data.validation=[v]", "budget.stop_at=null"),
+    "training.collective_timeout_seconds=10",
+]
+SECONDS = 240
+"""No launch takes longer: one that does is hung."""
+TRACEBACK = "Traceback (most recent call last)"
+STOPPED_AT = 7
+"""The step after which a run is stopped on request, between two checkpoints."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a launch has ended."""
+
+    code: int
+    words: str
+    """Its standard error."""
+
+
+@dataclass
+class Row:
+    """One fault."""
+
+    name: str
+    fault: str
+    expected: str
+    ep: int = 1
+    """Ranks of each of its runs, the experts over all of them."""
+    codes: list[int] = field(default_factory=list)
+    """Of the launches, in order."""
+    wrong: list[str] = field(default_factory=list)
+    """What is not as expected."""
+    skipped: str = ""
+    """Why it was not run."""
+    seconds: float = 0.0
+    """How long it has taken."""
+
+    def insist(self, is_right: bool, words: str) -> None:
+        """Note `words` unless it `is_right`."""
+        if not is_right:
+            self.wrong.append(words)
+
+    def told(self, ended: Ended, code: int, words: str) -> None:
+        """Note a launch that must have ended with `code`, said `words`, and shown no traceback."""
+        self.codes.append(ended.code)
+        self.insist(ended.code == code, f"exit {ended.code} instead of {code}: {ended.words[-300:]}")
+        self.insist(words in ended.words, f"does not say {words!r}: {ended.words[-300:]}")
+        if code != 1:  # a rank that dies may show one of its own
+            self.refuse_traceback(ended)
+
+    def refuse_traceback(self, ended: Ended) -> None:
+        """Note a traceback on standard error."""
+        self.insist(TRACEBACK not in ended.words, f"a traceback: {ended.words[-300:]}")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Data that was prepared once, and the losses of a run of `ep` ranks that nothing disturbed."""
+
+    root: Path
+    ep: int = 1
+    losses: dict[int, tuple[object, object]] = field(default_factory=dict)
+
+    @property
+    def undisturbed(self) -> Path:
+        """The directory of that run."""
+        return self.root / f"undisturbed_ep{self.ep}"
+
+    def overrides(self, run_dir: Path, data: str = "prepared") -> list[str]:
+        """Of a run in `run_dir` on the data in the folder `data`."""
+        place = [f"data.corpus={self.root / 'corpus'}", f"data.prepared={self.root / data}"]
+        return [*SMALL, f"topology.ep={self.ep}", *place, f"training.run_dir={run_dir}"]
+
+    def start(self, run_dir: Path, *more: str, data: str = "prepared", shell: str = "", site: str = "") -> Launch:
+        """Start a launch; `shell` stands before the command, `site` is a folder of modules before all others."""
+        command = [*CLI, "train", *self.overrides(run_dir, data), *more]
+        if shell:
+            command = ["bash", "-c", f'{shell}; exec "$@"', "bash", *command]
+        environment = dict(os.environ)
+        if site:
+            environment["PYTHONPATH"] = os.pathsep.join([site, *filter(None, [os.environ.get("PYTHONPATH")])])
+        return Launch(run_dir, command, environment)
+
+    def finish(self, row: Row, run_dir: Path, data: str = "prepared") -> None:
+        """Repeat the command until it ends with 0, then compare everything with the undisturbed run."""
+        for _ in range(3):
+            ended = self.start(run_dir, data=data).wait()
+            row.codes.append(ended.code)
+            if ended.code == 0:
+                break
+        row.refuse_traceback(ended)
+        row.insist(row.codes[-1] == 0, f"the run was never finished: {ended.words[-300:]}")
+        if row.codes[-1] == 0:
+            self.compare(row, run_dir)
+
+    def compare(self, row: Row, run_dir: Path) -> None:
+        """Note losses that differ, and a ledger whose parts do not add up."""
+        found = losses(run_dir)
+        differing = [step for step, values in self.losses.items() if found.get(step) != values]
+        row.insist(not differing, f"losses differ from step {differing[0] if differing else 0} on")
+        self.compare_ledger(row, run_dir)
+
+    def compare_ledger(self, row: Row, run_dir: Path) -> None:
+        """Note a ledger whose parts do not add up."""
+        summary = LedgerReader(run_dir, from_totals=False).summary()
+        parts = summary.productive_ms + summary.rolled_back_ms + sum(summary.buckets.values()) + summary.unknown_ms
+        row.insist(summary.allocated_ms == parts, f"allocated {summary.allocated_ms} ms, the parts add up to {parts}")
+
+    def stopped(self, row: Row, run_dir: Path) -> None:
+        """Make `run_dir` that of a run which was stopped on request; the first one is made, the others are copies."""
+        first = self.root / f"stopped_ep{self.ep}"
+        if not first.exists():
+            launch = self.start(first)
+            launch.reaches(STOPPED_AT)
+            launch.signal(signal.SIGTERM)
+            row.told(launch.wait(), 75, "which is in a checkpoint")
+        shutil.copytree(first, run_dir)
+
+    def largest_file(self) -> int:
+        """Bytes of the largest file of a checkpoint."""
+        return max(file.stat().st_size for file in self.undisturbed.glob("checkpoints/step_*/*"))
+
+    def checkpoint_bytes(self) -> int:
+        """Bytes of a checkpoint."""
+        return sum(file.stat().st_size for file in next(self.undisturbed.glob("checkpoints/step_*")).iterdir())
+
+
+def losses(run_dir: Path) -> dict[int, tuple[object, object]]:
+    """Loss and gradient norm of each step that the weights hold."""
+    events = read_metrics(run_dir / "metrics.jsonl")
+    return {e.step: (e.values["loss"], e.values["grad_norm"]) for e in events if e.kind == "step"}
+
+
+class Launch:
+    """`shoestring train` under way, in a process group of its own."""
+
+    def __init__(self, run_dir: Path, command: Sequence[str], environment: dict[str, str]) -> None:
+        self.run_dir = run_dir
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- closed with this object
+        self._process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=self._errors, start_new_session=True
+        )
+
+    @property
+    def steps(self) -> int:
+        """The last step in the metrics."""
+        with suppress(OSError):
+            found = (self.run_dir / "metrics.jsonl").read_text().rpartition('"kind": "step", "step": ')[2]
+            digits = found.partition(",")[0]
+            return int(digits) if digits.isdecimal() else 0
+        return 0
+
+    def reaches(self, step: int) -> bool:
+        """Wait until `step` is done; False where the launch ends before."""
+        return self.until(lambda: self.steps >= step)
+
+    def until(self, condition: Callable[[], bool], seconds: float = SECONDS) -> bool:
+        """Wait until `condition` holds or the launch ends; return whether it holds."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self._process.poll() is None:
+            if condition():
+                return True
+            time.sleep(0.02)
+        return condition()
+
+    def signal(self, number: int) -> None:
+        """To the launcher alone."""
+        with suppress(ProcessLookupError):
+            os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        """Everything at once."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def ranks(self) -> list[int]:
+        """The processes of the ranks, those whose parent's parent is the launcher, in order of their start."""
+        found = []
+        for line in subprocess.check_output(["ps", "-eo", "pid=,ppid="], text=True).splitlines():
+            pid, parent = map(int, line.split())
+            if _parent(parent) == self._process.pid:
+                found.append(pid)
+        return sorted(found)
+
+    def wait(self) -> Ended:
+        """Until it ends; one that hangs is killed."""
+        try:
+            code = self._process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            code = 124
+        self._errors.seek(0)
+        return Ended(code, self._errors.read())
+
+
+def _parent(pid: int) -> int:
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def prepare_data(root: Path) -> None:
+    """Write a corpus and prepare it."""
+    dice, corpus = random.Random(0), root / "corpus"
+    corpus.mkdir()
+    words = ["".join(dice.choice("abcdefghijklmnop") for _ in range(dice.randint(2, 8))) for _ in range(800)]
+    (corpus / "a.txt").write_text(" ".join(dice.choice(words) for _ in range(3000)))
+    (corpus / "v.txt").write_text("abc def ghi abc kkk lmn")
+    prepare(compose_run(Bench(root).overrides(root / "run")).data, lambda _: None)
+
+
+def open_bench(root: Path, ep: int) -> Bench:
+    """Train without disturbance on the data in `root`."""
+    bench = Bench(root, ep)
+    ended = bench.start(bench.undisturbed).wait()
+    if ended.code:
+        raise SystemExit(f"the undisturbed run ended with {ended.code}: {ended.words}")
+    bench.losses.update(losses(bench.undisturbed))
+    return bench

@@ -1,0 +1,591 @@
+"""Faults: each is a function that injects one into runs of a bench, and notes in its row what is not as expected."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from shoestring.launch.compose import compose_run
+from shoestring.trainer.budget.summary import LedgerReader
+from shoestring.trainer.data.prepare import prepare
+
+from .bench import CLI, STEPS, Bench, Ended, Launch, Row
+
+Inject = Callable[[Bench, Row, Path], None]
+_KEPT = frozenset({"metrics.jsonl", "work.jsonl", "allocation.jsonl"})
+"""Files whose loss a run refuses, or that are more than state."""
+
+
+@dataclass(frozen=True)
+class Injection:
+    """One row of the table."""
+
+    name: str
+    fault: str
+    expected: str
+    inject: Inject
+    needs_root: bool = False
+    ep: int = 1
+
+
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Path]:
+    """A tmpfs of `size` bytes."""
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(path: Path, seconds: float = 0.0) -> None:
+    """Take every byte that the disk has left, and for so long also what is given back."""
+    deadline = time.monotonic() + seconds
+    with path.open("wb", buffering=0) as file:
+        while True:
+            with suppress(OSError):
+                while True:
+                    file.write(b"x" * 4096)
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(0.005)
+
+
+def site(place: Path, *lines: str) -> str:
+    """A folder of modules that every Python process of a launch begins with: it holds these lines."""
+    folder = place / "site"
+    folder.mkdir(parents=True)
+    (folder / "sitecustomize.py").write_text("\n".join([*lines, ""]))
+    return str(folder)
+
+
+def harmed(raw: bytes, how: str) -> bytes:
+    """What a crash may leave of a file."""
+    if how == "torn":
+        return raw[: len(raw) // 2]
+    return b"" if how == "empty" else random.Random(0).randbytes(len(raw) or 100)
+
+
+def torn_status(bench: Bench, row: Row, place: Path) -> None:
+    """H1, as it was seen."""
+    for number, text in enumerate(("", '{"exit_code": 7')):
+        run_dir = place / f"run{number}"
+        bench.stopped(row, run_dir)
+        (run_dir / "run_status.json").write_text(text)
+        bench.finish(row, run_dir)
+
+
+def torn_status_of_a_killed_run(bench: Bench, row: Row, place: Path) -> None:
+    """H1 after a kill: no rank has said how it ended."""
+    launch = bench.start(place / "run")
+    launch.reaches(12)
+    launch.kill()
+    row.codes.append(-signal.SIGKILL)
+    (place / "run" / "run_status.json").write_text('{"exit_code": 7')
+    bench.finish(row, place / "run")
+
+
+def torn_small_files(how: str) -> Inject:
+    """H1 for every small file of the run directory and the data at once."""
+
+    def inject(bench: Bench, row: Row, place: Path) -> None:
+        run_dir, data = place / "run", f"data_{how}"
+        bench.stopped(row, run_dir)
+        shutil.copytree(bench.root / "prepared", bench.root / data)
+        rare = ("stops_without_step", "ended", "meeting", "wandb_run_id", "ledger/totals.json")
+        stamp = bench.root / data / ".verified.json"
+        for file in (*(run_dir / name for name in rare), stamp):
+            file.touch()
+        files = [file for folder in (run_dir, run_dir / "ledger") for file in folder.iterdir() if file.is_file()]
+        for file in (*files, stamp):
+            if file.name not in _KEPT:
+                file.write_bytes(harmed(file.read_bytes(), how))
+        bench.finish(row, run_dir, data)
+
+    return inject
+
+
+def torn_journals(bench: Bench, row: Row, place: Path) -> None:
+    """H1 for the files that grow: a power loss leaves zeros where a line was, or half of a line."""
+    for number, tail in enumerate((bytes(4096), b'{"attempt":"', b"\xff\x00{")):
+        run_dir = place / f"run{number}"
+        bench.stopped(row, run_dir)
+        for name in ("metrics.jsonl", "ledger/work.jsonl", "ledger/allocation.jsonl"):
+            with (run_dir / name).open("ab") as file:
+                file.write(tail)
+        bench.finish(row, run_dir)
+
+
+def harmed_checkpoint(bench: Bench, row: Row, place: Path) -> None:
+    """The newest checkpoint, one of its files empty or torn: the one before it is taken."""
+    first = place / "first"
+    bench.stopped(row, first)
+    newest = max(first.glob("checkpoints/step_????????"))
+    for number, name in enumerate(sorted(file.name for file in newest.iterdir())):
+        run_dir = place / f"run{number}"
+        shutil.copytree(first, run_dir)
+        file = run_dir / "checkpoints" / newest.name / name
+        file.write_bytes(harmed(file.read_bytes(), "empty" if number % 2 else "torn"))
+        bench.finish(row, run_dir)
+
+
+def torn_inputs(bench: Bench, row: Row, place: Path) -> None:
+    """A plan and a measured cluster that are no such files: one clear error each."""
+    cluster = place / "conf" / "cluster" / "measured.yaml"
+    cluster.parent.mkdir(parents=True)
+    for how in ("empty", "torn", "noise"):
+        plan = place / f"plan_{how}.json"
+        plan.write_bytes(harmed(b'{"layouts": [{"pp": 1, "terms": {"F": 1', how))
+        row.told(_cli("budget", str(bench.undisturbed), "--against", str(plan)), 2, plan.name)
+        cluster.write_bytes(harmed(b"name: measured\npeak_tflops: {a: [1", how) if how != "empty" else b"name: [\n")
+        row.told(_cli("simulate", "--config-dir", str(place / "conf"), "cluster=measured"), 2, "measured")
+
+
+def _cli(*arguments: str) -> Ended:
+    found = subprocess.run([*CLI, *arguments], capture_output=True, text=True, errors="replace", check=False)
+    return Ended(found.returncode, found.stderr)
+
+
+def leftovers_fill_the_disk(bench: Bench, row: Row, place: Path) -> None:
+    """H2."""
+    with small_disk(place / "disk", 2 * bench.checkpoint_bytes() + 3 * 2**20) as disk:
+        run_dir = disk / "run"
+        launch = bench.start(run_dir)
+        launch.reaches(12)
+        launch.kill()
+        row.codes.append(-signal.SIGKILL)
+        partial_save = run_dir / "checkpoints" / "step_00000099.partial"
+        partial_save.mkdir(exist_ok=True)
+        fill(partial_save / "part_00000.safetensors")
+        bench.finish(row, run_dir)
+
+
+def full_for_a_while(bench: Bench, row: Row, place: Path) -> None:
+    """H3: records are kept and written later."""
+    with small_disk(place / "disk", 64 * 2**20) as disk:
+        launch = bench.start(disk / "run")
+        launch.reaches(8)
+        fill(disk / "filler", 1.5)
+        (disk / "filler").unlink()
+        row.told(launch.wait(), 0, "wait in memory")
+        bench.compare(row, disk / "run")
+
+
+def failing_writes(place: Path, error: str, which: str) -> tuple[str, Path]:
+    """A site in whose processes writes fail while a flag, the second result, is there; `which` is about `name`."""
+    flag = place / "failing"
+    lines = (
+        "import errno, os",
+        "write = os.write",
+        "def failing(file, raw):",
+        "    name = os.readlink(f'/proc/self/fd/{file}')",
+        f"    if os.path.exists({str(flag)!r}) and {which}:",
+        f"        raise OSError(errno.{error}, os.strerror(errno.{error}))",
+        "    return write(file, raw)",
+        "os.write = failing",
+    )
+    return site(place, *lines), flag
+
+
+RECORDS = "name.endswith('.jsonl')"
+SAVES = "'.partial/' in name"
+
+
+def writes_fail_for_a_while(error: str, which: str, words: str) -> Inject:
+    """H3 with another error than ENOSPC, in metrics and ledger, or in saves."""
+
+    def inject(bench: Bench, row: Row, place: Path) -> None:
+        folder, flag = failing_writes(place, error, which)
+        launch = bench.start(place / "run", "training.failed_saves=1000", site=folder)
+        launch.reaches(8)
+        flag.touch()
+        time.sleep(1.5)
+        flag.unlink()
+        row.told(launch.wait(), 0, words)
+        bench.compare(row, place / "run")
+
+    return inject
+
+
+def no_room_at_the_launch(bench: Bench, row: Row, place: Path) -> None:
+    """H3 before the first byte, in a directory that a run was stopped in and in a new one."""
+    with small_disk(place / "disk", 64 * 2**20) as disk:
+        bench.stopped(row, disk / "run")
+        fill(disk / "filler")
+        for run_dir in (disk / "run", disk / "new"):
+            row.told(bench.start(run_dir).wait(), 2, "cannot be written")
+        (disk / "filler").unlink()
+        bench.finish(row, disk / "run")
+        bench.finish(row, disk / "new")
+
+
+def stopped_on_a_full_disk(bench: Bench, row: Row, place: Path) -> None:
+    """H3: exit codes hold."""
+    with small_disk(place / "disk", 64 * 2**20) as disk:
+        launch = bench.start(disk / "run", "training.failed_saves=1000")
+        launch.reaches(8)
+        fill(disk / "filler")
+        launch.signal(signal.SIGTERM)
+        fill(disk / "filler too", 4.0)
+        row.told(launch.wait(), 75, "whose checkpoint could not be written")
+        for filler in disk.glob("filler*"):
+            filler.unlink()
+        bench.finish(row, disk / "run")
+
+
+def no_save_succeeds(bench: Bench, row: Row, place: Path) -> None:
+    """H4."""
+    launch = bench.start(place / "run", shell=f"ulimit -f {bench.largest_file() // 2 // 1024}")
+    row.told(launch.wait(), 1, "training.failed_saves")
+    row.insist(launch.steps < STEPS, "it has trained to its end")
+    bench.finish(row, place / "run")
+
+
+def saves_of_one_rank_fail(bench: Bench, row: Row, place: Path) -> None:
+    """H4 on the last rank alone: the others must not take its save for one."""
+    folder, flag = failing_writes(place, "EIO", f"{SAVES} and os.environ.get('RANK') == '{bench.ep - 1}'")
+    flag.touch()
+    row.told(bench.start(place / "run", site=folder).wait(), 1, "training.failed_saves")
+    row.insist(not list((place / "run").glob("checkpoints/step_????????")), "a checkpoint lacks a rank")
+    bench.finish(row, place / "run")
+
+
+def checkpoints_is_a_file(bench: Bench, row: Row, place: Path) -> None:
+    """H4 by another cause, from before the launch."""
+    bench.stopped(row, place / "run")
+    folder = place / "run" / "checkpoints"
+    folder.rename(place / "aside")
+    folder.touch()
+    ended = bench.start(place / "run").wait()
+    row.codes.append(ended.code)
+    row.insist(ended.code in (1, 2) and str(folder) in ended.words, f"exit {ended.code}: {ended.words[-300:]}")
+    row.refuse_traceback(ended)
+    folder.unlink()
+    (place / "aside").rename(folder)
+    bench.finish(row, place / "run")
+
+
+def many_shards(bench: Bench, row: Row, place: Path) -> str:
+    """The name of data in 1,049 shards or more, which is made once."""
+    if not (bench.root / "many").exists():
+        tokens = prepare(compose_run(bench.overrides(place / "run")).data, lambda _: None).train.tokens
+        config = compose_run(bench.overrides(place / "run", "many")).data
+        manifest = prepare(config, lambda _: None, shard_tokens=max(1, tokens // 1060))
+        row.insist(len(manifest.train.shards) >= 1049, f"only {len(manifest.train.shards)} shards")
+    return "many"
+
+
+def more_shards_than_files(limit: int) -> Inject:
+    """M4."""
+
+    def inject(bench: Bench, row: Row, place: Path) -> None:
+        data = many_shards(bench, row, place)
+        row.codes.append(bench.start(place / "run", data=data, shell=f"ulimit -n {limit}").wait().code)
+        bench.finish(row, place / "run", data)
+
+    return inject
+
+
+def data_moved_away(bench: Bench, row: Row, place: Path) -> None:
+    """M5 for all shards at once, most of which are not open then."""
+    data = bench.root / many_shards(bench, row, place)
+    launch = bench.start(place / "run", data=data.name)
+    launch.reaches(12)
+    data.rename(place / "moved")
+    ended = launch.wait()
+    (place / "moved").rename(data)
+    row.told(ended, 1, "cannot be read")
+    bench.finish(row, place / "run", data.name)
+
+
+def changed_tokens(change: Callable[[Path], None], *, must_notice: bool = True) -> Inject:
+    """M5: `change` is applied to a shard in mid-run."""
+
+    def inject(bench: Bench, row: Row, place: Path) -> None:
+        name = f"changed_{place.name}"
+        data = shutil.copytree(bench.root / "prepared", bench.root / name)
+        shard = data / "train_00000.bin"
+        whole = shard.read_bytes()
+        launch = bench.start(place / "run", data=name)
+        launch.reaches(12)
+        change(shard)
+        ended = launch.wait()
+        if must_notice or ended.code != 0:
+            row.told(ended, 1, "train_00000.bin")
+        else:
+            row.codes.append(0)
+        shard.unlink(missing_ok=True)
+        shard.write_bytes(whole)
+        bench.finish(row, place / "run", name)
+
+    return inject
+
+
+def overwrite(shard: Path) -> None:
+    """Set every token to 0."""
+    with shard.open("r+b") as file:
+        file.write(bytes(shard.stat().st_size))
+
+
+def truncate(shard: Path) -> None:
+    """Leave half of it."""
+    os.truncate(shard, shard.stat().st_size // 2)
+
+
+def replace(shard: Path) -> None:
+    """Put another file under its name."""
+    other = shard.with_name("other")
+    other.write_bytes(bytes(shard.stat().st_size))
+    other.replace(shard)
+
+
+def stopped_rank(number: int) -> Inject:
+    """M6: a rank stands still for 5 s, outside or inside a step."""
+
+    def inject(bench: Bench, row: Row, place: Path) -> None:
+        launch = bench.start(place / "run")
+        launch.reaches(12)
+        ranks = launch.ranks()
+        row.insist(len(ranks) == bench.ep, f"there are {len(ranks)} ranks")
+        os.kill(ranks[number], signal.SIGSTOP)
+        time.sleep(5)
+        os.kill(ranks[number], signal.SIGCONT)
+        row.codes.append(launch.wait().code)
+        row.insist(row.codes[-1] == 0, "the run was not finished")
+        bench.compare(row, place / "run")
+        summary = LedgerReader(place / "run").summary()
+        share = summary.unknown_ms / summary.allocated_ms
+        row.insist(share <= 0.05, f"{share:.0%} of the time is unknown")
+
+    return inject
+
+
+def changed_ledger(name: str, change: Callable[[bytes], bytes | None]) -> Inject:
+    """M6: a file of the ledger is changed, or removed where `change` returns None; whole again, it is read on."""
+
+    def inject(bench: Bench, row: Row, place: Path) -> None:
+        bench.stopped(row, place / "run")
+        file = place / "run" / "ledger" / name
+        whole = file.read_bytes()
+        harmed_bytes = change(whole)
+        file.unlink() if harmed_bytes is None else file.write_bytes(harmed_bytes)
+        row.told(bench.start(place / "run").wait(), 2, name)
+        file.write_bytes(whole)
+        bench.finish(row, place / "run")
+
+    return inject
+
+
+def without_last_lines(raw: bytes) -> bytes:
+    """As a file system that lost what was not synced leaves it."""
+    return b"".join(raw.splitlines(keepends=True)[:-12])
+
+
+def with_last_line_twice(raw: bytes) -> bytes:
+    """As a copy that was tried twice leaves it."""
+    return raw + raw.splitlines(keepends=True)[-1]
+
+
+def with_other_number(raw: bytes) -> bytes:
+    """As a person leaves it who wants a smaller bill."""
+    return raw.replace(b'"tokens":32', b'"tokens":64', 1)
+
+
+def no_ledger(bench: Bench, row: Row, place: Path) -> None:
+    """M6: all of it is gone, and the checkpoint carries the cost."""
+    bench.stopped(row, place / "run")
+    spent = LedgerReader(place / "run").summary().total_ms
+    shutil.rmtree(place / "run" / "ledger")
+    bench.finish(row, place / "run")
+    inherited = LedgerReader(place / "run").summary().inherited_ms
+    row.insist(0 < inherited <= spent, f"{inherited} of {spent} GPU-ms are inherited")
+
+
+def impossible_sizes(*cases: Sequence[str]) -> Inject:
+    """M7."""
+
+    def inject(bench: Bench, row: Row, place: Path) -> None:
+        for number, sizes in enumerate(cases):
+            launch = bench.start(place / f"run{number}", *sizes)
+            field, _, value = sizes[0].partition("=")
+            if launch.until(partial(_has_ranks, launch), 60):  # 512 of them would stop this machine
+                launch.kill()
+                row.insist(False, f"{sizes[0]} was started, and killed by this script")
+            else:
+                # What is refused for all sizes of a layout together names these as one.
+                row.told(launch.wait(), 2, f"edp={value}" if field == "topology.edp" else field)
+
+    return inject
+
+
+def _has_ranks(launch: Launch) -> bool:
+    return bool(launch.ranks())
+
+
+def no_locks(error: str) -> Inject:
+    """M9."""
+
+    def inject(bench: Bench, row: Row, place: Path) -> None:
+        lines = (
+            "import errno, fcntl, os",
+            "def flock(file, how):",
+            f"    raise OSError(errno.{error}, os.strerror(errno.{error}))",
+            "fcntl.flock = flock",
+        )
+        row.told(bench.start(place / "run", site=site(place, *lines)).wait(), 2, "cannot be locked")
+        if error == "ENOSYS":
+            bench.finish(row, place / "run")
+
+    return inject
+
+
+def removed(name: str) -> Inject:
+    """M10: the run directory, or a folder in it that the run cannot do without, is removed in mid-run."""
+
+    def inject(bench: Bench, row: Row, place: Path) -> None:
+        run_dir = place / "run"
+        launch = bench.start(run_dir)
+        launch.reaches(12)
+        (run_dir / name).rename(place / "gone")
+        shutil.rmtree(place / "gone")
+        row.told(launch.wait(), 1, "was removed")
+        if not name:
+            shutil.rmtree(run_dir, ignore_errors=True)
+        bench.finish(row, run_dir)
+
+    return inject
+
+
+def another_in_its_place(bench: Bench, row: Row, place: Path) -> None:
+    """M10: the run directory was moved away, and its name leads to an empty one."""
+    launch = bench.start(place / "run")
+    launch.reaches(12)
+    (place / "run").rename(place / "moved")
+    (place / "run").mkdir()
+    row.told(launch.wait(), 1, "was removed")
+    shutil.rmtree(place / "run")
+    (place / "moved").rename(place / "run")
+    bench.finish(row, place / "run")
+
+
+def removed_part(name: str) -> Inject:
+    """M10: something in it is removed that the run can make again."""
+
+    def inject(bench: Bench, row: Row, place: Path) -> None:
+        launch = bench.start(place / "run")
+        launch.reaches(12)
+        for path in (place / "run").glob(name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        ended = launch.wait()
+        row.told(ended, 0, "")
+        bench.compare_ledger(row, place / "run")
+        row.insist(bool(list((place / "run").glob(f"checkpoints/step_{STEPS:08d}"))), "the last checkpoint is missing")
+        found = (place / "run" / "metrics.jsonl").read_text()
+        row.insist(f'"step": {STEPS}, "loss": {bench.losses[STEPS][0]}' in found, "the last loss differs")
+
+    return inject
+
+
+INJECTIONS = (
+    Injection("H1", "run_status.json empty, then torn", "treated as absent", torn_status),
+    Injection("H1", "run_status.json torn after a kill", "treated as absent", torn_status_of_a_killed_run, ep=2),
+    Injection("H1", "every small file of run and data empty", "treated as absent", torn_small_files("empty")),
+    Injection("H1", "every small file torn", "treated as absent", torn_small_files("torn")),
+    Injection("H1", "every small file noise", "treated as absent", torn_small_files("noise"), ep=2),
+    Injection("H1", "zeros or half a line in journals", "cut; goes on", torn_journals),
+    Injection("H1", "a file of the newest checkpoint torn", "goes on from the one before", harmed_checkpoint),
+    Injection("H1", "plan.json, measured cluster torn", "one clear error, exit 2", torn_inputs),
+    Injection("H2", "a leftover .partial fills the disk", "cleared at start; goes on", leftovers_fill_the_disk, True),
+    Injection("H3", "no room for 1.5 s", "goes on; written when there is room", full_for_a_while, True),
+    Injection("H3", "no room for 1.5 s", "goes on; written when there is room", full_for_a_while, True, ep=2),
+    Injection("H3", "no room, then SIGTERM", "exit 75", stopped_on_a_full_disk, True),
+    Injection(
+        "H3", "EDQUOT for 1.5 s", "goes on; written later", writes_fail_for_a_while("EDQUOT", RECORDS, "wait in memory")
+    ),
+    Injection(
+        "H3", "EIO for 1.5 s", "goes on; written later", writes_fail_for_a_while("EIO", RECORDS, "wait in memory")
+    ),
+    Injection(
+        "H3",
+        "EROFS for 1.5 s",
+        "goes on; written later",
+        writes_fail_for_a_while("EROFS", RECORDS, "wait in memory"),
+        ep=2,
+    ),
+    Injection(
+        "H3",
+        "EIO in saves for 1.5 s",
+        "goes on, saves again",
+        writes_fail_for_a_while("EIO", SAVES, "could not be written"),
+    ),
+    Injection("H3", "no room at the launch", "one clear error, exit 2", no_room_at_the_launch, True),
+    Injection("H4", "every save fails (ulimit -f)", "stops after 3 in a row, exit 1", no_save_succeeds),
+    Injection(
+        "H4", "every save of the last rank fails", "stops after 3 in a row, exit 1", saves_of_one_rank_fail, ep=2
+    ),
+    Injection("H4", "checkpoints is a file", "one clear error", checkpoints_is_a_file),
+    Injection("M4", "1,049 shards, ulimit -n 1024", "trains", more_shards_than_files(1024)),
+    Injection("M4", "1,049 shards, ulimit -n 256", "trains", more_shards_than_files(256)),
+    Injection("M5", "a shard overwritten in mid-run", "noticed, exit 1", changed_tokens(overwrite)),
+    Injection("M5", "a shard truncated in mid-run", "noticed, exit 1", changed_tokens(truncate)),
+    Injection("M5", "a shard replaced in mid-run", "noticed, or not read", changed_tokens(replace, must_notice=False)),
+    Injection(
+        "M5", "a shard removed in mid-run", "noticed, or not read", changed_tokens(Path.unlink, must_notice=False)
+    ),
+    Injection("M5", "1,049 shards moved away in mid-run", "noticed, exit 1", data_moved_away),
+    Injection("M6", "rank 0 stopped for 5 s", "attributed: unknown at most 5 %", stopped_rank(0)),
+    Injection("M6", "rank 1 stopped for 5 s", "attributed: unknown at most 5 %", stopped_rank(1), ep=2),
+    Injection("M6", "ledger/work.jsonl removed", "refused, exit 2", changed_ledger("work.jsonl", lambda _: None)),
+    Injection(
+        "M6", "ledger/allocation.jsonl removed", "refused, exit 2", changed_ledger("allocation.jsonl", lambda _: None)
+    ),
+    Injection(
+        "M6", "work.jsonl without its last lines", "refused, exit 2", changed_ledger("work.jsonl", without_last_lines)
+    ),
+    Injection("M6", "work.jsonl empty", "refused, exit 2", changed_ledger("work.jsonl", lambda _: b"")),
+    Injection(
+        "M6", "a number of work.jsonl edited", "refused, exit 2", changed_ledger("work.jsonl", with_other_number)
+    ),
+    Injection(
+        "M6", "the last line of work.jsonl twice", "refused, exit 2", changed_ledger("work.jsonl", with_last_line_twice)
+    ),
+    Injection("M6", "ledger/ removed between launches", "the checkpoint carries the cost", no_ledger, ep=2),
+    Injection(
+        *("M7", "edp=512, hidden=1e9, layers=1e7, batch=1e30", "refused, exit 2"),
+        impossible_sizes(
+            ("topology.edp=512", "training.global_batch=512"),
+            ("model.hidden=1000000000", "model.experts=100000000"),
+            ("model.layers=10000000",),
+            ("training.global_batch=1" + 30 * "0",),
+        ),
+    ),
+    Injection(
+        *("M7", "sequence=1e9, vocabulary=1e12, heads=1e9, tokens=1e30", "refused, exit 2"),
+        impossible_sizes(
+            ("training.sequence_length=1000000000",),
+            ("model.vocabulary=1000000000000",),
+            ("model.heads=1000000000",),
+            ("training.tokens=1" + 30 * "0",),
+        ),
+    ),
+    *(
+        Injection("M9", f"flock fails: {error}", "one clear error, exit 2", no_locks(error))
+        for error in ("ENOSYS", "EACCES", "ENOLCK", "EROFS")
+    ),
+    Injection("M10", "run directory removed in mid-run", "a fault, said, exit 1", removed("")),
+    Injection("M10", "run directory removed in mid-run", "a fault, said, exit 1", removed(""), ep=2),
+    Injection("M10", "ledger/ removed in mid-run", "a fault, said, exit 1", removed("ledger"), ep=2),
+    Injection("M10", "another directory in its place", "a fault, said, exit 1", another_in_its_place),
+    Injection("M10", "checkpoints/ removed in mid-run", "goes on, saves again", removed_part("checkpoints")),
+    Injection("M10", "metrics.jsonl removed in mid-run", "goes on in a new file", removed_part("metrics.jsonl")),
+)
