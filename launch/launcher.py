@@ -93,7 +93,7 @@ def launch(config: RunConfig, local: LocalRanks, *, fresh: bool, meet: Meet | No
                     reason = f"{stop} before the machines had met"
                     note_stop(run_dir, progressed=False)
                     say(f"shoestring train: {reason}")
-                    return _asked_to_stop(run_dir)
+                    return asked_to_stop(run_dir)
                 except (Refused, NotMet) as error:
                     reason = str(error)
                     raise
@@ -106,14 +106,14 @@ def launch(config: RunConfig, local: LocalRanks, *, fresh: bool, meet: Meet | No
             if status is not None:
                 reason = str(status["reason"])
                 found = int(str(status["exit_code"]))
-                return _asked_to_stop(run_dir) if found == Halt.PREEMPTED else found
+                return asked_to_stop(run_dir) if found == Halt.PREEMPTED else found
             say(f"shoestring train: {reason}; the same command goes on from the last checkpoint")
             return code if code > _FAULT else _FAULT
         finally:
             allocation.close(reason)
 
 
-def _asked_to_stop(run_dir: Path) -> int:
+def asked_to_stop(run_dir: Path) -> int:
     """The exit code of a run that was asked to stop: not the one that has it started again, if that leads nowhere."""
     words = too_many_stops(run_dir)
     if words is None:

@@ -172,7 +172,7 @@ def test_a_job_that_is_told_to_stop_requeues_itself_and_loses_no_step(slurm: Slu
     wait_until(lambda: slurm.job(job)["JobState"] == "PENDING" or slurm.has_ended(job), 60)
     text = output.read_text()
     assert slurm.job(job)["Restarts"] == "1", text
-    assert "which is in a checkpoint: it was asked to" in text
+    assert "which is in a checkpoint: it was asked to" in text, text
     wait_until(lambda: slurm.has_ended(job), 120)
     assert slurm.job(job)["JobState"] == "COMPLETED", output.read_text()
     assert read_status(run_dir) == {"exit_code": 0, "reason": f"{STEPS} steps done"}
