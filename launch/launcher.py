@@ -27,7 +27,7 @@ from .orphan import LAUNCHER_VARIABLE, die_with_parent
 from .preflight import is_finished, make_room, spent_budget
 from .rank_environment import SAFE_PATH, applying, computes_on_gpus, of_one_machine, rank_environment
 from .run_dir import CONFIG_FILE, claimed, clear_status, read_status, reserve_status, write_config
-from .say import say
+from .say import say, tell
 from .stopping import ASKING_SIGNALS, ENDING_SIGNALS, STOP_FILE_VARIABLE, listened_to
 from .stops import note_stop, too_many_stops
 from .torchrun import TORCHRUN, end
@@ -65,7 +65,7 @@ def launch(config: RunConfig, local: LocalRanks, *, fresh: bool, meet: Meet | No
         wait_until_free(run_dir, _SECONDS_FOR_LOCK)
     with claimed(run_dir, fresh=fresh):
         if is_finished(config):
-            print(f"{run_dir} is finished. --fresh starts over; a larger training.tokens goes on.")
+            tell(f"{run_dir} is finished. --fresh starts over; a larger training.tokens goes on.")
             return 0
         spent = spent_budget(config)
         if spent is not None:
@@ -244,8 +244,9 @@ class StopRequest:
         self._asked, self._asked_at = number, time.monotonic()
         signal.setitimer(signal.ITIMER_REAL, self._seconds)
         self._stop_file.touch()
-        text = "the run stops after this step, with a checkpoint; a second SIGTERM ends it at once"
-        say(f"shoestring train: {signal.Signals(number).name}: {text}")
+        if os.environ.get("SLURM_NODEID", "0") == "0":  # all machines of a job write into one file
+            text = "the run stops after this step, with a checkpoint; a second SIGTERM ends it at once"
+            say(f"shoestring train: {signal.Signals(number).name}: {text}")
 
     def raise_if_failed(self, code: int) -> None:
         """Ranks that were asked to stop and failed have stopped, but not as they were asked to."""

@@ -181,7 +181,7 @@ def _share(venue: Venue, facts: Facts, local: LocalRanks) -> int:
         say(f"shoestring train: {reason}, and machine 0 has not said how the run ended; look what it says")
         return code if code > _FAULT else _FAULT
     found = int(str(status["exit_code"]))
-    if found:
+    if found and "SLURM_JOB_ID" not in os.environ:  # all machines of a job write into one file
         say(f"shoestring train: {status['reason']}")
     return asked_to_stop(run_dir) if found == Halt.PREEMPTED else found
 

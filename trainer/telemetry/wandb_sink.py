@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import wandb
 from numpy.typing import NDArray
+from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
 from ...comm.files import read_text, replace_file
 from ...comm.refusal import Problem, Refused
@@ -32,6 +33,8 @@ _AS_PLANNED = "done"
 _KEPT_EVENTS = 300
 """wandb's service keeps up to 32 KiB of rows in memory, and a row is at least 150 bytes."""
 _SERVICE_STARTS = 3
+_PROCESS_IS_GONE = (wandb.errors.Error, OSError, HandleAbandonedError, MailboxClosedError)
+"""What starting raises where it may be so; also where files cannot be written, which fails as often as it is tried."""
 
 
 def account_problems() -> Iterator[Problem]:
@@ -68,25 +71,39 @@ class WandbSink:
         self._start()
 
     def _start(self) -> None:
+        """Begin or go on with the run in a process of wandb, a few times where that ends meanwhile."""
+        while True:
+            self._starts += 1
+            try:
+                self._open()
+            except (wandb.errors.UsageError, wandb.errors.CommError) as error:  # a key that is missing, a server's word
+                raise self._refusal(error) from error
+            except _PROCESS_IS_GONE as error:
+                if self._starts == _SERVICE_STARTS:
+                    raise self._refusal(error) from error
+                _forget_process()
+            else:
+                return
+
+    def _open(self) -> None:
         config = self._config
-        self._starts += 1
-        try:
-            if config.mode == "online" and not wandb.login(prompt=False):
-                raise wandb.errors.UsageError("no API key is configured")
-            self._run = wandb.init(
-                mode="online" if config.mode == "online" else "offline",
-                project=config.project,
-                entity=config.entity,
-                name=config.name or self._run_dir.resolve().name,
-                id=_run_id(self._run_dir),
-                resume="allow",
-                dir=str(self._run_dir),
-                settings=wandb.Settings(silent=True, console="off", disable_git=True, x_save_requirements=False),
-            )
-        except (wandb.errors.Error, OSError) as error:
-            remedy = f"wandb could not start ({error}); run `wandb login`, or set telemetry.wandb.mode to offline"
-            raise Refused([Problem("telemetry.wandb", config.mode, remedy)]) from error
+        if config.mode == "online" and not wandb.login(prompt=False):
+            raise wandb.errors.UsageError("no API key is configured")
+        self._run = wandb.init(
+            mode="online" if config.mode == "online" else "offline",
+            project=config.project,
+            entity=config.entity,
+            name=config.name or self._run_dir.resolve().name,
+            id=_run_id(self._run_dir),
+            resume="allow",
+            dir=str(self._run_dir),
+            settings=wandb.Settings(silent=True, console="off", disable_git=True, x_save_requirements=False),
+        )
         self._run.define_metric("*", step_metric="step")
+
+    def _refusal(self, error: Exception) -> Refused:
+        remedy = f"wandb could not start ({error}); run `wandb login`, or set telemetry.wandb.mode to offline"
+        return Refused([Problem("telemetry.wandb", self._config.mode, remedy)])
 
     def emit(self, event: Event) -> None:
         """Hand `event` to wandb: configuration, summary, or a row of history."""
@@ -120,8 +137,7 @@ class WandbSink:
         """
         if self._starts == _SERVICE_STARTS:
             raise error
-        with suppress(Exception, SystemExit):  # it says in many ways that its process has ended
-            wandb.teardown()
+        _forget_process()
         self._start()
         try:
             for event in self._heads:
@@ -142,6 +158,12 @@ class WandbSink:
             self._start_again(error)
             self._run.finish()
         # finish returns while wandb's service process is still writing the file; that is over when the service is.
+        wandb.teardown()
+
+
+def _forget_process() -> None:
+    """Let wandb start a process of its own again. It says in many ways that the last one has ended: also by exiting."""
+    with suppress(Exception, SystemExit):
         wandb.teardown()
 
 

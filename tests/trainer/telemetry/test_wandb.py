@@ -109,15 +109,34 @@ def test_a_process_of_wandb_that_ends_each_time_is_given_up(tmp_path: Path, monk
         raise ConnectionResetError("Connection lost")
 
     def start(sink: WandbSink) -> None:
-        sink._starts += 1
         starts.append(sink)
 
-    monkeypatch.setattr(WandbSink, "_start", start)
+    monkeypatch.setattr(WandbSink, "_open", start)
     monkeypatch.setattr(WandbSink, "_hand_over", gone)
     sink = WandbSink(WandbConfig(), tmp_path, 0)
     with pytest.raises(ConnectionResetError, match="Connection lost"):
         sink.emit(step(1))
     assert len(starts) == 3
+
+
+def test_a_process_of_wandb_that_ends_while_it_starts_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = []
+
+    def start(sink: WandbSink) -> None:
+        starts.append(sink)
+        if len(starts) < lives_until:
+            raise ConnectionResetError("Connection lost")
+
+    monkeypatch.setattr(WandbSink, "_open", start)
+    lives_until = 3
+    WandbSink(WandbConfig(), tmp_path, 0)
+    assert len(starts) == 3
+    lives_until = 9
+    with pytest.raises(Refused, match="wandb could not start"):
+        WandbSink(WandbConfig(), tmp_path, 0)
+    assert len(starts) == 6
 
 
 def test_a_second_life_has_the_same_id_and_goes_on_counting(tmp_path: Path) -> None:
