@@ -42,8 +42,9 @@ def first_difference(here: Facts, there: Facts) -> str | None:
 
 def difference(name: str, here: tuple[str, Facts], there: tuple[str, Facts]) -> str:
     """Return in words what the fact `name` is on both sides; each side has a name of its own."""
-    sides = [f"{facts[name].shown if name in facts else 'nothing'} on {who}" for who, facts in (here, there)]
-    return ", ".join(sides)
+    shown = [facts[name].shown if name in facts else "nothing" for _, facts in (here, there)]
+    sides = ", ".join(f"{text} on {who}" for text, (who, _) in zip(shown, (here, there), strict=True))
+    return f"{sides} (variables of the environment differ)" if shown[0] == shown[1] else sides
 
 
 def to_json(facts: Facts) -> str:

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise  # who reads the output has gone: no file is at fault
     except OSError as error:
         problem = os_problem(error, "a file that the system does not name", "nothing more was done")
-        print(f"shoestring {options.verb}: refused\n  {problem}", file=sys.stderr)
+        say(f"shoestring {options.verb}: refused\n  {problem}")
         code = EXIT_REFUSED
     except RanksFailed as failed:
         say(f"shoestring {options.verb}: {failed}")

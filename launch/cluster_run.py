@@ -25,6 +25,7 @@ from .compose import compose_run
 from .launcher import Stopped, stop_signals_raise
 from .namespaces import MachineProcess
 from .preflight import preflight
+from .say import say, tell
 from .simulated_cluster import SimulatedCluster
 
 # For the other nodes when one has failed. A node without a link hears nothing of that, and its torchrun would wait on.
@@ -246,10 +247,10 @@ def _show_logs(logs: Sequence[IO[str]]) -> None:
     for node, log in enumerate(logs, start=1):
         log.seek(0)
         for line in log:
-            print(f"node {node} | {line.rstrip()}", file=sys.stderr, flush=True)
+            say(f"node {node} | {line.rstrip()}")
 
 
 def _show_traffic(cluster: SimulatedCluster, fates: Mapping[int, str]) -> None:
-    print(f"bytes that each node sent over its uplink ({cluster.uplink or 'no limit'}):")
+    tell(f"bytes that each node sent over its uplink ({cluster.uplink or 'no limit'}):")
     for node in range(cluster.nodes):
-        print(f"  node {node}  {cluster.bytes_sent(node):>15,}  {fates.get(node, '')}".rstrip(), flush=True)
+        tell(f"  node {node}  {cluster.bytes_sent(node):>15,}  {fates.get(node, '')}".rstrip())

@@ -28,7 +28,7 @@ from .orphan import LAUNCHER_VARIABLE, die_with_parent
 from .preflight import is_finished, make_room, spent_budget
 from .rank_environment import SAFE_PATH, applying, computes_on_gpus, of_one_machine, rank_environment
 from .run_dir import CONFIG_FILE, claimed, clear_status, read_status, reserve_status, write_config
-from .say import say
+from .say import say, tell
 from .stopping import ASKING_SIGNALS, ENDING_SIGNALS, STOP_FILE_VARIABLE, listened_to
 from .stops import note_stop, too_many_stops
 from .torchrun import TORCHRUN, end
@@ -66,7 +66,7 @@ def launch(config: RunConfig, local: LocalRanks, *, fresh: bool, meet: Meet | No
         wait_until_free(run_dir, _SECONDS_FOR_LOCK)
     with claimed(run_dir, fresh=fresh):
         if is_finished(config):
-            print(f"{run_dir} is finished. --fresh starts over; a larger training.tokens goes on.")
+            tell(f"{run_dir} is finished. --fresh starts over; a larger training.tokens goes on.")
             return 0
         ensure_totals(run_dir)
         spent = spent_budget(config)
@@ -95,7 +95,7 @@ def launch(config: RunConfig, local: LocalRanks, *, fresh: bool, meet: Meet | No
                     reason = f"{stop} before the machines had met"
                     note_stop(run_dir, progressed=False)
                     say(f"shoestring train: {reason}")
-                    return _asked_to_stop(run_dir)
+                    return asked_to_stop(run_dir)
                 except (Refused, NotMet) as error:
                     reason = str(error)
                     raise
@@ -108,14 +108,14 @@ def launch(config: RunConfig, local: LocalRanks, *, fresh: bool, meet: Meet | No
             if status is not None:
                 reason = str(status["reason"])
                 found = int(str(status["exit_code"]))
-                return _asked_to_stop(run_dir) if found == Halt.PREEMPTED else found
+                return asked_to_stop(run_dir) if found == Halt.PREEMPTED else found
             say(f"shoestring train: {reason}; the same command goes on from the last checkpoint")
             return code if code > _FAULT else _FAULT
         finally:
             allocation.close(reason)
 
 
-def _asked_to_stop(run_dir: Path) -> int:
+def asked_to_stop(run_dir: Path) -> int:
     """The exit code of a run that was asked to stop: not the one that has it started again, if that leads nowhere."""
     words = too_many_stops(run_dir)
     if words is None:
@@ -246,8 +246,9 @@ class StopRequest:
         self._asked, self._asked_at = number, time.monotonic()
         signal.setitimer(signal.ITIMER_REAL, self._seconds)
         self._stop_file.touch()
-        text = "the run stops after this step, with a checkpoint; a second SIGTERM ends it at once"
-        say(f"shoestring train: {signal.Signals(number).name}: {text}")
+        if os.environ.get("SLURM_NODEID", "0") == "0":  # all machines of a job write into one file
+            text = "the run stops after this step, with a checkpoint; a second SIGTERM ends it at once"
+            say(f"shoestring train: {signal.Signals(number).name}: {text}")
 
     def raise_if_failed(self, code: int) -> None:
         """Ranks that were asked to stop and failed have stopped, but not as they were asked to."""

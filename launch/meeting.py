@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 
 from ..comm.agreement import DIFFERENT, Facts, difference, first_difference, from_json, to_json
@@ -35,7 +36,8 @@ _SECONDS_TO_SEE = 60
 _SECONDS_TO_HEAR = 20
 """For machines that are about to come, when one that has come is refused: they would wait for nobody."""
 _SECONDS_FOR_PORT = 20
-_SECONDS_TO_REPORT = 3
+_SECONDS_TO_REPORT = 20
+"""Machines are started together, and machine 0 listens later than another one refuses: it looks at more."""
 _MOST_BYTES = 4 * 2**20
 _FILE = "meeting"
 
@@ -68,11 +70,20 @@ class Venue:
 
 
 def address_problems(address: str) -> Iterator[Problem]:
-    """What keeps this machine from finding machine 0: its name does not resolve."""
+    """What keeps this machine from finding machine 0: its name does not resolve, or names none."""
     try:
-        socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        remedy = f"does not resolve on this machine ({error}); name machine 0 by an address that all machines know"
+        host, _, port = address.rpartition(":")
+        remedy = "name machine 0 by an address that all machines know"
+        if port.isdecimal() and ":" not in host:
+            remedy = f"write MASTER_ADDR={host} and MASTER_PORT={port}"
+        elif address != (bare := address.strip().strip("[]")):
+            remedy = f"write {bare}, without spaces and brackets" if bare else remedy
+        yield Problem("MASTER_ADDR", address, f"does not resolve on this machine ({error}); {remedy}")
+        return
+    if any(ip_address(str(entry[4][0]).partition("%")[0]).is_unspecified for entry in found):
+        remedy = "is every address of a machine and names none; name machine 0 by an address that all machines know"
         yield Problem("MASTER_ADDR", address, remedy)
 
 
@@ -133,9 +144,19 @@ def attend_meeting(venue: Venue, facts: Facts) -> Path:
 
 
 def report_refusal(venue: Venue, refused: Refused) -> None:
-    """Tell machine 0, if it is waiting, that this machine will not come."""
+    """Tell machine 0, if it waits or begins to within seconds, that this machine will not come."""
+    deadline = time.monotonic() + _SECONDS_TO_REPORT
+    while True:
+        try:
+            connection = socket.create_connection((venue.address, venue.port), _SECONDS_BETWEEN_LOOKS)
+            break
+        except (ConnectionRefusedError, TimeoutError):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        except OSError:
+            return
     with suppress(OSError):
-        connection = socket.create_connection((venue.address, venue.port), _SECONDS_TO_REPORT)
         line = _Line(connection)
         line.send({"machine": venue.machine, "host": socket.gethostname(), "refused": str(refused)})
         line.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 import uuid
@@ -20,7 +21,7 @@ from ..trainer.config import RunConfig
 from ..trainer.halt import Halt
 from .compose import compose_run, read_config
 from .identity import data_digest, identity
-from .launcher import LocalRanks, Stopped, launch, run_torchrun, stop_signals_raise
+from .launcher import LocalRanks, Stopped, asked_to_stop, launch, run_torchrun, stop_signals_raise
 from .meeting import NotMet, Venue, address_problems, attend_meeting, host_meeting, report_refusal
 from .preflight import is_finished, preflight, spent_budget
 from .run_dir import CONFIG_FILE, read_status
@@ -30,7 +31,7 @@ from .torchrun import local_torchrun
 
 _PORT = 29500
 _FAULT, _REFUSED = 1, 2
-_SECONDS_TO_REPORT = 3
+_NO_WAIT = 0.0
 _SECONDS_FOR_STATUS = 10
 _SECONDS_BETWEEN_LOOKS = 0.5
 _NO_INSTANT = datetime(1970, 1, 1, tzinfo=UTC)
@@ -136,9 +137,11 @@ def run_node(overrides: Sequence[str], config_dir: Path | None, *, fresh: bool) 
             refuse_if_any(address_problems(place.address))
         preflight(config, processes, fresh=fresh, first_machine=place.rank == 0)
     except Refused as refused:
-        if place.rank > 0:
-            report_refusal(place.venue(_SECONDS_TO_REPORT), refused)
-        raise
+        if place.rank == 0:
+            raise
+        _say_refused(refused)
+        report_refusal(place.venue(_NO_WAIT), refused)
+        return _REFUSED
     local = LocalRanks(processes, tuple(place.torchrun(processes)))
     if place.nodes == 1:
         return launch(config, local, fresh=fresh)
@@ -164,17 +167,23 @@ def _share(venue: Venue, facts: Facts, local: LocalRanks) -> int:
         say(f"shoestring train: {stop} before the machines had met")
         return Halt.PREEMPTED
     config = read_config(run_dir / CONFIG_FILE)
+    # Rank 0 says how the run ended, also where a rank of this machine that was asked to stop did not end well.
+    seconds: float = _SECONDS_FOR_STATUS
     try:
         code = run_torchrun(config, local, run_dir, uuid.uuid4().hex[:12])
+        reason = f"a rank died, torchrun exited with {code}" if code else "the ranks of this machine have ended"
+        seconds = 0 if code else seconds
     except Stopped as stop:
-        code = stop.exit_code
-    status = _status(run_dir, seconds=0 if code else _SECONDS_FOR_STATUS)
+        code, reason = stop.exit_code, str(stop)
+        seconds = 0 if code == 128 + signal.SIGINT else seconds
+    status = _status(run_dir, seconds)
     if status is None:
-        return code if code <= 0 or code > _FAULT else _FAULT
+        say(f"shoestring train: {reason}, and machine 0 has not said how the run ended; look what it says")
+        return code if code > _FAULT else _FAULT
     found = int(str(status["exit_code"]))
-    if found:
+    if found and "SLURM_JOB_ID" not in os.environ:  # all machines of a job write into one file
         say(f"shoestring train: {status['reason']}")
-    return found
+    return asked_to_stop(run_dir) if found == Halt.PREEMPTED else found
 
 
 def _status(run_dir: Path, seconds: float) -> Mapping[str, object] | None:
@@ -192,14 +201,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = run_node(options.overrides, options.config_dir, fresh=options.fresh)
     except Refused as refused:
-        say("launch/torchrun.sh: refused")
-        for problem in refused.problems:
-            say(f"  {problem}")
+        _say_refused(refused)
         code = _REFUSED
     except NotMet as error:
         say(f"launch/torchrun.sh: {error}")
         code = _FAULT
     sys.exit(code)
+
+
+def _say_refused(refused: Refused) -> None:
+    say("launch/torchrun.sh: refused")
+    for problem in refused.problems:
+        say(f"  {problem}")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

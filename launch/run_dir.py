@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..comm.files import read_json, refuse_links, replace_file
 from ..comm.refusal import Problem, Refused, refuse_if_any
 from ..comm.strict import Malformed
 from ..trainer.budget.lock import lock_or_refuse
+from .say import say
 
 CONFIG_FILE = "config.yaml"
 STATUS_FILE = "run_status.json"
@@ -127,13 +127,13 @@ def clear_status(run_dir: Path) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"shoestring train: {text}", file=sys.stderr, flush=True)
+    say(f"shoestring train: {text}")
 
 
-def read_status(run_dir: Path, say: Callable[[str], None] = _say) -> Mapping[str, object] | None:
+def read_status(run_dir: Path, tell: Callable[[str], None] = _say) -> Mapping[str, object] | None:
     """What a worker of the last launch has left, or None where all of them ended otherwise.
 
-    A status that cannot be read, of a machine that lost power while it was written, counts as none, and `say` is told.
+    A status that cannot be read, of a machine that lost power while it was written, counts as none, and `tell` is told.
     """
     path = run_dir / STATUS_FILE
     try:
@@ -142,5 +142,5 @@ def read_status(run_dir: Path, say: Callable[[str], None] = _say) -> Mapping[str
     except FileNotFoundError:
         return None
     except (Malformed, OSError) as error:
-        say(f"{path} does not say how the last launch ended ({error}): it counts as one that did not end as it should")
+        tell(f"{path} does not say how the last launch ended ({error}): it counts as one that did not end as it should")
         return None

@@ -10,6 +10,8 @@ import os
 import sys
 from contextlib import suppress
 
+from ..comm.refusal import Problem, Refused
+
 
 def say(text: str) -> None:
     """Print `text` on standard error; a terminal that has gone or a full disk behind it changes nothing."""
@@ -28,6 +30,23 @@ def tell(text: str) -> None:
         print(text, flush=True)
     except (OSError, ValueError):  # ValueError: it was closed by this process
         _show_nothing_more()
+
+
+def give(text: str) -> None:
+    """Print `text`, all that a verb was asked for, on standard output.
+
+    A reader that has left, as `head` does, has read what it wanted. Raises `Refused` where a disk does not take it.
+    """
+    if sys.stdout is None:
+        return
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _show_nothing_more()
+    except OSError as error:
+        _show_nothing_more()
+        remedy = f"cannot be written ({error.strerror}); what was asked for is shown nowhere"
+        raise Refused([Problem("standard output", None, remedy)]) from error
 
 
 def _show_nothing_more() -> None:

@@ -94,7 +94,9 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
     except RunHalted as halted:
         if worker.rank == 0:
             note_stop(Path(config.training.run_dir), progressed=halted.progressed)
-        return _stop(config, worker, halted.halt, str(halted))
+        code = _stop(config, worker, halted.halt, str(halted))
+        dist.destroy_process_group()  # all ranks halt after the same step
+        return code
     except CollectiveFailed as error:
         _die(f"shoestring train: {error}")
     except (DataChanged, RankFailed) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -66,10 +65,11 @@ def _add_diff(actions: Verbs) -> None:
 
 def _diff(options: argparse.Namespace) -> int:
     from ..checkpoint import diff, diff_table
+    from ..say import give
 
     facts, differences = diff(options.path, options.other, (options.step, options.other_step))
     if options.format == "table":
-        print("\n".join(facts))
+        give("\n".join(facts))
     tree = {"facts": facts, "tensors": [asdict(each) for each in differences]}
     show(options, lambda: diff_table(differences), lambda: tree)
     same = all(each.equal == each.tensors and not each.only_first + each.only_second for each in differences)
@@ -129,11 +129,12 @@ def _add_generate(verbs: Verbs) -> None:
 
 def _generate(options: argparse.Namespace) -> int:
     from ..generate import Request, acceptance, generate_text
+    from ..say import give, say
 
     size = options.tokens, options.temperature, options.seed, not options.no_draft, options.average
     text, found = generate_text(Request(options.path, options.step, options.prompt, *size))
-    print(options.prompt + text)
-    print(acceptance(found), file=sys.stderr)
+    give(options.prompt + text)
+    say(acceptance(found))
     return 0
 
 

@@ -62,12 +62,13 @@ def _add_schedule(verbs: Verbs) -> None:
 
 
 def _schedule(options: argparse.Namespace) -> int:
+    from ..say import give
     from ..schedule import draw_schedule
 
     size = options.name, options.stages, options.micro_batches, options.chunks
     drawing = draw_schedule(*size, options.format, options.times)
     if options.output is None:
-        print(drawing)
+        give(drawing)
         return 0
     try:
         options.output.write_text(f"{drawing}\n")

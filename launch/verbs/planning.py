@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from ...comm.refusal import Problem, Refused
@@ -68,9 +67,10 @@ def _add_calibrate(verbs: Verbs) -> None:
 
 def _calibrate(options: argparse.Namespace) -> int:
     from ..calibrate import calibrate
+    from ..say import tell
 
     written = calibrate(*described(options), options.output, options.ranks, options.repeats)
-    print(f"wrote {written}; price with it: --config-dir {options.output} cluster=measured")
+    tell(f"wrote {written}; price with it: --config-dir {options.output} cluster=measured")
     return 0
 
 
@@ -90,20 +90,19 @@ def _add_rehearse(verbs: Verbs) -> None:
 
 
 def _rehearse(options: argparse.Namespace) -> int:
-    def tell(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+    from ..say import say
 
     if options.passes < 0:
         raise Refused([Problem("--passes", options.passes, "must be at least 0")])
-    tell("reading the configuration")  # before torch is loaded, which takes seconds
+    say("reading the configuration")  # before torch is loaded, which takes seconds
     from ..launcher import Stopped
     from ..rehearsal.command import rehearse
     from ..rehearsal.tables import verdict_table, verdict_tree
 
     try:
-        verdict = rehearse(*described(options), options.ranks, options.micro_batches, tell)
+        verdict = rehearse(*described(options), options.ranks, options.micro_batches, say)
     except Stopped as stop:
-        tell(f"shoestring rehearse: {stop}")
+        say(f"shoestring rehearse: {stop}")
         return stop.exit_code
     show(options, lambda: verdict_table(verdict, options.passes), lambda: verdict_tree(verdict))
     return verdict.exit_code

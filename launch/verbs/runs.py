@@ -87,9 +87,12 @@ def _add_dashboard(verbs: Verbs) -> None:
 
 def _dashboard(options: argparse.Namespace) -> int:
     from ..dashboard import dashboard_json, save_dashboard
+    from ..say import give, tell
 
-    make = save_dashboard if options.save else dashboard_json
-    print(make(*described(options)))
+    if options.save:
+        tell(save_dashboard(*described(options)))
+    else:
+        give(dashboard_json(*described(options)))
     return 0
 
 

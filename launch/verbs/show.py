@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import sys
 from collections.abc import Callable
+
+from ..say import give
 
 
 def show(options: argparse.Namespace, table: Callable[[], object], tree: Callable[[], object]) -> None:
@@ -13,13 +17,15 @@ def show(options: argparse.Namespace, table: Callable[[], object], tree: Callabl
     A tuple is printed part by part. Only the one that is asked for is made.
     """
     if options.format == "json":
-        print(json.dumps(tree(), indent=1))
+        give(json.dumps(tree(), indent=1))
         return
     found = table()
     for part in found if isinstance(found, tuple) else (found,):
         if isinstance(part, str):
-            print(part)  # rich would break its lines
+            give(part)  # rich would break its lines
             continue
         from rich.console import Console
 
-        Console(markup=False).print(part)  # a bracket in a cell is a bracket
+        drawn, terminal = io.StringIO(), sys.stdout.isatty()
+        Console(file=drawn, force_terminal=terminal or None, markup=False).print(part)  # a bracket is a bracket
+        give(drawn.getvalue().removesuffix("\n"))

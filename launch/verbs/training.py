@@ -23,8 +23,9 @@ def _add_train(verbs: Verbs) -> None:
 def _train(options: argparse.Namespace) -> int:
     if options.cfg:
         from ..compose import compose_run, to_yaml
+        from ..say import give
 
-        print(to_yaml(compose_run(*described(options))), end="")
+        give(to_yaml(compose_run(*described(options))).removesuffix("\n"))
         return 0
     from ..train import train_command
 

@@ -61,9 +61,12 @@ def torchrun_of(run_dir: Path) -> int:
     return torchrun
 
 
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def ranks_of(run_dir: Path) -> list[int]:
-    children = Path(f"/proc/{(torchrun := torchrun_of(run_dir))}/task/{torchrun}/children").read_text()
-    return [int(child) for child in children.split()]
+    return children_of(torchrun_of(run_dir))
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.agreement import Fact, Facts, to_json
+from shoestring.comm.agreement import Fact, Facts, difference, to_json
 from shoestring.comm.refusal import Problem, Refused
 from shoestring.launch import meeting
 from shoestring.launch.meeting import (
@@ -112,13 +112,13 @@ def test_a_machine_0_that_never_comes(capsys: pytest.CaptureFixture[str]) -> Non
     assert f"waiting for machine 0 at 127.0.0.1:{guest.port}" in capsys.readouterr().err
 
 
-def test_a_machine_that_was_refused_ends_the_waiting(tmp_path: Path) -> None:
+def test_a_machine_that_was_refused_ends_the_waiting_of_one_that_listens_later(tmp_path: Path) -> None:
     host, guest = venues(2)
     with ThreadPoolExecutor(1) as machine:
-        waiting = machine.submit(outcome, lambda: host_meeting(host, FACTS, tmp_path, "attempt"))
-        while not waiting.done():
-            report_refusal(guest, Refused([Problem("model.hiden", 3, "no such key")]))
-        assert "was refused there: model.hiden = 3: no such key" in str(waiting.result())
+        telling = machine.submit(report_refusal, guest, Refused([Problem("model.hiden", 3, "no such key")]))
+        words = outcome(lambda: host_meeting(host, FACTS, tmp_path, "attempt"))
+        telling.result(20)
+    assert "was refused there: model.hiden = 3: no such key" in str(words)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,32 @@ def test_what_answers_and_is_no_launch(words: bytes) -> None:
 def test_names_that_do_not_resolve() -> None:
     assert [problem.field for problem in address_problems("no-such-machine.invalid")] == ["MASTER_ADDR"]
     assert [problem.field for problem in address_problems("a" * 300)] == ["MASTER_ADDR"]
-    assert list(address_problems("127.0.0.1")) == []
+    for address in ("127.0.0.1", "::1", "localhost"):
+        assert list(address_problems(address)) == []
+
+
+@pytest.mark.parametrize(
+    ("address", "remedy"),
+    [
+        ("node0:29500", "write MASTER_ADDR=node0 and MASTER_PORT=29500"),
+        ("[::1]", "write ::1, without spaces and brackets"),
+        (" 127.0.0.1", "write 127.0.0.1, without spaces and brackets"),
+        ("  ", "name machine 0 by an address"),
+        ("tcp://127.0.0.1", "name machine 0 by an address"),
+        ("0.0.0.0", "is every address of a machine and names none"),
+        ("::", "is every address of a machine and names none"),
+    ],
+)
+def test_an_address_that_is_written_wrong_is_told_how(address: str, remedy: str) -> None:
+    (problem,) = address_problems(address)
+    assert problem.value == address
+    assert remedy in problem.remedy
+
+
+def test_values_that_are_hidden_and_differ_are_said_to() -> None:
+    words = difference("prompt", ("here", {"prompt": Fact("1", "${x}")}), ("there", {"prompt": Fact("2", "${x}")}))
+    assert words == "${x} on here, ${x} on there (variables of the environment differ)"
+    assert difference("a", ("here", {"a": Fact("1", "x")}), ("there", {})) == "x on here, nothing on there"
 
 
 def test_an_address_of_another_machine_is_hinted_at() -> None:

@@ -1,12 +1,8 @@
-"""launch/torchrun.sh: what it refuses, and two machines that are two launchers of this one."""
+"""launch/torchrun.sh: its variables, and what it refuses."""
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,21 +11,11 @@ from shoestring.comm.bootstrap import WorkerEnvironment
 from shoestring.comm.refusal import Refused
 from shoestring.launch.compose import compose_run
 from shoestring.launch.node import Place, count_processes, read_place
-from shoestring.launch.run_dir import read_status
 from shoestring.launch.worker import pick_device
 from shoestring.tests.launch.refusals import refused
-from shoestring.tests.launch.small_run import free_port, small_run
-from shoestring.tests.tree import ROOT
-from shoestring.trainer.budget.summary import summarise
-from shoestring.trainer.telemetry.history import read_metrics
+from shoestring.tests.launch.two_machines import SCRIPT, environment
 
-SCRIPT = ROOT / "launch" / "torchrun.sh"
 TWO = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
-
-
-def environment(**variables: str) -> dict[str, str]:
-    own = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "GPUS_PER_NODE")
-    return {key: value for key, value in os.environ.items() if key not in own} | {"PYTHON": sys.executable} | variables
 
 
 def test_the_variables_become_torchruns_arguments() -> None:
@@ -126,62 +112,3 @@ def test_the_script_explains_itself_and_exits_with_2() -> None:
     )
     assert nowhere.returncode == 2
     assert "has no shoestring" in nowhere.stderr
-
-
-def start(rank: int, overrides: list[str], meeting: dict[str, str], folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [SCRIPT, *overrides],
-        env=environment(NODE_RANK=str(rank), **meeting),
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def test_two_machines_are_one_run(tmp_path: Path) -> None:
-    """Machine 0 resolves `${now:}` for both, and no machine says that it failed."""
-    runs, steps = tmp_path / "runs", 6
-    overrides = [*small_run(tmp_path, steps), "topology.gpus_per_node=1", f"training.run_dir={runs}/${{now:%S.%f}}"]
-    meeting = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    launchers = [start(rank, overrides, meeting, tmp_path) for rank in (1, 0)]
-    try:
-        texts = [launcher.communicate(timeout=120)[0] for launcher in launchers]
-    finally:
-        for launcher in launchers:
-            launcher.kill()
-    assert [launcher.returncode for launcher in launchers] == [0, 0], "\n".join(texts)
-    (run_dir,) = runs.iterdir()
-    assert read_status(run_dir) == {"exit_code": 0, "reason": f"{steps} steps done"}
-    assert [event.step for event in read_metrics(run_dir / "metrics.jsonl") if event.kind == "stop"] == [steps]
-    assert not summarise(run_dir).running
-
-
-def test_machines_that_differ_and_a_directory_of_one_machine_are_refused_by_both(tmp_path: Path) -> None:
-    overrides = [*small_run(tmp_path, 1), "topology.gpus_per_node=1", "training.run_dir=run"]
-    for own, folders, words in (
-        (["training.seed=7"], ["here", "here"], "training.seed = '0 on machine 0"),
-        ([], ["here", "there"], "training.run_dir = 'run': is not shared: machine 1"),
-    ):
-        meeting = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        places = [tmp_path / name for name in folders]
-        for place in places:
-            place.mkdir(exist_ok=True)
-        both = [start(0, overrides, meeting, places[0]), start(1, [*overrides, *own], meeting, places[1])]
-        texts = [machine.communicate(timeout=120)[0] for machine in both]
-        assert [machine.returncode for machine in both] == [2, 2], "\n".join(texts)
-        assert all(words in text for text in texts)
-
-
-def test_a_machine_that_waits_for_others_stops_at_once(tmp_path: Path) -> None:
-    overrides = [*small_run(tmp_path, 1), "topology.gpus_per_node=1", f"training.run_dir={tmp_path / 'run'}"]
-    meeting = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    with start(0, overrides, meeting, tmp_path) as machine:
-        assert machine.stdout is not None
-        assert "waiting for 1 of 2 machines at 127.0.0.1:" in machine.stdout.readline()
-        asked = time.monotonic()
-        machine.terminate()
-        assert machine.wait(60) == 75
-        assert time.monotonic() - asked < 2
-        assert "stopped by SIGTERM before the machines had met" in machine.stdout.read()
-    assert not summarise(tmp_path / "run").running

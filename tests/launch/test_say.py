@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from shoestring.tests.launch.small_run import SMALL
+from shoestring.launch.run_dir import read_status
+from shoestring.tests.launch.small_run import SMALL, small_run
+from shoestring.tests.launch.two_machines import losses
 
 SAY = "from shoestring.launch.say import tell; tell('one'); tell('two'); tell('three'); open({done!r}, 'w')"
 CLOSED = {
@@ -33,6 +36,68 @@ def test_a_program_whose_words_go_nowhere_ends_as_it_should(how: str, tmp_path: 
     ended = bash(CLOSED[how].format(command=command), tmp_path)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert Path(done).exists()
+
+
+def shoestring(*arguments: object) -> str:
+    return shlex.join([sys.executable, "-m", "shoestring.launch.cli", *map(str, arguments)])
+
+
+@pytest.mark.parametrize(
+    ("view", "code"),
+    [
+        ("| true; exit ${PIPESTATUS[0]}", 0),
+        (">&-", 0),
+        (">&- 2>&-", 0),
+        ("> /dev/full", 2),
+    ],
+)
+def test_a_verb_that_only_shows(view: str, code: int, tmp_path: Path) -> None:
+    """Who has left has read what it wanted; a disk that does not take what was asked for is a failure."""
+    ended = bash(f"{shoestring('params', *SMALL)} {view}", tmp_path)
+    assert ended.returncode == code, ended.stderr
+    words = ["refused", "standard output = None: cannot be written (No space left on device)"] if code else []
+    assert all(word in line for word, line in zip(words, ended.stderr.splitlines(), strict=True))
+
+
+VIEWS = {"closed": ">&-", "full": "> /dev/full", "pipe": "| true; exit ${PIPESTATUS[0]}", "all": "<&- >&- 2>&-"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps, whose words went nowhere."""
+    folder = tmp_path_factory.mktemp("trained")
+    overrides = [*small_run(folder / "data", 2), "telemetry.wandb.mode=disabled"]
+    ended = bash(f"{shoestring('train', *overrides, 'training.run_dir=run')} | head -n 1", folder)
+    assert ended.stderr == ""
+    assert read_status(folder / "run") == {"exit_code": 0, "reason": "2 steps done"}
+    return folder / "run"
+
+
+@pytest.mark.parametrize("how", [pytest.param(how, marks=[] if how == "full" else pytest.mark.slow) for how in VIEWS])
+def test_what_is_made_outlives_the_view_of_it(how: str, trained: Path, tmp_path: Path) -> None:
+    made: dict[str, list[object]] = {
+        "hf/config.json": ["export", trained, "hf"],
+        "imported": ["import", "hf", "imported"],
+        "report.html": ["report", trained, "--out", "report.html"],
+        "drawing": ["schedule", "zb1p", "--stages", 2, "--micro-batches", 4, "--output", "drawing"],
+    }
+    if how != "full":
+        made["calibration"] = ["calibrate", "--output", "calibration", "--ranks", 1, "--repeats", 1]
+    for product, verb in made.items():
+        ended = bash(f"{shoestring(*verb)} {VIEWS[how]}", tmp_path)
+        assert (ended.returncode, ended.stderr) == (0, ""), product
+        assert (tmp_path / product).exists(), product
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", VIEWS)
+def test_a_run_goes_on_without_its_view(how: str, trained: Path, tmp_path: Path) -> None:
+    overrides = [*small_run(tmp_path / "data", 2), "telemetry.wandb.mode=disabled", "training.run_dir=run"]
+    ended = bash(f"{shoestring('train', *overrides)} {VIEWS[how]}", tmp_path)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert losses(tmp_path / "run") == losses(trained)
+    again = bash(f"{shoestring('train', *overrides)} {VIEWS[how]}", tmp_path)  # it is finished, and says so
+    assert (again.returncode, again.stderr) == (0, "")
 
 
 def test_a_preparation_outlives_its_terminal(tmp_path: Path) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -148,6 +151,35 @@ def test_a_machine_that_cannot_reach_itself_is_told_so(monkeypatch: pytest.Monke
     monkeypatch.setattr(loopback, "_ADDRESSES", ("192.0.2.1", "2001:db8::1"))  # of no machine
     with pytest.raises(Refused, match=r"localhost = .*cannot reach itself .*192.0.2.1: .*ip link set lo up"):
         loopback_address()
+
+
+def bare_machine(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run `script` where there is no network but a loopback that is down; skip where this process may not."""
+    for flags in (["--net", "--mount"], ["--user", "--map-root-user", "--net", "--mount"]):
+        if subprocess.run(["unshare", *flags, "true"], capture_output=True, check=False).returncode == 0:
+            command = ["unshare", *flags, "bash", "-ec", script]
+            return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    pytest.skip("no namespaces may be made here")
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="makes network namespaces by `unshare`")
+@pytest.mark.parametrize("has_loopback", [False, True])
+def test_a_machine_without_a_network_or_without_localhost(has_loopback: bool, tmp_path: Path) -> None:
+    """It needs no name: it runs where /etc/hosts is empty; where loopback is down, one sentence says what to do."""
+    overrides = [*small_run(tmp_path, 1), "telemetry.wandb.mode=offline", f"training.run_dir={tmp_path / 'run'}"]
+    train = shlex.join([sys.executable, "-m", "shoestring.launch.cli", "train", *overrides])
+    prepare = ": > hosts; mount --bind hosts /etc/hosts; ip link set lo up; " if has_loopback else ""
+    began = time.monotonic()
+    done = bare_machine(prepare + train, tmp_path)
+    if has_loopback:
+        assert done.returncode == 0, done.stderr
+        assert read_status(tmp_path / "run") == {"exit_code": 0, "reason": "1 steps done"}
+        return
+    assert time.monotonic() - began < 30
+    refused, problem = done.stderr.splitlines()
+    assert (done.returncode, refused) == (2, "shoestring train: refused")
+    assert problem.startswith("  localhost = '127.0.0.1': this machine cannot reach itself")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("host", "address"), [("127.0.0.1", "127.0.0.1"), ("192.0.2.1", None), ("0.0.0.0", None)])

@@ -10,12 +10,15 @@ import os
 import re
 import secrets
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import wandb
 from numpy.typing import NDArray
+from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
 from ...comm.files import read_text, replace_file
 from ...comm.refusal import Problem, Refused
@@ -28,6 +31,11 @@ _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _MOST_BINS = 512  # wandb.Histogram refuses more
 _SUMMARIES = ("budget", "stop")
 _AS_PLANNED = "done"
+_KEPT_EVENTS = 300
+"""wandb's service keeps up to 32 KiB of rows in memory, and a row is at least 150 bytes."""
+_SERVICE_STARTS = 3
+_PROCESS_IS_GONE = (wandb.errors.Error, OSError, HandleAbandonedError, MailboxClosedError)
+"""What starting raises where it may be so; also where files cannot be written, which fails as often as it is tried."""
 
 
 def account_problems() -> Iterator[Problem]:
@@ -46,6 +54,9 @@ class WandbSink:
     """One wandb run for all lives of a run directory; its files lie in `run_dir/wandb`.
 
     `lines` were in metrics.jsonl when it was opened. Raises Refused, naming `telemetry.wandb`, when wandb cannot start.
+
+    wandb writes by a process of its own, which ends at the SIGTERM that Slurm and systemd send to every process of a
+    job, and loses what it has not written. Another one is started then, and is handed the last events again.
     """
 
     name = "wandb"
@@ -54,47 +65,116 @@ class WandbSink:
         # wandb wants its own step to grow even when training steps are done again after a crash: it is the line number
         # of the event in metrics.jsonl. Plots use `step`, the training step.
         self._line = lines
-        try:
-            if config.mode == "online" and not wandb.login(prompt=False):
-                raise wandb.errors.UsageError("no API key is configured")
-            self._run = wandb.init(
-                mode="online" if config.mode == "online" else "offline",
-                project=config.project,
-                entity=config.entity,
-                name=config.name or Path(os.path.realpath(run_dir)).name,
-                id=_run_id(run_dir),
-                resume="allow",
-                dir=str(run_dir),
-                settings=wandb.Settings(silent=True, console="off", disable_git=True, x_save_requirements=False),
-            )
-        except (wandb.errors.Error, OSError) as error:
-            remedy = f"wandb could not start ({error}); run `wandb login`, or set telemetry.wandb.mode to offline"
-            raise Refused([Problem("telemetry.wandb", config.mode, remedy)]) from error
+        self._config, self._run_dir = config, run_dir
+        self._heads: list[Event] = []
+        self._recent: deque[tuple[int, Event]] = deque(maxlen=_KEPT_EVENTS)
+        self._starts = 0
+        self._start()
+
+    def _start(self) -> None:
+        """Begin or go on with the run in a process of wandb, a few times where that ends meanwhile."""
+        while True:
+            self._starts += 1
+            try:
+                self._open()
+            except (wandb.errors.UsageError, wandb.errors.CommError) as error:  # a key that is missing, a server's word
+                raise self._refusal(error) from error
+            except _PROCESS_IS_GONE as error:
+                if self._starts == _SERVICE_STARTS:
+                    raise self._refusal(error) from error
+                _forget_process()
+            else:
+                return
+
+    def _open(self) -> None:
+        config = self._config
+        if config.mode == "online" and not wandb.login(prompt=False):
+            raise wandb.errors.UsageError("no API key is configured")
+        self._run = wandb.init(
+            mode="online" if config.mode == "online" else "offline",
+            project=config.project,
+            entity=config.entity,
+            name=config.name or Path(os.path.realpath(self._run_dir)).name,
+            id=_run_id(self._run_dir),
+            resume="allow",
+            dir=str(self._run_dir),
+            settings=wandb.Settings(silent=True, console="off", disable_git=True, x_save_requirements=False),
+        )
         self._run.define_metric("*", step_metric="step")
+
+    def _refusal(self, error: Exception) -> Refused:
+        remedy = f"wandb could not start ({error}); run `wandb login`, or set telemetry.wandb.mode to offline"
+        return Refused([Problem("telemetry.wandb", self._config.mode, remedy)])
 
     def emit(self, event: Event) -> None:
         """Hand `event` to wandb: configuration, summary, or a row of history."""
         self._line += 1
         if event.kind == "run":
+            self._heads.append(event)
+        else:
+            self._recent.append((self._line, event))
+        try:
+            self._hand_over(event, self._line)
+            alert = _alert(event)
+            if alert is not None:
+                self._run.alert(*alert)
+        except Exception as error:
+            self._start_again(error)
+
+    def _hand_over(self, event: Event, line: int) -> None:
+        if event.kind == "run":
             self._run.config.update(dict(event.values), allow_val_change=True)  # type: ignore[no-untyped-call]
         elif event.kind in _SUMMARIES:
             self._run.summary.update({f"{event.kind}/{key}": value for key, value in event.values.items()})
-            reason = event.values.get("reason", _AS_PLANNED)
-            if reason != _AS_PLANNED:
-                self._run.alert(f"stopped at step {event.step}", str(reason), "ERROR")
-        elif event.kind == "warning":
-            about = event.values.get("about", "warning")
-            self._run.alert(f"{about} at step {event.step}", str(event.values["message"]), "WARN")
-        else:
+        elif event.kind != "warning":
             prefix = "" if event.kind == "step" else f"{event.kind}/"
             row = {f"{prefix}{key}": _shown(event.kind, value) for key, value in event.values.items()}
-            self._run.log({"step": event.step, **row}, step=self._line)
+            self._run.log({"step": event.step, **row}, step=line)
+
+    def _start_again(self, error: Exception) -> None:
+        """Start wandb's process anew, with what the one that has ended may not have written; alert of the last event.
+
+        Raises `error` where that happens again and again: it is something else then.
+        """
+        if self._starts == _SERVICE_STARTS:
+            raise error
+        _forget_process()
+        self._start()
+        try:
+            for event in self._heads:
+                self._hand_over(event, self._line)
+            for line, event in self._recent:
+                self._hand_over(event, line)
+            alert = _alert(self._recent[-1][1]) if self._recent else None
+            if alert is not None:
+                self._run.alert(*alert)
+        except Exception as another:
+            self._start_again(another)
 
     def close(self) -> None:
         """Finish the run; online, this waits for the upload."""
-        self._run.finish()
+        try:
+            self._run.finish()
+        except Exception as error:
+            self._start_again(error)
+            self._run.finish()
         # finish returns while wandb's service process is still writing the file; that is over when the service is.
         wandb.teardown()
+
+
+def _forget_process() -> None:
+    """Let wandb start a process of its own again. It says in many ways that the last one has ended: also by exiting."""
+    with suppress(Exception, SystemExit):
+        wandb.teardown()
+
+
+def _alert(event: Event) -> tuple[str, str, str] | None:
+    """Title, text and level of the message that wandb sends to people about `event`."""
+    if event.kind == "warning":
+        about = event.values.get("about", "warning")
+        return f"{about} at step {event.step}", str(event.values["message"]), "WARN"
+    reason = event.values.get("reason", _AS_PLANNED) if event.kind in _SUMMARIES else _AS_PLANNED
+    return None if reason == _AS_PLANNED else (f"stopped at step {event.step}", str(reason), "ERROR")
 
 
 def _run_id(run_dir: Path) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 
 from shoestring.comm.refusal import Refused
+from shoestring.tests.launch.machines import alive, wait_until
 from shoestring.tests.trainer.telemetry.offline_run import OfflineRun, read_offline_run
 from shoestring.trainer.telemetry.config import TelemetryConfig, WandbConfig
 from shoestring.trainer.telemetry.events import JSON, Event, EventStream
@@ -62,6 +66,77 @@ def test_the_history_that_wandb_keeps_is_that_of_the_event_file(tmp_path: Path) 
     assert own(run.history[-1]) == {"step": 300, "evaluation/loss": 2.0}
     (file,) = (run_dir / "wandb").glob("offline-run-*/*.wandb")
     assert file.stat().st_size > 2 * 32 * 1024
+
+
+def service_of_wandb() -> int:
+    """The process that wandb has started from this one."""
+    for thread in Path("/proc/self/task").iterdir():
+        for child in (thread / "children").read_text().split():
+            if b"wandb-core" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return int(child)
+    raise AssertionError("wandb has no process")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("last", ["an event", "the end"])
+def test_nothing_is_lost_when_the_process_of_wandb_is_ended(last: str, tmp_path: Path) -> None:
+    """As by the SIGTERM that Slurm sends to every process of a job. What it had not written is written again."""
+    sink = WandbSink(WandbConfig(project="tests"), tmp_path, 0)
+    sink.emit(Event("run", 0, {"parameters": 12}))
+    for number in range(1, 6):
+        sink.emit(step(number))
+    service = service_of_wandb()
+    if last == "the end":
+        sink.emit(Event("stop", 6, {"reason": "it was asked to"}))
+    os.kill(service, signal.SIGTERM)
+    wait_until(lambda: not alive({service}), 20)
+    if last == "an event":
+        sink.emit(Event("stop", 6, {"reason": "it was asked to"}))
+    sink.close()
+    runs = lives(tmp_path)
+    assert {run.run_id for run in runs if run.run_id} == {(tmp_path / "wandb_run_id").read_text().strip()}
+    (whole,) = (run for run in runs if run.summary)
+    assert [(row["_step"], row["step"]) for row in whole.history] == [(number + 1, number) for number in range(1, 6)]
+    assert whole.config["parameters"] == 12
+    assert whole.summary["stop/reason"] == "it was asked to"
+    assert whole.alerts == (("stopped at step 6", "it was asked to"),)
+
+
+def test_a_process_of_wandb_that_ends_each_time_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = []
+
+    def gone(sink: WandbSink, *_: object) -> None:
+        raise ConnectionResetError("Connection lost")
+
+    def start(sink: WandbSink) -> None:
+        starts.append(sink)
+
+    monkeypatch.setattr(WandbSink, "_open", start)
+    monkeypatch.setattr(WandbSink, "_hand_over", gone)
+    sink = WandbSink(WandbConfig(), tmp_path, 0)
+    with pytest.raises(ConnectionResetError, match="Connection lost"):
+        sink.emit(step(1))
+    assert len(starts) == 3
+
+
+def test_a_process_of_wandb_that_ends_while_it_starts_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = []
+
+    def start(sink: WandbSink) -> None:
+        starts.append(sink)
+        if len(starts) < lives_until:
+            raise ConnectionResetError("Connection lost")
+
+    monkeypatch.setattr(WandbSink, "_open", start)
+    lives_until = 3
+    WandbSink(WandbConfig(), tmp_path, 0)
+    assert len(starts) == 3
+    lives_until = 9
+    with pytest.raises(Refused, match="wandb could not start"):
+        WandbSink(WandbConfig(), tmp_path, 0)
+    assert len(starts) == 6
 
 
 def test_a_second_life_has_the_same_id_and_goes_on_counting(tmp_path: Path) -> None:
