@@ -70,7 +70,7 @@ def test_equal_digests_are_equal_whatever_is_shown() -> None:
     [
         ("", "Expecting value"),
         ("\0", "Expecting value"),
-        ("[]", "not a mapping"),
+        ("[]", "must be a mapping of keys"),
         ('{"a": "b"}', "a is not a fact"),
         ('{"a": ["b"]}', "a is not a fact"),
         ('{"a": [1, 2]}', "a is not a fact"),

@@ -303,7 +303,8 @@ def train_until(world: World, tree: dict[str, Any], looks: int, spent_in_a_step:
     config = build(RunConfig, tree)
     groups = ProcessGroups.create(config.topology, world.rank, timedelta(seconds=30))
 
-    begun = summarise(run_dir).steps_retained if run_dir.exists() else 0
+    # The first rank to come makes the directory: what says that a run was there is its ledger.
+    begun = summarise(run_dir).steps_retained if (run_dir / "ledger" / "work.jsonl").exists() else 0
     step, taken = Stepper.step, list[int]()
 
     def counted(self: Stepper, *arguments: Any) -> StepResult:
