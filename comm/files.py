@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -108,6 +109,12 @@ def os_problem(error: OSError, path: Path | str, fix: str) -> Problem:
     """What the system said about a file, by the name that it has named if it has named one."""
     file = path if error.filename is None else os.fsdecode(error.filename)
     return Problem(str(file), None, f"cannot be used: {error.strerror or error}; {fix}")
+
+
+def another_directory(error: OSError) -> str:
+    """What to do where a directory cannot be written."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "make room, or name another directory" if full else "name another directory"
 
 
 def replace_file(path: Path, raw: bytes) -> None:

@@ -7,6 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 
+def printable(text: str, keep: str = "\n\t") -> str:
+    """`text` with every character that is not printable as its escape, but for those in `keep`.
+
+    Names of files, tensors and keys come from others: an ESC among them would command the terminal.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing wrong with the input.
@@ -26,7 +36,7 @@ class Problem:
         return replace(self, field=f"{prefix}.{self.field}", others=others)
 
     def __str__(self) -> str:
-        return f"{self.field} = {self.value!r}: {self.remedy}"
+        return f"{printable(self.field, keep='')} = {self.value!r}: {printable(self.remedy)}"
 
 
 @dataclass(frozen=True)

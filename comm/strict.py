@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from .refusal import Problem
+from .refusal import Problem, printable
 
 T = TypeVar("T")
 
@@ -35,7 +35,8 @@ class Malformed(ValueError):  # noqa: N818 -- says what the file is
 
     def __init__(self, where: str, value: object, remedy: str) -> None:
         self.where, self.value, self.remedy = where, shortened(value), remedy
-        super().__init__(f"{where} = {self.value!r}: {remedy}" if where else f"{remedy} ({self.value!r})")
+        place, words = printable(where, keep=""), printable(remedy)
+        super().__init__(f"{place} = {self.value!r}: {words}" if place else f"{words} ({self.value!r})")
 
     def problem(self, file: Path | str, fix: str) -> Problem:
         """The problem of `file`; `fix` says what to do about it."""
@@ -57,6 +58,9 @@ def parse_json(raw: bytes | str) -> Item:
         text = raw if isinstance(raw, str) else raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise Malformed("", f"byte {error.start}", "is not UTF-8") from error
+    if text.startswith("\ufeff"):
+        remedy = "is not JSON: it begins with a byte order mark; save it as UTF-8 without one"
+        raise Malformed("", text[:_SHOWN], remedy)
     try:
         tree = _DECODER.decode(text)
     except Malformed:
@@ -87,7 +91,14 @@ def _no_number(name: str) -> float:
     raise Malformed("", name, "is not JSON: no number is NaN or infinite")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_no_number)
+def _finite(digits: str) -> float:
+    found = float(digits)
+    if math.isinf(found):  # `1e999` is JSON by its grammar; written again it would be `Infinity`, which is none
+        raise Malformed("", digits, "is larger than any finite number")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_no_number, parse_float=_finite)
 
 
 def _refuse_depth(tree: object) -> None:

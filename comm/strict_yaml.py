@@ -62,6 +62,16 @@ def _refuse_depth(text: str) -> None:
             raise Malformed("", f"{text[:20]}…", f"is nested more than {MAX_DEPTH} deep")
 
 
+def _refuse_repeats(node: yaml.MappingNode) -> None:
+    keys: set[str] = set()
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+            continue
+        if key.value in keys:
+            raise Malformed(f"line {key.start_mark.line + 1}", key.value, "is a key that stands there twice")
+        keys.add(key.value)
+
+
 def _size(node: yaml.Node, known: dict[int, int], above: tuple[int, ...]) -> int:
     """Nodes in and below `node`, one that an alias repeats counted each time."""
     if id(node) in above:
@@ -71,6 +81,7 @@ def _size(node: yaml.Node, known: dict[int, int], above: tuple[int, ...]) -> int
         if isinstance(node, yaml.SequenceNode):
             inner = list(node.value)
         elif isinstance(node, yaml.MappingNode):
+            _refuse_repeats(node)
             inner = [each for pair in node.value for each in pair]
         known[id(node)] = 1 + sum(_size(each, known, (*above, id(node))) for each in inner)
         if known[id(node)] > _MAX_NODES:

@@ -21,8 +21,8 @@ from yaml import YAMLError
 
 from ..comm.files import os_problem, refusing
 from ..comm.refusal import Doubt, Problem, Refused, refuse_if_any
-from ..comm.strict import Malformed
-from ..comm.strict_yaml import check_yaml
+from ..comm.strict import Malformed, shortened
+from ..comm.strict_yaml import check_yaml, read_yaml
 from ..trainer.config import RunConfig
 from ..trainer.environment_text import EnvironmentText
 from .interpolations import resolve
@@ -51,6 +51,7 @@ def compose_run(overrides: Sequence[str], config_dir: Path | None = None, instan
     unread = {_key(text) for text, read_as in lines if not read_as}
     if {"--config-dir", "experiment"} & (unread | {problem.field for problem in problems}):
         unread.add("")  # their files could have set anything
+    problems += _nul_problems(tree)
     config, doubtful = read(RunConfig, tree, problems)
     doubt = Doubt(doubtful | unread, frozenset(_key(text) for text, read_as in lines if read_as))
     refuse_if_any([*problems, *config.problems(doubt)])
@@ -123,12 +124,27 @@ def _compose(lines: Sequence[str], config_dir: Path | None, instant: datetime, p
     return tree
 
 
+def _nul_problems(tree: object, key: str = "") -> Iterator[Problem]:
+    """Text that no name of a file and no environment variable can be: the system's end where the NUL stands."""
+    if isinstance(tree, str) and "\0" in tree:
+        yield Problem(key, tree, "holds a NUL character; write the text without it")
+    elif isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from _nul_problems(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, list):
+        for index, value in enumerate(tree):
+            yield from _nul_problems(value, f"{key}[{index}]")
+
+
 def _readable(text: str, config_dir: Path | None, problems: list[Problem]) -> Iterator[str]:
     """`text` as a line for Hydra; nothing but a problem more where that would fail or have no effect."""
     try:
         (override,) = OverridesParser.create().parse_overrides([text])
     except (HydraException, RecursionError):
         problems.append(_malformed(text))
+        return
+    except ValueError:  # Python reads no whole number of more than 4,300 digits
+        problems.append(Problem("command line", shortened(text), "holds a number of too many digits to be read"))
         return
     choices = _choices(override.key_or_group, config_dir)
     found = _override_problem(text, override, choices)
@@ -183,7 +199,7 @@ def _unreadable_files(config_dir: Path | None) -> Iterator[Problem]:
         if not _shipped(path.parent.name):
             continue
         try:
-            check_yaml(path)
+            read_yaml(path, resolve=False)
         except Malformed as error:
             yield error.problem(path, "correct the file, or remove it")
         except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from ..trainer.data.tokenizer import END, decode_with, encode_with, read_bpe
 from ..trainer.loaded import load_chunk
 from ..trainer.model.attention_backend import ON_CPU, AttentionCase, AttentionChoice, GpuFacts, choose_attention
 from ..trainer.model.config import ModelConfig
-from ..trainer.speculate import Continuation, Sampler, speculate
+from ..trainer.speculate import Continuation, NotFinite, Sampler, speculate
 
 TOKENIZER = "tokenizer.json"
 
@@ -44,8 +45,9 @@ class Request:
             problems.append(Problem("--prompt", self.prompt, "must hold text"))
         if self.tokens < 1:
             problems.append(Problem("--tokens", self.tokens, "must be at least 1"))
-        if self.temperature < 0:
-            problems.append(Problem("--temperature", self.temperature, "must be at least 0, which takes the likeliest"))
+        if not 0 <= self.temperature < math.inf:
+            remedy = "must be at least 0, which takes the likeliest, and finite"
+            problems.append(Problem("--temperature", self.temperature, remedy))
         refuse_if_any(problems)
 
 
@@ -71,7 +73,11 @@ def generate_text(request: Request) -> tuple[str, Continuation]:
             f"its tokens must be numbers below {checkpoint.model.vocabulary}, the model's vocabulary, and at least one"
         )
         raise Refused([Problem("--prompt", request.prompt, f"{TOKENIZER} gives {prompt[:8]}: {remedy}")])
-    found = speculate(chunk, prompt, request.tokens, context, sampler, stop=stop, draft=request.draft)
+    try:
+        found = speculate(chunk, prompt, request.tokens, context, sampler, stop=stop, draft=request.draft)
+    except NotFinite as error:
+        remedy = f"{error}; take another checkpoint, or correct its model's values (such as routed_scaling and yarn)"
+        raise Refused([Problem("checkpoint", str(checkpoint.path), remedy)]) from error
     with refusing(checkpoint.path / TOKENIZER, "take another checkpoint"):
         return decode_with(tokenizer, found.tokens), found
 

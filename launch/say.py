@@ -10,24 +10,27 @@ import os
 import sys
 from contextlib import suppress
 
-from ..comm.refusal import Problem, Refused
+from ..comm.refusal import Problem, Refused, printable
 
 
 def say(text: str) -> None:
-    """Print `text` on standard error; a terminal that has gone or a full disk behind it changes nothing."""
+    """Print `text` on standard error; a terminal that has gone or a full disk behind it changes nothing.
+
+    Control characters are escaped: names in it may come from others.
+    """
     with suppress(OSError, ValueError, RuntimeError):
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def tell(text: str) -> None:
-    """Print `text`, a result, on standard output now, or drop it where it cannot be shown.
+    """Print `text`, a result, on standard output now, or drop it where it cannot be shown; see `say` on escapes.
 
     After a failure standard output is the null device, so that Python's own last flush fails no more.
     """
     if sys.stdout is None:  # a program that was started without one
         return
     try:
-        print(text, flush=True)
+        print(printable(text), flush=True)
     except (OSError, ValueError):  # ValueError: it was closed by this process
         _show_nothing_more()
 

@@ -20,6 +20,10 @@ from ..parallelism.pipeline.overlap import drive
 from .model.chunk import Chunk
 
 
+class NotFinite(ArithmeticError):  # noqa: N818 -- says what the logits are
+    """Logits from which no token can be drawn."""
+
+
 @dataclass
 class Continuation:
     """What followed a prompt."""
@@ -42,10 +46,14 @@ class Sampler:
     """0 takes the likeliest."""
 
     def probabilities(self, logits_V: Tensor) -> Tensor:
-        """FP64 [V]."""
+        """FP64 [V]. Raises `NotFinite`."""
+        bad = int((~torch.isfinite(logits_V)).sum())
+        if bad:
+            raise NotFinite(f"{bad:,} of {logits_V.numel():,} logits are not finite")
         if self.temperature == 0:
             return torch.zeros_like(logits_V, dtype=torch.float64).scatter_(0, logits_V.argmax(keepdim=True), 1.0)
-        return (logits_V.double() / self.temperature).softmax(dim=0)
+        logits_V = logits_V.double()
+        return ((logits_V - logits_V.max()) / self.temperature).softmax(dim=0)  # at most 0: no temperature overflows
 
     def draw(self, probabilities_V: Tensor) -> int:
         """One token."""
@@ -76,7 +84,7 @@ def speculate(
 ) -> Continuation:
     """Continue `prompt` by up to `count` tokens, given the last `context` of them, up to the token `stop`.
 
-    Text that fills the context goes on without drafts, and so does a model without MTP.
+    Text that fills the context goes on without drafts, and so does a model without MTP. Raises `NotFinite`.
     """
     text, result = list(prompt), Continuation([])
     guess: tuple[int, Tensor] | None = None

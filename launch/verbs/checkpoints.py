@@ -78,8 +78,8 @@ def _diff(options: argparse.Namespace) -> int:
 
 def _add_import(verbs: Verbs) -> None:
     importing = verbs.add_parser("import", help="a checkpoint from released weights (DeepseekV3ForCausalLM)")
-    importing.add_argument("source", type=Path, metavar="DIRECTORY", help="config.json and safetensors")
-    importing.add_argument("target", type=Path, metavar="TARGET", help="the new checkpoint goes into this directory")
+    importing.add_argument("source", type=_named, metavar="DIRECTORY", help="config.json and safetensors")
+    importing.add_argument("target", type=_named, metavar="TARGET", help="the new checkpoint goes into this directory")
     importing.set_defaults(run=_import)
 
 
@@ -94,7 +94,7 @@ def _import(options: argparse.Namespace) -> int:
 def _add_export(verbs: Verbs) -> None:
     export = verbs.add_parser("export", help="a checkpoint as transformers and others read it")
     _add_path(export)
-    export.add_argument("directory", type=Path, metavar="DIRECTORY", help="new, or empty")
+    export.add_argument("directory", type=_named, metavar="DIRECTORY", help="new, or empty")
     export.add_argument("--dtype", choices=["bf16", "fp32", "fp8"], default="bf16", help="default bf16")
     export.add_argument("--rope", choices=["pairs", "halves"], default="pairs", help="order of rotated rows")
     export.add_argument("--max-shard", default="5GB", metavar="SIZE", help="of a file (default 5GB)")
@@ -136,6 +136,13 @@ def _generate(options: argparse.Namespace) -> int:
     give(options.prompt + text)
     say(acceptance(found))
     return 0
+
+
+def _named(text: str) -> Path:
+    """A path; an empty text, which would be the working directory, is none."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a directory; an empty name is none")
+    return Path(text)
 
 
 def _add_path(parser: argparse.ArgumentParser) -> None:

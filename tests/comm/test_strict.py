@@ -22,7 +22,7 @@ from shoestring.comm.files import (
     refusing,
     replace_file,
 )
-from shoestring.comm.refusal import Refused
+from shoestring.comm.refusal import Problem, Refused
 from shoestring.comm.strict import LARGEST, MAX_DEPTH, Item, Malformed, parse_json
 from shoestring.comm.strict_yaml import read_yaml
 
@@ -34,7 +34,9 @@ from shoestring.comm.strict_yaml import read_yaml
         (b"{", "is not JSON"),
         (b"{} {}", "is not JSON"),
         (b"\xff{}", "byte 0.*is not UTF-8|is not UTF-8"),
-        (b"\xef\xbb\xbf{}", "is not JSON"),
+        (b"\xef\xbb\xbf{}", "byte order mark"),
+        (b'{"a": [1e999]}', "larger than any finite number .*1e999"),
+        (b'{"a": -1e999}', "larger than any finite number"),
         ('{"a": 1}'.encode("utf-16"), "is not UTF-8"),
         (b'{"a": NaN}', "no number is NaN or infinite"),
         (b'{"a": [-Infinity]}', "no number is NaN or infinite"),
@@ -214,7 +216,7 @@ def test_what_would_be_appended_to_must_be_a_file_of_its_own(tmp_path: Path) -> 
         ("[" * 5000, "nested more than 64 deep"),
         ("a: " + "[" * 80 + "]" * 80, "nested more than 64 deep"),
         ("a: \x00", "is not YAML"),
-        ("a: 1\na: 2", "is not YAML of a configuration"),
+        ("a: 1\nb:\n  c: 1\n  c: 2", "line 4 = 'c': is a key that stands there twice"),
         ("a: ${b}\nb: ${a}", "is not YAML of a configuration|refers to itself"),
         ("a: ${nowhere}", "is not YAML of a configuration"),
         ("a: !!python/object:os.system {}", "is not YAML"),
@@ -250,3 +252,11 @@ def test_lines_have_a_bound(tmp_path: Path) -> None:
     for read in (lines_within, chunks_of_lines):
         with open_regular(path) as file, pytest.raises(Malformed, match="more than 8388608 bytes"):
             list(read(file))
+
+
+def test_a_problem_sends_nothing_to_the_terminal() -> None:
+    """Not by its field, its value or its remedy; a line break of a message of ours stays, one in a name does not."""
+    said = str(Problem("a\x1b[31m\n\x07\u202e", "\x1b\x07", "holds \x1b]0;\x9b;\nwrite it again"))
+    assert said == r"a\x1b[31m\n\x07\u202e = '\x1b\x07': holds \x1b]0;\x9b;" + "\nwrite it again"
+    assert str(Malformed("\x1b[2J", 1, "must be \x07")) == r"\x1b[2J = 1: must be \x07"
+    assert str(Problem("é 語", 1, "stays")) == "é 語 = 1: stays"

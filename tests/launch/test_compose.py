@@ -154,6 +154,13 @@ def test_text_that_cannot_be_read_is_shown_as_it_was_written(text: str, remedy: 
     assert_says(problems["command line"], remedy)
 
 
+def test_a_number_of_thousands_of_digits_is_refused_with_the_others() -> None:
+    problems = refused(compose_run, [f"training.tokens=1{'0' * 5000}", "training.sed=1"])
+    assert problems.keys() == {"command line", "training.sed"}
+    assert_says(problems["command line"], "holds a number of too many digits to be read")
+    assert len(problems["command line"]) < 300
+
+
 def test_mistakes_of_every_kind_are_refused_together(tmp_path: Path) -> None:
     overrides = ["topology=ep5", "training.sed=1", "training.tokens=1.5", "optimizer", "~budget", "exchange.name=flat"]
     problems = refused(compose_run, overrides, tmp_path / "nowhere")
@@ -251,8 +258,15 @@ def test_a_file_of_ones_own_that_could_never_be_chosen(tmp_path: Path) -> None:
         ("# @package _global_\ndefaults:\n  - override /model: huge\n", "command line", "Could not find 'model/huge'"),
         ("# @package _global_\ntraining:\n  tokns: 5\n", "training.tokns", "did you mean tokens?"),
         ("training:\n  tokens: 5\n", "experiment", "must be: # @package _global_"),
+        ("training:\n  seed: 5\n  seed: 6\n", "mine.yaml: line 3", "'seed': is a key that stands there twice"),
+        (
+            '# @package _global_\ntraining:\n  run_dir: "a\\0b"\n',
+            "training.run_dir",
+            r"'a\\x00b': holds a NUL character",
+        ),
+        (f"training:\n  tokens: 1{'0' * 5000}\n", "mine.yaml", "is not YAML of a configuration"),
     ],
-    ids=["not-yaml", "unknown-choice", "unknown-key", "no-package"],
+    ids=["not-yaml", "unknown-choice", "unknown-key", "no-package", "key-twice", "NUL", "digits"],
 )
 def test_a_file_of_ones_own_that_is_wrong(tmp_path: Path, text: str, field: str, remedy: str) -> None:
     directory = own_file(tmp_path, "experiment/mine.yaml", text)

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from shoestring.comm.refusal import Refused
 from shoestring.launch.cli import main
+from shoestring.launch.convert import export_command, import_command
 from shoestring.launch.run_dir import clear_status, own, read_status, reserve_status, write_config, write_status
 from shoestring.launch.stops import note_end, note_stop
 from shoestring.tests.launch.report.recorded import record_run
 from shoestring.tests.trainer.checkpoint.saved import save_model
+from shoestring.trainer.checkpoint.manifest import Manifest
 from shoestring.trainer.data.tokenizer import train_tokenizer
-from shoestring.trainer.model.config import ModelConfig
+from shoestring.trainer.model.config import ModelConfig, YarnConfig
 from shoestring.trainer.model.init import initialise
 from shoestring.trainer.model.model import Model
 
 SHAPE = ModelConfig(hidden=16, layers=2, vocabulary=300, experts=8, expert_ffn=8, dense_ffn=16, init_std=0.2)
 TEXT = " ".join(f"word{index * 7919 % 211}" for index in range(2000))
+YARN = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096}
 NAN, INF = float("nan"), float("inf")
 
 
@@ -150,6 +155,20 @@ def test_a_whole_number_is_no_weight(dtype: torch.dtype, hf: Path, capsys: pytes
         ({"eos_token_id": [1, None]}, "eos_token_id[1] = None: must be a whole number"),
         ({"max_position_embeddings": 0}, "max_position_embeddings = 0: must be from 1"),
         ({"rope_interleave": "yes"}, "rope_interleave = 'yes': must be true or false"),
+        ({"rope_scaling": YARN | {"factor": 1e308}}, "factor = 1e+308: must be from 0 to"),
+        ({"rope_scaling": YARN | {"factor": 2.0**20}}, "makes a context of more than 2147483648 positions"),
+        ({"rope_scaling": YARN | {"factor": 10**400}}, "must be a finite number"),
+        ({"rope_scaling": YARN | {"mscale": 1e300}}, "mscale = 1e+300: must be from 0 to 1000"),
+        ({"routed_scaling_factor": 1e300}, "routed_scaling_factor = 1e+300: must be from 0 to 1e+06"),
+        ({"rope_theta": 1e300}, "rope_theta = 1e+300: must be from 0 to 1e+18"),
+        ({"architectures": 5}, "architectures = 5: must be a list"),
+        ({"architectures": ["LlamaForCausalLM"]}, "our model is DeepseekV3ForCausalLM alone"),
+        ({"torch_dtype": 7}, "torch_dtype = 7: must be text"),
+        ({"dtype": {"x": 1}}, "dtype = {'x': 1}: must be text"),
+        ({"dtype": "int8"}, "dtype = 'int8': must be one of bfloat16"),
+        ({"eos_token_id": 999999}, "eos_token_id = 999999: must be from -1 to 299"),
+        ({"eos_token_id": [1, 300]}, "eos_token_id[1] = 300: must be from 0 to 299"),
+        ({"bos_token_id": 300}, "bos_token_id = 300: must be from -1 to 299"),
     ],
 )  # fmt: skip
 def test_a_config_json_of_wrong_values_is_refused(
@@ -168,6 +187,9 @@ def test_a_config_json_of_wrong_values_is_refused(
         (b'{"a":' * 50_000, "nested more than 64 deep"),
         (b'{"hidden_size": 1, "hidden_size": 2}', "stands there twice"),
         (b'{"rope_theta": Infinity}', "no number is NaN or infinite"),
+        (b'{"not_read": 1e999}', "1e999': is larger than any finite number"),
+        (b'{"quantization_config": {"x": [-1e999]}}', "-1e999': is larger than any finite number"),
+        (b"\xef\xbb\xbf{}", "begins with a byte order mark"),
     ],
 )
 def test_a_config_json_that_is_none_is_refused(
@@ -205,10 +227,11 @@ def overlap(header: dict[str, Any]) -> None:
         (edit_entry(dtype=5), "must be text"),
         (edit_entry(shape=[16.0]), "must be a whole number"),
         (edit_entry(shape=[-16]), "must be from 0"),
-        (edit_entry(shape=[2**62, 2**62]), "where the shape asks for"),
+        (edit_entry(shape=[2**62, 2**62]), f"where dtype F32 and shape [{2**62}, {2**62}] ask for"),
+        (edit_entry(dtype="BOOL"), "64 bytes, where dtype BOOL and shape [16] ask for 16"),
         (edit_entry(shape=None), "must be a list"),
         (edit_entry(data_offsets=[0]), "must be two numbers"),
-        (edit_entry(data_offsets=[64, 0]), "where the shape asks for"),
+        (edit_entry(data_offsets=[64, 0]), "where dtype F32 and shape [16] ask for 64"),
         (edit_entry(data_offsets=["0", 64]), "must be a whole number"),
         (edit_entry(data_offsets=[10**12, 10**12 + 64]), "must begin at byte"),
         (edit_entry(other=1), "is no key of this format"),
@@ -691,3 +714,101 @@ def test_the_same_values_are_still_imported(hf: Path, original: Path, capsys: py
     tensors: dict[str, Tensor] = load_file(hf / "model.safetensors")
     assert f"imported to {hf.parent / 'again'}" in output
     assert len(tensors) > 10
+
+
+def test_a_generation_config_beyond_every_number_is_named(hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (hf / "generation_config.json").write_text('{"temperature": 1e999}')
+    assert "generation_config.json = '1e999': is larger than any finite number" in refused_import(capsys, hf)
+
+
+def test_a_manifest_is_not_written_with_what_no_reader_takes() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        Manifest({"loss": INF}, {}, {}, ()).to_json()
+
+
+@pytest.mark.parametrize("values", [{"routed_scaling": 1e300}, {"yarn": YarnConfig(mscale=1e300)}])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_not_finite_are_one_error(
+    values: dict[str, Any], temperature: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Model(replace(SHAPE, **values))
+    initialise(model, 1)
+    attachments = {"tokenizer.json": train_tokenizer([TEXT], 300).to_json().encode()}
+    save_model(model, tmp_path / "checkpoints", 4, attachments)
+    how = ["--prompt", "word1", "--tokens", 2, "--temperature", temperature]
+    code, _, errors = shoestring(capsys, "generate", tmp_path, *how)
+    assert code == 2
+    assert "300 of 300 logits are not finite; take another checkpoint" in errors
+
+
+@pytest.mark.parametrize("temperature", ["nan", "inf", "-1"])
+def test_a_temperature_that_is_none_is_refused(
+    temperature: str, original: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verb = ["generate", original / "run", "--prompt", "word1", "--tokens", 2, f"--temperature={temperature}"]
+    code, _, errors = shoestring(capsys, *verb)
+    assert (code, "--temperature = " in errors) == (2, True)
+
+
+def test_a_context_without_end_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(Model(replace(SHAPE, yarn=YarnConfig(factor=1e308))), tmp_path / "checkpoints", 4, {})
+    code, _, errors = shoestring(capsys, "export", tmp_path, tmp_path / "out")
+    assert code == 2
+    assert "model.yarn.factor = 1e+308: cannot be exported" in errors
+
+
+def test_a_name_with_escape_codes_is_shown_as_text(hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = load_file(hf / "model.safetensors")
+    tensors["\x1b[31mred\x07"] = torch.zeros(1)
+    save_file(tensors, hf / "model.safetensors", {"format": "pt"})
+    assert "\\x1b[31mred\\x07 = [1]: is no part of this model" in (errors := refused_import(capsys, hf))
+    assert errors.isascii()
+    assert "\x1b" not in errors
+
+
+def test_a_name_of_no_file_is_refused(hf: Path, run: Path) -> None:
+    target = hf.parent / "a\0b"
+    with pytest.raises(Refused, match=r"target = .*holds a NUL"):
+        import_command(hf, target)
+    with pytest.raises(Refused, match=r"source = .*holds a NUL"):
+        import_command(target, hf.parent / "made")
+    with pytest.raises(Refused, match=r"directory = .*holds a NUL"):
+        export_command(run, None, target, "fp32", "pairs", "5GB", average=False)
+
+
+def test_an_import_goes_to_a_directory_outside_its_source(
+    hf: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(hf.iterdir())
+    (hf.parent / "link").symlink_to(hf)
+    for target in (hf, hf / "made", hf.parent / "link" / "made"):
+        code, _, errors = shoestring(capsys, "import", hf, target)
+        assert (code, "or lies inside it; name another" in errors) == (2, True)
+    (hf.parent / "file").touch()
+    (hf.parent / "dangling").symlink_to(hf.parent / "nowhere")
+    for name in ("file", "dangling"):
+        for verb in (["import", hf], ["export", hf.parent / "run"]):
+            if verb[0] == "export":
+                save_model(Model(SHAPE), hf.parent / "run" / "checkpoints", 4, {})
+            code, _, errors = shoestring(capsys, *verb, hf.parent / name)
+            assert (code, f"{name}': is no directory; name another" in errors) == (2, True), errors
+    code, _, errors = shoestring(capsys, "import", hf, hf.parent / "file" / "below")
+    assert code == 2
+    assert "Not a directory; name another" in errors
+    assert "make room" not in errors
+    monkeypatch.chdir(hf.parent / "run")
+    for verb in (["import", hf, ""], ["export", hf.parent / "run", ""]):
+        code, _, errors = shoestring(capsys, *verb)
+        assert (code, "an empty name is none" in errors) == (2, True)
+    (hf.parent / "empty").mkdir()
+    monkeypatch.chdir(hf.parent / "empty")
+    code, _, errors = shoestring(capsys, "export", hf.parent / "run", ".")
+    assert (code, "has no name of its own" in errors) == (2, True)
+    assert sorted(hf.iterdir()) == before
+
+
+@pytest.mark.parametrize("to", ["nowhere", "config.json"], ids=["dangling", "circular"])
+def test_a_config_json_that_leads_nowhere_is_a_link(to: str, hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (hf / "config.json").unlink()
+    (hf / "config.json").symlink_to(to)
+    assert f"config.json = 'a link to {to}': leads to no file" in refused_import(capsys, hf)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from shoestring.launch.run_dir import read_status
+from shoestring.launch.say import say, tell
 from shoestring.tests.launch.small_run import SMALL, small_run
 from shoestring.tests.launch.two_machines import losses
 
@@ -110,3 +111,11 @@ def test_a_preparation_outlives_its_terminal(tmp_path: Path) -> None:
         ended = bash(f"{command} data.prepared={name} {view}; exit ${{PIPESTATUS[0]}}", tmp_path)
         assert (ended.returncode, ended.stderr) == (0, "")
         assert (tmp_path / name / "manifest.json").exists()
+
+
+def test_names_of_others_do_not_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    say("refused\n\tmachine 1: \x1b[2J\x07\udc80")
+    tell("imported to \x1b]0;title\x07")
+    output, errors = capsys.readouterr()
+    assert errors == "refused\n\tmachine 1: \\x1b[2J\\x07\\udc80\n"
+    assert output == "imported to \\x1b]0;title\\x07\n"

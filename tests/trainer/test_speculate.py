@@ -15,7 +15,7 @@ from shoestring.tests.trainer.checkpoint.saved import save_params
 from shoestring.trainer.loaded import load_chunk
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.speculate import Sampler, residual, speculate
+from shoestring.trainer.speculate import NotFinite, Sampler, residual, speculate
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +113,11 @@ def test_text_ends_with_the_stop_token(chunk: Chunk) -> None:
     plain = speculate(chunk, [5, 6, 7], 24, 40, sampler(0)).tokens
     first = plain.index(plain[4])
     assert speculate(chunk, [5, 6, 7], 24, 40, sampler(0), stop=plain[4]).tokens == plain[:first]
+
+
+def test_no_temperature_overflows_and_no_logit_is_infinite() -> None:
+    logits_V = torch.tensor([1.0, 3.0, 2.0])
+    assert sampler(5e-324).probabilities(logits_V).tolist() == [0.0, 1.0, 0.0]
+    for temperature in (0, 1):
+        with pytest.raises(NotFinite, match="1 of 2 logits"):
+            sampler(temperature).probabilities(torch.tensor([1.0, float("nan")]))

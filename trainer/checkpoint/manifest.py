@@ -84,7 +84,7 @@ class Manifest:
         return {**self.files, **{entry.file: entry.bytes for entry in self.attachments}}
 
     def to_json(self) -> str:
-        """The text of the file."""
+        """The text of the file. Raises `ValueError` for a number in `facts` that is not finite: JSON has none."""
         tree = {
             "format": FORMAT,
             "facts": self.facts,
@@ -92,7 +92,7 @@ class Manifest:
             "attachments": [asdict(entry) for entry in self.attachments],
             "tensors": {name: _tensor_tree(tensor) for name, tensor in sorted(self.tensors.items())},
         }
-        return json.dumps(tree, separators=(",", ":"))
+        return json.dumps(tree, separators=(",", ":"), allow_nan=False)
 
 
 def parse(raw: bytes) -> Manifest:

@@ -133,7 +133,8 @@ def _placed(header: Item) -> Iterator[tuple[Declared, int, int]]:
             raise entry["data_offsets"].malformed("must be two numbers: the first byte and the one behind the last")
         begin, end = (offset.whole() for offset in offsets)
         if end - begin != declared.bytes:
-            remedy = f"{end - begin} bytes, where the shape asks for {declared.bytes}"
+            kind = f"dtype {entry['dtype'].value} and shape {list(declared.shape)}"
+            remedy = f"{end - begin} bytes, where {kind} ask for {declared.bytes}"
             raise entry["data_offsets"].malformed(remedy)
         yield declared, begin, end
 

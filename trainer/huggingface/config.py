@@ -61,6 +61,22 @@ _READ = frozenset(
 """Further keys that an import has read, or that follow from the weights and from how an export is asked for."""
 _LONGEST = 2**31
 """Positions; more than any context, and fit for every reader's integers."""
+_LARGEST: Mapping[str, float] = {
+    "rms_norm_eps": 1e3,
+    "initializer_range": 1e3,
+    "routed_scaling_factor": 1e6,
+    "rope_theta": 1e18,
+    "factor": _LONGEST,
+    "beta_fast": _LONGEST,
+    "beta_slow": _LONGEST,
+    "mscale": 1e3,
+    "mscale_all_dim": 1e3,
+    "attention_factor": 1e3,
+}
+"""Numbers of a released file, none below 0: far more than any model has, and far less than makes FP32 overflow."""
+_ARCHITECTURE = "DeepseekV3ForCausalLM"
+_STORED = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn")
+"""Dtypes that `torch_dtype` or `dtype` may name; the files say themselves what they hold."""
 _FILE = "config.json"
 
 _YARN = {
@@ -89,7 +105,7 @@ def config_json(
     special tokens and of the context comes back.
     """
     refuse_if_any(_unknown_there(model))
-    tree: dict[str, Any] = {"architectures": ["DeepseekV3ForCausalLM"]}
+    tree: dict[str, Any] = {"architectures": [_ARCHITECTURE]}
     tree |= {key: values[0] for key, values in _ONE_WAY.items()}
     tree |= {theirs: model.__dict__[ours] for ours, theirs in _SAME.items()}
     tree |= {
@@ -130,6 +146,7 @@ def model_config(tree: Mapping[str, Any], name: str) -> ModelConfig:
     mtp = read.whole_or_zero("num_nextn_predict_layers", "num_mtp_layers")
     theta = read.number("rope_theta", 10000.0, rope)
     read.flag("rope_interleave")
+    read.named()
     problems += [*_carried_problems(tree), *_unknown_here(tree, rope)]
     refuse_if_any(problems)
     yarn = _yarn(rope) if rope_type(rope) == "yarn" else None
@@ -172,7 +189,7 @@ class _Reader:
                             item[name].text()
                     for name in (*_YARN.values(), "rope_theta", "attention_factor"):
                         if settings.get(name) is not None:
-                            item[name].number()
+                            item[name].number(0, _LARGEST.get(name, _LONGEST))
                     if settings.get("original_max_position_embeddings") is not None:
                         whole = item["original_max_position_embeddings"].number(1, _LONGEST)
                         if not whole.is_integer():
@@ -199,11 +216,25 @@ class _Reader:
         if key in self.tree:
             self._try(self.tree[key], bool)
 
+    def named(self) -> None:
+        """Note an architecture that is not ours, and a dtype that weights do not have."""
+        architectures = self.tree.get("architectures")
+        if architectures is not None:
+            with self._noting(architectures):
+                if [each.text() for each in architectures.list()] != [_ARCHITECTURE]:
+                    raise architectures.malformed(f"cannot be imported: our model is {_ARCHITECTURE} alone")
+        for key in ("torch_dtype", "dtype"):
+            item = self.tree.get(key)
+            if item is not None:
+                with self._noting(item):
+                    if item.text().removeprefix("torch.") not in _STORED:
+                        raise item.malformed(f"must be one of {', '.join(_STORED)}")
+
     def _try(self, item: Item, kind: Any) -> Any:
         found: Any = 0  # where a problem is noted: nothing is made of it
         with self._noting(item):
             if kind is float:
-                found = item.number()
+                found = item.number(0, _LARGEST[item.where])
             elif kind is bool:
                 found = item.flag()
             else:
@@ -219,8 +250,10 @@ class _Reader:
 
 
 def _carried_problems(tree: Mapping[str, Any]) -> Iterator[Problem]:
-    """Special tokens are numbers of tokens, one or several; a context has an end."""
+    """Special tokens are numbers of the vocabulary's tokens, one or several; a context has an end."""
     item = Item(dict(tree))
+    vocabulary = tree.get("vocab_size")
+    last = vocabulary - 1 if type(vocabulary) is int and vocabulary > 0 else _LONGEST
     for key in _CARRIED:
         found = item.get(key)
         try:
@@ -228,9 +261,11 @@ def _carried_problems(tree: Mapping[str, Any]) -> Iterator[Problem]:
                 continue
             if key == "eos_token_id" and isinstance(found.value, list):
                 for each in found.list():
-                    each.whole(0, _LONGEST)
+                    each.whole(0, last)
+            elif key in _TOKENS:
+                found.whole(-1, last)  # -1: no such token, in older files
             else:
-                found.whole(-1 if key in _TOKENS else 1, _LONGEST)  # -1: no such token, in older files
+                found.whole(1, _LONGEST)
         except Malformed as error:
             yield Problem(f"{_FILE}: {error.where}", error.value, f"{error.remedy}; correct it")
 
@@ -256,6 +291,9 @@ def _unknown_there(model: ModelConfig) -> Iterator[Problem]:
         remedy = f"cannot be exported: DeepseekV3ForCausalLM needs two of the {model.experts} experts in each group"
         yield Problem("model.groups", model.groups, remedy)
     yarn = model.yarn
+    if yarn is not None and yarn.factor * yarn.original_length > _LONGEST:
+        remedy = f"cannot be exported: with original_length it makes a context of more than {_LONGEST} positions"
+        yield Problem("model.yarn.factor", yarn.factor, remedy)
     if (
         yarn is not None
         and (yarn.mscale, yarn.mscale_all_dim) != (1.0, 0.0)
@@ -287,6 +325,12 @@ def _unknown_here(tree: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[
             yield Problem("config.json: quantization_config", quantisation, remedy)
 
 
+def _number_of(rope: Mapping[str, Any], key: str) -> float:
+    """A number that is fit for its place; 0 for any other value, which is a problem of its own."""
+    found: object = rope.get(key)
+    return float(found) if isinstance(found, int | float) and 0 <= found <= _LONGEST else 0.0
+
+
 def _unknown_rotation(rope: Mapping[str, Any]) -> Iterator[Problem]:
     kind = rope_type(rope)
     if kind not in ("default", "yarn"):
@@ -296,6 +340,10 @@ def _unknown_rotation(rope: Mapping[str, Any]) -> Iterator[Problem]:
     for key in ("original_max_position_embeddings", "factor"):
         if rope.get(key) is None:
             yield Problem(f"config.json: {key}", None, "is missing from the rotary settings")
+    length, factor = (_number_of(rope, key) for key in ("original_max_position_embeddings", "factor"))
+    if length * factor > _LONGEST:
+        remedy = f"with original_max_position_embeddings it makes a context of more than {_LONGEST} positions"
+        yield Problem("config.json: factor", rope["factor"], remedy)
     for key, standard in (("attention_factor", None), ("truncate", True)):
         if rope.get(key, standard) != standard:
             yield Problem(f"config.json: {key}", rope[key], f"cannot be imported: our model has {standard} alone")

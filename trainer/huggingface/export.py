@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...comm.files import refusing
+from ...comm.files import another_directory, refusing
 from ...comm.refusal import Problem, Refused, refuse_if_any
 from ..checkpoint.manifest import Damaged
 from ..checkpoint.opened import Checkpoint
@@ -47,7 +48,13 @@ def export(checkpoint: Checkpoint, directory: Path, options: ExportOptions, say:
 
     Raises `Refused` for a model that `DeepseekV3ForCausalLM` is not, and for a checkpoint that is damaged.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if "\0" in str(directory):
+        raise Refused([Problem("directory", str(directory), "holds a NUL character, which no name of a file has")])
+    if directory.name in ("", ".."):
+        raise Refused([Problem("directory", str(directory), "has no name of its own; name a new directory")])
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise Refused([Problem("directory", str(directory), "is no directory; name another")])
+    if directory.exists() and any(directory.iterdir()):
         raise Refused([Problem("directory", str(directory), "exists and is not empty; name another")])
     config = checkpoint.model
     planned = entries(config)
@@ -102,7 +109,7 @@ def _appearing_whole(directory: Path) -> Iterator[Path]:
         partial.rename(directory)
     except OSError as error:
         shutil.rmtree(partial)
-        remedy = f"cannot be written ({error.strerror}); make room, or name another directory"
+        remedy = f"cannot be written ({error.strerror}); {another_directory(error)}"
         raise Refused([Problem("directory", str(directory), remedy)]) from error
     except BaseException:
         shutil.rmtree(partial)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...comm.files import os_problem, read_json, read_regular, refusing
+from ...comm.files import another_directory, os_problem, read_json, read_regular, refusing
 from ...comm.refusal import Problem, Refused, refuse_if_any
 from ...comm.strict import Malformed, parse_json, shortened
 from ..checkpoint.pieces import Piece
@@ -119,13 +119,11 @@ def import_released(source: Path, target: Path, say: Callable[[str], None]) -> P
 
     Raises `Refused`, before anything is written, with everything that is missing, has another shape, or is not known.
     """
+    _refuse_places(source, target)
     store = CheckpointStore(target, keep=1)
     if store.steps():
         raise Refused([Problem("target", str(target), "holds checkpoints already; name another directory")])
-    if not (source / "config.json").exists():
-        raise Refused([Problem("source", str(source), "holds no config.json; name a directory of released weights")])
-    with refusing(source / "config.json", _FETCH):
-        tree = read_json(source / "config.json", _CONFIG_BYTES).mapping()
+    tree = _config_json(source)
     released = Released.open(source)
     config = _with_the_mtp_that_is_there(model_config(tree, Path(os.path.realpath(source)).name), released, say)
     _refuse_other_sizes(config, released)
@@ -158,8 +156,30 @@ def _nothing_left(store: CheckpointStore) -> Iterator[None]:
             with suppress(OSError):
                 folder.rmdir()
         if isinstance(error, OSError):
-            raise Refused([os_problem(error, target, "make room, or name another directory")]) from error
+            raise Refused([os_problem(error, target, another_directory(error))]) from error
         raise
+
+
+def _refuse_places(source: Path, target: Path) -> None:
+    """Before anything is read: a target that cannot be written, or in which a checkpoint would damage the source."""
+    places = {"source": str(source), "target": str(target)}
+    nul = "holds a NUL character, which no name of a file has"
+    refuse_if_any(Problem(key, name, nul) for key, name in places.items() if "\0" in name)
+    if os.path.lexists(target) and not target.is_dir():
+        raise Refused([Problem("target", str(target), "is no directory; name another")])
+    if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(source)):
+        raise Refused([Problem("target", str(target), f"is the source {source}, or lies inside it; name another")])
+
+
+def _config_json(source: Path) -> dict[str, Any]:
+    """The tree of the file. Raises `Refused`."""
+    path = source / "config.json"
+    if not os.path.lexists(path):
+        raise Refused([Problem("source", str(source), "holds no config.json; name a directory of released weights")])
+    if path.is_symlink() and not path.exists():
+        raise Refused([Problem(str(path), f"a link to {path.readlink()}", f"leads to no file; {_FETCH}")])
+    with refusing(path, _FETCH):
+        return read_json(path, _CONFIG_BYTES).mapping()
 
 
 def _weight_map(directory: Path) -> dict[str, str] | None:
