@@ -104,9 +104,7 @@ class WandbSink:
 
     def _refusal(self, error: Exception) -> Refused:
         if not self._can_have_files():
-            fix = (
-                f"make room for its folder: {self._run_dir / 'wandb'} is none; or set telemetry.wandb.mode to disabled"
-            )
+            fix = f"its folder, {self._run_dir / 'wandb'}, is none: remove it, or set telemetry.wandb.mode to disabled"
         elif self._config.mode == "online":
             fix = "run `wandb login`, or set telemetry.wandb.mode to offline"
         else:

@@ -257,6 +257,6 @@ def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
         WandbSink(WandbConfig(), tmp_path, 0)
     (problem,) = refusal.value.problems
     assert problem.value == "offline"
-    assert f"{tmp_path / 'wandb'} is none; or set telemetry.wandb.mode to disabled" in problem.remedy
+    assert f"{tmp_path / 'wandb'}, is none: remove it, or set telemetry.wandb.mode to disabled" in problem.remedy
     assert "login" not in problem.remedy
     assert (tmp_path / "wandb").read_text() == "notes"
