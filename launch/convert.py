@@ -8,6 +8,7 @@ from ..comm.refusal import Problem, Refused
 from ..trainer.checkpoint.find import find_checkpoint
 from ..trainer.huggingface.export import ExportOptions, export
 from ..trainer.huggingface.importing import import_released
+from .making import cleaning_up
 from .say import tell
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -19,13 +20,15 @@ def export_command(
     """Export one checkpoint, or the average of its weights; return it. Raises `Refused`."""
     options = ExportOptions(dtype, rope == "pairs", read_size(shard))
     checkpoint = find_checkpoint(path, step)
-    export(checkpoint.averaged() if average else checkpoint, directory, options, tell)
+    with cleaning_up("export"):
+        export(checkpoint.averaged() if average else checkpoint, directory, options, tell)
     return checkpoint.path
 
 
 def import_command(source: Path, target: Path) -> Path:
     """Import a directory; return the checkpoint. Raises `Refused`."""
-    return import_released(source, target, tell)
+    with cleaning_up("import"):
+        return import_released(source, target, tell)
 
 
 def read_size(text: str) -> int:

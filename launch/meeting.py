@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import json
+import selectors
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -21,10 +22,10 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from ..comm.agreement import DIFFERENT, Facts, difference, first_difference, from_json, to_json
-from ..comm.files import refusing, replace_file
+from ..comm.files import read_text, refusing, replace_file
 from ..comm.loopback import listen_on, loopback_of
 from ..comm.refusal import Problem, Refused
-from ..comm.strict import parse_json
+from ..comm.strict import Item, Malformed, parse_json
 from .say import say
 
 _SECONDS_BETWEEN_WORDS = 30
@@ -39,6 +40,9 @@ _SECONDS_FOR_PORT = 20
 _SECONDS_TO_REPORT = 20
 """Machines are started together, and machine 0 listens later than another one refuses: it looks at more."""
 _MOST_BYTES = 4 * 2**20
+_MOST_NEWCOMERS = 256
+"""Connections that have not said yet who they are: a machine does so within milliseconds."""
+_MOST_NOTE_BYTES = 1000
 _FILE = "meeting"
 
 
@@ -133,14 +137,23 @@ def attend_meeting(venue: Venue, facts: Facts) -> Path:
     try:
         line.send({"machine": venue.machine, "host": socket.gethostname(), "facts": to_json(facts)})
         told = _answer(venue, line)
-        run_dir, attempt = Path(str(told.get("run_dir"))), str(told.get("attempt"))
+        run_dir, attempt = _path(told["run_dir"]), told["attempt"].text()
         line.send({"sees": _sees(run_dir / _FILE, attempt), "where": str(run_dir.absolute())})
-        _answer(venue, line)
+        _answer(venue, line)["go"].flag()
+    except Malformed as error:
+        raise NotMet(f"what answers at {venue.where} is no launch of Shoestring: {error}") from error
     except OSError as error:
         raise NotMet(f"machine 0 at {venue.where} cannot be reached any more: {error}") from error
     finally:
         line.close()
     return run_dir
+
+
+def _path(item: Item) -> Path:
+    text = item.text()
+    if not text or "\0" in text:
+        raise item.malformed("must be a path")
+    return Path(text)
 
 
 def report_refusal(venue: Venue, refused: Refused) -> None:
@@ -162,7 +175,7 @@ def report_refusal(venue: Venue, refused: Refused) -> None:
         line.close()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Line:
     """One connection: a line of JSON at a time."""
 
@@ -171,10 +184,14 @@ class _Line:
     _rest: bytes = field(default=b"")
 
     def send(self, message: Mapping[str, object]) -> None:
+        self.connection.settimeout(_SECONDS_TO_SPEAK)
         self.connection.sendall(json.dumps(message).encode() + b"\n")
 
-    def receive(self, seconds: float) -> dict[str, object] | None:
-        """The next message; None where the other side has closed. Raises `TimeoutError`, and `ValueError` for junk."""
+    def receive(self, seconds: float) -> Item | None:
+        """The next message, a mapping; None where the other side has closed.
+
+        With 0 seconds, only what has come already is looked at. Raises `TimeoutError`, and `Malformed` for junk.
+        """
         deadline = time.monotonic() + seconds
         while b"\n" not in self._rest:
             self.connection.settimeout(max(0.001, deadline - time.monotonic()))
@@ -183,9 +200,13 @@ class _Line:
                 return None
             self._rest += got
             if len(self._rest) > _MOST_BYTES:
-                raise ValueError("is too long for a message")
+                raise Malformed("", len(self._rest), "is too long for a message")
+            if b"\n" not in self._rest and time.monotonic() >= deadline:
+                raise TimeoutError
         text, _, self._rest = self._rest.partition(b"\n")
-        return parse_json(text).mapping()
+        message = parse_json(text)
+        message.mapping()
+        return message
 
     def close(self) -> None:
         self.connection.close()
@@ -218,7 +239,7 @@ def _listener(venue: Venue) -> Iterator[socket.socket]:
                 raise Refused([Problem("MASTER_PORT", venue.port, remedy)]) from error
         time.sleep(_SECONDS_BETWEEN_LOOKS)  # the launch before this one, or another program, still has the port
     with listener:
-        listener.settimeout(_SECONDS_BETWEEN_LOOKS)
+        listener.setblocking(False)
         yield listener
 
 
@@ -231,8 +252,74 @@ def _listen(venue: Venue) -> socket.socket:
     return socket.create_server(("", venue.port), family=family, dualstack_ipv6=both, backlog=2048)
 
 
+class _Newcomers:
+    """Connections that have not said yet who they are, all waited for at once: a silent one delays no other."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._deadlines: dict[_Line, float] = {}
+
+    def __enter__(self) -> _Newcomers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for line in self._deadlines:
+            line.close()
+        self._selector.close()
+
+    def wait(self, seconds: float) -> Iterator[tuple[_Line, Item]]:
+        """Yield each connection that says something within `seconds`, with what it says.
+
+        What does not speak our language is let go without a word: a port may be scanned.
+        """
+        for key, _ in self._selector.select(max(0.0, seconds)):
+            if key.data is None:
+                self._accept()
+            elif key.data in self._deadlines:
+                yield from self._heard(key.data)
+        late = [line for line, deadline in self._deadlines.items() if time.monotonic() > deadline]
+        for line in late:
+            self._forget(line).close()
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:  # it has left already
+            return
+        if len(self._deadlines) >= _MOST_NEWCOMERS:
+            self._forget(next(iter(self._deadlines))).close()
+        line = _Line(connection)
+        self._deadlines[line] = time.monotonic() + _SECONDS_TO_SPEAK
+        self._selector.register(connection, selectors.EVENT_READ, line)
+
+    def _heard(self, line: _Line) -> Iterator[tuple[_Line, Item]]:
+        try:
+            message = line.receive(0)
+        except TimeoutError:
+            return  # a part of a message
+        except (OSError, ValueError):
+            message = None
+        self._forget(line)
+        if message is None:
+            line.close()
+        else:
+            yield line, message
+
+    def _forget(self, line: _Line) -> _Line:
+        self._selector.unregister(line.connection)
+        del self._deadlines[line]
+        return line
+
+
 def _gather(venue: Venue, listener: socket.socket, facts: Facts, guests: dict[int, _Line]) -> None:
     """Until every other machine is among the `guests`. Raises `Refused`, once most of them are there to hear it."""
+    with _Newcomers(listener) as newcomers:
+        _gather_from(newcomers, venue, facts, guests)
+
+
+def _gather_from(newcomers: _Newcomers, venue: Venue, facts: Facts, guests: dict[int, _Line]) -> None:
     deadline, words, hint = time.monotonic() + venue.seconds, WaitingWords(), _foreign(venue.address)
     refusals: list[Refused] = []
     while len(guests) < venue.machines - 1:
@@ -244,15 +331,12 @@ def _gather(venue: Venue, listener: socket.socket, facts: Facts, guests: dict[in
         if time.monotonic() > deadline:
             late = f"of {venue.machines} machines, {some} did not come to {venue.where} within {venue.limit}{hint}"
             raise NotMet(f"{late}; look what they say, and whether they reach that address")
-        try:
-            connection, _ = listener.accept()
-        except TimeoutError:
-            continue
-        try:
-            _welcome(venue, _Line(connection), facts, guests)
-        except Refused as refused:
-            refusals.append(refused)
-            deadline = min(deadline, time.monotonic() + _SECONDS_TO_HEAR)
+        for line, message in newcomers.wait(min(_SECONDS_BETWEEN_LOOKS, deadline - time.monotonic())):
+            try:
+                _welcome(venue, line, message, facts, guests)
+            except Refused as refused:
+                refusals.append(refused)
+                deadline = min(deadline, time.monotonic() + _SECONDS_TO_HEAR)
     if refusals:
         raise refusals[0]
 
@@ -269,17 +353,14 @@ def _foreign(address: str) -> str:
     return f"; {address} is no address of this machine, which has NODE_RANK=0"
 
 
-def _welcome(venue: Venue, line: _Line, facts: Facts, guests: dict[int, _Line]) -> None:
-    """Note who has come. What does not speak our language is let go without a word: a port may be scanned."""
+def _welcome(venue: Venue, line: _Line, message: Item, facts: Facts, guests: dict[int, _Line]) -> None:
+    """Note who has come; let go what is no machine of the launch."""
     try:
-        message = line.receive(_SECONDS_TO_SPEAK) or {}
-        number, line.host = message["machine"], str(message["host"])
-        refused = message.get("refused")
-        theirs = {} if refused is not None else from_json(str(message["facts"]))
-    except (OSError, ValueError, KeyError):
-        line.close()
-        return
-    if not isinstance(number, int) or not 1 <= number < venue.machines:
+        number, line.host = message["machine"].whole(1, venue.machines - 1), message["host"].text()
+        said = message.get("refused")
+        refused = None if said is None else said.text()
+        theirs = {} if refused is not None else from_json(message["facts"].text())
+    except (ValueError, KeyError):
         line.close()
         return
     if number in guests:
@@ -301,9 +382,10 @@ def _check_sight(number: int, guest: _Line, run_dir: Path) -> None:
         raise NotMet(f"machine {number} ({guest.host}) has stopped answering: {error}") from error
     if message is None:
         raise NotMet(f"machine {number} ({guest.host}) has left; look what it says")
-    if message.get("sees") is not True:
+    tree = message.mapping()
+    if tree.get("sees") is not True:
         remedy = (
-            f"is not shared: machine {number} ({guest.host}) does not see in {message.get('where')} what machine 0 "
+            f"is not shared: machine {number} ({guest.host}) does not see in {tree.get('where')} what machine 0 "
             f"wrote in {run_dir.absolute()}; name a directory on a file system that all machines share"
         )
         raise Refused([Problem("training.run_dir", str(run_dir), remedy)])
@@ -311,10 +393,14 @@ def _check_sight(number: int, guest: _Line, run_dir: Path) -> None:
 
 def _sees(note: Path, attempt: str) -> bool:
     """Whether `note` holds `attempt`, or does so soon: a network file system may show it late."""
-    deadline = time.monotonic() + (_SECONDS_TO_SEE if note.parent.is_dir() else _SECONDS_BETWEEN_LOOKS)
+    is_there = False
+    with suppress(OSError):
+        is_there = note.parent.is_dir()
+    deadline = time.monotonic() + (_SECONDS_TO_SEE if is_there else _SECONDS_BETWEEN_LOOKS)
     while True:
-        with suppress(OSError, UnicodeDecodeError):
-            if note.name in {path.name for path in note.parent.iterdir()} and note.read_text() == attempt:
+        with suppress(OSError, Malformed):
+            names = {path.name for path in note.parent.iterdir()}
+            if note.name in names and read_text(note, _MOST_NOTE_BYTES) == attempt:
                 return True
         if time.monotonic() > deadline:
             return False
@@ -325,7 +411,8 @@ def _reach(venue: Venue) -> _Line:
     deadline, words = time.monotonic() + venue.seconds, WaitingWords()
     while True:
         try:
-            connection = socket.create_connection((venue.address, venue.port), _SECONDS_TO_SPEAK)
+            seconds = min(_SECONDS_TO_SPEAK, max(0.1, deadline - time.monotonic()))
+            connection = socket.create_connection((venue.address, venue.port), seconds)
         except OSError as error:
             words.say(f"waiting for machine 0 at {venue.where} ({error.strerror or error})")
             if time.monotonic() > deadline:
@@ -336,8 +423,8 @@ def _reach(venue: Venue) -> _Line:
             return _Line(connection)
 
 
-def _answer(venue: Venue, line: _Line) -> dict[str, object]:
-    """What machine 0 says next. Raises `Refused` and `NotMet`."""
+def _answer(venue: Venue, line: _Line) -> Item:
+    """What machine 0 says next. Raises `Refused`, `NotMet`, and `Malformed` for what no machine 0 says."""
     deadline, words = time.monotonic() + venue.seconds + _SECONDS_TO_SEE, WaitingWords()
     while time.monotonic() < deadline:
         try:
@@ -345,11 +432,10 @@ def _answer(venue: Venue, line: _Line) -> dict[str, object]:
         except TimeoutError:
             words.say(f"has reached machine 0 at {venue.where}; waiting until all {venue.machines} machines are there")
             continue
-        except ValueError as error:
-            raise NotMet(f"what answers at {venue.where} is no launch of Shoestring: {error}") from error
         if message is None:
             raise NotMet(f"machine 0 at {venue.where} has ended the launch; look what it says")
         if "refused" in message:
-            raise Refused([Problem("machine 0", venue.where, f"has refused the launch: {message['refused']}")])
+            words_of_0 = message["refused"].text()
+            raise Refused([Problem("machine 0", venue.where, f"has refused the launch: {words_of_0}")])
         return message
     raise NotMet(f"machine 0 at {venue.where} did not answer within {venue.limit}; look what it says")

@@ -12,6 +12,7 @@ from ..comm.failure import CollectiveFailed
 from ..comm.groups import ProcessGroups
 from .by_tokens import value_at
 from .checkpoint.saver import Saved
+from .checkpoint.store import CheckpointStore
 from .checkpointing import begin_save, clear_leftovers, finish_save, load_last, poll_save, prepare_saves
 from .config import RunConfig
 from .costs.cluster import measure_peak_tflops
@@ -291,7 +292,9 @@ def _sample(rank: Rank, step: int, reporter: Reporter | None, stop_asked: Callab
 def _insist(last: Saved | None) -> None:
     """A run whose last checkpoint is missing has not done what it was started for."""
     if last is not None and last.failure is not None:
-        remedy = "make room; the same command goes on from the checkpoint before it"
+        whole = CheckpointStore(last.path.parent, keep=1).steps()
+        begin = f"goes on from the checkpoint of step {whole[-1]}" if whole else "starts over, as there is no other one"
+        remedy = f"make room; the same command {begin}"
         raise RunFailed(f"the last checkpoint, of step {last.step}, could not be written: {last.failure}; {remedy}")
 
 

@@ -20,10 +20,12 @@ def add(verbs: Verbs) -> None:
 def _prepare(options: argparse.Namespace) -> int:
     from ...trainer.data.prepare import prepare
     from ..compose import compose_run
+    from ..making import cleaning_up
     from ..say import tell
 
     config = compose_run(*described(options)).data
-    prepare(config, tell)
+    with cleaning_up("data prepare"):
+        prepare(config, tell)
     _describe(config.prepared)
     return 0
 

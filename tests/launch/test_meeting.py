@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import socket
 import threading
@@ -27,6 +29,10 @@ from shoestring.launch.meeting import (
 from shoestring.tests.launch.small_run import free_port
 
 FACTS = {"training.seed": Fact("1", "0"), "code": Fact("2", "abc")}
+NO_MEETINGS = (
+    *(b"SSH-2.0-OpenSSH\n", b"[" * 100_000 + b"\n", b'{"go": NaN}\n', b"7\n", b"{}\n"),
+    *(b'{"run_dir": "a\\u0000b", "attempt": "x"}\n', b'{"run_dir": "a", "attempt": 7}\n', b'{"refused": [1]}\n'),
+)
 Outcome = Path | str | None
 
 
@@ -131,6 +137,8 @@ def test_a_machine_that_was_refused_ends_the_waiting_of_one_that_listens_later(t
         b'{"machine": 1}\n',
         b'{"machine": 7, "host": "x", "facts": "{}"}\n',
         b'{"machine": "1", "host": "x", "facts": "{}"}\n',
+        json.dumps({"machine": True, "host": "x", "facts": to_json(FACTS)}).encode() + b"\n",
+        json.dumps({"machine": 1, "host": 7, "facts": to_json(FACTS)}).encode() + b"\n",
         b"\xff\xfe\n",
         b'{"machine": 1, "host": "x", "facts": "[]"}\n',
         b"[" * 100_000 + b"\n",
@@ -152,6 +160,43 @@ def _reached(venue: Venue) -> socket.socket:
             return socket.create_connection((venue.address, venue.port), 5)
         except ConnectionRefusedError:
             time.sleep(0.01)
+
+
+def test_silent_connections_delay_no_machine_and_no_limit(tmp_path: Path) -> None:
+    host, guest = venues(2)
+    began = time.monotonic()
+    with ThreadPoolExecutor(2) as machines:
+        hosting = machines.submit(outcome, lambda: host_meeting(host, FACTS, tmp_path, "attempt"))
+        with _reached(host), _reached(host), _reached(host) as half:
+            half.sendall(b'{"machine": ')
+            attending = machines.submit(outcome, lambda: attend_meeting(guest, FACTS))
+            assert (hosting.result(60), attending.result(60)) == (None, tmp_path)
+        impatient, _ = venues(2, seconds=0.5)
+        hosting = machines.submit(outcome, lambda: host_meeting(impatient, FACTS, tmp_path, "attempt"))
+        with _reached(impatient), _reached(impatient):
+            assert "did not come" in str(hosting.result(60))
+    assert time.monotonic() - began < meeting._SECONDS_TO_SPEAK
+
+
+def test_a_silent_connection_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "_SECONDS_TO_SPEAK", 0.1)
+    monkeypatch.setattr(meeting, "_MOST_NEWCOMERS", 1)
+    host, _ = venues(2, seconds=2)
+    with ThreadPoolExecutor(1) as machines:
+        hosting = machines.submit(outcome, lambda: host_meeting(host, FACTS, tmp_path, "attempt"))
+        with _reached(host) as first, _reached(host) as second:
+            assert (first.recv(1), second.recv(1)) == (b"", b"")
+            assert not hosting.done()
+        assert "did not come" in str(hosting.result(60))
+
+
+def test_a_fifo_in_the_place_of_the_note_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "meeting")
+    seen: list[bool] = []
+    looking = threading.Thread(target=lambda: seen.append(meeting._sees(tmp_path / "meeting", "this")), daemon=True)
+    looking.start()
+    looking.join(20)
+    assert seen == [False]
 
 
 def test_a_machine_that_comes_again_takes_its_own_place(tmp_path: Path) -> None:
@@ -203,7 +248,9 @@ def test_a_port_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         host_meeting(host, FACTS, tmp_path, "attempt")
 
 
-@pytest.mark.parametrize("words", [b"SSH-2.0-OpenSSH\n", b"[" * 100_000 + b"\n", b'{"go": NaN}\n', b"7\n"])
+@pytest.mark.parametrize(
+    "words", [b"SSH-2.0-OpenSSH\n", b"[" * 100_000 + b"\n", b'{"go": NaN}\n', b"7\n", *NO_MEETINGS]
+)
 def test_what_answers_and_is_no_launch(words: bytes) -> None:
     _, guest = venues(2)
     with socket.create_server((guest.address, guest.port)) as other, ThreadPoolExecutor(1) as machines:

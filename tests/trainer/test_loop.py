@@ -25,7 +25,7 @@ from shoestring.tests.processes import RanksFailed, World, run_processes
 from shoestring.trainer.budget.meter import Meter
 from shoestring.trainer.budget.summary import summarise
 from shoestring.trainer.checkpoint.pieces import Piece
-from shoestring.trainer.checkpoint.saver import Saver
+from shoestring.trainer.checkpoint.saver import Saved, Saver
 from shoestring.trainer.checkpoint.store import Cover
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.data.batch import TokenBatch
@@ -33,8 +33,8 @@ from shoestring.trainer.data.prepare import prepare
 from shoestring.trainer.data.prepared import open_prepared
 from shoestring.trainer.data.samples import SampleOrder, Samples
 from shoestring.trainer.data.shard_files import DataChanged
-from shoestring.trainer.halt import RankFailed, RunHalted
-from shoestring.trainer.loop import train
+from shoestring.trainer.halt import RankFailed, RunFailed, RunHalted
+from shoestring.trainer.loop import _insist, train
 from shoestring.trainer.memory import RunMemory
 from shoestring.trainer.rank import open_samples, stages_of
 from shoestring.trainer.reporter import STALL_SECONDS, Gaps
@@ -551,3 +551,12 @@ def test_a_stop_between_steps_is_in_the_ledger(root: Path, tmp_path: Path) -> No
     summary = summarise(tmp_path / "run")
     assert summary.buckets["stall"] >= 0.6 * 1000 * STEPS
     assert summary.unknown_ms < 500
+
+
+def test_a_last_checkpoint_that_failed_names_the_one_that_a_run_goes_on_from(tmp_path: Path) -> None:
+    last = Saved(4, tmp_path / "step_00000004", "no room")
+    with pytest.raises(RunFailed, match=r"of step 4, .*: no room; make room; .* starts over, as there is no other one"):
+        _insist(last)
+    (tmp_path / "step_00000002").mkdir()
+    with pytest.raises(RunFailed, match="goes on from the checkpoint of step 2"):
+        _insist(last)

@@ -91,7 +91,7 @@ class CheckpointStore:
         """
         self.directory.mkdir(exist_ok=True)
         self.clear_leftovers()
-        removed = self._make_room(size + size // 64 + _ROOM_BESIDE)
+        removed = self._make_room(size)
         self.partial(step).mkdir()
         sync_directory(self.directory)
         if not removed:
@@ -99,11 +99,12 @@ class CheckpointStore:
         what = " and ".join(f"that of step {old}" for old in removed)
         return f"{what} was removed before the checkpoint of step {step} was written: there was no room for both"
 
-    def _make_room(self, needed: int) -> list[int]:
-        """Remove the oldest checkpoints that need not stay until `needed` bytes are free; return their steps.
+    def _make_room(self, size: int) -> list[int]:
+        """Remove the oldest checkpoints that need not stay until `size` bytes, and some to spare, are free.
 
-        None is removed where that would not be enough, or where the newest one is not whole.
+        Returns their steps. None is removed where that would not be enough, or where the newest one is not whole.
         """
+        needed = size + size // 64 + _ROOM_BESIDE
         free = self._free()
         if free >= needed:
             return []
@@ -115,8 +116,9 @@ class CheckpointStore:
                 for each in removed:
                     _remove(self.path(each))
                 return removed
-        free = self._free()
-        raise OSError(errno.ENOSPC, f"No space left: a checkpoint takes {needed:,} bytes and {free:,} are free")
+        spare = needed - size
+        words = f"a checkpoint takes {size:,} bytes, {spare:,} more are kept free, and {self._free():,} are free"
+        raise OSError(errno.ENOSPC, f"No space left: {words}")
 
     def _is_damaged(self, step: int) -> bool:
         try:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import errno
-import glob
 import os
-import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,7 +18,9 @@ from .manifest import FORMAT, MANIFEST, Manifest, Source, SplitEntry, fingerprin
 from .prepared import open_directory
 from .shards import SHARD_TOKENS, SplitWriter
 from .tokenizer import Tokenizer, train_tokenizer
+from .unfinished import clear_leftovers, unfinished, unlock
 
+_UNFINISHED = "preparing"
 _BATCH_CHARACTERS = 2**22  # enough documents for all cores to encode, few enough for memory
 
 
@@ -42,17 +41,12 @@ def prepare(config: DataConfig, report: Callable[[str], None], *, shard_tokens: 
     if (line := left_out(config.corpus_directory)) is not None:
         report(line)
     report(f"{len(sources)} works, {total / 1e6:.2f} MB of text; held out: {', '.join(config.validation)}.")
-    for leftover in sorted(final.parent.glob(f".{glob.escape(final.name)}.preparing-*")):
-        report(f"{leftover} belongs to a preparation that is under way, or was killed; remove it in the second case.")
-    temporary = _make_temporary(final)
-    try:
+    clear_leftovers(final, _UNFINISHED, report)
+    with unfinished(final, _UNFINISHED, "data.prepared") as temporary:
         manifest = _write(config, sources, shard_tokens, temporary, report)
         report(f"Everything is written; {final} comes into being.")
         if not _publish(temporary, final):
             return _reuse(final, wanted, report)
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
     return manifest
 
 
@@ -97,7 +91,6 @@ def _write(
         validation=splits["validation"],
     )
     write_file(directory / MANIFEST, manifest.to_json().encode())
-    sync_directory(directory)
     return manifest
 
 
@@ -135,16 +128,6 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _make_temporary(final: Path) -> Path:
-    """An empty directory beside `final`, so that a rename moves no bytes."""
-    temporary = final.with_name(f".{final.name}.preparing-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise Refused([Problem("data.prepared", str(final), f"cannot be created: {error.strerror}")]) from error
-    return temporary
-
-
 def _is_occupied(path: Path) -> bool:
     """Whether something is there that a rename would not replace; an empty directory is not."""
     return path.exists() and not (path.is_dir() and not any(path.iterdir()))
@@ -152,6 +135,8 @@ def _is_occupied(path: Path) -> bool:
 
 def _publish(temporary: Path, final: Path) -> bool:
     """Give the directory its name in one step; False when another preparation was faster."""
+    unlock(temporary)
+    sync_directory(temporary)
     try:
         temporary.rename(final)
     except OSError as error:

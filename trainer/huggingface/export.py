@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from ..checkpoint.manifest import Damaged
 from ..checkpoint.opened import Checkpoint
 from ..checkpoint.tensor_file import Declared, TensorFileWriter
 from ..data.files import sync_directory, write_file
+from ..data.unfinished import clear_leftovers, unfinished, unlock
 from .blocks import quantise_blocks, scales_of
 from .config import config_json, not_read
 from .names import SCALE, Entry, entries, is_quantised, to_halves
@@ -27,6 +27,7 @@ from .tokenizer import TOKENIZER, described, special_tokens
 
 _MOST_PROBLEMS = 8
 INDEX = "model.safetensors.index.json"
+_UNFINISHED = "exporting"
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 _NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
@@ -68,7 +69,7 @@ def export(checkpoint: Checkpoint, directory: Path, options: ExportOptions, say:
     tree = config_json(config, dtype=_NAMES[dtype], fp8=fp8, rope_interleave=pairs, context=context, source=source)
     if source is not None and (left := not_read(source)):
         say(f"left out, keys that the imported config.json had and that mean nothing here: {', '.join(left)}")
-    with _appearing_whole(directory) as partial:
+    with _appearing_whole(directory, say) as partial:
         try:
             _write_weights(checkpoint, planned, partial, options, say)
             attachments = checkpoint.attachments()
@@ -93,27 +94,20 @@ def _misfits(checkpoint: Checkpoint, planned: Sequence[Entry]) -> Iterator[Probl
 
 
 @contextmanager
-def _appearing_whole(directory: Path) -> Iterator[Path]:
+def _appearing_whole(directory: Path, say: Callable[[str], None]) -> Iterator[Path]:
     """A directory to write into, which gets the name of `directory` at the end, or is gone after an error."""
-    partial = directory.with_name(f"{directory.name}.partial")
+    clear_leftovers(directory, _UNFINISHED, say)
     try:
-        partial.mkdir(parents=True)
+        with unfinished(directory, _UNFINISHED, "directory") as partial:
+            yield partial
+            unlock(partial)
+            sync_directory(partial)
+            if directory.exists():
+                directory.rmdir()
+            partial.rename(directory)
     except OSError as error:
-        remedy = f"cannot be made ({error.strerror}); remove what a broken export has left, or name another directory"
-        raise Refused([Problem("directory", str(partial), remedy)]) from error
-    try:
-        yield partial
-        sync_directory(partial)
-        if directory.exists():
-            directory.rmdir()
-        partial.rename(directory)
-    except OSError as error:
-        shutil.rmtree(partial)
         remedy = f"cannot be written ({error.strerror}); {another_directory(error)}"
         raise Refused([Problem("directory", str(directory), remedy)]) from error
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
 
 
 def _write_weights(

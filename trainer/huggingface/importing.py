@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,7 @@ from ..checkpoint.pieces import Piece
 from ..checkpoint.saver import write_share
 from ..checkpoint.store import CheckpointStore, Cover
 from ..checkpoint.tensor_file import TensorFile
+from ..data.unfinished import Owner, locked, owner, unlock
 from ..model.config import ModelConfig
 from .blocks import dequantise_blocks, scales_of
 from .config import model_config, not_read
@@ -132,15 +134,28 @@ def import_released(source: Path, target: Path, say: Callable[[str], None]) -> P
     attachments = _attachments(source)
     _say_what_is_left_out(source, tree, planned, released, say)
     rope_interleave = tree.get("rope_interleave", True) is not False
+    _clear_partial(store.partial(0), say)
     with _nothing_left(store):
         target.mkdir(parents=True, exist_ok=True)
         store.prepare(0)
-        for number, batch in enumerate(_batches(planned)):
-            pieces = [_piece(entry, released, rope_interleave=rope_interleave) for entry in batch]
-            write_share(store.partial(0), f"part_{number:05d}", pieces)
-            say(f"{sum(piece.bytes for piece in pieces):,} bytes, up to {batch[-1].name}")
+        with locked(store.partial(0)):
+            for number, batch in enumerate(_batches(planned)):
+                pieces = [_piece(entry, released, rope_interleave=rope_interleave) for entry in batch]
+                write_share(store.partial(0), f"part_{number:05d}", pieces)
+                say(f"{sum(piece.bytes for piece in pieces):,} bytes, up to {batch[-1].name}")
+            unlock(store.partial(0))
         facts: dict[str, Any] = {"step": 0, "config": {"model": asdict(config)}, "source": tree}
         return store.commit(0, Cover(facts, attachments, frozenset(entry.name for entry in planned)))
+
+
+def _clear_partial(partial: Path, say: Callable[[str], None]) -> None:
+    """Remove what an import that was killed has left. Raises `Refused` where another one is under way."""
+    if owner(partial) is Owner.ALIVE:
+        remedy = "another import is writing it; wait for its end, or name another directory"
+        raise Refused([Problem("target", str(partial), remedy)])
+    if partial.is_dir():
+        say(f"{partial} was left by a process that was killed; it is removed.")
+        shutil.rmtree(partial)
 
 
 @contextmanager

@@ -80,7 +80,7 @@ class WandbSink:
             except (wandb.errors.UsageError, wandb.errors.CommError) as error:  # a key that is missing, a server's word
                 raise self._refusal(error) from error
             except _PROCESS_IS_GONE as error:
-                if self._starts == _SERVICE_STARTS:
+                if self._starts == _SERVICE_STARTS or not self._can_have_files():
                     raise self._refusal(error) from error
                 _forget_process()
             else:
@@ -103,8 +103,18 @@ class WandbSink:
         self._run.define_metric("*", step_metric="step")
 
     def _refusal(self, error: Exception) -> Refused:
-        remedy = f"wandb could not start ({error}); run `wandb login`, or set telemetry.wandb.mode to offline"
-        return Refused([Problem("telemetry.wandb", self._config.mode, remedy)])
+        if not self._can_have_files():
+            fix = f"its folder, {self._run_dir / 'wandb'}, is none: remove it, or set telemetry.wandb.mode to disabled"
+        elif self._config.mode == "online":
+            fix = "run `wandb login`, or set telemetry.wandb.mode to offline"
+        else:
+            fix = f"see that {self._run_dir / 'wandb'} can be written, or set telemetry.wandb.mode to disabled"
+        return Refused([Problem("telemetry.wandb", self._config.mode, f"wandb could not start ({error}); {fix}")])
+
+    def _can_have_files(self) -> bool:
+        """Whether nothing but a folder stands where wandb wants one."""
+        folder = self._run_dir / "wandb"
+        return folder.is_dir() or not (folder.exists() or folder.is_symlink())
 
     def emit(self, event: Event) -> None:
         """Hand `event` to wandb: configuration, summary, or a row of history."""

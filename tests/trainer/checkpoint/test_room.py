@@ -110,3 +110,9 @@ def test_saves_that_fail_in_a_row_are_counted(tmp_path: Path, number: int, is_ho
     saver.finish()
     assert not saver.is_hopeless(1)
     saver.close()
+
+
+def test_what_a_checkpoint_takes_is_told_apart_from_what_is_kept_free(tmp_path: Path) -> None:
+    words = "takes 6,400 bytes, 1,048,676 more are kept free, and 1,000 are free"
+    with with_free(1000), pytest.raises(OSError, match=words):
+        CheckpointStore(tmp_path, keep=2).prepare(1, 6400)

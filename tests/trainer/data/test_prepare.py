@@ -152,7 +152,9 @@ def test_a_killed_preparation_leaves_nothing_to_pick_up(config: DataConfig, mome
     lines: list[str] = []
     prepare(config, lines.append)
     open_prepared(config)
-    assert any(str(leftovers[0]) in line and "killed" in line for line in lines)
+    assert f"{leftovers[0]} was left by a process that was killed; it is removed." in lines
+    assert [path.name for path in Path(config.prepared).parent.iterdir()] == ["prepared"]
+    assert not (Path(config.prepared) / ".lock").exists()
 
 
 def test_an_interrupted_preparation_cleans_up(config: DataConfig) -> None:

@@ -348,9 +348,6 @@ def test_an_export_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="SHA-256"):
         export(checkpoint, tmp_path / "out", ExportOptions(), silent)
     assert {path.name for path in tmp_path.iterdir()} == {"store"}
-    (tmp_path / "out.partial").mkdir()  # of an export that was killed
-    with pytest.raises(Refused, match="remove what a broken export has left"):
-        export(checkpoint, tmp_path / "out", ExportOptions(), silent)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     with pytest.raises(Refused, match="not empty"):

@@ -249,3 +249,14 @@ def test_an_id_that_is_torn_gives_a_new_one(tmp_path: Path, left: bytes, capsys:
     assert found == _run_id(tmp_path) == (tmp_path / "wandb_run_id").read_text().strip()
     assert len(found) == 8
     assert "names no run of wandb" in capsys.readouterr().err
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "wandb").write_text("notes")
+    with pytest.raises(Refused) as refusal:
+        WandbSink(WandbConfig(), tmp_path, 0)
+    (problem,) = refusal.value.problems
+    assert problem.value == "offline"
+    assert f"{tmp_path / 'wandb'}, is none: remove it, or set telemetry.wandb.mode to disabled" in problem.remedy
+    assert "login" not in problem.remedy
+    assert (tmp_path / "wandb").read_text() == "notes"

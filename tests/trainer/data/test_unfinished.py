@@ -1,0 +1,47 @@
+"""Directories that are being written, by a process that lives, has died, or cannot be known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shoestring.comm.refusal import Refused
+from shoestring.trainer.data.unfinished import Owner, clear_leftovers, locked, owner, unfinished, unlock
+
+
+def leave(directory: Path) -> Path:
+    """As a process that was killed: the lock file is there and nobody holds it."""
+    directory.mkdir(parents=True)
+    with locked(directory):
+        (directory / "half").write_bytes(b"x")
+    return directory
+
+
+def test_only_what_a_dead_process_has_left_is_removed(tmp_path: Path) -> None:
+    dead = leave(tmp_path / ".made.making-1-ab")
+    (unknown := tmp_path / ".made.making-2-cd").mkdir()
+    (other := tmp_path / ".made.preparing-3-ef").mkdir()
+    lines: list[str] = []
+    with unfinished(tmp_path / "made", "making", "directory") as living:
+        assert [owner(each) for each in (dead, unknown, living)] == [Owner.DEAD, Owner.UNKNOWN, Owner.ALIVE]
+        clear_leftovers(tmp_path / "made", "making", lines.append)
+        assert {*tmp_path.iterdir()} == {unknown, other, living}
+    assert {*tmp_path.iterdir()} == {unknown, other}
+    assert f"{dead} was left by a process that was killed; it is removed." in lines
+    assert f"{living} belongs to another process, which is writing it." in lines
+    assert f"{unknown} belongs to another process, or was left by one that was killed; then remove it." in lines
+
+
+def test_what_is_renamed_stays_without_its_lock(tmp_path: Path) -> None:
+    with unfinished(tmp_path / "made", "making", "directory") as directory:
+        (directory / "whole").touch()
+        unlock(directory)
+        directory.rename(tmp_path / "made")
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["whole"]
+
+
+def test_a_place_that_takes_no_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(Refused, match="cannot be created: Not a directory"), unfinished(tmp_path / "file/x", "a", "b"):
+        pass

@@ -1,0 +1,99 @@
+"""Directories that are being written: locked while their writer lives, and removed by a later one when it has died."""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from enum import Enum
+from pathlib import Path
+
+from ...comm.refusal import Problem, Refused
+
+_LOCK = ".lock"
+
+
+class Owner(Enum):
+    """Whether the process that writes a directory lives."""
+
+    ALIVE = "alive"
+    DEAD = "dead"
+    UNKNOWN = "unknown"
+    """There is no lock: the file system has none, or the writer was killed just before or after it held one."""
+
+
+@contextmanager
+def unfinished(final: Path, what: str, field: str) -> Iterator[Path]:
+    """Make a directory beside `final` to write into, so that a rename moves no bytes; `what` stands in its name.
+
+    Call `unlock` before the rename. A directory that still has its own name at the end of the block is removed. Raises
+    `Refused` about `field` where none can be made.
+    """
+    directory = final.with_name(f".{final.name}.{what}-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        try:
+            directory.mkdir(parents=True)
+        except OSError as error:
+            remedy = f"cannot be created: {error.strerror}; name another directory"
+            raise Refused([Problem(field, str(final), remedy)]) from error
+        with locked(directory):
+            yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the lock of a directory that was just made, where the file system has locks."""
+    new = directory / f"{_LOCK}.new"
+    descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            new.rename(directory / _LOCK)  # under its name it is locked from the first moment on
+        except OSError:
+            new.unlink()
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def unlock(directory: Path) -> None:
+    """Remove the lock from a directory that is complete."""
+    (directory / _LOCK).unlink(missing_ok=True)
+
+
+def owner(directory: Path) -> Owner:
+    """Return whether the process that writes `directory` lives."""
+    try:
+        descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return Owner.UNKNOWN
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return Owner.ALIVE
+    except OSError:
+        return Owner.UNKNOWN
+    finally:
+        os.close(descriptor)
+    return Owner.DEAD
+
+
+def clear_leftovers(final: Path, what: str, report: Callable[[str], None]) -> None:
+    """Remove what writers of `final` that were killed have left, and tell `report` about each."""
+    for leftover in sorted(final.parent.glob(f".{glob.escape(final.name)}.{what}-*")):
+        found = owner(leftover)
+        if found is Owner.DEAD:
+            with suppress(OSError):
+                shutil.rmtree(leftover)
+        if not leftover.exists():
+            report(f"{leftover} was left by a process that was killed; it is removed.")
+        elif found is Owner.ALIVE:
+            report(f"{leftover} belongs to another process, which is writing it.")
+        else:
+            report(f"{leftover} belongs to another process, or was left by one that was killed; then remove it.")
