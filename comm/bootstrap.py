@@ -37,6 +37,8 @@ class WorkerEnvironment:
         size = _whole("WORLD_SIZE", 1, _MOST_RANKS, problems)
         rank = _whole("RANK", 0, _MOST_RANKS, problems)
         local_rank = _whole("LOCAL_RANK", 0, _MOST_RANKS, problems) if "LOCAL_RANK" in os.environ else 0
+        if "LOCAL_WORLD_SIZE" in os.environ:
+            _whole("LOCAL_WORLD_SIZE", 1, _MOST_RANKS, problems)
         _whole("MASTER_PORT", 1, 65535, problems)
         if not os.environ["MASTER_ADDR"]:
             problems.append(Problem("MASTER_ADDR", "", "must name the machine of rank 0"))

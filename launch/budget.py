@@ -23,8 +23,11 @@ from ..trainer.budget.reconcile import (
     render_lines,
 )
 from ..trainer.budget.render import render, render_project, render_what_if, what_if
+from ..trainer.budget.snapshot import totals_problem
 from ..trainer.budget.summary import Summary, summarise, verified_summary
-from ..trainer.budget.terms import PUBLISHED_USD_PER_GPU_HOUR, gpu_hours
+from ..trainer.budget.terms import PUBLISHED_USD_PER_GPU_HOUR, TOTALS_FILE, gpu_hours
+from ..trainer.budget.totals import ledger_problems
+from .say import say
 
 _SCALES = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 
@@ -105,7 +108,7 @@ def budget_tables(question: Question) -> Iterator[RenderableType]:
     plan = None if question.against is None else _against(question.run, summary, question.against, as_json=False)
     yield render(summary, question.price)
     if question.verify:
-        yield f"Every record was read: {summary.records:,} of work; the totals saved beside them agree."
+        yield f"Every record was read: {summary.records:,} of work; {_saved(question.run)}."
     if plan is not None:
         yield plan
     if question.tokens is not None and question.gpus is not None:
@@ -138,8 +141,29 @@ def budget_tree(question: Question) -> dict[str, object]:
 
 
 def _summary(question: Question) -> Summary:
-    """Of the run; where it is to be verified, without the saved totals, which must agree."""
-    return verified_summary(question.run) if question.verify else summarise(question.run)
+    """Of the run; where it is to be verified, without the saved totals, which must agree, as must the checkpoint."""
+    if question.verify:
+        refuse_if_any(_missing_for_checkpoint(question.run))
+        return verified_summary(question.run)
+    summary, problem = summarise(question.run), totals_problem(question.run)
+    if problem is not None:
+        say(f"shoestring budget: {problem}")
+    return summary
+
+
+def _missing_for_checkpoint(run_dir: Path) -> Iterator[Problem]:
+    """What the ledger lacks that the run's last checkpoint counts: a run that goes on from it is refused for that."""
+    from ..trainer.checkpoint.store import CheckpointStore  # and with it torch: seconds that a bill need not wait
+
+    checkpoint, _ = CheckpointStore(run_dir / "checkpoints", keep=1).last_good()
+    if checkpoint is not None and "ledger" in checkpoint.manifest.facts:
+        yield from ledger_problems(run_dir, checkpoint.manifest.facts["ledger"])
+
+
+def _saved(run_dir: Path) -> str:
+    """What verified totals are compared with."""
+    is_there = (run_dir / TOTALS_FILE).exists()
+    return "the totals saved beside them agree" if is_there else "no totals are saved beside them to compare with"
 
 
 def _project_tree(project: Project) -> dict[str, object]:

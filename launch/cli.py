@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from ..comm.files import os_problem
 from ..comm.refusal import Refused
 from .orphan import die_with_launcher
 from .say import open_standard_streams, say
+from .stopping import StoppedEarly, stops_before_it_began
 from .torchrun import RanksFailed
 from .verbs import checkpoints, data, machine, model, planning, runs, training
 
-EXIT_FAULT, EXIT_REFUSED = 1, 2
+EXIT_FAULT, EXIT_REFUSED, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 75, 128 + signal.SIGINT
 
 # In the order of `shoestring -h`.
 _FAMILIES = (training.add, model.add, planning.add, machine.add, runs.add, checkpoints.add, data.add)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: run the verb and exit with its code; 2 for refused input, every problem on a line of its own."""
+    """Entry point: run the verb and exit with its code; 2 for refused input, every problem on a line of its own.
+
+    Ctrl-C ends a verb with 130; a request to stop `train` before it began, with 75, as one that was served.
+    """
     die_with_launcher()
     open_standard_streams()
     options = parse(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
-        code = run(options)
+        with stops_before_it_began() if options.verb == "train" else nullcontext():
+            code = run(options)
+    except StoppedEarly as stopped:
+        say(f"shoestring train: stopped by {stopped}")
+        code = EXIT_STOPPED
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would cut the end short, with a traceback
+        say(f"shoestring {options.verb}: stopped by SIGINT")
+        code = EXIT_INTERRUPTED
     except Refused as refused:
         say(f"shoestring {options.verb}: refused")
         for problem in refused.problems:

@@ -29,11 +29,17 @@ from .preflight import is_finished, make_room, spent_budget
 from .rank_environment import SAFE_PATH, applying, computes_on_gpus, of_one_machine, rank_environment
 from .run_dir import CONFIG_FILE, claimed, clear_status, read_status, reserve_status, write_config
 from .say import say, tell
-from .stopping import ASKING_SIGNALS, ENDING_SIGNALS, STOP_FILE_VARIABLE, listened_to
+from .stopping import (
+    ASKING_SIGNALS,
+    ENDING_SIGNALS,
+    SAME_REQUEST_SECONDS,
+    STOP_FILE_VARIABLE,
+    ignore_late_stops,
+    listened_to,
+)
 from .stops import note_stop, too_many_stops
 from .torchrun import TORCHRUN, end
 
-SAME_REQUEST_SECONDS = 2
 ENDED_BY = (*ENDING_SIGNALS, signal.SIGHUP)
 """Signals, beside SIGINT, that end a launcher whose ranks cannot be asked."""
 _FAULT = 1
@@ -104,6 +110,7 @@ def launch(config: RunConfig, local: LocalRanks, *, fresh: bool, meet: Meet | No
                 reason = f"a rank died, torchrun exited with {code}"
             except Stopped as stop:
                 code, reason = stop.exit_code, str(stop)
+            ignore_late_stops()
             status = read_status(run_dir)
             if status is not None:
                 reason = str(status["reason"])
@@ -239,7 +246,7 @@ class StopRequest:
         if self._asked is not None:
             if number == signal.SIGALRM:
                 raise Stopped(self._asked)
-            # Slurm may signal a process twice, by itself and in its group; SIGUSR1 never means more than a request.
+            # SIGUSR1 never means more than a request.
             if number in ENDING_SIGNALS and time.monotonic() - self._asked_at > SAME_REQUEST_SECONDS:
                 raise Stopped(number)
             return

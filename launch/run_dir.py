@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..comm.files import read_json, refuse_links, replace_file
@@ -62,9 +62,23 @@ def own(run_dir: Path) -> None:
     """Make `run_dir` a run's, whether or not it is there. Raises `Refused` for one that holds anything else."""
     with _refusing_to_fail(run_dir):
         refuse_if_any(run_dir_problems(run_dir))
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not (run_dir / _MARKER_FILE).exists():
-            replace_file(run_dir / _MARKER_FILE, _MARKER_TEXT.encode())
+        with _removing_if_it_fails(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if not (run_dir / _MARKER_FILE).exists():
+                replace_file(run_dir / _MARKER_FILE, _MARKER_TEXT.encode())
+
+
+@contextmanager
+def _removing_if_it_fails(folder: Path) -> Iterator[None]:
+    """On an error of the system, remove `folder` and the folders above it that were not there before and are empty."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        yield
+    except OSError:
+        with suppress(OSError):
+            for each in made:
+                each.rmdir()
+        raise
 
 
 @contextmanager
@@ -72,7 +86,9 @@ def _refusing_to_fail(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = str(error) if error.strerror is None else f"{error.strerror}: {error.filename}"
+        reason = str(error) if error.strerror is None else error.strerror
+        if error.filename is not None:  # a write to an open file names none
+            reason = f"{reason}: {error.filename}"
         remedy = f"cannot be written ({reason}); name another directory"
         raise Refused([Problem("training.run_dir", str(run_dir), remedy)]) from error
 

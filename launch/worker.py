@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -25,7 +24,7 @@ from ..comm.refusal import Problem, Refused
 from ..comm.watchdog import Watchdog
 from ..trainer.config import RunConfig
 from ..trainer.data.shard_files import DataChanged
-from ..trainer.halt import RankFailed, RunFailed, RunHalted
+from ..trainer.halt import Halt, RankFailed, RunFailed, RunHalted
 from ..trainer.loop import train
 from ..trainer.rank import stages_of
 from .attempt import attempt_name
@@ -34,13 +33,12 @@ from .identity import data_digest, identity
 from .orphan import LAUNCHER_VARIABLE
 from .rank_environment import FLIGHT_RECORDER, applying, computes_on_gpus, make_late, users_choices
 from .rank_meeting import StoppedBeforeMeeting, find_ranks
-from .run_dir import is_marked, own, reserve_status, write_config, write_status
+from .run_dir import claimed, is_marked, own, reserve_status, write_config, write_status
 from .say import say
 from .stopping import listen_for_stop
 from .stops import end_of, note_end, note_stop
 
 _REFUSED = 2
-_STOPPED = 128 + signal.SIGTERM
 _SECONDS_FOR_OTHERS = 3
 """torchrun ends all ranks of a machine with the first: each shall have said what it waited for, and for whom."""
 
@@ -66,19 +64,26 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
     `run_status.json`, and exits with 0 under the launcher, which reads it: torchrun turns any other code into 1. Under
     anything else it exits with the true code, and every rank says why.
     """
-    stop_asked = listen_for_stop()
+    stop_asked = listen_for_stop(config.training.stop_seconds)
     code = end_of(Path(config.training.run_dir), attempt_name())
     if code is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return code  # a torchrun of one's own, with --max-restarts: it starts again what has ended on purpose
-    if worker.rank == 0:
-        _own(Path(config.training.run_dir), config)
     if worker.world_size != config.topology.world_size:
         size = f"topology asks for {config.topology.world_size} processes"
-        return _stop(config, worker, _REFUSED, str(Problem("world size", worker.world_size, f"{size}; start as many")))
+        problem = Problem("world size", worker.world_size, f"{size}; start as many")
+        return _refuse_alone(Path(config.training.run_dir), worker.rank, Refused([problem]), owns=False)
+    with _owning(config) if worker.rank == 0 else nullcontext():
+        return _run(config, worker, stop_asked)
+
+
+def _run(config: RunConfig, worker: WorkerEnvironment, stop_asked: Callable[[], bool]) -> int:
+    """Meet the other ranks and train with them; return the exit code."""
     try:
         device, watchdog = _meet(config, worker, stop_asked)
     except StoppedBeforeMeeting as stopped:
-        _leave(f"shoestring train: rank {worker.rank}: {stopped}", _STOPPED)
+        if worker.rank == 0:
+            note_stop(Path(config.training.run_dir), progressed=False)
+        _exit(_stop(config, worker, Halt.PREEMPTED, str(stopped)))
     except Refused as error:
         return _refuse_alone(Path(config.training.run_dir), worker.rank, error)
     timeout = timedelta(seconds=config.training.collective_timeout_seconds)
@@ -146,12 +151,13 @@ def _meet(
     return device, watchdog
 
 
-def _refuse_alone(run_dir: Path, rank: int, refused: Refused) -> int:
+def _refuse_alone(run_dir: Path, rank: int, refused: Refused, *, owns: bool = True) -> int:
     """Refuse where other ranks may be waiting for this one: torchrun ends them for a code that is not 0.
 
-    So this rank leaves the status, whichever it is.
+    So this rank leaves the status, whichever it is. Not where no launcher holds `run_dir`, and rank 0 not either
+    (`owns`): another run may be going on there.
     """
-    if is_marked(run_dir):
+    if (LAUNCHER_VARIABLE in os.environ or (owns and rank == 0)) and is_marked(run_dir):
         write_status(run_dir, _REFUSED, str(refused))
     if rank == 0 or LAUNCHER_VARIABLE not in os.environ or not isinstance(refused, Different):
         say(f"shoestring train: {refused}" if rank == 0 else f"shoestring train: rank {rank}: {refused}")
@@ -178,24 +184,34 @@ def _local_ranks() -> int:
 
 def _die(words: str) -> NoReturn:
     """Say why, then leave with 1, once the words stand before those of the ranks that then miss this one."""
-    _leave(words, 1, _SECONDS_FOR_OTHERS)
-
-
-def _leave(words: str, code: int, seconds: float = 0) -> NoReturn:
-    """Say why, then leave after `seconds`: threads of this process may wait for messages that never come."""
     say(words)
+    _exit(1, _SECONDS_FOR_OTHERS)
+
+
+def _exit(code: int, seconds: float = 0) -> NoReturn:
+    """Leave after `seconds`: threads of this process may wait for messages that never come."""
     with suppress(OSError, ValueError):
         sys.stdout.flush()
     time.sleep(seconds)
     os._exit(code)
 
 
-def _own(run_dir: Path, config: RunConfig) -> None:
-    """Under a torchrun of one's own there is no launcher to leave the configuration."""
-    own(run_dir)
-    reserve_status(run_dir)
-    if LAUNCHER_VARIABLE not in os.environ:
+@contextmanager
+def _owning(config: RunConfig) -> Iterator[None]:
+    """On rank 0: under a torchrun of one's own there is no launcher to hold the directory and leave the configuration.
+
+    Raises `Refused`, before anything is written, where another run is going on in it.
+    """
+    run_dir = Path(config.training.run_dir)
+    if LAUNCHER_VARIABLE in os.environ:
+        own(run_dir)
+        reserve_status(run_dir)
+        yield
+        return
+    with claimed(run_dir, fresh=False):
+        reserve_status(run_dir)
         write_config(run_dir, to_yaml(config))
+        yield
 
 
 def _stop(config: RunConfig, worker: WorkerEnvironment, code: int, reason: str) -> int:

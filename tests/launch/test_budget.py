@@ -14,7 +14,7 @@ from shoestring.launch.compose import compose_run
 from shoestring.launch.preflight import budget_problems
 from shoestring.trainer.budget.clock import Instant
 from shoestring.trainer.budget.config import BudgetConfig
-from shoestring.trainer.budget.terms import TERMS
+from shoestring.trainer.budget.terms import TERMS, TOTALS_FILE, WORK_FILE
 from shoestring.trainer.budget.work import Work
 
 
@@ -153,3 +153,16 @@ def test_a_run_of_a_project_is_held_to_what_is_left_there(run_dir: Path) -> None
     assert "has no budget" in problems(later, own, "budget.phase=post_training")["budget.phase"]
     path.write_text("gpu_hours: {pre_train: 1.9}\nruns: [run, later]\n")
     assert "nothing is left" in problems(later, own)["budget.project"]
+
+
+def test_a_bill_that_lost_records_says_so(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "the totals saved beside them agree" in printed(capsys, "budget", run_dir, "--verify")
+    work = run_dir / WORK_FILE
+    work.write_text("".join(work.read_text().splitlines(keepends=True)[:9]))
+    for words in ([], ["--format", "json"]):
+        assert shoestring("budget", run_dir, *words) == 0
+        assert f"{WORK_FILE} = '24 records': are not all in it" in capsys.readouterr().err
+    assert shoestring("budget", run_dir, "--verify") == 2
+    assert f"{WORK_FILE} = '24 records'" in capsys.readouterr().err
+    (run_dir / TOTALS_FILE).unlink()
+    assert "no totals are saved beside them" in printed(capsys, "budget", run_dir, "--verify")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from shoestring.launch import node
+from shoestring.launch import cli, node
 from shoestring.launch.cli import main, parse
+from shoestring.launch.stopping import ASKING_SIGNALS, ignore_late_stops, stops_before_it_began
+from shoestring.trainer.halt import Halt
 
 A, B, C = "experiment=quickstart", "training.run_dir=x", "training.seed=1"
 
@@ -73,3 +78,50 @@ def test_a_bill_is_shown_without_torch() -> None:
     """Importing it takes seconds and 200 MB, which a look at a run must not."""
     program = "import sys, shoestring.launch.cli, shoestring.launch.budget; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.fixture
+def former_handlers() -> Iterator[None]:
+    numbers = (*ASKING_SIGNALS, signal.SIGINT)
+    former = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in former.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("former_handlers")
+@pytest.mark.parametrize(
+    ("verb", "number", "code", "words"),
+    [
+        *(("train", number, Halt.PREEMPTED, "before it began; nothing was trained") for number in ASKING_SIGNALS),
+        ("train", signal.SIGINT, 130, "stopped by SIGINT"),
+        ("data", signal.SIGINT, 130, "stopped by SIGINT"),
+    ],
+)
+def test_a_signal_in_the_first_seconds_ends_with_a_line_and_its_code(
+    verb: str,
+    number: signal.Signals,
+    code: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def be_stopped(options: argparse.Namespace) -> int:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.raise_signal(number)
+        return 0
+
+    monkeypatch.setattr(cli, "parse", lambda arguments: argparse.Namespace(verb=verb, run=be_stopped))
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"shoestring {verb}: stopped by {number.name}")
+    assert line.endswith(words)
+
+
+@pytest.mark.usefixtures("former_handlers")
+def test_a_signal_after_the_ranks_have_ended_changes_no_exit_code() -> None:
+    with stops_before_it_began():
+        ignore_late_stops()
+        signal.raise_signal(signal.SIGTERM)

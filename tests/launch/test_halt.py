@@ -16,6 +16,7 @@ import pytest
 from shoestring.launch import launcher
 from shoestring.launch.launcher import Stopped, StopRequest, stop_signals_raise
 from shoestring.launch.run_dir import read_status
+from shoestring.launch.stopping import STOP_FILE_VARIABLE
 from shoestring.tests.launch.real_run import (
     command,
     processes_of,
@@ -211,9 +212,30 @@ def test_under_nohup_the_end_of_a_terminal_means_nothing(tmp_path: Path) -> None
 
 def test_a_rank_hears_what_came_before_it_listened() -> None:
     code = "from shoestring.launch.stopping import listen_for_stop as l; import signal; signal.raise_signal(15); "
-    code += "raise SystemExit(0 if l()() else 1)"
+    code += "raise SystemExit(0 if l(60)() else 1)"
     with subprocess.Popen([sys.executable, "-c", code], preexec_fn=launcher._become_torchrun) as rank:
         assert rank.wait(60) == 0
+
+
+@pytest.mark.parametrize(("seconds", "again"), [(60, signal.SIGTERM), (60, signal.SIGQUIT), (0.1, None)])
+def test_a_rank_without_a_launcher_ends_by_itself(seconds: float, again: signal.Signals | None) -> None:
+    """Also while its main thread waits outside Python, as for messages that never come."""
+    code = "import signal; from shoestring.launch import stopping as s; s.SAME_REQUEST_SECONDS = 0; "
+    code += f"s.listen_for_stop({seconds}); signal.raise_signal(10); print('asked', flush=True); signal.sigwait([12])"
+    outside = {name: value for name, value in os.environ.items() if name != STOP_FILE_VARIABLE}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=outside, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as rank:
+        try:
+            assert rank.stdout is not None
+            assert rank.stderr is not None
+            assert rank.stdout.readline() == "asked\n"
+            if again is not None:
+                rank.send_signal(again)
+            assert rank.wait(30) == 128 + (again or signal.SIGUSR1)
+            assert ("a second request" if again else "no end within 0.1 s") in rank.stderr.read()
+        finally:
+            rank.kill()
 
 
 def test_nothing_cuts_short_what_a_launcher_does_after_it_was_stopped() -> None:

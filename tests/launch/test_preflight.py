@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import socket
 from dataclasses import asdict, replace
@@ -13,6 +14,7 @@ import torch
 
 from shoestring.comm.bootstrap import WorkerEnvironment
 from shoestring.comm.refusal import Refused
+from shoestring.launch import run_dir as run_directory
 from shoestring.launch.compose import compose_run
 from shoestring.launch.preflight import hardware_problems, preflight
 from shoestring.launch.run_dir import CONFIG_FILE, claimed, own
@@ -241,6 +243,19 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(Refused, match="cannot be written"), claimed(tmp_path / "file" / "run", fresh=False):
         pass
+
+
+def test_a_full_disk_leaves_no_directory_and_names_no_file_that_is_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(path: Path, raw: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr(run_directory, "replace_file", fill)
+    with pytest.raises(Refused, match=r"cannot be written \(No space left on device\); name another directory"):
+        own(tmp_path / "there" / "new" / "run")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
 
 
 def test_two_launchers_of_one_directory(tmp_path: Path) -> None:

@@ -16,7 +16,10 @@ import torch.distributed as dist
 from shoestring.comm.bootstrap import WorkerEnvironment
 from shoestring.comm.refusal import Refused
 from shoestring.launch.rank_meeting import StoppedBeforeMeeting, find_ranks
+from shoestring.launch.run_dir import read_status
+from shoestring.launch.stops import stops_without_step
 from shoestring.tests.launch.small_run import free_port, small_run
+from shoestring.trainer.halt import Halt
 
 PAIR = [WorkerEnvironment(rank=0, local_rank=0, world_size=2), WorkerEnvironment(rank=1, local_rank=1, world_size=2)]
 
@@ -58,18 +61,30 @@ def test_a_request_to_stop_ends_the_wait(worker: WorkerEnvironment, monkeypatch:
     assert time.monotonic() < asked_at + 1.5
 
 
-def test_a_container_whose_peers_do_not_come_ends_at_sigterm(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_container_whose_peers_do_not_come_ends_at_sigterm(rank: int, tmp_path: Path) -> None:
     overrides = [*small_run(tmp_path, 2), f"training.run_dir={tmp_path / 'run'}"]
-    variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    variables = {
+        "RANK": str(rank),
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     command = [sys.executable, "-P", "-m", "shoestring.launch.cli", "train", *overrides]
     with subprocess.Popen(command, env=os.environ | variables, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
-            assert "rank 1 waits for 1 other rank" in process.stderr.readline()
+            assert f"rank {rank} waits for 1 other rank" in process.stderr.readline()
             process.send_signal(signal.SIGTERM)
             asked_at = time.monotonic()
-            assert process.wait(30) == 128 + signal.SIGTERM
+            assert process.wait(30) == Halt.PREEMPTED
             assert time.monotonic() < asked_at + 2
             assert "stopped before the 2 ranks had met" in process.stderr.read()
+            if rank == 0:
+                status = read_status(tmp_path / "run")
+                assert status is not None
+                assert status["exit_code"] == Halt.PREEMPTED
+                assert stops_without_step(tmp_path / "run") == 1
         finally:
             process.kill()

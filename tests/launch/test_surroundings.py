@@ -23,8 +23,10 @@ from shoestring.comm.loopback import listen_on, loopback_address, loopback_of
 from shoestring.comm.refusal import Refused
 from shoestring.launch import stops, train, worker
 from shoestring.launch.agent import LoopbackRendezvous, describe
+from shoestring.launch.compose import compose_run
 from shoestring.launch.launcher import _wait
 from shoestring.launch.lock_wait import wait_until_free
+from shoestring.launch.orphan import LAUNCHER_VARIABLE
 from shoestring.launch.run_dir import claimed, read_status
 from shoestring.launch.say import say
 from shoestring.launch.stops import MOST_STOPS, end_of, note_stop, stops_without_step, too_many_stops
@@ -94,6 +96,7 @@ def in_torchrun(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
         *(("RANK", value) for value in ("abc", "", "-1", "2", "1e0", "\u0661")),
         *(("WORLD_SIZE", value) for value in ("0", "two")),
         ("LOCAL_RANK", "x"),
+        *(("LOCAL_WORLD_SIZE", value) for value in ("x", "0", "")),
         *(("MASTER_PORT", value) for value in ("0", "http", "99999999999999999999")),
         ("MASTER_ADDR", ""),
     ],
@@ -111,12 +114,44 @@ def test_variables_of_ranks_that_mean_nothing_are_refused(
 def test_a_rank_without_the_launcher_exits_with_the_true_code_and_says_why(
     rank: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(worker, "listen_for_stop", lambda: lambda: False)
+    monkeypatch.setattr(worker, "listen_for_stop", lambda seconds: lambda: False)
     in_torchrun(monkeypatch, RANK=str(rank), WORLD_SIZE="8", LOCAL_RANK=str(rank))
     run = ["topology=single", "schedule=one_f_one_b", "training.device=cpu", f"training.run_dir={tmp_path / 'run'}"]
     assert train.train_command(run, None, fresh=False) == 2
     assert "world size = 8: topology asks for 1 processes" in capsys.readouterr().err
-    assert (rank == 0) == (read_status(tmp_path / "run") is not None)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("world_size", "words"), [("1", "another run is going on"), ("8", "topology asks for 1 proc")])
+def test_a_second_launch_without_the_launcher_leaves_a_live_run_alone(
+    world_size: str, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(worker, "listen_for_stop", lambda seconds: lambda: False)
+    in_torchrun(monkeypatch, RANK="0", WORLD_SIZE=world_size)
+    run_dir = tmp_path / "run"
+    run = ["topology=single", "schedule=one_f_one_b", "training.device=cpu", f"training.run_dir={run_dir}"]
+    with claimed(run_dir, fresh=False):
+        for name in ("config.yaml", "run_status.json", "ended"):
+            (run_dir / name).write_text("the live run's")
+        before = {path: path.read_bytes() for path in run_dir.iterdir()}
+        try:
+            assert train.train_command(run, None, fresh=False) == 2
+            told = capsys.readouterr().err
+        except Refused as refused:
+            told = str(refused)
+        assert words in told
+        assert {path: path.read_bytes() for path in run_dir.iterdir()} == before
+
+
+def test_the_launcher_is_refused_beside_a_run_without_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(LAUNCHER_VARIABLE, raising=False)
+    config = compose_run(["topology=single", "schedule=one_f_one_b", f"training.run_dir={tmp_path / 'run'}"])
+    with (
+        worker._owning(config),
+        pytest.raises(Refused, match="another run is going on"),
+        claimed(tmp_path / "run", fresh=True),
+    ):
+        pass
 
 
 def test_a_refusal_in_a_container_is_no_success(tmp_path: Path) -> None:

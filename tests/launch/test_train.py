@@ -300,7 +300,4 @@ def test_the_wrong_number_of_processes_is_refused_inside_torchrun(overrides: lis
         check=False,
     )
     assert "topology asks for 2 processes" in result.stderr
-    assert read_status(run_dir) == {
-        "exit_code": 2,
-        "reason": "world size = 1: topology asks for 2 processes; start as many",
-    }
+    assert not run_dir.exists()

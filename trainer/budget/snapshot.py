@@ -43,19 +43,53 @@ def read_snapshot(run_dir: Path, least_bytes: int | None = None) -> Snapshot | N
 
     None also for a ledger of less than `least_bytes`, by default `CHEAP_BYTES` (see `is_cheap`).
     """
-    path = run_dir / TOTALS_FILE
     try:
-        if is_cheap(run_dir, least_bytes):
-            return None
-        saved = read_json(path, _MOST_BYTES).mapping()
+        saved = None if is_cheap(run_dir, least_bytes) else _as_written(run_dir)
+    except OSError:
+        return None
+    return saved if saved is not None and _lost(run_dir, saved) is None else None
+
+
+def totals_problem(run_dir: Path) -> Problem | None:
+    """Return what is wrong with the saved totals of `run_dir`, or with the ledger that they were made from.
+
+    None where there are none, and where their last records are in the ledger: then all up to there may still be read
+    (see `refuse_different`).
+    """
+    path = run_dir / TOTALS_FILE
+    if not path.exists():
+        return None
+    saved = _as_written(run_dir)
+    if saved is None:
+        return Problem(
+            str(path), "saved totals", "are not as they were written; remove this file, and it is made again"
+        )
+    lost = _lost(run_dir, saved)
+    if lost is None:
+        return None
+    file, place = lost
+    words = f"are not all in it, and {path} counts them: records are lost or changed, so the bill is too small"
+    remedy = f"{words}; restore the file, or remove {path} to have what is left count"
+    return Problem(str(file), f"{place.number} records", remedy)
+
+
+def _as_written(run_dir: Path) -> Snapshot | None:
+    """The totals that are saved in `run_dir`; None where there are none, or others than were written."""
+    try:
+        saved = read_json(run_dir / TOTALS_FILE, _MOST_BYTES).mapping()
         totals = saved["totals"]
         if saved["sha256"] != _digest(totals) or totals["format"] != _FORMAT:
             return None
         places = Item(totals["allocation"]).build(Place), Item(totals["work"]).build(Place)
-        fits = all(map(is_place_of, (run_dir / ALLOCATION_FILE, run_dir / WORK_FILE), places))
-        return Snapshot(*places, Ledger.of_tree(totals["ledger"])) if fits else None
+        return Snapshot(*places, Ledger.of_tree(totals["ledger"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
+
+
+def _lost(run_dir: Path, saved: Snapshot) -> tuple[Path, Place] | None:
+    """The first journal that does not hold the last record that `saved` counts, and that record's place."""
+    places = {run_dir / ALLOCATION_FILE: saved.allocation, run_dir / WORK_FILE: saved.work}
+    return next(((file, place) for file, place in places.items() if not is_place_of(file, place)), None)
 
 
 def is_cheap(run_dir: Path, least_bytes: int | None = None) -> bool:

@@ -8,14 +8,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...comm.refusal import Problem, Refused
+from ...comm.refusal import Problem, Refused, refuse_if_any
 from .allocation import read_heartbeat
 from .clock import Instant
 from .journal import JournalReader, Record
 from .records import check_record
 from .replay import FIRST_START, Attempt, LateOpening, State
 from .retained import Forgotten
-from .snapshot import Snapshot, is_cheap, read_snapshot, refuse_different, write_snapshot
+from .snapshot import Snapshot, is_cheap, read_snapshot, refuse_different, totals_problem, write_snapshot
 from .terms import (
     ALLOCATION_FILE,
     BUCKETS,
@@ -245,9 +245,12 @@ class LedgerReader:
     def verify(self) -> None:
         """Read everything from the beginning, and compare it with the saved totals at their place.
 
-        Raises Refused as `summary` does, and where the records say something else than the totals.
+        Raises Refused as `summary` does, where the records say something else than the totals, and where the totals
+        are damaged or count records that are not there.
         """
         self._begin(None)
+        problem = totals_problem(self._run_dir)
+        refuse_if_any([] if problem is None else [problem])
         saved = read_snapshot(self._run_dir, 0)
         if saved is not None:
             self._read(saved)

@@ -16,7 +16,7 @@ from shoestring.trainer.budget.config import BudgetConfig
 from shoestring.trainer.budget.journal import JournalReader, is_linked
 from shoestring.trainer.budget.snapshot import read_snapshot
 from shoestring.trainer.budget.summary import LedgerReader, Summary, ensure_totals, summarise, verified_summary
-from shoestring.trainer.budget.terms import TERMS, TOTALS_FILE, WORK_FILE
+from shoestring.trainer.budget.terms import ALLOCATION_FILE, TERMS, TOTALS_FILE, WORK_FILE
 from shoestring.trainer.budget.work import Work
 
 BUDGET = BudgetConfig(gpu_hours=1.0)
@@ -135,7 +135,40 @@ def test_totals_of_another_ledger_count_for_nothing(tmp_path: Path) -> None:
     (tmp_path / "two" / TOTALS_FILE).write_bytes((tmp_path / "one" / TOTALS_FILE).read_bytes())
     assert read_snapshot(tmp_path / "two") is None
     assert summarise(tmp_path / "two").steps_retained == 9
-    assert verified_summary(tmp_path / "two").steps_retained == 9
+    with pytest.raises(Refused, match=r"allocation.jsonl = '\d+ records': are not all in it, and .*totals.json counts"):
+        verified_summary(tmp_path / "two")
+
+
+def cut(path: Path) -> None:
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        (WORK_FILE, Path.unlink),
+        (WORK_FILE, cut),
+        (WORK_FILE, lambda path: path.write_text(path.read_text()[:-9])),
+        (ALLOCATION_FILE, Path.unlink),
+        (ALLOCATION_FILE, cut),
+    ],
+)
+def test_verifying_misses_records_that_the_totals_count(
+    name: Path, harm: Callable[[Path], None], tmp_path: Path
+) -> None:
+    train(tmp_path, "a", 1, 5)
+    train(tmp_path, "b", 6, 9)
+    train(tmp_path, "c", 10, 12)
+    harm(tmp_path / name)
+    with pytest.raises(Refused, match=f"{name} = "):
+        verified_summary(tmp_path)
+
+
+def test_verifying_names_totals_that_were_damaged(tmp_path: Path) -> None:
+    train(tmp_path, "a", 1, 5)
+    (tmp_path / TOTALS_FILE).write_text("{}")
+    with pytest.raises(Refused, match=r"totals.json = 'saved totals': are not as they were written"):
+        verified_summary(tmp_path)
 
 
 def test_verifying_finds_what_totals_hide(tmp_path: Path) -> None:
