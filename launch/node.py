@@ -26,7 +26,7 @@ from .meeting import NotMet, Venue, address_problems, attend_meeting, host_meeti
 from .preflight import is_finished, preflight, spent_budget
 from .run_dir import CONFIG_FILE, read_status
 from .say import open_standard_streams, say
-from .stopping import ASKING_SIGNALS
+from .stopping import ASKING_SIGNALS, StoppedEarly, stops_before_it_began
 from .torchrun import local_torchrun
 
 _PORT = 29500
@@ -199,7 +199,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     open_standard_streams()
     options = parse(arguments)
     try:
-        code = run_node(options.overrides, options.config_dir, fresh=options.fresh)
+        with stops_before_it_began():
+            code = run_node(options.overrides, options.config_dir, fresh=options.fresh)
+    except StoppedEarly as stopped:
+        say(f"launch/torchrun.sh: stopped by {stopped}")
+        code = int(Halt.PREEMPTED)
     except Refused as refused:
         _say_refused(refused)
         code = _REFUSED
