@@ -29,7 +29,7 @@ from shoestring.benchmarks.rows import attention, compute, exact, fp8, network, 
 from shoestring.benchmarks.rows.process import Rank, RowProcess
 from shoestring.benchmarks.rows.row import Attempt, Check, Outcome, Verdict, outcome_of
 from shoestring.comm.bootstrap import start_default_group
-from shoestring.launch.rank_environment import FLIGHT_RECORDER, applying, rank_environment
+from shoestring.launch.run.rank_environment import FLIGHT_RECORDER, applying, rank_environment
 
 CHECKS = (
     *compute.CHECKS,

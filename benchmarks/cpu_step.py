@@ -30,23 +30,23 @@ from typing import Any
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from shoestring.comm.config import ExchangeConfig
+from shoestring.comm.async_comm import InlineWorker
+from shoestring.comm.exchange.config import ExchangeConfig
+from shoestring.comm.exchange.factory import open_exchange
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.open_exchange import open_exchange
-from shoestring.comm.pending import InlineWorker
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
-from shoestring.launch.rank_environment import DEFAULTS
+from shoestring.launch.run.rank_environment import DEFAULTS
+from shoestring.trainer.build import Pipeline, build_stepper
 from shoestring.trainer.costs.flops import count_flops
 from shoestring.trainer.costs.parameters import count_parameters
 from shoestring.trainer.data.batch import TokenBatch
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.init import initialise
 from shoestring.trainer.model.model import Model
+from shoestring.trainer.model.stage_layout import Stages
 from shoestring.trainer.optimizer.config import OptimizerConfig
-from shoestring.trainer.rank import Pipeline, build_stepper
-from shoestring.trainer.stages import Stages
-from shoestring.trainer.step import StepSettings
+from shoestring.trainer.run.step import StepSettings
 
 BATCH, LENGTH = 4, 256
 SHAPE = ModelConfig(

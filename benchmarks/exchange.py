@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from shoestring.launch.bench_exchange import bench_exchange, bench_tables
-from shoestring.launch.exchange_rank import ExchangeSpec
+from shoestring.launch.bench.bench_exchange import bench_exchange, bench_tables
+from shoestring.launch.bench.bench_exchange_rank import ExchangeSpec
 
 UPLINK = "200mbit"
 

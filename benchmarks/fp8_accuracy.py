@@ -30,25 +30,25 @@ import torch
 from torch import Tensor
 
 import shoestring.trainer.data
-from shoestring.comm.config import ExchangeConfig
+from shoestring.comm.async_comm import InlineWorker
+from shoestring.comm.exchange.config import ExchangeConfig
+from shoestring.comm.exchange.factory import open_exchange
 from shoestring.comm.fp8 import TILE
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.open_exchange import open_exchange
-from shoestring.comm.pending import InlineWorker
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
+from shoestring.trainer.build import Pipeline, build_stepper
 from shoestring.trainer.data.batch import TokenBatch
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.init import initialise
+from shoestring.trainer.model.linear import Linear
 from shoestring.trainer.model.model import Model
+from shoestring.trainer.model.stage_layout import Stages
 from shoestring.trainer.optimizer.config import OptimizerConfig
 from shoestring.trainer.precision.fp8 import Fp8
-from shoestring.trainer.precision.linear import Linear
 from shoestring.trainer.precision.reference import Reference
 from shoestring.trainer.precision.tiles import Scales, Tiles, quantise_blocks
-from shoestring.trainer.rank import Pipeline, build_stepper
-from shoestring.trainer.stages import Stages
-from shoestring.trainer.step import Stepper, StepSettings
+from shoestring.trainer.run.step import Stepper, StepSettings
 
 BATCH, LENGTH = 8, 128
 SHAPE = replace(ModelConfig(), name="bytes", vocabulary=256, layers=3, mtp_depth=0)

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shoestring.trainer.precision.provider import Provider, missing_for, open_provider
+from shoestring.trainer.precision.backend import Provider, missing_for, open_provider
 from shoestring.trainer.precision.reference import Reference
 from shoestring.trainer.precision.tiles import Scales
 

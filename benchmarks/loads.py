@@ -30,11 +30,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from shoestring.launch.run_dir import own
-from shoestring.trainer.budget.allocation import Allocation
-from shoestring.trainer.budget.config import BudgetConfig
-from shoestring.trainer.budget.terms import TOTALS_FILE
-from shoestring.trainer.budget.work import Work
+from shoestring.launch.run.run_dir import own
+from shoestring.trainer.ledger.allocation import Allocation
+from shoestring.trainer.ledger.config import BudgetConfig
+from shoestring.trainer.ledger.terms import TOTALS_FILE
+from shoestring.trainer.ledger.work import Work
 from shoestring.trainer.telemetry.events import METRICS_FILE, Event
 
 RECORDS, LINES, CHECKPOINTS = 1_000_000, 1_000_000, 1000
@@ -114,11 +114,11 @@ def make_checkpoints(run_dir: Path, number: int) -> None:
 RESUME = """
 import sys
 from pathlib import Path
-from shoestring.trainer.budget.allocation import Allocation
-from shoestring.trainer.budget.config import BudgetConfig
-from shoestring.trainer.budget.summary import ensure_totals, summarise
-from shoestring.trainer.budget.totals import carry
-from shoestring.trainer.budget.work import Work
+from shoestring.trainer.ledger.allocation import Allocation
+from shoestring.trainer.ledger.config import BudgetConfig
+from shoestring.trainer.ledger.summary import ensure_totals, summarise
+from shoestring.trainer.ledger.totals import carry
+from shoestring.trainer.ledger.work import Work
 run_dir, budget = Path(sys.argv[1]), BudgetConfig(gpu_hours=1e6)
 ensure_totals(run_dir)
 totals = summarise(run_dir).totals()

@@ -19,15 +19,15 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from shoestring.comm.async_comm import open_worker
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.pending import open_worker
-from shoestring.comm.record import SILENT
 from shoestring.comm.topology import Topology
+from shoestring.comm.trace import SILENT
 from shoestring.comm.traffic import Traffic
-from shoestring.parallelism.bucket import Bucket, Member
-from shoestring.parallelism.gradients import Reducer
-from shoestring.parallelism.pipeline.weight_grad import WeightGradients, linear
-from shoestring.parallelism.zero import ShardedOptimizer
+from shoestring.parallelism.weight_grad import WeightGradients, linear
+from shoestring.parallelism.zero.bucket import Bucket, Member
+from shoestring.parallelism.zero.optimizer import ShardedOptimizer
+from shoestring.parallelism.zero.reduce import Reducer
 from shoestring.trainer.model.phase import Phase
 from shoestring.trainer.optimizer.adamw import AdamW
 from shoestring.trainer.optimizer.config import OptimizerConfig

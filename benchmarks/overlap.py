@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from shoestring.launch.bench_exchange import run_on_cluster
+from shoestring.launch.bench.bench_exchange import run_on_cluster
 
 MODULE = "shoestring.benchmarks.overlap_rank"
 TRIES = 4

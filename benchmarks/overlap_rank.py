@@ -11,22 +11,22 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
+from shoestring.comm.async_comm import open_worker
 from shoestring.comm.bootstrap import WorkerEnvironment, start_default_group
-from shoestring.comm.config import ExchangeConfig
+from shoestring.comm.exchange.config import ExchangeConfig
+from shoestring.comm.exchange.factory import open_exchange
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.open_exchange import open_exchange
-from shoestring.comm.pending import open_worker
-from shoestring.comm.record import EXPOSED_EXCHANGE, Track
 from shoestring.comm.topology import Link, Topology
+from shoestring.comm.trace import EXPOSED_EXCHANGE, Track
 from shoestring.comm.traffic import Traffic
+from shoestring.trainer.build import Pipeline, build_stepper
 from shoestring.trainer.data.batch import TokenBatch
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.init import initialise
 from shoestring.trainer.model.model import Model
+from shoestring.trainer.model.stage_layout import Stages
 from shoestring.trainer.optimizer.config import OptimizerConfig
-from shoestring.trainer.rank import Pipeline, build_stepper
-from shoestring.trainer.stages import Stages
-from shoestring.trainer.step import Stepper, StepSettings
+from shoestring.trainer.run.step import Stepper, StepSettings
 from shoestring.trainer.telemetry.trace import Span, TraceRecorder, merge_ranks, summarise_trace, write_rank
 
 LIMIT = timedelta(minutes=3)

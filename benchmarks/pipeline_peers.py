@@ -20,8 +20,8 @@ from shoestring.comm.topology import Topology
 from shoestring.parallelism.pipeline.executor import Executor, open_lanes
 from shoestring.parallelism.pipeline.overlap import Steps
 from shoestring.parallelism.pipeline.placement import Place
-from shoestring.parallelism.pipeline.schedules import build_program
-from shoestring.parallelism.pipeline.weight_grad import WeightGradients, linear
+from shoestring.parallelism.pipeline.schedules.registry import build_program
+from shoestring.parallelism.weight_grad import WeightGradients, linear
 from shoestring.trainer.model.phase import Phase
 
 PEERS = {

@@ -21,18 +21,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shoestring.comm.config import ExchangeConfig
+from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.topology import Topology
 from shoestring.launch.planner.forecast import Forecaster, Layout
 from shoestring.launch.planner.pair import exposed_share, simulate_pair
 from shoestring.launch.planner.published import as_published
 from shoestring.launch.planner.recipe import NOTHING, Precision, Recipe
-from shoestring.launch.simulate import simulate
-from shoestring.parallelism.pipeline.edges import edges
-from shoestring.parallelism.pipeline.moments import moments
+from shoestring.launch.verbs.simulate import simulate
+from shoestring.parallelism.pipeline.communication import edges
+from shoestring.parallelism.pipeline.liveness import moments
 from shoestring.parallelism.pipeline.placement import Place
-from shoestring.parallelism.pipeline.replay import UnitTimes, replay
-from shoestring.parallelism.pipeline.schedules import build_program
+from shoestring.parallelism.pipeline.schedules.registry import build_program
+from shoestring.parallelism.pipeline.simulate import UnitTimes, replay
 
 PUBLISHED = Path(__file__).with_name("published_measurements.csv")
 

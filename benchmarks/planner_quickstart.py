@@ -16,9 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from shoestring.launch.calibrate import calibrate
-from shoestring.launch.rank_environment import rank_environment
-from shoestring.launch.simulate import simulate
+from shoestring.launch.run.rank_environment import rank_environment
+from shoestring.launch.verbs.calibrate import calibrate
+from shoestring.launch.verbs.simulate import simulate
 
 WARM_UP, STEPS = 5, 20
 LAYOUTS = {

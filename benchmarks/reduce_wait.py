@@ -25,14 +25,14 @@ from rich.console import Console
 from rich.table import Table
 
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.record import REDUCE_WAIT, Track
+from shoestring.comm.trace import REDUCE_WAIT, Track
 from shoestring.launch.compose import compose_run
-from shoestring.parallelism.gradients import Reducer
-from shoestring.parallelism.zero import ShardedOptimizer
+from shoestring.parallelism.zero.optimizer import ShardedOptimizer
+from shoestring.parallelism.zero.reduce import Reducer
 from shoestring.tests.processes import World, run_processes
-from shoestring.trainer.budget.summary import summarise
+from shoestring.trainer.build import stages_of
+from shoestring.trainer.ledger.summary import summarise
 from shoestring.trainer.loop import train
-from shoestring.trainer.rank import stages_of
 
 LAYOUTS = {
     "pp 2 x ep 2, DualPipeV": [],

@@ -24,13 +24,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from shoestring.comm.layout import NO_VISITS
+from shoestring.comm.exchange.permutation import NO_VISITS
 from shoestring.comm.traffic import Traffic
 from shoestring.launch.compose import compose_run
 from shoestring.trainer.costs.flops import count_flops
 from shoestring.trainer.model.model import router_names
-from shoestring.trainer.reporter import Reporter, Speed
-from shoestring.trainer.step import StepResult, StepSettings
+from shoestring.trainer.run.reporter import Reporter, Speed
+from shoestring.trainer.run.step import StepResult, StepSettings
 
 REPEATS = 200
 

@@ -27,15 +27,15 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from shoestring.launch.planner.pricing import MEASURED_ON
-from shoestring.parallelism.pipeline.weight_grad import WeightGradients
+from shoestring.parallelism.weight_grad import WeightGradients
 from shoestring.trainer.model.attention_backend import AttentionCase, GpuFacts, choose_attention
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.layer import Context, MoELayer
 from shoestring.trainer.model.model import Model, Share
 from shoestring.trainer.model.recompute import Part, Recompute
 from shoestring.trainer.model.rope import rotation
+from shoestring.trainer.precision.backend import choose_provider, missing_for, open_provider
 from shoestring.trainer.precision.fp8 import Fp8
-from shoestring.trainer.precision.provider import choose_provider, missing_for, open_provider
 
 TRACE_US = {"attn(F)": 4370, "mlp(F)": 4604, "mlp(B)": 5306, "mlp(W)": 5063, "attn(B)": 9341, "attn(W)": 2388}
 LAUNCH = re.compile("cu(da)?(LaunchKernel|LaunchCooperativeKernel|Memcpy|Memset)")

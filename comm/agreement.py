@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from .refusal import Problem, Refused
-from .strict import parse_json
+from .errors import Problem, Refused
+from .files.strict_json import parse_json
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from .errors import Problem, Refused, refuse_if_any
 from .loopback import listen_on, loopback_of
-from .refusal import Problem, Refused, refuse_if_any
 
 _MOST_RANKS = 10_000_000
 

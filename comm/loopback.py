@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from ipaddress import ip_address
 
-from .refusal import Problem, Refused
+from .errors import Problem, Refused
 
 _ADDRESSES = ("127.0.0.1", "::1")
 _SECONDS = 5

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from .refusal import Problem
+from .errors import Problem
 
 _MOST_RANKS, _MOST_STAGES = 2**20, 1024
 

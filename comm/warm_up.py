@@ -12,8 +12,8 @@ from functools import partial
 
 import torch
 
+from .async_comm import Worker
 from .groups import Group, ProcessGroups
-from .pending import Worker
 
 
 def warm_up_exchange(name: str, groups: ProcessGroups, worker: Worker, device: torch.device) -> None:

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
-from ..comm.files import os_problem
-from ..comm.refusal import Refused
-from .orphan import die_with_launcher
+from ..comm.errors import Refused
+from ..comm.files.access import os_problem
+from .parsers import checkpoints, data, machine, model, planning, runs, training
+from .run.orphan import die_with_launcher
+from .run.signals import StoppedEarly, stops_before_it_began
+from .run.torchrun import RanksFailed
 from .say import open_standard_streams, say
-from .stopping import StoppedEarly, stops_before_it_began
-from .torchrun import RanksFailed
-from .verbs import checkpoints, data, machine, model, planning, runs, training
 
 EXIT_FAULT, EXIT_REFUSED, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 75, 128 + signal.SIGINT
 

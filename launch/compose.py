@@ -19,14 +19,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ..comm.files import os_problem, refusing
-from ..comm.refusal import Doubt, Problem, Refused, refuse_if_any
-from ..comm.strict import Malformed, shortened
-from ..comm.strict_yaml import check_yaml, read_yaml
+from ..comm.errors import Doubt, Problem, Refused, refuse_if_any
+from ..comm.files.access import os_problem, refusing
+from ..comm.files.strict_json import Malformed, shortened
+from ..comm.files.strict_yaml import check_yaml, read_yaml
 from ..trainer.config import RunConfig
 from ..trainer.environment_text import EnvironmentText
+from ..trainer.typed import build, read
 from .interpolations import resolve
-from .typed import build, read
 
 _RESOLVING = (ValueError, TypeError, KeyError, AttributeError, OSError)
 """What resolvers and merges of Hydra and OmegaConf let through for values that they were not made for."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ..comm.refusal import Problem
+from ..comm.errors import Problem
 from ..trainer.environment_text import EnvironmentText
 
 _NOW = re.compile(r"(?<!\\)((?:\\\\)*)\$\{now:([^{}]*)\}")

@@ -10,7 +10,7 @@ import os
 import sys
 from contextlib import suppress
 
-from ..comm.refusal import Problem, Refused, printable
+from ..comm.errors import Problem, Refused, printable
 
 
 def say(text: str) -> None:

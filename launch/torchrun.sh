@@ -39,4 +39,4 @@ fi
 if [[ "$code" != "$(dirname "$here")" ]]; then  # a .venv that was copied
     echo "$PYTHON runs the code in $code, and not that beside this script. Make .venv anew, or name another in PYTHON." >&2
 fi
-exec "$PYTHON" -P -m shoestring.launch.node "$@"
+exec "$PYTHON" -P -m shoestring.launch.run.node "$@"

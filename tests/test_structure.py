@@ -27,7 +27,7 @@ OUTSIDE = ("conf", "tests", "benchmarks")
 DATA = (
     ("trainer", "data", "corpus"),
     ("launch", "planner", "tables"),
-    ("launch", "rehearsal", "cpp"),
+    ("launch", "rehearsal", "device", "cpp"),
     ("launch", "report", "page.html"),
     ("launch", "report", "style.css"),
 )
@@ -92,12 +92,12 @@ def setup_cfg() -> configparser.ConfigParser:
         ("trainer/loop.py", "from ..launch.cli import main", False),
         ("trainer/loop.py", "def f():\n    from .. import launch", False),
         ("trainer/loop.py", "import shoestring.launch", False),
-        ("comm/flat.py", "from shoestring.parallelism import gradients", False),
-        ("comm/flat.py", "import comm.refusal", False),
-        ("comm/flat.py", "from ..conf import model", False),
+        ("comm/exchange/flat.py", "from shoestring.parallelism import gradients", False),
+        ("comm/exchange/flat.py", "import comm.refusal", False),
+        ("comm/exchange/flat.py", "from ...conf import model", False),
         ("launch/cli.py", "from ..tests.processes import World", False),
-        ("tests/comm/test_flat.py", "from shoestring.launch import cli", True),
-        ("tests/comm/test_flat.py", "from trainer import loop", False),
+        ("tests/comm/exchange/test_flat.py", "from shoestring.launch import cli", True),
+        ("tests/comm/exchange/test_flat.py", "from trainer import loop", False),
         ("tests/test_x.py", "from .processes import World", True),
         ("__init__.py", "from .launch import cli", False),
         ("conf/__init__.py", "from ..comm import refusal", False),
@@ -174,7 +174,7 @@ def test_an_installed_wheel_is_whole(tmp_path: Path) -> None:
         path
         for path in tree_files()
         if path.parts[0] not in ("tests", "benchmarks")
-        and (path.suffix == ".py" or path.parts[0] == "conf" or path.parts[:3] in DATA)
+        and (path.suffix == ".py" or path.parts[0] == "conf" or any(path.parts[: len(data)] == data for data in DATA))
     ]
     assert held == {f"shoestring/{path.as_posix()}" for path in shipped}
 
@@ -184,9 +184,9 @@ def test_an_installed_wheel_is_whole(tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(site)!r})
-import shoestring.conf, shoestring.comm.refusal
+import shoestring.conf, shoestring.comm.errors
 from importlib.resources import files
 assert files("shoestring.conf").joinpath("config.yaml").is_file()
-print(shoestring.comm.refusal.__file__)
+print(shoestring.comm.errors.__file__)
 """
     assert run(sys.executable, "-P", "-c", code, cwd=tmp_path).startswith(str(site))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ..comm.refusal import Problem
+from ..comm.errors import Problem
 
 
 def value_at(schedule: Mapping[int, float], tokens: int) -> float:

@@ -8,22 +8,22 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from ..comm.config import ExchangeConfig
-from ..comm.refusal import Doubt, Problem
+from ..comm.errors import Doubt, Problem
+from ..comm.exchange.config import ExchangeConfig
 from ..comm.topology import Topology
 from ..parallelism.pipeline.partition import partition_problems
-from ..parallelism.pipeline.schedules import SCHEDULES, build_placement, nearest_legal, schedule_problems
-from .batches import Batches, ramp
-from .budget.config import BudgetConfig
+from ..parallelism.pipeline.schedules.registry import SCHEDULES, build_placement, nearest_legal, schedule_problems
 from .by_tokens import by_tokens_problems
 from .costs.cluster import ClusterConfig
 from .data.config import DataConfig
 from .defaults import with_defaults
+from .ledger.config import BudgetConfig
 from .model.attention_backend import BACKENDS, AttentionCase, unfit
 from .model.config import ModelConfig
 from .model.recompute import Part, RecomputeConfig
 from .optimizer.config import OptimizerConfig
 from .precision.config import PrecisionConfig
+from .run.batch_ramp import Batches, ramp
 from .telemetry.config import TelemetryConfig
 
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shoestring.launch.compose import compose_run
-from shoestring.trainer.budget.summary import LedgerReader
 from shoestring.trainer.data.prepare import prepare
+from shoestring.trainer.ledger.summary import LedgerReader
 from shoestring.trainer.telemetry.history import read_metrics
 
 STEPS, CHECKPOINT_EVERY = 60, 5

@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 
 from shoestring.launch.compose import compose_run
-from shoestring.trainer.budget.summary import LedgerReader
 from shoestring.trainer.data.prepare import prepare
+from shoestring.trainer.ledger.summary import LedgerReader
 
 from .bench import CLI, STEPS, Bench, Ended, Launch, Row
 

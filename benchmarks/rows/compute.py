@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import ScalingType
 
 from shoestring.benchmarks.rows.row import Check, Figures, Machine, NotHere, Wrong, expect, relative_error
-from shoestring.parallelism.pipeline.weight_grad import WeightGradients
+from shoestring.parallelism.weight_grad import WeightGradients
 from shoestring.trainer.model.experts import grouped_linear, grouped_mm, grouped_mm_twin
 
 TILE = 128

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from shoestring.benchmarks.rows.row import Check, Figures, Machine, Wrong, expect, relative_error
+from shoestring.comm.exchange.permutation import Fan, visited
 from shoestring.comm.fp8 import dequantise, quantise
-from shoestring.comm.layout import Fan, visited
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.router import Router
 from shoestring.trainer.precision.e5m6 import pack_e5m6, unpack_e5m6

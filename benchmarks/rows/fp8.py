@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shoestring.benchmarks.rows.exact import hard_numbers
 from shoestring.benchmarks.rows.row import Check, Figures, Machine, NotHere, Wrong, expect
-from shoestring.trainer.precision.provider import Provider, Rows, missing_for, open_provider
+from shoestring.trainer.precision.backend import Provider, Rows, missing_for, open_provider
 from shoestring.trainer.precision.reference import Reference
 from shoestring.trainer.precision.tiles import Columns, Scales
 

@@ -19,14 +19,14 @@ from torch import Tensor
 from shoestring.benchmarks.rows.row import Check, Figures, Machine, NotHere, expect
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.open_groups import open_groups_on
-from shoestring.comm.record import SILENT
 from shoestring.comm.topology import Topology
+from shoestring.comm.trace import SILENT
 from shoestring.launch.compose import compose_run
-from shoestring.parallelism.pipeline.schedules import SCHEDULES
+from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES
+from shoestring.trainer.build import Engine, open_engine, stages_of
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.data.batch import TokenBatch
-from shoestring.trainer.rank import Engine, open_engine, stages_of
-from shoestring.trainer.step import StepSettings
+from shoestring.trainer.run.step import StepSettings
 
 SETTINGS = StepSettings(learning_rate=1e-3, clip_norm=1.0, balance_weight=1e-4, mtp_weight=0.3, bias_speed=0.001)
 TIMEOUT = timedelta(minutes=2)

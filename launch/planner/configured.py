@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from ...comm.deepep import SMS_BETWEEN_NODES
-from ...comm.refusal import Problem, refuse_if_any
+from ...comm.errors import Problem, refuse_if_any
+from ...comm.exchange.deepep import SMS_BETWEEN_NODES
 from ...trainer.config import RunConfig
 from ...trainer.model.recompute import Part
 from ..compose import to_tree
 from .forecast import Layout
+from .kernel_times import Table
 from .pricing import described_table
 from .recipe import Precision, Recipe
-from .tables import Table
 
 _COMPUTE = {"float32": Precision.FP32, "bfloat16": Precision.BF16}
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 from ...trainer.config import RunConfig
 from ...trainer.costs.cluster import ClusterConfig
-from ...trainer.costs.memory import ALL_TO_ALL, CONTEXT
+from ...trainer.memory.peak import ALL_TO_ALL, CONTEXT
 from .forecast import Forecast
+from .kernel_times import Table, weakest
 from .lanes import ChunkCosts
 from .operations import Shape, head_traffic
 from .recipe import Precision, Recipe
-from .tables import Table, weakest
 
 Evidence = tuple[str, str, str]
 """(what, evidence class, source). `chosen` is what the run's configuration says."""
@@ -47,7 +47,7 @@ def _outside(recipe: Recipe, expert_ranks: int) -> Iterator[Evidence]:
     context = f"CUDA context, libraries and NCCL's communicators {CONTEXT / 1e9:g} GB"
     yield context, "assumed", "no measurement"
     if expert_ranks > 1 and recipe.exchange.name == "deepep":
-        yield "DeepEP's buffer", "published", "DeepEP 2.1.0's own formula (comm/deepep_buffer.py)"
+        yield "DeepEP's buffer", "published", "DeepEP 2.1.0's own formula (comm/exchange/deepep_buffer.py)"
     elif expert_ranks > 1:
         yield f"NCCL's buffers of all-to-alls {ALL_TO_ALL / 1e9:g} GB", "assumed", "no measurement"
 

@@ -8,30 +8,38 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from ...comm.record import EDGE_WAIT, OPTIMIZER, REDUCE_WAIT
 from ...comm.topology import Link, Topology
-from ...parallelism.pipeline.edges import edges
-from ...parallelism.pipeline.moments import Moment, moments
+from ...comm.trace import EDGE_WAIT, OPTIMIZER, REDUCE_WAIT
+from ...parallelism.pipeline.communication import edges
+from ...parallelism.pipeline.liveness import Moment, moments
 from ...parallelism.pipeline.placement import Place, Placement
 from ...parallelism.pipeline.program import Op, Program
-from ...parallelism.pipeline.replay import Replay, ideal_wait
-from ...parallelism.pipeline.schedules import build_placement, build_program
+from ...parallelism.pipeline.schedules.registry import build_placement, build_program
+from ...parallelism.pipeline.simulate import Replay, ideal_wait
 from ...parallelism.pipeline.timetable import Timetable
-from ...trainer.budget.terms import report_view
-from ...trainer.costs.chunk_memory import StageShape
 from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.costs.flops import FlopCount, count_flops
+from ...trainer.ledger.terms import report_view
+from ...trainer.memory.chunk import StageShape
 from ...trainer.model.config import ModelConfig
-from ...trainer.stages import split_layers
-from .exchange import Wire
+from ...trainer.model.stage_layout import split_layers
+from .exchange_time import Wire
+from .instruction_times import Kinds, Runs, kinds_of
+from .kernel_times import Coverage
 from .lanes import ChunkCosts
+from .layout_memory import (
+    ChunkCache,
+    MemoryForecast,
+    Parameters,
+    forecast_memory,
+    outside_of,
+    stage_parameters,
+    state_of,
+)
 from .links import bytes_a_second
-from .memory import ChunkCache, MemoryForecast, Parameters, forecast_memory, outside_of, stage_parameters, state_of
 from .operations import Shape
 from .pricing import Compute
 from .recipe import Recipe
-from .runs import Kinds, Runs, kinds_of
-from .tables import Coverage
 from .update import Traffic, Updates, Uses, exposed_gather, exposed_reduce
 
 

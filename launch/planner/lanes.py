@@ -10,14 +10,14 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from ...comm.record import EXPOSED_EXCHANGE, Track
+from ...comm.trace import EXPOSED_EXCHANGE, Track
 from ...parallelism.pipeline.overlap import Steps, drive, take_turns
-from ...trainer.costs.chunk_memory import StageShape
-from .exchange import Exchange, Travel, Wire
+from ...trainer.memory.chunk import StageShape
+from .exchange_time import Exchange, Travel, Wire
+from .kernel_times import Coverage
 from .operations import Phase, Shape
 from .pricing import Compute
 from .recipe import Sync
-from .tables import Coverage
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...comm.refusal import Problem, Refused
+from ...comm.errors import Problem, Refused
 from ...trainer.costs.cluster import ClusterConfig
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...parallelism.pipeline.overlap import take_turns
-from ...trainer.costs.chunk_memory import StageShape
+from ...trainer.memory.chunk import StageShape
 from .lanes import ChunkCosts, Lanes, SimulatedChunk
 from .published import PAIR_ROWS
 

@@ -10,13 +10,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ...comm.refusal import Problem, Refused, refuse_if_any
+from ...comm.errors import Problem, Refused, refuse_if_any
 from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.model.config import ModelConfig
+from .kernel_times import Coverage, Row, Table, read_table
 from .links import bytes_a_second, evidence_of
 from .operations import Core, Gemm, Operation, Pass, Phase, Shape, pass_bytes, phase_operations
 from .recipe import Precision, Recipe
-from .tables import Coverage, Row, Table, read_table
 
 _TILE = 128
 """Edge of the blocks that a GEMM is cut into (DeepGEMM)."""

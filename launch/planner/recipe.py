@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ...comm.config import ExchangeConfig
-from ...comm.refusal import Problem
-from ...comm.wire import Format
+from ...comm.errors import Problem
+from ...comm.exchange.config import ExchangeConfig
+from ...comm.exchange.wire import Format
 from ...trainer.model.recompute import Part
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
-from ...comm.refusal import Refused
+from ...comm.errors import Refused
 from ...comm.topology import Topology
-from ...parallelism.pipeline.schedules import SCHEDULES, build_placement, schedule_problems
+from ...parallelism.pipeline.schedules.registry import SCHEDULES, build_placement, schedule_problems
 from ...trainer.model.recompute import Part
 from .forecast import Forecast, Forecaster, Layout, needed_bytes
 from .recipe import EVERYTHING, NOTHING, REPORT, Precision, Recipe

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...comm.record import EDGE_WAIT, OPTIMIZER, REDUCE_WAIT, Track
+from ...comm.trace import EDGE_WAIT, OPTIMIZER, REDUCE_WAIT, Track
 from ...parallelism.pipeline.placement import Place
 from ...parallelism.pipeline.program import Instruction
 from ...trainer.telemetry.trace import Span, trace_events

@@ -2,8 +2,8 @@
 shows of it.
 
 The gradients of a stage are reduced as soon as the program has run the last instruction that adds to them, and its new
-weights are handed out until the next program first computes with them (`parallelism/gradients.py`, `zero.py`). A rank's
-collectives run one after the other; they and the exchanges are taken not to slow each other down.
+weights are handed out until the next program first computes with them (`parallelism/zero/`). A rank's collectives run
+one after the other; they and the exchanges are taken not to slow each other down.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ...comm.refusal import Problem, Refused
+from ...comm.errors import Problem, Refused
 from ...comm.topology import Topology
 from ...parallelism.pipeline.program import Program
-from ...parallelism.pipeline.replay import Replay
+from ...parallelism.pipeline.simulate import Replay
 from ...parallelism.pipeline.uses import first_use, last_use
 from ...trainer.costs.cluster import ClusterConfig
+from .kernel_times import Table
+from .layout_memory import Parameters
 from .links import bytes_a_second
-from .memory import Parameters
 from .recipe import Precision, Recipe
-from .tables import Table
 
 _GRADIENT = 4  # bytes: FP32
 

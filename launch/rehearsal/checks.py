@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...trainer.memory import MARGIN
+from ...trainer.memory.forecast import MARGIN
+from .deadlock.waits import CONTROL
 from .fault import ends_early
 from .log import Collective, Finding, HostWait, RankLog
-from .waits import CONTROL
 
 WORLD = "world"
 WORLD_REDUCTIONS = 2
@@ -23,7 +23,7 @@ def step_findings(log: RankLog) -> Iterator[Finding]:
     yield from _world(log)
     if log.group_creations > GROUP_CREATIONS:
         text = f"{log.group_creations} process groups are created, and {GROUP_CREATIONS} are enough for any grid"
-        yield Finding("groups", text, "comm/groups.py")
+        yield Finding("groups", text, "comm/open_groups.py")
     yield from _memory(log)
 
 

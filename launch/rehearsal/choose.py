@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...comm.refusal import Problem, refuse_if_any
+from ...comm.errors import Problem, refuse_if_any
 from ...comm.topology import Topology
-from ...parallelism.pipeline.schedules import schedule_problems
+from ...parallelism.pipeline.schedules.registry import schedule_problems
 from ...trainer.config import RunConfig
 
 

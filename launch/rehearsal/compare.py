@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import combinations, pairwise
 
-from .communicators import Collectives, Communicator, End, collectives_of, messages_of
+from .deadlock.communicators import Collectives, Communicator, End, collectives_of, messages_of
 from .fault import Fault, ends_early
 from .log import Collective, RankLog
 

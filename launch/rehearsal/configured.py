@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from ...comm.refusal import Problem, refuse_if_any
+from ...comm.errors import Problem, refuse_if_any
 from ...trainer.config import RunConfig
 from ...trainer.model.attention_backend import unfit
 

@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from ...parallelism.pipeline.program import Op
 from ...trainer.config import RunConfig
+from ...trainer.model.stage_layout import Stages
 from ...trainer.model.tape import Stage
-from ...trainer.stages import Stages
 from .log import Launches, RankLog
 
 MOE, DENSE, MTP, STEP = "MoE layer", "dense layer", "MTP module", "step"

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from subprocess import Popen
 
-from ..launcher import stop_signals_raise
-from ..orphan import die_with_parent
-from ..rank_environment import rank_environment
-from ..torchrun import RanksFailed
+from ..run.launcher import stop_signals_raise
+from ..run.orphan import die_with_parent
+from ..run.rank_environment import rank_environment
+from ..run.torchrun import RanksFailed
 from .log import RankLog
 
 RANK = ("-m", "shoestring.launch.rehearsal.rank")

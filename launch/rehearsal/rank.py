@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> None:
     spec = json.loads(Path(arguments[0]).read_text())
     os.environ.pop("TRITON_INTERPRET", None)  # kernels are counted, and neither compiled nor interpreted
     ctypes.CDLL(spec["shim"], mode=ctypes.RTLD_GLOBAL)
-    from ...comm.refusal import Refused
+    from ...comm.errors import Refused
     from .rehearse import Rehearsal  # imports torch, which now finds the shim's device
 
     directory = None if spec["config_dir"] is None else Path(spec["config_dir"])

@@ -17,27 +17,27 @@ import torch.distributed as dist
 from torch.distributed._tools import fake_collectives
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from ...comm.errors import Problem, Refused
 from ...comm.groups import ProcessGroups
-from ...comm.refusal import Problem, Refused
+from ...trainer.build import Engine, open_engine, stages_of
 from ...trainer.by_tokens import value_at
 from ...trainer.config import RunConfig
-from ...trainer.costs.memory import RankMemory
 from ...trainer.data.batch import TokenBatch
-from ...trainer.memory import RunMemory
-from ...trainer.rank import Engine, open_engine, stages_of
-from ...trainer.step import StepSettings
+from ...trainer.memory.forecast import RunMemory
+from ...trainer.memory.peak import RankMemory
+from ...trainer.run.step import StepSettings
 from ..compose import compose_run
 from .configured import DEVICE, on_gpu
-from .device import RehearsedDevice
-from .groups import LoggedGroups
-from .ledger import Ledger
+from .device.fake_device import RehearsedDevice
+from .device.groups import LoggedGroups
+from .device.oracle import BalancedOracle
+from .device.places import NO_PLACE
+from .device.recorder import Ledger
+from .device.routing import BalancedRouting
+from .device.spans import Spans
+from .device.stand_ins import standing_in
+from .device.streams import LoggedStreams
 from .log import Memory, RankLog
-from .oracle import BalancedOracle
-from .places import NO_PLACE
-from .routing import BalancedRouting
-from .spans import Spans
-from .stand_ins import standing_in
-from .streams import LoggedStreams
 
 assert fake_collectives.collective_ops  # its import registers what collectives do to fake tensors
 

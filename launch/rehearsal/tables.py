@@ -7,7 +7,7 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 
 from .checks import GROUP_CREATIONS, WORLD_REDUCTIONS, difference
@@ -109,8 +109,9 @@ def _peaks(verdict: Verdict) -> Table:
 
 def _host_waits(verdict: Verdict) -> Table:
     table = _table("Where the host waits for the device")
-    for heading in ("place", "why", "inside an FB", "most of one rank", "of all"):
-        table.add_column(heading, justify="left" if heading in ("place", "why", "inside an FB") else "right")
+    table.add_column("place", overflow="fold")
+    for heading in ("why", "in FB", "most per rank", "all ranks"):
+        table.add_column(heading, justify="left" if heading in ("why", "in FB") else "right")
     for each in verdict.host_reads:
         inside = "yes" if each.is_inside_pair else "no"
         table.add_row(each.line, each.reason, inside, f"{each.most:,}", f"{each.times:,}")
@@ -153,7 +154,8 @@ _ORDER = (MOE, DENSE, MTP, STEP)
 def _passes(verdict: Verdict, number: int) -> Table:
     table = _table(f"The operations of a {MOE} in one micro-batch that move the most bytes")
     for heading in ("operation", "phase", "stream", "place", "launches", "GB"):
-        table.add_column(heading, justify="right" if heading in ("launches", "GB") else "left")
+        justify: JustifyMethod = "right" if heading in ("launches", "GB") else "left"
+        table.add_column(heading, justify=justify, overflow="fold")
     for count in [each for each in verdict.passes if each.of == MOE][:number]:
         _add_count(table, count, (count.operation, count.phase, count.stream, count.place))
     return table

@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from ...trainer.build import stages_of
 from ...trainer.config import RunConfig
-from ...trainer.rank import stages_of
 from .checks import step_findings
-from .communicators import collectives_of, messages_of
 from .compare import compare
 from .counted import Count, by_operation, by_phase, layer_pair
+from .deadlock.communicators import collectives_of, messages_of
+from .deadlock.stuck import hangs
 from .fault import Fault, ends_early, grouped, line_of
 from .log import Batch, Collective, HostWait, RankLog
-from .stuck import hangs
 
 _FIRST = ("error", "device", "hang", "first contact", "collective", "message")
 """Kinds of faults that end a run, in the order in which they are told; what is only slow or large comes behind."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ...trainer.budget.render import REPORT_NAMES, TERM_MEANINGS, hours, percent
-from ...trainer.budget.summary import Summary
-from ...trainer.budget.terms import (
+from ...trainer.ledger.render import REPORT_NAMES, TERM_MEANINGS, hours, percent
+from ...trainer.ledger.summary import Summary
+from ...trainer.ledger.terms import (
     BUCKETS,
     PUBLISHED_GPU_HOURS,
     PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS,

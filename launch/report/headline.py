@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from statistics import median
 
-from ...trainer.budget.render import hours, percent
-from ...trainer.budget.terms import PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS
+from ...trainer.ledger.render import hours, percent
+from ...trainer.ledger.terms import PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS
 from ...trainer.telemetry.describe import clock, metric
 from ...trainer.telemetry.events import as_number
 from .blocks import Card

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from ...comm.files import lines_within, open_regular, refusing
-from ...comm.strict import parse_json
-from ...trainer.budget.journal import Record
-from ...trainer.budget.records import check_record, read_records
-from ...trainer.budget.terms import ALLOCATION_FILE, WORK_FILE
+from ...comm.files.access import lines_within, open_regular, refusing
+from ...comm.files.strict_json import parse_json
+from ...trainer.ledger.journal import Record
+from ...trainer.ledger.records import check_record, read_records
+from ...trainer.ledger.terms import ALLOCATION_FILE, WORK_FILE
 from ...trainer.telemetry.events import Event
 from .blocks import Block, Line, Missing, Prose, Section, Table
 from .record import RunRecord

@@ -8,14 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...comm.files import refusing
-from ...comm.refusal import Problem, Refused
-from ...comm.strict_yaml import read_yaml
-from ...trainer.budget.summary import Summary, summarise
-from ...trainer.budget.terms import WORK_FILE
+from ...comm.errors import Problem, Refused
+from ...comm.files.access import refusing
+from ...comm.files.strict_yaml import read_yaml
+from ...trainer.ledger.summary import Summary, summarise
+from ...trainer.ledger.terms import WORK_FILE
 from ...trainer.telemetry.events import METRICS_FILE, Event, as_number
 from ...trainer.telemetry.sampled import read_sampled
-from ..run_dir import CONFIG_FILE, is_marked
+from ..run.run_dir import CONFIG_FILE, is_marked
 
 Point = tuple[float, float]
 _MOST_STEPS = 2**53

@@ -9,19 +9,19 @@ from statistics import mean
 
 from markupsafe import Markup
 
-from ...comm.record import Track
-from ...comm.refusal import Refused
+from ...comm.errors import Refused
+from ...comm.trace import Track
 from ...parallelism.pipeline.draw import title
 from ...parallelism.pipeline.program import Op, Program
-from ...parallelism.pipeline.replay import Replay, UnitTimes, replay
-from ...parallelism.pipeline.schedules import build_program
-from ...parallelism.pipeline.svg import Look, svg_timeline
-from ...trainer.budget.terms import INSTRUCTIONS
+from ...parallelism.pipeline.schedules.registry import build_program
+from ...parallelism.pipeline.simulate import Replay, UnitTimes, replay
+from ...trainer.ledger.terms import INSTRUCTIONS
+from ...trainer.run.profiling import TRACE_FOLDER
 from ...trainer.telemetry.trace import TRACE_FILE, Span, read_trace
-from ...trainer.telemetry.trace_svg import svg_layer_pair
-from ...trainer.tracing import TRACE_FOLDER
 from .blocks import Block, Figure, Missing, Prose, Section
 from .record import RunRecord
+from .schedule_svg import Look, svg_timeline
+from .trace_svg import svg_layer_pair
 
 _RECORDS = "telemetry.trace=true records a timeline of some steps."
 _MOST_INSTRUCTIONS = 10**6

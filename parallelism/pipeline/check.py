@@ -6,7 +6,7 @@ from collections import Counter, deque
 
 from .placement import Place
 from .program import Instruction, Op, Program, ProgramError, Work, in_flight, where
-from .replay import UnitTimes, replay
+from .simulate import UnitTimes, replay
 
 
 def check(program: Program) -> tuple[int, ...]:

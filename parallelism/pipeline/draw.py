@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from .program import Instruction, Program, Work, in_flight
-from .replay import Replay
+from .simulate import Replay
 
 
 def to_json(program: Program) -> dict[str, object]:

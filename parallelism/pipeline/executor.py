@@ -12,17 +12,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ...comm.async_comm import Pending
 from ...comm.failure import CollectiveFailed
 from ...comm.groups import ProcessGroups
-from ...comm.lane import Incoming, Lane, Outgoing, open_lane
-from ...comm.pending import Pending
-from ...comm.record import EDGE_WAIT, SILENT, Recorder, Track
+from ...comm.p2p import Incoming, Lane, Outgoing, open_lane
 from ...comm.streams import Streams
-from .edges import Commit, Edge, Payload, edges
+from ...comm.trace import EDGE_WAIT, SILENT, Recorder, Track
+from ..weight_grad import WeightGradients
+from .communication import Commit, Edge, Payload, edges
 from .overlap import Steps, drive, take_turns
 from .placement import Direction, Place
 from .program import Instruction, Op, Program, Work, where
-from .weight_grad import WeightGradients
 
 
 class Stage(Protocol):

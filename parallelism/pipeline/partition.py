@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from ...comm.refusal import Problem, refuse_if_any
+from ...comm.errors import Problem, refuse_if_any
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .edges import Commit, Edge, edges
+from .communication import Commit, Edge, edges
 from .placement import Direction
 from .program import Program, ProgramError
-from .replay import Duration, Replay
+from .simulate import Duration, Replay
 
 
 class _Node(NamedTuple):

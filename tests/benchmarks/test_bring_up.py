@@ -20,7 +20,7 @@ from shoestring.benchmarks.rows import providers
 from shoestring.benchmarks.rows.process import Rank, RowProcess
 from shoestring.benchmarks.rows.row import Check, Figures, Machine, NotHere, Verdict, attempt, expect
 from shoestring.comm.groups import Group
-from shoestring.parallelism.pipeline.schedules import SCHEDULES
+from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES
 from shoestring.tests.benchmarks import endless
 from shoestring.tests.tree import ROOT
 

@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import Tensor
 
-from shoestring.comm.record import EXPOSED_EXCHANGE, Track
 from shoestring.comm.streams import Stream
+from shoestring.comm.trace import EXPOSED_EXCHANGE, Track
 
 HOST_WAITS = "the host waits"
 REST = "rest of "

@@ -18,7 +18,7 @@ from shoestring.comm.open_groups import NcclGroups
 from shoestring.comm.topology import Topology
 from shoestring.comm.watchdog import Watchdog
 from shoestring.launch.compose import compose_run
-from shoestring.trainer.rank import stages_of
+from shoestring.trainer.build import stages_of
 
 LIMIT = timedelta(seconds=1)
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoestring.comm.async_comm import StreamWorker
 from shoestring.comm.groups import Group
-from shoestring.comm.lane import Incoming, Outgoing, StreamLane
-from shoestring.comm.pending import StreamWorker
+from shoestring.comm.p2p import Incoming, Outgoing, StreamLane
 from shoestring.tests.comm.nccl_rules import (
     FIRST_CONTACT,
     RING_BYTES,

@@ -8,12 +8,12 @@ from datetime import timedelta
 import pytest
 import torch
 
-from shoestring.comm.config import ExchangeConfig
-from shoestring.comm.exchange import Received, TokenExchange
+from shoestring.comm.exchange.api import Received, TokenExchange
+from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.fp8 import dequantise, stand_in
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
-from shoestring.tests.comm.routing import CASES, LABEL, WIDTH, Batch, batch_of, open_on
+from shoestring.tests.comm.exchange.routing import CASES, LABEL, WIDTH, Batch, batch_of, open_on
 from shoestring.tests.processes import World, run_processes
 
 FP8 = ExchangeConfig(dispatch="fp8", combine="bf16", combine_backward="fp8", dispatch_backward="bf16")

@@ -23,15 +23,15 @@ from typing import Any
 
 import torch
 
-import shoestring.launch.against
-import shoestring.launch.budget
-import shoestring.launch.checkpoint
-import shoestring.launch.convert
-import shoestring.launch.generate
-import shoestring.launch.report.command
-import shoestring.launch.simulate
-import shoestring.launch.trace
-import shoestring.launch.watch
+import shoestring.launch.verbs.budget
+import shoestring.launch.verbs.checkpoint
+import shoestring.launch.verbs.compare
+import shoestring.launch.verbs.convert
+import shoestring.launch.verbs.generate
+import shoestring.launch.verbs.report
+import shoestring.launch.verbs.simulate
+import shoestring.launch.verbs.trace
+import shoestring.launch.verbs.watch
 import shoestring.trainer.data.inspect  # noqa: F401
 
 from .kinds import KINDS

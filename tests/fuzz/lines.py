@@ -14,12 +14,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 READERS = (
-    *("comm/strict.py", "comm/strict_yaml.py", "comm/files.py"),
+    *("comm/files/strict_json.py", "comm/files/strict_yaml.py", "comm/files/access.py"),
     *("trainer/checkpoint/tensor_file.py", "trainer/checkpoint/manifest.py", "trainer/checkpoint/opened.py"),
     *("trainer/data/manifest.py", "trainer/data/corpus.py", "trainer/data/tokenizer.py", "trainer/data/shards.py"),
     *("trainer/huggingface/config.py", "trainer/huggingface/importing.py", "trainer/huggingface/tokenizer.py"),
-    *("trainer/budget/records.py", "trainer/budget/journal.py"),
-    *("trainer/telemetry/lines.py", "trainer/telemetry/history.py", "launch/typed.py"),
+    *("trainer/ledger/records.py", "trainer/ledger/journal.py"),
+    *("comm/files/lines.py", "trainer/telemetry/history.py", "trainer/typed.py"),
 )
 """Files that read what others may have written."""
 _NO_READERS = (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shoestring.launch.cli import main
 from shoestring.launch.compose import compose_run, to_yaml
-from shoestring.launch.run_dir import write_config
+from shoestring.launch.run.run_dir import write_config
 from shoestring.tests.launch.report.recorded import config, record_run, record_trace
 from shoestring.tests.trainer.checkpoint.saved import save_model
 from shoestring.trainer.data.tokenizer import train_tokenizer

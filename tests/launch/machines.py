@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.launch.namespaces import missing_means
+from shoestring.launch.cluster.namespaces import missing_means
 
 MISSING = [str(problem) for problem in missing_means()]
 needs_machines = pytest.mark.skipif(bool(MISSING), reason=f"no simulated cluster here: {'; '.join(MISSING)}")

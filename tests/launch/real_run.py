@@ -56,7 +56,7 @@ def processes_of(run_dir: Path) -> dict[int, str]:
 
 
 def torchrun_of(run_dir: Path) -> int:
-    names = ("shoestring.launch.agent", "torch.distributed.run")
+    names = ("shoestring.launch.run.torchrun_agent", "torch.distributed.run")
     (torchrun,) = (pid for pid, line in processes_of(run_dir).items() if any(name in line for name in names))
     return torchrun
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from shoestring.comm.refusal import Problem, Refused
+from shoestring.comm.errors import Problem, Refused
 
 
 def refused(call: Callable[..., object], *arguments: object) -> dict[str, str]:

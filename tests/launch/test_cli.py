@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.launch import cli, node
+from shoestring.launch import cli
 from shoestring.launch.cli import main, parse
-from shoestring.launch.stopping import ASKING_SIGNALS, ignore_late_stops, stops_before_it_began
-from shoestring.trainer.halt import Halt
+from shoestring.launch.run import node
+from shoestring.launch.run.signals import ASKING_SIGNALS, ignore_late_stops, stops_before_it_began
+from shoestring.trainer.run.exit import Halt
 
 A, B, C = "experiment=quickstart", "training.run_dir=x", "training.seed=1"
 
@@ -70,13 +71,13 @@ def test_both_reach_the_run(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_verb_loads_anything_before_it_runs() -> None:
     code = "import sys; from shoestring.launch.cli import parse; parse(['train']); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "shoestring.launch.verbs.training" in loaded
+    assert "shoestring.launch.parsers.training" in loaded
     assert not {"torch", "numpy", "omegaconf", "rich"}.intersection(loaded)
 
 
 def test_a_bill_is_shown_without_torch() -> None:
     """Importing it takes seconds and 200 MB, which a look at a run must not."""
-    program = "import sys, shoestring.launch.cli, shoestring.launch.budget; sys.exit('torch' in sys.modules)"
+    program = "import sys, shoestring.launch.cli, shoestring.launch.verbs.budget; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

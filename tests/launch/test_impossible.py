@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 import pytest
 
 from shoestring.launch.compose import compose_run, to_tree
-from shoestring.launch.typed import build
 from shoestring.tests.launch.refusals import by_field
 from shoestring.trainer.config import RunConfig
+from shoestring.trainer.typed import build
 
 YARN: dict[str, object] = {"factor": 4.0, "original_length": 64, "beta_fast": 32.0, "beta_slow": 1.0}
 YARN |= {"mscale": 1.0, "mscale_all_dim": 1.0}

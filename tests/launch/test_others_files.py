@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from shoestring.comm.refusal import Refused
+from shoestring.comm.errors import Refused
 from shoestring.launch.cli import main
-from shoestring.launch.convert import export_command, import_command
-from shoestring.launch.run_dir import clear_status, own, read_status, reserve_status, write_config, write_status
-from shoestring.launch.stops import note_end, note_stop
+from shoestring.launch.run.restart_policy import note_end, note_stop
+from shoestring.launch.run.run_dir import clear_status, own, read_status, reserve_status, write_config, write_status
+from shoestring.launch.verbs.convert import export_command, import_command
 from shoestring.tests.launch.report.recorded import record_run
 from shoestring.tests.trainer.checkpoint.saved import save_model
 from shoestring.trainer.checkpoint.manifest import Manifest
@@ -493,8 +493,8 @@ def test_a_status_that_is_no_file_counts_as_absent(harm: Callable[[Path], None],
 
 
 def test_state_of_a_run_is_written_through_no_link(tmp_path: Path) -> None:
-    from shoestring.trainer.budget.allocation import Allocation
-    from shoestring.trainer.budget.config import BudgetConfig
+    from shoestring.trainer.ledger.allocation import Allocation
+    from shoestring.trainer.ledger.config import BudgetConfig
     from shoestring.trainer.telemetry.events import EventStream
 
     treasure = tmp_path / "treasure"

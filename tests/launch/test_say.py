@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.launch.run_dir import read_status
+from shoestring.launch.run.run_dir import read_status
 from shoestring.launch.say import say, tell
 from shoestring.tests.launch.small_run import SMALL, small_run
 from shoestring.tests.launch.two_machines import losses

@@ -15,13 +15,13 @@ from unittest.mock import patch
 
 import torch
 
+from shoestring.comm.async_comm import Worker, open_worker
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.pending import Worker, open_worker
-from shoestring.comm.record import SILENT
+from shoestring.comm.trace import SILENT
 from shoestring.comm.warm_up import warm_up_exchange
 from shoestring.launch.compose import compose_run
 from shoestring.parallelism.pipeline.executor import Executor, Listener, Stage, _Run
-from shoestring.parallelism.pipeline.schedules import SCHEDULES, build_placement
+from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_placement
 from shoestring.tests.comm.nccl_rules import (
     FIRST_CONTACT,
     TRUNCATED,
@@ -34,10 +34,10 @@ from shoestring.tests.parity.outcome import Errors, Outcome, compare
 from shoestring.tests.parity.runner import build, outcome, take_step
 from shoestring.tests.parity.twin import run_twin
 from shoestring.tests.processes import RanksFailed, World, run_processes
+from shoestring.trainer.build import open_engine, stages_of
 from shoestring.trainer.data.batch import TokenBatch
-from shoestring.trainer.rank import open_engine, stages_of
-from shoestring.trainer.step import Stepper, StepSettings
-from shoestring.trainer.warm_up import warm_up
+from shoestring.trainer.run.step import Stepper, StepSettings
+from shoestring.trainer.run.warm_up import warm_up
 
 STEPS = 2
 CPU = torch.device("cpu")

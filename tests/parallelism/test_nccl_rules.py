@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from shoestring.parallelism.pipeline.edges import edges
+from shoestring.parallelism.pipeline.communication import edges
 from shoestring.parallelism.pipeline.placement import Direction
 from shoestring.parallelism.pipeline.program import Program
-from shoestring.parallelism.pipeline.schedules import SCHEDULES, build_forward, build_program
+from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_forward, build_program
 from shoestring.tests.comm.nccl_rules import FIRST_CONTACT
 from shoestring.tests.launch.small_run import SMALL
 from shoestring.tests.parallelism.nccl_runs import MATRIX, Start, errors_of, failure_of, open_and_step

@@ -16,24 +16,24 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-import shoestring.parallelism.gradients as gradients_module
-import shoestring.trainer.rank as rank_module
-import shoestring.trainer.step as step_module
+import shoestring.parallelism.zero.reduce as gradients_module
+import shoestring.trainer.build as rank_module
+import shoestring.trainer.run.step as step_module
+from shoestring.comm.async_comm import Done
 from shoestring.comm.groups import Group
-from shoestring.comm.pending import Done
-from shoestring.parallelism.bucket import Bucket
-from shoestring.parallelism.gradients import Reducer
 from shoestring.parallelism.pipeline.overlap import Steps
 from shoestring.parallelism.pipeline.placement import Place
 from shoestring.parallelism.pipeline.program import Program
-from shoestring.parallelism.zero import ShardedOptimizer
+from shoestring.parallelism.zero.bucket import Bucket
+from shoestring.parallelism.zero.optimizer import ShardedOptimizer
+from shoestring.parallelism.zero.reduce import Reducer
 from shoestring.tests.parity.layouts import Layout, Load, Padding
 from shoestring.trainer.data.batch import TokenBatch
 from shoestring.trainer.model.router import Router, Routing, update_bias
 from shoestring.trainer.model.tape import LossScales
-from shoestring.trainer.running import RunningStage
-from shoestring.trainer.step import Stepper, StepResult, StepSettings, count_targets
-from shoestring.trainer.totals import Share, Totals, sum_over_ranks
+from shoestring.trainer.run.stage_runner import RunningStage
+from shoestring.trainer.run.step import Stepper, StepResult, StepSettings, count_targets
+from shoestring.trainer.run.step_reduction import Share, Totals, sum_over_ranks
 
 Patch = AbstractContextManager[object]
 MICRO_BATCHES = 2  # of the layouts that have more than one here

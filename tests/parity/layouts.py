@@ -13,14 +13,14 @@ from itertools import cycle, product
 import torch
 from torch import Tensor
 
+from shoestring.comm.exchange.wire import Format
 from shoestring.comm.topology import Topology
-from shoestring.comm.wire import Format
-from shoestring.parallelism.pipeline.schedules import SCHEDULES, build_placement
+from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_placement
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.reference.deepseek_v3 import BIAS, ReferenceConfig
 from shoestring.tests.trainer.model.released import model_config
 from shoestring.trainer.model.recompute import Part
-from shoestring.trainer.stages import Stages
+from shoestring.trainer.model.stage_layout import Stages
 
 STEPS = 3
 SEQUENCE_LENGTH = 12

@@ -12,15 +12,15 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from shoestring.comm.config import ExchangeConfig
+from shoestring.comm.async_comm import Worker, open_worker
+from shoestring.comm.exchange.config import ExchangeConfig
+from shoestring.comm.exchange.factory import open_exchange
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.open_exchange import open_exchange
 from shoestring.comm.order import OrderCheck
-from shoestring.comm.pending import Worker, open_worker
-from shoestring.comm.record import SILENT, Recorder
 from shoestring.comm.streams import Streams
+from shoestring.comm.trace import SILENT, Recorder
 from shoestring.comm.traffic import Traffic
-from shoestring.parallelism.gradients import Reducer
+from shoestring.parallelism.zero.reduce import Reducer
 from shoestring.tests.parity.breaks import BREAKS
 from shoestring.tests.parity.layouts import (
     ADAM_EPS,
@@ -40,14 +40,14 @@ from shoestring.tests.trainer.model.released import (
     released_gradients,
     released_parts,
 )
+from shoestring.trainer.build import Pipeline, build_stepper
 from shoestring.trainer.data.batch import TokenBatch
 from shoestring.trainer.model.model import Model
+from shoestring.trainer.model.stage_layout import Stages
 from shoestring.trainer.optimizer.config import OptimizerConfig
 from shoestring.trainer.precision.fp8 import Fp8
 from shoestring.trainer.precision.reference import Reference
-from shoestring.trainer.rank import Pipeline, build_stepper
-from shoestring.trainer.stages import Stages
-from shoestring.trainer.step import Stepper, StepSettings
+from shoestring.trainer.run.step import Stepper, StepSettings
 
 
 def run_layout(layout: Layout, steps: int, break_name: str | None = None) -> Errors:
@@ -106,7 +106,7 @@ def build(
     compute: torch.dtype | None = None,
     streams: Streams | None = None,
 ) -> tuple[Stepper, RecordingReducer]:
-    """What `trainer.rank.build_rank` makes, with the twin's weights, and without data and checkpoints.
+    """What `trainer.build.build_rank` makes, with the twin's weights, and without data and checkpoints.
 
     It computes in the layout's dtype, unless `compute` is another. Communication is queued on `streams`, if any.
     """

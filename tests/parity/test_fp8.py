@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoestring.comm.async_comm import open_worker
+from shoestring.comm.exchange.wire import Format
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.pending import open_worker
-from shoestring.comm.wire import Format
 from shoestring.tests.parity.layouts import EVERYTHING, REPORT, Layout, Load, Padding
 from shoestring.tests.parity.runner import build, run_layout, run_rank, take_step
 from shoestring.tests.parity.test_overlap import results
 from shoestring.tests.processes import World, run_processes
 from shoestring.trainer.model.experts import Experts
+from shoestring.trainer.model.linear import Linear
 from shoestring.trainer.precision.fp8 import Fp8
-from shoestring.trainer.precision.linear import Linear
 from shoestring.trainer.precision.reference import Reference
 from shoestring.trainer.precision.tiles import Blocks, Scales, Tiles
 

@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoestring.comm.async_comm import open_worker
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.pending import open_worker
-from shoestring.comm.record import Silent, Track
+from shoestring.comm.trace import Silent, Track
 from shoestring.parallelism.pipeline.overlap import Steps
 from shoestring.parallelism.pipeline.program import Op, in_flight
-from shoestring.parallelism.pipeline.schedules import SCHEDULES, build_placement
+from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_placement
 from shoestring.tests.parity.layouts import REPORT, Layout
 from shoestring.tests.parity.runner import build, take_step
 from shoestring.tests.processes import World, run_processes
 from shoestring.tests.trainer.census import Census
-from shoestring.trainer.running import RunningStage
+from shoestring.trainer.run.stage_runner import RunningStage
 
 
 @dataclass

@@ -8,8 +8,8 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
+from shoestring.comm.async_comm import open_worker
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.pending import open_worker
 from shoestring.tests.parity.layouts import Layout, Load, Padding
 from shoestring.tests.parity.runner import build, take_step
 from shoestring.tests.processes import World, run_processes

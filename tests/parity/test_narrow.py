@@ -8,8 +8,8 @@ from unittest.mock import patch
 
 import torch
 
+from shoestring.comm.async_comm import open_worker
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.pending import open_worker
 from shoestring.tests.parity.layouts import Layout, Padding
 from shoestring.tests.parity.outcome import StepOutcome
 from shoestring.tests.parity.runner import build, take_step

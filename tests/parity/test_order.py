@@ -9,9 +9,9 @@ from datetime import timedelta
 import pytest
 import torch
 
+from shoestring.comm.async_comm import open_worker
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.pending import open_worker
-from shoestring.comm.record import Track
+from shoestring.comm.trace import Track
 from shoestring.tests.comm.recorded_streams import RecordedStreams
 from shoestring.tests.parity.layouts import Layout
 from shoestring.tests.parity.runner import build, take_step

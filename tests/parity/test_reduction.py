@@ -9,16 +9,16 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from shoestring.comm.async_comm import open_worker
 from shoestring.comm.failure import CollectiveFailed
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.pending import open_worker
-from shoestring.comm.record import Track
-from shoestring.parallelism.gradients import Reducer
+from shoestring.comm.trace import Track
+from shoestring.parallelism.zero.reduce import Reducer
 from shoestring.tests.parity.breaks import BREAKS
 from shoestring.tests.parity.layouts import Layout, Load, Padding
 from shoestring.tests.parity.runner import build, take_step
 from shoestring.tests.processes import World, run_processes
-from shoestring.trainer.step import NonFiniteStep
+from shoestring.trainer.run.step import NonFiniteStep
 from shoestring.trainer.telemetry.trace import TraceRecorder
 
 PIPELINES = [

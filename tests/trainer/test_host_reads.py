@@ -10,26 +10,26 @@ from datetime import timedelta
 import pytest
 import torch
 
-from shoestring.comm.config import ExchangeConfig
+from shoestring.comm.async_comm import open_worker
+from shoestring.comm.exchange.config import ExchangeConfig
+from shoestring.comm.exchange.factory import open_exchange
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.open_exchange import open_exchange
-from shoestring.comm.pending import open_worker
-from shoestring.comm.record import SILENT, Recorder, Track
 from shoestring.comm.streams import Streams
 from shoestring.comm.topology import Topology
+from shoestring.comm.trace import SILENT, Recorder, Track
 from shoestring.comm.traffic import Traffic
 from shoestring.tests.comm.recorded_streams import RecordedStreams
 from shoestring.tests.trainer.pretended_device import PretendedDevice
+from shoestring.trainer.build import Pipeline, build_stepper
 from shoestring.trainer.data.batch import TokenBatch
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.init import initialise
 from shoestring.trainer.model.model import Model
 from shoestring.trainer.model.recompute import Part
+from shoestring.trainer.model.stage_layout import Stages
 from shoestring.trainer.optimizer.config import OptimizerConfig
-from shoestring.trainer.precision.triton_provider import numbers_on
-from shoestring.trainer.rank import Pipeline, build_stepper
-from shoestring.trainer.stages import Stages
-from shoestring.trainer.step import HOST_READS_A_STEP, Stepper, StepSettings
+from shoestring.trainer.precision.triton_backend import numbers_on
+from shoestring.trainer.run.step import HOST_READS_A_STEP, Stepper, StepSettings
 
 CONFIG = ModelConfig(
     vocabulary=64, hidden=16, layers=4, dense_layers=1, heads=2, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8,

@@ -1,6 +1,6 @@
 """Twenty SIGKILLs at seeded moments, half of them in the middle of a save: nothing is lost and nothing is different.
 
-`tests/launch/test_train.py` kills a run under a real torchrun once.
+`tests/launch/run/test_train.py` kills a run under a real torchrun once.
 """
 
 from __future__ import annotations

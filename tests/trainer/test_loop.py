@@ -20,10 +20,8 @@ import torch
 
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
-from shoestring.launch.typed import build
 from shoestring.tests.processes import RanksFailed, World, run_processes
-from shoestring.trainer.budget.meter import Meter
-from shoestring.trainer.budget.summary import summarise
+from shoestring.trainer.build import open_samples, stages_of
 from shoestring.trainer.checkpoint.pieces import Piece
 from shoestring.trainer.checkpoint.saver import Saved, Saver
 from shoestring.trainer.checkpoint.store import Cover
@@ -33,14 +31,16 @@ from shoestring.trainer.data.prepare import prepare
 from shoestring.trainer.data.prepared import open_prepared
 from shoestring.trainer.data.samples import SampleOrder, Samples
 from shoestring.trainer.data.shard_files import DataChanged
-from shoestring.trainer.halt import RankFailed, RunFailed, RunHalted
+from shoestring.trainer.ledger.meter import Meter
+from shoestring.trainer.ledger.summary import summarise
 from shoestring.trainer.loop import _insist, train
-from shoestring.trainer.memory import RunMemory
-from shoestring.trainer.rank import open_samples, stages_of
-from shoestring.trainer.reporter import STALL_SECONDS, Gaps
-from shoestring.trainer.running import RunningStage
-from shoestring.trainer.step import Stepper, StepResult
+from shoestring.trainer.memory.forecast import RunMemory
+from shoestring.trainer.run.exit import RankFailed, RunFailed, RunHalted
+from shoestring.trainer.run.reporter import STALL_SECONDS, Gaps
+from shoestring.trainer.run.stage_runner import RunningStage
+from shoestring.trainer.run.step import Stepper, StepResult
 from shoestring.trainer.telemetry.history import read_metrics
+from shoestring.trainer.typed import build
 
 STEPS, LENGTH, BATCH = 3, 16, 8
 
@@ -526,7 +526,7 @@ def test_what_happens_to_a_runs_files_in_mid_run_is_said(root: Path, tmp_path: P
 
 
 def test_time_that_nothing_accounts_for_is_a_stall(tmp_path: Path) -> None:
-    with mock.patch("shoestring.trainer.reporter.time.perf_counter") as clock:
+    with mock.patch("shoestring.trainer.run.reporter.time.perf_counter") as clock:
         clock.return_value = 10.0
         gaps = Gaps()
         clock.return_value = 12.0

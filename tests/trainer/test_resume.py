@@ -18,25 +18,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoestring.comm.errors import Refused
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.refusal import Refused
 from shoestring.comm.topology import Topology
-from shoestring.launch.typed import build
 from shoestring.tests.processes import RanksFailed, World, run_processes
 from shoestring.tests.trainer.test_loop import BATCH, LENGTH, run_config
 from shoestring.trainer import loop
+from shoestring.trainer.build import Rank, build_rank, stages_of
 from shoestring.trainer.checkpoint import opened, saver
 from shoestring.trainer.checkpoint.compatible import other_dtype
 from shoestring.trainer.checkpoint.names import model_pieces
 from shoestring.trainer.checkpoint.pieces import Piece
 from shoestring.trainer.checkpoint.store import CheckpointStore
 from shoestring.trainer.checkpoint.tensor_file import as_bytes, read_at
-from shoestring.trainer.checkpointing import load_last
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.data.prepare import prepare
-from shoestring.trainer.halt import RunFailed
-from shoestring.trainer.rank import Rank, build_rank, stages_of
+from shoestring.trainer.run.checkpointing import load_last
+from shoestring.trainer.run.exit import RunFailed
 from shoestring.trainer.telemetry.history import read_metrics
+from shoestring.trainer.typed import build
 
 BEFORE, AFTER = 3, 10
 SEED = 1

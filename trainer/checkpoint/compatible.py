@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ...comm.refusal import Problem
-from ...comm.strict import Item, Malformed
+from ...comm.errors import Problem
+from ...comm.files.strict_json import Item, Malformed
 from ..config import RunConfig
 from ..data.manifest import Manifest
 from .opened import Checkpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ...comm.refusal import Problem, Refused
+from ...comm.errors import Problem, Refused
 from .manifest import MANIFEST, MARKER, Damaged
 from .opened import Checkpoint
 from .store import CheckpointStore, step_of

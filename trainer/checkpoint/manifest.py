@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from ...comm.files import read_regular, read_text
-from ...comm.refusal import Problem, Refused
-from ...comm.strict import Item, Malformed, parse_json
+from ...comm.errors import Problem, Refused
+from ...comm.files.access import read_regular, read_text
+from ...comm.files.strict_json import Item, Malformed, parse_json
 from ..data.manifest import FileEntry
 from .tensor_file import DTYPES, NAMES, Declared, read_dtype
 
@@ -66,7 +66,7 @@ class Manifest:
     """Everything about a checkpoint but the tensors' bytes."""
 
     facts: Mapping[str, Any]
-    """Step, configuration, data position, totals of the ledger: see `trainer/checkpointing.py`."""
+    """Step, configuration, data position, totals of the ledger: see `trainer/run/checkpointing.py`."""
     tensors: Mapping[str, StoredTensor]
     files: Mapping[str, int]
     """Files of tensors, and their sizes in bytes."""

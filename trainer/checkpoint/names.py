@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ...comm.groups import ProcessGroups
-from ...parallelism.zero import ShardedOptimizer
+from ...parallelism.zero.optimizer import ShardedOptimizer
 from ..model.config import ModelConfig
 from ..model.model import Model
+from ..model.stage_layout import Stages
 from ..optimizer.average import WeightAverage
-from ..stages import Stages
 from .pieces import AVERAGE, EXP_AVG, EXP_AVG_SQ, MODEL, RNG, Part, Piece, part_pieces, whole_pieces
 
 BIAS = ".router.bias_E"

@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ...comm.files import read_regular, refusing
-from ...comm.refusal import Problem, Refused, refuse_if_any
-from ...comm.strict import Item, Malformed
+from ...comm.errors import Problem, Refused, refuse_if_any
+from ...comm.files.access import read_regular, refusing
+from ...comm.files.strict_json import Item, Malformed
 from ..model.config import ModelConfig
 from .manifest import MANIFEST, Damaged, Manifest, StoredPiece, read_manifest, wrong_sizes
 from .pieces import AVERAGE, MODEL, Piece

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...comm.refusal import Problem, Refused
+from ...comm.errors import Problem, Refused
 from ..data.files import sync_directory, write_file
 from .manifest import MANIFEST, MARKER, Damaged, merge
 from .opened import Checkpoint

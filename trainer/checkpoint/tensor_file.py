@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...comm.files import open_regular
-from ...comm.strict import Item, Malformed, parse_json
+from ...comm.files.access import open_regular
+from ...comm.files.strict_json import Item, Malformed, parse_json
 from .direct_file import DirectFile
 
 DTYPES = {

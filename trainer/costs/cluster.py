@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ...comm.errors import Problem
 from ...comm.groups import Group
-from ...comm.refusal import Problem
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...comm.refusal import Problem
+from ...comm.errors import Problem
 
 PACKAGED_CORPUS = "shakespeare"
 SMALLEST_VOCABULARY = 258  # 256 bytes and two special tokens

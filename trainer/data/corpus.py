@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...comm.files import open_regular, read_regular, refusing
-from ...comm.refusal import Problem, Refused, refuse_if_any
-from ...comm.strict import Malformed
+from ...comm.errors import Problem, Refused, refuse_if_any
+from ...comm.files.access import open_regular, read_regular, refusing
+from ...comm.files.strict_json import Malformed
 from .config import SMALLEST_VOCABULARY, DataConfig
 from .manifest import Source
 from .tokenizer import split_words

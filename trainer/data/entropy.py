@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...comm.refusal import Problem, Refused
+from ...comm.errors import Problem, Refused
 from .shards import Split
 
 _PIECE = 2**24  # tokens counted at once: 128 MiB

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ...comm.files import os_problem, read_json
-from ...comm.refusal import Problem, Refused
-from ...comm.strict import Item, Malformed
+from ...comm.errors import Problem, Refused
+from ...comm.files.access import os_problem, read_json
+from ...comm.files.strict_json import Item, Malformed
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...comm.refusal import Problem, Refused, refuse_if_any
+from ...comm.errors import Problem, Refused, refuse_if_any
 from .config import DataConfig
 from .corpus import left_out, read_documents, survey
 from .files import sync_directory, write_file

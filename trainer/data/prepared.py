@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...comm.refusal import Problem, Refused, refuse_if_any
+from ...comm.errors import Problem, Refused, refuse_if_any
 from .config import DataConfig
 from .manifest import Manifest, read_manifest
 from .shards import Split, open_split, verify_files

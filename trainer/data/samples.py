@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ...comm.refusal import Problem, Refused
+from ...comm.errors import Problem, Refused
 from .batch import TokenBatch
 from .permutation import mix, permute
 from .shards import Int64Array, Split

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ...comm.files import open_regular, os_problem, read_regular
-from ...comm.refusal import Problem, Refused, refuse_if_any
+from ...comm.errors import Problem, Refused, refuse_if_any
+from ...comm.files.access import open_regular, os_problem, read_regular
 from .files import HashedFile, write_file
 from .manifest import FileEntry, Manifest, SplitEntry
 from .shard_files import ShardFiles

@@ -8,8 +8,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ...comm.files import read_json, replace_file
-from ...comm.strict import Malformed
+from ...comm.files.access import read_json, replace_file
+from ...comm.files.strict_json import Malformed
 from .manifest import FileEntry
 
 STAMP = ".verified.json"

@@ -11,9 +11,9 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from ...comm.files import os_problem, read_regular
-from ...comm.refusal import Problem, Refused
-from ...comm.strict import Malformed, parse_json
+from ...comm.errors import Problem, Refused
+from ...comm.files.access import os_problem, read_regular
+from ...comm.files.strict_json import Malformed, parse_json
 
 END = "<|end|>"
 PAD = "<|pad|>"

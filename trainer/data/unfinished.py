@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 
-from ...comm.refusal import Problem, Refused
+from ...comm.errors import Problem, Refused
 
 _LOCK = ".lock"
 

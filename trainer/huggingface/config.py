@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, get_type_hints
 
-from ...comm.refusal import Problem, refuse_if_any
-from ...comm.strict import Item, Malformed
+from ...comm.errors import Problem, refuse_if_any
+from ...comm.files.strict_json import Item, Malformed
 from ..model.config import ModelConfig, YarnConfig
 from .blocks import BLOCK
 

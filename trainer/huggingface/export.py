@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...comm.files import another_directory, refusing
-from ...comm.refusal import Problem, Refused, refuse_if_any
+from ...comm.errors import Problem, Refused, refuse_if_any
+from ...comm.files.access import another_directory, refusing
 from ..checkpoint.manifest import Damaged
 from ..checkpoint.opened import Checkpoint
 from ..checkpoint.tensor_file import Declared, TensorFileWriter

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...comm.files import another_directory, os_problem, read_json, read_regular, refusing
-from ...comm.refusal import Problem, Refused, refuse_if_any
-from ...comm.strict import Malformed, parse_json, shortened
+from ...comm.errors import Problem, Refused, refuse_if_any
+from ...comm.files.access import another_directory, os_problem, read_json, read_regular, refusing
+from ...comm.files.strict_json import Malformed, parse_json, shortened
 from ..checkpoint.pieces import Piece
 from ..checkpoint.saver import write_share
 from ..checkpoint.store import CheckpointStore, Cover

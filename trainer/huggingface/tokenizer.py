@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from ...comm.strict import parse_json
+from ...comm.files.strict_json import parse_json
 from ..data.tokenizer import END, PAD
 
 TOKENIZER = "tokenizer.json"

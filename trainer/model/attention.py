@@ -10,11 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..precision.linear import Linear
 from ..precision.shared_output import SharedOutput
 from .attention_backend import Attend
 from .causal import causal_attention
 from .config import ModelConfig
+from .linear import Linear
 from .norm import RMSNorm
 from .recompute import Part, recomputed, replayed
 from .rope import Rotation, softmax_scale

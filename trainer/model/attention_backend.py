@@ -24,7 +24,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from ...comm.refusal import Problem, Refused
+from ...comm.errors import Problem, Refused
 from .causal import causal_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]

@@ -20,12 +20,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ...comm.exchange import TokenExchange
+from ...comm.async_comm import Pending
+from ...comm.exchange.api import TokenExchange
 from ...comm.label import Label
-from ...comm.pending import Pending
-from ...comm.record import EXPOSED_EXCHANGE, SILENT, Recorder, Track
+from ...comm.trace import EXPOSED_EXCHANGE, SILENT, Recorder, Track
 from ...parallelism.pipeline.overlap import Steps
-from ...parallelism.pipeline.weight_grad import WeightGradients
+from ...parallelism.weight_grad import WeightGradients
 from .layer import Context, DenseLayer, MoELayer
 from .loss import IGNORED, linear_cross_entropy
 from .model import Model, MTPModule, layer_name, mtp_name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ...comm.refusal import Problem
+from ...comm.errors import Problem
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from ...comm.fp8 import RowTiles
 from ...comm.host import to_device
-from ...parallelism.pipeline.weight_grad import add_to_grad, collecting
+from ...parallelism.weight_grad import add_to_grad, collecting
 from ..precision.fp8 import Fp8
-from ..precision.linear import Linear
+from ..precision.swiglu import weighted_swiglu
 from ..precision.tiles import Tiles
+from .linear import Linear
 from .recompute import Part, recomputed
 from .row_blocks import in_blocks
-from .swiglu import weighted_swiglu
 
 
 class SwiGLU(nn.Module):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...parallelism.pipeline.weight_grad import add_product, collecting
+from ...parallelism.weight_grad import add_product, collecting
 from ..precision.dtypes import at_least_fp32
 
 IGNORED = -100

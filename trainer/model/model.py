@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...parallelism.pipeline.weight_grad import embedding
+from ...parallelism.weight_grad import embedding
 from ..precision.fp8 import Fp8
-from ..precision.linear import Linear
 from .attention import LatentAttention
 from .attention_backend import ON_CPU, AttentionChoice
 from .config import ModelConfig
 from .experts import Experts
 from .layer import DenseLayer, MoELayer
+from .linear import Linear
 from .norm import RMSNorm
 from .recompute import Part, recomputed
 from .router import Router

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from ...parallelism.pipeline.weight_grad import WeightGradients
+from ...parallelism.weight_grad import WeightGradients
 from .recompute import Recompute
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ...comm.errors import Problem
 from ...comm.fp8 import TILE, tiles_of
-from ...comm.refusal import Problem
 
 T = TypeVar("T", Tensor, tuple[Tensor, ...])
 

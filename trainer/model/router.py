@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...parallelism.pipeline.weight_grad import linear
+from ...parallelism.weight_grad import linear
 from ..precision.dtypes import at_least_fp32
 from .config import ModelConfig
 from .recompute import Part, recomputed

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...comm.fp8 import TILE, stand_in
-from ...parallelism.pipeline.weight_grad import WeightGradients
+from ...parallelism.weight_grad import WeightGradients
 from ..precision.tiles import Tiles
 
 Function = Callable[[Tensor, Tensor, tuple[int, ...], Tiles | None], Tensor]

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...comm.layout import NO_VISITS, Visits
+from ...comm.exchange.permutation import NO_VISITS, Visits
 from ...parallelism.pipeline.overlap import Steps
-from ...parallelism.pipeline.weight_grad import WeightGradients
+from ...parallelism.weight_grad import WeightGradients
 from .layer import Context
 
 

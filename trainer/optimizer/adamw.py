@@ -21,7 +21,7 @@ PIECE_ON_GPU = 2**24
 
 @dataclass(frozen=True)
 class AdamW:
-    """The rule of the update, by torch's fused kernel. See `parallelism.zero.Update`."""
+    """The rule of the update, by torch's fused kernel. See `parallelism.zero.optimizer.Update`."""
 
     config: OptimizerConfig
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...comm.staged_reader import STAGED_BYTES, StagedReader
 from ...comm.streams import Event, Streams
-from ...parallelism.zero import ShardedOptimizer
+from ...parallelism.zero.optimizer import ShardedOptimizer
 
 
 class WeightAverage:

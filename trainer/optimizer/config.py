@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...comm.refusal import Problem
+from ...comm.errors import Problem
 
 _MOMENTS = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 _LARGEST_BETA2_IN_BF16 = 1 - 2**-8

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ...comm.refusal import Problem
+from ...comm.errors import Problem
+from .backend import PROVIDERS, open_provider
 from .fp8 import Fp8
-from .provider import PROVIDERS, open_provider
 from .tiles import Scales
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -19,7 +19,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torc
 class PrecisionConfig:
     """Master weights and gradients are FP32 (FP64 when computing in it); `compute` is for all between.
 
-    It is what weights are kept in, too, but for norms and routers: see `trainer.buckets.plan_buckets`.
+    It is what weights are kept in, too, but for norms and routers: see `trainer.run.bucket_plan.plan_buckets`.
     """
 
     compute: str = "auto"

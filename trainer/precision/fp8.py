@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...parallelism.pipeline.weight_grad import add_to_grad, collecting
+from ...parallelism.weight_grad import add_to_grad, collecting
 from ..model.recompute import is_made_again
-from ..model.swiglu import gradients_of_rows
+from .backend import Provider, Rows
 from .e5m6 import Packed, pack_e5m6, unpack_e5m6
-from .provider import Provider, Rows
 from .shared_output import SharedOutput
+from .swiglu import gradients_of_rows
 from .tiles import Blocks, Columns, Scales, Tiles, dequantise_tiles
 from .weights import StepWeights
 

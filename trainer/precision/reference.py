@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ...comm.fp8 import TILE, widened
-from ..model.swiglu import swiglu_of_rows
 from .accumulate import exact_sum
+from .swiglu import swiglu_of_rows
 from .tiles import Blocks, Columns, Scales, Tiles, dequantise_tiles, quantise_blocks, quantise_columns, quantise_tiles
 
 

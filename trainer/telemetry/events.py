@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from ...comm.files import refuse_links
-from ...comm.refusal import Refused
-from .line_writer import BACKLOG_BYTES, LineWriter
-from .lines import cut_torn_line
+from ...comm.errors import Refused
+from ...comm.files.access import refuse_links
+from ...comm.files.line_writer import BACKLOG_BYTES, LineWriter
+from ...comm.files.lines import cut_torn_line
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from ...comm.files import refusing
-from ...comm.refusal import Problem, Refused
-from ...comm.strict import Malformed, parse_json
+from ...comm.errors import Problem, Refused
+from ...comm.files.access import refusing
+from ...comm.files.lines import LineReader, whole_lines
+from ...comm.files.strict_json import Malformed, parse_json
 from .events import Event
-from .lines import LineReader, whole_lines
 
 _MEASURED = frozenset({"step", "evaluation", "sample", "checkpoint", "memory"})
 

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ...comm.refusal import Problem, Refused
+from ...comm.errors import Problem, Refused
 from .config import PrometheusConfig
 from .events import Event, as_number
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...comm.record import Track
+from ...comm.trace import Track
 from ...parallelism.pipeline.program import Op, Program
-from ...parallelism.pipeline.replay import ideal_wait
-from ..budget.terms import INSTRUCTIONS, TERMS
+from ...parallelism.pipeline.simulate import ideal_wait
+from ..ledger.terms import INSTRUCTIONS, TERMS
 from .trace import Span, summarise_trace
 
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...comm.files import lines_within, open_regular, refusing
+from ...comm.files.access import lines_within, open_regular, refusing
+from ...comm.files.lines import LineReader
 from .events import Event
 from .history import History, parse_event
-from .lines import LineReader
 
 MOST_STEPS, MOST_BYTES = 4096, 64 * 2**20
 """Lines of steps that are kept: more than any picture has columns."""

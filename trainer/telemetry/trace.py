@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from ...comm.files import read_json, replace_file
-from ...comm.record import EDGE_WAIT, EXPOSED_EXCHANGE, OPTIMIZER, REDUCE_WAIT, SILENT, Track
-from ...comm.strict import Item, Malformed
-from ..budget.terms import INSTRUCTIONS, report_view
+from ...comm.files.access import read_json, replace_file
+from ...comm.files.strict_json import Item, Malformed
+from ...comm.trace import EDGE_WAIT, EXPOSED_EXCHANGE, OPTIMIZER, REDUCE_WAIT, SILENT, Track
+from ..ledger.terms import INSTRUCTIONS, report_view
 
 TRACE_FILE = "trace.json"
 _RANK_FILE = "rank_{:05d}.json"

@@ -20,9 +20,9 @@ import wandb
 from numpy.typing import NDArray
 from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
-from ...comm.files import read_text, replace_file
-from ...comm.refusal import Problem, Refused
-from ...comm.strict import Malformed
+from ...comm.errors import Problem, Refused
+from ...comm.files.access import read_text, replace_file
+from ...comm.files.strict_json import Malformed
 from .config import WandbConfig
 from .events import JSON, Event
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.refusal import Refused
+from shoestring.comm.errors import Refused
 from shoestring.launch.compose import compose_run
+from shoestring.launch.planner.kernel_times import Coverage, Row, Table, read_table, weakest, write_table
 from shoestring.launch.planner.operations import Phase, Shape
 from shoestring.launch.planner.pricing import Compute
 from shoestring.launch.planner.recipe import Precision, Recipe
-from shoestring.launch.planner.tables import Coverage, Row, Table, read_table, weakest, write_table
 from shoestring.trainer.costs.cluster import ClusterConfig
 
 GPU_CLUSTERS = ("h800", "h100", "h200", "b200", "a100")

@@ -8,14 +8,14 @@ import pytest
 
 from shoestring.comm.topology import Topology
 from shoestring.launch.compose import compose_run
-from shoestring.launch.plan import plan
 from shoestring.launch.planner.configured import layout_of, overrides_between, recipe_of, run_with
 from shoestring.launch.planner.evidence import assumptions
 from shoestring.launch.planner.forecast import Layout
 from shoestring.launch.planner.published import is_published
 from shoestring.launch.planner.recipe import NOTHING, Precision, Recipe
 from shoestring.launch.planner.search import Space
-from shoestring.launch.simulate import simulate
+from shoestring.launch.verbs.plan import plan
+from shoestring.launch.verbs.simulate import simulate
 from shoestring.tests.launch.refusals import refused
 
 from .v3 import simulated

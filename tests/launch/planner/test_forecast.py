@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from shoestring.comm.refusal import Refused
+from shoestring.comm.errors import Refused
 from shoestring.comm.topology import Topology
 from shoestring.launch.planner.forecast import Forecaster, Layout
 from shoestring.launch.planner.published import STEP_SECONDS, as_published
 from shoestring.launch.planner.recipe import EVERYTHING, NOTHING, Precision, Recipe
-from shoestring.launch.simulate import error_rows, simulate
-from shoestring.trainer.budget.terms import TERMS
+from shoestring.launch.verbs.simulate import error_rows, simulate
+from shoestring.trainer.ledger.terms import TERMS
 from shoestring.trainer.model.recompute import Part
 
 from .v3 import simulated

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from shoestring.comm.record import EXPOSED_EXCHANGE, Track
-from shoestring.launch.planner.exchange import Travel
+from shoestring.comm.trace import EXPOSED_EXCHANGE, Track
+from shoestring.launch.planner.exchange_time import Travel
 from shoestring.launch.planner.lanes import ChunkCosts, Lanes
 from shoestring.launch.planner.operations import Phase
 from shoestring.launch.planner.pair import TRACED, exposed_share, simulate_pair
 from shoestring.launch.planner.published import PAIR_SECONDS
 from shoestring.launch.planner.recipe import Sync
-from shoestring.trainer.costs.chunk_memory import StageShape
+from shoestring.trainer.memory.chunk import StageShape
 
 from .v3 import simulated
 

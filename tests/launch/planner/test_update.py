@@ -8,8 +8,8 @@ import pytest
 
 from shoestring.launch.planner.recipe import Recipe
 from shoestring.launch.planner.update import Traffic, Updates, Uses, exposed_gather, exposed_reduce
-from shoestring.parallelism.pipeline.replay import Replay, UnitTimes, replay
-from shoestring.parallelism.pipeline.schedules import build_program
+from shoestring.parallelism.pipeline.schedules.registry import build_program
+from shoestring.parallelism.pipeline.simulate import Replay, UnitTimes, replay
 
 from .v3 import simulated
 

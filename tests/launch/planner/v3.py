@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from shoestring.launch.simulate import Simulation, simulate
+from shoestring.launch.verbs.simulate import Simulation, simulate
 
 
 @cache

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.refusal import Refused
-from shoestring.launch.rehearsal.shim import build_shim
+from shoestring.comm.errors import Refused
+from shoestring.launch.rehearsal.device.shim import build_shim
 
 
 @pytest.fixture(scope="session")

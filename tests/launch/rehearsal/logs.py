@@ -17,7 +17,7 @@ from shoestring.launch.rehearsal.log import (
     Record,
     StreamWait,
 )
-from shoestring.parallelism.pipeline.edges import Commit, Edge, edges
+from shoestring.parallelism.pipeline.communication import Commit, Edge, edges
 from shoestring.parallelism.pipeline.placement import Direction
 from shoestring.parallelism.pipeline.program import Program
 

@@ -56,7 +56,7 @@ def message_shape() -> None:
 
 def swapped_collectives() -> None:
     """Buckets of gradients are summed in another order than all ranks agreed on."""
-    from shoestring.parallelism.gradients import Reducer
+    from shoestring.parallelism.zero.reduce import Reducer
 
     def faulty(reducer: Reducer, buckets: Sequence[Any], final_after: Sequence[int], *others: Any) -> None:
         build(reducer, buckets[::-1], final_after[::-1], *others)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shoestring.comm.refusal import refuse_if_any
+from shoestring.comm.errors import refuse_if_any
 from shoestring.comm.topology import Topology
 from shoestring.launch.compose import compose_run
 from shoestring.launch.rehearsal.choose import chosen_ranks, micro_batch_problems, representative

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.launch.launcher import Stopped
 from shoestring.launch.rehearsal.log import RankLog
 from shoestring.launch.rehearsal.processes import Request, processes_at_once, rehearse_ranks
-from shoestring.launch.torchrun import RanksFailed
+from shoestring.launch.run.launcher import Stopped
+from shoestring.launch.run.torchrun import RanksFailed
 
 FAKE = ("-m", "shoestring.tests.launch.rehearsal.fake_rank")
 REQUEST = Request(("experiment=quickstart",), None, 8, "shim.so")

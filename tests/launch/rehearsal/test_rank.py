@@ -14,16 +14,16 @@ import pytest
 import torch
 
 from shoestring.comm.communicator import Communicator
+from shoestring.comm.errors import Refused
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.refusal import Refused
 from shoestring.launch.compose import compose_run
 from shoestring.launch.rehearsal.configured import on_gpu
+from shoestring.launch.rehearsal.device.shim import build_shim
 from shoestring.launch.rehearsal.log import Batch, Collective, HostWait, RankLog, Record, StreamWait
-from shoestring.launch.rehearsal.shim import build_shim
+from shoestring.trainer.build import stages_of
 from shoestring.trainer.config import RunConfig
-from shoestring.trainer.memory import MARGIN, RunMemory
-from shoestring.trainer.rank import stages_of
-from shoestring.trainer.step import HOST_READS_A_STEP
+from shoestring.trainer.memory.forecast import MARGIN, RunMemory
+from shoestring.trainer.run.step import HOST_READS_A_STEP
 
 FP8 = ("topology.pp=2", "topology.ep=4", "topology.gpus_per_node=2", "exchange=two_hop_fp8", "precision=fp8")
 BF16 = ("topology=pp2_ep2", "exchange=flat", "precision=bf16", "schedule=dualpipe")
@@ -178,7 +178,7 @@ def test_kernels_of_triton_are_counted_by_their_tensors(in_fp8: RankLog) -> None
     config = config_of(in_fp8)
     rows = [row for row in in_fp8.launches if row.operation == "triton.multiply" and row.phase == "mlp(F)"]
     assert {row.layer for row in rows} == {"layer_01", "layer_02"}
-    assert {row.place for row in rows} == {"trainer/precision/triton_provider.py:TritonProvider.multiply_grouped"}
+    assert {row.place for row in rows} == {"trainer/precision/triton_backend.py:TritonProvider.multiply_grouped"}
     micro_batches = 2 * in_fp8.micro_batches  # of two layers
     assert sum(row.launches for row in rows) == 4 * micro_batches  # shared and routed experts, two products each
     read = config.model.hidden * config.training.sequence_length * config.model.top_k  # FP8 rows for the experts

@@ -7,15 +7,15 @@ import json
 import pytest
 import torch
 
-from shoestring.comm.refusal import Refused
+from shoestring.comm.errors import Refused
 from shoestring.launch.cli import main
 from shoestring.launch.compose import compose_run
-from shoestring.launch.rehearsal.command import rehearse
+from shoestring.launch.rehearsal.device.shim import build_shim
 from shoestring.launch.rehearsal.fault import Fault
 from shoestring.launch.rehearsal.processes import RANK
-from shoestring.launch.rehearsal.shim import build_shim
 from shoestring.launch.rehearsal.verdict import Verdict
-from shoestring.trainer.memory import RunMemory
+from shoestring.launch.verbs.rehearse import rehearse
+from shoestring.trainer.memory.forecast import RunMemory
 
 SMALL = (
     *("experiment=quickstart", "schedule=one_f_one_b", "schedule.micro_batch=1", "training.global_batch=4"),
@@ -88,7 +88,7 @@ def test_swapped_collectives_are_named() -> None:
     assert verdict.exit_code == 1
     found = next(fault for fault in of_kind(verdict, "collective") if "sum of gradients" in fault.text)
     assert found.ranks == (2, 3)
-    assert "parallelism/gradients.py" in found.places[0]
+    assert "parallelism/zero/reduce.py" in found.places[0]
 
 
 def test_a_receive_without_a_send_is_named() -> None:

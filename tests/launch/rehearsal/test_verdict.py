@@ -23,7 +23,7 @@ ATTENTION = "trainer/model/attention.py:forward"
 MIDDLE = (
     Launches("attn(F)", "layer_01", "compute", "mm", ATTENTION, 32, 8000),
     Launches("attn(F)", "layer_02", "compute", "add", ATTENTION, 16, 16000),
-    Launches("dispatch", "layer_02", "exchange", "index", "comm/layout.py:spread", 6, 1200),
+    Launches("dispatch", "layer_02", "exchange", "index", "comm/exchange/permutation.py:spread", 6, 1200),
     Launches("attn(W)", "", "compute", "mm", "parallelism/weight_grad.py:run", 24, 2400),
     Launches("W", "", "compute", "mm", "parallelism/weight_grad.py:run", 8, 800),
     Launches("FB", "", "compute", "add", "trainer/model/chunk.py:forward", 4, 400),
@@ -181,19 +181,19 @@ def test_in_a_bidirectional_program_a_layer_sees_half_of_the_micro_batches() -> 
 
 
 def test_the_tables_say_what_the_tree_says() -> None:
-    read = HostWait(None, "compute", "read", "F: comm/two_hop.py:9 sizes")
+    read = HostWait(None, "compute", "read", "F: comm/exchange/two_hop.py:9 sizes")
     verdict = judged(replace(log(0, read, collective("x"), batch([message("a", 3)])), launches=ENDS[:1] + MIDDLE[2:3]))
     (rank,) = tree(verdict)["ranks"]
     assert (rank["collectives"], rank["batches"], rank["host_waits"], rank["group_creations"]) == (1, 1, 1, 14)
     assert rank["peak_above_prediction"] == pytest.approx(70 / 71 - 1)
     text = printed(verdict, passes=1)
     assert "75.16 │ mlp(B) │     76.24 │      -1.4% │       81.60 │" in text
-    assert "│ comm/two_hop.py:9 sizes │ read │ no" in text
+    assert "│ comm/exchange/two_hop.py:9 sizes │ read │ no" in text
     assert "│ MoE layer pair │ without weight gradients │ exchange │      1.5 │" in text
     assert "│ MoE layer pair │ without weight gradients │ all      │      7.5 │" in text
     assert not tree(verdict)["layer_pair_has_weight_gradients"]
     whole = judged(replace(log(0), launches=ENDS), replace(log(1), launches=MIDDLE))
     assert "│ MoE layer pair │ forward and backward │ exchange │" in printed(whole, passes=0)
-    assert "comm/layout.py:spread" in text
+    assert "comm/exchange/permutation.py:spread" in text
     assert "attention.py" not in text
-    assert "comm/layout.py:spread" not in printed(verdict)
+    assert "comm/exchange/permutation.py:spread" not in printed(verdict)

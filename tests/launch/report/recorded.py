@@ -9,20 +9,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
 
-from shoestring.comm.record import EDGE_WAIT, OPTIMIZER, Track
+from shoestring.comm.trace import EDGE_WAIT, OPTIMIZER, Track
 from shoestring.launch.compose import compose_run
-from shoestring.launch.run_dir import own
+from shoestring.launch.run.run_dir import own
 from shoestring.parallelism.pipeline.program import Program
-from shoestring.parallelism.pipeline.replay import UnitTimes, replay
-from shoestring.parallelism.pipeline.schedules import build_program
-from shoestring.trainer.budget.allocation import Allocation
-from shoestring.trainer.budget.clock import Instant
-from shoestring.trainer.budget.config import BudgetConfig
-from shoestring.trainer.budget.terms import TERMS
-from shoestring.trainer.budget.work import Work
+from shoestring.parallelism.pipeline.schedules.registry import build_program
+from shoestring.parallelism.pipeline.simulate import UnitTimes, replay
 from shoestring.trainer.config import RunConfig
+from shoestring.trainer.ledger.allocation import Allocation
+from shoestring.trainer.ledger.clock import Instant
+from shoestring.trainer.ledger.config import BudgetConfig
+from shoestring.trainer.ledger.terms import TERMS
+from shoestring.trainer.ledger.work import Work
 from shoestring.trainer.telemetry.events import JSON, Event, EventStream
-from shoestring.trainer.telemetry.memory import RESIDENT
+from shoestring.trainer.telemetry.memory_usage import RESIDENT
 from shoestring.trainer.telemetry.trace import Span, merge_ranks, write_rank
 
 STEPS, TOKENS, LAST = 8, 1000, 4.25

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.refusal import Refused
+from shoestring.comm.errors import Refused
 from shoestring.launch.cli import main
 from shoestring.launch.report.page import html_report
 from shoestring.launch.report.record import read_run
 from shoestring.launch.report.schedule import last_step, mean_times
-from shoestring.launch.run_dir import own
+from shoestring.launch.run.run_dir import own
 from shoestring.tests.launch.report.reader import Reader
 from shoestring.tests.launch.report.recorded import LAST, STEPS, config, program, record_run, record_trace, step
-from shoestring.trainer.budget.summary import summarise
+from shoestring.trainer.ledger.summary import summarise
 from shoestring.trainer.telemetry.events import Event, EventStream
 from shoestring.trainer.telemetry.trace import read_trace
 

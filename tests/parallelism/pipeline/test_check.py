@@ -10,7 +10,7 @@ import pytest
 from shoestring.parallelism.pipeline.check import check
 from shoestring.parallelism.pipeline.placement import Placement, Route
 from shoestring.parallelism.pipeline.program import Instruction, Op, Program, ProgramError, Work, in_flight
-from shoestring.parallelism.pipeline.schedules import SCHEDULES, build_program
+from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_program
 
 Row = list[Instruction]
 NAMES = [each.name for each in SCHEDULES]

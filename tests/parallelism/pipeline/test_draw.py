@@ -7,10 +7,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+from shoestring.launch.report.schedule_svg import svg_timeline
 from shoestring.parallelism.pipeline.draw import ascii_timeline, to_json
-from shoestring.parallelism.pipeline.replay import UnitTimes, replay
-from shoestring.parallelism.pipeline.schedules import SCHEDULES, build_program
-from shoestring.parallelism.pipeline.svg import svg_timeline
+from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_program
+from shoestring.parallelism.pipeline.simulate import UnitTimes, replay
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from shoestring.comm.failure import CollectiveFailed
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.lane import Incoming, Lane, Outgoing
+from shoestring.comm.p2p import Incoming, Lane, Outgoing
 from shoestring.comm.topology import Topology
 from shoestring.parallelism.pipeline.executor import Executor, open_lanes
 from shoestring.parallelism.pipeline.overlap import Steps
 from shoestring.parallelism.pipeline.placement import Place
 from shoestring.parallelism.pipeline.program import Program
-from shoestring.parallelism.pipeline.replay import UnitTimes, replay
-from shoestring.parallelism.pipeline.schedules import SCHEDULES, build_forward, build_placement, build_program
-from shoestring.parallelism.pipeline.weight_grad import WeightGradients, linear
+from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_forward, build_placement, build_program
+from shoestring.parallelism.pipeline.simulate import UnitTimes, replay
+from shoestring.parallelism.weight_grad import WeightGradients, linear
 from shoestring.tests.processes import RanksFailed, World, run_processes
 
 WIDTH, ROWS, MICRO_BATCHES = 4, 3, 8

@@ -7,7 +7,7 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from shoestring.comm.refusal import Refused
+from shoestring.comm.errors import Refused
 from shoestring.parallelism.pipeline.partition import Partition, partition
 
 

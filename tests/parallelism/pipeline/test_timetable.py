@@ -7,8 +7,8 @@ import random
 import pytest
 
 from shoestring.parallelism.pipeline.program import Instruction, Op, Program, ProgramError, Work
-from shoestring.parallelism.pipeline.replay import replay
-from shoestring.parallelism.pipeline.schedules import SCHEDULES, build_forward, build_program
+from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_forward, build_program
+from shoestring.parallelism.pipeline.simulate import replay
 from shoestring.parallelism.pipeline.timetable import Timetable
 
 

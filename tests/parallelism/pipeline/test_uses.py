@@ -6,7 +6,7 @@ import pytest
 
 from shoestring.parallelism.pipeline.placement import Place
 from shoestring.parallelism.pipeline.program import Op
-from shoestring.parallelism.pipeline.schedules import SCHEDULES, build_program
+from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_program
 from shoestring.parallelism.pipeline.uses import first_use, first_use_anywhere, last_use, last_use_anywhere
 
 

@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoestring.comm.errors import Refused
 from shoestring.comm.groups import Group, ProcessGroups
 from shoestring.comm.host_memory import HostMemory
-from shoestring.comm.refusal import Refused
 from shoestring.comm.topology import Topology
 from shoestring.tests.comm.pages import StandInPages
 from shoestring.tests.launch.refusals import refused

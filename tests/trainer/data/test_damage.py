@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shoestring.comm.refusal import Refused
+from shoestring.comm.errors import Refused
 from shoestring.trainer.data import verified
 from shoestring.trainer.data.config import DataConfig
 from shoestring.trainer.data.inspect import describe, render

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shoestring.comm.refusal import Refused
+from shoestring.comm.errors import Refused
 from shoestring.trainer.data.config import DataConfig
 from shoestring.trainer.data.manifest import token_dtype
 from shoestring.trainer.data.prepare import prepare

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from shoestring.comm.refusal import Refused
+from shoestring.comm.errors import Refused
 from shoestring.trainer.data.entropy import unigram_entropy
 from shoestring.trainer.data.permutation import permute
 from shoestring.trainer.data.samples import SampleOrder, Samples

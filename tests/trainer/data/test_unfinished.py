@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.refusal import Refused
+from shoestring.comm.errors import Refused
 from shoestring.trainer.data.unfinished import Owner, clear_leftovers, locked, owner, unfinished, unlock
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
 
-from shoestring.comm.refusal import Refused
+from shoestring.comm.errors import Refused
 from shoestring.parallelism.pipeline.overlap import drive
 from shoestring.tests.launch.refusals import refused
 from shoestring.tests.reference.configs import random_params, reference_configs
@@ -24,13 +24,13 @@ from shoestring.tests.reference.hf import to_transformers, to_transformers_mtp
 from shoestring.tests.trainer.checkpoint.saved import save_model, save_params
 from shoestring.tests.trainer.model.released import model_config
 from shoestring.trainer.checkpoint.opened import Checkpoint
+from shoestring.trainer.generation.load import load_chunk
 from shoestring.trainer.huggingface.blocks import BLOCK
 from shoestring.trainer.huggingface.config import config_json
 from shoestring.trainer.huggingface.config import model_config as config_from_json
 from shoestring.trainer.huggingface.export import INDEX, ExportOptions, export
 from shoestring.trainer.huggingface.importing import import_released
 from shoestring.trainer.huggingface.names import entries
-from shoestring.trainer.loaded import load_chunk
 from shoestring.trainer.model.config import ModelConfig, YarnConfig
 from shoestring.trainer.model.model import Model
 

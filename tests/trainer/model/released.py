@@ -10,14 +10,14 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from shoestring.comm.config import ExchangeConfig
+from shoestring.comm.async_comm import open_worker
+from shoestring.comm.exchange.config import ExchangeConfig
+from shoestring.comm.exchange.factory import open_exchange
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.open_exchange import open_exchange
-from shoestring.comm.pending import open_worker
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
 from shoestring.parallelism.pipeline.overlap import drive
-from shoestring.parallelism.pipeline.weight_grad import WeightGradients
+from shoestring.parallelism.weight_grad import WeightGradients
 from shoestring.tests.reference.deepseek_v3 import ReferenceConfig
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig, YarnConfig

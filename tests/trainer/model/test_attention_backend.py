@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from shoestring.launch.compose import compose_run
 from shoestring.tests.launch.refusals import by_field, refused
+from shoestring.trainer.build import choose_for_run
 from shoestring.trainer.model.attention import LatentAttention
 from shoestring.trainer.model.attention_backend import (
     BACKENDS,
@@ -30,7 +31,6 @@ from shoestring.trainer.model.attention_backend import (
 )
 from shoestring.trainer.model.causal import causal_attention, causal_attention_twin
 from shoestring.trainer.model.model import Model
-from shoestring.trainer.rank import choose_for_run
 
 V3 = AttentionCase(batch=1, heads=128, length=4096, qk_width=192, v_width=128, dtype=torch.bfloat16)
 HOPPER = GpuFacts((9, 0), 92000, "flash_attn_interface is not installed")

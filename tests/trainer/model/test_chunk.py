@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.comm.config import ExchangeConfig
-from shoestring.comm.exchange import Received
-from shoestring.comm.flat import FlatExchange, FlatLayout
+from shoestring.comm.async_comm import InlineWorker, InParts, Pending
+from shoestring.comm.exchange.api import Received
+from shoestring.comm.exchange.config import ExchangeConfig
+from shoestring.comm.exchange.flat import FlatExchange, FlatLayout
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.label import Label
-from shoestring.comm.pending import InlineWorker, InParts, Pending
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
 from shoestring.parallelism.pipeline.overlap import Steps, drive, take_turns
-from shoestring.parallelism.pipeline.weight_grad import WeightGradients
+from shoestring.parallelism.weight_grad import WeightGradients
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.init import initialise

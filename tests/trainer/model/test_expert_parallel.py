@@ -14,10 +14,10 @@ from shoestring.comm.topology import Topology
 from shoestring.tests.processes import World, run_processes
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.trainer.model.released import largest_difference, make_chunk, released_gradients, run_losses
+from shoestring.trainer.build import build_optimizer
+from shoestring.trainer.model.stage_layout import Stages
 from shoestring.trainer.model.tape import LossScales
 from shoestring.trainer.optimizer.config import OptimizerConfig
-from shoestring.trainer.rank import build_optimizer
-from shoestring.trainer.stages import Stages
 
 TOLERANCE = {"float64": 1e-10, "float32": 5e-6}
 SEQUENCES, LENGTH = 4, 12

@@ -11,7 +11,7 @@ from torch import Tensor
 from shoestring.trainer.model.causal import causal_attention, causal_attention_twin
 from shoestring.trainer.model.loss import IGNORED, linear_cross_entropy, linear_cross_entropy_twin
 from shoestring.trainer.model.norm import rms_norm, rms_norm_twin
-from shoestring.trainer.model.swiglu import swiglu, swiglu_twin, weighted_swiglu, weighted_swiglu_twin
+from shoestring.trainer.precision.swiglu import swiglu, swiglu_twin, weighted_swiglu, weighted_swiglu_twin
 
 
 def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.comm.config import ExchangeConfig
+from shoestring.comm.async_comm import InParts, StreamWorker
+from shoestring.comm.exchange.config import ExchangeConfig
+from shoestring.comm.exchange.factory import open_exchange
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.open_exchange import open_exchange
-from shoestring.comm.pending import InParts, StreamWorker
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
 from shoestring.parallelism.pipeline.overlap import drive, take_turns
-from shoestring.parallelism.pipeline.weight_grad import WeightGradients
+from shoestring.parallelism.weight_grad import WeightGradients
 from shoestring.tests.comm.recorded_streams import HOST_WAITS, REST, RecordedStreams
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.init import initialise

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.comm.refusal import Problem
+from shoestring.comm.errors import Problem
 from shoestring.parallelism.pipeline.overlap import drive
-from shoestring.parallelism.pipeline.weight_grad import WeightGradients
+from shoestring.parallelism.weight_grad import WeightGradients
 from shoestring.tests.trainer.model.test_chunk import LENGTH, SCALES, make_chunk, window
 from shoestring.trainer.model import recompute as recompute_module
 from shoestring.trainer.model.recompute import Part, Recompute, RecomputeConfig, recomputed, replayed

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.parallelism.pipeline.weight_grad import WeightGradients
+from shoestring.parallelism.weight_grad import WeightGradients
 from shoestring.tests.trainer.census import Census
 from shoestring.trainer.model.experts import Experts
 from shoestring.trainer.model.row_blocks import cut

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoestring.comm.async_comm import open_worker
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.pending import open_worker
-from shoestring.comm.record import SILENT
 from shoestring.comm.topology import Topology
+from shoestring.comm.trace import SILENT
 from shoestring.comm.traffic import Traffic
-from shoestring.parallelism.bucket import Bucket, Member
-from shoestring.parallelism.gradients import Reducer
-from shoestring.parallelism.zero import ShardedOptimizer
+from shoestring.parallelism.zero.bucket import Bucket, Member
+from shoestring.parallelism.zero.optimizer import ShardedOptimizer
+from shoestring.parallelism.zero.reduce import Reducer
 from shoestring.tests.comm.late_streams import LateStreams
 from shoestring.tests.processes import World, run_processes
 from shoestring.trainer.optimizer.adamw import AdamW

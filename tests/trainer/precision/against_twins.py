@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shoestring.tests.trainer.precision.hard_numbers import numbers
-from shoestring.trainer.precision.provider import Provider, Rows
+from shoestring.trainer.precision.backend import Provider, Rows
 from shoestring.trainer.precision.reference import Reference
 from shoestring.trainer.precision.tiles import Blocks, Scales, Tiles
 
@@ -138,7 +138,7 @@ def main() -> None:
 
     from shoestring.tests.trainer.precision.block_order import check_order
     from shoestring.trainer.precision import kernels
-    from shoestring.trainer.precision.triton_provider import TritonProvider
+    from shoestring.trainer.precision.triton_backend import TritonProvider
 
     torch.manual_seed(0)
     if sys.argv[1] == "products":

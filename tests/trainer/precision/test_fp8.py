@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from shoestring.comm.fp8 import tiles_of
-from shoestring.parallelism.pipeline.weight_grad import WeightGradients
+from shoestring.parallelism.weight_grad import WeightGradients
 from shoestring.tests.reference import fp8_model as twin
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.experts import Experts, SwiGLU
+from shoestring.trainer.model.linear import Linear
 from shoestring.trainer.model.model import Model
+from shoestring.trainer.precision.backend import Rows
 from shoestring.trainer.precision.fp8 import Fp8
-from shoestring.trainer.precision.linear import Linear
-from shoestring.trainer.precision.provider import Rows
 from shoestring.trainer.precision.reference import Reference
 from shoestring.trainer.precision.tiles import Blocks, Columns, Scales, Tiles
 

@@ -7,7 +7,7 @@ import torch
 
 from shoestring.tests.trainer.precision.against_twins import check_products, check_quantisation, check_swiglu
 from shoestring.trainer.precision.accumulate import hopper_sum
-from shoestring.trainer.precision.provider import missing_for, open_provider
+from shoestring.trainer.precision.backend import missing_for, open_provider
 from shoestring.trainer.precision.reference import Reference
 
 pytestmark = pytest.mark.gpu

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shoestring.comm.fp8 import RowTiles, dequantise, quantise, stand_in
-from shoestring.parallelism.pipeline.weight_grad import WeightGradients
+from shoestring.parallelism.weight_grad import WeightGradients
 from shoestring.trainer.model.experts import Experts
 from shoestring.trainer.precision.fp8 import Fp8
 from shoestring.trainer.precision.reference import Reference

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shoestring.comm.refusal import Problem, Refused
+from shoestring.comm.errors import Problem, Refused
 
 _BLOCK = 32 * 1024
 _FILE_HEADER = struct.pack("<4sHB", b":W&B", 0xBEE1, 0)

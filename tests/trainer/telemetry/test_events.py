@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.refusal import Refused
+from shoestring.comm.errors import Refused
 from shoestring.trainer.telemetry.events import Event, EventStream
 from shoestring.trainer.telemetry.history import read_all_metrics, read_metrics
 

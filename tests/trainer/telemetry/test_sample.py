@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from shoestring.comm.record import EDGE_WAIT, EXPOSED_EXCHANGE, REDUCE_WAIT, Track
-from shoestring.parallelism.pipeline.replay import UnitTimes, replay
-from shoestring.parallelism.pipeline.schedules import build_program
-from shoestring.trainer.budget.terms import TERMS
+from shoestring.comm.trace import EDGE_WAIT, EXPOSED_EXCHANGE, REDUCE_WAIT, Track
+from shoestring.parallelism.pipeline.schedules.registry import build_program
+from shoestring.parallelism.pipeline.simulate import UnitTimes, replay
+from shoestring.trainer.ledger.terms import TERMS
 from shoestring.trainer.telemetry.sample import StepSample
 from shoestring.trainer.telemetry.trace import Span
 

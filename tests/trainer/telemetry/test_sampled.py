@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.refusal import Refused
+from shoestring.comm.errors import Refused
+from shoestring.comm.files.lines import count_lines, cut_torn_line
 from shoestring.trainer.telemetry import sampled
 from shoestring.trainer.telemetry.events import Event, EventStream
 from shoestring.trainer.telemetry.history import History, MetricsReader, read_metrics
-from shoestring.trainer.telemetry.lines import count_lines, cut_torn_line
 from shoestring.trainer.telemetry.sampled import read_sampled, tail_reader
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.record import EDGE_WAIT, EXPOSED_EXCHANGE, OPTIMIZER, REDUCE_WAIT, SILENT, Track
+from shoestring.comm.trace import EDGE_WAIT, EXPOSED_EXCHANGE, OPTIMIZER, REDUCE_WAIT, SILENT, Track
 from shoestring.trainer.telemetry.trace import Span, TraceRecorder, merge_ranks, summarise_trace, write_rank
 
 SPANS = [

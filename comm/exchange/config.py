@@ -1,0 +1,61 @@
+"""Which exchange carries the tokens, in which formats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..errors import Problem
+from .wire import Format
+
+EXCHANGES = ("flat", "two_hop", "deepep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExchangeConfig:
+    """One exchange, and a wire format for each of its four operations: `native` (the compute dtype), `bf16` or `fp8`.
+
+    The report (§3.3) sends activations and activation gradients to the experts in FP8 and sums of them back in BF16.
+    """
+
+    name: str = "flat"
+    """`flat`: every (token, expert) copy crosses the wire. `two_hop`: each token crosses once per node, then is
+    forwarded inside it. `deepep`: DeepEP's kernels."""
+    dispatch: str = "native"
+    """Format of the tokens on their way to the experts."""
+    combine: str = "native"
+    """Format of the experts' results on their way back; not fp8."""
+    combine_backward: str = "native"
+    """Format of the gradients of these results on their way to the experts."""
+    dispatch_backward: str = "native"
+    """Format of the tokens' gradients on their way back; not fp8."""
+    check_order: bool = False
+    """Debugging: before each exchange, compare over all ranks what they are about to do."""
+
+    def problems(self) -> Iterator[Problem]:
+        """What is impossible about these values on their own."""
+        if self.name not in EXCHANGES:
+            yield Problem("name", self.name, f"no such exchange; there are: {', '.join(EXCHANGES)}")
+        for operation in ("dispatch", "combine", "combine_backward", "dispatch_backward"):
+            yield from self._format_problems(operation)
+        if self.name == "deepep":
+            yield from self._deepep_problems()
+
+    def _format_problems(self, operation: str) -> Iterator[Problem]:
+        name = self.__dict__[operation]
+        if name not in list(Format):
+            yield Problem(operation, name, f"no such format; there are: {', '.join(Format)}")
+        elif name == Format.FP8 and operation in ("combine", "dispatch_backward"):
+            yield Problem(operation, name, "sums of experts lose too much in FP8 (report §3.3); write bf16 or native")
+
+    def _deepep_problems(self) -> Iterator[Problem]:
+        """What DeepEP has no kernels for."""
+        for operation in ("dispatch", "combine", "combine_backward", "dispatch_backward"):
+            if self.__dict__[operation] == Format.NATIVE:
+                remedy = "DeepEP moves BF16, and FP8 towards the experts; write bf16, or exchange=deepep for all four"
+                yield Problem(operation, "native", remedy)
+        if self.dispatch != self.combine_backward:
+            remedy = (
+                f"must be {self.dispatch}, like dispatch: DeepEP sends both along one layout, made for one size of row"
+            )
+            yield Problem("combine_backward", self.combine_backward, remedy)

@@ -1,0 +1,187 @@
+"""The baseline and the oracle: one all-to-all in which every (token, expert) copy crosses the wire.
+
+Letters: T tokens of this rank, K experts a token, D hidden width, E experts in all, L experts on this rank, P ranks of
+the group, N = T·K copies sent by this rank, R rows received by it, A rows in the order in which they arrive, W numbers
+beside a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..async_comm import InParts, Pending, Worker
+from ..fp8 import RowTiles, stand_in
+from ..groups import ProcessGroups
+from ..host import HostCopy
+from ..label import Call, Label
+from ..traffic import Traffic
+from .api import Received
+from .config import ExchangeConfig
+from .permutation import Fan, Hop, Visits, count_choices, visited
+from .wire import Format, Wire, nothing_beside, pack, unpack, unpack_one
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """Where each copy went."""
+
+    to_experts: Fan
+    """Tokens to their copies, by expert, so by rank too."""
+    hop: Hop
+    choice_of_copy_N: Tensor
+    """Which of all T·K choices each copy is."""
+    sort: Fan
+    """Rows arrive by rank, then expert, and are kept by expert, then rank: each arrives once and is kept once."""
+    top_k: int
+
+
+class FlatExchange:
+    """`TokenExchange` over one expert-parallel group. Expert e lives on rank e // L of the group."""
+
+    def __init__(
+        self, groups: ProcessGroups, experts: int, worker: Worker, traffic: Traffic, config: ExchangeConfig
+    ) -> None:
+        self._group = groups.ep
+        self._node_size = groups.topology.ep_node_size
+        self._experts = experts
+        self._worker = worker
+        self._traffic = traffic
+        self._config = config
+
+    def dispatch(
+        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: Label, *, as_tiles: bool = False
+    ) -> InParts[Received[FlatLayout]]:
+        """See `TokenExchange`."""
+        call = Call("dispatch", label)
+
+        def first() -> Callable[[], Received[FlatLayout]]:
+            received_PL, numbers = self._exchange_sizes(call, experts_TK)
+            return lambda: second(received_PL, numbers.wait())
+
+        def second(received_PL: Tensor, numbers: Tensor) -> Received[FlatLayout]:
+            layout, rows_per_expert_L, visits = self._plan(experts_TK, received_PL, numbers.tolist())
+            weights_N1 = weights_TK.reshape(-1, 1).index_select(0, layout.choice_of_copy_N)
+            wire = Wire(Format(self._config.dispatch), tokens_TD.shape[1], tokens_TD.dtype)
+            if as_tiles and wire.format is Format.FP8 and not layout.hop.is_local:
+                tiles, weights_R1 = self._tiles(call, wire, tokens_TD, layout, weights_N1)
+                rows_RD = stand_in(tiles.values_XD, wire.dtype)
+            else:
+                tiles = None
+                rows_RD, weights_R1 = self._forth(call, wire, tokens_TD, layout, weights_N1)
+            return Received(rows_RD, weights_R1.flatten(), rows_per_expert_L, visits, label, layout, tiles)
+
+        return self._worker.submit_in_parts(str(call), first, (tokens_TD, weights_TK, experts_TK))
+
+    def combine(self, rows_RD: Tensor, received: Received[FlatLayout]) -> Pending[Tensor]:
+        """See `TokenExchange`."""
+        call = Call("combine", received.label)
+
+        def work() -> Tensor:
+            return self._back(call, self._config.combine, rows_RD, received.layout, nothing_beside(rows_RD))[0]
+
+        return self._worker.submit(str(call), work, (rows_RD,))
+
+    def combine_backward(self, grad_TD: Tensor, received: Received[FlatLayout]) -> Pending[Tensor]:
+        """See `TokenExchange`."""
+        call, layout = Call("combine_backward", received.label), received.layout
+
+        def work() -> Tensor:
+            wire = Wire(Format(self._config.combine_backward), grad_TD.shape[1], grad_TD.dtype)
+            return self._forth(call, wire, grad_TD, layout, nothing_beside(layout.choice_of_copy_N))[0]
+
+        return self._worker.submit(str(call), work, (grad_TD,))
+
+    def dispatch_backward(
+        self, grad_RD: Tensor, grad_weights_R: Tensor, received: Received[FlatLayout]
+    ) -> Pending[tuple[Tensor, Tensor]]:
+        """See `TokenExchange`."""
+        call, layout = Call("dispatch_backward", received.label), received.layout
+
+        def work() -> tuple[Tensor, Tensor]:
+            beside_R1 = grad_weights_R[:, None]
+            grad_TD, grad_N1 = self._back(call, self._config.dispatch_backward, grad_RD, layout, beside_R1)
+            grad_weights_TK = torch.empty_like(grad_N1)
+            grad_weights_TK[layout.choice_of_copy_N] = grad_N1
+            return grad_TD, grad_weights_TK.view(-1, layout.top_k)
+
+        return self._worker.submit(str(call), work, (grad_RD, grad_weights_R))
+
+    def _exchange_sizes(self, call: Call, experts_TK: Tensor) -> tuple[Tensor, HostCopy]:
+        """Rows that each rank sends to each expert here, and on their way to the host the sums that `_plan` needs."""
+        ranks = self._group.size
+        sent_PL = count_choices(experts_TK, self._experts).view(ranks, -1)
+        received_PL = torch.empty_like(sent_PL)
+        one_each = [1] * ranks
+        self._traffic.count_beside("sizes", self._group, [sent_PL[0].numel() * 8] * ranks)
+        self._group.all_to_all(received_PL, sent_PL, one_each, one_each, f"sizes of {call}")
+
+        visits_TP = visited(experts_TK // sent_PL.shape[1], ranks)
+        visits_TM = visits_TP.unflatten(1, (-1, self._node_size)).any(dim=2)
+        sums = (sent_PL.sum(dim=1), received_PL.sum(dim=1), received_PL.sum(dim=0), visits_TP.sum(), visits_TM.sum())
+        return received_PL, self._worker.to_host_later(torch.cat([x.reshape(-1) for x in sums]))
+
+    def _plan(
+        self, experts_TK: Tensor, received_PL: Tensor, numbers: list[int]
+    ) -> tuple[FlatLayout, tuple[int, ...], Visits]:
+        """From the sizes everything that the four operations need."""
+        ranks, (tokens, top_k) = self._group.size, experts_TK.shape
+        sent_P, received_P = numbers[:ranks], numbers[ranks : 2 * ranks]
+        rows_per_expert_L, (rank_visits, node_visits) = numbers[2 * ranks : -2], numbers[-2:]
+
+        choice_of_copy_N = torch.argsort(experts_TK.reshape(-1), stable=True)
+        wire_of_row_R = _rows_by_expert(received_PL, sum(received_P))
+        layout = FlatLayout(
+            to_experts=Fan.of(choice_of_copy_N // top_k, experts_TK.new_full((tokens,), top_k)),
+            hop=Hop(self._group, self._traffic, tuple(sent_P), tuple(received_P)),
+            choice_of_copy_N=choice_of_copy_N,
+            sort=Fan.of(wire_of_row_R, torch.ones_like(wire_of_row_R)),
+            top_k=top_k,
+        )
+        return layout, tuple(rows_per_expert_L), Visits(tokens, tokens * top_k, rank_visits, node_visits)
+
+    def _forth(
+        self, call: Call, wire: Wire, tokens_TD: Tensor, layout: FlatLayout, beside_NW: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens to rows by expert; what travels beside each copy to what came beside each row."""
+        if layout.hop.is_local:  # already by expert
+            return layout.to_experts.spread(tokens_TD), beside_NW
+        message_AB = self._send(call, wire, tokens_TD, layout, beside_NW)
+        payload_RB, beside_RW = unpack(layout.sort.spread(message_AB), wire.columns(beside_NW))
+        return wire.decode(payload_RB), beside_RW
+
+    def _tiles(
+        self, call: Call, wire: Wire, tokens_TD: Tensor, layout: FlatLayout, beside_NW: Tensor
+    ) -> tuple[RowTiles, Tensor]:
+        """The same, the rows as they crossed."""
+        message_AB = self._send(call, wire, tokens_TD, layout, beside_NW)
+        beside_AW = unpack_one(message_AB, wire.columns(beside_NW), 1)
+        return wire.tiles(message_AB, layout.sort.spread), layout.sort.spread(beside_AW)
+
+    def _send(self, call: Call, wire: Wire, tokens_TD: Tensor, layout: FlatLayout, beside_NW: Tensor) -> Tensor:
+        """Messages in the order in which they arrive, [A, B]."""
+        message_NB = pack(layout.to_experts.spread(wire.encode(tokens_TD)), beside_NW)
+        return layout.hop.forth(call, message_NB, wire.row_bytes)
+
+    def _back(
+        self, call: Call, form: str, rows_RD: Tensor, layout: FlatLayout, beside_RW: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rows by expert to the sum of each token's; what travels beside each row to what came beside each copy."""
+        if layout.hop.is_local:
+            return layout.to_experts.collect(rows_RD).to(rows_RD.dtype), beside_RW
+        wire = Wire(Format(form), rows_RD.shape[1], rows_RD.dtype)
+        message_AB = pack(wire.encode(rows_RD), beside_RW).index_select(0, layout.sort.copy_of_slot_C)
+        message_NB = layout.hop.back(call, message_AB, wire.row_bytes)
+        payload_NB, beside_NW = unpack(message_NB, wire.columns(beside_RW))
+        return layout.to_experts.collect(wire.decode(payload_NB)).to(rows_RD.dtype), beside_NW
+
+
+def _rows_by_expert(received_PL: Tensor, rows: int) -> Tensor:
+    """Wire positions (by rank, then expert) in the order by expert, then rank."""
+    ranks, local_experts = received_PL.shape
+    segments = torch.arange(ranks * local_experts, device=received_PL.device)
+    segment_of_wire_A = segments.repeat_interleave(received_PL.reshape(-1), output_size=rows)
+    return torch.argsort(segment_of_wire_A % local_experts, stable=True)

@@ -1,0 +1,1 @@
+"""Files: bounded reads of what others have written, strict JSON and YAML, durable writes."""

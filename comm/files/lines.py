@@ -1,0 +1,82 @@
+"""Files of whole lines: a crash may leave half a line at the end, and it must neither be read nor be built upon."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import Problem, Refused
+from .access import MAX_LINE_BYTES, chunks_of_lines, lines_within, open_regular, refusing
+
+_CHUNK_BYTES = 64 * 1024
+
+
+def cut_torn_line(path: Path) -> None:
+    """Cut what follows the last newline of the file at `path`, the remains of a write that a crash ended.
+
+    A file without a newline becomes empty; a file that does not exist stays away. Raises `Refused` for more remains
+    than `MAX_LINE_BYTES`: no write was that long, so that something else has damaged the file.
+    """
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        size = end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            if size - end > MAX_LINE_BYTES:
+                remedy = f"ends in more than {MAX_LINE_BYTES} bytes without a newline; restore the file"
+                raise Refused([Problem(str(path), size, remedy)])
+            start = max(0, end - _CHUNK_BYTES)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                file.truncate(start + newline + 1)
+                return
+            end = start
+        file.truncate(0)
+
+
+def count_lines(path: Path) -> int:
+    """Return how many whole lines the file at `path` has. Raises `Refused` where it cannot be read."""
+    with refusing(path, "restore it"), open_regular(path) as file:
+        return sum(chunk.count(b"\n") for chunk in chunks_of_lines(file))
+
+
+def whole_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, line without its newline). A last line without newline is still being written."""
+    return LineReader(path).new_lines()
+
+
+class Replaced(Exception):  # noqa: N818 -- says what happened
+    """A file that only ever grows is another one now: its reader has to begin anew."""
+
+
+class LineReader:
+    """Reads the whole lines of a file while it grows."""
+
+    def __init__(self, path: Path, position: int = 0) -> None:
+        """Begin at byte `position`, where a line begins, with the number 1."""
+        self._path = path
+        self._position = position
+        self._number = 0
+        self._inode: int | None = None
+
+    def new_lines(self) -> Iterator[tuple[int, str]]:
+        """Yield (line number from 1, line without its newline) of what has come since.
+
+        Raises `Replaced`, and `Malformed` and `OSError` for what is no file of lines.
+
+        A byte that is no UTF-8 stands as half of a surrogate pair, so that whoever reads the line can name it.
+        """
+        with open_regular(self._path) as file:
+            status = os.fstat(file.fileno())
+            if status.st_size < self._position or self._inode not in (None, status.st_ino):
+                raise Replaced
+            self._inode = status.st_ino
+            file.seek(self._position)
+            for line in lines_within(file):
+                if not line.endswith(b"\n"):
+                    return
+                self._position += len(line)
+                self._number += 1
+                yield self._number, line[:-1].decode(errors="surrogateescape")

@@ -1,0 +1,1 @@
+"""What verbs measure in real processes: the token exchange, this machine's speed, memory."""

@@ -1,0 +1,284 @@
+"""One rank of `shoestring bench exchange`: times and bytes of the four operations, for several exchanges and formats.
+
+Letters: T tokens, D hidden, E experts, K top-k, N nodes, P ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...comm.async_comm import open_worker
+from ...comm.bootstrap import WorkerEnvironment, start_default_group
+from ...comm.errors import Problem
+from ...comm.exchange.api import TokenExchange
+from ...comm.exchange.config import EXCHANGES, ExchangeConfig
+from ...comm.exchange.deepep import missing_for_deepep
+from ...comm.exchange.deepep_buffer import BufferShape
+from ...comm.exchange.factory import open_exchange
+from ...comm.exchange.permutation import visited
+from ...comm.exchange.wire import Format, Wire
+from ...comm.groups import ProcessGroups
+from ...comm.label import Label
+from ...comm.open_groups import open_groups_on
+from ...comm.topology import Link, Topology
+from ...comm.traffic import Kind, Traffic
+from ..run.rank_environment import rank_environment
+
+T = TypeVar("T")
+
+OPERATIONS = ("dispatch", "combine", "combine_backward", "dispatch_backward")
+FORMATS = (Format.BF16, Format.FP8)
+
+_LIMIT = timedelta(minutes=2)
+_LABEL = Label("bench", 0)
+_IN_FLIGHT = 4  # exchanges of one measurement of overlap
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExchangeSpec:
+    """What is exchanged between whom. Tokens are BF16 and go to random experts within random groups."""
+
+    nodes: int
+    gpus_per_node: int
+    hidden: int
+    tokens: int
+    """Of each rank."""
+    experts: int
+    top_k: int
+    groups: int
+    """Of consecutive experts."""
+    top_k_groups: int
+    """How many of them a token may visit."""
+    exchanges: tuple[str, ...]
+    formats: tuple[str, ...]
+    """`bf16`, or `fp8`: FP8 towards the experts and BF16 back."""
+    repeats: int
+    on_cpu: bool = False
+    """Also where there are GPUs: simulated nodes have none of their own."""
+    overlap: bool
+    """Whether to measure also how well exchanges hide behind computing."""
+
+    @property
+    def topology(self) -> Topology:
+        """Every rank in one expert-parallel group."""
+        return Topology(ep=self.nodes * self.gpus_per_node, gpus_per_node=self.gpus_per_node)
+
+    def problems(self) -> Iterator[Problem]:
+        """What is impossible about it."""
+        counts = {name: value for name, value in vars(self).items() if type(value) is int}
+        yield from (Problem(name, value, "must be at least 1") for name, value in counts.items() if value < 1)
+        if min(counts.values()) < 1:
+            return
+        for name, divisor in (("ranks", self.topology.ep), ("groups", self.groups)):
+            if self.experts % divisor:
+                yield Problem("experts", self.experts, f"must be a multiple of the {divisor} {name}")
+        if self.top_k_groups > self.groups:
+            yield Problem("top_k_groups", self.top_k_groups, f"must be at most groups = {self.groups}")
+        reachable = self.experts // self.groups * self.top_k_groups
+        if self.top_k > reachable:
+            yield Problem("top_k", self.top_k, f"must be at most {reachable}: that many experts can be reached")
+        if "deepep" in self.exchanges:
+            for reason in missing_for_deepep("auto", self.gpus_per_node, rank_environment()):
+                yield Problem("exchanges", "deepep", reason)
+        for field, known in (("exchanges", EXCHANGES), ("formats", FORMATS)):
+            for name in vars(self)[field]:
+                if name not in known:
+                    yield Problem(field, name, f"there are: {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What one rank sends to the experts, and takes back as the gradient of the result."""
+
+    tokens_TD: Tensor
+    weights_TK: Tensor
+    experts_TK: Tensor
+    grad_TD: Tensor
+
+
+def sent_by(spec: ExchangeSpec, rank: int, device: torch.device) -> Sent:
+    """A pure function of `spec` and `rank`."""
+    generator = torch.Generator().manual_seed(rank)
+    group_score_TG = torch.rand(spec.tokens, spec.groups, generator=generator)
+    closed_TG = torch.ones_like(group_score_TG).scatter_(1, group_score_TG.topk(spec.top_k_groups).indices, 0.0)
+    score_TE = torch.rand(spec.tokens, spec.experts, generator=generator)
+    score_TE -= 2 * closed_TG.repeat_interleave(spec.experts // spec.groups, dim=1)
+    tokens_TD, grad_TD = torch.randn(2, spec.tokens, spec.hidden, generator=generator).bfloat16().to(device)
+    weights_TK = torch.rand(spec.tokens, spec.top_k, generator=generator).to(device)
+    return Sent(tokens_TD, weights_TK, score_TE.topk(spec.top_k).indices.to(device), grad_TD)
+
+
+class Bench:
+    """One exchange in one format, on one rank."""
+
+    def __init__(self, spec: ExchangeSpec, name: str, form: str, groups: ProcessGroups, device: torch.device) -> None:
+        self._groups = groups
+        self._sent = sent_by(spec, groups.rank, device)
+        self._worker = open_worker(groups.ep, device)
+        self._traffic = Traffic(spec.topology, groups.rank)
+        config = ExchangeConfig(
+            name=name, dispatch=form, combine="bf16", combine_backward=form, dispatch_backward="bf16"
+        )
+        shape = BufferShape(spec.tokens, spec.hidden, spec.top_k)
+        self._exchange: TokenExchange[object] = open_exchange(
+            config, groups, spec.experts, self._worker, self._traffic, shape
+        )
+
+    def seconds(self) -> dict[str, float]:
+        """Each operation alone, from its start to its result; that of the slowest rank."""
+        sent, exchange = self._sent, self._exchange
+        received, first = self._timed(
+            lambda: exchange.dispatch(sent.tokens_TD, sent.weights_TK, sent.experts_TK, _LABEL).wait()
+        )
+        _, second = self._timed(lambda: exchange.combine(received.rows_RD, received).wait())
+        _, third = self._timed(lambda: exchange.combine_backward(sent.grad_TD, received).wait())
+        _, fourth = self._timed(
+            lambda: exchange.dispatch_backward(received.rows_RD, received.weights_R, received).wait()
+        )
+        return dict(zip(OPERATIONS, (first, second, third, fourth), strict=True))
+
+    def bytes_sent(self) -> dict[str, dict[str, dict[str, int]]]:
+        """By all ranks in the first pass, by operation, kind and link."""
+        self.seconds()
+        keys = [(operation, kind, link) for operation in (*OPERATIONS, "sizes") for kind in Kind for link in Link]
+        own = [self._traffic.by_link(kind, operation)[link] for operation, kind, link in keys]
+        total = self._groups.control.all_reduce_sum(torch.tensor(own), "sum of bytes").tolist()
+        tree: dict[str, dict[str, dict[str, int]]] = {}
+        for (operation, kind, link), size in zip(keys, total, strict=True):
+            tree.setdefault(operation, {}).setdefault(kind, {})[link] = size
+        return tree
+
+    def overlap(self) -> dict[str, float]:
+        """Seconds of some dispatches alone, of computing for as long, and of both at once; by the slowest rank."""
+        sent = self._sent
+        square = torch.randn(256, 256, device=sent.tokens_TD.device)
+
+        def start() -> Callable[[], object]:
+            dispatched = self._exchange.dispatch(sent.tokens_TD, sent.weights_TK, sent.experts_TK, _LABEL)
+            dispatched.proceed()  # all of it is under way before products are queued
+            return dispatched.wait
+
+        def exchanges() -> None:
+            for _ in range(_IN_FLIGHT):
+                start()()
+
+        def products(count: int) -> None:
+            for _ in range(count):
+                square @ square
+
+        def both(count: int) -> None:
+            for _ in range(_IN_FLIGHT):
+                wait = start()
+                products(count)
+                wait()
+
+        _, alone = self._timed(exchanges)
+        _, thousand = self._timed(lambda: products(1000))
+        count = max(1, round(1000 * alone / thousand / _IN_FLIGHT))
+        _, computing = self._timed(lambda: products(count * _IN_FLIGHT))
+        _, together = self._timed(lambda: both(count))
+        return {"exchange": alone, "compute": computing, "both": together}
+
+    def sent_between_nodes(self) -> int:
+        """By all ranks in all passes so far, whatever it was for."""
+        own = torch.tensor(self._traffic.by_link()[Link.INFINIBAND])
+        return int(self._groups.control.all_reduce_sum(own, "sum of bytes"))
+
+    def close(self) -> None:
+        """End what runs the exchange."""
+        self._worker.close()
+
+    def _timed(self, function: Callable[[], T]) -> tuple[T, float]:
+        world = self._groups.control
+        world.barrier("start of a measurement")
+        began = time.perf_counter()
+        result = function()
+        if self._sent.tokens_TD.is_cuda:
+            torch.cuda.synchronize()
+        own = time.perf_counter() - began
+        return result, max(world.all_gather_objects(own, "end of a measurement"))
+
+
+def needed_bytes(spec: ExchangeSpec, groups: ProcessGroups) -> dict[str, dict[str, int]]:
+    """Payload between nodes that dispatch cannot do without, all ranks together, by format, for three ways to send.
+
+    `node`: a row once to each node that holds an expert of its token; `rank`: once to each rank; `expert`: each copy.
+    """
+    topology, experts_TK = spec.topology, sent_by(spec, groups.rank, torch.device("cpu")).experts_TK
+    own_node = groups.rank // spec.gpus_per_node
+    visits_TE = visited(experts_TK, spec.experts)
+    rows = []
+    for members in (topology.ep_nodes, topology.ep, spec.experts):
+        visits_TNM = visits_TE.unflatten(1, (members, -1)).any(dim=2).unflatten(1, (topology.ep_nodes, -1))
+        rows.append(visits_TNM.sum() - visits_TNM[:, own_node].sum())
+    per_way = groups.control.all_reduce_sum(torch.stack(rows), "sum of needed rows").tolist()
+    sizes = {form: Wire(Format(form), spec.hidden, torch.bfloat16).row_bytes for form in spec.formats}
+    return {
+        form: {way: count * size for way, count in zip(("node", "rank", "expert"), per_way, strict=True)}
+        for form, size in sizes.items()
+    }
+
+
+def measure(spec: ExchangeSpec, groups: ProcessGroups, device: torch.device) -> dict[str, object]:
+    """Every exchange in every format, their repeats interleaved. Collective; equal on all ranks."""
+    benches = {
+        (name, form): Bench(spec, name, form, groups, device) for name in spec.exchanges for form in spec.formats
+    }
+    sent = {key: bench.bytes_sent() for key, bench in benches.items()}  # warms up, too
+    runs: list[Mapping[tuple[str, str], dict[str, float]]] = [
+        {key: bench.seconds() for key, bench in benches.items()} for _ in range(spec.repeats)
+    ]
+    overlaps = [{key: bench.overlap() for key, bench in benches.items()} for _ in range(spec.repeats * spec.overlap)]
+    rows = []
+    for (name, form), bench in benches.items():
+        bench.close()
+        seconds = {operation: median(run[name, form][operation] for run in runs) for operation in OPERATIONS}
+        row: dict[str, object] = {"exchange": name, "format": form, "seconds": seconds, "bytes": sent[name, form]}
+        if overlaps:
+            row["overlap"] = {key: median(o[name, form][key] for o in overlaps) for key in overlaps[0][name, form]}
+        rows.append(row)
+    return {
+        "spec": asdict(spec),
+        "device": str(device),
+        "rows": rows,
+        "needed": needed_bytes(spec, groups),
+        "sent_between_nodes": sum(bench.sent_between_nodes() for bench in benches.values()),
+    }
+
+
+def main(spec_text: str, output: str) -> None:
+    """One rank under torchrun; rank 0 writes the result to the file `output`."""
+    worker = WorkerEnvironment.read()
+    assert worker is not None
+    values: dict[str, Any] = json.loads(spec_text)
+    values |= {key: tuple(values[key]) for key in ("exchanges", "formats")}  # JSON has lists only
+    spec = ExchangeSpec(**values)
+    # Pretended nodes are processes here, so all of them need a GPU of this machine.
+    has_gpus = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")) and not spec.on_cpu
+    device = torch.device("cuda", worker.local_rank) if has_gpus else torch.device("cpu")
+    if has_gpus:
+        torch.cuda.set_device(device)
+    torch.set_num_threads(1)
+    start_default_group(worker, device, _LIMIT)
+    make = open_groups_on(device, worker.rank, _LIMIT)
+    result = measure(spec, ProcessGroups.create(spec.topology, worker.rank, _LIMIT, open_groups=make), device)
+    if worker.rank == 0:
+        Path(output).write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

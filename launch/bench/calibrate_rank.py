@@ -1,0 +1,297 @@
+"""One rank of `shoestring calibrate`: times of phases, exchanges, messages and updates while all ranks are at work.
+
+Phases are timed inside whole steps of one process, so that each sees the caches and the allocator that it will see in a
+run. No layout that spreads a model is run: what crosses between ranks is timed on its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from statistics import median
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...comm.async_comm import InlineWorker, open_worker
+from ...comm.bootstrap import WorkerEnvironment, start_default_group
+from ...comm.exchange.config import ExchangeConfig
+from ...comm.exchange.factory import open_exchange
+from ...comm.groups import ProcessGroups
+from ...comm.label import Label
+from ...comm.topology import Topology
+from ...comm.trace import EXPOSED_EXCHANGE, OPTIMIZER, REDUCE_WAIT, Track
+from ...comm.traffic import Traffic
+from ...trainer.build import Pipeline, build_stepper
+from ...trainer.config import RunConfig
+from ...trainer.data.batch import TokenBatch
+from ...trainer.model.init import initialise
+from ...trainer.model.model import Model
+from ...trainer.model.stage_layout import Stages
+from ...trainer.run.step import Stepper, StepSettings
+from ...trainer.telemetry.trace import Span, TraceRecorder
+from ..compose import compose_run
+from ..planner.exchange_time import Exchange
+from ..planner.kernel_times import Row
+from ..planner.operations import Phase
+
+T = TypeVar("T")
+
+_LIMIT = timedelta(minutes=2)
+_WARM_UP = 3
+_COLLECTIVES_A_STEP = 2  # of few numbers: targets, and the sums of a step (trainer/run/step.py)
+_SOURCE = "shoestring calibrate: median on this machine, all ranks at work"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is measured, on one rank."""
+
+    config: RunConfig
+    groups: ProcessGroups
+    repeats: int
+
+    @property
+    def length(self) -> int:
+        """Sequence length."""
+        return self.config.training.sequence_length
+
+    def rows(self) -> Iterator[Row]:
+        """Every row of the table; collective, and equal on all ranks."""
+        torch.manual_seed(self.groups.rank)
+        batch, sizes = self.config.training.global_batch, []
+        size = 1
+        while size <= batch // self.groups.world.size:
+            sizes.append(size)
+            size *= 2
+        for micro_batch in sizes:
+            exchanges = {}
+            for ranks in self.group_sizes:
+                exchanges[ranks] = self._exchanges(micro_batch, ranks)
+                for exchange, seconds in exchanges[ranks].items():
+                    yield self._row("phase", exchange.value, f"{micro_batch}x{self.length}/{ranks}", seconds)
+            for name, seconds in self._phases(micro_batch).items():
+                for ranks in exchanges:
+                    yield self._row("phase", name, f"{micro_batch}x{self.length}/{ranks}", seconds)
+            yield self._row("edge", "message", "any", self._message(micro_batch), f"{micro_batch}x{self.length}")
+        yield from self._updates()
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Over how many ranks of these an exchange could be."""
+        world, experts = self.groups.world.size, self.config.model.experts
+        return [ranks for ranks in range(1, world + 1) if world % ranks == 0 and experts % ranks == 0]
+
+    def _exchange_groups(self, ranks: int) -> ProcessGroups:
+        """Exchanges over so many ranks, in as many groups at once as there are."""
+        world, per_node = self.groups.world.size, self.config.topology.gpus_per_node
+        if ranks == 1:
+            return ProcessGroups.create(Topology(gpus_per_node=per_node), 0, _LIMIT)
+        topology = Topology(edp=world // ranks, ep=ranks, gpus_per_node=per_node)
+        return ProcessGroups.create(topology, self.groups.rank, _LIMIT)
+
+    def _row(self, kind: str, name: str, role: str, seconds: float, shape: str = "") -> Row:
+        slowest = self.groups.world.all_reduce_max(torch.tensor([seconds], dtype=torch.float64), "slowest rank")
+        role = shape or role
+        return Row(kind, name, role, "any", 0, 0, 0, round(float(slowest) * 1e6, 2), "us", "measured", _SOURCE)
+
+    def _phases(self, micro_batch: int) -> dict[str, float]:
+        """Seconds of every phase, and of what lies between them in a chunk."""
+        recorder = TraceRecorder(nvtx=False)
+        stepper, batch, settings = self._stepper(micro_batch, recorder)
+        found: defaultdict[str, list[float]] = defaultdict(list)
+        for repetition in range(self.repeats + _WARM_UP):
+            self.groups.world.barrier("a step to time")
+            recorder.on = repetition >= _WARM_UP
+            recorder.spans.clear()
+            stepper.step([batch], micro_batch, settings)
+            if recorder.on:
+                for name, seconds in phase_seconds(recorder.spans, self.config).items():
+                    found[name].append(seconds)
+        return {name: median(seconds) for name, seconds in found.items()}
+
+    def _stepper(self, micro_batch: int, recorder: TraceRecorder) -> tuple[Stepper, TokenBatch, StepSettings]:
+        config, device = self.config, torch.device("cpu")
+        alone = Topology()
+        groups = ProcessGroups.create(alone, 0, _LIMIT)
+        model = Model(config.model)
+        initialise(model, seed=0)
+        worker = InlineWorker(recorder)
+        exchange = open_exchange(ExchangeConfig(), groups, config.model.experts, worker, Traffic(alone, 0))
+        stages, policy = Stages.of(config.model, self.length), config.recompute.policy
+        pipeline = Pipeline.open(stages, groups, device, recorder=recorder, recompute=policy)
+        dtype = config.precision.compute_dtype(device)
+        stepper = build_stepper(pipeline, model, exchange, dtype, 1, config.optimizer)
+        window = self.length + 1 + config.model.mtp_depth
+        tokens_BW = torch.randint(0, config.model.vocabulary, (micro_batch, window))
+        settings = StepSettings(
+            learning_rate=1e-4, clip_norm=1.0, balance_weight=1e-4, mtp_weight=0.3, bias_speed=0.001
+        )
+        return stepper, TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool)), settings
+
+    def _exchanges(self, micro_batch: int, ranks: int) -> dict[Exchange, float]:
+        """Seconds of the four operations over so many ranks, from the call to what arrived."""
+        config, model, device = self.config, self.config.model, torch.device("cpu")
+        groups = self._exchange_groups(ranks)
+        worker = open_worker(groups.ep, device)
+        exchange = open_exchange(config.exchange, groups, model.experts, worker, Traffic(groups.topology, groups.rank))
+        tokens = micro_batch * self.length
+        dtype = config.precision.compute_dtype(device)
+        tokens_TD, grad_TD = (torch.randn(tokens, model.hidden).to(dtype) for _ in range(2))
+        weights_TK = torch.rand(tokens, model.top_k)
+        experts_TK = torch.rand(tokens, model.experts).topk(model.top_k).indices
+        seconds: defaultdict[Exchange, list[float]] = defaultdict(list)
+
+        def go_round(number: int) -> tuple[float, ...]:
+            label = Label("calibrate", number)
+            received, first = self._timed(lambda: exchange.dispatch(tokens_TD, weights_TK, experts_TK, label).wait())
+            rows_RD, grads_R = received.rows_RD.clone(), torch.zeros_like(received.weights_R)
+            _, second = self._timed(lambda: exchange.combine(rows_RD, received).wait())
+            _, third = self._timed(lambda: exchange.combine_backward(grad_TD, received).wait())
+            _, fourth = self._timed(lambda: exchange.dispatch_backward(rows_RD, grads_R, received).wait())
+            return first, second, third, fourth
+
+        for repetition in range(self.repeats + _WARM_UP):
+            times = go_round(repetition)
+            for name, value in zip(Exchange, times, strict=True):
+                if repetition >= _WARM_UP:
+                    seconds[name].append(value)
+        worker.close()
+        return {name: median(values) for name, values in seconds.items()}
+
+    def _timed(self, work: Callable[[], T]) -> tuple[T, float]:
+        self.groups.world.barrier("an operation to time")
+        start = time.perf_counter()
+        result = work()
+        return result, time.perf_counter() - start
+
+    def _message(self, micro_batch: int) -> float:
+        """Seconds of a hidden state from one rank to the next, half of the way there and back."""
+        world, model = self.groups.world, self.config.model
+        if world.size == 1:
+            return 0.0
+        hidden_BSD = torch.zeros(micro_batch, self.length, model.hidden)
+        first, other = world.ranks[0], world.ranks[1]
+        times = []
+        for _ in range(self.repeats + _WARM_UP):
+            world.barrier("a message to time")
+            start = time.perf_counter()
+            if world.rank == first:
+                dist.send(hidden_BSD, other)
+                dist.recv(hidden_BSD, other)
+            elif world.rank == other:
+                dist.recv(hidden_BSD, first)
+                dist.send(hidden_BSD, first)
+            times.append((time.perf_counter() - start) / 2)
+        return median(times[_WARM_UP:]) if world.rank in (first, other) else 0.0
+
+    def _updates(self) -> Iterator[Row]:
+        """Nanoseconds a parameter of the optimizer and of a sum over ranks; what else a step takes."""
+        recorder = TraceRecorder(nvtx=False)
+        stepper, batch, settings = self._stepper(1, recorder)
+        count = sum(parameter.numel() for parameter in stepper.model.parameters())
+        update, rest = [], []
+        for repetition in range(self.repeats + _WARM_UP):
+            recorder.on = repetition >= _WARM_UP
+            recorder.spans.clear()
+            _, whole = self._timed(lambda: stepper.step([batch], 1, settings))
+            if recorder.on:
+                top = [span for span in recorder.spans if span.track is Track.INSTRUCTION]
+                update.append(sum(_length(span) for span in top if span.name in (OPTIMIZER, REDUCE_WAIT)))
+                rest.append(whole - sum(map(_length, top)))
+        few = torch.zeros(2 * self.config.model.layers * self.config.model.experts)  # loads and biases
+        many = torch.zeros(count)
+        world = self.groups.world
+
+        def seconds_of_sum(tensor: Tensor) -> float:
+            return median(
+                self._timed(lambda: world.all_reduce_sum(tensor, "sum to time"))[1] for _ in range(self.repeats)
+            )
+
+        sums = {"few": seconds_of_sum(few), "many": seconds_of_sum(many)}
+        yield self._row("phase", "step", "any", median(rest) + _COLLECTIVES_A_STEP * sums["few"])
+        yield self._row("phase", "optimizer", "any", median(update) / count * 1e3)  # in thousands of parameters
+        yield self._row("phase", "reduce", "any", sums["many"] / count * 1e3)
+
+
+def phase_seconds(spans: Sequence[Span], config: RunConfig) -> dict[str, float]:
+    """Of one step of one micro-batch on one process: each phase of one layer, and the rest of a chunk.
+
+    In a backward the weights that a moment settles are those left since the moment before: first the losses', then
+    those of MTP and its layer's attention, then each layer's attention, at last also those of the dense layers.
+    """
+    model = config.model
+    named: defaultdict[str, list[Span]] = defaultdict(list)
+    for span in sorted(spans, key=lambda span: span.begin):
+        named[span.name].append(span)
+    waits = named.pop(EXPOSED_EXCHANGE, [])
+
+    def mean(name: str) -> float:
+        found = named[name]
+        inside = sum(_length(wait) for wait in waits if any(f.begin <= wait.begin < f.end for f in found))
+        return (sum(map(_length, found)) - inside) / len(found) if found else 0.0
+
+    settled = [_length(span) for span in named["attn(W)"]]
+    depth, dense = model.mtp_depth, model.dense_layers
+    routed = settled[1 + depth : -1] or settled[-1:]
+    attention = sum(routed) / len(routed)
+    phases = {
+        Phase.ATTENTION_F: mean("attn(F)"),
+        Phase.ATTENTION_B: mean("attn(B)"),
+        Phase.ATTENTION_W: attention,
+        Phase.SHARED_F: 0.0,
+        Phase.SHARED_B: 0.0,
+        Phase.EXPERTS_F: mean("mlp(F)"),
+        Phase.EXPERTS_B: mean("mlp(B)"),
+        Phase.EXPERTS_W: mean("mlp(W)"),
+        Phase.DENSE_F: mean("dense(F)"),
+        Phase.DENSE_B: mean("dense(B)"),
+        Phase.DENSE_W: max(0.0, settled[-1] - attention) / max(dense, 1),
+        Phase.HEAD_F: mean("loss(F)"),
+        Phase.HEAD_W: settled[0] / (1 + depth),
+        Phase.MERGE_W: max(0.0, sum(settled[1 : 1 + depth]) / depth - attention) if depth else 0.0,
+    }
+    rest = {way: _rest(named[way], spans) for way in ("F", "B")}
+    # Not in any phase: the losses' backward and MTP's merge, which are on the last stage too.
+    phases |= {Phase.MERGE_F: rest["F"] / max(depth, 1), Phase.MERGE_B: 0.0, Phase.HEAD_B: rest["B"] / (1 + depth)}
+    return {phase.value: seconds for phase, seconds in phases.items()}
+
+
+def _rest(instructions: Sequence[Span], spans: Sequence[Span]) -> float:
+    """What of the instructions is in no phase and no exchange."""
+    inner = [span for span in spans if span.track in (Track.COMPUTE, Track.EXCHANGE) and span.name != EXPOSED_EXCHANGE]
+    left = 0.0
+    for whole in instructions:
+        left += _length(whole) - sum(_length(s) for s in inner if whole.begin <= s.begin and s.end <= whole.end)
+    return left
+
+
+def _length(span: Span) -> float:
+    return (span.end - span.begin) / 1e9
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure the run that overrides and directory in the first argument describe; rank 0 writes rows to the second."""
+    worker = WorkerEnvironment.read()
+    assert worker is not None
+    overrides, directory = json.loads(arguments[0])
+    config = compose_run(overrides, None if directory is None else Path(directory))
+    start_default_group(worker, torch.device("cpu"), _LIMIT)
+    topology = Topology(ep=worker.world_size, gpus_per_node=worker.world_size)
+    groups = ProcessGroups.create(topology, worker.rank, _LIMIT)
+    rows = [asdict(row) for row in Calibration(replace(config, topology=topology), groups, int(arguments[2])).rows()]
+    if worker.rank == 0:
+        Path(arguments[1]).write_text(json.dumps(rows))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

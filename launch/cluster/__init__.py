@@ -1,0 +1,1 @@
+"""Several simulated machines on this one, for rehearsals and tests."""

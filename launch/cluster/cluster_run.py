@@ -1,0 +1,256 @@
+"""`shoestring cluster`: a training run over several machines, rehearsed on this one, and broken where that is asked.
+
+Every node runs launch/run/node.py, as launch/torchrun.sh does on a machine that exists. Node 0 has the terminal; what
+the other nodes say is shown when the run fails.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from ...comm.errors import Problem, Refused, noting, refuse_if_any
+from ...trainer.config import RunConfig
+from ...trainer.telemetry.events import METRICS_FILE
+from ...trainer.telemetry.history import read_all_metrics
+from ..compose import compose_run
+from ..run.launcher import Stopped, stop_signals_raise
+from ..run.preflight import preflight
+from ..say import say, tell
+from .namespaces import MachineProcess
+from .simulated_cluster import SimulatedCluster
+
+# For the other nodes when one has failed. A node without a link hears nothing of that, and its torchrun would wait on.
+_SECONDS_FOR_OTHERS = 15
+# After a fault, in addition to what one collective may wait.
+_SECONDS_AFTER_FAULT = 30
+# For node 0 to end its ranks and close the ledger; its launcher gives torchrun 30 of them.
+_SECONDS_TO_END = 40
+_SECONDS_BETWEEN_LOOKS = 0.1
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A node that breaks as soon as the run has told of a step."""
+
+    option: str
+    """`--cut-link` or `--kill-node`."""
+    node: int
+    step: int
+
+    @staticmethod
+    def read(option: str, text: str, nodes: int) -> Fault:
+        """From `NODE@STEP`. Raises `Refused`."""
+        node, _, step = text.partition("@")
+        if not (node.isdecimal() and step.isdecimal() and int(node) < nodes and int(step) > 0):
+            remedy = f"must be NODE@STEP, such as 0@20, with a node from 0 to {nodes - 1} and a step from 1"
+            raise Refused([Problem(option, text, remedy)])
+        return Fault(option, int(node), int(step))
+
+    def strike(self, cluster: SimulatedCluster) -> str:
+        """Break the node; return what has happened to it."""
+        if self.option == "--cut-link":
+            cluster.cut_link(self.node)
+            return f"link cut at step {self.step}"
+        cluster.kill_node(self.node)
+        return f"killed at step {self.step}"
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What is rehearsed, on what, and what shall go wrong."""
+
+    overrides: Sequence[str]
+    config_dir: Path | None
+    fresh: bool
+    nodes: int
+    gpus_per_node: int
+    uplink: str | None
+    faults: Sequence[tuple[str, str]] = ()
+    """Option and `NODE@STEP`."""
+
+    def complete_overrides(self) -> list[str]:
+        """What the cluster implies is added where it is not given."""
+        own = {"topology.gpus_per_node": str(self.gpus_per_node), "training.device": "cpu"}
+        if self.faults:
+            own["telemetry.log_every"] = "1"  # a step that is not told cannot be waited for
+        given = {text.lstrip("+").partition("=")[0] for text in self.overrides}
+        return [*self.overrides, *(f"{key}={value}" for key, value in own.items() if key not in given)]
+
+    def command(self) -> list[str]:
+        """What each node runs. Its variables say which one it is."""
+        command = [sys.executable, "-m", "shoestring.launch.run.node", *self.complete_overrides()]
+        command += [] if self.config_dir is None else ["--config-dir", str(self.config_dir)]
+        return command + (["--fresh"] if self.fresh else [])
+
+    def config(self) -> RunConfig:
+        """The run's. Raises `Refused` for one that these nodes cannot run."""
+        config = compose_run(self.complete_overrides(), self.config_dir)
+        refuse_if_any(self._problems(config))
+        preflight(config, self.gpus_per_node, fresh=self.fresh)
+        return config
+
+    def _problems(self, config: RunConfig) -> Iterator[Problem]:
+        ranks, topology = self.nodes * self.gpus_per_node, config.topology
+        if ranks != topology.world_size:
+            total = f"--nodes x --gpus-per-node = {self.nodes} x {self.gpus_per_node} = {ranks} ranks"
+            remedy = f"{total}, and the topology asks for {topology.world_size}"
+            yield Problem("--gpus-per-node", self.gpus_per_node, remedy)
+        if topology.gpus_per_node != self.gpus_per_node:
+            remedy = f"--gpus-per-node says {self.gpus_per_node}; write the same, or leave it out here"
+            yield Problem("topology.gpus_per_node", topology.gpus_per_node, remedy)
+        if config.training.device != "cpu":
+            remedy = "the nodes would share the GPUs of this machine; write cpu, or leave it out"
+            yield Problem("training.device", config.training.device, remedy)
+        if config.telemetry.wandb.mode == "online":
+            remedy = "there is no way out of a simulated cluster; write offline"
+            yield Problem("telemetry.wandb.mode", "online", remedy)
+
+
+def run_cluster(rehearsal: Rehearsal) -> int:
+    """Run it; return the exit code: node 0's, or where that is 0 the first of another node that is not.
+
+    Raises `Refused` before any process of the run exists.
+    """
+    problems: list[Problem] = []
+    faults: list[Fault] = []
+    for option, text in rehearsal.faults:
+        with noting(problems):
+            faults.append(Fault.read(option, text, rehearsal.nodes))
+    if len({fault.node for fault in faults}) < len(faults):
+        broken = ", ".join(text for _, text in rehearsal.faults)
+        problems.append(Problem("--cut-link, --kill-node", broken, "a node can break once"))
+    with noting(problems):
+        cluster = SimulatedCluster(rehearsal.nodes, rehearsal.uplink)
+    with noting(problems):
+        config = rehearsal.config()
+        for (option, text), fault in zip(rehearsal.faults, faults, strict=False):
+            if fault.step >= config.total_steps:
+                remedy = f"would never happen: the run has {config.total_steps} steps; name an earlier one"
+                problems.append(Problem(option, text, remedy))
+    refuse_if_any(problems)
+    try:
+        with stop_signals_raise(), cluster, ExitStack() as cleanup:
+            logs = [
+                cleanup.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in range(1, rehearsal.nodes)
+            ]
+            return _run(rehearsal, config, cluster, faults, logs)
+    except Stopped as stop:  # before the nodes had started, or for a second time
+        return stop.exit_code
+
+
+def _run(
+    rehearsal: Rehearsal,
+    config: RunConfig,
+    cluster: SimulatedCluster,
+    faults: Sequence[Fault],
+    logs: Sequence[IO[str]],
+) -> int:
+    """Start the nodes, wait for them, say what came of it. `logs` are of all nodes but 0, which has the terminal."""
+    steps = _Steps(Path(config.training.run_dir) / METRICS_FILE, time.time())
+    outputs: list[IO[str] | None] = [None, *logs]
+    processes = [
+        cluster.start(
+            node,
+            rehearsal.command(),
+            {"GPUS_PER_NODE": str(rehearsal.gpus_per_node)},
+            stdout=output,
+            stderr=output,
+        )
+        for node, output in enumerate(outputs)
+    ]
+    fates: dict[int, str] = {}
+    code = None
+    try:
+        patience = config.training.collective_timeout_seconds + _SECONDS_AFTER_FAULT
+        _wait(cluster, processes, steps, faults, fates, patience)
+    except Stopped as stop:
+        code = stop.exit_code
+    _end(cluster, processes, fates)
+    if code is None:
+        code = next((_code(process) for process in processes if process.returncode), 0)
+    if code:
+        _show_logs(logs)
+    _show_traffic(cluster, fates)
+    return code
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """What a run tells of its steps from a moment on."""
+
+    metrics: Path
+    began: float
+
+    def last(self) -> int:
+        """0 before the first."""
+        try:
+            events = read_all_metrics(self.metrics)
+        except Refused:  # no file yet, or --fresh has just removed it
+            return 0
+        return max((event.step for event in events if event.kind == "step" and event.time >= self.began), default=0)
+
+
+def _wait(
+    cluster: SimulatedCluster,
+    processes: Sequence[MachineProcess],
+    steps: _Steps,
+    faults: Sequence[Fault],
+    fates: dict[int, str],
+    patience: float,
+) -> None:
+    """Until all nodes have ended, or have had the time to: `patience` after a fault, less when one of them has failed.
+
+    Faults strike meanwhile, and are noted in `fates`.
+    """
+    deadline, pending = math.inf, list(faults)
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        last = steps.last() if pending else 0
+        for fault in [fault for fault in pending if fault.step <= last]:
+            pending.remove(fault)
+            fates[fault.node] = fault.strike(cluster)
+            deadline = min(deadline, time.monotonic() + patience)
+        if processes[0].poll() is not None or any(process.poll() for process in processes):
+            deadline = min(deadline, time.monotonic() + _SECONDS_FOR_OTHERS)
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _end(cluster: SimulatedCluster, processes: Sequence[MachineProcess], fates: dict[int, str]) -> None:
+    """Ask nodes that are left to end, wait for node 0, which holds the ledger, and kill the others."""
+    left = [node for node, process in enumerate(processes) if process.poll() is None]
+    for node in left:
+        processes[node].terminate()
+    if 0 in left:
+        with suppress(subprocess.TimeoutExpired):
+            processes[0].wait(_SECONDS_TO_END)
+    for node in left:
+        if processes[node].poll() is None:
+            cluster.kill_node(node)
+            fates.setdefault(node, "killed in the end")
+            processes[node].wait()
+
+
+def _code(process: MachineProcess) -> int:
+    """As a shell tells it: 128 + n for signal n."""
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+def _show_logs(logs: Sequence[IO[str]]) -> None:
+    for node, log in enumerate(logs, start=1):
+        log.seek(0)
+        for line in log:
+            say(f"node {node} | {line.rstrip()}")
+
+
+def _show_traffic(cluster: SimulatedCluster, fates: Mapping[int, str]) -> None:
+    tell(f"bytes that each node sent over its uplink ({cluster.uplink or 'no limit'}):")
+    for node in range(cluster.nodes):
+        tell(f"  node {node}  {cluster.bytes_sent(node):>15,}  {fates.get(node, '')}".rstrip())

@@ -1,0 +1,158 @@
+"""Checkpoints: looked at, exchanged with released weights, asked for text."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from .options import Verbs, add_actions, add_format
+from .show import show
+
+
+def add(verbs: Verbs) -> None:
+    """Add this family's verbs."""
+    actions = add_actions(verbs.add_parser("checkpoint", help="list, verify and compare checkpoints"))
+    _add_list(actions)
+    _add_verify(actions)
+    _add_diff(actions)
+    _add_import(verbs)
+    _add_export(verbs)
+    _add_generate(verbs)
+
+
+def _add_list(actions: Verbs) -> None:
+    listing = actions.add_parser("ls", help="the checkpoints of a run")
+    _add_path(listing)
+    add_format(listing)
+    listing.set_defaults(run=_list)
+
+
+def _list(options: argparse.Namespace) -> int:
+    from ..verbs.checkpoint import checkpoints_table, list_checkpoints
+
+    listed = list_checkpoints(options.path)
+    show(options, lambda: checkpoints_table(listed), lambda: [asdict(each) for each in listed])
+    return 0
+
+
+def _add_verify(actions: Verbs) -> None:
+    words = "read every byte of a checkpoint and check its hash; exit code 1 where it is damaged"
+    verify = actions.add_parser("verify", help=words)
+    _add_path(verify)
+    add_format(verify)
+    _add_step(verify)
+    verify.set_defaults(run=_verify)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from ..verbs.checkpoint import verify
+
+    found = verify(options.path, options.step)
+    show(options, lambda: found.words, lambda: asdict(found))
+    return 1 if found.damage else 0
+
+
+def _add_diff(actions: Verbs) -> None:
+    diff = actions.add_parser("diff", help="where two checkpoints differ; exit code 1 where they do")
+    _add_path(diff)
+    add_format(diff)
+    diff.add_argument("other", type=Path, metavar="RUN", help="the one to compare with")
+    diff.add_argument("--other-step", type=int, metavar="N", help="of the second run")
+    _add_step(diff)
+    diff.set_defaults(run=_diff)
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from ..say import give
+    from ..verbs.checkpoint import diff, diff_table
+
+    facts, differences = diff(options.path, options.other, (options.step, options.other_step))
+    if options.format == "table":
+        give("\n".join(facts))
+    tree = {"facts": facts, "tensors": [asdict(each) for each in differences]}
+    show(options, lambda: diff_table(differences), lambda: tree)
+    same = all(each.equal == each.tensors and not each.only_first + each.only_second for each in differences)
+    return 0 if same else 1
+
+
+def _add_import(verbs: Verbs) -> None:
+    importing = verbs.add_parser("import", help="a checkpoint from released weights (DeepseekV3ForCausalLM)")
+    importing.add_argument("source", type=_named, metavar="DIRECTORY", help="config.json and safetensors")
+    importing.add_argument("target", type=_named, metavar="TARGET", help="the new checkpoint goes into this directory")
+    importing.set_defaults(run=_import)
+
+
+def _import(options: argparse.Namespace) -> int:
+    from ..say import tell
+    from ..verbs.convert import import_command
+
+    tell(f"imported to {import_command(options.source, options.target)}")
+    return 0
+
+
+def _add_export(verbs: Verbs) -> None:
+    export = verbs.add_parser("export", help="a checkpoint as transformers and others read it")
+    _add_path(export)
+    export.add_argument("directory", type=_named, metavar="DIRECTORY", help="new, or empty")
+    export.add_argument("--dtype", choices=["bf16", "fp32", "fp8"], default="bf16", help="default bf16")
+    export.add_argument("--rope", choices=["pairs", "halves"], default="pairs", help="order of rotated rows")
+    export.add_argument("--max-shard", default="5GB", metavar="SIZE", help="of a file (default 5GB)")
+    _add_step(export)
+    _add_average(export)
+    export.set_defaults(run=_export)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from ..say import tell
+    from ..verbs.convert import export_command
+
+    how = options.dtype, options.rope, options.max_shard
+    found = export_command(options.path, options.step, options.directory, *how, average=options.average)
+    what = "the average of the weights of " if options.average else ""
+    tell(f"exported {what}{found} to {options.directory}")
+    return 0
+
+
+def _add_generate(verbs: Verbs) -> None:
+    generate = verbs.add_parser("generate", help="text from a checkpoint, with MTP as a draft")
+    _add_path(generate)
+    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--tokens", type=int, default=100, metavar="N", help="default 100")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default 0.8)")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--no-draft", action="store_true", help="without MTP, a token a forward")
+    _add_step(generate)
+    _add_average(generate)
+    generate.set_defaults(run=_generate)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from ..say import give, say
+    from ..verbs.generate import Request, acceptance, generate_text
+
+    size = options.tokens, options.temperature, options.seed, not options.no_draft, options.average
+    text, found = generate_text(Request(options.path, options.step, options.prompt, *size))
+    give(options.prompt + text)
+    say(acceptance(found))
+    return 0
+
+
+def _named(text: str) -> Path:
+    """A path; an empty text, which would be the working directory, is none."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a directory; an empty name is none")
+    return Path(text)
+
+
+def _add_path(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, metavar="RUN", help="a run, or one checkpoint")
+
+
+def _add_step(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--step", type=int, metavar="N", help="instead of the newest")
+
+
+def _add_average(parser: argparse.ArgumentParser) -> None:
+    words = "the moving average of the weights (optimizer.ema_decay) instead of the weights"
+    parser.add_argument("--average", action="store_true", help=words)

@@ -1,0 +1,58 @@
+"""`train`, and its rehearsal on several machines: `cluster`."""
+
+from __future__ import annotations
+
+import argparse
+
+from .options import Verbs, described, with_overrides
+
+
+def add(verbs: Verbs) -> None:
+    """Add this family's verbs."""
+    _add_train(verbs)
+    _add_cluster(verbs)
+
+
+def _add_train(verbs: Verbs) -> None:
+    train = with_overrides(verbs.add_parser("train", help="train, or go on from the run's last checkpoint"))
+    _add_fresh(train)
+    train.add_argument("--cfg", choices=["job"], help="print the composed configuration instead")
+    train.set_defaults(run=_train)
+
+
+def _train(options: argparse.Namespace) -> int:
+    if options.cfg:
+        from ..compose import compose_run, to_yaml
+        from ..say import give
+
+        give(to_yaml(compose_run(*described(options))).removesuffix("\n"))
+        return 0
+    from ..run.train import train_command
+
+    return train_command(*described(options), fresh=options.fresh)
+
+
+def _add_cluster(verbs: Verbs) -> None:
+    cluster = with_overrides(verbs.add_parser("cluster", help="rehearse a run over several machines on this one"))
+    cluster.add_argument("--nodes", type=int, required=True, metavar="N", help="simulated machines")
+    cluster.add_argument("--gpus-per-node", type=int, required=True, metavar="N", help="ranks on each, on the CPU")
+    cluster.add_argument("--uplink", metavar="RATE", help="of each node, such as 200mbit; no limit without")
+    _add_fresh(cluster)
+    for option, text in (("--cut-link", "unplug a node"), ("--kill-node", "kill all processes of a node")):
+        cluster.add_argument(option, action="append", default=[], metavar="NODE@STEP", help=f"{text} after this step")
+    cluster.set_defaults(run=_cluster)
+
+
+def _cluster(options: argparse.Namespace) -> int:
+    from ..cluster.cluster_run import Rehearsal, run_cluster
+
+    faults = [("--cut-link", text) for text in options.cut_link]
+    faults += [("--kill-node", text) for text in options.kill_node]
+    run = *described(options), options.fresh
+    return run_cluster(Rehearsal(*run, options.nodes, options.gpus_per_node, options.uplink, faults))
+
+
+def _add_fresh(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--fresh", action="store_true", help="delete what an earlier run left in training.run_dir first"
+    )

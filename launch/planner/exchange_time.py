@@ -1,0 +1,228 @@
+"""Seconds of a token exchange: bytes across InfiniBand and NVLink, each token once a node, then once a rank.
+
+Letters: T tokens, D hidden, N nodes and P ranks of the expert-parallel group, G groups of experts, M groups a token may
+visit, K experts it visits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from functools import cache
+from math import comb
+
+from ...comm.errors import Problem, Refused
+from ...comm.exchange.wire import Format
+from ...trainer.costs.cluster import ClusterConfig
+from ...trainer.model.config import ModelConfig
+from .kernel_times import Coverage, Row, Table, weakest
+from .links import bytes_a_second, evidence_of
+from .operations import Shape
+from .recipe import Precision, Recipe
+
+
+class Exchange(StrEnum):
+    """The four operations of `comm.exchange.api.TokenExchange`."""
+
+    DISPATCH = "dispatch"
+    COMBINE = "combine"
+    COMBINE_BACKWARD = "combine_backward"  # a dispatch of gradients along the cached layout
+    DISPATCH_BACKWARD = "dispatch_backward"  # a combine
+
+    @property
+    def towards_experts(self) -> bool:
+        """Rows go to the experts; else sums of them come back."""
+        return self in (Exchange.DISPATCH, Exchange.COMBINE_BACKWARD)
+
+
+@cache
+def expected_visits(model: ModelConfig, places: int) -> float:
+    """Of `places` equal shares of the experts, how many a token visits on average if routing is uniform.
+
+    M of G groups, then K experts of these. A share is several whole groups, or a part of one.
+    """
+    groups, chosen, experts, top_k = model.groups, model.top_k_groups, model.experts, model.top_k
+    group_size, share = experts // groups, experts // places
+    reachable = chosen * group_size
+
+    def missed(candidates: int) -> float:
+        """The probability that none of `candidates` reachable experts is among the K."""
+        return comb(reachable - candidates, top_k) / comb(reachable, top_k) if candidates <= reachable else 0.0
+
+    if share <= group_size:
+        return places * chosen / groups * (1 - missed(share))
+    inside = share // group_size
+    hit = 0.0
+    for j in range(1, min(inside, chosen) + 1):
+        chance = comb(inside, j) * comb(groups - inside, chosen - j) / comb(groups, chosen)
+        hit += chance * (1 - missed(j * group_size))
+    return places * hit
+
+
+@dataclass(frozen=True)
+class Travel:
+    """One exchange: how long it takes beside computing and alone, and before that the waits for other ranks."""
+
+    name: str
+    beside: float
+    alone: float
+    syncs: tuple[float, ...] = (0.0,)
+    """Of the layers of a chunk in the order in which they run, again from the first after the last."""
+
+
+@dataclass(frozen=True)
+class Wire:
+    """Prices exchanges of an expert-parallel group on one cluster."""
+
+    cluster: ClusterConfig
+    recipe: Recipe
+    table: Table
+    coverage: Coverage
+    _priced: dict[tuple[Shape, Exchange], Travel] = field(default_factory=dict)
+
+    def travel(self, shape: Shape, exchange: Exchange) -> Travel:
+        """One exchange of one layer and micro-batch; nothing where all experts are on the rank."""
+        key = shape, exchange
+        if key not in self._priced:
+            self._priced[key] = self._price(shape, exchange)
+        return self._priced[key]
+
+    def bytes(self, shape: Shape, exchange: Exchange) -> tuple[float, float]:
+        """What one rank sends: across InfiniBand, and across NVLink at the nodes that forward it."""
+        model, ranks = shape.model, shape.expert_ranks
+        nodes = max(1, ranks // self.cluster.gpus_per_node)
+        row = self._row_bytes(model, exchange)
+        if self._is_flat:  # a row for every expert, wherever it is
+            inside = min(ranks, self.cluster.gpus_per_node)
+            rows = shape.tokens * row * model.top_k
+            return rows * (nodes - 1) / nodes, rows * (inside - 1) / ranks
+        places = min(ranks, model.experts)
+        remote = expected_visits(model, nodes) * (nodes - 1) / nodes
+        forwarded = expected_visits(model, places) * (1 - 1 / min(ranks, self.cluster.gpus_per_node))
+        return shape.tokens * row * remote, shape.tokens * row * forwarded
+
+    def _row_bytes(self, model: ModelConfig, exchange: Exchange) -> float:
+        formats = self.recipe.exchange
+        named = {
+            Exchange.DISPATCH: formats.dispatch,
+            Exchange.COMBINE: formats.combine,
+            Exchange.COMBINE_BACKWARD: formats.combine_backward,
+            Exchange.DISPATCH_BACKWARD: formats.dispatch_backward,
+        }[exchange]
+        if named == Format.FP8:
+            return model.hidden * (1 + 4 / 128)  # with an FP32 scale for 128 elements, as DeepEP's V1
+        return model.hidden * (2 if named == Format.BF16 else self.recipe.wide)
+
+    @property
+    def _is_flat(self) -> bool:
+        return self.recipe.exchange.name == "flat"
+
+    def _price(self, shape: Shape, exchange: Exchange) -> Travel:
+        measured = self._calibrated(shape, exchange)
+        if measured is not None:
+            return measured
+        if shape.expert_ranks == 1:
+            return Travel(exchange.value, 0.0, 0.0)
+        if self.table.measured_with:
+            self._refuse_unmeasured(shape)
+        rows = [row for row in self.table.of("sync", "overlapped") if row.name == exchange.value]
+        syncs = tuple(row.seconds for row in sorted(rows, key=lambda row: row.outputs)) or (0.0,)
+        alone = self._alone(shape, exchange) * (1 + self.recipe.skew) / self.recipe.links
+        beside = alone * self._contention(exchange)
+        self.coverage.add(self._evidence(shape, exchange), beside + sum(syncs) / len(syncs))
+        return Travel(exchange.value, beside, alone, syncs)
+
+    def _evidence(self, shape: Shape, exchange: Exchange) -> str:
+        """Of a price: measured where the trace is of this very exchange."""
+        traced = self._overlapped(exchange)
+        if self._is_flat:
+            return "assumed"  # kernels that were measured send a token once a node
+        if traced is not None and (traced.tokens, traced.inputs) == (shape.tokens, shape.expert_ranks):
+            return traced.evidence
+        nvlink = self._rate_evidence(_kind(exchange), self.cluster.gpus_per_node, "nvlink_gbps")
+        if shape.expert_ranks <= self.cluster.gpus_per_node:
+            return nvlink
+        return weakest(nvlink, self._rate_evidence(_kind(exchange), shape.expert_ranks, "infiniband_gbps"))
+
+    def _rate_evidence(self, kind: str, ranks: int, name: str) -> str:
+        row = self._rate_row(kind, ranks) if self.table.name == self.cluster.name else None
+        return evidence_of(self.cluster, name) if row is None else row.evidence
+
+    def _refuse_unmeasured(self, shape: Shape) -> None:
+        name = f"{shape.micro_batch} sequences of {shape.sequence_length} over {shape.expert_ranks} ranks"
+        remedy = f"has no exchange of {name}; calibrate with as many ranks and such a batch"
+        raise Refused([Problem("cluster.tables", self.table.name, remedy)])
+
+    def _calibrated(self, shape: Shape, exchange: Exchange) -> Travel | None:
+        """As `shoestring calibrate` measured it whole. On a CPU it hides behind nothing: its core computes."""
+        row = self.table.find(
+            "phase", exchange.value, f"{shape.micro_batch}x{shape.sequence_length}/{shape.expert_ranks}"
+        )
+        if row is None:
+            return None
+        self.coverage.add(row.evidence, row.seconds)
+        return Travel(exchange.value, math.inf, row.seconds)
+
+    def _alone(self, shape: Shape, exchange: Exchange) -> float:
+        """The slower of both links: forwarding inside the nodes goes on while more arrives."""
+        cluster, kind = self.cluster, _kind(exchange)
+        infiniband, nvlink = self.bytes(shape, exchange)
+        seconds = [nvlink / self._rate(kind, cluster.gpus_per_node, cluster.nvlink_gbps, "nvlink_gbps")]
+        if infiniband > 0:
+            rate = self._rate(kind, shape.expert_ranks, cluster.infiniband_gbps, "infiniband_gbps")
+            seconds.append(infiniband / rate)
+        return max(seconds)
+
+    def _rate(self, kind: str, ranks: int, link: float | None, name: str) -> float:
+        """Bytes a second: those that kernels which send once a node reached on this cluster, else the link's."""
+        own = self.table.name == self.cluster.name and not self._is_flat
+        measured = self._measured_rate(kind, ranks) if own else None
+        if measured is not None:
+            return measured
+        return bytes_a_second(self.cluster, name, link, f"an exchange over {ranks} expert-parallel ranks")
+
+    def _measured_rate(self, kind: str, ranks: int) -> float | None:
+        """Bytes a second that cross the link, in the measurement of the group that is most alike."""
+        row, size = self._rate_row(kind, ranks), self.cluster.gpus_per_node
+        if row is None:
+            return None
+        nodes = max(1, row.inputs // size)
+        return row.value * 1e9 * ((nodes - 1) / nodes if nodes > 1 else 1.0)  # logical: tokens that stay are counted
+
+    def _rate_row(self, kind: str, ranks: int) -> Row | None:
+        size = self.cluster.gpus_per_node
+        rows = [row for precision in Precision for row in self.table.of("exchange", "alone", precision.value)]
+        rows = [row for row in rows if row.name == kind and (row.inputs <= size) == (ranks <= size)]
+        # Two nodes are left out: there the published kernels are held up by NVLink, not by InfiniBand.
+        rows = [row for row in rows if row.inputs <= size or row.inputs > 2 * size]
+        return min(rows, key=lambda row: abs(row.inputs - ranks), default=None)
+
+    def _contention(self, exchange: Exchange) -> float:
+        """By how much computing beside it slows an exchange down: the trace's kernels against the same ones alone."""
+        row = self._overlapped(exchange)
+        if row is None:
+            return 1.0
+        # The report's formats, and nodes as there.
+        traced = Wire(replace(self.cluster, gpus_per_node=_TRACED_NODE), Recipe(), self.table, Coverage())
+        shape = Shape(_TRACED_MODEL, row.tokens, 1, row.inputs)
+        infiniband, nvlink = traced.bytes(shape, exchange)
+        rates = [traced._measured_rate(_kind(exchange), ranks) for ranks in (row.inputs, _TRACED_NODE)]
+        if rates[0] is None or rates[1] is None:
+            remedy = f"has the {exchange.value} beside computing, and none alone to compare it with; measure both"
+            raise Refused([Problem("cluster.tables", self.table.name, remedy)])
+        return row.seconds / max(infiniband / rates[0], nvlink / rates[1])
+
+    def _overlapped(self, exchange: Exchange) -> Row | None:
+        """The exchange beside computing, as it was measured."""
+        names = (self.table.find("exchange", exchange.value, "overlapped", precision.value) for precision in Precision)
+        return next((row for row in names if row is not None), None)
+
+
+def _kind(exchange: Exchange) -> str:
+    return "dispatch" if exchange.towards_experts else "combine"
+
+
+_TRACED_NODE = 8
+"""GPUs of a node in the trace and in the published kernels' measurements, whatever the cluster at hand has."""
+_TRACED_MODEL = ModelConfig(hidden=7168, experts=256, groups=8, top_k_groups=4, top_k=8)

@@ -1,0 +1,86 @@
+"""Durations of the instructions of a program on every rank, and what of them is waiting."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from ...comm.trace import EXPOSED_EXCHANGE
+from ...parallelism.pipeline.program import Instruction, Op, Program
+from ...trainer.memory.chunk import StageShape
+from .lanes import ChunkCosts, Lanes
+from .recipe import Recipe
+
+Kinds = Sequence[dict[tuple[Op, int, int], int]]
+"""Of each rank, how often it runs each op with each forward and backward chunk; -1 for none."""
+
+
+class Runs:
+    """Durations of the instructions of a program, and what of them is waiting."""
+
+    def __init__(
+        self,
+        costs: ChunkCosts,
+        held: Sequence[tuple[StageShape, ...]],
+        counts: Kinds,
+        recipe: Recipe,
+        slowest: float,
+    ) -> None:
+        self._costs, self._held, self._slowest = costs, held, slowest
+        self._counts = counts
+        self._seconds = [
+            {key: self._lanes(rank, key).now * slowest for key in c} for rank, c in enumerate(self._counts)
+        ]
+        if not recipe.imbalance:
+            self._level()
+        for rank, factor in recipe.slowed:
+            self._seconds[rank] = {key: seconds * factor for key, seconds in self._seconds[rank].items()}
+
+    def duration(self, rank: int, instruction: Instruction) -> float:
+        """Of `instruction` on `rank`."""
+        forward, backward = instruction.forward, instruction.backward
+        return self._seconds[rank][
+            instruction.op, -1 if forward is None else forward.chunk, -1 if backward is None else backward.chunk
+        ]
+
+    def terms(self, rank: int) -> dict[str, float]:
+        """What the instructions of a rank take, net of the exchanges that they wait for, and these; disjoint."""
+        terms: dict[str, float] = dict.fromkeys([op.value for op in Op], 0.0)
+        exposed = 0.0
+        for key, count in self._counts[rank].items():
+            waits = min(self._lanes(rank, key).exposed * self._slowest, self._seconds[rank][key])
+            terms[key[0].value] += count * (self._seconds[rank][key] - waits)
+            exposed += count * waits
+        return terms | {EXPOSED_EXCHANGE: exposed}
+
+    def _lanes(self, rank: int, key: tuple[Op, int, int]) -> Lanes:
+        op, forward, backward = key
+        held = self._held[rank]
+        return self._costs.run(
+            op.value, held[forward] if forward >= 0 else None, held[backward] if backward >= 0 else None
+        )
+
+    def _level(self) -> None:
+        """Every op takes the mean of its kind, as if all stages were equal."""
+        for op in Op:
+            all_of = [
+                (count, self._seconds[rank][key])
+                for rank, counts in enumerate(self._counts)
+                for key, count in counts.items()
+                if key[0] is op
+            ]
+            if not all_of:
+                continue
+            mean = sum(count * seconds for count, seconds in all_of) / sum(count for count, _ in all_of)
+            for seconds_of in self._seconds:
+                seconds_of.update({key: mean for key in seconds_of if key[0] is op})
+
+
+def kinds_of(program: Program) -> Kinds:
+    """Of each rank, how often it runs each kind of instruction."""
+    return [dict(Counter(map(_key, row))) for row in program.instructions]
+
+
+def _key(entry: Instruction) -> tuple[Op, int, int]:
+    forward, backward = entry.forward, entry.backward
+    return entry.op, -1 if forward is None else forward.chunk, -1 if backward is None else backward.chunk

@@ -1,0 +1,179 @@
+"""Measured times of kernels, by shape and role, and how much of a forecast they cover."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from ...comm.errors import Problem, Refused
+from ...comm.files.access import read_text, refusing
+from ...comm.files.strict_json import shortened
+
+_UNITS = ("us", "GB/s", "share", "SMs", "")
+_RATES = ("GB/s", "share")
+_MOST_BYTES = 2**26
+_COLUMNS = ("kind", "name", "role", "dtype", "tokens", "inputs", "outputs", "value", "unit", "evidence", "source")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. `tokens`, `inputs` and `outputs` are the shape, as far as the kind has one."""
+
+    kind: str
+    """`gemm`, `grouped`, `attention`, `memory`, `launch`, `exchange`, `sync`, `phase`, `edge`, or `recipe`: with what
+    (`role`) whole phases were measured."""
+    name: str
+    role: str
+    dtype: str
+    tokens: int
+    inputs: int
+    outputs: int
+    value: float
+    unit: str
+    """`us`, `GB/s` or `share` (of peak)."""
+    evidence: str
+    """`measured`, `published` or `assumed`."""
+    source: str
+
+    @property
+    def seconds(self) -> float:
+        """Of a row in microseconds. Raises `Refused` for a row in another unit."""
+        if self.unit != "us":
+            where = f"cluster.tables: {self.kind} {self.name} {self.role}"
+            raise Refused(
+                [Problem(where, self.unit, "must be in us; write the table anew with `shoestring calibrate`")]
+            )
+        return self.value * 1e-6
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows of one cluster."""
+
+    name: str
+    rows: tuple[Row, ...]
+    _index: dict[tuple[str, str, str], list[Row]] = field(default_factory=lambda: defaultdict(list))
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            self._index[row.kind, row.role, row.dtype].append(row)
+
+    @property
+    def measured_with(self) -> dict[str, str]:
+        """Of a table of whole phases: the recipe that they were measured with. Empty where kernels were measured."""
+        return {row.name: row.role for row in self.rows if row.kind == "recipe"}
+
+    def of(self, kind: str, role: str, dtype: str = "any") -> Sequence[Row]:
+        """The rows of one kind, role and dtype."""
+        return self._index.get((kind, role, dtype), ())
+
+    def find(self, kind: str, name: str, role: str, dtype: str = "any") -> Row | None:
+        """The row of this name."""
+        return next((row for row in self.of(kind, role, dtype) if row.name == name), None)
+
+    def nearest(self, kind: str, role: str, dtype: str, shape: tuple[int, int, int]) -> tuple[Row, bool] | None:
+        """The row with the most similar (tokens, inputs, outputs), and whether it is a hit.
+
+        A hit has the same weight matrix and at most twice or half the tokens. None where nothing of the kind was
+        measured.
+        """
+        rows = [row for row in self.of(kind, role, dtype) if min(row.tokens, row.inputs, row.outputs) > 0]
+        if not rows:
+            return None
+        row = min(rows, key=lambda row: _distance((row.tokens, row.inputs, row.outputs), shape))
+        same = (row.inputs, row.outputs) == shape[1:]
+        return row, same and 0.5 <= shape[0] / row.tokens <= 2
+
+
+def _distance(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
+    return sum(abs(math.log(x / y)) for x, y in zip(a, b, strict=True))
+
+
+@cache
+def read_table(name: str) -> Table:
+    """A table that comes with the planner, by name, or a CSV file, by path. Raises `Refused`."""
+    shipped = files(__package__).joinpath("tables", f"{name}.csv")
+    if shipped.is_file():
+        text = shipped.read_text()
+    elif Path(name).exists():
+        with refusing(name, "name a table that `shoestring calibrate` has written"):
+            text = read_text(Path(name), _MOST_BYTES)
+    else:
+        remedy = "is no table of the planner and no file; `shoestring calibrate` writes one for this machine"
+        raise Refused([Problem("cluster.tables", name, remedy)])
+    reader = csv.DictReader(text.splitlines())
+    try:
+        if tuple(reader.fieldnames or ()) != _COLUMNS:
+            raise Refused([Problem("cluster.tables", name, f"must have the columns {','.join(_COLUMNS)}")])
+        return Table(name, tuple(_checked(name, reader.line_num, line) for line in reader))
+    except csv.Error as error:  # a cell of more than 131,072 characters
+        raise Refused([Problem(f"{name}:{reader.line_num}", None, f"is no line of a table: {error}")]) from error
+
+
+def _checked(name: str, number: int, line: dict[str, str]) -> Row:
+    """The row on a line. Raises `Refused` for one that is none."""
+    try:
+        row = _row(line)
+        if min(row.tokens, row.inputs, row.outputs) < 0 or not 0 <= row.value < math.inf:
+            raise ValueError("a number below 0, or without end")
+        if row.unit in _RATES and row.value == 0:
+            raise ValueError("a rate of 0")
+        if row.unit not in _UNITS or row.evidence not in EVIDENCE:
+            raise ValueError(f"units are {', '.join(_UNITS)}, and evidence {', '.join(EVIDENCE)}")
+    except (ValueError, TypeError, AttributeError) as error:
+        remedy = f"is no row of the table ({error}); write it anew with `shoestring calibrate`"
+        raise Refused([Problem(f"{name}:{number}", shortened(",".join(map(str, line.values()))), remedy)]) from error
+    return row
+
+
+def write_table(path: Path, rows: Sequence[Row]) -> None:
+    """Write `rows` where `read_table` finds them."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        writer.writerows([row.__dict__[column] for column in _COLUMNS] for row in rows)
+
+
+def _row(line: dict[str, str]) -> Row:
+    shape = [int(line[column] or 0) for column in ("tokens", "inputs", "outputs")]
+    words = line["kind"], line["name"], line["role"], line["dtype"]
+    return Row(
+        *words, shape[0], shape[1], shape[2], float(line["value"]), line["unit"], line["evidence"], line["source"]
+    )
+
+
+EVIDENCE = ("measured", "published", "assumed")
+"""From the strongest to the weakest."""
+
+
+def weakest(*classes: str) -> str:
+    """What something stands on that stands on all of these."""
+    return max(classes, key=EVIDENCE.index)
+
+
+@dataclass
+class Coverage:
+    """How much of the priced time stands on which evidence, and what no table had."""
+
+    at_best: str = "measured"
+    """A table that is assumed to hold for a cluster makes nothing measured there."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """By evidence class."""
+    misses: dict[str, str] = field(default_factory=dict)
+    """Operation to what was taken instead."""
+
+    def add(self, evidence: str, seconds: float) -> None:
+        """Count `seconds` that stand on `evidence`."""
+        self.seconds[weakest(evidence, self.at_best)] += seconds
+
+    def shares(self) -> dict[str, float]:
+        """Of each evidence class, 1 in all."""
+        total = sum(self.seconds.values())
+        return {name: seconds / total for name, seconds in sorted(self.seconds.items())} if total else {}

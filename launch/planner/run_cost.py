@@ -1,0 +1,171 @@
+"""A whole run in GPU-hours and dollars: the batch ramp, the steady batch, and of DeepSeek's run what came after.
+
+What is illegal on the grid is explained with the nearest legal numbers; what cannot be simulated stands at its
+published cost and is marked so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from ...comm.errors import Problem, Refused
+from ...parallelism.pipeline.schedules.registry import nearest_legal, schedule_problems
+from ...trainer.ledger.terms import PUBLISHED_GPU_HOURS
+from ...trainer.run.batch_ramp import Batches
+from .forecast import Forecaster, Layout
+from .recipe import FEWEST_SMS, Recipe
+
+SIMULATED = "simulated"
+_RAMP_POINTS = 3
+"""Batches of the ramp that are simulated; between them a step's time is taken to be linear in its micro-batches."""
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """One phase of a run."""
+
+    name: str
+    gpu_hours: float
+    evidence: str
+    """`simulated`, or `published` where the planner cannot simulate the phase."""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class LongContext:
+    """A phase of context extension (report §4.3)."""
+
+    length: int
+    batch: int
+    steps: int = 1000
+
+
+CONTEXT_EXTENSION = (LongContext(32_768, 1920), LongContext(131_072, 480))
+
+
+def run_phases(
+    forecaster: Forecaster, layout: Layout, recipe: Recipe, *, tokens: int, batches: Batches, published: bool
+) -> list[PhaseCost]:
+    """The cost of each phase of a run in this layout; pre-training takes `tokens` in `batches`.
+
+    `published`: of DeepSeek-V3's run, whose later phases are known too. Raises `Refused` for a size of batch that the
+    layout cannot run.
+    """
+    _refuse_illegal(layout, batches)
+    phases, full = [], batches.levels[-1]
+    forecast = forecaster.forecast(layout, recipe, full.size)
+    ramp = min(full.samples * forecaster.sequence_length, tokens)
+    if ramp:
+        hours = _ramp_hours(forecaster, layout, recipe, batches, ramp)
+        dearer = f"{hours / forecast.gpu_hours(ramp) - 1:+.1%} over the full batch"
+        note = f"from {batches.levels[0].size:,} to {full.size:,} sequences; {dearer}"
+        phases.append(PhaseCost("batch ramp", hours, SIMULATED, note))
+    note = f"{_scaled(tokens - ramp)} tokens at full batch"
+    phases.append(PhaseCost("pre-training", forecast.gpu_hours(tokens - ramp), SIMULATED, note))
+    return [*phases, *_published(layout)] if published else phases
+
+
+def _refuse_illegal(layout: Layout, batches: Batches) -> None:
+    """The price of a step that cannot be taken is no one's to know."""
+    for level in batches.levels:
+        note = _batch_note(layout, level.size)
+        if note is not None:
+            raise Refused([Problem("batch of a step", level.size, note)])
+
+
+def _published(layout: Layout) -> Iterator[PhaseCost]:
+    """What DeepSeek's run did after pre-training, at what it has cost there."""
+    reasons = [long_context_note(layout, phase) for phase in CONTEXT_EXTENSION]
+    note = "; ".join([*filter(None, reasons), "long sequences need context parallelism, which this runtime has not"])
+    yield PhaseCost("context extension", PUBLISHED_GPU_HOURS["context_extension"], "published", note)
+    yield PhaseCost("post-training", PUBLISHED_GPU_HOURS["post_training"], "published")
+
+
+def pretraining_hours(phases: Iterable[PhaseCost]) -> float:
+    """GPU-hours of what was simulated: pre-training with its ramp."""
+    return sum(phase.gpu_hours for phase in phases if phase.evidence == SIMULATED)
+
+
+def significant(number: float) -> str:
+    """Whole from 100 on, else three digits that say something."""
+    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
+
+
+def _scaled(tokens: float) -> str:
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if tokens >= unit:
+            return f"{tokens / unit:.4g} {letter}"
+    return f"{tokens:,.0f}"
+
+
+def _ramp_hours(forecaster: Forecaster, layout: Layout, recipe: Recipe, batches: Batches, tokens: int) -> float:
+    """Of the first `tokens`, which steps of the ramp take."""
+    share = layout.topology.dp * layout.micro_batch
+    counts = [level.size // share for level in batches.levels]
+    points = sorted({counts[k * (len(counts) - 1) // (_RAMP_POINTS - 1)] for k in range(_RAMP_POINTS)})
+    times = {count: forecaster.forecast(layout, recipe, count * share).seconds for count in points}
+
+    def seconds(count: int) -> float:
+        above = next(point for point in points[1:] if point >= count)
+        below = points[points.index(above) - 1]
+        slope = (times[above] - times[below]) / (above - below)
+        return times[below] + slope * (count - below)
+
+    spent, samples = 0.0, tokens / forecaster.sequence_length
+    for (level, after), count in zip(pairwise(batches.levels), counts, strict=False):
+        steps = max(0.0, min(after.samples, samples) - level.samples) / level.size
+        spent += steps * seconds(count)
+    return spent * layout.topology.world_size / 3600
+
+
+def long_context_note(layout: Layout, phase: LongContext) -> str | None:
+    """Why a long phase is illegal on this grid, and the nearest legal batch; None if it is legal."""
+    note = _batch_note(layout, phase.batch)
+    return None if note is None else f"{phase.length // 1024} K: {note}"
+
+
+def _batch_note(layout: Layout, sequences: int) -> str | None:
+    """Why a step cannot take so many, and the nearest number that it can; None if it can."""
+    share = layout.topology.dp * layout.micro_batch
+    count = sequences / share
+    where = f"{sequences:,} sequences are {count:g} micro-batches of {share}"
+    if sequences % share:
+        why = "not a whole number"
+    elif any(schedule_problems(layout.schedule, layout.topology.pp, int(count), layout.chunks)):
+        why = f"illegal for {layout.schedule} on {layout.topology.pp} ranks"
+    else:
+        return None
+    legal = nearest_legal(layout.schedule, layout.topology.pp, round(count), layout.chunks)
+    return f"{where}, {why}; nearest legal {legal * share:,} sequences ({legal} micro-batches)"
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """A changed input and the step it would give."""
+
+    name: str
+    seconds: float
+    note: str = ""
+
+
+def sensitivity(forecaster: Forecaster, layout: Layout, recipe: Recipe, global_batch: int) -> list[WhatIf]:
+    """What a change of one input would do to a step. Where phases were timed whole, some inputs change nothing."""
+    changes: dict[str, Recipe] = {}
+    if layout.topology.pp > 1:
+        changes["first and last pipeline rank 8 % slower"] = replace(recipe, slowed=((0, 1.08), (-1, 1.08)))
+    if layout.topology.world_size > layout.topology.gpus_per_node:
+        changes["nodes that differ by 1.4 % (standard deviation)"] = replace(recipe, jitter=0.014)
+    if not forecaster.costs(layout, recipe).cost.table.measured_with:
+        changes["+10 % pace of every link"] = replace(recipe, links=recipe.links * 1.1)
+        changes["experts' rows 20 % above the mean on every rank's critical path"] = replace(recipe, skew=0.2)
+    if recipe.comm_sms > FEWEST_SMS and layout.topology.ep > 1:
+        # Nothing says how the pace of an exchange depends on its SMs: these are the ends of what it may be.
+        lent = f"{FEWEST_SMS} instead of {recipe.comm_sms} SMs lent"
+        few = replace(recipe, comm_sms=FEWEST_SMS)
+        changes[f"{lent}, exchanges as fast (DeepEP V2 with 32 ranks)"] = few
+        changes[f"{lent}, links slower in proportion"] = replace(few, links=recipe.links * FEWEST_SMS / recipe.comm_sms)
+    return [
+        WhatIf(name, forecaster.forecast(layout, changed, global_batch).seconds) for name, changed in changes.items()
+    ]

@@ -1,0 +1,151 @@
+"""Why a simulation has come to a stop: the call that is missing, or the shortest cycle, and where every rank stands."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import assert_never
+
+from ..fault import Fault, ends_early
+from ..log import Batch, Collective, HostWait, LogEvent, RankLog
+from .simulation import Simulation
+from .waits import HOST, Actor, CollectiveEnd, FirstCollective, FirstMessage, MessageEnd, Reached, Turn, Wait
+
+
+def hangs(logs: Sequence[RankLog]) -> Iterator[Fault]:
+    """Return errors of first contacts, and the hang in which the logs end, if they do.
+
+    Where a rank's log ends by an error, others wait for what it would have done: then nothing is said.
+    """
+    if any(ends_early(log) for log in logs):
+        return
+    simulation = Simulation(logs)
+    simulation.run()
+    yield from simulation.faults
+    if simulation.waiting:
+        yield _hang(simulation)
+
+
+def _hang(simulation: Simulation) -> Fault:
+    chain = _shortest_chain(simulation)
+    ranks = tuple(dict.fromkeys(actor.rank for actor in chain))
+    lines = ["nothing can move.", *(f"    {line}" for line in _chain_lines(simulation, chain))]
+    lines += [f"  rank {rank}: {_standing(simulation, rank)}" for rank in _stuck_ranks(simulation)]
+    return Fault("hang", ranks, "\n".join(lines), tuple(_place(simulation, rank) for rank in ranks))
+
+
+def _shortest_chain(simulation: Simulation) -> list[Actor]:
+    """Return a way to a rank that has ended without a call that others wait for, else the shortest cycle."""
+    starts = sorted(simulation.waiting, key=lambda actor: (actor.rank, actor.stream))
+    ways = [way for start in starts if (way := _way_to_end(simulation, start))]
+    cycles = [way for start in starts if (way := _way(simulation, start, start))]
+    return min(ways or cycles, key=len)
+
+
+def _way_to_end(simulation: Simulation, start: Actor) -> list[Actor]:
+    ends = [Actor(rank) for rank in simulation.hosts if simulation.has_ended(rank)]
+    ways = [way for end in ends if (way := _way(simulation, start, end))]
+    return min(ways, key=len, default=[])
+
+
+def _way(simulation: Simulation, start: Actor, end: Actor) -> list[Actor]:
+    """Return the shortest chain of waits from one actor to another, both included; empty where there is none."""
+    before: dict[Actor, Actor] = {}
+    queue = deque([start])
+    while queue:
+        actor = queue.popleft()
+        for other in blockers(simulation, actor):
+            if other in before:
+                continue
+            before[other] = actor
+            if other == end:
+                return _backwards(before, start, end)
+            queue.append(other)
+    return []
+
+
+def _backwards(before: dict[Actor, Actor], start: Actor, end: Actor) -> list[Actor]:
+    way = [end, before[end]]
+    while way[-1] != start:
+        way.append(before[way[-1]])
+    return way[::-1]
+
+
+def blockers(simulation: Simulation, actor: Actor) -> list[Actor]:
+    """Return what the actor waits for; nothing where it does not wait."""
+    wait = simulation.waiting.get(actor)
+    if wait is None:
+        return []
+    if isinstance(wait, FirstCollective):
+        missing = simulation.members(wait.communicator) - simulation.calls[wait]
+        return [Actor(rank) for rank in sorted(missing)]
+    if isinstance(wait, FirstMessage):
+        missing = frozenset((wait.source, wait.target)) - simulation.calls[wait]
+        return [Actor(rank) for rank in sorted(missing)]
+    if isinstance(wait, Reached):
+        return [wait.actor]
+    if isinstance(wait, CollectiveEnd):
+        missing = simulation.members(wait.communicator) - simulation.inside[wait.communicator, wait.number]
+        return [simulation.holder.get((wait.key, rank), Actor(rank)) for rank in sorted(missing)]
+    if isinstance(wait, MessageEnd):
+        peer = wait.target if actor.rank == wait.source else wait.source
+        return [simulation.holder.get((wait.key, peer), Actor(peer))]
+    if isinstance(wait, Turn):
+        return [simulation.holder[wait.key, wait.number - 1]]
+    assert_never(wait)
+
+
+def _chain_lines(simulation: Simulation, chain: Sequence[Actor]) -> Iterator[str]:
+    for actor, other in pairwise(chain):
+        yield f"{actor} {_waits(simulation, actor)}: for {other}"
+    if simulation.waiting.get(chain[-1]) is None:
+        yield f"{chain[-1]} has ended without it"
+
+
+def _stuck_ranks(simulation: Simulation) -> list[int]:
+    return sorted({actor.rank for actor in simulation.waiting})
+
+
+def _standing(simulation: Simulation, rank: int) -> str:
+    """Return where the host of a rank is, and what its streams wait for."""
+    parts = [f"host {_waits(simulation, Actor(rank))} at {_place(simulation, rank)}"]
+    streams = sorted(actor.stream for actor in simulation.waiting if actor.rank == rank and actor.stream != HOST)
+    parts += [f"stream {stream} {_waits(simulation, Actor(rank, stream))}" for stream in streams]
+    return "; ".join(parts)
+
+
+def _place(simulation: Simulation, rank: int) -> str:
+    host = simulation.hosts[rank]
+    if simulation.has_ended(rank):
+        return "the end of its log"
+    return place_of(host.log.events[host.position])
+
+
+def place_of(event: LogEvent) -> str:
+    """Return where the code makes the call; a host only stops at calls that have a place."""
+    assert isinstance(event, Collective | Batch | HostWait)
+    return event.place
+
+
+def _waits(simulation: Simulation, actor: Actor) -> str:
+    wait = simulation.waiting.get(actor)
+    return "has ended" if wait is None else _text(wait, actor.rank)
+
+
+def _text(wait: Wait, rank: int) -> str:
+    if isinstance(wait, FirstCollective):
+        return f"connects {wait.communicator} for its first {wait.operation}"
+    if isinstance(wait, FirstMessage):
+        return f"connects rank {wait.source} to rank {wait.target} on {wait.communicator} for its first message"
+    if isinstance(wait, Reached):
+        return f"waits ({wait.why}) for stream {wait.actor.stream}"
+    if isinstance(wait, CollectiveEnd):
+        return f"is in number {wait.number + 1} on {wait.communicator} ({wait.what})"
+    if isinstance(wait, MessageEnd):
+        peer = wait.target if rank == wait.source else wait.source
+        does = f"sends to rank {peer}" if rank == wait.source else f"receives from rank {peer}"
+        return f"{does} on {wait.communicator} ({wait.what})"
+    if isinstance(wait, Turn):
+        return f"waits for an earlier operation on {wait.communicator}"
+    assert_never(wait)

@@ -1,0 +1,305 @@
+"""A GPU that computes nothing: torch's operations on fake CUDA tensors, counted; real ones on the host.
+
+The mode sees every operation that torch dispatches. What touches a tensor of the device runs on fake tensors, which
+have shapes, dtypes and devices, and no memory. What touches the host alone runs for real, so that Python can read its
+numbers; only large tensors of the host, which nothing reads, are fake too. What crosses from the device to the host is
+answered by an oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .fakes import Fakes
+from .recorder import Ledger
+
+_LARGE = 2**20
+"""Elements from which on a tensor of the host is fake: weights and their averages."""
+_aten = torch.ops.aten
+_EMPTY = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "empty_permuted")
+_COPY = _aten.copy_.default
+_TO_COPY = _aten._to_copy.default
+_ITEM = _aten._local_scalar_dense.default
+_DEVICE = torch.ops.prim.device.default
+_PIN = _aten._pin_memory.default
+_CROSSING = (_COPY, _TO_COPY, _ITEM)
+
+
+class Oracle(Protocol):
+    """Knows what a GPU would have computed."""
+
+    def answer(self, tensor: Tensor) -> Tensor:
+        """Return numbers of the host in the shape and dtype of a tensor of the device that is read now."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What is to be known of an operation before it runs."""
+
+    name: str
+    is_free: bool
+    """It launches nothing: a view, or memory that is not filled."""
+    is_view: bool
+    is_collective: bool
+    is_factory: bool
+    """It takes no tensor."""
+    is_like: bool
+    """It makes a tensor like one that it takes."""
+
+
+class RehearsedDevice(TorchDispatchMode):
+    """Runs operations on fake tensors of `cuda:0` and writes them into a ledger."""
+
+    def __init__(self, ledger: Ledger, oracle: Oracle) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._ledger, self._oracle = ledger, oracle
+        self._fakes = Fakes()
+        self._kinds: dict[OpOverload, _Kind] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """The wrapper against torch.compile, which is not used here, costs more than most operations."""
+        return False
+
+    def __enter__(self) -> RehearsedDevice:
+        self._lifts_on_cpu = torch._C._only_lift_cpu_tensors()
+        torch._C._set_only_lift_cpu_tensors(True)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        torch._C._set_only_lift_cpu_tensors(self._lifts_on_cpu)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run one operation."""
+        if func is _DEVICE:
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
+        kwargs = kwargs or {}
+        self._ledger.operations += 1
+        kind = self._kinds.get(func)
+        if kind is None:
+            kind = self._kinds[func] = _kind(func)
+        if func is _PIN:
+            return args[0]
+        if FakeTensor not in types:
+            return self._of_host(func, kind, types, args, kwargs)
+        if kind.is_view:
+            return self._fakes.run(func, types, args, kwargs)
+        if kind.is_collective:
+            self._ledger.launch(f"c10d.{kind.name}", bytes_of(list(_tensors(args))))
+            return self._fakes.run(func, types, args, kwargs)
+        if func in _CROSSING:
+            crossing = _crossing(func, args, kwargs)
+            if crossing is not None:
+                return self._cross(func, types, args, kwargs, *crossing)
+        if kind.is_like and _is_host(kwargs.get("device")) and args[0].numel() < _LARGE:
+            return _on_host(func, args, kwargs)
+        return self._of_device(func, kind, types, args, kwargs)
+
+    def kernel(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """Count a launch that torch does not dispatch."""
+        for place, tensor in enumerate(tensors):
+            if not is_on_device(tensor):
+                self._ledger.find("device", f"argument {place} of kernel {name} is a {_described(tensor)}")
+        self._ledger.launch(name, bytes_of(tensors))
+
+    def _of_host(self, func: Any, kind: _Kind, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Nothing that it takes is fake."""
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            if func is _TO_COPY:
+                return self._upload(args[0], kwargs)
+            return self._of_device(func, kind, types, args, kwargs)
+        if kind.is_factory and args and _elements(args[0]) >= _LARGE:
+            return self._fakes.run(func, types, args, _unpinned(kwargs))
+        return func(*args, **_unpinned(kwargs))
+
+    def _of_device(self, func: Any, kind: _Kind, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        inputs = list(_tensors(args))
+        if kwargs:
+            inputs += _tensors(kwargs.values())
+        if len(inputs) > 1 and func is not _COPY:
+            args, kwargs = self._on_one_device(kind, inputs, args, kwargs)
+        out = self._fakes.run(func, types, args, _unpinned(kwargs))
+        outputs = (out,) if isinstance(out, Tensor) else list(_tensors(out)) if isinstance(out, (tuple, list)) else ()
+        is_used = False
+        for tensor in outputs:
+            if tensor._fake_device.type == "cuda":  # type: ignore[attr-defined]
+                is_used = True
+                self._ledger.memory.add(tensor)
+        if kind.is_free or not (is_used or any(map(is_on_device, inputs))):
+            return out
+        self._ledger.launch(kind.name, bytes_of([*inputs, *outputs]))
+        return out
+
+    def _on_one_device(
+        self, kind: _Kind, inputs: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        """Note tensors of the host among those of the device, and go on as if they were on it."""
+        wrong = [tensor for tensor in inputs if not is_on_device(tensor) and tensor.dim() > 0]
+        if not wrong or len(wrong) == len(inputs):
+            return args, kwargs
+        for tensor in wrong:
+            text = f"{kind.name} takes a {_described(tensor)} beside tensors of the device"
+            self._ledger.find("device", text)
+        moved = {id(tensor): self._empty(tensor) for tensor in wrong}
+        return _replaced(tuple(args), moved), _replaced(dict(kwargs), moved)
+
+    def _cross(
+        self, func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any], to_host: bool, waits: bool
+    ) -> Any:
+        """A copy between host and device."""
+        ledger = self._ledger
+        if waits:
+            ledger.host_wait(None, ledger.stream, "read" if to_host else "synchronize")
+        if func is _ITEM:
+            return self._oracle.answer(args[0]).item() if to_host else 1
+        if not to_host:
+            out = self._fakes.run(func, types, args, kwargs)
+            ledger.memory.add(out)
+            ledger.launch("copy to device", bytes_of([out]))
+            return out
+        target, source = args[:2] if func is _COPY else (None, args[0])
+        ledger.launch("copy to host", bytes_of([source]))
+        if isinstance(target, FakeTensor) or source.numel() >= _LARGE:
+            return self._fakes.run(func, types, args, kwargs)
+        answer = self._oracle.answer(source)
+        return answer.to(kwargs.get("dtype") or answer.dtype) if target is None else target.copy_(answer)
+
+    def _upload(self, tensor: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """A tensor of the host to the device."""
+        if not kwargs.get("non_blocking"):
+            self._ledger.host_wait(None, self._ledger.stream, "synchronize")
+        out = self._empty(tensor, kwargs.get("dtype"))
+        self._ledger.launch("copy to device", bytes_of([tensor, out]))
+        return out
+
+    def _empty(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of the device with the shape and strides of one of the host."""
+        func = _aten.empty_strided.default
+        kwargs = {"dtype": dtype or like.dtype, "device": torch.device("cuda", 0)}
+        out: Tensor = self._fakes.run(func, (), (like.shape, like.stride()), kwargs)
+        self._ledger.memory.add(out)
+        return out
+
+
+def is_on_device(tensor: Tensor) -> bool:
+    """Whether a tensor is one of the rehearsed device."""
+    return isinstance(tensor, FakeTensor) and tensor._fake_device.type == "cuda"
+
+
+def bytes_of(tensors: Sequence[Tensor]) -> int:
+    """Return the bytes of the device that a kernel touches: of each distinct tensor once, expanded dimensions once."""
+    if len(tensors) == 1:
+        return _touched(tensors[0])
+    total = 0
+    seen: list[Tensor] = []
+    for tensor in tensors:
+        if not any(_is_same(tensor, other) for other in seen):
+            seen.append(tensor)
+            total += _touched(tensor)
+    return total
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    if a is b:
+        return True
+    if a.shape != b.shape or a.storage_offset() != b.storage_offset():
+        return False
+    is_same: bool = a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return is_same
+
+
+def _touched(tensor: Tensor) -> int:
+    """Bytes of the device in a tensor."""
+    if not is_on_device(tensor):
+        return 0
+    size = tensor.element_size()
+    if tensor.is_contiguous():
+        return tensor.numel() * size
+    return size * prod(length for length, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+
+
+def _kind(func: Any) -> _Kind:
+    schema = func._schema
+    name = schema.name.partition("::")[2]
+    is_view = all(each.alias_info is not None and not each.alias_info.is_write for each in schema.returns)
+    is_view = (bool(schema.returns) and is_view) or name == "_unsafe_view"
+    takes_tensor = any("Tensor" in str(argument.type) for argument in schema.arguments)
+    return _Kind(
+        name=name,
+        is_free=is_view or name in _EMPTY or schema.name.startswith("prim"),
+        is_view=is_view,
+        is_collective=schema.name.startswith(("c10d", "_c10d")),
+        is_factory=not takes_tensor,
+        is_like=takes_tensor and (name.endswith("_like") or name.startswith("new_")),
+    )
+
+
+def _crossing(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[bool, bool] | None:
+    """Whether a copy goes to the host, and whether the host waits for it; None where it stays on one side."""
+    if func is _ITEM:
+        on_device = is_on_device(args[0])
+        return on_device, on_device
+    if func is _COPY:
+        source, target = is_on_device(args[1]), is_on_device(args[0])
+        is_async = bool(kwargs.get("non_blocking", args[2] if len(args) > 2 else False))
+        is_scalar = args[1].dim() == 0 and not isinstance(args[1], FakeTensor)  # goes with the launch
+        return None if source == target or is_scalar else (source, not is_async)
+    device = kwargs.get("device")
+    if device is None:
+        return None
+    source, target = is_on_device(args[0]), torch.device(device).type == "cuda"
+    return None if source == target else (source, not kwargs.get("non_blocking"))
+
+
+def _is_host(device: object) -> bool:
+    return device is not None and torch.device(device).type == "cpu"  # type: ignore[call-overload]
+
+
+def _on_host(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """A small tensor of the host, made like one of the device."""
+    stand_in = torch.empty_strided(args[0].shape, args[0].stride(), dtype=args[0].dtype)
+    return func(stand_in, *args[1:], **_unpinned(kwargs))
+
+
+def _elements(size: object) -> int:
+    return prod(size) if isinstance(size, (tuple, list)) and all(isinstance(each, int) for each in size) else 0
+
+
+def _unpinned(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Without the wish for pinned memory, which is ordinary memory here."""
+    return {**kwargs, "pin_memory": False} if kwargs.get("pin_memory") else kwargs
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
+
+
+def _replaced(value: Any, moved: Mapping[int, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return moved.get(id(value), value)
+    if isinstance(value, dict):
+        return {key: _replaced(item, moved) for key, item in value.items()}
+    return type(value)(_replaced(item, moved) for item in value) if isinstance(value, (tuple, list)) else value
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} tensor {list(tensor.shape)} of the host"

@@ -1,0 +1,148 @@
+"""Process groups of a rehearsed rank: torch's `fake` backend behind communicators that write a log."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ....comm.communicator import Communicator, Messages, NcclCommunicator
+from ..log import Message
+from .fake_device import is_on_device
+from .recorder import Ledger
+
+_GROUPS = "comm/groups.py"
+
+
+class LoggedGroups:
+    """Implements `comm.open_groups.OpenGroups`: counts as NCCL's does, and makes the groups of this rank alone."""
+
+    def __init__(self, rank: int, ledger: Ledger) -> None:
+        self.calls = 1
+        self._rank, self._ledger = rank, ledger
+
+    def world(self, ranks: tuple[int, ...]) -> Communicator:
+        """See `OpenGroups`."""
+        communicator = self.split("world", [ranks], None)
+        assert communicator is not None
+        return communicator
+
+    def control(self, ranks: tuple[int, ...]) -> Communicator:
+        """See `OpenGroups`."""
+        self.calls += 1
+        return LoggedCommunicator("control", ranks, _new_group(ranks), self._ledger, on_device=False)
+
+    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Communicator | None:
+        """See `OpenGroups`."""
+        self.calls += 1
+        own = next((ranks for ranks in parts if self._rank in ranks), None)
+        return None if own is None else LoggedCommunicator(name, own, _new_group(own), self._ledger)
+
+
+class LoggedCommunicator:
+    """Logs each operation, looks at what it is given, and hands it to the communicator that GPUs use."""
+
+    def __init__(
+        self, name: str, ranks: tuple[int, ...], handle: dist.ProcessGroup, ledger: Ledger, *, on_device: bool = True
+    ) -> None:
+        self.handle = handle
+        self._group = name, ranks
+        self._real = NcclCommunicator(handle)
+        self._ledger, self._on_device = ledger, on_device
+
+    def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
+        """See `Communicator`."""
+        what = self._look("all_reduce", tensor)
+        self._ledger.collective(self._group, "all_reduce", what, _described(tensor))
+        self._real.all_reduce(tensor, operation)
+
+    def all_to_all(self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int]) -> None:
+        """See `Communicator`."""
+        what = self._look("all_to_all", arrived, sent)
+        _insist(what, arrived.shape[1:] == sent.shape[1:], f"rows of {arrived.shape[1:]} and of {sent.shape[1:]}")
+        for rows_M, tensor in ((received_M, arrived), (sent_M, sent)):
+            _insist(what, len(rows_M) == len(self._group[1]), f"{len(rows_M)} sizes for {len(self._group[1])} ranks")
+            _insist(what, sum(rows_M) == len(tensor), f"sizes of {sum(rows_M)} rows for a tensor of {len(tensor)}")
+        row = sent.shape[1:], _dtype(sent)
+        self._ledger.collective(self._group, "all_to_all", what, row, (sent_M, received_M))
+        self._real.all_to_all(arrived, sent, received_M, sent_M)
+
+    def reduce_scatter(self, own_N: Tensor, shards_GN: Tensor) -> None:
+        """See `Communicator`."""
+        what = self._shards("reduce_scatter", own_N, shards_GN)
+        self._ledger.collective(self._group, "reduce_scatter", what, _described(shards_GN))
+        self._real.reduce_scatter(own_N, shards_GN)
+
+    def all_gather(self, shards_GN: Tensor, own_N: Tensor) -> None:
+        """See `Communicator`."""
+        what = self._shards("all_gather", own_N, shards_GN)
+        self._ledger.collective(self._group, "all_gather", what, _described(shards_GN))
+        self._real.all_gather(shards_GN, own_N)
+
+    def send_and_receive(self, sends: Messages, receives: Messages) -> None:
+        """See `Communicator`."""
+        what = self._look("send_and_receive", *(tensor for tensor, _ in (*sends, *receives)))
+        names = what.split("; ")
+        if len(names) != len(sends) + len(receives):
+            names = [what] * (len(sends) + len(receives))
+        messages = [
+            Message(name, peer, *_described(tensor))
+            for name, (tensor, peer) in zip(names, (*sends, *receives), strict=True)
+        ]
+        for message in messages:
+            _insist(message.what, message.peer in self._group[1], f"rank {message.peer} is not in {self._group[0]}")
+        self._ledger.batch(self._group, messages[: len(sends)], messages[len(sends) :])
+        self._real.send_and_receive(sends, receives)
+
+    def _shards(self, operation: str, own_N: Tensor, shards_GN: Tensor) -> str:
+        what = self._look(operation, own_N, shards_GN)
+        expected = len(self._group[1]) * own_N.numel()
+        _insist(what, shards_GN.numel() == expected, f"{shards_GN.numel()} elements for shards of {own_N.numel()}")
+        return what
+
+    def _look(self, operation: str, *tensors: Tensor) -> str:
+        """Look at the tensors of an operation; return what it is for, in the words of its caller."""
+        what = _what(sys._getframe(2)) or self._ledger.spans.what
+        for tensor in tensors:
+            _insist(what, tensor.dtype == tensors[0].dtype, f"dtypes {tensors[0].dtype} and {tensor.dtype}")
+            _insist(what, tensor.is_contiguous(), f"a tensor that is not contiguous, strides {tensor.stride()}")
+            if is_on_device(tensor) != self._on_device:
+                side, library = ("host", "NCCL") if self._on_device else ("device", "gloo")
+                text = (
+                    f"{operation} over {self._group[0]} ({what}) takes a tensor of the {side}, which {library} does not"
+                )
+                self._ledger.find("device", text)
+        return what
+
+
+def _new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    handle = dist.new_group(list(ranks), backend="fake")
+    assert isinstance(handle, dist.ProcessGroup)
+    return handle
+
+
+def _what(frame: FrameType | None) -> str | None:
+    """What `Group` was asked to name the operation: the communicator below it is not told."""
+    for _ in range(3):
+        if frame is None:
+            return None
+        if frame.f_code.co_filename.endswith(_GROUPS) and "what" in frame.f_locals:
+            return str(frame.f_locals["what"])
+        frame = frame.f_back
+    return None
+
+
+def _insist(what: str, is_right: bool, wrong: str) -> None:
+    if not is_right:
+        raise ValueError(f"{what}: {wrong}")
+
+
+def _described(tensor: Tensor) -> tuple[tuple[int, ...], str]:
+    return tuple(tensor.shape), _dtype(tensor)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,92 @@
+"""Where in our code something happens: the innermost frame of the package, without the rehearsal itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType, FrameType, TracebackType
+
+_PACKAGE = Path(__file__).resolve().parents[3]
+_REHEARSAL = ("launch", "rehearsal")
+_CARRIERS = (
+    "comm/communicator.py",
+    "comm/groups.py",
+    "comm/host.py",
+    "comm/p2p.py",
+    "comm/exchange/permutation.py",
+    "comm/async_comm.py",
+    "comm/streams.py",
+)
+"""Files that every communication goes through: what called them says more."""
+NO_PLACE = "autograd"
+"""An operation that torch's autograd runs by itself: on its thread there is no frame of ours."""
+
+
+class Places:
+    """Names frames, and remembers what it has found of their code."""
+
+    def __init__(self) -> None:
+        self._files: dict[CodeType, str | None] = {}
+        self._names: dict[CodeType, str] = {}
+
+    def of_operation(self, frame: FrameType | None) -> str:
+        """Return `file:function` of the innermost frame of ours from `frame` outwards."""
+        while frame is not None:
+            code = frame.f_code
+            name = self._names.get(code)
+            if name is None:
+                name = self._names[code] = self._name(code)
+            if name:
+                return name
+            frame = frame.f_back
+        return NO_PLACE
+
+    def of_event(self, frame: FrameType | None) -> str:
+        """Return `file:line function` of the innermost frame of ours that is no carrier of communication."""
+        while frame is not None:
+            file = self._file(frame.f_code)
+            if file is not None and file not in _CARRIERS:
+                return f"{file}:{frame.f_lineno} {_function(frame.f_code)}"
+            frame = frame.f_back
+        return NO_PLACE
+
+    def of_error(self, error: BaseException) -> str:
+        """Return `file:line function` of the innermost frame of ours in which `error`, or its cause, was raised."""
+        while error.__cause__ is not None:
+            error = error.__cause__
+        found = NO_PLACE
+        for frame, line in _raised_in(error.__traceback__):
+            file = self._file(frame.f_code)
+            if file is not None:
+                found = f"{file}:{line} {_function(frame.f_code)}"
+        return found
+
+    def _name(self, code: CodeType) -> str:
+        """Empty for what is not ours."""
+        file = self._file(code)
+        return "" if file is None else f"{file}:{_function(code)}"
+
+    def _file(self, code: CodeType) -> str | None:
+        if code not in self._files:
+            self._files[code] = _in_package(code.co_filename)
+        return self._files[code]
+
+
+def _in_package(filename: str) -> str | None:
+    """The path inside the package; None outside of it, in its environment, and in the rehearsal."""
+    path = Path(filename).resolve()
+    if not path.is_relative_to(_PACKAGE):
+        return None
+    parts = path.relative_to(_PACKAGE).parts
+    is_ours = parts[0] in ("comm", "parallelism", "trainer", "launch") and parts[:2] != _REHEARSAL
+    return "/".join(parts) if is_ours else None
+
+
+def _function(code: CodeType) -> str:
+    return code.co_qualname.replace("<locals>.", "")
+
+
+def _raised_in(trace: TracebackType | None) -> Iterator[tuple[FrameType, int]]:
+    while trace is not None:
+        yield trace.tb_frame, trace.tb_lineno
+        trace = trace.tb_next

@@ -1,0 +1,79 @@
+"""The library that lets a torch without CUDA run autograd over fake CUDA tensors: compiled once and kept in a cache.
+
+Autograd asks a device guard and hooks, two internal C++ interfaces of torch, before it runs a node of a CUDA tensor.
+A build for CPUs has neither, so `cpp/` registers some that do nothing. They must be there before `import torch`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ....comm.errors import Problem, Refused
+
+_SOURCES = tuple(sorted((Path(__file__).parent / "cpp").glob("*.cpp")))
+_TORCH = "2.13"
+"""The two interfaces change about once a year."""
+_SECONDS = 300
+
+
+def build_shim() -> Path:
+    """Return the compiled library; compile it with g++ where the cache has none for this torch.
+
+    Raises `Refused` where torch is another version or was built for CUDA, where there is no g++, and where it fails.
+    """
+    _refuse_other_torch()
+    library = _cache() / f"libshim-{_key()}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            made = Path(scratch) / library.name
+            _compile(made)
+            made.replace(library)  # at once, for others may be compiling it too
+    return library
+
+
+def _refuse_other_torch() -> None:
+    version = str(torch.__version__)
+    if not version.startswith(f"{_TORCH}."):
+        remedy = f"the rehearsal's device is written for torch {_TORCH}; install that in an environment of its own"
+        raise Refused([Problem("torch", version, remedy)])
+    if torch.version.cuda is not None or torch.version.hip is not None:
+        remedy = f"was built for GPUs; rehearse in an environment with the CPU build of torch {_TORCH}"
+        raise Refused([Problem("torch", version, remedy)])
+
+
+def _compile(library: Path) -> None:
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        remedy = "is not there, and compiles the rehearsal's device; install g++ 11 or later, or name a compiler in CXX"
+        raise Refused([Problem("g++", None, remedy)])
+    folder = Path(torch.__file__).parent
+    command = [compiler, "-shared", "-fPIC", "-O1", "-std=c++20", f"-I{folder / 'include'}", *map(str, _SOURCES)]
+    command += ["-o", str(library), f"-L{folder / 'lib'}", f"-Wl,-rpath,{folder / 'lib'}", "-lc10", "-ltorch_cpu"]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        said = str(error.stderr or error).strip().splitlines()
+        reason = next((line for line in said if "error" in line), said[-1] if said else "")
+        remedy = f"could not compile the rehearsal's device: {reason}; use g++ 11 or later"
+        raise Refused([Problem("g++", compiler, remedy)]) from error
+
+
+def _key() -> str:
+    """Names the sources and the torch that the library is for; also its folder, which is written into the library."""
+    digest = hashlib.sha256(f"{torch.__version__}\n{torch.__file__}\n".encode())
+    for source in _SOURCES:
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "shoestring"

@@ -1,0 +1,70 @@
+"""A forecast as one self-contained HTML page: figures, the timeline of all ranks, the memory of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+
+from ..planner.forecast import Forecast
+from .schedule_svg import svg_timeline
+
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#22272e}"
+    "table{border-collapse:collapse}td,th{padding:.2em .9em .2em 0;text-align:left;border-bottom:1px solid #d5d9de}"
+    "td.n{text-align:right}.wide{overflow-x:auto}"
+)
+_PARTS = {
+    "weights": "#4a78b5",
+    "gradients": "#2f8f83",
+    "optimizer": "#a38cc6",
+    "activations": "#f0a830",
+    "deferred": "#d9744f",
+    "working": "#8d99a6",
+    "fixed": "#c9ced4",
+}
+
+
+def html_page(forecast: Forecast, title: str, memory_gb: float) -> str:
+    """The page. `memory_gb` is what a GPU has."""
+    figures = {
+        "step": f"{forecast.seconds:.3f} s",
+        "throughput": f"{forecast.tokens_per_second_and_gpu:,.0f} tokens/s/GPU",
+        "MFU (causal, without MTP)": f"{forecast.mfu:.2%}",
+        "peak memory": f"{forecast.peak_memory.total / 1e9:.1f} GB, {forecast.needed_memory / 1e9:.1f} with "
+        f"fragmentation, of {memory_gb:g}",
+        "limited by": forecast.limit,
+    }
+    rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in figures.items())
+    view = "".join(f"<tr><td>{k}</td><td class=n>{v:.3f}</td></tr>" for k, v in forecast.report_view().items())
+    return (
+        f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>"
+        f"<h1>{escape(title)}</h1><table>{rows}</table>"
+        f"<h2>Where a step goes (seconds, mean over ranks)</h2><table>{view}</table>"
+        f"<h2>Timeline</h2><div class=wide>{svg_timeline(forecast.replay, 'seconds')}</div>"
+        f"<h2>Memory by pipeline rank</h2>{''.join(_memory_plot(forecast, memory_gb))}"
+    )
+
+
+def _memory_plot(forecast: Forecast, memory_gb: float) -> Iterator[str]:
+    width, height, step = 900, 22, 28
+    most = max(memory_gb, max(memory.total for memory in forecast.memory) / 1e9) * 1.05
+    total = step * len(forecast.memory) + 50
+    yield f'<svg viewBox="0 0 {width + 160} {total}" width="100%" font-size="13" font-family="system-ui,sans-serif">'
+    for rank, memory in enumerate(forecast.memory):
+        x, y = 60.0, 10 + rank * step
+        yield f'<text x="0" y="{y + 16}">rank {rank}</text>'
+        for part, colour in _PARTS.items():
+            size = memory.__dict__[part] / 1e9 / most * width
+            label = f"{part}: {memory.__dict__[part] / 1e9:.1f} GB"
+            box = f'x="{x:.1f}" y="{y}" width="{size:.1f}" height="{height}"'
+            yield f'<rect {box} fill="{colour}"><title>{label}</title></rect>'
+            x += size
+        yield f'<text x="{x + 6:.1f}" y="{y + 16}">{memory.total / 1e9:.1f} GB</text>'
+    limit = 60 + memory_gb / most * width
+    yield f'<line x1="{limit:.1f}" x2="{limit:.1f}" y1="4" y2="{total - 40}" stroke="#b3261e" stroke-dasharray="4 3"/>'
+    x = 60
+    for part, colour in _PARTS.items():
+        yield f'<rect x="{x}" y="{total - 24}" width="12" height="12" fill="{colour}"/>'
+        yield f'<text x="{x + 17}" y="{total - 13}">{part}</text>'
+        x += 115
+    yield "</svg>"

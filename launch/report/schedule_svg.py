@@ -1,0 +1,248 @@
+"""Programs as a picture: a timeline in SVG, for a paper or a browser."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import escape
+
+from ...parallelism.pipeline.draw import summary, title
+from ...parallelism.pipeline.placement import Direction, Route
+from ...parallelism.pipeline.program import Instruction, Op, Program, Work, in_flight
+from ...parallelism.pipeline.simulate import Replay
+
+_INK = "#22272e"
+# Apart in hue and in lightness, so that they stay apart for the colour-blind and in print without colours.
+_COLOURS = {Op.F: "#f0a830", Op.B: "#2f8f83", Op.I: "#4a78b5", Op.W: "#a38cc6"}
+_NAMES = {
+    Op.F: "forward",
+    Op.B: "backward, whole",
+    Op.I: "backward of inputs",
+    Op.W: "backward of weights",
+    Op.FB: "forward and backward, overlapped",
+}
+
+_ROW, _GAP = 24.0, 5.0  # height of a rank's row, space between rows
+_LEFT, _TOP, _RIGHT = 62.0, 78.0, 166.0
+_UNIT_WIDTH, _WIDEST, _NARROWEST = 19.0, 2600.0, 3.0  # of the shortest instruction; of the timeline
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a picture fits in with what is around it; as given here it stands alone, on white paper."""
+
+    ink: str = _INK
+    faint: str = "#6b7280"
+    bubble: str = "#eef0f2"
+    rule: str = "#d5d9de"
+    ground: str = "#ffffff"
+    scale: float | None = None
+    """Pixels a unit of time, for pictures that are to be compared; None: as many as the boxes need."""
+    least_width: float = 330.0
+    """Pixels of the timeline, at least."""
+    unit: str = "time"
+    """What the axis counts."""
+    heading: str = ""
+    """In the place of the schedule and its size."""
+
+
+ALONE = Look()
+
+
+@dataclass(frozen=True)
+class _Canvas:
+    """Where things are."""
+
+    replay: Replay
+    look: Look
+    scale: float
+    """Pixels a unit of time."""
+
+    @property
+    def program(self) -> Program:
+        return self.replay.program
+
+    @property
+    def right(self) -> float:
+        return _LEFT + max(self.replay.makespan * self.scale, self.look.least_width)
+
+    @property
+    def bottom(self) -> float:
+        return self.row(self.program.ranks) - _GAP
+
+    def x(self, time: float) -> float:
+        return _LEFT + time * self.scale
+
+    def row(self, rank: int) -> float:
+        return _TOP + rank * (_ROW + _GAP)
+
+
+def svg_timeline(replay: Replay, note: str = "", look: Look = ALONE) -> str:
+    """A row a rank, a box an instruction with the number of its micro-batch; what is left grey is bubble.
+
+    `note` goes below the title, behind makespan and bubble.
+    """
+    canvas = _Canvas(replay, look, _fitting(replay) if look.scale is None else look.scale)
+    width, height = canvas.right + _RIGHT, canvas.bottom + 76
+    body = [*_heading(canvas, note), *_rows(canvas), *_axis(canvas), *_columns(canvas), *_legend(canvas)]
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
+            f'height="{height:g}" font-family="Helvetica, Arial, sans-serif" font-size="11" fill="{look.ink}">',
+            f'<rect width="{width:g}" height="{height:g}" fill="{look.ground}"/>',
+            *body,
+            "</svg>",
+        ]
+    )
+
+
+def _fitting(replay: Replay) -> float:
+    """Pixels a unit of time that let the shortest box hold its number, unless the picture becomes too wide."""
+    durations = [
+        end - start
+        for starts, ends in zip(replay.starts, replay.ends, strict=True)
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    fitting = min(_UNIT_WIDTH / min(durations), _WIDEST / replay.makespan)
+    return max(fitting, _NARROWEST / min(durations))
+
+
+def _heading(canvas: _Canvas, note: str) -> Iterator[str]:
+    yield _text(_LEFT, 30, canvas.look.heading or title(canvas.program), size=16, weight="bold")
+    yield _text(_LEFT, 50, "; ".join(filter(None, (summary(canvas.replay), note))), size=12, colour=canvas.look.faint)
+
+
+def _rows(canvas: _Canvas) -> Iterator[str]:
+    replay = canvas.replay
+    for rank, instructions in enumerate(canvas.program.instructions):
+        top = canvas.row(rank)
+        yield _text(_LEFT - 10, top + _ROW / 2 + 4, f"rank {rank}", anchor="end")
+        yield _rect(_LEFT, top, replay.makespan * canvas.scale, _ROW, canvas.look.bubble)
+        for instruction, start, end in zip(instructions, replay.starts[rank], replay.ends[rank], strict=True):
+            left, right = canvas.x(start) + 0.4, canvas.x(end) - 0.4
+            yield f"<g><title>{escape(f'rank {rank}: {instruction}, {start:g} to {end:g}')}</title>"
+            yield from _box(canvas.program, instruction, left, top, right - left)
+            yield "</g>"
+
+
+def _box(program: Program, instruction: Instruction, left: float, top: float, width: float) -> Iterator[str]:
+    """One instruction; an FB has its forward above its backward, as both happen at once."""
+    height = _ROW / len(instruction.works)
+    for index, (op, work) in enumerate(zip(map(Op, instruction.op.value), instruction.works, strict=True)):
+        y = top + index * height
+        colour = _colour(op, work, program.chunks)
+        yield _rect(left, y, width, height, colour)
+        number, size = str(work.micro_batch), 11 if height > 12 else 9.5
+        if width > 0.58 * size * len(number) + 1.5:
+            yield _text(
+                left + width / 2,
+                y + height / 2 + 0.36 * size,
+                number,
+                size=size,
+                anchor="middle",
+                colour=_readable(colour),
+            )
+
+
+def _axis(canvas: _Canvas) -> Iterator[str]:
+    y, makespan = canvas.bottom + 8, canvas.replay.makespan
+    step = _tick(60 / canvas.scale)
+    yield _line(_LEFT, y, canvas.x(makespan), y, canvas.look.rule)
+    for index in range(int(makespan / step) + 1):
+        x = canvas.x(index * step)
+        yield _line(x, y, x, y + 4, canvas.look.rule)
+        yield _text(x, y + 16, f"{index * step:g}", size=10, anchor="middle", colour=canvas.look.faint)
+    yield _text(_LEFT - 10, y + 16, canvas.look.unit, size=10, anchor="end", colour=canvas.look.faint)
+
+
+def _columns(canvas: _Canvas) -> Iterator[str]:
+    """Beside each rank its peak of chunks in flight and its bubble, as a number and as a bar."""
+    peaks = [float(max(alive)) for alive in in_flight(canvas.program)]
+    for index, (heading, unit, values) in enumerate(
+        (("in flight", "chunks, peak", peaks), ("bubble", canvas.look.unit, list(canvas.replay.bubbles)))
+    ):
+        left = canvas.right + 22 + index * 74
+        yield _text(left, _TOP - 20, heading, weight="bold")
+        yield _text(left, _TOP - 8, unit, size=9, colour=canvas.look.faint)
+        for rank, value in enumerate(values):
+            y = canvas.row(rank)
+            yield _text(left, y + _ROW / 2 + 1, f"{value:.4g}")
+            yield _rect(left, y + _ROW - 7, 54, 3, canvas.look.bubble)
+            yield _rect(left, y + _ROW - 7, 54 * value / (max(values) or 1), 3, canvas.look.faint)
+
+
+def _legend(canvas: _Canvas) -> Iterator[str]:
+    program, x, y = canvas.program, _LEFT, canvas.bottom + 44
+    present = {instruction.op for row in program.instructions for instruction in row}
+    for op in (op for op in Op if op in present):
+        for chunk in range(program.chunks):
+            pair = (Op.F, Op.B) if op is Op.FB else (op,)
+            for index, part in enumerate(pair):
+                # The backward of a pair is of the other chunk.
+                work = Work(chunk if index == 0 else program.chunks - 1 - chunk, 0)
+                height = 14 / len(pair)
+                yield _rect(x, y + index * height, 14, height, _colour(part, work, program.chunks))
+            x += 15
+        yield (
+            f'<text x="{x + 6:.2f}" y="{y + 11:.2f}"><tspan font-weight="bold">{op.value}</tspan>'
+            f'<tspan dx="4">{_NAMES[op]}</tspan></text>'
+        )
+        x += 34 + 8 * len(op.value) + 5.6 * len(_NAMES[op])
+    if program.chunks > 1:
+        yield _text(_LEFT, y + 28, _chunk_note(program), size=10, colour=canvas.look.faint)
+
+
+def _chunk_note(program: Program) -> str:
+    arrows = {Direction.UP: "up", Direction.DOWN: "down"}
+    ways = [f"chunk {chunk} ({arrows[program.placement.direction(chunk)]})" for chunk in range(program.chunks)]
+    note = f"from dark to light: {', '.join(ways)}"
+    return note + ("; each has its own count" if program.placement.route is Route.BIDIRECTIONAL else "")
+
+
+def _colour(op: Op, work: Work, chunks: int) -> str:
+    """The op's colour, mixed with more white the later the chunk."""
+    white = 0.55 * work.chunk / max(chunks - 1, 1)
+    return "#" + "".join(f"{round(value + (255 - value) * white):02x}" for value in _channels(_COLOURS[op]))
+
+
+def _channels(colour: str) -> tuple[int, ...]:
+    return tuple(int(colour[start : start + 2], 16) for start in (1, 3, 5))
+
+
+def _readable(background: str) -> str:
+    """White or ink, whichever stands out: by luma, which weighs green most."""
+    red, green, blue = _channels(background)
+    return "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 135 else _INK
+
+
+def _tick(least: float) -> float:
+    """The first of …, 1, 2, 5, 10, 20, … that is at least `least`."""
+    magnitude = 10.0 ** math.floor(math.log10(least))
+    return next(step for base in (1, 2, 5, 10) if (step := base * magnitude) >= least)
+
+
+def _rect(x: float, y: float, width: float, height: float, colour: str) -> str:
+    return f'<rect x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height:.2f}" fill="{colour}"/>'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
+    return f'<line x1="{x1:.2f}" y1="{y1:.2f}" x2="{x2:.2f}" y2="{y2:.2f}" stroke="{colour}"/>'
+
+
+def _text(
+    x: float,
+    y: float,
+    text: str,
+    *,
+    size: float = 11,
+    anchor: str = "start",
+    weight: str = "normal",
+    colour: str | None = None,
+) -> str:
+    """In the picture's ink, unless `colour` says otherwise."""
+    fill = "" if colour is None else f' fill="{colour}"'
+    return (
+        f'<text x="{x:.2f}" y="{y:.2f}" font-size="{size:g}" text-anchor="{anchor}" font-weight="{weight}"'
+        f"{fill}>{escape(text)}</text>"
+    )

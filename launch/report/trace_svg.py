@@ -1,0 +1,225 @@
+"""A forward's layer and a backward's layer in turns, as a picture of a real trace: two lanes, to scale.
+
+Text and rules are of a grey that stands out from white paper and from a dark page; the ground is left clear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+
+from ...comm.trace import EXPOSED_EXCHANGE, Track
+from ...trainer.telemetry.trace import Span
+
+PHASES = ("attn(W)", "attn(F)", "mlp(B)", "mlp(W)", "mlp(F)", "attn(B)")
+"""What is computed from one combine(B) to the next, in the order of the published trace of DeepSeek-V3's training."""
+_FIRST = "combine_backward of "
+_NAMES = {
+    "dispatch": "dispatch(F)",
+    "combine": "combine(F)",
+    "combine_backward": "combine(B)",
+    "dispatch_backward": "dispatch(B)",
+}
+_GREY, _RULE = "#7d8590", "#7d859066"
+# As in the pictures of programs (launch/report/schedule_svg.py); ink that stands out from each.
+_COLOURS = {"F": ("#f0a830", "#22272e"), "B": ("#2f8f83", "#ffffff"), "W": ("#a38cc6", "#22272e")}
+_LEFT, _WIDTH, _RIGHT = 96.0, 880.0, 24.0
+_TOP, _LANE, _GAP = 84.0, 54.0, 40.0
+
+
+@dataclass(frozen=True)
+class LayerPair:
+    """One of those in an FB: from the launch of one combine(B) to that of the next, in nanoseconds."""
+
+    rank: int
+    begin: int
+    end: int
+    computed: tuple[Span, ...]
+    """In order, without a gap but for waiting."""
+    exchanged: tuple[Span, ...]
+    """All that the exchange was busy with meanwhile; the first and the last may reach beyond."""
+    waits: tuple[Span, ...]
+    launches: tuple[Span, ...]
+
+    @property
+    def length(self) -> int:
+        """Nanoseconds."""
+        return self.end - self.begin
+
+    @property
+    def waited(self) -> int:
+        """Nanoseconds in which nothing was computed because an exchange was not done."""
+        return sum(wait.end - wait.begin for wait in self.waits)
+
+
+def layer_pairs(rank: int, spans: Sequence[Span]) -> Iterator[LayerPair]:
+    """Those of every FB of one rank in which nothing else is computed: neither a dense layer nor a loss."""
+    ordered = sorted(spans, key=lambda span: span.begin)
+    for pair in ordered:
+        if pair.track is not Track.INSTRUCTION or pair.name != "FB":
+            continue
+        inside = [span for span in ordered if pair.begin <= span.begin and span.end <= pair.end]
+        launches = [span.begin for span in inside if span.track is Track.LAUNCH and span.name.startswith(_FIRST)]
+        for begin, end in pairwise(launches):
+            found = _between(rank, begin, end, inside)
+            if tuple(span.name for span in found.computed) == PHASES:
+                yield found
+
+
+def svg_layer_pair(ranks: Mapping[int, Sequence[Span]]) -> str:
+    """The pair of median length of all ranks' in this trace; raises `ValueError` when there is none."""
+    pairs = sorted((pair for rank in ranks for pair in layer_pairs(rank, ranks[rank])), key=lambda pair: pair.length)
+    if not pairs:
+        raise ValueError("holds no FB in which layers with experts take turns")
+    pair = pairs[len(pairs) // 2]
+    canvas = _Canvas(pair)
+    width, height = _LEFT + _WIDTH + _RIGHT, canvas.axis + 72
+    body = [*_heading(canvas, len(pairs)), *_lanes(canvas), *_launches(canvas), *_axis(canvas), *_legend(canvas)]
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
+            f'height="{height:g}" font-family="Helvetica, Arial, sans-serif" font-size="12" fill="{_GREY}">',
+            '<defs><pattern id="wait" width="6" height="6" patternUnits="userSpaceOnUse" '
+            f'patternTransform="rotate(45)"><rect width="2" height="6" fill="{_GREY}"/></pattern></defs>',
+            *body,
+            "</svg>",
+        ]
+    )
+
+
+def _between(rank: int, begin: int, end: int, inside: Sequence[Span]) -> LayerPair:
+    """Everything that went on meanwhile in an FB."""
+    meeting = [span for span in inside if span.begin < end and span.end > begin]
+    return LayerPair(
+        rank=rank,
+        begin=begin,
+        end=end,
+        computed=tuple(span for span in meeting if span.track is Track.COMPUTE and span.name != EXPOSED_EXCHANGE),
+        exchanged=tuple(span for span in meeting if span.track is Track.EXCHANGE),
+        waits=tuple(span for span in meeting if span.name == EXPOSED_EXCHANGE and span.begin >= begin),
+        launches=tuple(span for span in inside if span.track is Track.LAUNCH and begin <= span.begin < end),
+    )
+
+
+@dataclass(frozen=True)
+class _Canvas:
+    pair: LayerPair
+
+    @property
+    def exchange(self) -> float:
+        """Top of the lower lane."""
+        return _TOP + _LANE + _GAP
+
+    @property
+    def axis(self) -> float:
+        return self.exchange + _LANE + 12
+
+    def x(self, time: float) -> float:
+        share = (time - self.pair.begin) / self.pair.length
+        return _LEFT + _WIDTH * min(max(share, 0.0), 1.0)
+
+
+def _heading(canvas: _Canvas, pairs: int) -> Iterator[str]:
+    pair = canvas.pair
+    forward, backward = pair.computed[1].detail, pair.computed[2].detail
+    yield _text(_LEFT, 26, "One layer forward and one backward, in turns", size=17, weight="bold")
+    exposed = f"{100 * pair.waited / pair.length:.0f} % of it waiting for the exchange"
+    median = f"the pair of median length of {pairs}" if pairs > 1 else "the one pair"
+    yield _text(_LEFT, 46, f"F: {forward}; B: {backward}; rank {pair.rank}; {median} in this trace")
+    yield _text(_LEFT, 63, f"{pair.length / 1e6:.1f} ms, {exposed}")
+
+
+def _lanes(canvas: _Canvas) -> Iterator[str]:
+    pair = canvas.pair
+    for name, top in (("compute", _TOP), ("exchange", canvas.exchange)):
+        yield _text(_LEFT - 12, top + _LANE / 2 + 4, name, anchor="end", weight="bold")
+        yield _rect(_LEFT, top, _WIDTH, _LANE, _RULE, opacity=0.35)
+    for wait in pair.waits:
+        yield _rect(canvas.x(wait.begin), _TOP, canvas.x(wait.end) - canvas.x(wait.begin), _LANE, "url(#wait)")
+    for span in pair.computed:
+        yield from _box(canvas, span, span.name, _TOP)
+    for span in pair.exchanged:
+        yield from _box(canvas, span, _NAMES[span.name.partition(" ")[0]], canvas.exchange)
+
+
+def _box(canvas: _Canvas, span: Span, name: str, top: float) -> Iterator[str]:
+    """A span as far as it lies in the picture, without what it waits; in words its whole length without that."""
+    waits = [wait for wait in canvas.pair.waits if span.track is Track.COMPUTE and _inside(wait, span)]
+    edges = [span.begin, *(edge for wait in waits for edge in (wait.begin, wait.end)), span.end]
+    pieces = [(canvas.x(begin) + 0.5, canvas.x(end) - 0.5) for begin, end in zip(edges[::2], edges[1::2], strict=True)]
+    busy = sum(end - begin for begin, end in zip(edges[::2], edges[1::2], strict=True))
+    milliseconds, (colour, ink) = f"{busy / 1e6:.1f} ms", _COLOURS[name[-2]]
+    yield f"<g><title>{escape(f'{name}: {milliseconds}, {span.detail or span.name}')}</title>"
+    for left, right in pieces:
+        if right > left:
+            yield _rect(left, top, right - left, _LANE, colour)
+    left, right = max(pieces, key=lambda piece: piece[1] - piece[0])
+    width = right - left
+    for line, (text, size) in enumerate(((name, 12.0), (milliseconds, 10.5))):
+        if width > 0.54 * 12.0 * len(name):
+            y = top + _LANE / 2 - 3 + 16 * line
+            yield _text(left + width / 2, y, text, size=size, anchor="middle", colour=ink)
+    yield "</g>"
+
+
+def _inside(wait: Span, span: Span) -> bool:
+    return span.begin <= wait.begin and wait.end <= span.end
+
+
+def _launches(canvas: _Canvas) -> Iterator[str]:
+    """From where the computing thread launches an exchange to where that begins."""
+    begins = {span.name: span.begin for span in canvas.pair.exchanged}
+    for launch in canvas.pair.launches:
+        if launch.name in begins:
+            x1, y1 = canvas.x(launch.begin), _TOP + _LANE
+            x2, y2 = canvas.x(begins[launch.name]), canvas.exchange
+            yield (
+                f'<path d="M{x1:.2f} {y1:.2f} L{x2:.2f} {y2:.2f}" stroke="{_GREY}" stroke-width="1.2" '
+                f'stroke-dasharray="3 2" fill="none"/><circle cx="{x1:.2f}" cy="{y1:.2f}" r="2.6"/>'
+            )
+
+
+def _axis(canvas: _Canvas) -> Iterator[str]:
+    y, milliseconds = canvas.axis, canvas.pair.length / 1e6
+    step = next(s for s in (m * 10.0**e for e in range(-3, 6) for m in (1, 2, 5)) if milliseconds / s <= 8)
+    yield f'<path d="M{_LEFT:.2f} {y:.2f} H{_LEFT + _WIDTH:.2f}" stroke="{_RULE}"/>'
+    for tick in range(int(milliseconds / step) + 1):
+        x = canvas.x(canvas.pair.begin + tick * step * 1e6)
+        yield f'<path d="M{x:.2f} {y:.2f} v5" stroke="{_RULE}"/>'
+        yield _text(x, y + 18, f"{tick * step:g}", size=10.5, anchor="middle")
+    yield _text(_LEFT - 12, y + 18, "ms", size=10.5, anchor="end")
+
+
+def _legend(canvas: _Canvas) -> Iterator[str]:
+    x, y = _LEFT, canvas.axis + 38
+    entries = [("F", "forward"), ("B", "backward: gradients of inputs"), ("W", "gradients of weights")]
+    for letter, text in entries:
+        yield _rect(x, y, 14, 14, _COLOURS[letter][0])
+        yield _text(x + 20, y + 11, text)
+        x += 42 + 6.1 * len(text)
+    yield _rect(x, y, 14, 14, "url(#wait)")
+    yield _text(x + 20, y + 11, "waiting for an exchange")
+    x += 42 + 6.1 * len("waiting for an exchange")
+    yield f'<circle cx="{x + 7:.2f}" cy="{y + 7:.2f}" r="2.6"/>'
+    yield _text(x + 16, y + 11, "launch of an exchange")
+
+
+def _rect(x: float, y: float, width: float, height: float, colour: str, *, opacity: float = 1.0) -> str:
+    size = f'x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height:.2f}"'
+    return f'<rect {size} rx="2" fill="{colour}" fill-opacity="{opacity:g}"/>'
+
+
+def _text(
+    x: float,
+    y: float,
+    text: str,
+    *,
+    size: float = 12,
+    anchor: str = "start",
+    weight: str = "normal",
+    colour: str = _GREY,
+) -> str:
+    place = f'x="{x:.2f}" y="{y:.2f}" font-size="{size:g}" text-anchor="{anchor}" font-weight="{weight}"'
+    return f'<text {place} fill="{colour}">{escape(text)}</text>'

@@ -1,0 +1,63 @@
+"""What must be the same in every process of a run: its configuration, the code that runs, the data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...comm.agreement import Fact, Facts
+from ...comm.errors import Refused
+from ...trainer.config import RunConfig
+from ...trainer.data.manifest import read_manifest
+from ...trainer.environment_text import as_written
+from ..compose import to_tree
+
+_PACKAGE = Path(__file__).resolve().parents[2]
+_CODE = ("comm", "conf", "launch", "parallelism", "trainer")
+
+
+def identity(config: RunConfig, data: str) -> Facts:
+    """Return the facts of a run on this machine; `data` is the digest of its prepared data.
+
+    Configuration first: where code differs too, the key says more.
+    """
+    facts = {key: Fact(_digest(value), json.dumps(as_written(value))) for key, value in _flat(to_tree(config), "")}
+    versions = {"code": code_hash(), "torch": torch.__version__, "python": platform.python_version()}
+    return facts | {name: Fact(text, text[:16]) for name, text in (versions | {"data": data}).items()}
+
+
+def data_digest(config: RunConfig) -> str:
+    """Return the digest of the prepared data that a process sees; where it sees none, why."""
+    try:
+        return read_manifest(Path(config.data.prepared)).digest
+    except Refused as refused:
+        return f"cannot be read here: {refused}"
+
+
+def code_hash() -> str:
+    """Return the SHA-256 of every source file that a run executes."""
+    total = hashlib.sha256()
+    for folder in _CODE:
+        for path in sorted((_PACKAGE / folder).rglob("*")):
+            if path.suffix in (".py", ".yaml"):
+                total.update(f"{path.relative_to(_PACKAGE)}\0".encode())
+                total.update(hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

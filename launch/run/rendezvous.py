@@ -1,0 +1,441 @@
+"""The machines of a launch meet before any of them starts a rank: machine 0 waits at MASTER_ADDR:MASTER_PORT.
+
+    machine r -> machine 0   who it is, and its facts: configuration, code, data (`identity.py`)
+    machine 0 -> machine r   once all have come: the run directory, and what a file in it holds
+    machine r -> machine 0   whether it sees that file
+    machine 0 -> machine r   go
+
+In the place of each answer of machine 0 may come a refusal, which all machines get. A message is a line of JSON.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import selectors
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+
+from ...comm.agreement import DIFFERENT, Facts, difference, first_difference, from_json, to_json
+from ...comm.errors import Problem, Refused
+from ...comm.files.access import read_text, refusing, replace_file
+from ...comm.files.strict_json import Item, Malformed, parse_json
+from ...comm.loopback import listen_on, loopback_of
+from ..say import say
+
+_SECONDS_BETWEEN_WORDS = 30
+_SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_TO_SPEAK = 10
+"""For a machine that has connected to send its line: on one machine and in one network this takes milliseconds."""
+_SECONDS_TO_SEE = 60
+"""For a file to appear on the other machines: NFS looks again after 60 s (acdirmax)."""
+_SECONDS_TO_HEAR = 20
+"""For machines that are about to come, when one that has come is refused: they would wait for nobody."""
+_SECONDS_FOR_PORT = 20
+_SECONDS_TO_REPORT = 20
+"""Machines are started together, and machine 0 listens later than another one refuses: it looks at more."""
+_MOST_BYTES = 4 * 2**20
+_MOST_NEWCOMERS = 256
+"""Connections that have not said yet who they are: a machine does so within milliseconds."""
+_MOST_NOTE_BYTES = 1000
+_FILE = "meeting"
+
+
+class NotMet(Exception):  # noqa: N818 -- says what happened
+    """Machines did not come, or have left again. Not the input's fault: the same command may do."""
+
+
+@dataclass(frozen=True)
+class Venue:
+    """Where the machines meet, and which of them this is."""
+
+    address: str
+    port: int
+    machines: int
+    machine: int
+    """Number of this one."""
+    seconds: float
+    """How long to wait: `training.meeting_timeout_seconds`."""
+
+    @property
+    def where(self) -> str:
+        """Address and port."""
+        return f"{self.address}:{self.port}"
+
+    @property
+    def limit(self) -> str:
+        """The limit, with the key that sets it."""
+        return f"{self.seconds:g} s (training.meeting_timeout_seconds)"
+
+
+def address_problems(address: str) -> Iterator[Problem]:
+    """What keeps this machine from finding machine 0: its name does not resolve, or names none."""
+    try:
+        found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        host, _, port = address.rpartition(":")
+        remedy = "name machine 0 by an address that all machines know"
+        if port.isdecimal() and ":" not in host:
+            remedy = f"write MASTER_ADDR={host} and MASTER_PORT={port}"
+        elif address != (bare := address.strip().strip("[]")):
+            remedy = f"write {bare}, without spaces and brackets" if bare else remedy
+        yield Problem("MASTER_ADDR", address, f"does not resolve on this machine ({error}); {remedy}")
+        return
+    if any(ip_address(str(entry[4][0]).partition("%")[0]).is_unspecified for entry in found):
+        remedy = "is every address of a machine and names none; name machine 0 by an address that all machines know"
+        yield Problem("MASTER_ADDR", address, remedy)
+
+
+def host_meeting(venue: Venue, facts: Facts, run_dir: Path, attempt: str) -> None:
+    """As machine 0: return when all machines are there, fit, and see what `run_dir` holds; `attempt` is in no other.
+
+    Raises `Refused` for one that does not fit, `NotMet` for one that does not come.
+    """
+    with ExitStack() as cleanup:
+        note = run_dir / _FILE
+        with refusing(note, "make room, or name another training.run_dir"):
+            replace_file(note, attempt.encode())
+        cleanup.callback(lambda: note.unlink(missing_ok=True))
+        listener = cleanup.enter_context(_listener(venue))
+        guests: dict[int, _Line] = {}
+        cleanup.callback(_close, guests)
+        try:
+            _gather(venue, listener, facts, guests)
+            for number, guest in guests.items():
+                _send(number, guest, {"run_dir": str(run_dir), "attempt": attempt})
+            for number, guest in guests.items():
+                _check_sight(number, guest, run_dir)
+        except Refused as refused:
+            for guest in guests.values():
+                with suppress(OSError):
+                    guest.send({"refused": str(refused)})
+            raise
+        for number, guest in guests.items():
+            _send(number, guest, {"go": True})
+
+
+def _send(number: int, guest: _Line, message: Mapping[str, object]) -> None:
+    try:
+        guest.send(message)
+    except OSError as error:
+        raise NotMet(f"machine {number} ({guest.host}) has left ({error.strerror}); look what it says") from error
+
+
+def _close(guests: Mapping[int, _Line]) -> None:
+    for guest in guests.values():
+        guest.close()
+
+
+def attend_meeting(venue: Venue, facts: Facts) -> Path:
+    """As another machine: return the run directory of the launch once all machines are there and fit."""
+    line = _reach(venue)
+    try:
+        line.send({"machine": venue.machine, "host": socket.gethostname(), "facts": to_json(facts)})
+        told = _answer(venue, line)
+        run_dir, attempt = _path(told["run_dir"]), told["attempt"].text()
+        line.send({"sees": _sees(run_dir / _FILE, attempt), "where": str(run_dir.absolute())})
+        _answer(venue, line)["go"].flag()
+    except Malformed as error:
+        raise NotMet(f"what answers at {venue.where} is no launch of Shoestring: {error}") from error
+    except OSError as error:
+        raise NotMet(f"machine 0 at {venue.where} cannot be reached any more: {error}") from error
+    finally:
+        line.close()
+    return run_dir
+
+
+def _path(item: Item) -> Path:
+    text = item.text()
+    if not text or "\0" in text:
+        raise item.malformed("must be a path")
+    return Path(text)
+
+
+def report_refusal(venue: Venue, refused: Refused) -> None:
+    """Tell machine 0, if it waits or begins to within seconds, that this machine will not come."""
+    deadline = time.monotonic() + _SECONDS_TO_REPORT
+    while True:
+        try:
+            connection = socket.create_connection((venue.address, venue.port), _SECONDS_BETWEEN_LOOKS)
+            break
+        except (ConnectionRefusedError, TimeoutError):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        except OSError:
+            return
+    with suppress(OSError):
+        line = _Line(connection)
+        line.send({"machine": venue.machine, "host": socket.gethostname(), "refused": str(refused)})
+        line.close()
+
+
+@dataclass(eq=False)
+class _Line:
+    """One connection: a line of JSON at a time."""
+
+    connection: socket.socket
+    host: str = "?"
+    _rest: bytes = field(default=b"")
+
+    def send(self, message: Mapping[str, object]) -> None:
+        self.connection.settimeout(_SECONDS_TO_SPEAK)
+        self.connection.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self, seconds: float) -> Item | None:
+        """The next message, a mapping; None where the other side has closed.
+
+        With 0 seconds, only what has come already is looked at. Raises `TimeoutError`, and `Malformed` for junk.
+        """
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._rest:
+            self.connection.settimeout(max(0.001, deadline - time.monotonic()))
+            got = self.connection.recv(2**16)
+            if not got:
+                return None
+            self._rest += got
+            if len(self._rest) > _MOST_BYTES:
+                raise Malformed("", len(self._rest), "is too long for a message")
+            if b"\n" not in self._rest and time.monotonic() >= deadline:
+                raise TimeoutError
+        text, _, self._rest = self._rest.partition(b"\n")
+        message = parse_json(text)
+        message.mapping()
+        return message
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+class WaitingWords:
+    """Says what is waited for, `first_after` seconds from now and every 30 seconds."""
+
+    def __init__(self, first_after: float = 0) -> None:
+        self._next = time.monotonic() + first_after
+
+    def say(self, text: str) -> None:
+        """Say `text` where it is time."""
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + _SECONDS_BETWEEN_WORDS
+            say(f"shoestring train: {text}")
+
+
+@contextmanager
+def _listener(venue: Venue) -> Iterator[socket.socket]:
+    """On every address of this machine, or on its loopback alone where that is where the machines meet."""
+    deadline = time.monotonic() + _SECONDS_FOR_PORT
+    while True:
+        try:
+            listener = _listen(venue)
+            break
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                remedy = f"cannot be listened to on this machine ({error.strerror}); name another port, the same on all"
+                raise Refused([Problem("MASTER_PORT", venue.port, remedy)]) from error
+        time.sleep(_SECONDS_BETWEEN_LOOKS)  # the launch before this one, or another program, still has the port
+    with listener:
+        listener.setblocking(False)
+        yield listener
+
+
+def _listen(venue: Venue) -> socket.socket:
+    loopback = loopback_of(venue.address)
+    if loopback is not None:
+        return listen_on(loopback, venue.port)
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    return socket.create_server(("", venue.port), family=family, dualstack_ipv6=both, backlog=2048)
+
+
+class _Newcomers:
+    """Connections that have not said yet who they are, all waited for at once: a silent one delays no other."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._deadlines: dict[_Line, float] = {}
+
+    def __enter__(self) -> _Newcomers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for line in self._deadlines:
+            line.close()
+        self._selector.close()
+
+    def wait(self, seconds: float) -> Iterator[tuple[_Line, Item]]:
+        """Yield each connection that says something within `seconds`, with what it says.
+
+        What does not speak our language is let go without a word: a port may be scanned.
+        """
+        for key, _ in self._selector.select(max(0.0, seconds)):
+            if key.data is None:
+                self._accept()
+            elif key.data in self._deadlines:
+                yield from self._heard(key.data)
+        late = [line for line, deadline in self._deadlines.items() if time.monotonic() > deadline]
+        for line in late:
+            self._forget(line).close()
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:  # it has left already
+            return
+        if len(self._deadlines) >= _MOST_NEWCOMERS:
+            self._forget(next(iter(self._deadlines))).close()
+        line = _Line(connection)
+        self._deadlines[line] = time.monotonic() + _SECONDS_TO_SPEAK
+        self._selector.register(connection, selectors.EVENT_READ, line)
+
+    def _heard(self, line: _Line) -> Iterator[tuple[_Line, Item]]:
+        try:
+            message = line.receive(0)
+        except TimeoutError:
+            return  # a part of a message
+        except (OSError, ValueError):
+            message = None
+        self._forget(line)
+        if message is None:
+            line.close()
+        else:
+            yield line, message
+
+    def _forget(self, line: _Line) -> _Line:
+        self._selector.unregister(line.connection)
+        del self._deadlines[line]
+        return line
+
+
+def _gather(venue: Venue, listener: socket.socket, facts: Facts, guests: dict[int, _Line]) -> None:
+    """Until every other machine is among the `guests`. Raises `Refused`, once most of them are there to hear it."""
+    with _Newcomers(listener) as newcomers:
+        _gather_from(newcomers, venue, facts, guests)
+
+
+def _gather_from(newcomers: _Newcomers, venue: Venue, facts: Facts, guests: dict[int, _Line]) -> None:
+    deadline, words, hint = time.monotonic() + venue.seconds, WaitingWords(), _foreign(venue.address)
+    refusals: list[Refused] = []
+    while len(guests) < venue.machines - 1:
+        missing = [number for number in range(1, venue.machines) if number not in guests]
+        some = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
+        words.say(f"waiting for {len(missing)} of {venue.machines} machines at {venue.where} (missing: {some}){hint}")
+        if refusals and time.monotonic() > deadline:
+            break
+        if time.monotonic() > deadline:
+            late = f"of {venue.machines} machines, {some} did not come to {venue.where} within {venue.limit}{hint}"
+            raise NotMet(f"{late}; look what they say, and whether they reach that address")
+        for line, message in newcomers.wait(min(_SECONDS_BETWEEN_LOOKS, deadline - time.monotonic())):
+            try:
+                _welcome(venue, line, message, facts, guests)
+            except Refused as refused:
+                refusals.append(refused)
+                deadline = min(deadline, time.monotonic() + _SECONDS_TO_HEAR)
+    if refusals:
+        raise refusals[0]
+
+
+def _foreign(address: str) -> str:
+    """A word on an address that is not of this machine, as far as it knows."""
+    try:
+        for family, _, _, _, place in socket.getaddrinfo(address, 0, type=socket.SOCK_DGRAM):
+            with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.bind(place)
+                return ""
+    except OSError:
+        return ""
+    return f"; {address} is no address of this machine, which has NODE_RANK=0"
+
+
+def _welcome(venue: Venue, line: _Line, message: Item, facts: Facts, guests: dict[int, _Line]) -> None:
+    """Note who has come; let go what is no machine of the launch."""
+    try:
+        number, line.host = message["machine"].whole(1, venue.machines - 1), message["host"].text()
+        said = message.get("refused")
+        refused = None if said is None else said.text()
+        theirs = {} if refused is not None else from_json(message["facts"].text())
+    except (ValueError, KeyError):
+        line.close()
+        return
+    if number in guests:
+        guests[number].close()  # it was started again
+    guests[number] = line
+    who = f"machine {number} ({line.host})"
+    if refused is not None:
+        raise Refused([Problem(f"machine {number}", line.host, f"was refused there: {refused}")])
+    name = first_difference(facts, theirs)
+    if name is not None:
+        here = f"machine 0 ({socket.gethostname()})"
+        raise Refused([Problem(name, difference(name, (here, facts), (who, theirs)), DIFFERENT)])
+
+
+def _check_sight(number: int, guest: _Line, run_dir: Path) -> None:
+    try:
+        message = guest.receive(_SECONDS_TO_SEE + _SECONDS_TO_SPEAK)
+    except (OSError, ValueError) as error:
+        raise NotMet(f"machine {number} ({guest.host}) has stopped answering: {error}") from error
+    if message is None:
+        raise NotMet(f"machine {number} ({guest.host}) has left; look what it says")
+    tree = message.mapping()
+    if tree.get("sees") is not True:
+        remedy = (
+            f"is not shared: machine {number} ({guest.host}) does not see in {tree.get('where')} what machine 0 "
+            f"wrote in {run_dir.absolute()}; name a directory on a file system that all machines share"
+        )
+        raise Refused([Problem("training.run_dir", str(run_dir), remedy)])
+
+
+def _sees(note: Path, attempt: str) -> bool:
+    """Whether `note` holds `attempt`, or does so soon: a network file system may show it late."""
+    is_there = False
+    with suppress(OSError):
+        is_there = note.parent.is_dir()
+    deadline = time.monotonic() + (_SECONDS_TO_SEE if is_there else _SECONDS_BETWEEN_LOOKS)
+    while True:
+        with suppress(OSError, Malformed):
+            names = {path.name for path in note.parent.iterdir()}
+            if note.name in names and read_text(note, _MOST_NOTE_BYTES) == attempt:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _reach(venue: Venue) -> _Line:
+    deadline, words = time.monotonic() + venue.seconds, WaitingWords()
+    while True:
+        try:
+            seconds = min(_SECONDS_TO_SPEAK, max(0.1, deadline - time.monotonic()))
+            connection = socket.create_connection((venue.address, venue.port), seconds)
+        except OSError as error:
+            words.say(f"waiting for machine 0 at {venue.where} ({error.strerror or error})")
+            if time.monotonic() > deadline:
+                remedy = "check MASTER_ADDR and MASTER_PORT, and look what machine 0 says"
+                raise NotMet(f"machine 0 was not at {venue.where} within {venue.limit}; {remedy}") from error
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        else:
+            return _Line(connection)
+
+
+def _answer(venue: Venue, line: _Line) -> Item:
+    """What machine 0 says next. Raises `Refused`, `NotMet`, and `Malformed` for what no machine 0 says."""
+    deadline, words = time.monotonic() + venue.seconds + _SECONDS_TO_SEE, WaitingWords()
+    while time.monotonic() < deadline:
+        try:
+            message = line.receive(_SECONDS_BETWEEN_LOOKS)
+        except TimeoutError:
+            words.say(f"has reached machine 0 at {venue.where}; waiting until all {venue.machines} machines are there")
+            continue
+        if message is None:
+            raise NotMet(f"machine 0 at {venue.where} has ended the launch; look what it says")
+        if "refused" in message:
+            words_of_0 = message["refused"].text()
+            raise Refused([Problem("machine 0", venue.where, f"has refused the launch: {words_of_0}")])
+        return message
+    raise NotMet(f"machine 0 at {venue.where} did not answer within {venue.limit}; look what it says")

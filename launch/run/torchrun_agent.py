@@ -1,0 +1,134 @@
+"""torchrun, as the launcher starts it: `python -P -m shoestring.launch.run.torchrun_agent TORCHRUN_ARGUMENTS`.
+
+It differs from torchrun in three ways. Ranks of one machine meet at a port of its loopback address, and torchrun's own
+listens on every address. It says in a line which rank failed. SIGTERM and its like, which Slurm and systemd send to
+every process of a job, ask the ranks to stop by way of the launcher's file, and the agent waits for them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+    rendezvous_handler_registry,
+)
+from torch.distributed.run import parse_args, run
+
+from ...comm.loopback import listen_on
+from ..say import say
+from .signals import ASKING_SIGNALS, STOP_FILE_VARIABLE
+
+BACKEND = "loopback"
+_SECONDS = 60
+_FAULT = 1
+
+
+class LoopbackRendezvous(RendezvousHandler):
+    """The meeting of one machine's ranks: a store on the address that `endpoint` names, and on no other."""
+
+    def __init__(self, parameters: RendezvousParameters) -> None:
+        listener = listen_on(parameters.endpoint)
+        self._address, self._port = listener.getsockname()[:2]
+        self._run_id = parameters.run_id
+        self._store = dist.TCPStore(
+            self._address,
+            self._port,
+            None,
+            True,
+            timeout=timedelta(seconds=_SECONDS),
+            wait_for_workers=False,
+            multi_tenant=True,
+            master_listen_fd=_given_away(listener),
+        )
+
+    @property
+    def use_agent_store(self) -> bool:
+        """See `RendezvousHandler`."""
+        return True
+
+    def get_backend(self) -> str:
+        """See `RendezvousHandler`."""
+        return BACKEND
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """See `RendezvousHandler`; this machine is the only one."""
+        store = dist.PrefixStore(self._run_id, self._store)
+        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(self._address, self._port))
+
+    def is_closed(self) -> bool:
+        """See `RendezvousHandler`."""
+        return False
+
+    def set_closed(self) -> None:
+        """See `RendezvousHandler`."""
+
+    def num_nodes_waiting(self) -> int:
+        """See `RendezvousHandler`."""
+        return 0
+
+    def get_run_id(self) -> str:
+        """See `RendezvousHandler`."""
+        return self._run_id
+
+    def shutdown(self) -> bool:
+        """See `RendezvousHandler`."""
+        return True
+
+
+def _given_away(listener: socket.socket) -> int:
+    """The descriptor of `listener`, which the store will close."""
+    return listener.detach()
+
+
+def main() -> None:
+    """Run torchrun with the arguments of this process; exit with 1 if a rank has failed, 128 + n after signal n."""
+    if "LOGLEVEL" not in os.environ:  # torchrun's own variable
+        logging.disable(logging.ERROR)
+    rendezvous_handler_registry.register(BACKEND, LoopbackRendezvous)
+    threading.Thread(target=_pass_requests_on, daemon=True, name="stop requests").start()
+    try:
+        run(parse_args(sys.argv[1:]))
+    except SignalException as stop:
+        sys.exit(128 + int(stop.sigval))
+    except ChildFailedError as error:
+        say(f"shoestring: {describe(error)}")
+        sys.exit(_FAULT)
+    except (dist.DistError, OSError) as error:
+        say(f"shoestring: the ranks of this machine could not be started: {error}")
+        sys.exit(_FAULT)
+
+
+def describe(error: ChildFailedError) -> str:
+    """Return in one line which rank failed first, and how."""
+    rank, failure = error.get_first_failure()
+    how = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"exited with {failure.exitcode}"
+    others = len(error.failures) - 1
+    return f"rank {rank} {how}" + (f", and after it {others} more of this machine" if others else "")
+
+
+def _pass_requests_on() -> None:
+    """Turn signals that the launcher has blocked in this process into its stop file, for as long as this lives."""
+    path = os.environ.get(STOP_FILE_VARIABLE)
+    if path is None:
+        return
+    while True:
+        signal.sigwait(ASKING_SIGNALS)
+        Path(path).touch()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""`shoestring budget`: the bill of a run or of a project, what it would cost elsewhere, and what others say it cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+
+from ...comm.errors import Problem, Refused, refuse_if_any
+from ...trainer.ledger.project import Project, ProjectReader, ProjectTotals
+from ...trainer.ledger.reconcile import (
+    Invoice,
+    Line,
+    invoice_price,
+    read_invoice,
+    read_sacct,
+    reconcile_invoice,
+    reconcile_jobs,
+    render_lines,
+)
+from ...trainer.ledger.render import render, render_project, render_what_if, what_if
+from ...trainer.ledger.snapshot import totals_problem
+from ...trainer.ledger.summary import Summary, summarise, verified_summary
+from ...trainer.ledger.terms import PUBLISHED_USD_PER_GPU_HOUR, TOTALS_FILE, gpu_hours
+from ...trainer.ledger.totals import ledger_problems
+from ..say import say
+
+_SCALES = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked about a run, as on the command line."""
+
+    run: Path
+    """Directory of a run, or a project file."""
+    tokens: str | None
+    gpus: int | None
+    usd_per_gpu_hour: float | None
+    sacct: Path | None
+    invoice: Path | None
+    invoice_columns: str
+    against: Path | None
+    """A plan, to compare with."""
+    verify: bool = False
+    """Whether every record of the ledger is read, whatever totals are saved beside it."""
+
+    @property
+    def price(self) -> float:
+        """Of a GPU-hour, in USD."""
+        return PUBLISHED_USD_PER_GPU_HOUR if self.usd_per_gpu_hour is None else self.usd_per_gpu_hour
+
+    @property
+    def is_project(self) -> bool:
+        """Whether it is about several runs."""
+        return self.run.is_file()
+
+    def check(self) -> None:
+        """Raise Refused with all that is wrong with the question itself."""
+        refuse_if_any(self._problems())
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.is_project:
+            asked = {
+                "--tokens": self.tokens,
+                "--sacct": self.sacct,
+                "--invoice": self.invoice,
+                "--against": self.against,
+                "--verify": self.verify or None,
+            }
+            for option, value in asked.items():
+                if value is not None:
+                    yield Problem(option, str(value), "asks about one run; name its directory, not a project")
+        if (self.tokens is None) != (self.gpus is None):
+            given = "--tokens" if self.gpus is None else "--gpus"
+            yield Problem(given, self.tokens or self.gpus, "write both: --tokens 14.8T --gpus 2048")
+        if self.gpus is not None and self.gpus < 1:
+            yield Problem("--gpus", self.gpus, "must be at least 1")
+        if not (self.price >= 0 and math.isfinite(self.price)):
+            yield Problem("--usd-per-gpu-hour", self.price, "must be at least 0 and finite")
+
+
+def parse_tokens(text: str) -> float:
+    """A number of tokens with a letter for its scale: 14.8T, 300B, 2e6. Raises Refused."""
+    scale = text[-1:].upper() if text[-1:].isalpha() else ""
+    try:
+        value = float(text[: len(text) - len(scale)]) * _SCALES[scale]
+    except (ValueError, KeyError):
+        value = math.nan
+    if not (value > 0 and math.isfinite(value)):
+        raise Refused([Problem("--tokens", text, "must be a number of tokens such as 14.8T, 300B or 2e6")])
+    return value
+
+
+def budget_tables(question: Question) -> Iterator[RenderableType]:
+    """The answer for a person. Raises Refused for a ledger, a file or an option that makes no sense."""
+    question.check()
+    if question.is_project:
+        project = Project.read(question.run)
+        yield render_project(project, ProjectReader(project).summaries(), question.price)
+        return
+    summary = _summary(question)
+    comparisons, invoice = _comparisons(question, summary), _invoice(question)
+    plan = None if question.against is None else _against(question.run, summary, question.against, as_json=False)
+    yield render(summary, question.price)
+    if question.verify:
+        yield f"Every record was read: {summary.records:,} of work; {_saved(question.run)}."
+    if plan is not None:
+        yield plan
+    if question.tokens is not None and question.gpus is not None:
+        yield render_what_if(summary, parse_tokens(question.tokens), question.gpus, question.price)
+    for title, lines in comparisons.items():
+        yield render_lines(title, lines)
+    if invoice is not None:
+        yield invoice_price(invoice, question.price)
+
+
+def budget_tree(question: Question) -> dict[str, object]:
+    """The same as plain values for a script."""
+    question.check()
+    if question.is_project:
+        return _project_tree(Project.read(question.run))
+    summary = _summary(question)
+    tree = summary.to_json() | {"usd": summary.gpu_hours * question.price}
+    if question.tokens is not None and question.gpus is not None:
+        needed = what_if(summary, parse_tokens(question.tokens))
+        tree["what_if"] = {
+            name: {"gpu_hours": hours, "days": hours / question.gpus / 24, "usd": hours * question.price}
+            for name, hours in needed.items()
+        }
+    if question.against is not None:
+        tree["against"] = _against(question.run, summary, question.against, as_json=True)
+    for title, lines in _comparisons(question, summary).items():
+        tree[title] = [{"line": line.name, "gpu_ms": line.gpu_ms} for line in lines]
+    invoice = _invoice(question)
+    return tree if invoice is None else tree | {"invoice": asdict(invoice)}
+
+
+def _summary(question: Question) -> Summary:
+    """Of the run; where it is to be verified, without the saved totals, which must agree, as must the checkpoint."""
+    if question.verify:
+        refuse_if_any(_missing_for_checkpoint(question.run))
+        return verified_summary(question.run)
+    summary, problem = summarise(question.run), totals_problem(question.run)
+    if problem is not None:
+        say(f"shoestring budget: {problem}")
+    return summary
+
+
+def _missing_for_checkpoint(run_dir: Path) -> Iterator[Problem]:
+    """What the ledger lacks that the run's last checkpoint counts: a run that goes on from it is refused for that."""
+    from ...trainer.checkpoint.store import CheckpointStore  # and with it torch: seconds that a bill need not wait
+
+    checkpoint, _ = CheckpointStore(run_dir / "checkpoints", keep=1).last_good()
+    if checkpoint is not None and "ledger" in checkpoint.manifest.facts:
+        yield from ledger_problems(run_dir, checkpoint.manifest.facts["ledger"])
+
+
+def _saved(run_dir: Path) -> str:
+    """What verified totals are compared with."""
+    is_there = (run_dir / TOTALS_FILE).exists()
+    return "the totals saved beside them agree" if is_there else "no totals are saved beside them to compare with"
+
+
+def _project_tree(project: Project) -> dict[str, object]:
+    summaries = ProjectReader(project).summaries()
+    totals = ProjectTotals.of(project, summaries)
+    return {
+        "gpu_hours": gpu_hours(totals.allocated_ms),
+        "phase_gpu_hours": {phase: gpu_hours(spent) for phase, spent in totals.by_phase.items()},
+        "budget_gpu_hours": dict(project.gpu_hours),
+        "tokens_retained": dict(totals.tokens_by_phase),
+        "foreign_gpu_hours": gpu_hours(totals.foreign_ms),
+        "runs": {str(run): summary.to_json() for run, summary in summaries.items()},
+    }
+
+
+def _comparisons(question: Question, summary: Summary) -> dict[str, Sequence[Line]]:
+    found: dict[str, Sequence[Line]] = {}
+    if question.sacct is not None:
+        found["scheduler and ledger"] = reconcile_jobs(summary, read_sacct(question.sacct))
+    invoice = _invoice(question)
+    if invoice is not None:
+        found["invoice and ledger"] = reconcile_invoice(summary, invoice)
+    return found
+
+
+def _against(run_dir: Path, summary: Summary, plan: Path, *, as_json: bool) -> Any:
+    """A table, or plain values."""
+    from .compare import (  # and with it torch: seconds that a bill need not wait
+        compare,
+        comparison_table,
+        comparison_tree,
+    )
+
+    return (comparison_tree if as_json else comparison_table)(compare(run_dir, summary, plan))
+
+
+def _invoice(question: Question) -> Invoice | None:
+    return None if question.invoice is None else read_invoice(question.invoice, _columns(question.invoice_columns))
+
+
+def _columns(text: str) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in text.split(",") if pair]
+    wrong = [key for key, sign, name in pairs if key not in ("gpu_hours", "amount") or not sign or not name]
+    if wrong:
+        remedy = "must be of the form gpu_hours=NAME,amount=NAME"
+        raise Refused([Problem("--invoice-columns", text, remedy)])
+    return {key: name for key, _, name in pairs}

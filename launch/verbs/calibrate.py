@@ -1,0 +1,101 @@
+"""`shoestring calibrate`: what this machine takes for the parts of a run, as a cluster that the planner prices with."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from ...comm.errors import Problem, Refused, refuse_if_any
+from ...trainer.config import RunConfig
+from ...trainer.costs.cluster import ClusterConfig
+from ..compose import compose_run, literal
+from ..planner.configured import computing_of, unpriced
+from ..planner.kernel_times import Row, write_table
+from ..planner.pricing import recipe_names
+from ..run.torchrun import run_ranks
+
+_SECONDS = 600.0
+
+
+def calibrate(overrides: Sequence[str], config_dir: Path | None, folder: Path, ranks: int, repeats: int) -> Path:
+    """Measure the model of the run that `overrides` describe on `ranks` processes; returns the cluster's YAML file.
+
+    `folder` then serves as `--config-dir FOLDER` with `cluster=measured`. On the CPU; GPUs are priced by a table of
+    their kernels. Raises `Refused` before a process starts, and `RanksFailed`.
+    """
+    config = compose_run(overrides, config_dir)
+    refuse_if_any([*_problems(ranks, repeats), *_unmeasured(config)])
+    folder = folder.absolute()
+    try:
+        (folder / "cluster").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        remedy = f"cannot be made a directory of the calibration: {error.strerror}"
+        raise Refused([Problem("--output", str(folder), remedy)]) from None
+    described = json.dumps([list(overrides), None if config_dir is None else str(config_dir.absolute())])
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / "rows.json"
+        rank = ["-m", "shoestring.launch.bench.calibrate_rank", described, str(output), str(repeats)]
+        run_ranks(rank, ranks, _SECONDS)
+        rows = [Row(**row) for row in json.loads(output.read_text())]
+    return write_cluster(folder, [*measured_with(config), *rows], ranks)
+
+
+def measured_with(config: RunConfig) -> Iterator[Row]:
+    """What the phases were measured with: they say nothing about anything else."""
+    for name, value in recipe_names(computing_of(_here(config))).items():
+        yield Row("recipe", name, value, "any", 0, 0, 0, 0.0, "", "measured", "shoestring calibrate")
+
+
+def _here(config: RunConfig) -> RunConfig:
+    """The run on this machine's CPU, whatever cluster it is for."""
+    return replace(config, cluster=ClusterConfig())
+
+
+def _problems(ranks: int, repeats: int) -> Iterator[Problem]:
+    if ranks < 1:
+        yield Problem("--ranks", ranks, "must be at least 1")
+    if repeats < 1:
+        yield Problem("--repeats", repeats, "must be at least 1")
+
+
+def _unmeasured(config: RunConfig) -> Iterator[Problem]:
+    """What is not measured here, and would be measured as something else."""
+    gpus, device = torch.cuda.device_count(), config.training.device
+    if device == "auto" and gpus:
+        remedy = f"the run would take this machine's {gpus} GPU(s), and its CPU is what is measured; write cpu, or "
+        yield Problem("training.device", device, f"{remedy}price GPUs by a table of their kernels, as cluster=h800")
+    if config.exchange.name == "deepep":
+        yield Problem("exchange.name", "deepep", "is for GPUs, and the CPU is what is measured; write flat or two_hop")
+    yield from unpriced(_here(config))
+
+
+def write_cluster(folder: Path, rows: Sequence[Row], ranks: int) -> Path:
+    """Table and description of the measured cluster, in an absolute `folder` that exists."""
+    table, cluster = folder / "measured.csv", folder / "cluster" / "measured.yaml"
+    write_table(table, rows)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks / 1e9
+    description = {
+        "name": "measured",
+        "peak_tflops": 1.0,
+        "memory_gb": round(memory, 3),
+        "nodes": 1,
+        "gpus_per_node": ranks,
+        "tables": str(table),
+        "sources": {
+            "peak_tflops": "assumed: a unit, so that utilisation reads as TFLOPS",
+            "memory_gb": "measured: this machine's memory over its ranks",
+            "nodes": "measured: this machine",
+            "gpus_per_node": "measured: as many ranks as were at work",
+            "tables": "measured: shoestring calibrate on this machine",
+        },
+    }
+    text = OmegaConf.to_yaml(OmegaConf.create(literal(description)))
+    cluster.write_text(f"# Written by `shoestring calibrate`.\n{text}")
+    return cluster

@@ -1,0 +1,71 @@
+"""`shoestring dashboard`: the dashboard as a wandb workspace, printed, or created on a server.
+
+What is printed is the workspace as wandb-workspaces would send it, without what that draws at random, so that
+docs/dashboard.json changes only with the panels. Creating it on a server needs an account and was never tried.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...comm.errors import Problem, Refused
+from ...trainer.config import RunConfig
+from ...trainer.model.model import router_names
+from ...trainer.telemetry.dashboard import Panel, dashboard
+from ..compose import compose_run
+
+_RANDOM = ("__id__", "id", "ref")
+_WIDTH = 8
+_HEIGHT = 6
+
+
+def dashboard_json(overrides: Sequence[str], config_dir: Path | None) -> str:
+    """The workspace for runs of this configuration, as JSON."""
+    spec = _workspace(compose_run(overrides, config_dir))._to_model().spec
+    tree = json.loads(spec.model_dump_json(by_alias=True, exclude_none=True))
+    return json.dumps(_without_chance(tree), indent=1, sort_keys=True)
+
+
+def save_dashboard(overrides: Sequence[str], config_dir: Path | None) -> str:
+    """Create it on the server; return its address. Raises Refused without an account or an entity."""
+    from ...trainer.telemetry.wandb_sink import account_problems
+
+    config = compose_run(overrides, config_dir)
+    problems = list(account_problems())
+    if config.telemetry.wandb.entity is None:
+        problems.append(Problem("telemetry.wandb.entity", None, "must name the user or team that owns the project"))
+    if problems:
+        raise Refused(problems)
+    return str(_workspace(config).save().url)
+
+
+def _workspace(config: RunConfig) -> Any:
+    # Imported here: it is slow, and no run needs it.
+    from wandb_workspaces.reports.v2.interface import Layout, LinePlot, ScalarChart, SummaryMetric
+    from wandb_workspaces.workspaces.interface import Section, Workspace
+
+    def draw(panel: Panel, place: int) -> Any:
+        layout = Layout(x=place % 3 * _WIDTH, y=place // 3 * _HEIGHT, w=_WIDTH, h=_HEIGHT)
+        if panel.is_number:
+            (metric,) = panel.metrics
+            return ScalarChart(title=panel.title, metric=SummaryMetric(metric), layout=layout)
+        return LinePlot(title=panel.title, x="step", y=list(panel.metrics), layout=layout)
+
+    sections = [
+        Section(
+            name=section.name, panels=[draw(panel, place) for place, panel in enumerate(section.panels)], is_open=True
+        )
+        for section in dashboard(router_names(config.model))
+    ]
+    wandb = config.telemetry.wandb
+    return Workspace(entity=wandb.entity or "", project=wandb.project, name="Shoestring", sections=sections)
+
+
+def _without_chance(tree: Any) -> Any:
+    """`tree` without the names that are drawn anew each time."""
+    if isinstance(tree, dict):
+        return {key: _without_chance(value) for key, value in tree.items() if key not in _RANDOM}
+    return [_without_chance(value) for value in tree] if isinstance(tree, list) else tree

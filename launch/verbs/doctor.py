@@ -1,0 +1,200 @@
+"""`shoestring doctor`: what serves each operation on this machine, what could not and why, and what was never run."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from ...comm.exchange.deepep import missing_for_deepep
+from ...comm.groups import P2P_CTAS, REDUCE_CTAS
+from ...parallelism.apex import missing_for_apex
+from ...trainer.model.attention_backend import (
+    BACKENDS,
+    BLOCKS,
+    AttentionCase,
+    GpuFacts,
+    choose_attention,
+    missing_here,
+    unfit,
+)
+from ...trainer.precision.backend import PROVIDERS, choose_provider, missing_for
+from ..cluster.namespaces import missing_means
+from ..run.numa import BINDING, NumaFacts, why_not_bound
+from ..run.rank_environment import applying, of_one_machine, rank_environment, settings
+
+NOT_YET = "not yet run on hardware"
+TAKEN = "what precision.provider=auto takes"
+TAKEN_ATTENTION = "what training.attention=auto takes for DeepSeek-V3"
+RELEASED = AttentionCase(batch=1, heads=128, length=4096, qk_width=192, v_width=128, dtype=torch.bfloat16)
+"""The attention of DeepSeek-V3."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One way to serve one operation."""
+
+    operation: str
+    provider: str
+    usable: bool
+    """Here, now."""
+    note: str
+    """Why, or why not."""
+
+
+def findings() -> tuple[Finding, ...]:
+    """Everything that Shoestring chooses between, in the order of the report's sections."""
+    return (*_devices(), *_exchanges(), *_products(), *_fp8(), *_rehearsal())
+
+
+def _devices() -> Iterator[Finding]:
+    gpus = torch.cuda.device_count()
+    names = ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(gpus)}))
+    found = f"{gpus} of them: {names}; {NOT_YET}" if gpus else "torch sees none"
+    yield Finding("compute", "GPU (training.device=cuda)", gpus > 0, found)
+    yield Finding("compute", "CPU (training.device=cpu)", True, f"{os.cpu_count()} cores, {platform.machine()}")
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    yield Finding("collectives", "NCCL", nccl, NOT_YET if nccl else "needs a GPU and a build of torch with NCCL")
+    yield Finding("collectives", "gloo", dist.is_gloo_available(), "what CPU ranks use")
+
+
+def _exchanges() -> Iterator[Finding]:
+    on_gpu = f"; on a GPU {NOT_YET}"
+    yield Finding("token exchange", "flat", True, f"all-to-all, a row an expert: the oracle{on_gpu}")
+    yield Finding("token exchange", "two_hop", True, f"once a node, then inside it; BF16 and FP8 on the wire{on_gpu}")
+    missing = list(missing_for_deepep("auto", 1, rank_environment()))
+    note = f"{'; '.join(missing)}; {NOT_YET}" if missing else NOT_YET
+    yield Finding("token exchange", "deepep", not missing, note)
+
+
+def _products() -> Iterator[Finding]:
+    yield Finding("expert products", "F.grouped_mm", True, "FP32 and BF16; FP64 runs an expert at a time")
+    yield from _attention()
+    missing = list(missing_for_apex(on_gpu=torch.cuda.is_available()))
+    note = "; ".join(["BF16 products of Linears, added in FP32 by one GEMM", *missing, NOT_YET])
+    yield Finding("weight gradients", "Apex's wgrad_gemm_accum_fp32", not missing, note)
+    yield Finding("weight gradients", "a product, then a sum", True, "where Apex does not serve, and for experts")
+    note = "FP32 arithmetic, moments in BF16; sharded over replicas (ZeRO-1)"
+    yield Finding("optimizer", "torch's fused AdamW", True, note)
+
+
+def _attention() -> Iterator[Finding]:
+    """Each backend for DeepSeek-V3's heads and length in BF16; `training.attention=auto` takes the first of them."""
+    yield Finding("attention", BLOCKS.name, True, f"{BLOCKS.what}; trainer/model/causal.py")
+    on_gpu = torch.cuda.is_available()
+    gpu = GpuFacts.here() if on_gpu else None
+    for backend in BACKENDS.values():
+        missing = [*unfit(backend.name, RELEASED)]
+        missing += ["it needs a GPU"] if gpu is None else missing_here(backend.name, RELEASED, gpu)
+        note = "; ".join([backend.what, *missing, NOT_YET])
+        if gpu is not None and choose_attention("auto", RELEASED, gpu).backend is backend:
+            note = f"{TAKEN_ATTENTION}; {note}"
+        yield Finding("attention", backend.name, not missing, note)
+
+
+def _fp8() -> Iterator[Finding]:
+    what = {
+        "triton": "our kernels",
+        "torch": "scaled_mm of cuBLASLt, an expert at a time",
+        "te": "Transformer Engine's block-scaled GEMM, an expert at a time",
+    }
+    on_gpu = torch.cuda.is_available()
+    taken = choose_provider("auto", on_gpu=on_gpu)
+    for provider in PROVIDERS:
+        missing = list(missing_for(provider, on_gpu=on_gpu))
+        if provider == "reference":
+            note = f"the definition, exact sums of 128 products; on a GPU {NOT_YET}"
+        else:
+            note = "; ".join([what[provider], *missing, NOT_YET])
+        if provider == taken:
+            note = f"{TAKEN}; {note}"
+        yield Finding("FP8 products", provider, not missing, note)
+
+
+def _rehearsal() -> Iterator[Finding]:
+    problems = list(missing_means())
+    note = "; ".join(f"{problem.field}: {problem.remedy}" for problem in problems) or "network namespaces"
+    yield Finding("simulated cluster", "ip, tc", not problems, note)
+
+
+_NO_GPU = "not made here: for GPUs"
+
+
+@dataclass(frozen=True)
+class InForce:
+    """A setting as a run that starts here and now would have it."""
+
+    name: str
+    value: str
+    whose: str
+    """Ours, yours (from the environment), or why it is not made."""
+    why: str
+
+
+def settings_in_force(environment: Mapping[str, str]) -> Iterator[InForce]:
+    """Every setting of ranks: variables, the options of NCCL's groups, NUMA binding, and torch's switches."""
+    on_gpu = torch.cuda.device_count() > 0
+    here = "ours" if on_gpu else _NO_GPU
+    run_dir = Path("RUN_DIR")
+    local = of_one_machine()
+    made = {setting.name for setting in applying(run_dir, on_gpu=on_gpu)}
+    made |= {setting.name for setting in local if on_gpu or not setting.for_gpus}
+    for setting in (*settings(run_dir), *local):
+        why, users = f"{setting.reader}: {setting.why}", setting.users(environment)
+        value = setting.value.replace(f"{Path.cwd()}/", "")
+        if users is not None:
+            same = (
+                "yours, as ours" if users == (setting.name, setting.value) else f"yours; ours: {setting.name}={value}"
+            )
+            yield InForce(users[0], users[1], same, why)
+        elif setting.name in made:
+            yield InForce(setting.name, value, "ours", why)
+        else:
+            yield InForce(setting.name, value, "not made here: CUDA is too old" if on_gpu else _NO_GPU, why)
+    sms = "thread blocks that NCCL may use, an option of the group:"
+    yield InForce("max_ctas of P2P groups", str(P2P_CTAS), here, f"{sms} a receive holds its SMs while it waits")
+    yield InForce("max_ctas of gradient groups", str(REDUCE_CTAS), here, f"{sms} it runs beside products")
+    not_bound = why_not_bound(NumaFacts.here(), on_gpu=on_gpu)
+    whose = "ours" if not_bound is None else f"not made here: {not_bound}"
+    yield InForce("torchrun", BINDING, whose, "Python far from its GPU launches more slowly")
+    name = "allow_bf16_reduced_precision_reduction"
+    yield InForce(name, "False", here, "torch.backends.cuda.matmul: split products would add their parts in BF16")
+
+
+def doctor_tree() -> dict[str, object]:
+    """The findings as plain values."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "findings": [asdict(finding) for finding in findings()],
+        "settings": [asdict(setting) for setting in settings_in_force(os.environ)],
+    }
+
+
+def doctor_table() -> RenderableType:
+    """The same for a reader."""
+    table = Table(title="What serves what, here", title_justify="left")
+    for heading in ("operation", "provider", "here", "note"):
+        table.add_column(heading)
+    for finding in findings():
+        table.add_row(finding.operation, finding.provider, "yes" if finding.usable else "no", finding.note)
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}."
+    advice = "`python benchmarks/bring_up.py` runs each of them and says what works."
+    return Group(table, _settings_table(), f"{versions} {advice}")
+
+
+def _settings_table() -> Table:
+    table = Table(title="Settings of ranks that start here", title_justify="left")
+    for heading in ("setting", "value", "whose", "why"):
+        table.add_column(heading)
+    for setting in settings_in_force(os.environ):
+        table.add_row(*map(escape, (setting.name, setting.value, setting.whose, setting.why)))
+    return table

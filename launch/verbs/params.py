@@ -1,0 +1,111 @@
+"""`shoestring params`: parameters, FLOPs and activations of a model, each with its convention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from ...trainer.config import RunConfig
+from ...trainer.costs.flops import CONVENTION, count_flops
+from ...trainer.costs.parameters import count_parameters
+from ...trainer.memory.activations import Kept, MicroBatch, dense_layer, kept_bytes, moe_layer
+from ..compose import compose_run
+
+_PUBLISHED_LENGTH = 4096
+
+
+def params_tree(overrides: Sequence[str], config_dir: Path | None) -> dict[str, object]:
+    """The figures as plain values: counts, and FLOPs a token of forward and backward."""
+    config = compose_model(overrides, config_dir)
+    count, length = count_parameters(config.model), config.training.sequence_length
+    flops = count_flops(config.model, length)
+    return {
+        "model": config.model.name,
+        "parameters": {
+            "main": count.main,
+            "main_active": count.main_active,
+            "mtp": count.mtp,
+            "mtp_active": count.mtp_active,
+            "embedding": count.embedding,
+            "head": count.head,
+            "routed_experts": count.routed_experts,
+        },
+        "sequence_length": length,
+        "flops_per_token": {
+            "main": flops.main,
+            "with_mtp": flops.with_mtp,
+            "main_full_attention": flops.main_full_attention,
+        },
+        "convention": CONVENTION,
+        "activation_bytes": {
+            layer: {"everything": kept_bytes(kept), "recompute": kept_bytes(kept, config.recompute.policy)}
+            for layer, kept in _layers(config).items()
+        },
+    }
+
+
+def params_table(overrides: Sequence[str], config_dir: Path | None) -> RenderableType:
+    """The same for a reader."""
+    config = compose_model(overrides, config_dir)
+    count, length = count_parameters(config.model), config.training.sequence_length
+    flops = count_flops(config.model, length)
+    parameters = Table(title=f"Parameters of {config.model.name}", title_justify="left")
+    for heading in ("part", "all", "active a token"):
+        parameters.add_column(heading, justify="left" if heading == "part" else "right")
+    parameters.add_row("main model, embedding and head included", _big(count.main), _big(count.main_active))
+    parameters.add_row("  embedding", _big(count.embedding), _big(count.embedding))
+    parameters.add_row("  head", _big(count.head), _big(count.head))
+    active_experts = count.routed_experts * config.model.top_k // config.model.experts
+    parameters.add_row("  routed experts", _big(count.routed_experts), _big(active_experts))
+    if config.model.mtp_depth:
+        parameters.add_row("MTP modules, on top of it", _big(count.mtp), _big(count.mtp_active))
+    table = Table(title=f"Training FLOPs a token at sequence length {length}", title_justify="left")
+    table.add_column("what is counted")
+    table.add_column("GFLOP", justify="right")
+    table.add_row("main model, causal attention", _giga(flops.main))
+    if config.model.mtp_depth:
+        table.add_row("main model and MTP, causal attention", _giga(flops.with_mtp))
+    table.add_row("main model, whole S x S of attention", _giga(flops.main_full_attention))
+    return Group(parameters, table, f"Convention: {CONVENTION}.\n", _activations(config))
+
+
+def _activations(config: RunConfig) -> Table:
+    """What a layer keeps, and under the policy of `recompute`."""
+    length, policy = config.training.sequence_length, config.recompute.policy
+    title = f"Activations that a layer keeps of one sequence of {length} tokens, in BF16 on a GPU (predicted)"
+    table = Table(title=title, title_justify="left")
+    for heading in ("layer", "everything kept, MiB", *([f"without {', '.join(sorted(policy))}"] if policy else [])):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    for layer, kept in _layers(config).items():
+        under = [kept_bytes(kept)] + ([kept_bytes(kept, policy)] if policy else [])
+        table.add_row(layer, *(f"{size / 2**20:,.1f}" for size in under))
+    return table
+
+
+def _layers(config: RunConfig) -> dict[str, list[Kept]]:
+    batch = MicroBatch(1, config.training.sequence_length, torch.bfloat16, on_cpu=False)
+    kinds = {"dense": (config.model.dense_layers, dense_layer), "routed": (config.model.moe_layers, moe_layer)}
+    return {name: costs(config.model, batch) for name, (layers, costs) in kinds.items() if layers}
+
+
+def compose_model(overrides: Sequence[str], config_dir: Path | None) -> RunConfig:
+    """The model as composed, for figures at the published length unless one is given."""
+    vocabulary = ["data.vocabulary=${model.vocabulary}"]
+    length = [f"training.sequence_length={_PUBLISHED_LENGTH}"]
+    given = any(text.lstrip("+").startswith(("training.sequence_length=", "experiment=")) for text in overrides)
+    return compose_run([*vocabulary, *([] if given else length), *overrides], config_dir)
+
+
+def _big(count: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:,}"
+
+
+def _giga(flops: float) -> str:
+    return f"{flops / 1e9:.1f}" if flops >= 1e9 else f"{flops / 1e9:.4f}"

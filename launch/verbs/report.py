@@ -1,0 +1,22 @@
+"""`shoestring report`: read a run, write its page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...comm.errors import Problem, Refused
+from ..report.page import html_report
+from ..report.record import read_run
+
+REPORT_FILE = "report.html"
+
+
+def write_report(run_dir: Path, out: Path | None) -> Path:
+    """The page of the run in `run_dir`; return where it is. Raises `Refused` for another place, or one not writable."""
+    page = html_report(read_run(run_dir))
+    path = run_dir / REPORT_FILE if out is None else out
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise Refused([Problem("--out", str(path), f"cannot be written: {error.strerror}")]) from None
+    return path

@@ -1,0 +1,70 @@
+"""`shoestring schedule`: a pipeline program, checked and drawn."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from ...comm.errors import Problem, refuse_if_any
+from ...parallelism.pipeline.check import check
+from ...parallelism.pipeline.draw import ascii_timeline, to_json
+from ...parallelism.pipeline.program import Op, Program
+from ...parallelism.pipeline.schedules.registry import build_program, schedule_problems
+from ...parallelism.pipeline.simulate import UnitTimes, replay
+from ..report.schedule_svg import svg_timeline
+
+_OPTIONS = {"schedule": "NAME", "ranks": "--stages", "micro_batches": "--micro-batches", "chunks": "--chunks"}
+
+
+def draw_schedule(
+    name: str, ranks: int, micro_batches: int, chunks: int | None = None, drawing: str = "ascii", times: str = ""
+) -> str:
+    """The program, checked, as `drawing`: ascii, svg or json.
+
+    `times` are durations to draw with, such as `F=1,I=1.6,W=0.8,FB=2.6`; what is left out is 1, or the sum of its parts
+    for B and FB.
+    """
+    given: dict[Op, float] = {}
+    sizes = schedule_problems(name, ranks, micro_batches, chunks)
+    renamed = (replace(problem, field=_OPTIONS[problem.field]) for problem in sizes)
+    refuse_if_any((*renamed, *_parse_times(times, given)))
+    program = build_program(name, ranks, micro_batches, chunks)
+    check(program)
+    if drawing == "json":
+        return json.dumps(to_json(program))
+    unit_times = _unit_times(given)
+    replayed = replay(program, unit_times)
+    if drawing == "ascii":
+        return ascii_timeline(replayed)
+    return svg_timeline(replayed, note=_describe(unit_times, program))
+
+
+def _unit_times(given: Mapping[Op, float]) -> UnitTimes:
+    return UnitTimes(
+        forward=given.get(Op.F, 1.0),
+        input_gradient=given.get(Op.I, 1.0),
+        weight_gradient=given.get(Op.W, 1.0),
+        backward=given.get(Op.B),
+        pair=given.get(Op.FB),
+    )
+
+
+def _parse_times(text: str, given: dict[Op, float]) -> Iterator[Problem]:
+    """Reads `text` into `given`."""
+    for item in filter(None, text.split(",")):
+        name, _, value = item.partition("=")
+        try:
+            op, time = Op(name.strip()), float(value)
+        except ValueError:
+            yield Problem("--times", item, "write F, B, I, W or FB, an equals sign and a number, as in F=1,I=1.6,W=0.8")
+            continue
+        if not 0 < time < math.inf:
+            yield Problem("--times", item, "a duration must be greater than 0")
+        given[op] = time
+
+
+def _describe(times: UnitTimes, program: Program) -> str:
+    present = {instruction.op for row in program.instructions for instruction in row}
+    return ", ".join(f"{op} = {times.of(op):g}" for op in Op if op in present)

@@ -1,0 +1,56 @@
+"""`shoestring trace`: what a run's timeline adds up to, by rank, and a picture of one pair of layers in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from ...comm.errors import Problem, Refused
+from ...trainer.ledger.terms import TERMS
+from ...trainer.run.profiling import TRACE_FOLDER
+from ...trainer.telemetry.trace import TRACE_FILE, Span, read_trace, summarise_trace
+from ..report.trace_svg import svg_layer_pair
+
+
+def open_trace(place: Path) -> dict[int, list[Span]]:
+    """The spans of each rank; `place` is the directory of a run, or its merged file. Raises `Refused`."""
+    path = place / TRACE_FOLDER / TRACE_FILE if place.is_dir() else place
+    try:
+        return read_trace(path)
+    except OSError as error:
+        remedy = f"has no {TRACE_FOLDER}/{TRACE_FILE} ({error.strerror}); a run with telemetry.trace=true writes one"
+        raise Refused([Problem("TRACE", str(place), remedy)]) from None
+    except ValueError as error:
+        raise Refused([Problem("TRACE", str(path), str(error))]) from None
+
+
+def trace_tree(ranks: Mapping[int, Sequence[Span]]) -> dict[str, dict[str, float]]:
+    """Seconds of each term by rank, and the report's view of them."""
+    return {str(rank): summarise_trace(ranks[rank]) for rank in sorted(ranks)}
+
+
+def trace_table(ranks: Mapping[int, Sequence[Span]]) -> RenderableType:
+    """The same for a reader, in milliseconds, without the terms that are nought everywhere."""
+    terms = {rank: summarise_trace(spans) for rank, spans in sorted(ranks.items())}
+    shown = [name for name in TERMS if any(seconds[name] for seconds in terms.values())]
+    table = Table(
+        title="Milliseconds of the steps in this trace; instructions without their waits", title_justify="left"
+    )
+    for heading in ("rank", *shown):
+        table.add_column(heading, justify="right")
+    for rank, seconds in terms.items():
+        table.add_row(str(rank), *(f"{1e3 * seconds[name]:.1f}" for name in shown))
+    return table
+
+
+def write_picture(ranks: Mapping[int, Sequence[Span]], path: Path) -> None:
+    """One layer forward and one backward in turns, as SVG. Raises `Refused` where there is none, or no such place."""
+    try:
+        path.write_text(f"{svg_layer_pair(ranks)}\n")
+    except ValueError as error:
+        raise Refused([Problem("TRACE", "its spans", f"{error}; use dualpipe or dualpipev")]) from None
+    except OSError as error:
+        raise Refused([Problem("--svg", str(path), f"cannot be written: {error.strerror}")]) from None

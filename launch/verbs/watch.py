@@ -1,0 +1,40 @@
+"""`shoestring watch`: a run followed in the terminal, until it has ended or Ctrl-C."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+
+from ..report.follow import Follower
+from ..report.record import refuse_other_places
+from ..report.watch_frame import frame
+
+SECONDS = 1.0
+"""From one look to the next."""
+
+
+def watch(
+    run_dir: Path, console: Console, *, once: bool = False, wait: Callable[[], None] = lambda: time.sleep(SECONDS)
+) -> None:
+    """Show the run in `run_dir` until it has ended, or one frame. Raises `Refused` for another place.
+
+    A console that is no terminal gets the last frame alone.
+    """
+    refuse_other_places(run_dir)
+    follower = Follower(run_dir)
+    if once:
+        console.print(frame(follower.look()))
+        return
+    # Drawn after each look: no thread of its own. Ctrl-C ends the watching, and nothing of the run.
+    with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+        while True:
+            look = follower.look()
+            live.update(frame(look), refresh=True)
+            if look.has_ended:
+                return
+            wait()

@@ -1,0 +1,1 @@
+"""Every pipeline schedule, and the registry that knows them by name."""

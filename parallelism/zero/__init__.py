@@ -1,0 +1,1 @@
+"""ZeRO-1: flat buckets of parameters, reduced gradients, sharded optimizer state."""

@@ -1,0 +1,120 @@
+"""Routings that an exchange must survive, and a small layer of experts to send through it.
+
+Letters: T tokens, D width, E experts, K experts a token, L experts of a rank, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+from shoestring.comm.async_comm import Worker, open_worker
+from shoestring.comm.exchange.api import TokenExchange
+from shoestring.comm.exchange.config import ExchangeConfig
+from shoestring.comm.exchange.factory import open_exchange
+from shoestring.comm.groups import ProcessGroups
+from shoestring.comm.label import Label
+from shoestring.comm.topology import Topology
+from shoestring.comm.traffic import Traffic
+
+EXPERTS = 16
+WIDTH = 160  # more than one tile of 128, and not whole tiles
+LABEL = Label("layer_01", 2)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Who sends what where."""
+
+    top_k: int
+    groups: int | None = None
+    """How many of the nodes' groups of experts a token may visit; None for all."""
+    empty: bool = False
+    """Every second rank has no token."""
+    overload: bool = False
+    """Every token goes to the first K experts alone: some ranks receive everything, others nothing."""
+
+    @property
+    def name(self) -> str:
+        """What a person reads."""
+        limit = "" if self.groups is None else f" in {self.groups} nodes"
+        return f"top {self.top_k}{limit}{' empty' * self.empty}{' overload' * self.overload}"
+
+
+CASES = (
+    *(Case(top_k) for top_k in range(1, 9)),
+    Case(4, groups=1),
+    Case(8, groups=2),
+    Case(3, empty=True),
+    Case(6, groups=2, empty=True),
+    Case(1, overload=True),
+    Case(4, overload=True, empty=True),
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rank sends."""
+
+    tokens_TD: Tensor
+    weights_TK: Tensor
+    experts_TK: Tensor
+    grad_TD: Tensor
+    """Gradient of what comes back."""
+
+
+def batch_of(case: Case, topology: Topology, rank: int, dtype: torch.dtype) -> Batch:
+    """The same numbers in every dtype, up to their rounding."""
+    generator = torch.Generator().manual_seed(1000 * case.top_k + rank)
+    count = 0 if case.empty and rank % 2 else 5 + 3 * rank
+    score_TE = torch.rand(count, EXPERTS, generator=generator)
+    limit = topology.ep_nodes if case.groups is None else min(case.groups, topology.ep_nodes)
+    node_score_TN = torch.rand(count, topology.ep_nodes, generator=generator)
+    closed_TN = torch.ones_like(node_score_TN).scatter_(1, node_score_TN.topk(limit).indices, 0)
+    score_TE -= closed_TN.repeat_interleave(EXPERTS // topology.ep_nodes, dim=1)
+    experts_TK = score_TE.topk(case.top_k).indices
+    if case.overload:
+        experts_TK = torch.arange(case.top_k).expand(count, -1)
+    tokens_TD, grad_TD = torch.randn(2, count, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+    weights_TK = torch.rand(count, case.top_k, generator=generator, dtype=torch.float64)
+    return Batch(tokens_TD, weights_TK.to(torch.promote_types(dtype, torch.float32)), experts_TK, grad_TD)
+
+
+def expert_scales(dtype: torch.dtype) -> Tensor:
+    """[E, D]: an expert multiplies by its own vector."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(EXPERTS, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def open_on(
+    topology: Topology, rank: int, config: ExchangeConfig, groups: ProcessGroups | None = None
+) -> tuple[TokenExchange[object], Traffic, Worker]:
+    """An exchange of `rank`, with what counts its bytes and what runs it."""
+    groups = groups or ProcessGroups.create(topology, rank, timedelta(seconds=30))
+    traffic, worker = Traffic(topology, rank), open_worker(groups.ep, torch.device("cpu"))
+    return open_exchange(config, groups, EXPERTS, worker, traffic), traffic, worker
+
+
+def through_experts(
+    exchange: TokenExchange[object], batch: Batch, topology: Topology, rank: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Everything that a layer of experts gives and takes: results and gradients, by name."""
+    received = exchange.dispatch(batch.tokens_TD, batch.weights_TK, batch.experts_TK, LABEL).wait()
+    local = EXPERTS // topology.ep
+    first = topology.ep_rank(rank) * local
+    scales_LD = expert_scales(batch.tokens_TD.dtype)[first : first + local].requires_grad_()
+    rows_RD, weights_R = received.rows_RD.requires_grad_(), received.weights_R.requires_grad_()
+    scales_RD = scales_LD.repeat_interleave(torch.tensor(received.rows_per_expert_L), dim=0)
+    out_RD = (rows_RD * scales_RD * weights_R[:, None]).to(rows_RD.dtype)
+    yield "out", exchange.combine(out_RD.detach(), received).wait()
+    out_RD.backward(exchange.combine_backward(batch.grad_TD, received).wait())
+    assert rows_RD.grad is not None
+    assert weights_R.grad is not None
+    grad_TD, grad_weights_TK = exchange.dispatch_backward(rows_RD.grad, weights_R.grad, received).wait()
+    yield "tokens' gradient", grad_TD
+    yield "gates' gradient", grad_weights_TK
+    yield "experts' gradient", torch.zeros_like(scales_LD) if scales_LD.grad is None else scales_LD.grad

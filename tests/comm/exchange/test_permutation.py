@@ -1,0 +1,74 @@
+"""Fans and wire messages: copies out and sums back, bytes out and tensors back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shoestring.comm.exchange.permutation import Fan, count_choices, visited
+from shoestring.comm.exchange.wire import Format, Wire, nothing_beside, pack, unpack
+
+
+def test_a_fan_copies_by_member_and_sums_by_row() -> None:
+    visits_XM = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
+    fan = Fan.to_members(visits_XM, copies=5)
+    assert fan.row_of_copy_C.tolist() == [0, 2, 2, 0, 2]
+    rows = torch.tensor([[1.0], [10.0], [100.0]], dtype=torch.float64)
+    assert fan.spread(rows).flatten().tolist() == [1, 100, 100, 1, 100]
+    assert fan.collect(torch.tensor([[1.0], [2.0], [4.0], [8.0], [16.0]])).flatten().tolist() == [9, 0, 22]
+
+
+def test_sums_of_bf16_copies_are_fp32() -> None:
+    fan = Fan.of(torch.zeros(3, dtype=torch.int64), torch.tensor([3]))
+    copies = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)  # in BF16, 256 + 1 is 256
+    assert fan.collect(copies) == 258
+    assert fan.collect(copies).dtype == torch.float32
+
+
+@pytest.mark.parametrize("width", [0, 3])
+def test_a_fan_without_copies(width: int) -> None:
+    fan = Fan.to_members(torch.zeros(2, 4, dtype=torch.bool), copies=0)
+    assert fan.spread(torch.ones(2, width)).shape == (0, width)
+    assert torch.equal(fan.collect(torch.ones(0, width)), torch.zeros(2, width))
+
+
+def test_visits_pass_over_choices_elsewhere() -> None:
+    assert visited(torch.tensor([[0, 2, 2], [-1, -1, 1], [-1, -1, -1]]), 3).tolist() == [
+        [True, False, True],
+        [False, True, False],
+        [False, False, False],
+    ]
+
+
+def test_choices_are_counted() -> None:
+    choices = torch.randint(0, 9, (50, 3))
+    assert torch.equal(count_choices(choices, 12), torch.bincount(choices.flatten(), minlength=12))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 4])
+def test_a_message_is_taken_apart_as_it_was_put_together(rows: int) -> None:
+    numbers, nothing = torch.randint(9, (rows, 1), dtype=torch.int16), nothing_beside(torch.ones(rows))
+    columns = (torch.randn(rows, 3), numbers, nothing, torch.randn(rows, 2, dtype=torch.float64))
+    message = pack(*columns)
+    assert message.shape == (rows, 12 + 2 + 0 + 16)
+    parts = unpack(message, [(column.shape[1], column.dtype) for column in columns])
+    assert all(torch.equal(part, column) for part, column in zip(parts, columns, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "size"),
+    [
+        (Format.NATIVE, torch.float64, 8 * 130),
+        (Format.NATIVE, torch.bfloat16, 2 * 130),
+        (Format.BF16, torch.float32, 2 * 130),
+        (Format.FP8, torch.bfloat16, 130 + 2),
+    ],
+)
+def test_rows_cross_in_their_format(form: Format, dtype: torch.dtype, size: int) -> None:
+    wire = Wire(form, 130, dtype)
+    rows_XD = torch.randint(-8, 9, (5, 130)).to(dtype)  # exact in every format
+    encoded = wire.encode(rows_XD)
+    assert encoded.dtype == torch.uint8
+    assert encoded.shape == (5, size)
+    assert wire.row_bytes == size
+    assert torch.equal(wire.decode(encoded), rows_XD)

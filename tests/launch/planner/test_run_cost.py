@@ -1,0 +1,98 @@
+"""A whole run: the ramp, what is illegal, failures."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from shoestring.comm.errors import Refused
+from shoestring.launch.planner.failures import Failures
+from shoestring.launch.planner.run_cost import (
+    CONTEXT_EXTENSION,
+    long_context_note,
+    pretraining_hours,
+    run_phases,
+    sensitivity,
+    significant,
+)
+from shoestring.launch.verbs.simulate import simulate
+from shoestring.trainer.run.batch_ramp import Batches, ramp
+
+from .v3 import simulated
+
+
+def test_the_ramp_costs_more_a_token_than_the_full_batch() -> None:
+    simulation = simulated()
+    phases = {phase.name: phase for phase in simulation.phases()}
+    tokens = simulation.config.training.ramp_tokens
+    full = simulation.forecast.gpu_hours(tokens)
+    assert 1.02 * full < phases["batch ramp"].gpu_hours < 1.3 * full
+    assert phases["context extension"].evidence == "published"
+    assert phases["context extension"].gpu_hours == 119_000
+
+
+def test_without_a_ramp_there_is_no_such_phase() -> None:
+    simulation = simulated()
+    recipe = simulation.forecast.recipe
+    rest = {"tokens": 10**12, "batches": Batches.constant(15_360), "published": True}
+    phases = run_phases(simulation.forecaster, simulation.layout, recipe, **rest)  # type: ignore[arg-type]
+    assert [phase.name for phase in phases] == ["pre-training", "context extension", "post-training"]
+
+
+def test_a_run_that_is_not_deepseeks_has_none_of_its_later_phases() -> None:
+    simulation = simulate(["experiment=deepseek_v3_h800", "training.tokens=1_000_000_000_000"], None, {})
+    assert [phase.name for phase in simulation.phases()] == ["batch ramp", "pre-training"]
+    assert pretraining_hours(simulation.phases()) == sum(phase.gpu_hours for phase in simulation.phases())
+
+
+def test_a_size_that_the_grid_cannot_run_is_refused_and_not_extrapolated() -> None:
+    simulation, batches = simulated(), ramp(3072, 256, 15_360, 469 * 10**9, 4096)
+    words = "3,072 sequences are 24 micro-batches of 128, illegal .* nearest legal 4,096 sequences"
+    with pytest.raises(Refused, match=words):
+        run_phases(
+            simulation.forecaster,
+            simulation.layout,
+            simulation.forecast.recipe,
+            tokens=10**12,
+            batches=batches,
+            published=False,
+        )
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0.1616, "0.162"), (0.0, "0"), (12.345, "12.3"), (100.4, "100"), (2_393_815.2, "2,393,815")]
+)
+def test_numbers_say_something_whatever_their_size(number: float, text: str) -> None:
+    assert significant(number) == text
+
+
+def test_few_sms_are_a_question_and_both_ends_of_its_answer() -> None:
+    simulation = simulated()
+    asked = sensitivity(simulation.forecaster, simulation.layout, simulation.forecast.recipe, simulation.global_batch)
+    fast, slow = (entry for entry in asked if "SMs lent" in entry.name)
+    assert fast.seconds < simulation.forecast.seconds < slow.seconds
+
+
+def test_long_phases_are_explained_with_the_nearest_legal_batch() -> None:
+    notes = [long_context_note(simulated().layout, phase) for phase in CONTEXT_EXTENSION]
+    assert notes[0] == (
+        "32 K: 1,920 sequences are 15 micro-batches of 128, illegal for dualpipe on 16 ranks; "
+        "nearest legal 4,096 sequences (32 micro-batches)"
+    )
+    assert notes[1] is not None
+    assert "480 sequences are 3.75 micro-batches of 128, not a whole number" in notes[1]
+
+
+def test_the_best_interval_loses_least() -> None:
+    failures, gpus = Failures(), 2048
+
+    def lost(interval: float) -> float:
+        mean = failures.mean_seconds_between(gpus)
+        return failures.checkpoint_seconds / interval + interval / (2 * mean) + failures.restart_seconds / mean
+
+    best = failures.best_interval(gpus)
+    assert lost(best) < min(lost(best * 0.8), lost(best * 1.25))
+    assert failures.effective_share(gpus) == pytest.approx(1 - lost(best))
+    assert failures.mean_seconds_between(2 * gpus) == failures.mean_seconds_between(gpus) / 2
+    assert math.isclose(failures.mean_seconds_between(16_384) * 419, 54 * 86_400)

@@ -1,0 +1,33 @@
+"""What the ledger calls a launch that no launcher of ours has made: the same for its restarts, another for the next."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from shoestring.launch.run.attempt import ATTEMPT_VARIABLE, attempt_name
+
+AGENT = """
+import subprocess, sys
+SHOW = "from shoestring.launch.run.attempt import attempt_name; print(attempt_name())"
+for _ in range(2):
+    subprocess.run([sys.executable, "-c", SHOW])
+"""
+
+
+def test_the_launcher_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ATTEMPT_VARIABLE, "given")
+    assert attempt_name() == "given"
+
+
+def test_a_torchrun_of_ones_own_is_known_by_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ATTEMPT_VARIABLE, raising=False)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    assert attempt_name().startswith(f"mine.{os.getppid()}.")
+    agents = [subprocess.run([sys.executable, "-c", AGENT], capture_output=True, text=True, check=True) for _ in "ab"]
+    names = [agent.stdout.split() for agent in agents]
+    assert [len(set(of_agent)) for of_agent in names] == [1, 1]
+    assert names[0] != names[1]

@@ -1,0 +1,117 @@
+"""Sizes that no machine holds are refused from arithmetic, before anything that grows with them."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from shoestring.comm.errors import Refused
+from shoestring.launch.compose import compose_run
+from shoestring.launch.run.capacity import RANKS_A_CORE, Room, size_problems
+from shoestring.launch.run.preflight import preflight
+from shoestring.trainer.config import RunConfig
+
+SMALL = Room(cores=2, host_bytes=24e9, gpu_bytes=None, tasks=None)
+ONE = ("topology=single", "schedule=one_f_one_b", "training.device=cpu")
+
+
+def configured(*overrides: str) -> RunConfig:
+    return compose_run([*ONE, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        ("model.hidden=1e9", "model.hidden"),
+        ("model.experts=1e8", "model.experts"),
+        ("model.layers=1e7", "model.layers"),
+        ("model.vocabulary=1e9", "model.vocabulary"),
+        ("model.heads=1e9", "model.heads"),
+        ("model.dense_ffn=1e12", "model.dense_ffn"),
+        ("model.mtp_depth=1e6", "model.mtp_depth"),
+        ("model.shared_experts=1e9", "model.shared_experts"),
+        ("model.top_k=1e7", "model.top_k"),
+        ("model.q_lora_rank=1e7", "model.q_lora_rank"),
+        ("training.global_batch=1e30", "training.global_batch"),
+        ("training.global_batch=1e9", "training.global_batch"),
+        ("training.tokens=1e30", "training.tokens"),
+        ("training.sequence_length=1e12", "training.sequence_length"),
+        ("training.collective_timeout_seconds=1e15", "training.collective_timeout_seconds"),
+        ("training.stop_seconds=1e15", "training.stop_seconds"),
+        ("schedule.micro_batch=1e9", "schedule.micro_batch"),
+        ("schedule=interleaved schedule.chunks=1e8", "schedule.chunks"),
+        ("topology.pp=1e6", "topology.pp"),
+        ("topology.edp=1e9", "topology.edp"),
+        ("topology.gpus_per_node=1e9", "topology.gpus_per_node"),
+        (
+            "training.ramp_from=2 training.ramp_step=2 training.ramp_tokens=9 training.global_batch=1e9",
+            "training.ramp_step",
+        ),
+    ],
+)
+def test_each_size_has_a_limit(overrides: str, field: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(Refused) as refused:
+        configured(*overrides.split())
+    assert field in {problem.field for problem in refused.value.problems}
+    assert "at most" in str(refused.value)
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ("topology.edp=512 training.global_batch=512", "asks for 512 ranks on this machine, which has 2 cores"),
+        ("model.hidden=1048576", "parameters and their optimizer state alone"),
+        ("model.hidden=65536 model.expert_ffn=1048576", "parameters and their optimizer state alone"),
+        ("model.experts=65536", "parameters and their optimizer state alone"),
+        ("training.sequence_length=16777216 schedule.micro_batch=8", "one activation of the 134,217,728 tokens"),
+    ],
+)
+def test_what_is_too_large_for_this_machine(overrides: str, words: str) -> None:
+    config = configured(*overrides.split())
+    (problem,) = size_problems(config, config.topology.world_size, SMALL)
+    assert words in str(problem)
+
+
+def test_what_fits_is_not_refused() -> None:
+    config = configured()
+    assert list(size_problems(config, 1, SMALL)) == []
+    assert list(size_problems(config, 2 * RANKS_A_CORE, SMALL)) == []
+
+
+def test_processes_need_memory_and_may_be_limited_in_number() -> None:
+    config, many = configured(), 2 * RANKS_A_CORE
+    small = Room(2, many * 100e6, None, None)
+    assert "10 GB for their processes alone" in str(next(size_problems(config, many, small)))
+    assert "may start 100 processes" in str(next(size_problems(config, many, Room(2, 24e9, None, 100))))
+
+
+def test_a_gpu_has_its_own_memory() -> None:
+    room = Room(cores=2, host_bytes=1e15, gpu_bytes=80e9, tasks=None)
+    assert "of memory on a GPU" in str(next(size_problems(configured("model.hidden=1048576"), 1, room)))
+    assert list(size_problems(configured(), 512, room)) == []  # a GPU's rank needs no core of its own
+
+
+def test_deepseek_v3_fits_its_own_cluster() -> None:
+    config = compose_run(
+        [
+            "model=deepseek_v3",
+            "data.vocabulary=129280",
+            "topology.pp=16",
+            "topology.ep=64",
+            "topology.edp=2",
+            "schedule=dualpipe",
+            "training.global_batch=15360",
+            "training.sequence_length=4096",
+        ]
+    )
+    assert list(size_problems(config, 8, Room(cores=128, host_bytes=2e12, gpu_bytes=80e9, tasks=None))) == []
+
+
+def test_preflight_refuses_sizes_before_it_looks_at_anything_else() -> None:
+    config = configured("model.hidden=1048576", "data.prepared=/nowhere/at/all")
+    with pytest.raises(Refused) as refused:
+        preflight(config, 1, fresh=True)
+    assert [problem.field for problem in refused.value.problems] == ["model"]

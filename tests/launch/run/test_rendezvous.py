@@ -1,0 +1,297 @@
+"""Machines that meet, that differ, that do not come, and strangers at the port; machines are threads."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from shoestring.comm.agreement import Fact, Facts, difference, to_json
+from shoestring.comm.errors import Problem, Refused
+from shoestring.launch.run import rendezvous as meeting
+from shoestring.launch.run.rendezvous import (
+    NotMet,
+    Venue,
+    address_problems,
+    attend_meeting,
+    host_meeting,
+    report_refusal,
+)
+from shoestring.tests.launch.small_run import free_port
+
+FACTS = {"training.seed": Fact("1", "0"), "code": Fact("2", "abc")}
+NO_MEETINGS = (
+    *(b"SSH-2.0-OpenSSH\n", b"[" * 100_000 + b"\n", b'{"go": NaN}\n', b"7\n", b"{}\n"),
+    *(b'{"run_dir": "a\\u0000b", "attempt": "x"}\n', b'{"run_dir": "a", "attempt": 7}\n', b'{"refused": [1]}\n'),
+)
+Outcome = Path | str | None
+
+
+def venues(machines: int, seconds: float = 20) -> list[Venue]:
+    port = free_port()
+    return [Venue("127.0.0.1", port, machines, machine, seconds) for machine in range(machines)]
+
+
+def outcome(call: Callable[[], Outcome]) -> Outcome:
+    try:
+        return call()
+    except (Refused, NotMet) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def meet(run_dir: Path, own: list[Facts]) -> list[Outcome]:
+    """What came of it on each machine."""
+    places = venues(len(own))
+    with ThreadPoolExecutor(len(own)) as machines:
+        pairs = zip(places[1:], own[1:], strict=True)
+        guests = [machines.submit(outcome, partial(attend_meeting, *pair)) for pair in pairs]
+        host: Future[Outcome] = machines.submit(outcome, lambda: host_meeting(places[0], own[0], run_dir, "attempt"))
+        return [host.result(60), *(guest.result(60) for guest in guests)]
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "_SECONDS_BETWEEN_LOOKS", 0.02)
+    monkeypatch.setattr(meeting, "_SECONDS_TO_SEE", 0.3)
+
+
+@pytest.mark.parametrize("machines", [2, 5])
+def test_all_learn_the_run_directory_and_nothing_is_left(machines: int, tmp_path: Path) -> None:
+    assert meet(tmp_path, [FACTS] * machines) == [None, *[tmp_path] * (machines - 1)]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_machine_that_differs_is_refused_on_all(tmp_path: Path) -> None:
+    other = FACTS | {"training.seed": Fact("9", "7")}
+    words = meet(tmp_path, [FACTS, FACTS, other])
+    for each in words:
+        assert str(each).startswith("Refused")
+        assert re.search(r"training\.seed = '0 on machine 0 \(.*\), 7 on machine 2 \(", str(each))
+
+
+def _blind(note: Path, attempt: str) -> bool:
+    return False
+
+
+def test_a_directory_that_is_not_shared_is_refused_on_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "_sees", _blind)
+    for each in meet(tmp_path, [FACTS, FACTS]):
+        assert "training.run_dir" in str(each)
+        assert "is not shared: machine 1" in str(each)
+
+
+def test_what_a_machine_sees(tmp_path: Path) -> None:
+    note = tmp_path / "meeting"
+    assert not meeting._sees(note, "this")
+    note.write_text("the one before")
+    assert not meeting._sees(note, "this")
+    threading.Timer(0.1, note.write_text, ["this"]).start()  # a network file system shows it late
+    assert meeting._sees(note, "this")
+    assert not meeting._sees(tmp_path / "none" / "meeting", "this")
+
+
+def test_a_machine_that_never_comes_is_waited_for_with_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host, _, _ = venues(3, seconds=0.3)
+    began = time.monotonic()
+    with pytest.raises(NotMet, match=f"of 3 machines, 1, 2 did not come to 127.0.0.1:{host.port} within 0.3 s"):
+        host_meeting(host, FACTS, tmp_path, "attempt")
+    assert time.monotonic() - began < 5
+    assert f"waiting for 2 of 3 machines at 127.0.0.1:{host.port} (missing: 1, 2)" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_machine_0_that_never_comes(capsys: pytest.CaptureFixture[str]) -> None:
+    _, guest = venues(2, seconds=0.3)
+    with pytest.raises(NotMet, match=f"machine 0 was not at 127.0.0.1:{guest.port} within 0.3 s .*MASTER_ADDR"):
+        attend_meeting(guest, FACTS)
+    assert f"waiting for machine 0 at 127.0.0.1:{guest.port}" in capsys.readouterr().err
+
+
+def test_a_machine_that_was_refused_ends_the_waiting_of_one_that_listens_later(tmp_path: Path) -> None:
+    host, guest = venues(2)
+    with ThreadPoolExecutor(1) as machine:
+        telling = machine.submit(report_refusal, guest, Refused([Problem("model.hiden", 3, "no such key")]))
+        words = outcome(lambda: host_meeting(host, FACTS, tmp_path, "attempt"))
+        telling.result(20)
+    assert "was refused there: model.hiden = 3: no such key" in str(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        b"",
+        b"\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"[1]\n",
+        b'{"machine": 1}\n',
+        b'{"machine": 7, "host": "x", "facts": "{}"}\n',
+        b'{"machine": "1", "host": "x", "facts": "{}"}\n',
+        json.dumps({"machine": True, "host": "x", "facts": to_json(FACTS)}).encode() + b"\n",
+        json.dumps({"machine": 1, "host": 7, "facts": to_json(FACTS)}).encode() + b"\n",
+        b"\xff\xfe\n",
+        b'{"machine": 1, "host": "x", "facts": "[]"}\n',
+        b"[" * 100_000 + b"\n",
+    ],
+)
+def test_strangers_at_the_port_are_let_go(words: bytes, tmp_path: Path) -> None:
+    host, guest = venues(2)
+    with ThreadPoolExecutor(2) as machines:
+        hosting = machines.submit(outcome, lambda: host_meeting(host, FACTS, tmp_path, "attempt"))
+        with _reached(host) as stranger:
+            stranger.sendall(words)
+        attending = machines.submit(outcome, lambda: attend_meeting(guest, FACTS))
+        assert (hosting.result(30), attending.result(30)) == (None, tmp_path)
+
+
+def _reached(venue: Venue) -> socket.socket:
+    while True:
+        try:
+            return socket.create_connection((venue.address, venue.port), 5)
+        except ConnectionRefusedError:
+            time.sleep(0.01)
+
+
+def test_silent_connections_delay_no_machine_and_no_limit(tmp_path: Path) -> None:
+    host, guest = venues(2)
+    began = time.monotonic()
+    with ThreadPoolExecutor(2) as machines:
+        hosting = machines.submit(outcome, lambda: host_meeting(host, FACTS, tmp_path, "attempt"))
+        with _reached(host), _reached(host), _reached(host) as half:
+            half.sendall(b'{"machine": ')
+            attending = machines.submit(outcome, lambda: attend_meeting(guest, FACTS))
+            assert (hosting.result(60), attending.result(60)) == (None, tmp_path)
+        impatient, _ = venues(2, seconds=0.5)
+        hosting = machines.submit(outcome, lambda: host_meeting(impatient, FACTS, tmp_path, "attempt"))
+        with _reached(impatient), _reached(impatient):
+            assert "did not come" in str(hosting.result(60))
+    assert time.monotonic() - began < meeting._SECONDS_TO_SPEAK
+
+
+def test_a_silent_connection_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "_SECONDS_TO_SPEAK", 0.1)
+    monkeypatch.setattr(meeting, "_MOST_NEWCOMERS", 1)
+    host, _ = venues(2, seconds=2)
+    with ThreadPoolExecutor(1) as machines:
+        hosting = machines.submit(outcome, lambda: host_meeting(host, FACTS, tmp_path, "attempt"))
+        with _reached(host) as first, _reached(host) as second:
+            assert (first.recv(1), second.recv(1)) == (b"", b"")
+            assert not hosting.done()
+        assert "did not come" in str(hosting.result(60))
+
+
+def test_a_fifo_in_the_place_of_the_note_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "meeting")
+    seen: list[bool] = []
+    looking = threading.Thread(target=lambda: seen.append(meeting._sees(tmp_path / "meeting", "this")), daemon=True)
+    looking.start()
+    looking.join(20)
+    assert seen == [False]
+
+
+def test_a_machine_that_comes_again_takes_its_own_place(tmp_path: Path) -> None:
+    host, first, second = venues(3)
+    with ThreadPoolExecutor(4) as machines:
+        hosting = machines.submit(outcome, lambda: host_meeting(host, FACTS, tmp_path, "attempt"))
+        with _reached(host) as gone:
+            meeting._Line(gone).send({"machine": 1, "host": "x", "facts": to_json(FACTS)})
+            gone.shutdown(socket.SHUT_WR)
+            others = [machines.submit(outcome, partial(attend_meeting, first, FACTS))]
+            gone.settimeout(30)
+            assert gone.recv(1) == b""  # its place is taken: a third machine before that would end the waiting
+        others.append(machines.submit(outcome, partial(attend_meeting, second, FACTS)))
+        assert [hosting.result(30), *(other.result(30) for other in others)] == [None, tmp_path, tmp_path]
+
+
+def test_a_machine_that_leaves_is_named(tmp_path: Path) -> None:
+    host, _ = venues(2)
+    with ThreadPoolExecutor(1) as machines:
+        hosting = machines.submit(outcome, lambda: host_meeting(host, FACTS, tmp_path, "attempt"))
+        with _reached(host) as gone:
+            line = meeting._Line(gone)
+            line.send({"machine": 1, "host": "far", "facts": to_json(FACTS)})
+            line.receive(10)
+        assert "machine 1 (far) has left" in str(hosting.result(30))
+
+
+def test_a_machine_that_is_gone_when_it_is_told_is_named() -> None:
+    here, there = socket.socketpair()
+    guest = meeting._Line(here)
+    guest.host = "far"
+    there.close()
+    with pytest.raises(NotMet, match=r"machine 1 \(far\) has left"):
+        meeting._send(1, guest, {"go": True})
+    guest.close()
+
+
+def test_a_note_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "meeting").mkdir()
+    host, _ = venues(2)
+    with pytest.raises(Refused, match=r"make room, or name another training\.run_dir"):
+        host_meeting(host, FACTS, tmp_path, "attempt")
+
+
+def test_a_port_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "_SECONDS_FOR_PORT", 0.1)
+    host, _ = venues(2)
+    with socket.create_server((host.address, host.port)), pytest.raises(Refused, match=f"MASTER_PORT = {host.port}"):
+        host_meeting(host, FACTS, tmp_path, "attempt")
+
+
+@pytest.mark.parametrize(
+    "words", [b"SSH-2.0-OpenSSH\n", b"[" * 100_000 + b"\n", b'{"go": NaN}\n', b"7\n", *NO_MEETINGS]
+)
+def test_what_answers_and_is_no_launch(words: bytes) -> None:
+    _, guest = venues(2)
+    with socket.create_server((guest.address, guest.port)) as other, ThreadPoolExecutor(1) as machines:
+        attending = machines.submit(outcome, lambda: attend_meeting(guest, FACTS))
+        connection, _ = other.accept()
+        with connection:
+            connection.sendall(words)
+            assert "is no launch of Shoestring" in str(attending.result(30))
+
+
+def test_names_that_do_not_resolve() -> None:
+    assert [problem.field for problem in address_problems("no-such-machine.invalid")] == ["MASTER_ADDR"]
+    assert [problem.field for problem in address_problems("a" * 300)] == ["MASTER_ADDR"]
+    for address in ("127.0.0.1", "::1", "localhost"):
+        assert list(address_problems(address)) == []
+
+
+@pytest.mark.parametrize(
+    ("address", "remedy"),
+    [
+        ("node0:29500", "write MASTER_ADDR=node0 and MASTER_PORT=29500"),
+        ("[::1]", "write ::1, without spaces and brackets"),
+        (" 127.0.0.1", "write 127.0.0.1, without spaces and brackets"),
+        ("  ", "name machine 0 by an address"),
+        ("tcp://127.0.0.1", "name machine 0 by an address"),
+        ("0.0.0.0", "is every address of a machine and names none"),
+        ("::", "is every address of a machine and names none"),
+    ],
+)
+def test_an_address_that_is_written_wrong_is_told_how(address: str, remedy: str) -> None:
+    (problem,) = address_problems(address)
+    assert problem.value == address
+    assert remedy in problem.remedy
+
+
+def test_values_that_are_hidden_and_differ_are_said_to() -> None:
+    words = difference("prompt", ("here", {"prompt": Fact("1", "${x}")}), ("there", {"prompt": Fact("2", "${x}")}))
+    assert words == "${x} on here, ${x} on there (variables of the environment differ)"
+    assert difference("a", ("here", {"a": Fact("1", "x")}), ("there", {})) == "x on here, nothing on there"
+
+
+def test_an_address_of_another_machine_is_hinted_at() -> None:
+    assert meeting._foreign("127.0.0.1") == ""
+    assert "is no address of this machine" in meeting._foreign("192.0.2.1")  # kept for documentation by RFC 5737

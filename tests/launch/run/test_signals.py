@@ -1,0 +1,334 @@
+"""Runs that stop before their end, through real torchrun: 75 when they are asked to, 3 when the budget is used up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from shoestring.launch.run import launcher
+from shoestring.launch.run.launcher import Stopped, StopRequest, stop_signals_raise
+from shoestring.launch.run.run_dir import read_status
+from shoestring.launch.run.signals import STOP_FILE_VARIABLE
+from shoestring.tests.launch.real_run import (
+    command,
+    processes_of,
+    ranks_of,
+    torchrun_of,
+    train,
+    wait_for_step,
+    wait_until,
+)
+from shoestring.tests.launch.small_run import BATCH, SEQUENCE, small_run
+from shoestring.trainer.ledger.guard import LEAST_STEPS
+from shoestring.trainer.ledger.summary import Summary, summarise
+from shoestring.trainer.telemetry.history import read_metrics
+
+ENDLESS = "training.tokens=1e9"
+Start = Callable[[list[str], Path], subprocess.Popen[str]]
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    own = ["telemetry.log_every=1", "training.checkpoint_every=0", "telemetry.wandb.mode=disabled"]
+    return [*small_run(tmp_path_factory.mktemp("data"), steps=1), *own]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts endless runs and returns after their second step. None outlives the test."""
+    with ExitStack() as cleanup:
+
+        def begin(arguments: list[str], run_dir: Path) -> subprocess.Popen[str]:
+            process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            cleanup.enter_context(process)
+            cleanup.callback(process.kill)
+            wait_for_step(run_dir, process, 2)
+            return process
+
+        yield begin
+
+
+def endless(overrides: list[str], run_dir: Path, *more: str) -> tuple[list[str], Path]:
+    return command(overrides, run_dir, ENDLESS, *more), run_dir
+
+
+def checkpoints(run_dir: Path) -> list[int]:
+    return [int(path.name.removeprefix("step_")) for path in sorted((run_dir / "checkpoints").iterdir())]
+
+
+def closed_ledger(run_dir: Path) -> Summary:
+    """Whose identity holds: `summarise` refuses any other."""
+    summary = summarise(run_dir)
+    assert not summary.running
+    assert summary.unknown_ms >= 0
+    return summary
+
+
+def assert_halted(run_dir: Path, process: subprocess.Popen[str]) -> int:
+    """With 75; the number of its last step, which is in the one checkpoint."""
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert not processes_of(run_dir)
+    (done,) = checkpoints(run_dir)
+    assert f"stopped after step {done}, which is in a checkpoint: it was asked to" in said
+    status = read_status(run_dir)
+    assert status is not None
+    assert status["exit_code"] == 75
+    summary = closed_ledger(run_dir)
+    assert summary.steps_retained == done
+    assert summary.buckets["checkpoint_save"] > 0
+    return done
+
+
+def test_a_run_that_is_asked_to_stop_ends_its_step_and_exits_with_75(
+    start: Start, overrides: list[str], tmp_path: Path
+) -> None:
+    process = start(*endless(overrides, tmp_path / "run"))
+    process.terminate()
+    assert_halted(tmp_path / "run", process)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("who", "number"),
+    [
+        ("launcher", signal.SIGUSR1),
+        ("launcher", signal.SIGQUIT),
+        ("all", signal.SIGHUP),
+        ("torchrun", signal.SIGTERM),
+        ("a rank", signal.SIGTERM),
+        ("all", signal.SIGTERM),
+        ("all", signal.SIGUSR1),
+    ],
+)
+def test_whoever_gets_the_signal_the_run_goes_on_later(
+    who: str, number: signal.Signals, start: Start, overrides: list[str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    process = start(*endless(overrides, run_dir, "telemetry.wandb.mode=offline"))
+    ranks, torchrun = ranks_of(run_dir), torchrun_of(run_dir)
+    assert len(ranks) == 2
+    targets = {"launcher": [process.pid], "torchrun": [torchrun], "a rank": ranks[1:]}
+    for pid in targets.get(who, [torchrun, *ranks, process.pid]):  # as Slurm does it
+        os.kill(pid, number)
+    done = assert_halted(run_dir, process)
+    again = train(overrides, run_dir, f"training.tokens={(done + 1) * BATCH * SEQUENCE}")
+    assert again.returncode == 0, again.stderr
+    assert [event.step for event in read_metrics(run_dir / "metrics.jsonl") if event.kind == "step"] == [
+        *range(1, done + 2)
+    ]
+    assert closed_ledger(run_dir).rolled_back_ms == 0
+
+
+@pytest.mark.parametrize("seconds", [1, pytest.param(300, marks=pytest.mark.slow)], ids=["time is up", "asked again"])
+def test_a_run_that_does_not_come_to_the_end_of_a_step_is_ended(
+    seconds: int, start: Start, overrides: list[str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    process = start(*endless(overrides, run_dir, f"training.stop_seconds={seconds}"))
+    first, second = ranks_of(run_dir)
+    os.kill(second, signal.SIGSTOP)  # the other waits for it in the middle of a step
+    process.terminate()
+    if seconds > 1:
+        assert process.stderr is not None
+        assert "a second SIGTERM ends it at once" in process.stderr.readline()
+
+    def has_been_ended() -> bool:
+        if seconds > 1:
+            process.terminate()  # the first ones are taken for the same request
+        return first not in processes_of(run_dir)
+
+    wait_until(has_been_ended, 20)
+    os.kill(second, signal.SIGCONT)  # what it was sent meanwhile ends it, sooner than torchrun's 30 seconds are over
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not processes_of(run_dir)
+    assert read_status(run_dir) is None
+    assert not (run_dir / "checkpoints").exists()
+    closed_ledger(run_dir)
+
+
+def test_ctrl_c_stops_at_once(start: Start, overrides: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = start(*endless(overrides, run_dir))
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert not processes_of(run_dir)
+    assert not (run_dir / "checkpoints").exists()
+    closed_ledger(run_dir)
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_the_first_signal_asks_and_a_later_one_or_the_time_ends(
+    again: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    request = StopRequest(tmp_path / "stop", 60 if again else 0.5)
+    former = signal.getsignal(signal.SIGTERM)
+    with request.on_first_signal():
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):  # one request, told three times
+            signal.raise_signal(number)
+        assert (tmp_path / "stop").exists()
+        monkeypatch.setattr(launcher, "SAME_REQUEST_SECONDS", 0)
+        signal.raise_signal(signal.SIGUSR1)
+        with pytest.raises(Stopped) as caught:
+            wait_for_the_end(again)
+        assert caught.value.exit_code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == former
+    request.raise_if_failed(0)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        request.raise_if_failed(1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1])
+def test_every_asking_signal_asks(number: signal.Signals, tmp_path: Path) -> None:
+    former = signal.signal(number, signal.SIG_DFL)  # under nohup the tests themselves ignore SIGHUP
+    try:
+        with StopRequest(tmp_path / "stop", 60).on_first_signal():
+            signal.raise_signal(number)
+            assert (tmp_path / "stop").exists()
+    finally:
+        signal.signal(number, former)
+
+
+def test_under_nohup_the_end_of_a_terminal_means_nothing(tmp_path: Path) -> None:
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals_raise(), StopRequest(tmp_path / "stop", 60).on_first_signal():
+            signal.raise_signal(signal.SIGHUP)
+        assert not (tmp_path / "stop").exists()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+def test_a_rank_hears_what_came_before_it_listened() -> None:
+    code = "from shoestring.launch.run.signals import listen_for_stop as l; import signal; signal.raise_signal(15); "
+    code += "raise SystemExit(0 if l(60)() else 1)"
+    with subprocess.Popen([sys.executable, "-c", code], preexec_fn=launcher._become_torchrun) as rank:
+        assert rank.wait(60) == 0
+
+
+@pytest.mark.parametrize(("seconds", "again"), [(60, signal.SIGTERM), (60, signal.SIGQUIT), (0.1, None)])
+def test_a_rank_without_a_launcher_ends_by_itself(seconds: float, again: signal.Signals | None) -> None:
+    """Also while its main thread waits outside Python, as for messages that never come."""
+    code = "import signal; from shoestring.launch import stopping as s; s.SAME_REQUEST_SECONDS = 0; "
+    code += f"s.listen_for_stop({seconds}); signal.raise_signal(10); print('asked', flush=True); signal.sigwait([12])"
+    outside = {name: value for name, value in os.environ.items() if name != STOP_FILE_VARIABLE}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=outside, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as rank:
+        try:
+            assert rank.stdout is not None
+            assert rank.stderr is not None
+            assert rank.stdout.readline() == "asked\n"
+            if again is not None:
+                rank.send_signal(again)
+            assert rank.wait(30) == 128 + (again or signal.SIGUSR1)
+            assert ("a second request" if again else "no end within 0.1 s") in rank.stderr.read()
+        finally:
+            rank.kill()
+
+
+def test_nothing_cuts_short_what_a_launcher_does_after_it_was_stopped() -> None:
+    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with pytest.raises(Stopped, match="SIGTERM"), stop_signals_raise():
+            signal.raise_signal(signal.SIGTERM)
+        for number in former:
+            signal.raise_signal(number)  # either would end this process
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def wait_for_the_end(again: bool) -> None:
+    if again:
+        signal.raise_signal(signal.SIGTERM)
+    threading.Event().wait(60)
+
+
+def own_torchrun(overrides: list[str], run_dir: Path, *options: str) -> list[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
+    return [*torchrun, *command(overrides, run_dir, ENDLESS)[1:]]
+
+
+@pytest.mark.slow
+def test_under_a_torchrun_of_ones_own_with_restarts(start: Start, overrides: list[str], tmp_path: Path) -> None:
+    """torchrun's code says nothing; the status of the run does. A rank that stops on purpose is not started again."""
+    run_dir = tmp_path / "run"
+    process = start(own_torchrun(overrides, run_dir, "--max-restarts=3"), run_dir)
+    os.kill(ranks_of(run_dir)[0], signal.SIGUSR1)
+    process.communicate(timeout=60)
+    assert process.returncode == 1  # torchrun's own: a rank has exited with 75
+    (done,) = checkpoints(run_dir)
+    assert [event.kind for event in read_metrics(run_dir / "metrics.jsonl")].count("run") == 1
+    status = read_status(run_dir)
+    assert status is not None
+    assert (status["exit_code"], summarise(run_dir).steps_retained) == (75, done)
+
+
+def test_a_run_without_budget_left_trains_no_step(overrides: list[str], tmp_path: Path) -> None:
+    run_dir, poor = tmp_path / "run", "budget.gpu_hours=1e-7"
+    first = train(overrides, run_dir, ENDLESS, poor)
+    assert first.returncode == 3, first.stderr
+    assert "stopped before the first step: the run has used " in first.stderr
+    assert "its budget is 1e-07; raise budget.gpu_hours to go on" in first.stderr
+    before = contents(run_dir)
+    again = train(overrides, run_dir, ENDLESS, poor)
+    assert again.returncode == 3
+    assert "raise budget.gpu_hours to go on" in again.stderr
+    assert again.stdout == ""  # no rank was started
+    assert contents(run_dir) == before
+    assert closed_ledger(run_dir).steps_retained == 0
+
+
+def contents(run_dir: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_a_budget_that_is_used_up_in_the_middle_is_raised(overrides: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    price = measured_price(overrides, tmp_path / "other")
+    first = train(overrides, run_dir, ENDLESS, f"budget.gpu_hours={4 * price}")
+    assert first.returncode == 3, first.stderr
+    (done,) = checkpoints(run_dir)
+    assert f"stopped after step {done}, which is in a checkpoint: the run has used " in first.stderr
+    summary = closed_ledger(run_dir)
+    assert summary.steps_retained == done
+    assert summary.budget_share >= 1
+    last = f"training.tokens={(done + 2) * BATCH * SEQUENCE}"
+    again = train(overrides, run_dir, last, f"budget.gpu_hours={4 * price}")
+    assert (again.returncode, again.stdout) == (3, "")
+    richer = train(overrides, run_dir, last, f"budget.gpu_hours={40 * price}")
+    assert richer.returncode == 0, richer.stderr
+    assert closed_ledger(run_dir).steps_retained == done + 2
+
+
+def test_a_run_that_would_pass_its_budget_is_stopped_long_before(overrides: list[str], tmp_path: Path) -> None:
+    run_dir, guarded = tmp_path / "run", "budget.stop_at=1"
+    first = train(overrides, run_dir, ENDLESS, guarded)
+    assert first.returncode == 3, first.stderr
+    (done,) = checkpoints(run_dir)
+    assert done == LEAST_STEPS + 1  # a step is voted on before its own cost is known
+    assert f"stopped after step {done}, which is in a checkpoint: the run has used " in first.stderr
+    assert "and will have used " in first.stderr
+    assert "budget.stop_at=null" in first.stderr
+    assert closed_ledger(run_dir).budget_share < 0.5
+    again = train(overrides, run_dir, ENDLESS, guarded)
+    assert (again.returncode, again.stdout) == (3, "")  # no rank was started
+
+
+def measured_price(overrides: list[str], run_dir: Path) -> float:
+    """GPU-hours of a run of one step on this machine: nearly all of it is the start."""
+    assert train(overrides, run_dir).returncode == 0
+    return summarise(run_dir).gpu_hours

@@ -1,0 +1,158 @@
+"""`shoestring calibrate`: the phases of a step told apart, and a table that the planner prices with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from shoestring.comm.trace import EXPOSED_EXCHANGE, Track
+from shoestring.launch.bench.calibrate_rank import Calibration, phase_seconds
+from shoestring.launch.compose import compose_run
+from shoestring.launch.planner.evidence import assumptions
+from shoestring.launch.planner.exchange_time import Exchange
+from shoestring.launch.planner.forecast import Forecaster
+from shoestring.launch.planner.kernel_times import Row, read_table
+from shoestring.launch.planner.operations import Phase
+from shoestring.launch.planner.recipe import NOTHING, Precision
+from shoestring.launch.verbs.calibrate import calibrate, measured_with, write_cluster
+from shoestring.launch.verbs.plan import plan
+from shoestring.launch.verbs.simulate import simulate
+from shoestring.tests.launch.refusals import refused
+from shoestring.trainer.telemetry.trace import Span
+
+
+def spans(track: Track, *named: tuple[str, int]) -> list[Span]:
+    """One after the other; lengths in seconds."""
+    found, now = [], 0
+    for name, seconds in named:
+        found.append(Span(track, name, "", now, now + seconds * 10**9))
+        now += seconds * 10**9
+    return found
+
+
+def test_weights_are_told_apart_by_the_moment_they_are_settled() -> None:
+    """A dense layer, two routed ones and MTP, as the tape of a backward has them."""
+    config = compose_run(["model.layers=3", "model.dense_layers=1", "model.mtp_depth=1"])
+    backward = [("attn(W)", 6), ("attn(W)", 7), ("attn(W)", 2), ("attn(W)", 5)]  # losses, MTP, layer 2, layer 1 and 0
+    inner = spans(Track.COMPUTE, ("attn(F)", 3), ("attn(F)", 5), ("mlp(F)", 4), *backward)
+    whole = Span(Track.INSTRUCTION, "B", "", inner[3].begin, inner[-1].end + 8 * 10**9)
+    seconds = phase_seconds([*inner, whole], config)
+    assert seconds["attn(F)"] == 4
+    assert seconds["loss(W)"] == 3  # of two losses
+    assert seconds["attn(W)"] == 2
+    assert seconds["mtp(W)"] == 5
+    assert seconds["dense(W)"] == 3
+    assert seconds["loss(B)"] == 4  # what is in no span, over two losses
+
+
+def test_waiting_for_an_exchange_is_no_computing() -> None:
+    config = compose_run([])
+    (experts,) = spans(Track.COMPUTE, ("mlp(F)", 10))
+    settle = spans(Track.COMPUTE, *[("attn(W)", 1)] * 4)
+    wait = Span(Track.COMPUTE, EXPOSED_EXCHANGE, "", 2 * 10**9, 5 * 10**9)
+    assert phase_seconds([experts, wait, *settle], config)["mlp(F)"] == 7
+
+
+def test_exchanges_are_timed_in_groups_of_every_size() -> None:
+    """Else the quickstart, two by two ranks, could not be priced after a calibration on four."""
+    of_four = SimpleNamespace(world=SimpleNamespace(size=4))
+    calibration = Calibration(compose_run([]), of_four, 1)  # type: ignore[arg-type]
+    assert calibration.group_sizes == [1, 2, 4]
+
+
+def test_impossible_numbers_are_refused_before_a_process_starts(tmp_path: Path) -> None:
+    found = refused(lambda: calibrate([], None, tmp_path / "out", ranks=0, repeats=0))
+    assert set(found) == {"--ranks", "--repeats"}
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_would_be_measured_as_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(*overrides: str) -> dict[str, str]:
+        return refused(calibrate, list(overrides), None, tmp_path / "out", 1, 1)
+
+    assert set(said("precision=fp8")) == {"precision.linear"}
+    assert set(said("precision=fp64", "exchange=deepep")) == {"precision.compute", "exchange.name"}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert "write cpu, or price GPUs by a table" in said()["training.device"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_is_refused_before_a_process_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "cannot be made a directory" in refused(calibrate, [], None, tmp_path / "file", 1, 1)["--output"]
+
+
+@pytest.mark.parametrize("name", ["my run: second", "a # b", "${x}", "it's"])
+def test_a_cluster_is_read_back_from_wherever_it_lies(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    (folder / "cluster").mkdir(parents=True)
+    rows = list(measured_with(compose_run([])))
+    assert write_cluster(folder, rows, 2) == folder / "cluster" / "measured.yaml"
+    cluster = compose_run(["cluster=measured"], folder).cluster
+    assert (cluster.name, cluster.gpus, cluster.tables) == ("measured", 2, str(folder / "measured.csv"))
+    assert read_table(str(cluster.tables)).measured_with == {
+        "precision": "fp32",
+        "recompute": "nothing",
+        "exchange": "flat native native native native",
+        "optimizer.moments": "4 bytes a parameter",
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "inputs", "field"),
+    [
+        (["recompute=deepseek_v3"], {}, "recompute"),
+        (["precision=bf16"], {}, "precision"),
+        (["exchange=two_hop"], {}, "exchange"),
+        (["optimizer.moments=float32"], {}, "optimizer.moments"),
+        ([], {"skew": 0.2}, "--skew"),
+        ([], {"comm_sms": 20}, "--comm-sms"),
+    ],
+)
+def test_what_was_not_measured_is_refused(
+    tmp_path: Path, overrides: list[str], inputs: dict[str, float], field: str
+) -> None:
+    (tmp_path / "cluster").mkdir()
+    write_cluster(tmp_path, [*measured_with(compose_run([])), *invented(1)], 1)
+    assert simulate(["cluster=measured"], tmp_path, {}).forecast.seconds > 0
+    assert set(refused(simulate, ["cluster=measured", *overrides], tmp_path, inputs)) == {field}
+
+
+def test_a_search_keeps_to_what_was_measured(tmp_path: Path) -> None:
+    (tmp_path / "cluster").mkdir()
+    write_cluster(tmp_path, [*measured_with(compose_run([])), *invented(2)], 2)
+    found = plan(["cluster=measured", "topology.edp=2"], tmp_path, 3)
+    assert found.best is not None
+    assert {(kept.recipe.precision, kept.recipe.recompute) for kept in found.found.best} == {(Precision.FP32, NOTHING)}
+    assert {kept.layout.micro_batch for kept in found.found.best} == {1}
+    assert found.found.unpriced == {"cluster.tables does not say enough": found.found.unpriced.total()}
+    assert not any("links" in what_if.name or "rows" in what_if.name for what_if in found.what_ifs)
+    best = found.best.forecast
+    costs = Forecaster(found.config.model, found.config.cluster, 128).costs(best.layout, best.recipe)
+    rows = assumptions(found.config, best, costs)
+    assert not any("trace" in source for _, _, source in rows)
+
+
+def invented(ranks: int) -> list[Row]:
+    """Each phase takes 100 µs, for one sequence of 128 tokens a micro-batch."""
+    shapes = [f"1x128/{count}" for count in {1, ranks}]
+    names = [(name, shape) for name in (*Phase, *Exchange) for shape in shapes]
+    names += [(name, "any") for name in ("optimizer", "reduce", "step")]
+    rows = [Row("phase", name, role, "any", 0, 0, 0, 100.0, "us", "measured", "a test") for name, role in names]
+    return [*rows, Row("edge", "message", "1x128", "any", 0, 0, 0, 10.0, "us", "measured", "a test")]
+
+
+@pytest.mark.slow
+def test_a_calibrated_machine_prices_the_layouts_of_its_ranks(tmp_path: Path) -> None:
+    small = ["model.layers=2", "training.sequence_length=32", "training.global_batch=4"]
+    cluster = calibrate(small, None, tmp_path, ranks=2, repeats=2)
+    assert cluster == tmp_path / "cluster" / "measured.yaml"
+    assert {row.evidence for row in read_table(str(tmp_path / "measured.csv")).rows} == {"measured"}
+    for layout in (["topology.edp=2"], ["topology.ep=2"], ["topology.pp=2"], ["topology.pp=2", "schedule=zb1p"]):
+        forecast = simulate([*small, *layout, "cluster=measured"], tmp_path, {}).forecast
+        assert not forecast.coverage.misses
+        assert set(forecast.coverage.seconds) == {"measured"}
+        assert 1e-3 < forecast.seconds < 60

@@ -1,0 +1,242 @@
+"""`shoestring budget --against`: a real run's ledger beside what the planner says of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shoestring.comm.errors import Refused
+from shoestring.comm.groups import ProcessGroups
+from shoestring.launch.cli import main
+from shoestring.launch.compose import compose_run, to_yaml
+from shoestring.launch.run.run_dir import CONFIG_FILE
+from shoestring.launch.verbs.compare import Comparison, Line, compare
+from shoestring.tests.launch.small_run import BATCH, SEQUENCE, small_run
+from shoestring.tests.processes import World, run_processes
+from shoestring.trainer.build import stages_of
+from shoestring.trainer.ledger.summary import Held, summarise
+from shoestring.trainer.ledger.terms import TERMS, gpu_hours
+from shoestring.trainer.loop import train
+from shoestring.trainer.telemetry.memory_usage import ALLOCATED
+
+STEPS = 4
+Tree = dict[str, Any]
+
+
+def train_rank(world: World, overrides: list[str]) -> None:
+    config = compose_run(overrides)
+    groups = ProcessGroups.create(config.topology, world.rank, timedelta(seconds=60), stages_of(config).all_holders())
+    train(config, groups, torch.device("cpu"), attempt="a")
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert ended.value.code == code
+    output = capsys.readouterr()
+    return output.err if code else output.out
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    root = tmp_path_factory.mktemp("against")
+    return [*small_run(root, STEPS), f"training.run_dir={root / 'run'}", "telemetry.terms_every=1"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(overrides: list[str]) -> Path:
+    run_processes(2, train_rank, overrides)
+    config = compose_run(overrides)
+    run_dir = Path(config.training.run_dir)
+    (run_dir / CONFIG_FILE).write_text(to_yaml(config))
+    return run_dir
+
+
+Write = Callable[[Tree], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def to_file(tree: Tree) -> Path:
+        (tmp_path / "plan.json").write_text(json.dumps(tree))
+        return tmp_path / "plan.json"
+
+    return to_file
+
+
+GPUS = ("cluster=h800", "cluster.nodes=1", "cluster.gpus_per_node=2", "training.device=auto", "recompute=deepseek_v3")
+
+
+@pytest.fixture
+def simulated(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> Tree:
+    tree: Tree = json.loads(printed(capsys, "simulate", *overrides, *GPUS, "--format", "json"))
+    return tree
+
+
+def lines(comparison: Comparison) -> Iterator[Line]:
+    yield from (*comparison.terms, comparison.step, *comparison.totals)
+
+
+def test_terms_add_up_to_the_step_on_both_sides(run_dir: Path, simulated: Tree, write: Write) -> None:
+    summary = summarise(run_dir)
+    comparison = compare(run_dir, summary, write(simulated))
+    assert [line.name for line in comparison.terms] == [*TERMS, "other"]
+    assert {line.name for line in comparison.terms if line.measured} >= {"F", "B", "exposed_exchange", "optimizer"}
+    for side in ("planned", "measured", "difference"):
+        values = [getattr(line, side) for line in comparison.terms]
+        assert sum(values) == pytest.approx(getattr(comparison.step, side), rel=1e-9)
+    seconds = summary.productive_ms / 1e3 / 2
+    assert comparison.step.measured == pytest.approx(seconds / STEPS)
+    totals = {line.name: line for line in comparison.totals}
+    assert totals["tokens_per_second"].measured == pytest.approx(STEPS * BATCH * SEQUENCE / seconds)
+    assert totals["tokens_per_second"].planned == pytest.approx(BATCH * SEQUENCE / simulated["layout"]["step_seconds"])
+    assert totals["gpu_hours_of_steps"].measured == pytest.approx(gpu_hours(summary.productive_ms))
+    assert totals["gpu_hours_of_steps"].planned == pytest.approx(
+        STEPS * simulated["layout"]["step_seconds"] * 2 / 3600, rel=1e-6
+    )
+    assert totals["gpu_hours"].measured == summary.gpu_hours
+    assert totals["memory_bytes"].measured is None  # of a CPU: resident memory, which is another thing
+    assert comparison.notes == []
+    assert comparison.deviations == [
+        "cluster: h800 planned, local run",
+        "precision: bf16 planned, fp32 run",
+        "recompute: norm+swiglu+up_projection planned, nothing run",
+    ]
+
+
+def test_what_is_left_is_priced_at_the_last_steps(run_dir: Path, simulated: Tree, write: Write) -> None:
+    """A run of twice as many tokens, half way."""
+    summary = summarise(run_dir)
+    config = run_dir / CONFIG_FILE
+    told = config.read_text()
+    config.write_text(
+        told.replace(f"tokens: {STEPS * BATCH * SEQUENCE}\n", f"tokens: {2 * STEPS * BATCH * SEQUENCE}\n")
+    )
+    try:
+        comparison = compare(run_dir, summary, write(simulated))
+    finally:
+        config.write_text(told)
+    totals = {line.name: line.measured for line in comparison.totals}
+    assert summary.step_ms_per_token is not None
+    left = gpu_hours(1) * summary.step_ms_per_token * STEPS * BATCH * SEQUENCE
+    assert totals["gpu_hours"] == pytest.approx(summary.gpu_hours + left)
+    assert totals["gpu_hours_of_steps"] == pytest.approx(gpu_hours(summary.productive_ms) + left)
+    assert "tokens: 1,024 planned, 2,048 run" in comparison.deviations
+
+
+def test_memory_is_the_allocators_peak_on_the_fullest_rank(run_dir: Path, simulated: Tree, write: Write) -> None:
+    summary, metrics = summarise(run_dir), run_dir / "metrics.jsonl"
+    told = metrics.read_text()
+    looks = [{"of": ALLOCATED, "limit": 9, "now": [1, 1], "peak": peak} for peak in ([5, 4], [2, 3])]
+    events = [{"time": 0.0, "kind": "memory", "step": step, **look} for step, look in enumerate(looks, 1)]
+    metrics.write_text(told + "".join(json.dumps(event) + "\n" for event in events))
+    try:
+        comparison = compare(run_dir, summary, write(simulated))
+    finally:
+        metrics.write_text(told)
+    assert {line.name: line.measured for line in comparison.totals}["memory_bytes"] == 5
+
+
+def test_table_and_json(
+    run_dir: Path, simulated: Tree, write: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = printed(capsys, "budget", run_dir, "--against", write(simulated)).partition("planned and measured")[2]
+    for words in (
+        "exposed exchange",
+        "tokens a second",
+        "GPU-hours of steps",
+        "not recorded",
+        "Not as planned: cluster",
+    ):
+        assert words in text
+    assert max(map(len, text.splitlines()[1:])) <= 80
+    tree = json.loads(printed(capsys, "budget", run_dir, "--against", write(simulated), "--format", "json"))["against"]
+    assert tree["layout"] == "the layout that was simulated"
+    step = tree["step_seconds"]
+    assert step["difference"] == step["measured"] - step["planned"]
+    assert [line["name"] for line in tree["terms_seconds_a_step"]] == [*TERMS, "other"]
+
+
+def test_of_a_search_it_is_the_layout_of_the_run(
+    overrides: list[str], run_dir: Path, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree: Tree = json.loads(printed(capsys, "plan", *overrides, *GPUS, "--format", "json"))
+    summary = summarise(run_dir)
+    of_run = tree["configured"]
+    other = of_run | {"edp": 2, "ep": 1}
+    tree["layouts"] = [other]
+    assert compare(run_dir, summary, write(tree)).row == "the configured layout"
+    # The fastest row is of another layout; of those of the run, one is priced in its precision.
+    alike = of_run | {"precision": "fp32", "recompute": [], "step_seconds": 7.0}
+    tree["layouts"] = [other, of_run, of_run, alike]
+    found = compare(run_dir, summary, write(tree))
+    assert (found.row, found.step.planned) == ("layout 4 of 4", 7.0)
+    assert found.deviations == ["cluster: h800 planned, local run"]
+    tree["layouts"] = [other, of_run, of_run]
+    assert compare(run_dir, summary, write(tree)).row == "layout 2 of 3"
+    tree["layouts"], tree["configured"] = [other], other
+    with pytest.raises(Refused, match=r"has no layout like the run's, pp1 edp1 ep2 dualpipev .*shoestring simulate"):
+        compare(run_dir, summary, write(tree))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "gist"),
+    [
+        (("of", "model", "hidden"), 64, "is a plan for model.hidden = 64, and the run has 32"),
+        (("of", "global_batch"), 16, "is a plan for global_batch = 16, and the run has 8"),
+        (("of", "sequence_length"), 64, "is a plan for sequence_length = 64, and the run has 32"),
+        (("layout", "ep"), 1, "has no layout like the run's"),
+        (("layout", "schedule"), "zb1p", "has no layout like the run's"),
+        (("layout", "terms"), {}, "is no plan of this version"),
+        (("of",), None, "is no plan of this version"),
+    ],
+)
+def test_a_plan_of_another_run_is_refused(
+    path: tuple[str, ...], value: object, gist: str, run_dir: Path, simulated: Tree, write: Write
+) -> None:
+    node = simulated
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    with pytest.raises(Refused, match=gist):
+        compare(run_dir, summarise(run_dir), write(simulated))
+
+
+def test_figures_of_more_than_one_kind_of_step_are_marked(run_dir: Path, simulated: Tree, write: Write) -> None:
+    summary, plan = summarise(run_dir), write(simulated)
+    elsewhere = replace(summary, held=[*summary.held, Held("b", None, 4, 10, 40)], inherited_ms=5)
+    grown = replace(elsewhere, tokens_by_phase={"pre_train": 100 * STEPS})
+    assert list(compare(run_dir, grown, plan).notes) == [
+        "launches on 4 ranks are in the measured figures, which count 2",
+        "a step took 100 tokens in the mean, and is planned with 256",
+        "what its checkpoint had cost before is in the run's GPU-hours, and not in those of its steps",
+    ]
+    unseen = compare(run_dir, replace(summary, terms={}), plan)
+    assert all(line.measured is None for line in unseen.terms)
+    assert unseen.step.measured is not None
+
+
+def test_what_cannot_be_compared_is_refused(
+    run_dir: Path, simulated: Tree, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = write(simulated)
+    with pytest.raises(Refused, match="has no step to compare yet"):
+        compare(run_dir, replace(summarise(run_dir), steps_retained=0), plan)
+    with pytest.raises(
+        Refused, match=r"config.yaml = None: cannot be used: No such file .*it says what the run was told"
+    ):
+        compare(tmp_path, summarise(run_dir), plan)
+    plan.write_text("[]")
+    assert "is no plan" in printed(capsys, "budget", run_dir, "--against", plan, code=2)
+    assert "cannot be read" in printed(capsys, "budget", run_dir, "--against", tmp_path / "absent", code=2)
+    project = tmp_path / "project.yaml"
+    project.write_text(f"gpu_hours: {{pre_train: 5}}\nruns: [{run_dir}]\n")
+    assert "asks about one run" in printed(capsys, "budget", project, "--against", plan, code=2)

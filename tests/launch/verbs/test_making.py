@@ -1,0 +1,128 @@
+"""`data prepare`, `import` and `export` at a signal, and after an earlier one of them was killed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoestring.comm.errors import Refused
+from shoestring.launch import say
+from shoestring.launch.cli import parse
+from shoestring.launch.verbs import convert
+from shoestring.launch.verbs.convert import export_command, import_command
+from shoestring.launch.verbs.making import cleaning_up
+from shoestring.tests.reference.configs import random_params, reference_configs
+from shoestring.tests.trainer.checkpoint.saved import save_params
+from shoestring.trainer.data.unfinished import locked
+
+SIGNALS = [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGINT]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("store")
+    config = reference_configs()["full"]
+    save_params(config, random_params(config, 3, torch.float32), root)
+    return root
+
+
+def export_to(store: Path, directory: Path) -> Path:
+    return export_command(store, None, directory, "bf16", "pairs", "5GB", average=False)
+
+
+def prepare(root: Path) -> int:
+    (corpus := root / "corpus").mkdir()
+    for name in ("alpha", "held"):
+        (corpus / f"{name}.txt").write_text("The owl and the pussycat went to sea in a beautiful pea-green boat. " * 20)
+    sizes = ("data.vocabulary=300", "model.vocabulary=300", "data.validation=[held]")
+    options = parse(["data", "prepare", f"data.corpus={corpus}", f"data.prepared={root}/made/data", *sizes])
+    code: int = options.run(options)
+    return code
+
+
+def killing(number: signal.Signals, words: str) -> Callable[[str], None]:
+    """A stand-in of `tell` that sends a signal, and again, when the words are said."""
+
+    def tell(line: str) -> None:
+        if re.search(words, line):
+            os.kill(os.getpid(), number)
+            raise AssertionError("the signal did not raise")
+
+    return tell
+
+
+def ended_by(number: signal.Signals, call: Callable[[], object]) -> None:
+    if number == signal.SIGINT:
+        with pytest.raises(KeyboardInterrupt):
+            call()
+        return
+    with pytest.raises(SystemExit) as ended:
+        call()
+    assert ended.value.code == 128 + number
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_leaves_nothing_half_made(
+    number: signal.Signals,
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    export_to(store, tmp_path / "released")
+    before = signal.getsignal(number)
+    monkeypatch.setattr(convert, "tell", killing(number, "tensors|up to"))
+    monkeypatch.setattr(say, "tell", killing(number, "^train:"))
+    ended_by(number, lambda: export_to(store, tmp_path / "out"))
+    ended_by(number, lambda: import_command(tmp_path / "released", tmp_path / "imported"))
+    assert [path.name for path in tmp_path.iterdir()] == ["released"]
+    ended_by(number, lambda: prepare(tmp_path))
+    assert list((tmp_path / "made").iterdir()) == []
+    assert signal.getsignal(number) == before
+    if number != signal.SIGINT:
+        verbs = ("export", "import", "data prepare")
+        words = "".join(f"shoestring {v}: stopped by {number.name}; what it had begun is removed\n" for v in verbs)
+        assert capsys.readouterr().err == words
+
+
+def test_a_second_signal_does_not_cut_the_cleaning_short(tmp_path: Path) -> None:
+    (tmp_path / "half").touch()
+
+    def make() -> None:
+        with cleaning_up("make"):
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGINT)
+                (tmp_path / "half").unlink()
+
+    ended_by(signal.SIGTERM, make)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_export_or_import_has_left_goes_with_a_word(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = tmp_path / ".out.exporting-7-ab"
+    partial = tmp_path / "imported" / "step_00000000.partial"
+    for each in (left, partial):
+        each.mkdir(parents=True)
+        with locked(each):
+            (each / "half").touch()
+    export_to(store, tmp_path / "out")
+    with locked(partial), pytest.raises(Refused, match="another import is writing it"):
+        import_command(tmp_path / "out", tmp_path / "imported")
+    import_command(tmp_path / "out", tmp_path / "imported")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "imported"}
+    words = capsys.readouterr().out
+    for each in (left, partial):
+        assert f"{each} was left by a process that was killed; it is removed." in words
+    for made in (tmp_path / "out", tmp_path / "imported" / "step_00000000"):
+        assert not (made / ".lock").exists()

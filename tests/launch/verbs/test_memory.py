@@ -1,0 +1,139 @@
+"""`shoestring memory`: what it predicts, what it measures, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from shoestring.comm.exchange.deepep_buffer import BufferShape, buffer_bytes
+from shoestring.launch.cli import main
+from shoestring.launch.compose import compose_run
+from shoestring.launch.verbs.simulate import simulate
+from shoestring.trainer.memory.forecast import RunMemory
+
+SMALL = ("model=tiny", "model.layers=2", "training.sequence_length=32", "training.global_batch=4")
+DEEPSEEK = ["experiment=deepseek_v3_h800", "precision=fp8", "recompute=deepseek_v3"]
+
+
+def memory(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(["memory", *arguments])
+    assert stopped.value.code == code
+    output = capsys.readouterr()
+    return output.err if code else output.out
+
+
+def tree(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads(memory(capsys, *arguments, "--format", "json"))
+    return parsed
+
+
+def test_bytes_a_parameter_are_those_of_zero_1(capsys: pytest.CaptureFixture[str]) -> None:
+    """2 for the weight, 4 for the gradient, 4 / d for the master, 4 / d for both moments."""
+    arguments = (*SMALL, "topology.edp=2", "precision=bf16", "optimizer.ema_decay=0.9")
+    (rank,) = tree(capsys, *arguments)["predicted"]
+    state = rank["state"]
+    assert state["gradients"] == pytest.approx(2 * state["weights"], rel=0.02)  # norms and routers are FP32
+    assert state["masters"] == pytest.approx(state["gradients"] / 2, rel=0.02)
+    assert state["moments"] == pytest.approx(state["masters"], rel=0.02)
+    assert state["average"] == pytest.approx(state["masters"], rel=0.02)
+    assert rank["total"] == sum(state.values()) + sum(rank["at_worst"].values())
+
+
+def test_the_table_says_the_same(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    arguments = (*SMALL, "topology.pp=2", "topology.ep=2")
+    figures, text = tree(capsys, *arguments), memory(capsys, *arguments)
+    for rank, bound in zip(figures["predicted"], figures["bound_under_any_routing"], strict=True):
+        assert f"{rank['total'] / 1e6:,.2f}" in text
+        assert f"{bound / 1e6:,.2f}" in text
+    assert "on a CPU" in text
+
+
+@pytest.mark.parametrize("exchange", ["two_hop_fp8", "deepep"])
+def test_deepseeks_layout_is_what_the_planner_says(exchange: str) -> None:
+    overrides = [*DEEPSEEK, f"exchange={exchange}"]
+    run = RunMemory(compose_run(overrides), torch.device("cuda"))
+    forecast = simulate(overrides, None, {}).forecast
+    for pp_rank in (0, 1, 7, 15):
+        ours, planned = run.of(pp_rank), forecast.memory[pp_rank]
+        assert ours.total == pytest.approx(planned.total, rel=0.01)
+        assert ours.fixed == planned.fixed
+
+
+def test_deepeps_buffer_is_counted_by_its_own_formula(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4.88 GB for DeepSeek-V3, where NCCL's all-to-alls are assumed to take 1; and none on a CPU."""
+    monkeypatch.setenv("COLUMNS", "300")
+    buffer = buffer_bytes(BufferShape(4096, 7168, 8), 8, 8, fp8_dispatch=True)
+    rank = tree(capsys, *DEEPSEEK, "exchange=deepep")["predicted"][7]
+    assert rank["outside_of_allocator"] == {"context": 2e9, "exchange": buffer}
+    assert rank["total"] == sum(rank["state"].values()) + sum(rank["at_worst"].values()) + 2e9 + buffer
+    (line,) = (line for line in memory(capsys, *DEEPSEEK, "exchange=deepep").split("\n") if "exchange buffers" in line)
+    assert line.count("4,884.27") == 16
+    assert tree(capsys, *DEEPSEEK)["predicted"][7]["outside_of_allocator"] == {"context": 2e9, "exchange": 1e9}
+    on_cpu = tree(capsys, *SMALL, "topology.ep=2")["predicted"][0]
+    assert on_cpu["outside_of_allocator"] == {"context": 0.0, "exchange": 0.0}
+
+
+def test_rows_in_deepeps_buffer_take_none_of_the_allocators_memory() -> None:
+    """Where two hops pack, receive and widen, its kernels read what they are given and write results."""
+    ranks = {}
+    for exchange in ("two_hop_fp8", "deepep"):
+        run = RunMemory(compose_run([*DEEPSEEK, f"exchange={exchange}"]), torch.device("cuda"))
+        ranks[exchange] = run.of(7).allocated
+    assert ranks["two_hop_fp8"] - ranks["deepep"] == pytest.approx(1.4e9, rel=0.05)
+
+
+def test_the_average_of_the_weights_takes_none_of_a_gpus_memory() -> None:
+    """The host has it; on a CPU that is the same memory."""
+    plain, averaging = compose_run(SMALL), compose_run([*SMALL, "optimizer.ema_decay=0.9"])
+    for device in map(torch.device, ("cuda", "cpu")):
+        without, beside = (RunMemory(config, device).of(0) for config in (plain, averaging))
+        expected = 0 if device.type == "cuda" else without.state.gradients  # as wide as these, and one rank has all
+        assert beside.total - without.total == pytest.approx(expected)
+
+
+def test_what_the_host_holds_beside_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """The average and 64 MiB on the way to it; a copy for saves of all that is not made from something else."""
+    plain, averaging = compose_run(SMALL), compose_run([*SMALL, "optimizer.ema_decay=0.9"])
+    for device in map(torch.device, ("cuda", "cpu")):
+        without, beside = (RunMemory(config, device) for config in (plain, averaging))
+        masters = without.of(0).state.gradients  # one rank has all, as wide as these
+        copied = masters + without.of(0).state.moments
+        assert (without.on_host(0).copy_for_saves, without.on_host(0).average) == (copied, 0)
+        assert beside.on_host(0).copy_for_saves == copied + masters
+        assert beside.on_host(0).average == (masters + 2**26 if device.type == "cuda" else 0)
+    arguments = (*SMALL, "optimizer.ema_decay=0.9", "training.device=cuda")
+    host = tree(capsys, *arguments)["on_host"][0]
+    text = memory(capsys, *arguments).split("\n")
+    for heading, size in (("for saves", host["copy_for_saves"]), ("average", host["average"])):
+        assert any(f"on the host, {heading}" in line and f"{size / 1e6:,.2f}" in line for line in text)
+
+
+def test_one_rank_is_a_way_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--one-rank = True: is how a run is measured; write --measure too" in memory(
+        capsys, *SMALL, "--one-rank", code=2
+    )
+
+
+def test_rows_that_are_no_whole_tiles_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for rows in (0, 100, 200):
+        text = memory(capsys, *SMALL, f"recompute.expert_rows={rows}", code=2)
+        assert f"recompute.expert_rows = {rows}: must be a multiple of 128" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("routing", [(), ("--one-rank",)], ids=["as it falls", "one rank"])
+def test_real_processes_need_what_is_predicted(capsys: pytest.CaptureFixture[str], routing: tuple[str, ...]) -> None:
+    figures = tree(capsys, *SMALL, "topology.ep=2", "training.sequence_length=128", "--measure", *routing)
+    assert len(figures["measured"]) == 2
+    bound = figures["bound_under_any_routing"][0]
+    assert all(found["total"] <= bound for found in figures["measured"])
+    if not routing:
+        for found in figures["measured"]:
+            assert found["total"] == pytest.approx(figures["predicted"][0]["total"], rel=0.05)

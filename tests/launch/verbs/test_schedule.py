@@ -1,0 +1,70 @@
+"""`shoestring schedule` draws what it has checked, and refuses the rest in its own words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from shoestring.launch.cli import main
+from shoestring.parallelism.pipeline.draw import to_json
+from shoestring.parallelism.pipeline.schedules.registry import build_program
+
+
+def schedule(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(["schedule", *arguments])
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert schedule("dualpipe", "--stages", "4", "--micro-batches", "10", "--format", "json") == 0
+    assert json.loads(capsys.readouterr().out) == to_json(build_program("dualpipe", 4, 10))
+
+
+def test_ascii_is_the_default_and_times_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert schedule("one_f_one_b", "--stages", "2", "--micro-batches", "2") == 0
+    assert "makespan 9, bubble 33.3 %" in capsys.readouterr().out
+    assert schedule("one_f_one_b", "--stages", "2", "--micro-batches", "2", "--times", "F=1,I=0.5,W=0.5") == 0
+    assert "makespan 6, bubble 33.3 %" in capsys.readouterr().out
+    assert schedule("one_f_one_b", "--stages", "2", "--micro-batches", "2", "--times", "B=3") == 0
+    assert "makespan 12, " in capsys.readouterr().out
+
+
+def test_svg_into_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "dualpipev.svg"
+    size = ("dualpipev", "--stages", "2", "--micro-batches", "4")
+    assert schedule(*size, "--format", "svg", "--times", "FB=2.5", "--output", str(picture)) == 0
+    assert capsys.readouterr().out == ""
+    text = picture.read_text()
+    assert text.startswith("<svg ")
+    assert "F = 1, B = 2, I = 1, W = 1, FB = 2.5" in text
+
+
+def test_interleaved_with_more_chunks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert schedule("interleaved", "--stages", "2", "--micro-batches", "2", "--chunks", "3") == 0
+    assert "interleaved: 2 ranks, 3 chunks a rank, 2 micro-batches" in capsys.readouterr().out
+
+
+def test_everything_wrong_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    times = "F=0,Q=1,I"
+    assert schedule("dualpipe", "--stages", "3", "--micro-batches", "5", "--chunks", "3", "--times", times) == 2
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first == "shoestring schedule: refused"
+    assert [line.split(":")[0].strip() for line in others] == [
+        "--stages = 3",
+        "--chunks = 3",
+        "--micro-batches = 5",
+        "--times = 'F=0'",
+        "--times = 'Q=1'",
+        "--times = 'I'",
+    ]
+    assert "nearest 2 or 4" in others[0]
+
+
+def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "missing" / "x.svg"
+    assert schedule("gpipe", "--stages", "1", "--micro-batches", "1", "--output", str(missing)) == 2
+    assert "--output" in capsys.readouterr().err

@@ -1,0 +1,158 @@
+"""Replayed with unit times, every schedule has the bubble that its formula says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from shoestring.parallelism.pipeline.check import check
+from shoestring.parallelism.pipeline.communication import Edge, edges
+from shoestring.parallelism.pipeline.program import Instruction, Op, Program, ProgramError
+from shoestring.parallelism.pipeline.schedules.registry import build_program
+from shoestring.parallelism.pipeline.simulate import UnitTimes, replay
+
+Formula = Callable[[int, UnitTimes], float]
+
+
+def one_f_one_b(ranks: int, times: UnitTimes) -> float:
+    return (ranks - 1) * (times.forward + times.whole_backward)
+
+
+def zb1p(ranks: int, times: UnitTimes) -> float:
+    return (ranks - 1) * (times.forward + times.whole_backward - 2 * times.weight_gradient)
+
+
+def dualpipe(ranks: int, times: UnitTimes) -> float:
+    return (ranks / 2 - 1) * (times.whole_pair + times.whole_backward - 3 * times.weight_gradient)
+
+
+def dualpipev(ranks: int, times: UnitTimes) -> float:
+    return (ranks - 1) * (times.whole_pair + times.whole_backward - 3 * times.weight_gradient)
+
+
+# A formula, the program's size for each number of ranks, and its peak of chunks in flight.
+FORMULAS: dict[str, tuple[Formula, Callable[[int], tuple[int, ...]], Callable[[int, int], int]]] = {
+    "gpipe": (one_f_one_b, lambda ranks: (ranks, 2 * ranks + 1), lambda ranks, n: n),
+    "one_f_one_b": (one_f_one_b, lambda ranks: (ranks, 2 * ranks, 2 * ranks + 3), lambda ranks, n: ranks),
+    "interleaved": (one_f_one_b, lambda ranks: (ranks, 3 * ranks), lambda ranks, n: min(3 * ranks - 1, 2 * n)),
+    "zb1p": (zb1p, lambda ranks: (ranks, 2 * ranks, 2 * ranks + 3), lambda ranks, n: ranks),
+    "dualpipe": (dualpipe, lambda ranks: (2 * ranks, 2 * ranks + 2, 3 * ranks), lambda ranks, n: ranks + 1),
+    "dualpipev": (dualpipev, lambda ranks: (2 * ranks, 2 * ranks + 3), lambda ranks, n: 2 * ranks + 1),
+}
+EQUAL_PEAKS = ("gpipe", "zb1p", "dualpipe", "dualpipev")
+
+
+def programs(schedule: str, ranks: range) -> Iterator[Program]:
+    for count in ranks:
+        if schedule != "dualpipe" or count % 2 == 0:
+            for micro_batches in FORMULAS[schedule][1](count):
+                yield build_program(schedule, count, micro_batches)
+
+
+@pytest.mark.parametrize("schedule", FORMULAS)
+def test_bubble_and_peak_are_exact_on_every_rank_with_equal_times(schedule: str) -> None:
+    formula, _, peak = FORMULAS[schedule]
+    times = UnitTimes()
+    for program in programs(schedule, range(1, 17)):
+        expected = formula(program.ranks, times)
+        assert replay(program, times).bubbles == pytest.approx([expected] * program.ranks, abs=1e-9)
+        peaks = check(program)
+        assert max(peaks) == peak(program.ranks, program.micro_batches)
+        if schedule in EQUAL_PEAKS:
+            assert set(peaks) == {max(peaks)}
+
+
+@pytest.mark.parametrize("pair", [2.2, 2.6, 2.9])
+@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
+def test_with_overlap_the_formula_is_the_largest_bubble(schedule: str, pair: float) -> None:
+    times = UnitTimes(pair=pair)
+    for program in programs(schedule, range(1, 13)):
+        expected = FORMULAS[schedule][0](program.ranks, times)
+        assert max(replay(program, times).bubbles) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("times", [UnitTimes(2, 3, 1), UnitTimes(1, 1.6, 0.8), UnitTimes(2, 1, 1)], ids=str)
+@pytest.mark.parametrize("schedule", ["one_f_one_b", "zb1p"])
+def test_one_way_formulas_hold_with_any_times_that_fit(schedule: str, times: UnitTimes) -> None:
+    for program in programs(schedule, range(1, 13)):
+        expected = FORMULAS[schedule][0](program.ranks, times)
+        assert replay(program, times).bubbles == pytest.approx([expected] * program.ranks, abs=1e-9)
+
+
+@pytest.mark.parametrize("times", [UnitTimes(1, 1.6, 0.8, pair=2.6), UnitTimes(1, 2, 1), UnitTimes(2, 3, 1)], ids=str)
+@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
+def test_with_weight_gradients_shorter_than_the_rest_the_formula_is_a_bound(schedule: str, times: UnitTimes) -> None:
+    for program in programs(schedule, range(2, 13)):
+        largest = max(replay(program, times).bubbles)
+        bound = FORMULAS[schedule][0](program.ranks, times)
+        assert 0.7 * bound <= largest <= bound + 1e-9
+
+
+def test_dualpipe_of_deepseek_v3_with_unequal_times() -> None:
+    # The figures of an independent simulation of the published program.
+    bubbles = replay(build_program("dualpipe", 16, 120), UnitTimes(1, 1.6, 0.8, pair=2.6)).bubbles
+    assert bubbles[:8] == pytest.approx([12.4, 13.2, 14.0, 14.8, 15.6, 16.4, 17.2, 17.2])
+    assert bubbles[8:] == pytest.approx(bubbles[:8][::-1])
+
+
+@pytest.mark.parametrize("schedule", FORMULAS)
+def test_rendezvous_costs_no_time(schedule: str) -> None:
+    """Sends that wait for their receives hold nothing up: it takes as long as with unlimited buffers."""
+    for times in (UnitTimes(), UnitTimes(1, 1.6, 0.8, pair=2.6), UnitTimes(2, 1, 1)):
+        for program in programs(schedule, range(2, 9, 2)):
+            assert replay(program, times).makespan == makespan_with_unlimited_buffers(program, times)
+
+
+def makespan_with_unlimited_buffers(program: Program, times: UnitTimes) -> float:
+    commits = edges(program)
+    made: dict[Edge, float] = {}
+    ends: list[list[float]] = [[] for _ in program.instructions]
+    moved = True
+    while moved:
+        moved = False
+        for rank, row in enumerate(program.instructions):
+            while (index := len(ends[rank])) < len(row) and all(edge in made for edge in commits[rank][index].needs):
+                start = max([*ends[rank][-1:], *(made[edge] for edge in commits[rank][index].needs)], default=0.0)
+                ends[rank].append(start + times(rank, row[index]))
+                made.update(dict.fromkeys(commits[rank][index + 1].sends, ends[rank][-1]))
+                moved = True
+    return max(rank[-1] for rank in ends)
+
+
+def test_times_by_hand() -> None:
+    result = replay(build_program("one_f_one_b", 2, 2), UnitTimes(1, 1, 1))
+    assert result.starts == ((0.0, 1.0, 4.0, 7.0), (1.0, 2.0, 4.0, 5.0))  # F0 F1 B0 B1 and F0 B0 F1 B1
+    assert result.ends == ((1.0, 2.0, 6.0, 9.0), (2.0, 4.0, 5.0, 7.0))
+    assert result.makespan == 9
+    assert result.busy == (6.0, 6.0)
+    assert result.bubbles == (3.0, 3.0)
+    assert result.bubble_fraction == pytest.approx(1 / 3)
+
+
+def test_durations_may_depend_on_the_rank() -> None:
+    def slow_last(rank: int, instruction: Instruction) -> float:
+        return 2.0 if rank == 1 and instruction.op is Op.F else 1.0
+
+    assert replay(build_program("gpipe", 2, 2), slow_last).makespan == 1 + 2 * 2 + 2 * 1 + 1
+
+
+def test_a_transfer_takes_its_time() -> None:
+    program = build_program("one_f_one_b", 2, 1)
+    assert replay(program, UnitTimes()).makespan == 6
+    assert replay(program, UnitTimes(), transfer=0.25).makespan == 6.5
+
+
+def test_a_deadlock_ends_the_replay() -> None:
+    program = build_program("one_f_one_b", 2, 3)
+    f0, b0, f1, b1, f2, b2 = program.instructions[1]
+    broken = Program(program.schedule, program.placement, 3, (program.instructions[0], (f0, f1, f2, b0, b1, b2)))
+    with pytest.raises(ProgramError, match="deadlock"):
+        replay(broken, UnitTimes())
+
+
+def test_unit_times_add_up() -> None:
+    times = UnitTimes(1, 2, 3)
+    assert [times.of(op) for op in Op] == [1, 5, 2, 3, 6]
+    assert UnitTimes(1, 2, 3, backward=4).whole_pair == 5
+    assert UnitTimes(1, 2, 3, pair=5.5).of(Op.FB) == 5.5

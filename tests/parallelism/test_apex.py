@@ -1,0 +1,100 @@
+"""Apex's GEMM for gradients of weights: when it is called, before a stand-in that demands what Apex does."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoestring.parallelism import apex
+from shoestring.parallelism.weight_grad import WeightGradients, linear
+
+R, K, N = 6, 4, 5
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    apex._gemm.cache_clear()
+    yield
+    apex._gemm.cache_clear()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """What Apex was called with, of a module that serves the CPU."""
+    recorded: list[torch.Size] = []
+
+    def wgrad_gemm_accum_fp32(x_RK: Tensor, grad_RN: Tensor, sum_NK: Tensor) -> None:
+        assert x_RK.dtype == grad_RN.dtype == torch.bfloat16
+        assert sum_NK.dtype == torch.float32
+        assert all(each.ndim == 2 and each.is_contiguous() for each in (x_RK, grad_RN, sum_NK))
+        recorded.extend((x_RK.shape, grad_RN.shape, sum_NK.shape))
+        sum_NK += grad_RN.float().T @ x_RK.float()
+
+    module = ModuleType(apex._MODULE)
+    module.__spec__ = ModuleSpec(apex._MODULE, None)
+    vars(module)["wgrad_gemm_accum_fp32"] = wgrad_gemm_accum_fp32
+    monkeypatch.setitem(sys.modules, apex._MODULE, module)
+    monkeypatch.setattr(apex, "_DEVICE", "cpu")
+    return recorded
+
+
+def accumulate(dtype: torch.dtype, into: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of a weight after one product more, and that product's factors."""
+    x_RK, grad_RN = torch.randn(K, R).T.to(dtype), torch.randn(1, N).expand(R, N).to(dtype)  # as strided as they come
+    weight = torch.randn(N, K, dtype=dtype, requires_grad=True)
+    weight.grad_dtype = torch.float32
+    weight.grad = None if into is None else into.clone()
+    left = WeightGradients()
+    with left.collect():
+        linear(x_RK, weight).backward(grad_RN)
+    left.run()
+    assert weight.grad is not None
+    return weight.grad, grad_RN, x_RK
+
+
+def test_bf16_products_are_added_to_an_fp32_sum(calls: list[torch.Size]) -> None:
+    before = torch.randn(N, K)
+    found, grad_RN, x_RK = accumulate(torch.bfloat16, before)
+    assert calls == [(R, K), (R, N), (N, K)]
+    torch.testing.assert_close(found, before + grad_RN.float().T @ x_RK.float())  # not rounded to BF16 before
+
+
+def test_everything_else_goes_the_plain_way(calls: list[torch.Size]) -> None:
+    before = torch.randn(N, K)
+    turned = torch.randn(K, N).T
+    for dtype, into in ((torch.float32, before), (torch.bfloat16, None), (torch.bfloat16, turned)):
+        found, grad_RN, x_RK = accumulate(dtype, into)
+        product = (grad_RN.T @ x_RK).float()
+        torch.testing.assert_close(found, product if into is None else into + product)
+    assert not calls
+
+
+def test_so_does_a_gradient_that_is_on_no_gpu(calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apex, "_DEVICE", "cuda")
+    accumulate(torch.bfloat16, torch.zeros(N, K))
+    assert not calls
+
+
+def test_without_apex_there_is_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apex, "_DEVICE", "cpu")
+    monkeypatch.setitem(sys.modules, apex._MODULE, None)
+    before = torch.randn(N, K)
+    found, grad_RN, x_RK = accumulate(torch.bfloat16, before)
+    torch.testing.assert_close(found, before + (grad_RN.T @ x_RK).float())
+
+
+def test_what_is_missing_is_said(calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not list(apex.missing_for_apex(on_gpu=True))
+    assert list(apex.missing_for_apex(on_gpu=False)) == ["it needs a GPU"]
+    vars(sys.modules[apex._MODULE]).pop("wgrad_gemm_accum_fp32")
+    apex._gemm.cache_clear()
+    assert "does not load" in next(apex.missing_for_apex(on_gpu=True))
+    monkeypatch.delitem(sys.modules, apex._MODULE)
+    apex._gemm.cache_clear()
+    assert "is not installed" in next(apex.missing_for_apex(on_gpu=True))

@@ -1,0 +1,226 @@
+"""Gradients of weights, put off: the same as autograd's, left where the forward said, done when asked."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from shoestring.parallelism.weight_grad import WeightGradients, collecting, embedding, linear
+from shoestring.trainer.model.experts import (
+    add_grouped_outer,
+    grouped_linear,
+    grouped_mm_twin,
+    grouped_outer,
+    grouped_outer_twin,
+)
+from shoestring.trainer.model.loss import linear_cross_entropy, linear_cross_entropy_twin
+from shoestring.trainer.model.phase import Phase
+
+ROWS = (3, 0, 5, 8)
+
+
+def test_a_weight_has_no_gradient_until_the_work_is_run() -> None:
+    x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(4, 2, 5, dtype=torch.float64)
+    left = WeightGradients()
+    with left.collect():
+        out = linear(x, weight)
+    assert collecting() is None
+    out.backward(grad)
+    assert weight.grad is None
+    left.run()
+    left.run()  # nothing is left: nothing is added twice
+    expected = torch.autograd.grad(F.linear(x, weight), (x, weight), grad)
+    torch.testing.assert_close(x.grad, expected[0])
+    torch.testing.assert_close(weight.grad, expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_add_up_in_the_dtype_of_the_weight(dtype: torch.dtype) -> None:
+    weight = torch.randn(5, 3, requires_grad=True)
+    expected = torch.zeros_like(weight)
+    for _ in range(3):
+        x, grad, left = torch.randn(4, 3).to(dtype), torch.randn(4, 5).to(dtype), WeightGradients()
+        with left.collect():
+            linear(x, weight).backward(grad)
+        left.run()
+        expected += (grad.T @ x).float()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+    torch.testing.assert_close(weight.grad, expected)
+
+
+def test_outside_of_a_collection_autograd_does_it_all() -> None:
+    x, weight = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    linear(x, weight).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(dim=0).expand(5, 3))
+
+
+def test_deferred_work_waits_for_run_alone() -> None:
+    done: list[str] = []
+    for deferred in (False, True):
+        left = WeightGradients(deferred=deferred)
+        left.add(lambda: done.append("first"))
+        left.add(lambda: done.append("second"))
+        left.settle()
+        assert done == ([] if deferred else ["first", "second"])
+        left.run()
+        assert done == ["first", "second"]
+        done.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_grouped_products_are_those_of_each_expert(dtype: torch.dtype) -> None:
+    x = torch.randn(sum(ROWS), 8, dtype=dtype, requires_grad=True)
+    weight = torch.randn(len(ROWS), 4, 8, dtype=dtype, requires_grad=True)
+    grad = torch.randn(sum(ROWS), 4, dtype=dtype)
+    left = WeightGradients()
+    with left.collect():
+        out = grouped_linear(x, weight, ROWS)
+    out.backward(grad)
+    assert weight.grad is None
+    left.run()
+    twin = grouped_mm_twin(x, weight, ROWS)
+    expected = torch.autograd.grad(twin, (x, weight), grad)
+    torch.testing.assert_close(out, twin)
+    torch.testing.assert_close(x.grad, expected[0])
+    torch.testing.assert_close(weight.grad, expected[1])
+    outer = grouped_outer(grad, x.detach(), ROWS)
+    torch.testing.assert_close(outer, grouped_outer_twin(grad, x.detach(), ROWS))
+    assert not outer[1].any()  # an expert without rows
+
+
+def test_products_of_experts_are_added_to_the_gradient_that_is_there() -> None:
+    """Without another of its size; a gradient of a wider dtype takes the sum of the products."""
+    weight = torch.randn(len(ROWS), 8, 8, requires_grad=True)
+    grad, x = torch.randn(sum(ROWS), 8), torch.randn(sum(ROWS), 8)
+    weight.grad = torch.randn_like(weight)
+    expected = weight.grad + grouped_outer_twin(grad, x, ROWS)
+    with patch("shoestring.trainer.model.experts.grouped_outer", side_effect=AssertionError("a whole gradient")):
+        add_grouped_outer(weight, grad, x, ROWS)
+    torch.testing.assert_close(weight.grad, expected)
+    add_grouped_outer(weight, grad.bfloat16(), x.bfloat16(), ROWS)
+    assert weight.grad.dtype == torch.float32
+    torch.testing.assert_close(weight.grad, expected + grouped_outer_twin(grad, x, ROWS), rtol=0, atol=0.1)
+
+
+def test_the_head_has_its_gradient_at_once() -> None:
+    """And keeps nothing of its own size for the backward."""
+    hidden, head = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    targets, left, kept = torch.randint(9, (6,)), WeightGradients(), list[Tensor]()
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with left.collect(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = linear_cross_entropy(hidden, head, targets, factor=0.5)
+    assert [tensor.shape for tensor in kept] == [hidden.shape]
+    loss.backward()
+    left.run()
+    expected = torch.autograd.grad(linear_cross_entropy_twin(hidden, head, targets), (hidden, head), torch.tensor(0.5))
+    torch.testing.assert_close(hidden.grad, expected[0])
+    torch.testing.assert_close(head.grad, expected[1])
+
+
+def test_a_phase_without_inputs_is_all_weights() -> None:
+    table = torch.randn(5, 3, requires_grad=True)
+    phase = Phase(lambda: (embedding(torch.tensor([1, 1, 4]), table),))
+    left = WeightGradients()
+    assert phase.backward(left, torch.ones(3, 3)) == ()
+    assert table.grad is None
+    left.run()
+    assert _rows_with_gradient(table) == [1, 4]
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements of a tensor that an operation makes anew."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage().data_ptr() for tensor in tree_leaves(args) if isinstance(tensor, Tensor)}
+        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in given:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lowest", [0, 3], ids=["with token 0", "without"])
+def test_rows_of_tokens_are_added_without_a_gradient_of_the_whole_table(dtype: torch.dtype, lowest: int) -> None:
+    """To the last bit what the sum over each token's rows gives, added as one."""
+    wide = torch.promote_types(dtype, torch.float32)
+    table = torch.zeros(1000, 4, dtype=dtype, requires_grad=True)
+    table.grad_dtype = wide
+    table.grad = torch.randn(1000, 4, dtype=wide)
+    tokens, grad = torch.randint(lowest, lowest + 20, (3, 30)), torch.randn(3, 30, 4).to(dtype)
+    dense = torch.ops.aten.embedding_dense_backward(grad.to(wide), tokens, 1000, -1, False)
+    expected = table.grad + dense
+    left = WeightGradients()
+    Phase(lambda: (embedding(tokens, table),)).backward(left, grad)
+    with _Largest() as largest:  # type: ignore[no-untyped-call]
+        left.run()
+    assert torch.equal(table.grad, expected)
+    assert largest.elements == tokens.numel() * 4
+
+
+def test_gradients_of_narrow_weights_are_summed_wide() -> None:
+    """256 + 1 is 256 in BF16: a weight in BF16 has a gradient in FP32, also within one product of a micro-batch."""
+    weights = [torch.zeros(rows, 4, dtype=torch.bfloat16, requires_grad=True) for rows in (4, 4, 4096)]
+    for weight in weights:
+        weight.grad_dtype = torch.float32
+        weight.grad = torch.zeros(weight.shape)
+    table, projection, head = weights
+    left = WeightGradients()
+    tokens = torch.tensor([0, 0, 1])
+    grad = torch.tensor([256.0, 1.0, 3.0]).bfloat16()[:, None].expand(3, 4)
+    Phase(lambda: (embedding(tokens, table),)).backward(left, grad)
+    for row in (256.0, 1.0):
+        x = torch.full((1, 4), row, dtype=torch.bfloat16)
+        Phase(lambda x: (linear(x, projection),), x).backward(left, torch.ones_like(x))
+    hidden = torch.ones(600, 4, dtype=torch.bfloat16)
+    hidden[:256] *= 256  # of the first chunk
+    targets = torch.zeros(600, dtype=torch.int64)
+    loss = Phase(lambda x: (linear_cross_entropy(x, head, targets),), hidden)
+    loss.backward(left, torch.ones(()))
+    left.run()
+    assert table.grad is not None
+    assert projection.grad is not None
+    assert head.grad is not None
+    assert table.grad[:2, 0].tolist() == [257.0, 3.0]
+    assert projection.grad[0, 0].item() == 257.0
+    assert head.grad[0, 0].item() == -(256 * 256 + 344)  # of three chunks; the probability of 1 in 4096 is rounded away
+
+
+def test_a_gradient_keeps_no_activation_alive() -> None:
+    weight, left = torch.randn(3, 3, requires_grad=True), WeightGradients()
+    for _ in range(2):
+        Phase(lambda x: (linear(x, weight),), torch.randn(2, 3)).backward(left, torch.ones(2, 3))
+        left.settle()
+        assert weight.grad is not None
+        assert not weight.grad.requires_grad
+
+
+def test_phases_hand_their_work_on_in_order() -> None:
+    weights = [torch.randn(3, 3, requires_grad=True) for _ in range(2)]
+    left = WeightGradients(deferred=True)
+    for weight in weights:
+        phase = Phase(lambda x, weight=weight: (linear(x, weight),), torch.randn(2, 3))
+        phase.backward(left, torch.ones(2, 3))
+    assert all(weight.grad is None for weight in weights)
+    left.run()
+    assert all(weight.grad is not None for weight in weights)
+
+
+def _rows_with_gradient(table: Tensor) -> list[int]:
+    assert table.grad is not None
+    return table.grad.any(dim=1).nonzero().flatten().tolist()

@@ -1,0 +1,134 @@
+"""Lines read in batches are what they are one by one, and no less strict."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoestring.comm.errors import Refused
+from shoestring.trainer.ledger import journal as journal_module
+from shoestring.trainer.ledger.batch import Batch
+from shoestring.trainer.ledger.journal import GENESIS, Journal, JournalReader, Record
+from shoestring.trainer.ledger.records import check_record
+from shoestring.trainer.ledger.replay import Ledger
+
+
+def some_record(dice: random.Random, step: int, boot: str) -> Record:
+    wall, monotonic = dice.randrange(-10, 2**63), dice.randrange(0, 10**14)
+    own = {"attempt": dice.choice("aab"), "boot": boot, "monotonic_ns": monotonic, "wall_ns": wall}
+    gpu_ms = dice.choice((0, 7, 2**53))
+    kind = dice.choice(("step", "step", "step", "interval", "interval", "skipped", "ready", "resume", "end"))
+    content: dict[str, dict[str, Any]] = {
+        "step": {"step": step, "gpu_ms": gpu_ms, "tokens": 8},
+        "skipped": {"step": step, "gpu_ms": gpu_ms, "tokens": 8},
+        "interval": {"bucket": dice.choice(("data_stall", "telemetry")), "gpu_ms": gpu_ms},
+        "ready": {},
+        "resume": {"step": dice.randrange(step + 1)},
+        "end": {"clean": dice.random() < 0.5},
+    }
+    return {"kind": kind, **own, **content[kind]}
+
+
+def write(path: Path, seed: int, records: int = 300) -> None:
+    """A ledger of two launches at once, clocks that jump, boots that change, now and then a key that is not needed."""
+    dice, step, boot = random.Random(seed), 1, "one"
+    journal = Journal(path)
+    instant = {"boot": boot, "monotonic_ns": 0, "wall_ns": 0}
+    for attempt in ("a", "b"):
+        opened = {"attempt": attempt, "ranks": 3, "phase": "pre_train", "budget_gpu_hours": 1.0}
+        journal.append({"kind": "begin", **opened, **instant})
+    for _ in range(records):
+        boot = dice.choice(("two", "önë")) if dice.random() < 0.02 else boot
+        step = step + 1 if dice.random() < 0.9 else dice.randrange(1, step + 1)
+        record = some_record(dice, step, boot)
+        journal.append({**record, "more": "x"} if dice.random() < 0.02 else record)
+    journal.close()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_ledger_is_the_same_in_batches_and_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(journal_module, "MOST_LINES", 5)
+    path = tmp_path / "work.jsonl"
+    write(path, seed)
+    one, many = (JournalReader(path, check=check_record) for _ in range(2))
+    singly, together = Ledger(), Ledger()
+    singly.replay([], one.stream())
+    batches = list(many.batches())
+    together.replay([], batches)
+    assert sum(isinstance(each, Batch) for each in batches) > 20
+    assert together.to_tree() == {**singly.to_tree(), "latest": together.latest}
+    assert many.place == one.place
+
+
+def test_every_place_to_stop_at_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "work.jsonl"
+    write(path, 1, 40)
+    for end in range(0, path.stat().st_size, 97):
+        one, many = JournalReader(path), JournalReader(path)
+        for _ in one.stream(end):
+            pass
+        for _ in many.batches(end):
+            pass
+        assert many.place == one.place
+
+
+def lines_of_steps(path: Path, number: int) -> list[bytes]:
+    journal = Journal(path)
+    for step in range(1, number + 1):
+        instant = {"boot": "one", "monotonic_ns": step, "wall_ns": step}
+        content = {"step": step, "gpu_ms": 1000, "tokens": 8}
+        journal.append({"kind": "step", "attempt": "a", **instant, **content})
+    journal.close()
+    return path.read_bytes().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"gpu_ms":1000', b'"gpu_ms":1001'),
+        (b'"gpu_ms":1000', b'"gpu_ms":01000'),
+        (b'"step":5', b'"step":5.0'),
+        (b'"step":5', b'"step":05'),
+        (b'"attempt":"a"', b'"attempt":"b"'),
+        (b'"kind":"step"', b'"kind":"skip"'),
+    ],
+)
+def test_a_line_that_was_changed_is_named(tmp_path: Path, old: bytes, new: bytes) -> None:
+    path = tmp_path / "work.jsonl"
+    lines = lines_of_steps(path, 9)
+    lines[4] = lines[4].replace(old, new)
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(Refused, match=r"work\.jsonl:5.*chain of hashes is broken"):
+        list(JournalReader(path).batches())
+    path.write_bytes(b"".join(lines[:3] + lines[5:]))
+    with pytest.raises(Refused, match=r"work\.jsonl:4.*chain of hashes is broken"):
+        list(JournalReader(path).batches())
+
+
+@pytest.mark.parametrize(
+    "change", [{"gpu_ms": 2**53 + 1}, {"tokens": -1}, {"step": 1.5}, {"wall_ns": 2**63}, {"monotonic_ns": True}]
+)
+def test_a_value_out_of_range_is_refused_with_a_right_hash(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "work.jsonl"
+    journal = Journal(path)
+    record = {"kind": "step", "attempt": "a", "boot": "one", "monotonic_ns": 1, "wall_ns": 1}
+    journal.append({**record, "step": 1, "gpu_ms": 1, "tokens": 1})
+    journal.append({**record, "step": 1, "gpu_ms": 1, "tokens": 1, **change})
+    journal.close()
+    with pytest.raises(Refused, match=r"work\.jsonl:2"):
+        list(JournalReader(path, check=check_record).batches())
+
+
+def test_the_lines_of_a_run_are_read_in_batches(tmp_path: Path) -> None:
+    path = tmp_path / "work.jsonl"
+    lines_of_steps(path, 9)
+    (batch,) = JournalReader(path).batches()
+    assert isinstance(batch, Batch)
+    assert list(batch.steps) == list(range(1, 10))
+    assert json.loads(path.read_bytes().splitlines()[-1])["hash"] != GENESIS

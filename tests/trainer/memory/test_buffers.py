@@ -1,0 +1,60 @@
+"""Predicted buffers of a dispatch against every allocation of a real one."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+import torch
+
+from shoestring.comm.async_comm import InlineWorker
+from shoestring.comm.exchange.config import ExchangeConfig
+from shoestring.comm.exchange.factory import open_exchange
+from shoestring.comm.groups import ProcessGroups
+from shoestring.comm.label import Label
+from shoestring.comm.topology import Topology
+from shoestring.comm.traffic import Traffic
+from shoestring.tests.processes import World, run_processes
+from shoestring.trainer.memory.activations import MicroBatch, tables
+from shoestring.trainer.memory.buffers import Buffers, Wire
+from shoestring.trainer.memory.measured import open_meter
+from shoestring.trainer.model.config import ModelConfig
+
+CPU = torch.device("cpu")
+TOKENS = 512
+CONFIG = ModelConfig(
+    vocabulary=64, hidden=512, layers=2, dense_layers=1, experts=16, top_k=4, groups=1, top_k_groups=1, mtp_depth=0
+)
+
+
+def measured(world: World, config: ExchangeConfig, as_tiles: bool) -> tuple[int, int, int]:
+    """Rows that came; bytes of what is left of them; bytes at the worst moment."""
+    topology = Topology(ep=world.size, gpus_per_node=1)
+    groups = ProcessGroups.create(topology, world.rank, timedelta(seconds=30))
+    traffic = Traffic(topology, world.rank)
+    exchange = open_exchange(config, groups, CONFIG.experts, InlineWorker(), traffic)
+    generator = torch.Generator().manual_seed(world.rank)
+    tokens_TD = torch.randn(TOKENS, CONFIG.hidden, generator=generator).to(torch.bfloat16)
+    weights_TK = torch.rand(TOKENS, CONFIG.top_k, generator=generator)
+    experts_TK = torch.rand(TOKENS, CONFIG.experts, generator=generator).topk(CONFIG.top_k).indices
+    with open_meter(CPU) as meter:
+        meter.begin()
+        received = exchange.dispatch(tokens_TD, weights_TK, experts_TK, Label("layer_01", 0), as_tiles=as_tiles).wait()
+        _, peak = meter.finish()
+    tiles = received.tiles
+    parts = [received.rows_RD] if tiles is None else [received.rows_RD, tiles.values_XD, tiles.exponents_XQ]
+    return len(received.rows_RD), sum(part.untyped_storage().nbytes() for part in parts), peak
+
+
+@pytest.mark.parametrize("name", ["flat", "two_hop"])
+def test_rows_that_stay_in_fp8_take_what_is_predicted(name: str) -> None:
+    exchange = ExchangeConfig(name=name, dispatch="fp8")
+    widened = run_processes(2, measured, exchange, False)
+    for (rows, left, peak), (_, _, before) in zip(run_processes(2, measured, exchange, True), widened, strict=True):
+        batch = MicroBatch(1, TOKENS, torch.bfloat16, on_cpu=True, rows=rows, fp8=True)
+        buffers = Buffers(CONFIG, batch, Wire.of(exchange, 2))
+        assert left == pytest.approx(buffers.came, abs=2)  # the stand-in
+        predicted = buffers.dispatch + tables(CONFIG, batch).bytes
+        print(f"{name}: {peak:,} bytes, predicted {predicted:,.0f} ({predicted / peak - 1:+.1%}); widened {before:,}")
+        assert peak == pytest.approx(predicted, rel=0.05)
+        assert peak < 0.6 * before

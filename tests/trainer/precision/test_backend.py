@@ -1,0 +1,47 @@
+"""Which provider serves, and why the others do not."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from shoestring.trainer.precision.backend import choose_provider, missing_for, open_provider
+from shoestring.trainer.precision.config import PrecisionConfig
+from shoestring.trainer.precision.reference import Reference
+from shoestring.trainer.precision.tiles import Scales
+
+
+def test_a_cpu_takes_the_reference() -> None:
+    assert choose_provider("auto", on_gpu=False) == "reference"
+    assert isinstance(open_provider("auto", torch.device("cpu")), Reference)
+    assert not list(missing_for("reference", on_gpu=False))
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda", "has_triton", "chosen"),
+    [
+        ((9, 0), "12.9", True, "triton"),
+        ((9, 0), "13.0", False, "torch"),
+        ((9, 0), "12.8", False, "reference"),
+        ((10, 0), "13.0", True, "reference"),
+        ((12, 0), "13.0", True, "reference"),
+        ((8, 0), "13.0", True, "reference"),
+    ],
+)
+def test_a_gpu_takes_the_fastest_that_serves_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], cuda: str, has_triton: bool, chosen: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    there = {"triton"} if has_triton else set()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in there else None)
+    assert choose_provider("auto", on_gpu=True) == chosen
+
+
+def test_the_configuration_chooses() -> None:
+    assert PrecisionConfig().fp8(torch.device("cpu")) is None
+    fp8 = PrecisionConfig(linear="fp8", scales="power_of_two").fp8(torch.device("cpu"))
+    assert fp8 is not None
+    assert fp8.scales is Scales.POWER_OF_TWO

@@ -1,0 +1,106 @@
+"""The validation loss: every target once, whatever the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoestring.comm.groups import ProcessGroups
+from shoestring.comm.topology import Topology
+from shoestring.parallelism.pipeline.executor import Executor
+from shoestring.tests.processes import World, run_processes
+from shoestring.tests.reference.configs import random_params, reference_configs
+from shoestring.tests.reference.deepseek_v3 import losses
+from shoestring.tests.trainer.model.released import make_chunk
+from shoestring.trainer.build import Pipeline
+from shoestring.trainer.data.config import DataConfig
+from shoestring.trainer.data.prepare import prepare
+from shoestring.trainer.data.prepared import open_directory
+from shoestring.trainer.data.samples import Samples
+from shoestring.trainer.generation.generate import generate
+from shoestring.trainer.model.chunk import Chunk
+from shoestring.trainer.model.stage_layout import Stages
+from shoestring.trainer.run.evaluate import evaluate
+from shoestring.trainer.run.exit import RunFailed
+from shoestring.trainer.run.stage_runner import LogitsStage
+
+CONFIG = replace(reference_configs()["full"], vocabulary=270)
+LENGTH = 16
+
+
+def validation_samples(prepared: str) -> Samples:
+    opened = open_directory(Path(prepared))
+    return Samples.validation(opened.validation, LENGTH, CONFIG.mtp_depth, opened.tokenizer.pad)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = tmp_path_factory.mktemp("data")
+    (root / "corpus").mkdir()
+    words = [f"word{index * 7919 % 101}" for index in range(600)]
+    (root / "corpus" / "train.txt").write_text(" ".join(words))
+    (root / "corpus" / "held.txt").write_text(" ".join(words[:70]))
+    config = DataConfig(corpus=str(root / "corpus"), prepared=str(root / "out"), vocabulary=270, validation=("held",))
+    prepare(config, lambda _: None)
+    return str(root / "out")
+
+
+def run_rank(world: World, topology: Topology, prepared: str) -> tuple[float, int, list[int]]:
+    groups = ProcessGroups.create(topology, world.rank, timedelta(seconds=30))
+    chunk = make_chunk(CONFIG, random_params(CONFIG, 3, torch.float64), torch.float64, topology, world.rank)
+    cpu = torch.device("cpu")
+    forwards = Pipeline.open(Stages.of(chunk.model.config, 8), groups, cpu).forwards
+    found = evaluate((chunk,), forwards, validation_samples(prepared), 2, groups, cpu)
+    text = generate((chunk,), forwards(1), [5, 6, 7], 6, 8, groups, cpu, seed=0)
+    assert found is not None
+    assert text is not None
+    return *found, text
+
+
+def test_every_target_counts_once_in_every_layout(prepared: str) -> None:
+    samples = validation_samples(prepared)
+    batch = samples.batch(range(len(samples)))
+    expected = losses(random_params(CONFIG, 3, torch.float64), CONFIG, batch.tokens_BW, batch.valid_BW)
+    ((loss, targets, text),) = run_processes(1, run_rank, Topology(), prepared)
+    assert targets == samples.split.tokens - 1
+    assert loss == pytest.approx(float(expected.main), rel=1e-12)
+    assert len(samples) % 8  # the last round of four ranks with two sequences each is not full
+    for other_loss, other_targets, other_text in run_processes(4, run_rank, Topology(ep=2, edp=2), prepared):
+        assert (other_targets, other_text) == (targets, text)
+        assert other_loss == pytest.approx(loss, rel=1e-12)
+
+
+class InfiniteLogits:
+    """An executor whose last stage gives logits that no token follows from."""
+
+    def run(self, stages: Sequence[LogitsStage]) -> None:
+        """Leave them with the stage."""
+        stages[0].logits.append(torch.full((1, 1, 8), torch.inf))
+
+
+class AloneInTheWorld:
+    """The groups of one rank."""
+
+    rank, topology = 0, Topology()
+
+    @property
+    def world(self) -> AloneInTheWorld:
+        """Of one."""
+        return self
+
+    def all_reduce_sum(self, tensor: Tensor, what: str) -> Tensor:
+        """What this rank has."""
+        return tensor
+
+
+def test_a_sample_of_logits_that_are_not_finite_is_a_failure_of_the_run() -> None:
+    groups, executor = cast("ProcessGroups", AloneInTheWorld()), cast("Executor", InfiniteLogits())
+    with pytest.raises(RunFailed, match="logits of the sample's token 0 are not finite"):
+        generate((cast("Chunk", None),), executor, [5], 6, 8, groups, torch.device("cpu"), seed=0)

@@ -1,0 +1,145 @@
+"""What a Prometheus gets when it scrapes a run over the network, and what becomes of a port that is taken."""
+
+from __future__ import annotations
+
+import io
+import math
+import socket
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from shoestring.comm.errors import Refused
+from shoestring.tests.launch.small_run import free_port
+from shoestring.trainer.telemetry.config import PrometheusConfig, TelemetryConfig, WandbConfig
+from shoestring.trainer.telemetry.events import Event
+from shoestring.trainer.telemetry.history import read_all_metrics
+from shoestring.trainer.telemetry.prometheus_sink import PrometheusSink, port_problems
+from shoestring.trainer.telemetry.sinks import open_stream
+
+RUN = Event("run", 0, {"device": "cpu", "compute_dtype": "float32", "linear": "native", "ranks": 4})
+STEP = Event(
+    "step",
+    40,
+    {"loss": 5.25, "loss/mtp": None, "tokens": 81920, "mfu": 0.25, "budget_left": 0.375, "goodput": 0.5},
+    time=12.5,
+)
+
+
+def scrape(port: int) -> dict[str, float]:
+    """Every sample by name and labels, as Prometheus reads it."""
+    without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with without_proxy.open(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    return {
+        sample.name
+        + "".join(f" {key}={value}" for key, value in sorted(sample.labels.items()) if key != "run"): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+@pytest.fixture
+def config() -> PrometheusConfig:
+    return PrometheusConfig(port=free_port())
+
+
+@pytest.fixture
+def sink(config: PrometheusConfig, tmp_path: Path) -> Iterator[PrometheusSink]:
+    sink = PrometheusSink(config, tmp_path)
+    yield sink
+    sink.close()
+
+
+def port_of(config: PrometheusConfig) -> int:
+    assert config.port is not None
+    return config.port
+
+
+def test_a_scrape_gets_the_figures_of_the_last_events(config: PrometheusConfig, sink: PrometheusSink) -> None:
+    assert scrape(port_of(config)) == {}  # nothing is known, and nothing is said to be 0
+    sink.emit(RUN)
+    sink.emit(Event("evaluation", 20, {"loss": 5.5}))
+    sink.emit(STEP)
+    assert scrape(port_of(config)) == {
+        "shoestring_run_info compute_dtype=float32 device=cpu linear=native ranks=4": 1,
+        "shoestring_step": 40,
+        "shoestring_last_event_timestamp_seconds": 12.5,
+        "shoestring_loss_nats": 5.25,
+        "shoestring_validation_loss_nats": 5.5,
+        "shoestring_tokens": 81920,
+        "shoestring_mfu_ratio": 0.25,
+        "shoestring_budget_left_gpu_hours": 0.375,
+        "shoestring_goodput_ratio": 0.5,
+    }
+
+
+def test_a_loss_that_is_not_a_number_and_warnings_are_seen(config: PrometheusConfig, sink: PrometheusSink) -> None:
+    sink.emit(Event("step", 41, {"loss": math.nan}))
+    for about in ("spike", "stall", "spike"):
+        sink.emit(Event("warning", 41, {"about": about, "message": "…"}))
+    sink.emit(Event("warning", 41, {"message": "a view is lost"}))
+    found = scrape(port_of(config))
+    assert math.isnan(found["shoestring_loss_nats"])
+    warnings = {name.split("=")[1]: count for name, count in found.items() if name.startswith("shoestring_warnings")}
+    assert warnings == {"spike": 2, "stall": 1, "telemetry": 1}
+
+
+def test_a_resume_takes_steps_back(config: PrometheusConfig, sink: PrometheusSink) -> None:
+    sink.emit(STEP)
+    sink.emit(Event("resume", 30, {}))
+    assert scrape(port_of(config))["shoestring_step"] == 30
+
+
+def test_a_checkpoint_that_is_done_later_takes_no_step_back(config: PrometheusConfig, sink: PrometheusSink) -> None:
+    for event in (RUN, STEP, Event("checkpoint", 30, {"path": "step_00000030"})):
+        sink.emit(event)
+    assert scrape(port_of(config))["shoestring_step"] == 40
+
+
+def test_the_next_life_listens_on_the_same_port_at_once(config: PrometheusConfig, tmp_path: Path) -> None:
+    for step in range(3):
+        sink = PrometheusSink(config, tmp_path)
+        sink.emit(Event("step", step, {"loss": 3.0}))
+        assert scrape(port_of(config))["shoestring_step"] == step
+        sink.close()
+    assert not list(port_problems(config))
+
+
+def test_a_port_that_is_taken_is_refused_by_name() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        config = PrometheusConfig(port=other.getsockname()[1])
+        (problem,) = port_problems(config)
+        assert problem.field == "telemetry.prometheus.port"
+        assert "Address already in use" in problem.remedy
+        with pytest.raises(Refused, match="Address already in use"):
+            PrometheusSink(config, Path("run"))
+
+
+def test_an_address_that_is_not_of_this_machine_is_refused() -> None:
+    (problem,) = port_problems(PrometheusConfig(port=free_port(), address="192.0.2.1"))  # reserved for documents
+    assert "192.0.2.1" in problem.remedy
+
+
+def test_no_port_is_no_problem() -> None:
+    assert not list(port_problems(PrometheusConfig()))
+
+
+@pytest.mark.timeout(20)
+def test_a_port_that_is_taken_after_all_is_a_warning_and_the_run_goes_on(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        telemetry = TelemetryConfig(
+            wandb=WandbConfig(mode="disabled"), prometheus=PrometheusConfig(port=other.getsockname()[1])
+        )
+        stream = open_stream(telemetry, tmp_path, io.StringIO())
+        metrics, told = tmp_path / "metrics.jsonl", 0
+        while not (warnings := [event for event in read_all_metrics(metrics) if event.kind == "warning"]):
+            stream.emit(Event("checkpoint", told := told + 1, {}))
+        stream.emit(Event("checkpoint", told := told + 1, {}))
+        stream.close()
+    (warning,) = warnings
+    assert "telemetry.prometheus.port" in str(warning.values["message"])
+    assert [event.step for event in read_all_metrics(metrics) if event.kind == "checkpoint"] == [*range(1, told + 1)]

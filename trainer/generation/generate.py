@@ -1,0 +1,68 @@
+"""Text from a trained model, one token at a time. Without a cache of keys and values: for short samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ...comm.groups import ProcessGroups
+from ...comm.host import to_device, to_host
+from ...parallelism.pipeline.executor import Executor
+from ..model.chunk import Chunk
+from ..run.exit import RunFailed, never
+from ..run.stage_runner import LogitsStage
+
+
+@torch.no_grad()
+def generate(
+    chunks: tuple[Chunk, ...],
+    executor: Executor,
+    prompt: Sequence[int],
+    count: int,
+    context: int,
+    groups: ProcessGroups,
+    device: torch.device,
+    *,
+    seed: int,
+    temperature: float = 0.8,
+    stop: int | None = None,
+    stop_asked: Callable[[], bool] = never,
+) -> list[int] | None:
+    """Continue `prompt` by up to `count` tokens, given the last `context` of them, up to the token `stop`.
+
+    `executor` runs one forward. All ranks read the same text, since layers and experts are spread over them; one that
+    has the logits draws. All ranks leave, and return None, after a token in which `stop_asked` was true on any of them.
+    Raises `RunFailed` on all of them where the logits are not finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = list(prompt)
+    for _ in range(count):
+        window = torch.tensor([tokens[-context:]], dtype=torch.int64, device=device)
+        stages = [LogitsStage(chunk, window) for chunk in chunks]
+        executor.run(stages)
+        drawn = torch.zeros(1, dtype=torch.int64)
+        for logits_BSV in (logits for stage in stages for logits in stage.logits):
+            logits_V = logits_BSV[0, -1].double().cpu()
+            drawn = _draw(logits_V / temperature, generator)
+        if groups.topology.dp_rank(groups.rank) != 0:  # its like in other stages adds nothing either
+            drawn.zero_()
+        own = torch.cat((drawn, torch.tensor([stop_asked()], dtype=torch.int64)))
+        token, asked = map(int, to_host(groups.world.all_reduce_sum(to_device(own, device), "drawn token")).tolist())
+        if asked:
+            return None
+        if token < 0:
+            remedy = "check the model's values, such as model.routed_scaling and model.yarn.mscale"
+            raise RunFailed(f"the logits of the sample's token {len(tokens) - len(prompt)} are not finite; {remedy}")
+        if token == stop:
+            break
+        tokens.append(token)
+    return tokens[len(prompt) :]
+
+
+def _draw(logits_V: Tensor, generator: torch.Generator) -> Tensor:
+    """A token, [1]; -1 where no distribution follows from the logits: the other ranks wait for a number."""
+    if not torch.isfinite(logits_V).all():
+        return torch.tensor([-1])
+    return torch.multinomial(logits_V.softmax(dim=0), 1, generator=generator)

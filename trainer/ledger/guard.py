@@ -1,0 +1,131 @@
+"""Holding a run to its budget: what it will have cost at its end, and what follows from that."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...comm.errors import noting
+from .clock import Instant
+from .config import BudgetConfig
+from .meter import Meter
+from .project import Project, ProjectReader
+from .summary import TRAILING_STEPS, Summary
+from .terms import gpu_hours
+
+LEAST_STEPS = 20
+"""Steps of this life before a projection means anything: the first ones warm up."""
+_SECONDS_BETWEEN_LOOKS = 60.0
+
+
+@dataclass(frozen=True)
+class Account:
+    """One budget that a run draws on, in GPU-hours."""
+
+    name: str
+    """The key that says how much it is."""
+    spent: float
+    limit: float
+    projected: float | None
+    """At the end of the run; None while it cannot be told."""
+
+    def exceeded(self, stop_at: float | None) -> str | None:
+        """Why the run must halt, and the remedy; None if it need not."""
+        if self.spent >= self.limit:
+            return f"the run has used {self.spent:.4g} GPU-hours and its budget is {self.limit:.4g}; {self._raise}"
+        if stop_at is not None and self.projected is not None and self.projected > stop_at * self.limit:
+            text = f"the run has used {self.spent:.4g} GPU-hours and will have used {self.projected:.4g} at its end"
+            return f"{text}, of a budget of {self.limit:.4g}; {self._raise}, or write budget.stop_at=null"
+        return None
+
+    @property
+    def _raise(self) -> str:
+        return f"raise {self.name} to go on"
+
+
+def project_cost(spent: float, tokens_left: int, ms_per_token: float) -> float:
+    """GPU-hours at the end: what is spent, and every token that is left at the price of the median step."""
+    return spent + gpu_hours(1) * ms_per_token * max(0, tokens_left)
+
+
+def accounts(
+    config: BudgetConfig, summary: Summary, run_dir: Path, tokens_left: int, ramp_steps: int = 0
+) -> Iterator[Account]:
+    """Of a run that is not going on: what it has drawn on each budget, and will have at its end.
+
+    The first `ramp_steps` are smaller than those that are left, and tell nothing of their price.
+    """
+    least = ramp_steps + TRAILING_STEPS if ramp_steps else LEAST_STEPS
+    rate = summary.step_ms_per_token if summary.steps_retained >= least else None
+    spent, phase_spent = summary.gpu_hours, gpu_hours(summary.by_phase.get(config.phase, 0))
+    yield from _accounts(config, spent, phase_spent, left_of_project(config, run_dir), tokens_left, rate)
+
+
+def left_of_project(config: BudgetConfig, run_dir: Path) -> float | None:
+    """GPU-hours that the other runs of the project have left for `run_dir`; None if it belongs to no project."""
+    if config.project is None:
+        return None
+    return ProjectReader(Project.read(Path(config.project))).left(config.phase, run_dir)
+
+
+def _accounts(
+    config: BudgetConfig, spent: float, phase_spent: float, left: float | None, tokens: int, rate: float | None
+) -> Iterator[Account]:
+    ahead = None if rate is None else project_cost(0, tokens, rate)
+    yield Account("budget.gpu_hours", spent, config.gpu_hours, None if ahead is None else spent + ahead)
+    if left is not None:
+        name = f"gpu_hours.{config.phase} in {config.project}"
+        yield Account(name, phase_spent, left, None if ahead is None else phase_spent + ahead)
+
+
+class Guard:
+    """Watches a run that is going on. The steps of earlier lives may have been of another layout: they do not count."""
+
+    def __init__(self, config: BudgetConfig, meter: Meter, run_dir: Path) -> None:
+        self._config, self._meter, self._run_dir = config, meter, run_dir
+        self._rates: deque[float] = deque(maxlen=TRAILING_STEPS)
+        self._project = None if config.project is None else ProjectReader(Project.read(Path(config.project)))
+        self._left: float | None = None
+        self._looked: Instant | None = None
+        self._has_warned = False
+
+    def observe(self, gpu_ms: int, tokens: int) -> None:
+        """A step of `tokens` is done."""
+        self._rates.append(gpu_ms / tokens)
+
+    def accounts(self, tokens_left: int) -> list[Account]:
+        """As of now."""
+        rate = sorted(self._rates)[len(self._rates) // 2] if len(self._rates) >= LEAST_STEPS else None
+        spent, phase_spent = self._meter.gpu_hours(), self._meter.phase_gpu_hours()
+        return list(_accounts(self._config, spent, phase_spent, self._left_of_project(), tokens_left, rate))
+
+    def must_halt(self, tokens_left: int) -> str | None:
+        """Why the run must halt now, and the remedy; None if it need not."""
+        reasons = (account.exceeded(self._config.stop_at) for account in self.accounts(tokens_left))
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def warning(self, tokens_left: int) -> str | None:
+        """That the projection is near or past a budget, said once each time that it comes about."""
+        near = [
+            f"{account.projected:.4g} GPU-hours at the end of the run are {account.projected / account.limit:.0%} of "
+            f"{account.name} = {account.limit:.4g}"
+            for account in self.accounts(tokens_left)
+            if account.projected is not None and account.projected > self._config.warn_at * account.limit > 0
+        ]
+        is_news = bool(near) and not self._has_warned
+        self._has_warned = bool(near)
+        return "; ".join(near) if is_news else None
+
+    def _left_of_project(self) -> float | None:
+        """Others spend too; reading their ledgers at every step would cost more than it tells."""
+        if self._project is None:
+            return None
+        now = Instant.now()
+        if self._left is None or self._looked is None or now.ns_since(self._looked) > _SECONDS_BETWEEN_LOOKS * 1e9:
+            self._looked = now
+            # A ledger that another run has broken meanwhile is no reason for this one to die.
+            with noting([]):
+                self._left = self._project.left(self._config.phase, self._run_dir)
+        return self._left

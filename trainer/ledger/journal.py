@@ -1,0 +1,356 @@
+"""Append-only, hash-chained, fsynced lines: a record that was written stays written, and an edited one is noticed.
+
+Each line is one JSON object. Its `hash` is SHA-256 over the hash of the line before and the canonical JSON of the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...comm.errors import Problem, Refused
+from ...comm.files.access import chunks_of_lines, lines_within, open_regular, refuse_links, refusing
+from ...comm.files.line_writer import BACKLOG_BYTES, LineWriter
+from ...comm.files.lines import cut_torn_line
+from ...comm.files.strict_json import Malformed, parse_json
+from .batch import MOST_LINES, Batch, Row, are_alike, batch_of, row_of
+from .lock import lock_or_refuse
+
+Record = dict[str, Any]
+
+_RESTORE = "restore the file"
+
+GENESIS = "0" * 64
+"""What the first line is chained to."""
+
+
+def read_journal(path: Path) -> list[Record]:
+    """The records of the journal at `path`, each with its `hash`; none when there is no such file.
+
+    A last line without newline is still being written, or was torn by a crash, and is left out. Raises Refused, naming
+    the line, where the chain is broken.
+    """
+    return JournalReader(path).new_records()
+
+
+def _accept(record: Record) -> None:
+    """Any object will do."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a journal a reader is: behind a record of it, or at its beginning."""
+
+    position: int = 0
+    """Bytes before it."""
+    number: int = 0
+    """Records before it."""
+    head: str = GENESIS
+    """The hash of the last of them."""
+
+
+class JournalReader:
+    """Reads a journal while it grows: a run of months is asked for its cost at every checkpoint."""
+
+    def __init__(self, path: Path, start: Place | None = None, *, check: Callable[[Record], None] = _accept) -> None:
+        """Begin at `start`, a place of this journal (see `is_place_of`), or at its beginning.
+
+        `check` raises `Malformed` for a record that does not hold what it must; it is refused with its line.
+        """
+        self._path = path
+        self._check = check
+        begin = Place() if start is None else start
+        self._position, self._number = begin.position, begin.number
+        self.head = begin.head
+        """The hash of the last record read."""
+
+    @property
+    def place(self) -> Place:
+        """Behind the last record read."""
+        return Place(self._position, self._number, self.head)
+
+    def new_records(self) -> list[Record]:
+        """What has been appended since the last call. Raises Refused as `read_journal` does, and for a file cut short.
+
+        After a refusal the reader is not to be used again.
+        """
+        return list(self.stream())
+
+    def size(self) -> int:
+        """Bytes of the file now; what is there up to here was written before anything that is seen later."""
+        return self._path.stat().st_size if self._path.exists() else 0
+
+    def stream(self, end: int | None = None) -> Iterator[Record]:
+        """Yield the same one by one, of those that begin before byte `end`."""
+        for line in self._lines(end):
+            yield self._read(line)
+
+    def batches(self, end: int | None = None) -> Iterator[Record | Batch]:
+        """Yield the same, steps and intervals that follow each other together."""
+        rows: list[Row] = []
+        head, size = self.head.encode(), 0
+        for line in self._lines(end):
+            row = row_of(line, head)
+            if rows and (row is None or len(rows) == MOST_LINES or not are_alike(rows[0], row)):
+                yield self._batch(rows, size)
+                rows, size = [], 0
+            if row is None:
+                yield self._read(line)
+                head = self.head.encode()
+            else:
+                rows.append(row)
+                head, size = row[5], size + len(line)
+        if rows:
+            yield self._batch(rows, size)
+
+    def _batch(self, rows: list[Row], size: int) -> Batch:
+        """The batch of `rows`, lines of `size` bytes; the reader is behind them then."""
+        self._position += size
+        self._number += len(rows)
+        self.head = rows[-1][5].decode()
+        return batch_of(rows)
+
+    def _lines(self, end: int | None) -> Iterator[bytes]:
+        """Whole lines from the reader's place on, of those that begin before byte `end`. The place stays as it is."""
+        if not self._path.exists():
+            return
+        with refusing(self._path, _RESTORE), open_regular(self._path) as file:
+            if file.seek(0, os.SEEK_END) < self._position:
+                remedy = "the journal is shorter than when it was last read; restore the file"
+                raise Refused([Problem(str(self._path), self._position, remedy)])
+            position = file.seek(self._position)
+            for line in lines_within(file, _LONGEST):
+                if not line.endswith(b"\n") or (end is not None and position >= end):
+                    return
+                position += len(line)
+                yield line
+
+    def _read(self, line: bytes) -> Record:
+        """The record of the line behind the reader's place; the reader is behind it then."""
+        self._number += 1
+        record = self._checked(line, self._number, self.head)
+        self._position += len(line)
+        self.head = record["hash"]
+        return record
+
+    def _checked(self, line: bytes, number: int, head: str) -> Record:
+        """The record of `line`, which must be chained to `head`."""
+        if is_linked(line, head):
+            found = _parse_plain(line)
+            if found is not None:
+                self._insist(found, number)
+                return found
+        record = _parse(line.decode(errors="replace"))
+        if record.get("hash") != _link(head, {key: value for key, value in record.items() if key != "hash"}):
+            remedy = "the chain of hashes is broken: this line or one before it was changed; restore the file"
+            raise Refused([Problem(f"{self._path}:{number}", line.decode(errors="replace")[:80], remedy)])
+        self._insist(record, number)
+        return record
+
+    def _insist(self, record: Record, number: int) -> None:
+        try:
+            self._check(record)
+        except Malformed as error:
+            remedy = f"{_RESTORE}, or read it with the version of Shoestring that wrote it"
+            raise Refused([error.problem(f"{self._path}:{number}", remedy)]) from error
+
+
+def _parse_plain(line: bytes) -> Record | None:
+    """The same as `_parse` for most lines, in less than half the time; None for one that needs more than a glance."""
+    if b"\\" in line or b"[" in line:
+        return None
+    try:
+        text = line.decode()
+        found, end = _DECODER.raw_decode(text)  # `json.loads` takes half as long again
+    except (ValueError, RecursionError):
+        return None
+    is_plain = type(found) is dict and line.count(b'":') == len(found) and end == len(text) - 1  # no key twice
+    return found if is_plain else None
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(name)
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_number)
+_HASH = re.compile(rb',"hash":"([0-9a-f]{64})"|"hash":"([0-9a-f]{64})",?')
+
+
+def is_linked(line: bytes, head: str) -> bool:
+    """Whether `line` is as `Journal` writes it and chained to `head`; parsing it would take thrice as long."""
+    found = _HASH.search(line)
+    if found is None:
+        return False
+    content = line[: found.start()] + line[found.end() : -1]
+    return hashlib.sha256(head.encode() + content).hexdigest().encode() in found.groups()
+
+
+def is_place_of(path: Path, place: Place) -> bool:
+    """Whether the record before `place` is the one that ends there in the journal at `path`."""
+    if place.position == 0:
+        return place == Place()
+    try:
+        with open_regular(path) as file:
+            begin = max(0, place.position - _LONGEST)
+            file.seek(begin)
+            last = file.read(place.position - begin)
+    except (OSError, Malformed):
+        return False
+    if len(last) != place.position - begin or not last.endswith(b"\n"):
+        return False
+    found = _HASH.search(last[last.rfind(b"\n", 0, -1) + 1 :])
+    return found is not None and place.head.encode() in found.groups()
+
+
+_LONGEST = 2**20
+"""Bytes of a record, at most."""
+
+
+def holds_record(path: Path, head: str) -> bool:
+    """Whether the journal at `path` has a record with this hash. Raises Refused like `holds`."""
+    return holds(path, f'"hash":"{head}"'.encode())
+
+
+def holds(path: Path, *words: bytes) -> bool:
+    """Whether any of `words`, none longer than 1 MiB, is in the file of lines at `path`, which is not parsed.
+
+    Raises Refused where it cannot be read, or has a line of more than `MAX_LINE_BYTES`.
+    """
+    if not path.is_file():
+        return False
+    with refusing(path, _RESTORE), open_regular(path) as file:
+        rest = b""
+        for chunk in chunks_of_lines(file):
+            if any(word in rest + chunk for word in words):
+                return True
+            rest = chunk[-_LONGEST:]
+    return False
+
+
+def _parse(line: str) -> Record:
+    """The object on `line`, or an empty one, which no chain contains."""
+    try:
+        return parse_json(line).mapping()
+    except Malformed:
+        return {}
+
+
+def _link(head: str, content: Mapping[str, Any]) -> str:
+    return hashlib.sha256((head + _canonical(content)).encode()).hexdigest()
+
+
+def _canonical(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+class Journal:
+    """The one writer of a journal. Raises Refused when the chain is broken or another writer holds the file.
+
+    A record survives the death of its writer as soon as `append` returns, and that of the machine within
+    `sync_seconds`: waiting for the disk after each short step would cost more than the step's record is worth. Records
+    that a full disk does not take wait in memory (see `LineWriter`). Not for several threads at once: the owner locks.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        sync_seconds: float = 0.0,
+        backlog_bytes: int = BACKLOG_BYTES,
+        find_head: Callable[[], str] | None = None,
+    ) -> None:
+        """`find_head` returns the hash of the last record, once the file ends with a whole line.
+
+        Without it every record is read.
+        """
+        self._path = path
+        self._sync_seconds = sync_seconds
+        self._synced_at = time.monotonic()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            refuse_links(path)
+            self._lock = path.open("ab", buffering=0)
+        except OSError as error:
+            raise _no_room(path, error.strerror) from error
+        try:
+            lock_or_refuse(self._lock.fileno(), str(path), None, _HELD)
+            cut_torn_line(path)
+            self._head = _last_hash(path) if find_head is None else find_head()
+            self._writer = LineWriter(path, backlog_bytes=backlog_bytes)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    @property
+    def waiting(self) -> int:
+        """Records that are not in the file yet."""
+        return self._writer.waiting
+
+    @property
+    def failure(self) -> str | None:
+        """Why records wait; None where none does."""
+        return self._writer.failure
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether the file has no name any more."""
+        return self._writer.is_removed
+
+    def append(self, content: Mapping[str, Any]) -> bool:
+        """Write `content`, which has no key `hash`, as one line; return False where no memory is left for it to wait.
+
+        A record that is left out is in no chain: the one after it follows the one before it.
+        """
+        head = _link(self._head, content)
+        if not self._writer.append((_canonical({**content, "hash": head}) + "\n").encode()):
+            return False
+        self._head = head
+        if time.monotonic() - self._synced_at >= self._sync_seconds:
+            self.sync()
+        return True
+
+    def insist(self) -> None:
+        """Raise Refused where the disk has not taken every record so far."""
+        if self._writer.waiting:
+            reason = self._writer.failure
+            self.close()
+            raise _no_room(self._path, reason)
+
+    def sync(self) -> None:
+        """Bring what was appended to the disk, as far as the disk takes it."""
+        self._writer.sync()
+        self._synced_at = time.monotonic()
+
+    def close(self) -> None:
+        """Let another process write."""
+        self._writer.close()
+        self._lock.close()
+
+
+def _last_hash(path: Path) -> str:
+    reader = JournalReader(path)
+    for _ in reader.stream():
+        pass
+    return reader.head
+
+
+_HELD = "another process is writing this journal: the run is already going on; wait for it or stop it"
+
+
+def refuse_if_held(path: Path) -> None:
+    """Raise Refused while another process writes the journal at `path`; nothing is made or changed."""
+    if path.is_file():
+        with path.open("rb") as file:
+            lock_or_refuse(file.fileno(), str(path), None, _HELD)
+
+
+def _no_room(path: Path, reason: str | None) -> Refused:
+    remedy = f"cannot be written ({reason}); make room, or name another training.run_dir"
+    return Refused([Problem(str(path), None, remedy)])

@@ -1,0 +1,25 @@
+"""One writer a file: a lock that the kernel lets go of when its holder ends, however it ends."""
+
+from __future__ import annotations
+
+import fcntl
+
+from ...comm.errors import Problem, Refused
+
+
+def lock_or_refuse(descriptor: int, field: str, value: str | None, held: str) -> None:
+    """Lock an open file for this process until it is closed.
+
+    Raises Refused about `field` and its `value`: in the words `held` where another process holds the lock, and where
+    the file system has no locks, so that nothing would keep two runs from writing the same files.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise Refused([Problem(field, value, held)]) from error
+    except OSError as error:
+        remedy = (
+            f"cannot be locked ({error.strerror}), so two runs could write into it at once; use a file system with "
+            "flock (Lustre: mount it with -o flock), or name another training.run_dir"
+        )
+        raise Refused([Problem(field, value, remedy)]) from error

@@ -1,0 +1,124 @@
+"""Several runs on one budget: a project file names the runs, and what each phase may cost.
+
+gpu_hours:
+  pre_train: 2664000
+  context_extension: 119000
+runs:            # directories, from the file's own; a run need not be there yet
+  - runs/pre_train
+  - runs/context_extension
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...comm.errors import Problem, refuse_if_any
+from ...comm.files.access import refusing
+from ...comm.files.strict_yaml import read_yaml
+from .journal import holds_record
+from .summary import LedgerReader, Summary
+from .terms import PUBLISHED_GPU_HOURS, WORK_FILE, gpu_hours
+
+
+@dataclass(frozen=True)
+class Project:
+    """Runs that share a budget."""
+
+    path: Path
+    gpu_hours: Mapping[str, float]
+    """The budget by phase."""
+    runs: Sequence[Path]
+    """Run directories."""
+
+    @staticmethod
+    def read(path: Path) -> Project:
+        """The project in the file at `path`. Raises Refused with all that is wrong with it."""
+        with refusing(path, "it cannot be read as a project; correct it"):
+            tree = read_yaml(path)
+        budgets, runs = (tree.get(key) for key in ("gpu_hours", "runs")) if isinstance(tree, dict) else (None, None)
+        refuse_if_any(_problems(path, tree, budgets, runs))
+        assert isinstance(budgets, dict) and isinstance(runs, list)  # noqa: PT018
+        directories = [Path(os.path.realpath(path.parent / run)) for run in runs]
+        return Project(path, {str(phase): float(hours) for phase, hours in budgets.items()}, directories)
+
+    def has(self, run_dir: Path) -> bool:
+        """Whether `run_dir` is one of its runs."""
+        return Path(os.path.realpath(run_dir)) in self.runs
+
+
+def _problems(path: Path, tree: object, budgets: Any, runs: Any) -> Iterator[Problem]:
+    if not isinstance(tree, dict):
+        yield Problem(str(path), None, "must hold gpu_hours (by phase) and runs (a list of directories)")
+        return
+    for key in tree:
+        if key not in ("gpu_hours", "runs"):
+            yield Problem(f"{path}, {key}", tree[key], "no such key; a project holds gpu_hours and runs")
+    if not isinstance(budgets, dict) or not budgets:
+        yield Problem(
+            f"{path}, gpu_hours", budgets, f"must give GPU-hours for phases: {', '.join(PUBLISHED_GPU_HOURS)}"
+        )
+    else:
+        for phase, hours in budgets.items():
+            if phase not in PUBLISHED_GPU_HOURS:
+                yield Problem(f"{path}, gpu_hours.{phase}", hours, f"no phase; one of {', '.join(PUBLISHED_GPU_HOURS)}")
+            elif isinstance(hours, bool) or not isinstance(hours, int | float) or not 0 < hours < math.inf:
+                yield Problem(f"{path}, gpu_hours.{phase}", hours, "must be greater than 0 and finite")
+    if not isinstance(runs, list) or not runs or not all(isinstance(run, str) and run for run in runs):
+        yield Problem(f"{path}, runs", runs, "must list the directories of runs")
+    elif len({Path(os.path.realpath(path.parent / run)) for run in runs}) < len(runs):
+        yield Problem(f"{path}, runs", runs, "names a run twice, which would be counted twice; name it once")
+
+
+class ProjectReader:
+    """Sums up what the runs of a project have cost; from the second time on it reads only what is new."""
+
+    def __init__(self, project: Project) -> None:
+        self.project = project
+        self._readers = {run: LedgerReader(run) for run in project.runs}
+
+    def summaries(self) -> dict[Path, Summary]:
+        """Of every run that has a ledger. Raises Refused where one is broken."""
+        there = {run: reader for run, reader in self._readers.items() if (run / WORK_FILE).parent.is_dir()}
+        return {run: reader.summary() for run, reader in there.items()}
+
+    def left(self, phase: str, run_dir: Path) -> float:
+        """GPU-hours of the phase's budget that the runs other than `run_dir` have left."""
+        spent_ms = sum(
+            summary.by_phase.get(phase, 0)
+            for run, summary in self.summaries().items()
+            if run != Path(os.path.realpath(run_dir))
+        )
+        return max(0.0, self.project.gpu_hours.get(phase, 0.0) - gpu_hours(spent_ms))
+
+
+@dataclass(frozen=True)
+class ProjectTotals:
+    """What a project has cost. What a run has inherited is counted in the run that it comes from, if that is here."""
+
+    allocated_ms: int
+    by_phase: Mapping[str, int]
+    tokens_by_phase: Mapping[str, int]
+    """Retained by steps of these runs; no token that was inherited is counted again."""
+    foreign_ms: int
+    """Inherited from runs that are not in the project."""
+
+    @staticmethod
+    def of(project: Project, summaries: Mapping[Path, Summary]) -> ProjectTotals:
+        """Their sum."""
+        by_phase = dict.fromkeys(PUBLISHED_GPU_HOURS, 0)
+        tokens = dict.fromkeys(PUBLISHED_GPU_HOURS, 0)
+        foreign_ms = 0
+        for summary in summaries.values():
+            for phase, spent_ms in summary.by_phase.items():
+                by_phase[phase] += spent_ms
+            for phase, retained in summary.tokens_by_phase.items():
+                tokens[phase] += retained
+            head = summary.inherited_head
+            if head is not None and not any(holds_record(run / WORK_FILE, head) for run in summaries):
+                foreign_ms += summary.inherited_ms
+        return ProjectTotals(sum(by_phase.values()), by_phase, tokens, foreign_ms)

@@ -1,0 +1,165 @@
+"""The ledger beside what others say was held: the scheduler's accounting, and an invoice. Each difference is a line.
+
+Slurm: the output of `sacct -X -P --format=JobID,Start,End,ElapsedRaw,AllocTRES`, more columns are welcome. Not yet
+compared with a cluster that accounts for GPUs (`gres/gpu` in AllocTRES).
+Invoices: CSV with a row for each charge; the columns `gpu_hours` and `amount` go by whatever names they are given.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from ...comm.errors import Problem, Refused
+from ...comm.files.access import read_text, refusing
+from .render import hours
+from .summary import Summary
+from .terms import gpu_hours
+
+_SACCT = ("JobID", "ElapsedRaw", "AllocTRES")
+_GPUS = re.compile(r"(?:^|,)gres/gpu=([0-9]{1,9})(?:,|$)")
+_MOST_BYTES = 2**30
+_MOST = 1e15
+"""GPU-hours, or an amount of money."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a reconciliation."""
+
+    name: str
+    gpu_ms: int
+    is_difference: bool = False
+    """Whether it is part of the difference, rather than one of the two sums that differ."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as the scheduler accounts for it."""
+
+    name: str
+    gpus: int
+    seconds: int
+
+
+def read_sacct(path: Path) -> list[Job]:
+    """The jobs in a file of sacct's output; steps of a job are left out. Raises Refused with what is wrong in it."""
+    rows = _rows(path, "|", _SACCT)
+    jobs, problems = [], []
+    for number, row in rows:
+        if "." in row["JobID"]:
+            continue
+        gpus = _GPUS.search(row["AllocTRES"])
+        if gpus is None:
+            problems.append(Problem(f"{path}:{number}, AllocTRES", row["AllocTRES"], "names no gres/gpu=N"))
+        elif not re.fullmatch(r"[0-9]{1,15}", row["ElapsedRaw"]):
+            problems.append(Problem(f"{path}:{number}, ElapsedRaw", row["ElapsedRaw"], "must be whole seconds"))
+        else:
+            jobs.append(Job(row["JobID"], int(gpus[1]), int(row["ElapsedRaw"])))
+    if problems:
+        raise Refused(problems)
+    return jobs
+
+
+def reconcile_jobs(summary: Summary, jobs: Sequence[Job]) -> list[Line]:
+    """From what the jobs held to what the ledger has allocated; the differences add up to what lies between.
+
+    A launch belongs to the job that it was started in. In a job, the ranks may be fewer than the GPUs, and the time
+    before, between and after launches is the job's alone.
+    """
+    lines = [Line("scheduler", sum(job.gpus * job.seconds * 1000 for job in jobs))]
+    for job in jobs:
+        held = [launch for launch in summary.held if launch.job == job.name]
+        whole_ms = job.gpus * job.seconds * 1000
+        if not held:
+            lines.append(Line(f"job {job.name}: no launch of this run", -whole_ms, True))
+            continue
+        used_ms = sum(launch.gpu_ms for launch in held)
+        # A launch of fewer ranks than GPUs leaves the others idle for as long as it lasts.
+        lasted_ms = sum(launch.milliseconds for launch in held)
+        idle_ms = lasted_ms * job.gpus - used_ms
+        lines.append(Line(f"job {job.name}: GPUs without a rank", -idle_ms, True))
+        around = f"job {job.name}: before, between and after its launches"
+        lines.append(Line(around, lasted_ms * job.gpus - whole_ms, True))
+    named = {job.name for job in jobs}
+    for launch in summary.held:
+        if launch.job not in named:
+            where = "outside of any job" if launch.job is None else f"job {launch.job} is not in the accounting"
+            lines.append(Line(f"launch {launch.attempt}: {where}", launch.gpu_ms, True))
+    lines.append(Line("ledger", summary.allocated_ms))
+    return lines
+
+
+@dataclass(frozen=True)
+class Invoice:
+    """The sums of an invoice."""
+
+    gpu_hours: float
+    amount: float
+
+
+def read_invoice(path: Path, columns: Mapping[str, str]) -> Invoice:
+    """The sums of the CSV at `path`; `columns` says what it calls `gpu_hours` and `amount`. Raises Refused."""
+    names = {key: columns.get(key, key) for key in ("gpu_hours", "amount")}
+    rows = _rows(path, ",", tuple(names.values()))
+    sums, problems = dict.fromkeys(names, 0.0), []
+    for number, row in rows:
+        for key, name in names.items():
+            try:
+                found = float(row[name].replace("$", "").replace(",", ""))
+                if not abs(found) < _MOST:
+                    raise ValueError(found)
+                sums[key] += found
+            except ValueError:
+                problems.append(Problem(f"{path}:{number}, {name}", row[name], "must be a number"))
+    if problems:
+        raise Refused(problems)
+    return Invoice(**sums)
+
+
+def reconcile_invoice(summary: Summary, invoice: Invoice) -> list[Line]:
+    """From the invoice to the ledger, in GPU-milliseconds."""
+    invoiced_ms = round(invoice.gpu_hours * 3_600_000)
+    billed = summary.allocated_ms - invoiced_ms
+    name = "invoiced, and not in the ledger" if billed <= 0 else "in the ledger, and not invoiced"
+    return [Line("invoice", invoiced_ms), Line(name, billed, True), Line("ledger", summary.allocated_ms)]
+
+
+def render_lines(title: str, lines: Sequence[Line]) -> Table:
+    """One table; the lines between the first and the last are what lies between the two."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("line")
+    table.add_column("GPU-hours", justify="right")
+    for line in lines:
+        sign = "+" if line.is_difference and line.gpu_ms > 0 else ""
+        table.add_row(line.name, sign + hours(gpu_hours(line.gpu_ms)))
+    return table
+
+
+def invoice_price(invoice: Invoice, usd_per_gpu_hour: float) -> str:
+    """What the invoice charges beside the price that the bill is made with."""
+    each = invoice.amount / invoice.gpu_hours if invoice.gpu_hours else 0.0
+    expected = invoice.gpu_hours * usd_per_gpu_hour
+    difference = f"{invoice.amount - expected:+,.2f} beside ${expected:,.2f} at ${usd_per_gpu_hour:g}"
+    return f"invoiced ${invoice.amount:,.2f}, ${each:.4g} a GPU-hour: {difference}"
+
+
+def _rows(path: Path, delimiter: str, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Rows below a header, numbered as lines of the file."""
+    with refusing(path, "name another file"):
+        lines = read_text(path, _MOST_BYTES).removeprefix("\ufeff").splitlines()
+    reader = csv.DictReader(lines, delimiter=delimiter)
+    try:
+        missing = [name for name in needed if name not in (reader.fieldnames or ())]
+        if missing:
+            has = ", ".join(reader.fieldnames or ("nothing",))
+            raise Refused([Problem(f"{path}:1", has, f"lacks the column {name!r}") for name in missing])
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise Refused([Problem(f"{path}:{reader.line_num}", None, f"is no line of a table: {error}")]) from error
+    return ((number, {key: value or "" for key, value in row.items() if key is not None}) for number, row in rows)

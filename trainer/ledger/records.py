@@ -1,0 +1,110 @@
+"""What each kind of record in the ledger must hold, checked as it is read: a chain of hashes only says who wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from ...comm.files.strict_json import LARGEST, Item, Malformed
+from .journal import JournalReader, Record
+from .terms import BUCKETS, PUBLISHED_GPU_HOURS, TERMS
+
+_MOST_RANKS = 10**7
+_WHOLE = (
+    "gpu_ms",
+    "tokens",
+    "step",
+    "step_us",
+    "from_gpu_ms",
+    "from_tokens_consumed",
+    "from_tokens_retained",
+    "records",
+)
+_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "open": ("ranks", "phase", "budget_gpu_hours"),
+        "close": (),
+        "begin": ("ranks", "phase", "budget_gpu_hours"),
+        "ready": (),
+        "step": ("step", "gpu_ms", "tokens"),
+        "skipped": ("step", "gpu_ms", "tokens"),
+        "interval": ("bucket", "gpu_ms"),
+        "resume": ("step",),
+        "terms": ("step", "step_us", "us"),
+        "inherited": ("from_gpu_ms", "from_tokens_consumed", "from_tokens_retained", "from_head"),
+        "end": ("clean",),
+        "left_out": ("records",),
+    }
+)
+"""Kinds and what they need beside an attempt and an instant; a kind that is not here is of a later version."""
+_MOST = 2**53
+"""Of a count or a time: a sum of a million of them still fits every integer that a reader may use."""
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a ledger's journal, each checked. Raises Refused as `read_journal` does, and for a wrong value."""
+    return JournalReader(path, check=check_record).new_records()
+
+
+def check_record(record: Record) -> None:
+    """Raise `Malformed` for a record without what its kind needs, or with a value of another type or range."""
+    kind = record.get("kind")
+    needed = _KEYS.get(kind) if type(kind) is str else None
+    if needed is not None and _is_right(record, needed):
+        return  # of a long run there are a million
+    _find(Item(record), needed)
+
+
+def _is_right(record: Record, needed: tuple[str, ...]) -> bool:
+    """The same without words for what is wrong; a `False` may be about a rare kind."""
+    for key in ("wall_ns", "monotonic_ns"):
+        value = record.get(key)
+        if type(value) is not int or not -LARGEST <= value <= LARGEST:
+            return False
+    if type(record.get("attempt")) is not str or type(record.get("boot")) is not str:
+        return False
+    for key in needed:
+        value = record.get(key)
+        if key not in _WHOLE or type(value) is not int or not 0 <= value <= _MOST:
+            return False
+    return True
+
+
+def _find(item: Item, needed: tuple[str, ...] | None) -> None:
+    item["kind"].text()
+    for key in needed or ():
+        _check(item, key)
+    for key in ("wall_ns", "monotonic_ns"):
+        item[key].whole(-LARGEST)  # a wall clock may be set to anything
+    for key in ("attempt", "boot"):
+        item[key].text()
+    for key in ("job", "from_allocation_head"):
+        if item.get(key) is not None:
+            item[key].text()
+
+
+def _check(item: Item, key: str) -> None:
+    value = item[key]
+    if key in _WHOLE:
+        value.whole(0, _MOST)
+    elif key == "ranks":
+        value.whole(1, _MOST_RANKS)
+    elif key == "budget_gpu_hours":
+        if not value.number() > 0:
+            raise value.malformed("must be greater than 0")
+    elif key == "phase":
+        if value.text() not in PUBLISHED_GPU_HOURS:
+            raise value.malformed(f"must be one of {', '.join(PUBLISHED_GPU_HOURS)}")
+    elif key == "bucket":
+        if value.text() not in BUCKETS:
+            raise value.malformed(f"must be one of {', '.join(BUCKETS)}")
+    elif key == "us":
+        for term in (*TERMS, "bubble"):
+            value[term].whole(-_MOST, _MOST)  # a clock that goes back gives a term below 0
+    elif key == "clean":
+        value.flag()
+    elif key == "from_head":
+        value.text()
+    else:
+        raise Malformed(key, None, "is not known")  # a key of `_KEYS` without a rule

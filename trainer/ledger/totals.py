@@ -1,0 +1,50 @@
+"""A checkpoint and its ledger belong together: the totals that a checkpoint carries are checked when a run resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ...comm.errors import Problem, Refused, refuse_if_any
+from .journal import GENESIS, holds, holds_record
+from .terms import ALLOCATION_FILE, WORK_FILE
+from .work import Work
+
+
+def ledger_problems(run_dir: Path, totals: Mapping[str, int | str]) -> Iterator[Problem]:
+    """What is missing in the ledger of `run_dir`, given the `totals` of the checkpoint that the run resumes from.
+
+    A checkpoint that was copied to a new directory comes without a ledger: then neither half has what it names.
+    """
+    work, allocation = run_dir / WORK_FILE, run_dir / ALLOCATION_FILE
+    head, opened = str(totals["head"]), str(totals.get("allocation_head", GENESIS))
+    has_work, is_launched = holds_record(work, head), opened != GENESIS
+    has_allocation = is_launched and holds_record(allocation, opened)
+    carried = f"or remove {work.parent}: the run then carries the cost of the checkpoint"
+    if has_work and is_launched and not has_allocation:
+        remedy = f"does not hold the launch that the checkpoint was saved in; restore it, {carried}"
+        yield Problem(str(allocation), opened, remedy)
+    elif has_allocation and not has_work:
+        remedy = f"does not hold the checkpoint's last record, and {allocation.name} does hold its launch"
+        yield Problem(str(work), head, f"{remedy}; restore it, {carried}")
+
+
+def carry(work: Work, run_dir: Path, totals: Mapping[str, int | str]) -> None:
+    """Check the ledger of `run_dir` against the `totals` of the checkpoint that the run resumes from.
+
+    A ledger that holds the checkpoint's last record is its own. One without any step belongs to a checkpoint that was
+    copied here: the totals are carried as one `inherited` record. Any other is of another run, or was cut: raises
+    Refused, so that no GPU-hour is lost or counted twice.
+    """
+    refuse_if_any(ledger_problems(run_dir, totals))
+    path = run_dir / WORK_FILE
+    if holds(path, str(totals["head"]).encode()):
+        spent = work.ledger.summary().total_ms
+        if spent < int(totals["gpu_ms"]):
+            remedy = f"GPU-ms in the checkpoint, but only {spent} in the ledger; restore ledger/allocation.jsonl"
+            raise Refused([Problem(str(run_dir / "ledger"), totals["gpu_ms"], remedy)])
+    elif holds(path, b'"kind":"step"', b'"kind":"inherited"'):
+        remedy = "does not hold the checkpoint's last record; restore its ledger, or resume in a new run directory"
+        raise Refused([Problem(str(path), totals["head"], remedy)])
+    else:
+        work.inherit(totals)

@@ -1,0 +1,238 @@
+"""The memory that steps of a real rank take, as the allocator sees it.
+
+On a CPU torch's profiler reports every allocation that torch makes, in all threads. It does not see what others take:
+gloo's and the math libraries' own buffers, the interpreter, autograd's graph. On a GPU the caching allocator counts by
+itself; it does not see the CUDA context and NCCL's buffers.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch._C._autograd import _disable_profiler_legacy, _enable_profiler_legacy
+from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
+
+from ...comm.groups import ProcessGroups
+from ...comm.trace import Silent, Track
+from ...parallelism.pipeline.program import Op
+from ..build import open_engine
+from ..by_tokens import value_at
+from ..config import RunConfig
+from ..data.batch import TokenBatch
+from ..model.model import Model
+from ..run.step import Stepper, StepSettings
+from .state import State
+
+_NEVER = -100.0
+_PROFILED = ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
+"""Memory, and neither shapes nor stacks."""
+
+
+@dataclass(frozen=True)
+class MeasuredMemory:
+    """Bytes of one rank."""
+
+    state: State
+    between: float
+    """The most that was allocated between two instructions, without the state."""
+    total: float
+    """At the worst moment."""
+
+    def tree(self) -> dict[str, object]:
+        """As plain values."""
+        return {"state": vars(self.state), "between": self.between, "total": self.total}
+
+    @staticmethod
+    def of_tree(tree: dict[str, Any]) -> MeasuredMemory:
+        """From the same."""
+        return MeasuredMemory(State(**tree["state"]), tree["between"], tree["total"])
+
+
+class Meter(Protocol):
+    """Sees every allocation from its construction on."""
+
+    @property
+    def recorder(self) -> Silent:
+        """For the rank: tells where instructions begin and end."""
+        ...
+
+    def begin(self) -> None:
+        """What is measured begins here."""
+        ...
+
+    def finish(self) -> tuple[list[int], int]:
+        """Bytes that were allocated around each instruction, and at the worst moment."""
+        ...
+
+
+@contextmanager
+def open_meter(device: torch.device) -> Iterator[Meter]:
+    """Open it before the rank is built."""
+    if device.type == "cuda":
+        yield _OnGpu(device)
+        return
+    with _OnCpu() as meter:
+        yield meter
+
+
+def measure(config: RunConfig, groups: ProcessGroups, device: torch.device, *, skewed: bool = False) -> MeasuredMemory:
+    """The second step of this rank of a new run, on random tokens; collective.
+
+    `skewed`: routing sends every token to the first rank of its expert-parallel group, as far as its experts go.
+    """
+    with open_meter(device) as meter:
+        engine = open_engine(config, groups, device, meter.recorder)
+        stepper = engine.stepper
+        if skewed:
+            _send_all_to_first(stepper.model)
+        generator = torch.Generator().manual_seed(config.training.seed + groups.rank)
+        for step in range(2):
+            batches = [_random_batch(config, generator).to(device) for _ in range(config.micro_batches)]
+            if step:
+                meter.begin()
+            stepper.step(batches, config.training.global_batch, _settings(config))
+            stepper.optimizer.wait()
+        levels, peak = meter.finish()
+    engine.close()
+    state = _state(stepper)
+    return MeasuredMemory(state, max(levels) - state.total, peak)
+
+
+def _random_batch(config: RunConfig, generator: torch.Generator) -> TokenBatch:
+    shape = (config.schedule.micro_batch, config.window)
+    tokens_BW = torch.randint(0, config.model.vocabulary, shape, generator=generator)
+    return TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool))
+
+
+def _settings(config: RunConfig) -> StepSettings:
+    training, optimizer = config.training, config.optimizer
+    weights = {"balance_weight": training.balance_weight, "mtp_weight": value_at(training.mtp_weight, 0)}
+    rate = optimizer.learning_rate(config.tokens_after(1))
+    return StepSettings(learning_rate=rate, clip_norm=optimizer.clip_norm, bias_speed=0.0, **weights)
+
+
+def _send_all_to_first(model: Model) -> None:
+    """By biases far below any affinity for all other ranks' experts."""
+    for _, router in model.routers():
+        router.bias_E[model.local_experts :] = _NEVER
+
+
+def _state(stepper: Stepper) -> State:
+    fp8 = stepper.model.fp8
+    buckets = stepper.optimizer.reducer.buckets
+    average = 0 if stepper.average is None else stepper.average.bytes
+    return State(
+        weights=sum(bucket.weights_N.nbytes for bucket in buckets),
+        fp8_weights=0 if fp8 is None else fp8.weights.taken,
+        gradients=sum(bucket.grads_N.nbytes for bucket in buckets),
+        masters=sum(b.master_n.nbytes for b in buckets if b.master_n.dtype != b.weights_N.dtype),
+        moments=sum(bucket.exp_avg_n.nbytes + bucket.exp_avg_sq_n.nbytes for bucket in buckets),
+        average=average,
+    )
+
+
+class _OnCpu(Silent):
+    """Runs the profiler in every thread that records spans, from its first one on, and cuts its record at each."""
+
+    def __init__(self) -> None:
+        self._main = threading.get_ident()
+        self._is_on: set[int] = set()
+        self._changes: list[tuple[float, int]] = []
+        """Instants, and by how much the allocated bytes change; every thread appends its own."""
+        self._borders: list[float] = []
+        """Instants at which instructions begin and end."""
+        self._begun_at = math.inf
+
+    @property
+    def recorder(self) -> Silent:
+        return self
+
+    def span(self, track: Track, name: str, detail: object = None) -> AbstractContextManager[object]:
+        """See `Recorder`."""
+        if threading.get_ident() != self._main:
+            self._cut()
+        elif self._begun_at < math.inf and track is Track.INSTRUCTION and name in list(Op):
+            return self._instruction()
+        return nullcontext()
+
+    @contextmanager
+    def _instruction(self) -> Iterator[None]:
+        self._borders.append(self._cut())
+        yield
+        self._borders.append(self._cut())
+
+    def __enter__(self) -> _OnCpu:
+        self._cut()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._main in self._is_on:
+            self._read()
+
+    def begin(self) -> None:
+        """See `Meter`."""
+        self._begun_at = self._cut()
+
+    def finish(self) -> tuple[list[int], int]:
+        """See `Meter`."""
+        self._read()
+        borders, level, peak, levels = sorted(self._borders), 0, 0, []
+        for instant, change in [*sorted(self._changes), (math.inf, 0)]:
+            while borders and borders[0] <= instant:
+                levels.append(level)
+                del borders[0]
+            level += change
+            peak = max(peak, level) if instant >= self._begun_at else 0
+        return levels, peak
+
+    def _cut(self) -> float:
+        """Read what this thread's profiler has seen, and start it again; returns the instant."""
+        instant = self._read() if threading.get_ident() in self._is_on else -math.inf
+        _enable_profiler_legacy(_PROFILED)
+        self._is_on.add(threading.get_ident())
+        return instant
+
+    def _read(self) -> float:
+        """Stop this thread's profiler and keep what it has seen; returns the last instant."""
+        events: list[Any] = [event for of_thread in _disable_profiler_legacy() for event in of_thread]
+        self._is_on.remove(threading.get_ident())
+        self._changes += [(e.start_us(), e.cpu_memory_usage()) for e in events if e.kind() == "memory_alloc"]
+        return max(float(event.start_us()) for event in events)
+
+
+class _OnGpu(Silent):
+    """Asks the caching allocator. Not yet run on hardware."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._levels: list[int] = []
+        self._begun = False
+
+    @property
+    def recorder(self) -> Silent:
+        return self
+
+    @contextmanager
+    def _around(self) -> Iterator[None]:
+        self._levels.append(torch.cuda.memory_allocated(self._device))
+        yield
+        self._levels.append(torch.cuda.memory_allocated(self._device))
+
+    def span(self, track: Track, name: str, detail: object = None) -> AbstractContextManager[object]:
+        """See `Recorder`."""
+        return self._around() if self._begun and track is Track.INSTRUCTION and name in list(Op) else nullcontext()
+
+    def begin(self) -> None:
+        """See `Meter`."""
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._begun = True
+
+    def finish(self) -> tuple[list[int], int]:
+        """See `Meter`."""
+        return self._levels, torch.cuda.max_memory_allocated(self._device)

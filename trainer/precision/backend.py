@@ -1,0 +1,128 @@
+"""What computes in FP8: one small interface, several providers (report §3.3).
+
+Letters: X rows, D width, R rows of activations, F inner width, L experts on this rank; N, K sides of a weight [N, K].
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .reference import Reference
+from .tiles import Blocks, Columns, Scales, Tiles
+
+Rows = tuple[int, ...]
+"""How many rows each expert of a stack of weights has; they follow each other."""
+
+
+class Provider(Protocol):
+    """Quantises, and multiplies what it has quantised. Sums are formed in FP32, 128 products at a time."""
+
+    def tiles(self, x_XD: Tensor, scales: Scales) -> Tiles:
+        """Rows in tiles of 1 × 128."""
+        ...
+
+    def swiglu_tiles(self, gate_up_RF: Tensor, gates_R: Tensor | None, scales: Scales) -> Tiles:
+        """SwiGLU of [R, 2F], each row times its gate weight where there are any, in tiles of 1 × 128, [R, F]."""
+        ...
+
+    def columns(self, x_RD: Tensor, rows_L: Rows, scales: Scales) -> Columns:
+        """Rows the other way round, in tiles of 128 × 1, those of each expert apart."""
+        ...
+
+    def turned(self, x: Tiles, rows_L: Rows, scales: Scales) -> Columns:
+        """Rows that are in tiles of 1 × 128 the other way round, as `columns` of the numbers that they hold."""
+        ...
+
+    def swiglu_columns(self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: Rows, scales: Scales) -> Columns:
+        """The same numbers the other way round, in tiles of 128 × 1, those of each expert apart."""
+        ...
+
+    def blocks(self, weight: Tensor, scales: Scales) -> Blocks:
+        """A weight [N, K] or a stack of them [L, N, K] in blocks of 128 × 128."""
+        ...
+
+    def multiply(self, x: Tiles, weight: Blocks, dtype: torch.dtype) -> Tensor:
+        """x Wᵀ, [R, N] in `dtype`, of x [R, K] and W [N, K]."""
+        ...
+
+    def multiply_grouped(self, x: Tiles, weight: Blocks, rows_L: Rows, dtype: torch.dtype) -> Tensor:
+        """The same, each row with the weight of its expert, of W [L, N, K]."""
+        ...
+
+    def outer(self, grad: Columns, x: Columns) -> Tensor:
+        """gradᵀ x over the rows of each expert, FP32 [L, N, K]: the gradient of weights; 0 for one without rows."""
+        ...
+
+    def add_outer(self, grad: Columns, x: Columns, sum_LNK: Tensor) -> None:
+        """Add the same to a sum that is there, in the sum's dtype."""
+        ...
+
+
+PROVIDERS = ("triton", "torch", "te", "reference")
+"""The faster ones first. All but the last need a Hopper GPU, and have not yet run on one."""
+
+_HOPPER = (9, 0)
+
+
+def missing_for(name: str, *, on_gpu: bool) -> Iterator[str]:
+    """Why the provider of this name cannot serve this machine's GPUs, or its CPU; nothing where it can."""
+    if name == "reference":
+        return
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        yield "triton is not installed; pip install triton, the version that this torch was built with"
+    if name == "te":
+        yield from _missing_of_te(on_gpu=on_gpu)
+    if not on_gpu:
+        yield "it needs a Hopper GPU; train on one, or write precision.provider=reference"
+        return
+    capability = torch.cuda.get_device_capability()
+    if capability != _HOPPER:
+        yield f"it needs a GPU of compute capability 9.0 and the one here has {capability[0]}.{capability[1]}"
+    if name == "torch" and (torch.version.cuda is None or _version(torch.version.cuda) < (12, 9)):
+        yield f"it needs a torch built with CUDA 12.9 or later, and this one has {torch.version.cuda}"
+
+
+def _missing_of_te(*, on_gpu: bool) -> Iterator[str]:
+    """Its part for torch is a library in its own folder, which no search finds; on a GPU it is loaded instead."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        yield "transformer_engine is not installed; pip install transformer-engine[pytorch], 2.20 or later"
+    elif on_gpu:
+        try:
+            importlib.import_module(".te_backend", __package__)
+        except Exception as fault:  # what one meets that is older, or was built for another torch or CUDA
+            yield f"transformer_engine does not load; install 2.20 or later for this torch ({fault!r})"
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+def choose_provider(name: str, *, on_gpu: bool) -> str:
+    """What `auto` stands for: the first that can serve; any other name is itself."""
+    if name != "auto":
+        return name
+    return next(each for each in PROVIDERS if not any(missing_for(each, on_gpu=on_gpu)))
+
+
+def open_provider(name: str, device: torch.device) -> Provider:
+    """The provider of this name, or that which `auto` chooses."""
+    chosen = choose_provider(name, on_gpu=device.type == "cuda")
+    if chosen == "triton":
+        from .triton_backend import TritonProvider  # optional package
+
+        return TritonProvider()
+    if chosen == "torch":
+        from .torch_backend import TorchProvider  # its scaled_mm is younger than the oldest torch that trains
+
+        return TorchProvider()
+    if chosen == "te":
+        from .te_backend import TransformerEngineProvider  # optional package
+
+        return TransformerEngineProvider()
+    return Reference()

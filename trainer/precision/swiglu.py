@@ -1,0 +1,105 @@
+"""SwiGLU: silu of the first half of a row times its second half, and that times the row's gate weight.
+
+Letters: R rows, F inner width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dtypes import at_least_fp32
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(first half) ⊙ second half of the last dimension."""
+    out: Tensor = _SwiGLU.apply(gate_up)  # type: ignore[no-untyped-call]
+    return out
+
+
+def swiglu_twin(gate_up: Tensor) -> Tensor:
+    """The same, differentiated by autograd, which keeps silu(first half) too."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def weighted_swiglu(gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:
+    """SwiGLU with each row times its weight, [R, 2F] to [R, F]."""
+    out: Tensor = _WeightedSwiGLU.apply(gate_up_RF, weights_R)  # type: ignore[no-untyped-call]
+    return out
+
+
+def weighted_swiglu_twin(gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:
+    """The same, differentiated by autograd."""
+    return (swiglu_twin(gate_up_RF) * weights_R[:, None]).to(gate_up_RF.dtype)
+
+
+def swiglu_of_rows(gate_up_RF: Tensor, weights_R: Tensor | None) -> Tensor:
+    """Either of the two: rows of experts have weights, those of a dense layer have none."""
+    return swiglu(gate_up_RF) if weights_R is None else weighted_swiglu(gate_up_RF, weights_R)
+
+
+def gradients_of_rows(gate_up_RF: Tensor, weights_R: Tensor | None, grad_RF: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Of gate and up projections, and of the weights where there are any."""
+    if weights_R is None:
+        return _gradient(gate_up_RF, grad_RF), None
+    return _weighted_gradients(gate_up_RF, weights_R, grad_RF)
+
+
+def _scaled(x_RF: Tensor, weights_R: Tensor) -> Tensor:
+    """Each row times its weight, rounded once, from the wider of the two dtypes. May write into `x_RF`."""
+    if x_RF.dtype == weights_R.dtype:
+        return x_RF.mul_(weights_R[:, None])
+    return (x_RF * weights_R[:, None]).to(x_RF.dtype)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps what it is given and nothing that it makes on its way."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _gradient(*ctx.saved_tensors, *grads)
+
+
+def _gradient(gate_up: Tensor, grad: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    grad_gate_up = torch.empty_like(gate_up)
+    grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+    torch.mul(F.silu(gate), grad, out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+    return grad_gate_up
+
+
+class _WeightedSwiGLU(torch.autograd.Function):
+    """Fewer passes over memory than autograd takes: the backward writes both halves of its gradient in place."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up_RF, weights_R)
+        gate_RF, up_RF = gate_up_RF.chunk(2, dim=-1)
+        return _scaled(F.silu(gate_RF).mul_(up_RF), weights_R)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return _weighted_gradients(*ctx.saved_tensors, *grads)
+
+
+def _weighted_gradients(gate_up_RF: Tensor, weights_R: Tensor, grad_RF: Tensor) -> tuple[Tensor, Tensor]:
+    gate_RF, up_RF = gate_up_RF.chunk(2, dim=-1)
+    grad_gate_up_RF = torch.empty_like(gate_up_RF)
+    grad_gate_RF, grad_up_RF = grad_gate_up_RF.chunk(2, dim=-1)
+    unweighted_RF = F.silu(gate_RF).mul_(grad_RF)
+    grad_weights_R = torch.linalg.vecdot(at_least_fp32(unweighted_RF), at_least_fp32(up_RF)).to(weights_R.dtype)
+    torch.mul(unweighted_RF, weights_R[:, None], out=grad_up_RF)
+    weighted_RF = _scaled(grad_RF * up_RF, weights_R)
+    torch.ops.aten.silu_backward.grad_input(weighted_RF, gate_RF, grad_input=grad_gate_RF)
+    return grad_gate_up_RF, grad_weights_R

@@ -1,0 +1,166 @@
+"""FP8 products by our Triton kernels. Not yet run on hardware: the interpreter runs them, and a compiler accepts them.
+
+Letters: X rows, D width, R rows of activations, F inner width, L experts on this rank; N, K sides of a weight, Q tiles
+of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...comm.fp8 import TILE, tiles_of
+from ...comm.host import to_device
+from . import kernels
+from .padding import accumulated
+from .swiglu import swiglu_of_rows
+from .tiles import Blocks, Columns, Scales, Tiles
+
+_ROWS_TO_QUANTISE, _COLUMNS_TO_QUANTISE = 16, 64
+_ROWS, _COLUMNS = 128, 128  # of a block of a product
+
+Inputs = tuple[Tensor] | tuple[Tensor, Tensor | None]
+"""What a kernel quantises: rows; their tiles; or gate and up projections with gate weights, if there are any."""
+
+
+@dataclass(frozen=True)
+class TritonProvider:
+    """`values` is the dtype that quantised numbers are stored in: the interpreter's own cast to E4M3 is wrong."""
+
+    values: torch.dtype = torch.float8_e4m3fn
+
+    def tiles(self, x_XD: Tensor, scales: Scales) -> Tiles:
+        """See `Provider`."""
+        x_XD = _narrow(x_XD).contiguous()
+        return self._rows(kernels.quantise_rows, (x_XD,), x_XD.shape[1], scales)
+
+    def swiglu_tiles(self, gate_up_RF: Tensor, gates_R: Tensor | None, scales: Scales) -> Tiles:
+        """See `Provider`. One kernel in BF16, which is what a GPU computes in."""
+        if gate_up_RF.dtype != torch.bfloat16:
+            return self.tiles(swiglu_of_rows(gate_up_RF, gates_R), scales)
+        inputs = _contiguous(gate_up_RF, gates_R)
+        return self._rows(kernels.quantise_swiglu_rows, inputs, gate_up_RF.shape[1] // 2, scales)
+
+    def columns(self, x_RD: Tensor, rows_L: tuple[int, ...], scales: Scales) -> Columns:
+        """See `Provider`."""
+        x_RD = _narrow(x_RD).contiguous()
+        return self._columns(kernels.quantise_columns, (x_RD,), x_RD.shape[1], rows_L, scales)
+
+    def turned(self, x: Tiles, rows_L: tuple[int, ...], scales: Scales) -> Columns:
+        """See `Provider`."""
+        return self._columns(kernels.turn_tiles, (x.values_XD, x.scales_XQ), x.values_XD.shape[1], rows_L, scales)
+
+    def swiglu_columns(
+        self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: tuple[int, ...], scales: Scales
+    ) -> Columns:
+        """See `Provider`. As `swiglu_tiles`."""
+        if gate_up_RF.dtype != torch.bfloat16:
+            return self.columns(swiglu_of_rows(gate_up_RF, gates_R), rows_L, scales)
+        inputs = _contiguous(gate_up_RF, gates_R)
+        return self._columns(kernels.quantise_swiglu_columns, inputs, gate_up_RF.shape[1] // 2, rows_L, scales)
+
+    def blocks(self, weight: Tensor, scales: Scales) -> Blocks:
+        """See `Provider`."""
+        weight_LNK = _narrow(weight).contiguous().view(-1, *weight.shape[-2:])
+        count, rows, columns = weight_LNK.shape
+        sides = (tiles_of(rows), tiles_of(columns))
+        values, block_scales = self._empty(weight, *weight.shape), _scales_like(weight, *weight.shape[:-2], *sides)
+        kernels.quantise_blocks[(count, *sides)](
+            weight_LNK, values, block_scales, rows, columns, *sides, scales is Scales.POWER_OF_TWO, num_warps=8
+        )
+        return Blocks(values, block_scales)
+
+    def multiply(self, x: Tiles, weight: Blocks, dtype: torch.dtype) -> Tensor:
+        """See `Provider`."""
+        stack = Blocks(weight.values_NK[None], weight.scales_PQ[None])
+        return self.multiply_grouped(x, stack, (len(x.values_XD),), dtype)
+
+    def multiply_grouped(self, x: Tiles, weight: Blocks, rows_L: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """See `Provider`. Tensor cores read E4M3 along K alone: a transposed weight is copied, unless it was."""
+        weight = weight.contiguous()
+        _, columns, k = weight.values_NK.shape
+        out_RN = x.values_XD.new_empty((len(x.values_XD), columns), dtype=accumulated(dtype))
+        spans = _spans(rows_L, _ROWS)
+        if spans:
+            first, last, expert = numbers_on(out_RN.device, zip(*spans, strict=True))
+            kernels.multiply[(len(spans) * -(-columns // _COLUMNS),)](
+                x.values_XD, x.scales_XQ, weight.values_NK, weight.scales_PQ, out_RN, first, last, expert,
+                columns, k, tiles_of(columns), tiles_of(k), _ROWS, _COLUMNS, num_warps=8, num_stages=3,
+            )  # fmt: skip
+        return out_RN.to(dtype)
+
+    def outer(self, grad: Columns, x: Columns) -> Tensor:
+        """See `Provider`."""
+        shape = len(grad.tiles_per_expert_L), len(grad.tiles.values_XD), len(x.tiles.values_XD)
+        out_LNK = grad.tiles.scales_XQ.new_zeros(shape)
+        self.add_outer(grad, x, out_LNK)
+        return out_LNK
+
+    def add_outer(self, grad: Columns, x: Columns, sum_LNK: Tensor) -> None:
+        """See `Provider`. One kernel: nothing but the sum is written."""
+        if sum_LNK.dtype != torch.float32 or not sum_LNK.is_contiguous():
+            sum_LNK += self.outer(grad, x)
+            return
+        (experts, rows, columns), a, b = sum_LNK.shape, grad.tiles, x.tiles
+        (first,) = numbers_on(sum_LNK.device, [list(accumulate(grad.tiles_per_expert_L, initial=0))])
+        kernels.outer[(-(-rows // _ROWS) * -(-columns // _COLUMNS), experts)](
+            a.values_XD, a.scales_XQ, b.values_XD, b.scales_XQ, sum_LNK, first,
+            rows, columns, a.scales_XQ.shape[1], _ROWS, _COLUMNS, num_warps=8, num_stages=3,
+        )  # fmt: skip
+
+    def _rows(self, kernel: Any, inputs: Inputs, width: int, scales: Scales) -> Tiles:
+        rows = len(inputs[0])
+        tiles = Tiles(self._empty(inputs[0], rows, width), _scales_like(inputs[0], rows, tiles_of(width)))
+        if rows:
+            kernel[(-(-rows // _ROWS_TO_QUANTISE), tiles_of(width))](
+                *inputs, tiles.values_XD, tiles.scales_XQ, rows, width, tiles_of(width),
+                scales is Scales.POWER_OF_TWO, _ROWS_TO_QUANTISE, num_warps=4,
+            )  # fmt: skip
+        return tiles
+
+    def _columns(self, kernel: Any, inputs: Inputs, width: int, rows_L: tuple[int, ...], scales: Scales) -> Columns:
+        like, spans = inputs[0], _spans(rows_L, TILE)
+        tiles = Tiles(self._empty(like, width, len(spans) * TILE), _scales_like(like, width, len(spans)))
+        if spans:
+            first, last, _ = numbers_on(like.device, zip(*spans, strict=True))
+            kernel[(len(spans), -(-width // _COLUMNS_TO_QUANTISE))](
+                *inputs, first, last, tiles.values_XD, tiles.scales_XQ, width, len(spans),
+                scales is Scales.POWER_OF_TWO, _COLUMNS_TO_QUANTISE, num_warps=8,
+            )  # fmt: skip
+        return Columns(tiles, tuple(map(tiles_of, rows_L)))
+
+    def _empty(self, like: Tensor, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.values, device=like.device)
+
+
+def _contiguous(gate_up_RF: Tensor, gates_R: Tensor | None) -> Inputs:
+    return gate_up_RF.contiguous(), None if gates_R is None else gates_R.contiguous()
+
+
+def _scales_like(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _narrow(x: Tensor) -> Tensor:
+    """Kernels read FP32 and BF16."""
+    return x if x.dtype == torch.bfloat16 else x.to(torch.float32)
+
+
+def _spans(rows_L: Sequence[int], size: int) -> list[tuple[int, int, int]]:
+    """Blocks of up to `size` rows, none with rows of two experts: first row, the one behind the last, expert."""
+    ends = accumulate(rows_L)
+    return [
+        (start, end, expert)
+        for expert, (rows, end) in enumerate(zip(rows_L, ends, strict=True))
+        for start in range(end - rows, end, size)
+    ]
+
+
+def numbers_on(device: torch.device, numbers: object) -> list[Tensor]:
+    """Lists of integers where a kernel can read them. The host does not wait."""
+    return list(to_device(torch.tensor(list(numbers), dtype=torch.int32), device).unbind())  # type: ignore[call-overload]

@@ -1,0 +1,1 @@
+"""One training run: the step, its stages, evaluation, checkpoints, reporting, exit."""

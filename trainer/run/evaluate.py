@@ -1,0 +1,82 @@
+"""Loss over the whole validation split, each target once, on all ranks together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ...comm.groups import ProcessGroups
+from ...comm.host import to_device, to_host
+from ...parallelism.pipeline.executor import Executor
+from ..data.batch import TokenBatch
+from ..data.samples import Samples
+from ..model.chunk import Chunk
+from ..model.tape import Summary
+from .exit import any_asked, never
+from .stage_runner import RunningStage
+from .step import count_targets
+
+
+@torch.no_grad()
+def evaluate(
+    chunks: tuple[Chunk, ...],
+    forwards: Callable[[int], Executor],
+    samples: Samples,
+    micro_batch: int,
+    groups: ProcessGroups,
+    device: torch.device,
+    stop_asked: Callable[[], bool] = never,
+) -> tuple[float, int] | None:
+    """Return the mean cross-entropy of the next token in nats, and over how many targets; None if it was left.
+
+    `forwards` makes the program of so many forwards. Every rank runs as many micro-batches, the last ones of padding
+    alone: the exchange needs all ranks of a group. `stop_asked` is asked before each group of micro-batches; all ranks
+    leave together when it is true on any of them.
+    """
+    topology = groups.topology
+    share = topology.dp * micro_batch
+    rounds = -(-len(samples) // share)
+    first = topology.dp_rank(groups.rank) * micro_batch
+    starts = [index * share + first for index in range(rounds)]
+    depth = chunks[0].model.config.mtp_depth
+    at_once = micro_batches_at_once(topology.pp)
+    summaries: list[list[Summary]] = [[] for _ in chunks]
+    targets = 0
+    with chunks[0].model.weights_unchanged():
+        for begin in range(0, rounds, at_once):
+            if any_asked(groups.control, stop_asked):
+                return None
+            some = starts[begin : begin + at_once]
+            batches = [padded_batch(samples, range(start, start + micro_batch)).to(device) for start in some]
+            for found, stage in zip(summaries, _run(chunks, forwards, batches), strict=True):
+                found += stage.summaries
+            if groups.pp_rank == 0:
+                targets += sum(int(count_targets(batch, depth)) for batch in batches)
+    loss_sum = sum(float(summary.main_sum) for found in summaries for summary in found)
+    own = to_device(torch.tensor((loss_sum, targets), dtype=torch.float64), device)
+    total, count = to_host(groups.world.all_reduce_sum(own, "sum of validation losses")).tolist()
+    return total / count, int(count)
+
+
+def micro_batches_at_once(pp: int) -> int:
+    """Micro-batches between two looks at a stop request, on `pp` pipeline ranks.
+
+    A pipeline fills and drains in each group: with 4 for each rank, at most a fifth of its time (`pp - 1` of `5 pp`).
+    """
+    return 1 if pp == 1 else 4 * pp
+
+
+def _run(
+    chunks: tuple[Chunk, ...], forwards: Callable[[int], Executor], batches: Sequence[TokenBatch]
+) -> list[RunningStage]:
+    stages = [RunningStage(chunk, batches) for chunk in chunks]
+    forwards(len(batches)).run(stages)
+    return stages
+
+
+def padded_batch(samples: Samples, indices: range) -> TokenBatch:
+    """Samples by number; numbers past the end give samples that are padding throughout."""
+    batch = samples.batch([min(index, len(samples) - 1) for index in indices])
+    exists_B = torch.tensor([index < len(samples) for index in indices])
+    return TokenBatch(batch.tokens_BW, batch.valid_BW & exists_B[:, None])

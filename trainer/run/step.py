@@ -1,0 +1,227 @@
+"""One optimizer step over a global batch: the same numbers however the batch and the model are spread."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...comm.exchange.permutation import NO_VISITS, Visits
+from ...comm.groups import ProcessGroups
+from ...comm.host import to_device, to_host
+from ...comm.trace import OPTIMIZER, REDUCE_WAIT, SILENT, Recorder, Track
+from ...comm.warm_up import warm_up_all_reduce
+from ...parallelism.pipeline.executor import Executor
+from ...parallelism.zero.optimizer import ShardedOptimizer
+from ..data.batch import TokenBatch
+from ..model.chunk import Chunk
+from ..model.config import ModelConfig
+from ..model.model import Model, router_names
+from ..model.router import update_bias
+from ..model.tape import LossScales, Summary
+from ..optimizer.average import WeightAverage
+from .schedule_cache import Programs
+from .stage_runner import RunningStage
+from .step_reduction import Share, Totals, length, sum_over_ranks
+
+HOST_READS_A_STEP = 2
+"""How often the host waits for the device in one step: for the targets of the global batch before the first forward,
+and for everything that ranks sum at its end (`totals.py`). Beside these a rank waits once for each dispatch (see
+`TokenExchange`), and never inside an FB for anything else."""
+
+_VOTES = 4
+"""Of the training loop."""
+Votes = Callable[[], Sequence[bool]]
+"""What this rank has to say to the others, asked once a step, shortly before its end."""
+
+
+class NonFiniteStep(RuntimeError):  # noqa: N818 -- says what happened
+    """A loss or a gradient that is not a number. Raised on every rank, before any weight has changed."""
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What one step depends on besides weights and samples."""
+
+    learning_rate: float
+    clip_norm: float
+    balance_weight: float
+    mtp_weight: float
+    bias_speed: float
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of the whole global batch, equal on every rank."""
+
+    loss: float
+    """Mean cross-entropy of the next token, in nats, over all valid targets."""
+    mtp_loss: float
+    """The same over all further depths; 0 without MTP."""
+    balance_loss: float
+    """α times the mean over sequences of the balance loss, summed over routed layers."""
+    total_loss: float
+    """What the gradients are of."""
+    grad_norm: float
+    """Before clipping."""
+    valid_tokens: int
+    counts_E: dict[str, Tensor]
+    """int64 load of each router's experts."""
+    visits: Visits
+    """Of all routed layers together, padding included."""
+    bias_range: tuple[float, float]
+    """Smallest and largest routing bias after the step; zeros without routers."""
+    votes: tuple[int, ...]
+    """On how many ranks each vote was true."""
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """Holds what every step needs on one rank."""
+
+    model: Model
+    chunks: tuple[Chunk, ...]
+    programs: Programs
+    optimizer: ShardedOptimizer
+    average: WeightAverage | None
+    groups: ProcessGroups
+    recorder: Recorder = SILENT
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the whole model."""
+        return self.model.config
+
+    @property
+    def executor(self) -> Executor:
+        """What ran the last step, or will run the first."""
+        return self.programs.executor
+
+    def warm_up(self, device: torch.device) -> None:
+        """Connect what a step communicates over but for the token exchange: collective, in one order on all ranks.
+
+        See `comm.warm_up` for why.
+        """
+        self.executor.warm_up(device)
+        self.optimizer.warm_up()
+        few = torch.zeros(1, dtype=torch.float64, device=device)
+        routers = len(router_names(self.config))
+        for like in (few, few.expand(length(routers, self.config.experts, _VOTES))):
+            warm_up_all_reduce(self.groups.world, like)
+
+    def step(
+        self, micro_batches: Sequence[TokenBatch], sequences: int, settings: StepSettings, votes: Votes = tuple
+    ) -> StepResult:
+        """Forward, backward, reduce, clip, update weights and routing biases.
+
+        `micro_batches` are this rank's share of a global batch of `sequences`. The new weights may still be on their
+        way afterwards: see `optimizer.wait`. Raises `NonFiniteStep`.
+        """
+        with self.recorder.span(Track.INSTRUCTION, REDUCE_WAIT):
+            targets = self._count_targets(micro_batches)
+        depth = self.config.mtp_depth
+        scales = LossScales(
+            main=1 / targets,
+            mtp=settings.mtp_weight / (max(depth, 1) * targets),
+            balance=settings.balance_weight / sequences,
+        )
+        self.optimizer.reducer.begin()
+        summaries = list(self._forward_backward(micro_batches, scales))
+        with self.recorder.span(Track.INSTRUCTION, REDUCE_WAIT):
+            self.optimizer.reducer.finish()
+            totals = self._sum_over_ranks(summaries, votes())
+        main, mtp, balance = totals.losses
+        norm = math.sqrt(totals.squares)
+        total = main * scales.main + mtp * scales.mtp + balance * scales.balance
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise NonFiniteStep(f"loss {total}, gradient norm {norm}: not finite, so no weight was changed")
+        with self.recorder.span(Track.INSTRUCTION, OPTIMIZER):
+            self._update(norm, totals.counts_E, settings)
+        return StepResult(
+            loss=main / targets,
+            mtp_loss=mtp / (max(depth, 1) * targets),
+            balance_loss=balance * scales.balance,
+            total_loss=total,
+            grad_norm=norm,
+            valid_tokens=targets,
+            counts_E=totals.counts_E,
+            visits=totals.visits,
+            bias_range=_bias_range(totals, settings.bias_speed),
+            votes=totals.votes,
+        )
+
+    def _count_targets(self, micro_batches: Sequence[TokenBatch]) -> int:
+        """Valid next-token targets of the global batch, known before the first backward: each loss is scaled once."""
+        counts = [count_targets(batch, self.config.mtp_depth) for batch in micro_batches]
+        count = to_host(self.groups.world.all_reduce_sum(sum_counts(counts), "count of valid targets"))
+        # The ranks of a pipeline read the same samples.
+        return max(1, int(count.item()) // self.groups.topology.pp)
+
+    def _forward_backward(self, micro_batches: Sequence[TokenBatch], scales: LossScales) -> Iterator[Summary]:
+        """Run the schedule; a summary of each micro-batch in each stage of this rank."""
+        stages = [RunningStage(chunk, micro_batches, scales) for chunk in self.chunks]
+        executor = self.programs.of(len(micro_batches))
+        with self.model.weights_unchanged():
+            executor.run(stages, self.optimizer)
+        for stage in stages:
+            yield from stage.summaries
+
+    def _sum_over_ranks(self, summaries: Sequence[Summary], votes: Sequence[bool]) -> Totals:
+        """Each stage adds what it has: the last one the losses, all of them their layers' balance and loads."""
+        per_batch = [torch.stack((s.main_sum.double(), s.mtp_sum.double(), s.balance_sum.double())) for s in summaries]
+        # Routers of one pipeline rank are equal on all its ranks.
+        speaks = self.groups.topology.dp_rank(self.groups.rank) == 0
+        share = Share(
+            losses=torch.stack(per_batch).sum(dim=0),
+            squares=self.optimizer.reducer.sum_of_squares(),
+            counts_E=self._own_counts(summaries),
+            bias_E={name: router.bias_E for name, router in self.model.routers()} if speaks else {},
+            visits=sum((summary.visits for summary in summaries), NO_VISITS),
+            votes=votes,
+        )
+        return sum_over_ranks(share, router_names(self.config), self.config.experts, self.groups.world)
+
+    def _own_counts(self, summaries: Sequence[Summary]) -> dict[str, Tensor]:
+        """Load of this rank's tokens, of every router here: each token is counted where it was routed from."""
+        names = [name for name, _ in self.model.routers()]
+        return {
+            name: sum_counts([s.counts_E[name] for s in summaries if name in s.counts_E])
+            for name in names
+            if any(name in s.counts_E for s in summaries)
+        }
+
+    def _update(self, norm: float, counts_E: dict[str, Tensor], settings: StepSettings) -> None:
+        if self.average is not None:
+            self.average.wait()
+        self.optimizer.step(settings.learning_rate, min(1.0, settings.clip_norm / norm) if norm > 0 else 1.0)
+        if self.average is not None:
+            self.average.start()
+        for name, router in self.model.routers():
+            update_bias(router.bias_E, to_device(counts_E[name], router.bias_E.device), settings.bias_speed)
+
+
+def _bias_range(totals: Totals, speed: float) -> tuple[float, float]:
+    """Of all routers after the step: every rank can work it out, because it knows all loads."""
+    biases = []
+    for name, before_E in totals.bias_E.items():
+        after_E = before_E.clone()
+        update_bias(after_E, totals.counts_E[name], speed)
+        biases.append(after_E)
+    if not biases:
+        return 0.0, 0.0
+    bias_NE = torch.stack(biases)
+    return float(bias_NE.amin()), float(bias_NE.amax())
+
+
+def count_targets(batch: TokenBatch, mtp_depth: int) -> Tensor:
+    """Next-token targets that count in a loss: valid, and predicted from a valid position. int64, 0-dimensional."""
+    length = batch.valid_BW.shape[1] - 1 - mtp_depth
+    return (batch.valid_BW[:, :length] & batch.valid_BW[:, 1 : length + 1]).sum()
+
+
+def sum_counts(counts: Sequence[Tensor]) -> Tensor:
+    """Exact sum of int64 loads."""
+    return torch.stack(list(counts)).sum(dim=0)

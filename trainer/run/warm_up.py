@@ -1,0 +1,64 @@
+"""What a rank does once before its first step, so that nothing in a step waits for a rank that waits for it.
+
+NCCL connects at the first use (see `comm/warm_up.py`), and CUDA loads a kernel and pins memory at the first use. All
+three may block: NCCL until the peer makes the same call, CUDA until the device is idle. A schedule posts its first
+receives ahead, so in the first step the device is not idle until the peer has sent, which may wait for this rank.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...comm.async_comm import Worker
+from ...comm.host import to_device
+from ...comm.streams import Streams
+from ...comm.warm_up import warm_up_exchange
+from ...parallelism.pipeline.overlap import drive
+from ...parallelism.weight_grad import WeightGradients
+from ..data.batch import TokenBatch
+from ..model.tape import LossScales
+from .stage_runner import RunningStage
+from .step import Stepper
+
+_SCALES = LossScales(main=1e-6, mtp=1e-6, balance=1e-6)
+
+
+def warm_up(
+    stepper: Stepper,
+    worker: Worker,
+    exchange: str,
+    batch: tuple[int, int],
+    device: torch.device,
+    streams: Streams,
+) -> None:
+    """Connect, load and pin all that a step needs, and wait for the end of it: collective, in one order on all ranks.
+
+    `worker` runs the token exchange called `exchange`; `batch` is the shape [B, W] of a micro-batch. Gradients are zero
+    afterwards, weights and random state what they were.
+    """
+    warm_up_exchange(exchange, stepper.groups, worker, device)
+    load_kernels(stepper, batch, device)
+    stepper.warm_up(device)
+    streams.current().synchronize()
+
+
+def load_kernels(stepper: Stepper, batch: tuple[int, int], device: torch.device) -> None:
+    """Run a micro-batch of noise forward and backward through each chunk; collective over the expert-parallel group.
+
+    No pipeline neighbor takes part. Gradients of weights are garbage afterwards.
+    """
+    sequences, window = batch
+    length = window - 1 - stepper.config.mtp_depth
+    generator = torch.Generator().manual_seed(stepper.groups.rank)
+    # Different tokens: equal ones would all go to the same experts, more rows than a rank has memory for.
+    tokens_BW = torch.randint(stepper.config.vocabulary, batch, generator=generator)
+    noise = TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool)).to(device)
+    with stepper.model.weights_unchanged():
+        for chunk in stepper.chunks:
+            stage = RunningStage(chunk, [noise], _SCALES)
+            hidden_BSD = torch.randn((sequences, length, stepper.config.hidden), generator=generator)
+            hidden_BSD = to_device(hidden_BSD, device).to(stage.message(0).dtype)
+            drive(stage.forward(0, None if chunk.stage.is_first else hidden_BSD))
+            weights = WeightGradients(deferred=True)
+            drive(stage.backward(0, None if chunk.stage.is_last else hidden_BSD, weights))
+            weights.run()

@@ -1,0 +1,42 @@
+"""Opening the stream of a run with the sinks that its configuration names."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TextIO
+
+from ...comm.files.lines import count_lines
+from .background import Background
+from .config import PrometheusConfig, TelemetryConfig, WandbConfig
+from .events import METRICS_FILE, EventStream, Sink
+from .terminal import terminal_sink
+
+
+def open_stream(config: TelemetryConfig, run_dir: Path, terminal: TextIO) -> EventStream:
+    """Rank 0's event stream in `run_dir`, shown on `terminal`, and in wandb and to Prometheus as configured.
+
+    These two may fail and be slow as they like.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    sinks: list[Sink] = []
+    if config.wandb.mode != "disabled":
+        metrics = run_dir / METRICS_FILE
+        lines = count_lines(metrics) if metrics.exists() else 0
+        sinks.append(Background(partial(_open_wandb, config.wandb, run_dir, lines), name="wandb"))
+    if config.prometheus.port is not None:
+        sinks.append(Background(partial(_open_prometheus, config.prometheus, run_dir), name="prometheus"))
+    sinks.append(terminal_sink(terminal))
+    return EventStream(run_dir, sinks)
+
+
+def _open_wandb(config: WandbConfig, run_dir: Path, lines: int) -> Sink:
+    from .wandb_sink import WandbSink  # half a second of import, for the runs that use it
+
+    return WandbSink(config, run_dir, lines)
+
+
+def _open_prometheus(config: PrometheusConfig, run_dir: Path) -> Sink:
+    from .prometheus_sink import PrometheusSink  # only runs that are scraped need its library
+
+    return PrometheusSink(config, run_dir)

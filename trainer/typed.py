@@ -1,0 +1,127 @@
+"""From a tree of plain values to typed dataclasses, with every unknown key and wrong type found in one pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from ..comm.errors import Problem, refuse_if_any
+from .defaults import default_of
+from .environment_text import EnvironmentText
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], tree: object, before: Iterable[Problem] = ()) -> T:
+    """Make the dataclass `cls` from nested mappings; fields left out keep defaults.
+
+    Raises `Refused` with all problems, those found `before` included.
+    """
+    problems = list(before)
+    made, _ = read(cls, tree, problems)
+    refuse_if_any(problems)
+    return made
+
+
+def read(cls: type[T], tree: object, problems: list[Problem]) -> tuple[T, frozenset[str]]:
+    """The same as far as it goes, for further checks: what does not fit is added to `problems` and left at its default.
+
+    Also returns the dotted keys of all that may be at a default instead of at what was meant.
+    """
+    reader = _Reader(problems, set())
+    made: T = reader.read(cls, tree, "", dataclasses.MISSING)
+    return made, frozenset(reader.doubtful)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    problems: list[Problem]
+    doubtful: set[str]
+
+    def read(self, kind: Any, value: object, path: str, default: Any) -> Any:
+        """`value` as `kind`; what does not fit becomes a problem and is answered with `default`."""
+        origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+        if dataclasses.is_dataclass(kind):
+            return self._dataclass(kind, value, path)
+        if origin in (typing.Union, types.UnionType):
+            if value is None and type(None) in arguments:
+                return None
+            return self.read(next(a for a in arguments if a is not type(None)), value, path, default)
+        if origin is tuple and isinstance(value, list | tuple):
+            return tuple(self._item(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+        if origin is dict and isinstance(value, Mapping):
+            pairs = ((self._item(arguments[0], key, path), key, item) for key, item in value.items())
+            return {made: self._item(arguments[1], item, f"{path}.{key}") for made, key, item in pairs}
+        if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value):
+            return float(value)
+        if kind is int and isinstance(value, float) and value.is_integer():
+            return int(value)  # 1e12 tokens
+        if kind is str and isinstance(value, EnvironmentText):
+            return value
+        if kind in (int, str, bool) and type(value) is kind:  # not isinstance: True is an int there
+            return value
+        return self._refuse(Problem(path, value, f"must be {_in_words(kind)}"), kind, default)
+
+    def _item(self, kind: Any, value: object, path: str) -> Any:
+        return self.read(kind, value, path, dataclasses.MISSING)
+
+    def _refuse(self, problem: Problem, kind: Any, default: Any) -> Any:
+        self.problems.append(problem)
+        self.doubtful.add(problem.field)
+        return _empty(kind) if default is dataclasses.MISSING else default
+
+    def _dataclass(self, cls: Any, value: object, path: str) -> Any:
+        if not isinstance(value, Mapping):
+            self.problems.append(Problem(path, value, "must be a group of keys"))
+            self.doubtful.add(path)
+            return _empty(cls)
+        hints = typing.get_type_hints(cls)
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        prefix = f"{path}." if path else ""
+        arguments = {}
+        for name, field in fields.items():
+            if name not in value and default_of(field) is dataclasses.MISSING:
+                problem = Problem(f"{prefix}{name}", None, "is missing and has no default")
+                arguments[name] = self._refuse(problem, hints[name], dataclasses.MISSING)
+        for key, item in value.items():
+            if key in fields:
+                arguments[key] = self.read(hints[key], item, f"{prefix}{key}", default_of(fields[key]))
+            else:
+                self._unknown(f"{prefix}{key}", str(key), item, fields, prefix)
+        return cls(**arguments)
+
+    def _unknown(self, path: str, key: str, item: object, known: Iterable[str], prefix: str) -> None:
+        """Whatever the writer meant by `key` stayed at its default."""
+        close = difflib.get_close_matches(key, known)
+        hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(known))}"
+        self.problems.append(Problem(path, item, f"no such key; {hint}"))
+        self.doubtful.update(f"{prefix}{name}" for name in close or known)
+
+
+def _is_finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of more digits than a float has room for
+        return False
+
+
+def _empty(kind: Any) -> Any:
+    """A value of the type where there is no default: nobody will look at it."""
+    if dataclasses.is_dataclass(kind):
+        return _Reader([], set()).read(kind, {}, "", dataclasses.MISSING)
+    origin = typing.get_origin(kind)
+    return None if origin in (typing.Union, types.UnionType) else (origin or kind)()
+
+
+def _in_words(kind: Any) -> str:
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        return "a list: [a, b]"
+    if origin is dict:
+        return "a mapping: {0: 0.3}"
+    return {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}.get(kind, str(kind))
