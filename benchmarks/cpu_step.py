@@ -40,7 +40,7 @@ from shoestring.launch.run.rank_environment import DEFAULTS
 from shoestring.trainer.build import Pipeline, build_stepper
 from shoestring.trainer.costs.flops import count_flops
 from shoestring.trainer.costs.parameters import count_parameters
-from shoestring.trainer.data.batch import TokenBatch
+from shoestring.trainer.data.samples import TokenBatch
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.init import initialise
 from shoestring.trainer.model.model import Model

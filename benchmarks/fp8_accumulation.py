@@ -2,7 +2,7 @@
 
     python benchmarks/fp8_accumulation.py [--json PATH]
 
-Model (trainer/precision/accumulate.py): an instruction adds 32 products to its accumulator, all aligned to the largest
+Model (trainer/precision/reference.py): an instruction adds 32 products to its accumulator, all aligned to the largest
 among them and to the accumulator, with 13 fraction bits kept. Inputs are uniform on [0, 1) and rounded to E4M3. The
 error is max |error| / max |exact sum| over the result; the report tells of "nearly 2%" at K = 4096 for two random
 matrices.
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shoestring.trainer.precision.accumulate import exact_sum, hopper_sum
+from shoestring.trainer.precision.reference import exact_sum, hopper_sum
 
 SIDE, LENGTHS, PROMOTIONS = 64, (512, 1024, 2048, 4096), (None, 512, 128)
 REPORTED = 0.02

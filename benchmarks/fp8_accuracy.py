@@ -38,7 +38,7 @@ from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
 from shoestring.trainer.build import Pipeline, build_stepper
-from shoestring.trainer.data.batch import TokenBatch
+from shoestring.trainer.data.samples import TokenBatch
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.init import initialise
 from shoestring.trainer.model.linear import Linear

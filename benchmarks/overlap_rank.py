@@ -20,7 +20,7 @@ from shoestring.comm.topology import Link, Topology
 from shoestring.comm.trace import EXPOSED_EXCHANGE, Track
 from shoestring.comm.traffic import Traffic
 from shoestring.trainer.build import Pipeline, build_stepper
-from shoestring.trainer.data.batch import TokenBatch
+from shoestring.trainer.data.samples import TokenBatch
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.init import initialise
 from shoestring.trainer.model.model import Model

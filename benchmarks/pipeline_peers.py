@@ -17,8 +17,7 @@ from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleDualPip
 
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
-from shoestring.parallelism.pipeline.executor import Executor, open_lanes
-from shoestring.parallelism.pipeline.overlap import Steps
+from shoestring.parallelism.pipeline.executor import Executor, Steps, open_lanes
 from shoestring.parallelism.pipeline.placement import Place
 from shoestring.parallelism.pipeline.schedules.registry import build_program
 from shoestring.parallelism.weight_grad import WeightGradients, linear

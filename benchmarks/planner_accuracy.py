@@ -24,8 +24,7 @@ from pathlib import Path
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.topology import Topology
 from shoestring.launch.planner.forecast import Forecaster, Layout
-from shoestring.launch.planner.pair import exposed_share, simulate_pair
-from shoestring.launch.planner.published import as_published
+from shoestring.launch.planner.published import as_published, exposed_share, simulate_pair
 from shoestring.launch.planner.recipe import NOTHING, Precision, Recipe
 from shoestring.launch.verbs.simulate import simulate
 from shoestring.parallelism.pipeline.communication import edges

@@ -1,10 +1,16 @@
-"""The one way any part of Shoestring says no to bad input: all problems at once, each with field, value and remedy."""
+"""The two ways to fail with a clear message: bad input, and a collective that did not come to its end.
+
+Bad input is reported with all problems at once, each with field, value and remedy. A failed collective names who
+waited, in what operation and for whom.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
@@ -90,3 +96,23 @@ def refuse_if_any(problems: Iterable[Problem]) -> None:
     found = tuple(problems)
     if found:
         raise Refused(found)
+
+
+class CollectiveFailed(RuntimeError):  # noqa: N818 -- says what happened
+    """A peer died, a link went silent for longer than the limit, or the ranks disagree on what they are doing."""
+
+
+@contextmanager
+def failing_clearly(rank: int, what: object, peers: Sequence[int], limit: timedelta) -> Iterator[None]:
+    """Turn what the backend raises into `CollectiveFailed`, which names rank, operation, peers and limit."""
+    began = time.monotonic()
+    try:
+        yield
+    except CollectiveFailed:
+        raise
+    except RuntimeError as error:
+        seconds = time.monotonic() - began
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        others = ", ".join(str(peer) for peer in peers if peer != rank)
+        message = f"rank {rank}: {what} with ranks {others} failed after {seconds:.1f} s"
+        raise CollectiveFailed(f"{message} (limit {limit.total_seconds():g} s): {reason}") from error

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .communicator import Communicator, Messages
-from .failure import failing_clearly
+from .errors import failing_clearly
 from .open_groups import GlooGroups, OpenGroups
 from .topology import Topology
 from .watchdog import Watchdog

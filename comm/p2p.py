@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .async_comm import Pending, StreamWorker
-from .failure import failing_clearly
+from .errors import failing_clearly
 from .groups import Group
 from .streams import Streams, streams_of
 from .trace import SILENT, Recorder, Track

@@ -1,8 +1,12 @@
-"""What ran when: spans that communication and pipeline record, whoever keeps them. Nothing is kept unless asked for."""
+"""Names and spans of a timeline: what a communication belongs to, and what ran when.
+
+Nothing is kept unless a recorder is given.
+"""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
@@ -50,3 +54,27 @@ class Silent:
 
 _NOTHING: AbstractContextManager[object] = nullcontext()
 SILENT = Silent()
+
+
+@dataclass(frozen=True)
+class Label:
+    """The place in the model and in the batch that an exchange serves."""
+
+    layer: str
+    """Such as `layer_03` or `mtp_01`."""
+    micro_batch: int
+    """Number within the step, on this rank."""
+
+    def __str__(self) -> str:
+        return f"{self.layer}, micro-batch {self.micro_batch}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operation of the token exchange, for one layer and micro-batch."""
+
+    operation: str
+    label: Label
+
+    def __str__(self) -> str:
+        return f"{self.operation} of {self.label}"

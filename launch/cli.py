@@ -11,8 +11,7 @@ from contextlib import nullcontext
 from ..comm.errors import Refused
 from ..comm.files.access import os_problem
 from .parsers import checkpoints, data, machine, model, planning, runs, training
-from .run.orphan import die_with_launcher
-from .run.signals import StoppedEarly, stops_before_it_began
+from .run.signals import StoppedEarly, die_with_launcher, stops_before_it_began
 from .run.torchrun import RanksFailed
 from .say import open_standard_streams, say
 

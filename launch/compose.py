@@ -24,8 +24,7 @@ from ..comm.files.access import os_problem, refusing
 from ..comm.files.strict_json import Malformed, shortened
 from ..comm.files.strict_yaml import check_yaml, read_yaml
 from ..trainer.config import RunConfig
-from ..trainer.environment_text import EnvironmentText
-from ..trainer.typed import build, read
+from ..trainer.typed import EnvironmentText, build, read
 from .interpolations import resolve
 
 _RESOLVING = (ValueError, TypeError, KeyError, AttributeError, OSError)

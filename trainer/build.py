@@ -9,21 +9,20 @@ from typing import Any
 
 import torch
 
-from ..comm.async_comm import Worker, open_worker
+from ..comm.async_comm import OrderCheck, Worker, open_worker
 from ..comm.exchange.api import TokenExchange
 from ..comm.exchange.deepep_buffer import BufferShape
 from ..comm.exchange.factory import open_exchange
 from ..comm.groups import ProcessGroups
-from ..comm.order import OrderCheck
 from ..comm.p2p import Lane
 from ..comm.streams import Streams, streams_of
 from ..comm.trace import SILENT, Recorder, Track
 from ..comm.traffic import Traffic
 from ..parallelism.pipeline.executor import Executor, open_lanes
+from ..parallelism.pipeline.liveness import first_use, first_use_anywhere, last_use
 from ..parallelism.pipeline.placement import Direction
 from ..parallelism.pipeline.program import Program
 from ..parallelism.pipeline.schedules.registry import build_forward
-from ..parallelism.pipeline.uses import first_use, first_use_anywhere, last_use
 from ..parallelism.zero.bucket import Bucket
 from ..parallelism.zero.optimizer import ShardedOptimizer
 from ..parallelism.zero.reduce import Reducer
@@ -32,7 +31,7 @@ from .checkpoint.pieces import Piece
 from .checkpoint.saver import Saver
 from .checkpoint.store import CheckpointStore
 from .config import RunConfig
-from .data.entropy import unigram_entropy
+from .data.inspect import unigram_entropy
 from .data.manifest import Manifest
 from .data.prepared import Prepared, open_prepared
 from .data.samples import SampleOrder, Samples

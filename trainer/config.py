@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Protocol, runtime_checkable
 
@@ -13,10 +13,8 @@ from ..comm.exchange.config import ExchangeConfig
 from ..comm.topology import Topology
 from ..parallelism.pipeline.partition import partition_problems
 from ..parallelism.pipeline.schedules.registry import SCHEDULES, build_placement, nearest_legal, schedule_problems
-from .by_tokens import by_tokens_problems
 from .costs.cluster import ClusterConfig
 from .data.config import DataConfig
-from .defaults import with_defaults
 from .ledger.config import BudgetConfig
 from .model.attention_backend import BACKENDS, AttentionCase, unfit
 from .model.config import ModelConfig
@@ -25,6 +23,21 @@ from .optimizer.config import OptimizerConfig
 from .precision.config import PrecisionConfig
 from .run.batch_ramp import Batches, ramp
 from .telemetry.config import TelemetryConfig
+from .typed import with_defaults
+
+
+def value_at(schedule: Mapping[int, float], tokens: int) -> float:
+    """The value in force after `tokens` consumed tokens: that of the largest key not above them."""
+    return schedule[max(start for start in schedule if start <= tokens)]
+
+
+def by_tokens_problems(field: str, schedule: Mapping[int, float]) -> Iterator[Problem]:
+    """What is impossible about such a schedule: it must start at 0 and hold no negative value."""
+    if 0 not in schedule:
+        yield Problem(field, dict(schedule), "must say the value from the start: {0: …}")
+    for start, value in schedule.items():
+        if start < 0 or value < 0:
+            yield Problem(field, {start: value}, "token counts and values must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)

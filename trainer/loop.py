@@ -8,21 +8,19 @@ from pathlib import Path
 
 import torch
 
-from ..comm.failure import CollectiveFailed
+from ..comm.errors import CollectiveFailed
 from ..comm.groups import ProcessGroups
 from .build import Rank, build_rank
-from .by_tokens import value_at
 from .checkpoint.saver import Saved
 from .checkpoint.store import CheckpointStore
-from .config import RunConfig
+from .config import RunConfig, value_at
 from .costs.cluster import measure_peak_tflops
 from .costs.flops import count_flops
-from .data.batch import TokenBatch
+from .data.samples import TokenBatch
 from .data.shard_files import DataChanged
 from .generation.generate import generate
 from .run.checkpointing import begin_save, clear_leftovers, finish_save, load_last, poll_save, prepare_saves
-from .run.evaluate import evaluate
-from .run.evaluated import evaluated_until, forget_evaluations, note_evaluated
+from .run.evaluate import evaluate, evaluated_until, forget_evaluations, note_evaluated
 from .run.exit import Halt, RankFailed, RunFailed, RunHalted, agree_to_halt, decide_to_halt, never
 from .run.profiling import Tracing
 from .run.reporter import Reporter, Speed, timing

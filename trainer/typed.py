@@ -1,4 +1,7 @@
-"""From a tree of plain values to typed dataclasses, with every unknown key and wrong type found in one pass."""
+"""From a tree of plain values to typed dataclasses, with every unknown key and wrong type found in one pass.
+
+Text that comes from environment variables may be a secret: `EnvironmentText` remembers its source, which files hold.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,66 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ..comm.errors import Problem, refuse_if_any
-from .defaults import default_of
-from .environment_text import EnvironmentText
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """What the field holds when it is left out; `dataclasses.MISSING` where it may not be."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def with_defaults(config: T, keys: Iterable[str]) -> T:
+    """A copy of nested dataclasses with the default at each of the dotted `keys` that has one."""
+    for key in keys:
+        config = _with_default(config, key.split("."))
+    return config
+
+
+def _with_default(config: Any, path: Sequence[str]) -> Any:
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        return config
+    found = next((field for field in dataclasses.fields(config) if field.name == path[0]), None)
+    if found is None:
+        return config
+    value = getattr(config, path[0])
+    new = _with_default(value, path[1:]) if path[1:] else default_of(found)
+    return config if new is dataclasses.MISSING else dataclasses.replace(config, **{path[0]: new})
+
+
+class EnvironmentText(str):
+    """A resolved text that remembers the interpolation, such as `${oc.env:TEAM}/runs`, that it comes from.
+
+    `copy`, `dataclasses.replace` and `dataclasses.asdict` keep it; its `repr`, and so every refusal, shows the source.
+    """
+
+    source: str
+
+    def __new__(cls, text: str, source: str) -> EnvironmentText:
+        """Make one of the resolved `text`."""
+        made = super().__new__(cls, text)
+        made.source = source
+        return made
+
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]  # for copies: `__new__` wants both
+        return str(self), self.source
+
+    def __repr__(self) -> str:
+        return repr(self.source)
+
+
+def as_written(value: Any) -> Any:
+    """Return nested plain values as files may hold them: every `EnvironmentText` replaced by its source."""
+    if isinstance(value, EnvironmentText):
+        return value.source
+    if isinstance(value, Mapping):
+        return {key: as_written(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_written(item) for item in value]
+    return value
+
 
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ from shoestring.benchmarks.rows.row import Attempt, Check, Machine, Verdict, att
 from shoestring.comm.bootstrap import WorkerEnvironment, start_default_group
 from shoestring.comm.groups import Group
 from shoestring.comm.open_groups import open_groups_on
-from shoestring.launch.run.orphan import die_with_parent
+from shoestring.launch.run.signals import die_with_parent
 
 COLLECTIVE = timedelta(minutes=2)
 START_SECONDS = 120.0

@@ -25,7 +25,7 @@ from shoestring.launch.compose import compose_run
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES
 from shoestring.trainer.build import Engine, open_engine, stages_of
 from shoestring.trainer.config import RunConfig
-from shoestring.trainer.data.batch import TokenBatch
+from shoestring.trainer.data.samples import TokenBatch
 from shoestring.trainer.run.step import StepSettings
 
 SETTINGS = StepSettings(learning_rate=1e-3, clip_norm=1.0, balance_weight=1e-4, mtp_weight=0.3, bias_speed=0.001)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..async_comm import InParts, Pending
 from ..fp8 import RowTiles
-from ..label import Label
+from ..trace import Label
 from .permutation import Visits
 
 Layout = TypeVar("Layout")

@@ -39,7 +39,7 @@ from ..errors import Problem
 from ..fp8 import RowTiles, dequantise, quantise, stand_in, tiles_of
 from ..groups import ProcessGroups
 from ..host import HostCopy
-from ..label import Call, Label
+from ..trace import Call, Label
 from .api import Received
 from .config import ExchangeConfig
 from .deepep_buffer import BufferShape

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..groups import Group
-from ..label import Call
+from ..trace import Call
 from ..traffic import Traffic
 
 

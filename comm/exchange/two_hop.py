@@ -21,7 +21,7 @@ from ..async_comm import InParts, Pending, Worker
 from ..fp8 import stand_in
 from ..groups import ProcessGroups
 from ..host import HostCopy
-from ..label import Call, Label
+from ..trace import Call, Label
 from ..traffic import Traffic
 from .api import Received
 from .config import ExchangeConfig

@@ -31,9 +31,9 @@ from ...comm.exchange.factory import open_exchange
 from ...comm.exchange.permutation import visited
 from ...comm.exchange.wire import Format, Wire
 from ...comm.groups import ProcessGroups
-from ...comm.label import Label
 from ...comm.open_groups import open_groups_on
 from ...comm.topology import Link, Topology
+from ...comm.trace import Label
 from ...comm.traffic import Kind, Traffic
 from ..run.rank_environment import rank_environment
 

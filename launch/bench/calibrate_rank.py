@@ -26,13 +26,12 @@ from ...comm.bootstrap import WorkerEnvironment, start_default_group
 from ...comm.exchange.config import ExchangeConfig
 from ...comm.exchange.factory import open_exchange
 from ...comm.groups import ProcessGroups
-from ...comm.label import Label
 from ...comm.topology import Topology
-from ...comm.trace import EXPOSED_EXCHANGE, OPTIMIZER, REDUCE_WAIT, Track
+from ...comm.trace import EXPOSED_EXCHANGE, OPTIMIZER, REDUCE_WAIT, Label, Track
 from ...comm.traffic import Traffic
 from ...trainer.build import Pipeline, build_stepper
 from ...trainer.config import RunConfig
-from ...trainer.data.batch import TokenBatch
+from ...trainer.data.samples import TokenBatch
 from ...trainer.model.init import initialise
 from ...trainer.model.model import Model
 from ...trainer.model.stage_layout import Stages

@@ -6,8 +6,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from .options import Verbs, add_actions, add_format
-from .show import show
+from .options import Verbs, add_actions, add_format, show
 
 
 def add(verbs: Verbs) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 
-from .options import Verbs, add_actions, add_format
-from .show import show
+from .options import Verbs, add_actions, add_format, show
 
 
 def add(verbs: Verbs) -> None:

@@ -1,10 +1,16 @@
-"""What verbs have in common on the command line."""
+"""Options that verbs have in common, and the printing of what a verb has found."""
 
 from __future__ import annotations
 
 import argparse
+import io
+import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
+
+from ..say import give
 
 # argparse has no public name for it; a string, for it cannot be subscripted where it runs.
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -30,3 +36,23 @@ def described(options: argparse.Namespace) -> tuple[list[str], Path | None]:
 def add_format(parser: argparse.ArgumentParser) -> None:
     """--format, which `show` follows."""
     parser.add_argument("--format", choices=["table", "json"], default="table")
+
+
+def show(options: argparse.Namespace, table: Callable[[], object], tree: Callable[[], object]) -> None:
+    """Print what --format asks for: `tree()` as JSON, or `table()`, text as it is and anything else as rich draws it.
+
+    A tuple is printed part by part. Only the one that is asked for is made.
+    """
+    if options.format == "json":
+        give(json.dumps(tree(), indent=1))
+        return
+    found = table()
+    for part in found if isinstance(found, tuple) else (found,):
+        if isinstance(part, str):
+            give(part)  # rich would break its lines
+            continue
+        from rich.console import Console
+
+        drawn, terminal = io.StringIO(), sys.stdout.isatty()
+        Console(file=drawn, force_terminal=terminal or None, markup=False).print(part)  # a bracket is a bracket
+        give(drawn.getvalue().removesuffix("\n"))

@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 
 from ...comm.errors import Problem, Refused
-from .options import Verbs, add_format, described, with_overrides
-from .show import show
+from .options import Verbs, add_format, described, show, with_overrides
 
 
 def add(verbs: Verbs) -> None:

@@ -1,5 +1,7 @@
 """Seconds of a token exchange: bytes across InfiniBand and NVLink, each token once a node, then once a rank.
 
+A figure of the cluster that is not known is refused, and never free.
+
 Letters: T tokens, D hidden, N nodes and P ranks of the expert-parallel group, G groups of experts, M groups a token may
 visit, K experts it visits.
 """
@@ -17,9 +19,24 @@ from ...comm.exchange.wire import Format
 from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.model.config import ModelConfig
 from .kernel_times import Coverage, Row, Table, weakest
-from .links import bytes_a_second, evidence_of
 from .operations import Shape
 from .recipe import Precision, Recipe
+
+
+def bytes_a_second(cluster: ClusterConfig, name: str, gigabytes: float | None, need: str) -> float:
+    """Of `gigabytes`, the value of `cluster.<name>` in 10^9 bytes a second. Raises `Refused` where it is null.
+
+    `need` says what cannot be priced without.
+    """
+    if gigabytes is None:
+        remedy = f"is not known for {cluster.name}, and {need} cannot be priced without; write a figure"
+        raise Refused([Problem(f"cluster.{name}", None, remedy)])
+    return gigabytes * 1e9
+
+
+def evidence_of(cluster: ClusterConfig, name: str) -> str:
+    """The evidence class of a figure, as its source says; `assumed` where it says none."""
+    return cluster.sources.get(name, "assumed").partition(":")[0]
 
 
 class Exchange(StrEnum):

@@ -23,7 +23,7 @@ from ...trainer.ledger.terms import report_view
 from ...trainer.memory.chunk import StageShape
 from ...trainer.model.config import ModelConfig
 from ...trainer.model.stage_layout import split_layers
-from .exchange_time import Wire
+from .exchange_time import Wire, bytes_a_second
 from .instruction_times import Kinds, Runs, kinds_of
 from .kernel_times import Coverage
 from .lanes import ChunkCosts
@@ -36,7 +36,6 @@ from .layout_memory import (
     stage_parameters,
     state_of,
 )
-from .links import bytes_a_second
 from .operations import Shape
 from .pricing import Compute
 from .recipe import Recipe

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from ...comm.trace import EXPOSED_EXCHANGE, Track
-from ...parallelism.pipeline.overlap import Steps, drive, take_turns
+from ...parallelism.pipeline.executor import Steps, drive, take_turns
 from ...trainer.memory.chunk import StageShape
 from .exchange_time import Exchange, Travel, Wire
 from .kernel_times import Coverage

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from ...comm.errors import Problem, Refused, refuse_if_any
 from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.model.config import ModelConfig
+from .exchange_time import bytes_a_second, evidence_of
 from .kernel_times import Coverage, Row, Table, read_table
-from .links import bytes_a_second, evidence_of
 from .operations import Core, Gemm, Operation, Pass, Phase, Shape, pass_bytes, phase_operations
 from .recipe import Precision, Recipe
 

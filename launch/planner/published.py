@@ -1,7 +1,7 @@
 """DeepSeek-V3's own figures for its run, to stand beside a forecast. None of the step is an input of one.
 
-The trace's pair is another matter: the kernel table is made of that trace, so its span shows that lanes put together
-again what was taken apart, and no more.
+The pair of chunks of which DeepSeek has published a trace is another matter: the kernel table is made of that trace, so
+its simulated span shows that lanes put together again what was taken apart, and no more.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from ...parallelism.pipeline.executor import take_turns
 from ...parallelism.pipeline.program import Op
 from ...trainer.config import RunConfig
+from ...trainer.memory.chunk import StageShape
 from ...trainer.model.config import ModelConfig
 from .forecast import Forecast, Layout
+from .lanes import ChunkCosts, Lanes, SimulatedChunk
 from .recipe import Recipe
 
 STEP_SECONDS = 19.926
@@ -71,3 +74,23 @@ def _size(model: ModelConfig) -> tuple[int, ...]:
     layers = model.layers, model.dense_layers, model.hidden
     experts = model.experts, model.top_k, model.expert_ffn
     return *layers, *experts, model.vocabulary, model.mtp_depth
+
+
+TRACED = StageShape(dense=0, routed=4, is_first=False, is_last=False)
+
+
+def simulate_pair(costs: ChunkCosts, *, as_routed: bool = True) -> Lanes:
+    """Forward and backward of four routed layers in turns; `as_routed`: with the rows that reached the traced rank."""
+    forward_rows, backward_rows = PAIR_ROWS if as_routed else ((), ())
+    lanes, costs = Lanes(), costs.apart()  # a look aside, which is no part of the forecast
+    parts = costs.shape, costs.cost, costs.wire, lanes, True
+    take_turns(
+        SimulatedChunk(TRACED, *parts, backward_rows).backward(weights=True),
+        SimulatedChunk(TRACED, *parts, forward_rows).forward(),
+    )
+    return lanes
+
+
+def exposed_share(lanes: Lanes) -> float:
+    """Of the time, in which no kernel runs but an exchange's: waits, and gaps between kernels beside an exchange."""
+    return (lanes.exposed + lanes.idle_beside) / lanes.now

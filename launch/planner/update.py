@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 from ...comm.errors import Problem, Refused
 from ...comm.topology import Topology
+from ...parallelism.pipeline.liveness import first_use, last_use
 from ...parallelism.pipeline.program import Program
 from ...parallelism.pipeline.simulate import Replay
-from ...parallelism.pipeline.uses import first_use, last_use
 from ...trainer.costs.cluster import ClusterConfig
+from .exchange_time import bytes_a_second
 from .kernel_times import Table
 from .layout_memory import Parameters
-from .links import bytes_a_second
 from .recipe import Precision, Recipe
 
 _GRADIENT = 4  # bytes: FP32

@@ -15,8 +15,8 @@ from pathlib import Path
 from subprocess import Popen
 
 from ..run.launcher import stop_signals_raise
-from ..run.orphan import die_with_parent
 from ..run.rank_environment import rank_environment
+from ..run.signals import die_with_parent
 from ..run.torchrun import RanksFailed
 from .log import RankLog
 

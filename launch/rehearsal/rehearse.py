@@ -20,9 +20,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from ...comm.errors import Problem, Refused
 from ...comm.groups import ProcessGroups
 from ...trainer.build import Engine, open_engine, stages_of
-from ...trainer.by_tokens import value_at
-from ...trainer.config import RunConfig
-from ...trainer.data.batch import TokenBatch
+from ...trainer.config import RunConfig, value_at
+from ...trainer.data.samples import TokenBatch
 from ...trainer.memory.forecast import RunMemory
 from ...trainer.memory.peak import RankMemory
 from ...trainer.run.step import StepSettings

@@ -1,9 +1,10 @@
-"""What must be the same in every process of a run: its configuration, the code that runs, the data."""
+"""What must be the same in every process of a run: configuration, code, data, and the name of the launch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from ...comm.agreement import Fact, Facts
 from ...comm.errors import Refused
 from ...trainer.config import RunConfig
 from ...trainer.data.manifest import read_manifest
-from ...trainer.environment_text import as_written
+from ...trainer.typed import as_written
 from ..compose import to_tree
 
 _PACKAGE = Path(__file__).resolve().parents[2]
@@ -61,3 +62,23 @@ def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+ATTEMPT_VARIABLE = "SHOESTRING_ATTEMPT"
+"""By which the launcher tells its ranks."""
+
+
+def attempt_name() -> str:
+    """What the ledger calls this launch: as the launcher says, or as the torchrun that has started this rank is known.
+
+    Its run id is the same each time (`none`) unless it is given; process number and start tell two of them apart, and
+    stay when it starts its ranks again.
+    """
+    given = os.environ.get(ATTEMPT_VARIABLE)
+    if given:
+        return given
+    agent = os.getppid()
+    stat = Path(f"/proc/{agent}/stat")
+    # Field 22 is the start in ticks since the boot; field 2, the name, may hold spaces but ends with the last ")".
+    start = stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else "0"
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID', 'none')}.{agent}.{start}"

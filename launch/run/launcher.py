@@ -21,20 +21,28 @@ from ...trainer.ledger.summary import ensure_totals
 from ...trainer.run.exit import Halt
 from ..compose import to_yaml
 from ..say import say, tell
-from .attempt import ATTEMPT_VARIABLE
-from .lock_wait import wait_until_free
-from .numa import BINDING, NumaFacts, why_not_bound
-from .orphan import LAUNCHER_VARIABLE, die_with_parent
+from .identity import ATTEMPT_VARIABLE
 from .preflight import is_finished, make_room, spent_budget
-from .rank_environment import SAFE_PATH, applying, computes_on_gpus, of_one_machine, rank_environment
+from .rank_environment import (
+    BINDING,
+    SAFE_PATH,
+    NumaFacts,
+    applying,
+    computes_on_gpus,
+    of_one_machine,
+    rank_environment,
+    why_not_bound,
+)
 from .rendezvous import NotMet
 from .restart_policy import note_stop, too_many_stops
-from .run_dir import CONFIG_FILE, claimed, clear_status, read_status, reserve_status, write_config
+from .run_dir import CONFIG_FILE, claimed, clear_status, read_status, reserve_status, wait_until_free, write_config
 from .signals import (
     ASKING_SIGNALS,
     ENDING_SIGNALS,
+    LAUNCHER_VARIABLE,
     SAME_REQUEST_SECONDS,
     STOP_FILE_VARIABLE,
+    die_with_parent,
     ignore_late_stops,
     listened_to,
 )

@@ -16,8 +16,7 @@ from ...trainer.checkpoint.find import find_checkpoint, unreadable
 from ...trainer.checkpoint.store import CheckpointStore, refuse_damaged
 from ...trainer.config import RunConfig
 from ...trainer.data.manifest import Manifest
-from ...trainer.data.prepared import open_prepared
-from ...trainer.data.verified import verify_before_run
+from ...trainer.data.prepared import open_prepared, verify_before_run
 from ...trainer.ledger.guard import accounts, left_of_project
 from ...trainer.ledger.journal import refuse_if_held
 from ...trainer.ledger.project import Project

@@ -1,12 +1,15 @@
 """The directory that one run owns: claimed by one launcher at a time, emptied only if a run has made it.
 
-A marker, the first file of a new run directory, tells it from any other directory: a `config.yaml` lies in many.
+A marker, the first file of a new run directory, tells it from any other directory: a `config.yaml` lies in many. A
+launch waits for a bounded time until the one before it has let go of the directory.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -160,3 +163,27 @@ def read_status(run_dir: Path, tell: Callable[[str], None] = _say) -> Mapping[st
     except (Malformed, OSError) as error:
         tell(f"{path} does not say how the last launch ended ({error}): it counts as one that did not end as it should")
         return None
+
+
+_SECONDS_BETWEEN_LOOKS = 0.5
+
+
+def wait_until_free(run_dir: Path, seconds: float) -> None:
+    """Return when no launcher holds `run_dir`, or after so many seconds; what cannot be locked is not waited for."""
+    deadline, has_said = time.monotonic() + seconds, False
+    while time.monotonic() < deadline and _is_held(run_dir):
+        if not has_said:
+            say(f"shoestring train: waiting up to {seconds:g} s for the launch before this one to let go of {run_dir}")
+            has_said = True
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _is_held(run_dir: Path) -> bool:
+    try:
+        with (run_dir / _LOCK_FILE).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

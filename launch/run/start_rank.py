@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..say import open_standard_streams
-from .orphan import die_with_launcher
+from .signals import die_with_launcher
 
 
 def main() -> None:

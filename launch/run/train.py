@@ -9,7 +9,7 @@ from pathlib import Path
 from ...comm.bootstrap import WorkerEnvironment
 from ...comm.errors import Problem, Refused
 from ..compose import compose_run
-from .attempt import ATTEMPT_VARIABLE
+from .identity import ATTEMPT_VARIABLE
 from .launcher import LocalRanks, launch
 from .preflight import preflight
 from .torchrun import local_torchrun

@@ -17,8 +17,7 @@ import torch.distributed as dist
 
 from ...comm.agreement import Different, refuse_unless_equal
 from ...comm.bootstrap import WorkerEnvironment, open_store, start_default_group
-from ...comm.errors import Problem, Refused
-from ...comm.failure import CollectiveFailed
+from ...comm.errors import CollectiveFailed, Problem, Refused
 from ...comm.groups import ProcessGroups
 from ...comm.open_groups import open_groups_on
 from ...comm.watchdog import Watchdog
@@ -29,14 +28,12 @@ from ...trainer.loop import train
 from ...trainer.run.exit import Halt, RankFailed, RunFailed, RunHalted
 from ..compose import read_config, to_yaml
 from ..say import say
-from .attempt import attempt_name
-from .identity import data_digest, identity
-from .orphan import LAUNCHER_VARIABLE
+from .identity import attempt_name, data_digest, identity
 from .rank_environment import FLIGHT_RECORDER, applying, computes_on_gpus, make_late, users_choices
 from .rank_rendezvous import StoppedBeforeMeeting, find_ranks
 from .restart_policy import end_of, note_end, note_stop
 from .run_dir import claimed, is_marked, own, reserve_status, write_config, write_status
-from .signals import listen_for_stop
+from .signals import LAUNCHER_VARIABLE, listen_for_stop
 
 _REFUSED = 2
 _SECONDS_FOR_OTHERS = 3

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ...comm.exchange.deepep import missing_for_deepep
 from ...comm.groups import P2P_CTAS, REDUCE_CTAS
-from ...parallelism.apex import missing_for_apex
+from ...parallelism.weight_grad import missing_for_apex
 from ...trainer.model.attention_backend import (
     BACKENDS,
     BLOCKS,
@@ -28,8 +28,15 @@ from ...trainer.model.attention_backend import (
 )
 from ...trainer.precision.backend import PROVIDERS, choose_provider, missing_for
 from ..cluster.namespaces import missing_means
-from ..run.numa import BINDING, NumaFacts, why_not_bound
-from ..run.rank_environment import applying, of_one_machine, rank_environment, settings
+from ..run.rank_environment import (
+    BINDING,
+    NumaFacts,
+    applying,
+    of_one_machine,
+    rank_environment,
+    settings,
+    why_not_bound,
+)
 
 NOT_YET = "not yet run on hardware"
 TAKEN = "what precision.provider=auto takes"

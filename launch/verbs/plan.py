@@ -18,12 +18,11 @@ from ...comm.errors import Problem, Refused
 from ...trainer.config import RunConfig
 from ..compose import compose_run
 from ..planner.configured import layout_of, lendable_sms, overrides_between, recipe_of, run_with
-from ..planner.failures import Failures
 from ..planner.forecast import Forecast, Forecaster, Layout
 from ..planner.pricing import Compute
 from ..planner.published import is_published_run
 from ..planner.recipe import Precision, Recipe
-from ..planner.run_cost import PhaseCost, WhatIf, pretraining_hours, run_phases, sensitivity, significant
+from ..planner.run_cost import Failures, PhaseCost, WhatIf, pretraining_hours, run_phases, sensitivity, significant
 from ..planner.search import SearchResult, Space, search
 from ..report.plan_page import html_page
 from .simulate import layout_tree, phase_table, run_facts

@@ -17,15 +17,16 @@ from ..compose import compose_run
 from ..planner.configured import layout_of, recipe_of
 from ..planner.evidence import assumptions
 from ..planner.forecast import Forecast, Forecaster, Layout
-from ..planner.pair import exposed_share, simulate_pair
 from ..planner.published import (
     PAIR_SECONDS,
     PHASES,
     RAMP_FROM,
     STEP_SECONDS,
     as_published,
+    exposed_share,
     is_published,
     is_published_run,
+    simulate_pair,
 )
 from ..planner.recipe import NOTHING, REPORT, Recipe, Sync
 from ..planner.run_cost import PhaseCost, pretraining_hours, run_phases, significant

@@ -1,28 +1,65 @@
 """Runs a program on one rank: exactly its instructions, in its order, whatever the schedule.
 
-Knows no model: a stage takes and gives tensors.
+Knows no model: a stage takes and gives tensors. A stage is a generator that yields where another one may go on: one is
+run to its end, or two take turns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ...comm.async_comm import Pending
-from ...comm.failure import CollectiveFailed
+from ...comm.errors import CollectiveFailed
 from ...comm.groups import ProcessGroups
 from ...comm.p2p import Incoming, Lane, Outgoing, open_lane
 from ...comm.streams import Streams
 from ...comm.trace import EDGE_WAIT, SILENT, Recorder, Track
 from ..weight_grad import WeightGradients
 from .communication import Commit, Edge, Payload, edges
-from .overlap import Steps, drive, take_turns
 from .placement import Direction, Place
 from .program import Instruction, Op, Program, Work, where
+
+Result = TypeVar("Result")
+Other = TypeVar("Other")
+Steps = Generator[None, bool | None, Result]
+"""A yield returns whether another generator takes turns with this one: true while both have steps left."""
+
+
+def drive(steps: Steps[Result]) -> Result:
+    """Run a generator to its end, waiting for each communication where it is needed."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            result: Result = stop.value
+            return result
+
+
+def take_turns(first: Steps[Result], second: Steps[Other]) -> tuple[Result, Other]:
+    """Run two generators to their ends, one step of each in turn: while one waits for its exchange the other computes.
+
+    With a backward first and a forward second this is the report's order (§3.2.1, figure 4), since each launches an
+    exchange at the end of its step and waits for it at the beginning of its next one. While both run each has three
+    steps a layer: between the backward's mlp(B) and its next exchange the forward launches the second part of its
+    dispatch, which mlp(B) hides. Behind that exchange, which waits for mlp(B), it would hide behind nothing.
+    """
+    results: list[Any] = [None, None]
+    running = {0: first, 1: second}
+    begun = False  # a generator takes nothing before its first yield
+    while running:
+        for turn, steps in list(running.items()):
+            try:
+                steps.send(len(running) == 2 if begun else None)
+            except StopIteration as stop:
+                results[turn] = stop.value
+                del running[turn]
+        begun = True
+    return results[0], results[1]
 
 
 class Stage(Protocol):

@@ -10,14 +10,21 @@ from datetime import timedelta
 import pytest
 import torch
 
-from shoestring.comm.async_comm import InlineWorker, Pending, StreamWorker, ThreadWorker, open_worker, tensors_of
+from shoestring.comm.async_comm import (
+    InlineWorker,
+    OrderCheck,
+    Pending,
+    StreamWorker,
+    ThreadWorker,
+    open_worker,
+    tensors_of,
+)
+from shoestring.comm.errors import CollectiveFailed
 from shoestring.comm.exchange.config import ExchangeConfig
-from shoestring.comm.failure import CollectiveFailed
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.host import HostCopies
-from shoestring.comm.label import Call, Label
-from shoestring.comm.order import OrderCheck
 from shoestring.comm.topology import Topology
+from shoestring.comm.trace import Call, Label
 from shoestring.tests.comm.exchange.routing import CASES, LABEL, batch_of, open_on
 from shoestring.tests.comm.recorded_streams import HOST_WAITS, REST, RecordedStreams
 from shoestring.tests.processes import World, run_processes

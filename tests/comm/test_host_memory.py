@@ -6,7 +6,7 @@ import mmap
 
 import pytest
 
-from shoestring.comm.host_memory import HostMemory
+from shoestring.comm.host import HostMemory
 from shoestring.tests.comm.pages import StandInPages
 
 

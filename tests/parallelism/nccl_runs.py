@@ -35,7 +35,7 @@ from shoestring.tests.parity.runner import build, outcome, take_step
 from shoestring.tests.parity.twin import run_twin
 from shoestring.tests.processes import RanksFailed, World, run_processes
 from shoestring.trainer.build import open_engine, stages_of
-from shoestring.trainer.data.batch import TokenBatch
+from shoestring.trainer.data.samples import TokenBatch
 from shoestring.trainer.run.step import Stepper, StepSettings
 from shoestring.trainer.run.warm_up import warm_up
 

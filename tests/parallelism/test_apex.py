@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.parallelism import apex
+from shoestring.parallelism import weight_grad
 from shoestring.parallelism.weight_grad import WeightGradients, linear
 
 R, K, N = 6, 4, 5
@@ -19,9 +19,9 @@ R, K, N = 6, 4, 5
 
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
-    apex._gemm.cache_clear()
+    weight_grad._gemm.cache_clear()
     yield
-    apex._gemm.cache_clear()
+    weight_grad._gemm.cache_clear()
 
 
 @pytest.fixture
@@ -36,11 +36,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
         recorded.extend((x_RK.shape, grad_RN.shape, sum_NK.shape))
         sum_NK += grad_RN.float().T @ x_RK.float()
 
-    module = ModuleType(apex._MODULE)
-    module.__spec__ = ModuleSpec(apex._MODULE, None)
+    module = ModuleType(weight_grad._MODULE)
+    module.__spec__ = ModuleSpec(weight_grad._MODULE, None)
     vars(module)["wgrad_gemm_accum_fp32"] = wgrad_gemm_accum_fp32
-    monkeypatch.setitem(sys.modules, apex._MODULE, module)
-    monkeypatch.setattr(apex, "_DEVICE", "cpu")
+    monkeypatch.setitem(sys.modules, weight_grad._MODULE, module)
+    monkeypatch.setattr(weight_grad, "_DEVICE", "cpu")
     return recorded
 
 
@@ -76,25 +76,25 @@ def test_everything_else_goes_the_plain_way(calls: list[torch.Size]) -> None:
 
 
 def test_so_does_a_gradient_that_is_on_no_gpu(calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apex, "_DEVICE", "cuda")
+    monkeypatch.setattr(weight_grad, "_DEVICE", "cuda")
     accumulate(torch.bfloat16, torch.zeros(N, K))
     assert not calls
 
 
 def test_without_apex_there_is_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apex, "_DEVICE", "cpu")
-    monkeypatch.setitem(sys.modules, apex._MODULE, None)
+    monkeypatch.setattr(weight_grad, "_DEVICE", "cpu")
+    monkeypatch.setitem(sys.modules, weight_grad._MODULE, None)
     before = torch.randn(N, K)
     found, grad_RN, x_RK = accumulate(torch.bfloat16, before)
     torch.testing.assert_close(found, before + (grad_RN.T @ x_RK).float())
 
 
 def test_what_is_missing_is_said(calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not list(apex.missing_for_apex(on_gpu=True))
-    assert list(apex.missing_for_apex(on_gpu=False)) == ["it needs a GPU"]
-    vars(sys.modules[apex._MODULE]).pop("wgrad_gemm_accum_fp32")
-    apex._gemm.cache_clear()
-    assert "does not load" in next(apex.missing_for_apex(on_gpu=True))
-    monkeypatch.delitem(sys.modules, apex._MODULE)
-    apex._gemm.cache_clear()
-    assert "is not installed" in next(apex.missing_for_apex(on_gpu=True))
+    assert not list(weight_grad.missing_for_apex(on_gpu=True))
+    assert list(weight_grad.missing_for_apex(on_gpu=False)) == ["it needs a GPU"]
+    vars(sys.modules[weight_grad._MODULE]).pop("wgrad_gemm_accum_fp32")
+    weight_grad._gemm.cache_clear()
+    assert "does not load" in next(weight_grad.missing_for_apex(on_gpu=True))
+    monkeypatch.delitem(sys.modules, weight_grad._MODULE)
+    weight_grad._gemm.cache_clear()
+    assert "is not installed" in next(weight_grad.missing_for_apex(on_gpu=True))

@@ -21,14 +21,14 @@ import shoestring.trainer.build as rank_module
 import shoestring.trainer.run.step as step_module
 from shoestring.comm.async_comm import Done
 from shoestring.comm.groups import Group
-from shoestring.parallelism.pipeline.overlap import Steps
+from shoestring.parallelism.pipeline.executor import Steps
 from shoestring.parallelism.pipeline.placement import Place
 from shoestring.parallelism.pipeline.program import Program
 from shoestring.parallelism.zero.bucket import Bucket
 from shoestring.parallelism.zero.optimizer import ShardedOptimizer
 from shoestring.parallelism.zero.reduce import Reducer
 from shoestring.tests.parity.layouts import Layout, Load, Padding
-from shoestring.trainer.data.batch import TokenBatch
+from shoestring.trainer.data.samples import TokenBatch
 from shoestring.trainer.model.router import Router, Routing, update_bias
 from shoestring.trainer.model.tape import LossScales
 from shoestring.trainer.run.stage_runner import RunningStage

@@ -12,11 +12,10 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from shoestring.comm.async_comm import Worker, open_worker
+from shoestring.comm.async_comm import OrderCheck, Worker, open_worker
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.exchange.factory import open_exchange
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.order import OrderCheck
 from shoestring.comm.streams import Streams
 from shoestring.comm.trace import SILENT, Recorder
 from shoestring.comm.traffic import Traffic
@@ -41,7 +40,7 @@ from shoestring.tests.trainer.model.released import (
     released_parts,
 )
 from shoestring.trainer.build import Pipeline, build_stepper
-from shoestring.trainer.data.batch import TokenBatch
+from shoestring.trainer.data.samples import TokenBatch
 from shoestring.trainer.model.model import Model
 from shoestring.trainer.model.stage_layout import Stages
 from shoestring.trainer.optimizer.config import OptimizerConfig

@@ -15,7 +15,7 @@ from torch import Tensor
 from shoestring.comm.async_comm import open_worker
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.trace import Silent, Track
-from shoestring.parallelism.pipeline.overlap import Steps
+from shoestring.parallelism.pipeline.executor import Steps
 from shoestring.parallelism.pipeline.program import Op, in_flight
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_placement
 from shoestring.tests.parity.layouts import REPORT, Layout

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shoestring.comm.async_comm import open_worker
-from shoestring.comm.failure import CollectiveFailed
+from shoestring.comm.errors import CollectiveFailed
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.trace import Track
 from shoestring.parallelism.zero.reduce import Reducer

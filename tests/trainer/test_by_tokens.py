@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shoestring.trainer.by_tokens import by_tokens_problems, value_at
+from shoestring.trainer.config import by_tokens_problems, value_at
 
 MTP_WEIGHT = {0: 0.3, 10**13: 0.1}  # report §4.2
 UNORDERED = {500: 3.0, 0: 1.0, 100: 2.0}

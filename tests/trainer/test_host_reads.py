@@ -21,7 +21,7 @@ from shoestring.comm.traffic import Traffic
 from shoestring.tests.comm.recorded_streams import RecordedStreams
 from shoestring.tests.trainer.pretended_device import PretendedDevice
 from shoestring.trainer.build import Pipeline, build_stepper
-from shoestring.trainer.data.batch import TokenBatch
+from shoestring.trainer.data.samples import TokenBatch
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.init import initialise
 from shoestring.trainer.model.model import Model

@@ -26,10 +26,9 @@ from shoestring.trainer.checkpoint.pieces import Piece
 from shoestring.trainer.checkpoint.saver import Saved, Saver
 from shoestring.trainer.checkpoint.store import Cover
 from shoestring.trainer.config import RunConfig
-from shoestring.trainer.data.batch import TokenBatch
 from shoestring.trainer.data.prepare import prepare
 from shoestring.trainer.data.prepared import open_prepared
-from shoestring.trainer.data.samples import SampleOrder, Samples
+from shoestring.trainer.data.samples import SampleOrder, Samples, TokenBatch
 from shoestring.trainer.data.shard_files import DataChanged
 from shoestring.trainer.ledger.meter import Meter
 from shoestring.trainer.ledger.summary import summarise

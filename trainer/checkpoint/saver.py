@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from ...comm.groups import Group
-from ...comm.host_memory import HostMemory
+from ...comm.host import HostMemory
 from ..data.files import write_file
 from .manifest import StoredPiece, record
 from .pieces import Piece, written_by

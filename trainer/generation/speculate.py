@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...parallelism.pipeline.overlap import drive
+from ...parallelism.pipeline.executor import drive
 from ..model.chunk import Chunk
 
 

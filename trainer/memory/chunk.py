@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
-from ...parallelism.pipeline.overlap import Steps, drive, take_turns
+from ...parallelism.pipeline.executor import Steps, drive, take_turns
 from ...parallelism.pipeline.program import Op
 from ..model.config import ModelConfig
 from .working import Parts, PartSize, Working

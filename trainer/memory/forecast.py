@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from ...comm.communicator import STAGED
-from ...comm.staged_reader import STAGED_BYTES
+from ...comm.host import STAGED_BYTES
 from ...parallelism.pipeline.communication import Commit, edges
 from ...parallelism.pipeline.liveness import between, moments
 from ...parallelism.pipeline.program import Program

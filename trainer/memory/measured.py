@@ -22,9 +22,8 @@ from ...comm.groups import ProcessGroups
 from ...comm.trace import Silent, Track
 from ...parallelism.pipeline.program import Op
 from ..build import open_engine
-from ..by_tokens import value_at
-from ..config import RunConfig
-from ..data.batch import TokenBatch
+from ..config import RunConfig, value_at
+from ..data.samples import TokenBatch
 from ..model.model import Model
 from ..run.step import Stepper, StepSettings
 from .state import State

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from ...comm.async_comm import Pending
 from ...comm.exchange.api import TokenExchange
-from ...comm.label import Label
-from ...comm.trace import EXPOSED_EXCHANGE, SILENT, Recorder, Track
-from ...parallelism.pipeline.overlap import Steps
+from ...comm.trace import EXPOSED_EXCHANGE, SILENT, Label, Recorder, Track
+from ...parallelism.pipeline.executor import Steps
 from ...parallelism.weight_grad import WeightGradients
 from .layer import Context, DenseLayer, MoELayer
 from .loss import IGNORED, linear_cross_entropy

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...parallelism.weight_grad import add_product, collecting
-from ..precision.dtypes import at_least_fp32
+from ..precision.tiles import at_least_fp32
 
 IGNORED = -100
 """Target of a token that counts in no loss."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..precision.dtypes import at_least_fp32
+from ..precision.tiles import at_least_fp32
 from .recompute import Part, recomputed
 
 

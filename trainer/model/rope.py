@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...comm.host import to_device
-from ..precision.dtypes import at_least_fp32
+from ..precision.tiles import at_least_fp32
 from .config import ModelConfig, YarnConfig
 
 

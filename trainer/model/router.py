@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...parallelism.weight_grad import linear
-from ..precision.dtypes import at_least_fp32
+from ..precision.tiles import at_least_fp32
 from .config import ModelConfig
 from .recompute import Part, recomputed
 

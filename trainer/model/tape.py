@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...comm.exchange.permutation import NO_VISITS, Visits
-from ...parallelism.pipeline.overlap import Steps
+from ...parallelism.pipeline.executor import Steps
 from ...parallelism.weight_grad import WeightGradients
 from .layer import Context
 

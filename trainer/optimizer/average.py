@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ...comm.staged_reader import STAGED_BYTES, StagedReader
+from ...comm.host import STAGED_BYTES, StagedReader
 from ...comm.streams import Event, Streams
 from ...parallelism.zero.optimizer import ShardedOptimizer
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dtypes import at_least_fp32
+from .tiles import at_least_fp32
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -20,9 +20,8 @@ from transformer_engine.pytorch.cpp_extensions import general_gemm
 from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import Float8BlockwiseQTensorStorage
 
 from ...comm.fp8 import TILE, tiles_of
-from .padding import accumulated, padded, rounded_up
 from .reference import Reference, of_experts
-from .tiles import Blocks, Columns, Tiles
+from .tiles import Blocks, Columns, Tiles, accumulated, padded, rounded_up
 
 _FOURS = 4
 

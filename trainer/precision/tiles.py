@@ -1,8 +1,8 @@
-"""What FP8 products take: E4M3 numbers, one scale for 1 × 128 activations or 128 × 128 weights (report §3.3.2).
+"""FP8 operands: E4M3 numbers, one scale for 1 × 128 activations or 128 × 128 weights (report §3.3.2).
 
 The scale of a tile is its largest magnitude over 448, in FP32, or the smallest power of two that is not below that, as
 `comm/fp8.py` makes it for what crosses between ranks. Numbers wider than FP32 are rounded to FP32 first. A tile that
-holds infinity or NaN is NaN throughout.
+holds infinity or NaN is NaN throughout. Libraries that want whole multiples get zeros behind the last row and column.
 
 Letters: X rows, D width, Q tiles of a row; R rows of activations, L experts on this rank; N, K sides of a weight, P, Q
 its blocks.
@@ -131,3 +131,27 @@ def _scale_for(largest: Tensor, scales: Scales) -> Tensor:
 def _to_e4m3(scaled: Tensor) -> Tensor:
     """Nearest, ties to even. Nothing here is above 448 but by a rounding of the scale, which the cast saturates."""
     return scaled.to(torch.float8_e4m3fn).contiguous()
+
+
+def rounded_up(size: int, step: int) -> int:
+    """The next multiple of `step`."""
+    return -(-size // step) * step
+
+
+def padded(x: Tensor, rows: int, columns: int) -> Tensor:
+    """[rows, columns], row by row, with `x` in its upper left corner."""
+    if x.shape == (rows, columns):
+        return x.contiguous()
+    whole = torch.zeros((rows, columns), dtype=x.dtype, device=x.device)
+    whole[: x.shape[0], : x.shape[1]] = x
+    return whole
+
+
+def accumulated(dtype: torch.dtype) -> torch.dtype:
+    """What a product is written in on its way to `dtype`: BF16 as it is, else FP32."""
+    return dtype if dtype == torch.bfloat16 else torch.float32
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """`x` in FP32, or as it is where it is wider, so that FP64 runs stay FP64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

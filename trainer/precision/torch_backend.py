@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.nn.functional import ScalingType
 
 from ...comm.fp8 import TILE, tiles_of
-from .padding import accumulated, padded, rounded_up
 from .reference import Reference, of_experts
-from .tiles import Blocks, Columns, Tiles
+from .tiles import Blocks, Columns, Tiles, accumulated, padded, rounded_up
 
 _SIDE, _TILES = 16, 4
 

@@ -17,9 +17,8 @@ from torch import Tensor
 from ...comm.fp8 import TILE, tiles_of
 from ...comm.host import to_device
 from . import kernels
-from .padding import accumulated
 from .swiglu import swiglu_of_rows
-from .tiles import Blocks, Columns, Scales, Tiles
+from .tiles import Blocks, Columns, Scales, Tiles, accumulated
 
 _ROWS_TO_QUANTISE, _COLUMNS_TO_QUANTISE = 16, 64
 _ROWS, _COLUMNS = 128, 128  # of a block of a product

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ...parallelism.pipeline.liveness import last_use_anywhere
 from ...parallelism.pipeline.program import Program
-from ...parallelism.pipeline.uses import last_use_anywhere
 from ...parallelism.zero.bucket import Member
 from ..model.model import Model
 from ..model.stage_layout import Stages

@@ -22,7 +22,7 @@ from ..checkpoint.opened import Checkpoint
 from ..checkpoint.pieces import MODEL, Piece, whole_pieces
 from ..checkpoint.saver import Saved
 from ..checkpoint.store import CheckpointStore, Cover, refuse_damaged
-from ..environment_text import as_written
+from ..typed import as_written
 from .exit import RunFailed
 from .reporter import Reporter, timing
 

@@ -1,16 +1,23 @@
-"""Loss over the whole validation split, each target once, on all ranks together."""
+"""Loss over the whole validation split, each target once, on all ranks together.
+
+A checkpoint is saved before the evaluation that is due with it. A note in the run directory says up to which step the
+run has been evaluated, so that a resumed run knows whether an evaluation is owed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
+from ...comm.files.access import read_text
+from ...comm.files.strict_json import Malformed
 from ...comm.groups import ProcessGroups
 from ...comm.host import to_device, to_host
 from ...parallelism.pipeline.executor import Executor
-from ..data.batch import TokenBatch
-from ..data.samples import Samples
+from ..data.samples import Samples, TokenBatch
 from ..model.chunk import Chunk
 from ..model.tape import Summary
 from .exit import any_asked, never
@@ -80,3 +87,29 @@ def padded_batch(samples: Samples, indices: range) -> TokenBatch:
     batch = samples.batch([min(index, len(samples) - 1) for index in indices])
     exists_B = torch.tensor([index < len(samples) for index in indices])
     return TokenBatch(batch.tokens_BW, batch.valid_BW & exists_B[:, None])
+
+
+_FILE = "evaluated"
+
+
+def note_evaluated(run_dir: Path, step: int) -> None:
+    """Note that the evaluation after `step` steps is told. Where this cannot be written, it will come once more."""
+    new = run_dir / f"{_FILE}.new"
+    with suppress(OSError):
+        new.write_text(f"{step}\n")
+        new.replace(run_dir / _FILE)
+
+
+def forget_evaluations(run_dir: Path) -> None:
+    """Forget what was noted: a run begins from step 0."""
+    with suppress(OSError):
+        (run_dir / _FILE).unlink(missing_ok=True)
+
+
+def evaluated_until(run_dir: Path) -> int:
+    """Return the last step that was noted; 0 where there is none, or none that can be read."""
+    try:
+        text = read_text(run_dir / _FILE, 1000).strip()
+    except (OSError, Malformed):
+        return 0
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0

@@ -16,7 +16,6 @@ from ..checkpoint.saver import Saved
 from ..config import RunConfig
 from ..costs.flops import CONVENTION, FlopCount
 from ..costs.parameters import count_parameters
-from ..environment_text import as_written
 from ..ledger.guard import Guard
 from ..ledger.meter import Meter
 from ..ledger.totals import carry
@@ -24,6 +23,7 @@ from ..ledger.work import Work
 from ..telemetry.alerts import Watch
 from ..telemetry.events import JSON, Event, EventStream
 from ..telemetry.sinks import open_stream
+from ..typed import as_written
 from .exit import RankFailed
 from .step import StepResult, StepSettings
 

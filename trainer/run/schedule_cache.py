@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from ...parallelism.pipeline.executor import Executor
-from ...parallelism.pipeline.uses import first_use, last_use
+from ...parallelism.pipeline.liveness import first_use, last_use
 from ...parallelism.zero.optimizer import ShardedOptimizer
 
 

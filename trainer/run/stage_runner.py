@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...parallelism.pipeline.overlap import Steps
+from ...parallelism.pipeline.executor import Steps
 from ...parallelism.weight_grad import WeightGradients
-from ..data.batch import TokenBatch
+from ..data.samples import TokenBatch
 from ..model.chunk import Chunk
 from ..model.tape import LossScales, StageBackward, Summary
 

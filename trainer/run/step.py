@@ -16,7 +16,7 @@ from ...comm.trace import OPTIMIZER, REDUCE_WAIT, SILENT, Recorder, Track
 from ...comm.warm_up import warm_up_all_reduce
 from ...parallelism.pipeline.executor import Executor
 from ...parallelism.zero.optimizer import ShardedOptimizer
-from ..data.batch import TokenBatch
+from ..data.samples import TokenBatch
 from ..model.chunk import Chunk
 from ..model.config import ModelConfig
 from ..model.model import Model, router_names

@@ -13,9 +13,9 @@ from ...comm.async_comm import Worker
 from ...comm.host import to_device
 from ...comm.streams import Streams
 from ...comm.warm_up import warm_up_exchange
-from ...parallelism.pipeline.overlap import drive
+from ...parallelism.pipeline.executor import drive
 from ...parallelism.weight_grad import WeightGradients
-from ..data.batch import TokenBatch
+from ..data.samples import TokenBatch
 from ..model.tape import LossScales
 from .stage_runner import RunningStage
 from .step import Stepper

@@ -7,8 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 
-from ....comm.label import Label
-from ....comm.trace import EDGE_WAIT, EXPOSED_EXCHANGE, Track
+from ....comm.trace import EDGE_WAIT, EXPOSED_EXCHANGE, Label, Track
 from ....parallelism.pipeline.program import Op
 
 _OF = re.compile(r"^(?P<phase>.+?) of (?P<layer>\w+), micro-batch \d+$")

@@ -8,7 +8,7 @@ is the one whose micro-batches reach it first, the *other* chunk's come back to 
 from __future__ import annotations
 
 from ..placement import Placement
-from ..writer import RankWriter
+from ..program import RankWriter
 
 
 def dualpipe(writer: RankWriter, rank: int, placement: Placement, micro_batches: int) -> None:

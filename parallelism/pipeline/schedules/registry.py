@@ -8,11 +8,9 @@ from itertools import count
 
 from ....comm.errors import Problem, refuse_if_any
 from ..placement import Placement, Route
-from ..program import Program
-from ..writer import RankWriter
+from ..program import Program, RankWriter
 from .dualpipe import dualpipe, dualpipev
-from .interleaved import interleaved
-from .one_way import gpipe, one_f_one_b, zb1p
+from .one_way import gpipe, interleaved, one_f_one_b, zb1p
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from shoestring.comm.exchange.api import TokenExchange
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.exchange.factory import open_exchange
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.label import Label
 from shoestring.comm.topology import Topology
+from shoestring.comm.trace import Label
 from shoestring.comm.traffic import Traffic
 
 EXPERTS = 16

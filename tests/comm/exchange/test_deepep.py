@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from shoestring.comm.async_comm import open_worker
+from shoestring.comm.errors import CollectiveFailed
 from shoestring.comm.exchange import deepep
 from shoestring.comm.exchange.api import TokenExchange
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.exchange.deepep import deepep_problems
 from shoestring.comm.exchange.deepep_buffer import BufferShape
 from shoestring.comm.exchange.factory import open_exchange
-from shoestring.comm.failure import CollectiveFailed
 from shoestring.comm.fp8 import dequantise
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology

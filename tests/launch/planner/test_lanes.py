@@ -10,8 +10,7 @@ from shoestring.comm.trace import EXPOSED_EXCHANGE, Track
 from shoestring.launch.planner.exchange_time import Travel
 from shoestring.launch.planner.lanes import ChunkCosts, Lanes
 from shoestring.launch.planner.operations import Phase
-from shoestring.launch.planner.pair import TRACED, exposed_share, simulate_pair
-from shoestring.launch.planner.published import PAIR_SECONDS
+from shoestring.launch.planner.published import PAIR_SECONDS, TRACED, exposed_share, simulate_pair
 from shoestring.launch.planner.recipe import Sync
 from shoestring.trainer.memory.chunk import StageShape
 

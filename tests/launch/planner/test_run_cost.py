@@ -7,9 +7,9 @@ import math
 import pytest
 
 from shoestring.comm.errors import Refused
-from shoestring.launch.planner.failures import Failures
 from shoestring.launch.planner.run_cost import (
     CONTEXT_EXTENSION,
+    Failures,
     long_context_note,
     pretraining_hours,
     run_phases,

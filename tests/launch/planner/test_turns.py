@@ -9,7 +9,7 @@ import pytest
 
 from shoestring.launch.planner.lanes import Lanes, SimulatedChunk
 from shoestring.launch.planner.layout_memory import working_of
-from shoestring.parallelism.pipeline.overlap import Steps, drive, take_turns
+from shoestring.parallelism.pipeline.executor import Steps, drive, take_turns
 from shoestring.parallelism.weight_grad import WeightGradients
 from shoestring.tests.trainer.model.test_chunk import CONFIG, ROUTED_LAYERS, SCALES, make_chunk, window
 from shoestring.trainer.memory.chunk import ChunkMemory, Meter, StageShape

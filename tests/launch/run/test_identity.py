@@ -16,7 +16,7 @@ from shoestring.comm.errors import Problem, Refused
 from shoestring.launch.compose import compose_run, read_config, to_yaml
 from shoestring.launch.run.identity import code_hash, data_digest, identity
 from shoestring.tests.launch.refusals import refused
-from shoestring.trainer.environment_text import EnvironmentText, as_written
+from shoestring.trainer.typed import EnvironmentText, as_written
 
 SECRET = "hunter2"
 INSTANT = datetime(2020, 2, 3, 4, 5, 6, tzinfo=UTC)

@@ -13,15 +13,18 @@ from shoestring.comm.bootstrap import WorkerEnvironment
 from shoestring.launch.compose import compose_run
 from shoestring.launch.run import launcher, rank_environment, worker
 from shoestring.launch.run.launcher import LocalRanks
-from shoestring.launch.run.numa import BINDING, NumaFacts, read_cpus, why_not_bound
 from shoestring.launch.run.rank_environment import (
+    BINDING,
     DEFAULTS,
+    NumaFacts,
     applying,
     computes_on_gpus,
     make_late,
     orders_launches,
+    read_cpus,
     settings,
     users_choices,
+    why_not_bound,
 )
 from shoestring.trainer.config import RunConfig
 

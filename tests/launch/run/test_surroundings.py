@@ -25,16 +25,15 @@ from shoestring.launch.compose import compose_run
 from shoestring.launch.run import restart_policy as stops
 from shoestring.launch.run import train, worker
 from shoestring.launch.run.launcher import _wait
-from shoestring.launch.run.lock_wait import wait_until_free
-from shoestring.launch.run.orphan import LAUNCHER_VARIABLE
 from shoestring.launch.run.restart_policy import MOST_STOPS, end_of, note_stop, stops_without_step, too_many_stops
-from shoestring.launch.run.run_dir import claimed, read_status
+from shoestring.launch.run.run_dir import claimed, read_status, wait_until_free
+from shoestring.launch.run.signals import LAUNCHER_VARIABLE
 from shoestring.launch.run.torchrun_agent import LoopbackRendezvous, describe
 from shoestring.launch.say import say
 from shoestring.tests.launch.real_run import processes_of, wait_for_step, wait_until
 from shoestring.tests.launch.small_run import free_port, small_run
 from shoestring.trainer.ledger.summary import summarise
-from shoestring.trainer.run.evaluated import evaluated_until
+from shoestring.trainer.run.evaluate import evaluated_until
 
 SECRET = "correct horse battery staple"
 MODULES = ("token", "random", "queue", "wandb", "torch", "trainer", "launch", "yaml", "sitecustomize")

@@ -16,7 +16,7 @@ from rich.console import Console
 from shoestring.launch.compose import compose_run
 from shoestring.launch.report.page import html_report
 from shoestring.launch.report.record import read_run
-from shoestring.launch.run import orphan
+from shoestring.launch.run import signals
 from shoestring.launch.run.run_dir import read_status
 from shoestring.launch.verbs.watch import watch
 from shoestring.tests.launch.real_run import command, lines_as_they_come, processes_of, train, wait_until
@@ -214,17 +214,17 @@ def test_a_launcher_killed_while_its_ranks_start_leaves_none_behind(overrides: l
 
 
 def test_a_rank_whose_launcher_is_dead_ends_also_before_anyone_has_taken_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(orphan, "die_with_parent", lambda: None)
+    monkeypatch.setattr(signals, "die_with_parent", lambda: None)
     monkeypatch.setenv("RANK", "0")
     with subprocess.Popen(["sleep", "60"]) as launcher:
-        monkeypatch.setenv(orphan.LAUNCHER_VARIABLE, str(launcher.pid))
-        orphan.die_with_launcher()
+        monkeypatch.setenv(signals.LAUNCHER_VARIABLE, str(launcher.pid))
+        signals.die_with_launcher()
         launcher.kill()
         os.waitid(os.P_PID, launcher.pid, os.WEXITED | os.WNOWAIT)  # dead, and still a zombie
         with pytest.raises(SystemExit):
-            orphan.die_with_launcher()
+            signals.die_with_launcher()
     with pytest.raises(SystemExit):
-        orphan.die_with_launcher()
+        signals.die_with_launcher()
 
 
 def test_a_finished_run_is_left_alone_until_it_is_told_otherwise(finished: Path, overrides: list[str]) -> None:

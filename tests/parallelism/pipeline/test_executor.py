@@ -12,12 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.comm.failure import CollectiveFailed
+from shoestring.comm.errors import CollectiveFailed
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.p2p import Incoming, Lane, Outgoing
 from shoestring.comm.topology import Topology
-from shoestring.parallelism.pipeline.executor import Executor, open_lanes
-from shoestring.parallelism.pipeline.overlap import Steps
+from shoestring.parallelism.pipeline.executor import Executor, Steps, open_lanes
 from shoestring.parallelism.pipeline.placement import Place
 from shoestring.parallelism.pipeline.program import Program
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_forward, build_placement, build_program

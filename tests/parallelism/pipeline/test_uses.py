@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from shoestring.parallelism.pipeline.liveness import first_use, first_use_anywhere, last_use, last_use_anywhere
 from shoestring.parallelism.pipeline.placement import Place
 from shoestring.parallelism.pipeline.program import Op
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_program
-from shoestring.parallelism.pipeline.uses import first_use, first_use_anywhere, last_use, last_use_anywhere
 
 
 @pytest.mark.parametrize("name", [schedule.name for schedule in SCHEDULES])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shoestring.comm.errors import Refused
 from shoestring.comm.groups import Group, ProcessGroups
-from shoestring.comm.host_memory import HostMemory
+from shoestring.comm.host import HostMemory
 from shoestring.comm.topology import Topology
 from shoestring.tests.comm.pages import StandInPages
 from shoestring.tests.launch.refusals import refused
@@ -97,7 +97,7 @@ def test_the_memory_for_copies_is_had_beside_the_training(tmp_path: Path) -> Non
         made.append(threading.current_thread().name)
         return real(*arguments, **options)
 
-    with patch("shoestring.comm.host_memory.torch.empty", empty):
+    with patch("shoestring.comm.host.torch.empty", empty):
         saver.reserve(pieces(large))
         threading.Timer(0.1, may_go_on.set).start()
         saver.begin(1, pieces(large), Cover())
@@ -115,7 +115,7 @@ def test_the_memory_for_copies_is_there_and_not_only_promised(tmp_path: Path) ->
         given.append(real(*arguments, **options).fill_(7))
         return given[-1]
 
-    with patch("shoestring.comm.host_memory.torch.empty", empty):
+    with patch("shoestring.comm.host.torch.empty", empty):
         saver.reserve(pieces({"large": torch.zeros(1000)}))
         saver.close()
     (buffer,) = given

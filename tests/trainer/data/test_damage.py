@@ -14,15 +14,14 @@ import numpy as np
 import pytest
 
 from shoestring.comm.errors import Refused
-from shoestring.trainer.data import verified
+from shoestring.trainer.data import prepared
 from shoestring.trainer.data.config import DataConfig
 from shoestring.trainer.data.inspect import describe, render
 from shoestring.trainer.data.manifest import FileEntry
 from shoestring.trainer.data.prepare import prepare
-from shoestring.trainer.data.prepared import open_directory, verify
+from shoestring.trainer.data.prepared import open_directory, verify, verify_before_run
 from shoestring.trainer.data.shards import verify_files
 from shoestring.trainer.data.stamp import STAMP
-from shoestring.trainer.data.verified import verify_before_run
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +90,8 @@ def test_large_data_is_read_once_and_when_it_changes(directory: Path, monkeypatc
         read.extend(entry.file for entry in files)
         verify_files(folder, files)
 
-    monkeypatch.setattr(verified, "verify_files", count)
-    monkeypatch.setattr(verified, "CHEAP_BYTES", 0)
+    monkeypatch.setattr(prepared, "verify_files", count)
+    monkeypatch.setattr(prepared, "CHEAP_BYTES", 0)
     manifest = open_directory(directory).manifest
     verify_before_run(directory, manifest, first_machine=False)
     assert read == []

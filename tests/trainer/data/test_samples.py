@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from shoestring.comm.errors import Refused
-from shoestring.trainer.data.entropy import unigram_entropy
-from shoestring.trainer.data.permutation import permute
-from shoestring.trainer.data.samples import SampleOrder, Samples
+from shoestring.trainer.data.inspect import unigram_entropy
+from shoestring.trainer.data.samples import SampleOrder, Samples, permute
 from shoestring.trainer.data.shards import Split
 
 PAD = 9999

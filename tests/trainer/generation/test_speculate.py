@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.parallelism.pipeline.overlap import Steps
+from shoestring.parallelism.pipeline.executor import Steps
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.trainer.checkpoint.saved import save_params
 from shoestring.trainer.generation.load import load_chunk

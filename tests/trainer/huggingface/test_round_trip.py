@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
 
 from shoestring.comm.errors import Refused
-from shoestring.parallelism.pipeline.overlap import drive
+from shoestring.parallelism.pipeline.executor import drive
 from shoestring.tests.launch.refusals import refused
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.reference.deepseek_v3 import ReferenceConfig

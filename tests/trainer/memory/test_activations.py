@@ -16,7 +16,7 @@ from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
 from shoestring.launch.compose import compose_run
-from shoestring.parallelism.pipeline.overlap import drive
+from shoestring.parallelism.pipeline.executor import drive
 from shoestring.parallelism.weight_grad import WeightGradients
 from shoestring.tests.trainer.census import Census
 from shoestring.trainer.memory.activations import MicroBatch, dense_layer, kept_bytes, moe_layer

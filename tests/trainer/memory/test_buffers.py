@@ -11,8 +11,8 @@ from shoestring.comm.async_comm import InlineWorker
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.exchange.factory import open_exchange
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.label import Label
 from shoestring.comm.topology import Topology
+from shoestring.comm.trace import Label
 from shoestring.comm.traffic import Traffic
 from shoestring.tests.processes import World, run_processes
 from shoestring.trainer.memory.activations import MicroBatch, tables

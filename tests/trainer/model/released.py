@@ -16,7 +16,7 @@ from shoestring.comm.exchange.factory import open_exchange
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
-from shoestring.parallelism.pipeline.overlap import drive
+from shoestring.parallelism.pipeline.executor import drive
 from shoestring.parallelism.weight_grad import WeightGradients
 from shoestring.tests.reference.deepseek_v3 import ReferenceConfig
 from shoestring.trainer.model.chunk import Chunk

@@ -16,10 +16,10 @@ from shoestring.comm.exchange.api import Received
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.exchange.flat import FlatExchange, FlatLayout
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.label import Label
 from shoestring.comm.topology import Topology
+from shoestring.comm.trace import Label
 from shoestring.comm.traffic import Traffic
-from shoestring.parallelism.pipeline.overlap import Steps, drive, take_turns
+from shoestring.parallelism.pipeline.executor import Steps, drive, take_turns
 from shoestring.parallelism.weight_grad import WeightGradients
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig

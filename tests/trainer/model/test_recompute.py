@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shoestring.comm.errors import Problem
-from shoestring.parallelism.pipeline.overlap import drive
+from shoestring.parallelism.pipeline.executor import drive
 from shoestring.parallelism.weight_grad import WeightGradients
 from shoestring.tests.trainer.model.test_chunk import LENGTH, SCALES, make_chunk, window
 from shoestring.trainer.model import recompute as recompute_module

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from shoestring.parallelism.weight_grad import WeightGradients
 from shoestring.tests.trainer.census import Census
-from shoestring.trainer.model.experts import Experts
-from shoestring.trainer.model.row_blocks import cut
+from shoestring.trainer.model.experts import Experts, cut
 from shoestring.trainer.precision.fp8 import Fp8
 from shoestring.trainer.precision.reference import Reference
 

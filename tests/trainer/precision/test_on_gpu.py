@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from shoestring.tests.trainer.precision.against_twins import check_products, check_quantisation, check_swiglu
-from shoestring.trainer.precision.accumulate import hopper_sum
 from shoestring.trainer.precision.backend import missing_for, open_provider
-from shoestring.trainer.precision.reference import Reference
+from shoestring.trainer.precision.reference import Reference, hopper_sum
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from shoestring.tests.reference import fp8 as twin
 from shoestring.tests.trainer.precision.against_twins import check_products
-from shoestring.trainer.precision.accumulate import exact_sum, hopper_sum
-from shoestring.trainer.precision.reference import Reference
+from shoestring.trainer.precision.reference import Reference, exact_sum, hopper_sum
 from shoestring.trainer.precision.tiles import Scales, quantise_blocks, quantise_columns, quantise_tiles
 
 ROWS = (150, 0, 128, 7)
