@@ -39,7 +39,7 @@ from shoestring.trainer.checkpoint.names import whole_model
 from shoestring.trainer.checkpoint.opened import Checkpoint
 from shoestring.trainer.checkpoint.pieces import Piece, whole_pieces
 from shoestring.trainer.checkpoint.saver import Saver, write_share
-from shoestring.trainer.checkpoint.store import CheckpointStore, Cover
+from shoestring.trainer.checkpoint.store import CheckpointExtras, CheckpointStore
 from shoestring.trainer.checkpoint.tensor_file import as_bytes
 from shoestring.trainer.huggingface.export import ExportOptions, export
 from shoestring.trainer.model.config import ModelConfig
@@ -76,7 +76,7 @@ def measure_saves(directory: Path, megabytes: int) -> dict[str, Any]:
     rounds = []
     for number in range(ROUNDS + 1):
         copy_s = timed(lambda: [to.copy_(tensor) for to, tensor in zip(target, tensors, strict=True)])
-        blocked_s = timed(lambda number=number: saver.begin(2 * number, pieces, Cover()))  # type: ignore[misc]
+        blocked_s = timed(lambda number=number: saver.begin(2 * number, pieces, CheckpointExtras()))  # type: ignore[misc]
         saver.finish()
         write_and_remove(directory / "before", tensors)
         write_s = timed(lambda: plain_write(directory / "plain", tensors))
@@ -99,7 +99,7 @@ def measure_saves(directory: Path, megabytes: int) -> dict[str, Any]:
 
 
 def save(saver: Saver, step: int, pieces: list[Piece]) -> None:
-    saver.begin(step, pieces, Cover())
+    saver.begin(step, pieces, CheckpointExtras())
     saved = saver.finish()
     assert saved is not None
     assert saved.failure is None
@@ -138,7 +138,7 @@ def write_model(directory: Path, config: ModelConfig) -> Checkpoint:
         batch = [piece for name in names[number : number + 16] for piece in random_piece(name, shapes[name])]
         write_share(store.partial(0), f"part_{number:05d}", batch)
     facts = {"step": 0, "config": {"model": asdict(config)}}
-    return Checkpoint.open(store.commit(0, Cover(facts, names=frozenset(names))))
+    return Checkpoint.open(store.commit(0, CheckpointExtras(facts, names=frozenset(names))))
 
 
 def random_piece(name: str, shape: tuple[int, ...]) -> Iterator[Piece]:

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from shoestring.comm.async_comm import InlineWorker
+from shoestring.comm.async_comm import InlineCommunicator
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.exchange.factory import open_exchange
 from shoestring.comm.groups import ProcessGroups
@@ -80,7 +80,7 @@ def ours(dtype: torch.dtype) -> Callable[[], float]:
     groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))
     model = Model(SHAPE)
     initialise(model, seed=0)
-    exchange = open_exchange(ExchangeConfig(), groups, SHAPE.experts, InlineWorker(), Traffic(topology, 0))
+    exchange = open_exchange(ExchangeConfig(), groups, SHAPE.experts, InlineCommunicator(), Traffic(topology, 0))
     pipeline = Pipeline.open(Stages.of(SHAPE, LENGTH), groups, torch.device("cpu"))
     optimizer = OptimizerConfig(moments=str(dtype).removeprefix("torch."))
     stepper = build_stepper(pipeline, model, exchange, dtype, 1, optimizer)

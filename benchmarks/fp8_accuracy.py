@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 import shoestring.trainer.data
-from shoestring.comm.async_comm import InlineWorker
+from shoestring.comm.async_comm import InlineCommunicator
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.exchange.factory import open_exchange
 from shoestring.comm.fp8 import TILE
@@ -111,7 +111,7 @@ def build(way: Way, seed: int) -> Stepper:
     initialise(model, seed)
     if way.provider is not None:
         model.use_fp8(Fp8(way.provider))
-    exchange = open_exchange(ExchangeConfig(), groups, SHAPE.experts, InlineWorker(), Traffic(topology, 0))
+    exchange = open_exchange(ExchangeConfig(), groups, SHAPE.experts, InlineCommunicator(), Traffic(topology, 0))
     pipeline = Pipeline.open(Stages.of(SHAPE, LENGTH), groups, torch.device("cpu"))
     return build_stepper(pipeline, model, exchange, way.dtype, 1, OptimizerConfig())
 

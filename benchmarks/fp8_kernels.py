@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shoestring.trainer.precision.backend import Provider, missing_for, open_provider
+from shoestring.trainer.precision.backend import PrecisionBackend, missing_for, open_provider
 from shoestring.trainer.precision.reference import Reference
 from shoestring.trainer.precision.tiles import Scales
 
@@ -98,7 +98,7 @@ class Row:
     """Of triton."""
 
 
-def work_of(shape: Shape, provider: Provider) -> Callable[[], Tensor]:
+def work_of(shape: Shape, provider: PrecisionBackend) -> Callable[[], Tensor]:
     """One product on quantised operands; a gradient of weights is added to a sum, which begins with 0."""
     rows_L = (shape.m // shape.experts,) * shape.experts
     a_MK = torch.randn(shape.m, shape.k, device="cuda", dtype=torch.bfloat16)
@@ -143,7 +143,7 @@ def milliseconds(work: Callable[[], Tensor]) -> list[float]:
         cycles *= 2
 
 
-def measure(shape: Shape, providers: dict[str, Provider], processors: int) -> Row:
+def measure(shape: Shape, providers: dict[str, PrecisionBackend], processors: int) -> Row:
     rates: dict[str, float] = {}
     error = 0.0
     torch.manual_seed(0)

@@ -34,7 +34,7 @@ from shoestring.launch.run.run_dir import own
 from shoestring.trainer.ledger.allocation import Allocation
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.terms import TOTALS_FILE
-from shoestring.trainer.ledger.work import Work
+from shoestring.trainer.ledger.work import WorkJournal
 from shoestring.trainer.telemetry.events import METRICS_FILE, Event
 
 RECORDS, LINES, CHECKPOINTS = 1_000_000, 1_000_000, 1000
@@ -61,7 +61,7 @@ class Row:
 def make_ledger(run_dir: Path, records: int) -> None:
     """Three records a step, as a run writes them; one launch goes back to an earlier step."""
     allocation = Allocation(run_dir, ranks=8, attempt="one", budget=BUDGET)
-    work = Work(run_dir, ranks=8, attempt="one", budget=BUDGET)
+    work = WorkJournal(run_dir, ranks=8, attempt="one", budget=BUDGET)
     work.ready()
     step = 0
     for number in range(1, records // 3 + 1):

@@ -28,7 +28,7 @@ from shoestring.parallelism.weight_grad import WeightGradients, linear
 from shoestring.parallelism.zero.bucket import Bucket, Member
 from shoestring.parallelism.zero.optimizer import ShardedOptimizer
 from shoestring.parallelism.zero.reduce import Reducer
-from shoestring.trainer.model.phase import Phase
+from shoestring.trainer.model.phase import SplitBackward
 from shoestring.trainer.optimizer.adamw import AdamW
 from shoestring.trainer.optimizer.config import OptimizerConfig
 
@@ -103,9 +103,9 @@ def shoestring(sizes: Sizes, rank: int, ranks: int, moments: torch.dtype) -> Run
 
     def backward(x_RD: Tensor, *, last: bool) -> None:
         """Phase by phase, so that what is final is known, as a pipeline's program knows it."""
-        phases: list[Phase] = []
+        phases: list[SplitBackward] = []
         for block in model:
-            phases.append(Phase(lambda x, block=block: (block(x),), x_RD))
+            phases.append(SplitBackward(lambda x, block=block: (block(x),), x_RD))
             (x_RD,) = phases[-1].take()
         grad, weights = 2 * scale * x_RD, WeightGradients()
         for index, phase in enumerate(reversed(phases)):

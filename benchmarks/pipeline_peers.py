@@ -18,10 +18,10 @@ from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleDualPip
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
 from shoestring.parallelism.pipeline.executor import Executor, Steps, open_lanes
-from shoestring.parallelism.pipeline.placement import Place
+from shoestring.parallelism.pipeline.placement import StagePlace
 from shoestring.parallelism.pipeline.schedules.registry import build_program
 from shoestring.parallelism.weight_grad import WeightGradients, linear
-from shoestring.trainer.model.phase import Phase
+from shoestring.trainer.model.phase import SplitBackward
 
 PEERS = {
     "Schedule1F1B": ("one_f_one_b", Schedule1F1B),
@@ -83,7 +83,7 @@ class ModuleStage:
     is_last: bool
     inputs: tuple[Tensor, ...]
     targets: tuple[Tensor, ...]
-    phases: dict[int, Phase] = field(default_factory=dict)
+    phases: dict[int, SplitBackward] = field(default_factory=dict)
 
     def forward(self, micro_batch: int, received: Tensor | None) -> Steps[Tensor | None]:
         yield from ()
@@ -94,7 +94,7 @@ class ModuleStage:
             out: Tensor = self.module(x)
             return (loss_of(out, self.targets[micro_batch]) if self.is_last else out,)
 
-        phase = self.phases[micro_batch] = Phase(run, x)
+        phase = self.phases[micro_batch] = SplitBackward(run, x)
         return None if self.is_last else phase.take()[0]
 
     def backward(self, micro_batch: int, received: Tensor | None, weights: WeightGradients) -> Steps[Tensor | None]:
@@ -138,7 +138,7 @@ def ours(schedule: str, sizes: Sizes, rank: int, ranks: int) -> Peer:
     x, target = inputs_and_targets(sizes)
     placement, modules, stages = program.placement, {}, []
     for chunk in range(placement.chunks):
-        place = Place(rank, chunk)
+        place = StagePlace(rank, chunk)
         module = modules[placement.stage(place)] = stage_module(placement.stage(place), sizes)
         ends = placement.is_first(place), placement.is_last(place)
         stages.append(ModuleStage(module, *ends, x.split(sizes.rows), target.split(sizes.rows)))

@@ -29,9 +29,9 @@ from shoestring.launch.planner.recipe import NOTHING, Precision, Recipe
 from shoestring.launch.verbs.simulate import simulate
 from shoestring.parallelism.pipeline.communication import edges
 from shoestring.parallelism.pipeline.liveness import moments
-from shoestring.parallelism.pipeline.placement import Place
+from shoestring.parallelism.pipeline.placement import StagePlace
 from shoestring.parallelism.pipeline.schedules.registry import build_program
-from shoestring.parallelism.pipeline.simulate import UnitTimes, replay
+from shoestring.parallelism.pipeline.simulate import UnitTimes, simulate_program
 
 PUBLISHED = Path(__file__).with_name("published_measurements.csv")
 
@@ -126,7 +126,7 @@ def zero_bubble(published: dict[str, float]) -> Iterator[Comparison]:
             program = build_program(schedule, profile.ranks, profile.micro_batches, chunks)
             part = 1e-6 / (chunks or 1)
             parts = profile.forward * part, profile.input_gradient * part, profile.weight_gradient * part
-            seconds = replay(program, UnitTimes(*parts), profile.transfer * 1e-6).makespan
+            seconds = simulate_program(program, UnitTimes(*parts), profile.transfer * 1e-6).makespan
             rates[name] = profile.micro_batch * profile.micro_batches / profile.ranks / seconds
         rows = {name: f"zb-{profile.name}-{name}-m{profile.micro_batches}-samples_per_gpu_per_s" for name in _SCHEDULES}
         for name in ("zb1p", "f1bi"):
@@ -146,7 +146,7 @@ def _zero_bubble_memory(profile: Profile, schedule: str, chunks: int | None) -> 
     stages, count = program.placement.stages, _LAYERS_A_RANK // program.chunks
     worst = 0.0
     for rank, commits in enumerate(edges(program)):
-        held = [program.placement.stage(Place(rank, chunk)) for chunk in range(program.chunks)]
+        held = [program.placement.stage(StagePlace(rank, chunk)) for chunk in range(program.chunks)]
         layers = [count - (stage in (0, stages - 1)) for stage in held]
         counts = [moment.in_memory for moment in moments(program, rank, commits)]
         alive = max(sum(n * k for n, k in zip(each, layers, strict=True)) for each in counts)

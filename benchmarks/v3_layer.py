@@ -31,8 +31,8 @@ from shoestring.parallelism.weight_grad import WeightGradients
 from shoestring.trainer.model.attention_backend import AttentionCase, GpuFacts, choose_attention
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.layer import Context, MoELayer
-from shoestring.trainer.model.model import Model, Share
-from shoestring.trainer.model.recompute import Part, Recompute
+from shoestring.trainer.model.model import Model, ModelShard
+from shoestring.trainer.model.recompute import Recompute, RecomputeModule
 from shoestring.trainer.model.rope import rotation
 from shoestring.trainer.precision.backend import choose_provider, missing_for, open_provider
 from shoestring.trainer.precision.fp8 import Fp8
@@ -40,7 +40,9 @@ from shoestring.trainer.precision.fp8 import Fp8
 TRACE_US = {"attn(F)": 4370, "mlp(F)": 4604, "mlp(B)": 5306, "mlp(W)": 5063, "attn(B)": 9341, "attn(W)": 2388}
 LAUNCH = re.compile("cu(da)?(LaunchKernel|LaunchCooperativeKernel|Memcpy|Memset)")
 """CUDA's calls that queue work on a stream, by the runtime and the driver."""
-RECOMPUTED = frozenset({Part.NORM, Part.UP_PROJECTION, Part.SWIGLU})  # recompute=deepseek_v3; the trace shows it
+RECOMPUTED = frozenset(
+    {RecomputeModule.NORM, RecomputeModule.UP_PROJECTION, RecomputeModule.SWIGLU}
+)  # recompute=deepseek_v3; the trace shows it
 V3 = replace(MEASURED_ON, vocabulary=256, layers=1, dense_layers=0, groups=8, top_k_groups=4, mtp_depth=0)
 
 
@@ -60,7 +62,7 @@ SETTING = Setting(V3, expert_ranks=64, tokens=4096, rows_per_expert=8192)
 def build(setting: Setting, provider: str, device: torch.device) -> Model:
     """Of random weights, in BF16 but for norms and router, with FP32 gradients; its one layer alone is used."""
     with torch.device(device):
-        model = Model(setting.config, Share((0,), False, False, setting.expert_ranks))
+        model = Model(setting.config, ModelShard((0,), False, False, setting.expert_ranks))
     with torch.no_grad():
         for weight in model.parameters():
             weight.normal_(std=0.006) if weight.ndim > 1 else weight.fill_(1.0)

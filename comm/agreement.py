@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from .errors import Problem, Refused
+from .errors import ConfigError, Problem
 from .files.strict_json import parse_json
 
 
@@ -23,7 +23,7 @@ class Fact:
     """What messages show of it."""
 
 
-class Different(Refused):
+class ProcessesDifferError(ConfigError):
     """Processes of one run are not the same; raised on all of them."""
 
 
@@ -63,7 +63,7 @@ def from_json(text: str) -> dict[str, Fact]:
 
 
 def refuse_unless_equal(store: dist.Store, rank: int, ranks: int, facts: Facts) -> None:
-    """Raise `Different` on every rank, with the first difference from rank 0, unless `facts` are the same on all.
+    """Raise `ProcessesDifferError` on every rank, with the first difference from rank 0, unless all `facts` agree.
 
     A few messages of each rank with the store of the launch: no group is open yet, as ranks that differ may want other
     groups. Raises `dist.DistError` where ranks do not come in time.
@@ -81,7 +81,7 @@ def refuse_unless_equal(store: dist.Store, rank: int, ranks: int, facts: Facts) 
     store.wait(["all compared"])
     if store.check(["difference"]):
         name, sides = json.loads(store.get("difference"))
-        raise Different([Problem(name, sides, DIFFERENT)])
+        raise ProcessesDifferError([Problem(name, sides, DIFFERENT)])
 
 
 DIFFERENT = "must be the same on all ranks and machines; start all with one command, one tree and one prepared data"

@@ -15,11 +15,11 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from .errors import CollectiveFailed
+from .errors import CollectiveError
 from .groups import Group
 from .host import HostCopies, HostCopy
-from .streams import Event, Streams, streams_of
-from .trace import SILENT, Recorder, Track
+from .streams import StreamEvent, Streams, streams_of
+from .trace import SILENT, SpanRecorder, Track
 
 
 @dataclass
@@ -31,7 +31,7 @@ class OrderCheck:
     """What this rank has issued so far."""
 
     def check(self, what: str) -> None:
-        """Raise `CollectiveFailed` on every rank unless all are about to run `what`."""
+        """Raise `CollectiveError` on every rank unless all are about to run `what`."""
         self.issued.append(what)
         number = len(self.issued)
         calls = self.group.all_gather_objects((number, what), f"order check before {what}")
@@ -39,14 +39,14 @@ class OrderCheck:
             each = "; ".join(
                 f"rank {rank} runs number {n}, {text}" for rank, (n, text) in zip(self.group.ranks, calls, strict=True)
             )
-            raise CollectiveFailed(f"rank {self.group.rank}: the ranks disagree on the order of exchanges: {each}")
+            raise CollectiveError(f"rank {self.group.rank}: the ranks disagree on the order of exchanges: {each}")
 
 
 T = TypeVar("T")
 Result = TypeVar("Result", covariant=True)
 
 
-class Pending(Protocol[Result]):
+class AsyncWork(Protocol[Result]):
     """A communication under way."""
 
     def wait(self) -> Result:
@@ -57,15 +57,15 @@ class Pending(Protocol[Result]):
         ...
 
 
-class InParts(Generic[T]):
+class TwoPartWork(Generic[T]):
     """A communication in two parts, the second of which needs numbers that the first one brings to the host.
 
     Between them the caller queues other work, so that the device has some while the host waits for the numbers.
     """
 
-    def __init__(self, proceed: Callable[[], Pending[T]]) -> None:
-        self._proceed: Callable[[], Pending[T]] | None = proceed
-        self._pending: Pending[T] | None = None
+    def __init__(self, proceed: Callable[[], AsyncWork[T]]) -> None:
+        self._proceed: Callable[[], AsyncWork[T]] | None = proceed
+        self._pending: AsyncWork[T] | None = None
 
     def proceed(self) -> None:
         """Launch the second part, unless that is done. The host waits here for the numbers of the first."""
@@ -74,20 +74,22 @@ class InParts(Generic[T]):
             self._pending = proceed()
 
     def wait(self) -> T:
-        """Return what arrived, see `Pending`; launches the second part where `proceed` has not."""
+        """Return what arrived, see `AsyncWork`; launches the second part where `proceed` has not."""
         self.proceed()
         assert self._pending is not None
         return self._pending.wait()
 
 
-class Worker(Protocol):
+class AsyncCommunicator(Protocol):
     """Runs whole exchanges in the order of submission, one after the other, without autograd."""
 
-    def submit(self, what: str, function: Callable[[], T], inputs: Sequence[Tensor]) -> Pending[T]:
+    def submit(self, what: str, function: Callable[[], T], inputs: Sequence[Tensor]) -> AsyncWork[T]:
         """Start `function`, which reads `inputs`; `what` names it where orders are compared."""
         ...
 
-    def submit_in_parts(self, what: str, first: Callable[[], Callable[[], T]], inputs: Sequence[Tensor]) -> InParts[T]:
+    def submit_in_parts(
+        self, what: str, first: Callable[[], Callable[[], T]], inputs: Sequence[Tensor]
+    ) -> TwoPartWork[T]:
         """Start `first`, which returns the second part; both read `inputs`.
 
         Nothing may be submitted between the parts: then all kinds of workers, of which one runs both at once, issue
@@ -108,20 +110,20 @@ def open_worker(
     group: Group,
     device: torch.device,
     order: OrderCheck | None = None,
-    recorder: Recorder = SILENT,
+    recorder: SpanRecorder = SILENT,
     track: Track = Track.EXCHANGE,
     streams: Streams | None = None,
-) -> Worker:
+) -> AsyncCommunicator:
     """The worker for communication over `group` by tensors on `device`; it shows on `track` of a timeline.
 
     `streams` are those that it uses; by default those of `device`.
     """
     streams = streams or streams_of(device)
     if group.size == 1:
-        return InlineWorker(recorder, track, streams)
+        return InlineCommunicator(recorder, track, streams)
     if streams is not None:
-        return StreamWorker(streams, order, recorder, track)
-    return ThreadWorker(order, recorder, track)
+        return StreamCommunicator(streams, order, recorder, track)
+    return ThreadCommunicator(order, recorder, track)
 
 
 class Done(Generic[T]):
@@ -153,35 +155,37 @@ class _Parts:
         self._begun = None
 
 
-class InlineWorker:
+class InlineCommunicator:
     """Runs everything at once, in the caller: for a group of one rank, where nothing moves."""
 
     def __init__(
-        self, recorder: Recorder = SILENT, track: Track = Track.EXCHANGE, streams: Streams | None = None
+        self, recorder: SpanRecorder = SILENT, track: Track = Track.EXCHANGE, streams: Streams | None = None
     ) -> None:
         self._recorder, self._track = recorder, track
         self._copies, self._parts = HostCopies(streams), _Parts()
 
-    def submit(self, what: str, function: Callable[[], T], inputs: Sequence[Tensor]) -> Pending[T]:
-        """See `Worker`."""
+    def submit(self, what: str, function: Callable[[], T], inputs: Sequence[Tensor]) -> AsyncWork[T]:
+        """See `AsyncCommunicator`."""
         self._parts.submit(what)
         self._recorder.mark(Track.LAUNCH, what)
         return Done(self._run(what, function))
 
-    def submit_in_parts(self, what: str, first: Callable[[], Callable[[], T]], inputs: Sequence[Tensor]) -> InParts[T]:
-        """See `Worker`."""
+    def submit_in_parts(
+        self, what: str, first: Callable[[], Callable[[], T]], inputs: Sequence[Tensor]
+    ) -> TwoPartWork[T]:
+        """See `AsyncCommunicator`."""
         self._parts.begin(what)
         self._recorder.mark(Track.LAUNCH, what)
         second = self._run(what, first)
 
-        def proceed() -> Pending[T]:
+        def proceed() -> AsyncWork[T]:
             self._parts.end()
             return Done(self._run(what, second))
 
-        return InParts(proceed)
+        return TwoPartWork(proceed)
 
     def to_host_later(self, x: Tensor) -> HostCopy:
-        """See `Worker`."""
+        """See `AsyncCommunicator`."""
         return self._copies.start(x)
 
     def _run(self, what: str, function: Callable[[], T]) -> T:
@@ -192,7 +196,7 @@ class InlineWorker:
         """Nothing is ever under way."""
 
 
-class ThreadWorker:
+class ThreadCommunicator:
     """A thread of its own for gloo, which has no streams.
 
     One thread, first in first out: all ranks of a group issue their collectives in one order, so none can wait for
@@ -200,7 +204,7 @@ class ThreadWorker:
     """
 
     def __init__(
-        self, order: OrderCheck | None = None, recorder: Recorder = SILENT, track: Track = Track.EXCHANGE
+        self, order: OrderCheck | None = None, recorder: SpanRecorder = SILENT, track: Track = Track.EXCHANGE
     ) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=track)
         self._order = order
@@ -208,14 +212,16 @@ class ThreadWorker:
         self._failure: BaseException | None = None
         self._copies, self._parts = HostCopies(None), _Parts()
 
-    def submit(self, what: str, function: Callable[[], T], inputs: Sequence[Tensor]) -> Pending[T]:
-        """See `Worker`."""
+    def submit(self, what: str, function: Callable[[], T], inputs: Sequence[Tensor]) -> AsyncWork[T]:
+        """See `AsyncCommunicator`."""
         self._parts.submit(what)
         self._recorder.mark(Track.LAUNCH, what)
         return _InThread(self._executor.submit(self._run, what, function))
 
-    def submit_in_parts(self, what: str, first: Callable[[], Callable[[], T]], inputs: Sequence[Tensor]) -> InParts[T]:
-        """See `Worker`. The thread goes on with the second part by itself: it waits for numbers instead of the caller.
+    def submit_in_parts(
+        self, what: str, first: Callable[[], Callable[[], T]], inputs: Sequence[Tensor]
+    ) -> TwoPartWork[T]:
+        """See `AsyncCommunicator`. The thread starts the second part: it waits for numbers instead of the caller.
 
         The order of collectives is that of a stream, because nothing comes between the parts.
         """
@@ -223,18 +229,18 @@ class ThreadWorker:
         self._recorder.mark(Track.LAUNCH, what)
         running = _InThread(self._executor.submit(self._run, what, lambda: first()()))
 
-        def proceed() -> Pending[T]:
+        def proceed() -> AsyncWork[T]:
             self._parts.end()
             return running
 
-        return InParts(proceed)
+        return TwoPartWork(proceed)
 
     def to_host_later(self, x: Tensor) -> HostCopy:
-        """See `Worker`."""
+        """See `AsyncCommunicator`."""
         return self._copies.start(x)
 
     def close(self) -> None:
-        """See `Worker`."""
+        """See `AsyncCommunicator`."""
         self._executor.shutdown(cancel_futures=True)
 
     def _run(self, what: str, function: Callable[[], T]) -> T:
@@ -258,7 +264,7 @@ class _InThread(Generic[T]):
         return self._future.result()
 
 
-class StreamWorker:
+class StreamCommunicator:
     """A stream beside the computing one. Not yet run on hardware.
 
     Each exchange gets an event of its own for what it needs and one for its end. The allocator is told of every tensor
@@ -269,7 +275,7 @@ class StreamWorker:
         self,
         streams: Streams,
         order: OrderCheck | None = None,
-        recorder: Recorder = SILENT,
+        recorder: SpanRecorder = SILENT,
         track: Track = Track.EXCHANGE,
     ) -> None:
         self._streams = streams
@@ -278,8 +284,8 @@ class StreamWorker:
         self._recorder, self._track = recorder, track
         self._copies, self._parts = HostCopies(streams), _Parts()
 
-    def submit(self, what: str, function: Callable[[], T], inputs: Sequence[Tensor]) -> Pending[T]:
-        """See `Worker`. The host waits for nothing here."""
+    def submit(self, what: str, function: Callable[[], T], inputs: Sequence[Tensor]) -> AsyncWork[T]:
+        """See `AsyncCommunicator`. The host waits for nothing here."""
         self._parts.submit(what)
         self._announce(what)
         computed = self._streams.current().record_event()
@@ -287,8 +293,10 @@ class StreamWorker:
             self._stream.wait_event(computed)
             return _OnStream(function(), self._stream.record_event(), self._streams)
 
-    def submit_in_parts(self, what: str, first: Callable[[], Callable[[], T]], inputs: Sequence[Tensor]) -> InParts[T]:
-        """See `Worker`. The second part waits for nothing that was computed since the first: it runs beside it."""
+    def submit_in_parts(
+        self, what: str, first: Callable[[], Callable[[], T]], inputs: Sequence[Tensor]
+    ) -> TwoPartWork[T]:
+        """See `AsyncCommunicator`. The second part waits for nothing that was computed since the first."""
         self._parts.begin(what)
         self._announce(what)
         computed = self._streams.current().record_event()
@@ -296,19 +304,19 @@ class StreamWorker:
             self._stream.wait_event(computed)
             second = first()
 
-        def proceed() -> Pending[T]:
+        def proceed() -> AsyncWork[T]:
             self._parts.end()
             with self._queueing(what, inputs):
                 return _OnStream(second(), self._stream.record_event(), self._streams)
 
-        return InParts(proceed)
+        return TwoPartWork(proceed)
 
     def to_host_later(self, x: Tensor) -> HostCopy:
-        """See `Worker`."""
+        """See `AsyncCommunicator`."""
         return self._copies.start(x)
 
     def close(self) -> None:
-        """See `Worker`."""
+        """See `AsyncCommunicator`."""
         self._stream.synchronize()
 
     def _announce(self, what: str) -> None:
@@ -326,7 +334,7 @@ class StreamWorker:
 
 
 class _OnStream(Generic[T]):
-    def __init__(self, result: T, arrived: Event, streams: Streams) -> None:
+    def __init__(self, result: T, arrived: StreamEvent, streams: Streams) -> None:
         self._result = result
         self._streams = streams
         self._arrived = arrived

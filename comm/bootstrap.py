@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from .errors import Problem, Refused, refuse_if_any
+from .errors import ConfigError, Problem, refuse_if_any
 from .loopback import listen_on, loopback_of
 
 _MOST_RANKS = 10_000_000
@@ -25,14 +25,14 @@ class WorkerEnvironment:
 
     @staticmethod
     def read() -> WorkerEnvironment | None:
-        """The variables of this process, or None outside torchrun. Raises `Refused` where some are missing."""
+        """The variables of this process, or None outside torchrun. Raises `ConfigError` where some are missing."""
         wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         missing = [name for name in wanted if name not in os.environ]
         if "RANK" in missing:
             return None
         if missing:
-            remedy = f"is set but {', '.join(missing)} is not; start ranks with torchrun, or unset it"
-            raise Refused([Problem("RANK", os.environ["RANK"], remedy)])
+            hint = f"is set but {', '.join(missing)} is not; start ranks with torchrun, or unset it"
+            raise ConfigError([Problem("RANK", os.environ["RANK"], hint)])
         problems: list[Problem] = []
         size = _whole("WORLD_SIZE", 1, _MOST_RANKS, problems)
         rank = _whole("RANK", 0, _MOST_RANKS, problems)
@@ -53,8 +53,8 @@ def _whole(name: str, low: int, high: int, problems: list[Problem]) -> int:
     text = os.environ[name]
     if text.isascii() and text.isdecimal() and len(text) <= len(str(high)) and low <= int(text) <= high:
         return int(text)
-    remedy = f"must be a whole number from {low} to {high}; start ranks with torchrun, or unset RANK"
-    problems.append(Problem(name, text, remedy))
+    hint = f"must be a whole number from {low} to {high}; start ranks with torchrun, or unset RANK"
+    problems.append(Problem(name, text, hint))
     return low
 
 

@@ -19,7 +19,7 @@ Messages = Sequence[tuple[Tensor, int]]
 STAGED = 2**22  # elements that a reduction on gloo receives before it adds them
 
 
-class Communicator(Protocol):
+class Collectives(Protocol):
     """Collective operations of the ranks of one group, in place.
 
     On a GPU each of them returns when it is queued on the current stream, which waits for its end; on a CPU, when it is
@@ -50,30 +50,30 @@ class Communicator(Protocol):
         ...
 
 
-class NcclCommunicator:
+class NcclCollectives:
     """NCCL, on the current stream of a GPU. Not yet run on hardware."""
 
     def __init__(self, handle: dist.ProcessGroup) -> None:
         self.handle = handle
 
     def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
-        """See `Communicator`."""
+        """See `Collectives`."""
         dist.all_reduce(tensor, operation, group=self.handle)
 
     def all_to_all(self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int]) -> None:
-        """See `Communicator`."""
+        """See `Collectives`."""
         dist.all_to_all_single(arrived, sent, list(received_M), list(sent_M), group=self.handle)
 
     def reduce_scatter(self, own_N: Tensor, shards_GN: Tensor) -> None:
-        """See `Communicator`. In place, as NCCL allows where `own_N` is this rank's row."""
+        """See `Collectives`. In place, as NCCL allows where `own_N` is this rank's row."""
         _reduce_scatter(own_N, shards_GN, group=self.handle)
 
     def all_gather(self, shards_GN: Tensor, own_N: Tensor) -> None:
-        """See `Communicator`. In place, as NCCL allows where `own_N` is this rank's row."""
+        """See `Collectives`. In place, as NCCL allows where `own_N` is this rank's row."""
         _all_gather(shards_GN, own_N, group=self.handle)
 
     def send_and_receive(self, sends: Messages, receives: Messages) -> None:
-        """See `Communicator`."""
+        """See `Collectives`."""
         operations = [
             *(dist.P2POp(dist.isend, tensor, peer, self.handle) for tensor, peer in sends),
             *(dist.P2POp(dist.irecv, tensor, peer, self.handle) for tensor, peer in receives),
@@ -82,7 +82,7 @@ class NcclCommunicator:
             work.wait()  # without a limit: with one, the host would wait for the neighbor
 
 
-class GlooCommunicator:
+class GlooCollectives:
     """gloo, for tensors on the host. The caller waits until an operation is done, at most `limit`.
 
     gloo's own all-to-all often sends in one direction after the other (twice the time on a slow link) and its
@@ -94,15 +94,15 @@ class GlooCommunicator:
         self._ranks, self._index, self._limit = ranks, ranks.index(rank), limit
 
     def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
-        """See `Communicator`."""
+        """See `Collectives`."""
         dist.all_reduce(tensor, operation, group=self.handle)
 
     def all_to_all(self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int]) -> None:
-        """See `Communicator`."""
+        """See `Collectives`."""
         self._message_each(arrived.split(list(received_M)), sent.split(list(sent_M)))
 
     def reduce_scatter(self, own_N: Tensor, shards_GN: Tensor) -> None:
-        """See `Communicator`. A row is summed where it is owned: its own part first, then the others' by rank."""
+        """See `Collectives`. A row is summed where it is owned: its own part first, then the others' by rank."""
         piece = max(1, STAGED // len(self._ranks))
         for begin in range(0, own_N.numel(), piece):
             part_GM = shards_GN[:, begin : begin + piece]
@@ -113,11 +113,11 @@ class GlooCommunicator:
                     own_N[begin : begin + piece] += arrived_M
 
     def all_gather(self, shards_GN: Tensor, own_N: Tensor) -> None:
-        """See `Communicator`."""
+        """See `Collectives`."""
         self._message_each(shards_GN.unbind(), [own_N] * len(self._ranks))
 
     def send_and_receive(self, sends: Messages, receives: Messages) -> None:
-        """See `Communicator`."""
+        """See `Collectives`."""
         waiting = [dist.irecv(tensor, src=peer, group=self.handle) for tensor, peer in receives]
         waiting += [dist.isend(tensor, dst=peer, group=self.handle) for tensor, peer in sends]
         for work in waiting:

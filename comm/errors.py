@@ -27,13 +27,13 @@ def printable(text: str, keep: str = "\n\t") -> str:
 class Problem:
     """One thing wrong with the input.
 
-    `field` is the dotted configuration key, or the path of a file; `remedy` says what is wrong and what to write
+    `field` is the dotted configuration key, or the path of a file; `hint` says what is wrong and what to write
     instead. `others` are the keys that the value was judged by, where it is not impossible on its own.
     """
 
     field: str
     value: object
-    remedy: str
+    hint: str
     others: tuple[str, ...] = ()
 
     def under(self, prefix: str) -> Problem:
@@ -42,7 +42,7 @@ class Problem:
         return replace(self, field=f"{prefix}.{self.field}", others=others)
 
     def __str__(self) -> str:
-        return f"{printable(self.field, keep='')} = {self.value!r}: {printable(self.remedy)}"
+        return f"{printable(self.field, keep='')} = {self.value!r}: {printable(self.hint)}"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _inside(key: str, group: str) -> bool:
     return group in ("", key) or key.startswith((f"{group}.", f"{group}["))
 
 
-class Refused(Exception):  # noqa: N818 -- reads as the sentence it is: the input was refused
+class ConfigError(Exception):
     """Input that cannot be honoured. Raised before any process group or file of a run exists."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
@@ -87,32 +87,32 @@ def noting(problems: list[Problem]) -> Iterator[None]:
     """Add what is refused inside to `problems`, so that all that is wrong is told at once."""
     try:
         yield
-    except Refused as refused:
+    except ConfigError as refused:
         problems += refused.problems
 
 
 def refuse_if_any(problems: Iterable[Problem]) -> None:
-    """Raise `Refused` with all of `problems`, or return when there are none."""
+    """Raise `ConfigError` with all of `problems`, or return when there are none."""
     found = tuple(problems)
     if found:
-        raise Refused(found)
+        raise ConfigError(found)
 
 
-class CollectiveFailed(RuntimeError):  # noqa: N818 -- says what happened
+class CollectiveError(RuntimeError):
     """A peer died, a link went silent for longer than the limit, or the ranks disagree on what they are doing."""
 
 
 @contextmanager
 def failing_clearly(rank: int, what: object, peers: Sequence[int], limit: timedelta) -> Iterator[None]:
-    """Turn what the backend raises into `CollectiveFailed`, which names rank, operation, peers and limit."""
+    """Turn what the backend raises into `CollectiveError`, which names rank, operation, peers and limit."""
     began = time.monotonic()
     try:
         yield
-    except CollectiveFailed:
+    except CollectiveError:
         raise
     except RuntimeError as error:
         seconds = time.monotonic() - began
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         others = ", ".join(str(peer) for peer in peers if peer != rank)
         message = f"rank {rank}: {what} with ranks {others} failed after {seconds:.1f} s"
-        raise CollectiveFailed(f"{message} (limit {limit.total_seconds():g} s): {reason}") from error
+        raise CollectiveError(f"{message} (limit {limit.total_seconds():g} s): {reason}") from error

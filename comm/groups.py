@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from .communicator import Communicator, Messages
+from .communicator import Collectives, Messages
 from .errors import failing_clearly
 from .open_groups import GlooGroups, OpenGroups
 from .topology import Topology
@@ -31,7 +31,7 @@ class Group:
     """
 
     ranks: tuple[int, ...]
-    communicator: Communicator | None
+    communicator: Collectives | None
     rank: int
     """This process, as one of `ranks`."""
     limit: timedelta
@@ -224,7 +224,7 @@ class _Maker:
     ) -> None:
         self._topology, self._rank, self._limit, self._open = topology, rank, limit, open_groups
         self._watchdog = watchdog
-        self._reducing: dict[_Parts, Communicator | None] = {}
+        self._reducing: dict[_Parts, Collectives | None] = {}
 
     def world(self, everyone: tuple[int, ...]) -> Group:
         """The group of all ranks, for the main thread and tensors on the device."""
@@ -262,12 +262,12 @@ class _Maker:
                     groups[pp_ranks] = self._group(topology.holders(ranks_of(self._rank), pp_ranks), made)
         return groups
 
-    def _split(self, name: str, parts: _Parts, max_ctas: int | None) -> Communicator | None:
+    def _split(self, name: str, parts: _Parts, max_ctas: int | None) -> Collectives | None:
         several = [ranks for ranks in parts if len(ranks) > 1]
         everyone = range(self._topology.world_size if several else 1)
         return self._opened(name, everyone, lambda: self._open.split(name, several, max_ctas))
 
-    def _opened(self, name: str, ranks: Sequence[int], make: Callable[[], Communicator | None]) -> Communicator | None:
+    def _opened(self, name: str, ranks: Sequence[int], make: Callable[[], Collectives | None]) -> Collectives | None:
         """Make groups, which is collective over `ranks`; one rank alone has none."""
         if len(ranks) == 1:
             return None
@@ -276,7 +276,7 @@ class _Maker:
         with self._watchdog.watching(f"making the groups of {name}", ranks):
             return make()
 
-    def _group(self, ranks: tuple[int, ...], communicator: Communicator | None) -> Group:
+    def _group(self, ranks: tuple[int, ...], communicator: Collectives | None) -> Group:
         return Group(ranks, communicator if len(ranks) > 1 else None, self._rank, self._limit, self._watchdog)
 
 

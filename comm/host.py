@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .streams import Event, Stream, Streams
+from .streams import Stream, StreamEvent, Streams
 
 
 def to_host(x: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 class HostCopy:
     """Numbers on their way to the host."""
 
-    def __init__(self, numbers: Tensor, arrived: Event | None, free: list[Tensor]) -> None:
+    def __init__(self, numbers: Tensor, arrived: StreamEvent | None, free: list[Tensor]) -> None:
         self._numbers = numbers
         self._arrived = arrived
         self._free = free
@@ -161,12 +161,12 @@ class StagedReader:
         self._stream: Stream = streams.create(name)
         self._halves = [torch.empty(staged_bytes // 2, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
 
-    def mark(self) -> Event:
+    def mark(self) -> StreamEvent:
         """Return the event that all work queued so far on this thread's stream completes, for `pieces` to wait for."""
-        event: Event = self._streams.current().record_event()
+        event: StreamEvent = self._streams.current().record_event()
         return event
 
-    def pieces(self, flat_N: Tensor, ready: Event) -> Iterator[tuple[slice, Tensor]]:
+    def pieces(self, flat_N: Tensor, ready: StreamEvent) -> Iterator[tuple[slice, Tensor]]:
         """Yield each stretch of `flat_N` and its elements on the host, as they are once `ready` has come.
 
         The elements are overwritten when the next but one stretch is asked for. Nothing may write to `flat_N`, or free
@@ -183,9 +183,9 @@ class StagedReader:
             copied.synchronize()
             yield part, host_n
 
-    def _copy(self, flat_n: Tensor, half: int) -> tuple[Tensor, Event]:
+    def _copy(self, flat_n: Tensor, half: int) -> tuple[Tensor, StreamEvent]:
         host_n = self._halves[half][: flat_n.nbytes].view(flat_n.dtype)
         with self._streams.use(self._stream):
             host_n.copy_(flat_n, non_blocking=True)
-            copied: Event = self._stream.record_event()
+            copied: StreamEvent = self._stream.record_event()
         return host_n, copied

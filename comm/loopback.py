@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from ipaddress import ip_address
 
-from .errors import Problem, Refused
+from .errors import ConfigError, Problem
 
 _ADDRESSES = ("127.0.0.1", "::1")
 _SECONDS = 5
@@ -14,7 +14,7 @@ _WAITING = 2048
 
 
 def loopback_address() -> str:
-    """Return an address at which this machine reaches itself; no name is looked up. Raises `Refused` without any."""
+    """Return an address at which this machine reaches itself, by no name. Raises `ConfigError` without any."""
     reasons = []
     for address in _ADDRESSES:
         try:
@@ -25,8 +25,8 @@ def loopback_address() -> str:
             reasons.append(f"{address}: {error.strerror or error}")
         else:
             return address
-    remedy = f"this machine cannot reach itself ({'; '.join(reasons)}); bring its loopback up: `ip link set lo up`"
-    raise Refused([Problem("localhost", _ADDRESSES[0], remedy)])
+    hint = f"this machine cannot reach itself ({'; '.join(reasons)}); bring its loopback up: `ip link set lo up`"
+    raise ConfigError([Problem("localhost", _ADDRESSES[0], hint)])
 
 
 def listen_on(address: str, port: int = 0) -> socket.socket:

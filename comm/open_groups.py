@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from .communicator import Communicator, GlooCommunicator, NcclCommunicator
+from .communicator import Collectives, GlooCollectives, NcclCollectives
 
 
 class OpenGroups(Protocol):
@@ -23,15 +23,15 @@ class OpenGroups(Protocol):
     calls: int
     """How many process groups have been created, the default one included; a split counts once."""
 
-    def world(self, ranks: tuple[int, ...]) -> Communicator:
+    def world(self, ranks: tuple[int, ...]) -> Collectives:
         """Return the communicator of all ranks, for tensors on the device."""
         ...
 
-    def control(self, ranks: tuple[int, ...]) -> Communicator:
+    def control(self, ranks: tuple[int, ...]) -> Collectives:
         """Return the communicator of all ranks, for tensors on the host."""
         ...
 
-    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Communicator | None:
+    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
         """Make a group of each of the disjoint `parts`; return that of this rank, or None where it is in no part.
 
         `max_ctas` is the most thread blocks that one of its operations occupies on a GPU; None leaves it to NCCL.
@@ -51,27 +51,27 @@ class GlooGroups:
         """`limit` is how long an operation may take: a new group does not inherit the default group's."""
         self.calls = 1
         self._rank, self._limit = rank, limit
-        self._everyone: Communicator | None = None
+        self._everyone: Collectives | None = None
 
-    def world(self, ranks: tuple[int, ...]) -> Communicator:
+    def world(self, ranks: tuple[int, ...]) -> Collectives:
         """See `OpenGroups`."""
         if self._everyone is None:
             self._everyone = self.split("world", [ranks], None)
         assert self._everyone is not None
         return self._everyone
 
-    def control(self, ranks: tuple[int, ...]) -> Communicator:
+    def control(self, ranks: tuple[int, ...]) -> Collectives:
         """See `OpenGroups`: the same, for tensors of a run on CPUs are on the host."""
         return self.world(ranks)
 
-    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Communicator | None:
+    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
         """See `OpenGroups`."""
-        own: Communicator | None = None
+        own: Collectives | None = None
         for ranks in parts:
             self.calls += 1
             handle = dist.new_group(list(ranks), timeout=self._limit)
             if self._rank in ranks:
-                own = GlooCommunicator(handle, ranks, self._rank, self._limit)
+                own = GlooCollectives(handle, ranks, self._rank, self._limit)
         return own
 
 
@@ -85,19 +85,19 @@ class NcclGroups:
         self.calls = 1
         self._device, self._rank, self._limit = device, rank, limit
 
-    def world(self, ranks: tuple[int, ...]) -> Communicator:
+    def world(self, ranks: tuple[int, ...]) -> Collectives:
         """See `OpenGroups`: a split like the others, because the default group has the longer limit of a start."""
         communicator = self.split("world", [ranks], None)
         assert communicator is not None
         return communicator
 
-    def control(self, ranks: tuple[int, ...]) -> Communicator:
+    def control(self, ranks: tuple[int, ...]) -> Collectives:
         """See `OpenGroups`: a gloo group. Its pairs connect when they are used first (`TORCH_GLOO_LAZY_INIT`)."""
         self.calls += 1
         handle = dist.new_group(backend="gloo", timeout=self._limit)
-        return GlooCommunicator(handle, ranks, self._rank, self._limit)
+        return GlooCollectives(handle, ranks, self._rank, self._limit)
 
-    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Communicator | None:
+    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
         """See `OpenGroups`."""
         self.calls += 1
         assert dist.group.WORLD is not None
@@ -107,4 +107,4 @@ class NcclGroups:
         handle = dist.split_group(
             split_ranks=[list(ranks) for ranks in parts], timeout=self._limit, pg_options=options, group_desc=name
         )
-        return None if handle is None else NcclCommunicator(handle)
+        return None if handle is None else NcclCollectives(handle)

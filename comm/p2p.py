@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .async_comm import Pending, StreamWorker
+from .async_comm import AsyncWork, StreamCommunicator
 from .errors import failing_clearly
 from .groups import Group
 from .streams import Streams, streams_of
-from .trace import SILENT, Recorder, Track
+from .trace import SILENT, SpanRecorder, Track
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Incoming:
     peer: int
 
 
-class Lane(Protocol):
+class P2PChannel(Protocol):
     """One direction, over a group of its own: neighbours send to each other at the same moment.
 
     Between two ranks messages arrive in the order in which they are sent; both ends must post them in that order.
     One that fails raises `CollectiveFailed`.
     """
 
-    def post(self, sends: Sequence[Outgoing], receives: Sequence[Incoming]) -> list[Pending[Tensor]]:
+    def post(self, sends: Sequence[Outgoing], receives: Sequence[Incoming]) -> list[AsyncWork[Tensor]]:
         """Start all of these, and return those that are received.
 
         What is sent is held until it has been sent, and no longer.
@@ -63,33 +63,33 @@ class Lane(Protocol):
 
 
 def open_lane(
-    group: Group, device: torch.device, recorder: Recorder, track: Track, streams: Streams | None = None
-) -> Lane:
+    group: Group, device: torch.device, recorder: SpanRecorder, track: Track, streams: Streams | None = None
+) -> P2PChannel:
     """The lane for messages over `group` by tensors on `device`; it shows on `track` of a timeline.
 
     `streams` are those that it uses; by default those of `device`.
     """
     streams = streams or streams_of(device)
     if streams is not None:
-        return StreamLane(group, StreamWorker(streams, recorder=recorder, track=track))
-    return SocketLane(group, recorder, track)
+        return StreamChannel(group, StreamCommunicator(streams, recorder=recorder, track=track))
+    return SocketChannel(group, recorder, track)
 
 
-class SocketLane:
+class SocketChannel:
     """Over gloo, which moves messages by itself: the computing thread posts them, and waits for those that it needs.
 
     A thread beside it waits for what is being sent, one after the other, to let go of it.
     """
 
-    def __init__(self, group: Group, recorder: Recorder = SILENT, track: Track = Track.UP) -> None:
+    def __init__(self, group: Group, recorder: SpanRecorder = SILENT, track: Track = Track.UP) -> None:
         self._group, self._handle = group, group.handle
         self._sent: Counter[int] = Counter()
         self._received: Counter[int] = Counter()
         self._leaving = _Leaving(recorder, track)
 
-    def post(self, sends: Sequence[Outgoing], receives: Sequence[Incoming]) -> list[Pending[Tensor]]:
-        """See `Lane`. Each message has a tag of its own, by its number between the two ranks."""
-        arriving: list[Pending[Tensor]] = []
+    def post(self, sends: Sequence[Outgoing], receives: Sequence[Incoming]) -> list[AsyncWork[Tensor]]:
+        """See `P2PChannel`. Each message has a tag of its own, by its number between the two ranks."""
+        arriving: list[AsyncWork[Tensor]] = []
         for incoming in receives:
             buffer, tag = incoming.make(), self._received[incoming.peer]
             with self._failing_clearly(incoming):
@@ -104,11 +104,11 @@ class SocketLane:
         return arriving
 
     def finish(self) -> None:
-        """See `Lane`."""
+        """See `P2PChannel`."""
         self._leaving.finish()
 
     def close(self) -> None:
-        """See `Lane`."""
+        """See `P2PChannel`."""
         self._leaving.close()
 
     def _failing_clearly(self, message: Outgoing | Incoming) -> AbstractContextManager[None]:
@@ -136,7 +136,7 @@ class _Moving:
 class _Leaving:
     """Holds what is being sent, until it has been sent. After a failure it waits for nothing more."""
 
-    def __init__(self, recorder: Recorder, track: Track) -> None:
+    def __init__(self, recorder: SpanRecorder, track: Track) -> None:
         self._recorder, self._track = recorder, track
         self._messages: queue.SimpleQueue[_Moving | threading.Event | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
@@ -174,15 +174,15 @@ class _Leaving:
             self._failure = failure
 
 
-class StreamLane:
+class StreamChannel:
     """Over NCCL, batch after batch on a stream of its own. Not yet run on hardware."""
 
-    def __init__(self, group: Group, worker: StreamWorker) -> None:
+    def __init__(self, group: Group, worker: StreamCommunicator) -> None:
         self._group, self._worker = group, worker
-        self._last: Pending[tuple[Tensor, ...]] | None = None
+        self._last: AsyncWork[tuple[Tensor, ...]] | None = None
 
-    def post(self, sends: Sequence[Outgoing], receives: Sequence[Incoming]) -> list[Pending[Tensor]]:
-        """See `Lane`."""
+    def post(self, sends: Sequence[Outgoing], receives: Sequence[Incoming]) -> list[AsyncWork[Tensor]]:
+        """See `P2PChannel`."""
         if not sends and not receives:
             return []
         messages: list[Outgoing | Incoming] = [*sends, *receives]
@@ -199,18 +199,18 @@ class StreamLane:
         return [_InBatch(batch, place) for place in range(len(receives))]
 
     def finish(self) -> None:
-        """See `Lane`."""
+        """See `P2PChannel`."""
         if self._last is not None:
             self._last.wait()
 
     def close(self) -> None:
-        """See `Lane`."""
+        """See `P2PChannel`."""
         self._worker.close()
 
 
 @dataclass(frozen=True)
 class _InBatch:
-    batch: Pending[tuple[Tensor, ...]]
+    batch: AsyncWork[tuple[Tensor, ...]]
     place: int
 
     def wait(self) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class Event(Protocol):
+class StreamEvent(Protocol):
     """A point in the work of a stream."""
 
     def synchronize(self) -> None:

@@ -119,7 +119,5 @@ class Topology:
             elif value > (most := _MOST_STAGES if name == "pp" else _MOST_RANKS):
                 yield Problem(name, value, f"must be at most {most}: no cluster has more")
         if min(self.ep, self.gpus_per_node) >= 1 and max(self.ep, self.gpus_per_node) % self.ep_node_size:
-            remedy = (
-                f"must divide gpus_per_node = {self.gpus_per_node} or be a multiple of it: groups fill nodes evenly"
-            )
-            yield Problem("ep", self.ep, remedy, ("gpus_per_node",))
+            hint = f"must divide gpus_per_node = {self.gpus_per_node} or be a multiple of it: groups fill nodes evenly"
+            yield Problem("ep", self.ep, hint, ("gpus_per_node",))

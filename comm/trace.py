@@ -29,7 +29,7 @@ REDUCE_WAIT = "reduce_wait"
 OPTIMIZER = "optimizer"
 
 
-class Recorder(Protocol):
+class SpanRecorder(Protocol):
     """Keeps spans and moments. `detail` is turned into text only if it is kept."""
 
     def span(self, track: Track, name: str, detail: object = None) -> AbstractContextManager[object]:
@@ -41,23 +41,23 @@ class Recorder(Protocol):
         ...
 
 
-class Silent:
+class NullRecorder:
     """Keeps nothing."""
 
     def span(self, track: Track, name: str, detail: object = None) -> AbstractContextManager[object]:
-        """See `Recorder`."""
+        """See `SpanRecorder`."""
         return _NOTHING
 
     def mark(self, track: Track, name: str, detail: object = None) -> None:
-        """See `Recorder`."""
+        """See `SpanRecorder`."""
 
 
 _NOTHING: AbstractContextManager[object] = nullcontext()
-SILENT = Silent()
+SILENT = NullRecorder()
 
 
 @dataclass(frozen=True)
-class Label:
+class ExchangeLabel:
     """The place in the model and in the batch that an exchange serves."""
 
     layer: str
@@ -74,7 +74,7 @@ class Call:
     """One operation of the token exchange, for one layer and micro-batch."""
 
     operation: str
-    label: Label
+    label: ExchangeLabel
 
     def __str__(self) -> str:
         return f"{self.operation} of {self.label}"

@@ -10,7 +10,7 @@ from .groups import Group
 from .topology import Link, Topology
 
 
-class Kind(StrEnum):
+class TrafficKind(StrEnum):
     """What bytes are for."""
 
     PAYLOAD = "payload"  # rows and their scales
@@ -23,21 +23,21 @@ class Traffic:
 
     topology: Topology
     rank: int
-    bytes_sent: dict[tuple[str, Kind, Link], int] = field(default_factory=dict)
+    bytes_sent: dict[tuple[str, TrafficKind, Link], int] = field(default_factory=dict)
 
     def count(self, operation: str, group: Group, bytes_per_peer: Sequence[int]) -> None:
         """Add the payload that `operation` sends from this rank to each rank of `group`, in the group's order."""
-        self._add(operation, Kind.PAYLOAD, zip(group.ranks, bytes_per_peer, strict=True))
+        self._add(operation, TrafficKind.PAYLOAD, zip(group.ranks, bytes_per_peer, strict=True))
 
     def count_beside(self, operation: str, group: Group, bytes_per_peer: Sequence[int]) -> None:
         """The same for what travels beside the payload."""
-        self._add(operation, Kind.BESIDE, zip(group.ranks, bytes_per_peer, strict=True))
+        self._add(operation, TrafficKind.BESIDE, zip(group.ranks, bytes_per_peer, strict=True))
 
     def clear(self) -> None:
         """Count from zero again."""
         self.bytes_sent.clear()
 
-    def by_link(self, kind: Kind | None = None, operation: str | None = None) -> Mapping[Link, int]:
+    def by_link(self, kind: TrafficKind | None = None, operation: str | None = None) -> Mapping[Link, int]:
         """Bytes sent over each kind of link: of one kind or both, of one operation or all."""
         totals = dict.fromkeys(Link, 0)
         for (counted, of_kind, link), size in self.bytes_sent.items():
@@ -45,7 +45,7 @@ class Traffic:
                 totals[link] += size
         return totals
 
-    def _add(self, operation: str, kind: Kind, sizes: Iterable[tuple[int, int]]) -> None:
+    def _add(self, operation: str, kind: TrafficKind, sizes: Iterable[tuple[int, int]]) -> None:
         for peer, size in sizes:
             key = (operation, kind, self.topology.link(self.rank, peer))
             self.bytes_sent[key] = self.bytes_sent.get(key, 0) + size

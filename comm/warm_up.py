@@ -12,11 +12,11 @@ from functools import partial
 
 import torch
 
-from .async_comm import Worker
+from .async_comm import AsyncCommunicator
 from .groups import Group, ProcessGroups
 
 
-def warm_up_exchange(name: str, groups: ProcessGroups, worker: Worker, device: torch.device) -> None:
+def warm_up_exchange(name: str, groups: ProcessGroups, worker: AsyncCommunicator, device: torch.device) -> None:
     """Connect the groups of the token exchange called `name`; collective over the expert-parallel group.
 
     It runs on `worker`, as the exchange does. DeepEP connects its buffer when that is made.

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
-from ..comm.errors import Refused
+from ..comm.errors import ConfigError
 from ..comm.files.access import os_problem
 from .parsers import checkpoints, data, machine, model, planning, runs, training
 from .run.signals import StoppedEarly, die_with_launcher, stops_before_it_began
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would cut the end short, with a traceback
         say(f"shoestring {options.verb}: stopped by SIGINT")
         code = EXIT_INTERRUPTED
-    except Refused as refused:
+    except ConfigError as refused:
         say(f"shoestring {options.verb}: refused")
         for problem in refused.problems:
             say(f"  {problem}")

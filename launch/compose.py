@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ..comm.errors import Doubt, Problem, Refused, refuse_if_any
+from ..comm.errors import ConfigError, Doubt, Problem, refuse_if_any
 from ..comm.files.access import os_problem, refusing
 from ..comm.files.strict_json import Malformed, shortened
 from ..comm.files.strict_yaml import check_yaml, read_yaml
@@ -37,13 +37,13 @@ def compose_run(overrides: Sequence[str], config_dir: Path | None = None, instan
     """The configuration that `overrides` describe, such as `experiment=quickstart` and `training.seed=1`.
 
     Groups are looked up in `config_dir` too, where it is given; `${now:…}` is `instant`, by default now. Raises
-    `Refused` with every problem that can be seen without disk or processes.
+    `ConfigError` with every problem that can be seen without disk or processes.
     """
     problems: list[Problem] = []
     with initialize_config_module("shoestring.conf", version_base="1.3"):
         problems += _directory_problems(config_dir)
         if unreadable := list(_unreadable_files(config_dir)):  # Hydra would load them without end, or fail
-            raise Refused([*problems, *unreadable])
+            raise ConfigError([*problems, *unreadable])
         lines = [(text, list(_readable(text, config_dir, problems))) for text in overrides]
         words = [line for _, read_as in lines for line in read_as]
         tree = _compose(words, config_dir, instant or datetime.now().astimezone(), problems)
@@ -66,14 +66,14 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def read_config(path: Path) -> RunConfig:
-    """Read what `to_yaml` wrote, and resolve what comes from the environment. Raises `Refused`."""
+    """Read what `to_yaml` wrote, and resolve what comes from the environment. Raises `ConfigError`."""
     problems: list[Problem] = []
     with refusing(path, "it says what the run was told; restore it"):
         text = check_yaml(path)
     try:
         tree = resolve(OmegaConf.load(StringIO(text)), problems, datetime.now().astimezone())
     except (OmegaConfBaseException, YAMLError, RecursionError, *_RESOLVING) as error:
-        raise Refused([Problem(str(path), None, f"cannot be read or resolved: {error}")]) from error
+        raise ConfigError([Problem(str(path), None, f"cannot be read or resolved: {error}")]) from error
     return build(RunConfig, tree, problems)
 
 
@@ -115,11 +115,11 @@ def _compose(lines: Sequence[str], config_dir: Path | None, instant: datetime, p
         tree = resolve(composed, problems, instant)
     except (HydraException, OmegaConfBaseException, YAMLError, RecursionError, *_RESOLVING) as error:
         text = " ".join(line.removeprefix("++") for line in lines)
-        raise Refused([*problems, Problem("command line", text, str(error))]) from error
+        raise ConfigError([*problems, Problem("command line", text, str(error))]) from error
     assert isinstance(tree, dict)
     if "experiment" in tree:
-        remedy = f"these keys stand under `experiment`; the first line of its file must be: {_WHOLE_RUN}"
-        problems.append(Problem("experiment", tree.pop("experiment"), remedy))
+        hint = f"these keys stand under `experiment`; the first line of its file must be: {_WHOLE_RUN}"
+        problems.append(Problem("experiment", tree.pop("experiment"), hint))
     return tree
 
 
@@ -213,5 +213,5 @@ def _directory_problems(config_dir: Path | None) -> Iterator[Problem]:
         yield Problem("--config-dir", str(config_dir), "is not a directory")
     for path in sorted(config_dir.glob("*/*.yaml")):
         if path.stem in _shipped(path.parent.name):
-            remedy = "has the name of a file of the package, which would win; rename it"
-            yield Problem("--config-dir", str(path), remedy)
+            hint = "has the name of a file of the package, which would win; rename it"
+            yield Problem("--config-dir", str(path), hint)

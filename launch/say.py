@@ -10,7 +10,7 @@ import os
 import sys
 from contextlib import suppress
 
-from ..comm.errors import Problem, Refused, printable
+from ..comm.errors import ConfigError, Problem, printable
 
 
 def say(text: str) -> None:
@@ -38,7 +38,7 @@ def tell(text: str) -> None:
 def give(text: str) -> None:
     """Print `text`, all that a verb was asked for, on standard output.
 
-    A reader that has left, as `head` does, has read what it wanted. Raises `Refused` where a disk does not take it.
+    A reader that has left, as `head` does, has read what it wanted. Raises `ConfigError` where a disk does not take it.
     """
     if sys.stdout is None:
         return
@@ -48,8 +48,8 @@ def give(text: str) -> None:
         _show_nothing_more()
     except OSError as error:
         _show_nothing_more()
-        remedy = f"cannot be written ({error.strerror}); what was asked for is shown nowhere"
-        raise Refused([Problem("standard output", None, remedy)]) from error
+        hint = f"cannot be written ({error.strerror}); what was asked for is shown nowhere"
+        raise ConfigError([Problem("standard output", None, hint)]) from error
 
 
 def _show_nothing_more() -> None:

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from ..comm.async_comm import OrderCheck, Worker, open_worker
+from ..comm.async_comm import AsyncCommunicator, OrderCheck, open_worker
 from ..comm.exchange.api import TokenExchange
 from ..comm.exchange.deepep_buffer import BufferShape
 from ..comm.exchange.factory import open_exchange
 from ..comm.groups import ProcessGroups
-from ..comm.p2p import Lane
+from ..comm.p2p import P2PChannel
 from ..comm.streams import Streams, streams_of
-from ..comm.trace import SILENT, Recorder, Track
+from ..comm.trace import SILENT, SpanRecorder, Track
 from ..comm.traffic import Traffic
 from ..parallelism.pipeline.executor import Executor, open_lanes
 from ..parallelism.pipeline.liveness import first_use, first_use_anywhere, last_use
@@ -32,7 +32,7 @@ from .checkpoint.saver import Saver
 from .checkpoint.store import CheckpointStore
 from .config import RunConfig
 from .data.inspect import unigram_entropy
-from .data.manifest import Manifest
+from .data.manifest import DataManifest
 from .data.prepared import Prepared, open_prepared
 from .data.samples import SampleOrder, Samples
 from .data.tokenizer import Tokenizer
@@ -40,13 +40,13 @@ from .model.attention_backend import ON_CPU, AttentionChoice, GpuFacts, choose_a
 from .model.chunk import Chunk
 from .model.init import initialise
 from .model.model import Model
-from .model.recompute import Part
+from .model.recompute import RecomputeModule
 from .model.stage_layout import Stages
 from .optimizer.adamw import AdamW
 from .optimizer.average import WeightAverage
 from .optimizer.config import OptimizerConfig
 from .run.bucket_plan import plan_buckets
-from .run.schedule_cache import Programs
+from .run.schedule_cache import ScheduleCache
 from .run.step import Stepper
 from .run.warm_up import warm_up
 from .telemetry.trace import TraceRecorder
@@ -66,7 +66,7 @@ class Rank:
     validation: Samples
     unigram_entropy: float
     tokenizer: Tokenizer
-    data: Manifest
+    data: DataManifest
     store: CheckpointStore
     saver: Saver
     state_names: frozenset[str]
@@ -113,11 +113,11 @@ class Pipeline:
 
     stages: Stages
     groups: ProcessGroups
-    lanes: dict[Direction, Lane]
+    lanes: dict[Direction, P2PChannel]
     overlap: bool = True
     """See `ScheduleConfig`."""
-    recorder: Recorder = SILENT
-    recompute: frozenset[Part] = frozenset()
+    recorder: SpanRecorder = SILENT
+    recompute: frozenset[RecomputeModule] = frozenset()
     """See `RecomputeConfig`."""
     streams: Streams | None = None
     """What communication is queued on; None: those of the device."""
@@ -129,8 +129,8 @@ class Pipeline:
         device: torch.device,
         *,
         overlap: bool = True,
-        recorder: Recorder = SILENT,
-        recompute: frozenset[Part] = frozenset(),
+        recorder: SpanRecorder = SILENT,
+        recompute: frozenset[RecomputeModule] = frozenset(),
         streams: Streams | None = None,
     ) -> Pipeline:
         """With lanes to the neighbours."""
@@ -207,7 +207,7 @@ class Engine:
 
     pipeline: Pipeline
     stepper: Stepper
-    worker: Worker
+    worker: AsyncCommunicator
     traffic: Traffic
 
     def close(self) -> None:
@@ -224,7 +224,7 @@ def open_engine(
     config: RunConfig,
     groups: ProcessGroups,
     device: torch.device,
-    recorder: Recorder,
+    recorder: SpanRecorder,
     streams: Streams | None = None,
 ) -> Engine:
     """Initial weights, optimizer and exchange of the rank that `groups` belong to; no data.
@@ -278,7 +278,7 @@ def build_stepper(
             Chunk(model, exchange, dtype, stage, pipeline.recorder, pipeline.recompute)
             for stage in stages.chunks(groups.pp_rank)
         ),
-        programs=Programs(
+        programs=ScheduleCache(
             lambda count: pipeline.executor(stages.program(count)), pipeline.executor(program), sharded, users
         ),
         optimizer=sharded,
@@ -295,7 +295,7 @@ def build_optimizer(
     groups: ProcessGroups,
     config: OptimizerConfig,
     dtype: torch.dtype,
-    recorder: Recorder = SILENT,
+    recorder: SpanRecorder = SILENT,
     streams: Streams | None = None,
 ) -> ShardedOptimizer:
     """The optimizer of `model`, this rank's share, whose parameters become views of its buffers.

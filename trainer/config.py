@@ -18,10 +18,10 @@ from .data.config import DataConfig
 from .ledger.config import BudgetConfig
 from .model.attention_backend import BACKENDS, AttentionCase, unfit
 from .model.config import ModelConfig
-from .model.recompute import Part, RecomputeConfig
+from .model.recompute import RecomputeConfig, RecomputeModule
 from .optimizer.config import OptimizerConfig
 from .precision.config import PrecisionConfig
-from .run.batch_ramp import Batches, ramp
+from .run.batch_ramp import BatchRamp, ramp
 from .telemetry.config import TelemetryConfig
 from .typed import with_defaults
 
@@ -151,17 +151,17 @@ class TrainingConfig:
             if values[name] > most:
                 yield Problem(name, values[name], f"must be at most {most:,}")
         if self.ramp_from is not None and not 1 <= self.ramp_from <= self.global_batch:
-            remedy = f"must be from 1 to global_batch = {self.global_batch}, or null"
-            yield Problem("ramp_from", self.ramp_from, remedy, ("global_batch",))
+            hint = f"must be from 1 to global_batch = {self.global_batch}, or null"
+            yield Problem("ramp_from", self.ramp_from, hint, ("global_batch",))
         if self.ramp_step is not None and self.ramp_step < 1:
             yield Problem("ramp_step", self.ramp_step, "must be at least 1, or null")
         elif None not in (self.ramp_from, self.ramp_step) and self._levels > _MOST_LEVELS:
-            remedy = f"gives {self._levels} sizes of the batch; at most {_MOST_LEVELS}: grow by more at a time"
-            yield Problem("ramp_step", self.ramp_step, remedy)
+            hint = f"gives {self._levels} sizes of the batch; at most {_MOST_LEVELS}: grow by more at a time"
+            yield Problem("ramp_step", self.ramp_step, hint)
         for name, missing in (("ramp_step", None), ("ramp_tokens", 0)):
             if (values[name] == missing) != (self.ramp_from is None):
-                remedy = "goes with ramp_from: write ramp_from, ramp_step and ramp_tokens, or none (null, null and 0)"
-                yield Problem(name, values[name], remedy, ("ramp_from",))
+                hint = "goes with ramp_from: write ramp_from, ramp_step and ramp_tokens, or none (null, null and 0)"
+                yield Problem(name, values[name], hint, ("ramp_from",))
         for name in ("balance_weight", "evaluate_every", "checkpoint_every", "sample_tokens", "seed", "ramp_tokens"):
             if values[name] < 0:
                 yield Problem(name, values[name], "must be at least 0")
@@ -170,8 +170,8 @@ class TrainingConfig:
         if not self.run_dir:
             yield Problem("run_dir", self.run_dir, "must name a directory")
         if self.sample_tokens > 0 and not self.sample_prompt:
-            remedy = "must hold text, or write training.sample_tokens=0"
-            yield Problem("sample_prompt", self.sample_prompt, remedy, ("sample_tokens",))
+            hint = "must hold text, or write training.sample_tokens=0"
+            yield Problem("sample_prompt", self.sample_prompt, hint, ("sample_tokens",))
         yield from by_tokens_problems("mtp_weight", self.mtp_weight)
         yield from by_tokens_problems("bias_speed", self.bias_speed)
 
@@ -225,11 +225,11 @@ class RunConfig:
     """Told to whom."""
 
     @property
-    def batches(self) -> Batches:
+    def batches(self) -> BatchRamp:
         """Sequences of every optimizer step."""
         training = self.training
         if training.ramp_from is None or training.ramp_step is None:
-            return Batches.constant(training.global_batch)
+            return BatchRamp.constant(training.global_batch)
         sizes = training.ramp_from, training.ramp_step, training.global_batch
         return ramp(*sizes, training.ramp_tokens, training.sequence_length)
 
@@ -294,31 +294,31 @@ class RunConfig:
     def _cross_problems(self) -> Iterator[Problem]:
         model, topology, training = self.model, self.topology, self.training
         if model.experts % topology.ep:
-            remedy = f"must divide model.experts = {model.experts}: every rank holds as many experts"
-            yield Problem("topology.ep", topology.ep, remedy, ("model.experts",))
+            hint = f"must divide model.experts = {model.experts}: every rank holds as many experts"
+            yield Problem("topology.ep", topology.ep, hint, ("model.experts",))
         share = self.share
         if training.global_batch % share:
             parts = f"edp x ep x micro_batch = {topology.edp} x {topology.ep} x {self.schedule.micro_batch}"
             nearest = max(1, round(training.global_batch / share)) * share
-            remedy = f"must be a multiple of {share} ({parts}); the nearest is {nearest}"
-            yield Problem("training.global_batch", training.global_batch, remedy, _SHARE)
-        if self.precision.linear == "fp8" and Part.GATE_UP in self.recompute.parts:
-            remedy = "saves nothing in FP8, which keeps the tiles of gate and up projections; leave gate_up out"
-            yield Problem("recompute.parts", self.recompute.parts, remedy, ("precision.linear",))
+            hint = f"must be a multiple of {share} ({parts}); the nearest is {nearest}"
+            yield Problem("training.global_batch", training.global_batch, hint, _SHARE)
+        if self.precision.linear == "fp8" and RecomputeModule.GATE_UP in self.recompute.parts:
+            hint = "saves nothing in FP8, which keeps the tiles of gate and up projections; leave gate_up out"
+            yield Problem("recompute.parts", self.recompute.parts, hint, ("precision.linear",))
         if training.attention != "auto":
             case = self.attention_case(self.precision.compute_dtype(torch.device("cuda")))
             for reason in unfit(training.attention, case):
                 yield Problem("training.attention", training.attention, reason, _ATTENTION)
         if training.global_batch > share * _MOST_MICRO_BATCHES:
             count = f"gives {training.global_batch // share} micro-batches of {share} sequences a step"
-            remedy = f"{count}; at most {_MOST_MICRO_BATCHES}: take more ranks or larger micro-batches"
-            yield Problem("training.global_batch", training.global_batch, remedy, _SHARE)
+            hint = f"{count}; at most {_MOST_MICRO_BATCHES}: take more ranks or larger micro-batches"
+            yield Problem("training.global_batch", training.global_batch, hint, _SHARE)
         else:
             yield from self._schedule_problems(share)
         yield from self._alignment_problems()
         if self.data.vocabulary != model.vocabulary:
-            remedy = f"must equal model.vocabulary = {model.vocabulary}"
-            yield Problem("data.vocabulary", self.data.vocabulary, remedy, ("model.vocabulary",))
+            hint = f"must equal model.vocabulary = {model.vocabulary}"
+            yield Problem("data.vocabulary", self.data.vocabulary, hint, ("model.vocabulary",))
 
     def _schedule_problems(self, share: int) -> Iterator[Problem]:
         """What schedule and split into stages demand; `share` is a micro-batch on every rank, in sequences."""
@@ -329,17 +329,17 @@ class RunConfig:
             if problem.field == "micro_batches" and self.training.global_batch % share:
                 continue  # their number is not known yet
             if problem.field == "micro_batches":
-                remedy = f"gives {self.micro_batches} micro-batches of {share} sequences a step; {problem.remedy}"
-                yield Problem("training.global_batch", self.training.global_batch, remedy, (*_STAGES, *_SHARE))
+                hint = f"gives {self.micro_batches} micro-batches of {share} sequences a step; {problem.hint}"
+                yield Problem("training.global_batch", self.training.global_batch, hint, (*_STAGES, *_SHARE))
             else:
                 field = {"ranks": "topology.pp", "chunks": "schedule.chunks"}[problem.field]
-                yield Problem(field, problem.value, problem.remedy, _STAGES)
+                yield Problem(field, problem.value, problem.hint, _STAGES)
         if any(problem.field != "micro_batches" for problem in found):
             return
         stages = build_placement(schedule.name, ranks, schedule.chunks).stages
         if stages > layers:
-            remedy = f"gives {stages} stages with {schedule.name}, and each must hold one of {layers} layers at least"
-            yield Problem("topology.pp", ranks, remedy, (*_STAGES, "model.layers"))
+            hint = f"gives {stages} stages with {schedule.name}, and each must hold one of {layers} layers at least"
+            yield Problem("topology.pp", ranks, hint, (*_STAGES, "model.layers"))
         elif schedule.layout is not None:
             for problem in partition_problems(layers, stages, schedule.layout):
                 yield replace(problem.under("schedule"), others=(*_STAGES, "model.layers"))
@@ -366,7 +366,7 @@ class RunConfig:
         for problem in schedule_problems(schedule.name, self.topology.pp, size // share, schedule.chunks):
             if problem.field == "micro_batches":
                 gives = f"gives {size // share} micro-batches of {share} sequences {when}"
-                yield Problem(field, value, f"{gives}; {problem.remedy}", judges)
+                yield Problem(field, value, f"{gives}; {problem.hint}", judges)
 
     def _alignment_problems(self) -> Iterator[Problem]:
         """Grouped GEMMs want rows of whole 16 bytes; FP64 has a path of its own."""
@@ -375,6 +375,6 @@ class RunConfig:
         step = 4 if self.precision.compute == "float32" else 8  # auto may become BF16
         for name, width in (("hidden", self.model.hidden), ("expert_ffn", self.model.expert_ffn)):
             if width % step:
-                remedy = f"must be a multiple of {step}, for rows of whole 16 bytes"
+                hint = f"must be a multiple of {step}, for rows of whole 16 bytes"
                 judges = ("precision.compute", "model.layers", "model.dense_layers", "model.mtp_depth")
-                yield Problem(f"model.{name}", width, remedy, judges)
+                yield Problem(f"model.{name}", width, hint, judges)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..comm.errors import CollectiveFailed
+from ..comm.errors import CollectiveError
 from ..comm.groups import ProcessGroups
 from .build import Rank, build_rank
 from .checkpoint.saver import Saved
@@ -22,7 +22,7 @@ from .generation.generate import generate
 from .run.checkpointing import begin_save, clear_leftovers, finish_save, load_last, poll_save, prepare_saves
 from .run.evaluate import evaluate, evaluated_until, forget_evaluations, note_evaluated
 from .run.exit import Halt, RankFailed, RunFailed, RunHalted, agree_to_halt, decide_to_halt, never
-from .run.profiling import Tracing
+from .run.profiling import Profiling
 from .run.reporter import Reporter, Speed, timing
 from .run.step import NonFiniteStep, StepSettings
 
@@ -41,7 +41,7 @@ def train(
 
     Raises `Refused` for a checkpoint that does not fit the configuration, `RunFailed` for a loss that is not finite and
     for saves that fail again and again, `RunHalted` when any rank was asked to stop or the budget is used up,
-    `RankFailed` or `DataChanged` for a fault of this rank alone, and `CollectiveFailed` for a peer that is gone or
+    `RankFailed` or `DataChanged` for a fault of this rank alone, and `CollectiveError` for a peer that is gone or
     silent. After an error communication may be under way that never ends: end the process.
     """
     run_dir = Path(config.training.run_dir)
@@ -58,7 +58,7 @@ def train(
             raise _halted(Halt.PREEMPTED, f"after step {done}, which is in a checkpoint", None, progressed=False)
         if done < config.total_steps:
             prepare_saves(rank)
-        tracing = Tracing(rank, done)
+        tracing = Profiling(rank, done)
         for step in range(done + 1, config.total_steps + 1):
             tracing.before(step)
             votes = Votes(rank, reporter, step, stop_asked)
@@ -86,7 +86,7 @@ def train(
         if reporter is not None:
             reporter.close(done, message, clean=False)
         raise RunFailed(message) from error
-    except (CollectiveFailed, DataChanged, RankFailed, RunFailed, RunHalted) as error:
+    except (CollectiveError, DataChanged, RankFailed, RunFailed, RunHalted) as error:
         if reporter is not None:
             reporter.close(done, str(error), clean=isinstance(error, RunHalted))
         raise
@@ -292,8 +292,8 @@ def _insist(last: Saved | None) -> None:
     if last is not None and last.failure is not None:
         whole = CheckpointStore(last.path.parent, keep=1).steps()
         begin = f"goes on from the checkpoint of step {whole[-1]}" if whole else "starts over, as there is no other one"
-        remedy = f"make room; the same command {begin}"
-        raise RunFailed(f"the last checkpoint, of step {last.step}, could not be written: {last.failure}; {remedy}")
+        hint = f"make room; the same command {begin}"
+        raise RunFailed(f"the last checkpoint, of step {last.step}, could not be written: {last.failure}; {hint}")
 
 
 def _insist_on_saves(rank: Rank, done: int) -> None:
@@ -303,9 +303,9 @@ def _insist_on_saves(rank: Rank, done: int) -> None:
         return
     last = rank.store.steps()
     where = f"step {last[-1]}, the last one in a checkpoint" if last else "the beginning: there is no checkpoint"
-    remedy = f"make room; the same command goes on from {where}"
+    hint = f"make room; the same command goes on from {where}"
     raise RunFailed(
-        f"the last {failed} checkpoints could not be written (training.failed_saves), by step {done}; {remedy}"
+        f"the last {failed} checkpoints could not be written (training.failed_saves), by step {done}; {hint}"
     )
 
 

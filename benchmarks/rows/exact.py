@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shoestring.benchmarks.rows.row import Check, Figures, Machine, Wrong, expect, relative_error
-from shoestring.comm.exchange.permutation import Fan, visited
+from shoestring.comm.exchange.permutation import Permutation, visited
 from shoestring.comm.fp8 import dequantise, quantise
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.router import Router
@@ -25,8 +25,8 @@ def token_layout(machine: Machine) -> Figures:
     rows_TD = torch.randn(TOKENS, WIDTH, generator=generator).bfloat16()
     copies = int(visited(members_TK, MEMBERS).sum())
 
-    def on(device: torch.device) -> tuple[Fan, Tensor, Tensor]:
-        fan = Fan.to_members(visited(members_TK.to(device), MEMBERS), copies)
+    def on(device: torch.device) -> tuple[Permutation, Tensor, Tensor]:
+        fan = Permutation.to_members(visited(members_TK.to(device), MEMBERS), copies)
         spread_CD = fan.spread(rows_TD.to(device))
         return fan, spread_CD, fan.collect(spread_CD)
 

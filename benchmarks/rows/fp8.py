@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shoestring.benchmarks.rows.exact import hard_numbers
 from shoestring.benchmarks.rows.row import Check, Figures, Machine, NotHere, Wrong, expect
-from shoestring.trainer.precision.backend import Provider, Rows, missing_for, open_provider
+from shoestring.trainer.precision.backend import PrecisionBackend, Rows, missing_for, open_provider
 from shoestring.trainer.precision.reference import Reference
 from shoestring.trainer.precision.tiles import Columns, Scales
 
@@ -48,7 +48,7 @@ class Operands:
         return Operands(self.rows_L, *(x.to(device) for x in tensors))
 
 
-Work = Callable[[Provider, Operands], Callable[[], object]]
+Work = Callable[[PrecisionBackend, Operands], Callable[[], object]]
 """Makes what a kernel reads, and returns what calls the kernel."""
 
 
@@ -67,21 +67,21 @@ class Kernel:
         return self.name in ("multiply", "outer")
 
 
-def _columns(provider: Provider, o: Operands) -> tuple[Columns, Columns]:
+def _columns(provider: PrecisionBackend, o: Operands) -> tuple[Columns, Columns]:
     return provider.columns(o.gate_up_RF, o.rows_L, FP32), provider.columns(o.x_RD, o.rows_L, FP32)
 
 
-def _turn(provider: Provider, o: Operands) -> Callable[[], object]:
+def _turn(provider: PrecisionBackend, o: Operands) -> Callable[[], object]:
     tiles = provider.tiles(o.x_RD, FP32)
     return lambda: provider.turned(tiles, o.rows_L, FP32)
 
 
-def _multiply(provider: Provider, o: Operands) -> Callable[[], object]:
+def _multiply(provider: PrecisionBackend, o: Operands) -> Callable[[], object]:
     tiles, blocks = provider.tiles(o.x_RD, FP32), provider.blocks(o.weight_LND, FP32)
     return lambda: provider.multiply_grouped(tiles, blocks, o.rows_L, torch.bfloat16)
 
 
-def _outer(provider: Provider, o: Operands) -> Callable[[], object]:
+def _outer(provider: PrecisionBackend, o: Operands) -> Callable[[], object]:
     grad, x = _columns(provider, o)
     sums = o.x_RD.new_zeros((len(o.rows_L), o.gate_up_RF.shape[1], o.hidden), dtype=torch.float32)
 
@@ -138,7 +138,7 @@ def need_triton(machine: Machine) -> None:
         raise NotHere("; ".join(missing))
 
 
-def compare(kernel: Kernel, provider: Provider, device: torch.device) -> Mapping[str, float]:
+def compare(kernel: Kernel, provider: PrecisionBackend, device: torch.device) -> Mapping[str, float]:
     """What one kernel makes on `device` beside the reference on a CPU. Raise `Wrong` where it is another.
 
     Quantized numbers and scales must be the same to the last bit; where a SwiGLU's exp comes in, the same as torch's on

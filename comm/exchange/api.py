@@ -10,10 +10,10 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-from ..async_comm import InParts, Pending
+from ..async_comm import AsyncWork, TwoPartWork
 from ..fp8 import RowTiles
-from ..trace import Label
-from .permutation import Visits
+from ..trace import ExchangeLabel
+from .permutation import TokenCounts
 
 Layout = TypeVar("Layout")
 
@@ -26,8 +26,8 @@ class Received(Generic[Layout]):
     weights_R: Tensor
     """Gate weight of each row: it multiplies the row on the expert's side, so that combine is a plain sum."""
     rows_per_expert_L: tuple[int, ...]
-    visits: Visits
-    label: Label
+    visits: TokenCounts
+    label: ExchangeLabel
     layout: Layout
     """What the exchange that made this needs to send results back. Nobody else looks inside."""
     tiles: RowTiles | None = None
@@ -50,8 +50,8 @@ class TokenExchange(Protocol[Layout]):
     """
 
     def dispatch(
-        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: Label, *, as_tiles: bool = False
-    ) -> InParts[Received[Layout]]:
+        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: ExchangeLabel, *, as_tiles: bool = False
+    ) -> TwoPartWork[Received[Layout]]:
         """Send each token to the ranks of its K experts. `experts_TK` are int64 indices over all experts.
 
         The first part exchanges sizes, the second sends the tokens.
@@ -60,16 +60,16 @@ class TokenExchange(Protocol[Layout]):
         """
         ...
 
-    def combine(self, rows_RD: Tensor, received: Received[Layout]) -> Pending[Tensor]:
+    def combine(self, rows_RD: Tensor, received: Received[Layout]) -> AsyncWork[Tensor]:
         """Send the experts' results back and sum those of each token: tokens_TD."""
         ...
 
-    def combine_backward(self, grad_TD: Tensor, received: Received[Layout]) -> Pending[Tensor]:
+    def combine_backward(self, grad_TD: Tensor, received: Received[Layout]) -> AsyncWork[Tensor]:
         """Gradient of combine: each row receives its token's gradient: grad_RD."""
         ...
 
     def dispatch_backward(
         self, grad_RD: Tensor, grad_weights_R: Tensor, received: Received[Layout]
-    ) -> Pending[tuple[Tensor, Tensor]]:
+    ) -> AsyncWork[tuple[Tensor, Tensor]]:
         """Gradient of dispatch: (grad_TD, summed over each token's rows, and grad_weights_TK)."""
         ...

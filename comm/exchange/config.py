@@ -52,10 +52,10 @@ class ExchangeConfig:
         """What DeepEP has no kernels for."""
         for operation in ("dispatch", "combine", "combine_backward", "dispatch_backward"):
             if self.__dict__[operation] == Format.NATIVE:
-                remedy = "DeepEP moves BF16, and FP8 towards the experts; write bf16, or exchange=deepep for all four"
-                yield Problem(operation, "native", remedy)
+                hint = "DeepEP moves BF16, and FP8 towards the experts; write bf16, or exchange=deepep for all four"
+                yield Problem(operation, "native", hint)
         if self.dispatch != self.combine_backward:
-            remedy = (
+            hint = (
                 f"must be {self.dispatch}, like dispatch: DeepEP sends both along one layout, made for one size of row"
             )
-            yield Problem("combine_backward", self.combine_backward, remedy)
+            yield Problem("combine_backward", self.combine_backward, hint)

@@ -6,7 +6,7 @@ beside. Its combine sums those rows again, so both backward operations are the o
 dispatch. Inside an expert the rows come in any order, and in another one in each run.
 
 `Traffic` stays empty: DeepEP does not tell which links its bytes take, and chooses by what NCCL sees of the machine.
-`Visits` follow from the routing and say what has to cross.
+`TokenCounts` follow from the routing and say what has to cross.
 
 A dispatch needs its sizes on the host. DeepEP polls for them and does not release the GIL meanwhile, so no thread of
 this rank that saves, averages or reads data runs until the other ranks have told theirs. Its `do_cpu_sync=False` does
@@ -34,17 +34,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..async_comm import InParts, Pending, Worker
+from ..async_comm import AsyncCommunicator, AsyncWork, TwoPartWork
 from ..errors import Problem
 from ..fp8 import RowTiles, dequantise, quantise, stand_in, tiles_of
 from ..groups import ProcessGroups
 from ..host import HostCopy
-from ..trace import Call, Label
+from ..trace import Call, ExchangeLabel
 from .api import Received
 from .config import ExchangeConfig
 from .deepep_buffer import BufferShape
 from .deepep_probe import why_deepep_fails
-from .permutation import Visits, visited
+from .permutation import TokenCounts, visited
 from .wire import Format
 
 HOPPER = (9, 0)
@@ -80,7 +80,7 @@ class DeepEPExchange:
     """
 
     def __init__(
-        self, groups: ProcessGroups, experts: int, worker: Worker, config: ExchangeConfig, shape: BufferShape
+        self, groups: ProcessGroups, experts: int, worker: AsyncCommunicator, config: ExchangeConfig, shape: BufferShape
     ) -> None:
         """Collective over the group: takes its communicator and allocates the buffers."""
         self._group = groups.ep
@@ -109,8 +109,8 @@ class DeepEPExchange:
             )
 
     def dispatch(
-        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: Label, *, as_tiles: bool = False
-    ) -> InParts[Received[DeepEPLayout]]:
+        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: ExchangeLabel, *, as_tiles: bool = False
+    ) -> TwoPartWork[Received[DeepEPLayout]]:
         """See `TokenExchange`. DeepEP exchanges sizes inside its one call and polls for them: that is the second part.
 
         So the kernel starts only when the host proceeds; the first part counts visits and nothing else.
@@ -142,7 +142,7 @@ class DeepEPExchange:
                 rows_RD=stand_in(tiles.values_XD, tokens_TD.dtype) if tiles else _decode(arrived, tokens_TD.dtype),
                 weights_R=weights_R.to(weights_TK.dtype),
                 rows_per_expert_L=tuple(handle.num_recv_tokens_per_expert_list),
-                visits=Visits(tokens, tokens * top_k, rank_visits, node_visits),
+                visits=TokenCounts(tokens, tokens * top_k, rank_visits, node_visits),
                 label=label,
                 layout=DeepEPLayout(handle),
                 tiles=tiles,
@@ -150,7 +150,7 @@ class DeepEPExchange:
 
         return self._worker.submit_in_parts(str(call), first, (tokens_TD, weights_TK, experts_TK))
 
-    def combine(self, rows_RD: Tensor, received: Received[DeepEPLayout]) -> Pending[Tensor]:
+    def combine(self, rows_RD: Tensor, received: Received[DeepEPLayout]) -> AsyncWork[Tensor]:
         """See `TokenExchange`."""
         call = Call("combine", received.label)
 
@@ -160,7 +160,7 @@ class DeepEPExchange:
 
         return self._worker.submit(str(call), work, (rows_RD,))
 
-    def combine_backward(self, grad_TD: Tensor, received: Received[DeepEPLayout]) -> Pending[Tensor]:
+    def combine_backward(self, grad_TD: Tensor, received: Received[DeepEPLayout]) -> AsyncWork[Tensor]:
         """See `TokenExchange`."""
         call, handle = Call("combine_backward", received.label), received.layout.handle
 
@@ -181,7 +181,7 @@ class DeepEPExchange:
 
     def dispatch_backward(
         self, grad_RD: Tensor, grad_weights_R: Tensor, received: Received[DeepEPLayout]
-    ) -> Pending[tuple[Tensor, Tensor]]:
+    ) -> AsyncWork[tuple[Tensor, Tensor]]:
         """See `TokenExchange`."""
         call = Call("dispatch_backward", received.label)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..async_comm import Worker
+from ..async_comm import AsyncCommunicator
 from ..groups import ProcessGroups
 from ..traffic import Traffic
 from .api import TokenExchange
@@ -19,7 +19,7 @@ def open_exchange(
     config: ExchangeConfig,
     groups: ProcessGroups,
     experts: int,
-    worker: Worker,
+    worker: AsyncCommunicator,
     traffic: Traffic,
     shape: BufferShape | None = None,
 ) -> TokenExchange[Any]:

@@ -13,28 +13,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..async_comm import InParts, Pending, Worker
+from ..async_comm import AsyncCommunicator, AsyncWork, TwoPartWork
 from ..fp8 import RowTiles, stand_in
 from ..groups import ProcessGroups
 from ..host import HostCopy
-from ..trace import Call, Label
+from ..trace import Call, ExchangeLabel
 from ..traffic import Traffic
 from .api import Received
 from .config import ExchangeConfig
-from .permutation import Fan, Hop, Visits, count_choices, visited
-from .wire import Format, Wire, nothing_beside, pack, unpack, unpack_one
+from .permutation import AllToAllStage, Permutation, TokenCounts, count_choices, visited
+from .wire import Format, RowFormat, nothing_beside, pack, unpack, unpack_one
 
 
 @dataclass(frozen=True)
 class FlatLayout:
     """Where each copy went."""
 
-    to_experts: Fan
+    to_experts: Permutation
     """Tokens to their copies, by expert, so by rank too."""
-    hop: Hop
+    hop: AllToAllStage
     choice_of_copy_N: Tensor
     """Which of all T·K choices each copy is."""
-    sort: Fan
+    sort: Permutation
     """Rows arrive by rank, then expert, and are kept by expert, then rank: each arrives once and is kept once."""
     top_k: int
 
@@ -43,7 +43,7 @@ class FlatExchange:
     """`TokenExchange` over one expert-parallel group. Expert e lives on rank e // L of the group."""
 
     def __init__(
-        self, groups: ProcessGroups, experts: int, worker: Worker, traffic: Traffic, config: ExchangeConfig
+        self, groups: ProcessGroups, experts: int, worker: AsyncCommunicator, traffic: Traffic, config: ExchangeConfig
     ) -> None:
         self._group = groups.ep
         self._node_size = groups.topology.ep_node_size
@@ -53,8 +53,8 @@ class FlatExchange:
         self._config = config
 
     def dispatch(
-        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: Label, *, as_tiles: bool = False
-    ) -> InParts[Received[FlatLayout]]:
+        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: ExchangeLabel, *, as_tiles: bool = False
+    ) -> TwoPartWork[Received[FlatLayout]]:
         """See `TokenExchange`."""
         call = Call("dispatch", label)
 
@@ -65,7 +65,7 @@ class FlatExchange:
         def second(received_PL: Tensor, numbers: Tensor) -> Received[FlatLayout]:
             layout, rows_per_expert_L, visits = self._plan(experts_TK, received_PL, numbers.tolist())
             weights_N1 = weights_TK.reshape(-1, 1).index_select(0, layout.choice_of_copy_N)
-            wire = Wire(Format(self._config.dispatch), tokens_TD.shape[1], tokens_TD.dtype)
+            wire = RowFormat(Format(self._config.dispatch), tokens_TD.shape[1], tokens_TD.dtype)
             if as_tiles and wire.format is Format.FP8 and not layout.hop.is_local:
                 tiles, weights_R1 = self._tiles(call, wire, tokens_TD, layout, weights_N1)
                 rows_RD = stand_in(tiles.values_XD, wire.dtype)
@@ -76,7 +76,7 @@ class FlatExchange:
 
         return self._worker.submit_in_parts(str(call), first, (tokens_TD, weights_TK, experts_TK))
 
-    def combine(self, rows_RD: Tensor, received: Received[FlatLayout]) -> Pending[Tensor]:
+    def combine(self, rows_RD: Tensor, received: Received[FlatLayout]) -> AsyncWork[Tensor]:
         """See `TokenExchange`."""
         call = Call("combine", received.label)
 
@@ -85,19 +85,19 @@ class FlatExchange:
 
         return self._worker.submit(str(call), work, (rows_RD,))
 
-    def combine_backward(self, grad_TD: Tensor, received: Received[FlatLayout]) -> Pending[Tensor]:
+    def combine_backward(self, grad_TD: Tensor, received: Received[FlatLayout]) -> AsyncWork[Tensor]:
         """See `TokenExchange`."""
         call, layout = Call("combine_backward", received.label), received.layout
 
         def work() -> Tensor:
-            wire = Wire(Format(self._config.combine_backward), grad_TD.shape[1], grad_TD.dtype)
+            wire = RowFormat(Format(self._config.combine_backward), grad_TD.shape[1], grad_TD.dtype)
             return self._forth(call, wire, grad_TD, layout, nothing_beside(layout.choice_of_copy_N))[0]
 
         return self._worker.submit(str(call), work, (grad_TD,))
 
     def dispatch_backward(
         self, grad_RD: Tensor, grad_weights_R: Tensor, received: Received[FlatLayout]
-    ) -> Pending[tuple[Tensor, Tensor]]:
+    ) -> AsyncWork[tuple[Tensor, Tensor]]:
         """See `TokenExchange`."""
         call, layout = Call("dispatch_backward", received.label), received.layout
 
@@ -126,7 +126,7 @@ class FlatExchange:
 
     def _plan(
         self, experts_TK: Tensor, received_PL: Tensor, numbers: list[int]
-    ) -> tuple[FlatLayout, tuple[int, ...], Visits]:
+    ) -> tuple[FlatLayout, tuple[int, ...], TokenCounts]:
         """From the sizes everything that the four operations need."""
         ranks, (tokens, top_k) = self._group.size, experts_TK.shape
         sent_P, received_P = numbers[:ranks], numbers[ranks : 2 * ranks]
@@ -135,16 +135,16 @@ class FlatExchange:
         choice_of_copy_N = torch.argsort(experts_TK.reshape(-1), stable=True)
         wire_of_row_R = _rows_by_expert(received_PL, sum(received_P))
         layout = FlatLayout(
-            to_experts=Fan.of(choice_of_copy_N // top_k, experts_TK.new_full((tokens,), top_k)),
-            hop=Hop(self._group, self._traffic, tuple(sent_P), tuple(received_P)),
+            to_experts=Permutation.of(choice_of_copy_N // top_k, experts_TK.new_full((tokens,), top_k)),
+            hop=AllToAllStage(self._group, self._traffic, tuple(sent_P), tuple(received_P)),
             choice_of_copy_N=choice_of_copy_N,
-            sort=Fan.of(wire_of_row_R, torch.ones_like(wire_of_row_R)),
+            sort=Permutation.of(wire_of_row_R, torch.ones_like(wire_of_row_R)),
             top_k=top_k,
         )
-        return layout, tuple(rows_per_expert_L), Visits(tokens, tokens * top_k, rank_visits, node_visits)
+        return layout, tuple(rows_per_expert_L), TokenCounts(tokens, tokens * top_k, rank_visits, node_visits)
 
     def _forth(
-        self, call: Call, wire: Wire, tokens_TD: Tensor, layout: FlatLayout, beside_NW: Tensor
+        self, call: Call, wire: RowFormat, tokens_TD: Tensor, layout: FlatLayout, beside_NW: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Tokens to rows by expert; what travels beside each copy to what came beside each row."""
         if layout.hop.is_local:  # already by expert
@@ -154,14 +154,14 @@ class FlatExchange:
         return wire.decode(payload_RB), beside_RW
 
     def _tiles(
-        self, call: Call, wire: Wire, tokens_TD: Tensor, layout: FlatLayout, beside_NW: Tensor
+        self, call: Call, wire: RowFormat, tokens_TD: Tensor, layout: FlatLayout, beside_NW: Tensor
     ) -> tuple[RowTiles, Tensor]:
         """The same, the rows as they crossed."""
         message_AB = self._send(call, wire, tokens_TD, layout, beside_NW)
         beside_AW = unpack_one(message_AB, wire.columns(beside_NW), 1)
         return wire.tiles(message_AB, layout.sort.spread), layout.sort.spread(beside_AW)
 
-    def _send(self, call: Call, wire: Wire, tokens_TD: Tensor, layout: FlatLayout, beside_NW: Tensor) -> Tensor:
+    def _send(self, call: Call, wire: RowFormat, tokens_TD: Tensor, layout: FlatLayout, beside_NW: Tensor) -> Tensor:
         """Messages in the order in which they arrive, [A, B]."""
         message_NB = pack(layout.to_experts.spread(wire.encode(tokens_TD)), beside_NW)
         return layout.hop.forth(call, message_NB, wire.row_bytes)
@@ -172,7 +172,7 @@ class FlatExchange:
         """Rows by expert to the sum of each token's; what travels beside each row to what came beside each copy."""
         if layout.hop.is_local:
             return layout.to_experts.collect(rows_RD).to(rows_RD.dtype), beside_RW
-        wire = Wire(Format(form), rows_RD.shape[1], rows_RD.dtype)
+        wire = RowFormat(Format(form), rows_RD.shape[1], rows_RD.dtype)
         message_AB = pack(wire.encode(rows_RD), beside_RW).index_select(0, layout.sort.copy_of_slot_C)
         message_NB = layout.hop.back(call, message_AB, wire.row_bytes)
         payload_NB, beside_NW = unpack(message_NB, wire.columns(beside_RW))

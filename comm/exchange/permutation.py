@@ -19,7 +19,7 @@ from ..traffic import Traffic
 
 
 @dataclass(frozen=True)
-class Fan:
+class Permutation:
     """Some copies of each row, in the order in which they are sent, and their sums back in the order of the rows."""
 
     row_of_copy_C: Tensor
@@ -28,19 +28,19 @@ class Fan:
     first_slot_X: Tensor
 
     @staticmethod
-    def of(row_of_copy_C: Tensor, copies_of_row_X: Tensor) -> Fan:
+    def of(row_of_copy_C: Tensor, copies_of_row_X: Tensor) -> Permutation:
         """A fan of the copies in sending order; `copies_of_row_X` counts those of each row, 0 too."""
-        return Fan(
+        return Permutation(
             row_of_copy_C=row_of_copy_C,
             copy_of_slot_C=torch.argsort(row_of_copy_C, stable=True),
             first_slot_X=copies_of_row_X.cumsum(0) - copies_of_row_X,
         )
 
     @staticmethod
-    def to_members(visits_XM: Tensor, copies: int) -> Fan:
+    def to_members(visits_XM: Tensor, copies: int) -> Permutation:
         """One copy for each member that a row visits (bool), by member, then row. `copies` is how many there are."""
         row_of_copy_C = torch.nonzero_static(visits_XM.T, size=copies)[:, 1]
-        return Fan.of(row_of_copy_C, visits_XM.sum(dim=1))
+        return Permutation.of(row_of_copy_C, visits_XM.sum(dim=1))
 
     def spread(self, rows: Tensor) -> Tensor:
         """[X, any] to [C, any]."""
@@ -58,7 +58,7 @@ class Fan:
 
 
 @dataclass(frozen=True)
-class Hop:
+class AllToAllStage:
     """One all-to-all, forth and back: how many rows this rank sends to and receives from each rank of a group."""
 
     group: Group
@@ -92,7 +92,7 @@ class Hop:
 
 
 @dataclass(frozen=True)
-class Visits:
+class TokenCounts:
     """What the routing of one layer's tokens means for the wires, over the tokens of this rank, padding included."""
 
     tokens: int
@@ -103,15 +103,15 @@ class Visits:
     nodes: int
     """(token, node) pairs."""
 
-    def __add__(self, other: Visits) -> Visits:
-        return Visits(*(a + b for a, b in zip(self.counts(), other.counts(), strict=True)))
+    def __add__(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(*(a + b for a, b in zip(self.counts(), other.counts(), strict=True)))
 
     def counts(self) -> tuple[int, int, int, int]:
         """As plain numbers, to be summed over ranks."""
         return self.tokens, self.copies, self.ranks, self.nodes
 
 
-NO_VISITS = Visits(0, 0, 0, 0)
+NO_VISITS = TokenCounts(0, 0, 0, 0)
 
 
 def visited(member_of_choice_TK: Tensor, members: int) -> Tensor:

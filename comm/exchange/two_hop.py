@@ -17,27 +17,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..async_comm import InParts, Pending, Worker
+from ..async_comm import AsyncCommunicator, AsyncWork, TwoPartWork
 from ..fp8 import stand_in
 from ..groups import ProcessGroups
 from ..host import HostCopy
-from ..trace import Call, Label
+from ..trace import Call, ExchangeLabel
 from ..traffic import Traffic
 from .api import Received
 from .config import ExchangeConfig
-from .permutation import Fan, Hop, Visits, count_choices, visited
-from .wire import Format, Wire, nothing_beside, pack, unpack, unpack_one
+from .permutation import AllToAllStage, Permutation, TokenCounts, count_choices, visited
+from .wire import Format, RowFormat, nothing_beside, pack, unpack, unpack_one
 
 
 @dataclass(frozen=True)
 class TwoHopLayout:
     """The way of this rank's tokens, and of those that come through it or to it."""
 
-    to_nodes: Fan
-    between: Hop
-    to_ranks: Fan
-    inside: Hop
-    to_experts: Fan
+    to_nodes: Permutation
+    between: AllToAllStage
+    to_ranks: Permutation
+    inside: AllToAllStage
+    to_experts: Permutation
     choice_of_row_R: Tensor
     """Which of all U·K choices each row for an expert is: the place of its gate weight."""
     top_k: int
@@ -74,7 +74,7 @@ class TwoHopExchange:
     """`TokenExchange` over one expert-parallel group, spread evenly over nodes. Expert e lives on its rank e // L."""
 
     def __init__(
-        self, groups: ProcessGroups, experts: int, worker: Worker, traffic: Traffic, config: ExchangeConfig
+        self, groups: ProcessGroups, experts: int, worker: AsyncCommunicator, traffic: Traffic, config: ExchangeConfig
     ) -> None:
         self._group = groups.ep
         self._between = groups.ep_between
@@ -85,8 +85,8 @@ class TwoHopExchange:
         self._config = config
 
     def dispatch(
-        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: Label, *, as_tiles: bool = False
-    ) -> InParts[Received[TwoHopLayout]]:
+        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: ExchangeLabel, *, as_tiles: bool = False
+    ) -> TwoPartWork[Received[TwoHopLayout]]:
         """See `TokenExchange`."""
         call = Call("dispatch", label)
 
@@ -96,7 +96,7 @@ class TwoHopExchange:
 
         return self._worker.submit_in_parts(str(call), first, (tokens_TD, weights_TK, experts_TK))
 
-    def combine(self, rows_RD: Tensor, received: Received[TwoHopLayout]) -> Pending[Tensor]:
+    def combine(self, rows_RD: Tensor, received: Received[TwoHopLayout]) -> AsyncWork[Tensor]:
         """See `TokenExchange`."""
         call, layout = Call("combine", received.label), received.layout
 
@@ -106,7 +106,7 @@ class TwoHopExchange:
 
         return self._worker.submit(str(call), work, (rows_RD,))
 
-    def combine_backward(self, grad_TD: Tensor, received: Received[TwoHopLayout]) -> Pending[Tensor]:
+    def combine_backward(self, grad_TD: Tensor, received: Received[TwoHopLayout]) -> AsyncWork[Tensor]:
         """See `TokenExchange`."""
         call, layout = Call("combine_backward", received.label), received.layout
 
@@ -120,7 +120,7 @@ class TwoHopExchange:
 
     def dispatch_backward(
         self, grad_RD: Tensor, grad_weights_R: Tensor, received: Received[TwoHopLayout]
-    ) -> Pending[tuple[Tensor, Tensor]]:
+    ) -> AsyncWork[tuple[Tensor, Tensor]]:
         """See `TokenExchange`."""
         call, layout = Call("dispatch_backward", received.label), received.layout
 
@@ -141,13 +141,13 @@ class TwoHopExchange:
         columns = wire.columns(numbers_TK, weights_TK)
         message_TB = pack(wire.encode(tokens_TD), numbers_TK, weights_TK)
 
-        to_nodes = Fan.to_members(counted.visits_TN, sum(sizes.to_nodes_N))
-        between = Hop(self._between, self._traffic, sizes.to_nodes_N, sizes.from_nodes_N)
+        to_nodes = Permutation.to_members(counted.visits_TN, sum(sizes.to_nodes_N))
+        between = AllToAllStage(self._between, self._traffic, sizes.to_nodes_N, sizes.from_nodes_N)
         message_VB = between.forth(call, to_nodes.spread(message_TB), wire.row_bytes)
 
         visits_VG = visited(self._rank_in_node(unpack_one(message_VB, columns, 1)), self._inside.size)
-        to_ranks = Fan.to_members(visits_VG, sum(sizes.to_ranks_G))
-        inside = Hop(self._inside, self._traffic, sizes.to_ranks_G, sizes.from_ranks_G)
+        to_ranks = Permutation.to_members(visits_VG, sum(sizes.to_ranks_G))
+        inside = AllToAllStage(self._inside, self._traffic, sizes.to_ranks_G, sizes.from_ranks_G)
         payload_UB, experts_UK, weights_UK = unpack(
             inside.forth(call, self._for_ranks(to_ranks, message_VB), wire.row_bytes), columns
         )
@@ -162,7 +162,7 @@ class TwoHopExchange:
             rows_RD=rows_RD,
             weights_R=weights_UK.flatten()[choice_of_row_R],
             rows_per_expert_L=sizes.rows_per_expert_L,
-            visits=Visits(tokens, tokens * top_k, sizes.rank_visits, sum(sizes.to_nodes_N)),
+            visits=TokenCounts(tokens, tokens * top_k, sizes.rank_visits, sum(sizes.to_nodes_N)),
             label=call.label,
             layout=TwoHopLayout(to_nodes, between, to_ranks, inside, to_experts, choice_of_row_R, top_k),
             tiles=tiles,
@@ -174,7 +174,7 @@ class TwoHopExchange:
         """Rows by expert, and numbers beside each arrived row, to the sums of both over each token's."""
         wire = self._wire(form, rows_RD)
 
-        def home(hop: Hop, fan: Fan, sums_XD: Tensor, beside_XW: Tensor) -> tuple[Tensor, Tensor]:
+        def home(hop: AllToAllStage, fan: Permutation, sums_XD: Tensor, beside_XW: Tensor) -> tuple[Tensor, Tensor]:
             """One hop towards the tokens: sums cross in the wire's format and are summed in FP32 at least."""
             if hop.is_local:
                 return fan.collect(sums_XD), fan.collect(beside_XW)
@@ -223,11 +223,11 @@ class TwoHopExchange:
         lengths = tuple(len(part) for part in sums)
         return _Counted(visits_TN, self._worker.to_host_later(torch.cat(sums)), lengths)
 
-    def _wire(self, form: str, rows_XD: Tensor) -> Wire:
+    def _wire(self, form: str, rows_XD: Tensor) -> RowFormat:
         """A single rank has no wire, and rounds nothing for it."""
-        return Wire(Format.NATIVE if self._group.size == 1 else Format(form), rows_XD.shape[1], rows_XD.dtype)
+        return RowFormat(Format.NATIVE if self._group.size == 1 else Format(form), rows_XD.shape[1], rows_XD.dtype)
 
-    def _for_ranks(self, to_ranks: Fan, rows_VB: Tensor) -> Tensor:
+    def _for_ranks(self, to_ranks: Permutation, rows_VB: Tensor) -> Tensor:
         """The copies for the ranks of this node; a node of one rank gets the rows as they have arrived."""
         return rows_VB if self._inside.size == 1 else to_ranks.spread(rows_VB)
 
@@ -237,11 +237,11 @@ class TwoHopExchange:
         place_VK = (experts_VK - self._between.index * node_experts) // self._local_experts
         return place_VK.masked_fill(experts_VK // node_experts != self._between.index, -1).to(torch.int64)
 
-    def _sort(self, experts_UK: Tensor, rows: int) -> tuple[Tensor, Fan]:
+    def _sort(self, experts_UK: Tensor, rows: int) -> tuple[Tensor, Permutation]:
         """The choices for this rank's experts, by expert, and the fan from arrived rows to them."""
         local = self._local_experts
         expert_UK = experts_UK - self._group.index * local
         is_here_UK = (expert_UK >= 0) & (expert_UK < local)
         order = torch.argsort(expert_UK.masked_fill(~is_here_UK, local).flatten(), stable=True)
         choice_of_row_R = order[:rows]
-        return choice_of_row_R, Fan.of(choice_of_row_R // experts_UK.shape[1], is_here_UK.sum(dim=1))
+        return choice_of_row_R, Permutation.of(choice_of_row_R // experts_UK.shape[1], is_here_UK.sum(dim=1))

@@ -26,7 +26,7 @@ class Format(StrEnum):
 
 
 @dataclass(frozen=True)
-class Wire:
+class RowFormat:
     """Rows of one width and dtype in one format."""
 
     format: Format

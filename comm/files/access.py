@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 
-from ..errors import Problem, Refused
+from ..errors import ConfigError, Problem
 from .strict_json import Item, Malformed, parse_json
 
 MAX_BYTES = 2**29
@@ -100,9 +100,9 @@ def refusing(path: Path | str, fix: str) -> Iterator[None]:
     try:
         yield
     except Malformed as error:
-        raise Refused([error.problem(path, fix)]) from error
+        raise ConfigError([error.problem(path, fix)]) from error
     except OSError as error:
-        raise Refused([os_problem(error, path, fix)]) from error
+        raise ConfigError([os_problem(error, path, fix)]) from error
 
 
 def os_problem(error: OSError, path: Path | str, fix: str) -> Problem:
@@ -140,12 +140,12 @@ def replace_file(path: Path, raw: bytes) -> None:
 
 
 def refuse_links(path: Path) -> None:
-    """Raise `Refused` where `path`, which is about to be written, is a link, or no regular file."""
+    """Raise `ConfigError` where `path`, which is about to be written, is a link, or no regular file."""
     with contextlib.suppress(FileNotFoundError):
         mode = path.lstat().st_mode
         if not stat.S_ISREG(mode):
             kind = (
                 "a link" if stat.S_ISLNK(mode) else next((name for is_kind, name in _KINDS if is_kind(mode)), "other")
             )
-            remedy = "is in the place of a file that is written; a run writes through no link: remove it"
-            raise Refused([Problem(str(path), kind, remedy)])
+            hint = "is in the place of a file that is written; a run writes through no link: remove it"
+            raise ConfigError([Problem(str(path), kind, hint)])

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import Problem, Refused
+from ..errors import ConfigError, Problem
 from .access import MAX_LINE_BYTES, chunks_of_lines, lines_within, open_regular, refusing
 
 _CHUNK_BYTES = 64 * 1024
@@ -15,7 +15,7 @@ _CHUNK_BYTES = 64 * 1024
 def cut_torn_line(path: Path) -> None:
     """Cut what follows the last newline of the file at `path`, the remains of a write that a crash ended.
 
-    A file without a newline becomes empty; a file that does not exist stays away. Raises `Refused` for more remains
+    A file without a newline becomes empty; a file that does not exist stays away. Raises `ConfigError` for more remains
     than `MAX_LINE_BYTES`: no write was that long, so that something else has damaged the file.
     """
     if not path.exists():
@@ -24,8 +24,8 @@ def cut_torn_line(path: Path) -> None:
         size = end = file.seek(0, os.SEEK_END)
         while end > 0:
             if size - end > MAX_LINE_BYTES:
-                remedy = f"ends in more than {MAX_LINE_BYTES} bytes without a newline; restore the file"
-                raise Refused([Problem(str(path), size, remedy)])
+                hint = f"ends in more than {MAX_LINE_BYTES} bytes without a newline; restore the file"
+                raise ConfigError([Problem(str(path), size, hint)])
             start = max(0, end - _CHUNK_BYTES)
             file.seek(start)
             newline = file.read(end - start).rfind(b"\n")
@@ -37,7 +37,7 @@ def cut_torn_line(path: Path) -> None:
 
 
 def count_lines(path: Path) -> int:
-    """Return how many whole lines the file at `path` has. Raises `Refused` where it cannot be read."""
+    """Return how many whole lines the file at `path` has. Raises `ConfigError` where it cannot be read."""
     with refusing(path, "restore it"), open_regular(path) as file:
         return sum(chunk.count(b"\n") for chunk in chunks_of_lines(file))
 

@@ -33,15 +33,15 @@ _SHOWN = 100
 class Malformed(ValueError):  # noqa: N818 -- says what the file is
     """A file that does not hold what it must. `where` is the place inside the file; empty for the file as a whole."""
 
-    def __init__(self, where: str, value: object, remedy: str) -> None:
-        self.where, self.value, self.remedy = where, shortened(value), remedy
-        place, words = printable(where, keep=""), printable(remedy)
+    def __init__(self, where: str, value: object, hint: str) -> None:
+        self.where, self.value, self.hint = where, shortened(value), hint
+        place, words = printable(where, keep=""), printable(hint)
         super().__init__(f"{place} = {self.value!r}: {words}" if place else f"{words} ({self.value!r})")
 
     def problem(self, file: Path | str, fix: str) -> Problem:
         """The problem of `file`; `fix` says what to do about it."""
         field = f"{file}: {self.where}" if self.where else str(file)
-        return Problem(field, self.value, f"{self.remedy}; {fix}")
+        return Problem(field, self.value, f"{self.hint}; {fix}")
 
 
 def shortened(value: object) -> object:
@@ -59,8 +59,8 @@ def parse_json(raw: bytes | str) -> Item:
     except UnicodeDecodeError as error:
         raise Malformed("", f"byte {error.start}", "is not UTF-8") from error
     if text.startswith("\ufeff"):
-        remedy = "is not JSON: it begins with a byte order mark; save it as UTF-8 without one"
-        raise Malformed("", text[:_SHOWN], remedy)
+        hint = "is not JSON: it begins with a byte order mark; save it as UTF-8 without one"
+        raise Malformed("", text[:_SHOWN], hint)
     try:
         tree = _DECODER.decode(text)
     except Malformed:
@@ -132,9 +132,9 @@ class Item:
     value: Any
     where: str = ""
 
-    def malformed(self, remedy: str) -> Malformed:
+    def malformed(self, hint: str) -> Malformed:
         """An error about this value."""
-        return Malformed(self.where, self.value, remedy)
+        return Malformed(self.where, self.value, hint)
 
     def whole(self, least: int = 0, most: int = LARGEST) -> int:
         """A whole number from `least` to `most`."""

@@ -85,6 +85,6 @@ def _size(node: yaml.Node, known: dict[int, int], above: tuple[int, ...]) -> int
             inner = [each for pair in node.value for each in pair]
         known[id(node)] = 1 + sum(_size(each, known, (*above, id(node))) for each in inner)
         if known[id(node)] > _MAX_NODES:
-            remedy = f"holds more than {_MAX_NODES} values when every alias is written out"
-            raise Malformed(f"line {node.start_mark.line + 1}", known[id(node)], remedy)
+            hint = f"holds more than {_MAX_NODES} values when every alias is written out"
+            raise Malformed(f"line {node.start_mark.line + 1}", known[id(node)], hint)
     return known[id(node)]

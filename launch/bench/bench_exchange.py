@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from ...comm.errors import Problem, Refused, refuse_if_any
+from ...comm.errors import ConfigError, Problem, refuse_if_any
 from ...comm.topology import Link
 from ..cluster.simulated_cluster import SimulatedCluster
 from ..run.rank_environment import rank_environment
@@ -26,7 +26,7 @@ _SECONDS = 600
 def bench_exchange(spec: ExchangeSpec, uplink: str | None) -> dict[str, Any]:
     """Run it on this machine: as so many processes, or with `uplink` on a simulated cluster of so many nodes.
 
-    Raises `Refused` before any process exists.
+    Raises `ConfigError` before any process exists.
     """
     refuse_if_any(spec.problems())
     spec = replace(spec, on_cpu=uplink is not None)
@@ -59,10 +59,10 @@ def run_on_cluster(nodes: int, gpus_per_node: int, uplink: str, arguments: Seque
 
 
 def read_names(text: str, option: str) -> tuple[str, ...]:
-    """From `a,b`. Raises `Refused` for nothing, or for a name that comes twice."""
+    """From `a,b`. Raises `ConfigError` for nothing, or for a name that comes twice."""
     names = tuple(part.strip() for part in text.split(","))
     if len(set(names)) != len(names) or not all(names):
-        raise Refused([Problem(option, text, "must be names with commas between, each once")])
+        raise ConfigError([Problem(option, text, "must be names with commas between, each once")])
     return names
 
 

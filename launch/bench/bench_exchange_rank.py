@@ -29,12 +29,12 @@ from ...comm.exchange.deepep import missing_for_deepep
 from ...comm.exchange.deepep_buffer import BufferShape
 from ...comm.exchange.factory import open_exchange
 from ...comm.exchange.permutation import visited
-from ...comm.exchange.wire import Format, Wire
+from ...comm.exchange.wire import Format, RowFormat
 from ...comm.groups import ProcessGroups
 from ...comm.open_groups import open_groups_on
 from ...comm.topology import Link, Topology
-from ...comm.trace import Label
-from ...comm.traffic import Kind, Traffic
+from ...comm.trace import ExchangeLabel
+from ...comm.traffic import Traffic, TrafficKind
 from ..run.rank_environment import rank_environment
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ OPERATIONS = ("dispatch", "combine", "combine_backward", "dispatch_backward")
 FORMATS = (Format.BF16, Format.FP8)
 
 _LIMIT = timedelta(minutes=2)
-_LABEL = Label("bench", 0)
+_LABEL = ExchangeLabel("bench", 0)
 _IN_FLIGHT = 4  # exchanges of one measurement of overlap
 
 
@@ -100,7 +100,7 @@ class ExchangeSpec:
 
 
 @dataclass(frozen=True)
-class Sent:
+class SentRows:
     """What one rank sends to the experts, and takes back as the gradient of the result."""
 
     tokens_TD: Tensor
@@ -109,7 +109,7 @@ class Sent:
     grad_TD: Tensor
 
 
-def sent_by(spec: ExchangeSpec, rank: int, device: torch.device) -> Sent:
+def sent_by(spec: ExchangeSpec, rank: int, device: torch.device) -> SentRows:
     """A pure function of `spec` and `rank`."""
     generator = torch.Generator().manual_seed(rank)
     group_score_TG = torch.rand(spec.tokens, spec.groups, generator=generator)
@@ -118,7 +118,7 @@ def sent_by(spec: ExchangeSpec, rank: int, device: torch.device) -> Sent:
     score_TE -= 2 * closed_TG.repeat_interleave(spec.experts // spec.groups, dim=1)
     tokens_TD, grad_TD = torch.randn(2, spec.tokens, spec.hidden, generator=generator).bfloat16().to(device)
     weights_TK = torch.rand(spec.tokens, spec.top_k, generator=generator).to(device)
-    return Sent(tokens_TD, weights_TK, score_TE.topk(spec.top_k).indices.to(device), grad_TD)
+    return SentRows(tokens_TD, weights_TK, score_TE.topk(spec.top_k).indices.to(device), grad_TD)
 
 
 class Bench:
@@ -153,7 +153,9 @@ class Bench:
     def bytes_sent(self) -> dict[str, dict[str, dict[str, int]]]:
         """By all ranks in the first pass, by operation, kind and link."""
         self.seconds()
-        keys = [(operation, kind, link) for operation in (*OPERATIONS, "sizes") for kind in Kind for link in Link]
+        keys = [
+            (operation, kind, link) for operation in (*OPERATIONS, "sizes") for kind in TrafficKind for link in Link
+        ]
         own = [self._traffic.by_link(kind, operation)[link] for operation, kind, link in keys]
         total = self._groups.control.all_reduce_sum(torch.tensor(own), "sum of bytes").tolist()
         tree: dict[str, dict[str, dict[str, int]]] = {}
@@ -225,7 +227,7 @@ def needed_bytes(spec: ExchangeSpec, groups: ProcessGroups) -> dict[str, dict[st
         visits_TNM = visits_TE.unflatten(1, (members, -1)).any(dim=2).unflatten(1, (topology.ep_nodes, -1))
         rows.append(visits_TNM.sum() - visits_TNM[:, own_node].sum())
     per_way = groups.control.all_reduce_sum(torch.stack(rows), "sum of needed rows").tolist()
-    sizes = {form: Wire(Format(form), spec.hidden, torch.bfloat16).row_bytes for form in spec.formats}
+    sizes = {form: RowFormat(Format(form), spec.hidden, torch.bfloat16).row_bytes for form in spec.formats}
     return {
         form: {way: count * size for way, count in zip(("node", "rank", "expert"), per_way, strict=True)}
         for form, size in sizes.items()

@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...comm.async_comm import InlineWorker, open_worker
+from ...comm.async_comm import InlineCommunicator, open_worker
 from ...comm.bootstrap import WorkerEnvironment, start_default_group
 from ...comm.exchange.config import ExchangeConfig
 from ...comm.exchange.factory import open_exchange
 from ...comm.groups import ProcessGroups
 from ...comm.topology import Topology
-from ...comm.trace import EXPOSED_EXCHANGE, OPTIMIZER, REDUCE_WAIT, Label, Track
+from ...comm.trace import EXPOSED_EXCHANGE, OPTIMIZER, REDUCE_WAIT, ExchangeLabel, Track
 from ...comm.traffic import Traffic
 from ...trainer.build import Pipeline, build_stepper
 from ...trainer.config import RunConfig
@@ -39,8 +39,8 @@ from ...trainer.run.step import Stepper, StepSettings
 from ...trainer.telemetry.trace import Span, TraceRecorder
 from ..compose import compose_run
 from ..planner.exchange_time import Exchange
-from ..planner.kernel_times import Row
-from ..planner.operations import Phase
+from ..planner.kernel_times import Measurement
+from ..planner.operations import ComputePhase
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ class Calibration:
         """Sequence length."""
         return self.config.training.sequence_length
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[Measurement]:
         """Every row of the table; collective, and equal on all ranks."""
         torch.manual_seed(self.groups.rank)
         batch, sizes = self.config.training.global_batch, []
@@ -97,10 +97,10 @@ class Calibration:
         topology = Topology(edp=world // ranks, ep=ranks, gpus_per_node=per_node)
         return ProcessGroups.create(topology, self.groups.rank, _LIMIT)
 
-    def _row(self, kind: str, name: str, role: str, seconds: float, shape: str = "") -> Row:
+    def _row(self, kind: str, name: str, role: str, seconds: float, shape: str = "") -> Measurement:
         slowest = self.groups.world.all_reduce_max(torch.tensor([seconds], dtype=torch.float64), "slowest rank")
         role = shape or role
-        return Row(kind, name, role, "any", 0, 0, 0, round(float(slowest) * 1e6, 2), "us", "measured", _SOURCE)
+        return Measurement(kind, name, role, "any", 0, 0, 0, round(float(slowest) * 1e6, 2), "us", "measured", _SOURCE)
 
     def _phases(self, micro_batch: int) -> dict[str, float]:
         """Seconds of every phase, and of what lies between them in a chunk."""
@@ -123,7 +123,7 @@ class Calibration:
         groups = ProcessGroups.create(alone, 0, _LIMIT)
         model = Model(config.model)
         initialise(model, seed=0)
-        worker = InlineWorker(recorder)
+        worker = InlineCommunicator(recorder)
         exchange = open_exchange(ExchangeConfig(), groups, config.model.experts, worker, Traffic(alone, 0))
         stages, policy = Stages.of(config.model, self.length), config.recompute.policy
         pipeline = Pipeline.open(stages, groups, device, recorder=recorder, recompute=policy)
@@ -150,7 +150,7 @@ class Calibration:
         seconds: defaultdict[Exchange, list[float]] = defaultdict(list)
 
         def go_round(number: int) -> tuple[float, ...]:
-            label = Label("calibrate", number)
+            label = ExchangeLabel("calibrate", number)
             received, first = self._timed(lambda: exchange.dispatch(tokens_TD, weights_TK, experts_TK, label).wait())
             rows_RD, grads_R = received.rows_RD.clone(), torch.zeros_like(received.weights_R)
             _, second = self._timed(lambda: exchange.combine(rows_RD, received).wait())
@@ -192,7 +192,7 @@ class Calibration:
             times.append((time.perf_counter() - start) / 2)
         return median(times[_WARM_UP:]) if world.rank in (first, other) else 0.0
 
-    def _updates(self) -> Iterator[Row]:
+    def _updates(self) -> Iterator[Measurement]:
         """Nanoseconds a parameter of the optimizer and of a sum over ranks; what else a step takes."""
         recorder = TraceRecorder(nvtx=False)
         stepper, batch, settings = self._stepper(1, recorder)
@@ -243,24 +243,28 @@ def phase_seconds(spans: Sequence[Span], config: RunConfig) -> dict[str, float]:
     routed = settled[1 + depth : -1] or settled[-1:]
     attention = sum(routed) / len(routed)
     phases = {
-        Phase.ATTENTION_F: mean("attn(F)"),
-        Phase.ATTENTION_B: mean("attn(B)"),
-        Phase.ATTENTION_W: attention,
-        Phase.SHARED_F: 0.0,
-        Phase.SHARED_B: 0.0,
-        Phase.EXPERTS_F: mean("mlp(F)"),
-        Phase.EXPERTS_B: mean("mlp(B)"),
-        Phase.EXPERTS_W: mean("mlp(W)"),
-        Phase.DENSE_F: mean("dense(F)"),
-        Phase.DENSE_B: mean("dense(B)"),
-        Phase.DENSE_W: max(0.0, settled[-1] - attention) / max(dense, 1),
-        Phase.HEAD_F: mean("loss(F)"),
-        Phase.HEAD_W: settled[0] / (1 + depth),
-        Phase.MERGE_W: max(0.0, sum(settled[1 : 1 + depth]) / depth - attention) if depth else 0.0,
+        ComputePhase.ATTENTION_F: mean("attn(F)"),
+        ComputePhase.ATTENTION_B: mean("attn(B)"),
+        ComputePhase.ATTENTION_W: attention,
+        ComputePhase.SHARED_F: 0.0,
+        ComputePhase.SHARED_B: 0.0,
+        ComputePhase.EXPERTS_F: mean("mlp(F)"),
+        ComputePhase.EXPERTS_B: mean("mlp(B)"),
+        ComputePhase.EXPERTS_W: mean("mlp(W)"),
+        ComputePhase.DENSE_F: mean("dense(F)"),
+        ComputePhase.DENSE_B: mean("dense(B)"),
+        ComputePhase.DENSE_W: max(0.0, settled[-1] - attention) / max(dense, 1),
+        ComputePhase.HEAD_F: mean("loss(F)"),
+        ComputePhase.HEAD_W: settled[0] / (1 + depth),
+        ComputePhase.MERGE_W: max(0.0, sum(settled[1 : 1 + depth]) / depth - attention) if depth else 0.0,
     }
     rest = {way: _rest(named[way], spans) for way in ("F", "B")}
     # Not in any phase: the losses' backward and MTP's merge, which are on the last stage too.
-    phases |= {Phase.MERGE_F: rest["F"] / max(depth, 1), Phase.MERGE_B: 0.0, Phase.HEAD_B: rest["B"] / (1 + depth)}
+    phases |= {
+        ComputePhase.MERGE_F: rest["F"] / max(depth, 1),
+        ComputePhase.MERGE_B: 0.0,
+        ComputePhase.HEAD_B: rest["B"] / (1 + depth),
+    }
     return {phase.value: seconds for phase, seconds in phases.items()}
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ...comm.errors import Problem, Refused, noting, refuse_if_any
+from ...comm.errors import ConfigError, Problem, noting, refuse_if_any
 from ...trainer.config import RunConfig
 from ...trainer.telemetry.events import METRICS_FILE
 from ...trainer.telemetry.history import read_all_metrics
@@ -38,7 +38,7 @@ _SECONDS_BETWEEN_LOOKS = 0.1
 
 
 @dataclass(frozen=True)
-class Fault:
+class InjectedFault:
     """A node that breaks as soon as the run has told of a step."""
 
     option: str
@@ -47,13 +47,13 @@ class Fault:
     step: int
 
     @staticmethod
-    def read(option: str, text: str, nodes: int) -> Fault:
-        """From `NODE@STEP`. Raises `Refused`."""
+    def read(option: str, text: str, nodes: int) -> InjectedFault:
+        """From `NODE@STEP`. Raises `ConfigError`."""
         node, _, step = text.partition("@")
         if not (node.isdecimal() and step.isdecimal() and int(node) < nodes and int(step) > 0):
-            remedy = f"must be NODE@STEP, such as 0@20, with a node from 0 to {nodes - 1} and a step from 1"
-            raise Refused([Problem(option, text, remedy)])
-        return Fault(option, int(node), int(step))
+            hint = f"must be NODE@STEP, such as 0@20, with a node from 0 to {nodes - 1} and a step from 1"
+            raise ConfigError([Problem(option, text, hint)])
+        return InjectedFault(option, int(node), int(step))
 
     def strike(self, cluster: SimulatedCluster) -> str:
         """Break the node; return what has happened to it."""
@@ -65,7 +65,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class ClusterRehearsal:
     """What is rehearsed, on what, and what shall go wrong."""
 
     overrides: Sequence[str]
@@ -92,7 +92,7 @@ class Rehearsal:
         return command + (["--fresh"] if self.fresh else [])
 
     def config(self) -> RunConfig:
-        """The run's. Raises `Refused` for one that these nodes cannot run."""
+        """The run's. Raises `ConfigError` for one that these nodes cannot run."""
         config = compose_run(self.complete_overrides(), self.config_dir)
         refuse_if_any(self._problems(config))
         preflight(config, self.gpus_per_node, fresh=self.fresh)
@@ -102,29 +102,29 @@ class Rehearsal:
         ranks, topology = self.nodes * self.gpus_per_node, config.topology
         if ranks != topology.world_size:
             total = f"--nodes x --gpus-per-node = {self.nodes} x {self.gpus_per_node} = {ranks} ranks"
-            remedy = f"{total}, and the topology asks for {topology.world_size}"
-            yield Problem("--gpus-per-node", self.gpus_per_node, remedy)
+            hint = f"{total}, and the topology asks for {topology.world_size}"
+            yield Problem("--gpus-per-node", self.gpus_per_node, hint)
         if topology.gpus_per_node != self.gpus_per_node:
-            remedy = f"--gpus-per-node says {self.gpus_per_node}; write the same, or leave it out here"
-            yield Problem("topology.gpus_per_node", topology.gpus_per_node, remedy)
+            hint = f"--gpus-per-node says {self.gpus_per_node}; write the same, or leave it out here"
+            yield Problem("topology.gpus_per_node", topology.gpus_per_node, hint)
         if config.training.device != "cpu":
-            remedy = "the nodes would share the GPUs of this machine; write cpu, or leave it out"
-            yield Problem("training.device", config.training.device, remedy)
+            hint = "the nodes would share the GPUs of this machine; write cpu, or leave it out"
+            yield Problem("training.device", config.training.device, hint)
         if config.telemetry.wandb.mode == "online":
-            remedy = "there is no way out of a simulated cluster; write offline"
-            yield Problem("telemetry.wandb.mode", "online", remedy)
+            hint = "there is no way out of a simulated cluster; write offline"
+            yield Problem("telemetry.wandb.mode", "online", hint)
 
 
-def run_cluster(rehearsal: Rehearsal) -> int:
+def run_cluster(rehearsal: ClusterRehearsal) -> int:
     """Run it; return the exit code: node 0's, or where that is 0 the first of another node that is not.
 
-    Raises `Refused` before any process of the run exists.
+    Raises `ConfigError` before any process of the run exists.
     """
     problems: list[Problem] = []
-    faults: list[Fault] = []
+    faults: list[InjectedFault] = []
     for option, text in rehearsal.faults:
         with noting(problems):
-            faults.append(Fault.read(option, text, rehearsal.nodes))
+            faults.append(InjectedFault.read(option, text, rehearsal.nodes))
     if len({fault.node for fault in faults}) < len(faults):
         broken = ", ".join(text for _, text in rehearsal.faults)
         problems.append(Problem("--cut-link, --kill-node", broken, "a node can break once"))
@@ -134,8 +134,8 @@ def run_cluster(rehearsal: Rehearsal) -> int:
         config = rehearsal.config()
         for (option, text), fault in zip(rehearsal.faults, faults, strict=False):
             if fault.step >= config.total_steps:
-                remedy = f"would never happen: the run has {config.total_steps} steps; name an earlier one"
-                problems.append(Problem(option, text, remedy))
+                hint = f"would never happen: the run has {config.total_steps} steps; name an earlier one"
+                problems.append(Problem(option, text, hint))
     refuse_if_any(problems)
     try:
         with stop_signals_raise(), cluster, ExitStack() as cleanup:
@@ -148,10 +148,10 @@ def run_cluster(rehearsal: Rehearsal) -> int:
 
 
 def _run(
-    rehearsal: Rehearsal,
+    rehearsal: ClusterRehearsal,
     config: RunConfig,
     cluster: SimulatedCluster,
-    faults: Sequence[Fault],
+    faults: Sequence[InjectedFault],
     logs: Sequence[IO[str]],
 ) -> int:
     """Start the nodes, wait for them, say what came of it. `logs` are of all nodes but 0, which has the terminal."""
@@ -194,7 +194,7 @@ class _Steps:
         """0 before the first."""
         try:
             events = read_all_metrics(self.metrics)
-        except Refused:  # no file yet, or --fresh has just removed it
+        except ConfigError:  # no file yet, or --fresh has just removed it
             return 0
         return max((event.step for event in events if event.kind == "step" and event.time >= self.began), default=0)
 
@@ -203,7 +203,7 @@ def _wait(
     cluster: SimulatedCluster,
     processes: Sequence[MachineProcess],
     steps: _Steps,
-    faults: Sequence[Fault],
+    faults: Sequence[InjectedFault],
     fates: dict[int, str],
     patience: float,
 ) -> None:

@@ -43,8 +43,8 @@ def missing_means() -> Iterator[Problem]:
     elif "unshare" not in missing:
         probe = subprocess.run([*_UNSHARE, "true"], capture_output=True, text=True, check=False)
         if probe.returncode:
-            remedy = f"even root may not make namespaces here ({probe.stderr.strip()}); a container must be privileged"
-            yield Problem("user", 0, remedy)
+            hint = f"even root may not make namespaces here ({probe.stderr.strip()}); a container must be privileged"
+            yield Problem("user", 0, hint)
 
 
 class MachineProcess(subprocess.Popen[str]):

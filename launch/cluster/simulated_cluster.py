@@ -24,7 +24,7 @@ from ipaddress import IPv4Network
 from types import TracebackType
 from typing import IO, Self
 
-from ...comm.errors import Problem, Refused, refuse_if_any
+from ...comm.errors import ConfigError, Problem, refuse_if_any
 from .namespaces import Machine, MachineProcess, missing_means
 
 _INTERFACE = "eth0"
@@ -47,7 +47,7 @@ class SimulatedCluster:
         nodes: how many.
         uplink: rate of each, such as `200mbit`; None for as fast as the kernel goes.
 
-    Raises `Refused` where either is impossible, and where this user or machine cannot pretend machines.
+    Raises `ConfigError` where either is impossible, and where this user or machine cannot pretend machines.
     """
 
     def __init__(self, nodes: int, uplink: str | None = None) -> None:
@@ -63,16 +63,16 @@ class SimulatedCluster:
         if not 1 <= self.nodes <= _MOST_NODES:
             yield Problem("nodes", self.nodes, f"must be from 1 to {_MOST_NODES}")
         if self._rate is not None and not 10**6 <= self._rate <= 10**12:
-            remedy = "must be from 1mbit to 1000gbit, a number with kbit, mbit or gbit; or leave it out for no limit"
-            yield Problem("uplink", self.uplink, remedy)
+            hint = "must be from 1mbit to 1000gbit, a number with kbit, mbit or gbit; or leave it out for no limit"
+            yield Problem("uplink", self.uplink, hint)
 
     def __enter__(self) -> Self:
         with ExitStack() as cleanup:
             try:
                 self._build(cleanup)
             except subprocess.CalledProcessError as error:
-                remedy = f"failed ({error.stderr.strip()}); needs veth, bridges and tbf, and the right to make them"
-                raise Refused([Problem("simulated cluster", " ".join(error.cmd), remedy)]) from error
+                hint = f"failed ({error.stderr.strip()}); needs veth, bridges and tbf, and the right to make them"
+                raise ConfigError([Problem("simulated cluster", " ".join(error.cmd), hint)]) from error
             self._cleanup = cleanup.pop_all()
         return self
 

@@ -128,10 +128,10 @@ def _add_generate(verbs: Verbs) -> None:
 
 def _generate(options: argparse.Namespace) -> int:
     from ..say import give, say
-    from ..verbs.generate import Request, acceptance, generate_text
+    from ..verbs.generate import GenerationRequest, acceptance, generate_text
 
     size = options.tokens, options.temperature, options.seed, not options.no_draft, options.average
-    text, found = generate_text(Request(options.path, options.step, options.prompt, *size))
+    text, found = generate_text(GenerationRequest(options.path, options.step, options.prompt, *size))
     give(options.prompt + text)
     say(acceptance(found))
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from .options import Verbs, add_format, described, show, with_overrides
 
 
@@ -42,7 +42,7 @@ def _memory(options: argparse.Namespace) -> int:
     from ..verbs.memory import memory_report, memory_table, memory_tree
 
     if options.one_rank and not options.measure:
-        raise Refused([Problem("--one-rank", True, "is how a run is measured; write --measure too")])
+        raise ConfigError([Problem("--one-rank", True, "is how a run is measured; write --measure too")])
     report = memory_report(*described(options), measure=options.measure, one_rank=options.one_rank)
     show(options, lambda: memory_table(report), lambda: memory_tree(report))
     return 0
@@ -72,7 +72,7 @@ def _schedule(options: argparse.Namespace) -> int:
     try:
         options.output.write_text(f"{drawing}\n")
     except OSError as error:
-        raise Refused([Problem("--output", str(options.output), f"cannot be written: {error.strerror}")]) from None
+        raise ConfigError([Problem("--output", str(options.output), f"cannot be written: {error.strerror}")]) from None
     return 0
 
 

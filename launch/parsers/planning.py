@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from .options import Verbs, add_format, described, show, with_overrides
 
 
@@ -92,7 +92,7 @@ def _rehearse(options: argparse.Namespace) -> int:
     from ..say import say
 
     if options.passes < 0:
-        raise Refused([Problem("--passes", options.passes, "must be at least 0")])
+        raise ConfigError([Problem("--passes", options.passes, "must be at least 0")])
     say("reading the configuration")  # before torch is loaded, which takes seconds
     from ..rehearsal.tables import verdict_table, verdict_tree
     from ..run.launcher import Stopped

@@ -39,10 +39,10 @@ def _add_budget(verbs: Verbs) -> None:
 def _budget(options: argparse.Namespace) -> int:
     from rich.console import Group
 
-    from ..verbs.budget import Question, budget_tables, budget_tree
+    from ..verbs.budget import BudgetQuery, budget_tables, budget_tree
 
-    names = [field.name for field in fields(Question) if field.name != "run"]
-    question = Question(options.run_or_project, **{name: getattr(options, name) for name in names})
+    names = [field.name for field in fields(BudgetQuery) if field.name != "run"]
+    question = BudgetQuery(options.run_or_project, **{name: getattr(options, name) for name in names})
     show(options, lambda: Group(*budget_tables(question)), lambda: budget_tree(question))
     return 0
 

@@ -44,12 +44,12 @@ def _add_cluster(verbs: Verbs) -> None:
 
 
 def _cluster(options: argparse.Namespace) -> int:
-    from ..cluster.cluster_run import Rehearsal, run_cluster
+    from ..cluster.cluster_run import ClusterRehearsal, run_cluster
 
     faults = [("--cut-link", text) for text in options.cut_link]
     faults += [("--kill-node", text) for text in options.kill_node]
     run = *described(options), options.fresh
-    return run_cluster(Rehearsal(*run, options.nodes, options.gpus_per_node, options.uplink, faults))
+    return run_cluster(ClusterRehearsal(*run, options.nodes, options.gpus_per_node, options.uplink, faults))
 
 
 def _add_fresh(parser: argparse.ArgumentParser) -> None:

@@ -11,10 +11,10 @@ import torch
 from ...comm.errors import Problem, refuse_if_any
 from ...comm.exchange.deepep import SMS_BETWEEN_NODES
 from ...trainer.config import RunConfig
-from ...trainer.model.recompute import Part
+from ...trainer.model.recompute import RecomputeModule
 from ..compose import to_tree
 from .forecast import Layout
-from .kernel_times import Table
+from .kernel_times import KernelTable
 from .pricing import described_table
 from .recipe import Precision, Recipe
 
@@ -65,7 +65,7 @@ def on_cpu(config: RunConfig) -> bool:
     return config.cluster.sms is None
 
 
-def _lent(config: RunConfig, table: Table) -> int:
+def _lent(config: RunConfig, table: KernelTable) -> int:
     """SMs that the exchange takes: what DeepEP is asked for, else as many as where the table was measured."""
     lent = table.find("gemm", "lent_sms", "any")
     if lent is None:
@@ -85,22 +85,22 @@ def unpriced(config: RunConfig) -> Iterator[Problem]:
     cluster, precision = config.cluster, config.precision
     here = "cpu" if on_cpu(config) else "cuda"
     if config.training.device not in ("auto", here):
-        remedy = f"{cluster.name} is priced on its {'CPU' if here == 'cpu' else 'GPUs'}; write auto or {here}"
-        yield Problem("training.device", config.training.device, remedy)
+        hint = f"{cluster.name} is priced on its {'CPU' if here == 'cpu' else 'GPUs'}; write auto or {here}"
+        yield Problem("training.device", config.training.device, hint)
     if precision.compute == "float64":
         yield Problem("precision.compute", "float64", "no table prices FP64; write precision=bf16 or precision=fp32")
     elif precision.compute == "float32" and not on_cpu(config):
-        remedy = f"no table prices FP32 on {cluster.name}; write precision=bf16 or precision=fp8"
-        yield Problem("precision.compute", "float32", remedy)
+        hint = f"no table prices FP32 on {cluster.name}; write precision=bf16 or precision=fp8"
+        yield Problem("precision.compute", "float32", hint)
     if precision.linear == "fp8" and on_cpu(config):
-        remedy = "a CPU emulates FP8, and no table prices that; write precision=auto, or price a cluster of GPUs"
-        yield Problem("precision.linear", "fp8", remedy)
+        hint = "a CPU emulates FP8, and no table prices that; write precision=auto, or price a cluster of GPUs"
+        yield Problem("precision.linear", "fp8", hint)
     if precision.provider == "reference" and not on_cpu(config):
-        remedy = "no table prices the emulation on a GPU; write precision.provider=auto"
-        yield Problem("precision.provider", "reference", remedy)
+        hint = "no table prices the emulation on a GPU; write precision.provider=auto"
+        yield Problem("precision.provider", "reference", hint)
     if config.exchange.check_order:
-        remedy = "a check before each exchange, which no table prices; write false"
-        yield Problem("exchange.check_order", True, remedy)
+        hint = "a check before each exchange, which no table prices; write false"
+        yield Problem("exchange.check_order", True, hint)
 
 
 def grid_problems(config: RunConfig) -> Iterator[Problem]:
@@ -113,19 +113,21 @@ def grid_problems(config: RunConfig) -> Iterator[Problem]:
         has = f"with {per_node} GPUs each are {gpus} GPUs, and the topology has {grid} ranks"
         yield Problem("cluster.nodes", cluster.nodes, f"{has}; write a topology of {gpus} ranks, or {fit}")
     elif min(topology.gpus_per_node, ranks) != min(per_node, ranks):
-        remedy = f"{cluster.name} has {per_node} in a node; write topology.gpus_per_node={per_node}"
-        yield Problem("topology.gpus_per_node", topology.gpus_per_node, remedy)
+        hint = f"{cluster.name} has {per_node} in a node; write topology.gpus_per_node={per_node}"
+        yield Problem("topology.gpus_per_node", topology.gpus_per_node, hint)
 
 
-def _input_problems(config: RunConfig, table: Table, recipe: Recipe, inputs: Mapping[str, Any]) -> Iterator[Problem]:
+def _input_problems(
+    config: RunConfig, table: KernelTable, recipe: Recipe, inputs: Mapping[str, Any]
+) -> Iterator[Problem]:
     sms = lendable_sms(config)
     yield from recipe.problems(sms, config.topology.ep)
     if "comm_sms" in inputs and sms is None:
-        remedy = f"the table of {config.cluster.name} does not say how many SMs were lent, so nothing depends on it"
-        yield Problem("--comm-sms", recipe.comm_sms, f"{remedy}; leave it out")
+        hint = f"the table of {config.cluster.name} does not say how many SMs were lent, so nothing depends on it"
+        yield Problem("--comm-sms", recipe.comm_sms, f"{hint}; leave it out")
     if recipe.skew > 0 and table.measured_with:
-        remedy = f"phases of {config.cluster.name} were timed whole, with the rows of balanced experts; leave it out"
-        yield Problem("--skew", recipe.skew, remedy)
+        hint = f"phases of {config.cluster.name} were timed whole, with the rows of balanced experts; leave it out"
+        yield Problem("--skew", recipe.skew, hint)
 
 
 def run_with(config: RunConfig, layout: Layout, recipe: Recipe) -> RunConfig:
@@ -140,7 +142,9 @@ def run_with(config: RunConfig, layout: Layout, recipe: Recipe) -> RunConfig:
         config,
         topology=layout.topology,
         schedule=replace(config.schedule, **names, layout=layout.layers),  # type: ignore[arg-type]
-        recompute=replace(config.recompute, parts=tuple(part.value for part in Part if part in recipe.recompute)),
+        recompute=replace(
+            config.recompute, parts=tuple(part.value for part in RecomputeModule if part in recipe.recompute)
+        ),
         precision=precision,
     )
 

@@ -8,7 +8,7 @@ from ...trainer.config import RunConfig
 from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.memory.peak import ALL_TO_ALL, CONTEXT
 from .forecast import Forecast
-from .kernel_times import Table, weakest
+from .kernel_times import KernelTable, weakest
 from .lanes import ChunkCosts
 from .operations import Shape, head_traffic
 from .recipe import Precision, Recipe
@@ -52,7 +52,7 @@ def _outside(recipe: Recipe, expert_ranks: int) -> Iterator[Evidence]:
         yield f"NCCL's buffers of all-to-alls {ALL_TO_ALL / 1e9:g} GB", "assumed", "no measurement"
 
 
-def _times(table: Table, at_best: str) -> Iterator[Evidence]:
+def _times(table: KernelTable, at_best: str) -> Iterator[Evidence]:
     rows: dict[tuple[str, str], str] = {}
     for row in table.rows:
         if row.kind == "recipe":
@@ -75,7 +75,7 @@ def _choices(recipe: Recipe) -> Iterator[Evidence]:
     yield f"moments of {recipe.moment_bytes} bytes a parameter", "chosen", "optimizer.moments"
 
 
-def _lent(config: RunConfig, recipe: Recipe, table: Table, at_best: str) -> Iterator[Evidence]:
+def _lent(config: RunConfig, recipe: Recipe, table: KernelTable, at_best: str) -> Iterator[Evidence]:
     row = table.find("gemm", "lent_sms", "any")
     if row is None:
         return

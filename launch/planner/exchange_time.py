@@ -14,23 +14,23 @@ from enum import StrEnum
 from functools import cache
 from math import comb
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ...comm.exchange.wire import Format
 from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.model.config import ModelConfig
-from .kernel_times import Coverage, Row, Table, weakest
+from .kernel_times import Coverage, KernelTable, Measurement, weakest
 from .operations import Shape
 from .recipe import Precision, Recipe
 
 
 def bytes_a_second(cluster: ClusterConfig, name: str, gigabytes: float | None, need: str) -> float:
-    """Of `gigabytes`, the value of `cluster.<name>` in 10^9 bytes a second. Raises `Refused` where it is null.
+    """Of `gigabytes`, the value of `cluster.<name>` in 10^9 bytes a second. Raises `ConfigError` where it is null.
 
     `need` says what cannot be priced without.
     """
     if gigabytes is None:
-        remedy = f"is not known for {cluster.name}, and {need} cannot be priced without; write a figure"
-        raise Refused([Problem(f"cluster.{name}", None, remedy)])
+        hint = f"is not known for {cluster.name}, and {need} cannot be priced without; write a figure"
+        raise ConfigError([Problem(f"cluster.{name}", None, hint)])
     return gigabytes * 1e9
 
 
@@ -78,7 +78,7 @@ def expected_visits(model: ModelConfig, places: int) -> float:
 
 
 @dataclass(frozen=True)
-class Travel:
+class ExchangeTime:
     """One exchange: how long it takes beside computing and alone, and before that the waits for other ranks."""
 
     name: str
@@ -89,16 +89,16 @@ class Travel:
 
 
 @dataclass(frozen=True)
-class Wire:
+class ExchangePricer:
     """Prices exchanges of an expert-parallel group on one cluster."""
 
     cluster: ClusterConfig
     recipe: Recipe
-    table: Table
+    table: KernelTable
     coverage: Coverage
-    _priced: dict[tuple[Shape, Exchange], Travel] = field(default_factory=dict)
+    _priced: dict[tuple[Shape, Exchange], ExchangeTime] = field(default_factory=dict)
 
-    def travel(self, shape: Shape, exchange: Exchange) -> Travel:
+    def travel(self, shape: Shape, exchange: Exchange) -> ExchangeTime:
         """One exchange of one layer and micro-batch; nothing where all experts are on the rank."""
         key = shape, exchange
         if key not in self._priced:
@@ -135,12 +135,12 @@ class Wire:
     def _is_flat(self) -> bool:
         return self.recipe.exchange.name == "flat"
 
-    def _price(self, shape: Shape, exchange: Exchange) -> Travel:
+    def _price(self, shape: Shape, exchange: Exchange) -> ExchangeTime:
         measured = self._calibrated(shape, exchange)
         if measured is not None:
             return measured
         if shape.expert_ranks == 1:
-            return Travel(exchange.value, 0.0, 0.0)
+            return ExchangeTime(exchange.value, 0.0, 0.0)
         if self.table.measured_with:
             self._refuse_unmeasured(shape)
         rows = [row for row in self.table.of("sync", "overlapped") if row.name == exchange.value]
@@ -148,7 +148,7 @@ class Wire:
         alone = self._alone(shape, exchange) * (1 + self.recipe.skew) / self.recipe.links
         beside = alone * self._contention(exchange)
         self.coverage.add(self._evidence(shape, exchange), beside + sum(syncs) / len(syncs))
-        return Travel(exchange.value, beside, alone, syncs)
+        return ExchangeTime(exchange.value, beside, alone, syncs)
 
     def _evidence(self, shape: Shape, exchange: Exchange) -> str:
         """Of a price: measured where the trace is of this very exchange."""
@@ -168,10 +168,10 @@ class Wire:
 
     def _refuse_unmeasured(self, shape: Shape) -> None:
         name = f"{shape.micro_batch} sequences of {shape.sequence_length} over {shape.expert_ranks} ranks"
-        remedy = f"has no exchange of {name}; calibrate with as many ranks and such a batch"
-        raise Refused([Problem("cluster.tables", self.table.name, remedy)])
+        hint = f"has no exchange of {name}; calibrate with as many ranks and such a batch"
+        raise ConfigError([Problem("cluster.tables", self.table.name, hint)])
 
-    def _calibrated(self, shape: Shape, exchange: Exchange) -> Travel | None:
+    def _calibrated(self, shape: Shape, exchange: Exchange) -> ExchangeTime | None:
         """As `shoestring calibrate` measured it whole. On a CPU it hides behind nothing: its core computes."""
         row = self.table.find(
             "phase", exchange.value, f"{shape.micro_batch}x{shape.sequence_length}/{shape.expert_ranks}"
@@ -179,7 +179,7 @@ class Wire:
         if row is None:
             return None
         self.coverage.add(row.evidence, row.seconds)
-        return Travel(exchange.value, math.inf, row.seconds)
+        return ExchangeTime(exchange.value, math.inf, row.seconds)
 
     def _alone(self, shape: Shape, exchange: Exchange) -> float:
         """The slower of both links: forwarding inside the nodes goes on while more arrives."""
@@ -207,7 +207,7 @@ class Wire:
         nodes = max(1, row.inputs // size)
         return row.value * 1e9 * ((nodes - 1) / nodes if nodes > 1 else 1.0)  # logical: tokens that stay are counted
 
-    def _rate_row(self, kind: str, ranks: int) -> Row | None:
+    def _rate_row(self, kind: str, ranks: int) -> Measurement | None:
         size = self.cluster.gpus_per_node
         rows = [row for precision in Precision for row in self.table.of("exchange", "alone", precision.value)]
         rows = [row for row in rows if row.name == kind and (row.inputs <= size) == (ranks <= size)]
@@ -221,16 +221,16 @@ class Wire:
         if row is None:
             return 1.0
         # The report's formats, and nodes as there.
-        traced = Wire(replace(self.cluster, gpus_per_node=_TRACED_NODE), Recipe(), self.table, Coverage())
+        traced = ExchangePricer(replace(self.cluster, gpus_per_node=_TRACED_NODE), Recipe(), self.table, Coverage())
         shape = Shape(_TRACED_MODEL, row.tokens, 1, row.inputs)
         infiniband, nvlink = traced.bytes(shape, exchange)
         rates = [traced._measured_rate(_kind(exchange), ranks) for ranks in (row.inputs, _TRACED_NODE)]
         if rates[0] is None or rates[1] is None:
-            remedy = f"has the {exchange.value} beside computing, and none alone to compare it with; measure both"
-            raise Refused([Problem("cluster.tables", self.table.name, remedy)])
+            hint = f"has the {exchange.value} beside computing, and none alone to compare it with; measure both"
+            raise ConfigError([Problem("cluster.tables", self.table.name, hint)])
         return row.seconds / max(infiniband / rates[0], nvlink / rates[1])
 
-    def _overlapped(self, exchange: Exchange) -> Row | None:
+    def _overlapped(self, exchange: Exchange) -> Measurement | None:
         """The exchange beside computing, as it was measured."""
         names = (self.table.find("exchange", exchange.value, "overlapped", precision.value) for precision in Precision)
         return next((row for row in names if row is not None), None)

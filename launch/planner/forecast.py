@@ -11,11 +11,11 @@ from functools import cached_property
 from ...comm.topology import Link, Topology
 from ...comm.trace import EDGE_WAIT, OPTIMIZER, REDUCE_WAIT
 from ...parallelism.pipeline.communication import edges
-from ...parallelism.pipeline.liveness import Moment, moments
-from ...parallelism.pipeline.placement import Place, Placement
+from ...parallelism.pipeline.liveness import LiveInstruction, moments
+from ...parallelism.pipeline.placement import Placement, StagePlace
 from ...parallelism.pipeline.program import Op, Program
 from ...parallelism.pipeline.schedules.registry import build_placement, build_program
-from ...parallelism.pipeline.simulate import Replay, ideal_wait
+from ...parallelism.pipeline.simulate import ProgramTimes, ideal_wait
 from ...parallelism.pipeline.timetable import Timetable
 from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.costs.flops import FlopCount, count_flops
@@ -23,7 +23,7 @@ from ...trainer.ledger.terms import report_view
 from ...trainer.memory.chunk import StageShape
 from ...trainer.model.config import ModelConfig
 from ...trainer.model.stage_layout import split_layers
-from .exchange_time import Wire, bytes_a_second
+from .exchange_time import ExchangePricer, bytes_a_second
 from .instruction_times import Kinds, Runs, kinds_of
 from .kernel_times import Coverage
 from .lanes import ChunkCosts
@@ -39,7 +39,7 @@ from .layout_memory import (
 from .operations import Shape
 from .pricing import Compute
 from .recipe import Recipe
-from .update import Traffic, Updates, Uses, exposed_gather, exposed_reduce
+from .update import CollectiveSeconds, Updates, WeightUses, exposed_gather, exposed_reduce
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Forecast:
     layout: Layout
     recipe: Recipe
     stages: tuple[StageShape, ...]
-    replay: Replay
+    replay: ProgramTimes
     terms: tuple[dict[str, float], ...]
     """The ledger's productive terms (`budget.terms.TERMS`) of each rank; each rank's add up to the step."""
     reduce: float
@@ -155,7 +155,7 @@ class Forecast:
         return f"{name} {parts[name] / self.seconds:.1%} of the step{detail}"
 
 
-def _terms(runs: Runs, replay: Replay, reduce: float, optimizer: float) -> Iterator[dict[str, float]]:
+def _terms(runs: Runs, replay: ProgramTimes, reduce: float, optimizer: float) -> Iterator[dict[str, float]]:
     """Of each rank. Behind its last instruction it waits for all others in the sums over ranks, as the runtime does."""
     for rank, (ends, busy) in enumerate(zip(replay.ends, replay.busy, strict=True)):
         last = replay.makespan - ends[-1] + reduce
@@ -180,9 +180,9 @@ class Forecaster:
     _splits: dict[tuple[int, tuple[int, ...] | None], tuple[StageShape, ...]] = field(default_factory=dict)
     _parameters: dict[Layout, tuple[Parameters, ...]] = field(default_factory=dict)
     _costs: dict[tuple[Recipe, int, int], ChunkCosts] = field(default_factory=dict)
-    _moments: dict[tuple[str, int, int, int], tuple[frozenset[Moment], ...]] = field(default_factory=dict)
+    _moments: dict[tuple[str, int, int, int], tuple[frozenset[LiveInstruction], ...]] = field(default_factory=dict)
     _chunks: ChunkCache = field(default_factory=ChunkCache)
-    _uses: dict[tuple[str, int, int, int], Uses] = field(default_factory=dict)
+    _uses: dict[tuple[str, int, int, int], WeightUses] = field(default_factory=dict)
     _kinds: dict[tuple[str, int, int, int], Kinds] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -270,7 +270,7 @@ class Forecaster:
         key = recipe, layout.topology.ep, layout.micro_batch
         if key not in self._costs:
             cost = Compute.of(self.cluster, recipe)
-            wire = Wire(self.cluster, recipe, cost.table, cost.coverage)
+            wire = ExchangePricer(self.cluster, recipe, cost.table, cost.coverage)
             self._costs[key] = ChunkCosts(self._shape(layout, recipe), cost, wire)
         return self._costs[key]
 
@@ -293,7 +293,7 @@ class Forecaster:
         rate = bytes_a_second(cluster, name, link, "a message between stages")
         return tokens * self.model.hidden * recipe.wide / (rate * recipe.links)
 
-    def update(self, layout: Layout, recipe: Recipe, replay: Replay) -> tuple[float, float]:
+    def update(self, layout: Layout, recipe: Recipe, replay: ProgramTimes) -> tuple[float, float]:
         """Seconds that show of summing gradients and handing out weights, and of the optimizer on the slowest rank."""
         updates = self._updates(layout, recipe)
         if updates.is_timed:
@@ -313,13 +313,13 @@ class Forecaster:
     def _updates(self, layout: Layout, recipe: Recipe) -> Updates:
         return Updates(self.cluster, recipe, self.costs(layout, recipe).cost.table, layout.topology)
 
-    def _program_uses(self, program: Program) -> Uses:
+    def _program_uses(self, program: Program) -> WeightUses:
         key = program.schedule, program.ranks, program.micro_batches, program.chunks
         if key not in self._uses:
-            self._uses[key] = Uses.of(program)
+            self._uses[key] = WeightUses.of(program)
         return self._uses[key]
 
-    def _traffic(self, layout: Layout, updates: Updates) -> list[Traffic]:
+    def _traffic(self, layout: Layout, updates: Updates) -> list[CollectiveSeconds]:
         """Of each stage's collectives; the last one's are also those of a replica of the embedding."""
         placement = build_placement(layout.schedule, layout.topology.pp, layout.chunks)
         stages, copies = self.stages(layout), len(placement.holders(0))
@@ -352,7 +352,7 @@ class Forecaster:
 
     def _held(self, placement: Placement, stages: Sequence[StageShape]) -> list[tuple[StageShape, ...]]:
         return [
-            tuple(stages[placement.stage(Place(rank, chunk))] for chunk in range(placement.chunks))
+            tuple(stages[placement.stage(StagePlace(rank, chunk))] for chunk in range(placement.chunks))
             for rank in range(placement.ranks)
         ]
 

@@ -11,7 +11,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ...comm.files.access import read_text, refusing
 from ...comm.files.strict_json import shortened
 
@@ -22,7 +22,7 @@ _COLUMNS = ("kind", "name", "role", "dtype", "tokens", "inputs", "outputs", "val
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """One measurement. `tokens`, `inputs` and `outputs` are the shape, as far as the kind has one."""
 
     kind: str
@@ -43,22 +43,22 @@ class Row:
 
     @property
     def seconds(self) -> float:
-        """Of a row in microseconds. Raises `Refused` for a row in another unit."""
+        """Of a row in microseconds. Raises `ConfigError` for a row in another unit."""
         if self.unit != "us":
             where = f"cluster.tables: {self.kind} {self.name} {self.role}"
-            raise Refused(
+            raise ConfigError(
                 [Problem(where, self.unit, "must be in us; write the table anew with `shoestring calibrate`")]
             )
         return self.value * 1e-6
 
 
 @dataclass(frozen=True)
-class Table:
+class KernelTable:
     """All rows of one cluster."""
 
     name: str
-    rows: tuple[Row, ...]
-    _index: dict[tuple[str, str, str], list[Row]] = field(default_factory=lambda: defaultdict(list))
+    rows: tuple[Measurement, ...]
+    _index: dict[tuple[str, str, str], list[Measurement]] = field(default_factory=lambda: defaultdict(list))
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -69,15 +69,15 @@ class Table:
         """Of a table of whole phases: the recipe that they were measured with. Empty where kernels were measured."""
         return {row.name: row.role for row in self.rows if row.kind == "recipe"}
 
-    def of(self, kind: str, role: str, dtype: str = "any") -> Sequence[Row]:
+    def of(self, kind: str, role: str, dtype: str = "any") -> Sequence[Measurement]:
         """The rows of one kind, role and dtype."""
         return self._index.get((kind, role, dtype), ())
 
-    def find(self, kind: str, name: str, role: str, dtype: str = "any") -> Row | None:
+    def find(self, kind: str, name: str, role: str, dtype: str = "any") -> Measurement | None:
         """The row of this name."""
         return next((row for row in self.of(kind, role, dtype) if row.name == name), None)
 
-    def nearest(self, kind: str, role: str, dtype: str, shape: tuple[int, int, int]) -> tuple[Row, bool] | None:
+    def nearest(self, kind: str, role: str, dtype: str, shape: tuple[int, int, int]) -> tuple[Measurement, bool] | None:
         """The row with the most similar (tokens, inputs, outputs), and whether it is a hit.
 
         A hit has the same weight matrix and at most twice or half the tokens. None where nothing of the kind was
@@ -96,8 +96,8 @@ def _distance(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
 
 
 @cache
-def read_table(name: str) -> Table:
-    """A table that comes with the planner, by name, or a CSV file, by path. Raises `Refused`."""
+def read_table(name: str) -> KernelTable:
+    """A table that comes with the planner, by name, or a CSV file, by path. Raises `ConfigError`."""
     shipped = files(__package__).joinpath("tables", f"{name}.csv")
     if shipped.is_file():
         text = shipped.read_text()
@@ -105,19 +105,19 @@ def read_table(name: str) -> Table:
         with refusing(name, "name a table that `shoestring calibrate` has written"):
             text = read_text(Path(name), _MOST_BYTES)
     else:
-        remedy = "is no table of the planner and no file; `shoestring calibrate` writes one for this machine"
-        raise Refused([Problem("cluster.tables", name, remedy)])
+        hint = "is no table of the planner and no file; `shoestring calibrate` writes one for this machine"
+        raise ConfigError([Problem("cluster.tables", name, hint)])
     reader = csv.DictReader(text.splitlines())
     try:
         if tuple(reader.fieldnames or ()) != _COLUMNS:
-            raise Refused([Problem("cluster.tables", name, f"must have the columns {','.join(_COLUMNS)}")])
-        return Table(name, tuple(_checked(name, reader.line_num, line) for line in reader))
+            raise ConfigError([Problem("cluster.tables", name, f"must have the columns {','.join(_COLUMNS)}")])
+        return KernelTable(name, tuple(_checked(name, reader.line_num, line) for line in reader))
     except csv.Error as error:  # a cell of more than 131,072 characters
-        raise Refused([Problem(f"{name}:{reader.line_num}", None, f"is no line of a table: {error}")]) from error
+        raise ConfigError([Problem(f"{name}:{reader.line_num}", None, f"is no line of a table: {error}")]) from error
 
 
-def _checked(name: str, number: int, line: dict[str, str]) -> Row:
-    """The row on a line. Raises `Refused` for one that is none."""
+def _checked(name: str, number: int, line: dict[str, str]) -> Measurement:
+    """The row on a line. Raises `ConfigError` for one that is none."""
     try:
         row = _row(line)
         if min(row.tokens, row.inputs, row.outputs) < 0 or not 0 <= row.value < math.inf:
@@ -127,12 +127,12 @@ def _checked(name: str, number: int, line: dict[str, str]) -> Row:
         if row.unit not in _UNITS or row.evidence not in EVIDENCE:
             raise ValueError(f"units are {', '.join(_UNITS)}, and evidence {', '.join(EVIDENCE)}")
     except (ValueError, TypeError, AttributeError) as error:
-        remedy = f"is no row of the table ({error}); write it anew with `shoestring calibrate`"
-        raise Refused([Problem(f"{name}:{number}", shortened(",".join(map(str, line.values()))), remedy)]) from error
+        hint = f"is no row of the table ({error}); write it anew with `shoestring calibrate`"
+        raise ConfigError([Problem(f"{name}:{number}", shortened(",".join(map(str, line.values()))), hint)]) from error
     return row
 
 
-def write_table(path: Path, rows: Sequence[Row]) -> None:
+def write_table(path: Path, rows: Sequence[Measurement]) -> None:
     """Write `rows` where `read_table` finds them."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -140,10 +140,10 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
         writer.writerows([row.__dict__[column] for column in _COLUMNS] for row in rows)
 
 
-def _row(line: dict[str, str]) -> Row:
+def _row(line: dict[str, str]) -> Measurement:
     shape = [int(line[column] or 0) for column in ("tokens", "inputs", "outputs")]
     words = line["kind"], line["name"], line["role"], line["dtype"]
-    return Row(
+    return Measurement(
         *words, shape[0], shape[1], shape[2], float(line["value"]), line["unit"], line["evidence"], line["source"]
     )
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from ...comm.trace import EXPOSED_EXCHANGE, Track
 from ...parallelism.pipeline.executor import Steps, drive, take_turns
 from ...trainer.memory.chunk import StageShape
-from .exchange_time import Exchange, Travel, Wire
+from .exchange_time import Exchange, ExchangePricer, ExchangeTime
 from .kernel_times import Coverage
-from .operations import Phase, Shape
+from .operations import ComputePhase, Shape
 from .pricing import Compute
 from .recipe import Sync
 
@@ -24,7 +24,7 @@ from .recipe import Sync
 class _Flight:
     """An exchange under way: seconds of waiting for others, then the share that has still to travel."""
 
-    travel: Travel
+    travel: ExchangeTime
     sync: float
     left: float = 1.0
     begun: float | None = None
@@ -55,7 +55,7 @@ class Lanes:
     spans: list[LaneSpan] = field(default_factory=list)
     _queue: deque[_Flight] = field(default_factory=deque)
 
-    def compute(self, phase: Phase, seconds: float, gaps: float = 0.0) -> None:
+    def compute(self, phase: ComputePhase, seconds: float, gaps: float = 0.0) -> None:
         """Compute, while exchanges travel at the pace they have beside computing."""
         if seconds == 0:
             return
@@ -68,7 +68,7 @@ class Lanes:
         self.idle_beside += gaps * (self.exchanging - travelled) / seconds
         self.spans.append(LaneSpan(Track.COMPUTE, phase.value, begin, self.now))
 
-    def launch(self, travel: Travel, sync: float = 0.0) -> _Flight:
+    def launch(self, travel: ExchangeTime, sync: float = 0.0) -> _Flight:
         """Start an exchange; once those before it have arrived it waits `sync` for other ranks, and travels."""
         flight = _Flight(travel, sync)
         self._queue.append(flight)
@@ -119,7 +119,7 @@ class SimulatedChunk:
     stage: StageShape
     shape: Shape
     cost: Compute
-    wire: Wire
+    wire: ExchangePricer
     lanes: Lanes
     waits: bool
     """Whether exchanges wait for other ranks, as they do in the trace, which is of two chunks beside each other."""
@@ -129,87 +129,87 @@ class SimulatedChunk:
     def forward(self) -> Steps[None]:
         """All layers, in the last stage MTP modules and losses too."""
         for _ in range(self.stage.dense):
-            self._compute(Phase.DENSE_F)
+            self._compute(ComputePhase.DENSE_F)
         for layer in range(self.stage.routed):
             yield from self._moe_forward(layer)
         if self.stage.is_last:
-            self._compute(Phase.HEAD_F)
+            self._compute(ComputePhase.HEAD_F)
             for depth in range(self.shape.model.mtp_depth):
-                self._compute(Phase.MERGE_F)
+                self._compute(ComputePhase.MERGE_F)
                 yield from self._moe_forward(self.stage.routed + depth)
-                self._compute(Phase.HEAD_F)
+                self._compute(ComputePhase.HEAD_F)
 
     def backward(self, weights: bool) -> Steps[None]:
         """The opposite way. As in the runtime a layer's attention weights wait for the next layer's exchange."""
-        left: list[Phase] = []
+        left: list[ComputePhase] = []
 
         def settle(layer: int | None = None) -> None:
             if weights:
                 for phase in left:
                     self._compute(phase)
                 if layer is not None:
-                    self._compute(Phase.EXPERTS_W, layer)
+                    self._compute(ComputePhase.EXPERTS_W, layer)
             left.clear()
 
         if self.stage.is_last:
             for _ in range(self.shape.model.mtp_depth + 1):
-                self._compute(Phase.HEAD_B)
-                left.append(Phase.HEAD_W)
+                self._compute(ComputePhase.HEAD_B)
+                left.append(ComputePhase.HEAD_W)
             for depth in range(self.shape.model.mtp_depth):
                 yield from self._moe_backward(depth, left, settle)
-                self._compute(Phase.MERGE_B)
-                left.append(Phase.MERGE_W)
+                self._compute(ComputePhase.MERGE_B)
+                left.append(ComputePhase.MERGE_W)
         first = self.shape.model.mtp_depth if self.stage.is_last else 0
         for layer in range(first, first + self.stage.routed):
             yield from self._moe_backward(layer, left, settle)
         for _ in range(self.stage.dense):
-            self._compute(Phase.DENSE_B)
-            left.append(Phase.DENSE_W)
+            self._compute(ComputePhase.DENSE_B)
+            left.append(ComputePhase.DENSE_W)
         settle()
 
     def weight_gradients(self) -> None:
         """What an I has left for its W."""
         depth = self.shape.model.mtp_depth if self.stage.is_last else 0
         for phase, times in (
-            (Phase.EXPERTS_W, self.stage.routed + depth),
-            (Phase.ATTENTION_W, self.stage.routed + depth),
-            (Phase.DENSE_W, self.stage.dense),
-            (Phase.HEAD_W, depth + 1 if self.stage.is_last else 0),
-            (Phase.MERGE_W, depth),
+            (ComputePhase.EXPERTS_W, self.stage.routed + depth),
+            (ComputePhase.ATTENTION_W, self.stage.routed + depth),
+            (ComputePhase.DENSE_W, self.stage.dense),
+            (ComputePhase.HEAD_W, depth + 1 if self.stage.is_last else 0),
+            (ComputePhase.MERGE_W, depth),
         ):
             for _ in range(times):
                 self._compute(phase)
 
     def _moe_forward(self, layer: int) -> Steps[None]:
-        self._compute(Phase.ATTENTION_F)
+        self._compute(ComputePhase.ATTENTION_F)
         dispatched = self._launch(Exchange.DISPATCH, layer)
         in_turns = yield
         if in_turns:  # the second part of the dispatch is launched, behind the first without a gap
             yield
-        self._compute(Phase.SHARED_F)
+        self._compute(ComputePhase.SHARED_F)
         self.lanes.wait(dispatched)
-        self._compute(Phase.EXPERTS_F, layer)
+        self._compute(ComputePhase.EXPERTS_F, layer)
         combined = self._launch(Exchange.COMBINE, layer)
         yield
         self.lanes.wait(combined)
 
-    def _moe_backward(self, layer: int, left: list[Phase], settle: Callable[..., None]) -> Steps[None]:
+    def _moe_backward(self, layer: int, left: list[ComputePhase], settle: Callable[..., None]) -> Steps[None]:
         uncombined = self._launch(Exchange.COMBINE_BACKWARD, layer)
         settle()
         in_turns = yield
-        self._compute(Phase.SHARED_B)
+        self._compute(ComputePhase.SHARED_B)
         self.lanes.wait(uncombined)
-        self._compute(Phase.EXPERTS_B, layer)
+        self._compute(ComputePhase.EXPERTS_B, layer)
         if in_turns:
             yield
         undispatched = self._launch(Exchange.DISPATCH_BACKWARD, layer)
         settle(layer)
         yield
         self.lanes.wait(undispatched)
-        self._compute(Phase.ATTENTION_B)
-        left.append(Phase.ATTENTION_W)
+        self._compute(ComputePhase.ATTENTION_B)
+        left.append(ComputePhase.ATTENTION_W)
 
-    def _compute(self, phase: Phase, layer: int | None = None) -> None:
+    def _compute(self, phase: ComputePhase, layer: int | None = None) -> None:
         shape = self.shape
         if layer is not None and self.rows:
             shape = replace(shape, received=self.rows[layer % len(self.rows)])
@@ -226,14 +226,16 @@ class ChunkCosts:
 
     shape: Shape
     cost: Compute
-    wire: Wire
+    wire: ExchangePricer
     _lanes: dict[tuple[str, StageShape | None, StageShape | None], Lanes] = field(default_factory=dict)
 
     def apart(self) -> ChunkCosts:
         """The same prices, counted in no coverage but their own."""
         coverage = Coverage(at_best=self.cost.coverage.at_best)
         cost = Compute(self.cost.cluster, self.cost.recipe, self.cost.table, coverage)
-        return ChunkCosts(self.shape, cost, Wire(self.wire.cluster, self.wire.recipe, self.wire.table, coverage))
+        return ChunkCosts(
+            self.shape, cost, ExchangePricer(self.wire.cluster, self.wire.recipe, self.wire.table, coverage)
+        )
 
     def run(self, op: str, forward: StageShape | None, backward: StageShape | None) -> Lanes:
         """The lanes after one instruction: `op` is F, B, I, W or FB."""

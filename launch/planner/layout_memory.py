@@ -10,12 +10,12 @@ import torch
 from ...comm.exchange.deepep_buffer import BufferShape
 from ...comm.fp8 import TILE
 from ...comm.topology import Topology
-from ...parallelism.pipeline.liveness import Moment
+from ...parallelism.pipeline.liveness import LiveInstruction
 from ...trainer.memory.activations import MicroBatch
-from ...trainer.memory.buffers import Wire
-from ...trainer.memory.chunk import ChunkMemory, Kind, StageShape
+from ...trainer.memory.buffers import ExchangeFormats
+from ...trainer.memory.chunk import ChunkMemory, MemoryKind, StageShape
 from ...trainer.memory.peak import Chunks, Outside, RankMemory, rank_memory
-from ...trainer.memory.state import Portion, State
+from ...trainer.memory.state import Portion, StateBytes
 from ...trainer.memory.working import Working
 from ...trainer.model.config import ModelConfig
 from ...trainer.model.recompute import RecomputeConfig
@@ -63,9 +63,9 @@ class MemoryForecast:
             weights=state.weights + state.fp8_weights,
             gradients=state.gradients,
             optimizer=state.masters + state.moments,
-            activations=coming[Kind.ACTIVATIONS],
-            deferred=coming[Kind.DEFERRED],
-            working=coming[Kind.WORKING] + coming[Kind.EXCHANGE] + coming[Kind.MESSAGES],
+            activations=coming[MemoryKind.ACTIVATIONS],
+            deferred=coming[MemoryKind.DEFERRED],
+            working=coming[MemoryKind.WORKING] + coming[MemoryKind.EXCHANGE] + coming[MemoryKind.MESSAGES],
             fixed=memory.fixed,
         )
 
@@ -93,7 +93,7 @@ def working_of(shape: Shape, recipe: Recipe) -> Working:
         fp8=recipe.precision is Precision.FP8,
         block=RecomputeConfig(expert_rows=recipe.expert_rows).rows_at_once(shape.tokens * model.top_k),
     )
-    wire = Wire.of(recipe.exchange, shape.expert_ranks)
+    wire = ExchangeFormats.of(recipe.exchange, shape.expert_ranks)
     return Working(model, batch, recipe.recompute, wire, model.experts // shape.expert_ranks)
 
 
@@ -115,7 +115,9 @@ class ChunkCache:
         return self._chunks[*key, *stages]
 
 
-def forecast_memory(worst: Collection[Moment], chunks: Chunks, state: State, outside: Outside) -> MemoryForecast:
+def forecast_memory(
+    worst: Collection[LiveInstruction], chunks: Chunks, state: StateBytes, outside: Outside
+) -> MemoryForecast:
     """One rank, whose program has these moments."""
     return MemoryForecast.of(rank_memory(state, chunks, worst, between=(), update=0.0, outside=outside))
 
@@ -128,12 +130,12 @@ def outside_of(shape: Shape, recipe: Recipe, topology: Topology) -> Outside:
     return Outside.of(recipe.exchange, buffer, topology.ep_nodes, topology.ep_node_size)
 
 
-def state_of(recipe: Recipe, held: Parameters) -> State:
+def state_of(recipe: Recipe, held: Parameters) -> StateBytes:
     """Weights, gradients, optimizer state of one rank, and its FP8 copies."""
     weight, moment = recipe.wide, recipe.moment_bytes // 2
     parts = (held.dense, held.dense_copies), (held.routed, held.routed_copies)
     low = 2 * (1 + 4 / TILE**2) if recipe.precision is Precision.FP8 else 0.0  # both layouts of a Linear's weight
-    return State.of(
+    return StateBytes.of(
         (Portion(count, copies, weight, moment=moment) for count, copies in parts),
         fp8_weights=low * (held.dense + held.routed - held.tables),
     )

@@ -12,11 +12,11 @@ from enum import StrEnum
 
 from ...trainer.model.config import ModelConfig
 from ...trainer.model.loss import chunk_tokens
-from ...trainer.model.recompute import Part
+from ...trainer.model.recompute import RecomputeModule
 from .recipe import Precision, Recipe
 
 
-class Phase(StrEnum):
+class ComputePhase(StrEnum):
     """Compute phases, in the words of the runtime's trace; B is for gradients of inputs, W for those of weights."""
 
     ATTENTION_F = "attn(F)"
@@ -38,7 +38,7 @@ class Phase(StrEnum):
     MERGE_W = "mtp(W)"
 
 
-class Role(StrEnum):
+class GemmRole(StrEnum):
     """Which of a Linear's three GEMMs."""
 
     FORWARD = "forward"
@@ -51,7 +51,7 @@ class Gemm:
     """One Linear, or the same one of several experts: 2 · tokens · inputs · outputs FLOPs."""
 
     name: str
-    role: Role
+    role: GemmRole
     dtype: Precision
     tokens: int
     inputs: int
@@ -73,16 +73,16 @@ class Core:
 
 
 @dataclass(frozen=True)
-class Pass:
+class MemoryPass:
     """A pass over memory; `bytes` are what must move at least once, in the shape that the table measured too."""
 
     kind: str
-    phase: Phase
+    phase: ComputePhase
     """Under which the table has it."""
     bytes: float
 
 
-Operation = Gemm | Core | Pass
+Operation = Gemm | Core | MemoryPass
 
 
 @dataclass(frozen=True)
@@ -110,15 +110,15 @@ class Shape:
         return round(self.tokens * self.model.top_k * (1 + self.skew))
 
 
-def phase_operations(shape: Shape, recipe: Recipe, phase: Phase) -> Iterator[Operation]:
+def phase_operations(shape: Shape, recipe: Recipe, phase: ComputePhase) -> Iterator[Operation]:
     """Everything that `phase` of one layer computes on one rank."""
     part, way = phase.value[:-3], phase.value[-2]
     if part == "loss":
         yield from _loss(shape, recipe, phase)
         return
-    role = {"F": Role.FORWARD, "B": Role.INPUT, "W": Role.WEIGHT}[way]
+    role = {"F": GemmRole.FORWARD, "B": GemmRole.INPUT, "W": GemmRole.WEIGHT}[way]
     # The runtime leaves the weights of shared and routed experts for the same moment.
-    for linears in ("shared", "mlp") if phase is Phase.EXPERTS_W else (part,):
+    for linears in ("shared", "mlp") if phase is ComputePhase.EXPERTS_W else (part,):
         for name, tokens, inputs, outputs, dtype, grouped in _linears(shape, recipe, linears):
             yield Gemm(name, role, dtype, tokens, inputs, outputs, grouped)
     if way == "B":
@@ -150,11 +150,11 @@ def _linears(shape: Shape, recipe: Recipe, part: str) -> Iterator[tuple[str, int
         yield "down", shape.rows, inner, hidden, low, True
 
 
-def _loss(shape: Shape, recipe: Recipe, phase: Phase) -> Iterator[Operation]:
+def _loss(shape: Shape, recipe: Recipe, phase: ComputePhase) -> Iterator[Operation]:
     """The runtime forms the gradients together with the loss: all three products are in the forward."""
-    if phase is not Phase.HEAD_F:
+    if phase is not ComputePhase.HEAD_F:
         return
-    for role in Role:
+    for role in GemmRole:
         dtype = _out_of_fp8(recipe)
         yield Gemm("head", role, dtype, shape.tokens, shape.model.hidden, shape.model.vocabulary)
 
@@ -185,8 +185,8 @@ def _attention_linears(model: ModelConfig) -> Iterator[tuple[str, int, int]]:
 
 
 _REMADE = {
-    Part.UP_PROJECTION: ("q_proj", "q_up", "kv_up"),
-    Part.GATE_UP: ("gate_up", "shared_gate_up", "ffn_gate_up"),
+    RecomputeModule.UP_PROJECTION: ("q_proj", "q_up", "kv_up"),
+    RecomputeModule.GATE_UP: ("gate_up", "shared_gate_up", "ffn_gate_up"),
 }
 """Linears that a policy runs again. Norms and SwiGLU are in the measured passes, of a run that makes them again."""
 
@@ -196,8 +196,8 @@ def _recomputed(shape: Shape, recipe: Recipe, part: str) -> Iterator[Operation]:
     names = [name for policy, linears in _REMADE.items() if policy in recipe.recompute for name in linears]
     for name, tokens, inputs, outputs, dtype, grouped in _linears(shape, recipe, part):
         if name in names:
-            yield Gemm(name, Role.FORWARD, dtype, tokens, inputs, outputs, grouped)
-    if Part.ATTENTION in recipe.recompute and part in ("attn", "dense"):
+            yield Gemm(name, GemmRole.FORWARD, dtype, tokens, inputs, outputs, grouped)
+    if RecomputeModule.ATTENTION in recipe.recompute and part in ("attn", "dense"):
         yield from _core(shape, "forward")
 
 
@@ -218,20 +218,20 @@ _KINDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _passes(shape: Shape, recipe: Recipe, phase: Phase) -> Iterator[Pass]:
+def _passes(shape: Shape, recipe: Recipe, phase: ComputePhase) -> Iterator[MemoryPass]:
     part, way = phase.value[:-3], phase.value[-2]
     for kind in _KINDS.get(part, ()):
         if kind == "quantise" and recipe.precision is not Precision.FP8:
             continue
-        under = Phase(f"attn({way})") if part == "dense" else phase
-        yield Pass(kind, under, pass_bytes(shape, kind, under))
+        under = ComputePhase(f"attn({way})") if part == "dense" else phase
+        yield MemoryPass(kind, under, pass_bytes(shape, kind, under))
     if part == "dense":
         for kind in ("quantise", "swiglu"):
             if kind != "quantise" or recipe.precision is Precision.FP8:
-                yield Pass(kind, Phase(f"mlp({way})"), _dense_bytes(shape, kind))
+                yield MemoryPass(kind, ComputePhase(f"mlp({way})"), _dense_bytes(shape, kind))
 
 
-def pass_bytes(shape: Shape, kind: str, phase: Phase) -> float:
+def pass_bytes(shape: Shape, kind: str, phase: ComputePhase) -> float:
     """Bytes that a pass of this kind must move at least once in this phase of a routed layer."""
     model, tokens, rows = shape.model, shape.tokens, shape.rows
     hidden, inner, heads = model.hidden, model.expert_ffn, model.heads

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...comm.errors import Problem, Refused, refuse_if_any
+from ...comm.errors import ConfigError, Problem, refuse_if_any
 from ...comm.files.access import read_json
 from ...comm.files.strict_json import Item, Malformed
 from ...trainer.build import stages_of
@@ -58,22 +58,22 @@ def read_planned(path: Path, config: RunConfig, precision: str | None) -> Planne
         rows = dict(_rows(tree))
         same = {name: row for name, row in rows.items() if all(row[key] == wanted[key] for key in _LAYOUT)}
         if not same:
-            raise Refused([_no_such_layout(path, rows, wanted)])
+            raise ConfigError([_no_such_layout(path, rows, wanted)])
         name = min(same, key=lambda name: len(list(_other_recipe(same[name], config, precision))))
         return _planned(
             name, same[name], [*_other_facts(tree["of"], config), *_other_recipe(same[name], config, precision)]
         )
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise Refused([_no_plan(path)]) from error
+        raise ConfigError([_no_plan(path)]) from error
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         return read_json(path, _MOST_BYTES).mapping()
     except OSError as error:
-        raise Refused([Problem(_OPTION, str(path), f"cannot be read: {error.strerror}")]) from error
+        raise ConfigError([Problem(_OPTION, str(path), f"cannot be read: {error.strerror}")]) from error
     except Malformed as error:
-        raise Refused([_no_plan(path)]) from error
+        raise ConfigError([_no_plan(path)]) from error
 
 
 def _no_plan(path: Path) -> Problem:
@@ -131,14 +131,14 @@ def _other_run(path: Path, planned: Mapping[str, Any], run: Mapping[str, Any]) -
         )
         for name, theirs, ours in pairs:
             if theirs != ours:
-                remedy = f"is a plan for {key}{name} = {theirs!r}, and the run has {ours!r}; plan for the run's"
-                yield Problem(_OPTION, str(path), remedy)
+                hint = f"is a plan for {key}{name} = {theirs!r}, and the run has {ours!r}; plan for the run's"
+                yield Problem(_OPTION, str(path), hint)
 
 
 def _no_such_layout(path: Path, rows: Mapping[str, Mapping[str, Any]], wanted: Mapping[str, Any]) -> Problem:
     there = list(dict.fromkeys(map(_words, rows.values())))
-    remedy = f"has no layout like the run's, {_words(wanted)}; it has {'; '.join(there) or 'none at all'}"
-    return Problem(_OPTION, str(path), f"{remedy}. Price the run's own with shoestring simulate")
+    hint = f"has no layout like the run's, {_words(wanted)}; it has {'; '.join(there) or 'none at all'}"
+    return Problem(_OPTION, str(path), f"{hint}. Price the run's own with shoestring simulate")
 
 
 def _words(row: Mapping[str, Any]) -> str:

@@ -10,12 +10,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ...comm.errors import Problem, Refused, refuse_if_any
+from ...comm.errors import ConfigError, Problem, refuse_if_any
 from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.model.config import ModelConfig
 from .exchange_time import bytes_a_second, evidence_of
-from .kernel_times import Coverage, Row, Table, read_table
-from .operations import Core, Gemm, Operation, Pass, Phase, Shape, pass_bytes, phase_operations
+from .kernel_times import Coverage, KernelTable, Measurement, read_table
+from .operations import ComputePhase, Core, Gemm, MemoryPass, Operation, Shape, pass_bytes, phase_operations
 from .recipe import Precision, Recipe
 
 _TILE = 128
@@ -38,14 +38,14 @@ MEASURED_ON = ModelConfig(
 """The layer whose passes over memory the tables measured, with 4,096 tokens."""
 
 
-def described_table(cluster: ClusterConfig) -> Table:
-    """The kernel times of a cluster. Raises `Refused` where it does not say what every price needs."""
+def described_table(cluster: ClusterConfig) -> KernelTable:
+    """The kernel times of a cluster. Raises `ConfigError` where it does not say what every price needs."""
     if cluster.tables is None:
-        remedy = (
+        hint = (
             f"{cluster.name} has no kernel times, and nothing can be priced without; write a cluster that has some, as "
             "cluster=h800, or measure this machine with `shoestring calibrate`"
         )
-        raise Refused([Problem("cluster.tables", None, remedy)])
+        raise ConfigError([Problem("cluster.tables", None, hint)])
     refuse_if_any(
         Problem(f"cluster.{name}", None, f"is not known for {cluster.name}, and nothing can be priced without it")
         for name, value in (("peak_tflops", cluster.peak_tflops), ("memory_gb", cluster.memory_gb))
@@ -54,13 +54,13 @@ def described_table(cluster: ClusterConfig) -> Table:
     return read_table(cluster.tables)
 
 
-def _foreign(table: Table, recipe: Recipe) -> Iterator[Problem]:
+def _foreign(table: KernelTable, recipe: Recipe) -> Iterator[Problem]:
     """Where phases were timed whole, they are those of one recipe, and say nothing about another."""
     own = recipe_names(recipe)
     for field_name, measured in table.measured_with.items():
         if own[field_name] != measured:
-            remedy = f"{table.name} was measured with {measured}; write that, or calibrate with this"
-            yield Problem(field_name, own[field_name], remedy)
+            hint = f"{table.name} was measured with {measured}; write that, or calibrate with this"
+            yield Problem(field_name, own[field_name], hint)
 
 
 def recipe_names(recipe: Recipe) -> dict[str, str]:
@@ -79,13 +79,13 @@ class Compute:
 
     cluster: ClusterConfig
     recipe: Recipe
-    table: Table
+    table: KernelTable
     coverage: Coverage = field(default_factory=Coverage)
-    _priced: dict[tuple[Shape, Phase], float] = field(default_factory=dict)
+    _priced: dict[tuple[Shape, ComputePhase], float] = field(default_factory=dict)
 
     @staticmethod
     def of(cluster: ClusterConfig, recipe: Recipe) -> Compute:
-        """Raises `Refused` where the cluster does not say enough, or was measured with another recipe."""
+        """Raises `ConfigError` where the cluster does not say enough, or was measured with another recipe."""
         table = described_table(cluster)
         problems = list(_foreign(table, recipe))
         if recipe.precision is Precision.FP8 and cluster.peak_fp8_tflops is None:
@@ -93,14 +93,14 @@ class Compute:
         refuse_if_any(problems)
         return Compute(cluster, recipe, table, Coverage(at_best=evidence_of(cluster, "tables")))
 
-    def phase(self, shape: Shape, phase: Phase) -> float:
+    def phase(self, shape: Shape, phase: ComputePhase) -> float:
         """Seconds of one phase of one layer, gaps between its kernels included."""
         key = shape, phase
         if key not in self._priced:
             measured = self.table.find("phase", phase.value, _shape_name(shape))
             if measured is None and self.table.measured_with:
-                remedy = f"has no {phase.value} of {_shape_name(shape)}; calibrate with as many ranks and such a batch"
-                raise Refused([Problem("cluster.tables", self.table.name, remedy)])
+                hint = f"has no {phase.value} of {_shape_name(shape)}; calibrate with as many ranks and such a batch"
+                raise ConfigError([Problem("cluster.tables", self.table.name, hint)])
             if measured is not None:
                 self._count(measured, measured.seconds)
                 self._priced[key] = measured.seconds
@@ -109,12 +109,12 @@ class Compute:
                 self._priced[key] += self._gaps(phase)
         return self._priced[key]
 
-    def gaps(self, phase: Phase) -> float:
+    def gaps(self, phase: ComputePhase) -> float:
         """Of these, what passes between kernels: the processors are idle."""
         row = self.table.find("launch", "gaps", _like(phase))
         return row.seconds if row is not None else 0.0
 
-    def _gaps(self, phase: Phase) -> float:
+    def _gaps(self, phase: ComputePhase) -> float:
         row = self.table.find("launch", "gaps", _like(phase))
         if row is None:
             return 0.0
@@ -140,8 +140,8 @@ class Compute:
         formats = (p for p in (gemm.dtype, *Precision) if self.table.of(kind, gemm.role.value, p.value))
         dtype = next(formats, None)
         if dtype is None:
-            remedy = f"has no {gemm.role.value} GEMM at all; measure one"
-            raise Refused([Problem("cluster.tables", self.table.name, remedy)])
+            hint = f"has no {gemm.role.value} GEMM at all; measure one"
+            raise ConfigError([Problem("cluster.tables", self.table.name, hint)])
         found = self.table.nearest(kind, gemm.role.value, dtype.value, shape)
         assert found is not None
         row = found[0]
@@ -151,7 +151,7 @@ class Compute:
         self._miss(f"{gemm.name} {gemm.role.value} {'x'.join(map(str, shape))} {gemm.dtype.value}", taken, seconds)
         return seconds
 
-    def _rate(self, row: Row, dtype: Precision) -> float:
+    def _rate(self, row: Measurement, dtype: Precision) -> float:
         """FLOPs a second of a measured GEMM."""
         if row.unit == "share":
             return row.value * self._peak(dtype)
@@ -181,7 +181,7 @@ class Compute:
     def _core(self, core: Core) -> float:
         rows = [row for precision in Precision for row in self.table.of("attention", core.role, precision.value)]
         if not rows:
-            raise Refused([Problem("cluster.tables", self.table.name, f"has no attention core, {core.role}")])
+            raise ConfigError([Problem("cluster.tables", self.table.name, f"has no attention core, {core.role}")])
         row = rows[0]
         if row.unit == "share":
             seconds = core.flops / (row.value * self._peak(Precision.BF16))
@@ -196,7 +196,7 @@ class Compute:
         self._count(row, seconds)
         return seconds
 
-    def _pass(self, operation: Pass) -> float:
+    def _pass(self, operation: MemoryPass) -> float:
         row = self.table.find("memory", operation.kind, operation.phase.value)
         if row is None:
             default = self.table.find("memory", "default", "any")
@@ -211,7 +211,7 @@ class Compute:
         self._count(row, seconds)
         return seconds
 
-    def _count(self, row: Row, seconds: float) -> None:
+    def _count(self, row: Measurement, seconds: float) -> None:
         self.coverage.add(row.evidence, seconds)
 
     def _miss(self, operation: str, taken: str, seconds: float) -> None:
@@ -219,7 +219,7 @@ class Compute:
         self.coverage.misses[operation] = taken
 
 
-def _like(phase: Phase) -> str:
+def _like(phase: ComputePhase) -> str:
     """Phases without gaps of their own have those of the phase that is most alike."""
     part, way = phase.value[:-3], phase.value[-2]
     return f"attn({way})" if part == "dense" else phase.value

@@ -9,7 +9,7 @@ from enum import StrEnum
 from ...comm.errors import Problem
 from ...comm.exchange.config import ExchangeConfig
 from ...comm.exchange.wire import Format
-from ...trainer.model.recompute import Part
+from ...trainer.model.recompute import RecomputeModule
 
 
 class Precision(StrEnum):
@@ -25,10 +25,10 @@ class Precision(StrEnum):
         return {"fp8": 1, "bf16": 2, "fp32": 4}[self.value]
 
 
-NOTHING: frozenset[Part] = frozenset()
-REPORT = frozenset({Part.NORM, Part.UP_PROJECTION, Part.SWIGLU})
+NOTHING: frozenset[RecomputeModule] = frozenset()
+REPORT = frozenset({RecomputeModule.NORM, RecomputeModule.UP_PROJECTION, RecomputeModule.SWIGLU})
 """What DeepSeek-V3's run makes again in the backward (report §3.2.3, and §3.3.3 for SwiGLU)."""
-EVERYTHING = frozenset(Part)
+EVERYTHING = frozenset(RecomputeModule)
 
 REPORT_EXCHANGE = ExchangeConfig(
     name="two_hop",
@@ -61,7 +61,7 @@ class Recipe:
 
     precision: Precision = Precision.FP8
     """Format of the GEMMs; caching of activations follows it."""
-    recompute: frozenset[Part] = REPORT
+    recompute: frozenset[RecomputeModule] = REPORT
     """What the backward makes again."""
     exchange: ExchangeConfig = REPORT_EXCHANGE
     """How tokens cross, and in which formats."""
@@ -106,7 +106,7 @@ class Recipe:
         known = {NOTHING: "nothing", REPORT: "deepseek_v3", EVERYTHING: "everything"}
         if len(kept := EVERYTHING - self.recompute) == 1:
             return f"everything but {min(kept)}"
-        return known.get(self.recompute, "+".join(part for part in Part if part in self.recompute))
+        return known.get(self.recompute, "+".join(part for part in RecomputeModule if part in self.recompute))
 
     @property
     def exchange_name(self) -> str:
@@ -120,8 +120,8 @@ class Recipe:
         if sms is not None and not 0 <= self.comm_sms < sms:
             yield Problem("--comm-sms", self.comm_sms, f"must be at least 0 and less than the {sms} SMs of a GPU")
         elif sms is not None and expert_ranks > 1 and self.comm_sms < FEWEST_SMS:
-            remedy = f"must be at least {FEWEST_SMS}: {expert_ranks} expert-parallel ranks exchange, and no published "
-            yield Problem("--comm-sms", self.comm_sms, f"{remedy}exchange takes fewer")
+            hint = f"must be at least {FEWEST_SMS}: {expert_ranks} expert-parallel ranks exchange, and no published "
+            yield Problem("--comm-sms", self.comm_sms, f"{hint}exchange takes fewer")
         for name in ("skew", "jitter", "fragmentation"):
             if self.__dict__[name] < 0:
                 yield Problem(f"--{name}", self.__dict__[name], "must be at least 0")

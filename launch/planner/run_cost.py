@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ...parallelism.pipeline.schedules.registry import nearest_legal, schedule_problems
 from ...trainer.ledger.terms import PUBLISHED_GPU_HOURS
-from ...trainer.run.batch_ramp import Batches
+from ...trainer.run.batch_ramp import BatchRamp
 from .forecast import Forecaster, Layout
 from .recipe import FEWEST_SMS, Recipe
 
@@ -50,11 +50,11 @@ CONTEXT_EXTENSION = (LongContext(32_768, 1920), LongContext(131_072, 480))
 
 
 def run_phases(
-    forecaster: Forecaster, layout: Layout, recipe: Recipe, *, tokens: int, batches: Batches, published: bool
+    forecaster: Forecaster, layout: Layout, recipe: Recipe, *, tokens: int, batches: BatchRamp, published: bool
 ) -> list[PhaseCost]:
     """The cost of each phase of a run in this layout; pre-training takes `tokens` in `batches`.
 
-    `published`: of DeepSeek-V3's run, whose later phases are known too. Raises `Refused` for a size of batch that the
+    `published`: of DeepSeek-V3's run, whose later phases are known too. Raises `ConfigError` for a batch size that the
     layout cannot run.
     """
     _refuse_illegal(layout, batches)
@@ -71,12 +71,12 @@ def run_phases(
     return [*phases, *_published(layout)] if published else phases
 
 
-def _refuse_illegal(layout: Layout, batches: Batches) -> None:
+def _refuse_illegal(layout: Layout, batches: BatchRamp) -> None:
     """The price of a step that cannot be taken is no one's to know."""
     for level in batches.levels:
         note = _batch_note(layout, level.size)
         if note is not None:
-            raise Refused([Problem("batch of a step", level.size, note)])
+            raise ConfigError([Problem("batch of a step", level.size, note)])
 
 
 def _published(layout: Layout) -> Iterator[PhaseCost]:
@@ -104,7 +104,7 @@ def _scaled(tokens: float) -> str:
     return f"{tokens:,.0f}"
 
 
-def _ramp_hours(forecaster: Forecaster, layout: Layout, recipe: Recipe, batches: Batches, tokens: int) -> float:
+def _ramp_hours(forecaster: Forecaster, layout: Layout, recipe: Recipe, batches: BatchRamp, tokens: int) -> float:
     """Of the first `tokens`, which steps of the ramp take."""
     share = layout.topology.dp * layout.micro_batch
     counts = [level.size // share for level in batches.levels]

@@ -8,23 +8,28 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
-from ...comm.errors import Refused
+from ...comm.errors import ConfigError
 from ...comm.topology import Topology
 from ...parallelism.pipeline.schedules.registry import SCHEDULES, build_placement, schedule_problems
-from ...trainer.model.recompute import Part
+from ...trainer.model.recompute import RecomputeModule
 from .forecast import Forecast, Forecaster, Layout, needed_bytes
 from .recipe import EVERYTHING, NOTHING, REPORT, Precision, Recipe
 
 
 @dataclass(frozen=True)
-class Space:
+class SearchSpace:
     """What is searched. Powers of two divide a cluster of whole nodes."""
 
     gpus: int
     gpus_per_node: int
     schedules: tuple[str, ...] = tuple(schedule.name for schedule in SCHEDULES)
     micro_batches: tuple[int, ...] = (1, 2, 4)
-    recomputes: tuple[frozenset[Part], ...] = (NOTHING, REPORT, EVERYTHING, EVERYTHING - {Part.GATE_UP})
+    recomputes: tuple[frozenset[RecomputeModule], ...] = (
+        NOTHING,
+        REPORT,
+        EVERYTHING,
+        EVERYTHING - {RecomputeModule.GATE_UP},
+    )
     precisions: tuple[Precision, ...] = (Precision.FP8, Precision.BF16)
 
     def candidates(self, recipe: Recipe) -> Iterator[tuple[Layout, Recipe]]:
@@ -91,7 +96,7 @@ def search(
                 result.unfit[reason] += 1
             else:
                 open_ones.append((forecaster.lower_bound(layout, recipe, global_batch), layout, recipe))
-        except Refused as refused:
+        except ConfigError as refused:
             result.unpriced[_unknown(refused)] += 1
     open_ones.sort(key=lambda entry: entry[0])
     for number, (bound, layout, recipe) in enumerate(open_ones):
@@ -103,7 +108,7 @@ def search(
         started = time.process_time()
         try:
             result.best.append(forecaster.forecast(layout, recipe, global_batch))
-        except Refused as refused:
+        except ConfigError as refused:
             result.unpriced[_unknown(refused)] += 1
             continue
         result.simulation_seconds += time.process_time() - started
@@ -114,7 +119,7 @@ def search(
     return result
 
 
-def _unknown(refused: Refused) -> str:
+def _unknown(refused: ConfigError) -> str:
     return f"{refused.problems[0].field} does not say enough"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...comm.trace import EDGE_WAIT, OPTIMIZER, REDUCE_WAIT, Track
-from ...parallelism.pipeline.placement import Place
+from ...parallelism.pipeline.placement import StagePlace
 from ...parallelism.pipeline.program import Instruction
 from ...trainer.telemetry.trace import Span, trace_events
 from .forecast import Forecast
@@ -44,7 +44,7 @@ def _lanes(
 ) -> Iterator[Span]:
     placement = forecast.replay.program.placement
     forward, backward = (
-        None if work is None else forecast.stages[placement.stage(Place(rank, work.chunk))]
+        None if work is None else forecast.stages[placement.stage(StagePlace(rank, work.chunk))]
         for work in (entry.forward, entry.backward)
     )
     lanes = costs.run(entry.op.value, forward, backward)

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ...comm.topology import Topology
 from ...parallelism.pipeline.liveness import first_use, last_use
 from ...parallelism.pipeline.program import Program
-from ...parallelism.pipeline.simulate import Replay
+from ...parallelism.pipeline.simulate import ProgramTimes
 from ...trainer.costs.cluster import ClusterConfig
 from .exchange_time import bytes_a_second
-from .kernel_times import Table
+from .kernel_times import KernelTable
 from .layout_memory import Parameters
 from .recipe import Precision, Recipe
 
@@ -26,7 +26,7 @@ _GRADIENT = 4  # bytes: FP32
 
 
 @dataclass(frozen=True)
-class Uses:
+class WeightUses:
     """Which instructions of a program first and last compute with the weights of each stage, on each of its ranks."""
 
     first: tuple[dict[int, int], ...]
@@ -34,20 +34,20 @@ class Uses:
     last: tuple[dict[int, int], ...]
 
     @staticmethod
-    def of(program: Program) -> Uses:
+    def of(program: Program) -> WeightUses:
         """Read off the program, as the runtime does."""
         holders = [
             sorted({place.rank for place in program.placement.holders(stage)})
             for stage in range(program.placement.stages)
         ]
-        return Uses(
+        return WeightUses(
             tuple({rank: first_use(program, rank, [stage]) for rank in ranks} for stage, ranks in enumerate(holders)),
             tuple({rank: last_use(program, rank, [stage]) for rank in ranks} for stage, ranks in enumerate(holders)),
         )
 
 
 @dataclass(frozen=True)
-class Traffic:
+class CollectiveSeconds:
     """Seconds of one stage's collectives: of gradients, and of weights."""
 
     reduce: float
@@ -60,7 +60,7 @@ class Updates:
 
     cluster: ClusterConfig
     recipe: Recipe
-    table: Table
+    table: KernelTable
     topology: Topology
 
     @property
@@ -77,7 +77,7 @@ class Updates:
     def _timed_row(self, name: str) -> float:
         row = self.table.find("phase", name, "any")
         if row is None:
-            raise Refused([Problem("cluster.tables", self.table.name, f"has no phase {name}; calibrate again")])
+            raise ConfigError([Problem("cluster.tables", self.table.name, f"has no phase {name}; calibrate again")])
         return row.seconds
 
     def optimizer(self, held: Parameters) -> float:
@@ -92,9 +92,9 @@ class Updates:
         rate = bytes_a_second(self.cluster, "memory_gbps", self.cluster.memory_gbps, "the optimizer's update")
         return touched / (rate * (share.value if share is not None else 1.0))
 
-    def traffic(self, held: Parameters) -> Traffic:
+    def traffic(self, held: Parameters) -> CollectiveSeconds:
         """Of the parameters of one stage."""
-        return Traffic(self._seconds(held, _GRADIENT), self._seconds(held, self.recipe.wide))
+        return CollectiveSeconds(self._seconds(held, _GRADIENT), self._seconds(held, self.recipe.wide))
 
     def _seconds(self, held: Parameters, size: int) -> float:
         topology, per_node = self.topology, self.topology.gpus_per_node
@@ -117,7 +117,7 @@ class Updates:
         return max(seconds) / self.recipe.links
 
 
-def exposed_reduce(uses: Uses, replay: Replay, traffic: Sequence[Traffic]) -> float:
+def exposed_reduce(uses: WeightUses, replay: ProgramTimes, traffic: Sequence[CollectiveSeconds]) -> float:
     """Seconds after the last instruction until all gradients are reduced, in the order of their ends in the program."""
     order = sorted(range(len(traffic)), key=lambda stage: (max(uses.last[stage].values()), stage))
     ready = [{rank: replay.ends[rank][index] for rank, index in ends.items()} for ends in uses.last]
@@ -125,7 +125,7 @@ def exposed_reduce(uses: Uses, replay: Replay, traffic: Sequence[Traffic]) -> fl
     return max(0.0, max(end for _, end in ends) - replay.makespan)
 
 
-def exposed_gather(uses: Uses, replay: Replay, traffic: Sequence[Traffic]) -> float:
+def exposed_gather(uses: WeightUses, replay: ProgramTimes, traffic: Sequence[CollectiveSeconds]) -> float:
     """Seconds by which the next program waits for weights, on the rank that waits longest."""
     order = sorted(range(len(traffic)), key=lambda stage: (min(uses.first[stage].values()), stage))
     ready = [dict.fromkeys(firsts, 0.0) for firsts in uses.first]

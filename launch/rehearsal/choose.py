@@ -54,4 +54,4 @@ def micro_batch_problems(config: RunConfig, micro_batches: int | None) -> Iterat
         return
     schedule = config.schedule
     for problem in schedule_problems(schedule.name, config.topology.pp, micro_batches, schedule.chunks):
-        yield Problem("--micro-batches", micro_batches, problem.remedy)
+        yield Problem("--micro-batches", micro_batches, problem.hint)

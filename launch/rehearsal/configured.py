@@ -39,13 +39,13 @@ def _attention(config: RunConfig) -> str:
 
 def _unknown(config: RunConfig) -> Iterator[Problem]:
     if config.exchange.name == "deepep":
-        remedy = (
+        hint = (
             "cannot be rehearsed: DeepEP's kernels need GPUs; rehearse exchange=two_hop_fp8, which sends the same rows"
         )
-        yield Problem("exchange.name", "deepep", remedy)
+        yield Problem("exchange.name", "deepep", hint)
     if config.precision.compute == "float32" and config.model.moe_layers + config.model.mtp_depth:
-        remedy = "cannot be rehearsed: torch's grouped product has a fake kernel for BF16 alone; write auto"
-        yield Problem("precision.compute", "float32", remedy)
+        hint = "cannot be rehearsed: torch's grouped product has a fake kernel for BF16 alone; write auto"
+        yield Problem("precision.compute", "float32", hint)
     if config.precision.provider not in ("auto", "triton"):
-        remedy = "cannot be rehearsed: its kernels need a GPU; write auto or triton"
-        yield Problem("precision.provider", config.precision.provider, remedy)
+        hint = "cannot be rehearsed: its kernels need a GPU; write auto or triton"
+        yield Problem("precision.provider", config.precision.provider, hint)

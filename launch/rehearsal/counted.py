@@ -10,7 +10,7 @@ from typing import TypeVar
 from ...parallelism.pipeline.program import Op
 from ...trainer.config import RunConfig
 from ...trainer.model.stage_layout import Stages
-from ...trainer.model.tape import Stage
+from ...trainer.model.tape import StageSpec
 from .log import Launches, RankLog
 
 MOE, DENSE, MTP, STEP = "MoE layer", "dense layer", "MTP module", "step"
@@ -98,7 +98,7 @@ _CHUNK_PHASES = frozenset({*Op, "attn(W)", "mlp(W)"})
 it is theirs."""
 
 
-def _layers(config: RunConfig, chunks: Sequence[Stage]) -> dict[str, int]:
+def _layers(config: RunConfig, chunks: Sequence[StageSpec]) -> dict[str, int]:
     """Return how many layers of each kind the chunks of a rank have."""
     layers = [layer for chunk in chunks for layer in chunk.layers]
     dense = sum(layer < config.model.dense_layers for layer in layers)

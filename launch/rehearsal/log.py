@@ -48,7 +48,7 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Batch:
+class MessageBatch:
     """Messages that are posted together on one communicator, queued on a stream."""
 
     group: str
@@ -91,7 +91,7 @@ class HostWait:
     """Whether it happens before the step, while model and optimizer are made."""
 
 
-LogEvent: TypeAlias = Collective | Batch | Record | StreamWait | HostWait
+LogEvent: TypeAlias = Collective | MessageBatch | Record | StreamWait | HostWait
 
 
 @dataclass(frozen=True)
@@ -173,13 +173,13 @@ class RankLog:
         )
 
 
-_EVENTS = {kind.__name__: kind for kind in (Collective, Batch, Record, StreamWait, HostWait)}
+_EVENTS = {kind.__name__: kind for kind in (Collective, MessageBatch, Record, StreamWait, HostWait)}
 
 
 def _event(values: dict[str, Any]) -> LogEvent:
     kind = _EVENTS[values.pop("kind")]
     for name in ("sends", "receives"):
-        if kind is Batch:
+        if kind is MessageBatch:
             values[name] = tuple(_message(each) for each in values[name])
         elif name in values:
             values[name] = tuple(values[name])

@@ -30,7 +30,7 @@ _LOOK_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
-class Request:
+class RehearsalRequest:
     """What all rehearsed ranks have in common."""
 
     overrides: tuple[str, ...]
@@ -51,7 +51,7 @@ class _Running:
 
 
 def rehearse_ranks(
-    request: Request,
+    request: RehearsalRequest,
     ranks: Sequence[int],
     tell: Callable[[str], None],
     at_once: int,
@@ -97,7 +97,7 @@ def _available_bytes() -> int:
     return int(available) * 1024
 
 
-def _start(request: Request, rank: int, scratch: Path, entry: Sequence[str]) -> _Running:
+def _start(request: RehearsalRequest, rank: int, scratch: Path, entry: Sequence[str]) -> _Running:
     spec, output, said = (scratch / f"{name}_{rank}" for name in ("spec", "log", "said"))
     spec.write_text(json.dumps({**asdict(request), "rank": rank}))
     command = [sys.executable, *entry, str(spec), str(output)]

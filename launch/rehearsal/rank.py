@@ -22,13 +22,13 @@ def main(arguments: Sequence[str]) -> None:
     spec = json.loads(Path(arguments[0]).read_text())
     os.environ.pop("TRITON_INTERPRET", None)  # kernels are counted, and neither compiled nor interpreted
     ctypes.CDLL(spec["shim"], mode=ctypes.RTLD_GLOBAL)
-    from ...comm.errors import Refused
-    from .rehearse import Rehearsal  # imports torch, which now finds the shim's device
+    from ...comm.errors import ConfigError
+    from .rehearse import RankRehearsal  # imports torch, which now finds the shim's device
 
     directory = None if spec["config_dir"] is None else Path(spec["config_dir"])
     try:
-        rehearsal = Rehearsal.of(spec["overrides"], directory, spec["rank"], spec["micro_batches"])
-    except Refused as refused:
+        rehearsal = RankRehearsal.of(spec["overrides"], directory, spec["rank"], spec["micro_batches"])
+    except ConfigError as refused:
         print(refused, file=sys.stderr)
         sys.exit(2)
     rehearsal.run().write(Path(arguments[1]))

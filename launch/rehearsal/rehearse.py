@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed._tools import fake_collectives
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ...comm.groups import ProcessGroups
 from ...trainer.build import Engine, open_engine, stages_of
 from ...trainer.config import RunConfig, value_at
@@ -31,7 +31,7 @@ from .device.fake_device import RehearsedDevice
 from .device.groups import LoggedGroups
 from .device.oracle import BalancedOracle
 from .device.places import NO_PLACE
-from .device.recorder import Ledger
+from .device.recorder import RankRecorder
 from .device.routing import BalancedRouting
 from .device.spans import Spans
 from .device.stand_ins import standing_in
@@ -42,7 +42,7 @@ assert fake_collectives.collective_ops  # its import registers what collectives 
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class RankRehearsal:
     """One rank's run and its first step."""
 
     config: RunConfig
@@ -51,13 +51,13 @@ class Rehearsal:
     """Of the step, over all ranks."""
 
     @staticmethod
-    def of(overrides: Sequence[str], config_dir: Path | None, rank: int, micro_batches: int | None) -> Rehearsal:
-        """Compose the run as its GPUs would see it. Raises `Refused`."""
+    def of(overrides: Sequence[str], config_dir: Path | None, rank: int, micro_batches: int | None) -> RankRehearsal:
+        """Compose the run as its GPUs would see it. Raises `ConfigError`."""
         config = on_gpu(compose_run(overrides, config_dir), micro_batches)
         if not 0 <= rank < config.topology.world_size:
-            remedy = f"must be from 0 to {config.topology.world_size - 1}"
-            raise Refused([Problem("--ranks", rank, remedy)])
-        return Rehearsal(config, rank, config.batches.size(1))
+            hint = f"must be from 0 to {config.topology.world_size - 1}"
+            raise ConfigError([Problem("--ranks", rank, hint)])
+        return RankRehearsal(config, rank, config.batches.size(1))
 
     @property
     def micro_batches(self) -> int:
@@ -87,7 +87,7 @@ class Rehearsal:
     def run(self) -> RankLog:
         """Build the rank and take the step; what is raised meanwhile is a finding."""
         began = time.perf_counter()
-        ledger = Ledger(Spans("building"))
+        ledger = RankRecorder(Spans("building"))
         memory = _Levels()
         groups = LoggedGroups(self.rank, ledger)
         with _noting_warnings(ledger):
@@ -112,7 +112,7 @@ class Rehearsal:
             seconds=time.perf_counter() - began,
         )
 
-    def _step(self, ledger: Ledger, logged: LoggedGroups, levels: _Levels) -> None:
+    def _step(self, ledger: RankRecorder, logged: LoggedGroups, levels: _Levels) -> None:
         topology, training = self.config.topology, self.config.training
         dist.init_process_group("fake", rank=self.rank, world_size=topology.world_size, store=FakeStore())
         limit = timedelta(seconds=training.collective_timeout_seconds)
@@ -145,7 +145,7 @@ class Rehearsal:
             tokens_BW = torch.zeros((self.config.schedule.micro_batch, self.config.window), dtype=torch.int64)
             yield TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool)).to(DEVICE)
 
-    def _memory(self, ledger: Ledger, levels: _Levels) -> Memory:
+    def _memory(self, ledger: RankRecorder, levels: _Levels) -> Memory:
         predicted, live = self.predicted, ledger.memory
         size = self.config.cluster.memory_gb
         capacity = None if size is None else size * 1e9 - predicted.fixed
@@ -174,7 +174,7 @@ class _Levels:
 
 
 @contextmanager
-def _noting_warnings(ledger: Ledger) -> Iterator[None]:
+def _noting_warnings(ledger: RankRecorder) -> Iterator[None]:
     """Calls of ours that warn of their end are findings, each once."""
 
     def note(

@@ -15,7 +15,7 @@ from .counted import Count, by_operation, by_phase, layer_pair
 from .deadlock.communicators import collectives_of, messages_of
 from .deadlock.stuck import hangs
 from .fault import Fault, ends_early, grouped, line_of
-from .log import Batch, Collective, HostWait, RankLog
+from .log import Collective, HostWait, MessageBatch, RankLog
 
 _FIRST = ("error", "device", "hang", "first contact", "collective", "message")
 """Kinds of faults that end a run, in the order in which they are told; what is only slow or large comes behind."""
@@ -117,7 +117,7 @@ def collectives(log: RankLog) -> int:
 
 def batches(log: RankLog) -> int:
     """Return how many P2P batches the rank launches, those that only connect included."""
-    return sum(isinstance(event, Batch) for event in log.events)
+    return sum(isinstance(event, MessageBatch) for event in log.events)
 
 
 def host_waits(log: RankLog) -> Iterator[HostWait]:

@@ -6,22 +6,22 @@ import math
 from collections.abc import Iterator, Sequence
 
 from ...trainer.telemetry.events import as_numbers
-from .blocks import Block, Figure, Label, Missing, Row, Section
+from .blocks import Block, Figure, FigureRow, LegendEntry, Missing, PageSection
 from .heat import heat_map
 from .plot import Plot, Series
 from .record import RunRecord
 
 _PREFIX = "expert_load/"
 _SHADES = (
-    Label("a quarter of the mean or less", "shade-low"),
-    Label("the mean", "shade-mean"),
-    Label("four times or more", "shade-high"),
+    LegendEntry("a quarter of the mean or less", "shade-low"),
+    LegendEntry("the mean", "shade-mean"),
+    LegendEntry("four times or more", "shade-high"),
 )
 
 
-def balance_section(record: RunRecord) -> Section:
+def balance_section(record: RunRecord) -> PageSection:
     """Maximum violation over steps, and a heat map of each routed layer."""
-    return Section("experts", "Expert load", [*_blocks(record)])
+    return PageSection("experts", "Expert load", [*_blocks(record)])
 
 
 def _blocks(record: RunRecord) -> Iterator[Block]:
@@ -32,7 +32,7 @@ def _blocks(record: RunRecord) -> Iterator[Block]:
         return
     yield from _violations(record)
     maps = [figure for name in names if (figure := _map(record, name)) is not None]
-    yield Row(maps, "Load of each expert (a row) at each step that was told of (a column)", _SHADES)
+    yield FigureRow(maps, "Load of each expert (a row) at each step that was told of (a column)", _SHADES)
 
 
 def _violations(record: RunRecord) -> Iterator[Block]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ...trainer.ledger.render import REPORT_NAMES, TERM_MEANINGS, hours, percent
-from ...trainer.ledger.summary import Summary
+from ...trainer.ledger.summary import LedgerSummary
 from ...trainer.ledger.terms import (
     BUCKETS,
     PUBLISHED_GPU_HOURS,
@@ -13,7 +13,7 @@ from ...trainer.ledger.terms import (
     PUBLISHED_TOTAL_GPU_HOURS,
     gpu_hours,
 )
-from .blocks import Bar, Block, Figure, Line, Missing, Part, Section, Table
+from .blocks import Bar, BarSegment, Block, Figure, Missing, PageSection, TableBlock, TableRow
 from .loss import marks
 from .plot import Plot, Series
 from .record import RunRecord
@@ -48,14 +48,14 @@ _TERM_STYLES = {
 }
 
 
-def bill_section(record: RunRecord) -> Section:
+def bill_section(record: RunRecord) -> PageSection:
     """Burn-down, buckets, terms, and the published run beside."""
     blocks: list[Block] = [*_burn_down(record)]
     if record.summary is None:
         blocks.append(Missing(f"No bill: {record.no_summary}", "The launcher of a run and its rank 0 keep a ledger."))
     else:
         blocks += [*_buckets(record.summary), *_terms(record.summary), _beside(record.summary)]
-    return Section("budget", "Budget", blocks)
+    return PageSection("budget", "Budget", blocks)
 
 
 def _burn_down(record: RunRecord) -> Iterator[Block]:
@@ -82,7 +82,7 @@ def _burn_down(record: RunRecord) -> Iterator[Block]:
         yield Figure("GPU-hours left of the budget, over optimizer steps", picture, plot.legend(), note)
 
 
-def _buckets(summary: Summary) -> Iterator[Block]:
+def _buckets(summary: LedgerSummary) -> Iterator[Block]:
     meanings = {
         "productive": f"{summary.steps_retained:,} steps in the weights",
         "rolled_back": "steps undone by a crash",
@@ -100,7 +100,7 @@ def _buckets(summary: Summary) -> Iterator[Block]:
     yield _bar("Where the time went", some, whole, _STYLES)
     lines = [_line(name, some[name], whole, meanings[name], _STYLES[name]) for name in some]
     launches = "1 launch" if summary.attempts == 1 else f"{summary.attempts} launches"
-    total = Line(
+    total = TableRow(
         ("allocated", hours(gpu_hours(summary.allocated_ms)), "100 %", f"all of it, in {launches}"), is_sum=True
     )
     nothing = ", ".join(name.replace("_", " ") for name in spent if name not in some)
@@ -110,10 +110,10 @@ def _buckets(summary: Summary) -> Iterator[Block]:
     yield _table([*lines, total], note)
 
 
-def _terms(summary: Summary) -> Iterator[Block]:
+def _terms(summary: LedgerSummary) -> Iterator[Block]:
     if not summary.terms:
-        remedy = "A run looks closely at its second step and at one in telemetry.terms_every."
-        yield Missing("What steps are made of is not recorded: no step was looked at closely.", remedy)
+        hint = "A run looks closely at its second step and at one in telemetry.terms_every."
+        yield Missing("What steps are made of is not recorded: no step was looked at closely.", hint)
         return
     whole = max(1, summary.productive_ms)
     some = {name: gpu_ms for name, gpu_ms in summary.terms.items() if gpu_ms}
@@ -126,7 +126,7 @@ def _terms(summary: Summary) -> Iterator[Block]:
     yield _table(view, "", title="Under the names of DeepSeek's report", is_folded=True)
 
 
-def _beside(summary: Summary) -> Table:
+def _beside(summary: LedgerSummary) -> TableBlock:
     rate = summary.gpu_hours_per_trillion_tokens
     lines = [
         (
@@ -143,7 +143,7 @@ def _beside(summary: Summary) -> Table:
     whole = PUBLISHED_TOTAL_GPU_HOURS
     lines.append(("all", hours(summary.gpu_hours), f"{whole:,}", _ratio(summary.gpu_hours / whole)))
     heads = ("GPU-hours of", "this run", "DeepSeek-V3", "this of that")
-    return Table(heads, [Line(cells) for cells in lines], frozenset({1, 2, 3}), "Beside DeepSeek-V3, on H800")
+    return TableBlock(heads, [TableRow(cells) for cells in lines], frozenset({1, 2, 3}), "Beside DeepSeek-V3, on H800")
 
 
 def _ratio(share: float) -> str:
@@ -151,13 +151,15 @@ def _ratio(share: float) -> str:
 
 
 def _bar(title: str, spent: Mapping[str, int], whole: int, styles: Mapping[str, str]) -> Bar:
-    return Bar(title, [Part(name.replace("_", " "), gpu_ms / whole, styles[name]) for name, gpu_ms in spent.items()])
+    return Bar(
+        title, [BarSegment(name.replace("_", " "), gpu_ms / whole, styles[name]) for name, gpu_ms in spent.items()]
+    )
 
 
-def _line(name: str, gpu_ms: int, whole: int, meaning: str, style: str) -> Line:
-    return Line((name.replace("_", " "), hours(gpu_hours(gpu_ms)), percent(gpu_ms / whole), meaning), style)
+def _line(name: str, gpu_ms: int, whole: int, meaning: str, style: str) -> TableRow:
+    return TableRow((name.replace("_", " "), hours(gpu_hours(gpu_ms)), percent(gpu_ms / whole), meaning), style)
 
 
-def _table(lines: list[Line], note: str, *, title: str = "", is_folded: bool = False) -> Table:
+def _table(lines: list[TableRow], note: str, *, title: str = "", is_folded: bool = False) -> TableBlock:
     heads = ("spent on", "GPU-hours", "share", "what it is")
-    return Table(heads, lines, frozenset({1, 2}), title, note, is_folded)
+    return TableBlock(heads, lines, frozenset({1, 2}), title, note, is_folded)

@@ -20,11 +20,11 @@ class Missing:
     """What is not there, said in its place, and how the next run records it."""
 
     text: str
-    remedy: str = ""
+    hint: str = ""
 
 
 @dataclass(frozen=True)
-class Label:
+class LegendEntry:
     """An entry of a legend."""
 
     name: str
@@ -39,23 +39,23 @@ class Figure:
 
     title: str
     picture: Markup
-    legend: Sequence[Label] = ()
+    legend: Sequence[LegendEntry] = ()
     note: str = ""
     is_wide: bool = False
     """Whether it keeps its size and scrolls, instead of shrinking to the page."""
 
 
 @dataclass(frozen=True)
-class Row:
+class FigureRow:
     """Small figures side by side."""
 
     figures: Sequence[Figure]
     title: str = ""
-    legend: Sequence[Label] = ()
+    legend: Sequence[LegendEntry] = ()
 
 
 @dataclass(frozen=True)
-class Part:
+class BarSegment:
     """Of a bar."""
 
     name: str
@@ -68,11 +68,11 @@ class Bar:
     """A whole, split."""
 
     title: str
-    parts: Sequence[Part]
+    parts: Sequence[BarSegment]
 
 
 @dataclass(frozen=True)
-class Line:
+class TableRow:
     """Of a table."""
 
     cells: Sequence[str]
@@ -82,11 +82,11 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Table:
+class TableBlock:
     """Columns of words, and of numbers."""
 
     heads: Sequence[str]
-    lines: Sequence[Line]
+    lines: Sequence[TableRow]
     numbers: frozenset[int] = frozenset()
     """Columns that are aligned to the right."""
     title: str = ""
@@ -110,11 +110,11 @@ class Settings:
     groups: Sequence[tuple[str, Sequence[tuple[str, str]]]]
 
 
-Block = Prose | Missing | Figure | Row | Bar | Table | Text | Settings
+Block = Prose | Missing | Figure | FigureRow | Bar | TableBlock | Text | Settings
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A part of the page."""
 
     name: str
@@ -142,6 +142,6 @@ class Page:
     state_style: str
     facts: Sequence[str]
     cards: Sequence[Card]
-    sections: Sequence[Section] = field(default_factory=tuple)
+    sections: Sequence[PageSection] = field(default_factory=tuple)
     made: str = ""
     """When."""

@@ -6,16 +6,16 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .blocks import Missing, Section, Settings
+from .blocks import Missing, PageSection, Settings
 from .record import RunRecord
 
 
-def configuration_section(record: RunRecord) -> Section:
+def configuration_section(record: RunRecord) -> PageSection:
     """Of the last launch."""
     if not record.config:
-        return Section("configuration", "Configuration", [Missing("The configuration is not recorded.", "")])
+        return PageSection("configuration", "Configuration", [Missing("The configuration is not recorded.", "")])
     groups = [(name, list(_flat(tree))) for name, tree in record.config.items() if isinstance(tree, Mapping)]
-    return Section("configuration", "Configuration", [Settings(groups)])
+    return PageSection("configuration", "Configuration", [Settings(groups)])
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

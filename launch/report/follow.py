@@ -6,24 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...comm.errors import Refused
+from ...comm.errors import ConfigError
 from ...comm.files.lines import Replaced
 from ...trainer.ledger.allocation import read_heartbeat
 from ...trainer.ledger.clock import Instant
-from ...trainer.ledger.summary import LedgerReader, Summary
+from ...trainer.ledger.summary import LedgerReader, LedgerSummary
 from ...trainer.telemetry.events import METRICS_FILE, Event
 from ...trainer.telemetry.history import History, MetricsReader
 from ...trainer.telemetry.sampled import tail_reader
 
 
 @dataclass(frozen=True)
-class Look:
+class RunView:
     """What could be seen of a run at one moment."""
 
     run_dir: Path
     events: Sequence[Event]
     """The last ones that still hold, in order."""
-    summary: Summary | None
+    summary: LedgerSummary | None
     """Of its ledger; None where there is none to be read."""
     silent_seconds: float | None
     """Since the last sign of life of its launcher; None where it has left none."""
@@ -60,19 +60,19 @@ class Follower:
         self._history = History(most=_MOST_EVENTS)
         self._ledger = LedgerReader(self._run_dir)
 
-    def look(self) -> Look:
-        """As of now. Raises `Refused` for a broken line of metrics."""
+    def look(self) -> RunView:
+        """As of now. Raises `ConfigError` for a broken line of metrics."""
         try:
             self._history.hear(self._metrics.new_events())
         except (Replaced, FileNotFoundError):
             self._begin()
-        return Look(self._run_dir, self._history.events, self._summary(), self._silent())
+        return RunView(self._run_dir, self._history.events, self._summary(), self._silent())
 
-    def _summary(self) -> Summary | None:
+    def _summary(self) -> LedgerSummary | None:
         """None also for a ledger that is broken: `shoestring budget` says where, and watching goes on without."""
         try:
             return self._ledger.summary()
-        except Refused:
+        except ConfigError:
             self._ledger = LedgerReader(self._run_dir)  # the one that has refused is not to be used again
             return None
 

@@ -13,7 +13,7 @@ from ...trainer.ledger.journal import Record
 from ...trainer.ledger.records import check_record, read_records
 from ...trainer.ledger.terms import ALLOCATION_FILE, WORK_FILE
 from ...trainer.telemetry.events import Event
-from .blocks import Block, Line, Missing, Prose, Section, Table
+from .blocks import Block, Missing, PageSection, Prose, TableBlock, TableRow
 from .record import RunRecord
 
 
@@ -28,9 +28,9 @@ class Incident:
     text: str
 
 
-def incidents_section(record: RunRecord) -> Section:
+def incidents_section(record: RunRecord) -> PageSection:
     """All of them, in order of time."""
-    return Section("incidents", "Incidents", [*_blocks(record)])
+    return PageSection("incidents", "Incidents", [*_blocks(record)])
 
 
 def _blocks(record: RunRecord) -> Iterator[Block]:
@@ -42,10 +42,10 @@ def _blocks(record: RunRecord) -> Iterator[Block]:
             yield Prose("None: no warning, no step undone, no launch that ended before its time.")
         return
     lines = [
-        Line((_clock(each.time), "" if each.step is None else f"{each.step:,}", each.about, each.text))
+        TableRow((_clock(each.time), "" if each.step is None else f"{each.step:,}", each.about, each.text))
         for each in found
     ]
-    yield Table(("time", "step", "about", "what"), lines, frozenset({1}))
+    yield TableBlock(("time", "step", "about", "what"), lines, frozenset({1}))
 
 
 def incidents(record: RunRecord) -> list[Incident]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...trainer.telemetry.describe import printable
-from .blocks import Block, Figure, Missing, Row, Section, Text
+from .blocks import Block, Figure, FigureRow, Missing, PageSection, Text
 from .plot import Plot, Series
 from .record import RunRecord
 
 
-def loss_section(record: RunRecord) -> Section:
+def loss_section(record: RunRecord) -> PageSection:
     """Curves, and the last text that was sampled."""
-    return Section("loss", "Loss", [*_curves(record), *_sample(record)])
+    return PageSection("loss", "Loss", [*_curves(record), *_sample(record)])
 
 
 def marks(record: RunRecord) -> list[tuple[float, str]]:
@@ -48,7 +48,7 @@ def _curves(record: RunRecord) -> Iterator[Block]:
         return
     note = "Dashed uprights: a resume or a warning." if marks(record) else ""
     yield Figure("Nats a token, over optimizer steps", picture, plot.legend(), note)
-    yield Row([figure for figure in _small(record) if figure is not None])
+    yield FigureRow([figure for figure in _small(record) if figure is not None])
 
 
 def _small(record: RunRecord) -> Iterator[Figure | None]:
@@ -74,5 +74,5 @@ def _sample(record: RunRecord) -> Iterator[Block]:
         yield Text(f"Text sampled at step {sample.step:,}", printable(str(sample.values.get("text"))).strip())
     else:
         asks_for_none = record.setting("training.sample_tokens") == 0
-        remedy = "training.sample_tokens=100 asks for one." if asks_for_none else "It comes at the end of the run."
-        yield Missing("No text was sampled.", remedy)
+        hint = "training.sample_tokens=100 asks for one." if asks_for_none else "It comes at the end of the run."
+        yield Missing("No text was sampled.", hint)

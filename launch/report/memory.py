@@ -7,23 +7,23 @@ from collections.abc import Iterator
 from statistics import median
 
 from ...trainer.telemetry.events import Event, as_number, as_numbers
-from .blocks import Block, Figure, Line, Missing, Section, Table
+from .blocks import Block, Figure, Missing, PageSection, TableBlock, TableRow
 from .plot import Plot, Series
 from .record import RunRecord
 
 _MOST_ROWS = 16
 
 
-def memory_section(record: RunRecord) -> Section:
+def memory_section(record: RunRecord) -> PageSection:
     """Over steps on the fullest rank and on the others, and of each rank at the last look."""
-    return Section("memory", "Memory", [*_blocks(record)])
+    return PageSection("memory", "Memory", [*_blocks(record)])
 
 
 def _blocks(record: RunRecord) -> Iterator[Block]:
     events = [event for event in record.of("memory") if _is_whole(event)]
     if not events:
-        remedy = "A run asks its ranks at the second step and at one in telemetry.terms_every, on GPUs and on Linux."
-        yield Missing("Memory is not recorded.", remedy)
+        hint = "A run asks its ranks at the second step and at one in telemetry.terms_every, on GPUs and on Linux."
+        yield Missing("Memory is not recorded.", hint)
         return
     looks = [
         (event.step, as_numbers(event.values.get("now")), as_numbers(event.values.get("peak"))) for event in events
@@ -48,8 +48,8 @@ def _blocks(record: RunRecord) -> Iterator[Block]:
     _, now, peak = looks[-1]
     if len(now) <= _MOST_ROWS:
         rows = zip(range(len(now)), now, peak, strict=True)
-        lines = [Line((f"rank {rank}", _size(held), _size(most))) for rank, held, most in rows]
-        yield Table(("", "at the last look", "peak"), lines, frozenset({1, 2}), "By rank")
+        lines = [TableRow((f"rank {rank}", _size(held), _size(most))) for rank, held, most in rows]
+        yield TableBlock(("", "at the last look", "peak"), lines, frozenset({1, 2}), "By rank")
 
 
 def _is_whole(event: Event) -> bool:

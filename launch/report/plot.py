@@ -10,7 +10,7 @@ from itertools import pairwise
 from markupsafe import Markup, escape
 
 from ...trainer.telemetry.describe import metric
-from .blocks import Label
+from .blocks import LegendEntry
 from .record import Point
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 16.0, 12.0, 26.0
@@ -66,10 +66,10 @@ class Plot:
         """What can be drawn."""
         return [point for series in self.series for point in series.points if _is_drawn(point[1])]
 
-    def legend(self) -> list[Label]:
+    def legend(self) -> list[LegendEntry]:
         """Each series with its last value."""
         return [
-            Label(each.name, each.style, "" if each.is_dashed else self.words(each.points[-1][1]))
+            LegendEntry(each.name, each.style, "" if each.is_dashed else self.words(each.points[-1][1]))
             for each in self.series
             if each.points
         ]

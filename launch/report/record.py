@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ...comm.files.access import refusing
 from ...comm.files.strict_yaml import read_yaml
-from ...trainer.ledger.summary import Summary, summarise
+from ...trainer.ledger.summary import LedgerSummary, summarise
 from ...trainer.ledger.terms import WORK_FILE
 from ...trainer.telemetry.events import METRICS_FILE, Event, as_number
 from ...trainer.telemetry.sampled import read_sampled
@@ -30,7 +30,7 @@ class RunRecord:
     """That still hold, in order; of a long run a sample (see `telemetry/sampled.py`)."""
     config: Mapping[str, Any]
     """Of the last launch, as a tree of plain values; empty where none is recorded."""
-    summary: Summary | None
+    summary: LedgerSummary | None
     """What it has cost; None where its ledger does not say."""
     no_summary: str
     """Why there is none."""
@@ -78,7 +78,7 @@ class RunRecord:
 
 
 def read_run(run_dir: Path) -> RunRecord:
-    """What is in the directory of a run. Raises `Refused` for any other place, and for a broken line of metrics."""
+    """What is in the directory of a run. Raises `ConfigError` for any other place, and for a broken line of metrics."""
     refuse_other_places(run_dir)
     metrics = run_dir / METRICS_FILE
     events = read_sampled(metrics) if metrics.exists() else []
@@ -86,23 +86,23 @@ def read_run(run_dir: Path) -> RunRecord:
     return RunRecord(run_dir, events, _config(run_dir, events), summary, no_summary)
 
 
-def _bill(run_dir: Path) -> tuple[Summary | None, str]:
+def _bill(run_dir: Path) -> tuple[LedgerSummary | None, str]:
     """What the ledger says, or why it says nothing: a broken one is told in its place, and the rest all the same."""
     if not (run_dir / WORK_FILE).parent.exists():
         return None, "there is no ledger yet."
     try:
         return summarise(run_dir), ""
-    except Refused as refused:
+    except ConfigError as refused:
         return None, f"{refused}."
 
 
 def refuse_other_places(run_dir: Path) -> None:
-    """Raise `Refused` unless a run has made `run_dir`."""
+    """Raise `ConfigError` unless a run has made `run_dir`."""
     if not run_dir.is_dir():
-        raise Refused([Problem("RUN", str(run_dir), "is no directory; name that of a run, its training.run_dir")])
+        raise ConfigError([Problem("RUN", str(run_dir), "is no directory; name that of a run, its training.run_dir")])
     if not is_marked(run_dir) and not (run_dir / METRICS_FILE).exists():
-        remedy = f"holds no run (neither {METRICS_FILE} nor what marks a run's directory); name its training.run_dir"
-        raise Refused([Problem("RUN", str(run_dir), remedy)])
+        hint = f"holds no run (neither {METRICS_FILE} nor what marks a run's directory); name its training.run_dir"
+        raise ConfigError([Problem("RUN", str(run_dir), hint)])
 
 
 def _config(run_dir: Path, events: Sequence[Event]) -> Mapping[str, Any]:

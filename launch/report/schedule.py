@@ -9,18 +9,18 @@ from statistics import mean
 
 from markupsafe import Markup
 
-from ...comm.errors import Refused
+from ...comm.errors import ConfigError
 from ...comm.trace import Track
 from ...parallelism.pipeline.draw import title
 from ...parallelism.pipeline.program import Op, Program
 from ...parallelism.pipeline.schedules.registry import build_program
-from ...parallelism.pipeline.simulate import Replay, UnitTimes, replay
+from ...parallelism.pipeline.simulate import ProgramTimes, UnitTimes, simulate_program
 from ...trainer.ledger.terms import INSTRUCTIONS
 from ...trainer.run.profiling import TRACE_FOLDER
 from ...trainer.telemetry.trace import TRACE_FILE, Span, read_trace
-from .blocks import Block, Figure, Missing, Prose, Section
+from .blocks import Block, Figure, Missing, PageSection, Prose
 from .record import RunRecord
-from .schedule_svg import Look, svg_timeline
+from .schedule_svg import SvgStyle, svg_timeline
 from .trace_svg import svg_layer_pair
 
 _RECORDS = "telemetry.trace=true records a timeline of some steps."
@@ -32,9 +32,9 @@ _LEAST = 5.0
 """Pixels of a box, on the average; a longer program scrolls."""
 
 
-def schedule_section(record: RunRecord) -> Section:
+def schedule_section(record: RunRecord) -> PageSection:
     """The real timeline and the simulated one, to the same scale, and one pair of layers."""
-    return Section("schedule", "Schedule", [*_blocks(record)])
+    return PageSection("schedule", "Schedule", [*_blocks(record)])
 
 
 def _blocks(record: RunRecord) -> Iterator[Block]:
@@ -62,12 +62,12 @@ def _program(record: RunRecord) -> Program | None:
         if pp * micro_batches > _MOST_INSTRUCTIONS or type(record.setting("schedule.name")) is not str:
             return None
         return build_program(record.setting("schedule.name"), pp, micro_batches, record.setting("schedule.chunks"))
-    except (Refused, TypeError, ValueError):  # of a version of Shoestring whose schedules were others
+    except (ConfigError, TypeError, ValueError):  # of a version of Shoestring whose schedules were others
         return None
 
 
 def _on_paper(program: Program) -> Iterator[Block]:
-    simulated = replay(program, UnitTimes())
+    simulated = simulate_program(program, UnitTimes())
     note = "every F, I and W takes 1, and nothing of an FB overlaps"
     yield _picture(svg_timeline(simulated, note, _look([simulated], f"{title(program)}, on paper", "time")))
 
@@ -90,7 +90,7 @@ def _as_it_ran(record: RunRecord, program: Program, path: Path) -> Iterator[Bloc
         yield Missing("The timeline is not of the program that the configuration describes.", _RECORDS)
         yield from _on_paper(program)
         return
-    ideal = replay(program, mean_times(real))
+    ideal = simulate_program(program, mean_times(real))
     share = 100 * (real.makespan - ideal.makespan) / real.makespan
     of = "" if columns == 1 else f" Shown is the first of the {columns} ranks of each stage."
     yield Prose(
@@ -106,7 +106,7 @@ def _as_it_ran(record: RunRecord, program: Program, path: Path) -> Iterator[Bloc
         return
 
 
-def last_step(program: Program, ranks: Sequence[Sequence[Span]]) -> Replay | None:
+def last_step(program: Program, ranks: Sequence[Sequence[Span]]) -> ProgramTimes | None:
     """The times of the last step in the spans of each pipeline rank, in ms; None if they are not of this program."""
     rows: list[list[Span]] = []
     for instructions, spans in zip(program.instructions, ranks, strict=True):
@@ -116,14 +116,14 @@ def last_step(program: Program, ranks: Sequence[Sequence[Span]]) -> Replay | Non
             return None
         rows.append(last)
     start = min(row[0].begin for row in rows)
-    return Replay(
+    return ProgramTimes(
         program,
         tuple(tuple((span.begin - start) / 1e6 for span in row) for row in rows),
         tuple(tuple((span.end - start) / 1e6 for span in row) for row in rows),
     )
 
 
-def mean_times(real: Replay) -> UnitTimes:
+def mean_times(real: ProgramTimes) -> UnitTimes:
     """Of each kind of instruction, over all ranks."""
     lengths: Mapping[Op, list[float]] = defaultdict(list)
     for row, starts, ends in zip(real.program.instructions, real.starts, real.ends, strict=True):
@@ -134,11 +134,11 @@ def mean_times(real: Replay) -> UnitTimes:
     return UnitTimes(*own)
 
 
-def _look(timelines: Sequence[Replay], heading: str, unit: str) -> Look:
+def _look(timelines: Sequence[ProgramTimes], heading: str, unit: str) -> SvgStyle:
     """In the page's colours, to a scale that suits all of `timelines`."""
     makespan = max(timeline.makespan for timeline in timelines)
     width = max(_PAGE, _LEAST * max(len(row) for row in timelines[0].program.instructions))
-    return Look(
+    return SvgStyle(
         ink="currentColor",
         faint="var(--faint)",
         bubble="var(--bubble)",

@@ -9,8 +9,8 @@ from html import escape
 
 from ...parallelism.pipeline.draw import summary, title
 from ...parallelism.pipeline.placement import Direction, Route
-from ...parallelism.pipeline.program import Instruction, Op, Program, Work, in_flight
-from ...parallelism.pipeline.simulate import Replay
+from ...parallelism.pipeline.program import Instruction, MicroBatchWork, Op, Program, in_flight
+from ...parallelism.pipeline.simulate import ProgramTimes
 
 _INK = "#22272e"
 # Apart in hue and in lightness, so that they stay apart for the colour-blind and in print without colours.
@@ -29,7 +29,7 @@ _UNIT_WIDTH, _WIDEST, _NARROWEST = 19.0, 2600.0, 3.0  # of the shortest instruct
 
 
 @dataclass(frozen=True)
-class Look:
+class SvgStyle:
     """How a picture fits in with what is around it; as given here it stands alone, on white paper."""
 
     ink: str = _INK
@@ -47,15 +47,15 @@ class Look:
     """In the place of the schedule and its size."""
 
 
-ALONE = Look()
+ALONE = SvgStyle()
 
 
 @dataclass(frozen=True)
 class _Canvas:
     """Where things are."""
 
-    replay: Replay
-    look: Look
+    replay: ProgramTimes
+    look: SvgStyle
     scale: float
     """Pixels a unit of time."""
 
@@ -78,7 +78,7 @@ class _Canvas:
         return _TOP + rank * (_ROW + _GAP)
 
 
-def svg_timeline(replay: Replay, note: str = "", look: Look = ALONE) -> str:
+def svg_timeline(replay: ProgramTimes, note: str = "", look: SvgStyle = ALONE) -> str:
     """A row a rank, a box an instruction with the number of its micro-batch; what is left grey is bubble.
 
     `note` goes below the title, behind makespan and bubble.
@@ -97,7 +97,7 @@ def svg_timeline(replay: Replay, note: str = "", look: Look = ALONE) -> str:
     )
 
 
-def _fitting(replay: Replay) -> float:
+def _fitting(replay: ProgramTimes) -> float:
     """Pixels a unit of time that let the shortest box hold its number, unless the picture becomes too wide."""
     durations = [
         end - start
@@ -180,7 +180,7 @@ def _legend(canvas: _Canvas) -> Iterator[str]:
             pair = (Op.F, Op.B) if op is Op.FB else (op,)
             for index, part in enumerate(pair):
                 # The backward of a pair is of the other chunk.
-                work = Work(chunk if index == 0 else program.chunks - 1 - chunk, 0)
+                work = MicroBatchWork(chunk if index == 0 else program.chunks - 1 - chunk, 0)
                 height = 14 / len(pair)
                 yield _rect(x, y + index * height, 14, height, _colour(part, work, program.chunks))
             x += 15
@@ -200,7 +200,7 @@ def _chunk_note(program: Program) -> str:
     return note + ("; each has its own count" if program.placement.route is Route.BIDIRECTIONAL else "")
 
 
-def _colour(op: Op, work: Work, chunks: int) -> str:
+def _colour(op: Op, work: MicroBatchWork, chunks: int) -> str:
     """The op's colour, mixed with more white the later the chunk."""
     white = 0.55 * work.chunk / max(chunks - 1, 1)
     return "#" + "".join(f"{round(value + (255 - value) * white):02x}" for value in _channels(_COLOURS[op]))

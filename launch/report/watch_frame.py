@@ -12,11 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ...trainer.ledger.render import hours, percent
-from ...trainer.ledger.summary import Summary
+from ...trainer.ledger.summary import LedgerSummary
 from ...trainer.ledger.terms import PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS
 from ...trainer.telemetry.describe import clock, describe, metric, printable
 from ...trainer.telemetry.events import Event, as_number
-from .follow import Look
+from .follow import RunView
 
 SILENT_SECONDS = 30.0
 """Launchers give a sign of life every two seconds: one that is silent for so long was killed, or cannot write."""
@@ -28,7 +28,7 @@ _NEARLY = 0.9
 """Of its budget: a run that has used so much of it is shown in red."""
 
 
-def frame(look: Look) -> RenderableType:
+def frame(look: RunView) -> RenderableType:
     """All of it; of what is not known yet there is no line."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
@@ -40,7 +40,7 @@ def frame(look: Look) -> RenderableType:
     return Group(Text(str(look.run_dir), "bold"), Text(""), grid, *_latest(look.events))
 
 
-def _state(look: Look) -> tuple[str, str]:
+def _state(look: RunView) -> tuple[str, str]:
     stop = look.last("stop")
     if look.has_ended:
         reason = "its launcher gave the GPUs back" if stop is None else str(stop.values.get("reason"))
@@ -52,7 +52,7 @@ def _state(look: Look) -> tuple[str, str]:
     return "training", "green"
 
 
-def _progress(look: Look, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
+def _progress(look: RunView, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
     first = step or look.last("run")
     total = None if first is None else as_number(first.values.get("total_steps"))
     if first is None or not total or not 0 < total < math.inf:
@@ -66,7 +66,7 @@ def _progress(look: Look, step: Event | None) -> Iterator[tuple[str, RenderableT
     yield "step", _beside(_bar(done, total, "cyan"), "  ".join(words))
 
 
-def _figures(look: Look, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
+def _figures(look: RunView, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
     if step is None:
         return
     losses = [value for event in look.events if event.kind == "step" and (value := as_number(event.values.get("loss")))]
@@ -87,7 +87,7 @@ def _figures(look: Look, step: Event | None) -> Iterator[tuple[str, RenderableTy
         yield "balance", Text(f"fullest expert {1 + violation:.2f} of the mean load")
 
 
-def _cost(look: Look, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
+def _cost(look: RunView, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
     summary = look.summary
     if summary is None:
         yield "cost", Text("no ledger to read")
@@ -106,7 +106,7 @@ def _cost(look: Look, step: Event | None) -> Iterator[tuple[str, RenderableType]
     yield "goodput", Text("  ".join([percent(summary.goodput), *_losses(summary)]))
 
 
-def _losses(summary: Summary) -> list[str]:
+def _losses(summary: LedgerSummary) -> list[str]:
     """Where most of the rest went."""
     rest = {**summary.buckets, "rolled_back": summary.rolled_back_ms, "unknown": summary.unknown_ms}
     largest = sorted((name for name in rest if rest[name]), key=lambda name: -rest[name])[:3]

@@ -25,7 +25,7 @@ _THREADS_A_RANK = 4
 
 
 @dataclass(frozen=True)
-class Room:
+class MachineCapacity:
     """What this machine has for ranks."""
 
     cores: int
@@ -36,12 +36,12 @@ class Room:
     """Processes and threads that may be started; None for no limit."""
 
     @staticmethod
-    def here(*, on_gpu: bool) -> Room:
+    def here(*, on_gpu: bool) -> MachineCapacity:
         """Return what the kernel and the control group of this process say."""
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         limit = _limit("memory.max")
         gpu = float(torch.cuda.get_device_properties(0).total_memory) if on_gpu else None
-        return Room(
+        return MachineCapacity(
             len(os.sched_getaffinity(0)),
             float(memory if limit is None else min(memory, limit)),
             gpu,
@@ -58,12 +58,12 @@ def _limit(name: str) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-def size_problems(config: RunConfig, local_ranks: int, room: Room) -> Iterator[Problem]:
+def size_problems(config: RunConfig, local_ranks: int, room: MachineCapacity) -> Iterator[Problem]:
     """What is too large for this machine, whatever else is configured."""
     grid = f"{local_ranks} ranks on this machine"
     if room.gpu_bytes is None and local_ranks > RANKS_A_CORE * room.cores:
-        remedy = f"asks for {grid}, which has {room.cores} cores; at most {RANKS_A_CORE * room.cores}"
-        yield Problem("topology", _grid(config), f"{remedy}: write a smaller topology, or use more machines")
+        hint = f"asks for {grid}, which has {room.cores} cores; at most {RANKS_A_CORE * room.cores}"
+        yield Problem("topology", _grid(config), f"{hint}: write a smaller topology, or use more machines")
     elif local_ranks * PROCESS_BYTES > room.host_bytes:
         needs = f"{local_ranks * PROCESS_BYTES / 1e9:,.0f} GB for their processes alone"
         yield Problem("topology", _grid(config), f"asks for {grid}, {needs}; it has {room.host_bytes / 1e9:,.1f} GB")
@@ -74,8 +74,8 @@ def size_problems(config: RunConfig, local_ranks: int, room: Room) -> Iterator[P
         has = room.host_bytes / local_ranks if room.gpu_bytes is None else room.gpu_bytes
         if size > has:
             where = "of this machine's memory" if room.gpu_bytes is None else "of memory on a GPU"
-            remedy = f"a rank needs {size / 1e9:,.0f} GB for {what} alone, and has {has / 1e9:,.1f} GB {where}"
-            yield Problem(*key, f"{remedy}; see `shoestring memory`")
+            hint = f"a rank needs {size / 1e9:,.0f} GB for {what} alone, and has {has / 1e9:,.1f} GB {where}"
+            yield Problem(*key, f"{hint}; see `shoestring memory`")
             return
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...comm.agreement import Fact, Facts
-from ...comm.errors import Refused
+from ...comm.errors import ConfigError
 from ...trainer.config import RunConfig
 from ...trainer.data.manifest import read_manifest
 from ...trainer.typed import as_written
@@ -37,7 +37,7 @@ def data_digest(config: RunConfig) -> str:
     """Return the digest of the prepared data that a process sees; where it sees none, why."""
     try:
         return read_manifest(Path(config.data.prepared)).digest
-    except Refused as refused:
+    except ConfigError as refused:
         return f"cannot be read here: {refused}"
 
 

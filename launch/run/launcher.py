@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from ...comm.errors import Refused
+from ...comm.errors import ConfigError
 from ...trainer.config import RunConfig
 from ...trainer.ledger.allocation import Allocation
 from ...trainer.ledger.summary import ensure_totals
@@ -33,7 +33,7 @@ from .rank_environment import (
     rank_environment,
     why_not_bound,
 )
-from .rendezvous import NotMet
+from .rendezvous import MachinesMissing
 from .restart_policy import note_stop, too_many_stops
 from .run_dir import CONFIG_FILE, claimed, clear_status, read_status, reserve_status, wait_until_free, write_config
 from .signals import (
@@ -72,7 +72,7 @@ class Stopped(BaseException):
 def launch(config: RunConfig, local: LocalRanks, *, fresh: bool, meet: Meet | None = None) -> int:
     """Run the whole job, or machine 0's share of it, to its end; return the exit code of `shoestring train`.
 
-    `local` says which ranks this machine runs; `meet` waits for the other machines, and raises `Refused` for one that
+    `local` says which ranks this machine runs; `meet` waits for the others, and raises `ConfigError` for one that
     does not fit.
     """
     run_dir = Path(config.training.run_dir)
@@ -110,7 +110,7 @@ def launch(config: RunConfig, local: LocalRanks, *, fresh: bool, meet: Meet | No
                     note_stop(run_dir, progressed=False)
                     say(f"shoestring train: {reason}")
                     return asked_to_stop(run_dir)
-                except (Refused, NotMet) as error:
+                except (ConfigError, MachinesMissing) as error:
                     reason = str(error)
                     raise
             try:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ...comm.agreement import Facts
-from ...comm.errors import Problem, Refused, refuse_if_any
+from ...comm.errors import ConfigError, Problem, refuse_if_any
 from ...trainer.config import RunConfig
 from ...trainer.run.exit import Halt
 from ..compose import compose_run, read_config
@@ -24,7 +24,7 @@ from ..say import open_standard_streams, say
 from .identity import data_digest, identity
 from .launcher import LocalRanks, Stopped, asked_to_stop, launch, run_torchrun, stop_signals_raise
 from .preflight import is_finished, preflight, spent_budget
-from .rendezvous import NotMet, Venue, address_problems, attend_meeting, host_meeting, report_refusal
+from .rendezvous import MachinesMissing, MeetingPoint, address_problems, attend_meeting, host_meeting, report_refusal
 from .run_dir import CONFIG_FILE, read_status
 from .signals import ASKING_SIGNALS, StoppedEarly, stops_before_it_began
 from .torchrun import local_torchrun
@@ -38,7 +38,7 @@ _NO_INSTANT = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True)
-class Place:
+class MachinePlace:
     """Where this machine stands in the launch, and how the machines find each other."""
 
     nodes: int
@@ -51,9 +51,9 @@ class Place:
     processes: int | None
     """Ranks on each machine, where they are given."""
 
-    def venue(self, seconds: float) -> Venue:
+    def venue(self, seconds: float) -> MeetingPoint:
         """Where the machines meet, who wait for each other so long."""
-        return Venue(self.address, self.port, self.nodes, self.rank, seconds)
+        return MeetingPoint(self.address, self.port, self.nodes, self.rank, seconds)
 
     def torchrun(self, processes: int) -> list[str]:
         """Arguments of torchrun for `processes` ranks on this machine.
@@ -67,8 +67,8 @@ class Place:
         return [f"--nnodes={self.nodes}", f"--node-rank={self.rank}", *meeting, f"--nproc-per-node={processes}"]
 
 
-def read_place(environment: Mapping[str, str]) -> Place:
-    """The machine that the variables of launch/torchrun.sh describe. Raises `Refused` with all that is wrong."""
+def read_place(environment: Mapping[str, str]) -> MachinePlace:
+    """The machine that the variables of launch/torchrun.sh describe. Raises `ConfigError` with all that is wrong."""
     problems: list[Problem] = []
 
     def whole(name: str, default: int, low: int, high: int) -> int:
@@ -90,13 +90,13 @@ def read_place(environment: Mapping[str, str]) -> Place:
     if nodes > 1 and not address:
         problems.append(Problem("MASTER_ADDR", "", "is missing; name the machine with NODE_RANK=0, the same on all"))
     refuse_if_any(problems)
-    return Place(nodes, rank, address, port, processes)
+    return MachinePlace(nodes, rank, address, port, processes)
 
 
-def count_processes(config: RunConfig, place: Place) -> int:
+def count_processes(config: RunConfig, place: MachinePlace) -> int:
     """Ranks on this machine: what was asked for, else its GPUs, else the topology's ranks dealt out to CPUs.
 
-    Raises `Refused` unless the machines together run the topology's ranks, and its nodes are the machines.
+    Raises `ConfigError` unless the machines together run the topology's ranks, and its nodes are the machines.
     """
     world, topology = config.topology.world_size, config.topology
     gpus = 0 if config.training.device == "cpu" else torch.cuda.device_count()
@@ -104,16 +104,16 @@ def count_processes(config: RunConfig, place: Place) -> int:
     problems = []
     if place.nodes * processes != world:
         total = f"NNODES x GPUS_PER_NODE = {place.nodes} x {processes} = {place.nodes * processes} processes"
-        remedy = f"{total}, and the topology asks for {world}; {_how_to_fit(world, place, processes, gpus)}"
-        problems.append(Problem("GPUS_PER_NODE", processes, remedy))
+        hint = f"{total}, and the topology asks for {world}; {_how_to_fit(world, place, processes, gpus)}"
+        problems.append(Problem("GPUS_PER_NODE", processes, hint))
     if place.nodes > 1 and topology.gpus_per_node != processes:
-        remedy = f"each machine runs {processes}; write topology.gpus_per_node={processes}"
-        problems.append(Problem("topology.gpus_per_node", topology.gpus_per_node, remedy))
+        hint = f"each machine runs {processes}; write topology.gpus_per_node={processes}"
+        problems.append(Problem("topology.gpus_per_node", topology.gpus_per_node, hint))
     refuse_if_any(problems)
     return processes
 
 
-def _how_to_fit(world: int, place: Place, processes: int, gpus: int) -> str:
+def _how_to_fit(world: int, place: MachinePlace, processes: int, gpus: int) -> str:
     ranks = place.nodes * processes
     topology = "topology=single" if ranks == 1 else f"a topology of {ranks} ranks (pp x edp x ep)"
     if world % place.nodes:
@@ -126,8 +126,8 @@ def _how_to_fit(world: int, place: Place, processes: int, gpus: int) -> str:
 def run_node(overrides: Sequence[str], config_dir: Path | None, *, fresh: bool) -> int:
     """Run this machine's ranks to the end; return the exit code.
 
-    Every machine returns that of the run, as `shoestring train` does, and 1 for a fault of its own. Raises `Refused`
-    before any process exists, and `NotMet`.
+    Every machine returns that of the run, as `shoestring train` does, or 1 for its own fault. Raises `ConfigError`
+    before any process exists, and `MachinesMissing`.
     """
     place = read_place(os.environ)
     try:
@@ -136,7 +136,7 @@ def run_node(overrides: Sequence[str], config_dir: Path | None, *, fresh: bool) 
         if place.nodes > 1:
             refuse_if_any(address_problems(place.address))
         preflight(config, processes, fresh=fresh, first_machine=place.rank == 0)
-    except Refused as refused:
+    except ConfigError as refused:
         if place.rank == 0:
             raise
         _say_refused(refused)
@@ -158,7 +158,7 @@ def run_node(overrides: Sequence[str], config_dir: Path | None, *, fresh: bool) 
     return _share(venue, facts, local)
 
 
-def _share(venue: Venue, facts: Facts, local: LocalRanks) -> int:
+def _share(venue: MeetingPoint, facts: Facts, local: LocalRanks) -> int:
     """Run the ranks of a machine that is not machine 0; return the exit code of the run, or 1 for a fault."""
     try:
         with stop_signals_raise(ASKING_SIGNALS):
@@ -204,16 +204,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except StoppedEarly as stopped:
         say(f"launch/torchrun.sh: stopped by {stopped}")
         code = int(Halt.PREEMPTED)
-    except Refused as refused:
+    except ConfigError as refused:
         _say_refused(refused)
         code = _REFUSED
-    except NotMet as error:
+    except MachinesMissing as error:
         say(f"launch/torchrun.sh: {error}")
         code = _FAULT
     sys.exit(code)
 
 
-def _say_refused(refused: Refused) -> None:
+def _say_refused(refused: ConfigError) -> None:
     say("launch/torchrun.sh: refused")
     for problem in refused.problems:
         say(f"  {problem}")

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from ...comm.errors import Problem, Refused, noting, refuse_if_any
+from ...comm.errors import ConfigError, Problem, noting, refuse_if_any
 from ...comm.exchange.deepep import deepep_problems
 from ...trainer.build import largest_dispatch, open_samples
 from ...trainer.checkpoint.compatible import incompatibilities, start_problems
 from ...trainer.checkpoint.find import find_checkpoint, unreadable
 from ...trainer.checkpoint.store import CheckpointStore, refuse_damaged
 from ...trainer.config import RunConfig
-from ...trainer.data.manifest import Manifest
+from ...trainer.data.manifest import DataManifest
 from ...trainer.data.prepared import open_prepared, verify_before_run
 from ...trainer.ledger.guard import accounts, left_of_project
 from ...trainer.ledger.journal import refuse_if_held
@@ -26,7 +26,7 @@ from ...trainer.ledger.totals import ledger_problems
 from ...trainer.model.attention_backend import FIELD, GpuFacts, choose_attention
 from ...trainer.precision.backend import choose_provider, missing_for
 from ...trainer.run.checkpointing import clear_leftovers
-from .capacity import Room, size_problems
+from .capacity import MachineCapacity, size_problems
 from .rank_environment import computes_on_gpus, rank_environment
 from .run_dir import read_status, run_dir_problems
 
@@ -40,7 +40,7 @@ def preflight(config: RunConfig, local_ranks: int, *, fresh: bool, first_machine
     """
     on_gpu = computes_on_gpus(config.training.device, local_ranks)
     # First and alone: what is checked below takes time and memory that grow with these sizes.
-    refuse_if_any(size_problems(config, local_ranks, Room.here(on_gpu=on_gpu and torch.cuda.is_available())))
+    refuse_if_any(size_problems(config, local_ranks, MachineCapacity.here(on_gpu=on_gpu and torch.cuda.is_available())))
     problems: list[Problem] = []
     data = None
     with noting(problems):
@@ -66,7 +66,7 @@ def preflight(config: RunConfig, local_ranks: int, *, fresh: bool, first_machine
     refuse_if_any([*problems, *foreign])
 
 
-def _checkpoint_problems(config: RunConfig, data: Manifest | None, *, fresh: bool) -> Iterator[Problem]:
+def _checkpoint_problems(config: RunConfig, data: DataManifest | None, *, fresh: bool) -> Iterator[Problem]:
     """Of the last one that looks whole: the run takes that, and says so. Or of that which a new run begins with."""
     try:
         checkpoint, damaged = (None, []) if fresh else _store(config).last_good()
@@ -88,7 +88,7 @@ def _checkpoint_problems(config: RunConfig, data: Manifest | None, *, fresh: boo
 def make_room(config: RunConfig) -> None:
     """Before a launch writes anything: free what saves of an earlier one have left half written.
 
-    Raises `Refused` while another process trains in the same directory, whose save may be under way.
+    Raises `ConfigError` while another process trains in the same directory, whose save may be under way.
     """
     refuse_if_held(Path(config.training.run_dir) / WORK_FILE)
     clear_leftovers(_store(config))
@@ -103,7 +103,7 @@ def is_finished(config: RunConfig) -> bool:
 def spent_budget(config: RunConfig) -> str | None:
     """Why no step may be trained: a budget is used up, or would be before the end at the price of the last steps.
 
-    Raises `Refused` for a broken ledger.
+    Raises `ConfigError` for a broken ledger.
     """
     run_dir = Path(config.training.run_dir)
     tokens_left = _tokens_left(config)
@@ -122,24 +122,24 @@ def budget_problems(config: RunConfig, *, fresh: bool = False) -> Iterator[Probl
     if budget.project is not None:
         project = Project.read(Path(budget.project))
         if not project.has(run_dir):
-            remedy = f"is not among the runs of {budget.project}; add it there, so that its cost is counted"
-            yield Problem("training.run_dir", str(run_dir), remedy)
+            hint = f"is not among the runs of {budget.project}; add it there, so that its cost is counted"
+            yield Problem("training.run_dir", str(run_dir), hint)
         if budget.phase not in project.gpu_hours:
             yield Problem("budget.phase", budget.phase, f"has no budget in {budget.project}; add it under gpu_hours")
         shared = left_of_project(budget, run_dir)
         assert shared is not None
         left, name = min((left, name), (shared, f"what is left in {budget.project}"))
         if fresh and (run_dir / ALLOCATION_FILE).exists():
-            remedy = "would erase what this run has cost from the project; name another directory and list it there"
-            yield Problem("--fresh", True, remedy)
+            hint = "would erase what this run has cost from the project; name another directory and list it there"
+            yield Problem("--fresh", True, hint)
         if shared == 0.0:
             yield Problem(
                 "budget.project", budget.project, f"nothing is left for {budget.phase}; raise gpu_hours there"
             )
     plan = budget.planned_gpu_hours
     if plan is not None and plan > left and not budget.allow_over_plan:
-        remedy = f"the plan exceeds {name}, {left:.6g}; plan for less, raise it, or write budget.allow_over_plan=true"
-        yield Problem("budget.planned_gpu_hours", plan, remedy, ("budget.gpu_hours", "budget.project"))
+        hint = f"the plan exceeds {name}, {left:.6g}; plan for less, raise it, or write budget.allow_over_plan=true"
+        yield Problem("budget.planned_gpu_hours", plan, hint, ("budget.gpu_hours", "budget.project"))
 
 
 def _tokens_left(config: RunConfig) -> int:
@@ -163,8 +163,8 @@ def hardware_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:
 def _device_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:
     gpus = torch.cuda.device_count()
     if config.training.device == "cuda" and gpus < local_ranks:
-        remedy = f"{local_ranks} ranks need a GPU each and this machine has {gpus}; write auto or cpu, or fewer ranks"
-        yield Problem("training.device", "cuda", remedy)
+        hint = f"{local_ranks} ranks need a GPU each and this machine has {gpus}; write auto or cpu, or fewer ranks"
+        yield Problem("training.device", "cuda", hint)
 
 
 def _exchange_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:
@@ -182,11 +182,11 @@ def _attention_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem
         case = config.attention_case(config.precision.compute_dtype(torch.device("cuda")))
         try:
             choose_attention(name, case, GpuFacts.here())
-        except Refused as refused:
+        except ConfigError as refused:
             yield from refused.problems
     elif name != "auto" and device == "auto":
-        remedy = f"is for GPUs, and this machine has {gpus} for {local_ranks} ranks; write auto, or fewer ranks"
-        yield Problem(FIELD, name, remedy)
+        hint = f"is for GPUs, and this machine has {gpus} for {local_ranks} ranks; write auto, or fewer ranks"
+        yield Problem(FIELD, name, hint)
 
 
 def _provider_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:

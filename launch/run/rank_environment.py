@@ -218,8 +218,8 @@ def make_late(chosen: Iterable[Setting], environment: MutableMapping[str, str]) 
         else:
             environment[setting.name] = setting.value
     if too_late:
-        remedy = "start the run with `shoestring train` or launch/torchrun.sh, or set them before torchrun"
-        yield f"not set, and too late for this process: {', '.join(too_late)}; {remedy}"
+        hint = "start the run with `shoestring train` or launch/torchrun.sh, or set them before torchrun"
+        yield f"not set, and too late for this process: {', '.join(too_late)}; {hint}"
 
 
 _NODES = Path("/sys/devices/system/node")

@@ -22,7 +22,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from ...comm.agreement import DIFFERENT, Facts, difference, first_difference, from_json, to_json
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ...comm.files.access import read_text, refusing, replace_file
 from ...comm.files.strict_json import Item, Malformed, parse_json
 from ...comm.loopback import listen_on, loopback_of
@@ -46,12 +46,12 @@ _MOST_NOTE_BYTES = 1000
 _FILE = "meeting"
 
 
-class NotMet(Exception):  # noqa: N818 -- says what happened
+class MachinesMissing(Exception):  # noqa: N818 -- says what happened
     """Machines did not come, or have left again. Not the input's fault: the same command may do."""
 
 
 @dataclass(frozen=True)
-class Venue:
+class MeetingPoint:
     """Where the machines meet, and which of them this is."""
 
     address: str
@@ -79,22 +79,22 @@ def address_problems(address: str) -> Iterator[Problem]:
         found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         host, _, port = address.rpartition(":")
-        remedy = "name machine 0 by an address that all machines know"
+        hint = "name machine 0 by an address that all machines know"
         if port.isdecimal() and ":" not in host:
-            remedy = f"write MASTER_ADDR={host} and MASTER_PORT={port}"
+            hint = f"write MASTER_ADDR={host} and MASTER_PORT={port}"
         elif address != (bare := address.strip().strip("[]")):
-            remedy = f"write {bare}, without spaces and brackets" if bare else remedy
-        yield Problem("MASTER_ADDR", address, f"does not resolve on this machine ({error}); {remedy}")
+            hint = f"write {bare}, without spaces and brackets" if bare else hint
+        yield Problem("MASTER_ADDR", address, f"does not resolve on this machine ({error}); {hint}")
         return
     if any(ip_address(str(entry[4][0]).partition("%")[0]).is_unspecified for entry in found):
-        remedy = "is every address of a machine and names none; name machine 0 by an address that all machines know"
-        yield Problem("MASTER_ADDR", address, remedy)
+        hint = "is every address of a machine and names none; name machine 0 by an address that all machines know"
+        yield Problem("MASTER_ADDR", address, hint)
 
 
-def host_meeting(venue: Venue, facts: Facts, run_dir: Path, attempt: str) -> None:
+def host_meeting(venue: MeetingPoint, facts: Facts, run_dir: Path, attempt: str) -> None:
     """As machine 0: return when all machines are there, fit, and see what `run_dir` holds; `attempt` is in no other.
 
-    Raises `Refused` for one that does not fit, `NotMet` for one that does not come.
+    Raises `ConfigError` for one that does not fit, `MachinesMissing` for one that does not come.
     """
     with ExitStack() as cleanup:
         note = run_dir / _FILE
@@ -110,7 +110,7 @@ def host_meeting(venue: Venue, facts: Facts, run_dir: Path, attempt: str) -> Non
                 _send(number, guest, {"run_dir": str(run_dir), "attempt": attempt})
             for number, guest in guests.items():
                 _check_sight(number, guest, run_dir)
-        except Refused as refused:
+        except ConfigError as refused:
             for guest in guests.values():
                 with suppress(OSError):
                     guest.send({"refused": str(refused)})
@@ -123,7 +123,9 @@ def _send(number: int, guest: _Line, message: Mapping[str, object]) -> None:
     try:
         guest.send(message)
     except OSError as error:
-        raise NotMet(f"machine {number} ({guest.host}) has left ({error.strerror}); look what it says") from error
+        raise MachinesMissing(
+            f"machine {number} ({guest.host}) has left ({error.strerror}); look what it says"
+        ) from error
 
 
 def _close(guests: Mapping[int, _Line]) -> None:
@@ -131,7 +133,7 @@ def _close(guests: Mapping[int, _Line]) -> None:
         guest.close()
 
 
-def attend_meeting(venue: Venue, facts: Facts) -> Path:
+def attend_meeting(venue: MeetingPoint, facts: Facts) -> Path:
     """As another machine: return the run directory of the launch once all machines are there and fit."""
     line = _reach(venue)
     try:
@@ -141,9 +143,9 @@ def attend_meeting(venue: Venue, facts: Facts) -> Path:
         line.send({"sees": _sees(run_dir / _FILE, attempt), "where": str(run_dir.absolute())})
         _answer(venue, line)["go"].flag()
     except Malformed as error:
-        raise NotMet(f"what answers at {venue.where} is no launch of Shoestring: {error}") from error
+        raise MachinesMissing(f"what answers at {venue.where} is no launch of Shoestring: {error}") from error
     except OSError as error:
-        raise NotMet(f"machine 0 at {venue.where} cannot be reached any more: {error}") from error
+        raise MachinesMissing(f"machine 0 at {venue.where} cannot be reached any more: {error}") from error
     finally:
         line.close()
     return run_dir
@@ -156,7 +158,7 @@ def _path(item: Item) -> Path:
     return Path(text)
 
 
-def report_refusal(venue: Venue, refused: Refused) -> None:
+def report_refusal(venue: MeetingPoint, refused: ConfigError) -> None:
     """Tell machine 0, if it waits or begins to within seconds, that this machine will not come."""
     deadline = time.monotonic() + _SECONDS_TO_REPORT
     while True:
@@ -226,7 +228,7 @@ class WaitingWords:
 
 
 @contextmanager
-def _listener(venue: Venue) -> Iterator[socket.socket]:
+def _listener(venue: MeetingPoint) -> Iterator[socket.socket]:
     """On every address of this machine, or on its loopback alone where that is where the machines meet."""
     deadline = time.monotonic() + _SECONDS_FOR_PORT
     while True:
@@ -235,15 +237,15 @@ def _listener(venue: Venue) -> Iterator[socket.socket]:
             break
         except OSError as error:
             if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
-                remedy = f"cannot be listened to on this machine ({error.strerror}); name another port, the same on all"
-                raise Refused([Problem("MASTER_PORT", venue.port, remedy)]) from error
+                hint = f"cannot be listened to on this machine ({error.strerror}); name another port, the same on all"
+                raise ConfigError([Problem("MASTER_PORT", venue.port, hint)]) from error
         time.sleep(_SECONDS_BETWEEN_LOOKS)  # the launch before this one, or another program, still has the port
     with listener:
         listener.setblocking(False)
         yield listener
 
 
-def _listen(venue: Venue) -> socket.socket:
+def _listen(venue: MeetingPoint) -> socket.socket:
     loopback = loopback_of(venue.address)
     if loopback is not None:
         return listen_on(loopback, venue.port)
@@ -313,15 +315,15 @@ class _Newcomers:
         return line
 
 
-def _gather(venue: Venue, listener: socket.socket, facts: Facts, guests: dict[int, _Line]) -> None:
-    """Until every other machine is among the `guests`. Raises `Refused`, once most of them are there to hear it."""
+def _gather(venue: MeetingPoint, listener: socket.socket, facts: Facts, guests: dict[int, _Line]) -> None:
+    """Until every other machine is among the `guests`. Raises `ConfigError`, once most of them are there to hear it."""
     with _Newcomers(listener) as newcomers:
         _gather_from(newcomers, venue, facts, guests)
 
 
-def _gather_from(newcomers: _Newcomers, venue: Venue, facts: Facts, guests: dict[int, _Line]) -> None:
+def _gather_from(newcomers: _Newcomers, venue: MeetingPoint, facts: Facts, guests: dict[int, _Line]) -> None:
     deadline, words, hint = time.monotonic() + venue.seconds, WaitingWords(), _foreign(venue.address)
-    refusals: list[Refused] = []
+    refusals: list[ConfigError] = []
     while len(guests) < venue.machines - 1:
         missing = [number for number in range(1, venue.machines) if number not in guests]
         some = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
@@ -330,11 +332,11 @@ def _gather_from(newcomers: _Newcomers, venue: Venue, facts: Facts, guests: dict
             break
         if time.monotonic() > deadline:
             late = f"of {venue.machines} machines, {some} did not come to {venue.where} within {venue.limit}{hint}"
-            raise NotMet(f"{late}; look what they say, and whether they reach that address")
+            raise MachinesMissing(f"{late}; look what they say, and whether they reach that address")
         for line, message in newcomers.wait(min(_SECONDS_BETWEEN_LOOKS, deadline - time.monotonic())):
             try:
                 _welcome(venue, line, message, facts, guests)
-            except Refused as refused:
+            except ConfigError as refused:
                 refusals.append(refused)
                 deadline = min(deadline, time.monotonic() + _SECONDS_TO_HEAR)
     if refusals:
@@ -353,7 +355,7 @@ def _foreign(address: str) -> str:
     return f"; {address} is no address of this machine, which has NODE_RANK=0"
 
 
-def _welcome(venue: Venue, line: _Line, message: Item, facts: Facts, guests: dict[int, _Line]) -> None:
+def _welcome(venue: MeetingPoint, line: _Line, message: Item, facts: Facts, guests: dict[int, _Line]) -> None:
     """Note who has come; let go what is no machine of the launch."""
     try:
         number, line.host = message["machine"].whole(1, venue.machines - 1), message["host"].text()
@@ -368,27 +370,27 @@ def _welcome(venue: Venue, line: _Line, message: Item, facts: Facts, guests: dic
     guests[number] = line
     who = f"machine {number} ({line.host})"
     if refused is not None:
-        raise Refused([Problem(f"machine {number}", line.host, f"was refused there: {refused}")])
+        raise ConfigError([Problem(f"machine {number}", line.host, f"was refused there: {refused}")])
     name = first_difference(facts, theirs)
     if name is not None:
         here = f"machine 0 ({socket.gethostname()})"
-        raise Refused([Problem(name, difference(name, (here, facts), (who, theirs)), DIFFERENT)])
+        raise ConfigError([Problem(name, difference(name, (here, facts), (who, theirs)), DIFFERENT)])
 
 
 def _check_sight(number: int, guest: _Line, run_dir: Path) -> None:
     try:
         message = guest.receive(_SECONDS_TO_SEE + _SECONDS_TO_SPEAK)
     except (OSError, ValueError) as error:
-        raise NotMet(f"machine {number} ({guest.host}) has stopped answering: {error}") from error
+        raise MachinesMissing(f"machine {number} ({guest.host}) has stopped answering: {error}") from error
     if message is None:
-        raise NotMet(f"machine {number} ({guest.host}) has left; look what it says")
+        raise MachinesMissing(f"machine {number} ({guest.host}) has left; look what it says")
     tree = message.mapping()
     if tree.get("sees") is not True:
-        remedy = (
+        hint = (
             f"is not shared: machine {number} ({guest.host}) does not see in {tree.get('where')} what machine 0 "
             f"wrote in {run_dir.absolute()}; name a directory on a file system that all machines share"
         )
-        raise Refused([Problem("training.run_dir", str(run_dir), remedy)])
+        raise ConfigError([Problem("training.run_dir", str(run_dir), hint)])
 
 
 def _sees(note: Path, attempt: str) -> bool:
@@ -407,7 +409,7 @@ def _sees(note: Path, attempt: str) -> bool:
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
-def _reach(venue: Venue) -> _Line:
+def _reach(venue: MeetingPoint) -> _Line:
     deadline, words = time.monotonic() + venue.seconds, WaitingWords()
     while True:
         try:
@@ -416,15 +418,15 @@ def _reach(venue: Venue) -> _Line:
         except OSError as error:
             words.say(f"waiting for machine 0 at {venue.where} ({error.strerror or error})")
             if time.monotonic() > deadline:
-                remedy = "check MASTER_ADDR and MASTER_PORT, and look what machine 0 says"
-                raise NotMet(f"machine 0 was not at {venue.where} within {venue.limit}; {remedy}") from error
+                hint = "check MASTER_ADDR and MASTER_PORT, and look what machine 0 says"
+                raise MachinesMissing(f"machine 0 was not at {venue.where} within {venue.limit}; {hint}") from error
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         else:
             return _Line(connection)
 
 
-def _answer(venue: Venue, line: _Line) -> Item:
-    """What machine 0 says next. Raises `Refused`, `NotMet`, and `Malformed` for what no machine 0 says."""
+def _answer(venue: MeetingPoint, line: _Line) -> Item:
+    """What machine 0 says next. Raises `ConfigError`, `MachinesMissing`, and `Malformed` for what no machine 0 says."""
     deadline, words = time.monotonic() + venue.seconds + _SECONDS_TO_SEE, WaitingWords()
     while time.monotonic() < deadline:
         try:
@@ -433,9 +435,9 @@ def _answer(venue: Venue, line: _Line) -> Item:
             words.say(f"has reached machine 0 at {venue.where}; waiting until all {venue.machines} machines are there")
             continue
         if message is None:
-            raise NotMet(f"machine 0 at {venue.where} has ended the launch; look what it says")
+            raise MachinesMissing(f"machine 0 at {venue.where} has ended the launch; look what it says")
         if "refused" in message:
             words_of_0 = message["refused"].text()
-            raise Refused([Problem("machine 0", venue.where, f"has refused the launch: {words_of_0}")])
+            raise ConfigError([Problem("machine 0", venue.where, f"has refused the launch: {words_of_0}")])
         return message
-    raise NotMet(f"machine 0 at {venue.where} did not answer within {venue.limit}; look what it says")
+    raise MachinesMissing(f"machine 0 at {venue.where} did not answer within {venue.limit}; look what it says")

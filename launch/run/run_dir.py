@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ...comm.errors import Problem, Refused, refuse_if_any
+from ...comm.errors import ConfigError, Problem, refuse_if_any
 from ...comm.files.access import read_json, refuse_links, replace_file
 from ...comm.files.strict_json import Malformed
 from ...trainer.ledger.lock import lock_or_refuse
@@ -35,7 +35,7 @@ _MARKER_TEXT = "This directory was made by a training run of Shoestring; `shoest
 def claimed(run_dir: Path, *, fresh: bool) -> Iterator[None]:
     """Hold `run_dir`, made if it is not there and emptied if `fresh`, for as long as this process lives.
 
-    Raises `Refused` for a directory that another launcher holds, that cannot be written, or that is not a run's.
+    Raises `ConfigError` for a directory that another launcher holds, that cannot be written, or that is not a run's.
     """
     own(run_dir)
     with _refusing_to_fail(run_dir):
@@ -52,8 +52,8 @@ def claimed(run_dir: Path, *, fresh: bool) -> Iterator[None]:
 def run_dir_problems(run_dir: Path) -> Iterator[Problem]:
     """What keeps a run from taking `run_dir`: it is there, and neither empty nor made by a run."""
     if run_dir.exists() and not _is_a_runs(run_dir):
-        remedy = f"exists and was not made by a run (it holds no {_MARKER_FILE}); name another directory"
-        yield Problem("training.run_dir", str(run_dir), remedy)
+        hint = f"exists and was not made by a run (it holds no {_MARKER_FILE}); name another directory"
+        yield Problem("training.run_dir", str(run_dir), hint)
 
 
 def is_marked(run_dir: Path) -> bool:
@@ -62,7 +62,7 @@ def is_marked(run_dir: Path) -> bool:
 
 
 def own(run_dir: Path) -> None:
-    """Make `run_dir` a run's, whether or not it is there. Raises `Refused` for one that holds anything else."""
+    """Make `run_dir` a run's, whether or not it is there. Raises `ConfigError` for one that holds anything else."""
     with _refusing_to_fail(run_dir):
         refuse_if_any(run_dir_problems(run_dir))
         with _removing_if_it_fails(run_dir):
@@ -92,8 +92,8 @@ def _refusing_to_fail(run_dir: Path) -> Iterator[None]:
         reason = str(error) if error.strerror is None else error.strerror
         if error.filename is not None:  # a write to an open file names none
             reason = f"{reason}: {error.filename}"
-        remedy = f"cannot be written ({reason}); name another directory"
-        raise Refused([Problem("training.run_dir", str(run_dir), remedy)]) from error
+        hint = f"cannot be written ({reason}); name another directory"
+        raise ConfigError([Problem("training.run_dir", str(run_dir), hint)]) from error
 
 
 def _is_a_runs(run_dir: Path) -> bool:
@@ -121,7 +121,7 @@ def _empty(run_dir: Path) -> None:
 def reserve_status(run_dir: Path) -> None:
     """Take room on the disk that `write_status` will need: a disk that fills up meanwhile must not change exit codes.
 
-    Raises `Refused` where there is none.
+    Raises `ConfigError` where there is none.
     """
     with _refusing_to_fail(run_dir):
         path = run_dir / _RESERVE_FILE

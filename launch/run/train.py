@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...comm.bootstrap import WorkerEnvironment
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ..compose import compose_run
 from .identity import ATTEMPT_VARIABLE
 from .launcher import LocalRanks, launch
@@ -17,13 +17,13 @@ from .worker import run_worker
 
 
 def train_command(overrides: Sequence[str], config_dir: Path | None, *, fresh: bool) -> int:
-    """Run `shoestring train`; return its exit code. Raises `Refused` before any process or file exists."""
+    """Run `shoestring train`; return its exit code. Raises `ConfigError` before any process or file exists."""
     config = compose_run(overrides, config_dir)
     worker = WorkerEnvironment.read()
     if worker is not None:
         if fresh and ATTEMPT_VARIABLE not in os.environ:
-            remedy = "belongs to the launcher and cannot be honoured by a rank; use launch/torchrun.sh --fresh"
-            raise Refused([Problem("--fresh", True, remedy)])
+            hint = "belongs to the launcher and cannot be honoured by a rank; use launch/torchrun.sh --fresh"
+            raise ConfigError([Problem("--fresh", True, hint)])
         return run_worker(config, worker)
     ranks = config.topology.world_size
     preflight(config, ranks, fresh=fresh)

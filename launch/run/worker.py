@@ -15,9 +15,9 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from ...comm.agreement import Different, refuse_unless_equal
+from ...comm.agreement import ProcessesDifferError, refuse_unless_equal
 from ...comm.bootstrap import WorkerEnvironment, open_store, start_default_group
-from ...comm.errors import CollectiveFailed, Problem, Refused
+from ...comm.errors import CollectiveError, ConfigError, Problem
 from ...comm.groups import ProcessGroups
 from ...comm.open_groups import open_groups_on
 from ...comm.watchdog import Watchdog
@@ -49,7 +49,7 @@ def run_from_file(path: Path) -> int:
     assert worker is not None
     try:
         config = read_config(path)
-    except Refused as refused:  # a variable of the environment that is not set on every machine
+    except ConfigError as refused:  # a variable of the environment that is not set on every machine
         return _refuse_alone(path.parent, worker.rank, refused)
     return run_worker(config, worker)
 
@@ -68,7 +68,7 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
     if worker.world_size != config.topology.world_size:
         size = f"topology asks for {config.topology.world_size} processes"
         problem = Problem("world size", worker.world_size, f"{size}; start as many")
-        return _refuse_alone(Path(config.training.run_dir), worker.rank, Refused([problem]), owns=False)
+        return _refuse_alone(Path(config.training.run_dir), worker.rank, ConfigError([problem]), owns=False)
     with _owning(config) if worker.rank == 0 else nullcontext():
         return _run(config, worker, stop_asked)
 
@@ -81,7 +81,7 @@ def _run(config: RunConfig, worker: WorkerEnvironment, stop_asked: Callable[[], 
         if worker.rank == 0:
             note_stop(Path(config.training.run_dir), progressed=False)
         _exit(_stop(config, worker, Halt.PREEMPTED, str(stopped)))
-    except Refused as error:
+    except ConfigError as error:
         return _refuse_alone(Path(config.training.run_dir), worker.rank, error)
     timeout = timedelta(seconds=config.training.collective_timeout_seconds)
     try:
@@ -89,7 +89,7 @@ def _run(config: RunConfig, worker: WorkerEnvironment, stop_asked: Callable[[], 
         make = open_groups_on(device, worker.rank, timeout)
         groups = ProcessGroups.create(config.topology, worker.rank, timeout, holders, make, watchdog)
         steps = train(config, groups, device, attempt_name(), stop_asked)
-    except Refused as error:
+    except ConfigError as error:
         return _stop(config, worker, _REFUSED, str(error))
     except RunFailed as error:
         return _stop(config, worker, 1, str(error))
@@ -99,7 +99,7 @@ def _run(config: RunConfig, worker: WorkerEnvironment, stop_asked: Callable[[], 
         code = _stop(config, worker, halted.halt, str(halted))
         dist.destroy_process_group()  # all ranks halt after the same step
         return code
-    except CollectiveFailed as error:
+    except CollectiveError as error:
         _die(f"shoestring train: {error}")
     except (DataChanged, RankFailed) as error:
         _die(f"shoestring train: rank {worker.rank}: {error}")
@@ -148,7 +148,7 @@ def _meet(
     return device, watchdog
 
 
-def _refuse_alone(run_dir: Path, rank: int, refused: Refused, *, owns: bool = True) -> int:
+def _refuse_alone(run_dir: Path, rank: int, refused: ConfigError, *, owns: bool = True) -> int:
     """Refuse where other ranks may be waiting for this one: torchrun ends them for a code that is not 0.
 
     So this rank leaves the status, whichever it is. Not where no launcher holds `run_dir`, and rank 0 not either
@@ -156,7 +156,7 @@ def _refuse_alone(run_dir: Path, rank: int, refused: Refused, *, owns: bool = Tr
     """
     if (LAUNCHER_VARIABLE in os.environ or (owns and rank == 0)) and is_marked(run_dir):
         write_status(run_dir, _REFUSED, str(refused))
-    if rank == 0 or LAUNCHER_VARIABLE not in os.environ or not isinstance(refused, Different):
+    if rank == 0 or LAUNCHER_VARIABLE not in os.environ or not isinstance(refused, ProcessesDifferError):
         say(f"shoestring train: {refused}" if rank == 0 else f"shoestring train: rank {rank}: {refused}")
     return _REFUSED
 
@@ -197,7 +197,7 @@ def _exit(code: int, seconds: float = 0) -> NoReturn:
 def _owning(config: RunConfig) -> Iterator[None]:
     """On rank 0: under a torchrun of one's own there is no launcher to hold the directory and leave the configuration.
 
-    Raises `Refused`, before anything is written, where another run is going on in it.
+    Raises `ConfigError`, before anything is written, where another run is going on in it.
     """
     run_dir = Path(config.training.run_dir)
     if LAUNCHER_VARIABLE in os.environ:

@@ -10,11 +10,11 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from ...comm.errors import Problem, Refused, refuse_if_any
+from ...comm.errors import ConfigError, Problem, refuse_if_any
 from ...trainer.ledger.project import Project, ProjectReader, ProjectTotals
 from ...trainer.ledger.reconcile import (
     Invoice,
-    Line,
+    ReconciliationLine,
     invoice_price,
     read_invoice,
     read_sacct,
@@ -24,7 +24,7 @@ from ...trainer.ledger.reconcile import (
 )
 from ...trainer.ledger.render import render, render_project, render_what_if, what_if
 from ...trainer.ledger.snapshot import totals_problem
-from ...trainer.ledger.summary import Summary, summarise, verified_summary
+from ...trainer.ledger.summary import LedgerSummary, summarise, verified_summary
 from ...trainer.ledger.terms import PUBLISHED_USD_PER_GPU_HOUR, TOTALS_FILE, gpu_hours
 from ...trainer.ledger.totals import ledger_problems
 from ..say import say
@@ -33,7 +33,7 @@ _SCALES = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 
 
 @dataclass(frozen=True)
-class Question:
+class BudgetQuery:
     """What is asked about a run, as on the command line."""
 
     run: Path
@@ -92,11 +92,11 @@ def parse_tokens(text: str) -> float:
     except (ValueError, KeyError):
         value = math.nan
     if not (value > 0 and math.isfinite(value)):
-        raise Refused([Problem("--tokens", text, "must be a number of tokens such as 14.8T, 300B or 2e6")])
+        raise ConfigError([Problem("--tokens", text, "must be a number of tokens such as 14.8T, 300B or 2e6")])
     return value
 
 
-def budget_tables(question: Question) -> Iterator[RenderableType]:
+def budget_tables(question: BudgetQuery) -> Iterator[RenderableType]:
     """The answer for a person. Raises Refused for a ledger, a file or an option that makes no sense."""
     question.check()
     if question.is_project:
@@ -119,7 +119,7 @@ def budget_tables(question: Question) -> Iterator[RenderableType]:
         yield invoice_price(invoice, question.price)
 
 
-def budget_tree(question: Question) -> dict[str, object]:
+def budget_tree(question: BudgetQuery) -> dict[str, object]:
     """The same as plain values for a script."""
     question.check()
     if question.is_project:
@@ -140,7 +140,7 @@ def budget_tree(question: Question) -> dict[str, object]:
     return tree if invoice is None else tree | {"invoice": asdict(invoice)}
 
 
-def _summary(question: Question) -> Summary:
+def _summary(question: BudgetQuery) -> LedgerSummary:
     """Of the run; where it is to be verified, without the saved totals, which must agree, as must the checkpoint."""
     if question.verify:
         refuse_if_any(_missing_for_checkpoint(question.run))
@@ -179,8 +179,8 @@ def _project_tree(project: Project) -> dict[str, object]:
     }
 
 
-def _comparisons(question: Question, summary: Summary) -> dict[str, Sequence[Line]]:
-    found: dict[str, Sequence[Line]] = {}
+def _comparisons(question: BudgetQuery, summary: LedgerSummary) -> dict[str, Sequence[ReconciliationLine]]:
+    found: dict[str, Sequence[ReconciliationLine]] = {}
     if question.sacct is not None:
         found["scheduler and ledger"] = reconcile_jobs(summary, read_sacct(question.sacct))
     invoice = _invoice(question)
@@ -189,7 +189,7 @@ def _comparisons(question: Question, summary: Summary) -> dict[str, Sequence[Lin
     return found
 
 
-def _against(run_dir: Path, summary: Summary, plan: Path, *, as_json: bool) -> Any:
+def _against(run_dir: Path, summary: LedgerSummary, plan: Path, *, as_json: bool) -> Any:
     """A table, or plain values."""
     from .compare import (  # and with it torch: seconds that a bill need not wait
         compare,
@@ -200,7 +200,7 @@ def _against(run_dir: Path, summary: Summary, plan: Path, *, as_json: bool) -> A
     return (comparison_tree if as_json else comparison_table)(compare(run_dir, summary, plan))
 
 
-def _invoice(question: Question) -> Invoice | None:
+def _invoice(question: BudgetQuery) -> Invoice | None:
     return None if question.invoice is None else read_invoice(question.invoice, _columns(question.invoice_columns))
 
 
@@ -208,6 +208,6 @@ def _columns(text: str) -> dict[str, str]:
     pairs = [pair.partition("=") for pair in text.split(",") if pair]
     wrong = [key for key, sign, name in pairs if key not in ("gpu_hours", "amount") or not sign or not name]
     if wrong:
-        remedy = "must be of the form gpu_hours=NAME,amount=NAME"
-        raise Refused([Problem("--invoice-columns", text, remedy)])
+        hint = "must be of the form gpu_hours=NAME,amount=NAME"
+        raise ConfigError([Problem("--invoice-columns", text, hint)])
     return {key: name for key, _, name in pairs}

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from ...comm.errors import Problem, Refused, refuse_if_any
+from ...comm.errors import ConfigError, Problem, refuse_if_any
 from ...trainer.config import RunConfig
 from ...trainer.costs.cluster import ClusterConfig
 from ..compose import compose_run, literal
 from ..planner.configured import computing_of, unpriced
-from ..planner.kernel_times import Row, write_table
+from ..planner.kernel_times import Measurement, write_table
 from ..planner.pricing import recipe_names
 from ..run.torchrun import run_ranks
 
@@ -28,7 +28,7 @@ def calibrate(overrides: Sequence[str], config_dir: Path | None, folder: Path, r
     """Measure the model of the run that `overrides` describe on `ranks` processes; returns the cluster's YAML file.
 
     `folder` then serves as `--config-dir FOLDER` with `cluster=measured`. On the CPU; GPUs are priced by a table of
-    their kernels. Raises `Refused` before a process starts, and `RanksFailed`.
+    their kernels. Raises `ConfigError` before a process starts, and `RanksFailed`.
     """
     config = compose_run(overrides, config_dir)
     refuse_if_any([*_problems(ranks, repeats), *_unmeasured(config)])
@@ -36,21 +36,21 @@ def calibrate(overrides: Sequence[str], config_dir: Path | None, folder: Path, r
     try:
         (folder / "cluster").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        remedy = f"cannot be made a directory of the calibration: {error.strerror}"
-        raise Refused([Problem("--output", str(folder), remedy)]) from None
+        hint = f"cannot be made a directory of the calibration: {error.strerror}"
+        raise ConfigError([Problem("--output", str(folder), hint)]) from None
     described = json.dumps([list(overrides), None if config_dir is None else str(config_dir.absolute())])
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "rows.json"
         rank = ["-m", "shoestring.launch.bench.calibrate_rank", described, str(output), str(repeats)]
         run_ranks(rank, ranks, _SECONDS)
-        rows = [Row(**row) for row in json.loads(output.read_text())]
+        rows = [Measurement(**row) for row in json.loads(output.read_text())]
     return write_cluster(folder, [*measured_with(config), *rows], ranks)
 
 
-def measured_with(config: RunConfig) -> Iterator[Row]:
+def measured_with(config: RunConfig) -> Iterator[Measurement]:
     """What the phases were measured with: they say nothing about anything else."""
     for name, value in recipe_names(computing_of(_here(config))).items():
-        yield Row("recipe", name, value, "any", 0, 0, 0, 0.0, "", "measured", "shoestring calibrate")
+        yield Measurement("recipe", name, value, "any", 0, 0, 0, 0.0, "", "measured", "shoestring calibrate")
 
 
 def _here(config: RunConfig) -> RunConfig:
@@ -69,14 +69,14 @@ def _unmeasured(config: RunConfig) -> Iterator[Problem]:
     """What is not measured here, and would be measured as something else."""
     gpus, device = torch.cuda.device_count(), config.training.device
     if device == "auto" and gpus:
-        remedy = f"the run would take this machine's {gpus} GPU(s), and its CPU is what is measured; write cpu, or "
-        yield Problem("training.device", device, f"{remedy}price GPUs by a table of their kernels, as cluster=h800")
+        hint = f"the run would take this machine's {gpus} GPU(s), and its CPU is what is measured; write cpu, or "
+        yield Problem("training.device", device, f"{hint}price GPUs by a table of their kernels, as cluster=h800")
     if config.exchange.name == "deepep":
         yield Problem("exchange.name", "deepep", "is for GPUs, and the CPU is what is measured; write flat or two_hop")
     yield from unpriced(_here(config))
 
 
-def write_cluster(folder: Path, rows: Sequence[Row], ranks: int) -> Path:
+def write_cluster(folder: Path, rows: Sequence[Measurement], ranks: int) -> Path:
     """Table and description of the measured cluster, in an absolute `folder` that exists."""
     table, cluster = folder / "measured.csv", folder / "cluster" / "measured.yaml"
     write_table(table, rows)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ...comm.files.access import refusing
 from ...comm.files.strict_json import Item
 from ...trainer.checkpoint.find import find_checkpoint, find_directory, store_at, unreadable
@@ -18,7 +18,7 @@ from ...trainer.checkpoint.opened import Checkpoint
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListedCheckpoint:
     """A directory of a store, as `ls` shows it."""
 
     name: str
@@ -70,18 +70,18 @@ class Difference:
     """In which tensor."""
 
 
-def list_checkpoints(path: Path) -> list[Listed]:
-    """Everything in the store of a run, oldest first. Raises `Refused` where there is none."""
+def list_checkpoints(path: Path) -> list[ListedCheckpoint]:
+    """Everything in the store of a run, oldest first. Raises `ConfigError` where there is none."""
     directory = store_at(path).directory
     if not directory.is_dir():
-        raise Refused([Problem("checkpoint", str(path), "is no directory; name a run's")])
+        raise ConfigError([Problem("checkpoint", str(path), "is no directory; name a run's")])
     found = [_listed(each) for each in sorted(directory.glob("step_*"))]
     if not found:
-        raise Refused([Problem("checkpoint", str(directory), "holds no checkpoint")])
+        raise ConfigError([Problem("checkpoint", str(directory), "holds no checkpoint")])
     return found
 
 
-def checkpoints_table(listed: list[Listed]) -> Table:
+def checkpoints_table(listed: list[ListedCheckpoint]) -> Table:
     """For the terminal."""
     table = Table(box=None)
     for heading in ("checkpoint", "tensors", "MB", "saved by", "state"):
@@ -93,7 +93,7 @@ def checkpoints_table(listed: list[Listed]) -> Table:
 
 
 def verify(path: Path, step: int | None) -> Verified:
-    """Read every byte of a checkpoint. Raises `Refused` where there is none, or none that can be read now."""
+    """Read every byte of a checkpoint. Raises `ConfigError` where there is none, or none that can be read now."""
     try:
         directory = find_directory(path, step)
         try:
@@ -113,8 +113,8 @@ def diff(first: Path, second: Path, steps: tuple[int | None, int | None]) -> tup
     try:
         return list(_facts(one.manifest.facts, two.manifest.facts)), list(_differences(one, two))
     except Damaged as damaged:
-        remedy = "is damaged; `shoestring checkpoint verify` says more"
-        raise Refused([Problem("checkpoint", str(damaged), remedy)]) from damaged
+        hint = "is damaged; `shoestring checkpoint verify` says more"
+        raise ConfigError([Problem("checkpoint", str(damaged), hint)]) from damaged
 
 
 def diff_table(differences: list[Difference]) -> Table:
@@ -129,22 +129,22 @@ def diff_table(differences: list[Difference]) -> Table:
     return table
 
 
-def _listed(path: Path) -> Listed:
+def _listed(path: Path) -> ListedCheckpoint:
     if path.suffix in (".partial", ".old"):
-        return Listed(path.name, "unfinished; the next save clears it")
+        return ListedCheckpoint(path.name, "unfinished; the next save clears it")
     if path.suffix == ".damaged":
-        return Listed(path.name, "set aside by a run that found it damaged")
+        return ListedCheckpoint(path.name, "set aside by a run that found it damaged")
     try:
         return _whole(path)
     except Damaged as damaged:
-        return Listed(path.name, f"damaged: {damaged}")
-    except Refused as refused:
-        return Listed(path.name, str(refused))
+        return ListedCheckpoint(path.name, f"damaged: {damaged}")
+    except ConfigError as refused:
+        return ListedCheckpoint(path.name, str(refused))
     except OSError as error:
-        return Listed(path.name, f"cannot be read now: {error}")
+        return ListedCheckpoint(path.name, f"cannot be read now: {error}")
 
 
-def _whole(path: Path) -> Listed:
+def _whole(path: Path) -> ListedCheckpoint:
     outline = read_outline(path)
     with refusing(path / MANIFEST, "take another checkpoint"):
         facts = Item(outline.facts, "facts")
@@ -152,7 +152,7 @@ def _whole(path: Path) -> Listed:
         if grid is not None:
             layout = " ".join(f"{axis}{_size(grid, axis)}" for axis in ("pp", "edp", "ep"))
         step = facts["step"].whole()
-    return Listed(path.name, "whole", step, outline.bytes, outline.tensors, outline.files, layout)
+    return ListedCheckpoint(path.name, "whole", step, outline.bytes, outline.tensors, outline.files, layout)
 
 
 def _size(grid: Item, axis: str) -> int:

@@ -9,11 +9,11 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ...trainer.config import RunConfig
 from ...trainer.ledger.guard import project_cost
 from ...trainer.ledger.render import hours
-from ...trainer.ledger.summary import Summary
+from ...trainer.ledger.summary import LedgerSummary
 from ...trainer.ledger.terms import TERMS, gpu_hours
 from ...trainer.telemetry.events import Event, as_numbers
 from ...trainer.telemetry.history import read_all_metrics
@@ -27,7 +27,7 @@ _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
 
 
 @dataclass(frozen=True)
-class Line:
+class ComparedFigure:
     """One figure, planned and measured."""
 
     name: str
@@ -47,11 +47,11 @@ class Comparison:
 
     row: str
     """Which layout of the plan it is."""
-    terms: Sequence[Line]
+    terms: Sequence[ComparedFigure]
     """Seconds a step, mean over ranks; the last ones are `other`, what no term holds."""
-    step: Line
+    step: ComparedFigure
     """Their sums."""
-    totals: Sequence[Line]
+    totals: Sequence[ComparedFigure]
     """Tokens a second, GPU-hours, bytes."""
     deviations: Sequence[str]
     """Where the run is not what was planned, although its steps are."""
@@ -59,7 +59,7 @@ class Comparison:
     """Where the measured figures are not of one layout and one size of steps."""
 
 
-def compare(run_dir: Path, summary: Summary, plan: Path) -> Comparison:
+def compare(run_dir: Path, summary: LedgerSummary, plan: Path) -> Comparison:
     """The run in `run_dir` beside the plan at `plan`.
 
     Raises Refused for a run without a step or configuration, and as `read_planned` does.
@@ -67,37 +67,37 @@ def compare(run_dir: Path, summary: Summary, plan: Path) -> Comparison:
     config = _configuration(run_dir)
     planned = read_planned(plan, config, _precision(run_dir, config))
     if not summary.steps_retained:
-        raise Refused([Problem("--against", str(plan), f"{run_dir} has no step to compare yet")])
+        raise ConfigError([Problem("--against", str(plan), f"{run_dir} has no step to compare yet")])
     steps, ranks = summary.steps_retained, config.topology.world_size
     seconds = summary.productive_ms / 1e3 / ranks
     tokens = sum(summary.tokens_by_phase.values())
-    terms = [Line(term, planned.terms[term], _a_step(summary, term, ranks)) for term in TERMS]
+    terms = [ComparedFigure(term, planned.terms[term], _a_step(summary, term, ranks)) for term in TERMS]
     return Comparison(
         row=planned.row,
-        terms=[*terms, Line("other", 0.0, _a_step(summary, "other", ranks))],
-        step=Line("step", planned.step_seconds, seconds / steps),
+        terms=[*terms, ComparedFigure("other", 0.0, _a_step(summary, "other", ranks))],
+        step=ComparedFigure("step", planned.step_seconds, seconds / steps),
         totals=[
-            Line("tokens_per_second", planned.tokens_per_second, tokens / seconds),
+            ComparedFigure("tokens_per_second", planned.tokens_per_second, tokens / seconds),
             *_costs(config, summary, planned),
-            Line("memory_bytes", planned.memory_bytes, _allocated(run_dir)),
+            ComparedFigure("memory_bytes", planned.memory_bytes, _allocated(run_dir)),
         ],
         deviations=planned.deviations,
         notes=list(_notes(config, summary, tokens)),
     )
 
 
-def _a_step(summary: Summary, term: str, ranks: int) -> float | None:
+def _a_step(summary: LedgerSummary, term: str, ranks: int) -> float | None:
     if not summary.terms:
         return None
     return summary.terms[term] / 1e3 / ranks / summary.steps_retained
 
 
-def _costs(config: RunConfig, summary: Summary, planned: Planned) -> Iterator[Line]:
+def _costs(config: RunConfig, summary: LedgerSummary, planned: Planned) -> Iterator[ComparedFigure]:
     left = config.tokens_after(config.total_steps) - summary.tokens_retained
     assert summary.step_ms_per_token is not None
     ahead = project_cost(0.0, left, summary.step_ms_per_token)
-    yield Line("gpu_hours_of_steps", planned.gpu_hours, gpu_hours(summary.productive_ms) + ahead)
-    yield Line("gpu_hours", None, summary.gpu_hours + ahead)
+    yield ComparedFigure("gpu_hours_of_steps", planned.gpu_hours, gpu_hours(summary.productive_ms) + ahead)
+    yield ComparedFigure("gpu_hours", None, summary.gpu_hours + ahead)
 
 
 def _allocated(run_dir: Path) -> float | None:
@@ -106,7 +106,7 @@ def _allocated(run_dir: Path) -> float | None:
     return max((peak for look in looks for peak in as_numbers(look.get("peak"))), default=None)
 
 
-def _notes(config: RunConfig, summary: Summary, tokens: int) -> Iterator[str]:
+def _notes(config: RunConfig, summary: LedgerSummary, tokens: int) -> Iterator[str]:
     ranks = config.topology.world_size
     others = sorted({held.ranks for held in summary.held} - {ranks})
     if others:
@@ -142,7 +142,7 @@ def _events(run_dir: Path, kind: str) -> list[Event]:
 def comparison_tree(comparison: Comparison) -> dict[str, object]:
     """Plain values: seconds, tokens a second, GPU-hours and bytes."""
 
-    def line(each: Line) -> dict[str, object]:
+    def line(each: ComparedFigure) -> dict[str, object]:
         return asdict(each) | {"difference": each.difference}
 
     return {
@@ -189,7 +189,7 @@ _TOTALS: Mapping[str, tuple[str, Callable[[float], str]]] = {
 }
 
 
-def _figures(each: Line, show: Callable[[float], str]) -> list[str]:
+def _figures(each: ComparedFigure, show: Callable[[float], str]) -> list[str]:
     """Planned, measured, and the difference with its sign."""
     sign = "+" if each.difference is not None and each.difference >= 0 else ""
     planned = "-" if each.planned is None else show(each.planned)
@@ -197,7 +197,7 @@ def _figures(each: Line, show: Callable[[float], str]) -> list[str]:
     return [planned, measured, "-" if each.difference is None else f"{sign}{show(each.difference)}"]
 
 
-def _share(each: Line, least: float = 0.0) -> str:
+def _share(each: ComparedFigure, least: float = 0.0) -> str:
     """The difference, of what was planned; the ratio where that says more. Nothing of a plan up to `least`."""
     if each.planned is None or each.planned <= least or each.measured is None:
         return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ...trainer.checkpoint.find import find_checkpoint
 from ...trainer.huggingface.export import ExportOptions, export
 from ...trainer.huggingface.importing import import_released
@@ -17,7 +17,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 def export_command(
     path: Path, step: int | None, directory: Path, dtype: str, rope: str, shard: str, *, average: bool
 ) -> Path:
-    """Export one checkpoint, or the average of its weights; return it. Raises `Refused`."""
+    """Export one checkpoint, or the average of its weights; return it. Raises `ConfigError`."""
     options = ExportOptions(dtype, rope == "pairs", read_size(shard))
     checkpoint = find_checkpoint(path, step)
     with cleaning_up("export"):
@@ -26,17 +26,17 @@ def export_command(
 
 
 def import_command(source: Path, target: Path) -> Path:
-    """Import a directory; return the checkpoint. Raises `Refused`."""
+    """Import a directory; return the checkpoint. Raises `ConfigError`."""
     with cleaning_up("import"):
         return import_released(source, target, tell)
 
 
 def read_size(text: str) -> int:
-    """Bytes of `5GB`, `500MB` or `64KB`. Raises `Refused`."""
+    """Bytes of `5GB`, `500MB` or `64KB`. Raises `ConfigError`."""
     try:
         number, factor = float(text[:-2]), _UNITS[text[-2:].upper()]
         if number > 0:
             return round(number * factor)
     except (ValueError, KeyError):
         pass
-    raise Refused([Problem("--max-shard", text, "must be a size such as 5GB, 500MB or 64KB")])
+    raise ConfigError([Problem("--max-shard", text, "must be a size such as 5GB, 500MB or 64KB")])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ...trainer.config import RunConfig
 from ...trainer.model.model import router_names
 from ...trainer.telemetry.dashboard import Panel, dashboard
@@ -38,7 +38,7 @@ def save_dashboard(overrides: Sequence[str], config_dir: Path | None) -> str:
     if config.telemetry.wandb.entity is None:
         problems.append(Problem("telemetry.wandb.entity", None, "must name the user or team that owns the project"))
     if problems:
-        raise Refused(problems)
+        raise ConfigError(problems)
     return str(_workspace(config).save().url)
 
 

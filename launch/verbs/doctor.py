@@ -46,7 +46,7 @@ RELEASED = AttentionCase(batch=1, heads=128, length=4096, qk_width=192, v_width=
 
 
 @dataclass(frozen=True)
-class Finding:
+class Implementation:
     """One way to serve one operation."""
 
     operation: str
@@ -57,45 +57,49 @@ class Finding:
     """Why, or why not."""
 
 
-def findings() -> tuple[Finding, ...]:
+def findings() -> tuple[Implementation, ...]:
     """Everything that Shoestring chooses between, in the order of the report's sections."""
     return (*_devices(), *_exchanges(), *_products(), *_fp8(), *_rehearsal())
 
 
-def _devices() -> Iterator[Finding]:
+def _devices() -> Iterator[Implementation]:
     gpus = torch.cuda.device_count()
     names = ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(gpus)}))
     found = f"{gpus} of them: {names}; {NOT_YET}" if gpus else "torch sees none"
-    yield Finding("compute", "GPU (training.device=cuda)", gpus > 0, found)
-    yield Finding("compute", "CPU (training.device=cpu)", True, f"{os.cpu_count()} cores, {platform.machine()}")
+    yield Implementation("compute", "GPU (training.device=cuda)", gpus > 0, found)
+    yield Implementation("compute", "CPU (training.device=cpu)", True, f"{os.cpu_count()} cores, {platform.machine()}")
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
-    yield Finding("collectives", "NCCL", nccl, NOT_YET if nccl else "needs a GPU and a build of torch with NCCL")
-    yield Finding("collectives", "gloo", dist.is_gloo_available(), "what CPU ranks use")
+    yield Implementation("collectives", "NCCL", nccl, NOT_YET if nccl else "needs a GPU and a build of torch with NCCL")
+    yield Implementation("collectives", "gloo", dist.is_gloo_available(), "what CPU ranks use")
 
 
-def _exchanges() -> Iterator[Finding]:
+def _exchanges() -> Iterator[Implementation]:
     on_gpu = f"; on a GPU {NOT_YET}"
-    yield Finding("token exchange", "flat", True, f"all-to-all, a row an expert: the oracle{on_gpu}")
-    yield Finding("token exchange", "two_hop", True, f"once a node, then inside it; BF16 and FP8 on the wire{on_gpu}")
+    yield Implementation("token exchange", "flat", True, f"all-to-all, a row an expert: the oracle{on_gpu}")
+    yield Implementation(
+        "token exchange", "two_hop", True, f"once a node, then inside it; BF16 and FP8 on the wire{on_gpu}"
+    )
     missing = list(missing_for_deepep("auto", 1, rank_environment()))
     note = f"{'; '.join(missing)}; {NOT_YET}" if missing else NOT_YET
-    yield Finding("token exchange", "deepep", not missing, note)
+    yield Implementation("token exchange", "deepep", not missing, note)
 
 
-def _products() -> Iterator[Finding]:
-    yield Finding("expert products", "F.grouped_mm", True, "FP32 and BF16; FP64 runs an expert at a time")
+def _products() -> Iterator[Implementation]:
+    yield Implementation("expert products", "F.grouped_mm", True, "FP32 and BF16; FP64 runs an expert at a time")
     yield from _attention()
     missing = list(missing_for_apex(on_gpu=torch.cuda.is_available()))
     note = "; ".join(["BF16 products of Linears, added in FP32 by one GEMM", *missing, NOT_YET])
-    yield Finding("weight gradients", "Apex's wgrad_gemm_accum_fp32", not missing, note)
-    yield Finding("weight gradients", "a product, then a sum", True, "where Apex does not serve, and for experts")
+    yield Implementation("weight gradients", "Apex's wgrad_gemm_accum_fp32", not missing, note)
+    yield Implementation(
+        "weight gradients", "a product, then a sum", True, "where Apex does not serve, and for experts"
+    )
     note = "FP32 arithmetic, moments in BF16; sharded over replicas (ZeRO-1)"
-    yield Finding("optimizer", "torch's fused AdamW", True, note)
+    yield Implementation("optimizer", "torch's fused AdamW", True, note)
 
 
-def _attention() -> Iterator[Finding]:
+def _attention() -> Iterator[Implementation]:
     """Each backend for DeepSeek-V3's heads and length in BF16; `training.attention=auto` takes the first of them."""
-    yield Finding("attention", BLOCKS.name, True, f"{BLOCKS.what}; trainer/model/causal.py")
+    yield Implementation("attention", BLOCKS.name, True, f"{BLOCKS.what}; trainer/model/causal.py")
     on_gpu = torch.cuda.is_available()
     gpu = GpuFacts.here() if on_gpu else None
     for backend in BACKENDS.values():
@@ -104,10 +108,10 @@ def _attention() -> Iterator[Finding]:
         note = "; ".join([backend.what, *missing, NOT_YET])
         if gpu is not None and choose_attention("auto", RELEASED, gpu).backend is backend:
             note = f"{TAKEN_ATTENTION}; {note}"
-        yield Finding("attention", backend.name, not missing, note)
+        yield Implementation("attention", backend.name, not missing, note)
 
 
-def _fp8() -> Iterator[Finding]:
+def _fp8() -> Iterator[Implementation]:
     what = {
         "triton": "our kernels",
         "torch": "scaled_mm of cuBLASLt, an expert at a time",
@@ -123,13 +127,13 @@ def _fp8() -> Iterator[Finding]:
             note = "; ".join([what[provider], *missing, NOT_YET])
         if provider == taken:
             note = f"{TAKEN}; {note}"
-        yield Finding("FP8 products", provider, not missing, note)
+        yield Implementation("FP8 products", provider, not missing, note)
 
 
-def _rehearsal() -> Iterator[Finding]:
+def _rehearsal() -> Iterator[Implementation]:
     problems = list(missing_means())
-    note = "; ".join(f"{problem.field}: {problem.remedy}" for problem in problems) or "network namespaces"
-    yield Finding("simulated cluster", "ip, tc", not problems, note)
+    note = "; ".join(f"{problem.field}: {problem.hint}" for problem in problems) or "network namespaces"
+    yield Implementation("simulated cluster", "ip, tc", not problems, note)
 
 
 _NO_GPU = "not made here: for GPUs"

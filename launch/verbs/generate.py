@@ -9,7 +9,7 @@ from pathlib import Path
 import tokenizers
 import torch
 
-from ...comm.errors import Problem, Refused, refuse_if_any
+from ...comm.errors import ConfigError, Problem, refuse_if_any
 from ...comm.files.access import refusing
 from ...trainer.checkpoint.find import find_checkpoint
 from ...trainer.checkpoint.manifest import Damaged
@@ -24,7 +24,7 @@ TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """What is asked for."""
 
     path: Path
@@ -39,20 +39,20 @@ class Request:
     """Of the weights, instead of the weights."""
 
     def check(self) -> None:
-        """Raises `Refused`."""
+        """Raises `ConfigError`."""
         problems = []
         if not self.prompt:
             problems.append(Problem("--prompt", self.prompt, "must hold text"))
         if self.tokens < 1:
             problems.append(Problem("--tokens", self.tokens, "must be at least 1"))
         if not 0 <= self.temperature < math.inf:
-            remedy = "must be at least 0, which takes the likeliest, and finite"
-            problems.append(Problem("--temperature", self.temperature, remedy))
+            hint = "must be at least 0, which takes the likeliest, and finite"
+            problems.append(Problem("--temperature", self.temperature, hint))
         refuse_if_any(problems)
 
 
-def generate_text(request: Request) -> tuple[str, Continuation]:
-    """The continuation of the prompt, as text and with its counts. Raises `Refused`."""
+def generate_text(request: GenerationRequest) -> tuple[str, Continuation]:
+    """The continuation of the prompt, as text and with its counts. Raises `ConfigError`."""
     request.check()
     checkpoint = find_checkpoint(request.path, request.step)
     if request.average:
@@ -64,26 +64,26 @@ def generate_text(request: Request) -> tuple[str, Continuation]:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         chunk = load_chunk(checkpoint, device, dtype, _attention(checkpoint.model, context, dtype, device))
     except Damaged as damaged:
-        raise Refused([Problem("checkpoint", str(damaged), "is damaged; --step takes another")]) from damaged
+        raise ConfigError([Problem("checkpoint", str(damaged), "is damaged; --step takes another")]) from damaged
     sampler = Sampler(torch.Generator().manual_seed(request.seed), request.temperature)
     with refusing(checkpoint.path / TOKENIZER, "take another checkpoint"):
         prompt = encode_with(tokenizer, request.prompt)
     if not prompt or max(prompt) >= checkpoint.model.vocabulary:
-        remedy = (
+        hint = (
             f"its tokens must be numbers below {checkpoint.model.vocabulary}, the model's vocabulary, and at least one"
         )
-        raise Refused([Problem("--prompt", request.prompt, f"{TOKENIZER} gives {prompt[:8]}: {remedy}")])
+        raise ConfigError([Problem("--prompt", request.prompt, f"{TOKENIZER} gives {prompt[:8]}: {hint}")])
     try:
         found = speculate(chunk, prompt, request.tokens, context, sampler, stop=stop, draft=request.draft)
     except NotFinite as error:
-        remedy = f"{error}; take another checkpoint, or correct its model's values (such as routed_scaling and yarn)"
-        raise Refused([Problem("checkpoint", str(checkpoint.path), remedy)]) from error
+        hint = f"{error}; take another checkpoint, or correct its model's values (such as routed_scaling and yarn)"
+        raise ConfigError([Problem("checkpoint", str(checkpoint.path), hint)]) from error
     with refusing(checkpoint.path / TOKENIZER, "take another checkpoint"):
         return decode_with(tokenizer, found.tokens), found
 
 
 def _attention(model: ModelConfig, context: int, dtype: torch.dtype, device: torch.device) -> AttentionChoice:
-    """What computes up to `context` tokens of one text. Raises `Refused`."""
+    """What computes up to `context` tokens of one text. Raises `ConfigError`."""
     if device.type == "cpu":
         return ON_CPU
     case = AttentionCase(1, model.heads, context, model.qk_head_dim, model.v_head_dim, dtype)
@@ -103,7 +103,9 @@ def acceptance(found: Continuation) -> str:
 def open_tokenizer(checkpoint: Checkpoint) -> tuple[tokenizers.Tokenizer, int | None]:
     """The tokenizer in a checkpoint, and the token that ends a text: ours, or what an imported config.json names."""
     if TOKENIZER not in {entry.file for entry in checkpoint.manifest.attachments}:
-        raise Refused([Problem("checkpoint", str(checkpoint.path), f"has no {TOKENIZER}, so it cannot read a prompt")])
+        raise ConfigError(
+            [Problem("checkpoint", str(checkpoint.path), f"has no {TOKENIZER}, so it cannot read a prompt")]
+        )
     with refusing(checkpoint.path / TOKENIZER, "take another checkpoint"):
         tokenizer = read_bpe(checkpoint.attachment(TOKENIZER))
     stop = tokenizer.token_to_id(END)

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from ...comm.errors import Problem, Refused, refuse_if_any
+from ...comm.errors import ConfigError, Problem, refuse_if_any
 from ...parallelism.pipeline.partition import Partition, partition_problems
 from ...parallelism.pipeline.placement import Placement
 from ...parallelism.pipeline.schedules.registry import SCHEDULES, build_placement, schedule_problems
@@ -128,20 +128,20 @@ def _parse_layout(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(item) for item in text.split(","))
     except ValueError:
-        remedy = "write the number of layers of each stage, as in 4,4,4,3"
-        raise Refused([Problem("--layout", text, remedy)]) from None
+        hint = "write the number of layers of each stage, as in 4,4,4,3"
+        raise ConfigError([Problem("--layout", text, hint)]) from None
 
 
 def _placement(schedule: str, stages: int) -> Placement:
     """Where `schedule` puts `stages`; refused where they do not come out even."""
     if schedule not in (names := [each.name for each in SCHEDULES]):
-        raise Refused([Problem("--schedule", schedule, f"no such schedule; there are {', '.join(names)}")])
+        raise ConfigError([Problem("--schedule", schedule, f"no such schedule; there are {', '.join(names)}")])
     one_rank = build_placement(schedule, ranks=1).stages
     if stages % one_rank:
         below = stages // one_rank * one_rank
-        remedy = f"{schedule} has {one_rank} stages a rank: nearest {below} or {below + one_rank}"
-        raise Refused([Problem("--stages", stages, remedy)])
+        hint = f"{schedule} has {one_rank} stages a rank: nearest {below} or {below + one_rank}"
+        raise ConfigError([Problem("--stages", stages, hint)])
     ranks = stages // one_rank
     demands = (p for p in schedule_problems(schedule, ranks, micro_batches=2 * ranks) if p.field == "ranks")
-    refuse_if_any(Problem("--stages", stages, problem.remedy) for problem in demands)
+    refuse_if_any(Problem("--stages", stages, problem.hint) for problem in demands)
     return build_placement(schedule, ranks)

@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ...trainer.config import RunConfig
 from ..compose import compose_run
 from ..planner.configured import layout_of, lendable_sms, overrides_between, recipe_of, run_with
@@ -23,7 +23,7 @@ from ..planner.pricing import Compute
 from ..planner.published import is_published_run
 from ..planner.recipe import Precision, Recipe
 from ..planner.run_cost import Failures, PhaseCost, WhatIf, pretraining_hours, run_phases, sensitivity, significant
-from ..planner.search import SearchResult, Space, search
+from ..planner.search import SearchResult, SearchSpace, search
 from ..report.plan_page import html_page
 from .simulate import layout_tree, phase_table, run_facts
 
@@ -33,7 +33,7 @@ NO_INPUTS: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
-class Row:
+class PlannedLayout:
     """A layout and what the run costs in it."""
 
     forecast: Forecast
@@ -52,16 +52,16 @@ class Plan:
     config: RunConfig
     recipe: Recipe
     found: SearchResult
-    rows: tuple[Row, ...]
+    rows: tuple[PlannedLayout, ...]
     """The best layouts that are legal and fit, fastest first."""
-    configured: Row
+    configured: PlannedLayout
     """The layout of the configuration, to compare with."""
     what_ifs: list[WhatIf]
     """Of the best layout."""
     failures: Failures
 
     @property
-    def best(self) -> Row | None:
+    def best(self) -> PlannedLayout | None:
         """The fastest layout that is legal and fits."""
         return self.rows[0] if self.rows else None
 
@@ -69,10 +69,10 @@ class Plan:
 def plan(overrides: Sequence[str], config_dir: Path | None, keep: int, inputs: Mapping[str, Any] = NO_INPUTS) -> Plan:
     """Search the layouts of the run that `overrides` describe on all GPUs of its cluster.
 
-    `inputs` are fields of the recipe that no configuration has. Raises `Refused`.
+    `inputs` are fields of the recipe that no configuration has. Raises `ConfigError`.
     """
     if keep < 1:
-        raise Refused([Problem("--keep", keep, "must be at least 1")])
+        raise ConfigError([Problem("--keep", keep, "must be at least 1")])
     config = compose_run(overrides, config_dir)
     training, recipe = config.training, recipe_of(config, inputs)
     forecaster = Forecaster(config.model, config.cluster, training.sequence_length)
@@ -87,7 +87,7 @@ def plan(overrides: Sequence[str], config_dir: Path | None, keep: int, inputs: M
     return Plan(config, recipe, found, rows, _row(config, forecaster, configured), what_ifs, Failures())
 
 
-def _row(config: RunConfig, forecaster: Forecaster, forecast: Forecast) -> Row:
+def _row(config: RunConfig, forecaster: Forecaster, forecast: Forecast) -> PlannedLayout:
     phases = run_phases(
         forecaster,
         forecast.layout,
@@ -96,13 +96,13 @@ def _row(config: RunConfig, forecaster: Forecaster, forecast: Forecast) -> Row:
         batches=config.batches,
         published=is_published_run(config),
     )
-    return Row(forecast, phases)
+    return PlannedLayout(forecast, phases)
 
 
-def _space(config: RunConfig, recipe: Recipe) -> Space:
+def _space(config: RunConfig, recipe: Recipe) -> SearchSpace:
     """Held fixed is what the table was measured with, and a format that the run does not compute in anyway."""
     cluster = config.cluster
-    space = Space(cluster.gpus, cluster.gpus_per_node, precisions=(recipe.precision,))
+    space = SearchSpace(cluster.gpus, cluster.gpus_per_node, precisions=(recipe.precision,))
     if Compute.of(cluster, recipe).table.measured_with:
         return replace(space, recomputes=(recipe.recompute,))
     has_both = recipe.precision in (Precision.FP8, Precision.BF16) and cluster.peak_fp8_tflops is not None
@@ -140,23 +140,23 @@ def plan_tree(result: Plan) -> dict[str, object]:
     }
 
 
-def _row_tree(row: Row, config: RunConfig) -> dict[str, object]:
+def _row_tree(row: PlannedLayout, config: RunConfig) -> dict[str, object]:
     own = {"fits": _fits(row.forecast, config), "overrides": _overrides(row.forecast, config)}
     return layout_tree(row.forecast, row.gpu_hours) | own
 
 
 def write_page(result: Plan, path: Path) -> None:
-    """The best layout with its timeline and memory, as HTML. Raises `Refused`."""
+    """The best layout with its timeline and memory, as HTML. Raises `ConfigError`."""
     memory = result.config.cluster.memory_gb
     if result.best is None or memory is None:
-        raise Refused([Problem("--html", str(path), "there is nothing to draw: no layout is legal and fits")])
+        raise ConfigError([Problem("--html", str(path), "there is nothing to draw: no layout is legal and fits")])
     forecast = result.best.forecast
     grid = forecast.layout.topology
     title = f"{result.config.model.name}: pp{grid.pp} edp{grid.edp} ep{grid.ep}, {forecast.layout.schedule}"
     try:
         path.write_text(html_page(forecast, title, memory))
     except OSError as error:
-        raise Refused([Problem("--html", str(path), f"cannot be written: {error.strerror}")]) from error
+        raise ConfigError([Problem("--html", str(path), f"cannot be written: {error.strerror}")]) from error
 
 
 def plan_table(result: Plan) -> RenderableType:

@@ -10,7 +10,7 @@ from ..compose import compose_run
 from ..rehearsal.choose import chosen_ranks, micro_batch_problems
 from ..rehearsal.configured import on_gpu
 from ..rehearsal.device.shim import build_shim
-from ..rehearsal.processes import RANK, Request, processes_at_once, rehearse_ranks
+from ..rehearsal.processes import RANK, RehearsalRequest, processes_at_once, rehearse_ranks
 from ..rehearsal.verdict import Verdict, judge
 
 
@@ -32,5 +32,5 @@ def rehearse(
     config = on_gpu(config, micro_batches)
     ranks = chosen_ranks(config.topology, listed)
     directory = None if config_dir is None else str(config_dir.absolute())
-    request = Request(tuple(overrides), directory, micro_batches, str(build_shim()))
+    request = RehearsalRequest(tuple(overrides), directory, micro_batches, str(build_shim()))
     return judge(config, rehearse_ranks(request, ranks, tell, processes_at_once(), entry))

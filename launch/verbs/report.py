@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ..report.page import html_report
 from ..report.record import read_run
 
@@ -12,11 +12,11 @@ REPORT_FILE = "report.html"
 
 
 def write_report(run_dir: Path, out: Path | None) -> Path:
-    """The page of the run in `run_dir`; return where it is. Raises `Refused` for another place, or one not writable."""
+    """Write the page of the run in `run_dir`; return where it is. Raises `ConfigError` for no run, and no room."""
     page = html_report(read_run(run_dir))
     path = run_dir / REPORT_FILE if out is None else out
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise Refused([Problem("--out", str(path), f"cannot be written: {error.strerror}")]) from None
+        raise ConfigError([Problem("--out", str(path), f"cannot be written: {error.strerror}")]) from None
     return path

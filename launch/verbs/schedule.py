@@ -12,7 +12,7 @@ from ...parallelism.pipeline.check import check
 from ...parallelism.pipeline.draw import ascii_timeline, to_json
 from ...parallelism.pipeline.program import Op, Program
 from ...parallelism.pipeline.schedules.registry import build_program, schedule_problems
-from ...parallelism.pipeline.simulate import UnitTimes, replay
+from ...parallelism.pipeline.simulate import UnitTimes, simulate_program
 from ..report.schedule_svg import svg_timeline
 
 _OPTIONS = {"schedule": "NAME", "ranks": "--stages", "micro_batches": "--micro-batches", "chunks": "--chunks"}
@@ -35,7 +35,7 @@ def draw_schedule(
     if drawing == "json":
         return json.dumps(to_json(program))
     unit_times = _unit_times(given)
-    replayed = replay(program, unit_times)
+    replayed = simulate_program(program, unit_times)
     if drawing == "ascii":
         return ascii_timeline(replayed)
     return svg_timeline(replayed, note=_describe(unit_times, program))

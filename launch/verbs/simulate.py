@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ...trainer.config import RunConfig
 from ...trainer.costs.flops import CONVENTION
 from ..compose import compose_run
@@ -35,7 +35,7 @@ from ..report.plan_page import html_page
 
 
 @dataclass(frozen=True)
-class Simulation:
+class SimulatedLayout:
     """One layout with everything that the verb prints about it."""
 
     config: RunConfig
@@ -73,15 +73,17 @@ class Simulation:
         )
 
 
-def simulate(overrides: Sequence[str], config_dir: Path | None, inputs: Mapping[str, Any]) -> Simulation:
+def simulate(overrides: Sequence[str], config_dir: Path | None, inputs: Mapping[str, Any]) -> SimulatedLayout:
     """Simulate the run that `overrides` describe. `inputs` are fields of the recipe that no configuration has."""
     config = compose_run(overrides, config_dir)
     recipe = recipe_of(config, inputs)
     forecaster = Forecaster(config.model, config.cluster, config.training.sequence_length)
-    return Simulation(config, forecaster, forecaster.forecast(layout_of(config), recipe, config.training.global_batch))
+    return SimulatedLayout(
+        config, forecaster, forecaster.forecast(layout_of(config), recipe, config.training.global_batch)
+    )
 
 
-def write_files(simulation: Simulation, trace: Path | None, page: Path | None) -> None:
+def write_files(simulation: SimulatedLayout, trace: Path | None, page: Path | None) -> None:
     """Perfetto trace and HTML page, where they are asked for."""
     try:
         if trace is not None:
@@ -92,12 +94,12 @@ def write_files(simulation: Simulation, trace: Path | None, page: Path | None) -
             assert memory is not None
             page.write_text(html_page(simulation.forecast, _title(simulation), memory))
     except OSError as error:
-        raise Refused(
+        raise ConfigError(
             [Problem("--trace, --html", str(error.filename), f"cannot be written: {error.strerror}")]
         ) from None
 
 
-def simulation_tree(simulation: Simulation) -> dict[str, object]:
+def simulation_tree(simulation: SimulatedLayout) -> dict[str, object]:
     """Everything as plain values."""
     forecast, cluster = simulation.forecast, simulation.config.cluster
     phases = simulation.phases()
@@ -154,7 +156,7 @@ def layout_tree(forecast: Forecast, gpu_hours: float) -> dict[str, object]:
     }
 
 
-def error_rows(simulation: Simulation) -> list[tuple[str, float, float]]:
+def error_rows(simulation: SimulatedLayout) -> list[tuple[str, float, float]]:
     """(what is in the forecast, seconds, error): stage imbalance and messages with neither, each and both, then knobs.
 
     Imbalance is what the partition gives and messages are bytes over bandwidth. The knobs after them are unidentified:
@@ -181,7 +183,7 @@ def error_rows(simulation: Simulation) -> list[tuple[str, float, float]]:
     return [(name, value, value / STEP_SECONDS - 1) for name, value in seconds]
 
 
-def simulation_table(simulation: Simulation) -> RenderableType:
+def simulation_table(simulation: SimulatedLayout) -> RenderableType:
     """The same for a reader."""
     parts: list[RenderableType] = [_figures(simulation), _terms(simulation), _memory(simulation)]
     if simulation.is_published:
@@ -190,14 +192,14 @@ def simulation_table(simulation: Simulation) -> RenderableType:
     return Group(*parts, f"Convention: {CONVENTION}.")
 
 
-def _title(simulation: Simulation) -> str:
+def _title(simulation: SimulatedLayout) -> str:
     topology, layout = simulation.layout.topology, simulation.layout
     grid = f"pp{topology.pp} edp{topology.edp} ep{topology.ep}"
     names = f"{simulation.config.model.name} on {topology.world_size} {simulation.config.cluster.name}"
     return f"{names}: {grid}, {layout.schedule}"
 
 
-def _figures(simulation: Simulation) -> Table:
+def _figures(simulation: SimulatedLayout) -> Table:
     forecast, cluster = simulation.forecast, simulation.config.cluster
     table = Table(title=_title(simulation), title_justify="left", show_header=False)
     table.add_column()
@@ -233,15 +235,15 @@ def _recipe_rows(recipe: Recipe) -> list[tuple[str, str]]:
     ]
 
 
-def _ramp_reason(simulation: Simulation) -> str:
+def _ramp_reason(simulation: SimulatedLayout) -> str:
     """Why the published start of the ramp is illegal."""
     config = simulation.config
     published = replace(config, training=replace(config.training, ramp_from=RAMP_FROM))
     found = [problem for problem in published.problems() if problem.field == "training.ramp_from"]
-    return found[0].remedy if found else "it is legal on this grid"
+    return found[0].hint if found else "it is legal on this grid"
 
 
-def _terms(simulation: Simulation) -> Table:
+def _terms(simulation: SimulatedLayout) -> Table:
     """In the ledger's words, and what the report's names make of them."""
     forecast = simulation.forecast
     table = Table(title="Where a step goes, mean over ranks", title_justify="left")
@@ -255,7 +257,7 @@ def _terms(simulation: Simulation) -> Table:
     return table
 
 
-def _published_phases(simulation: Simulation) -> Table:
+def _published_phases(simulation: SimulatedLayout) -> Table:
     table = Table(
         title="The step in the published table's rows",
         caption="1F to 1F1B: with the exchanges they\nwait for; bubble: all waits for other\n"
@@ -270,7 +272,7 @@ def _published_phases(simulation: Simulation) -> Table:
     return table
 
 
-def _memory(simulation: Simulation) -> Table:
+def _memory(simulation: SimulatedLayout) -> Table:
     table = Table(title="Memory of the fullest rank", title_justify="left")
     table.add_column("part")
     table.add_column("GB", justify="right")
@@ -285,7 +287,7 @@ def _memory(simulation: Simulation) -> Table:
     return table
 
 
-def _pair(simulation: Simulation) -> Table:
+def _pair(simulation: SimulatedLayout) -> Table:
     costs = simulation.forecaster.costs(simulation.layout, simulation.forecast.recipe)
     # Its kernels are those of the table: this shows that lanes put them together as they were, and predicts nothing.
     title = "Consistency: forward and backward of four routed layers, put together from the public trace's kernels"
@@ -299,7 +301,7 @@ def _pair(simulation: Simulation) -> Table:
     return table
 
 
-def _errors(simulation: Simulation) -> Table:
+def _errors(simulation: SimulatedLayout) -> Table:
     title = f"Error against the published step of {STEP_SECONDS} s; nothing is fitted to it"
     table = Table(title=title, title_justify="left")
     for heading in ("what is in it", "seconds", "error"):
@@ -326,12 +328,12 @@ def phase_table(phases: Sequence[PhaseCost], price: float | None) -> RenderableT
     return Group(table, notes, "")
 
 
-def _assumptions(simulation: Simulation) -> list[tuple[str, str, str]]:
+def _assumptions(simulation: SimulatedLayout) -> list[tuple[str, str, str]]:
     costs = simulation.forecaster.costs(simulation.layout, simulation.forecast.recipe)
     return assumptions(simulation.config, simulation.forecast, costs)
 
 
-def _evidence(simulation: Simulation) -> RenderableType:
+def _evidence(simulation: SimulatedLayout) -> RenderableType:
     coverage = simulation.forecast.coverage
     shares = ", ".join(f"{name} {share:.0%}" for name, share in coverage.shares().items())
     table = Table(title=f"Evidence. Of the distinct operations' time: {shares}", title_justify="left")

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import RenderableType
 from rich.table import Table
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ...trainer.ledger.terms import TERMS
 from ...trainer.run.profiling import TRACE_FOLDER
 from ...trainer.telemetry.trace import TRACE_FILE, Span, read_trace, summarise_trace
@@ -16,15 +16,15 @@ from ..report.trace_svg import svg_layer_pair
 
 
 def open_trace(place: Path) -> dict[int, list[Span]]:
-    """The spans of each rank; `place` is the directory of a run, or its merged file. Raises `Refused`."""
+    """The spans of each rank; `place` is the directory of a run, or its merged file. Raises `ConfigError`."""
     path = place / TRACE_FOLDER / TRACE_FILE if place.is_dir() else place
     try:
         return read_trace(path)
     except OSError as error:
-        remedy = f"has no {TRACE_FOLDER}/{TRACE_FILE} ({error.strerror}); a run with telemetry.trace=true writes one"
-        raise Refused([Problem("TRACE", str(place), remedy)]) from None
+        hint = f"has no {TRACE_FOLDER}/{TRACE_FILE} ({error.strerror}); a run with telemetry.trace=true writes one"
+        raise ConfigError([Problem("TRACE", str(place), hint)]) from None
     except ValueError as error:
-        raise Refused([Problem("TRACE", str(path), str(error))]) from None
+        raise ConfigError([Problem("TRACE", str(path), str(error))]) from None
 
 
 def trace_tree(ranks: Mapping[int, Sequence[Span]]) -> dict[str, dict[str, float]]:
@@ -47,10 +47,10 @@ def trace_table(ranks: Mapping[int, Sequence[Span]]) -> RenderableType:
 
 
 def write_picture(ranks: Mapping[int, Sequence[Span]], path: Path) -> None:
-    """One layer forward and one backward in turns, as SVG. Raises `Refused` where there is none, or no such place."""
+    """Return one layer's forward and another's backward in turns, as SVG. Raises `ConfigError` where there is none."""
     try:
         path.write_text(f"{svg_layer_pair(ranks)}\n")
     except ValueError as error:
-        raise Refused([Problem("TRACE", "its spans", f"{error}; use dualpipe or dualpipev")]) from None
+        raise ConfigError([Problem("TRACE", "its spans", f"{error}; use dualpipe or dualpipev")]) from None
     except OSError as error:
-        raise Refused([Problem("--svg", str(path), f"cannot be written: {error.strerror}")]) from None
+        raise ConfigError([Problem("--svg", str(path), f"cannot be written: {error.strerror}")]) from None

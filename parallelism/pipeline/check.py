@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter, deque
 
-from .placement import Place
-from .program import Instruction, Op, Program, ProgramError, Work, in_flight, where
-from .simulate import UnitTimes, replay
+from .placement import StagePlace
+from .program import Instruction, MicroBatchWork, Op, Program, ProgramError, in_flight, where
+from .simulate import UnitTimes, simulate_program
 
 
 def check(program: Program) -> tuple[int, ...]:
@@ -24,12 +24,12 @@ def check(program: Program) -> tuple[int, ...]:
         _check_counts(program, rank, instructions)
         _check_order(program, rank, instructions)
         _check_weight_gradients(rank, instructions)
-    replay(program, UnitTimes())
+    simulate_program(program, UnitTimes())
     return tuple(max(alive, default=0) for alive in in_flight(program))
 
 
 def _check_counts(program: Program, rank: int, instructions: tuple[Instruction, ...]) -> None:
-    forwards, backwards, weights = Counter[Work](), Counter[Work](), Counter[Work]()
+    forwards, backwards, weights = Counter[MicroBatchWork](), Counter[MicroBatchWork](), Counter[MicroBatchWork]()
     for index, instruction in enumerate(instructions):
         for work in instruction.works:
             chunk_exists = 0 <= work.chunk < program.chunks
@@ -46,7 +46,7 @@ def _check_counts(program: Program, rank: int, instructions: tuple[Instruction, 
     for chunk in range(program.chunks):
         for micro_batch in range(program.micro_batches_of(chunk)):
             for what, counts in named:
-                times = counts[Work(chunk, micro_batch)]
+                times = counts[MicroBatchWork(chunk, micro_batch)]
                 if times != 1:
                     raise ProgramError(
                         f"rank {rank}: {what} of chunk {chunk} micro-batch {micro_batch} {times} times instead of once"
@@ -63,23 +63,25 @@ def _check_order(program: Program, rank: int, instructions: tuple[Instruction, .
         if entry.backward is not None and entry.op is not Op.W
     }
 
-    def needed(index: int, made: dict[Work, int], place: Place | None, micro_batch: int, what: str) -> None:
+    def needed(
+        index: int, made: dict[MicroBatchWork, int], place: StagePlace | None, micro_batch: int, what: str
+    ) -> None:
         if place is None or place.rank != rank:
             return
-        if made[Work(place.chunk, micro_batch)] >= index:
+        if made[MicroBatchWork(place.chunk, micro_batch)] >= index:
             source = f"chunk {place.chunk} micro-batch {micro_batch}"
             raise ProgramError(f"{where(rank, index, instructions[index])}: needs the {what} of {source} before it")
 
     for work, index in forwards.items():
-        needed(index, forwards, placement.before(Place(rank, work.chunk)), work.micro_batch, "forward")
+        needed(index, forwards, placement.before(StagePlace(rank, work.chunk)), work.micro_batch, "forward")
     for work, index in backwards.items():
-        here = Place(rank, work.chunk)
+        here = StagePlace(rank, work.chunk)
         needed(index, forwards, here, work.micro_batch, "forward")
         needed(index, backwards, placement.after(here), work.micro_batch, "gradient")
 
 
 def _check_weight_gradients(rank: int, instructions: tuple[Instruction, ...]) -> None:
-    pending: deque[Work | None] = deque()
+    pending: deque[MicroBatchWork | None] = deque()
     for index, instruction in enumerate(instructions):
         if instruction.op is Op.I:
             pending.append(instruction.backward)

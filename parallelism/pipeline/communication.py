@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import accumulate
 
-from .placement import Direction, Place
-from .program import Instruction, Op, Program, Work
+from .placement import Direction, StagePlace
+from .program import Instruction, MicroBatchWork, Op, Program
 
 
 class Payload(StrEnum):
@@ -21,25 +21,25 @@ class Payload(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Edge:
+class P2POp:
     """One message between two ranks. What stays on a rank (the turn of a V, a pipeline of one rank) is no edge."""
 
     payload: Payload
     direction: Direction
     """The process group it belongs to."""
-    source: Place
-    target: Place
+    source: StagePlace
+    target: StagePlace
     micro_batch: int
 
     @property
-    def sent(self) -> Work:
+    def sent(self) -> MicroBatchWork:
         """The work whose result it carries, in the source's numbering of chunks."""
-        return Work(self.source.chunk, self.micro_batch)
+        return MicroBatchWork(self.source.chunk, self.micro_batch)
 
     @property
-    def received(self) -> Work:
+    def received(self) -> MicroBatchWork:
         """The work that needs it, in the target's numbering of chunks."""
-        return Work(self.target.chunk, self.micro_batch)
+        return MicroBatchWork(self.target.chunk, self.micro_batch)
 
     def __str__(self) -> str:
         return (
@@ -49,19 +49,19 @@ class Edge:
 
 
 @dataclass(frozen=True, slots=True)
-class Commit:
+class P2PBatch:
     """What a rank posts between two instructions, in this order; what goes in one direction is one batch."""
 
-    sends: tuple[Edge, ...]
-    receives: tuple[Edge, ...]
-    needs: tuple[Edge, ...]
+    sends: tuple[P2POp, ...]
+    receives: tuple[P2POp, ...]
+    needs: tuple[P2POp, ...]
     """What the second of the two instructions waits for: received in this commit or an earlier one."""
 
 
-_Posts = defaultdict[tuple[int, int], list[Edge]]  # by rank and commit
+_Posts = defaultdict[tuple[int, int], list[P2POp]]  # by rank and commit
 
 
-def edges(program: Program) -> tuple[tuple[Commit, ...], ...]:
+def edges(program: Program) -> tuple[tuple[P2PBatch, ...], ...]:
     """Of each rank, its commits: number k lies before instruction k, the last one after the last instruction.
 
     The rendezvous model: commit k of a rank is posted when instruction k - 1 has ended. In each direction a rank's
@@ -80,7 +80,7 @@ def edges(program: Program) -> tuple[tuple[Commit, ...], ...]:
     makers = {edge: index for index, edge in _each(program, _outgoing)}
     users = {edge: index for index, edge in _each(program, _incoming)}
     sends, receives, needs = (_Posts(list) for _ in range(3))
-    lanes: defaultdict[tuple[int, Direction], list[Edge]] = defaultdict(list)
+    lanes: defaultdict[tuple[int, Direction], list[P2POp]] = defaultdict(list)
     leaving: defaultdict[tuple[int, Direction], list[int]] = defaultdict(list)
     for edge in sorted(makers, key=lambda edge: (makers[edge], users[edge])):
         sends[edge.source.rank, makers[edge] + 1].append(edge)
@@ -93,7 +93,7 @@ def edges(program: Program) -> tuple[tuple[Commit, ...], ...]:
             receives[rank, commit].append(edge)
     return tuple(
         tuple(
-            Commit(tuple(sends[rank, index]), tuple(receives[rank, index]), tuple(needs[rank, index]))
+            P2PBatch(tuple(sends[rank, index]), tuple(receives[rank, index]), tuple(needs[rank, index]))
             for index in range(len(instructions) + 1)
         )
         for rank, instructions in enumerate(program.instructions)
@@ -116,7 +116,9 @@ def _ahead(needed: Sequence[int], sending: Sequence[int]) -> Iterator[int]:
         yield commit
 
 
-def _each(program: Program, ends: Callable[[Program, int, Instruction], Iterator[Edge]]) -> Iterator[tuple[int, Edge]]:
+def _each(
+    program: Program, ends: Callable[[Program, int, Instruction], Iterator[P2POp]]
+) -> Iterator[tuple[int, P2POp]]:
     """Every edge with the index of the instruction at one of its ends."""
     for rank, instructions in enumerate(program.instructions):
         for index, instruction in enumerate(instructions):
@@ -124,35 +126,35 @@ def _each(program: Program, ends: Callable[[Program, int, Instruction], Iterator
                 yield index, edge
 
 
-def _outgoing(program: Program, rank: int, instruction: Instruction) -> Iterator[Edge]:
+def _outgoing(program: Program, rank: int, instruction: Instruction) -> Iterator[P2POp]:
     """What `instruction` makes for another rank."""
     placement, forward, backward = program.placement, instruction.forward, instruction.backward
     if forward is not None:
-        source = Place(rank, forward.chunk)
+        source = StagePlace(rank, forward.chunk)
         yield from _edge(program, Payload.ACTIVATION, source, placement.after(source), forward.micro_batch)
     if backward is not None and instruction.op is not Op.W:
-        source = Place(rank, backward.chunk)
+        source = StagePlace(rank, backward.chunk)
         yield from _edge(program, Payload.GRADIENT, source, placement.before(source), backward.micro_batch)
 
 
-def _incoming(program: Program, rank: int, instruction: Instruction) -> Iterator[Edge]:
+def _incoming(program: Program, rank: int, instruction: Instruction) -> Iterator[P2POp]:
     """What `instruction` needs from another rank."""
     placement, forward, backward = program.placement, instruction.forward, instruction.backward
     if forward is not None:
-        target = Place(rank, forward.chunk)
+        target = StagePlace(rank, forward.chunk)
         yield from _edge(program, Payload.ACTIVATION, placement.before(target), target, forward.micro_batch)
     if backward is not None and instruction.op is not Op.W:
-        target = Place(rank, backward.chunk)
+        target = StagePlace(rank, backward.chunk)
         yield from _edge(program, Payload.GRADIENT, placement.after(target), target, backward.micro_batch)
 
 
 def _edge(
-    program: Program, payload: Payload, source: Place | None, target: Place | None, micro_batch: int
-) -> Iterator[Edge]:
+    program: Program, payload: Payload, source: StagePlace | None, target: StagePlace | None, micro_batch: int
+) -> Iterator[P2POp]:
     if source is None or target is None or source.rank == target.rank:
         return
     if payload is Payload.ACTIVATION:
         direction = program.placement.direction(source.chunk)
     else:
         direction = program.placement.direction(target.chunk).opposite
-    yield Edge(payload, direction, source, target, micro_batch)
+    yield P2POp(payload, direction, source, target, micro_batch)

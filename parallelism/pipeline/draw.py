@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from .program import Instruction, Program, Work, in_flight
-from .simulate import Replay
+from .program import Instruction, MicroBatchWork, Program, in_flight
+from .simulate import ProgramTimes
 
 
 def to_json(program: Program) -> dict[str, object]:
@@ -25,11 +25,11 @@ def _instruction(instruction: Instruction) -> dict[str, object]:
     return {"op": instruction.op.value, **_work(instruction.works[0])}
 
 
-def _work(work: Work) -> dict[str, object]:
+def _work(work: MicroBatchWork) -> dict[str, object]:
     return {"chunk": work.chunk, "micro_batch": work.micro_batch}
 
 
-def ascii_timeline(replay: Replay) -> str:
+def ascii_timeline(replay: ProgramTimes) -> str:
     """One line a rank, to scale: `F3---` is an instruction, dots are bubble.
 
     Small letters are chunk 1; with more than two chunks a rank, `F3a` is chunk 0, `F3b` chunk 1, and so on.
@@ -59,7 +59,7 @@ def title(program: Program) -> str:
     return f"{program.schedule}: {ranks}{chunks}, {program.micro_batches} micro-batches"
 
 
-def summary(replay: Replay) -> str:
+def summary(replay: ProgramTimes) -> str:
     """How long it takes and how much of that is bubble."""
     return f"makespan {replay.makespan:g}, bubble {100 * replay.bubble_fraction:.1f} % of the ranks' time"
 
@@ -74,7 +74,7 @@ def _label(instruction: Instruction, chunks: int) -> str:
     return "".join(parts)
 
 
-def _columns_a_unit(replay: Replay, labels: list[list[str]]) -> int:
+def _columns_a_unit(replay: ProgramTimes, labels: list[list[str]]) -> int:
     """Wide enough for each label and a space behind it."""
     return math.ceil(
         max(

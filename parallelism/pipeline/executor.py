@@ -13,16 +13,16 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ...comm.async_comm import Pending
-from ...comm.errors import CollectiveFailed
+from ...comm.async_comm import AsyncWork
+from ...comm.errors import CollectiveError
 from ...comm.groups import ProcessGroups
-from ...comm.p2p import Incoming, Lane, Outgoing, open_lane
+from ...comm.p2p import Incoming, Outgoing, P2PChannel, open_lane
 from ...comm.streams import Streams
-from ...comm.trace import EDGE_WAIT, SILENT, Recorder, Track
+from ...comm.trace import EDGE_WAIT, SILENT, SpanRecorder, Track
 from ..weight_grad import WeightGradients
-from .communication import Commit, Edge, Payload, edges
-from .placement import Direction, Place
-from .program import Instruction, Op, Program, Work, where
+from .communication import P2PBatch, P2POp, Payload, edges
+from .placement import Direction, StagePlace
+from .program import Instruction, MicroBatchWork, Op, Program, where
 
 Result = TypeVar("Result")
 Other = TypeVar("Other")
@@ -91,8 +91,8 @@ class Listener(Protocol):
 
 
 def open_lanes(
-    groups: ProcessGroups, device: torch.device, recorder: Recorder = SILENT, streams: Streams | None = None
-) -> dict[Direction, Lane]:
+    groups: ProcessGroups, device: torch.device, recorder: SpanRecorder = SILENT, streams: Streams | None = None
+) -> dict[Direction, P2PChannel]:
     """A lane each way where the pipeline has neighbours; on `streams`, by default those of `device`."""
     if groups.topology.pp == 1:
         return {}
@@ -110,24 +110,24 @@ class Executor:
     program: Program
     rank: int
     """Pipeline rank."""
-    lanes: Mapping[Direction, Lane]
+    lanes: Mapping[Direction, P2PChannel]
     """Empty for a pipeline of one rank."""
     global_ranks: tuple[int, ...]
     """Of the pipeline ranks, in order."""
-    commits: tuple[Commit, ...]
+    commits: tuple[P2PBatch, ...]
     overlap: bool = True
     """Whether the two halves of an FB take turns; else the forward runs first. The numbers are the same."""
-    recorder: Recorder = SILENT
+    recorder: SpanRecorder = SILENT
 
     @staticmethod
     def of(
         program: Program,
         rank: int,
-        lanes: Mapping[Direction, Lane],
+        lanes: Mapping[Direction, P2PChannel],
         global_ranks: tuple[int, ...],
         *,
         overlap: bool = True,
-        recorder: Recorder = SILENT,
+        recorder: SpanRecorder = SILENT,
     ) -> Executor:
         """Derives what travels from the program."""
         return Executor(program, rank, lanes, global_ranks, edges(program)[rank], overlap, recorder)
@@ -135,7 +135,7 @@ class Executor:
     def run(self, stages: Sequence[Stage], listener: Listener | None = None) -> None:
         """Run every instruction on `stages`, which are indexed by chunk.
 
-        Raises `CollectiveFailed` for a message that does not come: it names instruction, message and peer.
+        Raises `CollectiveError` for a message that does not come: it names instruction, message and peer.
         """
         run = _Run(self, stages)
         run.post(self.commits[0])
@@ -168,7 +168,7 @@ class Executor:
             )
             lane.finish()
 
-    def _peers(self, places: Iterable[Place]) -> list[int]:
+    def _peers(self, places: Iterable[StagePlace]) -> list[int]:
         """The global ranks of `places`, each once."""
         return [self.global_ranks[rank] for rank in sorted({place.rank for place in places})]
 
@@ -180,14 +180,14 @@ class _Run:
         self._executor = executor
         self._program, self._rank = executor.program, executor.rank
         self._stages = stages
-        self._arriving: dict[tuple[Payload, Work], tuple[Edge, Pending[Tensor]]] = {}
-        self._ready: dict[tuple[Payload, Work], Tensor] = {}
+        self._arriving: dict[tuple[Payload, MicroBatchWork], tuple[P2POp, AsyncWork[Tensor]]] = {}
+        self._ready: dict[tuple[Payload, MicroBatchWork], Tensor] = {}
         """What the work of a chunk here needs, by that work."""
-        self._leaving: dict[tuple[Payload, Work], Tensor] = {}
+        self._leaving: dict[tuple[Payload, MicroBatchWork], Tensor] = {}
         """What the work of a chunk here has made for another rank, until it is sent."""
-        self._pending_weights: dict[Work, WeightGradients] = {}
+        self._pending_weights: dict[MicroBatchWork, WeightGradients] = {}
 
-    def post(self, commit: Commit) -> None:
+    def post(self, commit: P2PBatch) -> None:
         """Send what the last instruction has made, and receive ahead."""
         for direction, lane in self._executor.lanes.items():
             receives = [edge for edge in commit.receives if edge.direction is direction]
@@ -205,15 +205,15 @@ class _Run:
             self._await(instruction)
             with self._executor.recorder.span(Track.INSTRUCTION, instruction.op, instruction):
                 self._compute(instruction.op, forward, backward)
-        except CollectiveFailed as failure:
-            raise CollectiveFailed(f"{where(self._rank, index, instruction)}: {failure}") from failure
+        except CollectiveError as failure:
+            raise CollectiveError(f"{where(self._rank, index, instruction)}: {failure}") from failure
 
     def finish(self) -> None:
         """Wait until everything has been sent."""
         for lane in self._executor.lanes.values():
             lane.finish()
 
-    def _compute(self, op: Op, forward: Work | None, backward: Work | None) -> None:
+    def _compute(self, op: Op, forward: MicroBatchWork | None, backward: MicroBatchWork | None) -> None:
         if forward is not None and backward is not None:
             self._pair(forward, backward)
         elif forward is not None:
@@ -227,11 +227,11 @@ class _Run:
         """Wait for the messages that the instruction needs, so that it computes without a break."""
         placement = self._program.placement
         if (work := instruction.forward) is not None:
-            self._arrive(Payload.ACTIVATION, work, placement.before(Place(self._rank, work.chunk)))
+            self._arrive(Payload.ACTIVATION, work, placement.before(StagePlace(self._rank, work.chunk)))
         if (work := instruction.backward) is not None and instruction.op is not Op.W:
-            self._arrive(Payload.GRADIENT, work, placement.after(Place(self._rank, work.chunk)))
+            self._arrive(Payload.GRADIENT, work, placement.after(StagePlace(self._rank, work.chunk)))
 
-    def _arrive(self, payload: Payload, work: Work, source: Place | None) -> None:
+    def _arrive(self, payload: Payload, work: MicroBatchWork, source: StagePlace | None) -> None:
         """Make ready what another rank has sent for `work`."""
         if source is None or source.rank == self._rank:
             return
@@ -239,10 +239,10 @@ class _Run:
         try:
             with self._executor.recorder.span(Track.INSTRUCTION, EDGE_WAIT, edge):
                 self._ready[payload, work] = message.wait()
-        except CollectiveFailed as failure:
-            raise CollectiveFailed(f"waits for the {edge}: {failure}") from failure
+        except CollectiveError as failure:
+            raise CollectiveError(f"waits for the {edge}: {failure}") from failure
 
-    def _pair(self, forward: Work, backward: Work) -> None:
+    def _pair(self, forward: MicroBatchWork, backward: MicroBatchWork) -> None:
         if self._executor.overlap:
             grad, output = take_turns(self._backward(backward, deferred=False), self._forward(forward))
         else:
@@ -251,47 +251,47 @@ class _Run:
         self._sent(forward, output)
         self._returned(backward, grad)
 
-    def _forward(self, work: Work) -> Steps[Tensor | None]:
-        source = self._program.placement.before(Place(self._rank, work.chunk))
+    def _forward(self, work: MicroBatchWork) -> Steps[Tensor | None]:
+        source = self._program.placement.before(StagePlace(self._rank, work.chunk))
         received = self._take(Payload.ACTIVATION, work, source)
         return self._stages[work.chunk].forward(self._program.data_index(work), received)
 
-    def _backward(self, work: Work, *, deferred: bool) -> Steps[Tensor | None]:
-        source = self._program.placement.after(Place(self._rank, work.chunk))
+    def _backward(self, work: MicroBatchWork, *, deferred: bool) -> Steps[Tensor | None]:
+        source = self._program.placement.after(StagePlace(self._rank, work.chunk))
         received = self._take(Payload.GRADIENT, work, source)
         weights = WeightGradients(deferred=deferred)
         if deferred:
             self._pending_weights[work] = weights
         return self._stages[work.chunk].backward(self._program.data_index(work), received, weights)
 
-    def _sent(self, work: Work, output: Tensor | None) -> None:
-        target = self._program.placement.after(Place(self._rank, work.chunk))
+    def _sent(self, work: MicroBatchWork, output: Tensor | None) -> None:
+        target = self._program.placement.after(StagePlace(self._rank, work.chunk))
         self._hand_on(Payload.ACTIVATION, work, output, target)
 
-    def _returned(self, work: Work, grad: Tensor | None) -> None:
-        target = self._program.placement.before(Place(self._rank, work.chunk))
+    def _returned(self, work: MicroBatchWork, grad: Tensor | None) -> None:
+        target = self._program.placement.before(StagePlace(self._rank, work.chunk))
         self._hand_on(Payload.GRADIENT, work, grad, target)
 
-    def _take(self, payload: Payload, work: Work, source: Place | None) -> Tensor | None:
+    def _take(self, payload: Payload, work: MicroBatchWork, source: StagePlace | None) -> Tensor | None:
         """What `work` needs, which is here; None where nothing comes before it."""
         return None if source is None else self._ready.pop((payload, work))
 
-    def _hand_on(self, payload: Payload, work: Work, made: Tensor | None, target: Place | None) -> None:
+    def _hand_on(self, payload: Payload, work: MicroBatchWork, made: Tensor | None, target: StagePlace | None) -> None:
         """To another chunk of this rank, under its name there, or to be sent."""
         if target is None:
             return
         assert made is not None
         if target.rank == self._rank:
-            self._ready[payload, Work(target.chunk, work.micro_batch)] = made
+            self._ready[payload, MicroBatchWork(target.chunk, work.micro_batch)] = made
         else:
             self._leaving[payload, work] = made.contiguous()
 
-    def _outgoing(self, edge: Edge) -> Outgoing:
+    def _outgoing(self, edge: P2POp) -> Outgoing:
         return Outgoing(edge, self._leaving.pop((edge.payload, edge.sent)), self._global(edge.target))
 
-    def _buffer(self, edge: Edge) -> Callable[[], Tensor]:
+    def _buffer(self, edge: P2POp) -> Callable[[], Tensor]:
         stage, micro_batch = self._stages[edge.target.chunk], self._program.data_index(edge.received)
         return lambda: stage.message(micro_batch)
 
-    def _global(self, place: Place) -> int:
+    def _global(self, place: StagePlace) -> int:
         return self._executor.global_ranks[place.rank]

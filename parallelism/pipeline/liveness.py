@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from .communication import Commit
-from .placement import Place
+from .communication import P2PBatch
+from .placement import StagePlace
 from .program import Instruction, Op, Program
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class LiveCounts:
     """Counts, by chunk where there is a tuple."""
 
     alive: tuple[int, ...]
@@ -25,7 +25,7 @@ class Held:
     messages: int
     """Activations and gradients that are here before they are needed, or made here and on their way."""
 
-    def covers(self, other: Held) -> bool:
+    def covers(self, other: LiveCounts) -> bool:
         """Whether this is as much as `other` of everything."""
         return (
             self.messages >= other.messages
@@ -35,7 +35,7 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class LiveInstruction:
     """One kind of instruction at work, beside what is held while it runs.
 
     The micro-batch of its backward has left `alive` or `waiting`, that of its forward has not joined them: both are the
@@ -47,7 +47,7 @@ class Moment:
     """Chunk."""
     backward: int | None
     """Chunk."""
-    held: Held
+    held: LiveCounts
 
     @property
     def work(self) -> tuple[Op, int | None, int | None]:
@@ -64,42 +64,44 @@ class Moment:
         return tuple(counts)
 
 
-def moments(program: Program, rank: int, commits: Sequence[Commit]) -> frozenset[Moment]:
+def moments(program: Program, rank: int, commits: Sequence[P2PBatch]) -> frozenset[LiveInstruction]:
     """All instructions of `rank` that may be its worst moment; others hold less of everything while doing the same.
 
     `commits` are those of the rank, from `edges`.
     """
-    found: dict[tuple[Op, int | None, int | None], set[Held]] = {}
+    found: dict[tuple[Op, int | None, int | None], set[LiveCounts]] = {}
     for instruction, held in zip(program.instructions[rank], _held(program, rank, commits), strict=True):
         forward, backward = instruction.forward, instruction.backward
         chunks = None if forward is None else forward.chunk, None if backward is None else backward.chunk
         found.setdefault((instruction.op, *chunks), set()).add(held)
-    return frozenset(Moment(*work, held) for work, all_held in found.items() for held in _largest(all_held))
+    return frozenset(LiveInstruction(*work, held) for work, all_held in found.items() for held in _largest(all_held))
 
 
-def between(program: Program, rank: int, commits: Sequence[Commit]) -> frozenset[Held]:
+def between(program: Program, rank: int, commits: Sequence[P2PBatch]) -> frozenset[LiveCounts]:
     """The largest of what `rank` holds when an instruction is about to begin, its messages included."""
     before, messages = _before(program, rank), _messages(program, rank, commits)
-    return frozenset(_largest(Held(*counts, waiting) for counts, (waiting, _) in zip(before, messages, strict=True)))
+    return frozenset(
+        _largest(LiveCounts(*counts, waiting) for counts, (waiting, _) in zip(before, messages, strict=True))
+    )
 
 
-def _largest(all_held: Iterable[Held]) -> Iterator[Held]:
+def _largest(all_held: Iterable[LiveCounts]) -> Iterator[LiveCounts]:
     """Those that no other covers."""
-    largest: list[Held] = []
+    largest: list[LiveCounts] = []
     for held in sorted(set(all_held), key=lambda held: (*held.alive, *held.waiting, held.messages), reverse=True):
         if not any(other.covers(held) for other in largest):
             largest.append(held)
     yield from largest
 
 
-def _held(program: Program, rank: int, commits: Sequence[Commit]) -> Iterator[Held]:
+def _held(program: Program, rank: int, commits: Sequence[P2PBatch]) -> Iterator[LiveCounts]:
     counts = zip(program.instructions[rank], _before(program, rank), _messages(program, rank, commits), strict=True)
     for instruction, before, (_, messages) in counts:
         alive, waiting = map(list, before)
         if instruction.backward is not None:
             own = waiting if instruction.op is Op.W else alive
             own[instruction.backward.chunk] -= 1
-        yield Held(tuple(alive), tuple(waiting), messages)
+        yield LiveCounts(tuple(alive), tuple(waiting), messages)
 
 
 def _before(program: Program, rank: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -115,7 +117,7 @@ def _before(program: Program, rank: int) -> Iterator[tuple[tuple[int, ...], tupl
             waiting[chunk] += (instruction.op is Op.I) - (instruction.op is Op.W)
 
 
-def _messages(program: Program, rank: int, commits: Sequence[Commit]) -> Iterator[tuple[int, int]]:
+def _messages(program: Program, rank: int, commits: Sequence[P2PBatch]) -> Iterator[tuple[int, int]]:
     """Before each instruction and while it runs: received ahead, just sent, or going to another chunk of this rank."""
     here = 0
     for commit, instruction in zip(commits, program.instructions[rank], strict=False):
@@ -130,13 +132,13 @@ def _between_chunks(program: Program, rank: int, instruction: Instruction, *, ma
     """Works of the instruction that take what another chunk of this rank has made, or that make such a thing."""
     placement, forward, backward = program.placement, instruction.forward, instruction.backward
     earlier, later = (placement.after, placement.before) if made else (placement.before, placement.after)
-    found = forward is not None and _is_on(rank, earlier(Place(rank, forward.chunk)))
+    found = forward is not None and _is_on(rank, earlier(StagePlace(rank, forward.chunk)))
     if instruction.op is Op.W or backward is None:
         return int(found)
-    return found + _is_on(rank, later(Place(rank, backward.chunk)))
+    return found + _is_on(rank, later(StagePlace(rank, backward.chunk)))
 
 
-def _is_on(rank: int, place: Place | None) -> bool:
+def _is_on(rank: int, place: StagePlace | None) -> bool:
     return place is not None and place.rank == rank
 
 
@@ -171,5 +173,5 @@ def _holders(program: Program, stages: Iterable[int]) -> set[int]:
 def _uses(program: Program, rank: int, stages: Iterable[int]) -> Iterator[int]:
     wanted = set(stages)
     for index, instruction in enumerate(program.instructions[rank]):
-        if any(program.placement.stage(Place(rank, work.chunk)) in wanted for work in instruction.works):
+        if any(program.placement.stage(StagePlace(rank, work.chunk)) in wanted for work in instruction.works):
             yield index

@@ -30,7 +30,7 @@ class Route(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class StagePlace:
     """A stage of the model on one rank: `chunk` counts the stages that the rank holds."""
 
     rank: int
@@ -64,46 +64,46 @@ class Placement:
         down = chunk == 1 and self.route is not Route.LOOP
         return Direction.DOWN if down else Direction.UP
 
-    def stage(self, place: Place) -> int:
+    def stage(self, place: StagePlace) -> int:
         """The stage at `place`."""
         if self.direction(place.chunk) is Direction.DOWN:
             return self.stages - 1 - place.rank
         return place.chunk * self.ranks + place.rank if self.route is Route.LOOP else place.rank
 
-    def before(self, place: Place) -> Place | None:
+    def before(self, place: StagePlace) -> StagePlace | None:
         """Where a micro-batch that is at `place` has been before; None in the first stage. May be the same rank."""
         return self._step(place, -1)
 
-    def after(self, place: Place) -> Place | None:
+    def after(self, place: StagePlace) -> StagePlace | None:
         """Where a micro-batch that is at `place` goes next; None in the last stage. May be the same rank."""
         return self._step(place, +1)
 
-    def is_first(self, place: Place) -> bool:
+    def is_first(self, place: StagePlace) -> bool:
         """Whether `place` holds the embedding and is given tokens."""
         return self.stage(place) == 0
 
-    def is_last(self, place: Place) -> bool:
+    def is_last(self, place: StagePlace) -> bool:
         """Whether `place` holds the head and computes the loss."""
         return self.stage(place) == self.stages - 1
 
-    def holders(self, stage: int) -> tuple[Place, ...]:
+    def holders(self, stage: int) -> tuple[StagePlace, ...]:
         """Every place that holds `stage`, lowest rank first: one, or the two replicas of a bidirectional placement."""
         return tuple(place for place in self.places() if self.stage(place) == stage)
 
-    def places(self) -> tuple[Place, ...]:
+    def places(self) -> tuple[StagePlace, ...]:
         """Every (rank, chunk), rank by rank."""
-        return tuple(Place(rank, chunk) for rank in range(self.ranks) for chunk in range(self.chunks))
+        return tuple(StagePlace(rank, chunk) for rank in range(self.ranks) for chunk in range(self.chunks))
 
     def shares_ends(self) -> bool:
         """Whether first and last stage are on one rank everywhere, so that they can share embedding and head."""
         return {place.rank for place in self.holders(0)} == {place.rank for place in self.holders(self.stages - 1)}
 
-    def _step(self, place: Place, step: int) -> Place | None:
+    def _step(self, place: StagePlace, step: int) -> StagePlace | None:
         stage = self.stage(place) + step
         if not 0 <= stage < self.stages:
             return None
         if self.route is Route.LOOP:
-            return Place(stage % self.ranks, stage // self.ranks)
+            return StagePlace(stage % self.ranks, stage // self.ranks)
         if self.route is Route.V:
-            return Place(stage, 0) if stage < self.ranks else Place(self.stages - 1 - stage, 1)
-        return Place(stage if place.chunk == 0 else self.ranks - 1 - stage, place.chunk)
+            return StagePlace(stage, 0) if stage < self.ranks else StagePlace(self.stages - 1 - stage, 1)
+        return StagePlace(stage if place.chunk == 0 else self.ranks - 1 - stage, place.chunk)

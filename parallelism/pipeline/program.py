@@ -27,7 +27,7 @@ class Op(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class MicroBatchWork:
     """One micro-batch in one chunk of the rank that the work is listed for.
 
     Micro-batches count from 0. Under a bidirectional placement each direction has its own count, so
@@ -46,8 +46,8 @@ class Instruction:
     """
 
     op: Op
-    forward: Work | None = None
-    backward: Work | None = None
+    forward: MicroBatchWork | None = None
+    backward: MicroBatchWork | None = None
 
     def __post_init__(self) -> None:
         given = (self.forward is not None, self.backward is not None)
@@ -55,7 +55,7 @@ class Instruction:
             raise ValueError(f"{self.op} with forward = {self.forward} and backward = {self.backward}")
 
     @property
-    def works(self) -> tuple[Work, ...]:
+    def works(self) -> tuple[MicroBatchWork, ...]:
         """The one or two works, forward first."""
         return tuple(work for work in (self.forward, self.backward) if work is not None)
 
@@ -95,7 +95,7 @@ class Program:
             return self.micro_batches
         return self.micro_batches // 2
 
-    def data_index(self, work: Work) -> int:
+    def data_index(self, work: MicroBatchWork) -> int:
         """Which of the global batch's N micro-batches `work` is on: those that go up first, then those that go down."""
         bidirectional = self.placement.route is Route.BIDIRECTIONAL
         down = bidirectional and self.placement.direction(work.chunk) is Direction.DOWN
@@ -126,7 +126,7 @@ class RankWriter:
     def __init__(self, chunks: int) -> None:
         self._forwards = [0] * chunks
         self._backwards = [0] * chunks
-        self._pending: deque[Work] = deque()
+        self._pending: deque[MicroBatchWork] = deque()
         self._written: list[Instruction] = []
 
     def forward(self, chunk: int = 0) -> None:
@@ -157,7 +157,7 @@ class RankWriter:
         return tuple(self._written)
 
 
-def _next(counts: list[int], chunk: int) -> Work:
-    work = Work(chunk, counts[chunk])
+def _next(counts: list[int], chunk: int) -> MicroBatchWork:
+    work = MicroBatchWork(chunk, counts[chunk])
     counts[chunk] += 1
     return work

@@ -6,7 +6,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from .communication import Edge, edges
+from .communication import P2POp, edges
 from .placement import Direction
 from .program import Instruction, Op, Program, ProgramError, where
 
@@ -55,7 +55,7 @@ class UnitTimes:
 
 
 @dataclass(frozen=True)
-class Replay:
+class ProgramTimes:
     """The times of every instruction of every rank, from the moment the first one starts."""
 
     program: Program
@@ -84,7 +84,7 @@ class Replay:
         return sum(self.bubbles) / total if total else 0.0
 
 
-def replay(program: Program, duration: Duration, transfer: float = 0.0) -> Replay:
+def simulate_program(program: Program, duration: Duration, transfer: float = 0.0) -> ProgramTimes:
     """Run `program` under the rendezvous model (see `edges`) and note the times.
 
     `transfer` is how long a batch of messages takes once both ends are there. Raises `ProgramError` when the program
@@ -92,7 +92,7 @@ def replay(program: Program, duration: Duration, transfer: float = 0.0) -> Repla
     """
     run = _Run(program, duration, transfer)
     run.to_the_end()
-    return Replay(program, tuple(map(tuple, run.starts)), tuple(map(tuple, run.ends)))
+    return ProgramTimes(program, tuple(map(tuple, run.starts)), tuple(map(tuple, run.ends)))
 
 
 def ideal_wait(program: Program, mean: Mapping[Op, float]) -> float:
@@ -101,7 +101,7 @@ def ideal_wait(program: Program, mean: Mapping[Op, float]) -> float:
     That is, where every instruction takes the mean of its kind, exchanges that it waits for included, and messages take
     no time. What ranks wait beyond that, stages or machines that differ are to blame for, or messages.
     """
-    ideal = replay(program, UnitTimes(*(mean[op] for op in (Op.F, Op.I, Op.W, Op.B, Op.FB))))
+    ideal = simulate_program(program, UnitTimes(*(mean[op] for op in (Op.F, Op.I, Op.W, Op.B, Op.FB))))
     return sum(ends[-1] - busy for ends, busy in zip(ideal.ends, ideal.busy, strict=True) if ends)
 
 
@@ -110,7 +110,7 @@ class _Lane:
     """One rank's queue of batches in one direction."""
 
     rank: int
-    batches: list[tuple[int, list[Edge], list[Edge]]] = field(default_factory=list)
+    batches: list[tuple[int, list[P2POp], list[P2POp]]] = field(default_factory=list)
     """The commit's number, what is sent, what is received; batches without messages are left out."""
     front: int = 0
     is_open: bool = False
@@ -128,8 +128,8 @@ class _Run:
         self.ends: list[list[float]] = [[] for _ in program.instructions]
         self._program, self._duration, self._transfer = program, duration, transfer
         self._commits = edges(program)
-        self._arrived: dict[Edge, float] = {}
-        self._waiting: dict[Edge, tuple[_Lane, float]] = {}
+        self._arrived: dict[P2POp, float] = {}
+        self._waiting: dict[P2POp, tuple[_Lane, float]] = {}
         """Messages with one end open, and since when."""
         self._lanes: defaultdict[int, list[_Lane]] = defaultdict(list)
         for rank, commits in enumerate(self._commits):
@@ -171,7 +171,7 @@ class _Run:
             lane.is_open = False
             lane.front += 1
 
-    def _meet(self, lane: _Lane, messages: list[Edge]) -> None:
+    def _meet(self, lane: _Lane, messages: list[P2POp]) -> None:
         opened = lane.time
         for edge in messages:
             if edge not in self._waiting:

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .communication import Commit, Edge, edges
+from .communication import P2PBatch, P2POp, edges
 from .placement import Direction
 from .program import Program, ProgramError
-from .simulate import Duration, Replay
+from .simulate import Duration, ProgramTimes
 
 
 class _Node(NamedTuple):
@@ -42,7 +42,7 @@ class Timetable:
         """Raises `ProgramError` when the program deadlocks; it must be complete, which `check` proves."""
         return Timetable(program, tuple(_sorted(_Builder(program).nodes())))
 
-    def replay(self, duration: Duration, transfer: float = 0.0) -> Replay:
+    def replay(self, duration: Duration, transfer: float = 0.0) -> ProgramTimes:
         """What `replay` returns for the same arguments."""
         instructions = self.program.instructions
         starts: list[list[float]] = [[0.0] * len(row) for row in instructions]
@@ -58,7 +58,7 @@ class Timetable:
             elif travels:
                 time += transfer
             note(time)
-        return Replay(self.program, tuple(map(tuple, starts)), tuple(map(tuple, ends)))
+        return ProgramTimes(self.program, tuple(map(tuple, starts)), tuple(map(tuple, ends)))
 
 
 class _Builder:
@@ -75,9 +75,9 @@ class _Builder:
 
     def nodes(self) -> list[_Node]:
         commits = edges(self._program)
-        opened: dict[Edge, list[int]] = {}
-        arrives: dict[Edge, int] = {}
-        batches: list[tuple[int | None, int | None, list[Edge]]] = []
+        opened: dict[P2POp, list[int]] = {}
+        arrives: dict[P2POp, int] = {}
+        batches: list[tuple[int | None, int | None, list[P2POp]]] = []
         for rank, row in enumerate(commits):
             for direction in Direction:
                 previous: int | None = None
@@ -100,7 +100,7 @@ class _Builder:
         return nodes
 
     def _of_instructions(
-        self, commits: Sequence[Sequence[Commit]], arrives: dict[Edge, int], complete: int
+        self, commits: Sequence[Sequence[P2PBatch]], arrives: dict[P2POp, int], complete: int
     ) -> Iterator[_Node]:
         for rank, row in enumerate(self._program.instructions):
             for index in range(len(row)):
@@ -109,7 +109,7 @@ class _Builder:
                 yield _Node((*own, *needs), rank, index)
 
 
-def _batches(commits: Sequence[Commit], direction: Direction) -> Iterator[tuple[int, list[Edge]]]:
+def _batches(commits: Sequence[P2PBatch], direction: Direction) -> Iterator[tuple[int, list[P2POp]]]:
     """One rank's batches in one direction; those without messages are left out."""
     for index, commit in enumerate(commits):
         messages = [edge for edge in (*commit.sends, *commit.receives) if edge.direction is direction]

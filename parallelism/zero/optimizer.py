@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ...comm.async_comm import Pending
-from ...comm.trace import REDUCE_WAIT, Recorder, Track
+from ...comm.async_comm import AsyncWork
+from ...comm.trace import REDUCE_WAIT, SpanRecorder, Track
 from .bucket import Owned
 from .reduce import ALL_GATHER, Reducer, count_shards
 
@@ -44,7 +44,7 @@ class ShardedOptimizer:
     """
 
     def __init__(
-        self, reducer: Reducer, update: Update, needed_from: Sequence[int], order: Sequence[int], recorder: Recorder
+        self, reducer: Reducer, update: Update, needed_from: Sequence[int], order: Sequence[int], recorder: SpanRecorder
     ) -> None:
         """`needed_from`: of each bucket, this rank's first instruction that computes with it (`uses.first_use`).
 
@@ -56,7 +56,7 @@ class ShardedOptimizer:
         self._update = update
         self._needed_from = tuple(needed_from)
         self._order = tuple(order)
-        self._arriving: dict[int, Pending[None]] = {}
+        self._arriving: dict[int, AsyncWork[None]] = {}
         self._recorder = recorder
 
     def follow(self, needed_from: Sequence[int], final_after: Sequence[int]) -> None:

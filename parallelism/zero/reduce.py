@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...comm.async_comm import Pending, Worker
+from ...comm.async_comm import AsyncCommunicator, AsyncWork
 from ...comm.groups import Group
 from ...comm.host import to_host
 from ...comm.traffic import Traffic
@@ -33,14 +33,14 @@ class Reducer:
         self,
         buckets: Sequence[Bucket],
         final_after: Sequence[int],
-        worker: Worker,
+        worker: AsyncCommunicator,
         traffic: Traffic,
     ) -> None:
         """`final_after`: of each bucket, this rank's last instruction that adds to it (`pipeline.uses.last_use`)."""
         self.buckets = tuple(buckets)
         self.worker, self.traffic = worker, traffic
         self._final_after = tuple(final_after)
-        self._reducing: list[Pending[None]] = []
+        self._reducing: list[AsyncWork[None]] = []
 
     def follow(self, final_after: Sequence[int]) -> None:
         """Another program runs from the next step on. The order of the buckets stays: any will do that all agree on."""

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shoestring.comm.communicator import Communicator, GlooCommunicator, Messages
+from shoestring.comm.communicator import Collectives, GlooCollectives, Messages
 from shoestring.comm.open_groups import GlooGroups
 from shoestring.comm.streams import Stream
 
@@ -222,19 +222,19 @@ class RulesCommunicator:
         patience: timedelta,
     ) -> None:
         self.handle = handle
-        self._gloo = GlooCommunicator(handle, ranks, rank, limit)
+        self._gloo = GlooCollectives(handle, ranks, rank, limit)
         self._ranks = ranks
         self._streams = streams
         self._connections = Connections(handle, ranks, rank, patience)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="communicator")
 
     def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
-        """See `Communicator`."""
+        """See `Collectives`."""
         self._connections.collective(tensor.nbytes)
         self._queue(lambda: self._gloo.all_reduce(tensor, operation))
 
     def all_to_all(self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int]) -> None:
-        """See `Communicator`. A message to each rank, and none of no row."""
+        """See `Collectives`. A message to each rank, and none of no row."""
         self._connections.pairs(
             [rank for rank, rows in zip(self._ranks, sent_M, strict=True) if rows],
             [rank for rank, rows in zip(self._ranks, received_M, strict=True) if rows],
@@ -242,17 +242,17 @@ class RulesCommunicator:
         self._queue(lambda: self._gloo.all_to_all(arrived, sent, received_M, sent_M))
 
     def reduce_scatter(self, own_N: Tensor, shards_GN: Tensor) -> None:
-        """See `Communicator`."""
+        """See `Collectives`."""
         self._connections.collective(shards_GN.nbytes)
         self._queue(lambda: self._gloo.reduce_scatter(own_N, shards_GN))
 
     def all_gather(self, shards_GN: Tensor, own_N: Tensor) -> None:
-        """See `Communicator`."""
+        """See `Collectives`."""
         self._connections.collective(shards_GN.nbytes)
         self._queue(lambda: self._gloo.all_gather(shards_GN, own_N))
 
     def send_and_receive(self, sends: Messages, receives: Messages) -> None:
-        """See `Communicator`."""
+        """See `Collectives`."""
         self._connections.pairs([peer for _, peer in sends], [peer for _, peer in receives])
         self._queue(lambda: self._gloo.send_and_receive(sends, receives))
 
@@ -277,13 +277,13 @@ class RulesGroups(GlooGroups):
         super().__init__(rank, limit)
         self._streams, self._patience = streams, patience
 
-    def control(self, ranks: tuple[int, ...]) -> Communicator:
+    def control(self, ranks: tuple[int, ...]) -> Collectives:
         """See `OpenGroups`."""
         communicator = super().split("control", [ranks], None)
         assert communicator is not None
         return communicator
 
-    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Communicator | None:
+    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
         """See `OpenGroups`."""
         own = super().split(name, parts, max_ctas)
         if own is None:

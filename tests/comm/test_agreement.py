@@ -9,7 +9,15 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from shoestring.comm.agreement import Different, Fact, Facts, first_difference, from_json, refuse_unless_equal, to_json
+from shoestring.comm.agreement import (
+    Fact,
+    Facts,
+    ProcessesDifferError,
+    first_difference,
+    from_json,
+    refuse_unless_equal,
+    to_json,
+)
 
 
 def facts(**values: str) -> dict[str, Fact]:
@@ -24,7 +32,7 @@ def compare(all_facts: Sequence[Facts]) -> list[str]:
     def rank(number: int) -> str:
         try:
             refuse_unless_equal(store, number, len(all_facts), all_facts[number])
-        except Different as different:
+        except ProcessesDifferError as different:
             return str(different)
         return ""
 

@@ -11,20 +11,20 @@ import pytest
 import torch
 
 from shoestring.comm.async_comm import (
-    InlineWorker,
+    AsyncWork,
+    InlineCommunicator,
     OrderCheck,
-    Pending,
-    StreamWorker,
-    ThreadWorker,
+    StreamCommunicator,
+    ThreadCommunicator,
     open_worker,
     tensors_of,
 )
-from shoestring.comm.errors import CollectiveFailed
+from shoestring.comm.errors import CollectiveError
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.host import HostCopies
 from shoestring.comm.topology import Topology
-from shoestring.comm.trace import Call, Label
+from shoestring.comm.trace import Call, ExchangeLabel
 from shoestring.tests.comm.exchange.routing import CASES, LABEL, batch_of, open_on
 from shoestring.tests.comm.recorded_streams import HOST_WAITS, REST, RecordedStreams
 from shoestring.tests.processes import World, run_processes
@@ -34,7 +34,7 @@ CALL = str(Call("dispatch", LABEL))
 
 
 def test_an_error_in_the_worker_is_raised_by_wait() -> None:
-    worker = ThreadWorker()
+    worker = ThreadCommunicator()
     pending = worker.submit(CALL, lambda: torch.ones(2) @ torch.ones(3), ())
     with pytest.raises(RuntimeError):
         pending.wait()
@@ -42,7 +42,7 @@ def test_an_error_in_the_worker_is_raised_by_wait() -> None:
 
 
 def test_after_a_failure_nothing_more_is_tried() -> None:
-    worker, tried = ThreadWorker(), []
+    worker, tried = ThreadCommunicator(), []
     first = worker.submit(CALL, lambda: 1 / 0, ())
     second = worker.submit(CALL, lambda: tried.append(1), ())
     for pending in (first, second):
@@ -53,7 +53,7 @@ def test_after_a_failure_nothing_more_is_tried() -> None:
 
 
 def test_close_lets_the_running_one_end_and_starts_no_other() -> None:
-    worker, running, go_on = ThreadWorker(), threading.Event(), threading.Event()
+    worker, running, go_on = ThreadCommunicator(), threading.Event(), threading.Event()
     done: list[int] = []
 
     def first() -> None:
@@ -73,19 +73,19 @@ def test_close_lets_the_running_one_end_and_starts_no_other() -> None:
 
 def test_nothing_in_a_worker_is_recorded_by_autograd() -> None:
     x = torch.ones(2, requires_grad=True)
-    for worker in (ThreadWorker(), InlineWorker(), on_streams()[0]):
+    for worker in (ThreadCommunicator(), InlineCommunicator(), on_streams()[0]):
         assert not worker.submit(CALL, lambda: 2 * x, (x,)).wait().requires_grad
         assert not worker.submit_in_parts(CALL, lambda: lambda: 2 * x, (x,)).wait().requires_grad
         worker.close()
 
 
-def on_streams() -> tuple[StreamWorker, RecordedStreams]:
+def on_streams() -> tuple[StreamCommunicator, RecordedStreams]:
     streams = RecordedStreams()
-    return StreamWorker(streams, recorder=streams), streams
+    return StreamCommunicator(streams, recorder=streams), streams
 
 
 def test_the_second_part_runs_when_it_is_asked_for() -> None:
-    for worker in (InlineWorker(), on_streams()[0]):
+    for worker in (InlineCommunicator(), on_streams()[0]):
         done: list[str] = []
 
         def first(done: list[str] = done) -> Callable[[], None]:
@@ -102,7 +102,7 @@ def test_the_second_part_runs_when_it_is_asked_for() -> None:
 
 
 def test_a_thread_goes_on_with_the_second_part_by_itself() -> None:
-    worker, done = ThreadWorker(), threading.Event()
+    worker, done = ThreadCommunicator(), threading.Event()
     pending = worker.submit_in_parts(CALL, lambda: done.set, ())
     assert done.wait(timeout=30)
     pending.wait()
@@ -111,7 +111,7 @@ def test_a_thread_goes_on_with_the_second_part_by_itself() -> None:
 
 def test_nothing_comes_between_two_parts() -> None:
     """Else a thread, which runs both at once, and a stream would have their collectives in two orders."""
-    for worker in (ThreadWorker(), InlineWorker(), on_streams()[0]):
+    for worker in (ThreadCommunicator(), InlineCommunicator(), on_streams()[0]):
         pending = worker.submit_in_parts(CALL, lambda: lambda: 1, ())
         for submit in (worker.submit, worker.submit_in_parts):
             with pytest.raises(RuntimeError, match="before the second part of dispatch of layer_01, micro-batch 2"):
@@ -176,7 +176,7 @@ def seconds_of_waiting(world: World, name: str) -> dict[str, float]:
     exchange, _, worker = open_on(topology, world.rank, ExchangeConfig(name=name))
     batch = batch_of(CASES[3], topology, world.rank, torch.float32)
     received = exchange.dispatch(batch.tokens_TD, batch.weights_TK, batch.experts_TK, LABEL).wait()
-    operations: dict[str, Callable[[], Pending[object]]] = {
+    operations: dict[str, Callable[[], AsyncWork[object]]] = {
         "dispatch": lambda: exchange.dispatch(batch.tokens_TD, batch.weights_TK, batch.experts_TK, LABEL),
         "combine": lambda: exchange.combine(received.rows_RD, received),
         "combine_backward": lambda: exchange.combine_backward(batch.grad_TD, received),
@@ -215,7 +215,7 @@ def other_order(world: World) -> str:
     worker = open_worker(groups.ep, torch.device("cpu"), order)
     for operation in ("dispatch", "combine") if world.rank else ("dispatch", "dispatch"):
         pending = worker.submit(str(Call(operation, LABEL)), lambda: None, ())
-    with pytest.raises(CollectiveFailed) as failure:
+    with pytest.raises(CollectiveError) as failure:
         pending.wait()
     worker.close()
     assert order.issued[0] == "dispatch of layer_01, micro-batch 2"
@@ -238,9 +238,9 @@ def absent_peer(world: World, name: str) -> str:
         return ""
     exchange, _, worker = open_on(topology, world.rank, ExchangeConfig(name=name), groups)
     batch = batch_of(CASES[0], topology, world.rank, torch.float32)
-    label = Label("layer_07", 5)
+    label = ExchangeLabel("layer_07", 5)
     pending = exchange.dispatch(batch.tokens_TD, batch.weights_TK, batch.experts_TK, label)
-    with pytest.raises(CollectiveFailed) as failure:
+    with pytest.raises(CollectiveError) as failure:
         pending.wait()
     worker.close()
     return str(failure.value)

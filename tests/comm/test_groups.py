@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from shoestring.comm import open_groups
-from shoestring.comm.communicator import Communicator
+from shoestring.comm.communicator import Collectives
 from shoestring.comm.groups import P2P_CTAS, REDUCE_CTAS, Group, ProcessGroups
 from shoestring.comm.open_groups import NcclGroups
 from shoestring.comm.topology import Topology
@@ -31,19 +31,19 @@ class Drawn:
         self.made: list[tuple[str, list[tuple[int, ...]], int | None]] = []
         self._rank = rank
 
-    def world(self, ranks: tuple[int, ...]) -> Communicator:
+    def world(self, ranks: tuple[int, ...]) -> Collectives:
         communicator = self.split("world", [ranks], None)
         assert communicator is not None
         return communicator
 
-    def control(self, ranks: tuple[int, ...]) -> Communicator:
+    def control(self, ranks: tuple[int, ...]) -> Collectives:
         self.calls += 1
-        return cast("Communicator", ranks)
+        return cast("Collectives", ranks)
 
-    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Communicator | None:
+    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
         self.calls += 1
         self.made.append((name, list(parts), max_ctas))
-        return cast("Communicator | None", next((ranks for ranks in parts if self._rank in ranks), None))
+        return cast("Collectives | None", next((ranks for ranks in parts if self._rank in ranks), None))
 
 
 def groups_of(groups: ProcessGroups) -> list[Group]:
@@ -119,7 +119,7 @@ def test_a_group_that_is_not_made_in_time_is_named(tmp_path: Path) -> None:
     watchdog = Watchdog(0, timedelta(seconds=5), tmp_path, clock=lambda: now[0], leave=ends.append, output=told)
 
     class Slow(Drawn):
-        def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Communicator | None:
+        def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
             now[0] += 6
             watchdog.look()
             return super().split(name, parts, max_ctas)

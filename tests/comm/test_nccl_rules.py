@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.comm.async_comm import StreamWorker
+from shoestring.comm.async_comm import StreamCommunicator
 from shoestring.comm.groups import Group
-from shoestring.comm.p2p import Incoming, Outgoing, StreamLane
+from shoestring.comm.p2p import Incoming, Outgoing, StreamChannel
 from shoestring.tests.comm.nccl_rules import (
     FIRST_CONTACT,
     RING_BYTES,
@@ -84,7 +84,7 @@ def test_a_collective_that_is_connected_blocks_nobody() -> None:
 def talk_in_turns(world: World) -> float:
     """Rank 0 waits for an answer before it posts the question: the wait holds one stream, and not the host."""
     streams = QueuedStreams()
-    down, up = (StreamLane(open_group(world, streams), StreamWorker(streams)) for _ in range(2))
+    down, up = (StreamChannel(open_group(world, streams), StreamCommunicator(streams)) for _ in range(2))
     peer, side = 1 - world.rank, streams.create("side")
 
     def one() -> Tensor:

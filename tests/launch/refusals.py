@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from shoestring.comm.errors import Problem, Refused
+from shoestring.comm.errors import ConfigError, Problem
 
 
 def refused(call: Callable[..., object], *arguments: object) -> dict[str, str]:
     """Field to value and remedy of every problem that `call(*arguments)` names; fails when it refuses nothing."""
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(ConfigError) as caught:
         call(*arguments)
     return by_field(caught.value.problems)
 
@@ -20,6 +20,6 @@ def by_field(problems: Iterable[Problem]) -> dict[str, str]:
     """Field to value and remedy; two problems of one field stand one after the other."""
     found: dict[str, str] = {}
     for problem in problems:
-        text = f"{problem.value!r}: {problem.remedy}"
+        text = f"{problem.value!r}: {problem.hint}"
         found[problem.field] = f"{found[problem.field]}; {text}" if problem.field in found else text
     return found

@@ -97,7 +97,7 @@ def test_values_of_many_kinds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "field", "remedy"),
+    ("override", "field", "hint"),
     [
         ("training.seeed=1", "training.seeed", "did you mean seed?"),
         ("optimizer.learning_rate=1", "optimizer.learning_rate", "did you mean peak_learning_rate?"),
@@ -125,14 +125,14 @@ def test_values_of_many_kinds() -> None:
         ("hydra/launcher=basic", "hydra/launcher", "no effect here"),
     ],
 )
-def test_an_override_that_means_nothing_is_named_with_its_remedy(override: str, field: str, remedy: str) -> None:
+def test_an_override_that_means_nothing_is_named_with_its_remedy(override: str, field: str, hint: str) -> None:
     problems = refused(compose_run, [override])
     assert list(problems) == [field]
-    assert_says(problems[field], remedy)
+    assert_says(problems[field], hint)
 
 
 @pytest.mark.parametrize(
-    ("text", "remedy"),
+    ("text", "hint"),
     [
         ("training.seed", "write key=value or group=choice"),
         ("=3", "write key=value or group=choice"),
@@ -147,11 +147,11 @@ def test_an_override_that_means_nothing_is_named_with_its_remedy(override: str, 
         ("model@other=tiny", "override model"),
     ],
 )
-def test_text_that_cannot_be_read_is_shown_as_it_was_written(text: str, remedy: str) -> None:
+def test_text_that_cannot_be_read_is_shown_as_it_was_written(text: str, hint: str) -> None:
     problems = refused(compose_run, [text])
     assert list(problems) == ["command line"]
     assert repr(text) in problems["command line"]
-    assert_says(problems["command line"], remedy)
+    assert_says(problems["command line"], hint)
 
 
 def test_a_number_of_thousands_of_digits_is_refused_with_the_others() -> None:
@@ -252,7 +252,7 @@ def test_a_file_of_ones_own_that_could_never_be_chosen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "field", "remedy"),
+    ("text", "field", "hint"),
     [
         ("# @package _global_\ntraining: [1\n", "mine.yaml: line 3", "expected ',' or '\\]'"),
         ("# @package _global_\ndefaults:\n  - override /model: huge\n", "command line", "Could not find 'model/huge'"),
@@ -268,12 +268,12 @@ def test_a_file_of_ones_own_that_could_never_be_chosen(tmp_path: Path) -> None:
     ],
     ids=["not-yaml", "unknown-choice", "unknown-key", "no-package", "key-twice", "NUL", "digits"],
 )
-def test_a_file_of_ones_own_that_is_wrong(tmp_path: Path, text: str, field: str, remedy: str) -> None:
+def test_a_file_of_ones_own_that_is_wrong(tmp_path: Path, text: str, field: str, hint: str) -> None:
     directory = own_file(tmp_path, "experiment/mine.yaml", text)
     problems = refused(compose_run, ["experiment=mine"], directory)
     assert [name.rpartition("/")[2] for name in problems] == [field]
     (said,) = problems.values()
-    assert_says(said, remedy)
+    assert_says(said, hint)
 
 
 def awkward() -> RunConfig:

@@ -92,7 +92,7 @@ def test_zero_is_refused_where_it_means_nothing(tree: dict[str, object]) -> None
 
 
 @pytest.mark.parametrize(
-    ("values", "field", "remedy"),
+    ("values", "field", "hint"),
     [
         ({"training.seed": 2**63}, "training.seed", "must be less than 2**63"),
         ({"optimizer.decay_tokens": 5}, "optimizer.decay_tokens", "is never reached: constant_tokens is null"),
@@ -144,10 +144,10 @@ def test_zero_is_refused_where_it_means_nothing(tree: dict[str, object]) -> None
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
-def test_what_is_impossible(tree: dict[str, object], values: dict[str, object], field: str, remedy: str) -> None:
+def test_what_is_impossible(tree: dict[str, object], values: dict[str, object], field: str, hint: str) -> None:
     found = problems(tree, values)
     assert list(found) == [field]
-    assert remedy in found[field]
+    assert hint in found[field]
 
 
 @pytest.mark.parametrize(("global_batch", "nearest"), [(1, 24), (13, 24), (25, 24), (35, 24), (37, 48), (49, 48)])

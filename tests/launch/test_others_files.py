@@ -18,14 +18,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.launch.cli import main
 from shoestring.launch.run.restart_policy import note_end, note_stop
 from shoestring.launch.run.run_dir import clear_status, own, read_status, reserve_status, write_config, write_status
 from shoestring.launch.verbs.convert import export_command, import_command
 from shoestring.tests.launch.report.recorded import record_run
 from shoestring.tests.trainer.checkpoint.saved import save_model
-from shoestring.trainer.checkpoint.manifest import Manifest
+from shoestring.trainer.checkpoint.manifest import CheckpointManifest
 from shoestring.trainer.data.tokenizer import train_tokenizer
 from shoestring.trainer.model.config import ModelConfig, YarnConfig
 from shoestring.trainer.model.init import initialise
@@ -723,7 +723,7 @@ def test_a_generation_config_beyond_every_number_is_named(hf: Path, capsys: pyte
 
 def test_a_manifest_is_not_written_with_what_no_reader_takes() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
-        Manifest({"loss": INF}, {}, {}, ()).to_json()
+        CheckpointManifest({"loss": INF}, {}, {}, ()).to_json()
 
 
 @pytest.mark.parametrize("values", [{"routed_scaling": 1e300}, {"yarn": YarnConfig(mscale=1e300)}])
@@ -768,11 +768,11 @@ def test_a_name_with_escape_codes_is_shown_as_text(hf: Path, capsys: pytest.Capt
 
 def test_a_name_of_no_file_is_refused(hf: Path, run: Path) -> None:
     target = hf.parent / "a\0b"
-    with pytest.raises(Refused, match=r"target = .*holds a NUL"):
+    with pytest.raises(ConfigError, match=r"target = .*holds a NUL"):
         import_command(hf, target)
-    with pytest.raises(Refused, match=r"source = .*holds a NUL"):
+    with pytest.raises(ConfigError, match=r"source = .*holds a NUL"):
         import_command(target, hf.parent / "made")
-    with pytest.raises(Refused, match=r"directory = .*holds a NUL"):
+    with pytest.raises(ConfigError, match=r"directory = .*holds a NUL"):
         export_command(run, None, target, "fp32", "pairs", "5GB", average=False)
 
 

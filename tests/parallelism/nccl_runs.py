@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 
-from shoestring.comm.async_comm import Worker, open_worker
+from shoestring.comm.async_comm import AsyncCommunicator, open_worker
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.trace import SILENT
 from shoestring.comm.warm_up import warm_up_exchange
@@ -51,7 +51,7 @@ class Start(StrEnum):
     COLD = "nothing"
 
 
-def connect(start: Start, stepper: Stepper, worker: Worker, layout: Layout, streams: QueuedStreams) -> None:
+def connect(start: Start, stepper: Stepper, worker: AsyncCommunicator, layout: Layout, streams: QueuedStreams) -> None:
     if start is Start.WARM:
         batch = 1, SEQUENCE_LENGTH + 1 + layout.mtp
         warm_up(stepper, worker, layout.exchange, batch, CPU, streams)

@@ -21,7 +21,7 @@ from shoestring.trainer.model.experts import (
     grouped_outer_twin,
 )
 from shoestring.trainer.model.loss import linear_cross_entropy, linear_cross_entropy_twin
-from shoestring.trainer.model.phase import Phase
+from shoestring.trainer.model.phase import SplitBackward
 
 ROWS = (3, 0, 5, 8)
 
@@ -133,7 +133,7 @@ def test_the_head_has_its_gradient_at_once() -> None:
 
 def test_a_phase_without_inputs_is_all_weights() -> None:
     table = torch.randn(5, 3, requires_grad=True)
-    phase = Phase(lambda: (embedding(torch.tensor([1, 1, 4]), table),))
+    phase = SplitBackward(lambda: (embedding(torch.tensor([1, 1, 4]), table),))
     left = WeightGradients()
     assert phase.backward(left, torch.ones(3, 3)) == ()
     assert table.grad is None
@@ -166,7 +166,7 @@ def test_rows_of_tokens_are_added_without_a_gradient_of_the_whole_table(dtype: t
     dense = torch.ops.aten.embedding_dense_backward(grad.to(wide), tokens, 1000, -1, False)
     expected = table.grad + dense
     left = WeightGradients()
-    Phase(lambda: (embedding(tokens, table),)).backward(left, grad)
+    SplitBackward(lambda: (embedding(tokens, table),)).backward(left, grad)
     with _Largest() as largest:  # type: ignore[no-untyped-call]
         left.run()
     assert torch.equal(table.grad, expected)
@@ -183,14 +183,14 @@ def test_gradients_of_narrow_weights_are_summed_wide() -> None:
     left = WeightGradients()
     tokens = torch.tensor([0, 0, 1])
     grad = torch.tensor([256.0, 1.0, 3.0]).bfloat16()[:, None].expand(3, 4)
-    Phase(lambda: (embedding(tokens, table),)).backward(left, grad)
+    SplitBackward(lambda: (embedding(tokens, table),)).backward(left, grad)
     for row in (256.0, 1.0):
         x = torch.full((1, 4), row, dtype=torch.bfloat16)
-        Phase(lambda x: (linear(x, projection),), x).backward(left, torch.ones_like(x))
+        SplitBackward(lambda x: (linear(x, projection),), x).backward(left, torch.ones_like(x))
     hidden = torch.ones(600, 4, dtype=torch.bfloat16)
     hidden[:256] *= 256  # of the first chunk
     targets = torch.zeros(600, dtype=torch.int64)
-    loss = Phase(lambda x: (linear_cross_entropy(x, head, targets),), hidden)
+    loss = SplitBackward(lambda x: (linear_cross_entropy(x, head, targets),), hidden)
     loss.backward(left, torch.ones(()))
     left.run()
     assert table.grad is not None
@@ -204,7 +204,7 @@ def test_gradients_of_narrow_weights_are_summed_wide() -> None:
 def test_a_gradient_keeps_no_activation_alive() -> None:
     weight, left = torch.randn(3, 3, requires_grad=True), WeightGradients()
     for _ in range(2):
-        Phase(lambda x: (linear(x, weight),), torch.randn(2, 3)).backward(left, torch.ones(2, 3))
+        SplitBackward(lambda x: (linear(x, weight),), torch.randn(2, 3)).backward(left, torch.ones(2, 3))
         left.settle()
         assert weight.grad is not None
         assert not weight.grad.requires_grad
@@ -214,7 +214,7 @@ def test_phases_hand_their_work_on_in_order() -> None:
     weights = [torch.randn(3, 3, requires_grad=True) for _ in range(2)]
     left = WeightGradients(deferred=True)
     for weight in weights:
-        phase = Phase(lambda x, weight=weight: (linear(x, weight),), torch.randn(2, 3))
+        phase = SplitBackward(lambda x, weight=weight: (linear(x, weight),), torch.randn(2, 3))
         phase.backward(left, torch.ones(2, 3))
     assert all(weight.grad is None for weight in weights)
     left.run()

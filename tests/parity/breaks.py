@@ -22,7 +22,7 @@ import shoestring.trainer.run.step as step_module
 from shoestring.comm.async_comm import Done
 from shoestring.comm.groups import Group
 from shoestring.parallelism.pipeline.executor import Steps
-from shoestring.parallelism.pipeline.placement import Place
+from shoestring.parallelism.pipeline.placement import StagePlace
 from shoestring.parallelism.pipeline.program import Program
 from shoestring.parallelism.zero.bucket import Bucket
 from shoestring.parallelism.zero.optimizer import ShardedOptimizer
@@ -30,10 +30,10 @@ from shoestring.parallelism.zero.reduce import Reducer
 from shoestring.tests.parity.layouts import Layout, Load, Padding
 from shoestring.trainer.data.samples import TokenBatch
 from shoestring.trainer.model.router import Router, Routing, update_bias
-from shoestring.trainer.model.tape import LossScales
-from shoestring.trainer.run.stage_runner import RunningStage
+from shoestring.trainer.model.tape import LossNormalizers
+from shoestring.trainer.run.stage_runner import StageRunner
 from shoestring.trainer.run.step import Stepper, StepResult, StepSettings, count_targets
-from shoestring.trainer.run.step_reduction import Share, Totals, sum_over_ranks
+from shoestring.trainer.run.step_reduction import RankTotals, Totals, sum_over_ranks
 
 Patch = AbstractContextManager[object]
 MICRO_BATCHES = 2  # of the layouts that have more than one here
@@ -84,7 +84,7 @@ def reduce_after_the_first_backward() -> Patch:
     def first_backward(program: Program, rank: int, stages: Iterable[int]) -> int:
         wanted, placement = set(stages), program.placement
         works = ((index, each.backward) for index, each in enumerate(program.instructions[rank]))
-        return next(i for i, work in works if work and placement.stage(Place(rank, work.chunk)) in wanted)
+        return next(i for i, work in works if work and placement.stage(StagePlace(rank, work.chunk)) in wanted)
 
     return patch.object(rank_module, "last_use", first_backward)
 
@@ -120,7 +120,7 @@ def count_squares_once_a_replica() -> Patch:
 def leave_out_other_shards() -> Patch:
     """The norm takes what this rank owns for the whole model."""
 
-    def own_squares(share: Share, routers: Sequence[str], experts: int, world: Group) -> Totals:
+    def own_squares(share: RankTotals, routers: Sequence[str], experts: int, world: Group) -> Totals:
         own = float(share.squares)  # the sum replaces it
         return replace(sum_over_ranks(share, routers, experts, world), squares=own)
 
@@ -141,7 +141,7 @@ def count_padding() -> Patch:
 def count_own_tokens() -> Patch:
     """The load is that of this rank's tokens alone."""
 
-    def own_counts(share: Share, routers: Sequence[str], experts: int, world: Group) -> Totals:
+    def own_counts(share: RankTotals, routers: Sequence[str], experts: int, world: Group) -> Totals:
         return replace(sum_over_ranks(share, routers, experts, world), counts_E=dict(share.counts_E))
 
     return patch.object(step_module, "sum_over_ranks", own_counts)
@@ -173,8 +173,8 @@ def put_bias_into_gates() -> Patch:
 def scale_balance_by_ranks() -> Patch:
     """Each rank divides the balance loss by its own sequences, so that the sum over ranks is too large by dp."""
 
-    def scales(main: float, mtp: float, balance: float) -> LossScales:
-        return LossScales(main=main, mtp=mtp, balance=balance * torch.distributed.get_world_size())
+    def scales(main: float, mtp: float, balance: float) -> LossNormalizers:
+        return LossNormalizers(main=main, mtp=mtp, balance=balance * torch.distributed.get_world_size())
 
     return patch.object(step_module, "LossScales", scales)
 
@@ -212,16 +212,16 @@ def divide_mtp_by_own_targets() -> Patch:
 
 def average_each_micro_batch() -> Patch:
     """Each micro-batch's loss is its own mean, and these means are averaged: a short one's tokens weigh more."""
-    forward = RunningStage.forward
+    forward = StageRunner.forward
 
-    def averaged(self: RunningStage, micro_batch: int, received: Tensor | None) -> Steps[Tensor | None]:
+    def averaged(self: StageRunner, micro_batch: int, received: Tensor | None) -> Steps[Tensor | None]:
         assert self.scales is not None
         targets = max(1, int(count_targets(self.micro_batches[micro_batch], self.chunk.model.config.mtp_depth)))
         main = 1 / (targets * MICRO_BATCHES * torch.distributed.get_world_size())
         scales = replace(self.scales, main=main, mtp=self.scales.mtp / self.scales.main * main)
         return forward(replace(self, scales=scales), micro_batch, received)
 
-    return patch.object(RunningStage, "forward", averaged)
+    return patch.object(StageRunner, "forward", averaged)
 
 
 _GRADIENT = frozenset({"grad", "norm", "weights"})

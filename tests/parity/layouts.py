@@ -19,7 +19,7 @@ from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.reference.deepseek_v3 import BIAS, ReferenceConfig
 from shoestring.tests.trainer.model.released import model_config
-from shoestring.trainer.model.recompute import Part
+from shoestring.trainer.model.recompute import RecomputeModule
 from shoestring.trainer.model.stage_layout import Stages
 
 STEPS = 3
@@ -70,7 +70,7 @@ class Layout:
     schedule: str = "one_f_one_b"
     overlap: bool = True
     """Of the two halves of an FB."""
-    recompute: frozenset[Part] = frozenset()
+    recompute: frozenset[RecomputeModule] = frozenset()
     """What the backward makes again."""
     fp8: bool = False
     """In every Linear but the head, by the reference provider."""
@@ -188,8 +188,8 @@ def global_batch(layout: Layout, step: int) -> tuple[Tensor, Tensor]:
     return tokens_BW, valid_BW
 
 
-REPORT = frozenset({Part.NORM, Part.UP_PROJECTION, Part.SWIGLU})
-EVERYTHING = frozenset(Part)
+REPORT = frozenset({RecomputeModule.NORM, RecomputeModule.UP_PROJECTION, RecomputeModule.SWIGLU})
+EVERYTHING = frozenset(RecomputeModule)
 _RAGGED, _EMPTY = Padding.RAGGED, Padding.EMPTY
 _IDLE, _BUSY, _UNUSED = Load.IDLE, Load.BUSY, Load.UNUSED
 _FP32 = torch.float32

@@ -12,12 +12,12 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from shoestring.comm.async_comm import OrderCheck, Worker, open_worker
+from shoestring.comm.async_comm import AsyncCommunicator, OrderCheck, open_worker
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.exchange.factory import open_exchange
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.streams import Streams
-from shoestring.comm.trace import SILENT, Recorder
+from shoestring.comm.trace import SILENT, SpanRecorder
 from shoestring.comm.traffic import Traffic
 from shoestring.parallelism.zero.reduce import Reducer
 from shoestring.tests.parity.breaks import BREAKS
@@ -100,8 +100,8 @@ def build(
     layout: Layout,
     stages: Stages,
     groups: ProcessGroups,
-    worker: Worker,
-    recorder: Recorder = SILENT,
+    worker: AsyncCommunicator,
+    recorder: SpanRecorder = SILENT,
     compute: torch.dtype | None = None,
     streams: Streams | None = None,
 ) -> tuple[Stepper, RecordingReducer]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shoestring.comm.async_comm import open_worker
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.trace import Silent, Track
+from shoestring.comm.trace import NullRecorder, Track
 from shoestring.parallelism.pipeline.executor import Steps
 from shoestring.parallelism.pipeline.program import Op, in_flight
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_placement
@@ -22,11 +22,11 @@ from shoestring.tests.parity.layouts import REPORT, Layout
 from shoestring.tests.parity.runner import build, take_step
 from shoestring.tests.processes import World, run_processes
 from shoestring.tests.trainer.census import Census
-from shoestring.trainer.run.stage_runner import RunningStage
+from shoestring.trainer.run.stage_runner import StageRunner
 
 
 @dataclass
-class Watch(Silent):
+class Watch(NullRecorder):
     """Records, of each instruction, of how many forwards the activations are in memory before it and after it."""
 
     forwards: list[tuple[Census, int]] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Watch(Silent):
         if track is Track.INSTRUCTION and name in list(Op):
             self.seen.append((before, self.alive))
 
-    def forward(self, stage: RunningStage, micro_batch: int, received: Tensor | None) -> Steps[Tensor | None]:
+    def forward(self, stage: StageRunner, micro_batch: int, received: Tensor | None) -> Steps[Tensor | None]:
         """The stage's own forward, of which a census is taken while it runs: not while it waits for its turn."""
         census, steps = Census(), FORWARD(stage, micro_batch, received)
         while True:
@@ -62,7 +62,7 @@ class Watch(Silent):
         return output
 
 
-FORWARD = RunningStage.forward
+FORWARD = StageRunner.forward
 
 
 def watched(world: World, layout: Layout) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -74,7 +74,7 @@ def watched(world: World, layout: Layout) -> tuple[list[tuple[int, int]], list[t
         stepper, gradients = build(layout, stages, groups, worker, watch)
         take_step(stepper, gradients, layout, 0, world.rank)  # makes what later steps use
         watch.seen.clear()
-        with patch.object(RunningStage, "forward", lambda *arguments: watch.forward(*arguments)):
+        with patch.object(StageRunner, "forward", lambda *arguments: watch.forward(*arguments)):
             take_step(stepper, gradients, layout, 1, world.rank)
     program = stepper.executor.program
     alive, instructions = in_flight(program)[groups.pp_rank], program.instructions[groups.pp_rank]

@@ -13,7 +13,7 @@ from shoestring.tests.parity.layouts import EVERYTHING, REPORT, Layout, Padding
 from shoestring.tests.parity.outcome import Outcome
 from shoestring.tests.parity.runner import run_rank
 from shoestring.tests.processes import run_processes
-from shoestring.trainer.model.recompute import Part
+from shoestring.trainer.model.recompute import RecomputeModule
 
 STEPS = 3
 FP32 = torch.float32
@@ -56,12 +56,12 @@ def assert_equal_bits(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str
         assert not [name for name, tensor in mine.items() if not torch.equal(tensor, other[name])]
 
 
-def identifier(value: Layout | frozenset[Part]) -> str:
+def identifier(value: Layout | frozenset[RecomputeModule]) -> str:
     return value.name.replace(" ", "-") if isinstance(value, Layout) else "+".join(sorted(value))
 
 
 @pytest.mark.parametrize(("layout", "recompute"), [*zip(LAYOUTS, cycle(POLICIES), strict=False)], ids=identifier)
-def test_neither_turns_nor_recomputing_change_a_bit(layout: Layout, recompute: frozenset[Part]) -> None:
+def test_neither_turns_nor_recomputing_change_a_bit(layout: Layout, recompute: frozenset[RecomputeModule]) -> None:
     serial = run(replace(layout, overlap=False))
     assert_equal_bits(run(layout), serial)
     assert_equal_bits(run(replace(layout, recompute=recompute)), serial)

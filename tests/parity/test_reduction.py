@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shoestring.comm.async_comm import open_worker
-from shoestring.comm.errors import CollectiveFailed
+from shoestring.comm.errors import CollectiveError
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.trace import Track
 from shoestring.parallelism.zero.reduce import Reducer
@@ -83,7 +83,7 @@ def with_one_nan(world: World, break_name: str | None) -> tuple[str, bool, float
                 did = "stepped"
             except NonFiniteStep:
                 did = "refused"
-            except CollectiveFailed:
+            except CollectiveError:
                 return "waited for a rank that had refused", True, 0.0
         moved = any(not torch.equal(old, new.weights_N) for old, new in zip(before, reducer.buckets, strict=True))
         norm = 0.0 if break_name is not None else take_step(stepper, reducer, layout, 0, world.rank).norm

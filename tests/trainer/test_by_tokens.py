@@ -42,6 +42,6 @@ def test_the_value_in_force(schedule: dict[int, float], tokens: int, value: floa
 def test_what_no_schedule_can_be(schedule: dict[int, float], remedies: list[str]) -> None:
     problems = list(by_tokens_problems("weight", schedule))
     assert len(problems) == len(remedies)
-    for problem, remedy in zip(problems, remedies, strict=True):
+    for problem, hint in zip(problems, remedies, strict=True):
         assert problem.field == "weight"
-        assert remedy in problem.remedy
+        assert hint in problem.hint

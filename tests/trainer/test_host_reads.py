@@ -16,7 +16,7 @@ from shoestring.comm.exchange.factory import open_exchange
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.streams import Streams
 from shoestring.comm.topology import Topology
-from shoestring.comm.trace import SILENT, Recorder, Track
+from shoestring.comm.trace import SILENT, SpanRecorder, Track
 from shoestring.comm.traffic import Traffic
 from shoestring.tests.comm.recorded_streams import RecordedStreams
 from shoestring.tests.trainer.pretended_device import PretendedDevice
@@ -25,7 +25,7 @@ from shoestring.trainer.data.samples import TokenBatch
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.init import initialise
 from shoestring.trainer.model.model import Model
-from shoestring.trainer.model.recompute import Part
+from shoestring.trainer.model.recompute import RecomputeModule
 from shoestring.trainer.model.stage_layout import Stages
 from shoestring.trainer.optimizer.config import OptimizerConfig
 from shoestring.trainer.precision.triton_backend import numbers_on
@@ -65,7 +65,7 @@ def make_stepper(
     exchange: str,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
-    recorder: Recorder = SILENT,
+    recorder: SpanRecorder = SILENT,
     streams: Streams | None = None,
 ) -> Stepper:
     """One process, whose program has FBs: two stages on the one rank."""
@@ -76,7 +76,7 @@ def make_stepper(
     initialise(model, seed=0)
     worker, traffic = open_worker(groups.ep, device, streams=streams), Traffic(Topology(), 0)
     exchanger = open_exchange(ExchangeConfig(name=exchange), groups, CONFIG.experts, worker, traffic)
-    pipeline = Pipeline.open(stages, groups, device, recorder=recorder, recompute=frozenset(Part))
+    pipeline = Pipeline.open(stages, groups, device, recorder=recorder, recompute=frozenset(RecomputeModule))
     return build_stepper(pipeline, model, exchanger, dtype, MICRO_BATCHES, OptimizerConfig())
 
 

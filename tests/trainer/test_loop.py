@@ -24,19 +24,19 @@ from shoestring.tests.processes import RanksFailed, World, run_processes
 from shoestring.trainer.build import open_samples, stages_of
 from shoestring.trainer.checkpoint.pieces import Piece
 from shoestring.trainer.checkpoint.saver import Saved, Saver
-from shoestring.trainer.checkpoint.store import Cover
+from shoestring.trainer.checkpoint.store import CheckpointExtras
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.data.prepare import prepare
 from shoestring.trainer.data.prepared import open_prepared
 from shoestring.trainer.data.samples import SampleOrder, Samples, TokenBatch
 from shoestring.trainer.data.shard_files import DataChanged
-from shoestring.trainer.ledger.meter import Meter
+from shoestring.trainer.ledger.meter import CostMeter
 from shoestring.trainer.ledger.summary import summarise
 from shoestring.trainer.loop import _insist, train
 from shoestring.trainer.memory.forecast import RunMemory
 from shoestring.trainer.run.exit import RankFailed, RunFailed, RunHalted
-from shoestring.trainer.run.reporter import STALL_SECONDS, Gaps
-from shoestring.trainer.run.stage_runner import RunningStage
+from shoestring.trainer.run.reporter import STALL_SECONDS, UnaccountedGaps
+from shoestring.trainer.run.stage_runner import StageRunner
 from shoestring.trainer.run.step import Stepper, StepResult
 from shoestring.trainer.telemetry.history import read_metrics
 from shoestring.trainer.typed import build
@@ -271,7 +271,7 @@ def one_rank_raises(world: World, tree: dict[str, Any]) -> None:
     def broken(*_: object) -> None:
         raise ValueError("the stage is broken")
 
-    with patch.object(RunningStage, "forward", broken) if world.rank == 1 else nullcontext():
+    with patch.object(StageRunner, "forward", broken) if world.rank == 1 else nullcontext():
         run_rank(world, tree)
 
 
@@ -310,10 +310,10 @@ def train_until(world: World, tree: dict[str, Any], looks: int, spent_in_a_step:
         taken.append(len(taken))
         return step(self, *arguments)
 
-    def spent(meter: Meter) -> float:
+    def spent(meter: CostMeter) -> float:
         return spent_in_a_step * (begun + len(taken))
 
-    with mock.patch.object(Meter, "gpu_hours", spent), mock.patch.object(Stepper, "step", counted):
+    with mock.patch.object(CostMeter, "gpu_hours", spent), mock.patch.object(Stepper, "step", counted):
         try:
             stop_asked = (lambda: next(asked, None) is None) if world.rank == world.size - 1 else lambda: False
             train(config, groups, torch.device("cpu"), "test", stop_asked)
@@ -382,8 +382,8 @@ def test_a_checkpoint_that_is_due_comes_before_the_evaluation_which_is_told_once
 def test_the_budget_guard_halts_the_run_until_its_budget_is_raised(root: Path) -> None:
     tree = on_two_ranks(root, "guarded", tokens=5 * LENGTH * BATCH, checkpoint_every=0)
     first, other = run_processes(2, train_until, tree, 100, 0.4)
-    remedy = "the run has used 1.2 GPU-hours and its budget is 1; raise budget.gpu_hours to go on"
-    assert first == (3, f"stopped after step 3, which is in a checkpoint: {remedy}")
+    hint = "the run has used 1.2 GPU-hours and its budget is 1; raise budget.gpu_hours to go on"
+    assert first == (3, f"stopped after step 3, which is in a checkpoint: {hint}")
     assert other is not None
     assert other[0] == 3
     before = told(tree)
@@ -405,7 +405,7 @@ def reserved_bytes(world: World, tree: dict[str, Any]) -> list[tuple[str, int]]:
         found.append(("reserve", sum(piece.bytes for piece in pieces)))
         reserve(self, pieces)
 
-    def noted_begin(self: Saver, step: int, pieces: list[Piece], cover: Cover) -> None:
+    def noted_begin(self: Saver, step: int, pieces: list[Piece], cover: CheckpointExtras) -> None:
         found.append(("begin", sum(piece.bytes for piece in pieces)))
         begin(self, step, pieces, cover)
 
@@ -527,7 +527,7 @@ def test_what_happens_to_a_runs_files_in_mid_run_is_said(root: Path, tmp_path: P
 def test_time_that_nothing_accounts_for_is_a_stall(tmp_path: Path) -> None:
     with mock.patch("shoestring.trainer.run.reporter.time.perf_counter") as clock:
         clock.return_value = 10.0
-        gaps = Gaps()
+        gaps = UnaccountedGaps()
         clock.return_value = 12.0
         gaps.account(0.5)
         assert gaps.close() == pytest.approx(1.495)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
 from shoestring.tests.processes import RanksFailed, World, run_processes
@@ -302,7 +302,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(root: Path,
     for _ in range(2):
         with pytest.raises(RanksFailed, match="no other checkpoint is left") as failed:
             run(root, tmp_path / "run", "alone", 3)
-        assert Refused.__name__ in str(failed.value)
+        assert ConfigError.__name__ in str(failed.value)
     assert store.steps() == [2]
 
 

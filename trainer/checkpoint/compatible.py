@@ -11,7 +11,7 @@ import torch
 from ...comm.errors import Problem
 from ...comm.files.strict_json import Item, Malformed
 from ..config import RunConfig
-from ..data.manifest import Manifest
+from ..data.manifest import DataManifest
 from .opened import Checkpoint
 from .pieces import MODEL
 
@@ -24,7 +24,9 @@ _FIXED = (
 the schedule, rates and weights of the loss, the size of micro-batches, how often to look, how far to go."""
 
 
-def incompatibilities(facts: Mapping[str, Any], config: RunConfig, data: Manifest | None = None) -> Iterator[Problem]:
+def incompatibilities(
+    facts: Mapping[str, Any], config: RunConfig, data: DataManifest | None = None
+) -> Iterator[Problem]:
     """What keeps `config`, on this `data`, from going on from the checkpoint with these `facts`."""
     try:
         _check_facts(Item(dict(facts), "facts"))
@@ -38,11 +40,11 @@ def incompatibilities(facts: Mapping[str, Any], config: RunConfig, data: Manifes
             saved, wanted = saved.get(key), wanted[key]  # not there: it was saved before this key was made
         yield from _differences(path, saved, wanted, facts["step"])
     if data is not None and facts.get("tokenizer") != data.tokenizer.sha256:
-        remedy = f"has another tokenizer than the checkpoint of step {facts['step']} was trained with; restore it"
-        yield Problem("data.prepared", config.data.prepared, f"{remedy}, or use another training.run_dir")
+        hint = f"has another tokenizer than the checkpoint of step {facts['step']} was trained with; restore it"
+        yield Problem("data.prepared", config.data.prepared, f"{hint}, or use another training.run_dir")
     elif data is not None and facts.get("data") != data.digest:
-        remedy = f"holds other tokens than the checkpoint of step {facts['step']} was trained on; restore them"
-        yield Problem("data.prepared", config.data.prepared, f"{remedy}, or use another training.run_dir")
+        hint = f"holds other tokens than the checkpoint of step {facts['step']} was trained on; restore them"
+        yield Problem("data.prepared", config.data.prepared, f"{hint}, or use another training.run_dir")
 
 
 def _check_facts(facts: Item) -> None:
@@ -69,33 +71,33 @@ def other_dtype(facts: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Proble
     saved = facts.get("compute", str(dtype))
     if saved != str(dtype):
         before, now = saved.removeprefix("torch."), str(dtype).removeprefix("torch.")
-        remedy = f"means {now} on this device, and the checkpoint of step {facts['step']} was computed in {before}"
-        yield Problem("precision.compute", "auto", f"{remedy}; use such a device, or another training.run_dir")
+        hint = f"means {now} on this device, and the checkpoint of step {facts['step']} was computed in {before}"
+        yield Problem("precision.compute", "auto", f"{hint}; use such a device, or another training.run_dir")
 
 
 _FREE_MODEL = ("name", "yarn", "init_std")
 """What weights may be given anew: a context extension changes nothing but the rotation."""
 
 
-def start_problems(checkpoint: Checkpoint, config: RunConfig, data: Manifest | None = None) -> Iterator[Problem]:
+def start_problems(checkpoint: Checkpoint, config: RunConfig, data: DataManifest | None = None) -> Iterator[Problem]:
     """What keeps `config`, on this `data`, from beginning with the weights of `checkpoint`."""
     saved, wanted = asdict(checkpoint.model), asdict(config.model)
     for key in wanted:
         if key not in _FREE_MODEL and saved[key] != wanted[key]:
-            remedy = f"the checkpoint of training.start_from has {saved[key]!r}; use that, or another checkpoint"
-            yield Problem(f"model.{key}", wanted[key], remedy)
+            hint = f"the checkpoint of training.start_from has {saved[key]!r}; use that, or another checkpoint"
+            yield Problem(f"model.{key}", wanted[key], hint)
     embedding = f"{MODEL}/embedding.weight"
     if checkpoint.missing([embedding]):
         yield Problem("training.start_from", str(checkpoint.path), f"holds no tensor {embedding}; name another")
         return
     stored = checkpoint.manifest.tensors[embedding].dtype
     if stored != config.precision.parameter_dtype():
-        remedy = f"the weights of training.start_from are {stored}, and parameters would be another dtype"
-        yield Problem("precision.compute", config.precision.compute, remedy)
+        hint = f"the weights of training.start_from are {stored}, and parameters would be another dtype"
+        yield Problem("precision.compute", config.precision.compute, hint)
     tokenizers = [entry.sha256 for entry in checkpoint.manifest.attachments if entry.file == "tokenizer.json"]
     if data is not None and tokenizers and tokenizers != [data.tokenizer.sha256]:
-        remedy = "has another tokenizer than the checkpoint of training.start_from; use data prepared with that one"
-        yield Problem("data.prepared", config.data.prepared, remedy)
+        hint = "has another tokenizer than the checkpoint of training.start_from; use data prepared with that one"
+        yield Problem("data.prepared", config.data.prepared, hint)
 
 
 def _differences(path: str, saved: Any, wanted: Any, step: int) -> Iterator[Problem]:
@@ -103,5 +105,5 @@ def _differences(path: str, saved: Any, wanted: Any, step: int) -> Iterator[Prob
         for key in wanted:
             yield from _differences(f"{path}.{key}", saved.get(key), wanted[key], step)
     elif saved != wanted:
-        remedy = f"the checkpoint of step {step} has {saved!r}; go on with that, or use another training.run_dir"
-        yield Problem(path, wanted, remedy)
+        hint = f"the checkpoint of step {step} has {saved!r}; go on with that, or use another training.run_dir"
+        yield Problem(path, wanted, hint)

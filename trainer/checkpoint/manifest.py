@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ...comm.files.access import read_regular, read_text
 from ...comm.files.strict_json import Item, Malformed, parse_json
 from ..data.manifest import FileEntry
@@ -62,7 +62,7 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CheckpointManifest:
     """Everything about a checkpoint but the tensors' bytes."""
 
     facts: Mapping[str, Any]
@@ -95,22 +95,22 @@ class Manifest:
         return json.dumps(tree, separators=(",", ":"), allow_nan=False)
 
 
-def parse(raw: bytes) -> Manifest:
-    """The inverse of `Manifest.to_json`. Raises `Malformed` for anything else, `Refused` for another format."""
+def parse(raw: bytes) -> CheckpointManifest:
+    """The inverse of `to_json`. Raises `Malformed` for anything else, `ConfigError` for another format."""
     tree = parse_json(raw)
     _check_format(tree)
     tree.only(("format", "facts", "files", "attachments", "tensors"))
     files, attachments = _files(tree)
     tensors = {name: _tensor(each) for name, each in tree["tensors"].items()}
     _check_places(tree["tensors"], tensors, files)
-    return Manifest(tree["facts"].mapping(), tensors, files, attachments)
+    return CheckpointManifest(tree["facts"].mapping(), tensors, files, attachments)
 
 
 def _check_format(tree: Item) -> None:
     found = tree["format"].value
     if found != FORMAT or type(found) is not int:
-        remedy = f"this version reads format {FORMAT}; go on with the version that wrote it, or start over"
-        raise Refused([Problem(MANIFEST, found, remedy)])
+        hint = f"this version reads format {FORMAT}; go on with the version that wrote it, or start over"
+        raise ConfigError([Problem(MANIFEST, found, hint)])
 
 
 def _files(tree: Item) -> tuple[dict[str, int], tuple[FileEntry, ...]]:
@@ -125,7 +125,7 @@ def merge(
     records: Iterable[Mapping[str, Any]],
     facts: Mapping[str, Any],
     attachments: Iterable[FileEntry],
-) -> Manifest:
+) -> CheckpointManifest:
     """One manifest of what every rank has written, see `record`. Raises `ValueError` unless each tensor is whole."""
     dtypes: dict[str, tuple[str, tuple[int, ...]]] = {}
     pieces: dict[str, list[StoredPiece]] = {}
@@ -142,7 +142,7 @@ def merge(
         ordered = tuple(sorted(pieces[name], key=lambda piece: piece.first))
         _check_whole(name, shape, ordered)
         tensors[name] = StoredTensor(DTYPES[dtype], shape, ordered)
-    return Manifest(facts, tensors, files, tuple(attachments))
+    return CheckpointManifest(facts, tensors, files, tuple(attachments))
 
 
 def record(file: str, size: int, pieces: Iterable[tuple[Declared, StoredPiece]]) -> dict[str, Any]:
@@ -154,17 +154,17 @@ def record(file: str, size: int, pieces: Iterable[tuple[Declared, StoredPiece]])
     return {"file": file, "bytes": size, "pieces": described}
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: Path) -> CheckpointManifest:
     """The manifest of a complete checkpoint, and that its files have their sizes.
 
-    Raises `Damaged`, `Refused` for another format, and `OSError` where files are there and cannot be read.
+    Raises `Damaged`, `ConfigError` for another format, and `OSError` where files are there and cannot be read.
     """
     manifest = read_manifest_alone(directory)
     _check_sizes(directory, manifest.sizes)
     return manifest
 
 
-def read_manifest_alone(directory: Path) -> Manifest:
+def read_manifest_alone(directory: Path) -> CheckpointManifest:
     """The same manifest, whatever became of the files that it lists. Raises like `read_manifest`."""
     return _read(directory, parse)
 
@@ -187,8 +187,8 @@ def _read(directory: Path, take: Callable[[bytes], T]) -> T:
         if error.errno != errno.ELOOP:  # no time mends a link that leads to itself
             raise
         raise Damaged(f"{file}: {error.strerror}") from error
-    except Refused as refused:
-        raise Refused(replace(problem, field=str(file)) for problem in refused.problems) from refused
+    except ConfigError as refused:
+        raise ConfigError(replace(problem, field=str(file)) for problem in refused.problems) from refused
 
 
 def _check_sizes(directory: Path, sizes: Mapping[str, int]) -> None:
@@ -207,7 +207,7 @@ def wrong_sizes(directory: Path, sizes: Mapping[str, int]) -> Iterator[tuple[str
 
 
 @dataclass(frozen=True)
-class Outline:
+class ManifestSummary:
     """What a list of checkpoints says of one: its manifest, without its tensors."""
 
     facts: Mapping[str, Any]
@@ -218,18 +218,18 @@ class Outline:
     tensors: int
 
 
-def read_outline(directory: Path) -> Outline:
+def read_outline(directory: Path) -> ManifestSummary:
     """The outline of a complete checkpoint; the same checks as `read_manifest` makes, without parsing the tensors.
 
     The hash in the marker says that the manifest is as it was written, and it is written with the tensors last.
-    Raises `Damaged`, `Refused` and `OSError` like it.
+    Raises `Damaged`, `ConfigError` and `OSError` like it.
     """
     outline, sizes = _read(directory, _outlined)
     _check_sizes(directory, sizes)
     return outline
 
 
-def _outlined(raw: bytes) -> tuple[Outline, dict[str, int]]:
+def _outlined(raw: bytes) -> tuple[ManifestSummary, dict[str, int]]:
     """The outline of a manifest's text, and the sizes of its files."""
     begin = raw.find(_TENSORS)
     facts: Mapping[str, Any]
@@ -246,7 +246,7 @@ def _outlined(raw: bytes) -> tuple[Outline, dict[str, int]]:
         files, attachments, facts = dict(manifest.files), manifest.attachments, manifest.facts
         tensors = len(manifest.tensors)
     sizes = {**files, **{entry.file: entry.bytes for entry in attachments}}
-    return Outline(facts, sum(sizes.values()), len(files), tensors), sizes
+    return ManifestSummary(facts, sum(sizes.values()), len(files), tensors), sizes
 
 
 _TENSORS = b',"tensors":{'
@@ -296,8 +296,8 @@ def _piece(tree: object, where: str) -> StoredPiece:
             type(begin) is type(first) is type(elements) is int and min(begin, first, elements) >= 0
         ):
             return StoredPiece(file, begin, first, elements, sha256)
-    remedy = "must be a file, its first byte, the first element, the number of elements, and a SHA-256"
-    raise Malformed(where, tree, remedy)
+    hint = "must be a file, its first byte, the first element, the number of elements, and a SHA-256"
+    raise Malformed(where, tree, hint)
 
 
 def _key_name(name: str, item: Item) -> str:

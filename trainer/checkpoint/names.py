@@ -12,7 +12,7 @@ from ..model.config import ModelConfig
 from ..model.model import Model
 from ..model.stage_layout import Stages
 from ..optimizer.average import WeightAverage
-from .pieces import AVERAGE, EXP_AVG, EXP_AVG_SQ, MODEL, RNG, Part, Piece, part_pieces, whole_pieces
+from .pieces import AVERAGE, EXP_AVG, EXP_AVG_SQ, MODEL, RNG, Piece, StateSlice, part_pieces, whole_pieces
 
 BIAS = ".router.bias_E"
 
@@ -40,7 +40,7 @@ def model_pieces(model: Model) -> Iterator[Piece]:
     experts = model.expert_parameter_names()
     for name, parameter in model.named_parameters():
         first_expert = model.first_expert if name in experts else None
-        whole = Part(MODEL, name, 0, parameter.detach().view(-1))
+        whole = StateSlice(MODEL, name, 0, parameter.detach().view(-1))
         yield from part_pieces(whole, tuple(parameter.shape), first_expert, rank=0)
     yield from _bias_pieces(model, lambda _: (0,))
 
@@ -70,12 +70,12 @@ def whole_model(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {piece.name: piece.shape for piece in model_pieces(model)}
 
 
-def _parts(optimizer: ShardedOptimizer, average: WeightAverage | None) -> Iterator[Part]:
+def _parts(optimizer: ShardedOptimizer, average: WeightAverage | None) -> Iterator[StateSlice]:
     for owned in optimizer.owned():
         state = {MODEL: owned.master, EXP_AVG: owned.exp_avg, EXP_AVG_SQ: owned.exp_avg_sq}
-        yield from (Part(kind, owned.name, owned.offset, flat) for kind, flat in state.items())
+        yield from (StateSlice(kind, owned.name, owned.offset, flat) for kind, flat in state.items())
     if average is not None:
-        yield from (Part(AVERAGE, name, offset, flat) for name, offset, flat in average.owned())
+        yield from (StateSlice(AVERAGE, name, offset, flat) for name, offset, flat in average.owned())
 
 
 def _bias_pieces(model: Model, holders: Holders) -> Iterator[Piece]:

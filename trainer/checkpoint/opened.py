@@ -16,11 +16,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ...comm.errors import Problem, Refused, refuse_if_any
+from ...comm.errors import ConfigError, Problem, refuse_if_any
 from ...comm.files.access import read_regular, refusing
 from ...comm.files.strict_json import Item, Malformed
 from ..model.config import ModelConfig
-from .manifest import MANIFEST, Damaged, Manifest, StoredPiece, read_manifest, wrong_sizes
+from .manifest import MANIFEST, CheckpointManifest, Damaged, StoredPiece, read_manifest, wrong_sizes
 from .pieces import AVERAGE, MODEL, Piece
 from .tensor_file import Declared, TensorFile, as_bytes, read_at
 
@@ -32,7 +32,7 @@ class Checkpoint:
     """One directory that `save` has finished."""
 
     path: Path
-    manifest: Manifest
+    manifest: CheckpointManifest
 
     @staticmethod
     def open(path: Path) -> Checkpoint:
@@ -65,7 +65,7 @@ class Checkpoint:
 
     @property
     def model(self) -> ModelConfig:
-        """The shape of the model whose weights these are. Raises `Refused` for facts that describe none."""
+        """The shape of the model whose weights these are. Raises `ConfigError` for facts that describe none."""
         with self._refusing():
             model = self.facts["config"]["model"].build(ModelConfig)
         refuse_if_any(
@@ -75,13 +75,13 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimizer steps that the weights have seen. Raises `Refused` for facts that do not say."""
+        """Optimizer steps that the weights have seen. Raises `ConfigError` for facts that do not say."""
         with self._refusing():
             return self.facts["step"].whole()
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The configuration of the run that has saved it, as plain values. Raises `Refused` where there is none."""
+        """The configuration of the run that has saved it, as plain values. Raises `ConfigError` where there is none."""
         with self._refusing():
             return self.facts["config"].mapping()
 
@@ -171,13 +171,13 @@ class Checkpoint:
     def averaged(self) -> Checkpoint:
         """The same with the moving average for weights (report §3.2.3). Routing biases have none and stay.
 
-        Raises `Refused` where the run has not kept one.
+        Raises `ConfigError` where the run has not kept one.
         """
         tensors = dict(self.manifest.tensors)
         averages = {name: stored for name, stored in tensors.items() if name.startswith(f"{AVERAGE}/")}
         if not averages:
-            remedy = f"{self.path} holds no average of the weights; a run keeps one with optimizer.ema_decay"
-            raise Refused([Problem("--average", True, remedy)])
+            hint = f"{self.path} holds no average of the weights; a run keeps one with optimizer.ema_decay"
+            raise ConfigError([Problem("--average", True, hint)])
         tensors |= {MODEL + name.removeprefix(AVERAGE): stored for name, stored in averages.items()}
         return replace(self, manifest=replace(self.manifest, tensors=tensors))
 

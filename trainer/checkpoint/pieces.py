@@ -21,7 +21,7 @@ RNG = "rng"
 
 
 @dataclass(frozen=True)
-class Part:
+class StateSlice:
     """State that belongs to one parameter, as an optimizer hands it over: a run of the flattened parameter."""
 
     kind: str
@@ -74,7 +74,7 @@ def whole_pieces(name: str, tensor: Tensor, ranks: tuple[int, ...]) -> Iterator[
     yield Piece(name, tuple(tensor.shape), 0, tensor.detach().view(-1), ranks)
 
 
-def part_pieces(part: Part, shape: tuple[int, ...], first_expert: int | None, rank: int) -> Iterator[Piece]:
+def part_pieces(part: StateSlice, shape: tuple[int, ...], first_expert: int | None, rank: int) -> Iterator[Piece]:
     """`part`, which `rank` holds, under its canonical names.
 
     `shape` is the parameter's on this rank. Its first dimension counts experts from `first_expert` on, unless that is

@@ -22,7 +22,7 @@ from ...comm.host import HostMemory
 from ..data.files import write_file
 from .manifest import StoredPiece, record
 from .pieces import Piece, written_by
-from .store import CheckpointStore, Cover
+from .store import CheckpointExtras, CheckpointStore
 from .tensor_file import Declared, TensorFileWriter, as_bytes
 
 FULL_DISK_SECONDS = 10.0
@@ -48,7 +48,7 @@ class _Save:
     """One that is under way, in one of two phases: all ranks write, then the first one commits."""
 
     step: int
-    cover: Cover
+    cover: CheckpointExtras
     work: Future[object] | None
     """What this rank does in this phase."""
     is_written: bool = False
@@ -114,7 +114,7 @@ class Saver:
         else:
             self._reserved = self._thread.submit(self._memory.grow, size, pinned=False)
 
-    def begin(self, step: int, pieces: Iterable[Piece], cover: Cover) -> None:
+    def begin(self, step: int, pieces: Iterable[Piece], cover: CheckpointExtras) -> None:
         """Start a save; return when this rank's share of the state is copied. No other may be under way.
 
         `pieces` are all that this rank holds; only the first rank's `cover` is looked at.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ..data.files import sync_directory, write_file
 from .manifest import MANIFEST, MARKER, Damaged, merge
 from .opened import Checkpoint
@@ -24,7 +24,7 @@ _ROOM_BESIDE = 2**20
 
 
 @dataclass(frozen=True)
-class Cover:
+class CheckpointExtras:
     """What a checkpoint holds beside tensors."""
 
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -131,7 +131,7 @@ class CheckpointStore:
         """Bytes that the disk has for this user. A quota is not known here: then the save itself fails."""
         return shutil.disk_usage(self.directory).free
 
-    def commit(self, step: int, cover: Cover) -> Path:
+    def commit(self, step: int, cover: CheckpointExtras) -> Path:
         """On one rank, when all have written: make the partial checkpoint a checkpoint.
 
         After it returns the checkpoint survives any crash. Raises `OSError`, and `ValueError` where what the ranks have
@@ -171,10 +171,10 @@ class CheckpointStore:
         return self.path(step).rename(aside)
 
 
-def refuse_damaged(found: list[Damaged]) -> Refused:
+def refuse_damaged(found: list[Damaged]) -> ConfigError:
     """When no checkpoint of a run is left to go on from."""
-    remedy = "is damaged, and no other checkpoint is left; restore one, or start over with --fresh"
-    return Refused(Problem("checkpoint", str(damaged), remedy) for damaged in found)
+    hint = "is damaged, and no other checkpoint is left; restore one, or start over with --fresh"
+    return ConfigError(Problem("checkpoint", str(damaged), hint) for damaged in found)
 
 
 def _size(path: Path) -> int:

@@ -134,8 +134,8 @@ def _placed(header: Item) -> Iterator[tuple[Declared, int, int]]:
         begin, end = (offset.whole() for offset in offsets)
         if end - begin != declared.bytes:
             kind = f"dtype {entry['dtype'].value} and shape {list(declared.shape)}"
-            remedy = f"{end - begin} bytes, where {kind} ask for {declared.bytes}"
-            raise entry["data_offsets"].malformed(remedy)
+            hint = f"{end - begin} bytes, where {kind} ask for {declared.bytes}"
+            raise entry["data_offsets"].malformed(hint)
         yield declared, begin, end
 
 

@@ -10,7 +10,7 @@ from .parameters import meta_model
 
 
 @dataclass(frozen=True)
-class Part:
+class PartCost:
     """One part: its parameters, and the FLOPs a token of forward and backward (see `flops.CONVENTION`)."""
 
     parameters: int
@@ -21,18 +21,18 @@ class Part:
 class ModelParts:
     """A whole model, part by part. Sums are those of `count_parameters` and `count_flops`."""
 
-    embedding: Part
-    layers: tuple[Part, ...]
+    embedding: PartCost
+    layers: tuple[PartCost, ...]
     """Of the main model, dense ones first."""
-    head: Part
+    head: PartCost
     """With the norm before it."""
-    mtp: Part
+    mtp: PartCost
     """All MTP modules; FLOPs with their passes through the head, whose weights are the main model's."""
 
     @property
-    def last(self) -> Part:
+    def last(self) -> PartCost:
         """What the last stage holds on top of its layers."""
-        return Part(self.head.parameters + self.mtp.parameters, self.head.flops + self.mtp.flops)
+        return PartCost(self.head.parameters + self.mtp.parameters, self.head.flops + self.mtp.flops)
 
 
 def model_parts(config: ModelConfig, sequence_length: int) -> ModelParts:
@@ -50,13 +50,13 @@ def model_parts(config: ModelConfig, sequence_length: int) -> ModelParts:
     attention = attention_flops(config, sequence_length)
     mtp_flops = 6.0 * (multiplied["mtp"] + config.mtp_depth * multiplied["head"]) + config.mtp_depth * attention
     return ModelParts(
-        embedding=Part(parameters["embedding"], 0.0),
+        embedding=PartCost(parameters["embedding"], 0.0),
         layers=tuple(
-            Part(parameters[name], 6.0 * multiplied[name] + attention)
+            PartCost(parameters[name], 6.0 * multiplied[name] + attention)
             for name in (f"layers.{index}" for index in range(config.layers))
         ),
-        head=Part(parameters["head"], 6.0 * multiplied["head"]),
-        mtp=Part(parameters["mtp"], mtp_flops),
+        head=PartCost(parameters["head"], 6.0 * multiplied["head"]),
+        mtp=PartCost(parameters["mtp"], mtp_flops),
     )
 
 

@@ -41,12 +41,12 @@ class DataConfig:
         if not Path(os.path.realpath(self.prepared)).name or not self.prepared:
             yield Problem("prepared", self.prepared, "must name a directory that may be created")
         if self.vocabulary < SMALLEST_VOCABULARY:
-            remedy = f"must be at least {SMALLEST_VOCABULARY}: 256 bytes and two special tokens"
-            yield Problem("vocabulary", self.vocabulary, remedy)
+            hint = f"must be at least {SMALLEST_VOCABULARY}: 256 bytes and two special tokens"
+            yield Problem("vocabulary", self.vocabulary, hint)
         if self.vocabulary > LARGEST_VOCABULARY:
             yield Problem("vocabulary", self.vocabulary, f"must be at most {LARGEST_VOCABULARY}, to fit 32 bits")
         if not self.validation:
-            remedy = "must name at least one work: a loss on text that was trained on says little"
-            yield Problem("validation", self.validation, remedy)
+            hint = "must name at least one work: a loss on text that was trained on says little"
+            yield Problem("validation", self.validation, hint)
         if len(set(self.validation)) < len(self.validation):
             yield Problem("validation", self.validation, "names a work twice")

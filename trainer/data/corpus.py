@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...comm.errors import Problem, Refused, refuse_if_any
+from ...comm.errors import ConfigError, Problem, refuse_if_any
 from ...comm.files.access import open_regular, read_regular, refusing
 from ...comm.files.strict_json import Malformed
 from .config import SMALLEST_VOCABULARY, DataConfig
@@ -29,29 +29,29 @@ _FIX = "let it be read, or take it out of the corpus"
 def survey(config: DataConfig) -> tuple[Source, ...]:
     """Read the whole corpus once and return its works, sorted by name.
 
-    Raises `Refused` with everything that is wrong: a missing or empty directory, links that lead nowhere, works without
+    Raises `ConfigError` with all that is wrong: a missing or empty directory, links that lead nowhere, works without
     text or not in UTF-8, held-out works that do not exist, nothing left to train on.
     """
     directory = config.corpus_directory
     if not directory.is_dir():
-        raise Refused([Problem("data.corpus", config.corpus, "is not a directory")])
+        raise ConfigError([Problem("data.corpus", config.corpus, "is not a directory")])
     paths = sorted(path for path in directory.iterdir() if path.suffix in _FORMS and path.is_file())
     refuse_if_any(_broken_entries(directory))
     if not paths:
-        remedy = "holds no text: put *.txt (one document a file) or *.jsonl (one a line, key `text`) there"
-        raise Refused([Problem("data.corpus", config.corpus, remedy)])
+        hint = "holds no text: put *.txt (one document a file) or *.jsonl (one a line, key `text`) there"
+        raise ConfigError([Problem("data.corpus", config.corpus, hint)])
     problems = list(_name_problems(config, [path.stem for path in paths]))
     sources = []
     for path in paths:
         try:
             sources.append(_source(path, "validation" if path.stem in config.validation else "train"))
-        except Refused as refusal:
+        except ConfigError as refusal:
             problems.extend(refusal.problems)
     refuse_if_any(problems)
     most = SMALLEST_VOCABULARY + sum(source.bytes for source in sources if source.split == "train")
     if config.vocabulary > most:  # before the trainer of the tokenizer reserves memory for all entries
-        remedy = f"cannot be reached: the training text gives {most} entries at most; add text or ask for less"
-        raise Refused([Problem("data.vocabulary", config.vocabulary, remedy)])
+        hint = f"cannot be reached: the training text gives {most} entries at most; add text or ask for less"
+        raise ConfigError([Problem("data.vocabulary", config.vocabulary, hint)])
     return tuple(sources)
 
 
@@ -80,13 +80,13 @@ def _broken_entries(directory: Path) -> Iterator[Problem]:
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """The documents of one work, exactly as written. Raises `Refused` at the first that cannot be used."""
+    """The documents of one work, exactly as written. Raises `ConfigError` at the first that cannot be used."""
     if path.suffix == ".txt":
         with refusing(path, _FIX):
             raw = read_regular(path, _DOCUMENT_BYTES)
         text = _decode(path, "the file", raw)
         if not text.strip():
-            raise Refused([Problem(str(path), "", "holds no text; fill or remove the file")])
+            raise ConfigError([Problem(str(path), "", "holds no text; fill or remove the file")])
         yield text
         return
     number = 0
@@ -96,14 +96,14 @@ def read_documents(path: Path) -> Iterator[str]:
                 raise Malformed(f"line {number}", None, f"is longer than {_LINE_BYTES} bytes")
             yield _document(path, number, line)
     if number == 0:
-        raise Refused([Problem(str(path), "", "holds no text; fill or remove the file")])
+        raise ConfigError([Problem(str(path), "", "holds no text; fill or remove the file")])
 
 
 def _name_problems(config: DataConfig, works: Sequence[str]) -> Iterator[Problem]:
     for work, count in Counter(works).items():
         if count > 1:
-            remedy = f"is the name of both {work}.txt and {work}.jsonl in {config.corpus_directory}; rename one"
-            yield Problem("data.corpus", work, remedy)
+            hint = f"is the name of both {work}.txt and {work}.jsonl in {config.corpus_directory}; rename one"
+            yield Problem("data.corpus", work, hint)
     missing = sorted(set(config.validation) - set(works))
     for work in missing:
         yield Problem("data.validation", work, f"is no work of this corpus, which has {', '.join(works)}")
@@ -115,8 +115,8 @@ def _source(path: Path, split: str) -> Source:
     documents = 0
     for documents, document in enumerate(read_documents(path), start=1):
         if _has_endless_word(document):
-            remedy = f"holds a word of more than {_WORD // 2} letters, digits, signs or blanks in a row; break it up"
-            raise Refused([Problem(str(path), f"document {documents}", remedy)])
+            hint = f"holds a word of more than {_WORD // 2} letters, digits, signs or blanks in a row; break it up"
+            raise ConfigError([Problem(str(path), f"document {documents}", hint)])
     with refusing(path, _FIX), open_regular(path) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return Source(
@@ -139,16 +139,18 @@ def _document(path: Path, number: int, line: bytes) -> str:
     try:
         record = json.loads(text, object_pairs_hook=_pairs)
     except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
-        raise Refused([Problem(str(path), where, f"is not JSON ({error})")]) from error
+        raise ConfigError([Problem(str(path), where, f"is not JSON ({error})")]) from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise Refused([Problem(str(path), where, 'must be an object with a string under the key "text"')])
+        raise ConfigError([Problem(str(path), where, 'must be an object with a string under the key "text"')])
     document: str = record["text"]
     if not document.strip():
-        raise Refused([Problem(str(path), where, "holds no text; fill or remove the line")])
+        raise ConfigError([Problem(str(path), where, "holds no text; fill or remove the line")])
     try:
         document.encode()
     except UnicodeEncodeError as error:
-        raise Refused([Problem(str(path), where, "holds half of a surrogate pair, which is no character")]) from error
+        raise ConfigError(
+            [Problem(str(path), where, "holds half of a surrogate pair, which is no character")]
+        ) from error
     return document
 
 
@@ -163,5 +165,5 @@ def _decode(path: Path, where: str, raw: bytes) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        remedy = f"is not UTF-8 at byte {error.start}; convert the file"
-        raise Refused([Problem(str(path), where, remedy)]) from error
+        hint = f"is not UTF-8 at byte {error.start}; convert the file"
+        raise ConfigError([Problem(str(path), where, hint)]) from error

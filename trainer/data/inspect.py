@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ...comm.errors import Problem, Refused
-from .manifest import Manifest
+from ...comm.errors import ConfigError, Problem
+from .manifest import DataManifest
 from .prepared import verify
 from .shards import Split
 
@@ -19,15 +19,15 @@ def unigram_entropy(split: Split, vocabulary: int) -> float:
     """Entropy in nats a token of the token frequencies of a split's targets: all its tokens but the first.
 
     Those are the tokens that a validation loss is the mean over, and the frequencies are their own, so no model
-    without context can reach a lower loss on them. Raises `Refused` for a token beyond the vocabulary.
+    without context can reach a lower loss on them. Raises `ConfigError` for a token beyond the vocabulary.
     """
     counts_V = np.zeros(vocabulary, dtype=np.int64)
     for start in range(1, split.tokens, _PIECE):
         tokens_T = split.read(start, min(start + _PIECE, split.tokens))
         largest = int(tokens_T.max())
         if largest >= vocabulary:
-            remedy = f"is a token of the split, and the vocabulary has {vocabulary}; remove the data and prepare again"
-            raise Refused([Problem(f"data.prepared: {split.name}", largest, remedy)])
+            hint = f"is a token of the split, and the vocabulary has {vocabulary}; remove the data and prepare again"
+            raise ConfigError([Problem(f"data.prepared: {split.name}", largest, hint)])
         counts_V += np.bincount(tokens_T, minlength=vocabulary)
     shares_V = counts_V[counts_V > 0] / counts_V.sum()
     return float(-(shares_V * np.log(shares_V)).sum())
@@ -64,7 +64,7 @@ class Description:
 
 
 def describe(directory: Path, excerpt_tokens: int = 128) -> Description:
-    """Read all of `directory` and describe it. Raises `Refused` when a byte of it is not what was written."""
+    """Read all of `directory` and describe it. Raises `ConfigError` when a byte of it is not what was written."""
     prepared = verify(directory)
     manifest, train = prepared.manifest, prepared.train
     tokens_T = train.read(0, min(excerpt_tokens, train.tokens))
@@ -98,7 +98,7 @@ def render(description: Description) -> str:
     return "\n".join([*lines, "", "The training text begins:", description.excerpt])
 
 
-def _describe_split(manifest: Manifest, split: Split) -> SplitDescription:
+def _describe_split(manifest: DataManifest, split: Split) -> SplitDescription:
     entry = {"train": manifest.train, "validation": manifest.validation}[split.name]
     return SplitDescription(
         name=split.name,

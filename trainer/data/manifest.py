@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ...comm.files.access import os_problem, read_json
 from ...comm.files.strict_json import Item, Malformed
 
@@ -53,13 +53,13 @@ class SplitEntry:
     bytes: int
     """UTF-8 bytes of the documents' text."""
     shards: tuple[FileEntry, ...]
-    """In order; each but the last holds `Manifest.shard_tokens` tokens."""
+    """In order; each but the last holds `DataManifest.shard_tokens` tokens."""
     starts: FileEntry
     """int64 `.npy`: where each document starts, in tokens."""
 
 
 @dataclass(frozen=True)
-class Manifest:
+class DataManifest:
     """Everything about a prepared directory but the tokens themselves. Holds neither times nor absolute paths."""
 
     format: int
@@ -111,28 +111,28 @@ def token_dtype(vocabulary: int) -> str:
     return "uint16" if vocabulary <= 2**16 else "uint32"
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """Read and check `manifest.json`. Raises `Refused` when it is missing, damaged, or of another format."""
+def read_manifest(directory: Path) -> DataManifest:
+    """Read and check `manifest.json`. Raises `ConfigError` when it is missing, damaged, or of another format."""
     path = directory / MANIFEST
     if not path.exists():
-        raise Refused([Problem(str(path), None, "is missing: run `shoestring data prepare` first")])
+        raise ConfigError([Problem(str(path), None, "is missing: run `shoestring data prepare` first")])
     try:
         tree = read_json(path)
         found = tree["format"].value
         if found != FORMAT or type(found) is not int:
-            remedy = f"this version reads format {FORMAT}; remove {directory} and prepare again"
-            raise Refused([Problem(str(path), found, remedy)])
+            hint = f"this version reads format {FORMAT}; remove {directory} and prepare again"
+            raise ConfigError([Problem(str(path), found, hint)])
         return _parse(tree)
     except Malformed as error:
-        remedy = f"is damaged; remove {directory} and prepare again"
-        raise Refused([Problem(str(path), str(error), remedy)]) from error
+        hint = f"is damaged; remove {directory} and prepare again"
+        raise ConfigError([Problem(str(path), str(error), hint)]) from error
     except OSError as error:
-        raise Refused([os_problem(error, path, "let it be read")]) from error
+        raise ConfigError([os_problem(error, path, "let it be read")]) from error
 
 
-def _parse(tree: Item) -> Manifest:
+def _parse(tree: Item) -> DataManifest:
     """Raises `Malformed` for a wrong key, type or range, and where two facts do not fit each other."""
-    manifest = tree.build(Manifest)
+    manifest = tree.build(DataManifest)
     files = [tree["tokenizer"]]
     for name, split in (("train", manifest.train), ("validation", manifest.validation)):
         files += [*tree[name]["shards"].list(), tree[name]["starts"]]

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ...comm.errors import Problem, Refused, refuse_if_any
+from ...comm.errors import ConfigError, Problem, refuse_if_any
 from .config import DataConfig
 from .corpus import left_out, read_documents, survey
 from .files import sync_directory, write_file
-from .manifest import FORMAT, MANIFEST, Manifest, Source, SplitEntry, fingerprint, token_dtype
+from .manifest import FORMAT, MANIFEST, DataManifest, Source, SplitEntry, fingerprint, token_dtype
 from .prepared import open_directory
 from .shards import SHARD_TOKENS, SplitWriter
 from .tokenizer import Tokenizer, train_tokenizer
@@ -24,12 +24,12 @@ _UNFINISHED = "preparing"
 _BATCH_CHARACTERS = 2**22  # enough documents for all cores to encode, few enough for memory
 
 
-def prepare(config: DataConfig, report: Callable[[str], None], *, shard_tokens: int = SHARD_TOKENS) -> Manifest:
+def prepare(config: DataConfig, report: Callable[[str], None], *, shard_tokens: int = SHARD_TOKENS) -> DataManifest:
     """Make `config.prepared` from the corpus, or find it made already, and tell `report` in sentences.
 
     The files are written to a sibling directory that is renamed when it is complete, so a killed preparation leaves
     nothing that could be taken for data, and of two at once one wins and the other takes its result.
-    Raises `Refused` for a bad configuration or corpus, and for a directory that holds anything else.
+    Raises `ConfigError` for a bad configuration or corpus, and for a directory that holds anything else.
     """
     _check(config, shard_tokens)
     sources = survey(config)
@@ -63,7 +63,7 @@ def _write(
     shard_tokens: int,
     directory: Path,
     report: Callable[[str], None],
-) -> Manifest:
+) -> DataManifest:
     """Fill an empty directory, the manifest last."""
     start = time.perf_counter()
     texts = (text for source in sources if source.split == "train" for text in _documents(config, source))
@@ -79,7 +79,7 @@ def _write(
             f"{name}: {split.tokens} tokens, {split.bytes / split.tokens:.2f} bytes a token; documents: "
             f"{split.documents}; shards: {len(split.shards)}; {time.perf_counter() - start:.1f} s."
         )
-    manifest = Manifest(
+    manifest = DataManifest(
         format=FORMAT,
         fingerprint=fingerprint(sources, config.vocabulary, shard_tokens),
         vocabulary=config.vocabulary,
@@ -147,13 +147,13 @@ def _publish(temporary: Path, final: Path) -> bool:
     return True
 
 
-def _reuse(final: Path, wanted: str, report: Callable[[str], None]) -> Manifest:
+def _reuse(final: Path, wanted: str, report: Callable[[str], None]) -> DataManifest:
     manifest = open_directory(final).manifest
     if manifest.fingerprint != wanted:
-        remedy = (
+        hint = (
             "holds data made from other text or settings "
             f"({len(manifest.sources)} works, vocabulary {manifest.vocabulary}); name another directory, or remove it"
         )
-        raise Refused([Problem("data.prepared", str(final), remedy)])
+        raise ConfigError([Problem("data.prepared", str(final), hint)])
     report(f"{final} is already prepared from this text with these settings.")
     return manifest

@@ -16,9 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...comm.errors import Problem, Refused, refuse_if_any
+from ...comm.errors import ConfigError, Problem, refuse_if_any
 from .config import DataConfig
-from .manifest import Manifest, read_manifest
+from .manifest import DataManifest, read_manifest
 from .shards import Split, open_split, verify_files
 from .stamp import mark_of, read_stamp, write_stamp
 from .tokenizer import Tokenizer, load_tokenizer
@@ -28,7 +28,7 @@ from .tokenizer import Tokenizer, load_tokenizer
 class Prepared:
     """Tokenizer and splits, which belong together."""
 
-    manifest: Manifest
+    manifest: DataManifest
     tokenizer: Tokenizer
     train: Split
     validation: Split
@@ -37,7 +37,7 @@ class Prepared:
 def open_directory(directory: Path) -> Prepared:
     """Open what is there, and check what is cheap to check: format, sizes, tokenizer.
 
-    Raises `Refused` with all problems of the files; `verify` reads every byte.
+    Raises `ConfigError` with all problems of the files; `verify` reads every byte.
     """
     manifest = read_manifest(directory)
     problems: list[Problem] = []
@@ -45,13 +45,13 @@ def open_directory(directory: Path) -> Prepared:
     for name in ("train", "validation"):
         try:
             splits[name] = open_split(directory, manifest, name)
-        except Refused as refusal:
+        except ConfigError as refusal:
             problems.extend(refusal.problems)
     entry = manifest.tokenizer
     try:
         tokenizer = load_tokenizer(directory / entry.file, manifest.vocabulary, entry.sha256)
-    except Refused as refusal:
-        raise Refused([*problems, *refusal.problems]) from refusal
+    except ConfigError as refusal:
+        raise ConfigError([*problems, *refusal.problems]) from refusal
     refuse_if_any(problems)
     return Prepared(manifest, tokenizer, splits["train"], splits["validation"])
 
@@ -59,30 +59,28 @@ def open_directory(directory: Path) -> Prepared:
 def open_prepared(config: DataConfig) -> Prepared:
     """Open `config.prepared` for a run. The corpus itself need not be there.
 
-    Raises `Refused` when the directory is damaged, or was prepared with another vocabulary or other works held out.
+    Raises `ConfigError` when the directory is damaged, or was prepared with another vocabulary or other works held out.
     """
     directory = Path(config.prepared)
     manifest = read_manifest(directory)
     problems = []
     if config.vocabulary != manifest.vocabulary:
-        remedy = f"{config.prepared} was prepared with {manifest.vocabulary}; use that, or another data.prepared"
-        problems.append(Problem("data.vocabulary", config.vocabulary, remedy))
+        hint = f"{config.prepared} was prepared with {manifest.vocabulary}; use that, or another data.prepared"
+        problems.append(Problem("data.vocabulary", config.vocabulary, hint))
     held_out = tuple(source.work for source in manifest.sources if source.split == "validation")
     if set(config.validation) != set(held_out):
-        remedy = (
-            f"{config.prepared} was prepared with {', '.join(held_out)} held out; use that, or another data.prepared"
-        )
-        problems.append(Problem("data.validation", config.validation, remedy))
+        hint = f"{config.prepared} was prepared with {', '.join(held_out)} held out; use that, or another data.prepared"
+        problems.append(Problem("data.validation", config.validation, hint))
     try:
         prepared = open_directory(directory)
-    except Refused as refusal:
-        raise Refused([*problems, *refusal.problems]) from refusal
+    except ConfigError as refusal:
+        raise ConfigError([*problems, *refusal.problems]) from refusal
     refuse_if_any(problems)
     return prepared
 
 
 def verify(directory: Path) -> Prepared:
-    """Open a prepared directory and check its every byte. Raises `Refused` with each damaged file."""
+    """Open a prepared directory and check its every byte. Raises `ConfigError` with each damaged file."""
     verify_files(directory, read_manifest(directory).files)
     return open_directory(directory)
 
@@ -90,8 +88,8 @@ def verify(directory: Path) -> Prepared:
 CHEAP_BYTES = 2**28
 
 
-def verify_before_run(directory: Path, manifest: Manifest, *, first_machine: bool) -> None:
-    """Raise `Refused` with each file of `directory` that is not what was written, as far as the rules above look."""
+def verify_before_run(directory: Path, manifest: DataManifest, *, first_machine: bool) -> None:
+    """Raise `ConfigError` with each file of `directory` that is found to be other than what was written."""
     if sum(entry.bytes for entry in manifest.files) <= CHEAP_BYTES:
         verify_files(directory, manifest.files)
     elif first_machine:

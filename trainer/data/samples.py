@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ...comm.host import to_device
 from .shards import Int64Array, Split
 
@@ -85,20 +85,20 @@ class Samples:
 
     @classmethod
     def training(cls, split: Split, sequence_length: int, mtp_depth: int) -> Samples:
-        """Whole windows only. Raises `Refused` for a split shorter than one."""
+        """Whole windows only. Raises `ConfigError` for a split shorter than one."""
         return cls(split, sequence_length, mtp_depth, None)
 
     @classmethod
     def validation(cls, split: Split, sequence_length: int, mtp_depth: int, pad: int) -> Samples:
-        """Every token but the first is a target once. Raises `Refused` for a split without a target."""
+        """Every token but the first is a target once. Raises `ConfigError` for a split without a target."""
         return cls(split, sequence_length, mtp_depth, pad)
 
     def __post_init__(self) -> None:
         if len(self) < 1:
             needed = self.window if self.pad is None else 2
-            remedy = f"the {self.split.name} split has {self.split.tokens} tokens, one sample needs {needed}"
-            raise Refused(
-                [Problem("training.sequence_length", self.sequence_length, f"{remedy}; add text or shorten it")]
+            hint = f"the {self.split.name} split has {self.split.tokens} tokens, one sample needs {needed}"
+            raise ConfigError(
+                [Problem("training.sequence_length", self.sequence_length, f"{hint}; add text or shorten it")]
             )
 
     @property

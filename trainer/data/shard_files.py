@@ -108,8 +108,8 @@ class ShardFiles:
             return
         is_stamped = number not in self._checked and self._stamp.get(entry.file) == mark(entry, status)
         if not is_stamped and (marks.size != entry.bytes or _sha256(descriptor) != entry.sha256):
-            remedy = "restore the file, and the same command goes on from the last checkpoint"
-            raise DataChanged(f"{self._path(number)} is not what was prepared: its SHA-256 is another one; {remedy}")
+            hint = "restore the file, and the same command goes on from the last checkpoint"
+            raise DataChanged(f"{self._path(number)} is not what was prepared: its SHA-256 is another one; {hint}")
         self._checked[number] = marks
 
 

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ...comm.errors import Problem, Refused, refuse_if_any
+from ...comm.errors import ConfigError, Problem, refuse_if_any
 from ...comm.files.access import open_regular, os_problem, read_regular
 from .files import HashedFile, write_file
-from .manifest import FileEntry, Manifest, SplitEntry
+from .manifest import DataManifest, FileEntry, SplitEntry
 from .shard_files import ShardFiles
 from .stamp import read_stamp
 
@@ -126,10 +126,10 @@ class Split:
         return tokens_T
 
 
-def open_split(directory: Path, manifest: Manifest, name: str) -> Split:
+def open_split(directory: Path, manifest: DataManifest, name: str) -> Split:
     """Open a split, whose shards are opened when they are read.
 
-    Raises `Refused` for missing or truncated files, but reads no token.
+    Raises `ConfigError` for missing or truncated files, but reads no token.
     """
     entry = {"train": manifest.train, "validation": manifest.validation}[name]
     dtype = manifest.numpy_dtype
@@ -140,15 +140,15 @@ def open_split(directory: Path, manifest: Manifest, name: str) -> Split:
     expected = [limit * dtype.itemsize] * (min(count, len(entry.shards) + 1) - 1) + [last * dtype.itemsize]
     if count != len(entry.shards) or [shard.bytes for shard in entry.shards] != expected:
         needed = f"{limit * dtype.itemsize} bytes, {count} of them, the last of {last * dtype.itemsize}"
-        remedy = f"{entry.tokens} {name} tokens in {manifest.dtype} need shards of {needed}; prepare again"
-        problems.append(Problem(str(directory), [shard.bytes for shard in entry.shards][:8], remedy))
+        hint = f"{entry.tokens} {name} tokens in {manifest.dtype} need shards of {needed}; prepare again"
+        problems.append(Problem(str(directory), [shard.bytes for shard in entry.shards][:8], hint))
     refuse_if_any(problems)
     shards = ShardFiles(directory, entry.shards, dtype, read_stamp(directory))
     return Split(name, entry.tokens, _read_starts(directory / entry.starts.file, entry), shards, limit)
 
 
 def verify_files(directory: Path, files: Sequence[FileEntry]) -> None:
-    """Read every byte of `files`. Raises `Refused` with each that is missing, truncated, or not what was written."""
+    """Read every byte of `files`. Raises `ConfigError` with each that is missing, truncated or changed."""
     problems = list(_size_problems(directory, files))
     damaged = {problem.field for problem in problems}
     for entry in files:
@@ -184,14 +184,14 @@ def _read_starts(path: Path, entry: SplitEntry) -> Int64Array:
         # From memory: a header may ask for any size, and a buffer has only what the file has.
         starts_M: Int64Array = np.load(io.BytesIO(read_regular(path, entry.starts.bytes)), allow_pickle=False)
     except OSError as error:
-        raise Refused([os_problem(error, path, "let it be read")]) from error
+        raise ConfigError([os_problem(error, path, "let it be read")]) from error
     except Exception as error:  # numpy reads a header as Python: a damaged one ends in any error of its parsers
-        raise Refused([Problem(str(path), str(error), f"is not an .npy file: {_AGAIN}")]) from error
+        raise ConfigError([Problem(str(path), str(error), f"is not an .npy file: {_AGAIN}")]) from error
     if not isinstance(starts_M, np.ndarray):  # a zip file of several
-        raise Refused([Problem(str(path), type(starts_M).__name__, f"is not an .npy file: {_AGAIN}")])
+        raise ConfigError([Problem(str(path), type(starts_M).__name__, f"is not an .npy file: {_AGAIN}")])
     ends_M = np.append(starts_M[1:], entry.tokens) if starts_M.ndim == 1 else starts_M
     is_whole = starts_M.dtype == np.int64 and starts_M.shape == (entry.documents,) and starts_M[:1].tolist() == [0]
     if not (is_whole and (starts_M < ends_M).all()):
-        remedy = f"must hold {entry.documents} rising document starts in {entry.tokens} tokens: {_AGAIN}"
-        raise Refused([Problem(str(path), starts_M.shape, remedy)])
+        hint = f"must hold {entry.documents} rising document starts in {entry.tokens} tokens: {_AGAIN}"
+        raise ConfigError([Problem(str(path), starts_M.shape, hint)])
     return starts_M

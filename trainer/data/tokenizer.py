@@ -11,7 +11,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ...comm.files.access import os_problem, read_regular
 from ...comm.files.strict_json import Malformed, parse_json
 
@@ -65,7 +65,7 @@ class Tokenizer:
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     """Learn merges from `texts`; the same texts give the same tokenizer.
 
-    Raises `Refused` when the texts have too few different words for `vocabulary` entries.
+    Raises `ConfigError` when the texts have too few different words for `vocabulary` entries.
     """
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = _word_splitter()
@@ -79,8 +79,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     bpe.train_from_iterator(texts, trainer=trainer)
     tokenizer = Tokenizer.around(bpe)
     if tokenizer.vocabulary != vocabulary:
-        remedy = f"cannot be reached: the training text gives {tokenizer.vocabulary} entries; ask for at most that"
-        raise Refused([Problem("data.vocabulary", vocabulary, remedy)])
+        hint = f"cannot be reached: the training text gives {tokenizer.vocabulary} entries; ask for at most that"
+        raise ConfigError([Problem("data.vocabulary", vocabulary, hint)])
     return tokenizer
 
 
@@ -117,34 +117,34 @@ def decode_with(bpe: tokenizers.Tokenizer, tokens: Sequence[int]) -> str:
 
 
 @contextmanager
-def _naming_panics(remedy: str) -> Iterator[None]:
+def _naming_panics(hint: str) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # plain Exception for most that it cannot do; a panic of Rust is no Exception
-        raise Malformed("", str(error), remedy) from error
+        raise Malformed("", str(error), hint) from error
 
 
 def load_tokenizer(path: Path, vocabulary: int, sha256: str) -> Tokenizer:
-    """Read `tokenizer.json`. Raises `Refused` unless it is the very file that the shards were made with."""
+    """Read `tokenizer.json`. Raises `ConfigError` unless it is the very file that the shards were made with."""
     if not path.exists():
-        raise Refused([Problem(str(path), None, "is missing; remove the directory and prepare again")])
+        raise ConfigError([Problem(str(path), None, "is missing; remove the directory and prepare again")])
     try:
         raw = read_regular(path, TOKENIZER_BYTES)
     except Malformed as error:
-        raise Refused([error.problem(path, "prepare again")]) from error
+        raise ConfigError([error.problem(path, "prepare again")]) from error
     except OSError as error:
-        raise Refused([os_problem(error, path, "let it be read")]) from error
+        raise ConfigError([os_problem(error, path, "let it be read")]) from error
     found = hashlib.sha256(raw).hexdigest()
     if found != sha256:
-        remedy = f"is not the tokenizer of these shards, whose SHA-256 is {sha256}; restore it, or prepare again"
-        raise Refused([Problem(str(path), found, remedy)])
+        hint = f"is not the tokenizer of these shards, whose SHA-256 is {sha256}; restore it, or prepare again"
+        raise ConfigError([Problem(str(path), found, hint)])
     try:
         tokenizer = Tokenizer.around(read_bpe(raw))
     except ValueError as error:
-        raise Refused([Problem(str(path), str(error), "is not a tokenizer of ours; prepare again")]) from error
+        raise ConfigError([Problem(str(path), str(error), "is not a tokenizer of ours; prepare again")]) from error
     if tokenizer.vocabulary != vocabulary:
-        remedy = f"its number of entries must be the manifest's {vocabulary}; prepare again"
-        raise Refused([Problem(str(path), tokenizer.vocabulary, remedy)])
+        hint = f"its number of entries must be the manifest's {vocabulary}; prepare again"
+        raise ConfigError([Problem(str(path), tokenizer.vocabulary, hint)])
     return tokenizer

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 
 _LOCK = ".lock"
 
@@ -31,15 +31,15 @@ def unfinished(final: Path, what: str, field: str) -> Iterator[Path]:
     """Make a directory beside `final` to write into, so that a rename moves no bytes; `what` stands in its name.
 
     Call `unlock` before the rename. A directory that still has its own name at the end of the block is removed. Raises
-    `Refused` about `field` where none can be made.
+    `ConfigError` about `field` where none can be made.
     """
     directory = final.with_name(f".{final.name}.{what}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         try:
             directory.mkdir(parents=True)
         except OSError as error:
-            remedy = f"cannot be created: {error.strerror}; name another directory"
-            raise Refused([Problem(field, str(final), remedy)]) from error
+            hint = f"cannot be created: {error.strerror}; name another directory"
+            raise ConfigError([Problem(field, str(final), hint)]) from error
         with locked(directory):
             yield directory
     finally:

@@ -53,8 +53,8 @@ def generate(
         if asked:
             return None
         if token < 0:
-            remedy = "check the model's values, such as model.routed_scaling and model.yarn.mscale"
-            raise RunFailed(f"the logits of the sample's token {len(tokens) - len(prompt)} are not finite; {remedy}")
+            hint = "check the model's values, such as model.routed_scaling and model.yarn.mscale"
+            raise RunFailed(f"the logits of the sample's token {len(tokens) - len(prompt)} are not finite; {hint}")
         if token == stop:
             break
         tokens.append(token)

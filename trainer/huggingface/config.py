@@ -246,7 +246,7 @@ class _Reader:
         try:
             yield
         except Malformed as error:
-            self.problems.append(Problem(f"{_FILE}: {error.where}", error.value, f"{error.remedy}; correct it"))
+            self.problems.append(Problem(f"{_FILE}: {error.where}", error.value, f"{error.hint}; correct it"))
 
 
 def _carried_problems(tree: Mapping[str, Any]) -> Iterator[Problem]:
@@ -267,7 +267,7 @@ def _carried_problems(tree: Mapping[str, Any]) -> Iterator[Problem]:
             else:
                 found.whole(1, _LONGEST)
         except Malformed as error:
-            yield Problem(f"{_FILE}: {error.where}", error.value, f"{error.remedy}; correct it")
+            yield Problem(f"{_FILE}: {error.where}", error.value, f"{error.hint}; correct it")
 
 
 def rope_type(rope: Mapping[str, Any]) -> str:
@@ -288,19 +288,19 @@ def _unknown_there(model: ModelConfig) -> Iterator[Problem]:
     if model.shared_experts == 0:
         yield Problem("model.shared_experts", 0, "cannot be exported: DeepseekV3ForCausalLM always has shared experts")
     if model.experts // model.groups < 2:
-        remedy = f"cannot be exported: DeepseekV3ForCausalLM needs two of the {model.experts} experts in each group"
-        yield Problem("model.groups", model.groups, remedy)
+        hint = f"cannot be exported: DeepseekV3ForCausalLM needs two of the {model.experts} experts in each group"
+        yield Problem("model.groups", model.groups, hint)
     yarn = model.yarn
     if yarn is not None and yarn.factor * yarn.original_length > _LONGEST:
-        remedy = f"cannot be exported: with original_length it makes a context of more than {_LONGEST} positions"
-        yield Problem("model.yarn.factor", yarn.factor, remedy)
+        hint = f"cannot be exported: with original_length it makes a context of more than {_LONGEST} positions"
+        yield Problem("model.yarn.factor", yarn.factor, hint)
     if (
         yarn is not None
         and (yarn.mscale, yarn.mscale_all_dim) != (1.0, 0.0)
         and 0 in (yarn.mscale, yarn.mscale_all_dim)
     ):
-        remedy = "cannot be exported: a 0 in mscale or mscale_all_dim means 1 and 0 there"
-        yield Problem("model.yarn.mscale", yarn.mscale, remedy)
+        hint = "cannot be exported: a 0 in mscale or mscale_all_dim means 1 and 0 there"
+        yield Problem("model.yarn.mscale", yarn.mscale, hint)
 
 
 def _unknown_here(tree: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[Problem]:
@@ -314,15 +314,15 @@ def _unknown_here(tree: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[
     heads = tree.get("num_attention_heads")
     groups = tree.get("num_key_value_heads", heads)
     if groups is not None and (groups != heads or type(groups) is not type(heads)):
-        remedy = f"cannot be imported: latent attention has as many as query heads, {heads}"
-        yield Problem("config.json: num_key_value_heads", tree["num_key_value_heads"], remedy)
+        hint = f"cannot be imported: latent attention has as many as query heads, {heads}"
+        yield Problem("config.json: num_key_value_heads", tree["num_key_value_heads"], hint)
     yield from _unknown_rotation(rope)
     quantisation = tree.get("quantization_config")
     if quantisation is not None:
         method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else None
         if method != "fp8" or quantisation.get("weight_block_size") != [BLOCK, BLOCK]:
-            remedy = f"cannot be imported: only fp8 with weight_block_size [{BLOCK}, {BLOCK}] can"
-            yield Problem("config.json: quantization_config", quantisation, remedy)
+            hint = f"cannot be imported: only fp8 with weight_block_size [{BLOCK}, {BLOCK}] can"
+            yield Problem("config.json: quantization_config", quantisation, hint)
 
 
 def _number_of(rope: Mapping[str, Any], key: str) -> float:
@@ -342,11 +342,11 @@ def _unknown_rotation(rope: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(f"config.json: {key}", None, "is missing from the rotary settings")
     length, factor = (_number_of(rope, key) for key in ("original_max_position_embeddings", "factor"))
     if length * factor > _LONGEST:
-        remedy = f"with original_max_position_embeddings it makes a context of more than {_LONGEST} positions"
-        yield Problem("config.json: factor", rope["factor"], remedy)
+        hint = f"with original_max_position_embeddings it makes a context of more than {_LONGEST} positions"
+        yield Problem("config.json: factor", rope["factor"], hint)
     for key, standard in (("attention_factor", None), ("truncate", True)):
         if rope.get(key, standard) != standard:
             yield Problem(f"config.json: {key}", rope[key], f"cannot be imported: our model has {standard} alone")
     if rope.get("mscale_all_dim") and not rope.get("mscale"):
-        remedy = "cannot be imported without mscale: our model has both or neither"
-        yield Problem("config.json: mscale_all_dim", rope["mscale_all_dim"], remedy)
+        hint = "cannot be imported without mscale: our model has both or neither"
+        yield Problem("config.json: mscale_all_dim", rope["mscale_all_dim"], hint)

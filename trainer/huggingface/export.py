@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...comm.errors import Problem, Refused, refuse_if_any
+from ...comm.errors import ConfigError, Problem, refuse_if_any
 from ...comm.files.access import another_directory, refusing
 from ..checkpoint.manifest import Damaged
 from ..checkpoint.opened import Checkpoint
@@ -47,20 +47,20 @@ class ExportOptions:
 def export(checkpoint: Checkpoint, directory: Path, options: ExportOptions, say: Callable[[str], None]) -> None:
     """Write `directory`, which must not exist or be empty. It appears under its name when it is complete.
 
-    Raises `Refused` for a model that `DeepseekV3ForCausalLM` is not, and for a checkpoint that is damaged.
+    Raises `ConfigError` for a model that `DeepseekV3ForCausalLM` is not, and for a checkpoint that is damaged.
     """
     if "\0" in str(directory):
-        raise Refused([Problem("directory", str(directory), "holds a NUL character, which no name of a file has")])
+        raise ConfigError([Problem("directory", str(directory), "holds a NUL character, which no name of a file has")])
     if directory.name in ("", ".."):
-        raise Refused([Problem("directory", str(directory), "has no name of its own; name a new directory")])
+        raise ConfigError([Problem("directory", str(directory), "has no name of its own; name a new directory")])
     if os.path.lexists(directory) and not directory.is_dir():
-        raise Refused([Problem("directory", str(directory), "is no directory; name another")])
+        raise ConfigError([Problem("directory", str(directory), "is no directory; name another")])
     if directory.exists() and any(directory.iterdir()):
-        raise Refused([Problem("directory", str(directory), "exists and is not empty; name another")])
+        raise ConfigError([Problem("directory", str(directory), "exists and is not empty; name another")])
     config = checkpoint.model
     planned = entries(config)
     if missing := checkpoint.missing(entry.name for entry in planned):
-        raise Refused([Problem("checkpoint", str(checkpoint.path), f"holds no tensor {missing[0]}")])
+        raise ConfigError([Problem("checkpoint", str(checkpoint.path), f"holds no tensor {missing[0]}")])
     refuse_if_any(islice(_misfits(checkpoint, planned), _MOST_PROBLEMS))
     context = checkpoint.setting("training", "sequence_length", default=4096)
     dtype, fp8 = _DTYPES[options.dtype], options.dtype == "fp8"
@@ -74,7 +74,7 @@ def export(checkpoint: Checkpoint, directory: Path, options: ExportOptions, say:
             _write_weights(checkpoint, planned, partial, options, say)
             attachments = checkpoint.attachments()
         except Damaged as damaged:
-            raise Refused([Problem("checkpoint", str(damaged), "is damaged; export another one")]) from damaged
+            raise ConfigError([Problem("checkpoint", str(damaged), "is damaged; export another one")]) from damaged
         with refusing(checkpoint.path / TOKENIZER, "export another checkpoint"):
             own = special_tokens(attachments)
         tree |= {key: value for key, value in own.items() if tree[key] is None}
@@ -89,8 +89,8 @@ def _misfits(checkpoint: Checkpoint, planned: Sequence[Entry]) -> Iterator[Probl
         stored = checkpoint.manifest.tensors[entry.name]
         if stored.shape != entry.shape or not stored.dtype.is_floating_point:
             found = f"{stored.dtype} {list(stored.shape)}"
-            remedy = f"must be floating-point {list(entry.shape)} by its configuration; export another checkpoint"
-            yield Problem(f"{checkpoint.path}: {entry.name}", found, remedy)
+            hint = f"must be floating-point {list(entry.shape)} by its configuration; export another checkpoint"
+            yield Problem(f"{checkpoint.path}: {entry.name}", found, hint)
 
 
 @contextmanager
@@ -106,8 +106,8 @@ def _appearing_whole(directory: Path, say: Callable[[str], None]) -> Iterator[Pa
                 directory.rmdir()
             partial.rename(directory)
     except OSError as error:
-        remedy = f"cannot be written ({error.strerror}); {another_directory(error)}"
-        raise Refused([Problem("directory", str(directory), remedy)]) from error
+        hint = f"cannot be written ({error.strerror}); {another_directory(error)}"
+        raise ConfigError([Problem("directory", str(directory), hint)]) from error
 
 
 def _write_weights(
@@ -169,7 +169,7 @@ def _tensors(tensor: Tensor, entry: Entry, options: ExportOptions) -> Iterator[T
             try:
                 yield from quantise_blocks(part)
             except ValueError as error:
-                raise Refused([Problem(name, options.dtype, f"{error}; export bf16")]) from error
+                raise ConfigError([Problem(name, options.dtype, f"{error}; export bf16")]) from error
         else:
             yield part.to(_dtype(name, options))
     for name in entry.copies:

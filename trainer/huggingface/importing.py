@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...comm.errors import Problem, Refused, refuse_if_any
+from ...comm.errors import ConfigError, Problem, refuse_if_any
 from ...comm.files.access import another_directory, os_problem, read_json, read_regular, refusing
 from ...comm.files.strict_json import Malformed, parse_json, shortened
 from ..checkpoint.pieces import Piece
 from ..checkpoint.saver import write_share
-from ..checkpoint.store import CheckpointStore, Cover
+from ..checkpoint.store import CheckpointExtras, CheckpointStore
 from ..checkpoint.tensor_file import TensorFile
 from ..data.unfinished import Owner, locked, owner, unlock
 from ..model.config import ModelConfig
@@ -62,7 +62,7 @@ class Released:
 
     @staticmethod
     def open(directory: Path) -> Released:
-        """Read the headers. Raises `Refused` for files that are missing or no safetensors."""
+        """Read the headers. Raises `ConfigError` for files that are missing or no safetensors."""
         index = _weight_map(directory)
         names = ["model.safetensors"] if index is None else sorted(set(index.values()))
         problems: list[Problem] = []
@@ -78,13 +78,13 @@ class Released:
                 continue
             for name in file.tensors:
                 if name in files:
-                    remedy = f"is in {files[name].path.name}, too; remove one of the files"
-                    problems.append(Problem(name, path.name, remedy))
+                    hint = f"is in {files[name].path.name}, too; remove one of the files"
+                    problems.append(Problem(name, path.name, hint))
                 files[name] = file
         for name, where in (index or {}).items():
             if not problems and (name not in files or files[name].path != directory / where):
-                remedy = f"does not hold {name}, which {INDEX} says; {_FETCH}"
-                problems.append(Problem(str(directory / where), None, remedy))
+                hint = f"does not hold {name}, which {INDEX} says; {_FETCH}"
+                problems.append(Problem(str(directory / where), None, hint))
         _refuse_briefly(problems, directory)
         return Released(directory, files)
 
@@ -97,7 +97,7 @@ class Released:
         return self.files[name].tensors[name].dtype if name in self.files else None
 
     def read(self, name: str) -> Tensor:
-        """A weight in FP32, whatever it is stored in. Raises `Refused` where an element is not finite."""
+        """A weight in FP32, whatever it is stored in. Raises `ConfigError` where an element is not finite."""
         tensor = self._raw(name)
         if name + SCALE in self.files:
             weight = dequantise_blocks(tensor, self._raw(name + SCALE))
@@ -107,7 +107,7 @@ class Released:
             count = int((~torch.isfinite(weight)).sum())
             where = f"{self.files[name].path}: {name}"
             what = f"{count:,} of {weight.numel():,} elements not finite"
-            raise Refused([Problem(where, what, "no weight and no bias is NaN or infinite; fetch it again")])
+            raise ConfigError([Problem(where, what, "no weight and no bias is NaN or infinite; fetch it again")])
         return weight
 
     def _raw(self, name: str) -> Tensor:
@@ -119,12 +119,12 @@ class Released:
 def import_released(source: Path, target: Path, say: Callable[[str], None]) -> Path:
     """Make `target` hold the weights of `source` as the checkpoint of step 0; return its path.
 
-    Raises `Refused`, before anything is written, with everything that is missing, has another shape, or is not known.
+    Raises `ConfigError`, before anything is written, with all that is missing, has another shape, or is not known.
     """
     _refuse_places(source, target)
     store = CheckpointStore(target, keep=1)
     if store.steps():
-        raise Refused([Problem("target", str(target), "holds checkpoints already; name another directory")])
+        raise ConfigError([Problem("target", str(target), "holds checkpoints already; name another directory")])
     tree = _config_json(source)
     released = Released.open(source)
     config = _with_the_mtp_that_is_there(model_config(tree, Path(os.path.realpath(source)).name), released, say)
@@ -145,14 +145,14 @@ def import_released(source: Path, target: Path, say: Callable[[str], None]) -> P
                 say(f"{sum(piece.bytes for piece in pieces):,} bytes, up to {batch[-1].name}")
             unlock(store.partial(0))
         facts: dict[str, Any] = {"step": 0, "config": {"model": asdict(config)}, "source": tree}
-        return store.commit(0, Cover(facts, attachments, frozenset(entry.name for entry in planned)))
+        return store.commit(0, CheckpointExtras(facts, attachments, frozenset(entry.name for entry in planned)))
 
 
 def _clear_partial(partial: Path, say: Callable[[str], None]) -> None:
-    """Remove what an import that was killed has left. Raises `Refused` where another one is under way."""
+    """Remove what an import that was killed has left. Raises `ConfigError` where another one is under way."""
     if owner(partial) is Owner.ALIVE:
-        remedy = "another import is writing it; wait for its end, or name another directory"
-        raise Refused([Problem("target", str(partial), remedy)])
+        hint = "another import is writing it; wait for its end, or name another directory"
+        raise ConfigError([Problem("target", str(partial), hint)])
     if partial.is_dir():
         say(f"{partial} was left by a process that was killed; it is removed.")
         shutil.rmtree(partial)
@@ -171,7 +171,7 @@ def _nothing_left(store: CheckpointStore) -> Iterator[None]:
             with suppress(OSError):
                 folder.rmdir()
         if isinstance(error, OSError):
-            raise Refused([os_problem(error, target, another_directory(error))]) from error
+            raise ConfigError([os_problem(error, target, another_directory(error))]) from error
         raise
 
 
@@ -181,24 +181,26 @@ def _refuse_places(source: Path, target: Path) -> None:
     nul = "holds a NUL character, which no name of a file has"
     refuse_if_any(Problem(key, name, nul) for key, name in places.items() if "\0" in name)
     if os.path.lexists(target) and not target.is_dir():
-        raise Refused([Problem("target", str(target), "is no directory; name another")])
+        raise ConfigError([Problem("target", str(target), "is no directory; name another")])
     if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(source)):
-        raise Refused([Problem("target", str(target), f"is the source {source}, or lies inside it; name another")])
+        raise ConfigError([Problem("target", str(target), f"is the source {source}, or lies inside it; name another")])
 
 
 def _config_json(source: Path) -> dict[str, Any]:
-    """The tree of the file. Raises `Refused`."""
+    """The tree of the file. Raises `ConfigError`."""
     path = source / "config.json"
     if not os.path.lexists(path):
-        raise Refused([Problem("source", str(source), "holds no config.json; name a directory of released weights")])
+        raise ConfigError(
+            [Problem("source", str(source), "holds no config.json; name a directory of released weights")]
+        )
     if path.is_symlink() and not path.exists():
-        raise Refused([Problem(str(path), f"a link to {path.readlink()}", f"leads to no file; {_FETCH}")])
+        raise ConfigError([Problem(str(path), f"a link to {path.readlink()}", f"leads to no file; {_FETCH}")])
     with refusing(path, _FETCH):
         return read_json(path, _CONFIG_BYTES).mapping()
 
 
 def _weight_map(directory: Path) -> dict[str, str] | None:
-    """In which file the index says each tensor is; None where there is no index. Raises `Refused`."""
+    """In which file the index says each tensor is; None where there is no index. Raises `ConfigError`."""
     path = directory / INDEX
     if not path.exists():
         return None
@@ -211,7 +213,7 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
 
 
 def _attachments(source: Path) -> dict[str, bytes]:
-    """The files that are carried beside the weights. Raises `Refused` for one that cannot be what its name says."""
+    """The files that are carried beside the weights. Raises `ConfigError` for one that cannot be what its name says."""
     found = {}
     for name in CARRIED:
         path = source / name
@@ -257,8 +259,8 @@ def _refuse_other_sizes(config: ModelConfig, released: Released) -> None:
         if value > largest
     ]
     if least > 2 * tensors + 1000:
-        remedy = f"asks for at least {least:,} tensors, and the files hold {tensors:,}; {_APART}"
-        problems.append(Problem("config.json", least, remedy))
+        hint = f"asks for at least {least:,} tensors, and the files hold {tensors:,}; {_APART}"
+        problems.append(Problem("config.json", least, hint))
     refuse_if_any(problems)
 
 
@@ -274,8 +276,8 @@ def _with_the_mtp_that_is_there(config: ModelConfig, released: Released, say: Ca
 def _refuse_briefly(problems: list[Problem], source: Path) -> None:
     """A large model has a hundred thousand tensors, and a wrong number in config.json may make all of them wrong."""
     if len(problems) > _MOST_PROBLEMS:
-        remedy = f"problems of the same kind: {_APART}"
-        problems = [*problems[:_MOST_PROBLEMS], Problem(str(source), f"{len(problems) - _MOST_PROBLEMS} more", remedy)]
+        hint = f"problems of the same kind: {_APART}"
+        problems = [*problems[:_MOST_PROBLEMS], Problem(str(source), f"{len(problems) - _MOST_PROBLEMS} more", hint)]
     refuse_if_any(problems)
 
 
@@ -293,8 +295,8 @@ def _misfits(planned: list[Entry], released: Released) -> Iterator[Problem]:
             if scale is not None and len(entry.part_shape) != 2:
                 yield Problem(name + SCALE, list(scale), f"is no part of this model: {name} is no matrix")
             elif scale is not None and scale != scales_of(entry.part_shape):
-                remedy = f"must have the shape {list(scales_of(entry.part_shape))}, a scale for each block"
-                yield Problem(name + SCALE, list(scale), remedy)
+                hint = f"must have the shape {list(scales_of(entry.part_shape))}, a scale for each block"
+                yield Problem(name + SCALE, list(scale), hint)
             dtype = released.dtype(name)
             if dtype is not None and dtype not in _WEIGHTS:
                 yield Problem(name, str(dtype), "is no dtype of a weight: a weight is a floating-point number")
@@ -304,8 +306,8 @@ def _misfits(planned: list[Entry], released: Released) -> Iterator[Problem]:
             if scale is not None and not is_fp8:
                 yield Problem(name + SCALE, list(scale), f"belongs to an FP8 weight, and {name} is {dtype}")
             if scale is not None and released.dtype(name + SCALE) not in _SCALES:
-                remedy = "is no dtype of a scale: a scale is a floating-point number"
-                yield Problem(name + SCALE, str(released.dtype(name + SCALE)), remedy)
+                hint = "is no dtype of a scale: a scale is a floating-point number"
+                yield Problem(name + SCALE, str(released.dtype(name + SCALE)), hint)
         yield from _different_copies(entry, released)
     for name in released.files:
         if name not in known and not name.endswith(_IGNORED):

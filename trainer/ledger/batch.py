@@ -39,7 +39,7 @@ Row = tuple[bytes, ...]
 
 
 @dataclass(frozen=True)
-class Batch:
+class RecordBatch:
     """Consecutive records of one launch on one boot, each a step or an interval, in columns."""
 
     attempt: str
@@ -78,7 +78,7 @@ def are_alike(one: Row, other: Row) -> bool:
     return one[1] == other[1] and one[2] == other[2]
 
 
-def batch_of(rows: Sequence[Row]) -> Batch:
+def batch_of(rows: Sequence[Row]) -> RecordBatch:
     """The batch of `rows`, all alike."""
     columns = list(zip(*rows, strict=True))
     charged: Counter[bytes] = Counter()
@@ -93,7 +93,7 @@ def batch_of(rows: Sequence[Row]) -> Batch:
         else:
             charged[bucket] += spent
     named = {bucket.decode(): spent for bucket, spent in charged.items()}
-    return Batch(
+    return RecordBatch(
         attempt=rows[0][1][1:-1].decode(),
         boot=rows[0][2][1:-1].decode(),
         monotonic_ns=list(map(int, columns[7])),

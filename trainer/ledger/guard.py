@@ -10,9 +10,9 @@ from pathlib import Path
 from ...comm.errors import noting
 from .clock import Instant
 from .config import BudgetConfig
-from .meter import Meter
+from .meter import CostMeter
 from .project import Project, ProjectReader
-from .summary import TRAILING_STEPS, Summary
+from .summary import TRAILING_STEPS, LedgerSummary
 from .terms import gpu_hours
 
 LEAST_STEPS = 20
@@ -51,7 +51,7 @@ def project_cost(spent: float, tokens_left: int, ms_per_token: float) -> float:
 
 
 def accounts(
-    config: BudgetConfig, summary: Summary, run_dir: Path, tokens_left: int, ramp_steps: int = 0
+    config: BudgetConfig, summary: LedgerSummary, run_dir: Path, tokens_left: int, ramp_steps: int = 0
 ) -> Iterator[Account]:
     """Of a run that is not going on: what it has drawn on each budget, and will have at its end.
 
@@ -83,7 +83,7 @@ def _accounts(
 class Guard:
     """Watches a run that is going on. The steps of earlier lives may have been of another layout: they do not count."""
 
-    def __init__(self, config: BudgetConfig, meter: Meter, run_dir: Path) -> None:
+    def __init__(self, config: BudgetConfig, meter: CostMeter, run_dir: Path) -> None:
         self._config, self._meter, self._run_dir = config, meter, run_dir
         self._rates: deque[float] = deque(maxlen=TRAILING_STEPS)
         self._project = None if config.project is None else ProjectReader(Project.read(Path(config.project)))

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ...comm.files.access import chunks_of_lines, lines_within, open_regular, refuse_links, refusing
 from ...comm.files.line_writer import BACKLOG_BYTES, LineWriter
 from ...comm.files.lines import cut_torn_line
 from ...comm.files.strict_json import Malformed, parse_json
-from .batch import MOST_LINES, Batch, Row, are_alike, batch_of, row_of
+from .batch import MOST_LINES, RecordBatch, Row, are_alike, batch_of, row_of
 from .lock import lock_or_refuse
 
 Record = dict[str, Any]
@@ -45,7 +45,7 @@ def _accept(record: Record) -> None:
 
 
 @dataclass(frozen=True)
-class Place:
+class JournalPosition:
     """Where in a journal a reader is: behind a record of it, or at its beginning."""
 
     position: int = 0
@@ -59,22 +59,24 @@ class Place:
 class JournalReader:
     """Reads a journal while it grows: a run of months is asked for its cost at every checkpoint."""
 
-    def __init__(self, path: Path, start: Place | None = None, *, check: Callable[[Record], None] = _accept) -> None:
+    def __init__(
+        self, path: Path, start: JournalPosition | None = None, *, check: Callable[[Record], None] = _accept
+    ) -> None:
         """Begin at `start`, a place of this journal (see `is_place_of`), or at its beginning.
 
         `check` raises `Malformed` for a record that does not hold what it must; it is refused with its line.
         """
         self._path = path
         self._check = check
-        begin = Place() if start is None else start
+        begin = JournalPosition() if start is None else start
         self._position, self._number = begin.position, begin.number
         self.head = begin.head
         """The hash of the last record read."""
 
     @property
-    def place(self) -> Place:
+    def place(self) -> JournalPosition:
         """Behind the last record read."""
-        return Place(self._position, self._number, self.head)
+        return JournalPosition(self._position, self._number, self.head)
 
     def new_records(self) -> list[Record]:
         """What has been appended since the last call. Raises Refused as `read_journal` does, and for a file cut short.
@@ -92,7 +94,7 @@ class JournalReader:
         for line in self._lines(end):
             yield self._read(line)
 
-    def batches(self, end: int | None = None) -> Iterator[Record | Batch]:
+    def batches(self, end: int | None = None) -> Iterator[Record | RecordBatch]:
         """Yield the same, steps and intervals that follow each other together."""
         rows: list[Row] = []
         head, size = self.head.encode(), 0
@@ -110,7 +112,7 @@ class JournalReader:
         if rows:
             yield self._batch(rows, size)
 
-    def _batch(self, rows: list[Row], size: int) -> Batch:
+    def _batch(self, rows: list[Row], size: int) -> RecordBatch:
         """The batch of `rows`, lines of `size` bytes; the reader is behind them then."""
         self._position += size
         self._number += len(rows)
@@ -123,8 +125,8 @@ class JournalReader:
             return
         with refusing(self._path, _RESTORE), open_regular(self._path) as file:
             if file.seek(0, os.SEEK_END) < self._position:
-                remedy = "the journal is shorter than when it was last read; restore the file"
-                raise Refused([Problem(str(self._path), self._position, remedy)])
+                hint = "the journal is shorter than when it was last read; restore the file"
+                raise ConfigError([Problem(str(self._path), self._position, hint)])
             position = file.seek(self._position)
             for line in lines_within(file, _LONGEST):
                 if not line.endswith(b"\n") or (end is not None and position >= end):
@@ -149,8 +151,8 @@ class JournalReader:
                 return found
         record = _parse(line.decode(errors="replace"))
         if record.get("hash") != _link(head, {key: value for key, value in record.items() if key != "hash"}):
-            remedy = "the chain of hashes is broken: this line or one before it was changed; restore the file"
-            raise Refused([Problem(f"{self._path}:{number}", line.decode(errors="replace")[:80], remedy)])
+            hint = "the chain of hashes is broken: this line or one before it was changed; restore the file"
+            raise ConfigError([Problem(f"{self._path}:{number}", line.decode(errors="replace")[:80], hint)])
         self._insist(record, number)
         return record
 
@@ -158,8 +160,8 @@ class JournalReader:
         try:
             self._check(record)
         except Malformed as error:
-            remedy = f"{_RESTORE}, or read it with the version of Shoestring that wrote it"
-            raise Refused([error.problem(f"{self._path}:{number}", remedy)]) from error
+            hint = f"{_RESTORE}, or read it with the version of Shoestring that wrote it"
+            raise ConfigError([error.problem(f"{self._path}:{number}", hint)]) from error
 
 
 def _parse_plain(line: bytes) -> Record | None:
@@ -192,10 +194,10 @@ def is_linked(line: bytes, head: str) -> bool:
     return hashlib.sha256(head.encode() + content).hexdigest().encode() in found.groups()
 
 
-def is_place_of(path: Path, place: Place) -> bool:
+def is_place_of(path: Path, place: JournalPosition) -> bool:
     """Whether the record before `place` is the one that ends there in the journal at `path`."""
     if place.position == 0:
-        return place == Place()
+        return place == JournalPosition()
     try:
         with open_regular(path) as file:
             begin = max(0, place.position - _LONGEST)
@@ -351,6 +353,6 @@ def refuse_if_held(path: Path) -> None:
             lock_or_refuse(file.fileno(), str(path), None, _HELD)
 
 
-def _no_room(path: Path, reason: str | None) -> Refused:
-    remedy = f"cannot be written ({reason}); make room, or name another training.run_dir"
-    return Refused([Problem(str(path), None, remedy)])
+def _no_room(path: Path, reason: str | None) -> ConfigError:
+    hint = f"cannot be written ({reason}); make room, or name another training.run_dir"
+    return ConfigError([Problem(str(path), None, hint)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 
 
 def lock_or_refuse(descriptor: int, field: str, value: str | None, held: str) -> None:
@@ -16,10 +16,10 @@ def lock_or_refuse(descriptor: int, field: str, value: str | None, held: str) ->
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise Refused([Problem(field, value, held)]) from error
+        raise ConfigError([Problem(field, value, held)]) from error
     except OSError as error:
-        remedy = (
+        hint = (
             f"cannot be locked ({error.strerror}), so two runs could write into it at once; use a file system with "
             "flock (Lustre: mount it with -o flock), or name another training.run_dir"
         )
-        raise Refused([Problem(field, value, remedy)]) from error
+        raise ConfigError([Problem(field, value, hint)]) from error

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from .clock import Instant
-from .summary import Summary
+from .summary import LedgerSummary
 from .terms import gpu_hours
 
 
-class Meter:
+class CostMeter:
     """Starts from what the ledger says, then follows the clock: GPUs are held all the time.
 
     `summary` is of the present life, after `totals.carry`.
     """
 
-    def __init__(self, summary: Summary, *, ranks: int) -> None:
+    def __init__(self, summary: LedgerSummary, *, ranks: int) -> None:
         self._start = Instant.now()
         self._before_ms = summary.total_ms
         self._phase_before_ms = summary.by_phase[summary.phase]

@@ -21,7 +21,7 @@ from ...comm.errors import Problem, refuse_if_any
 from ...comm.files.access import refusing
 from ...comm.files.strict_yaml import read_yaml
 from .journal import holds_record
-from .summary import LedgerReader, Summary
+from .summary import LedgerReader, LedgerSummary
 from .terms import PUBLISHED_GPU_HOURS, WORK_FILE, gpu_hours
 
 
@@ -81,7 +81,7 @@ class ProjectReader:
         self.project = project
         self._readers = {run: LedgerReader(run) for run in project.runs}
 
-    def summaries(self) -> dict[Path, Summary]:
+    def summaries(self) -> dict[Path, LedgerSummary]:
         """Of every run that has a ledger. Raises Refused where one is broken."""
         there = {run: reader for run, reader in self._readers.items() if (run / WORK_FILE).parent.is_dir()}
         return {run: reader.summary() for run, reader in there.items()}
@@ -108,7 +108,7 @@ class ProjectTotals:
     """Inherited from runs that are not in the project."""
 
     @staticmethod
-    def of(project: Project, summaries: Mapping[Path, Summary]) -> ProjectTotals:
+    def of(project: Project, summaries: Mapping[Path, LedgerSummary]) -> ProjectTotals:
         """Their sum."""
         by_phase = dict.fromkeys(PUBLISHED_GPU_HOURS, 0)
         tokens = dict.fromkeys(PUBLISHED_GPU_HOURS, 0)

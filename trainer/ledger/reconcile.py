@@ -15,10 +15,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ...comm.files.access import read_text, refusing
 from .render import hours
-from .summary import Summary
+from .summary import LedgerSummary
 from .terms import gpu_hours
 
 _SACCT = ("JobID", "ElapsedRaw", "AllocTRES")
@@ -29,7 +29,7 @@ _MOST = 1e15
 
 
 @dataclass(frozen=True)
-class Line:
+class ReconciliationLine:
     """One line of a reconciliation."""
 
     name: str
@@ -62,36 +62,36 @@ def read_sacct(path: Path) -> list[Job]:
         else:
             jobs.append(Job(row["JobID"], int(gpus[1]), int(row["ElapsedRaw"])))
     if problems:
-        raise Refused(problems)
+        raise ConfigError(problems)
     return jobs
 
 
-def reconcile_jobs(summary: Summary, jobs: Sequence[Job]) -> list[Line]:
+def reconcile_jobs(summary: LedgerSummary, jobs: Sequence[Job]) -> list[ReconciliationLine]:
     """From what the jobs held to what the ledger has allocated; the differences add up to what lies between.
 
     A launch belongs to the job that it was started in. In a job, the ranks may be fewer than the GPUs, and the time
     before, between and after launches is the job's alone.
     """
-    lines = [Line("scheduler", sum(job.gpus * job.seconds * 1000 for job in jobs))]
+    lines = [ReconciliationLine("scheduler", sum(job.gpus * job.seconds * 1000 for job in jobs))]
     for job in jobs:
         held = [launch for launch in summary.held if launch.job == job.name]
         whole_ms = job.gpus * job.seconds * 1000
         if not held:
-            lines.append(Line(f"job {job.name}: no launch of this run", -whole_ms, True))
+            lines.append(ReconciliationLine(f"job {job.name}: no launch of this run", -whole_ms, True))
             continue
         used_ms = sum(launch.gpu_ms for launch in held)
         # A launch of fewer ranks than GPUs leaves the others idle for as long as it lasts.
         lasted_ms = sum(launch.milliseconds for launch in held)
         idle_ms = lasted_ms * job.gpus - used_ms
-        lines.append(Line(f"job {job.name}: GPUs without a rank", -idle_ms, True))
+        lines.append(ReconciliationLine(f"job {job.name}: GPUs without a rank", -idle_ms, True))
         around = f"job {job.name}: before, between and after its launches"
-        lines.append(Line(around, lasted_ms * job.gpus - whole_ms, True))
+        lines.append(ReconciliationLine(around, lasted_ms * job.gpus - whole_ms, True))
     named = {job.name for job in jobs}
     for launch in summary.held:
         if launch.job not in named:
             where = "outside of any job" if launch.job is None else f"job {launch.job} is not in the accounting"
-            lines.append(Line(f"launch {launch.attempt}: {where}", launch.gpu_ms, True))
-    lines.append(Line("ledger", summary.allocated_ms))
+            lines.append(ReconciliationLine(f"launch {launch.attempt}: {where}", launch.gpu_ms, True))
+    lines.append(ReconciliationLine("ledger", summary.allocated_ms))
     return lines
 
 
@@ -118,19 +118,23 @@ def read_invoice(path: Path, columns: Mapping[str, str]) -> Invoice:
             except ValueError:
                 problems.append(Problem(f"{path}:{number}, {name}", row[name], "must be a number"))
     if problems:
-        raise Refused(problems)
+        raise ConfigError(problems)
     return Invoice(**sums)
 
 
-def reconcile_invoice(summary: Summary, invoice: Invoice) -> list[Line]:
+def reconcile_invoice(summary: LedgerSummary, invoice: Invoice) -> list[ReconciliationLine]:
     """From the invoice to the ledger, in GPU-milliseconds."""
     invoiced_ms = round(invoice.gpu_hours * 3_600_000)
     billed = summary.allocated_ms - invoiced_ms
     name = "invoiced, and not in the ledger" if billed <= 0 else "in the ledger, and not invoiced"
-    return [Line("invoice", invoiced_ms), Line(name, billed, True), Line("ledger", summary.allocated_ms)]
+    return [
+        ReconciliationLine("invoice", invoiced_ms),
+        ReconciliationLine(name, billed, True),
+        ReconciliationLine("ledger", summary.allocated_ms),
+    ]
 
 
-def render_lines(title: str, lines: Sequence[Line]) -> Table:
+def render_lines(title: str, lines: Sequence[ReconciliationLine]) -> Table:
     """One table; the lines between the first and the last are what lies between the two."""
     table = Table(title=title, title_justify="left")
     table.add_column("line")
@@ -158,8 +162,8 @@ def _rows(path: Path, delimiter: str, needed: Sequence[str]) -> Iterator[tuple[i
         missing = [name for name in needed if name not in (reader.fieldnames or ())]
         if missing:
             has = ", ".join(reader.fieldnames or ("nothing",))
-            raise Refused([Problem(f"{path}:1", has, f"lacks the column {name!r}") for name in missing])
+            raise ConfigError([Problem(f"{path}:1", has, f"lacks the column {name!r}") for name in missing])
         rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
-        raise Refused([Problem(f"{path}:{reader.line_num}", None, f"is no line of a table: {error}")]) from error
+        raise ConfigError([Problem(f"{path}:{reader.line_num}", None, f"is no line of a table: {error}")]) from error
     return ((number, {key: value or "" for key, value in row.items() if key is not None}) for number, row in rows)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ..telemetry.describe import metric
 from .project import Project, ProjectTotals
-from .summary import Summary
+from .summary import LedgerSummary
 from .terms import (
     BUCKETS,
     PUBLISHED_GPU_HOURS,
@@ -43,13 +43,13 @@ REPORT_NAMES = {
 }
 
 
-def render(summary: Summary, usd_per_gpu_hour: float = PUBLISHED_USD_PER_GPU_HOUR) -> RenderableType:
+def render(summary: LedgerSummary, usd_per_gpu_hour: float = PUBLISHED_USD_PER_GPU_HOUR) -> RenderableType:
     """`summary` as tables: where the time went, what productive time was, and how that stands beside the budgets."""
     parts = [_spending(summary), *_productive(summary), _comparison(summary, usd_per_gpu_hour)]
     return Group(*parts)
 
 
-def _spending(summary: Summary) -> Table:
+def _spending(summary: LedgerSummary) -> Table:
     state = "still open, up to its last sign of life" if summary.running else "closed"
     parts = [_plural(summary.attempts, "launch", "launches")]
     if summary.segments > summary.attempts:
@@ -74,7 +74,7 @@ def _spending(summary: Summary) -> Table:
     return table
 
 
-def _productive(summary: Summary) -> Iterator[Table]:
+def _productive(summary: LedgerSummary) -> Iterator[Table]:
     """The ledger's terms, and the same under the names of the report."""
     if not summary.terms:
         return
@@ -109,7 +109,7 @@ def _plain() -> Table:
     return table
 
 
-def _comparison(summary: Summary, usd_per_gpu_hour: float) -> Table:
+def _comparison(summary: LedgerSummary, usd_per_gpu_hour: float) -> Table:
     table = _plain()
     spent, rate = summary.gpu_hours, summary.gpu_hours_per_trillion_tokens
     table.add_row("cost", f"{hours(spent)} GPU-hours", usd(spent, usd_per_gpu_hour))
@@ -143,7 +143,7 @@ def _add_whole(table: Table, spent: float) -> None:
     table.add_row("DeepSeek-V3 in all", percent(spent / whole), f"of {whole:,} GPU-hours")
 
 
-def render_what_if(summary: Summary, tokens: float, gpus: int, usd_per_gpu_hour: float) -> RenderableType:
+def render_what_if(summary: LedgerSummary, tokens: float, gpus: int, usd_per_gpu_hour: float) -> RenderableType:
     """What `tokens` would cost on `gpus` at this run's price: of its last steps alone, and of all that it was charged.
 
     A price of these ranks and of this model: it says what a run like this one costs, not one on other hardware.
@@ -173,7 +173,7 @@ def render_what_if(summary: Summary, tokens: float, gpus: int, usd_per_gpu_hour:
     return table
 
 
-def what_if(summary: Summary, tokens: float) -> dict[str, float]:
+def what_if(summary: LedgerSummary, tokens: float) -> dict[str, float]:
     """GPU-hours of `tokens` by what they are priced at; nothing before the first step."""
     found = {}
     if summary.step_ms_per_token is not None:
@@ -183,7 +183,9 @@ def what_if(summary: Summary, tokens: float) -> dict[str, float]:
     return found
 
 
-def render_project(project: Project, summaries: Mapping[Path, Summary], usd_per_gpu_hour: float) -> RenderableType:
+def render_project(
+    project: Project, summaries: Mapping[Path, LedgerSummary], usd_per_gpu_hour: float
+) -> RenderableType:
     """A project: its runs, what is left of the budget of each phase, and the published figures beside."""
     totals = ProjectTotals.of(project, summaries)
     runs = Table(title=f"{project.path}: {_plural(len(project.runs), 'run', 'runs')}", title_justify="left")
@@ -214,7 +216,7 @@ def render_project(project: Project, summaries: Mapping[Path, Summary], usd_per_
     return Group(runs, phases, table)
 
 
-def _run_cells(summary: Summary) -> tuple[str, str, str, str]:
+def _run_cells(summary: LedgerSummary) -> tuple[str, str, str, str]:
     own_tokens = sum(summary.tokens_by_phase.values())
     spent = hours(gpu_hours(summary.allocated_ms))
     return summary.phase.replace("_", " "), spent, percent(summary.goodput), f"{own_tokens:,}"

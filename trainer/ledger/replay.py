@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from .batch import Batch
+from .batch import RecordBatch
 from .clock import Instant
 from .journal import Record
 from .retained import Retained
 from .terms import TERMS
 
 
-class State(StrEnum):
+class LaunchState(StrEnum):
     """What a launch is doing as of its last record."""
 
     EMPTY = "no rank 0 yet"
@@ -42,7 +42,7 @@ class Attempt:
         self.opened = Instant.of(opened)
         self.closed = False
         """Whether the launcher has given the GPUs back, or a later one has found it dead."""
-        self.state = State.EMPTY
+        self.state = LaunchState.EMPTY
         self.spent: Counter[str] = Counter()
         """GPU-milliseconds of no step up to the last record of rank 0, by bucket, `unknown` and `FIRST_START`."""
         self.segments = 1
@@ -66,8 +66,8 @@ class Attempt:
         charged_ms: int = record.get("gpu_ms", 0)
         free_ms = self._pass(record) * self.ranks - charged_ms
         if kind == "begin":
-            self._spend(free_ms, dying=self.state in (State.STARTING, State.RUNNING))
-            self.state = State.STARTING
+            self._spend(free_ms, dying=self.state in (LaunchState.STARTING, LaunchState.RUNNING))
+            self.state = LaunchState.STARTING
             self._lives += 1
             self.segments += record["ranks"] != self.ranks
             self.ranks = record["ranks"]
@@ -76,12 +76,12 @@ class Attempt:
         if kind in ("interval", "skipped"):
             self.spent[record.get("bucket", kind)] += charged_ms
         elif kind == "ready":
-            self.state = State.RUNNING
+            self.state = LaunchState.RUNNING
         elif kind == "end":
-            self.state = State.ENDED if record["clean"] else State.FAILED
+            self.state = LaunchState.ENDED if record["clean"] else LaunchState.FAILED
             self.closed = self.closed or self._by_itself
 
-    def replay_batch(self, batch: Batch) -> None:
+    def replay_batch(self, batch: RecordBatch) -> None:
         """Apply steps and intervals of rank 0: as `replay` of each, since none of them changes the state."""
         cursor, clock = self._cursor, batch.monotonic_ns
         if batch.boot == cursor["boot"]:
@@ -116,7 +116,7 @@ class Attempt:
         self.spent["hang" if dying else self._free_bucket()] += gpu_ms
 
     def _free_bucket(self) -> str:
-        if self.state is State.EMPTY or (self.state is State.STARTING and self._lives == 1):
+        if self.state is LaunchState.EMPTY or (self.state is LaunchState.STARTING and self._lives == 1):
             return FIRST_START
         return _FREE[self.state]
 
@@ -130,7 +130,7 @@ class Attempt:
         latest_ns = max((sign.ns_since(cursor) for sign in (self._sign, heard) if sign is not None), default=0)
         lasted_ms = (self._since_ns + latest_ns) // 1_000_000
         tail_ms = (lasted_ms - self._counted_ms) * self.ranks
-        died = over and self.state in (State.STARTING, State.RUNNING)
+        died = over and self.state in (LaunchState.STARTING, LaunchState.RUNNING)
         spent = self.spent.copy()
         spent["hang" if died else self._free_bucket()] += tail_ms
         return lasted_ms, self._held_ms + tail_ms, spent
@@ -151,7 +151,7 @@ class Attempt:
         made = Attempt(tree["opened"])
         for name in _PLAIN:
             setattr(made, name, tree[name.removeprefix("_")])
-        made.state, made.spent, made._cursor = State(tree["state"]), Counter(tree["spent"]), tree["cursor"]
+        made.state, made.spent, made._cursor = LaunchState(tree["state"]), Counter(tree["spent"]), tree["cursor"]
         made._sign = None if tree["sign"] is None else Instant.of(tree["sign"])
         return made
 
@@ -166,16 +166,16 @@ _PLAIN = ("closed", "segments", "_held_ms", "_since_ns", "_counted_ms", "_lives"
 FIRST_START = "first start"
 """A launch's first way to a step: `initialisation`, or `recovery` if the launch before it has died."""
 _FREE = {
-    State.STARTING: "recovery",
-    State.RUNNING: "unknown",
-    State.ENDED: "idle",
-    State.FAILED: "recovery",
+    LaunchState.STARTING: "recovery",
+    LaunchState.RUNNING: "unknown",
+    LaunchState.ENDED: "idle",
+    LaunchState.FAILED: "recovery",
 }
 """Where time goes that no record has charged."""
 
 
 @dataclass
-class Tally:
+class StepTally:
     """What became of the steps, in GPU-milliseconds and tokens, as of the last record replayed."""
 
     retained: Retained = field(default_factory=Retained)
@@ -220,7 +220,7 @@ class Tally:
             self.sampled_us += record["step_us"]
             self.sampled_steps += 1
 
-    def replay_batch(self, batch: Batch, phase: str) -> None:
+    def replay_batch(self, batch: RecordBatch, phase: str) -> None:
         """Apply the steps of a batch, of a launch in `phase`."""
         self.tokens_consumed += sum(batch.tokens)
         if self.retained.extend(batch.steps, batch.gpu_ms, batch.tokens, phase):
@@ -242,11 +242,11 @@ class Tally:
         return {**self._sums(), "has_resumed": self._has_resumed, "retained": self.retained.to_tree()}
 
     @staticmethod
-    def of_tree(tree: dict[str, Any]) -> Tally:
+    def of_tree(tree: dict[str, Any]) -> StepTally:
         """Return the inverse of `to_tree`."""
         own = {name: tree[name] for name in _SUMS}
         own |= {"retained": Retained.of_tree(tree["retained"]), "terms_us": Counter(tree["terms_us"])}
-        return Tally(**own, _has_resumed=tree["has_resumed"])
+        return StepTally(**own, _has_resumed=tree["has_resumed"])
 
     def _sums(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _SUMS} | {"terms_us": dict(self.terms_us)}
@@ -268,11 +268,11 @@ class Ledger:
     def __init__(self) -> None:
         self.attempts: dict[str, Attempt] = {}
         """In order of opening."""
-        self.tally = Tally()
+        self.tally = StepTally()
         self.latest: Record | None = None
         """The last opening, of a launch or a life."""
 
-    def replay(self, allocation: Iterable[Record], work: Iterable[Record | Batch]) -> None:
+    def replay(self, allocation: Iterable[Record], work: Iterable[Record | RecordBatch]) -> None:
         """Apply new records of both journals."""
         for record in allocation:
             if record["kind"] == "open":
@@ -282,7 +282,7 @@ class Ledger:
                 attempt.sign(record)
                 attempt.closed = True
         for each in work:
-            if isinstance(each, Batch):
+            if isinstance(each, RecordBatch):
                 attempt = self.attempts[each.attempt]
                 attempt.replay_batch(each)
                 self.tally.replay_batch(each, attempt.phase)
@@ -314,7 +314,7 @@ class Ledger:
         made = Ledger()
         attempts = map(Attempt.of_tree, tree["attempts"])
         made.attempts = {attempt.name: attempt for attempt in attempts}
-        made.tally, made.latest = Tally.of_tree(tree["tally"]), tree["latest"]
+        made.tally, made.latest = StepTally.of_tree(tree["tally"]), tree["latest"]
         return made
 
     def _open(self, record: Record) -> None:

@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ...comm.files.access import read_json
 from ...comm.files.strict_json import Item
-from .journal import Place, is_place_of
+from .journal import JournalPosition, is_place_of
 from .replay import Ledger
 from .terms import ALLOCATION_FILE, TOTALS_FILE, WORK_FILE
 
@@ -33,8 +33,8 @@ _MOST_BYTES = 2**26
 class Snapshot:
     """A replayed ledger, and up to where its journals were read."""
 
-    allocation: Place = field(default_factory=Place)
-    work: Place = field(default_factory=Place)
+    allocation: JournalPosition = field(default_factory=JournalPosition)
+    work: JournalPosition = field(default_factory=JournalPosition)
     ledger: Ledger = field(default_factory=Ledger)
 
 
@@ -69,8 +69,8 @@ def totals_problem(run_dir: Path) -> Problem | None:
         return None
     file, place = lost
     words = f"are not all in it, and {path} counts them: records are lost or changed, so the bill is too small"
-    remedy = f"{words}; restore the file, or remove {path} to have what is left count"
-    return Problem(str(file), f"{place.number} records", remedy)
+    hint = f"{words}; restore the file, or remove {path} to have what is left count"
+    return Problem(str(file), f"{place.number} records", hint)
 
 
 def _as_written(run_dir: Path) -> Snapshot | None:
@@ -80,13 +80,13 @@ def _as_written(run_dir: Path) -> Snapshot | None:
         totals = saved["totals"]
         if saved["sha256"] != _digest(totals) or totals["format"] != _FORMAT:
             return None
-        places = Item(totals["allocation"]).build(Place), Item(totals["work"]).build(Place)
+        places = Item(totals["allocation"]).build(JournalPosition), Item(totals["work"]).build(JournalPosition)
         return Snapshot(*places, Ledger.of_tree(totals["ledger"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
 
 
-def _lost(run_dir: Path, saved: Snapshot) -> tuple[Path, Place] | None:
+def _lost(run_dir: Path, saved: Snapshot) -> tuple[Path, JournalPosition] | None:
     """The first journal that does not hold the last record that `saved` counts, and that record's place."""
     places = {run_dir / ALLOCATION_FILE: saved.allocation, run_dir / WORK_FILE: saved.work}
     return next(((file, place) for file, place in places.items() if not is_place_of(file, place)), None)
@@ -118,8 +118,8 @@ def refuse_different(run_dir: Path, saved: Snapshot, found: Snapshot) -> None:
     """Raise Refused where the totals that are `saved` in `run_dir` differ from what reading all records has `found`."""
     is_same_place = (found.allocation, found.work) == (saved.allocation, saved.work)
     if not is_same_place or found.ledger.figures() != saved.ledger.figures():
-        remedy = "are not what the ledger's records say; remove this file, and it is made again"
-        raise Refused([Problem(str(run_dir / TOTALS_FILE), "saved totals", remedy)])
+        hint = "are not what the ledger's records say; remove this file, and it is made again"
+        raise ConfigError([Problem(str(run_dir / TOTALS_FILE), "saved totals", hint)])
 
 
 def _digest(totals: Any) -> str:

@@ -8,12 +8,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...comm.errors import Problem, Refused, refuse_if_any
+from ...comm.errors import ConfigError, Problem, refuse_if_any
 from .allocation import read_heartbeat
 from .clock import Instant
 from .journal import JournalReader, Record
 from .records import check_record
-from .replay import FIRST_START, Attempt, LateOpening, State
+from .replay import FIRST_START, Attempt, LateOpening, LaunchState
 from .retained import Forgotten
 from .snapshot import Snapshot, is_cheap, read_snapshot, refuse_different, totals_problem, write_snapshot
 from .terms import (
@@ -32,7 +32,7 @@ TRAILING_STEPS = 100
 
 
 @dataclass(frozen=True)
-class Held:
+class LaunchUsage:
     """One launch, as a scheduler would account for it."""
 
     attempt: str
@@ -45,13 +45,13 @@ class Held:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
+class LedgerSummary:
     """The cost of a run up to the last sign of life in its ledger. Times are in GPU-milliseconds."""
 
     phase: str
     budget_gpu_hours: float
     """The run's own budget, as its last launch was told."""
-    held: Sequence[Held]
+    held: Sequence[LaunchUsage]
     """Launches, in order."""
     segments: int
     """Stretches of a launch with one number of GPUs."""
@@ -179,12 +179,12 @@ class Summary:
         }
 
 
-def summarise(run_dir: Path) -> Summary:
+def summarise(run_dir: Path) -> LedgerSummary:
     """Read the ledger of `run_dir`, also while the run is alive. Raises Refused as `LedgerReader.summary` does."""
     return LedgerReader(run_dir).summary()
 
 
-def verified_summary(run_dir: Path) -> Summary:
+def verified_summary(run_dir: Path) -> LedgerSummary:
     """The same from every record; the totals that are saved must agree, else raises Refused."""
     reader = LedgerReader(run_dir, from_totals=False)
     reader.verify()
@@ -234,8 +234,8 @@ class LedgerReader:
         try:
             self._ledger.replay(self._allocation.stream(opened), self._work.batches(end))
         except KeyError as error:
-            remedy = f"has a record of launch {error}, which no record opens; restore the ledger's files"
-            raise Refused([Problem("run", str(self._run_dir), remedy)]) from error
+            hint = f"has a record of launch {error}, which no record opens; restore the ledger's files"
+            raise ConfigError([Problem("run", str(self._run_dir), hint)]) from error
 
     def save(self) -> None:
         """Save the totals up to here beside the ledger, for the next reader; a disk that is full keeps the old ones."""
@@ -260,7 +260,7 @@ class LedgerReader:
     def _snapshot(self) -> Snapshot:
         return Snapshot(self._allocation.place, self._work.place, self._ledger)
 
-    def summary(self) -> Summary:
+    def summary(self) -> LedgerSummary:
         """As of now.
 
         Raises Refused when there is no ledger or another version's, when a chain is broken, and when intervals overlap.
@@ -268,14 +268,14 @@ class LedgerReader:
         self.read()
         attempts, tally, latest = list(self._ledger.attempts.values()), self._ledger.tally, self._ledger.latest
         if latest is None:
-            raise Refused([Problem("run", str(self._run_dir), "holds no ledger; name the directory of a run")])
+            raise ConfigError([Problem("run", str(self._run_dir), "holds no ledger; name the directory of a run")])
         held, spent = _outcomes(attempts, read_heartbeat(self._run_dir))
         by_phase: Counter[str] = Counter()
         for attempt, launch in zip(attempts, held, strict=True):
             by_phase[attempt.phase] += launch.gpu_ms
         retained = tally.retained
         self._refuse_overlap(spent)
-        return Summary(
+        return LedgerSummary(
             phase=latest["phase"],
             budget_gpu_hours=latest["budget_gpu_hours"],
             held=held,
@@ -309,12 +309,12 @@ class LedgerReader:
             if gpu_ms < 0
         ]
         if problems:
-            raise Refused(problems)
+            raise ConfigError(problems)
 
 
-def _outcomes(attempts: Sequence[Attempt], heartbeat: Record | None) -> tuple[list[Held], Counter[str]]:
+def _outcomes(attempts: Sequence[Attempt], heartbeat: Record | None) -> tuple[list[LaunchUsage], Counter[str]]:
     """What each launch held, and where all their time went that is not of steps."""
-    held: list[Held] = []
+    held: list[LaunchUsage] = []
     total: Counter[str] = Counter(unknown=0)
     after_death = False
     for attempt in attempts:
@@ -322,10 +322,10 @@ def _outcomes(attempts: Sequence[Attempt], heartbeat: Record | None) -> tuple[li
         heard = Instant.of(heartbeat) if heartbeat is not None and is_heard else None
         is_over = attempt.closed or attempt is not attempts[-1]
         lasted_ms, gpu_ms, spent = attempt.outcome(over=is_over, heard=heard)
-        held.append(Held(attempt.name, attempt.job, attempt.ranks, lasted_ms, gpu_ms))
+        held.append(LaunchUsage(attempt.name, attempt.job, attempt.ranks, lasted_ms, gpu_ms))
         spent["recovery" if after_death else "initialisation"] += spent.pop(FIRST_START, 0)
         total.update(spent)
-        after_death = attempt.state is not State.ENDED
+        after_death = attempt.state is not LaunchState.ENDED
     return held, total
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ...comm.errors import Problem, Refused, refuse_if_any
+from ...comm.errors import ConfigError, Problem, refuse_if_any
 from .journal import GENESIS, holds, holds_record
 from .terms import ALLOCATION_FILE, WORK_FILE
-from .work import Work
+from .work import WorkJournal
 
 
 def ledger_problems(run_dir: Path, totals: Mapping[str, int | str]) -> Iterator[Problem]:
@@ -22,14 +22,14 @@ def ledger_problems(run_dir: Path, totals: Mapping[str, int | str]) -> Iterator[
     has_allocation = is_launched and holds_record(allocation, opened)
     carried = f"or remove {work.parent}: the run then carries the cost of the checkpoint"
     if has_work and is_launched and not has_allocation:
-        remedy = f"does not hold the launch that the checkpoint was saved in; restore it, {carried}"
-        yield Problem(str(allocation), opened, remedy)
+        hint = f"does not hold the launch that the checkpoint was saved in; restore it, {carried}"
+        yield Problem(str(allocation), opened, hint)
     elif has_allocation and not has_work:
-        remedy = f"does not hold the checkpoint's last record, and {allocation.name} does hold its launch"
-        yield Problem(str(work), head, f"{remedy}; restore it, {carried}")
+        hint = f"does not hold the checkpoint's last record, and {allocation.name} does hold its launch"
+        yield Problem(str(work), head, f"{hint}; restore it, {carried}")
 
 
-def carry(work: Work, run_dir: Path, totals: Mapping[str, int | str]) -> None:
+def carry(work: WorkJournal, run_dir: Path, totals: Mapping[str, int | str]) -> None:
     """Check the ledger of `run_dir` against the `totals` of the checkpoint that the run resumes from.
 
     A ledger that holds the checkpoint's last record is its own. One without any step belongs to a checkpoint that was
@@ -41,10 +41,10 @@ def carry(work: Work, run_dir: Path, totals: Mapping[str, int | str]) -> None:
     if holds(path, str(totals["head"]).encode()):
         spent = work.ledger.summary().total_ms
         if spent < int(totals["gpu_ms"]):
-            remedy = f"GPU-ms in the checkpoint, but only {spent} in the ledger; restore ledger/allocation.jsonl"
-            raise Refused([Problem(str(run_dir / "ledger"), totals["gpu_ms"], remedy)])
+            hint = f"GPU-ms in the checkpoint, but only {spent} in the ledger; restore ledger/allocation.jsonl"
+            raise ConfigError([Problem(str(run_dir / "ledger"), totals["gpu_ms"], hint)])
     elif holds(path, b'"kind":"step"', b'"kind":"inherited"'):
-        remedy = "does not hold the checkpoint's last record; restore its ledger, or resume in a new run directory"
-        raise Refused([Problem(str(path), totals["head"], remedy)])
+        hint = "does not hold the checkpoint's last record; restore its ledger, or resume in a new run directory"
+        raise ConfigError([Problem(str(path), totals["head"], hint)])
     else:
         work.inherit(totals)

@@ -23,7 +23,7 @@ SYNC_SECONDS = 4.0
 """A machine that loses power takes so much of the ledger with it; a process that is killed takes nothing."""
 
 
-class Work:
+class WorkJournal:
     """One life of rank 0, inside what the launcher has opened as `attempt`.
 
     Work in an attempt that no launcher has opened counts as allocated from construction to its last record. Raises

@@ -16,7 +16,7 @@ import torch
 from ...comm.fp8 import TILE, tiles_of
 from ..model.causal import kept_probabilities
 from ..model.config import ModelConfig
-from ..model.recompute import Part
+from ..model.recompute import RecomputeModule
 
 _INDEX = 8  # bytes of an int64
 _SCALE = 4  # of an FP8 tile
@@ -29,11 +29,11 @@ class Kept:
 
     what: str
     bytes: float
-    part: Part | None = None
+    part: RecomputeModule | None = None
     """The policy that makes it again instead; None where there is none."""
     for_weights: bool = False
     """Whether a gradient of weights takes it: between I and W it stays, or what has been made again does."""
-    source_of: Part | None = None
+    source_of: RecomputeModule | None = None
     """It is kept under this policy alone, which makes something again from it."""
 
 
@@ -141,13 +141,13 @@ def merge(config: ModelConfig, batch: MicroBatch) -> list[Kept]:
     return [
         Kept("hidden state and embedding", normed),
         Kept("a number a token of each", 2 * tokens * batch.wide),
-        Kept("tiles of their norms", tiles_bytes(tokens, 2 * width), Part.NORM, for_weights=True)
+        Kept("tiles of their norms", tiles_bytes(tokens, 2 * width), RecomputeModule.NORM, for_weights=True)
         if batch.fp8
-        else Kept("their norms", normed, Part.NORM, for_weights=True),
+        else Kept("their norms", normed, RecomputeModule.NORM, for_weights=True),
     ]
 
 
-def kept_bytes(items: Iterable[Kept], policy: Collection[Part] = ()) -> float:
+def kept_bytes(items: Iterable[Kept], policy: Collection[RecomputeModule] = ()) -> float:
     """What is left of it under a policy."""
     return sum(kept.bytes for kept in items if _is_kept(kept, policy))
 
@@ -157,7 +157,7 @@ def waiting_bytes(items: Iterable[Kept]) -> float:
     return sum(kept.bytes for kept in items if kept.for_weights)
 
 
-def made_bytes(items: Iterable[Kept], policy: Collection[Part] = ()) -> float:
+def made_bytes(items: Iterable[Kept], policy: Collection[RecomputeModule] = ()) -> float:
     """What a backward under a policy makes again of it."""
     return sum(kept.bytes for kept in items if kept.part in policy and kept.source_of is None)
 
@@ -173,7 +173,7 @@ def columns_bytes(rows: float, width: int, experts: int = 1) -> float:
     return tiles * width * (TILE + _SCALE)
 
 
-def _is_kept(kept: Kept, policy: Collection[Part]) -> bool:
+def _is_kept(kept: Kept, policy: Collection[RecomputeModule]) -> bool:
     return kept.part not in policy and (kept.source_of is None or kept.source_of in policy)
 
 
@@ -184,7 +184,7 @@ NORMED = "norm before the feed-forward network"
 def _attention(config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
     """Up to the residual stream behind it."""
 
-    def numbers(what: str, a_token: int, part: Part | None = None, **more: object) -> Kept:
+    def numbers(what: str, a_token: int, part: RecomputeModule | None = None, **more: object) -> Kept:
         return Kept(what, batch.tokens * a_token * batch.size, part, **more)  # type: ignore[arg-type]
 
     heads, query_rank, rank = config.heads, config.q_lora_rank or 0, config.kv_lora_rank
@@ -196,19 +196,19 @@ def _attention(config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
     if batch.fp8:
         yield from _attention_tiles(config, batch)
         whole = query_rank + rank + (config.hidden if config.q_lora_rank is None else 0)
-        yield numbers("norms", whole, Part.NORM, source_of=Part.UP_PROJECTION)
+        yield numbers("norms", whole, RecomputeModule.NORM, source_of=RecomputeModule.UP_PROJECTION)
     else:
-        yield numbers("norm before attention", config.hidden, Part.NORM, for_weights=True)
-        yield numbers("their norms", query_rank + rank, Part.NORM, for_weights=True)
+        yield numbers("norm before attention", config.hidden, RecomputeModule.NORM, for_weights=True)
+        yield numbers("their norms", query_rank + rank, RecomputeModule.NORM, for_weights=True)
     yield numbers("compressed queries, keys and values", query_rank + rank + config.qk_rope_head_dim)
-    yield numbers("queries, keys and values", heads * of_a_head, Part.UP_PROJECTION)
+    yield numbers("queries, keys and values", heads * of_a_head, RecomputeModule.UP_PROJECTION)
     if batch.on_cpu:
         elements = batch.sequences * heads * kept_probabilities(batch.length)
-        yield Kept("probabilities", elements * batch.size, Part.ATTENTION)
+        yield Kept("probabilities", elements * batch.size, RecomputeModule.ATTENTION)
     else:
-        yield Kept("log of the sum of each softmax", batch.tokens * heads * batch.wide, Part.ATTENTION)
+        yield Kept("log of the sum of each softmax", batch.tokens * heads * batch.wide, RecomputeModule.ATTENTION)
     if not batch.fp8:
-        yield numbers("what attention gives", given, Part.ATTENTION, for_weights=True)
+        yield numbers("what attention gives", given, RecomputeModule.ATTENTION, for_weights=True)
     yield numbers("residual", config.hidden)
     norms = 3 if config.q_lora_rank is None else 4
     yield Kept("a number a token of each norm", batch.tokens * norms * batch.wide)
@@ -219,7 +219,7 @@ def _attention_tiles(config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
     widths = [config.hidden, config.hidden, config.kv_lora_rank]
     widths += [] if config.q_lora_rank is None else [config.q_lora_rank]
     tiles = sum(tiles_bytes(batch.tokens, width) for width in widths)
-    yield Kept("tiles of norms", tiles, Part.NORM, for_weights=True)
+    yield Kept("tiles of norms", tiles, RecomputeModule.NORM, for_weights=True)
     given = config.heads * config.v_head_dim
     packed = batch.tokens * (_E5M6 * (given + given % 2) + tiles_of(given))
     yield Kept("E5M6 of what attention gives", packed, for_weights=True)
@@ -229,9 +229,9 @@ def _router(config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
     normed = batch.tokens * config.hidden
     narrow = batch.wide > batch.size
     if not narrow or (config.shared_experts and not batch.fp8):  # the routed ones have copies of their own
-        yield Kept(NORMED, normed * batch.size, Part.NORM, for_weights=True)
+        yield Kept(NORMED, normed * batch.size, RecomputeModule.NORM, for_weights=True)
     if narrow:
-        yield Kept("the same for the router, in FP32", normed * batch.wide, Part.NORM, for_weights=True)
+        yield Kept("the same for the router, in FP32", normed * batch.wide, RecomputeModule.NORM, for_weights=True)
     yield Kept("affinities", batch.tokens * config.experts * batch.wide)
     yield Kept("choices", batch.tokens * config.top_k * _INDEX)
     sums = 1 + (config.top_k + 1 if config.normalise_gates else 0)  # of the balance loss; gates and their sum
@@ -241,9 +241,11 @@ def _router(config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
 
 def _feed_forward(whose: str, rows: float, inner: int, config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
     if batch.fp8:
-        yield Kept(f"{whose}: tiles of their input", tiles_bytes(rows, config.hidden), Part.NORM, for_weights=True)
+        yield Kept(
+            f"{whose}: tiles of their input", tiles_bytes(rows, config.hidden), RecomputeModule.NORM, for_weights=True
+        )
     else:
-        yield Kept(NORMED, rows * config.hidden * batch.size, Part.NORM, for_weights=True)
+        yield Kept(NORMED, rows * config.hidden * batch.size, RecomputeModule.NORM, for_weights=True)
     yield from _inner(whose, rows, inner, batch)
 
 
@@ -251,5 +253,5 @@ def _inner(whose: str, rows: float, inner: int, batch: MicroBatch) -> Iterator[K
     if batch.fp8:  # SwiGLU is always made again from these
         yield Kept(f"{whose}: tiles of gate and up projections", tiles_bytes(rows, 2 * inner))
         return
-    yield Kept(f"{whose}: gate and up projections", rows * 2 * inner * batch.size, Part.GATE_UP)
-    yield Kept(f"{whose}: SwiGLU", rows * inner * batch.size, Part.SWIGLU, for_weights=True)
+    yield Kept(f"{whose}: gate and up projections", rows * 2 * inner * batch.size, RecomputeModule.GATE_UP)
+    yield Kept(f"{whose}: SwiGLU", rows * inner * batch.size, RecomputeModule.SWIGLU, for_weights=True)

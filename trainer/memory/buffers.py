@@ -18,7 +18,7 @@ _GATE = 4  # bytes: DeepEP's gates are FP32
 
 
 @dataclass(frozen=True)
-class Wire:
+class ExchangeFormats:
     """How rows travel to the experts and back."""
 
     ranks: int = 1
@@ -34,10 +34,10 @@ class Wire:
     """Whether rows travel through a buffer that is allocated once, outside of torch's allocator: DeepEP's."""
 
     @staticmethod
-    def of(exchange: ExchangeConfig, ranks: int) -> Wire:
+    def of(exchange: ExchangeConfig, ranks: int) -> ExchangeFormats:
         """As this exchange sends them."""
         sizes = {Format.NATIVE: None, Format.BF16: 2, Format.FP8: 1}
-        return Wire(
+        return ExchangeFormats(
             ranks=ranks,
             dispatch=sizes[Format(exchange.dispatch)],
             combine=sizes[Format(exchange.combine)],
@@ -60,7 +60,7 @@ class Buffers:
 
     config: ModelConfig
     batch: MicroBatch
-    wire: Wire
+    wire: ExchangeFormats
 
     @property
     def rows(self) -> float:

@@ -10,7 +10,7 @@ import torch
 
 from ...comm.communicator import STAGED
 from ...comm.host import STAGED_BYTES
-from ...parallelism.pipeline.communication import Commit, edges
+from ...parallelism.pipeline.communication import P2PBatch, edges
 from ...parallelism.pipeline.liveness import between, moments
 from ...parallelism.pipeline.program import Program
 from ...parallelism.zero.bucket import bucket_length
@@ -24,10 +24,10 @@ from ..optimizer.adamw import PIECE_ON_GPU as ADAM_PIECE_ON_GPU
 from ..precision.weights import blocks_bytes
 from ..run.bucket_plan import BucketPlan, plan_buckets
 from .activations import MicroBatch
-from .buffers import Wire
+from .buffers import ExchangeFormats
 from .chunk import ChunkMemory, StageShape
 from .peak import Chunks, Outside, RankMemory, rank_memory
-from .state import Portion, State
+from .state import Portion, StateBytes
 from .working import Working
 
 MARGIN = 0.05
@@ -58,7 +58,7 @@ class RunMemory:
         program = self.program
         chunks = Chunks([ChunkMemory(shape, self._working(rows)) for shape in self._shapes(pp_rank)])
         plans = list(self._plans(pp_rank))
-        state = State.of(self._portions(plans), self._fp8_weights(pp_rank))
+        state = StateBytes.of(self._portions(plans), self._fp8_weights(pp_rank))
         of_rank = program, pp_rank, self._commits[pp_rank]
         worst, held = moments(*of_rank), between(*of_rank)
         return rank_memory(state, chunks, worst, held, self._update(plans), self._outside)
@@ -95,7 +95,7 @@ class RunMemory:
         return self._stages.program(self.config.micro_batches)
 
     @cached_property
-    def _commits(self) -> tuple[tuple[Commit, ...], ...]:
+    def _commits(self) -> tuple[tuple[P2PBatch, ...], ...]:
         return edges(self.program)
 
     @cached_property
@@ -148,7 +148,7 @@ class RunMemory:
             block=config.expert_rows,
         )
         experts = config.model.experts // config.topology.ep
-        wire = Wire.of(config.exchange, config.topology.ep)
+        wire = ExchangeFormats.of(config.exchange, config.topology.ep)
         return Working(config.model, batch, config.recompute.policy, wire, experts)
 
     def _plans(self, pp_rank: int) -> Iterator[BucketPlan]:

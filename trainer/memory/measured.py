@@ -19,14 +19,14 @@ from torch._C._autograd import _disable_profiler_legacy, _enable_profiler_legacy
 from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
 
 from ...comm.groups import ProcessGroups
-from ...comm.trace import Silent, Track
+from ...comm.trace import NullRecorder, Track
 from ...parallelism.pipeline.program import Op
 from ..build import open_engine
 from ..config import RunConfig, value_at
 from ..data.samples import TokenBatch
 from ..model.model import Model
 from ..run.step import Stepper, StepSettings
-from .state import State
+from .state import StateBytes
 
 _NEVER = -100.0
 _PROFILED = ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
@@ -37,7 +37,7 @@ _PROFILED = ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, 
 class MeasuredMemory:
     """Bytes of one rank."""
 
-    state: State
+    state: StateBytes
     between: float
     """The most that was allocated between two instructions, without the state."""
     total: float
@@ -50,14 +50,14 @@ class MeasuredMemory:
     @staticmethod
     def of_tree(tree: dict[str, Any]) -> MeasuredMemory:
         """From the same."""
-        return MeasuredMemory(State(**tree["state"]), tree["between"], tree["total"])
+        return MeasuredMemory(StateBytes(**tree["state"]), tree["between"], tree["total"])
 
 
-class Meter(Protocol):
+class AllocationMeter(Protocol):
     """Sees every allocation from its construction on."""
 
     @property
-    def recorder(self) -> Silent:
+    def recorder(self) -> NullRecorder:
         """For the rank: tells where instructions begin and end."""
         ...
 
@@ -71,7 +71,7 @@ class Meter(Protocol):
 
 
 @contextmanager
-def open_meter(device: torch.device) -> Iterator[Meter]:
+def open_meter(device: torch.device) -> Iterator[AllocationMeter]:
     """Open it before the rank is built."""
     if device.type == "cuda":
         yield _OnGpu(device)
@@ -122,11 +122,11 @@ def _send_all_to_first(model: Model) -> None:
         router.bias_E[model.local_experts :] = _NEVER
 
 
-def _state(stepper: Stepper) -> State:
+def _state(stepper: Stepper) -> StateBytes:
     fp8 = stepper.model.fp8
     buckets = stepper.optimizer.reducer.buckets
     average = 0 if stepper.average is None else stepper.average.bytes
-    return State(
+    return StateBytes(
         weights=sum(bucket.weights_N.nbytes for bucket in buckets),
         fp8_weights=0 if fp8 is None else fp8.weights.taken,
         gradients=sum(bucket.grads_N.nbytes for bucket in buckets),
@@ -136,7 +136,7 @@ def _state(stepper: Stepper) -> State:
     )
 
 
-class _OnCpu(Silent):
+class _OnCpu(NullRecorder):
     """Runs the profiler in every thread that records spans, from its first one on, and cuts its record at each."""
 
     def __init__(self) -> None:
@@ -149,7 +149,7 @@ class _OnCpu(Silent):
         self._begun_at = math.inf
 
     @property
-    def recorder(self) -> Silent:
+    def recorder(self) -> NullRecorder:
         return self
 
     def span(self, track: Track, name: str, detail: object = None) -> AbstractContextManager[object]:
@@ -175,11 +175,11 @@ class _OnCpu(Silent):
             self._read()
 
     def begin(self) -> None:
-        """See `Meter`."""
+        """See `AllocationMeter`."""
         self._begun_at = self._cut()
 
     def finish(self) -> tuple[list[int], int]:
-        """See `Meter`."""
+        """See `AllocationMeter`."""
         self._read()
         borders, level, peak, levels = sorted(self._borders), 0, 0, []
         for instant, change in [*sorted(self._changes), (math.inf, 0)]:
@@ -205,7 +205,7 @@ class _OnCpu(Silent):
         return max(float(event.start_us()) for event in events)
 
 
-class _OnGpu(Silent):
+class _OnGpu(NullRecorder):
     """Asks the caching allocator. Not yet run on hardware."""
 
     def __init__(self, device: torch.device) -> None:
@@ -214,7 +214,7 @@ class _OnGpu(Silent):
         self._begun = False
 
     @property
-    def recorder(self) -> Silent:
+    def recorder(self) -> NullRecorder:
         return self
 
     @contextmanager
@@ -228,10 +228,10 @@ class _OnGpu(Silent):
         return self._around() if self._begun and track is Track.INSTRUCTION and name in list(Op) else nullcontext()
 
     def begin(self) -> None:
-        """See `Meter`."""
+        """See `AllocationMeter`."""
         torch.cuda.reset_peak_memory_stats(self._device)
         self._begun = True
 
     def finish(self) -> tuple[list[int], int]:
-        """See `Meter`."""
+        """See `AllocationMeter`."""
         return self._levels, torch.cuda.max_memory_allocated(self._device)

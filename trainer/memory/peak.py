@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from ...comm.exchange.config import ExchangeConfig
 from ...comm.exchange.deepep_buffer import BufferShape, buffer_bytes
 from ...comm.exchange.wire import Format
-from ...parallelism.pipeline.liveness import Held, Moment
+from ...parallelism.pipeline.liveness import LiveCounts, LiveInstruction
 from ...parallelism.pipeline.program import Op
-from .chunk import ChunkMemory, Kind, Meter
-from .state import State
+from .chunk import ChunkMemory, MemoryKind, PeakMeter
+from .state import StateBytes
 
 CONTEXT = 2.0e9
 """Assumed: CUDA context, libraries, and NCCL's communicators (about 12 a rank) without their all-to-alls."""
@@ -47,9 +47,9 @@ class Outside:
 class RankMemory:
     """What one rank needs."""
 
-    state: State
+    state: StateBytes
     """From step to step, and FP8 copies of weights during one."""
-    at_worst: dict[Kind, float]
+    at_worst: dict[MemoryKind, float]
     """What comes and goes, at the worst moment of a step."""
     between: float
     """The most of it that is held when an instruction is about to begin: activations, deferred work and messages."""
@@ -77,13 +77,13 @@ class Chunks:
     """The chunks of a rank; remembers how each instruction runs on them."""
 
     chunks: Sequence[ChunkMemory]
-    _runs: dict[tuple[Op, int | None, int | None], Meter] = field(default_factory=dict)
+    _runs: dict[tuple[Op, int | None, int | None], PeakMeter] = field(default_factory=dict)
 
-    def worst(self, moments: Iterable[Moment]) -> dict[Kind, float]:
+    def worst(self, moments: Iterable[LiveInstruction]) -> dict[MemoryKind, float]:
         """Levels at the worst of the `moments`."""
         return self._at(max(moments, key=self._size))
 
-    def held(self, held: Held) -> float:
+    def held(self, held: LiveCounts) -> float:
         """Bytes of what is in flight, put off or on its way."""
         return (
             sum(alive * chunk.kept for alive, chunk in zip(held.alive, self.chunks, strict=True))
@@ -91,28 +91,28 @@ class Chunks:
             + held.messages * self.chunks[0].message
         )
 
-    def _size(self, moment: Moment) -> float:
+    def _size(self, moment: LiveInstruction) -> float:
         """Of all that is here: what others hold, what the instruction begins with, and the most that it needs then."""
         return self.held(moment.held) + self._own(moment) + self._run(moment.work).largest
 
-    def _own(self, moment: Moment) -> float:
+    def _own(self, moment: LiveInstruction) -> float:
         """What a backward begins with."""
         if moment.backward is None:
             return 0.0
         own = self.chunks[moment.backward]
         return own.waiting if moment.op is Op.W else own.kept
 
-    def _at(self, moment: Moment) -> dict[Kind, float]:
+    def _at(self, moment: LiveInstruction) -> dict[MemoryKind, float]:
         """The same by kind."""
         held, levels = moment.held, dict(self._run(moment.work).peak)
         for chunk, alive, waiting in zip(self.chunks, held.alive, held.waiting, strict=True):
-            levels[Kind.ACTIVATIONS] += alive * chunk.kept
-            levels[Kind.DEFERRED] += waiting * chunk.waiting if waiting else 0.0
-        levels[Kind.MESSAGES] += held.messages * self.chunks[0].message
-        levels[Kind.DEFERRED if moment.op is Op.W else Kind.ACTIVATIONS] += self._own(moment)
+            levels[MemoryKind.ACTIVATIONS] += alive * chunk.kept
+            levels[MemoryKind.DEFERRED] += waiting * chunk.waiting if waiting else 0.0
+        levels[MemoryKind.MESSAGES] += held.messages * self.chunks[0].message
+        levels[MemoryKind.DEFERRED if moment.op is Op.W else MemoryKind.ACTIVATIONS] += self._own(moment)
         return levels
 
-    def _run(self, work: tuple[Op, int | None, int | None]) -> Meter:
+    def _run(self, work: tuple[Op, int | None, int | None]) -> PeakMeter:
         if work not in self._runs:
             op, forward, backward = work
             ahead = None if forward is None else self.chunks[forward]
@@ -126,10 +126,15 @@ class Chunks:
 
 
 def rank_memory(
-    state: State, chunks: Chunks, moments: Iterable[Moment], between: Iterable[Held], update: float, outside: Outside
+    state: StateBytes,
+    chunks: Chunks,
+    moments: Iterable[LiveInstruction],
+    between: Iterable[LiveCounts],
+    update: float,
+    outside: Outside,
 ) -> RankMemory:
     """`update`: bytes that the end of a step needs, when no chunk runs."""
     worst = chunks.worst(moments)
     if update > sum(worst.values()):
-        worst = dict.fromkeys(Kind, 0.0) | {Kind.WORKING: update}
+        worst = dict.fromkeys(MemoryKind, 0.0) | {MemoryKind.WORKING: update}
     return RankMemory(state, worst, max((chunks.held(held) for held in between), default=0.0), outside)

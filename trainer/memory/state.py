@@ -24,7 +24,7 @@ class Portion:
 
 
 @dataclass(frozen=True)
-class State:
+class StateBytes:
     """Bytes of one rank."""
 
     weights: float
@@ -36,10 +36,10 @@ class State:
     average: float
 
     @staticmethod
-    def of(portions: Iterable[Portion], fp8_weights: float = 0.0) -> State:
+    def of(portions: Iterable[Portion], fp8_weights: float = 0.0) -> StateBytes:
         """6 + 8/d a parameter with BF16 weights and moments; a master is the weight itself where that is as wide."""
         portions = list(portions)
-        return State(
+        return StateBytes(
             weights=sum(p.elements * p.weight for p in portions),
             fp8_weights=fp8_weights,
             gradients=sum(p.elements * p.wide for p in portions),

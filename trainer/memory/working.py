@@ -15,7 +15,7 @@ from math import ceil
 from ...comm.fp8 import TILE
 from ..model.config import ModelConfig
 from ..model.loss import chunk_tokens
-from ..model.recompute import Part
+from ..model.recompute import RecomputeModule
 from .activations import (
     INPUT,
     NORMED,
@@ -34,7 +34,7 @@ from .activations import (
     tables,
     waiting_bytes,
 )
-from .buffers import Buffers, Wire
+from .buffers import Buffers, ExchangeFormats
 
 _WIDER = 8  # bytes: the reference provider multiplies FP8 numbers in FP64
 
@@ -45,8 +45,8 @@ class Working:
 
     config: ModelConfig
     batch: MicroBatch
-    policy: frozenset[Part]
-    wire: Wire
+    policy: frozenset[RecomputeModule]
+    wire: ExchangeFormats
     local_experts: int
 
     @property
@@ -226,7 +226,7 @@ class Working:
         return 3 * experts * TILE * ceil(rows / experts / TILE) * width * self.batch.wide
 
 
-_INNER = ((2, Part.GATE_UP), (1, Part.SWIGLU))
+_INNER = ((2, RecomputeModule.GATE_UP), (1, RecomputeModule.SWIGLU))
 """Widths in F of what a feed-forward network makes inside, and what may make it again."""
 
 

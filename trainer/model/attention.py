@@ -16,7 +16,7 @@ from .causal import causal_attention
 from .config import ModelConfig
 from .linear import Linear
 from .norm import RMSNorm
-from .recompute import Part, recomputed, replayed
+from .recompute import RecomputeModule, recomputed, replayed
 from .rope import Rotation, softmax_scale
 
 LATENT_NORM_EPS = 1e-6
@@ -52,11 +52,11 @@ class LatentAttention(nn.Module):
         query_BSC = x_BSD if config.q_lora_rank is None else self.q_norm(self.q_down(x_BSD))  # eq. 6
         latent_BSC, k_rope_BS = self.kv_down(x_BSD).split((config.kv_lora_rank, config.qk_rope_head_dim), -1)  # eq. 1
         latent_BSC = self.kv_norm(latent_BSC)
-        heads = recomputed(Part.UP_PROJECTION, self._heads, query_BSC, latent_BSC, k_rope_BS, rotation)
+        heads = recomputed(RecomputeModule.UP_PROJECTION, self._heads, query_BSC, latent_BSC, k_rope_BS, rotation)
         q_BHS, k_BHS, v_BHS = (x.transpose(1, 2) for x in heads)
         shared = SharedOutput() if self.out.fp8 is not None else None
         attend = self.attend if shared is None else partial(shared.of, self.attend)
-        o_BHS = replayed(Part.ATTENTION, attend, q_BHS, k_BHS, v_BHS, softmax_scale(config))  # eq. 10
+        o_BHS = replayed(RecomputeModule.ATTENTION, attend, q_BHS, k_BHS, v_BHS, softmax_scale(config))  # eq. 10
         out: Tensor = self.out(o_BHS.transpose(1, 2).flatten(2), shared)  # eq. 11
         return out
 

@@ -24,7 +24,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from .causal import causal_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -196,8 +196,8 @@ def missing_here(name: str, case: AttentionCase, gpu: GpuFacts) -> Iterator[str]
             yield f"for widths of 192/128 it needs a GPU of compute capability 9.0 or 10.x and {has}"
         if gpu.cudnn is None or gpu.cudnn < _OLDEST_CUDNN:
             found = "none" if gpu.cudnn is None else cudnn_text(gpu.cudnn)
-            remedy = "install a torch for CUDA 13, whose wheels bring a later one"
-            yield f"it needs cuDNN {cudnn_text(_OLDEST_CUDNN)} or later and torch has {found}; {remedy}"
+            hint = "install a torch for CUDA 13, whose wheels bring a later one"
+            yield f"it needs cuDNN {cudnn_text(_OLDEST_CUDNN)} or later and torch has {found}; {hint}"
     if name == "flash3":
         if gpu.capability[0] != 9:
             yield f"it needs a GPU of compute capability 9.0 and {has}"
@@ -241,7 +241,7 @@ def named_attention(name: str) -> AttentionChoice:
 def choose_attention(name: str, case: AttentionCase, gpu: GpuFacts) -> AttentionChoice:
     """Return what computes `case` on `gpu`: the backend of this name, or for `auto` the first that serves.
 
-    Raises `Refused` where the named one does not serve, or none does.
+    Raises `ConfigError` where the named one does not serve, or none does.
     """
     passed: list[str] = []
     for each in (name,) if name != "auto" else BACKENDS:
@@ -249,8 +249,8 @@ def choose_attention(name: str, case: AttentionCase, gpu: GpuFacts) -> Attention
         if not missing:
             return named_attention(each) if name != "auto" else _first(each, case, gpu, passed)
         passed.append(f"{each}: {'; '.join(missing)}")
-    remedy = passed[0].partition(": ")[2] if name != "auto" else f"nothing serves this run. {' | '.join(passed)}"
-    raise Refused([Problem(FIELD, name, remedy)])
+    hint = passed[0].partition(": ")[2] if name != "auto" else f"nothing serves this run. {' | '.join(passed)}"
+    raise ConfigError([Problem(FIELD, name, hint)])
 
 
 def _first(name: str, case: AttentionCase, gpu: GpuFacts, passed: list[str]) -> AttentionChoice:
@@ -262,7 +262,7 @@ def _first(name: str, case: AttentionCase, gpu: GpuFacts, passed: list[str]) -> 
 
 
 def try_attention(choice: AttentionChoice, case: AttentionCase, device: torch.device) -> None:
-    """Compute `case` once, forward and backward, as the run will; raise `Refused` with what the library says.
+    """Compute `case` once, forward and backward, as the run will; raise `ConfigError` with what the library says.
 
     cuDNN and FlashAttention-3 say no only when they are called. cuDNN also makes its plans now (up to a second), one
     for each shape and thread, and not in the first step.
@@ -280,6 +280,6 @@ def try_attention(choice: AttentionChoice, case: AttentionCase, device: torch.de
         raise _fails(choice, "of zeros it makes numbers that are not finite")
 
 
-def _fails(choice: AttentionChoice, what: str) -> Refused:
+def _fails(choice: AttentionChoice, what: str) -> ConfigError:
     others = " or ".join(f"{FIELD}={name}" for name in BACKENDS if name != choice.backend.name)
-    return Refused([Problem(FIELD, choice.backend.name, f"{what}; write {others}")])
+    return ConfigError([Problem(FIELD, choice.backend.name, f"{what}; write {others}")])

@@ -20,19 +20,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ...comm.async_comm import Pending
+from ...comm.async_comm import AsyncWork
 from ...comm.exchange.api import TokenExchange
-from ...comm.trace import EXPOSED_EXCHANGE, SILENT, Label, Recorder, Track
+from ...comm.trace import EXPOSED_EXCHANGE, SILENT, ExchangeLabel, SpanRecorder, Track
 from ...parallelism.pipeline.executor import Steps
 from ...parallelism.weight_grad import WeightGradients
 from .layer import Context, DenseLayer, MoELayer
 from .loss import IGNORED, linear_cross_entropy
 from .model import Model, MTPModule, layer_name, mtp_name
-from .phase import Phase
-from .recompute import Part, Recompute
+from .phase import SplitBackward
+from .recompute import Recompute, RecomputeModule
 from .rope import Rotation, rotation
 from .router import Routing
-from .tape import Forward, LossScales, Stage, Tape
+from .tape import ForwardContext, ForwardOutput, LossNormalizers, StageSpec
 
 T = TypeVar("T")
 Backward = Callable[[Tensor, WeightGradients], Steps[Tensor]]
@@ -47,12 +47,12 @@ class Chunk:
         model: Model,
         exchange: TokenExchange[Any],
         dtype: torch.dtype,
-        stage: Stage | None = None,
-        recorder: Recorder = SILENT,
-        recompute: frozenset[Part] = frozenset(),
+        stage: StageSpec | None = None,
+        recorder: SpanRecorder = SILENT,
+        recompute: frozenset[RecomputeModule] = frozenset(),
     ) -> None:
         self.model = model
-        self.stage = stage or Stage(range(model.config.layers))
+        self.stage = stage or StageSpec(range(model.config.layers))
         self._exchange = exchange
         self._dtype = dtype
         self._recorder = recorder
@@ -96,10 +96,10 @@ class Chunk:
         self,
         tokens_BW: Tensor,
         valid_BW: Tensor,
-        scales: LossScales | None,
+        scales: LossNormalizers | None,
         micro_batch: int = 0,
         received_BSD: Tensor | None = None,
-    ) -> Steps[Forward]:
+    ) -> Steps[ForwardOutput]:
         """Forward of one micro-batch; the last stage ends with the losses of the main model and of MTP.
 
         `valid_BW` is false on padding: a target counts where it and the position that predicts it are valid, the load
@@ -109,7 +109,7 @@ class Chunk:
         length = tokens_BW.shape[1] - 1 - self.model.config.mtp_depth
         tape = self._tape(valid_BW[:, :length], micro_batch, scales)
         hidden_BSD, main_backward = yield from self._main(tokens_BW[:, :length], received_BSD, tape)
-        losses: list[tuple[Phase, Tensor]] = []
+        losses: list[tuple[SplitBackward, Tensor]] = []
         depth_backwards: list[Backward] = []
         if self.stage.is_last:
             losses, depth_backwards = yield from self._losses(tokens_BW, valid_BW, hidden_BSD, tape)
@@ -126,26 +126,26 @@ class Chunk:
             self._settle(weights, "attn(W)")
             return None if self.stage.is_first else grad_BSD
 
-        return Forward(
+        return ForwardOutput(
             output_BSD=None if self.stage.is_last else hidden_BSD,
             summary=tape.summary([loss for _, loss in losses]),
             backward=run_backward,
         )
 
-    def _tape(self, valid_BS: Tensor, micro_batch: int = 0, scales: LossScales | None = None) -> Tape:
+    def _tape(self, valid_BS: Tensor, micro_batch: int = 0, scales: LossNormalizers | None = None) -> ForwardContext:
         length = valid_BS.shape[1]
         if self._rotation is None or len(self._rotation.turn_SP) != length:
             like = torch.empty(0, device=valid_BS.device, dtype=self._dtype)
             self._rotation = rotation(self.model.config, length, like)
-        return Tape(Context(self._rotation, valid_BS), micro_batch, scales)
+        return ForwardContext(Context(self._rotation, valid_BS), micro_batch, scales)
 
     def _losses(
-        self, tokens_BW: Tensor, valid_BW: Tensor, hidden_BSD: Tensor, tape: Tape
-    ) -> Steps[tuple[list[tuple[Phase, Tensor]], list[Backward]]]:
+        self, tokens_BW: Tensor, valid_BW: Tensor, hidden_BSD: Tensor, tape: ForwardContext
+    ) -> Steps[tuple[list[tuple[SplitBackward, Tensor]], list[Backward]]]:
         """The losses of every depth, the main model's first, with their phases, and the backward of each MTP module."""
         length = tape.context.valid_BS.shape[1]
 
-        def loss(k: int, hidden_BSD: Tensor, factor: float) -> tuple[Phase, Tensor]:
+        def loss(k: int, hidden_BSD: Tensor, factor: float) -> tuple[SplitBackward, Tensor]:
             counted = tape.context.valid_BS & valid_BW[:, k + 1 : length + k + 1]
             targets_BS = tokens_BW[:, k + 1 : length + k + 1].masked_fill(~counted, IGNORED)
             with self._span("loss(F)"):
@@ -173,11 +173,13 @@ class Chunk:
         embedded_BSD: Tensor = self.model.embedding(tokens_BS)
         return embedded_BSD.to(self._dtype)
 
-    def _main(self, tokens_BS: Tensor, received_BSD: Tensor | None, tape: Tape) -> Steps[tuple[Tensor, Backward]]:
+    def _main(
+        self, tokens_BS: Tensor, received_BSD: Tensor | None, tape: ForwardContext
+    ) -> Steps[tuple[Tensor, Backward]]:
         """The stage's part of the main model: its layers, in the first after the embedding, in the last before the
         final norm: h^0, [B, S, D]."""
-        embed: Phase | None = None
-        final: Phase | None = None
+        embed: SplitBackward | None = None
+        final: SplitBackward | None = None
         if self.stage.is_first:
             embed, received_BSD = self._single(lambda: self._embed(tokens_BS))
         assert received_BSD is not None
@@ -197,7 +199,7 @@ class Chunk:
 
         return output_BSD, run_backward
 
-    def _layers(self, hidden_BSD: Tensor, tape: Tape) -> Steps[tuple[Tensor, list[Backward]]]:
+    def _layers(self, hidden_BSD: Tensor, tape: ForwardContext) -> Steps[tuple[Tensor, list[Backward]]]:
         backwards: list[Backward] = []
         for index in self.stage.layers:
             layer = self.model.layers[str(index)]
@@ -211,7 +213,7 @@ class Chunk:
         return hidden_BSD, backwards
 
     def _depth(
-        self, name: str, module: MTPModule, hidden_BSD: Tensor, tokens_BS: Tensor, tape: Tape
+        self, name: str, module: MTPModule, hidden_BSD: Tensor, tokens_BS: Tensor, tape: ForwardContext
     ) -> Steps[tuple[Tensor, Backward]]:
         """One depth of MTP: h^{k-1} and the tokens k further on to h^k, [B, S, D]."""
         merged, input_BSD = self._single(lambda h: module.merge_inputs(h, self._embed(tokens_BS)), hidden_BSD)
@@ -226,7 +228,9 @@ class Chunk:
 
         return output_BSD, run_backward
 
-    def _moe(self, name: str, layer: MoELayer, hidden_BSD: Tensor, tape: Tape) -> Steps[tuple[Tensor, Backward]]:
+    def _moe(
+        self, name: str, layer: MoELayer, hidden_BSD: Tensor, tape: ForwardContext
+    ) -> Steps[tuple[Tensor, Backward]]:
         """The five phases, and their backward in the opposite order."""
         exchange = self._exchange
         routing: Routing | None = None
@@ -236,9 +240,9 @@ class Chunk:
             residual_BSD, normed_TD, routing = layer.attend(hidden_BSD, tape.context)
             return residual_BSD, normed_TD, routing.gates_TK, routing.balance_loss
 
-        label = Label(name, tape.micro_batch)
+        label = ExchangeLabel(name, tape.micro_batch)
         with self._span("attn(F)", label):
-            attended = Phase(attend, hidden_BSD, recompute=self._recompute)
+            attended = SplitBackward(attend, hidden_BSD, recompute=self._recompute)
         assert routing is not None
         residual_BSD, normed_TD, gates_TK, balance = attended.take()
         tape.balance_sums.append(balance)
@@ -250,7 +254,7 @@ class Chunk:
         if in_turns:  # mlp(B) of the other half has been queued, and hides the rest of the dispatch
             dispatched.proceed()
             yield
-        shared: Phase | None = None
+        shared: SplitBackward | None = None
         shared_TD: Tensor | None = None
         with self._span("mlp(F)", label):  # alone, the shared expert is queued before the host waits for sizes
             if layer.shared is not None:
@@ -303,15 +307,15 @@ class Chunk:
 
         return output_BSD, run_backward
 
-    def _single(self, function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Phase, Tensor]:
+    def _single(self, function: Callable[..., Tensor], *inputs: Tensor) -> tuple[SplitBackward, Tensor]:
         """A phase that makes one tensor, and that tensor."""
-        phase = Phase(lambda *inputs: (function(*inputs),), *inputs, recompute=self._recompute)
+        phase = SplitBackward(lambda *inputs: (function(*inputs),), *inputs, recompute=self._recompute)
         return phase, phase.take()[0]
 
-    def _span(self, name: str, label: Label | None = None) -> AbstractContextManager[object]:
+    def _span(self, name: str, label: ExchangeLabel | None = None) -> AbstractContextManager[object]:
         return self._recorder.span(Track.COMPUTE, name, label)
 
-    def _wait(self, pending: Pending[T], label: Label) -> T:
+    def _wait(self, pending: AsyncWork[T], label: ExchangeLabel) -> T:
         with self._recorder.span(Track.COMPUTE, EXPOSED_EXCHANGE, label):
             return pending.wait()
 

@@ -34,8 +34,8 @@ class YarnConfig:
         if not self.beta_slow > 0:
             yield Problem("beta_slow", self.beta_slow, "must be greater than 0")
         if self.beta_fast <= self.beta_slow:
-            remedy = f"must be greater than beta_slow = {self.beta_slow}"
-            yield Problem("beta_fast", self.beta_fast, remedy, ("beta_slow",))
+            hint = f"must be greater than beta_slow = {self.beta_slow}"
+            yield Problem("beta_fast", self.beta_fast, hint, ("beta_slow",))
         for name in ("mscale", "mscale_all_dim"):
             if self.__dict__[name] < 0:
                 yield Problem(name, self.__dict__[name], "must be at least 0")
@@ -120,8 +120,8 @@ class ModelConfig:
         if self.qk_rope_head_dim % 2:
             yield Problem("qk_rope_head_dim", self.qk_rope_head_dim, "must be even: rotation works on pairs")
         if self.dense_layers > self.layers:
-            remedy = f"must be at most layers = {self.layers}"
-            yield Problem("dense_layers", self.dense_layers, remedy, ("layers",))
+            hint = f"must be at most layers = {self.layers}"
+            yield Problem("dense_layers", self.dense_layers, hint, ("layers",))
         if self.affinity not in ("sigmoid", "softmax"):
             yield Problem("affinity", self.affinity, "must be sigmoid or softmax")
         yield from self._routing_problems()
@@ -153,8 +153,8 @@ class ModelConfig:
         if min(self.experts, self.top_k, self.groups, self.top_k_groups) < 1:
             return  # said already
         if self.top_k_groups > self.groups:
-            remedy = f"must be at most groups = {self.groups}"
-            yield Problem("top_k_groups", self.top_k_groups, remedy, ("groups",))
+            hint = f"must be at most groups = {self.groups}"
+            yield Problem("top_k_groups", self.top_k_groups, hint, ("groups",))
         if self.experts % self.groups:
             yield Problem("groups", self.groups, f"must divide experts = {self.experts}", ("experts",))
             if self.top_k > self.experts:

@@ -25,7 +25,7 @@ from ..precision.fp8 import Fp8
 from ..precision.swiglu import weighted_swiglu
 from ..precision.tiles import Tiles
 from .linear import Linear
-from .recompute import Part, recomputed
+from .recompute import RecomputeModule, recomputed
 
 Function = Callable[[Tensor, Tensor, tuple[int, ...], Tiles | None], Tensor]
 """Rows, their gate weights, how many each expert has, and their tiles if there are any, to results: row by row."""
@@ -122,7 +122,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
-        gate_up: Tensor = recomputed(Part.GATE_UP, self.gate_up, x)
+        gate_up: Tensor = recomputed(RecomputeModule.GATE_UP, self.gate_up, x)
         return self.down.of_swiglu(gate_up)
 
 
@@ -158,8 +158,8 @@ class Experts(nn.Module):
         if self.fp8 is not None:
             gate_up_RF = self.fp8.experts_up(rows_RD, self.gate_up_LFD, rows_per_expert_L, tiles)
             return self.fp8.experts_down(gate_up_RF, weights_R, self.down_LDF, rows_per_expert_L)
-        gate_up_RF = recomputed(Part.GATE_UP, grouped_linear, rows_RD, self.gate_up_LFD, rows_per_expert_L)
-        inner_RF = recomputed(Part.SWIGLU, weighted_swiglu, gate_up_RF, weights_R)
+        gate_up_RF = recomputed(RecomputeModule.GATE_UP, grouped_linear, rows_RD, self.gate_up_LFD, rows_per_expert_L)
+        inner_RF = recomputed(RecomputeModule.SWIGLU, weighted_swiglu, gate_up_RF, weights_R)
         return grouped_linear(inner_RF, self.down_LDF, rows_per_expert_L)
 
 

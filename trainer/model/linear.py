@@ -9,7 +9,7 @@ from ...parallelism.weight_grad import linear
 from ..precision.fp8 import Fp8
 from ..precision.shared_output import SharedOutput
 from ..precision.swiglu import swiglu
-from .recompute import Part, recomputed
+from .recompute import RecomputeModule, recomputed
 
 
 class Linear(nn.Module):
@@ -35,4 +35,4 @@ class Linear(nn.Module):
         """SwiGLU(gate_up) Wᵀ. FP8 keeps `gate_up` and computes the SwiGLU again in the backward."""
         if self.fp8 is not None:
             return self.fp8.linear_of_swiglu(gate_up, self.weight)
-        return linear(recomputed(Part.SWIGLU, swiglu, gate_up), self.weight)
+        return linear(recomputed(RecomputeModule.SWIGLU, swiglu, gate_up), self.weight)

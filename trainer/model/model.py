@@ -21,7 +21,7 @@ from .experts import Experts
 from .layer import DenseLayer, MoELayer
 from .linear import Linear
 from .norm import RMSNorm
-from .recompute import Part, recomputed
+from .recompute import RecomputeModule, recomputed
 from .router import Router
 
 
@@ -54,7 +54,7 @@ class MTPModule(nn.Module):
 
     def merge_inputs(self, hidden_BSD: Tensor, embedded_BSD: Tensor) -> Tensor:
         """The input of this depth's layer, [B, S, D]."""
-        merged: Tensor = self.project(recomputed(Part.NORM, self._normed, embedded_BSD, hidden_BSD))
+        merged: Tensor = self.project(recomputed(RecomputeModule.NORM, self._normed, embedded_BSD, hidden_BSD))
         return merged
 
     def _normed(self, embedded_BSD: Tensor, hidden_BSD: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class MTPModule(nn.Module):
 
 
 @dataclass(frozen=True)
-class Share:
+class ModelShard:
     """Which part of the model a rank holds."""
 
     layers: tuple[int, ...]
@@ -77,17 +77,17 @@ class Share:
     """Which share of them this is."""
 
     @staticmethod
-    def whole(config: ModelConfig, expert_ranks: int = 1, expert_rank: int = 0) -> Share:
+    def whole(config: ModelConfig, expert_ranks: int = 1, expert_rank: int = 0) -> ModelShard:
         """Every layer, with one share of the experts."""
-        return Share(tuple(range(config.layers)), expert_ranks=expert_ranks, expert_rank=expert_rank)
+        return ModelShard(tuple(range(config.layers)), expert_ranks=expert_ranks, expert_rank=expert_rank)
 
 
 class Model(nn.Module):
     """The modules of DeepSeek-V3 that one rank holds, under their names in the whole model. `chunk.py` runs them."""
 
-    def __init__(self, config: ModelConfig, share: Share | None = None) -> None:
+    def __init__(self, config: ModelConfig, share: ModelShard | None = None) -> None:
         super().__init__()
-        share = share or Share.whole(config)
+        share = share or ModelShard.whole(config)
         self.config = config
         self.local_experts = config.experts // share.expert_ranks
         self.first_expert = share.expert_rank * self.local_experts

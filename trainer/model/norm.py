@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..precision.tiles import at_least_fp32
-from .recompute import Part, recomputed
+from .recompute import RecomputeModule, recomputed
 
 
 class RMSNorm(nn.Module):
@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] to the same shape and dtype; computed in FP32 at least."""
-        return recomputed(Part.NORM, rms_norm, x, self.weight, self.eps)
+        return recomputed(RecomputeModule.NORM, rms_norm, x, self.weight, self.eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -13,7 +13,7 @@ from ...parallelism.weight_grad import WeightGradients
 from .recompute import Recompute
 
 
-class Phase:
+class SplitBackward:
     """Runs a function on detached inputs and, later, its backward alone: first of the inputs, then of the weights.
 
     Of tensors it holds what autograd keeps for that backward, neither inputs nor outputs. Under `torch.no_grad` it is

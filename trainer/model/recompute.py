@@ -28,7 +28,7 @@ from ...comm.fp8 import TILE, tiles_of
 T = TypeVar("T", Tensor, tuple[Tensor, ...])
 
 
-class Part(StrEnum):
+class RecomputeModule(StrEnum):
     """What can be made again."""
 
     NORM = "norm"  # what RMSNorms give
@@ -53,30 +53,30 @@ class RecomputeConfig:
 
     def problems(self) -> Iterator[Problem]:
         """What is impossible about these values on their own."""
-        known = [part.value for part in Part]
+        known = [part.value for part in RecomputeModule]
         for index, part in enumerate(self.parts):
             if part not in known:
                 yield Problem(f"parts[{index}]", part, f"no such part of a layer; there are: {', '.join(known)}")
             elif part in self.parts[:index]:
                 yield Problem(f"parts[{index}]", part, "is there already; write it once")
         if self.expert_rows is not None and (self.expert_rows < TILE or self.expert_rows % TILE):
-            remedy = f"must be a multiple of {TILE}, which are the rows of an FP8 tile; or null"
-            yield Problem("expert_rows", self.expert_rows, remedy)
+            hint = f"must be a multiple of {TILE}, which are the rows of an FP8 tile; or null"
+            yield Problem("expert_rows", self.expert_rows, hint)
 
     def rows_at_once(self, even: int) -> int:
         """The same as a number, for a rank whose even share are `even` rows."""
         return TILE * tiles_of(2 * even) if self.expert_rows is None else self.expert_rows
 
     @property
-    def policy(self) -> frozenset[Part]:
+    def policy(self) -> frozenset[RecomputeModule]:
         """The same as a set."""
-        return frozenset(map(Part, self.parts))
+        return frozenset(map(RecomputeModule, self.parts))
 
 
 class Recompute:
     """A policy at work, in all phases of a chunk: one may keep what another has made."""
 
-    def __init__(self, parts: frozenset[Part] = frozenset()) -> None:
+    def __init__(self, parts: frozenset[RecomputeModule] = frozenset()) -> None:
         self.parts = parts
         # By storage, for as long as that lives: what autograd keeps is often a view of a result.
         self._results = WeakIdKeyDictionary()
@@ -115,7 +115,7 @@ class Recompute:
         return _View(recipe, index, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
 
-def recomputed(part: Part, function: Callable[..., T], *inputs: Any) -> T:
+def recomputed(part: RecomputeModule, function: Callable[..., T], *inputs: Any) -> T:
     """`function(*inputs)`; a tensor, or a tuple of them. The policy may have it made again when it is needed.
 
     The function must depend on nothing but its inputs and weights, and give the same bits each time.
@@ -127,7 +127,7 @@ def recomputed(part: Part, function: Callable[..., T], *inputs: Any) -> T:
     return results
 
 
-def replayed(part: Part, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+def replayed(part: RecomputeModule, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """The same for a function without weights, of which nothing inside is kept either: its backward runs it anew."""
     recompute = _COLLECTING.get()
     if recompute is None or part not in recompute.parts:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...parallelism.weight_grad import linear
 from ..precision.tiles import at_least_fp32
 from .config import ModelConfig
-from .recompute import Part, recomputed
+from .recompute import RecomputeModule, recomputed
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Router(nn.Module):
 
     def forward(self, x_BSD: Tensor, valid_BS: Tensor) -> Routing:
         """Route each token; tokens that are not valid are routed too, but neither counted nor balanced."""
-        x_TD = recomputed(Part.NORM, at_least_fp32, x_BSD.flatten(0, 1))  # of what a norm gives, wider
+        x_TD = recomputed(RecomputeModule.NORM, at_least_fp32, x_BSD.flatten(0, 1))  # of what a norm gives, wider
         logits_TE = linear(x_TD, self.weight)
         affinity_TE = logits_TE.sigmoid() if self.config.affinity == "sigmoid" else logits_TE.softmax(dim=-1)  # eq. 15
         experts_TK = self._select(affinity_TE.detach())

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from ...comm.topology import Topology
 from ...parallelism.pipeline.check import check
 from ...parallelism.pipeline.partition import Partition, partition
-from ...parallelism.pipeline.placement import Place, Placement, Route
+from ...parallelism.pipeline.placement import Placement, Route, StagePlace
 from ...parallelism.pipeline.program import Program
 from ...parallelism.pipeline.schedules.registry import build_placement, build_program
 from ..costs.parts import model_parts
 from .config import ModelConfig
-from .model import Share
-from .tape import Stage
+from .model import ModelShard
+from .tape import StageSpec
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,20 @@ class Stages:
         check(program)
         return program
 
-    def chunks(self, pp_rank: int) -> tuple[Stage, ...]:
+    def chunks(self, pp_rank: int) -> tuple[StageSpec, ...]:
         """The stages of one pipeline rank, by chunk."""
-        places = (Place(pp_rank, chunk) for chunk in range(self.placement.chunks))
+        places = (StagePlace(pp_rank, chunk) for chunk in range(self.placement.chunks))
         return tuple(
-            Stage(self.layers[self.placement.stage(p)], self.placement.is_first(p), self.placement.is_last(p))
+            StageSpec(self.layers[self.placement.stage(p)], self.placement.is_first(p), self.placement.is_last(p))
             for p in places
         )
 
-    def share(self, topology: Topology, rank: int) -> Share:
+    def share(self, topology: Topology, rank: int) -> ModelShard:
         """The part of the model that `rank` holds. The last stage has MTP modules, which embed tokens, too."""
         chunks = self.chunks(topology.pp_rank(rank))
         is_last = any(stage.is_last for stage in chunks)
         embeds_again = is_last and self.model.mtp_depth > 0
-        return Share(
+        return ModelShard(
             layers=tuple(sorted(layer for stage in chunks for layer in stage.layers)),
             embedding=embeds_again or any(stage.is_first for stage in chunks),
             head=is_last,

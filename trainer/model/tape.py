@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...comm.exchange.permutation import NO_VISITS, Visits
+from ...comm.exchange.permutation import NO_VISITS, TokenCounts
 from ...parallelism.pipeline.executor import Steps
 from ...parallelism.weight_grad import WeightGradients
 from .layer import Context
 
 
 @dataclass(frozen=True)
-class LossScales:
+class LossNormalizers:
     """Factors that turn one micro-batch's sums into its part of the loss of the global batch."""
 
     main: float
@@ -30,7 +30,7 @@ class LossScales:
 
 
 @dataclass(frozen=True)
-class Summary:
+class MicroBatchMetrics:
     """What one micro-batch's forward through a stage has to tell."""
 
     main_sum: Tensor
@@ -41,7 +41,7 @@ class Summary:
     """Balance loss without α, summed over the stage's routed layers and sequences."""
     counts_E: dict[str, Tensor]
     """int64 load of each router, by the layer's name."""
-    visits: Visits
+    visits: TokenCounts
     """Of the stage's routed layers together."""
 
 
@@ -51,17 +51,17 @@ first); what is left to do for weights goes to the second."""
 
 
 @dataclass(frozen=True)
-class Forward:
+class ForwardOutput:
     """What one micro-batch's forward leaves behind."""
 
     output_BSD: Tensor | None
     """For the next stage; None from the last."""
-    summary: Summary
+    summary: MicroBatchMetrics
     backward: StageBackward
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageSpec:
     """Which part of the model a chunk runs."""
 
     layers: range
@@ -72,21 +72,21 @@ class Stage:
 
 
 @dataclass
-class Tape:
+class ForwardContext:
     """Filled by the forward of one micro-batch, consumed by its backward."""
 
     context: Context
     micro_batch: int
-    scales: LossScales | None
+    scales: LossNormalizers | None
     """None where there is no backward. The balance loss is an extra backward root in every routed layer."""
     balance_sums: list[Tensor] = field(default_factory=list)
     counts_E: dict[str, Tensor] = field(default_factory=dict)
-    visits: Visits = NO_VISITS
+    visits: TokenCounts = NO_VISITS
 
-    def summary(self, losses: list[Tensor]) -> Summary:
+    def summary(self, losses: list[Tensor]) -> MicroBatchMetrics:
         """With the losses of the last stage, of the main model first."""
         like = self.context.valid_BS.new_zeros((), dtype=torch.float32)
-        return Summary(
+        return MicroBatchMetrics(
             main_sum=losses[0] if losses else like,
             mtp_sum=torch.stack(losses[1:]).sum() if losses[1:] else like,
             balance_sum=torch.stack(self.balance_sums).sum() if self.balance_sums else like,

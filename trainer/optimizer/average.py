@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...comm.host import STAGED_BYTES, StagedReader
-from ...comm.streams import Event, Streams
+from ...comm.streams import StreamEvent, Streams
 from ...parallelism.zero.optimizer import ShardedOptimizer
 
 
@@ -92,13 +92,13 @@ class WeightAverage:
         self._thread.shutdown()
 
     @torch.no_grad()
-    def _move(self, updated: Event | None) -> None:
+    def _move(self, updated: StreamEvent | None) -> None:
         """`updated`: when the masters of this step are there; None on a CPU."""
         for bucket, shard in zip(self._buckets, self._shards, strict=True):
             for part, master_n in self._on_host(bucket.master_n, updated):
                 shard[part].lerp_(master_n, 1 - self._decay)
 
-    def _on_host(self, master_n: Tensor, updated: Event | None) -> Iterator[tuple[slice, Tensor]]:
+    def _on_host(self, master_n: Tensor, updated: StreamEvent | None) -> Iterator[tuple[slice, Tensor]]:
         """In stretches."""
         if self._reader is None:
             yield slice(None), master_n

@@ -63,16 +63,16 @@ class OptimizerConfig:
         if self.moments != "auto" and self.moments not in _MOMENTS:
             yield Problem("moments", self.moments, f"must be auto, {', '.join(_MOMENTS)}")
         if self.moments in ("auto", "bfloat16") and _LARGEST_BETA2_IN_BF16 < self.beta2 < 1:
-            remedy = (
+            hint = (
                 f"is above {_LARGEST_BETA2_IN_BF16}, where a BF16 mean stands still; or write optimizer.moments=float32"
             )
-            yield Problem("beta2", self.beta2, remedy, ("moments",))
+            yield Problem("beta2", self.beta2, hint, ("moments",))
         if self.final_learning_rate > self.peak_learning_rate:
-            remedy = f"must be at most peak_learning_rate = {self.peak_learning_rate}"
-            yield Problem("final_learning_rate", self.final_learning_rate, remedy, ("peak_learning_rate",))
+            hint = f"must be at most peak_learning_rate = {self.peak_learning_rate}"
+            yield Problem("final_learning_rate", self.final_learning_rate, hint, ("peak_learning_rate",))
         if self.constant_tokens is None and self.decay_tokens:
-            remedy = "is never reached: constant_tokens is null, the rest of the run; say how long the rate is constant"
-            yield Problem("decay_tokens", self.decay_tokens, remedy, ("constant_tokens",))
+            hint = "is never reached: constant_tokens is null, the rest of the run; say how long the rate is constant"
+            yield Problem("decay_tokens", self.decay_tokens, hint, ("constant_tokens",))
 
     def moments_dtype(self, masters: torch.dtype) -> torch.dtype:
         """The dtype of the moments beside master weights of this one."""

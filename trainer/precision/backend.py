@@ -20,7 +20,7 @@ Rows = tuple[int, ...]
 """How many rows each expert of a stack of weights has; they follow each other."""
 
 
-class Provider(Protocol):
+class PrecisionBackend(Protocol):
     """Quantises, and multiplies what it has quantised. Sums are formed in FP32, 128 products at a time."""
 
     def tiles(self, x_XD: Tensor, scales: Scales) -> Tiles:
@@ -110,19 +110,19 @@ def choose_provider(name: str, *, on_gpu: bool) -> str:
     return next(each for each in PROVIDERS if not any(missing_for(each, on_gpu=on_gpu)))
 
 
-def open_provider(name: str, device: torch.device) -> Provider:
+def open_provider(name: str, device: torch.device) -> PrecisionBackend:
     """The provider of this name, or that which `auto` chooses."""
     chosen = choose_provider(name, on_gpu=device.type == "cuda")
     if chosen == "triton":
-        from .triton_backend import TritonProvider  # optional package
+        from .triton_backend import TritonBackend  # optional package
 
-        return TritonProvider()
+        return TritonBackend()
     if chosen == "torch":
-        from .torch_backend import TorchProvider  # its scaled_mm is younger than the oldest torch that trains
+        from .torch_backend import TorchBackend  # its scaled_mm is younger than the oldest torch that trains
 
-        return TorchProvider()
+        return TorchBackend()
     if chosen == "te":
-        from .te_backend import TransformerEngineProvider  # optional package
+        from .te_backend import TransformerEngineBackend  # optional package
 
-        return TransformerEngineProvider()
+        return TransformerEngineBackend()
     return Reference()

@@ -25,7 +25,7 @@ LARGEST = 65_024.0
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedRows:
     """Rows of E5M6 numbers."""
 
     bytes_XB: Tensor
@@ -36,7 +36,7 @@ class Packed:
     """D."""
 
 
-def pack_e5m6(x_XD: Tensor) -> Packed:
+def pack_e5m6(x_XD: Tensor) -> PackedRows:
     """[X, D], rounded to nearest, ties to even. A tile that holds infinity or NaN becomes NaN."""
     x_XQI = tiled(x_XD.to(torch.float32))
     exponents_XQ = exponents_for(torch.maximum(x_XQI.amax(dim=-1), -x_XQI.amin(dim=-1)), LARGEST)
@@ -45,10 +45,10 @@ def pack_e5m6(x_XD: Tensor) -> Packed:
     codes_XP = F.pad(codes_XD >> _DROPPED, (0, x_XD.shape[1] % 2))
     first, second = codes_XP[:, 0::2], codes_XP[:, 1::2]
     triples = torch.stack((first & 0xFF, first >> 8 | (second & 0xF) << 4, second >> 4), dim=-1)
-    return Packed(triples.to(torch.uint8).flatten(1), exponents_XQ, x_XD.shape[1])
+    return PackedRows(triples.to(torch.uint8).flatten(1), exponents_XQ, x_XD.shape[1])
 
 
-def unpack_e5m6(packed: Packed, dtype: torch.dtype) -> Tensor:
+def unpack_e5m6(packed: PackedRows, dtype: torch.dtype) -> Tensor:
     """[X, D]. Exact in BF16 and wider."""
     low, middle, high = packed.bytes_XB.to(torch.int32).unflatten(1, (-1, 3)).unbind(-1)
     codes_XP = torch.stack((low | (middle & 0xF) << 8, middle >> 4 | high << 4), dim=-1).flatten(1)

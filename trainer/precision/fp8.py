@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ...parallelism.weight_grad import add_to_grad, collecting
 from ..model.recompute import is_made_again
-from .backend import Provider, Rows
-from .e5m6 import Packed, pack_e5m6, unpack_e5m6
+from .backend import PrecisionBackend, Rows
+from .e5m6 import PackedRows, pack_e5m6, unpack_e5m6
 from .shared_output import SharedOutput
 from .swiglu import gradients_of_rows
 from .tiles import Blocks, Columns, Scales, Tiles, dequantise_tiles
@@ -34,7 +34,7 @@ from .weights import StepWeights
 class Fp8:
     """How the Linears of one model compute."""
 
-    provider: Provider
+    provider: PrecisionBackend
     scales: Scales = Scales.FP32
     """Of all but those which the report wants to be powers of two: the input of the Linear after attention, the rows
     that experts receive, and the gradients that they receive. The last two are what crosses between ranks in FP8: rows
@@ -143,7 +143,7 @@ class _Linear(torch.autograd.Function):
         def x() -> Columns:
             if width is None:
                 return columns(Tiles(kept[0], kept[1]))
-            wide_RK = unpack_e5m6(Packed(kept[0], kept[1], width), torch.float32)
+            wide_RK = unpack_e5m6(PackedRows(kept[0], kept[1], width), torch.float32)
             made: Columns = fp8.provider.columns(wide_RK, rows_L, scales)
             return made
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..model.recompute import keep_by_policy, kept_by_policy
-from .e5m6 import Packed, unpack_e5m6
+from .e5m6 import PackedRows, unpack_e5m6
 
 
 @dataclass
@@ -41,7 +41,7 @@ class SharedOutput:
 
     def __init__(self) -> None:
         self._places: list[_Place] = []
-        self._packed: Packed | None = None
+        self._packed: PackedRows | None = None
         self._layout: _Place | None = None
 
     def of(
@@ -63,7 +63,7 @@ class SharedOutput:
         self._layout = replace(_place(out_BHSV), tensor=None)
         return out_BHSV
 
-    def pack(self, packed: Packed) -> None:
+    def pack(self, packed: PackedRows) -> None:
         """The same numbers, [B · S, H · V], in the place of the wide ones."""
         self._packed = packed
         for place in self._places:

@@ -27,7 +27,7 @@ _FOURS = 4
 
 
 @dataclass(frozen=True)
-class TransformerEngineProvider(Reference):
+class TransformerEngineBackend(Reference):
     """Quantises as the reference does; experts are multiplied one at a time."""
 
     def multiply(self, x: Tiles, weight: Blocks, dtype: torch.dtype) -> Tensor:

@@ -28,7 +28,7 @@ Inputs = tuple[Tensor] | tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
-class TritonProvider:
+class TritonBackend:
     """`values` is the dtype that quantised numbers are stored in: the interpreter's own cast to E4M3 is wrong."""
 
     values: torch.dtype = torch.float8_e4m3fn

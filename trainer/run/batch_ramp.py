@@ -24,16 +24,16 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Batches:
+class BatchRamp:
     """The sizes of all steps of a run. Steps count from 1; `samples` are sequences."""
 
     levels: tuple[Level, ...]
     """Ascending; the last has no end."""
 
     @staticmethod
-    def constant(size: int) -> Batches:
+    def constant(size: int) -> BatchRamp:
         """The same from the first step on."""
-        return Batches((Level(0, 0, size),))
+        return BatchRamp((Level(0, 0, size),))
 
     def size(self, step: int) -> int:
         """Sequences of step number `step`."""
@@ -53,7 +53,7 @@ class Batches:
 
 
 @cache
-def ramp(first: int, increment: int, last: int, tokens: int, sequence_length: int) -> Batches:
+def ramp(first: int, increment: int, last: int, tokens: int, sequence_length: int) -> BatchRamp:
     """From `first` sequences to `last`, by `increment` at a time, over `tokens` consumed tokens.
 
     Each size but the last is in force for an equal share of these tokens, so the batch grows evenly with them; the
@@ -67,7 +67,7 @@ def ramp(first: int, increment: int, last: int, tokens: int, sequence_length: in
         if taken > 0:  # else the last step of a larger share has jumped over this one
             levels.append(Level(steps, consumed, size))
             steps, consumed = steps + taken, consumed + taken * size
-    return Batches((*levels, Level(steps, consumed, last)))
+    return BatchRamp((*levels, Level(steps, consumed, last)))
 
 
 def _up(number: int, of: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ...comm.errors import Problem, Refused, refuse_if_any
+from ...comm.errors import ConfigError, Problem, refuse_if_any
 from ...comm.groups import Group
 from ..build import Rank
 from ..checkpoint.compatible import incompatibilities, other_dtype, start_problems
@@ -21,7 +21,7 @@ from ..checkpoint.names import rng_name
 from ..checkpoint.opened import Checkpoint
 from ..checkpoint.pieces import MODEL, Piece, whole_pieces
 from ..checkpoint.saver import Saved
-from ..checkpoint.store import CheckpointStore, Cover, refuse_damaged
+from ..checkpoint.store import CheckpointExtras, CheckpointStore, refuse_damaged
 from ..typed import as_written
 from .exit import RunFailed
 from .reporter import Reporter, timing
@@ -54,7 +54,7 @@ def begin_save(rank: Rank, step: int, reporter: Reporter | None, *, owes_evaluat
         facts |= {"data": rank.data.digest, "tokenizer": rank.data.tokenizer.sha256}
         attachments[rank.data.tokenizer.file] = rank.tokenizer.to_json().encode()
     with timing(reporter, "checkpoint_save"):
-        rank.saver.begin(step, _state(rank), Cover(facts, attachments, rank.state_names))
+        rank.saver.begin(step, _state(rank), CheckpointExtras(facts, attachments, rank.state_names))
 
 
 def poll_save(rank: Rank, reporter: Reporter | None, done: int, failed: int) -> None:
@@ -75,7 +75,7 @@ def finish_save(rank: Rank, reporter: Reporter | None) -> Saved | None:
 def load_last(rank: Rank, reporter: Reporter | None) -> dict[str, Any] | None:
     """Fill the rank's state from the newest checkpoint that is whole; return its facts, or None where there is none.
 
-    Newer ones that are damaged are named and set aside. Raises `Refused` for a checkpoint that does not fit the
+    Newer ones that are damaged are named and set aside. Raises `ConfigError` for a checkpoint that does not fit the
     configuration and where all are damaged, `RunFailed` where one cannot be read. A run without any begins with the
     weights of `training.start_from`.
     """
@@ -112,7 +112,7 @@ def _load_newest(rank: Rank, steps: list[int], reporter: Reporter | None) -> dic
 
 
 def _start_from(rank: Rank, path: Path, reporter: Reporter | None) -> None:
-    """Weights and routing biases alone. Raises `Refused`."""
+    """Weights and routing biases alone. Raises `ConfigError`."""
     checkpoint = find_checkpoint(path)
     refuse_if_any(start_problems(checkpoint, rank.config, rank.data))
 
@@ -124,8 +124,8 @@ def _start_from(rank: Rank, path: Path, reporter: Reporter | None) -> None:
     try:
         _agreed(rank.groups.control, fill)
     except Damaged as damaged:
-        remedy = "is damaged; name another checkpoint"
-        raise Refused([Problem("training.start_from", str(damaged), remedy)]) from damaged
+        hint = "is damaged; name another checkpoint"
+        raise ConfigError([Problem("training.start_from", str(damaged), hint)]) from damaged
     rank.stepper.optimizer.publish()
     if rank.stepper.average is not None:
         rank.stepper.average.begin()
@@ -160,8 +160,8 @@ def _agreed(world: Group, function: Callable[[], T]) -> T:
         words = world.all_gather_objects(None if failure is None else str(failure), "why a checkpoint is not whole")
         reason = next(each for each in words if each)
         if unreadable:
-            remedy = "nothing was changed: when it can be read again, the same command goes on"
-            raise RunFailed(f"a checkpoint cannot be read ({reason}); {remedy}")
+            hint = "nothing was changed: when it can be read again, the same command goes on"
+            raise RunFailed(f"a checkpoint cannot be read ({reason}); {hint}")
         raise Damaged(reason)
     return result
 

@@ -19,9 +19,9 @@ from ...comm.host import to_device, to_host
 from ...parallelism.pipeline.executor import Executor
 from ..data.samples import Samples, TokenBatch
 from ..model.chunk import Chunk
-from ..model.tape import Summary
+from ..model.tape import MicroBatchMetrics
 from .exit import any_asked, never
-from .stage_runner import RunningStage
+from .stage_runner import StageRunner
 from .step import count_targets
 
 
@@ -48,7 +48,7 @@ def evaluate(
     starts = [index * share + first for index in range(rounds)]
     depth = chunks[0].model.config.mtp_depth
     at_once = micro_batches_at_once(topology.pp)
-    summaries: list[list[Summary]] = [[] for _ in chunks]
+    summaries: list[list[MicroBatchMetrics]] = [[] for _ in chunks]
     targets = 0
     with chunks[0].model.weights_unchanged():
         for begin in range(0, rounds, at_once):
@@ -76,8 +76,8 @@ def micro_batches_at_once(pp: int) -> int:
 
 def _run(
     chunks: tuple[Chunk, ...], forwards: Callable[[int], Executor], batches: Sequence[TokenBatch]
-) -> list[RunningStage]:
-    stages = [RunningStage(chunk, batches) for chunk in chunks]
+) -> list[StageRunner]:
+    stages = [StageRunner(chunk, batches) for chunk in chunks]
     forwards(len(batches)).run(stages)
     return stages
 

@@ -16,7 +16,7 @@ from .reporter import Reporter
 TRACE_FOLDER = "trace"
 
 
-class Tracing:
+class Profiling:
     """Looks at one step in `terms_every`, and writes a timeline of some steps if the run is traced.
 
     The first step of a launch warms up, and is not looked at unless it is the only one.

@@ -10,17 +10,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...comm.traffic import Kind
+from ...comm.traffic import TrafficKind
 from ...parallelism.zero.reduce import ALL_GATHER, REDUCE_SCATTER
 from ..checkpoint.saver import Saved
 from ..config import RunConfig
 from ..costs.flops import CONVENTION, FlopCount
 from ..costs.parameters import count_parameters
 from ..ledger.guard import Guard
-from ..ledger.meter import Meter
+from ..ledger.meter import CostMeter
 from ..ledger.totals import carry
-from ..ledger.work import Work
-from ..telemetry.alerts import Watch
+from ..ledger.work import WorkJournal
+from ..telemetry.alerts import AlertWatch
 from ..telemetry.events import JSON, Event, EventStream
 from ..telemetry.sinks import open_stream
 from ..typed import as_written
@@ -46,7 +46,7 @@ _ROUNDING_SECONDS = 0.005
 """Left uncharged, since the ledger counts in whole milliseconds: no bucket may be charged more than has passed."""
 
 
-class Gaps:
+class UnaccountedGaps:
     """Time that nothing accounts for: a process that was stopped, a machine that was suspended, a frozen disk."""
 
     def __init__(self) -> None:
@@ -96,15 +96,15 @@ class Reporter:
         self._config = config
         self._run_dir = run_dir
         self._ranks = config.topology.world_size
-        self._work = Work(run_dir, ranks=self._ranks, attempt=attempt, budget=config.budget)
+        self._work = WorkJournal(run_dir, ranks=self._ranks, attempt=attempt, budget=config.budget)
         self._stream: EventStream = open_stream(config.telemetry, run_dir, sys.stdout)
         self._ledger = self._work.ledger
-        self._meter: Meter | None = None
+        self._meter: CostMeter | None = None
         self._guard: Guard | None = None
-        self._watch = Watch()
+        self._watch = AlertWatch()
         self._told_seconds = 0.0
         self._is_telling = False
-        self._gaps = Gaps()
+        self._gaps = UnaccountedGaps()
         self._disk_is_full = False
         self._place = _Place.of(run_dir)
         self._since = time.perf_counter()
@@ -147,10 +147,10 @@ class Reporter:
     def ready(self) -> None:
         """The first step begins now."""
         self._work.ready()
-        self._meter = Meter(self._ledger.summary(), ranks=self._ranks)
+        self._meter = CostMeter(self._ledger.summary(), ranks=self._ranks)
         self._guard = Guard(self._config.budget, self._meter, self._run_dir)
         self._told_seconds = 0.0
-        self._gaps = Gaps()
+        self._gaps = UnaccountedGaps()
         self._since = time.perf_counter()
 
     @contextmanager
@@ -270,7 +270,7 @@ class Reporter:
             self._work.skipped(step, 1000 * seconds, self._tokens_of(step))
 
     def terms(self, step: int, step_us: int, by_term: Mapping[str, int]) -> None:
-        """Where the time of step number `step` has gone on all ranks (see `Work.terms`)."""
+        """Where the time of step number `step` has gone on all ranks (see `WorkJournal.terms`)."""
         with self.telling():
             self._work.terms(step, step_us, by_term)
 
@@ -395,7 +395,7 @@ def balance_values(result: StepResult, topology: Topology) -> dict[str, JSON]:
 
 def traffic_values(traffic: Traffic) -> dict[str, JSON]:
     """Bytes that rank 0 has sent through the exchange in this step, by link: all of them, and those of rows alone."""
-    everything, payload = traffic.by_link(), traffic.by_link(Kind.PAYLOAD)
+    everything, payload = traffic.by_link(), traffic.by_link(TrafficKind.PAYLOAD)
     values: dict[str, JSON] = {f"bytes_sent/{link}": size for link, size in everything.items()}
     return values | {f"payload_sent/{link}": size for link, size in payload.items()}
 

@@ -9,7 +9,7 @@ from ...parallelism.pipeline.liveness import first_use, last_use
 from ...parallelism.zero.optimizer import ShardedOptimizer
 
 
-class Programs:
+class ScheduleCache:
     """What runs the steps of one rank, and keeps the optimizer informed of what runs."""
 
     def __init__(

@@ -12,18 +12,18 @@ from ...parallelism.pipeline.executor import Steps
 from ...parallelism.weight_grad import WeightGradients
 from ..data.samples import TokenBatch
 from ..model.chunk import Chunk
-from ..model.tape import LossScales, StageBackward, Summary
+from ..model.tape import LossNormalizers, MicroBatchMetrics, StageBackward
 
 
 @dataclass(frozen=True)
-class RunningStage:
+class StageRunner:
     """One chunk with the micro-batches of a step. Without gradients (`torch.no_grad`) forwards keep nothing."""
 
     chunk: Chunk
     micro_batches: Sequence[TokenBatch]
-    scales: LossScales | None = None
+    scales: LossNormalizers | None = None
     """None where there is no backward."""
-    summaries: list[Summary] = field(default_factory=list)
+    summaries: list[MicroBatchMetrics] = field(default_factory=list)
     """Of the forwards that have run."""
     _backwards: dict[int, StageBackward] = field(default_factory=dict)
     """Of the micro-batches whose backward has not begun."""

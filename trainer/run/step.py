@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...comm.exchange.permutation import NO_VISITS, Visits
+from ...comm.exchange.permutation import NO_VISITS, TokenCounts
 from ...comm.groups import ProcessGroups
 from ...comm.host import to_device, to_host
-from ...comm.trace import OPTIMIZER, REDUCE_WAIT, SILENT, Recorder, Track
+from ...comm.trace import OPTIMIZER, REDUCE_WAIT, SILENT, SpanRecorder, Track
 from ...comm.warm_up import warm_up_all_reduce
 from ...parallelism.pipeline.executor import Executor
 from ...parallelism.zero.optimizer import ShardedOptimizer
@@ -21,11 +21,11 @@ from ..model.chunk import Chunk
 from ..model.config import ModelConfig
 from ..model.model import Model, router_names
 from ..model.router import update_bias
-from ..model.tape import LossScales, Summary
+from ..model.tape import LossNormalizers, MicroBatchMetrics
 from ..optimizer.average import WeightAverage
-from .schedule_cache import Programs
-from .stage_runner import RunningStage
-from .step_reduction import Share, Totals, length, sum_over_ranks
+from .schedule_cache import ScheduleCache
+from .stage_runner import StageRunner
+from .step_reduction import RankTotals, Totals, length, sum_over_ranks
 
 HOST_READS_A_STEP = 2
 """How often the host waits for the device in one step: for the targets of the global batch before the first forward,
@@ -70,7 +70,7 @@ class StepResult:
     valid_tokens: int
     counts_E: dict[str, Tensor]
     """int64 load of each router's experts."""
-    visits: Visits
+    visits: TokenCounts
     """Of all routed layers together, padding included."""
     bias_range: tuple[float, float]
     """Smallest and largest routing bias after the step; zeros without routers."""
@@ -84,11 +84,11 @@ class Stepper:
 
     model: Model
     chunks: tuple[Chunk, ...]
-    programs: Programs
+    programs: ScheduleCache
     optimizer: ShardedOptimizer
     average: WeightAverage | None
     groups: ProcessGroups
-    recorder: Recorder = SILENT
+    recorder: SpanRecorder = SILENT
 
     @property
     def config(self) -> ModelConfig:
@@ -123,7 +123,7 @@ class Stepper:
         with self.recorder.span(Track.INSTRUCTION, REDUCE_WAIT):
             targets = self._count_targets(micro_batches)
         depth = self.config.mtp_depth
-        scales = LossScales(
+        scales = LossNormalizers(
             main=1 / targets,
             mtp=settings.mtp_weight / (max(depth, 1) * targets),
             balance=settings.balance_weight / sequences,
@@ -160,21 +160,23 @@ class Stepper:
         # The ranks of a pipeline read the same samples.
         return max(1, int(count.item()) // self.groups.topology.pp)
 
-    def _forward_backward(self, micro_batches: Sequence[TokenBatch], scales: LossScales) -> Iterator[Summary]:
+    def _forward_backward(
+        self, micro_batches: Sequence[TokenBatch], scales: LossNormalizers
+    ) -> Iterator[MicroBatchMetrics]:
         """Run the schedule; a summary of each micro-batch in each stage of this rank."""
-        stages = [RunningStage(chunk, micro_batches, scales) for chunk in self.chunks]
+        stages = [StageRunner(chunk, micro_batches, scales) for chunk in self.chunks]
         executor = self.programs.of(len(micro_batches))
         with self.model.weights_unchanged():
             executor.run(stages, self.optimizer)
         for stage in stages:
             yield from stage.summaries
 
-    def _sum_over_ranks(self, summaries: Sequence[Summary], votes: Sequence[bool]) -> Totals:
+    def _sum_over_ranks(self, summaries: Sequence[MicroBatchMetrics], votes: Sequence[bool]) -> Totals:
         """Each stage adds what it has: the last one the losses, all of them their layers' balance and loads."""
         per_batch = [torch.stack((s.main_sum.double(), s.mtp_sum.double(), s.balance_sum.double())) for s in summaries]
         # Routers of one pipeline rank are equal on all its ranks.
         speaks = self.groups.topology.dp_rank(self.groups.rank) == 0
-        share = Share(
+        share = RankTotals(
             losses=torch.stack(per_batch).sum(dim=0),
             squares=self.optimizer.reducer.sum_of_squares(),
             counts_E=self._own_counts(summaries),
@@ -184,7 +186,7 @@ class Stepper:
         )
         return sum_over_ranks(share, router_names(self.config), self.config.experts, self.groups.world)
 
-    def _own_counts(self, summaries: Sequence[Summary]) -> dict[str, Tensor]:
+    def _own_counts(self, summaries: Sequence[MicroBatchMetrics]) -> dict[str, Tensor]:
         """Load of this rank's tokens, of every router here: each token is counted where it was routed from."""
         names = [name for name, _ in self.model.routers()]
         return {

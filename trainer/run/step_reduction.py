@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...comm.exchange.permutation import Visits
+from ...comm.exchange.permutation import TokenCounts
 from ...comm.groups import Group
 from ...comm.host import to_device, to_host
 
@@ -22,7 +22,7 @@ _LOSSES, _SQUARES, _VISITS = 3, 1, 4  # how many numbers
 
 
 @dataclass(frozen=True)
-class Share:
+class RankTotals:
     """What one rank adds."""
 
     losses: Tensor
@@ -33,7 +33,7 @@ class Share:
     """int64 load of the routers here, by name, of this rank's tokens."""
     bias_E: Mapping[str, Tensor]
     """Routing biases that this rank speaks for; those of one router are equal wherever it is."""
-    visits: Visits
+    visits: TokenCounts
     votes: Sequence[bool]
 
 
@@ -47,12 +47,12 @@ class Totals:
     """int64, of every router of the model."""
     bias_E: dict[str, Tensor]
     """FP32, of every router of the model, before the step."""
-    visits: Visits
+    visits: TokenCounts
     votes: tuple[int, ...]
     """On how many ranks each vote is true."""
 
 
-def sum_over_ranks(share: Share, routers: Sequence[str], experts: int, world: Group) -> Totals:
+def sum_over_ranks(share: RankTotals, routers: Sequence[str], experts: int, world: Group) -> Totals:
     """Collective: sum the shares of all ranks by one all-reduce, and read the sums once.
 
     `routers` are those of the whole model, equal on all ranks. Counts are exact: FP64 holds every integer up to 2^53,
@@ -71,7 +71,7 @@ def sum_over_ranks(share: Share, routers: Sequence[str], experts: int, world: Gr
         squares=float(squares),
         counts_E=dict(zip(routers, counts_NE.unbind(), strict=True)),
         bias_E=dict(zip(routers, bias_NE.unbind(), strict=True)),
-        visits=Visits(*map(int, visits.tolist())),
+        visits=TokenCounts(*map(int, visits.tolist())),
         votes=tuple(map(int, votes.tolist())),
     )
 
@@ -81,7 +81,7 @@ def length(routers: int, experts: int, votes: int) -> int:
     return _LOSSES + _SQUARES + _VISITS + votes + routers * (1 + 2 * experts)
 
 
-def _parts(share: Share, routers: Sequence[str], experts: int) -> Iterator[Tensor]:
+def _parts(share: RankTotals, routers: Sequence[str], experts: int) -> Iterator[Tensor]:
     """The vector's parts in order, FP64 on the device."""
     device = share.losses.device
     speakers = [name in share.bias_E for name in routers]

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import torch
 
-from ...comm.async_comm import Worker
+from ...comm.async_comm import AsyncCommunicator
 from ...comm.host import to_device
 from ...comm.streams import Streams
 from ...comm.warm_up import warm_up_exchange
 from ...parallelism.pipeline.executor import drive
 from ...parallelism.weight_grad import WeightGradients
 from ..data.samples import TokenBatch
-from ..model.tape import LossScales
-from .stage_runner import RunningStage
+from ..model.tape import LossNormalizers
+from .stage_runner import StageRunner
 from .step import Stepper
 
-_SCALES = LossScales(main=1e-6, mtp=1e-6, balance=1e-6)
+_SCALES = LossNormalizers(main=1e-6, mtp=1e-6, balance=1e-6)
 
 
 def warm_up(
     stepper: Stepper,
-    worker: Worker,
+    worker: AsyncCommunicator,
     exchange: str,
     batch: tuple[int, int],
     device: torch.device,
@@ -55,7 +55,7 @@ def load_kernels(stepper: Stepper, batch: tuple[int, int], device: torch.device)
     noise = TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool)).to(device)
     with stepper.model.weights_unchanged():
         for chunk in stepper.chunks:
-            stage = RunningStage(chunk, [noise], _SCALES)
+            stage = StageRunner(chunk, [noise], _SCALES)
             hidden_BSD = torch.randn((sequences, length, stepper.config.hidden), generator=generator)
             hidden_BSD = to_device(hidden_BSD, device).to(stage.message(0).dtype)
             drive(stage.forward(0, None if chunk.stage.is_first else hidden_BSD))

@@ -14,7 +14,7 @@ _SPIKE_SPREADS = 5.0
 _STALL_SHARE = 0.5
 
 
-class Watch:
+class AlertWatch:
     """Compares each logged step with those before it; says each trouble once, until it is over."""
 
     def __init__(self) -> None:

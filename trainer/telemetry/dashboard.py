@@ -17,17 +17,17 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Section:
+class PanelSection:
     """Panels under one heading."""
 
     name: str
     panels: Sequence[Panel]
 
 
-def dashboard(routers: Sequence[str]) -> list[Section]:
+def dashboard(routers: Sequence[str]) -> list[PanelSection]:
     """Of a model whose layers with routed experts are called `routers`."""
     return [
-        Section(
+        PanelSection(
             "Budget",
             (
                 Panel("GPU-hours left", ["budget_left"]),
@@ -36,7 +36,7 @@ def dashboard(routers: Sequence[str]) -> list[Section]:
                 Panel("GPU-hours a trillion retained tokens", ["budget/gpu_hours_per_trillion_tokens"], is_number=True),
             ),
         ),
-        Section(
+        PanelSection(
             "Loss",
             (
                 Panel("Training loss", ["loss", "loss/mtp"]),
@@ -46,7 +46,7 @@ def dashboard(routers: Sequence[str]) -> list[Section]:
                 Panel("Learning rate", ["learning_rate"]),
             ),
         ),
-        Section(
+        PanelSection(
             "Throughput",
             (
                 Panel("Tokens a second", ["tokens_per_second"]),
@@ -54,7 +54,7 @@ def dashboard(routers: Sequence[str]) -> list[Section]:
                 Panel("TFLOPS a rank", ["tflops"]),
             ),
         ),
-        Section(
+        PanelSection(
             "Balance",
             (
                 Panel("Maximum violation: experts, ranks, nodes", [*_violations("")]),
@@ -62,7 +62,9 @@ def dashboard(routers: Sequence[str]) -> list[Section]:
                 *(Panel(f"Maximum violation, {router}", [*_violations(f"{router}/")]) for router in routers),
             ),
         ),
-        Section("Expert load: experts against steps", [Panel(router, [f"expert_load/{router}"]) for router in routers]),
+        PanelSection(
+            "Expert load: experts against steps", [Panel(router, [f"expert_load/{router}"]) for router in routers]
+        ),
     ]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from ...comm.errors import Refused
+from ...comm.errors import ConfigError
 from ...comm.files.access import refuse_links
 from ...comm.files.line_writer import BACKLOG_BYTES, LineWriter
 from ...comm.files.lines import cut_torn_line
@@ -159,7 +159,7 @@ class EventStream:
         try:
             refuse_links(self._path)
             writer = LineWriter(self._path, backlog_bytes=self._backlog_bytes)
-        except (OSError, Refused):
+        except (OSError, ConfigError):
             return  # the whole directory is gone: see `Reporter`; or a link stands there
         self._writer.close()
         self._writer = writer

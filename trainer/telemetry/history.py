@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ...comm.files.access import refusing
 from ...comm.files.lines import LineReader, whole_lines
 from ...comm.files.strict_json import Malformed, parse_json
@@ -59,7 +59,7 @@ def read_metrics(path: Path) -> list[Event]:
 def read_all_metrics(path: Path) -> list[Event]:
     """Every event in the file at `path`, lives that were rolled back included. Raises Refused like `read_metrics`."""
     if not path.exists():
-        raise Refused([Problem(str(path), None, "no such file; name the metrics.jsonl of a run")])
+        raise ConfigError([Problem(str(path), None, "no such file; name the metrics.jsonl of a run")])
     with refusing(path, "restore it"):
         return [parse_event(path, number, line) for number, line in whole_lines(path)]
 
@@ -80,7 +80,7 @@ class MetricsReader:
         try:
             return [parse_event(self._path, number, line) for number, line in self._lines.new_lines()]
         except Malformed as error:
-            raise Refused([error.problem(self._path, "restore it")]) from error
+            raise ConfigError([error.problem(self._path, "restore it")]) from error
 
 
 _LAST_SECOND = 10**11
@@ -96,5 +96,5 @@ def parse_event(path: Path, number: int, line: str) -> Event:
         values = {key: value for key, value in item.mapping().items() if key not in ("kind", "step", "time")}
         return Event(kind=kind, step=step, time=time, values=values)
     except Malformed as error:
-        remedy = f"not an event ({error}); restore or delete this line"
-        raise Refused([Problem(f"{path}:{number}", line[:80], remedy)]) from error
+        hint = f"not an event ({error}); restore or delete this line"
+        raise ConfigError([Problem(f"{path}:{number}", line[:80], hint)]) from error

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from .config import PrometheusConfig
 from .events import Event, as_number
 
@@ -61,8 +61,8 @@ def port_problems(config: PrometheusConfig) -> Iterator[Problem]:
 
 
 def _cannot_listen(config: PrometheusConfig, error: OSError) -> Problem:
-    remedy = f"cannot be listened on at {config.address} ({error.strerror}); name a free port, or null for none"
-    return Problem("telemetry.prometheus.port", config.port, remedy)
+    hint = f"cannot be listened on at {config.address} ({error.strerror}); name a free port, or null for none"
+    return Problem("telemetry.prometheus.port", config.port, hint)
 
 
 class PrometheusSink(Collector):
@@ -81,7 +81,7 @@ class PrometheusSink(Collector):
         try:
             self._server, self._thread = start_http_server(config.port, config.address, registry)
         except OSError as error:
-            raise Refused([_cannot_listen(config, error)]) from error
+            raise ConfigError([_cannot_listen(config, error)]) from error
 
     def emit(self, event: Event) -> None:
         """Keep what `event` says."""

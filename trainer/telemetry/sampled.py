@@ -32,7 +32,7 @@ class _Line:
     raw: bytes
 
 
-class StepSample:
+class StepDownsampler:
     """At most so many lines of steps, spread evenly; of each stretch the one with the lowest loss and the highest.
 
     Where there are too many, two stretches become one.
@@ -90,7 +90,7 @@ def read_sampled(path: Path) -> list[Event]:
     Of more than `MOST_STEPS` steps it is a sample with all turns of the loss, and of other kinds of events the last
     `MOST_OTHERS` each. Raises Refused for a broken line among those that are read.
     """
-    steps, others = StepSample(), dict[str, list[tuple[int, Event]]]()
+    steps, others = StepDownsampler(), dict[str, list[tuple[int, Event]]]()
     for number, raw in _raw_lines(path):
         found = _STEP.match(raw, 0, _HEAD_BYTES)
         if found is not None and _is_number(found[2]):

@@ -20,7 +20,7 @@ import wandb
 from numpy.typing import NDArray
 from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
-from ...comm.errors import Problem, Refused
+from ...comm.errors import ConfigError, Problem
 from ...comm.files.access import read_text, replace_file
 from ...comm.files.strict_json import Malformed
 from .config import WandbConfig
@@ -102,14 +102,14 @@ class WandbSink:
         )
         self._run.define_metric("*", step_metric="step")
 
-    def _refusal(self, error: Exception) -> Refused:
+    def _refusal(self, error: Exception) -> ConfigError:
         if not self._can_have_files():
             fix = f"its folder, {self._run_dir / 'wandb'}, is none: remove it, or set telemetry.wandb.mode to disabled"
         elif self._config.mode == "online":
             fix = "run `wandb login`, or set telemetry.wandb.mode to offline"
         else:
             fix = f"see that {self._run_dir / 'wandb'} can be written, or set telemetry.wandb.mode to disabled"
-        return Refused([Problem("telemetry.wandb", self._config.mode, f"wandb could not start ({error}); {fix}")])
+        return ConfigError([Problem("telemetry.wandb", self._config.mode, f"wandb could not start ({error}); {fix}")])
 
     def _can_have_files(self) -> bool:
         """Whether nothing but a folder stands where wandb wants one."""

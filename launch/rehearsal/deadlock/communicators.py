@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..fault import ranks_text
-from ..log import Batch, Collective, Message, RankLog
+from ..log import Collective, Message, MessageBatch, RankLog
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Communicator:
     ranks: tuple[int, ...]
 
     @staticmethod
-    def of(event: Collective | Batch) -> Communicator:
+    def of(event: Collective | MessageBatch) -> Communicator:
         """Return that which an event uses."""
         return Communicator(event.group, event.ranks)
 
@@ -68,7 +68,7 @@ def messages_of(logs: Sequence[RankLog]) -> tuple[Ends, Ends]:
     received: Ends = defaultdict(list)
     for log in logs:
         for event in log.events:
-            if not isinstance(event, Batch):
+            if not isinstance(event, MessageBatch):
                 continue
             communicator = Communicator.of(event)
             for message in event.sends:

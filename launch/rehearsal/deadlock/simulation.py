@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from ..fault import Fault
-from ..log import Batch, Collective, HostWait, Message, RankLog, Record, StreamWait
+from ..log import Collective, HostWait, Message, MessageBatch, RankLog, Record, StreamWait
 from .communicators import Communicator
 from .waits import (
     CONTROL,
@@ -56,7 +56,7 @@ class QueuedCollective:
 class QueuedBatch:
     """On a stream: messages to rehearsed ranks, each with its number between the two."""
 
-    event: Batch
+    event: MessageBatch
     communicator: Communicator
     messages: tuple[tuple[Pair, int, str], ...]
     turn: int
@@ -88,7 +88,7 @@ class Host:
     """Of an event: its stream, and how much had been queued there."""
 
 
-class Simulation:
+class ConnectionSimulation:
     """The state of all rehearsed ranks; after `run` the actors in `waiting` are stuck."""
 
     def __init__(self, logs: Sequence[RankLog]) -> None:
@@ -129,7 +129,7 @@ class Simulation:
             self._members[communicator] = frozenset(communicator.ranks).intersection(self.hosts)
         return self._members[communicator]
 
-    def _communicator(self, event: Collective | Batch) -> Communicator:
+    def _communicator(self, event: Collective | MessageBatch) -> Communicator:
         """Return the one object for a communicator: what is identical is not compared rank by rank."""
         communicator = Communicator.of(event)
         return self._communicators.setdefault(communicator, communicator)
@@ -214,7 +214,7 @@ class Simulation:
             self._wake(first.key)
         return needed <= called
 
-    def _call_batch(self, host: Host, event: Batch) -> Wait | None:
+    def _call_batch(self, host: Host, event: MessageBatch) -> Wait | None:
         rank, communicator = host.log.rank, self._communicator(event)
         pairs = [(communicator, rank, message.peer) for message in event.sends if message.peer in self.hosts]
         pairs += [(communicator, message.peer, rank) for message in event.receives if message.peer in self.hosts]
@@ -244,7 +244,7 @@ class Simulation:
                     self.calls[first] |= {rank, peer}  # what comes behind the error is looked at too
                     self._wake(first.key)
 
-    def _queue_batch(self, actor: Actor, event: Batch, communicator: Communicator) -> None:
+    def _queue_batch(self, actor: Actor, event: MessageBatch, communicator: Communicator) -> None:
         rank = actor.rank
         turn = self._next(self._launched, rank, communicator)
         self.holder[turn_key(communicator, rank), turn] = actor
@@ -306,7 +306,7 @@ class Simulation:
             self._wake(MessageEnd(*pair, number, what).key)
 
 
-def _messages(communicator: Communicator, rank: int, event: Batch) -> Iterator[tuple[Pair, Message]]:
+def _messages(communicator: Communicator, rank: int, event: MessageBatch) -> Iterator[tuple[Pair, Message]]:
     for message in event.sends:
         yield (communicator, rank, message.peer), message
     for message in event.receives:

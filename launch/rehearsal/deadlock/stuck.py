@@ -8,8 +8,8 @@ from itertools import pairwise
 from typing import assert_never
 
 from ..fault import Fault, ends_early
-from ..log import Batch, Collective, HostWait, LogEvent, RankLog
-from .simulation import Simulation
+from ..log import Collective, HostWait, LogEvent, MessageBatch, RankLog
+from .simulation import ConnectionSimulation
 from .waits import HOST, Actor, CollectiveEnd, FirstCollective, FirstMessage, MessageEnd, Reached, Turn, Wait
 
 
@@ -20,14 +20,14 @@ def hangs(logs: Sequence[RankLog]) -> Iterator[Fault]:
     """
     if any(ends_early(log) for log in logs):
         return
-    simulation = Simulation(logs)
+    simulation = ConnectionSimulation(logs)
     simulation.run()
     yield from simulation.faults
     if simulation.waiting:
         yield _hang(simulation)
 
 
-def _hang(simulation: Simulation) -> Fault:
+def _hang(simulation: ConnectionSimulation) -> Fault:
     chain = _shortest_chain(simulation)
     ranks = tuple(dict.fromkeys(actor.rank for actor in chain))
     lines = ["nothing can move.", *(f"    {line}" for line in _chain_lines(simulation, chain))]
@@ -35,7 +35,7 @@ def _hang(simulation: Simulation) -> Fault:
     return Fault("hang", ranks, "\n".join(lines), tuple(_place(simulation, rank) for rank in ranks))
 
 
-def _shortest_chain(simulation: Simulation) -> list[Actor]:
+def _shortest_chain(simulation: ConnectionSimulation) -> list[Actor]:
     """Return a way to a rank that has ended without a call that others wait for, else the shortest cycle."""
     starts = sorted(simulation.waiting, key=lambda actor: (actor.rank, actor.stream))
     ways = [way for start in starts if (way := _way_to_end(simulation, start))]
@@ -43,13 +43,13 @@ def _shortest_chain(simulation: Simulation) -> list[Actor]:
     return min(ways or cycles, key=len)
 
 
-def _way_to_end(simulation: Simulation, start: Actor) -> list[Actor]:
+def _way_to_end(simulation: ConnectionSimulation, start: Actor) -> list[Actor]:
     ends = [Actor(rank) for rank in simulation.hosts if simulation.has_ended(rank)]
     ways = [way for end in ends if (way := _way(simulation, start, end))]
     return min(ways, key=len, default=[])
 
 
-def _way(simulation: Simulation, start: Actor, end: Actor) -> list[Actor]:
+def _way(simulation: ConnectionSimulation, start: Actor, end: Actor) -> list[Actor]:
     """Return the shortest chain of waits from one actor to another, both included; empty where there is none."""
     before: dict[Actor, Actor] = {}
     queue = deque([start])
@@ -72,7 +72,7 @@ def _backwards(before: dict[Actor, Actor], start: Actor, end: Actor) -> list[Act
     return way[::-1]
 
 
-def blockers(simulation: Simulation, actor: Actor) -> list[Actor]:
+def blockers(simulation: ConnectionSimulation, actor: Actor) -> list[Actor]:
     """Return what the actor waits for; nothing where it does not wait."""
     wait = simulation.waiting.get(actor)
     if wait is None:
@@ -96,18 +96,18 @@ def blockers(simulation: Simulation, actor: Actor) -> list[Actor]:
     assert_never(wait)
 
 
-def _chain_lines(simulation: Simulation, chain: Sequence[Actor]) -> Iterator[str]:
+def _chain_lines(simulation: ConnectionSimulation, chain: Sequence[Actor]) -> Iterator[str]:
     for actor, other in pairwise(chain):
         yield f"{actor} {_waits(simulation, actor)}: for {other}"
     if simulation.waiting.get(chain[-1]) is None:
         yield f"{chain[-1]} has ended without it"
 
 
-def _stuck_ranks(simulation: Simulation) -> list[int]:
+def _stuck_ranks(simulation: ConnectionSimulation) -> list[int]:
     return sorted({actor.rank for actor in simulation.waiting})
 
 
-def _standing(simulation: Simulation, rank: int) -> str:
+def _standing(simulation: ConnectionSimulation, rank: int) -> str:
     """Return where the host of a rank is, and what its streams wait for."""
     parts = [f"host {_waits(simulation, Actor(rank))} at {_place(simulation, rank)}"]
     streams = sorted(actor.stream for actor in simulation.waiting if actor.rank == rank and actor.stream != HOST)
@@ -115,7 +115,7 @@ def _standing(simulation: Simulation, rank: int) -> str:
     return "; ".join(parts)
 
 
-def _place(simulation: Simulation, rank: int) -> str:
+def _place(simulation: ConnectionSimulation, rank: int) -> str:
     host = simulation.hosts[rank]
     if simulation.has_ended(rank):
         return "the end of its log"
@@ -124,11 +124,11 @@ def _place(simulation: Simulation, rank: int) -> str:
 
 def place_of(event: LogEvent) -> str:
     """Return where the code makes the call; a host only stops at calls that have a place."""
-    assert isinstance(event, Collective | Batch | HostWait)
+    assert isinstance(event, Collective | MessageBatch | HostWait)
     return event.place
 
 
-def _waits(simulation: Simulation, actor: Actor) -> str:
+def _waits(simulation: ConnectionSimulation, actor: Actor) -> str:
     wait = simulation.waiting.get(actor)
     return "has ended" if wait is None else _text(wait, actor.rank)
 

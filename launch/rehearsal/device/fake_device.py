@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .fakes import Fakes
-from .recorder import Ledger
+from .recorder import RankRecorder
 
 _LARGE = 2**20
 """Elements from which on a tensor of the host is fake: weights and their averages."""
@@ -60,7 +60,7 @@ class _Kind:
 class RehearsedDevice(TorchDispatchMode):
     """Runs operations on fake tensors of `cuda:0` and writes them into a ledger."""
 
-    def __init__(self, ledger: Ledger, oracle: Oracle) -> None:
+    def __init__(self, ledger: RankRecorder, oracle: Oracle) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._ledger, self._oracle = ledger, oracle
         self._fakes = Fakes()

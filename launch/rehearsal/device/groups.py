@@ -9,10 +9,10 @@ from types import FrameType
 import torch.distributed as dist
 from torch import Tensor
 
-from ....comm.communicator import Communicator, Messages, NcclCommunicator
+from ....comm.communicator import Collectives, Messages, NcclCollectives
 from ..log import Message
 from .fake_device import is_on_device
-from .recorder import Ledger
+from .recorder import RankRecorder
 
 _GROUPS = "comm/groups.py"
 
@@ -20,22 +20,22 @@ _GROUPS = "comm/groups.py"
 class LoggedGroups:
     """Implements `comm.open_groups.OpenGroups`: counts as NCCL's does, and makes the groups of this rank alone."""
 
-    def __init__(self, rank: int, ledger: Ledger) -> None:
+    def __init__(self, rank: int, ledger: RankRecorder) -> None:
         self.calls = 1
         self._rank, self._ledger = rank, ledger
 
-    def world(self, ranks: tuple[int, ...]) -> Communicator:
+    def world(self, ranks: tuple[int, ...]) -> Collectives:
         """See `OpenGroups`."""
         communicator = self.split("world", [ranks], None)
         assert communicator is not None
         return communicator
 
-    def control(self, ranks: tuple[int, ...]) -> Communicator:
+    def control(self, ranks: tuple[int, ...]) -> Collectives:
         """See `OpenGroups`."""
         self.calls += 1
         return LoggedCommunicator("control", ranks, _new_group(ranks), self._ledger, on_device=False)
 
-    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Communicator | None:
+    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
         """See `OpenGroups`."""
         self.calls += 1
         own = next((ranks for ranks in parts if self._rank in ranks), None)
@@ -46,21 +46,27 @@ class LoggedCommunicator:
     """Logs each operation, looks at what it is given, and hands it to the communicator that GPUs use."""
 
     def __init__(
-        self, name: str, ranks: tuple[int, ...], handle: dist.ProcessGroup, ledger: Ledger, *, on_device: bool = True
+        self,
+        name: str,
+        ranks: tuple[int, ...],
+        handle: dist.ProcessGroup,
+        ledger: RankRecorder,
+        *,
+        on_device: bool = True,
     ) -> None:
         self.handle = handle
         self._group = name, ranks
-        self._real = NcclCommunicator(handle)
+        self._real = NcclCollectives(handle)
         self._ledger, self._on_device = ledger, on_device
 
     def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
-        """See `Communicator`."""
+        """See `Collectives`."""
         what = self._look("all_reduce", tensor)
         self._ledger.collective(self._group, "all_reduce", what, _described(tensor))
         self._real.all_reduce(tensor, operation)
 
     def all_to_all(self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int]) -> None:
-        """See `Communicator`."""
+        """See `Collectives`."""
         what = self._look("all_to_all", arrived, sent)
         _insist(what, arrived.shape[1:] == sent.shape[1:], f"rows of {arrived.shape[1:]} and of {sent.shape[1:]}")
         for rows_M, tensor in ((received_M, arrived), (sent_M, sent)):
@@ -71,19 +77,19 @@ class LoggedCommunicator:
         self._real.all_to_all(arrived, sent, received_M, sent_M)
 
     def reduce_scatter(self, own_N: Tensor, shards_GN: Tensor) -> None:
-        """See `Communicator`."""
+        """See `Collectives`."""
         what = self._shards("reduce_scatter", own_N, shards_GN)
         self._ledger.collective(self._group, "reduce_scatter", what, _described(shards_GN))
         self._real.reduce_scatter(own_N, shards_GN)
 
     def all_gather(self, shards_GN: Tensor, own_N: Tensor) -> None:
-        """See `Communicator`."""
+        """See `Collectives`."""
         what = self._shards("all_gather", own_N, shards_GN)
         self._ledger.collective(self._group, "all_gather", what, _described(shards_GN))
         self._real.all_gather(shards_GN, own_N)
 
     def send_and_receive(self, sends: Messages, receives: Messages) -> None:
-        """See `Communicator`."""
+        """See `Collectives`."""
         what = self._look("send_and_receive", *(tensor for tensor, _ in (*sends, *receives)))
         names = what.split("; ")
         if len(names) != len(sends) + len(receives):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, UntypedStorage
 
-from ..log import Batch, Collective, Finding, HostWait, Launches, LogEvent, Message, Record, StreamWait
+from ..log import Collective, Finding, HostWait, Launches, LogEvent, Message, MessageBatch, Record, StreamWait
 from .places import Places
 from .spans import Spans
 
@@ -60,7 +60,7 @@ class LiveMemory:
             self.now -= alive.size
 
 
-class Ledger:
+class RankRecorder:
     """Holds everything that ends in the rank's log."""
 
     def __init__(self, spans: Spans) -> None:
@@ -142,7 +142,7 @@ class Ledger:
         """Log messages that are posted together."""
         place = self.place()
         self.events.append(
-            Batch(group[0], group[1], tuple(sends), tuple(receives), self.stream, place, self.is_warm_up)
+            MessageBatch(group[0], group[1], tuple(sends), tuple(receives), self.stream, place, self.is_warm_up)
         )
 
     def record(self, stream: str) -> int:

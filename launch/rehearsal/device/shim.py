@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ....comm.errors import Problem, Refused
+from ....comm.errors import ConfigError, Problem
 
 _SOURCES = tuple(sorted((Path(__file__).parent / "cpp").glob("*.cpp")))
 _TORCH = "2.13"
@@ -26,7 +26,7 @@ _SECONDS = 300
 def build_shim() -> Path:
     """Return the compiled library; compile it with g++ where the cache has none for this torch.
 
-    Raises `Refused` where torch is another version or was built for CUDA, where there is no g++, and where it fails.
+    Raises `ConfigError` where torch has another version or CUDA, where there is no g++, and where it fails.
     """
     _refuse_other_torch()
     library = _cache() / f"libshim-{_key()}.so"
@@ -42,18 +42,18 @@ def build_shim() -> Path:
 def _refuse_other_torch() -> None:
     version = str(torch.__version__)
     if not version.startswith(f"{_TORCH}."):
-        remedy = f"the rehearsal's device is written for torch {_TORCH}; install that in an environment of its own"
-        raise Refused([Problem("torch", version, remedy)])
+        hint = f"the rehearsal's device is written for torch {_TORCH}; install that in an environment of its own"
+        raise ConfigError([Problem("torch", version, hint)])
     if torch.version.cuda is not None or torch.version.hip is not None:
-        remedy = f"was built for GPUs; rehearse in an environment with the CPU build of torch {_TORCH}"
-        raise Refused([Problem("torch", version, remedy)])
+        hint = f"was built for GPUs; rehearse in an environment with the CPU build of torch {_TORCH}"
+        raise ConfigError([Problem("torch", version, hint)])
 
 
 def _compile(library: Path) -> None:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
-        remedy = "is not there, and compiles the rehearsal's device; install g++ 11 or later, or name a compiler in CXX"
-        raise Refused([Problem("g++", None, remedy)])
+        hint = "is not there, and compiles the rehearsal's device; install g++ 11 or later, or name a compiler in CXX"
+        raise ConfigError([Problem("g++", None, hint)])
     folder = Path(torch.__file__).parent
     command = [compiler, "-shared", "-fPIC", "-O1", "-std=c++20", f"-I{folder / 'include'}", *map(str, _SOURCES)]
     command += ["-o", str(library), f"-L{folder / 'lib'}", f"-Wl,-rpath,{folder / 'lib'}", "-lc10", "-ltorch_cpu"]
@@ -62,8 +62,8 @@ def _compile(library: Path) -> None:
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         said = str(error.stderr or error).strip().splitlines()
         reason = next((line for line in said if "error" in line), said[-1] if said else "")
-        remedy = f"could not compile the rehearsal's device: {reason}; use g++ 11 or later"
-        raise Refused([Problem("g++", compiler, remedy)]) from error
+        hint = f"could not compile the rehearsal's device: {reason}; use g++ 11 or later"
+        raise ConfigError([Problem("g++", compiler, hint)]) from error
 
 
 def _key() -> str:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 
-from ....comm.trace import EDGE_WAIT, EXPOSED_EXCHANGE, Label, Track
+from ....comm.trace import EDGE_WAIT, EXPOSED_EXCHANGE, ExchangeLabel, Track
 from ....parallelism.pipeline.program import Op
 
 _OF = re.compile(r"^(?P<phase>.+?) of (?P<layer>\w+), micro-batch \d+$")
@@ -16,7 +16,7 @@ _NOTHING: AbstractContextManager[object] = nullcontext()
 
 
 @dataclass(frozen=True)
-class Place:
+class OperationPlace:
     """What an operation belongs to."""
 
     phase: str
@@ -28,7 +28,7 @@ class Spans:
 
     def __init__(self, phase: str) -> None:
         """`phase` is where no span is open."""
-        self.phases = [Place(phase, "")]
+        self.phases = [OperationPlace(phase, "")]
         self.names: list[str] = []
         """Open spans, the innermost last."""
         self.instruction: object = None
@@ -37,7 +37,7 @@ class Spans:
 
     def begin(self, phase: str) -> None:
         """Name what runs from here on where no span is open."""
-        self.phases[0] = Place(phase, "")
+        self.phases[0] = OperationPlace(phase, "")
 
     def span(self, track: Track, name: str, detail: object = None) -> AbstractContextManager[object]:
         """See `Recorder`."""
@@ -90,12 +90,12 @@ class _Span:
 _INSTRUCTIONS = frozenset(Op)
 
 
-def _place(track: Track, name: str, detail: object) -> Place:
+def _place(track: Track, name: str, detail: object) -> OperationPlace:
     if track in (Track.UP, Track.DOWN):
-        return Place("messages", "")
+        return OperationPlace("messages", "")
     if track is Track.REDUCE:
-        return Place(name.partition(",")[0], "")
+        return OperationPlace(name.partition(",")[0], "")
     found = _OF.match(name)
     if found is not None:
-        return Place(found["phase"], found["layer"])
-    return Place(str(name), detail.layer if isinstance(detail, Label) else "")
+        return OperationPlace(found["phase"], found["layer"])
+    return OperationPlace(str(name), detail.layer if isinstance(detail, ExchangeLabel) else "")

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ....comm.streams import Stream
-from .recorder import COMPUTE, Ledger
+from .recorder import COMPUTE, RankRecorder
 
 
 @dataclass(frozen=True)
 class LoggedEvent:
     """A point in the work of a stream."""
 
-    ledger: Ledger
+    ledger: RankRecorder
     number: int
     stream: str
 
@@ -33,7 +33,7 @@ class LoggedEvent:
 class LoggedStream:
     """A queue of work, known by its name."""
 
-    ledger: Ledger
+    ledger: RankRecorder
     name: str
 
     def record_event(self) -> LoggedEvent:
@@ -52,7 +52,7 @@ class LoggedStream:
 class LoggedStreams:
     """Implements `comm.streams.Streams`. Two streams that are made with one name are told apart by a number."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: RankRecorder) -> None:
         self._ledger = ledger
         self._made = [COMPUTE]
         self._current = LoggedStream(ledger, COMPUTE)

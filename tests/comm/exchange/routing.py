@@ -12,18 +12,18 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from shoestring.comm.async_comm import Worker, open_worker
+from shoestring.comm.async_comm import AsyncCommunicator, open_worker
 from shoestring.comm.exchange.api import TokenExchange
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.exchange.factory import open_exchange
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
-from shoestring.comm.trace import Label
+from shoestring.comm.trace import ExchangeLabel
 from shoestring.comm.traffic import Traffic
 
 EXPERTS = 16
 WIDTH = 160  # more than one tile of 128, and not whole tiles
-LABEL = Label("layer_01", 2)
+LABEL = ExchangeLabel("layer_01", 2)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def expert_scales(dtype: torch.dtype) -> Tensor:
 
 def open_on(
     topology: Topology, rank: int, config: ExchangeConfig, groups: ProcessGroups | None = None
-) -> tuple[TokenExchange[object], Traffic, Worker]:
+) -> tuple[TokenExchange[object], Traffic, AsyncCommunicator]:
     """An exchange of `rank`, with what counts its bytes and what runs it."""
     groups = groups or ProcessGroups.create(topology, rank, timedelta(seconds=30))
     traffic, worker = Traffic(topology, rank), open_worker(groups.ep, torch.device("cpu"))

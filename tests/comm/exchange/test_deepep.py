@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shoestring.comm.async_comm import open_worker
-from shoestring.comm.errors import CollectiveFailed
+from shoestring.comm.errors import CollectiveError
 from shoestring.comm.exchange import deepep
 from shoestring.comm.exchange.api import TokenExchange
 from shoestring.comm.exchange.config import ExchangeConfig
@@ -169,7 +169,7 @@ def too_many(world: World) -> str:
     exchange, _, topology = opened(world, 2, FP8)
     batch = batch_of(CASES[0], topology, world.rank, torch.bfloat16)
     deep_ep_stand_in.ElasticBuffer.dispatch = refuse  # type: ignore[method-assign, assignment]
-    with pytest.raises(CollectiveFailed) as failed:
+    with pytest.raises(CollectiveError) as failed:
         exchange.dispatch(batch.tokens_TD, batch.weights_TK, batch.experts_TK, LABEL).wait()
     return str(failed.value)
 
@@ -202,8 +202,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def remedies(**changed: Any) -> str:
     problems = list(deepep_problems(**{**FITS, **changed}))
     assert {(problem.field, problem.value) for problem in problems} <= {("exchange.name", "deepep")}
-    assert all(problem.remedy.endswith(", or write exchange=two_hop") for problem in problems)
-    return " | ".join(problem.remedy for problem in problems)
+    assert all(problem.hint.endswith(", or write exchange=two_hop") for problem in problems)
+    return " | ".join(problem.hint for problem in problems)
 
 
 def test_what_fits_is_not_refused(hopper: Path) -> None:
@@ -252,7 +252,7 @@ def test_the_shipped_configuration_and_formats_without_kernels() -> None:
     assert not list(BF16.problems())
     native = {problem.field: problem for problem in ExchangeConfig(name="deepep").problems()}
     assert set(native) == {"dispatch", "combine", "combine_backward", "dispatch_backward"}
-    assert "DeepEP moves BF16" in native["combine"].remedy
+    assert "DeepEP moves BF16" in native["combine"].hint
     (mixed,) = replace(FP8, combine_backward="bf16").problems()
     assert mixed.field == "combine_backward"
-    assert mixed.remedy.startswith("must be fp8, like dispatch")
+    assert mixed.hint.startswith("must be fp8, like dispatch")

@@ -9,7 +9,7 @@ from torch import Tensor
 from shoestring.comm.exchange.api import TokenExchange
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.topology import Topology
-from shoestring.comm.traffic import Kind, Traffic
+from shoestring.comm.traffic import Traffic, TrafficKind
 from shoestring.tests.comm.exchange.routing import EXPERTS, LABEL, open_on
 from shoestring.tests.processes import World, run_processes
 
@@ -74,7 +74,7 @@ def bytes_sent(world: World) -> tuple[dict[str, int], dict[str, int], tuple[int,
     tokens_TD, weights_TK, _ = tokens_of(world.rank, 4)
     experts_TK = torch.tensor([[0, EXPERTS - 1]] * 4)  # ranks 0 and 3 of four
     received = exchange.dispatch(tokens_TD, weights_TK, experts_TK, LABEL).wait()
-    payload, beside = ({str(link): size for link, size in traffic.by_link(kind).items()} for kind in Kind)
+    payload, beside = ({str(link): size for link, size in traffic.by_link(kind).items()} for kind in TrafficKind)
     return payload, beside, received.visits.counts()
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoestring.comm.exchange.permutation import Fan, count_choices, visited
-from shoestring.comm.exchange.wire import Format, Wire, nothing_beside, pack, unpack
+from shoestring.comm.exchange.permutation import Permutation, count_choices, visited
+from shoestring.comm.exchange.wire import Format, RowFormat, nothing_beside, pack, unpack
 
 
 def test_a_fan_copies_by_member_and_sums_by_row() -> None:
     visits_XM = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
-    fan = Fan.to_members(visits_XM, copies=5)
+    fan = Permutation.to_members(visits_XM, copies=5)
     assert fan.row_of_copy_C.tolist() == [0, 2, 2, 0, 2]
     rows = torch.tensor([[1.0], [10.0], [100.0]], dtype=torch.float64)
     assert fan.spread(rows).flatten().tolist() == [1, 100, 100, 1, 100]
@@ -19,7 +19,7 @@ def test_a_fan_copies_by_member_and_sums_by_row() -> None:
 
 
 def test_sums_of_bf16_copies_are_fp32() -> None:
-    fan = Fan.of(torch.zeros(3, dtype=torch.int64), torch.tensor([3]))
+    fan = Permutation.of(torch.zeros(3, dtype=torch.int64), torch.tensor([3]))
     copies = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)  # in BF16, 256 + 1 is 256
     assert fan.collect(copies) == 258
     assert fan.collect(copies).dtype == torch.float32
@@ -27,7 +27,7 @@ def test_sums_of_bf16_copies_are_fp32() -> None:
 
 @pytest.mark.parametrize("width", [0, 3])
 def test_a_fan_without_copies(width: int) -> None:
-    fan = Fan.to_members(torch.zeros(2, 4, dtype=torch.bool), copies=0)
+    fan = Permutation.to_members(torch.zeros(2, 4, dtype=torch.bool), copies=0)
     assert fan.spread(torch.ones(2, width)).shape == (0, width)
     assert torch.equal(fan.collect(torch.ones(0, width)), torch.zeros(2, width))
 
@@ -65,7 +65,7 @@ def test_a_message_is_taken_apart_as_it_was_put_together(rows: int) -> None:
     ],
 )
 def test_rows_cross_in_their_format(form: Format, dtype: torch.dtype, size: int) -> None:
-    wire = Wire(form, 130, dtype)
+    wire = RowFormat(form, 130, dtype)
     rows_XD = torch.randint(-8, 9, (5, 130)).to(dtype)  # exact in every format
     encoded = wire.encode(rows_XD)
     assert encoded.dtype == torch.uint8

@@ -12,7 +12,7 @@ from torch import Tensor
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Link, Topology
-from shoestring.comm.traffic import Kind
+from shoestring.comm.traffic import TrafficKind
 from shoestring.tests.comm.exchange.routing import CASES, EXPERTS, WIDTH, batch_of, open_on, through_experts
 from shoestring.tests.processes import World, run_processes
 
@@ -97,7 +97,7 @@ def payload_between_nodes(world: World, gpus_per_node: int, form: str) -> list[t
         own = world.rank // gpus_per_node
         rows = sum(len({expert // experts_of_node for expert in row} - {own}) for row in batch.experts_TK.tolist())
         operations = ("dispatch", "combine", "combine_backward", "dispatch_backward")
-        counted = {name: traffic.by_link(Kind.PAYLOAD, name)[Link.INFINIBAND] for name in operations}
+        counted = {name: traffic.by_link(TrafficKind.PAYLOAD, name)[Link.INFINIBAND] for name in operations}
         result.append((counted, rows))
     return result
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from shoestring.comm.errors import Problem, Refused
+from shoestring.comm.errors import ConfigError, Problem
 from shoestring.comm.files.access import (
     MAX_BYTES,
     chunks_of_lines,
@@ -167,11 +167,11 @@ def test_only_regular_files_are_opened_and_nothing_is_waited_for(tmp_path: Path)
 
 def test_a_refusal_names_the_file(tmp_path: Path) -> None:
     said = r"absent = None: cannot be used: No such file or directory; fetch it"
-    with pytest.raises(Refused, match=said), refusing(tmp_path / "absent", "fetch it"):
+    with pytest.raises(ConfigError, match=said), refusing(tmp_path / "absent", "fetch it"):
         read_json(tmp_path / "absent")
     (tmp_path / "bad").write_text('{"a": "b"}')
     said = r"bad: a = 'b': must be a whole number; fetch it"
-    with pytest.raises(Refused, match=said), refusing(tmp_path / "bad", "fetch it"):
+    with pytest.raises(ConfigError, match=said), refusing(tmp_path / "bad", "fetch it"):
         read_json(tmp_path / "bad")["a"].whole()
 
 
@@ -201,7 +201,7 @@ def test_what_would_be_appended_to_must_be_a_file_of_its_own(tmp_path: Path) -> 
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "fifo")
     for name, kind in (("link", "a link"), ("fifo", "a FIFO")):
-        with pytest.raises(Refused, match=f"{name} = '{kind}'"):
+        with pytest.raises(ConfigError, match=f"{name} = '{kind}'"):
             refuse_links(tmp_path / name)
 
 

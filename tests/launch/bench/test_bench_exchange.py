@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.launch.bench.bench_exchange import bench_exchange, bench_tables, read_names
 from shoestring.launch.bench.bench_exchange_rank import ExchangeSpec
 from shoestring.launch.cluster.namespaces import missing_means
@@ -40,15 +40,15 @@ SPEC = ExchangeSpec(
     ],
 )
 def test_refusals(changes: dict[str, object], field: str, gist: str) -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(ConfigError) as refused:
         bench_exchange(replace(SPEC, **changes), None)  # type: ignore[arg-type]
-    assert any(problem.field == field and gist in problem.remedy for problem in refused.value.problems)
+    assert any(problem.field == field and gist in problem.hint for problem in refused.value.problems)
 
 
 @pytest.mark.parametrize("text", ["", "flat,", "flat,flat"])
 def test_names_are_read(text: str) -> None:
     assert read_names("flat, two_hop", "--exchanges") == ("flat", "two_hop")
-    with pytest.raises(Refused):
+    with pytest.raises(ConfigError):
         read_names(text, "--exchanges")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from shoestring.launch.cluster import cluster_run
-from shoestring.launch.cluster.cluster_run import Rehearsal, run_cluster
+from shoestring.launch.cluster.cluster_run import ClusterRehearsal, run_cluster
 from shoestring.launch.compose import compose_run
 from shoestring.launch.run.run_dir import read_status
 from shoestring.tests.launch.machines import alive, descendants, needs_machines, wait_until
@@ -23,7 +23,7 @@ from shoestring.trainer.ledger.summary import summarise
 from shoestring.trainer.telemetry.history import read_all_metrics, read_metrics
 
 STEPS, EVERY, BREAK = 18, 8, 12  # some steps after a save has begun, which takes two of them, and before the next
-TWO_NODES = Rehearsal(["topology.ep=4"], None, fresh=False, nodes=2, gpus_per_node=2, uplink="100mbit")
+TWO_NODES = ClusterRehearsal(["topology.ep=4"], None, fresh=False, nodes=2, gpus_per_node=2, uplink="100mbit")
 
 # What stands in for a node's launcher: it tells step 5 of a run and then behaves as its node is told to.
 STAND_IN = """
@@ -43,8 +43,8 @@ def rehearse(monkeypatch: pytest.MonkeyPatch, run_dir: Path, *behaviours: str, f
     run_dir.mkdir()
     overrides = [f"training.run_dir={run_dir}", "training.collective_timeout_seconds=1"]
     command = [sys.executable, "-I", "-S", "-c", STAND_IN, str(run_dir / "metrics.jsonl"), *behaviours]
-    monkeypatch.setattr(Rehearsal, "command", lambda _: command)
-    monkeypatch.setattr(Rehearsal, "config", lambda _: compose_run(overrides))
+    monkeypatch.setattr(ClusterRehearsal, "command", lambda _: command)
+    monkeypatch.setattr(ClusterRehearsal, "config", lambda _: compose_run(overrides))
     monkeypatch.setattr(cluster_run, "_SECONDS_FOR_OTHERS", 0.5)
     monkeypatch.setattr(cluster_run, "_SECONDS_AFTER_FAULT", 0)
     return run_cluster(replace(TWO_NODES, faults=[("--kill-node", text) for text in faults]))

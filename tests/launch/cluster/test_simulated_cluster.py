@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.launch.cluster.namespaces import MachineProcess
 from shoestring.launch.cluster.simulated_cluster import SimulatedCluster
 from shoestring.tests.launch.machines import alive, descendants, needs_machines, wait_until
@@ -234,6 +234,6 @@ def test_a_machine_without_the_means_is_refused_and_left_as_it_was(
     broken.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     before = descendants(os.getpid())
-    with pytest.raises(Refused, match="tbf is unknown"), SimulatedCluster(nodes=2, uplink="1gbit"):
+    with pytest.raises(ConfigError, match="tbf is unknown"), SimulatedCluster(nodes=2, uplink="1gbit"):
         pass
     assert descendants(os.getpid()) <= before

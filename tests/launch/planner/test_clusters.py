@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.launch.compose import compose_run
-from shoestring.launch.planner.kernel_times import Coverage, Row, Table, read_table, weakest, write_table
-from shoestring.launch.planner.operations import Phase, Shape
+from shoestring.launch.planner.kernel_times import Coverage, KernelTable, Measurement, read_table, weakest, write_table
+from shoestring.launch.planner.operations import ComputePhase, Shape
 from shoestring.launch.planner.pricing import Compute
 from shoestring.launch.planner.recipe import Precision, Recipe
 from shoestring.trainer.costs.cluster import ClusterConfig
@@ -36,30 +36,30 @@ def test_each_row_of_a_table_has_a_source(name: str) -> None:
 
 
 def test_a_cluster_without_kernel_times_is_described_but_not_priced() -> None:
-    with pytest.raises(Refused, match=r"cluster\.tables = None"):
+    with pytest.raises(ConfigError, match=r"cluster\.tables = None"):
         Compute.of(compose_run(["cluster=a100"]).cluster, Recipe(precision=Precision.BF16))
 
 
 def test_no_fp8_where_the_cluster_has_none() -> None:
     cluster = replace(compose_run(["cluster=h800"]).cluster, peak_fp8_tflops=None)
-    with pytest.raises(Refused, match=r"precision\.linear = 'fp8': h800 has no FP8; write precision=bf16"):
+    with pytest.raises(ConfigError, match=r"precision\.linear = 'fp8': h800 has no FP8; write precision=bf16"):
         Compute.of(cluster, Recipe())
 
 
 def test_a_table_of_another_cluster_measures_nothing_here() -> None:
     compute = Compute.of(compose_run(["cluster=h100"]).cluster, Recipe())
     model = compose_run(["model=deepseek_v3", "data.vocabulary=129280"]).model
-    compute.phase(Shape(model, 4096, 1, 64), Phase.ATTENTION_F)
+    compute.phase(Shape(model, 4096, 1, 64), ComputePhase.ATTENTION_F)
     assert compute.coverage.shares() == {"assumed": 1.0}
     assert weakest("measured", "assumed", "published") == "assumed"
 
 
-def row(name: str, value: float, tokens: int = 4096, inputs: int = 1024) -> Row:
-    return Row("gemm", name, "forward", "bf16", tokens, inputs, 2048, value, "us", "measured", "a test")
+def row(name: str, value: float, tokens: int = 4096, inputs: int = 1024) -> Measurement:
+    return Measurement("gemm", name, "forward", "bf16", tokens, inputs, 2048, value, "us", "measured", "a test")
 
 
 def test_a_hit_is_the_same_matrix_with_about_as_many_tokens() -> None:
-    table = Table("t", (row("small", 10.0, inputs=512), row("large", 20.0)))
+    table = KernelTable("t", (row("small", 10.0, inputs=512), row("large", 20.0)))
     for tokens, is_hit in ((4096, True), (8192, True), (8200, False), (2048, True), (2000, False)):
         found = table.nearest("gemm", "forward", "bf16", (tokens, 1024, 2048))
         assert found is not None
@@ -79,12 +79,12 @@ def test_tables_are_written_as_they_are_read(tmp_path: Path) -> None:
 def test_a_table_that_is_none_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_text("a,b\n1,2\n")
-    with pytest.raises(Refused, match="must have the columns"):
+    with pytest.raises(ConfigError, match="must have the columns"):
         read_table(str(path))
     path.write_text(f"kind,{'9' * 200_000}\n")
-    with pytest.raises(Refused, match=r"table.csv.*field larger than field limit"):
+    with pytest.raises(ConfigError, match=r"table.csv.*field larger than field limit"):
         read_table(str(path))
-    with pytest.raises(Refused, match="no table of the planner and no file"):
+    with pytest.raises(ConfigError, match="no table of the planner and no file"):
         read_table("nowhere")
 
 

@@ -13,7 +13,7 @@ from shoestring.launch.planner.evidence import assumptions
 from shoestring.launch.planner.forecast import Layout
 from shoestring.launch.planner.published import is_published
 from shoestring.launch.planner.recipe import NOTHING, Precision, Recipe
-from shoestring.launch.planner.search import Space
+from shoestring.launch.planner.search import SearchSpace
 from shoestring.launch.verbs.plan import plan
 from shoestring.launch.verbs.simulate import simulate
 from shoestring.tests.launch.refusals import refused
@@ -72,7 +72,7 @@ def found(recipe: Recipe, *overrides: str) -> list[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("override", "field", "remedy"),
+    ("override", "field", "hint"),
     [
         ("precision=fp32", "precision.compute", "write precision=bf16 or precision=fp8"),
         ("precision=fp64", "precision.compute", "no table prices FP64"),
@@ -84,10 +84,10 @@ def found(recipe: Recipe, *overrides: str) -> list[tuple[str, str, str]]:
         ("cluster.tables=null", "cluster.tables", "`shoestring calibrate`"),
     ],
 )
-def test_what_cannot_be_priced_is_refused(override: str, field: str, remedy: str) -> None:
+def test_what_cannot_be_priced_is_refused(override: str, field: str, hint: str) -> None:
     said = refused(simulate, [V3, override], None, {})
     assert set(said) == {field}
-    assert remedy in said[field]
+    assert hint in said[field]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_what_to_write_makes_the_layout() -> None:
 def test_no_candidate_makes_gate_up_again_in_fp8_and_runs() -> None:
     """`train` refuses it, and so does the search, by the run's own word."""
     config = compose_run([V3])
-    candidates = Space(2048, 8, micro_batches=(1,)).candidates(recipe_of(config, {}))
+    candidates = SearchSpace(2048, 8, micro_batches=(1,)).candidates(recipe_of(config, {}))
     own = [recipe for layout, recipe in candidates if layout == layout_of(config)]
     legal = [recipe for recipe in own if not any(run_with(config, layout_of(config), recipe).problems())]
     assert len(own) == 8

@@ -9,7 +9,7 @@ from itertools import combinations
 import pytest
 
 from shoestring.comm.exchange.config import ExchangeConfig
-from shoestring.launch.planner.exchange_time import Exchange, Wire, expected_visits
+from shoestring.launch.planner.exchange_time import Exchange, ExchangePricer, expected_visits
 from shoestring.launch.planner.kernel_times import Coverage, read_table
 from shoestring.launch.planner.operations import Shape
 from shoestring.launch.planner.recipe import REPORT_EXCHANGE, Recipe
@@ -94,6 +94,6 @@ def test_only_the_traced_exchange_is_measured() -> None:
     assert evidence == {64: {"measured"}, 32: {"published"}, 8: {"published"}}
 
 
-def wire(**changes: object) -> Wire:
+def wire(**changes: object) -> ExchangePricer:
     recipe, table = replace(Recipe(), **changes), read_table("h800")  # type: ignore[arg-type]
-    return Wire(simulated().config.cluster, recipe, table, Coverage())
+    return ExchangePricer(simulated().config.cluster, recipe, table, Coverage())

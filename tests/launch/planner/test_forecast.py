@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.comm.topology import Topology
 from shoestring.launch.planner.forecast import Forecaster, Layout
 from shoestring.launch.planner.published import STEP_SECONDS, as_published
 from shoestring.launch.planner.recipe import EVERYTHING, NOTHING, Precision, Recipe
 from shoestring.launch.verbs.simulate import error_rows, simulate
 from shoestring.trainer.ledger.terms import TERMS
-from shoestring.trainer.model.recompute import Part
+from shoestring.trainer.model.recompute import RecomputeModule
 
 from .v3 import simulated
 
@@ -104,7 +104,12 @@ def test_halves_one_after_the_other_hide_nothing() -> None:
 
 def test_what_is_made_again_takes_time() -> None:
     forecaster, layout, batch = small(), Layout(GRID, "dualpipe"), 16 * GRID.dp
-    policies = [NOTHING, frozenset({Part.UP_PROJECTION}), frozenset({Part.UP_PROJECTION, Part.ATTENTION}), EVERYTHING]
+    policies = [
+        NOTHING,
+        frozenset({RecomputeModule.UP_PROJECTION}),
+        frozenset({RecomputeModule.UP_PROJECTION, RecomputeModule.ATTENTION}),
+        EVERYTHING,
+    ]
     recipes = [Recipe(precision=Precision.BF16, recompute=policy) for policy in policies]
     steps = [forecaster.forecast(layout, recipe, batch).seconds for recipe in recipes]
     assert steps == sorted(set(steps))
@@ -116,7 +121,7 @@ def test_figures_that_are_not_known_are_refused() -> None:
     for name in ("nvlink_gbps", "infiniband_gbps", "memory_gbps"):
         cluster = replace(simulation.config.cluster, **{name: None})  # type: ignore[arg-type]
         forecaster = Forecaster(replace(simulation.config.model, layers=12), cluster, 4096)
-        with pytest.raises(Refused, match=rf"cluster\.{name} = None: is not known for h800"):
+        with pytest.raises(ConfigError, match=rf"cluster\.{name} = None: is not known for h800"):
             forecaster.forecast(layout, Recipe(), 8 * GRID.dp)
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from shoestring.comm.trace import EXPOSED_EXCHANGE, Track
-from shoestring.launch.planner.exchange_time import Travel
+from shoestring.launch.planner.exchange_time import ExchangeTime
 from shoestring.launch.planner.lanes import ChunkCosts, Lanes
-from shoestring.launch.planner.operations import Phase
+from shoestring.launch.planner.operations import ComputePhase
 from shoestring.launch.planner.published import PAIR_SECONDS, TRACED, exposed_share, simulate_pair
 from shoestring.launch.planner.recipe import Sync
 from shoestring.trainer.memory.chunk import StageShape
@@ -24,16 +24,16 @@ def costs() -> ChunkCosts:
 
 def test_an_exchange_hides_behind_computing() -> None:
     lanes = Lanes()
-    flight = lanes.launch(Travel("dispatch", beside=2.0, alone=1.0))
-    lanes.compute(Phase.EXPERTS_F, 3.0)
+    flight = lanes.launch(ExchangeTime("dispatch", beside=2.0, alone=1.0))
+    lanes.compute(ComputePhase.EXPERTS_F, 3.0)
     lanes.wait(flight)
     assert (lanes.now, lanes.exposed, lanes.exchanging) == (3.0, 0.0, 2.0)
 
 
 def test_what_is_left_travels_at_its_own_pace() -> None:
     lanes = Lanes()
-    flight = lanes.launch(Travel("dispatch", beside=4.0, alone=1.0), sync=1.0)
-    lanes.compute(Phase.EXPERTS_F, 3.0)  # 1 of waiting for others, then half of the way
+    flight = lanes.launch(ExchangeTime("dispatch", beside=4.0, alone=1.0), sync=1.0)
+    lanes.compute(ComputePhase.EXPERTS_F, 3.0)  # 1 of waiting for others, then half of the way
     lanes.wait(flight)
     assert lanes.now == pytest.approx(3.5)
     assert lanes.exposed == pytest.approx(0.5)
@@ -41,7 +41,7 @@ def test_what_is_left_travels_at_its_own_pace() -> None:
 
 def test_exchanges_travel_one_after_the_other() -> None:
     lanes = Lanes()
-    first, second = (lanes.launch(Travel(name, beside=2.0, alone=2.0)) for name in ("a", "b"))
+    first, second = (lanes.launch(ExchangeTime(name, beside=2.0, alone=2.0)) for name in ("a", "b"))
     lanes.wait(first)
     assert lanes.now == 2.0
     lanes.wait(second)
@@ -100,8 +100,8 @@ def test_waits_for_others_are_where_they_were_measured() -> None:
 def test_the_head_is_all_in_the_forward() -> None:
     own = costs()
     shape, cost = own.shape, own.cost
-    assert cost.phase(shape, Phase.HEAD_F) == pytest.approx(3 * 2 * 4096 * 7168 * 129_280 / 662e12, rel=0.01)
-    assert cost.phase(shape, Phase.HEAD_B) == cost.phase(shape, Phase.HEAD_W) == 0.0
+    assert cost.phase(shape, ComputePhase.HEAD_F) == pytest.approx(3 * 2 * 4096 * 7168 * 129_280 / 662e12, rel=0.01)
+    assert cost.phase(shape, ComputePhase.HEAD_B) == cost.phase(shape, ComputePhase.HEAD_W) == 0.0
 
 
 def test_a_look_at_the_traced_pair_changes_no_forecast() -> None:

@@ -13,7 +13,7 @@ from shoestring.parallelism.pipeline.program import in_flight
 from shoestring.parallelism.pipeline.schedules.registry import build_program
 from shoestring.trainer.costs.parameters import count_parameters
 from shoestring.trainer.memory.chunk import StageShape
-from shoestring.trainer.model.recompute import Part
+from shoestring.trainer.model.recompute import RecomputeModule
 
 from .v3 import simulated
 
@@ -29,7 +29,7 @@ def test_the_peak_is_that_of_the_program(schedule: str) -> None:
     assert found == peaks
 
 
-def routed_layer(precision: Precision, recompute: frozenset[Part]) -> float:
+def routed_layer(precision: Precision, recompute: frozenset[RecomputeModule]) -> float:
     """MiB that a layer with routed experts keeps of one micro-batch, its input included."""
     shape = Shape(simulated().config.model, 4096, 1, 64)
     working = working_of(shape, Recipe(precision=precision, recompute=recompute))

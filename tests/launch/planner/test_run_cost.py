@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.launch.planner.run_cost import (
     CONTEXT_EXTENSION,
     Failures,
@@ -17,7 +17,7 @@ from shoestring.launch.planner.run_cost import (
     significant,
 )
 from shoestring.launch.verbs.simulate import simulate
-from shoestring.trainer.run.batch_ramp import Batches, ramp
+from shoestring.trainer.run.batch_ramp import BatchRamp, ramp
 
 from .v3 import simulated
 
@@ -35,7 +35,7 @@ def test_the_ramp_costs_more_a_token_than_the_full_batch() -> None:
 def test_without_a_ramp_there_is_no_such_phase() -> None:
     simulation = simulated()
     recipe = simulation.forecast.recipe
-    rest = {"tokens": 10**12, "batches": Batches.constant(15_360), "published": True}
+    rest = {"tokens": 10**12, "batches": BatchRamp.constant(15_360), "published": True}
     phases = run_phases(simulation.forecaster, simulation.layout, recipe, **rest)  # type: ignore[arg-type]
     assert [phase.name for phase in phases] == ["pre-training", "context extension", "post-training"]
 
@@ -49,7 +49,7 @@ def test_a_run_that_is_not_deepseeks_has_none_of_its_later_phases() -> None:
 def test_a_size_that_the_grid_cannot_run_is_refused_and_not_extrapolated() -> None:
     simulation, batches = simulated(), ramp(3072, 256, 15_360, 469 * 10**9, 4096)
     words = "3,072 sequences are 24 micro-batches of 128, illegal .* nearest legal 4,096 sequences"
-    with pytest.raises(Refused, match=words):
+    with pytest.raises(ConfigError, match=words):
         run_phases(
             simulation.forecaster,
             simulation.layout,

@@ -8,7 +8,7 @@ import pytest
 
 from shoestring.launch.planner.forecast import Forecaster, needed_bytes
 from shoestring.launch.planner.recipe import EVERYTHING, REPORT, Precision, Recipe
-from shoestring.launch.planner.search import Space, search, unfitness
+from shoestring.launch.planner.search import SearchSpace, search, unfitness
 
 from .v3 import simulated
 
@@ -17,7 +17,7 @@ from .v3 import simulated
 def test_what_bounds_exclude_is_not_among_the_best(gpus: int, layers: int, batch: int) -> None:
     config = simulated().config
     forecaster = Forecaster(replace(config.model, layers=layers), config.cluster, 4096)
-    space = Space(gpus, 8, micro_batches=(1, 2), recomputes=(REPORT, EVERYTHING), precisions=(Precision.FP8,))
+    space = SearchSpace(gpus, 8, micro_batches=(1, 2), recomputes=(REPORT, EVERYTHING), precisions=(Precision.FP8,))
     candidates = list(space.candidates(Recipe()))
     pruned = search(forecaster, candidates, batch, keep=3)
     whole = search(forecaster, candidates, batch, keep=3, exhaustive=True)
@@ -35,7 +35,7 @@ def test_what_bounds_exclude_is_not_among_the_best(gpus: int, layers: int, batch
 def test_what_does_not_fit_is_counted_apart() -> None:
     config = simulated().config
     forecaster = Forecaster(config.model, config.cluster, 4096)
-    result = search(forecaster, list(Space(64, 8, micro_batches=(1,)).candidates(Recipe())), 256)
+    result = search(forecaster, list(SearchSpace(64, 8, micro_batches=(1,)).candidates(Recipe())), 256)
     assert not result.best  # 671 B parameters on 64 GPUs
     assert result.unfit["weights, gradients and optimizer alone"] > 0
 
@@ -55,7 +55,7 @@ def test_what_a_cluster_does_not_say_is_counted_and_never_free() -> None:
     config = simulated().config
     cluster = replace(config.cluster, infiniband_gbps=None)
     forecaster = Forecaster(replace(config.model, layers=8), cluster, 4096)
-    space = Space(32, 8, micro_batches=(1,), recomputes=(REPORT,), precisions=(Precision.FP8,))
+    space = SearchSpace(32, 8, micro_batches=(1,), recomputes=(REPORT,), precisions=(Precision.FP8,))
     result = search(forecaster, space.candidates(Recipe()), 64, keep=3)
     assert not result.best  # at least the dense part has replicas in other nodes
     assert set(result.unpriced) == {"cluster.infiniband_gbps does not say enough"}
@@ -64,7 +64,7 @@ def test_what_a_cluster_does_not_say_is_counted_and_never_free() -> None:
 def test_the_run_has_the_last_word() -> None:
     config = simulated().config
     forecaster = Forecaster(replace(config.model, layers=8), config.cluster, 4096)
-    space = Space(32, 8, micro_batches=(1,), recomputes=(REPORT,), precisions=(Precision.FP8,))
+    space = SearchSpace(32, 8, micro_batches=(1,), recomputes=(REPORT,), precisions=(Precision.FP8,))
     candidates = list(space.candidates(Recipe()))
     result = search(forecaster, candidates, 64, refusal=lambda layout, recipe: "not today")
     assert not result.best

@@ -12,7 +12,7 @@ from shoestring.launch.planner.layout_memory import working_of
 from shoestring.parallelism.pipeline.executor import Steps, drive, take_turns
 from shoestring.parallelism.weight_grad import WeightGradients
 from shoestring.tests.trainer.model.test_chunk import CONFIG, ROUTED_LAYERS, SCALES, make_chunk, window
-from shoestring.trainer.memory.chunk import ChunkMemory, Meter, StageShape
+from shoestring.trainer.memory.chunk import ChunkMemory, PeakMeter, StageShape
 
 from .v3 import simulated
 
@@ -38,7 +38,7 @@ def weighed() -> Halves:
     simulation = simulated()
     recipe = simulation.forecast.recipe
     own = simulation.forecaster.costs(simulation.layout, recipe)
-    chunk, meter = ChunkMemory(STAGE, working_of(own.shape, recipe)), Meter()
+    chunk, meter = ChunkMemory(STAGE, working_of(own.shape, recipe)), PeakMeter()
     drive(chunk.forward(meter))
     return chunk.backward(meter, deferred=False), chunk.forward(meter)
 

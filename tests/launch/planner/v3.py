@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import cache
 
-from shoestring.launch.verbs.simulate import Simulation, simulate
+from shoestring.launch.verbs.simulate import SimulatedLayout, simulate
 
 
 @cache
-def simulated() -> Simulation:
+def simulated() -> SimulatedLayout:
     return simulate(["experiment=deepseek_v3_h800"], None, {})

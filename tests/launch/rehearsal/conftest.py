@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.launch.rehearsal.device.shim import build_shim
 
 
@@ -15,5 +15,5 @@ def shim() -> Path:
     """The compiled library; a test that needs it is skipped where it cannot be built."""
     try:
         return build_shim()
-    except Refused as refused:
+    except ConfigError as refused:
         pytest.skip(str(refused))

@@ -6,18 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from shoestring.launch.rehearsal.log import (
-    Batch,
     Collective,
     Finding,
     HostWait,
     LogEvent,
     Memory,
     Message,
+    MessageBatch,
     RankLog,
     Record,
     StreamWait,
 )
-from shoestring.parallelism.pipeline.communication import Commit, Edge, edges
+from shoestring.parallelism.pipeline.communication import P2PBatch, P2POp, edges
 from shoestring.parallelism.pipeline.placement import Direction
 from shoestring.parallelism.pipeline.program import Program
 
@@ -72,9 +72,9 @@ def batch(
     ranks: tuple[int, ...] = (0, 1),
     stream: str = "edge up",
     is_warm_up: bool = False,
-) -> Batch:
+) -> MessageBatch:
     named = "; ".join(each.what for each in (*sends, *receives))
-    return Batch(group, ranks, tuple(sends), tuple(receives), stream, f"{named} in line 9", is_warm_up)
+    return MessageBatch(group, ranks, tuple(sends), tuple(receives), stream, f"{named} in line 9", is_warm_up)
 
 
 GROUPS = {Direction.UP: "pipeline up", Direction.DOWN: "pipeline down"}
@@ -92,7 +92,7 @@ class ProgramLog:
         self,
         program: Program,
         rank: int,
-        commits: Sequence[Commit],
+        commits: Sequence[P2PBatch],
         warm: Sequence[Direction],
         listener: Callable[[int, int], Sequence[Collective]],
         sends_first: bool,
@@ -100,7 +100,7 @@ class ProgramLog:
         self._program, self._rank = program, rank
         self._events: list[LogEvent] = []
         self._made = 0
-        self._arriving: dict[Edge, int] = {}
+        self._arriving: dict[P2POp, int] = {}
         self._warm_up(warm)
         row = program.instructions[rank]
         for index in range(len(commits)):
@@ -123,7 +123,7 @@ class ProgramLog:
             messages = [message("warm-up", peer) for peer in near]
             self._batch(direction, messages, messages, is_warm_up=True)
 
-    def _post(self, sends: Sequence[Edge], receives: Sequence[Edge]) -> None:
+    def _post(self, sends: Sequence[P2POp], receives: Sequence[P2POp]) -> None:
         for direction in Direction:
             out = [message(str(each), each.target.rank) for each in sends if each.direction is direction]
             arriving = [each for each in receives if each.direction is direction]
@@ -141,7 +141,7 @@ class ProgramLog:
         self._made += 2
         return self._made - 1
 
-    def _instruction(self, place: str, needs: Sequence[Edge]) -> None:
+    def _instruction(self, place: str, needs: Sequence[P2POp]) -> None:
         self._events += [StreamWait(self._arriving.pop(edge), "compute") for edge in needs]
         self._events += [HostWait(None, "compute", "event", place)]
 

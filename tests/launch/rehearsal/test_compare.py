@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from shoestring.launch.rehearsal.compare import compare
 from shoestring.launch.rehearsal.fault import Fault
-from shoestring.launch.rehearsal.log import Batch, Finding, RankLog
+from shoestring.launch.rehearsal.log import Finding, MessageBatch, RankLog
 
 from .logs import batch, collective, log, message, swapped, without
 
@@ -94,7 +94,7 @@ def test_rows_sent_are_rows_expected_for_every_pair() -> None:
 def test_a_shape_that_differs_between_neighbors() -> None:
     lower, upper = pair()
     first, *others = upper.events
-    assert isinstance(first, Batch)
+    assert isinstance(first, MessageBatch)
     wrong = [replace(each, shape=(2, 128, 64)) for each in first.receives]
     fault = only(lower, replace(upper, events=(batch([], wrong), *others)))
     assert (fault.kind, fault.ranks) == ("message", (0, 1))

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from shoestring.launch.rehearsal.log import RankLog
-from shoestring.launch.rehearsal.processes import Request, processes_at_once, rehearse_ranks
+from shoestring.launch.rehearsal.processes import RehearsalRequest, processes_at_once, rehearse_ranks
 from shoestring.launch.run.launcher import Stopped
 from shoestring.launch.run.torchrun import RanksFailed
 
 FAKE = ("-m", "shoestring.tests.launch.rehearsal.fake_rank")
-REQUEST = Request(("experiment=quickstart",), None, 8, "shim.so")
+REQUEST = RehearsalRequest(("experiment=quickstart",), None, 8, "shim.so")
 
 
 @pytest.fixture

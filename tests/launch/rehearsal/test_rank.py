@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoestring.comm.communicator import Communicator
-from shoestring.comm.errors import Refused
+from shoestring.comm.communicator import Collectives
+from shoestring.comm.errors import ConfigError
 from shoestring.comm.groups import ProcessGroups
 from shoestring.launch.compose import compose_run
 from shoestring.launch.rehearsal.configured import on_gpu
 from shoestring.launch.rehearsal.device.shim import build_shim
-from shoestring.launch.rehearsal.log import Batch, Collective, HostWait, RankLog, Record, StreamWait
+from shoestring.launch.rehearsal.log import Collective, HostWait, MessageBatch, RankLog, Record, StreamWait
 from shoestring.trainer.build import stages_of
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.memory.forecast import MARGIN, RunMemory
@@ -140,7 +140,7 @@ def test_communication_says_what_with_whom_and_how_much(log: RankLog) -> None:
     if log.rank == BF16_RANK:
         copies = [each for each in collectives if each.what.startswith("dispatch of")]
         assert all(sum(each.sends) == sum(each.receives) == tokens * config.model.top_k for each in copies)
-    batches = [event for event in log.events if isinstance(event, Batch) and not event.is_warm_up]
+    batches = [event for event in log.events if isinstance(event, MessageBatch) and not event.is_warm_up]
     messages = [message for batch in batches for message in (*batch.sends, *batch.receives)]
     assert {message.shape for message in messages} == {(1, config.training.sequence_length, config.model.hidden)}
     assert {message.dtype for message in messages} == {"bfloat16"}
@@ -153,15 +153,15 @@ class Counting:
 
     calls = 1
 
-    def world(self, ranks: tuple[int, ...]) -> Communicator:
+    def world(self, ranks: tuple[int, ...]) -> Collectives:
         self.calls += 1
         return None  # type: ignore[return-value]
 
-    def control(self, ranks: tuple[int, ...]) -> Communicator:
+    def control(self, ranks: tuple[int, ...]) -> Collectives:
         self.calls += 1
         return None  # type: ignore[return-value]
 
-    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Communicator | None:
+    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
         self.calls += 1
         return None
 
@@ -209,11 +209,11 @@ def test_an_error_ends_the_step_and_the_log_is_written(shim: Path, tmp_path: Pat
 
 def test_what_cannot_be_rehearsed_is_refused() -> None:
     deepep = compose_run(["exchange=deepep", "topology=pp2_ep2"])
-    with pytest.raises(Refused, match=r"exchange\.name = 'deepep': cannot be rehearsed"):
+    with pytest.raises(ConfigError, match=r"exchange\.name = 'deepep': cannot be rehearsed"):
         on_gpu(deepep, None)
-    with pytest.raises(Refused, match=r"training\.global_batch = 6"):
+    with pytest.raises(ConfigError, match=r"training\.global_batch = 6"):
         on_gpu(compose_run(BF16), 3)  # DualPipe of two ranks wants an even number
-    with pytest.raises(Refused, match=r"precision\.compute = 'float32': cannot be rehearsed"):
+    with pytest.raises(ConfigError, match=r"precision\.compute = 'float32': cannot be rehearsed"):
         on_gpu(compose_run(["precision=fp32"]), None)
 
 
@@ -226,23 +226,23 @@ def test_a_run_is_taken_to_its_gpus() -> None:
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(Refused, match=r"install g\+\+"):
+    with pytest.raises(ConfigError, match=r"install g\+\+"):
         build_shim()
 
 
 def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "false")
-    with pytest.raises(Refused, match="could not compile"):
+    with pytest.raises(ConfigError, match="could not compile"):
         build_shim()
     assert not list(tmp_path.rglob("*.so"))
 
 
 def test_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.12.1+cpu")
-    with pytest.raises(Refused, match=r"torch = '2\.12\.1\+cpu'"):
+    with pytest.raises(ConfigError, match=r"torch = '2\.12\.1\+cpu'"):
         build_shim()
     monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    with pytest.raises(Refused, match="was built for GPUs"):
+    with pytest.raises(ConfigError, match="was built for GPUs"):
         build_shim()

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.launch.cli import main
 from shoestring.launch.compose import compose_run
 from shoestring.launch.rehearsal.device.shim import build_shim
@@ -30,7 +30,7 @@ def _shim() -> None:
     """Where it cannot be built, nothing can be rehearsed."""
     try:
         build_shim()
-    except Refused as refused:
+    except ConfigError as refused:
         pytest.skip(str(refused))
 
 

@@ -14,13 +14,13 @@ from shoestring.launch.compose import compose_run
 from shoestring.launch.run.run_dir import own
 from shoestring.parallelism.pipeline.program import Program
 from shoestring.parallelism.pipeline.schedules.registry import build_program
-from shoestring.parallelism.pipeline.simulate import UnitTimes, replay
+from shoestring.parallelism.pipeline.simulate import UnitTimes, simulate_program
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.ledger.allocation import Allocation
 from shoestring.trainer.ledger.clock import Instant
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.terms import TERMS
-from shoestring.trainer.ledger.work import Work
+from shoestring.trainer.ledger.work import WorkJournal
 from shoestring.trainer.telemetry.events import JSON, Event, EventStream
 from shoestring.trainer.telemetry.memory_usage import RESIDENT
 from shoestring.trainer.telemetry.trace import Span, merge_ranks, write_rank
@@ -72,7 +72,7 @@ def record_run(run_dir: Path) -> None:
 
 def life(run_dir: Path, clock: Clock, attempt: str, steps: range, resumed: int | None) -> None:
     """Each step takes both ranks 324 s, the evaluation at the end 360 s."""
-    work = Work(run_dir, ranks=2, attempt=attempt, budget=BUDGET)
+    work = WorkJournal(run_dir, ranks=2, attempt=attempt, budget=BUDGET)
     if resumed is not None:
         work.resume(resumed)
     work.ready()
@@ -138,7 +138,7 @@ def record_trace(run_dir: Path, steps: int = 2) -> None:
     spans: list[list[Span]] = [[] for _ in range(2)]
     start = 10**12
     for number in range(1, steps + 1):
-        timeline = replay(program(run_dir), UnitTimes(1e6, 1e6, 1e6, 1e6, 1e6), transfer=0)
+        timeline = simulate_program(program(run_dir), UnitTimes(1e6, 1e6, 1e6, 1e6, 1e6), transfer=0)
         rows = zip(timeline.program.instructions, timeline.starts, timeline.ends, strict=True)
         for rank, (instructions, starts, ends) in enumerate(rows):
             for instruction, begin, end in zip(instructions, starts, ends, strict=True):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.launch.cli import main
 from shoestring.launch.report.page import html_report
 from shoestring.launch.report.record import read_run
@@ -196,7 +196,7 @@ def test_a_config_yaml_that_is_none_is_refused(text: str, tmp_path: Path) -> Non
     """It is read where no rank has said how it was configured."""
     own(tmp_path)
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(Refused, match=r"config.yaml.*restore it, or remove it"):
+    with pytest.raises(ConfigError, match=r"config.yaml.*restore it, or remove it"):
         read_run(tmp_path)
 
 

@@ -6,13 +6,13 @@ import time
 
 import pytest
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.launch.compose import compose_run
-from shoestring.launch.run.capacity import RANKS_A_CORE, Room, size_problems
+from shoestring.launch.run.capacity import RANKS_A_CORE, MachineCapacity, size_problems
 from shoestring.launch.run.preflight import preflight
 from shoestring.trainer.config import RunConfig
 
-SMALL = Room(cores=2, host_bytes=24e9, gpu_bytes=None, tasks=None)
+SMALL = MachineCapacity(cores=2, host_bytes=24e9, gpu_bytes=None, tasks=None)
 ONE = ("topology=single", "schedule=one_f_one_b", "training.device=cpu")
 
 
@@ -52,7 +52,7 @@ def configured(*overrides: str) -> RunConfig:
 )
 def test_each_size_has_a_limit(overrides: str, field: str) -> None:
     began = time.monotonic()
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(ConfigError) as refused:
         configured(*overrides.split())
     assert field in {problem.field for problem in refused.value.problems}
     assert "at most" in str(refused.value)
@@ -83,13 +83,13 @@ def test_what_fits_is_not_refused() -> None:
 
 def test_processes_need_memory_and_may_be_limited_in_number() -> None:
     config, many = configured(), 2 * RANKS_A_CORE
-    small = Room(2, many * 100e6, None, None)
+    small = MachineCapacity(2, many * 100e6, None, None)
     assert "10 GB for their processes alone" in str(next(size_problems(config, many, small)))
-    assert "may start 100 processes" in str(next(size_problems(config, many, Room(2, 24e9, None, 100))))
+    assert "may start 100 processes" in str(next(size_problems(config, many, MachineCapacity(2, 24e9, None, 100))))
 
 
 def test_a_gpu_has_its_own_memory() -> None:
-    room = Room(cores=2, host_bytes=1e15, gpu_bytes=80e9, tasks=None)
+    room = MachineCapacity(cores=2, host_bytes=1e15, gpu_bytes=80e9, tasks=None)
     assert "of memory on a GPU" in str(next(size_problems(configured("model.hidden=1048576"), 1, room)))
     assert list(size_problems(configured(), 512, room)) == []  # a GPU's rank needs no core of its own
 
@@ -107,11 +107,11 @@ def test_deepseek_v3_fits_its_own_cluster() -> None:
             "training.sequence_length=4096",
         ]
     )
-    assert list(size_problems(config, 8, Room(cores=128, host_bytes=2e12, gpu_bytes=80e9, tasks=None))) == []
+    assert list(size_problems(config, 8, MachineCapacity(cores=128, host_bytes=2e12, gpu_bytes=80e9, tasks=None))) == []
 
 
 def test_preflight_refuses_sizes_before_it_looks_at_anything_else() -> None:
     config = configured("model.hidden=1048576", "data.prepared=/nowhere/at/all")
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(ConfigError) as refused:
         preflight(config, 1, fresh=True)
     assert [problem.field for problem in refused.value.problems] == ["model"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from shoestring.comm.agreement import first_difference
-from shoestring.comm.errors import Problem, Refused
+from shoestring.comm.errors import ConfigError, Problem
 from shoestring.launch.compose import compose_run, read_config, to_yaml
 from shoestring.launch.run.identity import code_hash, data_digest, identity
 from shoestring.tests.launch.refusals import refused
@@ -96,13 +96,13 @@ def test_what_the_environment_does_not_have_is_refused(tmp_path: Path, monkeypat
     assert "MISSING" in str(refused(compose_run, ["training.run_dir=${oc.env:MISSING}"]))
     (tmp_path / "config.yaml").write_text(to_yaml(compose_run(["training.run_dir=${oc.env:TEAM}"])))
     monkeypatch.delenv("TEAM")  # as on a machine where it is not set
-    with pytest.raises(Refused, match="TEAM"):
+    with pytest.raises(ConfigError, match="TEAM"):
         read_config(tmp_path / "config.yaml")
     for text in ("a: [", "training: 3", "\0", "training: {seed: x}"):
         (tmp_path / "config.yaml").write_text(text)
-        with pytest.raises(Refused):
+        with pytest.raises(ConfigError):
             read_config(tmp_path / "config.yaml")
-    with pytest.raises(Refused, match="No such file"):
+    with pytest.raises(ConfigError, match="No such file"):
         read_config(tmp_path / "none.yaml")
 
 

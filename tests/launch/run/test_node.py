@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from shoestring.comm.bootstrap import WorkerEnvironment
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.launch.compose import compose_run
-from shoestring.launch.run.node import Place, count_processes, read_place
+from shoestring.launch.run.node import MachinePlace, count_processes, read_place
 from shoestring.launch.run.worker import pick_device
 from shoestring.tests.launch.refusals import refused
 from shoestring.tests.launch.two_machines import SCRIPT, environment
@@ -21,7 +21,7 @@ TWO = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
 def test_the_variables_become_torchruns_arguments() -> None:
     assert read_place({}).torchrun(4) == ["--rdzv-backend=loopback", "--rdzv-endpoint=127.0.0.1", "--nproc-per-node=4"]
     place = read_place(TWO | {"MASTER_PORT": "1234", "GPUS_PER_NODE": "8"})
-    assert place == Place(nodes=2, rank=1, address="node0", port=1234, processes=8)
+    assert place == MachinePlace(nodes=2, rank=1, address="node0", port=1234, processes=8)
     assert place.torchrun(8) == [
         "--nnodes=2",
         "--node-rank=1",
@@ -41,7 +41,7 @@ def test_the_variables_become_torchruns_arguments() -> None:
     ],
 )
 def test_variables_that_are_refused(variables: dict[str, str], fields: list[str]) -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(ConfigError) as refused:
         read_place(variables)
     assert [problem.field for problem in refused.value.problems] == fields
 
@@ -61,13 +61,13 @@ def test_machines_must_be_the_topologys(topology: list[str], processes: str | No
     if not fields:
         assert count_processes(config, place) == 2
         return
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(ConfigError) as refused:
         count_processes(config, place)
     assert [problem.field for problem in refused.value.problems] == fields
 
 
 @pytest.mark.parametrize(
-    ("gpus", "variables", "remedy"),
+    ("gpus", "variables", "hint"),
     [
         (1, {}, "write topology=single, or GPUS_PER_NODE=4 and training.device=cpu"),
         (8, {}, "write a topology of 8 ranks (pp x edp x ep), or GPUS_PER_NODE=4"),
@@ -76,11 +76,11 @@ def test_machines_must_be_the_topologys(topology: list[str], processes: str | No
     ],
 )
 def test_a_machine_of_another_size_is_told_what_to_write(
-    gpus: int, variables: dict[str, str], remedy: str, monkeypatch: pytest.MonkeyPatch
+    gpus: int, variables: dict[str, str], hint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     found = refused(count_processes, compose_run(["experiment=quickstart"]), read_place(variables))
-    assert found["GPUS_PER_NODE"].endswith(f"; {remedy}")
+    assert found["GPUS_PER_NODE"].endswith(f"; {hint}")
 
 
 @pytest.mark.parametrize(("gpus", "line"), [(0, None), (1, "write topology=single\n"), (3, "of 3 ranks\n"), (4, None)])

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from shoestring.comm.bootstrap import WorkerEnvironment
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.launch.compose import compose_run
 from shoestring.launch.run import run_dir as run_directory
 from shoestring.launch.run.preflight import hardware_problems, preflight
@@ -21,7 +21,7 @@ from shoestring.launch.run.run_dir import CONFIG_FILE, claimed, own
 from shoestring.tests.launch.refusals import by_field, refused
 from shoestring.tests.tree import ROOT
 from shoestring.trainer.checkpoint.compatible import incompatibilities
-from shoestring.trainer.checkpoint.store import CheckpointStore, Cover
+from shoestring.trainer.checkpoint.store import CheckpointExtras, CheckpointStore
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.data.prepare import prepare
 from shoestring.trainer.data.prepared import open_prepared
@@ -52,13 +52,13 @@ def test_a_port_that_is_taken(config: RunConfig) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_gpus_that_are_not_there(config: RunConfig) -> None:
-    with pytest.raises(Refused, match="4 ranks need a GPU each and this machine has 0"):
+    with pytest.raises(ConfigError, match="4 ranks need a GPU each and this machine has 0"):
         preflight(replace(config, training=replace(config.training, device="cuda")), 4, fresh=False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_an_exchange_that_is_not_there(config: RunConfig) -> None:
-    with pytest.raises(Refused, match=r"deep_ep is not installed[\s\S]*this machine has 0"):
+    with pytest.raises(ConfigError, match=r"deep_ep is not installed[\s\S]*this machine has 0"):
         preflight(replace(config, exchange=replace(config.exchange, name="deepep")), 4, fresh=False)
 
 
@@ -66,7 +66,7 @@ def test_an_exchange_that_is_not_there(config: RunConfig) -> None:
 def test_a_provider_of_fp8_that_is_not_there(config: RunConfig) -> None:
     for provider in ("triton", "torch", "te"):
         precision = replace(config.precision, linear="fp8", provider=provider)
-        with pytest.raises(Refused, match=r"precision\.provider.*it needs a Hopper GPU"):
+        with pytest.raises(ConfigError, match=r"precision\.provider.*it needs a Hopper GPU"):
             preflight(replace(config, precision=precision), 4, fresh=False)
     for provider in ("auto", "reference"):
         precision = replace(config.precision, linear="fp8", provider=provider)
@@ -92,7 +92,7 @@ def test_an_attention_that_this_gpu_does_not_have(config: RunConfig, monkeypatch
 
 
 def test_data_that_is_not_there(config: RunConfig, tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="run `shoestring data prepare` first"):
+    with pytest.raises(ConfigError, match="run `shoestring data prepare` first"):
         preflight(replace(config, data=replace(config.data, prepared=str(tmp_path))), 4, fresh=False)
 
 
@@ -114,7 +114,7 @@ def test_everything_that_keeps_a_run_from_starting_is_named_at_once(
     with claimed(run_dir, fresh=False):
         store = CheckpointStore(run_dir / "checkpoints", keep=2)
         store.prepare(7)
-        store.commit(7, Cover({"step": 7, "config": asdict(config), "data": "other", "tokenizer": "other"}))
+        store.commit(7, CheckpointExtras({"step": 7, "config": asdict(config), "data": "other", "tokenizer": "other"}))
     wrong = replace(
         in_directory(config, run_dir),
         model=replace(config.model, heads=2),
@@ -157,7 +157,7 @@ def test_wandb_online_without_an_account(config: RunConfig, tmp_path: Path, monk
 
 
 def test_text_too_short_for_one_sample(config: RunConfig) -> None:
-    with pytest.raises(Refused, match="one sample needs 1000002"):
+    with pytest.raises(ConfigError, match="one sample needs 1000002"):
         preflight(replace(config, training=replace(config.training, sequence_length=10**6)), 4, fresh=False)
 
 
@@ -182,10 +182,10 @@ def test_what_a_checkpoint_holds_on_to(config: RunConfig) -> None:
     found = {problem.field: problem for problem in incompatibilities(facts | {"data": "other"}, other, data)}
     moments = {"optimizer.moments", "optimizer.ema_decay"}
     assert set(found) == {"model.heads", *moments, "training.seed", "data.prepared"}
-    assert "the checkpoint of step 7 has 4" in found["model.heads"].remedy
-    assert "holds other tokens" in found["data.prepared"].remedy
+    assert "the checkpoint of step 7 has 4" in found["model.heads"].hint
+    assert "holds other tokens" in found["data.prepared"].hint
     (tokenizer,) = incompatibilities(facts | {"tokenizer": "other", "data": "other"}, config, data)
-    assert "has another tokenizer" in tokenizer.remedy
+    assert "has another tokenizer" in tokenizer.hint
 
 
 @pytest.mark.parametrize("fresh", [True, False])
@@ -196,13 +196,13 @@ def test_a_directory_that_no_run_has_made(fresh: bool, config: RunConfig, tmp_pa
     (foreign / "lock").write_text("")
     (foreign / "ledger").mkdir()
     before = contents(foreign)
-    with pytest.raises(Refused, match="was not made by a run"), claimed(foreign, fresh=fresh):
+    with pytest.raises(ConfigError, match="was not made by a run"), claimed(foreign, fresh=fresh):
         pass
-    with pytest.raises(Refused, match="was not made by a run"):
+    with pytest.raises(ConfigError, match="was not made by a run"):
         own(foreign)
-    with pytest.raises(Refused, match="was not made by a run"):
+    with pytest.raises(ConfigError, match="was not made by a run"):
         preflight(in_directory(config, foreign), 4, fresh=fresh)
-    with pytest.raises(Refused, match="was not made by a run"), claimed(foreign / "thesis.tex", fresh=fresh):
+    with pytest.raises(ConfigError, match="was not made by a run"), claimed(foreign / "thesis.tex", fresh=fresh):
         pass
     assert contents(foreign) == before
 
@@ -235,13 +235,13 @@ def test_a_reason_is_given_where_the_system_gives_none(tmp_path: Path, monkeypat
     with claimed(tmp_path / "run", fresh=False):
         (tmp_path / "run" / "ledger").mkdir()
     monkeypatch.setattr(shutil, "rmtree", refuse)
-    with pytest.raises(Refused, match="no way to remove ledger"), claimed(tmp_path / "run", fresh=True):
+    with pytest.raises(ConfigError, match="no way to remove ledger"), claimed(tmp_path / "run", fresh=True):
         pass
 
 
 def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(Refused, match="cannot be written"), claimed(tmp_path / "file" / "run", fresh=False):
+    with pytest.raises(ConfigError, match="cannot be written"), claimed(tmp_path / "file" / "run", fresh=False):
         pass
 
 
@@ -253,7 +253,7 @@ def test_a_full_disk_leaves_no_directory_and_names_no_file_that_is_not_known(
 
     (tmp_path / "there").mkdir()
     monkeypatch.setattr(run_directory, "replace_file", fill)
-    with pytest.raises(Refused, match=r"cannot be written \(No space left on device\); name another directory"):
+    with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\); name another directory"):
         own(tmp_path / "there" / "new" / "run")
     assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
 
@@ -262,7 +262,7 @@ def test_two_launchers_of_one_directory(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with claimed(run_dir, fresh=False):
         (run_dir / CONFIG_FILE).write_text("")
-        with pytest.raises(Refused, match="another run is going on"), claimed(run_dir, fresh=True):
+        with pytest.raises(ConfigError, match="another run is going on"), claimed(run_dir, fresh=True):
             pass
         assert (run_dir / CONFIG_FILE).exists()
     with claimed(run_dir, fresh=True):
@@ -272,5 +272,5 @@ def test_two_launchers_of_one_directory(tmp_path: Path) -> None:
 def test_half_of_torchruns_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(Refused, match="MASTER_ADDR"):
+    with pytest.raises(ConfigError, match="MASTER_ADDR"):
         WorkerEnvironment.read()

@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from shoestring.comm.bootstrap import WorkerEnvironment
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.launch.run.rank_rendezvous import StoppedBeforeMeeting, find_ranks
 from shoestring.launch.run.restart_policy import stops_without_step
 from shoestring.launch.run.run_dir import read_status
@@ -35,7 +35,7 @@ def test_an_address_that_does_not_resolve_is_refused(monkeypatch: pytest.MonkeyP
 
     at(monkeypatch, "machine-0.invalid")
     monkeypatch.setattr(socket, "getaddrinfo", no_names)
-    with pytest.raises(Refused, match=r"MASTER_ADDR = 'machine-0.invalid': does not resolve on this machine"):
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR = 'machine-0.invalid': does not resolve on this machine"):
         find_ranks(PAIR[1], 5, lambda: False)
 
 

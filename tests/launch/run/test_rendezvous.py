@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 
 from shoestring.comm.agreement import Fact, Facts, difference, to_json
-from shoestring.comm.errors import Problem, Refused
+from shoestring.comm.errors import ConfigError, Problem
 from shoestring.launch.run import rendezvous as meeting
 from shoestring.launch.run.rendezvous import (
-    NotMet,
-    Venue,
+    MachinesMissing,
+    MeetingPoint,
     address_problems,
     attend_meeting,
     host_meeting,
@@ -36,15 +36,15 @@ NO_MEETINGS = (
 Outcome = Path | str | None
 
 
-def venues(machines: int, seconds: float = 20) -> list[Venue]:
+def venues(machines: int, seconds: float = 20) -> list[MeetingPoint]:
     port = free_port()
-    return [Venue("127.0.0.1", port, machines, machine, seconds) for machine in range(machines)]
+    return [MeetingPoint("127.0.0.1", port, machines, machine, seconds) for machine in range(machines)]
 
 
 def outcome(call: Callable[[], Outcome]) -> Outcome:
     try:
         return call()
-    except (Refused, NotMet) as error:
+    except (ConfigError, MachinesMissing) as error:
         return f"{type(error).__name__}: {error}"
 
 
@@ -104,7 +104,9 @@ def test_a_machine_that_never_comes_is_waited_for_with_words(
 ) -> None:
     host, _, _ = venues(3, seconds=0.3)
     began = time.monotonic()
-    with pytest.raises(NotMet, match=f"of 3 machines, 1, 2 did not come to 127.0.0.1:{host.port} within 0.3 s"):
+    with pytest.raises(
+        MachinesMissing, match=f"of 3 machines, 1, 2 did not come to 127.0.0.1:{host.port} within 0.3 s"
+    ):
         host_meeting(host, FACTS, tmp_path, "attempt")
     assert time.monotonic() - began < 5
     assert f"waiting for 2 of 3 machines at 127.0.0.1:{host.port} (missing: 1, 2)" in capsys.readouterr().err
@@ -113,7 +115,9 @@ def test_a_machine_that_never_comes_is_waited_for_with_words(
 
 def test_a_machine_0_that_never_comes(capsys: pytest.CaptureFixture[str]) -> None:
     _, guest = venues(2, seconds=0.3)
-    with pytest.raises(NotMet, match=f"machine 0 was not at 127.0.0.1:{guest.port} within 0.3 s .*MASTER_ADDR"):
+    with pytest.raises(
+        MachinesMissing, match=f"machine 0 was not at 127.0.0.1:{guest.port} within 0.3 s .*MASTER_ADDR"
+    ):
         attend_meeting(guest, FACTS)
     assert f"waiting for machine 0 at 127.0.0.1:{guest.port}" in capsys.readouterr().err
 
@@ -121,7 +125,7 @@ def test_a_machine_0_that_never_comes(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_machine_that_was_refused_ends_the_waiting_of_one_that_listens_later(tmp_path: Path) -> None:
     host, guest = venues(2)
     with ThreadPoolExecutor(1) as machine:
-        telling = machine.submit(report_refusal, guest, Refused([Problem("model.hiden", 3, "no such key")]))
+        telling = machine.submit(report_refusal, guest, ConfigError([Problem("model.hiden", 3, "no such key")]))
         words = outcome(lambda: host_meeting(host, FACTS, tmp_path, "attempt"))
         telling.result(20)
     assert "was refused there: model.hiden = 3: no such key" in str(words)
@@ -154,7 +158,7 @@ def test_strangers_at_the_port_are_let_go(words: bytes, tmp_path: Path) -> None:
         assert (hosting.result(30), attending.result(30)) == (None, tmp_path)
 
 
-def _reached(venue: Venue) -> socket.socket:
+def _reached(venue: MeetingPoint) -> socket.socket:
     while True:
         try:
             return socket.create_connection((venue.address, venue.port), 5)
@@ -229,7 +233,7 @@ def test_a_machine_that_is_gone_when_it_is_told_is_named() -> None:
     guest = meeting._Line(here)
     guest.host = "far"
     there.close()
-    with pytest.raises(NotMet, match=r"machine 1 \(far\) has left"):
+    with pytest.raises(MachinesMissing, match=r"machine 1 \(far\) has left"):
         meeting._send(1, guest, {"go": True})
     guest.close()
 
@@ -237,14 +241,17 @@ def test_a_machine_that_is_gone_when_it_is_told_is_named() -> None:
 def test_a_note_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "meeting").mkdir()
     host, _ = venues(2)
-    with pytest.raises(Refused, match=r"make room, or name another training\.run_dir"):
+    with pytest.raises(ConfigError, match=r"make room, or name another training\.run_dir"):
         host_meeting(host, FACTS, tmp_path, "attempt")
 
 
 def test_a_port_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "_SECONDS_FOR_PORT", 0.1)
     host, _ = venues(2)
-    with socket.create_server((host.address, host.port)), pytest.raises(Refused, match=f"MASTER_PORT = {host.port}"):
+    with (
+        socket.create_server((host.address, host.port)),
+        pytest.raises(ConfigError, match=f"MASTER_PORT = {host.port}"),
+    ):
         host_meeting(host, FACTS, tmp_path, "attempt")
 
 
@@ -269,7 +276,7 @@ def test_names_that_do_not_resolve() -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "remedy"),
+    ("address", "hint"),
     [
         ("node0:29500", "write MASTER_ADDR=node0 and MASTER_PORT=29500"),
         ("[::1]", "write ::1, without spaces and brackets"),
@@ -280,10 +287,10 @@ def test_names_that_do_not_resolve() -> None:
         ("::", "is every address of a machine and names none"),
     ],
 )
-def test_an_address_that_is_written_wrong_is_told_how(address: str, remedy: str) -> None:
+def test_an_address_that_is_written_wrong_is_told_how(address: str, hint: str) -> None:
     (problem,) = address_problems(address)
     assert problem.value == address
-    assert remedy in problem.remedy
+    assert hint in problem.hint
 
 
 def test_values_that_are_hidden_and_differ_are_said_to() -> None:

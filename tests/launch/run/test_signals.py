@@ -28,7 +28,7 @@ from shoestring.tests.launch.real_run import (
 )
 from shoestring.tests.launch.small_run import BATCH, SEQUENCE, small_run
 from shoestring.trainer.ledger.guard import LEAST_STEPS
-from shoestring.trainer.ledger.summary import Summary, summarise
+from shoestring.trainer.ledger.summary import LedgerSummary, summarise
 from shoestring.trainer.telemetry.history import read_metrics
 
 ENDLESS = "training.tokens=1e9"
@@ -64,7 +64,7 @@ def checkpoints(run_dir: Path) -> list[int]:
     return [int(path.name.removeprefix("step_")) for path in sorted((run_dir / "checkpoints").iterdir())]
 
 
-def closed_ledger(run_dir: Path) -> Summary:
+def closed_ledger(run_dir: Path) -> LedgerSummary:
     """Whose identity holds: `summarise` refuses any other."""
     summary = summarise(run_dir)
     assert not summary.running

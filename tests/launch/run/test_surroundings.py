@@ -19,7 +19,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from shoestring.comm import loopback
 from shoestring.comm.bootstrap import WorkerEnvironment
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.comm.loopback import listen_on, loopback_address, loopback_of
 from shoestring.launch.compose import compose_run
 from shoestring.launch.run import restart_policy as stops
@@ -105,7 +105,7 @@ def test_variables_of_ranks_that_mean_nothing_are_refused(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_torchrun(monkeypatch, **({"RANK": "0", "WORLD_SIZE": "2"} | {name: value}))
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(ConfigError) as refused:
         WorkerEnvironment.read()
     assert [problem.field for problem in refused.value.problems] == [name]
 
@@ -137,7 +137,7 @@ def test_a_second_launch_without_the_launcher_leaves_a_live_run_alone(
         try:
             assert train.train_command(run, None, fresh=False) == 2
             told = capsys.readouterr().err
-        except Refused as refused:
+        except ConfigError as refused:
             told = str(refused)
         assert words in told
         assert {path: path.read_bytes() for path in run_dir.iterdir()} == before
@@ -148,7 +148,7 @@ def test_the_launcher_is_refused_beside_a_run_without_it(monkeypatch: pytest.Mon
     config = compose_run(["topology=single", "schedule=one_f_one_b", f"training.run_dir={tmp_path / 'run'}"])
     with (
         worker._owning(config),
-        pytest.raises(Refused, match="another run is going on"),
+        pytest.raises(ConfigError, match="another run is going on"),
         claimed(tmp_path / "run", fresh=True),
     ):
         pass
@@ -184,7 +184,7 @@ def test_this_machine_is_reached_by_an_address_and_not_by_a_name(monkeypatch: py
 
 def test_a_machine_that_cannot_reach_itself_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loopback, "_ADDRESSES", ("192.0.2.1", "2001:db8::1"))  # of no machine
-    with pytest.raises(Refused, match=r"localhost = .*cannot reach itself .*192.0.2.1: .*ip link set lo up"):
+    with pytest.raises(ConfigError, match=r"localhost = .*cannot reach itself .*192.0.2.1: .*ip link set lo up"):
         loopback_address()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.launch.cli import main
 from shoestring.launch.compose import compose_run
 from shoestring.launch.run.preflight import budget_problems
@@ -15,7 +15,7 @@ from shoestring.launch.verbs.budget import parse_tokens
 from shoestring.trainer.ledger.clock import Instant
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.terms import TERMS, TOTALS_FILE, WORK_FILE
-from shoestring.trainer.ledger.work import Work
+from shoestring.trainer.ledger.work import WorkJournal
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An hour of two ranks: ten steps of 1000 tokens, a tenth of it evaluation."""
     ns = 10**9
     monkeypatch.setattr(Instant, "now", lambda: Instant(ns, ns, "boot"))
-    work = Work(tmp_path / "run", ranks=2, attempt="a", budget=BudgetConfig(gpu_hours=4))
+    work = WorkJournal(tmp_path / "run", ranks=2, attempt="a", budget=BudgetConfig(gpu_hours=4))
     work.ready()
     for step in range(1, 11):
         ns += 324 * 10**9
@@ -100,7 +100,7 @@ def test_questions_that_make_no_sense_are_refused(
 
 def test_numbers_of_tokens_are_read_with_their_letters() -> None:
     assert [parse_tokens(text) for text in ("14.8T", "300b", "2e6", "12")] == [14.8e12, 3e11, 2e6, 12]
-    with pytest.raises(Refused):
+    with pytest.raises(ConfigError):
         parse_tokens("")
 
 
@@ -127,7 +127,7 @@ def test_the_ledger_is_reconciled_from_the_command_line(run_dir: Path, capsys: p
 
 def problems(run_dir: Path, *overrides: str, fresh: bool = False) -> dict[str, str]:
     config = compose_run(["experiment=quickstart", f"training.run_dir={run_dir}", *overrides])
-    return {problem.field: problem.remedy for problem in budget_problems(config, fresh=fresh)}
+    return {problem.field: problem.hint for problem in budget_problems(config, fresh=fresh)}
 
 
 def test_a_plan_over_budget_is_refused_unless_told_otherwise(run_dir: Path) -> None:

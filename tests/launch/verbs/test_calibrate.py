@@ -14,8 +14,8 @@ from shoestring.launch.compose import compose_run
 from shoestring.launch.planner.evidence import assumptions
 from shoestring.launch.planner.exchange_time import Exchange
 from shoestring.launch.planner.forecast import Forecaster
-from shoestring.launch.planner.kernel_times import Row, read_table
-from shoestring.launch.planner.operations import Phase
+from shoestring.launch.planner.kernel_times import Measurement, read_table
+from shoestring.launch.planner.operations import ComputePhase
 from shoestring.launch.planner.recipe import NOTHING, Precision
 from shoestring.launch.verbs.calibrate import calibrate, measured_with, write_cluster
 from shoestring.launch.verbs.plan import plan
@@ -136,13 +136,13 @@ def test_a_search_keeps_to_what_was_measured(tmp_path: Path) -> None:
     assert not any("trace" in source for _, _, source in rows)
 
 
-def invented(ranks: int) -> list[Row]:
+def invented(ranks: int) -> list[Measurement]:
     """Each phase takes 100 µs, for one sequence of 128 tokens a micro-batch."""
     shapes = [f"1x128/{count}" for count in {1, ranks}]
-    names = [(name, shape) for name in (*Phase, *Exchange) for shape in shapes]
+    names = [(name, shape) for name in (*ComputePhase, *Exchange) for shape in shapes]
     names += [(name, "any") for name in ("optimizer", "reduce", "step")]
-    rows = [Row("phase", name, role, "any", 0, 0, 0, 100.0, "us", "measured", "a test") for name, role in names]
-    return [*rows, Row("edge", "message", "1x128", "any", 0, 0, 0, 10.0, "us", "measured", "a test")]
+    rows = [Measurement("phase", name, role, "any", 0, 0, 0, 100.0, "us", "measured", "a test") for name, role in names]
+    return [*rows, Measurement("edge", "message", "1x128", "any", 0, 0, 0, 10.0, "us", "measured", "a test")]
 
 
 @pytest.mark.slow

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.comm.groups import ProcessGroups
 from shoestring.launch.cli import main
 from shoestring.launch.compose import compose_run, to_yaml
 from shoestring.launch.run.run_dir import CONFIG_FILE
-from shoestring.launch.verbs.compare import Comparison, Line, compare
+from shoestring.launch.verbs.compare import ComparedFigure, Comparison, compare
 from shoestring.tests.launch.small_run import BATCH, SEQUENCE, small_run
 from shoestring.tests.processes import World, run_processes
 from shoestring.trainer.build import stages_of
-from shoestring.trainer.ledger.summary import Held, summarise
+from shoestring.trainer.ledger.summary import LaunchUsage, summarise
 from shoestring.trainer.ledger.terms import TERMS, gpu_hours
 from shoestring.trainer.loop import train
 from shoestring.trainer.telemetry.memory_usage import ALLOCATED
@@ -80,7 +80,7 @@ def simulated(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> Tree:
     return tree
 
 
-def lines(comparison: Comparison) -> Iterator[Line]:
+def lines(comparison: Comparison) -> Iterator[ComparedFigure]:
     yield from (*comparison.terms, comparison.step, *comparison.totals)
 
 
@@ -183,7 +183,9 @@ def test_of_a_search_it_is_the_layout_of_the_run(
     tree["layouts"] = [other, of_run, of_run]
     assert compare(run_dir, summary, write(tree)).row == "layout 2 of 3"
     tree["layouts"], tree["configured"] = [other], other
-    with pytest.raises(Refused, match=r"has no layout like the run's, pp1 edp1 ep2 dualpipev .*shoestring simulate"):
+    with pytest.raises(
+        ConfigError, match=r"has no layout like the run's, pp1 edp1 ep2 dualpipev .*shoestring simulate"
+    ):
         compare(run_dir, summary, write(tree))
 
 
@@ -206,13 +208,13 @@ def test_a_plan_of_another_run_is_refused(
     for key in path[:-1]:
         node = node[key]
     node[path[-1]] = value
-    with pytest.raises(Refused, match=gist):
+    with pytest.raises(ConfigError, match=gist):
         compare(run_dir, summarise(run_dir), write(simulated))
 
 
 def test_figures_of_more_than_one_kind_of_step_are_marked(run_dir: Path, simulated: Tree, write: Write) -> None:
     summary, plan = summarise(run_dir), write(simulated)
-    elsewhere = replace(summary, held=[*summary.held, Held("b", None, 4, 10, 40)], inherited_ms=5)
+    elsewhere = replace(summary, held=[*summary.held, LaunchUsage("b", None, 4, 10, 40)], inherited_ms=5)
     grown = replace(elsewhere, tokens_by_phase={"pre_train": 100 * STEPS})
     assert list(compare(run_dir, grown, plan).notes) == [
         "launches on 4 ranks are in the measured figures, which count 2",
@@ -228,10 +230,10 @@ def test_what_cannot_be_compared_is_refused(
     run_dir: Path, simulated: Tree, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = write(simulated)
-    with pytest.raises(Refused, match="has no step to compare yet"):
+    with pytest.raises(ConfigError, match="has no step to compare yet"):
         compare(run_dir, replace(summarise(run_dir), steps_retained=0), plan)
     with pytest.raises(
-        Refused, match=r"config.yaml = None: cannot be used: No such file .*it says what the run was told"
+        ConfigError, match=r"config.yaml = None: cannot be used: No such file .*it says what the run was told"
     ):
         compare(tmp_path, summarise(run_dir), plan)
     plan.write_text("[]")

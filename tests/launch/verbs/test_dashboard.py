@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.launch.compose import compose_run
 from shoestring.launch.verbs.dashboard import dashboard_json, save_dashboard
 from shoestring.tests.tree import ROOT
@@ -36,6 +36,6 @@ def test_saving_it_without_an_account_is_one_clear_refusal(monkeypatch: pytest.M
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", f"{tmp_path}/netrc")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(ConfigError) as refusal:
         save_dashboard(QUICKSTART, None)
     assert [problem.field for problem in refusal.value.problems] == ["telemetry.wandb.mode", "telemetry.wandb.entity"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shoestring.launch.cli import main
-from shoestring.launch.verbs.doctor import NOT_YET, TAKEN, TAKEN_ATTENTION, Finding, findings, settings_in_force
+from shoestring.launch.verbs.doctor import NOT_YET, TAKEN, TAKEN_ATTENTION, Implementation, findings, settings_in_force
 from shoestring.trainer.model.attention_backend import GpuFacts
 from shoestring.trainer.precision import backend as provider
 
@@ -40,7 +40,7 @@ def test_the_provider_that_auto_takes_is_marked(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_attention_is_judged_by_the_released_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def attention() -> dict[str, Finding]:
+    def attention() -> dict[str, Implementation]:
         return {finding.provider: finding for finding in findings() if finding.operation == "attention"}
 
     found = attention()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.launch import say
 from shoestring.launch.cli import parse
 from shoestring.launch.verbs import convert
@@ -117,7 +117,7 @@ def test_what_a_killed_export_or_import_has_left_goes_with_a_word(
         with locked(each):
             (each / "half").touch()
     export_to(store, tmp_path / "out")
-    with locked(partial), pytest.raises(Refused, match="another import is writing it"):
+    with locked(partial), pytest.raises(ConfigError, match="another import is writing it"):
         import_command(tmp_path / "out", tmp_path / "imported")
     import_command(tmp_path / "out", tmp_path / "imported")
     assert {path.name for path in tmp_path.iterdir()} == {"out", "imported"}

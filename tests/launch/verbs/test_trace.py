@@ -38,7 +38,7 @@ def test_terms_and_picture_of_a_run(run_dir: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    ("content", "field", "remedy"),
+    ("content", "field", "hint"),
     [
         (None, "TRACE", "telemetry.trace=true"),
         ("not JSON", "TRACE", "no timeline"),
@@ -47,7 +47,7 @@ def test_terms_and_picture_of_a_run(run_dir: Path, capsys: pytest.CaptureFixture
     ],
 )
 def test_what_cannot_be_drawn_is_refused(
-    content: str | None, field: str, remedy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: str | None, field: str, hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if content is not None:
         (tmp_path / "trace").mkdir()
@@ -55,7 +55,7 @@ def test_what_cannot_be_drawn_is_refused(
     assert run(tmp_path, "--svg", tmp_path / "pair.svg") == 2
     message = capsys.readouterr().err
     assert f"{field} = " in message
-    assert remedy in message
+    assert hint in message
     assert not (tmp_path / "pair.svg").exists()
 
 

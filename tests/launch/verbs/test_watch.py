@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.launch.cli import main
 from shoestring.launch.report.follow import Follower
 from shoestring.launch.report.watch_frame import SILENT_SECONDS, frame, spark
@@ -167,7 +167,7 @@ def test_a_launcher_that_was_killed_is_missed(tmp_path: Path) -> None:
 
 def test_another_place_is_refused(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(Refused, match="RUN = "):
+        with pytest.raises(ConfigError, match="RUN = "):
             watch(place, Console(file=io.StringIO()), once=True)
 
 

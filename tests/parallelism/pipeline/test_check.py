@@ -9,7 +9,7 @@ import pytest
 
 from shoestring.parallelism.pipeline.check import check
 from shoestring.parallelism.pipeline.placement import Placement, Route
-from shoestring.parallelism.pipeline.program import Instruction, Op, Program, ProgramError, Work, in_flight
+from shoestring.parallelism.pipeline.program import Instruction, MicroBatchWork, Op, Program, ProgramError, in_flight
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_program
 
 Row = list[Instruction]
@@ -85,7 +85,7 @@ def test_the_turn_of_a_v_hands_over_in_order() -> None:
 
 
 def test_the_halves_of_a_pair_must_not_need_each_other() -> None:
-    pair = Instruction(Op.FB, forward=Work(0, 0), backward=Work(0, 0))
+    pair = Instruction(Op.FB, forward=MicroBatchWork(0, 0), backward=MicroBatchWork(0, 0))
     with pytest.raises(ProgramError, match="needs the forward of chunk 0 micro-batch 0 before it"):
         check(Program("by hand", Placement(Route.LOOP, 1, 1), 1, ((pair,),)))
 
@@ -120,7 +120,7 @@ def test_nonsense_is_named() -> None:
     program = build_program("gpipe", 2, 2)
     with pytest.raises(ProgramError, match="1 lists of instructions for 2 ranks"):
         check(replace(program, instructions=program.instructions[:1]))
-    for work in (Work(1, 0), Work(0, 2), Work(0, -1)):
+    for work in (MicroBatchWork(1, 0), MicroBatchWork(0, 2), MicroBatchWork(0, -1)):
         with pytest.raises(ProgramError, match=r"rank 0, instruction 4 .* no such chunk or micro-batch"):
             check(changed(program, 0, appended(Instruction(Op.F, work))))
     with pytest.raises(ProgramError, match="5 micro-batches cannot be halved"):
@@ -131,7 +131,7 @@ def test_nonsense_is_named() -> None:
     ("op", "given"), [(Op.F, (False, True)), (Op.FB, (True, False)), (Op.W, (True, False)), (Op.B, (False, False))]
 )
 def test_an_instruction_has_the_works_of_its_op(op: Op, given: tuple[bool, bool]) -> None:
-    works = [Work(0, 0) if there else None for there in given]
+    works = [MicroBatchWork(0, 0) if there else None for there in given]
     with pytest.raises(ValueError, match=f"{op} with"):
         Instruction(op, *works)
 

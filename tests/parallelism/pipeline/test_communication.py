@@ -6,9 +6,9 @@ from collections import defaultdict
 
 import pytest
 
-from shoestring.parallelism.pipeline.communication import Edge, Payload, edges
+from shoestring.parallelism.pipeline.communication import P2POp, Payload, edges
 from shoestring.parallelism.pipeline.placement import Direction
-from shoestring.parallelism.pipeline.program import Op, Program, Work
+from shoestring.parallelism.pipeline.program import MicroBatchWork, Op, Program
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_program
 
 PROGRAMS = [
@@ -23,7 +23,7 @@ def named(program: Program) -> str:
     return f"{program.schedule}-{program.ranks}"
 
 
-def short(edge: Edge) -> str:
+def short(edge: P2POp) -> str:
     return f"{edge.payload.value[0]}{edge.micro_batch} {edge.source.rank}>{edge.target.rank} {edge.direction}"
 
 
@@ -78,7 +78,7 @@ def test_every_message_is_posted_once_at_both_ends_in_one_order(program: Program
 def test_what_is_needed_has_been_received_and_what_is_sent_has_been_made(program: Program) -> None:
     for rank, commits in enumerate(edges(program)):
         row = program.instructions[rank]
-        here: set[Edge] = set()
+        here: set[P2POp] = set()
         assert len(commits) == len(row) + 1
         for index, commit in enumerate(commits):
             here.update(commit.receives)
@@ -125,5 +125,8 @@ def test_what_stays_on_a_rank_is_no_edge() -> None:
 def test_chunks_are_numbered_by_the_rank_at_each_end() -> None:
     posted = edges(build_program("interleaved", 2, 2))[1]
     wrapped = [edge for commit in posted for edge in commit.sends if edge.source.chunk < edge.target.chunk]
-    assert [(edge.sent, edge.received) for edge in wrapped] == [(Work(0, 0), Work(1, 0)), (Work(0, 1), Work(1, 1))]
+    assert [(edge.sent, edge.received) for edge in wrapped] == [
+        (MicroBatchWork(0, 0), MicroBatchWork(1, 0)),
+        (MicroBatchWork(0, 1), MicroBatchWork(1, 1)),
+    ]
     assert str(wrapped[0]) == "activation of micro-batch 0 from rank 1 chunk 0 to rank 0 chunk 1"

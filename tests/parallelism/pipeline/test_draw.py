@@ -10,7 +10,7 @@ import pytest
 from shoestring.launch.report.schedule_svg import svg_timeline
 from shoestring.parallelism.pipeline.draw import ascii_timeline, to_json
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_program
-from shoestring.parallelism.pipeline.simulate import UnitTimes, replay
+from shoestring.parallelism.pipeline.simulate import UnitTimes, simulate_program
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -48,7 +48,7 @@ def test_json_of_dualpipe_counts_ranks_and_numbers_micro_batches_a_direction() -
 
 
 def test_ascii_is_to_scale() -> None:
-    assert ascii_timeline(replay(build_program("one_f_one_b", 2, 2), UnitTimes())).splitlines() == [
+    assert ascii_timeline(simulate_program(build_program("one_f_one_b", 2, 2), UnitTimes())).splitlines() == [
         "one_f_one_b: 2 ranks, 2 micro-batches",
         "rank 0 |F0 F1 ......B0--- ...B1--- | bubble 3, in flight 2",
         "rank 1 |...F0 B0--- F1 B1--- ......| bubble 3, in flight 1",
@@ -57,9 +57,9 @@ def test_ascii_is_to_scale() -> None:
 
 
 def test_ascii_tells_chunks_apart() -> None:
-    two = ascii_timeline(replay(build_program("dualpipe", 2, 4), UnitTimes()))
+    two = ascii_timeline(simulate_program(build_program("dualpipe", 2, 4), UnitTimes()))
     assert "|F0 f0 F1 b0--- f1B0---- " in two
-    three = ascii_timeline(replay(build_program("interleaved", 1, 1, 3), UnitTimes()))
+    three = ascii_timeline(simulate_program(build_program("interleaved", 1, 1, 3), UnitTimes()))
     assert "|F0a F0b F0c B0c---- B0b---- B0a---- |" in three
 
 
@@ -68,7 +68,8 @@ def test_ascii_tells_chunks_apart() -> None:
 def test_ascii_rows_are_equally_long_and_name_every_instruction(schedule: str, times: UnitTimes) -> None:
     program = build_program(schedule, 4, 12)
     rows = [
-        line[line.index("|") : line.rindex("|")] for line in ascii_timeline(replay(program, times)).splitlines()[1:-1]
+        line[line.index("|") : line.rindex("|")]
+        for line in ascii_timeline(simulate_program(program, times)).splitlines()[1:-1]
     ]
     assert len({len(row) for row in rows}) == 1
     for row, instructions in zip(rows, program.instructions, strict=True):
@@ -78,7 +79,7 @@ def test_ascii_rows_are_equally_long_and_name_every_instruction(schedule: str, t
 @pytest.mark.parametrize("schedule", [each.name for each in SCHEDULES])
 def test_svg_has_a_box_for_every_instruction_inside_the_picture(schedule: str) -> None:
     program = build_program(schedule, 4, 12)
-    text = svg_timeline(replay(program, UnitTimes()), note="F = 1 & more")
+    text = svg_timeline(simulate_program(program, UnitTimes()), note="F = 1 & more")
     root = ElementTree.fromstring(text)
     titles = [title.text or "" for title in root.iter(f"{SVG}title")]
     assert len(titles) == sum(map(len, program.instructions))
@@ -94,12 +95,12 @@ def test_svg_has_a_box_for_every_instruction_inside_the_picture(schedule: str) -
 
 
 def test_svg_of_a_long_program_stays_readable_and_of_a_paper_s_width() -> None:
-    root = ElementTree.fromstring(svg_timeline(replay(build_program("dualpipe", 16, 120), UnitTimes())))
+    root = ElementTree.fromstring(svg_timeline(simulate_program(build_program("dualpipe", 16, 120), UnitTimes())))
     assert float(root.attrib["width"]) < 3000
 
 
 def test_svg_gives_in_flight_and_bubble_a_column() -> None:
-    root = ElementTree.fromstring(svg_timeline(replay(build_program("one_f_one_b", 4, 8), UnitTimes())))
+    root = ElementTree.fromstring(svg_timeline(simulate_program(build_program("one_f_one_b", 4, 8), UnitTimes())))
     words = [text.text for text in root.iter(f"{SVG}text")]
     assert words[words.index("chunks, peak") + 1 :][:4] == ["4", "3", "2", "1"]
     assert words[words.index("bubble") + 2 :][:4] == ["9"] * 4

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.comm.errors import CollectiveFailed
+from shoestring.comm.errors import CollectiveError
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.p2p import Incoming, Lane, Outgoing
+from shoestring.comm.p2p import Incoming, Outgoing, P2PChannel
 from shoestring.comm.topology import Topology
 from shoestring.parallelism.pipeline.executor import Executor, Steps, open_lanes
-from shoestring.parallelism.pipeline.placement import Place
+from shoestring.parallelism.pipeline.placement import StagePlace
 from shoestring.parallelism.pipeline.program import Program
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_forward, build_placement, build_program
-from shoestring.parallelism.pipeline.simulate import UnitTimes, replay
+from shoestring.parallelism.pipeline.simulate import UnitTimes, simulate_program
 from shoestring.parallelism.weight_grad import WeightGradients, linear
 from shoestring.tests.processes import RanksFailed, World, run_processes
 
@@ -73,7 +73,7 @@ class ProductStage:
 
 def stages_of(program: Program, rank: int) -> list[ProductStage]:
     placement = program.placement
-    places = [Place(rank, chunk) for chunk in range(placement.chunks)]
+    places = [StagePlace(rank, chunk) for chunk in range(placement.chunks)]
     return [
         ProductStage(
             weight_of(placement.stage(place)).requires_grad_(), placement.is_first(place), placement.is_last(place)
@@ -82,7 +82,7 @@ def stages_of(program: Program, rank: int) -> list[ProductStage]:
     ]
 
 
-def open_executor(world: World, program: Program, limit: float = 30) -> tuple[Executor, list[Lane]]:
+def open_executor(world: World, program: Program, limit: float = 30) -> tuple[Executor, list[P2PChannel]]:
     topology = Topology(pp=world.size)
     groups = ProcessGroups.create(topology, world.rank, timedelta(seconds=limit))
     lanes = open_lanes(groups, torch.device("cpu"))
@@ -102,7 +102,7 @@ def run_twice(world: World, schedule: str, micro_batches: int) -> list[tuple[int
     result = []
     for chunk, stage in enumerate(stages):
         assert stage.weight.grad is not None
-        result.append((program.placement.stage(Place(world.rank, chunk)), stage.weight.grad, stage.diary))
+        result.append((program.placement.stage(StagePlace(world.rank, chunk)), stage.weight.grad, stage.diary))
     return result
 
 
@@ -172,7 +172,7 @@ def test_forwards_of_any_number_come_to_their_end(schedule: str, ranks: int) -> 
     placement = build_placement(schedule, ranks)
     for rounds in range(1, 5 * ranks):
         program = build_forward(placement, rounds)
-        times = replay(program, UnitTimes())
+        times = simulate_program(program, UnitTimes())
         places = program.placement.stages // ranks
         assert all(len(ends) == places * rounds for ends in times.ends)
 
@@ -233,7 +233,7 @@ def silent_neighbour(world: World) -> str:
     executor, lanes = open_executor(world, program, limit=1)
     if world.rank == 0:
         return ""  # never sends
-    with pytest.raises(CollectiveFailed) as failure:
+    with pytest.raises(CollectiveError) as failure:
         executor.run(stages_of(program, world.rank))
     for lane in lanes:
         lane.close()
@@ -247,15 +247,15 @@ def neighbour_that_leaves(world: World) -> list[str]:
         torch.distributed.destroy_process_group()
         return []
 
-    def ask(lane: Lane) -> None:
+    def ask(lane: P2PChannel) -> None:
         lane.post([], [Incoming("an answer", lambda: torch.zeros(1), 1)])[0].wait()
 
-    def tell(lane: Lane) -> None:
+    def tell(lane: P2PChannel) -> None:
         lane.post([Outgoing("a message", torch.zeros(1), 1)], [])
 
     heard = []
     for post in (ask, tell, ask):
-        with pytest.raises(CollectiveFailed) as failure:
+        with pytest.raises(CollectiveError) as failure:
             post(lanes[0])
         heard.append(str(failure.value))
     return heard

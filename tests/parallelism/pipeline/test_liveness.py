@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shoestring.parallelism.pipeline.communication import edges
-from shoestring.parallelism.pipeline.liveness import Held, Moment, between, moments
+from shoestring.parallelism.pipeline.liveness import LiveCounts, LiveInstruction, between, moments
 from shoestring.parallelism.pipeline.program import Op, in_flight
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_placement, build_program
 
@@ -25,7 +25,7 @@ def test_zero_bubble_by_hand() -> None:
     assert ops == [Op.F, Op.F, Op.I, Op.W, Op.I, Op.W]
     found = moments(program, 0, first)
     # While the second F runs, what the first has made is on its way, and there is room for the first gradient.
-    assert Moment(Op.F, 0, None, Held((1,), (0,), 2)) in found
+    assert LiveInstruction(Op.F, 0, None, LiveCounts((1,), (0,), 2)) in found
     assert {moment.held.alive for moment in found if moment.op is Op.I} == {(1,)}
     assert {moment.held.waiting for moment in found if moment.op is Op.W} == {(0,)}  # its own is not among others'
     assert max(held.alive[0] for held in between(program, 0, first)) == 2

@@ -7,7 +7,7 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.parallelism.pipeline.partition import Partition, partition
 
 
@@ -70,8 +70,8 @@ def test_a_layout_overrides_the_search() -> None:
 def test_impossible_splits_are_refused_with_everything_wrong(
     layers: int, stages: int, layout: list[int] | None, remedies: list[str]
 ) -> None:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(ConfigError) as caught:
         partition([1.0] * layers, stages, layout=layout)
     assert len(caught.value.problems) == len(remedies)
     for problem, words in zip(caught.value.problems, remedies, strict=True):
-        assert words in problem.remedy
+        assert words in problem.hint

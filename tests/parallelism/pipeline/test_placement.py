@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shoestring.parallelism.pipeline.placement import Direction, Place, Placement, Route
+from shoestring.parallelism.pipeline.placement import Direction, Placement, Route, StagePlace
 
 LOOP, V, BIDIRECTIONAL = Route.LOOP, Route.V, Route.BIDIRECTIONAL
 EVERY = [
@@ -18,7 +18,7 @@ EVERY = [
 ]
 
 
-def path(placement: Placement, place: Place) -> list[tuple[int, int]]:
+def path(placement: Placement, place: StagePlace) -> list[tuple[int, int]]:
     """Every (rank, chunk) from `place` to the last stage."""
     visited, here = [], place
     while True:
@@ -30,11 +30,11 @@ def path(placement: Placement, place: Place) -> list[tuple[int, int]]:
 
 
 def test_the_way_of_a_micro_batch() -> None:
-    assert path(Placement(LOOP, 2, 2), Place(0, 0)) == [(0, 0), (1, 0), (0, 1), (1, 1)]
-    assert path(Placement(V, 3, 2), Place(0, 0)) == [(0, 0), (1, 0), (2, 0), (2, 1), (1, 1), (0, 1)]
-    assert path(Placement(V, 1, 2), Place(0, 0)) == [(0, 0), (0, 1)]
-    assert path(Placement(BIDIRECTIONAL, 4, 2), Place(0, 0)) == [(0, 0), (1, 0), (2, 0), (3, 0)]
-    assert path(Placement(BIDIRECTIONAL, 4, 2), Place(3, 1)) == [(3, 1), (2, 1), (1, 1), (0, 1)]
+    assert path(Placement(LOOP, 2, 2), StagePlace(0, 0)) == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    assert path(Placement(V, 3, 2), StagePlace(0, 0)) == [(0, 0), (1, 0), (2, 0), (2, 1), (1, 1), (0, 1)]
+    assert path(Placement(V, 1, 2), StagePlace(0, 0)) == [(0, 0), (0, 1)]
+    assert path(Placement(BIDIRECTIONAL, 4, 2), StagePlace(0, 0)) == [(0, 0), (1, 0), (2, 0), (3, 0)]
+    assert path(Placement(BIDIRECTIONAL, 4, 2), StagePlace(3, 1)) == [(3, 1), (2, 1), (1, 1), (0, 1)]
 
 
 @pytest.mark.parametrize("placement", EVERY, ids=str)
@@ -59,8 +59,8 @@ def test_every_stage_has_its_holders(placement: Placement) -> None:
 def test_mirrored_ranks_hold_the_same_two_stages() -> None:
     placement = Placement(BIDIRECTIONAL, 6, 2)
     for rank in range(6):
-        stages = {placement.stage(Place(rank, chunk)) for chunk in range(2)}
-        assert stages == {placement.stage(Place(5 - rank, chunk)) for chunk in range(2)} == {rank, 5 - rank}
+        stages = {placement.stage(StagePlace(rank, chunk)) for chunk in range(2)}
+        assert stages == {placement.stage(StagePlace(5 - rank, chunk)) for chunk in range(2)} == {rank, 5 - rank}
 
 
 def test_who_can_share_embedding_and_head() -> None:

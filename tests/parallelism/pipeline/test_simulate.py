@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from shoestring.parallelism.pipeline.check import check
-from shoestring.parallelism.pipeline.communication import Edge, edges
+from shoestring.parallelism.pipeline.communication import P2POp, edges
 from shoestring.parallelism.pipeline.program import Instruction, Op, Program, ProgramError
 from shoestring.parallelism.pipeline.schedules.registry import build_program
-from shoestring.parallelism.pipeline.simulate import UnitTimes, replay
+from shoestring.parallelism.pipeline.simulate import UnitTimes, simulate_program
 
 Formula = Callable[[int, UnitTimes], float]
 
@@ -56,7 +56,7 @@ def test_bubble_and_peak_are_exact_on_every_rank_with_equal_times(schedule: str)
     times = UnitTimes()
     for program in programs(schedule, range(1, 17)):
         expected = formula(program.ranks, times)
-        assert replay(program, times).bubbles == pytest.approx([expected] * program.ranks, abs=1e-9)
+        assert simulate_program(program, times).bubbles == pytest.approx([expected] * program.ranks, abs=1e-9)
         peaks = check(program)
         assert max(peaks) == peak(program.ranks, program.micro_batches)
         if schedule in EQUAL_PEAKS:
@@ -69,7 +69,7 @@ def test_with_overlap_the_formula_is_the_largest_bubble(schedule: str, pair: flo
     times = UnitTimes(pair=pair)
     for program in programs(schedule, range(1, 13)):
         expected = FORMULAS[schedule][0](program.ranks, times)
-        assert max(replay(program, times).bubbles) == pytest.approx(expected, abs=1e-9)
+        assert max(simulate_program(program, times).bubbles) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("times", [UnitTimes(2, 3, 1), UnitTimes(1, 1.6, 0.8), UnitTimes(2, 1, 1)], ids=str)
@@ -77,21 +77,21 @@ def test_with_overlap_the_formula_is_the_largest_bubble(schedule: str, pair: flo
 def test_one_way_formulas_hold_with_any_times_that_fit(schedule: str, times: UnitTimes) -> None:
     for program in programs(schedule, range(1, 13)):
         expected = FORMULAS[schedule][0](program.ranks, times)
-        assert replay(program, times).bubbles == pytest.approx([expected] * program.ranks, abs=1e-9)
+        assert simulate_program(program, times).bubbles == pytest.approx([expected] * program.ranks, abs=1e-9)
 
 
 @pytest.mark.parametrize("times", [UnitTimes(1, 1.6, 0.8, pair=2.6), UnitTimes(1, 2, 1), UnitTimes(2, 3, 1)], ids=str)
 @pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
 def test_with_weight_gradients_shorter_than_the_rest_the_formula_is_a_bound(schedule: str, times: UnitTimes) -> None:
     for program in programs(schedule, range(2, 13)):
-        largest = max(replay(program, times).bubbles)
+        largest = max(simulate_program(program, times).bubbles)
         bound = FORMULAS[schedule][0](program.ranks, times)
         assert 0.7 * bound <= largest <= bound + 1e-9
 
 
 def test_dualpipe_of_deepseek_v3_with_unequal_times() -> None:
     # The figures of an independent simulation of the published program.
-    bubbles = replay(build_program("dualpipe", 16, 120), UnitTimes(1, 1.6, 0.8, pair=2.6)).bubbles
+    bubbles = simulate_program(build_program("dualpipe", 16, 120), UnitTimes(1, 1.6, 0.8, pair=2.6)).bubbles
     assert bubbles[:8] == pytest.approx([12.4, 13.2, 14.0, 14.8, 15.6, 16.4, 17.2, 17.2])
     assert bubbles[8:] == pytest.approx(bubbles[:8][::-1])
 
@@ -101,12 +101,12 @@ def test_rendezvous_costs_no_time(schedule: str) -> None:
     """Sends that wait for their receives hold nothing up: it takes as long as with unlimited buffers."""
     for times in (UnitTimes(), UnitTimes(1, 1.6, 0.8, pair=2.6), UnitTimes(2, 1, 1)):
         for program in programs(schedule, range(2, 9, 2)):
-            assert replay(program, times).makespan == makespan_with_unlimited_buffers(program, times)
+            assert simulate_program(program, times).makespan == makespan_with_unlimited_buffers(program, times)
 
 
 def makespan_with_unlimited_buffers(program: Program, times: UnitTimes) -> float:
     commits = edges(program)
-    made: dict[Edge, float] = {}
+    made: dict[P2POp, float] = {}
     ends: list[list[float]] = [[] for _ in program.instructions]
     moved = True
     while moved:
@@ -121,7 +121,7 @@ def makespan_with_unlimited_buffers(program: Program, times: UnitTimes) -> float
 
 
 def test_times_by_hand() -> None:
-    result = replay(build_program("one_f_one_b", 2, 2), UnitTimes(1, 1, 1))
+    result = simulate_program(build_program("one_f_one_b", 2, 2), UnitTimes(1, 1, 1))
     assert result.starts == ((0.0, 1.0, 4.0, 7.0), (1.0, 2.0, 4.0, 5.0))  # F0 F1 B0 B1 and F0 B0 F1 B1
     assert result.ends == ((1.0, 2.0, 6.0, 9.0), (2.0, 4.0, 5.0, 7.0))
     assert result.makespan == 9
@@ -134,13 +134,13 @@ def test_durations_may_depend_on_the_rank() -> None:
     def slow_last(rank: int, instruction: Instruction) -> float:
         return 2.0 if rank == 1 and instruction.op is Op.F else 1.0
 
-    assert replay(build_program("gpipe", 2, 2), slow_last).makespan == 1 + 2 * 2 + 2 * 1 + 1
+    assert simulate_program(build_program("gpipe", 2, 2), slow_last).makespan == 1 + 2 * 2 + 2 * 1 + 1
 
 
 def test_a_transfer_takes_its_time() -> None:
     program = build_program("one_f_one_b", 2, 1)
-    assert replay(program, UnitTimes()).makespan == 6
-    assert replay(program, UnitTimes(), transfer=0.25).makespan == 6.5
+    assert simulate_program(program, UnitTimes()).makespan == 6
+    assert simulate_program(program, UnitTimes(), transfer=0.25).makespan == 6.5
 
 
 def test_a_deadlock_ends_the_replay() -> None:
@@ -148,7 +148,7 @@ def test_a_deadlock_ends_the_replay() -> None:
     f0, b0, f1, b1, f2, b2 = program.instructions[1]
     broken = Program(program.schedule, program.placement, 3, (program.instructions[0], (f0, f1, f2, b0, b1, b2)))
     with pytest.raises(ProgramError, match="deadlock"):
-        replay(broken, UnitTimes())
+        simulate_program(broken, UnitTimes())
 
 
 def test_unit_times_add_up() -> None:

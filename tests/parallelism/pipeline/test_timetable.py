@@ -1,4 +1,4 @@
-"""The fast twin of `replay` gives its times, to the last bit."""
+"""The fast twin of `simulate_program` gives its times, to the last bit."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from shoestring.parallelism.pipeline.program import Instruction, Op, Program, ProgramError, Work
+from shoestring.parallelism.pipeline.program import Instruction, MicroBatchWork, Op, Program, ProgramError
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_forward, build_program
-from shoestring.parallelism.pipeline.simulate import replay
+from shoestring.parallelism.pipeline.simulate import simulate_program
 from shoestring.parallelism.pipeline.timetable import Timetable
 
 
@@ -29,7 +29,7 @@ def test_times_equal_those_of_replay(schedule: str, ranks: int) -> None:
 
     timetable = Timetable.of(program)
     for transfer in (0.0, 0.25):
-        slow, fast = replay(program, duration, transfer), timetable.replay(duration, transfer)
+        slow, fast = simulate_program(program, duration, transfer), timetable.replay(duration, transfer)
         assert slow.starts == fast.starts
         assert slow.ends == fast.ends
 
@@ -38,13 +38,16 @@ def test_forwards_alone() -> None:
     program = build_forward(build_program("interleaved", 3, 6).placement, 6)
     assert (
         Timetable.of(program).replay(lambda rank, _: 1.0 + rank, 0.5).ends
-        == replay(program, lambda rank, _: 1.0 + rank, 0.5).ends
+        == simulate_program(program, lambda rank, _: 1.0 + rank, 0.5).ends
     )
 
 
 def test_a_deadlock_is_found() -> None:
     program = build_program("one_f_one_b", 2, 2)
     first, second = program.instructions
-    backwards_first = (Instruction(Op.B, backward=Work(0, 0)), *(e for e in first if e.backward != Work(0, 0)))
+    backwards_first = (
+        Instruction(Op.B, backward=MicroBatchWork(0, 0)),
+        *(e for e in first if e.backward != MicroBatchWork(0, 0)),
+    )
     with pytest.raises(ProgramError, match="deadlock"):
         Timetable.of(Program("broken", program.placement, 2, (backwards_first, second)))

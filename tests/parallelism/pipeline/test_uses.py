@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shoestring.parallelism.pipeline.liveness import first_use, first_use_anywhere, last_use, last_use_anywhere
-from shoestring.parallelism.pipeline.placement import Place
+from shoestring.parallelism.pipeline.placement import StagePlace
 from shoestring.parallelism.pipeline.program import Op
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_program
 
@@ -15,7 +15,7 @@ def test_a_stage_is_used_from_its_first_forward_to_its_last_backward(name: str) 
     program = build_program(name, 4, 8)
     for rank, instructions in enumerate(program.instructions):
         for chunk in range(program.chunks):
-            stages = [program.placement.stage(Place(rank, chunk))]
+            stages = [program.placement.stage(StagePlace(rank, chunk))]
             first, last = first_use(program, rank, stages), last_use(program, rank, stages)
             forwards = [i for i, each in enumerate(instructions) if each.forward and each.forward.chunk == chunk]
             backwards = [i for i, each in enumerate(instructions) if each.backward and each.backward.chunk == chunk]
@@ -33,6 +33,6 @@ def test_of_two_chunks_one_is_done_while_the_other_still_runs(name: str) -> None
     """What there is to overlap a reduction with, and likewise the arrival of weights."""
     program = build_program(name, 4, 8)
     for rank, instructions in enumerate(program.instructions):
-        stages = [[program.placement.stage(Place(rank, chunk))] for chunk in range(2)]
+        stages = [[program.placement.stage(StagePlace(rank, chunk))] for chunk in range(2)]
         assert min(last_use(program, rank, each) for each in stages) < len(instructions) - 1
         assert max(first_use(program, rank, each) for each in stages) > 0

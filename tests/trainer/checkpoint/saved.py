@@ -17,7 +17,7 @@ from shoestring.trainer.checkpoint.names import BIAS, model_pieces, whole_model
 from shoestring.trainer.checkpoint.opened import Checkpoint
 from shoestring.trainer.checkpoint.pieces import AVERAGE, MODEL
 from shoestring.trainer.checkpoint.saver import Saver
-from shoestring.trainer.checkpoint.store import CheckpointStore, Cover
+from shoestring.trainer.checkpoint.store import CheckpointExtras, CheckpointStore
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.model import Model
 
@@ -38,7 +38,7 @@ def save_model(
     if average is not None:
         own = (piece for piece in model_pieces(average) if not piece.name.endswith(BIAS))
         pieces += (replace(piece, name=AVERAGE + piece.name.removeprefix(MODEL)) for piece in own)
-    saver.begin(step, pieces, Cover(facts, attachments or {}, names_of(model.config)))
+    saver.begin(step, pieces, CheckpointExtras(facts, attachments or {}, names_of(model.config)))
     saved = saver.finish()
     saver.close()
     assert saved is not None

@@ -13,7 +13,7 @@ import pytest
 from shoestring.tests.trainer.checkpoint.test_store import WORLD, names, pieces, save, tensors
 from shoestring.trainer.checkpoint import saver as saving
 from shoestring.trainer.checkpoint.saver import Saver
-from shoestring.trainer.checkpoint.store import CheckpointStore, Cover
+from shoestring.trainer.checkpoint.store import CheckpointExtras, CheckpointStore
 
 MB = 2**20
 
@@ -85,7 +85,7 @@ def test_what_crashes_have_left_is_cleared(tmp_path: Path) -> None:
 def test_a_run_directory_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2)
     saver = Saver(store, WORLD)
-    saver.begin(1, pieces(tensors()), Cover())
+    saver.begin(1, pieces(tensors()), CheckpointExtras())
     assert (saved := saver.finish()) is not None
     assert "No such file or directory" in str(saved.failure)
     assert not (tmp_path / "run").exists()
@@ -99,14 +99,14 @@ def test_saves_that_fail_in_a_row_are_counted(tmp_path: Path, number: int, is_ho
     with patch.object(saving, "write_share", side_effect=OSError(number, "no")):
         for step in (1, 2, 3):
             assert not saver.is_hopeless(3)
-            saver.begin(step, pieces(tensors()), Cover())
+            saver.begin(step, pieces(tensors()), CheckpointExtras())
             saver.finish()
         assert saver.is_hopeless(3) == is_hopeless
         with patch.object(saving, "FULL_DISK_SECONDS", 0.0):
-            saver.begin(4, pieces(tensors()), Cover())
+            saver.begin(4, pieces(tensors()), CheckpointExtras())
             saver.finish()
         assert saver.is_hopeless(4)
-    saver.begin(5, pieces(tensors()), Cover())
+    saver.begin(5, pieces(tensors()), CheckpointExtras())
     saver.finish()
     assert not saver.is_hopeless(1)
     saver.close()

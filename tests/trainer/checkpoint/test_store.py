@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.comm.groups import Group, ProcessGroups
 from shoestring.comm.host import HostMemory
 from shoestring.comm.topology import Topology
@@ -27,9 +27,17 @@ from shoestring.tests.launch.refusals import refused
 from shoestring.tests.processes import World, run_processes
 from shoestring.trainer.checkpoint.find import find_checkpoint
 from shoestring.trainer.checkpoint.manifest import Damaged
-from shoestring.trainer.checkpoint.pieces import EXP_AVG, MODEL, Part, Piece, part_pieces, whole_pieces, written_by
+from shoestring.trainer.checkpoint.pieces import (
+    EXP_AVG,
+    MODEL,
+    Piece,
+    StateSlice,
+    part_pieces,
+    whole_pieces,
+    written_by,
+)
 from shoestring.trainer.checkpoint.saver import Saved, Saver
-from shoestring.trainer.checkpoint.store import CheckpointStore, Cover
+from shoestring.trainer.checkpoint.store import CheckpointExtras, CheckpointStore
 
 WORLD = Group((0,), None, 0, timedelta(seconds=1))
 
@@ -48,7 +56,9 @@ def pieces(state: dict[str, Tensor]) -> list[Piece]:
 
 def save(store: CheckpointStore, step: int, state: dict[str, Tensor] | None = None) -> Saved | None:
     saver = Saver(store, WORLD)
-    saver.begin(step, pieces(tensors() if state is None else state), Cover({"step": step}, {"note.txt": b"words"}))
+    saver.begin(
+        step, pieces(tensors() if state is None else state), CheckpointExtras({"step": step}, {"note.txt": b"words"})
+    )
     saved = saver.finish()
     saver.close()
     return saved
@@ -78,7 +88,7 @@ def test_the_step_waits_for_the_copy_alone(tmp_path: Path) -> None:
     """What the training changes after `begin` is not in the checkpoint."""
     store, saver = CheckpointStore(tmp_path, keep=2), Saver(CheckpointStore(tmp_path, keep=2), WORLD)
     state = tensors()
-    saver.begin(1, pieces(state), Cover())
+    saver.begin(1, pieces(state), CheckpointExtras())
     for tensor in state.values():
         tensor.zero_()
     assert saver.finish() == Saved(1, store.path(1), None)
@@ -100,7 +110,7 @@ def test_the_memory_for_copies_is_had_beside_the_training(tmp_path: Path) -> Non
     with patch("shoestring.comm.host.torch.empty", empty):
         saver.reserve(pieces(large))
         threading.Timer(0.1, may_go_on.set).start()
-        saver.begin(1, pieces(large), Cover())
+        saver.begin(1, pieces(large), CheckpointExtras())
         assert saver.finish() == Saved(1, tmp_path / "step_00000001", None)
     saver.close()
     assert [name.split("_")[0] for name in made] == ["checkpoint"]
@@ -132,7 +142,7 @@ def test_for_a_gpu_the_memory_for_copies_is_pinned_at_its_size(tmp_path: Path) -
     with patch(f"{where}._any_on_gpu", return_value=True), patch(f"{where}.torch.cuda.synchronize") as copied:
         saver.reserve(pieces(large))
         assert list(pages.pinned.values()) == [-(-400_000 // mmap.PAGESIZE) * mmap.PAGESIZE]
-        saver.begin(1, pieces(large), Cover())
+        saver.begin(1, pieces(large), CheckpointExtras())
         copied.assert_called_once()
         assert saver.finish() == Saved(1, tmp_path / "step_00000001", None)
     saver.close()
@@ -143,7 +153,7 @@ def test_for_a_gpu_the_memory_for_copies_is_pinned_at_its_size(tmp_path: Path) -
 def test_poll_tells_once_when_a_save_has_ended(tmp_path: Path) -> None:
     saver = Saver(CheckpointStore(tmp_path, keep=2), WORLD)
     assert saver.poll(*saver.votes()) is None
-    saver.begin(1, pieces(tensors()), Cover())
+    saver.begin(1, pieces(tensors()), CheckpointExtras())
     while (saved := saver.poll(*saver.votes())) is None:
         os.sched_yield()
     assert saved == Saved(1, tmp_path / "step_00000001", None)
@@ -222,11 +232,11 @@ def test_a_save_waits_until_the_oldest_checkpoint_is_gone(tmp_path: Path, monkey
 
     monkeypatch.setattr("shoestring.trainer.checkpoint.store.shutil.rmtree", slow)
     for step in (1, 2):
-        saver.begin(step, pieces(tensors()), Cover({"step": step}))
+        saver.begin(step, pieces(tensors()), CheckpointExtras({"step": step}))
         assert saver.finish() == Saved(step, store.path(step), None)
     assert "step_00000002" in names(tmp_path)
     threading.Timer(0.1, may_go_on.set).start()
-    saver.begin(3, pieces(tensors()), Cover({"step": 3}))
+    saver.begin(3, pieces(tensors()), CheckpointExtras({"step": 3}))
     assert saver.finish() == Saved(3, store.path(3), None)
     saver.close()
     assert names(tmp_path) == ["step_00000003"]
@@ -241,7 +251,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_refused_and_not_called_damaged(
         raise OSError(errno.EIO, "Input/output error", str(path))
 
     monkeypatch.setattr("shoestring.trainer.checkpoint.manifest.read_text", fail)
-    with pytest.raises(Refused, match=r"Input/output error.*cannot be read now; nothing was changed"):
+    with pytest.raises(ConfigError, match=r"Input/output error.*cannot be read now; nothing was changed"):
         find_checkpoint(tmp_path)
 
 
@@ -303,7 +313,7 @@ def test_a_disk_that_is_full_ends_the_save_and_frees_its_place(tmp_path: Path) -
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # the kernel refuses what is beyond
     try:
-        saver.begin(2, pieces({"large": torch.zeros(10_000)}), Cover())
+        saver.begin(2, pieces({"large": torch.zeros(10_000)}), CheckpointExtras())
         saved = saver.finish()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -311,10 +321,10 @@ def test_a_disk_that_is_full_ends_the_save_and_frees_its_place(tmp_path: Path) -
     assert saved.failure == f"rank 0: [Errno {errno.EFBIG}] File too large"
     assert names(tmp_path) == ["step_00000001"]
     with patch("shoestring.trainer.checkpoint.store.Path.mkdir", side_effect=OSError(errno.ENOSPC, "No space left")):
-        saver.begin(3, pieces(tensors()), Cover())
+        saver.begin(3, pieces(tensors()), CheckpointExtras())
         assert (saved := saver.finish()) is not None
         assert "No space left" in str(saved.failure)
-    saver.begin(4, pieces(tensors()), Cover())
+    saver.begin(4, pieces(tensors()), CheckpointExtras())
     assert saver.finish() == Saved(4, store.path(4), None)
     saver.close()
 
@@ -323,7 +333,7 @@ def slices(parameter: Tensor, ranks: int, rank: int) -> list[Piece]:
     """A stack of experts as an optimizer that is sharded over `ranks` holds it: runs that end inside of an expert."""
     flat = parameter.view(-1)
     size = -(-flat.numel() // ranks)
-    part = Part(EXP_AVG, "experts", rank * size, flat[rank * size : (rank + 1) * size])
+    part = StateSlice(EXP_AVG, "experts", rank * size, flat[rank * size : (rank + 1) * size])
     return list(part_pieces(part, tuple(parameter.shape), 4, rank))
 
 
@@ -337,7 +347,7 @@ def save_slices(world: World, directory: str) -> list[str]:
         for name in "abcdef"
         for piece in whole_pieces(f"{MODEL}/{name}", torch.full((4,), 1.0), tuple(range(world.size)))
     ]
-    saver.begin(1, [*slices(stack, world.size, world.rank), *shared], Cover())
+    saver.begin(1, [*slices(stack, world.size, world.rank), *shared], CheckpointExtras())
     saved = saver.finish()
     saver.close()
     assert saved is not None
@@ -366,7 +376,7 @@ def save_a_hole(world: World, directory: str) -> str | None:
     group = ProcessGroups.create(Topology(edp=2), world.rank, timedelta(seconds=30)).world
     saver = Saver(CheckpointStore(Path(directory), keep=1), group)
     names = frozenset(f"exp_avg/experts/expert_{expert:04d}" for expert in range(4, 8))
-    saver.begin(1, slices(torch.ones(4, 2, 3), 2, 0) if world.rank == 0 else [], Cover(names=names))
+    saver.begin(1, slices(torch.ones(4, 2, 3), 2, 0) if world.rank == 0 else [], CheckpointExtras(names=names))
     saved = saver.finish()
     saver.close()
     return None if saved is None else saved.failure
@@ -380,7 +390,7 @@ def test_experts_that_no_rank_has_saved_are_missed(tmp_path: Path) -> None:
 
 def test_half_a_tensor_is_missed(tmp_path: Path) -> None:
     saver = Saver(CheckpointStore(tmp_path, keep=1), WORLD)
-    saver.begin(1, slices(torch.ones(1, 5, 3), 2, 0), Cover())
+    saver.begin(1, slices(torch.ones(1, 5, 3), 2, 0), CheckpointExtras())
     assert (saved := saver.finish()) is not None
     assert saved.failure == "rank 0: exp_avg/experts/expert_0004: elements from 8 on were saved by no rank"
     saver.close()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.trainer.data import prepared
 from shoestring.trainer.data.config import DataConfig
 from shoestring.trainer.data.inspect import describe, render
@@ -41,7 +41,7 @@ def directory(pristine: Path, tmp_path: Path) -> Path:
 
 
 def refusal(act: Callable[[Path], object], directory: Path) -> str:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(ConfigError) as caught:
         act(directory)
     return str(caught.value)
 

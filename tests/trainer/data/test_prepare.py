@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.trainer.data.config import DataConfig
 from shoestring.trainer.data.manifest import token_dtype
 from shoestring.trainer.data.prepare import prepare
@@ -55,7 +55,7 @@ def contents(directory: str | Path) -> dict[str, bytes]:
 
 
 def refusal(config: DataConfig) -> str:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(ConfigError) as caught:
         prepare(config, silent)
     assert not Path(config.prepared).exists()
     assert not list(Path(config.prepared).parent.glob(".*"))
@@ -125,17 +125,17 @@ def test_data_of_other_text_or_settings_is_never_replaced(config: DataConfig) ->
     before = contents(config.prepared)
     with (config.corpus_directory / "alpha.txt").open("a") as file:
         file.write("More.")
-    with pytest.raises(Refused, match="other text or settings"):
+    with pytest.raises(ConfigError, match="other text or settings"):
         prepare(config, silent)
     assert contents(config.prepared) == before
-    with pytest.raises(Refused, match=r"data\.vocabulary = 301: .*300(.|\n)*data\.validation"):
+    with pytest.raises(ConfigError, match=r"data\.vocabulary = 301: .*300(.|\n)*data\.validation"):
         open_prepared(replace(config, vocabulary=301, validation=("alpha",)))
 
 
 def test_a_directory_of_something_else_is_never_replaced(config: DataConfig) -> None:
     Path(config.prepared).mkdir(parents=True)
     (Path(config.prepared) / "thesis.tex").write_text("years of work")
-    with pytest.raises(Refused, match=r"manifest\.json"):
+    with pytest.raises(ConfigError, match=r"manifest\.json"):
         prepare(config, silent)
     assert list(contents(config.prepared)) == ["thesis.tex"]
 
@@ -147,7 +147,7 @@ def test_a_killed_preparation_leaves_nothing_to_pick_up(config: DataConfig, mome
     assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
     leftovers = list(Path(config.prepared).parent.iterdir())
     assert [path.name.startswith(".prepared.preparing-") for path in leftovers] == [True]
-    with pytest.raises(Refused, match="is missing"):
+    with pytest.raises(ConfigError, match="is missing"):
         open_prepared(config)
     lines: list[str] = []
     prepare(config, lines.append)
@@ -186,7 +186,7 @@ def test_a_race_lost_to_other_settings_is_refused(config: DataConfig) -> None:
         if line.startswith("Everything is written"):
             prepare(replace(config, vocabulary=290), silent)
 
-    with pytest.raises(Refused, match="other text or settings"):
+    with pytest.raises(ConfigError, match="other text or settings"):
         prepare(config, race)
     assert open_directory(Path(config.prepared)).manifest.vocabulary == 290
 
@@ -248,7 +248,7 @@ def test_a_vocabulary_out_of_reach_is_refused(config: DataConfig) -> None:
 
 def test_a_place_that_cannot_be_written_is_refused(config: DataConfig) -> None:
     inside_a_file = str(config.corpus_directory / "alpha.txt" / "prepared")
-    with pytest.raises(Refused, match="cannot be created"):
+    with pytest.raises(ConfigError, match="cannot be created"):
         prepare(replace(config, prepared=inside_a_file), silent)
 
 

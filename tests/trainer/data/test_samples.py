@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.trainer.data.inspect import unigram_entropy
 from shoestring.trainer.data.samples import SampleOrder, Samples, permute
 from shoestring.trainer.data.shards import Split
@@ -75,9 +75,9 @@ def test_windows_do_not_depend_on_shard_sizes() -> None:
 
 
 def test_a_split_shorter_than_a_window_is_refused() -> None:
-    with pytest.raises(Refused, match="9 tokens, one sample needs 10"):
+    with pytest.raises(ConfigError, match="9 tokens, one sample needs 10"):
         Samples.training(row(9), 8, 1)
-    with pytest.raises(Refused, match="1 tokens, one sample needs 2"):
+    with pytest.raises(ConfigError, match="1 tokens, one sample needs 2"):
         Samples.validation(row(1), 8, 1, PAD)
     assert len(Samples.training(row(10), 8, 1)) == len(Samples.validation(row(2), 8, 1, PAD)) == 1
 

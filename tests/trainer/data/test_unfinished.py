@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.trainer.data.unfinished import Owner, clear_leftovers, locked, owner, unfinished, unlock
 
 
@@ -43,5 +43,8 @@ def test_what_is_renamed_stays_without_its_lock(tmp_path: Path) -> None:
 
 def test_a_place_that_takes_no_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(Refused, match="cannot be created: Not a directory"), unfinished(tmp_path / "file/x", "a", "b"):
+    with (
+        pytest.raises(ConfigError, match="cannot be created: Not a directory"),
+        unfinished(tmp_path / "file/x", "a", "b"),
+    ):
         pass

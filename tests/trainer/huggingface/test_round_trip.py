@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.parallelism.pipeline.executor import drive
 from shoestring.tests.launch.refusals import refused
 from shoestring.tests.reference.configs import random_params, reference_configs
@@ -290,7 +290,7 @@ def test_a_config_that_our_model_is_not_is_refused(key: str, value: object, gist
     _, directory = exported("full", tmp_path)
     tree = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(tree | {key: value}))
-    with pytest.raises(Refused, match=gist):
+    with pytest.raises(ConfigError, match=gist):
         import_released(directory, tmp_path / "again", silent)
     assert not (tmp_path / "again").exists()
 
@@ -345,12 +345,12 @@ def test_an_export_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     raw = bytearray(part.read_bytes())
     raw[-1] ^= 1
     part.write_bytes(raw)
-    with pytest.raises(Refused, match="SHA-256"):
+    with pytest.raises(ConfigError, match="SHA-256"):
         export(checkpoint, tmp_path / "out", ExportOptions(), silent)
     assert {path.name for path in tmp_path.iterdir()} == {"store"}
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
-    with pytest.raises(Refused, match="not empty"):
+    with pytest.raises(ConfigError, match="not empty"):
         export(checkpoint, tmp_path / "full", ExportOptions(), silent)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.trainer.ledger import journal as journal_module
-from shoestring.trainer.ledger.batch import Batch
+from shoestring.trainer.ledger.batch import RecordBatch
 from shoestring.trainer.ledger.journal import GENESIS, Journal, JournalReader, Record
 from shoestring.trainer.ledger.records import check_record
 from shoestring.trainer.ledger.replay import Ledger
@@ -61,7 +61,7 @@ def test_any_ledger_is_the_same_in_batches_and_one_by_one(
     singly.replay([], one.stream())
     batches = list(many.batches())
     together.replay([], batches)
-    assert sum(isinstance(each, Batch) for each in batches) > 20
+    assert sum(isinstance(each, RecordBatch) for each in batches) > 20
     assert together.to_tree() == {**singly.to_tree(), "latest": together.latest}
     assert many.place == one.place
 
@@ -104,10 +104,10 @@ def test_a_line_that_was_changed_is_named(tmp_path: Path, old: bytes, new: bytes
     lines = lines_of_steps(path, 9)
     lines[4] = lines[4].replace(old, new)
     path.write_bytes(b"".join(lines))
-    with pytest.raises(Refused, match=r"work\.jsonl:5.*chain of hashes is broken"):
+    with pytest.raises(ConfigError, match=r"work\.jsonl:5.*chain of hashes is broken"):
         list(JournalReader(path).batches())
     path.write_bytes(b"".join(lines[:3] + lines[5:]))
-    with pytest.raises(Refused, match=r"work\.jsonl:4.*chain of hashes is broken"):
+    with pytest.raises(ConfigError, match=r"work\.jsonl:4.*chain of hashes is broken"):
         list(JournalReader(path).batches())
 
 
@@ -121,7 +121,7 @@ def test_a_value_out_of_range_is_refused_with_a_right_hash(tmp_path: Path, chang
     journal.append({**record, "step": 1, "gpu_ms": 1, "tokens": 1})
     journal.append({**record, "step": 1, "gpu_ms": 1, "tokens": 1, **change})
     journal.close()
-    with pytest.raises(Refused, match=r"work\.jsonl:2"):
+    with pytest.raises(ConfigError, match=r"work\.jsonl:2"):
         list(JournalReader(path, check=check_record).batches())
 
 
@@ -129,6 +129,6 @@ def test_the_lines_of_a_run_are_read_in_batches(tmp_path: Path) -> None:
     path = tmp_path / "work.jsonl"
     lines_of_steps(path, 9)
     (batch,) = JournalReader(path).batches()
-    assert isinstance(batch, Batch)
+    assert isinstance(batch, RecordBatch)
     assert list(batch.steps) == list(range(1, 10))
     assert json.loads(path.read_bytes().splitlines()[-1])["hash"] != GENESIS

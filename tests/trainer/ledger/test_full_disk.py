@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.tests.full_disk import largest_file
 from shoestring.tests.launch.refusals import by_field, refused
 from shoestring.trainer.ledger.allocation import Allocation
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.journal import Journal, read_journal, refuse_if_held
-from shoestring.trainer.ledger.summary import Summary, summarise
+from shoestring.trainer.ledger.summary import LedgerSummary, summarise
 from shoestring.trainer.ledger.terms import ALLOCATION_FILE, WORK_FILE
 from shoestring.trainer.ledger.totals import ledger_problems
-from shoestring.trainer.ledger.work import Work
+from shoestring.trainer.ledger.work import WorkJournal
 
 BUDGET = BudgetConfig(gpu_hours=1.0)
 
@@ -27,14 +27,14 @@ def launch(run_dir: Path, attempt: str) -> Allocation:
     return Allocation(run_dir, ranks=2, attempt=attempt, budget=BUDGET, beat_seconds=1e6)
 
 
-def adds_up(summary: Summary) -> bool:
+def adds_up(summary: LedgerSummary) -> bool:
     parts = summary.productive_ms + summary.rolled_back_ms + sum(summary.buckets.values()) + summary.unknown_ms
     return summary.allocated_ms == parts
 
 
 def test_records_wait_for_room_and_the_chain_is_whole(tmp_path: Path) -> None:
     allocation = launch(tmp_path, "a")
-    work = Work(tmp_path, ranks=2, attempt="a", budget=BUDGET)
+    work = WorkJournal(tmp_path, ranks=2, attempt="a", budget=BUDGET)
     work.ready()
     with largest_file((tmp_path / WORK_FILE).stat().st_size + 10):
         for step in range(1, 6):
@@ -52,7 +52,7 @@ def test_records_wait_for_room_and_the_chain_is_whole(tmp_path: Path) -> None:
 def test_a_life_that_ends_on_a_full_disk_leaves_a_ledger_to_go_on_with(tmp_path: Path) -> None:
     for attempt in ("a", "b"):
         allocation = launch(tmp_path, attempt)
-        work = Work(tmp_path, ranks=2, attempt=attempt, budget=BUDGET)
+        work = WorkJournal(tmp_path, ranks=2, attempt=attempt, budget=BUDGET)
         work.ready()
         with largest_file((tmp_path / WORK_FILE).stat().st_size + 100):
             work.step(1, 0.0, 8)
@@ -65,7 +65,7 @@ def test_a_life_that_ends_on_a_full_disk_leaves_a_ledger_to_go_on_with(tmp_path:
 def test_records_beyond_the_bound_are_left_out_of_the_chain_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = Work(tmp_path, ranks=2, attempt="a", budget=BUDGET)
+    work = WorkJournal(tmp_path, ranks=2, attempt="a", budget=BUDGET)
     monkeypatch.setattr(work._journal._writer, "_limit", 400)
     with largest_file((tmp_path / WORK_FILE).stat().st_size):
         for step in range(1, 6):
@@ -83,7 +83,7 @@ def test_a_launch_without_room_for_its_first_record_is_refused(tmp_path: Path) -
     with largest_file(10):
         for file, begin in (
             (ALLOCATION_FILE, lambda: launch(tmp_path, "a")),
-            (WORK_FILE, lambda: Work(tmp_path, ranks=2, attempt="a", budget=BUDGET)),
+            (WORK_FILE, lambda: WorkJournal(tmp_path, ranks=2, attempt="a", budget=BUDGET)),
         ):
             assert "cannot be written (File too large); make room" in refused(begin)[str(tmp_path / file)]
     assert (tmp_path / WORK_FILE).stat().st_size == 0
@@ -105,15 +105,15 @@ def test_a_file_system_without_locks_is_refused_in_one_sentence(
 def test_a_journal_that_is_being_written_is_told(tmp_path: Path) -> None:
     refuse_if_held(tmp_path / "work.jsonl")
     journal = Journal(tmp_path / "work.jsonl")
-    with pytest.raises(Refused, match="another process is writing this journal"):
+    with pytest.raises(ConfigError, match="another process is writing this journal"):
         refuse_if_held(tmp_path / "work.jsonl")
     journal.close()
     refuse_if_held(tmp_path / "work.jsonl")
 
 
-def trained(run_dir: Path) -> Summary:
+def trained(run_dir: Path) -> LedgerSummary:
     allocation = launch(run_dir, "a")
-    work = Work(run_dir, ranks=2, attempt="a", budget=BUDGET)
+    work = WorkJournal(run_dir, ranks=2, attempt="a", budget=BUDGET)
     work.ready()
     work.step(1, 0.0, 8)
     summary = work.ledger.summary()
@@ -139,7 +139,7 @@ def test_a_checkpoint_that_was_copied_without_its_ledger_may_be_resumed_twice(tm
     for attempt in ("b", "c"):
         assert by_field(ledger_problems(tmp_path / "second", totals)) == {}
         allocation = launch(tmp_path / "second", attempt)
-        work = Work(tmp_path / "second", ranks=2, attempt=attempt, budget=BUDGET)
+        work = WorkJournal(tmp_path / "second", ranks=2, attempt=attempt, budget=BUDGET)
         if attempt == "b":
             work.inherit(totals)
         work.close()

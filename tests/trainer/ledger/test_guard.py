@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.trainer.ledger.clock import Instant
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.guard import LEAST_STEPS, Guard, accounts, project_cost
-from shoestring.trainer.ledger.meter import Meter
+from shoestring.trainer.ledger.meter import CostMeter
 from shoestring.trainer.ledger.project import Project, ProjectReader, ProjectTotals
 from shoestring.trainer.ledger.summary import summarise
 from shoestring.trainer.ledger.terms import PUBLISHED_GPU_HOURS
 from shoestring.trainer.ledger.totals import carry
-from shoestring.trainer.ledger.work import Work
+from shoestring.trainer.ledger.work import WorkJournal
 
 BUDGET = BudgetConfig(gpu_hours=1.0)
 SECOND = 1_000_000_000
@@ -37,9 +37,11 @@ def time(monkeypatch: pytest.MonkeyPatch) -> Time:
     return Time(monkeypatch)
 
 
-def run(run_dir: Path, time: Time, seconds: float, *, phase: str = "pre_train", steps: int = 1, first: int = 1) -> Work:
+def run(
+    run_dir: Path, time: Time, seconds: float, *, phase: str = "pre_train", steps: int = 1, first: int = 1
+) -> WorkJournal:
     """A life of one rank that trains `steps` of 100 tokens in `seconds`."""
-    work = Work(run_dir, ranks=1, attempt=f"{run_dir.name} {time.ns}", budget=replace(BUDGET, phase=phase))
+    work = WorkJournal(run_dir, ranks=1, attempt=f"{run_dir.name} {time.ns}", budget=replace(BUDGET, phase=phase))
     work.resume(first - 1)
     work.ready()
     for step in range(first, first + steps):
@@ -51,7 +53,7 @@ def run(run_dir: Path, time: Time, seconds: float, *, phase: str = "pre_train", 
 
 def watched(run_dir: Path, time: Time, budget: BudgetConfig) -> Guard:
     run(run_dir, time, 0.0)
-    return Guard(budget, Meter(summarise(run_dir), ranks=4), run_dir)
+    return Guard(budget, CostMeter(summarise(run_dir), ranks=4), run_dir)
 
 
 def test_a_projection_is_what_is_spent_and_the_rest_at_the_median_price() -> None:
@@ -106,7 +108,7 @@ def test_runs_of_a_project_share_a_budget_and_totals_are_cumulative(tmp_path: Pa
     run(first, time, 0.5 * HOUR)
     run(first, time, 0.25 * HOUR, first=2)  # started again
     run(first, time, 0.1 * HOUR, phase="context_extension", first=3)  # goes on in another phase
-    work = Work(second, ranks=1, attempt="second", budget=BUDGET)
+    work = WorkJournal(second, ranks=1, attempt="second", budget=BUDGET)
     carry(work, second, summarise(first).totals())  # a copy of the first one's checkpoint, without its ledger
     work.close()
     run(second, time, HOUR, first=4)
@@ -126,7 +128,7 @@ def test_runs_of_a_project_share_a_budget_and_totals_are_cumulative(tmp_path: Pa
 def test_what_a_project_inherits_from_outside_is_told_apart(tmp_path: Path, time: Time) -> None:
     outside, project = tmp_path / "outside", Project.read(project_file(tmp_path))
     run(outside, time, HOUR)
-    work = Work(project.runs[0], ranks=1, attempt="a", budget=BUDGET)
+    work = WorkJournal(project.runs[0], ranks=1, attempt="a", budget=BUDGET)
     carry(work, project.runs[0], summarise(outside).totals())
     work.close()
     totals = ProjectTotals.of(project, ProjectReader(project).summaries())
@@ -161,7 +163,7 @@ def test_the_guard_holds_a_run_to_what_others_have_left(tmp_path: Path, time: Ti
 def test_a_project_that_makes_no_sense_is_refused(text: str, gist: str, tmp_path: Path) -> None:
     path = tmp_path / "project.yaml"
     path.write_text(text)
-    with pytest.raises(Refused, match=gist):
+    with pytest.raises(ConfigError, match=gist):
         Project.read(path)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.trainer.ledger.journal import Journal, JournalReader, holds, read_journal
 
 WRITER = """
@@ -75,9 +75,9 @@ def test_a_changed_journal_is_refused_by_line(tmp_path: Path, change: object, li
     fill(path, 1, 2, 3)
     assert callable(change)
     path.write_text("\n".join(change(path.read_text().splitlines())) + "\n")
-    with pytest.raises(Refused, match=rf"work\.jsonl:{line} "):
+    with pytest.raises(ConfigError, match=rf"work\.jsonl:{line} "):
         read_journal(path)
-    with pytest.raises(Refused, match=rf"work\.jsonl:{line} "):
+    with pytest.raises(ConfigError, match=rf"work\.jsonl:{line} "):
         Journal(path)
 
 
@@ -95,13 +95,13 @@ def test_a_growing_journal_is_read_on_from_where_it_was(tmp_path: Path) -> None:
     assert [record["number"] for record in reader.new_records()] == [3]
     assert reader.head == read_journal(path)[-1]["hash"]
     path.write_bytes(path.read_bytes().replace(b'"number":3', b'"number":8') + b"{}\n")
-    with pytest.raises(Refused, match=r"work\.jsonl:4 "):
+    with pytest.raises(ConfigError, match=r"work\.jsonl:4 "):
         reader.new_records()
     path.write_bytes(whole)
     reader = JournalReader(path)
     reader.new_records()
     path.write_bytes(whole[:10])
-    with pytest.raises(Refused, match="shorter than when it was last read"):
+    with pytest.raises(ConfigError, match="shorter than when it was last read"):
         reader.new_records()
 
 
@@ -133,7 +133,7 @@ def test_the_disk_is_waited_for_once_an_interval_and_at_the_end(
 def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> None:
     path = tmp_path / "work.jsonl"
     first = Journal(path)
-    with pytest.raises(Refused, match="another process"):
+    with pytest.raises(ConfigError, match="another process"):
         Journal(path)
     first.close()
     fill(path, 1)
@@ -193,12 +193,12 @@ def hole(path: Path, *, end: bytes = b"") -> Path:
 def test_a_journal_of_holes_is_refused_in_no_time(end: bytes, tmp_path: Path) -> None:
     fill(tmp_path / "work.jsonl", 1)
     path = hole(tmp_path / "work.jsonl", end=end)
-    with pytest.raises(Refused, match=r"work.jsonl.*begins a line of more than 1048576 bytes"):
+    with pytest.raises(ConfigError, match=r"work.jsonl.*begins a line of more than 1048576 bytes"):
         read_journal(path)
-    with pytest.raises(Refused, match=r"work.jsonl.*stands in a line of more than 8388608 bytes"):
+    with pytest.raises(ConfigError, match=r"work.jsonl.*stands in a line of more than 8388608 bytes"):
         holds(path, b"nowhere")
     assert holds(path, b'"number":1')
-    with pytest.raises(Refused, match=r"ends in more than 8388608 bytes|begins a line of more"):
+    with pytest.raises(ConfigError, match=r"ends in more than 8388608 bytes|begins a line of more"):
         Journal(path)
     assert path.stat().st_size == 2**40 + len(end)
 

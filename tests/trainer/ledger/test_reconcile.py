@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.trainer.ledger.allocation import Allocation
 from shoestring.trainer.ledger.clock import Instant
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.reconcile import (
-    Line,
+    ReconciliationLine,
     invoice_price,
     read_invoice,
     read_sacct,
     reconcile_invoice,
     reconcile_jobs,
 )
-from shoestring.trainer.ledger.summary import Summary, summarise
+from shoestring.trainer.ledger.summary import LedgerSummary, summarise
 
 SACCT = """JobID|JobName|State|Start|End|ElapsedRaw|AllocTRES
 41|train|COMPLETED|2026-11-25T10:00:00|2026-11-25T10:10:00|600|billing=8,cpu=64,gres/gpu=8,mem=1T,node=1
@@ -29,7 +29,7 @@ SACCT = """JobID|JobName|State|Start|End|ElapsedRaw|AllocTRES
 
 
 @pytest.fixture
-def summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Summary:
+def summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LedgerSummary:
     """Two launches in job 41, one on half its GPUs in job 42, one on a workstation."""
     seconds = 1
     monkeypatch.setattr(Instant, "now", lambda: Instant(seconds * 10**9, seconds * 10**9, "boot"))
@@ -54,14 +54,14 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
-def add_up(lines: list[Line]) -> None:
+def add_up(lines: list[ReconciliationLine]) -> None:
     first, *between, last = lines
     assert not first.is_difference
     assert not last.is_difference
     assert first.gpu_ms + sum(line.gpu_ms for line in between) == last.gpu_ms
 
 
-def test_every_difference_from_the_scheduler_is_a_line(summary: Summary, tmp_path: Path) -> None:
+def test_every_difference_from_the_scheduler_is_a_line(summary: LedgerSummary, tmp_path: Path) -> None:
     lines = reconcile_jobs(summary, read_sacct(written(tmp_path, SACCT)))
     add_up(lines)
     assert {line.name: line.gpu_ms / 1000 for line in lines} == {
@@ -76,19 +76,19 @@ def test_every_difference_from_the_scheduler_is_a_line(summary: Summary, tmp_pat
     }
 
 
-def test_a_job_that_the_accounting_lacks_is_a_line(summary: Summary, tmp_path: Path) -> None:
+def test_a_job_that_the_accounting_lacks_is_a_line(summary: LedgerSummary, tmp_path: Path) -> None:
     lines = reconcile_jobs(summary, read_sacct(written(tmp_path, "\n".join(SACCT.splitlines()[:3]))))
     add_up(lines)
-    assert Line("launch c: job 42 is not in the accounting", 4 * 290_000, True) in lines
+    assert ReconciliationLine("launch c: job 42 is not in the accounting", 4 * 290_000, True) in lines
 
 
-def test_an_invoice_is_compared_in_hours_and_in_money(summary: Summary, tmp_path: Path) -> None:
+def test_an_invoice_is_compared_in_hours_and_in_money(summary: LedgerSummary, tmp_path: Path) -> None:
     path = written(tmp_path, 'item,Usage,Cost\nH800,1.25,"$2.50"\nH800,0.25,0.75\n')
     invoice = read_invoice(path, {"gpu_hours": "Usage", "amount": "Cost"})
     assert (invoice.gpu_hours, invoice.amount) == (1.5, 3.25)
     lines = reconcile_invoice(summary, invoice)
     add_up(lines)
-    assert lines[1] == Line("invoiced, and not in the ledger", 5_260_000 - 5_400_000, True)
+    assert lines[1] == ReconciliationLine("invoiced, and not in the ledger", 5_260_000 - 5_400_000, True)
     assert invoice_price(invoice, 2) == "invoiced $3.25, $2.167 a GPU-hour: +0.25 beside $3.00 at $2"
 
 
@@ -102,19 +102,19 @@ def test_an_invoice_is_compared_in_hours_and_in_money(summary: Summary, tmp_path
     ],
 )
 def test_an_accounting_that_cannot_be_read_is_refused_by_line(text: str, gist: str, tmp_path: Path) -> None:
-    with pytest.raises(Refused, match=gist):
+    with pytest.raises(ConfigError, match=gist):
         read_sacct(written(tmp_path, text))
 
 
 def test_an_invoice_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="lacks the column 'amount'"):
+    with pytest.raises(ConfigError, match="lacks the column 'amount'"):
         read_invoice(written(tmp_path, "gpu_hours,Cost\n1,2\n"), {})
-    with pytest.raises(Refused, match=r"file:2, amount = 'two'"):
+    with pytest.raises(ConfigError, match=r"file:2, amount = 'two'"):
         read_invoice(written(tmp_path, "gpu_hours,amount\n1,two\n"), {})
-    with pytest.raises(Refused, match="absent = None: cannot be used: No such file"):
+    with pytest.raises(ConfigError, match="absent = None: cannot be used: No such file"):
         read_invoice(tmp_path / "absent", {})
 
 
 def test_a_heading_without_end_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match=r"field larger than field limit"):
+    with pytest.raises(ConfigError, match=r"field larger than field limit"):
         read_sacct(written(tmp_path, "JobID|" + "9" * 200_000))

@@ -16,9 +16,9 @@ import pytest
 from shoestring.trainer.ledger.allocation import Allocation
 from shoestring.trainer.ledger.clock import Instant
 from shoestring.trainer.ledger.config import BudgetConfig
-from shoestring.trainer.ledger.summary import LedgerReader, Summary, summarise
+from shoestring.trainer.ledger.summary import LedgerReader, LedgerSummary, summarise
 from shoestring.trainer.ledger.terms import CHARGED, TERMS
-from shoestring.trainer.ledger.work import Work
+from shoestring.trainer.ledger.work import WorkJournal
 
 BUDGET = BudgetConfig(gpu_hours=1)
 NEVER = 1e6
@@ -67,7 +67,7 @@ class Model:
         for undone in [number for number in self.weights if number > step]:
             self.rolled_back += self.weights.pop(undone)[0]
 
-    def check(self, summary: Summary) -> None:
+    def check(self, summary: LedgerSummary) -> None:
         productive = sum(gpu_ms for gpu_ms, _ in self.weights.values())
         found = {bucket: gpu_ms for bucket, gpu_ms in summary.buckets.items() if gpu_ms}
         found |= {"unknown": summary.unknown_ms} if summary.unknown_ms else {}
@@ -89,7 +89,7 @@ class Story:
         self.saved = self.step = 0
         self.has_died = False
         self.allocation: Allocation | None = None
-        self.work: Work | None = None
+        self.work: WorkJournal | None = None
         self.ranks = 0
 
     def ms(self) -> int:
@@ -117,7 +117,7 @@ class Story:
             self.model.spend(start, self.let(self.ms()))
         else:  # torchrun may have come back with fewer ranks, or more
             self.ranks = self.dice.choice((self.ranks, 2, 4))
-        self.work = Work(self.run_dir, ranks=self.ranks, attempt=f"launch {self.launches}", budget=BUDGET)
+        self.work = WorkJournal(self.run_dir, ranks=self.ranks, attempt=f"launch {self.launches}", budget=BUDGET)
         self.lives += 1
         self.has_died = True
         if self.dice.random() < 0.15:  # it dies on the way, and has said nothing since its beginning
@@ -238,7 +238,7 @@ def test_durations_of_any_length_add_up_as_well(seed: int, tmp_path: Path, monke
     covered_ns = 0
     for _ in range(3):
         clock.pass_ns(dice.randrange(MS))
-        work = Work(tmp_path, ranks=3, attempt="a", budget=BUDGET)
+        work = WorkJournal(tmp_path, ranks=3, attempt="a", budget=BUDGET)
         ns = dice.randrange(3 * MS)
         clock.pass_ns(ns)
         work.interval("checkpoint_load", ns / 1e6)
@@ -259,7 +259,7 @@ def test_durations_of_any_length_add_up_as_well(seed: int, tmp_path: Path, monke
 def test_productive_time_is_split_to_the_millisecond(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, dice = Clock(), random.Random(0)
     monkeypatch.setattr(Instant, "now", clock.now)
-    work = Work(tmp_path, ranks=7, attempt="a", budget=BUDGET)
+    work = WorkJournal(tmp_path, ranks=7, attempt="a", budget=BUDGET)
     work.ready()
     assert not summarise(tmp_path).terms
     for step in range(1, 30):

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.trainer.ledger import retained, snapshot
 from shoestring.trainer.ledger.allocation import Allocation
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.journal import JournalReader, is_linked
 from shoestring.trainer.ledger.snapshot import read_snapshot
-from shoestring.trainer.ledger.summary import LedgerReader, Summary, ensure_totals, summarise, verified_summary
+from shoestring.trainer.ledger.summary import LedgerReader, LedgerSummary, ensure_totals, summarise, verified_summary
 from shoestring.trainer.ledger.terms import ALLOCATION_FILE, TERMS, TOTALS_FILE, WORK_FILE
-from shoestring.trainer.ledger.work import Work
+from shoestring.trainer.ledger.work import WorkJournal
 
 BUDGET = BudgetConfig(gpu_hours=1.0)
 
@@ -27,13 +27,13 @@ def nothing_is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshot, "CHEAP_BYTES", 0)
 
 
-def full(run_dir: Path) -> Summary:
+def full(run_dir: Path) -> LedgerSummary:
     return LedgerReader(run_dir, from_totals=False).summary()
 
 
 def train(run_dir: Path, attempt: str, first: int, last: int, *, close: bool = True) -> None:
     allocation = Allocation(run_dir, ranks=2, attempt=attempt, budget=BUDGET, beat_seconds=1e6)
-    work = Work(run_dir, ranks=2, attempt=attempt, budget=BUDGET)
+    work = WorkJournal(run_dir, ranks=2, attempt=attempt, budget=BUDGET)
     if first > 1:
         work.resume(first - 1)
     work.ready()
@@ -135,7 +135,9 @@ def test_totals_of_another_ledger_count_for_nothing(tmp_path: Path) -> None:
     (tmp_path / "two" / TOTALS_FILE).write_bytes((tmp_path / "one" / TOTALS_FILE).read_bytes())
     assert read_snapshot(tmp_path / "two") is None
     assert summarise(tmp_path / "two").steps_retained == 9
-    with pytest.raises(Refused, match=r"allocation.jsonl = '\d+ records': are not all in it, and .*totals.json counts"):
+    with pytest.raises(
+        ConfigError, match=r"allocation.jsonl = '\d+ records': are not all in it, and .*totals.json counts"
+    ):
         verified_summary(tmp_path / "two")
 
 
@@ -160,14 +162,14 @@ def test_verifying_misses_records_that_the_totals_count(
     train(tmp_path, "b", 6, 9)
     train(tmp_path, "c", 10, 12)
     harm(tmp_path / name)
-    with pytest.raises(Refused, match=f"{name} = "):
+    with pytest.raises(ConfigError, match=f"{name} = "):
         verified_summary(tmp_path)
 
 
 def test_verifying_names_totals_that_were_damaged(tmp_path: Path) -> None:
     train(tmp_path, "a", 1, 5)
     (tmp_path / TOTALS_FILE).write_text("{}")
-    with pytest.raises(Refused, match=r"totals.json = 'saved totals': are not as they were written"):
+    with pytest.raises(ConfigError, match=r"totals.json = 'saved totals': are not as they were written"):
         verified_summary(tmp_path)
 
 
@@ -176,7 +178,7 @@ def test_verifying_finds_what_totals_hide(tmp_path: Path) -> None:
     work = tmp_path / WORK_FILE
     whole = work.read_text()
     work.write_text(whole.replace('"tokens":8', '"tokens":9', 1))
-    with pytest.raises(Refused, match="chain of hashes is broken"):
+    with pytest.raises(ConfigError, match="chain of hashes is broken"):
         verified_summary(tmp_path)
     work.write_text(whole)
     path = tmp_path / TOTALS_FILE
@@ -184,7 +186,7 @@ def test_verifying_finds_what_totals_hide(tmp_path: Path) -> None:
     tree["totals"]["ledger"]["tally"]["tokens_consumed"] += 1
     tree["sha256"] = snapshot._digest(tree["totals"])
     path.write_text(json.dumps(tree))
-    with pytest.raises(Refused, match="are not what the ledger's records say"):
+    with pytest.raises(ConfigError, match="are not what the ledger's records say"):
         verified_summary(tmp_path)
 
 

@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.trainer.ledger.allocation import Allocation
 from shoestring.trainer.ledger.clock import Instant
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.journal import Journal
-from shoestring.trainer.ledger.meter import Meter
+from shoestring.trainer.ledger.meter import CostMeter
 from shoestring.trainer.ledger.render import hours, percent, render
-from shoestring.trainer.ledger.summary import Summary, summarise
+from shoestring.trainer.ledger.summary import LedgerSummary, summarise
 from shoestring.trainer.ledger.terms import ALLOCATION_FILE, PUBLISHED_GPU_HOURS, PUBLISHED_TOTAL_GPU_HOURS
 from shoestring.trainer.ledger.totals import carry
-from shoestring.trainer.ledger.work import Work
+from shoestring.trainer.ledger.work import WorkJournal
 
 BUDGET = BudgetConfig(gpu_hours=0.5)
 RANKS = 4
@@ -50,17 +50,17 @@ def launch(run_dir: Path, attempt: str) -> Allocation:
     return Allocation(run_dir, ranks=RANKS, attempt=attempt, budget=BUDGET, beat_seconds=NEVER)
 
 
-def begin(run_dir: Path, attempt: str) -> Work:
-    return Work(run_dir, ranks=RANKS, attempt=attempt, budget=BUDGET)
+def begin(run_dir: Path, attempt: str) -> WorkJournal:
+    return WorkJournal(run_dir, ranks=RANKS, attempt=attempt, budget=BUDGET)
 
 
-def do_steps(work: Work, time: Time, first: int, last: int, milliseconds: float = 100) -> None:
+def do_steps(work: WorkJournal, time: Time, first: int, last: int, milliseconds: float = 100) -> None:
     for step in range(first, last + 1):
         time.pass_ms(milliseconds)
         work.step(step, milliseconds, tokens=1000)
 
 
-def everything(summary: Summary) -> int:
+def everything(summary: LedgerSummary) -> int:
     return summary.productive_ms + summary.rolled_back_ms + sum(summary.buckets.values()) + summary.unknown_ms
 
 
@@ -175,7 +175,7 @@ def test_another_number_of_ranks_closes_a_segment(tmp_path: Path, time: Time) ->
     allocation = launch(tmp_path, "a")
     for ranks in (RANKS, 2, 2):
         time.pass_ms(10)
-        work = Work(tmp_path, ranks=ranks, attempt="a", budget=BUDGET)
+        work = WorkJournal(tmp_path, ranks=ranks, attempt="a", budget=BUDGET)
         work.ready()
         time.pass_ms(100)
         work.step(1, 100, tokens=1000)
@@ -195,7 +195,7 @@ def test_overlapping_intervals_are_refused(tmp_path: Path, time: Time) -> None:
     do_steps(work, time, 1, 1)
     work.interval("evaluation", 50)
     work.close()
-    with pytest.raises(Refused, match="overlap"):
+    with pytest.raises(ConfigError, match="overlap"):
         summarise(tmp_path)
 
 
@@ -270,9 +270,9 @@ def test_a_ledger_of_another_run_or_one_behind_is_refused(tmp_path: Path, time: 
     totals = summarise(tmp_path / "first").totals()
     other = begin(tmp_path / "second", "b")
     do_steps(other, time, 1, 1)
-    with pytest.raises(Refused, match="new run directory"):
+    with pytest.raises(ConfigError, match="new run directory"):
         carry(other, tmp_path / "second", totals)
-    with pytest.raises(Refused, match="restore"):
+    with pytest.raises(ConfigError, match="restore"):
         carry(work, tmp_path / "first", {**totals, "gpu_ms": 10**9})
 
 
@@ -280,7 +280,7 @@ def test_the_meter_reads_what_the_ledger_will(tmp_path: Path, time: Time) -> Non
     allocation = launch(tmp_path, "a")
     time.pass_ms(1000)
     work = begin(tmp_path, "a")
-    meter = Meter(summarise(tmp_path), ranks=RANKS)
+    meter = CostMeter(summarise(tmp_path), ranks=RANKS)
     for step in range(1, 6):
         time.pass_ms(100)
         meter.step(work.step(step, 100, tokens=1000))
@@ -320,7 +320,7 @@ def test_the_printed_and_the_json_form_agree(tmp_path: Path, time: Time) -> None
 
 
 def test_a_run_without_a_step_or_a_ledger_says_so(tmp_path: Path, time: Time) -> None:
-    with pytest.raises(Refused, match="no ledger"):
+    with pytest.raises(ConfigError, match="no ledger"):
         summarise(tmp_path)
     begin(tmp_path, "a")
     summary = summarise(tmp_path)
@@ -361,7 +361,7 @@ def test_a_real_launcher_beats_until_it_is_killed_and_the_next_goes_on(tmp_path:
     assert launcher.stdout.readline() == "open\n"
     while summarise(tmp_path).allocated_ms < 4 * 50:
         assert launcher.poll() is None
-    with pytest.raises(Refused, match="already going on"):
+    with pytest.raises(ConfigError, match="already going on"):
         launch(tmp_path, "b")
     launcher.send_signal(signal.SIGKILL)
     launcher.communicate()
@@ -379,6 +379,6 @@ def test_a_ledger_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
     journal.append({"kind": "open", "attempt": "a", "phase": "pre_train"})
     journal.close()
     with pytest.raises(
-        Refused, match=r"allocation\.jsonl:1: ranks = None: is missing; .* the version of Shoestring that wrote it"
+        ConfigError, match=r"allocation\.jsonl:1: ranks = None: is missing; .* the version of Shoestring that wrote it"
     ):
         summarise(tmp_path)

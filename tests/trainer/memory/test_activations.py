@@ -9,7 +9,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from shoestring.comm.async_comm import InlineWorker
+from shoestring.comm.async_comm import InlineCommunicator
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.exchange.factory import open_exchange
 from shoestring.comm.groups import ProcessGroups
@@ -26,8 +26,8 @@ from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.init import initialise
 from shoestring.trainer.model.model import Model
-from shoestring.trainer.model.recompute import Part
-from shoestring.trainer.model.tape import Forward, LossScales, Stage
+from shoestring.trainer.model.recompute import RecomputeModule
+from shoestring.trainer.model.tape import ForwardOutput, LossNormalizers, StageSpec
 from shoestring.trainer.precision.fp8 import Fp8
 from shoestring.trainer.precision.reference import Reference
 
@@ -38,19 +38,21 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 FULL_QUERY = ModelConfig(**{**vars(CONFIG), "q_lora_rank": None, "shared_experts": 0, "normalise_gates": False})
 WIDE = replace(CONFIG, hidden=256, dense_ffn=256, expert_ffn=64)
-REPORT = frozenset({Part.NORM, Part.UP_PROJECTION, Part.SWIGLU})
-POLICIES = [frozenset(parts) for size in range(len(Part) + 1) for parts in combinations(Part, size)]
+REPORT = frozenset({RecomputeModule.NORM, RecomputeModule.UP_PROJECTION, RecomputeModule.SWIGLU})
+POLICIES = [
+    frozenset(parts) for size in range(len(RecomputeModule) + 1) for parts in combinations(RecomputeModule, size)
+]
 DTYPES = [torch.float32, torch.bfloat16]
-SCALES = LossScales(1.0, 1.0, 1.0)
+SCALES = LossNormalizers(1.0, 1.0, 1.0)
 
 
-def names(policy: frozenset[Part]) -> str:
+def names(policy: frozenset[RecomputeModule]) -> str:
     return "+".join(sorted(policy)) or "nothing"
 
 
 def layer_forward(
-    config: ModelConfig, index: int, batch: MicroBatch, policy: frozenset[Part], exchange: str = "flat"
-) -> tuple[Forward, Census, int]:
+    config: ModelConfig, index: int, batch: MicroBatch, policy: frozenset[RecomputeModule], exchange: str = "flat"
+) -> tuple[ForwardOutput, Census, int]:
     """One layer's forward alone, what lives of what it has allocated, and the bytes of its input."""
     model = Model(config)
     initialise(model, seed=0)
@@ -59,8 +61,8 @@ def layer_forward(
     topology = Topology()
     groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))
     traffic = Traffic(topology, 0)
-    exchanger = open_exchange(ExchangeConfig(name=exchange), groups, config.experts, InlineWorker(), traffic)
-    stage = Stage(range(index, index + 1), is_first=False, is_last=False)
+    exchanger = open_exchange(ExchangeConfig(name=exchange), groups, config.experts, InlineCommunicator(), traffic)
+    stage = StageSpec(range(index, index + 1), is_first=False, is_last=False)
     chunk = Chunk(model, exchanger, batch.dtype, stage, recompute=policy)
     tokens_BW = torch.zeros((batch.sequences, batch.length + 1), dtype=torch.int64)
     valid_BW = torch.ones_like(tokens_BW, dtype=torch.bool)
@@ -74,7 +76,7 @@ def layer_forward(
 
 
 def measured(
-    config: ModelConfig, index: int, batch: MicroBatch, policy: frozenset[Part], exchange: str = "flat"
+    config: ModelConfig, index: int, batch: MicroBatch, policy: frozenset[RecomputeModule], exchange: str = "flat"
 ) -> int:
     """Bytes that the layer keeps: its input, and what it has made but for its output, which is the next one's input."""
     forward, census, input_bytes = layer_forward(config, index, batch, policy, exchange)
@@ -98,13 +100,18 @@ def test_each_policy_keeps_what_is_predicted(layer: str, config: ModelConfig, le
     assert not wrong
     falls = {policy: kept_bytes(items) - kept_bytes(items, policy) for policy in POLICIES}
     assert {policy: found[frozenset()] - size for policy, size in found.items()} == falls  # to the byte
-    assert all(found[policy | {part}] < size for policy, size in found.items() for part in Part if part not in policy)
+    assert all(
+        found[policy | {part}] < size
+        for policy, size in found.items()
+        for part in RecomputeModule
+        if part not in policy
+    )
 
 
-@pytest.mark.parametrize("policy", [frozenset(), frozenset({Part.UP_PROJECTION}), REPORT], ids=names)
+@pytest.mark.parametrize("policy", [frozenset(), frozenset({RecomputeModule.UP_PROJECTION}), REPORT], ids=names)
 @pytest.mark.parametrize("config", [WIDE, replace(WIDE, q_lora_rank=None)], ids=["V3", "V2-like"])
 @pytest.mark.parametrize("layer", ["dense", "routed"])
-def test_what_fp8_keeps_falls_as_predicted(layer: str, config: ModelConfig, policy: frozenset[Part]) -> None:
+def test_what_fp8_keeps_falls_as_predicted(layer: str, config: ModelConfig, policy: frozenset[RecomputeModule]) -> None:
     kept = {}
     for fp8 in (False, True):
         batch = MicroBatch(2, 128, torch.bfloat16, on_cpu=True, fp8=fp8)
@@ -117,10 +124,10 @@ def test_what_fp8_keeps_falls_as_predicted(layer: str, config: ModelConfig, poli
     assert fall > 0
 
 
-@pytest.mark.parametrize("policy", [frozenset(), REPORT, frozenset(Part)], ids=names)
+@pytest.mark.parametrize("policy", [frozenset(), REPORT, frozenset(RecomputeModule)], ids=names)
 @pytest.mark.parametrize("layer", ["dense", "routed"])
 def test_beside_a_fused_attention_fp8_keeps_its_output_once(
-    layer: str, policy: frozenset[Part], monkeypatch: pytest.MonkeyPatch
+    layer: str, policy: frozenset[RecomputeModule], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch's kernel for CPUs stands for those of GPUs, which keep their output, too; it wants heads of one width."""
     monkeypatch.setattr(attention, "causal_attention", causal_attention_twin)
@@ -149,7 +156,9 @@ def test_the_reports_policy_on_the_reports_model() -> None:
 
 @pytest.mark.parametrize("policy", [frozenset(), REPORT], ids=["nothing", "report"])
 @pytest.mark.parametrize("deferred", [False, True], ids=["B", "I and W"])
-def test_a_phase_of_the_backward_frees_what_its_forward_kept(policy: frozenset[Part], deferred: bool) -> None:
+def test_a_phase_of_the_backward_frees_what_its_forward_kept(
+    policy: frozenset[RecomputeModule], deferred: bool
+) -> None:
     batch = MicroBatch(2, 24, torch.float32, on_cpu=True)
     forward, census, _ = layer_forward(CONFIG, 1, batch, policy)
     assert forward.output_BSD is not None

@@ -7,16 +7,16 @@ from datetime import timedelta
 import pytest
 import torch
 
-from shoestring.comm.async_comm import InlineWorker
+from shoestring.comm.async_comm import InlineCommunicator
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.exchange.factory import open_exchange
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
-from shoestring.comm.trace import Label
+from shoestring.comm.trace import ExchangeLabel
 from shoestring.comm.traffic import Traffic
 from shoestring.tests.processes import World, run_processes
 from shoestring.trainer.memory.activations import MicroBatch, tables
-from shoestring.trainer.memory.buffers import Buffers, Wire
+from shoestring.trainer.memory.buffers import Buffers, ExchangeFormats
 from shoestring.trainer.memory.measured import open_meter
 from shoestring.trainer.model.config import ModelConfig
 
@@ -32,14 +32,16 @@ def measured(world: World, config: ExchangeConfig, as_tiles: bool) -> tuple[int,
     topology = Topology(ep=world.size, gpus_per_node=1)
     groups = ProcessGroups.create(topology, world.rank, timedelta(seconds=30))
     traffic = Traffic(topology, world.rank)
-    exchange = open_exchange(config, groups, CONFIG.experts, InlineWorker(), traffic)
+    exchange = open_exchange(config, groups, CONFIG.experts, InlineCommunicator(), traffic)
     generator = torch.Generator().manual_seed(world.rank)
     tokens_TD = torch.randn(TOKENS, CONFIG.hidden, generator=generator).to(torch.bfloat16)
     weights_TK = torch.rand(TOKENS, CONFIG.top_k, generator=generator)
     experts_TK = torch.rand(TOKENS, CONFIG.experts, generator=generator).topk(CONFIG.top_k).indices
     with open_meter(CPU) as meter:
         meter.begin()
-        received = exchange.dispatch(tokens_TD, weights_TK, experts_TK, Label("layer_01", 0), as_tiles=as_tiles).wait()
+        received = exchange.dispatch(
+            tokens_TD, weights_TK, experts_TK, ExchangeLabel("layer_01", 0), as_tiles=as_tiles
+        ).wait()
         _, peak = meter.finish()
     tiles = received.tiles
     parts = [received.rows_RD] if tiles is None else [received.rows_RD, tiles.values_XD, tiles.exponents_XQ]
@@ -52,7 +54,7 @@ def test_rows_that_stay_in_fp8_take_what_is_predicted(name: str) -> None:
     widened = run_processes(2, measured, exchange, False)
     for (rows, left, peak), (_, _, before) in zip(run_processes(2, measured, exchange, True), widened, strict=True):
         batch = MicroBatch(1, TOKENS, torch.bfloat16, on_cpu=True, rows=rows, fp8=True)
-        buffers = Buffers(CONFIG, batch, Wire.of(exchange, 2))
+        buffers = Buffers(CONFIG, batch, ExchangeFormats.of(exchange, 2))
         assert left == pytest.approx(buffers.came, abs=2)  # the stand-in
         predicted = buffers.dispatch + tables(CONFIG, batch).bytes
         print(f"{name}: {peak:,} bytes, predicted {predicted:,.0f} ({predicted / peak - 1:+.1%}); widened {before:,}")

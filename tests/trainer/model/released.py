@@ -21,8 +21,8 @@ from shoestring.parallelism.weight_grad import WeightGradients
 from shoestring.tests.reference.deepseek_v3 import ReferenceConfig
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig, YarnConfig
-from shoestring.trainer.model.model import Model, Share
-from shoestring.trainer.model.tape import Forward, LossScales
+from shoestring.trainer.model.model import Model, ModelShard
+from shoestring.trainer.model.tape import ForwardOutput, LossNormalizers
 
 _ATTENTION = {
     "q_proj": "q_proj", "q_down": "q_a_proj", "q_norm": "q_a_layernorm", "q_up": "q_b_proj",
@@ -125,7 +125,7 @@ def make_chunk(
     """The model under test with these weights, on one rank of `topology`."""
     groups = ProcessGroups.create(topology, rank, timedelta(seconds=30))
     shape = model_config(config)
-    model = Model(shape, Share.whole(shape, topology.ep, topology.ep_rank(rank)))
+    model = Model(shape, ModelShard.whole(shape, topology.ep, topology.ep_rank(rank)))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     load_released(model, params)
@@ -134,7 +134,7 @@ def make_chunk(
     return Chunk(model, exchange, dtype)
 
 
-def run_losses(chunk: Chunk, tokens_BW: Tensor, valid_BW: Tensor, scales: LossScales) -> Forward:
+def run_losses(chunk: Chunk, tokens_BW: Tensor, valid_BW: Tensor, scales: LossNormalizers) -> ForwardOutput:
     """Forward and backward of one micro-batch."""
     forward = drive(chunk.forward(tokens_BW, valid_BW, scales))
     drive(forward.backward(None, WeightGradients()))

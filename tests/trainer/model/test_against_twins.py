@@ -17,7 +17,7 @@ from shoestring.tests.trainer.model.released import (
     released_gradients,
     run_losses,
 )
-from shoestring.trainer.model.tape import LossScales
+from shoestring.trainer.model.tape import LossNormalizers
 
 CONFIGS = reference_configs()
 
@@ -42,7 +42,7 @@ def test_logits_and_gradients_are_those_of_transformers(name: str) -> None:
     assert 0.5 < their_logits.std().item() < 2
     assert (our_logits - their_logits).abs().max().item() <= 2e-5
 
-    scales = LossScales(main=1 / targets_BS.numel(), mtp=0.0, balance=0.0)
+    scales = LossNormalizers(main=1 / targets_BS.numel(), mtp=0.0, balance=0.0)
     run_losses(chunk, tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool), scales)
     expected = gradients_of(theirs)
     ours = released_gradients(chunk.model)
@@ -66,7 +66,7 @@ def test_whole_loss_and_its_gradients_are_those_of_the_reference(
 
     chunk = make_chunk(config, params, dtype, Topology(), rank=0)
     targets = int((valid_BW[:, 1 : tokens_BW.shape[1] - config.mtp_depth]).sum())
-    scales = LossScales(
+    scales = LossNormalizers(
         main=1 / targets,
         mtp=config.mtp_weight / (max(1, config.mtp_depth) * targets),
         balance=config.balance_alpha / len(tokens_BW),

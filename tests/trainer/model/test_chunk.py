@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.comm.async_comm import InlineWorker, InParts, Pending
+from shoestring.comm.async_comm import AsyncWork, InlineCommunicator, TwoPartWork
 from shoestring.comm.exchange.api import Received
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.exchange.flat import FlatExchange, FlatLayout
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
-from shoestring.comm.trace import Label
+from shoestring.comm.trace import ExchangeLabel
 from shoestring.comm.traffic import Traffic
 from shoestring.parallelism.pipeline.executor import Steps, drive, take_turns
 from shoestring.parallelism.weight_grad import WeightGradients
@@ -25,8 +25,8 @@ from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.init import initialise
 from shoestring.trainer.model.model import Model
-from shoestring.trainer.model.recompute import Part
-from shoestring.trainer.model.tape import LossScales
+from shoestring.trainer.model.recompute import RecomputeModule
+from shoestring.trainer.model.tape import LossNormalizers
 
 T = TypeVar("T")
 
@@ -37,14 +37,14 @@ CONFIG = ModelConfig(
     mtp_depth=1, init_std=0.1,
 )  # fmt: skip
 ROUTED_LAYERS = 3
-SCALES = LossScales(main=0.01, mtp=0.003, balance=0.1)
+SCALES = LossNormalizers(main=0.01, mtp=0.003, balance=0.1)
 LENGTH = 7
 
 
 class Watched(Generic[T]):
     """A pending communication that writes down when it is waited on."""
 
-    def __init__(self, pending: Pending[T], name: str, diary: list[str]) -> None:
+    def __init__(self, pending: AsyncWork[T], name: str, diary: list[str]) -> None:
         self._pending, self._name, self._diary = pending, name, diary
 
     def wait(self) -> T:
@@ -63,31 +63,31 @@ class WatchedExchange:
         self.most_alive = 0
 
     def dispatch(
-        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: Label, *, as_tiles: bool = False
-    ) -> InParts[Received[FlatLayout]]:
+        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: ExchangeLabel, *, as_tiles: bool = False
+    ) -> TwoPartWork[Received[FlatLayout]]:
         number = len(self.rows)
         self.diary.append(f"dispatch {number}")
         pending = self._exchange.dispatch(tokens_TD, weights_TK, experts_TK, label, as_tiles=as_tiles)
 
-        def proceed() -> Pending[Received[FlatLayout]]:
+        def proceed() -> AsyncWork[Received[FlatLayout]]:
             received = pending.wait()
             self._number[id(received.layout)] = number
             self.rows.append(weakref.ref(received.rows_RD.untyped_storage()))
             self.most_alive = max(self.most_alive, self.alive())
             return Watched(pending, f"dispatch {number}", self.diary)
 
-        return InParts(proceed)
+        return TwoPartWork(proceed)
 
-    def combine(self, rows_RD: Tensor, received: Received[FlatLayout]) -> Pending[Tensor]:
+    def combine(self, rows_RD: Tensor, received: Received[FlatLayout]) -> AsyncWork[Tensor]:
         return self._watched(self._exchange.combine(rows_RD, received), f"combine {self._of(received)}")
 
-    def combine_backward(self, grad_TD: Tensor, received: Received[FlatLayout]) -> Pending[Tensor]:
+    def combine_backward(self, grad_TD: Tensor, received: Received[FlatLayout]) -> AsyncWork[Tensor]:
         pending = self._exchange.combine_backward(grad_TD, received)
         return self._watched(pending, f"combine_backward {self._of(received)}")
 
     def dispatch_backward(
         self, grad_RD: Tensor, grad_weights_R: Tensor, received: Received[FlatLayout]
-    ) -> Pending[tuple[Tensor, Tensor]]:
+    ) -> AsyncWork[tuple[Tensor, Tensor]]:
         pending = self._exchange.dispatch_backward(grad_RD, grad_weights_R, received)
         return self._watched(pending, f"dispatch_backward {self._of(received)}")
 
@@ -98,19 +98,19 @@ class WatchedExchange:
     def _of(self, received: Received[FlatLayout]) -> int:
         return self._number[id(received.layout)]
 
-    def _watched(self, pending: Pending[T], name: str) -> Watched[T]:
+    def _watched(self, pending: AsyncWork[T], name: str) -> Watched[T]:
         self.diary.append(name)
         return Watched(pending, name, self.diary)
 
 
 def make_chunk(
-    recompute: frozenset[Part] = frozenset(), dtype: torch.dtype = torch.float32
+    recompute: frozenset[RecomputeModule] = frozenset(), dtype: torch.dtype = torch.float32
 ) -> tuple[Chunk, WatchedExchange]:
     model = Model(CONFIG)
     initialise(model, seed=0)
     topology = Topology()
     groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))
-    exchange = FlatExchange(groups, CONFIG.experts, InlineWorker(), Traffic(topology, 0), ExchangeConfig())
+    exchange = FlatExchange(groups, CONFIG.experts, InlineCommunicator(), Traffic(topology, 0), ExchangeConfig())
     watched = WatchedExchange(exchange)
     return Chunk(model, watched, dtype, recompute=recompute), watched
 

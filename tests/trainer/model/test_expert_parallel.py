@@ -16,7 +16,7 @@ from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.trainer.model.released import largest_difference, make_chunk, released_gradients, run_losses
 from shoestring.trainer.build import build_optimizer
 from shoestring.trainer.model.stage_layout import Stages
-from shoestring.trainer.model.tape import LossScales
+from shoestring.trainer.model.tape import LossNormalizers
 from shoestring.trainer.optimizer.config import OptimizerConfig
 
 TOLERANCE = {"float64": 1e-10, "float32": 5e-6}
@@ -51,7 +51,7 @@ def run_rank(topology: Topology, rank: int, name: str, dtype_name: str) -> Outco
     valid_BW[-1, 5:] = False
     share = SEQUENCES // topology.dp
     mine = slice(topology.dp_rank(rank) * share, (topology.dp_rank(rank) + 1) * share)
-    scales = LossScales(main=1 / 40, mtp=0.3 / 40, balance=0.1 / SEQUENCES)
+    scales = LossNormalizers(main=1 / 40, mtp=0.3 / 40, balance=0.1 / SEQUENCES)
     forward = run_losses(chunk, tokens_BW[mine], valid_BW[mine], scales)
 
     reducer.finish()

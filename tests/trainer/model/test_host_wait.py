@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.comm.async_comm import InParts, StreamWorker
+from shoestring.comm.async_comm import StreamCommunicator, TwoPartWork
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.exchange.factory import open_exchange
 from shoestring.comm.groups import ProcessGroups
@@ -32,16 +32,18 @@ BACKWARD, FORWARD = 0, 1  # the micro-batches of an FB
 SHARED = "shared(F)"
 
 
-class StalledWorker(StreamWorker):
+class StalledWorker(StreamCommunicator):
     """Waits for sizes as soon as their exchange is launched."""
 
-    def submit_in_parts(self, what: str, first: Callable[[], Callable[[], T]], inputs: Sequence[Tensor]) -> InParts[T]:
+    def submit_in_parts(
+        self, what: str, first: Callable[[], Callable[[], T]], inputs: Sequence[Tensor]
+    ) -> TwoPartWork[T]:
         pending = super().submit_in_parts(what, first, inputs)
         pending.proceed()
         return pending
 
 
-def make_chunk(exchange: str, worker: type[StreamWorker] = StreamWorker) -> tuple[Chunk, RecordedStreams]:
+def make_chunk(exchange: str, worker: type[StreamCommunicator] = StreamCommunicator) -> tuple[Chunk, RecordedStreams]:
     streams, model = RecordedStreams(), Model(CONFIG)
     initialise(model, seed=0)
     layer = model.layers["1"]
@@ -59,7 +61,7 @@ def make_chunk(exchange: str, worker: type[StreamWorker] = StreamWorker) -> tupl
     return Chunk(model, exchanger, torch.float32, recorder=streams), streams
 
 
-def run_pair(exchange: str, worker: type[StreamWorker] = StreamWorker) -> RecordedStreams:
+def run_pair(exchange: str, worker: type[StreamCommunicator] = StreamCommunicator) -> RecordedStreams:
     """An FB: what its host did, and its streams."""
     chunk, streams = make_chunk(exchange, worker)
     ahead = drive(chunk.forward(*window(), SCALES, BACKWARD))

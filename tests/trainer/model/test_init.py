@@ -7,13 +7,13 @@ import torch
 
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.init import initialise
-from shoestring.trainer.model.model import Model, Share
+from shoestring.trainer.model.model import Model, ModelShard
 
 CONFIG = ModelConfig(init_std=0.02)  # tiny
 
 
 def initialised(seed: int, expert_ranks: int = 1, expert_rank: int = 0, config: ModelConfig = CONFIG) -> Model:
-    model = Model(config, Share.whole(config, expert_ranks, expert_rank))
+    model = Model(config, ModelShard.whole(config, expert_ranks, expert_rank))
     initialise(model, seed)
     return model
 

@@ -15,21 +15,23 @@ from shoestring.parallelism.pipeline.executor import drive
 from shoestring.parallelism.weight_grad import WeightGradients
 from shoestring.tests.trainer.model.test_chunk import LENGTH, SCALES, make_chunk, window
 from shoestring.trainer.model import recompute as recompute_module
-from shoestring.trainer.model.recompute import Part, Recompute, RecomputeConfig, recomputed, replayed
+from shoestring.trainer.model.recompute import Recompute, RecomputeConfig, RecomputeModule, recomputed, replayed
 from shoestring.trainer.model.router import Router
 from shoestring.trainer.precision.fp8 import Fp8
 from shoestring.trainer.precision.reference import Reference
 
-REPORT = frozenset({Part.NORM, Part.UP_PROJECTION, Part.SWIGLU})
-POLICIES = [frozenset(parts) for size in range(len(Part) + 1) for parts in combinations(Part, size)]
+REPORT = frozenset({RecomputeModule.NORM, RecomputeModule.UP_PROJECTION, RecomputeModule.SWIGLU})
+POLICIES = [
+    frozenset(parts) for size in range(len(RecomputeModule) + 1) for parts in combinations(RecomputeModule, size)
+]
 
 
-def names(policy: frozenset[Part]) -> str:
+def names(policy: frozenset[RecomputeModule]) -> str:
     return "+".join(sorted(policy)) or "nothing"
 
 
 def gradients(
-    policy: frozenset[Part], dtype: torch.dtype, *, deferred: bool = False, fp8: bool = False
+    policy: frozenset[RecomputeModule], dtype: torch.dtype, *, deferred: bool = False, fp8: bool = False
 ) -> tuple[list[Tensor], list[str]]:
     """Losses and gradients of one micro-batch, and what was sent."""
     chunk, exchange = make_chunk(policy, dtype)
@@ -48,7 +50,7 @@ def gradients(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("policy", POLICIES[1:], ids=names)
-def test_recomputing_changes_no_bit(policy: frozenset[Part], dtype: torch.dtype) -> None:
+def test_recomputing_changes_no_bit(policy: frozenset[RecomputeModule], dtype: torch.dtype) -> None:
     kept, sent = gradients(frozenset(), dtype)
     made_again, sent_again = gradients(policy, dtype)
     assert all(map(torch.equal, made_again, kept))
@@ -57,8 +59,12 @@ def test_recomputing_changes_no_bit(policy: frozenset[Part], dtype: torch.dtype)
     assert all(map(torch.equal, split, kept))
 
 
-@pytest.mark.parametrize("policy", [frozenset({Part.NORM}), REPORT, frozenset(Part) - {Part.GATE_UP}], ids=names)
-def test_nor_does_it_in_fp8(policy: frozenset[Part]) -> None:
+@pytest.mark.parametrize(
+    "policy",
+    [frozenset({RecomputeModule.NORM}), REPORT, frozenset(RecomputeModule) - {RecomputeModule.GATE_UP}],
+    ids=names,
+)
+def test_nor_does_it_in_fp8(policy: frozenset[RecomputeModule]) -> None:
     kept, _ = gradients(frozenset(), torch.bfloat16, fp8=True)
     for deferred in (False, True):
         made_again, _ = gradients(policy, torch.bfloat16, deferred=deferred, fp8=True)
@@ -76,7 +82,7 @@ def test_each_part_is_made_again_once_for_each_who_needs_it() -> None:
         return result(self, index)
 
     with patch.object(recompute_module._Recipe, "result", counted):
-        gradients(frozenset(Part), torch.float32)
+        gradients(frozenset(RecomputeModule), torch.float32)
     layers, routed = 4, 3  # with that of MTP
     assert used.count("_heads") == used.count("replay") == layers
     assert used.count("rms_norm") == 4 * layers + 1  # two of them in attention; the last is that before MTP
@@ -93,12 +99,12 @@ def test_where_tokens_go_is_decided_once() -> None:
         return choose(self, affinity_TE)
 
     with patch.object(Router, "_select", counted):
-        gradients(frozenset(Part), torch.float32)
+        gradients(frozenset(RecomputeModule), torch.float32)
     assert len(decided) == 3
 
 
 def test_logits_need_no_recipes() -> None:
-    chunk, _ = make_chunk(frozenset(Part))
+    chunk, _ = make_chunk(frozenset(RecomputeModule))
     with torch.no_grad(), patch.object(Recompute, "note") as note:
         drive(chunk.logits(window()[0][:, :LENGTH]))
     assert not note.called
@@ -111,11 +117,11 @@ def test_a_result_goes_when_the_last_who_kept_it_has_run() -> None:
         made.append(len(made))
         return 2 * x
 
-    x, recompute = torch.randn(5, requires_grad=True), Recompute(frozenset({Part.NORM}))
+    x, recompute = torch.randn(5, requires_grad=True), Recompute(frozenset({RecomputeModule.NORM}))
     with recompute.collect():
-        doubled = recomputed(Part.NORM, double, x)
+        doubled = recomputed(RecomputeModule.NORM, double, x)
         first, second = doubled.sin().sum(), doubled[1:].cos().sum()
-        recomputed(Part.SWIGLU, double, x).sin()  # not in the policy
+        recomputed(RecomputeModule.SWIGLU, double, x).sin()  # not in the policy
     storage = doubled.untyped_storage()
     assert len(recompute._results) == 1
     del doubled, storage
@@ -129,9 +135,9 @@ def test_a_result_goes_when_the_last_who_kept_it_has_run() -> None:
 
 
 def test_a_function_that_returns_its_input_has_made_nothing() -> None:
-    x, recompute = torch.randn(5, requires_grad=True), Recompute(frozenset(Part))
+    x, recompute = torch.randn(5, requires_grad=True), Recompute(frozenset(RecomputeModule))
     with recompute.collect():
-        same = recomputed(Part.NORM, lambda x: x.view(-1), x)
+        same = recomputed(RecomputeModule.NORM, lambda x: x.view(-1), x)
         result = same.sin().sum()
     assert len(recompute._results) == 0
     result.backward()
@@ -145,9 +151,9 @@ def test_a_replayed_function_keeps_its_inputs_alone() -> None:
         kept.append(tensor)
         return tensor
 
-    x, recompute = torch.randn(5, requires_grad=True), Recompute(frozenset({Part.ATTENTION}))
+    x, recompute = torch.randn(5, requires_grad=True), Recompute(frozenset({RecomputeModule.ATTENTION}))
     with recompute.collect(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = replayed(Part.ATTENTION, lambda x, scale: (x.exp().sin() * scale).cos(), x, 3.0)
+        result = replayed(RecomputeModule.ATTENTION, lambda x, scale: (x.exp().sin() * scale).cos(), x, 3.0)
     assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
     (gradient,) = torch.autograd.grad(result.sum(), x)
     torch.testing.assert_close(gradient, torch.autograd.grad((x.exp().sin() * 3.0).cos().sum(), x)[0])
@@ -161,5 +167,5 @@ def test_an_unknown_part_is_refused_and_so_is_one_twice() -> None:
     assert not list(problems("norm", "swiglu"))
     unknown, twice = problems("norm", "softmax", "norm")
     assert (unknown.field, unknown.value) == ("parts[1]", "softmax")
-    assert all(part.value in unknown.remedy for part in Part)
+    assert all(part.value in unknown.hint for part in RecomputeModule)
     assert (twice.field, twice.value) == ("parts[2]", "norm")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.comm.async_comm import InlineWorker
+from shoestring.comm.async_comm import InlineCommunicator
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
 from shoestring.comm.trace import SILENT
@@ -101,7 +101,7 @@ def sharded(parameters: dict[str, Tensor], config: OptimizerConfig, moments: tor
     members = [Member(name, value, decays=value.ndim >= 2) for name, value in parameters.items()]
     dtype = members[0].parameter.dtype
     buckets = [Bucket("", each, world, moments, dtype) for each in (members[:1], members[1:])]
-    reducer = Reducer(buckets, [0, 0], InlineWorker(), Traffic(Topology(), 0))
+    reducer = Reducer(buckets, [0, 0], InlineCommunicator(), Traffic(Topology(), 0))
     return ShardedOptimizer(reducer, AdamW(config), [0, 0], [0, 1], SILENT)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shoestring.tests.trainer.precision.hard_numbers import numbers
-from shoestring.trainer.precision.backend import Provider, Rows
+from shoestring.trainer.precision.backend import PrecisionBackend, Rows
 from shoestring.trainer.precision.reference import Reference
 from shoestring.trainer.precision.tiles import Blocks, Scales, Tiles
 
@@ -41,7 +41,7 @@ def error(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def check_quantisation(provider: Provider, device: torch.device) -> None:
+def check_quantisation(provider: PrecisionBackend, device: torch.device) -> None:
     """Rows, columns and blocks; hard numbers and faults."""
     for shape in ((5, 128), (21, 129), (257, 300)):
         for dtype in (torch.float32, torch.bfloat16):
@@ -67,7 +67,7 @@ def check_quantisation(provider: Provider, device: torch.device) -> None:
     assert provider.tiles(stack[0][:0], Scales.FP32).values_XD.shape == (0, 200)
 
 
-def check_swiglu(provider: Provider, device: torch.device) -> None:
+def check_swiglu(provider: PrecisionBackend, device: torch.device) -> None:
     """Rows with and without gate weights of two dtypes; as a gate every BF16 number, faults among them.
 
     Every one but the subnormal: Triton's interpreter does not read these for what they are.
@@ -92,7 +92,7 @@ def check_swiglu(provider: Provider, device: torch.device) -> None:
                 assert both[0].tiles_per_expert_L == both[1].tiles_per_expert_L
 
 
-def products(provider: Provider, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+def products(provider: PrecisionBackend, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """All three, dense and grouped, with sides that are no multiples of anything; the same numbers at each call."""
     generator = torch.Generator().manual_seed(0)
 
@@ -120,7 +120,7 @@ def products(provider: Provider, device: torch.device) -> Iterator[tuple[str, Te
             yield f"weight gradient {n} {k} added to {dtype}", sums
 
 
-def check_products(provider: Provider, device: torch.device, accumulator: Reference = TWIN) -> None:
+def check_products(provider: PrecisionBackend, device: torch.device, accumulator: Reference = TWIN) -> None:
     """Up to the order of sums in FP32, 1e-5; and `MARGIN` times what the sums of `accumulator` are off by."""
     found, exact, modelled = (dict(products(each, device)) for each in (provider, TWIN, accumulator))
     for what, ours in found.items():
@@ -138,16 +138,16 @@ def main() -> None:
 
     from shoestring.tests.trainer.precision.block_order import check_order
     from shoestring.trainer.precision import kernels
-    from shoestring.trainer.precision.triton_backend import TritonProvider
+    from shoestring.trainer.precision.triton_backend import TritonBackend
 
     torch.manual_seed(0)
     if sys.argv[1] == "products":
-        check_products(TritonProvider(), torch.device("cpu"))
+        check_products(TritonBackend(), torch.device("cpu"))
     else:
         check_order()
-        check_quantisation(TritonProvider(torch.float32), torch.device("cpu"))
+        check_quantisation(TritonBackend(torch.float32), torch.device("cpu"))
         with patch.object(kernels, "libdevice", tl):
-            check_swiglu(TritonProvider(torch.float32), torch.device("cpu"))
+            check_swiglu(TritonBackend(torch.float32), torch.device("cpu"))
     print("every kernel is its twin")
 
 

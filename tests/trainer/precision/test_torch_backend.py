@@ -11,7 +11,7 @@ from torch.nn.functional import ScalingType
 from shoestring.comm.fp8 import tiles_of
 from shoestring.trainer.precision.reference import Reference
 from shoestring.trainer.precision.tiles import Blocks, Scales, Tiles
-from shoestring.trainer.precision.torch_backend import TorchProvider
+from shoestring.trainer.precision.torch_backend import TorchBackend
 
 ROWS = (130, 0, 128, 7)
 
@@ -44,7 +44,7 @@ def stand_in(
 
 def test_products_are_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "scaled_mm", stand_in)
-    ours, twin = TorchProvider(), Reference()
+    ours, twin = TorchBackend(), Reference()
     for rows, n, k in ((5, 40, 30), (130, 256, 300)):
         x, w = twin.tiles(torch.randn(rows, k), Scales.FP32), twin.blocks(torch.randn(n, k), Scales.FP32)
         assert torch.equal(ours.multiply(x, w, torch.float32), twin.multiply(x, w, torch.float32))

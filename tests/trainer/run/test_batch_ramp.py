@@ -6,7 +6,7 @@ from itertools import pairwise, product
 
 import pytest
 
-from shoestring.trainer.run.batch_ramp import Batches, ramp
+from shoestring.trainer.run.batch_ramp import BatchRamp, ramp
 
 
 def walk(first: int, increment: int, last: int, tokens: int, length: int, steps: int) -> list[int]:
@@ -52,8 +52,8 @@ def test_each_size_has_an_equal_share_of_the_tokens() -> None:
 
 
 def test_without_a_ramp_all_steps_are_equal() -> None:
-    for batches in (Batches.constant(16), ramp(16, 4, 16, 1000, 8)):
-        assert batches.levels == Batches.constant(16).levels
+    for batches in (BatchRamp.constant(16), ramp(16, 4, 16, 1000, 8)):
+        assert batches.levels == BatchRamp.constant(16).levels
         for steps, rest in product(range(5), range(16)):
             assert batches.consumed(steps) == 16 * steps
             assert batches.steps_to(16 * steps - rest) == (steps if steps else 0)

@@ -9,18 +9,18 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from shoestring.comm.exchange.permutation import Visits
+from shoestring.comm.exchange.permutation import TokenCounts
 from shoestring.comm.groups import Group, ProcessGroups
 from shoestring.comm.topology import Topology
 from shoestring.tests.processes import World, run_processes
-from shoestring.trainer.run.step_reduction import Share, Totals, sum_over_ranks
+from shoestring.trainer.run.step_reduction import RankTotals, Totals, sum_over_ranks
 
 ROUTERS = ["layer_01", "layer_02", "mtp_01"]
 EXPERTS = 4
 MANY = 2**52 - 1  # tokens: FP32 would lose the last one of them
 
 
-def share_of(rank: int, *, loss: float = 1.0) -> Share:
+def share_of(rank: int, *, loss: float = 1.0) -> RankTotals:
     """Rank 0 holds the first router, rank 1 the others; both hold the second."""
     counts = {"layer_02": torch.tensor([MANY, rank, 0, 1])}
     bias = {"layer_02": torch.tensor([0.1, -0.3, 0.0, 0.7])}
@@ -28,7 +28,7 @@ def share_of(rank: int, *, loss: float = 1.0) -> Share:
     counts[own], bias[own] = torch.arange(EXPERTS), torch.full((EXPERTS,), 0.001 * (rank + 1))
     losses = torch.tensor([loss, 2.0, 3.0], dtype=torch.float64)
     squares = torch.tensor(2.0 + rank, dtype=torch.float64)
-    return Share(losses, squares, counts, bias, Visits(1, 2, 3, 4), votes=(rank == 1, True, False))
+    return RankTotals(losses, squares, counts, bias, TokenCounts(1, 2, 3, 4), votes=(rank == 1, True, False))
 
 
 def total_of(world: World, loss: float) -> tuple[Totals, int]:
@@ -43,7 +43,7 @@ def test_two_ranks_know_the_same_sums_after_one_reduction() -> None:
     for totals, reductions in run_processes(2, total_of, 1.0):
         assert reductions == 1
         assert (totals.losses, totals.squares) == ((2.0, 4.0, 6.0), 5.0)
-        assert totals.visits == Visits(2, 4, 6, 8)
+        assert totals.visits == TokenCounts(2, 4, 6, 8)
         assert totals.votes == (1, 2, 0)
         counts = {name: values.tolist() for name, values in totals.counts_E.items()}
         assert counts == {"layer_01": [0, 1, 2, 3], "layer_02": [2 * MANY, 1, 0, 2], "mtp_01": [0, 1, 2, 3]}
@@ -65,6 +65,6 @@ def test_one_rank_sums_by_itself(routers: list[str]) -> None:
     alone = Group((0,), None, 0, timedelta(seconds=1))
     share = share_of(0)
     bias = {name: share.bias_E.get(name, torch.zeros(EXPERTS)) for name in routers}
-    whole = Share(share.losses, share.squares, share.counts_E if routers else {}, bias, share.visits, share.votes)
+    whole = RankTotals(share.losses, share.squares, share.counts_E if routers else {}, bias, share.visits, share.votes)
     totals = sum_over_ranks(whole, routers, EXPERTS, alone)
     assert (totals.losses, totals.votes, list(totals.counts_E)) == ((1.0, 2.0, 3.0), (0, 1, 0), routers)

@@ -15,7 +15,7 @@ from shoestring.launch.compose import compose_run
 from shoestring.tests.comm.nccl_rules import QueuedStreams
 from shoestring.trainer.build import Engine, open_engine
 from shoestring.trainer.config import RunConfig
-from shoestring.trainer.run.stage_runner import RunningStage
+from shoestring.trainer.run.stage_runner import StageRunner
 from shoestring.trainer.run.warm_up import load_kernels, warm_up
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def test_every_chunk_runs_forward_and_backward_and_nothing_of_it_stays() -> None
     state = torch.get_rng_state()
     load_kernels(stepper, shape, CPU)
     assert all(bool(bucket.grads_N.any()) for bucket in buckets)  # the backward went through all of them
-    with patch.object(RunningStage, "backward", autospec=True, side_effect=RunningStage.backward) as backward:
+    with patch.object(StageRunner, "backward", autospec=True, side_effect=StageRunner.backward) as backward:
         warm_up(stepper, engine.worker, config.exchange.name, shape, CPU, streams)
     assert backward.call_count == len(stepper.chunks) == 2
     assert not any(bool(bucket.grads_N.any()) for bucket in buckets)

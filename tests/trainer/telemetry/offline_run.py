@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shoestring.comm.errors import Problem, Refused
+from shoestring.comm.errors import ConfigError, Problem
 
 _BLOCK = 32 * 1024
 _FILE_HEADER = struct.pack("<4sHB", b":W&B", 0xBEE1, 0)
@@ -71,7 +71,7 @@ def read_records(path: Path) -> Iterator[bytes]:
     """Yield the records of the log at `path`, checking each CRC. Raises Refused for a damaged file."""
     data = path.read_bytes()
     if not data.startswith(_FILE_HEADER):
-        raise Refused([Problem(str(path), data[:7], "not a .wandb file of version 0")])
+        raise ConfigError([Problem(str(path), data[:7], "not a .wandb file of version 0")])
     position, whole = len(_FILE_HEADER), b""
     while position + _FRAGMENT.size <= len(data):
         room = _BLOCK - position % _BLOCK
@@ -84,7 +84,7 @@ def read_records(path: Path) -> Iterator[bytes]:
             return
         fragment = data[start : start + length]
         if not _FULL <= kind <= _LAST or crc != zlib.crc32(fragment, zlib.crc32(bytes([kind]))):
-            raise Refused([Problem(f"{path} at byte {position}", kind, "damaged: the CRC does not match")])
+            raise ConfigError([Problem(f"{path} at byte {position}", kind, "damaged: the CRC does not match")])
         whole = fragment if kind in (_FULL, _FIRST) else whole + fragment
         if kind in (_FULL, _LAST):
             yield whole

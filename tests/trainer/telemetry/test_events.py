@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.trainer.telemetry.events import Event, EventStream
 from shoestring.trainer.telemetry.history import read_all_metrics, read_metrics
 
@@ -111,9 +111,9 @@ def test_a_step_done_twice_counts_the_later_time(tmp_path: Path) -> None:
 
 def test_a_broken_line_and_a_missing_file_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"time": 1, "kind": "step", "step": 1}\n[]\n')
-    with pytest.raises(Refused, match=r"metrics\.jsonl:2"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl:2"):
         read_metrics(tmp_path / "metrics.jsonl")
-    with pytest.raises(Refused, match="no such file"):
+    with pytest.raises(ConfigError, match="no such file"):
         read_metrics(tmp_path / "absent.jsonl")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.tests.launch.small_run import free_port
 from shoestring.trainer.telemetry.config import PrometheusConfig, TelemetryConfig, WandbConfig
 from shoestring.trainer.telemetry.events import Event
@@ -114,14 +114,14 @@ def test_a_port_that_is_taken_is_refused_by_name() -> None:
         config = PrometheusConfig(port=other.getsockname()[1])
         (problem,) = port_problems(config)
         assert problem.field == "telemetry.prometheus.port"
-        assert "Address already in use" in problem.remedy
-        with pytest.raises(Refused, match="Address already in use"):
+        assert "Address already in use" in problem.hint
+        with pytest.raises(ConfigError, match="Address already in use"):
             PrometheusSink(config, Path("run"))
 
 
 def test_an_address_that_is_not_of_this_machine_is_refused() -> None:
     (problem,) = port_problems(PrometheusConfig(port=free_port(), address="192.0.2.1"))  # reserved for documents
-    assert "192.0.2.1" in problem.remedy
+    assert "192.0.2.1" in problem.hint
 
 
 def test_no_port_is_no_problem() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from shoestring.comm.trace import EDGE_WAIT, EXPOSED_EXCHANGE, REDUCE_WAIT, Track
 from shoestring.parallelism.pipeline.schedules.registry import build_program
-from shoestring.parallelism.pipeline.simulate import UnitTimes, replay
+from shoestring.parallelism.pipeline.simulate import UnitTimes, simulate_program
 from shoestring.trainer.ledger.terms import TERMS
 from shoestring.trainer.telemetry.sample import StepSample
 from shoestring.trainer.telemetry.trace import Span
@@ -18,7 +18,7 @@ TIMES = UnitTimes(forward=100, backward=200)
 
 def step_of(rank: int, slower: int = 0) -> StepSample:
     """What a rank records that does as the replay says, but waits so many microseconds longer for its first message."""
-    ideal = replay(PROGRAM, TIMES)
+    ideal = simulate_program(PROGRAM, TIMES)
     spans, before = [], 0
     for instruction, start, end in zip(PROGRAM.instructions[rank], ideal.starts[rank], ideal.ends[rank], strict=True):
         spans.append(Span(Track.INSTRUCTION, EDGE_WAIT, "", before * US, int(start) * US))
@@ -47,7 +47,7 @@ def test_the_terms_of_all_ranks_add_up_to_their_steps() -> None:
 @pytest.mark.parametrize("slower", [0, 700])
 def test_waiting_is_bubble_as_far_as_the_ideal_goes_and_imbalance_beyond(slower: int) -> None:
     sample = total(slower)
-    ideal = replay(PROGRAM, TIMES)
+    ideal = simulate_program(PROGRAM, TIMES)
     bubble = sum(ends[-1] - busy for ends, busy in zip(ideal.ends, ideal.busy, strict=True))
     split = sample.by_term(PROGRAM, replicas=1)
     assert split["bubble"] == bubble > 0

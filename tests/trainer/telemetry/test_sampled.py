@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.comm.files.lines import count_lines, cut_torn_line
 from shoestring.trainer.telemetry import sampled
 from shoestring.trainer.telemetry.events import Event, EventStream
@@ -37,7 +37,7 @@ def test_of_a_short_run_everything_is_read(tmp_path: Path) -> None:
 
 def test_of_a_long_run_spikes_and_all_that_is_rare_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampled, "MOST_STEPS", 64)
-    monkeypatch.setattr(sampled.StepSample.__init__, "__defaults__", (64, 10**9))
+    monkeypatch.setattr(sampled.StepDownsampler.__init__, "__defaults__", (64, 10**9))
     events = [Event("run", 0, {})]
     for number in range(1, 5001):
         events.append(step(number, {777: 99.0, 4242: float("nan"), 3333: -1.0}.get(number, 5 - number / 5000)))
@@ -53,7 +53,7 @@ def test_of_a_long_run_spikes_and_all_that_is_rare_stay(tmp_path: Path, monkeypa
 
 
 def test_steps_that_were_undone_are_in_no_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampled.StepSample.__init__, "__defaults__", (16, 10**9))
+    monkeypatch.setattr(sampled.StepDownsampler.__init__, "__defaults__", (16, 10**9))
     path = write(
         tmp_path, *map(step, range(1, 201)), Event("resume", 100, {}), *(step(n, 1.0) for n in range(101, 150))
     )
@@ -63,7 +63,7 @@ def test_steps_that_were_undone_are_in_no_sample(tmp_path: Path, monkeypatch: py
 
 
 def test_the_bytes_of_a_sample_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampled.StepSample.__init__, "__defaults__", (4096, 20_000))
+    monkeypatch.setattr(sampled.StepDownsampler.__init__, "__defaults__", (4096, 20_000))
     path = write(tmp_path, *map(step, range(1, 2001)))
     found = read_sampled(path)
     assert 50 < len(found) < 300
@@ -73,7 +73,7 @@ def test_a_broken_line_that_looks_like_no_step_is_refused(tmp_path: Path) -> Non
     path = write(tmp_path, step(1))
     with path.open("a") as file:
         file.write("not json\n")
-    with pytest.raises(Refused, match=r"metrics\.jsonl:2"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl:2"):
         read_sampled(path)
 
 
@@ -104,8 +104,8 @@ def test_metrics_of_holes_are_refused_in_no_time(tmp_path: Path) -> None:
     readers: list[Callable[[Path], object]] = [read_metrics, read_sampled, count_lines]
     readers.append(lambda path: MetricsReader(path).new_events())
     for read in readers:
-        with pytest.raises(Refused, match=r"metrics.jsonl.* line of more than 8388608 bytes"):
+        with pytest.raises(ConfigError, match=r"metrics.jsonl.* line of more than 8388608 bytes"):
             read(path)
-    with pytest.raises(Refused, match="ends in more than 8388608 bytes without a newline; restore the file"):
+    with pytest.raises(ConfigError, match="ends in more than 8388608 bytes without a newline; restore the file"):
         cut_torn_line(path)
     assert path.stat().st_size == 2**40

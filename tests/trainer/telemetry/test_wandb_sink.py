@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.tests.launch.machines import alive, wait_until
 from shoestring.tests.trainer.telemetry.offline_run import OfflineRun, read_offline_run
 from shoestring.trainer.telemetry.config import TelemetryConfig, WandbConfig
@@ -134,7 +134,7 @@ def test_a_process_of_wandb_that_ends_while_it_starts_is_started_again(
     WandbSink(WandbConfig(), tmp_path, 0)
     assert len(starts) == 3
     lives_until = 9
-    with pytest.raises(Refused, match="wandb could not start"):
+    with pytest.raises(ConfigError, match="wandb could not start"):
         WandbSink(WandbConfig(), tmp_path, 0)
     assert len(starts) == 6
 
@@ -169,11 +169,11 @@ def test_expert_loads_become_one_bar_an_expert(tmp_path: Path) -> None:
 
 
 def test_online_without_an_account_is_one_clear_refusal(tmp_path: Path) -> None:
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(ConfigError) as refusal:
         WandbSink(WandbConfig(mode="online"), tmp_path, 0)
     (problem,) = refusal.value.problems
     assert problem.field == "telemetry.wandb"
-    assert "wandb login" in problem.remedy
+    assert "wandb login" in problem.hint
 
 
 @pytest.mark.slow
@@ -226,13 +226,13 @@ def test_a_damaged_file_is_refused_and_a_torn_one_read_to_its_end(tmp_path: Path
     data = path.read_bytes()
     place = data.index(b"max_violation")
     (tmp_path / "damaged").write_bytes(data[:place] + b"M" + data[place + 1 :])
-    with pytest.raises(Refused, match="CRC"):
+    with pytest.raises(ConfigError, match="CRC"):
         read_offline_run(tmp_path / "damaged")
     for cut in range(7, len(data), 31):
         (tmp_path / "torn").write_bytes(data[:cut])
         assert len(read_offline_run(tmp_path / "torn").history) <= 3
     (tmp_path / "other").write_bytes(b"something else")
-    with pytest.raises(Refused, match="version 0"):
+    with pytest.raises(ConfigError, match="version 0"):
         read_offline_run(tmp_path / "other")
 
 
@@ -253,10 +253,10 @@ def test_an_id_that_is_torn_gives_a_new_one(tmp_path: Path, left: bytes, capsys:
 
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "wandb").write_text("notes")
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(ConfigError) as refusal:
         WandbSink(WandbConfig(), tmp_path, 0)
     (problem,) = refusal.value.problems
     assert problem.value == "offline"
-    assert f"{tmp_path / 'wandb'}, is none: remove it, or set telemetry.wandb.mode to disabled" in problem.remedy
-    assert "login" not in problem.remedy
+    assert f"{tmp_path / 'wandb'}, is none: remove it, or set telemetry.wandb.mode to disabled" in problem.hint
+    assert "login" not in problem.hint
     assert (tmp_path / "wandb").read_text() == "notes"

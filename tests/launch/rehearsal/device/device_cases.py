@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shoestring.launch.rehearsal.device.fake_device import RehearsedDevice
-from shoestring.launch.rehearsal.device.recorder import Ledger
+from shoestring.launch.rehearsal.device.recorder import RankRecorder
 from shoestring.launch.rehearsal.device.spans import Spans
 from shoestring.launch.rehearsal.device.stand_ins import standing_in
 from shoestring.launch.rehearsal.log import HostWait
@@ -26,15 +26,15 @@ class Sevens:
 
 
 @pytest.fixture
-def ledger() -> Iterator[Ledger]:
+def ledger() -> Iterator[RankRecorder]:
     """Inside, `cuda` is the rehearsed device."""
-    ledger = Ledger(Spans("test"))
+    ledger = RankRecorder(Spans("test"))
     device = RehearsedDevice(ledger, Sevens())
     with standing_in(device), device:
         yield ledger
 
 
-def launched(ledger: Ledger) -> dict[str, tuple[int, int]]:
+def launched(ledger: RankRecorder) -> dict[str, tuple[int, int]]:
     """Launches and bytes by operation since this was asked last."""
     found = {row.operation: (row.launches, row.bytes) for row in ledger.launches}
     ledger.begin_step()
@@ -45,11 +45,11 @@ def on_device(*shape: int) -> Tensor:
     return torch.empty(shape, device="cuda")
 
 
-def waits(ledger: Ledger) -> list[str]:
+def waits(ledger: RankRecorder) -> list[str]:
     return [event.reason for event in ledger.events if isinstance(event, HostWait)]
 
 
-def test_each_tensor_is_counted_once(ledger: Ledger) -> None:
+def test_each_tensor_is_counted_once(ledger: RankRecorder) -> None:
     x, y = on_device(N), on_device(N)
     assert launched(ledger) == {}
     for _ in range(2):  # the second time from memory
@@ -60,14 +60,14 @@ def test_each_tensor_is_counted_once(ledger: Ledger) -> None:
         assert launched(ledger) == {"add": (1, 12 * N), "mul": (2, 16 * N), "add_": (1, 8 * N)}
 
 
-def test_an_expanded_dimension_is_read_once(ledger: Ledger) -> None:
+def test_an_expanded_dimension_is_read_once(ledger: RankRecorder) -> None:
     x, y = on_device(N, 1), on_device(N, 8)
     assert x.expand(N, 8).clone().shape == (N, 8)
     y += x
     assert launched(ledger) == {"clone": (1, 4 * N + 32 * N), "add_": (1, 32 * N + 4 * N)}
 
 
-def test_views_are_free(ledger: Ledger) -> None:
+def test_views_are_free(ledger: RankRecorder) -> None:
     for _ in range(2):
         x = on_device(N, 8)
         parts = x.view(8, N).T.split(10)[3], *x.unbind(1)[:2], x[5:], x.detach(), torch.empty_like(x)
@@ -78,14 +78,14 @@ def test_views_are_free(ledger: Ledger) -> None:
         assert launched(ledger) == {"zero_": (1, 4 * 8 * (N - 5))}
 
 
-def test_what_changes_its_argument_is_not_remembered(ledger: Ledger) -> None:
+def test_what_changes_its_argument_is_not_remembered(ledger: RankRecorder) -> None:
     for _ in range(2):
         x = on_device(2, 3)
         assert x.t_().shape == (3, 2)
         assert x.unsqueeze_(0).shape == (1, 3, 2)
 
 
-def test_memory_is_that_of_storages(ledger: Ledger) -> None:
+def test_memory_is_that_of_storages(ledger: RankRecorder) -> None:
     memory = ledger.memory
     x = on_device(N)
     part = x[:10]
@@ -98,7 +98,7 @@ def test_memory_is_that_of_storages(ledger: Ledger) -> None:
     assert memory.peak == 4 * N + 40
 
 
-def test_the_host_reads_what_the_oracle_says(ledger: Ledger) -> None:
+def test_the_host_reads_what_the_oracle_says(ledger: RankRecorder) -> None:
     x = torch.zeros(3, dtype=torch.int64, device="cuda")
     assert x.cpu().tolist() == [7, 7, 7]
     assert int(x[0]) == 7
@@ -111,7 +111,7 @@ def test_the_host_reads_what_the_oracle_says(ledger: Ledger) -> None:
     assert waits(ledger) == ["read", "read", "read"]
 
 
-def test_pinned_memory_goes_to_the_device_without_a_wait(ledger: Ledger) -> None:
+def test_pinned_memory_goes_to_the_device_without_a_wait(ledger: RankRecorder) -> None:
     numbers = torch.tensor([1, 2, 3])
     assert numbers.pin_memory().to("cuda", non_blocking=True).device.type == "cuda"
     assert waits(ledger) == []
@@ -123,7 +123,7 @@ def test_pinned_memory_goes_to_the_device_without_a_wait(ledger: Ledger) -> None
     assert len(waits(ledger)) == 1
 
 
-def test_the_host_computes_for_real(ledger: Ledger) -> None:
+def test_the_host_computes_for_real(ledger: RankRecorder) -> None:
     assert torch.tensor([1, 2, 3]).cumsum(0).tolist() == [1, 3, 6]
     assert launched(ledger) == {}
     huge = torch.randn(2**20, generator=torch.Generator().manual_seed(0))  # nothing reads it
@@ -131,7 +131,7 @@ def test_the_host_computes_for_real(ledger: Ledger) -> None:
     assert launched(ledger) == {"copy to device": (1, 4 * 2**20)}
 
 
-def test_a_tensor_of_the_host_among_those_of_the_device(ledger: Ledger) -> None:
+def test_a_tensor_of_the_host_among_those_of_the_device(ledger: RankRecorder) -> None:
     x = on_device(N)
     assert (x + torch.ones(())).device.type == "cuda"
     assert (x * torch.tensor(2.0)).device.type == "cuda"
@@ -141,14 +141,14 @@ def test_a_tensor_of_the_host_among_those_of_the_device(ledger: Ledger) -> None:
     assert ledger.findings[0].text == "add takes a float32 tensor [1000] of the host beside tensors of the device"
 
 
-def test_shapes_that_do_not_fit_are_an_error(ledger: Ledger) -> None:
+def test_shapes_that_do_not_fit_are_an_error(ledger: RankRecorder) -> None:
     with pytest.raises(RuntimeError, match="broadcast a dimension of length 4"):
         on_device(3) + on_device(4)
     with pytest.raises(RuntimeError, match=r"mm\.default takes torch\.float32 and torch\.bfloat16"):
         on_device(3, 3) @ on_device(3, 3).bfloat16()
 
 
-def test_a_backward_runs_on_the_device(ledger: Ledger) -> None:
+def test_a_backward_runs_on_the_device(ledger: RankRecorder) -> None:
     x, w = on_device(8, 16).requires_grad_(), on_device(4, 16)
     (x @ w.T).sum().backward()
     assert x.grad is not None

@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-from shoestring.comm.errors import Refused
+from shoestring.comm.errors import ConfigError
 from shoestring.parallelism.pipeline.check import check
-from shoestring.parallelism.pipeline.program import Op, Program, Work
+from shoestring.parallelism.pipeline.program import MicroBatchWork, Op, Program
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_program
 
 EVEN = range(2, 17, 2)
@@ -94,8 +94,8 @@ def test_mirrored_ranks_of_dualpipe_do_the_same_with_chunks_exchanged() -> None:
 
 def test_micro_batches_of_the_two_directions_are_different_data() -> None:
     program = build_program("dualpipe", 2, 6)
-    assert [program.data_index(Work(chunk, 2)) for chunk in range(2)] == [2, 5]
-    assert [build_program("dualpipev", 2, 6).data_index(Work(chunk, 2)) for chunk in range(2)] == [2, 2]
+    assert [program.data_index(MicroBatchWork(chunk, 2)) for chunk in range(2)] == [2, 5]
+    assert [build_program("dualpipev", 2, 6).data_index(MicroBatchWork(chunk, 2)) for chunk in range(2)] == [2, 2]
 
 
 @pytest.mark.parametrize("schedule", [each.name for each in SCHEDULES])
@@ -105,7 +105,7 @@ def test_every_legal_size_is_right(schedule: str) -> None:
         for micro_batches in (*range(1, 10), 2 * ranks, 2 * ranks + 1, 23, 24):
             try:
                 program = build_program(schedule, ranks, micro_batches)
-            except Refused:
+            except ConfigError:
                 continue
             check(program)
             tried += 1
@@ -145,9 +145,9 @@ def test_interleaved_with_any_number_of_chunks() -> None:
 def test_illegal_sizes_are_refused_with_the_nearest_legal_ones(
     asked: tuple[str, int, int], refused: dict[str, str]
 ) -> None:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(ConfigError) as caught:
         build_program(*asked)
-    problems = {problem.field: problem.remedy for problem in caught.value.problems}
+    problems = {problem.field: problem.hint for problem in caught.value.problems}
     assert problems.keys() == refused.keys()
     for field, words in refused.items():
         assert words in problems[field]
