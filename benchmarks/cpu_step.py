@@ -42,7 +42,7 @@ from shoestring.trainer.costs.flops import count_flops
 from shoestring.trainer.costs.parameters import count_parameters
 from shoestring.trainer.data.samples import TokenBatch
 from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.model.init import initialise
+from shoestring.trainer.model.init import initialize
 from shoestring.trainer.model.model import Model
 from shoestring.trainer.model.stage_layout import Stages
 from shoestring.trainer.optimizer.config import OptimizerConfig
@@ -79,7 +79,7 @@ def ours(dtype: torch.dtype) -> Callable[[], float]:
     topology = Topology()
     groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))
     model = Model(SHAPE)
-    initialise(model, seed=0)
+    initialize(model, seed=0)
     exchange = open_exchange(ExchangeConfig(), groups, SHAPE.experts, InlineCommunicator(), Traffic(topology, 0))
     pipeline = Pipeline.open(Stages.of(SHAPE, LENGTH), groups, torch.device("cpu"))
     optimizer = OptimizerConfig(moments=str(dtype).removeprefix("torch."))
@@ -191,7 +191,7 @@ def serve(build: str, precision: str) -> None:
 
 
 def measure(name: str, pairs: int) -> dict[str, Any]:
-    """Time `pairs` steps of each, in turn, after two to warm up; ratios are medians of neighbouring steps."""
+    """Time `pairs` steps of each, in turn, after two to warm up; ratios are medians of neighboring steps."""
     dtype = DTYPES[name]
     children = {peer: Child(PEERS[peer], name) for peer in PEERS}
     seconds: dict[str, list[float]] = {peer: [] for peer in PEERS}

@@ -40,14 +40,14 @@ from shoestring.comm.traffic import Traffic
 from shoestring.trainer.build import Pipeline, build_stepper
 from shoestring.trainer.data.samples import TokenBatch
 from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.model.init import initialise
+from shoestring.trainer.model.init import initialize
 from shoestring.trainer.model.linear import Linear
 from shoestring.trainer.model.model import Model
 from shoestring.trainer.model.stage_layout import Stages
 from shoestring.trainer.optimizer.config import OptimizerConfig
 from shoestring.trainer.precision.fp8 import Fp8
 from shoestring.trainer.precision.reference import Reference
-from shoestring.trainer.precision.tiles import Scales, Tiles, quantise_blocks
+from shoestring.trainer.precision.tiles import Scales, Tiles, quantize_blocks
 from shoestring.trainer.run.step import Stepper, StepSettings
 
 BATCH, LENGTH = 8, 128
@@ -59,7 +59,7 @@ REPORTED = 0.0025
 
 @dataclass(frozen=True)
 class BlockGradients(Reference):
-    """The ablation: what is quantised inside a backward shares a scale over 128 rows too."""
+    """The ablation: what is quantized inside a backward shares a scale over 128 rows too."""
 
     def tiles(self, x_XD: Tensor, scales: Scales) -> Tiles:
         if torch._C._current_graph_task_id() == -1:  # no backward is running
@@ -69,7 +69,7 @@ class BlockGradients(Reference):
 
 def block_tiles(x_XD: Tensor, scales: Scales) -> Tiles:
     """128 × 128 blocks, written as tiles with equal scales."""
-    blocks = quantise_blocks(x_XD, scales)
+    blocks = quantize_blocks(x_XD, scales)
     return Tiles(blocks.values_NK, blocks.scales_PQ.repeat_interleave(TILE, 0)[: len(x_XD)])
 
 
@@ -108,7 +108,7 @@ def build(way: Way, seed: int) -> Stepper:
     topology = Topology()
     groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))
     model = Model(SHAPE)
-    initialise(model, seed)
+    initialize(model, seed)
     if way.provider is not None:
         model.use_fp8(Fp8(way.provider))
     exchange = open_exchange(ExchangeConfig(), groups, SHAPE.experts, InlineCommunicator(), Traffic(topology, 0))
@@ -181,7 +181,7 @@ def input_gradient_errors(stepper: Stepper, batch: TokenBatch) -> dict[str, tupl
         errors[name] = (found[0], found[1])
 
     def provider_blocks(module: Linear) -> Any:
-        return quantise_blocks(module.weight.detach(), Scales.FP32).transposed()
+        return quantize_blocks(module.weight.detach(), Scales.FP32).transposed()
 
     with watched(stepper.model, seen):
         stepper.step([batch], BATCH, settings(0, 1))

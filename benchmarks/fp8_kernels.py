@@ -99,7 +99,7 @@ class Row:
 
 
 def work_of(shape: Shape, provider: PrecisionBackend) -> Callable[[], Tensor]:
-    """One product on quantised operands; a gradient of weights is added to a sum, which begins with 0."""
+    """One product on quantized operands; a gradient of weights is added to a sum, which begins with 0."""
     rows_L = (shape.m // shape.experts,) * shape.experts
     a_MK = torch.randn(shape.m, shape.k, device="cuda", dtype=torch.bfloat16)
     if shape.is_of_weights:

@@ -116,16 +116,16 @@ import sys
 from pathlib import Path
 from shoestring.trainer.ledger.allocation import Allocation
 from shoestring.trainer.ledger.config import BudgetConfig
-from shoestring.trainer.ledger.summary import ensure_totals, summarise
+from shoestring.trainer.ledger.summary import ensure_totals, summarize
 from shoestring.trainer.ledger.totals import carry
 from shoestring.trainer.ledger.work import Work
 run_dir, budget = Path(sys.argv[1]), BudgetConfig(gpu_hours=1e6)
 ensure_totals(run_dir)
-totals = summarise(run_dir).totals()
+totals = summarize(run_dir).totals()
 allocation = Allocation(run_dir, ranks=8, attempt=sys.argv[2], budget=budget)
 work = Work(run_dir, ranks=8, attempt=sys.argv[2], budget=budget)
 carry(work, run_dir, totals)
-work.resume(summarise(run_dir).steps_retained)
+work.resume(summarize(run_dir).steps_retained)
 work.ready()
 work.ledger.summary()
 work.close()

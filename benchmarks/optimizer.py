@@ -3,7 +3,7 @@
     python benchmarks/optimizer.py [--ranks 2] [--json FILE]      a gloo process for each rank, one thread each
 
 All run in the same processes, in turns, on the same model and batches: forward, backward of a few micro-batches,
-reduction, clipping, AdamW, weights whole again. The figure is the median of the ratios of neighbouring runs.
+reduction, clipping, AdamW, weights whole again. The figure is the median of the ratios of neighboring runs.
 """
 
 from __future__ import annotations

@@ -133,14 +133,14 @@ def _peer(
     ranks: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    unsynchronised: Callable[[bool], AbstractContextManager[object]],
+    unsynchronized: Callable[[bool], AbstractContextManager[object]],
 ) -> Callable[[], float]:
     """A step as their documentation writes it. Both take the mean over ranks: the loss is scaled up by their number."""
     batches, scale = _batches(sizes, rank), _scale(sizes, ranks) * ranks
 
     def step() -> float:
         for index, batch in enumerate(batches):
-            with unsynchronised(index < len(batches) - 1):
+            with unsynchronized(index < len(batches) - 1):
                 (scale * model(batch).square().sum()).backward()
         norm: Any = nn.utils.clip_grad_norm_(model.parameters(), CONFIG.clip_norm)
         if isinstance(norm, DTensor):
@@ -168,7 +168,7 @@ def fsdp2(sizes: Sizes, rank: int, ranks: int) -> Runner:
     whole = fully_shard(model, reshard_after_forward=False)
     optimizer = torch.optim.AdamW(model.parameters(), **_adamw())
 
-    def unsynchronised(skip: bool) -> AbstractContextManager[object]:
+    def unsynchronized(skip: bool) -> AbstractContextManager[object]:
         whole.set_requires_gradient_sync(not skip)
         return nullcontext()
 
@@ -176,7 +176,7 @@ def fsdp2(sizes: Sizes, rank: int, ranks: int) -> Runner:
         parameters = model.named_parameters()
         return {name: p.full_tensor().detach().clone() for name, p in parameters if isinstance(p, DTensor)}
 
-    return Runner(_peer(sizes, rank, ranks, model, optimizer, unsynchronised), weights, lambda: None)
+    return Runner(_peer(sizes, rank, ranks, model, optimizer, unsynchronized), weights, lambda: None)
 
 
 def _adamw() -> dict[str, Any]:

@@ -3,7 +3,7 @@
     python benchmarks/overlap.py [--json FILE] [--trace FILE]      needs root, for simulated nodes
 
 Two nodes of one rank, one core each, experts over both, DualPipeV on a pipeline of one rank: every FB is measured with
-its halves in turns and with the forward first, in neighbouring steps. The uplinks are set so that exchanging takes
+its halves in turns and with the forward first, in neighboring steps. The uplinks are set so that exchanging takes
 nearly as long as computing. Then four nodes, with a pipeline of two ranks.
 """
 

@@ -22,12 +22,12 @@ from shoestring.comm.traffic import Traffic
 from shoestring.trainer.build import Pipeline, build_stepper
 from shoestring.trainer.data.samples import TokenBatch
 from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.model.init import initialise
+from shoestring.trainer.model.init import initialize
 from shoestring.trainer.model.model import Model
 from shoestring.trainer.model.stage_layout import Stages
 from shoestring.trainer.optimizer.config import OptimizerConfig
 from shoestring.trainer.run.step import Stepper, StepSettings
-from shoestring.trainer.telemetry.trace import Span, TraceRecorder, merge_ranks, summarise_trace, write_rank
+from shoestring.trainer.telemetry.trace import Span, TraceRecorder, merge_ranks, summarize_trace, write_rank
 
 LIMIT = timedelta(minutes=3)
 LENGTH, SEQUENCES, MICRO_BATCHES = 256, 2, 6
@@ -61,7 +61,7 @@ class Trainer:
         self.trace = TraceRecorder(nvtx=False)
         stages = Stages.of(SHAPE, LENGTH, "dualpipev", topology.pp)
         model = Model(SHAPE, stages.share(topology, groups.rank))
-        initialise(model, seed=0)
+        initialize(model, seed=0)
         self.traffic = Traffic(topology, groups.rank)
         worker = open_worker(groups.ep, cpu, recorder=self.trace)
         exchange = open_exchange(ExchangeConfig(name="two_hop"), groups, SHAPE.experts, worker, self.traffic)
@@ -131,7 +131,7 @@ def main(pp: int, pairs: int, output: str) -> None:
         "ratio": median(turn["FB"] / one["FB"] for turn, one in found),
         "exposed": median(turn[EXPOSED_EXCHANGE] / turn["FB"] for turn, _ in found),
         "bytes_between_nodes": found[0][0]["share"] * turns.traffic.by_link()[Link.INFINIBAND] / pairs,
-        "terms": summarise_trace(turns.trace.spans),
+        "terms": summarize_trace(turns.trace.spans),
     }
     folder = Path(output)
     write_rank(folder, worker.rank, turns.trace.spans)

@@ -3,7 +3,7 @@
     python benchmarks/pipeline.py [--ranks 2] [--json FILE]      a gloo process for each rank, one thread each
 
 A step is the forward and backward of one batch. Both run in the same processes, in turns; the figure is the median of
-the ratios of neighbouring runs.
+the ratios of neighboring runs.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from shoestring.parallelism.zero.optimizer import ShardedOptimizer
 from shoestring.parallelism.zero.reduce import Reducer
 from shoestring.tests.processes import World, run_processes
 from shoestring.trainer.build import stages_of
-from shoestring.trainer.ledger.summary import summarise
+from shoestring.trainer.ledger.summary import summarize
 from shoestring.trainer.loop import train
 
 LAYOUTS = {
@@ -79,7 +79,7 @@ def measure(directory: Path, layout: list[str], steps: int, overlap: bool) -> di
     overrides = [*layout, "schedule.micro_batch=2", *quiet, *where, "training.checkpoint_every=0"]
     ranks = compose_run(["experiment=quickstart", *overrides]).topology.world_size
     run_processes(ranks, run, overrides, overlap, timeout=300)
-    summary = summarise(directory)
+    summary = summarize(directory)
     per_step = {name: ms / (ranks * steps) for name, ms in summary.terms.items()}
     return {"reduce_wait_ms": per_step["reduce_wait"], "step_ms": summary.productive_ms / (ranks * steps)}
 

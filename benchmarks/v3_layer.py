@@ -83,7 +83,7 @@ def build(setting: Setting, provider: str, device: torch.device) -> Model:
 
 
 def layer_seconds(model: Model, setting: Setting, device: torch.device) -> dict[str, float]:
-    """One forward and backward of the layer, in the order of the trace. Weights are quantised in it, unless the caller
+    """One forward and backward of the layer, in the order of the trace. Weights are quantized in it, unless the caller
     has promised that they are unchanged and this is not the first.
     """
     layer = model.layers["0"]
@@ -174,7 +174,7 @@ def main() -> None:
         return
     device = torch.device("cuda")
     model = build(SETTING, name, device)
-    with model.weights_unchanged():  # so the first runs, which are left out, quantise them all
+    with model.weights_unchanged():  # so the first runs, which are left out, quantize them all
         runs = [layer_seconds(model, SETTING, device) for _ in range(options.repetitions + 2)][2:]
         counts = launches(model, SETTING, device)
     found = {part: 1e6 * statistics.median(run[part] for run in runs) for part in TRACE_US}

@@ -75,7 +75,7 @@ def _inside(key: str, group: str) -> bool:
 
 
 class ConfigError(Exception):
-    """Input that cannot be honoured. Raised before any process group or file of a run exists."""
+    """Input that cannot be honored. Raised before any process group or file of a run exists."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)

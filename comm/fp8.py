@@ -1,4 +1,4 @@
-"""The one quantiser: FP8 E4M3 with a power-of-two scale for each tile of a row (report §3.3, tiles of 1 × 128).
+"""The one quantizer: FP8 E4M3 with a power-of-two scale for each tile of a row (report §3.3, tiles of 1 × 128).
 
 Rows cross between ranks like this; `trainer/precision/tiles.py` makes of the same parts what matrix products take.
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 128
-"""Neighbouring elements of a row that share a scale."""
+"""Neighboring elements of a row that share a scale."""
 
 LARGEST = 448.0
 """The largest E4M3 number."""
@@ -28,7 +28,7 @@ _SIGN_AND_NUMBER = 0x87F0 - 2**16  # as int16: the bits of BF16 that E4M3 has to
 
 @dataclass(frozen=True)
 class RowTiles:
-    """Rows as `quantise` makes them, for whoever multiplies these very numbers."""
+    """Rows as `quantize` makes them, for whoever multiplies these very numbers."""
 
     values_XD: Tensor
     """float8_e4m3fn, row by row in memory."""
@@ -41,7 +41,7 @@ def tiles_of(width: int) -> int:
     return -(-width // TILE)
 
 
-def quantise(x_XD: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(x_XD: Tensor) -> tuple[Tensor, Tensor]:
     """Values, float8_e4m3fn [X, D], and the exponents of their scales, uint8 [X, Q] in the E8M0 format: 2^(e - 127).
 
     The scale is the smallest power of two that brings the tile's largest magnitude to 448 at most. So an element x of a
@@ -56,8 +56,8 @@ def quantise(x_XD: Tensor) -> tuple[Tensor, Tensor]:
     return values_XD.contiguous(), exponents_XQ
 
 
-def dequantise(values_XD: Tensor, exponents_XQ: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `quantise` made, as `dtype`, [X, D]. Exact in every dtype that has E4M3's three bits after the point."""
+def dequantize(values_XD: Tensor, exponents_XQ: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `quantize` made, as `dtype`, [X, D]. Exact in every dtype that has E4M3's three bits after the point."""
     tiles = exponents_XQ.shape[1]
     if values_XD.device.type == "cpu" and bool((exponents_XQ < _NOT_A_NUMBER - _LIFT).all()):
         wide_XD, exponents_XQ = _moved(values_XD).to(dtype), exponents_XQ + _LIFT  # one pass for both factors

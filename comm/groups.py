@@ -153,7 +153,7 @@ class ProcessGroups:
     up: Group
     """The pipeline of this rank, for what travels towards its end."""
     down: Group
-    """The same ranks, for what travels towards its beginning: neighbours send to each other at the same moment."""
+    """The same ranks, for what travels towards its beginning: neighbors send to each other at the same moment."""
     dense: Mapping[tuple[int, ...], Group]
     """By the pipeline ranks that hold a dense parameter: the ranks over which its gradient is summed.
 

@@ -1,4 +1,4 @@
-"""Messages between pipeline neighbours in one direction: nobody waits to post one."""
+"""Messages between pipeline neighbors in one direction: nobody waits to post one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Incoming:
 
 
 class P2PChannel(Protocol):
-    """One direction, over a group of its own: neighbours send to each other at the same moment.
+    """One direction, over a group of its own: neighbors send to each other at the same moment.
 
     Between two ranks messages arrive in the order in which they are sent; both ends must post them in that order.
     One that fails raises `CollectiveFailed`.
@@ -112,7 +112,7 @@ class SocketChannel:
         self._leaving.close()
 
     def _failing_clearly(self, message: Outgoing | Incoming) -> AbstractContextManager[None]:
-        """gloo refuses to post to a neighbour that it knows is gone."""
+        """gloo refuses to post to a neighbor that it knows is gone."""
         return failing_clearly(self._group.rank, message.what, [message.peer], self._group.limit)
 
 

@@ -38,7 +38,7 @@ from .data.samples import SampleOrder, Samples
 from .data.tokenizer import Tokenizer
 from .model.attention_backend import ON_CPU, AttentionChoice, GpuFacts, choose_attention, named_attention, try_attention
 from .model.chunk import Chunk
-from .model.init import initialise
+from .model.init import initialize
 from .model.model import Model
 from .model.recompute import RecomputeModule
 from .model.stage_layout import Stages
@@ -133,7 +133,7 @@ class Pipeline:
         recompute: frozenset[RecomputeModule] = frozenset(),
         streams: Streams | None = None,
     ) -> Pipeline:
-        """With lanes to the neighbours."""
+        """With lanes to the neighbors."""
         lanes = open_lanes(groups, device, recorder, streams)
         return Pipeline(stages, groups, lanes, overlap, recorder, recompute, streams)
 
@@ -337,7 +337,7 @@ def build_model(config: RunConfig, groups: ProcessGroups, device: torch.device) 
         model = Model(config.model, share)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(config.precision.parameter_dtype())
-    initialise(model, config.training.seed)
+    initialize(model, config.training.seed)
     fp8 = config.precision.fp8(device)
     if fp8 is not None:
         model.use_fp8(fp8)

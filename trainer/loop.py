@@ -228,7 +228,7 @@ def _one_step(rank: Rank, step: int, reporter: Reporter | None, votes: Votes) ->
 def _micro_batches(rank: Rank, step: int) -> Iterator[TokenBatch]:
     """This rank's samples of the global batch of step number `step`.
 
-    Each round of micro-batches takes neighbouring samples, so what the batch holds depends on no rank count.
+    Each round of micro-batches takes neighboring samples, so what the batch holds depends on no rank count.
     """
     config, batches = rank.config, rank.config.batches
     size = config.schedule.micro_batch

@@ -99,7 +99,7 @@ def _kernels(machine: Machine, attend: Attend, inputs: tuple[Tensor, Tensor, Ten
         return "plain products"
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run(attend, *inputs)
-        machine.synchronise()
+        machine.synchronize()
     events = sorted(profile.key_averages(), key=lambda event: event.self_device_time_total, reverse=True)
     return " and ".join(event.key[:90] for event in events[:2])
 

@@ -215,20 +215,20 @@ def scaled_operands(machine: Machine) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     """a [M, K] in E4M3 with scales [M, K/128], b [N, K] with [N/128, K/128], and their product [M, N] in FP32."""
     side = 4096 if machine.on_gpu else 2 * TILE
     a_MK, b_NK = _normal(machine, side, side), _normal(machine, side, side)
-    a8, scale_a = _quantise(a_MK, 1)
-    b8, scale_b = _quantise(b_NK, TILE)
-    truth_MN = _dequantise(a8, scale_a, 1) @ _dequantise(b8, scale_b, TILE).t()
+    a8, scale_a = _quantize(a_MK, 1)
+    b8, scale_b = _quantize(b_NK, TILE)
+    truth_MN = _dequantize(a8, scale_a, 1) @ _dequantize(b8, scale_b, TILE).t()
     return a8, scale_a, b8, scale_b, truth_MN
 
 
-def _quantise(x_MK: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+def _quantize(x_MK: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """E4M3, and one FP32 scale for each `rows` × 128 values."""
     tiles = x_MK.unflatten(1, (-1, TILE)).unflatten(0, (-1, rows))
     scale = tiles.abs().amax(dim=(1, 3)) / E4M3_MAX
     return (tiles / scale[:, None, :, None]).to(torch.float8_e4m3fn).view_as(x_MK), scale
 
 
-def _dequantise(x_MK: Tensor, scale: Tensor, rows: int) -> Tensor:
+def _dequantize(x_MK: Tensor, scale: Tensor, rows: int) -> Tensor:
     return x_MK.float() * scale.repeat_interleave(rows, 0).repeat_interleave(TILE, 1)
 
 

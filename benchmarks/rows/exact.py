@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shoestring.benchmarks.rows.row import Check, Figures, Machine, Wrong, expect, relative_error
 from shoestring.comm.exchange.permutation import Permutation, visited
-from shoestring.comm.fp8 import dequantise, quantise
+from shoestring.comm.fp8 import dequantize, quantize
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.router import Router
 from shoestring.trainer.precision.e5m6 import pack_e5m6, unpack_e5m6
@@ -81,13 +81,13 @@ def e4m3_cast(machine: Machine) -> Figures:
 def tiles_on_the_wire(machine: Machine) -> Figures:
     """FP8 rows as they cross between ranks: bytes and exponents, faults among them, and the way back."""
     x_XD = hard_numbers(300, 1024).bfloat16()
-    values_XD, exponents_XQ = quantise(x_XD.to(machine.device))
-    twin_XD, twin_XQ = quantise(x_XD)
+    values_XD, exponents_XQ = quantize(x_XD.to(machine.device))
+    twin_XD, twin_XQ = quantize(x_XD)
     _same("exponents", exponents_XQ, twin_XQ)
     _same("values", values_XD.float(), twin_XD.float())
     _same(
         "rows that came",
-        *(dequantise(*each, torch.bfloat16) for each in ((values_XD, exponents_XQ), (twin_XD, twin_XQ))),
+        *(dequantize(*each, torch.bfloat16) for each in ((values_XD, exponents_XQ), (twin_XD, twin_XQ))),
     )
     return {"rows": float(len(x_XD))}
 

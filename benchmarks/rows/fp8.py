@@ -97,22 +97,22 @@ def _product_flops(o: Operands) -> int:
 
 
 KERNELS = (
-    Kernel("quantise_rows", lambda p, o: lambda: p.tiles(o.x_RD, FP32), lambda o: 3 * o.x_RD.numel()),
+    Kernel("quantize_rows", lambda p, o: lambda: p.tiles(o.x_RD, FP32), lambda o: 3 * o.x_RD.numel()),
     Kernel(
-        "quantise_swiglu_rows",
+        "quantize_swiglu_rows",
         lambda p, o: lambda: p.swiglu_tiles(o.gate_up_RF, o.gates_R, FP32),
         lambda o: 5 * o.gate_up_RF.numel() // 2,
         has_exp=True,
     ),
-    Kernel("quantise_columns", lambda p, o: lambda: p.columns(o.x_RD, o.rows_L, FP32), lambda o: 3 * o.x_RD.numel()),
+    Kernel("quantize_columns", lambda p, o: lambda: p.columns(o.x_RD, o.rows_L, FP32), lambda o: 3 * o.x_RD.numel()),
     Kernel(
-        "quantise_swiglu_columns",
+        "quantize_swiglu_columns",
         lambda p, o: lambda: p.swiglu_columns(o.gate_up_RF, o.gates_R, o.rows_L, FP32),
         lambda o: 5 * o.gate_up_RF.numel() // 2,
         has_exp=True,
     ),
     Kernel("turn_tiles", _turn, lambda o: 2 * o.x_RD.numel()),
-    Kernel("quantise_blocks", lambda p, o: lambda: p.blocks(o.weight_LND, FP32), lambda o: 3 * o.weight_LND.numel()),
+    Kernel("quantize_blocks", lambda p, o: lambda: p.blocks(o.weight_LND, FP32), lambda o: 3 * o.weight_LND.numel()),
     Kernel("multiply", _multiply, _product_flops),
     Kernel("outer", _outer, _product_flops),
 )
@@ -224,7 +224,7 @@ def compiled_variants(machine: Machine) -> Figures:
         operands = v3_operands(machine.device, rows_L)
         for kernel in KERNELS:
             kernel.work(provider, operands)()
-    machine.synchronise()
+    machine.synchronize()
     device = machine.device.index or 0
     made = {kernel.name: vars(kernels)[kernel.name].device_caches[device][0] for kernel in KERNELS}
     counts = {name: float(len(variants)) for name, variants in made.items()}

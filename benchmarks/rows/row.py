@@ -53,7 +53,7 @@ class Machine:
         if found < capability:
             raise NotHere(f"the GPU has compute capability {found[0]}.{found[1]}, not {capability[0]}.{capability[1]}")
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
@@ -63,10 +63,10 @@ class Machine:
             work()
         times = []
         for _ in range(repeats):
-            self.synchronise()
+            self.synchronize()
             start = time.perf_counter()
             work()
-            self.synchronise()
+            self.synchronize()
             times.append(time.perf_counter() - start)
         return statistics.median(times)
 

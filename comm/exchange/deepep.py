@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ..async_comm import AsyncCommunicator, AsyncWork, TwoPartWork
 from ..errors import Problem
-from ..fp8 import RowTiles, dequantise, quantise, stand_in, tiles_of
+from ..fp8 import RowTiles, dequantize, quantize, stand_in, tiles_of
 from ..groups import ProcessGroups
 from ..host import HostCopy
 from ..trace import Call, ExchangeLabel
@@ -221,7 +221,7 @@ def _encode(form: str, rows_XD: Tensor) -> Tensor | tuple[Tensor, Tensor]:
     """BF16, or E4M3 and its exponents, four of them in an int32."""
     if form != Format.FP8:
         return rows_XD.to(torch.bfloat16).contiguous()
-    values_XD, exponents_XQ = quantise(rows_XD)
+    values_XD, exponents_XQ = quantize(rows_XD)
     return values_XD, F.pad(exponents_XQ, (0, -exponents_XQ.shape[1] % 4)).view(torch.int32)
 
 
@@ -230,7 +230,7 @@ def _decode(arrived: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype) -> Tens
     if isinstance(arrived, Tensor):
         return arrived.to(dtype)
     tiles = _tiles(*arrived)
-    return dequantise(tiles.values_XD, tiles.exponents_XQ, dtype)
+    return dequantize(tiles.values_XD, tiles.exponents_XQ, dtype)
 
 
 def _tiles(values_XD: Tensor, packed: Tensor) -> RowTiles:

@@ -1,6 +1,6 @@
 """Where rows go: which copies are made of each, how many to whom, and the way back. Integers only, no row is touched.
 
-Everything is vectorised and exact (int64); a layout made for dispatch serves the three operations that follow.
+Everything is vectorized and exact (int64); a layout made for dispatch serves the three operations that follow.
 
 Letters: T tokens, K experts a token, X rows, M members (nodes, or ranks), C copies.
 """
@@ -24,7 +24,7 @@ class Permutation:
 
     row_of_copy_C: Tensor
     copy_of_slot_C: Tensor
-    """The copies again, sorted by row: the copies of one row stand in neighbouring slots."""
+    """The copies again, sorted by row: the copies of one row stand in neighboring slots."""
     first_slot_X: Tensor
 
     @staticmethod

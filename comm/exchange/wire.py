@@ -14,7 +14,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from ..fp8 import RowTiles, dequantise, quantise, tiles_of
+from ..fp8 import RowTiles, dequantize, quantize, tiles_of
 
 
 class Format(StrEnum):
@@ -44,7 +44,7 @@ class RowFormat:
     def encode(self, rows_XD: Tensor) -> Tensor:
         """[X, D] to uint8 [X, row_bytes]."""
         if self.format is Format.FP8:
-            values_XD, exponents_XQ = quantise(rows_XD)
+            values_XD, exponents_XQ = quantize(rows_XD)
             return pack(values_XD, exponents_XQ)
         return rows_XD.to(self._crossing).contiguous().view(torch.uint8)
 
@@ -52,7 +52,7 @@ class RowFormat:
         """uint8 [X, row_bytes] to [X, D] in `dtype`."""
         if self.format is Format.FP8:
             values_XD = payload_XB[:, : self.width].view(torch.float8_e4m3fn)
-            return dequantise(values_XD, payload_XB[:, self.width :].contiguous(), self.dtype)
+            return dequantize(values_XD, payload_XB[:, self.width :].contiguous(), self.dtype)
         return payload_XB.view(self._crossing).to(self.dtype)
 
     def tiles(self, messages_XB: Tensor, spread: Callable[[Tensor], Tensor]) -> RowTiles:

@@ -32,7 +32,7 @@ from ...comm.traffic import Traffic
 from ...trainer.build import Pipeline, build_stepper
 from ...trainer.config import RunConfig
 from ...trainer.data.samples import TokenBatch
-from ...trainer.model.init import initialise
+from ...trainer.model.init import initialize
 from ...trainer.model.model import Model
 from ...trainer.model.stage_layout import Stages
 from ...trainer.run.step import Stepper, StepSettings
@@ -122,7 +122,7 @@ class Calibration:
         alone = Topology()
         groups = ProcessGroups.create(alone, 0, _LIMIT)
         model = Model(config.model)
-        initialise(model, seed=0)
+        initialize(model, seed=0)
         worker = InlineCommunicator(recorder)
         exchange = open_exchange(ExchangeConfig(), groups, config.model.experts, worker, Traffic(alone, 0))
         stages, policy = Stages.of(config.model, self.length), config.recompute.policy

@@ -76,7 +76,7 @@ class Forecast:
     tokens: int
     """Of the global batch."""
     peak_flops: float
-    """Of one GPU, that utilisation is measured against."""
+    """Of one GPU, that utilization is measured against."""
     transfer: float
     """Of one message between stages."""
     coverage: Coverage
@@ -275,7 +275,7 @@ class Forecaster:
         return self._costs[key]
 
     def transfer(self, layout: Layout, recipe: Recipe) -> float:
-        """Of one message between neighbours: bytes over the slowest link between any two."""
+        """Of one message between neighbors: bytes over the slowest link between any two."""
         topology = layout.topology
         if topology.pp == 1 or not recipe.edges:
             return 0.0

@@ -59,13 +59,13 @@ class Lanes:
         """Compute, while exchanges travel at the pace they have beside computing."""
         if seconds == 0:
             return
-        begin, end, travelled = self.now, self.now + seconds, self.exchanging
+        begin, end, traveled = self.now, self.now + seconds, self.exchanging
         while self._queue and self._need(beside=True) <= end - self.now:
             self._arrive(self._need(beside=True))
         if self._queue:
             self._travel(end - self.now)
         self.now = end
-        self.idle_beside += gaps * (self.exchanging - travelled) / seconds
+        self.idle_beside += gaps * (self.exchanging - traveled) / seconds
         self.spans.append(LaneSpan(Track.COMPUTE, phase.value, begin, self.now))
 
     def launch(self, travel: ExchangeTime, sync: float = 0.0) -> _Flight:

@@ -212,22 +212,22 @@ def _core(shape: Shape, role: str) -> Iterator[Core]:
 
 # Kinds of passes in each phase; a dense layer is attention and a wide shared expert.
 _KINDS: dict[str, tuple[str, ...]] = {
-    "attn": ("norm", "quantise", "rope", "router", "elementwise"),
-    "mlp": ("norm", "quantise", "swiglu", "permute", "elementwise"),
-    "dense": ("norm", "quantise", "rope", "elementwise"),
+    "attn": ("norm", "quantize", "rope", "router", "elementwise"),
+    "mlp": ("norm", "quantize", "swiglu", "permute", "elementwise"),
+    "dense": ("norm", "quantize", "rope", "elementwise"),
 }
 
 
 def _passes(shape: Shape, recipe: Recipe, phase: ComputePhase) -> Iterator[MemoryPass]:
     part, way = phase.value[:-3], phase.value[-2]
     for kind in _KINDS.get(part, ()):
-        if kind == "quantise" and recipe.precision is not Precision.FP8:
+        if kind == "quantize" and recipe.precision is not Precision.FP8:
             continue
         under = ComputePhase(f"attn({way})") if part == "dense" else phase
         yield MemoryPass(kind, under, pass_bytes(shape, kind, under))
     if part == "dense":
-        for kind in ("quantise", "swiglu"):
-            if kind != "quantise" or recipe.precision is Precision.FP8:
+        for kind in ("quantize", "swiglu"):
+            if kind != "quantize" or recipe.precision is Precision.FP8:
                 yield MemoryPass(kind, ComputePhase(f"mlp({way})"), _dense_bytes(shape, kind))
 
 
@@ -239,7 +239,7 @@ def pass_bytes(shape: Shape, kind: str, phase: ComputePhase) -> float:
         shared = tokens * model.shared_experts
         return {
             "norm": 4.0 * tokens * hidden,
-            "quantise": 3.0 * (rows + shared) * (hidden + 2 * inner),
+            "quantize": 3.0 * (rows + shared) * (hidden + 2 * inner),
             "swiglu": 6.0 * (rows + shared) * inner,
             "permute": 4.0 * rows * hidden,
             "elementwise": 4.0 * tokens * hidden,
@@ -247,7 +247,7 @@ def pass_bytes(shape: Shape, kind: str, phase: ComputePhase) -> float:
     latents = (model.q_lora_rank or 0) + model.kv_lora_rank
     return {
         "norm": 4.0 * tokens * (2 * hidden + latents),
-        "quantise": 3.0 * tokens * (hidden + latents + heads * model.v_head_dim),
+        "quantize": 3.0 * tokens * (hidden + latents + heads * model.v_head_dim),
         "rope": 8.0 * tokens * heads * model.qk_head_dim,
         "router": 8.0 * tokens * model.experts,
         "elementwise": 4.0 * tokens * hidden,
@@ -256,6 +256,6 @@ def pass_bytes(shape: Shape, kind: str, phase: ComputePhase) -> float:
 
 def _dense_bytes(shape: Shape, kind: str) -> float:
     model, tokens = shape.model, shape.tokens
-    if kind == "quantise":
+    if kind == "quantize":
         return 3.0 * tokens * (model.hidden + 2 * model.dense_ffn)
     return 6.0 * tokens * model.dense_ffn

@@ -99,8 +99,8 @@ class Updates:
     def _seconds(self, held: Parameters, size: int) -> float:
         topology, per_node = self.topology, self.topology.gpus_per_node
         dense = self._collective(held.dense * size, held.dense_copies, min(topology.dp, per_node))
-        neighbours = max(1, min(topology.edp, per_node // topology.ep))
-        return dense + self._collective(held.routed * size, held.routed_copies, neighbours)
+        neighbors = max(1, min(topology.edp, per_node // topology.ep))
+        return dense + self._collective(held.routed * size, held.routed_copies, neighbors)
 
     def _collective(self, count: float, ranks: int, inside: int) -> float:
         """A reduce-scatter or all-gather of `count` bytes: rings inside nodes and between them run at the same time."""

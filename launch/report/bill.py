@@ -21,7 +21,7 @@ from .record import RunRecord
 _STYLES = {
     "productive": "k-good",
     "rolled_back": "k-bad",
-    "initialisation": "k1",
+    "initialization": "k1",
     "data_stall": "k2",
     "checkpoint_save": "k3",
     "checkpoint_load": "k4",

@@ -29,7 +29,7 @@ class LegendEntry:
 
     name: str
     style: str
-    """Class of its colour."""
+    """Class of its color."""
     value: str = ""
 
 
@@ -77,7 +77,7 @@ class TableRow:
 
     cells: Sequence[str]
     style: str = ""
-    """Class of the colour that its first cell shows; none if empty."""
+    """Class of the color that its first cell shows; none if empty."""
     is_sum: bool = False
 
 

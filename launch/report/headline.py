@@ -18,7 +18,7 @@ UNKNOWN = "–"
 
 
 def state(record: RunRecord) -> tuple[str, str]:
-    """How the run stands, in a word, and the class of that word's colour."""
+    """How the run stands, in a word, and the class of that word's color."""
     summary, stop = record.summary, record.last("stop")
     if summary is not None and summary.running:
         return "running, or its launcher was killed", "busy"

@@ -31,7 +31,7 @@ def heat_map(loads: Sequence[Sequence[float]], label: str) -> Markup:
 
 
 def _averaged(loads_NE: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of each stretch of neighbouring moments the mean."""
+    """Of each stretch of neighboring moments the mean."""
     starts = np.arange(0, len(loads_NE), -(-len(loads_NE) // MOST_COLUMNS))
     counts = np.diff(np.append(starts, len(loads_NE)))
     means: NDArray[np.float64] = np.add.reduceat(loads_NE, starts, axis=0) / counts[:, None]
@@ -54,13 +54,13 @@ def _palette() -> list[tuple[int, int, int, int]]:
 
 
 def _png(pixels: NDArray[np.uint8]) -> bytes:
-    """An image of the palette's colours, by the PNG specification: each row of pixels behind a 0, for no filter."""
+    """An image of the palette's colors, by the PNG specification: each row of pixels behind a 0, for no filter."""
     palette, (height, width) = _palette(), pixels.shape
     header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)
     chunks = (
         (b"IHDR", header),
-        (b"PLTE", bytes(channel for colour in palette for channel in colour[:3])),
-        (b"tRNS", bytes(colour[3] for colour in palette)),
+        (b"PLTE", bytes(channel for color in palette for channel in color[:3])),
+        (b"tRNS", bytes(color[3] for color in palette)),
         (b"IDAT", zlib.compress(np.insert(pixels, 0, 0, axis=1).tobytes())),
         (b"IEND", b""),
     )

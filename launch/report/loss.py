@@ -1,4 +1,4 @@
-"""What the run has learnt: losses over steps, and what moved them."""
+"""What the run has learned: losses over steps, and what moved them."""
 
 from __future__ import annotations
 

@@ -53,18 +53,18 @@ def _memory_plot(forecast: Forecast, memory_gb: float) -> Iterator[str]:
     for rank, memory in enumerate(forecast.memory):
         x, y = 60.0, 10 + rank * step
         yield f'<text x="0" y="{y + 16}">rank {rank}</text>'
-        for part, colour in _PARTS.items():
+        for part, color in _PARTS.items():
             size = memory.__dict__[part] / 1e9 / most * width
             label = f"{part}: {memory.__dict__[part] / 1e9:.1f} GB"
             box = f'x="{x:.1f}" y="{y}" width="{size:.1f}" height="{height}"'
-            yield f'<rect {box} fill="{colour}"><title>{label}</title></rect>'
+            yield f'<rect {box} fill="{color}"><title>{label}</title></rect>'
             x += size
         yield f'<text x="{x + 6:.1f}" y="{y + 16}">{memory.total / 1e9:.1f} GB</text>'
     limit = 60 + memory_gb / most * width
     yield f'<line x1="{limit:.1f}" x2="{limit:.1f}" y1="4" y2="{total - 40}" stroke="#b3261e" stroke-dasharray="4 3"/>'
     x = 60
-    for part, colour in _PARTS.items():
-        yield f'<rect x="{x}" y="{total - 24}" width="12" height="12" fill="{colour}"/>'
+    for part, color in _PARTS.items():
+        yield f'<rect x="{x}" y="{total - 24}" width="12" height="12" fill="{color}"/>'
         yield f'<text x="{x + 17}" y="{total - 13}">{part}</text>'
         x += 115
     yield "</svg>"

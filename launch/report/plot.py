@@ -1,4 +1,4 @@
-"""Lines over steps, as SVG: colours are classes of the page's style sheet, and pointing at a step tells its figures."""
+"""Lines over steps, as SVG: colors are classes of the page's style sheet, and pointing at a step tells its figures."""
 
 from __future__ import annotations
 

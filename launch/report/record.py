@@ -11,7 +11,7 @@ from typing import Any
 from ...comm.errors import ConfigError, Problem
 from ...comm.files.access import refusing
 from ...comm.files.strict_yaml import read_yaml
-from ...trainer.ledger.summary import LedgerSummary, summarise
+from ...trainer.ledger.summary import LedgerSummary, summarize
 from ...trainer.ledger.terms import WORK_FILE
 from ...trainer.telemetry.events import METRICS_FILE, Event, as_number
 from ...trainer.telemetry.sampled import read_sampled
@@ -91,7 +91,7 @@ def _bill(run_dir: Path) -> tuple[LedgerSummary | None, str]:
     if not (run_dir / WORK_FILE).parent.exists():
         return None, "there is no ledger yet."
     try:
-        return summarise(run_dir), ""
+        return summarize(run_dir), ""
     except ConfigError as refused:
         return None, f"{refused}."
 

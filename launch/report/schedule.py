@@ -135,7 +135,7 @@ def mean_times(real: ProgramTimes) -> UnitTimes:
 
 
 def _look(timelines: Sequence[ProgramTimes], heading: str, unit: str) -> SvgStyle:
-    """In the page's colours, to a scale that suits all of `timelines`."""
+    """In the page's colors, to a scale that suits all of `timelines`."""
     makespan = max(timeline.makespan for timeline in timelines)
     width = max(_PAGE, _LEAST * max(len(row) for row in timelines[0].program.instructions))
     return SvgStyle(

@@ -13,8 +13,8 @@ from ...parallelism.pipeline.program import Instruction, MicroBatchWork, Op, Pro
 from ...parallelism.pipeline.simulate import ProgramTimes
 
 _INK = "#22272e"
-# Apart in hue and in lightness, so that they stay apart for the colour-blind and in print without colours.
-_COLOURS = {Op.F: "#f0a830", Op.B: "#2f8f83", Op.I: "#4a78b5", Op.W: "#a38cc6"}
+# Apart in hue and in lightness, so that they stay apart for the color-blind and in print without colors.
+_COLORS = {Op.F: "#f0a830", Op.B: "#2f8f83", Op.I: "#4a78b5", Op.W: "#a38cc6"}
 _NAMES = {
     Op.F: "forward",
     Op.B: "backward, whole",
@@ -79,7 +79,7 @@ class _Canvas:
 
 
 def svg_timeline(replay: ProgramTimes, note: str = "", look: SvgStyle = ALONE) -> str:
-    """A row a rank, a box an instruction with the number of its micro-batch; what is left grey is bubble.
+    """A row a rank, a box an instruction with the number of its micro-batch; what is left gray is bubble.
 
     `note` goes below the title, behind makespan and bubble.
     """
@@ -110,7 +110,7 @@ def _fitting(replay: ProgramTimes) -> float:
 
 def _heading(canvas: _Canvas, note: str) -> Iterator[str]:
     yield _text(_LEFT, 30, canvas.look.heading or title(canvas.program), size=16, weight="bold")
-    yield _text(_LEFT, 50, "; ".join(filter(None, (summary(canvas.replay), note))), size=12, colour=canvas.look.faint)
+    yield _text(_LEFT, 50, "; ".join(filter(None, (summary(canvas.replay), note))), size=12, color=canvas.look.faint)
 
 
 def _rows(canvas: _Canvas) -> Iterator[str]:
@@ -131,8 +131,8 @@ def _box(program: Program, instruction: Instruction, left: float, top: float, wi
     height = _ROW / len(instruction.works)
     for index, (op, work) in enumerate(zip(map(Op, instruction.op.value), instruction.works, strict=True)):
         y = top + index * height
-        colour = _colour(op, work, program.chunks)
-        yield _rect(left, y, width, height, colour)
+        color = _color(op, work, program.chunks)
+        yield _rect(left, y, width, height, color)
         number, size = str(work.micro_batch), 11 if height > 12 else 9.5
         if width > 0.58 * size * len(number) + 1.5:
             yield _text(
@@ -141,7 +141,7 @@ def _box(program: Program, instruction: Instruction, left: float, top: float, wi
                 number,
                 size=size,
                 anchor="middle",
-                colour=_readable(colour),
+                color=_readable(color),
             )
 
 
@@ -152,8 +152,8 @@ def _axis(canvas: _Canvas) -> Iterator[str]:
     for index in range(int(makespan / step) + 1):
         x = canvas.x(index * step)
         yield _line(x, y, x, y + 4, canvas.look.rule)
-        yield _text(x, y + 16, f"{index * step:g}", size=10, anchor="middle", colour=canvas.look.faint)
-    yield _text(_LEFT - 10, y + 16, canvas.look.unit, size=10, anchor="end", colour=canvas.look.faint)
+        yield _text(x, y + 16, f"{index * step:g}", size=10, anchor="middle", color=canvas.look.faint)
+    yield _text(_LEFT - 10, y + 16, canvas.look.unit, size=10, anchor="end", color=canvas.look.faint)
 
 
 def _columns(canvas: _Canvas) -> Iterator[str]:
@@ -164,7 +164,7 @@ def _columns(canvas: _Canvas) -> Iterator[str]:
     ):
         left = canvas.right + 22 + index * 74
         yield _text(left, _TOP - 20, heading, weight="bold")
-        yield _text(left, _TOP - 8, unit, size=9, colour=canvas.look.faint)
+        yield _text(left, _TOP - 8, unit, size=9, color=canvas.look.faint)
         for rank, value in enumerate(values):
             y = canvas.row(rank)
             yield _text(left, y + _ROW / 2 + 1, f"{value:.4g}")
@@ -182,7 +182,7 @@ def _legend(canvas: _Canvas) -> Iterator[str]:
                 # The backward of a pair is of the other chunk.
                 work = MicroBatchWork(chunk if index == 0 else program.chunks - 1 - chunk, 0)
                 height = 14 / len(pair)
-                yield _rect(x, y + index * height, 14, height, _colour(part, work, program.chunks))
+                yield _rect(x, y + index * height, 14, height, _color(part, work, program.chunks))
             x += 15
         yield (
             f'<text x="{x + 6:.2f}" y="{y + 11:.2f}"><tspan font-weight="bold">{op.value}</tspan>'
@@ -190,7 +190,7 @@ def _legend(canvas: _Canvas) -> Iterator[str]:
         )
         x += 34 + 8 * len(op.value) + 5.6 * len(_NAMES[op])
     if program.chunks > 1:
-        yield _text(_LEFT, y + 28, _chunk_note(program), size=10, colour=canvas.look.faint)
+        yield _text(_LEFT, y + 28, _chunk_note(program), size=10, color=canvas.look.faint)
 
 
 def _chunk_note(program: Program) -> str:
@@ -200,14 +200,14 @@ def _chunk_note(program: Program) -> str:
     return note + ("; each has its own count" if program.placement.route is Route.BIDIRECTIONAL else "")
 
 
-def _colour(op: Op, work: MicroBatchWork, chunks: int) -> str:
-    """The op's colour, mixed with more white the later the chunk."""
+def _color(op: Op, work: MicroBatchWork, chunks: int) -> str:
+    """The op's color, mixed with more white the later the chunk."""
     white = 0.55 * work.chunk / max(chunks - 1, 1)
-    return "#" + "".join(f"{round(value + (255 - value) * white):02x}" for value in _channels(_COLOURS[op]))
+    return "#" + "".join(f"{round(value + (255 - value) * white):02x}" for value in _channels(_COLORS[op]))
 
 
-def _channels(colour: str) -> tuple[int, ...]:
-    return tuple(int(colour[start : start + 2], 16) for start in (1, 3, 5))
+def _channels(color: str) -> tuple[int, ...]:
+    return tuple(int(color[start : start + 2], 16) for start in (1, 3, 5))
 
 
 def _readable(background: str) -> str:
@@ -222,12 +222,12 @@ def _tick(least: float) -> float:
     return next(step for base in (1, 2, 5, 10) if (step := base * magnitude) >= least)
 
 
-def _rect(x: float, y: float, width: float, height: float, colour: str) -> str:
-    return f'<rect x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height:.2f}" fill="{colour}"/>'
+def _rect(x: float, y: float, width: float, height: float, color: str) -> str:
+    return f'<rect x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height:.2f}" fill="{color}"/>'
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
-    return f'<line x1="{x1:.2f}" y1="{y1:.2f}" x2="{x2:.2f}" y2="{y2:.2f}" stroke="{colour}"/>'
+def _line(x1: float, y1: float, x2: float, y2: float, color: str) -> str:
+    return f'<line x1="{x1:.2f}" y1="{y1:.2f}" x2="{x2:.2f}" y2="{y2:.2f}" stroke="{color}"/>'
 
 
 def _text(
@@ -238,10 +238,10 @@ def _text(
     size: float = 11,
     anchor: str = "start",
     weight: str = "normal",
-    colour: str | None = None,
+    color: str | None = None,
 ) -> str:
-    """In the picture's ink, unless `colour` says otherwise."""
-    fill = "" if colour is None else f' fill="{colour}"'
+    """In the picture's ink, unless `color` says otherwise."""
+    fill = "" if color is None else f' fill="{color}"'
     return (
         f'<text x="{x:.2f}" y="{y:.2f}" font-size="{size:g}" text-anchor="{anchor}" font-weight="{weight}"'
         f"{fill}>{escape(text)}</text>"

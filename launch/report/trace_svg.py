@@ -1,6 +1,6 @@
 """A forward's layer and a backward's layer in turns, as a picture of a real trace: two lanes, to scale.
 
-Text and rules are of a grey that stands out from white paper and from a dark page; the ground is left clear.
+Text and rules are of a gray that stands out from white paper and from a dark page; the ground is left clear.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _NAMES = {
     "combine_backward": "combine(B)",
     "dispatch_backward": "dispatch(B)",
 }
-_GREY, _RULE = "#7d8590", "#7d859066"
+_GRAY, _RULE = "#7d8590", "#7d859066"
 # As in the pictures of programs (launch/report/schedule_svg.py); ink that stands out from each.
-_COLOURS = {"F": ("#f0a830", "#22272e"), "B": ("#2f8f83", "#ffffff"), "W": ("#a38cc6", "#22272e")}
+_COLORS = {"F": ("#f0a830", "#22272e"), "B": ("#2f8f83", "#ffffff"), "W": ("#a38cc6", "#22272e")}
 _LEFT, _WIDTH, _RIGHT = 96.0, 880.0, 24.0
 _TOP, _LANE, _GAP = 84.0, 54.0, 40.0
 
@@ -80,9 +80,9 @@ def svg_layer_pair(ranks: Mapping[int, Sequence[Span]]) -> str:
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
-            f'height="{height:g}" font-family="Helvetica, Arial, sans-serif" font-size="12" fill="{_GREY}">',
+            f'height="{height:g}" font-family="Helvetica, Arial, sans-serif" font-size="12" fill="{_GRAY}">',
             '<defs><pattern id="wait" width="6" height="6" patternUnits="userSpaceOnUse" '
-            f'patternTransform="rotate(45)"><rect width="2" height="6" fill="{_GREY}"/></pattern></defs>',
+            f'patternTransform="rotate(45)"><rect width="2" height="6" fill="{_GRAY}"/></pattern></defs>',
             *body,
             "</svg>",
         ]
@@ -150,17 +150,17 @@ def _box(canvas: _Canvas, span: Span, name: str, top: float) -> Iterator[str]:
     edges = [span.begin, *(edge for wait in waits for edge in (wait.begin, wait.end)), span.end]
     pieces = [(canvas.x(begin) + 0.5, canvas.x(end) - 0.5) for begin, end in zip(edges[::2], edges[1::2], strict=True)]
     busy = sum(end - begin for begin, end in zip(edges[::2], edges[1::2], strict=True))
-    milliseconds, (colour, ink) = f"{busy / 1e6:.1f} ms", _COLOURS[name[-2]]
+    milliseconds, (color, ink) = f"{busy / 1e6:.1f} ms", _COLORS[name[-2]]
     yield f"<g><title>{escape(f'{name}: {milliseconds}, {span.detail or span.name}')}</title>"
     for left, right in pieces:
         if right > left:
-            yield _rect(left, top, right - left, _LANE, colour)
+            yield _rect(left, top, right - left, _LANE, color)
     left, right = max(pieces, key=lambda piece: piece[1] - piece[0])
     width = right - left
     for line, (text, size) in enumerate(((name, 12.0), (milliseconds, 10.5))):
         if width > 0.54 * 12.0 * len(name):
             y = top + _LANE / 2 - 3 + 16 * line
-            yield _text(left + width / 2, y, text, size=size, anchor="middle", colour=ink)
+            yield _text(left + width / 2, y, text, size=size, anchor="middle", color=ink)
     yield "</g>"
 
 
@@ -176,7 +176,7 @@ def _launches(canvas: _Canvas) -> Iterator[str]:
             x1, y1 = canvas.x(launch.begin), _TOP + _LANE
             x2, y2 = canvas.x(begins[launch.name]), canvas.exchange
             yield (
-                f'<path d="M{x1:.2f} {y1:.2f} L{x2:.2f} {y2:.2f}" stroke="{_GREY}" stroke-width="1.2" '
+                f'<path d="M{x1:.2f} {y1:.2f} L{x2:.2f} {y2:.2f}" stroke="{_GRAY}" stroke-width="1.2" '
                 f'stroke-dasharray="3 2" fill="none"/><circle cx="{x1:.2f}" cy="{y1:.2f}" r="2.6"/>'
             )
 
@@ -196,7 +196,7 @@ def _legend(canvas: _Canvas) -> Iterator[str]:
     x, y = _LEFT, canvas.axis + 38
     entries = [("F", "forward"), ("B", "backward: gradients of inputs"), ("W", "gradients of weights")]
     for letter, text in entries:
-        yield _rect(x, y, 14, 14, _COLOURS[letter][0])
+        yield _rect(x, y, 14, 14, _COLORS[letter][0])
         yield _text(x + 20, y + 11, text)
         x += 42 + 6.1 * len(text)
     yield _rect(x, y, 14, 14, "url(#wait)")
@@ -206,9 +206,9 @@ def _legend(canvas: _Canvas) -> Iterator[str]:
     yield _text(x + 16, y + 11, "launch of an exchange")
 
 
-def _rect(x: float, y: float, width: float, height: float, colour: str, *, opacity: float = 1.0) -> str:
+def _rect(x: float, y: float, width: float, height: float, color: str, *, opacity: float = 1.0) -> str:
     size = f'x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height:.2f}"'
-    return f'<rect {size} rx="2" fill="{colour}" fill-opacity="{opacity:g}"/>'
+    return f'<rect {size} rx="2" fill="{color}" fill-opacity="{opacity:g}"/>'
 
 
 def _text(
@@ -219,7 +219,7 @@ def _text(
     size: float = 12,
     anchor: str = "start",
     weight: str = "normal",
-    colour: str = _GREY,
+    color: str = _GRAY,
 ) -> str:
     place = f'x="{x:.2f}" y="{y:.2f}" font-size="{size:g}" text-anchor="{anchor}" font-weight="{weight}"'
-    return f'<text {place} fill="{colour}">{escape(text)}</text>'
+    return f'<text {place} fill="{color}">{escape(text)}</text>'

@@ -58,8 +58,8 @@ class MachinePlace:
     def torchrun(self, processes: int) -> list[str]:
         """Arguments of torchrun for `processes` ranks on this machine.
 
-        The rendezvous is static: c10d numbers the machines by the order of their addresses, so that neighbours in the
-        topology would not be neighbours in the network, and rank 0 could be anywhere.
+        The rendezvous is static: c10d numbers the machines by the order of their addresses, so that neighbors in the
+        topology would not be neighbors in the network, and rank 0 could be anywhere.
         """
         if self.nodes == 1:
             return local_torchrun(processes)

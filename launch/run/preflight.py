@@ -20,7 +20,7 @@ from ...trainer.data.prepared import open_prepared, verify_before_run
 from ...trainer.ledger.guard import accounts, left_of_project
 from ...trainer.ledger.journal import refuse_if_held
 from ...trainer.ledger.project import Project
-from ...trainer.ledger.summary import summarise
+from ...trainer.ledger.summary import summarize
 from ...trainer.ledger.terms import ALLOCATION_FILE, WORK_FILE
 from ...trainer.ledger.totals import ledger_problems
 from ...trainer.model.attention_backend import FIELD, GpuFacts, choose_attention
@@ -110,7 +110,7 @@ def spent_budget(config: RunConfig) -> str | None:
     if not (run_dir / ALLOCATION_FILE).exists() or tokens_left == 0:
         return None
     ramp_steps = config.batches.levels[-1].steps
-    found = accounts(config.budget, summarise(run_dir), run_dir, tokens_left, ramp_steps)
+    found = accounts(config.budget, summarize(run_dir), run_dir, tokens_left, ramp_steps)
     reasons = (account.exceeded(config.budget.stop_at) for account in found)
     return next((reason for reason in reasons if reason is not None), None)
 

@@ -22,7 +22,7 @@ def train_command(overrides: Sequence[str], config_dir: Path | None, *, fresh: b
     worker = WorkerEnvironment.read()
     if worker is not None:
         if fresh and ATTEMPT_VARIABLE not in os.environ:
-            hint = "belongs to the launcher and cannot be honoured by a rank; use launch/torchrun.sh --fresh"
+            hint = "belongs to the launcher and cannot be honored by a rank; use launch/torchrun.sh --fresh"
             raise ConfigError([Problem("--fresh", True, hint)])
         return run_worker(config, worker)
     ranks = config.topology.world_size

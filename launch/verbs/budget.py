@@ -24,7 +24,7 @@ from ...trainer.ledger.reconcile import (
 )
 from ...trainer.ledger.render import render, render_project, render_what_if, what_if
 from ...trainer.ledger.snapshot import totals_problem
-from ...trainer.ledger.summary import LedgerSummary, summarise, verified_summary
+from ...trainer.ledger.summary import LedgerSummary, summarize, verified_summary
 from ...trainer.ledger.terms import PUBLISHED_USD_PER_GPU_HOUR, TOTALS_FILE, gpu_hours
 from ...trainer.ledger.totals import ledger_problems
 from ..say import say
@@ -145,7 +145,7 @@ def _summary(question: BudgetQuery) -> LedgerSummary:
     if question.verify:
         refuse_if_any(_missing_for_checkpoint(question.run))
         return verified_summary(question.run)
-    summary, problem = summarise(question.run), totals_problem(question.run)
+    summary, problem = summarize(question.run), totals_problem(question.run)
     if problem is not None:
         say(f"shoestring budget: {problem}")
     return summary

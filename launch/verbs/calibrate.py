@@ -89,7 +89,7 @@ def write_cluster(folder: Path, rows: Sequence[Measurement], ranks: int) -> Path
         "gpus_per_node": ranks,
         "tables": str(table),
         "sources": {
-            "peak_tflops": "assumed: a unit, so that utilisation reads as TFLOPS",
+            "peak_tflops": "assumed: a unit, so that utilization reads as TFLOPS",
             "memory_gb": "measured: this machine's memory over its ranks",
             "nodes": "measured: this machine",
             "gpus_per_node": "measured: as many ranks as were at work",

@@ -11,7 +11,7 @@ from rich.table import Table
 from ...comm.errors import ConfigError, Problem
 from ...trainer.ledger.terms import TERMS
 from ...trainer.run.profiling import TRACE_FOLDER
-from ...trainer.telemetry.trace import TRACE_FILE, Span, read_trace, summarise_trace
+from ...trainer.telemetry.trace import TRACE_FILE, Span, read_trace, summarize_trace
 from ..report.trace_svg import svg_layer_pair
 
 
@@ -29,12 +29,12 @@ def open_trace(place: Path) -> dict[int, list[Span]]:
 
 def trace_tree(ranks: Mapping[int, Sequence[Span]]) -> dict[str, dict[str, float]]:
     """Seconds of each term by rank, and the report's view of them."""
-    return {str(rank): summarise_trace(ranks[rank]) for rank in sorted(ranks)}
+    return {str(rank): summarize_trace(ranks[rank]) for rank in sorted(ranks)}
 
 
 def trace_table(ranks: Mapping[int, Sequence[Span]]) -> RenderableType:
     """The same for a reader, in milliseconds, without the terms that are nought everywhere."""
-    terms = {rank: summarise_trace(spans) for rank, spans in sorted(ranks.items())}
+    terms = {rank: summarize_trace(spans) for rank, spans in sorted(ranks.items())}
     shown = [name for name in TERMS if any(seconds[name] for seconds in terms.values())]
     table = Table(
         title="Milliseconds of the steps in this trace; instructions without their waits", title_justify="left"

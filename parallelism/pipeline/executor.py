@@ -93,7 +93,7 @@ class Listener(Protocol):
 def open_lanes(
     groups: ProcessGroups, device: torch.device, recorder: SpanRecorder = SILENT, streams: Streams | None = None
 ) -> dict[Direction, P2PChannel]:
-    """A lane each way where the pipeline has neighbours; on `streams`, by default those of `device`."""
+    """A lane each way where the pipeline has neighbors; on `streams`, by default those of `device`."""
     if groups.topology.pp == 1:
         return {}
     ways = ((Direction.UP, groups.up, Track.UP), (Direction.DOWN, groups.down, Track.DOWN))

@@ -9,7 +9,7 @@ from enum import StrEnum
 class Direction(StrEnum):
     """A way along the ranks: up is towards the next higher one; in a loop also from the last to the first.
 
-    Neighbours send to each other at the same moment, so each direction has a process group of its own.
+    Neighbors send to each other at the same moment, so each direction has a process group of its own.
     """
 
     UP = "up"

@@ -1,11 +1,11 @@
-"""The quantiser: its stated error bound, the smallest power of two for each tile, and faults that stay faults."""
+"""The quantizer: its stated error bound, the smallest power of two for each tile, and faults that stay faults."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from shoestring.comm.fp8 import TILE, dequantise, quantise, tiles_of
+from shoestring.comm.fp8 import TILE, dequantize, quantize, tiles_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -13,10 +13,10 @@ from shoestring.comm.fp8 import TILE, dequantise, quantise, tiles_of
 def test_error_is_within_the_stated_bound(width: int, dtype: torch.dtype) -> None:
     # Eight decades in one tile: the small ones fall below E4M3's smallest normal number.
     x_XD = (torch.randn(64, width) * 10 ** torch.empty(64, width).uniform_(-6, 2)).to(dtype)
-    values_XD, exponents_XQ = quantise(x_XD)
+    values_XD, exponents_XQ = quantize(x_XD)
     assert values_XD.dtype == torch.float8_e4m3fn
     assert exponents_XQ.shape == (64, tiles_of(width))
-    error_XD = (dequantise(values_XD, exponents_XQ, torch.float64) - x_XD.double()).abs()
+    error_XD = (dequantize(values_XD, exponents_XQ, torch.float64) - x_XD.double()).abs()
     for tile in range(tiles_of(width)):
         columns = slice(tile * TILE, (tile + 1) * TILE)
         x_XI = x_XD[:, columns].double().abs()
@@ -26,24 +26,24 @@ def test_error_is_within_the_stated_bound(width: int, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("largest", [448.0, 448.0 * 2**-7, 448.0 * 2**20, 225.0, 1.0])
 def test_the_scale_is_the_smallest_power_of_two_that_fits(largest: float) -> None:
-    _, exponents_XQ = quantise(torch.tensor([[largest, -largest / 3]]))
+    _, exponents_XQ = quantize(torch.tensor([[largest, -largest / 3]]))
     scale = 2.0 ** (int(exponents_XQ) - 127)
     assert largest / scale <= 448 < 2 * largest / scale
-    _, above_XQ = quantise(torch.tensor([[largest * 1.001]]))
+    _, above_XQ = quantize(torch.tensor([[largest * 1.001]]))
     assert int(above_XQ) - int(exponents_XQ) == int(largest / scale == 448)
 
 
 def test_powers_of_two_and_zeros_are_exact() -> None:
     x_XD = torch.tensor([[0.0, 1.0, -0.5, 2.0**-8, 1.75]])
-    assert torch.equal(dequantise(*quantise(x_XD), torch.float32), x_XD)
-    assert torch.equal(dequantise(*quantise(torch.zeros(2, 200)), torch.float32), torch.zeros(2, 200))
+    assert torch.equal(dequantize(*quantize(x_XD), torch.float32), x_XD)
+    assert torch.equal(dequantize(*quantize(torch.zeros(2, 200)), torch.float32), torch.zeros(2, 200))
 
 
 @pytest.mark.parametrize("fault", [float("nan"), float("inf"), -float("inf")])
 def test_a_fault_stays_a_fault_in_its_tile_alone(fault: float) -> None:
     x_XD = torch.ones(2, 2 * TILE)
     x_XD[1, 3] = fault
-    back_XD = dequantise(*quantise(x_XD), torch.bfloat16)
+    back_XD = dequantize(*quantize(x_XD), torch.bfloat16)
     assert back_XD[1, :TILE].isnan().all()
     assert (back_XD[0] == 1).all()
     assert (back_XD[1, TILE:] == 1).all()
@@ -51,12 +51,12 @@ def test_a_fault_stays_a_fault_in_its_tile_alone(fault: float) -> None:
 
 def test_the_smallest_numbers_do_not_overflow_on_the_way() -> None:
     x_XD = torch.full((1, 3), 2.0**-140)
-    assert dequantise(*quantise(x_XD), torch.float32).abs().max() <= 2.0**-130
+    assert dequantize(*quantize(x_XD), torch.float32).abs().max() <= 2.0**-130
 
 
 def test_no_rows() -> None:
-    values_XD, exponents_XQ = quantise(torch.empty(0, 300))
-    assert dequantise(values_XD, exponents_XQ, torch.float32).shape == (0, 300)
+    values_XD, exponents_XQ = quantize(torch.empty(0, 300))
+    assert dequantize(values_XD, exponents_XQ, torch.float32).shape == (0, 300)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -67,4 +67,4 @@ def test_what_comes_back_is_the_number_times_its_scale(dtype: torch.dtype, expon
     values_XD = values_XD.nan_to_num(1.0).view(2, 128).to(torch.float8_e4m3fn)
     exponents_XQ = torch.full((2, 1), 127 + exponent, dtype=torch.uint8)
     expected = (values_XD.double() * 2.0**exponent).to(dtype)
-    assert torch.equal(dequantise(values_XD, exponents_XQ, dtype), expected)
+    assert torch.equal(dequantize(values_XD, exponents_XQ, dtype), expected)

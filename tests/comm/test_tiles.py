@@ -10,7 +10,7 @@ import torch
 
 from shoestring.comm.exchange.api import Received, TokenExchange
 from shoestring.comm.exchange.config import ExchangeConfig
-from shoestring.comm.fp8 import dequantise, stand_in
+from shoestring.comm.fp8 import dequantize, stand_in
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
 from shoestring.tests.comm.exchange.routing import CASES, LABEL, WIDTH, Batch, batch_of, open_on
@@ -42,7 +42,7 @@ def both_ways(world: World, name: str, dtype: torch.dtype) -> int:
         values_RD, exponents_RQ = ours.tiles.values_XD, ours.tiles.exponents_XQ
         assert values_RD.is_contiguous()
         assert exponents_RQ.shape == (len(values_RD), 2)
-        assert torch.equal(dequantise(values_RD, exponents_RQ, dtype), plain.rows_RD)
+        assert torch.equal(dequantize(values_RD, exponents_RQ, dtype), plain.rows_RD)
         assert torch.equal(ours.weights_R, plain.weights_R)
         assert (ours.rows_per_expert_L, ours.visits) == (plain.rows_per_expert_L, plain.visits)
         assert (ours.rows_RD.shape, ours.rows_RD.dtype) == (plain.rows_RD.shape, dtype)

@@ -112,7 +112,7 @@ CHECKPOINT: tuple[Edit, ...] = (
     setting("facts", "config", "model", "hidden", to=32),
     setting("facts", "config", "model", "rope_theta", to=float("inf")),
     setting("facts", "config", "model", "init_std", to=10**400),
-    setting("facts", "config", "model", "normalise_gates", to=1),
+    setting("facts", "config", "model", "normalize_gates", to=1),
     setting("facts", "source", to={"eos_token_id": ["x"]}),
     _set(0, "F8_E5M2"),
     _set(0, "I32"),

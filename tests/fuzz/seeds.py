@@ -14,7 +14,7 @@ from shoestring.tests.launch.report.recorded import config, record_run, record_t
 from shoestring.tests.trainer.checkpoint.saved import save_model
 from shoestring.trainer.data.tokenizer import train_tokenizer
 from shoestring.trainer.model.config import ModelConfig, YarnConfig
-from shoestring.trainer.model.init import initialise
+from shoestring.trainer.model.init import initialize
 from shoestring.trainer.model.model import Model
 
 from .kinds import data_overrides
@@ -55,7 +55,7 @@ def make_seeds(root: Path, *, with_plan: bool) -> None:
     tokenizer = train_tokenizer([TEXT], 300).to_json().encode()
     for step in (2, 4):
         model = Model(SHAPE)
-        initialise(model, step)
+        initialize(model, step)
         save_model(model, root / "saved" / "checkpoints", step, {"tokenizer.json": tokenizer})
     quietly("export", str(root / "saved"), str(root / "hf"), "--dtype", "fp8")
     quietly("export", str(root / "saved"), str(root / "hf_sharded"), "--max-shard", "10KB", "--rope", "halves")

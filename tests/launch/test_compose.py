@@ -83,7 +83,7 @@ def test_values_of_many_kinds() -> None:
             "optimizer.weight_decay=0",
             "model.q_lora_rank=null",
             "model.yarn.factor=8",
-            "model.normalise_gates=false",
+            "model.normalize_gates=false",
             "data.validation=[hamlet, macbeth]",
         ]
     )
@@ -92,7 +92,7 @@ def test_values_of_many_kinds() -> None:
     assert (config.optimizer.weight_decay, type(config.optimizer.weight_decay)) == (0.0, float)
     assert config.model.q_lora_rank is None
     assert config.model.yarn == YarnConfig(factor=8.0)
-    assert config.model.normalise_gates is False
+    assert config.model.normalize_gates is False
     assert config.data.validation == ("hamlet", "macbeth")
 
 
@@ -109,7 +109,7 @@ def test_values_of_many_kinds() -> None:
         ("training.tokens=true", "training.tokens", "must be a whole number"),
         ("training.tokens=many", "training.tokens", "must be a whole number"),
         ("training.seed=null", "training.seed", "must be a whole number"),
-        ("model.normalise_gates=1", "model.normalise_gates", "must be true or false"),
+        ("model.normalize_gates=1", "model.normalize_gates", "must be true or false"),
         ("optimizer.eps=nan", "optimizer.eps", "must be a finite number"),
         ("budget.gpu_hours=inf", "budget.gpu_hours", "must be a finite number"),
         ("precision.compute=32", "precision.compute", "must be text"),

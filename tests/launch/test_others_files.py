@@ -28,7 +28,7 @@ from shoestring.tests.trainer.checkpoint.saved import save_model
 from shoestring.trainer.checkpoint.manifest import CheckpointManifest
 from shoestring.trainer.data.tokenizer import train_tokenizer
 from shoestring.trainer.model.config import ModelConfig, YarnConfig
-from shoestring.trainer.model.init import initialise
+from shoestring.trainer.model.init import initialize
 from shoestring.trainer.model.model import Model
 
 SHAPE = ModelConfig(hidden=16, layers=2, vocabulary=300, experts=8, expert_ffn=8, dense_ffn=16, init_std=0.2)
@@ -42,7 +42,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with one checkpoint, `run`, and its export, `hf`."""
     root = tmp_path_factory.mktemp("others")
     model = Model(SHAPE)
-    initialise(model, 1)
+    initialize(model, 1)
     attachments = {"tokenizer.json": train_tokenizer([TEXT], 300).to_json().encode()}
     save_model(model, root / "run" / "checkpoints", 4, attachments)
     with pytest.raises(SystemExit):
@@ -450,7 +450,7 @@ def test_a_resealed_manifest_is_damaged_and_no_other_file_is_opened(
         lambda tree: tree["facts"]["config"].update(model=[]),
         lambda tree: tree["facts"]["config"]["model"].update(hidden="16"),
         lambda tree: tree["facts"]["config"]["model"].update(hidden=-1),
-        lambda tree: tree["facts"]["config"]["model"].update(colour=1),
+        lambda tree: tree["facts"]["config"]["model"].update(color=1),
         lambda tree: tree["facts"]["config"]["training"].update(sequence_length="long"),
     ],
 )
@@ -732,7 +732,7 @@ def test_logits_that_are_not_finite_are_one_error(
     values: dict[str, Any], temperature: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = Model(replace(SHAPE, **values))
-    initialise(model, 1)
+    initialize(model, 1)
     attachments = {"tokenizer.json": train_tokenizer([TEXT], 300).to_json().encode()}
     save_model(model, tmp_path / "checkpoints", 4, attachments)
     how = ["--prompt", "word1", "--tokens", 2, "--temperature", temperature]

@@ -162,7 +162,7 @@ def take_step(stepper: Stepper, gradients: RecordingReducer, layout: Layout, ste
 
 
 def _micro_batches(layout: Layout, step: int, rank: int) -> Iterator[TokenBatch]:
-    """This rank's share of the global batch: each round of micro-batches takes neighbouring sequences."""
+    """This rank's share of the global batch: each round of micro-batches takes neighboring sequences."""
     tokens_BW, valid_BW = global_batch(layout, step)
     size, ranks = layout.sequences_per_micro_batch, layout.topology.dp
     for index in range(layout.micro_batches_of(step)):

@@ -66,7 +66,7 @@ def test_rows_that_cross_in_fp8_change_no_bit(native: Layout) -> None:
 
 
 @dataclass(frozen=True)
-class Quantising(Reference):
+class Quantizing(Reference):
     """Counts how often it makes tiles with powers of two for scales."""
 
     times: Counter[str] = field(default_factory=Counter)
@@ -76,30 +76,30 @@ class Quantising(Reference):
         return super().tiles(x_XD, scales)
 
 
-def quantised(world: World, layout: Layout) -> int:
+def quantized(world: World, layout: Layout) -> int:
     """How often one step of this rank does so."""
-    groups, quantising = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=60)), Quantising()
+    groups, quantizing = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=60)), Quantizing()
     with closing(open_worker(groups.ep, torch.device("cpu"))) as worker:
         stepper, gradients = build(layout, layout.stages, groups, worker)
-        stepper.model.use_fp8(Fp8(quantising))
+        stepper.model.use_fp8(Fp8(quantizing))
         take_step(stepper, gradients, layout, 0, world.rank)
-    return quantising.times[Scales.POWER_OF_TWO]
+    return quantizing.times[Scales.POWER_OF_TWO]
 
 
 @pytest.mark.parametrize("layout", CROSSING[:3], ids=lambda layout: layout.name.replace(" ", "-"))
 @pytest.mark.parametrize("exchange", ["flat", "two_hop"])
-def test_rows_that_came_in_fp8_are_not_quantised_again(exchange: str, layout: Layout) -> None:
-    """Without a wire in FP8 each routed layer quantises what it receives, once a micro-batch, in blocks or not."""
+def test_rows_that_came_in_fp8_are_not_quantized_again(exchange: str, layout: Layout) -> None:
+    """Without a wire in FP8 each routed layer quantizes what it receives, once a micro-batch, in blocks or not."""
     native = replace(layout, exchange=exchange, node_size=1)
     received = native.micro_batches * (native.layers - native.config.dense_layers + native.mtp)
-    ours = run_processes(2, quantised, replace(native, wire=Format.FP8))
-    theirs = run_processes(2, quantised, native)
+    ours = run_processes(2, quantized, replace(native, wire=Format.FP8))
+    theirs = run_processes(2, quantized, native)
     assert [more - fewer for fewer, more in zip(ours, theirs, strict=True)] == [received] * 2
 
 
 @dataclass(frozen=True)
 class Counting(Reference):
-    """Counts how often each weight is quantised."""
+    """Counts how often each weight is quantized."""
 
     times: Counter[int] = field(default_factory=Counter)
 
@@ -108,7 +108,7 @@ class Counting(Reference):
         return super().blocks(weight, scales)
 
 
-def test_a_step_of_several_micro_batches_quantises_each_weight_once() -> None:
+def test_a_step_of_several_micro_batches_quantizes_each_weight_once() -> None:
     layout, counting = replace(ONE, micro_batches=3), Counting()
     groups = ProcessGroups.create(layout.topology, 0, timedelta(seconds=60))
     with closing(open_worker(groups.ep, torch.device("cpu"))) as worker:

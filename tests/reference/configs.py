@@ -25,7 +25,7 @@ def reference_configs() -> dict[str, ReferenceConfig]:
         "full": full,
         "plain_queries": replace(full, q_lora_rank=None, dense_layers=0, mtp_depth=0),
         "one_group": replace(full, groups=1, top_k_groups=1, top_k=3, layers=2, dense_layers=0, v_head_dim=16),
-        "raw_gates": replace(full, normalise_gates=False, routed_scaling=1.0, shared_experts=2, mtp_depth=0),
+        "raw_gates": replace(full, normalize_gates=False, routed_scaling=1.0, shared_experts=2, mtp_depth=0),
         # Of 8 pairs, one keeps its frequency, two are mixed and five stretched; 9 tokens are already too many.
         "yarn": replace(
             full, qk_rope_head_dim=16, yarn=Yarn(factor=4.0, original_length=8, beta_fast=1.2, beta_slow=0.1)

@@ -53,7 +53,7 @@ class ReferenceConfig:
     top_k: int
     groups: int = 1
     top_k_groups: int = 1
-    normalise_gates: bool = True
+    normalize_gates: bool = True
     routed_scaling: float = 2.5
     rms_eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -158,7 +158,7 @@ def route(params: Params, prefix: str, config: ReferenceConfig, x_BSD: Tensor) -
         chosen_BSK = biased_BSE.topk(config.top_k, dim=-1).indices
         chosen_BSE = torch.zeros_like(scores_BSE, dtype=torch.bool).scatter(-1, chosen_BSK, True)
     gates_BSE = scores_BSE * chosen_BSE
-    if config.normalise_gates:
+    if config.normalize_gates:
         gates_BSE = gates_BSE / (gates_BSE.sum(-1, keepdim=True) + 1e-20)
     return Routing(scores_BSE, gates_BSE * config.routed_scaling, chosen_BSE)
 

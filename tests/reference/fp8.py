@@ -1,7 +1,7 @@
 """FP8 from its definition, in NumPy: numbers by looking through all there are, tiles one at a time, sums in FP64.
 
-The oracle of `trainer/precision`, with which it shares no code. A matrix is quantised in tiles of `high` x `wide`, from
-its upper left corner; a product's sum is exact within 128 neighbours, rounded to FP32, scaled, and added in FP32 from
+The oracle of `trainer/precision`, with which it shares no code. A matrix is quantized in tiles of `high` x `wide`, from
+its upper left corner; a product's sum is exact within 128 neighbors, rounded to FP32, scaled, and added in FP32 from
 left to right (report §3.3.2).
 
 Letters: X, Y rows of two factors, K what is summed over.
@@ -40,7 +40,7 @@ def nearest(x: Array, numbers: Array) -> Array:
     return np.copysign(np.where(up, numbers[above], numbers[above - 1]), x)
 
 
-def quantise(x: Array, high: int, wide: int, power_of_two: bool, numbers: Array = E4M3) -> tuple[Array, Array]:
+def quantize(x: Array, high: int, wide: int, power_of_two: bool, numbers: Array = E4M3) -> tuple[Array, Array]:
     """The numbers, in FP64, and the scale of each, in FP32, both in the shape of `x`."""
     x = x.astype(np.float32)
     values, scales = np.zeros(x.shape, np.float64), np.ones(x.shape, np.float32)
@@ -61,14 +61,14 @@ def _scale(largest: np.float32, limit: float, power_of_two: bool) -> np.float32:
     return np.float32(scale)
 
 
-def dequantise(quantised: tuple[Array, Array]) -> Array:
+def dequantize(quantized: tuple[Array, Array]) -> Array:
     """FP32."""
-    values, scales = quantised
+    values, scales = quantized
     return values.astype(np.float32) * scales
 
 
 def product(a: tuple[Array, Array], b: tuple[Array, Array]) -> Array:
-    """a bᵀ, FP32 [X, Y]; every scale holds for 128 neighbours of a row."""
+    """a bᵀ, FP32 [X, Y]; every scale holds for 128 neighbors of a row."""
     total = np.zeros((len(a[0]), len(b[0])), np.float32)
     for start in range(0, a[0].shape[1], TILE):
         part = slice(start, start + TILE)

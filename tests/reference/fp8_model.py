@@ -69,15 +69,15 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, after_attention: bool, of_expert: bool, apart: int | None
     ) -> Tensor:
         power = after_attention or of_expert
-        tiles, blocks = quantise(x, power), fp8.quantise(weight.detach().numpy(), 128, 128, power_of_two=False)
-        kept = fp8.quantise(x.detach().double().numpy(), 1, 128, True, fp8.E5M6) if after_attention else tiles
-        ctx.kept, ctx.blocks, ctx.power, ctx.apart = torch.from_numpy(fp8.dequantise(kept)), blocks, power, apart
+        tiles, blocks = quantize(x, power), fp8.quantize(weight.detach().numpy(), 128, 128, power_of_two=False)
+        kept = fp8.quantize(x.detach().double().numpy(), 1, 128, True, fp8.E5M6) if after_attention else tiles
+        ctx.kept, ctx.blocks, ctx.power, ctx.apart = torch.from_numpy(fp8.dequantize(kept)), blocks, power, apart
         return torch.from_numpy(fp8.product(tiles, blocks)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        grad_x = fp8.product(quantise(grad), turned(ctx.blocks))
+        grad_x = fp8.product(quantize(grad), turned(ctx.blocks))
         grad_weight = weight_gradient(grad, ctx.kept, ctx.power, ctx.apart)
         return torch.from_numpy(grad_x).to(grad.dtype), grad_weight, None, None, None
 
@@ -93,9 +93,9 @@ class _Down(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, gates: Tensor, weight: Tensor, of_expert: bool, apart: int | None) -> Tensor:
         ctx.apart = apart
-        ctx.blocks = fp8.quantise(weight.detach().numpy(), 128, 128, power_of_two=False)
-        ctx.kept, ctx.gates, ctx.of_expert = fp8.dequantise(quantise(gate_up)), gates, of_expert
-        return torch.from_numpy(fp8.product(quantise(activation(gate_up, gates)), ctx.blocks)).to(gate_up.dtype)
+        ctx.blocks = fp8.quantize(weight.detach().numpy(), 128, 128, power_of_two=False)
+        ctx.kept, ctx.gates, ctx.of_expert = fp8.dequantize(quantize(gate_up)), gates, of_expert
+        return torch.from_numpy(fp8.product(quantize(activation(gate_up, gates)), ctx.blocks)).to(gate_up.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -104,8 +104,8 @@ class _Down(torch.autograd.Function):
             gate_up = torch.from_numpy(ctx.kept).to(grad.dtype).requires_grad_()
             gates = ctx.gates.detach().requires_grad_()
             inner = activation(gate_up, gates)
-        tiles = quantise(grad, ctx.of_expert)
-        received = torch.from_numpy(fp8.dequantise(tiles)) if ctx.of_expert else grad
+        tiles = quantize(grad, ctx.of_expert)
+        received = torch.from_numpy(fp8.dequantize(tiles)) if ctx.of_expert else grad
         grad_weight = weight_gradient(received.to(grad.dtype), inner, power_of_two=False, apart=ctx.apart)
         grad_inner = torch.from_numpy(fp8.product(tiles, turned(ctx.blocks))).to(grad.dtype)
         return *torch.autograd.grad(inner, (gate_up, gates), grad_inner), grad_weight, None, None
@@ -115,15 +115,15 @@ def weight_gradient(grad: Tensor, x: Tensor, power_of_two: bool, apart: int | No
     """gradᵀ x in the dtype of `grad`, the sum of FP32 products over `apart` rows each."""
     size = apart or max(1, len(x))
     products = [
-        torch.from_numpy(fp8.product(quantise(ours.T), quantise(theirs.T, power_of_two))).to(grad.dtype)
+        torch.from_numpy(fp8.product(quantize(ours.T), quantize(theirs.T, power_of_two))).to(grad.dtype)
         for ours, theirs in zip(grad.split(size), x.split(size), strict=True)
     ]
     return torch.stack(products).sum(dim=0)
 
 
-def quantise(x: Tensor, power_of_two: bool = False) -> tuple[fp8.Array, fp8.Array]:
+def quantize(x: Tensor, power_of_two: bool = False) -> tuple[fp8.Array, fp8.Array]:
     """Rows in tiles of 1 x 128."""
-    return fp8.quantise(x.detach().double().numpy(), 1, 128, power_of_two)
+    return fp8.quantize(x.detach().double().numpy(), 1, 128, power_of_two)
 
 
 def turned(blocks: tuple[fp8.Array, fp8.Array]) -> tuple[fp8.Array, fp8.Array]:

@@ -44,7 +44,7 @@ def transformers_config(config: ReferenceConfig) -> DeepseekV3Config:
         topk_group=config.top_k_groups,
         num_experts_per_tok=config.top_k,
         first_k_dense_replace=config.dense_layers,
-        norm_topk_prob=config.normalise_gates,
+        norm_topk_prob=config.normalize_gates,
         rms_norm_eps=config.rms_eps,
         num_mtp_layers=config.mtp_depth,
         rope_parameters=rope,

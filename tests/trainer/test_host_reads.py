@@ -23,7 +23,7 @@ from shoestring.tests.trainer.pretended_device import PretendedDevice
 from shoestring.trainer.build import Pipeline, build_stepper
 from shoestring.trainer.data.samples import TokenBatch
 from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.model.init import initialise
+from shoestring.trainer.model.init import initialize
 from shoestring.trainer.model.model import Model
 from shoestring.trainer.model.recompute import RecomputeModule
 from shoestring.trainer.model.stage_layout import Stages
@@ -73,7 +73,7 @@ def make_stepper(
     groups = ProcessGroups.create(Topology(), 0, timedelta(seconds=1), stages.all_holders())
     with device:
         model = Model(CONFIG)
-    initialise(model, seed=0)
+    initialize(model, seed=0)
     worker, traffic = open_worker(groups.ep, device, streams=streams), Traffic(Topology(), 0)
     exchanger = open_exchange(ExchangeConfig(name=exchange), groups, CONFIG.experts, worker, traffic)
     pipeline = Pipeline.open(stages, groups, device, recorder=recorder, recompute=frozenset(RecomputeModule))

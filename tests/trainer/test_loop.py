@@ -31,7 +31,7 @@ from shoestring.trainer.data.prepared import open_prepared
 from shoestring.trainer.data.samples import SampleOrder, Samples, TokenBatch
 from shoestring.trainer.data.shard_files import DataChanged
 from shoestring.trainer.ledger.meter import CostMeter
-from shoestring.trainer.ledger.summary import summarise
+from shoestring.trainer.ledger.summary import summarize
 from shoestring.trainer.loop import _insist, train
 from shoestring.trainer.memory.forecast import RunMemory
 from shoestring.trainer.run.exit import RankFailed, RunFailed, RunHalted
@@ -173,7 +173,7 @@ def test_every_layout_trains_the_same_while_the_batch_grows(
                 assert ours[key] == pytest.approx(single[key], rel=1e-10)
         for key in ("kind", "expert_load/layer_01", "text", "learning_rate", "tokens"):
             assert ours.get(key) == single.get(key)
-    summary = summarise(root / name)
+    summary = summarize(root / name)
     assert (summary.steps_retained, summary.tokens_retained) == (len(SIZES), sum(SIZES) * LENGTH)
 
 
@@ -276,7 +276,7 @@ def one_rank_raises(world: World, tree: dict[str, Any]) -> None:
 
 
 def test_a_rank_that_raises_says_so_at_once(root: Path) -> None:
-    """Though a message that its neighbour will never send is under way, with a limit of 30 seconds."""
+    """Though a message that its neighbor will never send is under way, with a limit of 30 seconds."""
     tree = run_config(root) | {"topology": {"pp": 2}, "schedule": {"name": "one_f_one_b"}}
     tree["training"] = tree["training"] | {"run_dir": str(root / "raises")}
     began = time.monotonic()
@@ -303,7 +303,7 @@ def train_until(world: World, tree: dict[str, Any], looks: int, spent_in_a_step:
     groups = ProcessGroups.create(config.topology, world.rank, timedelta(seconds=30))
 
     # The first rank to come makes the directory: what says that a run was there is its ledger.
-    begun = summarise(run_dir).steps_retained if (run_dir / "ledger" / "work.jsonl").exists() else 0
+    begun = summarize(run_dir).steps_retained if (run_dir / "ledger" / "work.jsonl").exists() else 0
     step, taken = Stepper.step, list[int]()
 
     def counted(self: Stepper, *arguments: Any) -> StepResult:
@@ -344,7 +344,7 @@ def test_one_rank_that_is_asked_halts_all_after_the_same_step_and_nothing_is_los
     assert told(tree) == told(undisturbed)[:3]  # the evaluation of step 2 is owed
     assert run_processes(2, train_until, tree, 100, 0.0) == [None, None]
     assert told(tree) == told(undisturbed)
-    summary = summarise(root / "halted")
+    summary = summarize(root / "halted")
     assert summary.steps_retained == STEPS
     assert (summary.rolled_back_ms, summary.running) == (0, False)
 
@@ -366,7 +366,7 @@ def test_a_stop_in_an_evaluation_is_served_at_the_next_micro_batch(root: Path, c
     assert "in the sample after step 3, which is in a checkpoint" in str(text)
     assert run_processes(2, train_until, tree, 100, 0.0) == [None, None]
     assert told(tree) == told(undisturbed)
-    assert summarise(Path(tree["training"]["run_dir"])).rolled_back_ms == 0
+    assert summarize(Path(tree["training"]["run_dir"])).rolled_back_ms == 0
 
 
 def test_a_checkpoint_that_is_due_comes_before_the_evaluation_which_is_told_once(root: Path) -> None:
@@ -391,7 +391,7 @@ def test_the_budget_guard_halts_the_run_until_its_budget_is_raised(root: Path) -
     assert told(tree) == before
     assert run_processes(2, train_until, tree | {"budget": {"gpu_hours": 2.5}}, 100, 0.4) == [None, None]
     assert [step for kind, step, _ in told(tree) if kind == "step"] == [1, 2, 3, 4, 5]
-    summary = summarise(root / "guarded")
+    summary = summarize(root / "guarded")
     assert summary.buckets["checkpoint_save"] > 0
     assert summary.rolled_back_ms == 0
     assert 0 <= summary.unknown_ms < summary.allocated_ms
@@ -547,7 +547,7 @@ def test_a_stop_between_steps_is_in_the_ledger(root: Path, tmp_path: Path) -> No
     tree = run_config(root)
     tree["training"] = tree["training"] | {"run_dir": str(tmp_path / "run"), "sample_tokens": 0}
     run_processes(1, run_and_stall, tree)
-    summary = summarise(tmp_path / "run")
+    summary = summarize(tmp_path / "run")
     assert summary.buckets["stall"] >= 0.6 * 1000 * STEPS
     assert summary.unknown_ms < 500
 

@@ -25,7 +25,7 @@ class Bicycle:
     locked: bool = False
     spare: Wheel | None = None
     wheel: Wheel = field(default_factory=Wheel)
-    colours: tuple[str, ...] = ()
+    colors: tuple[str, ...] = ()
     price_by_year: dict[int, float] = field(default_factory=dict)
 
 
@@ -40,7 +40,7 @@ def test_every_kind_of_field() -> None:
         "locked": True,
         "spare": {"width": 32},
         "wheel": {"spokes": 36.0},
-        "colours": ["red", "green"],
+        "colors": ["red", "green"],
         "price_by_year": {2024: 900, 2.025e3: 950.5},
     }
     made = build(Bicycle, tree)
@@ -50,7 +50,7 @@ def test_every_kind_of_field() -> None:
         locked=True,
         spare=Wheel(width=32.0),
         wheel=Wheel(spokes=36),
-        colours=("red", "green"),
+        colors=("red", "green"),
         price_by_year={2024: 900.0, 2025: 950.5},
     )
     assert made.spare is not None
@@ -85,7 +85,7 @@ def test_everything_that_is_wrong_is_named_at_once_by_its_path() -> None:
         "onwer": "Ada",
         "wheel": {"spoks": 36, "width": "wide"},
         "spare": {"spokes": 1.5},
-        "colours": ["red", 5],
+        "colors": ["red", 5],
         "price_by_year": {"now": 900, 2025: "much"},
         "locked": 1,
     }
@@ -96,7 +96,7 @@ def test_everything_that_is_wrong_is_named_at_once_by_its_path() -> None:
         "wheel.spoks": "36: no such key; did you mean spokes?",
         "wheel.width": "'wide': must be a finite number",
         "spare.spokes": "1.5: must be a whole number",
-        "colours[1]": "5: must be text",
+        "colors[1]": "5: must be text",
         "price_by_year": "'now': must be a whole number",
         "price_by_year.2025": "'much': must be a finite number",
         "locked": "1: must be true or false",

@@ -1,4 +1,4 @@
-"""The hardware a run is on: the peak that utilisation is measured against, and what the planner prices with."""
+"""The hardware a run is on: the peak that utilization is measured against, and what the planner prices with."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def _write(
     start = time.perf_counter()
     texts = (text for source in sources if source.split == "train" for text in _documents(config, source))
     tokenizer = train_tokenizer(texts, config.vocabulary)
-    report(f"Tokenizer of {tokenizer.vocabulary} entries learnt in {time.perf_counter() - start:.1f} s.")
+    report(f"Tokenizer of {tokenizer.vocabulary} entries learned in {time.perf_counter() - start:.1f} s.")
     splits = {}
     for name in ("train", "validation"):
         start = time.perf_counter()

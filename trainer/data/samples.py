@@ -40,7 +40,7 @@ def permute(positions: UInt64Array, size: int, keys: UInt64Array) -> UInt64Array
 
 
 def mix(values: UInt64Array) -> UInt64Array:
-    """Scatter the bits of each value: the finaliser of SplitMix64 (Steele, Lea, Flood 2014), a bijection."""
+    """Scatter the bits of each value: the finalizer of SplitMix64 (Steele, Lea, Flood 2014), a bijection."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

@@ -30,7 +30,7 @@ _SAME = {
     "top_k": "num_experts_per_tok",
     "groups": "n_group",
     "top_k_groups": "topk_group",
-    "normalise_gates": "norm_topk_prob",
+    "normalize_gates": "norm_topk_prob",
     "routed_scaling": "routed_scaling_factor",
     "norm_eps": "rms_norm_eps",
     "init_std": "initializer_range",
@@ -317,12 +317,12 @@ def _unknown_here(tree: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[
         hint = f"cannot be imported: latent attention has as many as query heads, {heads}"
         yield Problem("config.json: num_key_value_heads", tree["num_key_value_heads"], hint)
     yield from _unknown_rotation(rope)
-    quantisation = tree.get("quantization_config")
-    if quantisation is not None:
-        method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else None
-        if method != "fp8" or quantisation.get("weight_block_size") != [BLOCK, BLOCK]:
+    quantization = tree.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        if method != "fp8" or quantization.get("weight_block_size") != [BLOCK, BLOCK]:
             hint = f"cannot be imported: only fp8 with weight_block_size [{BLOCK}, {BLOCK}] can"
-            yield Problem("config.json: quantization_config", quantisation, hint)
+            yield Problem("config.json: quantization_config", quantization, hint)
 
 
 def _number_of(rope: Mapping[str, Any], key: str) -> float:

@@ -20,9 +20,9 @@ from ..checkpoint.opened import Checkpoint
 from ..checkpoint.tensor_file import Declared, TensorFileWriter
 from ..data.files import sync_directory, write_file
 from ..data.unfinished import clear_leftovers, unfinished, unlock
-from .blocks import quantise_blocks, scales_of
+from .blocks import quantize_blocks, scales_of
 from .config import config_json, not_read
-from .names import SCALE, Entry, entries, is_quantised, to_halves
+from .names import SCALE, Entry, entries, is_quantized, to_halves
 from .tokenizer import TOKENIZER, described, special_tokens
 
 _MOST_PROBLEMS = 8
@@ -39,7 +39,7 @@ class ExportOptions:
     dtype: str = "bf16"
     """`bf16`, `fp32`, or `fp8`: projections of layers with a scale for each block of 128 × 128, the rest BF16."""
     rope_interleave: bool = True
-    """Whether rotated rows stand in neighbouring pairs, as in the released weights, or in two halves."""
+    """Whether rotated rows stand in neighboring pairs, as in the released weights, or in two halves."""
     shard_bytes: int = 5 * 10**9
     """Largest file; a tensor that is larger has one of its own."""
 
@@ -136,7 +136,7 @@ def _write_weights(
 
 
 def _shards(planned: Sequence[Entry], options: ExportOptions) -> Iterator[list[Entry]]:
-    """Neighbours together, as many as fit into a file; what is cut from one tensor stays in one file."""
+    """Neighbors together, as many as fit into a file; what is cut from one tensor stays in one file."""
     shard: list[Entry] = []
     size = 0
     for entry in planned:
@@ -152,7 +152,7 @@ def _shards(planned: Sequence[Entry], options: ExportOptions) -> Iterator[list[E
 def _declared(entry: Entry, options: ExportOptions) -> Iterator[Declared]:
     """What `_tensors` gives, in its order."""
     for name in entry.released:
-        if options.dtype == "fp8" and is_quantised(name):
+        if options.dtype == "fp8" and is_quantized(name):
             yield Declared(name, torch.float8_e4m3fn, entry.part_shape)
             yield Declared(name + SCALE, torch.float32, scales_of(entry.part_shape))
         else:
@@ -165,9 +165,9 @@ def _tensors(tensor: Tensor, entry: Entry, options: ExportOptions) -> Iterator[T
     if entry.rotated is not None and not options.rope_interleave:
         tensor = to_halves(tensor, entry.rotated)
     for name, part in zip(entry.released, tensor.chunk(len(entry.released)), strict=True):
-        if options.dtype == "fp8" and is_quantised(name):
+        if options.dtype == "fp8" and is_quantized(name):
             try:
-                yield from quantise_blocks(part)
+                yield from quantize_blocks(part)
             except ValueError as error:
                 raise ConfigError([Problem(name, options.dtype, f"{error}; export bf16")]) from error
         else:

@@ -22,7 +22,7 @@ from ..checkpoint.store import CheckpointExtras, CheckpointStore
 from ..checkpoint.tensor_file import TensorFile
 from ..data.unfinished import Owner, locked, owner, unlock
 from ..model.config import ModelConfig
-from .blocks import dequantise_blocks, scales_of
+from .blocks import dequantize_blocks, scales_of
 from .config import model_config, not_read
 from .export import INDEX
 from .names import SCALE, Entry, entries, to_pairs
@@ -100,7 +100,7 @@ class Released:
         """A weight in FP32, whatever it is stored in. Raises `ConfigError` where an element is not finite."""
         tensor = self._raw(name)
         if name + SCALE in self.files:
-            weight = dequantise_blocks(tensor, self._raw(name + SCALE))
+            weight = dequantize_blocks(tensor, self._raw(name + SCALE))
         else:
             weight = tensor.to(torch.float32)
         if not torch.isfinite(weight).all():

@@ -78,13 +78,13 @@ def entries(config: ModelConfig) -> list[Entry]:
     return sorted(found, key=lambda entry: entry.layer)  # stable: inside a layer they keep the model's order
 
 
-def is_quantised(released: str) -> bool:
+def is_quantized(released: str) -> bool:
     """Whether a weight is FP8 in an FP8 checkpoint: every projection of a layer, but no MTP module's `eh_proj`."""
     return "_proj" in released and not released.endswith("eh_proj.weight")
 
 
 def to_halves(weight: Tensor, rotated: tuple[int, int]) -> Tensor:
-    """From neighbouring pairs (x0, x1), (x2, x3), … of rotated rows, ours, to x0, x2, … before x1, x3, …"""
+    """From neighboring pairs (x0, x1), (x2, x3), … of rotated rows, ours, to x0, x2, … before x1, x3, …"""
     return _reordered(weight, rotated, to_halves=True)
 
 

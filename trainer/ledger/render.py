@@ -27,7 +27,7 @@ TERM_MEANINGS = {
     "B": "whole backward",
     "FB": "forward and backward, overlapped",
     "exposed_exchange": "waiting for tokens of the exchange",
-    "edge_wait": "waiting for a neighbour in the pipeline",
+    "edge_wait": "waiting for a neighbor in the pipeline",
     "reduce_wait": "waiting for sums over ranks",
     "optimizer": "updating the weights",
     "other": "the rest of the step",

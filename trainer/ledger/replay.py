@@ -164,7 +164,7 @@ def _rises(clock: Sequence[int]) -> int:
 _INSTANT = ("wall_ns", "monotonic_ns", "boot")
 _PLAIN = ("closed", "segments", "_held_ms", "_since_ns", "_counted_ms", "_lives")
 FIRST_START = "first start"
-"""A launch's first way to a step: `initialisation`, or `recovery` if the launch before it has died."""
+"""A launch's first way to a step: `initialization`, or `recovery` if the launch before it has died."""
 _FREE = {
     LaunchState.STARTING: "recovery",
     LaunchState.RUNNING: "unknown",

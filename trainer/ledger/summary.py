@@ -179,7 +179,7 @@ class LedgerSummary:
         }
 
 
-def summarise(run_dir: Path) -> LedgerSummary:
+def summarize(run_dir: Path) -> LedgerSummary:
     """Read the ledger of `run_dir`, also while the run is alive. Raises Refused as `LedgerReader.summary` does."""
     return LedgerReader(run_dir).summary()
 
@@ -323,7 +323,7 @@ def _outcomes(attempts: Sequence[Attempt], heartbeat: Record | None) -> tuple[li
         is_over = attempt.closed or attempt is not attempts[-1]
         lasted_ms, gpu_ms, spent = attempt.outcome(over=is_over, heard=heard)
         held.append(LaunchUsage(attempt.name, attempt.job, attempt.ranks, lasted_ms, gpu_ms))
-        spent["recovery" if after_death else "initialisation"] += spent.pop(FIRST_START, 0)
+        spent["recovery" if after_death else "initialization"] += spent.pop(FIRST_START, 0)
         total.update(spent)
         after_death = attempt.state is not LaunchState.ENDED
     return held, total

@@ -33,7 +33,7 @@ CHARGED: Mapping[str, str] = MappingProxyType(
 
 BUCKETS: Mapping[str, str] = MappingProxyType(
     {
-        "initialisation": "from the launch to the first step",
+        "initialization": "from the launch to the first step",
         **CHARGED,
         "skipped": "steps that changed no weight: not finite",
         "hang": "from the last sign of a life that died to its end",

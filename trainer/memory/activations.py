@@ -234,7 +234,7 @@ def _router(config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
         yield Kept("the same for the router, in FP32", normed * batch.wide, RecomputeModule.NORM, for_weights=True)
     yield Kept("affinities", batch.tokens * config.experts * batch.wide)
     yield Kept("choices", batch.tokens * config.top_k * _INDEX)
-    sums = 1 + (config.top_k + 1 if config.normalise_gates else 0)  # of the balance loss; gates and their sum
+    sums = 1 + (config.top_k + 1 if config.normalize_gates else 0)  # of the balance loss; gates and their sum
     yield Kept("gates and sums", batch.tokens * sums * batch.wide)
     yield Kept("load of each sequence", batch.sequences * (config.experts + 1) * batch.wide)
 

@@ -141,7 +141,7 @@ class Working:
         wide = 2 * self.batch.wide if self.batch.size < self.batch.wide else 0
         made = rows * inner * (5 * self.batch.size + wide)
         grads = max(made, rows * (self.config.hidden + inner) * self.batch.size)
-        in_fp8 = max(self._product(rows, 2 * inner, experts), self._quantised(rows, 2 * inner, experts))
+        in_fp8 = max(self._product(rows, 2 * inner, experts), self._quantized(rows, 2 * inner, experts))
         return rows * again * inner * self.batch.size + grads + in_fp8
 
     @cached_property
@@ -219,8 +219,8 @@ class Working:
         joined = 2 * rows * outputs * self.batch.size if experts > 1 else 0.0
         return one * hidden * _WIDER + outputs * hidden * _WIDER + one * outputs * 2 * _WIDER + joined
 
-    def _quantised(self, rows: float, width: int, experts: int) -> float:
-        """What the reference provider needs to quantise columns: whole tiles, turned, and divided by their scales."""
+    def _quantized(self, rows: float, width: int, experts: int) -> float:
+        """What the reference provider needs to quantize columns: whole tiles, turned, and divided by their scales."""
         if not (self.batch.fp8 and self.batch.on_cpu):
             return 0.0
         return 3 * experts * TILE * ceil(rows / experts / TILE) * width * self.batch.wide

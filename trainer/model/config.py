@@ -89,7 +89,7 @@ class ModelConfig:
     """M, groups a token may visit."""
     affinity: str = "sigmoid"
     """How router logits become affinities: `sigmoid` (V3) or `softmax` (V2)."""
-    normalise_gates: bool = True
+    normalize_gates: bool = True
     """Whether the gates of a token's experts are divided by their sum."""
     routed_scaling: float = 2.5
     """Factor on the gates."""

@@ -11,7 +11,7 @@ from .model import Model
 
 
 @torch.no_grad()
-def initialise(model: Model, seed: int) -> None:
+def initialize(model: Model, seed: int) -> None:
     """Every weight ~ N(0, init_std) (report §4.2), every norm 1, every routing bias 0, in place.
 
     Each expert has a generator of its own, named by its number in the whole layer, so that any split gives the same

@@ -134,7 +134,7 @@ class Model(nn.Module):
                 module.block = rows
 
     def weights_unchanged(self) -> AbstractContextManager[None]:
-        """Inside, no weight changes: in FP8 each is quantised once."""
+        """Inside, no weight changes: in FP8 each is quantized once."""
         return nullcontext() if self.fp8 is None else self.fp8.weights.unchanged()
 
     def expert_parameter_names(self) -> frozenset[str]:

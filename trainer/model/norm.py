@@ -38,7 +38,7 @@ def rms_norm_twin(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps x as it came and one number a row; the normalised x is formed again in the backward."""
+    """Keeps x as it came and one number a row; the normalized x is formed again in the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:

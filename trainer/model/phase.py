@@ -1,4 +1,4 @@
-"""One compute phase: an ordinary autograd function cut from its neighbours, so that communication can run between."""
+"""One compute phase: an ordinary autograd function cut from its neighbors, so that communication can run between."""
 
 from __future__ import annotations
 

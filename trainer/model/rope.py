@@ -23,7 +23,7 @@ class Rotation:
     turn_SP: Tensor
 
     def apply(self, x_BSH: Tensor) -> Tensor:
-        """Rotate [B, S, H, 2P], whose pairs are neighbours (x0, x1), (x2, x3), …: a complex product."""
+        """Rotate [B, S, H, 2P], whose pairs are neighbors (x0, x1), (x2, x3), …: a complex product."""
         pairs_BSHP = torch.view_as_complex(at_least_fp32(x_BSH).unflatten(-1, (-1, 2)).contiguous())
         return torch.view_as_real(pairs_BSHP * self.turn_SP[:, None]).flatten(-2).to(x_BSH.dtype)
 

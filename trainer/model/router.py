@@ -47,7 +47,7 @@ class Router(nn.Module):
         affinity_TE = logits_TE.sigmoid() if self.config.affinity == "sigmoid" else logits_TE.softmax(dim=-1)  # eq. 15
         experts_TK = self._select(affinity_TE.detach())
         gates_TK = affinity_TE.gather(1, experts_TK)
-        if self.config.normalise_gates:
+        if self.config.normalize_gates:
             gates_TK = gates_TK / (gates_TK.sum(dim=-1, keepdim=True) + 1e-20)  # eq. 13
         chosen_TE = torch.zeros_like(affinity_TE, dtype=torch.bool).scatter_(1, experts_TK, True)
         chosen_TE &= valid_BS.reshape(-1, 1)

@@ -21,7 +21,7 @@ Rows = tuple[int, ...]
 
 
 class PrecisionBackend(Protocol):
-    """Quantises, and multiplies what it has quantised. Sums are formed in FP32, 128 products at a time."""
+    """Quantizes, and multiplies what it has quantized. Sums are formed in FP32, 128 products at a time."""
 
     def tiles(self, x_XD: Tensor, scales: Scales) -> Tiles:
         """Rows in tiles of 1 × 128."""

@@ -1,6 +1,6 @@
 """Twelve-bit numbers for activations that more than one backward reads: E5M6 with power-of-two scales (report §3.3.3).
 
-The report keeps the inputs of the Linear after attention in "a customised E5M6 data format" and says no more of it.
+The report keeps the inputs of the Linear after attention in "a customized E5M6 data format" and says no more of it.
 Here it is FP16 without the last four bits of its mantissa: a sign, five bits of exponent with a bias of 15, six of
 mantissa, largest number 65,024. Two numbers share three bytes.
 

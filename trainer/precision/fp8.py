@@ -26,7 +26,7 @@ from .backend import PrecisionBackend, Rows
 from .e5m6 import PackedRows, pack_e5m6, unpack_e5m6
 from .shared_output import SharedOutput
 from .swiglu import gradients_of_rows
-from .tiles import Blocks, Columns, Scales, Tiles, dequantise_tiles
+from .tiles import Blocks, Columns, Scales, Tiles, dequantize_tiles
 from .weights import StepWeights
 
 
@@ -177,7 +177,7 @@ class _LinearOfSwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         kept, scales, values, block_scales, *gates = ctx.saved_tensors
         grad_RN, fp8 = grads[0], ctx.fp8
-        gate_up_RF, gates_R = dequantise_tiles(Tiles(kept, scales), grad_RN.dtype), gates[0] if gates else None
+        gate_up_RF, gates_R = dequantize_tiles(Tiles(kept, scales), grad_RN.dtype), gates[0] if gates else None
         received = ctx.rows is not None
         grad_tiles = fp8.provider.tiles(grad_RN, Scales.POWER_OF_TWO if received else fp8.scales)
         rows_L = ctx.rows or (len(grad_RN),)

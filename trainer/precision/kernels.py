@@ -1,11 +1,11 @@
-"""Triton kernels for Hopper: quantise rows and columns, those of a SwiGLU and of tiles too, and blocks; products, and
+"""Triton kernels for Hopper: quantize rows and columns, those of a SwiGLU and of tiles too, and blocks; products, and
 gradients of weights (report §3.3).
 
 A tensor core's short accumulator holds 128 products at most: every 128 elements the partial sum is scaled and added to
 an FP32 accumulator in registers. One program makes one block of the result. Rows of different experts never share a
 block: `first`, `last` and `expert` say for each block of rows which it covers and whose weight it meets.
 
-Every width is right. Where it is no multiple of 16, loads are one number wide, and `multiply` and `quantise_blocks` are
+Every width is right. Where it is no multiple of 16, loads are one number wide, and `multiply` and `quantize_blocks` are
 slow besides, since they spill registers; no other kernel does, nor do these two where it is one.
 
 Their twins are in `tiles.py` and `reference.py`. Under `TRITON_INTERPRET=1` they run on a CPU, but for CUDA's exp, in
@@ -56,7 +56,7 @@ def _to_bf16(x):
 
 @triton.jit
 def _store_tiles(x, values_ptr, scales_ptr, row, rows, width, tiles, power_of_two: tl.constexpr, ROWS: tl.constexpr):
-    """ROWS tiles of 1 × 128: quantised, to values [R, D] and scales [R, Q]. x [ROWS, 128], row [ROWS]."""
+    """ROWS tiles of 1 × 128: quantized, to values [R, D] and scales [R, Q]. x [ROWS, 128], row [ROWS]."""
     tile = tl.program_id(1)
     column = tile * TILE + tl.arange(0, TILE)
     scale = _scale_for(tl.max(tl.abs(x), axis=1), tl.max(_broken(x), axis=1) > 0, power_of_two)
@@ -84,7 +84,7 @@ def _swiglu(gate_up_ptr, gates_ptr, row, column, is_row, width):
 
 
 @triton.jit
-def quantise_rows(x_ptr, values_ptr, scales_ptr, rows, width, tiles, power_of_two: tl.constexpr, ROWS: tl.constexpr):
+def quantize_rows(x_ptr, values_ptr, scales_ptr, rows, width, tiles, power_of_two: tl.constexpr, ROWS: tl.constexpr):
     """[R, D] to values [R, D] and scales [R, Q]: 1 × 128 tiles, ROWS of them a program."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -95,10 +95,10 @@ def quantise_rows(x_ptr, values_ptr, scales_ptr, rows, width, tiles, power_of_tw
 
 
 @triton.jit
-def quantise_swiglu_rows(
+def quantize_swiglu_rows(
     gate_up_ptr, gates_ptr, values_ptr, scales_ptr, rows, width, tiles, power_of_two: tl.constexpr, ROWS: tl.constexpr
 ):
-    """`_swiglu` to what `quantise_rows` makes of it."""
+    """`_swiglu` to what `quantize_rows` makes of it."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     x = _swiglu(gate_up_ptr, gates_ptr, row, column, row < rows, width)
@@ -107,7 +107,7 @@ def quantise_swiglu_rows(
 
 @triton.jit
 def _store_columns(x, values_ptr, scales_ptr, column, width, tiles, power_of_two: tl.constexpr, COLUMNS: tl.constexpr):
-    """COLUMNS tiles of 128 × 1: quantised, to values [D, 128 · Q] and scales [D, Q]. x [128, COLUMNS]."""
+    """COLUMNS tiles of 128 × 1: quantized, to values [D, 128 · Q] and scales [D, Q]. x [128, COLUMNS]."""
     tile = tl.program_id(0)
     scale = _scale_for(tl.max(tl.abs(x), axis=0), tl.max(_broken(x), axis=0) > 0, power_of_two)
     turned = tl.trans(tl.div_rn(x, tl.broadcast_to(scale[None, :], (TILE, COLUMNS))))
@@ -117,7 +117,7 @@ def _store_columns(x, values_ptr, scales_ptr, column, width, tiles, power_of_two
 
 
 @triton.jit
-def quantise_columns(
+def quantize_columns(
     x_ptr, first_ptr, last_ptr, values_ptr, scales_ptr, width, tiles,
     power_of_two: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -131,11 +131,11 @@ def quantise_columns(
 
 
 @triton.jit
-def quantise_swiglu_columns(
+def quantize_swiglu_columns(
     gate_up_ptr, gates_ptr, first_ptr, last_ptr, values_ptr, scales_ptr, width, tiles,
     power_of_two: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`_swiglu` to what `quantise_columns` makes of it."""
+    """`_swiglu` to what `quantize_columns` makes of it."""
     row = tl.load(first_ptr + tl.program_id(0)) + tl.arange(0, TILE)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     x = _swiglu(gate_up_ptr, gates_ptr, row, column, row < tl.load(last_ptr + tl.program_id(0)), width)
@@ -147,7 +147,7 @@ def turn_tiles(
     x_ptr, x_scales_ptr, first_ptr, last_ptr, values_ptr, scales_ptr, width, tiles,
     power_of_two: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The numbers of 1 × 128 tiles [R, D] to what `quantise_columns` makes of them; COLUMNS divides 128."""
+    """The numbers of 1 × 128 tiles [R, D] to what `quantize_columns` makes of them; COLUMNS divides 128."""
     row = tl.load(first_ptr + tl.program_id(0)) + tl.arange(0, TILE)
     is_row = row < tl.load(last_ptr + tl.program_id(0))
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -159,7 +159,7 @@ def turn_tiles(
 
 
 @triton.jit
-def quantise_blocks(
+def quantize_blocks(
     x_ptr, values_ptr, scales_ptr, rows, width, row_blocks, blocks, power_of_two: tl.constexpr
 ):  # fmt: skip
     """A stack [L, N, K] to values and scales [L, P, Q]: one 128 × 128 block a program."""

@@ -1,6 +1,6 @@
 """FP8 products with plain tensors, on any device: the definition that every faster backend is compared with.
 
-A product sums 128 neighbours exactly and rounds to FP32, multiplies by both scales, and adds to an FP32 total, tile by
+A product sums 128 neighbors exactly and rounds to FP32, multiplies by both scales, and adds to an FP32 total, tile by
 tile: what tensor cores with promotion every 128 elements do (report §3.3.2), without their short accumulator. Sums as
 Hopper's tensor cores form them are here, too (report §3.3.2; ISCA'25 paper §3.1.1).
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...comm.fp8 import TILE, widened
 from .swiglu import swiglu_of_rows
-from .tiles import Blocks, Columns, Scales, Tiles, dequantise_tiles, quantise_blocks, quantise_columns, quantise_tiles
+from .tiles import Blocks, Columns, Scales, Tiles, dequantize_tiles, quantize_blocks, quantize_columns, quantize_tiles
 
 INSTRUCTION = 32
 """Products that one tensor-core instruction sums for each element."""
@@ -75,7 +75,7 @@ class Reference:
 
     def tiles(self, x_XD: Tensor, scales: Scales) -> Tiles:
         """See `Provider`."""
-        return quantise_tiles(x_XD, scales)
+        return quantize_tiles(x_XD, scales)
 
     def swiglu_tiles(self, gate_up_RF: Tensor, gates_R: Tensor | None, scales: Scales) -> Tiles:
         """See `Provider`."""
@@ -83,11 +83,11 @@ class Reference:
 
     def columns(self, x_RD: Tensor, rows_L: tuple[int, ...], scales: Scales) -> Columns:
         """See `Provider`."""
-        return quantise_columns(x_RD, rows_L, scales)
+        return quantize_columns(x_RD, rows_L, scales)
 
     def turned(self, x: Tiles, rows_L: tuple[int, ...], scales: Scales) -> Columns:
         """See `Provider`."""
-        return self.columns(dequantise_tiles(x, torch.float32), rows_L, scales)
+        return self.columns(dequantize_tiles(x, torch.float32), rows_L, scales)
 
     def swiglu_columns(
         self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: tuple[int, ...], scales: Scales
@@ -97,7 +97,7 @@ class Reference:
 
     def blocks(self, weight: Tensor, scales: Scales) -> Blocks:
         """See `Provider`."""
-        return quantise_blocks(weight, scales)
+        return quantize_blocks(weight, scales)
 
     def multiply(self, x: Tiles, weight: Blocks, dtype: torch.dtype) -> Tensor:
         """See `Provider`."""

@@ -2,7 +2,7 @@
 
 Transformer Engine keeps such a matrix as bytes [M, K] and scales that cuBLASLt reads: of tiles [K/128, M], of blocks
 [M/128, K/128], rows of scales filled up to whole fours. Both factors are given row by row, so no product needs its own
-transposition (layout TN: the first one's transpose is taken). It quantises nothing here: the tiles are ours, as its
+transposition (layout TN: the first one's transpose is taken). It quantizes nothing here: the tiles are ours, as its
 recipe `Float8BlockScaling` would make them (1 × 128 for activations and gradients, 128 × 128 for weights).
 
 Letters: M, N, K sides of a product, Q tiles of a row.
@@ -28,7 +28,7 @@ _FOURS = 4
 
 @dataclass(frozen=True)
 class TransformerEngineBackend(Reference):
-    """Quantises as the reference does; experts are multiplied one at a time."""
+    """Quantizes as the reference does; experts are multiplied one at a time."""
 
     def multiply(self, x: Tiles, weight: Blocks, dtype: torch.dtype) -> Tensor:
         """See `Provider`."""
@@ -70,7 +70,7 @@ def _of_blocks(blocks: Blocks) -> Any:
 
 
 def _whole(values: Tensor) -> Tensor:
-    """Both sides multiples of 128, as Transformer Engine wants what it quantises to be."""
+    """Both sides multiples of 128, as Transformer Engine wants what it quantizes to be."""
     return padded(values, *(rounded_up(side, TILE) for side in values.shape))
 
 

@@ -32,7 +32,7 @@ class Scales(StrEnum):
 
 @dataclass(frozen=True)
 class Tiles:
-    """Rows, each 128 neighbours of one with a scale of their own."""
+    """Rows, each 128 neighbors of one with a scale of their own."""
 
     values_XD: Tensor
     """float8_e4m3fn."""
@@ -71,7 +71,7 @@ class Blocks:
     """FP32, [..., P, Q]."""
 
     def transposed(self) -> Blocks:
-        """The same numbers, [..., K, N]: a square block needs no quantising for that."""
+        """The same numbers, [..., K, N]: a square block needs no quantizing for that."""
         return Blocks(self.values_NK.transpose(-1, -2), self.scales_PQ.transpose(-1, -2))
 
     def contiguous(self) -> Blocks:
@@ -79,7 +79,7 @@ class Blocks:
         return Blocks(self.values_NK.contiguous(), self.scales_PQ.contiguous())
 
 
-def quantise_tiles(x_XD: Tensor, scales: Scales) -> Tiles:
+def quantize_tiles(x_XD: Tensor, scales: Scales) -> Tiles:
     """[X, D], any D."""
     x_XQI = tiled(x_XD.to(torch.float32))
     scales_XQ = _scale_for(torch.maximum(x_XQI.amax(dim=-1), -x_XQI.amin(dim=-1)), scales)
@@ -87,23 +87,23 @@ def quantise_tiles(x_XD: Tensor, scales: Scales) -> Tiles:
     return Tiles(_to_e4m3(scaled_XD), scales_XQ)
 
 
-def dequantise_tiles(tiles: Tiles, dtype: torch.dtype) -> Tensor:
+def dequantize_tiles(tiles: Tiles, dtype: torch.dtype) -> Tensor:
     """[X, D]."""
     x_XQI = tiled(widened(tiles.values_XD, torch.float32)) * tiles.scales_XQ[..., None]
     return x_XQI.flatten(1)[:, : tiles.values_XD.shape[1]].to(dtype)
 
 
-def quantise_columns(x_RD: Tensor, rows_per_expert_L: Sequence[int], scales: Scales) -> Columns:
+def quantize_columns(x_RD: Tensor, rows_per_expert_L: Sequence[int], scales: Scales) -> Columns:
     """[R, D]; the rows of each expert follow each other, as many as are said."""
     groups = tuple(tiles_of(rows) for rows in rows_per_expert_L)
     whole_RD = x_RD
     if any(rows % TILE for rows in rows_per_expert_L):
         parts = zip(x_RD.split(list(rows_per_expert_L)), groups, strict=True)
         whole_RD = torch.cat([F.pad(part, (0, 0, 0, count * TILE - len(part))) for part, count in parts])
-    return Columns(quantise_tiles(whole_RD.T, scales), groups)
+    return Columns(quantize_tiles(whole_RD.T, scales), groups)
 
 
-def quantise_blocks(weight_NK: Tensor, scales: Scales) -> Blocks:
+def quantize_blocks(weight_NK: Tensor, scales: Scales) -> Blocks:
     """[..., N, K], any N and K."""
     rows, columns = weight_NK.shape[-2:]
     missing = (0, tiles_of(columns) * TILE - columns, 0, tiles_of(rows) * TILE - rows)
@@ -114,7 +114,7 @@ def quantise_blocks(weight_NK: Tensor, scales: Scales) -> Blocks:
     return Blocks(_to_e4m3(values_NK), scales_PQ)
 
 
-def dequantise_blocks(blocks: Blocks, dtype: torch.dtype) -> Tensor:
+def dequantize_blocks(blocks: Blocks, dtype: torch.dtype) -> Tensor:
     """[..., N, K]."""
     values_NK = widened(blocks.values_NK, torch.float32)
     rows, columns = values_NK.shape[-2:]

@@ -26,7 +26,7 @@ _SIDE, _TILES = 16, 4
 
 @dataclass(frozen=True)
 class TorchBackend(Reference):
-    """Quantises as the reference does; experts are multiplied one at a time."""
+    """Quantizes as the reference does; experts are multiplied one at a time."""
 
     def multiply(self, x: Tiles, weight: Blocks, dtype: torch.dtype) -> Tensor:
         """See `Provider`."""

@@ -20,35 +20,35 @@ from . import kernels
 from .swiglu import swiglu_of_rows
 from .tiles import Blocks, Columns, Scales, Tiles, accumulated
 
-_ROWS_TO_QUANTISE, _COLUMNS_TO_QUANTISE = 16, 64
+_ROWS_TO_QUANTIZE, _COLUMNS_TO_QUANTIZE = 16, 64
 _ROWS, _COLUMNS = 128, 128  # of a block of a product
 
 Inputs = tuple[Tensor] | tuple[Tensor, Tensor | None]
-"""What a kernel quantises: rows; their tiles; or gate and up projections with gate weights, if there are any."""
+"""What a kernel quantizes: rows; their tiles; or gate and up projections with gate weights, if there are any."""
 
 
 @dataclass(frozen=True)
 class TritonBackend:
-    """`values` is the dtype that quantised numbers are stored in: the interpreter's own cast to E4M3 is wrong."""
+    """`values` is the dtype that quantized numbers are stored in: the interpreter's own cast to E4M3 is wrong."""
 
     values: torch.dtype = torch.float8_e4m3fn
 
     def tiles(self, x_XD: Tensor, scales: Scales) -> Tiles:
         """See `Provider`."""
         x_XD = _narrow(x_XD).contiguous()
-        return self._rows(kernels.quantise_rows, (x_XD,), x_XD.shape[1], scales)
+        return self._rows(kernels.quantize_rows, (x_XD,), x_XD.shape[1], scales)
 
     def swiglu_tiles(self, gate_up_RF: Tensor, gates_R: Tensor | None, scales: Scales) -> Tiles:
         """See `Provider`. One kernel in BF16, which is what a GPU computes in."""
         if gate_up_RF.dtype != torch.bfloat16:
             return self.tiles(swiglu_of_rows(gate_up_RF, gates_R), scales)
         inputs = _contiguous(gate_up_RF, gates_R)
-        return self._rows(kernels.quantise_swiglu_rows, inputs, gate_up_RF.shape[1] // 2, scales)
+        return self._rows(kernels.quantize_swiglu_rows, inputs, gate_up_RF.shape[1] // 2, scales)
 
     def columns(self, x_RD: Tensor, rows_L: tuple[int, ...], scales: Scales) -> Columns:
         """See `Provider`."""
         x_RD = _narrow(x_RD).contiguous()
-        return self._columns(kernels.quantise_columns, (x_RD,), x_RD.shape[1], rows_L, scales)
+        return self._columns(kernels.quantize_columns, (x_RD,), x_RD.shape[1], rows_L, scales)
 
     def turned(self, x: Tiles, rows_L: tuple[int, ...], scales: Scales) -> Columns:
         """See `Provider`."""
@@ -61,7 +61,7 @@ class TritonBackend:
         if gate_up_RF.dtype != torch.bfloat16:
             return self.columns(swiglu_of_rows(gate_up_RF, gates_R), rows_L, scales)
         inputs = _contiguous(gate_up_RF, gates_R)
-        return self._columns(kernels.quantise_swiglu_columns, inputs, gate_up_RF.shape[1] // 2, rows_L, scales)
+        return self._columns(kernels.quantize_swiglu_columns, inputs, gate_up_RF.shape[1] // 2, rows_L, scales)
 
     def blocks(self, weight: Tensor, scales: Scales) -> Blocks:
         """See `Provider`."""
@@ -69,7 +69,7 @@ class TritonBackend:
         count, rows, columns = weight_LNK.shape
         sides = (tiles_of(rows), tiles_of(columns))
         values, block_scales = self._empty(weight, *weight.shape), _scales_like(weight, *weight.shape[:-2], *sides)
-        kernels.quantise_blocks[(count, *sides)](
+        kernels.quantize_blocks[(count, *sides)](
             weight_LNK, values, block_scales, rows, columns, *sides, scales is Scales.POWER_OF_TWO, num_warps=8
         )
         return Blocks(values, block_scales)
@@ -116,9 +116,9 @@ class TritonBackend:
         rows = len(inputs[0])
         tiles = Tiles(self._empty(inputs[0], rows, width), _scales_like(inputs[0], rows, tiles_of(width)))
         if rows:
-            kernel[(-(-rows // _ROWS_TO_QUANTISE), tiles_of(width))](
+            kernel[(-(-rows // _ROWS_TO_QUANTIZE), tiles_of(width))](
                 *inputs, tiles.values_XD, tiles.scales_XQ, rows, width, tiles_of(width),
-                scales is Scales.POWER_OF_TWO, _ROWS_TO_QUANTISE, num_warps=4,
+                scales is Scales.POWER_OF_TWO, _ROWS_TO_QUANTIZE, num_warps=4,
             )  # fmt: skip
         return tiles
 
@@ -127,9 +127,9 @@ class TritonBackend:
         tiles = Tiles(self._empty(like, width, len(spans) * TILE), _scales_like(like, width, len(spans)))
         if spans:
             first, last, _ = numbers_on(like.device, zip(*spans, strict=True))
-            kernel[(len(spans), -(-width // _COLUMNS_TO_QUANTISE))](
+            kernel[(len(spans), -(-width // _COLUMNS_TO_QUANTIZE))](
                 *inputs, first, last, tiles.values_XD, tiles.scales_XQ, width, len(spans),
-                scales is Scales.POWER_OF_TWO, _COLUMNS_TO_QUANTISE, num_warps=8,
+                scales is Scales.POWER_OF_TWO, _COLUMNS_TO_QUANTIZE, num_warps=8,
             )  # fmt: skip
         return Columns(tiles, tuple(map(tiles_of, rows_L)))
 

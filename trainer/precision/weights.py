@@ -1,4 +1,4 @@
-"""Weights in FP8, quantised once a step and used by all its micro-batches."""
+"""Weights in FP8, quantized once a step and used by all its micro-batches."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class StepWeights:
         self.taken = 0
         """Bytes of all that the last step has made."""
 
-    def blocks(self, weight: Tensor, quantise: Callable[[Tensor], Blocks]) -> Blocks:
+    def blocks(self, weight: Tensor, quantize: Callable[[Tensor], Blocks]) -> Blocks:
         """Of this weight: those that are kept, or new ones."""
         if self._kept is None:
-            return quantise(weight.detach())
+            return quantize(weight.detach())
         if weight not in self._kept.blocks:
-            self._kept.blocks[weight] = quantise(weight.detach())
+            self._kept.blocks[weight] = quantize(weight.detach())
         return self._kept.blocks[weight]
 
     def turned(self, weight: Tensor, blocks: Blocks) -> Blocks:

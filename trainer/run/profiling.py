@@ -10,7 +10,7 @@ import torch
 from ..build import Rank
 from ..telemetry.memory_usage import memory_use, memory_values
 from ..telemetry.sample import StepSample
-from ..telemetry.trace import merge_ranks, summarise_trace, trace_values, write_rank
+from ..telemetry.trace import merge_ranks, summarize_trace, trace_values, write_rank
 from .reporter import Reporter
 
 TRACE_FOLDER = "trace"
@@ -77,7 +77,7 @@ class Profiling:
         except OSError as error:
             failure = str(error)
         # Every rank's file is written when the last one's summary is here.
-        summary = summarise_trace(rank.trace.spans)
+        summary = summarize_trace(rank.trace.spans)
         gathered = rank.groups.control.all_gather_objects((summary, failure), "summaries of the trace")
         if reporter is None:
             return

@@ -50,7 +50,7 @@ def dashboard(routers: Sequence[str]) -> list[PanelSection]:
             "Throughput",
             (
                 Panel("Tokens a second", ["tokens_per_second"]),
-                Panel("Model FLOPs utilisation", ["mfu"]),
+                Panel("Model FLOPs utilization", ["mfu"]),
                 Panel("TFLOPS a rank", ["tflops"]),
             ),
         ),

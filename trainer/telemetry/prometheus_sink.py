@@ -29,7 +29,7 @@ _GAUGES: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType(
             "learning_rate": ("learning_rate", "Learning rate."),
             "tokens": ("tokens", "Tokens that the weights have been trained on."),
             "tokens_per_second": ("tokens_per_second", "Tokens a second, all ranks together."),
-            "mfu": ("mfu_ratio", "Model FLOPs utilisation; 1 is the peak."),
+            "mfu": ("mfu_ratio", "Model FLOPs utilization; 1 is the peak."),
             "gpu_hours": ("gpu_hours", "GPU-hours spent since the first launch."),
             "budget_left": ("budget_left_gpu_hours", "GPU-hours of the run's own budget that are left."),
             "projected_gpu_hours": ("projected_gpu_hours", "GPU-hours that the run will have cost at its end."),

@@ -9,7 +9,7 @@ from ...comm.trace import Track
 from ...parallelism.pipeline.program import Op, Program
 from ...parallelism.pipeline.simulate import ideal_wait
 from ..ledger.terms import INSTRUCTIONS, TERMS
-from .trace import Span, summarise_trace
+from .trace import Span, summarize_trace
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class StepSample:
     @staticmethod
     def of(spans: Sequence[Span], step_seconds: float) -> StepSample:
         """One rank's step, of which `spans` were recorded."""
-        seconds = summarise_trace(spans)
+        seconds = summarize_trace(spans)
         instructions = [span for span in spans if span.track is Track.INSTRUCTION]
         own = [[span for span in instructions if span.name == op] for op in INSTRUCTIONS]
         return StepSample(

@@ -125,7 +125,7 @@ def trace_events(rank: int, spans: Sequence[Span], shift: int = 0) -> Iterator[d
             yield event | {"ph": "X", "dur": (span.end - span.begin) / 1e3}
 
 
-def summarise_trace(spans: Sequence[Span]) -> dict[str, float]:
+def summarize_trace(spans: Sequence[Span]) -> dict[str, float]:
     """Seconds of each productive term of one rank, disjoint; instructions are net of the exchanges they wait for.
 
     Beside them the same under the report's names, see `report_view`. Which waits are bubble one rank cannot know.

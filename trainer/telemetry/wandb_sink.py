@@ -215,7 +215,7 @@ def _shown(kind: str, value: JSON) -> object:
 
 
 def _bars(load_E: Sequence[JSON]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Bar e is the load of expert e, so that wandb draws experts against steps. Beyond 512, neighbours share a bar."""
+    """Bar e is the load of expert e, so that wandb draws experts against steps. Beyond 512, neighbors share a bar."""
     counts_E = np.array(load_E, dtype=np.float64)
     edges = np.append(np.arange(0, len(counts_E), -(-len(counts_E) // _MOST_BINS)), len(counts_E))
     return np.add.reduceat(counts_E, edges[:-1]), edges.astype(np.float64)

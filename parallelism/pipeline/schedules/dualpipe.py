@@ -47,7 +47,7 @@ def _eight_steps(writer: RankWriter, own: int, beyond: int, until: int, micro_ba
         writer.weight_gradient()
         writer.forward(other)
     # 4: the steady state. At the turn the first pair runs one after the other: the backward needs nothing of a
-    # neighbour, and its gradient is what all others wait for.
+    # neighbor, and its gradient is what all others wait for.
     for pair in range(micro_batches - 2 * (beyond + until) + until):
         if pair == 0 and beyond == 0:
             writer.forward(own)

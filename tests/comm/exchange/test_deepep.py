@@ -21,7 +21,7 @@ from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.exchange.deepep import deepep_problems
 from shoestring.comm.exchange.deepep_buffer import BufferShape
 from shoestring.comm.exchange.factory import open_exchange
-from shoestring.comm.fp8 import dequantise
+from shoestring.comm.fp8 import dequantize
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import Traffic
@@ -77,7 +77,7 @@ def compare(world: World, gpus_per_node: int) -> dict[tuple[str, str, str], floa
             in_fp8 = ours.dispatch(batch.tokens_TD, batch.weights_TK, batch.experts_TK, LABEL, as_tiles=True).wait()
             assert (in_fp8.tiles is not None) == (config.dispatch == "fp8")
             if in_fp8.tiles is not None:
-                rows_RD = dequantise(in_fp8.tiles.values_XD, in_fp8.tiles.exponents_XQ, dtype)
+                rows_RD = dequantize(in_fp8.tiles.values_XD, in_fp8.tiles.exponents_XQ, dtype)
                 assert torch.equal(rows_RD.sort(dim=0).values, one.rows_RD.sort(dim=0).values)  # in any order
                 assert in_fp8.rows_RD.isnan().all()
         assert not traffic.bytes_sent  # what is not known is not counted

@@ -19,7 +19,7 @@ from shoestring.launch.run.run_dir import read_status
 from shoestring.tests.launch.machines import alive, descendants, needs_machines, wait_until
 from shoestring.tests.launch.refusals import refused
 from shoestring.tests.launch.small_run import small_run
-from shoestring.trainer.ledger.summary import summarise
+from shoestring.trainer.ledger.summary import summarize
 from shoestring.trainer.telemetry.history import read_all_metrics, read_metrics
 
 STEPS, EVERY, BREAK = 18, 8, 12  # some steps after a save has begun, which takes two of them, and before the next
@@ -28,21 +28,21 @@ TWO_NODES = ClusterRehearsal(["topology.ep=4"], None, fresh=False, nodes=2, gpus
 # What stands in for a node's launcher: it tells step 5 of a run and then behaves as its node is told to.
 STAND_IN = """
 import json, os, signal, sys, time
-behaviour = sys.argv[2 + int(os.environ["NODE_RANK"])]
-print("I am", behaviour, flush=True)
-if behaviour == "telling":
+behavior = sys.argv[2 + int(os.environ["NODE_RANK"])]
+print("I am", behavior, flush=True)
+if behavior == "telling":
     open(sys.argv[1], "a").write(json.dumps({"kind": "step", "step": 5, "time": time.time()}) + "\\n")
-if behaviour.isdecimal():
-    sys.exit(int(behaviour))
+if behavior.isdecimal():
+    sys.exit(int(behavior))
 signal.pause()
 """
 
 
-def rehearse(monkeypatch: pytest.MonkeyPatch, run_dir: Path, *behaviours: str, faults: tuple[str, ...] = ()) -> int:
+def rehearse(monkeypatch: pytest.MonkeyPatch, run_dir: Path, *behaviors: str, faults: tuple[str, ...] = ()) -> int:
     """Run stand-ins; little time is given to those that do not end."""
     run_dir.mkdir()
     overrides = [f"training.run_dir={run_dir}", "training.collective_timeout_seconds=1"]
-    command = [sys.executable, "-I", "-S", "-c", STAND_IN, str(run_dir / "metrics.jsonl"), *behaviours]
+    command = [sys.executable, "-I", "-S", "-c", STAND_IN, str(run_dir / "metrics.jsonl"), *behaviors]
     monkeypatch.setattr(ClusterRehearsal, "command", lambda _: command)
     monkeypatch.setattr(ClusterRehearsal, "config", lambda _: compose_run(overrides))
     monkeypatch.setattr(cluster_run, "_SECONDS_FOR_OTHERS", 0.5)
@@ -77,7 +77,7 @@ def test_what_is_refused() -> None:
 
 @needs_machines
 @pytest.mark.parametrize(
-    ("behaviours", "code", "shown"),
+    ("behaviors", "code", "shown"),
     [
         (("0", "0"), 0, False),
         (("3", "0"), 3, True),
@@ -87,17 +87,17 @@ def test_what_is_refused() -> None:
     ],
 )
 def test_how_nodes_end(
-    behaviours: tuple[str, str],
+    behaviors: tuple[str, str],
     code: int,
     shown: bool,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    assert rehearse(monkeypatch, tmp_path / "run", *behaviours) == code
+    assert rehearse(monkeypatch, tmp_path / "run", *behaviors) == code
     output = capfd.readouterr()
-    assert f"I am {behaviours[0]}\n" in output.out
-    assert (f"node 1 | I am {behaviours[1]}\n" in output.err) == shown
+    assert f"I am {behaviors[0]}\n" in output.out
+    assert (f"node 1 | I am {behaviors[1]}\n" in output.err) == shown
     assert "uplink (100mbit)" in output.out
 
 
@@ -173,11 +173,11 @@ def test_a_run_that_breaks_ends_and_goes_on_from_its_checkpoint(
     broken = run(cluster([*overrides, limit], run_dir, f"{option}={node}@{BREAK}"))
     assert broken.returncode == 1, broken.stderr
     if option == "--cut-link":
-        for ranks in ("[01]", "[23]"):  # nodes that hear nothing of each other; the first to fail ends its neighbour
+        for ranks in ("[01]", "[23]"):  # nodes that hear nothing of each other; the first to fail ends its neighbor
             assert re.search(rf"rank {ranks}: .* with ranks .* \(limit 8 s\)", broken.stderr), broken.stderr
     assert f"{'killed' if option == '--kill-node' else 'link cut'} at step {BREAK}" in broken.stdout
     events = read_all_metrics(run_dir / "metrics.jsonl")
-    assert not summarise(run_dir).running
+    assert not summarize(run_dir).running
     told = [event for event in events if event.kind == "step"]
     assert BREAK <= told[-1].step < STEPS
 
@@ -204,4 +204,4 @@ def test_a_request_to_stop_ends_all_nodes_and_closes_the_ledger(overrides: list[
     process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGINT
     wait_until(lambda: not alive(processes), 20)
-    assert not summarise(run_dir).running
+    assert not summarize(run_dir).running

@@ -15,7 +15,7 @@ from shoestring.launch.report.schedule import last_step, mean_times
 from shoestring.launch.run.run_dir import own
 from shoestring.tests.launch.report.reader import Reader
 from shoestring.tests.launch.report.recorded import LAST, STEPS, config, program, record_run, record_trace, step
-from shoestring.trainer.ledger.summary import summarise
+from shoestring.trainer.ledger.summary import summarize
 from shoestring.trainer.telemetry.events import Event, EventStream
 from shoestring.trainer.telemetry.trace import read_trace
 
@@ -68,7 +68,7 @@ def test_every_section_is_there_and_words_of_the_run_stay_words(page: Reader) ->
 
 
 def test_the_headline(run_dir: Path, page: Reader) -> None:
-    summary = summarise(run_dir)
+    summary = summarize(run_dir)
     assert summary.gpu_hours == pytest.approx((10 * 324 + 360) * 2 / 3600)  # eight steps, two done twice, evaluation
     for words in (
         "done",
@@ -94,7 +94,7 @@ def test_curves_are_those_of_the_weights(page: Reader) -> None:
 
 def test_the_bill_adds_up(run_dir: Path, page: Reader) -> None:
     words = page.words("budget")
-    summary = summarise(run_dir)
+    summary = summarize(run_dir)
     hours = {name: gpu_ms / 3.6e6 for name, gpu_ms in summary.buckets.items()}
     hours |= {"productive": summary.productive_ms / 3.6e6, "rolled back": summary.rolled_back_ms / 3.6e6}
     for name in ("productive", "rolled back", "evaluation"):

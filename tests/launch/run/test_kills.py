@@ -15,7 +15,7 @@ from shoestring.tests.launch.real_run import command, lines_as_they_come, train
 from shoestring.tests.launch.small_run import small_run
 from shoestring.trainer.ledger.allocation import BEAT_SECONDS
 from shoestring.trainer.ledger.journal import read_journal
-from shoestring.trainer.ledger.summary import summarise
+from shoestring.trainer.ledger.summary import summarize
 from shoestring.trainer.ledger.terms import ALLOCATION_FILE, WORK_FILE
 
 KILLS = 10
@@ -55,10 +55,10 @@ def test_ten_kills_lose_no_token_and_no_more_than_a_flush_interval(tmp_path: Pat
         moment = dice.choice([("begin", 1), ("ready", 1), *(("step", dice.randint(1, MOST_STEPS)) for _ in range(3))])
         killed = kill_at(run_dir, WORK_FILE, *moment, process)
         opened = read_journal(run_dir / ALLOCATION_FILE)[-1]
-        lost_ms.append((killed - opened["monotonic_ns"]) / 1e6 - summarise(run_dir).held[-1].milliseconds)
+        lost_ms.append((killed - opened["monotonic_ns"]) / 1e6 - summarize(run_dir).held[-1].milliseconds)
     finished = train(overrides, run_dir)
     assert finished.returncode == 0, finished.stderr
-    summary = summarise(run_dir)
+    summary = summarize(run_dir)
     assert summary.attempts == KILLS + 1
     assert summary.steps_retained == STEPS
     assert summary.tokens_retained == STEPS * 8 * 32 < summary.tokens_consumed

@@ -28,7 +28,7 @@ from shoestring.tests.launch.real_run import (
 )
 from shoestring.tests.launch.small_run import BATCH, SEQUENCE, small_run
 from shoestring.trainer.ledger.guard import LEAST_STEPS
-from shoestring.trainer.ledger.summary import LedgerSummary, summarise
+from shoestring.trainer.ledger.summary import LedgerSummary, summarize
 from shoestring.trainer.telemetry.history import read_metrics
 
 ENDLESS = "training.tokens=1e9"
@@ -65,8 +65,8 @@ def checkpoints(run_dir: Path) -> list[int]:
 
 
 def closed_ledger(run_dir: Path) -> LedgerSummary:
-    """Whose identity holds: `summarise` refuses any other."""
-    summary = summarise(run_dir)
+    """Whose identity holds: `summarize` refuses any other."""
+    summary = summarize(run_dir)
     assert not summary.running
     assert summary.unknown_ms >= 0
     return summary
@@ -273,7 +273,7 @@ def test_under_a_torchrun_of_ones_own_with_restarts(start: Start, overrides: lis
     assert [event.kind for event in read_metrics(run_dir / "metrics.jsonl")].count("run") == 1
     status = read_status(run_dir)
     assert status is not None
-    assert (status["exit_code"], summarise(run_dir).steps_retained) == (75, done)
+    assert (status["exit_code"], summarize(run_dir).steps_retained) == (75, done)
 
 
 def test_a_run_without_budget_left_trains_no_step(overrides: list[str], tmp_path: Path) -> None:
@@ -331,4 +331,4 @@ def test_a_run_that_would_pass_its_budget_is_stopped_long_before(overrides: list
 def measured_price(overrides: list[str], run_dir: Path) -> float:
     """GPU-hours of a run of one step on this machine: nearly all of it is the start."""
     assert train(overrides, run_dir).returncode == 0
-    return summarise(run_dir).gpu_hours
+    return summarize(run_dir).gpu_hours

@@ -32,7 +32,7 @@ from shoestring.launch.run.torchrun_agent import LoopbackRendezvous, describe
 from shoestring.launch.say import say
 from shoestring.tests.launch.real_run import processes_of, wait_for_step, wait_until
 from shoestring.tests.launch.small_run import free_port, small_run
-from shoestring.trainer.ledger.summary import summarise
+from shoestring.trainer.ledger.summary import summarize
 from shoestring.trainer.run.evaluate import evaluated_until
 
 SECRET = "correct horse battery staple"
@@ -78,7 +78,7 @@ def test_a_launch_without_output_among_strange_modules_leaves_no_trace_but_its_r
             process.kill()
     assert [path.name for path in runs.iterdir()] == [run_dir.name]
     assert list(scratch.iterdir()) == []
-    assert not summarise(run_dir).running
+    assert not summarize(run_dir).running
     holders = [path for path in run_dir.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
     assert holders == []
 

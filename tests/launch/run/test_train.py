@@ -24,7 +24,7 @@ from shoestring.tests.launch.report.reader import Reader
 from shoestring.tests.trainer.telemetry.offline_run import read_offline_run
 from shoestring.trainer.checkpoint.store import CheckpointStore
 from shoestring.trainer.data.prepare import prepare
-from shoestring.trainer.ledger.summary import summarise
+from shoestring.trainer.ledger.summary import summarize
 from shoestring.trainer.model.model import router_names
 from shoestring.trainer.telemetry.dashboard import dashboard
 from shoestring.trainer.telemetry.history import read_all_metrics, read_metrics
@@ -114,7 +114,7 @@ def test_a_finished_run_has_everything(finished: Path) -> None:
     assert 0 < validation_loss < 7
     assert {"sample", "checkpoint", "budget", "stop"} <= {event.kind for event in events}
     assert read_status(finished) == {"exit_code": 0, "reason": f"{STEPS} steps done"}
-    summary = summarise(finished)
+    summary = summarize(finished)
     assert sum(summary.terms.values()) == summary.productive_ms
     assert {"F", "edge_wait", "reduce_wait", "optimizer"} <= {term for term, spent in summary.terms.items() if spent}
     assert summary.tokens_retained == summary.tokens_consumed == STEPS * 8 * 32
@@ -124,7 +124,7 @@ def test_a_finished_run_has_everything(finished: Path) -> None:
 
 
 def test_the_report_and_the_watcher_have_its_figures(finished: Path) -> None:
-    evaluation, summary = read_run(finished).last("evaluation"), summarise(finished)
+    evaluation, summary = read_run(finished).last("evaluation"), summarize(finished)
     assert evaluation is not None
     loss: Any = evaluation.values["loss"]
     page = Reader(html_report(read_run(finished)))
@@ -182,7 +182,7 @@ def test_killed_and_started_again_it_ends_as_if_nothing_had_happened(
     assert again.returncode == 0, again.stderr
     assert "resume at step 3" in again.stdout
     assert history(run_dir) == history(finished)
-    summary = summarise(run_dir)
+    summary = summarize(run_dir)
     assert summary.attempts == 2
     assert summary.rolled_back_ms > 0
     assert summary.tokens_consumed > summary.tokens_retained == STEPS * 8 * 32
@@ -262,7 +262,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_reason(overrides: list[s
     status = read_status(run_dir)
     assert status is not None
     assert status["exit_code"] == 1
-    summary = summarise(run_dir)
+    summary = summarize(run_dir)
     assert summary.buckets["skipped"] > 0
     assert summary.tokens_consumed == summary.tokens_retained + 8 * 32
 

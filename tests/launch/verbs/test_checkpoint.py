@@ -17,7 +17,7 @@ from shoestring.tests.trainer.checkpoint.saved import save_model
 from shoestring.trainer.checkpoint.store import CheckpointStore
 from shoestring.trainer.data.tokenizer import END, PAD, Tokenizer, train_tokenizer
 from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.model.init import initialise
+from shoestring.trainer.model.init import initialize
 from shoestring.trainer.model.model import Model
 
 SHAPE = ModelConfig(hidden=16, layers=2, vocabulary=300, experts=8, expert_ffn=8, dense_ffn=16, init_std=0.2)
@@ -26,7 +26,7 @@ TEXT = " ".join(f"word{index * 7919 % 211}" for index in range(2000))
 
 def model(seed: int) -> Model:
     made = Model(SHAPE)
-    initialise(made, seed)
+    initialize(made, seed)
     return made
 
 

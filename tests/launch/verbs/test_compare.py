@@ -21,7 +21,7 @@ from shoestring.launch.verbs.compare import ComparedFigure, Comparison, compare
 from shoestring.tests.launch.small_run import BATCH, SEQUENCE, small_run
 from shoestring.tests.processes import World, run_processes
 from shoestring.trainer.build import stages_of
-from shoestring.trainer.ledger.summary import LaunchUsage, summarise
+from shoestring.trainer.ledger.summary import LaunchUsage, summarize
 from shoestring.trainer.ledger.terms import TERMS, gpu_hours
 from shoestring.trainer.loop import train
 from shoestring.trainer.telemetry.memory_usage import ALLOCATED
@@ -85,7 +85,7 @@ def lines(comparison: Comparison) -> Iterator[ComparedFigure]:
 
 
 def test_terms_add_up_to_the_step_on_both_sides(run_dir: Path, simulated: Tree, write: Write) -> None:
-    summary = summarise(run_dir)
+    summary = summarize(run_dir)
     comparison = compare(run_dir, summary, write(simulated))
     assert [line.name for line in comparison.terms] == [*TERMS, "other"]
     assert {line.name for line in comparison.terms if line.measured} >= {"F", "B", "exposed_exchange", "optimizer"}
@@ -113,7 +113,7 @@ def test_terms_add_up_to_the_step_on_both_sides(run_dir: Path, simulated: Tree, 
 
 def test_what_is_left_is_priced_at_the_last_steps(run_dir: Path, simulated: Tree, write: Write) -> None:
     """A run of twice as many tokens, half way."""
-    summary = summarise(run_dir)
+    summary = summarize(run_dir)
     config = run_dir / CONFIG_FILE
     told = config.read_text()
     config.write_text(
@@ -132,7 +132,7 @@ def test_what_is_left_is_priced_at_the_last_steps(run_dir: Path, simulated: Tree
 
 
 def test_memory_is_the_allocators_peak_on_the_fullest_rank(run_dir: Path, simulated: Tree, write: Write) -> None:
-    summary, metrics = summarise(run_dir), run_dir / "metrics.jsonl"
+    summary, metrics = summarize(run_dir), run_dir / "metrics.jsonl"
     told = metrics.read_text()
     looks = [{"of": ALLOCATED, "limit": 9, "now": [1, 1], "peak": peak} for peak in ([5, 4], [2, 3])]
     events = [{"time": 0.0, "kind": "memory", "step": step, **look} for step, look in enumerate(looks, 1)]
@@ -169,7 +169,7 @@ def test_of_a_search_it_is_the_layout_of_the_run(
     overrides: list[str], run_dir: Path, write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tree: Tree = json.loads(printed(capsys, "plan", *overrides, *GPUS, "--format", "json"))
-    summary = summarise(run_dir)
+    summary = summarize(run_dir)
     of_run = tree["configured"]
     other = of_run | {"edp": 2, "ep": 1}
     tree["layouts"] = [other]
@@ -209,11 +209,11 @@ def test_a_plan_of_another_run_is_refused(
         node = node[key]
     node[path[-1]] = value
     with pytest.raises(ConfigError, match=gist):
-        compare(run_dir, summarise(run_dir), write(simulated))
+        compare(run_dir, summarize(run_dir), write(simulated))
 
 
 def test_figures_of_more_than_one_kind_of_step_are_marked(run_dir: Path, simulated: Tree, write: Write) -> None:
-    summary, plan = summarise(run_dir), write(simulated)
+    summary, plan = summarize(run_dir), write(simulated)
     elsewhere = replace(summary, held=[*summary.held, LaunchUsage("b", None, 4, 10, 40)], inherited_ms=5)
     grown = replace(elsewhere, tokens_by_phase={"pre_train": 100 * STEPS})
     assert list(compare(run_dir, grown, plan).notes) == [
@@ -231,11 +231,11 @@ def test_what_cannot_be_compared_is_refused(
 ) -> None:
     plan = write(simulated)
     with pytest.raises(ConfigError, match="has no step to compare yet"):
-        compare(run_dir, replace(summarise(run_dir), steps_retained=0), plan)
+        compare(run_dir, replace(summarize(run_dir), steps_retained=0), plan)
     with pytest.raises(
         ConfigError, match=r"config.yaml = None: cannot be used: No such file .*it says what the run was told"
     ):
-        compare(tmp_path, summarise(run_dir), plan)
+        compare(tmp_path, summarize(run_dir), plan)
     plan.write_text("[]")
     assert "is no plan" in printed(capsys, "budget", run_dir, "--against", plan, code=2)
     assert "cannot be read" in printed(capsys, "budget", run_dir, "--against", tmp_path / "absent", code=2)

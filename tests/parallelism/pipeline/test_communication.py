@@ -96,7 +96,7 @@ def test_what_is_needed_has_been_received_and_what_is_sent_has_been_made(program
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=named)
-def test_a_direction_has_one_neighbour_to_send_to_and_one_to_receive_from(program: Program) -> None:
+def test_a_direction_has_one_neighbor_to_send_to_and_one_to_receive_from(program: Program) -> None:
     for rank, commits in enumerate(edges(program)):
         for direction, step in ((Direction.UP, 1), (Direction.DOWN, -1)):
             mine = [edge for commit in commits for edge in (*commit.sends, *commit.receives)]

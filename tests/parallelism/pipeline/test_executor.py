@@ -228,7 +228,7 @@ def test_a_stage_that_raises_is_shown_first() -> None:
     assert "ValueError: the stage is broken" in str(failure.value)
 
 
-def silent_neighbour(world: World) -> str:
+def silent_neighbor(world: World) -> str:
     program = build_program("one_f_one_b", world.size, 4)
     executor, lanes = open_executor(world, program, limit=1)
     if world.rank == 0:
@@ -240,7 +240,7 @@ def silent_neighbour(world: World) -> str:
     return str(failure.value)
 
 
-def neighbour_that_leaves(world: World) -> list[str]:
+def neighbor_that_leaves(world: World) -> list[str]:
     """What rank 0 hears when it waits for rank 1, and when it then posts to it."""
     _, lanes = open_executor(world, build_program("one_f_one_b", world.size, 4))
     if world.rank == 1:
@@ -261,15 +261,15 @@ def neighbour_that_leaves(world: World) -> list[str]:
     return heard
 
 
-def test_a_neighbour_that_is_gone_is_named_by_whoever_posts_to_it() -> None:
-    first, *later = run_processes(2, neighbour_that_leaves)[0]
+def test_a_neighbor_that_is_gone_is_named_by_whoever_posts_to_it() -> None:
+    first, *later = run_processes(2, neighbor_that_leaves)[0]
     assert first.startswith("rank 0: an answer with ranks 1 failed")
     assert later[0].startswith("rank 0: a message with ranks 1 failed")
     assert later[1].startswith("rank 0: an answer with ranks 1 failed")
 
 
 def test_a_message_that_does_not_come_is_named() -> None:
-    _, message = run_processes(2, silent_neighbour)
+    _, message = run_processes(2, silent_neighbor)
     edge = r"activation of micro-batch 0 from rank 0 chunk 0 to rank 1 chunk 0"
     wanted = rf"rank 1, instruction 0 \(F chunk 0 micro-batch 0\): waits for the {edge}: rank 1: {edge} with ranks 0 "
     assert re.match(wanted + r"failed after 1\.\d s \(limit 1 s\): ", message), message

@@ -121,7 +121,7 @@ def test_the_order_is_fixed_for_good() -> None:
 
 
 def test_the_shuffle_looks_uniform() -> None:
-    """Each of 6 samples lands in each of 6 places equally often; neighbours are scattered."""
+    """Each of 6 samples lands in each of 6 places equally often; neighbors are scattered."""
     seeds, size = 6000, 6
     positions = np.tile(np.arange(size, dtype=np.uint64), seeds)
     keys = np.repeat(np.arange(seeds, dtype=np.uint64), size)

@@ -178,7 +178,7 @@ def wide_model(shape: ModelConfig = WIDE) -> Model:
     return model
 
 
-def dequantised(tensors: dict[str, Tensor], name: str) -> Tensor:
+def dequantized(tensors: dict[str, Tensor], name: str) -> Tensor:
     """An element at a time, by the words of README_WEIGHTS: each block of 128 × 128 times its `weight_scale_inv`."""
     scale = tensors[f"{name}_scale_inv"].repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
     rows, columns = tensors[name].shape
@@ -190,20 +190,20 @@ def test_fp8_blocks_keep_weights_within_the_formats_rounding(tmp_path: Path) -> 
     export(checkpoint, tmp_path / "fp8", ExportOptions("fp8"), silent)
     export(checkpoint, tmp_path / "fp32", ExportOptions("fp32"), silent)
     fp8, fp32 = on_disk(tmp_path / "fp8"), on_disk(tmp_path / "fp32")
-    quantised = [name for name in fp8 if fp8[name].dtype == torch.float8_e4m3fn]
-    kinds = {name.split(".")[-2] for name in quantised}
+    quantized = [name for name in fp8 if fp8[name].dtype == torch.float8_e4m3fn]
+    kinds = {name.split(".")[-2] for name in quantized}
     assert kinds == {
         "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     }  # fmt: skip
-    assert {name.removesuffix("_scale_inv") for name in fp8 if name.endswith("_scale_inv")} == set(quantised)
+    assert {name.removesuffix("_scale_inv") for name in fp8 if name.endswith("_scale_inv")} == set(quantized)
     again = Checkpoint.open(import_released(tmp_path / "fp8", tmp_path / "again", silent))
     export(again, tmp_path / "again_fp32", ExportOptions("fp32"), silent)
     found = on_disk(tmp_path / "again_fp32")
     for name, exact in fp32.items():
-        if name not in quantised:
+        if name not in quantized:
             assert torch.equal(found[name], exact if name.endswith("_bias") else exact.bfloat16().float()), name
             continue
-        assert torch.equal(found[name], dequantised(fp8, name)), name
+        assert torch.equal(found[name], dequantized(fp8, name)), name
         rows, columns = exact.shape
         padded = torch.nn.functional.pad(exact.abs(), (0, -columns % BLOCK, 0, -rows % BLOCK))
         largest = torch.nn.functional.max_pool2d(padded[None], BLOCK)[0]  # of each block
@@ -212,12 +212,12 @@ def test_fp8_blocks_keep_weights_within_the_formats_rounding(tmp_path: Path) -> 
         assert ((found[name] - exact).abs() <= allowed * 1.0001).all(), name
     export(again, tmp_path / "again_fp8", ExportOptions("fp8"), silent)
     twice = on_disk(tmp_path / "again_fp8")
-    assert all(torch.equal(twice[name].view(torch.uint8), fp8[name].view(torch.uint8)) for name in quantised)
+    assert all(torch.equal(twice[name].view(torch.uint8), fp8[name].view(torch.uint8)) for name in quantized)
 
 
 def test_transformers_reads_an_fp8_export_as_we_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU it makes BF16 of it, where every side is a multiple of the number of its blocks."""
-    # Asked for before weights are dequantised on a CPU, and not used for that.
+    # Asked for before weights are dequantized on a CPU, and not used for that.
     monkeypatch.setattr("transformers.quantizers.quantizer_finegrained_fp8.is_accelerate_available", lambda: True)
     shape = replace(
         WIDE, hidden=256, q_lora_rank=128, kv_lora_rank=64, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64,

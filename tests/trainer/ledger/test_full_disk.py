@@ -15,7 +15,7 @@ from shoestring.tests.launch.refusals import by_field, refused
 from shoestring.trainer.ledger.allocation import Allocation
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.journal import Journal, read_journal, refuse_if_held
-from shoestring.trainer.ledger.summary import LedgerSummary, summarise
+from shoestring.trainer.ledger.summary import LedgerSummary, summarize
 from shoestring.trainer.ledger.terms import ALLOCATION_FILE, WORK_FILE
 from shoestring.trainer.ledger.totals import ledger_problems
 from shoestring.trainer.ledger.work import WorkJournal
@@ -45,8 +45,8 @@ def test_records_wait_for_room_and_the_chain_is_whole(tmp_path: Path) -> None:
     work.close()
     allocation.close("done")
     assert [record.get("step") for record in read_journal(tmp_path / WORK_FILE)][2:-1] == [*range(1, 7)]
-    assert summarise(tmp_path).steps_retained == 6
-    assert adds_up(summarise(tmp_path))
+    assert summarize(tmp_path).steps_retained == 6
+    assert adds_up(summarize(tmp_path))
 
 
 def test_a_life_that_ends_on_a_full_disk_leaves_a_ledger_to_go_on_with(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_life_that_ends_on_a_full_disk_leaves_a_ledger_to_go_on_with(tmp_path:
             work.step(1, 0.0, 8)
             work.close()
         allocation.close("done")
-    assert adds_up(summarise(tmp_path))
+    assert adds_up(summarize(tmp_path))
     assert [record["kind"] for record in read_journal(tmp_path / WORK_FILE)] == ["begin", "ready"] * 2
 
 
@@ -76,7 +76,7 @@ def test_records_beyond_the_bound_are_left_out_of_the_chain_and_counted(
         (record["kind"], record.get("step", record.get("records"))) for record in read_journal(tmp_path / WORK_FILE)
     ]
     assert kinds == [("begin", None), ("step", 1), ("left_out", 4), ("step", 6), ("end", None)]
-    assert adds_up(summarise(tmp_path))
+    assert adds_up(summarize(tmp_path))
 
 
 def test_a_launch_without_room_for_its_first_record_is_refused(tmp_path: Path) -> None:

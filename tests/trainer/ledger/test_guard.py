@@ -13,7 +13,7 @@ from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.guard import LEAST_STEPS, Guard, accounts, project_cost
 from shoestring.trainer.ledger.meter import CostMeter
 from shoestring.trainer.ledger.project import Project, ProjectReader, ProjectTotals
-from shoestring.trainer.ledger.summary import summarise
+from shoestring.trainer.ledger.summary import summarize
 from shoestring.trainer.ledger.terms import PUBLISHED_GPU_HOURS
 from shoestring.trainer.ledger.totals import carry
 from shoestring.trainer.ledger.work import WorkJournal
@@ -53,7 +53,7 @@ def run(
 
 def watched(run_dir: Path, time: Time, budget: BudgetConfig) -> Guard:
     run(run_dir, time, 0.0)
-    return Guard(budget, CostMeter(summarise(run_dir), ranks=4), run_dir)
+    return Guard(budget, CostMeter(summarize(run_dir), ranks=4), run_dir)
 
 
 def test_a_projection_is_what_is_spent_and_the_rest_at_the_median_price() -> None:
@@ -86,7 +86,7 @@ def test_the_guard_waits_for_a_few_steps_then_warns_then_halts(tmp_path: Path, t
 
 def test_a_run_that_stands_still_is_judged_by_its_ledger(tmp_path: Path, time: Time) -> None:
     run(tmp_path, time, 1800, steps=LEAST_STEPS)
-    summary = summarise(tmp_path)
+    summary = summarize(tmp_path)
     (account,) = accounts(BUDGET, summary, tmp_path, LEAST_STEPS * 100)
     assert [account.spent, account.projected] == pytest.approx([0.5, 1.0])
     (account,) = accounts(BUDGET, summary, tmp_path, LEAST_STEPS * 200)
@@ -109,7 +109,7 @@ def test_runs_of_a_project_share_a_budget_and_totals_are_cumulative(tmp_path: Pa
     run(first, time, 0.25 * HOUR, first=2)  # started again
     run(first, time, 0.1 * HOUR, phase="context_extension", first=3)  # goes on in another phase
     work = WorkJournal(second, ranks=1, attempt="second", budget=BUDGET)
-    carry(work, second, summarise(first).totals())  # a copy of the first one's checkpoint, without its ledger
+    carry(work, second, summarize(first).totals())  # a copy of the first one's checkpoint, without its ledger
     work.close()
     run(second, time, HOUR, first=4)
     reader = ProjectReader(project)
@@ -129,7 +129,7 @@ def test_what_a_project_inherits_from_outside_is_told_apart(tmp_path: Path, time
     outside, project = tmp_path / "outside", Project.read(project_file(tmp_path))
     run(outside, time, HOUR)
     work = WorkJournal(project.runs[0], ranks=1, attempt="a", budget=BUDGET)
-    carry(work, project.runs[0], summarise(outside).totals())
+    carry(work, project.runs[0], summarize(outside).totals())
     work.close()
     totals = ProjectTotals.of(project, ProjectReader(project).summaries())
     assert (totals.allocated_ms, totals.foreign_ms) == (0, HOUR * 1000)

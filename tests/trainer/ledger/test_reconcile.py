@@ -18,7 +18,7 @@ from shoestring.trainer.ledger.reconcile import (
     reconcile_invoice,
     reconcile_jobs,
 )
-from shoestring.trainer.ledger.summary import LedgerSummary, summarise
+from shoestring.trainer.ledger.summary import LedgerSummary, summarize
 
 SACCT = """JobID|JobName|State|Start|End|ElapsedRaw|AllocTRES
 41|train|COMPLETED|2026-11-25T10:00:00|2026-11-25T10:10:00|600|billing=8,cpu=64,gres/gpu=8,mem=1T,node=1
@@ -45,7 +45,7 @@ def summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LedgerSummary:
         seconds += length
         allocation.close("done")
         seconds += 5
-    return summarise(tmp_path)
+    return summarize(tmp_path)
 
 
 def written(folder: Path, text: str) -> Path:

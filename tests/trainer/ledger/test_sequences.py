@@ -16,7 +16,7 @@ import pytest
 from shoestring.trainer.ledger.allocation import Allocation
 from shoestring.trainer.ledger.clock import Instant
 from shoestring.trainer.ledger.config import BudgetConfig
-from shoestring.trainer.ledger.summary import LedgerReader, LedgerSummary, summarise
+from shoestring.trainer.ledger.summary import LedgerReader, LedgerSummary, summarize
 from shoestring.trainer.ledger.terms import CHARGED, TERMS
 from shoestring.trainer.ledger.work import WorkJournal
 
@@ -112,7 +112,7 @@ class Story:
 
     def begin(self) -> None:
         """A life: it loads what was saved, or starts from nothing."""
-        start = "recovery" if self.has_died else "initialisation"
+        start = "recovery" if self.has_died else "initialization"
         if not self.lives:
             self.model.spend(start, self.let(self.ms()))
         else:  # torchrun may have come back with fewer ranks, or more
@@ -224,7 +224,7 @@ def test_any_sequence_of_events_keeps_the_identity_and_credits_no_token_twice(
         dice.choices([story.train, *events], [20, *weights])[0]()
         summary = story.reader.summary()
         story.model.check(summary)
-    assert summarise(tmp_path) == summary  # read as it grew, or all at once
+    assert summarize(tmp_path) == summary  # read as it grew, or all at once
     assert story.launches > 1
     assert story.allocation is not None
     story.allocation._closing.set()
@@ -248,7 +248,7 @@ def test_durations_of_any_length_add_up_as_well(seed: int, tmp_path: Path, monke
             clock.pass_ns(ns)
             covered_ns += ns
             work.step(step, ns / 1e6, 100)
-            summary = summarise(tmp_path)
+            summary = summarize(tmp_path)
             assert min(summary.unknown_ms, *summary.buckets.values()) >= 0
         work.close(clean=dice.random() < 0.5)
     stepped = summary.productive_ms + summary.rolled_back_ms
@@ -261,7 +261,7 @@ def test_productive_time_is_split_to_the_millisecond(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Instant, "now", clock.now)
     work = WorkJournal(tmp_path, ranks=7, attempt="a", budget=BUDGET)
     work.ready()
-    assert not summarise(tmp_path).terms
+    assert not summarize(tmp_path).terms
     for step in range(1, 30):
         milliseconds = dice.randrange(1000)
         clock.pass_ns(milliseconds * MS)
@@ -269,7 +269,7 @@ def test_productive_time_is_split_to_the_millisecond(tmp_path: Path, monkeypatch
         us = {term: dice.randrange(10_000) for term in TERMS}
         step_us = sum(us.values()) + dice.randrange(10_000)
         work.terms(step, step_us, us | {"bubble": us["edge_wait"] // 3})
-        summary = summarise(tmp_path)
+        summary = summarize(tmp_path)
         assert sum(summary.terms.values()) == summary.productive_ms == sum(summary.report_view.values())
         assert min(*summary.terms.values(), *summary.report_view.values()) >= 0
     assert summary.report_view["bubble"] == pytest.approx(summary.terms["edge_wait"] / 3, rel=0.01)

@@ -15,7 +15,7 @@ from shoestring.trainer.ledger.allocation import Allocation
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.journal import JournalReader, is_linked
 from shoestring.trainer.ledger.snapshot import read_snapshot
-from shoestring.trainer.ledger.summary import LedgerReader, LedgerSummary, ensure_totals, summarise, verified_summary
+from shoestring.trainer.ledger.summary import LedgerReader, LedgerSummary, ensure_totals, summarize, verified_summary
 from shoestring.trainer.ledger.terms import ALLOCATION_FILE, TERMS, TOTALS_FILE, WORK_FILE
 from shoestring.trainer.ledger.work import WorkJournal
 
@@ -56,8 +56,8 @@ def test_totals_and_what_came_since_are_the_whole(tmp_path: Path) -> None:
     saved = read_snapshot(tmp_path)
     assert saved is not None
     assert 0 < saved.work.number < len(JournalReader(tmp_path / WORK_FILE).new_records())
-    assert summarise(tmp_path) == full(tmp_path)
-    assert (summarise(tmp_path).steps_retained, summarise(tmp_path).attempts) == (30, 2)
+    assert summarize(tmp_path) == full(tmp_path)
+    assert (summarize(tmp_path).steps_retained, summarize(tmp_path).attempts) == (30, 2)
     assert verified_summary(tmp_path) == full(tmp_path)
 
 
@@ -71,7 +71,7 @@ def test_any_sequence_of_launches_is_the_same_with_totals_and_without(
         first = dice.randint(0, last) + 1
         last = first + dice.randint(0, 9)
         train(tmp_path, f"launch {number}", first, last, close=dice.random() < 0.7)
-        assert summarise(tmp_path) == full(tmp_path)
+        assert summarize(tmp_path) == full(tmp_path)
         assert verified_summary(tmp_path) == full(tmp_path)
 
 
@@ -80,7 +80,7 @@ def test_a_short_ledger_is_read_whole(tmp_path: Path, monkeypatch: pytest.Monkey
     assert read_snapshot(tmp_path) is not None
     monkeypatch.setattr(snapshot, "CHEAP_BYTES", 10**6)
     assert read_snapshot(tmp_path) is None
-    assert summarise(tmp_path) == full(tmp_path)
+    assert summarize(tmp_path) == full(tmp_path)
 
 
 def test_a_launch_makes_totals_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_a_launch_makes_totals_that_are_missing(tmp_path: Path, monkeypatch: pyt
     (tmp_path / TOTALS_FILE).unlink()
     ensure_totals(tmp_path)
     made = (tmp_path / TOTALS_FILE).read_bytes()
-    assert verified_summary(tmp_path) == summarise(tmp_path) == full(tmp_path)
+    assert verified_summary(tmp_path) == summarize(tmp_path) == full(tmp_path)
     (tmp_path / TOTALS_FILE).write_bytes(made[:-50])
     ensure_totals(tmp_path)
     assert (tmp_path / TOTALS_FILE).read_bytes() == made
@@ -126,7 +126,7 @@ def test_totals_that_are_not_as_they_were_written_count_for_nothing(
     before = full(tmp_path)
     harm(tmp_path / TOTALS_FILE)
     assert read_snapshot(tmp_path) is None
-    assert summarise(tmp_path) == before
+    assert summarize(tmp_path) == before
 
 
 def test_totals_of_another_ledger_count_for_nothing(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_totals_of_another_ledger_count_for_nothing(tmp_path: Path) -> None:
     train(tmp_path / "two", "a", 1, 9)
     (tmp_path / "two" / TOTALS_FILE).write_bytes((tmp_path / "one" / TOTALS_FILE).read_bytes())
     assert read_snapshot(tmp_path / "two") is None
-    assert summarise(tmp_path / "two").steps_retained == 9
+    assert summarize(tmp_path / "two").steps_retained == 9
     with pytest.raises(
         ConfigError, match=r"allocation.jsonl = '\d+ records': are not all in it, and .*totals.json counts"
     ):
@@ -206,7 +206,7 @@ def test_totals_that_end_at_no_place_count_for_nothing(place: dict[str, object],
     saved["sha256"] = snapshot._digest(saved["totals"])
     (tmp_path / TOTALS_FILE).write_text(json.dumps(saved))
     assert read_snapshot(tmp_path) is None
-    assert summarise(tmp_path) == full(tmp_path)
+    assert summarize(tmp_path) == full(tmp_path)
 
 
 def test_a_step_0_goes_back_to_nothing_that_was_forgotten(tmp_path: Path) -> None:

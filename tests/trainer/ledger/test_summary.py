@@ -19,7 +19,7 @@ from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.journal import Journal
 from shoestring.trainer.ledger.meter import CostMeter
 from shoestring.trainer.ledger.render import hours, percent, render
-from shoestring.trainer.ledger.summary import LedgerSummary, summarise
+from shoestring.trainer.ledger.summary import LedgerSummary, summarize
 from shoestring.trainer.ledger.terms import ALLOCATION_FILE, PUBLISHED_GPU_HOURS, PUBLISHED_TOTAL_GPU_HOURS
 from shoestring.trainer.ledger.totals import carry
 from shoestring.trainer.ledger.work import WorkJournal
@@ -77,10 +77,10 @@ def test_a_run_from_launch_to_end(tmp_path: Path, time: Time) -> None:
     work.close()
     time.pass_ms(400)
     allocation.close("done")
-    summary = summarise(tmp_path)
+    summary = summarize(tmp_path)
     buckets = {bucket: spent for bucket, spent in summary.buckets.items() if spent}
     assert buckets == {
-        "initialisation": RANKS * 2200,
+        "initialization": RANKS * 2200,
         "checkpoint_load": RANKS * 300,
         "evaluation": RANKS * 60,
         "idle": RANKS * 400,
@@ -109,7 +109,7 @@ def test_steps_undone_by_a_crash_are_priced_again(tmp_path: Path, time: Time) ->
     do_steps(work, time, 5, 8, milliseconds=200)
     work.close()
     allocation.close("done")
-    summary = summarise(tmp_path)
+    summary = summarize(tmp_path)
     assert summary.productive_ms == RANKS * (4 * 100 + 4 * 200)
     assert summary.rolled_back_ms == RANKS * 3 * 100
     assert (summary.buckets["hang"], summary.buckets["recovery"]) == (RANKS * 1500, RANKS * 500)
@@ -124,7 +124,7 @@ def test_a_step_done_again_is_rolled_back_even_without_a_resume(tmp_path: Path, 
     do_steps(work, time, 1, 3)
     do_steps(work, time, 2, 2)
     work.close()
-    summary = summarise(tmp_path)
+    summary = summarize(tmp_path)
     assert (summary.productive_ms, summary.rolled_back_ms) == (RANKS * 200, RANKS * 200)
 
 
@@ -132,11 +132,11 @@ def test_a_killed_launcher_has_held_its_gpus_to_the_last_sign_of_life(tmp_path: 
     allocation = launch(tmp_path, "a")
     time.pass_ms(1000)
     allocation.heartbeat()
-    assert summarise(tmp_path).allocated_ms == RANKS * 1000
+    assert summarize(tmp_path).allocated_ms == RANKS * 1000
     work = begin(tmp_path, "a")
     do_steps(work, time, 1, 2)
     time.pass_ms(9000)  # nothing is known of this time
-    summary = summarise(tmp_path)
+    summary = summarize(tmp_path)
     assert summary.allocated_ms == RANKS * 1200
     assert summary.running
 
@@ -151,10 +151,10 @@ def test_two_launches_are_two_segments_and_the_time_between_is_nobodys(tmp_path:
         work.close()
         allocation.close("preempted")
         time.pass_ms(60_000)
-    summary = summarise(tmp_path)
+    summary = summarize(tmp_path)
     assert summary.attempts == 2
     assert summary.allocated_ms == everything(summary) == 2 * RANKS * 350
-    assert summary.buckets["initialisation"] == 2 * RANKS * 50
+    assert summary.buckets["initialization"] == 2 * RANKS * 50
     assert summary.unknown_ms == 0
 
 
@@ -163,11 +163,11 @@ def test_work_without_a_launcher_counts_for_its_own_span(tmp_path: Path, time: T
     time.pass_ms(30)
     work.ready()
     do_steps(work, time, 1, 2)
-    assert summarise(tmp_path).running
+    assert summarize(tmp_path).running
     work.close()
-    summary = summarise(tmp_path)
+    summary = summarize(tmp_path)
     assert summary.allocated_ms == RANKS * 230
-    assert summary.buckets["initialisation"] == RANKS * 30
+    assert summary.buckets["initialization"] == RANKS * 30
     assert not summary.running
 
 
@@ -181,7 +181,7 @@ def test_another_number_of_ranks_closes_a_segment(tmp_path: Path, time: Time) ->
         work.step(1, 100, tokens=1000)
         work._journal.close()
     allocation.close("done")
-    summary = summarise(tmp_path)
+    summary = summarize(tmp_path)
     assert (summary.attempts, summary.segments) == (1, 2)
     assert summary.allocated_ms == everything(summary) == RANKS * 110 + RANKS * 10 + 2 * 100 + 2 * 110
     assert summary.buckets["hang"] == RANKS * 10 + 2 * 10
@@ -196,7 +196,7 @@ def test_overlapping_intervals_are_refused(tmp_path: Path, time: Time) -> None:
     work.interval("evaluation", 50)
     work.close()
     with pytest.raises(ConfigError, match="overlap"):
-        summarise(tmp_path)
+        summarize(tmp_path)
 
 
 def test_what_a_timed_block_took_is_charged_also_when_it_fails(tmp_path: Path, time: Time) -> None:
@@ -210,14 +210,14 @@ def test_what_a_timed_block_took_is_charged_also_when_it_fails(tmp_path: Path, t
     with pytest.raises(OSError, match="disk full"):
         save()
     work.close()
-    assert summarise(tmp_path).buckets["checkpoint_save"] == RANKS * 5
+    assert summarize(tmp_path).buckets["checkpoint_save"] == RANKS * 5
 
 
 def test_what_is_cut_from_short_steps_is_not_lost(tmp_path: Path, time: Time) -> None:
     work = begin(tmp_path, "a")
     do_steps(work, time, 1, 1000, milliseconds=0.75)
     work.close()
-    assert summarise(tmp_path).productive_ms == RANKS * 750
+    assert summarize(tmp_path).productive_ms == RANKS * 750
 
 
 def test_mistakes_of_the_caller_are_errors(tmp_path: Path, time: Time) -> None:
@@ -234,21 +234,21 @@ def test_mistakes_of_the_caller_are_errors(tmp_path: Path, time: Time) -> None:
 def test_a_checkpoint_with_its_ledger_goes_on(tmp_path: Path, time: Time) -> None:
     work = begin(tmp_path, "a")
     do_steps(work, time, 1, 3)
-    totals = summarise(tmp_path).totals()
+    totals = summarize(tmp_path).totals()
     do_steps(work, time, 4, 5)
     work.close()
     work = begin(tmp_path, "b")
     carry(work, tmp_path, json.loads(json.dumps(totals)))
     work.resume(3)
-    assert summarise(tmp_path).inherited_ms == 0
-    assert summarise(tmp_path).tokens_retained == 3000
+    assert summarize(tmp_path).inherited_ms == 0
+    assert summarize(tmp_path).tokens_retained == 3000
 
 
 def test_a_checkpoint_copied_without_its_ledger_brings_its_cost(tmp_path: Path, time: Time) -> None:
     first, second, third = tmp_path / "first", tmp_path / "second", tmp_path / "third"
     work = begin(first, "a")
     do_steps(work, time, 1, 3)
-    totals = summarise(first).totals()
+    totals = summarize(first).totals()
     for attempt in ("b", "c"):  # the second life in `second` crashed before any step: it inherits once
         work = begin(second, attempt)
         carry(work, second, totals)
@@ -256,18 +256,18 @@ def test_a_checkpoint_copied_without_its_ledger_brings_its_cost(tmp_path: Path, 
         work.close()
     work = begin(second, "d")
     do_steps(work, time, 4, 5)
-    summary = summarise(second)
+    summary = summarize(second)
     assert (summary.inherited_ms, summary.allocated_ms, summary.total_ms) == (RANKS * 300, RANKS * 200, RANKS * 500)
     assert (summary.tokens_retained, summary.tokens_consumed) == (5000, 5000)
     assert summary.allocated_ms == everything(summary)
     carry(begin(third, "e"), third, summary.totals())
-    assert summarise(third).inherited_ms == RANKS * 500
+    assert summarize(third).inherited_ms == RANKS * 500
 
 
 def test_a_ledger_of_another_run_or_one_behind_is_refused(tmp_path: Path, time: Time) -> None:
     work = begin(tmp_path / "first", "a")
     do_steps(work, time, 1, 3)
-    totals = summarise(tmp_path / "first").totals()
+    totals = summarize(tmp_path / "first").totals()
     other = begin(tmp_path / "second", "b")
     do_steps(other, time, 1, 1)
     with pytest.raises(ConfigError, match="new run directory"):
@@ -280,13 +280,13 @@ def test_the_meter_reads_what_the_ledger_will(tmp_path: Path, time: Time) -> Non
     allocation = launch(tmp_path, "a")
     time.pass_ms(1000)
     work = begin(tmp_path, "a")
-    meter = CostMeter(summarise(tmp_path), ranks=RANKS)
+    meter = CostMeter(summarize(tmp_path), ranks=RANKS)
     for step in range(1, 6):
         time.pass_ms(100)
         meter.step(work.step(step, 100, tokens=1000))
     work.close()
     allocation.close("done")
-    summary = summarise(tmp_path)
+    summary = summarize(tmp_path)
     assert meter.gpu_hours() == meter.phase_gpu_hours() == pytest.approx(summary.gpu_hours)
     assert meter.goodput() == pytest.approx(summary.goodput) == pytest.approx(1 / 3)
 
@@ -302,7 +302,7 @@ def test_the_printed_and_the_json_form_agree(tmp_path: Path, time: Time) -> None
     work = begin(tmp_path, "a")
     do_steps(work, time, 1, 36, milliseconds=1000)
     work.close()
-    summary = summarise(tmp_path)
+    summary = summarize(tmp_path)
     data = json.loads(json.dumps(summary.to_json()))
     assert data["gpu_ms"]["allocated"] == RANKS * 36_000
     spent = data["gpu_ms"]
@@ -321,9 +321,9 @@ def test_the_printed_and_the_json_form_agree(tmp_path: Path, time: Time) -> None
 
 def test_a_run_without_a_step_or_a_ledger_says_so(tmp_path: Path, time: Time) -> None:
     with pytest.raises(ConfigError, match="no ledger"):
-        summarise(tmp_path)
+        summarize(tmp_path)
     begin(tmp_path, "a")
-    summary = summarise(tmp_path)
+    summary = summarize(tmp_path)
     assert summary.gpu_hours_per_trillion_tokens is None
     text = io.StringIO()
     Console(file=text, width=120).print(render(summary))
@@ -359,16 +359,16 @@ def test_a_real_launcher_beats_until_it_is_killed_and_the_next_goes_on(tmp_path:
     )
     assert launcher.stdout is not None
     assert launcher.stdout.readline() == "open\n"
-    while summarise(tmp_path).allocated_ms < 4 * 50:
+    while summarize(tmp_path).allocated_ms < 4 * 50:
         assert launcher.poll() is None
     with pytest.raises(ConfigError, match="already going on"):
         launch(tmp_path, "b")
     launcher.send_signal(signal.SIGKILL)
     launcher.communicate()
-    held = summarise(tmp_path)
+    held = summarize(tmp_path)
     assert held.running
     launch(tmp_path, "b").close("done")
-    summary = summarise(tmp_path)
+    summary = summarize(tmp_path)
     assert summary.attempts == 2
     assert held.allocated_ms <= summary.allocated_ms
     assert not summary.running
@@ -381,4 +381,4 @@ def test_a_ledger_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"allocation\.jsonl:1: ranks = None: is missing; .* the version of Shoestring that wrote it"
     ):
-        summarise(tmp_path)
+        summarize(tmp_path)

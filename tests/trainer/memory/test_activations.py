@@ -24,7 +24,7 @@ from shoestring.trainer.model import attention
 from shoestring.trainer.model.causal import causal_attention_twin
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.model.init import initialise
+from shoestring.trainer.model.init import initialize
 from shoestring.trainer.model.model import Model
 from shoestring.trainer.model.recompute import RecomputeModule
 from shoestring.trainer.model.tape import ForwardOutput, LossNormalizers, StageSpec
@@ -36,7 +36,7 @@ CONFIG = ModelConfig(
     qk_rope_head_dim=8, v_head_dim=16, dense_ffn=80, expert_ffn=24, experts=8, top_k=2, groups=2, top_k_groups=1,
     mtp_depth=0,
 )  # fmt: skip
-FULL_QUERY = ModelConfig(**{**vars(CONFIG), "q_lora_rank": None, "shared_experts": 0, "normalise_gates": False})
+FULL_QUERY = ModelConfig(**{**vars(CONFIG), "q_lora_rank": None, "shared_experts": 0, "normalize_gates": False})
 WIDE = replace(CONFIG, hidden=256, dense_ffn=256, expert_ffn=64)
 REPORT = frozenset({RecomputeModule.NORM, RecomputeModule.UP_PROJECTION, RecomputeModule.SWIGLU})
 POLICIES = [
@@ -55,7 +55,7 @@ def layer_forward(
 ) -> tuple[ForwardOutput, Census, int]:
     """One layer's forward alone, what lives of what it has allocated, and the bytes of its input."""
     model = Model(config)
-    initialise(model, seed=0)
+    initialize(model, seed=0)
     if batch.fp8:
         model.use_fp8(Fp8(Reference()))
     topology = Topology()

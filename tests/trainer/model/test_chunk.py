@@ -23,7 +23,7 @@ from shoestring.parallelism.pipeline.executor import Steps, drive, take_turns
 from shoestring.parallelism.weight_grad import WeightGradients
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.model.init import initialise
+from shoestring.trainer.model.init import initialize
 from shoestring.trainer.model.model import Model
 from shoestring.trainer.model.recompute import RecomputeModule
 from shoestring.trainer.model.tape import LossNormalizers
@@ -107,7 +107,7 @@ def make_chunk(
     recompute: frozenset[RecomputeModule] = frozenset(), dtype: torch.dtype = torch.float32
 ) -> tuple[Chunk, WatchedExchange]:
     model = Model(CONFIG)
-    initialise(model, seed=0)
+    initialize(model, seed=0)
     topology = Topology()
     groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))
     exchange = FlatExchange(groups, CONFIG.experts, InlineCommunicator(), Traffic(topology, 0), ExchangeConfig())

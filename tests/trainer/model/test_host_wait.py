@@ -20,7 +20,7 @@ from shoestring.parallelism.pipeline.executor import drive, take_turns
 from shoestring.parallelism.weight_grad import WeightGradients
 from shoestring.tests.comm.recorded_streams import HOST_WAITS, REST, RecordedStreams
 from shoestring.trainer.model.chunk import Chunk
-from shoestring.trainer.model.init import initialise
+from shoestring.trainer.model.init import initialize
 from shoestring.trainer.model.layer import MoELayer
 from shoestring.trainer.model.model import Model
 
@@ -45,7 +45,7 @@ class StalledWorker(StreamCommunicator):
 
 def make_chunk(exchange: str, worker: type[StreamCommunicator] = StreamCommunicator) -> tuple[Chunk, RecordedStreams]:
     streams, model = RecordedStreams(), Model(CONFIG)
-    initialise(model, seed=0)
+    initialize(model, seed=0)
     layer = model.layers["1"]
     assert isinstance(layer, MoELayer)
     assert layer.shared is not None

@@ -6,24 +6,24 @@ import pytest
 import torch
 
 from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.model.init import initialise
+from shoestring.trainer.model.init import initialize
 from shoestring.trainer.model.model import Model, ModelShard
 
 CONFIG = ModelConfig(init_std=0.02)  # tiny
 
 
-def initialised(seed: int, expert_ranks: int = 1, expert_rank: int = 0, config: ModelConfig = CONFIG) -> Model:
+def initialized(seed: int, expert_ranks: int = 1, expert_rank: int = 0, config: ModelConfig = CONFIG) -> Model:
     model = Model(config, ModelShard.whole(config, expert_ranks, expert_rank))
-    initialise(model, seed)
+    initialize(model, seed)
     return model
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 16])
 def test_every_share_of_the_experts_is_a_slice_of_the_whole(ranks: int) -> None:
-    whole = dict(initialised(seed=3).named_parameters())
+    whole = dict(initialized(seed=3).named_parameters())
     local = CONFIG.experts // ranks
     for rank in range(ranks):
-        share = initialised(3, ranks, rank)
+        share = initialized(3, ranks, rank)
         experts = share.expert_parameter_names()
         for name, parameter in share.named_parameters():
             expected = whole[name][rank * local : (rank + 1) * local] if name in experts else whole[name]
@@ -31,16 +31,16 @@ def test_every_share_of_the_experts_is_a_slice_of_the_whole(ranks: int) -> None:
 
 
 def test_the_seed_alone_decides() -> None:
-    first = dict(initialised(seed=5).named_parameters())
+    first = dict(initialized(seed=5).named_parameters())
     torch.manual_seed(99)  # the global generator has no say
-    again, other = dict(initialised(seed=5).named_parameters()), dict(initialised(seed=6).named_parameters())
+    again, other = dict(initialized(seed=5).named_parameters()), dict(initialized(seed=6).named_parameters())
     for name, parameter in first.items():
         assert torch.equal(parameter, again[name]), name
         assert torch.equal(parameter, other[name]) == (parameter.ndim == 1), name
 
 
 def test_weights_of_one_shape_differ() -> None:
-    parameters = dict(initialised(seed=0).named_parameters())
+    parameters = dict(initialized(seed=0).named_parameters())
     assert not torch.equal(parameters["layers.1.router.weight"], parameters["layers.2.router.weight"])
     experts = parameters["layers.1.experts.down_LDF"]
     assert not torch.equal(experts[0], experts[1])
@@ -49,7 +49,7 @@ def test_weights_of_one_shape_differ() -> None:
 
 @pytest.mark.parametrize("std", [0.006, 0.02])
 def test_weights_are_normal_with_the_configured_spread(std: float) -> None:
-    for name, parameter in initialised(0, config=ModelConfig(init_std=std)).named_parameters():
+    for name, parameter in initialized(0, config=ModelConfig(init_std=std)).named_parameters():
         if parameter.ndim == 1:
             assert torch.equal(parameter, torch.ones_like(parameter)), name
             continue
@@ -63,13 +63,13 @@ def test_routing_biases_start_at_zero() -> None:
     model = Model(CONFIG)
     for _, router in model.routers():
         router.bias_E.fill_(1.0)
-    initialise(model, seed=0)
+    initialize(model, seed=0)
     names = [name for name, router in model.routers() if not router.bias_E.any()]
     assert names == ["layer_01", "layer_02", "layer_03", "mtp_01"]
 
 
 def test_an_fp64_run_starts_from_the_same_weights() -> None:
     wide = Model(CONFIG).double()
-    initialise(wide, seed=3)
-    for (name, ours), expected in zip(wide.named_parameters(), initialised(seed=3).parameters(), strict=True):
+    initialize(wide, seed=3)
+    for (name, ours), expected in zip(wide.named_parameters(), initialized(seed=3).parameters(), strict=True):
         assert torch.equal(ours, expected.double()), name

@@ -1,7 +1,7 @@
 """Compares every operation of a faster provider with its twin, on any device.
 
-As a module it runs Triton kernels in Triton's interpreter, `quantisation` or `products`, with TRITON_INTERPRET=1. The
-interpreter's casts to E4M3 and BF16 are wrong, so there quantised numbers are stored in FP32 and cast by torch. Nor
+As a module it runs Triton kernels in Triton's interpreter, `quantization` or `products`, with TRITON_INTERPRET=1. The
+interpreter's casts to E4M3 and BF16 are wrong, so there quantized numbers are stored in FP32 and cast by torch. Nor
 does it know functions of CUDA's library: Triton's own exp takes the place of that one.
 """
 
@@ -41,7 +41,7 @@ def error(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def check_quantisation(provider: PrecisionBackend, device: torch.device) -> None:
+def check_quantization(provider: PrecisionBackend, device: torch.device) -> None:
     """Rows, columns and blocks; hard numbers and faults."""
     for shape in ((5, 128), (21, 129), (257, 300)):
         for dtype in (torch.float32, torch.bfloat16):
@@ -145,7 +145,7 @@ def main() -> None:
         check_products(TritonBackend(), torch.device("cpu"))
     else:
         check_order()
-        check_quantisation(TritonBackend(torch.float32), torch.device("cpu"))
+        check_quantization(TritonBackend(torch.float32), torch.device("cpu"))
         with patch.object(kernels, "libdevice", tl):
             check_swiglu(TritonBackend(torch.float32), torch.device("cpu"))
     print("every kernel is its twin")

@@ -23,19 +23,19 @@ INT = "i32"
 WIDTHS = {"rows": INT, "width": INT, "tiles": INT, "n": INT, "k": INT}
 SPANS = {"first_ptr": INDEX, "last_ptr": INDEX, "expert_ptr": INDEX, "first_tile_ptr": INDEX}
 COUNTS = {"row_blocks": INT, "blocks": INT, "n_blocks": INT, "k_blocks": INT}
-QUANTISED = {"values_ptr": FP8, "scales_ptr": FP32, "x_scales_ptr": FP32, "w_ptr": FP8, "w_scales_ptr": FP32}
+QUANTIZED = {"values_ptr": FP8, "scales_ptr": FP32, "x_scales_ptr": FP32, "w_ptr": FP8, "w_scales_ptr": FP32}
 FACTORS = {"a_ptr": FP8, "b_ptr": FP8, "a_scales_ptr": FP32, "b_scales_ptr": FP32}
 SWIGLU = {"gate_up_ptr": BF16, "gates_ptr": FP32}
-TYPES = WIDTHS | SPANS | COUNTS | QUANTISED | FACTORS | SWIGLU
+TYPES = WIDTHS | SPANS | COUNTS | QUANTIZED | FACTORS | SWIGLU
 
 # Kernel, types that differ between kernels, constants, warps.
 CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     *(
         (kernel, {"x_ptr": source}, {"power_of_two": power, **constants}, warps)
         for kernel, constants, warps in (
-            (kernels.quantise_rows, {"ROWS": 16}, 4),
-            (kernels.quantise_columns, {"COLUMNS": 64}, 8),
-            (kernels.quantise_blocks, {}, 8),
+            (kernels.quantize_rows, {"ROWS": 16}, 4),
+            (kernels.quantize_columns, {"COLUMNS": 64}, 8),
+            (kernels.quantize_blocks, {}, 8),
         )
         for source in (BF16, FP32)
         for power in (False, True)
@@ -43,8 +43,8 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     *(
         (kernel, {}, {"power_of_two": power, **constants, **gates}, warps)
         for kernel, constants, warps in (
-            (kernels.quantise_swiglu_rows, {"ROWS": 16}, 4),
-            (kernels.quantise_swiglu_columns, {"COLUMNS": 64}, 8),
+            (kernels.quantize_swiglu_rows, {"ROWS": 16}, 4),
+            (kernels.quantize_swiglu_columns, {"COLUMNS": 64}, 8),
         )
         for gates in ({}, {"gates_ptr": None})
         for power in (False, True)

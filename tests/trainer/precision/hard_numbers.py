@@ -1,4 +1,4 @@
-"""Numbers that are hard to quantise."""
+"""Numbers that are hard to quantize."""
 
 from __future__ import annotations
 

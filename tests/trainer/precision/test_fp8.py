@@ -1,4 +1,4 @@
-"""A Linear in FP8: its three products by the NumPy definition, what it keeps, and when its weights are quantised."""
+"""A Linear in FP8: its three products by the NumPy definition, what it keeps, and when its weights are quantized."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_a_provider_adds_to_the_gradient_that_is_there() -> None:
 
 @dataclass(frozen=True)
 class Counting(Reference):
-    """Remembers the shapes of the weights that it has quantised."""
+    """Remembers the shapes of the weights that it has quantized."""
 
     seen: list[torch.Size] = field(default_factory=list)
 
@@ -189,7 +189,7 @@ class Counting(Reference):
 
 @dataclass(frozen=True)
 class Fused(Reference):
-    """Remembers which SwiGLUs it was given to quantise, and when tiles were turned."""
+    """Remembers which SwiGLUs it was given to quantize, and when tiles were turned."""
 
     seen: list[str] = field(default_factory=list)
 
@@ -217,7 +217,7 @@ def test_a_provider_is_given_the_input_of_a_swiglu_and_tiles_to_turn() -> None:
     assert fused.seen == ["rows", "columns", "weighted rows", "turned", "weighted columns", "turned", "rows"]
 
 
-def test_weights_are_quantised_once_while_they_are_unchanged() -> None:
+def test_weights_are_quantized_once_while_they_are_unchanged() -> None:
     module, counting = linear(), Counting()
     module.fp8 = Fp8(counting)
     x = normal(4, WIDTH)
@@ -229,7 +229,7 @@ def test_weights_are_quantised_once_while_they_are_unchanged() -> None:
         assert len(counting.seen) == times
         with torch.no_grad():
             module.weight.mul_(2)
-    assert torch.equal(module(x), 4 * first / 2)  # outside of it every use quantises anew
+    assert torch.equal(module(x), 4 * first / 2)  # outside of it every use quantizes anew
     assert len(counting.seen) == 3
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoestring.tests.trainer.precision.against_twins import check_products, check_quantisation, check_swiglu
+from shoestring.tests.trainer.precision.against_twins import check_products, check_quantization, check_swiglu
 from shoestring.trainer.precision.backend import missing_for, open_provider
 from shoestring.trainer.precision.reference import Reference, hopper_sum
 
@@ -20,6 +20,6 @@ def test_every_operation_is_its_twin(name: str) -> None:
         pytest.skip("; ".join(missing))
     torch.manual_seed(0)
     provider = open_provider(name, GPU)
-    check_quantisation(provider, GPU)
+    check_quantization(provider, GPU)
     check_swiglu(provider, GPU)
     check_products(provider, GPU, Reference(hopper_sum))

@@ -1,4 +1,4 @@
-"""Rows that came in FP8 are multiplied as they came: the bits of rows that were widened and quantised again."""
+"""Rows that came in FP8 are multiplied as they came: the bits of rows that were widened and quantized again."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.comm.fp8 import RowTiles, dequantise, quantise, stand_in
+from shoestring.comm.fp8 import RowTiles, dequantize, quantize, stand_in
 from shoestring.parallelism.weight_grad import WeightGradients
 from shoestring.trainer.model.experts import Experts
 from shoestring.trainer.precision.fp8 import Fp8
 from shoestring.trainer.precision.reference import Reference
-from shoestring.trainer.precision.tiles import Scales, Tiles, quantise_tiles
+from shoestring.trainer.precision.tiles import Scales, Tiles, quantize_tiles
 
 WIDTH, INNER, BLOCK = 200, 96, 256
 ROWS = [(300, 0, 170), (20, 0, 0), (0, 0, 0)]
@@ -22,7 +22,7 @@ DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 
 @dataclass(frozen=True)
 class Recording(Reference):
-    """Remembers how many rows it has quantised as received ones."""
+    """Remembers how many rows it has quantized as received ones."""
 
     seen: list[int] = field(default_factory=list)
 
@@ -36,20 +36,20 @@ def came(rows: int, dtype: torch.dtype) -> RowTiles:
     """As a wire brings them. One row's largest number becomes 224: its widened tile has half the scale."""
     x_RD = torch.randn((rows, WIDTH), generator=torch.Generator().manual_seed(rows), dtype=dtype)
     x_RD[:1, :2] = torch.tensor([225.0, 300.0 * 2.0**-9])
-    return RowTiles(*quantise(x_RD))
+    return RowTiles(*quantize(x_RD))
 
 
 def outcome(
     rows: tuple[int, ...], dtype: torch.dtype, block: int | None, *, as_tiles: bool
 ) -> tuple[dict[str, Tensor], list[int], list[int]]:
-    """Result and gradients; which received rows were quantised by the forward, and which by the backward."""
+    """Result and gradients; which received rows were quantized by the forward, and which by the backward."""
     generator = torch.Generator().manual_seed(1)
     recording, module = Recording(), Experts(len(rows), WIDTH, INNER)
     module.fp8, module.block = Fp8(recording), block
     for weight in module.parameters():
         weight.data = torch.randn(weight.shape, generator=generator) / 10
     tiles = came(sum(rows), dtype)
-    widened_RD = dequantise(tiles.values_XD, tiles.exponents_XQ, dtype)
+    widened_RD = dequantize(tiles.values_XD, tiles.exponents_XQ, dtype)
     rows_RD = (stand_in(tiles.values_XD, dtype) if as_tiles else widened_RD).requires_grad_()
     gates_R = torch.rand(sum(rows), generator=generator).to(torch.promote_types(dtype, torch.float32)).requires_grad_()
     left = WeightGradients()
@@ -83,13 +83,13 @@ def test_as_they_came_they_give_the_same_bits(rows: tuple[int, ...], dtype: torc
 
 @pytest.mark.parametrize("width", [1, 127, 128, 200, 300])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_what_crosses_is_what_would_be_quantised_here(dtype: torch.dtype, width: int) -> None:
+def test_what_crosses_is_what_would_be_quantized_here(dtype: torch.dtype, width: int) -> None:
     """Values and scales alike, those of tiles that are not whole too; faults and zeros too."""
     x_XD = torch.randn((40, width)) * torch.logspace(-44, 38, 40)[:, None]
     x_XD[3] = 0.0
     x_XD[5, -1], x_XD[6, 0] = torch.nan, torch.inf
     x_XD = x_XD.to(dtype)
-    ours, theirs = Tiles.that_came(RowTiles(*quantise(x_XD))), quantise_tiles(x_XD, Scales.POWER_OF_TWO)
+    ours, theirs = Tiles.that_came(RowTiles(*quantize(x_XD))), quantize_tiles(x_XD, Scales.POWER_OF_TWO)
     assert (ours.values_XD.dtype, ours.scales_XQ.dtype) == (theirs.values_XD.dtype, theirs.scales_XQ.dtype)
     assert torch.equal(ours.scales_XQ.nan_to_num(-1.0), theirs.scales_XQ.nan_to_num(-1.0))
     assert torch.equal(ours.values_XD.view(torch.uint8), theirs.values_XD.view(torch.uint8))

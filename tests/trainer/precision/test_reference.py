@@ -10,7 +10,7 @@ from torch import Tensor
 from shoestring.tests.reference import fp8 as twin
 from shoestring.tests.trainer.precision.against_twins import check_products
 from shoestring.trainer.precision.reference import Reference, exact_sum, hopper_sum
-from shoestring.trainer.precision.tiles import Scales, quantise_blocks, quantise_columns, quantise_tiles
+from shoestring.trainer.precision.tiles import Scales, quantize_blocks, quantize_columns, quantize_tiles
 
 ROWS = (150, 0, 128, 7)
 
@@ -20,24 +20,24 @@ def normal(*shape: int) -> Tensor:
 
 
 def tiles(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    return twin.quantise(x.numpy(), 1, 128, power_of_two=False)
+    return twin.quantize(x.numpy(), 1, 128, power_of_two=False)
 
 
 def blocks(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    return twin.quantise(x.numpy(), 128, 128, power_of_two=False)
+    return twin.quantize(x.numpy(), 128, 128, power_of_two=False)
 
 
 @pytest.mark.parametrize(("rows", "width", "out"), [(1, 1, 1), (70, 128, 256), (130, 300, 150)])
 def test_products_are_the_definition(rows: int, width: int, out: int) -> None:
     x_RK, w_NK = normal(rows, width), normal(out, width)
-    ours = Reference().multiply(quantise_tiles(x_RK, Scales.FP32), quantise_blocks(w_NK, Scales.FP32), torch.float32)
+    ours = Reference().multiply(quantize_tiles(x_RK, Scales.FP32), quantize_blocks(w_NK, Scales.FP32), torch.float32)
     assert np.array_equal(ours.numpy(), twin.product(tiles(x_RK), blocks(w_NK)))
 
 
 def test_input_gradients_use_the_same_blocks_the_other_way_round() -> None:
     grad_RN, w_NK = normal(70, 300), normal(300, 150)
-    transposed = quantise_blocks(w_NK, Scales.FP32).transposed()
-    ours = Reference().multiply(quantise_tiles(grad_RN, Scales.FP32), transposed, torch.float32)
+    transposed = quantize_blocks(w_NK, Scales.FP32).transposed()
+    ours = Reference().multiply(quantize_tiles(grad_RN, Scales.FP32), transposed, torch.float32)
     values, scales = blocks(w_NK)
     assert np.array_equal(ours.numpy(), twin.product(tiles(grad_RN), (values.T, scales.T)))
 
@@ -45,9 +45,9 @@ def test_input_gradients_use_the_same_blocks_the_other_way_round() -> None:
 def test_grouped_products_are_those_of_each_expert() -> None:
     x_RK, w_LNK, grad_RN = normal(sum(ROWS), 140), normal(4, 200, 140), normal(sum(ROWS), 200)
     provider = Reference()
-    x, grad = (quantise_columns(part, ROWS, Scales.FP32) for part in (x_RK, grad_RN))
+    x, grad = (quantize_columns(part, ROWS, Scales.FP32) for part in (x_RK, grad_RN))
     ours_RN = provider.multiply_grouped(
-        quantise_tiles(x_RK, Scales.FP32), quantise_blocks(w_LNK, Scales.FP32), ROWS, torch.float32
+        quantize_tiles(x_RK, Scales.FP32), quantize_blocks(w_LNK, Scales.FP32), ROWS, torch.float32
     )
     grads_LNK = provider.outer(grad, x)
     assert grads_LNK.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Quantisation against its NumPy definition, to the last bit."""
+"""Quantization against its NumPy definition, to the last bit."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from shoestring.trainer.precision.e5m6 import pack_e5m6, unpack_e5m6
 from shoestring.trainer.precision.tiles import (
     Scales,
     Tiles,
-    dequantise_blocks,
-    dequantise_tiles,
-    quantise_blocks,
-    quantise_columns,
-    quantise_tiles,
+    dequantize_blocks,
+    dequantize_tiles,
+    quantize_blocks,
+    quantize_columns,
+    quantize_tiles,
 )
 
 SHAPES = [(1, 1), (3, 127), (5, 128), (130, 129), (257, 300)]
@@ -33,32 +33,32 @@ def numpy_of(x: Tensor) -> np.ndarray:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_tiles_are_the_definition(shape: tuple[int, int], scales: Scales, dtype: torch.dtype) -> None:
     x = numbers(*shape, dtype)
-    tiles = quantise_tiles(x, scales)
-    values, scale = twin.quantise(numpy_of(x), 1, 128, scales is Scales.POWER_OF_TWO)
+    tiles = quantize_tiles(x, scales)
+    values, scale = twin.quantize(numpy_of(x), 1, 128, scales is Scales.POWER_OF_TWO)
     assert np.array_equal(numpy_of(tiles.values_XD), values)
     assert np.array_equal(tiles.scales_XQ.numpy(), scale[:, ::128])
-    assert np.array_equal(dequantise_tiles(tiles, torch.float32).numpy(), twin.dequantise((values, scale)))
+    assert np.array_equal(dequantize_tiles(tiles, torch.float32).numpy(), twin.dequantize((values, scale)))
 
 
 @pytest.mark.parametrize("scales", Scales)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_blocks_are_the_definition(shape: tuple[int, int], scales: Scales) -> None:
     x = numbers(*shape)
-    blocks = quantise_blocks(x, scales)
-    values, scale = twin.quantise(numpy_of(x), 128, 128, scales is Scales.POWER_OF_TWO)
+    blocks = quantize_blocks(x, scales)
+    values, scale = twin.quantize(numpy_of(x), 128, 128, scales is Scales.POWER_OF_TWO)
     assert np.array_equal(numpy_of(blocks.values_NK), values)
     assert np.array_equal(blocks.scales_PQ.numpy(), scale[::128, ::128])
-    assert np.array_equal(dequantise_blocks(blocks, torch.float32).numpy(), twin.dequantise((values, scale)))
-    turned = quantise_blocks(x.T.contiguous(), scales)
+    assert np.array_equal(dequantize_blocks(blocks, torch.float32).numpy(), twin.dequantize((values, scale)))
+    turned = quantize_blocks(x.T.contiguous(), scales)
     assert torch.equal(turned.values_NK.float(), blocks.transposed().values_NK.float())
     assert torch.equal(turned.scales_PQ, blocks.transposed().scales_PQ)
 
 
 def test_a_stack_of_weights_is_each_of_them() -> None:
     stack = torch.randn(3, 150, 200)
-    blocks = quantise_blocks(stack, Scales.FP32)
+    blocks = quantize_blocks(stack, Scales.FP32)
     for number, weight in enumerate(stack):
-        alone = quantise_blocks(weight, Scales.FP32)
+        alone = quantize_blocks(weight, Scales.FP32)
         assert torch.equal(blocks.values_NK[number].float(), alone.values_NK.float())
         assert torch.equal(blocks.scales_PQ[number], alone.scales_PQ)
 
@@ -66,35 +66,35 @@ def test_a_stack_of_weights_is_each_of_them() -> None:
 @pytest.mark.parametrize("rows", [(300,), (128, 256), (5, 0, 200, 128), (0, 0)], ids=str)
 def test_columns_are_tiled_an_expert_at_a_time(rows: tuple[int, ...]) -> None:
     x = torch.randn(sum(rows), 140)
-    columns = quantise_columns(x, rows, Scales.FP32)
+    columns = quantize_columns(x, rows, Scales.FP32)
     starts = np.cumsum([0, *columns.tiles_per_expert_L])
     for number, part in enumerate(x.split(rows)):
         tiles = slice(starts[number], starts[number + 1])
         values = numpy_of(columns.tiles.values_XD[:, tiles.start * 128 : tiles.stop * 128])
         assert values.shape == (140, -(-len(part) // 128) * 128)
         assert not values[:, len(part) :].any()
-        expected, scale = twin.quantise(numpy_of(part).T, 1, 128, power_of_two=False)
+        expected, scale = twin.quantize(numpy_of(part).T, 1, 128, power_of_two=False)
         assert np.array_equal(values[:, : len(part)], expected)
         assert np.array_equal(columns.tiles.scales_XQ[:, tiles].numpy(), scale[:, ::128])
 
 
 def test_rows_that_crossed_in_fp8_are_the_tiles_of_the_first_product() -> None:
     x = numbers(60, 300, torch.bfloat16)[3:]
-    values, exponents = wire.quantise(x)
-    sent = quantise_tiles(x, Scales.POWER_OF_TWO)
+    values, exponents = wire.quantize(x)
+    sent = quantize_tiles(x, Scales.POWER_OF_TWO)
     assert torch.equal(sent.values_XD.float(), values.float())
     for dtype in (torch.bfloat16, torch.float32):
-        received = wire.dequantise(values, exponents, dtype)
-        again = quantise_tiles(received, Scales.POWER_OF_TWO)
+        received = wire.dequantize(values, exponents, dtype)
+        again = quantize_tiles(received, Scales.POWER_OF_TWO)
         # The scale may be half as large; the numbers are the same ones.
-        assert torch.equal(dequantise_tiles(again, torch.float32), received.float())
+        assert torch.equal(dequantize_tiles(again, torch.float32), received.float())
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 2)], ids=str)
 def test_e5m6_is_the_definition_and_takes_three_bytes_for_two(shape: tuple[int, int]) -> None:
     x = numbers(*shape)
     packed = pack_e5m6(x)
-    expected = twin.dequantise(twin.quantise(numpy_of(x), 1, 128, power_of_two=True, numbers=twin.E5M6))
+    expected = twin.dequantize(twin.quantize(numpy_of(x), 1, 128, power_of_two=True, numbers=twin.E5M6))
     assert np.array_equal(unpack_e5m6(packed, torch.float32).numpy(), expected)
     assert packed.bytes_XB.shape == (shape[0], 3 * -(-shape[1] // 2))
     x[0, 0] = float("nan")
@@ -106,13 +106,13 @@ def test_e5m6_is_the_definition_and_takes_three_bytes_for_two(shape: tuple[int, 
 def test_a_fault_stays_a_fault_in_its_tile(fault: float, scales: Scales) -> None:
     x = torch.ones(2, 256)
     x[1, 3] = fault
-    back = dequantise_tiles(quantise_tiles(x, scales), torch.float32)
+    back = dequantize_tiles(quantize_tiles(x, scales), torch.float32)
     assert back[1, :128].isnan().all()
     assert torch.allclose(back[0], x[0])
     assert torch.allclose(back[1, 128:], x[1, 128:])
-    assert dequantise_blocks(quantise_blocks(x, scales), torch.float32)[:, :128].isnan().all()
+    assert dequantize_blocks(quantize_blocks(x, scales), torch.float32)[:, :128].isnan().all()
 
 
 def test_no_rows() -> None:
-    tiles = quantise_tiles(torch.empty(0, 300), Scales.FP32)
-    assert dequantise_tiles(Tiles(tiles.values_XD, tiles.scales_XQ), torch.bfloat16).shape == (0, 300)
+    tiles = quantize_tiles(torch.empty(0, 300), Scales.FP32)
+    assert dequantize_tiles(Tiles(tiles.values_XD, tiles.scales_XQ), torch.bfloat16).shape == (0, 300)

@@ -18,10 +18,10 @@ from numpy.lib import NumpyVersion
 triton = pytest.importorskip("triton")
 
 KERNELS = (
-    "quantise_rows", "quantise_columns", "quantise_swiglu_rows", "quantise_swiglu_columns", "quantise_blocks",
+    "quantize_rows", "quantize_columns", "quantize_swiglu_rows", "quantize_swiglu_columns", "quantize_blocks",
     "turn_tiles", "multiply", "outer",
 )  # fmt: skip
-SPILLING = ("quantise_blocks", "multiply")
+SPILLING = ("quantize_blocks", "multiply")
 
 
 def run(module: str, *arguments: str, tmp_path: Path, interpret: bool) -> str:
@@ -42,8 +42,8 @@ def has_broken_interpreter() -> bool:
     return version < (3, 7) and NumpyVersion(np.__version__) >= "2.4.0"
 
 
-def test_every_quantiser_is_its_twin_in_the_interpreter(tmp_path: Path) -> None:
-    assert run("against_twins", "quantisation", tmp_path=tmp_path, interpret=True).strip() == "every kernel is its twin"
+def test_every_quantizer_is_its_twin_in_the_interpreter(tmp_path: Path) -> None:
+    assert run("against_twins", "quantization", tmp_path=tmp_path, interpret=True).strip() == "every kernel is its twin"
 
 
 @pytest.mark.skipif(has_broken_interpreter(), reason="triton's interpreter before 3.7 cannot loop with NumPy 2.4")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shoestring.comm.trace import EDGE_WAIT, EXPOSED_EXCHANGE, OPTIMIZER, REDUCE_WAIT, SILENT, Track
-from shoestring.trainer.telemetry.trace import Span, TraceRecorder, merge_ranks, summarise_trace, write_rank
+from shoestring.trainer.telemetry.trace import Span, TraceRecorder, merge_ranks, summarize_trace, write_rank
 
 SPANS = [
     Span(Track.INSTRUCTION, EDGE_WAIT, "", 0, 50),
@@ -27,7 +27,7 @@ SPANS = [
 
 
 def test_terms_are_disjoint_and_add_up_to_the_step() -> None:
-    terms = {name: round(seconds * 1e9) for name, seconds in summarise_trace(SPANS).items()}
+    terms = {name: round(seconds * 1e9) for name, seconds in summarize_trace(SPANS).items()}
     wanted = {"F": 70, "FB": 240, "I": 20, "W": 5, "B": 75, EXPOSED_EXCHANGE: 40, EDGE_WAIT: 50}
     wanted |= {REDUCE_WAIT: 10, OPTIMIZER: 20}
     assert {name: terms[name] for name in wanted} == wanted
