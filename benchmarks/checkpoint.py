@@ -109,23 +109,25 @@ def model_of(gigabytes: float) -> ModelConfig:
     """Experts make up most of it, as in the real one."""
     config = ModelConfig(
         name="export",
-        vocabulary=32768,
-        hidden=1024,
-        layers=8,
-        heads=16,
+        vocab_size=32768,
+        hidden_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=16,
         q_lora_rank=384,
         kv_lora_rank=128,
         qk_nope_head_dim=64,
         v_head_dim=64,
-        dense_ffn=4096,
-        expert_ffn=512,
-        experts=16,
+        intermediate_size=4096,
+        moe_intermediate_size=512,
+        n_routed_experts=16,
     )
     rest = sum(torch.Size(shape).numel() for name, shape in whole_model(config).items() if "/expert_" not in name)
-    expert = 3 * config.expert_ffn * config.hidden
-    routed = config.moe_layers + config.mtp_depth
-    per_group = round((gigabytes * 1e9 / 4 - rest) / (routed * expert * config.groups))
-    return ModelConfig(**{**asdict(config), "experts": max(2, per_group) * config.groups, "yarn": None})
+    expert = 3 * config.moe_intermediate_size * config.hidden_size
+    routed = config.moe_layers + config.num_nextn_predict_layers
+    per_group = round((gigabytes * 1e9 / 4 - rest) / (routed * expert * config.n_group))
+    return ModelConfig(
+        **{**asdict(config), "n_routed_experts": max(2, per_group) * config.n_group, "rope_scaling": None}
+    )
 
 
 def write_model(directory: Path, config: ModelConfig) -> Checkpoint:

@@ -51,25 +51,25 @@ from shoestring.trainer.run.step import StepSettings
 BATCH, LENGTH = 4, 256
 SHAPE = ModelConfig(
     name="cpu_step",
-    vocabulary=4096,
-    hidden=256,
-    layers=6,
-    dense_layers=1,
-    heads=8,
+    vocab_size=4096,
+    hidden_size=256,
+    num_hidden_layers=6,
+    first_k_dense_replace=1,
+    num_attention_heads=8,
     q_lora_rank=128,
     kv_lora_rank=64,
     qk_nope_head_dim=32,
     qk_rope_head_dim=16,
     v_head_dim=32,
-    dense_ffn=1024,
-    expert_ffn=128,
-    experts=32,
-    shared_experts=1,
-    top_k=4,
-    groups=4,
-    top_k_groups=2,
-    mtp_depth=0,
-    init_std=0.02,
+    intermediate_size=1024,
+    moe_intermediate_size=128,
+    n_routed_experts=32,
+    n_shared_experts=1,
+    num_experts_per_tok=4,
+    n_group=4,
+    topk_group=2,
+    num_nextn_predict_layers=0,
+    initializer_range=0.02,
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -80,12 +80,14 @@ def ours(dtype: torch.dtype) -> Callable[[], float]:
     groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))
     model = Model(SHAPE)
     initialize(model, seed=0)
-    exchange = open_exchange(ExchangeConfig(), groups, SHAPE.experts, InlineCommunicator(), Traffic(topology, 0))
+    exchange = open_exchange(
+        ExchangeConfig(), groups, SHAPE.n_routed_experts, InlineCommunicator(), Traffic(topology, 0)
+    )
     pipeline = Pipeline.open(Stages.of(SHAPE, LENGTH), groups, torch.device("cpu"))
     optimizer = OptimizerConfig(moments=str(dtype).removeprefix("torch."))
     stepper = build_stepper(pipeline, model, exchange, dtype, 1, optimizer)
     settings = StepSettings(learning_rate=1e-4, clip_norm=1.0, balance_weight=1e-4, mtp_weight=0.3, bias_speed=0.001)
-    tokens_BW = torch.randint(0, SHAPE.vocabulary, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    tokens_BW = torch.randint(0, SHAPE.vocab_size, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     batch = TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool))
     return lambda: stepper.step([batch], BATCH, settings).loss
 
@@ -94,24 +96,24 @@ def theirs(dtype: torch.dtype) -> Callable[[], float]:
     """One optimizer step of the peer."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {
-        "vocab_size": SHAPE.vocabulary,
-        "hidden_size": SHAPE.hidden,
-        "num_hidden_layers": SHAPE.layers,
-        "first_k_dense_replace": SHAPE.dense_layers,
-        "num_attention_heads": SHAPE.heads,
-        "num_key_value_heads": SHAPE.heads,
+        "vocab_size": SHAPE.vocab_size,
+        "hidden_size": SHAPE.hidden_size,
+        "num_hidden_layers": SHAPE.num_hidden_layers,
+        "first_k_dense_replace": SHAPE.first_k_dense_replace,
+        "num_attention_heads": SHAPE.num_attention_heads,
+        "num_key_value_heads": SHAPE.num_attention_heads,
         "q_lora_rank": SHAPE.q_lora_rank,
         "kv_lora_rank": SHAPE.kv_lora_rank,
         "qk_nope_head_dim": SHAPE.qk_nope_head_dim,
         "qk_rope_head_dim": SHAPE.qk_rope_head_dim,
         "v_head_dim": SHAPE.v_head_dim,
-        "intermediate_size": SHAPE.dense_ffn,
-        "moe_intermediate_size": SHAPE.expert_ffn,
-        "n_routed_experts": SHAPE.experts,
-        "n_shared_experts": SHAPE.shared_experts,
-        "num_experts_per_tok": SHAPE.top_k,
-        "n_group": SHAPE.groups,
-        "topk_group": SHAPE.top_k_groups,
+        "intermediate_size": SHAPE.intermediate_size,
+        "moe_intermediate_size": SHAPE.moe_intermediate_size,
+        "n_routed_experts": SHAPE.n_routed_experts,
+        "n_shared_experts": SHAPE.n_shared_experts,
+        "num_experts_per_tok": SHAPE.num_experts_per_tok,
+        "n_group": SHAPE.n_group,
+        "topk_group": SHAPE.topk_group,
         "tie_word_embeddings": False,
         "use_cache": False,
         "attn_implementation": "sdpa",
@@ -120,7 +122,7 @@ def theirs(dtype: torch.dtype) -> Callable[[], float]:
     model: torch.nn.Module = DeepseekV3ForCausalLM(DeepseekV3Config(**settings))
     model.to(dtype).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    tokens_BS = torch.randint(0, SHAPE.vocabulary, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    tokens_BS = torch.randint(0, SHAPE.vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
 
     def step() -> float:
         loss: torch.Tensor = model(input_ids=tokens_BS, labels=tokens_BS).loss

@@ -51,7 +51,7 @@ from shoestring.trainer.precision.tiles import Scales, Tiles, quantize_blocks
 from shoestring.trainer.run.step import Stepper, StepSettings
 
 BATCH, LENGTH = 8, 128
-SHAPE = replace(ModelConfig(), name="bytes", vocabulary=256, layers=3, mtp_depth=0)
+SHAPE = replace(ModelConfig(), name="bytes", vocab_size=256, num_hidden_layers=3, num_nextn_predict_layers=0)
 PEAK_RATE = 4e-4
 SMOOTHING = 0.9
 REPORTED = 0.0025
@@ -111,7 +111,9 @@ def build(way: Way, seed: int) -> Stepper:
     initialize(model, seed)
     if way.provider is not None:
         model.use_fp8(Fp8(way.provider))
-    exchange = open_exchange(ExchangeConfig(), groups, SHAPE.experts, InlineCommunicator(), Traffic(topology, 0))
+    exchange = open_exchange(
+        ExchangeConfig(), groups, SHAPE.n_routed_experts, InlineCommunicator(), Traffic(topology, 0)
+    )
     pipeline = Pipeline.open(Stages.of(SHAPE, LENGTH), groups, torch.device("cpu"))
     return build_stepper(pipeline, model, exchange, way.dtype, 1, OptimizerConfig())
 

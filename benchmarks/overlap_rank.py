@@ -32,23 +32,23 @@ from shoestring.trainer.telemetry.trace import Span, TraceRecorder, merge_ranks,
 LIMIT = timedelta(minutes=3)
 LENGTH, SEQUENCES, MICRO_BATCHES = 256, 2, 6
 SHAPE = ModelConfig(
-    vocabulary=512,
-    hidden=256,
-    layers=8,
-    dense_layers=0,
-    heads=4,
+    vocab_size=512,
+    hidden_size=256,
+    num_hidden_layers=8,
+    first_k_dense_replace=0,
+    num_attention_heads=4,
     q_lora_rank=128,
     kv_lora_rank=64,
     qk_nope_head_dim=64,
     qk_rope_head_dim=32,
     v_head_dim=64,
-    expert_ffn=384,
-    experts=16,
-    top_k=4,
-    groups=4,
-    top_k_groups=2,
-    mtp_depth=0,
-    init_std=0.02,
+    moe_intermediate_size=384,
+    n_routed_experts=16,
+    num_experts_per_tok=4,
+    n_group=4,
+    topk_group=2,
+    num_nextn_predict_layers=0,
+    initializer_range=0.02,
 )
 SETTINGS = StepSettings(learning_rate=1e-4, clip_norm=1.0, balance_weight=1e-4, mtp_weight=0.3, bias_speed=0.001)
 
@@ -64,7 +64,7 @@ class Trainer:
         initialize(model, seed=0)
         self.traffic = Traffic(topology, groups.rank)
         worker = open_worker(groups.ep, cpu, recorder=self.trace)
-        exchange = open_exchange(ExchangeConfig(name="two_hop"), groups, SHAPE.experts, worker, self.traffic)
+        exchange = open_exchange(ExchangeConfig(name="two_hop"), groups, SHAPE.n_routed_experts, worker, self.traffic)
         pipeline = Pipeline.open(stages, groups, cpu, overlap=overlap, recorder=self.trace)
         self.stepper: Stepper = build_stepper(
             pipeline, model, exchange, torch.float32, MICRO_BATCHES, OptimizerConfig()
@@ -76,7 +76,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.stepper.groups.topology.dp_rank(self.stepper.groups.rank))
         batches = []
         for _ in range(MICRO_BATCHES):
-            tokens_BW = torch.randint(0, SHAPE.vocabulary, (SEQUENCES, LENGTH + 1), generator=generator)
+            tokens_BW = torch.randint(0, SHAPE.vocab_size, (SEQUENCES, LENGTH + 1), generator=generator)
             batches.append(TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool)))
         self.trace.spans.clear()
         self.trace.on = True

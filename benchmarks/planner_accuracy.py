@@ -160,7 +160,7 @@ def four_layers(published: dict[str, float]) -> Iterator[Comparison]:
 
     cluster = compose_run(["cluster=b200"]).cluster
     v3 = compose_run(["model=deepseek_v3", "data.vocabulary=129280"]).model
-    model = replace(v3, layers=4, dense_layers=1, mtp_depth=0)
+    model = replace(v3, num_hidden_layers=4, first_k_dense_replace=1, num_nextn_predict_layers=0)
     native = ExchangeConfig(name="two_hop")
     recipe = Recipe(precision=Precision.BF16, recompute=NOTHING, exchange=native, comm_sms=0, moment_bytes=8)
     forecaster = Forecaster(model, cluster, 4096)

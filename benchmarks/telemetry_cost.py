@@ -69,7 +69,7 @@ def open_reporter(run_dir: Path, log_every: int) -> Reporter:
 
 
 CONFIG = compose_run(["experiment=quickstart"])
-COUNTS_E = {name: torch.full((CONFIG.model.experts,), 1000) for name in router_names(CONFIG.model)}
+COUNTS_E = {name: torch.full((CONFIG.model.n_routed_experts,), 1000) for name in router_names(CONFIG.model)}
 RESULT = StepResult(3.0, 3.1, 1e-4, 4.0, 1.0, 2048, COUNTS_E, NO_VISITS, (-0.01, 0.01), ())
 
 

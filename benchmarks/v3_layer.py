@@ -43,7 +43,15 @@ LAUNCH = re.compile("cu(da)?(LaunchKernel|LaunchCooperativeKernel|Memcpy|Memset)
 RECOMPUTED = frozenset(
     {RecomputeModule.NORM, RecomputeModule.UP_PROJECTION, RecomputeModule.SWIGLU}
 )  # recompute=deepseek_v3; the trace shows it
-V3 = replace(MEASURED_ON, vocabulary=256, layers=1, dense_layers=0, groups=8, top_k_groups=4, mtp_depth=0)
+V3 = replace(
+    MEASURED_ON,
+    vocab_size=256,
+    num_hidden_layers=1,
+    first_k_dense_replace=0,
+    n_group=8,
+    topk_group=4,
+    num_nextn_predict_layers=0,
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,9 @@ def build(setting: Setting, provider: str, device: torch.device) -> Model:
     model.use_fp8(Fp8(open_provider(provider, device)))
     if device.type == "cuda":
         config, dtype = setting.config, torch.bfloat16
-        case = AttentionCase(1, config.heads, setting.tokens, config.qk_head_dim, config.v_head_dim, dtype)
+        case = AttentionCase(
+            1, config.num_attention_heads, setting.tokens, config.qk_head_dim, config.v_head_dim, dtype
+        )
         model.use_attention(choose_attention("auto", case, GpuFacts.here()))
     return model
 
@@ -89,8 +99,8 @@ def layer_seconds(model: Model, setting: Setting, device: torch.device) -> dict[
     layer = model.layers["0"]
     assert isinstance(layer, MoELayer)
     seconds: dict[str, float] = {}
-    shape = (1, setting.tokens, setting.config.hidden)
-    local = setting.config.experts // setting.expert_ranks
+    shape = (1, setting.tokens, setting.config.hidden_size)
+    local = setting.config.n_routed_experts // setting.expert_ranks
     rows_L = (setting.rows_per_expert,) * local
 
     def normal(*shape: int) -> Tensor:
@@ -105,7 +115,7 @@ def layer_seconds(model: Model, setting: Setting, device: torch.device) -> dict[
         seconds[name] = time.perf_counter() - began
 
     x_BSD = normal(*shape).requires_grad_()
-    rows_RD = normal(sum(rows_L), setting.config.hidden).requires_grad_()
+    rows_RD = normal(sum(rows_L), setting.config.hidden_size).requires_grad_()
     gates_R = torch.rand(sum(rows_L), device=device).requires_grad_()
     context = Context(
         rotation(setting.config, setting.tokens, x_BSD), torch.ones(shape[:2], dtype=torch.bool, device=device)
@@ -191,7 +201,9 @@ def main() -> None:
 
 def small() -> Setting:
     """The same on a CPU, to see that it works."""
-    config = replace(V3, hidden=64, heads=2, q_lora_rank=32, kv_lora_rank=16, expert_ffn=32)
+    config = replace(
+        V3, hidden_size=64, num_attention_heads=2, q_lora_rank=32, kv_lora_rank=16, moe_intermediate_size=32
+    )
     return Setting(config, expert_ranks=64, tokens=16, rows_per_expert=8)
 
 

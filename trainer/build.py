@@ -191,7 +191,7 @@ def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -
         train=train,
         order=SampleOrder(config.training.seed, len(train)),
         validation=validation,
-        unigram_entropy=unigram_entropy(prepared.validation, config.model.vocabulary),
+        unigram_entropy=unigram_entropy(prepared.validation, config.model.vocab_size),
         tokenizer=prepared.tokenizer,
         data=prepared.manifest,
         store=store,
@@ -234,7 +234,9 @@ def open_engine(
     order = OrderCheck(groups.ep) if config.exchange.check_order else None
     worker = open_worker(groups.ep, device, order, recorder, streams=streams)
     traffic = Traffic(config.topology, groups.rank)
-    exchange = open_exchange(config.exchange, groups, config.model.experts, worker, traffic, largest_dispatch(config))
+    exchange = open_exchange(
+        config.exchange, groups, config.model.n_routed_experts, worker, traffic, largest_dispatch(config)
+    )
     pipeline = Pipeline.open(
         stages_of(config),
         groups,
@@ -319,7 +321,7 @@ def build_optimizer(
 
 def open_samples(config: RunConfig, prepared: Prepared) -> tuple[Samples, Samples]:
     """Training and validation samples. Raises `Refused` for a split that is shorter than one sample."""
-    length, depth = config.training.sequence_length, config.model.mtp_depth
+    length, depth = config.training.sequence_length, config.model.num_nextn_predict_layers
     train = Samples.training(prepared.train, length, depth)
     return train, Samples.validation(prepared.validation, length, depth, prepared.tokenizer.pad)
 
@@ -327,7 +329,7 @@ def open_samples(config: RunConfig, prepared: Prepared) -> tuple[Samples, Sample
 def largest_dispatch(config: RunConfig) -> BufferShape:
     """What a rank sends to the experts at once: the tokens of a micro-batch, in training and in evaluation."""
     tokens = config.schedule.micro_batch * config.training.sequence_length
-    return BufferShape(tokens, config.model.hidden, config.model.top_k)
+    return BufferShape(tokens, config.model.hidden_size, config.model.num_experts_per_tok)
 
 
 def build_model(config: RunConfig, groups: ProcessGroups, device: torch.device) -> Model:

@@ -245,7 +245,7 @@ class RunConfig:
     @property
     def window(self) -> int:
         """W: tokens of one sample, with the targets of the last input."""
-        return self.training.sequence_length + 1 + self.model.mtp_depth
+        return self.training.sequence_length + 1 + self.model.num_nextn_predict_layers
 
     @property
     def share(self) -> int:
@@ -260,14 +260,16 @@ class RunConfig:
     @property
     def expert_rows(self) -> int:
         """Rows that the experts of one rank compute at once: see `RecomputeConfig`."""
-        return self.recompute.rows_at_once(self.schedule.micro_batch * self.training.sequence_length * self.model.top_k)
+        return self.recompute.rows_at_once(
+            self.schedule.micro_batch * self.training.sequence_length * self.model.num_experts_per_tok
+        )
 
     def attention_case(self, dtype: torch.dtype) -> AttentionCase:
         """The attention of one micro-batch on one rank, computed in `dtype`."""
         model = self.model
         widths = (model.qk_head_dim, model.v_head_dim)
         return AttentionCase(
-            self.schedule.micro_batch, model.heads, self.training.sequence_length, *widths, dtype=dtype
+            self.schedule.micro_batch, model.num_attention_heads, self.training.sequence_length, *widths, dtype=dtype
         )
 
     def problems(self, doubt: Doubt = NO_DOUBT) -> Iterator[Problem]:
@@ -293,9 +295,9 @@ class RunConfig:
 
     def _cross_problems(self) -> Iterator[Problem]:
         model, topology, training = self.model, self.topology, self.training
-        if model.experts % topology.ep:
-            hint = f"must divide model.experts = {model.experts}: every rank holds as many experts"
-            yield Problem("topology.ep", topology.ep, hint, ("model.experts",))
+        if model.n_routed_experts % topology.ep:
+            hint = f"must divide model.n_routed_experts = {model.n_routed_experts}: every rank holds as many experts"
+            yield Problem("topology.ep", topology.ep, hint, ("model.n_routed_experts",))
         share = self.share
         if training.global_batch % share:
             parts = f"edp x ep x micro_batch = {topology.edp} x {topology.ep} x {self.schedule.micro_batch}"
@@ -316,13 +318,13 @@ class RunConfig:
         else:
             yield from self._schedule_problems(share)
         yield from self._alignment_problems()
-        if self.data.vocabulary != model.vocabulary:
-            hint = f"must equal model.vocabulary = {model.vocabulary}"
-            yield Problem("data.vocabulary", self.data.vocabulary, hint, ("model.vocabulary",))
+        if self.data.vocabulary != model.vocab_size:
+            hint = f"must equal model.vocab_size = {model.vocab_size}"
+            yield Problem("data.vocabulary", self.data.vocabulary, hint, ("model.vocab_size",))
 
     def _schedule_problems(self, share: int) -> Iterator[Problem]:
         """What schedule and split into stages demand; `share` is a micro-batch on every rank, in sequences."""
-        schedule, ranks, layers = self.schedule, self.topology.pp, self.model.layers
+        schedule, ranks, layers = self.schedule, self.topology.pp, self.model.num_hidden_layers
         yield from self._ramp_problems(share)
         found = list(schedule_problems(schedule.name, ranks, self.micro_batches, schedule.chunks))
         for problem in found:
@@ -339,10 +341,10 @@ class RunConfig:
         stages = build_placement(schedule.name, ranks, schedule.chunks).stages
         if stages > layers:
             hint = f"gives {stages} stages with {schedule.name}, and each must hold one of {layers} layers at least"
-            yield Problem("topology.pp", ranks, hint, (*_STAGES, "model.layers"))
+            yield Problem("topology.pp", ranks, hint, (*_STAGES, "model.num_hidden_layers"))
         elif schedule.layout is not None:
             for problem in partition_problems(layers, stages, schedule.layout):
-                yield replace(problem.under("schedule"), others=(*_STAGES, "model.layers"))
+                yield replace(problem.under("schedule"), others=(*_STAGES, "model.num_hidden_layers"))
 
     def _ramp_problems(self, share: int) -> Iterator[Problem]:
         """Every size of a growing batch must be legal; the first that is not is named, with the nearest that is."""
@@ -370,11 +372,19 @@ class RunConfig:
 
     def _alignment_problems(self) -> Iterator[Problem]:
         """Grouped GEMMs want rows of whole 16 bytes; FP64 has a path of its own."""
-        if self.precision.compute == "float64" or self.model.moe_layers + self.model.mtp_depth == 0:
+        if self.precision.compute == "float64" or self.model.moe_layers + self.model.num_nextn_predict_layers == 0:
             return
         step = 4 if self.precision.compute == "float32" else 8  # auto may become BF16
-        for name, width in (("hidden", self.model.hidden), ("expert_ffn", self.model.expert_ffn)):
+        for name, width in (
+            ("hidden_size", self.model.hidden_size),
+            ("moe_intermediate_size", self.model.moe_intermediate_size),
+        ):
             if width % step:
                 hint = f"must be a multiple of {step}, for rows of whole 16 bytes"
-                judges = ("precision.compute", "model.layers", "model.dense_layers", "model.mtp_depth")
+                judges = (
+                    "precision.compute",
+                    "model.num_hidden_layers",
+                    "model.first_k_dense_replace",
+                    "model.num_nextn_predict_layers",
+                )
                 yield Problem(f"model.{name}", width, hint, judges)

@@ -28,8 +28,20 @@ SMALL = [
     *(f"training.sequence_length={SEQUENCE}", f"training.global_batch={BATCH}", "training.device=cpu"),
     *(f"training.tokens={STEPS * SEQUENCE * BATCH}", "training.sample_tokens=0", "training.evaluate_every=0"),
     *(f"training.checkpoint_every={CHECKPOINT_EVERY}", "telemetry.wandb.mode=disabled", "telemetry.log_every=1"),
-    *("model.layers=2", "model.hidden=32", "model.dense_ffn=32", "model.expert_ffn=32", "model.experts=4"),
-    *("model.groups=1", "model.top_k_groups=1", "model.top_k=2", "model.heads=2", "model.vocabulary=300"),
+    *(
+        "model.num_hidden_layers=2",
+        "model.hidden_size=32",
+        "model.intermediate_size=32",
+        "model.moe_intermediate_size=32",
+        "model.n_routed_experts=4",
+    ),
+    *(
+        "model.n_group=1",
+        "model.topk_group=1",
+        "model.num_experts_per_tok=2",
+        "model.num_attention_heads=2",
+        "model.vocab_size=300",
+    ),
     *("data.vocabulary=300", "data.validation=[v]", "budget.stop_at=null"),
     "training.collective_timeout_seconds=10",
 ]

@@ -564,8 +564,8 @@ INJECTIONS = (
         *("M7", "edp=512, hidden=1e9, layers=1e7, batch=1e30", "refused, exit 2"),
         impossible_sizes(
             ("topology.edp=512", "training.global_batch=512"),
-            ("model.hidden=1000000000", "model.experts=100000000"),
-            ("model.layers=10000000",),
+            ("model.hidden_size=1000000000", "model.n_routed_experts=100000000"),
+            ("model.num_hidden_layers=10000000",),
             ("training.global_batch=1" + 30 * "0",),
         ),
     ),
@@ -573,8 +573,8 @@ INJECTIONS = (
         *("M7", "sequence=1e9, vocabulary=1e12, heads=1e9, tokens=1e30", "refused, exit 2"),
         impossible_sizes(
             ("training.sequence_length=1000000000",),
-            ("model.vocabulary=1000000000000",),
-            ("model.heads=1000000000",),
+            ("model.vocab_size=1000000000000",),
+            ("model.num_attention_heads=1000000000",),
             ("training.tokens=1" + 30 * "0",),
         ),
     ),

@@ -42,7 +42,7 @@ def token_layout(machine: Machine) -> Figures:
 def router(machine: Machine) -> Figures:
     """Experts and loads. Inputs are small integers, so that logits do not depend on the order of their sums."""
     generator = torch.Generator().manual_seed(0)
-    config = ModelConfig(hidden=64, experts=EXPERTS, top_k=TOP_K, groups=8, top_k_groups=4)
+    config = ModelConfig(hidden_size=64, n_routed_experts=EXPERTS, num_experts_per_tok=TOP_K, n_group=8, topk_group=4)
     x_BSD = torch.randint(-3, 4, (4, 128, 64), generator=generator).float() / 8
     weight_ED = torch.randint(-5, 6, (EXPERTS, 64), generator=generator).float() / 16
     bias_E = torch.randn(EXPERTS, generator=generator) / 100

@@ -71,7 +71,7 @@ def _step(machine: Machine, overrides: Sequence[str]) -> Figures:
     """Losses and gradient norms of two steps beside the CPU's, and the time of a step."""
     config = compose_run(["model=tiny", "precision=bf16", *overrides])
     shape = (config.training.global_batch, config.window)
-    tokens_BW = torch.randint(config.model.vocabulary, shape, generator=torch.Generator().manual_seed(0))
+    tokens_BW = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     alone = ProcessGroups.create(Topology(), 0, TIMEOUT)
     with _open(compose_run(["model=tiny", "precision=fp32"]), alone, torch.device("cpu"), tokens_BW) as oracle:
         truth = [oracle.step() for _ in range(2)]

@@ -86,7 +86,7 @@ class Calibration:
     @property
     def group_sizes(self) -> list[int]:
         """Over how many ranks of these an exchange could be."""
-        world, experts = self.groups.world.size, self.config.model.experts
+        world, experts = self.groups.world.size, self.config.model.n_routed_experts
         return [ranks for ranks in range(1, world + 1) if world % ranks == 0 and experts % ranks == 0]
 
     def _exchange_groups(self, ranks: int) -> ProcessGroups:
@@ -124,13 +124,13 @@ class Calibration:
         model = Model(config.model)
         initialize(model, seed=0)
         worker = InlineCommunicator(recorder)
-        exchange = open_exchange(ExchangeConfig(), groups, config.model.experts, worker, Traffic(alone, 0))
+        exchange = open_exchange(ExchangeConfig(), groups, config.model.n_routed_experts, worker, Traffic(alone, 0))
         stages, policy = Stages.of(config.model, self.length), config.recompute.policy
         pipeline = Pipeline.open(stages, groups, device, recorder=recorder, recompute=policy)
         dtype = config.precision.compute_dtype(device)
         stepper = build_stepper(pipeline, model, exchange, dtype, 1, config.optimizer)
-        window = self.length + 1 + config.model.mtp_depth
-        tokens_BW = torch.randint(0, config.model.vocabulary, (micro_batch, window))
+        window = self.length + 1 + config.model.num_nextn_predict_layers
+        tokens_BW = torch.randint(0, config.model.vocab_size, (micro_batch, window))
         settings = StepSettings(
             learning_rate=1e-4, clip_norm=1.0, balance_weight=1e-4, mtp_weight=0.3, bias_speed=0.001
         )
@@ -141,12 +141,14 @@ class Calibration:
         config, model, device = self.config, self.config.model, torch.device("cpu")
         groups = self._exchange_groups(ranks)
         worker = open_worker(groups.ep, device)
-        exchange = open_exchange(config.exchange, groups, model.experts, worker, Traffic(groups.topology, groups.rank))
+        exchange = open_exchange(
+            config.exchange, groups, model.n_routed_experts, worker, Traffic(groups.topology, groups.rank)
+        )
         tokens = micro_batch * self.length
         dtype = config.precision.compute_dtype(device)
-        tokens_TD, grad_TD = (torch.randn(tokens, model.hidden).to(dtype) for _ in range(2))
-        weights_TK = torch.rand(tokens, model.top_k)
-        experts_TK = torch.rand(tokens, model.experts).topk(model.top_k).indices
+        tokens_TD, grad_TD = (torch.randn(tokens, model.hidden_size).to(dtype) for _ in range(2))
+        weights_TK = torch.rand(tokens, model.num_experts_per_tok)
+        experts_TK = torch.rand(tokens, model.n_routed_experts).topk(model.num_experts_per_tok).indices
         seconds: defaultdict[Exchange, list[float]] = defaultdict(list)
 
         def go_round(number: int) -> tuple[float, ...]:
@@ -177,7 +179,7 @@ class Calibration:
         world, model = self.groups.world, self.config.model
         if world.size == 1:
             return 0.0
-        hidden_BSD = torch.zeros(micro_batch, self.length, model.hidden)
+        hidden_BSD = torch.zeros(micro_batch, self.length, model.hidden_size)
         first, other = world.ranks[0], world.ranks[1]
         times = []
         for _ in range(self.repeats + _WARM_UP):
@@ -206,7 +208,9 @@ class Calibration:
                 top = [span for span in recorder.spans if span.track is Track.INSTRUCTION]
                 update.append(sum(_length(span) for span in top if span.name in (OPTIMIZER, REDUCE_WAIT)))
                 rest.append(whole - sum(map(_length, top)))
-        few = torch.zeros(2 * self.config.model.layers * self.config.model.experts)  # loads and biases
+        few = torch.zeros(
+            2 * self.config.model.num_hidden_layers * self.config.model.n_routed_experts
+        )  # loads and biases
         many = torch.zeros(count)
         world = self.groups.world
 
@@ -239,7 +243,7 @@ def phase_seconds(spans: Sequence[Span], config: RunConfig) -> dict[str, float]:
         return (sum(map(_length, found)) - inside) / len(found) if found else 0.0
 
     settled = [_length(span) for span in named["attn(W)"]]
-    depth, dense = model.mtp_depth, model.dense_layers
+    depth, dense = model.num_nextn_predict_layers, model.first_k_dense_replace
     routed = settled[1 + depth : -1] or settled[-1:]
     attention = sum(routed) / len(routed)
     phases = {

@@ -59,7 +59,7 @@ def expected_visits(model: ModelConfig, places: int) -> float:
 
     M of G groups, then K experts of these. A share is several whole groups, or a part of one.
     """
-    groups, chosen, experts, top_k = model.groups, model.top_k_groups, model.experts, model.top_k
+    groups, chosen, experts, top_k = model.n_group, model.topk_group, model.n_routed_experts, model.num_experts_per_tok
     group_size, share = experts // groups, experts // places
     reachable = chosen * group_size
 
@@ -112,9 +112,9 @@ class ExchangePricer:
         row = self._row_bytes(model, exchange)
         if self._is_flat:  # a row for every expert, wherever it is
             inside = min(ranks, self.cluster.gpus_per_node)
-            rows = shape.tokens * row * model.top_k
+            rows = shape.tokens * row * model.num_experts_per_tok
             return rows * (nodes - 1) / nodes, rows * (inside - 1) / ranks
-        places = min(ranks, model.experts)
+        places = min(ranks, model.n_routed_experts)
         remote = expected_visits(model, nodes) * (nodes - 1) / nodes
         forwarded = expected_visits(model, places) * (1 - 1 / min(ranks, self.cluster.gpus_per_node))
         return shape.tokens * row * remote, shape.tokens * row * forwarded
@@ -128,8 +128,8 @@ class ExchangePricer:
             Exchange.DISPATCH_BACKWARD: formats.dispatch_backward,
         }[exchange]
         if named == Format.FP8:
-            return model.hidden * (1 + 4 / 128)  # with an FP32 scale for 128 elements, as DeepEP's V1
-        return model.hidden * (2 if named == Format.BF16 else self.recipe.wide)
+            return model.hidden_size * (1 + 4 / 128)  # with an FP32 scale for 128 elements, as DeepEP's V1
+        return model.hidden_size * (2 if named == Format.BF16 else self.recipe.wide)
 
     @property
     def _is_flat(self) -> bool:
@@ -242,4 +242,4 @@ def _kind(exchange: Exchange) -> str:
 
 _TRACED_NODE = 8
 """GPUs of a node in the trace and in the published kernels' measurements, whatever the cluster at hand has."""
-_TRACED_MODEL = ModelConfig(hidden=7168, experts=256, groups=8, top_k_groups=4, top_k=8)
+_TRACED_MODEL = ModelConfig(hidden_size=7168, n_routed_experts=256, n_group=8, topk_group=4, num_experts_per_tok=8)

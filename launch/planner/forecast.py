@@ -258,7 +258,7 @@ class Forecaster:
         key = count, layout.layers
         if key not in self._splits:
             ranges = split_layers(self.model, self.sequence_length, count, layout.layers).ranges
-            dense = [sum(layer < self.model.dense_layers for layer in layers) for layers in ranges]
+            dense = [sum(layer < self.model.first_k_dense_replace for layer in layers) for layers in ranges]
             self._splits[key] = tuple(
                 StageShape(dense[stage], len(layers) - dense[stage], stage == 0, stage == count - 1)
                 for stage, layers in enumerate(ranges)
@@ -291,7 +291,7 @@ class Forecaster:
         crosses = Link.INFINIBAND in links
         name, link = ("infiniband_gbps", cluster.infiniband_gbps) if crosses else ("nvlink_gbps", cluster.nvlink_gbps)
         rate = bytes_a_second(cluster, name, link, "a message between stages")
-        return tokens * self.model.hidden * recipe.wide / (rate * recipe.links)
+        return tokens * self.model.hidden_size * recipe.wide / (rate * recipe.links)
 
     def update(self, layout: Layout, recipe: Recipe, replay: ProgramTimes) -> tuple[float, float]:
         """Seconds that show of summing gradients and handing out weights, and of the optimizer on the slowest rank."""
@@ -324,11 +324,15 @@ class Forecaster:
         placement = build_placement(layout.schedule, layout.topology.pp, layout.chunks)
         stages, copies = self.stages(layout), len(placement.holders(0))
         together = any(held[0].is_first and held[-1].is_last for held in self._held(placement, stages))
-        table = self.model.vocabulary * self.model.hidden
+        table = self.model.vocab_size * self.model.hidden_size
         counted = []
         for stage in stages:
             held = self._count(layout.topology, copies, [stage])
-            spare = table if stage.is_last and not stage.is_first and together and self.model.mtp_depth else 0
+            spare = (
+                table
+                if stage.is_last and not stage.is_first and together and self.model.num_nextn_predict_layers
+                else 0
+            )
             counted.append(replace(held, dense=held.dense - spare))  # the table is the first stage's there
         return [updates.traffic(held) for held in counted]
 
@@ -343,9 +347,9 @@ class Forecaster:
 
     def _count(self, topology: Topology, copies: int, held: Sequence[StageShape]) -> Parameters:
         both = [stage_parameters(self.model, stage) for stage in held]
-        dense, table = sum(part[0] for part in both), self.model.vocabulary * self.model.hidden
+        dense, table = sum(part[0] for part in both), self.model.vocab_size * self.model.hidden_size
         first, last = any(stage.is_first for stage in held), any(stage.is_last for stage in held)
-        replica = bool(self.model.mtp_depth) and last and not first  # an embedding of its own, for MTP
+        replica = bool(self.model.num_nextn_predict_layers) and last and not first  # an embedding of its own, for MTP
         routed = sum(part[1] for part in both) / topology.ep
         tables = table * (first + last + replica)
         return Parameters(dense + table * replica, routed, topology.dp * copies, topology.edp * copies, tables)

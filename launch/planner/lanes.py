@@ -134,7 +134,7 @@ class SimulatedChunk:
             yield from self._moe_forward(layer)
         if self.stage.is_last:
             self._compute(ComputePhase.HEAD_F)
-            for depth in range(self.shape.model.mtp_depth):
+            for depth in range(self.shape.model.num_nextn_predict_layers):
                 self._compute(ComputePhase.MERGE_F)
                 yield from self._moe_forward(self.stage.routed + depth)
                 self._compute(ComputePhase.HEAD_F)
@@ -152,14 +152,14 @@ class SimulatedChunk:
             left.clear()
 
         if self.stage.is_last:
-            for _ in range(self.shape.model.mtp_depth + 1):
+            for _ in range(self.shape.model.num_nextn_predict_layers + 1):
                 self._compute(ComputePhase.HEAD_B)
                 left.append(ComputePhase.HEAD_W)
-            for depth in range(self.shape.model.mtp_depth):
+            for depth in range(self.shape.model.num_nextn_predict_layers):
                 yield from self._moe_backward(depth, left, settle)
                 self._compute(ComputePhase.MERGE_B)
                 left.append(ComputePhase.MERGE_W)
-        first = self.shape.model.mtp_depth if self.stage.is_last else 0
+        first = self.shape.model.num_nextn_predict_layers if self.stage.is_last else 0
         for layer in range(first, first + self.stage.routed):
             yield from self._moe_backward(layer, left, settle)
         for _ in range(self.stage.dense):
@@ -169,7 +169,7 @@ class SimulatedChunk:
 
     def weight_gradients(self) -> None:
         """What an I has left for its W."""
-        depth = self.shape.model.mtp_depth if self.stage.is_last else 0
+        depth = self.shape.model.num_nextn_predict_layers if self.stage.is_last else 0
         for phase, times in (
             (ComputePhase.EXPERTS_W, self.stage.routed + depth),
             (ComputePhase.ATTENTION_W, self.stage.routed + depth),

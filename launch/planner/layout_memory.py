@@ -91,10 +91,10 @@ def working_of(shape: Shape, recipe: Recipe) -> Working:
         on_cpu=recipe.on_cpu,
         rows=shape.rows,
         fp8=recipe.precision is Precision.FP8,
-        block=RecomputeConfig(expert_rows=recipe.expert_rows).rows_at_once(shape.tokens * model.top_k),
+        block=RecomputeConfig(expert_rows=recipe.expert_rows).rows_at_once(shape.tokens * model.num_experts_per_tok),
     )
     wire = ExchangeFormats.of(recipe.exchange, shape.expert_ranks)
-    return Working(model, batch, recipe.recompute, wire, model.experts // shape.expert_ranks)
+    return Working(model, batch, recipe.recompute, wire, model.n_routed_experts // shape.expert_ranks)
 
 
 @dataclass
@@ -126,7 +126,7 @@ def outside_of(shape: Shape, recipe: Recipe, topology: Topology) -> Outside:
     """What no allocator sees of a rank's memory."""
     if recipe.on_cpu:
         return Outside()
-    buffer = BufferShape(shape.tokens, shape.model.hidden, shape.model.top_k)
+    buffer = BufferShape(shape.tokens, shape.model.hidden_size, shape.model.num_experts_per_tok)
     return Outside.of(recipe.exchange, buffer, topology.ep_nodes, topology.ep_node_size)
 
 
@@ -143,19 +143,19 @@ def state_of(recipe: Recipe, held: Parameters) -> StateBytes:
 
 def stage_parameters(model: ModelConfig, stage: StageShape) -> tuple[float, float]:
     """Dense and routed parameters of a stage, of all expert-parallel ranks together."""
-    hidden, heads = model.hidden, model.heads
+    hidden, heads = model.hidden_size, model.num_attention_heads
     query = hidden * heads * model.qk_head_dim
     if model.q_lora_rank is not None:
         query = model.q_lora_rank * (hidden + heads * model.qk_head_dim + 1)
     attention = query + hidden * (model.kv_lora_rank + model.qk_rope_head_dim) + heads * model.v_head_dim * hidden
     attention += model.kv_lora_rank * (heads * (model.qk_nope_head_dim + model.v_head_dim) + 1) + 2 * hidden
-    expert = 3 * hidden * model.expert_ffn
-    routed_layer = attention + model.shared_experts * expert + hidden * model.experts
-    depth = model.mtp_depth if stage.is_last else 0
-    dense = stage.dense * (attention + 3 * hidden * model.dense_ffn) + (stage.routed + depth) * routed_layer
+    expert = 3 * hidden * model.moe_intermediate_size
+    routed_layer = attention + model.n_shared_experts * expert + hidden * model.n_routed_experts
+    depth = model.num_nextn_predict_layers if stage.is_last else 0
+    dense = stage.dense * (attention + 3 * hidden * model.intermediate_size) + (stage.routed + depth) * routed_layer
     dense += depth * (2 * hidden**2 + 3 * hidden)
     if stage.is_first:
-        dense += model.vocabulary * hidden
+        dense += model.vocab_size * hidden
     if stage.is_last:
-        dense += model.vocabulary * hidden + hidden
-    return float(dense), float((stage.routed + depth) * model.experts * expert)
+        dense += model.vocab_size * hidden + hidden
+    return float(dense), float((stage.routed + depth) * model.n_routed_experts * expert)

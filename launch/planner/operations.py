@@ -107,7 +107,7 @@ class Shape:
         """R, with balanced routing and on the rank with the most of them above that by `skew`."""
         if self.received is not None:
             return self.received
-        return round(self.tokens * self.model.top_k * (1 + self.skew))
+        return round(self.tokens * self.model.num_experts_per_tok * (1 + self.skew))
 
 
 def phase_operations(shape: Shape, recipe: Recipe, phase: ComputePhase) -> Iterator[Operation]:
@@ -131,20 +131,20 @@ def phase_operations(shape: Shape, recipe: Recipe, phase: ComputePhase) -> Itera
 def _linears(shape: Shape, recipe: Recipe, part: str) -> Iterator[tuple[str, int, int, int, Precision, bool]]:
     """Name, tokens, inputs, outputs, format and whether grouped of each Linear of a part."""
     model, tokens, low = shape.model, shape.tokens, recipe.precision
-    hidden, inner = model.hidden, model.expert_ffn
+    hidden, inner = model.hidden_size, model.moe_intermediate_size
     if part in ("attn", "dense"):
         for name, inputs, outputs in _attention_linears(model):
             yield name, tokens, inputs, outputs, low, False
     if part == "attn":
-        yield "gate", tokens, hidden, model.experts, _out_of_fp8(recipe), False
+        yield "gate", tokens, hidden, model.n_routed_experts, _out_of_fp8(recipe), False
     elif part == "dense":
-        yield "ffn_gate_up", tokens, hidden, 2 * model.dense_ffn, low, False
-        yield "ffn_down", tokens, model.dense_ffn, hidden, low, False
+        yield "ffn_gate_up", tokens, hidden, 2 * model.intermediate_size, low, False
+        yield "ffn_down", tokens, model.intermediate_size, hidden, low, False
     elif part == "mtp":
         yield "mtp_merge", tokens, 2 * hidden, hidden, low, False
-    if part == "shared" and model.shared_experts:
-        yield "shared_gate_up", tokens, hidden, 2 * inner * model.shared_experts, low, False
-        yield "shared_down", tokens, inner * model.shared_experts, hidden, low, False
+    if part == "shared" and model.n_shared_experts:
+        yield "shared_gate_up", tokens, hidden, 2 * inner * model.n_shared_experts, low, False
+        yield "shared_down", tokens, inner * model.n_shared_experts, hidden, low, False
     if part == "mlp":
         yield "gate_up", shape.rows, hidden, 2 * inner, low, True
         yield "down", shape.rows, inner, hidden, low, True
@@ -156,7 +156,7 @@ def _loss(shape: Shape, recipe: Recipe, phase: ComputePhase) -> Iterator[Operati
         return
     for role in GemmRole:
         dtype = _out_of_fp8(recipe)
-        yield Gemm("head", role, dtype, shape.tokens, shape.model.hidden, shape.model.vocabulary)
+        yield Gemm("head", role, dtype, shape.tokens, shape.model.hidden_size, shape.model.vocab_size)
 
 
 def head_traffic(shape: Shape, recipe: Recipe) -> float:
@@ -164,8 +164,8 @@ def head_traffic(shape: Shape, recipe: Recipe) -> float:
 
     No pass of `_loss`: nobody has measured a head, and a kernel may keep the sum to itself.
     """
-    chunks = math.ceil(shape.tokens / chunk_tokens(shape.model.vocabulary, on_gpu=True))
-    return float(chunks) * shape.model.vocabulary * shape.model.hidden * (2 * recipe.wide + 2 * 4)
+    chunks = math.ceil(shape.tokens / chunk_tokens(shape.model.vocab_size, on_gpu=True))
+    return float(chunks) * shape.model.vocab_size * shape.model.hidden_size * (2 * recipe.wide + 2 * 4)
 
 
 def _out_of_fp8(recipe: Recipe) -> Precision:
@@ -173,7 +173,7 @@ def _out_of_fp8(recipe: Recipe) -> Precision:
 
 
 def _attention_linears(model: ModelConfig) -> Iterator[tuple[str, int, int]]:
-    hidden, heads, rank = model.hidden, model.heads, model.q_lora_rank
+    hidden, heads, rank = model.hidden_size, model.num_attention_heads, model.q_lora_rank
     if rank is None:
         yield "q_proj", hidden, heads * model.qk_head_dim
     else:
@@ -207,7 +207,7 @@ def _core(shape: Shape, role: str) -> Iterator[Core]:
     widths = model.qk_head_dim + model.v_head_dim
     if role == "backward":
         widths = 3 * model.qk_head_dim + 2 * model.v_head_dim
-    yield Core(role, float(shape.micro_batch) * model.heads * widths * length**2)
+    yield Core(role, float(shape.micro_batch) * model.num_attention_heads * widths * length**2)
 
 
 # Kinds of passes in each phase; a dense layer is attention and a wide shared expert.
@@ -234,9 +234,9 @@ def _passes(shape: Shape, recipe: Recipe, phase: ComputePhase) -> Iterator[Memor
 def pass_bytes(shape: Shape, kind: str, phase: ComputePhase) -> float:
     """Bytes that a pass of this kind must move at least once in this phase of a routed layer."""
     model, tokens, rows = shape.model, shape.tokens, shape.rows
-    hidden, inner, heads = model.hidden, model.expert_ffn, model.heads
+    hidden, inner, heads = model.hidden_size, model.moe_intermediate_size, model.num_attention_heads
     if phase.value.startswith("mlp"):
-        shared = tokens * model.shared_experts
+        shared = tokens * model.n_shared_experts
         return {
             "norm": 4.0 * tokens * hidden,
             "quantize": 3.0 * (rows + shared) * (hidden + 2 * inner),
@@ -249,7 +249,7 @@ def pass_bytes(shape: Shape, kind: str, phase: ComputePhase) -> float:
         "norm": 4.0 * tokens * (2 * hidden + latents),
         "quantize": 3.0 * tokens * (hidden + latents + heads * model.v_head_dim),
         "rope": 8.0 * tokens * heads * model.qk_head_dim,
-        "router": 8.0 * tokens * model.experts,
+        "router": 8.0 * tokens * model.n_routed_experts,
         "elementwise": 4.0 * tokens * hidden,
     }[kind]
 
@@ -257,5 +257,5 @@ def pass_bytes(shape: Shape, kind: str, phase: ComputePhase) -> float:
 def _dense_bytes(shape: Shape, kind: str) -> float:
     model, tokens = shape.model, shape.tokens
     if kind == "quantize":
-        return 3.0 * tokens * (model.hidden + 2 * model.dense_ffn)
-    return 6.0 * tokens * model.dense_ffn
+        return 3.0 * tokens * (model.hidden_size + 2 * model.intermediate_size)
+    return 6.0 * tokens * model.intermediate_size

@@ -23,17 +23,17 @@ _TILE = 128
 
 MEASURED_ON = ModelConfig(
     name="deepseek_v3",
-    hidden=7168,
-    heads=128,
+    hidden_size=7168,
+    num_attention_heads=128,
     q_lora_rank=1536,
     kv_lora_rank=512,
     qk_nope_head_dim=128,
     qk_rope_head_dim=64,
     v_head_dim=128,
-    dense_ffn=18432,
-    expert_ffn=2048,
-    experts=256,
-    top_k=8,
+    intermediate_size=18432,
+    moe_intermediate_size=2048,
+    n_routed_experts=256,
+    num_experts_per_tok=8,
 )
 """The layer whose passes over memory the tables measured, with 4,096 tokens."""
 
@@ -189,7 +189,7 @@ class Compute:
             length, widths = row.tokens, row.inputs + row.outputs
             if core.role == "backward":
                 widths = 3 * row.inputs + 2 * row.outputs
-            seconds = core.flops / (MEASURED_ON.heads * widths * length**2) * row.seconds
+            seconds = core.flops / (MEASURED_ON.num_attention_heads * widths * length**2) * row.seconds
         lent = self.table.find("gemm", "lent_sms", "any")
         if lent is not None and self.cluster.sms is not None:
             seconds *= (self.cluster.sms - lent.value) / (self.cluster.sms - self.recipe.comm_sms)

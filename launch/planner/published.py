@@ -71,9 +71,9 @@ def as_published(forecast: Forecast) -> dict[str, float]:
 
 
 def _size(model: ModelConfig) -> tuple[int, ...]:
-    layers = model.layers, model.dense_layers, model.hidden
-    experts = model.experts, model.top_k, model.expert_ffn
-    return *layers, *experts, model.vocabulary, model.mtp_depth
+    layers = model.num_hidden_layers, model.first_k_dense_replace, model.hidden_size
+    experts = model.n_routed_experts, model.num_experts_per_tok, model.moe_intermediate_size
+    return *layers, *experts, model.vocab_size, model.num_nextn_predict_layers
 
 
 TRACED = StageShape(dense=0, routed=4, is_first=False, is_last=False)

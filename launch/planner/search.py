@@ -126,9 +126,9 @@ def _unknown(refused: ConfigError) -> str:
 def illegality(forecaster: Forecaster, layout: Layout, global_batch: int) -> str | None:
     """Why a layout cannot be, in a few words that many share; None if it can."""
     topology, model = layout.topology, forecaster.model
-    if model.experts % topology.ep:
+    if model.n_routed_experts % topology.ep:
         return "experts do not divide over ep"
-    if model.experts % max(1, topology.ep_nodes):
+    if model.n_routed_experts % max(1, topology.ep_nodes):
         return "experts do not divide over nodes"
     if any(True for _ in topology.problems()):
         return "expert-parallel groups do not fill nodes evenly"
@@ -138,7 +138,7 @@ def illegality(forecaster: Forecaster, layout: Layout, global_batch: int) -> str
     for problem in schedule_problems(layout.schedule, topology.pp, count, layout.chunks):
         words = {"ranks": "ranks do not suit the schedule", "micro_batches": "too few or odd micro-batches"}
         return f"{words.get(problem.field, problem.field)} ({layout.schedule})"
-    if build_placement(layout.schedule, topology.pp, layout.chunks).stages > model.layers:
+    if build_placement(layout.schedule, topology.pp, layout.chunks).stages > model.num_hidden_layers:
         return "more stages than layers"
     return None
 

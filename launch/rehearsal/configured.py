@@ -43,7 +43,7 @@ def _unknown(config: RunConfig) -> Iterator[Problem]:
             "cannot be rehearsed: DeepEP's kernels need GPUs; rehearse exchange=two_hop_fp8, which sends the same rows"
         )
         yield Problem("exchange.name", "deepep", hint)
-    if config.precision.compute == "float32" and config.model.moe_layers + config.model.mtp_depth:
+    if config.precision.compute == "float32" and config.model.moe_layers + config.model.num_nextn_predict_layers:
         hint = "cannot be rehearsed: torch's grouped product has a fake kernel for BF16 alone; write auto"
         yield Problem("precision.compute", "float32", hint)
     if config.precision.provider not in ("auto", "triton"):

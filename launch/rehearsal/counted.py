@@ -65,7 +65,7 @@ class _Owners:
     """What the launches of each rank belong to, and how often there is such a thing."""
 
     def __init__(self, config: RunConfig, stages: Stages, logs: Sequence[RankLog]) -> None:
-        self._dense_layers = config.model.dense_layers
+        self._dense_layers = config.model.first_k_dense_replace
         self._plain: set[int] = set()
         """Ranks that have MoE layers and nothing else."""
         self.times: Counter[str] = Counter({STEP: len(logs)})
@@ -101,8 +101,12 @@ it is theirs."""
 def _layers(config: RunConfig, chunks: Sequence[StageSpec]) -> dict[str, int]:
     """Return how many layers of each kind the chunks of a rank have."""
     layers = [layer for chunk in chunks for layer in chunk.layers]
-    dense = sum(layer < config.model.dense_layers for layer in layers)
-    return {DENSE: dense, MOE: len(layers) - dense, MTP: config.model.mtp_depth * any(c.is_last for c in chunks)}
+    dense = sum(layer < config.model.first_k_dense_replace for layer in layers)
+    return {
+        DENSE: dense,
+        MOE: len(layers) - dense,
+        MTP: config.model.num_nextn_predict_layers * any(c.is_last for c in chunks),
+    }
 
 
 def _means(

@@ -87,14 +87,14 @@ def least_bytes(config: RunConfig) -> Iterator[tuple[str, tuple[str, object], fl
     yield f"{parameters:.3g} parameters and their optimizer state", ("model", config.model.name), size
     tokens = config.schedule.micro_batch * config.training.sequence_length
     key = ("training.sequence_length", config.training.sequence_length)
-    yield f"one activation of the {tokens:,} tokens of a micro-batch", key, 2.0 * tokens * config.model.hidden
+    yield f"one activation of the {tokens:,} tokens of a micro-batch", key, 2.0 * tokens * config.model.hidden_size
 
 
 def least_parameters(model: ModelConfig) -> int:
     """Return a count that the model's parameters exceed: feed-forward networks, embedding and head."""
-    routed = model.moe_layers * (model.experts + model.shared_experts) * model.expert_ffn
-    dense = model.dense_layers * model.dense_ffn
-    return model.hidden * (3 * (routed + dense) + 2 * model.vocabulary)
+    routed = model.moe_layers * (model.n_routed_experts + model.n_shared_experts) * model.moe_intermediate_size
+    dense = model.first_k_dense_replace * model.intermediate_size
+    return model.hidden_size * (3 * (routed + dense) + 2 * model.vocab_size)
 
 
 def _grid(config: RunConfig) -> str:

@@ -68,9 +68,9 @@ def generate_text(request: GenerationRequest) -> tuple[str, Continuation]:
     sampler = Sampler(torch.Generator().manual_seed(request.seed), request.temperature)
     with refusing(checkpoint.path / TOKENIZER, "take another checkpoint"):
         prompt = encode_with(tokenizer, request.prompt)
-    if not prompt or max(prompt) >= checkpoint.model.vocabulary:
+    if not prompt or max(prompt) >= checkpoint.model.vocab_size:
         hint = (
-            f"its tokens must be numbers below {checkpoint.model.vocabulary}, the model's vocabulary, and at least one"
+            f"its tokens must be numbers below {checkpoint.model.vocab_size}, the model's vocabulary, and at least one"
         )
         raise ConfigError([Problem("--prompt", request.prompt, f"{TOKENIZER} gives {prompt[:8]}: {hint}")])
     try:
@@ -86,7 +86,7 @@ def _attention(model: ModelConfig, context: int, dtype: torch.dtype, device: tor
     """What computes up to `context` tokens of one text. Raises `ConfigError`."""
     if device.type == "cpu":
         return ON_CPU
-    case = AttentionCase(1, model.heads, context, model.qk_head_dim, model.v_head_dim, dtype)
+    case = AttentionCase(1, model.num_attention_heads, context, model.qk_head_dim, model.v_head_dim, dtype)
     return choose_attention("auto", case, GpuFacts.here())
 
 

@@ -59,15 +59,15 @@ def params_table(overrides: Sequence[str], config_dir: Path | None) -> Renderabl
     parameters.add_row("main model, embedding and head included", _big(count.main), _big(count.main_active))
     parameters.add_row("  embedding", _big(count.embedding), _big(count.embedding))
     parameters.add_row("  head", _big(count.head), _big(count.head))
-    active_experts = count.routed_experts * config.model.top_k // config.model.experts
+    active_experts = count.routed_experts * config.model.num_experts_per_tok // config.model.n_routed_experts
     parameters.add_row("  routed experts", _big(count.routed_experts), _big(active_experts))
-    if config.model.mtp_depth:
+    if config.model.num_nextn_predict_layers:
         parameters.add_row("MTP modules, on top of it", _big(count.mtp), _big(count.mtp_active))
     table = Table(title=f"Training FLOPs a token at sequence length {length}", title_justify="left")
     table.add_column("what is counted")
     table.add_column("GFLOP", justify="right")
     table.add_row("main model, causal attention", _giga(flops.main))
-    if config.model.mtp_depth:
+    if config.model.num_nextn_predict_layers:
         table.add_row("main model and MTP, causal attention", _giga(flops.with_mtp))
     table.add_row("main model, whole S x S of attention", _giga(flops.main_full_attention))
     return Group(parameters, table, f"Convention: {CONVENTION}.\n", _activations(config))
@@ -88,13 +88,13 @@ def _activations(config: RunConfig) -> Table:
 
 def _layers(config: RunConfig) -> dict[str, list[Kept]]:
     batch = MicroBatch(1, config.training.sequence_length, torch.bfloat16, on_cpu=False)
-    kinds = {"dense": (config.model.dense_layers, dense_layer), "routed": (config.model.moe_layers, moe_layer)}
+    kinds = {"dense": (config.model.first_k_dense_replace, dense_layer), "routed": (config.model.moe_layers, moe_layer)}
     return {name: costs(config.model, batch) for name, (layers, costs) in kinds.items() if layers}
 
 
 def compose_model(overrides: Sequence[str], config_dir: Path | None) -> RunConfig:
     """The model as composed, for figures at the published length unless one is given."""
-    vocabulary = ["data.vocabulary=${model.vocabulary}"]
+    vocabulary = ["data.vocabulary=${model.vocab_size}"]
     length = [f"training.sequence_length={_PUBLISHED_LENGTH}"]
     given = any(text.lstrip("+").startswith(("training.sequence_length=", "experiment=")) for text in overrides)
     return compose_run([*vocabulary, *([] if given else length), *overrides], config_dir)

@@ -33,7 +33,7 @@ class PartitionedModel:
     @property
     def replica(self) -> bool:
         """Whether the last stage holds an embedding of its own, for MTP: not if the first is on the same rank."""
-        return self.config.model.mtp_depth > 0 and not self.placement.shares_ends()
+        return self.config.model.num_nextn_predict_layers > 0 and not self.placement.shares_ends()
 
     def parameters(self, stage: int) -> int:
         """What the stage holds, its embedding replica included."""
@@ -50,14 +50,14 @@ class PartitionedModel:
 
     def dense(self, stage: int) -> int:
         """How many of the stage's layers have a dense feed-forward network."""
-        return sum(layer < self.config.model.dense_layers for layer in self.split.ranges[stage])
+        return sum(layer < self.config.model.first_k_dense_replace for layer in self.split.ranges[stage])
 
     def extras(self, stage: int) -> list[str]:
         """What the stage holds besides layers."""
         extras = ["embedding"] if stage == 0 else []
         if stage == self.placement.stages - 1:
             extras.append("head")
-            if depth := self.config.model.mtp_depth:
+            if depth := self.config.model.num_nextn_predict_layers:
                 extras.append("MTP" if depth == 1 else f"{depth} MTP modules")
             if self.replica:
                 extras.append("embedding replica")
@@ -70,7 +70,7 @@ def partition_model(
     """Split the model that `overrides` describe over `stages`, which `schedule` puts on ranks."""
     config = compose_model(overrides, config_dir)
     counts = None if layout is None else _parse_layout(layout)
-    problems = partition_problems(config.model.layers, stages, counts)
+    problems = partition_problems(config.model.num_hidden_layers, stages, counts)
     refuse_if_any(replace(problem, field=f"--{problem.field}") for problem in problems)
     placement = _placement(schedule, stages)
     length = config.training.sequence_length

@@ -20,10 +20,24 @@ from shoestring.trainer.model.model import Model
 from .kinds import data_overrides
 
 SHAPE = ModelConfig(
-    hidden=16, layers=2, heads=2, vocabulary=300, experts=4, groups=2, top_k_groups=1, top_k=2, expert_ffn=8,
-    dense_ffn=16, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, init_std=0.2,
-    yarn=YarnConfig(factor=2.0, original_length=32),
-)  # fmt: skip
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    vocab_size=300,
+    n_routed_experts=4,
+    n_group=2,
+    topk_group=1,
+    num_experts_per_tok=2,
+    moe_intermediate_size=8,
+    intermediate_size=16,
+    q_lora_rank=8,
+    kv_lora_rank=8,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    initializer_range=0.2,
+    rope_scaling=YarnConfig(factor=2.0, original_max_position_embeddings=32),
+)
 TEXT = " ".join(f"word{index * 7919 % 211}" for index in range(1500))
 GPUS = ("cluster=h800", "cluster.nodes=1", "cluster.gpus_per_node=4", "training.device=auto", "recompute=deepseek_v3")
 INVOICE = "gpu_hours,amount\n1.5,3.0\n2,4\n"

@@ -21,8 +21,8 @@ EXPERIMENTS = [choice for group, choice in FILES if group == "experiment"]
 MODELS = [choice for group, choice in FILES if group == "model"]
 # A group's file alone beside the default model: what the two must agree on follows it.
 COMPANIONS = {
-    "model": "data.vocabulary=${model.vocabulary}",
-    "data": "model.vocabulary=${data.vocabulary}",
+    "model": "data.vocabulary=${model.vocab_size}",
+    "data": "model.vocab_size=${data.vocabulary}",
     "schedule": "topology.pp=2",
 }
 
@@ -65,8 +65,10 @@ def test_every_group_of_files_is_a_part_of_the_run() -> None:
 
 
 def test_a_later_override_wins_over_the_experiment_and_the_group() -> None:
-    config = compose_run(["experiment=quickstart", "topology=single", "training.tokens=5000", "model.layers=2"])
-    assert (config.topology.ep, config.training.tokens, config.model.layers) == (1, 5000, 2)
+    config = compose_run(
+        ["experiment=quickstart", "topology=single", "training.tokens=5000", "model.num_hidden_layers=2"]
+    )
+    assert (config.topology.ep, config.training.tokens, config.model.num_hidden_layers) == (1, 5000, 2)
     assert config.training.run_dir == compose_run(["experiment=quickstart"]).training.run_dir
 
 
@@ -82,8 +84,8 @@ def test_values_of_many_kinds() -> None:
             "training.mtp_weight={0: 0.3, 10e12: 0.1}",
             "optimizer.weight_decay=0",
             "model.q_lora_rank=null",
-            "model.yarn.factor=8",
-            "model.normalize_gates=false",
+            "model.rope_scaling.factor=8",
+            "model.norm_topk_prob=false",
             "data.validation=[hamlet, macbeth]",
         ]
     )
@@ -91,8 +93,8 @@ def test_values_of_many_kinds() -> None:
     assert config.training.mtp_weight == {0: 0.3, 10**13: 0.1}
     assert (config.optimizer.weight_decay, type(config.optimizer.weight_decay)) == (0.0, float)
     assert config.model.q_lora_rank is None
-    assert config.model.yarn == YarnConfig(factor=8.0)
-    assert config.model.normalize_gates is False
+    assert config.model.rope_scaling == YarnConfig(factor=8.0)
+    assert config.model.norm_topk_prob is False
     assert config.data.validation == ("hamlet", "macbeth")
 
 
@@ -104,12 +106,12 @@ def test_values_of_many_kinds() -> None:
         ("modle=tiny", "modle", "did you mean model?"),
         ("telemetry.wandb.moode=online", "telemetry.wandb.moode", "did you mean mode?"),
         ("topology.tensor=2", "topology.tensor", "there are: edp, ep, gpus_per_node, pp"),
-        ("model.hidden.x=3", "model.hidden", "must be a whole number"),
+        ("model.hidden_size.x=3", "model.hidden_size", "must be a whole number"),
         ("training.tokens=1.5", "training.tokens", "must be a whole number"),
         ("training.tokens=true", "training.tokens", "must be a whole number"),
         ("training.tokens=many", "training.tokens", "must be a whole number"),
         ("training.seed=null", "training.seed", "must be a whole number"),
-        ("model.normalize_gates=1", "model.normalize_gates", "must be true or false"),
+        ("model.norm_topk_prob=1", "model.norm_topk_prob", "must be true or false"),
         ("optimizer.eps=nan", "optimizer.eps", "must be a finite number"),
         ("budget.gpu_hours=inf", "budget.gpu_hours", "must be a finite number"),
         ("precision.compute=32", "precision.compute", "must be text"),
@@ -170,17 +172,20 @@ def test_mistakes_of_every_kind_are_refused_together(tmp_path: Path) -> None:
 
 
 def test_impossible_values_of_several_parts_are_refused_together() -> None:
-    overrides = ["model.groups=3", "precision.compute=int8", "training.mtp_weight={5: 0.1}", "budget.gpu_hours=0"]
+    overrides = ["model.n_group=3", "precision.compute=int8", "training.mtp_weight={5: 0.1}", "budget.gpu_hours=0"]
     problems = refused(compose_run, overrides)
-    assert problems.keys() == {"model.groups", "precision.compute", "training.mtp_weight", "budget.gpu_hours"}
+    assert problems.keys() == {"model.n_group", "precision.compute", "training.mtp_weight", "budget.gpu_hours"}
 
 
 @pytest.mark.parametrize(
     ("overrides", "fields"),
     [
         ("model.hiden=3 topology.ep=5 training.device=tpu", {"model.hiden", "topology.ep", "training.device"}),
-        ("model.top_k=99 topology.ep=3 training.global_batch=7", {"model.top_k", "topology.ep"}),
-        ("training.seed=many model.groups=5 budget.phase=nap", {"training.seed", "model.groups", "budget.phase"}),
+        (
+            "model.num_experts_per_tok=99 topology.ep=3 training.global_batch=7",
+            {"model.num_experts_per_tok", "topology.ep"},
+        ),
+        ("training.seed=many model.n_group=5 budget.phase=nap", {"training.seed", "model.n_group", "budget.phase"}),
         ("training.seed topology=ep5 budget.gpu_hours=0", {"command line", "topology", "budget.gpu_hours"}),
         ("telemetry.log_every=0 data.validation=hamlet", {"telemetry.log_every", "data.validation"}),
     ],
@@ -196,11 +201,14 @@ def test_unreadable_and_impossible_values_are_refused_together(overrides: str, f
     [
         # Of 16 experts, the default: 18 or 30 are meant.
         ("model.experst=18 topology.ep=32 training.global_batch=32", "model.experst"),
-        ("model.experts=30.5 topology.ep=32 training.global_batch=32", "model.experts"),
+        ("model.n_routed_experts=30.5 topology.ep=32 training.global_batch=32", "model.n_routed_experts"),
         ("model.blocks=3 topology.ep=32 training.global_batch=32", "model.blocks"),
         # Of 16 sequences and micro-batches of one.
         ("training.global_batch=many topology.edp=5", "training.global_batch"),
-        ("schedule.micro_batch=half training.global_batch=3 topology.ep=2 model.experts=64", "schedule.micro_batch"),
+        (
+            "schedule.micro_batch=half training.global_batch=3 topology.ep=2 model.n_routed_experts=64",
+            "schedule.micro_batch",
+        ),
         ("training=3 topology.edp=5", "training"),
         ("optimizer.constant_tokens=long optimizer.decay_tokens=5", "optimizer.constant_tokens"),
         ("topology=two topology.edp=5", "topology"),
@@ -208,7 +216,7 @@ def test_unreadable_and_impossible_values_are_refused_together(overrides: str, f
         ("experiment=mine data.vocabulary=4096 topology.ep=16", "experiment"),
         ("experiment data.vocabulary=4096 topology.ep=16", "command line"),
         ("=4 data.vocabulary=4096", "command line"),
-        ("data.vocabulary=big model.vocabulary=4096", "data.vocabulary"),
+        ("data.vocabulary=big model.vocab_size=4096", "data.vocabulary"),
         ("model=large data.vocabulary=4096", "model"),
     ],
 )
@@ -217,11 +225,17 @@ def test_a_default_in_place_of_an_unreadable_value_accuses_nobody(overrides: str
 
 
 def test_what_is_written_inside_a_doubtful_group_counts(tmp_path: Path) -> None:
-    written = ["experiment=mine", "topology.ep=8", "model.experts=20", "model.groups=7", "training.device=tpu"]
+    written = [
+        "experiment=mine",
+        "topology.ep=8",
+        "model.n_routed_experts=20",
+        "model.n_group=7",
+        "training.device=tpu",
+    ]
     problems = refused(compose_run, written)
-    assert problems.keys() == {"experiment", "topology.ep", "model.groups", "training.device"}
+    assert problems.keys() == {"experiment", "topology.ep", "model.n_group", "training.device"}
     problems = refused(compose_run, written, tmp_path / "nowhere")
-    assert problems.keys() == {"--config-dir", "experiment", "topology.ep", "model.groups", "training.device"}
+    assert problems.keys() == {"--config-dir", "experiment", "topology.ep", "model.n_group", "training.device"}
 
 
 def test_an_experiment_of_ones_own(tmp_path: Path) -> None:
@@ -231,9 +245,9 @@ def test_an_experiment_of_ones_own(tmp_path: Path) -> None:
         "# @package _global_\ndefaults:\n  - override /topology: ep4\n  - override /model: wide\n"
         "training:\n  tokens: 2e9\n",
     )
-    own_file(directory, "model/wide.yaml", "name: wide\nhidden: 256\n")
+    own_file(directory, "model/wide.yaml", "name: wide\nhidden_size: 256\n")
     config = compose_run(["experiment=long", "training.seed=7"], directory)
-    assert (config.topology.ep, config.model.hidden, config.training.tokens) == (4, 256, 2 * 10**9)
+    assert (config.topology.ep, config.model.hidden_size, config.training.tokens) == (4, 256, 2 * 10**9)
     assert config.training.seed == 7
 
     problems = refused(compose_run, ["experiment=lang", "model=narrow"], directory)
@@ -246,7 +260,7 @@ def test_a_directory_of_ones_own_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_file_of_ones_own_that_could_never_be_chosen(tmp_path: Path) -> None:
-    directory = own_file(tmp_path, "model/tiny.yaml", "hidden: 256\n")
+    directory = own_file(tmp_path, "model/tiny.yaml", "hidden_size: 256\n")
     problems = refused(compose_run, ["model=tiny"], directory)
     assert_says(problems["--config-dir"], r"tiny\.yaml.*rename")
 
@@ -281,7 +295,9 @@ def awkward() -> RunConfig:
     config = compose_run([])
     return replace(
         config,
-        model=replace(config.model, name="1e3", q_lora_rank=None, yarn=YarnConfig(factor=4.0), norm_eps=1e-12),
+        model=replace(
+            config.model, name="1e3", q_lora_rank=None, rope_scaling=YarnConfig(factor=4.0), rms_norm_eps=1e-12
+        ),
         training=replace(
             config.training,
             run_dir="null",

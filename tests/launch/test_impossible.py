@@ -12,14 +12,14 @@ from shoestring.tests.launch.refusals import by_field
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.typed import build
 
-YARN: dict[str, object] = {"factor": 4.0, "original_length": 64, "beta_fast": 32.0, "beta_slow": 1.0}
+YARN: dict[str, object] = {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32.0, "beta_slow": 1.0}
 YARN |= {"mscale": 1.0, "mscale_all_dim": 1.0}
 
 
 @pytest.fixture(scope="module")
 def tree() -> dict[str, object]:
     """A run without fault, every optional part in it: tiny, on one rank."""
-    return changed(to_tree(compose_run([])), {"model.yarn": YARN, "cluster.peak_tflops": 1.0})
+    return changed(to_tree(compose_run([])), {"model.rope_scaling": YARN, "cluster.peak_tflops": 1.0})
 
 
 def changed(tree: Mapping[str, object], values: Mapping[str, object]) -> dict[str, object]:
@@ -63,11 +63,11 @@ def test_no_number_may_be_negative(tree: dict[str, object]) -> None:
 
 
 ZERO_IS_NOTHING = {
-    "model.dense_layers",
-    "model.shared_experts",
-    "model.mtp_depth",
-    "model.yarn.mscale",
-    "model.yarn.mscale_all_dim",
+    "model.first_k_dense_replace",
+    "model.n_shared_experts",
+    "model.num_nextn_predict_layers",
+    "model.rope_scaling.mscale",
+    "model.rope_scaling.mscale_all_dim",
     "optimizer.final_learning_rate",
     "optimizer.warmup_tokens",
     "optimizer.decay_tokens",
@@ -96,18 +96,22 @@ def test_zero_is_refused_where_it_means_nothing(tree: dict[str, object]) -> None
     [
         ({"training.seed": 2**63}, "training.seed", "must be less than 2**63"),
         ({"optimizer.decay_tokens": 5}, "optimizer.decay_tokens", "is never reached: constant_tokens is null"),
-        ({"model.expert_ffn": 92}, "model.expert_ffn", "must be a multiple of 8"),
-        ({"precision.compute": "float32", "model.hidden": 126}, "model.hidden", "must be a multiple of 4"),
-        ({"model.experts": 18}, "model.groups", "must divide experts = 18"),
-        ({"model.groups": 3}, "model.groups", "must divide experts = 16"),
-        ({"model.top_k": 9}, "model.top_k", "must be at most 8: 2 of 4 groups hold 8 experts"),
-        ({"model.top_k_groups": 5}, "model.top_k_groups", "must be at most groups = 4"),
+        ({"model.moe_intermediate_size": 92}, "model.moe_intermediate_size", "must be a multiple of 8"),
+        ({"precision.compute": "float32", "model.hidden_size": 126}, "model.hidden_size", "must be a multiple of 4"),
+        ({"model.n_routed_experts": 18}, "model.n_group", "must divide n_routed_experts = 18"),
+        ({"model.n_group": 3}, "model.n_group", "must divide n_routed_experts = 16"),
+        (
+            {"model.num_experts_per_tok": 9},
+            "model.num_experts_per_tok",
+            "must be at most 8: 2 of 4 groups hold 8 experts",
+        ),
+        ({"model.topk_group": 5}, "model.topk_group", "must be at most n_group = 4"),
         ({"model.qk_rope_head_dim": 15}, "model.qk_rope_head_dim", "must be even"),
-        ({"model.dense_layers": 5}, "model.dense_layers", "must be at most layers = 4"),
-        ({"model.affinity": "tanh"}, "model.affinity", "must be sigmoid or softmax"),
+        ({"model.first_k_dense_replace": 5}, "model.first_k_dense_replace", "must be at most num_hidden_layers = 4"),
+        ({"model.scoring_func": "tanh"}, "model.scoring_func", "must be sigmoid or softmax"),
         ({"model.q_lora_rank": 0}, "model.q_lora_rank", "null for no query compression"),
-        ({"model.yarn.factor": 0.5}, "model.yarn.factor", "must be at least 1"),
-        ({"model.yarn.beta_fast": 1.0}, "model.yarn.beta_fast", "must be greater than beta_slow = 1.0"),
+        ({"model.rope_scaling.factor": 0.5}, "model.rope_scaling.factor", "must be at least 1"),
+        ({"model.rope_scaling.beta_fast": 1.0}, "model.rope_scaling.beta_fast", "must be greater than beta_slow = 1.0"),
         ({"topology.pp": 5}, "topology.pp", "gives 5 stages"),
         ({"exchange.name": "two_hops"}, "exchange.name", "no such exchange; there are: flat, two_hop, deepep"),
         ({"precision.compute": "fp8"}, "precision.compute", "must be auto, float32, bfloat16, float64"),
@@ -138,9 +142,9 @@ def test_zero_is_refused_where_it_means_nothing(tree: dict[str, object]) -> None
         ({"telemetry.wandb.mode": "on"}, "telemetry.wandb.mode", "offline, online, disabled"),
         ({"telemetry.wandb.project": ""}, "telemetry.wandb.project", "must not be empty"),
         # What two parts of a run must agree on.
-        ({"topology.ep": 3, **OF_THREE}, "topology.ep", "must divide model.experts = 16"),
+        ({"topology.ep": 3, **OF_THREE}, "topology.ep", "must divide model.n_routed_experts = 16"),
         ({"topology.ep": 3, "training.global_batch": 15}, "topology.ep", "must divide gpus_per_node = 8"),
-        ({"data.vocabulary": 4096}, "data.vocabulary", "must equal model.vocabulary = 2048"),
+        ({"data.vocabulary": 4096}, "data.vocabulary", "must equal model.vocab_size = 2048"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -167,16 +171,23 @@ def test_parts_that_do_not_agree_are_named_together(tree: dict[str, object]) -> 
 
 
 def test_a_value_that_is_impossible_on_its_own_hides_nothing_and_judges_nothing(tree: dict[str, object]) -> None:
-    wrong = {"topology.ep": 0, "model.top_k": 99, "training.device": "tpu", "training.global_batch": 7}
-    assert problems(tree, wrong).keys() == {"topology.ep", "model.top_k", "training.device"}
+    wrong = {"topology.ep": 0, "model.num_experts_per_tok": 99, "training.device": "tpu", "training.global_batch": 7}
+    assert problems(tree, wrong).keys() == {"topology.ep", "model.num_experts_per_tok", "training.device"}
     assert "training.global_batch" in problems(tree, {**wrong, "topology.ep": 2})
-    assert problems(tree, {"model.experts": 0, "model.top_k_groups": 9, "model.dense_layers": 9}).keys() == {
-        "model.experts",
-        "model.top_k_groups",
-        "model.dense_layers",
+    assert problems(
+        tree, {"model.n_routed_experts": 0, "model.topk_group": 9, "model.first_k_dense_replace": 9}
+    ).keys() == {
+        "model.n_routed_experts",
+        "model.topk_group",
+        "model.first_k_dense_replace",
     }
-    assert problems(tree, {"model.groups": 3, "model.top_k": 17}).keys() == {"model.groups", "model.top_k"}
-    assert problems(tree, {"data.vocabulary": 5, "model.expert_ffn": 92, "precision.compute": "fp8"}).keys() == {
+    assert problems(tree, {"model.n_group": 3, "model.num_experts_per_tok": 17}).keys() == {
+        "model.n_group",
+        "model.num_experts_per_tok",
+    }
+    assert problems(
+        tree, {"data.vocabulary": 5, "model.moe_intermediate_size": 92, "precision.compute": "fp8"}
+    ).keys() == {
         "data.vocabulary",
         "precision.compute",
     }

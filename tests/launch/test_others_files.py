@@ -31,7 +31,15 @@ from shoestring.trainer.model.config import ModelConfig, YarnConfig
 from shoestring.trainer.model.init import initialize
 from shoestring.trainer.model.model import Model
 
-SHAPE = ModelConfig(hidden=16, layers=2, vocabulary=300, experts=8, expert_ffn=8, dense_ffn=16, init_std=0.2)
+SHAPE = ModelConfig(
+    hidden_size=16,
+    num_hidden_layers=2,
+    vocab_size=300,
+    n_routed_experts=8,
+    moe_intermediate_size=8,
+    intermediate_size=16,
+    initializer_range=0.2,
+)
 TEXT = " ".join(f"word{index * 7919 % 211}" for index in range(2000))
 YARN = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096}
 NAN, INF = float("nan"), float("inf")
@@ -532,7 +540,7 @@ def corpus(root: Path) -> tuple[Path, list[str]]:
     (folder / "a.txt").write_text(TEXT)
     (folder / "v.txt").write_text(TEXT[:300])
     data = [f"data.corpus={folder}", f"data.prepared={root / 'prepared'}", "data.validation=[v]"]
-    return folder, ["data", "prepare", *data, "data.vocabulary=300", "model.vocabulary=300"]
+    return folder, ["data", "prepare", *data, "data.vocabulary=300", "model.vocab_size=300"]
 
 
 def test_prepare_counts_and_names_what_it_does_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -663,7 +671,7 @@ def test_a_vocabulary_of_millions_is_refused_before_memory_is_taken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, verb = corpus(tmp_path)
-    code, _, errors = shoestring(capsys, *verb[:-2], "data.vocabulary=16777216", "model.vocabulary=16777216")
+    code, _, errors = shoestring(capsys, *verb[:-2], "data.vocabulary=16777216", "model.vocab_size=16777216")
     assert code == 2
     assert "cannot be reached" in errors
 
@@ -726,7 +734,7 @@ def test_a_manifest_is_not_written_with_what_no_reader_takes() -> None:
         CheckpointManifest({"loss": INF}, {}, {}, ()).to_json()
 
 
-@pytest.mark.parametrize("values", [{"routed_scaling": 1e300}, {"yarn": YarnConfig(mscale=1e300)}])
+@pytest.mark.parametrize("values", [{"routed_scaling_factor": 1e300}, {"rope_scaling": YarnConfig(mscale=1e300)}])
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_logits_that_are_not_finite_are_one_error(
     values: dict[str, Any], temperature: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -751,10 +759,10 @@ def test_a_temperature_that_is_none_is_refused(
 
 
 def test_a_context_without_end_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_model(Model(replace(SHAPE, yarn=YarnConfig(factor=1e308))), tmp_path / "checkpoints", 4, {})
+    save_model(Model(replace(SHAPE, rope_scaling=YarnConfig(factor=1e308))), tmp_path / "checkpoints", 4, {})
     code, _, errors = shoestring(capsys, "export", tmp_path, tmp_path / "out")
     assert code == 2
-    assert "model.yarn.factor = 1e+308: cannot be exported" in errors
+    assert "model.rope_scaling.factor = 1e+308: cannot be exported" in errors
 
 
 def test_a_name_with_escape_codes_is_shown_as_text(hf: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,7 +122,7 @@ def open_and_step(world: World, overrides: Sequence[str]) -> float:
     with computing_behind(streams):
         engine = open_engine(config, groups, CPU, SILENT, streams)
         shape = (config.schedule.micro_batch, config.window)
-        tokens_BW = torch.randint(config.model.vocabulary, shape)
+        tokens_BW = torch.randint(config.model.vocab_size, shape)
         batches = [TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool))] * config.micro_batches
         settings = StepSettings(learning_rate=1e-3, clip_norm=1, balance_weight=0, mtp_weight=0, bias_speed=0)
         loss = engine.stepper.step(batches, config.training.global_batch, settings).loss

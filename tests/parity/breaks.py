@@ -133,7 +133,9 @@ def count_padding() -> Patch:
 
     def padded(self: Router, x_BSD: Tensor, valid_BS: Tensor) -> Routing:
         routing = forward(self, x_BSD, valid_BS)
-        return replace(routing, counts_E=torch.bincount(routing.experts_TK.flatten(), minlength=self.config.experts))
+        return replace(
+            routing, counts_E=torch.bincount(routing.experts_TK.flatten(), minlength=self.config.n_routed_experts)
+        )
 
     return patch.object(Router, "forward", padded)
 
@@ -164,7 +166,7 @@ def put_bias_into_gates() -> Patch:
         routing = forward(self, x_BSD, valid_BS)
         score_TE = F.linear(x_BSD.flatten(0, 1), self.weight).sigmoid() + self.bias_E
         gates_TK = score_TE.gather(1, routing.experts_TK)
-        gates_TK = gates_TK / gates_TK.sum(dim=-1, keepdim=True) * self.config.routed_scaling
+        gates_TK = gates_TK / gates_TK.sum(dim=-1, keepdim=True) * self.config.routed_scaling_factor
         return replace(routing, gates_TK=gates_TK)
 
     return patch.object(Router, "forward", biased)
@@ -186,7 +188,7 @@ def forget_mtp_depth() -> Patch:
     def undivided(
         self: Stepper, micro_batches: Sequence[TokenBatch], sequences: int, settings: StepSettings
     ) -> StepResult:
-        weight = settings.mtp_weight * self.config.mtp_depth
+        weight = settings.mtp_weight * self.config.num_nextn_predict_layers
         return step(self, micro_batches, sequences, replace(settings, mtp_weight=weight))
 
     return patch.object(Stepper, "step", undivided)
@@ -216,7 +218,9 @@ def average_each_micro_batch() -> Patch:
 
     def averaged(self: StageRunner, micro_batch: int, received: Tensor | None) -> Steps[Tensor | None]:
         assert self.scales is not None
-        targets = max(1, int(count_targets(self.micro_batches[micro_batch], self.chunk.model.config.mtp_depth)))
+        targets = max(
+            1, int(count_targets(self.micro_batches[micro_batch], self.chunk.model.config.num_nextn_predict_layers))
+        )
         main = 1 / (targets * MICRO_BATCHES * torch.distributed.get_world_size())
         scales = replace(self.scales, main=main, mtp=self.scales.mtp / self.scales.main * main)
         return forward(replace(self, scales=scales), micro_batch, received)

@@ -129,7 +129,7 @@ class Layout:
     @property
     def config(self) -> ReferenceConfig:
         """A small model; balance loss and MTP weigh enough to be seen."""
-        return replace(reference_configs()["full"], mtp_depth=self.mtp, layers=self.layers)
+        return replace(reference_configs()["full"], num_nextn_predict_layers=self.mtp, num_hidden_layers=self.layers)
 
     @property
     def sequences_per_micro_batch(self) -> int:
@@ -158,7 +158,7 @@ def clip_norm(step: int) -> float:
 def start_params(layout: Layout) -> dict[str, Tensor]:
     """Initial parameters by released name, in the layout's dtype; routing biases are FP32 and make the load."""
     params = random_params(layout.config, seed=17, dtype=layout.dtype)
-    experts = layout.config.experts
+    experts = layout.config.n_routed_experts
     of_last_rank_E = torch.arange(experts) >= experts - experts // layout.ep
     banned_E = {
         Load.EVEN: torch.zeros(experts, dtype=torch.bool),
@@ -176,7 +176,7 @@ def global_batch(layout: Layout, step: int) -> tuple[Tensor, Tensor]:
     """Tokens and valid positions of one step, each [B, W]. Padding holds random tokens: nothing may depend on them."""
     window = SEQUENCE_LENGTH + 1 + layout.mtp
     generator = torch.Generator().manual_seed(100 + step)
-    tokens_BW = torch.randint(0, layout.config.vocabulary, (layout.sequences_of(step), window), generator=generator)
+    tokens_BW = torch.randint(0, layout.config.vocab_size, (layout.sequences_of(step), window), generator=generator)
     valid_BW = torch.ones_like(tokens_BW, dtype=torch.bool)
     if layout.padding is Padding.RAGGED:
         valid_BW[:] = False

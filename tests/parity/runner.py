@@ -120,7 +120,7 @@ def build(
         model.use_fp8(Fp8(Reference()))
     config = ExchangeConfig(name=layout.exchange, dispatch=layout.wire, combine_backward=layout.wire)
     traffic = Traffic(topology, rank)
-    exchange = open_exchange(config, groups, layout.config.experts, worker, traffic)
+    exchange = open_exchange(config, groups, layout.config.n_routed_experts, worker, traffic)
     cpu = torch.device("cpu")
     pipeline = Pipeline.open(
         stages,
@@ -149,7 +149,7 @@ def take_step(stepper: Stepper, gradients: RecordingReducer, layout: Layout, ste
         bias_speed=BIAS_SPEED,
     )
     result = stepper.step(list(_micro_batches(layout, step, rank)), layout.sequences_of(step), settings)
-    routed_layers = range(config.dense_layers, config.layers + config.mtp_depth)
+    routed_layers = range(config.first_k_dense_replace, config.num_hidden_layers + config.num_nextn_predict_layers)
     return StepOutcome(
         total=result.total_loss,
         main=result.loss,

@@ -91,7 +91,7 @@ def quantized(world: World, layout: Layout) -> int:
 def test_rows_that_came_in_fp8_are_not_quantized_again(exchange: str, layout: Layout) -> None:
     """Without a wire in FP8 each routed layer quantizes what it receives, once a micro-batch, in blocks or not."""
     native = replace(layout, exchange=exchange, node_size=1)
-    received = native.micro_batches * (native.layers - native.config.dense_layers + native.mtp)
+    received = native.micro_batches * (native.layers - native.config.first_k_dense_replace + native.mtp)
     ours = run_processes(2, quantized, replace(native, wire=Format.FP8))
     theirs = run_processes(2, quantized, native)
     assert [more - fewer for fewer, more in zip(ours, theirs, strict=True)] == [received] * 2

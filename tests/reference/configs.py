@@ -17,15 +17,42 @@ def reference_configs() -> dict[str, ReferenceConfig]:
     `balance_alpha` and `mtp_weight` are large, so that an error in the small terms of the loss is seen.
     """
     full = ReferenceConfig(
-        vocabulary=96, hidden=32, layers=3, dense_layers=1, heads=4, q_lora_rank=24, kv_lora_rank=16,
-        qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12, dense_ffn=48, expert_ffn=16, experts=16,
-        shared_experts=1, top_k=4, groups=4, top_k_groups=2, mtp_depth=1, balance_alpha=0.1, mtp_weight=0.3,
-    )  # fmt: skip
+        vocab_size=96,
+        hidden_size=32,
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        num_attention_heads=4,
+        q_lora_rank=24,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=12,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        n_routed_experts=16,
+        n_shared_experts=1,
+        num_experts_per_tok=4,
+        n_group=4,
+        topk_group=2,
+        num_nextn_predict_layers=1,
+        balance_alpha=0.1,
+        mtp_weight=0.3,
+    )
     return {
         "full": full,
-        "plain_queries": replace(full, q_lora_rank=None, dense_layers=0, mtp_depth=0),
-        "one_group": replace(full, groups=1, top_k_groups=1, top_k=3, layers=2, dense_layers=0, v_head_dim=16),
-        "raw_gates": replace(full, normalize_gates=False, routed_scaling=1.0, shared_experts=2, mtp_depth=0),
+        "plain_queries": replace(full, q_lora_rank=None, first_k_dense_replace=0, num_nextn_predict_layers=0),
+        "one_group": replace(
+            full,
+            n_group=1,
+            topk_group=1,
+            num_experts_per_tok=3,
+            num_hidden_layers=2,
+            first_k_dense_replace=0,
+            v_head_dim=16,
+        ),
+        "raw_gates": replace(
+            full, norm_topk_prob=False, routed_scaling_factor=1.0, n_shared_experts=2, num_nextn_predict_layers=0
+        ),
         # Of 8 pairs, one keeps its frequency, two are mixed and five stretched; 9 tokens are already too many.
         "yarn": replace(
             full, qk_rope_head_dim=16, yarn=Yarn(factor=4.0, original_length=8, beta_fast=1.2, beta_slow=0.1)
@@ -35,19 +62,19 @@ def reference_configs() -> dict[str, ReferenceConfig]:
             q_lora_rank=None,
             yarn=Yarn(8.0, 8, beta_fast=1.2, beta_slow=0.1, mscale=1.0, mscale_all_dim=0.5),
             rope_theta=500.0,
-            rms_eps=1e-5,
-            groups=2,
-            top_k_groups=1,
-            top_k=2,
-            mtp_depth=0,
+            rms_norm_eps=1e-5,
+            n_group=2,
+            topk_group=1,
+            num_experts_per_tok=2,
+            num_nextn_predict_layers=0,
         ),
-        "two_mtp": replace(full, layers=2, mtp_depth=2),
+        "two_mtp": replace(full, num_hidden_layers=2, num_nextn_predict_layers=2),
     }
 
 
 def parameter_shapes(config: ReferenceConfig) -> dict[str, tuple[int, ...]]:
     """Name in the released checkpoint and shape of each parameter, routing biases included, in layer order."""
-    hidden, heads = config.hidden, config.heads
+    hidden, heads = config.hidden_size, config.num_attention_heads
     head_width = config.qk_nope_head_dim + config.qk_rope_head_dim
 
     def ffn(prefix: str, width: int) -> dict[str, tuple[int, ...]]:
@@ -57,11 +84,11 @@ def parameter_shapes(config: ReferenceConfig) -> dict[str, tuple[int, ...]]:
             f"{prefix}.down_proj.weight": (hidden, width),
         }
 
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocabulary, hidden)}
-    for layer in range(config.layers + config.mtp_depth):
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for layer in range(config.num_hidden_layers + config.num_nextn_predict_layers):
         prefix = f"model.layers.{layer}"
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        if layer >= config.layers:
+        if layer >= config.num_hidden_layers:
             shapes |= {f"{prefix}.{norm}.weight": (hidden,) for norm in ("enorm", "hnorm", "shared_head.norm")}
             shapes[f"{prefix}.eh_proj.weight"] = (hidden, 2 * hidden)
         shapes |= {f"{prefix}.{norm}.weight": (hidden,) for norm in ("input_layernorm", "post_attention_layernorm")}
@@ -76,15 +103,15 @@ def parameter_shapes(config: ReferenceConfig) -> dict[str, tuple[int, ...]]:
         expanded = heads * (config.qk_nope_head_dim + config.v_head_dim)
         shapes[f"{attention}.kv_b_proj.weight"] = (expanded, config.kv_lora_rank)
         shapes[f"{attention}.o_proj.weight"] = (hidden, heads * config.v_head_dim)
-        if layer < config.dense_layers:
-            shapes |= ffn(mlp, config.dense_ffn)
+        if layer < config.first_k_dense_replace:
+            shapes |= ffn(mlp, config.intermediate_size)
             continue
-        shapes[f"{mlp}.gate.weight"] = (config.experts, hidden)
-        shapes[f"{prefix}.{BIAS}"] = (config.experts,)
-        shapes |= ffn(f"{mlp}.shared_experts", config.shared_experts * config.expert_ffn)
-        for expert in range(config.experts):
-            shapes |= ffn(f"{mlp}.experts.{expert}", config.expert_ffn)
-    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (config.vocabulary, hidden)}
+        shapes[f"{mlp}.gate.weight"] = (config.n_routed_experts, hidden)
+        shapes[f"{prefix}.{BIAS}"] = (config.n_routed_experts,)
+        shapes |= ffn(f"{mlp}.shared_experts", config.n_shared_experts * config.moe_intermediate_size)
+        for expert in range(config.n_routed_experts):
+            shapes |= ffn(f"{mlp}.experts.{expert}", config.moe_intermediate_size)
+    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (config.vocab_size, hidden)}
 
 
 def random_params(config: ReferenceConfig, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -32,33 +32,35 @@ BIAS = "mlp.gate.e_score_correction_bias"
 class ReferenceConfig:
     """A DeepSeek-V3 model and its loss weights.
 
-    The first `dense_layers` of `layers` have a dense FFN; all others, and those of MTP modules, have experts.
-    `q_lora_rank` None: queries are not compressed. The shared expert is `shared_experts * expert_ffn` wide.
+    The first `first_k_dense_replace` of `num_hidden_layers` have a dense FFN; all others, and those of MTP modules,
+    have experts.
+    `q_lora_rank` None: queries are not compressed. The shared expert is
+    `n_shared_experts * moe_intermediate_size` wide.
     """
 
-    vocabulary: int
-    hidden: int
-    layers: int
-    dense_layers: int
-    heads: int
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    first_k_dense_replace: int
+    num_attention_heads: int
     q_lora_rank: int | None
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
-    dense_ffn: int
-    expert_ffn: int
-    experts: int
-    shared_experts: int
-    top_k: int
-    groups: int = 1
-    top_k_groups: int = 1
-    normalize_gates: bool = True
-    routed_scaling: float = 2.5
-    rms_eps: float = 1e-6
+    intermediate_size: int
+    moe_intermediate_size: int
+    n_routed_experts: int
+    n_shared_experts: int
+    num_experts_per_tok: int
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.5
+    rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     yarn: Yarn | None = None
-    mtp_depth: int = 0
+    num_nextn_predict_layers: int = 0
     balance_alpha: float = 1e-4
     mtp_weight: float = 0.3
 
@@ -121,16 +123,20 @@ def attention(params: Params, prefix: str, config: ReferenceConfig, x_BSD: Tenso
     else:
         latent = rms_norm(F.linear(x_BSD, weight("q_a_proj")), weight("q_a_layernorm"), LATENT_NORM_EPS)
         queries = F.linear(latent, weight("q_b_proj"))
-    q_nope, q_rope = torch.split(queries.view(batch, length, config.heads, nope + rope), [nope, rope], dim=-1)
+    q_nope, q_rope = torch.split(
+        queries.view(batch, length, config.num_attention_heads, nope + rope), [nope, rope], dim=-1
+    )
     q_BSHQ = torch.cat([q_nope, rotate(q_rope, config.rope_theta, config.yarn)], dim=-1)
 
     compressed = F.linear(x_BSD, weight("kv_a_proj_with_mqa"))
     latent_BSC, k_rope = torch.split(compressed, [config.kv_lora_rank, rope], dim=-1)
     latent_BSC = rms_norm(latent_BSC, weight("kv_a_layernorm"), LATENT_NORM_EPS)
-    keys_and_values = F.linear(latent_BSC, weight("kv_b_proj")).view(batch, length, config.heads, -1)
+    keys_and_values = F.linear(latent_BSC, weight("kv_b_proj")).view(batch, length, config.num_attention_heads, -1)
     k_nope, v_BSHU = torch.split(keys_and_values, [nope, config.v_head_dim], dim=-1)
     # All heads share one rotary key.
-    k_rope = rotate(k_rope[:, :, None, :], config.rope_theta, config.yarn).expand(-1, -1, config.heads, -1)
+    k_rope = rotate(k_rope[:, :, None, :], config.rope_theta, config.yarn).expand(
+        -1, -1, config.num_attention_heads, -1
+    )
     k_BSHQ = torch.cat([k_nope, k_rope], dim=-1)
 
     scale = (nope + rope) ** -0.5 * softmax_factor(config.yarn)
@@ -150,17 +156,17 @@ def route(params: Params, prefix: str, config: ReferenceConfig, x_BSD: Tensor) -
     scores_BSE = F.linear(at_least_float32(x_BSD), at_least_float32(weight_ED)).sigmoid()
     with torch.no_grad():
         biased_BSE = scores_BSE + params[f"{prefix}.gate.e_score_correction_bias"]
-        biased_BSGE = biased_BSE.view(*biased_BSE.shape[:-1], config.groups, -1)
+        biased_BSGE = biased_BSE.view(*biased_BSE.shape[:-1], config.n_group, -1)
         group_scores_BSG = biased_BSGE.topk(2, dim=-1).values.sum(-1)
-        best_BSG = group_scores_BSG.topk(config.top_k_groups, dim=-1).indices
+        best_BSG = group_scores_BSG.topk(config.topk_group, dim=-1).indices
         allowed_BSG = torch.zeros_like(group_scores_BSG, dtype=torch.bool).scatter(-1, best_BSG, True)
         biased_BSE = biased_BSGE.masked_fill(~allowed_BSG[..., None], float("-inf")).flatten(-2)
-        chosen_BSK = biased_BSE.topk(config.top_k, dim=-1).indices
+        chosen_BSK = biased_BSE.topk(config.num_experts_per_tok, dim=-1).indices
         chosen_BSE = torch.zeros_like(scores_BSE, dtype=torch.bool).scatter(-1, chosen_BSK, True)
     gates_BSE = scores_BSE * chosen_BSE
-    if config.normalize_gates:
+    if config.norm_topk_prob:
         gates_BSE = gates_BSE / (gates_BSE.sum(-1, keepdim=True) + 1e-20)
-    return Routing(scores_BSE, gates_BSE * config.routed_scaling, chosen_BSE)
+    return Routing(scores_BSE, gates_BSE * config.routed_scaling_factor, chosen_BSE)
 
 
 def mixture(params: Params, prefix: str, config: ReferenceConfig, x_BSD: Tensor) -> tuple[Tensor, Routing]:
@@ -168,7 +174,7 @@ def mixture(params: Params, prefix: str, config: ReferenceConfig, x_BSD: Tensor)
     routing = route(params, prefix, config, x_BSD)
     x_TD, gates_TE, chosen_TE = x_BSD.flatten(0, 1), routing.gates.flatten(0, 1), routing.chosen.flatten(0, 1)
     out_TD = swiglu(params, f"{prefix}.shared_experts", x_TD)
-    for expert in range(config.experts):
+    for expert in range(config.n_routed_experts):
         tokens = chosen_TE[:, expert].nonzero()[:, 0]
         rows = swiglu(params, f"{prefix}.experts.{expert}", x_TD[tokens]) * gates_TE[tokens, expert, None]
         out_TD = out_TD.index_add(0, tokens, rows.to(out_TD.dtype))
@@ -178,10 +184,10 @@ def mixture(params: Params, prefix: str, config: ReferenceConfig, x_BSD: Tensor)
 def block(params: Params, layer: int, config: ReferenceConfig, x_BSD: Tensor) -> tuple[Tensor, Routing | None]:
     """One Transformer layer; the routing is None for a dense one."""
     prefix = f"model.layers.{layer}"
-    normed = rms_norm(x_BSD, params[f"{prefix}.input_layernorm.weight"], config.rms_eps)
+    normed = rms_norm(x_BSD, params[f"{prefix}.input_layernorm.weight"], config.rms_norm_eps)
     x_BSD = x_BSD + attention(params, f"{prefix}.self_attn", config, normed)
-    normed = rms_norm(x_BSD, params[f"{prefix}.post_attention_layernorm.weight"], config.rms_eps)
-    if layer < config.dense_layers:
+    normed = rms_norm(x_BSD, params[f"{prefix}.post_attention_layernorm.weight"], config.rms_norm_eps)
+    if layer < config.first_k_dense_replace:
         return x_BSD + swiglu(params, f"{prefix}.mlp", normed), None
     out_BSD, routing = mixture(params, f"{prefix}.mlp", config, normed)
     return x_BSD + out_BSD, routing
@@ -191,11 +197,11 @@ def main_model(params: Params, config: ReferenceConfig, tokens_BS: Tensor) -> tu
     """The main model's output after its final norm [B, S, D], and the routing of each MoE layer."""
     x_BSD = F.embedding(tokens_BS, params["model.embed_tokens.weight"])
     routings: dict[int, Routing] = {}
-    for layer in range(config.layers):
+    for layer in range(config.num_hidden_layers):
         x_BSD, routing = block(params, layer, config, x_BSD)
         if routing is not None:
             routings[layer] = routing
-    return rms_norm(x_BSD, params["model.norm.weight"], config.rms_eps), routings
+    return rms_norm(x_BSD, params["model.norm.weight"], config.rms_norm_eps), routings
 
 
 def mtp_module(
@@ -206,15 +212,15 @@ def mtp_module(
     `previous_BSD` is normed already: by the main model's final norm, or by the shared-head norm of the module before.
     Returns the state after this module's own shared-head norm, which feeds the head and the next module.
     """
-    layer = config.layers + depth - 1
+    layer = config.num_hidden_layers + depth - 1
     prefix = f"model.layers.{layer}"
     embedded = F.embedding(tokens_BS, params["model.embed_tokens.weight"])
-    embedded = rms_norm(embedded, params[f"{prefix}.enorm.weight"], config.rms_eps)
-    previous = rms_norm(previous_BSD, params[f"{prefix}.hnorm.weight"], config.rms_eps)
+    embedded = rms_norm(embedded, params[f"{prefix}.enorm.weight"], config.rms_norm_eps)
+    previous = rms_norm(previous_BSD, params[f"{prefix}.hnorm.weight"], config.rms_norm_eps)
     x_BSD = F.linear(torch.cat([embedded, previous], dim=-1), params[f"{prefix}.eh_proj.weight"])
     x_BSD, routing = block(params, layer, config, x_BSD)
     assert routing is not None, "the layer of an MTP module always has experts"
-    return rms_norm(x_BSD, params[f"{prefix}.shared_head.norm.weight"], config.rms_eps), routing
+    return rms_norm(x_BSD, params[f"{prefix}.shared_head.norm.weight"], config.rms_norm_eps), routing
 
 
 def logits(params: Params, config: ReferenceConfig, tokens_BS: Tensor) -> Tensor:
@@ -234,7 +240,7 @@ def summed_balance(config: ReferenceConfig, routing: Routing, valid_BS: Tensor) 
     scores_BSE, valid_BS1 = routing.scores, valid_BS[..., None]
     # A sequence without valid tokens has f = P = 0: the clamp only avoids 0 / 0.
     tokens_B1 = valid_BS.sum(1).clamp(min=1)[:, None].to(scores_BSE.dtype)
-    f_BE = (routing.chosen & valid_BS1).sum(1) * config.experts / (config.top_k * tokens_B1)
+    f_BE = (routing.chosen & valid_BS1).sum(1) * config.n_routed_experts / (config.num_experts_per_tok * tokens_B1)
     P_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True) * valid_BS1).sum(1) / tokens_B1
     return config.balance_alpha * (f_BE * P_BE).sum()
 
@@ -253,7 +259,7 @@ def losses(
     balance loss by `total_sequences`; None takes the valid main targets and the sequences of this very batch. Passing
     those of a global batch makes the losses of its micro-batches add up to the loss of the whole.
     """
-    length = tokens_BW.shape[1] - 1 - config.mtp_depth
+    length = tokens_BW.shape[1] - 1 - config.num_nextn_predict_layers
     input_valid_BS = valid_BW[:, :length]
 
     def shifted(x_BW: Tensor, offset: int) -> Tensor:
@@ -271,11 +277,11 @@ def losses(
     hidden_BSD, routings = main_model(params, config, shifted(tokens_BW, 0))
     main = loss_sum(hidden_BSD, 1) / total_tokens
     mtp = torch.zeros_like(main)
-    for depth in range(1, config.mtp_depth + 1):
+    for depth in range(1, config.num_nextn_predict_layers + 1):
         hidden_BSD, routing = mtp_module(params, depth, config, hidden_BSD, shifted(tokens_BW, depth))
         # Eq. 24 divides by the T of the main loss, though a deeper target may be missing at the end of a sequence.
-        mtp = mtp + config.mtp_weight / config.mtp_depth * loss_sum(hidden_BSD, depth + 1) / total_tokens
-        routings[config.layers + depth - 1] = routing
+        mtp = mtp + config.mtp_weight / config.num_nextn_predict_layers * loss_sum(hidden_BSD, depth + 1) / total_tokens
+        routings[config.num_hidden_layers + depth - 1] = routing
 
     balance = torch.zeros_like(main)
     for routing in routings.values():

@@ -148,7 +148,7 @@ def mixture(
     routing = deepseek_v3.route(params, prefix, config, x_BSD)
     x_TD, gates_TE, chosen_TE = x_BSD.flatten(0, 1), routing.gates.flatten(0, 1), routing.chosen.flatten(0, 1)
     out_TD = swiglu(params, f"{prefix}.shared_experts", x_TD, apart=tokens_apart)
-    for expert in range(config.experts):
+    for expert in range(config.n_routed_experts):
         tokens = chosen_TE[:, expert].nonzero()[:, 0]
         if len(tokens):
             rows = swiglu(params, f"{prefix}.experts.{expert}", x_TD[tokens], gates_TE[tokens, expert])

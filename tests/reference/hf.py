@@ -25,28 +25,28 @@ def transformers_config(config: ReferenceConfig) -> DeepseekV3Config:
         rope |= {"beta_fast": yarn.beta_fast, "beta_slow": yarn.beta_slow}
         rope |= {"mscale": yarn.mscale, "mscale_all_dim": yarn.mscale_all_dim}
     return DeepseekV3Config(
-        vocab_size=config.vocabulary,
-        hidden_size=config.hidden,
-        intermediate_size=config.dense_ffn,
-        moe_intermediate_size=config.expert_ffn,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.heads,
-        n_shared_experts=config.shared_experts,
-        n_routed_experts=config.experts,
-        routed_scaling_factor=config.routed_scaling,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        moe_intermediate_size=config.moe_intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_attention_heads,
+        n_shared_experts=config.n_shared_experts,
+        n_routed_experts=config.n_routed_experts,
+        routed_scaling_factor=config.routed_scaling_factor,
         kv_lora_rank=config.kv_lora_rank,
         q_lora_rank=config.q_lora_rank,
         qk_rope_head_dim=config.qk_rope_head_dim,
         v_head_dim=config.v_head_dim,
         qk_nope_head_dim=config.qk_nope_head_dim,
-        n_group=config.groups,
-        topk_group=config.top_k_groups,
-        num_experts_per_tok=config.top_k,
-        first_k_dense_replace=config.dense_layers,
-        norm_topk_prob=config.normalize_gates,
-        rms_norm_eps=config.rms_eps,
-        num_mtp_layers=config.mtp_depth,
+        n_group=config.n_group,
+        topk_group=config.topk_group,
+        num_experts_per_tok=config.num_experts_per_tok,
+        first_k_dense_replace=config.first_k_dense_replace,
+        norm_topk_prob=config.norm_topk_prob,
+        rms_norm_eps=config.rms_norm_eps,
+        num_mtp_layers=config.num_nextn_predict_layers,
         rope_parameters=rope,
         max_position_embeddings=round(config.yarn.factor * config.yarn.original_length) if config.yarn else 4096,
         bos_token_id=None,
@@ -79,9 +79,9 @@ def precision_of(dtype: torch.dtype) -> Iterator[None]:
 def fused(params: Mapping[str, Tensor], config: ReferenceConfig) -> dict[str, Tensor]:
     """From the naming on disk to transformers' in memory, where the experts of a layer are two stacked tensors."""
     state = {name: value for name, value in params.items() if ".mlp.experts." not in name}
-    for layer in range(config.dense_layers, config.layers + config.mtp_depth):
+    for layer in range(config.first_k_dense_replace, config.num_hidden_layers + config.num_nextn_predict_layers):
         prefix = f"model.layers.{layer}.mlp.experts"
-        experts = [f"{prefix}.{expert}" for expert in range(config.experts)]
+        experts = [f"{prefix}.{expert}" for expert in range(config.n_routed_experts)]
         state[f"{prefix}.gate_up_proj"] = torch.stack(
             [
                 torch.cat([params[f"{expert}.gate_proj.weight"], params[f"{expert}.up_proj.weight"]])
@@ -118,7 +118,7 @@ def _disk_name(name: str, config: ReferenceConfig) -> str:
     """What the parameter of an MTP module that transformers' MtpModel calls `name` is called on disk."""
     _, module, rest = name.split(".", 2)
     rest = rest.removeprefix("mtp_block.").replace("post_norm", "shared_head.norm")
-    return f"model.layers.{config.layers + int(module)}.{rest}"
+    return f"model.layers.{config.num_hidden_layers + int(module)}.{rest}"
 
 
 def to_transformers(config: ReferenceConfig, params: Mapping[str, Tensor]) -> DeepseekV3ForCausalLM:
@@ -129,7 +129,7 @@ def to_transformers(config: ReferenceConfig, params: Mapping[str, Tensor]) -> De
         model.to(dtype)  # type: ignore[arg-type]  # their wrapper hides the signature of Module.to
     model.set_attn_implementation("eager")
     model.set_experts_implementation("eager")  # the others have no FP64
-    state = {name: value for name, value in fused(params, config).items() if _layer_of(name) < config.layers}
+    state = {name: value for name, value in fused(params, config).items() if _layer_of(name) < config.num_hidden_layers}
     model.load_state_dict(state)
     return model
 
@@ -137,7 +137,7 @@ def to_transformers(config: ReferenceConfig, params: Mapping[str, Tensor]) -> De
 def to_transformers_mtp(config: ReferenceConfig, params: Mapping[str, Tensor], main: DeepseekV3ForCausalLM) -> MtpModel:
     """The MTP modules with these parameters; embedding, head and rotary tables are those of `main`."""
     with precision_of(main.dtype):
-        model = MtpModel(main, config.mtp_depth)
+        model = MtpModel(main, config.num_nextn_predict_layers)
         model.to(main.dtype)  # type: ignore[arg-type]  # their wrapper hides the signature of Module.to
     on_disk = fused(params, config)
     state = {name: on_disk[_disk_name(name, config)] for name in model.state_dict() if name.startswith("layers.")}

@@ -16,7 +16,7 @@ from shoestring.tests.reference.deepseek_v3 import Losses, ReferenceConfig
 from shoestring.tests.reference.rotary import Yarn, frequencies, rotate
 
 CONFIGS = reference_configs()
-WITH_MTP = [name for name, config in CONFIGS.items() if config.mtp_depth]
+WITH_MTP = [name for name, config in CONFIGS.items() if config.num_nextn_predict_layers]
 BATCH, LENGTH = 2, 16
 # Measured: logits (of standard deviation 1) differ by up to 3e-6 and gradients by 2e-6 in FP32, both by 5e-15 in FP64.
 LOGITS_TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
@@ -25,7 +25,7 @@ GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-12}
 
 def window(config: ReferenceConfig, seed: int = 1, batch: int = BATCH) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(config.vocabulary, (batch, LENGTH + 1 + config.mtp_depth), generator=generator)
+    return torch.randint(config.vocab_size, (batch, LENGTH + 1 + config.num_nextn_predict_layers), generator=generator)
 
 
 def leaves(config: ReferenceConfig, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
@@ -52,7 +52,7 @@ def worst_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_main_model_is_that_of_transformers(name: str, dtype: torch.dtype) -> None:
-    config = replace(CONFIGS[name], mtp_depth=0, balance_alpha=0.0)
+    config = replace(CONFIGS[name], num_nextn_predict_layers=0, balance_alpha=0.0)
     params, tokens_BW = leaves(config, dtype), window(config)
     ours = reference.logits(params, config, tokens_BW[:, :-1])
     loss = reference.losses(params, config, tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool)).total
@@ -83,12 +83,12 @@ def test_mtp_modules_are_those_of_transformers(name: str, dtype: torch.dtype) ->
     with hf.precision_of(dtype):
         hidden = main.model(tokens_BW[:, :LENGTH]).last_hidden_state
         total = F.cross_entropy(main.lm_head(hidden).flatten(0, 1), tokens_BW[:, 1 : LENGTH + 1].flatten())
-        for depth in range(1, config.mtp_depth + 1):
+        for depth in range(1, config.num_nextn_predict_layers + 1):
             inputs = tokens_BW[:, depth : depth + LENGTH]
             hidden = modules.forward_layer(depth - 1, hidden, positions, None, input_ids=inputs)
             targets = tokens_BW[:, depth + 1 : depth + 1 + LENGTH]
             loss = F.cross_entropy(main.lm_head(hidden).flatten(0, 1), targets.flatten())
-            total = total + config.mtp_weight / config.mtp_depth * loss
+            total = total + config.mtp_weight / config.num_nextn_predict_layers * loss
         torch.autograd.backward(total)
 
     assert float((ours.total - total).detach().abs()) < LOGITS_TOLERANCE[dtype]
@@ -128,21 +128,21 @@ def test_gradient_of_the_whole_loss_is_its_slope(name: str) -> None:
 
 
 def test_balance_loss_is_the_formula_token_by_token() -> None:
-    config = replace(CONFIGS["one_group"], layers=1, mtp_depth=0)
+    config = replace(CONFIGS["one_group"], num_hidden_layers=1, num_nextn_predict_layers=0)
     params, tokens_BW = detached(leaves(config, torch.float64)), window(config)
     valid_BW = torch.ones_like(tokens_BW, dtype=torch.bool)
     valid_BW[0, 5:] = False
     _, routings = reference.main_model(params, config, tokens_BW[:, :LENGTH])
     expected = 0.0
     for sequence, valid in enumerate((5, LENGTH)):
-        for expert in range(config.experts):
+        for expert in range(config.n_routed_experts):
             chosen, share = 0, 0.0
             for token in range(valid):
                 scores_E = routings[0].scores[sequence, token]
                 biased_E = scores_E + params["model.layers.0.mlp.gate.e_score_correction_bias"]
-                chosen += int(expert in biased_E.topk(config.top_k).indices.tolist())
+                chosen += int(expert in biased_E.topk(config.num_experts_per_tok).indices.tolist())
                 share += float(scores_E[expert] / scores_E.sum())
-            f = config.experts / (config.top_k * valid) * chosen
+            f = config.n_routed_experts / (config.num_experts_per_tok * valid) * chosen
             expected += config.balance_alpha * f * share / valid / BATCH
     assert float(total_of(params, config, tokens_BW, valid_BW).balance) == pytest.approx(expected, rel=1e-12)
 
@@ -154,7 +154,7 @@ def test_targets_count_where_they_and_their_input_are_valid() -> None:
     hidden_BSD, _ = reference.main_model(params, config, tokens_BW[:, :LENGTH])
     head = params["lm_head.weight"]
     sums = []
-    for depth in range(config.mtp_depth + 1):
+    for depth in range(config.num_nextn_predict_layers + 1):
         if depth:
             inputs = tokens_BW[:, depth : depth + LENGTH]
             hidden_BSD, _ = reference.mtp_module(params, depth, config, hidden_BSD, inputs)
@@ -187,7 +187,7 @@ def test_micro_batches_add_up_to_the_batch() -> None:
     assert whole.counts.keys() == {1, 2, 3}
     for layer, counts_E in whole.counts.items():
         assert counts_E.dtype == torch.int64
-        assert int(counts_E.sum()) == config.top_k * (2 * LENGTH + 6)
+        assert int(counts_E.sum()) == config.num_experts_per_tok * (2 * LENGTH + 6)
         assert torch.equal(sum((part.counts[layer] for part in parts), torch.zeros_like(counts_E)), counts_E)
 
 
@@ -196,12 +196,12 @@ def test_choice_follows_bias_and_group_limit_but_gates_do_not() -> None:
     params = detached(leaves(config, torch.float64))
     params["model.layers.1.mlp.gate.e_score_correction_bias"] = torch.zeros(16)
     params["model.layers.1.mlp.gate.e_score_correction_bias"][5] = 10.0
-    x_BSD = torch.randn(1, 50, config.hidden, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    x_BSD = torch.randn(1, 50, config.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     routing = reference.route(params, "model.layers.1.mlp", config, x_BSD)
     assert bool(routing.chosen[..., 5].all())
-    assert bool((routing.chosen.sum(-1) == config.top_k).all())
+    assert bool((routing.chosen.sum(-1) == config.num_experts_per_tok).all())
     groups_hit = routing.chosen.view(1, 50, 4, 4).any(-1).sum(-1)
-    assert int(groups_hit.max()) <= config.top_k_groups
+    assert int(groups_hit.max()) <= config.topk_group
     torch.testing.assert_close(routing.gates.sum(-1), torch.full((1, 50), 2.5, dtype=torch.float64))
     scores = routing.scores[0, 0] * routing.chosen[0, 0]
     torch.testing.assert_close(routing.gates[0, 0], 2.5 * scores / scores.sum())
@@ -211,7 +211,7 @@ def test_logits_do_not_see_later_tokens() -> None:
     config = CONFIGS["full"]
     params, tokens_BW = detached(leaves(config, torch.float64)), window(config)
     changed = tokens_BW.clone()
-    changed[:, 9] = (changed[:, 9] + 1) % config.vocabulary
+    changed[:, 9] = (changed[:, 9] + 1) % config.vocab_size
     before, after = (reference.logits(params, config, tokens) for tokens in (tokens_BW, changed))
     torch.testing.assert_close(before[:, :9], after[:, :9], rtol=0, atol=1e-12)
     assert float((before[:, 9:] - after[:, 9:]).abs().amax(-1).min()) > 1e-4

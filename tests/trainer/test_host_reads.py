@@ -32,10 +32,25 @@ from shoestring.trainer.precision.triton_backend import numbers_on
 from shoestring.trainer.run.step import HOST_READS_A_STEP, Stepper, StepSettings
 
 CONFIG = ModelConfig(
-    vocabulary=64, hidden=16, layers=4, dense_layers=1, heads=2, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8,
-    qk_rope_head_dim=4, v_head_dim=8, dense_ffn=32, expert_ffn=8, experts=8, top_k=2, groups=2, top_k_groups=1,
-    mtp_depth=1, init_std=0.1,
-)  # fmt: skip
+    vocab_size=64,
+    hidden_size=16,
+    num_hidden_layers=4,
+    first_k_dense_replace=1,
+    num_attention_heads=2,
+    q_lora_rank=8,
+    kv_lora_rank=8,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    intermediate_size=32,
+    moe_intermediate_size=8,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_group=2,
+    topk_group=1,
+    num_nextn_predict_layers=1,
+    initializer_range=0.1,
+)
 ROUTED_LAYERS, MICRO_BATCHES, LENGTH = 4, 3, 8
 SETTINGS = StepSettings(learning_rate=1e-3, clip_norm=0.1, balance_weight=0.1, mtp_weight=0.3, bias_speed=0.01)
 
@@ -75,13 +90,13 @@ def make_stepper(
         model = Model(CONFIG)
     initialize(model, seed=0)
     worker, traffic = open_worker(groups.ep, device, streams=streams), Traffic(Topology(), 0)
-    exchanger = open_exchange(ExchangeConfig(name=exchange), groups, CONFIG.experts, worker, traffic)
+    exchanger = open_exchange(ExchangeConfig(name=exchange), groups, CONFIG.n_routed_experts, worker, traffic)
     pipeline = Pipeline.open(stages, groups, device, recorder=recorder, recompute=frozenset(RecomputeModule))
     return build_stepper(pipeline, model, exchanger, dtype, MICRO_BATCHES, OptimizerConfig())
 
 
 def batches(device: torch.device) -> list[TokenBatch]:
-    tokens_BW = torch.randint(0, CONFIG.vocabulary, (2, LENGTH + 2), generator=torch.Generator().manual_seed(3))
+    tokens_BW = torch.randint(0, CONFIG.vocab_size, (2, LENGTH + 2), generator=torch.Generator().manual_seed(3))
     return [TokenBatch(tokens_BW, tokens_BW > 5).to(device)] * MICRO_BATCHES
 
 

@@ -47,7 +47,10 @@ STEPS, LENGTH, BATCH = 3, 16, 8
 def run_config(root: Path) -> dict[str, Any]:
     """A run small enough for seconds, whose small terms are large enough to be seen."""
     return {
-        "model": {"hidden": 16, "layers": 2, "vocabulary": 300, "dense_ffn": 32, "expert_ffn": 8, "init_std": 0.1},
+        "model": {
+            "hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 300, "initializer_range": 0.1,
+            "intermediate_size": 32, "moe_intermediate_size": 8,
+        },
         "data": {
             "corpus": str(root / "corpus"),
             "prepared": str(root / "prepared"),

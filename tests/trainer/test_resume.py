@@ -89,7 +89,7 @@ def prepared_root(folder: Path) -> Path:
 
 def tree_of(root: Path, run: Path, layout: str, steps: int, **training: Any) -> dict[str, Any]:
     tree, (topology, schedule) = run_config(root), LAYOUTS[layout]
-    tree["model"] |= {"layers": 4}
+    tree["model"] |= {"num_hidden_layers": 4}
     precision = PRECISIONS.get(layout.rpartition(" in ")[2], FP32)
     tree["optimizer"] |= {"ema_decay": 0.9}
     tree |= {"topology": asdict(topology), "schedule": {"name": schedule}, "precision": precision}
@@ -245,9 +245,11 @@ def test_a_new_run_begins_with_the_weights_of_another(root: Path, tmp_path: Path
     events = read_metrics(tmp_path / "second" / "metrics.jsonl")
     (start,) = (event.values["checkpoint"] for event in events if event.kind == "start")
     assert start == str(tmp_path / "first" / "checkpoints" / "step_00000002")
-    other = tree | {"model": tree["model"] | {"heads": 2}}
+    other = tree | {"model": tree["model"] | {"num_attention_heads": 2}}
     other["training"] = tree["training"] | {"run_dir": str(tmp_path / "third")}
-    with pytest.raises(RanksFailed, match=r"model.heads = 2: the checkpoint of training.start_from has 4"):
+    with pytest.raises(
+        RanksFailed, match=r"model.num_attention_heads = 2: the checkpoint of training.start_from has 4"
+    ):
         run_processes(2, train_on, other)
 
 

@@ -75,7 +75,7 @@ def other_dtype(facts: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Proble
         yield Problem("precision.compute", "auto", f"{hint}; use such a device, or another training.run_dir")
 
 
-_FREE_MODEL = ("name", "yarn", "init_std")
+_FREE_MODEL = ("name", "rope_scaling", "initializer_range")
 """What weights may be given anew: a context extension changes nothing but the rotation."""
 
 

@@ -21,7 +21,7 @@ from ...comm.files.strict_json import Item, Malformed, parse_json
 from ..data.manifest import FileEntry
 from .tensor_file import DTYPES, NAMES, Declared, read_dtype
 
-FORMAT = 2
+FORMAT = 3
 """1 was torch DCP's, whose metadata is a pickle."""
 MANIFEST = "manifest.json"
 MARKER = "complete"

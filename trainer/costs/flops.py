@@ -39,5 +39,5 @@ def count_flops(config: ModelConfig, sequence_length: int) -> FlopCount:
     return FlopCount(
         main=main,
         mtp=parts.mtp.flops,
-        main_full_attention=main + config.layers * attention_flops(config, sequence_length),
+        main_full_attention=main + config.num_hidden_layers * attention_flops(config, sequence_length),
     )

@@ -46,10 +46,10 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
         total[part] += parameter.numel()
         routed[part] += parameter.numel() if name in expert_names else 0
 
-    table = config.vocabulary * config.hidden  # embedding and head are not tied to each other
+    table = config.vocab_size * config.hidden_size  # embedding and head are not tied to each other
 
     def active(part: str) -> int:
-        return total[part] - routed[part] + routed[part] * config.top_k // config.experts
+        return total[part] - routed[part] + routed[part] * config.num_experts_per_tok // config.n_routed_experts
 
     return ParameterCount(
         main=total["main"],

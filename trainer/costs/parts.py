@@ -46,14 +46,19 @@ def model_parts(config: ModelConfig, sequence_length: int) -> ModelParts:
         count = parameter.numel()
         parameters[part] += count
         if parameter.ndim > 1 and part != "embedding":
-            multiplied[part] += count * config.top_k // config.experts if name in experts else count
+            multiplied[part] += (
+                count * config.num_experts_per_tok // config.n_routed_experts if name in experts else count
+            )
     attention = attention_flops(config, sequence_length)
-    mtp_flops = 6.0 * (multiplied["mtp"] + config.mtp_depth * multiplied["head"]) + config.mtp_depth * attention
+    mtp_flops = (
+        6.0 * (multiplied["mtp"] + config.num_nextn_predict_layers * multiplied["head"])
+        + config.num_nextn_predict_layers * attention
+    )
     return ModelParts(
         embedding=PartCost(parameters["embedding"], 0.0),
         layers=tuple(
             PartCost(parameters[name], 6.0 * multiplied[name] + attention)
-            for name in (f"layers.{index}" for index in range(config.layers))
+            for name in (f"layers.{index}" for index in range(config.num_hidden_layers))
         ),
         head=PartCost(parameters["head"], 6.0 * multiplied["head"]),
         mtp=PartCost(parameters["mtp"], mtp_flops),
@@ -62,7 +67,7 @@ def model_parts(config: ModelConfig, sequence_length: int) -> ModelParts:
 
 def attention_flops(config: ModelConfig, sequence_length: int) -> float:
     """FLOPs a token and layer of the attention core, forward and backward, causal: half of S x S."""
-    return 3.0 * config.heads * (config.qk_head_dim + config.v_head_dim) * sequence_length
+    return 3.0 * config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * sequence_length
 
 
 def _part(name: str) -> str:

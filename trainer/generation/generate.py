@@ -53,7 +53,7 @@ def generate(
         if asked:
             return None
         if token < 0:
-            hint = "check the model's values, such as model.routed_scaling and model.yarn.mscale"
+            hint = "check the model's values, such as model.routed_scaling and model.rope_scaling.mscale"
             raise RunFailed(f"the logits of the sample's token {len(tokens) - len(prompt)} are not finite; {hint}")
         if token == stop:
             break

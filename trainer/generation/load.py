@@ -35,5 +35,5 @@ def load_chunk(
         checkpoint.fill(piece)
     groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))
     worker = open_worker(groups.ep, device)
-    exchange = open_exchange(ExchangeConfig(), groups, config.experts, worker, Traffic(topology, 0))
+    exchange = open_exchange(ExchangeConfig(), groups, config.n_routed_experts, worker, Traffic(topology, 0))
     return Chunk(model, exchange, dtype)

@@ -108,7 +108,7 @@ def speculate(
             text.append(token)
             result.tokens.append(token)
         guess = None
-        if draft and chunk.model.config.mtp_depth and len(text) < context:
+        if draft and chunk.model.config.num_nextn_predict_layers and len(text) < context:
             q_V = sampler.probabilities(drive(chunk.draft(hidden_BSD, _row(text[1:], chunk)))[0, -1].cpu())
             guess = sampler.draw(q_V), q_V
     return result

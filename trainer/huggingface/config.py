@@ -12,30 +12,13 @@ from ...comm.files.strict_json import Item, Malformed
 from ..model.config import ModelConfig, YarnConfig
 from .blocks import BLOCK
 
-_SAME = {
-    "vocabulary": "vocab_size",
-    "hidden": "hidden_size",
-    "layers": "num_hidden_layers",
-    "dense_layers": "first_k_dense_replace",
-    "heads": "num_attention_heads",
-    "q_lora_rank": "q_lora_rank",
-    "kv_lora_rank": "kv_lora_rank",
-    "qk_nope_head_dim": "qk_nope_head_dim",
-    "qk_rope_head_dim": "qk_rope_head_dim",
-    "v_head_dim": "v_head_dim",
-    "dense_ffn": "intermediate_size",
-    "expert_ffn": "moe_intermediate_size",
-    "experts": "n_routed_experts",
-    "shared_experts": "n_shared_experts",
-    "top_k": "num_experts_per_tok",
-    "groups": "n_group",
-    "top_k_groups": "topk_group",
-    "normalize_gates": "norm_topk_prob",
-    "routed_scaling": "routed_scaling_factor",
-    "norm_eps": "rms_norm_eps",
-    "init_std": "initializer_range",
-}
-"""Ours to theirs, where the meaning is the same."""
+_SHARED = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "first_k_dense_replace", "num_attention_heads", "q_lora_rank"),
+    *("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "intermediate_size"),
+    *("moe_intermediate_size", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group"),
+    *("norm_topk_prob", "routed_scaling_factor", "rms_norm_eps", "initializer_range"),
+)
+"""Fields of `ModelConfig` that a `config.json` must have."""
 
 _ONE_WAY: Mapping[str, tuple[object, ...]] = {
     "model_type": ("deepseek_v3",),
@@ -79,14 +62,7 @@ _STORED = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn")
 """Dtypes that `torch_dtype` or `dtype` may name; the files say themselves what they hold."""
 _FILE = "config.json"
 
-_YARN = {
-    "factor": "factor",
-    "original_length": "original_max_position_embeddings",
-    "beta_fast": "beta_fast",
-    "beta_slow": "beta_slow",
-    "mscale": "mscale",
-    "mscale_all_dim": "mscale_all_dim",
-}
+_YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 def config_json(
@@ -107,10 +83,10 @@ def config_json(
     refuse_if_any(_unknown_there(model))
     tree: dict[str, Any] = {"architectures": [_ARCHITECTURE]}
     tree |= {key: values[0] for key, values in _ONE_WAY.items()}
-    tree |= {theirs: model.__dict__[ours] for ours, theirs in _SAME.items()}
+    tree |= {key: model.__dict__[key] for key in _SHARED}
     tree |= {
-        "num_key_value_heads": model.heads,
-        "num_nextn_predict_layers": model.mtp_depth,
+        "num_key_value_heads": model.num_attention_heads,
+        "num_nextn_predict_layers": model.num_nextn_predict_layers,
         "rope_theta": model.rope_theta,
         "rope_scaling": None,
         "rope_interleave": rope_interleave,
@@ -120,10 +96,11 @@ def config_json(
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    if model.yarn is not None:
-        yarn = asdict(model.yarn)
-        tree["rope_scaling"] = {"type": "yarn"} | {theirs: yarn[ours] for ours, theirs in _YARN.items()}
-        tree["max_position_embeddings"] = round(model.yarn.factor * model.yarn.original_length)
+    if model.rope_scaling is not None:
+        tree["rope_scaling"] = {"type": "yarn"} | asdict(model.rope_scaling)
+        tree["max_position_embeddings"] = round(
+            model.rope_scaling.factor * model.rope_scaling.original_max_position_embeddings
+        )
     if source is not None:
         refuse_if_any(_carried_problems(source))
         tree |= {key: source[key] for key in _CARRIED if source.get(key) is not None}
@@ -150,14 +127,16 @@ def model_config(tree: Mapping[str, Any], name: str) -> ModelConfig:
     problems += [*_carried_problems(tree), *_unknown_here(tree, rope)]
     refuse_if_any(problems)
     yarn = _yarn(rope) if rope_type(rope) == "yarn" else None
-    model = ModelConfig(name=name, affinity="sigmoid", mtp_depth=mtp, rope_theta=theta, yarn=yarn, **values)
+    model = ModelConfig(
+        name=name, scoring_func="sigmoid", num_nextn_predict_layers=mtp, rope_theta=theta, rope_scaling=yarn, **values
+    )
     refuse_if_any(problem.under(_FILE) for problem in model.problems())
     return model
 
 
 def not_read(tree: Mapping[str, Any]) -> list[str]:
     """Keys of a `config.json` that neither change what an import gives nor come back from an export."""
-    known = {*_SAME.values(), *_ONE_WAY, *_CARRIED, *_READ}
+    known = {*_SHARED, *_ONE_WAY, *_CARRIED, *_READ}
     return sorted(key for key in tree if key not in known)
 
 
@@ -169,12 +148,12 @@ class _Reader:
     problems: list[Problem]
 
     def same(self) -> dict[str, Any]:
-        """The fields of `_SAME` that are there, by our names and of our types."""
+        """The fields of `_SHARED` that are there, of our types."""
         kinds = get_type_hints(ModelConfig)
         found = {}
-        for ours, theirs in _SAME.items():
-            if theirs in self.tree:  # else it is named as missing
-                found[ours] = self._try(self.tree[theirs], kinds[ours])
+        for key in _SHARED:
+            if key in self.tree:  # else it is named as missing
+                found[key] = self._try(self.tree[key], kinds[key])
         return found
 
     def rope(self) -> Mapping[str, Any]:
@@ -187,7 +166,7 @@ class _Reader:
                     for name in ("rope_type", "type"):
                         if name in settings:
                             item[name].text()
-                    for name in (*_YARN.values(), "rope_theta", "attention_factor"):
+                    for name in (*_YARN, "rope_theta", "attention_factor"):
                         if settings.get(name) is not None:
                             item[name].number(0, _LARGEST.get(name, _LONGEST))
                     if settings.get("original_max_position_embeddings") is not None:
@@ -276,31 +255,37 @@ def rope_type(rope: Mapping[str, Any]) -> str:
 
 
 def _yarn(rope: Mapping[str, Any]) -> YarnConfig:
-    numbers = {ours: float(rope[theirs]) for ours, theirs in _YARN.items() if rope.get(theirs) is not None}
+    numbers = {key: float(rope[key]) for key in _YARN if rope.get(key) is not None}
     if not (numbers.get("mscale") and numbers.get("mscale_all_dim")):  # then rotated vectors alone are scaled
         numbers |= {"mscale": 1.0, "mscale_all_dim": 0.0}
-    return YarnConfig(original_length=int(numbers.pop("original_length")), **numbers)
+    return YarnConfig(original_max_position_embeddings=int(numbers.pop("original_max_position_embeddings")), **numbers)
 
 
 def _unknown_there(model: ModelConfig) -> Iterator[Problem]:
-    if model.affinity != "sigmoid":
-        yield Problem("model.affinity", model.affinity, "cannot be exported: DeepseekV3ForCausalLM has sigmoid alone")
-    if model.shared_experts == 0:
-        yield Problem("model.shared_experts", 0, "cannot be exported: DeepseekV3ForCausalLM always has shared experts")
-    if model.experts // model.groups < 2:
-        hint = f"cannot be exported: DeepseekV3ForCausalLM needs two of the {model.experts} experts in each group"
-        yield Problem("model.groups", model.groups, hint)
-    yarn = model.yarn
-    if yarn is not None and yarn.factor * yarn.original_length > _LONGEST:
+    if model.scoring_func != "sigmoid":
+        yield Problem(
+            "model.scoring_func", model.scoring_func, "cannot be exported: DeepseekV3ForCausalLM has sigmoid alone"
+        )
+    if model.n_shared_experts == 0:
+        yield Problem(
+            "model.n_shared_experts", 0, "cannot be exported: DeepseekV3ForCausalLM always has shared experts"
+        )
+    if model.n_routed_experts // model.n_group < 2:
+        hint = (
+            f"cannot be exported: DeepseekV3ForCausalLM needs two of the {model.n_routed_experts} experts in each group"
+        )
+        yield Problem("model.n_group", model.n_group, hint)
+    yarn = model.rope_scaling
+    if yarn is not None and yarn.factor * yarn.original_max_position_embeddings > _LONGEST:
         hint = f"cannot be exported: with original_length it makes a context of more than {_LONGEST} positions"
-        yield Problem("model.yarn.factor", yarn.factor, hint)
+        yield Problem("model.rope_scaling.factor", yarn.factor, hint)
     if (
         yarn is not None
         and (yarn.mscale, yarn.mscale_all_dim) != (1.0, 0.0)
         and 0 in (yarn.mscale, yarn.mscale_all_dim)
     ):
         hint = "cannot be exported: a 0 in mscale or mscale_all_dim means 1 and 0 there"
-        yield Problem("model.yarn.mscale", yarn.mscale, hint)
+        yield Problem("model.rope_scaling.mscale", yarn.mscale, hint)
 
 
 def _unknown_here(tree: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[Problem]:
@@ -308,7 +293,7 @@ def _unknown_here(tree: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[
         found = tree.get(key, allowed[0])
         if not any(found == each and type(found) is type(each) for each in allowed):  # 0 is not false
             yield Problem(f"config.json: {key}", tree[key], f"cannot be imported: our model has {allowed[0]!r} alone")
-    for key in _SAME.values():
+    for key in _SHARED:
         if key not in tree:  # whoever wrote it relied on defaults, which differ between libraries
             yield Problem(f"config.json: {key}", None, "is missing; write it there, as transformers does when it saves")
     heads = tree.get("num_attention_heads")

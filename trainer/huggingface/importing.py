@@ -34,8 +34,9 @@ _MOST_PROBLEMS = 8
 _APART = "config.json and files do not belong together"
 _SIZES = frozenset(
     {
-        *("vocabulary", "hidden", "layers", "heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim"),
-        *("qk_rope_head_dim", "v_head_dim", "expert_ffn", "experts", "shared_experts", "mtp_depth"),
+        *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank", "kv_lora_rank"),
+        *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "moe_intermediate_size", "n_routed_experts"),
+        *("n_shared_experts", "num_nextn_predict_layers"),
     }
 )
 """Fields of a model that are the side of some tensor, or never more than the longest one."""
@@ -250,7 +251,7 @@ def _say_what_is_left_out(
 def _refuse_other_sizes(config: ModelConfig, released: Released) -> None:
     """Before the model is laid out: a wrong number may ask for more tensors, or larger ones, than fit anywhere."""
     tensors = len(released.files)
-    least = config.layers + 3 * max(0, config.moe_layers) * config.experts
+    least = config.num_hidden_layers + 3 * max(0, config.moe_layers) * config.n_routed_experts
     largest = max((max(file.tensors[name].shape, default=0) for name, file in released.files.items()), default=0)
     sizes = {name: value for name, value in asdict(config).items() if name in _SIZES and value is not None}
     problems = [
@@ -266,10 +267,13 @@ def _refuse_other_sizes(config: ModelConfig, released: Released) -> None:
 
 def _with_the_mtp_that_is_there(config: ModelConfig, released: Released, say: Callable[[str], None]) -> ModelConfig:
     """Transformers writes the number of MTP modules and not their weights."""
-    beyond = tuple(f"model.layers.{config.layers + depth}." for depth in range(config.mtp_depth))
-    if config.mtp_depth and not any(name.startswith(beyond) for name in released.files):
-        say(f"config.json tells of {config.mtp_depth} MTP modules and no file holds their weights: imported without")
-        return replace(config, mtp_depth=0)
+    beyond = tuple(
+        f"model.layers.{config.num_hidden_layers + depth}." for depth in range(config.num_nextn_predict_layers)
+    )
+    if config.num_nextn_predict_layers and not any(name.startswith(beyond) for name in released.files):
+        depth = config.num_nextn_predict_layers
+        say(f"config.json tells of {depth} MTP modules and no file holds their weights: imported without")
+        return replace(config, num_nextn_predict_layers=0)
     return config
 
 

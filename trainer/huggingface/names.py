@@ -107,7 +107,7 @@ def _entry(name: str, shape: tuple[int, ...], config: ModelConfig) -> Entry:
     if ours in _TOP:
         return Entry(name, shape, (_TOP[ours],), copies=tuple(_copies(ours, config)))
     kind, number, rest = ours.split(".", 2)
-    prefix = f"model.layers.{int(number) + (config.layers if kind == 'mtp' else 0)}"
+    prefix = f"model.layers.{int(number) + (config.num_hidden_layers if kind == 'mtp' else 0)}"
     if rest in _MTP and kind == "mtp":
         return Entry(name, shape, (f"{prefix}.{_MTP[rest]}",))
     rest = rest.removeprefix("layer.")
@@ -128,5 +128,5 @@ def _entry(name: str, shape: tuple[int, ...], config: ModelConfig) -> Entry:
 def _copies(ours: str, config: ModelConfig) -> Iterator[str]:
     names = {"embedding.weight": "embed_tokens.weight", "head.weight": "shared_head.head.weight"}
     if ours in names:
-        for depth in range(config.mtp_depth):
-            yield f"model.layers.{config.layers + depth}.{names[ours]}"
+        for depth in range(config.num_nextn_predict_layers):
+            yield f"model.layers.{config.num_hidden_layers + depth}.{names[ours]}"

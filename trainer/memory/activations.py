@@ -53,7 +53,7 @@ class MicroBatch:
     fp8: bool = False
     """Whether Linears compute in FP8 and keep what they keep in it."""
     block: int | None = None
-    """More rows than this are computed in blocks of so many: see `model.experts`."""
+    """More rows than this are computed in blocks of so many: see `model.n_routed_experts`."""
 
     @property
     def tokens(self) -> int:
@@ -72,7 +72,7 @@ class MicroBatch:
 
     def received(self, config: ModelConfig) -> float:
         """R, rows for the experts of this rank."""
-        return self.tokens * config.top_k if self.rows is None else self.rows
+        return self.tokens * config.num_experts_per_tok if self.rows is None else self.rows
 
     def in_blocks(self, config: ModelConfig) -> bool:
         """Whether these are too many rows to compute at once."""
@@ -83,7 +83,7 @@ def dense_layer(config: ModelConfig, batch: MicroBatch) -> list[Kept]:
     """Everything that a dense layer could keep."""
     return [
         *_attention(config, batch),
-        *_feed_forward("dense", batch.tokens, config.dense_ffn, config, batch),
+        *_feed_forward("dense", batch.tokens, config.intermediate_size, config, batch),
     ]
 
 
@@ -99,7 +99,7 @@ def attend(config: ModelConfig, batch: MicroBatch) -> list[Kept]:
 
 def shared(config: ModelConfig, batch: MicroBatch) -> list[Kept]:
     """What the shared experts could keep; their input is among the first phase's where it is kept as it is."""
-    inner = config.shared_experts * config.expert_ffn
+    inner = config.n_shared_experts * config.moe_intermediate_size
     items = _feed_forward("shared experts", batch.tokens, inner, config, batch) if inner else ()
     return [kept for kept in items if kept.what != NORMED]
 
@@ -107,36 +107,36 @@ def shared(config: ModelConfig, batch: MicroBatch) -> list[Kept]:
 def routed(config: ModelConfig, batch: MicroBatch) -> list[Kept]:
     """What the routed experts of this rank could keep. In blocks, nothing but what they have received."""
     rows, in_blocks = batch.received(config), batch.in_blocks(config)
-    came = tiles_bytes(rows, config.hidden) if batch.fp8 else rows * config.hidden * batch.size
+    came = tiles_bytes(rows, config.hidden_size) if batch.fp8 else rows * config.hidden_size * batch.size
     items = [
         Kept("rows that came", came, for_weights=not in_blocks),
         Kept("their gate weights", rows * batch.wide),
     ]
-    return items if in_blocks else [*items, *_inner("routed experts", rows, config.expert_ffn, batch)]
+    return items if in_blocks else [*items, *_inner("routed experts", rows, config.moe_intermediate_size, batch)]
 
 
 def tables(config: ModelConfig, batch: MicroBatch) -> Kept:
     """Where tokens went, and the way back."""
     rows = batch.received(config)
-    return Kept("routing tables", _INDEX * (batch.tokens * (3 * config.top_k + 1) + 3 * rows))
+    return Kept("routing tables", _INDEX * (batch.tokens * (3 * config.num_experts_per_tok + 1) + 3 * rows))
 
 
 def final_norm(config: ModelConfig, batch: MicroBatch) -> list[Kept]:
     """What a norm behind the last layer keeps: the layer's output."""
     return [
-        Kept("input of the final norm", batch.tokens * config.hidden * batch.size),
+        Kept("input of the final norm", batch.tokens * config.hidden_size * batch.size),
         Kept("a number a token", batch.tokens * batch.wide),
     ]
 
 
 def loss(config: ModelConfig, batch: MicroBatch) -> list[Kept]:
     """What one loss keeps: a gradient that is formed with it. That of the head goes where it belongs at once."""
-    return [Kept("gradient of the head's input", batch.tokens * config.hidden * batch.size)]
+    return [Kept("gradient of the head's input", batch.tokens * config.hidden_size * batch.size)]
 
 
 def merge(config: ModelConfig, batch: MicroBatch) -> list[Kept]:
     """What an MTP module could keep of joining hidden state and embedding."""
-    tokens, width = batch.tokens, config.hidden
+    tokens, width = batch.tokens, config.hidden_size
     normed = tokens * 2 * width * batch.size
     return [
         Kept("hidden state and embedding", normed),
@@ -187,18 +187,18 @@ def _attention(config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
     def numbers(what: str, a_token: int, part: RecomputeModule | None = None, **more: object) -> Kept:
         return Kept(what, batch.tokens * a_token * batch.size, part, **more)  # type: ignore[arg-type]
 
-    heads, query_rank, rank = config.heads, config.q_lora_rank or 0, config.kv_lora_rank
+    heads, query_rank, rank = config.num_attention_heads, config.q_lora_rank or 0, config.kv_lora_rank
     of_a_head = (
         2 * config.qk_head_dim + config.qk_nope_head_dim + config.v_head_dim
     )  # values hold unrotated keys' memory
     given = heads * config.v_head_dim
-    yield numbers(INPUT, config.hidden)
+    yield numbers(INPUT, config.hidden_size)
     if batch.fp8:
         yield from _attention_tiles(config, batch)
-        whole = query_rank + rank + (config.hidden if config.q_lora_rank is None else 0)
+        whole = query_rank + rank + (config.hidden_size if config.q_lora_rank is None else 0)
         yield numbers("norms", whole, RecomputeModule.NORM, source_of=RecomputeModule.UP_PROJECTION)
     else:
-        yield numbers("norm before attention", config.hidden, RecomputeModule.NORM, for_weights=True)
+        yield numbers("norm before attention", config.hidden_size, RecomputeModule.NORM, for_weights=True)
         yield numbers("their norms", query_rank + rank, RecomputeModule.NORM, for_weights=True)
     yield numbers("compressed queries, keys and values", query_rank + rank + config.qk_rope_head_dim)
     yield numbers("queries, keys and values", heads * of_a_head, RecomputeModule.UP_PROJECTION)
@@ -209,43 +209,48 @@ def _attention(config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
         yield Kept("log of the sum of each softmax", batch.tokens * heads * batch.wide, RecomputeModule.ATTENTION)
     if not batch.fp8:
         yield numbers("what attention gives", given, RecomputeModule.ATTENTION, for_weights=True)
-    yield numbers("residual", config.hidden)
+    yield numbers("residual", config.hidden_size)
     norms = 3 if config.q_lora_rank is None else 4
     yield Kept("a number a token of each norm", batch.tokens * norms * batch.wide)
 
 
 def _attention_tiles(config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
     """What Linears keep in FP8 of their inputs: each its own, also of the same input."""
-    widths = [config.hidden, config.hidden, config.kv_lora_rank]
+    widths = [config.hidden_size, config.hidden_size, config.kv_lora_rank]
     widths += [] if config.q_lora_rank is None else [config.q_lora_rank]
     tiles = sum(tiles_bytes(batch.tokens, width) for width in widths)
     yield Kept("tiles of norms", tiles, RecomputeModule.NORM, for_weights=True)
-    given = config.heads * config.v_head_dim
+    given = config.num_attention_heads * config.v_head_dim
     packed = batch.tokens * (_E5M6 * (given + given % 2) + tiles_of(given))
     yield Kept("E5M6 of what attention gives", packed, for_weights=True)
 
 
 def _router(config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
-    normed = batch.tokens * config.hidden
+    normed = batch.tokens * config.hidden_size
     narrow = batch.wide > batch.size
-    if not narrow or (config.shared_experts and not batch.fp8):  # the routed ones have copies of their own
+    if not narrow or (config.n_shared_experts and not batch.fp8):  # the routed ones have copies of their own
         yield Kept(NORMED, normed * batch.size, RecomputeModule.NORM, for_weights=True)
     if narrow:
         yield Kept("the same for the router, in FP32", normed * batch.wide, RecomputeModule.NORM, for_weights=True)
-    yield Kept("affinities", batch.tokens * config.experts * batch.wide)
-    yield Kept("choices", batch.tokens * config.top_k * _INDEX)
-    sums = 1 + (config.top_k + 1 if config.normalize_gates else 0)  # of the balance loss; gates and their sum
+    yield Kept("affinities", batch.tokens * config.n_routed_experts * batch.wide)
+    yield Kept("choices", batch.tokens * config.num_experts_per_tok * _INDEX)
+    sums = 1 + (
+        config.num_experts_per_tok + 1 if config.norm_topk_prob else 0
+    )  # of the balance loss; gates and their sum
     yield Kept("gates and sums", batch.tokens * sums * batch.wide)
-    yield Kept("load of each sequence", batch.sequences * (config.experts + 1) * batch.wide)
+    yield Kept("load of each sequence", batch.sequences * (config.n_routed_experts + 1) * batch.wide)
 
 
 def _feed_forward(whose: str, rows: float, inner: int, config: ModelConfig, batch: MicroBatch) -> Iterator[Kept]:
     if batch.fp8:
         yield Kept(
-            f"{whose}: tiles of their input", tiles_bytes(rows, config.hidden), RecomputeModule.NORM, for_weights=True
+            f"{whose}: tiles of their input",
+            tiles_bytes(rows, config.hidden_size),
+            RecomputeModule.NORM,
+            for_weights=True,
         )
     else:
-        yield Kept(NORMED, rows * config.hidden * batch.size, RecomputeModule.NORM, for_weights=True)
+        yield Kept(NORMED, rows * config.hidden_size * batch.size, RecomputeModule.NORM, for_weights=True)
     yield from _inner(whose, rows, inner, batch)
 
 

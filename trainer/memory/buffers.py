@@ -50,8 +50,8 @@ class ExchangeFormats:
     def visited(self, config: ModelConfig) -> float:
         """How many rows of one token cross: what even routing gives on average."""
         if not self.once_a_rank:
-            return float(config.top_k)
-        return self.ranks * (1 - (1 - 1 / self.ranks) ** config.top_k)
+            return float(config.num_experts_per_tok)
+        return self.ranks * (1 - (1 - 1 / self.ranks) ** config.num_experts_per_tok)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Buffers:
     @property
     def rows(self) -> float:
         """What the experts receive, and what they give, R × D."""
-        return self.batch.received(self.config) * self.config.hidden * self.batch.size
+        return self.batch.received(self.config) * self.config.hidden_size * self.batch.size
 
     @property
     def as_tiles(self) -> bool:
@@ -127,26 +127,27 @@ class Buffers:
         DeepEP reads rows and writes sums, both in BF16, and a gate for each choice of a token.
         """
         if self.wire.own_buffer and self.wire.ranks > 1:
-            gates = self.batch.tokens * self.config.top_k * _GATE if beside else 0.0
+            gates = self.batch.tokens * self.config.num_experts_per_tok * _GATE if beside else 0.0
             size: float = 2 * self.batch.tokens
             if self.batch.size != 2:  # rows and sums are converted
                 size += 2 * self.batch.received(self.config) + self.batch.size * self.batch.tokens
-            return gates + size * self.config.hidden
+            return gates + size * self.config.hidden_size
         sent, rows = self.batch.tokens * self.wire.visited(self.config), self.batch.received(self.config)
-        sums: float = self.batch.tokens * self.config.hidden * self.batch.wide
+        sums: float = self.batch.tokens * self.config.hidden_size * self.batch.wide
         if self.batch.size < self.batch.wide:  # what is summed is widened before, and the sums rounded
             sums += (
-                sent * self.config.hidden * self.batch.wide + self.batch.tokens * self.config.hidden * self.batch.size
+                sent * self.config.hidden_size * self.batch.wide
+                + self.batch.tokens * self.config.hidden_size * self.batch.size
             )
         if self.wire.ranks == 1:
             return sums
         payload = self._row(element)
         message = payload + (self.batch.wide if beside else 0)
         alone = sent * payload if beside else 0.0
-        decoded = sent * self.config.hidden * self.batch.size if element not in (None, self.batch.size) else 0.0
+        decoded = sent * self.config.hidden_size * self.batch.size if element not in (None, self.batch.size) else 0.0
         ours = sent if self.wire.once_a_rank else rows
         return ours * message + sent * message + alone + decoded + sums
 
     def _row(self, element: int | None) -> float:
-        scales = tiles_of(self.config.hidden) if element == 1 else 0
-        return self.config.hidden * (self.batch.size if element is None else element) + scales
+        scales = tiles_of(self.config.hidden_size) if element == 1 else 0
+        return self.config.hidden_size * (self.batch.size if element is None else element) + scales

@@ -116,7 +116,7 @@ class ChunkMemory:
         if not self.stage.is_last:
             meter.drop(MemoryKind.ACTIVATIONS, self.message)  # the output: a message from here on
             return
-        for depth in range(self.config.mtp_depth + 1):
+        for depth in range(self.config.num_nextn_predict_layers + 1):
             if depth:
                 meter.hold(MemoryKind.ACTIVATIONS, self._parts.merge.kept + self.message)
                 meter.drop(MemoryKind.WORKING, self.message)  # the hidden state is kept
@@ -129,10 +129,12 @@ class ChunkMemory:
         left, parts = _Left(meter, deferred), self._parts
         meter.hold(MemoryKind.WORKING, self.message)  # the gradient that it begins with
         if self.stage.is_last:
-            for _ in range(self.config.mtp_depth + 1):
+            for _ in range(self.config.num_nextn_predict_layers + 1):
                 left.finish(parts.loss)
-            meter.hold(MemoryKind.WORKING, self.config.mtp_depth * self.message)  # gradients of further depths' losses
-            for _ in range(self.config.mtp_depth):
+            meter.hold(
+                MemoryKind.WORKING, self.config.num_nextn_predict_layers * self.message
+            )  # gradients of further depths' losses
+            for _ in range(self.config.num_nextn_predict_layers):
                 left.finish(parts.norm)
                 yield from self._moe_backward(meter, left)
                 left.finish(parts.merge)
@@ -151,7 +153,9 @@ class ChunkMemory:
         """What an I has left for its W."""
         parts = self._parts
         here = [parts.embedding] * self.stage.is_first + [parts.dense] * bool(self.stage.dense)
-        here += [parts.attend, parts.routed] * bool(self.stage.routed or self.config.mtp_depth * self.stage.is_last)
+        here += [parts.attend, parts.routed] * bool(
+            self.stage.routed or self.config.num_nextn_predict_layers * self.stage.is_last
+        )
         meter.work(max(part.product for part in here))
         meter.drop(MemoryKind.DEFERRED, self.waiting)
 
@@ -175,7 +179,7 @@ class ChunkMemory:
         if in_turns:
             meter.launch(working.exchange.dispatch, working.exchange.came)
             yield
-        if self.config.shared_experts:
+        if self.config.n_shared_experts:
             meter.hold(MemoryKind.ACTIVATIONS, parts.shared.kept)
             meter.hold(MemoryKind.WORKING, self.message)  # their result
             meter.work(working.shared)
@@ -212,7 +216,7 @@ class ChunkMemory:
         meter.launch(working.exchange.combine_backward, working.exchange.rows)
         left.settle()
         in_turns = yield
-        if self.config.shared_experts:
+        if self.config.n_shared_experts:
             meter.work(working.shared_backward)
             left.finish(parts.shared)
             meter.hold(MemoryKind.WORKING, self.message)

@@ -77,12 +77,12 @@ class RunMemory:
     def most_rows(self) -> int:
         """That routing can send to one rank: every token of the expert-parallel group, once for each of its experts."""
         model, ranks = self.config.model, self.config.topology.ep
-        return self._tokens * ranks * min(model.top_k, model.experts // ranks)
+        return self._tokens * ranks * min(model.num_experts_per_tok, model.n_routed_experts // ranks)
 
     def rows_if_skewed(self, ep_rank: int) -> float:
         """That this rank of an expert-parallel group receives when its first one has `most_rows`."""
         ranks = self.config.topology.ep
-        left = self._tokens * ranks * self.config.model.top_k - self.most_rows
+        left = self._tokens * ranks * self.config.model.num_experts_per_tok - self.most_rows
         return self.most_rows if ep_rank == 0 else left / (ranks - 1)
 
     def bound(self, pp_rank: int) -> float:
@@ -133,7 +133,7 @@ class RunMemory:
 
     def _shapes(self, pp_rank: int) -> Iterator[StageShape]:
         for stage in self._stages.chunks(pp_rank):
-            dense = sum(layer < self.config.model.dense_layers for layer in stage.layers)
+            dense = sum(layer < self.config.model.first_k_dense_replace for layer in stage.layers)
             yield StageShape(dense, len(stage.layers) - dense, stage.is_first, stage.is_last)
 
     def _working(self, rows: float | None) -> Working:
@@ -147,7 +147,7 @@ class RunMemory:
             fp8=config.precision.linear == "fp8",
             block=config.expert_rows,
         )
-        experts = config.model.experts // config.topology.ep
+        experts = config.model.n_routed_experts // config.topology.ep
         wire = ExchangeFormats.of(config.exchange, config.topology.ep)
         return Working(config.model, batch, config.recompute.policy, wire, experts)
 

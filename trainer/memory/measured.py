@@ -105,7 +105,7 @@ def measure(config: RunConfig, groups: ProcessGroups, device: torch.device, *, s
 
 def _random_batch(config: RunConfig, generator: torch.Generator) -> TokenBatch:
     shape = (config.schedule.micro_batch, config.window)
-    tokens_BW = torch.randint(0, config.model.vocabulary, shape, generator=generator)
+    tokens_BW = torch.randint(0, config.model.vocab_size, shape, generator=generator)
     return TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool))
 
 

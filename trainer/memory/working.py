@@ -52,7 +52,7 @@ class Working:
     @property
     def hidden(self) -> float:
         """One hidden state, T × D."""
-        return self.batch.tokens * self.config.hidden * self.batch.size
+        return self.batch.tokens * self.config.hidden_size * self.batch.size
 
     @cached_property
     def exchange(self) -> Buffers:
@@ -96,39 +96,45 @@ class Working:
     @cached_property
     def dense(self) -> float:
         """See `_feed_forward`, of a dense layer."""
-        return self._feed_forward(self.batch.tokens, self.config.dense_ffn)
+        return self._feed_forward(self.batch.tokens, self.config.intermediate_size)
 
     @cached_property
     def dense_backward(self) -> float:
         """See `_feed_forward_backward`, of a dense layer."""
-        return self._feed_forward_backward(self.batch.tokens, self.config.dense_ffn)
+        return self._feed_forward_backward(self.batch.tokens, self.config.intermediate_size)
 
     @cached_property
     def shared(self) -> float:
         """See `_feed_forward`, of the shared experts."""
-        return self._feed_forward(self.batch.tokens, self.config.shared_experts * self.config.expert_ffn)
+        return self._feed_forward(self.batch.tokens, self.config.n_shared_experts * self.config.moe_intermediate_size)
 
     @cached_property
     def shared_backward(self) -> float:
         """See `_feed_forward_backward`, of the shared experts."""
-        return self._feed_forward_backward(self.batch.tokens, self.config.shared_experts * self.config.expert_ffn)
+        return self._feed_forward_backward(
+            self.batch.tokens, self.config.n_shared_experts * self.config.moe_intermediate_size
+        )
 
     def _attend_forward(self, items: list[Kept]) -> float:
         """Up to the projection behind attention everything is still here, also what the policy then drops."""
         dropped = made_bytes(items, self.policy)
         if self.batch.fp8:  # tiles are kept in its place
-            heads = self.config.heads * self.config.v_head_dim
+            heads = self.config.num_attention_heads * self.config.v_head_dim
             latents = (self.config.q_lora_rank or 0) + self.config.kv_lora_rank
-            dropped += self.batch.tokens * (self.config.hidden + latents + heads) * self.batch.size
-        return dropped + self.hidden + self._product(self.batch.tokens, self.config.heads * self.config.v_head_dim)
+            dropped += self.batch.tokens * (self.config.hidden_size + latents + heads) * self.batch.size
+        return (
+            dropped
+            + self.hidden
+            + self._product(self.batch.tokens, self.config.num_attention_heads * self.config.v_head_dim)
+        )
 
     def _attend_backward(self, items: list[Kept]) -> float:
         """At the attention core: gradients of its four tensors, of the residual stream, and of the norm behind it."""
         model, size = self.config, self.batch.size
-        heads = model.heads * (2 * model.qk_head_dim + 2 * model.v_head_dim)
+        heads = model.num_attention_heads * (2 * model.qk_head_dim + 2 * model.v_head_dim)
         again = made_bytes(items, self.policy)
-        grads = self.batch.tokens * (heads + 2 * model.hidden) * size
-        return again + grads + self._product(self.batch.tokens, model.heads * model.v_head_dim)
+        grads = self.batch.tokens * (heads + 2 * model.hidden_size) * size
+        return again + grads + self._product(self.batch.tokens, model.num_attention_heads * model.v_head_dim)
 
     def _feed_forward(self, rows: float, inner: int, experts: int = 1) -> float:
         """Gate, up and SwiGLU, where they are not kept; without the result."""
@@ -140,24 +146,24 @@ class Working:
         again = 3 if self.batch.fp8 else sum(width for width, part in _INNER if part in self.policy)
         wide = 2 * self.batch.wide if self.batch.size < self.batch.wide else 0
         made = rows * inner * (5 * self.batch.size + wide)
-        grads = max(made, rows * (self.config.hidden + inner) * self.batch.size)
+        grads = max(made, rows * (self.config.hidden_size + inner) * self.batch.size)
         in_fp8 = max(self._product(rows, 2 * inner, experts), self._quantized(rows, 2 * inner, experts))
         return rows * again * inner * self.batch.size + grads + in_fp8
 
     @cached_property
     def experts(self) -> float:
         """`_feed_forward` of the routed ones, at once or in blocks."""
-        return self._feed_forward(self._at_once, self.config.expert_ffn, self.local_experts)
+        return self._feed_forward(self._at_once, self.config.moe_intermediate_size, self.local_experts)
 
     @cached_property
     def experts_backward(self) -> float:
         """The same; a block also makes its results and their gradients, and gradients of weights; in FP8 no rows."""
-        at_once, inner = self._at_once, self.config.expert_ffn
+        at_once, inner = self._at_once, self.config.moe_intermediate_size
         backward = self._feed_forward_backward(at_once, inner, self.local_experts)
         if not self.batch.in_blocks(self.config):
             return backward
         wide = 2 if self.batch.fp8 else 3
-        made = at_once * (3 * inner + wide * self.config.hidden) * self.batch.size
+        made = at_once * (3 * inner + wide * self.config.hidden_size) * self.batch.size
         return made + max(backward, self.expert_weights)
 
     @property
@@ -168,7 +174,7 @@ class Working:
     @cached_property
     def expert_weights(self) -> float:
         """Gradients of all experts' gate and up projections, where they are not added in the products."""
-        outputs, inputs = 2 * self.config.expert_ffn, self.config.hidden
+        outputs, inputs = 2 * self.config.moe_intermediate_size, self.config.hidden_size
         elements = self.local_experts * outputs * inputs
         if self.batch.fp8:  # one expert after the other, then stacked
             rows = self.batch.received(self.config) / self.local_experts
@@ -186,10 +192,10 @@ class Working:
     def loss(self) -> float:
         """Logits of a chunk of tokens, in FP32 at least and in the compute dtype; and their part of the gradient of
         the head, where that is not added in the product."""
-        tokens = min(self.batch.tokens, chunk_tokens(self.config.vocabulary, on_gpu=not self.batch.on_cpu))
+        tokens = min(self.batch.tokens, chunk_tokens(self.config.vocab_size, on_gpu=not self.batch.on_cpu))
         narrow = self.batch.size if self.batch.size < self.batch.wide else 0
-        logits = tokens * self.config.vocabulary * (self.batch.wide + narrow)
-        return logits + self.config.vocabulary * self.config.hidden * (narrow + self._widened)
+        logits = tokens * self.config.vocab_size * (self.batch.wide + narrow)
+        return logits + self.config.vocab_size * self.config.hidden_size * (narrow + self._widened)
 
     @property
     def _widened(self) -> int:
@@ -206,7 +212,7 @@ class Working:
     def embedding_weights(self) -> float:
         """Rows of the gradient, one for a token, and as many in the gradient's dtype where that is wider."""
         copies = 2 if self.batch.size < self.batch.wide else 1
-        return copies * self.batch.tokens * self.config.hidden * self.batch.wide
+        return copies * self.batch.tokens * self.config.hidden_size * self.batch.wide
 
     def _product(self, rows: float, outputs: int, experts: int = 1) -> float:
         """What the reference provider needs for one product in FP8: both factors in FP64, and sums on their way.
@@ -215,7 +221,7 @@ class Working:
         """
         if not (self.batch.fp8 and self.batch.on_cpu):
             return 0.0
-        one, hidden = rows / experts, self.config.hidden
+        one, hidden = rows / experts, self.config.hidden_size
         joined = 2 * rows * outputs * self.batch.size if experts > 1 else 0.0
         return one * hidden * _WIDER + outputs * hidden * _WIDER + one * outputs * 2 * _WIDER + joined
 
@@ -270,10 +276,10 @@ class Parts:
             items = [kept for kept in items if kept.what != INPUT]
             return PartSize(kept_bytes(items, working.policy), waiting_bytes(items) + gradients, product)
 
-        heads = config.heads * max(config.qk_head_dim, config.qk_nope_head_dim + config.v_head_dim)
-        attention = working.dense_weights(max(config.q_lora_rank or config.hidden, config.kv_lora_rank), heads)
-        inner = working.dense_weights(config.hidden, 2 * config.dense_ffn)
-        both = working.dense_weights(config.hidden, 2 * config.shared_experts * config.expert_ffn)
+        heads = config.num_attention_heads * max(config.qk_head_dim, config.qk_nope_head_dim + config.v_head_dim)
+        attention = working.dense_weights(max(config.q_lora_rank or config.hidden_size, config.kv_lora_rank), heads)
+        inner = working.dense_weights(config.hidden_size, 2 * config.intermediate_size)
+        both = working.dense_weights(config.hidden_size, 2 * config.n_shared_experts * config.moe_intermediate_size)
         rows = [*routed(config, batch), tables(config, batch)]
         return Parts(
             attend=part(attend(config, batch), first, attention),
@@ -293,18 +299,18 @@ def _gradients(
     """Gradients of outputs that products for weights still need: of attention, of shared experts or the dense layer's
     network, and of routed experts; none of these in blocks."""
     tokens, rows = batch.tokens, batch.received(config)
-    heads, query_rank = config.heads, config.q_lora_rank
+    heads, query_rank = config.num_attention_heads, config.q_lora_rank
     widths = [heads * config.qk_head_dim, config.kv_lora_rank + config.qk_rope_head_dim]
-    widths += [heads * (config.qk_nope_head_dim + config.v_head_dim), config.hidden]
+    widths += [heads * (config.qk_nope_head_dim + config.v_head_dim), config.hidden_size]
     widths += [] if query_rank is None else [query_rank]
-    router = 0.0 if dense else tokens * config.experts * batch.wide
-    inner = config.dense_ffn if dense else config.shared_experts * config.expert_ffn
-    both = [2 * inner, config.hidden] if inner else []
-    expert = [2 * config.expert_ffn, config.hidden]
+    router = 0.0 if dense else tokens * config.n_routed_experts * batch.wide
+    inner = config.intermediate_size if dense else config.n_shared_experts * config.moe_intermediate_size
+    both = [2 * inner, config.hidden_size] if inner else []
+    expert = [2 * config.moe_intermediate_size, config.hidden_size]
     if batch.fp8:  # SwiGLU's result, made again, is a factor too
         attended = sum(columns_bytes(tokens, width) for width in widths)
         network = sum(columns_bytes(tokens, width) for width in (*both, *([inner] if inner else [])))
-        experts = sum(columns_bytes(rows, width, local_experts) for width in (*expert, config.expert_ffn))
+        experts = sum(columns_bytes(rows, width, local_experts) for width in (*expert, config.moe_intermediate_size))
     else:
         attended, network, experts = (
             count * sum(each) * batch.size for count, each in ((tokens, widths), (tokens, both), (rows, expert))

@@ -32,7 +32,7 @@ class LatentAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        hidden, heads, rank = config.hidden, config.heads, config.q_lora_rank
+        hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.q_lora_rank
         if rank is None:
             self.q_proj = Linear(hidden, heads * config.qk_head_dim)
         else:
@@ -67,11 +67,15 @@ class LatentAttention(nn.Module):
         config = self.config
         nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
         up = self.q_proj if config.q_lora_rank is None else self.q_up
-        q_nope, q_rope = up(query_BSC).unflatten(-1, (config.heads, -1)).split((nope, rope), dim=-1)  # eq. 7-8
+        q_nope, q_rope = (
+            up(query_BSC).unflatten(-1, (config.num_attention_heads, -1)).split((nope, rope), dim=-1)
+        )  # eq. 7-8
 
-        kv_BSH = self.kv_up(latent_BSC).unflatten(-1, (config.heads, -1))
+        kv_BSH = self.kv_up(latent_BSC).unflatten(-1, (config.num_attention_heads, -1))
         k_nope, v = kv_BSH.split((nope, config.v_head_dim), dim=-1)  # eq. 2, 5
-        k_rope = rotation.apply(k_rope_BS[:, :, None]).expand(-1, -1, config.heads, -1)  # eq. 3: one for all heads
+        k_rope = rotation.apply(k_rope_BS[:, :, None]).expand(
+            -1, -1, config.num_attention_heads, -1
+        )  # eq. 3: one for all heads
 
         q = torch.cat((q_nope, rotation.apply(q_rope)), dim=-1)  # eq. 9
         return q, torch.cat((k_nope, k_rope), dim=-1), v  # eq. 4

@@ -52,7 +52,7 @@ class Chunk:
         recompute: frozenset[RecomputeModule] = frozenset(),
     ) -> None:
         self.model = model
-        self.stage = stage or StageSpec(range(model.config.layers))
+        self.stage = stage or StageSpec(range(model.config.num_hidden_layers))
         self._exchange = exchange
         self._dtype = dtype
         self._recorder = recorder
@@ -62,7 +62,7 @@ class Chunk:
 
     def message(self, sequences: int, length: int, device: torch.device) -> Tensor:
         """An empty tensor like what stages send each other for so many sequences of this length: [B, S, D]."""
-        return torch.empty((sequences, length, self.model.config.hidden), dtype=self._dtype, device=device)
+        return torch.empty((sequences, length, self.model.config.hidden_size), dtype=self._dtype, device=device)
 
     def logits(self, tokens_BS: Tensor, received_BSD: Tensor | None = None) -> Steps[Tensor]:
         """Next-token logits [B, S, V] of the main model, or what the next stage needs. Use it under `torch.no_grad`."""
@@ -106,7 +106,7 @@ class Chunk:
         counts every valid input. Without `scales` there is no backward, and no MTP, whose loss is for training alone.
         `micro_batch` is its number, for the words of errors.
         """
-        length = tokens_BW.shape[1] - 1 - self.model.config.mtp_depth
+        length = tokens_BW.shape[1] - 1 - self.model.config.num_nextn_predict_layers
         tape = self._tape(valid_BW[:, :length], micro_batch, scales)
         hidden_BSD, main_backward = yield from self._main(tokens_BW[:, :length], received_BSD, tape)
         losses: list[tuple[SplitBackward, Tensor]] = []

@@ -23,9 +23,9 @@ def initialize(model: Model, seed: int) -> None:
             parameter.fill_(1.0)
         elif name in expert_names:
             for index, expert in enumerate(parameter):
-                _fill(expert, f"{name}.{model.first_expert + index}", seed, model.config.init_std)
+                _fill(expert, f"{name}.{model.first_expert + index}", seed, model.config.initializer_range)
         else:
-            _fill(parameter, name, seed, model.config.init_std)
+            _fill(parameter, name, seed, model.config.initializer_range)
     for _, router in model.routers():
         router.bias_E.zero_()
 

@@ -33,10 +33,10 @@ class DenseLayer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden, config.norm_eps)
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = LatentAttention(config)
-        self.ffn_norm = RMSNorm(config.hidden, config.norm_eps)
-        self.ffn = SwiGLU(config.hidden, config.dense_ffn)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden_BSD: Tensor, context: Context) -> Tensor:
         """[B, S, D] to [B, S, D]."""
@@ -50,13 +50,13 @@ class MoELayer(nn.Module):
 
     def __init__(self, config: ModelConfig, local_experts: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden, config.norm_eps)
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = LatentAttention(config)
-        self.ffn_norm = RMSNorm(config.hidden, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.router = Router(config)
-        shared = config.shared_experts
-        self.shared = SwiGLU(config.hidden, shared * config.expert_ffn) if shared else None
-        self.experts = Experts(local_experts, config.hidden, config.expert_ffn)
+        shared = config.n_shared_experts
+        self.shared = SwiGLU(config.hidden_size, shared * config.moe_intermediate_size) if shared else None
+        self.experts = Experts(local_experts, config.hidden_size, config.moe_intermediate_size)
 
     def attend(self, hidden_BSD: Tensor, context: Context) -> tuple[Tensor, Tensor, Routing]:
         """Phase 1: the residual stream after attention, its normed tokens_TD for the experts, and where they go."""

@@ -46,11 +46,11 @@ class MTPModule(nn.Module):
 
     def __init__(self, config: ModelConfig, local_experts: int) -> None:
         super().__init__()
-        self.embedding_norm = RMSNorm(config.hidden, config.norm_eps)
-        self.hidden_norm = RMSNorm(config.hidden, config.norm_eps)
-        self.project = Linear(2 * config.hidden, config.hidden)
+        self.embedding_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.project = Linear(2 * config.hidden_size, config.hidden_size)
         self.layer = MoELayer(config, local_experts)
-        self.final_norm = RMSNorm(config.hidden, config.norm_eps)
+        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def merge_inputs(self, hidden_BSD: Tensor, embedded_BSD: Tensor) -> Tensor:
         """The input of this depth's layer, [B, S, D]."""
@@ -79,7 +79,7 @@ class ModelShard:
     @staticmethod
     def whole(config: ModelConfig, expert_ranks: int = 1, expert_rank: int = 0) -> ModelShard:
         """Every layer, with one share of the experts."""
-        return ModelShard(tuple(range(config.layers)), expert_ranks=expert_ranks, expert_rank=expert_rank)
+        return ModelShard(tuple(range(config.num_hidden_layers)), expert_ranks=expert_ranks, expert_rank=expert_rank)
 
 
 class Model(nn.Module):
@@ -89,19 +89,19 @@ class Model(nn.Module):
         super().__init__()
         share = share or ModelShard.whole(config)
         self.config = config
-        self.local_experts = config.experts // share.expert_ranks
+        self.local_experts = config.n_routed_experts // share.expert_ranks
         self.first_expert = share.expert_rank * self.local_experts
-        self.embedding = Embedding(config.vocabulary, config.hidden) if share.embedding else None
+        self.embedding = Embedding(config.vocab_size, config.hidden_size) if share.embedding else None
         self.layers = nn.ModuleDict({str(index): self._layer(index) for index in share.layers})
-        self.final_norm = RMSNorm(config.hidden, config.norm_eps) if share.head else None
-        self.head = Linear(config.hidden, config.vocabulary) if share.head else None
-        depth = config.mtp_depth if share.head else 0
+        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if share.head else None
+        self.head = Linear(config.hidden_size, config.vocab_size) if share.head else None
+        depth = config.num_nextn_predict_layers if share.head else 0
         self.mtp = nn.ModuleList(MTPModule(config, self.local_experts) for _ in range(depth))
         self.fp8: Fp8 | None = None
         self.attention = ON_CPU
 
     def _layer(self, index: int) -> DenseLayer | MoELayer:
-        dense = index < self.config.dense_layers
+        dense = index < self.config.first_k_dense_replace
         return DenseLayer(self.config) if dense else MoELayer(self.config, self.local_experts)
 
     def use_fp8(self, fp8: Fp8) -> None:
@@ -177,5 +177,5 @@ def mtp_name(depth: int) -> str:
 
 def router_names(config: ModelConfig) -> list[str]:
     """The names of all routers of the whole model, in their order."""
-    layers = [layer_name(index) for index in range(config.dense_layers, config.layers)]
-    return layers + [mtp_name(depth) for depth in range(1, config.mtp_depth + 1)]
+    layers = [layer_name(index) for index in range(config.first_k_dense_replace, config.num_hidden_layers)]
+    return layers + [mtp_name(depth) for depth in range(1, config.num_nextn_predict_layers + 1)]

@@ -36,8 +36,10 @@ def rotation(config: ModelConfig, length: int, like: Tensor) -> Rotation:
     frequency_P = _frequencies(config)
     angle_SP = torch.arange(length, dtype=torch.float64)[:, None] * frequency_P
     scale = 1.0
-    if config.yarn is not None:
-        scale = _magnitude(config.yarn, config.yarn.mscale) / _magnitude(config.yarn, config.yarn.mscale_all_dim)
+    if config.rope_scaling is not None:
+        scale = _magnitude(config.rope_scaling, config.rope_scaling.mscale) / _magnitude(
+            config.rope_scaling, config.rope_scaling.mscale_all_dim
+        )
     turn_SP = torch.polar(torch.full_like(angle_SP, scale), angle_SP)
     dtype = torch.promote_types(like.dtype, torch.float32)
     return Rotation(to_device(turn_SP.to(dtype.to_complex()), like.device))
@@ -46,8 +48,8 @@ def rotation(config: ModelConfig, length: int, like: Tensor) -> Rotation:
 def softmax_scale(config: ModelConfig) -> float:
     """1 / sqrt(head width), times the square of YaRN's temperature √t = 0.1 ln s + 1."""
     scale: float = config.qk_head_dim**-0.5
-    if config.yarn is not None:
-        scale *= _magnitude(config.yarn, config.yarn.mscale_all_dim) ** 2
+    if config.rope_scaling is not None:
+        scale *= _magnitude(config.rope_scaling, config.rope_scaling.mscale_all_dim) ** 2
     return scale
 
 
@@ -59,13 +61,13 @@ def _frequencies(config: ModelConfig) -> Tensor:
     """Radians a token for each pair. YaRN divides those of slowly turning pairs by its factor and blends in between."""
     width = config.qk_rope_head_dim
     frequency_P = config.rope_theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
-    yarn = config.yarn
+    yarn = config.rope_scaling
     if yarn is None:
         return frequency_P
 
     def dimension_turning(turns: float) -> float:
         """The (fractional) pair that makes this many turns over the original length."""
-        wavelength = yarn.original_length / (turns * 2 * math.pi)
+        wavelength = yarn.original_max_position_embeddings / (turns * 2 * math.pi)
         return width * math.log(wavelength) / (2 * math.log(config.rope_theta))
 
     low = max(math.floor(dimension_turning(yarn.beta_fast)), 0)

@@ -36,24 +36,26 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.empty(config.experts, config.hidden))
-        self.register_buffer("bias_E", torch.zeros(config.experts, dtype=torch.float32))
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("bias_E", torch.zeros(config.n_routed_experts, dtype=torch.float32))
         self.bias_E: Tensor
 
     def forward(self, x_BSD: Tensor, valid_BS: Tensor) -> Routing:
         """Route each token; tokens that are not valid are routed too, but neither counted nor balanced."""
         x_TD = recomputed(RecomputeModule.NORM, at_least_fp32, x_BSD.flatten(0, 1))  # of what a norm gives, wider
         logits_TE = linear(x_TD, self.weight)
-        affinity_TE = logits_TE.sigmoid() if self.config.affinity == "sigmoid" else logits_TE.softmax(dim=-1)  # eq. 15
+        affinity_TE = (
+            logits_TE.sigmoid() if self.config.scoring_func == "sigmoid" else logits_TE.softmax(dim=-1)
+        )  # eq. 15
         experts_TK = self._select(affinity_TE.detach())
         gates_TK = affinity_TE.gather(1, experts_TK)
-        if self.config.normalize_gates:
+        if self.config.norm_topk_prob:
             gates_TK = gates_TK / (gates_TK.sum(dim=-1, keepdim=True) + 1e-20)  # eq. 13
         chosen_TE = torch.zeros_like(affinity_TE, dtype=torch.bool).scatter_(1, experts_TK, True)
         chosen_TE &= valid_BS.reshape(-1, 1)
-        shape_BSE = (*valid_BS.shape, self.config.experts)
+        shape_BSE = (*valid_BS.shape, self.config.n_routed_experts)
         return Routing(
-            gates_TK=gates_TK * self.config.routed_scaling,
+            gates_TK=gates_TK * self.config.routed_scaling_factor,
             experts_TK=experts_TK,
             balance_loss=self._balance_loss(affinity_TE.view(shape_BSE), chosen_TE.view(shape_BSE), valid_BS),
             counts_E=chosen_TE.sum(dim=0),
@@ -63,14 +65,14 @@ class Router(nn.Module):
         """The K experts of highest affinity + bias within the M best groups (eq. 16 and "node-limited routing")."""
         config = self.config
         score_TE = affinity_TE + self.bias_E
-        if config.top_k_groups < config.groups:
-            score_TGE = score_TE.unflatten(1, (config.groups, -1))
+        if config.topk_group < config.n_group:
+            score_TGE = score_TE.unflatten(1, (config.n_group, -1))
             best = min(2, score_TGE.shape[-1])  # a group's score is the sum of its two best experts, K / M = 2 in V3
             group_score_TG = score_TGE.topk(best, dim=-1).values.sum(dim=-1)
-            groups_TM = group_score_TG.topk(config.top_k_groups, dim=-1).indices
+            groups_TM = group_score_TG.topk(config.topk_group, dim=-1).indices
             allowed_TG = torch.zeros_like(group_score_TG, dtype=torch.bool).scatter_(1, groups_TM, True)
             score_TE = score_TGE.masked_fill(~allowed_TG[:, :, None], float("-inf")).flatten(1)
-        return score_TE.topk(config.top_k, dim=-1).indices
+        return score_TE.topk(config.num_experts_per_tok, dim=-1).indices
 
     def _balance_loss(self, affinity_BSE: Tensor, chosen_BSE: Tensor, valid_BS: Tensor) -> Tensor:
         """Σ_sequences Σ_i f_i P_i (eq. 17-20), over each sequence's valid tokens.
@@ -79,7 +81,9 @@ class Router(nn.Module):
         balancing one selection and dispatching another would pull the router in a direction that no expert sees.
         """
         tokens_B1 = valid_BS.sum(dim=1, keepdim=True).clamp(min=1).to(affinity_BSE.dtype)  # no valid token: loss 0
-        fraction_BE = chosen_BSE.sum(dim=1) * (self.config.experts / (self.config.top_k * tokens_B1))  # eq. 18
+        fraction_BE = chosen_BSE.sum(dim=1) * (
+            self.config.n_routed_experts / (self.config.num_experts_per_tok * tokens_B1)
+        )  # eq. 18
         share_BSE = affinity_BSE / affinity_BSE.sum(dim=-1, keepdim=True)  # eq. 19
         probability_BE = (share_BSE * valid_BS[..., None]).sum(dim=1) / tokens_B1  # eq. 20
         return (fraction_BE * probability_BE).sum()

@@ -60,7 +60,7 @@ class Stages:
         """The part of the model that `rank` holds. The last stage has MTP modules, which embed tokens, too."""
         chunks = self.chunks(topology.pp_rank(rank))
         is_last = any(stage.is_last for stage in chunks)
-        embeds_again = is_last and self.model.mtp_depth > 0
+        embeds_again = is_last and self.model.num_nextn_predict_layers > 0
         return ModelShard(
             layers=tuple(sorted(layer for stage in chunks for layer in stage.layers)),
             embedding=embeds_again or any(stage.is_first for stage in chunks),
@@ -76,7 +76,7 @@ class Stages:
         if top == "layers":
             return (next(number for number, layers in enumerate(self.layers) if int(rest[0]) in layers),)
         if top == "embedding":
-            return tuple(sorted({0, last})) if self.model.mtp_depth else (0,)
+            return tuple(sorted({0, last})) if self.model.num_nextn_predict_layers else (0,)
         return (last,)
 
     def holders(self, parameter: str) -> tuple[int, ...]:

@@ -46,7 +46,7 @@ def evaluate(
     rounds = -(-len(samples) // share)
     first = topology.dp_rank(groups.rank) * micro_batch
     starts = [index * share + first for index in range(rounds)]
-    depth = chunks[0].model.config.mtp_depth
+    depth = chunks[0].model.config.num_nextn_predict_layers
     at_once = micro_batches_at_once(topology.pp)
     summaries: list[list[MicroBatchMetrics]] = [[] for _ in chunks]
     targets = 0

@@ -235,7 +235,7 @@ class Reporter:
         tflops = rate * self._speed.flops.with_mtp / self._ranks / 1e12
         values: dict[str, JSON] = {
             "loss": result.loss,
-            "loss/mtp": result.mtp_loss if config.model.mtp_depth else None,
+            "loss/mtp": result.mtp_loss if config.model.num_nextn_predict_layers else None,
             "loss/balance": result.balance_loss,
             "loss/total": result.total_loss,
             "learning_rate": settings.learning_rate,

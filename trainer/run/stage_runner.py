@@ -45,7 +45,7 @@ class StageRunner:
         """See `parallelism.pipeline.executor.Stage`."""
         batch = self.micro_batches[micro_batch]
         sequences, window = batch.tokens_BW.shape
-        length = window - 1 - self.chunk.model.config.mtp_depth
+        length = window - 1 - self.chunk.model.config.num_nextn_predict_layers
         return self.chunk.message(sequences, length, batch.tokens_BW.device)
 
 

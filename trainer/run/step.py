@@ -109,7 +109,7 @@ class Stepper:
         self.optimizer.warm_up()
         few = torch.zeros(1, dtype=torch.float64, device=device)
         routers = len(router_names(self.config))
-        for like in (few, few.expand(length(routers, self.config.experts, _VOTES))):
+        for like in (few, few.expand(length(routers, self.config.n_routed_experts, _VOTES))):
             warm_up_all_reduce(self.groups.world, like)
 
     def step(
@@ -122,7 +122,7 @@ class Stepper:
         """
         with self.recorder.span(Track.INSTRUCTION, REDUCE_WAIT):
             targets = self._count_targets(micro_batches)
-        depth = self.config.mtp_depth
+        depth = self.config.num_nextn_predict_layers
         scales = LossNormalizers(
             main=1 / targets,
             mtp=settings.mtp_weight / (max(depth, 1) * targets),
@@ -155,7 +155,7 @@ class Stepper:
 
     def _count_targets(self, micro_batches: Sequence[TokenBatch]) -> int:
         """Valid next-token targets of the global batch, known before the first backward: each loss is scaled once."""
-        counts = [count_targets(batch, self.config.mtp_depth) for batch in micro_batches]
+        counts = [count_targets(batch, self.config.num_nextn_predict_layers) for batch in micro_batches]
         count = to_host(self.groups.world.all_reduce_sum(sum_counts(counts), "count of valid targets"))
         # The ranks of a pipeline read the same samples.
         return max(1, int(count.item()) // self.groups.topology.pp)
@@ -184,7 +184,7 @@ class Stepper:
             visits=sum((summary.visits for summary in summaries), NO_VISITS),
             votes=votes,
         )
-        return sum_over_ranks(share, router_names(self.config), self.config.experts, self.groups.world)
+        return sum_over_ranks(share, router_names(self.config), self.config.n_routed_experts, self.groups.world)
 
     def _own_counts(self, summaries: Sequence[MicroBatchMetrics]) -> dict[str, Tensor]:
         """Load of this rank's tokens, of every router here: each token is counted where it was routed from."""

@@ -48,15 +48,15 @@ def load_kernels(stepper: Stepper, batch: tuple[int, int], device: torch.device)
     No pipeline neighbor takes part. Gradients of weights are garbage afterwards.
     """
     sequences, window = batch
-    length = window - 1 - stepper.config.mtp_depth
+    length = window - 1 - stepper.config.num_nextn_predict_layers
     generator = torch.Generator().manual_seed(stepper.groups.rank)
     # Different tokens: equal ones would all go to the same experts, more rows than a rank has memory for.
-    tokens_BW = torch.randint(stepper.config.vocabulary, batch, generator=generator)
+    tokens_BW = torch.randint(stepper.config.vocab_size, batch, generator=generator)
     noise = TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool)).to(device)
     with stepper.model.weights_unchanged():
         for chunk in stepper.chunks:
             stage = StageRunner(chunk, [noise], _SCALES)
-            hidden_BSD = torch.randn((sequences, length, stepper.config.hidden), generator=generator)
+            hidden_BSD = torch.randn((sequences, length, stepper.config.hidden_size), generator=generator)
             hidden_BSD = to_device(hidden_BSD, device).to(stage.message(0).dtype)
             drive(stage.forward(0, None if chunk.stage.is_first else hidden_BSD))
             weights = WeightGradients(deferred=True)

@@ -43,9 +43,9 @@ class BalancedRouting:
         return BalancedRouting(
             ranks=topology.ep,
             nodes=topology.ep_nodes,
-            experts=model.experts,
+            experts=model.n_routed_experts,
             tokens=config.schedule.micro_batch * config.training.sequence_length,
-            top_k=model.top_k,
+            top_k=model.num_experts_per_tok,
             visits_of_ranks=expected_visits(model, topology.ep),
             visits_of_nodes=expected_visits(model, topology.ep_nodes),
         )

@@ -143,8 +143,8 @@ def test_nothing_is_measured_with_a_borrowed_table() -> None:
 
 def test_a_search_lends_no_exchange_too_few_sms() -> None:
     """Where the configured run has no exchange, `--comm-sms 3` is legal, and layouts that have one are not."""
-    grid = ["cluster.nodes=1", "topology.pp=8", "topology.edp=1", "topology.ep=1", "model.layers=8"]
+    grid = ["cluster.nodes=1", "topology.pp=8", "topology.edp=1", "topology.ep=1", "model.num_hidden_layers=8"]
     batch = ["training.global_batch=64", *(f"training.ramp_{name}" for name in ("from=null", "step=null", "tokens=0"))]
-    found = plan([V3, *grid, *batch, "model.experts=64"], None, 3, {"comm_sms": 3}).found
+    found = plan([V3, *grid, *batch, "model.n_routed_experts=64"], None, 3, {"comm_sms": 3}).found
     assert any(reason.startswith("--comm-sms") for reason in found.illegal)
     assert {best.layout.topology.ep for best in found.best} <= {1}

@@ -21,17 +21,17 @@ from .v3 import simulated
 
 def choices(model: ModelConfig) -> Iterator[tuple[int, ...]]:
     """Every choice of experts that a token may make, each as often as uniform routing makes it."""
-    size = model.experts // model.groups
-    for groups in combinations(range(model.groups), model.top_k_groups):
-        yield from combinations([group * size + e for group in groups for e in range(size)], model.top_k)
+    size = model.n_routed_experts // model.n_group
+    for groups in combinations(range(model.n_group), model.topk_group):
+        yield from combinations([group * size + e for group in groups for e in range(size)], model.num_experts_per_tok)
 
 
 @pytest.mark.parametrize("places", [1, 2, 4, 8])
 @pytest.mark.parametrize(("groups", "chosen", "top_k"), [(4, 2, 2), (4, 2, 3), (2, 1, 2), (4, 4, 3), (1, 1, 2)])
 def test_expected_visits_are_those_of_all_choices(places: int, groups: int, chosen: int, top_k: int) -> None:
-    model = ModelConfig(experts=8, groups=groups, top_k_groups=chosen, top_k=top_k)
+    model = ModelConfig(n_routed_experts=8, n_group=groups, topk_group=chosen, num_experts_per_tok=top_k)
     all_choices = list(choices(model))
-    share = model.experts // places
+    share = model.n_routed_experts // places
     mean = sum(len({expert // share for expert in choice}) for choice in all_choices) / len(all_choices)
     assert expected_visits(model, places) == pytest.approx(mean)
 

@@ -120,12 +120,12 @@ def test_figures_that_are_not_known_are_refused() -> None:
     layout = Layout(GRID, "one_f_one_b")
     for name in ("nvlink_gbps", "infiniband_gbps", "memory_gbps"):
         cluster = replace(simulation.config.cluster, **{name: None})  # type: ignore[arg-type]
-        forecaster = Forecaster(replace(simulation.config.model, layers=12), cluster, 4096)
+        forecaster = Forecaster(replace(simulation.config.model, num_hidden_layers=12), cluster, 4096)
         with pytest.raises(ConfigError, match=rf"cluster\.{name} = None: is not known for h800"):
             forecaster.forecast(layout, Recipe(), 8 * GRID.dp)
 
 
 def small() -> Forecaster:
     simulation = simulated()
-    model = replace(simulation.config.model, layers=12)
+    model = replace(simulation.config.model, num_hidden_layers=12)
     return Forecaster(model, simulation.config.cluster, 4096)

@@ -51,6 +51,6 @@ def test_a_routed_layer_keeps_what_others_count() -> None:
 def test_parameters_of_all_stages_are_the_models() -> None:
     model = simulated().config.model
     count = count_parameters(model)
-    first = StageShape(model.dense_layers, 10, is_first=True, is_last=False)
+    first = StageShape(model.first_k_dense_replace, 10, is_first=True, is_last=False)
     last = StageShape(0, model.moe_layers - 10, is_first=False, is_last=True)
     assert sum(sum(stage_parameters(model, stage)) for stage in (first, last)) == count.main + count.mtp

@@ -16,7 +16,7 @@ from .v3 import simulated
 @pytest.mark.parametrize(("gpus", "layers", "batch"), [(32, 8, 64), (32, 6, 128), (64, 12, 256)])
 def test_what_bounds_exclude_is_not_among_the_best(gpus: int, layers: int, batch: int) -> None:
     config = simulated().config
-    forecaster = Forecaster(replace(config.model, layers=layers), config.cluster, 4096)
+    forecaster = Forecaster(replace(config.model, num_hidden_layers=layers), config.cluster, 4096)
     space = SearchSpace(gpus, 8, micro_batches=(1, 2), recomputes=(REPORT, EVERYTHING), precisions=(Precision.FP8,))
     candidates = list(space.candidates(Recipe()))
     pruned = search(forecaster, candidates, batch, keep=3)
@@ -54,7 +54,7 @@ def test_room_for_fragmentation_decides_what_fits() -> None:
 def test_what_a_cluster_does_not_say_is_counted_and_never_free() -> None:
     config = simulated().config
     cluster = replace(config.cluster, infiniband_gbps=None)
-    forecaster = Forecaster(replace(config.model, layers=8), cluster, 4096)
+    forecaster = Forecaster(replace(config.model, num_hidden_layers=8), cluster, 4096)
     space = SearchSpace(32, 8, micro_batches=(1,), recomputes=(REPORT,), precisions=(Precision.FP8,))
     result = search(forecaster, space.candidates(Recipe()), 64, keep=3)
     assert not result.best  # at least the dense part has replicas in other nodes
@@ -63,7 +63,7 @@ def test_what_a_cluster_does_not_say_is_counted_and_never_free() -> None:
 
 def test_the_run_has_the_last_word() -> None:
     config = simulated().config
-    forecaster = Forecaster(replace(config.model, layers=8), config.cluster, 4096)
+    forecaster = Forecaster(replace(config.model, num_hidden_layers=8), config.cluster, 4096)
     space = SearchSpace(32, 8, micro_batches=(1,), recomputes=(REPORT,), precisions=(Precision.FP8,))
     candidates = list(space.candidates(Recipe()))
     result = search(forecaster, candidates, 64, refusal=lambda layout, recipe: "not today")

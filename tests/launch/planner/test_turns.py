@@ -17,7 +17,9 @@ from shoestring.trainer.memory.chunk import ChunkMemory, PeakMeter, StageShape
 from .v3 import simulated
 
 # What `CONFIG` holds, and V3 has as many MTP modules.
-STAGE = StageShape(CONFIG.dense_layers, CONFIG.layers - CONFIG.dense_layers, is_first=True, is_last=True)
+STAGE = StageShape(
+    CONFIG.first_k_dense_replace, CONFIG.num_hidden_layers - CONFIG.first_k_dense_replace, is_first=True, is_last=True
+)
 Halves = tuple[Steps[Any], Steps[Any]]
 
 

@@ -93,8 +93,8 @@ def test_memory_is_what_is_predicted(log: RankLog) -> None:
     predicted = memory.of(log.pp_rank)
     chunks = stages_of(config).chunks(log.pp_rank)
     layers = [layer for chunk in chunks for layer in chunk.layers]
-    routers = sum(layer >= config.model.dense_layers for layer in layers) + any(c.is_last for c in chunks)
-    biases = 4 * config.model.experts * routers  # of routers, which the prediction leaves out
+    routers = sum(layer >= config.model.first_k_dense_replace for layer in layers) + any(c.is_last for c in chunks)
+    biases = 4 * config.model.n_routed_experts * routers  # of routers, which the prediction leaves out
     # Angles of positions, which a chunk keeps from its first forward on: complex64.
     angles = 8 * len(chunks) * config.training.sequence_length * config.model.qk_rope_head_dim // 2
     beyond = live.state - (predicted.state.total - predicted.state.fp8_weights) - biases - angles
@@ -139,10 +139,12 @@ def test_communication_says_what_with_whom_and_how_much(log: RankLog) -> None:
     tokens = config.schedule.micro_batch * config.training.sequence_length
     if log.rank == BF16_RANK:
         copies = [each for each in collectives if each.what.startswith("dispatch of")]
-        assert all(sum(each.sends) == sum(each.receives) == tokens * config.model.top_k for each in copies)
+        assert all(
+            sum(each.sends) == sum(each.receives) == tokens * config.model.num_experts_per_tok for each in copies
+        )
     batches = [event for event in log.events if isinstance(event, MessageBatch) and not event.is_warm_up]
     messages = [message for batch in batches for message in (*batch.sends, *batch.receives)]
-    assert {message.shape for message in messages} == {(1, config.training.sequence_length, config.model.hidden)}
+    assert {message.shape for message in messages} == {(1, config.training.sequence_length, config.model.hidden_size)}
     assert {message.dtype for message in messages} == {"bfloat16"}
     assert {message.peer for message in messages} == {(log.rank + config.topology.dp) % log.world_size}
     assert all(" of micro-batch " in message.what and ";" not in message.what for message in messages)
@@ -181,7 +183,9 @@ def test_kernels_of_triton_are_counted_by_their_tensors(in_fp8: RankLog) -> None
     assert {row.place for row in rows} == {"trainer/precision/triton_backend.py:TritonProvider.multiply_grouped"}
     micro_batches = 2 * in_fp8.micro_batches  # of two layers
     assert sum(row.launches for row in rows) == 4 * micro_batches  # shared and routed experts, two products each
-    read = config.model.hidden * config.training.sequence_length * config.model.top_k  # FP8 rows for the experts
+    read = (
+        config.model.hidden_size * config.training.sequence_length * config.model.num_experts_per_tok
+    )  # FP8 rows for the experts
     assert sum(row.bytes for row in rows) > 2 * micro_batches * read
 
 

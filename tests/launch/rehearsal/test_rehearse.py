@@ -19,7 +19,7 @@ from shoestring.trainer.memory.forecast import RunMemory
 
 SMALL = (
     *("experiment=quickstart", "schedule=one_f_one_b", "schedule.micro_batch=1", "training.global_batch=4"),
-    *("training.sequence_length=32", "model.mtp_depth=0"),
+    *("training.sequence_length=32", "model.num_nextn_predict_layers=0"),
 )
 """Two pipeline ranks of two layers each, experts over two ranks; two micro-batches."""
 SEEDED = ("-m", "shoestring.tests.launch.rehearsal.seeded")
@@ -84,7 +84,7 @@ def test_a_shape_that_differs_between_neighbors_is_named() -> None:
 
 
 def test_swapped_collectives_are_named() -> None:
-    verdict = rehearsed("2,3", "model.layers=6", "schedule=interleaved", fault=("swapped_collectives", "3"))
+    verdict = rehearsed("2,3", "model.num_hidden_layers=6", "schedule=interleaved", fault=("swapped_collectives", "3"))
     assert verdict.exit_code == 1
     found = next(fault for fault in of_kind(verdict, "collective") if "sum of gradients" in fault.text)
     assert found.ranks == (2, 3)

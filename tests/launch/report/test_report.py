@@ -122,7 +122,13 @@ def test_memory_and_expert_load(page: Reader) -> None:
 
 def test_the_configuration_is_whole(run_dir: Path, page: Reader) -> None:
     words = page.words("configuration")
-    for text in ("routed_scaling 2.5", "name dualpipev", "layout null", "mtp_weight.0 0.3", f"run_dir {run_dir}"):
+    for text in (
+        "routed_scaling_factor 2.5",
+        "name dualpipev",
+        "layout null",
+        "mtp_weight.0 0.3",
+        f"run_dir {run_dir}",
+    ):
         assert text in words
 
 

@@ -23,15 +23,15 @@ def configured(*overrides: str) -> RunConfig:
 @pytest.mark.parametrize(
     ("overrides", "field"),
     [
-        ("model.hidden=1e9", "model.hidden"),
-        ("model.experts=1e8", "model.experts"),
-        ("model.layers=1e7", "model.layers"),
-        ("model.vocabulary=1e9", "model.vocabulary"),
-        ("model.heads=1e9", "model.heads"),
-        ("model.dense_ffn=1e12", "model.dense_ffn"),
-        ("model.mtp_depth=1e6", "model.mtp_depth"),
-        ("model.shared_experts=1e9", "model.shared_experts"),
-        ("model.top_k=1e7", "model.top_k"),
+        ("model.hidden_size=1e9", "model.hidden_size"),
+        ("model.n_routed_experts=1e8", "model.n_routed_experts"),
+        ("model.num_hidden_layers=1e7", "model.num_hidden_layers"),
+        ("model.vocab_size=1e9", "model.vocab_size"),
+        ("model.num_attention_heads=1e9", "model.num_attention_heads"),
+        ("model.intermediate_size=1e12", "model.intermediate_size"),
+        ("model.num_nextn_predict_layers=1e6", "model.num_nextn_predict_layers"),
+        ("model.n_shared_experts=1e9", "model.n_shared_experts"),
+        ("model.num_experts_per_tok=1e7", "model.num_experts_per_tok"),
         ("model.q_lora_rank=1e7", "model.q_lora_rank"),
         ("training.global_batch=1e30", "training.global_batch"),
         ("training.global_batch=1e9", "training.global_batch"),
@@ -63,9 +63,9 @@ def test_each_size_has_a_limit(overrides: str, field: str) -> None:
     ("overrides", "words"),
     [
         ("topology.edp=512 training.global_batch=512", "asks for 512 ranks on this machine, which has 2 cores"),
-        ("model.hidden=1048576", "parameters and their optimizer state alone"),
-        ("model.hidden=65536 model.expert_ffn=1048576", "parameters and their optimizer state alone"),
-        ("model.experts=65536", "parameters and their optimizer state alone"),
+        ("model.hidden_size=1048576", "parameters and their optimizer state alone"),
+        ("model.hidden_size=65536 model.moe_intermediate_size=1048576", "parameters and their optimizer state alone"),
+        ("model.n_routed_experts=65536", "parameters and their optimizer state alone"),
         ("training.sequence_length=16777216 schedule.micro_batch=8", "one activation of the 134,217,728 tokens"),
     ],
 )
@@ -90,7 +90,7 @@ def test_processes_need_memory_and_may_be_limited_in_number() -> None:
 
 def test_a_gpu_has_its_own_memory() -> None:
     room = MachineCapacity(cores=2, host_bytes=1e15, gpu_bytes=80e9, tasks=None)
-    assert "of memory on a GPU" in str(next(size_problems(configured("model.hidden=1048576"), 1, room)))
+    assert "of memory on a GPU" in str(next(size_problems(configured("model.hidden_size=1048576"), 1, room)))
     assert list(size_problems(configured(), 512, room)) == []  # a GPU's rank needs no core of its own
 
 
@@ -111,7 +111,7 @@ def test_deepseek_v3_fits_its_own_cluster() -> None:
 
 
 def test_preflight_refuses_sizes_before_it_looks_at_anything_else() -> None:
-    config = configured("model.hidden=1048576", "data.prepared=/nowhere/at/all")
+    config = configured("model.hidden_size=1048576", "data.prepared=/nowhere/at/all")
     with pytest.raises(ConfigError) as refused:
         preflight(config, 1, fresh=True)
     assert [problem.field for problem in refused.value.problems] == ["model"]

@@ -125,7 +125,7 @@ def test_copies_keep_the_source() -> None:
     [
         (["training.seed=5"], "training.seed"),
         (["optimizer.peak_learning_rate=0.5"], "optimizer.peak_learning_rate"),
-        (["model.expert_ffn=64"], "model.expert_ffn"),
+        (["model.moe_intermediate_size=64"], "model.moe_intermediate_size"),
         (["data.prepared=elsewhere"], "data.prepared"),
         (["telemetry.log_every=3", "training.seed=1"], "training.seed"),
         (["data.validation=[a,b]"], "data.validation"),

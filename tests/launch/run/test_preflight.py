@@ -117,7 +117,7 @@ def test_everything_that_keeps_a_run_from_starting_is_named_at_once(
         store.commit(7, CheckpointExtras({"step": 7, "config": asdict(config), "data": "other", "tokenizer": "other"}))
     wrong = replace(
         in_directory(config, run_dir),
-        model=replace(config.model, heads=2),
+        model=replace(config.model, num_attention_heads=2),
         data=replace(config.data, prepared=str(tmp_path / "nowhere")),
     )
     wrong = replace(wrong, training=replace(wrong.training, device="cuda"))
@@ -125,7 +125,7 @@ def test_everything_that_keeps_a_run_from_starting_is_named_at_once(
     assert refused(look, wrong, 4).keys() == {
         str(tmp_path / "nowhere" / "manifest.json"),
         "training.device",
-        "model.heads",
+        "model.num_attention_heads",
     }
     (store.path(7) / "manifest.json").write_text("{")
     assert "checkpoint" in refused(look, wrong, 4)
@@ -175,14 +175,14 @@ def test_what_a_checkpoint_holds_on_to(config: RunConfig) -> None:
     assert not list(incompatibilities(facts, freer, data))
     other = replace(
         config,
-        model=replace(config.model, heads=2),
+        model=replace(config.model, num_attention_heads=2),
         optimizer=replace(config.optimizer, moments="float32", ema_decay=0.5),
         training=replace(config.training, seed=1),
     )
     found = {problem.field: problem for problem in incompatibilities(facts | {"data": "other"}, other, data)}
     moments = {"optimizer.moments", "optimizer.ema_decay"}
-    assert set(found) == {"model.heads", *moments, "training.seed", "data.prepared"}
-    assert "the checkpoint of step 7 has 4" in found["model.heads"].hint
+    assert set(found) == {"model.num_attention_heads", *moments, "training.seed", "data.prepared"}
+    assert "the checkpoint of step 7 has 4" in found["model.num_attention_heads"].hint
     assert "holds other tokens" in found["data.prepared"].hint
     (tokenizer,) = incompatibilities(facts | {"tokenizer": "other", "data": "other"}, config, data)
     assert "has another tokenizer" in tokenizer.hint

@@ -34,10 +34,10 @@ SMALL = [
     "experiment=quickstart",
     "topology.pp=2",
     "topology.ep=1",
-    "model.vocabulary=512",
+    "model.vocab_size=512",
     "data.vocabulary=512",
-    "model.layers=4",
-    "model.hidden=32",
+    "model.num_hidden_layers=4",
+    "model.hidden_size=32",
     "training.sequence_length=32",
     "training.global_batch=8",
     f"training.tokens={STEPS * 8 * 32}",
@@ -282,9 +282,9 @@ def test_refusals_name_every_problem_and_leave_nothing_behind(overrides: list[st
 
 def test_a_checkpoint_of_another_model_is_refused_before_anything_starts(finished: Path, overrides: list[str]) -> None:
     before = (finished / "config.yaml").read_bytes()
-    result = train(overrides, finished, "model.heads=2", "training.seed=1")
+    result = train(overrides, finished, "model.num_attention_heads=2", "training.seed=1")
     assert result.returncode == 2
-    assert "model.heads = 2: the checkpoint of step 8 has 4" in result.stderr
+    assert "model.num_attention_heads = 2: the checkpoint of step 8 has 4" in result.stderr
     assert "training.seed = 1" in result.stderr
     assert (finished / "config.yaml").read_bytes() == before
 

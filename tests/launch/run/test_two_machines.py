@@ -148,7 +148,7 @@ def refused_alike(
         *(
             pytest.param({1: [key]}, {}, f"{key.partition('=')[0]} = '", id=key, marks=pytest.mark.slow)
             for key in (
-                "model.expert_ffn=40",
+                "model.moe_intermediate_size=40",
                 "optimizer.peak_learning_rate=1e-4",
                 "training.collective_timeout_seconds=9",
             )

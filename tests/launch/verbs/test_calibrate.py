@@ -35,7 +35,9 @@ def spans(track: Track, *named: tuple[str, int]) -> list[Span]:
 
 def test_weights_are_told_apart_by_the_moment_they_are_settled() -> None:
     """A dense layer, two routed ones and MTP, as the tape of a backward has them."""
-    config = compose_run(["model.layers=3", "model.dense_layers=1", "model.mtp_depth=1"])
+    config = compose_run(
+        ["model.num_hidden_layers=3", "model.first_k_dense_replace=1", "model.num_nextn_predict_layers=1"]
+    )
     backward = [("attn(W)", 6), ("attn(W)", 7), ("attn(W)", 2), ("attn(W)", 5)]  # losses, MTP, layer 2, layer 1 and 0
     inner = spans(Track.COMPUTE, ("attn(F)", 3), ("attn(F)", 5), ("mlp(F)", 4), *backward)
     whole = Span(Track.INSTRUCTION, "B", "", inner[3].begin, inner[-1].end + 8 * 10**9)
@@ -147,7 +149,7 @@ def invented(ranks: int) -> list[Measurement]:
 
 @pytest.mark.slow
 def test_a_calibrated_machine_prices_the_layouts_of_its_ranks(tmp_path: Path) -> None:
-    small = ["model.layers=2", "training.sequence_length=32", "training.global_batch=4"]
+    small = ["model.num_hidden_layers=2", "training.sequence_length=32", "training.global_batch=4"]
     cluster = calibrate(small, None, tmp_path, ranks=2, repeats=2)
     assert cluster == tmp_path / "cluster" / "measured.yaml"
     assert {row.evidence for row in read_table(str(tmp_path / "measured.csv")).rows} == {"measured"}

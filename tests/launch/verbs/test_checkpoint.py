@@ -20,7 +20,15 @@ from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.init import initialize
 from shoestring.trainer.model.model import Model
 
-SHAPE = ModelConfig(hidden=16, layers=2, vocabulary=300, experts=8, expert_ffn=8, dense_ffn=16, init_std=0.2)
+SHAPE = ModelConfig(
+    hidden_size=16,
+    num_hidden_layers=2,
+    vocab_size=300,
+    n_routed_experts=8,
+    moe_intermediate_size=8,
+    intermediate_size=16,
+    initializer_range=0.2,
+)
 TEXT = " ".join(f"word{index * 7919 % 211}" for index in range(2000))
 
 
@@ -68,14 +76,14 @@ def flip_bit(path: Path) -> None:
 def test_ls_tells_whole_from_damaged_from_unfinished(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = CheckpointStore(run / "checkpoints", keep=9)
     (store.path(4) / "complete").unlink()
-    with patch("shoestring.trainer.checkpoint.manifest.FORMAT", 3):
+    with patch("shoestring.trainer.checkpoint.manifest.FORMAT", 4):
         save_model(model(5), run / "checkpoints", 5)
     store.partial(6).mkdir()  # now, for the next save clears it
     code, output, _ = shoestring(capsys, "checkpoint", "ls", run, "--format", "json")
     assert code == 0
     states = {each["name"]: each["state"] for each in json.loads(output)}
     assert states.keys() == {"step_00000002", "step_00000004", "step_00000005", "step_00000006.partial"}
-    assert "this version reads format 2" in states["step_00000005"]
+    assert "this version reads format 3" in states["step_00000005"]
     assert states["step_00000002"] == "whole"
     assert states["step_00000004"].startswith("damaged: ")
     assert states["step_00000006.partial"].startswith("unfinished")
@@ -188,12 +196,12 @@ def test_diff_finds_what_differs(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert weights["kind"] == "model"
     assert 0 < weights["equal"] < weights["tensors"]  # norms are all 1
     assert weights["largest"] > 0.1
-    shorter = SHAPE.__dict__ | {"layers": 1}
+    shorter = SHAPE.__dict__ | {"num_hidden_layers": 1}
     save_model(Model(ModelConfig(**shorter)), run / "other", 1)
     code, output, _ = shoestring(capsys, "checkpoint", "diff", run, run / "other", "--format", "json")
     assert code == 1
     assert json.loads(output)["tensors"][0]["only_first"] > 0
-    assert "config.model.layers: 2 | 1" in json.loads(output)["facts"]
+    assert "config.model.num_hidden_layers: 2 | 1" in json.loads(output)["facts"]
 
 
 def test_what_is_not_there_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

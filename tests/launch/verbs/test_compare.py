@@ -192,7 +192,7 @@ def test_of_a_search_it_is_the_layout_of_the_run(
 @pytest.mark.parametrize(
     ("path", "value", "gist"),
     [
-        (("of", "model", "hidden"), 64, "is a plan for model.hidden = 64, and the run has 32"),
+        (("of", "model", "hidden_size"), 64, "is a plan for model.hidden_size = 64, and the run has 32"),
         (("of", "global_batch"), 16, "is a plan for global_batch = 16, and the run has 8"),
         (("of", "sequence_length"), 64, "is a plan for sequence_length = 64, and the run has 32"),
         (("layout", "ep"), 1, "has no layout like the run's"),

@@ -40,7 +40,7 @@ def prepare(root: Path) -> int:
     (corpus := root / "corpus").mkdir()
     for name in ("alpha", "held"):
         (corpus / f"{name}.txt").write_text("The owl and the pussycat went to sea in a beautiful pea-green boat. " * 20)
-    sizes = ("data.vocabulary=300", "model.vocabulary=300", "data.validation=[held]")
+    sizes = ("data.vocabulary=300", "model.vocab_size=300", "data.validation=[held]")
     options = parse(["data", "prepare", f"data.corpus={corpus}", f"data.prepared={root}/made/data", *sizes])
     code: int = options.run(options)
     return code

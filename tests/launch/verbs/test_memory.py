@@ -14,7 +14,7 @@ from shoestring.launch.compose import compose_run
 from shoestring.launch.verbs.simulate import simulate
 from shoestring.trainer.memory.forecast import RunMemory
 
-SMALL = ("model=tiny", "model.layers=2", "training.sequence_length=32", "training.global_batch=4")
+SMALL = ("model=tiny", "model.num_hidden_layers=2", "training.sequence_length=32", "training.global_batch=4")
 DEEPSEEK = ["experiment=deepseek_v3_h800", "precision=fp8", "recompute=deepseek_v3"]
 
 

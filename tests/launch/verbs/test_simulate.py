@@ -13,7 +13,7 @@ from shoestring.launch.cli import main
 
 V3 = "experiment=deepseek_v3_h800"
 SMALL_PLAN = (
-    *("plan", V3, "model.layers=8", "cluster.nodes=4", "topology.pp=4", "topology.edp=1", "topology.ep=8"),
+    *("plan", V3, "model.num_hidden_layers=8", "cluster.nodes=4", "topology.pp=4", "topology.edp=1", "topology.ep=8"),
     *("training.global_batch=128", "training.ramp_from=null", "training.ramp_step=null", "training.ramp_tokens=0"),
 )
 

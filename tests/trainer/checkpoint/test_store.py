@@ -290,9 +290,9 @@ def test_every_damage_is_found_and_named(tmp_path: Path, file: str, harm: Callab
 
 def test_another_format_is_refused_and_not_taken_for_damage(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=2)
-    with patch("shoestring.trainer.checkpoint.manifest.FORMAT", 3):
+    with patch("shoestring.trainer.checkpoint.manifest.FORMAT", 4):
         save(store, 1)
-    assert "this version reads format 2" in refused(store.open, 1).popitem()[1]
+    assert "this version reads format 3" in refused(store.open, 1).popitem()[1]
 
 
 def test_a_tensor_that_is_not_there_or_another_is_named(tmp_path: Path) -> None:

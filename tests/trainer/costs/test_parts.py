@@ -12,7 +12,7 @@ from shoestring.trainer.model.config import ModelConfig
 
 @pytest.mark.parametrize("mtp_depth", [0, 1, 2])
 def test_parts_add_up(mtp_depth: int) -> None:
-    config = ModelConfig(layers=5, dense_layers=2, mtp_depth=mtp_depth)
+    config = ModelConfig(num_hidden_layers=5, first_k_dense_replace=2, num_nextn_predict_layers=mtp_depth)
     parts, count, flops = model_parts(config, 64), count_parameters(config), count_flops(config, 64)
     layers = sum(layer.parameters for layer in parts.layers)
     assert parts.embedding.parameters + layers + parts.head.parameters == count.main
@@ -24,8 +24,8 @@ def test_parts_add_up(mtp_depth: int) -> None:
 
 
 def test_flops_of_each_part_by_hand() -> None:
-    config = ModelConfig(layers=2, dense_layers=1, mtp_depth=1)
-    length, hidden, heads = 64, config.hidden, config.heads
+    config = ModelConfig(num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=1)
+    length, hidden, heads = 64, config.hidden_size, config.num_attention_heads
     attention = (
         hidden * 64  # q_lora_rank
         + 64 * heads * config.qk_head_dim
@@ -34,9 +34,12 @@ def test_flops_of_each_part_by_hand() -> None:
         + heads * config.v_head_dim * hidden
     )
     core = heads * (config.qk_head_dim + config.v_head_dim) * length / 2
-    dense = 3 * hidden * config.dense_ffn
-    routed = 3 * hidden * config.expert_ffn * (config.top_k + config.shared_experts) + config.experts * hidden
-    head = hidden * config.vocabulary
+    dense = 3 * hidden * config.intermediate_size
+    routed = (
+        3 * hidden * config.moe_intermediate_size * (config.num_experts_per_tok + config.n_shared_experts)
+        + config.n_routed_experts * hidden
+    )
+    head = hidden * config.vocab_size
     parts = model_parts(config, length)
     assert [layer.flops for layer in parts.layers] == [
         pytest.approx(6 * (attention + core + dense)),

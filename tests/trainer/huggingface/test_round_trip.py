@@ -100,7 +100,7 @@ def test_what_transformers_saves_is_imported_with_its_logits(name: str, rope_int
     said: list[str] = []
     path = import_released(tmp_path / "theirs", tmp_path / "store", said.append)
     assert (our_logits(Checkpoint.open(path)) - their_logits(theirs)).abs().max().item() <= 2e-5
-    assert any("imported without" in line for line in said) == (config.mtp_depth > 0)
+    assert any("imported without" in line for line in said) == (config.num_nextn_predict_layers > 0)
 
 
 @pytest.mark.parametrize("name", ["full", "two_mtp"])
@@ -109,8 +109,8 @@ def test_mtp_weights_have_deepseeks_names_and_survive(name: str, tmp_path: Path)
     checkpoint, directory = exported(name, tmp_path, dtype="fp32")
     found = on_disk(directory)
     extra = {
-        f"model.layers.{config.layers + depth}.{copy}.weight"
-        for depth in range(config.mtp_depth)
+        f"model.layers.{config.num_hidden_layers + depth}.{copy}.weight"
+        for depth in range(config.num_nextn_predict_layers)
         for copy in ("embed_tokens", "shared_head.head")
     }
     assert found.keys() == params.keys() | extra
@@ -157,10 +157,25 @@ def test_a_sharded_export_has_an_index_that_transformers_and_the_library_read(tm
 
 
 WIDE = ModelConfig(
-    name="wide", vocabulary=96, hidden=160, layers=2, dense_layers=1, heads=2, q_lora_rank=136, kv_lora_rank=32,
-    qk_nope_head_dim=48, qk_rope_head_dim=16, v_head_dim=72, dense_ffn=200, expert_ffn=136, experts=4, top_k=2,
-    groups=2, top_k_groups=2, mtp_depth=1,
-)  # fmt: skip
+    name="wide",
+    vocab_size=96,
+    hidden_size=160,
+    num_hidden_layers=2,
+    first_k_dense_replace=1,
+    num_attention_heads=2,
+    q_lora_rank=136,
+    kv_lora_rank=32,
+    qk_nope_head_dim=48,
+    qk_rope_head_dim=16,
+    v_head_dim=72,
+    intermediate_size=200,
+    moe_intermediate_size=136,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=2,
+    topk_group=2,
+    num_nextn_predict_layers=1,
+)
 """Wider than a block and not a multiple of it."""
 
 
@@ -220,16 +235,23 @@ def test_transformers_reads_an_fp8_export_as_we_do(tmp_path: Path, monkeypatch: 
     # Asked for before weights are dequantized on a CPU, and not used for that.
     monkeypatch.setattr("transformers.quantizers.quantizer_finegrained_fp8.is_accelerate_available", lambda: True)
     shape = replace(
-        WIDE, hidden=256, q_lora_rank=128, kv_lora_rank=64, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64,
-        dense_ffn=256, expert_ffn=128,
-    )  # fmt: skip
+        WIDE,
+        hidden_size=256,
+        q_lora_rank=128,
+        kv_lora_rank=64,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=64,
+        v_head_dim=64,
+        intermediate_size=256,
+        moe_intermediate_size=128,
+    )
     export(save_model(wide_model(shape), tmp_path / "store"), tmp_path / "fp8", ExportOptions("fp8"), silent)
     again = Checkpoint.open(import_released(tmp_path / "fp8", tmp_path / "again", silent))
     theirs = their_model(tmp_path / "fp8").state_dict()
     compared = 0
     for entry in entries(again.model):
         found, expert = again.read(entry.name), entry.name.partition("/expert_")[2]
-        if entry.layer >= again.model.layers and entry.layer < 10:
+        if entry.layer >= again.model.num_hidden_layers and entry.layer < 10:
             continue  # MTP
         if expert:
             kind = "gate_up_proj" if "gate_up" in entry.name else "down_proj"
@@ -267,7 +289,7 @@ def test_the_released_config_is_ours(tmp_path: Path) -> None:
         "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
     }  # fmt: skip
     expected = compose_run(["experiment=quickstart", "model=deepseek_v3", "data.vocabulary=129280"]).model
-    assert config_from_json(tree, "deepseek_v3") == replace(expected, yarn=YarnConfig(), init_std=0.02)
+    assert config_from_json(tree, "deepseek_v3") == replace(expected, rope_scaling=YarnConfig(), initializer_range=0.02)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +299,7 @@ def test_the_released_config_is_ours(tmp_path: Path) -> None:
         ("attention_bias", True, "our model has False alone"),
         ("num_key_value_heads", 2, "as many as query heads"),
         ("topk_method", "greedy", "noaux_tc"),
-        ("n_group", 5, "must divide experts"),
+        ("n_group", 5, "must divide n_routed_experts"),
         ("quantization_config", {"quant_method": "awq"}, "only fp8"),
         ("rope_scaling", {"type": "linear", "factor": 2}, "default and yarn"),
         ("vocab_size", 95, "must have the shape"),
@@ -355,9 +377,9 @@ def test_an_export_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_models_that_transformers_does_not_have_are_refused(tmp_path: Path) -> None:
-    softmax = replace(WIDE, affinity="softmax", shared_experts=0, groups=4, top_k_groups=4)
+    softmax = replace(WIDE, scoring_func="softmax", n_shared_experts=0, n_group=4, topk_group=4)
     found = refused(export, save_model(Model(softmax), tmp_path / "s"), tmp_path / "out", ExportOptions(), silent)
-    assert found.keys() == {"model.affinity", "model.shared_experts", "model.groups"}
+    assert found.keys() == {"model.scoring_func", "model.n_shared_experts", "model.n_group"}
 
 
 def test_weights_that_are_not_finite_are_not_made_fp8(tmp_path: Path) -> None:

@@ -32,12 +32,26 @@ from shoestring.trainer.precision.fp8 import Fp8
 from shoestring.trainer.precision.reference import Reference
 
 CONFIG = ModelConfig(
-    vocabulary=64, hidden=48, layers=2, dense_layers=1, heads=3, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=16,
-    qk_rope_head_dim=8, v_head_dim=16, dense_ffn=80, expert_ffn=24, experts=8, top_k=2, groups=2, top_k_groups=1,
-    mtp_depth=0,
-)  # fmt: skip
-FULL_QUERY = ModelConfig(**{**vars(CONFIG), "q_lora_rank": None, "shared_experts": 0, "normalize_gates": False})
-WIDE = replace(CONFIG, hidden=256, dense_ffn=256, expert_ffn=64)
+    vocab_size=64,
+    hidden_size=48,
+    num_hidden_layers=2,
+    first_k_dense_replace=1,
+    num_attention_heads=3,
+    q_lora_rank=24,
+    kv_lora_rank=16,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=16,
+    intermediate_size=80,
+    moe_intermediate_size=24,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_group=2,
+    topk_group=1,
+    num_nextn_predict_layers=0,
+)
+FULL_QUERY = ModelConfig(**{**vars(CONFIG), "q_lora_rank": None, "n_shared_experts": 0, "norm_topk_prob": False})
+WIDE = replace(CONFIG, hidden_size=256, intermediate_size=256, moe_intermediate_size=64)
 REPORT = frozenset({RecomputeModule.NORM, RecomputeModule.UP_PROJECTION, RecomputeModule.SWIGLU})
 POLICIES = [
     frozenset(parts) for size in range(len(RecomputeModule) + 1) for parts in combinations(RecomputeModule, size)
@@ -61,13 +75,15 @@ def layer_forward(
     topology = Topology()
     groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))
     traffic = Traffic(topology, 0)
-    exchanger = open_exchange(ExchangeConfig(name=exchange), groups, config.experts, InlineCommunicator(), traffic)
+    exchanger = open_exchange(
+        ExchangeConfig(name=exchange), groups, config.n_routed_experts, InlineCommunicator(), traffic
+    )
     stage = StageSpec(range(index, index + 1), is_first=False, is_last=False)
     chunk = Chunk(model, exchanger, batch.dtype, stage, recompute=policy)
     tokens_BW = torch.zeros((batch.sequences, batch.length + 1), dtype=torch.int64)
     valid_BW = torch.ones_like(tokens_BW, dtype=torch.bool)
     generator = torch.Generator().manual_seed(1)
-    input_BSD = torch.randn((batch.sequences, batch.length, config.hidden), generator=generator).to(batch.dtype)
+    input_BSD = torch.randn((batch.sequences, batch.length, config.hidden_size), generator=generator).to(batch.dtype)
     with model.weights_unchanged():
         drive(chunk.forward(tokens_BW, valid_BW, SCALES, 0, input_BSD))  # what is made once, at the first use
         with Census() as census:

@@ -23,7 +23,15 @@ from shoestring.trainer.model.config import ModelConfig
 CPU = torch.device("cpu")
 TOKENS = 512
 CONFIG = ModelConfig(
-    vocabulary=64, hidden=512, layers=2, dense_layers=1, experts=16, top_k=4, groups=1, top_k_groups=1, mtp_depth=0
+    vocab_size=64,
+    hidden_size=512,
+    num_hidden_layers=2,
+    first_k_dense_replace=1,
+    n_routed_experts=16,
+    num_experts_per_tok=4,
+    n_group=1,
+    topk_group=1,
+    num_nextn_predict_layers=0,
 )
 
 
@@ -32,11 +40,13 @@ def measured(world: World, config: ExchangeConfig, as_tiles: bool) -> tuple[int,
     topology = Topology(ep=world.size, gpus_per_node=1)
     groups = ProcessGroups.create(topology, world.rank, timedelta(seconds=30))
     traffic = Traffic(topology, world.rank)
-    exchange = open_exchange(config, groups, CONFIG.experts, InlineCommunicator(), traffic)
+    exchange = open_exchange(config, groups, CONFIG.n_routed_experts, InlineCommunicator(), traffic)
     generator = torch.Generator().manual_seed(world.rank)
-    tokens_TD = torch.randn(TOKENS, CONFIG.hidden, generator=generator).to(torch.bfloat16)
-    weights_TK = torch.rand(TOKENS, CONFIG.top_k, generator=generator)
-    experts_TK = torch.rand(TOKENS, CONFIG.experts, generator=generator).topk(CONFIG.top_k).indices
+    tokens_TD = torch.randn(TOKENS, CONFIG.hidden_size, generator=generator).to(torch.bfloat16)
+    weights_TK = torch.rand(TOKENS, CONFIG.num_experts_per_tok, generator=generator)
+    experts_TK = (
+        torch.rand(TOKENS, CONFIG.n_routed_experts, generator=generator).topk(CONFIG.num_experts_per_tok).indices
+    )
     with open_meter(CPU) as meter:
         meter.begin()
         received = exchange.dispatch(

@@ -15,12 +15,13 @@ from shoestring.trainer.memory.forecast import MARGIN, RunMemory
 from shoestring.trainer.memory.measured import MeasuredMemory, measure
 
 CPU = torch.device("cpu")
-BASE = "model=tiny model.layers=3 training.sequence_length=128 training.global_batch=8"
+BASE = "model=tiny model.num_hidden_layers=3 training.sequence_length=128 training.global_batch=8"
 QUICK = (
     "topology.ep=2",
     "topology.pp=2 schedule=zb1p recompute=deepseek_v3",
-    "topology.pp=2 topology.ep=2 schedule=dualpipev model.layers=4",
-    "precision=fp8 recompute=deepseek_v3 model.layers=2 model.mtp_depth=0 schedule.micro_batch=4",
+    "topology.pp=2 topology.ep=2 schedule=dualpipev model.num_hidden_layers=4",
+    "precision=fp8 recompute=deepseek_v3 model.num_hidden_layers=2 model.num_nextn_predict_layers=0"
+    " schedule.micro_batch=4",
 )
 SLOW = (
     "",
@@ -30,7 +31,7 @@ SLOW = (
     "topology.pp=2 schedule.micro_batch=2",
     "topology.pp=2 schedule=gpipe precision=bf16 recompute=deepseek_v3",
     "topology.pp=2 topology.ep=2 schedule=dualpipe recompute=deepseek_v3 training.global_batch=16",
-    "topology.pp=2 topology.edp=2 schedule=interleaved model.layers=4 training.global_batch=16",
+    "topology.pp=2 topology.edp=2 schedule=interleaved model.num_hidden_layers=4 training.global_batch=16",
     "topology.ep=2 exchange=two_hop_fp8 precision=fp8 optimizer.moments=float32",
     "topology.pp=2 schedule=zb1p precision=fp8 recompute=deepseek_v3",
 )

@@ -19,6 +19,7 @@ from shoestring.comm.traffic import Traffic
 from shoestring.parallelism.pipeline.executor import drive
 from shoestring.parallelism.weight_grad import WeightGradients
 from shoestring.tests.reference.deepseek_v3 import ReferenceConfig
+from shoestring.tests.reference.rotary import Yarn
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig, YarnConfig
 from shoestring.trainer.model.model import Model, ModelShard
@@ -51,9 +52,14 @@ _LAYER = {
 def model_config(config: ReferenceConfig) -> ModelConfig:
     """The same shape in the project's words."""
     shared = {field.name for field in fields(ModelConfig)} & {field.name for field in fields(ReferenceConfig)}
-    values = {name: value for name, value in vars(config).items() if name in shared - {"yarn"}}
-    yarn = None if config.yarn is None else YarnConfig(**asdict(config.yarn))
-    return ModelConfig(**values, norm_eps=config.rms_eps, yarn=yarn)
+    values = {name: value for name, value in vars(config).items() if name in shared}
+    yarn = None if config.yarn is None else _yarn(config.yarn)
+    return ModelConfig(**values, rope_scaling=yarn)
+
+
+def _yarn(yarn: Yarn) -> YarnConfig:
+    values = asdict(yarn)
+    return YarnConfig(original_max_position_embeddings=values.pop("original_length"), **values)
 
 
 def released_parts(model: Model) -> Iterator[tuple[str, Tensor, bool]]:
@@ -69,7 +75,7 @@ def _released(name: str, tensor: Tensor, model: Model) -> Iterator[tuple[str, Te
         yield _TOP[name], tensor, True
         return
     kind, number, rest = name.split(".", 2)
-    index = int(number) + (model.config.layers if kind == "mtp" else 0)
+    index = int(number) + (model.config.num_hidden_layers if kind == "mtp" else 0)
     prefix = f"model.layers.{index}"
     if kind == "mtp" and not rest.startswith("layer."):
         yield f"{prefix}.{_MTP[rest]}", tensor, True
@@ -130,7 +136,7 @@ def make_chunk(
         parameter.data = parameter.data.to(dtype)
     load_released(model, params)
     worker = open_worker(groups.ep, torch.device("cpu"))
-    exchange = open_exchange(ExchangeConfig(), groups, config.experts, worker, Traffic(topology, rank))
+    exchange = open_exchange(ExchangeConfig(), groups, config.n_routed_experts, worker, Traffic(topology, rank))
     return Chunk(model, exchange, dtype)
 
 

@@ -30,7 +30,7 @@ def window(width: int, vocabulary: int, sequences: int = 3) -> Tensor:
 def test_logits_and_gradients_are_those_of_transformers(name: str) -> None:
     config = CONFIGS[name]
     params = random_params(config, seed=3, dtype=torch.float32)
-    tokens_BW = window(25 + config.mtp_depth, config.vocabulary)
+    tokens_BW = window(25 + config.num_nextn_predict_layers, config.vocab_size)
     inputs_BS, targets_BS = tokens_BW[:, :24], tokens_BW[:, 1:25]
     theirs = to_transformers(config, params)
     their_logits = theirs(inputs_BS).logits
@@ -57,7 +57,7 @@ def test_whole_loss_and_its_gradients_are_those_of_the_reference(
 ) -> None:
     config = CONFIGS[name]
     params = random_params(config, seed=5, dtype=dtype)
-    tokens_BW = window(18 + config.mtp_depth, config.vocabulary)
+    tokens_BW = window(18 + config.num_nextn_predict_layers, config.vocab_size)
     valid_BW = torch.ones_like(tokens_BW, dtype=torch.bool)
     valid_BW[1, 11:] = False  # a sequence that ends early
     leaves = {key: value.clone().requires_grad_(not key.endswith("bias")) for key, value in params.items()}
@@ -65,10 +65,10 @@ def test_whole_loss_and_its_gradients_are_those_of_the_reference(
     expected.total.backward()
 
     chunk = make_chunk(config, params, dtype, Topology(), rank=0)
-    targets = int((valid_BW[:, 1 : tokens_BW.shape[1] - config.mtp_depth]).sum())
+    targets = int((valid_BW[:, 1 : tokens_BW.shape[1] - config.num_nextn_predict_layers]).sum())
     scales = LossNormalizers(
         main=1 / targets,
-        mtp=config.mtp_weight / (max(1, config.mtp_depth) * targets),
+        mtp=config.mtp_weight / (max(1, config.num_nextn_predict_layers) * targets),
         balance=config.balance_alpha / len(tokens_BW),
     )
     forward = run_losses(chunk, tokens_BW, valid_BW, scales)

@@ -129,7 +129,7 @@ def test_the_choice_reaches_every_layer() -> None:
     choice = AttentionChoice(AttentionBackend("ours", attend, "a test"), "of course")
     model.use_attention(choice)
     layers = [module for module in model.modules() if isinstance(module, LatentAttention)]
-    assert len(layers) == model.config.layers + model.config.mtp_depth
+    assert len(layers) == model.config.num_hidden_layers + model.config.num_nextn_predict_layers
     assert all(layer.attend is attend for layer in layers)
     assert model.attention is choice
 

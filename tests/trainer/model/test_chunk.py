@@ -32,10 +32,25 @@ T = TypeVar("T")
 
 # One dense layer, two with experts, and one depth of MTP: three layers with an exchange.
 CONFIG = ModelConfig(
-    vocabulary=64, hidden=16, layers=3, dense_layers=1, heads=2, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8,
-    qk_rope_head_dim=4, v_head_dim=8, dense_ffn=32, expert_ffn=8, experts=8, top_k=2, groups=2, top_k_groups=1,
-    mtp_depth=1, init_std=0.1,
-)  # fmt: skip
+    vocab_size=64,
+    hidden_size=16,
+    num_hidden_layers=3,
+    first_k_dense_replace=1,
+    num_attention_heads=2,
+    q_lora_rank=8,
+    kv_lora_rank=8,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    intermediate_size=32,
+    moe_intermediate_size=8,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_group=2,
+    topk_group=1,
+    num_nextn_predict_layers=1,
+    initializer_range=0.1,
+)
 ROUTED_LAYERS = 3
 SCALES = LossNormalizers(main=0.01, mtp=0.003, balance=0.1)
 LENGTH = 7
@@ -110,13 +125,15 @@ def make_chunk(
     initialize(model, seed=0)
     topology = Topology()
     groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))
-    exchange = FlatExchange(groups, CONFIG.experts, InlineCommunicator(), Traffic(topology, 0), ExchangeConfig())
+    exchange = FlatExchange(
+        groups, CONFIG.n_routed_experts, InlineCommunicator(), Traffic(topology, 0), ExchangeConfig()
+    )
     watched = WatchedExchange(exchange)
     return Chunk(model, watched, dtype, recompute=recompute), watched
 
 
 def window() -> tuple[Tensor, Tensor]:
-    tokens_BW = torch.randint(0, CONFIG.vocabulary, (2, LENGTH + 2), generator=torch.Generator().manual_seed(4))
+    tokens_BW = torch.randint(0, CONFIG.vocab_size, (2, LENGTH + 2), generator=torch.Generator().manual_seed(4))
     return tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool)
 
 
@@ -166,7 +183,7 @@ def test_logits_run_the_main_model_alone() -> None:
     tokens_BW, _ = window()
     with torch.no_grad():
         logits_BSV = run(chunk.logits(tokens_BW[:, :LENGTH]), exchange.diary)
-    assert logits_BSV.shape == (2, LENGTH, CONFIG.vocabulary)
+    assert logits_BSV.shape == (2, LENGTH, CONFIG.vocab_size)
     assert exchange.diary == launched_yielded_waited(*(f"{op} {i}" for i in (0, 1) for op in ("dispatch", "combine")))
 
 

@@ -22,7 +22,7 @@ from shoestring.trainer.optimizer.config import OptimizerConfig
 TOLERANCE = {"float64": 1e-10, "float32": 5e-6}
 SEQUENCES, LENGTH = 4, 12
 # One expert in four is wanted by nobody: with four ranks, one of them receives no token.
-STARVED = replace(reference_configs()["one_group"], top_k=2)
+STARVED = replace(reference_configs()["one_group"], num_experts_per_tok=2)
 CONFIGS = {"full": reference_configs()["full"], "two_mtp": reference_configs()["two_mtp"], "starved": STARVED}
 
 Outcome = tuple[float, float, float, dict[str, list[int]], dict[str, Tensor], float]
@@ -46,7 +46,9 @@ def run_rank(topology: Topology, rank: int, name: str, dtype_name: str) -> Outco
     program = stages.program(1)
     reducer = build_optimizer(chunk.model, stages, program, groups, OptimizerConfig(), dtype).reducer
     generator = torch.Generator().manual_seed(2)
-    tokens_BW = torch.randint(0, config.vocabulary, (SEQUENCES, LENGTH + 1 + config.mtp_depth), generator=generator)
+    tokens_BW = torch.randint(
+        0, config.vocab_size, (SEQUENCES, LENGTH + 1 + config.num_nextn_predict_layers), generator=generator
+    )
     valid_BW = torch.ones_like(tokens_BW, dtype=torch.bool)
     valid_BW[-1, 5:] = False
     share = SEQUENCES // topology.dp

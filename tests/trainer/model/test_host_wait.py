@@ -57,7 +57,7 @@ def make_chunk(exchange: str, worker: type[StreamCommunicator] = StreamCommunica
     layer.shared.register_forward_hook(note_shared)
     groups, config = ProcessGroups.create(Topology(), 0, timedelta(seconds=1)), ExchangeConfig(name=exchange)
     on_streams = worker(streams, recorder=streams)
-    exchanger = open_exchange(config, groups, CONFIG.experts, on_streams, Traffic(Topology(), 0))
+    exchanger = open_exchange(config, groups, CONFIG.n_routed_experts, on_streams, Traffic(Topology(), 0))
     return Chunk(model, exchanger, torch.float32, recorder=streams), streams
 
 

@@ -9,7 +9,7 @@ from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.init import initialize
 from shoestring.trainer.model.model import Model, ModelShard
 
-CONFIG = ModelConfig(init_std=0.02)  # tiny
+CONFIG = ModelConfig(initializer_range=0.02)  # tiny
 
 
 def initialized(seed: int, expert_ranks: int = 1, expert_rank: int = 0, config: ModelConfig = CONFIG) -> Model:
@@ -21,7 +21,7 @@ def initialized(seed: int, expert_ranks: int = 1, expert_rank: int = 0, config: 
 @pytest.mark.parametrize("ranks", [2, 4, 16])
 def test_every_share_of_the_experts_is_a_slice_of_the_whole(ranks: int) -> None:
     whole = dict(initialized(seed=3).named_parameters())
-    local = CONFIG.experts // ranks
+    local = CONFIG.n_routed_experts // ranks
     for rank in range(ranks):
         share = initialized(3, ranks, rank)
         experts = share.expert_parameter_names()
@@ -49,7 +49,7 @@ def test_weights_of_one_shape_differ() -> None:
 
 @pytest.mark.parametrize("std", [0.006, 0.02])
 def test_weights_are_normal_with_the_configured_spread(std: float) -> None:
-    for name, parameter in initialized(0, config=ModelConfig(init_std=std)).named_parameters():
+    for name, parameter in initialized(0, config=ModelConfig(initializer_range=std)).named_parameters():
         if parameter.ndim == 1:
             assert torch.equal(parameter, torch.ones_like(parameter)), name
             continue

@@ -13,13 +13,15 @@ from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.router import Router, Routing, update_bias
 
 HIDDEN, EXPERTS, TOP_K, GROUPS, TOP_K_GROUPS = 6, 12, 3, 4, 2
-CONFIG = ModelConfig(hidden=HIDDEN, experts=EXPERTS, top_k=TOP_K, groups=GROUPS, top_k_groups=TOP_K_GROUPS)
+CONFIG = ModelConfig(
+    hidden_size=HIDDEN, n_routed_experts=EXPERTS, num_experts_per_tok=TOP_K, n_group=GROUPS, topk_group=TOP_K_GROUPS
+)
 
 
 def make_router(config: ModelConfig = CONFIG, dtype: torch.dtype = torch.float64) -> Router:
     router = Router(config)
     generator = torch.Generator().manual_seed(1)
-    drawn_ED = torch.randn(config.experts, config.hidden, dtype=torch.float64, generator=generator)
+    drawn_ED = torch.randn(config.n_routed_experts, config.hidden_size, dtype=torch.float64, generator=generator)
     router.weight.data = drawn_ED.to(dtype)
     return router
 
@@ -88,7 +90,7 @@ def test_a_token_stays_within_its_best_groups() -> None:
 
 def gates_by_hand(router: Router, x_BSD: Tensor, routing: Routing) -> Tensor:
     chosen_TK = torch.sigmoid(x_BSD.flatten(0, 1) @ router.weight.T).gather(1, routing.experts_TK)
-    return router.config.routed_scaling * chosen_TK / chosen_TK.sum(dim=1, keepdim=True)
+    return router.config.routed_scaling_factor * chosen_TK / chosen_TK.sum(dim=1, keepdim=True)
 
 
 def test_the_bias_changes_the_selection_but_not_the_gates() -> None:

@@ -31,13 +31,13 @@ from shoestring.trainer.run.evaluate import evaluate
 from shoestring.trainer.run.exit import RunFailed
 from shoestring.trainer.run.stage_runner import LogitsStage
 
-CONFIG = replace(reference_configs()["full"], vocabulary=270)
+CONFIG = replace(reference_configs()["full"], vocab_size=270)
 LENGTH = 16
 
 
 def validation_samples(prepared: str) -> Samples:
     opened = open_directory(Path(prepared))
-    return Samples.validation(opened.validation, LENGTH, CONFIG.mtp_depth, opened.tokenizer.pad)
+    return Samples.validation(opened.validation, LENGTH, CONFIG.num_nextn_predict_layers, opened.tokenizer.pad)
 
 
 @pytest.fixture(scope="module")
