@@ -48,8 +48,12 @@ def run_config(root: Path) -> dict[str, Any]:
     """A run small enough for seconds, whose small terms are large enough to be seen."""
     return {
         "model": {
-            "hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 300, "initializer_range": 0.1,
-            "intermediate_size": 32, "moe_intermediate_size": 8,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "vocab_size": 300,
+            "initializer_range": 0.1,
+            "intermediate_size": 32,
+            "moe_intermediate_size": 8,
         },
         "data": {
             "corpus": str(root / "corpus"),

@@ -180,7 +180,7 @@ def test_kernels_of_triton_are_counted_by_their_tensors(in_fp8: RankLog) -> None
     config = config_of(in_fp8)
     rows = [row for row in in_fp8.launches if row.operation == "triton.multiply" and row.phase == "mlp(F)"]
     assert {row.layer for row in rows} == {"layer_01", "layer_02"}
-    assert {row.place for row in rows} == {"trainer/precision/triton_backend.py:TritonProvider.multiply_grouped"}
+    assert {row.place for row in rows} == {"trainer/precision/triton_backend.py:TritonBackend.multiply_grouped"}
     micro_batches = 2 * in_fp8.micro_batches  # of two layers
     assert sum(row.launches for row in rows) == 4 * micro_batches  # shared and routed experts, two products each
     read = (

@@ -125,7 +125,7 @@ def test_a_layout_that_does_not_fit_is_named() -> None:
             "--micro-batches = 3: dualpipev needs",
         ),
         (("--passes", "-1"), "--passes = -1: must be at least 0"),
-        (("model.hiden=3",), "model.hiden = 3: no such key; did you mean hidden?"),
+        (("model.hiden=3",), "model.hiden = 3: no such key; did you mean hidden_size?"),
         (("exchange=deepep",), "exchange.name = 'deepep': cannot be rehearsed"),
     ],
 )

@@ -52,7 +52,7 @@ def waits(*events: LogEvent) -> RankLog:
 
 
 def printed(verdict: Verdict, passes: int = 0) -> str:
-    console = Console(width=80, markup=False)
+    console = Console(width=110, markup=False)
     text, tables = verdict_table(verdict, passes)
     with console.capture() as capture:
         console.print(tables)

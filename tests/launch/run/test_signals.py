@@ -220,7 +220,7 @@ def test_a_rank_hears_what_came_before_it_listened() -> None:
 @pytest.mark.parametrize(("seconds", "again"), [(60, signal.SIGTERM), (60, signal.SIGQUIT), (0.1, None)])
 def test_a_rank_without_a_launcher_ends_by_itself(seconds: float, again: signal.Signals | None) -> None:
     """Also while its main thread waits outside Python, as for messages that never come."""
-    code = "import signal; from shoestring.launch import stopping as s; s.SAME_REQUEST_SECONDS = 0; "
+    code = "import signal; from shoestring.launch.run import signals as s; s.SAME_REQUEST_SECONDS = 0; "
     code += f"s.listen_for_stop({seconds}); signal.raise_signal(10); print('asked', flush=True); signal.sigwait([12])"
     outside = {name: value for name, value in os.environ.items() if name != STOP_FILE_VARIABLE}
     with subprocess.Popen(
