@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
+from .. import __version__
 from ..comm.errors import ConfigError
 from ..comm.files.access import os_problem
 from .parsers import checkpoints, data, machine, model, planning, runs, training
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="shoestring", description="Pretrain a mixture-of-experts model inside a GPU-hour budget."
     )
+    parser.add_argument("--version", action="version", version=f"shoestring {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for add in _FAMILIES:
         add(verbs)

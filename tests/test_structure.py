@@ -25,6 +25,7 @@ LAYERS = ("comm", "parallelism", "trainer", "launch")
 OUTSIDE = ("conf", "tests", "benchmarks")
 # Folders and files of the package that hold data.
 DATA = (
+    ("py.typed",),
     ("trainer", "data", "corpus"),
     ("launch", "planner", "tables"),
     ("launch", "rehearsal", "device", "cpp"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import configparser
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from shoestring.launch import cli
 from shoestring.launch.cli import main, parse
 from shoestring.launch.run import node
 from shoestring.launch.run.signals import ASKING_SIGNALS, ignore_late_stops, stops_before_it_began
+from shoestring.tests.tree import ROOT
 from shoestring.trainer.run.exit import Halt
 
 A, B, C = "experiment=quickstart", "training.run_dir=x", "training.seed=1"
@@ -126,3 +128,12 @@ def test_a_signal_after_the_ranks_have_ended_changes_no_exit_code() -> None:
     with stops_before_it_began():
         ignore_late_stops()
         signal.raise_signal(signal.SIGTERM)
+
+
+def test_the_version_is_known_at_run_time(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(["--version"])
+    assert ended.value.code == 0
+    declared = configparser.ConfigParser()
+    declared.read(ROOT / "setup.cfg")
+    assert capsys.readouterr().out == f"shoestring {declared['metadata']['version']}\n"
