@@ -24,7 +24,7 @@ class Collectives(Protocol):
 
     On a GPU each of them returns when it is queued on the current stream, which waits for its end; on a CPU, when it is
     done. NCCL blocks the host in a first call until the other ranks make theirs: see `warm_up`. What fails is a
-    RuntimeError; `Group` makes a `CollectiveFailed` of it.
+    RuntimeError; `Group` makes a `CollectiveError` of it.
     """
 
     handle: dist.ProcessGroup

@@ -27,7 +27,7 @@ T = TypeVar("T")
 class Group:
     """Some ranks that communicate. `communicator` is None where `ranks` is this rank alone.
 
-    `what` names a communication in the error of one that fails: every method raises `CollectiveFailed`.
+    `what` names a communication in the error of one that fails: every method raises `CollectiveError`.
     """
 
     ranks: tuple[int, ...]
@@ -122,7 +122,7 @@ class Group:
                 dist.barrier(group=self.communicator.handle)
 
     def failing_clearly(self, what: str) -> AbstractContextManager[None]:
-        """For collectives of a library over this group: what fails inside is `CollectiveFailed`."""
+        """For collectives of a library over this group: what fails inside is `CollectiveError`."""
         if self.communicator is None:
             return nullcontext()
         return self._calling(what, self.ranks)

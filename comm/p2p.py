@@ -43,7 +43,7 @@ class P2PChannel(Protocol):
     """One direction, over a group of its own: neighbors send to each other at the same moment.
 
     Between two ranks messages arrive in the order in which they are sent; both ends must post them in that order.
-    One that fails raises `CollectiveFailed`.
+    One that fails raises `CollectiveError`.
     """
 
     def post(self, sends: Sequence[Outgoing], receives: Sequence[Incoming]) -> list[AsyncWork[Tensor]]:

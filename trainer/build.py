@@ -320,7 +320,7 @@ def build_optimizer(
 
 
 def open_samples(config: RunConfig, prepared: Prepared) -> tuple[Samples, Samples]:
-    """Training and validation samples. Raises `Refused` for a split that is shorter than one sample."""
+    """Training and validation samples. Raises `ConfigError` for a split that is shorter than one sample."""
     length, depth = config.training.sequence_length, config.model.num_nextn_predict_layers
     train = Samples.training(prepared.train, length, depth)
     return train, Samples.validation(prepared.validation, length, depth, prepared.tokenizer.pad)

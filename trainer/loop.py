@@ -39,7 +39,7 @@ def train(
     Collective over all ranks. `attempt` names the launch in the ledger; `stop_asked` is looked at on every rank:
     once a step, before each group of micro-batches of an evaluation, and after each token of the sample.
 
-    Raises `Refused` for a checkpoint that does not fit the configuration, `RunFailed` for a loss that is not finite and
+    Raises `ConfigError` for a checkpoint that does not fit, `RunFailed` for a loss that is not finite and
     for saves that fail again and again, `RunHalted` when any rank was asked to stop or the budget is used up,
     `RankFailed` or `DataChanged` for a fault of this rank alone, and `CollectiveError` for a peer that is gone or
     silent. After an error communication may be under way that never ends: end the process.

@@ -77,7 +77,7 @@ T = TypeVar("T")
 def build(cls: type[T], tree: object, before: Iterable[Problem] = ()) -> T:
     """Make the dataclass `cls` from nested mappings; fields left out keep defaults.
 
-    Raises `Refused` with all problems, those found `before` included.
+    Raises `ConfigError` with all problems, those found `before` included.
     """
     problems = list(before)
     made, _ = read(cls, tree, problems)

@@ -30,7 +30,7 @@ def layout_of(config: RunConfig) -> Layout:
 def recipe_of(config: RunConfig, inputs: Mapping[str, Any]) -> Recipe:
     """How the run of this configuration computes, with `inputs`, fields that no configuration has.
 
-    Raises `Refused` with all that cannot be priced on its cluster.
+    Raises `ConfigError` with all that cannot be priced on its cluster.
     """
     table = described_table(config.cluster)
     given = replace(computing_of(config), **{"comm_sms": _lent(config, table), **inputs})

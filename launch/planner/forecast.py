@@ -189,7 +189,7 @@ class Forecaster:
         self.flops = count_flops(self.model, self.sequence_length)
 
     def forecast(self, layout: Layout, recipe: Recipe, global_batch: int) -> Forecast:
-        """Simulate one step; layout and batch must be legal. Raises `Refused` where figures are missing."""
+        """Simulate one step; layout and batch must be legal. Raises `ConfigError` where figures are missing."""
         costs, stages = self.costs(layout, recipe), self.stages(layout)
         timetable = self._timetable(layout, layout.micro_batches(global_batch))
         program = timetable.program

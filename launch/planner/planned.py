@@ -48,7 +48,7 @@ def read_planned(path: Path, config: RunConfig, precision: str | None) -> Planne
     """What the plan at `path` says of a run with this configuration, whose GEMMs are in `precision`, if that is known.
 
     Of several layouts it is the one of the run; where several differ from each other in their recipe alone, the one
-    with most in common with the run, and of these the fastest. Raises Refused for a file that is no plan, and for a
+    with most in common with the run, and of these the fastest. Raises `ConfigError` for a file that is no plan, and a
     plan of another model, sequence length, batch or layout.
     """
     tree = _read(path)

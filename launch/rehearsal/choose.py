@@ -24,7 +24,7 @@ def representative(topology: Topology) -> tuple[int, ...]:
 
 
 def chosen_ranks(topology: Topology, listed: str | None) -> tuple[int, ...]:
-    """Return those of `--ranks`, such as `0,7,901`, ascending; the representative ones without. Raises `Refused`."""
+    """Return those of `--ranks`, such as `0,7,901`, ascending; representative ones without. Raises `ConfigError`."""
     if listed is None:
         return representative(topology)
     ranks: list[int] = []

@@ -16,7 +16,7 @@ DEVICE = torch.device("cuda", 0)
 
 
 def on_gpu(config: RunConfig, micro_batches: int | None) -> RunConfig:
-    """Return the run as it is on the GPUs it is for, in steps of so many micro-batches. Raises `Refused`."""
+    """Return the run as it is on the GPUs it is for, in steps of so many micro-batches. Raises `ConfigError`."""
     training = replace(config.training, device="cuda")
     if micro_batches is not None:
         size = micro_batches * config.share

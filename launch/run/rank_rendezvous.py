@@ -27,7 +27,7 @@ class StoppedBeforeMeeting(Exception):  # noqa: N818 -- says what happened
 def find_ranks(worker: WorkerEnvironment, seconds: float, stop_asked: Callable[[], bool]) -> dist.Store:
     """Return the store at MASTER_ADDR:MASTER_PORT once every rank has come to it.
 
-    Raises `Refused` where the address does not resolve, `dist.DistError` or `OSError` where ranks do not come within
+    Raises `ConfigError` where the address does not resolve, `dist.DistError` or `OSError` where ranks are not there in
     `seconds`, `StoppedBeforeMeeting`.
     """
     refuse_if_any(address_problems(os.environ["MASTER_ADDR"]))

@@ -24,7 +24,7 @@ class RanksFailed(RuntimeError):  # noqa: N818 -- says what happened
 
 
 def local_torchrun(processes: int) -> list[str]:
-    """Arguments for so many ranks, all of them here. Raises `Refused` where this machine cannot reach itself."""
+    """Arguments for so many ranks, all of them here. Raises `ConfigError` where this machine cannot reach itself."""
     # An address and not a name: neither the host's name nor `localhost` resolves everywhere.
     return ["--rdzv-backend=loopback", f"--rdzv-endpoint={loopback_address()}", f"--nproc-per-node={processes}"]
 

@@ -60,7 +60,7 @@ class BudgetQuery:
         return self.run.is_file()
 
     def check(self) -> None:
-        """Raise Refused with all that is wrong with the question itself."""
+        """Raise `ConfigError` with all that is wrong with the question itself."""
         refuse_if_any(self._problems())
 
     def _problems(self) -> Iterator[Problem]:
@@ -85,7 +85,7 @@ class BudgetQuery:
 
 
 def parse_tokens(text: str) -> float:
-    """A number of tokens with a letter for its scale: 14.8T, 300B, 2e6. Raises Refused."""
+    """A number of tokens with a letter for its scale: 14.8T, 300B, 2e6. Raises `ConfigError`."""
     scale = text[-1:].upper() if text[-1:].isalpha() else ""
     try:
         value = float(text[: len(text) - len(scale)]) * _SCALES[scale]
@@ -97,7 +97,7 @@ def parse_tokens(text: str) -> float:
 
 
 def budget_tables(question: BudgetQuery) -> Iterator[RenderableType]:
-    """The answer for a person. Raises Refused for a ledger, a file or an option that makes no sense."""
+    """The answer for a person. Raises `ConfigError` for a ledger, a file or an option that makes no sense."""
     question.check()
     if question.is_project:
         project = Project.read(question.run)

@@ -62,7 +62,7 @@ class Comparison:
 def compare(run_dir: Path, summary: LedgerSummary, plan: Path) -> Comparison:
     """The run in `run_dir` beside the plan at `plan`.
 
-    Raises Refused for a run without a step or configuration, and as `read_planned` does.
+    Raises `ConfigError` for a run without a step or configuration, and as `read_planned` does.
     """
     config = _configuration(run_dir)
     planned = read_planned(plan, config, _precision(run_dir, config))

@@ -30,7 +30,7 @@ def dashboard_json(overrides: Sequence[str], config_dir: Path | None) -> str:
 
 
 def save_dashboard(overrides: Sequence[str], config_dir: Path | None) -> str:
-    """Create it on the server; return its address. Raises Refused without an account or an entity."""
+    """Create it on the server; return its address. Raises `ConfigError` without an account or an entity."""
     from ...trainer.telemetry.wandb_sink import account_problems
 
     config = compose_run(overrides, config_dir)

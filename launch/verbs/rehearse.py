@@ -25,7 +25,7 @@ def rehearse(
     """Rehearse one optimizer step on the ranks of `listed`, such as `0,7,901`; None: the representative ones.
 
     `micro_batches` are those of one rank in the step; None: of the run's first. `tell` gets a line of progress at a
-    time. Raises `Refused` before a process starts, and `RanksFailed`.
+    time. Raises `ConfigError` before a process starts, and `RanksFailed`.
     """
     config = compose_run(overrides, config_dir)
     refuse_if_any(micro_batch_problems(config, micro_batches))

@@ -21,7 +21,7 @@ SECONDS = 1.0
 def watch(
     run_dir: Path, console: Console, *, once: bool = False, wait: Callable[[], None] = lambda: time.sleep(SECONDS)
 ) -> None:
-    """Show the run in `run_dir` until it has ended, or one frame. Raises `Refused` for another place.
+    """Show the run in `run_dir` until it has ended, or one frame. Raises `ConfigError` for another place.
 
     A console that is no terminal gets the last frame alone.
     """

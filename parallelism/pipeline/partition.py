@@ -38,7 +38,7 @@ def partition(
     """Split layers that cost `costs` each over `stages`, every one with a layer at least.
 
     `first` and `last` are what the first and the last stage cost on top of their layers. `layout`, the number of layers
-    of each stage, overrides the search. Raises `Refused` for what cannot be.
+    of each stage, overrides the search. Raises `ConfigError` for what cannot be.
     """
     refuse_if_any(partition_problems(len(costs), stages, layout))
     loads = _Loads(costs, stages, first, last)

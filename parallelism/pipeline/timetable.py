@@ -1,4 +1,4 @@
-"""The same as `replay`, for a program that is timed again and again: what depends on what is worked out once."""
+"""Times of a program that is simulated again and again: what depends on what is worked out once."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Timetable:
         return Timetable(program, tuple(_sorted(_Builder(program).nodes())))
 
     def replay(self, duration: Duration, transfer: float = 0.0) -> ProgramTimes:
-        """What `replay` returns for the same arguments."""
+        """What `simulate_program` returns for the same arguments."""
         instructions = self.program.instructions
         starts: list[list[float]] = [[0.0] * len(row) for row in instructions]
         ends: list[list[float]] = [[0.0] * len(row) for row in instructions]

@@ -93,7 +93,7 @@ class ShardedOptimizer:
         self.reducer.after(instruction)
 
     def wait(self) -> None:
-        """Until all weights are here. Raises `CollectiveFailed`."""
+        """Until all weights are here. Raises `CollectiveError`."""
         while self._arriving:
             self._arriving.popitem()[1].wait()
 

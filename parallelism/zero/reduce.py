@@ -59,7 +59,7 @@ class Reducer:
             self._start(self.buckets[self._next])
 
     def finish(self) -> None:
-        """Reduce what has not been started, and wait for all of it. Raises `CollectiveFailed`."""
+        """Reduce what has not been started, and wait for all of it. Raises `CollectiveError`."""
         while self._next < len(self.buckets):
             self._start(self.buckets[self._next])
         for pending in self._reducing:

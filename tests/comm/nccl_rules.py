@@ -1,6 +1,6 @@
 """NCCL's rules on CPUs: stand-ins for CUDA streams and NCCL communicators over gloo.
 
-With these the classes that GPUs use (`StreamLane`, `StreamWorker`) run in tests. The rules:
+With these the classes that GPUs use (`StreamChannel`, `StreamCommunicator`) run in tests. The rules:
 
 * A pair's first message, and a group's first collective of each algorithm, block the calling thread until all members
   have made the matching call (NCCL 2.30: `ncclTransportP2pSetup` in transport.cc, `ncclCollPreconnect` in group.cc).

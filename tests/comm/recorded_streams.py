@@ -50,7 +50,7 @@ class RecordedStream:
 
 
 class RecordedStreams:
-    """The `Streams` of a run, and its `Recorder`, whose spans are the work on the streams."""
+    """The `Streams` of a run, and its `SpanRecorder`, whose spans are the work on the streams."""
 
     def __init__(self) -> None:
         self._current = RecordedStream(self)
@@ -92,7 +92,7 @@ class RecordedStreams:
         return nullcontext()
 
     def mark(self, track: Track, name: str, detail: object = None) -> None:
-        """See `Recorder`."""
+        """See `SpanRecorder`."""
 
     @contextmanager
     def queue(self, name: str) -> Iterator[None]:

@@ -109,7 +109,7 @@ def failure_of(layout: Layout, start: Start, *, late_sends: bool = False, patien
     try:
         run_processes(layout.topology.world_size, run_rank, layout, start, late_sends, patience)
     except RanksFailed as failed:
-        said = re.search(r"CollectiveFailed: (rank .*)", str(failed))
+        said = re.search(r"CollectiveError: (rank .*)", str(failed))
         return said.group(1) if said else str(failed)
     return ""
 

@@ -178,7 +178,7 @@ def scale_balance_by_ranks() -> Patch:
     def scales(main: float, mtp: float, balance: float) -> LossNormalizers:
         return LossNormalizers(main=main, mtp=mtp, balance=balance * torch.distributed.get_world_size())
 
-    return patch.object(step_module, "LossScales", scales)
+    return patch.object(step_module, "LossNormalizers", scales)
 
 
 def forget_mtp_depth() -> Patch:

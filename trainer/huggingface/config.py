@@ -74,7 +74,7 @@ def config_json(
     context: int,
     source: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The tree of `config.json`. Raises `Refused` for a model that `DeepseekV3ForCausalLM` is not.
+    """The tree of `config.json`. Raises `ConfigError` for a model that `DeepseekV3ForCausalLM` is not.
 
     `context` is the sequence length that the model was trained with. Rotary settings are in the released file's form,
     which vLLM and SGLang read, too. `source` is the `config.json` that the weights were imported with: what it says of
@@ -115,7 +115,7 @@ def config_json(
 
 
 def model_config(tree: Mapping[str, Any], name: str) -> ModelConfig:
-    """The shape that a `config.json` describes. Raises `Refused` with everything in it that our model is not."""
+    """The shape that a `config.json` describes. Raises `ConfigError` with everything in it that our model is not."""
     problems: list[Problem] = []
     read = _Reader(Item(dict(tree)), problems)
     rope = read.rope()

@@ -27,7 +27,7 @@ class Allocation:
 
     A daemon thread leaves a sign of life every `beat_seconds`; a launcher that is killed has held its GPUs up to the
     last one, or up to the last record of rank 0 if that is later. `job` is the scheduler's name of what holds the GPUs.
-    Raises Refused while another launcher holds the run directory, and where the disk has no room for the opening.
+    Raises `ConfigError` while another launcher holds the run directory, and where the disk has no room for the opening.
     """
 
     def __init__(

@@ -34,8 +34,9 @@ GENESIS = "0" * 64
 def read_journal(path: Path) -> list[Record]:
     """The records of the journal at `path`, each with its `hash`; none when there is no such file.
 
-    A last line without newline is still being written, or was torn by a crash, and is left out. Raises Refused, naming
-    the line, where the chain is broken.
+    A last line without newline is still being written, or was torn by a crash, and is left out.
+
+    Raises `ConfigError`, with the line, where the chain is broken.
     """
     return JournalReader(path).new_records()
 
@@ -79,7 +80,7 @@ class JournalReader:
         return JournalPosition(self._position, self._number, self.head)
 
     def new_records(self) -> list[Record]:
-        """What has been appended since the last call. Raises Refused as `read_journal` does, and for a file cut short.
+        """What has been appended since the last call. Raises `ConfigError` as `read_journal` does, or if cut short.
 
         After a refusal the reader is not to be used again.
         """
@@ -216,14 +217,14 @@ _LONGEST = 2**20
 
 
 def holds_record(path: Path, head: str) -> bool:
-    """Whether the journal at `path` has a record with this hash. Raises Refused like `holds`."""
+    """Whether the journal at `path` has a record with this hash. Raises `ConfigError` like `holds`."""
     return holds(path, f'"hash":"{head}"'.encode())
 
 
 def holds(path: Path, *words: bytes) -> bool:
     """Whether any of `words`, none longer than 1 MiB, is in the file of lines at `path`, which is not parsed.
 
-    Raises Refused where it cannot be read, or has a line of more than `MAX_LINE_BYTES`.
+    Raises `ConfigError` where it cannot be read, or has a line of more than `MAX_LINE_BYTES`.
     """
     if not path.is_file():
         return False
@@ -253,7 +254,7 @@ def _canonical(content: Mapping[str, Any]) -> str:
 
 
 class Journal:
-    """The one writer of a journal. Raises Refused when the chain is broken or another writer holds the file.
+    """The one writer of a journal. Raises `ConfigError` when the chain is broken or another writer holds the file.
 
     A record survives the death of its writer as soon as `append` returns, and that of the machine within
     `sync_seconds`: waiting for the disk after each short step would cost more than the step's record is worth. Records
@@ -319,7 +320,7 @@ class Journal:
         return True
 
     def insist(self) -> None:
-        """Raise Refused where the disk has not taken every record so far."""
+        """Raise `ConfigError` where the disk has not taken every record so far."""
         if self._writer.waiting:
             reason = self._writer.failure
             self.close()
@@ -347,7 +348,7 @@ _HELD = "another process is writing this journal: the run is already going on; w
 
 
 def refuse_if_held(path: Path) -> None:
-    """Raise Refused while another process writes the journal at `path`; nothing is made or changed."""
+    """Raise `ConfigError` while another process writes the journal at `path`; nothing is made or changed."""
     if path.is_file():
         with path.open("rb") as file:
             lock_or_refuse(file.fileno(), str(path), None, _HELD)

@@ -10,7 +10,7 @@ from ...comm.errors import ConfigError, Problem
 def lock_or_refuse(descriptor: int, field: str, value: str | None, held: str) -> None:
     """Lock an open file for this process until it is closed.
 
-    Raises Refused about `field` and its `value`: in the words `held` where another process holds the lock, and where
+    Raises `ConfigError` about `field` and its `value`, in the words `held` where another process has the lock, and if
     the file system has no locks, so that nothing would keep two runs from writing the same files.
     """
     try:

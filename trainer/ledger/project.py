@@ -37,7 +37,7 @@ class Project:
 
     @staticmethod
     def read(path: Path) -> Project:
-        """The project in the file at `path`. Raises Refused with all that is wrong with it."""
+        """The project in the file at `path`. Raises `ConfigError` with all that is wrong with it."""
         with refusing(path, "it cannot be read as a project; correct it"):
             tree = read_yaml(path)
         budgets, runs = (tree.get(key) for key in ("gpu_hours", "runs")) if isinstance(tree, dict) else (None, None)
@@ -82,7 +82,7 @@ class ProjectReader:
         self._readers = {run: LedgerReader(run) for run in project.runs}
 
     def summaries(self) -> dict[Path, LedgerSummary]:
-        """Of every run that has a ledger. Raises Refused where one is broken."""
+        """Of every run that has a ledger. Raises `ConfigError` where one is broken."""
         there = {run: reader for run, reader in self._readers.items() if (run / WORK_FILE).parent.is_dir()}
         return {run: reader.summary() for run, reader in there.items()}
 

@@ -48,7 +48,7 @@ class Job:
 
 
 def read_sacct(path: Path) -> list[Job]:
-    """The jobs in a file of sacct's output; steps of a job are left out. Raises Refused with what is wrong in it."""
+    """The jobs in a file of sacct's output, without their steps. Raises `ConfigError` with what is wrong in it."""
     rows = _rows(path, "|", _SACCT)
     jobs, problems = [], []
     for number, row in rows:
@@ -104,7 +104,7 @@ class Invoice:
 
 
 def read_invoice(path: Path, columns: Mapping[str, str]) -> Invoice:
-    """The sums of the CSV at `path`; `columns` says what it calls `gpu_hours` and `amount`. Raises Refused."""
+    """The sums of the CSV at `path`; `columns` says what it calls `gpu_hours` and `amount`. Raises `ConfigError`."""
     names = {key: columns.get(key, key) for key in ("gpu_hours", "amount")}
     rows = _rows(path, ",", tuple(names.values()))
     sums, problems = dict.fromkeys(names, 0.0), []

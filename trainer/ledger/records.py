@@ -43,7 +43,7 @@ _MOST = 2**53
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a ledger's journal, each checked. Raises Refused as `read_journal` does, and for a wrong value."""
+    """The records of a ledger's journal, each checked. Raises `ConfigError` as `read_journal` does, or by a value."""
     return JournalReader(path, check=check_record).new_records()
 
 

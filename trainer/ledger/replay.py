@@ -82,7 +82,7 @@ class Attempt:
             self.closed = self.closed or self._by_itself
 
     def replay_batch(self, batch: RecordBatch) -> None:
-        """Apply steps and intervals of rank 0: as `replay` of each, since none of them changes the state."""
+        """Apply steps and intervals of rank 0: as `simulate_program` of each, since none of them changes the state."""
         cursor, clock = self._cursor, batch.monotonic_ns
         if batch.boot == cursor["boot"]:
             first_ns = clock[0] - cursor["monotonic_ns"]

@@ -115,7 +115,7 @@ def write_snapshot(run_dir: Path, snapshot: Snapshot) -> None:
 
 
 def refuse_different(run_dir: Path, saved: Snapshot, found: Snapshot) -> None:
-    """Raise Refused where the totals that are `saved` in `run_dir` differ from what reading all records has `found`."""
+    """Raise `ConfigError` where totals `saved` in `run_dir` differ from what reading all records has `found`."""
     is_same_place = (found.allocation, found.work) == (saved.allocation, saved.work)
     if not is_same_place or found.ledger.figures() != saved.ledger.figures():
         hint = "are not what the ledger's records say; remove this file, and it is made again"

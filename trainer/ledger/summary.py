@@ -180,12 +180,12 @@ class LedgerSummary:
 
 
 def summarize(run_dir: Path) -> LedgerSummary:
-    """Read the ledger of `run_dir`, also while the run is alive. Raises Refused as `LedgerReader.summary` does."""
+    """Read the ledger of `run_dir`, also of a live run. Raises `ConfigError` as `LedgerReader.summary` does."""
     return LedgerReader(run_dir).summary()
 
 
 def verified_summary(run_dir: Path) -> LedgerSummary:
-    """The same from every record; the totals that are saved must agree, else raises Refused."""
+    """The same from every record; the totals that are saved must agree, else raises `ConfigError`."""
     reader = LedgerReader(run_dir, from_totals=False)
     reader.verify()
     return reader.summary()
@@ -194,7 +194,7 @@ def verified_summary(run_dir: Path) -> LedgerSummary:
 def ensure_totals(run_dir: Path) -> None:
     """Save totals beside a long ledger that has none which fit, so that only this reader reads all of it.
 
-    For the launcher that holds the run directory. Raises Refused as `LedgerReader.summary` does.
+    For the launcher that holds the run directory. Raises `ConfigError` as `LedgerReader.summary` does.
     """
     with suppress(OSError):
         if not is_cheap(run_dir) and read_snapshot(run_dir) is None:
@@ -218,7 +218,7 @@ class LedgerReader:
         self._ledger = start.ledger
 
     def read(self) -> str:
-        """Read what is new; return the hash of the last record of work. Raises Refused as `summary` does."""
+        """Read what is new; return the hash of the last record of work. Raises `ConfigError` as `summary` does."""
         try:
             self._read()
         except (Forgotten, LateOpening):
@@ -245,7 +245,7 @@ class LedgerReader:
     def verify(self) -> None:
         """Read everything from the beginning, and compare it with the saved totals at their place.
 
-        Raises Refused as `summary` does, where the records say something else than the totals, and where the totals
+        Raises `ConfigError` as `summary` does, where the records contradict the totals, and where the totals
         are damaged or count records that are not there.
         """
         self._begin(None)
@@ -263,7 +263,7 @@ class LedgerReader:
     def summary(self) -> LedgerSummary:
         """As of now.
 
-        Raises Refused when there is no ledger or another version's, when a chain is broken, and when intervals overlap.
+        Raises `ConfigError` without a ledger, for another version, a broken chain, and intervals that overlap.
         """
         self.read()
         attempts, tally, latest = list(self._ledger.attempts.values()), self._ledger.tally, self._ledger.latest

@@ -153,7 +153,7 @@ class _OnCpu(NullRecorder):
         return self
 
     def span(self, track: Track, name: str, detail: object = None) -> AbstractContextManager[object]:
-        """See `Recorder`."""
+        """See `SpanRecorder`."""
         if threading.get_ident() != self._main:
             self._cut()
         elif self._begun_at < math.inf and track is Track.INSTRUCTION and name in list(Op):
@@ -224,7 +224,7 @@ class _OnGpu(NullRecorder):
         self._levels.append(torch.cuda.memory_allocated(self._device))
 
     def span(self, track: Track, name: str, detail: object = None) -> AbstractContextManager[object]:
-        """See `Recorder`."""
+        """See `SpanRecorder`."""
         return self._around() if self._begun and track is Track.INSTRUCTION and name in list(Op) else nullcontext()
 
     def begin(self) -> None:

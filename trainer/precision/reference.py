@@ -74,50 +74,50 @@ class Reference:
     sum_tile: Callable[[Tensor, Tensor], Tensor] = exact_sum
 
     def tiles(self, x_XD: Tensor, scales: Scales) -> Tiles:
-        """See `Provider`."""
+        """See `PrecisionBackend`."""
         return quantize_tiles(x_XD, scales)
 
     def swiglu_tiles(self, gate_up_RF: Tensor, gates_R: Tensor | None, scales: Scales) -> Tiles:
-        """See `Provider`."""
+        """See `PrecisionBackend`."""
         return self.tiles(swiglu_of_rows(gate_up_RF, gates_R), scales)
 
     def columns(self, x_RD: Tensor, rows_L: tuple[int, ...], scales: Scales) -> Columns:
-        """See `Provider`."""
+        """See `PrecisionBackend`."""
         return quantize_columns(x_RD, rows_L, scales)
 
     def turned(self, x: Tiles, rows_L: tuple[int, ...], scales: Scales) -> Columns:
-        """See `Provider`."""
+        """See `PrecisionBackend`."""
         return self.columns(dequantize_tiles(x, torch.float32), rows_L, scales)
 
     def swiglu_columns(
         self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: tuple[int, ...], scales: Scales
     ) -> Columns:
-        """See `Provider`."""
+        """See `PrecisionBackend`."""
         return self.columns(swiglu_of_rows(gate_up_RF, gates_R), rows_L, scales)
 
     def blocks(self, weight: Tensor, scales: Scales) -> Blocks:
-        """See `Provider`."""
+        """See `PrecisionBackend`."""
         return quantize_blocks(weight, scales)
 
     def multiply(self, x: Tiles, weight: Blocks, dtype: torch.dtype) -> Tensor:
-        """See `Provider`."""
+        """See `PrecisionBackend`."""
         scales_NQ = weight.scales_PQ.repeat_interleave(TILE, 0)[: len(weight.values_NK)]
         return self._product(x, Tiles(weight.values_NK, scales_NQ)).to(dtype)
 
     def multiply_grouped(self, x: Tiles, weight: Blocks, rows_L: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """See `Provider`."""
+        """See `PrecisionBackend`."""
         rows = zip(x.values_XD.split(rows_L), x.scales_XQ.split(rows_L), strict=True)
         weights = zip(weight.values_NK, weight.scales_PQ, strict=True)
         parts = zip(rows, weights, strict=True)
         return torch.cat([self.multiply(Tiles(*own), Blocks(*expert), dtype) for own, expert in parts])
 
     def outer(self, grad: Columns, x: Columns) -> Tensor:
-        """See `Provider`."""
+        """See `PrecisionBackend`."""
         both = zip(of_experts(grad), of_experts(x), strict=True)
         return torch.stack([self._product(ours, theirs) for ours, theirs in both])
 
     def add_outer(self, grad: Columns, x: Columns, sum_LNK: Tensor) -> None:
-        """See `Provider`."""
+        """See `PrecisionBackend`."""
         sum_LNK += self.outer(grad, x)
 
     def _product(self, a: Tiles, b: Tiles) -> Tensor:

@@ -31,7 +31,7 @@ class TransformerEngineBackend(Reference):
     """Quantizes as the reference does; experts are multiplied one at a time."""
 
     def multiply(self, x: Tiles, weight: Blocks, dtype: torch.dtype) -> Tensor:
-        """See `Provider`."""
+        """See `PrecisionBackend`."""
         rows, columns = len(x.values_XD), len(weight.values_NK)
         if not rows:
             return x.scales_XQ.new_empty((0, columns), dtype=dtype)
@@ -39,7 +39,7 @@ class TransformerEngineBackend(Reference):
         return out[:rows, :columns].to(dtype)
 
     def outer(self, grad: Columns, x: Columns) -> Tensor:
-        """See `Provider`."""
+        """See `PrecisionBackend`."""
         rows, columns = len(grad.tiles.values_XD), len(x.tiles.values_XD)
         products = []
         for ours, theirs in zip(of_experts(grad), of_experts(x), strict=True):

@@ -34,37 +34,37 @@ class TritonBackend:
     values: torch.dtype = torch.float8_e4m3fn
 
     def tiles(self, x_XD: Tensor, scales: Scales) -> Tiles:
-        """See `Provider`."""
+        """See `PrecisionBackend`."""
         x_XD = _narrow(x_XD).contiguous()
         return self._rows(kernels.quantize_rows, (x_XD,), x_XD.shape[1], scales)
 
     def swiglu_tiles(self, gate_up_RF: Tensor, gates_R: Tensor | None, scales: Scales) -> Tiles:
-        """See `Provider`. One kernel in BF16, which is what a GPU computes in."""
+        """See `PrecisionBackend`. One kernel in BF16, which is what a GPU computes in."""
         if gate_up_RF.dtype != torch.bfloat16:
             return self.tiles(swiglu_of_rows(gate_up_RF, gates_R), scales)
         inputs = _contiguous(gate_up_RF, gates_R)
         return self._rows(kernels.quantize_swiglu_rows, inputs, gate_up_RF.shape[1] // 2, scales)
 
     def columns(self, x_RD: Tensor, rows_L: tuple[int, ...], scales: Scales) -> Columns:
-        """See `Provider`."""
+        """See `PrecisionBackend`."""
         x_RD = _narrow(x_RD).contiguous()
         return self._columns(kernels.quantize_columns, (x_RD,), x_RD.shape[1], rows_L, scales)
 
     def turned(self, x: Tiles, rows_L: tuple[int, ...], scales: Scales) -> Columns:
-        """See `Provider`."""
+        """See `PrecisionBackend`."""
         return self._columns(kernels.turn_tiles, (x.values_XD, x.scales_XQ), x.values_XD.shape[1], rows_L, scales)
 
     def swiglu_columns(
         self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: tuple[int, ...], scales: Scales
     ) -> Columns:
-        """See `Provider`. As `swiglu_tiles`."""
+        """See `PrecisionBackend`. As `swiglu_tiles`."""
         if gate_up_RF.dtype != torch.bfloat16:
             return self.columns(swiglu_of_rows(gate_up_RF, gates_R), rows_L, scales)
         inputs = _contiguous(gate_up_RF, gates_R)
         return self._columns(kernels.quantize_swiglu_columns, inputs, gate_up_RF.shape[1] // 2, rows_L, scales)
 
     def blocks(self, weight: Tensor, scales: Scales) -> Blocks:
-        """See `Provider`."""
+        """See `PrecisionBackend`."""
         weight_LNK = _narrow(weight).contiguous().view(-1, *weight.shape[-2:])
         count, rows, columns = weight_LNK.shape
         sides = (tiles_of(rows), tiles_of(columns))
@@ -75,12 +75,12 @@ class TritonBackend:
         return Blocks(values, block_scales)
 
     def multiply(self, x: Tiles, weight: Blocks, dtype: torch.dtype) -> Tensor:
-        """See `Provider`."""
+        """See `PrecisionBackend`."""
         stack = Blocks(weight.values_NK[None], weight.scales_PQ[None])
         return self.multiply_grouped(x, stack, (len(x.values_XD),), dtype)
 
     def multiply_grouped(self, x: Tiles, weight: Blocks, rows_L: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """See `Provider`. Tensor cores read E4M3 along K alone: a transposed weight is copied, unless it was."""
+        """See `PrecisionBackend`. Tensor cores read E4M3 along K alone: a transposed weight is copied, once."""
         weight = weight.contiguous()
         _, columns, k = weight.values_NK.shape
         out_RN = x.values_XD.new_empty((len(x.values_XD), columns), dtype=accumulated(dtype))
@@ -94,14 +94,14 @@ class TritonBackend:
         return out_RN.to(dtype)
 
     def outer(self, grad: Columns, x: Columns) -> Tensor:
-        """See `Provider`."""
+        """See `PrecisionBackend`."""
         shape = len(grad.tiles_per_expert_L), len(grad.tiles.values_XD), len(x.tiles.values_XD)
         out_LNK = grad.tiles.scales_XQ.new_zeros(shape)
         self.add_outer(grad, x, out_LNK)
         return out_LNK
 
     def add_outer(self, grad: Columns, x: Columns, sum_LNK: Tensor) -> None:
-        """See `Provider`. One kernel: nothing but the sum is written."""
+        """See `PrecisionBackend`. One kernel: nothing but the sum is written."""
         if sum_LNK.dtype != torch.float32 or not sum_LNK.is_contiguous():
             sum_LNK += self.outer(grad, x)
             return

@@ -51,13 +51,13 @@ class History:
 def read_metrics(path: Path) -> list[Event]:
     """The retained history of the run whose `metrics.jsonl` is at `path`, in order (see `History`).
 
-    A last line still being written is left out. Raises Refused for a missing file or a broken line.
+    A last line still being written is left out. Raises `ConfigError` for a missing file or a broken line.
     """
     return History(read_all_metrics(path)).events
 
 
 def read_all_metrics(path: Path) -> list[Event]:
-    """Every event in the file at `path`, lives that were rolled back included. Raises Refused like `read_metrics`."""
+    """Every event in the file at `path`, rolled back ones included. Raises `ConfigError` like `read_metrics`."""
     if not path.exists():
         raise ConfigError([Problem(str(path), None, "no such file; name the metrics.jsonl of a run")])
     with refusing(path, "restore it"):
@@ -73,7 +73,7 @@ class MetricsReader:
         self._lines = LineReader(path) if lines is None else lines
 
     def new_events(self) -> list[Event]:
-        """What has been appended since the last call. Raises Refused for a broken line.
+        """What has been appended since the last call. Raises `ConfigError` for a broken line.
 
         Raises FileNotFoundError while there is no file, and `lines.Replaced` when it is not the one of the last call.
         """
@@ -89,7 +89,7 @@ _LAST_STEP = 2**53
 
 
 def parse_event(path: Path, number: int, line: str) -> Event:
-    """The event on line `number` of the file at `path`. Raises Refused for a broken line."""
+    """The event on line `number` of the file at `path`. Raises `ConfigError` for a broken line."""
     try:
         item = parse_json(line if line.isascii() else line.encode(errors="surrogateescape"))
         kind, step, time = item["kind"].text(), item["step"].whole(0, _LAST_STEP), item["time"].number(0, _LAST_SECOND)

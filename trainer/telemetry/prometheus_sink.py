@@ -66,7 +66,7 @@ def _cannot_listen(config: PrometheusConfig, error: OSError) -> Problem:
 
 
 class PrometheusSink(Collector):
-    """Serves the figures of the last events from a daemon thread. Raises Refused where it cannot listen."""
+    """Serves the figures of the last events from a daemon thread. Raises `ConfigError` where it cannot listen."""
 
     name = "prometheus"
 

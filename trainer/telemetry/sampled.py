@@ -88,7 +88,7 @@ def read_sampled(path: Path) -> list[Event]:
     """The retained history of the run whose metrics are at `path`, as `read_metrics` gives it of a short run.
 
     Of more than `MOST_STEPS` steps it is a sample with all turns of the loss, and of other kinds of events the last
-    `MOST_OTHERS` each. Raises Refused for a broken line among those that are read.
+    `MOST_OTHERS` each. Raises `ConfigError` for a broken line among those that are read.
     """
     steps, others = StepDownsampler(), dict[str, list[tuple[int, Event]]]()
     for number, raw in _raw_lines(path):

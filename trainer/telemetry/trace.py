@@ -47,11 +47,11 @@ class TraceRecorder:
         self._nvtx = nvtx
 
     def span(self, track: Track, name: str, detail: object = None) -> AbstractContextManager[object]:
-        """See `Recorder`."""
+        """See `SpanRecorder`."""
         return self._keep(track, name, detail) if self.on else SILENT.span(track, name)
 
     def mark(self, track: Track, name: str, detail: object = None) -> None:
-        """See `Recorder`."""
+        """See `SpanRecorder`."""
         if self.on:
             now = time.perf_counter_ns()
             self.spans.append(Span(track, name, str(detail or ""), now, now))

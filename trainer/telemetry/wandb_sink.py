@@ -53,7 +53,7 @@ def account_problems() -> Iterator[Problem]:
 class WandbSink:
     """One wandb run for all lives of a run directory; its files lie in `run_dir/wandb`.
 
-    `lines` were in metrics.jsonl when it was opened. Raises Refused, naming `telemetry.wandb`, when wandb cannot start.
+    `lines` were in metrics.jsonl when it was opened. Raises `ConfigError` on `telemetry.wandb` when wandb cannot start.
 
     wandb writes by a process of its own, which ends at the SIGTERM that Slurm and systemd send to every process of a
     job, and loses what it has not written. Another one is started then, and is handed the last events again.

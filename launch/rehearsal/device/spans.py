@@ -24,7 +24,7 @@ class OperationPlace:
 
 
 class Spans:
-    """Implements `comm.trace.Recorder`. Spans of all tracks are one stack: a rehearsal has one thread."""
+    """Implements `comm.trace.SpanRecorder`. Spans of all tracks are one stack: a rehearsal has one thread."""
 
     def __init__(self, phase: str) -> None:
         """`phase` is where no span is open."""
@@ -40,13 +40,13 @@ class Spans:
         self.phases[0] = OperationPlace(phase, "")
 
     def span(self, track: Track, name: str, detail: object = None) -> AbstractContextManager[object]:
-        """See `Recorder`."""
+        """See `SpanRecorder`."""
         if name in (EXPOSED_EXCHANGE, EDGE_WAIT):
             return _NOTHING
         return _Span(self, track, name, detail)
 
     def mark(self, track: Track, name: str, detail: object = None) -> None:
-        """See `Recorder`."""
+        """See `SpanRecorder`."""
 
     @property
     def where(self) -> str:

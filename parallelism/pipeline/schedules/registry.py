@@ -124,7 +124,7 @@ def build_placement(schedule: str, ranks: int, chunks: int | None = None) -> Pla
 
 
 def build_program(schedule: str, ranks: int, micro_batches: int, chunks: int | None = None) -> Program:
-    """The program of `schedule`: N = `micro_batches` on P = `ranks`. Raises `Refused` where there is none.
+    """The program of `schedule`: N = `micro_batches` on P = `ranks`. Raises `ConfigError` where there is none.
 
     `chunks` is the number of stages a rank, for `interleaved`; the others have their own.
     """

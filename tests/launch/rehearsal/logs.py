@@ -81,7 +81,7 @@ GROUPS = {Direction.UP: "pipeline up", Direction.DOWN: "pipeline down"}
 
 
 class ProgramLog:
-    """The log of one rank that runs a program on lanes of NCCL, as `Executor` and `StreamLane` drive them.
+    """The log of one rank that runs a program on lanes of NCCL, as `Executor` and `StreamChannel` drive them.
 
     The host waits in each instruction for the computing stream, as it does for the sizes of a dispatch.
     `listener` is told of each instruction and returns what is called then; `sends_first`: behind the sends of what the

@@ -68,7 +68,7 @@ def read_offline_run(path: Path) -> OfflineRun:
 
 
 def read_records(path: Path) -> Iterator[bytes]:
-    """Yield the records of the log at `path`, checking each CRC. Raises Refused for a damaged file."""
+    """Yield the records of the log at `path`, checking each CRC. Raises `ConfigError` for a damaged file."""
     data = path.read_bytes()
     if not data.startswith(_FILE_HEADER):
         raise ConfigError([Problem(str(path), data[:7], "not a .wandb file of version 0")])
