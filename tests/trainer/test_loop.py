@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
@@ -309,8 +310,8 @@ def train_until(world: World, tree: dict[str, Any], looks: int, spent_in_a_step:
     config = build(RunConfig, tree)
     groups = ProcessGroups.create(config.topology, world.rank, timedelta(seconds=30))
 
-    # The first rank to come makes the directory: what says that a run was there is its ledger.
-    begun = summarize(run_dir).steps_retained if (run_dir / "ledger" / "work.jsonl").exists() else 0
+    begun = summarize(run_dir).steps_retained if run_dir.exists() else 0
+    dist.barrier()  # the first rank to train makes the directory
     step, taken = Stepper.step, list[int]()
 
     def counted(self: Stepper, *arguments: Any) -> StepResult:
