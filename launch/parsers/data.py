@@ -20,8 +20,8 @@ def add(verbs: Verbs) -> None:
 def _prepare(options: argparse.Namespace) -> int:
     from ...trainer.data.prepare import prepare
     from ..compose import compose_run
+    from ..making import cleaning_up
     from ..say import tell
-    from ..verbs.making import cleaning_up
 
     config = compose_run(*described(options)).data
     with cleaning_up("data prepare"):

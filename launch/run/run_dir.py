@@ -16,8 +16,8 @@ from pathlib import Path
 
 from ...comm.errors import ConfigError, Problem, refuse_if_any
 from ...comm.files.access import read_json, refuse_links, replace_file
+from ...comm.files.lock import lock_or_refuse
 from ...comm.files.strict_json import Malformed
-from ...trainer.ledger.lock import lock_or_refuse
 from ..say import say
 
 CONFIG_FILE = "config.yaml"

@@ -8,8 +8,8 @@ from ...comm.errors import ConfigError, Problem
 from ...trainer.checkpoint.find import find_checkpoint
 from ...trainer.huggingface.export import ExportOptions, export
 from ...trainer.huggingface.importing import import_released
+from ..making import cleaning_up
 from ..say import tell
-from .making import cleaning_up
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 

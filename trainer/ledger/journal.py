@@ -19,9 +19,9 @@ from ...comm.errors import ConfigError, Problem
 from ...comm.files.access import chunks_of_lines, lines_within, open_regular, refuse_links, refusing
 from ...comm.files.line_writer import BACKLOG_BYTES, LineWriter
 from ...comm.files.lines import cut_torn_line
+from ...comm.files.lock import lock_or_refuse
 from ...comm.files.strict_json import Malformed, parse_json
 from .batch import MOST_LINES, RecordBatch, Row, are_alike, batch_of, row_of
-from .lock import lock_or_refuse
 
 Record = dict[str, Any]
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from ..run.launcher import Stopped
-from ..run.signals import ASKING_SIGNALS, listened_to
-from ..say import say
+from .run.launcher import Stopped
+from .run.signals import ASKING_SIGNALS, listened_to
+from .say import say
 
 
 @contextmanager

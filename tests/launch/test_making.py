@@ -14,9 +14,9 @@ import torch
 from shoestring.comm.errors import ConfigError
 from shoestring.launch import say
 from shoestring.launch.cli import parse
+from shoestring.launch.making import cleaning_up
 from shoestring.launch.verbs import convert
 from shoestring.launch.verbs.convert import export_command, import_command
-from shoestring.launch.verbs.making import cleaning_up
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.trainer.checkpoint.saved import save_params
 from shoestring.trainer.data.unfinished import locked

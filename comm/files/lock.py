@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 
-from ...comm.errors import ConfigError, Problem
+from ..errors import ConfigError, Problem
 
 
 def lock_or_refuse(descriptor: int, field: str, value: str | None, held: str) -> None:
