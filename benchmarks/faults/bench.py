@@ -207,6 +207,10 @@ class Launch:
             time.sleep(0.02)
         return condition()
 
+    def says(self, words: str) -> bool:
+        """Wait until the launch has said `words` on standard error; False where it ends before."""
+        return self.until(lambda: words in os.pread(self._errors.fileno(), 2**24, 0).decode(errors="replace"))
+
     def signal(self, number: int) -> None:
         """To the launcher alone."""
         with suppress(ProcessLookupError):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -48,15 +49,15 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def fill(path: Path, seconds: float = 0.0) -> None:
-    """Take every byte that the disk has left, and for so long also what is given back."""
-    deadline = time.monotonic() + seconds
-    with path.open("wb", buffering=0) as file:
+def fill(path: Path, until: Callable[[], bool] = lambda: True) -> None:
+    """Take every byte that the disk has left, and also what is given back while `until` is awaited in a thread."""
+    with ThreadPoolExecutor(1) as waiting, path.open("wb", buffering=0) as file:
+        seen = waiting.submit(until)
         while True:
             with suppress(OSError):
                 while True:
                     file.write(b"x" * 4096)
-            if time.monotonic() >= deadline:
+            if seen.done():
                 return
             time.sleep(0.005)
 
@@ -175,7 +176,9 @@ def full_for_a_while(bench: Bench, row: Row, place: Path) -> None:
     with small_disk(place / "disk", 64 * 2**20) as disk:
         launch = bench.start(disk / "run")
         launch.reaches(8)
-        fill(disk / "filler", 1.5)
+        fill(
+            disk / "filler", lambda: launch.says("wait in memory")
+        )  # by seconds, a fast run would end before the fault
         (disk / "filler").unlink()
         row.told(launch.wait(), 0, "wait in memory")
         bench.compare(row, disk / "run")
@@ -209,7 +212,7 @@ def writes_fail_for_a_while(error: str, which: str, words: str) -> Inject:
         launch = bench.start(place / "run", "training.failed_saves=1000", site=folder)
         launch.reaches(8)
         flag.touch()
-        time.sleep(1.5)
+        launch.says(words)
         flag.unlink()
         row.told(launch.wait(), 0, words)
         bench.compare(row, place / "run")
@@ -236,7 +239,7 @@ def stopped_on_a_full_disk(bench: Bench, row: Row, place: Path) -> None:
         launch.reaches(8)
         fill(disk / "filler")
         launch.signal(signal.SIGTERM)
-        fill(disk / "filler too", 4.0)
+        fill(disk / "filler too", lambda: launch.until(lambda: False, 4.0))
         row.told(launch.wait(), 75, "whose checkpoint could not be written")
         for filler in disk.glob("filler*"):
             filler.unlink()
@@ -506,25 +509,28 @@ INJECTIONS = (
     Injection("H1", "a file of the newest checkpoint torn", "goes on from the one before", harmed_checkpoint),
     Injection("H1", "plan.json, measured cluster torn", "one clear error, exit 2", torn_inputs),
     Injection("H2", "a leftover .partial fills the disk", "cleared at start; goes on", leftovers_fill_the_disk, True),
-    Injection("H3", "no room for 1.5 s", "goes on; written when there is room", full_for_a_while, True),
-    Injection("H3", "no room for 1.5 s", "goes on; written when there is room", full_for_a_while, True, ep=2),
+    Injection("H3", "no room for a while", "goes on; written when there is room", full_for_a_while, True),
+    Injection("H3", "no room for a while", "goes on; written when there is room", full_for_a_while, True, ep=2),
     Injection("H3", "no room, then SIGTERM", "exit 75", stopped_on_a_full_disk, True),
     Injection(
-        "H3", "EDQUOT for 1.5 s", "goes on; written later", writes_fail_for_a_while("EDQUOT", RECORDS, "wait in memory")
+        "H3",
+        "EDQUOT for a while",
+        "goes on; written later",
+        writes_fail_for_a_while("EDQUOT", RECORDS, "wait in memory"),
     ),
     Injection(
-        "H3", "EIO for 1.5 s", "goes on; written later", writes_fail_for_a_while("EIO", RECORDS, "wait in memory")
+        "H3", "EIO for a while", "goes on; written later", writes_fail_for_a_while("EIO", RECORDS, "wait in memory")
     ),
     Injection(
         "H3",
-        "EROFS for 1.5 s",
+        "EROFS for a while",
         "goes on; written later",
         writes_fail_for_a_while("EROFS", RECORDS, "wait in memory"),
         ep=2,
     ),
     Injection(
         "H3",
-        "EIO in saves for 1.5 s",
+        "EIO in saves for a while",
         "goes on, saves again",
         writes_fail_for_a_while("EIO", SAVES, "could not be written"),
     ),
