@@ -93,7 +93,7 @@ class Slurm:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def has_ended(self, number: str) -> bool:
-        return self.job(number)["JobState"] in ("COMPLETED", "FAILED", "CANCELED", "TIMEOUT", "NODE_FAIL")
+        return self.job(number)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
 def wait_until(what: Callable[[], bool], seconds: float) -> None:
