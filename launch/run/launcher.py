@@ -42,6 +42,7 @@ from .signals import (
     LAUNCHER_VARIABLE,
     SAME_REQUEST_SECONDS,
     STOP_FILE_VARIABLE,
+    StoppedEarly,
     die_with_parent,
     ignore_late_stops,
     listened_to,
@@ -126,6 +127,11 @@ def launch(config: RunConfig, local: LocalRanks, *, fresh: bool, meet: Meet | No
                 return asked_to_stop(run_dir) if found == Halt.PREEMPTED else found
             say(f"shoestring train: {reason}; the same command goes on from the last checkpoint")
             return code if code > _FAULT else _FAULT
+        except StoppedEarly as stop:  # between two handlers of this launcher: counted, as any stop without a step is
+            reason = f"stopped by {stop}"
+            note_stop(run_dir, progressed=False)
+            say(f"shoestring train: {reason}")
+            return asked_to_stop(run_dir)
         finally:
             allocation.close(reason)
 

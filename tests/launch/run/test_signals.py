@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from shoestring.launch.compose import compose_run
 from shoestring.launch.run import launcher
 from shoestring.launch.run.launcher import Stopped, StopRequest, stop_signals_raise
 from shoestring.launch.run.run_dir import read_status
-from shoestring.launch.run.signals import STOP_FILE_VARIABLE
+from shoestring.launch.run.signals import STOP_FILE_VARIABLE, StoppedEarly
 from shoestring.tests.launch.real_run import (
     command,
     processes_of,
@@ -332,3 +333,17 @@ def measured_price(overrides: list[str], run_dir: Path) -> float:
     """GPU-hours of a run of one step on this machine: nearly all of it is the start."""
     assert train(overrides, run_dir).returncode == 0
     return summarize(run_dir).gpu_hours
+
+
+def test_a_stop_between_two_handlers_of_a_launcher_is_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def signalled(*arguments: object) -> int:
+        raise StoppedEarly("SIGUSR1 before it began; nothing was trained")
+
+    monkeypatch.setattr(launcher, "run_torchrun", signalled)
+    config = compose_run([*small_run(tmp_path, 1), f"training.run_dir={tmp_path / 'run'}"])
+    codes = [launcher.launch(config, launcher.LocalRanks(2, ()), fresh=False) for _ in range(3)]
+    assert codes == [75, 75, 1]
+    assert "3 launches in a row were stopped before their first step" in capsys.readouterr().err
+    assert not summarize(tmp_path / "run").running
