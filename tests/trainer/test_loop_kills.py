@@ -19,7 +19,8 @@ from unittest.mock import patch
 import pytest
 
 from shoestring.tests.processes import RanksFailed, World, run_processes
-from shoestring.tests.trainer.test_resume import prepared_root, train_on, tree_of
+from shoestring.tests.trainer.resumed_loop import train_on, tree_of
+from shoestring.tests.trainer.small_loop import prepared_root
 from shoestring.trainer import loop
 from shoestring.trainer.checkpoint import saver
 from shoestring.trainer.checkpoint.store import CheckpointStore
@@ -65,7 +66,7 @@ def history(run_dir: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_twenty_kills_leave_the_losses_of_an_undisturbed_run(tmp_path: Path) -> None:
-    root = prepared_root(tmp_path)
+    root = prepared_root(tmp_path, words=4000)
     tree = tree_of(root, tmp_path / "run", "ep2", STEPS, checkpoint_every=EVERY)
     store, halves = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2), 0
     for life in range(KILLS):

@@ -11,7 +11,7 @@ from shoestring.launch.planner.lanes import Lanes, SimulatedChunk
 from shoestring.launch.planner.layout_memory import working_of
 from shoestring.parallelism.pipeline.executor import Steps, drive, take_turns
 from shoestring.parallelism.weight_grad import WeightGradients
-from shoestring.tests.trainer.model.test_chunk import CONFIG, ROUTED_LAYERS, SCALES, make_chunk, window
+from shoestring.tests.trainer.model.small_chunk import CONFIG, ROUTED_LAYERS, SCALES, make_chunk, window
 from shoestring.trainer.memory.chunk import ChunkMemory, PeakMeter, StageShape
 
 from .v3 import simulated

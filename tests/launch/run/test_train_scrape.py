@@ -11,7 +11,7 @@ import pytest
 
 from shoestring.tests.launch.real_run import command, wait_for_step
 from shoestring.tests.launch.small_run import BATCH, SEQUENCE, free_port, small_run
-from shoestring.tests.trainer.telemetry.test_prometheus_sink import scrape
+from shoestring.tests.trainer.telemetry.scraped import scrape
 from shoestring.trainer.telemetry.history import read_metrics
 
 pytestmark = pytest.mark.slow

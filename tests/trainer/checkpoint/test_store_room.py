@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 
-from shoestring.tests.trainer.checkpoint.test_store import WORLD, names, pieces, save, tensors
+from shoestring.tests.trainer.checkpoint.small_store import WORLD, names, pieces, save, tensors
 from shoestring.trainer.checkpoint import saver as saving
 from shoestring.trainer.checkpoint.saver import Saver
 from shoestring.trainer.checkpoint.store import CheckpointExtras, CheckpointStore

@@ -24,7 +24,7 @@ from shoestring.trainer.model.init import initialize
 from shoestring.trainer.model.layer import MoELayer
 from shoestring.trainer.model.model import Model
 
-from .test_chunk import CONFIG, SCALES, window
+from .small_chunk import CONFIG, SCALES, window
 
 T = TypeVar("T")
 LAYERS = ("layer_01", "layer_02", "mtp_01")
