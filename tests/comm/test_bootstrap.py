@@ -27,3 +27,10 @@ def test_variables_of_ranks_that_mean_nothing_are_refused(
     with pytest.raises(ConfigError) as refused:
         WorkerEnvironment.read()
     assert [problem.field for problem in refused.value.problems] == [name]
+
+
+def test_half_of_torchruns_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ConfigError, match="MASTER_ADDR"):
+        WorkerEnvironment.read()

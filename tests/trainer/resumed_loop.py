@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import timedelta
@@ -10,10 +12,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
-from shoestring.tests.processes import World
+from shoestring.tests.processes import World, run_processes
 from shoestring.tests.trainer.small_loop import BATCH, LENGTH, run_config
 from shoestring.trainer import loop
 from shoestring.trainer.build import Rank, build_rank, stages_of
@@ -81,3 +84,30 @@ def train_on(world: World, tree: dict[str, Any]) -> Share:
         attempt = f"{world.size} ranks to {config.training.tokens}"  # a launch has as many ranks to its end
         loop.train(config, groups_of(world, config), torch.device("cpu"), attempt)
     return share_of(ranks[0].state())
+
+
+State = dict[str, str]
+"""SHA-256 of each canonical tensor."""
+
+
+def whole(shares: list[Share]) -> dict[str, Tensor]:
+    """Of all ranks, flattened; what several hold is the same on all of them."""
+    found: dict[str, dict[int, Tensor]] = {}
+    sizes: dict[str, int] = {}
+    for share in shares:
+        for name, shape, dtype, first, raw in share:
+            piece = torch.frombuffer(bytearray(raw), dtype=dtype)
+            assert sizes.setdefault(name, math.prod(shape)) == math.prod(shape), name
+            assert torch.equal(found.setdefault(name, {}).setdefault(first, piece), piece), name
+    merged = {name: torch.cat([pieces[first] for first in sorted(pieces)]) for name, pieces in found.items()}
+    assert {name: tensor.numel() for name, tensor in merged.items()} == sizes
+    return merged
+
+
+def digests(shares: list[Share]) -> State:
+    return {name: hashlib.sha256(as_bytes(tensor)).hexdigest() for name, tensor in whole(shares).items()}
+
+
+def run(root: Path, directory: Path, layout: str, steps: int, **training: Any) -> State:
+    size = LAYOUTS[layout][0].world_size
+    return digests(run_processes(size, train_on, tree_of(root, directory, layout, steps, **training), timeout=120))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,14 +17,25 @@ from torch import Tensor
 
 from shoestring.comm.errors import ConfigError
 from shoestring.tests.processes import RanksFailed, World, run_processes
-from shoestring.tests.trainer.resumed_loop import LAYOUTS, PRECISIONS, Share, groups_of, share_of, train_on, tree_of
+from shoestring.tests.trainer.resumed_loop import (
+    LAYOUTS,
+    PRECISIONS,
+    Share,
+    State,
+    digests,
+    groups_of,
+    run,
+    share_of,
+    train_on,
+    tree_of,
+    whole,
+)
 from shoestring.tests.trainer.small_loop import LENGTH, prepared_root
 from shoestring.trainer.build import build_rank
 from shoestring.trainer.checkpoint import opened, saver
-from shoestring.trainer.checkpoint.compatible import other_dtype
 from shoestring.trainer.checkpoint.names import model_pieces
 from shoestring.trainer.checkpoint.store import CheckpointStore
-from shoestring.trainer.checkpoint.tensor_file import as_bytes, read_at
+from shoestring.trainer.checkpoint.tensor_file import read_at
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.run.checkpointing import load_last
 from shoestring.trainer.run.exit import RunFailed
@@ -33,8 +43,6 @@ from shoestring.trainer.telemetry.history import read_metrics
 from shoestring.trainer.typed import build
 
 BEFORE, AFTER = 3, 10
-State = dict[str, str]
-"""SHA-256 of each canonical tensor."""
 SLOW = ("ep4", "pp4", "alone", "pp2 ep2 edp2", "pp2 mirrored")
 
 
@@ -50,29 +58,6 @@ def loaded_on(world: World, tree: dict[str, Any]) -> tuple[Share, Share]:
     assert load_last(rank, None) is not None
     rank.close()
     return share_of(rank.state()), share_of(model_pieces(rank.model))
-
-
-def whole(shares: list[Share]) -> dict[str, Tensor]:
-    """Of all ranks, flattened; what several hold is the same on all of them."""
-    found: dict[str, dict[int, Tensor]] = {}
-    sizes: dict[str, int] = {}
-    for share in shares:
-        for name, shape, dtype, first, raw in share:
-            piece = torch.frombuffer(bytearray(raw), dtype=dtype)
-            assert sizes.setdefault(name, math.prod(shape)) == math.prod(shape), name
-            assert torch.equal(found.setdefault(name, {}).setdefault(first, piece), piece), name
-    merged = {name: torch.cat([pieces[first] for first in sorted(pieces)]) for name, pieces in found.items()}
-    assert {name: tensor.numel() for name, tensor in merged.items()} == sizes
-    return merged
-
-
-def digests(shares: list[Share]) -> State:
-    return {name: hashlib.sha256(as_bytes(tensor)).hexdigest() for name, tensor in whole(shares).items()}
-
-
-def run(root: Path, directory: Path, layout: str, steps: int, **training: Any) -> State:
-    size = LAYOUTS[layout][0].world_size
-    return digests(run_processes(size, train_on, tree_of(root, directory, layout, steps, **training), timeout=120))
 
 
 def loaded(root: Path, directory: Path, layout: str) -> State:
@@ -251,14 +236,6 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(root: Path, 
     assert CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).steps() == [2, 4]
     run(root, tmp_path / "run", "ep2", 5)
     assert len(losses(tmp_path / "run")) == 5
-
-
-def test_auto_is_refused_where_it_means_other_numbers(root: Path, tmp_path: Path) -> None:
-    run(root, tmp_path / "run", "alone", 2)
-    facts = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).open(2).manifest.facts
-    assert list(other_dtype(facts, torch.float32)) == []
-    (problem,) = other_dtype(facts, torch.bfloat16)
-    assert "means bfloat16 on this device, and the checkpoint of step 2 was computed in float32" in str(problem)
 
 
 @contextmanager

@@ -1,31 +1,15 @@
-"""Descriptions of clusters: every figure has a source that says what kind of evidence it is."""
+"""Tables of kernel times: where a row comes from, and which one is nearest."""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from shoestring.comm.errors import ConfigError
-from shoestring.launch.compose import compose_run
-from shoestring.launch.planner.kernel_times import Coverage, KernelTable, Measurement, read_table, weakest, write_table
-from shoestring.launch.planner.operations import ComputePhase, Shape
-from shoestring.launch.planner.pricing import Compute
-from shoestring.launch.planner.recipe import Precision, Recipe
-from shoestring.trainer.costs.cluster import ClusterConfig
+from shoestring.launch.planner.kernel_times import Coverage, KernelTable, Measurement, read_table, write_table
 
-GPU_CLUSTERS = ("h800", "h100", "h200", "b200", "a100")
 EVIDENCE = {"measured", "published", "assumed"}
-
-
-@pytest.mark.parametrize("name", GPU_CLUSTERS)
-def test_each_figure_has_a_source(name: str) -> None:
-    cluster = compose_run([f"cluster={name}"]).cluster
-    given = {field.name for field in fields(ClusterConfig) if cluster.__dict__[field.name] is not None}
-    figures = given - {"name", "sources"}
-    assert set(cluster.sources) == figures
-    assert {text.partition(":")[0] for text in cluster.sources.values()} <= EVIDENCE
 
 
 @pytest.mark.parametrize("name", ["h800", "b200"])
@@ -33,25 +17,6 @@ def test_each_row_of_a_table_has_a_source(name: str) -> None:
     rows = read_table(name).rows
     assert rows
     assert all(row.evidence in EVIDENCE and row.source for row in rows)
-
-
-def test_a_cluster_without_kernel_times_is_described_but_not_priced() -> None:
-    with pytest.raises(ConfigError, match=r"cluster\.tables = None"):
-        Compute.of(compose_run(["cluster=a100"]).cluster, Recipe(precision=Precision.BF16))
-
-
-def test_no_fp8_where_the_cluster_has_none() -> None:
-    cluster = replace(compose_run(["cluster=h800"]).cluster, peak_fp8_tflops=None)
-    with pytest.raises(ConfigError, match=r"precision\.linear = 'fp8': h800 has no FP8; write precision=bf16"):
-        Compute.of(cluster, Recipe())
-
-
-def test_a_table_of_another_cluster_measures_nothing_here() -> None:
-    compute = Compute.of(compose_run(["cluster=h100"]).cluster, Recipe())
-    model = compose_run(["model=deepseek_v3", "data.vocabulary=129280"]).model
-    compute.phase(Shape(model, 4096, 1, 64), ComputePhase.ATTENTION_F)
-    assert compute.coverage.shares() == {"assumed": 1.0}
-    assert weakest("measured", "assumed", "published") == "assumed"
 
 
 def row(name: str, value: float, tokens: int = 4096, inputs: int = 1024) -> Measurement:

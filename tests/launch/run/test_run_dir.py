@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from shoestring.comm.errors import ConfigError
 from shoestring.launch.run.restart_policy import note_end, note_stop
 from shoestring.launch.run.run_dir import (
+    CONFIG_FILE,
     claimed,
     clear_status,
     own,
@@ -88,3 +91,38 @@ def test_state_of_a_run_is_written_through_no_link(tmp_path: Path) -> None:
         with pytest.raises(Exception, match=r"a run writes through no link"):
             make()
     assert treasure.read_text() == "mine"
+
+
+def test_a_fresh_run_removes_links_and_not_what_they_point_to(tmp_path: Path) -> None:
+    elsewhere, run_dir = tmp_path / "big_disk", tmp_path / "run"
+    elsewhere.mkdir()
+    (elsewhere / "step_00000001").write_text("")
+    with claimed(run_dir, fresh=False):
+        (run_dir / "checkpoints").symlink_to(elsewhere)
+        (run_dir / "metrics.jsonl").symlink_to(tmp_path / "nowhere")
+        (run_dir / "ledger").mkdir()
+    with claimed(run_dir, fresh=True):
+        assert {path.name for path in run_dir.iterdir()} == {"lock", ".shoestring_run"}
+    assert (elsewhere / "step_00000001").exists()
+
+
+def test_a_reason_is_given_where_the_system_gives_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(f"no way to remove {path.name}")
+
+    with claimed(tmp_path / "run", fresh=False):
+        (tmp_path / "run" / "ledger").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(ConfigError, match="no way to remove ledger"), claimed(tmp_path / "run", fresh=True):
+        pass
+
+
+def test_two_launchers_of_one_directory(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with claimed(run_dir, fresh=False):
+        (run_dir / CONFIG_FILE).write_text("")
+        with pytest.raises(ConfigError, match="another run is going on"), claimed(run_dir, fresh=True):
+            pass
+        assert (run_dir / CONFIG_FILE).exists()
+    with claimed(run_dir, fresh=True):
+        assert not (run_dir / CONFIG_FILE).exists()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from shoestring.tests.launch.small_checkpoint import TEXT, shoestring
+from shoestring.tests.trainer.data.small_corpus import refusal
+from shoestring.trainer.data.config import DataConfig
 
 
 def corpus(root: Path) -> tuple[Path, list[str]]:
@@ -113,3 +116,40 @@ def test_an_error_of_the_system_names_its_file(tmp_path: Path, capsys: pytest.Ca
     code, _, errors = shoestring(capsys, *verb, f"data.prepared={long}")
     assert code == 2
     assert "x" * 300 in errors
+
+
+def test_a_missing_or_empty_corpus_is_refused(config: DataConfig, tmp_path: Path) -> None:
+    assert "is not a directory" in refusal(replace(config, corpus=str(tmp_path / "nowhere")))
+    (tmp_path / "empty").mkdir()
+    assert "holds no text" in refusal(replace(config, corpus=str(tmp_path / "empty")))
+
+
+def test_everything_wrong_with_the_works_is_listed_at_once(config: DataConfig) -> None:
+    corpus = config.corpus_directory
+    (corpus / "empty.txt").write_text(" \n")
+    (corpus / "nothing.jsonl").write_text("")
+    (corpus / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    (corpus / "lines.jsonl").write_text('{"text": "good"}\n{"txet": "bad"}\n')
+    (corpus / "broken.jsonl").write_text('{"text": "half')
+    (corpus / "half.jsonl").write_text('{"text": "\\ud800"}\n')
+    (corpus / "alpha.jsonl").write_text('{"text": "same name"}\n')
+    message = refusal(replace(config, validation=("held", "heldd")))
+    for part in (
+        "empty.txt = '': holds no text",
+        "nothing.jsonl = '': holds no text",
+        "latin.txt = 'the file': is not UTF-8 at byte 2",
+        "lines.jsonl = 'line 2': must be an object",
+        "broken.jsonl = 'line 1': is not JSON",
+        "half.jsonl = 'line 1': holds half of a surrogate pair",
+        "both alpha.txt and alpha.jsonl",
+        "data.validation = 'heldd': is no work of this corpus, which has alpha,",
+    ):
+        assert part in message
+
+
+def test_the_packaged_corpus_is_plain_ascii_prose() -> None:
+    config = DataConfig(corpus="shakespeare", prepared="unused", vocabulary=2048, validation=("julius_caesar",))
+    texts = [path.read_text("ascii") for path in sorted(config.corpus_directory.glob("*.txt"))]
+    assert len(texts) == 7
+    assert not set("".join(texts)) & set("*_#<>\\`|{}\r\t")
+    assert all(text.endswith("\n") and "\n\n\n" not in text and " \n" not in text for text in texts)
