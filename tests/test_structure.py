@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import configparser
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from omegaconf import OmegaConf
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from shoestring.tests.tree import ROOT, tree_files
+from shoestring.tests.tree import ROOT, imports, tree_files
 
 # A folder may import from itself and from those before it.
 LAYERS = ("comm", "parallelism", "trainer", "launch")
@@ -37,19 +35,6 @@ TRACES = re.compile(
     r"(?<![\w.}/-])/(?:work|root|home|Users)/"
     r"|pypi\.org|pythonhosted\.org|download\.pytorch\.org|conda\.anaconda\.org|index-url|find-links"
 )
-
-
-def imports(source: str, path: Path) -> Iterator[tuple[str, ...]]:
-    """Every module or name that `source`, the text of the file `path` (relative to the root), imports, in full."""
-    package = ("shoestring", *path.parent.parts)
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (tuple(alias.name.split(".")) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) + 1 - node.level] if node.level else ()
-            assert base or not node.level, f"{path}:{node.lineno} reaches above the package"
-            module = tuple(node.module.split(".")) if node.module else ()
-            yield from ((*base, *module, alias.name) for alias in node.names)
 
 
 def trespass(path: Path, name: tuple[str, ...]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -25,3 +26,16 @@ def _walk(folder: Path, anchored: set[str], anywhere: set[str]) -> Iterator[Path
             yield from _walk(path, anchored, anywhere)
         else:
             yield path
+
+
+def imports(source: str, path: Path) -> Iterator[tuple[str, ...]]:
+    """Every module or name that `source`, the text of the file `path` (relative to the root), imports, in full."""
+    package = ("shoestring", *path.parent.parts)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else ()
+            assert base or not node.level, f"{path}:{node.lineno} reaches above the package"
+            module = tuple(node.module.split(".")) if node.module else ()
+            yield from ((*base, *module, alias.name) for alias in node.names)

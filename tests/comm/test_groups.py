@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
-import torch
 
-from shoestring.comm import open_groups
 from shoestring.comm.communicator import Collectives
 from shoestring.comm.groups import P2P_CTAS, REDUCE_CTAS, Group, ProcessGroups
-from shoestring.comm.open_groups import NcclGroups
 from shoestring.comm.topology import Topology
 from shoestring.comm.watchdog import Watchdog
 from shoestring.launch.compose import compose_run
@@ -79,37 +75,6 @@ def test_every_rank_makes_the_same_groups_in_the_same_order() -> None:
             assert groups.dense[each].ranks == topology.holders(topology.dense_dp_ranks(rank), each)
             assert groups.expert[each].ranks == topology.holders(topology.expert_dp_ranks(rank), each)
     assert all(each == made[0] for each in made)
-
-
-class Splitting:
-    """torch's default group over NCCL, as far as a split looks at it."""
-
-    def __init__(self) -> None:
-        self.options = SimpleNamespace(config=SimpleNamespace(max_ctas=None))
-        self.asked: list[dict[str, Any]] = []
-
-    def _get_backend(self, device: torch.device) -> Splitting:
-        return self
-
-    def split(self, **asked: Any) -> str:
-        self.asked.append(asked)
-        return "handle"
-
-
-def test_nccl_splits_the_default_group_with_its_options_and_fewer_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    default = Splitting()
-    library = SimpleNamespace(group=SimpleNamespace(WORLD=default), split_group=default.split)
-    monkeypatch.setattr(open_groups, "dist", library)
-    make = NcclGroups(torch.device("cuda", 0), 3, LIMIT)
-    for blocks in (4, None):
-        communicator = make.split("rings", [(0, 1), (2, 3)], blocks)
-        assert communicator is not None
-        assert str(communicator.handle) == "handle"
-        asked = default.asked[-1]
-        assert asked["pg_options"].config.max_ctas == blocks
-        assert (asked["split_ranks"], asked["timeout"], asked["group_desc"]) == ([[0, 1], [2, 3]], LIMIT, "rings")
-    assert default.options.config.max_ctas is None  # other groups do not inherit it
-    assert make.calls == 3
 
 
 def test_a_group_that_is_not_made_in_time_is_named(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from shoestring.trainer.model.experts import (
     grouped_outer,
     grouped_outer_twin,
 )
-from shoestring.trainer.model.loss import linear_cross_entropy, linear_cross_entropy_twin
+from shoestring.trainer.model.loss import linear_cross_entropy
 from shoestring.trainer.model.phase import SplitBackward
 
 ROWS = (3, 0, 5, 8)
@@ -112,35 +112,6 @@ def test_products_of_experts_are_added_to_the_gradient_that_is_there() -> None:
     torch.testing.assert_close(weight.grad, expected + grouped_outer_twin(grad, x, ROWS), rtol=0, atol=0.1)
 
 
-def test_the_head_has_its_gradient_at_once() -> None:
-    """And keeps nothing of its own size for the backward."""
-    hidden, head = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-    targets, left, kept = torch.randint(9, (6,)), WeightGradients(), list[Tensor]()
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with left.collect(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = linear_cross_entropy(hidden, head, targets, factor=0.5)
-    assert [tensor.shape for tensor in kept] == [hidden.shape]
-    loss.backward()
-    left.run()
-    expected = torch.autograd.grad(linear_cross_entropy_twin(hidden, head, targets), (hidden, head), torch.tensor(0.5))
-    torch.testing.assert_close(hidden.grad, expected[0])
-    torch.testing.assert_close(head.grad, expected[1])
-
-
-def test_a_phase_without_inputs_is_all_weights() -> None:
-    table = torch.randn(5, 3, requires_grad=True)
-    phase = SplitBackward(lambda: (embedding(torch.tensor([1, 1, 4]), table),))
-    left = WeightGradients()
-    assert phase.backward(left, torch.ones(3, 3)) == ()
-    assert table.grad is None
-    left.run()
-    assert _rows_with_gradient(table) == [1, 4]
-
-
 class _Largest(TorchDispatchMode):
     """The most elements of a tensor that an operation makes anew."""
 
@@ -208,19 +179,3 @@ def test_a_gradient_keeps_no_activation_alive() -> None:
         left.settle()
         assert weight.grad is not None
         assert not weight.grad.requires_grad
-
-
-def test_phases_hand_their_work_on_in_order() -> None:
-    weights = [torch.randn(3, 3, requires_grad=True) for _ in range(2)]
-    left = WeightGradients(deferred=True)
-    for weight in weights:
-        phase = SplitBackward(lambda x, weight=weight: (linear(x, weight),), torch.randn(2, 3))
-        phase.backward(left, torch.ones(2, 3))
-    assert all(weight.grad is None for weight in weights)
-    left.run()
-    assert all(weight.grad is not None for weight in weights)
-
-
-def _rows_with_gradient(table: Tensor) -> list[int]:
-    assert table.grad is not None
-    return table.grad.any(dim=1).nonzero().flatten().tolist()

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 Key = TypeVar("Key")
@@ -112,3 +113,13 @@ def _relative_error(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) ->
 
 def _largest_difference(ours: Mapping[Key, Tensor], theirs: Mapping[Key, Tensor]) -> float:
     return worst(float((tensor - theirs[key]).abs().max()) for key, tensor in ours.items())
+
+
+def results(outcome: Outcome) -> dict[str, torch.Tensor]:
+    """Everything that three steps leave behind."""
+    kept = {**outcome.weights, **outcome.biases}
+    for number, step in enumerate(outcome.steps):
+        kept |= {f"{number} gradient {name}": grad for name, grad in step.gradients.items()}
+        losses = (step.total, step.main, step.mtp, step.balance, step.norm)
+        kept[f"{number} losses"] = torch.tensor(losses, dtype=torch.float64)
+    return kept

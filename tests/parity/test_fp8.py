@@ -15,8 +15,8 @@ from shoestring.comm.async_comm import open_worker
 from shoestring.comm.exchange.wire import Format
 from shoestring.comm.groups import ProcessGroups
 from shoestring.tests.parity.layouts import EVERYTHING, REPORT, Layout, Load, Padding
+from shoestring.tests.parity.outcome import results
 from shoestring.tests.parity.runner import build, run_layout, run_rank, take_step
-from shoestring.tests.parity.test_overlap import results
 from shoestring.tests.processes import World, run_processes
 from shoestring.trainer.model.experts import Experts
 from shoestring.trainer.model.linear import Linear

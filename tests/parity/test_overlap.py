@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shoestring.tests.parity.layouts import EVERYTHING, REPORT, Layout, Padding
-from shoestring.tests.parity.outcome import Outcome
+from shoestring.tests.parity.outcome import results
 from shoestring.tests.parity.runner import run_rank
 from shoestring.tests.processes import run_processes
 from shoestring.trainer.model.recompute import RecomputeModule
@@ -33,16 +33,6 @@ def every_layout() -> Iterator[Layout]:
         yield Layout(
             2, 1, 6, mtp, Padding.RAGGED, pp=2, schedule=schedule, layers=5, dtype=FP32, exchange=exchange, node_size=1
         )
-
-
-def results(outcome: Outcome) -> dict[str, torch.Tensor]:
-    """Everything that three steps leave behind."""
-    kept = {**outcome.weights, **outcome.biases}
-    for number, step in enumerate(outcome.steps):
-        kept |= {f"{number} gradient {name}": grad for name, grad in step.gradients.items()}
-        losses = (step.total, step.main, step.mtp, step.balance, step.norm)
-        kept[f"{number} losses"] = torch.tensor(losses, dtype=torch.float64)
-    return kept
 
 
 def run(layout: Layout) -> list[dict[str, torch.Tensor]]:

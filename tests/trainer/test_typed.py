@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass, field
+import pickle
+from dataclasses import asdict, dataclass, field, replace
 
 import pytest
 
 from shoestring.comm.errors import Problem
+from shoestring.launch.compose import compose_run
 from shoestring.tests.launch.refusals import refused
-from shoestring.trainer.typed import build
+from shoestring.trainer.typed import EnvironmentText, as_written, build
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,3 +117,26 @@ def test_problems_found_before_are_refused_also_when_all_fits() -> None:
 @pytest.mark.parametrize("tree", [None, 3, ["owner"], "owner"])
 def test_a_tree_must_be_keys(tree: object) -> None:
     assert refused(build, Wheel, tree) == {"": f"{tree!r}: must be a group of keys"}
+
+
+SECRET = "hunter2"
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEAM", SECRET)
+    monkeypatch.setenv("BATCH", "48")
+
+
+def test_copies_keep_the_source() -> None:
+    text = EnvironmentText("value", "${oc.env:X}")
+    config = compose_run([])
+    held = replace(config, training=replace(config.training, run_dir=text))
+    for copied in (
+        copy.deepcopy(text),
+        copy.copy(text),
+        pickle.loads(pickle.dumps(text)),
+        asdict(held)["training"]["run_dir"],
+    ):
+        assert (copied, copied.source) == ("value", "${oc.env:X}")
+    assert as_written({"a": [text, (text, 1)]}) == {"a": ["${oc.env:X}", ["${oc.env:X}", 1]]}

@@ -16,9 +16,8 @@ from shoestring.launch.planner.recipe import NOTHING, Precision, Recipe
 from shoestring.launch.planner.search import SearchSpace
 from shoestring.launch.verbs.plan import plan
 from shoestring.launch.verbs.simulate import simulate
+from shoestring.tests.launch.planner.v3 import simulated
 from shoestring.tests.launch.refusals import refused
-
-from .v3 import simulated
 
 V3 = "experiment=deepseek_v3_h800"
 
@@ -131,14 +130,6 @@ def test_no_candidate_makes_gate_up_again_in_fp8_and_runs() -> None:
     legal = [recipe for recipe in own if not any(run_with(config, layout_of(config), recipe).problems())]
     assert len(own) == 8
     assert len(legal) == 7
-
-
-def test_nothing_is_measured_with_a_borrowed_table() -> None:
-    simulation = simulate([V3, "cluster=h100"], None, {})
-    costs = simulation.forecaster.costs(simulation.layout, simulation.forecast.recipe)
-    rows = assumptions(simulation.config, simulation.forecast, costs)
-    assert "measured" not in {evidence for what, evidence, _ in rows if not what.startswith("cluster.")}
-    assert set(simulation.forecast.coverage.shares()) == {"assumed"}
 
 
 def test_a_search_lends_no_exchange_too_few_sms() -> None:

@@ -6,45 +6,19 @@ from dataclasses import replace
 
 import pytest
 
-from shoestring.comm.errors import ConfigError
 from shoestring.comm.topology import Topology
 from shoestring.launch.planner.forecast import Forecaster, Layout
-from shoestring.launch.planner.published import STEP_SECONDS, as_published
+from shoestring.launch.planner.published import as_published
 from shoestring.launch.planner.recipe import EVERYTHING, NOTHING, Precision, Recipe
-from shoestring.launch.verbs.simulate import error_rows, simulate
+from shoestring.launch.verbs.simulate import error_rows
+from shoestring.tests.launch.planner.v3 import simulated
 from shoestring.trainer.ledger.terms import TERMS
 from shoestring.trainer.model.recompute import RecomputeModule
 
-from .v3 import simulated
-
 GRID = Topology(pp=4, edp=1, ep=8, gpus_per_node=8)
+
+
 SCHEDULES = ("gpipe", "one_f_one_b", "interleaved", "zb1p", "dualpipe", "dualpipev")
-
-
-def test_the_published_step_is_met_without_fitting() -> None:
-    forecast = simulated().forecast
-    assert forecast.flops.main == pytest.approx(250.4e9, rel=5e-4)
-    assert forecast.seconds == pytest.approx(STEP_SECONDS, rel=0.12)
-    assert forecast.gpu_hours(14.8e12) == pytest.approx(2.664e6, rel=0.12)
-
-
-def test_it_fits_with_the_reports_savings_and_not_without() -> None:
-    simulation = simulated()
-    limit = simulation.config.cluster.memory_gb
-    assert limit is not None
-    assert simulation.forecast.peak_memory.total < 80e9
-    assert simulation.forecast.needed_memory < limit * 1e9
-    without = simulation.again(replace(simulation.forecast.recipe, recompute=NOTHING))
-    assert without.peak_memory.total > 80e9
-    assert without.needed_memory > limit * 1e9
-
-
-def test_deepeps_buffer_is_what_does_not_fit() -> None:
-    """4.88 GB in place of the 1 that NCCL's all-to-alls are assumed to take."""
-    simulation = simulate(["experiment=deepseek_v3_h800", "exchange=deepep"], None, {})
-    limit, needed = simulation.config.cluster.memory_gb, simulation.forecast.needed_memory
-    assert limit is not None
-    assert needed - 3.88e9 < limit * 1e9 < needed
 
 
 def test_imbalance_and_messages_each_cost_and_are_shown_apart() -> None:
@@ -113,16 +87,6 @@ def test_what_is_made_again_takes_time() -> None:
     recipes = [Recipe(precision=Precision.BF16, recompute=policy) for policy in policies]
     steps = [forecaster.forecast(layout, recipe, batch).seconds for recipe in recipes]
     assert steps == sorted(set(steps))
-
-
-def test_figures_that_are_not_known_are_refused() -> None:
-    simulation = simulated()
-    layout = Layout(GRID, "one_f_one_b")
-    for name in ("nvlink_gbps", "infiniband_gbps", "memory_gbps"):
-        cluster = replace(simulation.config.cluster, **{name: None})  # type: ignore[arg-type]
-        forecaster = Forecaster(replace(simulation.config.model, num_hidden_layers=12), cluster, 4096)
-        with pytest.raises(ConfigError, match=rf"cluster\.{name} = None: is not known for h800"):
-            forecaster.forecast(layout, Recipe(), 8 * GRID.dp)
 
 
 def small() -> Forecaster:

@@ -6,20 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from shoestring.comm.trace import EXPOSED_EXCHANGE, Track
+from shoestring.comm.trace import Track
 from shoestring.launch.planner.exchange_time import ExchangeTime
 from shoestring.launch.planner.lanes import ChunkCosts, Lanes
 from shoestring.launch.planner.operations import ComputePhase
-from shoestring.launch.planner.published import PAIR_SECONDS, TRACED, exposed_share, simulate_pair
+from shoestring.launch.planner.published import TRACED
 from shoestring.launch.planner.recipe import Sync
+from shoestring.tests.launch.planner.v3 import costs, simulated
 from shoestring.trainer.memory.chunk import StageShape
-
-from .v3 import simulated
-
-
-def costs() -> ChunkCosts:
-    simulation = simulated()
-    return simulation.forecaster.costs(simulation.layout, simulation.forecast.recipe)
 
 
 def test_an_exchange_hides_behind_computing() -> None:
@@ -47,23 +41,6 @@ def test_exchanges_travel_one_after_the_other() -> None:
     lanes.wait(second)
     assert lanes.now == 4.0
     assert [span.name for span in lanes.spans if span.track is Track.EXCHANGE] == ["a", "b"]
-
-
-def test_the_traced_pair_and_its_exposed_communication() -> None:
-    lanes = simulate_pair(costs())
-    assert lanes.now == pytest.approx(PAIR_SECONDS, rel=0.05)
-    assert 0.02 < exposed_share(lanes) < 0.06
-
-
-def test_the_order_is_that_of_the_trace() -> None:
-    """Rows of one layer pair in the public trace, by their start."""
-    lanes = simulate_pair(costs())
-    spans = sorted(lanes.spans, key=lambda span: span.begin)
-    compute = [s.name for s in spans if s.track is Track.COMPUTE and "shared" not in s.name]
-    exchange = [s.name for s in spans if s.track is Track.EXCHANGE]
-    expected = ["attn(F)", "mlp(B)", "mlp(W)", "mlp(F)", "attn(B)", "attn(W)"]
-    assert [name for name in compute if name != EXPOSED_EXCHANGE] == expected * 4
-    assert exchange == ["combine_backward", "dispatch", "dispatch_backward", "combine"] * 4
 
 
 def test_a_pair_is_shorter_than_its_halves() -> None:
@@ -95,17 +72,3 @@ def test_waits_for_others_are_where_they_were_measured() -> None:
     last = StageShape(dense=0, routed=1, is_first=False, is_last=True)
     paired = {sync: own[sync].run("FB", last, TRACED).now for sync in Sync}
     assert paired[Sync.PAIRS] == paired[Sync.EVERYWHERE] > paired[Sync.NONE]
-
-
-def test_the_head_is_all_in_the_forward() -> None:
-    own = costs()
-    shape, cost = own.shape, own.cost
-    assert cost.phase(shape, ComputePhase.HEAD_F) == pytest.approx(3 * 2 * 4096 * 7168 * 129_280 / 662e12, rel=0.01)
-    assert cost.phase(shape, ComputePhase.HEAD_B) == cost.phase(shape, ComputePhase.HEAD_W) == 0.0
-
-
-def test_a_look_at_the_traced_pair_changes_no_forecast() -> None:
-    own = costs()
-    before = dict(own.cost.coverage.seconds)
-    simulate_pair(own)
-    assert own.cost.coverage.seconds == before

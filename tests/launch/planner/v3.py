@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from functools import cache
 
+from shoestring.launch.planner.lanes import ChunkCosts
 from shoestring.launch.verbs.simulate import SimulatedLayout, simulate
 
 
 @cache
 def simulated() -> SimulatedLayout:
     return simulate(["experiment=deepseek_v3_h800"], None, {})
+
+
+def costs() -> ChunkCosts:
+    simulation = simulated()
+    return simulation.forecaster.costs(simulation.layout, simulation.forecast.recipe)

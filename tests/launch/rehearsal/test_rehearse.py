@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
 from shoestring.comm.errors import ConfigError
-from shoestring.launch.cli import main
 from shoestring.launch.compose import compose_run
 from shoestring.launch.rehearsal.device.shim import build_shim
 from shoestring.launch.rehearsal.fault import Fault
@@ -113,37 +110,3 @@ def test_a_layout_that_does_not_fit_is_named() -> None:
     for name, faults in (("everything", []), ("nothing", [("memory", (0,))])):
         verdict = rehearsed("0", *layout, f"recompute={name}", f"cluster.memory_gb={gigabytes}")
         assert [(fault.kind, fault.ranks) for fault in verdict.faults] == faults
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("--ranks", "0,4"), "--ranks = 4: the run has 4 ranks; write numbers from 0 to 3"),
-        (("--micro-batches", "0"), "--micro-batches = 0: one_f_one_b needs at least 1"),
-        (
-            ("schedule=dualpipev", "training.global_batch=8", "--micro-batches", "3"),
-            "--micro-batches = 3: dualpipev needs",
-        ),
-        (("--passes", "-1"), "--passes = -1: must be at least 0"),
-        (("model.hiden=3",), "model.hiden = 3: no such key; did you mean hidden_size?"),
-        (("exchange=deepep",), "exchange.name = 'deepep': cannot be rehearsed"),
-    ],
-)
-def test_refusals(arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["rehearse", *SMALL, *arguments])
-    assert stopped.value.code == 2
-    output = capsys.readouterr()
-    assert said in output.err
-    assert not output.out
-
-
-def test_the_command_prints_one_answer(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["rehearse", *SMALL, "--ranks", "3", "--micro-batches", "4", "--format", "json"])
-    output = capsys.readouterr()
-    tree = json.loads(output.out)
-    assert stopped.value.code == 0
-    assert tree["findings"] == []
-    assert [rank["micro_batches"] for rank in tree["ranks"]] == [4]
-    assert output.err.splitlines()[:2] == ["reading the configuration", "rehearsing 1 rank(s), 1 at a time"]

@@ -11,10 +11,13 @@ from unittest import mock
 
 from shoestring.comm.trace import EDGE_WAIT, OPTIMIZER, Track
 from shoestring.launch.compose import compose_run
+from shoestring.launch.report.page import html_report
+from shoestring.launch.report.record import read_run
 from shoestring.launch.run.run_dir import own
 from shoestring.parallelism.pipeline.program import Program
 from shoestring.parallelism.pipeline.schedules.registry import build_program
 from shoestring.parallelism.pipeline.simulate import UnitTimes, simulate_program
+from shoestring.tests.launch.report.reader import Reader
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.ledger.allocation import Allocation
 from shoestring.trainer.ledger.clock import Instant
@@ -151,3 +154,7 @@ def record_trace(run_dir: Path, steps: int = 2) -> None:
     for rank in range(2 * columns):
         write_rank(run_dir / "trace", rank, spans[rank // columns])
     merge_ranks(run_dir / "trace", 2 * columns)
+
+
+def report_of(run_dir: Path) -> Reader:
+    return Reader(html_report(read_run(run_dir)))

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoestring.comm.bootstrap import WorkerEnvironment
 from shoestring.comm.errors import ConfigError
 from shoestring.launch.compose import compose_run
 from shoestring.launch.run import run_dir as run_directory
 from shoestring.launch.run.preflight import hardware_problems, preflight
-from shoestring.launch.run.run_dir import CONFIG_FILE, claimed, own
+from shoestring.launch.run.run_dir import claimed, own
 from shoestring.tests.launch.refusals import by_field, refused
 from shoestring.tests.tree import ROOT
 from shoestring.trainer.checkpoint.compatible import incompatibilities
@@ -215,30 +214,6 @@ def in_directory(config: RunConfig, run_dir: Path) -> RunConfig:
     return replace(config, training=replace(config.training, run_dir=str(run_dir)))
 
 
-def test_a_fresh_run_removes_links_and_not_what_they_point_to(tmp_path: Path) -> None:
-    elsewhere, run_dir = tmp_path / "big_disk", tmp_path / "run"
-    elsewhere.mkdir()
-    (elsewhere / "step_00000001").write_text("")
-    with claimed(run_dir, fresh=False):
-        (run_dir / "checkpoints").symlink_to(elsewhere)
-        (run_dir / "metrics.jsonl").symlink_to(tmp_path / "nowhere")
-        (run_dir / "ledger").mkdir()
-    with claimed(run_dir, fresh=True):
-        assert {path.name for path in run_dir.iterdir()} == {"lock", ".shoestring_run"}
-    assert (elsewhere / "step_00000001").exists()
-
-
-def test_a_reason_is_given_where_the_system_gives_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> None:
-        raise OSError(f"no way to remove {path.name}")
-
-    with claimed(tmp_path / "run", fresh=False):
-        (tmp_path / "run" / "ledger").mkdir()
-    monkeypatch.setattr(shutil, "rmtree", refuse)
-    with pytest.raises(ConfigError, match="no way to remove ledger"), claimed(tmp_path / "run", fresh=True):
-        pass
-
-
 def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"), claimed(tmp_path / "file" / "run", fresh=False):
@@ -256,21 +231,3 @@ def test_a_full_disk_leaves_no_directory_and_names_no_file_that_is_not_known(
     with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\); name another directory"):
         own(tmp_path / "there" / "new" / "run")
     assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
-
-
-def test_two_launchers_of_one_directory(tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    with claimed(run_dir, fresh=False):
-        (run_dir / CONFIG_FILE).write_text("")
-        with pytest.raises(ConfigError, match="another run is going on"), claimed(run_dir, fresh=True):
-            pass
-        assert (run_dir / CONFIG_FILE).exists()
-    with claimed(run_dir, fresh=True):
-        assert not (run_dir / CONFIG_FILE).exists()
-
-
-def test_half_of_torchruns_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(ConfigError, match="MASTER_ADDR"):
-        WorkerEnvironment.read()

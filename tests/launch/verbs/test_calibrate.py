@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from shoestring.comm.trace import EXPOSED_EXCHANGE, Track
-from shoestring.launch.bench.calibrate_rank import Calibration, phase_seconds
 from shoestring.launch.compose import compose_run
 from shoestring.launch.planner.evidence import assumptions
 from shoestring.launch.planner.exchange_time import Exchange
@@ -21,48 +18,6 @@ from shoestring.launch.verbs.calibrate import calibrate, measured_with, write_cl
 from shoestring.launch.verbs.plan import plan
 from shoestring.launch.verbs.simulate import simulate
 from shoestring.tests.launch.refusals import refused
-from shoestring.trainer.telemetry.trace import Span
-
-
-def spans(track: Track, *named: tuple[str, int]) -> list[Span]:
-    """One after the other; lengths in seconds."""
-    found, now = [], 0
-    for name, seconds in named:
-        found.append(Span(track, name, "", now, now + seconds * 10**9))
-        now += seconds * 10**9
-    return found
-
-
-def test_weights_are_told_apart_by_the_moment_they_are_settled() -> None:
-    """A dense layer, two routed ones and MTP, as the tape of a backward has them."""
-    config = compose_run(
-        ["model.num_hidden_layers=3", "model.first_k_dense_replace=1", "model.num_nextn_predict_layers=1"]
-    )
-    backward = [("attn(W)", 6), ("attn(W)", 7), ("attn(W)", 2), ("attn(W)", 5)]  # losses, MTP, layer 2, layer 1 and 0
-    inner = spans(Track.COMPUTE, ("attn(F)", 3), ("attn(F)", 5), ("mlp(F)", 4), *backward)
-    whole = Span(Track.INSTRUCTION, "B", "", inner[3].begin, inner[-1].end + 8 * 10**9)
-    seconds = phase_seconds([*inner, whole], config)
-    assert seconds["attn(F)"] == 4
-    assert seconds["loss(W)"] == 3  # of two losses
-    assert seconds["attn(W)"] == 2
-    assert seconds["mtp(W)"] == 5
-    assert seconds["dense(W)"] == 3
-    assert seconds["loss(B)"] == 4  # what is in no span, over two losses
-
-
-def test_waiting_for_an_exchange_is_no_computing() -> None:
-    config = compose_run([])
-    (experts,) = spans(Track.COMPUTE, ("mlp(F)", 10))
-    settle = spans(Track.COMPUTE, *[("attn(W)", 1)] * 4)
-    wait = Span(Track.COMPUTE, EXPOSED_EXCHANGE, "", 2 * 10**9, 5 * 10**9)
-    assert phase_seconds([experts, wait, *settle], config)["mlp(F)"] == 7
-
-
-def test_exchanges_are_timed_in_groups_of_every_size() -> None:
-    """Else the quickstart, two by two ranks, could not be priced after a calibration on four."""
-    of_four = SimpleNamespace(world=SimpleNamespace(size=4))
-    calibration = Calibration(compose_run([]), of_four, 1)  # type: ignore[arg-type]
-    assert calibration.group_sizes == [1, 2, 4]
 
 
 def test_impossible_numbers_are_refused_before_a_process_starts(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shoestring.launch.cli import main
-from shoestring.tests.launch.report.test_trace_svg import trace
+from shoestring.tests.launch.report.layer_spans import trace
 from shoestring.trainer.telemetry.trace import merge_ranks, write_rank
 
 

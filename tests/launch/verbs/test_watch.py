@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,26 +11,12 @@ from rich.console import Console
 from shoestring.comm.errors import ConfigError
 from shoestring.launch.cli import main
 from shoestring.launch.report.follow import Follower
-from shoestring.launch.report.watch_frame import SILENT_SECONDS, frame, spark
+from shoestring.launch.report.watch_frame import SILENT_SECONDS
 from shoestring.launch.run.run_dir import own
 from shoestring.launch.verbs.watch import watch
+from shoestring.tests.launch.report.followed import append, shown
 from shoestring.tests.launch.report.recorded import BUDGET, LAST, Clock, events, record_run, step
 from shoestring.trainer.ledger.allocation import Allocation
-from shoestring.trainer.telemetry.events import Event, EventStream
-
-
-def shown(follower: Follower, width: int = 80) -> str:
-    console = Console(file=io.StringIO(), width=width)
-    console.print(frame(follower.look()))
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return text
-
-
-def append(run_dir: Path, *told: Event) -> None:
-    stream = EventStream(run_dir, [])
-    for event in told:
-        stream.emit(event)
-    stream.close()
 
 
 def test_one_frame_of_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,62 +41,6 @@ def test_one_frame_of_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "to go" not in text
     assert "projected" not in text
     assert "\x1b" not in text
-
-
-def test_a_frame_fits_into_eighty_columns(tmp_path: Path) -> None:
-    record_run(tmp_path)
-    path, *lines = shown(Follower(tmp_path)).replace(f"{tmp_path}\n", "run\n").splitlines()
-    assert path == "run"
-    assert max(map(len, lines)) <= 80
-    assert len(lines) == 1 + 9 + 1 + 5  # none is folded
-
-
-def test_a_run_is_followed_from_before_its_first_step(tmp_path: Path) -> None:
-    own(tmp_path)
-    follower = Follower(tmp_path)
-    assert "none yet" in shown(follower)
-    assert "no ledger" in shown(follower)
-    run, *_ = events(tmp_path)
-    append(tmp_path, run)
-    assert "0 of 8" in shown(follower)
-    assert "on the way to its next step" in shown(follower)
-    append(tmp_path, step(1, loss=7.5))
-    assert "1 of 8" in shown(follower)
-    assert "7.500" in shown(follower)
-    assert "1.5000 projected" not in shown(follower)  # which is said where a ledger says what is spent
-    assert "training" in shown(follower)
-
-
-def test_half_a_line_waits_for_its_end(tmp_path: Path) -> None:
-    own(tmp_path)
-    line = step(1, loss=7.5).line() + "\n"
-    (tmp_path / "metrics.jsonl").write_text(line[:40])
-    follower = Follower(tmp_path)
-    assert "none yet" in shown(follower)
-    (tmp_path / "metrics.jsonl").open("a").write(line[40:])
-    assert "7.500" in shown(follower)
-
-
-def test_a_run_that_begins_anew_is_read_anew(tmp_path: Path) -> None:
-    record_run(tmp_path)
-    follower = Follower(tmp_path)
-    assert "8 of 8" in shown(follower)
-    (tmp_path / "metrics.jsonl").unlink()
-    shutil.rmtree(tmp_path / "ledger")
-    assert "none yet" in shown(follower)
-    append(tmp_path, step(1, loss=7.5))
-    assert "1 of 8" in shown(follower)
-    assert "resume" not in shown(follower)
-
-
-def test_a_loss_that_is_not_a_number_is_shown(tmp_path: Path) -> None:
-    own(tmp_path)
-    append(tmp_path, step(1, loss=3.0), step(2))
-    append(tmp_path, Event("warning", 2, {"about": "spike", "message": "the loss is \x1b[2Jnan"}))
-    text = shown(Follower(tmp_path))
-    assert "nan" in text
-    assert "step 2, spike: the loss is" in text
-    assert "\x1b[2J" not in text
 
 
 def test_it_ends_with_the_run(tmp_path: Path) -> None:
@@ -169,10 +98,3 @@ def test_another_place_is_refused(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "absent"):
         with pytest.raises(ConfigError, match="RUN = "):
             watch(place, Console(file=io.StringIO()), once=True)
-
-
-def test_a_spark_goes_from_the_lowest_to_the_highest() -> None:
-    assert spark([8, 1, 4.5, float("nan"), 8], 40) == "█▁▅█"
-    assert spark([1, 2, 3], 2) == "▁█"
-    assert spark([2.0, 2.0], 9) == "▁▁"
-    assert spark([float("nan")], 9) == ""

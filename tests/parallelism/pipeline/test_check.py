@@ -127,15 +127,6 @@ def test_nonsense_is_named() -> None:
         check(replace(build_program("dualpipe", 2, 4), micro_batches=5))
 
 
-@pytest.mark.parametrize(
-    ("op", "given"), [(Op.F, (False, True)), (Op.FB, (True, False)), (Op.W, (True, False)), (Op.B, (False, False))]
-)
-def test_an_instruction_has_the_works_of_its_op(op: Op, given: tuple[bool, bool]) -> None:
-    works = [MicroBatchWork(0, 0) if there else None for there in given]
-    with pytest.raises(ValueError, match=f"{op} with"):
-        Instruction(op, *works)
-
-
 def test_peaks_of_chunks_in_flight() -> None:
     assert check(build_program("gpipe", 3, 5)) == (5, 5, 5)
     assert check(build_program("one_f_one_b", 4, 8)) == (4, 3, 2, 1)

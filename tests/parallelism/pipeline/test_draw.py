@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import re
-from xml.etree import ElementTree
 
 import pytest
 
-from shoestring.launch.report.schedule_svg import svg_timeline
 from shoestring.parallelism.pipeline.draw import ascii_timeline, to_json
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_program
 from shoestring.parallelism.pipeline.simulate import UnitTimes, simulate_program
-
-SVG = "{http://www.w3.org/2000/svg}"
 
 
 def test_json_of_one_f_one_b_in_full() -> None:
@@ -74,33 +70,3 @@ def test_ascii_rows_are_equally_long_and_name_every_instruction(schedule: str, t
     assert len({len(row) for row in rows}) == 1
     for row, instructions in zip(rows, program.instructions, strict=True):
         assert len(re.findall(r"[FBIWfbiw][0-9Bb]+[-\w]*", row)) == len(instructions)
-
-
-@pytest.mark.parametrize("schedule", [each.name for each in SCHEDULES])
-def test_svg_has_a_box_for_every_instruction_inside_the_picture(schedule: str) -> None:
-    program = build_program(schedule, 4, 12)
-    text = svg_timeline(simulate_program(program, UnitTimes()), note="F = 1 & more")
-    root = ElementTree.fromstring(text)
-    titles = [title.text or "" for title in root.iter(f"{SVG}title")]
-    assert len(titles) == sum(map(len, program.instructions))
-    assert titles[0] == f"rank 0: {program.instructions[0][0]}, 0 to 1"
-    words = [text.text for text in root.iter(f"{SVG}text")]
-    assert any("bubble" in (word or "") and word.endswith("F = 1 & more") for word in words if word)
-    width, height = float(root.attrib["width"]), float(root.attrib["height"])
-    for rect in root.iter(f"{SVG}rect"):
-        x, y, w, h = (float(rect.attrib.get(name, 0)) for name in ("x", "y", "width", "height"))
-        assert w > 0
-        assert -0.01 <= x <= x + w <= width + 0.01
-        assert -0.01 <= y <= y + h <= height + 0.01
-
-
-def test_svg_of_a_long_program_stays_readable_and_of_a_paper_s_width() -> None:
-    root = ElementTree.fromstring(svg_timeline(simulate_program(build_program("dualpipe", 16, 120), UnitTimes())))
-    assert float(root.attrib["width"]) < 3000
-
-
-def test_svg_gives_in_flight_and_bubble_a_column() -> None:
-    root = ElementTree.fromstring(svg_timeline(simulate_program(build_program("one_f_one_b", 4, 8), UnitTimes())))
-    words = [text.text for text in root.iter(f"{SVG}text")]
-    assert words[words.index("chunks, peak") + 1 :][:4] == ["4", "3", "2", "1"]
-    assert words[words.index("bubble") + 2 :][:4] == ["9"] * 4

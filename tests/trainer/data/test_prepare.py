@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from shoestring.comm.errors import ConfigError
+from shoestring.tests.trainer.data.small_corpus import refusal, silent
 from shoestring.trainer.data.config import DataConfig
 from shoestring.trainer.data.manifest import token_dtype
 from shoestring.trainer.data.prepare import prepare
@@ -32,34 +33,8 @@ prepare(DataConfig(corpus=sys.argv[1], prepared=sys.argv[2], vocabulary=300, val
 """
 
 
-def silent(line: str) -> None:
-    pass
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> DataConfig:
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    (corpus / "alpha.txt").write_text("The owl and the pussycat went to sea in a beautiful pea-green boat. " * 20)
-    records = [{"text": f"Document {n} naïvely spells <|end|> and 🙂.\r\n"} for n in range(5)]
-    (corpus / "lines.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (corpus / "held.txt").write_text("They took some honey, and plenty of money, wrapped up in a five-pound note.\n")
-    (corpus / "SOURCE.md").write_text("Not a work.")
-    return DataConfig(
-        corpus=str(corpus), prepared=str(tmp_path / "out" / "prepared"), vocabulary=300, validation=("held",)
-    )
-
-
 def contents(directory: str | Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
-
-
-def refusal(config: DataConfig) -> str:
-    with pytest.raises(ConfigError) as caught:
-        prepare(config, silent)
-    assert not Path(config.prepared).exists()
-    assert not list(Path(config.prepared).parent.glob(".*"))
-    return str(caught.value)
 
 
 def test_tokens_give_back_every_document_between_its_boundaries(config: DataConfig) -> None:
@@ -201,42 +176,6 @@ def test_large_vocabularies_get_wide_shards(tmp_path: Path) -> None:
     assert np.frombuffer(stored, dtype="<u4").tolist() == [1, 2**16, 129_279]
 
 
-def test_bad_values_are_listed_at_once(config: DataConfig) -> None:
-    message = refusal(replace(config, vocabulary=10, validation=("held", "held")))
-    assert "data.vocabulary = 10: must be at least 258" in message
-    assert "names a work twice" in message
-    assert "at least one work" in refusal(replace(config, validation=()))
-
-
-def test_a_missing_or_empty_corpus_is_refused(config: DataConfig, tmp_path: Path) -> None:
-    assert "is not a directory" in refusal(replace(config, corpus=str(tmp_path / "nowhere")))
-    (tmp_path / "empty").mkdir()
-    assert "holds no text" in refusal(replace(config, corpus=str(tmp_path / "empty")))
-
-
-def test_everything_wrong_with_the_works_is_listed_at_once(config: DataConfig) -> None:
-    corpus = config.corpus_directory
-    (corpus / "empty.txt").write_text(" \n")
-    (corpus / "nothing.jsonl").write_text("")
-    (corpus / "latin.txt").write_bytes("naïve".encode("latin-1"))
-    (corpus / "lines.jsonl").write_text('{"text": "good"}\n{"txet": "bad"}\n')
-    (corpus / "broken.jsonl").write_text('{"text": "half')
-    (corpus / "half.jsonl").write_text('{"text": "\\ud800"}\n')
-    (corpus / "alpha.jsonl").write_text('{"text": "same name"}\n')
-    message = refusal(replace(config, validation=("held", "heldd")))
-    for part in (
-        "empty.txt = '': holds no text",
-        "nothing.jsonl = '': holds no text",
-        "latin.txt = 'the file': is not UTF-8 at byte 2",
-        "lines.jsonl = 'line 2': must be an object",
-        "broken.jsonl = 'line 1': is not JSON",
-        "half.jsonl = 'line 1': holds half of a surrogate pair",
-        "both alpha.txt and alpha.jsonl",
-        "data.validation = 'heldd': is no work of this corpus, which has alpha,",
-    ):
-        assert part in message
-
-
 def test_holding_out_everything_is_refused(config: DataConfig) -> None:
     assert "holds out every work" in refusal(replace(config, validation=("alpha", "held", "lines")))
 
@@ -250,11 +189,3 @@ def test_a_place_that_cannot_be_written_is_refused(config: DataConfig) -> None:
     inside_a_file = str(config.corpus_directory / "alpha.txt" / "prepared")
     with pytest.raises(ConfigError, match="cannot be created"):
         prepare(replace(config, prepared=inside_a_file), silent)
-
-
-def test_the_packaged_corpus_is_plain_ascii_prose() -> None:
-    config = DataConfig(corpus="shakespeare", prepared="unused", vocabulary=2048, validation=("julius_caesar",))
-    texts = [path.read_text("ascii") for path in sorted(config.corpus_directory.glob("*.txt"))]
-    assert len(texts) == 7
-    assert not set("".join(texts)) & set("*_#<>\\`|{}\r\t")
-    assert all(text.endswith("\n") and "\n\n\n" not in text and " \n" not in text for text in texts)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 
 from shoestring.comm.errors import ConfigError
-from shoestring.trainer.data.inspect import unigram_entropy
+from shoestring.tests.trainer.data.small_data import InMemory
 from shoestring.trainer.data.samples import SampleOrder, Samples, permute
 from shoestring.trainer.data.shards import Split
 
@@ -24,19 +21,6 @@ def row(tokens: int, shard_tokens: int = 13) -> Split:
     tokens_T = np.arange(tokens, dtype=np.uint16)
     shards = [tokens_T[i : i + shard_tokens] for i in range(0, tokens, shard_tokens)]
     return Split("train", tokens, np.zeros(1, dtype=np.int64), InMemory(shards), shard_tokens)
-
-
-@dataclass(frozen=True)
-class InMemory:
-    """Shards without files."""
-
-    shards: Sequence[npt.NDArray[np.uint16]]
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def read(self, number: int, first: int, count: int) -> npt.NDArray[np.uint16]:
-        return self.shards[number][first : first + count]
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
@@ -131,19 +115,3 @@ def test_the_shuffle_looks_uniform() -> None:
     assert abs(counts - seeds / size).max() < 4.5 * deviation
     jumps = np.abs(np.diff(SampleOrder(3, 100_000).indices(0, 100_000)))
     assert abs(jumps.mean() / 100_000 - 1 / 3) < 0.01  # as of two independent uniform places
-
-
-def test_unigram_entropy_is_the_lowest_loss_without_context() -> None:
-    tokens_T = np.array([7, 1, 1, 2, 1, 3, 2, 1], dtype=np.uint16)
-    split = Split("validation", 8, np.zeros(1, dtype=np.int64), InMemory([tokens_T]), 100)
-    shares = [4 / 7, 2 / 7, 1 / 7]  # of 1, 2, 3: the first token is no target
-    assert unigram_entropy(split, 8) == pytest.approx(-sum(p * math.log(p) for p in shares), rel=1e-12)
-    # The loss of a bias alone is least at the logarithms of the frequencies.
-    targets = torch.from_numpy(tokens_T[1:].astype(np.int64))
-    best_V = torch.tensor([-1e9, *(math.log(p) for p in shares), *([-1e9] * 4)], dtype=torch.float64)
-
-    def loss(logits_V: torch.Tensor) -> float:
-        return torch.nn.functional.cross_entropy(logits_V.expand(7, 8), targets).item()
-
-    assert loss(best_V) == pytest.approx(unigram_entropy(split, 8), rel=1e-12)
-    assert all(loss(best_V + 0.1 * torch.randn(8, dtype=torch.float64)) > loss(best_V) for _ in range(100))

@@ -7,48 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.errors import ConfigError
-from shoestring.trainer.ledger.clock import Instant
+from shoestring.tests.trainer.ledger.small_ledger import Time
+from shoestring.tests.trainer.ledger.timed_runs import BUDGET, HOUR, project_file, run
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.guard import LEAST_STEPS, Guard, accounts, project_cost
 from shoestring.trainer.ledger.meter import CostMeter
-from shoestring.trainer.ledger.project import Project, ProjectReader, ProjectTotals
+from shoestring.trainer.ledger.project import Project
 from shoestring.trainer.ledger.summary import summarize
 from shoestring.trainer.ledger.terms import PUBLISHED_GPU_HOURS
-from shoestring.trainer.ledger.totals import carry
-from shoestring.trainer.ledger.work import WorkJournal
-
-BUDGET = BudgetConfig(gpu_hours=1.0)
-SECOND = 1_000_000_000
-HOUR = 3600
-
-
-class Time:
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.ns = SECOND
-        monkeypatch.setattr(Instant, "now", lambda: Instant(self.ns, self.ns, "boot"))
-
-    def pass_seconds(self, seconds: float) -> None:
-        self.ns += round(seconds * SECOND)
-
-
-@pytest.fixture
-def time(monkeypatch: pytest.MonkeyPatch) -> Time:
-    return Time(monkeypatch)
-
-
-def run(
-    run_dir: Path, time: Time, seconds: float, *, phase: str = "pre_train", steps: int = 1, first: int = 1
-) -> WorkJournal:
-    """A life of one rank that trains `steps` of 100 tokens in `seconds`."""
-    work = WorkJournal(run_dir, ranks=1, attempt=f"{run_dir.name} {time.ns}", budget=replace(BUDGET, phase=phase))
-    work.resume(first - 1)
-    work.ready()
-    for step in range(first, first + steps):
-        time.pass_seconds(seconds / steps)
-        work.step(step, 1000 * seconds / steps, 100)
-    work.close()
-    return work
 
 
 def watched(run_dir: Path, time: Time, budget: BudgetConfig) -> Guard:
@@ -96,45 +62,6 @@ def test_a_run_that_stands_still_is_judged_by_its_ledger(tmp_path: Path, time: T
     assert account.projected is None  # smaller steps tell nothing of the price of those that are left
 
 
-def project_file(folder: Path, budgets: str = "{pre_train: 2.0, context_extension: 0.5}") -> Path:
-    path = folder / "project.yaml"
-    path.write_text(f"gpu_hours: {budgets}\nruns: [first, second, third]\n")
-    return path
-
-
-def test_runs_of_a_project_share_a_budget_and_totals_are_cumulative(tmp_path: Path, time: Time) -> None:
-    project = Project.read(project_file(tmp_path))
-    first, second, third = project.runs
-    run(first, time, 0.5 * HOUR)
-    run(first, time, 0.25 * HOUR, first=2)  # started again
-    run(first, time, 0.1 * HOUR, phase="context_extension", first=3)  # goes on in another phase
-    work = WorkJournal(second, ranks=1, attempt="second", budget=BUDGET)
-    carry(work, second, summarize(first).totals())  # a copy of the first one's checkpoint, without its ledger
-    work.close()
-    run(second, time, HOUR, first=4)
-    reader = ProjectReader(project)
-    assert reader.left("pre_train", second) == pytest.approx(2 - 0.75)
-    assert reader.left("pre_train", third) == pytest.approx(2 - 1.75)
-    assert reader.left("context_extension", third) == pytest.approx(0.4)
-    totals = ProjectTotals.of(project, reader.summaries())
-    assert totals.by_phase == {"pre_train": 1.75 * HOUR * 1000, "context_extension": 360_000, "post_training": 0}
-    assert totals.tokens_by_phase == {"pre_train": 300, "context_extension": 100, "post_training": 0}
-    assert totals.foreign_ms == 0  # the second one's inheritance is the first one's cost
-    run(third, time, 0.1 * HOUR)
-    assert reader.left("pre_train", second) == pytest.approx(2 - 0.85)  # read on as it grows
-    assert list(reader.summaries()) == [first, second, third]
-
-
-def test_what_a_project_inherits_from_outside_is_told_apart(tmp_path: Path, time: Time) -> None:
-    outside, project = tmp_path / "outside", Project.read(project_file(tmp_path))
-    run(outside, time, HOUR)
-    work = WorkJournal(project.runs[0], ranks=1, attempt="a", budget=BUDGET)
-    carry(work, project.runs[0], summarize(outside).totals())
-    work.close()
-    totals = ProjectTotals.of(project, ProjectReader(project).summaries())
-    assert (totals.allocated_ms, totals.foreign_ms) == (0, HOUR * 1000)
-
-
 def test_the_guard_holds_a_run_to_what_others_have_left(tmp_path: Path, time: Time) -> None:
     path = project_file(tmp_path)
     first, second, _ = Project.read(path).runs
@@ -145,26 +72,6 @@ def test_the_guard_holds_a_run_to_what_others_have_left(tmp_path: Path, time: Ti
     reason = str(guard.must_halt(1000))
     assert "has used 0.8 GPU-hours and its budget is 0.5" in reason
     assert f"raise gpu_hours.pre_train in {path}" in reason
-
-
-@pytest.mark.parametrize(
-    ("text", "gist"),
-    [
-        ("gpu_hours: {pre_train: 1}\nruns: [a, ./a]\n", "names a run twice"),
-        ("gpu_hours: {nap: 1}\nruns: [a]\n", "no phase"),
-        ("gpu_hours: {pre_train: -1}\nruns: [a]\n", "greater than 0"),
-        ("gpu_hours: {pre_train: 1}\n", "must list the directories"),
-        ("runs: [a]\n", "must give GPU-hours"),
-        ("gpu_hours: {pre_train: 1}\nruns: [a]\nrun: b\n", "no such key"),
-        ("- a\n", "must hold gpu_hours"),
-        ("gpu_hours: [", "cannot be read"),
-    ],
-)
-def test_a_project_that_makes_no_sense_is_refused(text: str, gist: str, tmp_path: Path) -> None:
-    path = tmp_path / "project.yaml"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=gist):
-        Project.read(path)
 
 
 def test_the_configuration_of_the_guard_is_checked() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from shoestring.comm.errors import Problem
 from shoestring.parallelism.pipeline.executor import drive
 from shoestring.parallelism.weight_grad import WeightGradients
-from shoestring.tests.trainer.model.test_chunk import LENGTH, SCALES, make_chunk, window
+from shoestring.tests.trainer.model.small_chunk import LENGTH, SCALES, make_chunk, window
 from shoestring.trainer.model import recompute as recompute_module
 from shoestring.trainer.model.recompute import Recompute, RecomputeConfig, RecomputeModule, recomputed, replayed
 from shoestring.trainer.model.router import Router

@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from shoestring.trainer.precision.backend import choose_provider, missing_for, open_provider
-from shoestring.trainer.precision.config import PrecisionConfig
 from shoestring.trainer.precision.reference import Reference
-from shoestring.trainer.precision.tiles import Scales
 
 
 def test_a_cpu_takes_the_reference() -> None:
@@ -38,10 +36,3 @@ def test_a_gpu_takes_the_fastest_that_serves_it(
     there = {"triton"} if has_triton else set()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in there else None)
     assert choose_provider("auto", on_gpu=True) == chosen
-
-
-def test_the_configuration_chooses() -> None:
-    assert PrecisionConfig().fp8(torch.device("cpu")) is None
-    fp8 = PrecisionConfig(linear="fp8", scales="power_of_two").fp8(torch.device("cpu"))
-    assert fp8 is not None
-    assert fp8.scales is Scales.POWER_OF_TWO

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from shoestring.comm.fp8 import tiles_of
 from shoestring.parallelism.weight_grad import WeightGradients
 from shoestring.tests.reference import fp8_model as twin
+from shoestring.tests.trainer.precision.fp8_linear import INNER, WIDTH, linear, normal
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.experts import Experts, SwiGLU
 from shoestring.trainer.model.linear import Linear
@@ -20,22 +21,9 @@ from shoestring.trainer.model.model import Model
 from shoestring.trainer.precision.backend import Rows
 from shoestring.trainer.precision.fp8 import Fp8
 from shoestring.trainer.precision.reference import Reference
-from shoestring.trainer.precision.tiles import Blocks, Columns, Scales, Tiles
+from shoestring.trainer.precision.tiles import Columns, Scales, Tiles
 
 ROWS = (100, 0, 50)
-WIDTH, INNER = 200, 96
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
-
-
-def linear(after_attention: bool = False) -> Linear:
-    module = Linear(WIDTH, 150, after_attention=after_attention)
-    with torch.no_grad():
-        module.weight.copy_(normal(150, WIDTH))
-    module.fp8 = Fp8(Reference())
-    return module
 
 
 def run(function: Callable[[Tensor], Tensor], x: Tensor, *weights: Tensor) -> list[Tensor]:
@@ -177,17 +165,6 @@ def test_a_provider_adds_to_the_gradient_that_is_there() -> None:
 
 
 @dataclass(frozen=True)
-class Counting(Reference):
-    """Remembers the shapes of the weights that it has quantized."""
-
-    seen: list[torch.Size] = field(default_factory=list)
-
-    def blocks(self, weight: Tensor, scales: Scales) -> Blocks:
-        self.seen.append(weight.shape)
-        return super().blocks(weight, scales)
-
-
-@dataclass(frozen=True)
 class Fused(Reference):
     """Remembers which SwiGLUs it was given to quantize, and when tiles were turned."""
 
@@ -215,22 +192,6 @@ def test_a_provider_is_given_the_input_of_a_swiglu_and_tiles_to_turn() -> None:
     with torch.no_grad():
         network(x)
     assert fused.seen == ["rows", "columns", "weighted rows", "turned", "weighted columns", "turned", "rows"]
-
-
-def test_weights_are_quantized_once_while_they_are_unchanged() -> None:
-    module, counting = linear(), Counting()
-    module.fp8 = Fp8(counting)
-    x = normal(4, WIDTH)
-    for times in (1, 2):
-        with module.fp8.weights.unchanged():
-            first = module(x)
-            first.sum().backward()
-            assert torch.equal(module(x), first)
-        assert len(counting.seen) == times
-        with torch.no_grad():
-            module.weight.mul_(2)
-    assert torch.equal(module(x), 4 * first / 2)  # outside of it every use quantizes anew
-    assert len(counting.seen) == 3
 
 
 def kept_bytes(function: Callable[[], Tensor], weights: list[nn.Parameter]) -> int:

@@ -10,7 +10,6 @@ from torch import Tensor
 from shoestring.comm import fp8 as wire
 from shoestring.tests.reference import fp8 as twin
 from shoestring.tests.trainer.precision.hard_numbers import numbers
-from shoestring.trainer.precision.e5m6 import pack_e5m6, unpack_e5m6
 from shoestring.trainer.precision.tiles import (
     Scales,
     Tiles,
@@ -88,17 +87,6 @@ def test_rows_that_crossed_in_fp8_are_the_tiles_of_the_first_product() -> None:
         again = quantize_tiles(received, Scales.POWER_OF_TWO)
         # The scale may be half as large; the numbers are the same ones.
         assert torch.equal(dequantize_tiles(again, torch.float32), received.float())
-
-
-@pytest.mark.parametrize("shape", [*SHAPES, (2, 2)], ids=str)
-def test_e5m6_is_the_definition_and_takes_three_bytes_for_two(shape: tuple[int, int]) -> None:
-    x = numbers(*shape)
-    packed = pack_e5m6(x)
-    expected = twin.dequantize(twin.quantize(numpy_of(x), 1, 128, power_of_two=True, numbers=twin.E5M6))
-    assert np.array_equal(unpack_e5m6(packed, torch.float32).numpy(), expected)
-    assert packed.bytes_XB.shape == (shape[0], 3 * -(-shape[1] // 2))
-    x[0, 0] = float("nan")
-    assert unpack_e5m6(pack_e5m6(x), torch.float32)[0, :128].isnan().all()
 
 
 @pytest.mark.parametrize("scales", Scales)

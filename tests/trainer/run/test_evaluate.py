@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import cast
 
 import pytest
 import torch
-from torch import Tensor
 
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
-from shoestring.parallelism.pipeline.executor import Executor
 from shoestring.tests.processes import World, run_processes
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.reference.deepseek_v3 import losses
@@ -25,11 +21,8 @@ from shoestring.trainer.data.prepare import prepare
 from shoestring.trainer.data.prepared import open_directory
 from shoestring.trainer.data.samples import Samples
 from shoestring.trainer.generation.generate import generate
-from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.stage_layout import Stages
 from shoestring.trainer.run.evaluate import evaluate
-from shoestring.trainer.run.exit import RunFailed
-from shoestring.trainer.run.stage_runner import LogitsStage
 
 CONFIG = replace(reference_configs()["full"], vocab_size=270)
 LENGTH = 16
@@ -75,32 +68,3 @@ def test_every_target_counts_once_in_every_layout(prepared: str) -> None:
     for other_loss, other_targets, other_text in run_processes(4, run_rank, Topology(ep=2, edp=2), prepared):
         assert (other_targets, other_text) == (targets, text)
         assert other_loss == pytest.approx(loss, rel=1e-12)
-
-
-class InfiniteLogits:
-    """An executor whose last stage gives logits that no token follows from."""
-
-    def run(self, stages: Sequence[LogitsStage]) -> None:
-        """Leave them with the stage."""
-        stages[0].logits.append(torch.full((1, 1, 8), torch.inf))
-
-
-class AloneInTheWorld:
-    """The groups of one rank."""
-
-    rank, topology = 0, Topology()
-
-    @property
-    def world(self) -> AloneInTheWorld:
-        """Of one."""
-        return self
-
-    def all_reduce_sum(self, tensor: Tensor, what: str) -> Tensor:
-        """What this rank has."""
-        return tensor
-
-
-def test_a_sample_of_logits_that_are_not_finite_is_a_failure_of_the_run() -> None:
-    groups, executor = cast("ProcessGroups", AloneInTheWorld()), cast("Executor", InfiniteLogits())
-    with pytest.raises(RunFailed, match="logits of the sample's token 0 are not finite"):
-        generate((cast("Chunk", None),), executor, [5], 6, 8, groups, torch.device("cpu"), seed=0)

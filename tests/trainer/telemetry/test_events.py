@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.errors import ConfigError
+from shoestring.tests.trainer.telemetry.written_events import step, write
 from shoestring.trainer.telemetry.events import Event, EventStream
-from shoestring.trainer.telemetry.history import read_all_metrics, read_metrics
+from shoestring.trainer.telemetry.history import read_metrics
 
 
 class Listener:
@@ -35,17 +35,6 @@ class Broken:
 
     def close(self) -> None:
         raise AssertionError("a dropped sink is not closed")
-
-
-def write(run_dir: Path, *events: Event) -> None:
-    stream = EventStream(run_dir, [])
-    for event in events:
-        stream.emit(event)
-    stream.close()
-
-
-def step(number: int, loss: float) -> Event:
-    return Event("step", number, {"loss": loss})
 
 
 def test_each_event_is_one_flat_line_and_reaches_the_sinks(tmp_path: Path) -> None:
@@ -86,35 +75,6 @@ def test_a_file_of_one_torn_line_longer_than_a_chunk_is_emptied(tmp_path: Path) 
     (tmp_path / "metrics.jsonl").write_text("x" * 200_000)
     write(tmp_path, step(1, 3.0))
     assert [event.step for event in read_metrics(tmp_path / "metrics.jsonl")] == [1]
-
-
-def test_after_a_resume_the_history_is_that_of_the_weights(tmp_path: Path) -> None:
-    write(
-        tmp_path, Event("run", 0, {}), *(step(n, 10.0 - n) for n in range(1, 6)), Event("evaluation", 4, {"loss": 1.0})
-    )
-    write(tmp_path, Event("run", 2, {}), Event("resume", 2, {}), step(3, 0.3), step(4, 0.4))
-    history = read_metrics(tmp_path / "metrics.jsonl")
-    assert [(event.step, event.values["loss"]) for event in history if event.kind == "step"] == [
-        (1, 9.0),
-        (2, 8.0),
-        (3, 0.3),
-        (4, 0.4),
-    ]
-    assert [event.kind for event in history if event.kind != "step"] == ["run", "run", "resume"]
-    assert len(read_all_metrics(tmp_path / "metrics.jsonl")) == 11
-
-
-def test_a_step_done_twice_counts_the_later_time(tmp_path: Path) -> None:
-    write(tmp_path, step(1, 3.0), step(2, 2.0), step(2, 1.0))
-    assert [event.values["loss"] for event in read_metrics(tmp_path / "metrics.jsonl")] == [3.0, 1.0]
-
-
-def test_a_broken_line_and_a_missing_file_are_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"time": 1, "kind": "step", "step": 1}\n[]\n')
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl:2"):
-        read_metrics(tmp_path / "metrics.jsonl")
-    with pytest.raises(ConfigError, match="no such file"):
-        read_metrics(tmp_path / "absent.jsonl")
 
 
 def test_a_sink_that_fails_is_dropped_and_the_run_goes_on(tmp_path: Path) -> None:

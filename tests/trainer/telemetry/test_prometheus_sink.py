@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import math
 import socket
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from shoestring.comm.errors import ConfigError
 from shoestring.tests.launch.small_run import free_port
-from shoestring.trainer.telemetry.config import PrometheusConfig, TelemetryConfig, WandbConfig
+from shoestring.tests.trainer.telemetry.scraped import scrape
+from shoestring.trainer.telemetry.config import PrometheusConfig
 from shoestring.trainer.telemetry.events import Event
-from shoestring.trainer.telemetry.history import read_all_metrics
 from shoestring.trainer.telemetry.prometheus_sink import PrometheusSink, port_problems
-from shoestring.trainer.telemetry.sinks import open_stream
 
 RUN = Event("run", 0, {"device": "cpu", "compute_dtype": "float32", "linear": "native", "ranks": 4})
 STEP = Event(
@@ -27,19 +23,6 @@ STEP = Event(
     {"loss": 5.25, "loss/mtp": None, "tokens": 81920, "mfu": 0.25, "budget_left": 0.375, "goodput": 0.5},
     time=12.5,
 )
-
-
-def scrape(port: int) -> dict[str, float]:
-    """Every sample by name and labels, as Prometheus reads it."""
-    without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with without_proxy.open(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        text = answer.read().decode()
-    return {
-        sample.name
-        + "".join(f" {key}={value}" for key, value in sorted(sample.labels.items()) if key != "run"): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
 
 
 @pytest.fixture
@@ -126,20 +109,3 @@ def test_an_address_that_is_not_of_this_machine_is_refused() -> None:
 
 def test_no_port_is_no_problem() -> None:
     assert not list(port_problems(PrometheusConfig()))
-
-
-@pytest.mark.timeout(20)
-def test_a_port_that_is_taken_after_all_is_a_warning_and_the_run_goes_on(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        telemetry = TelemetryConfig(
-            wandb=WandbConfig(mode="disabled"), prometheus=PrometheusConfig(port=other.getsockname()[1])
-        )
-        stream = open_stream(telemetry, tmp_path, io.StringIO())
-        metrics, told = tmp_path / "metrics.jsonl", 0
-        while not (warnings := [event for event in read_all_metrics(metrics) if event.kind == "warning"]):
-            stream.emit(Event("checkpoint", told := told + 1, {}))
-        stream.emit(Event("checkpoint", told := told + 1, {}))
-        stream.close()
-    (warning,) = warnings
-    assert "telemetry.prometheus.port" in str(warning.values["message"])
-    assert [event.step for event in read_all_metrics(metrics) if event.kind == "checkpoint"] == [*range(1, told + 1)]

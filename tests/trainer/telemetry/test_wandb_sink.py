@@ -236,12 +236,6 @@ def test_a_damaged_file_is_refused_and_a_torn_one_read_to_its_end(tmp_path: Path
         read_offline_run(tmp_path / "other")
 
 
-def test_all_problems_of_the_configuration_are_listed() -> None:
-    config = TelemetryConfig(log_every=0, wandb=WandbConfig(mode="of", project=""))
-    assert [problem.field for problem in config.problems()] == ["log_every", "wandb.mode", "wandb.project"]
-    assert not list(TelemetryConfig().problems())
-
-
 @pytest.mark.parametrize("left", [b"", b"\xff\xfe\x00\x01", b"x" * 5000, b"../../etc/passwd"])
 def test_an_id_that_is_torn_gives_a_new_one(tmp_path: Path, left: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "wandb_run_id").write_bytes(left)

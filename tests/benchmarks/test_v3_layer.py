@@ -1,0 +1,75 @@
+"""The benchmark of a layer: its phases are those of training, and launches are counted by phase."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+
+from shoestring.benchmarks import v3_layer
+from shoestring.trainer.precision.fp8 import Fp8
+from shoestring.trainer.precision.reference import Reference
+from shoestring.trainer.precision.tiles import Blocks, Scales, Tiles
+
+
+@dataclass(frozen=True)
+class Counting(Reference):
+    """Counts what it does."""
+
+    times: Counter[str] = field(default_factory=Counter)
+
+    def blocks(self, weight: Tensor, scales: Scales) -> Blocks:
+        self.times["blocks"] += 1
+        return super().blocks(weight, scales)
+
+    def multiply(self, x: Tiles, weight: Blocks, dtype: torch.dtype) -> Tensor:
+        self.times["multiply"] += 1
+        return super().multiply(x, weight, dtype)
+
+
+def test_the_layer_is_run_phase_by_phase_as_in_training() -> None:
+    setting, device, counting = v3_layer.small(), torch.device("cpu"), Counting()
+    model = v3_layer.build(setting, "reference", device)
+    model.use_fp8(Fp8(counting))
+    before = {name: weight.grad for name, weight in model.named_parameters()}
+    with model.weights_unchanged():
+        for _ in range(2):
+            counting.times["multiply"] = 0
+            seconds = v3_layer.layer_seconds(model, setting, device)
+    assert list(seconds) == list(v3_layer.TRACE_US)
+    assert counting.times["blocks"] == 5 + 2 + 2  # attention, shared expert, routed ones: each weight once
+    assert counting.times["multiply"] == 2 * (5 + 2 + 2 * 4) + 2  # the last: up-projections of the latents again
+    for name, weight in model.named_parameters():
+        assert weight.dtype == (torch.float32 if name in model.wide_parameter_names() else torch.bfloat16)
+        assert weight.grad is before[name]
+        assert weight.grad is not None
+        assert weight.grad.dtype == torch.float32
+        assert weight.grad.any()
+    assert sum(v3_layer.TRACE_US.values()) == 31072  # what the trace spends on computing a layer pair
+
+
+def test_launches_are_counted_by_the_phase_that_they_begin_in() -> None:
+    """On any thread of the host; what the GPU does has the same names and is left out."""
+
+    def event(name: str, start: float, end: float, device: DeviceType = DeviceType.CPU) -> SimpleNamespace:
+        return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end), device_type=device)
+
+    events = [
+        event("attn(F)", 0, 10),
+        event("attn(F)", 2, 90, DeviceType.CUDA),
+        event("mlp(F)", 20, 30),
+        event("cudaLaunchKernel", 1, 2),
+        event("cuLaunchKernelEx", 9, 12),
+        event("cudaMemcpyAsync", 21, 22),
+        event("cudaLaunchKernel", 15, 16),  # between the phases
+        event("cudaStreamSynchronize", 3, 4),
+        event("aten::mm", 3, 4),
+    ]
+    assert v3_layer.count_launches(events) == {"attn(F)": 2, "mlp(F)": 1}
+    setting, device = v3_layer.small(), torch.device("cpu")
+    counts = v3_layer.launches(v3_layer.build(setting, "reference", device), setting, device)
+    assert counts == dict.fromkeys(v3_layer.TRACE_US, 0)  # every phase is found, and a CPU launches nothing

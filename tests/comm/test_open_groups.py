@@ -1,0 +1,46 @@
+"""How a library makes groups: NCCL by one split of the default group."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from shoestring.comm import open_groups
+from shoestring.comm.open_groups import NcclGroups
+
+LIMIT = timedelta(seconds=1)
+
+
+class Splitting:
+    """torch's default group over NCCL, as far as a split looks at it."""
+
+    def __init__(self) -> None:
+        self.options = SimpleNamespace(config=SimpleNamespace(max_ctas=None))
+        self.asked: list[dict[str, Any]] = []
+
+    def _get_backend(self, device: torch.device) -> Splitting:
+        return self
+
+    def split(self, **asked: Any) -> str:
+        self.asked.append(asked)
+        return "handle"
+
+
+def test_nccl_splits_the_default_group_with_its_options_and_fewer_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    default = Splitting()
+    library = SimpleNamespace(group=SimpleNamespace(WORLD=default), split_group=default.split)
+    monkeypatch.setattr(open_groups, "dist", library)
+    make = NcclGroups(torch.device("cuda", 0), 3, LIMIT)
+    for blocks in (4, None):
+        communicator = make.split("rings", [(0, 1), (2, 3)], blocks)
+        assert communicator is not None
+        assert str(communicator.handle) == "handle"
+        asked = default.asked[-1]
+        assert asked["pg_options"].config.max_ctas == blocks
+        assert (asked["split_ranks"], asked["timeout"], asked["group_desc"]) == ([[0, 1], [2, 3]], LIMIT, "rings")
+    assert default.options.config.max_ctas is None  # other groups do not inherit it
+    assert make.calls == 3

@@ -1,0 +1,38 @@
+"""The planner as a whole: the published run is met without fitting, and fits into memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from shoestring.launch.planner.published import STEP_SECONDS
+from shoestring.launch.planner.recipe import NOTHING
+from shoestring.launch.verbs.simulate import simulate
+from shoestring.tests.launch.planner.v3 import simulated
+
+
+def test_the_published_step_is_met_without_fitting() -> None:
+    forecast = simulated().forecast
+    assert forecast.flops.main == pytest.approx(250.4e9, rel=5e-4)
+    assert forecast.seconds == pytest.approx(STEP_SECONDS, rel=0.12)
+    assert forecast.gpu_hours(14.8e12) == pytest.approx(2.664e6, rel=0.12)
+
+
+def test_it_fits_with_the_reports_savings_and_not_without() -> None:
+    simulation = simulated()
+    limit = simulation.config.cluster.memory_gb
+    assert limit is not None
+    assert simulation.forecast.peak_memory.total < 80e9
+    assert simulation.forecast.needed_memory < limit * 1e9
+    without = simulation.again(replace(simulation.forecast.recipe, recompute=NOTHING))
+    assert without.peak_memory.total > 80e9
+    assert without.needed_memory > limit * 1e9
+
+
+def test_deepeps_buffer_is_what_does_not_fit() -> None:
+    """4.88 GB in place of the 1 that NCCL's all-to-alls are assumed to take."""
+    simulation = simulate(["experiment=deepseek_v3_h800", "exchange=deepep"], None, {})
+    limit, needed = simulation.config.cluster.memory_gb, simulation.forecast.needed_memory
+    assert limit is not None
+    assert needed - 3.88e9 < limit * 1e9 < needed

@@ -1,0 +1,46 @@
+"""Why a simulation has come to a stop: the call that is missing, or the cycle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from shoestring.launch.rehearsal.deadlock.stuck import hangs
+from shoestring.launch.rehearsal.log import Finding, HostWait
+from shoestring.tests.launch.rehearsal.deadlock.hanging import only
+from shoestring.tests.launch.rehearsal.logs import collective, log
+
+
+def test_a_cycle_over_two_communicators() -> None:
+    first, second = collective("x", group="ep"), collective("y", group="dense", stream="exchange")
+    warm = (first, second)
+    fault = only(log(0, *warm, first, second), log(1, *warm, second, first))
+    assert fault.kind == "hang"
+    assert "rank 0, stream exchange is in number 2 on `ep` of ranks 0, 1 (x): for rank 1, stream exchange" in fault.text
+    assert "rank 1, stream exchange is in number 2 on `dense` of ranks 0, 1 (y): for rank 0" in fault.text
+    apart = replace(second, stream="reduce")
+    assert not list(hangs([log(0, *warm, first, apart), log(1, *warm, apart, first)]))
+
+
+def test_a_host_that_waits_for_a_stream_that_needs_it() -> None:
+    """Rank 0 reads what the exchange brings before it makes the call that rank 1 is in."""
+    warm = (collective("w"), collective("w", group="dense", stream="reduce"))
+    first, second = collective("x"), collective("y", group="dense", stream="reduce")
+    wait = HostWait(None, "exchange", "read", "route.py:7")
+    fault = only(
+        log(0, *warm, first, wait, second), log(1, *warm, second, HostWait(None, "reduce", "read", "b"), first)
+    )
+    assert fault.places == ("route.py:7", "b")
+    assert "waits (read) for stream exchange" in fault.text
+    assert not list(hangs([log(0, *warm, first, second, wait), log(1, *warm, second, first)]))
+
+
+def test_a_call_that_a_rank_never_makes_is_the_root() -> None:
+    first = collective("x")
+    fault = only(log(0, first, first, HostWait(None, "exchange", "synchronize", "end")), log(1, first))
+    assert "rank 1, host has ended without it" in fault.text
+    assert "rank 0: host waits (synchronize) for stream exchange at end; stream exchange is in number 2" in fault.text
+
+
+def test_nothing_is_said_behind_an_error() -> None:
+    error = Finding("error", "out of memory", "line 3")
+    assert not list(hangs([log(0, collective("x"), findings=[error]), log(1)]))

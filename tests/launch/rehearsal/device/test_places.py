@@ -1,0 +1,19 @@
+"""Findings are named with their place in the code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shoestring.launch.rehearsal.log import HostWait
+from shoestring.tests.launch.rehearsal.rehearsed_rank import BF16, BF16_RANK, rehearse
+
+
+def test_faults_are_named_with_their_place(shim: Path, tmp_path: Path) -> None:
+    log = rehearse(shim, tmp_path, BF16, BF16_RANK, faults="host tensor,host read,deprecated")
+    found = {finding.kind: finding for finding in reversed(log.findings)}
+    assert set(found) == {"device", "host read", "deprecated"}
+    assert "bfloat16 tensor [128] of the host" in found["device"].text
+    assert found["host read"].place.startswith("FB ")
+    assert "merging is deprecated" in found["deprecated"].text
+    assert all("trainer/model/chunk.py:" in finding.place for finding in log.findings)
+    assert any(wait.reason == "read" and wait.is_inside_pair for wait in log.events if isinstance(wait, HostWait))

@@ -1,0 +1,16 @@
+"""Events of a rehearsed rank's streams."""
+
+from __future__ import annotations
+
+from shoestring.launch.rehearsal.log import RankLog, Record, StreamWait
+
+
+def test_events_are_recorded_before_they_are_waited_for(log: RankLog) -> None:
+    recorded = set()
+    for event in log.events:
+        if isinstance(event, Record):
+            recorded.add(event.event)
+        elif isinstance(event, StreamWait):
+            assert event.event in recorded
+    streams = {event.stream for event in log.events}
+    assert streams == {"compute", "exchange", "edge up", "edge down", "reduce"}

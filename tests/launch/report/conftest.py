@@ -1,0 +1,30 @@
+"""Fixtures of this folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shoestring.launch.report.page import html_report
+from shoestring.launch.report.record import read_run
+from shoestring.tests.launch.report.reader import Reader
+from shoestring.tests.launch.report.recorded import record_run, record_trace
+
+
+@pytest.fixture(scope="session")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recorded") / "my run & <i>"
+    record_run(path)
+    record_trace(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def html(run_dir: Path) -> str:
+    return html_report(read_run(run_dir))
+
+
+@pytest.fixture(scope="session")
+def page(html: str) -> Reader:
+    return Reader(html)

@@ -1,0 +1,26 @@
+"""A run that goes on while it is followed."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from rich.console import Console
+
+from shoestring.launch.report.follow import Follower
+from shoestring.launch.report.watch_frame import frame
+from shoestring.trainer.telemetry.events import Event, EventStream
+
+
+def shown(follower: Follower, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(frame(follower.look()))
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text
+
+
+def append(run_dir: Path, *told: Event) -> None:
+    stream = EventStream(run_dir, [])
+    for event in told:
+        stream.emit(event)
+    stream.close()

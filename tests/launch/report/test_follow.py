@@ -1,0 +1,49 @@
+"""A run is followed from before its first step, and read anew where it begins anew."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from shoestring.launch.report.follow import Follower
+from shoestring.launch.run.run_dir import own
+from shoestring.tests.launch.report.followed import append, shown
+from shoestring.tests.launch.report.recorded import events, record_run, step
+
+
+def test_a_run_is_followed_from_before_its_first_step(tmp_path: Path) -> None:
+    own(tmp_path)
+    follower = Follower(tmp_path)
+    assert "none yet" in shown(follower)
+    assert "no ledger" in shown(follower)
+    run, *_ = events(tmp_path)
+    append(tmp_path, run)
+    assert "0 of 8" in shown(follower)
+    assert "on the way to its next step" in shown(follower)
+    append(tmp_path, step(1, loss=7.5))
+    assert "1 of 8" in shown(follower)
+    assert "7.500" in shown(follower)
+    assert "1.5000 projected" not in shown(follower)  # which is said where a ledger says what is spent
+    assert "training" in shown(follower)
+
+
+def test_half_a_line_waits_for_its_end(tmp_path: Path) -> None:
+    own(tmp_path)
+    line = step(1, loss=7.5).line() + "\n"
+    (tmp_path / "metrics.jsonl").write_text(line[:40])
+    follower = Follower(tmp_path)
+    assert "none yet" in shown(follower)
+    (tmp_path / "metrics.jsonl").open("a").write(line[40:])
+    assert "7.500" in shown(follower)
+
+
+def test_a_run_that_begins_anew_is_read_anew(tmp_path: Path) -> None:
+    record_run(tmp_path)
+    follower = Follower(tmp_path)
+    assert "8 of 8" in shown(follower)
+    (tmp_path / "metrics.jsonl").unlink()
+    shutil.rmtree(tmp_path / "ledger")
+    assert "none yet" in shown(follower)
+    append(tmp_path, step(1, loss=7.5))
+    assert "1 of 8" in shown(follower)
+    assert "resume" not in shown(follower)

@@ -1,0 +1,33 @@
+"""Curves of a report: those of the weights, also where losses are not numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shoestring.launch.run.run_dir import own
+from shoestring.tests.launch.report.reader import Reader
+from shoestring.tests.launch.report.recorded import LAST, report_of, step
+from shoestring.trainer.telemetry.events import Event, EventStream
+
+
+def test_curves_are_those_of_the_weights(page: Reader) -> None:
+    words = page.words("loss")
+    assert f"training {LAST:.3f}" in words
+    assert "step 4 training 5.000 multi-token prediction 5.500" in words
+    assert "step 5 training 7.250" in words  # of the second life, not of the first
+    assert "step 4: went on from a checkpoint" in words
+
+
+def test_losses_that_are_not_numbers_break_nothing(tmp_path: Path) -> None:
+    own(tmp_path)
+    stream = EventStream(tmp_path, [])
+    stream.emit(step(1))
+    assert "no loss that was told of is finite" in report_of(tmp_path).words("loss")
+    stream.emit(step(2, loss=3.5))
+    stream.emit(step(3, loss=float("inf")))
+    stream.emit(Event("stop", 3, {"reason": "step 4: loss nan: not finite"}))
+    stream.close()
+    page = report_of(tmp_path)
+    assert "step 2 training 3.500" in page.words("loss")
+    assert "training inf" in page.words("loss")
+    assert "ended by a fault" in page.words()

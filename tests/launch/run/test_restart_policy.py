@@ -1,0 +1,40 @@
+"""Notes that keep a run from being started again without end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from shoestring.launch.run import restart_policy as stops
+from shoestring.launch.run.restart_policy import MOST_STOPS, end_of, note_stop, stops_without_step, too_many_stops
+from shoestring.trainer.run.evaluate import evaluated_until
+
+
+def test_stops_without_a_step_are_counted_until_one_is_made(tmp_path: Path) -> None:
+    assert too_many_stops(tmp_path) is None
+    for count in range(1, MOST_STOPS):
+        note_stop(tmp_path, progressed=False)
+        assert (stops_without_step(tmp_path), too_many_stops(tmp_path)) == (count, None)
+    note_stop(tmp_path, progressed=False)
+    assert "3 launches in a row were stopped before their first step" in str(too_many_stops(tmp_path))
+    note_stop(tmp_path, progressed=True)
+    assert too_many_stops(tmp_path) is None
+    for junk in ("", "x", "-1", "9" * 50, "\0"):
+        (tmp_path / stops._FILE).write_text(junk)
+        assert stops_without_step(tmp_path) == 0
+
+
+def test_notes_of_a_run_that_are_no_files_say_nothing(tmp_path: Path) -> None:
+    names: dict[str, Callable[[Path], int | None]] = {stops._FILE: stops_without_step, "evaluated": evaluated_until}
+    names[stops._ENDED] = lambda run: end_of(run, "a")
+    harms: list[Callable[[Path], object]] = [os.mkfifo, Path.mkdir, lambda path: path.write_bytes(b"\xff"), endless]
+    for harm in harms:
+        for name, read in names.items():
+            harm(tmp_path / name)
+            assert not read(tmp_path), name
+            (tmp_path / name).rmdir() if (tmp_path / name).is_dir() else (tmp_path / name).unlink()
+
+
+def endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")

@@ -1,0 +1,70 @@
+"""A small checkpoint with a tokenizer, harm that is done to its files, and the command line that reads them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoestring.launch.cli import main
+from shoestring.trainer.model.config import ModelConfig
+
+SHAPE = ModelConfig(
+    hidden_size=16,
+    num_hidden_layers=2,
+    vocab_size=300,
+    n_routed_experts=8,
+    moe_intermediate_size=8,
+    intermediate_size=16,
+    initializer_range=0.2,
+)
+
+
+TEXT = " ".join(f"word{index * 7919 % 211}" for index in range(2000))
+
+
+def shoestring(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, output and errors."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    output, errors = capsys.readouterr()
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code, output, errors
+
+
+def fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def dangling(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/not/mounted/file")
+
+
+def part(run: Path) -> Path:
+    (found,) = (run / "checkpoints" / "step_00000004").glob("part_*.safetensors")
+    return found
+
+
+def reseal(checkpoint: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    path = checkpoint / "manifest.json"
+    tree = json.loads(path.read_text())
+    edit(tree)
+    path.write_text(json.dumps(tree))
+    (checkpoint / "complete").write_text(hashlib.sha256(path.read_bytes()).hexdigest())

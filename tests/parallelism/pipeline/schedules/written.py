@@ -1,0 +1,15 @@
+"""Programs as text and as counts of instructions."""
+
+from __future__ import annotations
+
+from shoestring.parallelism.pipeline.program import Program
+
+
+def written(program: Program, rank: int) -> str:
+    """The rank's program in short: small letters are chunk 1."""
+    letters = []
+    for instruction in program.instructions[rank]:
+        for op, work in zip(instruction.op.value, instruction.works, strict=True):
+            letters.append((op.lower() if work.chunk else op) + str(work.micro_batch))
+        letters.append(" ")
+    return "".join(letters).strip()

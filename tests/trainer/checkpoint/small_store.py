@@ -1,0 +1,42 @@
+"""A store of checkpoints of three small tensors, saved by one rank."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shoestring.comm.groups import Group
+from shoestring.trainer.checkpoint.pieces import Piece, whole_pieces
+from shoestring.trainer.checkpoint.saver import Saved, Saver
+from shoestring.trainer.checkpoint.store import CheckpointExtras, CheckpointStore
+
+WORLD = Group((0,), None, 0, timedelta(seconds=1))
+
+
+def tensors(value: float = 1.0) -> dict[str, Tensor]:
+    return {
+        "a": torch.full((3, 5), value),
+        "b": torch.full((7,), value, dtype=torch.bfloat16),
+        "c": torch.tensor(value),
+    }
+
+
+def pieces(state: dict[str, Tensor]) -> list[Piece]:
+    return [piece for name, tensor in state.items() for piece in whole_pieces(name, tensor, (0,))]
+
+
+def save(store: CheckpointStore, step: int, state: dict[str, Tensor] | None = None) -> Saved | None:
+    saver = Saver(store, WORLD)
+    saver.begin(
+        step, pieces(tensors() if state is None else state), CheckpointExtras({"step": step}, {"note.txt": b"words"})
+    )
+    saved = saver.finish()
+    saver.close()
+    return saved
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())

@@ -1,0 +1,118 @@
+"""Room for checkpoints: looked for before a save, made of what crashes have left, or said to be missing."""
+
+from __future__ import annotations
+
+import errno
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+
+from shoestring.tests.trainer.checkpoint.small_store import WORLD, names, pieces, save, tensors
+from shoestring.trainer.checkpoint import saver as saving
+from shoestring.trainer.checkpoint.saver import Saver
+from shoestring.trainer.checkpoint.store import CheckpointExtras, CheckpointStore
+
+MB = 2**20
+
+
+def with_free(free: int) -> AbstractContextManager[object]:
+    """What the disk says that it has."""
+    usage = SimpleNamespace(free=free)
+    return patch("shoestring.trainer.checkpoint.store.shutil.disk_usage", lambda path: usage)
+
+
+def test_a_save_without_room_ends_before_it_begins(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    save(store, 1)
+    with with_free(MB):
+        saved = save(store, 2)
+    assert saved is not None
+    assert "a checkpoint takes" in str(saved.failure)
+    assert "1,048,576 are free" in str(saved.failure)
+    assert names(tmp_path) == ["step_00000001"]
+
+
+def test_the_oldest_goes_first_where_that_makes_room(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    for step in (1, 2):
+        save(store, step)
+    with with_free(MB - 100):  # with the kilobytes of a checkpoint it is enough
+        saved = save(store, 3)
+    assert saved is not None
+    assert saved.failure is None
+    assert saved.note is not None
+    assert "that of step 1 was removed before the checkpoint of step 3 was written" in saved.note
+    assert store.steps() == [2, 3]
+
+
+def test_nothing_goes_where_it_would_not_help_and_the_newest_never(tmp_path: Path) -> None:
+    for keep in (1, 2):
+        store = CheckpointStore(tmp_path / str(keep), keep=keep)
+        for step in range(1, keep + 1):
+            save(store, step)
+        with with_free(0 if keep == 2 else MB - 100):
+            assert (saved := save(store, 9)) is not None
+            assert saved.failure is not None
+        assert store.steps() == [*range(1, keep + 1)]
+
+
+def test_nothing_goes_while_the_newest_is_damaged(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    for step in (1, 2):
+        save(store, step)
+    (store.path(2) / "manifest.json").unlink()
+    with with_free(MB - 100):
+        assert (saved := save(store, 3)) is not None
+        assert saved.failure is not None
+    assert store.steps() == [1, 2]
+
+
+def test_what_crashes_have_left_is_cleared(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    save(store, 1)
+    for leftover in ("step_00000002.partial", "step_00000001.old"):
+        (tmp_path / leftover).mkdir()
+        (tmp_path / leftover / "part_00000.safetensors").write_bytes(b"x")
+    (tmp_path / "step_00000003.damaged").mkdir()
+    store.clear_leftovers()
+    assert names(tmp_path) == ["step_00000001", "step_00000003.damaged"]
+    CheckpointStore(tmp_path / "none", keep=1).clear_leftovers()
+
+
+def test_a_run_directory_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2)
+    saver = Saver(store, WORLD)
+    saver.begin(1, pieces(tensors()), CheckpointExtras())
+    assert (saved := saver.finish()) is not None
+    assert "No such file or directory" in str(saved.failure)
+    assert not (tmp_path / "run").exists()
+    saver.close()
+
+
+@pytest.mark.parametrize(("number", "is_hopeless"), [(errno.EFBIG, True), (errno.EIO, True), (errno.ENOSPC, False)])
+def test_saves_that_fail_in_a_row_are_counted(tmp_path: Path, number: int, is_hopeless: bool) -> None:
+    """A disk that is full gets some seconds."""
+    saver = Saver(CheckpointStore(tmp_path, keep=2), WORLD)
+    with patch.object(saving, "write_share", side_effect=OSError(number, "no")):
+        for step in (1, 2, 3):
+            assert not saver.is_hopeless(3)
+            saver.begin(step, pieces(tensors()), CheckpointExtras())
+            saver.finish()
+        assert saver.is_hopeless(3) == is_hopeless
+        with patch.object(saving, "FULL_DISK_SECONDS", 0.0):
+            saver.begin(4, pieces(tensors()), CheckpointExtras())
+            saver.finish()
+        assert saver.is_hopeless(4)
+    saver.begin(5, pieces(tensors()), CheckpointExtras())
+    saver.finish()
+    assert not saver.is_hopeless(1)
+    saver.close()
+
+
+def test_what_a_checkpoint_takes_is_told_apart_from_what_is_kept_free(tmp_path: Path) -> None:
+    words = "takes 6,400 bytes, 1,048,676 more are kept free, and 1,000 are free"
+    with with_free(1000), pytest.raises(OSError, match=words):
+        CheckpointStore(tmp_path, keep=2).prepare(1, 6400)

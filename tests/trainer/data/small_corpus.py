@@ -1,0 +1,23 @@
+"""Preparations of a small corpus that are refused, and leave nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shoestring.comm.errors import ConfigError
+from shoestring.trainer.data.config import DataConfig
+from shoestring.trainer.data.prepare import prepare
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def refusal(config: DataConfig) -> str:
+    with pytest.raises(ConfigError) as caught:
+        prepare(config, silent)
+    assert not Path(config.prepared).exists()
+    assert not list(Path(config.prepared).parent.glob(".*"))
+    return str(caught.value)

@@ -1,0 +1,15 @@
+"""The configuration of the data: all bad values at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from shoestring.tests.trainer.data.small_corpus import refusal
+from shoestring.trainer.data.config import DataConfig
+
+
+def test_bad_values_are_listed_at_once(config: DataConfig) -> None:
+    message = refusal(replace(config, vocabulary=10, validation=("held", "held")))
+    assert "data.vocabulary = 10: must be at least 258" in message
+    assert "names a work twice" in message
+    assert "at least one work" in refusal(replace(config, validation=()))

@@ -1,0 +1,45 @@
+"""Large data is read once, and again when it changes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from shoestring.tests.trainer.data.small_data import refusal, verify_for_launch
+from shoestring.trainer.data import prepared
+from shoestring.trainer.data.manifest import FileEntry
+from shoestring.trainer.data.prepared import open_directory, verify_before_run
+from shoestring.trainer.data.shards import verify_files
+from shoestring.trainer.data.stamp import STAMP
+
+
+def test_large_data_is_read_once_and_when_it_changes(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def count(folder: Path, files: Sequence[FileEntry]) -> None:
+        read.extend(entry.file for entry in files)
+        verify_files(folder, files)
+
+    monkeypatch.setattr(prepared, "verify_files", count)
+    monkeypatch.setattr(prepared, "CHEAP_BYTES", 0)
+    manifest = open_directory(directory).manifest
+    verify_before_run(directory, manifest, first_machine=False)
+    assert read == []
+    verify_for_launch(directory)
+    assert read == [entry.file for entry in manifest.files]
+    read.clear()
+    verify_for_launch(directory)
+    assert read == []
+    shard = directory / "train_00000.bin"
+    shard.write_bytes(bytes(reversed(shard.read_bytes())))
+    os.utime(shard, ns=(0, 0))
+    for _ in range(2):  # a refusal leaves no stamp
+        assert "train_00000.bin" in refusal(verify_for_launch, directory)
+        assert read.pop() == "train_00000.bin"
+        assert read == []
+    (directory / STAMP).write_text("[")
+    assert "train_00000.bin" in refusal(verify_for_launch, directory)
+    assert len(read) == len(manifest.files)

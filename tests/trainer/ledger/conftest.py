@@ -1,0 +1,12 @@
+"""The clock of a ledger."""
+
+from __future__ import annotations
+
+import pytest
+
+from shoestring.tests.trainer.ledger.small_ledger import Time
+
+
+@pytest.fixture
+def time(monkeypatch: pytest.MonkeyPatch) -> Time:
+    return Time(monkeypatch)

@@ -1,0 +1,49 @@
+"""A ledger of four ranks under a clock that moves when a test says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shoestring.trainer.ledger.allocation import Allocation
+from shoestring.trainer.ledger.clock import Instant
+from shoestring.trainer.ledger.config import BudgetConfig
+from shoestring.trainer.ledger.summary import LedgerSummary
+from shoestring.trainer.ledger.work import WorkJournal
+
+BUDGET = BudgetConfig(gpu_hours=0.5)
+RANKS = 4
+NEVER = 1e6
+
+
+class Time:
+    """A clock that moves when the test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ns = 1_000_000_000
+        monkeypatch.setattr(Instant, "now", lambda: Instant(self.ns + 5, self.ns, "boot"))
+
+    def pass_ms(self, milliseconds: float) -> None:
+        self.ns += int(milliseconds * 1e6)
+
+    def pass_seconds(self, seconds: float) -> None:
+        self.ns += round(seconds * 1e9)
+
+
+def launch(run_dir: Path, attempt: str) -> Allocation:
+    return Allocation(run_dir, ranks=RANKS, attempt=attempt, budget=BUDGET, beat_seconds=NEVER)
+
+
+def begin(run_dir: Path, attempt: str) -> WorkJournal:
+    return WorkJournal(run_dir, ranks=RANKS, attempt=attempt, budget=BUDGET)
+
+
+def do_steps(work: WorkJournal, time: Time, first: int, last: int, milliseconds: float = 100) -> None:
+    for step in range(first, last + 1):
+        time.pass_ms(milliseconds)
+        work.step(step, milliseconds, tokens=1000)
+
+
+def everything(summary: LedgerSummary) -> int:
+    return summary.productive_ms + summary.rolled_back_ms + sum(summary.buckets.values()) + summary.unknown_ms

@@ -1,0 +1,60 @@
+"""The launcher's half of the ledger."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shoestring.comm.errors import ConfigError
+from shoestring.tests.trainer.ledger.small_ledger import RANKS, Time, begin, do_steps, launch
+from shoestring.trainer.ledger.summary import summarize
+
+
+def test_a_killed_launcher_has_held_its_gpus_to_the_last_sign_of_life(tmp_path: Path, time: Time) -> None:
+    allocation = launch(tmp_path, "a")
+    time.pass_ms(1000)
+    allocation.heartbeat()
+    assert summarize(tmp_path).allocated_ms == RANKS * 1000
+    work = begin(tmp_path, "a")
+    do_steps(work, time, 1, 2)
+    time.pass_ms(9000)  # nothing is known of this time
+    summary = summarize(tmp_path)
+    assert summary.allocated_ms == RANKS * 1200
+    assert summary.running
+
+
+LAUNCHER = """
+import sys, time
+from pathlib import Path
+from shoestring.trainer.ledger.allocation import Allocation
+from shoestring.trainer.ledger.config import BudgetConfig
+Allocation(Path(sys.argv[1]), ranks=4, attempt="a", budget=BudgetConfig(gpu_hours=0.5), beat_seconds=0.01)
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.timeout(60)
+def test_a_real_launcher_beats_until_it_is_killed_and_the_next_goes_on(tmp_path: Path) -> None:
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert launcher.stdout is not None
+    assert launcher.stdout.readline() == "open\n"
+    while summarize(tmp_path).allocated_ms < 4 * 50:
+        assert launcher.poll() is None
+    with pytest.raises(ConfigError, match="already going on"):
+        launch(tmp_path, "b")
+    launcher.send_signal(signal.SIGKILL)
+    launcher.communicate()
+    held = summarize(tmp_path)
+    assert held.running
+    launch(tmp_path, "b").close("done")
+    summary = summarize(tmp_path)
+    assert summary.attempts == 2
+    assert held.allocated_ms <= summary.allocated_ms
+    assert not summary.running

@@ -1,0 +1,33 @@
+"""Runs of one rank that take as long as a test says, under one project."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from shoestring.tests.trainer.ledger.small_ledger import Time
+from shoestring.trainer.ledger.config import BudgetConfig
+from shoestring.trainer.ledger.work import WorkJournal
+
+BUDGET = BudgetConfig(gpu_hours=1.0)
+HOUR = 3600
+
+
+def run(
+    run_dir: Path, time: Time, seconds: float, *, phase: str = "pre_train", steps: int = 1, first: int = 1
+) -> WorkJournal:
+    """A life of one rank that trains `steps` of 100 tokens in `seconds`."""
+    work = WorkJournal(run_dir, ranks=1, attempt=f"{run_dir.name} {time.ns}", budget=replace(BUDGET, phase=phase))
+    work.resume(first - 1)
+    work.ready()
+    for step in range(first, first + steps):
+        time.pass_seconds(seconds / steps)
+        work.step(step, 1000 * seconds / steps, 100)
+    work.close()
+    return work
+
+
+def project_file(folder: Path, budgets: str = "{pre_train: 2.0, context_extension: 0.5}") -> Path:
+    path = folder / "project.yaml"
+    path.write_text(f"gpu_hours: {budgets}\nruns: [first, second, third]\n")
+    return path

@@ -1,0 +1,32 @@
+"""Small runs whose memory is measured."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+
+from shoestring.comm.groups import ProcessGroups
+from shoestring.launch.compose import compose_run
+from shoestring.tests.processes import World, run_processes
+from shoestring.trainer.build import stages_of
+from shoestring.trainer.memory.forecast import RunMemory
+from shoestring.trainer.memory.measured import MeasuredMemory, measure
+
+CPU = torch.device("cpu")
+BASE = "model=tiny model.num_hidden_layers=3 training.sequence_length=128 training.global_batch=8"
+ONE_RANK = "topology.ep=4 training.global_batch=4"
+
+
+def measured(world: World, overrides: list[str], skewed: bool) -> MeasuredMemory:
+    config = compose_run(overrides)
+    limit = timedelta(seconds=60)
+    groups = ProcessGroups.create(config.topology, world.rank, limit, stages_of(config).all_holders())
+    return measure(config, groups, CPU, skewed=skewed)
+
+
+def run(overrides: str, *, skewed: bool = False) -> tuple[RunMemory, list[MeasuredMemory]]:
+    described = f"{BASE} {overrides}".split()
+    memory = RunMemory(compose_run(described), CPU)
+    ranks = memory.config.topology.world_size
+    return memory, run_processes(ranks, measured, described, skewed, timeout=200)

@@ -1,0 +1,132 @@
+"""A small chunk, and an exchange that writes down when it is launched and waited for."""
+
+from __future__ import annotations
+
+import weakref
+from datetime import timedelta
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from shoestring.comm.async_comm import AsyncWork, InlineCommunicator, TwoPartWork
+from shoestring.comm.exchange.api import Received
+from shoestring.comm.exchange.config import ExchangeConfig
+from shoestring.comm.exchange.flat import FlatExchange, FlatLayout
+from shoestring.comm.groups import ProcessGroups
+from shoestring.comm.topology import Topology
+from shoestring.comm.trace import ExchangeLabel
+from shoestring.comm.traffic import Traffic
+from shoestring.trainer.model.chunk import Chunk
+from shoestring.trainer.model.config import ModelConfig
+from shoestring.trainer.model.init import initialize
+from shoestring.trainer.model.model import Model
+from shoestring.trainer.model.recompute import RecomputeModule
+from shoestring.trainer.model.tape import LossNormalizers
+
+T = TypeVar("T")
+# One dense layer, two with experts, and one depth of MTP: three layers with an exchange.
+CONFIG = ModelConfig(
+    vocab_size=64,
+    hidden_size=16,
+    num_hidden_layers=3,
+    first_k_dense_replace=1,
+    num_attention_heads=2,
+    q_lora_rank=8,
+    kv_lora_rank=8,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    intermediate_size=32,
+    moe_intermediate_size=8,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_group=2,
+    topk_group=1,
+    num_nextn_predict_layers=1,
+    initializer_range=0.1,
+)
+ROUTED_LAYERS = 3
+SCALES = LossNormalizers(main=0.01, mtp=0.003, balance=0.1)
+LENGTH = 7
+
+
+class Watched(Generic[T]):
+    """A pending communication that writes down when it is waited on."""
+
+    def __init__(self, pending: AsyncWork[T], name: str, diary: list[str]) -> None:
+        self._pending, self._name, self._diary = pending, name, diary
+
+    def wait(self) -> T:
+        self._diary.append(f"wait {self._name}")
+        return self._pending.wait()
+
+
+class WatchedExchange:
+    """A `TokenExchange` that writes down every operation with the number of its dispatch."""
+
+    def __init__(self, exchange: FlatExchange) -> None:
+        self._exchange = exchange
+        self._number: dict[int, int] = {}
+        self.diary: list[str] = []
+        self.rows: list[weakref.ref[torch.UntypedStorage]] = []
+        self.most_alive = 0
+
+    def dispatch(
+        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: ExchangeLabel, *, as_tiles: bool = False
+    ) -> TwoPartWork[Received[FlatLayout]]:
+        number = len(self.rows)
+        self.diary.append(f"dispatch {number}")
+        pending = self._exchange.dispatch(tokens_TD, weights_TK, experts_TK, label, as_tiles=as_tiles)
+
+        def proceed() -> AsyncWork[Received[FlatLayout]]:
+            received = pending.wait()
+            self._number[id(received.layout)] = number
+            self.rows.append(weakref.ref(received.rows_RD.untyped_storage()))
+            self.most_alive = max(self.most_alive, self.alive())
+            return Watched(pending, f"dispatch {number}", self.diary)
+
+        return TwoPartWork(proceed)
+
+    def combine(self, rows_RD: Tensor, received: Received[FlatLayout]) -> AsyncWork[Tensor]:
+        return self._watched(self._exchange.combine(rows_RD, received), f"combine {self._of(received)}")
+
+    def combine_backward(self, grad_TD: Tensor, received: Received[FlatLayout]) -> AsyncWork[Tensor]:
+        pending = self._exchange.combine_backward(grad_TD, received)
+        return self._watched(pending, f"combine_backward {self._of(received)}")
+
+    def dispatch_backward(
+        self, grad_RD: Tensor, grad_weights_R: Tensor, received: Received[FlatLayout]
+    ) -> AsyncWork[tuple[Tensor, Tensor]]:
+        pending = self._exchange.dispatch_backward(grad_RD, grad_weights_R, received)
+        return self._watched(pending, f"dispatch_backward {self._of(received)}")
+
+    def alive(self) -> int:
+        """Dispatches whose rows are still in memory."""
+        return sum(row() is not None for row in self.rows)
+
+    def _of(self, received: Received[FlatLayout]) -> int:
+        return self._number[id(received.layout)]
+
+    def _watched(self, pending: AsyncWork[T], name: str) -> Watched[T]:
+        self.diary.append(name)
+        return Watched(pending, name, self.diary)
+
+
+def make_chunk(
+    recompute: frozenset[RecomputeModule] = frozenset(), dtype: torch.dtype = torch.float32
+) -> tuple[Chunk, WatchedExchange]:
+    model = Model(CONFIG)
+    initialize(model, seed=0)
+    topology = Topology()
+    groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))
+    exchange = FlatExchange(
+        groups, CONFIG.n_routed_experts, InlineCommunicator(), Traffic(topology, 0), ExchangeConfig()
+    )
+    watched = WatchedExchange(exchange)
+    return Chunk(model, watched, dtype, recompute=recompute), watched
+
+
+def window() -> tuple[Tensor, Tensor]:
+    tokens_BW = torch.randint(0, CONFIG.vocab_size, (2, LENGTH + 2), generator=torch.Generator().manual_seed(4))
+    return tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool)

@@ -1,0 +1,28 @@
+"""Every Triton kernel compiles for Hopper."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from shoestring.tests.trainer.precision.kernel_process import run
+
+KERNELS = (
+    "quantize_rows", "quantize_columns", "quantize_swiglu_rows", "quantize_swiglu_columns", "quantize_blocks",
+    "turn_tiles", "multiply", "outer",
+)  # fmt: skip
+SPILLING = ("quantize_blocks", "multiply")
+
+
+def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
+    """Without spills where widths are multiples of 16; else two of them spill, as `kernels.py` says."""
+    found = [json.loads(line) for line in run("compiled", tmp_path=tmp_path, interpret=False).splitlines()]
+    assert {(each["kernel"], each["whole"]) for each in found} == {
+        (name, whole) for name in KERNELS for whole in (True, False)
+    }
+    for each in found:
+        print(each)
+        spills = each["stack"] or each["local"]
+        assert not spills or (not each["whole"] and each["kernel"] in SPILLING), each
+        assert each["shared"] <= 227 * 1024, each  # what one block of threads may have on Hopper
+        assert each["wgmma"] == (each["kernel"] in ("multiply", "outer")), each

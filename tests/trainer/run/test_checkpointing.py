@@ -1,0 +1,99 @@
+"""What a checkpoint of a run brings back, and the memory that its saves reserve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from shoestring.tests.processes import World, run_processes
+from shoestring.tests.trainer.small_loop import BATCH, LENGTH, run_config, run_rank
+from shoestring.trainer.checkpoint.pieces import Piece
+from shoestring.trainer.checkpoint.saver import Saved, Saver
+from shoestring.trainer.checkpoint.store import CheckpointExtras
+from shoestring.trainer.config import RunConfig
+from shoestring.trainer.loop import _insist
+from shoestring.trainer.memory.forecast import RunMemory
+from shoestring.trainer.run.exit import RunFailed
+from shoestring.trainer.telemetry.history import read_metrics
+from shoestring.trainer.typed import build
+
+
+def reserved_bytes(world: World, tree: dict[str, Any]) -> list[tuple[str, int]]:
+    """What a run asks memory for, and what its saves copy, in that order."""
+    found, reserve, begin = list[tuple[str, int]](), Saver.reserve, Saver.begin
+
+    def noted_reserve(self: Saver, pieces: list[Piece]) -> None:
+        found.append(("reserve", sum(piece.bytes for piece in pieces)))
+        reserve(self, pieces)
+
+    def noted_begin(self: Saver, step: int, pieces: list[Piece], cover: CheckpointExtras) -> None:
+        found.append(("begin", sum(piece.bytes for piece in pieces)))
+        begin(self, step, pieces, cover)
+
+    with patch.object(Saver, "reserve", noted_reserve), patch.object(Saver, "begin", noted_begin):
+        run_rank(world, tree)
+    return found
+
+
+def test_memory_for_saves_is_reserved_once_before_the_first_step(root: Path) -> None:
+    tree = run_config(root)
+    tree["training"] = tree["training"] | {"run_dir": str(root / "reserved")}
+    (found,) = run_processes(1, reserved_bytes, tree)
+    (first, size), *saves = found
+    assert first == "reserve"
+    assert saves
+    assert all(save == ("begin", size) for save in saves)
+    predicted = RunMemory(build(RunConfig, tree), torch.device("cpu")).on_host(0).copy_for_saves
+    random = len(torch.get_rng_state())  # the state of a generator is not counted
+    assert predicted == pytest.approx(size - random, rel=0.01)
+    assert run_processes(1, reserved_bytes, tree) == [[]]  # a run that has nothing left to do
+
+
+def resumed_random_state(world: World, tree: dict[str, Any]) -> bool:
+    """Train with one state of torch's generator, go on with another; whether the first one is back."""
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    run_rank(world, tree)
+    torch.manual_seed(5)
+    run_rank(world, tree)
+    return torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_random_state_comes_back_with_the_checkpoint(root: Path) -> None:
+    tree = run_config(root)
+    tree["training"] = tree["training"] | {"run_dir": str(root / "random")}
+    assert run_processes(1, resumed_random_state, tree) == [True]
+
+
+def test_shards_of_masters_moments_and_average_come_back_with_the_checkpoint(root: Path) -> None:
+    """Two ranks with replicas, weights in BF16: six steps, and three steps twice."""
+
+    def run(name: str, steps: int) -> list[dict[str, Any]]:
+        tree = run_config(root) | {"topology": {"edp": 2}, "precision": {"compute": "bfloat16"}}
+        tree["optimizer"] = tree["optimizer"] | {"ema_decay": 0.5}
+        tokens = {"tokens": steps * LENGTH * BATCH, "run_dir": str(root / name), "evaluate_every": 2}
+        tree["training"] = tree["training"] | tokens
+        run_processes(2, run_rank, tree)
+        kinds, path = ("step", "evaluation", "sample"), root / name / "metrics.jsonl"
+        exact = ("loss", "loss/mtp", "grad_norm", "loss/averaged", "text")
+        events = [event for event in read_metrics(path) if event.kind in kinds and event.step > 3]
+        return [{key: event.values[key] for key in exact if key in event.values} for event in events]
+
+    undisturbed = run("six", 6)
+    assert run("three and three", 3) == []
+    assert run("three and three", 6) == undisturbed
+    evaluation = next(values for values in undisturbed if "loss/averaged" in values)
+    assert evaluation["loss/averaged"] != evaluation["loss"]
+
+
+def test_a_last_checkpoint_that_failed_names_the_one_that_a_run_goes_on_from(tmp_path: Path) -> None:
+    last = Saved(4, tmp_path / "step_00000004", "no room")
+    with pytest.raises(RunFailed, match=r"of step 4, .*: no room; make room; .* starts over, as there is no other one"):
+        _insist(last)
+    (tmp_path / "step_00000002").mkdir()
+    with pytest.raises(RunFailed, match="goes on from the checkpoint of step 2"):
+        _insist(last)

@@ -1,0 +1,93 @@
+"""A batch that grows: another program for each size, and the same losses on every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from shoestring.comm.topology import Topology
+from shoestring.tests.processes import World, run_processes
+from shoestring.tests.trainer.small_loop import LENGTH, losses_of, run_config, run_rank
+from shoestring.trainer.build import open_samples
+from shoestring.trainer.config import RunConfig
+from shoestring.trainer.data.prepared import open_prepared
+from shoestring.trainer.data.samples import SampleOrder, Samples, TokenBatch
+from shoestring.trainer.ledger.summary import summarize
+from shoestring.trainer.typed import build
+
+SIZES = [4, 4, 8, 12, 16]
+"""Sequences of the steps of `RAMP`: three sizes for 8 samples each, of which the last step of the third has more."""
+RAMP: dict[str, Any] = {
+    "global_batch": 16,
+    "ramp_from": 4,
+    "ramp_step": 4,
+    "ramp_tokens": 24 * LENGTH,
+    "tokens": sum(SIZES) * LENGTH,
+}
+
+
+@pytest.fixture(scope="module")
+def growing_alone(root: Path) -> list[dict[str, Any]]:
+    return losses_of(root, "growing alone", Topology(), micro_batch=4, **RAMP)
+
+
+@pytest.mark.parametrize(
+    ("topology", "schedule"),
+    [(Topology(ep=4), "one_f_one_b"), (Topology(pp=2), "dualpipe"), (Topology(pp=2, ep=2), "zb1p")],
+    ids=["ep4", "pp2", "pp2ep2"],
+)
+def test_every_layout_trains_the_same_while_the_batch_grows(
+    root: Path, growing_alone: list[dict[str, Any]], topology: Topology, schedule: str
+) -> None:
+    name = f"growing {schedule}"
+    spread = losses_of(root, name, topology, 1, schedule=schedule, **RAMP)
+    assert len(spread) == len(growing_alone) == len(SIZES) + 2
+    for ours, single in zip(spread, growing_alone, strict=True):
+        for key in ("loss", "loss/mtp", "loss/balance", "grad_norm", "bias/max", "bias/min"):
+            if key in single:
+                assert ours[key] == pytest.approx(single[key], rel=1e-10)
+        for key in ("kind", "expert_load/layer_01", "text", "learning_rate", "tokens"):
+            assert ours.get(key) == single.get(key)
+    summary = summarize(root / name)
+    assert (summary.steps_retained, summary.tokens_retained) == (len(SIZES), sum(SIZES) * LENGTH)
+
+
+def test_a_growing_batch_is_told_by_its_tokens(root: Path, growing_alone: list[dict[str, Any]]) -> None:
+    steps = [values for values in growing_alone if values["kind"] == "step"]
+    consumed = [LENGTH * sum(SIZES[:count]) for count in range(1, len(SIZES) + 1)]
+    assert [values["tokens"] for values in steps] == consumed
+    rate = build(RunConfig, run_config(root)).optimizer.learning_rate
+    assert [values["learning_rate"] for values in steps] == [rate(tokens) for tokens in consumed]
+    assert len({values["learning_rate"] for values in steps[:-1]}) > 2
+
+
+def taken_samples(world: World, tree: dict[str, Any]) -> list[int]:
+    """Numbers of all samples that training takes, in order."""
+    taken: list[int] = []
+    batch = Samples.batch
+
+    def record(self: Samples, indices: Sequence[int]) -> TokenBatch:
+        taken.extend(indices if self.pad is None else ())
+        return batch(self, indices)
+
+    with patch.object(Samples, "batch", record):
+        run_rank(world, tree)
+    return taken
+
+
+def test_a_growing_batch_takes_every_sample_once_and_in_order(root: Path) -> None:
+    tree = run_config(root) | {"schedule": {"micro_batch": 2}}
+    tree["training"] = tree["training"] | RAMP | {"run_dir": str(root / "taken")}
+    (taken,) = run_processes(1, taken_samples, tree)
+    samples = build_samples(root)
+    assert taken == SampleOrder(0, samples).indices(0, sum(SIZES)).tolist()
+
+
+def build_samples(root: Path) -> int:
+    """Of the training split."""
+    config = build(RunConfig, run_config(root))
+    return len(open_samples(config, open_prepared(config.data))[0])

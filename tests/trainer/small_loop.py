@@ -1,0 +1,96 @@
+"""A training run small enough for seconds: its configuration, its data, and its ranks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shoestring.comm.groups import ProcessGroups
+from shoestring.comm.topology import Topology
+from shoestring.tests.processes import World, run_processes
+from shoestring.trainer.build import stages_of
+from shoestring.trainer.config import RunConfig
+from shoestring.trainer.data.prepare import prepare
+from shoestring.trainer.loop import train
+from shoestring.trainer.telemetry.history import read_metrics
+from shoestring.trainer.typed import build
+
+STEPS, LENGTH, BATCH = 3, 16, 8
+
+
+def run_config(root: Path) -> dict[str, Any]:
+    """A run small enough for seconds, whose small terms are large enough to be seen."""
+    return {
+        "model": {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "vocab_size": 300,
+            "initializer_range": 0.1,
+            "intermediate_size": 32,
+            "moe_intermediate_size": 8,
+        },
+        "data": {
+            "corpus": str(root / "corpus"),
+            "prepared": str(root / "prepared"),
+            "vocabulary": 300,
+            "validation": ["held"],
+        },
+        "precision": {"compute": "float64"},
+        "optimizer": {"peak_learning_rate": 1e-2, "final_learning_rate": 0.0, "warmup_tokens": 2 * LENGTH * BATCH},
+        "budget": {"gpu_hours": 1.0},
+        "cluster": {"peak_tflops": 1.0},
+        "training": {
+            "run_dir": str(root / "run"),
+            "tokens": STEPS * LENGTH * BATCH,
+            "sequence_length": LENGTH,
+            "global_batch": BATCH,
+            "balance_weight": 0.1,
+            "bias_speed": {0: 0.05},
+            "sample_tokens": 3,
+            "sample_prompt": "word",
+        },
+        "telemetry": {"log_every": 1, "wandb": {"mode": "disabled"}},
+    }
+
+
+def prepared_root(folder: Path, words: int) -> Path:
+    """`folder` with a corpus of so many words for runs in it, prepared."""
+    (folder / "corpus").mkdir()
+    text = [f"word{index * 7919 % 211}" for index in range(words)]
+    (folder / "corpus" / "train.txt").write_text(" ".join(text))
+    (folder / "corpus" / "held.txt").write_text(" ".join(text[:90]))
+    prepare(build(RunConfig, run_config(folder)).data, lambda _: None)
+    return folder
+
+
+def run_rank(world: World, tree: dict[str, Any]) -> None:
+    config = build(RunConfig, tree)
+    assert not list(config.problems())
+    holders = stages_of(config).all_holders()
+    groups = ProcessGroups.create(config.topology, world.rank, timedelta(seconds=30), holders)
+    train(config, groups, torch.device("cpu"), attempt="test")
+
+
+def losses_of(
+    root: Path,
+    name: str,
+    topology: Topology,
+    micro_batch: int,
+    exchange: str = "flat",
+    schedule: str = "one_f_one_b",
+    **training: Any,
+) -> list[dict[str, Any]]:
+    tree = run_config(root) | {"topology": asdict(topology), "schedule": {"micro_batch": micro_batch}}
+    tree["exchange"] = {"name": exchange, "check_order": True}
+    tree["schedule"] = tree["schedule"] | {"name": schedule}
+    tree["training"] = tree["training"] | {"run_dir": str(root / name)} | training
+    run_processes(topology.world_size, run_rank, tree)
+    return [
+        dict(event.values) | {"kind": event.kind}
+        for event in read_metrics(root / name / "metrics.jsonl")
+        if event.kind in ("step", "evaluation", "sample")
+    ]

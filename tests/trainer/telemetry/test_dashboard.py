@@ -1,0 +1,24 @@
+"""Every panel of the dashboard, read back by wandb's own library."""
+
+from __future__ import annotations
+
+import json
+
+from shoestring.launch.compose import compose_run
+from shoestring.launch.verbs.dashboard import dashboard_json
+from shoestring.trainer.model.model import router_names
+from shoestring.trainer.telemetry.dashboard import dashboard
+
+QUICKSTART = ["experiment=quickstart"]
+
+
+def test_every_panel_is_in_the_workspace() -> None:
+    text = dashboard_json(QUICKSTART, None)
+    sections = json.loads(text)["section"]["panelBankConfig"]["sections"]
+    wanted = dashboard(router_names(compose_run(QUICKSTART).model))
+    assert [section["name"] for section in sections] == [section.name for section in wanted]
+    for drawn, section in zip(sections, wanted, strict=True):
+        assert [panel["config"]["chartTitle"] for panel in drawn["panels"]] == [p.title for p in section.panels]
+        for panel, metrics in zip(drawn["panels"], (p.metrics for p in section.panels), strict=True):
+            shown = [metric.removeprefix("summary_metrics.") for metric in panel["config"]["metrics"]]
+            assert shown == list(metrics)

@@ -1,0 +1,78 @@
+"""Reading `metrics.jsonl` back: the history of the weights, and lines that are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shoestring.comm.errors import ConfigError
+from shoestring.tests.launch.report.recorded import record_run
+from shoestring.tests.launch.small_checkpoint import fifo, folder, shoestring
+from shoestring.tests.trainer.telemetry.written_events import step, write
+from shoestring.trainer.telemetry.events import Event
+from shoestring.trainer.telemetry.history import read_all_metrics, read_metrics
+
+
+def test_a_number_of_metrics_without_end_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record_run(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"kind": "step", "step": 9, "time": 1, "loss": {10**400}}}\n')
+    assert shoestring(capsys, "report", tmp_path, "--out", tmp_path / "made")[0] == 0
+    assert shoestring(capsys, "watch", tmp_path, "--once")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("harm", "gist"),
+    [
+        (lambda run: (run / "metrics.jsonl").write_text('{"kind": 5, "step": 1, "time": 1}\n'), "must be text"),
+        (lambda run: (run / "metrics.jsonl").write_text('{"kind": "a", "step": 1.5, "time": 1}\n'), "a whole number"),
+        (lambda run: (run / "metrics.jsonl").write_text('{"kind": "a", "step": 1, "time": 1e99}\n'), "time = 1e+99"),
+        (lambda run: (run / "metrics.jsonl").write_text('{"kind": "a", "step": 1, "time": NaN}\n'), "NaN"),
+        (lambda run: (run / "metrics.jsonl").write_bytes(b'{"kind": "\xff", "step": 1, "time": 1}\n'), "UTF-8"),
+        (lambda run: (run / "metrics.jsonl").write_text("[" * 99999 + "\n"), "nested"),
+        (lambda run: folder(run / "metrics.jsonl"), "is a folder"),
+        (lambda run: fifo(run / "metrics.jsonl"), "is a FIFO"),
+    ],
+)
+def test_metrics_of_wrong_values_are_refused_by_line(
+    harm: Callable[[Path], object], gist: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    record_run(run_dir)
+    harm(run_dir)
+    for verb in (["report", run_dir], ["watch", run_dir, "--once"]):
+        code, _, errors = shoestring(capsys, *verb)
+        assert code == 2, errors
+        assert "metrics.jsonl" in errors
+        assert gist in errors
+
+
+def test_after_a_resume_the_history_is_that_of_the_weights(tmp_path: Path) -> None:
+    write(
+        tmp_path, Event("run", 0, {}), *(step(n, 10.0 - n) for n in range(1, 6)), Event("evaluation", 4, {"loss": 1.0})
+    )
+    write(tmp_path, Event("run", 2, {}), Event("resume", 2, {}), step(3, 0.3), step(4, 0.4))
+    history = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(event.step, event.values["loss"]) for event in history if event.kind == "step"] == [
+        (1, 9.0),
+        (2, 8.0),
+        (3, 0.3),
+        (4, 0.4),
+    ]
+    assert [event.kind for event in history if event.kind != "step"] == ["run", "run", "resume"]
+    assert len(read_all_metrics(tmp_path / "metrics.jsonl")) == 11
+
+
+def test_a_step_done_twice_counts_the_later_time(tmp_path: Path) -> None:
+    write(tmp_path, step(1, 3.0), step(2, 2.0), step(2, 1.0))
+    assert [event.values["loss"] for event in read_metrics(tmp_path / "metrics.jsonl")] == [3.0, 1.0]
+
+
+def test_a_broken_line_and_a_missing_file_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"time": 1, "kind": "step", "step": 1}\n[]\n')
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl:2"):
+        read_metrics(tmp_path / "metrics.jsonl")
+    with pytest.raises(ConfigError, match="no such file"):
+        read_metrics(tmp_path / "absent.jsonl")

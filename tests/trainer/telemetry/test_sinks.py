@@ -1,0 +1,31 @@
+"""The stream of a run, opened with the sinks that its configuration names."""
+
+from __future__ import annotations
+
+import io
+import socket
+from pathlib import Path
+
+import pytest
+
+from shoestring.trainer.telemetry.config import PrometheusConfig, TelemetryConfig, WandbConfig
+from shoestring.trainer.telemetry.events import Event
+from shoestring.trainer.telemetry.history import read_all_metrics
+from shoestring.trainer.telemetry.sinks import open_stream
+
+
+@pytest.mark.timeout(20)
+def test_a_port_that_is_taken_after_all_is_a_warning_and_the_run_goes_on(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        telemetry = TelemetryConfig(
+            wandb=WandbConfig(mode="disabled"), prometheus=PrometheusConfig(port=other.getsockname()[1])
+        )
+        stream = open_stream(telemetry, tmp_path, io.StringIO())
+        metrics, told = tmp_path / "metrics.jsonl", 0
+        while not (warnings := [event for event in read_all_metrics(metrics) if event.kind == "warning"]):
+            stream.emit(Event("checkpoint", told := told + 1, {}))
+        stream.emit(Event("checkpoint", told := told + 1, {}))
+        stream.close()
+    (warning,) = warnings
+    assert "telemetry.prometheus.port" in str(warning.values["message"])
+    assert [event.step for event in read_all_metrics(metrics) if event.kind == "checkpoint"] == [*range(1, told + 1)]

@@ -1,0 +1,280 @@
+"""A run that goes on, on whatever layout, and in spite of checkpoints that are damaged or cannot be written."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoestring.comm.errors import ConfigError
+from shoestring.tests.processes import RanksFailed, World, run_processes
+from shoestring.tests.trainer.resumed_loop import (
+    LAYOUTS,
+    PRECISIONS,
+    Share,
+    State,
+    digests,
+    groups_of,
+    run,
+    share_of,
+    train_on,
+    tree_of,
+    whole,
+)
+from shoestring.tests.trainer.small_loop import LENGTH, prepared_root
+from shoestring.trainer.build import build_rank
+from shoestring.trainer.checkpoint import opened, saver
+from shoestring.trainer.checkpoint.names import model_pieces
+from shoestring.trainer.checkpoint.store import CheckpointStore
+from shoestring.trainer.checkpoint.tensor_file import read_at
+from shoestring.trainer.config import RunConfig
+from shoestring.trainer.run.checkpointing import load_last
+from shoestring.trainer.run.exit import RunFailed
+from shoestring.trainer.telemetry.history import read_metrics
+from shoestring.trainer.typed import build
+
+BEFORE, AFTER = 3, 10
+SLOW = ("ep4", "pp4", "alone", "pp2 ep2 edp2", "pp2 mirrored")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared_root(tmp_path_factory.mktemp("resume"), words=4000)
+
+
+def loaded_on(world: World, tree: dict[str, Any]) -> tuple[Share, Share]:
+    """The state that this rank finds in the run's last checkpoint, and the weights that it then computes with."""
+    config = build(RunConfig, tree)
+    rank = build_rank(config, groups_of(world, config), torch.device("cpu"))
+    assert load_last(rank, None) is not None
+    rank.close()
+    return share_of(rank.state()), share_of(model_pieces(rank.model))
+
+
+def loaded(root: Path, directory: Path, layout: str) -> State:
+    size = LAYOUTS[layout][0].world_size
+    found = run_processes(size, loaded_on, tree_of(root, directory, layout, BEFORE), timeout=120)
+    state = [share for share, _ in found]
+    masters = whole(state)
+    for name, weight in whole([share for _, share in found]).items():
+        assert torch.equal(masters[name].to(weight.dtype), weight), name
+    return digests(state)
+
+
+def losses(directory: Path) -> list[float]:
+    events = read_metrics(directory / "metrics.jsonl")
+    return [float(str(event.values["loss/total"])) for event in events if event.kind == "step"]
+
+
+@pytest.fixture(scope="module")
+def began(root: Path) -> tuple[Path, State, list[float]]:
+    """A run on (pp2 ep2) up to its first checkpoint, the state it then had, and the losses that follow undisturbed."""
+    state = run(root, root / "began", "pp2 ep2", BEFORE)
+    undisturbed = run(root, root / "undisturbed", "pp2 ep2", BEFORE + AFTER, checkpoint_every=BEFORE)
+    again = root / "again"
+    shutil.copytree(root / "began", again)
+    assert run(root, again, "pp2 ep2", BEFORE + AFTER) == undisturbed  # to the last bit
+    assert losses(again) == losses(root / "undisturbed")
+    return root / "began", state, losses(again)
+
+
+@pytest.mark.parametrize("precision", ["FP8", "FP64"])
+def test_a_run_in_other_numbers_goes_on_to_the_last_bit(precision: str, root: Path, tmp_path: Path) -> None:
+    layout = f"ep2 in {precision}"
+    undisturbed = run(root, tmp_path / "undisturbed", layout, 4)
+    run(root, tmp_path / "run", layout, 2)
+    assert run(root, tmp_path / "run", layout, 4) == undisturbed
+    assert losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
+
+
+COMES_BACK = [("pp2 mirrored", "alone"), *((f"ep2 in {each}", f"pp2 in {each}") for each in PRECISIONS)]
+
+
+@pytest.mark.parametrize(("first", "second"), COMES_BACK)
+def test_weights_moments_and_biases_come_back_to_the_bit(first: str, second: str, root: Path, tmp_path: Path) -> None:
+    state = run(root, tmp_path / "run", first, 2)
+    assert {name.partition("/")[0] for name in state} == {"model", "exp_avg", "exp_avg_sq", "average"}
+    assert loaded(root, tmp_path / "run", second) == state
+    checkpoint = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).open(2)
+    assert checkpoint.manifest.tensors.keys() - state.keys() == {
+        f"rng/rank_{rank:05d}" for rank in range(LAYOUTS[first][0].world_size)
+    }
+    tokenizer = hashlib.sha256(checkpoint.attachment("tokenizer.json")).hexdigest()
+    assert tokenizer == checkpoint.manifest.facts["tokenizer"]
+    assert run(root, tmp_path / "run", second, 3).keys() == state.keys()
+    assert loaded(root, tmp_path / "run", first).keys() == state.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", SLOW)
+def test_a_run_goes_on_on_another_layout_and_back(
+    layout: str, root: Path, began: tuple[Path, State, list[float]], tmp_path: Path
+) -> None:
+    directory, state, expected = began
+    shutil.copytree(directory, tmp_path / "run")
+    assert loaded(root, tmp_path / "run", layout) == state
+    there = run(root, tmp_path / "run", layout, BEFORE + AFTER)
+    assert there.keys() == state.keys()
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-6)
+    assert loaded(root, tmp_path / "run", "pp2 ep2") == there
+
+
+def started_on(world: World, tree: dict[str, Any]) -> Share:
+    """The state that a new run begins with."""
+    config = build(RunConfig, tree)
+    rank = build_rank(config, groups_of(world, config), torch.device("cpu"))
+    assert load_last(rank, None) is None
+    rank.close()
+    return share_of(rank.state())
+
+
+def test_a_new_run_begins_with_the_weights_of_another(root: Path, tmp_path: Path) -> None:
+    state = run(root, tmp_path / "first", "alone", 2)
+    tree = tree_of(root, tmp_path / "second", "ep2", 2, start_from=str(tmp_path / "first"), seed=5)
+    found = run_processes(2, started_on, tree)
+    assert not any(tensor.any() for name, tensor in whole(found).items() if name.startswith("exp_avg"))
+    began = digests(found)
+    for name, digest in began.items():
+        kind, _, parameter = name.partition("/")
+        if kind in ("model", "average"):
+            assert digest == state[f"model/{parameter}"], name
+    assert began.keys() == state.keys()
+    run_processes(2, train_on, tree)
+    events = read_metrics(tmp_path / "second" / "metrics.jsonl")
+    (start,) = (event.values["checkpoint"] for event in events if event.kind == "start")
+    assert start == str(tmp_path / "first" / "checkpoints" / "step_00000002")
+    other = tree | {"model": tree["model"] | {"num_attention_heads": 2}}
+    other["training"] = tree["training"] | {"run_dir": str(tmp_path / "third")}
+    with pytest.raises(
+        RanksFailed, match=r"model.num_attention_heads = 2: the checkpoint of training.start_from has 4"
+    ):
+        run_processes(2, train_on, other)
+
+
+GROWING = {"global_batch": 16, "ramp_from": 8, "ramp_step": 4, "ramp_tokens": 32 * LENGTH}
+"""Steps of 8, 8, 12, 12, 16 and 16 sequences, and so on."""
+
+
+def test_a_run_goes_on_in_the_middle_of_a_batch_ramp(root: Path, tmp_path: Path) -> None:
+    whole_run = GROWING | {"tokens": 72 * LENGTH}
+    first, again = tmp_path / "first", tmp_path / "again"
+    run(root, first, "pp2 mirrored", 0, **GROWING, tokens=28 * LENGTH)
+    store = CheckpointStore(first / "checkpoints", keep=2)
+    assert store.steps() == [3]
+    assert store.open(3).manifest.facts["consumed_samples"] == 28
+    undisturbed = run(root, tmp_path / "undisturbed", "pp2 mirrored", 0, **whole_run, checkpoint_every=3)
+    shutil.copytree(first, again)
+    assert run(root, again, "pp2 mirrored", 0, **whole_run) == undisturbed  # to the last bit
+    assert losses(again) == losses(tmp_path / "undisturbed")
+    assert len(losses(again)) == 6
+    run(root, first, "alone", 0, **whole_run)
+    assert losses(first) == pytest.approx(losses(again), rel=1e-5)
+    with pytest.raises(RanksFailed, match=r"training.ramp_step = 8: the checkpoint of step 6 has 4"):
+        run(root, again, "pp2 mirrored", 0, **(whole_run | {"ramp_step": 8, "tokens": 104 * LENGTH}))
+
+
+def flip_bit(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(root: Path, tmp_path: Path) -> None:
+    run(root, tmp_path / "run", "alone", 4, checkpoint_every=2, seed=0)
+    store = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2)
+    assert store.steps() == [2, 4]
+    expected = losses(tmp_path / "run")
+    flip_bit(next(store.path(4).glob("part_*.safetensors")))
+    run(root, tmp_path / "run", "ep2", 5, checkpoint_every=2, seed=0)
+    events = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    (warning,) = (str(event.values["message"]) for event in events if event.values.get("about") == "checkpoint")
+    assert "the checkpoint of step 4 is damaged and now called step_00000004.damaged" in warning
+    assert "SHA-256" in warning
+    assert warning.endswith("the run goes on from step 2")
+    assert losses(tmp_path / "run")[:4] == pytest.approx(expected, rel=1e-8)
+    assert store.steps() == [4, 5]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(root: Path, tmp_path: Path) -> None:
+    run(root, tmp_path / "run", "alone", 2)
+    store = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2)
+    flip_bit(next(store.path(2).glob("part_*.safetensors")))
+    for _ in range(2):
+        with pytest.raises(RanksFailed, match="no other checkpoint is left") as failed:
+            run(root, tmp_path / "run", "alone", 3)
+        assert ConfigError.__name__ in str(failed.value)
+    assert store.steps() == [2]
+
+
+def train_where_files_cannot_be_opened(world: World, tree: dict[str, Any]) -> str:
+    """On the last rank, which has too many open, say."""
+    real = read_at
+
+    def read(path: Path, *what: Any) -> Tensor:
+        if world.rank == world.size - 1:
+            raise OSError(errno.EMFILE, "Too many open files", str(path))
+        return real(path, *what)
+
+    with patch.object(opened, "read_at", read), pytest.raises(RunFailed) as failed:
+        train_on(world, tree)
+    return str(failed.value)
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(root: Path, tmp_path: Path) -> None:
+    run(root, tmp_path / "run", "alone", 4, checkpoint_every=2)
+    messages = run_processes(2, train_where_files_cannot_be_opened, tree_of(root, tmp_path / "run", "ep2", 5))
+    assert all("Too many open files" in message and "nothing was changed" in message for message in messages)
+    assert CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).steps() == [2, 4]
+    run(root, tmp_path / "run", "ep2", 5)
+    assert len(losses(tmp_path / "run")) == 5
+
+
+@contextmanager
+def full_disk(steps: tuple[int, ...]) -> Iterator[None]:
+    """The disk of the last rank is full while these steps are saved."""
+    real = saver.write_share
+
+    def write(directory: Path, name: str, pieces: Any) -> None:
+        if int(directory.name[5:13]) in steps:
+            raise OSError(errno.ENOSPC, "No space left on device", str(directory))
+        real(directory, name, pieces)
+
+    with patch.object(saver, "write_share", write):
+        yield
+
+
+def train_on_a_full_disk(world: World, tree: dict[str, Any], steps: tuple[int, ...]) -> str | None:
+    with full_disk(steps if world.rank == world.size - 1 else ()):
+        try:
+            train_on(world, tree)
+        except RunFailed as failed:
+            return str(failed)
+    return None
+
+
+def test_a_disk_that_is_full_is_told_and_training_goes_on(root: Path, tmp_path: Path) -> None:
+    tree = tree_of(root, tmp_path / "run", "ep2", 6, checkpoint_every=2)
+    assert run_processes(2, train_on_a_full_disk, tree, (4,)) == [None] * 2
+    events = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    (warning,) = (str(event.values["message"]) for event in events if event.values.get("about") == "checkpoint")
+    assert "the checkpoint of step 4 could not be written: rank 1: [Errno 28] No space left on device" in warning
+    assert [event.step for event in events if event.kind == "checkpoint"] == [2, 6]
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step_00000002", "step_00000006"}
+
+
+def test_a_run_whose_last_checkpoint_cannot_be_written_has_failed(root: Path, tmp_path: Path) -> None:
+    tree = tree_of(root, tmp_path / "run", "ep2", 3, checkpoint_every=2)
+    messages = run_processes(2, train_on_a_full_disk, tree, (3,))
+    assert all(
+        message is not None and "the last checkpoint, of step 3, could not be" in message for message in messages
+    )
+    assert CheckpointStore(tmp_path / "run" / "checkpoints", 2).steps() == [2]
