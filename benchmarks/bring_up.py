@@ -28,8 +28,8 @@ import torch.distributed as dist
 from shoestring.benchmarks.rows import attention, compute, exact, fp8, network, providers, training
 from shoestring.benchmarks.rows.process import Rank, RowProcess
 from shoestring.benchmarks.rows.row import Attempt, Check, Outcome, Verdict, outcome_of
-from shoestring.comm.bootstrap import start_default_group
-from shoestring.launch.run.rank_environment import FLIGHT_RECORDER, applying, rank_environment
+from shoestring.comm.bootstrap import init_default_process_group
+from shoestring.launch.run.rank_environment import FLIGHT_RECORDER_DIR, applicable_settings, build_rank_environment
 
 CHECKS = (
     *compute.CHECKS,
@@ -72,9 +72,9 @@ def everyones(rank: Rank, own: Attempt) -> list[Attempt]:
 def set_environment(rank: Rank, folder: Path) -> None:
     """Make the settings of a rank of a training run; NCCL's flight recorder writes under `folder`."""
     on_gpu = torch.cuda.is_available()
-    os.environ.update(rank_environment(made=applying(folder, on_gpu=on_gpu)))
+    os.environ.update(build_rank_environment(settings=applicable_settings(folder, on_gpu=on_gpu)))
     if on_gpu and rank.worker is not None:
-        (folder / FLIGHT_RECORDER).mkdir(parents=True, exist_ok=True)
+        (folder / FLIGHT_RECORDER_DIR).mkdir(parents=True, exist_ok=True)
 
 
 def bring_up(checks: Sequence[Check], path: Path | None) -> int:
@@ -83,7 +83,7 @@ def bring_up(checks: Sequence[Check], path: Path | None) -> int:
     set_environment(rank, Path() if path is None else path.parent)
     speaks = rank.worker is None or rank.worker.rank == 0
     if rank.worker is not None:
-        start_default_group(rank.worker, torch.device("cpu"), COMPARING)
+        init_default_process_group(rank.worker, torch.device("cpu"), COMPARING)
     process, outcomes = RowProcess(rank), []
     for check in checks:
         outcomes.append(outcome_of(check, everyones(rank, process.attempt(check))))

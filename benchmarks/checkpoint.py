@@ -35,13 +35,13 @@ from rich.table import Table
 from torch import Tensor
 
 from shoestring.comm.groups import Group
-from shoestring.trainer.checkpoint.names import whole_model
+from shoestring.trainer.checkpoint.names import model_tensor_shapes
 from shoestring.trainer.checkpoint.opened import Checkpoint
-from shoestring.trainer.checkpoint.pieces import Piece, whole_pieces
-from shoestring.trainer.checkpoint.saver import Saver, write_share
+from shoestring.trainer.checkpoint.pieces import TensorPiece, whole_tensor_pieces
+from shoestring.trainer.checkpoint.saver import CheckpointSaver, write_rank_file
 from shoestring.trainer.checkpoint.store import CheckpointExtras, CheckpointStore
-from shoestring.trainer.checkpoint.tensor_file import as_bytes
-from shoestring.trainer.huggingface.export import ExportOptions, export
+from shoestring.trainer.checkpoint.tensor_file import tensor_as_bytes
+from shoestring.trainer.huggingface.export import ExportOptions, export_checkpoint
 from shoestring.trainer.model.config import ModelConfig
 
 ROUNDS = 5
@@ -58,7 +58,7 @@ def timed(function: Callable[[], object]) -> float:
 def plain_write(path: Path, tensors: list[Tensor]) -> None:
     with path.open("wb", buffering=0) as file:
         for tensor in tensors:
-            file.write(as_bytes(tensor))
+            file.write(tensor_as_bytes(tensor))
         os.fsync(file.fileno())
 
 
@@ -69,15 +69,15 @@ def write_and_remove(path: Path, tensors: list[Tensor]) -> None:
 
 def measure_saves(directory: Path, megabytes: int) -> dict[str, Any]:
     tensors = [torch.randn(TENSOR_BYTES // 4) for _ in range(megabytes * 2**20 // TENSOR_BYTES)]
-    pieces = [piece for index, tensor in enumerate(tensors) for piece in whole_pieces(f"t{index}", tensor, (0,))]
-    saver = Saver(CheckpointStore(directory / "checkpoints", keep=1), WORLD)
-    saver.reserve(pieces)
+    pieces = [piece for index, tensor in enumerate(tensors) for piece in whole_tensor_pieces(f"t{index}", tensor, (0,))]
+    saver = CheckpointSaver(CheckpointStore(directory / "checkpoints", keep_last=1), WORLD)
+    saver.reserve_memory(pieces)
     target = [torch.ones_like(tensor) for tensor in tensors]
     rounds = []
     for number in range(ROUNDS + 1):
         copy_s = timed(lambda: [to.copy_(tensor) for to, tensor in zip(target, tensors, strict=True)])
-        blocked_s = timed(lambda number=number: saver.begin(2 * number, pieces, CheckpointExtras()))  # type: ignore[misc]
-        saver.finish()
+        blocked_s = timed(lambda number=number: saver.begin_save(2 * number, pieces, CheckpointExtras()))  # type: ignore[misc]
+        saver.finish_save()
         write_and_remove(directory / "before", tensors)
         write_s = timed(lambda: plain_write(directory / "plain", tensors))
         (directory / "plain").unlink()
@@ -98,9 +98,9 @@ def measure_saves(directory: Path, megabytes: int) -> dict[str, Any]:
     }
 
 
-def save(saver: Saver, step: int, pieces: list[Piece]) -> None:
-    saver.begin(step, pieces, CheckpointExtras())
-    saved = saver.finish()
+def save(saver: CheckpointSaver, step: int, pieces: list[TensorPiece]) -> None:
+    saver.begin_save(step, pieces, CheckpointExtras())
+    saved = saver.finish_save()
     assert saved is not None
     assert saved.failure is None
 
@@ -121,9 +121,11 @@ def model_of(gigabytes: float) -> ModelConfig:
         moe_intermediate_size=512,
         n_routed_experts=16,
     )
-    rest = sum(torch.Size(shape).numel() for name, shape in whole_model(config).items() if "/expert_" not in name)
+    rest = sum(
+        torch.Size(shape).numel() for name, shape in model_tensor_shapes(config).items() if "/expert_" not in name
+    )
     expert = 3 * config.moe_intermediate_size * config.hidden_size
-    routed = config.moe_layers + config.num_nextn_predict_layers
+    routed = config.num_moe_layers + config.num_nextn_predict_layers
     per_group = round((gigabytes * 1e9 / 4 - rest) / (routed * expert * config.n_group))
     return ModelConfig(
         **{**asdict(config), "n_routed_experts": max(2, per_group) * config.n_group, "rope_scaling": None}
@@ -132,24 +134,24 @@ def model_of(gigabytes: float) -> ModelConfig:
 
 def write_model(directory: Path, config: ModelConfig) -> Checkpoint:
     """A checkpoint of random weights, a file for each batch of tensors, so that this process stays small, too."""
-    store = CheckpointStore(directory, keep=1)
-    store.prepare(0)
-    shapes = whole_model(config)
+    store = CheckpointStore(directory, keep_last=1)
+    store.prepare_save(0)
+    shapes = model_tensor_shapes(config)
     names = list(shapes)
     for number in range(0, len(names), 16):
         batch = [piece for name in names[number : number + 16] for piece in random_piece(name, shapes[name])]
-        write_share(store.partial(0), f"part_{number:05d}", batch)
+        write_rank_file(store.partial_path(0), f"part_{number:05d}", batch)
     facts = {"step": 0, "config": {"model": asdict(config)}}
-    return Checkpoint.open(store.commit(0, CheckpointExtras(facts, names=frozenset(names))))
+    return Checkpoint.open(store.commit_save(0, CheckpointExtras(facts, required_tensors=frozenset(names))))
 
 
-def random_piece(name: str, shape: tuple[int, ...]) -> Iterator[Piece]:
-    yield from whole_pieces(name, torch.randn(shape), (0,))
+def random_piece(name: str, shape: tuple[int, ...]) -> Iterator[TensorPiece]:
+    yield from whole_tensor_pieces(name, torch.randn(shape), (0,))
 
 
 def measure_export(directory: Path, gigabytes: float) -> dict[str, Any]:
     checkpoint = write_model(directory / "store", model_of(gigabytes))
-    sizes = {"gigabytes": checkpoint.manifest.bytes / 1e9, "largest_tensor_MB": largest(checkpoint) / 1e6}
+    sizes = {"gigabytes": checkpoint.manifest.total_bytes / 1e9, "largest_tensor_MB": largest(checkpoint) / 1e6}
     rows = {}
     for dtype in ("bf16", "fp8"):
         command = [sys.executable, __file__, "--exporting", str(checkpoint.path), str(directory / dtype), dtype]
@@ -160,13 +162,13 @@ def measure_export(directory: Path, gigabytes: float) -> dict[str, Any]:
 
 
 def largest(checkpoint: Checkpoint) -> int:
-    return max(tensor.declared("").bytes for tensor in checkpoint.manifest.tensors.values())
+    return max(tensor.tensor_spec("").nbytes for tensor in checkpoint.manifest.tensors.values())
 
 
 def exporting(path: Path, directory: Path, dtype: str) -> None:
     """In a process of its own: export, then print what it took."""
     before = peak_mb()
-    took = timed(lambda: export(Checkpoint.open(path), directory, ExportOptions(dtype), lambda _: None))
+    took = timed(lambda: export_checkpoint(Checkpoint.open(path), directory, ExportOptions(dtype), lambda _: None))
     print(json.dumps({"seconds": took, "peak_MB": peak_mb(), "peak_before_MB": before}))
 
 

@@ -32,19 +32,19 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from shoestring.comm.async_comm import InlineCommunicator
 from shoestring.comm.exchange.config import ExchangeConfig
-from shoestring.comm.exchange.factory import open_exchange
+from shoestring.comm.exchange.factory import build_token_exchange
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
-from shoestring.comm.traffic import Traffic
-from shoestring.launch.run.rank_environment import DEFAULTS
-from shoestring.trainer.build import Pipeline, build_stepper
+from shoestring.comm.traffic import TrafficCounter
+from shoestring.launch.run.rank_environment import COMMON_ENVIRONMENT
+from shoestring.trainer.build import PipelineRuntime, build_stepper
 from shoestring.trainer.costs.flops import count_flops
 from shoestring.trainer.costs.parameters import count_parameters
 from shoestring.trainer.data.samples import TokenBatch
 from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.model.init import initialize
+from shoestring.trainer.model.init import initialize_weights
 from shoestring.trainer.model.model import Model
-from shoestring.trainer.model.stage_layout import Stages
+from shoestring.trainer.model.stage_layout import StageLayout
 from shoestring.trainer.optimizer.config import OptimizerConfig
 from shoestring.trainer.run.step import StepSettings
 
@@ -79,14 +79,20 @@ def ours(dtype: torch.dtype) -> Callable[[], float]:
     topology = Topology()
     groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))
     model = Model(SHAPE)
-    initialize(model, seed=0)
-    exchange = open_exchange(
-        ExchangeConfig(), groups, SHAPE.n_routed_experts, InlineCommunicator(), Traffic(topology, 0)
+    initialize_weights(model, seed=0)
+    exchange = build_token_exchange(
+        ExchangeConfig(), groups, SHAPE.n_routed_experts, InlineCommunicator(), TrafficCounter(topology, 0)
     )
-    pipeline = Pipeline.open(Stages.of(SHAPE, LENGTH), groups, torch.device("cpu"))
+    pipeline = PipelineRuntime.open(StageLayout.build(SHAPE, LENGTH), groups, torch.device("cpu"))
     optimizer = OptimizerConfig(moments=str(dtype).removeprefix("torch."))
     stepper = build_stepper(pipeline, model, exchange, dtype, 1, optimizer)
-    settings = StepSettings(learning_rate=1e-4, clip_norm=1.0, balance_weight=1e-4, mtp_weight=0.3, bias_speed=0.001)
+    settings = StepSettings(
+        learning_rate=1e-4,
+        clip_norm=1.0,
+        seq_aux_loss_coeff=1e-4,
+        mtp_loss_scaling_factor=0.3,
+        router_bias_update_rate=0.001,
+    )
     tokens_BW = torch.randint(0, SHAPE.vocab_size, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     batch = TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool))
     return lambda: stepper.step([batch], BATCH, settings).loss
@@ -156,9 +162,9 @@ class Peer:
 
 
 PEERS = {
-    "shoestring": Peer("ours", DEFAULTS),
+    "shoestring": Peer("ours", COMMON_ENVIRONMENT),
     "transformers": Peer("theirs", {}),
-    "transformers, our variables": Peer("theirs", DEFAULTS),
+    "transformers, our variables": Peer("theirs", COMMON_ENVIRONMENT),
 }
 
 
@@ -166,7 +172,7 @@ class Child:
     """A process that takes a step whenever it is asked to."""
 
     def __init__(self, peer: Peer, precision: str) -> None:
-        plain = {name: value for name, value in os.environ.items() if name not in DEFAULTS}
+        plain = {name: value for name, value in os.environ.items() if name not in COMMON_ENVIRONMENT}
         environment = {**plain, **peer.environment, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         command = [sys.executable, __file__, "--serve", peer.build, precision]
         self._process = Popen(command, env=environment, stdin=PIPE, stdout=PIPE, text=True)
@@ -206,7 +212,7 @@ def measure(name: str, pairs: int) -> dict[str, Any]:
                 seconds[peer].append(taken)
     for child in children.values():
         child.close()
-    flops = count_flops(SHAPE, LENGTH).main * BATCH * LENGTH
+    flops = count_flops(SHAPE, LENGTH).main_model * BATCH * LENGTH
     floor = flops / statistics.median(rates)
     return {
         "precision": name,

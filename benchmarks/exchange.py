@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from shoestring.launch.bench.bench_exchange import bench_exchange, bench_tables
-from shoestring.launch.bench.bench_exchange_rank import ExchangeSpec
+from shoestring.launch.bench.bench_exchange import bench_exchange, benchmark_tables
+from shoestring.launch.bench.bench_exchange_rank import ExchangeBenchmarkSpec
 
 UPLINK = "200mbit"
 
 
-def spec(nodes: int, gpus_per_node: int, tokens: int, *, overlap: bool) -> ExchangeSpec:
-    return ExchangeSpec(
+def spec(nodes: int, gpus_per_node: int, tokens: int, *, overlap: bool) -> ExchangeBenchmarkSpec:
+    return ExchangeBenchmarkSpec(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         hidden=1024,
@@ -71,9 +71,9 @@ def main() -> None:
     output = parser.parse_args().json
     console = Console(width=120)
     wide = bench_exchange(spec(4, 2, 512, overlap=False), UPLINK)
-    console.print(bench_tables(wide))
+    console.print(benchmark_tables(wide))
     narrow = bench_exchange(spec(2, 1, 2048, overlap=True), UPLINK)
-    console.print(bench_tables(narrow))
+    console.print(benchmark_tables(narrow))
     found = verdicts(wide, narrow)
     for name, ratio in found.items():
         console.print(f"{name}: {ratio:.3f}")

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shoestring.trainer.precision.reference import exact_sum, hopper_sum
+from shoestring.trainer.precision.reference import emulate_hopper_gemm, exact_gemm
 
 SIDE, LENGTHS, PROMOTIONS = 64, (512, 1024, 2048, 4096), (None, 512, 128)
 REPORTED = 0.02
@@ -31,7 +31,7 @@ def relative_error(length: int, promote_every: int | None) -> float:
     generator = torch.Generator().manual_seed(0)
     a_XK, b_YK = (uniform(SIDE, length, generator) for _ in range(2))
     exact_XY = a_XK @ b_YK.T
-    found_XY = hopper_sum(a_XK, b_YK, promote_every).double()
+    found_XY = emulate_hopper_gemm(a_XK, b_YK, promote_every).double()
     return float((found_XY - exact_XY).abs().max() / exact_XY.abs().max())
 
 
@@ -40,7 +40,7 @@ def fp32_error(length: int) -> float:
     generator = torch.Generator().manual_seed(0)
     a_XK, b_YK = (uniform(SIDE, length, generator) for _ in range(2))
     exact_XY = a_XK @ b_YK.T
-    return float((exact_sum(a_XK, b_YK).double() - exact_XY).abs().max() / exact_XY.abs().max())
+    return float((exact_gemm(a_XK, b_YK).double() - exact_XY).abs().max() / exact_XY.abs().max())
 
 
 def main() -> None:

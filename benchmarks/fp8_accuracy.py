@@ -32,22 +32,22 @@ from torch import Tensor
 import shoestring.trainer.data
 from shoestring.comm.async_comm import InlineCommunicator
 from shoestring.comm.exchange.config import ExchangeConfig
-from shoestring.comm.exchange.factory import open_exchange
-from shoestring.comm.fp8 import TILE
+from shoestring.comm.exchange.factory import build_token_exchange
+from shoestring.comm.fp8 import TILE_WIDTH
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
-from shoestring.comm.traffic import Traffic
-from shoestring.trainer.build import Pipeline, build_stepper
+from shoestring.comm.traffic import TrafficCounter
+from shoestring.trainer.build import PipelineRuntime, build_stepper
 from shoestring.trainer.data.samples import TokenBatch
 from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.model.init import initialize
+from shoestring.trainer.model.init import initialize_weights
 from shoestring.trainer.model.linear import Linear
 from shoestring.trainer.model.model import Model
-from shoestring.trainer.model.stage_layout import Stages
+from shoestring.trainer.model.stage_layout import StageLayout
 from shoestring.trainer.optimizer.config import OptimizerConfig
-from shoestring.trainer.precision.fp8 import Fp8
-from shoestring.trainer.precision.reference import Reference
-from shoestring.trainer.precision.tiles import Scales, Tiles, quantize_blocks
+from shoestring.trainer.precision.fp8 import Fp8LinearOps
+from shoestring.trainer.precision.reference import ReferenceBackend
+from shoestring.trainer.precision.tiles import RowwiseFp8Tensor, ScaleFormat, quantize_weight
 from shoestring.trainer.run.step import Stepper, StepSettings
 
 BATCH, LENGTH = 8, 128
@@ -58,19 +58,19 @@ REPORTED = 0.0025
 
 
 @dataclass(frozen=True)
-class BlockGradients(Reference):
+class BlockGradients(ReferenceBackend):
     """The ablation: what is quantized inside a backward shares a scale over 128 rows too."""
 
-    def tiles(self, x_XD: Tensor, scales: Scales) -> Tiles:
+    def quantize_rowwise(self, x_XD: Tensor, scales: ScaleFormat) -> RowwiseFp8Tensor:
         if torch._C._current_graph_task_id() == -1:  # no backward is running
-            return super().tiles(x_XD, scales)
+            return super().quantize_rowwise(x_XD, scales)
         return block_tiles(x_XD, scales)
 
 
-def block_tiles(x_XD: Tensor, scales: Scales) -> Tiles:
+def block_tiles(x_XD: Tensor, scales: ScaleFormat) -> RowwiseFp8Tensor:
     """128 × 128 blocks, written as tiles with equal scales."""
-    blocks = quantize_blocks(x_XD, scales)
-    return Tiles(blocks.values_NK, blocks.scales_PQ.repeat_interleave(TILE, 0)[: len(x_XD)])
+    blocks = quantize_weight(x_XD, scales)
+    return RowwiseFp8Tensor(blocks.values_NK, blocks.scales_PQ.repeat_interleave(TILE_WIDTH, 0)[: len(x_XD)])
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,13 @@ class Way:
     """How a run computes."""
 
     dtype: torch.dtype = torch.bfloat16
-    provider: Reference | None = None
+    provider: ReferenceBackend | None = None
 
 
 WAYS = {
     "bf16": Way(),
     "fp32": Way(torch.float32),
-    "fp8": Way(provider=Reference()),
+    "fp8": Way(provider=ReferenceBackend()),
     "fp8 block gradients": Way(provider=BlockGradients()),
 }
 
@@ -108,13 +108,13 @@ def build(way: Way, seed: int) -> Stepper:
     topology = Topology()
     groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))
     model = Model(SHAPE)
-    initialize(model, seed)
+    initialize_weights(model, seed)
     if way.provider is not None:
-        model.use_fp8(Fp8(way.provider))
-    exchange = open_exchange(
-        ExchangeConfig(), groups, SHAPE.n_routed_experts, InlineCommunicator(), Traffic(topology, 0)
+        model.enable_fp8(Fp8LinearOps(way.provider))
+    exchange = build_token_exchange(
+        ExchangeConfig(), groups, SHAPE.n_routed_experts, InlineCommunicator(), TrafficCounter(topology, 0)
     )
-    pipeline = Pipeline.open(Stages.of(SHAPE, LENGTH), groups, torch.device("cpu"))
+    pipeline = PipelineRuntime.open(StageLayout.build(SHAPE, LENGTH), groups, torch.device("cpu"))
     return build_stepper(pipeline, model, exchange, way.dtype, 1, OptimizerConfig())
 
 
@@ -123,7 +123,13 @@ def settings(step: int, steps: int) -> StepSettings:
     last bit come apart by more than what is to be seen."""
     done = (step + 1) / steps
     rate = PEAK_RATE * min(1.0, 10 * done, 0.5 * (1 + math.cos(math.pi * (2 * done - 1))) if done > 0.5 else 1.0)
-    return StepSettings(learning_rate=rate, clip_norm=1.0, balance_weight=1e-4, mtp_weight=0.0, bias_speed=0.001)
+    return StepSettings(
+        learning_rate=rate,
+        clip_norm=1.0,
+        seq_aux_loss_coeff=1e-4,
+        mtp_loss_scaling_factor=0.0,
+        router_bias_update_rate=0.001,
+    )
 
 
 def train(name: str, tokens: Tensor, seed: int, steps: int) -> tuple[Stepper, list[float]]:
@@ -174,16 +180,16 @@ def input_gradient_errors(stepper: Stepper, batch: TokenBatch) -> dict[str, tupl
 
     def seen(name: str, module: Linear, grad: Tensor) -> None:
         grad_RN = grad.flatten(0, -2).float()
-        provider, weight = Reference(), provider_blocks(module)
+        provider, weight = ReferenceBackend(), provider_blocks(module)
         exact_RK = grad_RN.double() @ module.weight.detach().double()
         found = []
-        for tiles in (provider.tiles(grad_RN, Scales.FP32), block_tiles(grad_RN, Scales.FP32)):
-            error_RK = provider.multiply(tiles, weight, torch.float64) - exact_RK
+        for tiles in (provider.quantize_rowwise(grad_RN, ScaleFormat.FP32), block_tiles(grad_RN, ScaleFormat.FP32)):
+            error_RK = provider.gemm(tiles, weight, torch.float64) - exact_RK
             found.append(float(error_RK.norm() / exact_RK.norm()))
         errors[name] = (found[0], found[1])
 
     def provider_blocks(module: Linear) -> Any:
-        return quantize_blocks(module.weight.detach(), Scales.FP32).transposed()
+        return quantize_weight(module.weight.detach(), ScaleFormat.FP32).transposed()
 
     with watched(stepper.model, seen):
         stepper.step([batch], BATCH, settings(0, 1))

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shoestring.trainer.precision.backend import PrecisionBackend, missing_for, open_provider
-from shoestring.trainer.precision.reference import Reference
-from shoestring.trainer.precision.tiles import Scales
+from shoestring.trainer.precision.backend import PrecisionBackend, open_backend, unavailable_reasons
+from shoestring.trainer.precision.reference import ReferenceBackend
+from shoestring.trainer.precision.tiles import ScaleFormat
 
 PEAK = 1979.0  # dense FP8 TFLOP/s of an H800, H100 or H200: twice the BF16 rate of 989.5
 TRACE_PROCESSORS = 112
@@ -104,17 +104,17 @@ def work_of(shape: Shape, provider: PrecisionBackend) -> Callable[[], Tensor]:
     a_MK = torch.randn(shape.m, shape.k, device="cuda", dtype=torch.bfloat16)
     if shape.is_of_weights:
         b_NK = torch.randn(shape.n, shape.k, device="cuda", dtype=torch.bfloat16)
-        a, b = (provider.columns(x.T.contiguous(), (shape.k,), Scales.FP32) for x in (a_MK, b_NK))
+        a, b = (provider.quantize_columnwise(x.T.contiguous(), (shape.k,), ScaleFormat.FP32) for x in (a_MK, b_NK))
         sum_LNK = torch.zeros(1, shape.m, shape.n, device="cuda")
 
         def add() -> Tensor:
-            provider.add_outer(a, b, sum_LNK)
+            provider.accumulate_grouped_wgrad(a, b, sum_LNK)
             return sum_LNK
 
         return add
     weight = torch.randn(shape.experts, shape.n, shape.k, device="cuda", dtype=torch.bfloat16)
-    x, blocks = provider.tiles(a_MK, Scales.FP32), provider.blocks(weight, Scales.FP32)
-    return lambda: provider.multiply_grouped(x, blocks, rows_L, torch.bfloat16)
+    x, blocks = provider.quantize_rowwise(a_MK, ScaleFormat.FP32), provider.quantize_weight(weight, ScaleFormat.FP32)
+    return lambda: provider.grouped_gemm(x, blocks, rows_L, torch.bfloat16)
 
 
 def tflops(shape: Shape, work: Callable[[], Tensor]) -> float:
@@ -147,7 +147,7 @@ def measure(shape: Shape, providers: dict[str, PrecisionBackend], processors: in
     rates: dict[str, float] = {}
     error = 0.0
     torch.manual_seed(0)
-    truth = work_of(shape, Reference())()
+    truth = work_of(shape, ReferenceBackend())()
     for name, provider in providers.items():
         torch.manual_seed(0)
         work = work_of(shape, provider)
@@ -180,12 +180,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    missing = {name: list(missing_for(name, on_gpu=torch.cuda.is_available())) for name in ("triton", "torch")}
+    missing = {name: list(unavailable_reasons(name, on_gpu=torch.cuda.is_available())) for name in ("triton", "torch")}
     for name, reasons in missing.items():
         for reason in reasons:
             print(f"{name}: {reason}")
     device = torch.device("cuda")
-    providers = {name: open_provider(name, device) for name, reasons in missing.items() if not reasons}
+    providers = {name: open_backend(name, device) for name, reasons in missing.items() if not reasons}
     if not providers:
         print("nothing to measure here")
         return

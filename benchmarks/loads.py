@@ -30,10 +30,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from shoestring.launch.run.run_dir import own
-from shoestring.trainer.ledger.allocation import Allocation
+from shoestring.launch.run.run_dir import create_run_dir
+from shoestring.trainer.ledger.allocation import AllocationJournal
 from shoestring.trainer.ledger.config import BudgetConfig
-from shoestring.trainer.ledger.terms import TOTALS_FILE
+from shoestring.trainer.ledger.terms import SNAPSHOT_FILE
 from shoestring.trainer.ledger.work import WorkJournal
 from shoestring.trainer.telemetry.events import METRICS_FILE, Event
 
@@ -60,17 +60,17 @@ class Row:
 
 def make_ledger(run_dir: Path, records: int) -> None:
     """Three records a step, as a run writes them; one launch goes back to an earlier step."""
-    allocation = Allocation(run_dir, ranks=8, attempt="one", budget=BUDGET)
+    allocation = AllocationJournal(run_dir, ranks=8, attempt="one", budget=BUDGET)
     work = WorkJournal(run_dir, ranks=8, attempt="one", budget=BUDGET)
-    work.ready()
+    work.record_ready()
     step = 0
     for number in range(1, records // 3 + 1):
         step += 1
-        work.interval("data_stall", 0.0)
-        work.step(step, 0.0, 4096)
-        work.interval("telemetry", 0.0)
+        work.record_interval("data_stall", 0.0)
+        work.record_step(step, 0.0, 4096)
+        work.record_interval("telemetry", 0.0)
         if number % 1000 == 0:
-            work.resume(step - 10)
+            work.record_resume(step - 10)
             step -= 10
     work.close()
     allocation.close(f"{step} steps done")
@@ -80,22 +80,25 @@ def make_metrics(run_dir: Path, lines: int) -> None:
     """Lines of the length that a model of 16 routed layers of 32 experts has; an evaluation in a hundred."""
     loads = {f"expert_load/layer_{layer:02d}": [100 + expert for expert in range(16)] for layer in range(18)}
     with (run_dir / METRICS_FILE).open("w") as file:
-        file.write(Event("run", 0, {"config": {}, "total_steps": lines}, 1.8e9).line() + "\n")
+        file.write(Event("run", 0, {"config": {}, "total_steps": lines}, 1.8e9).to_json_line() + "\n")
         for step in range(1, lines + 1):
             values = {"loss": 10 / (1 + step / lines), "loss/mtp": 5.0, "grad_norm": 1.0, "learning_rate": 1e-4}
             values |= {"tokens_per_second": 1e6, "mfu": 0.3, "budget_left": 1e6 - step, "total_steps": lines}
-            line = Event("step", step, {**values, **loads}, 1.8e9 + step).line()
+            line = Event("step", step, {**values, **loads}, 1.8e9 + step).to_json_line()
             file.write(line[:-1] + f', "filler": "{"x" * max(0, LINE_BYTES - len(line) - 14)}"}}\n')
             if step % 100 == 0:
                 found = {"loss": 5.0, "targets": 640, "unigram_entropy": 7.0}
-                file.write(Event("evaluation", step, found, 1.8e9 + step).line() + "\n")
+                file.write(Event("evaluation", step, found, 1.8e9 + step).to_json_line() + "\n")
             if step % 1000 == 0:
-                file.write(Event("checkpoint", step, {"path": f"step_{step:08d}"}, 1.8e9 + step).line() + "\n")
+                file.write(Event("checkpoint", step, {"path": f"step_{step:08d}"}, 1.8e9 + step).to_json_line() + "\n")
 
 
 def make_checkpoints(run_dir: Path, number: int) -> None:
     """Whole from outside: a file of tensors, a manifest of their names, the marker."""
-    from shoestring.trainer.checkpoint.manifest import MANIFEST, MARKER  # and torch, which the measuring must not hold
+    from shoestring.trainer.checkpoint.manifest import (  # and torch, which the measuring must not hold
+        COMPLETE_MARKER_FILE,
+        MANIFEST_FILE,
+    )
 
     piece = ["part_00000.safetensors", 8, 0, 0, "0" * 64]
     name = "model/layers.{0}.experts.gate_up/expert_{0:04d}"
@@ -107,8 +110,8 @@ def make_checkpoints(run_dir: Path, number: int) -> None:
         (folder / "part_00000.safetensors").write_bytes(b" " * 8)
         tree = {"format": 2, "facts": {"step": step, "config": config}, "files": {"part_00000.safetensors": 8}}
         text = json.dumps({**tree, "attachments": [], "tensors": tensors}, separators=(",", ":")).encode()
-        (folder / MANIFEST).write_bytes(text)
-        (folder / MARKER).write_text(hashlib.sha256(text).hexdigest() + "\n")
+        (folder / MANIFEST_FILE).write_bytes(text)
+        (folder / COMPLETE_MARKER_FILE).write_text(hashlib.sha256(text).hexdigest() + "\n")
 
 
 RESUME = """
@@ -157,7 +160,7 @@ def apart(make: Callable[[Path, int], None], run_dir: Path, number: int) -> None
 
 def measure(run_dir: Path, scale: float) -> list[Row]:
     """All verbs on loads of this size."""
-    own(run_dir)
+    create_run_dir(run_dir)
     records, lines, checkpoints = (max(10, round(scale * full)) for full in (RECORDS, LINES, CHECKPOINTS))
     apart(make_ledger, run_dir, records)
     apart(make_checkpoints, run_dir, checkpoints)
@@ -183,7 +186,7 @@ def measure(run_dir: Path, scale: float) -> list[Row]:
         "resume": [*resume, "three"],
     }
     for verb, command in without.items():
-        (run_dir / TOTALS_FILE).unlink(missing_ok=True)
+        (run_dir / SNAPSHOT_FILE).unlink(missing_ok=True)
         rows.append(run(verb, f"{ledger}, without totals", command))
     return rows
 

@@ -19,15 +19,15 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from shoestring.comm.async_comm import open_worker
+from shoestring.comm.async_comm import build_async_communicator
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
-from shoestring.comm.trace import SILENT
-from shoestring.comm.traffic import Traffic
-from shoestring.parallelism.weight_grad import WeightGradients, linear
-from shoestring.parallelism.zero.bucket import Bucket, Member
+from shoestring.comm.trace import NULL_RECORDER
+from shoestring.comm.traffic import TrafficCounter
+from shoestring.parallelism.weight_grad import DelayedWeightGradients, linear
+from shoestring.parallelism.zero.bucket import Bucket, BucketParameter
 from shoestring.parallelism.zero.optimizer import ShardedOptimizer
-from shoestring.parallelism.zero.reduce import Reducer
+from shoestring.parallelism.zero.reduce import GradientReducer
 from shoestring.trainer.model.phase import SplitBackward
 from shoestring.trainer.optimizer.adamw import AdamW
 from shoestring.trainer.optimizer.config import OptimizerConfig
@@ -92,13 +92,13 @@ def shoestring(sizes: Sizes, rank: int, ranks: int, moments: torch.dtype) -> Run
     groups = ProcessGroups.create(Topology(edp=ranks), rank, timedelta(seconds=60))
     model = stack(sizes)
     members = [
-        [Member(f"{index}.{name}", p, decays=True) for name, p in block.named_parameters()]
+        [BucketParameter(f"{index}.{name}", p, has_weight_decay=True) for name, p in block.named_parameters()]
         for index, block in reversed(list(enumerate(model)))
     ]
-    buckets = [Bucket("", each, groups.dense[(0,)], moments, torch.float32) for each in members]
-    worker = open_worker(groups.world, torch.device("cpu"))
-    reducer = Reducer(buckets, range(len(buckets)), worker, Traffic(groups.topology, rank))
-    optimizer = ShardedOptimizer(reducer, AdamW(CONFIG), [0] * len(buckets), range(len(buckets)), SILENT)
+    buckets = [Bucket("", each, groups.dense_dp[(0,)], moments, torch.float32) for each in members]
+    worker = build_async_communicator(groups.world, torch.device("cpu"))
+    reducer = GradientReducer(buckets, range(len(buckets)), worker, TrafficCounter(groups.topology, rank))
+    optimizer = ShardedOptimizer(reducer, AdamW(CONFIG), [0] * len(buckets), range(len(buckets)), NULL_RECORDER)
     batches, scale = _batches(sizes, rank), _scale(sizes, ranks)
 
     def backward(x_RD: Tensor, *, last: bool) -> None:
@@ -106,22 +106,22 @@ def shoestring(sizes: Sizes, rank: int, ranks: int, moments: torch.dtype) -> Run
         phases: list[SplitBackward] = []
         for block in model:
             phases.append(SplitBackward(lambda x, block=block: (block(x),), x_RD))
-            (x_RD,) = phases[-1].take()
-        grad, weights = 2 * scale * x_RD, WeightGradients()
+            (x_RD,) = phases[-1].pop_outputs()
+        grad, weights = 2 * scale * x_RD, DelayedWeightGradients()
         for index, phase in enumerate(reversed(phases)):
-            (grad,) = phase.backward(weights, grad)
-            weights.run()
+            (grad,) = phase.backward_inputs(weights, grad)
+            weights.flush()
             if last:
-                reducer.after(index)
+                reducer.after_instruction(index)
 
     def step() -> float:
-        reducer.begin()
+        reducer.begin_step()
         for index, batch in enumerate(batches):
             backward(batch, last=index == len(batches) - 1)
-        reducer.finish()
-        norm = reducer.norm(groups.world)
+        reducer.finish_reduction()
+        norm = reducer.gradient_norm(groups.world)
         optimizer.step(RATE, min(1.0, CONFIG.clip_norm / norm))
-        optimizer.wait()
+        optimizer.wait_for_weights()
         return norm
 
     return Runner(step, lambda: _copies(dict(model.named_parameters())), optimizer.close)

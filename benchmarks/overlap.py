@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from shoestring.launch.bench.bench_exchange import run_on_cluster
+from shoestring.launch.bench.bench_exchange import run_ranks_on_simulated_cluster
 
 MODULE = "shoestring.benchmarks.overlap_rank"
 TRIES = 4
@@ -32,7 +32,7 @@ BALANCE = 1.15
 
 def run(nodes: int, pp: int, pairs: int, uplink: str, folder: Path) -> list[dict[str, Any]]:
     """The figures of every rank."""
-    run_on_cluster(nodes, 1, uplink, ["-m", MODULE, str(pp), str(pairs), str(folder)])
+    run_ranks_on_simulated_cluster(nodes, 1, uplink, ["-m", MODULE, str(pp), str(pairs), str(folder)])
     found: list[dict[str, Any]] = json.loads((folder / "figures.json").read_text())
     return found
 

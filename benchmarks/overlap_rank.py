@@ -11,23 +11,23 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
-from shoestring.comm.async_comm import open_worker
-from shoestring.comm.bootstrap import WorkerEnvironment, start_default_group
+from shoestring.comm.async_comm import build_async_communicator
+from shoestring.comm.bootstrap import TorchrunEnvironment, init_default_process_group
 from shoestring.comm.exchange.config import ExchangeConfig
-from shoestring.comm.exchange.factory import open_exchange
+from shoestring.comm.exchange.factory import build_token_exchange
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.topology import Link, Topology
-from shoestring.comm.trace import EXPOSED_EXCHANGE, Track
-from shoestring.comm.traffic import Traffic
-from shoestring.trainer.build import Pipeline, build_stepper
+from shoestring.comm.topology import LinkType, Topology
+from shoestring.comm.trace import EXPOSED_EXCHANGE, TimelineTrack
+from shoestring.comm.traffic import TrafficCounter
+from shoestring.trainer.build import PipelineRuntime, build_stepper
 from shoestring.trainer.data.samples import TokenBatch
 from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.model.init import initialize
+from shoestring.trainer.model.init import initialize_weights
 from shoestring.trainer.model.model import Model
-from shoestring.trainer.model.stage_layout import Stages
+from shoestring.trainer.model.stage_layout import StageLayout
 from shoestring.trainer.optimizer.config import OptimizerConfig
 from shoestring.trainer.run.step import Stepper, StepSettings
-from shoestring.trainer.telemetry.trace import Span, TraceRecorder, merge_ranks, summarize_trace, write_rank
+from shoestring.trainer.telemetry.trace import Span, TraceRecorder, merge_rank_traces, summarize_trace, write_rank_trace
 
 LIMIT = timedelta(minutes=3)
 LENGTH, SEQUENCES, MICRO_BATCHES = 256, 2, 6
@@ -50,7 +50,13 @@ SHAPE = ModelConfig(
     num_nextn_predict_layers=0,
     initializer_range=0.02,
 )
-SETTINGS = StepSettings(learning_rate=1e-4, clip_norm=1.0, balance_weight=1e-4, mtp_weight=0.3, bias_speed=0.001)
+SETTINGS = StepSettings(
+    learning_rate=1e-4,
+    clip_norm=1.0,
+    seq_aux_loss_coeff=1e-4,
+    mtp_loss_scaling_factor=0.3,
+    router_bias_update_rate=0.001,
+)
 
 
 class Trainer:
@@ -59,13 +65,15 @@ class Trainer:
     def __init__(self, groups: ProcessGroups, *, overlap: bool) -> None:
         topology, cpu = groups.topology, torch.device("cpu")
         self.trace = TraceRecorder(nvtx=False)
-        stages = Stages.of(SHAPE, LENGTH, "dualpipev", topology.pp)
-        model = Model(SHAPE, stages.share(topology, groups.rank))
-        initialize(model, seed=0)
-        self.traffic = Traffic(topology, groups.rank)
-        worker = open_worker(groups.ep, cpu, recorder=self.trace)
-        exchange = open_exchange(ExchangeConfig(name="two_hop"), groups, SHAPE.n_routed_experts, worker, self.traffic)
-        pipeline = Pipeline.open(stages, groups, cpu, overlap=overlap, recorder=self.trace)
+        stages = StageLayout.build(SHAPE, LENGTH, "dualpipev", topology.pp)
+        model = Model(SHAPE, stages.model_shard(topology, groups.rank))
+        initialize_weights(model, seed=0)
+        self.traffic = TrafficCounter(topology, groups.rank)
+        worker = build_async_communicator(groups.ep, cpu, recorder=self.trace)
+        exchange = build_token_exchange(
+            ExchangeConfig(name="two_hop"), groups, SHAPE.n_routed_experts, worker, self.traffic
+        )
+        pipeline = PipelineRuntime.open(stages, groups, cpu, overlap=overlap, recorder=self.trace)
         self.stepper: Stepper = build_stepper(
             pipeline, model, exchange, torch.float32, MICRO_BATCHES, OptimizerConfig()
         )
@@ -79,9 +87,9 @@ class Trainer:
             tokens_BW = torch.randint(0, SHAPE.vocab_size, (SEQUENCES, LENGTH + 1), generator=generator)
             batches.append(TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool)))
         self.trace.spans.clear()
-        self.trace.on = True
+        self.trace.is_recording = True
         self.stepper.step(batches, SEQUENCES * MICRO_BATCHES * self.stepper.groups.topology.dp, SETTINGS)
-        self.trace.on = False
+        self.trace.is_recording = False
         return pair_seconds(self.trace.spans)
 
     def close(self) -> None:
@@ -91,12 +99,12 @@ class Trainer:
 
 def pair_seconds(spans: list[Span]) -> dict[str, float]:
     """What this rank's FBs took, by kind, and their share of the step's exchanges."""
-    pairs = [span for span in spans if span.track is Track.INSTRUCTION and span.name == "FB"]
+    pairs = [span for span in spans if span.track is TimelineTrack.INSTRUCTION and span.name == "FB"]
     inside = [span for span in spans if any(pair.begin <= span.begin and span.end <= pair.end for pair in pairs)]
     whole = seconds(pairs)
     exposed = seconds([span for span in inside if span.name == EXPOSED_EXCHANGE])
-    exchanges = [span for span in spans if span.track is Track.EXCHANGE]
-    exchanging = [span for span in inside if span.track is Track.EXCHANGE]
+    exchanges = [span for span in spans if span.track is TimelineTrack.EXCHANGE]
+    exchanging = [span for span in inside if span.track is TimelineTrack.EXCHANGE]
     return {
         "FB": whole,
         "compute": whole - exposed,
@@ -111,17 +119,17 @@ def seconds(spans: list[Span]) -> float:
 
 
 def main(pp: int, pairs: int, output: str) -> None:
-    worker = WorkerEnvironment.read()
+    worker = TorchrunEnvironment.read()
     assert worker is not None
     torch.set_num_threads(1)
-    start_default_group(worker, torch.device("cpu"), LIMIT)
+    init_default_process_group(worker, torch.device("cpu"), LIMIT)
     topology = Topology(pp=pp, ep=worker.world_size // pp, gpus_per_node=1)
-    holders = list(Stages.of(SHAPE, LENGTH, "dualpipev", pp).all_holders())
+    holders = list(StageLayout.build(SHAPE, LENGTH, "dualpipev", pp).replica_pp_groups())
     groups = ProcessGroups.create(topology, worker.rank, LIMIT, holders)
     turns, serial = Trainer(groups, overlap=True), Trainer(groups, overlap=False)
     turns.step()
     serial.step()
-    turns.traffic.clear()
+    turns.traffic.reset()
     found = [
         (turns.step(), serial.step()) if pair % 2 else (serial.step(), turns.step())[::-1] for pair in range(pairs)
     ]
@@ -130,14 +138,14 @@ def main(pp: int, pairs: int, output: str) -> None:
         "serial": {key: median(one[key] for _, one in found) for key in found[0][0]},
         "ratio": median(turn["FB"] / one["FB"] for turn, one in found),
         "exposed": median(turn[EXPOSED_EXCHANGE] / turn["FB"] for turn, _ in found),
-        "bytes_between_nodes": found[0][0]["share"] * turns.traffic.by_link()[Link.INFINIBAND] / pairs,
+        "bytes_between_nodes": found[0][0]["share"] * turns.traffic.bytes_by_link()[LinkType.INFINIBAND] / pairs,
         "terms": summarize_trace(turns.trace.spans),
     }
     folder = Path(output)
-    write_rank(folder, worker.rank, turns.trace.spans)
+    write_rank_trace(folder, worker.rank, turns.trace.spans)
     everyone = groups.world.all_gather_objects(own, "figures")
     if worker.rank == 0:
-        merge_ranks(folder, worker.world_size)
+        merge_rank_traces(folder, worker.world_size)
         (folder / "figures.json").write_text(json.dumps(everyone))
     turns.close()
     serial.close()

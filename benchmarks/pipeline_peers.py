@@ -17,10 +17,10 @@ from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleDualPip
 
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
-from shoestring.parallelism.pipeline.executor import Executor, Steps, open_lanes
-from shoestring.parallelism.pipeline.placement import StagePlace
+from shoestring.parallelism.pipeline.executor import PipelineExecutor, Resumable, build_p2p_channels
+from shoestring.parallelism.pipeline.placement import StageLocation
 from shoestring.parallelism.pipeline.schedules.registry import build_program
-from shoestring.parallelism.weight_grad import WeightGradients, linear
+from shoestring.parallelism.weight_grad import DelayedWeightGradients, linear
 from shoestring.trainer.model.phase import SplitBackward
 
 PEERS = {
@@ -85,7 +85,7 @@ class ModuleStage:
     targets: tuple[Tensor, ...]
     phases: dict[int, SplitBackward] = field(default_factory=dict)
 
-    def forward(self, micro_batch: int, received: Tensor | None) -> Steps[Tensor | None]:
+    def forward(self, micro_batch: int, received: Tensor | None) -> Resumable[Tensor | None]:
         yield from ()
         x = self.inputs[micro_batch] if self.is_first else received
         assert x is not None
@@ -95,17 +95,19 @@ class ModuleStage:
             return (loss_of(out, self.targets[micro_batch]) if self.is_last else out,)
 
         phase = self.phases[micro_batch] = SplitBackward(run, x)
-        return None if self.is_last else phase.take()[0]
+        return None if self.is_last else phase.pop_outputs()[0]
 
-    def backward(self, micro_batch: int, received: Tensor | None, weights: WeightGradients) -> Steps[Tensor | None]:
+    def backward(
+        self, micro_batch: int, received: Tensor | None, weights: DelayedWeightGradients
+    ) -> Resumable[Tensor | None]:
         yield from ()
         grad = torch.ones((), dtype=self.inputs[0].dtype) if self.is_last else received
         assert grad is not None
-        (grad_input,) = self.phases.pop(micro_batch).backward(weights, grad)
-        weights.settle()
+        (grad_input,) = self.phases.pop(micro_batch).backward_inputs(weights, grad)
+        weights.flush_unless_deferred()
         return None if self.is_first else grad_input
 
-    def message(self, micro_batch: int) -> Tensor:
+    def empty_activation(self, micro_batch: int) -> Tensor:
         return torch.empty_like(self.inputs[micro_batch])
 
 
@@ -133,14 +135,14 @@ def ours(schedule: str, sizes: Sizes, rank: int, ranks: int) -> Peer:
     """Shoestring's executor."""
     groups = ProcessGroups.create(Topology(pp=ranks), rank, timedelta(seconds=60))
     program = build_program(schedule, ranks, sizes.micro_batches)
-    lanes = open_lanes(groups, torch.device("cpu"))
-    executor = Executor.of(program, rank, lanes, groups.up.ranks)
+    lanes = build_p2p_channels(groups, torch.device("cpu"))
+    executor = PipelineExecutor.from_program(program, rank, lanes, groups.pp_next.ranks)
     x, target = inputs_and_targets(sizes)
     placement, modules, stages = program.placement, {}, []
-    for chunk in range(placement.chunks):
-        place = StagePlace(rank, chunk)
-        module = modules[placement.stage(place)] = stage_module(placement.stage(place), sizes)
-        ends = placement.is_first(place), placement.is_last(place)
+    for chunk in range(placement.chunks_per_rank):
+        place = StageLocation(rank, chunk)
+        module = modules[placement.stage_at(place)] = stage_module(placement.stage_at(place), sizes)
+        ends = placement.is_first_stage(place), placement.is_last_stage(place)
         stages.append(ModuleStage(module, *ends, x.split(sizes.rows), target.split(sizes.rows)))
 
     def close() -> None:

@@ -23,15 +23,19 @@ from pathlib import Path
 
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.topology import Topology
-from shoestring.launch.planner.forecast import Forecaster, Layout
-from shoestring.launch.planner.published import as_published, exposed_share, simulate_pair
-from shoestring.launch.planner.recipe import NOTHING, Precision, Recipe
+from shoestring.launch.planner.forecast import ParallelLayout, StepForecaster
+from shoestring.launch.planner.published import (
+    exposed_communication_share,
+    seconds_by_published_phase,
+    simulate_traced_chunk_pair,
+)
+from shoestring.launch.planner.recipe import RECOMPUTE_NOTHING, ForecastRecipe, GemmPrecision
 from shoestring.launch.verbs.simulate import simulate
-from shoestring.parallelism.pipeline.communication import edges
-from shoestring.parallelism.pipeline.liveness import moments
-from shoestring.parallelism.pipeline.placement import StagePlace
+from shoestring.parallelism.pipeline.communication import derive_p2p_batches
+from shoestring.parallelism.pipeline.liveness import peak_instructions
+from shoestring.parallelism.pipeline.placement import StageLocation
 from shoestring.parallelism.pipeline.schedules.registry import build_program
-from shoestring.parallelism.pipeline.simulate import UnitTimes, simulate_program
+from shoestring.parallelism.pipeline.simulate import OpDurations, simulate_program
 
 PUBLISHED = Path(__file__).with_name("published_measurements.csv")
 
@@ -62,26 +66,28 @@ def read_published() -> dict[str, float]:
 def deepseek_v3(published: dict[str, float]) -> Iterator[Comparison]:
     simulation = simulate(["experiment=deepseek_v3_h800"], None, {})
     forecast = simulation.forecast
-    own = {f"phase_{name}_s": seconds for name, seconds in as_published(forecast).items()}
+    own = {f"phase_{name}_s": seconds for name, seconds in seconds_by_published_phase(forecast).items()}
     own |= {
-        "step_time_s": forecast.seconds,
-        "tokens_per_day_B": forecast.tokens / forecast.seconds * 86_400 / 1e9,
-        "tflops_per_gpu_causal": forecast.mfu * forecast.peak_flops / 1e12,
+        "step_time_s": forecast.step_seconds,
+        "tokens_per_day_B": forecast.global_batch_tokens / forecast.step_seconds * 86_400 / 1e9,
+        "tflops_per_gpu_causal": forecast.mfu * forecast.peak_flops_per_gpu / 1e12,
         "mfu_causal_pct": 100 * forecast.mfu,
-        "tflops_per_gpu_noncausal": forecast.flops.main_full_attention * forecast.tokens_per_second_and_gpu / 1e12,
+        "tflops_per_gpu_noncausal": forecast.flops_per_token.main_model_full_attention
+        * forecast.tokens_per_second_per_gpu
+        / 1e12,
         "mfu_noncausal_pct": 100
-        * forecast.flops.main_full_attention
-        * forecast.tokens_per_second_and_gpu
-        / forecast.peak_flops,
+        * forecast.flops_per_token.main_model_full_attention
+        * forecast.tokens_per_second_per_gpu
+        / forecast.peak_flops_per_gpu,
     }
     for metric, value in own.items():
         row = f"dsv3-isca-mpft-{metric}"
         yield Comparison("DeepSeek-V3 step", row, published[row], value)
     row = "dsv3-report-pretrain-gpu_hours"
     yield Comparison("DeepSeek-V3 step", row, published[row], forecast.gpu_hours(14.8e12))
-    lanes = simulate_pair(simulation.forecaster.costs(simulation.layout, forecast.recipe))
-    exposed = exposed_share(lanes) * lanes.now * 1e3
-    pair = {"chunk_pair_span_ms": (129.012, lanes.now * 1e3)}
+    lanes = simulate_traced_chunk_pair(simulation.forecaster.chunk_time_model(simulation.layout, forecast.recipe))
+    exposed = exposed_communication_share(lanes) * lanes.elapsed_seconds * 1e3
+    pair = {"chunk_pair_span_ms": (129.012, lanes.elapsed_seconds * 1e3)}
     pair["exposed_comm_ms"] = published["dsv3-trace-exposed_comm_ms"], exposed
     for metric, (traced, composed) in pair.items():
         yield Comparison("H800 trace, of its own kernels", f"dsv3-trace-{metric}", traced, composed, "consistency")
@@ -126,7 +132,7 @@ def zero_bubble(published: dict[str, float]) -> Iterator[Comparison]:
             program = build_program(schedule, profile.ranks, profile.micro_batches, chunks)
             part = 1e-6 / (chunks or 1)
             parts = profile.forward * part, profile.input_gradient * part, profile.weight_gradient * part
-            seconds = simulate_program(program, UnitTimes(*parts), profile.transfer * 1e-6).makespan
+            seconds = simulate_program(program, OpDurations(*parts), profile.transfer * 1e-6).makespan
             rates[name] = profile.micro_batch * profile.micro_batches / profile.ranks / seconds
         rows = {name: f"zb-{profile.name}-{name}-m{profile.micro_batches}-samples_per_gpu_per_s" for name in _SCHEDULES}
         for name in ("zb1p", "f1bi"):
@@ -143,12 +149,12 @@ def _zero_bubble_memory(profile: Profile, schedule: str, chunks: int | None) -> 
     program = build_program(schedule, profile.ranks, profile.micro_batches, chunks)
     tokens = _LENGTH * profile.micro_batch
     layer = 34 * tokens * profile.hidden + 5 * profile.heads * _LENGTH * tokens
-    stages, count = program.placement.stages, _LAYERS_A_RANK // program.chunks
+    stages, count = program.placement.num_stages, _LAYERS_A_RANK // program.chunks_per_rank
     worst = 0.0
-    for rank, commits in enumerate(edges(program)):
-        held = [program.placement.stage(StagePlace(rank, chunk)) for chunk in range(program.chunks)]
+    for rank, commits in enumerate(derive_p2p_batches(program)):
+        held = [program.placement.stage_at(StageLocation(rank, chunk)) for chunk in range(program.chunks_per_rank)]
         layers = [count - (stage in (0, stages - 1)) for stage in held]
-        counts = [moment.in_memory for moment in moments(program, rank, commits)]
+        counts = [moment.micro_batches_in_memory for moment in peak_instructions(program, rank, commits)]
         alive = max(sum(n * k for n, k in zip(each, layers, strict=True)) for each in counts)
         static = _BYTES_A_PARAMETER * 12 * profile.hidden**2 * sum(layers)
         worst = max(worst, alive * layer + static)
@@ -156,20 +162,22 @@ def _zero_bubble_memory(profile: Profile, schedule: str, chunks: int | None) -> 
 
 
 def four_layers(published: dict[str, float]) -> Iterator[Comparison]:
-    from shoestring.launch.compose import compose_run
+    from shoestring.launch.compose import compose_run_config
 
-    cluster = compose_run(["cluster=b200"]).cluster
-    v3 = compose_run(["model=deepseek_v3", "data.vocabulary=129280"]).model
+    cluster = compose_run_config(["cluster=b200"]).cluster
+    v3 = compose_run_config(["model=deepseek_v3", "data.vocabulary=129280"]).model
     model = replace(v3, num_hidden_layers=4, first_k_dense_replace=1, num_nextn_predict_layers=0)
     native = ExchangeConfig(name="two_hop")
-    recipe = Recipe(precision=Precision.BF16, recompute=NOTHING, exchange=native, comm_sms=0, moment_bytes=8)
-    forecaster = Forecaster(model, cluster, 4096)
+    recipe = ForecastRecipe(
+        precision=GemmPrecision.BF16, recompute=RECOMPUTE_NOTHING, exchange=native, comm_sms=0, moment_bytes=8
+    )
+    forecaster = StepForecaster(model, cluster, 4096)
     calibrated = ("ep8_pp1", 4), ("ep8_pp1", 32)
     grids = {"ep8_pp1": (Topology(ep=8), "dp8"), "ep4_pp2": (Topology(pp=2, ep=4), "dp4")}
     halves = {"ep8_pp1": None, "ep4_pp2": (2, 2)}  # Megatron's: as many layers on each stage
     forecasts = {
         (name, count): forecaster.forecast(
-            Layout(topology, "one_f_one_b", layers=halves[name]), recipe, count * topology.dp
+            ParallelLayout(topology, "one_f_one_b", layers_per_stage=halves[name]), recipe, count * topology.dp
         )
         for name, (topology, _) in grids.items()
         for count in (4, 8, 32)
@@ -179,19 +187,21 @@ def four_layers(published: dict[str, float]) -> Iterator[Comparison]:
         return f"simumax-b200-deepseekv3_l4_tp1_{name}_{grids[name][1]}_mbc{count}_cef-{metric}"
 
     first, second = calibrated
-    a, b = (forecasts[key].replay.makespan for key in calibrated)
-    update = forecasts[first].reduce + forecasts[first].optimizer
+    a, b = (forecasts[key].program_times.makespan for key in calibrated)
+    update = forecasts[first].exposed_collective_seconds + forecasts[first].optimizer_seconds
     x, y = (published[row(*key, "step_time_ms")] / 1e3 for key in (first, second))
     pace = (y - x) / (b - a)
     rest = (x - pace * a) / update
     print(f"four layers: calibrated factor on computing {pace:.3f}, on the update {rest:.3f}")
     for key, forecast in forecasts.items():
-        seconds = pace * forecast.replay.makespan + rest * (forecast.reduce + forecast.optimizer)
+        seconds = pace * forecast.program_times.makespan + rest * (
+            forecast.exposed_collective_seconds + forecast.optimizer_seconds
+        )
         use = "calibrated on" if key in calibrated else "predicted"
         name = row(*key, "step_time_ms")
         yield Comparison("four layers on 8 B200, time", name, published[name], seconds * 1e3, use)
         name = row(*key, "peak_alloc_GiB_worst_rank")
-        allocated = max(memory.allocated for memory in forecast.memory) / 2**30
+        allocated = max(memory.allocated for memory in forecast.memory_by_rank) / 2**30
         yield Comparison("four layers on 8 B200, memory", name, published[name], allocated)
 
 
@@ -231,7 +241,7 @@ def simulations_a_second() -> float:
     simulation = simulate(["experiment=deepseek_v3_h800"], None, {})
     began = time.process_time()
     for number in range(40):
-        simulation.again(replace(simulation.forecast.recipe, skew=1e-6 * (number + 1)))
+        simulation.forecast_with(replace(simulation.forecast.recipe, skew=1e-6 * (number + 1)))
     return 40 / (time.process_time() - began)
 
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from shoestring.launch.run.rank_environment import rank_environment
+from shoestring.launch.run.rank_environment import build_rank_environment
 from shoestring.launch.verbs.calibrate import calibrate
 from shoestring.launch.verbs.simulate import simulate
 
@@ -37,14 +37,16 @@ def overrides(layout: list[str]) -> list[str]:
 
 def shoestring(*arguments: str) -> None:
     command = [sys.executable, "-m", "shoestring.launch.cli", *arguments]
-    done = subprocess.run(command, env=rank_environment(), check=False, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=build_rank_environment(), check=False, capture_output=True, text=True, timeout=300
+    )
     if done.returncode:
         raise RuntimeError(done.stderr)
 
 
 def forecast(layout: list[str], calibration: Path) -> float:
     """Seconds of a step."""
-    return simulate([*overrides(layout), "cluster=measured"], calibration, {}).forecast.seconds
+    return simulate([*overrides(layout), "cluster=measured"], calibration, {}).forecast.step_seconds
 
 
 def measure(layout: list[str], folder: Path) -> float:

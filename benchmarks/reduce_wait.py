@@ -25,13 +25,13 @@ from rich.console import Console
 from rich.table import Table
 
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.trace import REDUCE_WAIT, Track
-from shoestring.launch.compose import compose_run
+from shoestring.comm.trace import GRADIENT_SYNC_WAIT, TimelineTrack
+from shoestring.launch.compose import compose_run_config
 from shoestring.parallelism.zero.optimizer import ShardedOptimizer
-from shoestring.parallelism.zero.reduce import Reducer
+from shoestring.parallelism.zero.reduce import GradientReducer
 from shoestring.tests.processes import World, run_processes
-from shoestring.trainer.build import stages_of
-from shoestring.trainer.ledger.summary import summarize
+from shoestring.trainer.build import build_stage_layout
+from shoestring.trainer.ledger.summary import summarize_ledger
 from shoestring.trainer.loop import train
 
 LAYOUTS = {
@@ -53,17 +53,19 @@ def one_after_the_other(stack: ExitStack) -> None:
 
     def step_and_wait(self: ShardedOptimizer, rate: float, factor: float = 1.0) -> None:
         step(self, rate, factor)
-        with self._recorder.span(Track.INSTRUCTION, REDUCE_WAIT):
-            self.wait()
+        with self._recorder.span(TimelineTrack.INSTRUCTION, GRADIENT_SYNC_WAIT):
+            self.wait_for_weights()
 
-    stack.enter_context(patch.object(Reducer, "after", lambda self, instruction: None))
+    stack.enter_context(patch.object(GradientReducer, "after", lambda self, instruction: None))
     stack.enter_context(patch.object(ShardedOptimizer, "step", step_and_wait))
 
 
 def run(world: World, overrides: list[str], overlap: bool) -> None:
     torch.set_num_threads(1)
-    config = compose_run(["experiment=quickstart", *overrides])
-    groups = ProcessGroups.create(config.topology, world.rank, timedelta(seconds=60), stages_of(config).all_holders())
+    config = compose_run_config(["experiment=quickstart", *overrides])
+    groups = ProcessGroups.create(
+        config.topology, world.rank, timedelta(seconds=60), build_stage_layout(config).replica_pp_groups()
+    )
     with ExitStack() as stack:
         if not overlap:
             one_after_the_other(stack)
@@ -77,10 +79,10 @@ def measure(directory: Path, layout: list[str], steps: int, overlap: bool) -> di
     quiet = ["telemetry.wandb.mode=disabled", "telemetry.terms_every=1", "training.sample_tokens=0"]
     where = [f"training.run_dir={directory}", f"training.tokens={tokens}", "training.evaluate_every=0"]
     overrides = [*layout, "schedule.micro_batch=2", *quiet, *where, "training.checkpoint_every=0"]
-    ranks = compose_run(["experiment=quickstart", *overrides]).topology.world_size
+    ranks = compose_run_config(["experiment=quickstart", *overrides]).topology.world_size
     run_processes(ranks, run, overrides, overlap, timeout=300)
-    summary = summarize(directory)
-    per_step = {name: ms / (ranks * steps) for name, ms in summary.terms.items()}
+    summary = summarize_ledger(directory)
+    per_step = {name: ms / (ranks * steps) for name, ms in summary.gpu_ms_by_term.items()}
     return {"reduce_wait_ms": per_step["reduce_wait"], "step_ms": summary.productive_ms / (ranks * steps)}
 
 

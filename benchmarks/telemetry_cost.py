@@ -24,12 +24,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from shoestring.comm.exchange.permutation import NO_VISITS
-from shoestring.comm.traffic import Traffic
-from shoestring.launch.compose import compose_run
+from shoestring.comm.exchange.permutation import ZERO_TOKEN_COUNTS
+from shoestring.comm.traffic import TrafficCounter
+from shoestring.launch.compose import compose_run_config
 from shoestring.trainer.costs.flops import count_flops
 from shoestring.trainer.model.model import router_names
-from shoestring.trainer.run.reporter import Reporter, Speed
+from shoestring.trainer.run.reporter import MfuInputs, Reporter
 from shoestring.trainer.run.step import StepResult, StepSettings
 
 REPEATS = 200
@@ -51,7 +51,7 @@ def measure(run_dir: Path) -> dict[str, float]:
     silent = open_reporter(run_dir / "silent", REPEATS + 1)
     found["a step that is not"] = median_ms(partial(step, silent))
     found["waiting for data"] = median_ms(partial(stall, silent))
-    found["asking the guard"] = median_ms(silent.must_halt)
+    found["asking the guard"] = median_ms(silent.budget_halt_reason)
     with mock.patch.object(sys, "stdout", io.StringIO()):
         logged.close(REPEATS, "done")
         silent.close(REPEATS, "done")
@@ -60,26 +60,28 @@ def measure(run_dir: Path) -> dict[str, float]:
 
 def open_reporter(run_dir: Path, log_every: int) -> Reporter:
     overrides = [f"training.run_dir={run_dir}", f"telemetry.log_every={log_every}", "training.tokens=1_000_000_000"]
-    config = compose_run(["experiment=quickstart", *overrides])
+    config = compose_run_config(["experiment=quickstart", *overrides])
     with mock.patch.object(sys, "stdout", io.StringIO()):
         reporter = Reporter(config, run_dir, "benchmark")
-        reporter.run(Speed(count_flops(config.model, config.training.sequence_length), 1.0), "cpu", "float32", "blocks")
-        reporter.ready()
+        reporter.report_run(
+            MfuInputs(count_flops(config.model, config.training.sequence_length), 1.0), "cpu", "float32", "blocks"
+        )
+        reporter.begin_training()
     return reporter
 
 
-CONFIG = compose_run(["experiment=quickstart"])
+CONFIG = compose_run_config(["experiment=quickstart"])
 COUNTS_E = {name: torch.full((CONFIG.model.n_routed_experts,), 1000) for name in router_names(CONFIG.model)}
-RESULT = StepResult(3.0, 3.1, 1e-4, 4.0, 1.0, 2048, COUNTS_E, NO_VISITS, (-0.01, 0.01), ())
+RESULT = StepResult(3.0, 3.1, 1e-4, 4.0, 1.0, 2048, COUNTS_E, ZERO_TOKEN_COUNTS, (-0.01, 0.01), ())
 
 
 def step(reporter: Reporter, number: int) -> None:
-    sent, between_replicas = Traffic(CONFIG.topology, 0), Traffic(CONFIG.topology, 0)
-    reporter.step(number + 1, RESULT, StepSettings(1e-3, 1.0, 1e-4, 0.3, 1e-3), 0.0, sent, between_replicas)
+    sent, between_replicas = TrafficCounter(CONFIG.topology, 0), TrafficCounter(CONFIG.topology, 0)
+    reporter.report_step(number + 1, RESULT, StepSettings(1e-3, 1.0, 1e-4, 0.3, 1e-3), 0.0, sent, between_replicas)
 
 
 def stall(reporter: Reporter, number: int) -> None:
-    with reporter.timing("data_stall"):
+    with reporter.charge_time("data_stall"):
         pass
 
 

@@ -26,16 +26,16 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from shoestring.launch.planner.pricing import MEASURED_ON
-from shoestring.parallelism.weight_grad import WeightGradients
-from shoestring.trainer.model.attention_backend import AttentionCase, GpuFacts, choose_attention
+from shoestring.launch.planner.pricing import MEASURED_MODEL
+from shoestring.parallelism.weight_grad import DelayedWeightGradients
+from shoestring.trainer.model.attention_backend import AttentionShape, GpuCapabilities, select_attention
 from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.model.layer import Context, MoELayer
+from shoestring.trainer.model.layer import LayerContext, MoELayer
 from shoestring.trainer.model.model import Model, ModelShard
-from shoestring.trainer.model.recompute import Recompute, RecomputeModule
-from shoestring.trainer.model.rope import rotation
-from shoestring.trainer.precision.backend import choose_provider, missing_for, open_provider
-from shoestring.trainer.precision.fp8 import Fp8
+from shoestring.trainer.model.recompute import RecomputeModule, SelectiveRecompute
+from shoestring.trainer.model.rope import build_rotary_embedding
+from shoestring.trainer.precision.backend import choose_backend, open_backend, unavailable_reasons
+from shoestring.trainer.precision.fp8 import Fp8LinearOps
 
 TRACE_US = {"attn(F)": 4370, "mlp(F)": 4604, "mlp(B)": 5306, "mlp(W)": 5063, "attn(B)": 9341, "attn(W)": 2388}
 LAUNCH = re.compile("cu(da)?(LaunchKernel|LaunchCooperativeKernel|Memcpy|Memset)")
@@ -44,7 +44,7 @@ RECOMPUTED = frozenset(
     {RecomputeModule.NORM, RecomputeModule.UP_PROJECTION, RecomputeModule.SWIGLU}
 )  # recompute=deepseek_v3; the trace shows it
 V3 = replace(
-    MEASURED_ON,
+    MEASURED_MODEL,
     vocab_size=256,
     num_hidden_layers=1,
     first_k_dense_replace=0,
@@ -76,19 +76,19 @@ def build(setting: Setting, provider: str, device: torch.device) -> Model:
             weight.normal_(std=0.006) if weight.ndim > 1 else weight.fill_(1.0)
     for _, router in model.routers():
         router.bias_E.zero_()
-    wide = model.wide_parameter_names()
+    wide = model.fp32_parameter_names()
     for name, weight in model.named_parameters():
         if name not in wide:
             weight.data = weight.data.to(torch.bfloat16)
         weight.grad_dtype = torch.float32
         weight.grad = torch.zeros_like(weight, dtype=torch.float32)
-    model.use_fp8(Fp8(open_provider(provider, device)))
+    model.enable_fp8(Fp8LinearOps(open_backend(provider, device)))
     if device.type == "cuda":
         config, dtype = setting.config, torch.bfloat16
-        case = AttentionCase(
+        case = AttentionShape(
             1, config.num_attention_heads, setting.tokens, config.qk_head_dim, config.v_head_dim, dtype
         )
-        model.use_attention(choose_attention("auto", case, GpuFacts.here()))
+        model.set_attention(select_attention("auto", case, GpuCapabilities.detect()))
     return model
 
 
@@ -117,20 +117,25 @@ def layer_seconds(model: Model, setting: Setting, device: torch.device) -> dict[
     x_BSD = normal(*shape).requires_grad_()
     rows_RD = normal(sum(rows_L), setting.config.hidden_size).requires_grad_()
     gates_R = torch.rand(sum(rows_L), device=device).requires_grad_()
-    context = Context(
-        rotation(setting.config, setting.tokens, x_BSD), torch.ones(shape[:2], dtype=torch.bool, device=device)
+    context = LayerContext(
+        build_rotary_embedding(setting.config, setting.tokens, x_BSD),
+        torch.ones(shape[:2], dtype=torch.bool, device=device),
     )
-    attention, ffn, recompute = WeightGradients(deferred=True), WeightGradients(deferred=True), Recompute(RECOMPUTED)
+    attention, ffn, recompute = (
+        DelayedWeightGradients(deferred=True),
+        DelayedWeightGradients(deferred=True),
+        SelectiveRecompute(RECOMPUTED),
+    )
     made: dict[str, tuple[Tensor, ...]] = {}
 
     def attend() -> None:
-        with attention.collect(), recompute.collect():
-            residual_BSD, normed_TD, routing = layer.attend(x_BSD, context)
+        with attention.collect_from_forward(), recompute.enable():
+            residual_BSD, normed_TD, routing = layer.attend_and_route(x_BSD, context)
         made["attn"] = (residual_BSD, normed_TD, routing.gates_TK)
 
     def mlp() -> None:
         normed_TD = made["attn"][1].detach().requires_grad_()
-        with ffn.collect(), recompute.collect():
+        with ffn.collect_from_forward(), recompute.enable():
             shared = () if layer.shared is None else (layer.shared(normed_TD),)
             made["mlp"] = (*shared, layer.experts(rows_RD, gates_R, rows_L))
 
@@ -141,9 +146,9 @@ def layer_seconds(model: Model, setting: Setting, device: torch.device) -> dict[
     timed("attn(F)", attend)
     timed("mlp(F)", mlp)
     backward("mlp")
-    timed("mlp(W)", ffn.run)
+    timed("mlp(W)", ffn.flush)
     backward("attn")
-    timed("attn(W)", attention.run)
+    timed("attn(W)", attention.flush)
     return seconds
 
 
@@ -177,14 +182,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     on_gpu = torch.cuda.is_available()
-    name = choose_provider(options.provider, on_gpu=on_gpu)
-    missing = list(missing_for(name, on_gpu=on_gpu))
+    name = choose_backend(options.provider, on_gpu=on_gpu)
+    missing = list(unavailable_reasons(name, on_gpu=on_gpu))
     if not on_gpu or name == "reference" or missing:
         print(f"nothing to measure here: {'; '.join(missing) or 'no provider of FP8 but the reference serves'}")
         return
     device = torch.device("cuda")
     model = build(SETTING, name, device)
-    with model.weights_unchanged():  # so the first runs, which are left out, quantize them all
+    with model.cache_fp8_weights():  # so the first runs, which are left out, quantize them all
         runs = [layer_seconds(model, SETTING, device) for _ in range(options.repetitions + 2)][2:]
         counts = launches(model, SETTING, device)
     found = {part: 1e6 * statistics.median(run[part] for run in runs) for part in TRACE_US}

@@ -14,24 +14,24 @@ from .files.strict_json import parse_json
 
 
 @dataclass(frozen=True)
-class Fact:
+class Fingerprint:
     """One thing that must be the same everywhere."""
 
     digest: str
     """Of its value, which may be a secret."""
-    shown: str
+    display_value: str
     """What messages show of it."""
 
 
-class ProcessesDifferError(ConfigError):
+class RankMismatchError(ConfigError):
     """Processes of one run are not the same; raised on all of them."""
 
 
-Facts = Mapping[str, Fact]
+Fingerprints = Mapping[str, Fingerprint]
 """By name, in the order in which they are compared."""
 
 
-def first_difference(here: Facts, there: Facts) -> str | None:
+def find_first_mismatch(here: Fingerprints, there: Fingerprints) -> str | None:
     """Return the name of the first fact that is not the same, or is missing on one side; None where all agree."""
     for name in (*here, *(name for name in there if name not in here)):
         ours, theirs = here.get(name), there.get(name)
@@ -40,48 +40,48 @@ def first_difference(here: Facts, there: Facts) -> str | None:
     return None
 
 
-def difference(name: str, here: tuple[str, Facts], there: tuple[str, Facts]) -> str:
+def describe_mismatch(name: str, here: tuple[str, Fingerprints], there: tuple[str, Fingerprints]) -> str:
     """Return in words what the fact `name` is on both sides; each side has a name of its own."""
-    shown = [facts[name].shown if name in facts else "nothing" for _, facts in (here, there)]
+    shown = [facts[name].display_value if name in facts else "nothing" for _, facts in (here, there)]
     sides = ", ".join(f"{text} on {who}" for text, (who, _) in zip(shown, (here, there), strict=True))
     return f"{sides} (variables of the environment differ)" if shown[0] == shown[1] else sides
 
 
-def to_json(facts: Facts) -> str:
+def fingerprints_to_json(facts: Fingerprints) -> str:
     """Return `facts` as text."""
-    return json.dumps({name: [fact.digest, fact.shown] for name, fact in facts.items()})
+    return json.dumps({name: [fact.digest, fact.display_value] for name, fact in facts.items()})
 
 
-def from_json(text: str) -> dict[str, Fact]:
-    """Return what `to_json` made into text. Raises `ValueError` for any other text."""
+def fingerprints_from_json(text: str) -> dict[str, Fingerprint]:
+    """Return what `fingerprints_to_json` made into text. Raises `ValueError` for any other text."""
     facts = {}
-    for name, pair in parse_json(text).mapping().items():
+    for name, pair in parse_json(text).as_mapping().items():
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(each, str) for each in pair)):
             raise ValueError(f"{name} is not a fact")
-        facts[name] = Fact(*pair)
+        facts[name] = Fingerprint(*pair)
     return facts
 
 
-def refuse_unless_equal(store: dist.Store, rank: int, ranks: int, facts: Facts) -> None:
-    """Raise `ProcessesDifferError` on every rank, with the first difference from rank 0, unless all `facts` agree.
+def verify_ranks_match(store: dist.Store, rank: int, world_size: int, fingerprints: Fingerprints) -> None:
+    """Raise `RankMismatchError` on every rank, with the first difference from rank 0, unless all `facts` agree.
 
     A few messages of each rank with the store of the launch: no group is open yet, as ranks that differ may want other
     groups. Raises `dist.DistError` where ranks do not come in time.
     """
     who = f"rank {rank} ({socket.gethostname()})"
     if rank == 0:
-        store.set("facts", json.dumps([who, to_json(facts)]))
+        store.set("facts", json.dumps([who, fingerprints_to_json(fingerprints)]))
     first, text = json.loads(store.get("facts"))
-    theirs = from_json(text)
-    name = first_difference(theirs, facts)
+    theirs = fingerprints_from_json(text)
+    name = find_first_mismatch(theirs, fingerprints)
     if name is not None:
-        store.set("difference", json.dumps([name, difference(name, (first, theirs), (who, facts))]))
-    if store.add("compared", 1) == ranks:
+        store.set("difference", json.dumps([name, describe_mismatch(name, (first, theirs), (who, fingerprints))]))
+    if store.add("compared", 1) == world_size:
         store.set("all compared", "")
     store.wait(["all compared"])
     if store.check(["difference"]):
         name, sides = json.loads(store.get("difference"))
-        raise ProcessesDifferError([Problem(name, sides, DIFFERENT)])
+        raise RankMismatchError([Problem(name, sides, MISMATCH_HINT)])
 
 
-DIFFERENT = "must be the same on all ranks and machines; start all with one command, one tree and one prepared data"
+MISMATCH_HINT = "must be the same on all ranks and machines; start all with one command, one tree and one prepared data"

@@ -1,6 +1,6 @@
 """Communication that advances without being waited on: a thread beside the computing one, or a stream of the GPU.
 
-`OrderCheck` is a debugging aid: every rank of a group issues the same exchanges in the same order, or all of them say
+`CollectiveOrderCheck` is a debugging aid: every rank of a group issues the same exchanges in the same order, or all of them say
 who does not. Without it, two ranks that disagree wait for each other until the limit.
 """
 
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from .errors import CollectiveError
 from .groups import Group
-from .host import HostCopies, HostCopy
-from .streams import StreamEvent, Streams, streams_of
-from .trace import SILENT, SpanRecorder, Track
+from .host import AsyncHostCopier, AsyncHostCopy
+from .streams import DeviceStreams, StreamEvent, get_device_streams
+from .trace import NULL_RECORDER, SpanRecorder, TimelineTrack
 
 
 @dataclass
-class OrderCheck:
+class CollectiveOrderCheck:
     """Compares exchanges over a group before they run; costs one small collective each."""
 
     group: Group
@@ -67,7 +67,7 @@ class TwoPartWork(Generic[T]):
         self._proceed: Callable[[], AsyncWork[T]] | None = proceed
         self._pending: AsyncWork[T] | None = None
 
-    def proceed(self) -> None:
+    def launch_second_part(self) -> None:
         """Launch the second part, unless that is done. The host waits here for the numbers of the first."""
         if self._proceed is not None:
             proceed, self._proceed = self._proceed, None  # lets go of what the second part reads
@@ -75,7 +75,7 @@ class TwoPartWork(Generic[T]):
 
     def wait(self) -> T:
         """Return what arrived, see `AsyncWork`; launches the second part where `proceed` has not."""
-        self.proceed()
+        self.launch_second_part()
         assert self._pending is not None
         return self._pending.wait()
 
@@ -87,7 +87,7 @@ class AsyncCommunicator(Protocol):
         """Start `function`, which reads `inputs`; `what` names it where orders are compared."""
         ...
 
-    def submit_in_parts(
+    def submit_two_part(
         self, what: str, first: Callable[[], Callable[[], T]], inputs: Sequence[Tensor]
     ) -> TwoPartWork[T]:
         """Start `first`, which returns the second part; both read `inputs`.
@@ -97,7 +97,7 @@ class AsyncCommunicator(Protocol):
         """
         ...
 
-    def to_host_later(self, x: Tensor) -> HostCopy:
+    def copy_to_host_async(self, x: Tensor) -> AsyncHostCopy:
         """Start a copy of `x` to the host: by the first part, to be waited for by the second."""
         ...
 
@@ -106,19 +106,19 @@ class AsyncCommunicator(Protocol):
         ...
 
 
-def open_worker(
+def build_async_communicator(
     group: Group,
     device: torch.device,
-    order: OrderCheck | None = None,
-    recorder: SpanRecorder = SILENT,
-    track: Track = Track.EXCHANGE,
-    streams: Streams | None = None,
+    order: CollectiveOrderCheck | None = None,
+    recorder: SpanRecorder = NULL_RECORDER,
+    track: TimelineTrack = TimelineTrack.EXCHANGE,
+    streams: DeviceStreams | None = None,
 ) -> AsyncCommunicator:
     """The worker for communication over `group` by tensors on `device`; it shows on `track` of a timeline.
 
     `streams` are those that it uses; by default those of `device`.
     """
-    streams = streams or streams_of(device)
+    streams = streams or get_device_streams(device)
     if group.size == 1:
         return InlineCommunicator(recorder, track, streams)
     if streams is not None:
@@ -126,7 +126,7 @@ def open_worker(
     return ThreadCommunicator(order, recorder, track)
 
 
-class Done(Generic[T]):
+class CompletedWork(Generic[T]):
     """A result that is already here."""
 
     def __init__(self, result: T) -> None:
@@ -159,34 +159,37 @@ class InlineCommunicator:
     """Runs everything at once, in the caller: for a group of one rank, where nothing moves."""
 
     def __init__(
-        self, recorder: SpanRecorder = SILENT, track: Track = Track.EXCHANGE, streams: Streams | None = None
+        self,
+        recorder: SpanRecorder = NULL_RECORDER,
+        track: TimelineTrack = TimelineTrack.EXCHANGE,
+        streams: DeviceStreams | None = None,
     ) -> None:
         self._recorder, self._track = recorder, track
-        self._copies, self._parts = HostCopies(streams), _Parts()
+        self._copies, self._parts = AsyncHostCopier(streams), _Parts()
 
     def submit(self, what: str, function: Callable[[], T], inputs: Sequence[Tensor]) -> AsyncWork[T]:
         """See `AsyncCommunicator`."""
         self._parts.submit(what)
-        self._recorder.mark(Track.LAUNCH, what)
-        return Done(self._run(what, function))
+        self._recorder.record_instant(TimelineTrack.LAUNCH, what)
+        return CompletedWork(self._run(what, function))
 
-    def submit_in_parts(
+    def submit_two_part(
         self, what: str, first: Callable[[], Callable[[], T]], inputs: Sequence[Tensor]
     ) -> TwoPartWork[T]:
         """See `AsyncCommunicator`."""
         self._parts.begin(what)
-        self._recorder.mark(Track.LAUNCH, what)
+        self._recorder.record_instant(TimelineTrack.LAUNCH, what)
         second = self._run(what, first)
 
         def proceed() -> AsyncWork[T]:
             self._parts.end()
-            return Done(self._run(what, second))
+            return CompletedWork(self._run(what, second))
 
         return TwoPartWork(proceed)
 
-    def to_host_later(self, x: Tensor) -> HostCopy:
+    def copy_to_host_async(self, x: Tensor) -> AsyncHostCopy:
         """See `AsyncCommunicator`."""
-        return self._copies.start(x)
+        return self._copies.start_copy(x)
 
     def _run(self, what: str, function: Callable[[], T]) -> T:
         with torch.no_grad(), self._recorder.span(self._track, what):
@@ -204,21 +207,24 @@ class ThreadCommunicator:
     """
 
     def __init__(
-        self, order: OrderCheck | None = None, recorder: SpanRecorder = SILENT, track: Track = Track.EXCHANGE
+        self,
+        order: CollectiveOrderCheck | None = None,
+        recorder: SpanRecorder = NULL_RECORDER,
+        track: TimelineTrack = TimelineTrack.EXCHANGE,
     ) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=track)
         self._order = order
         self._recorder, self._track = recorder, track
         self._failure: BaseException | None = None
-        self._copies, self._parts = HostCopies(None), _Parts()
+        self._copies, self._parts = AsyncHostCopier(None), _Parts()
 
     def submit(self, what: str, function: Callable[[], T], inputs: Sequence[Tensor]) -> AsyncWork[T]:
         """See `AsyncCommunicator`."""
         self._parts.submit(what)
-        self._recorder.mark(Track.LAUNCH, what)
+        self._recorder.record_instant(TimelineTrack.LAUNCH, what)
         return _InThread(self._executor.submit(self._run, what, function))
 
-    def submit_in_parts(
+    def submit_two_part(
         self, what: str, first: Callable[[], Callable[[], T]], inputs: Sequence[Tensor]
     ) -> TwoPartWork[T]:
         """See `AsyncCommunicator`. The thread starts the second part: it waits for numbers instead of the caller.
@@ -226,7 +232,7 @@ class ThreadCommunicator:
         The order of collectives is that of a stream, because nothing comes between the parts.
         """
         self._parts.begin(what)
-        self._recorder.mark(Track.LAUNCH, what)
+        self._recorder.record_instant(TimelineTrack.LAUNCH, what)
         running = _InThread(self._executor.submit(self._run, what, lambda: first()()))
 
         def proceed() -> AsyncWork[T]:
@@ -235,9 +241,9 @@ class ThreadCommunicator:
 
         return TwoPartWork(proceed)
 
-    def to_host_later(self, x: Tensor) -> HostCopy:
+    def copy_to_host_async(self, x: Tensor) -> AsyncHostCopy:
         """See `AsyncCommunicator`."""
-        return self._copies.start(x)
+        return self._copies.start_copy(x)
 
     def close(self) -> None:
         """See `AsyncCommunicator`."""
@@ -273,33 +279,33 @@ class StreamCommunicator:
 
     def __init__(
         self,
-        streams: Streams,
-        order: OrderCheck | None = None,
-        recorder: SpanRecorder = SILENT,
-        track: Track = Track.EXCHANGE,
+        streams: DeviceStreams,
+        order: CollectiveOrderCheck | None = None,
+        recorder: SpanRecorder = NULL_RECORDER,
+        track: TimelineTrack = TimelineTrack.EXCHANGE,
     ) -> None:
         self._streams = streams
-        self._stream = streams.create(track)
+        self._stream = streams.create_stream(track)
         self._order = order
         self._recorder, self._track = recorder, track
-        self._copies, self._parts = HostCopies(streams), _Parts()
+        self._copies, self._parts = AsyncHostCopier(streams), _Parts()
 
     def submit(self, what: str, function: Callable[[], T], inputs: Sequence[Tensor]) -> AsyncWork[T]:
         """See `AsyncCommunicator`. The host waits for nothing here."""
         self._parts.submit(what)
         self._announce(what)
-        computed = self._streams.current().record_event()
+        computed = self._streams.current_stream().record_event()
         with self._queueing(what, inputs):
             self._stream.wait_event(computed)
             return _OnStream(function(), self._stream.record_event(), self._streams)
 
-    def submit_in_parts(
+    def submit_two_part(
         self, what: str, first: Callable[[], Callable[[], T]], inputs: Sequence[Tensor]
     ) -> TwoPartWork[T]:
         """See `AsyncCommunicator`. The second part waits for nothing that was computed since the first."""
         self._parts.begin(what)
         self._announce(what)
-        computed = self._streams.current().record_event()
+        computed = self._streams.current_stream().record_event()
         with self._queueing(what, inputs):
             self._stream.wait_event(computed)
             second = first()
@@ -311,9 +317,9 @@ class StreamCommunicator:
 
         return TwoPartWork(proceed)
 
-    def to_host_later(self, x: Tensor) -> HostCopy:
+    def copy_to_host_async(self, x: Tensor) -> AsyncHostCopy:
         """See `AsyncCommunicator`."""
-        return self._copies.start(x)
+        return self._copies.start_copy(x)
 
     def close(self) -> None:
         """See `AsyncCommunicator`."""
@@ -322,38 +328,38 @@ class StreamCommunicator:
     def _announce(self, what: str) -> None:
         if self._order is not None:
             self._order.check(what)
-        self._recorder.mark(Track.LAUNCH, what)
+        self._recorder.record_instant(TimelineTrack.LAUNCH, what)
 
     @contextmanager
     def _queueing(self, what: str, inputs: Sequence[Tensor]) -> Iterator[None]:
         """Queue on the worker's stream what reads `inputs`."""
-        with torch.no_grad(), self._streams.use(self._stream), self._recorder.span(self._track, what):
+        with torch.no_grad(), self._streams.use_stream(self._stream), self._recorder.span(self._track, what):
             yield
         for tensor in inputs:
-            self._streams.hold(tensor, self._stream)
+            self._streams.record_stream(tensor, self._stream)
 
 
 class _OnStream(Generic[T]):
-    def __init__(self, result: T, arrived: StreamEvent, streams: Streams) -> None:
+    def __init__(self, result: T, arrived: StreamEvent, streams: DeviceStreams) -> None:
         self._result = result
         self._streams = streams
         self._arrived = arrived
 
     def wait(self) -> T:
-        stream = self._streams.current()
+        stream = self._streams.current_stream()
         stream.wait_event(self._arrived)
-        for tensor in tensors_of(self._result):
-            self._streams.hold(tensor, stream)
+        for tensor in iter_tensors(self._result):
+            self._streams.record_stream(tensor, stream)
         return self._result
 
 
-def tensors_of(value: Any) -> Iterator[Tensor]:
+def iter_tensors(value: Any) -> Iterator[Tensor]:
     """Every tensor in nested tuples and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple):
         for item in value:
-            yield from tensors_of(item)
+            yield from iter_tensors(item)
     elif is_dataclass(value):
         for field in fields(value):
-            yield from tensors_of(getattr(value, field.name))
+            yield from iter_tensors(getattr(value, field.name))

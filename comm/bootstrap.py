@@ -9,14 +9,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from .errors import ConfigError, Problem, refuse_if_any
-from .loopback import listen_on, loopback_of
+from .errors import ConfigError, Problem, raise_if_any
+from .loopback import open_listening_socket, resolve_to_loopback
 
 _MOST_RANKS = 10_000_000
 
 
 @dataclass(frozen=True)
-class WorkerEnvironment:
+class TorchrunEnvironment:
     """What torchrun tells each worker."""
 
     rank: int
@@ -24,7 +24,7 @@ class WorkerEnvironment:
     world_size: int
 
     @staticmethod
-    def read() -> WorkerEnvironment | None:
+    def read() -> TorchrunEnvironment | None:
         """The variables of this process, or None outside torchrun. Raises `ConfigError` where some are missing."""
         wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         missing = [name for name in wanted if name not in os.environ]
@@ -44,8 +44,8 @@ class WorkerEnvironment:
             problems.append(Problem("MASTER_ADDR", "", "must name the machine of rank 0"))
         if not problems and rank >= size:
             problems.append(Problem("RANK", rank, f"must be less than WORLD_SIZE = {size}: ranks count from 0"))
-        refuse_if_any(problems)
-        return WorkerEnvironment(rank=rank, local_rank=local_rank, world_size=size)
+        raise_if_any(problems)
+        return TorchrunEnvironment(rank=rank, local_rank=local_rank, world_size=size)
 
 
 def _whole(name: str, low: int, high: int, problems: list[Problem]) -> int:
@@ -58,7 +58,7 @@ def _whole(name: str, low: int, high: int, problems: list[Problem]) -> int:
     return low
 
 
-def open_store(worker: WorkerEnvironment, timeout: timedelta) -> dist.Store:
+def connect_rendezvous_store(worker: TorchrunEnvironment, timeout: timedelta) -> dist.Store:
     """Meet the other ranks at the store of the launch. Raises `dist.DistError` where they do not come in time.
 
     torchrun keeps one store over its restarts, and gloo reads the addresses of dead workers from it.
@@ -66,22 +66,22 @@ def open_store(worker: WorkerEnvironment, timeout: timedelta) -> dist.Store:
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_master = worker.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    address = loopback_of(host) if is_master else None
-    descriptor = None if address is None else listen_on(address, port).detach()
+    address = resolve_to_loopback(host) if is_master else None
+    descriptor = None if address is None else open_listening_socket(address, port).detach()
     store = dist.TCPStore(host, port, worker.world_size, is_master, timeout, master_listen_fd=descriptor)
     return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def start_default_group(
-    worker: WorkerEnvironment, device: torch.device, timeout: timedelta, store: dist.Store | None = None
+def init_default_process_group(
+    worker: TorchrunEnvironment, device: torch.device, timeout: timedelta, store: dist.Store | None = None
 ) -> None:
     """Open the default process group: NCCL where `device` is a GPU, gloo elsewhere.
 
-    Ranks meet at `store`, by default a new one (see `open_store`).
+    Ranks meet at `store`, by default a new one (see `connect_rendezvous_store`).
     """
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
-        store=open_store(worker, timeout) if store is None else store,
+        store=connect_rendezvous_store(worker, timeout) if store is None else store,
         rank=worker.rank,
         world_size=worker.world_size,
         timeout=timeout,

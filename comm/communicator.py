@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Messages = Sequence[tuple[Tensor, int]]
+PeerTensors = Sequence[tuple[Tensor, int]]
 """Tensors, each with the global rank of the other end."""
 
-STAGED = 2**22  # elements that a reduction on gloo receives before it adds them
+REDUCE_STAGING_ELEMENTS = 2**22  # elements that a reduction on gloo receives before it adds them
 
 
 class Collectives(Protocol):
@@ -27,7 +27,7 @@ class Collectives(Protocol):
     RuntimeError; `Group` makes a `CollectiveError` of it.
     """
 
-    handle: dist.ProcessGroup
+    process_group: dist.ProcessGroup
 
     def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
         """Replace `tensor` by its reduction over the group."""
@@ -45,7 +45,7 @@ class Collectives(Protocol):
         """Fill every row of `shards_GN` with the `own_N` of the rank that it belongs to."""
         ...
 
-    def send_and_receive(self, sends: Messages, receives: Messages) -> None:
+    def send_and_receive(self, sends: PeerTensors, receives: PeerTensors) -> None:
         """Exchange messages as one batch, which ends when every message in it has been matched."""
         ...
 
@@ -53,30 +53,30 @@ class Collectives(Protocol):
 class NcclCollectives:
     """NCCL, on the current stream of a GPU. Not yet run on hardware."""
 
-    def __init__(self, handle: dist.ProcessGroup) -> None:
-        self.handle = handle
+    def __init__(self, process_group: dist.ProcessGroup) -> None:
+        self.process_group = process_group
 
     def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
         """See `Collectives`."""
-        dist.all_reduce(tensor, operation, group=self.handle)
+        dist.all_reduce(tensor, operation, group=self.process_group)
 
     def all_to_all(self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int]) -> None:
         """See `Collectives`."""
-        dist.all_to_all_single(arrived, sent, list(received_M), list(sent_M), group=self.handle)
+        dist.all_to_all_single(arrived, sent, list(received_M), list(sent_M), group=self.process_group)
 
     def reduce_scatter(self, own_N: Tensor, shards_GN: Tensor) -> None:
         """See `Collectives`. In place, as NCCL allows where `own_N` is this rank's row."""
-        _reduce_scatter(own_N, shards_GN, group=self.handle)
+        _reduce_scatter(own_N, shards_GN, group=self.process_group)
 
     def all_gather(self, shards_GN: Tensor, own_N: Tensor) -> None:
         """See `Collectives`. In place, as NCCL allows where `own_N` is this rank's row."""
-        _all_gather(shards_GN, own_N, group=self.handle)
+        _all_gather(shards_GN, own_N, group=self.process_group)
 
-    def send_and_receive(self, sends: Messages, receives: Messages) -> None:
+    def send_and_receive(self, sends: PeerTensors, receives: PeerTensors) -> None:
         """See `Collectives`."""
         operations = [
-            *(dist.P2POp(dist.isend, tensor, peer, self.handle) for tensor, peer in sends),
-            *(dist.P2POp(dist.irecv, tensor, peer, self.handle) for tensor, peer in receives),
+            *(dist.P2POp(dist.isend, tensor, peer, self.process_group) for tensor, peer in sends),
+            *(dist.P2POp(dist.irecv, tensor, peer, self.process_group) for tensor, peer in receives),
         ]
         for work in dist.batch_isend_irecv(operations):
             work.wait()  # without a limit: with one, the host would wait for the neighbor
@@ -89,13 +89,13 @@ class GlooCollectives:
     reduce-scatter is an all-reduce (twice the bytes), so messages are sent one by one here.
     """
 
-    def __init__(self, handle: dist.ProcessGroup, ranks: tuple[int, ...], rank: int, limit: timedelta) -> None:
-        self.handle = handle
-        self._ranks, self._index, self._limit = ranks, ranks.index(rank), limit
+    def __init__(self, process_group: dist.ProcessGroup, ranks: tuple[int, ...], rank: int, timeout: timedelta) -> None:
+        self.process_group = process_group
+        self._ranks, self._index, self._limit = ranks, ranks.index(rank), timeout
 
     def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
         """See `Collectives`."""
-        dist.all_reduce(tensor, operation, group=self.handle)
+        dist.all_reduce(tensor, operation, group=self.process_group)
 
     def all_to_all(self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int]) -> None:
         """See `Collectives`."""
@@ -103,7 +103,7 @@ class GlooCollectives:
 
     def reduce_scatter(self, own_N: Tensor, shards_GN: Tensor) -> None:
         """See `Collectives`. A row is summed where it is owned: its own part first, then the others' by rank."""
-        piece = max(1, STAGED // len(self._ranks))
+        piece = max(1, REDUCE_STAGING_ELEMENTS // len(self._ranks))
         for begin in range(0, own_N.numel(), piece):
             part_GM = shards_GN[:, begin : begin + piece]
             arrived_GM = torch.empty_like(part_GM, memory_format=torch.contiguous_format)
@@ -116,10 +116,10 @@ class GlooCollectives:
         """See `Collectives`."""
         self._message_each(shards_GN.unbind(), [own_N] * len(self._ranks))
 
-    def send_and_receive(self, sends: Messages, receives: Messages) -> None:
+    def send_and_receive(self, sends: PeerTensors, receives: PeerTensors) -> None:
         """See `Collectives`."""
-        waiting = [dist.irecv(tensor, src=peer, group=self.handle) for tensor, peer in receives]
-        waiting += [dist.isend(tensor, dst=peer, group=self.handle) for tensor, peer in sends]
+        waiting = [dist.irecv(tensor, src=peer, group=self.process_group) for tensor, peer in receives]
+        waiting += [dist.isend(tensor, dst=peer, group=self.process_group) for tensor, peer in sends]
         for work in waiting:
             if work is not None:
                 work.wait(self._limit)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 
-def printable(text: str, keep: str = "\n\t") -> str:
+def escape_unprintable(text: str, keep: str = "\n\t") -> str:
     """`text` with every character that is not printable as its escape, but for those in `keep`.
 
     Names of files, tensors and keys come from others: an ESC among them would command the terminal.
@@ -34,19 +34,19 @@ class Problem:
     field: str
     value: object
     hint: str
-    others: tuple[str, ...] = ()
+    related_fields: tuple[str, ...] = ()
 
-    def under(self, prefix: str) -> Problem:
+    def with_prefix(self, prefix: str) -> Problem:
         """The same problem seen from the configuration that holds this one under the key `prefix`."""
-        others = tuple(f"{prefix}.{other}" for other in self.others)
-        return replace(self, field=f"{prefix}.{self.field}", others=others)
+        others = tuple(f"{prefix}.{other}" for other in self.related_fields)
+        return replace(self, field=f"{prefix}.{self.field}", related_fields=others)
 
     def __str__(self) -> str:
-        return f"{printable(self.field, keep='')} = {self.value!r}: {printable(self.hint)}"
+        return f"{escape_unprintable(self.field, keep='')} = {self.value!r}: {escape_unprintable(self.hint)}"
 
 
 @dataclass(frozen=True)
-class Doubt:
+class UnreadableFields:
     """Where a configuration holds defaults because what was written could not be read: they prove nothing.
 
     Judging by them would name problems that the writer does not have.
@@ -54,10 +54,10 @@ class Doubt:
 
     fields: frozenset[str] = field(default_factory=frozenset)
     """Dotted keys of values and of whole groups; the empty key is the whole configuration."""
-    written: frozenset[str] = field(default_factory=frozenset)
+    readable_fields: frozenset[str] = field(default_factory=frozenset)
     """Keys that were written readably. Inside a doubtful group these are as they were meant."""
 
-    def about(self, fields: Iterable[str]) -> Doubt:
+    def with_fields(self, fields: Iterable[str]) -> UnreadableFields:
         """This doubt and that about `fields`."""
         return replace(self, fields=self.fields | frozenset(fields))
 
@@ -66,7 +66,7 @@ class Doubt:
         return any(_inside(doubtful, key) or self._spreads(doubtful, key) for doubtful in self.fields)
 
     def _spreads(self, doubtful: str, key: str) -> bool:
-        sure = (known for known in self.written if known != doubtful and _inside(known, doubtful))
+        sure = (known for known in self.readable_fields if known != doubtful and _inside(known, doubtful))
         return _inside(key, doubtful) and not any(_inside(key, known) for known in sure)
 
 
@@ -83,7 +83,7 @@ class ConfigError(Exception):
 
 
 @contextmanager
-def noting(problems: list[Problem]) -> Iterator[None]:
+def collect_problems(problems: list[Problem]) -> Iterator[None]:
     """Add what is refused inside to `problems`, so that all that is wrong is told at once."""
     try:
         yield
@@ -91,7 +91,7 @@ def noting(problems: list[Problem]) -> Iterator[None]:
         problems += refused.problems
 
 
-def refuse_if_any(problems: Iterable[Problem]) -> None:
+def raise_if_any(problems: Iterable[Problem]) -> None:
     """Raise `ConfigError` with all of `problems`, or return when there are none."""
     found = tuple(problems)
     if found:
@@ -103,7 +103,7 @@ class CollectiveError(RuntimeError):
 
 
 @contextmanager
-def failing_clearly(rank: int, what: object, peers: Sequence[int], limit: timedelta) -> Iterator[None]:
+def collective_error_context(rank: int, what: object, peers: Sequence[int], timeout: timedelta) -> Iterator[None]:
     """Turn what the backend raises into `CollectiveError`, which names rank, operation, peers and limit."""
     began = time.monotonic()
     try:
@@ -115,4 +115,4 @@ def failing_clearly(rank: int, what: object, peers: Sequence[int], limit: timede
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         others = ", ".join(str(peer) for peer in peers if peer != rank)
         message = f"rank {rank}: {what} with ranks {others} failed after {seconds:.1f} s"
-        raise CollectiveError(f"{message} (limit {limit.total_seconds():g} s): {reason}") from error
+        raise CollectiveError(f"{message} (limit {timeout.total_seconds():g} s): {reason}") from error

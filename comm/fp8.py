@@ -1,6 +1,6 @@
 """The one quantizer: FP8 E4M3 with a power-of-two scale for each tile of a row (report §3.3, tiles of 1 × 128).
 
-Rows cross between ranks like this; `trainer/precision/tiles.py` makes of the same parts what matrix products take.
+Rows cross between ranks like this; `trainer/precision/tiles.trainer/precision/fp8_tensors.py` makes of the same parts what matrix products take.
 
 Letters: X rows, D width, Q tiles of a row.
 """
@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 128
+TILE_WIDTH = 128
 """Neighboring elements of a row that share a scale."""
 
-LARGEST = 448.0
+E4M3_MAX = 448.0
 """The largest E4M3 number."""
 
 _BIAS = 127
@@ -27,7 +27,7 @@ _SIGN_AND_NUMBER = 0x87F0 - 2**16  # as int16: the bits of BF16 that E4M3 has to
 
 
 @dataclass(frozen=True)
-class RowTiles:
+class QuantizedRows:
     """Rows as `quantize` makes them, for whoever multiplies these very numbers."""
 
     values_XD: Tensor
@@ -36,9 +36,9 @@ class RowTiles:
     """uint8, E8M0."""
 
 
-def tiles_of(width: int) -> int:
+def tiles_per_row(width: int) -> int:
     """Q, scales of a row; the last tile may be narrower than the others."""
-    return -(-width // TILE)
+    return -(-width // TILE_WIDTH)
 
 
 def quantize(x_XD: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,9 +49,9 @@ def quantize(x_XD: Tensor) -> tuple[Tensor, Tensor]:
     below the smallest normal number. A tile that holds infinity or NaN comes back as NaN throughout: a fault must not
     become a large number on its way.
     """
-    x_XQI = tiled(x_XD)
-    exponents_XQ = exponents_for(torch.maximum(x_XQI.amax(dim=-1), -x_XQI.amin(dim=-1)))
-    scaled_XQI = torch.div(x_XQI, scales_of(exponents_XQ, x_XQI.dtype)[..., None], out=_own(x_XQI, x_XD))
+    x_XQI = split_into_tiles(x_XD)
+    exponents_XQ = compute_scale_exponents(torch.maximum(x_XQI.amax(dim=-1), -x_XQI.amin(dim=-1)))
+    scaled_XQI = torch.div(x_XQI, scales_from_exponents(exponents_XQ, x_XQI.dtype)[..., None], out=_own(x_XQI, x_XD))
     values_XD = scaled_XQI.flatten(1)[:, : x_XD.shape[1]].to(torch.float8_e4m3fn)
     return values_XD.contiguous(), exponents_XQ
 
@@ -62,15 +62,15 @@ def dequantize(values_XD: Tensor, exponents_XQ: Tensor, dtype: torch.dtype) -> T
     if values_XD.device.type == "cpu" and bool((exponents_XQ < _NOT_A_NUMBER - _LIFT).all()):
         wide_XD, exponents_XQ = _moved(values_XD).to(dtype), exponents_XQ + _LIFT  # one pass for both factors
     else:
-        wide_XD = widened(values_XD, dtype)
-    missing = tiles * TILE - wide_XD.shape[1]
+        wide_XD = upcast_e4m3(values_XD, dtype)
+    missing = tiles * TILE_WIDTH - wide_XD.shape[1]
     if missing:
         wide_XD = F.pad(wide_XD, (0, missing))
-    wide_XD.view(-1, tiles, TILE).mul_(exponents_XQ.view(torch.float8_e8m0fnu).to(dtype)[..., None])
+    wide_XD.view(-1, tiles, TILE_WIDTH).mul_(exponents_XQ.view(torch.float8_e8m0fnu).to(dtype)[..., None])
     return wide_XD[:, : values_XD.shape[1]] if missing else wide_XD
 
 
-def stand_in(values_XD: Tensor, dtype: torch.dtype) -> Tensor:
+def nan_placeholder(values_XD: Tensor, dtype: torch.dtype) -> Tensor:
     """NaN throughout, [X, D] in `dtype`, in the memory of one number: in the place of rows that nobody reads.
 
     Where tiles have the numbers, autograd still wants a tensor of the dtype that gradients are to have.
@@ -78,9 +78,9 @@ def stand_in(values_XD: Tensor, dtype: torch.dtype) -> Tensor:
     return values_XD.new_full((1, 1), torch.nan, dtype=dtype).expand(values_XD.shape)
 
 
-def exponents_for(largest: Tensor, limit: float = LARGEST) -> Tensor:
+def compute_scale_exponents(largest: Tensor, format_max: float = E4M3_MAX) -> Tensor:
     """The smallest power of two that brings each of these magnitudes to `limit` at most, uint8 in the E8M0 format."""
-    limit_mantissa, limit_exponent = math.frexp(limit)
+    limit_mantissa, limit_exponent = math.frexp(format_max)
     mantissa, exponent = torch.frexp(largest)
     scale = exponent - limit_exponent + (mantissa > limit_mantissa).to(exponent.dtype)
     # Down to 2^-126, so that dividing by the scale cannot overflow.
@@ -89,12 +89,12 @@ def exponents_for(largest: Tensor, limit: float = LARGEST) -> Tensor:
     return stored.masked_fill(broken, _NOT_A_NUMBER).to(torch.uint8)
 
 
-def scales_of(exponents: Tensor, dtype: torch.dtype) -> Tensor:
+def scales_from_exponents(exponents: Tensor, dtype: torch.dtype) -> Tensor:
     """The powers of two that E8M0 numbers stand for, in `dtype`, FP32 at least."""
     return exponents.view(torch.float8_e8m0fnu).to(torch.promote_types(dtype, torch.float32))
 
 
-def widened(values_XD: Tensor, dtype: torch.dtype) -> Tensor:
+def upcast_e4m3(values_XD: Tensor, dtype: torch.dtype) -> Tensor:
     """E4M3 numbers in a wider dtype, in memory of their own.
 
     NaN may become 480 on a CPU, but comes with a scale that is NaN.
@@ -120,10 +120,10 @@ def _own(x_XQI: Tensor, x_XD: Tensor) -> Tensor | None:
     return x_XQI if is_copy else None
 
 
-def tiled(x_XD: Tensor) -> Tensor:
+def split_into_tiles(x_XD: Tensor) -> Tensor:
     """[X, Q, 128], FP32 at least, zeros behind a last tile that is not whole."""
     rows, width = x_XD.shape
     wide_XD = x_XD.to(torch.promote_types(x_XD.dtype, torch.float32))
-    missing = tiles_of(width) * TILE - width
+    missing = tiles_per_row(width) * TILE_WIDTH - width
     whole_XD = F.pad(wide_XD, (0, missing)) if missing else wide_XD.contiguous()
-    return whole_XD.view(rows, tiles_of(width), TILE)
+    return whole_XD.view(rows, tiles_per_row(width), TILE_WIDTH)

@@ -14,9 +14,9 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from .communicator import Collectives, Messages
-from .errors import failing_clearly
-from .open_groups import GlooGroups, OpenGroups
+from .communicator import Collectives, PeerTensors
+from .errors import collective_error_context
+from .open_groups import GlooGroupFactory, GroupFactory
 from .topology import Topology
 from .watchdog import Watchdog
 
@@ -34,13 +34,13 @@ class Group:
     communicator: Collectives | None
     rank: int
     """This process, as one of `ranks`."""
-    limit: timedelta
+    timeout: timedelta
     """How long a collective may take."""
     watchdog: Watchdog | None = None
     """Watches each call into the communication library; None for gloo, whose calls end at their limit."""
 
     @property
-    def is_first(self) -> bool:
+    def is_first_rank(self) -> bool:
         """Whether this process speaks for the group: writes its files, prints its lines."""
         return self.rank == self.ranks[0]
 
@@ -50,27 +50,27 @@ class Group:
         return len(self.ranks)
 
     @property
-    def index(self) -> int:
+    def group_rank(self) -> int:
         """Position of this process among `ranks`."""
         return self.ranks.index(self.rank)
 
     @property
-    def handle(self) -> dist.ProcessGroup:
+    def process_group(self) -> dist.ProcessGroup:
         """torch's process group, for libraries that take one. Only where there are several ranks."""
         assert self.communicator is not None
-        return self.communicator.handle
+        return self.communicator.process_group
 
     def all_reduce_sum(self, tensor: Tensor, what: str) -> Tensor:
         """Replace `tensor` by its sum over the group, in place, and return it."""
         if self.communicator is not None:
-            with self.failing_clearly(what):
+            with self.collective_error_context(what):
                 self.communicator.all_reduce(tensor, dist.ReduceOp.SUM)
         return tensor
 
     def all_reduce_max(self, tensor: Tensor, what: str) -> Tensor:
         """Replace `tensor` by its largest over the group, element by element, in place, and return it."""
         if self.communicator is not None:
-            with self.failing_clearly(what):
+            with self.collective_error_context(what):
                 self.communicator.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
@@ -80,7 +80,7 @@ class Group:
         """Fill `arrived` with the rows of `sent` that every rank has for this one; sizes in rows, by rank."""
         if self.communicator is None:
             return arrived.copy_(sent)
-        with self.failing_clearly(what):
+        with self.collective_error_context(what):
             self.communicator.all_to_all(arrived, sent.contiguous(), received_M, sent_M)
         return arrived
 
@@ -90,16 +90,16 @@ class Group:
         A rank sends all rows but its own, and nothing else.
         """
         if self.communicator is not None:
-            with self.failing_clearly(what):
-                self.communicator.reduce_scatter(shards_GN[self.index], shards_GN)
+            with self.collective_error_context(what):
+                self.communicator.reduce_scatter(shards_GN[self.group_rank], shards_GN)
 
     def all_gather(self, shards_GN: Tensor, what: str) -> None:
         """Fill every row of `shards_GN`, [ranks, N], with that of the rank that owns it."""
         if self.communicator is not None:
-            with self.failing_clearly(what):
-                self.communicator.all_gather(shards_GN, shards_GN[self.index])
+            with self.collective_error_context(what):
+                self.communicator.all_gather(shards_GN, shards_GN[self.group_rank])
 
-    def send_and_receive(self, sends: Messages, receives: Messages, what: str) -> None:
+    def send_and_receive(self, sends: PeerTensors, receives: PeerTensors, what: str) -> None:
         """Exchange messages with some ranks of the group, as one batch."""
         if self.communicator is not None:
             peers = [peer for _, peer in (*sends, *receives)]
@@ -111,17 +111,17 @@ class Group:
         if self.communicator is None:
             return [value]
         values: list[T] = [value] * self.size
-        with self.failing_clearly(what):
-            dist.all_gather_object(values, value, group=self.communicator.handle)
+        with self.collective_error_context(what):
+            dist.all_gather_object(values, value, group=self.communicator.process_group)
         return values
 
     def barrier(self, what: str) -> None:
         """Wait for every rank of the group."""
         if self.communicator is not None:
-            with self.failing_clearly(what):
-                dist.barrier(group=self.communicator.handle)
+            with self.collective_error_context(what):
+                dist.barrier(group=self.communicator.process_group)
 
-    def failing_clearly(self, what: str) -> AbstractContextManager[None]:
+    def collective_error_context(self, what: str) -> AbstractContextManager[None]:
         """For collectives of a library over this group: what fails inside is `CollectiveError`."""
         if self.communicator is None:
             return nullcontext()
@@ -129,8 +129,8 @@ class Group:
 
     @contextmanager
     def _calling(self, what: str, peers: Sequence[int]) -> Iterator[None]:
-        watched = nullcontext() if self.watchdog is None else self.watchdog.watching(what, peers)
-        with failing_clearly(self.rank, what, peers, self.limit), watched:
+        watched = nullcontext() if self.watchdog is None else self.watchdog.watch_call(what, peers)
+        with collective_error_context(self.rank, what, peers, self.timeout), watched:
             yield
 
 
@@ -142,23 +142,23 @@ class ProcessGroups:
     rank: int
     world: Group
     """Every rank, for tensors on the device that the run computes on."""
-    control: Group
+    world_cpu: Group
     """Every rank, for tensors on the host: checkpoints, measurements. On a GPU no step uses it."""
     ep: Group
     """Spreads the experts: tokens are exchanged here."""
-    ep_between: Group
+    ep_inter_node: Group
     """The ranks of `ep` with the same place in their nodes, one a node: what crosses between nodes goes here."""
-    ep_inside: Group
+    ep_intra_node: Group
     """The ranks of `ep` in this node."""
-    up: Group
+    pp_next: Group
     """The pipeline of this rank, for what travels towards its end."""
-    down: Group
+    pp_prev: Group
     """The same ranks, for what travels towards its beginning: neighbors send to each other at the same moment."""
-    dense: Mapping[tuple[int, ...], Group]
+    dense_dp: Mapping[tuple[int, ...], Group]
     """By the pipeline ranks that hold a dense parameter: the ranks over which its gradient is summed.
 
     These and `expert` belong to the worker that reduces gradients, not to the main thread."""
-    expert: Mapping[tuple[int, ...], Group]
+    expert_dp: Mapping[tuple[int, ...], Group]
     """The same for the parameters of this rank's experts."""
     watchdog: Watchdog | None = None
     """Of all of them but `control`."""
@@ -172,9 +172,9 @@ class ProcessGroups:
     def create(
         topology: Topology,
         rank: int,
-        limit: timedelta,
-        holders: Iterable[tuple[int, ...]] = (),
-        open_groups: OpenGroups | None = None,
+        timeout: timedelta,
+        shared_pp_ranks: Iterable[tuple[int, ...]] = (),
+        group_factory: GroupFactory | None = None,
         watchdog: Watchdog | None = None,
     ) -> ProcessGroups:
         """Collective over the default group: make every group of the grid and keep those that hold `rank`.
@@ -183,30 +183,30 @@ class ProcessGroups:
         ranks. `open_groups` makes the groups, by default over gloo; `watchdog` watches their calls, but for those of
         `control`. Without a default group (one process) every group is this rank alone.
         """
-        make = _Maker(topology, rank, limit, open_groups or GlooGroups(rank, limit), watchdog)
+        make = _Maker(topology, rank, timeout, group_factory or GlooGroupFactory(rank, timeout), watchdog)
         alone = [(pp_rank,) for pp_rank in range(topology.pp)]
-        shared = list(dict.fromkeys((*alone, *(tuple(sorted(set(each))) for each in holders))))
+        shared = list(dict.fromkeys((*alone, *(tuple(sorted(set(each))) for each in shared_pp_ranks))))
         everyone = tuple(range(topology.world_size))
         return ProcessGroups(
             topology=topology,
             rank=rank,
             world=make.world(everyone),
-            control=make.control(everyone),
+            world_cpu=make.control(everyone),
             ep=make.own("ep", topology.ep_ranks),
-            ep_between=make.own("ep between nodes", topology.ep_ranks_between_nodes),
-            ep_inside=make.own("ep inside node", topology.ep_ranks_inside_node),
-            up=make.own("pipeline up", topology.pp_ranks, max_ctas=P2P_CTAS),
-            down=make.own("pipeline down", topology.pp_ranks, max_ctas=P2P_CTAS),
-            dense=make.reducing("dense gradients", topology.dense_dp_ranks, shared),
-            expert=make.reducing("expert gradients", topology.expert_dp_ranks, shared),
+            ep_inter_node=make.own("ep between nodes", topology.ep_inter_node_ranks),
+            ep_intra_node=make.own("ep inside node", topology.ep_intra_node_ranks),
+            pp_next=make.own("pipeline up", topology.pp_ranks, max_ctas=P2P_MAX_CTAS),
+            pp_prev=make.own("pipeline down", topology.pp_ranks, max_ctas=P2P_MAX_CTAS),
+            dense_dp=make.reducing("dense gradients", topology.dense_dp_ranks, shared),
+            expert_dp=make.reducing("expert gradients", topology.expert_dp_ranks, shared),
             watchdog=watchdog,
         )
 
 
-P2P_CTAS = 4
+P2P_MAX_CTAS = 4
 """Thread blocks of a message between pipeline stages: a receive that is posted ahead keeps its SMs while it waits, and
 4 are enough for one InfiniBand port (50 GB/s)."""
-REDUCE_CTAS = 8
+REDUCE_MAX_CTAS = 8
 """Thread blocks of a reduce-scatter or all-gather of ZeRO-1, which runs beside the products of the backward."""
 
 _Parts = tuple[tuple[int, ...], ...]
@@ -220,7 +220,7 @@ class _Maker:
     """
 
     def __init__(
-        self, topology: Topology, rank: int, limit: timedelta, open_groups: OpenGroups, watchdog: Watchdog | None
+        self, topology: Topology, rank: int, limit: timedelta, open_groups: GroupFactory, watchdog: Watchdog | None
     ) -> None:
         self._topology, self._rank, self._limit, self._open = topology, rank, limit, open_groups
         self._watchdog = watchdog
@@ -228,11 +228,11 @@ class _Maker:
 
     def world(self, everyone: tuple[int, ...]) -> Group:
         """The group of all ranks, for the main thread and tensors on the device."""
-        return self._group(everyone, self._opened("all ranks", everyone, lambda: self._open.world(everyone)))
+        return self._group(everyone, self._opened("all ranks", everyone, lambda: self._open.create_world(everyone)))
 
     def control(self, everyone: tuple[int, ...]) -> Group:
         """The group of all ranks for tensors on the host."""
-        control = self._opened("all ranks, for the host", everyone, lambda: self._open.control(everyone))
+        control = self._opened("all ranks, for the host", everyone, lambda: self._open.create_world_cpu(everyone))
         return replace(self._group(everyone, control), watchdog=None)
 
     def own(self, name: str, ranks_of: Callable[[int], tuple[int, ...]], max_ctas: int | None = None) -> Group:
@@ -249,23 +249,23 @@ class _Maker:
         for holders in _disjoint(shared):
             parts = tuple(
                 dict.fromkeys(
-                    topology.holders(ranks_of(rank), pp_ranks)
+                    topology.map_to_pp_ranks(ranks_of(rank), pp_ranks)
                     for pp_ranks in holders
                     for rank in range(pp_ranks[0] * topology.dp, (pp_ranks[0] + 1) * topology.dp)
                 )
             )
             if parts not in self._reducing:
-                self._reducing[parts] = self._split(name, parts, REDUCE_CTAS)
+                self._reducing[parts] = self._split(name, parts, REDUCE_MAX_CTAS)
             made = self._reducing[parts]
             for pp_ranks in holders:
                 if pp_rank in pp_ranks:
-                    groups[pp_ranks] = self._group(topology.holders(ranks_of(self._rank), pp_ranks), made)
+                    groups[pp_ranks] = self._group(topology.map_to_pp_ranks(ranks_of(self._rank), pp_ranks), made)
         return groups
 
     def _split(self, name: str, parts: _Parts, max_ctas: int | None) -> Collectives | None:
         several = [ranks for ranks in parts if len(ranks) > 1]
         everyone = range(self._topology.world_size if several else 1)
-        return self._opened(name, everyone, lambda: self._open.split(name, several, max_ctas))
+        return self._opened(name, everyone, lambda: self._open.split_group(name, several, max_ctas))
 
     def _opened(self, name: str, ranks: Sequence[int], make: Callable[[], Collectives | None]) -> Collectives | None:
         """Make groups, which is collective over `ranks`; one rank alone has none."""
@@ -273,7 +273,7 @@ class _Maker:
             return None
         if self._watchdog is None:
             return make()
-        with self._watchdog.watching(f"making the groups of {name}", ranks):
+        with self._watchdog.watch_call(f"making the groups of {name}", ranks):
             return make()
 
     def _group(self, ranks: tuple[int, ...], communicator: Collectives | None) -> Group:

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .streams import Stream, StreamEvent, Streams
+from .streams import DeviceStreams, Stream, StreamEvent
 
 
 def to_host(x: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
-class HostCopy:
+class AsyncHostCopy:
     """Numbers on their way to the host."""
 
     def __init__(self, numbers: Tensor, arrived: StreamEvent | None, free: list[Tensor]) -> None:
@@ -44,32 +44,32 @@ class HostCopy:
         return self._numbers
 
 
-class HostCopies:
+class AsyncHostCopier:
     """Starts copies to the host that it does not wait for: through pinned buffers, each with an event.
 
     Buffers are used again, because pinning new memory (`cudaHostAlloc`) waits for the whole device. Without `streams`
     the tensors are on the host already. Not yet run on hardware.
     """
 
-    def __init__(self, streams: Streams | None) -> None:
+    def __init__(self, streams: DeviceStreams | None) -> None:
         self._streams = streams
         self._free: defaultdict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
 
-    def start(self, x: Tensor) -> HostCopy:
+    def start_copy(self, x: Tensor) -> AsyncHostCopy:
         """Queue a copy of `x` on the current stream."""
         free = self._free[x.shape, x.dtype]
         if self._streams is None:
-            return HostCopy(x, None, free)
+            return AsyncHostCopy(x, None, free)
         buffer = free.pop() if free else torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
         buffer.copy_(x, non_blocking=True)
-        return HostCopy(buffer, self._streams.current().record_event(), free)
+        return AsyncHostCopy(buffer, self._streams.current_stream().record_event(), free)
 
 
 _PORTABLE = 1
 """cudaHostRegisterPortable: pinned for every CUDA context of the process."""
 
 
-class Pages(Protocol):
+class PagePinner(Protocol):
     """What pins pages that are there. Each call returns a CUDA error code, 0 for success."""
 
     def pin(self, pointer: int, size: int) -> int:
@@ -81,33 +81,33 @@ class Pages(Protocol):
         ...
 
 
-class CudaPages:
+class CudaPagePinner:
     """The CUDA runtime, by torch's binding. Not yet run on hardware."""
 
     def pin(self, pointer: int, size: int) -> int:
-        """See `Pages`."""
+        """See `PagePinner`."""
         return int(torch.cuda.cudart().cudaHostRegister(pointer, size, _PORTABLE))
 
     def unpin(self, pointer: int) -> int:
-        """See `Pages`."""
+        """See `PagePinner`."""
         return int(torch.cuda.cudart().cudaHostUnregister(pointer))
 
 
-class HostMemory:
+class GrowableHostBuffer:
     """One stretch of memory, which grows where more is asked for and is kept. Pinning is not yet run on hardware.
 
     Torch's allocator of pinned memory rounds up to a power of two: 2.7 GiB of a rank become 4, and 32 of a node are
     lost. So ordinary memory, whole pages of it, is registered with CUDA.
     """
 
-    def __init__(self, pages: Pages | None = None) -> None:
+    def __init__(self, pinner: PagePinner | None = None) -> None:
         """`pages`: None for those of CUDA."""
-        self._pages = CudaPages() if pages is None else pages
+        self._pages = CudaPagePinner() if pinner is None else pinner
         self._bytes = torch.empty(0, dtype=torch.uint8)
         self._pinned: int | None = None
 
     @property
-    def bytes(self) -> Tensor:
+    def tensor(self) -> Tensor:
         """[size] of uint8: all of it."""
         return self._bytes
 
@@ -144,29 +144,29 @@ def _check(call: str, error: int) -> None:
         raise RuntimeError(f"{call} failed with the CUDA error {error}: look whether the host has memory to pin")
 
 
-STAGED_BYTES = 2**26
+STAGING_BYTES = 2**26
 """Both halves of the pinned memory. Powers of two, to which torch's allocator of such memory rounds up."""
 
 
-class StagedReader:
+class DoubleBufferedReader:
     """Copies one piece to one half of its memory while the caller works on the other. Not yet run on hardware.
 
     `Tensor.cpu()` from a thread would queue a copy to pageable memory on the default stream, which is the one that
     computes: for the 2.7 GB of a rank of DeepSeek-V3 it would stand still for 0.3 to 0.4 s. Every piece comes in order.
     """
 
-    def __init__(self, streams: Streams, name: str, *, pinned: bool, staged_bytes: int = STAGED_BYTES) -> None:
+    def __init__(self, streams: DeviceStreams, name: str, *, pinned: bool, staging_bytes: int = STAGING_BYTES) -> None:
         """`pinned`: whether there is a GPU to pin memory for."""
         self._streams = streams
-        self._stream: Stream = streams.create(name)
-        self._halves = [torch.empty(staged_bytes // 2, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+        self._stream: Stream = streams.create_stream(name)
+        self._halves = [torch.empty(staging_bytes // 2, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
 
-    def mark(self) -> StreamEvent:
+    def record_event(self) -> StreamEvent:
         """Return the event that all work queued so far on this thread's stream completes, for `pieces` to wait for."""
-        event: StreamEvent = self._streams.current().record_event()
+        event: StreamEvent = self._streams.current_stream().record_event()
         return event
 
-    def pieces(self, flat_N: Tensor, ready: StreamEvent) -> Iterator[tuple[slice, Tensor]]:
+    def iter_host_slices(self, flat_N: Tensor, ready: StreamEvent) -> Iterator[tuple[slice, Tensor]]:
         """Yield each stretch of `flat_N` and its elements on the host, as they are once `ready` has come.
 
         The elements are overwritten when the next but one stretch is asked for. Nothing may write to `flat_N`, or free
@@ -185,7 +185,7 @@ class StagedReader:
 
     def _copy(self, flat_n: Tensor, half: int) -> tuple[Tensor, StreamEvent]:
         host_n = self._halves[half][: flat_n.nbytes].view(flat_n.dtype)
-        with self._streams.use(self._stream):
+        with self._streams.use_stream(self._stream):
             host_n.copy_(flat_n, non_blocking=True)
             copied: StreamEvent = self._stream.record_event()
         return host_n, copied

@@ -13,12 +13,15 @@ _WAITING = 2048
 """Connections that may wait to be accepted: every rank of a machine comes at once."""
 
 
-def loopback_address() -> str:
+def find_loopback_address() -> str:
     """Return an address at which this machine reaches itself, by no name. Raises `ConfigError` without any."""
     reasons = []
     for address in _ADDRESSES:
         try:
-            with listen_on(address) as listener, socket.socket(listener.family, socket.SOCK_STREAM) as caller:
+            with (
+                open_listening_socket(address) as listener,
+                socket.socket(listener.family, socket.SOCK_STREAM) as caller,
+            ):
                 caller.settimeout(_SECONDS)
                 caller.connect(listener.getsockname())
         except OSError as error:
@@ -29,7 +32,7 @@ def loopback_address() -> str:
     raise ConfigError([Problem("localhost", _ADDRESSES[0], hint)])
 
 
-def listen_on(address: str, port: int = 0) -> socket.socket:
+def open_listening_socket(address: str, port: int = 0) -> socket.socket:
     """Return a socket that listens on `address` alone; port 0 takes a free one. Raises `OSError`."""
     family = socket.AF_INET6 if ip_address(address).version == 6 else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -43,7 +46,7 @@ def listen_on(address: str, port: int = 0) -> socket.socket:
     return listener
 
 
-def loopback_of(host: str) -> str | None:
+def resolve_to_loopback(host: str) -> str | None:
     """Return the loopback address that `host` means; None where it means any other, or none."""
     try:
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}

@@ -17,21 +17,21 @@ import torch.distributed as dist
 from .communicator import Collectives, GlooCollectives, NcclCollectives
 
 
-class OpenGroups(Protocol):
+class GroupFactory(Protocol):
     """Makes groups over the ranks of the default group. Every rank makes every group, in the same order."""
 
-    calls: int
+    creation_calls: int
     """How many process groups have been created, the default one included; a split counts once."""
 
-    def world(self, ranks: tuple[int, ...]) -> Collectives:
+    def create_world(self, ranks: tuple[int, ...]) -> Collectives:
         """Return the communicator of all ranks, for tensors on the device."""
         ...
 
-    def control(self, ranks: tuple[int, ...]) -> Collectives:
+    def create_world_cpu(self, ranks: tuple[int, ...]) -> Collectives:
         """Return the communicator of all ranks, for tensors on the host."""
         ...
 
-    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
+    def split_group(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
         """Make a group of each of the disjoint `parts`; return that of this rank, or None where it is in no part.
 
         `max_ctas` is the most thread blocks that one of its operations occupies on a GPU; None leaves it to NCCL.
@@ -39,67 +39,67 @@ class OpenGroups(Protocol):
         ...
 
 
-def open_groups_on(device: torch.device, rank: int, limit: timedelta) -> OpenGroups:
+def build_group_factory(device: torch.device, rank: int, timeout: timedelta) -> GroupFactory:
     """Return what makes the groups of a run that computes on `device`."""
-    return NcclGroups(device, rank, limit) if device.type == "cuda" else GlooGroups(rank, limit)
+    return NcclGroupFactory(device, rank, timeout) if device.type == "cuda" else GlooGroupFactory(rank, timeout)
 
 
-class GlooGroups:
+class GlooGroupFactory:
     """Over gloo, for runs on CPUs: gloo cannot split, so each part is a `new_group`."""
 
-    def __init__(self, rank: int, limit: timedelta) -> None:
+    def __init__(self, rank: int, timeout: timedelta) -> None:
         """`limit` is how long an operation may take: a new group does not inherit the default group's."""
-        self.calls = 1
-        self._rank, self._limit = rank, limit
+        self.creation_calls = 1
+        self._rank, self._limit = rank, timeout
         self._everyone: Collectives | None = None
 
-    def world(self, ranks: tuple[int, ...]) -> Collectives:
-        """See `OpenGroups`."""
+    def create_world(self, ranks: tuple[int, ...]) -> Collectives:
+        """See `GroupFactory`."""
         if self._everyone is None:
-            self._everyone = self.split("world", [ranks], None)
+            self._everyone = self.split_group("world", [ranks], None)
         assert self._everyone is not None
         return self._everyone
 
-    def control(self, ranks: tuple[int, ...]) -> Collectives:
-        """See `OpenGroups`: the same, for tensors of a run on CPUs are on the host."""
-        return self.world(ranks)
+    def create_world_cpu(self, ranks: tuple[int, ...]) -> Collectives:
+        """See `GroupFactory`: the same, for tensors of a run on CPUs are on the host."""
+        return self.create_world(ranks)
 
-    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
-        """See `OpenGroups`."""
+    def split_group(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
+        """See `GroupFactory`."""
         own: Collectives | None = None
         for ranks in parts:
-            self.calls += 1
+            self.creation_calls += 1
             handle = dist.new_group(list(ranks), timeout=self._limit)
             if self._rank in ranks:
                 own = GlooCollectives(handle, ranks, self._rank, self._limit)
         return own
 
 
-class NcclGroups:
+class NcclGroupFactory:
     """Over NCCL, by splits of the default group, which `start_default_group` has bound to a GPU.
 
     Not yet run on hardware.
     """
 
-    def __init__(self, device: torch.device, rank: int, limit: timedelta) -> None:
-        self.calls = 1
-        self._device, self._rank, self._limit = device, rank, limit
+    def __init__(self, device: torch.device, rank: int, timeout: timedelta) -> None:
+        self.creation_calls = 1
+        self._device, self._rank, self._limit = device, rank, timeout
 
-    def world(self, ranks: tuple[int, ...]) -> Collectives:
-        """See `OpenGroups`: a split like the others, because the default group has the longer limit of a start."""
-        communicator = self.split("world", [ranks], None)
+    def create_world(self, ranks: tuple[int, ...]) -> Collectives:
+        """See `GroupFactory`: a split like the others, because the default group has the longer limit of a start."""
+        communicator = self.split_group("world", [ranks], None)
         assert communicator is not None
         return communicator
 
-    def control(self, ranks: tuple[int, ...]) -> Collectives:
-        """See `OpenGroups`: a gloo group. Its pairs connect when they are used first (`TORCH_GLOO_LAZY_INIT`)."""
-        self.calls += 1
+    def create_world_cpu(self, ranks: tuple[int, ...]) -> Collectives:
+        """See `GroupFactory`: a gloo group. Its pairs connect when they are used first (`TORCH_GLOO_LAZY_INIT`)."""
+        self.creation_calls += 1
         handle = dist.new_group(backend="gloo", timeout=self._limit)
         return GlooCollectives(handle, ranks, self._rank, self._limit)
 
-    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
-        """See `OpenGroups`."""
-        self.calls += 1
+    def split_group(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
+        """See `GroupFactory`."""
+        self.creation_calls += 1
         assert dist.group.WORLD is not None
         options: Any = copy.deepcopy(dist.group.WORLD._get_backend(self._device).options)
         if max_ctas is not None:

@@ -15,27 +15,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .async_comm import AsyncWork, StreamCommunicator
-from .errors import failing_clearly
+from .errors import collective_error_context
 from .groups import Group
-from .streams import Streams, streams_of
-from .trace import SILENT, SpanRecorder, Track
+from .streams import DeviceStreams, get_device_streams
+from .trace import NULL_RECORDER, SpanRecorder, TimelineTrack
 
 
 @dataclass(frozen=True)
-class Outgoing:
+class P2PSend:
     """A message to send. `what` is turned into text only for the error of one that fails, and for a timeline."""
 
-    what: object
+    description: object
     tensor: Tensor
     peer: int
 
 
 @dataclass(frozen=True)
-class Incoming:
+class P2PReceive:
     """A message to receive, into what `make` makes."""
 
-    what: object
-    make: Callable[[], Tensor]
+    description: object
+    allocate: Callable[[], Tensor]
     peer: int
 
 
@@ -46,14 +46,14 @@ class P2PChannel(Protocol):
     One that fails raises `CollectiveError`.
     """
 
-    def post(self, sends: Sequence[Outgoing], receives: Sequence[Incoming]) -> list[AsyncWork[Tensor]]:
+    def post(self, sends: Sequence[P2PSend], receives: Sequence[P2PReceive]) -> list[AsyncWork[Tensor]]:
         """Start all of these, and return those that are received.
 
         What is sent is held until it has been sent, and no longer.
         """
         ...
 
-    def finish(self) -> None:
+    def wait_for_sends(self) -> None:
         """Wait until everything that was posted has been sent."""
         ...
 
@@ -62,48 +62,54 @@ class P2PChannel(Protocol):
         ...
 
 
-def open_lane(
-    group: Group, device: torch.device, recorder: SpanRecorder, track: Track, streams: Streams | None = None
+def build_p2p_channel(
+    group: Group,
+    device: torch.device,
+    recorder: SpanRecorder,
+    track: TimelineTrack,
+    streams: DeviceStreams | None = None,
 ) -> P2PChannel:
     """The lane for messages over `group` by tensors on `device`; it shows on `track` of a timeline.
 
     `streams` are those that it uses; by default those of `device`.
     """
-    streams = streams or streams_of(device)
+    streams = streams or get_device_streams(device)
     if streams is not None:
-        return StreamChannel(group, StreamCommunicator(streams, recorder=recorder, track=track))
-    return SocketChannel(group, recorder, track)
+        return NcclP2PChannel(group, StreamCommunicator(streams, recorder=recorder, track=track))
+    return GlooP2PChannel(group, recorder, track)
 
 
-class SocketChannel:
+class GlooP2PChannel:
     """Over gloo, which moves messages by itself: the computing thread posts them, and waits for those that it needs.
 
     A thread beside it waits for what is being sent, one after the other, to let go of it.
     """
 
-    def __init__(self, group: Group, recorder: SpanRecorder = SILENT, track: Track = Track.UP) -> None:
-        self._group, self._handle = group, group.handle
+    def __init__(
+        self, group: Group, recorder: SpanRecorder = NULL_RECORDER, track: TimelineTrack = TimelineTrack.P2P_NEXT
+    ) -> None:
+        self._group, self._handle = group, group.process_group
         self._sent: Counter[int] = Counter()
         self._received: Counter[int] = Counter()
         self._leaving = _Leaving(recorder, track)
 
-    def post(self, sends: Sequence[Outgoing], receives: Sequence[Incoming]) -> list[AsyncWork[Tensor]]:
+    def post(self, sends: Sequence[P2PSend], receives: Sequence[P2PReceive]) -> list[AsyncWork[Tensor]]:
         """See `P2PChannel`. Each message has a tag of its own, by its number between the two ranks."""
         arriving: list[AsyncWork[Tensor]] = []
         for incoming in receives:
-            buffer, tag = incoming.make(), self._received[incoming.peer]
+            buffer, tag = incoming.allocate(), self._received[incoming.peer]
             with self._failing_clearly(incoming):
                 work = dist.irecv(buffer, incoming.peer, self._handle, tag)
-            arriving.append(_Moving(work, buffer, incoming.what, incoming.peer, self._group))
+            arriving.append(_Moving(work, buffer, incoming.description, incoming.peer, self._group))
             self._received[incoming.peer] += 1
         for outgoing in sends:
             with self._failing_clearly(outgoing):
                 work = dist.isend(outgoing.tensor, outgoing.peer, self._handle, self._sent[outgoing.peer])
-            self._leaving.put(_Moving(work, outgoing.tensor, outgoing.what, outgoing.peer, self._group))
+            self._leaving.put(_Moving(work, outgoing.tensor, outgoing.description, outgoing.peer, self._group))
             self._sent[outgoing.peer] += 1
         return arriving
 
-    def finish(self) -> None:
+    def wait_for_sends(self) -> None:
         """See `P2PChannel`."""
         self._leaving.finish()
 
@@ -111,9 +117,9 @@ class SocketChannel:
         """See `P2PChannel`."""
         self._leaving.close()
 
-    def _failing_clearly(self, message: Outgoing | Incoming) -> AbstractContextManager[None]:
+    def _failing_clearly(self, message: P2PSend | P2PReceive) -> AbstractContextManager[None]:
         """gloo refuses to post to a neighbor that it knows is gone."""
-        return failing_clearly(self._group.rank, message.what, [message.peer], self._group.limit)
+        return collective_error_context(self._group.rank, message.description, [message.peer], self._group.timeout)
 
 
 @dataclass(frozen=True)
@@ -128,15 +134,15 @@ class _Moving:
 
     def wait(self) -> Tensor:
         assert self.work is not None
-        with failing_clearly(self.group.rank, self.what, [self.peer], self.group.limit):
-            self.work.wait(self.group.limit)
+        with collective_error_context(self.group.rank, self.what, [self.peer], self.group.timeout):
+            self.work.wait(self.group.timeout)
         return self.tensor
 
 
 class _Leaving:
     """Holds what is being sent, until it has been sent. After a failure it waits for nothing more."""
 
-    def __init__(self, recorder: SpanRecorder, track: Track) -> None:
+    def __init__(self, recorder: SpanRecorder, track: TimelineTrack) -> None:
         self._recorder, self._track = recorder, track
         self._messages: queue.SimpleQueue[_Moving | threading.Event | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
@@ -174,22 +180,22 @@ class _Leaving:
             self._failure = failure
 
 
-class StreamChannel:
+class NcclP2PChannel:
     """Over NCCL, batch after batch on a stream of its own. Not yet run on hardware."""
 
-    def __init__(self, group: Group, worker: StreamCommunicator) -> None:
-        self._group, self._worker = group, worker
+    def __init__(self, group: Group, async_communicator: StreamCommunicator) -> None:
+        self._group, self._worker = group, async_communicator
         self._last: AsyncWork[tuple[Tensor, ...]] | None = None
 
-    def post(self, sends: Sequence[Outgoing], receives: Sequence[Incoming]) -> list[AsyncWork[Tensor]]:
+    def post(self, sends: Sequence[P2PSend], receives: Sequence[P2PReceive]) -> list[AsyncWork[Tensor]]:
         """See `P2PChannel`."""
         if not sends and not receives:
             return []
-        messages: list[Outgoing | Incoming] = [*sends, *receives]
-        what = "; ".join(str(message.what) for message in messages)
+        messages: list[P2PSend | P2PReceive] = [*sends, *receives]
+        what = "; ".join(str(message.description) for message in messages)
 
         def move() -> tuple[Tensor, ...]:
-            buffers = tuple(message.make() for message in receives)
+            buffers = tuple(message.allocate() for message in receives)
             outgoing = [(each.tensor, each.peer) for each in sends]
             incoming = [(buffer, each.peer) for buffer, each in zip(buffers, receives, strict=True)]
             self._group.send_and_receive(outgoing, incoming, what)
@@ -198,7 +204,7 @@ class StreamChannel:
         self._last = batch = self._worker.submit(what, move, [message.tensor for message in sends])
         return [_InBatch(batch, place) for place in range(len(receives))]
 
-    def finish(self) -> None:
+    def wait_for_sends(self) -> None:
         """See `P2PChannel`."""
         if self._last is not None:
             self._last.wait()

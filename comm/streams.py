@@ -34,22 +34,22 @@ class Stream(Protocol):
         ...
 
 
-class Streams(Protocol):
+class DeviceStreams(Protocol):
     """The streams of one device. `CudaStreams` is the real one; tests and `shoestring rehearse` have others."""
 
-    def create(self, name: str) -> Stream:
+    def create_stream(self, name: str) -> Stream:
         """Return a new stream of high priority; `name` says what for."""
         ...
 
-    def current(self) -> Stream:
+    def current_stream(self) -> Stream:
         """Return the stream that this thread queues work on."""
         ...
 
-    def use(self, stream: Stream) -> AbstractContextManager[object]:
+    def use_stream(self, stream: Stream) -> AbstractContextManager[object]:
         """Queue this thread's work on `stream` inside the context."""
         ...
 
-    def hold(self, tensor: Tensor, stream: Stream) -> None:
+    def record_stream(self, tensor: Tensor, stream: Stream) -> None:
         """Keep the memory of `tensor` from being reused before what is queued on `stream` now has run."""
         ...
 
@@ -60,25 +60,25 @@ class CudaStreams:
 
     device: torch.device
 
-    def create(self, name: str) -> Stream:
-        """See `Streams`."""
+    def create_stream(self, name: str) -> Stream:
+        """See `DeviceStreams`."""
         return torch.cuda.Stream(self.device, priority=-1)  # before the products that it feeds
 
-    def current(self) -> Stream:
-        """See `Streams`."""
+    def current_stream(self) -> Stream:
+        """See `DeviceStreams`."""
         return torch.cuda.current_stream(self.device)
 
-    def use(self, stream: Stream) -> AbstractContextManager[object]:
-        """See `Streams`."""
+    def use_stream(self, stream: Stream) -> AbstractContextManager[object]:
+        """See `DeviceStreams`."""
         assert isinstance(stream, torch.cuda.Stream)
         return torch.cuda.stream(stream)
 
-    def hold(self, tensor: Tensor, stream: Stream) -> None:
-        """See `Streams`: the caching allocator's `record_stream`."""
+    def record_stream(self, tensor: Tensor, stream: Stream) -> None:
+        """See `DeviceStreams`: the caching allocator's `record_stream`."""
         assert isinstance(stream, torch.cuda.Stream)
         tensor.record_stream(stream)
 
 
-def streams_of(device: torch.device) -> Streams | None:
+def get_device_streams(device: torch.device) -> DeviceStreams | None:
     """Return the streams of a GPU; None for a CPU, which has none."""
     return CudaStreams(device) if device.type == "cuda" else None

@@ -11,7 +11,7 @@ from .errors import Problem
 _MOST_RANKS, _MOST_STAGES = 2**20, 1024
 
 
-class Link(StrEnum):
+class LinkType(StrEnum):
     """The wire between two ranks. The names are an H800 node's, also where both ranks are processes on one CPU."""
 
     LOOPBACK = "loopback"  # a rank to itself: a copy in its own memory
@@ -67,29 +67,29 @@ class Topology:
         return tuple(range(first, first + self.ep))
 
     @property
-    def ep_node_size(self) -> int:
+    def ep_ranks_per_node(self) -> int:
         """How many ranks of an expert-parallel group share a node."""
         return min(self.ep, self.gpus_per_node)
 
     @property
-    def ep_nodes(self) -> int:
+    def nodes_per_ep_group(self) -> int:
         """Over how many nodes an expert-parallel group is spread."""
-        return self.ep // self.ep_node_size
+        return self.ep // self.ep_ranks_per_node
 
-    def ep_ranks_inside_node(self, rank: int) -> tuple[int, ...]:
+    def ep_intra_node_ranks(self, rank: int) -> tuple[int, ...]:
         """The ranks of its expert-parallel group in the node of `rank`."""
-        first = rank - self.ep_rank(rank) % self.ep_node_size
-        return tuple(range(first, first + self.ep_node_size))
+        first = rank - self.ep_rank(rank) % self.ep_ranks_per_node
+        return tuple(range(first, first + self.ep_ranks_per_node))
 
-    def ep_ranks_between_nodes(self, rank: int) -> tuple[int, ...]:
+    def ep_inter_node_ranks(self, rank: int) -> tuple[int, ...]:
         """The ranks of its expert-parallel group with the place of `rank` in their nodes (the same rail)."""
-        return self.ep_ranks(rank)[self.ep_rank(rank) % self.ep_node_size :: self.ep_node_size]
+        return self.ep_ranks(rank)[self.ep_rank(rank) % self.ep_ranks_per_node :: self.ep_ranks_per_node]
 
     def pp_ranks(self, rank: int) -> tuple[int, ...]:
         """The pipeline of `rank`: one rank a stage, in order, at the same place in their data-parallel groups."""
         return tuple(range(self.dp_rank(rank), self.world_size, self.dp))
 
-    def holders(self, ranks: Sequence[int], pp_ranks: Sequence[int]) -> tuple[int, ...]:
+    def map_to_pp_ranks(self, ranks: Sequence[int], pp_ranks: Sequence[int]) -> tuple[int, ...]:
         """`ranks`, all of one pipeline rank, moved to each of `pp_ranks`: those that hold the same parameters."""
         return tuple(pp_rank * self.dp + self.dp_rank(rank) for pp_rank in pp_ranks for rank in ranks)
 
@@ -103,12 +103,12 @@ class Topology:
         first = rank - self.dp_rank(rank)
         return tuple(range(first, first + self.dp))
 
-    def link(self, source: int, target: int) -> Link:
+    def link_type(self, source: int, target: int) -> LinkType:
         """The wire that a message from `source` to `target` crosses."""
         if source == target:
-            return Link.LOOPBACK
+            return LinkType.LOOPBACK
         same_node = source // self.gpus_per_node == target // self.gpus_per_node
-        return Link.NVLINK if same_node else Link.INFINIBAND
+        return LinkType.NVLINK if same_node else LinkType.INFINIBAND
 
     def problems(self) -> Iterator[Problem]:
         """What is impossible about this grid on its own."""
@@ -118,6 +118,6 @@ class Topology:
                 yield Problem(name, value, "must be at least 1")
             elif value > (most := _MOST_STAGES if name == "pp" else _MOST_RANKS):
                 yield Problem(name, value, f"must be at most {most}: no cluster has more")
-        if min(self.ep, self.gpus_per_node) >= 1 and max(self.ep, self.gpus_per_node) % self.ep_node_size:
+        if min(self.ep, self.gpus_per_node) >= 1 and max(self.ep, self.gpus_per_node) % self.ep_ranks_per_node:
             hint = f"must divide gpus_per_node = {self.gpus_per_node} or be a multiple of it: groups fill nodes evenly"
             yield Problem("ep", self.ep, hint, ("gpus_per_node",))

@@ -11,32 +11,32 @@ from enum import StrEnum
 from typing import Protocol
 
 
-class Track(StrEnum):
+class TimelineTrack(StrEnum):
     """Rows of a timeline. Spans of one track may be nested, and do not overlap otherwise."""
 
     INSTRUCTION = "instruction"  # of the pipeline program, the optimizer, and what these wait for
     COMPUTE = "compute"  # phases of layers, and waiting for exchanges
     EXCHANGE = "exchange"  # what the exchange's worker does
-    UP = "edge up"  # messages towards the end of the pipeline
-    DOWN = "edge down"  # messages towards its beginning
+    P2P_NEXT = "edge up"  # messages towards the end of the pipeline
+    P2P_PREV = "edge down"  # messages towards its beginning
     REDUCE = "reduce"  # sums of gradients, and weights handed out
     LAUNCH = "launch"  # moments: the computing thread has started a communication
 
 
-EDGE_WAIT = "edge_wait"
+PIPELINE_WAIT = "edge_wait"
 EXPOSED_EXCHANGE = "exposed_exchange"
-REDUCE_WAIT = "reduce_wait"
+GRADIENT_SYNC_WAIT = "reduce_wait"
 OPTIMIZER = "optimizer"
 
 
 class SpanRecorder(Protocol):
     """Keeps spans and moments. `detail` is turned into text only if it is kept."""
 
-    def span(self, track: Track, name: str, detail: object = None) -> AbstractContextManager[object]:
+    def span(self, track: TimelineTrack, name: str, detail: object = None) -> AbstractContextManager[object]:
         """What runs inside, from its beginning to its end."""
         ...
 
-    def mark(self, track: Track, name: str, detail: object = None) -> None:
+    def record_instant(self, track: TimelineTrack, name: str, detail: object = None) -> None:
         """A moment."""
         ...
 
@@ -44,16 +44,16 @@ class SpanRecorder(Protocol):
 class NullRecorder:
     """Keeps nothing."""
 
-    def span(self, track: Track, name: str, detail: object = None) -> AbstractContextManager[object]:
+    def span(self, track: TimelineTrack, name: str, detail: object = None) -> AbstractContextManager[object]:
         """See `SpanRecorder`."""
         return _NOTHING
 
-    def mark(self, track: Track, name: str, detail: object = None) -> None:
+    def record_instant(self, track: TimelineTrack, name: str, detail: object = None) -> None:
         """See `SpanRecorder`."""
 
 
 _NOTHING: AbstractContextManager[object] = nullcontext()
-SILENT = NullRecorder()
+NULL_RECORDER = NullRecorder()
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class ExchangeLabel:
 
 
 @dataclass(frozen=True)
-class Call:
+class ExchangeCall:
     """One operation of the token exchange, for one layer and micro-batch."""
 
     operation: str

@@ -7,39 +7,39 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from .groups import Group
-from .topology import Link, Topology
+from .topology import LinkType, Topology
 
 
 class TrafficKind(StrEnum):
     """What bytes are for."""
 
     PAYLOAD = "payload"  # rows and their scales
-    BESIDE = "beside"  # expert numbers, gate weights, sizes
+    METADATA = "beside"  # expert numbers, gate weights, sizes
 
 
 @dataclass
-class Traffic:
+class TrafficCounter:
     """Bytes sent by one rank, by operation, kind and link."""
 
     topology: Topology
     rank: int
-    bytes_sent: dict[tuple[str, TrafficKind, Link], int] = field(default_factory=dict)
+    bytes_sent: dict[tuple[str, TrafficKind, LinkType], int] = field(default_factory=dict)
 
-    def count(self, operation: str, group: Group, bytes_per_peer: Sequence[int]) -> None:
+    def count_payload(self, operation: str, group: Group, bytes_per_peer: Sequence[int]) -> None:
         """Add the payload that `operation` sends from this rank to each rank of `group`, in the group's order."""
         self._add(operation, TrafficKind.PAYLOAD, zip(group.ranks, bytes_per_peer, strict=True))
 
-    def count_beside(self, operation: str, group: Group, bytes_per_peer: Sequence[int]) -> None:
+    def count_metadata(self, operation: str, group: Group, bytes_per_peer: Sequence[int]) -> None:
         """The same for what travels beside the payload."""
-        self._add(operation, TrafficKind.BESIDE, zip(group.ranks, bytes_per_peer, strict=True))
+        self._add(operation, TrafficKind.METADATA, zip(group.ranks, bytes_per_peer, strict=True))
 
-    def clear(self) -> None:
+    def reset(self) -> None:
         """Count from zero again."""
         self.bytes_sent.clear()
 
-    def by_link(self, kind: TrafficKind | None = None, operation: str | None = None) -> Mapping[Link, int]:
+    def bytes_by_link(self, kind: TrafficKind | None = None, operation: str | None = None) -> Mapping[LinkType, int]:
         """Bytes sent over each kind of link: of one kind or both, of one operation or all."""
-        totals = dict.fromkeys(Link, 0)
+        totals = dict.fromkeys(LinkType, 0)
         for (counted, of_kind, link), size in self.bytes_sent.items():
             if kind in (None, of_kind) and operation in (None, counted):
                 totals[link] += size
@@ -47,5 +47,5 @@ class Traffic:
 
     def _add(self, operation: str, kind: TrafficKind, sizes: Iterable[tuple[int, int]]) -> None:
         for peer, size in sizes:
-            key = (operation, kind, self.topology.link(self.rank, peer))
+            key = (operation, kind, self.topology.link_type(self.rank, peer))
             self.bytes_sent[key] = self.bytes_sent.get(key, 0) + size

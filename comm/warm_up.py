@@ -16,13 +16,15 @@ from .async_comm import AsyncCommunicator
 from .groups import Group, ProcessGroups
 
 
-def warm_up_exchange(name: str, groups: ProcessGroups, worker: AsyncCommunicator, device: torch.device) -> None:
+def warm_up_exchange(
+    name: str, groups: ProcessGroups, async_communicator: AsyncCommunicator, device: torch.device
+) -> None:
     """Connect the groups of the token exchange called `name`; collective over the expert-parallel group.
 
     It runs on `worker`, as the exchange does. DeepEP connects its buffer when that is made.
     """
     for what, group in _groups_of(name, groups):
-        worker.submit(f"first all-to-all, {what}", partial(warm_up_all_to_all, group, device), ()).wait()
+        async_communicator.submit(f"first all-to-all, {what}", partial(warm_up_all_to_all, group, device), ()).wait()
 
 
 def warm_up_all_to_all(group: Group, device: torch.device) -> None:
@@ -48,5 +50,5 @@ def _groups_of(name: str, groups: ProcessGroups) -> Iterator[tuple[str, Group]]:
     if name != "deepep":
         yield "expert-parallel", groups.ep
     if name == "two_hop":
-        yield "between nodes", groups.ep_between
-        yield "inside the node", groups.ep_inside
+        yield "between nodes", groups.ep_inter_node
+        yield "inside the node", groups.ep_intra_node

@@ -22,9 +22,9 @@ from typing import Any, TextIO
 
 import torch
 
-SECONDS_TO_TELL = 30
+DUMP_TIMEOUT_SECONDS = 30
 """The flight recorder asks CUDA for the state of its events, which may hang too. Then the rank ends without it."""
-PEERS_TOLD = 8
+MAX_PEERS_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -41,23 +41,23 @@ class Watchdog:
     flight recorder, and the process ends with 1, so that torchrun ends the other ranks.
     """
 
-    limit: timedelta
+    timeout: timedelta
     """May be changed at any time: starting takes longer than a step."""
 
     def __init__(
         self,
         rank: int,
-        limit: timedelta,
+        timeout: timedelta,
         folder: Path,
         *,
         clock: Callable[[], float] = time.monotonic,
-        leave: Callable[[int], object] = os._exit,
+        exit_process: Callable[[int], object] = os._exit,
         output: TextIO = sys.stderr,
     ) -> None:
         """The flight recorder is written into `folder`. Nobody looks before `start`."""
-        self.limit = limit
+        self.timeout = timeout
         self._rank, self._folder = rank, folder
-        self._clock, self._leave, self._output = clock, leave, output
+        self._clock, self._leave, self._output = clock, exit_process, output
         self._calls: dict[int, _Call] = {}
         self._closed = threading.Event()
 
@@ -70,7 +70,7 @@ class Watchdog:
         self._closed.set()
 
     @contextmanager
-    def watching(self, what: object, peers: Sequence[int]) -> Iterator[None]:
+    def watch_call(self, what: object, peers: Sequence[int]) -> Iterator[None]:
         """Watch the call that is made inside, of any thread. `what` is turned into text only if it does not return."""
         call = _Call(what, peers, self._clock())
         self._calls[id(call)] = call
@@ -79,9 +79,9 @@ class Watchdog:
         finally:
             del self._calls[id(call)]
 
-    def look(self) -> None:
+    def exit_if_overdue(self) -> None:
         """End the process if a call is overdue."""
-        now, limit = self._clock(), self.limit.total_seconds()
+        now, limit = self._clock(), self.timeout.total_seconds()
         overdue = [call for call in self._calls.copy().values() if now - call.began > limit]
         if overdue:
             self._tell(overdue, now)
@@ -89,23 +89,23 @@ class Watchdog:
 
     def _run(self, period: float) -> None:
         while not self._closed.wait(period):
-            self.look()
+            self.exit_if_overdue()
 
     def _tell(self, overdue: Sequence[_Call], now: float) -> None:
         for call in overdue:
             with_whom, seconds = _peers(call.peers, self._rank), now - call.began
             words = f"{call.what} with {with_whom} has not returned from the communication library"
-            self._print(f"rank {self._rank}: {words} for {seconds:.0f} s (limit {self.limit.total_seconds():g} s)")
+            self._print(f"rank {self._rank}: {words} for {seconds:.0f} s (limit {self.timeout.total_seconds():g} s)")
         faulthandler.dump_traceback(self._output, all_threads=True)
-        faulthandler.dump_traceback_later(SECONDS_TO_TELL, exit=True, file=self._output)
-        self._print(f"rank {self._rank}: {write_flight_recorder(self._folder, self._rank)}")
+        faulthandler.dump_traceback_later(DUMP_TIMEOUT_SECONDS, exit=True, file=self._output)
+        self._print(f"rank {self._rank}: {dump_flight_recorder(self._folder, self._rank)}")
         faulthandler.cancel_dump_traceback_later()
 
     def _print(self, words: str) -> None:
         print(f"shoestring: {words}", file=self._output, flush=True)
 
 
-def write_flight_recorder(folder: Path, rank: int) -> str:
+def dump_flight_recorder(folder: Path, rank: int) -> str:
     """Write what PyTorch has recorded of this process's collectives into `folder`; return where, or why not."""
     dump = _find_dump()
     if dump is None:
@@ -132,5 +132,5 @@ def _find_dump() -> Callable[[], bytes] | None:
 
 def _peers(peers: Sequence[int], rank: int) -> str:
     others = [str(peer) for peer in dict.fromkeys(peers) if peer != rank]
-    more = len(others) - PEERS_TOLD
-    return f"ranks {', '.join(others[:PEERS_TOLD])}" + (f" and {more} more" if more > 0 else "")
+    more = len(others) - MAX_PEERS_SHOWN
+    return f"ranks {', '.join(others[:MAX_PEERS_SHOWN])}" + (f" and {more} more" if more > 0 else "")

@@ -10,16 +10,24 @@ from contextlib import nullcontext
 
 from .. import __version__
 from ..comm.errors import ConfigError
-from ..comm.files.access import os_problem
+from ..comm.files.access import os_error_to_problem
 from .parsers import checkpoints, data, machine, model, planning, runs, training
-from .run.signals import StoppedEarly, die_with_launcher, stops_before_it_began
+from .run.signals import StoppedBeforeStart, die_with_launcher, raise_on_early_stop
 from .run.torchrun import RanksFailed
-from .say import open_standard_streams, say
+from .say import open_standard_streams, print_to_stderr
 
-EXIT_FAULT, EXIT_REFUSED, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 75, 128 + signal.SIGINT
+EXIT_FAILURE, EXIT_CONFIG_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 128 + signal.SIGINT
 
 # In the order of `shoestring -h`.
-_FAMILIES = (training.add, model.add, planning.add, machine.add, runs.add, checkpoints.add, data.add)
+_FAMILIES = (
+    training.add_commands,
+    model.add_commands,
+    planning.add_commands,
+    machine.add_commands,
+    runs.add_commands,
+    checkpoints.add_commands,
+    data.add_commands,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -29,36 +37,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     die_with_launcher()
     open_standard_streams()
-    options = parse(arguments)
+    options = parse_arguments(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
-        with stops_before_it_began() if options.verb == "train" else nullcontext():
+        with raise_on_early_stop() if options.verb == "train" else nullcontext():
             code = run(options)
-    except StoppedEarly as stopped:
-        say(f"shoestring train: stopped by {stopped}")
-        code = EXIT_STOPPED
+    except StoppedBeforeStart as stopped:
+        print_to_stderr(f"shoestring train: stopped by {stopped}")
+        code = EXIT_PREEMPTED
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would cut the end short, with a traceback
-        say(f"shoestring {options.verb}: stopped by SIGINT")
+        print_to_stderr(f"shoestring {options.verb}: stopped by SIGINT")
         code = EXIT_INTERRUPTED
     except ConfigError as refused:
-        say(f"shoestring {options.verb}: refused")
+        print_to_stderr(f"shoestring {options.verb}: refused")
         for problem in refused.problems:
-            say(f"  {problem}")
-        code = EXIT_REFUSED
+            print_to_stderr(f"  {problem}")
+        code = EXIT_CONFIG_ERROR
     except BrokenPipeError:
         raise  # who reads the output has gone: no file is at fault
     except OSError as error:
-        problem = os_problem(error, "a file that the system does not name", "nothing more was done")
-        say(f"shoestring {options.verb}: refused\n  {problem}")
-        code = EXIT_REFUSED
+        problem = os_error_to_problem(error, "a file that the system does not name", "nothing more was done")
+        print_to_stderr(f"shoestring {options.verb}: refused\n  {problem}")
+        code = EXIT_CONFIG_ERROR
     except RanksFailed as failed:
-        say(f"shoestring {options.verb}: {failed}")
-        code = EXIT_FAULT
+        print_to_stderr(f"shoestring {options.verb}: {failed}")
+        code = EXIT_FAILURE
     sys.exit(code)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """What was asked for; overrides may stand before, between and behind options.
 
     argparse fills a list of positionals once, with those before the next option, and has no intermixed parsing for
@@ -80,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"shoestring {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for add in _FAMILIES:
-        add(verbs)
+    for add_commands in _FAMILIES:
+        add_commands(verbs)
     return parser
 
 

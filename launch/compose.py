@@ -19,13 +19,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ..comm.errors import ConfigError, Doubt, Problem, refuse_if_any
-from ..comm.files.access import os_problem, refusing
-from ..comm.files.strict_json import Malformed, shortened
-from ..comm.files.strict_yaml import check_yaml, read_yaml
+from ..comm.errors import ConfigError, Problem, UnreadableFields, raise_if_any
+from ..comm.files.access import config_error_context, os_error_to_problem
+from ..comm.files.strict_json import MalformedFileError, shorten_for_message
+from ..comm.files.strict_yaml import read_checked_yaml_text, read_yaml
 from ..trainer.config import RunConfig
-from ..trainer.typed import EnvironmentText, build, read
-from .interpolations import resolve
+from ..trainer.typed import InterpolatedText, build_dataclass, parse_dataclass
+from .interpolations import resolve_interpolations
 
 _RESOLVING = (ValueError, TypeError, KeyError, AttributeError, OSError)
 """What resolvers and merges of Hydra and OmegaConf let through for values that they were not made for."""
@@ -33,7 +33,9 @@ _WHOLE_RUN = "# @package _global_"
 """Hydra's word for a file whose keys stand at the top, as an experiment's do, and not under its group."""
 
 
-def compose_run(overrides: Sequence[str], config_dir: Path | None = None, instant: datetime | None = None) -> RunConfig:
+def compose_run_config(
+    overrides: Sequence[str], config_dir: Path | None = None, now: datetime | None = None
+) -> RunConfig:
     """The configuration that `overrides` describe, such as `experiment=quickstart` and `training.seed=1`.
 
     Groups are looked up in `config_dir` too, where it is given; `${now:…}` is `instant`, by default now. Raises
@@ -46,38 +48,38 @@ def compose_run(overrides: Sequence[str], config_dir: Path | None = None, instan
             raise ConfigError([*problems, *unreadable])
         lines = [(text, list(_readable(text, config_dir, problems))) for text in overrides]
         words = [line for _, read_as in lines for line in read_as]
-        tree = _compose(words, config_dir, instant or datetime.now().astimezone(), problems)
+        tree = _compose(words, config_dir, now or datetime.now().astimezone(), problems)
     unread = {_key(text) for text, read_as in lines if not read_as}
     if {"--config-dir", "experiment"} & (unread | {problem.field for problem in problems}):
         unread.add("")  # their files could have set anything
     problems += _nul_problems(tree)
-    config, doubtful = read(RunConfig, tree, problems)
-    doubt = Doubt(doubtful | unread, frozenset(_key(text) for text, read_as in lines if read_as))
-    refuse_if_any([*problems, *config.problems(doubt)])
+    config, doubtful = parse_dataclass(RunConfig, tree, problems)
+    doubt = UnreadableFields(doubtful | unread, frozenset(_key(text) for text, read_as in lines if read_as))
+    raise_if_any([*problems, *config.problems(doubt)])
     return config
 
 
-def to_yaml(config: RunConfig) -> str:
+def config_to_yaml(config: RunConfig) -> str:
     """The whole configuration, every default written out; what comes from the environment is not resolved.
 
     `read_config` reads it. Kept as `DIR/experiment/NAME.yaml` it is read back with `--config-dir DIR experiment=NAME`.
     """
-    return f"{_WHOLE_RUN}\n{OmegaConf.to_yaml(OmegaConf.create(literal(to_tree(config))))}"
+    return f"{_WHOLE_RUN}\n{OmegaConf.to_yaml(OmegaConf.create(escape_interpolations(config_to_dict(config))))}"
 
 
 def read_config(path: Path) -> RunConfig:
-    """Read what `to_yaml` wrote, and resolve what comes from the environment. Raises `ConfigError`."""
+    """Read what `config_to_yaml` wrote, and resolve what comes from the environment. Raises `ConfigError`."""
     problems: list[Problem] = []
-    with refusing(path, "it says what the run was told; restore it"):
-        text = check_yaml(path)
+    with config_error_context(path, "it says what the run was told; restore it"):
+        text = read_checked_yaml_text(path)
     try:
-        tree = resolve(OmegaConf.load(StringIO(text)), problems, datetime.now().astimezone())
+        tree = resolve_interpolations(OmegaConf.load(StringIO(text)), problems, datetime.now().astimezone())
     except (OmegaConfBaseException, YAMLError, RecursionError, *_RESOLVING) as error:
         raise ConfigError([Problem(str(path), None, f"cannot be read or resolved: {error}")]) from error
-    return build(RunConfig, tree, problems)
+    return build_dataclass(RunConfig, tree, problems)
 
 
-def to_tree(config: RunConfig) -> dict[str, Any]:
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
     """The configuration as nested plain values, for JSON."""
     tree: dict[str, Any] = _plain(config)
     return tree
@@ -93,14 +95,14 @@ def _plain(value: Any) -> Any:
     return {key: _plain(item) for key, item in vars(value).items()}
 
 
-def literal(value: Any) -> Any:
+def escape_interpolations(value: Any) -> Any:
     """`value` with every `${` in it escaped, so that OmegaConf reads it as text; not where it was an interpolation."""
-    if isinstance(value, EnvironmentText):
+    if isinstance(value, InterpolatedText):
         return value.source
     if isinstance(value, dict):
-        return {key: literal(item) for key, item in value.items()}
+        return {key: escape_interpolations(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [literal(item) for item in value]
+        return [escape_interpolations(item) for item in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
@@ -112,7 +114,7 @@ def _compose(lines: Sequence[str], config_dir: Path | None, instant: datetime, p
         searchpath = [f"hydra.searchpath=['file://{quoted}']"]
     try:
         composed = compose("config", [*searchpath, *lines])
-        tree = resolve(composed, problems, instant)
+        tree = resolve_interpolations(composed, problems, instant)
     except (HydraException, OmegaConfBaseException, YAMLError, RecursionError, *_RESOLVING) as error:
         text = " ".join(line.removeprefix("++") for line in lines)
         raise ConfigError([*problems, Problem("command line", text, str(error))]) from error
@@ -143,7 +145,9 @@ def _readable(text: str, config_dir: Path | None, problems: list[Problem]) -> It
         problems.append(_malformed(text))
         return
     except ValueError:  # Python reads no whole number of more than 4,300 digits
-        problems.append(Problem("command line", shortened(text), "holds a number of too many digits to be read"))
+        problems.append(
+            Problem("command line", shorten_for_message(text), "holds a number of too many digits to be read")
+        )
         return
     choices = _choices(override.key_or_group, config_dir)
     found = _override_problem(text, override, choices)
@@ -199,10 +203,10 @@ def _unreadable_files(config_dir: Path | None) -> Iterator[Problem]:
             continue
         try:
             read_yaml(path, resolve=False)
-        except Malformed as error:
-            yield error.problem(path, "correct the file, or remove it")
+        except MalformedFileError as error:
+            yield error.to_problem(path, "correct the file, or remove it")
         except OSError as error:
-            yield os_problem(error, path, "let it be read, or remove it")
+            yield os_error_to_problem(error, path, "let it be read, or remove it")
 
 
 def _directory_problems(config_dir: Path | None) -> Iterator[Problem]:

@@ -1,7 +1,7 @@
 """Interpolations in a configuration: what is resolved once for a launch, and what each process resolves for itself.
 
 `${now:…}` is resolved where a run is composed, and never again. `${oc.env:…}` may hold a secret, so that files keep it
-as it was written: its value is an `EnvironmentText`, which remembers that. Numbers and choices hold no secrets.
+as it was written: its value is an `InterpolatedText`, which remembers that. Numbers and choices hold no secrets.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..comm.errors import Problem
-from ..trainer.typed import EnvironmentText
+from ..trainer.typed import InterpolatedText
 
 _NOW = re.compile(r"(?<!\\)((?:\\\\)*)\$\{now:([^{}]*)\}")
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:")
@@ -22,14 +22,14 @@ _CHOICES = ("model.", "exchange.", "precision.", "optimizer.", "schedule.", "rec
 """Groups whose text is one of a list of names. A checkpoint is compared by them, so it holds what they mean."""
 
 
-def resolve(config: DictConfig | ListConfig, problems: list[Problem], instant: datetime) -> Any:
+def resolve_interpolations(config: DictConfig | ListConfig, problems: list[Problem], now: datetime) -> Any:
     """Return `config` as nested plain values, all resolved: `${now:…}` is `instant`.
 
-    What may be text of the environment is an `EnvironmentText`.
+    What may be text of the environment is an `InterpolatedText`.
 
     Raises OmegaConf's errors for what cannot be resolved; lists from the environment are added to `problems`.
     """
-    raw = _with_now(OmegaConf.to_container(config, resolve=False), instant)
+    raw = _with_now(OmegaConf.to_container(config, resolve=False), now)
     resolved = OmegaConf.to_container(OmegaConf.create(raw), resolve=True, throw_on_missing=True)
     if not any(_ENVIRONMENT.search(text) for text in _texts(raw)):
         return resolved
@@ -71,4 +71,4 @@ def _joined(raw: Any, resolved: Any, path: str, problems: list[Problem]) -> Any:
     if not isinstance(resolved, str) or (path.startswith(_CHOICES) and key != "model.name"):
         return resolved
     # With a variable somewhere in the configuration, a reference to another key may lead to it.
-    return EnvironmentText(resolved, raw)
+    return InterpolatedText(resolved, raw)

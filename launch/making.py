@@ -7,30 +7,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from .run.launcher import Stopped
-from .run.signals import ASKING_SIGNALS, listened_to
-from .say import say
+from .run.launcher import StoppedBySignal
+from .run.signals import STOP_SIGNALS, exclude_ignored_signals
+from .say import print_to_stderr
 
 
 @contextmanager
-def cleaning_up(verb: str) -> Iterator[None]:
+def clean_up_on_signal(verb: str) -> Iterator[None]:
     """Raise inside the block at a signal, so that its clean-up runs; then say so and exit with 128 + n.
 
     SIGINT raises `KeyboardInterrupt`, also out of the block. Further signals are ignored until the block has ended:
     none may cut the clean-up short. For the main thread.
     """
-    numbers = (*listened_to(ASKING_SIGNALS), signal.SIGINT)
+    numbers = (*exclude_ignored_signals(STOP_SIGNALS), signal.SIGINT)
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in numbers:
             signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else StoppedBySignal(number)
 
     former = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
-    except Stopped as stopped:
-        say(f"shoestring {verb}: {stopped}; what it had begun is removed")
+    except StoppedBySignal as stopped:
+        print_to_stderr(f"shoestring {verb}: {stopped}; what it had begun is removed")
         raise SystemExit(stopped.exit_code) from None
     finally:
         for number, handler in former.items():

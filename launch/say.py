@@ -10,32 +10,32 @@ import os
 import sys
 from contextlib import suppress
 
-from ..comm.errors import ConfigError, Problem, printable
+from ..comm.errors import ConfigError, Problem, escape_unprintable
 
 
-def say(text: str) -> None:
+def print_to_stderr(text: str) -> None:
     """Print `text` on standard error; a terminal that has gone or a full disk behind it changes nothing.
 
     Control characters are escaped: names in it may come from others.
     """
     with suppress(OSError, ValueError, RuntimeError):
-        print(printable(text), file=sys.stderr, flush=True)
+        print(escape_unprintable(text), file=sys.stderr, flush=True)
 
 
-def tell(text: str) -> None:
-    """Print `text`, a result, on standard output now, or drop it where it cannot be shown; see `say` on escapes.
+def print_to_stdout(text: str) -> None:
+    """Print `text`, a result, on standard output now, or drop it where it cannot be shown; see `print_to_stderr` on escapes.
 
     After a failure standard output is the null device, so that Python's own last flush fails no more.
     """
     if sys.stdout is None:  # a program that was started without one
         return
     try:
-        print(printable(text), flush=True)
+        print(escape_unprintable(text), flush=True)
     except (OSError, ValueError):  # ValueError: it was closed by this process
         _show_nothing_more()
 
 
-def give(text: str) -> None:
+def print_or_raise(text: str) -> None:
     """Print `text`, all that a verb was asked for, on standard output.
 
     A reader that has left, as `head` does, has read what it wanted. Raises `ConfigError` where a disk does not take it.

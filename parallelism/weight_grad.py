@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Gemm = Callable[[Tensor, Tensor, Tensor], None]
+WgradGemm = Callable[[Tensor, Tensor, Tensor], None]
 """Of x [R, K], grad [R, N] and the sum [N, K], to which it adds gradᵀ x."""
 
 # The package `apex` says nothing: PyPI's is another one, and NVIDIA's may have been built without this.
@@ -34,7 +34,7 @@ _MODULE = "fused_weight_gradient_mlp_cuda"
 _DEVICE = "cuda"
 
 
-def missing_for_apex(*, on_gpu: bool) -> Iterator[str]:
+def missing_apex_requirements(*, on_gpu: bool) -> Iterator[str]:
     """Why Apex does not add up gradients here; nothing where it does."""
     if importlib.util.find_spec(_MODULE) is None:
         yield f"{_MODULE} is not installed; build NVIDIA's Apex from source with it, or use NVIDIA's PyTorch image"
@@ -44,7 +44,7 @@ def missing_for_apex(*, on_gpu: bool) -> Iterator[str]:
         yield "it needs a GPU"
 
 
-def gemm_for(sum_NK: Tensor, grad_RN: Tensor, x_RK: Tensor) -> Gemm | None:
+def select_apex_gemm(sum_NK: Tensor, grad_RN: Tensor, x_RK: Tensor) -> WgradGemm | None:
     """Apex's, where it is installed and takes these tensors."""
     in_bf16 = grad_RN.dtype == x_RK.dtype == torch.bfloat16
     if sum_NK.device.type != _DEVICE or sum_NK.dtype != torch.float32 or not in_bf16:
@@ -53,52 +53,52 @@ def gemm_for(sum_NK: Tensor, grad_RN: Tensor, x_RK: Tensor) -> Gemm | None:
 
 
 @cache
-def _gemm() -> Gemm | None:
+def _gemm() -> WgradGemm | None:
     try:
-        gemm: Gemm = importlib.import_module(_MODULE).wgrad_gemm_accum_fp32
+        gemm: WgradGemm = importlib.import_module(_MODULE).wgrad_gemm_accum_fp32
     except (ImportError, AttributeError):
         return None
     return gemm
 
 
-Work = Callable[[], None]
+WgradTask = Callable[[], None]
 
 
-class WeightGradients:
+class DelayedWeightGradients:
     """Work that remains after a backward of inputs: each piece adds to the `.grad` of one weight."""
 
     def __init__(self, *, deferred: bool = False) -> None:
         """`deferred`: all of it waits until `run`."""
-        self._work: deque[Work] = deque()
+        self._work: deque[WgradTask] = deque()
         self._deferred = deferred
 
-    def add(self, work: Work) -> None:
+    def add_task(self, work: WgradTask) -> None:
         """Leave a piece of work."""
         self._work.append(work)
 
     @property
-    def is_due(self) -> bool:
+    def has_work_to_flush(self) -> bool:
         """Whether `settle` has something to do."""
         return bool(self._work) and not self._deferred
 
-    def settle(self) -> None:
+    def flush_unless_deferred(self) -> None:
         """A moment at which others wait for nothing from here: do what has been left, unless it is deferred."""
         if not self._deferred:
-            self.run()
+            self.flush()
 
     @torch.no_grad()
-    def run(self) -> None:
+    def flush(self) -> None:
         """Do all that has been left, in that order. Recorded by autograd, a gradient would keep its inputs alive."""
         while self._work:
             self._work.popleft()()
 
-    def take_over(self, other: WeightGradients) -> None:
+    def move_tasks_from(self, other: DelayedWeightGradients) -> None:
         """Append everything that `other` holds."""
         self._work.extend(other._work)
         other._work.clear()
 
     @contextmanager
-    def collect(self) -> Iterator[None]:
+    def collect_from_forward(self) -> Iterator[None]:
         """Functions that run forward inside leave the gradients of their weights here when their backward runs.
 
         It is the forward that remembers where: autograd may run a backward on a thread of its own.
@@ -110,15 +110,15 @@ class WeightGradients:
             _COLLECTING.reset(token)
 
 
-_COLLECTING: ContextVar[WeightGradients | None] = ContextVar("collecting weight gradients", default=None)
+_COLLECTING: ContextVar[DelayedWeightGradients | None] = ContextVar("collecting weight gradients", default=None)
 
 
-def collecting() -> WeightGradients | None:
+def get_active_collector() -> DelayedWeightGradients | None:
     """Where a function that runs forward now should leave the gradients of its weights; None: with autograd."""
     return _COLLECTING.get()
 
 
-def add_to_grad(weight: Tensor, grad: Tensor) -> None:
+def accumulate_grad(weight: Tensor, grad: Tensor) -> None:
     """Add to the gradient of a weight, in the gradient's dtype, which may be wider than the weight's."""
     if weight.grad is None:
         weight.grad = grad.to(weight.grad_dtype)
@@ -128,7 +128,7 @@ def add_to_grad(weight: Tensor, grad: Tensor) -> None:
 
 def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
     """x Wᵀ, [..., K] to [..., N], in the dtype of `x`; the weight is cast at its use."""
-    if collecting() is None or not torch.is_grad_enabled():
+    if get_active_collector() is None or not torch.is_grad_enabled():
         return F.linear(x, weight_NK.to(x.dtype))
     out: Tensor = _Linear.apply(x, weight_NK)  # type: ignore[no-untyped-call]
     return out
@@ -139,7 +139,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_NK: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         # Kept as it is, not saved: a weight changes in place between steps only, after the last backward.
-        ctx.weight, ctx.left = weight_NK, collecting()
+        ctx.weight, ctx.left = weight_NK, get_active_collector()
         return F.linear(x, weight_NK.to(x.dtype))
 
     @staticmethod
@@ -147,26 +147,26 @@ class _Linear(torch.autograd.Function):
         (x,), weight_NK = ctx.saved_tensors, ctx.weight
         grad_RN, x_RK = grads[0].flatten(0, -2), x.flatten(0, -2)
         if weight_NK.requires_grad:
-            ctx.left.add(lambda: add_product(weight_NK, grad_RN, x_RK))
+            ctx.left.add(lambda: accumulate_linear_wgrad(weight_NK, grad_RN, x_RK))
         if not ctx.needs_input_grad[0]:
             return None, None
         return (grad_RN @ weight_NK.to(grad_RN.dtype)).view(x.shape), None
 
 
-def add_product(weight_NK: Tensor, grad_RN: Tensor, x_RK: Tensor) -> None:
+def accumulate_linear_wgrad(weight_NK: Tensor, grad_RN: Tensor, x_RK: Tensor) -> None:
     """Add gradᵀ x to the gradient of a weight; where one GEMM can do both, without a pass of its own over it."""
     sum_NK = weight_NK.grad
     if sum_NK is not None and sum_NK.dtype == grad_RN.dtype:
         sum_NK.addmm_(grad_RN.T, x_RK)
-    elif sum_NK is not None and (gemm := gemm_for(sum_NK, grad_RN, x_RK)) is not None:
+    elif sum_NK is not None and (gemm := select_apex_gemm(sum_NK, grad_RN, x_RK)) is not None:
         gemm(x_RK.contiguous(), grad_RN.contiguous(), sum_NK)
     else:
-        add_to_grad(weight_NK, grad_RN.T @ x_RK)
+        accumulate_grad(weight_NK, grad_RN.T @ x_RK)
 
 
 def embedding(tokens: Tensor, weight_VD: Tensor) -> Tensor:
     """Rows of the weight, int64 [...] to [..., D]. Gradients of one token's rows are summed in the gradient's dtype."""
-    if collecting() is None or not torch.is_grad_enabled():
+    if get_active_collector() is None or not torch.is_grad_enabled():
         return F.embedding(tokens, weight_VD)
     out: Tensor = _Embedding.apply(tokens, weight_VD)  # type: ignore[no-untyped-call]
     return out
@@ -175,17 +175,17 @@ def embedding(tokens: Tensor, weight_VD: Tensor) -> Tensor:
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight_VD: Tensor) -> Tensor:
-        ctx.tokens, ctx.weight, ctx.left = tokens, weight_VD, collecting()
+        ctx.tokens, ctx.weight, ctx.left = tokens, weight_VD, get_active_collector()
         return F.embedding(tokens, weight_VD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
         tokens, weight_VD, (grad,) = ctx.tokens, ctx.weight, grads
-        ctx.left.add(lambda: add_rows(weight_VD, tokens.flatten(), grad.flatten(0, -2)))
+        ctx.left.add(lambda: accumulate_embedding_wgrad(weight_VD, tokens.flatten(), grad.flatten(0, -2)))
         return None, None
 
 
-def add_rows(weight_VD: Tensor, tokens_T: Tensor, grad_TD: Tensor) -> None:
+def accumulate_embedding_wgrad(weight_VD: Tensor, tokens_T: Tensor, grad_TD: Tensor) -> None:
     """Add each row of `grad_TD` to the row of its token in the gradient of the table, as one sum of each token's rows.
 
     Only rows of these tokens are touched: a dense sum would be as large as the table, 3.7 GB for DeepSeek-V3. Bits do

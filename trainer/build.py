@@ -9,73 +9,80 @@ from typing import Any
 
 import torch
 
-from ..comm.async_comm import AsyncCommunicator, OrderCheck, open_worker
+from ..comm.async_comm import AsyncCommunicator, CollectiveOrderCheck, build_async_communicator
 from ..comm.exchange.api import TokenExchange
-from ..comm.exchange.deepep_buffer import BufferShape
-from ..comm.exchange.factory import open_exchange
+from ..comm.exchange.deepep_buffer import DeepEPBufferShape
+from ..comm.exchange.factory import build_token_exchange
 from ..comm.groups import ProcessGroups
 from ..comm.p2p import P2PChannel
-from ..comm.streams import Streams, streams_of
-from ..comm.trace import SILENT, SpanRecorder, Track
-from ..comm.traffic import Traffic
-from ..parallelism.pipeline.executor import Executor, open_lanes
-from ..parallelism.pipeline.liveness import first_use, first_use_anywhere, last_use
+from ..comm.streams import DeviceStreams, get_device_streams
+from ..comm.trace import NULL_RECORDER, SpanRecorder, TimelineTrack
+from ..comm.traffic import TrafficCounter
+from ..parallelism.pipeline.executor import PipelineExecutor, build_p2p_channels
+from ..parallelism.pipeline.liveness import first_use, first_use_on_any_rank, last_use
 from ..parallelism.pipeline.placement import Direction
-from ..parallelism.pipeline.program import Program
-from ..parallelism.pipeline.schedules.registry import build_forward
+from ..parallelism.pipeline.program import PipelineProgram
+from ..parallelism.pipeline.schedules.registry import build_forward_program
 from ..parallelism.zero.bucket import Bucket
 from ..parallelism.zero.optimizer import ShardedOptimizer
-from ..parallelism.zero.reduce import Reducer
-from .checkpoint.names import holders_of, state_pieces, whole_state
-from .checkpoint.pieces import Piece
-from .checkpoint.saver import Saver
+from ..parallelism.zero.reduce import GradientReducer
+from .checkpoint.names import make_holder_ranks, training_state_names, training_state_pieces
+from .checkpoint.pieces import TensorPiece
+from .checkpoint.saver import CheckpointSaver
 from .checkpoint.store import CheckpointStore
 from .config import RunConfig
 from .data.inspect import unigram_entropy
 from .data.manifest import DataManifest
-from .data.prepared import Prepared, open_prepared
-from .data.samples import SampleOrder, Samples
+from .data.prepared import PreparedData, open_prepared_data
+from .data.samples import SampleDataset, SampleOrder
 from .data.tokenizer import Tokenizer
-from .model.attention_backend import ON_CPU, AttentionChoice, GpuFacts, choose_attention, named_attention, try_attention
+from .model.attention_backend import (
+    CPU_ATTENTION,
+    GpuCapabilities,
+    SelectedAttention,
+    attention_by_name,
+    probe_attention,
+    select_attention,
+)
 from .model.chunk import Chunk
-from .model.init import initialize
+from .model.init import initialize_weights
 from .model.model import Model
 from .model.recompute import RecomputeModule
-from .model.stage_layout import Stages
+from .model.stage_layout import StageLayout
 from .optimizer.adamw import AdamW
-from .optimizer.average import WeightAverage
+from .optimizer.average import WeightEMA
 from .optimizer.config import OptimizerConfig
 from .run.bucket_plan import plan_buckets
 from .run.schedule_cache import ScheduleCache
 from .run.step import Stepper
-from .run.warm_up import warm_up
+from .run.warm_up import warm_up_step
 from .telemetry.trace import TraceRecorder
 
 
 @dataclass(frozen=True)
-class Rank:
+class RankResources:
     """Model, data and stores of one rank."""
 
     config: RunConfig
     groups: ProcessGroups
     device: torch.device
     dtype: torch.dtype
-    engine: Engine
-    train: Samples
-    order: SampleOrder
-    validation: Samples
+    engine: TrainingEngine
+    train_samples: SampleDataset
+    sample_order: SampleOrder
+    validation_samples: SampleDataset
     unigram_entropy: float
     tokenizer: Tokenizer
-    data: DataManifest
-    store: CheckpointStore
-    saver: Saver
-    state_names: frozenset[str]
+    data_manifest: DataManifest
+    checkpoint_store: CheckpointStore
+    checkpoint_saver: CheckpointSaver
+    checkpoint_tensor_names: frozenset[str]
     """Every tensor of a checkpoint, whichever rank holds it."""
-    trace: TraceRecorder
+    trace_recorder: TraceRecorder
     """Off but for steps that are looked at closely."""
 
     @property
-    def pipeline(self) -> Pipeline:
+    def pipeline(self) -> PipelineRuntime:
         """This rank's end of it."""
         return self.engine.pipeline
 
@@ -85,180 +92,180 @@ class Rank:
         return self.engine.stepper
 
     @property
-    def traffic(self) -> Traffic:
+    def exchange_traffic(self) -> TrafficCounter:
         """Of the token exchange."""
-        return self.engine.traffic
+        return self.engine.exchange_traffic
 
     @property
     def model(self) -> Model:
         """This rank's share."""
         return self.stepper.model
 
-    def state(self) -> list[Piece]:
+    def local_checkpoint_pieces(self) -> list[TensorPiece]:
         """What a checkpoint holds of this rank, as views: fill them, `optimizer.publish`, then train on."""
-        optimizer, average = self.stepper.optimizer, self.stepper.average
-        optimizer.wait()
-        holders = holders_of(self.pipeline.stages, self.groups)
-        return list(state_pieces(self.model, optimizer, average, holders, self.groups.rank))
+        optimizer, average = self.stepper.optimizer, self.stepper.ema
+        optimizer.wait_for_weights()
+        holders = make_holder_ranks(self.pipeline.stages, self.groups)
+        return list(training_state_pieces(self.model, optimizer, average, holders, self.groups.rank))
 
     def close(self) -> None:
         """End what runs the exchanges and reductions, and what writes checkpoints."""
-        self.saver.close()
+        self.checkpoint_saver.close()
         self.engine.close()
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class PipelineRuntime:
     """One rank's end of the pipeline: what runs programs on it."""
 
-    stages: Stages
+    stages: StageLayout
     groups: ProcessGroups
-    lanes: dict[Direction, P2PChannel]
+    channels: dict[Direction, P2PChannel]
     overlap: bool = True
     """See `ScheduleConfig`."""
-    recorder: SpanRecorder = SILENT
+    recorder: SpanRecorder = NULL_RECORDER
     recompute: frozenset[RecomputeModule] = frozenset()
     """See `RecomputeConfig`."""
-    streams: Streams | None = None
+    streams: DeviceStreams | None = None
     """What communication is queued on; None: those of the device."""
 
     @staticmethod
     def open(
-        stages: Stages,
+        stages: StageLayout,
         groups: ProcessGroups,
         device: torch.device,
         *,
         overlap: bool = True,
-        recorder: SpanRecorder = SILENT,
+        recorder: SpanRecorder = NULL_RECORDER,
         recompute: frozenset[RecomputeModule] = frozenset(),
-        streams: Streams | None = None,
-    ) -> Pipeline:
+        streams: DeviceStreams | None = None,
+    ) -> PipelineRuntime:
         """With lanes to the neighbors."""
-        lanes = open_lanes(groups, device, recorder, streams)
-        return Pipeline(stages, groups, lanes, overlap, recorder, recompute, streams)
+        lanes = build_p2p_channels(groups, device, recorder, streams)
+        return PipelineRuntime(stages, groups, lanes, overlap, recorder, recompute, streams)
 
-    def executor(self, program: Program) -> Executor:
+    def build_executor(self, program: PipelineProgram) -> PipelineExecutor:
         """Runs this rank's share of `program`."""
         groups = self.groups
-        return Executor.of(
+        return PipelineExecutor.from_program(
             program,
             groups.pp_rank,
-            self.lanes,
-            groups.up.ranks,
+            self.channels,
+            groups.pp_next.ranks,
             overlap=self.overlap,
             recorder=self.recorder,
         )
 
-    def forwards(self, micro_batches: int) -> Executor:
+    def build_forward_executor(self, micro_batches: int) -> PipelineExecutor:
         """Runs so many forwards."""
-        return self.executor(build_forward(self.stages.placement, micro_batches))
+        return self.build_executor(build_forward_program(self.stages.placement, micro_batches))
 
     def close(self) -> None:
         """End the lanes."""
-        for lane in self.lanes.values():
+        for lane in self.channels.values():
             lane.close()
 
 
-def stages_of(config: RunConfig) -> Stages:
+def build_stage_layout(config: RunConfig) -> StageLayout:
     """How the configuration splits its model."""
     schedule = config.schedule
-    return Stages.of(
+    return StageLayout.build(
         config.model,
         config.training.sequence_length,
         schedule.name,
         config.topology.pp,
         schedule.chunks,
-        schedule.layout,
+        schedule.layers_per_stage,
     )
 
 
-def build_rank(config: RunConfig, groups: ProcessGroups, device: torch.device) -> Rank:
+def build_rank_resources(config: RunConfig, groups: ProcessGroups, device: torch.device) -> RankResources:
     """Initial weights, optimizer, exchange and data of the rank that `groups` belong to."""
-    prepared = open_prepared(config.data)
+    prepared = open_prepared_data(config.data)
     train, validation = open_samples(config, prepared)
     recorder = TraceRecorder(nvtx=device.type == "cuda")
-    engine = open_engine(config, groups, device, recorder)
+    engine = build_engine(config, groups, device, recorder)
     dtype = config.precision.compute_dtype(device)
     if device.type == "cuda":
-        try_attention(engine.stepper.model.attention, config.attention_case(dtype), device)
+        probe_attention(engine.stepper.model.attention, config.attention_shape(dtype), device)
     store = CheckpointStore(Path(config.training.run_dir) / "checkpoints", config.training.keep_checkpoints)
-    return Rank(
+    return RankResources(
         config=config,
         groups=groups,
         device=device,
         dtype=dtype,
         engine=engine,
-        train=train,
-        order=SampleOrder(config.training.seed, len(train)),
-        validation=validation,
+        train_samples=train,
+        sample_order=SampleOrder(config.training.seed, len(train)),
+        validation_samples=validation,
         unigram_entropy=unigram_entropy(prepared.validation, config.model.vocab_size),
         tokenizer=prepared.tokenizer,
-        data=prepared.manifest,
-        store=store,
-        saver=Saver(store, groups.control),
-        state_names=whole_state(config.model, averages=config.optimizer.ema_decay is not None),
-        trace=recorder,
+        data_manifest=prepared.manifest,
+        checkpoint_store=store,
+        checkpoint_saver=CheckpointSaver(store, groups.world_cpu),
+        checkpoint_tensor_names=training_state_names(config.model, with_ema=config.optimizer.ema_decay is not None),
+        trace_recorder=recorder,
     )
 
 
 @dataclass(frozen=True)
-class Engine:
+class TrainingEngine:
     """What takes steps on one rank, with all that runs beside it."""
 
-    pipeline: Pipeline
+    pipeline: PipelineRuntime
     stepper: Stepper
-    worker: AsyncCommunicator
-    traffic: Traffic
+    exchange_communicator: AsyncCommunicator
+    exchange_traffic: TrafficCounter
 
     def close(self) -> None:
         """End what runs the exchanges and reductions."""
-        self.worker.close()
-        self.stepper.optimizer.wait()
+        self.exchange_communicator.close()
+        self.stepper.optimizer.wait_for_weights()
         self.stepper.optimizer.close()
-        if self.stepper.average is not None:
-            self.stepper.average.close()
+        if self.stepper.ema is not None:
+            self.stepper.ema.close()
         self.pipeline.close()
 
 
-def open_engine(
+def build_engine(
     config: RunConfig,
     groups: ProcessGroups,
     device: torch.device,
     recorder: SpanRecorder,
-    streams: Streams | None = None,
-) -> Engine:
+    streams: DeviceStreams | None = None,
+) -> TrainingEngine:
     """Initial weights, optimizer and exchange of the rank that `groups` belong to; no data.
 
     Communication is queued on `streams`, by default those of `device`.
     """
-    order = OrderCheck(groups.ep) if config.exchange.check_order else None
-    worker = open_worker(groups.ep, device, order, recorder, streams=streams)
-    traffic = Traffic(config.topology, groups.rank)
-    exchange = open_exchange(
-        config.exchange, groups, config.model.n_routed_experts, worker, traffic, largest_dispatch(config)
+    order = CollectiveOrderCheck(groups.ep) if config.exchange.check_order else None
+    worker = build_async_communicator(groups.ep, device, order, recorder, streams=streams)
+    traffic = TrafficCounter(config.topology, groups.rank)
+    exchange = build_token_exchange(
+        config.exchange, groups, config.model.n_routed_experts, worker, traffic, dispatch_buffer_shape(config)
     )
-    pipeline = Pipeline.open(
-        stages_of(config),
+    pipeline = PipelineRuntime.open(
+        build_stage_layout(config),
         groups,
         device,
         overlap=config.schedule.overlap,
         recorder=recorder,
-        recompute=config.recompute.policy,
+        recompute=config.recompute.recompute_modules,
         streams=streams,
     )
     model, dtype = build_model(config, groups, device), config.precision.compute_dtype(device)
-    stepper = build_stepper(pipeline, model, exchange, dtype, config.micro_batches, config.optimizer)
-    streams = streams or streams_of(device)
+    stepper = build_stepper(pipeline, model, exchange, dtype, config.num_micro_batches, config.optimizer)
+    streams = streams or get_device_streams(device)
     if streams is not None:  # gloo connects a group when it is made
-        batch = config.schedule.micro_batch, config.window
-        warm_up(stepper, worker, config.exchange.name, batch, device, streams)
+        batch = config.schedule.micro_batch_size, config.tokens_per_sample
+        warm_up_step(stepper, worker, config.exchange.name, batch, device, streams)
     if groups.watchdog is not None:  # from here on no call has to wait for a rank that still starts
-        groups.watchdog.limit = timedelta(seconds=config.training.collective_timeout_seconds)
-    return Engine(pipeline, stepper, worker, traffic)
+        groups.watchdog.timeout = timedelta(seconds=config.training.collective_timeout_seconds)
+    return TrainingEngine(pipeline, stepper, worker, traffic)
 
 
 def build_stepper(
-    pipeline: Pipeline,
+    pipeline: PipelineRuntime,
     model: Model,
     exchange: TokenExchange[Any],
     dtype: torch.dtype,
@@ -267,24 +274,27 @@ def build_stepper(
 ) -> Stepper:
     """What takes steps with `model`, this rank's share; `micro_batches` are those of most of them."""
     stages, groups = pipeline.stages, pipeline.groups
-    program = stages.program(micro_batches)
+    program = stages.build_checked_program(micro_batches)
     sharded = build_optimizer(model, stages, program, groups, optimizer, dtype, pipeline.recorder, pipeline.streams)
     average = None
     if optimizer.ema_decay is not None:
         device = sharded.reducer.buckets[0].master_n.device
-        average = WeightAverage(sharded, optimizer.ema_decay, pipeline.streams or streams_of(device))
-    users = [stages.users(bucket.extents[0].name) for bucket in sharded.reducer.buckets]
+        average = WeightEMA(sharded, optimizer.ema_decay, pipeline.streams or get_device_streams(device))
+    users = [stages.stages_using(bucket.parameter_ranges[0].name) for bucket in sharded.reducer.buckets]
     return Stepper(
         model=model,
         chunks=tuple(
             Chunk(model, exchange, dtype, stage, pipeline.recorder, pipeline.recompute)
-            for stage in stages.chunks(groups.pp_rank)
+            for stage in stages.stages_of_rank(groups.pp_rank)
         ),
-        programs=ScheduleCache(
-            lambda count: pipeline.executor(stages.program(count)), pipeline.executor(program), sharded, users
+        schedule_cache=ScheduleCache(
+            lambda count: pipeline.build_executor(stages.build_checked_program(count)),
+            pipeline.build_executor(program),
+            sharded,
+            users,
         ),
         optimizer=sharded,
-        average=average,
+        ema=average,
         groups=groups,
         recorder=pipeline.recorder,
     )
@@ -292,13 +302,13 @@ def build_stepper(
 
 def build_optimizer(
     model: Model,
-    stages: Stages,
-    program: Program,
+    stages: StageLayout,
+    program: PipelineProgram,
     groups: ProcessGroups,
     config: OptimizerConfig,
     dtype: torch.dtype,
-    recorder: SpanRecorder = SILENT,
-    streams: Streams | None = None,
+    recorder: SpanRecorder = NULL_RECORDER,
+    streams: DeviceStreams | None = None,
 ) -> ShardedOptimizer:
     """The optimizer of `model`, this rank's share, whose parameters become views of its buffers.
 
@@ -308,51 +318,57 @@ def build_optimizer(
     buckets, final_after, needed_from = [], [], []
     order: list[tuple[int, int]] = []
     for plan in plan_buckets(model, stages, program, dtype):
-        group = (groups.expert if plan.is_expert else groups.dense)[plan.holders]
-        buckets.append(Bucket(plan.name, plan.members, group, config.moments_dtype(plan.masters), plan.weights))
-        final_after.append(last_use(program, groups.pp_rank, plan.users))
-        needed_from.append(first_use(program, groups.pp_rank, plan.users))
-        order.append((first_use_anywhere(program, plan.users), len(order)))
+        group = (groups.expert_dp if plan.is_expert else groups.dense_dp)[plan.holding_pp_ranks]
+        buckets.append(
+            Bucket(plan.name, plan.members, group, config.moments_dtype(plan.master_dtype), plan.weight_dtype)
+        )
+        final_after.append(last_use(program, groups.pp_rank, plan.using_stages))
+        needed_from.append(first_use(program, groups.pp_rank, plan.using_stages))
+        order.append((first_use_on_any_rank(program, plan.using_stages), len(order)))
     device = buckets[0].weights_N.device
-    worker = open_worker(groups.world, device, recorder=recorder, track=Track.REDUCE, streams=streams)
-    reducer = Reducer(buckets, final_after, worker, Traffic(groups.topology, groups.rank))
+    worker = build_async_communicator(
+        groups.world, device, recorder=recorder, track=TimelineTrack.REDUCE, streams=streams
+    )
+    reducer = GradientReducer(buckets, final_after, worker, TrafficCounter(groups.topology, groups.rank))
     return ShardedOptimizer(reducer, AdamW(config), needed_from, [number for _, number in sorted(order)], recorder)
 
 
-def open_samples(config: RunConfig, prepared: Prepared) -> tuple[Samples, Samples]:
+def open_samples(config: RunConfig, prepared: PreparedData) -> tuple[SampleDataset, SampleDataset]:
     """Training and validation samples. Raises `ConfigError` for a split that is shorter than one sample."""
     length, depth = config.training.sequence_length, config.model.num_nextn_predict_layers
-    train = Samples.training(prepared.train, length, depth)
-    return train, Samples.validation(prepared.validation, length, depth, prepared.tokenizer.pad)
+    train = SampleDataset.for_training(prepared.train, length, depth)
+    return train, SampleDataset.for_validation(prepared.validation, length, depth, prepared.tokenizer.pad_token_id)
 
 
-def largest_dispatch(config: RunConfig) -> BufferShape:
+def dispatch_buffer_shape(config: RunConfig) -> DeepEPBufferShape:
     """What a rank sends to the experts at once: the tokens of a micro-batch, in training and in evaluation."""
-    tokens = config.schedule.micro_batch * config.training.sequence_length
-    return BufferShape(tokens, config.model.hidden_size, config.model.num_experts_per_tok)
+    tokens = config.schedule.micro_batch_size * config.training.sequence_length
+    return DeepEPBufferShape(tokens, config.model.hidden_size, config.model.num_experts_per_tok)
 
 
 def build_model(config: RunConfig, groups: ProcessGroups, device: torch.device) -> Model:
     """This rank's share of the model with its initial weights; routing biases stay FP32 whatever the parameters are."""
-    share = stages_of(config).share(config.topology, groups.rank)
+    share = build_stage_layout(config).model_shard(config.topology, groups.rank)
     with torch.device(device):
         model = Model(config.model, share)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(config.precision.parameter_dtype())
-    initialize(model, config.training.seed)
-    fp8 = config.precision.fp8(device)
+    initialize_weights(model, config.training.seed)
+    fp8 = config.precision.build_fp8_ops(device)
     if fp8 is not None:
-        model.use_fp8(fp8)
-    model.compute_in_blocks(config.expert_rows)
-    model.use_attention(choose_for_run(config, device))
+        model.enable_fp8(fp8)
+    model.set_expert_block_rows(config.expert_block_rows)
+    model.set_attention(choose_run_attention(config, device))
     return model
 
 
-def choose_for_run(config: RunConfig, device: torch.device) -> AttentionChoice:
+def choose_run_attention(config: RunConfig, device: torch.device) -> SelectedAttention:
     """What computes attention on `device`, which is asked only where the configuration says `auto`."""
     if device.type == "cpu":
-        return ON_CPU
-    name = config.training.attention
+        return CPU_ATTENTION
+    name = config.training.attention_backend
     if name != "auto":
-        return named_attention(name)
-    return choose_attention(name, config.attention_case(config.precision.compute_dtype(device)), GpuFacts.here())
+        return attention_by_name(name)
+    return select_attention(
+        name, config.attention_shape(config.precision.compute_dtype(device)), GpuCapabilities.detect()
+    )

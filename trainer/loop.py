@@ -10,20 +10,35 @@ import torch
 
 from ..comm.errors import CollectiveError
 from ..comm.groups import ProcessGroups
-from .build import Rank, build_rank
-from .checkpoint.saver import Saved
+from .build import RankResources, build_rank_resources
+from .checkpoint.saver import SaveResult
 from .checkpoint.store import CheckpointStore
-from .config import RunConfig, value_at
+from .config import RunConfig, scheduled_value
 from .costs.cluster import measure_peak_tflops
 from .costs.flops import count_flops
 from .data.samples import TokenBatch
 from .data.shard_files import DataChanged
 from .generation.generate import generate
-from .run.checkpointing import begin_save, clear_leftovers, finish_save, load_last, poll_save, prepare_saves
-from .run.evaluate import evaluate, evaluated_until, forget_evaluations, note_evaluated
-from .run.exit import Halt, RankFailed, RunFailed, RunHalted, agree_to_halt, decide_to_halt, never
-from .run.profiling import Profiling
-from .run.reporter import Reporter, Speed, timing
+from .run.checkpointing import (
+    begin_save,
+    finish_save,
+    load_latest_checkpoint,
+    poll_save,
+    remove_partial_saves,
+    reserve_save_memory,
+)
+from .run.evaluate import clear_evaluated_step, evaluate_validation_loss, read_evaluated_step, record_evaluated_step
+from .run.exit import (
+    HaltReason,
+    RankFailed,
+    RunFailed,
+    RunHalted,
+    all_reduce_halt_reason,
+    decide_halt_reason,
+    never_stop,
+)
+from .run.profiling import StepProfiler
+from .run.reporter import MfuInputs, Reporter, charge_time
 from .run.step import NonFiniteStep, StepSettings
 
 
@@ -32,7 +47,7 @@ def train(
     groups: ProcessGroups,
     device: torch.device,
     attempt: str,
-    stop_asked: Callable[[], bool] = never,
+    stop_requested: Callable[[], bool] = never_stop,
 ) -> int:
     """Train to the end, going on from the run directory's last checkpoint; return the number of steps done.
 
@@ -45,42 +60,42 @@ def train(
     silent. After an error communication may be under way that never ends: end the process.
     """
     run_dir = Path(config.training.run_dir)
-    reporter = Reporter(config, run_dir, attempt) if groups.world.is_first else None
-    rank = build_rank(config, groups, device)
+    reporter = Reporter(config, run_dir, attempt) if groups.world.is_first_rank else None
+    rank = build_rank_resources(config, groups, device)
     done = 0
     try:
-        if groups.world.is_first:
-            clear_leftovers(rank.store)
+        if groups.world.is_first_rank:
+            remove_partial_saves(rank.checkpoint_store)
         began, owes_evaluation = _start(rank, reporter)
         done = began
-        _halt_before_training(rank, done, reporter, stop_asked)
-        if owes_evaluation and not _evaluate(rank, done, reporter, stop_asked):
-            raise _halted(Halt.PREEMPTED, f"after step {done}, which is in a checkpoint", None, progressed=False)
+        _halt_before_training(rank, done, reporter, stop_requested)
+        if owes_evaluation and not _evaluate(rank, done, reporter, stop_requested):
+            raise _halted(HaltReason.PREEMPTED, f"after step {done}, which is in a checkpoint", None, progressed=False)
         if done < config.total_steps:
-            prepare_saves(rank)
-        tracing = Profiling(rank, done)
+            reserve_save_memory(rank)
+        tracing = StepProfiler(rank, done)
         for step in range(done + 1, config.total_steps + 1):
-            tracing.before(step)
-            votes = Votes(rank, reporter, step, stop_asked)
+            tracing.before_step(step)
+            votes = StepVotes(rank, reporter, step, stop_requested)
             seconds = _one_step(rank, step, reporter, votes)
-            tracing.after(step, seconds, reporter)
+            tracing.after_step(step, seconds, reporter)
             done = step
-            poll_save(rank, reporter, votes.saved, votes.failed)
+            poll_save(rank, reporter, votes.ranks_saved, votes.ranks_failed)
             _halt_if_agreed(rank, done, reporter, votes)
             _insist_on_saves(rank, done)
             owes = _is_due(step, config.training.evaluate_every, config.total_steps)
             saves = _is_due(step, config.training.checkpoint_every, config.total_steps)
             if saves:  # first: an evaluation takes minutes, in which a fault would cost the steps before it
-                begin_save(rank, step, reporter, owes_evaluation=owes)
-            if owes and not _evaluate(rank, step, reporter, stop_asked):
+                begin_save(rank, step, reporter, evaluation_pending=owes)
+            if owes and not _evaluate(rank, step, reporter, stop_requested):
                 raise _halted_in_evaluation(rank, step, reporter, saves=saves)
         _insist(finish_save(rank, reporter))
-        if config.training.sample_tokens and not _sample(rank, done, reporter, stop_asked):
+        if config.training.sample_tokens and not _sample(rank, done, reporter, stop_requested):
             where = f"in the sample after step {done}, which is in a checkpoint"
-            raise _halted(Halt.PREEMPTED, where, None, progressed=done > began)
+            raise _halted(HaltReason.PREEMPTED, where, None, progressed=done > began)
     except NonFiniteStep as error:
         finish_save(rank, reporter)
-        last = rank.store.steps()
+        last = rank.checkpoint_store.steps()
         hope = f"the last checkpoint is step {last[-1]}" if last else "there is no checkpoint yet"
         message = f"step {done + 1}: {error}; {hope}. Lower optimizer.peak_learning_rate or lengthen its warm-up."
         if reporter is not None:
@@ -97,72 +112,76 @@ def train(
     return done
 
 
-def _start(rank: Rank, reporter: Reporter | None) -> tuple[int, bool]:
+def _start(rank: RankResources, reporter: Reporter | None) -> tuple[int, bool]:
     """Announce the run and load the last checkpoint, if any; return the steps it holds.
 
     And whether an evaluation was due after them that a halt has put off.
     """
     config, groups = rank.config, rank.groups
-    peak = config.cluster.peak_tflops or measure_peak_tflops(rank.device, rank.dtype, groups.control)
+    peak = config.cluster.peak_tflops or measure_peak_tflops(rank.device, rank.dtype, groups.world_cpu)
     if reporter is not None:
-        speed = Speed(count_flops(config.model, config.training.sequence_length), peak)
-        reporter.run(speed, str(rank.device), str(rank.dtype).removeprefix("torch."), str(rank.model.attention))
-    facts = load_last(rank, reporter)
+        speed = MfuInputs(count_flops(config.model, config.training.sequence_length), peak)
+        reporter.report_run(speed, str(rank.device), str(rank.dtype).removeprefix("torch."), str(rank.model.attention))
+    facts = load_latest_checkpoint(rank, reporter)
     done, owes_evaluation = 0, False
     if facts is not None:
         done = facts["step"]
         owes_evaluation = facts["owes_evaluation"] and not _is_evaluated(rank, done)
         if reporter is not None:
-            reporter.resume(done, facts["ledger"])
+            reporter.report_resume(done, facts["ledger"])
     elif reporter is not None:
-        forget_evaluations(Path(config.training.run_dir))
+        clear_evaluated_step(Path(config.training.run_dir))
     if reporter is not None:
-        reporter.ready()
+        reporter.begin_training()
     return done, owes_evaluation
 
 
-def _is_evaluated(rank: Rank, done: int) -> bool:
+def _is_evaluated(rank: RankResources, done: int) -> bool:
     """Collective: whether the evaluation that was due after `done` steps has come after the checkpoint, says rank 0."""
-    until = evaluated_until(Path(rank.config.training.run_dir))
-    first: int = rank.groups.control.all_gather_objects(until, "which evaluations were told")[0]
+    until = read_evaluated_step(Path(rank.config.training.run_dir))
+    first: int = rank.groups.world_cpu.all_gather_objects(until, "which evaluations were told")[0]
     return first >= done
 
 
-class Votes:
+class StepVotes:
     """What this rank tells the others in one step, and on how many ranks each of it was true."""
 
-    def __init__(self, rank: Rank, reporter: Reporter | None, step: int, stop_asked: Callable[[], bool]) -> None:
+    def __init__(
+        self, rank: RankResources, reporter: Reporter | None, step: int, stop_asked: Callable[[], bool]
+    ) -> None:
         self._rank, self._reporter, self._step, self._stop_asked = rank, reporter, step, stop_asked
-        self.over_budget: str | None = None
+        self.over_budget_reason: str | None = None
         """Why the run must halt for its budget; the first rank alone knows."""
-        self.halt: Halt | None = None
-        self.saved = self.failed = 0
+        self.halt: HaltReason | None = None
+        self.ranks_saved = self.ranks_failed = 0
         """Of the save under way: how many ranks have written, and how many could not."""
 
-    def ask(self) -> tuple[bool, ...]:
+    def collect_local_votes(self) -> tuple[bool, ...]:
         """Return this rank's votes; asked shortly before the end of the step."""
         if self._reporter is not None:
-            self.over_budget = self._reporter.must_halt(self._step)
-        return self._stop_asked(), self.over_budget is not None, *self._rank.saver.votes()
+            self.over_budget_reason = self._reporter.budget_halt_reason(self._step)
+        return self._stop_asked(), self.over_budget_reason is not None, *self._rank.checkpoint_saver.save_votes()
 
-    def count(self, counts: Sequence[int]) -> None:
+    def set_global_counts(self, counts: Sequence[int]) -> None:
         """Take what the ranks have said."""
-        asked, over_budget, self.saved, self.failed = counts
-        self.halt = decide_to_halt(asked, over_budget)
+        asked, over_budget, self.ranks_saved, self.ranks_failed = counts
+        self.halt = decide_halt_reason(asked, over_budget)
 
 
-def _halt_before_training(rank: Rank, done: int, reporter: Reporter | None, stop_asked: Callable[[], bool]) -> None:
+def _halt_before_training(
+    rank: RankResources, done: int, reporter: Reporter | None, stop_asked: Callable[[], bool]
+) -> None:
     """Raise `RunHalted` on all ranks if any of them has a reason and there is more to do; `done` steps are saved."""
     if done == rank.config.total_steps:
         return
-    spent = None if reporter is None else reporter.must_halt(done)
-    halt = agree_to_halt(rank.groups.control, asked=stop_asked(), over_budget=spent is not None)
+    spent = None if reporter is None else reporter.budget_halt_reason(done)
+    halt = all_reduce_halt_reason(rank.groups.world_cpu, stop_requested=stop_asked(), over_budget=spent is not None)
     if halt is not None:
         where = f"after step {done}, which is in a checkpoint" if done else "before the first step"
         raise _halted(halt, where, spent, progressed=False)
 
 
-def _halt_if_agreed(rank: Rank, done: int, reporter: Reporter | None, votes: Votes) -> None:
+def _halt_if_agreed(rank: RankResources, done: int, reporter: Reporter | None, votes: StepVotes) -> None:
     """After `done` steps, of a run with more to do: save and raise `RunHalted` on all ranks if any has a reason.
 
     A stop cannot wait long: an evaluation that is due comes after the checkpoint, when the run goes on.
@@ -171,137 +190,143 @@ def _halt_if_agreed(rank: Rank, done: int, reporter: Reporter | None, votes: Vot
     if done == config.total_steps or votes.halt is None:
         return
     owes = _is_due(done, config.training.evaluate_every, config.total_steps)
-    begin_save(rank, done, reporter, owes_evaluation=owes)
-    raise _halted(votes.halt, _where(done, finish_save(rank, reporter)), votes.over_budget, progressed=True)
+    begin_save(rank, done, reporter, evaluation_pending=owes)
+    raise _halted(votes.halt, _where(done, finish_save(rank, reporter)), votes.over_budget_reason, progressed=True)
 
 
-def _halted_in_evaluation(rank: Rank, done: int, reporter: Reporter | None, *, saves: bool) -> RunHalted:
+def _halted_in_evaluation(rank: RankResources, done: int, reporter: Reporter | None, *, saves: bool) -> RunHalted:
     """Return why the run halts in the evaluation after `done` steps, which are saved; the evaluation is owed.
 
     `saves` says whether a checkpoint was due after this step, and so begun before the evaluation.
     """
     if not saves:
-        begin_save(rank, done, reporter, owes_evaluation=True)
+        begin_save(rank, done, reporter, evaluation_pending=True)
     where = _where(done, finish_save(rank, reporter))
-    return _halted(Halt.PREEMPTED, f"in the evaluation {where}", None, progressed=True)
+    return _halted(HaltReason.PREEMPTED, f"in the evaluation {where}", None, progressed=True)
 
 
-def _where(done: int, saved: Saved | None) -> str:
+def _where(done: int, saved: SaveResult | None) -> str:
     if saved is None or saved.failure is not None:
         return f"after step {done}, whose checkpoint could not be written"
     return f"after step {done}, which is in a checkpoint"
 
 
-def _halted(halt: Halt, where: str, spent: str | None, *, progressed: bool) -> RunHalted:
-    reason = "it was asked to, and the same command goes on" if halt == Halt.PREEMPTED else spent
-    return RunHalted(halt, f"stopped {where}: {reason}", progressed=progressed)
+def _halted(halt: HaltReason, where: str, spent: str | None, *, progressed: bool) -> RunHalted:
+    reason = "it was asked to, and the same command goes on" if halt == HaltReason.PREEMPTED else spent
+    return RunHalted(halt, f"stopped {where}: {reason}", made_progress=progressed)
 
 
-def _one_step(rank: Rank, step: int, reporter: Reporter | None, votes: Votes) -> float:
+def _one_step(rank: RankResources, step: int, reporter: Reporter | None, votes: StepVotes) -> float:
     """Step number `step`, from 1; return the seconds it took once its samples were there."""
     config = rank.config
-    with timing(reporter, "data_stall"):
+    with charge_time(reporter, "data_stall"):
         micro_batches = list(_micro_batches(rank, step))
     before = config.tokens_after(step - 1)
     settings = StepSettings(
-        learning_rate=config.optimizer.learning_rate(config.tokens_after(step)),
+        learning_rate=config.optimizer.learning_rate_at(config.tokens_after(step)),
         clip_norm=config.optimizer.clip_norm,
-        balance_weight=config.training.balance_weight,
-        mtp_weight=value_at(config.training.mtp_weight, before),
-        bias_speed=value_at(config.training.bias_speed, before),
+        seq_aux_loss_coeff=config.training.seq_aux_loss_coeff,
+        mtp_loss_scaling_factor=scheduled_value(config.training.mtp_loss_scaling_factor, before),
+        router_bias_update_rate=scheduled_value(config.training.router_bias_update_rate, before),
     )
-    rank.traffic.clear()
+    rank.exchange_traffic.reset()
     start = time.perf_counter()
     try:
-        result = rank.stepper.step(micro_batches, config.batches.size(step), settings, votes.ask)
+        result = rank.stepper.step(
+            micro_batches, config.batch_ramp.batch_size(step), settings, votes.collect_local_votes
+        )
     except NonFiniteStep:
         if reporter is not None:
-            reporter.skipped(step, time.perf_counter() - start)
+            reporter.report_skipped_step(step, time.perf_counter() - start)
         raise
     seconds = time.perf_counter() - start
-    votes.count(result.votes)
+    votes.set_global_counts(result.vote_counts)
     if reporter is not None:
-        reporter.step(step, result, settings, seconds, rank.traffic, rank.stepper.optimizer.reducer.traffic)
+        reporter.report_step(
+            step, result, settings, seconds, rank.exchange_traffic, rank.stepper.optimizer.reducer.traffic
+        )
     return seconds
 
 
-def _micro_batches(rank: Rank, step: int) -> Iterator[TokenBatch]:
+def _micro_batches(rank: RankResources, step: int) -> Iterator[TokenBatch]:
     """This rank's samples of the global batch of step number `step`.
 
     Each round of micro-batches takes neighboring samples, so what the batch holds depends on no rank count.
     """
-    config, batches = rank.config, rank.config.batches
-    size = config.schedule.micro_batch
-    first = batches.consumed(step - 1) + config.topology.dp_rank(rank.groups.rank) * size
-    for start in range(first, first + batches.size(step), config.share):
-        yield rank.train.batch(rank.order.indices(start, size).tolist()).to(rank.device)
+    config, batches = rank.config, rank.config.batch_ramp
+    size = config.schedule.micro_batch_size
+    first = batches.consumed_samples(step - 1) + config.topology.dp_rank(rank.groups.rank) * size
+    for start in range(first, first + batches.batch_size(step), config.global_micro_batch_size):
+        yield rank.train_samples.read_batch(rank.sample_order.sample_indices(start, size).tolist()).to(rank.device)
 
 
-def _evaluate(rank: Rank, step: int, reporter: Reporter | None, stop_asked: Callable[[], bool]) -> bool:
+def _evaluate(rank: RankResources, step: int, reporter: Reporter | None, stop_asked: Callable[[], bool]) -> bool:
     """Tell the validation loss after `step` steps; return False where a stop request came first."""
-    rank.stepper.optimizer.wait()
-    average, averaged = rank.stepper.average, None
-    with timing(reporter, "evaluation"):
+    rank.stepper.optimizer.wait_for_weights()
+    average, averaged = rank.stepper.ema, None
+    with charge_time(reporter, "evaluation"):
         plain = _validation_loss(rank, stop_asked)
         if average is not None and plain is not None:
-            with average.in_use():
+            with average.swapped_into_model():
                 averaged = _validation_loss(rank, stop_asked)
     if plain is None or (average is not None and averaged is None):
         return False
     if reporter is not None:
         mean = None if averaged is None else averaged[0]
-        reporter.evaluation(step, plain[0], mean, plain[1], rank.unigram_entropy)
-        note_evaluated(Path(rank.config.training.run_dir), step)
+        reporter.report_evaluation(step, plain[0], mean, plain[1], rank.unigram_entropy)
+        record_evaluated_step(Path(rank.config.training.run_dir), step)
     return True
 
 
-def _validation_loss(rank: Rank, stop_asked: Callable[[], bool]) -> tuple[float, int] | None:
+def _validation_loss(rank: RankResources, stop_asked: Callable[[], bool]) -> tuple[float, int] | None:
     """And over how many targets; None where a stop request came first."""
-    stepper, size = rank.stepper, rank.config.schedule.micro_batch
-    forwards, device = rank.pipeline.forwards, rank.device
-    return evaluate(stepper.chunks, forwards, rank.validation, size, rank.groups, device, stop_asked)
+    stepper, size = rank.stepper, rank.config.schedule.micro_batch_size
+    forwards, device = rank.pipeline.build_forward_executor, rank.device
+    return evaluate_validation_loss(
+        stepper.chunks, forwards, rank.validation_samples, size, rank.groups, device, stop_asked
+    )
 
 
-def _sample(rank: Rank, step: int, reporter: Reporter | None, stop_asked: Callable[[], bool]) -> bool:
+def _sample(rank: RankResources, step: int, reporter: Reporter | None, stop_asked: Callable[[], bool]) -> bool:
     """Tell a text of the model after `step` steps; return False where a stop request came first."""
-    rank.stepper.optimizer.wait()
+    rank.stepper.optimizer.wait_for_weights()
     training, tokenizer = rank.config.training, rank.tokenizer
-    with timing(reporter, "evaluation"):
+    with charge_time(reporter, "evaluation"):
         prompt = tokenizer.encode(training.sample_prompt)
         continuation = generate(
             rank.stepper.chunks,
-            rank.pipeline.forwards(1),
+            rank.pipeline.build_forward_executor(1),
             prompt,
             training.sample_tokens,
             training.sequence_length,
             rank.groups,
             rank.device,
             seed=training.seed,
-            stop=tokenizer.end,
-            stop_asked=stop_asked,
+            stop_token_id=tokenizer.end_token_id,
+            stop_requested=stop_asked,
         )
     if continuation is None:
         return False
     if reporter is not None:
-        reporter.sample(step, training.sample_prompt, tokenizer.decode(continuation))
+        reporter.report_sample(step, training.sample_prompt, tokenizer.decode(continuation))
     return True
 
 
-def _insist(last: Saved | None) -> None:
+def _insist(last: SaveResult | None) -> None:
     """A run whose last checkpoint is missing has not done what it was started for."""
     if last is not None and last.failure is not None:
-        whole = CheckpointStore(last.path.parent, keep=1).steps()
+        whole = CheckpointStore(last.path.parent, keep_last=1).steps()
         begin = f"goes on from the checkpoint of step {whole[-1]}" if whole else "starts over, as there is no other one"
         hint = f"make room; the same command {begin}"
         raise RunFailed(f"the last checkpoint, of step {last.step}, could not be written: {last.failure}; {hint}")
 
 
-def _insist_on_saves(rank: Rank, done: int) -> None:
+def _insist_on_saves(rank: RankResources, done: int) -> None:
     """Raise `RunFailed` on all ranks where too many saves in a row have failed; `done` steps are trained."""
-    failed = rank.config.training.failed_saves
-    if not rank.saver.is_hopeless(failed):
+    failed = rank.config.training.max_failed_saves
+    if not rank.checkpoint_saver.has_failed_repeatedly(failed):
         return
-    last = rank.store.steps()
+    last = rank.checkpoint_store.steps()
     where = f"step {last[-1]}, the last one in a checkpoint" if last else "the beginning: there is no checkpoint"
     hint = f"make room; the same command goes on from {where}"
     raise RunFailed(

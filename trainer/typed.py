@@ -1,6 +1,6 @@
 """From a tree of plain values to typed dataclasses, with every unknown key and wrong type found in one pass.
 
-Text that comes from environment variables may be a secret: `EnvironmentText` remembers its source, which files hold.
+Text that comes from environment variables may be a secret: `InterpolatedText` remembers its source, which files hold.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from ..comm.errors import Problem, refuse_if_any
+from ..comm.errors import Problem, raise_if_any
 
 
-def default_of(field: dataclasses.Field[Any]) -> Any:
+def field_default(field: dataclasses.Field[Any]) -> Any:
     """What the field holds when it is left out; `dataclasses.MISSING` where it may not be."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def with_defaults(config: T, keys: Iterable[str]) -> T:
+def reset_to_defaults(config: T, keys: Iterable[str]) -> T:
     """A copy of nested dataclasses with the default at each of the dotted `keys` that has one."""
     for key in keys:
         config = _with_default(config, key.split("."))
@@ -35,11 +35,11 @@ def _with_default(config: Any, path: Sequence[str]) -> Any:
     if found is None:
         return config
     value = getattr(config, path[0])
-    new = _with_default(value, path[1:]) if path[1:] else default_of(found)
+    new = _with_default(value, path[1:]) if path[1:] else field_default(found)
     return config if new is dataclasses.MISSING else dataclasses.replace(config, **{path[0]: new})
 
 
-class EnvironmentText(str):
+class InterpolatedText(str):
     """A resolved text that remembers the interpolation, such as `${oc.env:TEAM}/runs`, that it comes from.
 
     `copy`, `dataclasses.replace` and `dataclasses.asdict` keep it; its `repr`, and so every refusal, shows the source.
@@ -47,7 +47,7 @@ class EnvironmentText(str):
 
     source: str
 
-    def __new__(cls, text: str, source: str) -> EnvironmentText:
+    def __new__(cls, text: str, source: str) -> InterpolatedText:
         """Make one of the resolved `text`."""
         made = super().__new__(cls, text)
         made.source = source
@@ -60,32 +60,32 @@ class EnvironmentText(str):
         return repr(self.source)
 
 
-def as_written(value: Any) -> Any:
-    """Return nested plain values as files may hold them: every `EnvironmentText` replaced by its source."""
-    if isinstance(value, EnvironmentText):
+def restore_interpolations(value: Any) -> Any:
+    """Return nested plain values as files may hold them: every `InterpolatedText` replaced by its source."""
+    if isinstance(value, InterpolatedText):
         return value.source
     if isinstance(value, Mapping):
-        return {key: as_written(item) for key, item in value.items()}
+        return {key: restore_interpolations(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [as_written(item) for item in value]
+        return [restore_interpolations(item) for item in value]
     return value
 
 
 T = TypeVar("T")
 
 
-def build(cls: type[T], tree: object, before: Iterable[Problem] = ()) -> T:
+def build_dataclass(cls: type[T], tree: object, earlier_problems: Iterable[Problem] = ()) -> T:
     """Make the dataclass `cls` from nested mappings; fields left out keep defaults.
 
     Raises `ConfigError` with all problems, those found `before` included.
     """
-    problems = list(before)
-    made, _ = read(cls, tree, problems)
-    refuse_if_any(problems)
+    problems = list(earlier_problems)
+    made, _ = parse_dataclass(cls, tree, problems)
+    raise_if_any(problems)
     return made
 
 
-def read(cls: type[T], tree: object, problems: list[Problem]) -> tuple[T, frozenset[str]]:
+def parse_dataclass(cls: type[T], tree: object, problems: list[Problem]) -> tuple[T, frozenset[str]]:
     """The same as far as it goes, for further checks: what does not fit is added to `problems` and left at its default.
 
     Also returns the dotted keys of all that may be at a default instead of at what was meant.
@@ -118,7 +118,7 @@ class _Reader:
             return float(value)
         if kind is int and isinstance(value, float) and value.is_integer():
             return int(value)  # 1e12 tokens
-        if kind is str and isinstance(value, EnvironmentText):
+        if kind is str and isinstance(value, InterpolatedText):
             return value
         if kind in (int, str, bool) and type(value) is kind:  # not isinstance: True is an int there
             return value
@@ -142,12 +142,12 @@ class _Reader:
         prefix = f"{path}." if path else ""
         arguments = {}
         for name, field in fields.items():
-            if name not in value and default_of(field) is dataclasses.MISSING:
+            if name not in value and field_default(field) is dataclasses.MISSING:
                 problem = Problem(f"{prefix}{name}", None, "is missing and has no default")
                 arguments[name] = self._refuse(problem, hints[name], dataclasses.MISSING)
         for key, item in value.items():
             if key in fields:
-                arguments[key] = self.read(hints[key], item, f"{prefix}{key}", default_of(fields[key]))
+                arguments[key] = self.read(hints[key], item, f"{prefix}{key}", field_default(fields[key]))
             else:
                 self._unknown(f"{prefix}{key}", str(key), item, fields, prefix)
         return cls(**arguments)

@@ -15,8 +15,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shoestring.launch.compose import compose_run
-from shoestring.trainer.data.prepare import prepare
+from shoestring.launch.compose import compose_run_config
+from shoestring.trainer.data.prepare import prepare_corpus
 from shoestring.trainer.ledger.summary import LedgerReader
 from shoestring.trainer.telemetry.history import read_metrics
 
@@ -146,8 +146,10 @@ class Bench:
 
     def compare_ledger(self, row: Row, run_dir: Path) -> None:
         """Note a ledger whose parts do not add up."""
-        summary = LedgerReader(run_dir, from_totals=False).summary()
-        parts = summary.productive_ms + summary.rolled_back_ms + sum(summary.buckets.values()) + summary.unknown_ms
+        summary = LedgerReader(run_dir, from_snapshot=False).summarize()
+        parts = (
+            summary.productive_ms + summary.rolled_back_ms + sum(summary.gpu_ms_by_bucket.values()) + summary.unknown_ms
+        )
         row.insist(summary.allocated_ms == parts, f"allocated {summary.allocated_ms} ms, the parts add up to {parts}")
 
     def stopped(self, row: Row, run_dir: Path) -> None:
@@ -255,7 +257,7 @@ def prepare_data(root: Path) -> None:
     words = ["".join(dice.choice("abcdefghijklmnop") for _ in range(dice.randint(2, 8))) for _ in range(800)]
     (corpus / "a.txt").write_text(" ".join(dice.choice(words) for _ in range(3000)))
     (corpus / "v.txt").write_text("abc def ghi abc kkk lmn")
-    prepare(compose_run(Bench(root).overrides(root / "run")).data, lambda _: None)
+    prepare_corpus(compose_run_config(Bench(root).overrides(root / "run")).data, lambda _: None)
 
 
 def open_bench(root: Path, ep: int) -> Bench:

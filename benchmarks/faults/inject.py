@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from shoestring.launch.compose import compose_run
-from shoestring.trainer.data.prepare import prepare
+from shoestring.launch.compose import compose_run_config
+from shoestring.trainer.data.prepare import prepare_corpus
 from shoestring.trainer.ledger.summary import LedgerReader
 
 from .bench import CLI, STEPS, Bench, Ended, Launch, Row
@@ -281,9 +281,9 @@ def checkpoints_is_a_file(bench: Bench, row: Row, place: Path) -> None:
 def many_shards(bench: Bench, row: Row, place: Path) -> str:
     """The name of data in 1,049 shards or more, which is made once."""
     if not (bench.root / "many").exists():
-        tokens = prepare(compose_run(bench.overrides(place / "run")).data, lambda _: None).train.tokens
-        config = compose_run(bench.overrides(place / "run", "many")).data
-        manifest = prepare(config, lambda _: None, shard_tokens=max(1, tokens // 1060))
+        tokens = prepare_corpus(compose_run_config(bench.overrides(place / "run")).data, lambda _: None).train.tokens
+        config = compose_run_config(bench.overrides(place / "run", "many")).data
+        manifest = prepare_corpus(config, lambda _: None, shard_tokens=max(1, tokens // 1060))
         row.insist(len(manifest.train.shards) >= 1049, f"only {len(manifest.train.shards)} shards")
     return "many"
 
@@ -366,7 +366,7 @@ def stopped_rank(number: int) -> Inject:
         row.codes.append(launch.wait().code)
         row.insist(row.codes[-1] == 0, "the run was not finished")
         bench.compare(row, place / "run")
-        summary = LedgerReader(place / "run").summary()
+        summary = LedgerReader(place / "run").summarize()
         share = summary.unknown_ms / summary.allocated_ms
         row.insist(share <= 0.05, f"{share:.0%} of the time is unknown")
 
@@ -407,10 +407,10 @@ def with_other_number(raw: bytes) -> bytes:
 def no_ledger(bench: Bench, row: Row, place: Path) -> None:
     """M6: all of it is gone, and the checkpoint carries the cost."""
     bench.stopped(row, place / "run")
-    spent = LedgerReader(place / "run").summary().total_ms
+    spent = LedgerReader(place / "run").summarize().total_ms
     shutil.rmtree(place / "run" / "ledger")
     bench.finish(row, place / "run")
-    inherited = LedgerReader(place / "run").summary().inherited_ms
+    inherited = LedgerReader(place / "run").summarize().inherited_ms
     row.insist(0 < inherited <= spent, f"{inherited} of {spent} GPU-ms are inherited")
 
 

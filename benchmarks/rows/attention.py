@@ -12,21 +12,21 @@ from torch import Tensor
 
 from shoestring.benchmarks.rows.row import Check, Figures, Machine, NotHere, expect, relative_error
 from shoestring.trainer.model.attention_backend import (
-    BACKENDS,
-    ON_CPU,
-    Attend,
-    AttentionCase,
-    AttentionChoice,
-    GpuFacts,
-    choose_attention,
-    missing_here,
-    named_attention,
-    unfit,
+    CPU_ATTENTION,
+    GPU_BACKENDS,
+    AttentionFunction,
+    AttentionShape,
+    GpuCapabilities,
+    SelectedAttention,
+    attention_by_name,
+    select_attention,
+    unsupported_gpu_reasons,
+    unsupported_shape_reasons,
 )
 
 QUERY, VALUE = 192, 128
 SCALE = QUERY**-0.5
-V3 = AttentionCase(1, 128, 4096, QUERY, VALUE, torch.bfloat16)
+V3 = AttentionShape(1, 128, 4096, QUERY, VALUE, torch.bfloat16)
 """One micro-batch."""
 _NAMES = ("output", "gradient of queries", "gradient of keys", "gradient of values")
 
@@ -38,36 +38,36 @@ def attention(name: str, machine: Machine) -> Figures:
     """
     choice = _choose(name, machine)
     inputs = _inputs(machine, 4, 1024 if machine.on_gpu else 192)
-    pairs = zip(_NAMES, run(choice.attend, *inputs), _plain(*inputs), strict=True)
+    pairs = zip(_NAMES, run(choice.core_attention, *inputs), _plain(*inputs), strict=True)
     error = max(expect(f"the {what}", relative_error(ours, plain), 2e-2) for what, ours, plain in pairs)
-    timed = _inputs(machine, V3.heads, V3.length) if machine.on_gpu else inputs
+    timed = _inputs(machine, V3.heads, V3.sequence_length) if machine.on_gpu else inputs
 
     def forward() -> None:
         with torch.no_grad():
-            choice.attend(*timed[:3], SCALE)
+            choice.core_attention(*timed[:3], SCALE)
 
-    alone, both = machine.seconds(forward), machine.seconds(lambda: run(choice.attend, *timed))
+    alone, both = machine.seconds(forward), machine.seconds(lambda: run(choice.core_attention, *timed))
     return {
         "backend": choice.backend.name,
         "forward_ms": alone * 1e3,
         "backward_ms": (both - alone) * 1e3,
         "error": error,
-        "kernels": _kernels(machine, choice.attend, timed),
+        "kernels": _kernels(machine, choice.core_attention, timed),
     }
 
 
-def _choose(name: str, machine: Machine) -> AttentionChoice:
+def _choose(name: str, machine: Machine) -> SelectedAttention:
     """What a run of V3 would take here, or the backend of this name."""
     if not machine.on_gpu:
         if name != "auto":
             raise NotHere("torch sees no GPU")
-        return ON_CPU
+        return CPU_ATTENTION
     if name == "auto":
-        return choose_attention("auto", V3, GpuFacts.here())
-    missing = [*unfit(name, V3), *missing_here(name, V3, GpuFacts.here())]
+        return select_attention("auto", V3, GpuCapabilities.detect())
+    missing = [*unsupported_shape_reasons(name, V3), *unsupported_gpu_reasons(name, V3, GpuCapabilities.detect())]
     if missing:
         raise NotHere("; ".join(missing))
-    return named_attention(name)
+    return attention_by_name(name)
 
 
 def _inputs(machine: Machine, heads: int, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -77,7 +77,9 @@ def _inputs(machine: Machine, heads: int, length: int) -> tuple[Tensor, Tensor, 
     return q, k, v, grad
 
 
-def run(attend: Attend, q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, grad_BHSV: Tensor) -> tuple[Tensor, ...]:
+def run(
+    attend: AttentionFunction, q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, grad_BHSV: Tensor
+) -> tuple[Tensor, ...]:
     """Output and gradients of queries, keys and values."""
     q, k, v = (x.detach().requires_grad_() for x in (q_BHSW, k_BHSW, v_BHSV))
     out_BHSV = attend(q, k, v, SCALE)
@@ -93,7 +95,7 @@ def _plain(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, grad_BHSV: Tensor) ->
     return out_BHSV.detach(), *torch.autograd.grad(out_BHSV, (q, k, v), grad_BHSV.double())
 
 
-def _kernels(machine: Machine, attend: Attend, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> str:
+def _kernels(machine: Machine, attend: AttentionFunction, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> str:
     """The two kernels that took longest, of forward and backward: what ran, whatever was chosen."""
     if not machine.on_gpu:
         return "plain products"
@@ -106,5 +108,8 @@ def _kernels(machine: Machine, attend: Attend, inputs: tuple[Tensor, Tensor, Ten
 
 CHECKS = (
     Check("attention 192/128, as chosen", partial(attention, "auto"), mandatory=True, seconds=90),
-    *(Check(f"attention 192/128, {name}", partial(attention, name), mandatory=False, seconds=60) for name in BACKENDS),
+    *(
+        Check(f"attention 192/128, {name}", partial(attention, name), mandatory=False, seconds=60)
+        for name in GPU_BACKENDS
+    ),
 )

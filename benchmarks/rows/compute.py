@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import ScalingType
 
 from shoestring.benchmarks.rows.row import Check, Figures, Machine, NotHere, Wrong, expect, relative_error
-from shoestring.parallelism.weight_grad import WeightGradients
-from shoestring.trainer.model.experts import grouped_linear, grouped_mm, grouped_mm_twin
+from shoestring.parallelism.weight_grad import DelayedWeightGradients
+from shoestring.trainer.model.experts import grouped_linear, grouped_mm, grouped_mm_reference
 
 TILE = 128
 """Side of a scaled tile or block (report §3.3.2)."""
@@ -96,7 +96,9 @@ def _grouped(machine: Machine, rows_per_expert_L: tuple[int, ...]) -> Figures:
     error = _grouped_error(machine, rows_per_expert_L)
     inputs = _grouped_inputs(machine, rows_per_expert_L)
     flops = 6 * inputs.x_RD.numel() * inputs.weight_LFD.shape[1]
-    rates = (_rate(machine, flops, partial(_autograd, product, inputs)) for product in (grouped_mm, grouped_mm_twin))
+    rates = (
+        _rate(machine, flops, partial(_autograd, product, inputs)) for product in (grouped_mm, grouped_mm_reference)
+    )
     return {**dict(zip(("TFLOP/s", "twin_TFLOP/s"), rates, strict=True)), "error": error}
 
 
@@ -118,7 +120,7 @@ def _grouped_inputs(machine: Machine, rows_L: tuple[int, ...]) -> _Grouped:
 def _grouped_error(machine: Machine, rows_L: tuple[int, ...]) -> float:
     """Largest error of the output and all gradients, those of weights by autograd and by each way of training."""
     inputs = _grouped_inputs(machine, rows_L)
-    out_RF, grad_RD, grad_LFD = _autograd(grouped_mm_twin, inputs)
+    out_RF, grad_RD, grad_LFD = _autograd(grouped_mm_reference, inputs)
     names = ("output", "input gradient", "weight gradient", "weight gradient in FP32", "weight gradient in BF16")
     pairs = zip(names, _run_grouped(inputs), (out_RF, grad_RD, grad_LFD, grad_LFD, grad_LFD), strict=True)
     return max(expect(name, relative_error(ours, twins), 1e-2) for name, ours, twins in pairs)
@@ -144,11 +146,11 @@ def _added_grad(inputs: _Grouped, dtype: torch.dtype) -> Tensor:
     weight = inputs.weight_LFD.clone().requires_grad_()
     weight.grad_dtype = dtype
     weight.grad = torch.zeros_like(weight, dtype=dtype)
-    left = WeightGradients(deferred=True)
-    with left.collect():
+    left = DelayedWeightGradients(deferred=True)
+    with left.collect_from_forward():
         out_RF = grouped_linear(inputs.x_RD.clone().requires_grad_(), weight, inputs.rows_L)
     out_RF.backward(inputs.grad_RF)
-    left.run()
+    left.flush()
     return weight.grad
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shoestring.benchmarks.rows.row import Check, Figures, Machine, Wrong, expect, relative_error
-from shoestring.comm.exchange.permutation import Permutation, visited
+from shoestring.comm.exchange.permutation import Permutation, build_destination_mask
 from shoestring.comm.fp8 import dequantize, quantize
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.router import Router
@@ -23,12 +23,12 @@ def token_layout(machine: Machine) -> Figures:
     generator = torch.Generator().manual_seed(0)
     members_TK = torch.randint(-1, MEMBERS, (TOKENS, TOP_K), generator=generator)
     rows_TD = torch.randn(TOKENS, WIDTH, generator=generator).bfloat16()
-    copies = int(visited(members_TK, MEMBERS).sum())
+    copies = int(build_destination_mask(members_TK, MEMBERS).sum())
 
     def on(device: torch.device) -> tuple[Permutation, Tensor, Tensor]:
-        fan = Permutation.to_members(visited(members_TK.to(device), MEMBERS), copies)
-        spread_CD = fan.spread(rows_TD.to(device))
-        return fan, spread_CD, fan.collect(spread_CD)
+        fan = Permutation.from_destination_mask(build_destination_mask(members_TK.to(device), MEMBERS), copies)
+        spread_CD = fan.permute(rows_TD.to(device))
+        return fan, spread_CD, fan.unpermute_and_sum(spread_CD)
 
     (fan, spread_CD, sums_TD), (twin, twin_CD, twin_TD) = on(machine.device), on(torch.device("cpu"))
     for name, theirs in vars(twin).items():

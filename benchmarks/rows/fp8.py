@@ -15,11 +15,11 @@ from torch import Tensor
 
 from shoestring.benchmarks.rows.exact import hard_numbers
 from shoestring.benchmarks.rows.row import Check, Figures, Machine, NotHere, Wrong, expect
-from shoestring.trainer.precision.backend import PrecisionBackend, Rows, missing_for, open_provider
-from shoestring.trainer.precision.reference import Reference
-from shoestring.trainer.precision.tiles import Columns, Scales
+from shoestring.trainer.precision.backend import PrecisionBackend, RowsPerExpert, open_backend, unavailable_reasons
+from shoestring.trainer.precision.reference import ReferenceBackend
+from shoestring.trainer.precision.tiles import ColumnwiseFp8Tensor, ScaleFormat
 
-FP32 = Scales.FP32
+FP32 = ScaleFormat.FP32
 PRODUCT_ERROR = 2.0**-7
 """Of the largest number: twice BF16's last place, far above what Hopper's 14-bit accumulator loses."""
 OTHER_EXP = 1e-2
@@ -30,7 +30,7 @@ OTHER_EXP = 1e-2
 class Operands:
     """What all kernels are tried on."""
 
-    rows_L: Rows
+    rows_L: RowsPerExpert
     x_RD: Tensor
     """BF16."""
     gate_up_RF: Tensor
@@ -67,18 +67,20 @@ class Kernel:
         return self.name in ("multiply", "outer")
 
 
-def _columns(provider: PrecisionBackend, o: Operands) -> tuple[Columns, Columns]:
-    return provider.columns(o.gate_up_RF, o.rows_L, FP32), provider.columns(o.x_RD, o.rows_L, FP32)
+def _columns(provider: PrecisionBackend, o: Operands) -> tuple[ColumnwiseFp8Tensor, ColumnwiseFp8Tensor]:
+    return provider.quantize_columnwise(o.gate_up_RF, o.rows_L, FP32), provider.quantize_columnwise(
+        o.x_RD, o.rows_L, FP32
+    )
 
 
 def _turn(provider: PrecisionBackend, o: Operands) -> Callable[[], object]:
-    tiles = provider.tiles(o.x_RD, FP32)
-    return lambda: provider.turned(tiles, o.rows_L, FP32)
+    tiles = provider.quantize_rowwise(o.x_RD, FP32)
+    return lambda: provider.rowwise_to_columnwise(tiles, o.rows_L, FP32)
 
 
 def _multiply(provider: PrecisionBackend, o: Operands) -> Callable[[], object]:
-    tiles, blocks = provider.tiles(o.x_RD, FP32), provider.blocks(o.weight_LND, FP32)
-    return lambda: provider.multiply_grouped(tiles, blocks, o.rows_L, torch.bfloat16)
+    tiles, blocks = provider.quantize_rowwise(o.x_RD, FP32), provider.quantize_weight(o.weight_LND, FP32)
+    return lambda: provider.grouped_gemm(tiles, blocks, o.rows_L, torch.bfloat16)
 
 
 def _outer(provider: PrecisionBackend, o: Operands) -> Callable[[], object]:
@@ -86,7 +88,7 @@ def _outer(provider: PrecisionBackend, o: Operands) -> Callable[[], object]:
     sums = o.x_RD.new_zeros((len(o.rows_L), o.gate_up_RF.shape[1], o.hidden), dtype=torch.float32)
 
     def add() -> Tensor:
-        provider.add_outer(grad, x, sums)
+        provider.accumulate_grouped_wgrad(grad, x, sums)
         return sums
 
     return add
@@ -97,22 +99,30 @@ def _product_flops(o: Operands) -> int:
 
 
 KERNELS = (
-    Kernel("quantize_rows", lambda p, o: lambda: p.tiles(o.x_RD, FP32), lambda o: 3 * o.x_RD.numel()),
+    Kernel("quantize_rows", lambda p, o: lambda: p.quantize_rowwise(o.x_RD, FP32), lambda o: 3 * o.x_RD.numel()),
     Kernel(
         "quantize_swiglu_rows",
-        lambda p, o: lambda: p.swiglu_tiles(o.gate_up_RF, o.gates_R, FP32),
+        lambda p, o: lambda: p.swiglu_quantize_rowwise(o.gate_up_RF, o.gates_R, FP32),
         lambda o: 5 * o.gate_up_RF.numel() // 2,
         has_exp=True,
     ),
-    Kernel("quantize_columns", lambda p, o: lambda: p.columns(o.x_RD, o.rows_L, FP32), lambda o: 3 * o.x_RD.numel()),
+    Kernel(
+        "quantize_columns",
+        lambda p, o: lambda: p.quantize_columnwise(o.x_RD, o.rows_L, FP32),
+        lambda o: 3 * o.x_RD.numel(),
+    ),
     Kernel(
         "quantize_swiglu_columns",
-        lambda p, o: lambda: p.swiglu_columns(o.gate_up_RF, o.gates_R, o.rows_L, FP32),
+        lambda p, o: lambda: p.swiglu_quantize_columnwise(o.gate_up_RF, o.gates_R, o.rows_L, FP32),
         lambda o: 5 * o.gate_up_RF.numel() // 2,
         has_exp=True,
     ),
     Kernel("turn_tiles", _turn, lambda o: 2 * o.x_RD.numel()),
-    Kernel("quantize_blocks", lambda p, o: lambda: p.blocks(o.weight_LND, FP32), lambda o: 3 * o.weight_LND.numel()),
+    Kernel(
+        "quantize_blocks",
+        lambda p, o: lambda: p.quantize_weight(o.weight_LND, FP32),
+        lambda o: 3 * o.weight_LND.numel(),
+    ),
     Kernel("multiply", _multiply, _product_flops),
     Kernel("outer", _outer, _product_flops),
 )
@@ -122,7 +132,7 @@ def kernel_row(name: str, machine: Machine) -> Figures:
     """Compare, then time; the host's part of a call is in the time, unlike in `benchmarks/fp8_kernels.py`."""
     need_triton(machine)
     kernel = next(each for each in KERNELS if each.name == name)
-    provider = open_provider("triton", machine.device)
+    provider = open_backend("triton", machine.device)
     figures = compare(kernel, provider, machine.device)
     operands = v3_operands(machine.device)
     seconds = machine.seconds(kernel.work(provider, operands))
@@ -133,7 +143,7 @@ def kernel_row(name: str, machine: Machine) -> Figures:
 
 def need_triton(machine: Machine) -> None:
     """Raise `NotHere` where the kernels cannot run."""
-    missing = list(missing_for("triton", on_gpu=machine.on_gpu))
+    missing = list(unavailable_reasons("triton", on_gpu=machine.on_gpu))
     if missing:
         raise NotHere("; ".join(missing))
 
@@ -146,11 +156,11 @@ def compare(kernel: Kernel, provider: PrecisionBackend, device: torch.device) ->
     """
     operands = small_operands(faults=not kernel.is_product)
     ours = _numbers(kernel.work(provider, operands.to(device))())
-    twins = _numbers(kernel.work(Reference(), operands)())
+    twins = _numbers(kernel.work(ReferenceBackend(), operands)())
     if kernel.is_product:
         error = float((ours[0] - twins[0]).abs().max() / twins[0].abs().max())
         return {"error": expect("the product", error, PRODUCT_ERROR)}
-    exact = _numbers(kernel.work(Reference(), operands.to(device))()) if kernel.has_exp else twins
+    exact = _numbers(kernel.work(ReferenceBackend(), operands.to(device))()) if kernel.has_exp else twins
     wrong = max(_differing(*pair) for pair in zip(ours, exact, strict=True))
     if wrong:
         raise Wrong(f"{wrong:.2%} of its values or scales differ from the reference's")
@@ -159,7 +169,7 @@ def compare(kernel: Kernel, provider: PrecisionBackend, device: torch.device) ->
 
 def _numbers(made: object) -> list[Tensor]:
     """Values and scales, or a product, in FP32 on the host."""
-    if isinstance(made, Columns):
+    if isinstance(made, ColumnwiseFp8Tensor):
         made = made.tiles
     tensors = [made] if isinstance(made, Tensor) else list(vars(made).values())
     return [x.float().cpu() for x in tensors]
@@ -185,7 +195,7 @@ def small_operands(*, faults: bool) -> Operands:
     )
 
 
-def v3_operands(device: torch.device, rows_L: Rows = (8192,) * 4) -> Operands:
+def v3_operands(device: torch.device, rows_L: RowsPerExpert = (8192,) * 4) -> Operands:
     """What a rank's four experts of DeepSeek-V3 see of a micro-batch under 64 expert-parallel ranks."""
     hidden, inner, rows = 7168, 2048, sum(rows_L)
 
@@ -198,7 +208,7 @@ def v3_operands(device: torch.device, rows_L: Rows = (8192,) * 4) -> Operands:
     )
 
 
-COUNTS: tuple[Rows, ...] = (
+COUNTS: tuple[RowsPerExpert, ...] = (
     (128, 256, 0, 128),
     (101, 128, 260, 7),
     (2000, 130, 0, 1),
@@ -219,7 +229,7 @@ def compiled_variants(machine: Machine) -> Figures:
 
     for kernel in KERNELS:
         vars(kernels)[kernel.name].device_caches.clear()  # what other rows compiled does not count
-    provider = open_provider("triton", machine.device)
+    provider = open_backend("triton", machine.device)
     for rows_L in COUNTS:
         operands = v3_operands(machine.device, rows_L)
         for kernel in KERNELS:

@@ -25,12 +25,12 @@ def all_reduce(pick: Pick, machine: Machine) -> Figures:
     group = _several(pick(machine))
     values = 2**26 if machine.on_gpu else 2**18
     buffer = torch.full((values,), float(group.ranks.index(group.rank) + 1), device=machine.device)
-    dist.all_reduce(buffer, group=group.handle)
+    dist.all_reduce(buffer, group=group.process_group)
     total = group.size * (group.size + 1) / 2
     if not bool((buffer == total).all()):
         raise Wrong(f"the sum holds {buffer.min().item()} to {buffer.max().item()}, not {total}")
     buffer.zero_()
-    seconds = machine.seconds(lambda: dist.all_reduce(buffer, group=group.handle))
+    seconds = machine.seconds(lambda: dist.all_reduce(buffer, group=group.process_group))
     moved = 2 * (group.size - 1) / group.size * buffer.numel() * buffer.element_size()
     return {"GB/s": moved / seconds / 1e9, "MiB": buffer.numel() * 4 / 2**20, "ms": seconds * 1e3}
 
@@ -66,7 +66,7 @@ def _exchange(machine: Machine, group: Group, width: int, rows: Rows) -> Callabl
     receive = send.new_full((sum(received_P), width), -1)
 
     def run() -> None:
-        dist.all_to_all_single(receive, send, received_P, sent_P, group=group.handle)
+        dist.all_to_all_single(receive, send, received_P, sent_P, group=group.process_group)
 
     run()
     wanted = [torch.full((count, width), float(size * source + me)) for source, count in enumerate(received_P)]

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from shoestring.benchmarks.rows.row import Attempt, Check, Machine, Verdict, attempt
-from shoestring.comm.bootstrap import WorkerEnvironment, start_default_group
+from shoestring.comm.bootstrap import TorchrunEnvironment, init_default_process_group
 from shoestring.comm.groups import Group
-from shoestring.comm.open_groups import open_groups_on
+from shoestring.comm.open_groups import build_group_factory
 from shoestring.launch.run.signals import die_with_parent
 
 COLLECTIVE = timedelta(minutes=2)
@@ -36,7 +36,7 @@ _FOR_STACKS = 2.0  # seconds in which a process that hangs prints where
 class Rank:
     """Which rank the rows run as."""
 
-    worker: WorkerEnvironment | None
+    worker: TorchrunEnvironment | None
     """None outside torchrun."""
     local_size: int
     """Ranks on each node."""
@@ -44,7 +44,7 @@ class Rank:
     @staticmethod
     def read() -> Rank:
         """Read torchrun's variables."""
-        return Rank(WorkerEnvironment.read(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return Rank(TorchrunEnvironment.read(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class RowProcess:
@@ -145,15 +145,15 @@ def open_machine(rank: Rank) -> Machine:
     if worker is None:
         alone = Group((0,), None, 0, COLLECTIVE)
         return Machine(device, alone, alone, alone)
-    start_default_group(worker, device, COLLECTIVE)
+    init_default_process_group(worker, device, COLLECTIVE)
     size, local = worker.world_size, rank.local_size
     node = [tuple(range(first, first + local)) for first in range(0, size, local)]
     rail = [tuple(range(first, size, local)) for first in range(local)]
-    make = open_groups_on(device, worker.rank, COLLECTIVE)
+    make = build_group_factory(device, worker.rank, COLLECTIVE)
 
     def mine(name: str, parts: Sequence[tuple[int, ...]]) -> Group:
         several = [ranks for ranks in parts if len(ranks) > 1]
-        communicator = make.split(name, several, None) if several else None
+        communicator = make.split_group(name, several, None) if several else None
         own = next(ranks for ranks in parts if worker.rank in ranks)
         return Group(own, communicator, worker.rank, COLLECTIVE)
 

@@ -84,7 +84,7 @@ def deep_ep(machine: Machine) -> Figures:
     experts_TK = torch.rand(tokens, experts, device=machine.device).topk(top_k).indices
     weights_TK = torch.full((tokens, top_k), 1 / top_k, device=machine.device)
     buffer = importlib.import_module("deep_ep").ElasticBuffer(
-        machine.world.handle, num_max_tokens_per_rank=tokens, hidden=hidden, num_topk=top_k
+        machine.world.process_group, num_max_tokens_per_rank=tokens, hidden=hidden, num_topk=top_k
     )
     received, _, _, handle, _ = buffer.dispatch(
         x_TD, topk_idx=experts_TK, topk_weights=weights_TK, num_experts=experts, num_max_tokens_per_rank=tokens

@@ -18,17 +18,23 @@ from torch import Tensor
 
 from shoestring.benchmarks.rows.row import Check, Figures, Machine, NotHere, expect
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.open_groups import open_groups_on
+from shoestring.comm.open_groups import build_group_factory
 from shoestring.comm.topology import Topology
-from shoestring.comm.trace import SILENT
-from shoestring.launch.compose import compose_run
+from shoestring.comm.trace import NULL_RECORDER
+from shoestring.launch.compose import compose_run_config
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES
-from shoestring.trainer.build import Engine, open_engine, stages_of
+from shoestring.trainer.build import TrainingEngine, build_engine, build_stage_layout
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.data.samples import TokenBatch
 from shoestring.trainer.run.step import StepSettings
 
-SETTINGS = StepSettings(learning_rate=1e-3, clip_norm=1.0, balance_weight=1e-4, mtp_weight=0.3, bias_speed=0.001)
+SETTINGS = StepSettings(
+    learning_rate=1e-3,
+    clip_norm=1.0,
+    seq_aux_loss_coeff=1e-4,
+    mtp_loss_scaling_factor=0.3,
+    router_bias_update_rate=0.001,
+)
 TIMEOUT = timedelta(minutes=2)
 EXPERTS = 16
 """Of the tiny model."""
@@ -69,15 +75,15 @@ def overlapped_step(machine: Machine) -> Figures:
 
 def _step(machine: Machine, overrides: Sequence[str]) -> Figures:
     """Losses and gradient norms of two steps beside the CPU's, and the time of a step."""
-    config = compose_run(["model=tiny", "precision=bf16", *overrides])
-    shape = (config.training.global_batch, config.window)
+    config = compose_run_config(["model=tiny", "precision=bf16", *overrides])
+    shape = (config.training.global_batch_size, config.tokens_per_sample)
     tokens_BW = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     alone = ProcessGroups.create(Topology(), 0, TIMEOUT)
-    with _open(compose_run(["model=tiny", "precision=fp32"]), alone, torch.device("cpu"), tokens_BW) as oracle:
+    with _open(compose_run_config(["model=tiny", "precision=fp32"]), alone, torch.device("cpu"), tokens_BW) as oracle:
         truth = [oracle.step() for _ in range(2)]
 
-    make = open_groups_on(machine.device, machine.world.rank, TIMEOUT)
-    holders = stages_of(config).all_holders()
+    make = build_group_factory(machine.device, machine.world.rank, TIMEOUT)
+    holders = build_stage_layout(config).replica_pp_groups()
     groups = ProcessGroups.create(config.topology, machine.world.rank, TIMEOUT, holders, make)
     with _open(config, groups, machine.device, tokens_BW) as trainer:
         found = [trainer.step() for _ in range(2)]
@@ -100,7 +106,7 @@ def _step(machine: Machine, overrides: Sequence[str]) -> Figures:
 class _Trainer:
     """One rank's engine, and its micro-batches of one global batch."""
 
-    engine: Engine
+    engine: TrainingEngine
     micro_batches: list[TokenBatch]
     sequences: int
 
@@ -114,11 +120,11 @@ class _Trainer:
 def _open(config: RunConfig, groups: ProcessGroups, device: torch.device, tokens_BW: Tensor) -> Iterator[_Trainer]:
     """The rank of `groups`, which reads its part of the batch. On one rank the batch is one micro-batch."""
     own_BW = tokens_BW.chunk(groups.topology.dp)[groups.topology.dp_rank(groups.rank)]
-    size = len(own_BW) if groups.world.size == 1 else config.schedule.micro_batch
+    size = len(own_BW) if groups.world.size == 1 else config.schedule.micro_batch_size
     micro_batches = [
         TokenBatch(part_BW, torch.ones_like(part_BW, dtype=torch.bool)).to(device) for part_BW in own_BW.split(size)
     ]
-    engine = open_engine(config, groups, device, SILENT)
+    engine = build_engine(config, groups, device, NULL_RECORDER)
     try:
         yield _Trainer(engine, micro_batches, len(tokens_BW))
     finally:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import Problem
-from .wire import Format
+from .wire import WireFormat
 
-EXCHANGES = ("flat", "two_hop", "deepep")
+EXCHANGE_NAMES = ("flat", "two_hop", "deepep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,8 @@ class ExchangeConfig:
 
     def problems(self) -> Iterator[Problem]:
         """What is impossible about these values on their own."""
-        if self.name not in EXCHANGES:
-            yield Problem("name", self.name, f"no such exchange; there are: {', '.join(EXCHANGES)}")
+        if self.name not in EXCHANGE_NAMES:
+            yield Problem("name", self.name, f"no such exchange; there are: {', '.join(EXCHANGE_NAMES)}")
         for operation in ("dispatch", "combine", "combine_backward", "dispatch_backward"):
             yield from self._format_problems(operation)
         if self.name == "deepep":
@@ -43,15 +43,15 @@ class ExchangeConfig:
 
     def _format_problems(self, operation: str) -> Iterator[Problem]:
         name = self.__dict__[operation]
-        if name not in list(Format):
-            yield Problem(operation, name, f"no such format; there are: {', '.join(Format)}")
-        elif name == Format.FP8 and operation in ("combine", "dispatch_backward"):
+        if name not in list(WireFormat):
+            yield Problem(operation, name, f"no such format; there are: {', '.join(WireFormat)}")
+        elif name == WireFormat.FP8 and operation in ("combine", "dispatch_backward"):
             yield Problem(operation, name, "sums of experts lose too much in FP8 (report §3.3); write bf16 or native")
 
     def _deepep_problems(self) -> Iterator[Problem]:
         """What DeepEP has no kernels for."""
         for operation in ("dispatch", "combine", "combine_backward", "dispatch_backward"):
-            if self.__dict__[operation] == Format.NATIVE:
+            if self.__dict__[operation] == WireFormat.NATIVE:
                 hint = "DeepEP moves BF16, and FP8 towards the experts; write bf16, or exchange=deepep for all four"
                 yield Problem(operation, "native", hint)
         if self.dispatch != self.combine_backward:

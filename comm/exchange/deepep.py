@@ -36,32 +36,32 @@ from torch import Tensor
 
 from ..async_comm import AsyncCommunicator, AsyncWork, TwoPartWork
 from ..errors import Problem
-from ..fp8 import RowTiles, dequantize, quantize, stand_in, tiles_of
+from ..fp8 import QuantizedRows, dequantize, nan_placeholder, quantize, tiles_per_row
 from ..groups import ProcessGroups
-from ..host import HostCopy
-from ..trace import Call, ExchangeLabel
-from .api import Received
+from ..host import AsyncHostCopy
+from ..trace import ExchangeCall, ExchangeLabel
+from .api import DispatchedTokens
 from .config import ExchangeConfig
-from .deepep_buffer import BufferShape
-from .deepep_probe import why_deepep_fails
-from .permutation import TokenCounts, visited
-from .wire import Format
+from .deepep_buffer import DeepEPBufferShape
+from .deepep_probe import probe_deepep_import
+from .permutation import TokenCounts, build_destination_mask
+from .wire import WireFormat
 
-HOPPER = (9, 0)
+MIN_COMPUTE_CAPABILITY = (9, 0)
 """Compute capability that DeepEP's kernels need."""
-NCCL = (2, 30, 4)
+MIN_NCCL_VERSION = (2, 30, 4)
 """The first NCCL with the device interface that V2 is built on."""
-WIDTH_STEP = 256
+HIDDEN_SIZE_MULTIPLE = 256
 """A warp of 32 threads moves 16 bytes of BF16 each."""
-MOST_CHOICES = 32
+MAX_TOP_K = 32
 """A warp has a thread for each of a token's experts."""
 
 _REBUILD = (
-    f'run pip install --no-deps "nvidia-nccl-cu13>={".".join(map(str, NCCL))}", so that torch loads it too, and build '
+    f'run pip install --no-deps "nvidia-nccl-cu13>={".".join(map(str, MIN_NCCL_VERSION))}", so that torch loads it too, and build '
     "DeepEP anew against it (the Dockerfile's target `deepep` does)"
 )
 
-SMS_BETWEEN_NODES = 6
+INTER_NODE_SMS = 6
 """DeepEP's own estimate is for gates without a limit of nodes. It names 4 to 6 for training like V3's."""
 
 
@@ -80,28 +80,33 @@ class DeepEPExchange:
     """
 
     def __init__(
-        self, groups: ProcessGroups, experts: int, worker: AsyncCommunicator, config: ExchangeConfig, shape: BufferShape
+        self,
+        groups: ProcessGroups,
+        num_experts: int,
+        async_communicator: AsyncCommunicator,
+        config: ExchangeConfig,
+        shape: DeepEPBufferShape,
     ) -> None:
         """Collective over the group: takes its communicator and allocates the buffers."""
         self._group = groups.ep
-        self._node_size = groups.topology.ep_node_size
-        self._experts = experts
-        self._worker = worker
+        self._node_size = groups.topology.ep_ranks_per_node
+        self._experts = num_experts
+        self._worker = async_communicator
         self._config = config
         self._shape = shape
-        self._sms = 0 if groups.topology.ep_nodes == 1 else SMS_BETWEEN_NODES  # 0: as DeepEP thinks best
+        self._sms = 0 if groups.topology.nodes_per_ep_group == 1 else INTER_NODE_SMS  # 0: as DeepEP thinks best
         # A communicator may not exist before its first collective, and DeepEP takes the one that is there.
         self._group.barrier("opening DeepEP")
         library = importlib.import_module("deep_ep")
         self._choice_dtype: torch.dtype = library.topk_idx_t
-        seconds = math.ceil(self._group.limit.total_seconds())
+        seconds = math.ceil(self._group.timeout.total_seconds())
         with self._failing_clearly("opening DeepEP's buffers"):
             self._buffer: Any = library.ElasticBuffer(
-                self._group.handle,
-                num_max_tokens_per_rank=shape.tokens,
-                hidden=shape.width,
+                self._group.process_group,
+                num_max_tokens_per_rank=shape.max_tokens_per_rank,
+                hidden=shape.hidden_size,
                 num_topk=shape.top_k,
-                use_fp8_dispatch=config.dispatch == Format.FP8,
+                use_fp8_dispatch=config.dispatch == WireFormat.FP8,
                 num_cpu_timeout_secs=seconds,
                 num_gpu_timeout_secs=seconds,
                 # Else the garbage collector would destroy them, and that is a collective. They live as long as the run.
@@ -109,26 +114,32 @@ class DeepEPExchange:
             )
 
     def dispatch(
-        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: ExchangeLabel, *, as_tiles: bool = False
-    ) -> TwoPartWork[Received[DeepEPLayout]]:
+        self,
+        tokens_TD: Tensor,
+        weights_TK: Tensor,
+        experts_TK: Tensor,
+        label: ExchangeLabel,
+        *,
+        keep_quantized: bool = False,
+    ) -> TwoPartWork[DispatchedTokens[DeepEPLayout]]:
         """See `TokenExchange`. DeepEP exchanges sizes inside its one call and polls for them: that is the second part.
 
         So the kernel starts only when the host proceeds; the first part counts visits and nothing else.
         """
-        call = Call("dispatch", label)
+        call = ExchangeCall("dispatch", label)
 
-        def first() -> Callable[[], Received[DeepEPLayout]]:
-            visits = self._worker.to_host_later(self._count_visits(experts_TK))
+        def first() -> Callable[[], DispatchedTokens[DeepEPLayout]]:
+            visits = self._worker.copy_to_host_async(self._count_visits(experts_TK))
             return lambda: second(visits)
 
-        def second(visits: HostCopy) -> Received[DeepEPLayout]:
+        def second(visits: AsyncHostCopy) -> DispatchedTokens[DeepEPLayout]:
             with self._failing_clearly(str(call)):
                 arrived, _, weights_R, handle, event = self._buffer.dispatch(
                     _encode(self._config.dispatch, tokens_TD),
                     topk_idx=experts_TK.to(self._choice_dtype).contiguous(),
                     topk_weights=weights_TK.to(torch.float32).contiguous(),
                     num_experts=self._experts,
-                    num_max_tokens_per_rank=self._shape.tokens,
+                    num_max_tokens_per_rank=self._shape.max_tokens_per_rank,
                     expert_alignment=1,
                     num_sms=self._sms,
                     async_with_compute_stream=True,
@@ -137,22 +148,24 @@ class DeepEPExchange:
                 event.current_stream_wait(release_handle=True)
             rank_visits, node_visits = visits.wait().tolist()  # there since DeepEP has waited for the sizes
             tokens, top_k = experts_TK.shape
-            tiles = _tiles(*arrived) if as_tiles and isinstance(arrived, tuple) else None
-            return Received(
-                rows_RD=stand_in(tiles.values_XD, tokens_TD.dtype) if tiles else _decode(arrived, tokens_TD.dtype),
-                weights_R=weights_R.to(weights_TK.dtype),
+            tiles = _tiles(*arrived) if keep_quantized and isinstance(arrived, tuple) else None
+            return DispatchedTokens(
+                rows_RD=nan_placeholder(tiles.values_XD, tokens_TD.dtype)
+                if tiles
+                else _decode(arrived, tokens_TD.dtype),
+                gate_weights_R=weights_R.to(weights_TK.dtype),
                 rows_per_expert_L=tuple(handle.num_recv_tokens_per_expert_list),
-                visits=TokenCounts(tokens, tokens * top_k, rank_visits, node_visits),
+                token_counts=TokenCounts(tokens, tokens * top_k, rank_visits, node_visits),
                 label=label,
                 layout=DeepEPLayout(handle),
-                tiles=tiles,
+                quantized_rows=tiles,
             )
 
-        return self._worker.submit_in_parts(str(call), first, (tokens_TD, weights_TK, experts_TK))
+        return self._worker.submit_two_part(str(call), first, (tokens_TD, weights_TK, experts_TK))
 
-    def combine(self, rows_RD: Tensor, received: Received[DeepEPLayout]) -> AsyncWork[Tensor]:
+    def combine(self, rows_RD: Tensor, received: DispatchedTokens[DeepEPLayout]) -> AsyncWork[Tensor]:
         """See `TokenExchange`."""
-        call = Call("combine", received.label)
+        call = ExchangeCall("combine", received.label)
 
         def work() -> Tensor:
             sums_TD, _ = self._back(call, rows_RD, None, received.layout)
@@ -160,9 +173,9 @@ class DeepEPExchange:
 
         return self._worker.submit(str(call), work, (rows_RD,))
 
-    def combine_backward(self, grad_TD: Tensor, received: Received[DeepEPLayout]) -> AsyncWork[Tensor]:
+    def combine_backward(self, grad_TD: Tensor, received: DispatchedTokens[DeepEPLayout]) -> AsyncWork[Tensor]:
         """See `TokenExchange`."""
-        call, handle = Call("combine_backward", received.label), received.layout.handle
+        call, handle = ExchangeCall("combine_backward", received.label), received.layout.handle
 
         def work() -> Tensor:
             with self._failing_clearly(str(call)):
@@ -180,10 +193,10 @@ class DeepEPExchange:
         return self._worker.submit(str(call), work, (grad_TD,))
 
     def dispatch_backward(
-        self, grad_RD: Tensor, grad_weights_R: Tensor, received: Received[DeepEPLayout]
+        self, grad_RD: Tensor, grad_weights_R: Tensor, received: DispatchedTokens[DeepEPLayout]
     ) -> AsyncWork[tuple[Tensor, Tensor]]:
         """See `TokenExchange`."""
-        call = Call("dispatch_backward", received.label)
+        call = ExchangeCall("dispatch_backward", received.label)
 
         def work() -> tuple[Tensor, Tensor]:
             beside_R = grad_weights_R.to(torch.float32).contiguous()
@@ -194,7 +207,7 @@ class DeepEPExchange:
         return self._worker.submit(str(call), work, (grad_RD, grad_weights_R))
 
     def _back(
-        self, call: Call, rows_RD: Tensor, beside_R: Tensor | None, layout: DeepEPLayout
+        self, call: ExchangeCall, rows_RD: Tensor, beside_R: Tensor | None, layout: DeepEPLayout
     ) -> tuple[Tensor, Tensor | None]:
         """Rows by expert to the sum of each token's; a number beside each row to the place of its choice."""
         with self._failing_clearly(str(call)):
@@ -209,17 +222,17 @@ class DeepEPExchange:
 
     def _count_visits(self, experts_TK: Tensor) -> Tensor:
         """[2]: how many (token, rank) and how many (token, node) pairs."""
-        visits_TP = visited(experts_TK // (self._experts // self._group.size), self._group.size)
+        visits_TP = build_destination_mask(experts_TK // (self._experts // self._group.size), self._group.size)
         visits_TN = visits_TP.unflatten(1, (-1, self._node_size)).any(dim=2)
         return torch.stack((visits_TP.sum(), visits_TN.sum()))
 
     def _failing_clearly(self, what: str) -> AbstractContextManager[None]:
-        return self._group.failing_clearly(what)
+        return self._group.collective_error_context(what)
 
 
 def _encode(form: str, rows_XD: Tensor) -> Tensor | tuple[Tensor, Tensor]:
     """BF16, or E4M3 and its exponents, four of them in an int32."""
-    if form != Format.FP8:
+    if form != WireFormat.FP8:
         return rows_XD.to(torch.bfloat16).contiguous()
     values_XD, exponents_XQ = quantize(rows_XD)
     return values_XD, F.pad(exponents_XQ, (0, -exponents_XQ.shape[1] % 4)).view(torch.int32)
@@ -233,32 +246,34 @@ def _decode(arrived: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype) -> Tens
     return dequantize(tiles.values_XD, tiles.exponents_XQ, dtype)
 
 
-def _tiles(values_XD: Tensor, packed: Tensor) -> RowTiles:
-    return RowTiles(values_XD, packed.view(torch.uint8)[:, : tiles_of(values_XD.shape[1])])
+def _tiles(values_XD: Tensor, packed: Tensor) -> QuantizedRows:
+    return QuantizedRows(values_XD, packed.view(torch.uint8)[:, : tiles_per_row(values_XD.shape[1])])
 
 
 def deepep_problems(
-    shape: BufferShape,
+    shape: DeepEPBufferShape,
     ranks: int,
     dtype: torch.dtype,
     device: str,
     local_ranks: int,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Problem]:
-    """Why `local_ranks` of this machine cannot exchange by DeepEP with `ranks` in all; see `missing_for_deepep`."""
-    reasons = (*missing_for_deepep(device, local_ranks, environment), *_impossible(shape, ranks, dtype))
+    """Why `local_ranks` of this machine cannot exchange by DeepEP with `ranks` in all; see `missing_deepep_requirements`."""
+    reasons = (*missing_deepep_requirements(device, local_ranks, environment), *_impossible(shape, ranks, dtype))
     for reason in reasons:
         yield Problem("exchange.name", "deepep", f"{reason}, or write exchange=two_hop")
 
 
-def missing_for_deepep(device: str, local_ranks: int, environment: Mapping[str, str] | None = None) -> Iterator[str]:
+def missing_deepep_requirements(
+    device: str, local_ranks: int, environment: Mapping[str, str] | None = None
+) -> Iterator[str]:
     """What this machine lacks, and what to do about it.
 
     Where all else is here, a child process with the `environment` of a rank (None: of this process) imports deep_ep.
     This process does not.
     """
     missing = list(_missing(device, local_ranks))
-    if not missing and (failure := why_deepep_fails(environment)) is not None:
+    if not missing and (failure := probe_deepep_import(environment)) is not None:
         missing.append(f"importing deep_ep fails: {failure}; {_REBUILD}")
     yield from missing
 
@@ -277,29 +292,29 @@ def _missing(device: str, local_ranks: int) -> Iterator[str]:
         yield f"each of {local_ranks} ranks needs a Hopper GPU and {there}; train on such GPUs"
         return
     oldest = min(torch.cuda.get_device_capability(index) for index in range(local_ranks))
-    if oldest < HOPPER:
+    if oldest < MIN_COMPUTE_CAPABILITY:
         yield (
-            f"DeepEP needs a Hopper GPU (compute capability {_dotted(HOPPER)}) and a GPU here has {_dotted(oldest)}; "
+            f"DeepEP needs a Hopper GPU (compute capability {_dotted(MIN_COMPUTE_CAPABILITY)}) and a GPU here has {_dotted(oldest)}; "
             "train on such GPUs"
         )
-    loaded = loaded_nccl()
-    if loaded < NCCL:
-        yield f"DeepEP needs NCCL {_dotted(NCCL)} and {_dotted(loaded) or 'none'} is here; {_REBUILD}"
+    loaded = loaded_nccl_version()
+    if loaded < MIN_NCCL_VERSION:
+        yield f"DeepEP needs NCCL {_dotted(MIN_NCCL_VERSION)} and {_dotted(loaded) or 'none'} is here; {_REBUILD}"
 
 
-def _impossible(shape: BufferShape, ranks: int, dtype: torch.dtype) -> Iterator[str]:
+def _impossible(shape: DeepEPBufferShape, ranks: int, dtype: torch.dtype) -> Iterator[str]:
     """What DeepEP can do on no machine."""
     if ranks == 1:
         yield "a group of one rank (topology.ep=1) has nothing to exchange; write exchange=flat"
-    if shape.width % WIDTH_STEP:
-        yield f"DeepEP moves rows of whole {WIDTH_STEP} elements and these have {shape.width}; make them wider"
-    if shape.top_k > MOST_CHOICES:
-        yield f"DeepEP sends a token to at most {MOST_CHOICES} experts and these go to {shape.top_k}; choose fewer"
+    if shape.hidden_size % HIDDEN_SIZE_MULTIPLE:
+        yield f"DeepEP moves rows of whole {HIDDEN_SIZE_MULTIPLE} elements and these have {shape.hidden_size}; make them wider"
+    if shape.top_k > MAX_TOP_K:
+        yield f"DeepEP sends a token to at most {MAX_TOP_K} experts and these go to {shape.top_k}; choose fewer"
     if dtype == torch.float64:
         yield "DeepEP carries gates in FP32, which would round these (precision.compute=float64); compute in bfloat16"
 
 
-def loaded_nccl() -> tuple[int, ...]:
+def loaded_nccl_version() -> tuple[int, ...]:
     """The NCCL that torch has loaded: torch itself knows only the one that it was built with. Empty where none is."""
     try:
         library = ctypes.CDLL("libnccl.so.2")

@@ -20,16 +20,16 @@ _RANKS, _EXPERTS, _SESSIONS = 1024, 2048, 33
 
 
 @dataclass(frozen=True)
-class BufferShape:
+class DeepEPBufferShape:
     """What DeepEP's buffers are made for; every rank of a group has to say the same."""
 
-    tokens: int
+    max_tokens_per_rank: int
     """The most that one rank dispatches at once."""
-    width: int
+    hidden_size: int
     top_k: int
 
 
-def buffer_bytes(shape: BufferShape, nodes: int, ranks_a_node: int, *, fp8_dispatch: bool) -> int:
+def deepep_buffer_bytes(shape: DeepEPBufferShape, nodes: int, ranks_per_node: int, *, fp8_dispatch: bool) -> int:
     """Return the bytes that one rank's buffer and workspace take of its GPU.
 
     The buffer serves a dispatch or a combine, whichever needs more. For DeepSeek-V3 (4096 tokens of 7168, top-8, 8
@@ -38,26 +38,30 @@ def buffer_bytes(shape: BufferShape, nodes: int, ranks_a_node: int, *, fp8_dispa
     """
     dispatched, combined = _dispatched_row(shape, fp8=fp8_dispatch), _combined_row(shape)
     if nodes == 1:
-        dispatch = ranks_a_node * shape.tokens * dispatched
-        combine = min(ranks_a_node, shape.top_k) * shape.tokens * combined
+        dispatch = ranks_per_node * shape.max_tokens_per_rank * dispatched
+        combine = min(ranks_per_node, shape.top_k) * shape.max_tokens_per_rank * combined
     else:
-        of_node = nodes * shape.tokens
-        dispatch = (ranks_a_node * of_node + shape.tokens + nodes * (shape.tokens + _CHANNELS)) * dispatched
-        inside, between = min(ranks_a_node, shape.top_k), min(nodes, shape.top_k)
-        combine = (inside * of_node + between * shape.tokens + nodes * (shape.tokens + _CHANNELS)) * combined
+        of_node = nodes * shape.max_tokens_per_rank
+        dispatch = (
+            ranks_per_node * of_node + shape.max_tokens_per_rank + nodes * (shape.max_tokens_per_rank + _CHANNELS)
+        ) * dispatched
+        inside, between = min(ranks_per_node, shape.top_k), min(nodes, shape.top_k)
+        combine = (
+            inside * of_node + between * shape.max_tokens_per_rank + nodes * (shape.max_tokens_per_rank + _CHANNELS)
+        ) * combined
     return _up(max(dispatch, combine), _BUFFER_STEP) + _up(_workspace(), _BUFFER_STEP)
 
 
-def _dispatched_row(shape: BufferShape, *, fp8: bool) -> int:
+def _dispatched_row(shape: DeepEPBufferShape, *, fp8: bool) -> int:
     """Values; in FP8 an FP32 scale for each 32, more than are sent; of each expert index, gate and slot; the source."""
-    values = shape.width * (1 if fp8 else 2)
-    scales = -(-shape.width // 32) * 4 if fp8 else 0
+    values = shape.hidden_size * (1 if fp8 else 2)
+    scales = -(-shape.hidden_size // 32) * 4 if fp8 else 0
     return _up(values, _ROW_STEP) + _up(scales, _ROW_STEP) + _up(shape.top_k * 12 + 4, _ROW_STEP)
 
 
-def _combined_row(shape: BufferShape) -> int:
+def _combined_row(shape: DeepEPBufferShape) -> int:
     """Values in BF16; of each expert index and gate."""
-    return _up(shape.width * 2, _ROW_STEP) + _up(shape.top_k * 8, _ROW_STEP)
+    return _up(shape.hidden_size * 2, _ROW_STEP) + _up(shape.top_k * 8, _ROW_STEP)
 
 
 def _workspace() -> int:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from functools import cache
 
-IMPORT_SECONDS = 120.0
+IMPORT_TIMEOUT_SECONDS = 120.0
 """Torch and DeepEP from a file system that a whole cluster reads at once."""
 
 # torch first, as in a rank: its libnccl is then the one that is mapped.
@@ -25,14 +25,16 @@ if not os.path.exists(nvcc):
 """
 
 
-def why_deepep_fails(environment: Mapping[str, str] | None = None, seconds: float = IMPORT_SECONDS) -> str | None:
+def probe_deepep_import(
+    environment: Mapping[str, str] | None = None, timeout_seconds: float = IMPORT_TIMEOUT_SECONDS
+) -> str | None:
     """Return the last line that importing DeepEP prints as it fails; None where it succeeds.
 
     `environment` is that of a rank; None: as this process. A child that takes longer than `seconds` is killed. The
     answer is kept for the life of this process.
     """
     described = dict(os.environ if environment is None else environment)
-    return _outcome(tuple(sorted(described.items())), seconds)
+    return _outcome(tuple(sorted(described.items())), timeout_seconds)
 
 
 @cache

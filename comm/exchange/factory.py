@@ -6,30 +6,30 @@ from typing import Any
 
 from ..async_comm import AsyncCommunicator
 from ..groups import ProcessGroups
-from ..traffic import Traffic
+from ..traffic import TrafficCounter
 from .api import TokenExchange
 from .config import ExchangeConfig
 from .deepep import DeepEPExchange
-from .deepep_buffer import BufferShape
+from .deepep_buffer import DeepEPBufferShape
 from .flat import FlatExchange
 from .two_hop import TwoHopExchange
 
 
-def open_exchange(
+def build_token_exchange(
     config: ExchangeConfig,
     groups: ProcessGroups,
-    experts: int,
-    worker: AsyncCommunicator,
-    traffic: Traffic,
-    shape: BufferShape | None = None,
+    num_experts: int,
+    async_communicator: AsyncCommunicator,
+    traffic: TrafficCounter,
+    deepep_shape: DeepEPBufferShape | None = None,
 ) -> TokenExchange[Any]:
     """The exchange between the `experts` of one layer over the expert-parallel group of this rank.
 
     Only `deepep` needs to know beforehand what it will carry, the `shape`. Opening it is collective.
     """
     if config.name == "deepep":
-        assert shape is not None
-        return DeepEPExchange(groups, experts, worker, config, shape)
+        assert deepep_shape is not None
+        return DeepEPExchange(groups, num_experts, async_communicator, config, deepep_shape)
     if config.name == "flat":
-        return FlatExchange(groups, experts, worker, traffic, config)
-    return TwoHopExchange(groups, experts, worker, traffic, config)
+        return FlatExchange(groups, num_experts, async_communicator, traffic, config)
+    return TwoHopExchange(groups, num_experts, async_communicator, traffic, config)

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from ..async_comm import AsyncCommunicator, AsyncWork, TwoPartWork
-from ..fp8 import RowTiles, stand_in
+from ..fp8 import QuantizedRows, nan_placeholder
 from ..groups import ProcessGroups
-from ..host import HostCopy
-from ..trace import Call, ExchangeLabel
-from ..traffic import Traffic
-from .api import Received
+from ..host import AsyncHostCopy
+from ..trace import ExchangeCall, ExchangeLabel
+from ..traffic import TrafficCounter
+from .api import DispatchedTokens
 from .config import ExchangeConfig
-from .permutation import AllToAllStage, Permutation, TokenCounts, count_choices, visited
-from .wire import Format, RowFormat, nothing_beside, pack, unpack, unpack_one
+from .permutation import AllToAllStage, Permutation, TokenCounts, bincount_on_device, build_destination_mask
+from .wire import RowCodec, WireFormat, empty_metadata, pack_columns, unpack_column, unpack_columns
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class FlatLayout:
 
     to_experts: Permutation
     """Tokens to their copies, by expert, so by rank too."""
-    hop: AllToAllStage
+    all_to_all_stage: AllToAllStage
     choice_of_copy_N: Tensor
     """Which of all T·K choices each copy is."""
-    sort: Permutation
+    sort_by_expert: Permutation
     """Rows arrive by rank, then expert, and are kept by expert, then rank: each arrives once and is kept once."""
     top_k: int
 
@@ -43,63 +43,74 @@ class FlatExchange:
     """`TokenExchange` over one expert-parallel group. Expert e lives on rank e // L of the group."""
 
     def __init__(
-        self, groups: ProcessGroups, experts: int, worker: AsyncCommunicator, traffic: Traffic, config: ExchangeConfig
+        self,
+        groups: ProcessGroups,
+        num_experts: int,
+        async_communicator: AsyncCommunicator,
+        traffic: TrafficCounter,
+        config: ExchangeConfig,
     ) -> None:
         self._group = groups.ep
-        self._node_size = groups.topology.ep_node_size
-        self._experts = experts
-        self._worker = worker
+        self._node_size = groups.topology.ep_ranks_per_node
+        self._experts = num_experts
+        self._worker = async_communicator
         self._traffic = traffic
         self._config = config
 
     def dispatch(
-        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: ExchangeLabel, *, as_tiles: bool = False
-    ) -> TwoPartWork[Received[FlatLayout]]:
+        self,
+        tokens_TD: Tensor,
+        weights_TK: Tensor,
+        experts_TK: Tensor,
+        label: ExchangeLabel,
+        *,
+        keep_quantized: bool = False,
+    ) -> TwoPartWork[DispatchedTokens[FlatLayout]]:
         """See `TokenExchange`."""
-        call = Call("dispatch", label)
+        call = ExchangeCall("dispatch", label)
 
-        def first() -> Callable[[], Received[FlatLayout]]:
+        def first() -> Callable[[], DispatchedTokens[FlatLayout]]:
             received_PL, numbers = self._exchange_sizes(call, experts_TK)
             return lambda: second(received_PL, numbers.wait())
 
-        def second(received_PL: Tensor, numbers: Tensor) -> Received[FlatLayout]:
+        def second(received_PL: Tensor, numbers: Tensor) -> DispatchedTokens[FlatLayout]:
             layout, rows_per_expert_L, visits = self._plan(experts_TK, received_PL, numbers.tolist())
             weights_N1 = weights_TK.reshape(-1, 1).index_select(0, layout.choice_of_copy_N)
-            wire = RowFormat(Format(self._config.dispatch), tokens_TD.shape[1], tokens_TD.dtype)
-            if as_tiles and wire.format is Format.FP8 and not layout.hop.is_local:
+            wire = RowCodec(WireFormat(self._config.dispatch), tokens_TD.shape[1], tokens_TD.dtype)
+            if keep_quantized and wire.format is WireFormat.FP8 and not layout.all_to_all_stage.is_local:
                 tiles, weights_R1 = self._tiles(call, wire, tokens_TD, layout, weights_N1)
-                rows_RD = stand_in(tiles.values_XD, wire.dtype)
+                rows_RD = nan_placeholder(tiles.values_XD, wire.dtype)
             else:
                 tiles = None
                 rows_RD, weights_R1 = self._forth(call, wire, tokens_TD, layout, weights_N1)
-            return Received(rows_RD, weights_R1.flatten(), rows_per_expert_L, visits, label, layout, tiles)
+            return DispatchedTokens(rows_RD, weights_R1.flatten(), rows_per_expert_L, visits, label, layout, tiles)
 
-        return self._worker.submit_in_parts(str(call), first, (tokens_TD, weights_TK, experts_TK))
+        return self._worker.submit_two_part(str(call), first, (tokens_TD, weights_TK, experts_TK))
 
-    def combine(self, rows_RD: Tensor, received: Received[FlatLayout]) -> AsyncWork[Tensor]:
+    def combine(self, rows_RD: Tensor, received: DispatchedTokens[FlatLayout]) -> AsyncWork[Tensor]:
         """See `TokenExchange`."""
-        call = Call("combine", received.label)
+        call = ExchangeCall("combine", received.label)
 
         def work() -> Tensor:
-            return self._back(call, self._config.combine, rows_RD, received.layout, nothing_beside(rows_RD))[0]
+            return self._back(call, self._config.combine, rows_RD, received.layout, empty_metadata(rows_RD))[0]
 
         return self._worker.submit(str(call), work, (rows_RD,))
 
-    def combine_backward(self, grad_TD: Tensor, received: Received[FlatLayout]) -> AsyncWork[Tensor]:
+    def combine_backward(self, grad_TD: Tensor, received: DispatchedTokens[FlatLayout]) -> AsyncWork[Tensor]:
         """See `TokenExchange`."""
-        call, layout = Call("combine_backward", received.label), received.layout
+        call, layout = ExchangeCall("combine_backward", received.label), received.layout
 
         def work() -> Tensor:
-            wire = RowFormat(Format(self._config.combine_backward), grad_TD.shape[1], grad_TD.dtype)
-            return self._forth(call, wire, grad_TD, layout, nothing_beside(layout.choice_of_copy_N))[0]
+            wire = RowCodec(WireFormat(self._config.combine_backward), grad_TD.shape[1], grad_TD.dtype)
+            return self._forth(call, wire, grad_TD, layout, empty_metadata(layout.choice_of_copy_N))[0]
 
         return self._worker.submit(str(call), work, (grad_TD,))
 
     def dispatch_backward(
-        self, grad_RD: Tensor, grad_weights_R: Tensor, received: Received[FlatLayout]
+        self, grad_RD: Tensor, grad_weights_R: Tensor, received: DispatchedTokens[FlatLayout]
     ) -> AsyncWork[tuple[Tensor, Tensor]]:
         """See `TokenExchange`."""
-        call, layout = Call("dispatch_backward", received.label), received.layout
+        call, layout = ExchangeCall("dispatch_backward", received.label), received.layout
 
         def work() -> tuple[Tensor, Tensor]:
             beside_R1 = grad_weights_R[:, None]
@@ -110,19 +121,19 @@ class FlatExchange:
 
         return self._worker.submit(str(call), work, (grad_RD, grad_weights_R))
 
-    def _exchange_sizes(self, call: Call, experts_TK: Tensor) -> tuple[Tensor, HostCopy]:
+    def _exchange_sizes(self, call: ExchangeCall, experts_TK: Tensor) -> tuple[Tensor, AsyncHostCopy]:
         """Rows that each rank sends to each expert here, and on their way to the host the sums that `_plan` needs."""
         ranks = self._group.size
-        sent_PL = count_choices(experts_TK, self._experts).view(ranks, -1)
+        sent_PL = bincount_on_device(experts_TK, self._experts).view(ranks, -1)
         received_PL = torch.empty_like(sent_PL)
         one_each = [1] * ranks
-        self._traffic.count_beside("sizes", self._group, [sent_PL[0].numel() * 8] * ranks)
+        self._traffic.count_metadata("sizes", self._group, [sent_PL[0].numel() * 8] * ranks)
         self._group.all_to_all(received_PL, sent_PL, one_each, one_each, f"sizes of {call}")
 
-        visits_TP = visited(experts_TK // sent_PL.shape[1], ranks)
+        visits_TP = build_destination_mask(experts_TK // sent_PL.shape[1], ranks)
         visits_TM = visits_TP.unflatten(1, (-1, self._node_size)).any(dim=2)
         sums = (sent_PL.sum(dim=1), received_PL.sum(dim=1), received_PL.sum(dim=0), visits_TP.sum(), visits_TM.sum())
-        return received_PL, self._worker.to_host_later(torch.cat([x.reshape(-1) for x in sums]))
+        return received_PL, self._worker.copy_to_host_async(torch.cat([x.reshape(-1) for x in sums]))
 
     def _plan(
         self, experts_TK: Tensor, received_PL: Tensor, numbers: list[int]
@@ -135,48 +146,54 @@ class FlatExchange:
         choice_of_copy_N = torch.argsort(experts_TK.reshape(-1), stable=True)
         wire_of_row_R = _rows_by_expert(received_PL, sum(received_P))
         layout = FlatLayout(
-            to_experts=Permutation.of(choice_of_copy_N // top_k, experts_TK.new_full((tokens,), top_k)),
-            hop=AllToAllStage(self._group, self._traffic, tuple(sent_P), tuple(received_P)),
+            to_experts=Permutation.from_row_indices(choice_of_copy_N // top_k, experts_TK.new_full((tokens,), top_k)),
+            all_to_all_stage=AllToAllStage(self._group, self._traffic, tuple(sent_P), tuple(received_P)),
             choice_of_copy_N=choice_of_copy_N,
-            sort=Permutation.of(wire_of_row_R, torch.ones_like(wire_of_row_R)),
+            sort_by_expert=Permutation.from_row_indices(wire_of_row_R, torch.ones_like(wire_of_row_R)),
             top_k=top_k,
         )
         return layout, tuple(rows_per_expert_L), TokenCounts(tokens, tokens * top_k, rank_visits, node_visits)
 
     def _forth(
-        self, call: Call, wire: RowFormat, tokens_TD: Tensor, layout: FlatLayout, beside_NW: Tensor
+        self, call: ExchangeCall, wire: RowCodec, tokens_TD: Tensor, layout: FlatLayout, beside_NW: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Tokens to rows by expert; what travels beside each copy to what came beside each row."""
-        if layout.hop.is_local:  # already by expert
-            return layout.to_experts.spread(tokens_TD), beside_NW
+        if layout.all_to_all_stage.is_local:  # already by expert
+            return layout.to_experts.permute(tokens_TD), beside_NW
         message_AB = self._send(call, wire, tokens_TD, layout, beside_NW)
-        payload_RB, beside_RW = unpack(layout.sort.spread(message_AB), wire.columns(beside_NW))
+        payload_RB, beside_RW = unpack_columns(
+            layout.sort_by_expert.permute(message_AB), wire.message_columns(beside_NW)
+        )
         return wire.decode(payload_RB), beside_RW
 
     def _tiles(
-        self, call: Call, wire: RowFormat, tokens_TD: Tensor, layout: FlatLayout, beside_NW: Tensor
-    ) -> tuple[RowTiles, Tensor]:
+        self, call: ExchangeCall, wire: RowCodec, tokens_TD: Tensor, layout: FlatLayout, beside_NW: Tensor
+    ) -> tuple[QuantizedRows, Tensor]:
         """The same, the rows as they crossed."""
         message_AB = self._send(call, wire, tokens_TD, layout, beside_NW)
-        beside_AW = unpack_one(message_AB, wire.columns(beside_NW), 1)
-        return wire.tiles(message_AB, layout.sort.spread), layout.sort.spread(beside_AW)
+        beside_AW = unpack_column(message_AB, wire.message_columns(beside_NW), 1)
+        return wire.unpack_quantized(message_AB, layout.sort_by_expert.permute), layout.sort_by_expert.permute(
+            beside_AW
+        )
 
-    def _send(self, call: Call, wire: RowFormat, tokens_TD: Tensor, layout: FlatLayout, beside_NW: Tensor) -> Tensor:
+    def _send(
+        self, call: ExchangeCall, wire: RowCodec, tokens_TD: Tensor, layout: FlatLayout, beside_NW: Tensor
+    ) -> Tensor:
         """Messages in the order in which they arrive, [A, B]."""
-        message_NB = pack(layout.to_experts.spread(wire.encode(tokens_TD)), beside_NW)
-        return layout.hop.forth(call, message_NB, wire.row_bytes)
+        message_NB = pack_columns(layout.to_experts.permute(wire.encode(tokens_TD)), beside_NW)
+        return layout.all_to_all_stage.dispatch(call, message_NB, wire.payload_bytes_per_row)
 
     def _back(
-        self, call: Call, form: str, rows_RD: Tensor, layout: FlatLayout, beside_RW: Tensor
+        self, call: ExchangeCall, form: str, rows_RD: Tensor, layout: FlatLayout, beside_RW: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Rows by expert to the sum of each token's; what travels beside each row to what came beside each copy."""
-        if layout.hop.is_local:
-            return layout.to_experts.collect(rows_RD).to(rows_RD.dtype), beside_RW
-        wire = RowFormat(Format(form), rows_RD.shape[1], rows_RD.dtype)
-        message_AB = pack(wire.encode(rows_RD), beside_RW).index_select(0, layout.sort.copy_of_slot_C)
-        message_NB = layout.hop.back(call, message_AB, wire.row_bytes)
-        payload_NB, beside_NW = unpack(message_NB, wire.columns(beside_RW))
-        return layout.to_experts.collect(wire.decode(payload_NB)).to(rows_RD.dtype), beside_NW
+        if layout.all_to_all_stage.is_local:
+            return layout.to_experts.unpermute_and_sum(rows_RD).to(rows_RD.dtype), beside_RW
+        wire = RowCodec(WireFormat(form), rows_RD.shape[1], rows_RD.dtype)
+        message_AB = pack_columns(wire.encode(rows_RD), beside_RW).index_select(0, layout.sort_by_expert.copy_of_slot_C)
+        message_NB = layout.all_to_all_stage.combine(call, message_AB, wire.payload_bytes_per_row)
+        payload_NB, beside_NW = unpack_columns(message_NB, wire.message_columns(beside_RW))
+        return layout.to_experts.unpermute_and_sum(wire.decode(payload_NB)).to(rows_RD.dtype), beside_NW
 
 
 def _rows_by_expert(received_PL: Tensor, rows: int) -> Tensor:

@@ -14,10 +14,10 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from ..fp8 import RowTiles, dequantize, quantize, tiles_of
+from ..fp8 import QuantizedRows, dequantize, quantize, tiles_per_row
 
 
-class Format(StrEnum):
+class WireFormat(StrEnum):
     """How the elements of a row cross."""
 
     NATIVE = "native"  # in the dtype that the model computes in
@@ -26,63 +26,66 @@ class Format(StrEnum):
 
 
 @dataclass(frozen=True)
-class RowFormat:
+class RowCodec:
     """Rows of one width and dtype in one format."""
 
-    format: Format
-    width: int
+    format: WireFormat
+    hidden_size: int
     dtype: torch.dtype
     """Of the rows before and after."""
 
     @property
-    def row_bytes(self) -> int:
+    def payload_bytes_per_row(self) -> int:
         """Payload of one row: its elements and their scales."""
-        if self.format is Format.FP8:
-            return self.width + tiles_of(self.width)
-        return self.width * self._crossing.itemsize
+        if self.format is WireFormat.FP8:
+            return self.hidden_size + tiles_per_row(self.hidden_size)
+        return self.hidden_size * self._crossing.itemsize
 
     def encode(self, rows_XD: Tensor) -> Tensor:
         """[X, D] to uint8 [X, row_bytes]."""
-        if self.format is Format.FP8:
+        if self.format is WireFormat.FP8:
             values_XD, exponents_XQ = quantize(rows_XD)
-            return pack(values_XD, exponents_XQ)
+            return pack_columns(values_XD, exponents_XQ)
         return rows_XD.to(self._crossing).contiguous().view(torch.uint8)
 
     def decode(self, payload_XB: Tensor) -> Tensor:
         """uint8 [X, row_bytes] to [X, D] in `dtype`."""
-        if self.format is Format.FP8:
-            values_XD = payload_XB[:, : self.width].view(torch.float8_e4m3fn)
-            return dequantize(values_XD, payload_XB[:, self.width :].contiguous(), self.dtype)
+        if self.format is WireFormat.FP8:
+            values_XD = payload_XB[:, : self.hidden_size].view(torch.float8_e4m3fn)
+            return dequantize(values_XD, payload_XB[:, self.hidden_size :].contiguous(), self.dtype)
         return payload_XB.view(self._crossing).to(self.dtype)
 
-    def tiles(self, messages_XB: Tensor, spread: Callable[[Tensor], Tensor]) -> RowTiles:
+    def unpack_quantized(self, messages_XB: Tensor, permute: Callable[[Tensor], Tensor]) -> QuantizedRows:
         """The rows in FP8 at the beginning of these messages as they came, in the order that `spread` puts them in."""
-        values_XD, exponents_XQ = messages_XB[:, : self.width], messages_XB[:, self.width : self.row_bytes]
-        return RowTiles(spread(values_XD).view(torch.float8_e4m3fn), spread(exponents_XQ))
+        values_XD, exponents_XQ = (
+            messages_XB[:, : self.hidden_size],
+            messages_XB[:, self.hidden_size : self.payload_bytes_per_row],
+        )
+        return QuantizedRows(permute(values_XD).view(torch.float8_e4m3fn), permute(exponents_XQ))
 
-    def columns(self, *beside: Tensor) -> tuple[tuple[int, torch.dtype], ...]:
-        """For `unpack`: a payload, and behind it columns like `beside`."""
-        return ((self.row_bytes, torch.uint8), *((column.shape[1], column.dtype) for column in beside))
+    def message_columns(self, *beside: Tensor) -> tuple[tuple[int, torch.dtype], ...]:
+        """For `unpack_columns`: a payload, and behind it columns like `beside`."""
+        return ((self.payload_bytes_per_row, torch.uint8), *((column.shape[1], column.dtype) for column in beside))
 
     @property
     def _crossing(self) -> torch.dtype:
-        return torch.bfloat16 if self.format is Format.BF16 else self.dtype
+        return torch.bfloat16 if self.format is WireFormat.BF16 else self.dtype
 
 
-def pack(*columns: Tensor) -> Tensor:
+def pack_columns(*columns: Tensor) -> Tensor:
     """Tensors [X, any] of any dtypes, side by side as uint8 [X, B]."""
     as_bytes = [column.contiguous().view(torch.uint8) for column in columns if column.shape[1]]
     return as_bytes[0] if len(as_bytes) == 1 else torch.cat(as_bytes, dim=1)
 
 
-def unpack(message_XB: Tensor, columns: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
+def unpack_columns(message_XB: Tensor, columns: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
     """The tensors that were packed, given the width and dtype of each."""
     sizes = [width * dtype.itemsize for width, dtype in columns]
     parts = message_XB.split(sizes, dim=1)
     return [_alone(part, dtype) for part, (_, dtype) in zip(parts, columns, strict=True)]
 
 
-def unpack_one(message_XB: Tensor, columns: Sequence[tuple[int, torch.dtype]], index: int) -> Tensor:
+def unpack_column(message_XB: Tensor, columns: Sequence[tuple[int, torch.dtype]], index: int) -> Tensor:
     """One of the tensors that were packed."""
     sizes = [width * dtype.itemsize for width, dtype in columns]
     return _alone(message_XB.split(sizes, dim=1)[index], columns[index][1])
@@ -99,6 +102,6 @@ def _alone(part_XB: Tensor, dtype: torch.dtype) -> Tensor:
     return column
 
 
-def nothing_beside(rows: Tensor) -> Tensor:
+def empty_metadata(rows: Tensor) -> Tensor:
     """Zero columns for as many rows: where the payload travels alone."""
     return rows.new_empty((len(rows), 0))

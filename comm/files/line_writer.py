@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-BACKLOG_BYTES = 64 * 2**20
+MAX_BACKLOG_BYTES = 64 * 2**20
 """Lines of so many bytes wait in memory: 200,000 records of a ledger, a day of steps of one second each and more."""
 
 
@@ -19,13 +19,13 @@ class LineWriter:
     A reader never sees a part of a line that another line follows.
     """
 
-    def __init__(self, path: Path, *, backlog_bytes: int = BACKLOG_BYTES) -> None:
+    def __init__(self, path: Path, *, max_backlog_bytes: int = MAX_BACKLOG_BYTES) -> None:
         """Open or create the file, which must end with a newline (see `cut_torn_line`). Raises `OSError`."""
         self._file: BinaryIO = path.open("ab", buffering=0)
         self._end = self._file.seek(0, os.SEEK_END)
         self._backlog: deque[bytes] = deque()
         self._backlog_bytes = 0
-        self._limit = backlog_bytes
+        self._limit = max_backlog_bytes
         self._failure: OSError | None = None
 
     def fileno(self) -> int:
@@ -33,22 +33,22 @@ class LineWriter:
         return self._file.fileno()
 
     @property
-    def end(self) -> int:
+    def bytes_written(self) -> int:
         """Bytes of whole lines in the file."""
         return self._end
 
     @property
-    def waiting(self) -> int:
+    def pending_lines(self) -> int:
         """Lines that are not in the file yet."""
         return len(self._backlog)
 
     @property
-    def failure(self) -> str | None:
+    def write_error(self) -> str | None:
         """Why lines wait; None where none does."""
         return None if self._failure is None else self._failure.strerror or str(self._failure)
 
     @property
-    def is_removed(self) -> bool:
+    def is_deleted(self) -> bool:
         """Whether the file has no name any more: what is appended is lost when it is closed."""
         return not self._file.closed and os.fstat(self._file.fileno()).st_nlink == 0
 
@@ -79,7 +79,7 @@ class LineWriter:
         self._failure = None
         return True
 
-    def sync(self) -> bool:
+    def fsync(self) -> bool:
         """Bring what was appended to the disk; return whether all of it is there."""
         if not self.flush():
             return False
@@ -92,7 +92,7 @@ class LineWriter:
     def close(self) -> None:
         """Try to write what waits, then close; a second call does nothing."""
         if not self._file.closed:
-            self.sync()
+            self.fsync()
             self._file.close()
 
     def _write(self, line: bytes) -> None:

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ConfigError, Problem
-from .access import MAX_LINE_BYTES, chunks_of_lines, lines_within, open_regular, refusing
+from .access import MAX_LINE_BYTES, config_error_context, open_regular_file, read_bounded_lines, read_line_blocks
 
 _CHUNK_BYTES = 64 * 1024
 
 
-def cut_torn_line(path: Path) -> None:
+def truncate_partial_line(path: Path) -> None:
     """Cut what follows the last newline of the file at `path`, the remains of a write that a crash ended.
 
     A file without a newline becomes empty; a file that does not exist stays away. Raises `ConfigError` for more remains
@@ -38,16 +38,16 @@ def cut_torn_line(path: Path) -> None:
 
 def count_lines(path: Path) -> int:
     """Return how many whole lines the file at `path` has. Raises `ConfigError` where it cannot be read."""
-    with refusing(path, "restore it"), open_regular(path) as file:
-        return sum(chunk.count(b"\n") for chunk in chunks_of_lines(file))
+    with config_error_context(path, "restore it"), open_regular_file(path) as file:
+        return sum(chunk.count(b"\n") for chunk in read_line_blocks(file))
 
 
-def whole_lines(path: Path) -> Iterator[tuple[int, str]]:
+def read_complete_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line without its newline). A last line without newline is still being written."""
-    return LineReader(path).new_lines()
+    return LineReader(path).read_new_lines()
 
 
-class Replaced(Exception):  # noqa: N818 -- says what happened
+class FileReplacedError(Exception):
     """A file that only ever grows is another one now: its reader has to begin anew."""
 
 
@@ -61,20 +61,20 @@ class LineReader:
         self._number = 0
         self._inode: int | None = None
 
-    def new_lines(self) -> Iterator[tuple[int, str]]:
+    def read_new_lines(self) -> Iterator[tuple[int, str]]:
         """Yield (line number from 1, line without its newline) of what has come since.
 
-        Raises `Replaced`, and `Malformed` and `OSError` for what is no file of lines.
+        Raises `FileReplacedError`, and `Malformed` and `OSError` for what is no file of lines.
 
         A byte that is no UTF-8 stands as half of a surrogate pair, so that whoever reads the line can name it.
         """
-        with open_regular(self._path) as file:
+        with open_regular_file(self._path) as file:
             status = os.fstat(file.fileno())
             if status.st_size < self._position or self._inode not in (None, status.st_ino):
-                raise Replaced
+                raise FileReplacedError
             self._inode = status.st_ino
             file.seek(self._position)
-            for line in lines_within(file):
+            for line in read_bounded_lines(file):
                 if not line.endswith(b"\n"):
                     return
                 self._position += len(line)

@@ -7,7 +7,7 @@ import fcntl
 from ..errors import ConfigError, Problem
 
 
-def lock_or_refuse(descriptor: int, field: str, value: str | None, held: str) -> None:
+def acquire_exclusive_lock(descriptor: int, field: str, value: str | None, held_hint: str) -> None:
     """Lock an open file for this process until it is closed.
 
     Raises `ConfigError` about `field` and its `value`, in the words `held` where another process has the lock, and if
@@ -16,7 +16,7 @@ def lock_or_refuse(descriptor: int, field: str, value: str | None, held: str) ->
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise ConfigError([Problem(field, value, held)]) from error
+        raise ConfigError([Problem(field, value, held_hint)]) from error
     except OSError as error:
         hint = (
             f"cannot be locked ({error.strerror}), so two runs could write into it at once; use a file system with "

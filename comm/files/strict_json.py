@@ -1,7 +1,7 @@
 """Strict readers of what others have written: JSON of bounded depth, values of one type and a known range.
 
 No fraction, boolean or quoted number is a whole number, no key stands twice, and a number is finite. Whatever does not
-fit is `Malformed`, which says where in the file, what stands there, and what must.
+fit is `MalformedFileError`, which says where in the file, what stands there, and what must.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from ..errors import Problem, printable
+from ..errors import Problem, escape_unprintable
 
 T = TypeVar("T")
 
-LARGEST = 2**63 - 1
+MAX_INTEGER = 2**63 - 1
 """Of a whole number: what every reader of JSON, numpy and torch hold without loss."""
 MAX_DEPTH = 64
 """Of JSON, lists and mappings inside each other. Files of ours have up to 8; recursion in Python ends near 1,000."""
@@ -30,21 +30,21 @@ _SHOWN = 100
 """Characters of a value in a message."""
 
 
-class Malformed(ValueError):  # noqa: N818 -- says what the file is
+class MalformedFileError(ValueError):
     """A file that does not hold what it must. `where` is the place inside the file; empty for the file as a whole."""
 
-    def __init__(self, where: str, value: object, hint: str) -> None:
-        self.where, self.value, self.hint = where, shortened(value), hint
-        place, words = printable(where, keep=""), printable(hint)
+    def __init__(self, location: str, value: object, hint: str) -> None:
+        self.location, self.value, self.hint = location, shorten_for_message(value), hint
+        place, words = escape_unprintable(location, keep=""), escape_unprintable(hint)
         super().__init__(f"{place} = {self.value!r}: {words}" if place else f"{words} ({self.value!r})")
 
-    def problem(self, file: Path | str, fix: str) -> Problem:
+    def to_problem(self, file: Path | str, fix: str) -> Problem:
         """The problem of `file`; `fix` says what to do about it."""
-        field = f"{file}: {self.where}" if self.where else str(file)
+        field = f"{file}: {self.location}" if self.location else str(file)
         return Problem(field, self.value, f"{self.hint}; {fix}")
 
 
-def shortened(value: object) -> object:
+def shorten_for_message(value: object) -> object:
     """`value`, or the beginning of its text where that is long."""
     if isinstance(value, str):
         return value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…"
@@ -52,28 +52,28 @@ def shortened(value: object) -> object:
     return value if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def parse_json(raw: bytes | str) -> Item:
-    """The tree that `raw` holds. Raises `Malformed` for anything but JSON in UTF-8 without NaN or a key twice."""
+def parse_json(raw: bytes | str) -> JsonValue:
+    """The tree that `raw` holds. Raises `MalformedFileError` for anything but JSON in UTF-8 without NaN or a key twice."""
     try:
         text = raw if isinstance(raw, str) else raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise Malformed("", f"byte {error.start}", "is not UTF-8") from error
+        raise MalformedFileError("", f"byte {error.start}", "is not UTF-8") from error
     if text.startswith("\ufeff"):
         hint = "is not JSON: it begins with a byte order mark; save it as UTF-8 without one"
-        raise Malformed("", text[:_SHOWN], hint)
+        raise MalformedFileError("", text[:_SHOWN], hint)
     try:
         tree = _DECODER.decode(text)
-    except Malformed:
+    except MalformedFileError:
         raise
     except RecursionError as error:
-        raise Malformed("", text[:20], f"is nested more than {MAX_DEPTH} deep") from error
+        raise MalformedFileError("", text[:20], f"is nested more than {MAX_DEPTH} deep") from error
     except ValueError as error:
-        raise Malformed("", text[:_SHOWN], f"is not JSON: {error}") from error
+        raise MalformedFileError("", text[:_SHOWN], f"is not JSON: {error}") from error
     if text.count("{") + text.count("[") > MAX_DEPTH:
         _refuse_depth(tree)
     if "\\ud" in text or "\\uD" in text:
         _refuse_surrogates(tree)
-    return Item(tree)
+    return JsonValue(tree)
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -82,19 +82,19 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, value in pairs:
             if key in seen:
-                raise Malformed(key, value, "stands there twice")
+                raise MalformedFileError(key, value, "stands there twice")
             seen.add(key)
     return tree
 
 
 def _no_number(name: str) -> float:
-    raise Malformed("", name, "is not JSON: no number is NaN or infinite")
+    raise MalformedFileError("", name, "is not JSON: no number is NaN or infinite")
 
 
 def _finite(digits: str) -> float:
     found = float(digits)
     if math.isinf(found):  # `1e999` is JSON by its grammar; written again it would be `Infinity`, which is none
-        raise Malformed("", digits, "is larger than any finite number")
+        raise MalformedFileError("", digits, "is larger than any finite number")
     return found
 
 
@@ -114,7 +114,7 @@ def _refuse_depth(tree: object) -> None:
         level = inner
         if not level:
             return
-    raise Malformed("", level[0], f"is nested more than {MAX_DEPTH} deep")
+    raise MalformedFileError("", level[0], f"is nested more than {MAX_DEPTH} deep")
 
 
 def _refuse_surrogates(tree: object) -> None:
@@ -122,122 +122,122 @@ def _refuse_surrogates(tree: object) -> None:
         json.dumps(tree, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         value = error.object[max(0, error.start - 20) : error.end].encode(errors="backslashreplace").decode()
-        raise Malformed("", value, "holds half of a surrogate pair, which is no character") from error
+        raise MalformedFileError("", value, "holds half of a surrogate pair, which is no character") from error
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """A value from a file and where it stands there; what it is asked for, it is, or it is `Malformed`."""
+class JsonValue:
+    """A value from a file and where it stands there; what it is asked for, it is, or it is `MalformedFileError`."""
 
     value: Any
-    where: str = ""
+    location: str = ""
 
-    def malformed(self, hint: str) -> Malformed:
+    def malformed_error(self, hint: str) -> MalformedFileError:
         """An error about this value."""
-        return Malformed(self.where, self.value, hint)
+        return MalformedFileError(self.location, self.value, hint)
 
-    def whole(self, least: int = 0, most: int = LARGEST) -> int:
+    def as_integer(self, minimum: int = 0, maximum: int = MAX_INTEGER) -> int:
         """A whole number from `least` to `most`."""
         value = self.value
         if type(value) is not int:
-            raise self.malformed("must be a whole number")
-        if not least <= value <= most:
-            raise self.malformed(f"must be from {least} to {most}")
+            raise self.malformed_error("must be a whole number")
+        if not minimum <= value <= maximum:
+            raise self.malformed_error(f"must be from {minimum} to {maximum}")
         return value
 
-    def number(self, least: float = -math.inf, most: float = math.inf) -> float:
+    def as_number(self, minimum: float = -math.inf, maximum: float = math.inf) -> float:
         """A finite number from `least` to `most`."""
         value = self.value
         if type(value) not in (int, float):
-            raise self.malformed("must be a number")
+            raise self.malformed_error("must be a number")
         try:
             found = float(value)
         except OverflowError as error:
-            raise self.malformed("must be a finite number") from error
+            raise self.malformed_error("must be a finite number") from error
         if not math.isfinite(found):
-            raise self.malformed("must be a finite number")
-        if not least <= found <= most:
-            raise self.malformed(f"must be from {least:g} to {most:g}")
+            raise self.malformed_error("must be a finite number")
+        if not minimum <= found <= maximum:
+            raise self.malformed_error(f"must be from {minimum:g} to {maximum:g}")
         return found
 
-    def text(self) -> str:
+    def as_string(self) -> str:
         """Text."""
         if type(self.value) is not str:
-            raise self.malformed("must be text")
+            raise self.malformed_error("must be text")
         return self.value
 
-    def flag(self) -> bool:
+    def as_boolean(self) -> bool:
         """true or false."""
         if type(self.value) is not bool:
-            raise self.malformed("must be true or false")
+            raise self.malformed_error("must be true or false")
         return self.value
 
-    def list(self) -> list[Item]:
+    def as_list(self) -> list[JsonValue]:
         """The items of a list."""
         if not isinstance(self.value, list):
-            raise self.malformed("must be a list")
-        return [Item(value, f"{self.where}[{index}]") for index, value in enumerate(self.value)]
+            raise self.malformed_error("must be a list")
+        return [JsonValue(value, f"{self.location}[{index}]") for index, value in enumerate(self.value)]
 
-    def mapping(self) -> dict[str, Any]:
+    def as_mapping(self) -> dict[str, Any]:
         """The plain mapping."""
         if not isinstance(self.value, dict):
-            raise self.malformed("must be a mapping of keys")
+            raise self.malformed_error("must be a mapping of keys")
         return self.value
 
-    def items(self) -> Iterable[tuple[str, Item]]:
+    def items(self) -> Iterable[tuple[str, JsonValue]]:
         """Keys and values of a mapping."""
-        return ((key, Item(value, self._under(key))) for key, value in self.mapping().items())
+        return ((key, JsonValue(value, self._under(key))) for key, value in self.as_mapping().items())
 
     def __contains__(self, key: str) -> bool:
-        return key in self.mapping()
+        return key in self.as_mapping()
 
-    def __getitem__(self, key: str) -> Item:
-        tree = self.mapping()
+    def __getitem__(self, key: str) -> JsonValue:
+        tree = self.as_mapping()
         if key not in tree:
-            raise Malformed(self._under(key), None, "is missing")
-        return Item(tree[key], self._under(key))
+            raise MalformedFileError(self._under(key), None, "is missing")
+        return JsonValue(tree[key], self._under(key))
 
-    def get(self, key: str) -> Item | None:
+    def get(self, key: str) -> JsonValue | None:
         """The value of `key`; None where it is left out or null."""
-        value = self.mapping().get(key)
-        return None if value is None else Item(value, self._under(key))
+        value = self.as_mapping().get(key)
+        return None if value is None else JsonValue(value, self._under(key))
 
-    def only(self, keys: Iterable[str]) -> None:
+    def reject_unknown_keys(self, keys: Iterable[str]) -> None:
         """Refuse every key that is not among `keys`."""
         known = frozenset(keys)
         for key, item in self.items():
             if key not in known:
-                raise item.malformed("is no key of this format")
+                raise item.malformed_error("is no key of this format")
 
-    def inside(self) -> str:
+    def as_relative_path(self) -> str:
         """The name of a file that lies in the folder of this one, or in a folder of that."""
-        name = self.text()
+        name = self.as_string()
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\0" in name or "\\" in name:
-            raise self.malformed("must name a file inside the folder: relative, without ..")
+            raise self.malformed_error("must name a file inside the folder: relative, without ..")
         return name
 
-    def file_name(self) -> str:
+    def as_file_name(self) -> str:
         """The name of a file in the folder of this one."""
-        name = self.inside()
+        name = self.as_relative_path()
         if "/" in name or len(name.encode()) > 255:
-            raise self.malformed("must be the name of a file in the folder, without a folder of its own")
+            raise self.malformed_error("must be the name of a file in the folder, without a folder of its own")
         return name
 
-    def sha256(self) -> str:
+    def as_sha256(self) -> str:
         """A SHA-256 in hexadecimal digits."""
-        found = self.text()
+        found = self.as_string()
         if len(found) != 64 or not set(found) <= _HEX:
-            raise self.malformed("must be a SHA-256: 64 hexadecimal digits")
+            raise self.malformed_error("must be a SHA-256: 64 hexadecimal digits")
         return found
 
-    def build(self, cls: type[T]) -> T:
+    def as_dataclass(self, cls: type[T]) -> T:
         """The dataclass `cls`, every field by its type; fields with a default may be left out, no other key may stand.
 
         Whole numbers are at least 0.
         """
-        self.only(name for name, _, _ in _fields(cls))
-        tree = self.mapping()
+        self.reject_unknown_keys(name for name, _, _ in _fields(cls))
+        tree = self.as_mapping()
         values = {
             name: self[name]._of(kind) for name, kind, has_default in _fields(cls) if name in tree or not has_default
         }
@@ -248,16 +248,16 @@ class Item:
         if origin in (typing.Union, types.UnionType):
             return None if self.value is None else self._of(next(each for each in arguments if each is not type(None)))
         if origin is tuple:
-            return tuple(item._of(arguments[0]) for item in self.list())
+            return tuple(item._of(arguments[0]) for item in self.as_list())
         if dataclasses.is_dataclass(kind):
-            return self.build(typing.cast("type[Any]", kind))
+            return self.as_dataclass(typing.cast("type[Any]", kind))
         read: dict[Any, Callable[[], Any]]
-        read = {int: self.whole, float: self.number, str: self.text, bool: self.flag}
+        read = {int: self.as_integer, float: self.as_number, str: self.as_string, bool: self.as_boolean}
         return read[kind]()
 
     def _under(self, key: str) -> str:
-        shown = shortened(key)
-        return f"{self.where}.{shown}" if self.where else str(shown)
+        shown = shorten_for_message(key)
+        return f"{self.location}.{shown}" if self.location else str(shown)
 
 
 def _fields(cls: Any) -> tuple[tuple[str, Any, bool], ...]:
@@ -279,6 +279,6 @@ def _fields_of(cls: Any) -> tuple[tuple[str, Any, bool], ...]:
     )
 
 
-def plain(tree: Mapping[str, Any], where: str = "") -> Item:
+def wrap_mapping(tree: Mapping[str, Any], location: str = "") -> JsonValue:
     """An item of a tree that is there already."""
-    return Item(dict(tree), where)
+    return JsonValue(dict(tree), location)

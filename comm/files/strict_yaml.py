@@ -10,44 +10,44 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .access import read_text
-from .strict_json import MAX_DEPTH, Malformed
+from .strict_json import MAX_DEPTH, MalformedFileError
 
-MAX_BYTES = 2**18
+MAX_YAML_BYTES = 2**18
 """Of a file: a run's whole configuration has 5 kB, and PyYAML reads about 200 kB a second."""
 _MAX_NODES = 100_000
 """With every alias written out."""
 
 
 def read_yaml(path: Path, *, resolve: bool = True) -> object:
-    """The plain tree in a file, interpolations resolved or as they stand. Raises `Malformed` and `OSError`."""
-    text = check_yaml(path)
+    """The plain tree in a file, interpolations resolved or as they stand. Raises `MalformedFileError` and `OSError`."""
+    text = read_checked_yaml_text(path)
     try:
         tree: object = OmegaConf.to_container(OmegaConf.load(StringIO(text)), resolve=resolve)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise Malformed("", str(error), "is not YAML of a configuration") from error
+        raise MalformedFileError("", str(error), "is not YAML of a configuration") from error
     except (ValueError, TypeError, OSError) as error:  # a date of no calendar, a document that is one number
-        raise Malformed("", f"{type(error).__name__}: {error}", "is not YAML of a configuration") from error
+        raise MalformedFileError("", f"{type(error).__name__}: {error}", "is not YAML of a configuration") from error
     except RecursionError as error:
-        raise Malformed("", str(path), "refers to itself") from error
+        raise MalformedFileError("", str(path), "refers to itself") from error
     return tree
 
 
-def check_yaml(path: Path) -> str:
-    """The text of a YAML file that can be loaded without end in sight. Raises `Malformed` and `OSError`."""
-    text = read_text(path, MAX_BYTES)
+def read_checked_yaml_text(path: Path) -> str:
+    """The text of a YAML file that can be loaded without end in sight. Raises `MalformedFileError` and `OSError`."""
+    text = read_text(path, MAX_YAML_BYTES)
     try:
         _refuse_depth(text)
         root = yaml.compose(text, yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = "" if mark is None else f"line {mark.line + 1}"
-        raise Malformed(where, str(error.context), f"is not YAML: {error.problem}") from error
+        raise MalformedFileError(where, str(error.context), f"is not YAML: {error.problem}") from error
     except yaml.YAMLError as error:  # a character that no document may hold
-        raise Malformed("", str(error), "is not YAML") from error
-    except Malformed:
+        raise MalformedFileError("", str(error), "is not YAML") from error
+    except MalformedFileError:
         raise
     except ValueError as error:  # an escape of no character
-        raise Malformed("", str(error), "is not YAML") from error
+        raise MalformedFileError("", str(error), "is not YAML") from error
     if root is not None:
         _size(root, {}, ())
     return text
@@ -59,7 +59,7 @@ def _refuse_depth(text: str) -> None:
     for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
-            raise Malformed("", f"{text[:20]}…", f"is nested more than {MAX_DEPTH} deep")
+            raise MalformedFileError("", f"{text[:20]}…", f"is nested more than {MAX_DEPTH} deep")
 
 
 def _refuse_repeats(node: yaml.MappingNode) -> None:
@@ -68,14 +68,14 @@ def _refuse_repeats(node: yaml.MappingNode) -> None:
         if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
             continue
         if key.value in keys:
-            raise Malformed(f"line {key.start_mark.line + 1}", key.value, "is a key that stands there twice")
+            raise MalformedFileError(f"line {key.start_mark.line + 1}", key.value, "is a key that stands there twice")
         keys.add(key.value)
 
 
 def _size(node: yaml.Node, known: dict[int, int], above: tuple[int, ...]) -> int:
     """Nodes in and below `node`, one that an alias repeats counted each time."""
     if id(node) in above:
-        raise Malformed(f"line {node.start_mark.line + 1}", "*", "is an alias for what it stands in")
+        raise MalformedFileError(f"line {node.start_mark.line + 1}", "*", "is an alias for what it stands in")
     if id(node) not in known:
         inner: list[yaml.Node] = []
         if isinstance(node, yaml.SequenceNode):
@@ -86,5 +86,5 @@ def _size(node: yaml.Node, known: dict[int, int], above: tuple[int, ...]) -> int
         known[id(node)] = 1 + sum(_size(each, known, (*above, id(node))) for each in inner)
         if known[id(node)] > _MAX_NODES:
             hint = f"holds more than {_MAX_NODES} values when every alias is written out"
-            raise Malformed(f"line {node.start_mark.line + 1}", known[id(node)], hint)
+            raise MalformedFileError(f"line {node.start_mark.line + 1}", known[id(node)], hint)
     return known[id(node)]

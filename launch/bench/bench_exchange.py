@@ -12,37 +12,37 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from ...comm.errors import ConfigError, Problem, refuse_if_any
-from ...comm.topology import Link
+from ...comm.errors import ConfigError, Problem, raise_if_any
+from ...comm.topology import LinkType
 from ..cluster.simulated_cluster import SimulatedCluster
-from ..run.rank_environment import rank_environment
-from ..run.torchrun import TORCHRUN, run_ranks, wait_for
-from .bench_exchange_rank import OPERATIONS, ExchangeSpec
+from ..run.rank_environment import build_rank_environment
+from ..run.torchrun import TORCHRUN_COMMAND, run_local_ranks, wait_for_torchruns
+from .bench_exchange_rank import OPERATIONS, ExchangeBenchmarkSpec
 
 _MODULE = "shoestring.launch.bench.bench_exchange_rank"
 _SECONDS = 600
 
 
-def bench_exchange(spec: ExchangeSpec, uplink: str | None) -> dict[str, Any]:
+def bench_exchange(spec: ExchangeBenchmarkSpec, uplink: str | None) -> dict[str, Any]:
     """Run it on this machine: as so many processes, or with `uplink` on a simulated cluster of so many nodes.
 
     Raises `ConfigError` before any process exists.
     """
-    refuse_if_any(spec.problems())
+    raise_if_any(spec.problems())
     spec = replace(spec, on_cpu=uplink is not None)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
         arguments = ["-m", _MODULE, json.dumps(asdict(spec)), str(output)]
         if uplink is None:
             interfaces = None  # processes that are called nodes have none of their own
-            run_ranks(arguments, spec.topology.world_size, _SECONDS)
+            run_local_ranks(arguments, spec.topology.world_size, _SECONDS)
         else:
-            interfaces = run_on_cluster(spec.nodes, spec.gpus_per_node, uplink, arguments)
+            interfaces = run_ranks_on_simulated_cluster(spec.nodes, spec.gpus_per_node, uplink, arguments)
         result: dict[str, Any] = json.loads(output.read_text())
     return result | {"uplink": uplink, "sent_by_interfaces": interfaces}
 
 
-def run_on_cluster(nodes: int, gpus_per_node: int, uplink: str, arguments: Sequence[str]) -> int:
+def run_ranks_on_simulated_cluster(nodes: int, gpus_per_node: int, uplink: str, arguments: Sequence[str]) -> int:
     """Run `python <arguments>` as so many ranks on each of some simulated nodes.
 
     Returns the bytes that left the nodes through their interfaces, headers included.
@@ -50,15 +50,17 @@ def run_on_cluster(nodes: int, gpus_per_node: int, uplink: str, arguments: Seque
     with SimulatedCluster(nodes=nodes, uplink=uplink) as cluster:
         processes = []
         for node in range(nodes):
-            place = cluster.environment(node)
+            place = cluster.node_environment(node)
             meeting = [f"--master-addr={place['MASTER_ADDR']}", f"--master-port={place['MASTER_PORT']}"]
             torchrun = [f"--nnodes={nodes}", f"--node-rank={node}", f"--nproc-per-node={gpus_per_node}", *meeting]
-            processes.append(cluster.start(node, [*TORCHRUN, *torchrun, *arguments], rank_environment()))
-        wait_for(processes, _SECONDS)
-        return sum(cluster.bytes_sent(node) for node in range(nodes))
+            processes.append(
+                cluster.start_process(node, [*TORCHRUN_COMMAND, *torchrun, *arguments], build_rank_environment())
+            )
+        wait_for_torchruns(processes, _SECONDS)
+        return sum(cluster.uplink_bytes_sent(node) for node in range(nodes))
 
 
-def read_names(text: str, option: str) -> tuple[str, ...]:
+def parse_name_list(text: str, option: str) -> tuple[str, ...]:
     """From `a,b`. Raises `ConfigError` for nothing, or for a name that comes twice."""
     names = tuple(part.strip() for part in text.split(","))
     if len(set(names)) != len(names) or not all(names):
@@ -66,7 +68,7 @@ def read_names(text: str, option: str) -> tuple[str, ...]:
     return names
 
 
-def bench_tables(result: Mapping[str, Any]) -> RenderableType:
+def benchmark_tables(result: Mapping[str, Any]) -> RenderableType:
     """The figures for a reader."""
     spec, rows = result["spec"], result["rows"]
     parts: list[RenderableType] = [_headline(result), _bytes_table(rows), _time_table(result)]
@@ -106,7 +108,7 @@ def _bytes_table(rows: list[Any]) -> Table:
         "loopback", "nvlink", "infiniband", "ids, gates", "sizes",
     )  # fmt: skip
     for row in rows:
-        payload = [sum(row["bytes"][op]["payload"][link] for op in OPERATIONS) for link in Link]
+        payload = [sum(row["bytes"][op]["payload"][link] for op in OPERATIONS) for link in LinkType]
         beside = sum(sum(row["bytes"][op]["beside"].values()) for op in OPERATIONS)
         sizes = sum(row["bytes"]["sizes"]["beside"].values())
         table.add_row(_name(row), *(_mb(size) for size in (*payload, beside, sizes)))
@@ -134,7 +136,7 @@ def _needed_table(result: Mapping[str, Any]) -> Table:
     )  # fmt: skip
     for row in result["rows"]:
         needed = result["needed"][row["format"]]
-        measured = row["bytes"]["dispatch"]["payload"][Link.INFINIBAND]
+        measured = row["bytes"]["dispatch"]["payload"][LinkType.INFINIBAND]
         ratio = f"{measured / needed['node']:.3f}" if needed["node"] else "-"
         ways = [needed[way] for way in ("node", "rank", "expert")]
         table.add_row(_name(row), *(_mb(size) for size in (measured, *ways)), ratio)

@@ -20,27 +20,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...comm.async_comm import open_worker
-from ...comm.bootstrap import WorkerEnvironment, start_default_group
+from ...comm.async_comm import build_async_communicator
+from ...comm.bootstrap import TorchrunEnvironment, init_default_process_group
 from ...comm.errors import Problem
 from ...comm.exchange.api import TokenExchange
-from ...comm.exchange.config import EXCHANGES, ExchangeConfig
-from ...comm.exchange.deepep import missing_for_deepep
-from ...comm.exchange.deepep_buffer import BufferShape
-from ...comm.exchange.factory import open_exchange
-from ...comm.exchange.permutation import visited
-from ...comm.exchange.wire import Format, RowFormat
+from ...comm.exchange.config import EXCHANGE_NAMES, ExchangeConfig
+from ...comm.exchange.deepep import missing_deepep_requirements
+from ...comm.exchange.deepep_buffer import DeepEPBufferShape
+from ...comm.exchange.factory import build_token_exchange
+from ...comm.exchange.permutation import build_destination_mask
+from ...comm.exchange.wire import RowCodec, WireFormat
 from ...comm.groups import ProcessGroups
-from ...comm.open_groups import open_groups_on
-from ...comm.topology import Link, Topology
+from ...comm.open_groups import build_group_factory
+from ...comm.topology import LinkType, Topology
 from ...comm.trace import ExchangeLabel
-from ...comm.traffic import Traffic, TrafficKind
-from ..run.rank_environment import rank_environment
+from ...comm.traffic import TrafficCounter, TrafficKind
+from ..run.rank_environment import build_rank_environment
 
 T = TypeVar("T")
 
 OPERATIONS = ("dispatch", "combine", "combine_backward", "dispatch_backward")
-FORMATS = (Format.BF16, Format.FP8)
+FORMATS = (WireFormat.BF16, WireFormat.FP8)
 
 _LIMIT = timedelta(minutes=2)
 _LABEL = ExchangeLabel("bench", 0)
@@ -48,7 +48,7 @@ _IN_FLIGHT = 4  # exchanges of one measurement of overlap
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExchangeSpec:
+class ExchangeBenchmarkSpec:
     """What is exchanged between whom. Tokens are BF16 and go to random experts within random groups."""
 
     nodes: int
@@ -91,16 +91,16 @@ class ExchangeSpec:
         if self.top_k > reachable:
             yield Problem("top_k", self.top_k, f"must be at most {reachable}: that many experts can be reached")
         if "deepep" in self.exchanges:
-            for reason in missing_for_deepep("auto", self.gpus_per_node, rank_environment()):
+            for reason in missing_deepep_requirements("auto", self.gpus_per_node, build_rank_environment()):
                 yield Problem("exchanges", "deepep", reason)
-        for field, known in (("exchanges", EXCHANGES), ("formats", FORMATS)):
+        for field, known in (("exchanges", EXCHANGE_NAMES), ("formats", FORMATS)):
             for name in vars(self)[field]:
                 if name not in known:
                     yield Problem(field, name, f"there are: {', '.join(known)}")
 
 
 @dataclass(frozen=True)
-class SentRows:
+class DispatchInputs:
     """What one rank sends to the experts, and takes back as the gradient of the result."""
 
     tokens_TD: Tensor
@@ -109,7 +109,7 @@ class SentRows:
     grad_TD: Tensor
 
 
-def sent_by(spec: ExchangeSpec, rank: int, device: torch.device) -> SentRows:
+def make_dispatch_inputs(spec: ExchangeBenchmarkSpec, rank: int, device: torch.device) -> DispatchInputs:
     """A pure function of `spec` and `rank`."""
     generator = torch.Generator().manual_seed(rank)
     group_score_TG = torch.rand(spec.tokens, spec.groups, generator=generator)
@@ -118,26 +118,28 @@ def sent_by(spec: ExchangeSpec, rank: int, device: torch.device) -> SentRows:
     score_TE -= 2 * closed_TG.repeat_interleave(spec.experts // spec.groups, dim=1)
     tokens_TD, grad_TD = torch.randn(2, spec.tokens, spec.hidden, generator=generator).bfloat16().to(device)
     weights_TK = torch.rand(spec.tokens, spec.top_k, generator=generator).to(device)
-    return SentRows(tokens_TD, weights_TK, score_TE.topk(spec.top_k).indices.to(device), grad_TD)
+    return DispatchInputs(tokens_TD, weights_TK, score_TE.topk(spec.top_k).indices.to(device), grad_TD)
 
 
-class Bench:
+class ExchangeBenchmark:
     """One exchange in one format, on one rank."""
 
-    def __init__(self, spec: ExchangeSpec, name: str, form: str, groups: ProcessGroups, device: torch.device) -> None:
+    def __init__(
+        self, spec: ExchangeBenchmarkSpec, name: str, form: str, groups: ProcessGroups, device: torch.device
+    ) -> None:
         self._groups = groups
-        self._sent = sent_by(spec, groups.rank, device)
-        self._worker = open_worker(groups.ep, device)
-        self._traffic = Traffic(spec.topology, groups.rank)
+        self._sent = make_dispatch_inputs(spec, groups.rank, device)
+        self._worker = build_async_communicator(groups.ep, device)
+        self._traffic = TrafficCounter(spec.topology, groups.rank)
         config = ExchangeConfig(
             name=name, dispatch=form, combine="bf16", combine_backward=form, dispatch_backward="bf16"
         )
-        shape = BufferShape(spec.tokens, spec.hidden, spec.top_k)
-        self._exchange: TokenExchange[object] = open_exchange(
+        shape = DeepEPBufferShape(spec.tokens, spec.hidden, spec.top_k)
+        self._exchange: TokenExchange[object] = build_token_exchange(
             config, groups, spec.experts, self._worker, self._traffic, shape
         )
 
-    def seconds(self) -> dict[str, float]:
+    def time_operations(self) -> dict[str, float]:
         """Each operation alone, from its start to its result; that of the slowest rank."""
         sent, exchange = self._sent, self._exchange
         received, first = self._timed(
@@ -146,31 +148,31 @@ class Bench:
         _, second = self._timed(lambda: exchange.combine(received.rows_RD, received).wait())
         _, third = self._timed(lambda: exchange.combine_backward(sent.grad_TD, received).wait())
         _, fourth = self._timed(
-            lambda: exchange.dispatch_backward(received.rows_RD, received.weights_R, received).wait()
+            lambda: exchange.dispatch_backward(received.rows_RD, received.gate_weights_R, received).wait()
         )
         return dict(zip(OPERATIONS, (first, second, third, fourth), strict=True))
 
-    def bytes_sent(self) -> dict[str, dict[str, dict[str, int]]]:
+    def measure_bytes_sent(self) -> dict[str, dict[str, dict[str, int]]]:
         """By all ranks in the first pass, by operation, kind and link."""
-        self.seconds()
+        self.time_operations()
         keys = [
-            (operation, kind, link) for operation in (*OPERATIONS, "sizes") for kind in TrafficKind for link in Link
+            (operation, kind, link) for operation in (*OPERATIONS, "sizes") for kind in TrafficKind for link in LinkType
         ]
-        own = [self._traffic.by_link(kind, operation)[link] for operation, kind, link in keys]
-        total = self._groups.control.all_reduce_sum(torch.tensor(own), "sum of bytes").tolist()
+        own = [self._traffic.bytes_by_link(kind, operation)[link] for operation, kind, link in keys]
+        total = self._groups.world_cpu.all_reduce_sum(torch.tensor(own), "sum of bytes").tolist()
         tree: dict[str, dict[str, dict[str, int]]] = {}
         for (operation, kind, link), size in zip(keys, total, strict=True):
             tree.setdefault(operation, {}).setdefault(kind, {})[link] = size
         return tree
 
-    def overlap(self) -> dict[str, float]:
+    def measure_overlap(self) -> dict[str, float]:
         """Seconds of some dispatches alone, of computing for as long, and of both at once; by the slowest rank."""
         sent = self._sent
         square = torch.randn(256, 256, device=sent.tokens_TD.device)
 
         def start() -> Callable[[], object]:
             dispatched = self._exchange.dispatch(sent.tokens_TD, sent.weights_TK, sent.experts_TK, _LABEL)
-            dispatched.proceed()  # all of it is under way before products are queued
+            dispatched.launch_second_part()  # all of it is under way before products are queued
             return dispatched.wait
 
         def exchanges() -> None:
@@ -194,17 +196,17 @@ class Bench:
         _, together = self._timed(lambda: both(count))
         return {"exchange": alone, "compute": computing, "both": together}
 
-    def sent_between_nodes(self) -> int:
+    def total_inter_node_bytes(self) -> int:
         """By all ranks in all passes so far, whatever it was for."""
-        own = torch.tensor(self._traffic.by_link()[Link.INFINIBAND])
-        return int(self._groups.control.all_reduce_sum(own, "sum of bytes"))
+        own = torch.tensor(self._traffic.bytes_by_link()[LinkType.INFINIBAND])
+        return int(self._groups.world_cpu.all_reduce_sum(own, "sum of bytes"))
 
     def close(self) -> None:
         """End what runs the exchange."""
         self._worker.close()
 
     def _timed(self, function: Callable[[], T]) -> tuple[T, float]:
-        world = self._groups.control
+        world = self._groups.world_cpu
         world.barrier("start of a measurement")
         began = time.perf_counter()
         result = function()
@@ -214,36 +216,44 @@ class Bench:
         return result, max(world.all_gather_objects(own, "end of a measurement"))
 
 
-def needed_bytes(spec: ExchangeSpec, groups: ProcessGroups) -> dict[str, dict[str, int]]:
+def minimum_inter_node_bytes(spec: ExchangeBenchmarkSpec, groups: ProcessGroups) -> dict[str, dict[str, int]]:
     """Payload between nodes that dispatch cannot do without, all ranks together, by format, for three ways to send.
 
     `node`: a row once to each node that holds an expert of its token; `rank`: once to each rank; `expert`: each copy.
     """
-    topology, experts_TK = spec.topology, sent_by(spec, groups.rank, torch.device("cpu")).experts_TK
+    topology, experts_TK = spec.topology, make_dispatch_inputs(spec, groups.rank, torch.device("cpu")).experts_TK
     own_node = groups.rank // spec.gpus_per_node
-    visits_TE = visited(experts_TK, spec.experts)
+    visits_TE = build_destination_mask(experts_TK, spec.experts)
     rows = []
-    for members in (topology.ep_nodes, topology.ep, spec.experts):
-        visits_TNM = visits_TE.unflatten(1, (members, -1)).any(dim=2).unflatten(1, (topology.ep_nodes, -1))
+    for members in (topology.nodes_per_ep_group, topology.ep, spec.experts):
+        visits_TNM = visits_TE.unflatten(1, (members, -1)).any(dim=2).unflatten(1, (topology.nodes_per_ep_group, -1))
         rows.append(visits_TNM.sum() - visits_TNM[:, own_node].sum())
-    per_way = groups.control.all_reduce_sum(torch.stack(rows), "sum of needed rows").tolist()
-    sizes = {form: RowFormat(Format(form), spec.hidden, torch.bfloat16).row_bytes for form in spec.formats}
+    per_way = groups.world_cpu.all_reduce_sum(torch.stack(rows), "sum of needed rows").tolist()
+    sizes = {
+        form: RowCodec(WireFormat(form), spec.hidden, torch.bfloat16).payload_bytes_per_row for form in spec.formats
+    }
     return {
         form: {way: count * size for way, count in zip(("node", "rank", "expert"), per_way, strict=True)}
         for form, size in sizes.items()
     }
 
 
-def measure(spec: ExchangeSpec, groups: ProcessGroups, device: torch.device) -> dict[str, object]:
+def run_exchange_benchmarks(
+    spec: ExchangeBenchmarkSpec, groups: ProcessGroups, device: torch.device
+) -> dict[str, object]:
     """Every exchange in every format, their repeats interleaved. Collective; equal on all ranks."""
     benches = {
-        (name, form): Bench(spec, name, form, groups, device) for name in spec.exchanges for form in spec.formats
+        (name, form): ExchangeBenchmark(spec, name, form, groups, device)
+        for name in spec.exchanges
+        for form in spec.formats
     }
-    sent = {key: bench.bytes_sent() for key, bench in benches.items()}  # warms up, too
+    sent = {key: bench.measure_bytes_sent() for key, bench in benches.items()}  # warms up, too
     runs: list[Mapping[tuple[str, str], dict[str, float]]] = [
-        {key: bench.seconds() for key, bench in benches.items()} for _ in range(spec.repeats)
+        {key: bench.time_operations() for key, bench in benches.items()} for _ in range(spec.repeats)
     ]
-    overlaps = [{key: bench.overlap() for key, bench in benches.items()} for _ in range(spec.repeats * spec.overlap)]
+    overlaps = [
+        {key: bench.measure_overlap() for key, bench in benches.items()} for _ in range(spec.repeats * spec.overlap)
+    ]
     rows = []
     for (name, form), bench in benches.items():
         bench.close()
@@ -256,27 +266,29 @@ def measure(spec: ExchangeSpec, groups: ProcessGroups, device: torch.device) -> 
         "spec": asdict(spec),
         "device": str(device),
         "rows": rows,
-        "needed": needed_bytes(spec, groups),
-        "sent_between_nodes": sum(bench.sent_between_nodes() for bench in benches.values()),
+        "needed": minimum_inter_node_bytes(spec, groups),
+        "sent_between_nodes": sum(bench.total_inter_node_bytes() for bench in benches.values()),
     }
 
 
 def main(spec_text: str, output: str) -> None:
     """One rank under torchrun; rank 0 writes the result to the file `output`."""
-    worker = WorkerEnvironment.read()
+    worker = TorchrunEnvironment.read()
     assert worker is not None
     values: dict[str, Any] = json.loads(spec_text)
     values |= {key: tuple(values[key]) for key in ("exchanges", "formats")}  # JSON has lists only
-    spec = ExchangeSpec(**values)
+    spec = ExchangeBenchmarkSpec(**values)
     # Pretended nodes are processes here, so all of them need a GPU of this machine.
     has_gpus = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")) and not spec.on_cpu
     device = torch.device("cuda", worker.local_rank) if has_gpus else torch.device("cpu")
     if has_gpus:
         torch.cuda.set_device(device)
     torch.set_num_threads(1)
-    start_default_group(worker, device, _LIMIT)
-    make = open_groups_on(device, worker.rank, _LIMIT)
-    result = measure(spec, ProcessGroups.create(spec.topology, worker.rank, _LIMIT, open_groups=make), device)
+    init_default_process_group(worker, device, _LIMIT)
+    make = build_group_factory(device, worker.rank, _LIMIT)
+    result = run_exchange_benchmarks(
+        spec, ProcessGroups.create(spec.topology, worker.rank, _LIMIT, group_factory=make), device
+    )
     if worker.rank == 0:
         Path(output).write_text(json.dumps(result))
     dist.destroy_process_group()

@@ -21,25 +21,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...comm.async_comm import InlineCommunicator, open_worker
-from ...comm.bootstrap import WorkerEnvironment, start_default_group
+from ...comm.async_comm import InlineCommunicator, build_async_communicator
+from ...comm.bootstrap import TorchrunEnvironment, init_default_process_group
 from ...comm.exchange.config import ExchangeConfig
-from ...comm.exchange.factory import open_exchange
+from ...comm.exchange.factory import build_token_exchange
 from ...comm.groups import ProcessGroups
 from ...comm.topology import Topology
-from ...comm.trace import EXPOSED_EXCHANGE, OPTIMIZER, REDUCE_WAIT, ExchangeLabel, Track
-from ...comm.traffic import Traffic
-from ...trainer.build import Pipeline, build_stepper
+from ...comm.trace import EXPOSED_EXCHANGE, GRADIENT_SYNC_WAIT, OPTIMIZER, ExchangeLabel, TimelineTrack
+from ...comm.traffic import TrafficCounter
+from ...trainer.build import PipelineRuntime, build_stepper
 from ...trainer.config import RunConfig
 from ...trainer.data.samples import TokenBatch
-from ...trainer.model.init import initialize
+from ...trainer.model.init import initialize_weights
 from ...trainer.model.model import Model
-from ...trainer.model.stage_layout import Stages
+from ...trainer.model.stage_layout import StageLayout
 from ...trainer.run.step import Stepper, StepSettings
 from ...trainer.telemetry.trace import Span, TraceRecorder
-from ..compose import compose_run
-from ..planner.exchange_time import Exchange
-from ..planner.kernel_times import Measurement
+from ..compose import compose_run_config
+from ..planner.exchange_time import ExchangeOperation
+from ..planner.kernel_times import KernelMeasurement
 from ..planner.operations import ComputePhase
 
 T = TypeVar("T")
@@ -59,32 +59,34 @@ class Calibration:
     repeats: int
 
     @property
-    def length(self) -> int:
+    def sequence_length(self) -> int:
         """Sequence length."""
         return self.config.training.sequence_length
 
-    def rows(self) -> Iterator[Measurement]:
+    def measure_rows(self) -> Iterator[KernelMeasurement]:
         """Every row of the table; collective, and equal on all ranks."""
         torch.manual_seed(self.groups.rank)
-        batch, sizes = self.config.training.global_batch, []
+        batch, sizes = self.config.training.global_batch_size, []
         size = 1
         while size <= batch // self.groups.world.size:
             sizes.append(size)
             size *= 2
         for micro_batch in sizes:
             exchanges = {}
-            for ranks in self.group_sizes:
+            for ranks in self.exchange_group_sizes:
                 exchanges[ranks] = self._exchanges(micro_batch, ranks)
                 for exchange, seconds in exchanges[ranks].items():
-                    yield self._row("phase", exchange.value, f"{micro_batch}x{self.length}/{ranks}", seconds)
+                    yield self._row("phase", exchange.value, f"{micro_batch}x{self.sequence_length}/{ranks}", seconds)
             for name, seconds in self._phases(micro_batch).items():
                 for ranks in exchanges:
-                    yield self._row("phase", name, f"{micro_batch}x{self.length}/{ranks}", seconds)
-            yield self._row("edge", "message", "any", self._message(micro_batch), f"{micro_batch}x{self.length}")
+                    yield self._row("phase", name, f"{micro_batch}x{self.sequence_length}/{ranks}", seconds)
+            yield self._row(
+                "edge", "message", "any", self._message(micro_batch), f"{micro_batch}x{self.sequence_length}"
+            )
         yield from self._updates()
 
     @property
-    def group_sizes(self) -> list[int]:
+    def exchange_group_sizes(self) -> list[int]:
         """Over how many ranks of these an exchange could be."""
         world, experts = self.groups.world.size, self.config.model.n_routed_experts
         return [ranks for ranks in range(1, world + 1) if world % ranks == 0 and experts % ranks == 0]
@@ -97,10 +99,12 @@ class Calibration:
         topology = Topology(edp=world // ranks, ep=ranks, gpus_per_node=per_node)
         return ProcessGroups.create(topology, self.groups.rank, _LIMIT)
 
-    def _row(self, kind: str, name: str, role: str, seconds: float, shape: str = "") -> Measurement:
+    def _row(self, kind: str, name: str, role: str, seconds: float, shape: str = "") -> KernelMeasurement:
         slowest = self.groups.world.all_reduce_max(torch.tensor([seconds], dtype=torch.float64), "slowest rank")
         role = shape or role
-        return Measurement(kind, name, role, "any", 0, 0, 0, round(float(slowest) * 1e6, 2), "us", "measured", _SOURCE)
+        return KernelMeasurement(
+            kind, name, role, "any", 0, 0, 0, round(float(slowest) * 1e6, 2), "us", "measured", _SOURCE
+        )
 
     def _phases(self, micro_batch: int) -> dict[str, float]:
         """Seconds of every phase, and of what lies between them in a chunk."""
@@ -109,11 +113,11 @@ class Calibration:
         found: defaultdict[str, list[float]] = defaultdict(list)
         for repetition in range(self.repeats + _WARM_UP):
             self.groups.world.barrier("a step to time")
-            recorder.on = repetition >= _WARM_UP
+            recorder.is_recording = repetition >= _WARM_UP
             recorder.spans.clear()
             stepper.step([batch], micro_batch, settings)
-            if recorder.on:
-                for name, seconds in phase_seconds(recorder.spans, self.config).items():
+            if recorder.is_recording:
+                for name, seconds in phase_seconds_from_spans(recorder.spans, self.config).items():
                     found[name].append(seconds)
         return {name: median(seconds) for name, seconds in found.items()}
 
@@ -122,39 +126,45 @@ class Calibration:
         alone = Topology()
         groups = ProcessGroups.create(alone, 0, _LIMIT)
         model = Model(config.model)
-        initialize(model, seed=0)
+        initialize_weights(model, seed=0)
         worker = InlineCommunicator(recorder)
-        exchange = open_exchange(ExchangeConfig(), groups, config.model.n_routed_experts, worker, Traffic(alone, 0))
-        stages, policy = Stages.of(config.model, self.length), config.recompute.policy
-        pipeline = Pipeline.open(stages, groups, device, recorder=recorder, recompute=policy)
+        exchange = build_token_exchange(
+            ExchangeConfig(), groups, config.model.n_routed_experts, worker, TrafficCounter(alone, 0)
+        )
+        stages, policy = StageLayout.build(config.model, self.sequence_length), config.recompute.recompute_modules
+        pipeline = PipelineRuntime.open(stages, groups, device, recorder=recorder, recompute=policy)
         dtype = config.precision.compute_dtype(device)
         stepper = build_stepper(pipeline, model, exchange, dtype, 1, config.optimizer)
-        window = self.length + 1 + config.model.num_nextn_predict_layers
+        window = self.sequence_length + 1 + config.model.num_nextn_predict_layers
         tokens_BW = torch.randint(0, config.model.vocab_size, (micro_batch, window))
         settings = StepSettings(
-            learning_rate=1e-4, clip_norm=1.0, balance_weight=1e-4, mtp_weight=0.3, bias_speed=0.001
+            learning_rate=1e-4,
+            clip_norm=1.0,
+            seq_aux_loss_coeff=1e-4,
+            mtp_loss_scaling_factor=0.3,
+            router_bias_update_rate=0.001,
         )
         return stepper, TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool)), settings
 
-    def _exchanges(self, micro_batch: int, ranks: int) -> dict[Exchange, float]:
+    def _exchanges(self, micro_batch: int, ranks: int) -> dict[ExchangeOperation, float]:
         """Seconds of the four operations over so many ranks, from the call to what arrived."""
         config, model, device = self.config, self.config.model, torch.device("cpu")
         groups = self._exchange_groups(ranks)
-        worker = open_worker(groups.ep, device)
-        exchange = open_exchange(
-            config.exchange, groups, model.n_routed_experts, worker, Traffic(groups.topology, groups.rank)
+        worker = build_async_communicator(groups.ep, device)
+        exchange = build_token_exchange(
+            config.exchange, groups, model.n_routed_experts, worker, TrafficCounter(groups.topology, groups.rank)
         )
-        tokens = micro_batch * self.length
+        tokens = micro_batch * self.sequence_length
         dtype = config.precision.compute_dtype(device)
         tokens_TD, grad_TD = (torch.randn(tokens, model.hidden_size).to(dtype) for _ in range(2))
         weights_TK = torch.rand(tokens, model.num_experts_per_tok)
         experts_TK = torch.rand(tokens, model.n_routed_experts).topk(model.num_experts_per_tok).indices
-        seconds: defaultdict[Exchange, list[float]] = defaultdict(list)
+        seconds: defaultdict[ExchangeOperation, list[float]] = defaultdict(list)
 
         def go_round(number: int) -> tuple[float, ...]:
             label = ExchangeLabel("calibrate", number)
             received, first = self._timed(lambda: exchange.dispatch(tokens_TD, weights_TK, experts_TK, label).wait())
-            rows_RD, grads_R = received.rows_RD.clone(), torch.zeros_like(received.weights_R)
+            rows_RD, grads_R = received.rows_RD.clone(), torch.zeros_like(received.gate_weights_R)
             _, second = self._timed(lambda: exchange.combine(rows_RD, received).wait())
             _, third = self._timed(lambda: exchange.combine_backward(grad_TD, received).wait())
             _, fourth = self._timed(lambda: exchange.dispatch_backward(rows_RD, grads_R, received).wait())
@@ -162,7 +172,7 @@ class Calibration:
 
         for repetition in range(self.repeats + _WARM_UP):
             times = go_round(repetition)
-            for name, value in zip(Exchange, times, strict=True):
+            for name, value in zip(ExchangeOperation, times, strict=True):
                 if repetition >= _WARM_UP:
                     seconds[name].append(value)
         worker.close()
@@ -179,7 +189,7 @@ class Calibration:
         world, model = self.groups.world, self.config.model
         if world.size == 1:
             return 0.0
-        hidden_BSD = torch.zeros(micro_batch, self.length, model.hidden_size)
+        hidden_BSD = torch.zeros(micro_batch, self.sequence_length, model.hidden_size)
         first, other = world.ranks[0], world.ranks[1]
         times = []
         for _ in range(self.repeats + _WARM_UP):
@@ -194,19 +204,19 @@ class Calibration:
             times.append((time.perf_counter() - start) / 2)
         return median(times[_WARM_UP:]) if world.rank in (first, other) else 0.0
 
-    def _updates(self) -> Iterator[Measurement]:
+    def _updates(self) -> Iterator[KernelMeasurement]:
         """Nanoseconds a parameter of the optimizer and of a sum over ranks; what else a step takes."""
         recorder = TraceRecorder(nvtx=False)
         stepper, batch, settings = self._stepper(1, recorder)
         count = sum(parameter.numel() for parameter in stepper.model.parameters())
         update, rest = [], []
         for repetition in range(self.repeats + _WARM_UP):
-            recorder.on = repetition >= _WARM_UP
+            recorder.is_recording = repetition >= _WARM_UP
             recorder.spans.clear()
             _, whole = self._timed(lambda: stepper.step([batch], 1, settings))
-            if recorder.on:
-                top = [span for span in recorder.spans if span.track is Track.INSTRUCTION]
-                update.append(sum(_length(span) for span in top if span.name in (OPTIMIZER, REDUCE_WAIT)))
+            if recorder.is_recording:
+                top = [span for span in recorder.spans if span.track is TimelineTrack.INSTRUCTION]
+                update.append(sum(_length(span) for span in top if span.name in (OPTIMIZER, GRADIENT_SYNC_WAIT)))
                 rest.append(whole - sum(map(_length, top)))
         few = torch.zeros(
             2 * self.config.model.num_hidden_layers * self.config.model.n_routed_experts
@@ -225,7 +235,7 @@ class Calibration:
         yield self._row("phase", "reduce", "any", sums["many"] / count * 1e3)
 
 
-def phase_seconds(spans: Sequence[Span], config: RunConfig) -> dict[str, float]:
+def phase_seconds_from_spans(spans: Sequence[Span], config: RunConfig) -> dict[str, float]:
     """Of one step of one micro-batch on one process: each phase of one layer, and the rest of a chunk.
 
     In a backward the weights that a moment settles are those left since the moment before: first the losses', then
@@ -250,23 +260,23 @@ def phase_seconds(spans: Sequence[Span], config: RunConfig) -> dict[str, float]:
         ComputePhase.ATTENTION_F: mean("attn(F)"),
         ComputePhase.ATTENTION_B: mean("attn(B)"),
         ComputePhase.ATTENTION_W: attention,
-        ComputePhase.SHARED_F: 0.0,
-        ComputePhase.SHARED_B: 0.0,
-        ComputePhase.EXPERTS_F: mean("mlp(F)"),
-        ComputePhase.EXPERTS_B: mean("mlp(B)"),
+        ComputePhase.SHARED_EXPERTS_F: 0.0,
+        ComputePhase.SHARED_EXPERTS_B: 0.0,
+        ComputePhase.ROUTED_EXPERTS_F: mean("mlp(F)"),
+        ComputePhase.ROUTED_EXPERTS_B: mean("mlp(B)"),
         ComputePhase.EXPERTS_W: mean("mlp(W)"),
-        ComputePhase.DENSE_F: mean("dense(F)"),
-        ComputePhase.DENSE_B: mean("dense(B)"),
-        ComputePhase.DENSE_W: max(0.0, settled[-1] - attention) / max(dense, 1),
+        ComputePhase.DENSE_LAYER_F: mean("dense(F)"),
+        ComputePhase.DENSE_LAYER_B: mean("dense(B)"),
+        ComputePhase.DENSE_LAYER_W: max(0.0, settled[-1] - attention) / max(dense, 1),
         ComputePhase.HEAD_F: mean("loss(F)"),
         ComputePhase.HEAD_W: settled[0] / (1 + depth),
-        ComputePhase.MERGE_W: max(0.0, sum(settled[1 : 1 + depth]) / depth - attention) if depth else 0.0,
+        ComputePhase.MTP_MERGE_W: max(0.0, sum(settled[1 : 1 + depth]) / depth - attention) if depth else 0.0,
     }
     rest = {way: _rest(named[way], spans) for way in ("F", "B")}
     # Not in any phase: the losses' backward and MTP's merge, which are on the last stage too.
     phases |= {
-        ComputePhase.MERGE_F: rest["F"] / max(depth, 1),
-        ComputePhase.MERGE_B: 0.0,
+        ComputePhase.MTP_MERGE_F: rest["F"] / max(depth, 1),
+        ComputePhase.MTP_MERGE_B: 0.0,
         ComputePhase.HEAD_B: rest["B"] / (1 + depth),
     }
     return {phase.value: seconds for phase, seconds in phases.items()}
@@ -274,7 +284,11 @@ def phase_seconds(spans: Sequence[Span], config: RunConfig) -> dict[str, float]:
 
 def _rest(instructions: Sequence[Span], spans: Sequence[Span]) -> float:
     """What of the instructions is in no phase and no exchange."""
-    inner = [span for span in spans if span.track in (Track.COMPUTE, Track.EXCHANGE) and span.name != EXPOSED_EXCHANGE]
+    inner = [
+        span
+        for span in spans
+        if span.track in (TimelineTrack.COMPUTE, TimelineTrack.EXCHANGE) and span.name != EXPOSED_EXCHANGE
+    ]
     left = 0.0
     for whole in instructions:
         left += _length(whole) - sum(_length(s) for s in inner if whole.begin <= s.begin and s.end <= whole.end)
@@ -287,14 +301,16 @@ def _length(span: Span) -> float:
 
 def main(arguments: Sequence[str]) -> None:
     """Measure the run that overrides and directory in the first argument describe; rank 0 writes rows to the second."""
-    worker = WorkerEnvironment.read()
+    worker = TorchrunEnvironment.read()
     assert worker is not None
     overrides, directory = json.loads(arguments[0])
-    config = compose_run(overrides, None if directory is None else Path(directory))
-    start_default_group(worker, torch.device("cpu"), _LIMIT)
+    config = compose_run_config(overrides, None if directory is None else Path(directory))
+    init_default_process_group(worker, torch.device("cpu"), _LIMIT)
     topology = Topology(ep=worker.world_size, gpus_per_node=worker.world_size)
     groups = ProcessGroups.create(topology, worker.rank, _LIMIT)
-    rows = [asdict(row) for row in Calibration(replace(config, topology=topology), groups, int(arguments[2])).rows()]
+    rows = [
+        asdict(row) for row in Calibration(replace(config, topology=topology), groups, int(arguments[2])).measure_rows()
+    ]
     if worker.rank == 0:
         Path(arguments[1]).write_text(json.dumps(rows))
     dist.destroy_process_group()

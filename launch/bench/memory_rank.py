@@ -10,28 +10,28 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ...comm.bootstrap import WorkerEnvironment, start_default_group
+from ...comm.bootstrap import TorchrunEnvironment, init_default_process_group
 from ...comm.groups import ProcessGroups
-from ...comm.open_groups import open_groups_on
-from ...trainer.build import stages_of
-from ...trainer.memory.measured import measure
-from ..compose import compose_run
+from ...comm.open_groups import build_group_factory
+from ...trainer.build import build_stage_layout
+from ...trainer.memory.measured import measure_step_memory
+from ..compose import compose_run_config
 from ..run.worker import pick_device
 
 
 def main(arguments: Sequence[str]) -> None:
     """Measure the run that overrides and directory in the first argument describe; rank 0 writes all to the second."""
-    worker = WorkerEnvironment.read()
+    worker = TorchrunEnvironment.read()
     assert worker is not None
     overrides, directory, skewed = json.loads(arguments[0])
-    config = compose_run(overrides, None if directory is None else Path(directory))
+    config = compose_run_config(overrides, None if directory is None else Path(directory))
     device = pick_device(config, worker)
     limit = timedelta(seconds=config.training.collective_timeout_seconds)
-    start_default_group(worker, device, timedelta(seconds=config.training.start_timeout_seconds))
-    holders, make = stages_of(config).all_holders(), open_groups_on(device, worker.rank, limit)
+    init_default_process_group(worker, device, timedelta(seconds=config.training.start_timeout_seconds))
+    holders, make = build_stage_layout(config).replica_pp_groups(), build_group_factory(device, worker.rank, limit)
     groups = ProcessGroups.create(config.topology, worker.rank, limit, holders, make)
-    own = measure(config, groups, device, skewed=skewed)
-    everyone = groups.control.all_gather_objects((str(device), own.tree()), "measured memory")
+    own = measure_step_memory(config, groups, device, skewed=skewed)
+    everyone = groups.world_cpu.all_gather_objects((str(device), own.to_dict()), "measured memory")
     if worker.rank == 0:
         Path(arguments[1]).write_text(json.dumps(everyone))
     dist.destroy_process_group()

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ...comm.errors import ConfigError, Problem, noting, refuse_if_any
+from ...comm.errors import ConfigError, Problem, collect_problems, raise_if_any
 from ...trainer.config import RunConfig
 from ...trainer.telemetry.events import METRICS_FILE
 from ...trainer.telemetry.history import read_all_metrics
-from ..compose import compose_run
-from ..run.launcher import Stopped, stop_signals_raise
-from ..run.preflight import preflight
-from ..say import say, tell
-from .namespaces import MachineProcess
+from ..compose import compose_run_config
+from ..run.launcher import StoppedBySignal, raise_on_stop_signals
+from ..run.preflight import run_preflight_checks
+from ..say import print_to_stderr, print_to_stdout
+from .namespaces import NamespaceProcess
 from .simulated_cluster import SimulatedCluster
 
 # For the other nodes when one has failed. A node without a link hears nothing of that, and its torchrun would wait on.
@@ -47,7 +47,7 @@ class InjectedFault:
     step: int
 
     @staticmethod
-    def read(option: str, text: str, nodes: int) -> InjectedFault:
+    def parse(option: str, text: str, nodes: int) -> InjectedFault:
         """From `NODE@STEP`. Raises `ConfigError`."""
         node, _, step = text.partition("@")
         if not (node.isdecimal() and step.isdecimal() and int(node) < nodes and int(step) > 0):
@@ -55,7 +55,7 @@ class InjectedFault:
             raise ConfigError([Problem(option, text, hint)])
         return InjectedFault(option, int(node), int(step))
 
-    def strike(self, cluster: SimulatedCluster) -> str:
+    def inject(self, cluster: SimulatedCluster) -> str:
         """Break the node; return what has happened to it."""
         if self.option == "--cut-link":
             cluster.cut_link(self.node)
@@ -65,7 +65,7 @@ class InjectedFault:
 
 
 @dataclass(frozen=True)
-class ClusterRehearsal:
+class SimulatedClusterRun:
     """What is rehearsed, on what, and what shall go wrong."""
 
     overrides: Sequence[str]
@@ -73,11 +73,11 @@ class ClusterRehearsal:
     fresh: bool
     nodes: int
     gpus_per_node: int
-    uplink: str | None
+    uplink_rate: str | None
     faults: Sequence[tuple[str, str]] = ()
     """Option and `NODE@STEP`."""
 
-    def complete_overrides(self) -> list[str]:
+    def all_overrides(self) -> list[str]:
         """What the cluster implies is added where it is not given."""
         own = {"topology.gpus_per_node": str(self.gpus_per_node), "training.device": "cpu"}
         if self.faults:
@@ -85,17 +85,17 @@ class ClusterRehearsal:
         given = {text.lstrip("+").partition("=")[0] for text in self.overrides}
         return [*self.overrides, *(f"{key}={value}" for key, value in own.items() if key not in given)]
 
-    def command(self) -> list[str]:
+    def node_command(self) -> list[str]:
         """What each node runs. Its variables say which one it is."""
-        command = [sys.executable, "-m", "shoestring.launch.run.node", *self.complete_overrides()]
+        command = [sys.executable, "-m", "shoestring.launch.run.node", *self.all_overrides()]
         command += [] if self.config_dir is None else ["--config-dir", str(self.config_dir)]
         return command + (["--fresh"] if self.fresh else [])
 
-    def config(self) -> RunConfig:
+    def compose_config(self) -> RunConfig:
         """The run's. Raises `ConfigError` for one that these nodes cannot run."""
-        config = compose_run(self.complete_overrides(), self.config_dir)
-        refuse_if_any(self._problems(config))
-        preflight(config, self.gpus_per_node, fresh=self.fresh)
+        config = compose_run_config(self.all_overrides(), self.config_dir)
+        raise_if_any(self._problems(config))
+        run_preflight_checks(config, self.gpus_per_node, fresh=self.fresh)
         return config
 
     def _problems(self, config: RunConfig) -> Iterator[Problem]:
@@ -115,40 +115,38 @@ class ClusterRehearsal:
             yield Problem("telemetry.wandb.mode", "online", hint)
 
 
-def run_cluster(rehearsal: ClusterRehearsal) -> int:
+def run_on_simulated_cluster(run: SimulatedClusterRun) -> int:
     """Run it; return the exit code: node 0's, or where that is 0 the first of another node that is not.
 
     Raises `ConfigError` before any process of the run exists.
     """
     problems: list[Problem] = []
     faults: list[InjectedFault] = []
-    for option, text in rehearsal.faults:
-        with noting(problems):
-            faults.append(InjectedFault.read(option, text, rehearsal.nodes))
+    for option, text in run.faults:
+        with collect_problems(problems):
+            faults.append(InjectedFault.parse(option, text, run.nodes))
     if len({fault.node for fault in faults}) < len(faults):
-        broken = ", ".join(text for _, text in rehearsal.faults)
+        broken = ", ".join(text for _, text in run.faults)
         problems.append(Problem("--cut-link, --kill-node", broken, "a node can break once"))
-    with noting(problems):
-        cluster = SimulatedCluster(rehearsal.nodes, rehearsal.uplink)
-    with noting(problems):
-        config = rehearsal.config()
-        for (option, text), fault in zip(rehearsal.faults, faults, strict=False):
+    with collect_problems(problems):
+        cluster = SimulatedCluster(run.nodes, run.uplink_rate)
+    with collect_problems(problems):
+        config = run.compose_config()
+        for (option, text), fault in zip(run.faults, faults, strict=False):
             if fault.step >= config.total_steps:
                 hint = f"would never happen: the run has {config.total_steps} steps; name an earlier one"
                 problems.append(Problem(option, text, hint))
-    refuse_if_any(problems)
+    raise_if_any(problems)
     try:
-        with stop_signals_raise(), cluster, ExitStack() as cleanup:
-            logs = [
-                cleanup.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in range(1, rehearsal.nodes)
-            ]
-            return _run(rehearsal, config, cluster, faults, logs)
-    except Stopped as stop:  # before the nodes had started, or for a second time
+        with raise_on_stop_signals(), cluster, ExitStack() as cleanup:
+            logs = [cleanup.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in range(1, run.nodes)]
+            return _run(run, config, cluster, faults, logs)
+    except StoppedBySignal as stop:  # before the nodes had started, or for a second time
         return stop.exit_code
 
 
 def _run(
-    rehearsal: ClusterRehearsal,
+    rehearsal: SimulatedClusterRun,
     config: RunConfig,
     cluster: SimulatedCluster,
     faults: Sequence[InjectedFault],
@@ -158,9 +156,9 @@ def _run(
     steps = _Steps(Path(config.training.run_dir) / METRICS_FILE, time.time())
     outputs: list[IO[str] | None] = [None, *logs]
     processes = [
-        cluster.start(
+        cluster.start_process(
             node,
-            rehearsal.command(),
+            rehearsal.node_command(),
             {"GPUS_PER_NODE": str(rehearsal.gpus_per_node)},
             stdout=output,
             stderr=output,
@@ -172,7 +170,7 @@ def _run(
     try:
         patience = config.training.collective_timeout_seconds + _SECONDS_AFTER_FAULT
         _wait(cluster, processes, steps, faults, fates, patience)
-    except Stopped as stop:
+    except StoppedBySignal as stop:
         code = stop.exit_code
     _end(cluster, processes, fates)
     if code is None:
@@ -201,7 +199,7 @@ class _Steps:
 
 def _wait(
     cluster: SimulatedCluster,
-    processes: Sequence[MachineProcess],
+    processes: Sequence[NamespaceProcess],
     steps: _Steps,
     faults: Sequence[InjectedFault],
     fates: dict[int, str],
@@ -216,14 +214,14 @@ def _wait(
         last = steps.last() if pending else 0
         for fault in [fault for fault in pending if fault.step <= last]:
             pending.remove(fault)
-            fates[fault.node] = fault.strike(cluster)
+            fates[fault.node] = fault.inject(cluster)
             deadline = min(deadline, time.monotonic() + patience)
         if processes[0].poll() is not None or any(process.poll() for process in processes):
             deadline = min(deadline, time.monotonic() + _SECONDS_FOR_OTHERS)
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
-def _end(cluster: SimulatedCluster, processes: Sequence[MachineProcess], fates: dict[int, str]) -> None:
+def _end(cluster: SimulatedCluster, processes: Sequence[NamespaceProcess], fates: dict[int, str]) -> None:
     """Ask nodes that are left to end, wait for node 0, which holds the ledger, and kill the others."""
     left = [node for node, process in enumerate(processes) if process.poll() is None]
     for node in left:
@@ -238,7 +236,7 @@ def _end(cluster: SimulatedCluster, processes: Sequence[MachineProcess], fates: 
             processes[node].wait()
 
 
-def _code(process: MachineProcess) -> int:
+def _code(process: NamespaceProcess) -> int:
     """As a shell tells it: 128 + n for signal n."""
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
@@ -247,10 +245,10 @@ def _show_logs(logs: Sequence[IO[str]]) -> None:
     for node, log in enumerate(logs, start=1):
         log.seek(0)
         for line in log:
-            say(f"node {node} | {line.rstrip()}")
+            print_to_stderr(f"node {node} | {line.rstrip()}")
 
 
 def _show_traffic(cluster: SimulatedCluster, fates: Mapping[int, str]) -> None:
-    tell(f"bytes that each node sent over its uplink ({cluster.uplink or 'no limit'}):")
+    print_to_stdout(f"bytes that each node sent over its uplink ({cluster.uplink or 'no limit'}):")
     for node in range(cluster.nodes):
-        tell(f"  node {node}  {cluster.bytes_sent(node):>15,}  {fates.get(node, '')}".rstrip())
+        print_to_stdout(f"  node {node}  {cluster.uplink_bytes_sent(node):>15,}  {fates.get(node, '')}".rstrip())

@@ -33,7 +33,7 @@ _PROGRAMS = {
 _UNSHARE = ("unshare", "--net", "--pid", "--mount", "--uts", "--fork", "--mount-proc")
 
 
-def missing_means() -> Iterator[Problem]:
+def namespace_problems() -> Iterator[Problem]:
     """Why machines cannot be pretended here: programs that are not there, a user who may not."""
     missing = [program for program in _PROGRAMS if shutil.which(program) is None]
     for program in missing:
@@ -47,7 +47,7 @@ def missing_means() -> Iterator[Problem]:
             yield Problem("user", 0, hint)
 
 
-class MachineProcess(subprocess.Popen[str]):
+class NamespaceProcess(subprocess.Popen[str]):
     """A process on a pretended machine: a `Popen` of nsenter, whose exit code is that of the process.
 
     Signals are for the process itself; nsenter would die of them and leave it running. It is in a session of its own,
@@ -63,16 +63,16 @@ class MachineProcess(subprocess.Popen[str]):
 
 
 @dataclass(frozen=True)
-class Machine:
+class NamespaceNode:
     """A pretended machine that is on. It has no interface but lo, which is down."""
 
-    holder: subprocess.Popen[bytes]
+    unshare_process: subprocess.Popen[bytes]
     """`unshare`, which waits for `cat` and ends after every process of the machine."""
-    first: int
+    init_pid: int
     """Process id of `cat`, as the owner sees it: what names the namespaces."""
 
     @staticmethod
-    def on() -> Machine:
+    def create() -> NamespaceNode:
         """Switch a machine on. Its working directory is the owner's."""
         pipe = subprocess.PIPE
         holder = subprocess.Popen([*_UNSHARE, "cat"], stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
@@ -87,18 +87,18 @@ class Machine:
         if first is None:
             with holder:
                 raise subprocess.CalledProcessError(holder.wait(), _UNSHARE, stderr=holder.stderr.read().decode())
-        return Machine(holder, first)
+        return NamespaceNode(holder, first)
 
-    def start(
+    def start_process(
         self,
         command: Sequence[str],
         environment: Mapping[str, str],
         stdout: int | IO[str] | None,
         stderr: int | IO[str] | None,
-    ) -> MachineProcess:
+    ) -> NamespaceProcess:
         """Start `command` on the machine. `environment` is all of its environment."""
-        return MachineProcess(
-            ["nsenter", f"--target={self.first}", "--net", "--pid", "--mount", "--uts", "--wd", "--", *command],
+        return NamespaceProcess(
+            ["nsenter", f"--target={self.init_pid}", "--net", "--pid", "--mount", "--uts", "--wd", "--", *command],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=stdout,
@@ -108,28 +108,28 @@ class Machine:
             start_new_session=True,
         )
 
-    def configure(self, *command: str, text: str = "") -> None:
+    def run_setup_command(self, *command: str, stdin_text: str = "") -> None:
         """Run a program that changes the machine to its end, with `text` as its input.
 
         It does not enter the process-id namespace, so process ids mean what they mean to the owner. Raises
         `CalledProcessError` where it fails.
         """
-        enter = ["nsenter", f"--target={self.first}", "--net", "--mount", "--uts", "--"]
-        subprocess.run([*enter, *command], input=text, capture_output=True, text=True, check=True)
+        enter = ["nsenter", f"--target={self.init_pid}", "--net", "--mount", "--uts", "--"]
+        subprocess.run([*enter, *command], input=stdin_text, capture_output=True, text=True, check=True)
 
     def interface_bytes_sent(self, interface: str) -> int:
         """What the kernel has counted."""
-        for line in Path(f"/proc/{self.first}/net/dev").read_text().splitlines():
+        for line in Path(f"/proc/{self.init_pid}/net/dev").read_text().splitlines():
             name, _, counters = line.partition(":")
             if name.strip() == interface:
                 return int(counters.split()[8])  # eight columns of what was received come first
         raise ValueError(f"no interface {interface}")
 
-    def off(self) -> None:
+    def kill_all_processes(self) -> None:
         """Kill every process of the machine and wait until the last has gone."""
-        with self.holder:  # closes the pipe, waits for unshare
-            if self.holder.poll() is None:
-                os.kill(self.first, signal.SIGKILL)  # a fork of the owner may hold the pipe open
+        with self.unshare_process:  # closes the pipe, waits for unshare
+            if self.unshare_process.poll() is None:
+                os.kill(self.init_pid, signal.SIGKILL)  # a fork of the owner may hold the pipe open
 
 
 def _child(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> int | None:

@@ -24,8 +24,8 @@ from ipaddress import IPv4Network
 from types import TracebackType
 from typing import IO, Self
 
-from ...comm.errors import ConfigError, Problem, refuse_if_any
-from .namespaces import Machine, MachineProcess, missing_means
+from ...comm.errors import ConfigError, Problem, raise_if_any
+from .namespaces import NamespaceNode, NamespaceProcess, namespace_problems
 
 _INTERFACE = "eth0"
 _MOST_NODES = 250
@@ -54,9 +54,9 @@ class SimulatedCluster:
         self.nodes = nodes
         self.uplink = uplink
         self._rate = None if uplink is None else _bits_per_second(uplink)
-        refuse_if_any([*self._problems(), *missing_means()])
+        raise_if_any([*self._problems(), *namespace_problems()])
         self._cleanup = ExitStack()
-        self._machines: list[Machine] = []
+        self._machines: list[NamespaceNode] = []
         self._sent_by_dead: dict[int, int] = {}
 
     def _problems(self) -> Iterator[Problem]:
@@ -84,7 +84,7 @@ class SimulatedCluster:
     def _build(self, cleanup: ExitStack) -> None:
         self._switch = _machine(cleanup)
         _ip(self._switch, "link add bridge0 type bridge", "link set bridge0 addrgenmode none up")
-        names = "".join(f"{self.address(node)} node{node}\n" for node in range(self.nodes))
+        names = "".join(f"{self.node_address(node)} node{node}\n" for node in range(self.nodes))
         with tempfile.NamedTemporaryFile("w") as hosts:
             hosts.write(f"127.0.0.1 localhost\n{names}")
             hosts.flush()
@@ -92,15 +92,15 @@ class SimulatedCluster:
                 machine = _machine(cleanup)
                 self._machines.append(machine)
                 self._connect(node)
-                machine.configure("tee", "/proc/sys/kernel/hostname", text=f"node{node}")
-                machine.configure("mount", "--bind", hosts.name, "/etc/hosts")  # outlives the file's name
+                machine.run_setup_command("tee", "/proc/sys/kernel/hostname", stdin_text=f"node{node}")
+                machine.run_setup_command("mount", "--bind", hosts.name, "/etc/hosts")  # outlives the file's name
 
     def _connect(self, node: int) -> None:
         machine, port = self._machines[node], f"node{node}"
         # addrgenmode none: IPv6 would announce itself, in bytes that are counted.
         _ip(
             self._switch,
-            f"link add {port} type veth peer name {_INTERFACE} netns {machine.first}",
+            f"link add {port} type veth peer name {_INTERFACE} netns {machine.init_pid}",
             f"link set {port} addrgenmode none",
             f"link set {port} master bridge0 up",
         )
@@ -108,31 +108,31 @@ class SimulatedCluster:
             machine,
             "link set lo up",
             f"link set {_INTERFACE} addrgenmode none",
-            f"address add {self.address(node)}/{_NETWORK.prefixlen} dev {_INTERFACE}",
+            f"address add {self.node_address(node)}/{_NETWORK.prefixlen} dev {_INTERFACE}",
             f"link set {_INTERFACE} up",
         )
         # In every kernel. A host's bbr would look for a rate that is known here, by sending more.
-        machine.configure("tee", "/proc/sys/net/ipv4/tcp_congestion_control", text="reno")
+        machine.run_setup_command("tee", "/proc/sys/net/ipv4/tcp_congestion_control", stdin_text="reno")
         if self._rate is not None:
             bucket = ["tbf", "rate", f"{self._rate}bit", "burst", str(_BUCKET_BYTES), "limit", str(_QUEUE_BYTES)]
-            machine.configure("tc", "qdisc", "add", "dev", _INTERFACE, "root", *bucket)
-            self._switch.configure("tc", "qdisc", "add", "dev", port, "root", *bucket)
+            machine.run_setup_command("tc", "qdisc", "add", "dev", _INTERFACE, "root", *bucket)
+            self._switch.run_setup_command("tc", "qdisc", "add", "dev", port, "root", *bucket)
 
-    def address(self, node: int) -> str:
+    def node_address(self, node: int) -> str:
         """Of the node's uplink. On every node, `node0`, `node1`, … are names for them."""
         return str(_NETWORK[node + 1])
 
-    def environment(self, node: int) -> dict[str, str]:
+    def node_environment(self, node: int) -> dict[str, str]:
         """The variables that processes of a node find set: those of launch/torchrun.sh, and gloo's interface."""
         return {
             "NNODES": str(self.nodes),
             "NODE_RANK": str(node),
-            "MASTER_ADDR": self.address(0),
+            "MASTER_ADDR": self.node_address(0),
             "MASTER_PORT": str(_PORT),
             "GLOO_SOCKET_IFNAME": _INTERFACE,
         }
 
-    def start(
+    def start_process(
         self,
         node: int,
         command: Sequence[str],
@@ -140,13 +140,13 @@ class SimulatedCluster:
         *,
         stdout: int | IO[str] | None = None,
         stderr: int | IO[str] | None = None,
-    ) -> MachineProcess:
+    ) -> NamespaceProcess:
         """Start a process on a node, with the owner's variables, `environment`, and the cluster's own.
 
         It ends with the cluster at the latest, and so does what it starts. File systems are the host's.
         """
-        variables = os.environ | (environment or {}) | self.environment(node)
-        return self._alive(node).start(command, variables, stdout, stderr)
+        variables = os.environ | (environment or {}) | self.node_environment(node)
+        return self._alive(node).start_process(command, variables, stdout, stderr)
 
     def cut_link(self, node: int) -> None:
         """Unplug the node: what it sends or is sent disappears, and nobody is told."""
@@ -160,29 +160,29 @@ class SimulatedCluster:
 
     def kill_node(self, node: int) -> None:
         """Kill every process of the node. It stays off; what it has sent is still known."""
-        self._sent_by_dead[node] = self.bytes_sent(node)
-        self._machines[node].off()
+        self._sent_by_dead[node] = self.uplink_bytes_sent(node)
+        self._machines[node].kill_all_processes()
 
-    def bytes_sent(self, node: int) -> int:
+    def uplink_bytes_sent(self, node: int) -> int:
         """What has left through the node's uplink, headers included, since it exists."""
         if node in self._sent_by_dead:
             return self._sent_by_dead[node]
         return self._machines[node].interface_bytes_sent(_INTERFACE)
 
-    def _alive(self, node: int) -> Machine:
+    def _alive(self, node: int) -> NamespaceNode:
         if node in self._sent_by_dead:
             raise ValueError(f"node {node} has been killed")
         return self._machines[node]
 
 
-def _machine(cleanup: ExitStack) -> Machine:
-    machine = Machine.on()
-    cleanup.callback(machine.off)
+def _machine(cleanup: ExitStack) -> NamespaceNode:
+    machine = NamespaceNode.create()
+    cleanup.callback(machine.kill_all_processes)
     return machine
 
 
-def _ip(machine: Machine, *commands: str) -> None:
-    machine.configure("ip", "-batch", "-", text="".join(f"{command}\n" for command in commands))
+def _ip(machine: NamespaceNode, *commands: str) -> None:
+    machine.run_setup_command("ip", "-batch", "-", stdin_text="".join(f"{command}\n" for command in commands))
 
 
 def _bits_per_second(text: str) -> int:

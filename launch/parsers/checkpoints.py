@@ -6,12 +6,12 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from .options import Verbs, add_actions, add_format, show
+from .options import Subparsers, add_format_option, add_subcommands, print_result
 
 
-def add(verbs: Verbs) -> None:
+def add_commands(verbs: Subparsers) -> None:
     """Add this family's verbs."""
-    actions = add_actions(verbs.add_parser("checkpoint", help="list, verify and compare checkpoints"))
+    actions = add_subcommands(verbs.add_parser("checkpoint", help="list, verify and compare checkpoints"))
     _add_list(actions)
     _add_verify(actions)
     _add_diff(actions)
@@ -20,10 +20,10 @@ def add(verbs: Verbs) -> None:
     _add_generate(verbs)
 
 
-def _add_list(actions: Verbs) -> None:
+def _add_list(actions: Subparsers) -> None:
     listing = actions.add_parser("ls", help="the checkpoints of a run")
     _add_path(listing)
-    add_format(listing)
+    add_format_option(listing)
     listing.set_defaults(run=_list)
 
 
@@ -31,51 +31,51 @@ def _list(options: argparse.Namespace) -> int:
     from ..verbs.checkpoint import checkpoints_table, list_checkpoints
 
     listed = list_checkpoints(options.path)
-    show(options, lambda: checkpoints_table(listed), lambda: [asdict(each) for each in listed])
+    print_result(options, lambda: checkpoints_table(listed), lambda: [asdict(each) for each in listed])
     return 0
 
 
-def _add_verify(actions: Verbs) -> None:
+def _add_verify(actions: Subparsers) -> None:
     words = "read every byte of a checkpoint and check its hash; exit code 1 where it is damaged"
-    verify = actions.add_parser("verify", help=words)
-    _add_path(verify)
-    add_format(verify)
-    _add_step(verify)
-    verify.set_defaults(run=_verify)
+    verify_checkpoint = actions.add_parser("verify", help=words)
+    _add_path(verify_checkpoint)
+    add_format_option(verify_checkpoint)
+    _add_step(verify_checkpoint)
+    verify_checkpoint.set_defaults(run=_verify)
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from ..verbs.checkpoint import verify
+    from ..verbs.checkpoint import verify_checkpoint
 
-    found = verify(options.path, options.step)
-    show(options, lambda: found.words, lambda: asdict(found))
+    found = verify_checkpoint(options.path, options.step)
+    print_result(options, lambda: found.report_text, lambda: asdict(found))
     return 1 if found.damage else 0
 
 
-def _add_diff(actions: Verbs) -> None:
-    diff = actions.add_parser("diff", help="where two checkpoints differ; exit code 1 where they do")
-    _add_path(diff)
-    add_format(diff)
-    diff.add_argument("other", type=Path, metavar="RUN", help="the one to compare with")
-    diff.add_argument("--other-step", type=int, metavar="N", help="of the second run")
-    _add_step(diff)
-    diff.set_defaults(run=_diff)
+def _add_diff(actions: Subparsers) -> None:
+    diff_checkpoints = actions.add_parser("diff", help="where two checkpoints differ; exit code 1 where they do")
+    _add_path(diff_checkpoints)
+    add_format_option(diff_checkpoints)
+    diff_checkpoints.add_argument("other", type=Path, metavar="RUN", help="the one to compare with")
+    diff_checkpoints.add_argument("--other-step", type=int, metavar="N", help="of the second run")
+    _add_step(diff_checkpoints)
+    diff_checkpoints.set_defaults(run=_diff)
 
 
 def _diff(options: argparse.Namespace) -> int:
-    from ..say import give
-    from ..verbs.checkpoint import diff, diff_table
+    from ..say import print_or_raise
+    from ..verbs.checkpoint import diff_checkpoints, diff_table
 
-    facts, differences = diff(options.path, options.other, (options.step, options.other_step))
+    facts, differences = diff_checkpoints(options.path, options.other, (options.step, options.other_step))
     if options.format == "table":
-        give("\n".join(facts))
+        print_or_raise("\n".join(facts))
     tree = {"facts": facts, "tensors": [asdict(each) for each in differences]}
-    show(options, lambda: diff_table(differences), lambda: tree)
+    print_result(options, lambda: diff_table(differences), lambda: tree)
     same = all(each.equal == each.tensors and not each.only_first + each.only_second for each in differences)
     return 0 if same else 1
 
 
-def _add_import(verbs: Verbs) -> None:
+def _add_import(verbs: Subparsers) -> None:
     importing = verbs.add_parser("import", help="a checkpoint from released weights (DeepseekV3ForCausalLM)")
     importing.add_argument("source", type=_named, metavar="DIRECTORY", help="config.json and safetensors")
     importing.add_argument("target", type=_named, metavar="TARGET", help="the new checkpoint goes into this directory")
@@ -83,14 +83,14 @@ def _add_import(verbs: Verbs) -> None:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from ..say import tell
+    from ..say import print_to_stdout
     from ..verbs.convert import import_command
 
-    tell(f"imported to {import_command(options.source, options.target)}")
+    print_to_stdout(f"imported to {import_command(options.source, options.target)}")
     return 0
 
 
-def _add_export(verbs: Verbs) -> None:
+def _add_export(verbs: Subparsers) -> None:
     export = verbs.add_parser("export", help="a checkpoint as transformers and others read it")
     _add_path(export)
     export.add_argument("directory", type=_named, metavar="DIRECTORY", help="new, or empty")
@@ -103,17 +103,17 @@ def _add_export(verbs: Verbs) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from ..say import tell
+    from ..say import print_to_stdout
     from ..verbs.convert import export_command
 
     how = options.dtype, options.rope, options.max_shard
-    found = export_command(options.path, options.step, options.directory, *how, average=options.average)
+    found = export_command(options.path, options.step, options.directory, *how, ema_weights=options.average)
     what = "the average of the weights of " if options.average else ""
-    tell(f"exported {what}{found} to {options.directory}")
+    print_to_stdout(f"exported {what}{found} to {options.directory}")
     return 0
 
 
-def _add_generate(verbs: Verbs) -> None:
+def _add_generate(verbs: Subparsers) -> None:
     generate = verbs.add_parser("generate", help="text from a checkpoint, with MTP as a draft")
     _add_path(generate)
     generate.add_argument("--prompt", required=True, metavar="TEXT")
@@ -127,13 +127,13 @@ def _add_generate(verbs: Verbs) -> None:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from ..say import give, say
-    from ..verbs.generate import GenerationRequest, acceptance, generate_text
+    from ..say import print_or_raise, print_to_stderr
+    from ..verbs.generate import GenerationRequest, describe_acceptance, generate_text
 
     size = options.tokens, options.temperature, options.seed, not options.no_draft, options.average
     text, found = generate_text(GenerationRequest(options.path, options.step, options.prompt, *size))
-    give(options.prompt + text)
-    say(acceptance(found))
+    print_or_raise(options.prompt + text)
+    print_to_stderr(describe_acceptance(found))
     return 0
 
 

@@ -5,40 +5,42 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import Verbs, add_actions, described, with_overrides
+from .options import Subparsers, add_override_arguments, add_subcommands, get_overrides
 
 
-def add(verbs: Verbs) -> None:
+def add_commands(verbs: Subparsers) -> None:
     """Add this family's verb."""
-    actions = add_actions(verbs.add_parser("data", help="prepare a corpus, look at a prepared one"))
-    prepare = with_overrides(actions.add_parser("prepare", help="train the tokenizer and write token shards"))
-    prepare.set_defaults(run=_prepare)
-    inspect = with_overrides(actions.add_parser("inspect", help="what is in them"))
+    actions = add_subcommands(verbs.add_parser("data", help="prepare a corpus, look at a prepared one"))
+    prepare_corpus = add_override_arguments(
+        actions.add_parser("prepare", help="train the tokenizer and write token shards")
+    )
+    prepare_corpus.set_defaults(run=_prepare)
+    inspect = add_override_arguments(actions.add_parser("inspect", help="what is in them"))
     inspect.set_defaults(run=_inspect)
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from ...trainer.data.prepare import prepare
-    from ..compose import compose_run
-    from ..making import cleaning_up
-    from ..say import tell
+    from ...trainer.data.prepare import prepare_corpus
+    from ..compose import compose_run_config
+    from ..making import clean_up_on_signal
+    from ..say import print_to_stdout
 
-    config = compose_run(*described(options)).data
-    with cleaning_up("data prepare"):
-        prepare(config, tell)
+    config = compose_run_config(*get_overrides(options)).data
+    with clean_up_on_signal("data prepare"):
+        prepare_corpus(config, print_to_stdout)
     _describe(config.prepared)
     return 0
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from ..compose import compose_run
+    from ..compose import compose_run_config
 
-    _describe(compose_run(*described(options)).data.prepared)
+    _describe(compose_run_config(*get_overrides(options)).data.prepared)
     return 0
 
 
 def _describe(prepared: str) -> None:
-    from ...trainer.data.inspect import describe, render
-    from ..say import tell
+    from ...trainer.data.inspect import describe_prepared_data, render_description
+    from ..say import print_to_stdout
 
-    tell(render(describe(Path(prepared))))
+    print_to_stdout(render_description(describe_prepared_data(Path(prepared))))

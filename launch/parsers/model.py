@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 from ...comm.errors import ConfigError, Problem
-from .options import Verbs, add_format, described, show, with_overrides
+from .options import Subparsers, add_format_option, add_override_arguments, get_overrides, print_result
 
 
-def add(verbs: Verbs) -> None:
+def add_commands(verbs: Subparsers) -> None:
     """Add this family's verbs."""
     _add_params(verbs)
     _add_memory(verbs)
@@ -17,38 +17,44 @@ def add(verbs: Verbs) -> None:
     _add_partition(verbs)
 
 
-def _add_params(verbs: Verbs) -> None:
-    params = with_overrides(verbs.add_parser("params", help="parameters, FLOPs a token and activations of a model"))
-    add_format(params)
+def _add_params(verbs: Subparsers) -> None:
+    params = add_override_arguments(
+        verbs.add_parser("params", help="parameters, FLOPs a token and activations of a model")
+    )
+    add_format_option(params)
     params.set_defaults(run=_params)
 
 
 def _params(options: argparse.Namespace) -> int:
-    from ..verbs.params import params_table, params_tree
+    from ..verbs.params import params_as_dict, params_table
 
-    show(options, lambda: params_table(*described(options)), lambda: params_tree(*described(options)))
+    print_result(
+        options, lambda: params_table(*get_overrides(options)), lambda: params_as_dict(*get_overrides(options))
+    )
     return 0
 
 
-def _add_memory(verbs: Verbs) -> None:
-    memory = with_overrides(verbs.add_parser("memory", help="bytes that each rank of a run needs, by kind"))
+def _add_memory(verbs: Subparsers) -> None:
+    memory = add_override_arguments(verbs.add_parser("memory", help="bytes that each rank of a run needs, by kind"))
     memory.add_argument("--measure", action="store_true", help="run two steps of the real ranks here, and compare")
     memory.add_argument("--one-rank", action="store_true", help="with all tokens of a group on one rank's experts")
-    add_format(memory)
+    add_format_option(memory)
     memory.set_defaults(run=_memory)
 
 
 def _memory(options: argparse.Namespace) -> int:
-    from ..verbs.memory import memory_report, memory_table, memory_tree
+    from ..verbs.memory import build_memory_report, memory_as_dict, memory_table
 
     if options.one_rank and not options.measure:
         raise ConfigError([Problem("--one-rank", True, "is how a run is measured; write --measure too")])
-    report = memory_report(*described(options), measure=options.measure, one_rank=options.one_rank)
-    show(options, lambda: memory_table(report), lambda: memory_tree(report))
+    report = build_memory_report(
+        *get_overrides(options), measure=options.measure, all_tokens_to_one_rank=options.one_rank
+    )
+    print_result(options, lambda: memory_table(report), lambda: memory_as_dict(report))
     return 0
 
 
-def _add_schedule(verbs: Verbs) -> None:
+def _add_schedule(verbs: Subparsers) -> None:
     schedule = verbs.add_parser("schedule", help="a pipeline program, checked and drawn")
     schedule.add_argument("name", metavar="NAME", help="gpipe, one_f_one_b, interleaved, zb1p, dualpipe or dualpipev")
     schedule.add_argument("--stages", type=int, required=True, metavar="P", help="pipeline ranks")
@@ -61,13 +67,13 @@ def _add_schedule(verbs: Verbs) -> None:
 
 
 def _schedule(options: argparse.Namespace) -> int:
-    from ..say import give
+    from ..say import print_or_raise
     from ..verbs.schedule import draw_schedule
 
     size = options.name, options.stages, options.micro_batches, options.chunks
     drawing = draw_schedule(*size, options.format, options.times)
     if options.output is None:
-        give(drawing)
+        print_or_raise(drawing)
         return 0
     try:
         options.output.write_text(f"{drawing}\n")
@@ -76,18 +82,20 @@ def _schedule(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_partition(verbs: Verbs) -> None:
-    partition = with_overrides(verbs.add_parser("partition", help="a model's layers on the stages of a pipeline"))
+def _add_partition(verbs: Subparsers) -> None:
+    partition = add_override_arguments(
+        verbs.add_parser("partition", help="a model's layers on the stages of a pipeline")
+    )
     partition.add_argument("--stages", type=int, required=True, help="stages the model is cut into")
     partition.add_argument("--layout", metavar="L,L,…", help="the number of layers of each stage, instead of a search")
     partition.add_argument("--schedule", default="one_f_one_b", help="puts stages on ranks (default one_f_one_b)")
-    add_format(partition)
+    add_format_option(partition)
     partition.set_defaults(run=_partition)
 
 
 def _partition(options: argparse.Namespace) -> int:
-    from ..verbs.partition import partition_model, partition_table, partition_tree
+    from ..verbs.partition import partition_as_dict, partition_model, partition_table
 
-    model = partition_model(*described(options), options.stages, options.schedule, options.layout)
-    show(options, lambda: partition_table(model), lambda: partition_tree(model))
+    model = partition_model(*get_overrides(options), options.stages, options.schedule, options.layout)
+    print_result(options, lambda: partition_table(model), lambda: partition_as_dict(model))
     return 0

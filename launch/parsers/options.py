@@ -10,49 +10,49 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
-from ..say import give
+from ..say import print_or_raise
 
 # argparse has no public name for it; a string, for it cannot be subscripted where it runs.
-Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
-def add_actions(verb: argparse.ArgumentParser) -> Verbs:
+def add_subcommands(verb: argparse.ArgumentParser) -> Subparsers:
     """Let a verb have verbs of its own, and want one."""
     return verb.add_subparsers(dest="action", required=True)
 
 
-def with_overrides(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def add_override_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The same parser, for a verb about what a configuration describes."""
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="group=choice or key=value, as in Hydra")
     parser.add_argument("--config-dir", type=Path, help="a directory with configuration groups of your own")
     return parser
 
 
-def described(options: argparse.Namespace) -> tuple[list[str], Path | None]:
-    """What `with_overrides` has asked for: overrides, and where more groups are."""
+def get_overrides(options: argparse.Namespace) -> tuple[list[str], Path | None]:
+    """What `add_override_arguments` has asked for: overrides, and where more groups are."""
     return options.overrides, options.config_dir
 
 
-def add_format(parser: argparse.ArgumentParser) -> None:
-    """--format, which `show` follows."""
+def add_format_option(parser: argparse.ArgumentParser) -> None:
+    """--format, which `print_result` follows."""
     parser.add_argument("--format", choices=["table", "json"], default="table")
 
 
-def show(options: argparse.Namespace, table: Callable[[], object], tree: Callable[[], object]) -> None:
+def print_result(options: argparse.Namespace, table: Callable[[], object], tree: Callable[[], object]) -> None:
     """Print what --format asks for: `tree()` as JSON, or `table()`, text as it is and anything else as rich draws it.
 
     A tuple is printed part by part. Only the one that is asked for is made.
     """
     if options.format == "json":
-        give(json.dumps(tree(), indent=1))
+        print_or_raise(json.dumps(tree(), indent=1))
         return
     found = table()
     for part in found if isinstance(found, tuple) else (found,):
         if isinstance(part, str):
-            give(part)  # rich would break its lines
+            print_or_raise(part)  # rich would break its lines
             continue
         from rich.console import Console
 
         drawn, terminal = io.StringIO(), sys.stdout.isatty()
         Console(file=drawn, force_terminal=terminal or None, markup=False).print(part)  # a bracket is a bracket
-        give(drawn.getvalue().removesuffix("\n"))
+        print_or_raise(drawn.getvalue().removesuffix("\n"))

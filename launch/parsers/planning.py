@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 from ...comm.errors import ConfigError, Problem
-from .options import Verbs, add_format, described, show, with_overrides
+from .options import Subparsers, add_format_option, add_override_arguments, get_overrides, print_result
 
 
-def add(verbs: Verbs) -> None:
+def add_commands(verbs: Subparsers) -> None:
     """Add this family's verbs."""
     _add_simulate(verbs)
     _add_plan(verbs)
@@ -17,46 +17,48 @@ def add(verbs: Verbs) -> None:
     _add_rehearse(verbs)
 
 
-def _add_simulate(verbs: Verbs) -> None:
-    simulate = with_overrides(verbs.add_parser("simulate", help="one layout priced and explained, before it runs"))
+def _add_simulate(verbs: Subparsers) -> None:
+    simulate = add_override_arguments(
+        verbs.add_parser("simulate", help="one layout priced and explained, before it runs")
+    )
     simulate.add_argument("--trace", type=Path, metavar="FILE", help="write a timeline for Perfetto")
     simulate.add_argument("--html", type=Path, metavar="FILE", help="write a page with timeline and memory")
-    add_format(simulate)
+    add_format_option(simulate)
     _add_inputs(simulate)
     simulate.set_defaults(run=_simulate)
 
 
 def _simulate(options: argparse.Namespace) -> int:
-    from ..verbs.simulate import simulate, simulation_table, simulation_tree, write_files
+    from ..verbs.simulate import simulate, simulation_as_dict, simulation_table, write_trace_and_html
 
-    simulation = simulate(*described(options), _inputs(options))
-    write_files(simulation, options.trace, options.html)
-    show(options, lambda: simulation_table(simulation), lambda: simulation_tree(simulation))
+    simulation = simulate(*get_overrides(options), _inputs(options))
+    write_trace_and_html(simulation, options.trace, options.html)
+    print_result(options, lambda: simulation_table(simulation), lambda: simulation_as_dict(simulation))
     return 0
 
 
-def _add_plan(verbs: Verbs) -> None:
-    plan = with_overrides(verbs.add_parser("plan", help="layouts searched and priced against the budget"))
+def _add_plan(verbs: Subparsers) -> None:
+    plan = add_override_arguments(verbs.add_parser("plan", help="layouts searched and priced against the budget"))
     plan.add_argument("--keep", type=int, default=5, metavar="N", help="layouts to print (default 5)")
-    add_format(plan)
+    add_format_option(plan)
     plan.add_argument("--html", type=Path, metavar="FILE", help="write a page of the best layout, with its timeline")
     _add_inputs(plan)
     plan.set_defaults(run=_plan)
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from ..verbs.plan import plan, plan_table, plan_tree, write_page
+    from ..verbs.plan import plan, plan_as_dict, plan_table, write_plan_html
 
-    result = plan(*described(options), options.keep, _inputs(options))
+    result = plan(*get_overrides(options), options.keep, _inputs(options))
     if options.html is not None:
-        write_page(result, options.html)
-    show(options, lambda: plan_table(result), lambda: plan_tree(result))
+        write_plan_html(result, options.html)
+    print_result(options, lambda: plan_table(result), lambda: plan_as_dict(result))
     return 0
 
 
-def _add_calibrate(verbs: Verbs) -> None:
+def _add_calibrate(verbs: Subparsers) -> None:
     text = "measure this machine's parts for the planner, as a cluster of its own"
-    calibrate = with_overrides(verbs.add_parser("calibrate", help=text))
+    calibrate = add_override_arguments(verbs.add_parser("calibrate", help=text))
     folder = Path("runs/calibration")
     calibrate.add_argument("--output", type=Path, default=folder, metavar="DIR", help=f"default {folder}")
     calibrate.add_argument("--ranks", type=int, default=2, metavar="N", help="processes at work (default 2)")
@@ -65,17 +67,17 @@ def _add_calibrate(verbs: Verbs) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from ..say import tell
+    from ..say import print_to_stdout
     from ..verbs.calibrate import calibrate
 
-    written = calibrate(*described(options), options.output, options.ranks, options.repeats)
-    tell(f"wrote {written}; price with it: --config-dir {options.output} cluster=measured")
+    written = calibrate(*get_overrides(options), options.output, options.ranks, options.repeats)
+    print_to_stdout(f"wrote {written}; price with it: --config-dir {options.output} cluster=measured")
     return 0
 
 
-def _add_rehearse(verbs: Verbs) -> None:
+def _add_rehearse(verbs: Subparsers) -> None:
     text = "one step of a GPU run's real code, rank by rank on fake CUDA tensors: no GPU and no data are needed"
-    rehearse = with_overrides(verbs.add_parser("rehearse", help=text))
+    rehearse = add_override_arguments(verbs.add_parser("rehearse", help=text))
     ranks = rehearse.add_mutually_exclusive_group()
     ranks.add_argument("--ranks", metavar="R,R,…", help="ranks to rehearse, as 0,7,901")
     text = "one rank of each pipeline position, and a second member of one EP group and of one edp group (the default)"
@@ -84,26 +86,26 @@ def _add_rehearse(verbs: Verbs) -> None:
     rehearse.add_argument("--micro-batches", type=int, metavar="N", help=text)
     text = "list the N operations of an expert layer that move the most bytes (default 0)"
     rehearse.add_argument("--passes", type=int, default=0, metavar="N", help=text)
-    add_format(rehearse)
+    add_format_option(rehearse)
     rehearse.set_defaults(run=_rehearse)
 
 
 def _rehearse(options: argparse.Namespace) -> int:
-    from ..say import say
+    from ..say import print_to_stderr
 
     if options.passes < 0:
         raise ConfigError([Problem("--passes", options.passes, "must be at least 0")])
-    say("reading the configuration")  # before torch is loaded, which takes seconds
-    from ..rehearsal.tables import verdict_table, verdict_tree
-    from ..run.launcher import Stopped
+    print_to_stderr("reading the configuration")  # before torch is loaded, which takes seconds
+    from ..rehearsal.tables import rehearsal_tables, rehearsal_to_dict
+    from ..run.launcher import StoppedBySignal
     from ..verbs.rehearse import rehearse
 
     try:
-        verdict = rehearse(*described(options), options.ranks, options.micro_batches, say)
-    except Stopped as stop:
-        say(f"shoestring rehearse: {stop}")
+        verdict = rehearse(*get_overrides(options), options.ranks, options.micro_batches, print_to_stderr)
+    except StoppedBySignal as stop:
+        print_to_stderr(f"shoestring rehearse: {stop}")
         return stop.exit_code
-    show(options, lambda: verdict_table(verdict, options.passes), lambda: verdict_tree(verdict))
+    print_result(options, lambda: rehearsal_tables(verdict, options.passes), lambda: rehearsal_to_dict(verdict))
     return verdict.exit_code
 
 

@@ -6,10 +6,10 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from .options import Verbs, add_format, described, show, with_overrides
+from .options import Subparsers, add_format_option, add_override_arguments, get_overrides, print_result
 
 
-def add(verbs: Verbs) -> None:
+def add_commands(verbs: Subparsers) -> None:
     """Add this family's verbs."""
     _add_budget(verbs)
     _add_report(verbs)
@@ -18,7 +18,7 @@ def add(verbs: Verbs) -> None:
     _add_trace(verbs)
 
 
-def _add_budget(verbs: Verbs) -> None:
+def _add_budget(verbs: Subparsers) -> None:
     budget = verbs.add_parser("budget", help="what a run has cost, beside the published 2.788 M GPU-hours")
     budget.add_argument("run_or_project", type=Path, metavar="RUN", help="directory of a run, or a project file")
     budget.add_argument("--tokens", metavar="14.8T", help="what so many tokens would cost at this run's price")
@@ -32,22 +32,22 @@ def _add_budget(verbs: Verbs) -> None:
     budget.add_argument("--against", type=Path, metavar="PLAN", help=plan)
     everything = "read every record of the ledger, and compare the totals that are saved beside it"
     budget.add_argument("--verify", action="store_true", help=everything)
-    add_format(budget)
+    add_format_option(budget)
     budget.set_defaults(run=_budget)
 
 
 def _budget(options: argparse.Namespace) -> int:
     from rich.console import Group
 
-    from ..verbs.budget import BudgetQuery, budget_tables, budget_tree
+    from ..verbs.budget import BudgetQuery, budget_as_dict, budget_tables
 
     names = [field.name for field in fields(BudgetQuery) if field.name != "run"]
     question = BudgetQuery(options.run_or_project, **{name: getattr(options, name) for name in names})
-    show(options, lambda: Group(*budget_tables(question)), lambda: budget_tree(question))
+    print_result(options, lambda: Group(*budget_tables(question)), lambda: budget_as_dict(question))
     return 0
 
 
-def _add_report(verbs: Verbs) -> None:
+def _add_report(verbs: Subparsers) -> None:
     report = verbs.add_parser("report", help="a run as one HTML page: curves, bill, timeline, incidents")
     report.add_argument("run_dir", type=Path, metavar="RUN", help="directory of a run, which may be going on")
     report.add_argument("--out", type=Path, metavar="PATH", help="write there (default: RUN/report.html)")
@@ -55,14 +55,14 @@ def _add_report(verbs: Verbs) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from ..say import tell
+    from ..say import print_to_stdout
     from ..verbs.report import write_report
 
-    tell(f"wrote {write_report(options.run_dir, options.out)}")
+    print_to_stdout(f"wrote {write_report(options.run_dir, options.out)}")
     return 0
 
 
-def _add_watch(verbs: Verbs) -> None:
+def _add_watch(verbs: Subparsers) -> None:
     watch = verbs.add_parser("watch", help="follow a run in the terminal until it has ended, or Ctrl-C")
     watch.add_argument("run_dir", type=Path, metavar="RUN", help="directory of a run")
     watch.add_argument("--once", action="store_true", help="print how it stands, and be done")
@@ -78,37 +78,39 @@ def _watch(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_dashboard(verbs: Verbs) -> None:
-    dashboard = with_overrides(verbs.add_parser("dashboard", help="the wandb workspace for a run's metrics, as JSON"))
+def _add_dashboard(verbs: Subparsers) -> None:
+    dashboard = add_override_arguments(
+        verbs.add_parser("dashboard", help="the wandb workspace for a run's metrics, as JSON")
+    )
     dashboard.add_argument("--save", action="store_true", help="create it on wandb's server instead; needs an account")
     dashboard.set_defaults(run=_dashboard)
 
 
 def _dashboard(options: argparse.Namespace) -> int:
-    from ..say import give, tell
+    from ..say import print_or_raise, print_to_stdout
     from ..verbs.dashboard import dashboard_json, save_dashboard
 
     if options.save:
-        tell(save_dashboard(*described(options)))
+        print_to_stdout(save_dashboard(*get_overrides(options)))
     else:
-        give(dashboard_json(*described(options)))
+        print_or_raise(dashboard_json(*get_overrides(options)))
     return 0
 
 
-def _add_trace(verbs: Verbs) -> None:
+def _add_trace(verbs: Subparsers) -> None:
     trace = verbs.add_parser("trace", help="what a traced run's timeline adds up to, and a picture of it")
     trace.add_argument("place", type=Path, metavar="TRACE", help="a run's directory, or its merged trace.json")
     picture = "draw a forward's and a backward's layer in turns there"
     trace.add_argument("--svg", type=Path, metavar="FILE", help=picture)
-    add_format(trace)
+    add_format_option(trace)
     trace.set_defaults(run=_trace)
 
 
 def _trace(options: argparse.Namespace) -> int:
-    from ..verbs.trace import open_trace, trace_table, trace_tree, write_picture
+    from ..verbs.trace import open_trace, trace_as_dict, trace_time_table, write_layer_pair_svg
 
     ranks = open_trace(options.place)
     if options.svg is not None:
-        write_picture(ranks, options.svg)
-    show(options, lambda: trace_table(ranks), lambda: trace_tree(ranks))
+        write_layer_pair_svg(ranks, options.svg)
+    print_result(options, lambda: trace_time_table(ranks), lambda: trace_as_dict(ranks))
     return 0

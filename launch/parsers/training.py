@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-from .options import Verbs, described, with_overrides
+from .options import Subparsers, add_override_arguments, get_overrides
 
 
-def add(verbs: Verbs) -> None:
+def add_commands(verbs: Subparsers) -> None:
     """Add this family's verbs."""
     _add_train(verbs)
     _add_cluster(verbs)
 
 
-def _add_train(verbs: Verbs) -> None:
-    train = with_overrides(verbs.add_parser("train", help="train, or go on from the run's last checkpoint"))
+def _add_train(verbs: Subparsers) -> None:
+    train = add_override_arguments(verbs.add_parser("train", help="train, or go on from the run's last checkpoint"))
     _add_fresh(train)
     train.add_argument("--cfg", choices=["job"], help="print the composed configuration instead")
     train.set_defaults(run=_train)
@@ -22,18 +22,20 @@ def _add_train(verbs: Verbs) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     if options.cfg:
-        from ..compose import compose_run, to_yaml
-        from ..say import give
+        from ..compose import compose_run_config, config_to_yaml
+        from ..say import print_or_raise
 
-        give(to_yaml(compose_run(*described(options))).removesuffix("\n"))
+        print_or_raise(config_to_yaml(compose_run_config(*get_overrides(options))).removesuffix("\n"))
         return 0
     from ..run.train import train_command
 
-    return train_command(*described(options), fresh=options.fresh)
+    return train_command(*get_overrides(options), fresh=options.fresh)
 
 
-def _add_cluster(verbs: Verbs) -> None:
-    cluster = with_overrides(verbs.add_parser("cluster", help="rehearse a run over several machines on this one"))
+def _add_cluster(verbs: Subparsers) -> None:
+    cluster = add_override_arguments(
+        verbs.add_parser("cluster", help="rehearse a run over several machines on this one")
+    )
     cluster.add_argument("--nodes", type=int, required=True, metavar="N", help="simulated machines")
     cluster.add_argument("--gpus-per-node", type=int, required=True, metavar="N", help="ranks on each, on the CPU")
     cluster.add_argument("--uplink", metavar="RATE", help="of each node, such as 200mbit; no limit without")
@@ -44,12 +46,14 @@ def _add_cluster(verbs: Verbs) -> None:
 
 
 def _cluster(options: argparse.Namespace) -> int:
-    from ..cluster.cluster_run import ClusterRehearsal, run_cluster
+    from ..cluster.cluster_run import SimulatedClusterRun, run_on_simulated_cluster
 
     faults = [("--cut-link", text) for text in options.cut_link]
     faults += [("--kill-node", text) for text in options.kill_node]
-    run = *described(options), options.fresh
-    return run_cluster(ClusterRehearsal(*run, options.nodes, options.gpus_per_node, options.uplink, faults))
+    run = *get_overrides(options), options.fresh
+    return run_on_simulated_cluster(
+        SimulatedClusterRun(*run, options.nodes, options.gpus_per_node, options.uplink, faults)
+    )
 
 
 def _add_fresh(parser: argparse.ArgumentParser) -> None:

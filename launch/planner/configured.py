@@ -8,94 +8,102 @@ from typing import Any
 
 import torch
 
-from ...comm.errors import Problem, refuse_if_any
-from ...comm.exchange.deepep import SMS_BETWEEN_NODES
+from ...comm.errors import Problem, raise_if_any
+from ...comm.exchange.deepep import INTER_NODE_SMS
 from ...trainer.config import RunConfig
 from ...trainer.model.recompute import RecomputeModule
-from ..compose import to_tree
-from .forecast import Layout
+from ..compose import config_to_dict
+from .forecast import ParallelLayout
 from .kernel_times import KernelTable
-from .pricing import described_table
-from .recipe import Precision, Recipe
+from .pricing import cluster_kernel_table
+from .recipe import ForecastRecipe, GemmPrecision
 
-_COMPUTE = {"float32": Precision.FP32, "bfloat16": Precision.BF16}
+_COMPUTE = {"float32": GemmPrecision.FP32, "bfloat16": GemmPrecision.BF16}
 
 
-def layout_of(config: RunConfig) -> Layout:
+def layout_from_config(config: RunConfig) -> ParallelLayout:
     """The layout that a configuration describes."""
     schedule = config.schedule
-    return Layout(config.topology, schedule.name, schedule.micro_batch, schedule.chunks, schedule.layout)
+    return ParallelLayout(
+        config.topology, schedule.name, schedule.micro_batch_size, schedule.chunks, schedule.layers_per_stage
+    )
 
 
-def recipe_of(config: RunConfig, inputs: Mapping[str, Any]) -> Recipe:
+def recipe_from_config(config: RunConfig, inputs: Mapping[str, Any]) -> ForecastRecipe:
     """How the run of this configuration computes, with `inputs`, fields that no configuration has.
 
     Raises `ConfigError` with all that cannot be priced on its cluster.
     """
-    table = described_table(config.cluster)
-    given = replace(computing_of(config), **{"comm_sms": _lent(config, table), **inputs})
-    refuse_if_any([*unpriced(config), *grid_problems(config), *_input_problems(config, table, given, inputs)])
+    table = cluster_kernel_table(config.cluster)
+    given = replace(configured_recipe(config), **{"comm_sms": _lent(config, table), **inputs})
+    raise_if_any(
+        [
+            *unsupported_config_problems(config),
+            *cluster_size_problems(config),
+            *_input_problems(config, table, given, inputs),
+        ]
+    )
     return given
 
 
-def computing_of(config: RunConfig) -> Recipe:
+def configured_recipe(config: RunConfig) -> ForecastRecipe:
     """What of the recipe the configuration says."""
-    return Recipe(
-        precision=precision_of(config),
-        recompute=config.recompute.policy,
+    return ForecastRecipe(
+        precision=gemm_precision_from_config(config),
+        recompute=config.recompute.recompute_modules,
         exchange=config.exchange,
         overlap=config.schedule.overlap,
         moment_bytes=2 * config.optimizer.moments_dtype(config.precision.parameter_dtype()).itemsize,
-        expert_rows=config.recompute.expert_rows,
-        on_cpu=on_cpu(config),
+        expert_block_rows=config.recompute.expert_block_rows,
+        on_cpu=runs_on_cpu(config),
     )
 
 
-def precision_of(config: RunConfig) -> Precision:
+def gemm_precision_from_config(config: RunConfig) -> GemmPrecision:
     """What the Linears compute in; `auto` is BF16 on GPUs and FP32 on a CPU."""
     if config.precision.linear == "fp8":
-        return Precision.FP8
-    device = torch.device("cpu" if on_cpu(config) else "cuda")
+        return GemmPrecision.FP8
+    device = torch.device("cpu" if runs_on_cpu(config) else "cuda")
     name = str(config.precision.compute_dtype(device)).removeprefix("torch.")
-    return _COMPUTE.get(name, Precision.FP32)  # FP64 is refused
+    return _COMPUTE.get(name, GemmPrecision.FP32)  # FP64 is refused
 
 
-def on_cpu(config: RunConfig) -> bool:
+def runs_on_cpu(config: RunConfig) -> bool:
     """Whether the cluster's "GPUs" are processes of a CPU."""
-    return config.cluster.sms is None
+    return config.cluster.sm_count is None
 
 
 def _lent(config: RunConfig, table: KernelTable) -> int:
     """SMs that the exchange takes: what DeepEP is asked for, else as many as where the table was measured."""
-    lent = table.find("gemm", "lent_sms", "any")
+    lent = table.find_row("gemm", "lent_sms", "any")
     if lent is None:
         return 0
-    asked = config.exchange.name == "deepep" and config.topology.ep_nodes > 1
-    return SMS_BETWEEN_NODES if asked else int(lent.value)
+    asked = config.exchange.name == "deepep" and config.topology.nodes_per_ep_group > 1
+    return INTER_NODE_SMS if asked else int(lent.value)
 
 
-def lendable_sms(config: RunConfig) -> int | None:
+def comm_sms_limit(config: RunConfig) -> int | None:
     """SMs of a GPU; None where the table does not say how many were lent, so that no time depends on it."""
-    lent = described_table(config.cluster).find("gemm", "lent_sms", "any")
-    return None if lent is None else config.cluster.sms
+    lent = cluster_kernel_table(config.cluster).find_row("gemm", "lent_sms", "any")
+    return None if lent is None else config.cluster.sm_count
 
 
-def unpriced(config: RunConfig) -> Iterator[Problem]:
+def unsupported_config_problems(config: RunConfig) -> Iterator[Problem]:
     """What the run would do, and no table says how long it takes."""
     cluster, precision = config.cluster, config.precision
-    here = "cpu" if on_cpu(config) else "cuda"
+    here = "cpu" if runs_on_cpu(config) else "cuda"
     if config.training.device not in ("auto", here):
         hint = f"{cluster.name} is priced on its {'CPU' if here == 'cpu' else 'GPUs'}; write auto or {here}"
         yield Problem("training.device", config.training.device, hint)
     if precision.compute == "float64":
         yield Problem("precision.compute", "float64", "no table prices FP64; write precision=bf16 or precision=fp32")
-    elif precision.compute == "float32" and not on_cpu(config):
+    elif precision.compute == "float32" and not runs_on_cpu(config):
         hint = f"no table prices FP32 on {cluster.name}; write precision=bf16 or precision=fp8"
         yield Problem("precision.compute", "float32", hint)
-    if precision.linear == "fp8" and on_cpu(config):
+    if precision.linear == "fp8" and runs_on_cpu(config):
         hint = "a CPU emulates FP8, and no table prices that; write precision=auto, or price a cluster of GPUs"
         yield Problem("precision.linear", "fp8", hint)
-    if precision.provider == "reference" and not on_cpu(config):
+    if precision.fp8_backend == "reference" and not runs_on_cpu(config):
         hint = "no table prices the emulation on a GPU; write precision.provider=auto"
         yield Problem("precision.provider", "reference", hint)
     if config.exchange.check_order:
@@ -103,10 +111,10 @@ def unpriced(config: RunConfig) -> Iterator[Problem]:
         yield Problem("exchange.check_order", True, hint)
 
 
-def grid_problems(config: RunConfig) -> Iterator[Problem]:
+def cluster_size_problems(config: RunConfig) -> Iterator[Problem]:
     """A run on other GPUs than the cluster's would be priced as another run."""
     topology, cluster = config.topology, config.cluster
-    ranks, gpus, per_node = topology.world_size, cluster.gpus, cluster.gpus_per_node
+    ranks, gpus, per_node = topology.world_size, cluster.total_gpus, cluster.gpus_per_node
     if ranks != gpus:
         fit = f"cluster.nodes={ranks // per_node}" if ranks % per_node == 0 else f"cluster.gpus_per_node={ranks}"
         grid = f"pp x edp x ep = {topology.pp} x {topology.edp} x {topology.ep} = {ranks}"
@@ -118,40 +126,40 @@ def grid_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def _input_problems(
-    config: RunConfig, table: KernelTable, recipe: Recipe, inputs: Mapping[str, Any]
+    config: RunConfig, table: KernelTable, recipe: ForecastRecipe, inputs: Mapping[str, Any]
 ) -> Iterator[Problem]:
-    sms = lendable_sms(config)
+    sms = comm_sms_limit(config)
     yield from recipe.problems(sms, config.topology.ep)
     if "comm_sms" in inputs and sms is None:
         hint = f"the table of {config.cluster.name} does not say how many SMs were lent, so nothing depends on it"
         yield Problem("--comm-sms", recipe.comm_sms, f"{hint}; leave it out")
-    if recipe.skew > 0 and table.measured_with:
+    if recipe.skew > 0 and table.measured_recipe:
         hint = f"phases of {config.cluster.name} were timed whole, with the rows of balanced experts; leave it out"
         yield Problem("--skew", recipe.skew, hint)
 
 
-def run_with(config: RunConfig, layout: Layout, recipe: Recipe) -> RunConfig:
+def config_with_layout(config: RunConfig, layout: ParallelLayout, recipe: ForecastRecipe) -> RunConfig:
     """The run in another layout, of which the recipe says how it computes and what it makes again."""
-    names = {"name": layout.schedule, "micro_batch": layout.micro_batch, "chunks": layout.chunks}
+    names = {"name": layout.schedule, "micro_batch": layout.micro_batch_size, "chunks": layout.chunks_per_rank}
     precision = config.precision
-    if recipe.precision is Precision.FP8:
+    if recipe.precision is GemmPrecision.FP8:
         precision = replace(precision, linear="fp8")
     elif precision.linear == "fp8":
-        precision = replace(precision, linear="native", provider="auto", scales="fp32")
+        precision = replace(precision, linear="native", fp8_backend="auto", fp8_scale_format="fp32")
     return replace(
         config,
         topology=layout.topology,
-        schedule=replace(config.schedule, **names, layout=layout.layers),  # type: ignore[arg-type]
+        schedule=replace(config.schedule, **names, layers_per_stage=layout.layers_per_stage),  # type: ignore[arg-type]
         recompute=replace(
-            config.recompute, parts=tuple(part.value for part in RecomputeModule if part in recipe.recompute)
+            config.recompute, modules=tuple(part.value for part in RecomputeModule if part in recipe.recompute)
         ),
         precision=precision,
     )
 
 
-def overrides_between(before: RunConfig, after: RunConfig) -> list[str]:
+def diff_overrides(before: RunConfig, after: RunConfig) -> list[str]:
     """What to write behind the overrides of the first to have the second."""
-    return list(_differences(to_tree(before), to_tree(after), ""))
+    return list(_differences(config_to_dict(before), config_to_dict(after), ""))
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str) -> Iterator[str]:

@@ -6,27 +6,27 @@ from collections.abc import Iterator
 
 from ...trainer.config import RunConfig
 from ...trainer.costs.cluster import ClusterConfig
-from ...trainer.memory.peak import ALL_TO_ALL, CONTEXT
-from .forecast import Forecast
-from .kernel_times import KernelTable, weakest
-from .lanes import ChunkCosts
-from .operations import Shape, head_traffic
-from .recipe import Precision, Recipe
+from ...trainer.memory.peak import CUDA_CONTEXT_BYTES, NCCL_ALL_TO_ALL_BYTES
+from .forecast import StepForecast
+from .kernel_times import KernelTable, weakest_evidence
+from .lanes import ChunkTimeModel
+from .operations import LayerWorkload, head_gradient_bytes
+from .recipe import ForecastRecipe, GemmPrecision
 
-Evidence = tuple[str, str, str]
+Assumption = tuple[str, str, str]
 """(what, evidence class, source). `chosen` is what the run's configuration says."""
 
 
-def assumptions(config: RunConfig, forecast: Forecast, costs: ChunkCosts) -> list[Evidence]:
+def list_assumptions(config: RunConfig, forecast: StepForecast, costs: ChunkTimeModel) -> list[Assumption]:
     """Everything that a forecast rests on."""
-    recipe, table, at_best = forecast.recipe, costs.cost.table, forecast.coverage.at_best
+    recipe, table, at_best = forecast.recipe, costs.compute_model.table, forecast.evidence_coverage.strongest_evidence
     found = [*_times(table, at_best), *_figures(config.cluster), *_choices(recipe)]
-    if config.exchange.name == "flat" and forecast.layout.topology.ep > 1 and not table.measured_with:
+    if config.exchange.name == "flat" and forecast.layout.topology.ep > 1 and not table.measured_recipe:
         found.append(("a row for every expert at the links' pace", "assumed", "no measurement of such an exchange"))
     if recipe.comm_sms:
         found += _lent(config, recipe, table, at_best)
-    found += _of_a_trace(at_best) if table.of("sync", "overlapped") else ()
-    found += _of_a_cpu() if table.measured_with else _of_kernels(config, recipe, costs.shape)
+    found += _of_a_trace(at_best) if table.select("sync", "overlapped") else ()
+    found += _of_a_cpu() if table.measured_recipe else _of_kernels(config, recipe, costs.shape)
     if config.optimizer.ema_decay is not None:
         found.append(("the weights' moving average costs no time", "assumed", "a thread of the host keeps it"))
     skew = "expert skew" if recipe.skew == 0 else f"expert skew {recipe.skew:g}"
@@ -40,77 +40,77 @@ def assumptions(config: RunConfig, forecast: Forecast, costs: ChunkCosts) -> lis
     return found
 
 
-def _outside(recipe: Recipe, expert_ranks: int) -> Iterator[Evidence]:
+def _outside(recipe: ForecastRecipe, expert_ranks: int) -> Iterator[Assumption]:
     """What a GPU's memory holds that no allocator sees."""
     if recipe.on_cpu:
         return
-    context = f"CUDA context, libraries and NCCL's communicators {CONTEXT / 1e9:g} GB"
+    context = f"CUDA context, libraries and NCCL's communicators {CUDA_CONTEXT_BYTES / 1e9:g} GB"
     yield context, "assumed", "no measurement"
     if expert_ranks > 1 and recipe.exchange.name == "deepep":
         yield "DeepEP's buffer", "published", "DeepEP 2.1.0's own formula (comm/exchange/deepep_buffer.py)"
     elif expert_ranks > 1:
-        yield f"NCCL's buffers of all-to-alls {ALL_TO_ALL / 1e9:g} GB", "assumed", "no measurement"
+        yield f"NCCL's buffers of all-to-alls {NCCL_ALL_TO_ALL_BYTES / 1e9:g} GB", "assumed", "no measurement"
 
 
-def _times(table: KernelTable, at_best: str) -> Iterator[Evidence]:
+def _times(table: KernelTable, at_best: str) -> Iterator[Assumption]:
     rows: dict[tuple[str, str], str] = {}
     for row in table.rows:
         if row.kind == "recipe":
             continue  # says what was measured, and how long nothing takes
-        rows.setdefault((f"times: {row.kind}", weakest(row.evidence, at_best)), row.source)
+        rows.setdefault((f"times: {row.kind}", weakest_evidence(row.evidence, at_best)), row.source)
     for (what, evidence), source in rows.items():
         yield what, evidence, source
 
 
-def _figures(cluster: ClusterConfig) -> Iterator[Evidence]:
+def _figures(cluster: ClusterConfig) -> Iterator[Assumption]:
     for name, text in cluster.sources.items():
         evidence, _, source = text.partition(": ")
         yield f"cluster.{name}", evidence, source
 
 
-def _choices(recipe: Recipe) -> Iterator[Evidence]:
+def _choices(recipe: ForecastRecipe) -> Iterator[Assumption]:
     yield f"GEMMs in {recipe.precision.value}", "chosen", "precision"
     yield f"recompute: {recipe.recompute_name}", "chosen", "recompute.parts"
     yield f"exchange: {recipe.exchange_name}", "chosen", "exchange"
     yield f"moments of {recipe.moment_bytes} bytes a parameter", "chosen", "optimizer.moments"
 
 
-def _lent(config: RunConfig, recipe: Recipe, table: KernelTable, at_best: str) -> Iterator[Evidence]:
-    row = table.find("gemm", "lent_sms", "any")
+def _lent(config: RunConfig, recipe: ForecastRecipe, table: KernelTable, at_best: str) -> Iterator[Assumption]:
+    row = table.find_row("gemm", "lent_sms", "any")
     if row is None:
         return
     what, measured = f"{recipe.comm_sms} SMs lent", int(row.value)
     if recipe.comm_sms == measured:
-        yield what, weakest(row.evidence, at_best), row.source
+        yield what, weakest_evidence(row.evidence, at_best), row.source
         return
     yield what, "chosen", "exchange" if config.exchange.name == "deepep" else "--comm-sms"
     source = "DeepEP V2's README says so of 6 SMs with 32 ranks; nobody has measured it in this layout"
     yield f"exchanges as fast as with {measured}", "assumed", source
 
 
-def _of_a_trace(at_best: str) -> Iterator[Evidence]:
+def _of_a_trace(at_best: str) -> Iterator[Assumption]:
     yield "exchanges wait for other ranks beside another chunk only", "assumed", "the trace has no lone chunk"
     yield "messages between stages do not slow exchanges down", "assumed", "the trace leaves pipeline messages out"
     yield "computing is as fast beside an exchange as alone", at_best, "attn(W) of the trace, alone and beside one"
 
 
-def _of_kernels(config: RunConfig, recipe: Recipe, shape: Shape) -> Iterator[Evidence]:
+def _of_kernels(config: RunConfig, recipe: ForecastRecipe, shape: LayerWorkload) -> Iterator[Assumption]:
     program = "the program says when they are final and wanted; the pace is that of the links"
     yield "gradients are summed, and weights handed out, beside computing", "assumed", program
     yield "the head's three GEMMs are in the forward", "chosen", "trainer/model/loss.py"
-    moved = head_traffic(shape, recipe) / 1e9
+    moved = head_gradient_bytes(shape, recipe) / 1e9
     unfused = f"a kernel that adds its gradient up by itself; loss.py moves {moved:,.3g} GB a micro-batch for it"
     yield "the head's passes over memory are free", "assumed", unfused
     yield "norms and SwiGLU cost the same made again or kept", "assumed", "measured where they are made again"
-    if recipe.precision is Precision.FP8:
-        yield "FP8 kernels as fast as the table's", "assumed", f"precision.provider = {config.precision.provider}"
+    if recipe.precision is GemmPrecision.FP8:
+        yield "FP8 kernels as fast as the table's", "assumed", f"precision.provider = {config.precision.fp8_backend}"
 
 
-def _of_a_cpu() -> Iterator[Evidence]:
+def _of_a_cpu() -> Iterator[Assumption]:
     yield "exchanges and sums hide behind nothing", "assumed", "the core that computes does them"
 
 
-def _fragmentation(recipe: Recipe) -> tuple[str, str]:
-    if recipe.fragmentation == Recipe().fragmentation:
+def _fragmentation(recipe: ForecastRecipe) -> tuple[str, str]:
+    if recipe.fragmentation == ForecastRecipe().fragmentation:
         return "assumed", "PithTrain's default"
     return "chosen", "--fragmentation"

@@ -15,15 +15,15 @@ from functools import cache
 from math import comb
 
 from ...comm.errors import ConfigError, Problem
-from ...comm.exchange.wire import Format
+from ...comm.exchange.wire import WireFormat
 from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.model.config import ModelConfig
-from .kernel_times import Coverage, KernelTable, Measurement, weakest
-from .operations import Shape
-from .recipe import Precision, Recipe
+from .kernel_times import EvidenceCoverage, KernelMeasurement, KernelTable, weakest_evidence
+from .operations import LayerWorkload
+from .recipe import ForecastRecipe, GemmPrecision
 
 
-def bytes_a_second(cluster: ClusterConfig, name: str, gigabytes: float | None, need: str) -> float:
+def bytes_per_second(cluster: ClusterConfig, name: str, gigabytes: float | None, need: str) -> float:
     """Of `gigabytes`, the value of `cluster.<name>` in 10^9 bytes a second. Raises `ConfigError` where it is null.
 
     `need` says what cannot be priced without.
@@ -34,12 +34,12 @@ def bytes_a_second(cluster: ClusterConfig, name: str, gigabytes: float | None, n
     return gigabytes * 1e9
 
 
-def evidence_of(cluster: ClusterConfig, name: str) -> str:
+def cluster_evidence_class(cluster: ClusterConfig, name: str) -> str:
     """The evidence class of a figure, as its source says; `assumed` where it says none."""
     return cluster.sources.get(name, "assumed").partition(":")[0]
 
 
-class Exchange(StrEnum):
+class ExchangeOperation(StrEnum):
     """The four operations of `comm.exchange.api.TokenExchange`."""
 
     DISPATCH = "dispatch"
@@ -48,13 +48,13 @@ class Exchange(StrEnum):
     DISPATCH_BACKWARD = "dispatch_backward"  # a combine
 
     @property
-    def towards_experts(self) -> bool:
+    def sends_to_experts(self) -> bool:
         """Rows go to the experts; else sums of them come back."""
-        return self in (Exchange.DISPATCH, Exchange.COMBINE_BACKWARD)
+        return self in (ExchangeOperation.DISPATCH, ExchangeOperation.COMBINE_BACKWARD)
 
 
 @cache
-def expected_visits(model: ModelConfig, places: int) -> float:
+def expected_destinations_per_token(model: ModelConfig, places: int) -> float:
     """Of `places` equal shares of the experts, how many a token visits on average if routing is uniform.
 
     M of G groups, then K experts of these. A share is several whole groups, or a part of one.
@@ -82,32 +82,32 @@ class ExchangeTime:
     """One exchange: how long it takes beside computing and alone, and before that the waits for other ranks."""
 
     name: str
-    beside: float
-    alone: float
-    syncs: tuple[float, ...] = (0.0,)
+    overlapped_seconds: float
+    standalone_seconds: float
+    peer_wait_seconds_by_layer: tuple[float, ...] = (0.0,)
     """Of the layers of a chunk in the order in which they run, again from the first after the last."""
 
 
 @dataclass(frozen=True)
-class ExchangePricer:
+class ExchangeTimeModel:
     """Prices exchanges of an expert-parallel group on one cluster."""
 
     cluster: ClusterConfig
-    recipe: Recipe
+    recipe: ForecastRecipe
     table: KernelTable
-    coverage: Coverage
-    _priced: dict[tuple[Shape, Exchange], ExchangeTime] = field(default_factory=dict)
+    coverage: EvidenceCoverage
+    _priced: dict[tuple[LayerWorkload, ExchangeOperation], ExchangeTime] = field(default_factory=dict)
 
-    def travel(self, shape: Shape, exchange: Exchange) -> ExchangeTime:
+    def exchange_time(self, shape: LayerWorkload, exchange: ExchangeOperation) -> ExchangeTime:
         """One exchange of one layer and micro-batch; nothing where all experts are on the rank."""
         key = shape, exchange
         if key not in self._priced:
             self._priced[key] = self._price(shape, exchange)
         return self._priced[key]
 
-    def bytes(self, shape: Shape, exchange: Exchange) -> tuple[float, float]:
+    def bytes_by_link(self, shape: LayerWorkload, exchange: ExchangeOperation) -> tuple[float, float]:
         """What one rank sends: across InfiniBand, and across NVLink at the nodes that forward it."""
-        model, ranks = shape.model, shape.expert_ranks
+        model, ranks = shape.model, shape.ep_size
         nodes = max(1, ranks // self.cluster.gpus_per_node)
         row = self._row_bytes(model, exchange)
         if self._is_flat:  # a row for every expert, wherever it is
@@ -115,79 +115,79 @@ class ExchangePricer:
             rows = shape.tokens * row * model.num_experts_per_tok
             return rows * (nodes - 1) / nodes, rows * (inside - 1) / ranks
         places = min(ranks, model.n_routed_experts)
-        remote = expected_visits(model, nodes) * (nodes - 1) / nodes
-        forwarded = expected_visits(model, places) * (1 - 1 / min(ranks, self.cluster.gpus_per_node))
+        remote = expected_destinations_per_token(model, nodes) * (nodes - 1) / nodes
+        forwarded = expected_destinations_per_token(model, places) * (1 - 1 / min(ranks, self.cluster.gpus_per_node))
         return shape.tokens * row * remote, shape.tokens * row * forwarded
 
-    def _row_bytes(self, model: ModelConfig, exchange: Exchange) -> float:
+    def _row_bytes(self, model: ModelConfig, exchange: ExchangeOperation) -> float:
         formats = self.recipe.exchange
         named = {
-            Exchange.DISPATCH: formats.dispatch,
-            Exchange.COMBINE: formats.combine,
-            Exchange.COMBINE_BACKWARD: formats.combine_backward,
-            Exchange.DISPATCH_BACKWARD: formats.dispatch_backward,
+            ExchangeOperation.DISPATCH: formats.dispatch,
+            ExchangeOperation.COMBINE: formats.combine,
+            ExchangeOperation.COMBINE_BACKWARD: formats.combine_backward,
+            ExchangeOperation.DISPATCH_BACKWARD: formats.dispatch_backward,
         }[exchange]
-        if named == Format.FP8:
+        if named == WireFormat.FP8:
             return model.hidden_size * (1 + 4 / 128)  # with an FP32 scale for 128 elements, as DeepEP's V1
-        return model.hidden_size * (2 if named == Format.BF16 else self.recipe.wide)
+        return model.hidden_size * (2 if named == WireFormat.BF16 else self.recipe.high_precision_bytes)
 
     @property
     def _is_flat(self) -> bool:
         return self.recipe.exchange.name == "flat"
 
-    def _price(self, shape: Shape, exchange: Exchange) -> ExchangeTime:
+    def _price(self, shape: LayerWorkload, exchange: ExchangeOperation) -> ExchangeTime:
         measured = self._calibrated(shape, exchange)
         if measured is not None:
             return measured
-        if shape.expert_ranks == 1:
+        if shape.ep_size == 1:
             return ExchangeTime(exchange.value, 0.0, 0.0)
-        if self.table.measured_with:
+        if self.table.measured_recipe:
             self._refuse_unmeasured(shape)
-        rows = [row for row in self.table.of("sync", "overlapped") if row.name == exchange.value]
+        rows = [row for row in self.table.select("sync", "overlapped") if row.name == exchange.value]
         syncs = tuple(row.seconds for row in sorted(rows, key=lambda row: row.outputs)) or (0.0,)
-        alone = self._alone(shape, exchange) * (1 + self.recipe.skew) / self.recipe.links
+        alone = self._alone(shape, exchange) * (1 + self.recipe.skew) / self.recipe.link_speed_factor
         beside = alone * self._contention(exchange)
-        self.coverage.add(self._evidence(shape, exchange), beside + sum(syncs) / len(syncs))
+        self.coverage.add_seconds(self._evidence(shape, exchange), beside + sum(syncs) / len(syncs))
         return ExchangeTime(exchange.value, beside, alone, syncs)
 
-    def _evidence(self, shape: Shape, exchange: Exchange) -> str:
+    def _evidence(self, shape: LayerWorkload, exchange: ExchangeOperation) -> str:
         """Of a price: measured where the trace is of this very exchange."""
         traced = self._overlapped(exchange)
         if self._is_flat:
             return "assumed"  # kernels that were measured send a token once a node
-        if traced is not None and (traced.tokens, traced.inputs) == (shape.tokens, shape.expert_ranks):
+        if traced is not None and (traced.tokens, traced.inputs) == (shape.tokens, shape.ep_size):
             return traced.evidence
         nvlink = self._rate_evidence(_kind(exchange), self.cluster.gpus_per_node, "nvlink_gbps")
-        if shape.expert_ranks <= self.cluster.gpus_per_node:
+        if shape.ep_size <= self.cluster.gpus_per_node:
             return nvlink
-        return weakest(nvlink, self._rate_evidence(_kind(exchange), shape.expert_ranks, "infiniband_gbps"))
+        return weakest_evidence(nvlink, self._rate_evidence(_kind(exchange), shape.ep_size, "infiniband_gbps"))
 
     def _rate_evidence(self, kind: str, ranks: int, name: str) -> str:
         row = self._rate_row(kind, ranks) if self.table.name == self.cluster.name else None
-        return evidence_of(self.cluster, name) if row is None else row.evidence
+        return cluster_evidence_class(self.cluster, name) if row is None else row.evidence
 
-    def _refuse_unmeasured(self, shape: Shape) -> None:
-        name = f"{shape.micro_batch} sequences of {shape.sequence_length} over {shape.expert_ranks} ranks"
+    def _refuse_unmeasured(self, shape: LayerWorkload) -> None:
+        name = f"{shape.micro_batch_size} sequences of {shape.sequence_length} over {shape.ep_size} ranks"
         hint = f"has no exchange of {name}; calibrate with as many ranks and such a batch"
         raise ConfigError([Problem("cluster.tables", self.table.name, hint)])
 
-    def _calibrated(self, shape: Shape, exchange: Exchange) -> ExchangeTime | None:
+    def _calibrated(self, shape: LayerWorkload, exchange: ExchangeOperation) -> ExchangeTime | None:
         """As `shoestring calibrate` measured it whole. On a CPU it hides behind nothing: its core computes."""
-        row = self.table.find(
-            "phase", exchange.value, f"{shape.micro_batch}x{shape.sequence_length}/{shape.expert_ranks}"
+        row = self.table.find_row(
+            "phase", exchange.value, f"{shape.micro_batch_size}x{shape.sequence_length}/{shape.ep_size}"
         )
         if row is None:
             return None
-        self.coverage.add(row.evidence, row.seconds)
+        self.coverage.add_seconds(row.evidence, row.seconds)
         return ExchangeTime(exchange.value, math.inf, row.seconds)
 
-    def _alone(self, shape: Shape, exchange: Exchange) -> float:
+    def _alone(self, shape: LayerWorkload, exchange: ExchangeOperation) -> float:
         """The slower of both links: forwarding inside the nodes goes on while more arrives."""
         cluster, kind = self.cluster, _kind(exchange)
-        infiniband, nvlink = self.bytes(shape, exchange)
-        seconds = [nvlink / self._rate(kind, cluster.gpus_per_node, cluster.nvlink_gbps, "nvlink_gbps")]
+        infiniband, nvlink = self.bytes_by_link(shape, exchange)
+        seconds = [nvlink / self._rate(kind, cluster.gpus_per_node, cluster.nvlink_gb_per_second, "nvlink_gbps")]
         if infiniband > 0:
-            rate = self._rate(kind, shape.expert_ranks, cluster.infiniband_gbps, "infiniband_gbps")
+            rate = self._rate(kind, shape.ep_size, cluster.infiniband_gb_per_second, "infiniband_gbps")
             seconds.append(infiniband / rate)
         return max(seconds)
 
@@ -197,7 +197,7 @@ class ExchangePricer:
         measured = self._measured_rate(kind, ranks) if own else None
         if measured is not None:
             return measured
-        return bytes_a_second(self.cluster, name, link, f"an exchange over {ranks} expert-parallel ranks")
+        return bytes_per_second(self.cluster, name, link, f"an exchange over {ranks} expert-parallel ranks")
 
     def _measured_rate(self, kind: str, ranks: int) -> float | None:
         """Bytes a second that cross the link, in the measurement of the group that is most alike."""
@@ -207,37 +207,42 @@ class ExchangePricer:
         nodes = max(1, row.inputs // size)
         return row.value * 1e9 * ((nodes - 1) / nodes if nodes > 1 else 1.0)  # logical: tokens that stay are counted
 
-    def _rate_row(self, kind: str, ranks: int) -> Measurement | None:
+    def _rate_row(self, kind: str, ranks: int) -> KernelMeasurement | None:
         size = self.cluster.gpus_per_node
-        rows = [row for precision in Precision for row in self.table.of("exchange", "alone", precision.value)]
+        rows = [row for precision in GemmPrecision for row in self.table.select("exchange", "alone", precision.value)]
         rows = [row for row in rows if row.name == kind and (row.inputs <= size) == (ranks <= size)]
         # Two nodes are left out: there the published kernels are held up by NVLink, not by InfiniBand.
         rows = [row for row in rows if row.inputs <= size or row.inputs > 2 * size]
         return min(rows, key=lambda row: abs(row.inputs - ranks), default=None)
 
-    def _contention(self, exchange: Exchange) -> float:
+    def _contention(self, exchange: ExchangeOperation) -> float:
         """By how much computing beside it slows an exchange down: the trace's kernels against the same ones alone."""
         row = self._overlapped(exchange)
         if row is None:
             return 1.0
         # The report's formats, and nodes as there.
-        traced = ExchangePricer(replace(self.cluster, gpus_per_node=_TRACED_NODE), Recipe(), self.table, Coverage())
-        shape = Shape(_TRACED_MODEL, row.tokens, 1, row.inputs)
-        infiniband, nvlink = traced.bytes(shape, exchange)
+        traced = ExchangeTimeModel(
+            replace(self.cluster, gpus_per_node=_TRACED_NODE), ForecastRecipe(), self.table, EvidenceCoverage()
+        )
+        shape = LayerWorkload(_TRACED_MODEL, row.tokens, 1, row.inputs)
+        infiniband, nvlink = traced.bytes_by_link(shape, exchange)
         rates = [traced._measured_rate(_kind(exchange), ranks) for ranks in (row.inputs, _TRACED_NODE)]
         if rates[0] is None or rates[1] is None:
             hint = f"has the {exchange.value} beside computing, and none alone to compare it with; measure both"
             raise ConfigError([Problem("cluster.tables", self.table.name, hint)])
         return row.seconds / max(infiniband / rates[0], nvlink / rates[1])
 
-    def _overlapped(self, exchange: Exchange) -> Measurement | None:
+    def _overlapped(self, exchange: ExchangeOperation) -> KernelMeasurement | None:
         """The exchange beside computing, as it was measured."""
-        names = (self.table.find("exchange", exchange.value, "overlapped", precision.value) for precision in Precision)
+        names = (
+            self.table.find_row("exchange", exchange.value, "overlapped", precision.value)
+            for precision in GemmPrecision
+        )
         return next((row for row in names if row is not None), None)
 
 
-def _kind(exchange: Exchange) -> str:
-    return "dispatch" if exchange.towards_experts else "combine"
+def _kind(exchange: ExchangeOperation) -> str:
+    return "dispatch" if exchange.sends_to_experts else "combine"
 
 
 _TRACED_NODE = 8

@@ -6,34 +6,34 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ...comm.trace import EXPOSED_EXCHANGE
-from ...parallelism.pipeline.program import Instruction, Op, Program
+from ...parallelism.pipeline.program import Instruction, Op, PipelineProgram
 from ...trainer.memory.chunk import StageShape
-from .lanes import ChunkCosts, Lanes
-from .recipe import Recipe
+from .lanes import ChunkTimeModel, SimulatedStreams
+from .recipe import ForecastRecipe
 
-Kinds = Sequence[dict[tuple[Op, int, int], int]]
+InstructionCounts = Sequence[dict[tuple[Op, int, int], int]]
 """Of each rank, how often it runs each op with each forward and backward chunk; -1 for none."""
 
 
-class Runs:
+class InstructionTimes:
     """Durations of the instructions of a program, and what of them is waiting."""
 
     def __init__(
         self,
-        costs: ChunkCosts,
+        costs: ChunkTimeModel,
         held: Sequence[tuple[StageShape, ...]],
-        counts: Kinds,
-        recipe: Recipe,
+        counts: InstructionCounts,
+        recipe: ForecastRecipe,
         slowest: float,
     ) -> None:
         self._costs, self._held, self._slowest = costs, held, slowest
         self._counts = counts
         self._seconds = [
-            {key: self._lanes(rank, key).now * slowest for key in c} for rank, c in enumerate(self._counts)
+            {key: self._lanes(rank, key).elapsed_seconds * slowest for key in c} for rank, c in enumerate(self._counts)
         ]
-        if not recipe.imbalance:
+        if not recipe.uneven_stages:
             self._level()
-        for rank, factor in recipe.slowed:
+        for rank, factor in recipe.slowdown_by_pp_rank:
             self._seconds[rank] = {key: seconds * factor for key, seconds in self._seconds[rank].items()}
 
     def duration(self, rank: int, instruction: Instruction) -> float:
@@ -43,20 +43,20 @@ class Runs:
             instruction.op, -1 if forward is None else forward.chunk, -1 if backward is None else backward.chunk
         ]
 
-    def terms(self, rank: int) -> dict[str, float]:
+    def time_terms(self, rank: int) -> dict[str, float]:
         """What the instructions of a rank take, net of the exchanges that they wait for, and these; disjoint."""
         terms: dict[str, float] = dict.fromkeys([op.value for op in Op], 0.0)
         exposed = 0.0
         for key, count in self._counts[rank].items():
-            waits = min(self._lanes(rank, key).exposed * self._slowest, self._seconds[rank][key])
+            waits = min(self._lanes(rank, key).exposed_seconds * self._slowest, self._seconds[rank][key])
             terms[key[0].value] += count * (self._seconds[rank][key] - waits)
             exposed += count * waits
         return terms | {EXPOSED_EXCHANGE: exposed}
 
-    def _lanes(self, rank: int, key: tuple[Op, int, int]) -> Lanes:
+    def _lanes(self, rank: int, key: tuple[Op, int, int]) -> SimulatedStreams:
         op, forward, backward = key
         held = self._held[rank]
-        return self._costs.run(
+        return self._costs.simulate_instruction(
             op.value, held[forward] if forward >= 0 else None, held[backward] if backward >= 0 else None
         )
 
@@ -76,7 +76,7 @@ class Runs:
                 seconds_of.update({key: mean for key in seconds_of if key[0] is op})
 
 
-def kinds_of(program: Program) -> Kinds:
+def count_instructions(program: PipelineProgram) -> InstructionCounts:
     """Of each rank, how often it runs each kind of instruction."""
     return [dict(Counter(map(_key, row))) for row in program.instructions]
 

@@ -12,8 +12,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from ...comm.errors import ConfigError, Problem
-from ...comm.files.access import read_text, refusing
-from ...comm.files.strict_json import shortened
+from ...comm.files.access import config_error_context, read_text
+from ...comm.files.strict_json import shorten_for_message
 
 _UNITS = ("us", "GB/s", "share", "SMs", "")
 _RATES = ("GB/s", "share")
@@ -22,7 +22,7 @@ _COLUMNS = ("kind", "name", "role", "dtype", "tokens", "inputs", "outputs", "val
 
 
 @dataclass(frozen=True)
-class Measurement:
+class KernelMeasurement:
     """One measurement. `tokens`, `inputs` and `outputs` are the shape, as far as the kind has one."""
 
     kind: str
@@ -57,33 +57,35 @@ class KernelTable:
     """All rows of one cluster."""
 
     name: str
-    rows: tuple[Measurement, ...]
-    _index: dict[tuple[str, str, str], list[Measurement]] = field(default_factory=lambda: defaultdict(list))
+    rows: tuple[KernelMeasurement, ...]
+    _index: dict[tuple[str, str, str], list[KernelMeasurement]] = field(default_factory=lambda: defaultdict(list))
 
     def __post_init__(self) -> None:
         for row in self.rows:
             self._index[row.kind, row.role, row.dtype].append(row)
 
     @property
-    def measured_with(self) -> dict[str, str]:
+    def measured_recipe(self) -> dict[str, str]:
         """Of a table of whole phases: the recipe that they were measured with. Empty where kernels were measured."""
         return {row.name: row.role for row in self.rows if row.kind == "recipe"}
 
-    def of(self, kind: str, role: str, dtype: str = "any") -> Sequence[Measurement]:
+    def select(self, kind: str, role: str, dtype: str = "any") -> Sequence[KernelMeasurement]:
         """The rows of one kind, role and dtype."""
         return self._index.get((kind, role, dtype), ())
 
-    def find(self, kind: str, name: str, role: str, dtype: str = "any") -> Measurement | None:
+    def find_row(self, kind: str, name: str, role: str, dtype: str = "any") -> KernelMeasurement | None:
         """The row of this name."""
-        return next((row for row in self.of(kind, role, dtype) if row.name == name), None)
+        return next((row for row in self.select(kind, role, dtype) if row.name == name), None)
 
-    def nearest(self, kind: str, role: str, dtype: str, shape: tuple[int, int, int]) -> tuple[Measurement, bool] | None:
+    def nearest_row(
+        self, kind: str, role: str, dtype: str, shape: tuple[int, int, int]
+    ) -> tuple[KernelMeasurement, bool] | None:
         """The row with the most similar (tokens, inputs, outputs), and whether it is a hit.
 
         A hit has the same weight matrix and at most twice or half the tokens. None where nothing of the kind was
         measured.
         """
-        rows = [row for row in self.of(kind, role, dtype) if min(row.tokens, row.inputs, row.outputs) > 0]
+        rows = [row for row in self.select(kind, role, dtype) if min(row.tokens, row.inputs, row.outputs) > 0]
         if not rows:
             return None
         row = min(rows, key=lambda row: _distance((row.tokens, row.inputs, row.outputs), shape))
@@ -96,13 +98,13 @@ def _distance(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
 
 
 @cache
-def read_table(name: str) -> KernelTable:
+def read_kernel_table(name: str) -> KernelTable:
     """A table that comes with the planner, by name, or a CSV file, by path. Raises `ConfigError`."""
     shipped = files(__package__).joinpath("tables", f"{name}.csv")
     if shipped.is_file():
         text = shipped.read_text()
     elif Path(name).exists():
-        with refusing(name, "name a table that `shoestring calibrate` has written"):
+        with config_error_context(name, "name a table that `shoestring calibrate` has written"):
             text = read_text(Path(name), _MOST_BYTES)
     else:
         hint = "is no table of the planner and no file; `shoestring calibrate` writes one for this machine"
@@ -116,7 +118,7 @@ def read_table(name: str) -> KernelTable:
         raise ConfigError([Problem(f"{name}:{reader.line_num}", None, f"is no line of a table: {error}")]) from error
 
 
-def _checked(name: str, number: int, line: dict[str, str]) -> Measurement:
+def _checked(name: str, number: int, line: dict[str, str]) -> KernelMeasurement:
     """The row on a line. Raises `ConfigError` for one that is none."""
     try:
         row = _row(line)
@@ -124,56 +126,58 @@ def _checked(name: str, number: int, line: dict[str, str]) -> Measurement:
             raise ValueError("a number below 0, or without end")
         if row.unit in _RATES and row.value == 0:
             raise ValueError("a rate of 0")
-        if row.unit not in _UNITS or row.evidence not in EVIDENCE:
-            raise ValueError(f"units are {', '.join(_UNITS)}, and evidence {', '.join(EVIDENCE)}")
+        if row.unit not in _UNITS or row.evidence not in EVIDENCE_CLASSES:
+            raise ValueError(f"units are {', '.join(_UNITS)}, and evidence {', '.join(EVIDENCE_CLASSES)}")
     except (ValueError, TypeError, AttributeError) as error:
         hint = f"is no row of the table ({error}); write it anew with `shoestring calibrate`"
-        raise ConfigError([Problem(f"{name}:{number}", shortened(",".join(map(str, line.values()))), hint)]) from error
+        raise ConfigError(
+            [Problem(f"{name}:{number}", shorten_for_message(",".join(map(str, line.values()))), hint)]
+        ) from error
     return row
 
 
-def write_table(path: Path, rows: Sequence[Measurement]) -> None:
-    """Write `rows` where `read_table` finds them."""
+def write_kernel_table(path: Path, rows: Sequence[KernelMeasurement]) -> None:
+    """Write `rows` where `read_kernel_table` finds them."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_COLUMNS)
         writer.writerows([row.__dict__[column] for column in _COLUMNS] for row in rows)
 
 
-def _row(line: dict[str, str]) -> Measurement:
+def _row(line: dict[str, str]) -> KernelMeasurement:
     shape = [int(line[column] or 0) for column in ("tokens", "inputs", "outputs")]
     words = line["kind"], line["name"], line["role"], line["dtype"]
-    return Measurement(
+    return KernelMeasurement(
         *words, shape[0], shape[1], shape[2], float(line["value"]), line["unit"], line["evidence"], line["source"]
     )
 
 
-EVIDENCE = ("measured", "published", "assumed")
+EVIDENCE_CLASSES = ("measured", "published", "assumed")
 """From the strongest to the weakest."""
 
 
-def weakest(*classes: str) -> str:
+def weakest_evidence(*classes: str) -> str:
     """What something stands on that stands on all of these."""
-    return max(classes, key=EVIDENCE.index)
+    return max(classes, key=EVIDENCE_CLASSES.index)
 
 
 @dataclass
-class Coverage:
+class EvidenceCoverage:
     """How much of the priced time stands on which evidence, and what no table had."""
 
-    at_best: str = "measured"
+    strongest_evidence: str = "measured"
     """A table that is assumed to hold for a cluster makes nothing measured there."""
 
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    seconds_by_evidence: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """By evidence class."""
-    misses: dict[str, str] = field(default_factory=dict)
+    substituted_rows: dict[str, str] = field(default_factory=dict)
     """Operation to what was taken instead."""
 
-    def add(self, evidence: str, seconds: float) -> None:
+    def add_seconds(self, evidence: str, seconds: float) -> None:
         """Count `seconds` that stand on `evidence`."""
-        self.seconds[weakest(evidence, self.at_best)] += seconds
+        self.seconds_by_evidence[weakest_evidence(evidence, self.strongest_evidence)] += seconds
 
-    def shares(self) -> dict[str, float]:
+    def evidence_shares(self) -> dict[str, float]:
         """Of each evidence class, 1 in all."""
-        total = sum(self.seconds.values())
-        return {name: seconds / total for name, seconds in sorted(self.seconds.items())} if total else {}
+        total = sum(self.seconds_by_evidence.values())
+        return {name: seconds / total for name, seconds in sorted(self.seconds_by_evidence.items())} if total else {}

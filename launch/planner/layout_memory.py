@@ -7,32 +7,32 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ...comm.exchange.deepep_buffer import BufferShape
-from ...comm.fp8 import TILE
+from ...comm.exchange.deepep_buffer import DeepEPBufferShape
+from ...comm.fp8 import TILE_WIDTH
 from ...comm.topology import Topology
 from ...parallelism.pipeline.liveness import LiveInstruction
-from ...trainer.memory.activations import MicroBatch
+from ...trainer.memory.activations import MicroBatchShape
 from ...trainer.memory.buffers import ExchangeFormats
-from ...trainer.memory.chunk import ChunkMemory, MemoryKind, StageShape
-from ...trainer.memory.peak import Chunks, Outside, RankMemory, rank_memory
-from ...trainer.memory.state import Portion, StateBytes
-from ...trainer.memory.working import Working
+from ...trainer.memory.chunk import ChunkMemorySimulator, MemoryKind, StageShape
+from ...trainer.memory.peak import NonAllocatorMemory, RankChunksMemory, RankMemory, predict_rank_memory
+from ...trainer.memory.state import ParameterGroup, StateBytes
+from ...trainer.memory.working import WorkspaceBytes
 from ...trainer.model.config import ModelConfig
 from ...trainer.model.recompute import RecomputeConfig
-from .operations import Shape
-from .recipe import Precision, Recipe
+from .operations import LayerWorkload
+from .recipe import ForecastRecipe, GemmPrecision
 
 
 @dataclass(frozen=True)
-class Parameters:
+class RankParameters:
     """What one rank holds: dense parts are replicated over data-parallel ranks, experts over their replicas."""
 
     dense: float
     routed: float
-    dense_copies: int
+    dense_replicas: int
     """Over how many ranks the optimizer state of the dense part is spread."""
-    routed_copies: int
-    tables: float = 0.0
+    routed_replicas: int
+    embedding_and_head: float = 0.0
     """Of the dense part, embedding and head, which are never in FP8."""
 
 
@@ -56,9 +56,9 @@ class MemoryForecast:
     """Exchange buffers, and what lies outside of the allocator."""
 
     @staticmethod
-    def of(memory: RankMemory) -> MemoryForecast:
+    def from_rank_memory(memory: RankMemory) -> MemoryForecast:
         """The same in the planner's words."""
-        state, coming = memory.state, memory.at_worst
+        state, coming = memory.state, memory.at_peak
         return MemoryForecast(
             weights=state.weights + state.fp8_weights,
             gradients=state.gradients,
@@ -66,7 +66,7 @@ class MemoryForecast:
             activations=coming[MemoryKind.ACTIVATIONS],
             deferred=coming[MemoryKind.DEFERRED],
             working=coming[MemoryKind.WORKING] + coming[MemoryKind.EXCHANGE] + coming[MemoryKind.MESSAGES],
-            fixed=memory.fixed,
+            fixed=memory.non_allocator_bytes,
         )
 
     @property
@@ -81,67 +81,79 @@ class MemoryForecast:
         return self.total - self.fixed
 
 
-def working_of(shape: Shape, recipe: Recipe) -> Working:
+def workspace_from_shape(shape: LayerWorkload, recipe: ForecastRecipe) -> WorkspaceBytes:
     """What a micro-batch of this shape keeps and needs."""
     model = shape.model
-    batch = MicroBatch(
-        shape.micro_batch,
+    batch = MicroBatchShape(
+        shape.micro_batch_size,
         shape.sequence_length,
-        torch.float32 if recipe.precision is Precision.FP32 else torch.bfloat16,
+        torch.float32 if recipe.precision is GemmPrecision.FP32 else torch.bfloat16,
         on_cpu=recipe.on_cpu,
-        rows=shape.rows,
-        fp8=recipe.precision is Precision.FP8,
-        block=RecomputeConfig(expert_rows=recipe.expert_rows).rows_at_once(shape.tokens * model.num_experts_per_tok),
+        expert_rows_override=shape.routed_rows,
+        fp8=recipe.precision is GemmPrecision.FP8,
+        expert_block_rows=RecomputeConfig(expert_block_rows=recipe.expert_block_rows).resolve_expert_block_rows(
+            shape.tokens * model.num_experts_per_tok
+        ),
     )
-    wire = ExchangeFormats.of(recipe.exchange, shape.expert_ranks)
-    return Working(model, batch, recipe.recompute, wire, model.n_routed_experts // shape.expert_ranks)
+    wire = ExchangeFormats.from_config(recipe.exchange, shape.ep_size)
+    return WorkspaceBytes(model, batch, recipe.recompute, wire, model.n_routed_experts // shape.ep_size)
 
 
 @dataclass
-class ChunkCache:
+class ChunkMemoryCache:
     """Chunks of ranks, each run on paper once."""
 
-    _working: dict[tuple[object, ...], Working] = field(default_factory=dict)
-    _chunks: dict[tuple[object, ...], Chunks] = field(default_factory=dict)
+    _working: dict[tuple[object, ...], WorkspaceBytes] = field(default_factory=dict)
+    _chunks: dict[tuple[object, ...], RankChunksMemory] = field(default_factory=dict)
 
-    def of(self, stages: Sequence[StageShape], shape: Shape, recipe: Recipe) -> Chunks:
+    def get_chunks(
+        self, stages: Sequence[StageShape], shape: LayerWorkload, recipe: ForecastRecipe
+    ) -> RankChunksMemory:
         """Those of a rank that holds `stages`."""
-        computing = recipe.precision, recipe.recompute, recipe.exchange, recipe.expert_rows, recipe.on_cpu
-        key = shape.micro_batch, shape.expert_ranks, shape.skew, *computing
+        computing = recipe.precision, recipe.recompute, recipe.exchange, recipe.expert_block_rows, recipe.on_cpu
+        key = shape.micro_batch_size, shape.ep_size, shape.expert_skew, *computing
         if key not in self._working:
-            self._working[key] = working_of(shape, recipe)
+            self._working[key] = workspace_from_shape(shape, recipe)
         if (*key, *stages) not in self._chunks:
-            self._chunks[*key, *stages] = Chunks([ChunkMemory(stage, self._working[key]) for stage in stages])
+            self._chunks[*key, *stages] = RankChunksMemory(
+                [ChunkMemorySimulator(stage, self._working[key]) for stage in stages]
+            )
         return self._chunks[*key, *stages]
 
 
-def forecast_memory(
-    worst: Collection[LiveInstruction], chunks: Chunks, state: StateBytes, outside: Outside
+def forecast_rank_memory(
+    worst: Collection[LiveInstruction], chunks: RankChunksMemory, state: StateBytes, outside: NonAllocatorMemory
 ) -> MemoryForecast:
     """One rank, whose program has these moments."""
-    return MemoryForecast.of(rank_memory(state, chunks, worst, between=(), update=0.0, outside=outside))
-
-
-def outside_of(shape: Shape, recipe: Recipe, topology: Topology) -> Outside:
-    """What no allocator sees of a rank's memory."""
-    if recipe.on_cpu:
-        return Outside()
-    buffer = BufferShape(shape.tokens, shape.model.hidden_size, shape.model.num_experts_per_tok)
-    return Outside.of(recipe.exchange, buffer, topology.ep_nodes, topology.ep_node_size)
-
-
-def state_of(recipe: Recipe, held: Parameters) -> StateBytes:
-    """Weights, gradients, optimizer state of one rank, and its FP8 copies."""
-    weight, moment = recipe.wide, recipe.moment_bytes // 2
-    parts = (held.dense, held.dense_copies), (held.routed, held.routed_copies)
-    low = 2 * (1 + 4 / TILE**2) if recipe.precision is Precision.FP8 else 0.0  # both layouts of a Linear's weight
-    return StateBytes.of(
-        (Portion(count, copies, weight, moment=moment) for count, copies in parts),
-        fp8_weights=low * (held.dense + held.routed - held.tables),
+    return MemoryForecast.from_rank_memory(
+        predict_rank_memory(state, chunks, worst, between_instructions=(), optimizer_bytes=0.0, non_allocator=outside)
     )
 
 
-def stage_parameters(model: ModelConfig, stage: StageShape) -> tuple[float, float]:
+def non_allocator_memory(shape: LayerWorkload, recipe: ForecastRecipe, topology: Topology) -> NonAllocatorMemory:
+    """What no allocator sees of a rank's memory."""
+    if recipe.on_cpu:
+        return NonAllocatorMemory()
+    buffer = DeepEPBufferShape(shape.tokens, shape.model.hidden_size, shape.model.num_experts_per_tok)
+    return NonAllocatorMemory.for_exchange(
+        recipe.exchange, buffer, topology.nodes_per_ep_group, topology.ep_ranks_per_node
+    )
+
+
+def model_state_bytes(recipe: ForecastRecipe, held: RankParameters) -> StateBytes:
+    """Weights, gradients, optimizer state of one rank, and its FP8 copies."""
+    weight, moment = recipe.high_precision_bytes, recipe.moment_bytes // 2
+    parts = (held.dense, held.dense_replicas), (held.routed, held.routed_replicas)
+    low = (
+        2 * (1 + 4 / TILE_WIDTH**2) if recipe.precision is GemmPrecision.FP8 else 0.0
+    )  # both layouts of a Linear's weight
+    return StateBytes.from_groups(
+        (ParameterGroup(count, copies, weight, moment_bytes=moment) for count, copies in parts),
+        fp8_weights=low * (held.dense + held.routed - held.embedding_and_head),
+    )
+
+
+def count_stage_parameters(model: ModelConfig, stage: StageShape) -> tuple[float, float]:
     """Dense and routed parameters of a stage, of all expert-parallel ranks together."""
     hidden, heads = model.hidden_size, model.num_attention_heads
     query = hidden * heads * model.qk_head_dim
@@ -152,10 +164,13 @@ def stage_parameters(model: ModelConfig, stage: StageShape) -> tuple[float, floa
     expert = 3 * hidden * model.moe_intermediate_size
     routed_layer = attention + model.n_shared_experts * expert + hidden * model.n_routed_experts
     depth = model.num_nextn_predict_layers if stage.is_last else 0
-    dense = stage.dense * (attention + 3 * hidden * model.intermediate_size) + (stage.routed + depth) * routed_layer
+    dense = (
+        stage.dense_layers * (attention + 3 * hidden * model.intermediate_size)
+        + (stage.moe_layers + depth) * routed_layer
+    )
     dense += depth * (2 * hidden**2 + 3 * hidden)
     if stage.is_first:
         dense += model.vocab_size * hidden
     if stage.is_last:
         dense += model.vocab_size * hidden + hidden
-    return float(dense), float((stage.routed + depth) * model.n_routed_experts * expert)
+    return float(dense), float((stage.moe_layers + depth) * model.n_routed_experts * expert)

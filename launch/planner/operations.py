@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from ...trainer.model.config import ModelConfig
-from ...trainer.model.loss import chunk_tokens
+from ...trainer.model.loss import tokens_per_logit_block
 from ...trainer.model.recompute import RecomputeModule
-from .recipe import Precision, Recipe
+from .recipe import ForecastRecipe, GemmPrecision
 
 
 class ComputePhase(StrEnum):
@@ -22,28 +22,28 @@ class ComputePhase(StrEnum):
     ATTENTION_F = "attn(F)"
     ATTENTION_B = "attn(B)"
     ATTENTION_W = "attn(W)"
-    SHARED_F = "shared(F)"
-    SHARED_B = "shared(B)"
-    EXPERTS_F = "mlp(F)"
-    EXPERTS_B = "mlp(B)"
+    SHARED_EXPERTS_F = "shared(F)"
+    SHARED_EXPERTS_B = "shared(B)"
+    ROUTED_EXPERTS_F = "mlp(F)"
+    ROUTED_EXPERTS_B = "mlp(B)"
     EXPERTS_W = "mlp(W)"
-    DENSE_F = "dense(F)"
-    DENSE_B = "dense(B)"
-    DENSE_W = "dense(W)"
+    DENSE_LAYER_F = "dense(F)"
+    DENSE_LAYER_B = "dense(B)"
+    DENSE_LAYER_W = "dense(W)"
     HEAD_F = "loss(F)"
     HEAD_B = "loss(B)"
     HEAD_W = "loss(W)"
-    MERGE_F = "mtp(F)"
-    MERGE_B = "mtp(B)"
-    MERGE_W = "mtp(W)"
+    MTP_MERGE_F = "mtp(F)"
+    MTP_MERGE_B = "mtp(B)"
+    MTP_MERGE_W = "mtp(W)"
 
 
 class GemmRole(StrEnum):
     """Which of a Linear's three GEMMs."""
 
     FORWARD = "forward"
-    INPUT = "input_gradient"
-    WEIGHT = "weight_gradient"
+    INPUT_GRADIENT = "input_gradient"
+    WEIGHT_GRADIENT = "weight_gradient"
 
 
 @dataclass(frozen=True)
@@ -52,20 +52,20 @@ class Gemm:
 
     name: str
     role: GemmRole
-    dtype: Precision
+    dtype: GemmPrecision
     tokens: int
-    inputs: int
-    outputs: int
-    grouped: bool = False
+    in_features: int
+    out_features: int
+    is_grouped: bool = False
 
     @property
     def flops(self) -> float:
         """2 a multiply-add."""
-        return 2.0 * self.tokens * self.inputs * self.outputs
+        return 2.0 * self.tokens * self.in_features * self.out_features
 
 
 @dataclass(frozen=True)
-class Core:
+class AttentionCore:
     """The attention core, causal."""
 
     role: str
@@ -73,50 +73,50 @@ class Core:
 
 
 @dataclass(frozen=True)
-class MemoryPass:
+class MemoryBoundKernel:
     """A pass over memory; `bytes` are what must move at least once, in the shape that the table measured too."""
 
     kind: str
-    phase: ComputePhase
+    table_phase: ComputePhase
     """Under which the table has it."""
     bytes: float
 
 
-Operation = Gemm | Core | MemoryPass
+ComputeOperation = Gemm | AttentionCore | MemoryBoundKernel
 
 
 @dataclass(frozen=True)
-class Shape:
+class LayerWorkload:
     """A model with what one rank sees of a micro-batch."""
 
     model: ModelConfig
     sequence_length: int
-    micro_batch: int
-    expert_ranks: int
-    skew: float = 0.0
-    received: int | None = None
+    micro_batch_size: int
+    ep_size: int
+    expert_skew: float = 0.0
+    traced_rows: int | None = None
     """Rows that reached this rank, where a trace says so."""
 
     @property
     def tokens(self) -> int:
         """T."""
-        return self.sequence_length * self.micro_batch
+        return self.sequence_length * self.micro_batch_size
 
     @property
-    def rows(self) -> int:
+    def routed_rows(self) -> int:
         """R, with balanced routing and on the rank with the most of them above that by `skew`."""
-        if self.received is not None:
-            return self.received
-        return round(self.tokens * self.model.num_experts_per_tok * (1 + self.skew))
+        if self.traced_rows is not None:
+            return self.traced_rows
+        return round(self.tokens * self.model.num_experts_per_tok * (1 + self.expert_skew))
 
 
-def phase_operations(shape: Shape, recipe: Recipe, phase: ComputePhase) -> Iterator[Operation]:
+def phase_operations(shape: LayerWorkload, recipe: ForecastRecipe, phase: ComputePhase) -> Iterator[ComputeOperation]:
     """Everything that `phase` of one layer computes on one rank."""
     part, way = phase.value[:-3], phase.value[-2]
     if part == "loss":
         yield from _loss(shape, recipe, phase)
         return
-    role = {"F": GemmRole.FORWARD, "B": GemmRole.INPUT, "W": GemmRole.WEIGHT}[way]
+    role = {"F": GemmRole.FORWARD, "B": GemmRole.INPUT_GRADIENT, "W": GemmRole.WEIGHT_GRADIENT}[way]
     # The runtime leaves the weights of shared and routed experts for the same moment.
     for linears in ("shared", "mlp") if phase is ComputePhase.EXPERTS_W else (part,):
         for name, tokens, inputs, outputs, dtype, grouped in _linears(shape, recipe, linears):
@@ -128,7 +128,9 @@ def phase_operations(shape: Shape, recipe: Recipe, phase: ComputePhase) -> Itera
     yield from _passes(shape, recipe, phase)
 
 
-def _linears(shape: Shape, recipe: Recipe, part: str) -> Iterator[tuple[str, int, int, int, Precision, bool]]:
+def _linears(
+    shape: LayerWorkload, recipe: ForecastRecipe, part: str
+) -> Iterator[tuple[str, int, int, int, GemmPrecision, bool]]:
     """Name, tokens, inputs, outputs, format and whether grouped of each Linear of a part."""
     model, tokens, low = shape.model, shape.tokens, recipe.precision
     hidden, inner = model.hidden_size, model.moe_intermediate_size
@@ -146,11 +148,11 @@ def _linears(shape: Shape, recipe: Recipe, part: str) -> Iterator[tuple[str, int
         yield "shared_gate_up", tokens, hidden, 2 * inner * model.n_shared_experts, low, False
         yield "shared_down", tokens, inner * model.n_shared_experts, hidden, low, False
     if part == "mlp":
-        yield "gate_up", shape.rows, hidden, 2 * inner, low, True
-        yield "down", shape.rows, inner, hidden, low, True
+        yield "gate_up", shape.routed_rows, hidden, 2 * inner, low, True
+        yield "down", shape.routed_rows, inner, hidden, low, True
 
 
-def _loss(shape: Shape, recipe: Recipe, phase: ComputePhase) -> Iterator[Operation]:
+def _loss(shape: LayerWorkload, recipe: ForecastRecipe, phase: ComputePhase) -> Iterator[ComputeOperation]:
     """The runtime forms the gradients together with the loss: all three products are in the forward."""
     if phase is not ComputePhase.HEAD_F:
         return
@@ -159,17 +161,17 @@ def _loss(shape: Shape, recipe: Recipe, phase: ComputePhase) -> Iterator[Operati
         yield Gemm("head", role, dtype, shape.tokens, shape.model.hidden_size, shape.model.vocab_size)
 
 
-def head_traffic(shape: Shape, recipe: Recipe) -> float:
+def head_gradient_bytes(shape: LayerWorkload, recipe: ForecastRecipe) -> float:
     """Bytes that adding up the head's FP32 gradient moves: for each chunk of tokens a product, and the sum.
 
     No pass of `_loss`: nobody has measured a head, and a kernel may keep the sum to itself.
     """
-    chunks = math.ceil(shape.tokens / chunk_tokens(shape.model.vocab_size, on_gpu=True))
-    return float(chunks) * shape.model.vocab_size * shape.model.hidden_size * (2 * recipe.wide + 2 * 4)
+    chunks = math.ceil(shape.tokens / tokens_per_logit_block(shape.model.vocab_size, on_gpu=True))
+    return float(chunks) * shape.model.vocab_size * shape.model.hidden_size * (2 * recipe.high_precision_bytes + 2 * 4)
 
 
-def _out_of_fp8(recipe: Recipe) -> Precision:
-    return max(recipe.precision, Precision.BF16, key=lambda precision: precision.bytes)
+def _out_of_fp8(recipe: ForecastRecipe) -> GemmPrecision:
+    return max(recipe.precision, GemmPrecision.BF16, key=lambda precision: precision.element_bytes)
 
 
 def _attention_linears(model: ModelConfig) -> Iterator[tuple[str, int, int]]:
@@ -191,7 +193,7 @@ _REMADE = {
 """Linears that a policy runs again. Norms and SwiGLU are in the measured passes, of a run that makes them again."""
 
 
-def _recomputed(shape: Shape, recipe: Recipe, part: str) -> Iterator[Operation]:
+def _recomputed(shape: LayerWorkload, recipe: ForecastRecipe, part: str) -> Iterator[ComputeOperation]:
     """What the backward makes again."""
     names = [name for policy, linears in _REMADE.items() if policy in recipe.recompute for name in linears]
     for name, tokens, inputs, outputs, dtype, grouped in _linears(shape, recipe, part):
@@ -201,13 +203,13 @@ def _recomputed(shape: Shape, recipe: Recipe, part: str) -> Iterator[Operation]:
         yield from _core(shape, "forward")
 
 
-def _core(shape: Shape, role: str) -> Iterator[Core]:
+def _core(shape: LayerWorkload, role: str) -> Iterator[AttentionCore]:
     """Two matrix products forward, five backward, half of S x S."""
     model, length = shape.model, shape.sequence_length
     widths = model.qk_head_dim + model.v_head_dim
     if role == "backward":
         widths = 3 * model.qk_head_dim + 2 * model.v_head_dim
-    yield Core(role, float(shape.micro_batch) * model.num_attention_heads * widths * length**2)
+    yield AttentionCore(role, float(shape.micro_batch_size) * model.num_attention_heads * widths * length**2)
 
 
 # Kinds of passes in each phase; a dense layer is attention and a wide shared expert.
@@ -218,22 +220,22 @@ _KINDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _passes(shape: Shape, recipe: Recipe, phase: ComputePhase) -> Iterator[MemoryPass]:
+def _passes(shape: LayerWorkload, recipe: ForecastRecipe, phase: ComputePhase) -> Iterator[MemoryBoundKernel]:
     part, way = phase.value[:-3], phase.value[-2]
     for kind in _KINDS.get(part, ()):
-        if kind == "quantize" and recipe.precision is not Precision.FP8:
+        if kind == "quantize" and recipe.precision is not GemmPrecision.FP8:
             continue
         under = ComputePhase(f"attn({way})") if part == "dense" else phase
-        yield MemoryPass(kind, under, pass_bytes(shape, kind, under))
+        yield MemoryBoundKernel(kind, under, memory_bound_kernel_bytes(shape, kind, under))
     if part == "dense":
         for kind in ("quantize", "swiglu"):
-            if kind != "quantize" or recipe.precision is Precision.FP8:
-                yield MemoryPass(kind, ComputePhase(f"mlp({way})"), _dense_bytes(shape, kind))
+            if kind != "quantize" or recipe.precision is GemmPrecision.FP8:
+                yield MemoryBoundKernel(kind, ComputePhase(f"mlp({way})"), _dense_bytes(shape, kind))
 
 
-def pass_bytes(shape: Shape, kind: str, phase: ComputePhase) -> float:
+def memory_bound_kernel_bytes(shape: LayerWorkload, kind: str, phase: ComputePhase) -> float:
     """Bytes that a pass of this kind must move at least once in this phase of a routed layer."""
-    model, tokens, rows = shape.model, shape.tokens, shape.rows
+    model, tokens, rows = shape.model, shape.tokens, shape.routed_rows
     hidden, inner, heads = model.hidden_size, model.moe_intermediate_size, model.num_attention_heads
     if phase.value.startswith("mlp"):
         shared = tokens * model.n_shared_experts
@@ -254,7 +256,7 @@ def pass_bytes(shape: Shape, kind: str, phase: ComputePhase) -> float:
     }[kind]
 
 
-def _dense_bytes(shape: Shape, kind: str) -> float:
+def _dense_bytes(shape: LayerWorkload, kind: str) -> float:
     model, tokens = shape.model, shape.tokens
     if kind == "quantize":
         return 3.0 * tokens * (model.hidden_size + 2 * model.intermediate_size)

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...comm.errors import ConfigError, Problem, refuse_if_any
+from ...comm.errors import ConfigError, Problem, raise_if_any
 from ...comm.files.access import read_json
-from ...comm.files.strict_json import Item, Malformed
-from ...trainer.build import stages_of
+from ...comm.files.strict_json import JsonValue, MalformedFileError
+from ...trainer.build import build_stage_layout
 from ...trainer.config import RunConfig
-from ...trainer.ledger.terms import TERMS
-from ..verbs.simulate import run_facts
-from .configured import computing_of
+from ...trainer.ledger.terms import STEP_TIME_TERMS
+from ..verbs.simulate import run_description
+from .configured import configured_recipe
 
 _OPTION = "--against"
 _MOST_BYTES = 2**28
@@ -25,13 +25,13 @@ _LAYOUT = ("pp", "edp", "ep", "schedule", "micro_batch", "layers")
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlanEntry:
     """The price of one layout. Times are means over ranks."""
 
-    row: str
+    layout_name: str
     """Which layout of the plan it is."""
-    terms: Mapping[str, float]
-    """Seconds a step, by the names of `trainer.ledger.terms.TERMS`."""
+    time_terms: Mapping[str, float]
+    """Seconds a step, by the names of `trainer.ledger.terms.STEP_TIME_TERMS`."""
     step_seconds: float
     """Their sum."""
     tokens_per_second: float
@@ -44,7 +44,7 @@ class Planned:
     """Where the run is not what was planned, although its steps are."""
 
 
-def read_planned(path: Path, config: RunConfig, precision: str | None) -> Planned:
+def read_plan_entry(path: Path, config: RunConfig, precision: str | None) -> PlanEntry:
     """What the plan at `path` says of a run with this configuration, whose GEMMs are in `precision`, if that is known.
 
     Of several layouts it is the one of the run; where several differ from each other in their recipe alone, the one
@@ -54,7 +54,7 @@ def read_planned(path: Path, config: RunConfig, precision: str | None) -> Planne
     tree = _read(path)
     wanted = _layout_of(config)
     try:
-        refuse_if_any(_other_run(path, tree["of"], _facts(config)))
+        raise_if_any(_other_run(path, tree["of"], _facts(config)))
         rows = dict(_rows(tree))
         same = {name: row for name, row in rows.items() if all(row[key] == wanted[key] for key in _LAYOUT)}
         if not same:
@@ -69,10 +69,10 @@ def read_planned(path: Path, config: RunConfig, precision: str | None) -> Planne
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path, _MOST_BYTES).mapping()
+        return read_json(path, _MOST_BYTES).as_mapping()
     except OSError as error:
         raise ConfigError([Problem(_OPTION, str(path), f"cannot be read: {error.strerror}")]) from error
-    except Malformed as error:
+    except MalformedFileError as error:
         raise ConfigError([_no_plan(path)]) from error
 
 
@@ -92,21 +92,21 @@ def _rows(tree: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     yield "the configured layout", tree["configured"]
 
 
-def _planned(name: str, row: Mapping[str, Any], deviations: Sequence[str]) -> Planned:
-    return Planned(
-        row=name,
-        terms={term: Item(row["terms"][term]).number() for term in TERMS},
-        step_seconds=Item(row["step_seconds"]).number(0),
-        tokens_per_second=Item(row["tokens_per_second_and_gpu"]).number(0) * row["pp"] * row["edp"] * row["ep"],
-        gpu_hours=Item(row["gpu_hours"]).number(0),
-        memory_bytes=Item(row["memory_bytes"]).number(0),
+def _planned(name: str, row: Mapping[str, Any], deviations: Sequence[str]) -> PlanEntry:
+    return PlanEntry(
+        layout_name=name,
+        time_terms={term: JsonValue(row["terms"][term]).as_number() for term in STEP_TIME_TERMS},
+        step_seconds=JsonValue(row["step_seconds"]).as_number(0),
+        tokens_per_second=JsonValue(row["tokens_per_second_and_gpu"]).as_number(0) * row["pp"] * row["edp"] * row["ep"],
+        gpu_hours=JsonValue(row["gpu_hours"]).as_number(0),
+        memory_bytes=JsonValue(row["memory_bytes"]).as_number(0),
         deviations=deviations,
     )
 
 
 def _facts(config: RunConfig) -> dict[str, Any]:
     """As they are after a way through JSON."""
-    facts: dict[str, Any] = json.loads(json.dumps(run_facts(config)))
+    facts: dict[str, Any] = json.loads(json.dumps(run_description(config)))
     return facts
 
 
@@ -117,8 +117,8 @@ def _layout_of(config: RunConfig) -> dict[str, Any]:
         "edp": topology.edp,
         "ep": topology.ep,
         "schedule": schedule.name,
-        "micro_batch": schedule.micro_batch,
-        "layers": [len(layers) for layers in stages_of(config).layers],
+        "micro_batch": schedule.micro_batch_size,
+        "layers": [len(layers) for layers in build_stage_layout(config).stage_layers],
     }
 
 
@@ -157,7 +157,7 @@ def _other_recipe(row: Mapping[str, Any], config: RunConfig, precision: str | No
     """What changes the time of a step."""
     if precision is not None and row["precision"] != precision:
         yield f"precision: {row['precision']} planned, {precision} run"
-    run = computing_of(config)
+    run = configured_recipe(config)
     planned, parts = _parts(row["recompute"]), _parts(sorted(run.recompute))
     if planned != parts:
         yield f"recompute: {planned} planned, {parts} run"

@@ -10,18 +10,27 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ...comm.errors import ConfigError, Problem, refuse_if_any
+from ...comm.errors import ConfigError, Problem, raise_if_any
 from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.model.config import ModelConfig
-from .exchange_time import bytes_a_second, evidence_of
-from .kernel_times import Coverage, KernelTable, Measurement, read_table
-from .operations import ComputePhase, Core, Gemm, MemoryPass, Operation, Shape, pass_bytes, phase_operations
-from .recipe import Precision, Recipe
+from .exchange_time import bytes_per_second, cluster_evidence_class
+from .kernel_times import EvidenceCoverage, KernelMeasurement, KernelTable, read_kernel_table
+from .operations import (
+    AttentionCore,
+    ComputeOperation,
+    ComputePhase,
+    Gemm,
+    LayerWorkload,
+    MemoryBoundKernel,
+    memory_bound_kernel_bytes,
+    phase_operations,
+)
+from .recipe import ForecastRecipe, GemmPrecision
 
 _TILE = 128
 """Edge of the blocks that a GEMM is cut into (DeepGEMM)."""
 
-MEASURED_ON = ModelConfig(
+MEASURED_MODEL = ModelConfig(
     name="deepseek_v3",
     hidden_size=7168,
     num_attention_heads=128,
@@ -38,7 +47,7 @@ MEASURED_ON = ModelConfig(
 """The layer whose passes over memory the tables measured, with 4,096 tokens."""
 
 
-def described_table(cluster: ClusterConfig) -> KernelTable:
+def cluster_kernel_table(cluster: ClusterConfig) -> KernelTable:
     """The kernel times of a cluster. Raises `ConfigError` where it does not say what every price needs."""
     if cluster.tables is None:
         hint = (
@@ -46,24 +55,24 @@ def described_table(cluster: ClusterConfig) -> KernelTable:
             "cluster=h800, or measure this machine with `shoestring calibrate`"
         )
         raise ConfigError([Problem("cluster.tables", None, hint)])
-    refuse_if_any(
+    raise_if_any(
         Problem(f"cluster.{name}", None, f"is not known for {cluster.name}, and nothing can be priced without it")
         for name, value in (("peak_tflops", cluster.peak_tflops), ("memory_gb", cluster.memory_gb))
         if value is None
     )
-    return read_table(cluster.tables)
+    return read_kernel_table(cluster.tables)
 
 
-def _foreign(table: KernelTable, recipe: Recipe) -> Iterator[Problem]:
+def _foreign(table: KernelTable, recipe: ForecastRecipe) -> Iterator[Problem]:
     """Where phases were timed whole, they are those of one recipe, and say nothing about another."""
-    own = recipe_names(recipe)
-    for field_name, measured in table.measured_with.items():
+    own = recipe_by_config_key(recipe)
+    for field_name, measured in table.measured_recipe.items():
         if own[field_name] != measured:
             hint = f"{table.name} was measured with {measured}; write that, or calibrate with this"
             yield Problem(field_name, own[field_name], hint)
 
 
-def recipe_names(recipe: Recipe) -> dict[str, str]:
+def recipe_by_config_key(recipe: ForecastRecipe) -> dict[str, str]:
     """What changes the time of whole phases, by the key that says so in a configuration."""
     return {
         "precision": recipe.precision.value,
@@ -74,31 +83,33 @@ def recipe_names(recipe: Recipe) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Compute:
+class ComputeTimeModel:
     """Prices phases on one cluster with one recipe. Keeps what it has priced."""
 
     cluster: ClusterConfig
-    recipe: Recipe
+    recipe: ForecastRecipe
     table: KernelTable
-    coverage: Coverage = field(default_factory=Coverage)
-    _priced: dict[tuple[Shape, ComputePhase], float] = field(default_factory=dict)
+    coverage: EvidenceCoverage = field(default_factory=EvidenceCoverage)
+    _priced: dict[tuple[LayerWorkload, ComputePhase], float] = field(default_factory=dict)
 
     @staticmethod
-    def of(cluster: ClusterConfig, recipe: Recipe) -> Compute:
+    def from_cluster(cluster: ClusterConfig, recipe: ForecastRecipe) -> ComputeTimeModel:
         """Raises `ConfigError` where the cluster does not say enough, or was measured with another recipe."""
-        table = described_table(cluster)
+        table = cluster_kernel_table(cluster)
         problems = list(_foreign(table, recipe))
-        if recipe.precision is Precision.FP8 and cluster.peak_fp8_tflops is None:
+        if recipe.precision is GemmPrecision.FP8 and cluster.peak_fp8_tflops is None:
             problems.append(Problem("precision.linear", "fp8", f"{cluster.name} has no FP8; write precision=bf16"))
-        refuse_if_any(problems)
-        return Compute(cluster, recipe, table, Coverage(at_best=evidence_of(cluster, "tables")))
+        raise_if_any(problems)
+        return ComputeTimeModel(
+            cluster, recipe, table, EvidenceCoverage(strongest_evidence=cluster_evidence_class(cluster, "tables"))
+        )
 
-    def phase(self, shape: Shape, phase: ComputePhase) -> float:
+    def phase_seconds(self, shape: LayerWorkload, phase: ComputePhase) -> float:
         """Seconds of one phase of one layer, gaps between its kernels included."""
         key = shape, phase
         if key not in self._priced:
-            measured = self.table.find("phase", phase.value, _shape_name(shape))
-            if measured is None and self.table.measured_with:
+            measured = self.table.find_row("phase", phase.value, _shape_name(shape))
+            if measured is None and self.table.measured_recipe:
                 hint = f"has no {phase.value} of {_shape_name(shape)}; calibrate with as many ranks and such a batch"
                 raise ConfigError([Problem("cluster.tables", self.table.name, hint)])
             if measured is not None:
@@ -109,40 +120,40 @@ class Compute:
                 self._priced[key] += self._gaps(phase)
         return self._priced[key]
 
-    def gaps(self, phase: ComputePhase) -> float:
+    def gap_seconds(self, phase: ComputePhase) -> float:
         """Of these, what passes between kernels: the processors are idle."""
-        row = self.table.find("launch", "gaps", _like(phase))
+        row = self.table.find_row("launch", "gaps", _like(phase))
         return row.seconds if row is not None else 0.0
 
     def _gaps(self, phase: ComputePhase) -> float:
-        row = self.table.find("launch", "gaps", _like(phase))
+        row = self.table.find_row("launch", "gaps", _like(phase))
         if row is None:
             return 0.0
         self._count(row, row.seconds)
         return row.seconds
 
-    def _seconds(self, operation: Operation) -> float:
+    def _seconds(self, operation: ComputeOperation) -> float:
         if isinstance(operation, Gemm):
             return self._gemm(operation)
-        if isinstance(operation, Core):
+        if isinstance(operation, AttentionCore):
             return self._core(operation)
         return self._pass(operation)
 
     def _gemm(self, gemm: Gemm) -> float:
-        kind, shape = ("grouped" if gemm.grouped else "gemm"), (gemm.tokens, gemm.inputs, gemm.outputs)
-        found = self.table.nearest(kind, gemm.role.value, gemm.dtype.value, shape)
+        kind, shape = ("grouped" if gemm.is_grouped else "gemm"), (gemm.tokens, gemm.in_features, gemm.out_features)
+        found = self.table.nearest_row(kind, gemm.role.value, gemm.dtype.value, shape)
         if found is not None and found[1]:
             row = found[0]
             seconds = gemm.flops / self._rate(row, gemm.dtype) * self._waves(gemm)
             self._count(row, seconds)
             return seconds
         # Not measured: the share of peak that the most similar shape reaches, of this format or of another.
-        formats = (p for p in (gemm.dtype, *Precision) if self.table.of(kind, gemm.role.value, p.value))
+        formats = (p for p in (gemm.dtype, *GemmPrecision) if self.table.select(kind, gemm.role.value, p.value))
         dtype = next(formats, None)
         if dtype is None:
             hint = f"has no {gemm.role.value} GEMM at all; measure one"
             raise ConfigError([Problem("cluster.tables", self.table.name, hint)])
-        found = self.table.nearest(kind, gemm.role.value, dtype.value, shape)
+        found = self.table.nearest_row(kind, gemm.role.value, dtype.value, shape)
         assert found is not None
         row = found[0]
         share = self._rate(row, dtype) / self._peak(dtype)
@@ -151,72 +162,78 @@ class Compute:
         self._miss(f"{gemm.name} {gemm.role.value} {'x'.join(map(str, shape))} {gemm.dtype.value}", taken, seconds)
         return seconds
 
-    def _rate(self, row: Measurement, dtype: Precision) -> float:
+    def _rate(self, row: KernelMeasurement, dtype: GemmPrecision) -> float:
         """FLOPs a second of a measured GEMM."""
         if row.unit == "share":
             return row.value * self._peak(dtype)
         return 2.0 * row.tokens * row.inputs * row.outputs / row.seconds
 
-    def _peak(self, dtype: Precision) -> float:
+    def _peak(self, dtype: GemmPrecision) -> float:
         cluster = self.cluster
-        peak = cluster.peak_fp8_tflops if dtype is Precision.FP8 else cluster.peak_tflops
+        peak = cluster.peak_fp8_tflops if dtype is GemmPrecision.FP8 else cluster.peak_tflops
         assert peak is not None
         return peak * 1e12
 
     def _waves(self, gemm: Gemm) -> float:
         """By how much more or fewer lent SMs than in the table change a GEMM: whole waves of tiles."""
-        sms, measured = self.cluster.sms, self.table.find("gemm", "lent_sms", "any")
+        sms, measured = self.cluster.sm_count, self.table.find_row("gemm", "lent_sms", "any")
         if sms is None or measured is None or self.recipe.comm_sms == int(measured.value):
             return 1.0
         # An input gradient's tiles are tokens x inputs, a weight gradient's inputs x outputs.
         height, width = {
-            "forward": (gemm.tokens, gemm.outputs),
-            "input_gradient": (gemm.tokens, gemm.inputs),
-            "weight_gradient": (gemm.inputs, gemm.outputs),
+            "forward": (gemm.tokens, gemm.out_features),
+            "input_gradient": (gemm.tokens, gemm.in_features),
+            "weight_gradient": (gemm.in_features, gemm.out_features),
         }[gemm.role.value]
         tiles = math.ceil(height / _TILE) * math.ceil(width / _TILE)
         waves = [math.ceil(tiles / (sms - lent)) for lent in (self.recipe.comm_sms, int(measured.value))]
         return waves[0] / waves[1]
 
-    def _core(self, core: Core) -> float:
-        rows = [row for precision in Precision for row in self.table.of("attention", core.role, precision.value)]
+    def _core(self, core: AttentionCore) -> float:
+        rows = [
+            row for precision in GemmPrecision for row in self.table.select("attention", core.role, precision.value)
+        ]
         if not rows:
             raise ConfigError([Problem("cluster.tables", self.table.name, f"has no attention core, {core.role}")])
         row = rows[0]
         if row.unit == "share":
-            seconds = core.flops / (row.value * self._peak(Precision.BF16))
+            seconds = core.flops / (row.value * self._peak(GemmPrecision.BF16))
         else:
             length, widths = row.tokens, row.inputs + row.outputs
             if core.role == "backward":
                 widths = 3 * row.inputs + 2 * row.outputs
-            seconds = core.flops / (MEASURED_ON.num_attention_heads * widths * length**2) * row.seconds
-        lent = self.table.find("gemm", "lent_sms", "any")
-        if lent is not None and self.cluster.sms is not None:
-            seconds *= (self.cluster.sms - lent.value) / (self.cluster.sms - self.recipe.comm_sms)
+            seconds = core.flops / (MEASURED_MODEL.num_attention_heads * widths * length**2) * row.seconds
+        lent = self.table.find_row("gemm", "lent_sms", "any")
+        if lent is not None and self.cluster.sm_count is not None:
+            seconds *= (self.cluster.sm_count - lent.value) / (self.cluster.sm_count - self.recipe.comm_sms)
         self._count(row, seconds)
         return seconds
 
-    def _pass(self, operation: MemoryPass) -> float:
-        row = self.table.find("memory", operation.kind, operation.phase.value)
+    def _pass(self, operation: MemoryBoundKernel) -> float:
+        row = self.table.find_row("memory", operation.kind, operation.table_phase.value)
         if row is None:
-            default = self.table.find("memory", "default", "any")
+            default = self.table.find_row("memory", "default", "any")
             if default is None:
                 return 0.0  # this phase has no such pass in the measured layer
-            rate = bytes_a_second(self.cluster, "memory_gbps", self.cluster.memory_gbps, f"a {operation.kind} pass")
+            rate = bytes_per_second(
+                self.cluster, "memory_gbps", self.cluster.memory_gb_per_second, f"a {operation.kind} pass"
+            )
             seconds = operation.bytes / (default.value * rate)
             self._count(default, seconds)
             return seconds
-        shape = Shape(MEASURED_ON, row.tokens, 1, 1, received=row.inputs or None)
-        seconds = row.seconds * operation.bytes / pass_bytes(shape, operation.kind, operation.phase)
+        shape = LayerWorkload(MEASURED_MODEL, row.tokens, 1, 1, traced_rows=row.inputs or None)
+        seconds = (
+            row.seconds * operation.bytes / memory_bound_kernel_bytes(shape, operation.kind, operation.table_phase)
+        )
         self._count(row, seconds)
         return seconds
 
-    def _count(self, row: Measurement, seconds: float) -> None:
-        self.coverage.add(row.evidence, seconds)
+    def _count(self, row: KernelMeasurement, seconds: float) -> None:
+        self.coverage.add_seconds(row.evidence, seconds)
 
     def _miss(self, operation: str, taken: str, seconds: float) -> None:
-        self.coverage.add("assumed", seconds)
-        self.coverage.misses[operation] = taken
+        self.coverage.add_seconds("assumed", seconds)
+        self.coverage.substituted_rows[operation] = taken
 
 
 def _like(phase: ComputePhase) -> str:
@@ -225,6 +242,6 @@ def _like(phase: ComputePhase) -> str:
     return f"attn({way})" if part == "dense" else phase.value
 
 
-def _shape_name(shape: Shape) -> str:
+def _shape_name(shape: LayerWorkload) -> str:
     """How a table of whole phases names the shape."""
-    return f"{shape.micro_batch}x{shape.sequence_length}/{shape.expert_ranks}"
+    return f"{shape.micro_batch_size}x{shape.sequence_length}/{shape.ep_size}"

@@ -9,64 +9,68 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from ...parallelism.pipeline.executor import take_turns
+from ...parallelism.pipeline.executor import interleave
 from ...parallelism.pipeline.program import Op
 from ...trainer.config import RunConfig
 from ...trainer.memory.chunk import StageShape
 from ...trainer.model.config import ModelConfig
-from .forecast import Forecast, Layout
-from .lanes import ChunkCosts, Lanes, SimulatedChunk
-from .recipe import Recipe
+from .forecast import ParallelLayout, StepForecast
+from .lanes import ChunkTimeModel, SimulatedChunk, SimulatedStreams
+from .recipe import ForecastRecipe
 
-STEP_SECONDS = 19.926
+PUBLISHED_STEP_SECONDS = 19.926
 """Insights paper (arXiv 2505.09343), table 4, MPFT."""
-PHASES: Mapping[str, float] = MappingProxyType(
+PUBLISHED_PHASE_SECONDS: Mapping[str, float] = MappingProxyType(
     {"1F": 1.13, "bubble": 2.06, "1B": 1.99, "1W": 0.48, "1F1B": 13.95, "opt": 0.29}
 )
-"""Of that table, in seconds a step; see `as_published`."""
-PAIR_SECONDS = 0.129012
+"""Of that table, in seconds a step; see `seconds_by_published_phase`."""
+TRACED_CHUNK_PAIR_SECONDS = 0.129012
 """A forward and a backward of four routed layers (deepseek-ai/profile-data train.json)."""
-PAIR_ROWS = ((31_104, 30_976, 36_864, 31_104), (34_688, 32_512, 32_896, 28_416))
+TRACED_EXPERT_ROWS = ((31_104, 30_976, 36_864, 31_104), (34_688, 32_512, 32_896, 28_416))
 """Rows that reached the traced rank's experts in the four layers of the forward and of the backward."""
-GLOBAL_BATCH, LENGTH, GPUS = 15_360, 4096, 2048
-TOKENS = 14_800_000_000_000
-RAMP_FROM = 3072
+PUBLISHED_GLOBAL_BATCH, PUBLISHED_SEQUENCE_LENGTH, PUBLISHED_GPUS = 15_360, 4096, 2048
+PUBLISHED_TOKENS = 14_800_000_000_000
+PUBLISHED_INITIAL_BATCH = 3072
 """Sequences of the first step (V3 report §4.2)."""
 _MODEL = (61, 3, 7168, 256, 8, 2048, 129_280, 1)
 
 
-def is_published_run(config: RunConfig) -> bool:
+def is_deepseek_v3_run(config: RunConfig) -> bool:
     """Whether this is DeepSeek-V3's pre-training, in whatever layout: model, cluster, batch and tokens."""
     training, cluster = config.training, config.cluster
-    same = (training.global_batch, training.sequence_length, training.tokens) == (GLOBAL_BATCH, LENGTH, TOKENS)
-    return same and (cluster.name, cluster.gpus) == ("h800", GPUS) and _size(config.model) == _MODEL
+    same = (training.global_batch_size, training.sequence_length, training.tokens) == (
+        PUBLISHED_GLOBAL_BATCH,
+        PUBLISHED_SEQUENCE_LENGTH,
+        PUBLISHED_TOKENS,
+    )
+    return same and (cluster.name, cluster.total_gpus) == ("h800", PUBLISHED_GPUS) and _size(config.model) == _MODEL
 
 
-def is_published(config: RunConfig, layout: Layout, recipe: Recipe) -> bool:
+def is_deepseek_v3_layout(config: RunConfig, layout: ParallelLayout, recipe: ForecastRecipe) -> bool:
     """Whether it also computes and is spread as the step that the figures above are of."""
-    own, topology = Recipe(), layout.topology
+    own, topology = ForecastRecipe(), layout.topology
     fields = ("precision", "recompute", "exchange", "overlap", "moment_bytes", "comm_sms")
     as_reported = all(getattr(recipe, name) == getattr(own, name) for name in fields)
-    grid = topology.pp, topology.ep, layout.schedule, layout.micro_batch
-    return is_published_run(config) and as_reported and grid == (16, 64, "dualpipe", 1)
+    grid = topology.pp, topology.ep, layout.schedule, layout.micro_batch_size
+    return is_deepseek_v3_run(config) and as_reported and grid == (16, 64, "dualpipe", 1)
 
 
-def as_published(forecast: Forecast) -> dict[str, float]:
-    """A forecast's seconds in the rows of `PHASES`, which are a step without a rest.
+def seconds_by_published_phase(forecast: StepForecast) -> dict[str, float]:
+    """A forecast's seconds in the rows of `PUBLISHED_PHASE_SECONDS`, which are a step without a rest.
 
     So instructions are with the exchanges that they wait for there, the bubble is every wait for another stage, also
     behind a rank's last instruction, and opt are sums over ranks and the update. `report_view` says the same names of
     what the ledger can tell apart.
     """
-    mean = {op: sum(forecast.instruction_seconds(op)) / len(forecast.terms) for op in Op}
-    waits = forecast.replay.bubbles
+    mean = {op: sum(forecast.instruction_seconds(op)) / len(forecast.time_terms_by_rank) for op in Op}
+    waits = forecast.program_times.bubble_time_per_rank
     return {
         "1F": mean[Op.F],
         "bubble": sum(waits) / len(waits),
         "1B": mean[Op.I] + mean[Op.B],
         "1W": mean[Op.W],
         "1F1B": mean[Op.FB],
-        "opt": forecast.reduce + forecast.optimizer,
+        "opt": forecast.exposed_collective_seconds + forecast.optimizer_seconds,
     }
 
 
@@ -76,21 +80,21 @@ def _size(model: ModelConfig) -> tuple[int, ...]:
     return *layers, *experts, model.vocab_size, model.num_nextn_predict_layers
 
 
-TRACED = StageShape(dense=0, routed=4, is_first=False, is_last=False)
+TRACED_STAGE = StageShape(dense_layers=0, moe_layers=4, is_first=False, is_last=False)
 
 
-def simulate_pair(costs: ChunkCosts, *, as_routed: bool = True) -> Lanes:
+def simulate_traced_chunk_pair(costs: ChunkTimeModel, *, use_traced_rows: bool = True) -> SimulatedStreams:
     """Forward and backward of four routed layers in turns; `as_routed`: with the rows that reached the traced rank."""
-    forward_rows, backward_rows = PAIR_ROWS if as_routed else ((), ())
-    lanes, costs = Lanes(), costs.apart()  # a look aside, which is no part of the forecast
-    parts = costs.shape, costs.cost, costs.wire, lanes, True
-    take_turns(
-        SimulatedChunk(TRACED, *parts, backward_rows).backward(weights=True),
-        SimulatedChunk(TRACED, *parts, forward_rows).forward(),
+    forward_rows, backward_rows = TRACED_EXPERT_ROWS if use_traced_rows else ((), ())
+    lanes, costs = SimulatedStreams(), costs.with_separate_coverage()  # a look aside, which is no part of the forecast
+    parts = costs.shape, costs.compute_model, costs.exchange_model, lanes, True
+    interleave(
+        SimulatedChunk(TRACED_STAGE, *parts, backward_rows).backward(with_weight_gradients=True),
+        SimulatedChunk(TRACED_STAGE, *parts, forward_rows).forward(),
     )
     return lanes
 
 
-def exposed_share(lanes: Lanes) -> float:
+def exposed_communication_share(lanes: SimulatedStreams) -> float:
     """Of the time, in which no kernel runs but an exchange's: waits, and gaps between kernels beside an exchange."""
-    return (lanes.exposed + lanes.idle_beside) / lanes.now
+    return (lanes.exposed_seconds + lanes.overlapped_gap_seconds) / lanes.elapsed_seconds

@@ -14,33 +14,33 @@ from dataclasses import dataclass
 from ...comm.errors import ConfigError, Problem
 from ...comm.topology import Topology
 from ...parallelism.pipeline.liveness import first_use, last_use
-from ...parallelism.pipeline.program import Program
-from ...parallelism.pipeline.simulate import ProgramTimes
+from ...parallelism.pipeline.program import PipelineProgram
+from ...parallelism.pipeline.simulate import SimulatedTimes
 from ...trainer.costs.cluster import ClusterConfig
-from .exchange_time import bytes_a_second
+from .exchange_time import bytes_per_second
 from .kernel_times import KernelTable
-from .layout_memory import Parameters
-from .recipe import Precision, Recipe
+from .layout_memory import RankParameters
+from .recipe import ForecastRecipe, GemmPrecision
 
 _GRADIENT = 4  # bytes: FP32
 
 
 @dataclass(frozen=True)
-class WeightUses:
+class WeightLiveness:
     """Which instructions of a program first and last compute with the weights of each stage, on each of its ranks."""
 
-    first: tuple[dict[int, int], ...]
+    first_use_by_stage: tuple[dict[int, int], ...]
     """By stage: rank to index."""
-    last: tuple[dict[int, int], ...]
+    last_use_by_stage: tuple[dict[int, int], ...]
 
     @staticmethod
-    def of(program: Program) -> WeightUses:
+    def from_program(program: PipelineProgram) -> WeightLiveness:
         """Read off the program, as the runtime does."""
         holders = [
-            sorted({place.rank for place in program.placement.holders(stage)})
-            for stage in range(program.placement.stages)
+            sorted({place.rank for place in program.placement.locations_of_stage(stage)})
+            for stage in range(program.placement.num_stages)
         ]
-        return WeightUses(
+        return WeightLiveness(
             tuple({rank: first_use(program, rank, [stage]) for rank in ranks} for stage, ranks in enumerate(holders)),
             tuple({rank: last_use(program, rank, [stage]) for rank in ranks} for stage, ranks in enumerate(holders)),
         )
@@ -50,57 +50,59 @@ class WeightUses:
 class CollectiveSeconds:
     """Seconds of one stage's collectives: of gradients, and of weights."""
 
-    reduce: float
-    gather: float
+    reduce_scatter: float
+    all_gather: float
 
 
 @dataclass(frozen=True)
-class Updates:
+class OptimizerStepTimeModel:
     """Prices of updates in one layout."""
 
     cluster: ClusterConfig
-    recipe: Recipe
+    recipe: ForecastRecipe
     table: KernelTable
     topology: Topology
 
     @property
-    def is_timed(self) -> bool:
+    def is_measured(self) -> bool:
         """Whether the table has the update whole, for a thousand parameters, as `shoestring calibrate` times it."""
-        return self.table.find("phase", "optimizer", "any") is not None
+        return self.table.find_row("phase", "optimizer", "any") is not None
 
-    def timed(self, held: Parameters) -> tuple[float, float]:
+    def measured_seconds(self, held: RankParameters) -> tuple[float, float]:
         """Seconds of sums over replicas and of the rest on one rank. Nothing hides there: one core does everything."""
         reduce, update, rest = (self._timed_row(name) for name in ("reduce", "optimizer", "step"))
-        copied = held.dense * (held.dense_copies > 1) + held.routed * (held.routed_copies > 1)
+        copied = held.dense * (held.dense_replicas > 1) + held.routed * (held.routed_replicas > 1)
         return copied / 1e3 * reduce, (held.dense + held.routed) / 1e3 * update + rest
 
     def _timed_row(self, name: str) -> float:
-        row = self.table.find("phase", name, "any")
+        row = self.table.find_row("phase", name, "any")
         if row is None:
             raise ConfigError([Problem("cluster.tables", self.table.name, f"has no phase {name}; calibrate again")])
         return row.seconds
 
-    def optimizer(self, held: Parameters) -> float:
+    def optimizer_seconds(self, held: RankParameters) -> float:
         """Seconds of updating the shards of one rank: what it reads and writes, over the memory's bandwidth."""
-        wide = self.recipe.wide
-        shard = held.dense / held.dense_copies + held.routed / held.routed_copies
+        wide = self.recipe.high_precision_bytes
+        shard = held.dense / held.dense_replicas + held.routed / held.routed_replicas
         # Gradient for the norm and again, master, both moments, weight.
         touched = shard * (2 * _GRADIENT + 8 + 2 * self.recipe.moment_bytes + wide)
-        if self.recipe.precision is Precision.FP8:
+        if self.recipe.precision is GemmPrecision.FP8:
             touched += (held.dense + held.routed) * 4  # weights read, both layouts written
-        share = self.table.find("memory", "update", "any")
-        rate = bytes_a_second(self.cluster, "memory_gbps", self.cluster.memory_gbps, "the optimizer's update")
+        share = self.table.find_row("memory", "update", "any")
+        rate = bytes_per_second(
+            self.cluster, "memory_gbps", self.cluster.memory_gb_per_second, "the optimizer's update"
+        )
         return touched / (rate * (share.value if share is not None else 1.0))
 
-    def traffic(self, held: Parameters) -> CollectiveSeconds:
+    def collective_seconds(self, held: RankParameters) -> CollectiveSeconds:
         """Of the parameters of one stage."""
-        return CollectiveSeconds(self._seconds(held, _GRADIENT), self._seconds(held, self.recipe.wide))
+        return CollectiveSeconds(self._seconds(held, _GRADIENT), self._seconds(held, self.recipe.high_precision_bytes))
 
-    def _seconds(self, held: Parameters, size: int) -> float:
+    def _seconds(self, held: RankParameters, size: int) -> float:
         topology, per_node = self.topology, self.topology.gpus_per_node
-        dense = self._collective(held.dense * size, held.dense_copies, min(topology.dp, per_node))
+        dense = self._collective(held.dense * size, held.dense_replicas, min(topology.dp, per_node))
         neighbors = max(1, min(topology.edp, per_node // topology.ep))
-        return dense + self._collective(held.routed * size, held.routed_copies, neighbors)
+        return dense + self._collective(held.routed * size, held.routed_replicas, neighbors)
 
     def _collective(self, count: float, ranks: int, inside: int) -> float:
         """A reduce-scatter or all-gather of `count` bytes: rings inside nodes and between them run at the same time."""
@@ -109,28 +111,36 @@ class Updates:
         nodes, cluster, need = max(1, ranks // inside), self.cluster, f"a sum over {ranks} replicas"
         seconds = []
         if inside > 1:
-            rate = bytes_a_second(cluster, "nvlink_gbps", cluster.nvlink_gbps, need)
+            rate = bytes_per_second(cluster, "nvlink_gbps", cluster.nvlink_gb_per_second, need)
             seconds.append(count * (inside - 1) / inside / rate)
         if nodes > 1:
-            rate = bytes_a_second(cluster, "infiniband_gbps", cluster.infiniband_gbps, need)
+            rate = bytes_per_second(cluster, "infiniband_gbps", cluster.infiniband_gb_per_second, need)
             seconds.append(count * (nodes - 1) / nodes / inside / rate)
-        return max(seconds) / self.recipe.links
+        return max(seconds) / self.recipe.link_speed_factor
 
 
-def exposed_reduce(uses: WeightUses, replay: ProgramTimes, traffic: Sequence[CollectiveSeconds]) -> float:
+def exposed_reduce_scatter_seconds(
+    uses: WeightLiveness, replay: SimulatedTimes, traffic: Sequence[CollectiveSeconds]
+) -> float:
     """Seconds after the last instruction until all gradients are reduced, in the order of their ends in the program."""
-    order = sorted(range(len(traffic)), key=lambda stage: (max(uses.last[stage].values()), stage))
-    ready = [{rank: replay.ends[rank][index] for rank, index in ends.items()} for ends in uses.last]
-    ends = list(_one_by_one(order, ready, [each.reduce for each in traffic], len(replay.ends)))
+    order = sorted(range(len(traffic)), key=lambda stage: (max(uses.last_use_by_stage[stage].values()), stage))
+    ready = [{rank: replay.end_times[rank][index] for rank, index in ends.items()} for ends in uses.last_use_by_stage]
+    ends = list(_one_by_one(order, ready, [each.reduce_scatter for each in traffic], len(replay.end_times)))
     return max(0.0, max(end for _, end in ends) - replay.makespan)
 
 
-def exposed_gather(uses: WeightUses, replay: ProgramTimes, traffic: Sequence[CollectiveSeconds]) -> float:
+def exposed_all_gather_seconds(
+    uses: WeightLiveness, replay: SimulatedTimes, traffic: Sequence[CollectiveSeconds]
+) -> float:
     """Seconds by which the next program waits for weights, on the rank that waits longest."""
-    order = sorted(range(len(traffic)), key=lambda stage: (min(uses.first[stage].values()), stage))
-    ready = [dict.fromkeys(firsts, 0.0) for firsts in uses.first]
-    ends = _one_by_one(order, ready, [each.gather for each in traffic], len(replay.ends))
-    return max(end - replay.starts[rank][index] for stage, end in ends for rank, index in uses.first[stage].items())
+    order = sorted(range(len(traffic)), key=lambda stage: (min(uses.first_use_by_stage[stage].values()), stage))
+    ready = [dict.fromkeys(firsts, 0.0) for firsts in uses.first_use_by_stage]
+    ends = _one_by_one(order, ready, [each.all_gather for each in traffic], len(replay.end_times))
+    return max(
+        end - replay.start_times[rank][index]
+        for stage, end in ends
+        for rank, index in uses.first_use_by_stage[stage].items()
+    )
 
 
 def _one_by_one(

@@ -4,77 +4,77 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...trainer.memory.forecast import MARGIN
-from .deadlock.waits import CONTROL
-from .fault import ends_early
-from .log import Collective, Finding, HostWait, RankLog
+from ...trainer.memory.forecast import PREDICTION_MARGIN
+from .deadlock.waits import CONTROL_GROUP
+from .fault import has_raised
+from .log import CollectiveRecord, HostWait, RankFinding, RankLog
 
-WORLD = "world"
-WORLD_REDUCTIONS = 2
+WORLD_GROUP = "world"
+MAX_WORLD_COLLECTIVES = 2
 """In a step, over all ranks: each is a wait for the slowest of them."""
-GROUP_CREATIONS = 20
+MAX_GROUP_CREATIONS = 20
 """Each is a call in which all ranks take part; at 2048 ranks one takes tens of milliseconds or more."""
 
 
-def step_findings(log: RankLog) -> Iterator[Finding]:
+def check_step(log: RankLog) -> Iterator[RankFinding]:
     """Return what the rank's step does beyond its limits."""
     yield from _host_reads(log)
     yield from _control(log)
     yield from _world(log)
-    if log.group_creations > GROUP_CREATIONS:
-        text = f"{log.group_creations} process groups are created, and {GROUP_CREATIONS} are enough for any grid"
-        yield Finding("groups", text, "comm/open_groups.py")
+    if log.group_creations > MAX_GROUP_CREATIONS:
+        text = f"{log.group_creations} process groups are created, and {MAX_GROUP_CREATIONS} are enough for any grid"
+        yield RankFinding("groups", text, "comm/open_groups.comm/group_factory.py")
     yield from _memory(log)
 
 
-def in_step(log: RankLog) -> Iterator[Collective]:
+def step_collectives(log: RankLog) -> Iterator[CollectiveRecord]:
     """Return the collectives of the step, without those that only connect."""
-    return (event for event in log.events if isinstance(event, Collective) and not event.is_warm_up)
+    return (event for event in log.events if isinstance(event, CollectiveRecord) and not event.is_warm_up)
 
 
-def _host_reads(log: RankLog) -> Iterator[Finding]:
+def _host_reads(log: RankLog) -> Iterator[RankFinding]:
     """Inside an FB the host may wait for the event of a dispatch's sizes: all else stops what hides an exchange."""
-    known = {finding.place for finding in log.findings if finding.kind == "host read"}
+    known = {finding.code_location for finding in log.findings if finding.kind == "host read"}
     for event in log.events:
-        if not isinstance(event, HostWait) or not event.is_inside_pair or event.reason == "event":
+        if not isinstance(event, HostWait) or not event.is_inside_fb or event.reason == "event":
             continue
-        if event.place not in known:
+        if event.code_location not in known:
             text = f"the host waits for stream {event.stream} ({event.reason}) inside an FB"
-            yield Finding("host read", text, event.place)
+            yield RankFinding("host read", text, event.code_location)
 
 
-def _control(log: RankLog) -> Iterator[Finding]:
-    for event in in_step(log):
-        if event.group == CONTROL:
-            text = f"{event.operation} ({event.what}) over gloo inside the step, where the host waits for all ranks"
-            yield Finding("control", text, event.place)
+def _control(log: RankLog) -> Iterator[RankFinding]:
+    for event in step_collectives(log):
+        if event.group == CONTROL_GROUP:
+            text = f"{event.operation} ({event.purpose}) over gloo inside the step, where the host waits for all ranks"
+            yield RankFinding("control", text, event.code_location)
 
 
-def _world(log: RankLog) -> Iterator[Finding]:
-    found = [event for event in in_step(log) if event.group == WORLD]
-    if len(found) > WORLD_REDUCTIONS:
-        named = ", ".join(f"{event.operation} ({event.what})" for event in found)
-        text = f"{len(found)} collectives over all ranks in one step, {WORLD_REDUCTIONS} are allowed: {named}"
-        yield Finding("world", text, found[WORLD_REDUCTIONS].place)
+def _world(log: RankLog) -> Iterator[RankFinding]:
+    found = [event for event in step_collectives(log) if event.group == WORLD_GROUP]
+    if len(found) > MAX_WORLD_COLLECTIVES:
+        named = ", ".join(f"{event.operation} ({event.purpose})" for event in found)
+        text = f"{len(found)} collectives over all ranks in one step, {MAX_WORLD_COLLECTIVES} are allowed: {named}"
+        yield RankFinding("world", text, found[MAX_WORLD_COLLECTIVES].code_location)
 
 
-def _memory(log: RankLog) -> Iterator[Finding]:
+def _memory(log: RankLog) -> Iterator[RankFinding]:
     memory = log.memory
-    if ends_early(log):
+    if has_raised(log):
         return
-    if abs(difference(log)) > MARGIN:
+    if abs(peak_memory_relative_error(log)) > PREDICTION_MARGIN:
         text = (
             f"{memory.peak / 1e9:.2f} GB of tensors are alive at the peak and {memory.predicted / 1e9:.2f} are"
-            f" predicted ({difference(log):+.1%}; {MARGIN:.0%} is allowed)"
+            f" predicted ({peak_memory_relative_error(log):+.1%}; {PREDICTION_MARGIN:.0%} is allowed)"
         )
-        yield Finding("memory", text, memory.peak_phase)
+        yield RankFinding("memory", text, memory.peak_phase)
     most = max(memory.peak, memory.building)
     is_known = any(finding.kind == "memory" for finding in log.findings)
     if memory.capacity is not None and most > memory.capacity and not is_known:
         text = f"{most / 1e9:.2f} GB of tensors are alive and the GPU has room for {memory.capacity / 1e9:.2f}"
-        yield Finding("memory", text, memory.peak_phase)
+        yield RankFinding("memory", text, memory.peak_phase)
 
 
-def difference(log: RankLog) -> float:
+def peak_memory_relative_error(log: RankLog) -> float:
     """Return how far the peak of live tensors is above what `shoestring memory` predicts, relative to that."""
     return log.memory.peak / log.memory.predicted - 1

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...comm.errors import Problem, refuse_if_any
+from ...comm.errors import Problem, raise_if_any
 from ...comm.topology import Topology
 from ...parallelism.pipeline.schedules.registry import schedule_problems
 from ...trainer.config import RunConfig
 
 
-def representative(topology: Topology) -> tuple[int, ...]:
+def representative_ranks(topology: Topology) -> tuple[int, ...]:
     """Return ranks that together run all code of the grid and have every kind of neighbor.
 
     One of each pipeline position, all at the same place in their data-parallel groups; and of the middle position,
@@ -23,12 +23,12 @@ def representative(topology: Topology) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-def chosen_ranks(topology: Topology, listed: str | None) -> tuple[int, ...]:
+def select_ranks(topology: Topology, listed: str | None) -> tuple[int, ...]:
     """Return those of `--ranks`, such as `0,7,901`, ascending; representative ones without. Raises `ConfigError`."""
     if listed is None:
-        return representative(topology)
+        return representative_ranks(topology)
     ranks: list[int] = []
-    refuse_if_any(_parse(listed, topology.world_size, ranks))
+    raise_if_any(_parse(listed, topology.world_size, ranks))
     return tuple(sorted(ranks))
 
 

@@ -5,29 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import combinations, pairwise
 
-from .deadlock.communicators import Collectives, Communicator, End, collectives_of, messages_of
-from .fault import Fault, ends_early
-from .log import Collective, RankLog
+from .deadlock.communicators import (
+    CollectivesByCommunicator,
+    Communicator,
+    P2POpEndpoint,
+    group_collectives,
+    group_p2p_ops,
+)
+from .fault import RunFinding, has_raised
+from .log import CollectiveRecord, RankLog
 
 ALL_TO_ALL = "all_to_all"
 
-_Row = list[Collective]
+_Row = list[CollectiveRecord]
 
 
-def compare(logs: Sequence[RankLog]) -> Iterator[Fault]:
+def compare_rank_logs(logs: Sequence[RankLog]) -> Iterator[RunFinding]:
     """Return every mismatch between two rehearsed ranks.
 
     Of two ranks on one communicator the first mismatch is described and the others behind it are counted: where a call
     is missing, all that follow differ. A log that ends by an error is compared as far as it goes.
     """
-    cut = {log.rank for log in logs if ends_early(log)}
-    collectives = collectives_of(logs)
+    cut = {log.rank for log in logs if has_raised(log)}
+    collectives = group_collectives(logs)
     yield from _order_faults(collectives, cut)
     yield from _size_faults(collectives)
     yield from _message_faults(logs, cut)
 
 
-def _order_faults(collectives: Collectives, cut: set[int]) -> Iterator[Fault]:
+def _order_faults(collectives: CollectivesByCommunicator, cut: set[int]) -> Iterator[RunFinding]:
     """Operation, shape, dtype and purpose are equal for all members, so each member is compared with the next."""
     for communicator, rows in collectives.items():
         for ours, theirs in pairwise(sorted(rows)):
@@ -47,31 +53,31 @@ def _is_alike(rows: dict[int, _Row], ours: int, theirs: int, number: int, cut: s
     return bool({ours, theirs}.difference(present) & cut)
 
 
-def _facts(collective: Collective) -> tuple[object, ...]:
-    return collective.operation, collective.what, collective.shape, collective.dtype
+def _facts(collective: CollectiveRecord) -> tuple[object, ...]:
+    return collective.operation, collective.purpose, collective.shape, collective.dtype
 
 
 def _order_fault(
     communicator: Communicator, rows: dict[int, _Row], ranks: tuple[int, int], differing: list[int]
-) -> Fault:
+) -> RunFinding:
     first = differing[0]
     has = "; ".join(f"rank {rank} has {_collective_at(rows[rank], first)}" for rank in ranks)
-    places = tuple(rows[rank][first].place for rank in ranks if first < len(rows[rank]))
-    return Fault("collective", ranks, f"number {first + 1} on {communicator}: {has}{_more(differing)}", places)
+    places = tuple(rows[rank][first].code_location for rank in ranks if first < len(rows[rank]))
+    return RunFinding("collective", ranks, f"number {first + 1} on {communicator}: {has}{_more(differing)}", places)
 
 
 def _collective_at(row: _Row, number: int) -> str:
     if number >= len(row):
         return f"none, its last is number {len(row)}"
     each = row[number]
-    return f"{each.operation} ({each.what}) of {each.dtype} {list(each.shape)}"
+    return f"{each.operation} ({each.purpose}) of {each.dtype} {list(each.shape)}"
 
 
 def _more(differing: Sequence[int]) -> str:
     return f"; {len(differing) - 1} more differ behind it" if len(differing) > 1 else ""
 
 
-def _size_faults(collectives: Collectives) -> Iterator[Fault]:
+def _size_faults(collectives: CollectivesByCommunicator) -> Iterator[RunFinding]:
     """Every pair of members agrees on the rows that they exchange in an all-to-all."""
     for communicator, rows in collectives.items():
         for ours, theirs in combinations(sorted(rows), 2):
@@ -86,24 +92,24 @@ def _size_faults(collectives: Collectives) -> Iterator[Fault]:
                 left, right = rows[ours][first], rows[theirs][first]
                 (out, received), (sent, back) = _between(communicator, left, ours, right, theirs)
                 text = (
-                    f"number {first + 1} on {communicator}, {left.what}: rank {ours} sends {out} rows to rank {theirs},"
+                    f"number {first + 1} on {communicator}, {left.purpose}: rank {ours} sends {out} rows to rank {theirs},"
                     f" which expects {received}; rank {theirs} sends {sent} back, and rank {ours} expects {back}"
                 )
-                places = left.place, right.place
-                yield Fault("collective", (ours, theirs), f"{text}{_more(differing)}", places)
+                places = left.code_location, right.code_location
+                yield RunFinding("collective", (ours, theirs), f"{text}{_more(differing)}", places)
 
 
 def _between(
-    communicator: Communicator, left: Collective, ours: int, right: Collective, theirs: int
+    communicator: Communicator, left: CollectiveRecord, ours: int, right: CollectiveRecord, theirs: int
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Rows sent and expected, from the first to the second rank and back."""
     here, there = communicator.ranks.index(ours), communicator.ranks.index(theirs)
     return (left.sends[there], right.receives[here]), (right.sends[here], left.receives[there])
 
 
-def _message_faults(logs: Sequence[RankLog], cut: set[int]) -> Iterator[Fault]:
+def _message_faults(logs: Sequence[RankLog], cut: set[int]) -> Iterator[RunFinding]:
     """Between two ranks of a communicator a message is known by its number."""
-    sent, received = messages_of(logs)
+    sent, received = group_p2p_ops(logs)
     for key in dict.fromkeys((*sent, *received)):
         communicator, source, target = key
         out, arriving = sent.get(key, []), received.get(key, [])
@@ -116,19 +122,19 @@ def _message_faults(logs: Sequence[RankLog], cut: set[int]) -> Iterator[Fault]:
                 f"message {first + 1} from rank {source} to rank {target} on {communicator}: rank {source} sends"
                 f" {_message_at(out, first)}; rank {target} receives {_message_at(arriving, first)}"
             )
-            places = tuple(ends[first].place for ends in (out, arriving) if first < len(ends))
-            yield Fault("message", (source, target), f"{text}{_more(differing)}", places)
+            places = tuple(ends[first].code_location for ends in (out, arriving) if first < len(ends))
+            yield RunFinding("message", (source, target), f"{text}{_more(differing)}", places)
 
 
-def _is_matched(out: Sequence[End], arriving: Sequence[End], number: int) -> bool:
+def _is_matched(out: Sequence[P2POpEndpoint], arriving: Sequence[P2POpEndpoint], number: int) -> bool:
     if number >= min(len(out), len(arriving)):
         return False
     left, right = out[number].message, arriving[number].message
-    return (left.what, left.shape, left.dtype) == (right.what, right.shape, right.dtype)
+    return (left.purpose, left.shape, left.dtype) == (right.purpose, right.shape, right.dtype)
 
 
-def _message_at(ends: Sequence[End], number: int) -> str:
+def _message_at(ends: Sequence[P2POpEndpoint], number: int) -> str:
     if number >= len(ends):
         return "none"
     message = ends[number].message
-    return f"{message.what}, {message.dtype} {list(message.shape)}"
+    return f"{message.purpose}, {message.dtype} {list(message.shape)}"

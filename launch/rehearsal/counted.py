@@ -9,17 +9,17 @@ from typing import TypeVar
 
 from ...parallelism.pipeline.program import Op
 from ...trainer.config import RunConfig
-from ...trainer.model.stage_layout import Stages
+from ...trainer.model.stage_layout import StageLayout
 from ...trainer.model.tape import StageSpec
-from .log import Launches, RankLog
+from .log import KernelLaunches, RankLog
 
-MOE, DENSE, MTP, STEP = "MoE layer", "dense layer", "MTP module", "step"
+MOE_LAYER, DENSE_LAYER, MTP_MODULE, WHOLE_STEP = "MoE layer", "dense layer", "MTP module", "step"
 
 Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Count:
+class MeanKernelLaunches:
     """The mean over layers, micro-batches and ranks; of what belongs to no layer, over ranks, of a whole step."""
 
     of: str
@@ -33,62 +33,64 @@ class Count:
     bytes: float
 
 
-def by_phase(config: RunConfig, stages: Stages, logs: Sequence[RankLog]) -> list[Count]:
+def mean_launches_by_phase(config: RunConfig, stages: StageLayout, logs: Sequence[RankLog]) -> list[MeanKernelLaunches]:
     """Return the phases of a layer in one micro-batch, stream by stream, in the order of their first launch."""
     found = _means(config, stages, logs, lambda row: (row.phase, row.stream))
-    return [Count(of, phase, stream, "", "", *mean) for (of, (phase, stream)), mean in found.items()]
+    return [MeanKernelLaunches(of, phase, stream, "", "", *mean) for (of, (phase, stream)), mean in found.items()]
 
 
-def by_operation(config: RunConfig, stages: Stages, logs: Sequence[RankLog]) -> list[Count]:
+def mean_launches_by_operation(
+    config: RunConfig, stages: StageLayout, logs: Sequence[RankLog]
+) -> list[MeanKernelLaunches]:
     """Return every kind of operation at every place, those that move the most bytes first."""
-    found = _means(config, stages, logs, lambda row: (row.phase, row.stream, row.operation, row.place))
-    counts = [Count(of, *key, *mean) for (of, key), mean in found.items()]
+    found = _means(config, stages, logs, lambda row: (row.phase, row.stream, row.operation, row.code_location))
+    counts = [MeanKernelLaunches(of, *key, *mean) for (of, key), mean in found.items()]
     return sorted(counts, key=lambda count: -count.bytes)
 
 
-def layer_pair(counts: Sequence[Count]) -> dict[str, tuple[float, float]]:
+def moe_layer_totals(counts: Sequence[MeanKernelLaunches]) -> dict[str, tuple[float, float]]:
     """Return launches and bytes by stream of a MoE layer's whole forward and backward in one micro-batch each."""
     sums: defaultdict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
     for count in counts:
-        if count.of == MOE:
+        if count.of == MOE_LAYER:
             launches, size = sums[count.stream]
             sums[count.stream] = launches + count.launches, size + count.bytes
     return dict(sums)
 
 
-def has_weight_gradients(counts: Sequence[Count]) -> bool:
+def has_weight_gradients(counts: Sequence[MeanKernelLaunches]) -> bool:
     """Whether a MoE layer's counts hold its weight gradients, which name no layer: a rank of MoE layers alone knows."""
-    return any(count.of == MOE and count.phase in _CHUNK_PHASES for count in counts)
+    return any(count.of == MOE_LAYER and count.phase in _CHUNK_PHASES for count in counts)
 
 
 class _Owners:
     """What the launches of each rank belong to, and how often there is such a thing."""
 
-    def __init__(self, config: RunConfig, stages: Stages, logs: Sequence[RankLog]) -> None:
+    def __init__(self, config: RunConfig, stages: StageLayout, logs: Sequence[RankLog]) -> None:
         self._dense_layers = config.model.first_k_dense_replace
         self._plain: set[int] = set()
         """Ranks that have MoE layers and nothing else."""
-        self.times: Counter[str] = Counter({STEP: len(logs)})
+        self.occurrences: Counter[str] = Counter({WHOLE_STEP: len(logs)})
         numbers = {log.micro_batches for log in logs}
-        micro_batches = {number: stages.program(number).micro_batches_of(0) for number in numbers}
+        micro_batches = {number: stages.build_checked_program(number).micro_batches_in_chunk(0) for number in numbers}
         for log in logs:
-            chunks = stages.chunks(log.pp_rank)
+            chunks = stages.stages_of_rank(log.pp_rank)
             layers = {kind: n * micro_batches[log.micro_batches] for kind, n in _layers(config, chunks).items() if n}
-            self.times.update(layers)
-            if set(layers) == {MOE} and not any(chunk.is_first or chunk.is_last for chunk in chunks):
+            self.occurrences.update(layers)
+            if set(layers) == {MOE_LAYER} and not any(chunk.is_first or chunk.is_last for chunk in chunks):
                 self._plain.add(log.rank)
-                self.times[_UNLABELED] += layers[MOE]
+                self.occurrences[_UNLABELED] += layers[MOE_LAYER]
 
-    def of(self, rank: int, row: Launches) -> str:
+    def owner_of(self, rank: int, row: KernelLaunches) -> str:
         """Return a key of `times`."""
         if row.layer:
             name, _, number = row.layer.rpartition("_")
             if name != "layer":
-                return MTP
-            return DENSE if int(number) < self._dense_layers else MOE
+                return MTP_MODULE
+            return DENSE_LAYER if int(number) < self._dense_layers else MOE_LAYER
         if row.phase in _DENSE_PHASES:
-            return DENSE
-        return _UNLABELED if row.phase in _CHUNK_PHASES and rank in self._plain else STEP
+            return DENSE_LAYER
+        return _UNLABELED if row.phase in _CHUNK_PHASES and rank in self._plain else WHOLE_STEP
 
 
 _UNLABELED = "launches of MoE layers that name no layer"
@@ -103,25 +105,25 @@ def _layers(config: RunConfig, chunks: Sequence[StageSpec]) -> dict[str, int]:
     layers = [layer for chunk in chunks for layer in chunk.layers]
     dense = sum(layer < config.model.first_k_dense_replace for layer in layers)
     return {
-        DENSE: dense,
-        MOE: len(layers) - dense,
-        MTP: config.model.num_nextn_predict_layers * any(c.is_last for c in chunks),
+        DENSE_LAYER: dense,
+        MOE_LAYER: len(layers) - dense,
+        MTP_MODULE: config.model.num_nextn_predict_layers * any(c.is_last for c in chunks),
     }
 
 
 def _means(
-    config: RunConfig, stages: Stages, logs: Sequence[RankLog], key_of: Callable[[Launches], Key]
+    config: RunConfig, stages: StageLayout, logs: Sequence[RankLog], key_of: Callable[[KernelLaunches], Key]
 ) -> dict[tuple[str, Key], tuple[float, float]]:
     """Return launches and bytes by what is counted for and key."""
     owners = _Owners(config, stages, logs)
     sums: defaultdict[tuple[str, Key], list[int]] = defaultdict(lambda: [0, 0])
     for log in logs:
         for row in log.launches:
-            total = sums[owners.of(log.rank, row), key_of(row)]
+            total = sums[owners.owner_of(log.rank, row), key_of(row)]
             total[0] += row.launches
             total[1] += row.bytes
     means: defaultdict[tuple[str, Key], tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
     for (owner, key), (launches, size) in sums.items():
-        of, times = MOE if owner == _UNLABELED else owner, owners.times[owner]
+        of, times = MOE_LAYER if owner == _UNLABELED else owner, owners.occurrences[owner]
         means[of, key] = means[of, key][0] + launches / times, means[of, key][1] + size / times
     return dict(means)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from .log import Finding, RankLog
+from .log import RankFinding, RankLog
 
-ERROR = "error"
+ERROR_KIND = "error"
 """Kind of the fault of a rank whose step raised: its log ends there."""
 
 
 @dataclass(frozen=True)
-class Fault:
+class RunFinding:
     """A reason for which the run must not be started as it is."""
 
     kind: str
@@ -26,10 +26,10 @@ class Fault:
     def __str__(self) -> str:
         is_told = not self.places or "\n" in self.text  # a text of several lines has the places where they belong
         where = "" if is_told else f" [{'; '.join(dict.fromkeys(self.places))}]"
-        return f"{self.kind}, {ranks_text(self.ranks)}: {self.text}{where}"
+        return f"{self.kind}, {format_ranks(self.ranks)}: {self.text}{where}"
 
 
-def grouped(findings: Mapping[int, Sequence[Finding]]) -> Iterator[Fault]:
+def group_findings(findings: Mapping[int, Sequence[RankFinding]]) -> Iterator[RunFinding]:
     """Return the findings of single ranks, one fault for all that say the same of one line of code.
 
     The instructions in which it happens differ: the first is named, and they are counted.
@@ -37,25 +37,25 @@ def grouped(findings: Mapping[int, Sequence[Finding]]) -> Iterator[Fault]:
     alike: dict[tuple[str, str, str], list[tuple[int, str]]] = {}
     for rank, found in findings.items():
         for finding in dict.fromkeys(found):
-            key = finding.kind, finding.text, line_of(finding.place)
-            alike.setdefault(key, []).append((rank, finding.place))
+            key = finding.kind, finding.text, code_line(finding.code_location)
+            alike.setdefault(key, []).append((rank, finding.code_location))
     for (kind, text, _), of in alike.items():
         ranks = tuple(dict.fromkeys(rank for rank, _ in of))
         often = f"; {len(of)} times" if len(of) > len(ranks) else ""
-        yield Fault(kind, ranks, f"{text}{often}", (of[0][1],))
+        yield RunFinding(kind, ranks, f"{text}{often}", (of[0][1],))
 
 
-def line_of(place: str) -> str:
+def code_line(place: str) -> str:
     """Return the line of our code without the instruction that a place begins with."""
     return place.rpartition(": ")[2]
 
 
-def ends_early(log: RankLog) -> bool:
+def has_raised(log: RankLog) -> bool:
     """Return whether the rank's step raised, so that what it would have done later is not known."""
-    return any(finding.kind == ERROR for finding in log.findings)
+    return any(finding.kind == ERROR_KIND for finding in log.findings)
 
 
-def ranks_text(ranks: Sequence[int]) -> str:
+def format_ranks(ranks: Sequence[int]) -> str:
     """Return the ranks as errors name them, a long list by its ends."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"

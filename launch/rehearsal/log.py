@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 
 @dataclass(frozen=True)
-class Collective:
+class CollectiveRecord:
     """An operation of all ranks of a group, queued on a stream."""
 
     group: str
@@ -21,7 +21,7 @@ class Collective:
     ranks: tuple[int, ...]
     operation: str
     """`all_reduce`, `all_to_all`, `reduce_scatter` or `all_gather`."""
-    what: str
+    purpose: str
     """Such as `dispatch of layer_03, micro-batch 2`."""
     shape: tuple[int, ...]
     """Of the tensor that all ranks have alike: all of it but for `all_to_all`, where it is that of one row."""
@@ -31,16 +31,16 @@ class Collective:
     receives: tuple[int, ...]
     """Of an all_to_all: rows from each rank of the group. Empty otherwise."""
     stream: str
-    place: str
+    code_location: str
     """The instruction and the line of our code."""
     is_warm_up: bool = False
 
 
 @dataclass(frozen=True)
-class Message:
+class P2POpRecord:
     """One end of a message between two ranks."""
 
-    what: str
+    purpose: str
     peer: int
     """Global rank of the other end."""
     shape: tuple[int, ...]
@@ -48,20 +48,20 @@ class Message:
 
 
 @dataclass(frozen=True)
-class MessageBatch:
+class P2PBatchRecord:
     """Messages that are posted together on one communicator, queued on a stream."""
 
     group: str
     ranks: tuple[int, ...]
-    sends: tuple[Message, ...]
-    receives: tuple[Message, ...]
+    sends: tuple[P2POpRecord, ...]
+    receives: tuple[P2POpRecord, ...]
     stream: str
-    place: str
+    code_location: str
     is_warm_up: bool = False
 
 
 @dataclass(frozen=True)
-class Record:
+class EventRecord:
     """An event is recorded on a stream."""
 
     event: int
@@ -84,18 +84,18 @@ class HostWait:
     stream: str
     reason: str
     """`read` (of a tensor's numbers), `event`, or `synchronize`."""
-    place: str
-    is_inside_pair: bool = False
+    code_location: str
+    is_inside_fb: bool = False
     """Whether it happens while an FB runs, of its first to its last operation."""
     is_warm_up: bool = False
     """Whether it happens before the step, while model and optimizer are made."""
 
 
-LogEvent: TypeAlias = Collective | MessageBatch | Record | StreamWait | HostWait
+LogEvent: TypeAlias = CollectiveRecord | P2PBatchRecord | EventRecord | StreamWait | HostWait
 
 
 @dataclass(frozen=True)
-class Launches:
+class KernelLaunches:
     """Operations of one kind that one place of the code launches, and the bytes that they read and write."""
 
     phase: str
@@ -104,23 +104,23 @@ class Launches:
     """Such as `layer_03`; empty where it is no layer's."""
     stream: str
     operation: str
-    place: str
+    code_location: str
     launches: int
     bytes: int
 
 
 @dataclass(frozen=True)
-class Finding:
+class RankFinding:
     """A fault that one rank alone shows."""
 
     kind: str
     """`device`, `memory`, `host read`, `deprecated` or `error`."""
     text: str
-    place: str
+    code_location: str
 
 
 @dataclass(frozen=True)
-class Memory:
+class DeviceMemoryRecord:
     """Bytes of live tensors on the device, and what `shoestring memory` predicts without its fixed reserve."""
 
     state: int
@@ -147,9 +147,9 @@ class RankLog:
     operations: int
     """That torch dispatched."""
     events: tuple[LogEvent, ...]
-    launches: tuple[Launches, ...]
-    findings: tuple[Finding, ...]
-    memory: Memory
+    launches: tuple[KernelLaunches, ...]
+    findings: tuple[RankFinding, ...]
+    memory: DeviceMemoryRecord
     assumptions: tuple[str, ...]
     """What the rehearsal put in the place of numbers that only a device would have."""
     seconds: float
@@ -165,21 +165,21 @@ class RankLog:
         """Read what `write` wrote."""
         tree = json.loads(path.read_text())
         events = tuple(_event(dict(each)) for each in tree.pop("events"))
-        launches = tuple(Launches(**each) for each in tree.pop("launches"))
-        findings = tuple(Finding(**each) for each in tree.pop("findings"))
-        memory, assumptions = Memory(**tree.pop("memory")), tuple(tree.pop("assumptions"))
+        launches = tuple(KernelLaunches(**each) for each in tree.pop("launches"))
+        findings = tuple(RankFinding(**each) for each in tree.pop("findings"))
+        memory, assumptions = DeviceMemoryRecord(**tree.pop("memory")), tuple(tree.pop("assumptions"))
         return RankLog(
             events=events, launches=launches, findings=findings, memory=memory, assumptions=assumptions, **tree
         )
 
 
-_EVENTS = {kind.__name__: kind for kind in (Collective, MessageBatch, Record, StreamWait, HostWait)}
+_EVENTS = {kind.__name__: kind for kind in (CollectiveRecord, P2PBatchRecord, EventRecord, StreamWait, HostWait)}
 
 
 def _event(values: dict[str, Any]) -> LogEvent:
     kind = _EVENTS[values.pop("kind")]
     for name in ("sends", "receives"):
-        if kind is MessageBatch:
+        if kind is P2PBatchRecord:
             values[name] = tuple(_message(each) for each in values[name])
         elif name in values:
             values[name] = tuple(values[name])
@@ -190,5 +190,5 @@ def _event(values: dict[str, Any]) -> LogEvent:
     return event
 
 
-def _message(values: dict[str, Any]) -> Message:
-    return Message(**{**values, "shape": tuple(values["shape"])})
+def _message(values: dict[str, Any]) -> P2POpRecord:
+    return P2POpRecord(**{**values, "shape": tuple(values["shape"])})

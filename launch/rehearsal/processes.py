@@ -14,15 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from subprocess import Popen
 
-from ..run.launcher import stop_signals_raise
-from ..run.rank_environment import rank_environment
+from ..run.launcher import raise_on_stop_signals
+from ..run.rank_environment import build_rank_environment
 from ..run.signals import die_with_parent
 from ..run.torchrun import RanksFailed
 from .log import RankLog
 
-RANK = ("-m", "shoestring.launch.rehearsal.rank")
+RANK_MODULE_ARGUMENTS = ("-m", "shoestring.launch.rehearsal.rank")
 """Arguments of Python for the process of one rank; a specification and the path of its log come behind them."""
-RANK_BYTES = 10**9
+HOST_BYTES_PER_RANK = 10**9
 """Of the host, for a process: a rank of DeepSeek-V3 takes half of it at most (resident set, measured)."""
 
 _LAST_LINES = 12
@@ -53,27 +53,27 @@ class _Running:
 def rehearse_ranks(
     request: RehearsalRequest,
     ranks: Sequence[int],
-    tell: Callable[[str], None],
-    at_once: int,
-    entry: Sequence[str] = RANK,
+    report_progress: Callable[[str], None],
+    max_processes: int,
+    rank_arguments: Sequence[str] = RANK_MODULE_ARGUMENTS,
 ) -> tuple[RankLog, ...]:
     """Run a process for each rank to its end, `at_once` at a time, and return their logs in the order of `ranks`.
 
     `tell` gets a line at once and one for each rank that has ended. Raises `RanksFailed` for a process that dies, and
     `Stopped` for SIGINT and SIGTERM; in any case no process and no file stays.
     """
-    tell(f"rehearsing {len(ranks)} rank(s), {min(len(ranks), at_once)} at a time")
+    report_progress(f"rehearsing {len(ranks)} rank(s), {min(len(ranks), max_processes)} at a time")
     logs: dict[int, RankLog] = {}
     waiting, running = deque(ranks), list[_Running]()
-    with stop_signals_raise(), tempfile.TemporaryDirectory(prefix="shoestring-rehearse-") as scratch:
+    with raise_on_stop_signals(), tempfile.TemporaryDirectory(prefix="shoestring-rehearse-") as scratch:
         try:
             while waiting or running:
-                while waiting and len(running) < at_once:
-                    running.append(_start(request, waiting.popleft(), Path(scratch), entry))
+                while waiting and len(running) < max_processes:
+                    running.append(_start(request, waiting.popleft(), Path(scratch), rank_arguments))
                 ended = _first_ended(running)
                 running.remove(ended)
                 log = logs[ended.rank] = _log_of(ended)
-                tell(_progress(log, len(logs), len(ranks)))
+                report_progress(_progress(log, len(logs), len(ranks)))
         finally:
             for left in running:
                 left.process.kill()
@@ -81,10 +81,10 @@ def rehearse_ranks(
     return tuple(logs[rank] for rank in ranks)
 
 
-def processes_at_once() -> int:
+def max_concurrent_processes() -> int:
     """Return for how many ranks this machine has cores and memory; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, _available_bytes() // RANK_BYTES))
+    return max(1, min(cores, _available_bytes() // HOST_BYTES_PER_RANK))
 
 
 def _available_bytes() -> int:
@@ -104,7 +104,7 @@ def _start(request: RehearsalRequest, rank: int, scratch: Path, entry: Sequence[
     with said.open("wb") as file:
         process = Popen(
             command,
-            env=rank_environment(),
+            env=build_rank_environment(),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
 
     directory = None if spec["config_dir"] is None else Path(spec["config_dir"])
     try:
-        rehearsal = RankRehearsal.of(spec["overrides"], directory, spec["rank"], spec["micro_batches"])
+        rehearsal = RankRehearsal.compose(spec["overrides"], directory, spec["rank"], spec["micro_batches"])
     except ConfigError as refused:
         print(refused, file=sys.stderr)
         sys.exit(2)

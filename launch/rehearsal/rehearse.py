@@ -19,24 +19,24 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ...comm.errors import ConfigError, Problem
 from ...comm.groups import ProcessGroups
-from ...trainer.build import Engine, open_engine, stages_of
-from ...trainer.config import RunConfig, value_at
+from ...trainer.build import TrainingEngine, build_engine, build_stage_layout
+from ...trainer.config import RunConfig, scheduled_value
 from ...trainer.data.samples import TokenBatch
-from ...trainer.memory.forecast import RunMemory
+from ...trainer.memory.forecast import MemoryPredictor
 from ...trainer.memory.peak import RankMemory
 from ...trainer.run.step import StepSettings
-from ..compose import compose_run
-from .configured import DEVICE, on_gpu
-from .device.fake_device import RehearsedDevice
-from .device.groups import LoggedGroups
-from .device.oracle import BalancedOracle
-from .device.places import NO_PLACE
+from ..compose import compose_run_config
+from .configured import FAKE_DEVICE, gpu_run_config
+from .device.fake_device import FakeDeviceMode
+from .device.groups import LoggedGroupFactory
+from .device.oracle import BalancedReadback
+from .device.places import AUTOGRAD_LOCATION
 from .device.recorder import RankRecorder
 from .device.routing import BalancedRouting
-from .device.spans import Spans
-from .device.stand_ins import standing_in
+from .device.spans import RehearsalSpanRecorder
+from .device.stand_ins import patch_triton_and_threads
 from .device.streams import LoggedStreams
-from .log import Memory, RankLog
+from .log import DeviceMemoryRecord, RankLog
 
 assert fake_collectives.collective_ops  # its import registers what collectives do to fake tensors
 
@@ -47,62 +47,68 @@ class RankRehearsal:
 
     config: RunConfig
     rank: int
-    sequences: int
+    global_batch_size: int
     """Of the step, over all ranks."""
 
     @staticmethod
-    def of(overrides: Sequence[str], config_dir: Path | None, rank: int, micro_batches: int | None) -> RankRehearsal:
+    def compose(
+        overrides: Sequence[str], config_dir: Path | None, rank: int, micro_batches: int | None
+    ) -> RankRehearsal:
         """Compose the run as its GPUs would see it. Raises `ConfigError`."""
-        config = on_gpu(compose_run(overrides, config_dir), micro_batches)
+        config = gpu_run_config(compose_run_config(overrides, config_dir), micro_batches)
         if not 0 <= rank < config.topology.world_size:
             hint = f"must be from 0 to {config.topology.world_size - 1}"
             raise ConfigError([Problem("--ranks", rank, hint)])
-        return RankRehearsal(config, rank, config.batches.size(1))
+        return RankRehearsal(config, rank, config.batch_ramp.batch_size(1))
 
     @property
     def micro_batches(self) -> int:
         """Of this rank in the step."""
-        return self.sequences // self.config.share
+        return self.global_batch_size // self.config.global_micro_batch_size
 
     @property
-    def predicted(self) -> RankMemory:
+    def predicted_memory(self) -> RankMemory:
         """Memory of the rank in such a step, on a GPU."""
         training = replace(
-            self.config.training, global_batch=self.sequences, ramp_from=None, ramp_step=None, ramp_tokens=0
+            self.config.training,
+            global_batch_size=self.global_batch_size,
+            rampup_start_batch_size=None,
+            rampup_batch_size_increment=None,
+            rampup_tokens=0,
         )
-        memory = RunMemory(replace(self.config, training=training), torch.device("cuda"))
-        return memory.of(self.config.topology.pp_rank(self.rank))
+        memory = MemoryPredictor(replace(self.config, training=training), torch.device("cuda"))
+        return memory.predict_rank(self.config.topology.pp_rank(self.rank))
 
     @property
     def assumptions(self) -> tuple[str, ...]:
         """What stands for numbers that only a GPU would have."""
-        routing = BalancedRouting.of(self.config)
-        rows = int(routing.copies.sum()) // routing.ranks
+        routing = BalancedRouting.from_config(self.config)
+        rows = int(routing.rows_by_expert.sum()) // routing.ranks
         return (
             f"routing is balanced: the experts of each rank receive {rows} rows a micro-batch, and a token visits"
-            f" {routing.visits_of_ranks:.2f} ranks in {routing.visits_of_nodes:.2f} nodes",
+            f" {routing.mean_ranks_per_token:.2f} ranks in {routing.mean_nodes_per_token:.2f} nodes",
             "every loss, count and norm that the host reads is 1",
         )
 
     def run(self) -> RankLog:
         """Build the rank and take the step; what is raised meanwhile is a finding."""
         began = time.perf_counter()
-        ledger = RankRecorder(Spans("building"))
+        ledger = RankRecorder(RehearsalSpanRecorder("building"))
         memory = _Levels()
-        groups = LoggedGroups(self.rank, ledger)
+        groups = LoggedGroupFactory(self.rank, ledger)
         with _noting_warnings(ledger):
             try:
                 self._step(ledger, groups, memory)
             except Exception as error:
                 kind = type(error).__name__
-                place = f"{ledger.spans.where}: {ledger.places.of_error(error)}"
-                ledger.find("error", f"{kind}: {error}", place)
+                place = f"{ledger.spans.current_instruction}: {ledger.code_locations.error_location(error)}"
+                ledger.record_finding("error", f"{kind}: {error}", place)
         return RankLog(
             rank=self.rank,
             pp_rank=self.config.topology.pp_rank(self.rank),
             world_size=self.config.topology.world_size,
             micro_batches=self.micro_batches,
-            group_creations=groups.calls,
+            group_creations=groups.creation_calls,
             operations=ledger.operations,
             events=tuple(ledger.events),
             memory=self._memory(ledger, memory),
@@ -112,55 +118,57 @@ class RankRehearsal:
             seconds=time.perf_counter() - began,
         )
 
-    def _step(self, ledger: RankRecorder, logged: LoggedGroups, levels: _Levels) -> None:
+    def _step(self, ledger: RankRecorder, logged: LoggedGroupFactory, levels: _Levels) -> None:
         topology, training = self.config.topology, self.config.training
         dist.init_process_group("fake", rank=self.rank, world_size=topology.world_size, store=FakeStore())
         limit = timedelta(seconds=training.collective_timeout_seconds)
-        holders = stages_of(self.config).all_holders()
+        holders = build_stage_layout(self.config).replica_pp_groups()
         groups = ProcessGroups.create(topology, self.rank, limit, holders, logged)
-        device = RehearsedDevice(ledger, BalancedOracle(self.config, self.rank, ledger.spans))
-        with standing_in(device), device:
-            engine = open_engine(self.config, groups, DEVICE, ledger.spans, LoggedStreams(ledger))
-            levels.state, levels.building = ledger.memory.now, ledger.memory.peak
-            ledger.spans.begin("step")
+        device = FakeDeviceMode(ledger, BalancedReadback(self.config, self.rank, ledger.spans))
+        with patch_triton_and_threads(device), device:
+            engine = build_engine(self.config, groups, FAKE_DEVICE, ledger.spans, LoggedStreams(ledger))
+            levels.state, levels.building = ledger.memory.live_bytes, ledger.memory.peak_bytes
+            ledger.spans.set_base_phase("step")
             ledger.begin_step()
             self._take_step(engine)
 
-    def _take_step(self, engine: Engine) -> None:
+    def _take_step(self, engine: TrainingEngine) -> None:
         """The run's first, as `trainer.loop` takes it."""
         config = self.config
         settings = StepSettings(
-            learning_rate=config.optimizer.learning_rate(config.tokens_after(1)),
+            learning_rate=config.optimizer.learning_rate_at(config.tokens_after(1)),
             clip_norm=config.optimizer.clip_norm,
-            balance_weight=config.training.balance_weight,
-            mtp_weight=value_at(config.training.mtp_weight, 0),
-            bias_speed=value_at(config.training.bias_speed, 0),
+            seq_aux_loss_coeff=config.training.seq_aux_loss_coeff,
+            mtp_loss_scaling_factor=scheduled_value(config.training.mtp_loss_scaling_factor, 0),
+            router_bias_update_rate=scheduled_value(config.training.router_bias_update_rate, 0),
         )
-        engine.traffic.clear()
-        engine.stepper.step(list(self._batches()), self.sequences, settings)
-        engine.stepper.optimizer.wait()
+        engine.exchange_traffic.reset()
+        engine.stepper.step(list(self._batches()), self.global_batch_size, settings)
+        engine.stepper.optimizer.wait_for_weights()
 
     def _batches(self) -> Iterator[TokenBatch]:
         for _ in range(self.micro_batches):
-            tokens_BW = torch.zeros((self.config.schedule.micro_batch, self.config.window), dtype=torch.int64)
-            yield TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool)).to(DEVICE)
+            tokens_BW = torch.zeros(
+                (self.config.schedule.micro_batch_size, self.config.tokens_per_sample), dtype=torch.int64
+            )
+            yield TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool)).to(FAKE_DEVICE)
 
-    def _memory(self, ledger: RankRecorder, levels: _Levels) -> Memory:
-        predicted, live = self.predicted, ledger.memory
+    def _memory(self, ledger: RankRecorder, levels: _Levels) -> DeviceMemoryRecord:
+        predicted, live = self.predicted_memory, ledger.memory
         size = self.config.cluster.memory_gb
-        capacity = None if size is None else size * 1e9 - predicted.fixed
-        if capacity is not None and max(live.peak, levels.building) > capacity:
-            worst = max(live.peak, levels.building)
-            phase = live.peak_phase if live.peak >= levels.building else "building"
+        capacity = None if size is None else size * 1e9 - predicted.non_allocator_bytes
+        if capacity is not None and max(live.peak_bytes, levels.building) > capacity:
+            worst = max(live.peak_bytes, levels.building)
+            phase = live.peak_phase if live.peak_bytes >= levels.building else "building"
             text = f"{worst / 1e9:.1f} GB are alive in {phase}, and the GPU has {capacity / 1e9:.1f} GB for tensors"
-            ledger.find("memory", text, phase)
-        return Memory(
+            ledger.record_finding("memory", text, phase)
+        return DeviceMemoryRecord(
             state=levels.state,
             building=levels.building,
-            peak=live.peak,
+            peak=live.peak_bytes,
             peak_phase=live.peak_phase,
-            by_phase=live.by_phase,
-            predicted=predicted.allocated,
+            by_phase=live.peak_bytes_by_phase,
+            predicted=predicted.allocator_bytes,
             capacity=capacity,
         )
 
@@ -185,10 +193,10 @@ def _noting_warnings(ledger: RankRecorder) -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        place = ledger.places.of_event(sys._getframe())
+        place = ledger.code_locations.line_location(sys._getframe())
         is_deprecation = issubclass(category, DeprecationWarning | FutureWarning) or "deprecated" in str(message)
-        if is_deprecation and place != NO_PLACE:
-            ledger.find("deprecated", str(message).strip().splitlines()[0], place)
+        if is_deprecation and place != AUTOGRAD_LOCATION:
+            ledger.record_finding("deprecated", str(message).strip().splitlines()[0], place)
 
     with warnings.catch_warnings():
         warnings.simplefilter("default")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from ...trainer.telemetry.events import as_numbers
-from .blocks import Block, Figure, FigureRow, LegendEntry, Missing, PageSection
+from ...trainer.telemetry.events import parse_numbers
+from .blocks import Block, Figure, FigureRow, LegendEntry, MissingDataNotice, PageSection
 from .heat import heat_map
 from .plot import Plot, Series
 from .record import RunRecord
@@ -19,16 +19,16 @@ _SHADES = (
 )
 
 
-def balance_section(record: RunRecord) -> PageSection:
+def expert_load_section(record: RunRecord) -> PageSection:
     """Maximum violation over steps, and a heat map of each routed layer."""
     return PageSection("experts", "Expert load", [*_blocks(record)])
 
 
 def _blocks(record: RunRecord) -> Iterator[Block]:
-    names = dict.fromkeys(key for event in record.steps for key in event.values if key.startswith(_PREFIX))
+    names = dict.fromkeys(key for event in record.step_events for key in event.values if key.startswith(_PREFIX))
     if not names:
-        why = "no step has been told of yet" if not record.steps else "the model has no routed experts"
-        yield Missing(f"No expert load: {why}.", "")
+        why = "no step has been told of yet" if not record.step_events else "the model has no routed experts"
+        yield MissingDataNotice(f"No expert load: {why}.", "")
         return
     yield from _violations(record)
     maps = [figure for name in names if (figure := _map(record, name)) is not None]
@@ -37,11 +37,11 @@ def _blocks(record: RunRecord) -> Iterator[Block]:
 
 def _violations(record: RunRecord) -> Iterator[Block]:
     series = [
-        Series("experts", record.points("load/max_violation"), "c1"),
-        Series("ranks", record.points("load/ranks/max_violation"), "c2"),
-        Series("nodes", record.points("load/nodes/max_violation"), "c3"),
+        Series("experts", record.metric_points("load/max_violation"), "c1"),
+        Series("ranks", record.metric_points("load/ranks/max_violation"), "c2"),
+        Series("nodes", record.metric_points("load/nodes/max_violation"), "c3"),
     ]
-    plot = Plot([each for each in series if any(y for _, y in each.points)], height=190, from_zero=True)
+    plot = Plot([each for each in series if any(y for _, y in each.points)], height=190, y_axis_from_zero=True)
     picture = plot.svg()
     if picture is not None:
         title = "Maximum violation, worst layer: the fullest over the mean, minus 1"
@@ -49,7 +49,7 @@ def _violations(record: RunRecord) -> Iterator[Block]:
 
 
 def _map(record: RunRecord, name: str) -> Figure | None:
-    columns = [column for event in record.steps if (column := as_numbers(event.values.get(name)))]
+    columns = [column for event in record.step_events if (column := parse_numbers(event.values.get(name)))]
     columns = [column for column in columns if len(column) == len(columns[0])]
     if not columns:
         return None

@@ -9,14 +9,14 @@ from markupsafe import Markup
 
 
 @dataclass(frozen=True)
-class Prose:
+class Paragraph:
     """A sentence or two."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Missing:
+class MissingDataNotice:
     """What is not there, said in its place, and how the next run records it."""
 
     text: str
@@ -64,11 +64,11 @@ class BarSegment:
 
 
 @dataclass(frozen=True)
-class Bar:
+class StackedBar:
     """A whole, split."""
 
     title: str
-    parts: Sequence[BarSegment]
+    segments: Sequence[BarSegment]
 
 
 @dataclass(frozen=True)
@@ -78,25 +78,25 @@ class TableRow:
     cells: Sequence[str]
     style: str = ""
     """Class of the color that its first cell shows; none if empty."""
-    is_sum: bool = False
+    is_total: bool = False
 
 
 @dataclass(frozen=True)
 class TableBlock:
     """Columns of words, and of numbers."""
 
-    heads: Sequence[str]
-    lines: Sequence[TableRow]
-    numbers: frozenset[int] = frozenset()
+    headings: Sequence[str]
+    rows: Sequence[TableRow]
+    right_aligned_columns: frozenset[int] = frozenset()
     """Columns that are aligned to the right."""
     title: str = ""
     note: str = ""
-    is_folded: bool = False
+    is_collapsed: bool = False
     """Whether it is shown only to who asks."""
 
 
 @dataclass(frozen=True)
-class Text:
+class PreformattedText:
     """Text as it is."""
 
     title: str
@@ -104,26 +104,28 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Settings:
+class ConfigurationBlock:
     """The configuration: of each group its keys and values."""
 
     groups: Sequence[tuple[str, Sequence[tuple[str, str]]]]
 
 
-Block = Prose | Missing | Figure | FigureRow | Bar | TableBlock | Text | Settings
+Block = (
+    Paragraph | MissingDataNotice | Figure | FigureRow | StackedBar | TableBlock | PreformattedText | ConfigurationBlock
+)
 
 
 @dataclass(frozen=True)
 class PageSection:
     """A part of the page."""
 
-    name: str
+    anchor: str
     title: str
     blocks: Sequence[Block]
 
 
 @dataclass(frozen=True)
-class Card:
+class HeadlineCard:
     """A figure of the headline."""
 
     name: str
@@ -133,15 +135,15 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Page:
+class ReportPage:
     """All of it."""
 
     title: str
     state: str
     """In a word."""
     state_style: str
-    facts: Sequence[str]
-    cards: Sequence[Card]
+    header_lines: Sequence[str]
+    cards: Sequence[HeadlineCard]
     sections: Sequence[PageSection] = field(default_factory=tuple)
-    made: str = ""
+    created_at: str = ""
     """When."""

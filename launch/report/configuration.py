@@ -6,16 +6,18 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .blocks import Missing, PageSection, Settings
+from .blocks import ConfigurationBlock, MissingDataNotice, PageSection
 from .record import RunRecord
 
 
 def configuration_section(record: RunRecord) -> PageSection:
     """Of the last launch."""
     if not record.config:
-        return PageSection("configuration", "Configuration", [Missing("The configuration is not recorded.", "")])
+        return PageSection(
+            "configuration", "Configuration", [MissingDataNotice("The configuration is not recorded.", "")]
+        )
     groups = [(name, list(_flat(tree))) for name, tree in record.config.items() if isinstance(tree, Mapping)]
-    return PageSection("configuration", "Configuration", [Settings(groups)])
+    return PageSection("configuration", "Configuration", [ConfigurationBlock(groups)])
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

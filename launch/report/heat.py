@@ -20,7 +20,7 @@ _OCTAVES = 2
 _SHADES = 16
 """From clear to full, to either side."""
 _BELOW, _ABOVE = (58, 110, 176), (224, 138, 30)
-MOST_COLUMNS = 240
+MAX_COLUMNS = 240
 
 
 def heat_map(loads: Sequence[Sequence[float]], label: str) -> Markup:
@@ -32,7 +32,7 @@ def heat_map(loads: Sequence[Sequence[float]], label: str) -> Markup:
 
 def _averaged(loads_NE: NDArray[np.float64]) -> NDArray[np.float64]:
     """Of each stretch of neighboring moments the mean."""
-    starts = np.arange(0, len(loads_NE), -(-len(loads_NE) // MOST_COLUMNS))
+    starts = np.arange(0, len(loads_NE), -(-len(loads_NE) // MAX_COLUMNS))
     counts = np.diff(np.append(starts, len(loads_NE)))
     means: NDArray[np.float64] = np.add.reduceat(loads_NE, starts, axis=0) / counts[:, None]
     return means

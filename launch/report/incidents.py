@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from ...comm.files.access import lines_within, open_regular, refusing
+from ...comm.files.access import config_error_context, open_regular_file, read_bounded_lines
 from ...comm.files.strict_json import parse_json
 from ...trainer.ledger.journal import Record
-from ...trainer.ledger.records import check_record, read_records
+from ...trainer.ledger.records import check_record, read_checked_records
 from ...trainer.ledger.terms import ALLOCATION_FILE, WORK_FILE
 from ...trainer.telemetry.events import Event
-from .blocks import Block, Missing, PageSection, Prose, TableBlock, TableRow
+from .blocks import Block, MissingDataNotice, PageSection, Paragraph, TableBlock, TableRow
 from .record import RunRecord
 
 
@@ -24,7 +24,7 @@ class Incident:
     time: float
     """Seconds since the epoch."""
     step: int | None
-    about: str
+    category: str
     text: str
 
 
@@ -34,21 +34,21 @@ def incidents_section(record: RunRecord) -> PageSection:
 
 
 def _blocks(record: RunRecord) -> Iterator[Block]:
-    found = incidents(record)
+    found = collect_incidents(record)
     if not found:
         if not record.events and record.summary is None:
-            yield Missing("Nothing is recorded yet.", "")
+            yield MissingDataNotice("Nothing is recorded yet.", "")
         else:
-            yield Prose("None: no warning, no step undone, no launch that ended before its time.")
+            yield Paragraph("None: no warning, no step undone, no launch that ended before its time.")
         return
     lines = [
-        TableRow((_clock(each.time), "" if each.step is None else f"{each.step:,}", each.about, each.text))
+        TableRow((_clock(each.time), "" if each.step is None else f"{each.step:,}", each.category, each.text))
         for each in found
     ]
     yield TableBlock(("time", "step", "about", "what"), lines, frozenset({1}))
 
 
-def incidents(record: RunRecord) -> list[Incident]:
+def collect_incidents(record: RunRecord) -> list[Incident]:
     """From the event stream, and where the ledger can be read from that."""
     found = [*_of_events(record.events)]
     if record.summary is not None:
@@ -69,7 +69,7 @@ def _of_events(events: Sequence[Event]) -> Iterator[Incident]:
 
 def _of_launches(run_dir: Path) -> Iterator[Incident]:
     """Those that did not end with the last step; the launcher's words for one that did are `196 steps done`."""
-    for record in read_records(run_dir / ALLOCATION_FILE):
+    for record in read_checked_records(run_dir / ALLOCATION_FILE):
         reason = str(record.get("reason", ""))
         if record["kind"] == "close" and not reason.endswith("steps done"):
             yield Incident(record["wall_ns"] / 1e9, None, "launch", reason)
@@ -83,8 +83,8 @@ def _undone(path: Path) -> Iterator[Incident]:
     if not path.exists():
         return
     last = None
-    with refusing(path, "restore the file"), open_regular(path) as file:
-        for line in lines_within(file):
+    with config_error_context(path, "restore the file"), open_regular_file(path) as file:
+        for line in read_bounded_lines(file):
             if not line.endswith(b"\n"):
                 return
             if b'"kind":"step"' in line:
@@ -98,7 +98,7 @@ def _undone(path: Path) -> Iterator[Incident]:
 
 
 def _step_record(line: bytes) -> Record:
-    record = parse_json(line).mapping()
+    record = parse_json(line).as_mapping()
     check_record(record)
     return record
 

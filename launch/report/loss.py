@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...trainer.telemetry.describe import printable
-from .blocks import Block, Figure, FigureRow, Missing, PageSection, Text
+from ...trainer.telemetry.describe import strip_control_codes
+from .blocks import Block, Figure, FigureRow, MissingDataNotice, PageSection, PreformattedText
 from .plot import Plot, Series
 from .record import RunRecord
 
@@ -15,7 +15,7 @@ def loss_section(record: RunRecord) -> PageSection:
     return PageSection("loss", "Loss", [*_curves(record), *_sample(record)])
 
 
-def marks(record: RunRecord) -> list[tuple[float, str]]:
+def step_annotations(record: RunRecord) -> list[tuple[float, str]]:
     """Steps at which the curves may jump, and why: all that has happened at one step together."""
     found: dict[int, list[str]] = {}
     for event in record.events:
@@ -28,25 +28,27 @@ def marks(record: RunRecord) -> list[tuple[float, str]]:
 
 def _curves(record: RunRecord) -> Iterator[Block]:
     series = [
-        Series("training", record.points("loss"), "c1"),
-        Series("multi-token prediction", record.points("loss/mtp"), "c4"),
-        Series("validation", record.points("loss", "evaluation"), "c2"),
-        Series("validation, averaged weights", record.points("loss/averaged", "evaluation"), "c3"),
+        Series("training", record.metric_points("loss"), "c1"),
+        Series("multi-token prediction", record.metric_points("loss/mtp"), "c4"),
+        Series("validation", record.metric_points("loss", "evaluation"), "c2"),
+        Series("validation, averaged weights", record.metric_points("loss/averaged", "evaluation"), "c3"),
     ]
-    floor = record.value("unigram_entropy", "evaluation")
+    floor = record.last_value("unigram_entropy", "evaluation")
     plot = Plot(
         [each for each in series if each.points],
         height=300,
-        levels=[] if floor is None else [("unigram entropy", floor)],
-        marks=marks(record),
-        words=lambda value: f"{value:.3f}",
+        reference_lines=[] if floor is None else [("unigram entropy", floor)],
+        step_annotations=step_annotations(record),
+        format_value=lambda value: f"{value:.3f}",
     )
     picture = plot.svg()
     if picture is None:
-        why = "no step has been told of yet" if not record.steps else "no loss that was told of is finite"
-        yield Missing(f"No curves: {why}.", "A run tells of its first step, and of one in telemetry.log_every.")
+        why = "no step has been told of yet" if not record.step_events else "no loss that was told of is finite"
+        yield MissingDataNotice(
+            f"No curves: {why}.", "A run tells of its first step, and of one in telemetry.log_every."
+        )
         return
-    note = "Dashed uprights: a resume or a warning." if marks(record) else ""
+    note = "Dashed uprights: a resume or a warning." if step_annotations(record) else ""
     yield Figure("Nats a token, over optimizer steps", picture, plot.legend(), note)
     yield FigureRow([figure for figure in _small(record) if figure is not None])
 
@@ -58,21 +60,23 @@ def _small(record: RunRecord) -> Iterator[Figure | None]:
         ("Tokens a second", "tokens_per_second", "c2"),
     )
     for title, key, style in shown:
-        yield small_figure(title, [Series(title.lower(), record.points(key), style)])
+        yield small_figure(title, [Series(title.lower(), record.metric_points(key), style)])
 
 
 def small_figure(title: str, series: list[Series]) -> Figure | None:
     """A third of the page wide; None where there is nothing to draw."""
-    plot = Plot([each for each in series if each.points], width=300, height=150, from_zero=True)
+    plot = Plot([each for each in series if each.points], width=300, height=150, y_axis_from_zero=True)
     picture = plot.svg()
     return None if picture is None else Figure(title, picture, plot.legend() if len(series) > 1 else ())
 
 
 def _sample(record: RunRecord) -> Iterator[Block]:
-    sample = record.last("sample")
+    sample = record.last_event("sample")
     if sample is not None:
-        yield Text(f"Text sampled at step {sample.step:,}", printable(str(sample.values.get("text"))).strip())
+        yield PreformattedText(
+            f"Text sampled at step {sample.step:,}", strip_control_codes(str(sample.values.get("text"))).strip()
+        )
     else:
-        asks_for_none = record.setting("training.sample_tokens") == 0
+        asks_for_none = record.config_value("training.sample_tokens") == 0
         hint = "training.sample_tokens=100 asks for one." if asks_for_none else "It comes at the end of the run."
-        yield Missing("No text was sampled.", hint)
+        yield MissingDataNotice("No text was sampled.", hint)

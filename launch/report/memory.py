@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from statistics import median
 
-from ...trainer.telemetry.events import Event, as_number, as_numbers
-from .blocks import Block, Figure, Missing, PageSection, TableBlock, TableRow
+from ...trainer.telemetry.events import Event, parse_number, parse_numbers
+from .blocks import Block, Figure, MissingDataNotice, PageSection, TableBlock, TableRow
 from .plot import Plot, Series
 from .record import RunRecord
 
@@ -20,15 +20,16 @@ def memory_section(record: RunRecord) -> PageSection:
 
 
 def _blocks(record: RunRecord) -> Iterator[Block]:
-    events = [event for event in record.of("memory") if _is_whole(event)]
+    events = [event for event in record.events_of_kind("memory") if _is_whole(event)]
     if not events:
         hint = "A run asks its ranks at the second step and at one in telemetry.terms_every, on GPUs and on Linux."
-        yield Missing("Memory is not recorded.", hint)
+        yield MissingDataNotice("Memory is not recorded.", hint)
         return
     looks = [
-        (event.step, as_numbers(event.values.get("now")), as_numbers(event.values.get("peak"))) for event in events
+        (event.step, parse_numbers(event.values.get("now")), parse_numbers(event.values.get("peak")))
+        for event in events
     ]
-    limit = as_number(events[-1].values.get("limit"))
+    limit = parse_number(events[-1].values.get("limit"))
     plot = Plot(
         [
             Series("peak of the fullest rank", [(step, max(peak)) for step, _, peak in looks], "c2"),
@@ -36,10 +37,10 @@ def _blocks(record: RunRecord) -> Iterator[Block]:
             Series("median rank", [(step, median(now)) for step, now, _ in looks], "c5"),
         ],
         height=190,
-        from_zero=True,
-        levels=[] if limit is None else [("the device has", limit)],
-        words=_size,
-        on_axis=_size,
+        y_axis_from_zero=True,
+        reference_lines=[] if limit is None else [("the device has", limit)],
+        format_value=_size,
+        format_tick=_size,
     )
     picture = plot.svg()
     if picture is not None:
@@ -54,7 +55,7 @@ def _blocks(record: RunRecord) -> Iterator[Block]:
 
 def _is_whole(event: Event) -> bool:
     """Whether it has two finite numbers of each rank."""
-    now, peak = (as_numbers(event.values.get(key)) for key in ("now", "peak"))
+    now, peak = (parse_numbers(event.values.get(key)) for key in ("now", "peak"))
     return len(now) == len(peak) > 0 and all(map(math.isfinite, [*now, *peak]))
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from .balance import balance_section
-from .bill import bill_section
-from .blocks import Page
+from .balance import expert_load_section
+from .bill import budget_section
+from .blocks import ReportPage
 from .configuration import configuration_section
-from .headline import cards, facts, state
+from .headline import header_lines, headline_cards, run_state
 from .incidents import incidents_section
 from .loss import loss_section
 from .memory import memory_section
@@ -21,9 +21,9 @@ from .schedule import schedule_section
 
 _SECTIONS = (
     loss_section,
-    bill_section,
+    budget_section,
     schedule_section,
-    balance_section,
+    expert_load_section,
     memory_section,
     incidents_section,
     configuration_section,
@@ -32,15 +32,15 @@ _SECTIONS = (
 
 def html_report(record: RunRecord) -> str:
     """The page of one run."""
-    word, style = state(record)
-    page = Page(
+    word, style = run_state(record)
+    page = ReportPage(
         title=Path(os.path.realpath(record.run_dir)).name,
         state=word,
         state_style=style,
-        facts=list(facts(record)),
-        cards=cards(record),
+        header_lines=list(header_lines(record)),
+        cards=headline_cards(record),
         sections=[section(record) for section in _SECTIONS],
-        made=datetime.now().astimezone().strftime("%-d %B %Y, %H:%M"),
+        created_at=datetime.now().astimezone().strftime("%-d %B %Y, %H:%M"),
     )
     loader = PackageLoader(__package__, ".")
     environment = Environment(

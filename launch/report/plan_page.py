@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from html import escape
 
-from ..planner.forecast import Forecast
+from ..planner.forecast import StepForecast
 from .schedule_svg import svg_timeline
 
 _STYLE = (
@@ -24,33 +24,35 @@ _PARTS = {
 }
 
 
-def html_page(forecast: Forecast, title: str, memory_gb: float) -> str:
+def forecast_html(forecast: StepForecast, title: str, memory_gb: float) -> str:
     """The page. `memory_gb` is what a GPU has."""
     figures = {
-        "step": f"{forecast.seconds:.3f} s",
-        "throughput": f"{forecast.tokens_per_second_and_gpu:,.0f} tokens/s/GPU",
+        "step": f"{forecast.step_seconds:.3f} s",
+        "throughput": f"{forecast.tokens_per_second_per_gpu:,.0f} tokens/s/GPU",
         "MFU (causal, without MTP)": f"{forecast.mfu:.2%}",
-        "peak memory": f"{forecast.peak_memory.total / 1e9:.1f} GB, {forecast.needed_memory / 1e9:.1f} with "
+        "peak memory": f"{forecast.peak_memory.total / 1e9:.1f} GB, {forecast.peak_bytes_with_fragmentation / 1e9:.1f} with "
         f"fragmentation, of {memory_gb:g}",
-        "limited by": forecast.limit,
+        "limited by": forecast.bottleneck,
     }
     rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in figures.items())
-    view = "".join(f"<tr><td>{k}</td><td class=n>{v:.3f}</td></tr>" for k, v in forecast.report_view().items())
+    view = "".join(
+        f"<tr><td>{k}</td><td class=n>{v:.3f}</td></tr>" for k, v in forecast.deepseek_report_terms().items()
+    )
     return (
         f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>"
         f"<h1>{escape(title)}</h1><table>{rows}</table>"
         f"<h2>Where a step goes (seconds, mean over ranks)</h2><table>{view}</table>"
-        f"<h2>Timeline</h2><div class=wide>{svg_timeline(forecast.replay, 'seconds')}</div>"
+        f"<h2>Timeline</h2><div class=wide>{svg_timeline(forecast.program_times, 'seconds')}</div>"
         f"<h2>Memory by pipeline rank</h2>{''.join(_memory_plot(forecast, memory_gb))}"
     )
 
 
-def _memory_plot(forecast: Forecast, memory_gb: float) -> Iterator[str]:
+def _memory_plot(forecast: StepForecast, memory_gb: float) -> Iterator[str]:
     width, height, step = 900, 22, 28
-    most = max(memory_gb, max(memory.total for memory in forecast.memory) / 1e9) * 1.05
-    total = step * len(forecast.memory) + 50
+    most = max(memory_gb, max(memory.total for memory in forecast.memory_by_rank) / 1e9) * 1.05
+    total = step * len(forecast.memory_by_rank) + 50
     yield f'<svg viewBox="0 0 {width + 160} {total}" width="100%" font-size="13" font-family="system-ui,sans-serif">'
-    for rank, memory in enumerate(forecast.memory):
+    for rank, memory in enumerate(forecast.memory_by_rank):
         x, y = 60.0, 10 + rank * step
         yield f'<text x="0" y="{y + 16}">rank {rank}</text>'
         for part, color in _PARTS.items():

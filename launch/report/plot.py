@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from markupsafe import Markup, escape
 
-from ...trainer.telemetry.describe import metric
+from ...trainer.telemetry.describe import format_si
 from .blocks import LegendEntry
 from .record import Point
 
@@ -39,9 +39,9 @@ def _is_drawn(value: float) -> bool:
     return abs(value) < _LARGEST
 
 
-def plain(value: float) -> str:
+def format_number(value: float) -> str:
     """A number with four digits, or with a letter from ten thousand on."""
-    return metric(value) if abs(value) >= 10_000 else f"{value:.4g}"
+    return format_si(value) if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 @dataclass(frozen=True)
@@ -51,32 +51,32 @@ class Plot:
     series: Sequence[Series]
     width: float = 900
     height: float = 260
-    from_zero: bool = False
-    levels: Sequence[tuple[str, float]] = ()
+    y_axis_from_zero: bool = False
+    reference_lines: Sequence[tuple[str, float]] = ()
     """Lines from left to right, with their names."""
-    marks: Sequence[tuple[float, str]] = ()
+    step_annotations: Sequence[tuple[float, str]] = ()
     """Steps at which something has happened, and what."""
-    words: Callable[[float], str] = plain
+    format_value: Callable[[float], str] = format_number
     """A value for the reader."""
-    on_axis: Callable[[float], str] = plain
+    format_tick: Callable[[float], str] = format_number
     """A round value."""
 
     @property
-    def finite(self) -> list[Point]:
+    def finite_points(self) -> list[Point]:
         """What can be drawn."""
         return [point for series in self.series for point in series.points if _is_drawn(point[1])]
 
     def legend(self) -> list[LegendEntry]:
         """Each series with its last value."""
         return [
-            LegendEntry(each.name, each.style, "" if each.is_dashed else self.words(each.points[-1][1]))
+            LegendEntry(each.name, each.style, "" if each.is_dashed else self.format_value(each.points[-1][1]))
             for each in self.series
             if each.points
         ]
 
     def svg(self) -> Markup | None:
         """The picture; None where there is nothing to draw."""
-        if not self.finite:
+        if not self.finite_points:
             return None
         canvas = _Canvas.of(self)
         body = [*_axes(canvas), *_marks(canvas), *_lines(canvas), *_bands(canvas)]
@@ -97,16 +97,16 @@ class _Canvas:
 
     @staticmethod
     def of(plot: Plot) -> _Canvas:
-        xs = [x for x, _ in plot.finite]
-        ys = [y for _, y in plot.finite] + [y for _, y in plot.levels if _is_drawn(y)]
+        xs = [x for x, _ in plot.finite_points]
+        ys = [y for _, y in plot.finite_points] + [y for _, y in plot.reference_lines if _is_drawn(y)]
         low, high = min(ys), max(ys)
-        if plot.from_zero:
+        if plot.y_axis_from_zero:
             low, high = min(low, 0.0), max(high, 0.0)
         if high - low <= _NO_ROOM * max(abs(low), abs(high), _NO_ROOM):  # a level line sits in the middle
             room = abs(low) / 2 or 1.0
             low, high = low - room, high + room
         room = 0.04 * (high - low)
-        low = low if plot.from_zero and low == 0 else low - room
+        low = low if plot.y_axis_from_zero and low == 0 else low - room
         return _Canvas(plot, max(1.0, *xs), low, high + room)
 
     @property
@@ -124,7 +124,7 @@ class _Canvas:
         return self.bottom - (value - self.low) / (self.high - self.low) * (self.bottom - _TOP)
 
 
-def ticks(low: float, high: float, most: int) -> list[float]:
+def tick_values(low: float, high: float, most: int) -> list[float]:
     """Round numbers from `low` to `high`, `most` of them at most."""
     least = (high - low) / most
     magnitude = 10.0 ** math.floor(math.log10(least))
@@ -134,23 +134,23 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 def _axes(canvas: _Canvas) -> Iterator[Markup]:
     plot = canvas.plot
-    for value in ticks(canvas.low, canvas.high, 5 if plot.height > 200 else 4):
+    for value in tick_values(canvas.low, canvas.high, 5 if plot.height > 200 else 4):
         y = canvas.y(value)
         yield _line(_LEFT, y, canvas.right, y, "grid")
-        yield _text(_LEFT - 8, y + 4, plot.on_axis(value), "end")
-    for value in ticks(0.0, canvas.last, 8 if plot.width > 600 else 4):
+        yield _text(_LEFT - 8, y + 4, plot.format_tick(value), "end")
+    for value in tick_values(0.0, canvas.last, 8 if plot.width > 600 else 4):
         if value == int(value):
             yield _text(canvas.x(value), canvas.bottom + 18, f"{value:,.0f}", "middle")
-    for name, value in plot.levels:
+    for name, value in plot.reference_lines:
         if not _is_drawn(value):
             continue
         y = canvas.y(value)
         yield _line(_LEFT, y, canvas.right, y, "level")
-        yield _text(canvas.right, y - 5, f"{name} {plot.words(value)}", "end")
+        yield _text(canvas.right, y - 5, f"{name} {plot.format_value(value)}", "end")
 
 
 def _marks(canvas: _Canvas) -> Iterator[Markup]:
-    for step, text in canvas.plot.marks:
+    for step, text in canvas.plot.step_annotations:
         if step <= canvas.last:
             x = canvas.x(step)
             line = _line(x, _TOP, x, canvas.bottom, "mark")
@@ -159,7 +159,7 @@ def _marks(canvas: _Canvas) -> Iterator[Markup]:
 
 def _lines(canvas: _Canvas) -> Iterator[Markup]:
     for series in canvas.plot.series:
-        points = thin(series.points, _MOST_POINTS)
+        points = downsample_points(series.points, _MOST_POINTS)
         dashed = " dashed" if series.is_dashed else ""
         yield Markup('<path class="line {}{}" d="{}"/>').format(series.style, dashed, _path(canvas, points))
         if len(points) <= _MOST_DOTS and not series.is_dashed:
@@ -178,7 +178,7 @@ def _path(canvas: _Canvas, points: Sequence[Point]) -> str:
     return "".join(words)
 
 
-def thin(points: Sequence[Point], most: int) -> list[Point]:
+def downsample_points(points: Sequence[Point], most: int) -> list[Point]:
     """Points that look the same where there are more than `most`: of each stretch its lowest and its highest."""
     if len(points) <= most:
         return list(points)
@@ -199,7 +199,7 @@ def _bands(canvas: _Canvas) -> Iterator[Markup]:
     for series in plot.series:
         if not series.is_dashed:
             for x, y in series.points:
-                told.setdefault(x, []).append(f"{series.name} {plot.words(y)}")
+                told.setdefault(x, []).append(f"{series.name} {plot.format_value(y)}")
     steps = sorted(told)
     steps = steps[:: -(-len(steps) // _MOST_BANDS)]
     edges = [_LEFT, *(canvas.x((a + b) / 2) for a, b in pairwise(steps)), canvas.right]

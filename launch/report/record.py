@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ...comm.errors import ConfigError, Problem
-from ...comm.files.access import refusing
+from ...comm.files.access import config_error_context
 from ...comm.files.strict_yaml import read_yaml
-from ...trainer.ledger.summary import LedgerSummary, summarize
+from ...trainer.ledger.summary import LedgerSummary, summarize_ledger
 from ...trainer.ledger.terms import WORK_FILE
-from ...trainer.telemetry.events import METRICS_FILE, Event, as_number
-from ...trainer.telemetry.sampled import read_sampled
-from ..run.run_dir import CONFIG_FILE, is_marked
+from ...trainer.telemetry.events import METRICS_FILE, Event, parse_number
+from ...trainer.telemetry.sampled import read_downsampled_metrics
+from ..run.run_dir import CONFIG_FILE, is_run_dir
 
 Point = tuple[float, float]
 _MOST_STEPS = 2**53
@@ -32,35 +32,37 @@ class RunRecord:
     """Of the last launch, as a tree of plain values; empty where none is recorded."""
     summary: LedgerSummary | None
     """What it has cost; None where its ledger does not say."""
-    no_summary: str
+    no_summary_reason: str
     """Why there is none."""
 
     @cached_property
-    def steps(self) -> list[Event]:
+    def step_events(self) -> list[Event]:
         """The `step` events."""
-        return self.of("step")
+        return self.events_of_kind("step")
 
-    def of(self, kind: str) -> list[Event]:
+    def events_of_kind(self, kind: str) -> list[Event]:
         """The events of one kind."""
         return [event for event in self.events if event.kind == kind]
 
-    def last(self, kind: str) -> Event | None:
+    def last_event(self, kind: str) -> Event | None:
         """The last event of a kind."""
-        found = self.of(kind)
+        found = self.events_of_kind(kind)
         return found[-1] if found else None
 
-    def points(self, key: str, kind: str = "step") -> list[Point]:
+    def metric_points(self, key: str, kind: str = "step") -> list[Point]:
         """(step, value) of a number in the events of a kind; it may be not finite."""
         return [
-            (event.step, value) for event in self.of(kind) if (value := as_number(event.values.get(key))) is not None
+            (event.step, value)
+            for event in self.events_of_kind(kind)
+            if (value := parse_number(event.values.get(key))) is not None
         ]
 
-    def value(self, key: str, kind: str = "step") -> float | None:
+    def last_value(self, key: str, kind: str = "step") -> float | None:
         """The last of these."""
-        points = self.points(key, kind)
+        points = self.metric_points(key, kind)
         return points[-1][1] if points else None
 
-    def setting(self, key: str) -> Any:
+    def config_value(self, key: str) -> Any:
         """The configured value of a dotted key; None where it is not recorded."""
         tree: Any = self.config
         for name in key.split("."):
@@ -71,17 +73,17 @@ class RunRecord:
     def total_steps(self) -> int | None:
         """Optimizer steps of the whole run."""
         for kind in ("step", "run"):
-            total = self.value("total_steps", kind)
+            total = self.last_value("total_steps", kind)
             if total is not None and 0 < total < _MOST_STEPS:
                 return int(total)
         return None
 
 
-def read_run(run_dir: Path) -> RunRecord:
+def read_run_record(run_dir: Path) -> RunRecord:
     """What is in the directory of a run. Raises `ConfigError` for any other place, and for a broken line of metrics."""
-    refuse_other_places(run_dir)
+    require_run_dir(run_dir)
     metrics = run_dir / METRICS_FILE
-    events = read_sampled(metrics) if metrics.exists() else []
+    events = read_downsampled_metrics(metrics) if metrics.exists() else []
     summary, no_summary = _bill(run_dir)
     return RunRecord(run_dir, events, _config(run_dir, events), summary, no_summary)
 
@@ -91,16 +93,16 @@ def _bill(run_dir: Path) -> tuple[LedgerSummary | None, str]:
     if not (run_dir / WORK_FILE).parent.exists():
         return None, "there is no ledger yet."
     try:
-        return summarize(run_dir), ""
+        return summarize_ledger(run_dir), ""
     except ConfigError as refused:
         return None, f"{refused}."
 
 
-def refuse_other_places(run_dir: Path) -> None:
+def require_run_dir(run_dir: Path) -> None:
     """Raise `ConfigError` unless a run has made `run_dir`."""
     if not run_dir.is_dir():
         raise ConfigError([Problem("RUN", str(run_dir), "is no directory; name that of a run, its training.run_dir")])
-    if not is_marked(run_dir) and not (run_dir / METRICS_FILE).exists():
+    if not is_run_dir(run_dir) and not (run_dir / METRICS_FILE).exists():
         hint = f"holds no run (neither {METRICS_FILE} nor what marks a run's directory); name its training.run_dir"
         raise ConfigError([Problem("RUN", str(run_dir), hint)])
 
@@ -112,6 +114,6 @@ def _config(run_dir: Path, events: Sequence[Event]) -> Mapping[str, Any]:
         tree: Any = told[-1]
     else:
         path = run_dir / CONFIG_FILE
-        with refusing(path, "restore it, or remove it"):  # unresolved: a report shows no secret
+        with config_error_context(path, "restore it, or remove it"):  # unresolved: a report shows no secret
             tree = read_yaml(path, resolve=False) if path.exists() else {}
     return tree if isinstance(tree, Mapping) else {}

@@ -10,15 +10,15 @@ from statistics import mean
 from markupsafe import Markup
 
 from ...comm.errors import ConfigError
-from ...comm.trace import Track
-from ...parallelism.pipeline.draw import title
-from ...parallelism.pipeline.program import Op, Program
+from ...comm.trace import TimelineTrack
+from ...parallelism.pipeline.draw import program_title
+from ...parallelism.pipeline.program import Op, PipelineProgram
 from ...parallelism.pipeline.schedules.registry import build_program
-from ...parallelism.pipeline.simulate import ProgramTimes, UnitTimes, simulate_program
+from ...parallelism.pipeline.simulate import OpDurations, SimulatedTimes, simulate_program
 from ...trainer.ledger.terms import INSTRUCTIONS
 from ...trainer.run.profiling import TRACE_FOLDER
 from ...trainer.telemetry.trace import TRACE_FILE, Span, read_trace
-from .blocks import Block, Figure, Missing, PageSection, Prose
+from .blocks import Block, Figure, MissingDataNotice, PageSection, Paragraph
 from .record import RunRecord
 from .schedule_svg import SvgStyle, svg_timeline
 from .trace_svg import svg_layer_pair
@@ -40,36 +40,38 @@ def schedule_section(record: RunRecord) -> PageSection:
 def _blocks(record: RunRecord) -> Iterator[Block]:
     program = _program(record)
     if program is None:
-        yield Missing("No timeline: the configuration that names the schedule is not recorded.", "")
+        yield MissingDataNotice("No timeline: the configuration that names the schedule is not recorded.", "")
         return
     path = record.run_dir / TRACE_FOLDER / TRACE_FILE
     if not path.exists():
-        yield Missing("How the program ran is not recorded.", _RECORDS)
+        yield MissingDataNotice("How the program ran is not recorded.", _RECORDS)
         yield from _on_paper(program)
         return
     yield from _as_it_ran(record, program, path)
 
 
-def _program(record: RunRecord) -> Program | None:
+def _program(record: RunRecord) -> PipelineProgram | None:
     """The program that the run's configuration describes."""
     names = "topology.pp", "topology.edp", "topology.ep", "schedule.micro_batch", "training.global_batch"
-    numbers = [record.setting(name) for name in names]
+    numbers = [record.config_value(name) for name in names]
     if not all(type(number) is int and number > 0 for number in numbers):
         return None
     pp, edp, ep, micro_batch, batch = numbers
     try:
         micro_batches = batch // (edp * ep * micro_batch)
-        if pp * micro_batches > _MOST_INSTRUCTIONS or type(record.setting("schedule.name")) is not str:
+        if pp * micro_batches > _MOST_INSTRUCTIONS or type(record.config_value("schedule.name")) is not str:
             return None
-        return build_program(record.setting("schedule.name"), pp, micro_batches, record.setting("schedule.chunks"))
+        return build_program(
+            record.config_value("schedule.name"), pp, micro_batches, record.config_value("schedule.chunks")
+        )
     except (ConfigError, TypeError, ValueError):  # of a version of Shoestring whose schedules were others
         return None
 
 
-def _on_paper(program: Program) -> Iterator[Block]:
-    simulated = simulate_program(program, UnitTimes())
+def _on_paper(program: PipelineProgram) -> Iterator[Block]:
+    simulated = simulate_program(program, OpDurations())
     note = "every F, I and W takes 1, and nothing of an FB overlaps"
-    yield _picture(svg_timeline(simulated, note, _look([simulated], f"{title(program)}, on paper", "time")))
+    yield _picture(svg_timeline(simulated, note, _look([simulated], f"{program_title(program)}, on paper", "time")))
 
 
 def _picture(svg: str) -> Figure:
@@ -77,75 +79,75 @@ def _picture(svg: str) -> Figure:
     return Figure("", Markup(svg), is_wide=True)
 
 
-def _as_it_ran(record: RunRecord, program: Program, path: Path) -> Iterator[Block]:
+def _as_it_ran(record: RunRecord, program: PipelineProgram, path: Path) -> Iterator[Block]:
     try:
         ranks = read_trace(path)
     except (ValueError, OSError) as error:
-        yield Missing(f"{path} {error}.", _RECORDS)
+        yield MissingDataNotice(f"{path} {error}.", _RECORDS)
         yield from _on_paper(program)
         return
-    columns = record.setting("topology.edp") * record.setting("topology.ep")
-    real = last_step(program, [ranks.get(rank * columns, []) for rank in range(program.ranks)])
+    columns = record.config_value("topology.edp") * record.config_value("topology.ep")
+    real = last_traced_step(program, [ranks.get(rank * columns, []) for rank in range(program.ranks)])
     if real is None:
-        yield Missing("The timeline is not of the program that the configuration describes.", _RECORDS)
+        yield MissingDataNotice("The timeline is not of the program that the configuration describes.", _RECORDS)
         yield from _on_paper(program)
         return
-    ideal = simulate_program(program, mean_times(real))
+    ideal = simulate_program(program, mean_op_times(real))
     share = 100 * (real.makespan - ideal.makespan) / real.makespan
     of = "" if columns == 1 else f" Shown is the first of the {columns} ranks of each stage."
-    yield Prose(
-        f"{title(program)}. The last traced step took {real.makespan:.1f}\u00a0ms from the first forward to the "
+    yield Paragraph(
+        f"{program_title(program)}. The last traced step took {real.makespan:.1f}\u00a0ms from the first forward to the "
         "last backward; on paper, where each kind of instruction always takes its mean of that step, it takes "
         f"{ideal.makespan:.1f}\u00a0ms. The rest, {share:.1f}\u00a0%, is unevenness, messages, waiting for others.{of}"
     )
     for heading, timeline in (("As it ran", real), ("As it runs on paper", ideal)):
-        yield _picture(svg_timeline(timeline, look=_look((real, ideal), heading, "ms")))
+        yield _picture(svg_timeline(timeline, style=_look((real, ideal), heading, "ms")))
     try:
         yield _picture(svg_layer_pair(ranks))
     except ValueError:  # not every schedule has one
         return
 
 
-def last_step(program: Program, ranks: Sequence[Sequence[Span]]) -> ProgramTimes | None:
+def last_traced_step(program: PipelineProgram, ranks: Sequence[Sequence[Span]]) -> SimulatedTimes | None:
     """The times of the last step in the spans of each pipeline rank, in ms; None if they are not of this program."""
     rows: list[list[Span]] = []
     for instructions, spans in zip(program.instructions, ranks, strict=True):
-        own = [span for span in spans if span.track is Track.INSTRUCTION and span.name in INSTRUCTIONS]
+        own = [span for span in spans if span.track is TimelineTrack.INSTRUCTION and span.name in INSTRUCTIONS]
         last = sorted(own, key=lambda span: span.begin)[-len(instructions) :]
         if [span.detail for span in last] != [str(instruction) for instruction in instructions]:
             return None
         rows.append(last)
     start = min(row[0].begin for row in rows)
-    return ProgramTimes(
+    return SimulatedTimes(
         program,
         tuple(tuple((span.begin - start) / 1e6 for span in row) for row in rows),
         tuple(tuple((span.end - start) / 1e6 for span in row) for row in rows),
     )
 
 
-def mean_times(real: ProgramTimes) -> UnitTimes:
+def mean_op_times(real: SimulatedTimes) -> OpDurations:
     """Of each kind of instruction, over all ranks."""
     lengths: Mapping[Op, list[float]] = defaultdict(list)
-    for row, starts, ends in zip(real.program.instructions, real.starts, real.ends, strict=True):
+    for row, starts, ends in zip(real.program.instructions, real.start_times, real.end_times, strict=True):
         for instruction, start, end in zip(row, starts, ends, strict=True):
             lengths[instruction.op].append(end - start)
     times = {op: mean(found) for op, found in lengths.items()}
     own = (times.get(op, 0.0) for op in (Op.F, Op.I, Op.W, Op.B, Op.FB))
-    return UnitTimes(*own)
+    return OpDurations(*own)
 
 
-def _look(timelines: Sequence[ProgramTimes], heading: str, unit: str) -> SvgStyle:
+def _look(timelines: Sequence[SimulatedTimes], heading: str, unit: str) -> SvgStyle:
     """In the page's colors, to a scale that suits all of `timelines`."""
     makespan = max(timeline.makespan for timeline in timelines)
     width = max(_PAGE, _LEAST * max(len(row) for row in timelines[0].program.instructions))
     return SvgStyle(
-        ink="currentColor",
-        faint="var(--faint)",
-        bubble="var(--bubble)",
-        rule="var(--rule)",
-        ground="none",
-        scale=width / makespan,
-        least_width=width,
-        unit=unit,
+        text_color="currentColor",
+        muted_color="var(--faint)",
+        bubble_color="var(--bubble)",
+        line_color="var(--rule)",
+        background_color="none",
+        pixels_per_time_unit=width / makespan,
+        min_width=width,
+        time_unit=unit,
         heading=heading,
     )

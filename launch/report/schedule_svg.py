@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 
-from ...parallelism.pipeline.draw import summary, title
-from ...parallelism.pipeline.placement import Direction, Route
-from ...parallelism.pipeline.program import Instruction, MicroBatchWork, Op, Program, in_flight
-from ...parallelism.pipeline.simulate import ProgramTimes
+from ...parallelism.pipeline.draw import bubble_summary, program_title
+from ...parallelism.pipeline.placement import Direction, PlacementStyle
+from ...parallelism.pipeline.program import ChunkMicroBatch, Instruction, Op, PipelineProgram, count_in_flight
+from ...parallelism.pipeline.simulate import SimulatedTimes
 
 _INK = "#22272e"
 # Apart in hue and in lightness, so that they stay apart for the color-blind and in print without colors.
@@ -32,40 +32,40 @@ _UNIT_WIDTH, _WIDEST, _NARROWEST = 19.0, 2600.0, 3.0  # of the shortest instruct
 class SvgStyle:
     """How a picture fits in with what is around it; as given here it stands alone, on white paper."""
 
-    ink: str = _INK
-    faint: str = "#6b7280"
-    bubble: str = "#eef0f2"
-    rule: str = "#d5d9de"
-    ground: str = "#ffffff"
-    scale: float | None = None
+    text_color: str = _INK
+    muted_color: str = "#6b7280"
+    bubble_color: str = "#eef0f2"
+    line_color: str = "#d5d9de"
+    background_color: str = "#ffffff"
+    pixels_per_time_unit: float | None = None
     """Pixels a unit of time, for pictures that are to be compared; None: as many as the boxes need."""
-    least_width: float = 330.0
+    min_width: float = 330.0
     """Pixels of the timeline, at least."""
-    unit: str = "time"
+    time_unit: str = "time"
     """What the axis counts."""
     heading: str = ""
     """In the place of the schedule and its size."""
 
 
-ALONE = SvgStyle()
+STANDALONE_STYLE = SvgStyle()
 
 
 @dataclass(frozen=True)
 class _Canvas:
     """Where things are."""
 
-    replay: ProgramTimes
+    replay: SimulatedTimes
     look: SvgStyle
     scale: float
     """Pixels a unit of time."""
 
     @property
-    def program(self) -> Program:
+    def program(self) -> PipelineProgram:
         return self.replay.program
 
     @property
     def right(self) -> float:
-        return _LEFT + max(self.replay.makespan * self.scale, self.look.least_width)
+        return _LEFT + max(self.replay.makespan * self.scale, self.look.min_width)
 
     @property
     def bottom(self) -> float:
@@ -78,30 +78,32 @@ class _Canvas:
         return _TOP + rank * (_ROW + _GAP)
 
 
-def svg_timeline(replay: ProgramTimes, note: str = "", look: SvgStyle = ALONE) -> str:
+def svg_timeline(replay: SimulatedTimes, subtitle: str = "", style: SvgStyle = STANDALONE_STYLE) -> str:
     """A row a rank, a box an instruction with the number of its micro-batch; what is left gray is bubble.
 
     `note` goes below the title, behind makespan and bubble.
     """
-    canvas = _Canvas(replay, look, _fitting(replay) if look.scale is None else look.scale)
+    canvas = _Canvas(
+        replay, style, _fitting(replay) if style.pixels_per_time_unit is None else style.pixels_per_time_unit
+    )
     width, height = canvas.right + _RIGHT, canvas.bottom + 76
-    body = [*_heading(canvas, note), *_rows(canvas), *_axis(canvas), *_columns(canvas), *_legend(canvas)]
+    body = [*_heading(canvas, subtitle), *_rows(canvas), *_axis(canvas), *_columns(canvas), *_legend(canvas)]
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
-            f'height="{height:g}" font-family="Helvetica, Arial, sans-serif" font-size="11" fill="{look.ink}">',
-            f'<rect width="{width:g}" height="{height:g}" fill="{look.ground}"/>',
+            f'height="{height:g}" font-family="Helvetica, Arial, sans-serif" font-size="11" fill="{style.text_color}">',
+            f'<rect width="{width:g}" height="{height:g}" fill="{style.background_color}"/>',
             *body,
             "</svg>",
         ]
     )
 
 
-def _fitting(replay: ProgramTimes) -> float:
+def _fitting(replay: SimulatedTimes) -> float:
     """Pixels a unit of time that let the shortest box hold its number, unless the picture becomes too wide."""
     durations = [
         end - start
-        for starts, ends in zip(replay.starts, replay.ends, strict=True)
+        for starts, ends in zip(replay.start_times, replay.end_times, strict=True)
         for start, end in zip(starts, ends, strict=True)
     ]
     fitting = min(_UNIT_WIDTH / min(durations), _WIDEST / replay.makespan)
@@ -109,8 +111,14 @@ def _fitting(replay: ProgramTimes) -> float:
 
 
 def _heading(canvas: _Canvas, note: str) -> Iterator[str]:
-    yield _text(_LEFT, 30, canvas.look.heading or title(canvas.program), size=16, weight="bold")
-    yield _text(_LEFT, 50, "; ".join(filter(None, (summary(canvas.replay), note))), size=12, color=canvas.look.faint)
+    yield _text(_LEFT, 30, canvas.look.heading or program_title(canvas.program), size=16, weight="bold")
+    yield _text(
+        _LEFT,
+        50,
+        "; ".join(filter(None, (bubble_summary(canvas.replay), note))),
+        size=12,
+        color=canvas.look.muted_color,
+    )
 
 
 def _rows(canvas: _Canvas) -> Iterator[str]:
@@ -118,20 +126,22 @@ def _rows(canvas: _Canvas) -> Iterator[str]:
     for rank, instructions in enumerate(canvas.program.instructions):
         top = canvas.row(rank)
         yield _text(_LEFT - 10, top + _ROW / 2 + 4, f"rank {rank}", anchor="end")
-        yield _rect(_LEFT, top, replay.makespan * canvas.scale, _ROW, canvas.look.bubble)
-        for instruction, start, end in zip(instructions, replay.starts[rank], replay.ends[rank], strict=True):
+        yield _rect(_LEFT, top, replay.makespan * canvas.scale, _ROW, canvas.look.bubble_color)
+        for instruction, start, end in zip(instructions, replay.start_times[rank], replay.end_times[rank], strict=True):
             left, right = canvas.x(start) + 0.4, canvas.x(end) - 0.4
             yield f"<g><title>{escape(f'rank {rank}: {instruction}, {start:g} to {end:g}')}</title>"
             yield from _box(canvas.program, instruction, left, top, right - left)
             yield "</g>"
 
 
-def _box(program: Program, instruction: Instruction, left: float, top: float, width: float) -> Iterator[str]:
+def _box(program: PipelineProgram, instruction: Instruction, left: float, top: float, width: float) -> Iterator[str]:
     """One instruction; an FB has its forward above its backward, as both happen at once."""
-    height = _ROW / len(instruction.works)
-    for index, (op, work) in enumerate(zip(map(Op, instruction.op.value), instruction.works, strict=True)):
+    height = _ROW / len(instruction.chunk_micro_batches)
+    for index, (op, work) in enumerate(
+        zip(map(Op, instruction.op.value), instruction.chunk_micro_batches, strict=True)
+    ):
         y = top + index * height
-        color = _color(op, work, program.chunks)
+        color = _color(op, work, program.chunks_per_rank)
         yield _rect(left, y, width, height, color)
         number, size = str(work.micro_batch), 11 if height > 12 else 9.5
         if width > 0.58 * size * len(number) + 1.5:
@@ -148,59 +158,65 @@ def _box(program: Program, instruction: Instruction, left: float, top: float, wi
 def _axis(canvas: _Canvas) -> Iterator[str]:
     y, makespan = canvas.bottom + 8, canvas.replay.makespan
     step = _tick(60 / canvas.scale)
-    yield _line(_LEFT, y, canvas.x(makespan), y, canvas.look.rule)
+    yield _line(_LEFT, y, canvas.x(makespan), y, canvas.look.line_color)
     for index in range(int(makespan / step) + 1):
         x = canvas.x(index * step)
-        yield _line(x, y, x, y + 4, canvas.look.rule)
-        yield _text(x, y + 16, f"{index * step:g}", size=10, anchor="middle", color=canvas.look.faint)
-    yield _text(_LEFT - 10, y + 16, canvas.look.unit, size=10, anchor="end", color=canvas.look.faint)
+        yield _line(x, y, x, y + 4, canvas.look.line_color)
+        yield _text(x, y + 16, f"{index * step:g}", size=10, anchor="middle", color=canvas.look.muted_color)
+    yield _text(_LEFT - 10, y + 16, canvas.look.time_unit, size=10, anchor="end", color=canvas.look.muted_color)
 
 
 def _columns(canvas: _Canvas) -> Iterator[str]:
     """Beside each rank its peak of chunks in flight and its bubble, as a number and as a bar."""
-    peaks = [float(max(alive)) for alive in in_flight(canvas.program)]
+    peaks = [float(max(alive)) for alive in count_in_flight(canvas.program)]
     for index, (heading, unit, values) in enumerate(
-        (("in flight", "chunks, peak", peaks), ("bubble", canvas.look.unit, list(canvas.replay.bubbles)))
+        (
+            ("in flight", "chunks, peak", peaks),
+            ("bubble", canvas.look.time_unit, list(canvas.replay.bubble_time_per_rank)),
+        )
     ):
         left = canvas.right + 22 + index * 74
         yield _text(left, _TOP - 20, heading, weight="bold")
-        yield _text(left, _TOP - 8, unit, size=9, color=canvas.look.faint)
+        yield _text(left, _TOP - 8, unit, size=9, color=canvas.look.muted_color)
         for rank, value in enumerate(values):
             y = canvas.row(rank)
             yield _text(left, y + _ROW / 2 + 1, f"{value:.4g}")
-            yield _rect(left, y + _ROW - 7, 54, 3, canvas.look.bubble)
-            yield _rect(left, y + _ROW - 7, 54 * value / (max(values) or 1), 3, canvas.look.faint)
+            yield _rect(left, y + _ROW - 7, 54, 3, canvas.look.bubble_color)
+            yield _rect(left, y + _ROW - 7, 54 * value / (max(values) or 1), 3, canvas.look.muted_color)
 
 
 def _legend(canvas: _Canvas) -> Iterator[str]:
     program, x, y = canvas.program, _LEFT, canvas.bottom + 44
     present = {instruction.op for row in program.instructions for instruction in row}
     for op in (op for op in Op if op in present):
-        for chunk in range(program.chunks):
+        for chunk in range(program.chunks_per_rank):
             pair = (Op.F, Op.B) if op is Op.FB else (op,)
             for index, part in enumerate(pair):
                 # The backward of a pair is of the other chunk.
-                work = MicroBatchWork(chunk if index == 0 else program.chunks - 1 - chunk, 0)
+                work = ChunkMicroBatch(chunk if index == 0 else program.chunks_per_rank - 1 - chunk, 0)
                 height = 14 / len(pair)
-                yield _rect(x, y + index * height, 14, height, _color(part, work, program.chunks))
+                yield _rect(x, y + index * height, 14, height, _color(part, work, program.chunks_per_rank))
             x += 15
         yield (
             f'<text x="{x + 6:.2f}" y="{y + 11:.2f}"><tspan font-weight="bold">{op.value}</tspan>'
             f'<tspan dx="4">{_NAMES[op]}</tspan></text>'
         )
         x += 34 + 8 * len(op.value) + 5.6 * len(_NAMES[op])
-    if program.chunks > 1:
-        yield _text(_LEFT, y + 28, _chunk_note(program), size=10, color=canvas.look.faint)
+    if program.chunks_per_rank > 1:
+        yield _text(_LEFT, y + 28, _chunk_note(program), size=10, color=canvas.look.muted_color)
 
 
-def _chunk_note(program: Program) -> str:
-    arrows = {Direction.UP: "up", Direction.DOWN: "down"}
-    ways = [f"chunk {chunk} ({arrows[program.placement.direction(chunk)]})" for chunk in range(program.chunks)]
+def _chunk_note(program: PipelineProgram) -> str:
+    arrows = {Direction.NEXT: "up", Direction.PREV: "down"}
+    ways = [
+        f"chunk {chunk} ({arrows[program.placement.direction_of_chunk(chunk)]})"
+        for chunk in range(program.chunks_per_rank)
+    ]
     note = f"from dark to light: {', '.join(ways)}"
-    return note + ("; each has its own count" if program.placement.route is Route.BIDIRECTIONAL else "")
+    return note + ("; each has its own count" if program.placement.style is PlacementStyle.BIDIRECTIONAL else "")
 
 
-def _color(op: Op, work: MicroBatchWork, chunks: int) -> str:
+def _color(op: Op, work: ChunkMicroBatch, chunks: int) -> str:
     """The op's color, mixed with more white the later the chunk."""
     white = 0.55 * work.chunk / max(chunks - 1, 1)
     return "#" + "".join(f"{round(value + (255 - value) * white):02x}" for value in _channels(_COLORS[op]))

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
-from ...comm.trace import EXPOSED_EXCHANGE, Track
+from ...comm.trace import EXPOSED_EXCHANGE, TimelineTrack
 from ...trainer.telemetry.trace import Span
 
-PHASES = ("attn(W)", "attn(F)", "mlp(B)", "mlp(W)", "mlp(F)", "attn(B)")
+LAYER_PAIR_PHASES = ("attn(W)", "attn(F)", "mlp(B)", "mlp(W)", "mlp(F)", "attn(B)")
 """What is computed from one combine(B) to the next, in the order of the published trace of DeepSeek-V3's training."""
 _FIRST = "combine_backward of "
 _NAMES = {
@@ -36,41 +36,45 @@ class LayerPair:
     rank: int
     begin: int
     end: int
-    computed: tuple[Span, ...]
+    compute_spans: tuple[Span, ...]
     """In order, without a gap but for waiting."""
-    exchanged: tuple[Span, ...]
+    exchange_spans: tuple[Span, ...]
     """All that the exchange was busy with meanwhile; the first and the last may reach beyond."""
-    waits: tuple[Span, ...]
-    launches: tuple[Span, ...]
+    wait_spans: tuple[Span, ...]
+    launch_spans: tuple[Span, ...]
 
     @property
-    def length(self) -> int:
+    def duration_ns(self) -> int:
         """Nanoseconds."""
         return self.end - self.begin
 
     @property
-    def waited(self) -> int:
+    def wait_ns(self) -> int:
         """Nanoseconds in which nothing was computed because an exchange was not done."""
-        return sum(wait.end - wait.begin for wait in self.waits)
+        return sum(wait.end - wait.begin for wait in self.wait_spans)
 
 
-def layer_pairs(rank: int, spans: Sequence[Span]) -> Iterator[LayerPair]:
+def find_layer_pairs(rank: int, spans: Sequence[Span]) -> Iterator[LayerPair]:
     """Those of every FB of one rank in which nothing else is computed: neither a dense layer nor a loss."""
     ordered = sorted(spans, key=lambda span: span.begin)
     for pair in ordered:
-        if pair.track is not Track.INSTRUCTION or pair.name != "FB":
+        if pair.track is not TimelineTrack.INSTRUCTION or pair.name != "FB":
             continue
         inside = [span for span in ordered if pair.begin <= span.begin and span.end <= pair.end]
-        launches = [span.begin for span in inside if span.track is Track.LAUNCH and span.name.startswith(_FIRST)]
+        launches = [
+            span.begin for span in inside if span.track is TimelineTrack.LAUNCH and span.name.startswith(_FIRST)
+        ]
         for begin, end in pairwise(launches):
             found = _between(rank, begin, end, inside)
-            if tuple(span.name for span in found.computed) == PHASES:
+            if tuple(span.name for span in found.compute_spans) == LAYER_PAIR_PHASES:
                 yield found
 
 
 def svg_layer_pair(ranks: Mapping[int, Sequence[Span]]) -> str:
     """The pair of median length of all ranks' in this trace; raises `ValueError` when there is none."""
-    pairs = sorted((pair for rank in ranks for pair in layer_pairs(rank, ranks[rank])), key=lambda pair: pair.length)
+    pairs = sorted(
+        (pair for rank in ranks for pair in find_layer_pairs(rank, ranks[rank])), key=lambda pair: pair.duration_ns
+    )
     if not pairs:
         raise ValueError("holds no FB in which layers with experts take turns")
     pair = pairs[len(pairs) // 2]
@@ -96,10 +100,12 @@ def _between(rank: int, begin: int, end: int, inside: Sequence[Span]) -> LayerPa
         rank=rank,
         begin=begin,
         end=end,
-        computed=tuple(span for span in meeting if span.track is Track.COMPUTE and span.name != EXPOSED_EXCHANGE),
-        exchanged=tuple(span for span in meeting if span.track is Track.EXCHANGE),
-        waits=tuple(span for span in meeting if span.name == EXPOSED_EXCHANGE and span.begin >= begin),
-        launches=tuple(span for span in inside if span.track is Track.LAUNCH and begin <= span.begin < end),
+        compute_spans=tuple(
+            span for span in meeting if span.track is TimelineTrack.COMPUTE and span.name != EXPOSED_EXCHANGE
+        ),
+        exchange_spans=tuple(span for span in meeting if span.track is TimelineTrack.EXCHANGE),
+        wait_spans=tuple(span for span in meeting if span.name == EXPOSED_EXCHANGE and span.begin >= begin),
+        launch_spans=tuple(span for span in inside if span.track is TimelineTrack.LAUNCH and begin <= span.begin < end),
     )
 
 
@@ -117,18 +123,18 @@ class _Canvas:
         return self.exchange + _LANE + 12
 
     def x(self, time: float) -> float:
-        share = (time - self.pair.begin) / self.pair.length
+        share = (time - self.pair.begin) / self.pair.duration_ns
         return _LEFT + _WIDTH * min(max(share, 0.0), 1.0)
 
 
 def _heading(canvas: _Canvas, pairs: int) -> Iterator[str]:
     pair = canvas.pair
-    forward, backward = pair.computed[1].detail, pair.computed[2].detail
+    forward, backward = pair.compute_spans[1].detail, pair.compute_spans[2].detail
     yield _text(_LEFT, 26, "One layer forward and one backward, in turns", size=17, weight="bold")
-    exposed = f"{100 * pair.waited / pair.length:.0f} % of it waiting for the exchange"
+    exposed = f"{100 * pair.wait_ns / pair.duration_ns:.0f} % of it waiting for the exchange"
     median = f"the pair of median length of {pairs}" if pairs > 1 else "the one pair"
     yield _text(_LEFT, 46, f"F: {forward}; B: {backward}; rank {pair.rank}; {median} in this trace")
-    yield _text(_LEFT, 63, f"{pair.length / 1e6:.1f} ms, {exposed}")
+    yield _text(_LEFT, 63, f"{pair.duration_ns / 1e6:.1f} ms, {exposed}")
 
 
 def _lanes(canvas: _Canvas) -> Iterator[str]:
@@ -136,17 +142,17 @@ def _lanes(canvas: _Canvas) -> Iterator[str]:
     for name, top in (("compute", _TOP), ("exchange", canvas.exchange)):
         yield _text(_LEFT - 12, top + _LANE / 2 + 4, name, anchor="end", weight="bold")
         yield _rect(_LEFT, top, _WIDTH, _LANE, _RULE, opacity=0.35)
-    for wait in pair.waits:
+    for wait in pair.wait_spans:
         yield _rect(canvas.x(wait.begin), _TOP, canvas.x(wait.end) - canvas.x(wait.begin), _LANE, "url(#wait)")
-    for span in pair.computed:
+    for span in pair.compute_spans:
         yield from _box(canvas, span, span.name, _TOP)
-    for span in pair.exchanged:
+    for span in pair.exchange_spans:
         yield from _box(canvas, span, _NAMES[span.name.partition(" ")[0]], canvas.exchange)
 
 
 def _box(canvas: _Canvas, span: Span, name: str, top: float) -> Iterator[str]:
     """A span as far as it lies in the picture, without what it waits; in words its whole length without that."""
-    waits = [wait for wait in canvas.pair.waits if span.track is Track.COMPUTE and _inside(wait, span)]
+    waits = [wait for wait in canvas.pair.wait_spans if span.track is TimelineTrack.COMPUTE and _inside(wait, span)]
     edges = [span.begin, *(edge for wait in waits for edge in (wait.begin, wait.end)), span.end]
     pieces = [(canvas.x(begin) + 0.5, canvas.x(end) - 0.5) for begin, end in zip(edges[::2], edges[1::2], strict=True)]
     busy = sum(end - begin for begin, end in zip(edges[::2], edges[1::2], strict=True))
@@ -170,8 +176,8 @@ def _inside(wait: Span, span: Span) -> bool:
 
 def _launches(canvas: _Canvas) -> Iterator[str]:
     """From where the computing thread launches an exchange to where that begins."""
-    begins = {span.name: span.begin for span in canvas.pair.exchanged}
-    for launch in canvas.pair.launches:
+    begins = {span.name: span.begin for span in canvas.pair.exchange_spans}
+    for launch in canvas.pair.launch_spans:
         if launch.name in begins:
             x1, y1 = canvas.x(launch.begin), _TOP + _LANE
             x2, y2 = canvas.x(begins[launch.name]), canvas.exchange
@@ -182,7 +188,7 @@ def _launches(canvas: _Canvas) -> Iterator[str]:
 
 
 def _axis(canvas: _Canvas) -> Iterator[str]:
-    y, milliseconds = canvas.axis, canvas.pair.length / 1e6
+    y, milliseconds = canvas.axis, canvas.pair.duration_ns / 1e6
     step = next(s for s in (m * 10.0**e for e in range(-3, 6) for m in (1, 2, 5)) if milliseconds / s <= 8)
     yield f'<path d="M{_LEFT:.2f} {y:.2f} H{_LEFT + _WIDTH:.2f}" stroke="{_RULE}"/>'
     for tick in range(int(milliseconds / step) + 1):

@@ -11,14 +11,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ...trainer.ledger.render import hours, percent
+from ...trainer.ledger.render import format_gpu_hours, format_percent
 from ...trainer.ledger.summary import LedgerSummary
 from ...trainer.ledger.terms import PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS
-from ...trainer.telemetry.describe import clock, describe, metric, printable
-from ...trainer.telemetry.events import Event, as_number
-from .follow import RunView
+from ...trainer.telemetry.describe import describe_event, format_duration, format_si, strip_control_codes
+from ...trainer.telemetry.events import Event, parse_number
+from .follow import RunSnapshot
 
-SILENT_SECONDS = 30.0
+HEARTBEAT_TIMEOUT_SECONDS = 30.0
 """Launchers give a sign of life every two seconds: one that is silent for so long was killed, or cannot write."""
 _BAR = 40
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -28,89 +28,96 @@ _NEARLY = 0.9
 """Of its budget: a run that has used so much of it is shown in red."""
 
 
-def frame(look: RunView) -> RenderableType:
+def render_frame(look: RunSnapshot) -> RenderableType:
     """All of it; of what is not known yet there is no line."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column()
-    step = look.last("step")
+    step = look.last_event("step")
     grid.add_row("state", Text(*_state(look)))
     for name, shown in (*_progress(look, step), *_figures(look, step), *_cost(look, step)):
         grid.add_row(name, shown)
     return Group(Text(str(look.run_dir), "bold"), Text(""), grid, *_latest(look.events))
 
 
-def _state(look: RunView) -> tuple[str, str]:
-    stop = look.last("stop")
+def _state(look: RunSnapshot) -> tuple[str, str]:
+    stop = look.last_event("stop")
     if look.has_ended:
         reason = "its launcher gave the GPUs back" if stop is None else str(stop.values.get("reason"))
         return (reason, "green") if reason == "done" else (f"ended: {reason}", "red")
-    if look.silent_seconds is not None and look.silent_seconds > SILENT_SECONDS:
-        return f"no sign of life from its launcher for {clock(look.silent_seconds)}", "red"
+    if look.seconds_since_heartbeat is not None and look.seconds_since_heartbeat > HEARTBEAT_TIMEOUT_SECONDS:
+        return f"no sign of life from its launcher for {format_duration(look.seconds_since_heartbeat)}", "red"
     if not look.events or look.events[-1].kind in ("run", "resume", "start", "stop"):
         return "on the way to its next step", "yellow"
     return "training", "green"
 
 
-def _progress(look: RunView, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
-    first = step or look.last("run")
-    total = None if first is None else as_number(first.values.get("total_steps"))
+def _progress(look: RunSnapshot, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
+    first = step or look.last_event("run")
+    total = None if first is None else parse_number(first.values.get("total_steps"))
     if first is None or not total or not 0 < total < math.inf:
         yield "step", Text("none yet")
         return
     done = 0 if step is None else step.step
     words = [f"{done:,} of {total:,.0f}"]
-    seconds = None if step is None else as_number(step.values.get("eta_seconds"))
+    seconds = None if step is None else parse_number(step.values.get("eta_seconds"))
     if seconds is not None and not look.has_ended:
-        words.append(f"{clock(seconds)} to go")
+        words.append(f"{format_duration(seconds)} to go")
     yield "step", _beside(_bar(done, total, "cyan"), "  ".join(words))
 
 
-def _figures(look: RunView, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
+def _figures(look: RunSnapshot, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
     if step is None:
         return
-    losses = [value for event in look.events if event.kind == "step" and (value := as_number(event.values.get("loss")))]
-    yield "loss", Text(f"{_value(step, 'loss', '.3f')}  {spark(losses, _BAR)}")
+    losses = [
+        value for event in look.events if event.kind == "step" and (value := parse_number(event.values.get("loss")))
+    ]
+    yield "loss", Text(f"{_value(step, 'loss', '.3f')}  {sparkline(losses, _BAR)}")
     more = [f"mtp {_value(step, 'loss/mtp', '.3f')}"] if step.values.get("loss/mtp") is not None else []
-    evaluation = look.last("evaluation")
+    evaluation = look.last_event("evaluation")
     if evaluation is not None:
         more.append(f"validation {_value(evaluation, 'loss', '.3f')} at step {evaluation.step:,}")
     more.append(f"gradient {_value(step, 'grad_norm', '.2f')}")
     yield "", Text("  ".join(more))
-    rate = as_number(step.values.get("tokens_per_second"))
-    speed = [] if rate is None else [f"{metric(rate)} tokens a second"]
-    share = as_number(step.values.get("mfu"))
-    speed += [] if share is None else [f"MFU {percent(share)}"]
+    rate = parse_number(step.values.get("tokens_per_second"))
+    speed = [] if rate is None else [f"{format_si(rate)} tokens a second"]
+    share = parse_number(step.values.get("mfu"))
+    speed += [] if share is None else [f"MFU {format_percent(share)}"]
     yield "speed", Text("  ".join(speed))
-    violation = as_number(step.values.get("load/max_violation"))
+    violation = parse_number(step.values.get("load/max_violation"))
     if violation is not None:
         yield "balance", Text(f"fullest expert {1 + violation:.2f} of the mean load")
 
 
-def _cost(look: RunView, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
+def _cost(look: RunSnapshot, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
     summary = look.summary
     if summary is None:
         yield "cost", Text("no ledger to read")
         return
     style = "red" if summary.budget_share > _NEARLY else "green"
     spent = _bar(summary.gpu_hours, summary.budget_gpu_hours, style)
-    yield "budget", _beside(spent, f"{hours(summary.gpu_hours)} of {hours(summary.budget_gpu_hours)} GPU-hours")
-    projected = None if step is None else as_number(step.values.get("projected_gpu_hours"))
+    yield (
+        "budget",
+        _beside(
+            spent, f"{format_gpu_hours(summary.gpu_hours)} of {format_gpu_hours(summary.budget_gpu_hours)} GPU-hours"
+        ),
+    )
+    projected = None if step is None else parse_number(step.values.get("projected_gpu_hours"))
     rate, words = summary.gpu_hours_per_trillion_tokens, []
     if projected is not None and not look.has_ended:
-        words.append(f"{hours(projected)} projected at the end")
+        words.append(f"{format_gpu_hours(projected)} projected at the end")
     if rate is not None:
         words.append(f"{rate:,.0f} a trillion tokens ({PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS:,})")
     if words:
         yield "", Text("  ".join(words))
-    yield "goodput", Text("  ".join([percent(summary.goodput), *_losses(summary)]))
+    yield "goodput", Text("  ".join([format_percent(summary.goodput), *_losses(summary)]))
 
 
 def _losses(summary: LedgerSummary) -> list[str]:
     """Where most of the rest went."""
-    rest = {**summary.buckets, "rolled_back": summary.rolled_back_ms, "unknown": summary.unknown_ms}
+    rest = {**summary.gpu_ms_by_bucket, "rolled_back": summary.rolled_back_ms, "unknown": summary.unknown_ms}
     largest = sorted((name for name in rest if rest[name]), key=lambda name: -rest[name])[:3]
-    return [f"{name.replace('_', ' ')} {percent(rest[name] / max(1, summary.allocated_ms))}" for name in largest]
+    return [f"{name.replace('_', ' ')} {format_percent(rest[name] / max(1, summary.allocated_ms))}" for name in largest]
 
 
 def _latest(events: Sequence[Event]) -> Iterator[Text]:
@@ -127,10 +134,12 @@ def _said(event: Event) -> str:
     """A warning without ceremony: the line may be short."""
     if event.kind != "warning":
         try:
-            return describe(event)
+            return describe_event(event)
         except (KeyError, TypeError, ValueError, OverflowError):  # of another version, with other values
             return f"{event.kind} at step {event.step}"
-    return printable(f"step {event.step}, {event.values.get('about', 'telemetry')}: {event.values.get('message')}")
+    return strip_control_codes(
+        f"step {event.step}, {event.values.get('about', 'telemetry')}: {event.values.get('message')}"
+    )
 
 
 def _bar(done: float, total: float, style: str) -> ProgressBar:
@@ -146,11 +155,11 @@ def _beside(bar: ProgressBar, words: str) -> Table:
 
 
 def _value(event: Event, key: str, form: str) -> str:
-    value = as_number(event.values.get(key))
+    value = parse_number(event.values.get(key))
     return "–" if value is None else format(value, form)
 
 
-def spark(values: Sequence[float], width: int) -> str:
+def sparkline(values: Sequence[float], width: int) -> str:
     """The last `width` finite values, each as high as it stands between the lowest and the highest."""
     finite = [value for value in values if math.isfinite(value)][-width:]
     if not finite:

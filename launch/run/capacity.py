@@ -16,9 +16,9 @@ from ...comm.errors import Problem
 from ...trainer.config import RunConfig
 from ...trainer.model.config import ModelConfig
 
-PROCESS_BYTES = 150e6
+MIN_PROCESS_BYTES = 150e6
 """Resident in a process that has imported torch, and not shared with others: 180 MB measured with torch 2.13 (CPU)."""
-RANKS_A_CORE = 32
+MAX_RANKS_PER_CORE = 32
 """Ranks that compute on CPUs, at the most. A step of two on one core takes twice as long; of 32, minutes."""
 _CGROUP = Path("/sys/fs/cgroup")
 _THREADS_A_RANK = 4
@@ -28,15 +28,15 @@ _THREADS_A_RANK = 4
 class MachineCapacity:
     """What this machine has for ranks."""
 
-    cores: int
+    cpu_cores: int
     host_bytes: float
     gpu_bytes: float | None
     """Of one GPU; None where ranks compute on CPUs."""
-    tasks: int | None
+    max_tasks: int | None
     """Processes and threads that may be started; None for no limit."""
 
     @staticmethod
-    def here(*, on_gpu: bool) -> MachineCapacity:
+    def detect(*, on_gpu: bool) -> MachineCapacity:
         """Return what the kernel and the control group of this process say."""
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         limit = _limit("memory.max")
@@ -58,41 +58,47 @@ def _limit(name: str) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-def size_problems(config: RunConfig, local_ranks: int, room: MachineCapacity) -> Iterator[Problem]:
+def capacity_problems(config: RunConfig, local_ranks: int, capacity: MachineCapacity) -> Iterator[Problem]:
     """What is too large for this machine, whatever else is configured."""
     grid = f"{local_ranks} ranks on this machine"
-    if room.gpu_bytes is None and local_ranks > RANKS_A_CORE * room.cores:
-        hint = f"asks for {grid}, which has {room.cores} cores; at most {RANKS_A_CORE * room.cores}"
+    if capacity.gpu_bytes is None and local_ranks > MAX_RANKS_PER_CORE * capacity.cpu_cores:
+        hint = (
+            f"asks for {grid}, which has {capacity.cpu_cores} cores; at most {MAX_RANKS_PER_CORE * capacity.cpu_cores}"
+        )
         yield Problem("topology", _grid(config), f"{hint}: write a smaller topology, or use more machines")
-    elif local_ranks * PROCESS_BYTES > room.host_bytes:
-        needs = f"{local_ranks * PROCESS_BYTES / 1e9:,.0f} GB for their processes alone"
-        yield Problem("topology", _grid(config), f"asks for {grid}, {needs}; it has {room.host_bytes / 1e9:,.1f} GB")
-    elif room.tasks is not None and local_ranks * _THREADS_A_RANK > room.tasks:
-        yield Problem("topology", _grid(config), f"asks for {grid}, which may start {room.tasks} processes and threads")
-    needed = least_bytes(config)
+    elif local_ranks * MIN_PROCESS_BYTES > capacity.host_bytes:
+        needs = f"{local_ranks * MIN_PROCESS_BYTES / 1e9:,.0f} GB for their processes alone"
+        yield Problem(
+            "topology", _grid(config), f"asks for {grid}, {needs}; it has {capacity.host_bytes / 1e9:,.1f} GB"
+        )
+    elif capacity.max_tasks is not None and local_ranks * _THREADS_A_RANK > capacity.max_tasks:
+        yield Problem(
+            "topology", _grid(config), f"asks for {grid}, which may start {capacity.max_tasks} processes and threads"
+        )
+    needed = minimum_memory_per_rank(config)
     for what, key, size in needed:
-        has = room.host_bytes / local_ranks if room.gpu_bytes is None else room.gpu_bytes
+        has = capacity.host_bytes / local_ranks if capacity.gpu_bytes is None else capacity.gpu_bytes
         if size > has:
-            where = "of this machine's memory" if room.gpu_bytes is None else "of memory on a GPU"
+            where = "of this machine's memory" if capacity.gpu_bytes is None else "of memory on a GPU"
             hint = f"a rank needs {size / 1e9:,.0f} GB for {what} alone, and has {has / 1e9:,.1f} GB {where}"
             yield Problem(*key, f"{hint}; see `shoestring memory`")
             return
 
 
-def least_bytes(config: RunConfig) -> Iterator[tuple[str, tuple[str, object], float]]:
+def minimum_memory_per_rank(config: RunConfig) -> Iterator[tuple[str, tuple[str, object], float]]:
     """Yield what one rank cannot do without: a name, the key and value to blame, and bytes."""
-    parameters = least_parameters(config.model)
+    parameters = parameter_count_lower_bound(config.model)
     # A weight of 1 byte (FP8), a master of 4 and two moments of 2, each on one rank of the run at the least.
     size = parameters * 9.0 / config.topology.world_size
     yield f"{parameters:.3g} parameters and their optimizer state", ("model", config.model.name), size
-    tokens = config.schedule.micro_batch * config.training.sequence_length
+    tokens = config.schedule.micro_batch_size * config.training.sequence_length
     key = ("training.sequence_length", config.training.sequence_length)
     yield f"one activation of the {tokens:,} tokens of a micro-batch", key, 2.0 * tokens * config.model.hidden_size
 
 
-def least_parameters(model: ModelConfig) -> int:
+def parameter_count_lower_bound(model: ModelConfig) -> int:
     """Return a count that the model's parameters exceed: feed-forward networks, embedding and head."""
-    routed = model.moe_layers * (model.n_routed_experts + model.n_shared_experts) * model.moe_intermediate_size
+    routed = model.num_moe_layers * (model.n_routed_experts + model.n_shared_experts) * model.moe_intermediate_size
     dense = model.first_k_dense_replace * model.intermediate_size
     return model.hidden_size * (3 * (routed + dense) + 2 * model.vocab_size)
 

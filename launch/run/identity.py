@@ -12,31 +12,34 @@ from typing import Any
 
 import torch
 
-from ...comm.agreement import Fact, Facts
+from ...comm.agreement import Fingerprint, Fingerprints
 from ...comm.errors import ConfigError
 from ...trainer.config import RunConfig
 from ...trainer.data.manifest import read_manifest
-from ...trainer.typed import as_written
-from ..compose import to_tree
+from ...trainer.typed import restore_interpolations
+from ..compose import config_to_dict
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 _CODE = ("comm", "conf", "launch", "parallelism", "trainer")
 
 
-def identity(config: RunConfig, data: str) -> Facts:
+def run_fingerprint(config: RunConfig, data: str) -> Fingerprints:
     """Return the facts of a run on this machine; `data` is the digest of its prepared data.
 
     Configuration first: where code differs too, the key says more.
     """
-    facts = {key: Fact(_digest(value), json.dumps(as_written(value))) for key, value in _flat(to_tree(config), "")}
+    facts = {
+        key: Fingerprint(_digest(value), json.dumps(restore_interpolations(value)))
+        for key, value in _flat(config_to_dict(config), "")
+    }
     versions = {"code": code_hash(), "torch": torch.__version__, "python": platform.python_version()}
-    return facts | {name: Fact(text, text[:16]) for name, text in (versions | {"data": data}).items()}
+    return facts | {name: Fingerprint(text, text[:16]) for name, text in (versions | {"data": data}).items()}
 
 
 def data_digest(config: RunConfig) -> str:
     """Return the digest of the prepared data that a process sees; where it sees none, why."""
     try:
-        return read_manifest(Path(config.data.prepared)).digest
+        return read_manifest(Path(config.data.prepared)).content_hash
     except ConfigError as refused:
         return f"cannot be read here: {refused}"
 
@@ -64,7 +67,7 @@ def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-ATTEMPT_VARIABLE = "SHOESTRING_ATTEMPT"
+ATTEMPT_ENV_VAR = "SHOESTRING_ATTEMPT"
 """By which the launcher tells its ranks."""
 
 
@@ -74,7 +77,7 @@ def attempt_name() -> str:
     Its run id is the same each time (`none`) unless it is given; process number and start tell two of them apart, and
     stay when it starts its ranks again.
     """
-    given = os.environ.get(ATTEMPT_VARIABLE)
+    given = os.environ.get(ATTEMPT_ENV_VAR)
     if given:
         return given
     agent = os.getppid()

@@ -8,99 +8,103 @@ from pathlib import Path
 
 import torch
 
-from ...comm.errors import ConfigError, Problem, noting, refuse_if_any
+from ...comm.errors import ConfigError, Problem, collect_problems, raise_if_any
 from ...comm.exchange.deepep import deepep_problems
-from ...trainer.build import largest_dispatch, open_samples
-from ...trainer.checkpoint.compatible import incompatibilities, start_problems
-from ...trainer.checkpoint.find import find_checkpoint, unreadable
-from ...trainer.checkpoint.store import CheckpointStore, refuse_damaged
+from ...trainer.build import dispatch_buffer_shape, open_samples
+from ...trainer.checkpoint.compatible import resume_problems, start_from_problems
+from ...trainer.checkpoint.find import find_checkpoint, unreadable_checkpoint_error
+from ...trainer.checkpoint.store import CheckpointStore, no_intact_checkpoint_error
 from ...trainer.config import RunConfig
 from ...trainer.data.manifest import DataManifest
-from ...trainer.data.prepared import open_prepared, verify_before_run
-from ...trainer.ledger.guard import accounts, left_of_project
-from ...trainer.ledger.journal import refuse_if_held
+from ...trainer.data.prepared import open_prepared_data, verify_before_run
+from ...trainer.ledger.guard import compute_budget_accounts, gpu_hours_left_in_project
+from ...trainer.ledger.journal import refuse_if_locked
 from ...trainer.ledger.project import Project
-from ...trainer.ledger.summary import summarize
+from ...trainer.ledger.summary import summarize_ledger
 from ...trainer.ledger.terms import ALLOCATION_FILE, WORK_FILE
 from ...trainer.ledger.totals import ledger_problems
-from ...trainer.model.attention_backend import FIELD, GpuFacts, choose_attention
-from ...trainer.precision.backend import choose_provider, missing_for
-from ...trainer.run.checkpointing import clear_leftovers
-from .capacity import MachineCapacity, size_problems
-from .rank_environment import computes_on_gpus, rank_environment
-from .run_dir import read_status, run_dir_problems
+from ...trainer.model.attention_backend import CONFIG_KEY, GpuCapabilities, select_attention
+from ...trainer.precision.backend import choose_backend, unavailable_reasons
+from ...trainer.run.checkpointing import remove_partial_saves
+from .capacity import MachineCapacity, capacity_problems
+from .rank_environment import build_rank_environment, uses_gpus
+from .run_dir import read_run_status, run_dir_problems
 
 
-def preflight(config: RunConfig, local_ranks: int, *, fresh: bool, first_machine: bool = True) -> None:
+def run_preflight_checks(config: RunConfig, local_ranks: int, *, fresh: bool, is_first_node: bool = True) -> None:
     """Refuse, all at once, what cannot run on this machine or in this directory.
 
     Data that is missing, damaged or too short, GPUs or a DeepEP not there, a wandb without account, a port that is
     taken, a directory that no run has made, a checkpoint of another run. `first_machine` is the one that speaks for the
     run.
     """
-    on_gpu = computes_on_gpus(config.training.device, local_ranks)
+    on_gpu = uses_gpus(config.training.device, local_ranks)
     # First and alone: what is checked below takes time and memory that grow with these sizes.
-    refuse_if_any(size_problems(config, local_ranks, MachineCapacity.here(on_gpu=on_gpu and torch.cuda.is_available())))
+    raise_if_any(
+        capacity_problems(config, local_ranks, MachineCapacity.detect(on_gpu=on_gpu and torch.cuda.is_available()))
+    )
     problems: list[Problem] = []
     data = None
-    with noting(problems):
-        prepared = open_prepared(config.data)
+    with collect_problems(problems):
+        prepared = open_prepared_data(config.data)
         data = prepared.manifest
         open_samples(config, prepared)
-        verify_before_run(Path(config.data.prepared), prepared.manifest, first_machine=first_machine)
+        verify_before_run(Path(config.data.prepared), prepared.manifest, first_machine=is_first_node)
     problems += hardware_problems(config, local_ranks)
-    if first_machine and config.telemetry.wandb.mode == "online":
-        from ...trainer.telemetry.wandb_sink import account_problems  # a second of import, for the runs that use it
+    if is_first_node and config.telemetry.wandb.mode == "online":
+        from ...trainer.telemetry.wandb_sink import (
+            wandb_account_problems,  # a second of import, for the runs that use it
+        )
 
-        problems += account_problems()
-    if first_machine and config.telemetry.prometheus.port is not None:
+        problems += wandb_account_problems()
+    if is_first_node and config.telemetry.prometheus.port is not None:
         from ...trainer.telemetry.prometheus_sink import port_problems  # only runs that are scraped need its library
 
         problems += port_problems(config.telemetry.prometheus)
-    with noting(problems):
+    with collect_problems(problems):
         problems += budget_problems(config, fresh=fresh)
     foreign = list(run_dir_problems(Path(config.training.run_dir)))
-    with noting(problems):
+    with collect_problems(problems):
         if not foreign:
             problems += _checkpoint_problems(config, data, fresh=fresh)
-    refuse_if_any([*problems, *foreign])
+    raise_if_any([*problems, *foreign])
 
 
 def _checkpoint_problems(config: RunConfig, data: DataManifest | None, *, fresh: bool) -> Iterator[Problem]:
     """Of the last one that looks whole: the run takes that, and says so. Or of that which a new run begins with."""
     try:
-        checkpoint, damaged = (None, []) if fresh else _store(config).last_good()
+        checkpoint, damaged = (None, []) if fresh else _store(config).open_last_intact()
     except OSError as error:
-        raise unreadable(error) from error
+        raise unreadable_checkpoint_error(error) from error
     if checkpoint is not None:
-        yield from incompatibilities(checkpoint.manifest.facts, config, data)
-        if "ledger" in checkpoint.manifest.facts:
-            yield from ledger_problems(Path(config.training.run_dir), checkpoint.manifest.facts["ledger"])
+        yield from resume_problems(checkpoint.manifest.metadata, config, data)
+        if "ledger" in checkpoint.manifest.metadata:
+            yield from ledger_problems(Path(config.training.run_dir), checkpoint.manifest.metadata["ledger"])
     elif damaged:
-        raise refuse_damaged(damaged)
+        raise no_intact_checkpoint_error(damaged)
     elif config.training.start_from is not None:
         start, run_dir = Path(config.training.start_from), Path(config.training.run_dir)
         if fresh and Path(os.path.realpath(start)).is_relative_to(os.path.realpath(run_dir)):
             yield Problem("training.start_from", str(start), f"lies in {run_dir}, which --fresh empties; move it first")
-        yield from start_problems(find_checkpoint(start), config, data)
+        yield from start_from_problems(find_checkpoint(start), config, data)
 
 
-def make_room(config: RunConfig) -> None:
+def delete_partial_checkpoints(config: RunConfig) -> None:
     """Before a launch writes anything: free what saves of an earlier one have left half written.
 
     Raises `ConfigError` while another process trains in the same directory, whose save may be under way.
     """
-    refuse_if_held(Path(config.training.run_dir) / WORK_FILE)
-    clear_leftovers(_store(config))
+    refuse_if_locked(Path(config.training.run_dir) / WORK_FILE)
+    remove_partial_saves(_store(config))
 
 
-def is_finished(config: RunConfig) -> bool:
+def is_run_finished(config: RunConfig) -> bool:
     """Whether the run directory holds a run of this length that ended as it should, sample and summary included."""
-    steps, status = _store(config).steps(), read_status(Path(config.training.run_dir))
+    steps, status = _store(config).steps(), read_run_status(Path(config.training.run_dir))
     return bool(steps) and steps[-1] >= config.total_steps and status is not None and status["exit_code"] == 0
 
 
-def spent_budget(config: RunConfig) -> str | None:
+def budget_blocker(config: RunConfig) -> str | None:
     """Why no step may be trained: a budget is used up, or would be before the end at the price of the last steps.
 
     Raises `ConfigError` for a broken ledger.
@@ -109,9 +113,9 @@ def spent_budget(config: RunConfig) -> str | None:
     tokens_left = _tokens_left(config)
     if not (run_dir / ALLOCATION_FILE).exists() or tokens_left == 0:
         return None
-    ramp_steps = config.batches.levels[-1].steps
-    found = accounts(config.budget, summarize(run_dir), run_dir, tokens_left, ramp_steps)
-    reasons = (account.exceeded(config.budget.stop_at) for account in found)
+    ramp_steps = config.batch_ramp.levels[-1].steps_before
+    found = compute_budget_accounts(config.budget, summarize_ledger(run_dir), run_dir, tokens_left, ramp_steps)
+    reasons = (account.halt_reason(config.budget.stop_at) for account in found)
     return next((reason for reason in reasons if reason is not None), None)
 
 
@@ -121,12 +125,12 @@ def budget_problems(config: RunConfig, *, fresh: bool = False) -> Iterator[Probl
     left, name = budget.gpu_hours, "budget.gpu_hours"
     if budget.project is not None:
         project = Project.read(Path(budget.project))
-        if not project.has(run_dir):
+        if not project.has_run(run_dir):
             hint = f"is not among the runs of {budget.project}; add it there, so that its cost is counted"
             yield Problem("training.run_dir", str(run_dir), hint)
         if budget.phase not in project.gpu_hours:
             yield Problem("budget.phase", budget.phase, f"has no budget in {budget.project}; add it under gpu_hours")
-        shared = left_of_project(budget, run_dir)
+        shared = gpu_hours_left_in_project(budget, run_dir)
         assert shared is not None
         left, name = min((left, name), (shared, f"what is left in {budget.project}"))
         if fresh and (run_dir / ALLOCATION_FILE).exists():
@@ -170,30 +174,30 @@ def _device_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:
 def _exchange_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:
     if config.exchange.name == "deepep":
         dtype = config.precision.compute_dtype(torch.device("cuda"))
-        run = largest_dispatch(config), config.topology.ep, dtype, config.training.device
-        yield from deepep_problems(*run, local_ranks, rank_environment())
+        run = dispatch_buffer_shape(config), config.topology.ep, dtype, config.training.device
+        yield from deepep_problems(*run, local_ranks, build_rank_environment())
 
 
 def _attention_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:
     """What computes attention must be here, for the device that each rank will take."""
-    name, device = config.training.attention, config.training.device
+    name, device = config.training.attention_backend, config.training.device
     gpus = torch.cuda.device_count()
     if device != "cpu" and gpus >= local_ranks:
-        case = config.attention_case(config.precision.compute_dtype(torch.device("cuda")))
+        case = config.attention_shape(config.precision.compute_dtype(torch.device("cuda")))
         try:
-            choose_attention(name, case, GpuFacts.here())
+            select_attention(name, case, GpuCapabilities.detect())
         except ConfigError as refused:
             yield from refused.problems
     elif name != "auto" and device == "auto":
         hint = f"is for GPUs, and this machine has {gpus} for {local_ranks} ranks; write auto, or fewer ranks"
-        yield Problem(FIELD, name, hint)
+        yield Problem(CONFIG_KEY, name, hint)
 
 
 def _provider_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:
     """What computes in FP8 must be here, for the device that each rank will take."""
-    name, device = config.precision.provider, config.training.device
+    name, device = config.precision.fp8_backend, config.training.device
     if config.precision.linear != "fp8":
         return
     on_gpu = device != "cpu" and torch.cuda.device_count() >= local_ranks
-    for reason in missing_for(choose_provider(name, on_gpu=on_gpu), on_gpu=on_gpu):
+    for reason in unavailable_reasons(choose_backend(name, on_gpu=on_gpu), on_gpu=on_gpu):
         yield Problem("precision.provider", name, reason)

@@ -20,82 +20,82 @@ from pathlib import Path
 from types import MappingProxyType
 
 _KEPT = str(2**33)  # bytes
-FLIGHT_RECORDER = "flight_recorder"
+FLIGHT_RECORDER_DIR = "flight_recorder"
 """The folder of a run directory where torch writes the collectives of each rank when one does not return."""
 
 
 @dataclass(frozen=True)
-class Setting:
+class EnvironmentSetting:
     """One environment variable."""
 
     name: str
     value: str
-    reader: str
+    read_by: str
     """The library that reads it."""
-    why: str
-    for_gpus: bool = True
+    reason: str
+    gpu_only: bool = True
     """Whether runs on CPUs go without it."""
-    at_start: bool = False
+    read_at_startup: bool = False
     """Whether it is read when Python or torch starts, so that a running process cannot set it any more."""
-    others: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
     """Other names of the same setting: a user who has set one of them has set this."""
 
-    def users(self, environment: Mapping[str, str]) -> tuple[str, str] | None:
+    def user_value(self, environment: Mapping[str, str]) -> tuple[str, str] | None:
         """The name and value in `environment`, under whichever name."""
-        return next(((name, environment[name]) for name in (self.name, *self.others) if name in environment), None)
+        return next(((name, environment[name]) for name in (self.name, *self.aliases) if name in environment), None)
 
 
-def settings(run_dir: Path) -> tuple[Setting, ...]:
+def environment_settings(run_dir: Path) -> tuple[EnvironmentSetting, ...]:
     """Every setting of a run whose directory is `run_dir`."""
-    dumps = str(run_dir.absolute() / FLIGHT_RECORDER / "rank_")
+    dumps = str(run_dir.absolute() / FLIGHT_RECORDER_DIR / "rank_")
     dump_names = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
     where = "the flight recorder's file of each rank, in the run directory and not in the home of one machine"
     return (
-        Setting(
+        EnvironmentSetting(
             "TORCH_CPP_LOG_LEVEL",
             "ERROR",
             "torch",
             "a warning of torch's C++ part would come from every rank",
-            for_gpus=False,
-            at_start=True,
+            gpu_only=False,
+            read_at_startup=True,
         ),
-        Setting(
+        EnvironmentSetting(
             "OMP_NUM_THREADS",
             "1",
             "OpenMP",
             "with a pool of threads each, the ranks of one machine spend their time spinning",
-            for_gpus=False,
-            at_start=True,
+            gpu_only=False,
+            read_at_startup=True,
         ),
         *(
-            Setting(
+            EnvironmentSetting(
                 name,
                 _KEPT,
                 "glibc",
                 "it gives large tensors back to the kernel when they end, and faults the memory of the next in again "
                 "page by page; up to 8 GiB it now keeps",
-                for_gpus=False,
-                at_start=True,
+                gpu_only=False,
+                read_at_startup=True,
             )
             for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
         ),
-        Setting(
+        EnvironmentSetting(
             "CUDA_DEVICE_MAX_CONNECTIONS",
             "32",
             "CUDA",
             "a process has 8 hardware queues by default, and a rank a dozen streams; of two streams in one queue, the "
             "second waits behind a receive that was posted ahead in the first",
         ),
-        Setting(
+        EnvironmentSetting(
             "PYTORCH_ALLOC_CONF",
             "expandable_segments:True",
             "torch",
             "row counts differ in every dispatch, which fragments fixed segments; DeepSeek-V3's fullest rank has "
             "4.8 GiB to spare",
-            at_start=True,
-            others=("PYTORCH_CUDA_ALLOC_CONF",),
+            read_at_startup=True,
+            aliases=("PYTORCH_CUDA_ALLOC_CONF",),
         ),
-        Setting(
+        EnvironmentSetting(
             "NCCL_LAUNCH_ORDER_IMPLICIT",
             "1",
             "NCCL 2.26 or later",
@@ -105,21 +105,25 @@ def settings(run_dir: Path) -> tuple[Setting, ...]:
             "set from CUDA 12.3 on, as before that NCCL would run them one after the other, and a receive posted ahead "
             "would stop all",
         ),
-        Setting("NCCL_DEBUG", "WARN", "NCCL", "NCCL says nothing of what went wrong unless told to"),
-        Setting(
+        EnvironmentSetting("NCCL_DEBUG", "WARN", "NCCL", "NCCL says nothing of what went wrong unless told to"),
+        EnvironmentSetting(
             "TORCH_FR_BUFFER_SIZE",
             "10000",
             "torch",
             "calls that the flight recorder keeps; the default of 2,000 is half a step: 4 layers x 8 all-to-alls x 120 "
             "micro-batches are 3,840",
-            others=("TORCH_NCCL_TRACE_BUFFER_SIZE",),
+            aliases=("TORCH_NCCL_TRACE_BUFFER_SIZE",),
         ),
-        Setting("TORCH_NCCL_DUMP_ON_TIMEOUT", "1", "torch", "a collective past its limit writes the flight recorder"),
+        EnvironmentSetting(
+            "TORCH_NCCL_DUMP_ON_TIMEOUT", "1", "torch", "a collective past its limit writes the flight recorder"
+        ),
         *(
-            Setting(name, dumps, "torch 2.13" if name is dump_names[0] else "earlier torch", where, others=dump_names)
+            EnvironmentSetting(
+                name, dumps, "torch 2.13" if name is dump_names[0] else "earlier torch", where, aliases=dump_names
+            )
             for name in dump_names
         ),
-        Setting(
+        EnvironmentSetting(
             "TORCH_GLOO_LAZY_INIT",
             "1",
             "torch",
@@ -129,21 +133,21 @@ def settings(run_dir: Path) -> tuple[Setting, ...]:
     )
 
 
-SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+SAFE_PATH_ENVIRONMENT = {"PYTHONSAFEPATH": "1"}
 """For ranks, which torchrun starts by `python -m`: modules of the working directory are not to be imported."""
 
 
-def of_one_machine() -> tuple[Setting, ...]:
+def single_node_settings() -> tuple[EnvironmentSetting, ...]:
     """Settings of ranks that are all on this machine."""
     why = "ranks of one machine talk over its loopback interface; gloo would listen on the address of its name"
     loopback = "lo" if sys.platform == "linux" else "lo0"
     return (
-        Setting("GLOO_SOCKET_IFNAME", loopback, "gloo", why, for_gpus=False),
-        Setting("NCCL_SOCKET_IFNAME", loopback, "NCCL", why.replace("gloo", "NCCL")),
+        EnvironmentSetting("GLOO_SOCKET_IFNAME", loopback, "gloo", why, gpu_only=False),
+        EnvironmentSetting("NCCL_SOCKET_IFNAME", loopback, "NCCL", why.replace("gloo", "NCCL")),
     )
 
 
-def orders_launches(runtime: str | None, driver: int | None) -> bool:
+def supports_implicit_launch_order(runtime: str | None, driver: int | None) -> bool:
     """Whether NCCL can order launches of several communicators without running them one after the other.
 
     `runtime` is CUDA's version in torch ("13.0"), `driver` the newest that the driver serves (13000 for 13.0).
@@ -164,56 +168,56 @@ def _versions() -> tuple[str | None, int | None]:
     return torch.version.cuda, driver
 
 
-def applying(run_dir: Path, *, on_gpu: bool) -> list[Setting]:
+def applicable_settings(run_dir: Path, *, on_gpu: bool) -> list[EnvironmentSetting]:
     """Those of `settings` that a run on GPUs, or on CPUs, takes on this machine."""
-    found = [setting for setting in settings(run_dir) if on_gpu or not setting.for_gpus]
-    if on_gpu and not orders_launches(*_versions()):
+    found = [setting for setting in environment_settings(run_dir) if on_gpu or not setting.gpu_only]
+    if on_gpu and not supports_implicit_launch_order(*_versions()):
         found = [setting for setting in found if setting.name != "NCCL_LAUNCH_ORDER_IMPLICIT"]
     return found
 
 
-def computes_on_gpus(device: str, local_ranks: int) -> bool:
+def uses_gpus(device: str, local_ranks: int) -> bool:
     """Whether `training.device` takes GPUs on a machine with so many ranks: `auto` does where each gets its own."""
     import torch
 
     return device == "cuda" or (device == "auto" and torch.cuda.device_count() >= local_ranks)
 
 
-OF_EVERY_RUN = tuple(setting for setting in settings(Path()) if not setting.for_gpus)
+COMMON_SETTINGS = tuple(setting for setting in environment_settings(Path()) if not setting.gpu_only)
 """Those that depend neither on the device nor on the run directory."""
-DEFAULTS: Mapping[str, str] = MappingProxyType({setting.name: setting.value for setting in OF_EVERY_RUN})
+COMMON_ENVIRONMENT: Mapping[str, str] = MappingProxyType({setting.name: setting.value for setting in COMMON_SETTINGS})
 """The same by name."""
 
 
-def rank_environment(
-    own: Mapping[str, str] = MappingProxyType({}), made: Iterable[Setting] = OF_EVERY_RUN
+def build_rank_environment(
+    overrides: Mapping[str, str] = MappingProxyType({}), settings: Iterable[EnvironmentSetting] = COMMON_SETTINGS
 ) -> dict[str, str]:
     """The environment of this process with the settings `made` and with `own`.
 
     What the user has set wins over settings, and `own` over both.
     """
-    ours = {setting.name: setting.value for setting in made if setting.users(os.environ) is None}
-    return {**ours, **os.environ, **own}
+    ours = {setting.name: setting.value for setting in settings if setting.user_value(os.environ) is None}
+    return {**ours, **os.environ, **overrides}
 
 
-def users_choices(chosen: Iterable[Setting], environment: Mapping[str, str]) -> Iterator[str]:
+def describe_user_overrides(chosen: Iterable[EnvironmentSetting], environment: Mapping[str, str]) -> Iterator[str]:
     """Yield what the user has set to another value, in words."""
     named = set()
     for setting in chosen:
-        found = setting.users(environment)
+        found = setting.user_value(environment)
         if found is not None and found[1] != setting.value and found[0] not in named:
             named.add(found[0])
             ours = setting.value if found[0] == setting.name else f"{setting.name}={setting.value}"
             yield f"{found[0]}={found[1]} from your environment, instead of {ours}"
 
 
-def make_late(chosen: Iterable[Setting], environment: MutableMapping[str, str]) -> Iterator[str]:
+def apply_late_settings(chosen: Iterable[EnvironmentSetting], environment: MutableMapping[str, str]) -> Iterator[str]:
     """Set in `environment`, that of this process, what is missing and read late; say in words what is too late."""
     given, too_late = dict(environment), []
     for setting in chosen:
-        if setting.users(given) is not None:
+        if setting.user_value(given) is not None:
             continue
-        if setting.at_start:
+        if setting.read_at_startup:
             too_late.append(f"{setting.name}={setting.value}")
         else:
             environment[setting.name] = setting.value
@@ -223,50 +227,50 @@ def make_late(chosen: Iterable[Setting], environment: MutableMapping[str, str]) 
 
 
 _NODES = Path("/sys/devices/system/node")
-BINDING = "--numa-binding=node"
+NUMA_BINDING_FLAG = "--numa-binding=node"
 
 
 @dataclass(frozen=True)
-class NumaFacts:
+class NumaSupport:
     """What decides whether ranks can be bound here."""
 
-    cpus: tuple[frozenset[int], ...]
+    cpus_by_node: tuple[frozenset[int], ...]
     """Of each NUMA node with CPUs."""
-    allowed: frozenset[int]
+    allowed_cpus: frozenset[int]
     """CPUs that this process may use."""
     has_numactl: bool
     """torchrun runs it."""
-    has_flag: bool
+    torchrun_has_flag: bool
     """Whether this torchrun knows the flag."""
 
     @staticmethod
-    def here(nodes: Path = _NODES) -> NumaFacts:
+    def detect(nodes: Path = _NODES) -> NumaSupport:
         """Those of this machine."""
         lists = (path.read_text() for path in sorted(nodes.glob("node[0-9]*/cpulist")))
-        cpus = tuple(found for found in map(read_cpus, lists) if found)
+        cpus = tuple(found for found in map(parse_cpu_list, lists) if found)
         has_flag = importlib.util.find_spec("torch.numa.binding") is not None
-        return NumaFacts(cpus, frozenset(os.sched_getaffinity(0)), shutil.which("numactl") is not None, has_flag)
+        return NumaSupport(cpus, frozenset(os.sched_getaffinity(0)), shutil.which("numactl") is not None, has_flag)
 
 
-def read_cpus(text: str) -> frozenset[int]:
+def parse_cpu_list(text: str) -> frozenset[int]:
     """The CPUs of a list as Linux writes it: 0-3,8."""
     spans = (part.partition("-")[::2] for part in text.strip().split(",") if part)
     return frozenset(cpu for first, last in spans for cpu in range(int(first), int(last or first) + 1))
 
 
-def why_not_bound(facts: NumaFacts, *, on_gpu: bool) -> str | None:
+def numa_binding_blocker(facts: NumaSupport, *, on_gpu: bool) -> str | None:
     """Return why ranks are not bound to the CPUs of their GPU's NUMA node; None where they are.
 
     torchrun ends with an error where it cannot bind, so everything that it needs is looked at before.
     """
     if not on_gpu:
         return "ranks on CPUs use all of them"
-    if len(facts.cpus) < 2:
+    if len(facts.cpus_by_node) < 2:
         return "this machine has one NUMA node"
-    if not facts.has_flag:
+    if not facts.torchrun_has_flag:
         return "this torch's torchrun has no --numa-binding"
     if not facts.has_numactl:
         return "numactl is not installed; install it (apt-get install numactl), so that Python runs beside its GPU"
-    if not all(node & facts.allowed for node in facts.cpus):
+    if not all(node & facts.allowed_cpus for node in facts.cpus_by_node):
         return "this process may not use CPUs of every NUMA node"
     return None

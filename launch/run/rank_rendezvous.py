@@ -13,30 +13,30 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ...comm.bootstrap import WorkerEnvironment, open_store
-from ...comm.errors import refuse_if_any
-from .rendezvous import WaitingWords, address_problems
+from ...comm.bootstrap import TorchrunEnvironment, connect_rendezvous_store
+from ...comm.errors import raise_if_any
+from .rendezvous import PeriodicMessage, master_address_problems
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 
 
-class StoppedBeforeMeeting(Exception):  # noqa: N818 -- says what happened
+class StoppedBeforeRendezvous(Exception):  # noqa: N818 -- says what happened
     """A request to stop came before the ranks had met; nothing was trained."""
 
 
-def find_ranks(worker: WorkerEnvironment, seconds: float, stop_asked: Callable[[], bool]) -> dist.Store:
+def open_rendezvous_store(worker: TorchrunEnvironment, seconds: float, stop_asked: Callable[[], bool]) -> dist.Store:
     """Return the store at MASTER_ADDR:MASTER_PORT once every rank has come to it.
 
     Raises `ConfigError` where the address does not resolve, `dist.DistError` or `OSError` where ranks are not there in
-    `seconds`, `StoppedBeforeMeeting`.
+    `seconds`, `StoppedBeforeRendezvous`.
     """
-    refuse_if_any(address_problems(os.environ["MASTER_ADDR"]))
+    raise_if_any(master_address_problems(os.environ["MASTER_ADDR"]))
     stores: list[dist.Store] = []
     errors: list[dist.DistError | OSError] = []
 
     def open_it() -> None:
         try:
-            stores.append(open_store(worker, timedelta(seconds=seconds)))
+            stores.append(connect_rendezvous_store(worker, timedelta(seconds=seconds)))
         except (dist.DistError, OSError) as error:
             errors.append(error)
 
@@ -44,13 +44,15 @@ def find_ranks(worker: WorkerEnvironment, seconds: float, stop_asked: Callable[[
     opening = threading.Thread(target=open_it, daemon=True, name="ranks meet")
     opening.start()
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    words = WaitingWords(first_after=_SECONDS_BETWEEN_LOOKS)
+    words = PeriodicMessage(first_after=_SECONDS_BETWEEN_LOOKS)
     while opening.is_alive():
         if stop_asked():
-            raise StoppedBeforeMeeting(f"stopped before the {worker.world_size} ranks had met at {where}")
+            raise StoppedBeforeRendezvous(f"stopped before the {worker.world_size} ranks had met at {where}")
         if worker.local_rank == 0:
             others = worker.world_size - 1
-            words.say(f"rank {worker.rank} waits for {others} other rank{'s' if others > 1 else ''} at {where}")
+            words.print_if_due(
+                f"rank {worker.rank} waits for {others} other rank{'s' if others > 1 else ''} at {where}"
+            )
         opening.join(_SECONDS_BETWEEN_LOOKS)
     if errors:
         raise errors[0]

@@ -21,12 +21,19 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 
-from ...comm.agreement import DIFFERENT, Facts, difference, first_difference, from_json, to_json
+from ...comm.agreement import (
+    MISMATCH_HINT,
+    Fingerprints,
+    describe_mismatch,
+    find_first_mismatch,
+    fingerprints_from_json,
+    fingerprints_to_json,
+)
 from ...comm.errors import ConfigError, Problem
-from ...comm.files.access import read_text, refusing, replace_file
-from ...comm.files.strict_json import Item, Malformed, parse_json
-from ...comm.loopback import listen_on, loopback_of
-from ..say import say
+from ...comm.files.access import config_error_context, read_text, replace_file_atomically
+from ...comm.files.strict_json import JsonValue, MalformedFileError, parse_json
+from ...comm.loopback import open_listening_socket, resolve_to_loopback
+from ..say import print_to_stderr
 
 _SECONDS_BETWEEN_WORDS = 30
 _SECONDS_BETWEEN_LOOKS = 0.5
@@ -46,34 +53,34 @@ _MOST_NOTE_BYTES = 1000
 _FILE = "meeting"
 
 
-class MachinesMissing(Exception):  # noqa: N818 -- says what happened
+class RendezvousError(Exception):
     """Machines did not come, or have left again. Not the input's fault: the same command may do."""
 
 
 @dataclass(frozen=True)
-class MeetingPoint:
+class RendezvousEndpoint:
     """Where the machines meet, and which of them this is."""
 
     address: str
     port: int
-    machines: int
-    machine: int
+    node_count: int
+    node_rank: int
     """Number of this one."""
-    seconds: float
+    timeout_seconds: float
     """How long to wait: `training.meeting_timeout_seconds`."""
 
     @property
-    def where(self) -> str:
+    def host_and_port(self) -> str:
         """Address and port."""
         return f"{self.address}:{self.port}"
 
     @property
-    def limit(self) -> str:
+    def timeout_text(self) -> str:
         """The limit, with the key that sets it."""
-        return f"{self.seconds:g} s (training.meeting_timeout_seconds)"
+        return f"{self.timeout_seconds:g} s (training.meeting_timeout_seconds)"
 
 
-def address_problems(address: str) -> Iterator[Problem]:
+def master_address_problems(address: str) -> Iterator[Problem]:
     """What keeps this machine from finding machine 0: its name does not resolve, or names none."""
     try:
         found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
@@ -91,15 +98,15 @@ def address_problems(address: str) -> Iterator[Problem]:
         yield Problem("MASTER_ADDR", address, hint)
 
 
-def host_meeting(venue: MeetingPoint, facts: Facts, run_dir: Path, attempt: str) -> None:
+def host_rendezvous(venue: RendezvousEndpoint, facts: Fingerprints, run_dir: Path, attempt: str) -> None:
     """As machine 0: return when all machines are there, fit, and see what `run_dir` holds; `attempt` is in no other.
 
-    Raises `ConfigError` for one that does not fit, `MachinesMissing` for one that does not come.
+    Raises `ConfigError` for one that does not fit, `RendezvousError` for one that does not come.
     """
     with ExitStack() as cleanup:
         note = run_dir / _FILE
-        with refusing(note, "make room, or name another training.run_dir"):
-            replace_file(note, attempt.encode())
+        with config_error_context(note, "make room, or name another training.run_dir"):
+            replace_file_atomically(note, attempt.encode())
         cleanup.callback(lambda: note.unlink(missing_ok=True))
         listener = cleanup.enter_context(_listener(venue))
         guests: dict[int, _Line] = {}
@@ -123,7 +130,7 @@ def _send(number: int, guest: _Line, message: Mapping[str, object]) -> None:
     try:
         guest.send(message)
     except OSError as error:
-        raise MachinesMissing(
+        raise RendezvousError(
             f"machine {number} ({guest.host}) has left ({error.strerror}); look what it says"
         ) from error
 
@@ -133,32 +140,32 @@ def _close(guests: Mapping[int, _Line]) -> None:
         guest.close()
 
 
-def attend_meeting(venue: MeetingPoint, facts: Facts) -> Path:
+def join_rendezvous(venue: RendezvousEndpoint, facts: Fingerprints) -> Path:
     """As another machine: return the run directory of the launch once all machines are there and fit."""
     line = _reach(venue)
     try:
-        line.send({"machine": venue.machine, "host": socket.gethostname(), "facts": to_json(facts)})
+        line.send({"machine": venue.node_rank, "host": socket.gethostname(), "facts": fingerprints_to_json(facts)})
         told = _answer(venue, line)
-        run_dir, attempt = _path(told["run_dir"]), told["attempt"].text()
+        run_dir, attempt = _path(told["run_dir"]), told["attempt"].as_string()
         line.send({"sees": _sees(run_dir / _FILE, attempt), "where": str(run_dir.absolute())})
-        _answer(venue, line)["go"].flag()
-    except Malformed as error:
-        raise MachinesMissing(f"what answers at {venue.where} is no launch of Shoestring: {error}") from error
+        _answer(venue, line)["go"].as_boolean()
+    except MalformedFileError as error:
+        raise RendezvousError(f"what answers at {venue.host_and_port} is no launch of Shoestring: {error}") from error
     except OSError as error:
-        raise MachinesMissing(f"machine 0 at {venue.where} cannot be reached any more: {error}") from error
+        raise RendezvousError(f"machine 0 at {venue.host_and_port} cannot be reached any more: {error}") from error
     finally:
         line.close()
     return run_dir
 
 
-def _path(item: Item) -> Path:
-    text = item.text()
+def _path(item: JsonValue) -> Path:
+    text = item.as_string()
     if not text or "\0" in text:
-        raise item.malformed("must be a path")
+        raise item.malformed_error("must be a path")
     return Path(text)
 
 
-def report_refusal(venue: MeetingPoint, refused: ConfigError) -> None:
+def report_config_error(venue: RendezvousEndpoint, refused: ConfigError) -> None:
     """Tell machine 0, if it waits or begins to within seconds, that this machine will not come."""
     deadline = time.monotonic() + _SECONDS_TO_REPORT
     while True:
@@ -173,7 +180,7 @@ def report_refusal(venue: MeetingPoint, refused: ConfigError) -> None:
             return
     with suppress(OSError):
         line = _Line(connection)
-        line.send({"machine": venue.machine, "host": socket.gethostname(), "refused": str(refused)})
+        line.send({"machine": venue.node_rank, "host": socket.gethostname(), "refused": str(refused)})
         line.close()
 
 
@@ -189,10 +196,10 @@ class _Line:
         self.connection.settimeout(_SECONDS_TO_SPEAK)
         self.connection.sendall(json.dumps(message).encode() + b"\n")
 
-    def receive(self, seconds: float) -> Item | None:
+    def receive(self, seconds: float) -> JsonValue | None:
         """The next message, a mapping; None where the other side has closed.
 
-        With 0 seconds, only what has come already is looked at. Raises `TimeoutError`, and `Malformed` for junk.
+        With 0 seconds, only what has come already is looked at. Raises `TimeoutError`, and `MalformedFileError` for junk.
         """
         deadline = time.monotonic() + seconds
         while b"\n" not in self._rest:
@@ -202,33 +209,33 @@ class _Line:
                 return None
             self._rest += got
             if len(self._rest) > _MOST_BYTES:
-                raise Malformed("", len(self._rest), "is too long for a message")
+                raise MalformedFileError("", len(self._rest), "is too long for a message")
             if b"\n" not in self._rest and time.monotonic() >= deadline:
                 raise TimeoutError
         text, _, self._rest = self._rest.partition(b"\n")
         message = parse_json(text)
-        message.mapping()
+        message.as_mapping()
         return message
 
     def close(self) -> None:
         self.connection.close()
 
 
-class WaitingWords:
+class PeriodicMessage:
     """Says what is waited for, `first_after` seconds from now and every 30 seconds."""
 
     def __init__(self, first_after: float = 0) -> None:
         self._next = time.monotonic() + first_after
 
-    def say(self, text: str) -> None:
+    def print_if_due(self, text: str) -> None:
         """Say `text` where it is time."""
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + _SECONDS_BETWEEN_WORDS
-            say(f"shoestring train: {text}")
+            print_to_stderr(f"shoestring train: {text}")
 
 
 @contextmanager
-def _listener(venue: MeetingPoint) -> Iterator[socket.socket]:
+def _listener(venue: RendezvousEndpoint) -> Iterator[socket.socket]:
     """On every address of this machine, or on its loopback alone where that is where the machines meet."""
     deadline = time.monotonic() + _SECONDS_FOR_PORT
     while True:
@@ -245,10 +252,10 @@ def _listener(venue: MeetingPoint) -> Iterator[socket.socket]:
         yield listener
 
 
-def _listen(venue: MeetingPoint) -> socket.socket:
-    loopback = loopback_of(venue.address)
+def _listen(venue: RendezvousEndpoint) -> socket.socket:
+    loopback = resolve_to_loopback(venue.address)
     if loopback is not None:
-        return listen_on(loopback, venue.port)
+        return open_listening_socket(loopback, venue.port)
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     return socket.create_server(("", venue.port), family=family, dualstack_ipv6=both, backlog=2048)
@@ -271,7 +278,7 @@ class _Newcomers:
             line.close()
         self._selector.close()
 
-    def wait(self, seconds: float) -> Iterator[tuple[_Line, Item]]:
+    def wait_for_messages(self, seconds: float) -> Iterator[tuple[_Line, JsonValue]]:
         """Yield each connection that says something within `seconds`, with what it says.
 
         What does not speak our language is let go without a word: a port may be scanned.
@@ -296,7 +303,7 @@ class _Newcomers:
         self._deadlines[line] = time.monotonic() + _SECONDS_TO_SPEAK
         self._selector.register(connection, selectors.EVENT_READ, line)
 
-    def _heard(self, line: _Line) -> Iterator[tuple[_Line, Item]]:
+    def _heard(self, line: _Line) -> Iterator[tuple[_Line, JsonValue]]:
         try:
             message = line.receive(0)
         except TimeoutError:
@@ -315,25 +322,29 @@ class _Newcomers:
         return line
 
 
-def _gather(venue: MeetingPoint, listener: socket.socket, facts: Facts, guests: dict[int, _Line]) -> None:
+def _gather(venue: RendezvousEndpoint, listener: socket.socket, facts: Fingerprints, guests: dict[int, _Line]) -> None:
     """Until every other machine is among the `guests`. Raises `ConfigError`, once most of them are there to hear it."""
     with _Newcomers(listener) as newcomers:
         _gather_from(newcomers, venue, facts, guests)
 
 
-def _gather_from(newcomers: _Newcomers, venue: MeetingPoint, facts: Facts, guests: dict[int, _Line]) -> None:
-    deadline, words, hint = time.monotonic() + venue.seconds, WaitingWords(), _foreign(venue.address)
+def _gather_from(
+    newcomers: _Newcomers, venue: RendezvousEndpoint, facts: Fingerprints, guests: dict[int, _Line]
+) -> None:
+    deadline, words, hint = time.monotonic() + venue.timeout_seconds, PeriodicMessage(), _foreign(venue.address)
     refusals: list[ConfigError] = []
-    while len(guests) < venue.machines - 1:
-        missing = [number for number in range(1, venue.machines) if number not in guests]
+    while len(guests) < venue.node_count - 1:
+        missing = [number for number in range(1, venue.node_count) if number not in guests]
         some = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
-        words.say(f"waiting for {len(missing)} of {venue.machines} machines at {venue.where} (missing: {some}){hint}")
+        words.print_if_due(
+            f"waiting for {len(missing)} of {venue.node_count} machines at {venue.host_and_port} (missing: {some}){hint}"
+        )
         if refusals and time.monotonic() > deadline:
             break
         if time.monotonic() > deadline:
-            late = f"of {venue.machines} machines, {some} did not come to {venue.where} within {venue.limit}{hint}"
-            raise MachinesMissing(f"{late}; look what they say, and whether they reach that address")
-        for line, message in newcomers.wait(min(_SECONDS_BETWEEN_LOOKS, deadline - time.monotonic())):
+            late = f"of {venue.node_count} machines, {some} did not come to {venue.host_and_port} within {venue.timeout_text}{hint}"
+            raise RendezvousError(f"{late}; look what they say, and whether they reach that address")
+        for line, message in newcomers.wait_for_messages(min(_SECONDS_BETWEEN_LOOKS, deadline - time.monotonic())):
             try:
                 _welcome(venue, line, message, facts, guests)
             except ConfigError as refused:
@@ -355,13 +366,15 @@ def _foreign(address: str) -> str:
     return f"; {address} is no address of this machine, which has NODE_RANK=0"
 
 
-def _welcome(venue: MeetingPoint, line: _Line, message: Item, facts: Facts, guests: dict[int, _Line]) -> None:
+def _welcome(
+    venue: RendezvousEndpoint, line: _Line, message: JsonValue, facts: Fingerprints, guests: dict[int, _Line]
+) -> None:
     """Note who has come; let go what is no machine of the launch."""
     try:
-        number, line.host = message["machine"].whole(1, venue.machines - 1), message["host"].text()
+        number, line.host = message["machine"].as_integer(1, venue.node_count - 1), message["host"].as_string()
         said = message.get("refused")
-        refused = None if said is None else said.text()
-        theirs = {} if refused is not None else from_json(message["facts"].text())
+        refused = None if said is None else said.as_string()
+        theirs = {} if refused is not None else fingerprints_from_json(message["facts"].as_string())
     except (ValueError, KeyError):
         line.close()
         return
@@ -371,20 +384,20 @@ def _welcome(venue: MeetingPoint, line: _Line, message: Item, facts: Facts, gues
     who = f"machine {number} ({line.host})"
     if refused is not None:
         raise ConfigError([Problem(f"machine {number}", line.host, f"was refused there: {refused}")])
-    name = first_difference(facts, theirs)
+    name = find_first_mismatch(facts, theirs)
     if name is not None:
         here = f"machine 0 ({socket.gethostname()})"
-        raise ConfigError([Problem(name, difference(name, (here, facts), (who, theirs)), DIFFERENT)])
+        raise ConfigError([Problem(name, describe_mismatch(name, (here, facts), (who, theirs)), MISMATCH_HINT)])
 
 
 def _check_sight(number: int, guest: _Line, run_dir: Path) -> None:
     try:
         message = guest.receive(_SECONDS_TO_SEE + _SECONDS_TO_SPEAK)
     except (OSError, ValueError) as error:
-        raise MachinesMissing(f"machine {number} ({guest.host}) has stopped answering: {error}") from error
+        raise RendezvousError(f"machine {number} ({guest.host}) has stopped answering: {error}") from error
     if message is None:
-        raise MachinesMissing(f"machine {number} ({guest.host}) has left; look what it says")
-    tree = message.mapping()
+        raise RendezvousError(f"machine {number} ({guest.host}) has left; look what it says")
+    tree = message.as_mapping()
     if tree.get("sees") is not True:
         hint = (
             f"is not shared: machine {number} ({guest.host}) does not see in {tree.get('where')} what machine 0 "
@@ -400,7 +413,7 @@ def _sees(note: Path, attempt: str) -> bool:
         is_there = note.parent.is_dir()
     deadline = time.monotonic() + (_SECONDS_TO_SEE if is_there else _SECONDS_BETWEEN_LOOKS)
     while True:
-        with suppress(OSError, Malformed):
+        with suppress(OSError, MalformedFileError):
             names = {path.name for path in note.parent.iterdir()}
             if note.name in names and read_text(note, _MOST_NOTE_BYTES) == attempt:
                 return True
@@ -409,35 +422,41 @@ def _sees(note: Path, attempt: str) -> bool:
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
-def _reach(venue: MeetingPoint) -> _Line:
-    deadline, words = time.monotonic() + venue.seconds, WaitingWords()
+def _reach(venue: RendezvousEndpoint) -> _Line:
+    deadline, words = time.monotonic() + venue.timeout_seconds, PeriodicMessage()
     while True:
         try:
             seconds = min(_SECONDS_TO_SPEAK, max(0.1, deadline - time.monotonic()))
             connection = socket.create_connection((venue.address, venue.port), seconds)
         except OSError as error:
-            words.say(f"waiting for machine 0 at {venue.where} ({error.strerror or error})")
+            words.print_if_due(f"waiting for machine 0 at {venue.host_and_port} ({error.strerror or error})")
             if time.monotonic() > deadline:
                 hint = "check MASTER_ADDR and MASTER_PORT, and look what machine 0 says"
-                raise MachinesMissing(f"machine 0 was not at {venue.where} within {venue.limit}; {hint}") from error
+                raise RendezvousError(
+                    f"machine 0 was not at {venue.host_and_port} within {venue.timeout_text}; {hint}"
+                ) from error
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         else:
             return _Line(connection)
 
 
-def _answer(venue: MeetingPoint, line: _Line) -> Item:
-    """What machine 0 says next. Raises `ConfigError`, `MachinesMissing`, and `Malformed` for what no machine 0 says."""
-    deadline, words = time.monotonic() + venue.seconds + _SECONDS_TO_SEE, WaitingWords()
+def _answer(venue: RendezvousEndpoint, line: _Line) -> JsonValue:
+    """What machine 0 says next. Raises `ConfigError`, `RendezvousError`, and `MalformedFileError` for what no machine 0 says."""
+    deadline, words = time.monotonic() + venue.timeout_seconds + _SECONDS_TO_SEE, PeriodicMessage()
     while time.monotonic() < deadline:
         try:
             message = line.receive(_SECONDS_BETWEEN_LOOKS)
         except TimeoutError:
-            words.say(f"has reached machine 0 at {venue.where}; waiting until all {venue.machines} machines are there")
+            words.print_if_due(
+                f"has reached machine 0 at {venue.host_and_port}; waiting until all {venue.node_count} machines are there"
+            )
             continue
         if message is None:
-            raise MachinesMissing(f"machine 0 at {venue.where} has ended the launch; look what it says")
+            raise RendezvousError(f"machine 0 at {venue.host_and_port} has ended the launch; look what it says")
         if "refused" in message:
-            words_of_0 = message["refused"].text()
-            raise ConfigError([Problem("machine 0", venue.where, f"has refused the launch: {words_of_0}")])
+            words_of_0 = message["refused"].as_string()
+            raise ConfigError([Problem("machine 0", venue.host_and_port, f"has refused the launch: {words_of_0}")])
         return message
-    raise MachinesMissing(f"machine 0 at {venue.where} did not answer within {venue.limit}; look what it says")
+    raise RendezvousError(
+        f"machine 0 at {venue.host_and_port} did not answer within {venue.timeout_text}; look what it says"
+    )

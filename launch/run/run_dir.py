@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ...comm.errors import ConfigError, Problem, refuse_if_any
-from ...comm.files.access import read_json, refuse_links, replace_file
-from ...comm.files.lock import lock_or_refuse
-from ...comm.files.strict_json import Malformed
-from ..say import say
+from ...comm.errors import ConfigError, Problem, raise_if_any
+from ...comm.files.access import raise_if_not_regular_file, read_json, replace_file_atomically
+from ...comm.files.lock import acquire_exclusive_lock
+from ...comm.files.strict_json import MalformedFileError
+from ..say import print_to_stderr
 
 CONFIG_FILE = "config.yaml"
 STATUS_FILE = "run_status.json"
@@ -32,14 +32,14 @@ _MARKER_TEXT = "This directory was made by a training run of Shoestring; `shoest
 
 
 @contextmanager
-def claimed(run_dir: Path, *, fresh: bool) -> Iterator[None]:
+def lock_run_dir(run_dir: Path, *, fresh: bool) -> Iterator[None]:
     """Hold `run_dir`, made if it is not there and emptied if `fresh`, for as long as this process lives.
 
     Raises `ConfigError` for a directory that another launcher holds, that cannot be written, or that is not a run's.
     """
-    own(run_dir)
+    create_run_dir(run_dir)
     with _refusing_to_fail(run_dir):
-        refuse_links(run_dir / _LOCK_FILE)
+        raise_if_not_regular_file(run_dir / _LOCK_FILE)
         lock = (run_dir / _LOCK_FILE).open("a")
     with lock:
         _lock(lock.fileno(), run_dir)
@@ -56,19 +56,19 @@ def run_dir_problems(run_dir: Path) -> Iterator[Problem]:
         yield Problem("training.run_dir", str(run_dir), hint)
 
 
-def is_marked(run_dir: Path) -> bool:
+def is_run_dir(run_dir: Path) -> bool:
     """Whether a run has made `run_dir`."""
     return (run_dir / _MARKER_FILE).exists()
 
 
-def own(run_dir: Path) -> None:
+def create_run_dir(run_dir: Path) -> None:
     """Make `run_dir` a run's, whether or not it is there. Raises `ConfigError` for one that holds anything else."""
     with _refusing_to_fail(run_dir):
-        refuse_if_any(run_dir_problems(run_dir))
+        raise_if_any(run_dir_problems(run_dir))
         with _removing_if_it_fails(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
             if not (run_dir / _MARKER_FILE).exists():
-                replace_file(run_dir / _MARKER_FILE, _MARKER_TEXT.encode())
+                replace_file_atomically(run_dir / _MARKER_FILE, _MARKER_TEXT.encode())
 
 
 @contextmanager
@@ -106,7 +106,7 @@ def _is_a_runs(run_dir: Path) -> bool:
 def _lock(descriptor: int, run_dir: Path) -> None:
     """The kernel lets go of the lock when this process ends, however it ends."""
     held = "another run is going on in it; wait for it, stop it, or name another directory"
-    lock_or_refuse(descriptor, "training.run_dir", str(run_dir), held)
+    acquire_exclusive_lock(descriptor, "training.run_dir", str(run_dir), held)
 
 
 def _empty(run_dir: Path) -> None:
@@ -118,38 +118,38 @@ def _empty(run_dir: Path) -> None:
             path.unlink()
 
 
-def reserve_status(run_dir: Path) -> None:
-    """Take room on the disk that `write_status` will need: a disk that fills up meanwhile must not change exit codes.
+def reserve_status_space(run_dir: Path) -> None:
+    """Take room on the disk that `write_run_status` will need: a disk that fills up meanwhile must not change exit codes.
 
     Raises `ConfigError` where there is none.
     """
     with _refusing_to_fail(run_dir):
         path = run_dir / _RESERVE_FILE
         if not (path.exists() and path.stat().st_size == _RESERVE_BYTES):
-            replace_file(path, b" " * _RESERVE_BYTES)
+            replace_file_atomically(path, b" " * _RESERVE_BYTES)
 
 
-def write_status(run_dir: Path, code: int, reason: str) -> None:
+def write_run_status(run_dir: Path, code: int, reason: str) -> None:
     """What a worker that stops on purpose leaves for its launcher, since torchrun turns every exit code into 1."""
     (run_dir / _RESERVE_FILE).unlink(missing_ok=True)
-    replace_file(run_dir / STATUS_FILE, (json.dumps({"exit_code": code, "reason": reason}) + "\n").encode())
+    replace_file_atomically(run_dir / STATUS_FILE, (json.dumps({"exit_code": code, "reason": reason}) + "\n").encode())
 
 
-def write_config(run_dir: Path, text: str) -> None:
+def write_run_config(run_dir: Path, text: str) -> None:
     """Leave the run's configuration in its directory. A link in its place is replaced, not written through."""
-    replace_file(run_dir / CONFIG_FILE, text.encode())
+    replace_file_atomically(run_dir / CONFIG_FILE, text.encode())
 
 
-def clear_status(run_dir: Path) -> None:
+def clear_run_status(run_dir: Path) -> None:
     """Forget how the last launch ended: another one begins."""
     (run_dir / STATUS_FILE).unlink(missing_ok=True)
 
 
 def _say(text: str) -> None:
-    say(f"shoestring train: {text}")
+    print_to_stderr(f"shoestring train: {text}")
 
 
-def read_status(run_dir: Path, tell: Callable[[str], None] = _say) -> Mapping[str, object] | None:
+def read_run_status(run_dir: Path, warn: Callable[[str], None] = _say) -> Mapping[str, object] | None:
     """What a worker of the last launch has left, or None where all of them ended otherwise.
 
     A status that cannot be read, of a machine that lost power while it was written, counts as none, and `tell` is told.
@@ -157,23 +157,25 @@ def read_status(run_dir: Path, tell: Callable[[str], None] = _say) -> Mapping[st
     path = run_dir / STATUS_FILE
     try:
         status = read_json(path, _STATUS_BYTES)
-        return {"exit_code": status["exit_code"].whole(0, 255), "reason": status["reason"].text()}
+        return {"exit_code": status["exit_code"].as_integer(0, 255), "reason": status["reason"].as_string()}
     except FileNotFoundError:
         return None
-    except (Malformed, OSError) as error:
-        tell(f"{path} does not say how the last launch ended ({error}): it counts as one that did not end as it should")
+    except (MalformedFileError, OSError) as error:
+        warn(f"{path} does not say how the last launch ended ({error}): it counts as one that did not end as it should")
         return None
 
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 
 
-def wait_until_free(run_dir: Path, seconds: float) -> None:
+def wait_for_run_dir_lock(run_dir: Path, seconds: float) -> None:
     """Return when no launcher holds `run_dir`, or after so many seconds; what cannot be locked is not waited for."""
     deadline, has_said = time.monotonic() + seconds, False
     while time.monotonic() < deadline and _is_held(run_dir):
         if not has_said:
-            say(f"shoestring train: waiting up to {seconds:g} s for the launch before this one to let go of {run_dir}")
+            print_to_stderr(
+                f"shoestring train: waiting up to {seconds:g} s for the launch before this one to let go of {run_dir}"
+            )
             has_said = True
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 

@@ -22,31 +22,31 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from ..say import say
+from ..say import print_to_stderr
 
-STOP_FILE_VARIABLE = "SHOESTRING_STOP_FILE"
+STOP_FILE_ENV_VAR = "SHOESTRING_STOP_FILE"
 """Names a file on this machine that says by being there that the ranks shall stop."""
 
-ASKING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
-ENDING_SIGNALS = (signal.SIGTERM, signal.SIGQUIT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
+FORCE_STOP_SIGNALS = (signal.SIGTERM, signal.SIGQUIT)
 """Those that end a run when they come again. SIGHUP may come twice for one closed terminal."""
-SAME_REQUEST_SECONDS = 2
+STOP_DEBOUNCE_SECONDS = 2
 """Slurm may signal a process twice, by itself and in its group."""
 _SECONDS_OF_A_WAIT = 3600.0
 """`select` takes no number of seconds that is too large."""
 
 
-class StoppedEarly(BaseException):
+class StoppedBeforeStart(BaseException):
     """A request to stop came before this process listened for it: nothing was trained."""
 
 
 @contextmanager
-def stops_before_it_began() -> Iterator[None]:
-    """Until `listen_for_stop` or the launcher hears them, the signals raise `StoppedEarly`: imports take seconds.
+def raise_on_early_stop() -> Iterator[None]:
+    """Until `install_stop_handlers` or the launcher hears them, the signals raise `StoppedBeforeStart`: imports take seconds.
 
     Once one has, this process is about to end, and further ones are ignored.
     """
-    former = {number: signal.signal(number, _stop_early) for number in listened_to(ASKING_SIGNALS)}
+    former = {number: signal.signal(number, _stop_early) for number in exclude_ignored_signals(STOP_SIGNALS)}
     try:
         yield
     finally:
@@ -55,29 +55,29 @@ def stops_before_it_began() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def ignore_late_stops() -> None:
-    """The ranks have ended: signals that still mean `StoppedEarly` would lie, and may not cut the closing short."""
-    for number in ASKING_SIGNALS:
+def ignore_late_stop_signals() -> None:
+    """The ranks have ended: signals that still mean `StoppedBeforeStart` would lie, and may not cut the closing short."""
+    for number in STOP_SIGNALS:
         if signal.getsignal(number) is _stop_early:
             signal.signal(number, signal.SIG_IGN)
 
 
 def _stop_early(number: int, frame: FrameType | None) -> NoReturn:
-    ignore_late_stops()
-    raise StoppedEarly(f"{signal.Signals(number).name} before it began; nothing was trained")
+    ignore_late_stop_signals()
+    raise StoppedBeforeStart(f"{signal.Signals(number).name} before it began; nothing was trained")
 
 
-def listened_to(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+def exclude_ignored_signals(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
     """Return those of `numbers` that this process listens to: under nohup, SIGHUP means nothing."""
     return [each for each in numbers if each != signal.SIGHUP or signal.getsignal(each) is not signal.SIG_IGN]
 
 
-def listen_for_stop(stop_seconds: float) -> Callable[[], bool]:
+def install_stop_handlers(stop_seconds: float) -> Callable[[], bool]:
     """In a rank: from now on the signals only ask. Returns what says whether one has come, or the launcher asks.
 
-    Without a launcher the rank itself ends at a second of `ENDING_SIGNALS`, and `stop_seconds` after the first signal.
+    Without a launcher the rank itself ends at a second of `FORCE_STOP_SIGNALS`, and `stop_seconds` after the first signal.
     """
-    path = os.environ.get(STOP_FILE_VARIABLE)
+    path = os.environ.get(STOP_FILE_ENV_VAR)
     heard: list[int] = []
 
     def hear(number: int, frame: FrameType | None) -> None:
@@ -85,10 +85,10 @@ def listen_for_stop(stop_seconds: float) -> Callable[[], bool]:
 
     if path is None:
         _end_if_told_again(stop_seconds)
-    for number in listened_to(ASKING_SIGNALS):
+    for number in exclude_ignored_signals(STOP_SIGNALS):
         signal.signal(number, hear)
         signal.siginterrupt(number, False)  # a communication that is under way goes on
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING_SIGNALS)  # what came while this process started comes now
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # what came while this process started comes now
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once, and without a traceback from each rank
     return lambda: bool(heard) or (path is not None and Path(path).exists())
 
@@ -102,24 +102,24 @@ def _end_if_told_again(stop_seconds: float) -> None:
 
 
 def _end_in_time(ear: int, stop_seconds: float) -> None:
-    """Read the numbers of signals from `ear`; end this process as `listen_for_stop` says."""
-    first = next(number for number in iter(lambda: os.read(ear, 1)[0], None) if number in ASKING_SIGNALS)
+    """Read the numbers of signals from `ear`; end this process as `install_stop_handlers` says."""
+    first = next(number for number in iter(lambda: os.read(ear, 1)[0], None) if number in STOP_SIGNALS)
     asked_at = time.monotonic()
     while (left := asked_at + stop_seconds - time.monotonic()) > 0:
         if not select.select([ear], [], [], min(left, _SECONDS_OF_A_WAIT))[0]:
             continue
         number = os.read(ear, 1)[0]
-        if number in ENDING_SIGNALS and time.monotonic() - asked_at > SAME_REQUEST_SECONDS:
+        if number in FORCE_STOP_SIGNALS and time.monotonic() - asked_at > STOP_DEBOUNCE_SECONDS:
             _end(number, f"a second request, {signal.Signals(number).name}")
     _end(first, f"no end within {stop_seconds:g} s (training.stop_seconds) of {signal.Signals(first).name}")
 
 
 def _end(number: int, words: str) -> NoReturn:
-    say(f"shoestring train: ended at once: {words}; the same command goes on from the last checkpoint")
+    print_to_stderr(f"shoestring train: ended at once: {words}; the same command goes on from the last checkpoint")
     os._exit(128 + number)
 
 
-LAUNCHER_VARIABLE = "SHOESTRING_LAUNCHER_PID"
+LAUNCHER_PID_ENV_VAR = "SHOESTRING_LAUNCHER_PID"
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: between fork and exec is no place for it
@@ -133,7 +133,7 @@ def die_with_parent() -> None:
 
 def die_with_launcher() -> None:
     """In a rank: die with torchrun, which dies with the launcher; at once if the launcher has died already."""
-    launcher = os.environ.get(LAUNCHER_VARIABLE)
+    launcher = os.environ.get(LAUNCHER_PID_ENV_VAR)
     if launcher is None or "RANK" not in os.environ:
         return
     die_with_parent()

@@ -17,12 +17,12 @@ def main() -> None:
     """Be the rank that torchrun's variables name, of the run that the launcher has written down."""
     die_with_launcher()  # before the imports below, which take seconds
     open_standard_streams()
-    from .worker import run_from_file
+    from .worker import run_rank_from_config_file
 
-    leave(run_from_file(Path(sys.argv[1])))
+    exit_without_teardown(run_rank_from_config_file(Path(sys.argv[1])))
 
 
-def leave(code: int) -> NoReturn:
+def exit_without_teardown(code: int) -> NoReturn:
     """End this process with `code`, and without Python's own end.
 
     That unloads modules while threads of torch may still be running. One of them that wants the interpreter then aborts

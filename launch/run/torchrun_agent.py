@@ -28,11 +28,11 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.run import parse_args, run
 
-from ...comm.loopback import listen_on
-from ..say import say
-from .signals import ASKING_SIGNALS, STOP_FILE_VARIABLE
+from ...comm.loopback import open_listening_socket
+from ..say import print_to_stderr
+from .signals import STOP_FILE_ENV_VAR, STOP_SIGNALS
 
-BACKEND = "loopback"
+RENDEZVOUS_BACKEND = "loopback"
 _SECONDS = 60
 _FAULT = 1
 
@@ -41,7 +41,7 @@ class LoopbackRendezvous(RendezvousHandler):
     """The meeting of one machine's ranks: a store on the address that `endpoint` names, and on no other."""
 
     def __init__(self, parameters: RendezvousParameters) -> None:
-        listener = listen_on(parameters.endpoint)
+        listener = open_listening_socket(parameters.endpoint)
         self._address, self._port = listener.getsockname()[:2]
         self._run_id = parameters.run_id
         self._store = dist.TCPStore(
@@ -62,7 +62,7 @@ class LoopbackRendezvous(RendezvousHandler):
 
     def get_backend(self) -> str:
         """See `RendezvousHandler`."""
-        return BACKEND
+        return RENDEZVOUS_BACKEND
 
     def next_rendezvous(self) -> RendezvousInfo:
         """See `RendezvousHandler`; this machine is the only one."""
@@ -98,21 +98,21 @@ def main() -> None:
     """Run torchrun with the arguments of this process; exit with 1 if a rank has failed, 128 + n after signal n."""
     if "LOGLEVEL" not in os.environ:  # torchrun's own variable
         logging.disable(logging.ERROR)
-    rendezvous_handler_registry.register(BACKEND, LoopbackRendezvous)
+    rendezvous_handler_registry.register(RENDEZVOUS_BACKEND, LoopbackRendezvous)
     threading.Thread(target=_pass_requests_on, daemon=True, name="stop requests").start()
     try:
         run(parse_args(sys.argv[1:]))
     except SignalException as stop:
         sys.exit(128 + int(stop.sigval))
     except ChildFailedError as error:
-        say(f"shoestring: {describe(error)}")
+        print_to_stderr(f"shoestring: {describe_rank_failure(error)}")
         sys.exit(_FAULT)
     except (dist.DistError, OSError) as error:
-        say(f"shoestring: the ranks of this machine could not be started: {error}")
+        print_to_stderr(f"shoestring: the ranks of this machine could not be started: {error}")
         sys.exit(_FAULT)
 
 
-def describe(error: ChildFailedError) -> str:
+def describe_rank_failure(error: ChildFailedError) -> str:
     """Return in one line which rank failed first, and how."""
     rank, failure = error.get_first_failure()
     how = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"exited with {failure.exitcode}"
@@ -122,11 +122,11 @@ def describe(error: ChildFailedError) -> str:
 
 def _pass_requests_on() -> None:
     """Turn signals that the launcher has blocked in this process into its stop file, for as long as this lives."""
-    path = os.environ.get(STOP_FILE_VARIABLE)
+    path = os.environ.get(STOP_FILE_ENV_VAR)
     if path is None:
         return
     while True:
-        signal.sigwait(ASKING_SIGNALS)
+        signal.sigwait(STOP_SIGNALS)
         Path(path).touch()
 
 

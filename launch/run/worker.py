@@ -15,54 +15,60 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from ...comm.agreement import ProcessesDifferError, refuse_unless_equal
-from ...comm.bootstrap import WorkerEnvironment, open_store, start_default_group
+from ...comm.agreement import RankMismatchError, verify_ranks_match
+from ...comm.bootstrap import TorchrunEnvironment, connect_rendezvous_store, init_default_process_group
 from ...comm.errors import CollectiveError, ConfigError, Problem
 from ...comm.groups import ProcessGroups
-from ...comm.open_groups import open_groups_on
+from ...comm.open_groups import build_group_factory
 from ...comm.watchdog import Watchdog
-from ...trainer.build import stages_of
+from ...trainer.build import build_stage_layout
 from ...trainer.config import RunConfig
 from ...trainer.data.shard_files import DataChanged
 from ...trainer.loop import train
-from ...trainer.run.exit import Halt, RankFailed, RunFailed, RunHalted
-from ..compose import read_config, to_yaml
-from ..say import say
-from .identity import attempt_name, data_digest, identity
-from .rank_environment import FLIGHT_RECORDER, applying, computes_on_gpus, make_late, users_choices
-from .rank_rendezvous import StoppedBeforeMeeting, find_ranks
-from .restart_policy import end_of, note_end, note_stop
-from .run_dir import claimed, is_marked, own, reserve_status, write_config, write_status
-from .signals import LAUNCHER_VARIABLE, listen_for_stop
+from ...trainer.run.exit import HaltReason, RankFailed, RunFailed, RunHalted
+from ..compose import config_to_yaml, read_config
+from ..say import print_to_stderr
+from .identity import attempt_name, data_digest, run_fingerprint
+from .rank_environment import (
+    FLIGHT_RECORDER_DIR,
+    applicable_settings,
+    apply_late_settings,
+    describe_user_overrides,
+    uses_gpus,
+)
+from .rank_rendezvous import StoppedBeforeRendezvous, open_rendezvous_store
+from .restart_policy import attempt_exit_code, record_attempt_exit, record_stop
+from .run_dir import create_run_dir, is_run_dir, lock_run_dir, reserve_status_space, write_run_config, write_run_status
+from .signals import LAUNCHER_PID_ENV_VAR, install_stop_handlers
 
 _REFUSED = 2
 _SECONDS_FOR_OTHERS = 3
 """torchrun ends all ranks of a machine with the first: each shall have said what it waited for, and for whom."""
 
 
-def run_from_file(path: Path) -> int:
+def run_rank_from_config_file(path: Path) -> int:
     """Train as the rank that torchrun's variables name, as the launcher has written down at `path`.
 
     Return the exit code: 0 where the launcher reads the true one from `run_status.json`.
     """
-    worker = WorkerEnvironment.read()
+    worker = TorchrunEnvironment.read()
     assert worker is not None
     try:
         config = read_config(path)
     except ConfigError as refused:  # a variable of the environment that is not set on every machine
         return _refuse_alone(path.parent, worker.rank, refused)
-    return run_worker(config, worker)
+    return run_rank(config, worker)
 
 
-def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
+def run_rank(config: RunConfig, worker: TorchrunEnvironment) -> int:
     """Train as the rank that `worker` names; return the exit code.
 
     A fault of the network or of another rank ends this one with 1. A worker that stops on purpose writes
     `run_status.json`, and exits with 0 under the launcher, which reads it: torchrun turns any other code into 1. Under
     anything else it exits with the true code, and every rank says why.
     """
-    stop_asked = listen_for_stop(config.training.stop_seconds)
-    code = end_of(Path(config.training.run_dir), attempt_name())
+    stop_asked = install_stop_handlers(config.training.stop_seconds)
+    code = attempt_exit_code(Path(config.training.run_dir), attempt_name())
     if code is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return code  # a torchrun of one's own, with --max-restarts: it starts again what has ended on purpose
     if worker.world_size != config.topology.world_size:
@@ -73,20 +79,20 @@ def run_worker(config: RunConfig, worker: WorkerEnvironment) -> int:
         return _run(config, worker, stop_asked)
 
 
-def _run(config: RunConfig, worker: WorkerEnvironment, stop_asked: Callable[[], bool]) -> int:
+def _run(config: RunConfig, worker: TorchrunEnvironment, stop_asked: Callable[[], bool]) -> int:
     """Meet the other ranks and train with them; return the exit code."""
     try:
         device, watchdog = _meet(config, worker, stop_asked)
-    except StoppedBeforeMeeting as stopped:
+    except StoppedBeforeRendezvous as stopped:
         if worker.rank == 0:
-            note_stop(Path(config.training.run_dir), progressed=False)
-        _exit(_stop(config, worker, Halt.PREEMPTED, str(stopped)))
+            record_stop(Path(config.training.run_dir), made_step=False)
+        _exit(_stop(config, worker, HaltReason.PREEMPTED, str(stopped)))
     except ConfigError as error:
         return _refuse_alone(Path(config.training.run_dir), worker.rank, error)
     timeout = timedelta(seconds=config.training.collective_timeout_seconds)
     try:
-        holders = stages_of(config).all_holders()
-        make = open_groups_on(device, worker.rank, timeout)
+        holders = build_stage_layout(config).replica_pp_groups()
+        make = build_group_factory(device, worker.rank, timeout)
         groups = ProcessGroups.create(config.topology, worker.rank, timeout, holders, make, watchdog)
         steps = train(config, groups, device, attempt_name(), stop_asked)
     except ConfigError as error:
@@ -95,8 +101,8 @@ def _run(config: RunConfig, worker: WorkerEnvironment, stop_asked: Callable[[], 
         return _stop(config, worker, 1, str(error))
     except RunHalted as halted:
         if worker.rank == 0:
-            note_stop(Path(config.training.run_dir), progressed=halted.progressed)
-        code = _stop(config, worker, halted.halt, str(halted))
+            record_stop(Path(config.training.run_dir), made_step=halted.made_progress)
+        code = _stop(config, worker, halted.reason, str(halted))
         dist.destroy_process_group()  # all ranks halt after the same step
         return code
     except CollectiveError as error:
@@ -109,16 +115,16 @@ def _run(config: RunConfig, worker: WorkerEnvironment, stop_asked: Callable[[], 
     return _stop(config, worker, 0, f"{steps} steps done")
 
 
-def _watch(config: RunConfig, worker: WorkerEnvironment) -> Watchdog:
+def _watch(config: RunConfig, worker: TorchrunEnvironment) -> Watchdog:
     """Watch calls into NCCL, with the limit of the start until the engine has connected."""
     limit = timedelta(seconds=config.training.start_timeout_seconds)
-    watchdog = Watchdog(worker.rank, limit, Path(config.training.run_dir) / FLIGHT_RECORDER)
+    watchdog = Watchdog(worker.rank, limit, Path(config.training.run_dir) / FLIGHT_RECORDER_DIR)
     watchdog.start()
     return watchdog
 
 
 def _meet(
-    config: RunConfig, worker: WorkerEnvironment, stop_asked: Callable[[], bool]
+    config: RunConfig, worker: TorchrunEnvironment, stop_asked: Callable[[], bool]
 ) -> tuple[torch.device, Watchdog | None]:
     """Find the other ranks, compare this one with them, and open the default group.
 
@@ -126,20 +132,20 @@ def _meet(
     launcher starts have met before; ranks that others start meet here.
     """
     limit = timedelta(seconds=config.training.start_timeout_seconds)
-    key = "start_timeout_seconds" if LAUNCHER_VARIABLE in os.environ else "meeting_timeout_seconds"
+    key = "start_timeout_seconds" if LAUNCHER_PID_ENV_VAR in os.environ else "meeting_timeout_seconds"
     try:
-        if LAUNCHER_VARIABLE in os.environ:
-            store = open_store(worker, limit)
+        if LAUNCHER_PID_ENV_VAR in os.environ:
+            store = connect_rendezvous_store(worker, limit)
         else:
-            store = find_ranks(worker, config.training.meeting_timeout_seconds, stop_asked)
+            store = open_rendezvous_store(worker, config.training.rendezvous_timeout_seconds, stop_asked)
             store.set_timeout(limit)
         key = "start_timeout_seconds"
-        refuse_unless_equal(store, worker.rank, worker.world_size, identity(config, data_digest(config)))
+        verify_ranks_match(store, worker.rank, worker.world_size, run_fingerprint(config, data_digest(config)))
         _make_settings(config, worker)
         device = pick_device(config, worker)
         watchdog = _watch(config, worker) if device.type == "cuda" else None
-        with nullcontext() if watchdog is None else watchdog.watching("opening NCCL", range(worker.world_size)):
-            start_default_group(worker, device, limit, store)
+        with nullcontext() if watchdog is None else watchdog.watch_call("opening NCCL", range(worker.world_size)):
+            init_default_process_group(worker, device, limit, store)
     except (dist.DistError, OSError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         seconds = getattr(config.training, key)
@@ -154,25 +160,25 @@ def _refuse_alone(run_dir: Path, rank: int, refused: ConfigError, *, owns: bool 
     So this rank leaves the status, whichever it is. Not where no launcher holds `run_dir`, and rank 0 not either
     (`owns`): another run may be going on there.
     """
-    if (LAUNCHER_VARIABLE in os.environ or (owns and rank == 0)) and is_marked(run_dir):
-        write_status(run_dir, _REFUSED, str(refused))
-    if rank == 0 or LAUNCHER_VARIABLE not in os.environ or not isinstance(refused, ProcessesDifferError):
-        say(f"shoestring train: {refused}" if rank == 0 else f"shoestring train: rank {rank}: {refused}")
+    if (LAUNCHER_PID_ENV_VAR in os.environ or (owns and rank == 0)) and is_run_dir(run_dir):
+        write_run_status(run_dir, _REFUSED, str(refused))
+    if rank == 0 or LAUNCHER_PID_ENV_VAR not in os.environ or not isinstance(refused, RankMismatchError):
+        print_to_stderr(f"shoestring train: {refused}" if rank == 0 else f"shoestring train: rank {rank}: {refused}")
     return _REFUSED
 
 
-def _make_settings(config: RunConfig, worker: WorkerEnvironment) -> None:
+def _make_settings(config: RunConfig, worker: TorchrunEnvironment) -> None:
     """Before CUDA starts: make what a torchrun of one's own has not, and say what differs from our settings."""
-    on_gpu = computes_on_gpus(config.training.device, _local_ranks())
+    on_gpu = uses_gpus(config.training.device, _local_ranks())
     run_dir = Path(config.training.run_dir)
-    chosen = applying(run_dir, on_gpu=on_gpu)
-    words = [*users_choices(chosen, os.environ), *make_late(chosen, os.environ)]
+    chosen = applicable_settings(run_dir, on_gpu=on_gpu)
+    words = [*describe_user_overrides(chosen, os.environ), *apply_late_settings(chosen, os.environ)]
     if worker.rank != 0:
         return
     if on_gpu:  # rank 0 alone makes the folder: a run directory that others make before it would not be a run's
-        (run_dir / FLIGHT_RECORDER).mkdir(exist_ok=True)
+        (run_dir / FLIGHT_RECORDER_DIR).mkdir(exist_ok=True)
     for each in words:
-        say(f"shoestring train: {each}")
+        print_to_stderr(f"shoestring train: {each}")
 
 
 def _local_ranks() -> int:
@@ -181,7 +187,7 @@ def _local_ranks() -> int:
 
 def _die(words: str) -> NoReturn:
     """Say why, then leave with 1, once the words stand before those of the ranks that then miss this one."""
-    say(words)
+    print_to_stderr(words)
     _exit(1, _SECONDS_FOR_OTHERS)
 
 
@@ -200,33 +206,35 @@ def _owning(config: RunConfig) -> Iterator[None]:
     Raises `ConfigError`, before anything is written, where another run is going on in it.
     """
     run_dir = Path(config.training.run_dir)
-    if LAUNCHER_VARIABLE in os.environ:
-        own(run_dir)
-        reserve_status(run_dir)
+    if LAUNCHER_PID_ENV_VAR in os.environ:
+        create_run_dir(run_dir)
+        reserve_status_space(run_dir)
         yield
         return
-    with claimed(run_dir, fresh=False):
-        reserve_status(run_dir)
-        write_config(run_dir, to_yaml(config))
+    with lock_run_dir(run_dir, fresh=False):
+        reserve_status_space(run_dir)
+        write_run_config(run_dir, config_to_yaml(config))
         yield
 
 
-def _stop(config: RunConfig, worker: WorkerEnvironment, code: int, reason: str) -> int:
-    launched, run_dir = LAUNCHER_VARIABLE in os.environ, Path(config.training.run_dir)
+def _stop(config: RunConfig, worker: TorchrunEnvironment, code: int, reason: str) -> int:
+    launched, run_dir = LAUNCHER_PID_ENV_VAR in os.environ, Path(config.training.run_dir)
     if code and (worker.rank == 0 or not launched):
-        say(f"shoestring train: {reason}" if worker.rank == 0 else f"shoestring train: rank {worker.rank}: {reason}")
+        print_to_stderr(
+            f"shoestring train: {reason}" if worker.rank == 0 else f"shoestring train: rank {worker.rank}: {reason}"
+        )
     if worker.rank == 0:
         try:
-            write_status(run_dir, code, reason)
+            write_run_status(run_dir, code, reason)
             if not launched:
-                note_end(run_dir, attempt_name(), code)
+                record_attempt_exit(run_dir, attempt_name(), code)
         except OSError as error:  # the run directory is gone: a launcher that reads nothing says so with 1
-            say(f"shoestring train: how the run ended cannot be written down: {error}")
+            print_to_stderr(f"shoestring train: how the run ended cannot be written down: {error}")
             return 1 if launched else code
     return 0 if launched else code
 
 
-def pick_device(config: RunConfig, worker: WorkerEnvironment) -> torch.device:
+def pick_device(config: RunConfig, worker: TorchrunEnvironment) -> torch.device:
     """The device of this rank; `auto` takes GPUs where every local process gets one of its own."""
     wanted = config.training.device
     gpus = torch.cuda.device_count()
@@ -235,8 +243,8 @@ def pick_device(config: RunConfig, worker: WorkerEnvironment) -> torch.device:
         has = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
         fit = "topology=single" if gpus == 1 else f"topology=single for one of them, or a topology of {gpus} ranks"
         text = f"this machine has {has} for {local} ranks, so they compute on its CPU; to use {has}, write {fit}"
-        say(f"shoestring train: {text}")
-    if not computes_on_gpus(wanted, local):
+        print_to_stderr(f"shoestring train: {text}")
+    if not uses_gpus(wanted, local):
         return torch.device("cpu")
     device = torch.device("cuda", worker.local_rank)
     torch.cuda.set_device(device)

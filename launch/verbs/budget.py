@@ -10,24 +10,24 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from ...comm.errors import ConfigError, Problem, refuse_if_any
+from ...comm.errors import ConfigError, Problem, raise_if_any
 from ...trainer.ledger.project import Project, ProjectReader, ProjectTotals
 from ...trainer.ledger.reconcile import (
     Invoice,
     ReconciliationLine,
-    invoice_price,
+    describe_invoice_price,
     read_invoice,
-    read_sacct,
+    read_sacct_jobs,
     reconcile_invoice,
     reconcile_jobs,
-    render_lines,
+    render_reconciliation,
 )
-from ...trainer.ledger.render import render, render_project, render_what_if, what_if
-from ...trainer.ledger.snapshot import totals_problem
-from ...trainer.ledger.summary import LedgerSummary, summarize, verified_summary
-from ...trainer.ledger.terms import PUBLISHED_USD_PER_GPU_HOUR, TOTALS_FILE, gpu_hours
+from ...trainer.ledger.render import render_ledger, render_project, render_what_if, what_if_gpu_hours
+from ...trainer.ledger.snapshot import snapshot_problem
+from ...trainer.ledger.summary import LedgerSummary, summarize_ledger, summarize_verified_ledger
+from ...trainer.ledger.terms import PUBLISHED_USD_PER_GPU_HOUR, SNAPSHOT_FILE, to_gpu_hours
 from ...trainer.ledger.totals import ledger_problems
-from ..say import say
+from ..say import print_to_stderr
 
 _SCALES = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 
@@ -36,7 +36,7 @@ _SCALES = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 class BudgetQuery:
     """What is asked about a run, as on the command line."""
 
-    run: Path
+    run_or_project: Path
     """Directory of a run, or a project file."""
     tokens: str | None
     gpus: int | None
@@ -50,18 +50,18 @@ class BudgetQuery:
     """Whether every record of the ledger is read, whatever totals are saved beside it."""
 
     @property
-    def price(self) -> float:
+    def price_per_gpu_hour(self) -> float:
         """Of a GPU-hour, in USD."""
         return PUBLISHED_USD_PER_GPU_HOUR if self.usd_per_gpu_hour is None else self.usd_per_gpu_hour
 
     @property
     def is_project(self) -> bool:
         """Whether it is about several runs."""
-        return self.run.is_file()
+        return self.run_or_project.is_file()
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """Raise `ConfigError` with all that is wrong with the question itself."""
-        refuse_if_any(self._problems())
+        raise_if_any(self._problems())
 
     def _problems(self) -> Iterator[Problem]:
         if self.is_project:
@@ -80,11 +80,11 @@ class BudgetQuery:
             yield Problem(given, self.tokens or self.gpus, "write both: --tokens 14.8T --gpus 2048")
         if self.gpus is not None and self.gpus < 1:
             yield Problem("--gpus", self.gpus, "must be at least 1")
-        if not (self.price >= 0 and math.isfinite(self.price)):
-            yield Problem("--usd-per-gpu-hour", self.price, "must be at least 0 and finite")
+        if not (self.price_per_gpu_hour >= 0 and math.isfinite(self.price_per_gpu_hour)):
+            yield Problem("--usd-per-gpu-hour", self.price_per_gpu_hour, "must be at least 0 and finite")
 
 
-def parse_tokens(text: str) -> float:
+def parse_token_count(text: str) -> float:
     """A number of tokens with a letter for its scale: 14.8T, 300B, 2e6. Raises `ConfigError`."""
     scale = text[-1:].upper() if text[-1:].isalpha() else ""
     try:
@@ -98,42 +98,46 @@ def parse_tokens(text: str) -> float:
 
 def budget_tables(question: BudgetQuery) -> Iterator[RenderableType]:
     """The answer for a person. Raises `ConfigError` for a ledger, a file or an option that makes no sense."""
-    question.check()
+    question.validate()
     if question.is_project:
-        project = Project.read(question.run)
-        yield render_project(project, ProjectReader(project).summaries(), question.price)
+        project = Project.read(question.run_or_project)
+        yield render_project(project, ProjectReader(project).summarize_runs(), question.price_per_gpu_hour)
         return
     summary = _summary(question)
     comparisons, invoice = _comparisons(question, summary), _invoice(question)
-    plan = None if question.against is None else _against(question.run, summary, question.against, as_json=False)
-    yield render(summary, question.price)
+    plan = (
+        None
+        if question.against is None
+        else _against(question.run_or_project, summary, question.against, as_json=False)
+    )
+    yield render_ledger(summary, question.price_per_gpu_hour)
     if question.verify:
-        yield f"Every record was read: {summary.records:,} of work; {_saved(question.run)}."
+        yield f"Every record was read: {summary.num_records:,} of work; {_saved(question.run_or_project)}."
     if plan is not None:
         yield plan
     if question.tokens is not None and question.gpus is not None:
-        yield render_what_if(summary, parse_tokens(question.tokens), question.gpus, question.price)
+        yield render_what_if(summary, parse_token_count(question.tokens), question.gpus, question.price_per_gpu_hour)
     for title, lines in comparisons.items():
-        yield render_lines(title, lines)
+        yield render_reconciliation(title, lines)
     if invoice is not None:
-        yield invoice_price(invoice, question.price)
+        yield describe_invoice_price(invoice, question.price_per_gpu_hour)
 
 
-def budget_tree(question: BudgetQuery) -> dict[str, object]:
+def budget_as_dict(question: BudgetQuery) -> dict[str, object]:
     """The same as plain values for a script."""
-    question.check()
+    question.validate()
     if question.is_project:
-        return _project_tree(Project.read(question.run))
+        return _project_tree(Project.read(question.run_or_project))
     summary = _summary(question)
-    tree = summary.to_json() | {"usd": summary.gpu_hours * question.price}
+    tree = summary.to_json() | {"usd": summary.gpu_hours * question.price_per_gpu_hour}
     if question.tokens is not None and question.gpus is not None:
-        needed = what_if(summary, parse_tokens(question.tokens))
+        needed = what_if_gpu_hours(summary, parse_token_count(question.tokens))
         tree["what_if"] = {
-            name: {"gpu_hours": hours, "days": hours / question.gpus / 24, "usd": hours * question.price}
+            name: {"gpu_hours": hours, "days": hours / question.gpus / 24, "usd": hours * question.price_per_gpu_hour}
             for name, hours in needed.items()
         }
     if question.against is not None:
-        tree["against"] = _against(question.run, summary, question.against, as_json=True)
+        tree["against"] = _against(question.run_or_project, summary, question.against, as_json=True)
     for title, lines in _comparisons(question, summary).items():
         tree[title] = [{"line": line.name, "gpu_ms": line.gpu_ms} for line in lines]
     invoice = _invoice(question)
@@ -143,11 +147,11 @@ def budget_tree(question: BudgetQuery) -> dict[str, object]:
 def _summary(question: BudgetQuery) -> LedgerSummary:
     """Of the run; where it is to be verified, without the saved totals, which must agree, as must the checkpoint."""
     if question.verify:
-        refuse_if_any(_missing_for_checkpoint(question.run))
-        return verified_summary(question.run)
-    summary, problem = summarize(question.run), totals_problem(question.run)
+        raise_if_any(_missing_for_checkpoint(question.run_or_project))
+        return summarize_verified_ledger(question.run_or_project)
+    summary, problem = summarize_ledger(question.run_or_project), snapshot_problem(question.run_or_project)
     if problem is not None:
-        say(f"shoestring budget: {problem}")
+        print_to_stderr(f"shoestring budget: {problem}")
     return summary
 
 
@@ -155,26 +159,26 @@ def _missing_for_checkpoint(run_dir: Path) -> Iterator[Problem]:
     """What the ledger lacks that the run's last checkpoint counts: a run that goes on from it is refused for that."""
     from ...trainer.checkpoint.store import CheckpointStore  # and with it torch: seconds that a bill need not wait
 
-    checkpoint, _ = CheckpointStore(run_dir / "checkpoints", keep=1).last_good()
-    if checkpoint is not None and "ledger" in checkpoint.manifest.facts:
-        yield from ledger_problems(run_dir, checkpoint.manifest.facts["ledger"])
+    checkpoint, _ = CheckpointStore(run_dir / "checkpoints", keep_last=1).open_last_intact()
+    if checkpoint is not None and "ledger" in checkpoint.manifest.metadata:
+        yield from ledger_problems(run_dir, checkpoint.manifest.metadata["ledger"])
 
 
 def _saved(run_dir: Path) -> str:
     """What verified totals are compared with."""
-    is_there = (run_dir / TOTALS_FILE).exists()
+    is_there = (run_dir / SNAPSHOT_FILE).exists()
     return "the totals saved beside them agree" if is_there else "no totals are saved beside them to compare with"
 
 
 def _project_tree(project: Project) -> dict[str, object]:
-    summaries = ProjectReader(project).summaries()
-    totals = ProjectTotals.of(project, summaries)
+    summaries = ProjectReader(project).summarize_runs()
+    totals = ProjectTotals.from_summaries(project, summaries)
     return {
-        "gpu_hours": gpu_hours(totals.allocated_ms),
-        "phase_gpu_hours": {phase: gpu_hours(spent) for phase, spent in totals.by_phase.items()},
+        "gpu_hours": to_gpu_hours(totals.allocated_ms),
+        "phase_gpu_hours": {phase: to_gpu_hours(spent) for phase, spent in totals.gpu_ms_by_phase.items()},
         "budget_gpu_hours": dict(project.gpu_hours),
         "tokens_retained": dict(totals.tokens_by_phase),
-        "foreign_gpu_hours": gpu_hours(totals.foreign_ms),
+        "foreign_gpu_hours": to_gpu_hours(totals.inherited_from_others_ms),
         "runs": {str(run): summary.to_json() for run, summary in summaries.items()},
     }
 
@@ -182,7 +186,7 @@ def _project_tree(project: Project) -> dict[str, object]:
 def _comparisons(question: BudgetQuery, summary: LedgerSummary) -> dict[str, Sequence[ReconciliationLine]]:
     found: dict[str, Sequence[ReconciliationLine]] = {}
     if question.sacct is not None:
-        found["scheduler and ledger"] = reconcile_jobs(summary, read_sacct(question.sacct))
+        found["scheduler and ledger"] = reconcile_jobs(summary, read_sacct_jobs(question.sacct))
     invoice = _invoice(question)
     if invoice is not None:
         found["invoice and ledger"] = reconcile_invoice(summary, invoice)
@@ -192,12 +196,12 @@ def _comparisons(question: BudgetQuery, summary: LedgerSummary) -> dict[str, Seq
 def _against(run_dir: Path, summary: LedgerSummary, plan: Path, *, as_json: bool) -> Any:
     """A table, or plain values."""
     from .compare import (  # and with it torch: seconds that a bill need not wait
-        compare,
+        compare_with_plan,
+        comparison_as_dict,
         comparison_table,
-        comparison_tree,
     )
 
-    return (comparison_tree if as_json else comparison_table)(compare(run_dir, summary, plan))
+    return (comparison_as_dict if as_json else comparison_table)(compare_with_plan(run_dir, summary, plan))
 
 
 def _invoice(question: BudgetQuery) -> Invoice | None:

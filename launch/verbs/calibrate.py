@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from ...comm.errors import ConfigError, Problem, refuse_if_any
+from ...comm.errors import ConfigError, Problem, raise_if_any
 from ...trainer.config import RunConfig
 from ...trainer.costs.cluster import ClusterConfig
-from ..compose import compose_run, literal
-from ..planner.configured import computing_of, unpriced
-from ..planner.kernel_times import Measurement, write_table
-from ..planner.pricing import recipe_names
-from ..run.torchrun import run_ranks
+from ..compose import compose_run_config, escape_interpolations
+from ..planner.configured import configured_recipe, unsupported_config_problems
+from ..planner.kernel_times import KernelMeasurement, write_kernel_table
+from ..planner.pricing import recipe_by_config_key
+from ..run.torchrun import run_local_ranks
 
 _SECONDS = 600.0
 
@@ -30,8 +30,8 @@ def calibrate(overrides: Sequence[str], config_dir: Path | None, folder: Path, r
     `folder` then serves as `--config-dir FOLDER` with `cluster=measured`. On the CPU; GPUs are priced by a table of
     their kernels. Raises `ConfigError` before a process starts, and `RanksFailed`.
     """
-    config = compose_run(overrides, config_dir)
-    refuse_if_any([*_problems(ranks, repeats), *_unmeasured(config)])
+    config = compose_run_config(overrides, config_dir)
+    raise_if_any([*_problems(ranks, repeats), *_unmeasured(config)])
     folder = folder.absolute()
     try:
         (folder / "cluster").mkdir(parents=True, exist_ok=True)
@@ -42,15 +42,15 @@ def calibrate(overrides: Sequence[str], config_dir: Path | None, folder: Path, r
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "rows.json"
         rank = ["-m", "shoestring.launch.bench.calibrate_rank", described, str(output), str(repeats)]
-        run_ranks(rank, ranks, _SECONDS)
-        rows = [Measurement(**row) for row in json.loads(output.read_text())]
-    return write_cluster(folder, [*measured_with(config), *rows], ranks)
+        run_local_ranks(rank, ranks, _SECONDS)
+        rows = [KernelMeasurement(**row) for row in json.loads(output.read_text())]
+    return write_cluster_config(folder, [*recipe_measurements(config), *rows], ranks)
 
 
-def measured_with(config: RunConfig) -> Iterator[Measurement]:
+def recipe_measurements(config: RunConfig) -> Iterator[KernelMeasurement]:
     """What the phases were measured with: they say nothing about anything else."""
-    for name, value in recipe_names(computing_of(_here(config))).items():
-        yield Measurement("recipe", name, value, "any", 0, 0, 0, 0.0, "", "measured", "shoestring calibrate")
+    for name, value in recipe_by_config_key(configured_recipe(_here(config))).items():
+        yield KernelMeasurement("recipe", name, value, "any", 0, 0, 0, 0.0, "", "measured", "shoestring calibrate")
 
 
 def _here(config: RunConfig) -> RunConfig:
@@ -73,13 +73,13 @@ def _unmeasured(config: RunConfig) -> Iterator[Problem]:
         yield Problem("training.device", device, f"{hint}price GPUs by a table of their kernels, as cluster=h800")
     if config.exchange.name == "deepep":
         yield Problem("exchange.name", "deepep", "is for GPUs, and the CPU is what is measured; write flat or two_hop")
-    yield from unpriced(_here(config))
+    yield from unsupported_config_problems(_here(config))
 
 
-def write_cluster(folder: Path, rows: Sequence[Measurement], ranks: int) -> Path:
+def write_cluster_config(folder: Path, rows: Sequence[KernelMeasurement], ranks: int) -> Path:
     """Table and description of the measured cluster, in an absolute `folder` that exists."""
     table, cluster = folder / "measured.csv", folder / "cluster" / "measured.yaml"
-    write_table(table, rows)
+    write_kernel_table(table, rows)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks / 1e9
     description = {
         "name": "measured",
@@ -96,6 +96,6 @@ def write_cluster(folder: Path, rows: Sequence[Measurement], ranks: int) -> Path
             "tables": "measured: shoestring calibrate on this machine",
         },
     }
-    text = OmegaConf.to_yaml(OmegaConf.create(literal(description)))
+    text = OmegaConf.to_yaml(OmegaConf.create(escape_interpolations(description)))
     cluster.write_text(f"# Written by `shoestring calibrate`.\n{text}")
     return cluster

@@ -10,15 +10,20 @@ from typing import Any
 from rich.table import Table
 
 from ...comm.errors import ConfigError, Problem
-from ...comm.files.access import refusing
-from ...comm.files.strict_json import Item
-from ...trainer.checkpoint.find import find_checkpoint, find_directory, store_at, unreadable
-from ...trainer.checkpoint.manifest import MANIFEST, Damaged, read_manifest_alone, read_outline
+from ...comm.files.access import config_error_context
+from ...comm.files.strict_json import JsonValue
+from ...trainer.checkpoint.find import (
+    find_checkpoint,
+    find_checkpoint_directory,
+    open_checkpoint_store,
+    unreadable_checkpoint_error,
+)
+from ...trainer.checkpoint.manifest import MANIFEST_FILE, CheckpointDamaged, read_manifest_only, read_manifest_summary
 from ...trainer.checkpoint.opened import Checkpoint
 
 
 @dataclass(frozen=True)
-class ListedCheckpoint:
+class CheckpointListing:
     """A directory of a store, as `ls` shows it."""
 
     name: str
@@ -32,8 +37,8 @@ class ListedCheckpoint:
 
 
 @dataclass(frozen=True)
-class Verified:
-    """What `verify` has found of one checkpoint."""
+class VerificationResult:
+    """What `verify_checkpoint` has found of one checkpoint."""
 
     path: str
     tensors: int | None
@@ -44,7 +49,7 @@ class Verified:
     """Words about each file, header or piece that is damaged; empty for a whole checkpoint."""
 
     @property
-    def words(self) -> str:
+    def report_text(self) -> str:
         """For the terminal."""
         if self.damage:
             return "\n".join(self.damage)
@@ -52,7 +57,7 @@ class Verified:
 
 
 @dataclass(frozen=True)
-class Difference:
+class CheckpointDiff:
     """What two checkpoints have in common of one kind of state, and what not."""
 
     kind: str
@@ -70,9 +75,9 @@ class Difference:
     """In which tensor."""
 
 
-def list_checkpoints(path: Path) -> list[ListedCheckpoint]:
+def list_checkpoints(path: Path) -> list[CheckpointListing]:
     """Everything in the store of a run, oldest first. Raises `ConfigError` where there is none."""
-    directory = store_at(path).directory
+    directory = open_checkpoint_store(path).directory
     if not directory.is_dir():
         raise ConfigError([Problem("checkpoint", str(path), "is no directory; name a run's")])
     found = [_listed(each) for each in sorted(directory.glob("step_*"))]
@@ -81,7 +86,7 @@ def list_checkpoints(path: Path) -> list[ListedCheckpoint]:
     return found
 
 
-def checkpoints_table(listed: list[ListedCheckpoint]) -> Table:
+def checkpoints_table(listed: list[CheckpointListing]) -> Table:
     """For the terminal."""
     table = Table(box=None)
     for heading in ("checkpoint", "tensors", "MB", "saved by", "state"):
@@ -92,32 +97,36 @@ def checkpoints_table(listed: list[ListedCheckpoint]) -> Table:
     return table
 
 
-def verify(path: Path, step: int | None) -> Verified:
+def verify_checkpoint(path: Path, step: int | None) -> VerificationResult:
     """Read every byte of a checkpoint. Raises `ConfigError` where there is none, or none that can be read now."""
     try:
-        directory = find_directory(path, step)
+        directory = find_checkpoint_directory(path, step)
         try:
-            checkpoint = Checkpoint(directory, read_manifest_alone(directory))
-        except Damaged as damaged:
+            checkpoint = Checkpoint(directory, read_manifest_only(directory))
+        except CheckpointDamaged as damaged:
             words = f"{damaged}; nothing more can be checked: restore that file, or --step takes another checkpoint"
-            return Verified(str(directory), None, None, [words])
+            return VerificationResult(str(directory), None, None, [words])
         manifest = checkpoint.manifest
-        return Verified(str(directory), len(manifest.tensors), manifest.bytes, list(checkpoint.damage()))
+        return VerificationResult(
+            str(directory), len(manifest.tensors), manifest.total_bytes, list(checkpoint.find_damage())
+        )
     except OSError as error:
-        raise unreadable(error) from error
+        raise unreadable_checkpoint_error(error) from error
 
 
-def diff(first: Path, second: Path, steps: tuple[int | None, int | None]) -> tuple[list[str], list[Difference]]:
+def diff_checkpoints(
+    first: Path, second: Path, steps: tuple[int | None, int | None]
+) -> tuple[list[str], list[CheckpointDiff]]:
     """Where two checkpoints differ: facts and configuration a line each, tensors by kind of state."""
     one, two = find_checkpoint(first, steps[0]), find_checkpoint(second, steps[1])
     try:
-        return list(_facts(one.manifest.facts, two.manifest.facts)), list(_differences(one, two))
-    except Damaged as damaged:
+        return list(_facts(one.manifest.metadata, two.manifest.metadata)), list(_differences(one, two))
+    except CheckpointDamaged as damaged:
         hint = "is damaged; `shoestring checkpoint verify` says more"
         raise ConfigError([Problem("checkpoint", str(damaged), hint)]) from damaged
 
 
-def diff_table(differences: list[Difference]) -> Table:
+def diff_table(differences: list[CheckpointDiff]) -> Table:
     """For the terminal."""
     table = Table(box=None)
     for heading in ("state", "in both", "equal", "only 1st", "only 2nd", "reshaped", "largest Δ"):
@@ -129,35 +138,37 @@ def diff_table(differences: list[Difference]) -> Table:
     return table
 
 
-def _listed(path: Path) -> ListedCheckpoint:
+def _listed(path: Path) -> CheckpointListing:
     if path.suffix in (".partial", ".old"):
-        return ListedCheckpoint(path.name, "unfinished; the next save clears it")
+        return CheckpointListing(path.name, "unfinished; the next save clears it")
     if path.suffix == ".damaged":
-        return ListedCheckpoint(path.name, "set aside by a run that found it damaged")
+        return CheckpointListing(path.name, "set aside by a run that found it damaged")
     try:
         return _whole(path)
-    except Damaged as damaged:
-        return ListedCheckpoint(path.name, f"damaged: {damaged}")
+    except CheckpointDamaged as damaged:
+        return CheckpointListing(path.name, f"damaged: {damaged}")
     except ConfigError as refused:
-        return ListedCheckpoint(path.name, str(refused))
+        return CheckpointListing(path.name, str(refused))
     except OSError as error:
-        return ListedCheckpoint(path.name, f"cannot be read now: {error}")
+        return CheckpointListing(path.name, f"cannot be read now: {error}")
 
 
-def _whole(path: Path) -> ListedCheckpoint:
-    outline = read_outline(path)
-    with refusing(path / MANIFEST, "take another checkpoint"):
-        facts = Item(outline.facts, "facts")
+def _whole(path: Path) -> CheckpointListing:
+    outline = read_manifest_summary(path)
+    with config_error_context(path / MANIFEST_FILE, "take another checkpoint"):
+        facts = JsonValue(outline.metadata, "facts")
         grid, layout = facts["config"].get("topology"), "an import"
         if grid is not None:
             layout = " ".join(f"{axis}{_size(grid, axis)}" for axis in ("pp", "edp", "ep"))
-        step = facts["step"].whole()
-    return ListedCheckpoint(path.name, "whole", step, outline.bytes, outline.tensors, outline.files, layout)
+        step = facts["step"].as_integer()
+    return CheckpointListing(
+        path.name, "whole", step, outline.total_bytes, outline.num_tensors, outline.num_tensor_files, layout
+    )
 
 
-def _size(grid: Item, axis: str) -> int:
+def _size(grid: JsonValue, axis: str) -> int:
     found = grid.get(axis)
-    return 1 if found is None else found.whole(1)
+    return 1 if found is None else found.as_integer(1)
 
 
 def _facts(one: Mapping[str, Any], two: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -169,15 +180,15 @@ def _facts(one: Mapping[str, Any], two: Mapping[str, Any], prefix: str = "") -> 
             yield f"{name}: {a!r} | {b!r}"
 
 
-def _differences(one: Checkpoint, two: Checkpoint) -> Iterator[Difference]:
+def _differences(one: Checkpoint, two: Checkpoint) -> Iterator[CheckpointDiff]:
     names = sorted(one.manifest.tensors.keys() | two.manifest.tensors.keys())
     for kind in dict.fromkeys(name.partition("/")[0] for name in names):
         own = [name for name in names if name.partition("/")[0] == kind]
-        both = [name for name in own if not one.missing([name]) and not two.missing([name])]
+        both = [name for name in own if not one.missing_tensors([name]) and not two.missing_tensors([name])]
         equal = reshaped = 0
         largest, where = 0.0, ""
         for name in both:
-            a, b = one.read(name), two.read(name)
+            a, b = one.read_tensor(name), two.read_tensor(name)
             if (a.shape, a.dtype) != (b.shape, b.dtype):
                 reshaped += 1
                 continue
@@ -185,5 +196,5 @@ def _differences(one: Checkpoint, two: Checkpoint) -> Iterator[Difference]:
             difference = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
             if difference > largest:
                 largest, where = difference, name
-        only = len(one.missing(own)), len(two.missing(own))
-        yield Difference(kind, len(both), equal, only[1], only[0], reshaped, largest, where)
+        only = len(one.missing_tensors(own)), len(two.missing_tensors(own))
+        yield CheckpointDiff(kind, len(both), equal, only[1], only[0], reshaped, largest, where)

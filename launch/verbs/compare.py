@@ -11,15 +11,15 @@ from rich.table import Table
 
 from ...comm.errors import ConfigError, Problem
 from ...trainer.config import RunConfig
-from ...trainer.ledger.guard import project_cost
-from ...trainer.ledger.render import hours
+from ...trainer.ledger.guard import project_gpu_hours
+from ...trainer.ledger.render import format_gpu_hours
 from ...trainer.ledger.summary import LedgerSummary
-from ...trainer.ledger.terms import TERMS, gpu_hours
-from ...trainer.telemetry.events import Event, as_numbers
+from ...trainer.ledger.terms import STEP_TIME_TERMS, to_gpu_hours
+from ...trainer.telemetry.events import Event, parse_numbers
 from ...trainer.telemetry.history import read_all_metrics
-from ...trainer.telemetry.memory_usage import ALLOCATED
+from ...trainer.telemetry.memory_usage import ALLOCATED_LABEL
 from ..compose import read_config
-from ..planner.planned import Planned, read_planned
+from ..planner.planned import PlanEntry, read_plan_entry
 from ..run.run_dir import CONFIG_FILE
 
 _METRICS_FILE = "metrics.jsonl"
@@ -27,7 +27,7 @@ _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
 
 
 @dataclass(frozen=True)
-class ComparedFigure:
+class PlannedVsMeasured:
     """One figure, planned and measured."""
 
     name: str
@@ -42,16 +42,16 @@ class ComparedFigure:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PlanComparison:
     """A run beside its plan."""
 
-    row: str
+    layout_name: str
     """Which layout of the plan it is."""
-    terms: Sequence[ComparedFigure]
+    time_terms: Sequence[PlannedVsMeasured]
     """Seconds a step, mean over ranks; the last ones are `other`, what no term holds."""
-    step: ComparedFigure
+    step: PlannedVsMeasured
     """Their sums."""
-    totals: Sequence[ComparedFigure]
+    totals: Sequence[PlannedVsMeasured]
     """Tokens a second, GPU-hours, bytes."""
     deviations: Sequence[str]
     """Where the run is not what was planned, although its steps are."""
@@ -59,27 +59,29 @@ class Comparison:
     """Where the measured figures are not of one layout and one size of steps."""
 
 
-def compare(run_dir: Path, summary: LedgerSummary, plan: Path) -> Comparison:
+def compare_with_plan(run_dir: Path, summary: LedgerSummary, plan: Path) -> PlanComparison:
     """The run in `run_dir` beside the plan at `plan`.
 
-    Raises `ConfigError` for a run without a step or configuration, and as `read_planned` does.
+    Raises `ConfigError` for a run without a step or configuration, and as `read_plan_entry` does.
     """
     config = _configuration(run_dir)
-    planned = read_planned(plan, config, _precision(run_dir, config))
+    planned = read_plan_entry(plan, config, _precision(run_dir, config))
     if not summary.steps_retained:
         raise ConfigError([Problem("--against", str(plan), f"{run_dir} has no step to compare yet")])
     steps, ranks = summary.steps_retained, config.topology.world_size
     seconds = summary.productive_ms / 1e3 / ranks
     tokens = sum(summary.tokens_by_phase.values())
-    terms = [ComparedFigure(term, planned.terms[term], _a_step(summary, term, ranks)) for term in TERMS]
-    return Comparison(
-        row=planned.row,
-        terms=[*terms, ComparedFigure("other", 0.0, _a_step(summary, "other", ranks))],
-        step=ComparedFigure("step", planned.step_seconds, seconds / steps),
+    terms = [
+        PlannedVsMeasured(term, planned.time_terms[term], _a_step(summary, term, ranks)) for term in STEP_TIME_TERMS
+    ]
+    return PlanComparison(
+        layout_name=planned.layout_name,
+        time_terms=[*terms, PlannedVsMeasured("other", 0.0, _a_step(summary, "other", ranks))],
+        step=PlannedVsMeasured("step", planned.step_seconds, seconds / steps),
         totals=[
-            ComparedFigure("tokens_per_second", planned.tokens_per_second, tokens / seconds),
+            PlannedVsMeasured("tokens_per_second", planned.tokens_per_second, tokens / seconds),
             *_costs(config, summary, planned),
-            ComparedFigure("memory_bytes", planned.memory_bytes, _allocated(run_dir)),
+            PlannedVsMeasured("memory_bytes", planned.memory_bytes, _allocated(run_dir)),
         ],
         deviations=planned.deviations,
         notes=list(_notes(config, summary, tokens)),
@@ -87,31 +89,31 @@ def compare(run_dir: Path, summary: LedgerSummary, plan: Path) -> Comparison:
 
 
 def _a_step(summary: LedgerSummary, term: str, ranks: int) -> float | None:
-    if not summary.terms:
+    if not summary.gpu_ms_by_term:
         return None
-    return summary.terms[term] / 1e3 / ranks / summary.steps_retained
+    return summary.gpu_ms_by_term[term] / 1e3 / ranks / summary.steps_retained
 
 
-def _costs(config: RunConfig, summary: LedgerSummary, planned: Planned) -> Iterator[ComparedFigure]:
+def _costs(config: RunConfig, summary: LedgerSummary, planned: PlanEntry) -> Iterator[PlannedVsMeasured]:
     left = config.tokens_after(config.total_steps) - summary.tokens_retained
     assert summary.step_ms_per_token is not None
-    ahead = project_cost(0.0, left, summary.step_ms_per_token)
-    yield ComparedFigure("gpu_hours_of_steps", planned.gpu_hours, gpu_hours(summary.productive_ms) + ahead)
-    yield ComparedFigure("gpu_hours", None, summary.gpu_hours + ahead)
+    ahead = project_gpu_hours(0.0, left, summary.step_ms_per_token)
+    yield PlannedVsMeasured("gpu_hours_of_steps", planned.gpu_hours, to_gpu_hours(summary.productive_ms) + ahead)
+    yield PlannedVsMeasured("gpu_hours", None, summary.gpu_hours + ahead)
 
 
 def _allocated(run_dir: Path) -> float | None:
     """Bytes at the worst moment of the fullest rank; None for a run on a CPU, whose figures hold Python too."""
-    looks = [event.values for event in _events(run_dir, "memory") if event.values.get("of") == ALLOCATED]
-    return max((peak for look in looks for peak in as_numbers(look.get("peak"))), default=None)
+    looks = [event.values for event in _events(run_dir, "memory") if event.values.get("of") == ALLOCATED_LABEL]
+    return max((peak for look in looks for peak in parse_numbers(look.get("peak"))), default=None)
 
 
 def _notes(config: RunConfig, summary: LedgerSummary, tokens: int) -> Iterator[str]:
     ranks = config.topology.world_size
-    others = sorted({held.ranks for held in summary.held} - {ranks})
+    others = sorted({held.ranks for held in summary.attempt_usages} - {ranks})
     if others:
         yield f"launches on {', '.join(map(str, others))} ranks are in the measured figures, which count {ranks}"
-    full = config.training.global_batch * config.training.sequence_length
+    full = config.training.global_batch_size * config.training.sequence_length
     if tokens != summary.steps_retained * full:
         yield f"a step took {tokens / summary.steps_retained:,.0f} tokens in the mean, and is planned with {full:,}"
     if summary.inherited_ms:
@@ -139,15 +141,15 @@ def _events(run_dir: Path, kind: str) -> list[Event]:
     return [event for event in read_all_metrics(path) if event.kind == kind] if path.exists() else []
 
 
-def comparison_tree(comparison: Comparison) -> dict[str, object]:
+def comparison_as_dict(comparison: PlanComparison) -> dict[str, object]:
     """Plain values: seconds, tokens a second, GPU-hours and bytes."""
 
-    def line(each: ComparedFigure) -> dict[str, object]:
+    def line(each: PlannedVsMeasured) -> dict[str, object]:
         return asdict(each) | {"difference": each.difference}
 
     return {
-        "layout": comparison.row,
-        "terms_seconds_a_step": [line(each) for each in comparison.terms],
+        "layout": comparison.layout_name,
+        "terms_seconds_a_step": [line(each) for each in comparison.time_terms],
         "step_seconds": line(comparison.step),
         "totals": [line(each) for each in comparison.totals],
         "deviations": list(comparison.deviations),
@@ -155,12 +157,12 @@ def comparison_tree(comparison: Comparison) -> dict[str, object]:
     }
 
 
-def comparison_table(comparison: Comparison) -> RenderableType:
+def comparison_table(comparison: PlanComparison) -> RenderableType:
     """The same for a person."""
     longest = max(comparison.step.planned or 0.0, comparison.step.measured or 0.0)
     scale, unit = (1.0, "s") if longest >= 1 else (1e3, "ms")
     table = Table(
-        title=f"planned and measured: {comparison.row}",
+        title=f"planned and measured: {comparison.layout_name}",
         caption=f"Terms in {unit} a step, mean over ranks. GPU-hours at the run's end: a plan's are of "
         "steps alone, all are also start-up, checkpoints and the like.",
         title_justify="left",
@@ -168,9 +170,9 @@ def comparison_table(comparison: Comparison) -> RenderableType:
     )
     for heading in ("", "planned", "measured", "difference", "of the plan"):
         table.add_column(heading, justify="right" if heading else "left")
-    for each in (*comparison.terms, comparison.step):
+    for each in (*comparison.time_terms, comparison.step):
         figures = _figures(each, lambda figure: f"{figure * scale:.4f}")
-        is_last = each in (comparison.terms[-1], comparison.step)
+        is_last = each in (comparison.time_terms[-1], comparison.step)
         table.add_row(each.name.replace("_", " "), *figures, _share(each, least=longest / 1e5), end_section=is_last)
     for each in comparison.totals:
         name, show = _TOTALS[each.name]
@@ -183,13 +185,13 @@ def comparison_table(comparison: Comparison) -> RenderableType:
 
 _TOTALS: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "tokens_per_second": ("tokens a second", lambda figure: f"{figure:,.0f}"),
-    "gpu_hours_of_steps": ("GPU-hours of steps", hours),
-    "gpu_hours": ("GPU-hours of all", hours),
+    "gpu_hours_of_steps": ("GPU-hours of steps", format_gpu_hours),
+    "gpu_hours": ("GPU-hours of all", format_gpu_hours),
     "memory_bytes": ("GB of the fullest rank", lambda figure: f"{figure / 1e9:.2f}"),
 }
 
 
-def _figures(each: ComparedFigure, show: Callable[[float], str]) -> list[str]:
+def _figures(each: PlannedVsMeasured, show: Callable[[float], str]) -> list[str]:
     """Planned, measured, and the difference with its sign."""
     sign = "+" if each.difference is not None and each.difference >= 0 else ""
     planned = "-" if each.planned is None else show(each.planned)
@@ -197,7 +199,7 @@ def _figures(each: ComparedFigure, show: Callable[[float], str]) -> list[str]:
     return [planned, measured, "-" if each.difference is None else f"{sign}{show(each.difference)}"]
 
 
-def _share(each: ComparedFigure, least: float = 0.0) -> str:
+def _share(each: PlannedVsMeasured, least: float = 0.0) -> str:
     """The difference, of what was planned; the ratio where that says more. Nothing of a plan up to `least`."""
     if each.planned is None or each.planned <= least or each.measured is None:
         return ""

@@ -6,32 +6,34 @@ from pathlib import Path
 
 from ...comm.errors import ConfigError, Problem
 from ...trainer.checkpoint.find import find_checkpoint
-from ...trainer.huggingface.export import ExportOptions, export
-from ...trainer.huggingface.importing import import_released
-from ..making import cleaning_up
-from ..say import tell
+from ...trainer.huggingface.export import ExportOptions, export_checkpoint
+from ...trainer.huggingface.importing import import_huggingface_weights
+from ..making import clean_up_on_signal
+from ..say import print_to_stdout
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def export_command(
-    path: Path, step: int | None, directory: Path, dtype: str, rope: str, shard: str, *, average: bool
+    path: Path, step: int | None, directory: Path, dtype: str, rope: str, shard: str, *, ema_weights: bool
 ) -> Path:
     """Export one checkpoint, or the average of its weights; return it. Raises `ConfigError`."""
-    options = ExportOptions(dtype, rope == "pairs", read_size(shard))
+    options = ExportOptions(dtype, rope == "pairs", parse_byte_size(shard))
     checkpoint = find_checkpoint(path, step)
-    with cleaning_up("export"):
-        export(checkpoint.averaged() if average else checkpoint, directory, options, tell)
+    with clean_up_on_signal("export"):
+        export_checkpoint(
+            checkpoint.with_ema_weights() if ema_weights else checkpoint, directory, options, print_to_stdout
+        )
     return checkpoint.path
 
 
 def import_command(source: Path, target: Path) -> Path:
     """Import a directory; return the checkpoint. Raises `ConfigError`."""
-    with cleaning_up("import"):
-        return import_released(source, target, tell)
+    with clean_up_on_signal("import"):
+        return import_huggingface_weights(source, target, print_to_stdout)
 
 
-def read_size(text: str) -> int:
+def parse_byte_size(text: str) -> int:
     """Bytes of `5GB`, `500MB` or `64KB`. Raises `ConfigError`."""
     try:
         number, factor = float(text[:-2]), _UNITS[text[-2:].upper()]

@@ -14,8 +14,8 @@ from typing import Any
 from ...comm.errors import ConfigError, Problem
 from ...trainer.config import RunConfig
 from ...trainer.model.model import router_names
-from ...trainer.telemetry.dashboard import Panel, dashboard
-from ..compose import compose_run
+from ...trainer.telemetry.dashboard import Panel, make_dashboard
+from ..compose import compose_run_config
 
 _RANDOM = ("__id__", "id", "ref")
 _WIDTH = 8
@@ -24,17 +24,17 @@ _HEIGHT = 6
 
 def dashboard_json(overrides: Sequence[str], config_dir: Path | None) -> str:
     """The workspace for runs of this configuration, as JSON."""
-    spec = _workspace(compose_run(overrides, config_dir))._to_model().spec
+    spec = _workspace(compose_run_config(overrides, config_dir))._to_model().spec
     tree = json.loads(spec.model_dump_json(by_alias=True, exclude_none=True))
     return json.dumps(_without_chance(tree), indent=1, sort_keys=True)
 
 
 def save_dashboard(overrides: Sequence[str], config_dir: Path | None) -> str:
     """Create it on the server; return its address. Raises `ConfigError` without an account or an entity."""
-    from ...trainer.telemetry.wandb_sink import account_problems
+    from ...trainer.telemetry.wandb_sink import wandb_account_problems
 
-    config = compose_run(overrides, config_dir)
-    problems = list(account_problems())
+    config = compose_run_config(overrides, config_dir)
+    problems = list(wandb_account_problems())
     if config.telemetry.wandb.entity is None:
         problems.append(Problem("telemetry.wandb.entity", None, "must name the user or team that owns the project"))
     if problems:
@@ -49,7 +49,7 @@ def _workspace(config: RunConfig) -> Any:
 
     def draw(panel: Panel, place: int) -> Any:
         layout = Layout(x=place % 3 * _WIDTH, y=place // 3 * _HEIGHT, w=_WIDTH, h=_HEIGHT)
-        if panel.is_number:
+        if panel.is_single_value:
             (metric,) = panel.metrics
             return ScalarChart(title=panel.title, metric=SummaryMetric(metric), layout=layout)
         return LinePlot(title=panel.title, x="step", y=list(panel.metrics), layout=layout)
@@ -58,7 +58,7 @@ def _workspace(config: RunConfig) -> Any:
         Section(
             name=section.name, panels=[draw(panel, place) for place, panel in enumerate(section.panels)], is_open=True
         )
-        for section in dashboard(router_names(config.model))
+        for section in make_dashboard(router_names(config.model))
     ]
     wandb = config.telemetry.wandb
     return Workspace(entity=wandb.entity or "", project=wandb.project, name="Shoestring", sections=sections)

@@ -14,14 +14,14 @@ import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from ...comm.errors import refuse_if_any
+from ...comm.errors import raise_if_any
 from ...trainer.config import RunConfig
-from ...trainer.memory.forecast import HostBytes, RunMemory
+from ...trainer.memory.forecast import HostMemoryBytes, MemoryPredictor
 from ...trainer.memory.measured import MeasuredMemory
 from ...trainer.memory.peak import RankMemory
-from ..compose import compose_run
+from ..compose import compose_run_config
 from ..run.preflight import hardware_problems
-from ..run.torchrun import run_ranks
+from ..run.torchrun import run_local_ranks
 
 _SECONDS = 900.0
 _BETWEEN = "held between instructions"
@@ -35,48 +35,48 @@ class MemoryReport:
     config: RunConfig
     device: str
     """What the prediction is for: cpu or cuda."""
-    memory: RunMemory
-    measured: list[MeasuredMemory]
+    run_memory: MemoryPredictor
+    measured_by_rank: list[MeasuredMemory]
     """Of each rank; empty where it was not asked for."""
-    one_rank: bool
+    all_tokens_to_one_rank: bool
     """Whether the measured run sent every token to one rank of each group."""
 
     @cached_property
-    def ranks(self) -> list[RankMemory]:
+    def predicted_by_pp_rank(self) -> list[RankMemory]:
         """Predicted, of each pipeline rank, with even routing."""
-        return [self.memory.of(pp_rank) for pp_rank in range(self.config.topology.pp)]
+        return [self.run_memory.predict_rank(pp_rank) for pp_rank in range(self.config.topology.pp)]
 
     @cached_property
-    def on_host(self) -> list[HostBytes]:
+    def host_bytes_by_pp_rank(self) -> list[HostMemoryBytes]:
         """Of each pipeline rank, beside the memory that it computes in."""
-        return [self.memory.on_host(pp_rank) for pp_rank in range(self.config.topology.pp)]
+        return [self.run_memory.predict_host(pp_rank) for pp_rank in range(self.config.topology.pp)]
 
-    def predicted(self, rank: int) -> RankMemory:
+    def predict_rank(self, rank: int) -> RankMemory:
         """Of a rank of the whole run, with the routing that was measured."""
         topology = self.config.topology
-        rows = self.memory.rows_if_skewed(topology.ep_rank(rank)) if self.one_rank else None
-        return self.memory.of(topology.pp_rank(rank), rows)
+        rows = self.run_memory.skewed_expert_rows(topology.ep_rank(rank)) if self.all_tokens_to_one_rank else None
+        return self.run_memory.predict_rank(topology.pp_rank(rank), rows)
 
 
-def memory_report(
-    overrides: Sequence[str], config_dir: Path | None, *, measure: bool, one_rank: bool = False
+def build_memory_report(
+    overrides: Sequence[str], config_dir: Path | None, *, measure: bool, all_tokens_to_one_rank: bool = False
 ) -> MemoryReport:
     """Predict, and with `measure` run a step of the real ranks on this machine."""
-    config = compose_run(overrides, config_dir)
+    config = compose_run_config(overrides, config_dir)
     found: list[MeasuredMemory] = []
     device = _device(config)
     if measure:
-        refuse_if_any(hardware_problems(config, config.topology.world_size))
-        devices, found = _measure(config, overrides, config_dir, one_rank=one_rank)
+        raise_if_any(hardware_problems(config, config.topology.world_size))
+        devices, found = _measure(config, overrides, config_dir, one_rank=all_tokens_to_one_rank)
         device = devices[0].partition(":")[0]
-    return MemoryReport(config, device, RunMemory(config, torch.device(device)), found, one_rank)
+    return MemoryReport(config, device, MemoryPredictor(config, torch.device(device)), found, all_tokens_to_one_rank)
 
 
 def _device(config: RunConfig) -> str:
     """Of the run: on a cluster that is described, its GPUs, whatever is here."""
     if config.training.device != "auto":
         return config.training.device
-    return "cuda" if config.cluster.sms is not None or torch.cuda.is_available() else "cpu"
+    return "cuda" if config.cluster.sm_count is not None or torch.cuda.is_available() else "cpu"
 
 
 def _measure(
@@ -87,29 +87,31 @@ def _measure(
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "memory.json"
         rank = ["-m", "shoestring.launch.bench.memory_rank", described, str(output)]
-        run_ranks(rank, config.topology.world_size, _SECONDS)
+        run_local_ranks(rank, config.topology.world_size, _SECONDS)
         everyone = json.loads(output.read_text())
-    return [device for device, _ in everyone], [MeasuredMemory.of_tree(tree) for _, tree in everyone]
+    return [device for device, _ in everyone], [MeasuredMemory.from_dict(tree) for _, tree in everyone]
 
 
-def memory_tree(report: MemoryReport) -> dict[str, object]:
+def memory_as_dict(report: MemoryReport) -> dict[str, object]:
     """The figures as plain values, in bytes."""
     return {
         "device": report.device,
-        "predicted": [_rank_tree(memory) for memory in report.ranks],
-        "on_host": [vars(host) for host in report.on_host],
-        "bound_under_any_routing": [report.memory.bound(pp_rank) for pp_rank in range(len(report.ranks))],
-        "measured": [memory.tree() for memory in report.measured],
-        "routing_measured": "one rank" if report.one_rank else "as it falls",
+        "predicted": [_rank_tree(memory) for memory in report.predicted_by_pp_rank],
+        "on_host": [vars(host) for host in report.host_bytes_by_pp_rank],
+        "bound_under_any_routing": [
+            report.run_memory.upper_bound_bytes(pp_rank) for pp_rank in range(len(report.predicted_by_pp_rank))
+        ],
+        "measured": [memory.to_dict() for memory in report.measured_by_rank],
+        "routing_measured": "one rank" if report.all_tokens_to_one_rank else "as it falls",
     }
 
 
 def _rank_tree(memory: RankMemory) -> dict[str, Any]:
     return {
         "state": vars(memory.state),
-        "at_worst": {kind.value: size for kind, size in memory.at_worst.items()},
-        "between": memory.between,
-        "outside_of_allocator": vars(memory.outside),
+        "at_worst": {kind.value: size for kind, size in memory.at_peak.items()},
+        "between": memory.between_instructions,
+        "outside_of_allocator": vars(memory.non_allocator),
         "total": memory.total,
     }
 
@@ -117,7 +119,7 @@ def _rank_tree(memory: RankMemory) -> dict[str, Any]:
 def memory_table(report: MemoryReport) -> RenderableType:
     """The same for a reader."""
     parts: list[RenderableType] = [_predicted(report)]
-    if report.measured:
+    if report.measured_by_rank:
         parts += [_compared(report), _SEEN[report.device]]
     return Group(*parts)
 
@@ -127,20 +129,20 @@ def _predicted(report: MemoryReport) -> Table:
     title = f"Predicted memory of one rank of each pipeline rank on {on}, MB"
     table = Table(title=title, title_justify="left")
     table.add_column("kind")
-    for pp_rank in range(len(report.ranks)):
+    for pp_rank in range(len(report.predicted_by_pp_rank)):
         table.add_column(f"pp {pp_rank}", justify="right")
-    rows = [dict(_kinds(memory)) for memory in report.ranks]
+    rows = [dict(_kinds(memory)) for memory in report.predicted_by_pp_rank]
     for kind in rows[0]:
         if any(row[kind] for row in rows):
             table.add_row(kind, *(_mega(row[kind]) for row in rows))
     table.add_section()
-    table.add_row(_WORST, *(_mega(memory.total) for memory in report.ranks))
-    bounds = (report.memory.bound(pp_rank) for pp_rank in range(len(report.ranks)))
+    table.add_row(_WORST, *(_mega(memory.total) for memory in report.predicted_by_pp_rank))
+    bounds = (report.run_memory.upper_bound_bytes(pp_rank) for pp_rank in range(len(report.predicted_by_pp_rank)))
     table.add_row("under any routing, at most", *(_mega(bound) for bound in bounds))
     table.add_section()
-    table.add_row("on the host, for saves", *(_mega(host.copy_for_saves) for host in report.on_host))
-    if any(host.average for host in report.on_host):
-        table.add_row("on the host, average", *(_mega(host.average) for host in report.on_host))
+    table.add_row("on the host, for saves", *(_mega(host.copy_for_saves) for host in report.host_bytes_by_pp_rank))
+    if any(host.average for host in report.host_bytes_by_pp_rank):
+        table.add_row("on the host, average", *(_mega(host.average) for host in report.host_bytes_by_pp_rank))
     return table
 
 
@@ -148,23 +150,23 @@ def _kinds(memory: RankMemory) -> Iterator[tuple[str, float]]:
     names = {"fp8_weights": "weights in FP8", "average": "average of the weights"}
     for name, size in vars(memory.state).items():
         yield names.get(name, name), size
-    for kind, size in memory.at_worst.items():
+    for kind, size in memory.at_peak.items():
         yield kind.value, size
-    yield "CUDA context, libraries (assumed)", memory.outside.context
-    yield "exchange buffers", memory.outside.exchange
+    yield "CUDA context, libraries (assumed)", memory.non_allocator.context
+    yield "exchange buffers", memory.non_allocator.exchange
 
 
 def _compared(report: MemoryReport) -> Table:
-    how = "every token to one rank of each group" if report.one_rank else "routing as it falls"
+    how = "every token to one rank of each group" if report.all_tokens_to_one_rank else "routing as it falls"
     table = Table(title=f"Predicted and measured, MB; {how}", title_justify="left")
     for heading in ("rank", "what", "predicted", "measured", "difference"):
         table.add_column(heading, justify="left" if heading == "what" else "right")
-    for rank, measured in enumerate(report.measured):
-        predicted = report.predicted(rank)
+    for rank, measured in enumerate(report.measured_by_rank):
+        predicted = report.predict_rank(rank)
         rows = {
             "state": (predicted.state.total, measured.state.total),
-            _BETWEEN: (predicted.between, measured.between),
-            _WORST: (predicted.allocated, measured.total),
+            _BETWEEN: (predicted.between_instructions, measured.between_instructions),
+            _WORST: (predicted.allocator_bytes, measured.total),
         }
         for what, (ours, found) in rows.items():
             cells = _mega(ours), _mega(found), f"{ours / found - 1:+.1%}"

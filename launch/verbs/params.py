@@ -10,17 +10,23 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ...trainer.config import RunConfig
-from ...trainer.costs.flops import CONVENTION, count_flops
+from ...trainer.costs.flops import FLOP_CONVENTION, count_flops
 from ...trainer.costs.parameters import count_parameters
-from ...trainer.memory.activations import Kept, MicroBatch, dense_layer, kept_bytes, moe_layer
-from ..compose import compose_run
+from ...trainer.memory.activations import (
+    MicroBatchShape,
+    SavedActivation,
+    dense_layer_activations,
+    moe_layer_activations,
+    saved_bytes,
+)
+from ..compose import compose_run_config
 
 _PUBLISHED_LENGTH = 4096
 
 
-def params_tree(overrides: Sequence[str], config_dir: Path | None) -> dict[str, object]:
+def params_as_dict(overrides: Sequence[str], config_dir: Path | None) -> dict[str, object]:
     """The figures as plain values: counts, and FLOPs a token of forward and backward."""
-    config = compose_model(overrides, config_dir)
+    config = compose_model_config(overrides, config_dir)
     count, length = count_parameters(config.model), config.training.sequence_length
     flops = count_flops(config.model, length)
     return {
@@ -36,13 +42,13 @@ def params_tree(overrides: Sequence[str], config_dir: Path | None) -> dict[str, 
         },
         "sequence_length": length,
         "flops_per_token": {
-            "main": flops.main,
-            "with_mtp": flops.with_mtp,
-            "main_full_attention": flops.main_full_attention,
+            "main": flops.main_model,
+            "with_mtp": flops.main_and_mtp,
+            "main_full_attention": flops.main_model_full_attention,
         },
-        "convention": CONVENTION,
+        "convention": FLOP_CONVENTION,
         "activation_bytes": {
-            layer: {"everything": kept_bytes(kept), "recompute": kept_bytes(kept, config.recompute.policy)}
+            layer: {"everything": saved_bytes(kept), "recompute": saved_bytes(kept, config.recompute.recompute_modules)}
             for layer, kept in _layers(config).items()
         },
     }
@@ -50,7 +56,7 @@ def params_tree(overrides: Sequence[str], config_dir: Path | None) -> dict[str, 
 
 def params_table(overrides: Sequence[str], config_dir: Path | None) -> RenderableType:
     """The same for a reader."""
-    config = compose_model(overrides, config_dir)
+    config = compose_model_config(overrides, config_dir)
     count, length = count_parameters(config.model), config.training.sequence_length
     flops = count_flops(config.model, length)
     parameters = Table(title=f"Parameters of {config.model.name}", title_justify="left")
@@ -66,38 +72,41 @@ def params_table(overrides: Sequence[str], config_dir: Path | None) -> Renderabl
     table = Table(title=f"Training FLOPs a token at sequence length {length}", title_justify="left")
     table.add_column("what is counted")
     table.add_column("GFLOP", justify="right")
-    table.add_row("main model, causal attention", _giga(flops.main))
+    table.add_row("main model, causal attention", _giga(flops.main_model))
     if config.model.num_nextn_predict_layers:
-        table.add_row("main model and MTP, causal attention", _giga(flops.with_mtp))
-    table.add_row("main model, whole S x S of attention", _giga(flops.main_full_attention))
-    return Group(parameters, table, f"Convention: {CONVENTION}.\n", _activations(config))
+        table.add_row("main model and MTP, causal attention", _giga(flops.main_and_mtp))
+    table.add_row("main model, whole S x S of attention", _giga(flops.main_model_full_attention))
+    return Group(parameters, table, f"Convention: {FLOP_CONVENTION}.\n", _activations(config))
 
 
 def _activations(config: RunConfig) -> Table:
     """What a layer keeps, and under the policy of `recompute`."""
-    length, policy = config.training.sequence_length, config.recompute.policy
+    length, policy = config.training.sequence_length, config.recompute.recompute_modules
     title = f"Activations that a layer keeps of one sequence of {length} tokens, in BF16 on a GPU (predicted)"
     table = Table(title=title, title_justify="left")
     for heading in ("layer", "everything kept, MiB", *([f"without {', '.join(sorted(policy))}"] if policy else [])):
         table.add_column(heading, justify="left" if heading == "layer" else "right")
     for layer, kept in _layers(config).items():
-        under = [kept_bytes(kept)] + ([kept_bytes(kept, policy)] if policy else [])
+        under = [saved_bytes(kept)] + ([saved_bytes(kept, policy)] if policy else [])
         table.add_row(layer, *(f"{size / 2**20:,.1f}" for size in under))
     return table
 
 
-def _layers(config: RunConfig) -> dict[str, list[Kept]]:
-    batch = MicroBatch(1, config.training.sequence_length, torch.bfloat16, on_cpu=False)
-    kinds = {"dense": (config.model.first_k_dense_replace, dense_layer), "routed": (config.model.moe_layers, moe_layer)}
+def _layers(config: RunConfig) -> dict[str, list[SavedActivation]]:
+    batch = MicroBatchShape(1, config.training.sequence_length, torch.bfloat16, on_cpu=False)
+    kinds = {
+        "dense": (config.model.first_k_dense_replace, dense_layer_activations),
+        "routed": (config.model.num_moe_layers, moe_layer_activations),
+    }
     return {name: costs(config.model, batch) for name, (layers, costs) in kinds.items() if layers}
 
 
-def compose_model(overrides: Sequence[str], config_dir: Path | None) -> RunConfig:
+def compose_model_config(overrides: Sequence[str], config_dir: Path | None) -> RunConfig:
     """The model as composed, for figures at the published length unless one is given."""
     vocabulary = ["data.vocabulary=${model.vocab_size}"]
     length = [f"training.sequence_length={_PUBLISHED_LENGTH}"]
     given = any(text.lstrip("+").startswith(("training.sequence_length=", "experiment=")) for text in overrides)
-    return compose_run([*vocabulary, *([] if given else length), *overrides], config_dir)
+    return compose_run_config([*vocabulary, *([] if given else length), *overrides], config_dir)
 
 
 def _big(count: int) -> str:

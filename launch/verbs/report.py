@@ -6,14 +6,14 @@ from pathlib import Path
 
 from ...comm.errors import ConfigError, Problem
 from ..report.page import html_report
-from ..report.record import read_run
+from ..report.record import read_run_record
 
 REPORT_FILE = "report.html"
 
 
 def write_report(run_dir: Path, out: Path | None) -> Path:
     """Write the page of the run in `run_dir`; return where it is. Raises `ConfigError` for no run, and no room."""
-    page = html_report(read_run(run_dir))
+    page = html_report(read_run_record(run_dir))
     path = run_dir / REPORT_FILE if out is None else out
     try:
         path.write_text(page, encoding="utf-8")

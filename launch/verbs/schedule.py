@@ -7,19 +7,24 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from ...comm.errors import Problem, refuse_if_any
-from ...parallelism.pipeline.check import check
-from ...parallelism.pipeline.draw import ascii_timeline, to_json
-from ...parallelism.pipeline.program import Op, Program
+from ...comm.errors import Problem, raise_if_any
+from ...parallelism.pipeline.check import verify_program
+from ...parallelism.pipeline.draw import draw_ascii_timeline, program_to_json
+from ...parallelism.pipeline.program import Op, PipelineProgram
 from ...parallelism.pipeline.schedules.registry import build_program, schedule_problems
-from ...parallelism.pipeline.simulate import UnitTimes, simulate_program
+from ...parallelism.pipeline.simulate import OpDurations, simulate_program
 from ..report.schedule_svg import svg_timeline
 
 _OPTIONS = {"schedule": "NAME", "ranks": "--stages", "micro_batches": "--micro-batches", "chunks": "--chunks"}
 
 
 def draw_schedule(
-    name: str, ranks: int, micro_batches: int, chunks: int | None = None, drawing: str = "ascii", times: str = ""
+    name: str,
+    ranks: int,
+    micro_batches: int,
+    chunks: int | None = None,
+    output_format: str = "ascii",
+    durations: str = "",
 ) -> str:
     """The program, checked, as `drawing`: ascii, svg or json.
 
@@ -29,25 +34,25 @@ def draw_schedule(
     given: dict[Op, float] = {}
     sizes = schedule_problems(name, ranks, micro_batches, chunks)
     renamed = (replace(problem, field=_OPTIONS[problem.field]) for problem in sizes)
-    refuse_if_any((*renamed, *_parse_times(times, given)))
+    raise_if_any((*renamed, *_parse_times(durations, given)))
     program = build_program(name, ranks, micro_batches, chunks)
-    check(program)
-    if drawing == "json":
-        return json.dumps(to_json(program))
+    verify_program(program)
+    if output_format == "json":
+        return json.dumps(program_to_json(program))
     unit_times = _unit_times(given)
     replayed = simulate_program(program, unit_times)
-    if drawing == "ascii":
-        return ascii_timeline(replayed)
-    return svg_timeline(replayed, note=_describe(unit_times, program))
+    if output_format == "ascii":
+        return draw_ascii_timeline(replayed)
+    return svg_timeline(replayed, subtitle=_describe(unit_times, program))
 
 
-def _unit_times(given: Mapping[Op, float]) -> UnitTimes:
-    return UnitTimes(
+def _unit_times(given: Mapping[Op, float]) -> OpDurations:
+    return OpDurations(
         forward=given.get(Op.F, 1.0),
         input_gradient=given.get(Op.I, 1.0),
         weight_gradient=given.get(Op.W, 1.0),
         backward=given.get(Op.B),
-        pair=given.get(Op.FB),
+        forward_backward=given.get(Op.FB),
     )
 
 
@@ -65,6 +70,6 @@ def _parse_times(text: str, given: dict[Op, float]) -> Iterator[Problem]:
         given[op] = time
 
 
-def _describe(times: UnitTimes, program: Program) -> str:
+def _describe(times: OpDurations, program: PipelineProgram) -> str:
     present = {instruction.op for row in program.instructions for instruction in row}
-    return ", ".join(f"{op} = {times.of(op):g}" for op in Op if op in present)
+    return ", ".join(f"{op} = {times.duration_of_op(op):g}" for op in Op if op in present)

@@ -12,26 +12,26 @@ from rich.table import Table
 
 from ...comm.errors import ConfigError, Problem
 from ...trainer.config import RunConfig
-from ...trainer.costs.flops import CONVENTION
-from ..compose import compose_run
-from ..planner.configured import layout_of, recipe_of
-from ..planner.evidence import assumptions
-from ..planner.forecast import Forecast, Forecaster, Layout
+from ...trainer.costs.flops import FLOP_CONVENTION
+from ..compose import compose_run_config
+from ..planner.configured import layout_from_config, recipe_from_config
+from ..planner.evidence import list_assumptions
+from ..planner.forecast import ParallelLayout, StepForecast, StepForecaster
 from ..planner.published import (
-    PAIR_SECONDS,
-    PHASES,
-    RAMP_FROM,
-    STEP_SECONDS,
-    as_published,
-    exposed_share,
-    is_published,
-    is_published_run,
-    simulate_pair,
+    PUBLISHED_INITIAL_BATCH,
+    PUBLISHED_PHASE_SECONDS,
+    PUBLISHED_STEP_SECONDS,
+    TRACED_CHUNK_PAIR_SECONDS,
+    exposed_communication_share,
+    is_deepseek_v3_layout,
+    is_deepseek_v3_run,
+    seconds_by_published_phase,
+    simulate_traced_chunk_pair,
 )
-from ..planner.recipe import NOTHING, REPORT, Recipe, Sync
-from ..planner.run_cost import PhaseCost, pretraining_hours, run_phases, significant
-from ..planner.timeline import write_timeline
-from ..report.plan_page import html_page
+from ..planner.recipe import RECOMPUTE_DEEPSEEK_V3, RECOMPUTE_NOTHING, ForecastRecipe, PeerWaits
+from ..planner.run_cost import RunPhaseCost, estimate_phase_costs, format_significant, pretraining_gpu_hours
+from ..planner.timeline import write_simulated_trace
+from ..report.plan_page import forecast_html
 
 
 @dataclass(frozen=True)
@@ -39,97 +39,97 @@ class SimulatedLayout:
     """One layout with everything that the verb prints about it."""
 
     config: RunConfig
-    forecaster: Forecaster
-    forecast: Forecast
+    forecaster: StepForecaster
+    forecast: StepForecast
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> ParallelLayout:
         """Of the configuration."""
         return self.forecast.layout
 
     @property
     def global_batch(self) -> int:
         """Of the configuration."""
-        return self.config.training.global_batch
+        return self.config.training.global_batch_size
 
-    def again(self, recipe: Recipe) -> Forecast:
+    def forecast_with(self, recipe: ForecastRecipe) -> StepForecast:
         """The same layout with other assumptions."""
         return self.forecaster.forecast(self.layout, recipe, self.global_batch)
 
     @property
-    def is_published(self) -> bool:
+    def is_deepseek_v3_layout(self) -> bool:
         """Whether DeepSeek's own figures are of this layout."""
-        return is_published(self.config, self.layout, self.forecast.recipe)
+        return is_deepseek_v3_layout(self.config, self.layout, self.forecast.recipe)
 
-    def phases(self) -> list[PhaseCost]:
+    def phase_costs(self) -> list[RunPhaseCost]:
         """GPU-hours of the whole run."""
-        return run_phases(
+        return estimate_phase_costs(
             self.forecaster,
             self.layout,
             self.forecast.recipe,
             tokens=self.config.training.tokens,
-            batches=self.config.batches,
-            published=is_published_run(self.config),
+            batch_ramp=self.config.batch_ramp,
+            include_published_phases=is_deepseek_v3_run(self.config),
         )
 
 
 def simulate(overrides: Sequence[str], config_dir: Path | None, inputs: Mapping[str, Any]) -> SimulatedLayout:
     """Simulate the run that `overrides` describe. `inputs` are fields of the recipe that no configuration has."""
-    config = compose_run(overrides, config_dir)
-    recipe = recipe_of(config, inputs)
-    forecaster = Forecaster(config.model, config.cluster, config.training.sequence_length)
+    config = compose_run_config(overrides, config_dir)
+    recipe = recipe_from_config(config, inputs)
+    forecaster = StepForecaster(config.model, config.cluster, config.training.sequence_length)
     return SimulatedLayout(
-        config, forecaster, forecaster.forecast(layout_of(config), recipe, config.training.global_batch)
+        config, forecaster, forecaster.forecast(layout_from_config(config), recipe, config.training.global_batch_size)
     )
 
 
-def write_files(simulation: SimulatedLayout, trace: Path | None, page: Path | None) -> None:
+def write_trace_and_html(simulation: SimulatedLayout, trace: Path | None, page: Path | None) -> None:
     """Perfetto trace and HTML page, where they are asked for."""
     try:
         if trace is not None:
-            costs = simulation.forecaster.costs(simulation.layout, simulation.forecast.recipe)
-            write_timeline(trace, simulation.forecast, costs)
+            costs = simulation.forecaster.chunk_time_model(simulation.layout, simulation.forecast.recipe)
+            write_simulated_trace(trace, simulation.forecast, costs)
         if page is not None:
             memory = simulation.config.cluster.memory_gb
             assert memory is not None
-            page.write_text(html_page(simulation.forecast, _title(simulation), memory))
+            page.write_text(forecast_html(simulation.forecast, _title(simulation), memory))
     except OSError as error:
         raise ConfigError(
             [Problem("--trace, --html", str(error.filename), f"cannot be written: {error.strerror}")]
         ) from None
 
 
-def simulation_tree(simulation: SimulatedLayout) -> dict[str, object]:
+def simulation_as_dict(simulation: SimulatedLayout) -> dict[str, object]:
     """Everything as plain values."""
     forecast, cluster = simulation.forecast, simulation.config.cluster
-    phases = simulation.phases()
+    phases = simulation.phase_costs()
     tree: dict[str, object] = {
-        "of": run_facts(simulation.config),
-        "layout": layout_tree(forecast, pretraining_hours(phases)),
-        "flops_per_token": forecast.flops.main,
-        "convention": CONVENTION,
-        "terms_by_rank": list(forecast.terms),
-        "report_view": forecast.report_view(),
-        "memory_by_rank": [memory.__dict__ | {"total": memory.total} for memory in forecast.memory],
+        "of": run_description(simulation.config),
+        "layout": layout_as_dict(forecast, pretraining_gpu_hours(phases)),
+        "flops_per_token": forecast.flops_per_token.main_model,
+        "convention": FLOP_CONVENTION,
+        "terms_by_rank": list(forecast.time_terms_by_rank),
+        "report_view": forecast.deepseek_report_terms(),
+        "memory_by_rank": [memory.__dict__ | {"total": memory.total} for memory in forecast.memory_by_rank],
         "memory_limit_bytes": None if cluster.memory_gb is None else cluster.memory_gb * 1e9,
-        "transfer_seconds": forecast.transfer,
-        "evidence": forecast.coverage.shares(),
-        "misses": forecast.coverage.misses,
+        "transfer_seconds": forecast.p2p_seconds,
+        "evidence": forecast.evidence_coverage.evidence_shares(),
+        "misses": forecast.evidence_coverage.substituted_rows,
         "assumptions": [list(row) for row in _assumptions(simulation)],
-        "errors": [list(row) for row in error_rows(simulation)] if simulation.is_published else [],
+        "errors": [list(row) for row in published_step_errors(simulation)] if simulation.is_deepseek_v3_layout else [],
         "phases": [phase.__dict__ for phase in phases],
     }
     return tree
 
 
-def run_facts(config: RunConfig) -> dict[str, object]:
+def run_description(config: RunConfig) -> dict[str, object]:
     """What a price is of, besides the layout: a run of anything else has another."""
     names = ("sequence_length", "global_batch", "ramp_from", "ramp_step", "ramp_tokens", "tokens")
     training = {name: config.training.__dict__[name] for name in names}
     return {"model": asdict(config.model), **training, "cluster": config.cluster.name}
 
 
-def layout_tree(forecast: Forecast, gpu_hours: float) -> dict[str, object]:
+def layout_as_dict(forecast: StepForecast, gpu_hours: float) -> dict[str, object]:
     """A layout and its price as plain values; `gpu_hours` are those of pre-training, terms are means over ranks."""
     topology, recipe = forecast.layout.topology, forecast.recipe
     return {
@@ -137,26 +137,26 @@ def layout_tree(forecast: Forecast, gpu_hours: float) -> dict[str, object]:
         "edp": topology.edp,
         "ep": topology.ep,
         "schedule": forecast.layout.schedule,
-        "micro_batch": forecast.layout.micro_batch,
-        "layers": [stage.dense + stage.routed for stage in forecast.stages],
+        "micro_batch": forecast.layout.micro_batch_size,
+        "layers": [stage.dense_layers + stage.moe_layers for stage in forecast.stage_shapes],
         "precision": recipe.precision.value,
         "recompute": sorted(recipe.recompute),
         "exchange": recipe.exchange_name,
         "overlap": recipe.overlap,
         "moment_bytes": recipe.moment_bytes,
         "comm_sms": recipe.comm_sms,
-        "step_seconds": forecast.seconds,
-        "tokens_per_second_and_gpu": forecast.tokens_per_second_and_gpu,
+        "step_seconds": forecast.step_seconds,
+        "tokens_per_second_and_gpu": forecast.tokens_per_second_per_gpu,
         "mfu": forecast.mfu,
         "memory_bytes": forecast.peak_memory.total,
-        "needed_memory_bytes": forecast.needed_memory,
+        "needed_memory_bytes": forecast.peak_bytes_with_fragmentation,
         "gpu_hours": gpu_hours,
-        "terms": forecast.mean_terms,
-        "limit": forecast.limit,
+        "terms": forecast.mean_time_terms,
+        "limit": forecast.bottleneck,
     }
 
 
-def error_rows(simulation: SimulatedLayout) -> list[tuple[str, float, float]]:
+def published_step_errors(simulation: SimulatedLayout) -> list[tuple[str, float, float]]:
     """(what is in the forecast, seconds, error): stage imbalance and messages with neither, each and both, then knobs.
 
     Imbalance is what the partition gives and messages are bytes over bandwidth. The knobs after them are unidentified:
@@ -164,32 +164,35 @@ def error_rows(simulation: SimulatedLayout) -> list[tuple[str, float, float]]:
     """
     base = simulation.forecast.recipe
     known = {
-        "neither imbalance nor messages": replace(base, imbalance=False, edges=False),
-        "messages": replace(base, imbalance=False),
-        "imbalance": replace(base, edges=False),
+        "neither imbalance nor messages": replace(base, uneven_stages=False, p2p_takes_time=False),
+        "messages": replace(base, uneven_stages=False),
+        "imbalance": replace(base, p2p_takes_time=False),
         "both: the forecast": base,
     }
     ends, middle = ((0, 1.08), (-1, 1.08)), ((7, 1.08),)
     unidentified = {
-        "first and last rank x 1.08": replace(base, slowed=ends),
-        "one middle rank x 1.08": replace(base, slowed=middle),
-        "messages of 8.5 ms": replace(base, message_seconds=8.5e-3),
+        "first and last rank x 1.08": replace(base, slowdown_by_pp_rank=ends),
+        "one middle rank x 1.08": replace(base, slowdown_by_pp_rank=middle),
+        "messages of 8.5 ms": replace(base, p2p_seconds=8.5e-3),
         "nodes that differ by 1.4 %": replace(base, jitter=0.014),
-        "exchanges wait everywhere as in the trace": replace(base, sync=Sync.EVERYWHERE),
-        "exchanges wait nowhere": replace(base, sync=Sync.NONE),
+        "exchanges wait everywhere as in the trace": replace(base, peer_waits=PeerWaits.EVERYWHERE),
+        "exchanges wait nowhere": replace(base, peer_waits=PeerWaits.NONE),
     }
     rows = [*known.items(), *((f"unidentified: {name}", recipe) for name, recipe in unidentified.items())]
-    seconds = [(name, simulation.again(recipe).seconds) for name, recipe in rows]
-    return [(name, value, value / STEP_SECONDS - 1) for name, value in seconds]
+    seconds = [(name, simulation.forecast_with(recipe).step_seconds) for name, recipe in rows]
+    return [(name, value, value / PUBLISHED_STEP_SECONDS - 1) for name, value in seconds]
 
 
 def simulation_table(simulation: SimulatedLayout) -> RenderableType:
     """The same for a reader."""
     parts: list[RenderableType] = [_figures(simulation), _terms(simulation), _memory(simulation)]
-    if simulation.is_published:
+    if simulation.is_deepseek_v3_layout:
         parts += [_published_phases(simulation), _pair(simulation), _errors(simulation)]
-    parts += [phase_table(simulation.phases(), simulation.config.cluster.price_per_gpu_hour), _evidence(simulation)]
-    return Group(*parts, f"Convention: {CONVENTION}.")
+    parts += [
+        phase_cost_table(simulation.phase_costs(), simulation.config.cluster.price_per_gpu_hour),
+        _evidence(simulation),
+    ]
+    return Group(*parts, f"Convention: {FLOP_CONVENTION}.")
 
 
 def _title(simulation: SimulatedLayout) -> str:
@@ -204,28 +207,33 @@ def _figures(simulation: SimulatedLayout) -> Table:
     table = Table(title=_title(simulation), title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    table.add_row("step", f"{forecast.seconds:.3f} s" if forecast.seconds > 0.1 else f"{forecast.seconds * 1e3:.2f} ms")
-    table.add_row("tokens a second and GPU", f"{forecast.tokens_per_second_and_gpu:,.0f}")
-    table.add_row("FLOPs a token", f"{forecast.flops.main / 1e9:.4g} G")
     table.add_row(
-        "MFU, main model, causal, without MTP", f"{forecast.mfu:.2%} of {forecast.peak_flops / 1e12:.4g} TFLOPS"
+        "step",
+        f"{forecast.step_seconds:.3f} s" if forecast.step_seconds > 0.1 else f"{forecast.step_seconds * 1e3:.2f} ms",
+    )
+    table.add_row("tokens a second and GPU", f"{forecast.tokens_per_second_per_gpu:,.0f}")
+    table.add_row("FLOPs a token", f"{forecast.flops_per_token.main_model / 1e9:.4g} G")
+    table.add_row(
+        "MFU, main model, causal, without MTP", f"{forecast.mfu:.2%} of {forecast.peak_flops_per_gpu / 1e12:.4g} TFLOPS"
     )
     if cluster.memory_gb is not None:
-        peak, needed = forecast.peak_memory.total / 1e9, forecast.needed_memory / 1e9
+        peak, needed = forecast.peak_memory.total / 1e9, forecast.peak_bytes_with_fragmentation / 1e9
         verdict = "fits" if needed <= cluster.memory_gb else "does NOT fit"
         sizes = f"{peak:.1f} GB, {needed:.1f} with fragmentation, of {cluster.memory_gb:g}"
         table.add_row("memory of the fullest rank", f"{sizes}: {verdict}")
     for name, value in _recipe_rows(forecast.recipe):
         table.add_row(name, value)
-    table.add_row("limited by", forecast.limit)
-    ramp = simulation.config.training.ramp_from
-    if simulation.is_published and ramp is not None and ramp != RAMP_FROM:
-        deviation = f"the ramp starts at {ramp:,} sequences, not {RAMP_FROM:,}: {_ramp_reason(simulation)}"
+    table.add_row("limited by", forecast.bottleneck)
+    ramp = simulation.config.training.rampup_start_batch_size
+    if simulation.is_deepseek_v3_layout and ramp is not None and ramp != PUBLISHED_INITIAL_BATCH:
+        deviation = (
+            f"the ramp starts at {ramp:,} sequences, not {PUBLISHED_INITIAL_BATCH:,}: {_ramp_reason(simulation)}"
+        )
         table.add_row("deviation", deviation)
     return table
 
 
-def _recipe_rows(recipe: Recipe) -> list[tuple[str, str]]:
+def _recipe_rows(recipe: ForecastRecipe) -> list[tuple[str, str]]:
     """How the run computes, as priced."""
     turns = "" if recipe.overlap else ", the halves of an FB one after the other"
     lent = f", {recipe.comm_sms} SMs lent" if recipe.comm_sms else ""
@@ -238,7 +246,7 @@ def _recipe_rows(recipe: Recipe) -> list[tuple[str, str]]:
 def _ramp_reason(simulation: SimulatedLayout) -> str:
     """Why the published start of the ramp is illegal."""
     config = simulation.config
-    published = replace(config, training=replace(config.training, ramp_from=RAMP_FROM))
+    published = replace(config, training=replace(config.training, rampup_start_batch_size=PUBLISHED_INITIAL_BATCH))
     found = [problem for problem in published.problems() if problem.field == "training.ramp_from"]
     return found[0].hint if found else "it is legal on this grid"
 
@@ -249,10 +257,14 @@ def _terms(simulation: SimulatedLayout) -> Table:
     table = Table(title="Where a step goes, mean over ranks", title_justify="left")
     for heading in ("term", "seconds", "share"):
         table.add_column(heading, justify="left" if heading == "term" else "right")
-    named = {name: seconds for name, seconds in forecast.report_view().items() if name not in forecast.mean_terms}
-    for terms in (forecast.mean_terms, named):
+    named = {
+        name: seconds
+        for name, seconds in forecast.deepseek_report_terms().items()
+        if name not in forecast.mean_time_terms
+    }
+    for terms in (forecast.mean_time_terms, named):
         for name, seconds in terms.items():
-            table.add_row(name, f"{seconds:.4g}", f"{seconds / forecast.seconds:.1%}")
+            table.add_row(name, f"{seconds:.4g}", f"{seconds / forecast.step_seconds:.1%}")
         table.add_section()
     return table
 
@@ -267,8 +279,13 @@ def _published_phases(simulation: SimulatedLayout) -> Table:
     )
     for heading in ("phase", "seconds", "published", "error"):
         table.add_column(heading, justify="left" if heading == "phase" else "right")
-    for name, seconds in as_published(simulation.forecast).items():
-        table.add_row(name, f"{seconds:.4g}", f"{PHASES[name]:.2f}", f"{seconds / PHASES[name] - 1:+.1%}")
+    for name, seconds in seconds_by_published_phase(simulation.forecast).items():
+        table.add_row(
+            name,
+            f"{seconds:.4g}",
+            f"{PUBLISHED_PHASE_SECONDS[name]:.2f}",
+            f"{seconds / PUBLISHED_PHASE_SECONDS[name] - 1:+.1%}",
+        )
     return table
 
 
@@ -281,47 +298,53 @@ def _memory(simulation: SimulatedLayout) -> Table:
         table.add_row(name, f"{size / 1e9:.2f}")
     table.add_section()
     table.add_row("total", f"{peak.total / 1e9:.2f}")
-    if simulation.forecast.recipe.recompute == REPORT:
-        without = simulation.again(replace(simulation.forecast.recipe, recompute=NOTHING))
+    if simulation.forecast.recipe.recompute == RECOMPUTE_DEEPSEEK_V3:
+        without = simulation.forecast_with(replace(simulation.forecast.recipe, recompute=RECOMPUTE_NOTHING))
         table.add_row("without the report's savings", f"{without.peak_memory.total / 1e9:.2f}")
     return table
 
 
 def _pair(simulation: SimulatedLayout) -> Table:
-    costs = simulation.forecaster.costs(simulation.layout, simulation.forecast.recipe)
+    costs = simulation.forecaster.chunk_time_model(simulation.layout, simulation.forecast.recipe)
     # Its kernels are those of the table: this shows that lanes put them together as they were, and predicts nothing.
     title = "Consistency: forward and backward of four routed layers, put together from the public trace's kernels"
     table = Table(title=title, title_justify="left")
     for heading in ("rows at the experts", "ms", "of 129.0", "exposed communication", "traced"):
         table.add_column(heading, justify="left" if heading.startswith("rows") else "right")
     for name, as_routed in (("as in the trace", True), ("balanced", False)):
-        lanes = simulate_pair(costs, as_routed=as_routed)
-        error = lanes.now / PAIR_SECONDS - 1
-        table.add_row(name, f"{lanes.now * 1e3:.1f}", f"{error:+.1%}", f"{exposed_share(lanes):.1%}", "3.3%")
+        lanes = simulate_traced_chunk_pair(costs, use_traced_rows=as_routed)
+        error = lanes.elapsed_seconds / TRACED_CHUNK_PAIR_SECONDS - 1
+        table.add_row(
+            name,
+            f"{lanes.elapsed_seconds * 1e3:.1f}",
+            f"{error:+.1%}",
+            f"{exposed_communication_share(lanes):.1%}",
+            "3.3%",
+        )
     return table
 
 
 def _errors(simulation: SimulatedLayout) -> Table:
-    title = f"Error against the published step of {STEP_SECONDS} s; nothing is fitted to it"
+    title = f"Error against the published step of {PUBLISHED_STEP_SECONDS} s; nothing is fitted to it"
     table = Table(title=title, title_justify="left")
     for heading in ("what is in it", "seconds", "error"):
         table.add_column(heading, justify="left" if heading == "what is in it" else "right")
-    for name, seconds, error in error_rows(simulation):
+    for name, seconds, error in published_step_errors(simulation):
         table.add_row(name, f"{seconds:.3f}", f"{error:+.1%}", end_section=name.startswith("both"))
     return table
 
 
-def phase_table(phases: Sequence[PhaseCost], price: float | None) -> RenderableType:
+def phase_cost_table(phases: Sequence[RunPhaseCost], price: float | None) -> RenderableType:
     """GPU-hours, and dollars where there is a price; what is to be said about a phase stands below."""
     table = Table(title="The whole run", title_justify="left")
     for heading in ("phase", "GPU-hours", "dollars", "evidence"):
         table.add_column(heading, justify="right" if heading in ("GPU-hours", "dollars") else "left")
     notes = Table.grid(padding=(0, 2))
-    total = PhaseCost("total", sum(phase.gpu_hours for phase in phases), "")
+    total = RunPhaseCost("total", sum(phase.gpu_hours for phase in phases), "")
     for phase in (*phases, total):
-        dollars = "-" if price is None else significant(phase.gpu_hours * price)
+        dollars = "-" if price is None else format_significant(phase.gpu_hours * price)
         table.add_row(
-            phase.name, significant(phase.gpu_hours), dollars, phase.evidence, end_section=phase is phases[-1]
+            phase.name, format_significant(phase.gpu_hours), dollars, phase.evidence, end_section=phase is phases[-1]
         )
         if phase.note:
             notes.add_row(phase.name, phase.note.replace("; ", "\n"))
@@ -329,21 +352,21 @@ def phase_table(phases: Sequence[PhaseCost], price: float | None) -> RenderableT
 
 
 def _assumptions(simulation: SimulatedLayout) -> list[tuple[str, str, str]]:
-    costs = simulation.forecaster.costs(simulation.layout, simulation.forecast.recipe)
-    return assumptions(simulation.config, simulation.forecast, costs)
+    costs = simulation.forecaster.chunk_time_model(simulation.layout, simulation.forecast.recipe)
+    return list_assumptions(simulation.config, simulation.forecast, costs)
 
 
 def _evidence(simulation: SimulatedLayout) -> RenderableType:
-    coverage = simulation.forecast.coverage
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in coverage.shares().items())
+    coverage = simulation.forecast.evidence_coverage
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in coverage.evidence_shares().items())
     table = Table(title=f"Evidence. Of the distinct operations' time: {shares}", title_justify="left")
     for heading in ("what", "evidence", "source"):
         table.add_column(heading)
     for row in _assumptions(simulation):
         table.add_row(*row)
-    misses = Table(title=f"{len(coverage.misses)} shapes without a measured row", title_justify="left")
+    misses = Table(title=f"{len(coverage.substituted_rows)} shapes without a measured row", title_justify="left")
     misses.add_column("operation")
     misses.add_column("priced like")
-    for operation, taken in coverage.misses.items():
+    for operation, taken in coverage.substituted_rows.items():
         misses.add_row(operation, taken)
-    return Group(table, misses) if coverage.misses else table
+    return Group(table, misses) if coverage.substituted_rows else table

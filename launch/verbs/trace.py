@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from ...comm.errors import ConfigError, Problem
-from ...trainer.ledger.terms import TERMS
+from ...trainer.ledger.terms import STEP_TIME_TERMS
 from ...trainer.run.profiling import TRACE_FOLDER
 from ...trainer.telemetry.trace import TRACE_FILE, Span, read_trace, summarize_trace
 from ..report.trace_svg import svg_layer_pair
@@ -27,15 +27,15 @@ def open_trace(place: Path) -> dict[int, list[Span]]:
         raise ConfigError([Problem("TRACE", str(path), str(error))]) from None
 
 
-def trace_tree(ranks: Mapping[int, Sequence[Span]]) -> dict[str, dict[str, float]]:
+def trace_as_dict(ranks: Mapping[int, Sequence[Span]]) -> dict[str, dict[str, float]]:
     """Seconds of each term by rank, and the report's view of them."""
     return {str(rank): summarize_trace(ranks[rank]) for rank in sorted(ranks)}
 
 
-def trace_table(ranks: Mapping[int, Sequence[Span]]) -> RenderableType:
+def trace_time_table(ranks: Mapping[int, Sequence[Span]]) -> RenderableType:
     """The same for a reader, in milliseconds, without the terms that are nought everywhere."""
     terms = {rank: summarize_trace(spans) for rank, spans in sorted(ranks.items())}
-    shown = [name for name in TERMS if any(seconds[name] for seconds in terms.values())]
+    shown = [name for name in STEP_TIME_TERMS if any(seconds[name] for seconds in terms.values())]
     table = Table(
         title="Milliseconds of the steps in this trace; instructions without their waits", title_justify="left"
     )
@@ -46,7 +46,7 @@ def trace_table(ranks: Mapping[int, Sequence[Span]]) -> RenderableType:
     return table
 
 
-def write_picture(ranks: Mapping[int, Sequence[Span]], path: Path) -> None:
+def write_layer_pair_svg(ranks: Mapping[int, Sequence[Span]], path: Path) -> None:
     """Return one layer's forward and another's backward in turns, as SVG. Raises `ConfigError` where there is none."""
     try:
         path.write_text(f"{svg_layer_pair(ranks)}\n")

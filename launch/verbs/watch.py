@@ -10,31 +10,35 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
-from ..report.follow import Follower
-from ..report.record import refuse_other_places
-from ..report.watch_frame import frame
+from ..report.follow import RunFollower
+from ..report.record import require_run_dir
+from ..report.watch_frame import render_frame
 
-SECONDS = 1.0
+REFRESH_SECONDS = 1.0
 """From one look to the next."""
 
 
 def watch(
-    run_dir: Path, console: Console, *, once: bool = False, wait: Callable[[], None] = lambda: time.sleep(SECONDS)
+    run_dir: Path,
+    console: Console,
+    *,
+    once: bool = False,
+    wait_for_refresh: Callable[[], None] = lambda: time.sleep(REFRESH_SECONDS),
 ) -> None:
     """Show the run in `run_dir` until it has ended, or one frame. Raises `ConfigError` for another place.
 
     A console that is no terminal gets the last frame alone.
     """
-    refuse_other_places(run_dir)
-    follower = Follower(run_dir)
+    require_run_dir(run_dir)
+    follower = RunFollower(run_dir)
     if once:
-        console.print(frame(follower.look()))
+        console.print(render_frame(follower.poll()))
         return
     # Drawn after each look: no thread of its own. Ctrl-C ends the watching, and nothing of the run.
     with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
-            look = follower.look()
-            live.update(frame(look), refresh=True)
+            look = follower.poll()
+            live.update(render_frame(look), refresh=True)
             if look.has_ended:
                 return
-            wait()
+            wait_for_refresh()

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import accumulate
 
-from .placement import Direction, StagePlace
-from .program import Instruction, MicroBatchWork, Op, Program
+from .placement import Direction, StageLocation
+from .program import ChunkMicroBatch, Instruction, Op, PipelineProgram
 
 
-class Payload(StrEnum):
+class P2PTensorKind(StrEnum):
     """What a message holds."""
 
     ACTIVATION = "activation"  # the output of a forward, input of the next stage's
@@ -24,26 +24,26 @@ class Payload(StrEnum):
 class P2POp:
     """One message between two ranks. What stays on a rank (the turn of a V, a pipeline of one rank) is no edge."""
 
-    payload: Payload
+    tensor_kind: P2PTensorKind
     direction: Direction
     """The process group it belongs to."""
-    source: StagePlace
-    target: StagePlace
+    source: StageLocation
+    target: StageLocation
     micro_batch: int
 
     @property
-    def sent(self) -> MicroBatchWork:
+    def producer(self) -> ChunkMicroBatch:
         """The work whose result it carries, in the source's numbering of chunks."""
-        return MicroBatchWork(self.source.chunk, self.micro_batch)
+        return ChunkMicroBatch(self.source.chunk, self.micro_batch)
 
     @property
-    def received(self) -> MicroBatchWork:
+    def consumer(self) -> ChunkMicroBatch:
         """The work that needs it, in the target's numbering of chunks."""
-        return MicroBatchWork(self.target.chunk, self.micro_batch)
+        return ChunkMicroBatch(self.target.chunk, self.micro_batch)
 
     def __str__(self) -> str:
         return (
-            f"{self.payload} of micro-batch {self.micro_batch} from rank {self.source.rank} chunk {self.source.chunk}"
+            f"{self.tensor_kind} of micro-batch {self.micro_batch} from rank {self.source.rank} chunk {self.source.chunk}"
             f" to rank {self.target.rank} chunk {self.target.chunk}"
         )
 
@@ -54,14 +54,14 @@ class P2PBatch:
 
     sends: tuple[P2POp, ...]
     receives: tuple[P2POp, ...]
-    needs: tuple[P2POp, ...]
+    required_receives: tuple[P2POp, ...]
     """What the second of the two instructions waits for: received in this commit or an earlier one."""
 
 
 _Posts = defaultdict[tuple[int, int], list[P2POp]]  # by rank and commit
 
 
-def edges(program: Program) -> tuple[tuple[P2PBatch, ...], ...]:
+def derive_p2p_batches(program: PipelineProgram) -> tuple[tuple[P2PBatch, ...], ...]:
     """Of each rank, its commits: number k lies before instruction k, the last one after the last instruction.
 
     The rendezvous model: commit k of a rank is posted when instruction k - 1 has ended. In each direction a rank's
@@ -117,7 +117,7 @@ def _ahead(needed: Sequence[int], sending: Sequence[int]) -> Iterator[int]:
 
 
 def _each(
-    program: Program, ends: Callable[[Program, int, Instruction], Iterator[P2POp]]
+    program: PipelineProgram, ends: Callable[[PipelineProgram, int, Instruction], Iterator[P2POp]]
 ) -> Iterator[tuple[int, P2POp]]:
     """Every edge with the index of the instruction at one of its ends."""
     for rank, instructions in enumerate(program.instructions):
@@ -126,35 +126,45 @@ def _each(
                 yield index, edge
 
 
-def _outgoing(program: Program, rank: int, instruction: Instruction) -> Iterator[P2POp]:
+def _outgoing(program: PipelineProgram, rank: int, instruction: Instruction) -> Iterator[P2POp]:
     """What `instruction` makes for another rank."""
     placement, forward, backward = program.placement, instruction.forward, instruction.backward
     if forward is not None:
-        source = StagePlace(rank, forward.chunk)
-        yield from _edge(program, Payload.ACTIVATION, source, placement.after(source), forward.micro_batch)
+        source = StageLocation(rank, forward.chunk)
+        yield from _edge(
+            program, P2PTensorKind.ACTIVATION, source, placement.next_location(source), forward.micro_batch
+        )
     if backward is not None and instruction.op is not Op.W:
-        source = StagePlace(rank, backward.chunk)
-        yield from _edge(program, Payload.GRADIENT, source, placement.before(source), backward.micro_batch)
+        source = StageLocation(rank, backward.chunk)
+        yield from _edge(
+            program, P2PTensorKind.GRADIENT, source, placement.previous_location(source), backward.micro_batch
+        )
 
 
-def _incoming(program: Program, rank: int, instruction: Instruction) -> Iterator[P2POp]:
+def _incoming(program: PipelineProgram, rank: int, instruction: Instruction) -> Iterator[P2POp]:
     """What `instruction` needs from another rank."""
     placement, forward, backward = program.placement, instruction.forward, instruction.backward
     if forward is not None:
-        target = StagePlace(rank, forward.chunk)
-        yield from _edge(program, Payload.ACTIVATION, placement.before(target), target, forward.micro_batch)
+        target = StageLocation(rank, forward.chunk)
+        yield from _edge(
+            program, P2PTensorKind.ACTIVATION, placement.previous_location(target), target, forward.micro_batch
+        )
     if backward is not None and instruction.op is not Op.W:
-        target = StagePlace(rank, backward.chunk)
-        yield from _edge(program, Payload.GRADIENT, placement.after(target), target, backward.micro_batch)
+        target = StageLocation(rank, backward.chunk)
+        yield from _edge(program, P2PTensorKind.GRADIENT, placement.next_location(target), target, backward.micro_batch)
 
 
 def _edge(
-    program: Program, payload: Payload, source: StagePlace | None, target: StagePlace | None, micro_batch: int
+    program: PipelineProgram,
+    payload: P2PTensorKind,
+    source: StageLocation | None,
+    target: StageLocation | None,
+    micro_batch: int,
 ) -> Iterator[P2POp]:
     if source is None or target is None or source.rank == target.rank:
         return
-    if payload is Payload.ACTIVATION:
-        direction = program.placement.direction(source.chunk)
+    if payload is P2PTensorKind.ACTIVATION:
+        direction = program.placement.direction_of_chunk(source.chunk)
     else:
-        direction = program.placement.direction(target.chunk).opposite
+        direction = program.placement.direction_of_chunk(target.chunk).opposite
     yield P2POp(payload, direction, source, target, micro_batch)

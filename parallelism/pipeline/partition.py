@@ -7,62 +7,66 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from ...comm.errors import Problem, refuse_if_any
+from ...comm.errors import Problem, raise_if_any
 
 
 @dataclass(frozen=True)
-class Partition:
+class LayerPartition:
     """Consecutive layers of a model on consecutive stages."""
 
-    layers: tuple[int, ...]
+    layers_per_stage: tuple[int, ...]
     """How many layers each stage holds."""
-    costs: tuple[float, ...]
+    stage_costs: tuple[float, ...]
     """What each stage costs, the extras of the first and the last included."""
 
     @property
-    def ranges(self) -> tuple[range, ...]:
+    def layer_ranges(self) -> tuple[range, ...]:
         """The indices of each stage's layers."""
-        ends = tuple(accumulate(self.layers))
-        return tuple(range(end - count, end) for end, count in zip(ends, self.layers, strict=True))
+        ends = tuple(accumulate(self.layers_per_stage))
+        return tuple(range(end - count, end) for end, count in zip(ends, self.layers_per_stage, strict=True))
 
     @property
     def imbalance(self) -> float:
         """By how much the largest stage is above the mean, as a fraction of the mean."""
-        mean = sum(self.costs) / len(self.costs)
-        return max(self.costs) / mean - 1 if mean else 0.0
+        mean = sum(self.stage_costs) / len(self.stage_costs)
+        return max(self.stage_costs) / mean - 1 if mean else 0.0
 
 
-def partition(
-    costs: Sequence[float], stages: int, first: float = 0.0, last: float = 0.0, layout: Sequence[int] | None = None
-) -> Partition:
+def partition_layers(
+    layer_costs: Sequence[float],
+    stages: int,
+    first_stage_extra: float = 0.0,
+    last_stage_extra: float = 0.0,
+    layers_per_stage: Sequence[int] | None = None,
+) -> LayerPartition:
     """Split layers that cost `costs` each over `stages`, every one with a layer at least.
 
     `first` and `last` are what the first and the last stage cost on top of their layers. `layout`, the number of layers
     of each stage, overrides the search. Raises `ConfigError` for what cannot be.
     """
-    refuse_if_any(partition_problems(len(costs), stages, layout))
-    loads = _Loads(costs, stages, first, last)
-    layers = tuple(layout) if layout is not None else _balance(loads)
+    raise_if_any(partition_problems(len(layer_costs), stages, layers_per_stage))
+    loads = _Loads(layer_costs, stages, first_stage_extra, last_stage_extra)
+    layers = tuple(layers_per_stage) if layers_per_stage is not None else _balance(loads)
     ends = (0, *accumulate(layers))
     scale = float(loads.denominator)
     exact = (loads.of(stage, ends[stage], ends[stage + 1]) for stage in range(stages))
-    return Partition(layers, tuple(load / scale for load in exact))
+    return LayerPartition(layers, tuple(load / scale for load in exact))
 
 
-def partition_problems(layers: int, stages: int, layout: Sequence[int] | None = None) -> Iterator[Problem]:
+def partition_problems(layers: int, stages: int, layers_per_stage: Sequence[int] | None = None) -> Iterator[Problem]:
     """Why `layers` cannot be split over `stages`, or not as `layout` says."""
     if not 1 <= stages <= layers:
         yield Problem(
             "stages", stages, f"must be from 1 to {layers}: every stage holds at least one of {layers} layers"
         )
-    if layout is None:
+    if layers_per_stage is None:
         return
-    shown = ",".join(map(str, layout))
-    if len(layout) != stages:
-        yield Problem("layout", shown, f"has {len(layout)} stages; write the layers of each of the {stages}")
-    if sum(layout) != layers:
-        yield Problem("layout", shown, f"has {sum(layout)} layers in all; the model has {layers}")
-    if empty := [str(stage) for stage, count in enumerate(layout) if count < 1]:
+    shown = ",".join(map(str, layers_per_stage))
+    if len(layers_per_stage) != stages:
+        yield Problem("layout", shown, f"has {len(layers_per_stage)} stages; write the layers of each of the {stages}")
+    if sum(layers_per_stage) != layers:
+        yield Problem("layout", shown, f"has {sum(layers_per_stage)} layers in all; the model has {layers}")
+    if empty := [str(stage) for stage, count in enumerate(layers_per_stage) if count < 1]:
         what = "stage" if len(empty) == 1 else "stages"
         yield Problem("layout", shown, f"{what} {', '.join(empty)}: must hold at least 1 layer")
 

@@ -12,16 +12,16 @@ class Direction(StrEnum):
     Neighbors send to each other at the same moment, so each direction has a process group of its own.
     """
 
-    UP = "up"
-    DOWN = "down"
+    NEXT = "up"
+    PREV = "down"
 
     @property
     def opposite(self) -> Direction:
         """The other way: gradients travel opposite to the activations of their chunk."""
-        return Direction.DOWN if self is Direction.UP else Direction.UP
+        return Direction.PREV if self is Direction.NEXT else Direction.NEXT
 
 
-class Route(StrEnum):
+class PlacementStyle(StrEnum):
     """The way of a micro-batch through the ranks."""
 
     LOOP = "loop"  # up through chunk 0 of every rank, from the last rank back to the first, up through chunk 1, …
@@ -30,7 +30,7 @@ class Route(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class StagePlace:
+class StageLocation:
     """A stage of the model on one rank: `chunk` counts the stages that the rank holds."""
 
     rank: int
@@ -38,7 +38,7 @@ class StagePlace:
 
 
 @dataclass(frozen=True)
-class Placement:
+class StagePlacement:
     """Which stage of the model each (rank, chunk) is: 0 has the embedding, `stages` - 1 the head and the loss.
 
         loop            stages = ranks · chunks     stage = chunk · ranks + rank
@@ -49,61 +49,63 @@ class Placement:
     replicas, and a micro-batch goes through either the one or the other, by the direction it travels in.
     """
 
-    route: Route
+    style: PlacementStyle
     ranks: int
-    chunks: int
+    chunks_per_rank: int
     """Stages a rank holds."""
 
     @property
-    def stages(self) -> int:
+    def num_stages(self) -> int:
         """Stages that the model is cut into."""
-        return self.ranks if self.route is Route.BIDIRECTIONAL else self.ranks * self.chunks
+        return self.ranks if self.style is PlacementStyle.BIDIRECTIONAL else self.ranks * self.chunks_per_rank
 
-    def direction(self, chunk: int) -> Direction:
+    def direction_of_chunk(self, chunk: int) -> Direction:
         """The way that the activations of `chunk` travel. Its gradients go the opposite way."""
-        down = chunk == 1 and self.route is not Route.LOOP
-        return Direction.DOWN if down else Direction.UP
+        down = chunk == 1 and self.style is not PlacementStyle.LOOP
+        return Direction.PREV if down else Direction.NEXT
 
-    def stage(self, place: StagePlace) -> int:
+    def stage_at(self, place: StageLocation) -> int:
         """The stage at `place`."""
-        if self.direction(place.chunk) is Direction.DOWN:
-            return self.stages - 1 - place.rank
-        return place.chunk * self.ranks + place.rank if self.route is Route.LOOP else place.rank
+        if self.direction_of_chunk(place.chunk) is Direction.PREV:
+            return self.num_stages - 1 - place.rank
+        return place.chunk * self.ranks + place.rank if self.style is PlacementStyle.LOOP else place.rank
 
-    def before(self, place: StagePlace) -> StagePlace | None:
+    def previous_location(self, place: StageLocation) -> StageLocation | None:
         """Where a micro-batch that is at `place` has been before; None in the first stage. May be the same rank."""
         return self._step(place, -1)
 
-    def after(self, place: StagePlace) -> StagePlace | None:
+    def next_location(self, place: StageLocation) -> StageLocation | None:
         """Where a micro-batch that is at `place` goes next; None in the last stage. May be the same rank."""
         return self._step(place, +1)
 
-    def is_first(self, place: StagePlace) -> bool:
+    def is_first_stage(self, place: StageLocation) -> bool:
         """Whether `place` holds the embedding and is given tokens."""
-        return self.stage(place) == 0
+        return self.stage_at(place) == 0
 
-    def is_last(self, place: StagePlace) -> bool:
+    def is_last_stage(self, place: StageLocation) -> bool:
         """Whether `place` holds the head and computes the loss."""
-        return self.stage(place) == self.stages - 1
+        return self.stage_at(place) == self.num_stages - 1
 
-    def holders(self, stage: int) -> tuple[StagePlace, ...]:
+    def locations_of_stage(self, stage: int) -> tuple[StageLocation, ...]:
         """Every place that holds `stage`, lowest rank first: one, or the two replicas of a bidirectional placement."""
-        return tuple(place for place in self.places() if self.stage(place) == stage)
+        return tuple(place for place in self.all_locations() if self.stage_at(place) == stage)
 
-    def places(self) -> tuple[StagePlace, ...]:
+    def all_locations(self) -> tuple[StageLocation, ...]:
         """Every (rank, chunk), rank by rank."""
-        return tuple(StagePlace(rank, chunk) for rank in range(self.ranks) for chunk in range(self.chunks))
+        return tuple(StageLocation(rank, chunk) for rank in range(self.ranks) for chunk in range(self.chunks_per_rank))
 
-    def shares_ends(self) -> bool:
+    def first_and_last_stage_colocated(self) -> bool:
         """Whether first and last stage are on one rank everywhere, so that they can share embedding and head."""
-        return {place.rank for place in self.holders(0)} == {place.rank for place in self.holders(self.stages - 1)}
+        return {place.rank for place in self.locations_of_stage(0)} == {
+            place.rank for place in self.locations_of_stage(self.num_stages - 1)
+        }
 
-    def _step(self, place: StagePlace, step: int) -> StagePlace | None:
-        stage = self.stage(place) + step
-        if not 0 <= stage < self.stages:
+    def _step(self, place: StageLocation, step: int) -> StageLocation | None:
+        stage = self.stage_at(place) + step
+        if not 0 <= stage < self.num_stages:
             return None
-        if self.route is Route.LOOP:
-            return StagePlace(stage % self.ranks, stage // self.ranks)
-        if self.route is Route.V:
-            return StagePlace(stage, 0) if stage < self.ranks else StagePlace(self.stages - 1 - stage, 1)
-        return StagePlace(stage if place.chunk == 0 else self.ranks - 1 - stage, place.chunk)
+        if self.style is PlacementStyle.LOOP:
+            return StageLocation(stage % self.ranks, stage // self.ranks)
+        if self.style is PlacementStyle.V:
+            return StageLocation(stage, 0) if stage < self.ranks else StageLocation(self.num_stages - 1 - stage, 1)
+        return StageLocation(stage if place.chunk == 0 else self.ranks - 1 - stage, place.chunk)

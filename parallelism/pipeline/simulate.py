@@ -6,16 +6,16 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from .communication import P2POp, edges
+from .communication import P2POp, derive_p2p_batches
 from .placement import Direction
-from .program import Instruction, Op, Program, ProgramError, where
+from .program import Instruction, InvalidProgramError, Op, PipelineProgram, describe_instruction
 
-Duration = Callable[[int, Instruction], float]
+InstructionDuration = Callable[[int, Instruction], float]
 """How long a rank takes for an instruction."""
 
 
 @dataclass(frozen=True)
-class UnitTimes:
+class OpDurations:
     """Durations that depend on the op alone, in any unit: those of one chunk."""
 
     forward: float = 1.0
@@ -26,83 +26,85 @@ class UnitTimes:
     """W."""
     backward: float | None = None
     """B; None for I + W."""
-    pair: float | None = None
+    forward_backward: float | None = None
     """FB; None for F + B, as if nothing overlapped."""
 
     @property
-    def whole_backward(self) -> float:
+    def backward_duration(self) -> float:
         """B."""
         return self.input_gradient + self.weight_gradient if self.backward is None else self.backward
 
     @property
-    def whole_pair(self) -> float:
+    def forward_backward_duration(self) -> float:
         """FB."""
-        return self.forward + self.whole_backward if self.pair is None else self.pair
+        return self.forward + self.backward_duration if self.forward_backward is None else self.forward_backward
 
-    def of(self, op: Op) -> float:
+    def duration_of_op(self, op: Op) -> float:
         """How long `op` takes."""
         return {
             Op.F: self.forward,
-            Op.B: self.whole_backward,
+            Op.B: self.backward_duration,
             Op.I: self.input_gradient,
             Op.W: self.weight_gradient,
-            Op.FB: self.whole_pair,
+            Op.FB: self.forward_backward_duration,
         }[op]
 
     def __call__(self, rank: int, instruction: Instruction) -> float:
         """The duration of `instruction`, on whatever rank."""
-        return self.of(instruction.op)
+        return self.duration_of_op(instruction.op)
 
 
 @dataclass(frozen=True)
-class ProgramTimes:
+class SimulatedTimes:
     """The times of every instruction of every rank, from the moment the first one starts."""
 
-    program: Program
-    starts: tuple[tuple[float, ...], ...]
-    ends: tuple[tuple[float, ...], ...]
+    program: PipelineProgram
+    start_times: tuple[tuple[float, ...], ...]
+    end_times: tuple[tuple[float, ...], ...]
 
     @property
     def makespan(self) -> float:
         """When the last instruction ends."""
-        return max((rank[-1] for rank in self.ends if rank), default=0.0)
+        return max((rank[-1] for rank in self.end_times if rank), default=0.0)
 
     @property
-    def busy(self) -> tuple[float, ...]:
+    def busy_time_per_rank(self) -> tuple[float, ...]:
         """How long each rank computes."""
-        return tuple(sum(ends) - sum(starts) for starts, ends in zip(self.starts, self.ends, strict=True))
+        return tuple(sum(ends) - sum(starts) for starts, ends in zip(self.start_times, self.end_times, strict=True))
 
     @property
-    def bubbles(self) -> tuple[float, ...]:
+    def bubble_time_per_rank(self) -> tuple[float, ...]:
         """How long each rank waits between the first start and the last end of the whole program."""
-        return tuple(self.makespan - busy for busy in self.busy)
+        return tuple(self.makespan - busy for busy in self.busy_time_per_rank)
 
     @property
     def bubble_fraction(self) -> float:
         """The share of all ranks' time that is bubble."""
         total = self.makespan * self.program.ranks
-        return sum(self.bubbles) / total if total else 0.0
+        return sum(self.bubble_time_per_rank) / total if total else 0.0
 
 
-def simulate_program(program: Program, duration: Duration, transfer: float = 0.0) -> ProgramTimes:
-    """Run `program` under the rendezvous model (see `edges`) and note the times.
+def simulate_program(
+    program: PipelineProgram, duration: InstructionDuration, transfer_time: float = 0.0
+) -> SimulatedTimes:
+    """Run `program` under the rendezvous model (see `derive_p2p_batches`) and note the times.
 
-    `transfer` is how long a batch of messages takes once both ends are there. Raises `ProgramError` when the program
+    `transfer` is how long a batch of messages takes once both ends are there. Raises `InvalidProgramError` when the program
     deadlocks. It must be complete, which `check` proves.
     """
-    run = _Run(program, duration, transfer)
+    run = _Run(program, duration, transfer_time)
     run.to_the_end()
-    return ProgramTimes(program, tuple(map(tuple, run.starts)), tuple(map(tuple, run.ends)))
+    return SimulatedTimes(program, tuple(map(tuple, run.starts)), tuple(map(tuple, run.ends)))
 
 
-def ideal_wait(program: Program, mean: Mapping[Op, float]) -> float:
+def ideal_bubble_time(program: PipelineProgram, mean_durations: Mapping[Op, float]) -> float:
     """How long the ranks of `program` wait by themselves, together: each to the end of its last instruction.
 
     That is, where every instruction takes the mean of its kind, exchanges that it waits for included, and messages take
     no time. What ranks wait beyond that, stages or machines that differ are to blame for, or messages.
     """
-    ideal = simulate_program(program, UnitTimes(*(mean[op] for op in (Op.F, Op.I, Op.W, Op.B, Op.FB))))
-    return sum(ends[-1] - busy for ends, busy in zip(ideal.ends, ideal.busy, strict=True) if ends)
+    ideal = simulate_program(program, OpDurations(*(mean_durations[op] for op in (Op.F, Op.I, Op.W, Op.B, Op.FB))))
+    return sum(ends[-1] - busy for ends, busy in zip(ideal.end_times, ideal.busy_time_per_rank, strict=True) if ends)
 
 
 @dataclass
@@ -123,11 +125,11 @@ class _Lane:
 class _Run:
     """The state of a replay. Times only ever depend on earlier times, so the order of looking at lanes is free."""
 
-    def __init__(self, program: Program, duration: Duration, transfer: float) -> None:
+    def __init__(self, program: PipelineProgram, duration: InstructionDuration, transfer: float) -> None:
         self.starts: list[list[float]] = [[] for _ in program.instructions]
         self.ends: list[list[float]] = [[] for _ in program.instructions]
         self._program, self._duration, self._transfer = program, duration, transfer
-        self._commits = edges(program)
+        self._commits = derive_p2p_batches(program)
         self._arrived: dict[P2POp, float] = {}
         self._waiting: dict[P2POp, tuple[_Lane, float]] = {}
         """Messages with one end open, and since when."""
@@ -152,7 +154,7 @@ class _Run:
                 self._advance(lane)
             self._compute(rank)
         if stuck := list(self._stuck()):
-            raise ProgramError("deadlock: " + "; ".join(stuck))
+            raise InvalidProgramError("deadlock: " + "; ".join(stuck))
 
     def _advance(self, lane: _Lane) -> None:
         """Open and close batches as far as can be."""
@@ -190,7 +192,7 @@ class _Run:
         instructions, ends = self._program.instructions[rank], self.ends[rank]
         if len(ends) == len(instructions):
             return
-        needs = self._commits[rank][len(ends)].needs
+        needs = self._commits[rank][len(ends)].required_receives
         if any(edge not in self._arrived for edge in needs):
             return
         start = max([ends[-1] if ends else 0.0, *(self._arrived[edge] for edge in needs)])
@@ -202,5 +204,7 @@ class _Run:
         for rank, instructions in enumerate(self._program.instructions):
             index = len(self.ends[rank])
             if index < len(instructions):
-                missing = next(edge for edge in self._commits[rank][index].needs if edge not in self._arrived)
-                yield f"{where(rank, index, instructions[index])} waits for the {missing}"
+                missing = next(
+                    edge for edge in self._commits[rank][index].required_receives if edge not in self._arrived
+                )
+                yield f"{describe_instruction(rank, index, instructions[index])} waits for the {missing}"

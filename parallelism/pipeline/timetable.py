@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .communication import P2PBatch, P2POp, edges
+from .communication import P2PBatch, P2POp, derive_p2p_batches
 from .placement import Direction
-from .program import Program, ProgramError
-from .simulate import Duration, ProgramTimes
+from .program import InvalidProgramError, PipelineProgram
+from .simulate import InstructionDuration, SimulatedTimes
 
 
 class _Node(NamedTuple):
@@ -26,7 +26,7 @@ class _Node(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Timetable:
+class ProgramSimulator:
     """The events of one program in an order in which each comes after all that it waits for.
 
     A batch of messages opens when the batch before it in its lane is complete and the instruction before its commit has
@@ -34,15 +34,15 @@ class Timetable:
     is a maximum of earlier ones, and a program is timed in one pass.
     """
 
-    program: Program
+    program: PipelineProgram
     _nodes: tuple[_Node, ...]
 
     @staticmethod
-    def of(program: Program) -> Timetable:
-        """Raises `ProgramError` when the program deadlocks; it must be complete, which `check` proves."""
-        return Timetable(program, tuple(_sorted(_Builder(program).nodes())))
+    def from_program(program: PipelineProgram) -> ProgramSimulator:
+        """Raises `InvalidProgramError` when the program deadlocks; it must be complete, which `check` proves."""
+        return ProgramSimulator(program, tuple(_sorted(_Builder(program).nodes())))
 
-    def replay(self, duration: Duration, transfer: float = 0.0) -> ProgramTimes:
+    def simulate(self, duration: InstructionDuration, transfer_time: float = 0.0) -> SimulatedTimes:
         """What `simulate_program` returns for the same arguments."""
         instructions = self.program.instructions
         starts: list[list[float]] = [[0.0] * len(row) for row in instructions]
@@ -56,15 +56,15 @@ class Timetable:
                 time += duration(rank, instructions[rank][index])
                 ends[rank][index] = time
             elif travels:
-                time += transfer
+                time += transfer_time
             note(time)
-        return ProgramTimes(self.program, tuple(map(tuple, starts)), tuple(map(tuple, ends)))
+        return SimulatedTimes(self.program, tuple(map(tuple, starts)), tuple(map(tuple, ends)))
 
 
 class _Builder:
     """Numbers the events: of each rank its instructions, of each batch its opening and its completion."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: PipelineProgram) -> None:
         self._program = program
         self._first: list[int] = []
         count = 0
@@ -74,7 +74,7 @@ class _Builder:
         self._instructions = count
 
     def nodes(self) -> list[_Node]:
-        commits = edges(self._program)
+        commits = derive_p2p_batches(self._program)
         opened: dict[P2POp, list[int]] = {}
         arrives: dict[P2POp, int] = {}
         batches: list[tuple[int | None, int | None, list[P2POp]]] = []
@@ -105,7 +105,7 @@ class _Builder:
         for rank, row in enumerate(self._program.instructions):
             for index in range(len(row)):
                 own = [self._first[rank] + index - 1] if index else []
-                needs = [complete + arrives[edge] for edge in commits[rank][index].needs]
+                needs = [complete + arrives[edge] for edge in commits[rank][index].required_receives]
                 yield _Node((*own, *needs), rank, index)
 
 
@@ -136,4 +136,4 @@ def _sorted(nodes: Sequence[_Node]) -> Iterator[_Node]:
             if waiting[follower] == 0:
                 ready.append(follower)
     if len(place) < len(nodes):
-        raise ProgramError("deadlock: some instructions wait for each other; `check` says which")
+        raise InvalidProgramError("deadlock: some instructions wait for each other; `check` says which")

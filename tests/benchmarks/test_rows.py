@@ -16,37 +16,39 @@ from shoestring.benchmarks.rows.row import Figures, Machine, Wrong
 from shoestring.comm.groups import Group
 from shoestring.tests.tree import ROOT
 from shoestring.trainer.model import experts
-from shoestring.trainer.precision.reference import Reference
-from shoestring.trainer.precision.tiles import Blocks, Columns, Scales, Tiles
+from shoestring.trainer.precision.reference import ReferenceBackend
+from shoestring.trainer.precision.tiles import ColumnwiseFp8Tensor, Fp8Weight, RowwiseFp8Tensor, ScaleFormat
 
 ALONE = Group((0,), None, 0, timedelta(seconds=1))
 CPU = Machine(torch.device("cpu"), ALONE, ALONE, ALONE)
 
 
 @dataclass(frozen=True)
-class SlightlyOff(Reference):
+class SlightlyOff(ReferenceBackend):
     """One value of each tensor of tiles is the next number; products are off by 2 %."""
 
-    def tiles(self, x_XD: Tensor, scales: Scales) -> Tiles:
-        return _off(super().tiles(x_XD, scales))
+    def quantize_rowwise(self, x_XD: Tensor, scales: ScaleFormat) -> RowwiseFp8Tensor:
+        return _off(super().quantize_rowwise(x_XD, scales))
 
-    def columns(self, x_RD: Tensor, rows_L: tuple[int, ...], scales: Scales) -> Columns:
-        made = super().columns(x_RD, rows_L, scales)
-        return Columns(_off(made.tiles), made.tiles_per_expert_L)
+    def quantize_columnwise(self, x_RD: Tensor, rows_L: tuple[int, ...], scales: ScaleFormat) -> ColumnwiseFp8Tensor:
+        made = super().quantize_columnwise(x_RD, rows_L, scales)
+        return ColumnwiseFp8Tensor(_off(made.tiles), made.tiles_per_expert_L)
 
-    def blocks(self, weight: Tensor, scales: Scales) -> Blocks:
-        made = super().blocks(weight, scales)
-        return Blocks(_one_off(made.values_NK), made.scales_PQ)
+    def quantize_weight(self, weight: Tensor, scales: ScaleFormat) -> Fp8Weight:
+        made = super().quantize_weight(weight, scales)
+        return Fp8Weight(_one_off(made.values_NK), made.scales_PQ)
 
-    def multiply_grouped(self, x: Tiles, weight: Blocks, rows_L: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return super().multiply_grouped(x, weight, rows_L, dtype) * 1.02
+    def grouped_gemm(
+        self, x: RowwiseFp8Tensor, weight: Fp8Weight, rows_L: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
+        return super().grouped_gemm(x, weight, rows_L, dtype) * 1.02
 
-    def add_outer(self, grad: Columns, x: Columns, sum_LNK: Tensor) -> None:
-        sum_LNK += self.outer(grad, x) * 1.02
+    def accumulate_grouped_wgrad(self, grad: ColumnwiseFp8Tensor, x: ColumnwiseFp8Tensor, sum_LNK: Tensor) -> None:
+        sum_LNK += self.grouped_wgrad_gemm(grad, x) * 1.02
 
 
-def _off(tiles: Tiles) -> Tiles:
-    return Tiles(_one_off(tiles.values_XD), tiles.scales_XQ)
+def _off(tiles: RowwiseFp8Tensor) -> RowwiseFp8Tensor:
+    return RowwiseFp8Tensor(_one_off(tiles.values_XD), tiles.scales_XQ)
 
 
 def _one_off(values: Tensor) -> Tensor:
@@ -57,7 +59,7 @@ def _one_off(values: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kernel", fp8.KERNELS, ids=lambda kernel: kernel.name)
 def test_a_kernel_is_compared_with_the_reference(kernel: fp8.Kernel) -> None:
-    assert set(fp8.compare(kernel, Reference(), CPU.device).values()) == {0.0}
+    assert set(fp8.compare(kernel, ReferenceBackend(), CPU.device).values()) == {0.0}
     with pytest.raises(Wrong, match=r"differ from the reference's|is off by"):
         fp8.compare(kernel, SlightlyOff(), CPU.device)
 
@@ -95,7 +97,7 @@ def test_attention_that_is_a_little_off_is_seen(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_experts_that_add_other_gradients_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`add_grouped_outer`, which only training's own backward calls."""
+    """`accumulate_grouped_wgrad`, which only training's own backward calls."""
     assert compute.grouped_empty(CPU)
     monkeypatch.setattr(experts, "add_grouped_outer", lambda weight, grad, x, rows: None)
     with pytest.raises(Wrong, match="weight gradient in FP32"):
@@ -104,7 +106,7 @@ def test_experts_that_add_other_gradients_are_seen(monkeypatch: pytest.MonkeyPat
 
 def test_a_step_that_is_off_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here the oracle takes one without multi-token prediction."""
-    other = replace(training.SETTINGS, mtp_weight=0.0)
+    other = replace(training.SETTINGS, mtp_loss_scaling_factor=0.0)
     settings = iter((other, other))
     step = training._Trainer.step
 

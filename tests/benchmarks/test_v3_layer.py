@@ -11,32 +11,32 @@ from torch import Tensor
 from torch.autograd import DeviceType
 
 from shoestring.benchmarks import v3_layer
-from shoestring.trainer.precision.fp8 import Fp8
-from shoestring.trainer.precision.reference import Reference
-from shoestring.trainer.precision.tiles import Blocks, Scales, Tiles
+from shoestring.trainer.precision.fp8 import Fp8LinearOps
+from shoestring.trainer.precision.reference import ReferenceBackend
+from shoestring.trainer.precision.tiles import Fp8Weight, RowwiseFp8Tensor, ScaleFormat
 
 
 @dataclass(frozen=True)
-class Counting(Reference):
+class Counting(ReferenceBackend):
     """Counts what it does."""
 
     times: Counter[str] = field(default_factory=Counter)
 
-    def blocks(self, weight: Tensor, scales: Scales) -> Blocks:
+    def quantize_weight(self, weight: Tensor, scales: ScaleFormat) -> Fp8Weight:
         self.times["blocks"] += 1
-        return super().blocks(weight, scales)
+        return super().quantize_weight(weight, scales)
 
-    def multiply(self, x: Tiles, weight: Blocks, dtype: torch.dtype) -> Tensor:
+    def gemm(self, x: RowwiseFp8Tensor, weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
         self.times["multiply"] += 1
-        return super().multiply(x, weight, dtype)
+        return super().gemm(x, weight, dtype)
 
 
 def test_the_layer_is_run_phase_by_phase_as_in_training() -> None:
     setting, device, counting = v3_layer.small(), torch.device("cpu"), Counting()
     model = v3_layer.build(setting, "reference", device)
-    model.use_fp8(Fp8(counting))
+    model.enable_fp8(Fp8LinearOps(counting))
     before = {name: weight.grad for name, weight in model.named_parameters()}
-    with model.weights_unchanged():
+    with model.cache_fp8_weights():
         for _ in range(2):
             counting.times["multiply"] = 0
             seconds = v3_layer.layer_seconds(model, setting, device)
@@ -44,7 +44,7 @@ def test_the_layer_is_run_phase_by_phase_as_in_training() -> None:
     assert counting.times["blocks"] == 5 + 2 + 2  # attention, shared expert, routed ones: each weight once
     assert counting.times["multiply"] == 2 * (5 + 2 + 2 * 4) + 2  # the last: up-projections of the latents again
     for name, weight in model.named_parameters():
-        assert weight.dtype == (torch.float32 if name in model.wide_parameter_names() else torch.bfloat16)
+        assert weight.dtype == (torch.float32 if name in model.fp32_parameter_names() else torch.bfloat16)
         assert weight.grad is before[name]
         assert weight.grad is not None
         assert weight.grad.dtype == torch.float32

@@ -70,14 +70,14 @@ class LateStreams:
     late: bool = True
     log: list[str] = field(default_factory=list)
 
-    def create(self, name: str) -> LateStream:
+    def create_stream(self, name: str) -> LateStream:
         return LateStream(name, self)
 
-    def current(self) -> LateStream:
+    def current_stream(self) -> LateStream:
         return LateStream(HOST, self)
 
     @contextmanager
-    def use(self, stream: Stream) -> Iterator[object]:
+    def use_stream(self, stream: Stream) -> Iterator[object]:
         assert isinstance(stream, LateStream)
         if not self.late:
             yield None
@@ -85,5 +85,5 @@ class LateStreams:
         with _Later(stream.queue):
             yield None
 
-    def hold(self, tensor: torch.Tensor, stream: Stream) -> None:
+    def record_stream(self, tensor: torch.Tensor, stream: Stream) -> None:
         raise AssertionError("the masters live as long as the run")

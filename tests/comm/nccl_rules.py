@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shoestring.comm.communicator import Collectives, GlooCollectives, Messages
-from shoestring.comm.open_groups import GlooGroups
+from shoestring.comm.communicator import Collectives, GlooCollectives, PeerTensors
+from shoestring.comm.open_groups import GlooGroupFactory
 from shoestring.comm.streams import Stream
 
 CONNECT, COLLECT = 1 << 10, 1 << 20
@@ -86,26 +86,26 @@ class QueuedStreams:
         self._main = QueuedStream("main")
         self._thread = threading.local()
 
-    def create(self, name: str) -> QueuedStream:
+    def create_stream(self, name: str) -> QueuedStream:
         """See `Streams`."""
         return QueuedStream(name)
 
-    def current(self) -> QueuedStream:
+    def current_stream(self) -> QueuedStream:
         """See `Streams`."""
         stream: QueuedStream = getattr(self._thread, "stream", self._main)
         return stream
 
     @contextmanager
-    def use(self, stream: Stream) -> Iterator[None]:
+    def use_stream(self, stream: Stream) -> Iterator[None]:
         """See `Streams`."""
-        before = self.current()
+        before = self.current_stream()
         self._thread.stream = stream
         try:
             yield
         finally:
             self._thread.stream = before
 
-    def hold(self, tensor: Tensor, stream: Stream) -> None:
+    def record_stream(self, tensor: Tensor, stream: Stream) -> None:
         """See `Streams`: a communication keeps what it moves."""
 
 
@@ -122,7 +122,7 @@ class Eager(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation."""
         if not function.is_view and "empty" not in function.__name__:
-            self._streams.current().synchronize()
+            self._streams.current_stream().synchronize()
         return function(*args, **(kwargs or {}))
 
 
@@ -136,7 +136,7 @@ class Reading(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call one function."""
         if function is Tensor.tolist:
-            self._streams.current().synchronize()
+            self._streams.current_stream().synchronize()
         return function(*args, **(kwargs or {}))
 
 
@@ -221,7 +221,7 @@ class RulesCommunicator:
         streams: QueuedStreams,
         patience: timedelta,
     ) -> None:
-        self.handle = handle
+        self.process_group = handle
         self._gloo = GlooCollectives(handle, ranks, rank, limit)
         self._ranks = ranks
         self._streams = streams
@@ -251,14 +251,14 @@ class RulesCommunicator:
         self._connections.collective(shards_GN.nbytes)
         self._queue(lambda: self._gloo.all_gather(shards_GN, own_N))
 
-    def send_and_receive(self, sends: Messages, receives: Messages) -> None:
+    def send_and_receive(self, sends: PeerTensors, receives: PeerTensors) -> None:
         """See `Collectives`."""
         self._connections.pairs([peer for _, peer in sends], [peer for _, peer in receives])
         self._queue(lambda: self._gloo.send_and_receive(sends, receives))
 
     def _queue(self, work: Callable[[], None]) -> None:
         """Run `work` behind what the current stream holds and behind earlier calls; the stream goes on behind it."""
-        stream = self._streams.current()
+        stream = self._streams.current_stream()
         computed = stream.record_event()
 
         def run() -> None:
@@ -269,7 +269,7 @@ class RulesCommunicator:
         stream.queue(self._thread.submit(run))
 
 
-class RulesGroups(GlooGroups):
+class RulesGroups(GlooGroupFactory):
     """Makes groups whose communicators follow NCCL's rules; but for that of tensors on the host, which is gloo's."""
 
     def __init__(self, rank: int, limit: timedelta, streams: QueuedStreams, patience: timedelta) -> None:
@@ -277,16 +277,16 @@ class RulesGroups(GlooGroups):
         super().__init__(rank, limit)
         self._streams, self._patience = streams, patience
 
-    def control(self, ranks: tuple[int, ...]) -> Collectives:
+    def create_world_cpu(self, ranks: tuple[int, ...]) -> Collectives:
         """See `OpenGroups`."""
-        communicator = super().split("control", [ranks], None)
+        communicator = super().split_group("control", [ranks], None)
         assert communicator is not None
         return communicator
 
-    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
+    def split_group(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
         """See `OpenGroups`."""
-        own = super().split(name, parts, max_ctas)
+        own = super().split_group(name, parts, max_ctas)
         if own is None:
             return None
         ranks = next(part for part in parts if self._rank in part)
-        return RulesCommunicator(own.handle, ranks, self._rank, self._limit, self._streams, self._patience)
+        return RulesCommunicator(own.process_group, ranks, self._rank, self._limit, self._streams, self._patience)

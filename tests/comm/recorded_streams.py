@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from torch import Tensor
 
 from shoestring.comm.streams import Stream
-from shoestring.comm.trace import EXPOSED_EXCHANGE, Track
+from shoestring.comm.trace import EXPOSED_EXCHANGE, TimelineTrack
 
 HOST_WAITS = "the host waits"
 REST = "rest of "
@@ -62,16 +62,16 @@ class RecordedStreams:
         self.places: Counter[str] = Counter()
         """Functions in which the host waits."""
 
-    def create(self, name: str) -> RecordedStream:
+    def create_stream(self, name: str) -> RecordedStream:
         """See `Streams`."""
         return RecordedStream(self)
 
-    def current(self) -> RecordedStream:
+    def current_stream(self) -> RecordedStream:
         """See `Streams`."""
         return self._current
 
     @contextmanager
-    def use(self, stream: Stream) -> Iterator[None]:
+    def use_stream(self, stream: Stream) -> Iterator[None]:
         """See `Streams`."""
         assert isinstance(stream, RecordedStream)
         before, self._current = self._current, stream
@@ -80,18 +80,18 @@ class RecordedStreams:
         finally:
             self._current = before
 
-    def hold(self, tensor: Tensor, stream: Stream) -> None:
+    def record_stream(self, tensor: Tensor, stream: Stream) -> None:
         """See `Streams`."""
 
-    def span(self, track: Track, name: str, detail: object = None) -> AbstractContextManager[object]:
+    def span(self, track: TimelineTrack, name: str, detail: object = None) -> AbstractContextManager[object]:
         """Work of a layer, or a part of an exchange. An exchange that comes again comes with its second part."""
-        if track is Track.EXCHANGE:
+        if track is TimelineTrack.EXCHANGE:
             return self.queue(REST + name if name in self.needs else name)
-        if track is Track.COMPUTE and name != EXPOSED_EXCHANGE:
+        if track is TimelineTrack.COMPUTE and name != EXPOSED_EXCHANGE:
             return self.queue(f"{name} of {detail}" if detail else name)
         return nullcontext()
 
-    def mark(self, track: Track, name: str, detail: object = None) -> None:
+    def record_instant(self, track: TimelineTrack, name: str, detail: object = None) -> None:
         """See `SpanRecorder`."""
 
     @contextmanager

@@ -10,29 +10,29 @@ import pytest
 import torch.distributed as dist
 
 from shoestring.comm.agreement import (
-    Fact,
-    Facts,
-    ProcessesDifferError,
-    first_difference,
-    from_json,
-    refuse_unless_equal,
-    to_json,
+    Fingerprint,
+    Fingerprints,
+    RankMismatchError,
+    find_first_mismatch,
+    fingerprints_from_json,
+    fingerprints_to_json,
+    verify_ranks_match,
 )
 
 
-def facts(**values: str) -> dict[str, Fact]:
-    return {name: Fact(f"hash of {value}", value) for name, value in values.items()}
+def facts(**values: str) -> dict[str, Fingerprint]:
+    return {name: Fingerprint(f"hash of {value}", value) for name, value in values.items()}
 
 
-def compare(all_facts: Sequence[Facts]) -> list[str]:
+def compare(all_facts: Sequence[Fingerprints]) -> list[str]:
     """What each rank was refused with; empty where it was not."""
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=20))
 
     def rank(number: int) -> str:
         try:
-            refuse_unless_equal(store, number, len(all_facts), all_facts[number])
-        except ProcessesDifferError as different:
+            verify_ranks_match(store, number, len(all_facts), all_facts[number])
+        except RankMismatchError as different:
             return str(different)
         return ""
 
@@ -65,12 +65,12 @@ def test_one_that_differs_is_named_on_all_of_them(position: int) -> None:
         ({}, facts(a="1"), "a"),
     ],
 )
-def test_the_first_difference(here: Facts, there: Facts, name: str | None) -> None:
-    assert first_difference(here, there) == name
+def test_the_first_difference(here: Fingerprints, there: Fingerprints, name: str | None) -> None:
+    assert find_first_mismatch(here, there) == name
 
 
 def test_equal_digests_are_equal_whatever_is_shown() -> None:
-    assert first_difference({"a": Fact("x", "shown so")}, {"a": Fact("x", "or so")}) is None
+    assert find_first_mismatch({"a": Fingerprint("x", "shown so")}, {"a": Fingerprint("x", "or so")}) is None
 
 
 @pytest.mark.parametrize(
@@ -87,9 +87,9 @@ def test_equal_digests_are_equal_whatever_is_shown() -> None:
 )
 def test_junk_is_no_facts(text: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        from_json(text)
+        fingerprints_from_json(text)
 
 
 def test_facts_travel_as_text() -> None:
-    make: Callable[[], Facts] = lambda: facts(seed="1", text="ä\n")  # noqa: E731
-    assert from_json(to_json(make())) == make()
+    make: Callable[[], Fingerprints] = lambda: facts(seed="1", text="ä\n")  # noqa: E731
+    assert fingerprints_from_json(fingerprints_to_json(make())) == make()

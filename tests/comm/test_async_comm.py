@@ -12,25 +12,25 @@ import torch
 
 from shoestring.comm.async_comm import (
     AsyncWork,
+    CollectiveOrderCheck,
     InlineCommunicator,
-    OrderCheck,
     StreamCommunicator,
     ThreadCommunicator,
-    open_worker,
-    tensors_of,
+    build_async_communicator,
+    iter_tensors,
 )
 from shoestring.comm.errors import CollectiveError
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.host import HostCopies
+from shoestring.comm.host import AsyncHostCopier
 from shoestring.comm.topology import Topology
-from shoestring.comm.trace import Call, ExchangeLabel
+from shoestring.comm.trace import ExchangeCall, ExchangeLabel
 from shoestring.tests.comm.exchange.routing import CASES, LABEL, batch_of, open_on
 from shoestring.tests.comm.recorded_streams import HOST_WAITS, REST, RecordedStreams
 from shoestring.tests.processes import World, run_processes
 
 QUICK = 1e-3  # seconds
-CALL = str(Call("dispatch", LABEL))
+CALL = str(ExchangeCall("dispatch", LABEL))
 
 
 def test_an_error_in_the_worker_is_raised_by_wait() -> None:
@@ -75,7 +75,7 @@ def test_nothing_in_a_worker_is_recorded_by_autograd() -> None:
     x = torch.ones(2, requires_grad=True)
     for worker in (ThreadCommunicator(), InlineCommunicator(), on_streams()[0]):
         assert not worker.submit(CALL, lambda: 2 * x, (x,)).wait().requires_grad
-        assert not worker.submit_in_parts(CALL, lambda: lambda: 2 * x, (x,)).wait().requires_grad
+        assert not worker.submit_two_part(CALL, lambda: lambda: 2 * x, (x,)).wait().requires_grad
         worker.close()
 
 
@@ -92,18 +92,18 @@ def test_the_second_part_runs_when_it_is_asked_for() -> None:
             done.append("first")
             return lambda: done.append("second")
 
-        pending = worker.submit_in_parts(CALL, first, ())
+        pending = worker.submit_two_part(CALL, first, ())
         assert done == ["first"]
-        pending.proceed()
+        pending.launch_second_part()
         pending.wait()
         assert done == ["first", "second"]
-        worker.submit_in_parts(CALL, first, ()).wait()
+        worker.submit_two_part(CALL, first, ()).wait()
         assert done == ["first", "second"] * 2
 
 
 def test_a_thread_goes_on_with_the_second_part_by_itself() -> None:
     worker, done = ThreadCommunicator(), threading.Event()
-    pending = worker.submit_in_parts(CALL, lambda: done.set, ())
+    pending = worker.submit_two_part(CALL, lambda: done.set, ())
     assert done.wait(timeout=30)
     pending.wait()
     worker.close()
@@ -112,11 +112,11 @@ def test_a_thread_goes_on_with_the_second_part_by_itself() -> None:
 def test_nothing_comes_between_two_parts() -> None:
     """Else a thread, which runs both at once, and a stream would have their collectives in two orders."""
     for worker in (ThreadCommunicator(), InlineCommunicator(), on_streams()[0]):
-        pending = worker.submit_in_parts(CALL, lambda: lambda: 1, ())
-        for submit in (worker.submit, worker.submit_in_parts):
+        pending = worker.submit_two_part(CALL, lambda: lambda: 1, ())
+        for submit in (worker.submit, worker.submit_two_part):
             with pytest.raises(RuntimeError, match="before the second part of dispatch of layer_01, micro-batch 2"):
                 submit("another", lambda: lambda: 2, ())
-        pending.proceed()
+        pending.launch_second_part()
         worker.submit("another", lambda: 2, ())
         assert pending.wait() == 1
         worker.close()
@@ -126,7 +126,7 @@ def test_the_second_part_waits_for_nothing_that_was_computed_since_the_first() -
     worker, streams = on_streams()
     with streams.queue("before"):
         pass
-    pending = worker.submit_in_parts(CALL, lambda: lambda: None, ())
+    pending = worker.submit_two_part(CALL, lambda: lambda: None, ())
     with streams.queue("between"):
         pass
     pending.wait()
@@ -135,13 +135,13 @@ def test_the_second_part_waits_for_nothing_that_was_computed_since_the_first() -
 
 def test_buffers_of_copies_to_the_host_are_used_again() -> None:
     streams = RecordedStreams()
-    copies = HostCopies(streams)
+    copies = AsyncHostCopier(streams)
     x, y = torch.tensor([1, 2]), torch.tensor([3, 4])
-    first, second = copies.start(x), copies.start(y)
+    first, second = copies.start_copy(x), copies.start_copy(y)
     x.zero_()  # the copy was queued before
     numbers = first.wait()
     buffers = [buffer.data_ptr() for buffers in copies._free.values() for buffer in buffers]
-    third = copies.start(torch.tensor([5, 6]))
+    third = copies.start_copy(torch.tensor([5, 6]))
     assert third._numbers.data_ptr() in buffers
     assert [each.tolist() for each in (numbers, first.wait(), second.wait(), third.wait())] == [
         [1, 2],
@@ -150,16 +150,16 @@ def test_buffers_of_copies_to_the_host_are_used_again() -> None:
         [5, 6],
     ]
     assert streams.diary == [HOST_WAITS] * 3
-    assert HostCopies(None).start(y).wait() is y
+    assert AsyncHostCopier(None).start_copy(y).wait() is y
 
 
 def test_every_tensor_of_a_result_is_found() -> None:
     a, b = torch.ones(1), torch.ones(2)
     exchange, _, _ = open_on(Topology(), 0, ExchangeConfig())
     received = exchange.dispatch(torch.ones(3, 4), torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.int64), LABEL).wait()
-    found = list(tensors_of((received, (a, b))))
+    found = list(iter_tensors((received, (a, b))))
     assert any(tensor is received.rows_RD for tensor in found)
-    assert any(tensor is received.weights_R for tensor in found)
+    assert any(tensor is received.gate_weights_R for tensor in found)
     assert found[-2:] == [a, b]
 
 
@@ -180,7 +180,7 @@ def seconds_of_waiting(world: World, name: str) -> dict[str, float]:
         "dispatch": lambda: exchange.dispatch(batch.tokens_TD, batch.weights_TK, batch.experts_TK, LABEL),
         "combine": lambda: exchange.combine(received.rows_RD, received),
         "combine_backward": lambda: exchange.combine_backward(batch.grad_TD, received),
-        "dispatch_backward": lambda: exchange.dispatch_backward(received.rows_RD, received.weights_R, received),
+        "dispatch_backward": lambda: exchange.dispatch_backward(received.rows_RD, received.gate_weights_R, received),
     }
     waited = {}
     square = torch.randn(64, 64)
@@ -211,10 +211,10 @@ def test_wait_launches_nothing(name: str) -> None:
 
 def other_order(world: World) -> str:
     groups = ProcessGroups.create(Topology(ep=2), world.rank, timedelta(seconds=30))
-    order = OrderCheck(groups.ep)
-    worker = open_worker(groups.ep, torch.device("cpu"), order)
+    order = CollectiveOrderCheck(groups.ep)
+    worker = build_async_communicator(groups.ep, torch.device("cpu"), order)
     for operation in ("dispatch", "combine") if world.rank else ("dispatch", "dispatch"):
-        pending = worker.submit(str(Call(operation, LABEL)), lambda: None, ())
+        pending = worker.submit(str(ExchangeCall(operation, LABEL)), lambda: None, ())
     with pytest.raises(CollectiveError) as failure:
         pending.wait()
     worker.close()

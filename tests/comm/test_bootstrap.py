@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shoestring.comm.bootstrap import WorkerEnvironment
+from shoestring.comm.bootstrap import TorchrunEnvironment
 from shoestring.comm.errors import ConfigError
 from shoestring.tests.launch.rank_variables import in_torchrun
 
@@ -25,7 +25,7 @@ def test_variables_of_ranks_that_mean_nothing_are_refused(
 ) -> None:
     in_torchrun(monkeypatch, **({"RANK": "0", "WORLD_SIZE": "2"} | {name: value}))
     with pytest.raises(ConfigError) as refused:
-        WorkerEnvironment.read()
+        TorchrunEnvironment.read()
     assert [problem.field for problem in refused.value.problems] == [name]
 
 
@@ -33,4 +33,4 @@ def test_half_of_torchruns_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(ConfigError, match="MASTER_ADDR"):
-        WorkerEnvironment.read()
+        TorchrunEnvironment.read()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shoestring.comm.async_comm import StreamCommunicator
 from shoestring.comm.groups import Group
-from shoestring.comm.p2p import Incoming, Outgoing, StreamChannel
+from shoestring.comm.p2p import NcclP2PChannel, P2PReceive, P2PSend
 from shoestring.tests.comm.nccl_rules import (
     FIRST_CONTACT,
     RING_BYTES,
@@ -28,7 +28,7 @@ SMALL, LARGE = 1, RING_BYTES
 def open_group(world: World, streams: QueuedStreams, patience: float = 60) -> Group:
     everyone = tuple(range(world.size))
     make = RulesGroups(world.rank, LIMIT, streams, timedelta(seconds=patience))
-    return Group(everyone, make.split("all", [everyone], None), world.rank, LIMIT)
+    return Group(everyone, make.split_group("all", [everyone], None), world.rank, LIMIT)
 
 
 def batch_of(world: World, sends: bool, receives: bool) -> float:
@@ -39,7 +39,7 @@ def batch_of(world: World, sends: bool, receives: bool) -> float:
     group.send_and_receive(
         [(torch.ones(1), peer)] if sends else [], [(arrived, peer)] if receives else [], "first message"
     )
-    streams.current().synchronize()
+    streams.current_stream().synchronize()
     return arrived.item()
 
 
@@ -69,7 +69,7 @@ def collect(world: World, sizes: list[list[int]]) -> None:
         group.all_reduce_sum(torch.zeros(size, dtype=torch.uint8), "sum")
     if world.rank:
         return
-    streams.current().synchronize()
+    streams.current_stream().synchronize()
 
 
 def test_a_small_collective_does_not_connect_what_a_large_one_uses() -> None:
@@ -84,26 +84,26 @@ def test_a_collective_that_is_connected_blocks_nobody() -> None:
 def talk_in_turns(world: World) -> float:
     """Rank 0 waits for an answer before it posts the question: the wait holds one stream, and not the host."""
     streams = QueuedStreams()
-    down, up = (StreamChannel(open_group(world, streams), StreamCommunicator(streams)) for _ in range(2))
-    peer, side = 1 - world.rank, streams.create("side")
+    down, up = (NcclP2PChannel(open_group(world, streams), StreamCommunicator(streams)) for _ in range(2))
+    peer, side = 1 - world.rank, streams.create_stream("side")
 
     def one() -> Tensor:
         return torch.empty(1)
 
     with computing_behind(streams):
         for lane in (down, up):
-            lane.post([Outgoing("first", torch.zeros(1), peer)], [Incoming("first", one, peer)])
-            lane.finish()
+            lane.post([P2PSend("first", torch.zeros(1), peer)], [P2PReceive("first", one, peer)])
+            lane.wait_for_sends()
         if world.rank == 0:
-            (answer,) = down.post([], [Incoming("answer", one, peer)])
-            with streams.use(side):
+            (answer,) = down.post([], [P2PReceive("answer", one, peer)])
+            with streams.use_stream(side):
                 arrived = answer.wait()
-            up.post([Outgoing("question", torch.full((1,), 3.0), peer)], [])
-            with streams.use(side):
+            up.post([P2PSend("question", torch.full((1,), 3.0), peer)], [])
+            with streams.use_stream(side):
                 return arrived.item()
-        (question,) = up.post([], [Incoming("question", one, peer)])
+        (question,) = up.post([], [P2PReceive("question", one, peer)])
         arrived = question.wait()
-        down.post([Outgoing("answer", arrived + 1, peer)], [])
+        down.post([P2PSend("answer", arrived + 1, peer)], [])
         return arrived.item()
 
 
@@ -117,14 +117,14 @@ def launch_two(world: World) -> list[bool]:
     held, group = open_group(world, streams), open_group(world, streams)
     for each in (held, group):
         each.all_reduce_sum(torch.zeros(1), "first")
-    streams.current().synchronize()
+    streams.current_stream().synchronize()
     sums = [torch.ones(1), torch.ones(1)]
-    busy, free = streams.create("busy"), streams.create("free")
-    with streams.use(busy):
+    busy, free = streams.create_stream("busy"), streams.create_stream("free")
+    with streams.use_stream(busy):
         if world.rank == 0:
             held.all_reduce_sum(torch.zeros(1), "what holds the stream")
         group.all_reduce_sum(sums[0], "earlier")
-    with streams.use(free):
+    with streams.use_stream(free):
         group.all_reduce_sum(sums[1], "later")
     early = free.record_event().parts[0].done()
     if world.rank == 1:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoestring.comm.fp8 import TILE, dequantize, quantize, tiles_of
+from shoestring.comm.fp8 import TILE_WIDTH, dequantize, quantize, tiles_per_row
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [1, TILE - 1, TILE, 3 * TILE + 5])
+@pytest.mark.parametrize("width", [1, TILE_WIDTH - 1, TILE_WIDTH, 3 * TILE_WIDTH + 5])
 def test_error_is_within_the_stated_bound(width: int, dtype: torch.dtype) -> None:
     # Eight decades in one tile: the small ones fall below E4M3's smallest normal number.
     x_XD = (torch.randn(64, width) * 10 ** torch.empty(64, width).uniform_(-6, 2)).to(dtype)
     values_XD, exponents_XQ = quantize(x_XD)
     assert values_XD.dtype == torch.float8_e4m3fn
-    assert exponents_XQ.shape == (64, tiles_of(width))
+    assert exponents_XQ.shape == (64, tiles_per_row(width))
     error_XD = (dequantize(values_XD, exponents_XQ, torch.float64) - x_XD.double()).abs()
-    for tile in range(tiles_of(width)):
-        columns = slice(tile * TILE, (tile + 1) * TILE)
+    for tile in range(tiles_per_row(width)):
+        columns = slice(tile * TILE_WIDTH, (tile + 1) * TILE_WIDTH)
         x_XI = x_XD[:, columns].double().abs()
         bound_XI = torch.maximum(x_XI / 16, x_XI.amax(dim=1, keepdim=True) / 2**17)
         assert (error_XD[:, columns] <= bound_XI).all()
@@ -41,12 +41,12 @@ def test_powers_of_two_and_zeros_are_exact() -> None:
 
 @pytest.mark.parametrize("fault", [float("nan"), float("inf"), -float("inf")])
 def test_a_fault_stays_a_fault_in_its_tile_alone(fault: float) -> None:
-    x_XD = torch.ones(2, 2 * TILE)
+    x_XD = torch.ones(2, 2 * TILE_WIDTH)
     x_XD[1, 3] = fault
     back_XD = dequantize(*quantize(x_XD), torch.bfloat16)
-    assert back_XD[1, :TILE].isnan().all()
+    assert back_XD[1, :TILE_WIDTH].isnan().all()
     assert (back_XD[0] == 1).all()
-    assert (back_XD[1, TILE:] == 1).all()
+    assert (back_XD[1, TILE_WIDTH:] == 1).all()
 
 
 def test_the_smallest_numbers_do_not_overflow_on_the_way() -> None:

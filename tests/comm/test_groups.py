@@ -10,11 +10,11 @@ from typing import cast
 import pytest
 
 from shoestring.comm.communicator import Collectives
-from shoestring.comm.groups import P2P_CTAS, REDUCE_CTAS, Group, ProcessGroups
+from shoestring.comm.groups import P2P_MAX_CTAS, REDUCE_MAX_CTAS, Group, ProcessGroups
 from shoestring.comm.topology import Topology
 from shoestring.comm.watchdog import Watchdog
-from shoestring.launch.compose import compose_run
-from shoestring.trainer.build import stages_of
+from shoestring.launch.compose import compose_run_config
+from shoestring.trainer.build import build_stage_layout
 
 LIMIT = timedelta(seconds=1)
 
@@ -23,36 +23,44 @@ class Drawn:
     """`OpenGroups` that only notes what it is asked for; a communicator is the ranks that it joins."""
 
     def __init__(self, rank: int) -> None:
-        self.calls = 1
+        self.creation_calls = 1
         self.made: list[tuple[str, list[tuple[int, ...]], int | None]] = []
         self._rank = rank
 
-    def world(self, ranks: tuple[int, ...]) -> Collectives:
-        communicator = self.split("world", [ranks], None)
+    def create_world(self, ranks: tuple[int, ...]) -> Collectives:
+        communicator = self.split_group("world", [ranks], None)
         assert communicator is not None
         return communicator
 
-    def control(self, ranks: tuple[int, ...]) -> Collectives:
-        self.calls += 1
+    def create_world_cpu(self, ranks: tuple[int, ...]) -> Collectives:
+        self.creation_calls += 1
         return cast("Collectives", ranks)
 
-    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
-        self.calls += 1
+    def split_group(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
+        self.creation_calls += 1
         self.made.append((name, list(parts), max_ctas))
         return cast("Collectives | None", next((ranks for ranks in parts if self._rank in ranks), None))
 
 
 def groups_of(groups: ProcessGroups) -> list[Group]:
-    named = [groups.world, groups.control, groups.ep, groups.ep_between, groups.ep_inside, groups.up, groups.down]
-    return [*named, *groups.dense.values(), *groups.expert.values()]
+    named = [
+        groups.world,
+        groups.world_cpu,
+        groups.ep,
+        groups.ep_inter_node,
+        groups.ep_intra_node,
+        groups.pp_next,
+        groups.pp_prev,
+    ]
+    return [*named, *groups.dense_dp.values(), *groups.expert_dp.values()]
 
 
 @pytest.mark.parametrize("rank", [0, 901, 2047])
 def test_2048_ranks_make_their_groups_in_at_most_twenty_calls(rank: int) -> None:
-    config = compose_run(["experiment=deepseek_v3_h800"])
+    config = compose_run_config(["experiment=deepseek_v3_h800"])
     drawn = Drawn(rank)
-    groups = ProcessGroups.create(config.topology, rank, LIMIT, stages_of(config).all_holders(), drawn)
-    assert drawn.calls <= 20
+    groups = ProcessGroups.create(config.topology, rank, LIMIT, build_stage_layout(config).replica_pp_groups(), drawn)
+    assert drawn.creation_calls <= 20
     for group in groups_of(groups):  # each has its own ranks, and no other group's communicator
         assert cast("object", group.communicator) == (group.ranks if group.size > 1 else None)
         assert rank in group.ranks
@@ -70,10 +78,10 @@ def test_every_rank_makes_the_same_groups_in_the_same_order() -> None:
         made.append(drawn.made)
         pp_rank = topology.pp_rank(rank)
         kept = {(pp_rank,), (0, 1, 2, 3), (0, 3) if pp_rank in (0, 3) else (1, 2)}
-        assert set(groups.dense) == set(groups.expert) == kept
+        assert set(groups.dense_dp) == set(groups.expert_dp) == kept
         for each in kept:
-            assert groups.dense[each].ranks == topology.holders(topology.dense_dp_ranks(rank), each)
-            assert groups.expert[each].ranks == topology.holders(topology.expert_dp_ranks(rank), each)
+            assert groups.dense_dp[each].ranks == topology.map_to_pp_ranks(topology.dense_dp_ranks(rank), each)
+            assert groups.expert_dp[each].ranks == topology.map_to_pp_ranks(topology.expert_dp_ranks(rank), each)
     assert all(each == made[0] for each in made)
 
 
@@ -81,13 +89,13 @@ def test_a_group_that_is_not_made_in_time_is_named(tmp_path: Path) -> None:
     """The watchdog sees the making of groups, too: a split waits for all ranks of the parent."""
     now, ends = [0.0], list[int]()
     told = (tmp_path / "told").open("w")
-    watchdog = Watchdog(0, timedelta(seconds=5), tmp_path, clock=lambda: now[0], leave=ends.append, output=told)
+    watchdog = Watchdog(0, timedelta(seconds=5), tmp_path, clock=lambda: now[0], exit_process=ends.append, output=told)
 
     class Slow(Drawn):
-        def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
+        def split_group(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
             now[0] += 6
-            watchdog.look()
-            return super().split(name, parts, max_ctas)
+            watchdog.exit_if_overdue()
+            return super().split_group(name, parts, max_ctas)
 
     with told:
         ProcessGroups.create(Topology(ep=2), 0, LIMIT, (), Slow(0), watchdog)
@@ -99,6 +107,6 @@ def test_messages_and_reductions_get_few_thread_blocks() -> None:
     drawn = Drawn(0)
     ProcessGroups.create(Topology(pp=2, ep=2), 0, LIMIT, [(0, 1)], drawn)
     blocks = {name: max_ctas for name, _, max_ctas in drawn.made}
-    assert {blocks["pipeline up"], blocks["pipeline down"]} == {P2P_CTAS}
-    assert {blocks["dense gradients"], blocks["expert gradients"]} == {REDUCE_CTAS}
+    assert {blocks["pipeline up"], blocks["pipeline down"]} == {P2P_MAX_CTAS}
+    assert {blocks["dense gradients"], blocks["expert gradients"]} == {REDUCE_MAX_CTAS}
     assert blocks["ep"] is None

@@ -6,25 +6,25 @@ import mmap
 
 import pytest
 
-from shoestring.comm.host import HostMemory
+from shoestring.comm.host import GrowableHostBuffer
 from shoestring.tests.comm.pages import StandInPages
 
 
 @pytest.mark.parametrize("size", [1, 4096, 5000, 2**20 + 1])
 def test_whole_pages_are_pinned_and_less_than_one_is_lost(size: int) -> None:
     pages = StandInPages()
-    memory = HostMemory(pages)
+    memory = GrowableHostBuffer(pages)
     memory.grow(size, pinned=True)
     ((pointer, pinned),) = pages.pinned.items()
-    assert pointer == memory.bytes.data_ptr()
+    assert pointer == memory.tensor.data_ptr()
     assert pointer % mmap.PAGESIZE == pinned % mmap.PAGESIZE == 0
-    assert size <= pinned == len(memory.bytes) < size + mmap.PAGESIZE
-    assert not memory.bytes.any()
+    assert size <= pinned == len(memory.tensor) < size + mmap.PAGESIZE
+    assert not memory.tensor.any()
 
 
 def test_it_is_kept_until_more_is_asked_for_and_given_back_before_it_is_freed() -> None:
     pages = StandInPages()
-    memory = HostMemory(pages)
+    memory = GrowableHostBuffer(pages)
     for size in (10_000, 5_000, 10_000):
         memory.grow(size, pinned=True)
     assert pages.log == ["pin"]
@@ -37,7 +37,7 @@ def test_it_is_kept_until_more_is_asked_for_and_given_back_before_it_is_freed() 
 
 def test_without_a_gpu_nothing_is_pinned() -> None:
     pages = StandInPages()
-    memory = HostMemory(pages)
+    memory = GrowableHostBuffer(pages)
     memory.grow(10_000, pinned=False)
     memory.unpin()
     assert pages.log == []
@@ -45,4 +45,4 @@ def test_without_a_gpu_nothing_is_pinned() -> None:
 
 def test_what_cuda_does_not_pin_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="cudaHostRegister failed with the CUDA error 2"):
-        HostMemory(StandInPages(error=2)).grow(1, pinned=True)
+        GrowableHostBuffer(StandInPages(error=2)).grow(1, pinned=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoestring.comm.host import StagedReader
+from shoestring.comm.host import DoubleBufferedReader
 from shoestring.tests.comm.late_streams import LateStreams
 
 STAGED = 2 * 16 * 8  # bytes: two halves of sixteen FP64
@@ -16,9 +16,9 @@ STAGED = 2 * 16 * 8  # bytes: two halves of sixteen FP64
 @pytest.mark.parametrize("length", [0, 1, 16, 100, 1000])
 def test_every_element_comes_once(late: bool, dtype: torch.dtype, length: int) -> None:
     source_N = torch.rand(length).to(dtype)
-    reader = StagedReader(LateStreams(late), "average", pinned=False, staged_bytes=STAGED)
+    reader = DoubleBufferedReader(LateStreams(late), "average", pinned=False, staging_bytes=STAGED)
     read_N, most = torch.full_like(source_N, torch.nan), 0
-    for part, host_n in reader.pieces(source_N, reader.mark()):
+    for part, host_n in reader.iter_host_slices(source_N, reader.record_event()):
         assert bool(read_N[part].isnan().all())
         read_N[part] = host_n
         most = max(most, host_n.nbytes)
@@ -28,9 +28,9 @@ def test_every_element_comes_once(late: bool, dtype: torch.dtype, length: int) -
 
 def test_the_next_piece_is_on_its_way_while_the_caller_works() -> None:
     streams = LateStreams()
-    reader = StagedReader(streams, "average", pinned=False, staged_bytes=STAGED)
+    reader = DoubleBufferedReader(streams, "average", pinned=False, staging_bytes=STAGED)
     source_N = torch.arange(40.0, dtype=torch.float64)  # three pieces
-    for part, _ in reader.pieces(source_N, reader.mark()):
+    for part, _ in reader.iter_host_slices(source_N, reader.record_event()):
         streams.log.append(f"caller has {part.start}")
     assert streams.log == [
         "computing 1",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shoestring.comm import open_groups
-from shoestring.comm.open_groups import NcclGroups
+from shoestring.comm.open_groups import NcclGroupFactory
 
 LIMIT = timedelta(seconds=1)
 
@@ -25,22 +25,22 @@ class Splitting:
     def _get_backend(self, device: torch.device) -> Splitting:
         return self
 
-    def split(self, **asked: Any) -> str:
+    def split_group(self, **asked: Any) -> str:
         self.asked.append(asked)
         return "handle"
 
 
 def test_nccl_splits_the_default_group_with_its_options_and_fewer_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     default = Splitting()
-    library = SimpleNamespace(group=SimpleNamespace(WORLD=default), split_group=default.split)
+    library = SimpleNamespace(group=SimpleNamespace(WORLD=default), split_group=default.split_group)
     monkeypatch.setattr(open_groups, "dist", library)
-    make = NcclGroups(torch.device("cuda", 0), 3, LIMIT)
+    make = NcclGroupFactory(torch.device("cuda", 0), 3, LIMIT)
     for blocks in (4, None):
-        communicator = make.split("rings", [(0, 1), (2, 3)], blocks)
+        communicator = make.split_group("rings", [(0, 1), (2, 3)], blocks)
         assert communicator is not None
-        assert str(communicator.handle) == "handle"
+        assert str(communicator.process_group) == "handle"
         asked = default.asked[-1]
         assert asked["pg_options"].config.max_ctas == blocks
         assert (asked["split_ranks"], asked["timeout"], asked["group_desc"]) == ([[0, 1], [2, 3]], LIMIT, "rings")
     assert default.options.config.max_ctas is None  # other groups do not inherit it
-    assert make.calls == 3
+    assert make.creation_calls == 3

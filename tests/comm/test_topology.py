@@ -1,4 +1,4 @@
-from shoestring.comm.topology import Link, Topology
+from shoestring.comm.topology import LinkType, Topology
 
 
 def test_ranks_of_every_group() -> None:
@@ -21,9 +21,9 @@ def test_every_rank_is_in_its_own_groups_and_groups_agree() -> None:
 
 def test_links() -> None:
     grid = Topology(ep=4, gpus_per_node=2)
-    assert grid.link(1, 1) is Link.LOOPBACK
-    assert grid.link(0, 1) is Link.NVLINK
-    assert grid.link(1, 2) is Link.INFINIBAND
+    assert grid.link_type(1, 1) is LinkType.LOOPBACK
+    assert grid.link_type(0, 1) is LinkType.NVLINK
+    assert grid.link_type(1, 2) is LinkType.INFINIBAND
 
 
 def test_impossible_grids_are_named() -> None:
@@ -34,15 +34,15 @@ def test_impossible_grids_are_named() -> None:
 
 def test_expert_groups_fill_nodes_and_keep_their_rail() -> None:
     grid = Topology(edp=2, ep=4, gpus_per_node=2)
-    assert (grid.ep_nodes, grid.ep_node_size) == (2, 2)
-    assert grid.ep_ranks_inside_node(7) == (6, 7)
-    assert grid.ep_ranks_between_nodes(5) == (5, 7)
+    assert (grid.nodes_per_ep_group, grid.ep_ranks_per_node) == (2, 2)
+    assert grid.ep_intra_node_ranks(7) == (6, 7)
+    assert grid.ep_inter_node_ranks(5) == (5, 7)
     small = Topology(ep=2, gpus_per_node=8)
-    assert (small.ep_nodes, small.ep_ranks_inside_node(1), small.ep_ranks_between_nodes(1)) == (1, (0, 1), (1,))
+    assert (small.nodes_per_ep_group, small.ep_intra_node_ranks(1), small.ep_inter_node_ranks(1)) == (1, (0, 1), (1,))
 
 
 def test_pipelines_keep_the_place_in_their_groups() -> None:
     grid = Topology(pp=3, edp=2, ep=2)
     assert grid.pp_ranks(6) == (2, 6, 10)
-    assert grid.holders(grid.expert_dp_ranks(5), (0, 2)) == (1, 3, 9, 11)
-    assert grid.holders(grid.dense_dp_ranks(5), (1,)) == (4, 5, 6, 7)
+    assert grid.map_to_pp_ranks(grid.expert_dp_ranks(5), (0, 2)) == (1, 3, 9, 11)
+    assert grid.map_to_pp_ranks(grid.dense_dp_ranks(5), (1,)) == (4, 5, 6, 7)

@@ -37,7 +37,7 @@ class Bench:
         self.folder, self._path = folder / "flight_recorder", folder / "said"
         self._file: TextIOWrapper = self._path.open("w")
         self.watchdog = Watchdog(
-            3, timedelta(seconds=10), self.folder, clock=self.clock, leave=self.ends.append, output=self._file
+            3, timedelta(seconds=10), self.folder, clock=self.clock, exit_process=self.ends.append, output=self._file
         )
 
     @property
@@ -53,18 +53,18 @@ def bench(tmp_path: Path) -> Bench:
 
 def test_a_call_that_returns_in_time_is_nothing(bench: Bench) -> None:
     for _ in range(2):
-        with bench.watchdog.watching("dispatch of layer_03, micro-batch 1", (2, 3)):
+        with bench.watchdog.watch_call("dispatch of layer_03, micro-batch 1", (2, 3)):
             bench.clock.now += 9
-            bench.watchdog.look()
+            bench.watchdog.exit_if_overdue()
     bench.clock.now += 100
-    bench.watchdog.look()
+    bench.watchdog.exit_if_overdue()
     assert (bench.ends, bench.said) == ([], "")
 
 
 def test_a_call_that_does_not_return_is_named_with_its_peers_and_ends_the_rank(bench: Bench) -> None:
-    with bench.watchdog.watching("dispatch of layer_03, micro-batch 1", (1, 2, 3)), patch(DUMP, lambda: None):
+    with bench.watchdog.watch_call("dispatch of layer_03, micro-batch 1", (1, 2, 3)), patch(DUMP, lambda: None):
         bench.clock.now = 10.5
-        bench.watchdog.look()
+        bench.watchdog.exit_if_overdue()
     assert bench.ends == [1]
     first, *rest = bench.said.splitlines()
     assert first == (
@@ -76,20 +76,20 @@ def test_a_call_that_does_not_return_is_named_with_its_peers_and_ends_the_rank(b
 
 
 def test_of_many_peers_some_are_named(bench: Bench) -> None:
-    with bench.watchdog.watching("first all-reduce", range(2048)):
+    with bench.watchdog.watch_call("first all-reduce", range(2048)):
         bench.clock.now = 11
-        bench.watchdog.look()
+        bench.watchdog.exit_if_overdue()
     assert "with ranks 0, 1, 2, 4, 5, 6, 7, 8 and 2039 more has" in bench.said
 
 
 def test_the_limit_may_change_while_a_call_is_under_way(bench: Bench) -> None:
-    bench.watchdog.limit = timedelta(seconds=100)
-    with bench.watchdog.watching("first all-reduce", (0, 3)):
+    bench.watchdog.timeout = timedelta(seconds=100)
+    with bench.watchdog.watch_call("first all-reduce", (0, 3)):
         bench.clock.now = 50
-        bench.watchdog.look()
+        bench.watchdog.exit_if_overdue()
         assert not bench.ends
-        bench.watchdog.limit = timedelta(seconds=10)
-        bench.watchdog.look()
+        bench.watchdog.timeout = timedelta(seconds=10)
+        bench.watchdog.exit_if_overdue()
     assert bench.ends == [1]
 
 
@@ -103,9 +103,9 @@ def test_the_limit_may_change_while_a_call_is_under_way(bench: Bench) -> None:
     ids=["recorded", "empty", "broken"],
 )
 def test_the_flight_recorder_is_written_or_it_is_said_why_not(bench: Bench, recorded: bytes, words: str) -> None:
-    with bench.watchdog.watching("first all-reduce", (0, 3)), patch(DUMP, lambda: lambda: recorded):
+    with bench.watchdog.watch_call("first all-reduce", (0, 3)), patch(DUMP, lambda: lambda: recorded):
         bench.clock.now = 11
-        bench.watchdog.look()
+        bench.watchdog.exit_if_overdue()
     assert words in bench.said.splitlines()[-1]
     written = bench.folder / "rank_3"
     assert (written.read_bytes() if written.exists() else None) == (RECORDED if recorded == RECORDED else None)
@@ -119,7 +119,7 @@ def wait_for_nobody(world: World, folder: Path) -> None:
         watchdog = Watchdog(world.rank, timedelta(seconds=0.2), folder, output=said)
         watchdog.start(0.05)
         make = RulesGroups(world.rank, limit, streams, limit)
-        groups = ProcessGroups.create(Topology(ep=2), world.rank, limit, open_groups=make, watchdog=watchdog)
+        groups = ProcessGroups.create(Topology(ep=2), world.rank, limit, group_factory=make, watchdog=watchdog)
         if world.rank == 0:
             groups.world.all_reduce_sum(torch.zeros(1), "count of valid targets")
 

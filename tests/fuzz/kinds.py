@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from shoestring.launch.compose import compose_run, to_tree
-from shoestring.trainer.data.manifest import Source, fingerprint
+from shoestring.launch.compose import compose_run_config, config_to_dict
+from shoestring.trainer.data.manifest import CorpusFile, source_fingerprint
 
 from . import edits
 from .mutate import dumps, mutate_bytes, mutate_file, mutate_json, mutate_tree, nasty, places
@@ -65,7 +65,7 @@ def overrides(random: Random, seeds: Path, folder: Path) -> Input:
         else:
             path.write_bytes(_yaml(random, path.read_bytes()))
         return reads("train", "--cfg", "job", "--config-dir", own, "experiment=mine")
-    tree = to_tree(compose_run(["experiment=quickstart"]))
+    tree = config_to_dict(compose_run_config(["experiment=quickstart"]))
     found = [place for place in places(tree) if isinstance(place[1], str)]
     lines = ["training.run_dir='${oc.env:HOME}'"] if random.random() < 0.1 else []
     for _ in range(random.choice([1, 1, 2, 4])):
@@ -196,8 +196,8 @@ def data_manifest(random: Random, seeds: Path, folder: Path) -> Input:
         tree = json.loads(path.read_bytes())
         tree = edits.edit(random, tree, edits.DATA) if random.random() < 0.6 else mutate_tree(random, tree)
         try:
-            sources = [Source(**source) for source in tree["sources"]]
-            tree["fingerprint"] = fingerprint(sources, tree["vocabulary"], tree["shard_tokens"])
+            sources = [CorpusFile(**source) for source in tree["sources"]]
+            tree["fingerprint"] = source_fingerprint(sources, tree["vocabulary"], tree["shard_tokens"])
         except (TypeError, KeyError, AttributeError, ValueError):
             pass  # no fingerprint fits it
         path.write_bytes(dumps(tree))

@@ -8,13 +8,13 @@ import json
 from pathlib import Path
 
 from shoestring.launch.cli import main
-from shoestring.launch.compose import compose_run, to_yaml
-from shoestring.launch.run.run_dir import write_config
+from shoestring.launch.compose import compose_run_config, config_to_yaml
+from shoestring.launch.run.run_dir import write_run_config
 from shoestring.tests.launch.report.recorded import config, record_run, record_trace
 from shoestring.tests.trainer.checkpoint.saved import save_model
 from shoestring.trainer.data.tokenizer import train_tokenizer
 from shoestring.trainer.model.config import ModelConfig, YarnConfig
-from shoestring.trainer.model.init import initialize
+from shoestring.trainer.model.init import initialize_weights
 from shoestring.trainer.model.model import Model
 
 from .kinds import data_overrides
@@ -69,20 +69,22 @@ def make_seeds(root: Path, *, with_plan: bool) -> None:
     tokenizer = train_tokenizer([TEXT], 300).to_json().encode()
     for step in (2, 4):
         model = Model(SHAPE)
-        initialize(model, step)
+        initialize_weights(model, step)
         save_model(model, root / "saved" / "checkpoints", step, {"tokenizer.json": tokenizer})
     quietly("export", str(root / "saved"), str(root / "hf"), "--dtype", "fp8")
     quietly("export", str(root / "saved"), str(root / "hf_sharded"), "--max-shard", "10KB", "--rope", "halves")
     (root / "hf" / "generation_config.json").write_text('{"temperature": 0.6}')
     record_run(root / "run")
     record_trace(root / "run")
-    write_config(root / "run", to_yaml(config(root / "run")))
+    write_run_config(root / "run", config_to_yaml(config(root / "run")))
     (root / "invoice.csv").write_text(INVOICE)
     (root / "sacct.txt").write_text(SACCT)
     (root / "project.yaml").write_text(PROJECT)
     (root / "plan.json").write_text("{}")
     (root / "own" / "experiment").mkdir(parents=True)
-    (root / "own" / "experiment" / "mine.yaml").write_text(to_yaml(compose_run(["experiment=quickstart"])))
+    (root / "own" / "experiment" / "mine.yaml").write_text(
+        config_to_yaml(compose_run_config(["experiment=quickstart"]))
+    )
     table = Path(__file__).resolve().parents[2] / "launch" / "planner" / "tables" / "h800.csv"
     (root / "table.csv").write_bytes(table.read_bytes())
     if with_plan:

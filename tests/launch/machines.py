@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.launch.cluster.namespaces import missing_means
+from shoestring.launch.cluster.namespaces import namespace_problems
 
-MISSING = [str(problem) for problem in missing_means()]
+MISSING = [str(problem) for problem in namespace_problems()]
 needs_machines = pytest.mark.skipif(bool(MISSING), reason=f"no simulated cluster here: {'; '.join(MISSING)}")
 
 

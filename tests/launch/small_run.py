@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
-from shoestring.launch.compose import compose_run
-from shoestring.trainer.data.prepare import prepare
+from shoestring.launch.compose import compose_run_config
+from shoestring.trainer.data.prepare import prepare_corpus
 
 SEQUENCE, BATCH = 32, 8
 SMALL = (
@@ -31,11 +31,11 @@ def small_run(root: Path, steps: int) -> list[str]:
     """Overrides of a run of `steps` on two ranks, but for its directory; its data is prepared under `root`."""
     corpus = root / "corpus"
     corpus.mkdir(parents=True)
-    packaged = compose_run(["experiment=quickstart"]).data.corpus_directory
+    packaged = compose_run_config(["experiment=quickstart"]).data.corpus_directory
     (corpus / "hamlet.txt").write_text((packaged / "hamlet.txt").read_text()[:20000])
     (corpus / "macbeth.txt").write_text((packaged / "macbeth.txt").read_text()[:1500])
     data = [f"data.corpus={corpus}", f"data.prepared={root / 'prepared'}", "data.validation=[macbeth]"]
-    prepare(compose_run([*SMALL, *data]).data, lambda _: None)
+    prepare_corpus(compose_run_config([*SMALL, *data]).data, lambda _: None)
     return [*SMALL, *data, f"training.tokens={steps * BATCH * SEQUENCE}"]
 
 

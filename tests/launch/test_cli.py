@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 
 from shoestring.launch import cli
-from shoestring.launch.cli import main, parse
+from shoestring.launch.cli import main, parse_arguments
 from shoestring.launch.run import node
-from shoestring.launch.run.signals import ASKING_SIGNALS, ignore_late_stops, stops_before_it_began
+from shoestring.launch.run.signals import STOP_SIGNALS, ignore_late_stop_signals, raise_on_early_stop
 from shoestring.tests.tree import ROOT
-from shoestring.trainer.run.exit import Halt
+from shoestring.trainer.run.exit import HaltReason
 
 A, B, C = "experiment=quickstart", "training.run_dir=x", "training.seed=1"
 
 
 def test_the_same_over_several_machines() -> None:
-    options = node.parse([A, "--fresh", B, "--config-dir", "own", C])
+    options = node.parse_arguments([A, "--fresh", B, "--config-dir", "own", C])
     assert (options.overrides, options.fresh, options.config_dir) == ([A, B, C], True, Path("own"))
 
 
@@ -42,7 +42,7 @@ def test_a_bill_is_shown_without_torch() -> None:
 
 @pytest.fixture
 def former_handlers() -> Iterator[None]:
-    numbers = (*ASKING_SIGNALS, signal.SIGINT)
+    numbers = (*STOP_SIGNALS, signal.SIGINT)
     former = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in former.items():
@@ -53,7 +53,7 @@ def former_handlers() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("verb", "number", "code", "words"),
     [
-        *(("train", number, Halt.PREEMPTED, "before it began; nothing was trained") for number in ASKING_SIGNALS),
+        *(("train", number, HaltReason.PREEMPTED, "before it began; nothing was trained") for number in STOP_SIGNALS),
         ("train", signal.SIGINT, 130, "stopped by SIGINT"),
         ("data", signal.SIGINT, 130, "stopped by SIGINT"),
     ],
@@ -82,14 +82,14 @@ def test_a_signal_in_the_first_seconds_ends_with_a_line_and_its_code(
 
 @pytest.mark.usefixtures("former_handlers")
 def test_a_signal_after_the_ranks_have_ended_changes_no_exit_code() -> None:
-    with stops_before_it_began():
-        ignore_late_stops()
+    with raise_on_early_stop():
+        ignore_late_stop_signals()
         signal.raise_signal(signal.SIGTERM)
 
 
 def test_the_version_is_known_at_run_time(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        parse(["--version"])
+        parse_arguments(["--version"])
     assert ended.value.code == 0
     declared = configparser.ConfigParser()
     declared.read(ROOT / "setup.cfg")

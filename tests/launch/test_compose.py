@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from shoestring.launch.compose import compose_run, to_tree, to_yaml
+from shoestring.launch.compose import compose_run_config, config_to_dict, config_to_yaml
 from shoestring.tests.launch.refusals import refused
 from shoestring.tests.tree import ROOT
 from shoestring.trainer.config import RunConfig
@@ -37,7 +37,7 @@ def own_file(directory: Path, name: str, text: str) -> Path:
 @pytest.mark.parametrize(("group", "choice"), PARTS, ids=["-".join(file) for file in PARTS])
 def test_every_file_of_every_group_makes_a_run(group: str, choice: str) -> None:
     companion = COMPANIONS.get(group, "training.seed=0")
-    part = to_tree(compose_run([f"{group}={choice}", companion]))[group]
+    part = config_to_dict(compose_run_config([f"{group}={choice}", companion]))[group]
     written = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / group / f"{choice}.yaml"))
     assert isinstance(written, dict)
     assert part == {**part, **written}
@@ -50,14 +50,17 @@ RUNS = [name for name in EXPERIMENTS if name not in REFUSED]
 
 @pytest.mark.parametrize("experiment", RUNS)
 def test_every_experiment_makes_a_run(experiment: str) -> None:
-    config = compose_run([f"experiment={experiment}"])
+    config = compose_run_config([f"experiment={experiment}"])
     assert config.total_steps >= 1
-    assert config.micro_batches * config.topology.dp * config.schedule.micro_batch == config.training.global_batch
+    assert (
+        config.num_micro_batches * config.topology.dp * config.schedule.micro_batch_size
+        == config.training.global_batch_size
+    )
 
 
 @pytest.mark.parametrize("experiment", sorted(REFUSED))
 def test_an_experiment_that_cannot_be_is_refused(experiment: str) -> None:
-    assert set(refused(compose_run, [f"experiment={experiment}"])) == {"training.ramp_from"}
+    assert set(refused(compose_run_config, [f"experiment={experiment}"])) == {"training.ramp_from"}
 
 
 def test_every_group_of_files_is_a_part_of_the_run() -> None:
@@ -65,20 +68,20 @@ def test_every_group_of_files_is_a_part_of_the_run() -> None:
 
 
 def test_a_later_override_wins_over_the_experiment_and_the_group() -> None:
-    config = compose_run(
+    config = compose_run_config(
         ["experiment=quickstart", "topology=single", "training.tokens=5000", "model.num_hidden_layers=2"]
     )
     assert (config.topology.ep, config.training.tokens, config.model.num_hidden_layers) == (1, 5000, 2)
-    assert config.training.run_dir == compose_run(["experiment=quickstart"]).training.run_dir
+    assert config.training.run_dir == compose_run_config(["experiment=quickstart"]).training.run_dir
 
 
 @pytest.mark.parametrize("prefix", ["", "+", "++"])
 def test_hydras_signs_for_adding_change_nothing(prefix: str) -> None:
-    assert compose_run([f"{prefix}training.seed=3", f"{prefix}training.sample_prompt='a: b'"]).training.seed == 3
+    assert compose_run_config([f"{prefix}training.seed=3", f"{prefix}training.sample_prompt='a: b'"]).training.seed == 3
 
 
 def test_values_of_many_kinds() -> None:
-    config = compose_run(
+    config = compose_run_config(
         [
             "training.tokens=1e6",
             "training.mtp_weight={0: 0.3, 10e12: 0.1}",
@@ -90,7 +93,7 @@ def test_values_of_many_kinds() -> None:
         ]
     )
     assert (config.training.tokens, type(config.training.tokens)) == (1_000_000, int)
-    assert config.training.mtp_weight == {0: 0.3, 10**13: 0.1}
+    assert config.training.mtp_loss_scaling_factor == {0: 0.3, 10**13: 0.1}
     assert (config.optimizer.weight_decay, type(config.optimizer.weight_decay)) == (0.0, float)
     assert config.model.q_lora_rank is None
     assert config.model.rope_scaling == YarnConfig(factor=8.0)
@@ -128,7 +131,7 @@ def test_values_of_many_kinds() -> None:
     ],
 )
 def test_an_override_that_means_nothing_is_named_with_its_remedy(override: str, field: str, hint: str) -> None:
-    problems = refused(compose_run, [override])
+    problems = refused(compose_run_config, [override])
     assert list(problems) == [field]
     assert_says(problems[field], hint)
 
@@ -150,14 +153,14 @@ def test_an_override_that_means_nothing_is_named_with_its_remedy(override: str, 
     ],
 )
 def test_text_that_cannot_be_read_is_shown_as_it_was_written(text: str, hint: str) -> None:
-    problems = refused(compose_run, [text])
+    problems = refused(compose_run_config, [text])
     assert list(problems) == ["command line"]
     assert repr(text) in problems["command line"]
     assert_says(problems["command line"], hint)
 
 
 def test_a_number_of_thousands_of_digits_is_refused_with_the_others() -> None:
-    problems = refused(compose_run, [f"training.tokens=1{'0' * 5000}", "training.sed=1"])
+    problems = refused(compose_run_config, [f"training.tokens=1{'0' * 5000}", "training.sed=1"])
     assert problems.keys() == {"command line", "training.sed"}
     assert_says(problems["command line"], "holds a number of too many digits to be read")
     assert len(problems["command line"]) < 300
@@ -165,7 +168,7 @@ def test_a_number_of_thousands_of_digits_is_refused_with_the_others() -> None:
 
 def test_mistakes_of_every_kind_are_refused_together(tmp_path: Path) -> None:
     overrides = ["topology=ep5", "training.sed=1", "training.tokens=1.5", "optimizer", "~budget", "exchange.name=flat"]
-    problems = refused(compose_run, overrides, tmp_path / "nowhere")
+    problems = refused(compose_run_config, overrides, tmp_path / "nowhere")
     assert problems.keys() == {"--config-dir", "topology", "training.sed", "training.tokens", "command line"}
     assert "'optimizer'" in problems["command line"]
     assert "'~budget'" in problems["command line"]
@@ -173,7 +176,7 @@ def test_mistakes_of_every_kind_are_refused_together(tmp_path: Path) -> None:
 
 def test_impossible_values_of_several_parts_are_refused_together() -> None:
     overrides = ["model.n_group=3", "precision.compute=int8", "training.mtp_weight={5: 0.1}", "budget.gpu_hours=0"]
-    problems = refused(compose_run, overrides)
+    problems = refused(compose_run_config, overrides)
     assert problems.keys() == {"model.n_group", "precision.compute", "training.mtp_weight", "budget.gpu_hours"}
 
 
@@ -193,7 +196,7 @@ def test_impossible_values_of_several_parts_are_refused_together() -> None:
 def test_unreadable_and_impossible_values_are_refused_together(overrides: str, fields: set[str]) -> None:
     # 5 and 3 ranks do not share the global batch either.
     shared = {"training.global_batch"} if "topology.ep" in fields else set()
-    assert refused(compose_run, overrides.split()).keys() == fields | shared
+    assert refused(compose_run_config, overrides.split()).keys() == fields | shared
 
 
 @pytest.mark.parametrize(
@@ -221,7 +224,7 @@ def test_unreadable_and_impossible_values_are_refused_together(overrides: str, f
     ],
 )
 def test_a_default_in_place_of_an_unreadable_value_accuses_nobody(overrides: str, field: str) -> None:
-    assert list(refused(compose_run, overrides.split())) == [field]
+    assert list(refused(compose_run_config, overrides.split())) == [field]
 
 
 def test_what_is_written_inside_a_doubtful_group_counts(tmp_path: Path) -> None:
@@ -232,9 +235,9 @@ def test_what_is_written_inside_a_doubtful_group_counts(tmp_path: Path) -> None:
         "model.n_group=7",
         "training.device=tpu",
     ]
-    problems = refused(compose_run, written)
+    problems = refused(compose_run_config, written)
     assert problems.keys() == {"experiment", "topology.ep", "model.n_group", "training.device"}
-    problems = refused(compose_run, written, tmp_path / "nowhere")
+    problems = refused(compose_run_config, written, tmp_path / "nowhere")
     assert problems.keys() == {"--config-dir", "experiment", "topology.ep", "model.n_group", "training.device"}
 
 
@@ -246,22 +249,22 @@ def test_an_experiment_of_ones_own(tmp_path: Path) -> None:
         "training:\n  tokens: 2e9\n",
     )
     own_file(directory, "model/wide.yaml", "name: wide\nhidden_size: 256\n")
-    config = compose_run(["experiment=long", "training.seed=7"], directory)
+    config = compose_run_config(["experiment=long", "training.seed=7"], directory)
     assert (config.topology.ep, config.model.hidden_size, config.training.tokens) == (4, 256, 2 * 10**9)
     assert config.training.seed == 7
 
-    problems = refused(compose_run, ["experiment=lang", "model=narrow"], directory)
+    problems = refused(compose_run_config, ["experiment=lang", "model=narrow"], directory)
     assert_says(problems["experiment"], "did you mean long.*there are: .*quickstart")
     assert_says(problems["model"], ", ".join(sorted([*MODELS, "wide"])))
 
 
 def test_a_directory_of_ones_own_that_is_not_there(tmp_path: Path) -> None:
-    assert refused(compose_run, [], tmp_path / "nowhere").keys() == {"--config-dir"}
+    assert refused(compose_run_config, [], tmp_path / "nowhere").keys() == {"--config-dir"}
 
 
 def test_a_file_of_ones_own_that_could_never_be_chosen(tmp_path: Path) -> None:
     directory = own_file(tmp_path, "model/tiny.yaml", "hidden_size: 256\n")
-    problems = refused(compose_run, ["model=tiny"], directory)
+    problems = refused(compose_run_config, ["model=tiny"], directory)
     assert_says(problems["--config-dir"], r"tiny\.yaml.*rename")
 
 
@@ -284,7 +287,7 @@ def test_a_file_of_ones_own_that_could_never_be_chosen(tmp_path: Path) -> None:
 )
 def test_a_file_of_ones_own_that_is_wrong(tmp_path: Path, text: str, field: str, hint: str) -> None:
     directory = own_file(tmp_path, "experiment/mine.yaml", text)
-    problems = refused(compose_run, ["experiment=mine"], directory)
+    problems = refused(compose_run_config, ["experiment=mine"], directory)
     assert [name.rpartition("/")[2] for name in problems] == [field]
     (said,) = problems.values()
     assert_says(said, hint)
@@ -292,7 +295,7 @@ def test_a_file_of_ones_own_that_is_wrong(tmp_path: Path, text: str, field: str,
 
 def awkward() -> RunConfig:
     """Values that YAML could take for something else."""
-    config = compose_run([])
+    config = compose_run_config([])
     return replace(
         config,
         model=replace(
@@ -303,7 +306,7 @@ def awkward() -> RunConfig:
             run_dir="null",
             sample_prompt="yes: 'no'\n# ${dollar} \\${é ${ ",
             tokens=10**15,
-            mtp_weight={0: 0.3, 10**13: 0.1},
+            mtp_loss_scaling_factor={0: 0.3, 10**13: 0.1},
         ),
         data=replace(config.data, validation=("on", "0x10", "~")),
     )
@@ -311,9 +314,9 @@ def awkward() -> RunConfig:
 
 @pytest.mark.parametrize("name", ["awkward", *RUNS])
 def test_the_printed_configuration_reads_back_to_the_same_run(tmp_path: Path, name: str) -> None:
-    config = awkward() if name == "awkward" else compose_run([f"experiment={name}", "training.seed=5"])
-    directory = own_file(tmp_path, "experiment/again.yaml", to_yaml(config))
-    assert compose_run(["experiment=again"], directory) == config
+    config = awkward() if name == "awkward" else compose_run_config([f"experiment={name}", "training.seed=5"])
+    directory = own_file(tmp_path, "experiment/again.yaml", config_to_yaml(config))
+    assert compose_run_config(["experiment=again"], directory) == config
 
 
 def assert_says(text: str, pattern: str) -> None:

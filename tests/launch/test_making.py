@@ -13,13 +13,13 @@ import torch
 
 from shoestring.comm.errors import ConfigError
 from shoestring.launch import say
-from shoestring.launch.cli import parse
-from shoestring.launch.making import cleaning_up
+from shoestring.launch.cli import parse_arguments
+from shoestring.launch.making import clean_up_on_signal
 from shoestring.launch.verbs import convert
 from shoestring.launch.verbs.convert import export_command, import_command
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.trainer.checkpoint.saved import save_params
-from shoestring.trainer.data.unfinished import locked
+from shoestring.trainer.data.unfinished import lock_directory
 
 SIGNALS = [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGINT]
 
@@ -33,7 +33,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def export_to(store: Path, directory: Path) -> Path:
-    return export_command(store, None, directory, "bf16", "pairs", "5GB", average=False)
+    return export_command(store, None, directory, "bf16", "pairs", "5GB", ema_weights=False)
 
 
 def prepare(root: Path) -> int:
@@ -41,7 +41,7 @@ def prepare(root: Path) -> int:
     for name in ("alpha", "held"):
         (corpus / f"{name}.txt").write_text("The owl and the pussycat went to sea in a beautiful pea-green boat. " * 20)
     sizes = ("data.vocabulary=300", "model.vocab_size=300", "data.validation=[held]")
-    options = parse(["data", "prepare", f"data.corpus={corpus}", f"data.prepared={root}/made/data", *sizes])
+    options = parse_arguments(["data", "prepare", f"data.corpus={corpus}", f"data.prepared={root}/made/data", *sizes])
     code: int = options.run(options)
     return code
 
@@ -78,7 +78,7 @@ def test_a_signal_leaves_nothing_half_made(
     export_to(store, tmp_path / "released")
     before = signal.getsignal(number)
     monkeypatch.setattr(convert, "tell", killing(number, "tensors|up to"))
-    monkeypatch.setattr(say, "tell", killing(number, "^train:"))
+    monkeypatch.setattr(say, "print_to_stdout", killing(number, "^train:"))
     ended_by(number, lambda: export_to(store, tmp_path / "out"))
     ended_by(number, lambda: import_command(tmp_path / "released", tmp_path / "imported"))
     assert [path.name for path in tmp_path.iterdir()] == ["released"]
@@ -95,7 +95,7 @@ def test_a_second_signal_does_not_cut_the_cleaning_short(tmp_path: Path) -> None
     (tmp_path / "half").touch()
 
     def make() -> None:
-        with cleaning_up("make"):
+        with clean_up_on_signal("make"):
             try:
                 os.kill(os.getpid(), signal.SIGTERM)
             finally:
@@ -114,10 +114,10 @@ def test_what_a_killed_export_or_import_has_left_goes_with_a_word(
     partial = tmp_path / "imported" / "step_00000000.partial"
     for each in (left, partial):
         each.mkdir(parents=True)
-        with locked(each):
+        with lock_directory(each):
             (each / "half").touch()
     export_to(store, tmp_path / "out")
-    with locked(partial), pytest.raises(ConfigError, match="another import is writing it"):
+    with lock_directory(partial), pytest.raises(ConfigError, match="another import is writing it"):
         import_command(tmp_path / "out", tmp_path / "imported")
     import_command(tmp_path / "out", tmp_path / "imported")
     assert {path.name for path in tmp_path.iterdir()} == {"out", "imported"}

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.launch.run.run_dir import read_status
-from shoestring.launch.say import say, tell
+from shoestring.launch.run.run_dir import read_run_status
+from shoestring.launch.say import print_to_stderr, print_to_stdout
 from shoestring.tests.launch.small_run import SMALL, small_run
 from shoestring.tests.launch.two_machines import losses
 
-SAY = "from shoestring.launch.say import tell; tell('one'); tell('two'); tell('three'); open({done!r}, 'w')"
+SAY = "from shoestring.launch.print_to_stderr import tell; tell('one'); tell('two'); tell('three'); open({done!r}, 'w')"
 CLOSED = {
     "a pipe that nobody reads": "{command} | true; exit ${{PIPESTATUS[0]}}",
     "a full disk": "{command} > /dev/full",
@@ -70,7 +70,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     overrides = [*small_run(folder / "data", 2), "telemetry.wandb.mode=disabled"]
     ended = bash(f"{shoestring('train', *overrides, 'training.run_dir=run')} | head -n 1", folder)
     assert ended.stderr == ""
-    assert read_status(folder / "run") == {"exit_code": 0, "reason": "2 steps done"}
+    assert read_run_status(folder / "run") == {"exit_code": 0, "reason": "2 steps done"}
     return folder / "run"
 
 
@@ -114,8 +114,8 @@ def test_a_preparation_outlives_its_terminal(tmp_path: Path) -> None:
 
 
 def test_names_of_others_do_not_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    say("refused\n\tmachine 1: \x1b[2J\x07\udc80")
-    tell("imported to \x1b]0;title\x07")
+    print_to_stderr("refused\n\tmachine 1: \x1b[2J\x07\udc80")
+    print_to_stdout("imported to \x1b]0;title\x07")
     output, errors = capsys.readouterr()
     assert errors == "refused\n\tmachine 1: \\x1b[2J\\x07\\udc80\n"
     assert output == "imported to \\x1b]0;title\\x07\n"

@@ -15,12 +15,12 @@ from unittest.mock import patch
 
 import torch
 
-from shoestring.comm.async_comm import AsyncCommunicator, open_worker
+from shoestring.comm.async_comm import AsyncCommunicator, build_async_communicator
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.trace import SILENT
+from shoestring.comm.trace import NULL_RECORDER
 from shoestring.comm.warm_up import warm_up_exchange
-from shoestring.launch.compose import compose_run
-from shoestring.parallelism.pipeline.executor import Executor, Listener, Stage, _Run
+from shoestring.launch.compose import compose_run_config
+from shoestring.parallelism.pipeline.executor import InstructionListener, PipelineExecutor, PipelineStage, _Run
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_placement
 from shoestring.tests.comm.nccl_rules import (
     FIRST_CONTACT,
@@ -34,10 +34,10 @@ from shoestring.tests.parity.outcome import Errors, Outcome, compare
 from shoestring.tests.parity.runner import build, outcome, take_step
 from shoestring.tests.parity.twin import run_twin
 from shoestring.tests.processes import RanksFailed, World, run_processes
-from shoestring.trainer.build import open_engine, stages_of
+from shoestring.trainer.build import build_engine, build_stage_layout
 from shoestring.trainer.data.samples import TokenBatch
 from shoestring.trainer.run.step import Stepper, StepSettings
-from shoestring.trainer.run.warm_up import warm_up
+from shoestring.trainer.run.warm_up import warm_up_step
 
 STEPS = 2
 CPU = torch.device("cpu")
@@ -54,23 +54,25 @@ class Start(StrEnum):
 def connect(start: Start, stepper: Stepper, worker: AsyncCommunicator, layout: Layout, streams: QueuedStreams) -> None:
     if start is Start.WARM:
         batch = 1, SEQUENCE_LENGTH + 1 + layout.mtp
-        warm_up(stepper, worker, layout.exchange, batch, CPU, streams)
+        warm_up_step(stepper, worker, layout.exchange, batch, CPU, streams)
     elif start is Start.PAIRS:
-        stepper.executor.warm_up(CPU)
+        stepper.executor.connect_neighbors(CPU)
         warm_up_exchange(layout.exchange, stepper.groups, worker, CPU)
 
 
-def sends_after_the_listener(executor: Executor, stages: Sequence[Stage], listener: Listener | None = None) -> None:
-    """`Executor.run` with an instruction's sends behind its listener."""
+def sends_after_the_listener(
+    executor: PipelineExecutor, stages: Sequence[PipelineStage], listener: InstructionListener | None = None
+) -> None:
+    """`PipelineExecutor.run` with an instruction's sends behind its listener."""
     run = _Run(executor, stages)
-    for index, instruction in enumerate(executor.program.instructions[executor.rank]):
-        run.post(executor.commits[index])
+    for index, instruction in enumerate(executor.program.instructions[executor.pp_rank]):
+        run.post(executor.p2p_batches[index])
         if listener is not None:
-            listener.before(index)
+            listener.before_instruction(index)
         run.instruction(index, instruction)
         if listener is not None:
-            listener.after(index)
-    run.post(executor.commits[-1])
+            listener.after_instruction(index)
+    run.post(executor.p2p_batches[-1])
     run.finish()
 
 
@@ -79,19 +81,19 @@ def run_rank(world: World, layout: Layout, start: Start, late_sends: bool, patie
     streams, limit = QueuedStreams(), timedelta(seconds=60)
     make = RulesGroups(world.rank, limit, streams, timedelta(seconds=patience))
     stages = layout.stages
-    groups = ProcessGroups.create(layout.topology, world.rank, limit, stages.all_holders(), make)
-    worker = open_worker(groups.ep, CPU, streams=streams)
+    groups = ProcessGroups.create(layout.topology, world.rank, limit, stages.replica_pp_groups(), make)
+    worker = build_async_communicator(groups.ep, CPU, streams=streams)
     stepper, gradients = build(layout, stages, groups, worker, streams=streams)
-    order = patch.object(Executor, "run", sends_after_the_listener) if late_sends else nullcontext()
+    order = patch.object(PipelineExecutor, "run", sends_after_the_listener) if late_sends else nullcontext()
     with order, computing_behind(streams):
         connect(start, stepper, worker, layout, streams)
         records = tuple(take_step(stepper, gradients, layout, step, world.rank) for step in range(STEPS))
-        stepper.optimizer.wait()
+        stepper.optimizer.wait_for_weights()
         return outcome(records, gradients)
 
 
 def layout_of(schedule: str, pp: int, mtp: int) -> Layout:
-    stages = build_placement(schedule, pp).stages
+    stages = build_placement(schedule, pp).num_stages
     return Layout(2, 1, 2 * pp, mtp, Padding.RAGGED, pp=pp, schedule=schedule, layers=max(3, stages))
 
 
@@ -116,16 +118,20 @@ def failure_of(layout: Layout, start: Start, *, late_sends: bool = False, patien
 
 def open_and_step(world: World, overrides: Sequence[str]) -> float:
     """The loss of one step of a configured run, whose engine connects by itself what it communicates over."""
-    config, streams, limit = compose_run(overrides), QueuedStreams(), timedelta(seconds=60)
+    config, streams, limit = compose_run_config(overrides), QueuedStreams(), timedelta(seconds=60)
     make = RulesGroups(world.rank, limit, streams, timedelta(seconds=10))
-    groups = ProcessGroups.create(config.topology, world.rank, limit, stages_of(config).all_holders(), make)
+    groups = ProcessGroups.create(
+        config.topology, world.rank, limit, build_stage_layout(config).replica_pp_groups(), make
+    )
     with computing_behind(streams):
-        engine = open_engine(config, groups, CPU, SILENT, streams)
-        shape = (config.schedule.micro_batch, config.window)
+        engine = build_engine(config, groups, CPU, NULL_RECORDER, streams)
+        shape = (config.schedule.micro_batch_size, config.tokens_per_sample)
         tokens_BW = torch.randint(config.model.vocab_size, shape)
-        batches = [TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool))] * config.micro_batches
-        settings = StepSettings(learning_rate=1e-3, clip_norm=1, balance_weight=0, mtp_weight=0, bias_speed=0)
-        loss = engine.stepper.step(batches, config.training.global_batch, settings).loss
+        batches = [TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool))] * config.num_micro_batches
+        settings = StepSettings(
+            learning_rate=1e-3, clip_norm=1, seq_aux_loss_coeff=0, mtp_loss_scaling_factor=0, router_bias_update_rate=0
+        )
+        loss = engine.stepper.step(batches, config.training.global_batch_size, settings).loss
         engine.close()
     return loss
 

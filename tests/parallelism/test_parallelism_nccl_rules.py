@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from shoestring.parallelism.pipeline.communication import edges
+from shoestring.parallelism.pipeline.communication import derive_p2p_batches
 from shoestring.parallelism.pipeline.placement import Direction
-from shoestring.parallelism.pipeline.program import Program
-from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_forward, build_program
+from shoestring.parallelism.pipeline.program import PipelineProgram
+from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_forward_program, build_program
 from shoestring.tests.comm.nccl_rules import FIRST_CONTACT
 from shoestring.tests.launch.small_run import SMALL
 from shoestring.tests.parallelism.nccl_runs import MATRIX, Start, errors_of, failure_of, open_and_step
@@ -52,9 +52,9 @@ def test_with_pairs_alone_sends_before_the_listener_do_not() -> None:
     assert failure_of(SHARED_EMBEDDING, Start.PAIRS, patience=60) == ""
 
 
-def pairs(program: Program) -> set[tuple[Direction, int, int]]:
+def pairs(program: PipelineProgram) -> set[tuple[Direction, int, int]]:
     """Who sends to whom, each way."""
-    sent = (edge for commits in edges(program) for commit in commits for edge in commit.sends)
+    sent = (edge for commits in derive_p2p_batches(program) for commit in commits for edge in commit.sends)
     return {(edge.direction, edge.source.rank, edge.target.rank) for edge in sent}
 
 
@@ -62,7 +62,7 @@ def pairs(program: Program) -> set[tuple[Direction, int, int]]:
 def test_programs_of_other_batches_and_of_evaluation_meet_no_other_ranks(schedule: str, pp: int) -> None:
     warmed_up = build_program(schedule, pp, 2 * pp)
     assert pairs(build_program(schedule, pp, 4 * pp)) == pairs(warmed_up)
-    assert pairs(build_forward(warmed_up.placement, 1)) <= pairs(warmed_up)
+    assert pairs(build_forward_program(warmed_up.placement, 1)) <= pairs(warmed_up)
 
 
 def test_an_engine_connects_what_its_configuration_communicates_over() -> None:

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from shoestring.parallelism.weight_grad import WeightGradients, collecting, embedding, linear
+from shoestring.parallelism.weight_grad import DelayedWeightGradients, embedding, get_active_collector, linear
 from shoestring.trainer.model.experts import (
-    add_grouped_outer,
+    accumulate_grouped_wgrad,
     grouped_linear,
-    grouped_mm_twin,
-    grouped_outer,
-    grouped_outer_twin,
+    grouped_mm_reference,
+    grouped_wgrad,
+    grouped_wgrad_reference,
 )
 from shoestring.trainer.model.loss import linear_cross_entropy
 from shoestring.trainer.model.phase import SplitBackward
@@ -30,14 +30,14 @@ def test_a_weight_has_no_gradient_until_the_work_is_run() -> None:
     x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(4, 2, 5, dtype=torch.float64)
-    left = WeightGradients()
-    with left.collect():
+    left = DelayedWeightGradients()
+    with left.collect_from_forward():
         out = linear(x, weight)
-    assert collecting() is None
+    assert get_active_collector() is None
     out.backward(grad)
     assert weight.grad is None
-    left.run()
-    left.run()  # nothing is left: nothing is added twice
+    left.flush()
+    left.flush()  # nothing is left: nothing is added twice
     expected = torch.autograd.grad(F.linear(x, weight), (x, weight), grad)
     torch.testing.assert_close(x.grad, expected[0])
     torch.testing.assert_close(weight.grad, expected[1])
@@ -48,10 +48,10 @@ def test_gradients_add_up_in_the_dtype_of_the_weight(dtype: torch.dtype) -> None
     weight = torch.randn(5, 3, requires_grad=True)
     expected = torch.zeros_like(weight)
     for _ in range(3):
-        x, grad, left = torch.randn(4, 3).to(dtype), torch.randn(4, 5).to(dtype), WeightGradients()
-        with left.collect():
+        x, grad, left = torch.randn(4, 3).to(dtype), torch.randn(4, 5).to(dtype), DelayedWeightGradients()
+        with left.collect_from_forward():
             linear(x, weight).backward(grad)
-        left.run()
+        left.flush()
         expected += (grad.T @ x).float()
     assert weight.grad is not None
     assert weight.grad.dtype == torch.float32
@@ -67,12 +67,12 @@ def test_outside_of_a_collection_autograd_does_it_all() -> None:
 def test_deferred_work_waits_for_run_alone() -> None:
     done: list[str] = []
     for deferred in (False, True):
-        left = WeightGradients(deferred=deferred)
-        left.add(lambda: done.append("first"))
-        left.add(lambda: done.append("second"))
-        left.settle()
+        left = DelayedWeightGradients(deferred=deferred)
+        left.add_task(lambda: done.append("first"))
+        left.add_task(lambda: done.append("second"))
+        left.flush_unless_deferred()
         assert done == ([] if deferred else ["first", "second"])
-        left.run()
+        left.flush()
         assert done == ["first", "second"]
         done.clear()
 
@@ -82,19 +82,19 @@ def test_grouped_products_are_those_of_each_expert(dtype: torch.dtype) -> None:
     x = torch.randn(sum(ROWS), 8, dtype=dtype, requires_grad=True)
     weight = torch.randn(len(ROWS), 4, 8, dtype=dtype, requires_grad=True)
     grad = torch.randn(sum(ROWS), 4, dtype=dtype)
-    left = WeightGradients()
-    with left.collect():
+    left = DelayedWeightGradients()
+    with left.collect_from_forward():
         out = grouped_linear(x, weight, ROWS)
     out.backward(grad)
     assert weight.grad is None
-    left.run()
-    twin = grouped_mm_twin(x, weight, ROWS)
+    left.flush()
+    twin = grouped_mm_reference(x, weight, ROWS)
     expected = torch.autograd.grad(twin, (x, weight), grad)
     torch.testing.assert_close(out, twin)
     torch.testing.assert_close(x.grad, expected[0])
     torch.testing.assert_close(weight.grad, expected[1])
-    outer = grouped_outer(grad, x.detach(), ROWS)
-    torch.testing.assert_close(outer, grouped_outer_twin(grad, x.detach(), ROWS))
+    outer = grouped_wgrad(grad, x.detach(), ROWS)
+    torch.testing.assert_close(outer, grouped_wgrad_reference(grad, x.detach(), ROWS))
     assert not outer[1].any()  # an expert without rows
 
 
@@ -103,13 +103,13 @@ def test_products_of_experts_are_added_to_the_gradient_that_is_there() -> None:
     weight = torch.randn(len(ROWS), 8, 8, requires_grad=True)
     grad, x = torch.randn(sum(ROWS), 8), torch.randn(sum(ROWS), 8)
     weight.grad = torch.randn_like(weight)
-    expected = weight.grad + grouped_outer_twin(grad, x, ROWS)
-    with patch("shoestring.trainer.model.experts.grouped_outer", side_effect=AssertionError("a whole gradient")):
-        add_grouped_outer(weight, grad, x, ROWS)
+    expected = weight.grad + grouped_wgrad_reference(grad, x, ROWS)
+    with patch("shoestring.trainer.model.experts.grouped_wgrad", side_effect=AssertionError("a whole gradient")):
+        accumulate_grouped_wgrad(weight, grad, x, ROWS)
     torch.testing.assert_close(weight.grad, expected)
-    add_grouped_outer(weight, grad.bfloat16(), x.bfloat16(), ROWS)
+    accumulate_grouped_wgrad(weight, grad.bfloat16(), x.bfloat16(), ROWS)
     assert weight.grad.dtype == torch.float32
-    torch.testing.assert_close(weight.grad, expected + grouped_outer_twin(grad, x, ROWS), rtol=0, atol=0.1)
+    torch.testing.assert_close(weight.grad, expected + grouped_wgrad_reference(grad, x, ROWS), rtol=0, atol=0.1)
 
 
 class _Largest(TorchDispatchMode):
@@ -136,10 +136,10 @@ def test_rows_of_tokens_are_added_without_a_gradient_of_the_whole_table(dtype: t
     tokens, grad = torch.randint(lowest, lowest + 20, (3, 30)), torch.randn(3, 30, 4).to(dtype)
     dense = torch.ops.aten.embedding_dense_backward(grad.to(wide), tokens, 1000, -1, False)
     expected = table.grad + dense
-    left = WeightGradients()
-    SplitBackward(lambda: (embedding(tokens, table),)).backward(left, grad)
+    left = DelayedWeightGradients()
+    SplitBackward(lambda: (embedding(tokens, table),)).backward_inputs(left, grad)
     with _Largest() as largest:  # type: ignore[no-untyped-call]
-        left.run()
+        left.flush()
     assert torch.equal(table.grad, expected)
     assert largest.elements == tokens.numel() * 4
 
@@ -151,19 +151,19 @@ def test_gradients_of_narrow_weights_are_summed_wide() -> None:
         weight.grad_dtype = torch.float32
         weight.grad = torch.zeros(weight.shape)
     table, projection, head = weights
-    left = WeightGradients()
+    left = DelayedWeightGradients()
     tokens = torch.tensor([0, 0, 1])
     grad = torch.tensor([256.0, 1.0, 3.0]).bfloat16()[:, None].expand(3, 4)
-    SplitBackward(lambda: (embedding(tokens, table),)).backward(left, grad)
+    SplitBackward(lambda: (embedding(tokens, table),)).backward_inputs(left, grad)
     for row in (256.0, 1.0):
         x = torch.full((1, 4), row, dtype=torch.bfloat16)
-        SplitBackward(lambda x: (linear(x, projection),), x).backward(left, torch.ones_like(x))
+        SplitBackward(lambda x: (linear(x, projection),), x).backward_inputs(left, torch.ones_like(x))
     hidden = torch.ones(600, 4, dtype=torch.bfloat16)
     hidden[:256] *= 256  # of the first chunk
     targets = torch.zeros(600, dtype=torch.int64)
     loss = SplitBackward(lambda x: (linear_cross_entropy(x, head, targets),), hidden)
-    loss.backward(left, torch.ones(()))
-    left.run()
+    loss.backward_inputs(left, torch.ones(()))
+    left.flush()
     assert table.grad is not None
     assert projection.grad is not None
     assert head.grad is not None
@@ -173,9 +173,9 @@ def test_gradients_of_narrow_weights_are_summed_wide() -> None:
 
 
 def test_a_gradient_keeps_no_activation_alive() -> None:
-    weight, left = torch.randn(3, 3, requires_grad=True), WeightGradients()
+    weight, left = torch.randn(3, 3, requires_grad=True), DelayedWeightGradients()
     for _ in range(2):
-        SplitBackward(lambda x: (linear(x, weight),), torch.randn(2, 3)).backward(left, torch.ones(2, 3))
-        left.settle()
+        SplitBackward(lambda x: (linear(x, weight),), torch.randn(2, 3)).backward_inputs(left, torch.ones(2, 3))
+        left.flush_unless_deferred()
         assert weight.grad is not None
         assert not weight.grad.requires_grad

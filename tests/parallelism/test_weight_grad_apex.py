@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shoestring.parallelism import weight_grad
-from shoestring.parallelism.weight_grad import WeightGradients, linear
+from shoestring.parallelism.weight_grad import DelayedWeightGradients, linear
 
 R, K, N = 6, 4, 5
 
@@ -50,10 +50,10 @@ def accumulate(dtype: torch.dtype, into: Tensor | None) -> tuple[Tensor, Tensor,
     weight = torch.randn(N, K, dtype=dtype, requires_grad=True)
     weight.grad_dtype = torch.float32
     weight.grad = None if into is None else into.clone()
-    left = WeightGradients()
-    with left.collect():
+    left = DelayedWeightGradients()
+    with left.collect_from_forward():
         linear(x_RK, weight).backward(grad_RN)
-    left.run()
+    left.flush()
     assert weight.grad is not None
     return weight.grad, grad_RN, x_RK
 
@@ -90,11 +90,11 @@ def test_without_apex_there_is_the_plain_way(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_is_missing_is_said(calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not list(weight_grad.missing_for_apex(on_gpu=True))
-    assert list(weight_grad.missing_for_apex(on_gpu=False)) == ["it needs a GPU"]
+    assert not list(weight_grad.missing_apex_requirements(on_gpu=True))
+    assert list(weight_grad.missing_apex_requirements(on_gpu=False)) == ["it needs a GPU"]
     vars(sys.modules[weight_grad._MODULE]).pop("wgrad_gemm_accum_fp32")
     weight_grad._gemm.cache_clear()
-    assert "does not load" in next(weight_grad.missing_for_apex(on_gpu=True))
+    assert "does not load" in next(weight_grad.missing_apex_requirements(on_gpu=True))
     monkeypatch.delitem(sys.modules, weight_grad._MODULE)
     weight_grad._gemm.cache_clear()
-    assert "is not installed" in next(weight_grad.missing_for_apex(on_gpu=True))
+    assert "is not installed" in next(weight_grad.missing_apex_requirements(on_gpu=True))

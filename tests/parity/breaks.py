@@ -19,21 +19,21 @@ from torch import Tensor
 import shoestring.parallelism.zero.reduce as gradients_module
 import shoestring.trainer.build as rank_module
 import shoestring.trainer.run.step as step_module
-from shoestring.comm.async_comm import Done
+from shoestring.comm.async_comm import CompletedWork
 from shoestring.comm.groups import Group
-from shoestring.parallelism.pipeline.executor import Steps
-from shoestring.parallelism.pipeline.placement import StagePlace
-from shoestring.parallelism.pipeline.program import Program
+from shoestring.parallelism.pipeline.executor import Resumable
+from shoestring.parallelism.pipeline.placement import StageLocation
+from shoestring.parallelism.pipeline.program import PipelineProgram
 from shoestring.parallelism.zero.bucket import Bucket
 from shoestring.parallelism.zero.optimizer import ShardedOptimizer
-from shoestring.parallelism.zero.reduce import Reducer
+from shoestring.parallelism.zero.reduce import GradientReducer
 from shoestring.tests.parity.layouts import Layout, Load, Padding
 from shoestring.trainer.data.samples import TokenBatch
-from shoestring.trainer.model.router import Router, Routing, update_bias
+from shoestring.trainer.model.router import Router, RouterOutput, update_router_bias
 from shoestring.trainer.model.tape import LossNormalizers
 from shoestring.trainer.run.stage_runner import StageRunner
 from shoestring.trainer.run.step import Stepper, StepResult, StepSettings, count_targets
-from shoestring.trainer.run.step_reduction import RankTotals, Totals, sum_over_ranks
+from shoestring.trainer.run.step_reduction import RankStepTotals, StepTotals, all_reduce_step_totals
 
 Patch = AbstractContextManager[object]
 MICRO_BATCHES = 2  # of the layouts that have more than one here
@@ -58,7 +58,7 @@ def average_gradients() -> Patch:
 
     def averaged(self: Group, shards_GN: Tensor, what: str) -> None:
         reduce(self, shards_GN, what)
-        shards_GN[self.index] /= self.size
+        shards_GN[self.group_rank] /= self.size
 
     return patch.object(Group, "reduce_scatter_sum", averaged)
 
@@ -81,10 +81,10 @@ def forget_the_mirror() -> Patch:
 def reduce_after_the_first_backward() -> Patch:
     """A gradient is sent off when the first instruction that adds to it has run, not the last."""
 
-    def first_backward(program: Program, rank: int, stages: Iterable[int]) -> int:
+    def first_backward(program: PipelineProgram, rank: int, stages: Iterable[int]) -> int:
         wanted, placement = set(stages), program.placement
         works = ((index, each.backward) for index, each in enumerate(program.instructions[rank]))
-        return next(i for i, work in works if work and placement.stage(StagePlace(rank, work.chunk)) in wanted)
+        return next(i for i, work in works if work and placement.stage_at(StageLocation(rank, work.chunk)) in wanted)
 
     return patch.object(rank_module, "last_use", first_backward)
 
@@ -93,7 +93,7 @@ def keep_weights_to_oneself() -> Patch:
     """Each rank has the new weights of its own shards, and the old ones of all others."""
 
     def keep(self: ShardedOptimizer, number: int) -> None:
-        self.reducer.buckets[number].take_masters()
+        self.reducer.buckets[number].cast_masters_to_weights()
 
     return patch.object(ShardedOptimizer, "_hand_out", keep)
 
@@ -101,28 +101,28 @@ def keep_weights_to_oneself() -> Patch:
 def sum_experts_over_every_rank() -> Patch:
     """Gradients of different experts are added as if they were replicas."""
 
-    def start(self: Reducer, bucket: Bucket) -> None:
+    def start(self: GradientReducer, bucket: Bucket) -> None:
         dist.all_reduce(bucket.grads_N)
-        self._reducing.append(Done(None))
+        self._reducing.append(CompletedWork(None))
 
-    return patch.object(Reducer, "_start", start)
+    return patch.object(GradientReducer, "_start", start)
 
 
 def count_squares_once_a_replica() -> Patch:
     """The norm sums squares of everything that each rank holds, so that a parameter counts once a replica."""
 
-    def sum_of_squares(self: Reducer) -> Tensor:
+    def sum_of_squares(self: GradientReducer) -> Tensor:
         return gradients_module._sum_of_squares([bucket.grads_N for bucket in self.buckets])
 
-    return patch.object(Reducer, "sum_of_squares", sum_of_squares)
+    return patch.object(GradientReducer, "sum_of_squares", sum_of_squares)
 
 
 def leave_out_other_shards() -> Patch:
     """The norm takes what this rank owns for the whole model."""
 
-    def own_squares(share: RankTotals, routers: Sequence[str], experts: int, world: Group) -> Totals:
-        own = float(share.squares)  # the sum replaces it
-        return replace(sum_over_ranks(share, routers, experts, world), squares=own)
+    def own_squares(share: RankStepTotals, routers: Sequence[str], experts: int, world: Group) -> StepTotals:
+        own = float(share.grad_square_sum)  # the sum replaces it
+        return replace(all_reduce_step_totals(share, routers, experts, world), grad_square_sum=own)
 
     return patch.object(step_module, "sum_over_ranks", own_squares)
 
@@ -131,10 +131,11 @@ def count_padding() -> Patch:
     """The load counts padded tokens too: they are routed, after all."""
     forward = Router.forward
 
-    def padded(self: Router, x_BSD: Tensor, valid_BS: Tensor) -> Routing:
+    def padded(self: Router, x_BSD: Tensor, valid_BS: Tensor) -> RouterOutput:
         routing = forward(self, x_BSD, valid_BS)
         return replace(
-            routing, counts_E=torch.bincount(routing.experts_TK.flatten(), minlength=self.config.n_routed_experts)
+            routing,
+            tokens_per_expert_E=torch.bincount(routing.expert_ids_TK.flatten(), minlength=self.config.n_routed_experts),
         )
 
     return patch.object(Router, "forward", padded)
@@ -143,8 +144,10 @@ def count_padding() -> Patch:
 def count_own_tokens() -> Patch:
     """The load is that of this rank's tokens alone."""
 
-    def own_counts(share: RankTotals, routers: Sequence[str], experts: int, world: Group) -> Totals:
-        return replace(sum_over_ranks(share, routers, experts, world), counts_E=dict(share.counts_E))
+    def own_counts(share: RankStepTotals, routers: Sequence[str], experts: int, world: Group) -> StepTotals:
+        return replace(
+            all_reduce_step_totals(share, routers, experts, world), tokens_per_expert_E=dict(share.tokens_per_expert_E)
+        )
 
     return patch.object(step_module, "sum_over_ranks", own_counts)
 
@@ -153,7 +156,7 @@ def flip_bias() -> Patch:
     """Overloaded experts become more attractive."""
 
     def flipped(bias_E: Tensor, counts_E: Tensor, speed: float) -> None:
-        update_bias(bias_E, counts_E, -speed)
+        update_router_bias(bias_E, counts_E, -speed)
 
     return patch.object(step_module, "update_bias", flipped)
 
@@ -162,10 +165,10 @@ def put_bias_into_gates() -> Patch:
     """Gates come from affinity + bias, by which experts were chosen, instead of the affinity alone (eq. 13-16)."""
     forward = Router.forward
 
-    def biased(self: Router, x_BSD: Tensor, valid_BS: Tensor) -> Routing:
+    def biased(self: Router, x_BSD: Tensor, valid_BS: Tensor) -> RouterOutput:
         routing = forward(self, x_BSD, valid_BS)
         score_TE = F.linear(x_BSD.flatten(0, 1), self.weight).sigmoid() + self.bias_E
-        gates_TK = score_TE.gather(1, routing.experts_TK)
+        gates_TK = score_TE.gather(1, routing.expert_ids_TK)
         gates_TK = gates_TK / gates_TK.sum(dim=-1, keepdim=True) * self.config.routed_scaling_factor
         return replace(routing, gates_TK=gates_TK)
 
@@ -176,7 +179,7 @@ def scale_balance_by_ranks() -> Patch:
     """Each rank divides the balance loss by its own sequences, so that the sum over ranks is too large by dp."""
 
     def scales(main: float, mtp: float, balance: float) -> LossNormalizers:
-        return LossNormalizers(main=main, mtp=mtp, balance=balance * torch.distributed.get_world_size())
+        return LossNormalizers(main_loss=main, mtp_loss=mtp, balance_loss=balance * torch.distributed.get_world_size())
 
     return patch.object(step_module, "LossNormalizers", scales)
 
@@ -188,8 +191,8 @@ def forget_mtp_depth() -> Patch:
     def undivided(
         self: Stepper, micro_batches: Sequence[TokenBatch], sequences: int, settings: StepSettings
     ) -> StepResult:
-        weight = settings.mtp_weight * self.config.num_nextn_predict_layers
-        return step(self, micro_batches, sequences, replace(settings, mtp_weight=weight))
+        weight = settings.mtp_loss_scaling_factor * self.config.num_nextn_predict_layers
+        return step(self, micro_batches, sequences, replace(settings, mtp_loss_scaling_factor=weight))
 
     return patch.object(Stepper, "step", undivided)
 
@@ -207,7 +210,12 @@ def divide_mtp_by_own_targets() -> Patch:
             own = (batch.valid_BW[:, :length] & batch.valid_BW[:, 2:]).sum()
             counts += torch.stack((count_targets(batch, 1), own))
         main, mtp = self.groups.world.all_reduce_sum(counts, "counts").tolist()
-        return step(self, micro_batches, sequences, replace(settings, mtp_weight=settings.mtp_weight * main / mtp))
+        return step(
+            self,
+            micro_batches,
+            sequences,
+            replace(settings, mtp_loss_scaling_factor=settings.mtp_loss_scaling_factor * main / mtp),
+        )
 
     return patch.object(Stepper, "step", own_mean)
 
@@ -216,14 +224,18 @@ def average_each_micro_batch() -> Patch:
     """Each micro-batch's loss is its own mean, and these means are averaged: a short one's tokens weigh more."""
     forward = StageRunner.forward
 
-    def averaged(self: StageRunner, micro_batch: int, received: Tensor | None) -> Steps[Tensor | None]:
-        assert self.scales is not None
+    def averaged(self: StageRunner, micro_batch: int, received: Tensor | None) -> Resumable[Tensor | None]:
+        assert self.loss_normalizers is not None
         targets = max(
             1, int(count_targets(self.micro_batches[micro_batch], self.chunk.model.config.num_nextn_predict_layers))
         )
         main = 1 / (targets * MICRO_BATCHES * torch.distributed.get_world_size())
-        scales = replace(self.scales, main=main, mtp=self.scales.mtp / self.scales.main * main)
-        return forward(replace(self, scales=scales), micro_batch, received)
+        scales = replace(
+            self.loss_normalizers,
+            main_loss=main,
+            mtp_loss=self.loss_normalizers.mtp_loss / self.loss_normalizers.main_loss * main,
+        )
+        return forward(replace(self, loss_normalizers=scales), micro_batch, received)
 
     return patch.object(StageRunner, "forward", averaged)
 

@@ -13,14 +13,14 @@ from itertools import cycle, product
 import torch
 from torch import Tensor
 
-from shoestring.comm.exchange.wire import Format
+from shoestring.comm.exchange.wire import WireFormat
 from shoestring.comm.topology import Topology
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_placement
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.reference.deepseek_v3 import BIAS, ReferenceConfig
 from shoestring.tests.trainer.model.released import model_config
 from shoestring.trainer.model.recompute import RecomputeModule
-from shoestring.trainer.model.stage_layout import Stages
+from shoestring.trainer.model.stage_layout import StageLayout
 
 STEPS = 3
 SEQUENCE_LENGTH = 12
@@ -74,7 +74,7 @@ class Layout:
     """What the backward makes again."""
     fp8: bool = False
     """In every Linear but the head, by the reference provider."""
-    wire: Format = Format.NATIVE
+    wire: WireFormat = WireFormat.NATIVE
     """Of what goes to the experts."""
     growth: int = 0
     """Micro-batches that each step has more than the one before."""
@@ -105,7 +105,7 @@ class Layout:
                 *([] if self.overlap else ["in turn"]),
                 *(["remade", "+".join(sorted(self.recompute))] if self.recompute else []),
                 *(["fp8"] if self.fp8 else []),
-                *([] if self.wire is Format.NATIVE else [f"wire {self.wire}"]),
+                *([] if self.wire is WireFormat.NATIVE else [f"wire {self.wire}"]),
                 *([f"growing by {self.growth}"] if self.growth else []),
                 *([] if self.block is None else [f"blocks of {self.block}"]),
             )
@@ -122,9 +122,9 @@ class Layout:
         return Topology(pp=self.pp, ep=self.ep, edp=self.edp, gpus_per_node=self.node_size)
 
     @property
-    def stages(self) -> Stages:
+    def stages(self) -> StageLayout:
         """Of the pipeline."""
-        return Stages.of(model_config(self.config), SEQUENCE_LENGTH, self.schedule, self.pp)
+        return StageLayout.build(model_config(self.config), SEQUENCE_LENGTH, self.schedule, self.pp)
 
     @property
     def config(self) -> ReferenceConfig:
@@ -238,7 +238,7 @@ def _pipelines() -> Iterator[Layout]:
     paddings = cycle(Padding)
     for schedule in (each.name for each in SCHEDULES):
         for (pp, ep, edp), mtp, dtype in product(_GRIDS, (0, 1), (torch.float64, _FP32)):
-            stages = build_placement(schedule, pp).stages
+            stages = build_placement(schedule, pp).num_stages
             yield Layout(
                 ep, edp, 2 * pp, mtp, next(paddings), pp=pp, schedule=schedule, dtype=dtype, layers=max(3, stages)
             )
@@ -248,7 +248,7 @@ def _recomputed() -> Iterator[Layout]:
     """Every schedule with both exchanges under the report's policy and under the largest one; loads in turn."""
     loads = cycle(Load)
     for schedule in (each.name for each in SCHEDULES):
-        stages = build_placement(schedule, 2).stages
+        stages = build_placement(schedule, 2).num_stages
         for exchange, recompute in product(("flat", "two_hop"), (REPORT, EVERYTHING)):
             yield Layout(
                 2, 1, 4, 1, _RAGGED, next(loads), pp=2, schedule=schedule, layers=max(3, stages), exchange=exchange,

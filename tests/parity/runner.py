@@ -12,14 +12,14 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from shoestring.comm.async_comm import AsyncCommunicator, OrderCheck, open_worker
+from shoestring.comm.async_comm import AsyncCommunicator, CollectiveOrderCheck, build_async_communicator
 from shoestring.comm.exchange.config import ExchangeConfig
-from shoestring.comm.exchange.factory import open_exchange
+from shoestring.comm.exchange.factory import build_token_exchange
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.streams import Streams
-from shoestring.comm.trace import SILENT, SpanRecorder
-from shoestring.comm.traffic import Traffic
-from shoestring.parallelism.zero.reduce import Reducer
+from shoestring.comm.streams import DeviceStreams
+from shoestring.comm.trace import NULL_RECORDER, SpanRecorder
+from shoestring.comm.traffic import TrafficCounter
+from shoestring.parallelism.zero.reduce import GradientReducer
 from shoestring.tests.parity.breaks import BREAKS
 from shoestring.tests.parity.layouts import (
     ADAM_EPS,
@@ -39,13 +39,13 @@ from shoestring.tests.trainer.model.released import (
     released_gradients,
     released_parts,
 )
-from shoestring.trainer.build import Pipeline, build_stepper
+from shoestring.trainer.build import PipelineRuntime, build_stepper
 from shoestring.trainer.data.samples import TokenBatch
 from shoestring.trainer.model.model import Model
-from shoestring.trainer.model.stage_layout import Stages
+from shoestring.trainer.model.stage_layout import StageLayout
 from shoestring.trainer.optimizer.config import OptimizerConfig
-from shoestring.trainer.precision.fp8 import Fp8
-from shoestring.trainer.precision.reference import Reference
+from shoestring.trainer.precision.fp8 import Fp8LinearOps
+from shoestring.trainer.precision.reference import ReferenceBackend
 from shoestring.trainer.run.step import Stepper, StepSettings
 
 
@@ -59,12 +59,12 @@ def run_rank(world: World, layout: Layout, steps: int, break_name: str | None) -
     """One rank's whole training."""
     broken = nullcontext() if break_name is None else BREAKS[break_name].apply()
     stages = layout.stages
-    groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=60), stages.all_holders())
-    order = OrderCheck(groups.ep)
-    with broken, closing(open_worker(groups.ep, torch.device("cpu"), order)) as worker:
+    groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=60), stages.replica_pp_groups())
+    order = CollectiveOrderCheck(groups.ep)
+    with broken, closing(build_async_communicator(groups.ep, torch.device("cpu"), order)) as worker:
         stepper, gradients = build(layout, stages, groups, worker)
         records = tuple(take_step(stepper, gradients, layout, step, world.rank) for step in range(steps))
-        stepper.optimizer.wait()
+        stepper.optimizer.wait_for_weights()
     return outcome(records, gradients)
 
 
@@ -78,13 +78,13 @@ def outcome(records: tuple[StepOutcome, ...], gradients: RecordingReducer) -> Ou
     )
 
 
-class RecordingReducer(Reducer):
+class RecordingReducer(GradientReducer):
     """Keeps a copy of the reduced gradients at the moment their squares are summed: clipping comes after.
 
     A rank has its own shards of them, and is given the others' here.
     """
 
-    def __init__(self, reducer: Reducer, model: Model) -> None:
+    def __init__(self, reducer: GradientReducer, model: Model) -> None:
         vars(self).update(vars(reducer))
         self.model = model
         self.seen: list[dict[str, Tensor]] = []
@@ -98,31 +98,31 @@ class RecordingReducer(Reducer):
 
 def build(
     layout: Layout,
-    stages: Stages,
+    stages: StageLayout,
     groups: ProcessGroups,
     worker: AsyncCommunicator,
-    recorder: SpanRecorder = SILENT,
+    recorder: SpanRecorder = NULL_RECORDER,
     compute: torch.dtype | None = None,
-    streams: Streams | None = None,
+    streams: DeviceStreams | None = None,
 ) -> tuple[Stepper, RecordingReducer]:
     """What `trainer.build.build_rank` makes, with the twin's weights, and without data and checkpoints.
 
     It computes in the layout's dtype, unless `compute` is another. Communication is queued on `streams`, if any.
     """
     topology, rank = layout.topology, groups.rank
-    model = Model(model_config(layout.config), stages.share(topology, rank))
+    model = Model(model_config(layout.config), stages.model_shard(topology, rank))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(layout.dtype)
     load_released(model, start_params(layout))
     if layout.block is not None:
-        model.compute_in_blocks(layout.block)
+        model.set_expert_block_rows(layout.block)
     if layout.fp8:
-        model.use_fp8(Fp8(Reference()))
+        model.enable_fp8(Fp8LinearOps(ReferenceBackend()))
     config = ExchangeConfig(name=layout.exchange, dispatch=layout.wire, combine_backward=layout.wire)
-    traffic = Traffic(topology, rank)
-    exchange = open_exchange(config, groups, layout.config.n_routed_experts, worker, traffic)
+    traffic = TrafficCounter(topology, rank)
+    exchange = build_token_exchange(config, groups, layout.config.n_routed_experts, worker, traffic)
     cpu = torch.device("cpu")
-    pipeline = Pipeline.open(
+    pipeline = PipelineRuntime.open(
         stages,
         groups,
         cpu,
@@ -144,9 +144,9 @@ def take_step(stepper: Stepper, gradients: RecordingReducer, layout: Layout, ste
     settings = StepSettings(
         learning_rate=learning_rate(step),
         clip_norm=clip_norm(step),
-        balance_weight=config.balance_alpha,
-        mtp_weight=config.mtp_weight,
-        bias_speed=BIAS_SPEED,
+        seq_aux_loss_coeff=config.balance_alpha,
+        mtp_loss_scaling_factor=config.mtp_weight,
+        router_bias_update_rate=BIAS_SPEED,
     )
     result = stepper.step(list(_micro_batches(layout, step, rank)), layout.sequences_of(step), settings)
     routed_layers = range(config.first_k_dense_replace, config.num_hidden_layers + config.num_nextn_predict_layers)
@@ -157,7 +157,7 @@ def take_step(stepper: Stepper, gradients: RecordingReducer, layout: Layout, ste
         balance=result.balance_loss,
         norm=result.grad_norm,
         gradients=gradients.seen[-1],
-        counts_E=dict(zip(routed_layers, result.counts_E.values(), strict=True)),
+        counts_E=dict(zip(routed_layers, result.tokens_per_expert_E.values(), strict=True)),
     )
 
 

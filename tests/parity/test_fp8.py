@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.comm.async_comm import open_worker
-from shoestring.comm.exchange.wire import Format
+from shoestring.comm.async_comm import build_async_communicator
+from shoestring.comm.exchange.wire import WireFormat
 from shoestring.comm.groups import ProcessGroups
 from shoestring.tests.parity.layouts import EVERYTHING, REPORT, Layout, Load, Padding
 from shoestring.tests.parity.outcome import results
 from shoestring.tests.parity.runner import build, run_layout, run_rank, take_step
 from shoestring.tests.processes import World, run_processes
-from shoestring.trainer.model.experts import Experts
+from shoestring.trainer.model.experts import GroupedExperts
 from shoestring.trainer.model.linear import Linear
-from shoestring.trainer.precision.fp8 import Fp8
-from shoestring.trainer.precision.reference import Reference
-from shoestring.trainer.precision.tiles import Blocks, Scales, Tiles
+from shoestring.trainer.precision.fp8 import Fp8LinearOps
+from shoestring.trainer.precision.reference import ReferenceBackend
+from shoestring.trainer.precision.tiles import Fp8Weight, RowwiseFp8Tensor, ScaleFormat
 
 ONE = Layout(1, 1, 1, 1, layers=2, fp8=True)
 LAYOUTS = [
@@ -31,7 +31,7 @@ LAYOUTS = [
     Layout(1, 2, 2, 0, Padding.RAGGED, layers=2, fp8=True),
     Layout(1, 1, 3, 0, pp=2, schedule="zb1p", layers=3, fp8=True),  # weight gradients in instructions of their own
     Layout(2, 1, 2, 1, schedule="dualpipev", layers=2, exchange="two_hop", node_size=1, fp8=True),
-    Layout(2, 1, 1, 0, layers=2, fp8=True, wire=Format.FP8),
+    Layout(2, 1, 1, 0, layers=2, fp8=True, wire=WireFormat.FP8),
 ]
 
 
@@ -58,7 +58,7 @@ def test_rows_that_cross_in_fp8_change_no_bit(native: Layout) -> None:
     ranks = native.topology.world_size
     for ours, theirs in zip(
         run_processes(ranks, run_rank, native, 2, None),
-        run_processes(ranks, run_rank, replace(native, wire=Format.FP8), 2, None),
+        run_processes(ranks, run_rank, replace(native, wire=WireFormat.FP8), 2, None),
         strict=True,
     ):
         first, second = results(ours), results(theirs)
@@ -66,24 +66,24 @@ def test_rows_that_cross_in_fp8_change_no_bit(native: Layout) -> None:
 
 
 @dataclass(frozen=True)
-class Quantizing(Reference):
+class Quantizing(ReferenceBackend):
     """Counts how often it makes tiles with powers of two for scales."""
 
     times: Counter[str] = field(default_factory=Counter)
 
-    def tiles(self, x_XD: Tensor, scales: Scales) -> Tiles:
+    def quantize_rowwise(self, x_XD: Tensor, scales: ScaleFormat) -> RowwiseFp8Tensor:
         self.times[scales] += 1
-        return super().tiles(x_XD, scales)
+        return super().quantize_rowwise(x_XD, scales)
 
 
 def quantized(world: World, layout: Layout) -> int:
     """How often one step of this rank does so."""
     groups, quantizing = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=60)), Quantizing()
-    with closing(open_worker(groups.ep, torch.device("cpu"))) as worker:
+    with closing(build_async_communicator(groups.ep, torch.device("cpu"))) as worker:
         stepper, gradients = build(layout, layout.stages, groups, worker)
-        stepper.model.use_fp8(Fp8(quantizing))
+        stepper.model.enable_fp8(Fp8LinearOps(quantizing))
         take_step(stepper, gradients, layout, 0, world.rank)
-    return quantizing.times[Scales.POWER_OF_TWO]
+    return quantizing.times[ScaleFormat.POWER_OF_TWO]
 
 
 @pytest.mark.parametrize("layout", CROSSING[:3], ids=lambda layout: layout.name.replace(" ", "-"))
@@ -92,31 +92,31 @@ def test_rows_that_came_in_fp8_are_not_quantized_again(exchange: str, layout: La
     """Without a wire in FP8 each routed layer quantizes what it receives, once a micro-batch, in blocks or not."""
     native = replace(layout, exchange=exchange, node_size=1)
     received = native.micro_batches * (native.layers - native.config.first_k_dense_replace + native.mtp)
-    ours = run_processes(2, quantized, replace(native, wire=Format.FP8))
+    ours = run_processes(2, quantized, replace(native, wire=WireFormat.FP8))
     theirs = run_processes(2, quantized, native)
     assert [more - fewer for fewer, more in zip(ours, theirs, strict=True)] == [received] * 2
 
 
 @dataclass(frozen=True)
-class Counting(Reference):
+class Counting(ReferenceBackend):
     """Counts how often each weight is quantized."""
 
     times: Counter[int] = field(default_factory=Counter)
 
-    def blocks(self, weight: Tensor, scales: Scales) -> Blocks:
+    def quantize_weight(self, weight: Tensor, scales: ScaleFormat) -> Fp8Weight:
         self.times[weight.data_ptr()] += 1
-        return super().blocks(weight, scales)
+        return super().quantize_weight(weight, scales)
 
 
 def test_a_step_of_several_micro_batches_quantizes_each_weight_once() -> None:
     layout, counting = replace(ONE, micro_batches=3), Counting()
     groups = ProcessGroups.create(layout.topology, 0, timedelta(seconds=60))
-    with closing(open_worker(groups.ep, torch.device("cpu"))) as worker:
+    with closing(build_async_communicator(groups.ep, torch.device("cpu"))) as worker:
         stepper, gradients = build(layout, layout.stages, groups, worker)
-        stepper.model.use_fp8(Fp8(counting))
+        stepper.model.enable_fp8(Fp8LinearOps(counting))
         for step in range(2):
             take_step(stepper, gradients, layout, step, 0)
             assert set(counting.times.values()) == {step + 1}
-    modules = [module for module in stepper.model.modules() if isinstance(module, Linear | Experts)]
+    modules = [module for module in stepper.model.modules() if isinstance(module, Linear | GroupedExperts)]
     weights = [weight for module in modules for weight in module.parameters(recurse=False)]
     assert len(counting.times) == len(weights) - 1  # all but the head

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.comm.async_comm import open_worker
+from shoestring.comm.async_comm import build_async_communicator
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.trace import NullRecorder, Track
-from shoestring.parallelism.pipeline.executor import Steps
-from shoestring.parallelism.pipeline.program import Op, in_flight
+from shoestring.comm.trace import NullRecorder, TimelineTrack
+from shoestring.parallelism.pipeline.executor import Resumable
+from shoestring.parallelism.pipeline.program import Op, count_in_flight
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_placement
 from shoestring.tests.parity.layouts import REPORT, Layout
 from shoestring.tests.parity.runner import build, take_step
@@ -39,13 +39,13 @@ class Watch(NullRecorder):
         return sum(census.bytes > kept // 10 for census, kept in self.forwards)
 
     @contextmanager
-    def span(self, track: Track, name: str, detail: object = None) -> Iterator[None]:
+    def span(self, track: TimelineTrack, name: str, detail: object = None) -> Iterator[None]:
         before = self.alive
         yield
-        if track is Track.INSTRUCTION and name in list(Op):
+        if track is TimelineTrack.INSTRUCTION and name in list(Op):
             self.seen.append((before, self.alive))
 
-    def forward(self, stage: StageRunner, micro_batch: int, received: Tensor | None) -> Steps[Tensor | None]:
+    def forward(self, stage: StageRunner, micro_batch: int, received: Tensor | None) -> Resumable[Tensor | None]:
         """The stage's own forward, of which a census is taken while it runs: not while it waits for its turn."""
         census, steps = Census(), FORWARD(stage, micro_batch, received)
         while True:
@@ -68,16 +68,16 @@ FORWARD = StageRunner.forward
 def watched(world: World, layout: Layout) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Of each instruction of this rank: chunks in memory before and after, as measured and as the program says."""
     stages = layout.stages
-    groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=60), stages.all_holders())
+    groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=60), stages.replica_pp_groups())
     watch = Watch()
-    with closing(open_worker(groups.ep, torch.device("cpu"))) as worker:
+    with closing(build_async_communicator(groups.ep, torch.device("cpu"))) as worker:
         stepper, gradients = build(layout, stages, groups, worker, watch)
         take_step(stepper, gradients, layout, 0, world.rank)  # makes what later steps use
         watch.seen.clear()
         with patch.object(StageRunner, "forward", lambda *arguments: watch.forward(*arguments)):
             take_step(stepper, gradients, layout, 1, world.rank)
     program = stepper.executor.program
-    alive, instructions = in_flight(program)[groups.pp_rank], program.instructions[groups.pp_rank]
+    alive, instructions = count_in_flight(program)[groups.pp_rank], program.instructions[groups.pp_rank]
     expected = [
         (during - (instruction.forward is not None), during - (instruction.op in (Op.B, Op.W, Op.FB)))
         for during, instruction in zip(alive, instructions, strict=True)
@@ -87,7 +87,7 @@ def watched(world: World, layout: Layout) -> tuple[list[tuple[int, int]], list[t
 
 def layouts() -> Iterator[Layout]:
     for number, schedule in enumerate(each.name for each in SCHEDULES):
-        layers = max(3, build_placement(schedule, 2).stages)
+        layers = max(3, build_placement(schedule, 2).num_stages)
         recompute = REPORT if number % 2 else frozenset()
         yield Layout(1, 1, 6, 1, pp=2, schedule=schedule, layers=layers, recompute=recompute)
 

@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from shoestring.comm.async_comm import open_worker
+from shoestring.comm.async_comm import build_async_communicator
 from shoestring.comm.groups import ProcessGroups
 from shoestring.tests.parity.layouts import Layout, Load, Padding
 from shoestring.tests.parity.runner import build, take_step
@@ -21,12 +21,12 @@ LAYOUT = Layout(1, 1, 4, 1, Padding.RAGGED, Load.EVEN, dtype=torch.float32, laye
 def twenty_steps(world: World) -> dict[str, Tensor]:
     """Every parameter and routing bias of this rank after them."""
     stages = LAYOUT.stages
-    groups = ProcessGroups.create(LAYOUT.topology, world.rank, timedelta(seconds=60), stages.all_holders())
-    with closing(open_worker(groups.ep, torch.device("cpu"))) as worker:
+    groups = ProcessGroups.create(LAYOUT.topology, world.rank, timedelta(seconds=60), stages.replica_pp_groups())
+    with closing(build_async_communicator(groups.ep, torch.device("cpu"))) as worker:
         stepper, gradients = build(LAYOUT, stages, groups, worker)
         for step in range(STEPS):
             take_step(stepper, gradients, LAYOUT, step % 3, world.rank)
-        stepper.optimizer.wait()
+        stepper.optimizer.wait_for_weights()
     biases = {f"bias {name}": router.bias_E for name, router in stepper.model.routers()}
     return biases | {name: parameter.detach() for name, parameter in stepper.model.named_parameters()}
 

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import torch
 
-from shoestring.comm.async_comm import open_worker
+from shoestring.comm.async_comm import build_async_communicator
 from shoestring.comm.groups import ProcessGroups
 from shoestring.tests.parity.layouts import Layout, Padding
 from shoestring.tests.parity.outcome import StepOutcome
@@ -22,9 +22,12 @@ LAYOUT = Layout(2, 1, 2, 1, Padding.RAGGED, dtype=torch.float32)
 def three_steps(world: World, kept_wide: bool) -> tuple[list[StepOutcome], dict[str, torch.dtype]]:
     """And what the weights are kept in."""
     stages = LAYOUT.stages
-    groups = ProcessGroups.create(LAYOUT.topology, world.rank, timedelta(seconds=60), stages.all_holders())
+    groups = ProcessGroups.create(LAYOUT.topology, world.rank, timedelta(seconds=60), stages.replica_pp_groups())
     everything = patch.object(Model, "wide_parameter_names", lambda self: {name for name, _ in self.named_parameters()})
-    with closing(open_worker(groups.ep, torch.device("cpu"))) as worker, everything if kept_wide else nullcontext():
+    with (
+        closing(build_async_communicator(groups.ep, torch.device("cpu"))) as worker,
+        everything if kept_wide else nullcontext(),
+    ):
         stepper, reducer = build(LAYOUT, stages, groups, worker, compute=torch.bfloat16)
         steps = [take_step(stepper, reducer, LAYOUT, step, world.rank) for step in range(3)]
     return steps, {name: parameter.dtype for name, parameter in stepper.model.named_parameters()}

@@ -9,9 +9,9 @@ from datetime import timedelta
 import pytest
 import torch
 
-from shoestring.comm.async_comm import open_worker
+from shoestring.comm.async_comm import build_async_communicator
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.trace import Track
+from shoestring.comm.trace import TimelineTrack
 from shoestring.tests.comm.recorded_streams import RecordedStreams
 from shoestring.tests.parity.layouts import Layout
 from shoestring.tests.parity.runner import build, take_step
@@ -56,14 +56,14 @@ def published_order() -> list[str]:
 def recorded(world: World, layout: Layout, on_streams: bool) -> list[str]:
     """What the computing thread did in one FB of the steady state; on a stand-in for streams as a GPU's would."""
     stages = layout.stages
-    groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=60), stages.all_holders())
+    groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=60), stages.replica_pp_groups())
     trace = TraceRecorder(nvtx=False)
     streams = RecordedStreams() if on_streams else None
-    with closing(open_worker(groups.ep, torch.device("cpu"), recorder=trace, streams=streams)) as worker:
+    with closing(build_async_communicator(groups.ep, torch.device("cpu"), recorder=trace, streams=streams)) as worker:
         stepper, gradients = build(layout, stages, groups, worker, trace)
-        trace.on = True
+        trace.is_recording = True
         take_step(stepper, gradients, layout, 0, world.rank)
-    pairs = [span for span in trace.spans if span.track is Track.INSTRUCTION and span.name == "FB"]
+    pairs = [span for span in trace.spans if span.track is TimelineTrack.INSTRUCTION and span.name == "FB"]
     return order_inside(pairs[len(pairs) // 2], trace.spans)
 
 
@@ -72,9 +72,9 @@ def order_inside(pair: Span, spans: list[Span]) -> list[str]:
     inside.sort(key=lambda span: span.begin)
     order = []
     for span in inside:
-        if span.track is Track.COMPUTE and span.name[:4] in ("attn", "mlp("):
+        if span.track is TimelineTrack.COMPUTE and span.name[:4] in ("attn", "mlp("):
             order.append(span.name)
-        elif span.track is Track.LAUNCH:
+        elif span.track is TimelineTrack.LAUNCH:
             order += [ours for prefix, ours in OURS.items() if span.name.startswith(prefix)]
     return order
 

@@ -9,11 +9,11 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from shoestring.comm.async_comm import open_worker
+from shoestring.comm.async_comm import build_async_communicator
 from shoestring.comm.errors import CollectiveError
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.trace import Track
-from shoestring.parallelism.zero.reduce import Reducer
+from shoestring.comm.trace import TimelineTrack
+from shoestring.parallelism.zero.reduce import GradientReducer
 from shoestring.tests.parity.breaks import BREAKS
 from shoestring.tests.parity.layouts import Layout, Load, Padding
 from shoestring.tests.parity.runner import build, take_step
@@ -32,18 +32,18 @@ ALONE = "squares of other ranks left out"
 def reductions(world: World, layout: Layout) -> tuple[list[str], list[str]]:
     """The buckets in the order in which their reduction was started: before the last instruction began, and all."""
     stages = layout.stages
-    groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=60), stages.all_holders())
+    groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=60), stages.replica_pp_groups())
     trace = TraceRecorder(nvtx=False)
-    with closing(open_worker(groups.ep, torch.device("cpu"), recorder=trace)) as worker:
+    with closing(build_async_communicator(groups.ep, torch.device("cpu"), recorder=trace)) as worker:
         stepper, reducer = build(layout, stages, groups, worker, trace)
-        trace.on = True
+        trace.is_recording = True
         take_step(stepper, reducer, layout, 0, world.rank)
     ops = {"F", "B", "I", "W", "FB"}
-    last = max(span.begin for span in trace.spans if span.track is Track.INSTRUCTION and span.name in ops)
+    last = max(span.begin for span in trace.spans if span.track is TimelineTrack.INSTRUCTION and span.name in ops)
     starts = sorted(
         (span.begin, span.name)
         for span in trace.spans
-        if span.track is Track.LAUNCH and span.name.startswith("sum of gradients")
+        if span.track is TimelineTrack.LAUNCH and span.name.startswith("sum of gradients")
     )
     return [name for begin, name in starts if begin < last], [name for _, name in starts]
 
@@ -64,22 +64,22 @@ def with_one_nan(world: World, break_name: str | None) -> tuple[str, bool, float
     """What each rank did with a step in which one rank has one NaN; whether its weights moved; and the next norm."""
     layout = Layout(2, 1, 1, 1)
     stages = layout.stages
-    groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=3), stages.all_holders())
-    after = Reducer.after
+    groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=3), stages.replica_pp_groups())
+    after = GradientReducer.after_instruction
 
-    def spoilt(self: Reducer, instruction: int) -> None:
+    def spoilt(self: GradientReducer, instruction: int) -> None:
         if world.rank == 1 and instruction == 0:
             self.buckets[0].grads_N[0] = torch.nan  # of the shard that rank 0 owns; the backward is still to come
         after(self, instruction)
 
-    with closing(open_worker(groups.ep, torch.device("cpu"))) as worker:
+    with closing(build_async_communicator(groups.ep, torch.device("cpu"))) as worker:
         stepper, reducer = build(layout, stages, groups, worker)
         before = [bucket.weights_N.clone() for bucket in reducer.buckets]
         broken = nullcontext() if break_name is None else BREAKS[break_name].apply()
-        with broken, patch.object(Reducer, "after", spoilt):
+        with broken, patch.object(GradientReducer, "after", spoilt):
             try:
                 take_step(stepper, reducer, layout, 0, world.rank)
-                stepper.optimizer.wait()  # for the other rank's weights
+                stepper.optimizer.wait_for_weights()  # for the other rank's weights
                 did = "stepped"
             except NonFiniteStep:
                 did = "refused"
@@ -106,8 +106,8 @@ def idle_steps(world: World) -> list[float]:
     """Norms of three steps in which the last rank's experts receive no token."""
     layout = Layout(2, 2, 1, 1, load=Load.IDLE, dtype=torch.float32)
     stages = layout.stages
-    groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=20), stages.all_holders())
-    with closing(open_worker(groups.ep, torch.device("cpu"))) as worker:
+    groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=20), stages.replica_pp_groups())
+    with closing(build_async_communicator(groups.ep, torch.device("cpu"))) as worker:
         stepper, reducer = build(layout, stages, groups, worker)
         norms = [take_step(stepper, reducer, layout, step, world.rank).norm for step in range(3)]
     own = [bucket for bucket in reducer.buckets if bucket.name.startswith("experts")]

@@ -19,11 +19,11 @@ from shoestring.comm.topology import Topology
 from shoestring.tests.processes import World, run_processes
 from shoestring.tests.trainer.small_loop import BATCH, LENGTH, run_config
 from shoestring.trainer import loop
-from shoestring.trainer.build import Rank, build_rank, stages_of
-from shoestring.trainer.checkpoint.pieces import Piece
-from shoestring.trainer.checkpoint.tensor_file import as_bytes
+from shoestring.trainer.build import RankResources, build_rank_resources, build_stage_layout
+from shoestring.trainer.checkpoint.pieces import TensorPiece
+from shoestring.trainer.checkpoint.tensor_file import tensor_as_bytes
 from shoestring.trainer.config import RunConfig
-from shoestring.trainer.typed import build
+from shoestring.trainer.typed import build_dataclass
 
 SEED = 1
 """With 0 two experts are so nearly equal for one token that rounding decides, which moves a loss by 5e-5."""
@@ -65,25 +65,27 @@ def tree_of(root: Path, run: Path, layout: str, steps: int, **training: Any) -> 
 
 
 def groups_of(world: World, config: RunConfig) -> ProcessGroups:
-    return ProcessGroups.create(config.topology, world.rank, timedelta(seconds=60), stages_of(config).all_holders())
+    return ProcessGroups.create(
+        config.topology, world.rank, timedelta(seconds=60), build_stage_layout(config).replica_pp_groups()
+    )
 
 
-def share_of(pieces: Iterable[Piece]) -> Share:
-    return [(p.name, p.shape, p.flat.dtype, p.first, bytes(as_bytes(p.flat))) for p in pieces]
+def share_of(pieces: Iterable[TensorPiece]) -> Share:
+    return [(p.name, p.shape, p.flat.dtype, p.element_offset, bytes(tensor_as_bytes(p.flat))) for p in pieces]
 
 
 def train_on(world: World, tree: dict[str, Any]) -> Share:
     """Train to the end; the state of this rank there."""
-    config, ranks = build(RunConfig, tree), []
+    config, ranks = build_dataclass(RunConfig, tree), []
 
-    def build_and_keep(*arguments: Any) -> Rank:
-        ranks.append(build_rank(*arguments))
+    def build_and_keep(*arguments: Any) -> RankResources:
+        ranks.append(build_rank_resources(*arguments))
         return ranks[-1]
 
     with patch.object(loop, "build_rank", build_and_keep):
         attempt = f"{world.size} ranks to {config.training.tokens}"  # a launch has as many ranks to its end
         loop.train(config, groups_of(world, config), torch.device("cpu"), attempt)
-    return share_of(ranks[0].state())
+    return share_of(ranks[0].local_checkpoint_pieces())
 
 
 State = dict[str, str]
@@ -105,7 +107,7 @@ def whole(shares: list[Share]) -> dict[str, Tensor]:
 
 
 def digests(shares: list[Share]) -> State:
-    return {name: hashlib.sha256(as_bytes(tensor)).hexdigest() for name, tensor in whole(shares).items()}
+    return {name: hashlib.sha256(tensor_as_bytes(tensor)).hexdigest() for name, tensor in whole(shares).items()}
 
 
 def run(root: Path, directory: Path, layout: str, steps: int, **training: Any) -> State:

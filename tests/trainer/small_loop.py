@@ -12,12 +12,12 @@ import torch
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
 from shoestring.tests.processes import World, run_processes
-from shoestring.trainer.build import stages_of
+from shoestring.trainer.build import build_stage_layout
 from shoestring.trainer.config import RunConfig
-from shoestring.trainer.data.prepare import prepare
+from shoestring.trainer.data.prepare import prepare_corpus
 from shoestring.trainer.loop import train
 from shoestring.trainer.telemetry.history import read_metrics
-from shoestring.trainer.typed import build
+from shoestring.trainer.typed import build_dataclass
 
 STEPS, LENGTH, BATCH = 3, 16, 8
 
@@ -63,14 +63,14 @@ def prepared_root(folder: Path, words: int) -> Path:
     text = [f"word{index * 7919 % 211}" for index in range(words)]
     (folder / "corpus" / "train.txt").write_text(" ".join(text))
     (folder / "corpus" / "held.txt").write_text(" ".join(text[:90]))
-    prepare(build(RunConfig, run_config(folder)).data, lambda _: None)
+    prepare_corpus(build_dataclass(RunConfig, run_config(folder)).data, lambda _: None)
     return folder
 
 
 def run_rank(world: World, tree: dict[str, Any]) -> None:
-    config = build(RunConfig, tree)
+    config = build_dataclass(RunConfig, tree)
     assert not list(config.problems())
-    holders = stages_of(config).all_holders()
+    holders = build_stage_layout(config).replica_pp_groups()
     groups = ProcessGroups.create(config.topology, world.rank, timedelta(seconds=30), holders)
     train(config, groups, torch.device("cpu"), attempt="test")
 

@@ -22,5 +22,5 @@ def test_a_call_has_the_limit_of_the_start_until_the_engine_is_open(tmp_path: Pa
     config = tiny()
     watchdog = Watchdog(0, timedelta(seconds=config.training.start_timeout_seconds), tmp_path)
     opened(config, watchdog).close()
-    assert watchdog.limit == timedelta(seconds=config.training.collective_timeout_seconds)
+    assert watchdog.timeout == timedelta(seconds=config.training.collective_timeout_seconds)
     assert config.training.start_timeout_seconds > config.training.collective_timeout_seconds

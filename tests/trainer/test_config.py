@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from shoestring.launch.compose import compose_run, to_tree
+from shoestring.launch.compose import compose_run_config, config_to_dict
 from shoestring.tests.launch.refusals import by_field
 from shoestring.trainer.config import RunConfig
-from shoestring.trainer.typed import build
+from shoestring.trainer.typed import build_dataclass
 
 YARN: dict[str, object] = {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32.0, "beta_slow": 1.0}
 YARN |= {"mscale": 1.0, "mscale_all_dim": 1.0}
@@ -19,7 +19,7 @@ YARN |= {"mscale": 1.0, "mscale_all_dim": 1.0}
 @pytest.fixture(scope="module")
 def tree() -> dict[str, object]:
     """A run without fault, every optional part in it: tiny, on one rank."""
-    return changed(to_tree(compose_run([])), {"model.rope_scaling": YARN, "cluster.peak_tflops": 1.0})
+    return changed(config_to_dict(compose_run_config([])), {"model.rope_scaling": YARN, "cluster.peak_tflops": 1.0})
 
 
 def changed(tree: Mapping[str, object], values: Mapping[str, object]) -> dict[str, object]:
@@ -37,7 +37,7 @@ OF_THREE = {"topology.gpus_per_node": 3, "training.global_batch": 15}
 
 
 def problems(tree: Mapping[str, object], values: Mapping[str, object]) -> dict[str, str]:
-    return by_field(build(RunConfig, changed(tree, values)).problems())
+    return by_field(build_dataclass(RunConfig, changed(tree, values)).problems())
 
 
 def numbers(tree: Mapping[str, object], path: str = "") -> Iterator[str]:

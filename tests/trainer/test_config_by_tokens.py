@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shoestring.trainer.config import by_tokens_problems, value_at
+from shoestring.trainer.config import scheduled_value, value_schedule_problems
 
 MTP_WEIGHT = {0: 0.3, 10**13: 0.1}  # report §4.2
 UNORDERED = {500: 3.0, 0: 1.0, 100: 2.0}
@@ -24,7 +24,7 @@ UNORDERED = {500: 3.0, 0: 1.0, 100: 2.0}
     ],
 )
 def test_the_value_in_force(schedule: dict[int, float], tokens: int, value: float) -> None:
-    assert value_at(schedule, tokens) == value
+    assert scheduled_value(schedule, tokens) == value
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_the_value_in_force(schedule: dict[int, float], tokens: int, value: floa
     ids=str,
 )
 def test_what_no_schedule_can_be(schedule: dict[int, float], remedies: list[str]) -> None:
-    problems = list(by_tokens_problems("weight", schedule))
+    problems = list(value_schedule_problems("weight", schedule))
     assert len(problems) == len(remedies)
     for problem, hint in zip(problems, remedies, strict=True):
         assert problem.field == "weight"

@@ -68,7 +68,7 @@ def history(run_dir: Path) -> list[dict[str, Any]]:
 def test_twenty_kills_leave_the_losses_of_an_undisturbed_run(tmp_path: Path) -> None:
     root = prepared_root(tmp_path, words=4000)
     tree = tree_of(root, tmp_path / "run", "ep2", STEPS, checkpoint_every=EVERY)
-    store, halves = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2), 0
+    store, halves = CheckpointStore(tmp_path / "run" / "checkpoints", keep_last=2), 0
     for life in range(KILLS):
         for leftover in store.directory.glob("*.partial"):  # of an earlier life: the next save would remove it
             shutil.rmtree(leftover)
@@ -76,7 +76,7 @@ def test_twenty_kills_leave_the_losses_of_an_undisturbed_run(tmp_path: Path) -> 
             run_processes(2, train_until_killed, tree, life)
         halves += life % 2 == 1 and any(store.directory.glob("*.partial"))
         for step in store.steps():
-            assert list(store.open(step).damage()) == []
+            assert list(store.open(step).find_damage()) == []
     assert halves >= 2 * KILLS // 5, "too few kills hit a save"
     assert store.steps()[-1] >= KILLS // 2, "too few saves came to their end"
 

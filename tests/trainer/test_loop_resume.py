@@ -31,16 +31,16 @@ from shoestring.tests.trainer.resumed_loop import (
     whole,
 )
 from shoestring.tests.trainer.small_loop import LENGTH, prepared_root
-from shoestring.trainer.build import build_rank
+from shoestring.trainer.build import build_rank_resources
 from shoestring.trainer.checkpoint import opened, saver
 from shoestring.trainer.checkpoint.names import model_pieces
 from shoestring.trainer.checkpoint.store import CheckpointStore
-from shoestring.trainer.checkpoint.tensor_file import read_at
+from shoestring.trainer.checkpoint.tensor_file import read_tensor_at
 from shoestring.trainer.config import RunConfig
-from shoestring.trainer.run.checkpointing import load_last
+from shoestring.trainer.run.checkpointing import load_latest_checkpoint
 from shoestring.trainer.run.exit import RunFailed
 from shoestring.trainer.telemetry.history import read_metrics
-from shoestring.trainer.typed import build
+from shoestring.trainer.typed import build_dataclass
 
 BEFORE, AFTER = 3, 10
 SLOW = ("ep4", "pp4", "alone", "pp2 ep2 edp2", "pp2 mirrored")
@@ -53,11 +53,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def loaded_on(world: World, tree: dict[str, Any]) -> tuple[Share, Share]:
     """The state that this rank finds in the run's last checkpoint, and the weights that it then computes with."""
-    config = build(RunConfig, tree)
-    rank = build_rank(config, groups_of(world, config), torch.device("cpu"))
-    assert load_last(rank, None) is not None
+    config = build_dataclass(RunConfig, tree)
+    rank = build_rank_resources(config, groups_of(world, config), torch.device("cpu"))
+    assert load_latest_checkpoint(rank, None) is not None
     rank.close()
-    return share_of(rank.state()), share_of(model_pieces(rank.model))
+    return share_of(rank.local_checkpoint_pieces()), share_of(model_pieces(rank.model))
 
 
 def loaded(root: Path, directory: Path, layout: str) -> State:
@@ -104,12 +104,12 @@ def test_weights_moments_and_biases_come_back_to_the_bit(first: str, second: str
     state = run(root, tmp_path / "run", first, 2)
     assert {name.partition("/")[0] for name in state} == {"model", "exp_avg", "exp_avg_sq", "average"}
     assert loaded(root, tmp_path / "run", second) == state
-    checkpoint = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).open(2)
+    checkpoint = CheckpointStore(tmp_path / "run" / "checkpoints", keep_last=2).open(2)
     assert checkpoint.manifest.tensors.keys() - state.keys() == {
         f"rng/rank_{rank:05d}" for rank in range(LAYOUTS[first][0].world_size)
     }
-    tokenizer = hashlib.sha256(checkpoint.attachment("tokenizer.json")).hexdigest()
-    assert tokenizer == checkpoint.manifest.facts["tokenizer"]
+    tokenizer = hashlib.sha256(checkpoint.read_attachment("tokenizer.json")).hexdigest()
+    assert tokenizer == checkpoint.manifest.metadata["tokenizer"]
     assert run(root, tmp_path / "run", second, 3).keys() == state.keys()
     assert loaded(root, tmp_path / "run", first).keys() == state.keys()
 
@@ -130,11 +130,11 @@ def test_a_run_goes_on_on_another_layout_and_back(
 
 def started_on(world: World, tree: dict[str, Any]) -> Share:
     """The state that a new run begins with."""
-    config = build(RunConfig, tree)
-    rank = build_rank(config, groups_of(world, config), torch.device("cpu"))
-    assert load_last(rank, None) is None
+    config = build_dataclass(RunConfig, tree)
+    rank = build_rank_resources(config, groups_of(world, config), torch.device("cpu"))
+    assert load_latest_checkpoint(rank, None) is None
     rank.close()
-    return share_of(rank.state())
+    return share_of(rank.local_checkpoint_pieces())
 
 
 def test_a_new_run_begins_with_the_weights_of_another(root: Path, tmp_path: Path) -> None:
@@ -168,9 +168,9 @@ def test_a_run_goes_on_in_the_middle_of_a_batch_ramp(root: Path, tmp_path: Path)
     whole_run = GROWING | {"tokens": 72 * LENGTH}
     first, again = tmp_path / "first", tmp_path / "again"
     run(root, first, "pp2 mirrored", 0, **GROWING, tokens=28 * LENGTH)
-    store = CheckpointStore(first / "checkpoints", keep=2)
+    store = CheckpointStore(first / "checkpoints", keep_last=2)
     assert store.steps() == [3]
-    assert store.open(3).manifest.facts["consumed_samples"] == 28
+    assert store.open(3).manifest.metadata["consumed_samples"] == 28
     undisturbed = run(root, tmp_path / "undisturbed", "pp2 mirrored", 0, **whole_run, checkpoint_every=3)
     shutil.copytree(first, again)
     assert run(root, again, "pp2 mirrored", 0, **whole_run) == undisturbed  # to the last bit
@@ -190,10 +190,10 @@ def flip_bit(path: Path) -> None:
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(root: Path, tmp_path: Path) -> None:
     run(root, tmp_path / "run", "alone", 4, checkpoint_every=2, seed=0)
-    store = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2)
+    store = CheckpointStore(tmp_path / "run" / "checkpoints", keep_last=2)
     assert store.steps() == [2, 4]
     expected = losses(tmp_path / "run")
-    flip_bit(next(store.path(4).glob("part_*.safetensors")))
+    flip_bit(next(store.checkpoint_path(4).glob("part_*.safetensors")))
     run(root, tmp_path / "run", "ep2", 5, checkpoint_every=2, seed=0)
     events = read_metrics(tmp_path / "run" / "metrics.jsonl")
     (warning,) = (str(event.values["message"]) for event in events if event.values.get("about") == "checkpoint")
@@ -206,8 +206,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(root: Path, t
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(root: Path, tmp_path: Path) -> None:
     run(root, tmp_path / "run", "alone", 2)
-    store = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2)
-    flip_bit(next(store.path(2).glob("part_*.safetensors")))
+    store = CheckpointStore(tmp_path / "run" / "checkpoints", keep_last=2)
+    flip_bit(next(store.checkpoint_path(2).glob("part_*.safetensors")))
     for _ in range(2):
         with pytest.raises(RanksFailed, match="no other checkpoint is left") as failed:
             run(root, tmp_path / "run", "alone", 3)
@@ -217,7 +217,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(root: Path,
 
 def train_where_files_cannot_be_opened(world: World, tree: dict[str, Any]) -> str:
     """On the last rank, which has too many open, say."""
-    real = read_at
+    real = read_tensor_at
 
     def read(path: Path, *what: Any) -> Tensor:
         if world.rank == world.size - 1:
@@ -233,7 +233,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(root: Path, 
     run(root, tmp_path / "run", "alone", 4, checkpoint_every=2)
     messages = run_processes(2, train_where_files_cannot_be_opened, tree_of(root, tmp_path / "run", "ep2", 5))
     assert all("Too many open files" in message and "nothing was changed" in message for message in messages)
-    assert CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).steps() == [2, 4]
+    assert CheckpointStore(tmp_path / "run" / "checkpoints", keep_last=2).steps() == [2, 4]
     run(root, tmp_path / "run", "ep2", 5)
     assert len(losses(tmp_path / "run")) == 5
 
@@ -241,7 +241,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(root: Path, 
 @contextmanager
 def full_disk(steps: tuple[int, ...]) -> Iterator[None]:
     """The disk of the last rank is full while these steps are saved."""
-    real = saver.write_share
+    real = saver.write_rank_file
 
     def write(directory: Path, name: str, pieces: Any) -> None:
         if int(directory.name[5:13]) in steps:

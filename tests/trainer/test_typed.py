@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field, replace
 import pytest
 
 from shoestring.comm.errors import Problem
-from shoestring.launch.compose import compose_run
+from shoestring.launch.compose import compose_run_config
 from shoestring.tests.launch.refusals import refused
-from shoestring.trainer.typed import EnvironmentText, as_written, build
+from shoestring.trainer.typed import InterpolatedText, build_dataclass, restore_interpolations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Bicycle:
 
 
 def test_fields_left_out_keep_their_defaults() -> None:
-    assert build(Bicycle, {"owner": "Ada"}) == Bicycle(owner="Ada")
+    assert build_dataclass(Bicycle, {"owner": "Ada"}) == Bicycle(owner="Ada")
 
 
 def test_every_kind_of_field() -> None:
@@ -46,7 +46,7 @@ def test_every_kind_of_field() -> None:
         "colors": ["red", "green"],
         "price_by_year": {2024: 900, 2.025e3: 950.5},
     }
-    made = build(Bicycle, tree)
+    made = build_dataclass(Bicycle, tree)
     assert made == Bicycle(
         owner="Ada",
         gears=11,
@@ -63,23 +63,23 @@ def test_every_kind_of_field() -> None:
 
 @pytest.mark.parametrize(("value", "whole"), [(3, 3), (1e6, 10**6), (-2.0, -2), (2**70, 2**70)])
 def test_a_whole_number_may_be_written_as_a_float(value: float, whole: int) -> None:
-    spokes = build(Wheel, {"spokes": value}).spokes
+    spokes = build_dataclass(Wheel, {"spokes": value}).spokes
     assert (spokes, type(spokes)) == (whole, int)
 
 
 @pytest.mark.parametrize("value", [1.5, True, "3", None, math.inf, math.nan, [3]])
 def test_what_is_no_whole_number(value: object) -> None:
-    assert refused(build, Wheel, {"spokes": value}) == {"spokes": f"{value!r}: must be a whole number"}
+    assert refused(build_dataclass, Wheel, {"spokes": value}) == {"spokes": f"{value!r}: must be a whole number"}
 
 
 @pytest.mark.parametrize("value", [True, "3", None, math.inf, -math.inf, math.nan, {}, 10**400])
 def test_what_is_no_finite_number(value: object) -> None:
-    assert refused(build, Wheel, {"width": value}) == {"width": f"{value!r}: must be a finite number"}
+    assert refused(build_dataclass, Wheel, {"width": value}) == {"width": f"{value!r}: must be a finite number"}
 
 
 def test_an_optional_field_takes_its_kind_or_nothing() -> None:
-    assert build(Bicycle, {"owner": "Ada", "gears": None, "spare": None}) == Bicycle(owner="Ada")
-    problems = refused(build, Bicycle, {"owner": "Ada", "gears": "many", "spare": 3})
+    assert build_dataclass(Bicycle, {"owner": "Ada", "gears": None, "spare": None}) == Bicycle(owner="Ada")
+    problems = refused(build_dataclass, Bicycle, {"owner": "Ada", "gears": "many", "spare": 3})
     assert problems == {"gears": "'many': must be a whole number", "spare": "3: must be a group of keys"}
 
 
@@ -92,7 +92,7 @@ def test_everything_that_is_wrong_is_named_at_once_by_its_path() -> None:
         "price_by_year": {"now": 900, 2025: "much"},
         "locked": 1,
     }
-    assert refused(build, Bicycle, tree, [Problem("command line", "x", "found before")]) == {
+    assert refused(build_dataclass, Bicycle, tree, [Problem("command line", "x", "found before")]) == {
         "command line": "'x': found before",
         "owner": "None: is missing and has no default",
         "onwer": "'Ada': no such key; did you mean owner?",
@@ -107,16 +107,16 @@ def test_everything_that_is_wrong_is_named_at_once_by_its_path() -> None:
 
 
 def test_a_key_like_no_other_is_answered_with_all_there_are() -> None:
-    assert refused(build, Wheel, {"rim": 1}) == {"rim": "1: no such key; there are: spokes, width"}
+    assert refused(build_dataclass, Wheel, {"rim": 1}) == {"rim": "1: no such key; there are: spokes, width"}
 
 
 def test_problems_found_before_are_refused_also_when_all_fits() -> None:
-    assert refused(build, Wheel, {}, [Problem("a", 1, "b")]) == {"a": "1: b"}
+    assert refused(build_dataclass, Wheel, {}, [Problem("a", 1, "b")]) == {"a": "1: b"}
 
 
 @pytest.mark.parametrize("tree", [None, 3, ["owner"], "owner"])
 def test_a_tree_must_be_keys(tree: object) -> None:
-    assert refused(build, Wheel, tree) == {"": f"{tree!r}: must be a group of keys"}
+    assert refused(build_dataclass, Wheel, tree) == {"": f"{tree!r}: must be a group of keys"}
 
 
 SECRET = "hunter2"
@@ -129,8 +129,8 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_copies_keep_the_source() -> None:
-    text = EnvironmentText("value", "${oc.env:X}")
-    config = compose_run([])
+    text = InterpolatedText("value", "${oc.env:X}")
+    config = compose_run_config([])
     held = replace(config, training=replace(config.training, run_dir=text))
     for copied in (
         copy.deepcopy(text),
@@ -139,4 +139,4 @@ def test_copies_keep_the_source() -> None:
         asdict(held)["training"]["run_dir"],
     ):
         assert (copied, copied.source) == ("value", "${oc.env:X}")
-    assert as_written({"a": [text, (text, 1)]}) == {"a": ["${oc.env:X}", ["${oc.env:X}", 1]]}
+    assert restore_interpolations({"a": [text, (text, 1)]}) == {"a": ["${oc.env:X}", ["${oc.env:X}", 1]]}

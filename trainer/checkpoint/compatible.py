@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from ...comm.errors import Problem
-from ...comm.files.strict_json import Item, Malformed
+from ...comm.files.strict_json import JsonValue, MalformedFileError
 from ..config import RunConfig
 from ..data.manifest import DataManifest
 from .opened import Checkpoint
-from .pieces import MODEL
+from .pieces import MODEL_STATE
 
 _FIXED = (
     *("model", "precision", "optimizer.moments", "optimizer.ema_decay"),
@@ -24,14 +24,12 @@ _FIXED = (
 the schedule, rates and weights of the loss, the size of micro-batches, how often to look, how far to go."""
 
 
-def incompatibilities(
-    facts: Mapping[str, Any], config: RunConfig, data: DataManifest | None = None
-) -> Iterator[Problem]:
+def resume_problems(facts: Mapping[str, Any], config: RunConfig, data: DataManifest | None = None) -> Iterator[Problem]:
     """What keeps `config`, on this `data`, from going on from the checkpoint with these `facts`."""
     try:
-        _check_facts(Item(dict(facts), "facts"))
-    except Malformed as error:
-        yield error.problem("checkpoint", "restore it, or use another training.run_dir")
+        _check_facts(JsonValue(dict(facts), "facts"))
+    except MalformedFileError as error:
+        yield error.to_problem("checkpoint", "restore it, or use another training.run_dir")
         return
     now = asdict(config)
     for path in _FIXED:
@@ -42,31 +40,31 @@ def incompatibilities(
     if data is not None and facts.get("tokenizer") != data.tokenizer.sha256:
         hint = f"has another tokenizer than the checkpoint of step {facts['step']} was trained with; restore it"
         yield Problem("data.prepared", config.data.prepared, f"{hint}, or use another training.run_dir")
-    elif data is not None and facts.get("data") != data.digest:
+    elif data is not None and facts.get("data") != data.content_hash:
         hint = f"holds other tokens than the checkpoint of step {facts['step']} was trained on; restore them"
         yield Problem("data.prepared", config.data.prepared, f"{hint}, or use another training.run_dir")
 
 
-def _check_facts(facts: Item) -> None:
-    """What a run reads of the facts has the type that a run has written. Raises `Malformed`."""
-    facts["step"].whole()
+def _check_facts(facts: JsonValue) -> None:
+    """What a run reads of the facts has the type that a run has written. Raises `MalformedFileError`."""
+    facts["step"].as_integer()
     for path in _FIXED:
         group, _, key = path.partition(".")
         if key:
-            facts["config"][group].mapping()
+            facts["config"][group].as_mapping()
     for name in ("tokenizer", "data", "compute"):
         if (item := facts.get(name)) is not None:
-            item.text()
+            item.as_string()
     if "owes_evaluation" in facts:
-        facts["owes_evaluation"].flag()
+        facts["owes_evaluation"].as_boolean()
     if "ledger" in facts:
         ledger = facts["ledger"]
-        ledger["head"].text()
+        ledger["head"].as_string()
         for name in ("gpu_ms", "tokens_consumed", "tokens_retained"):
-            ledger[name].whole()
+            ledger[name].as_integer()
 
 
-def other_dtype(facts: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Problem]:
+def compute_dtype_problems(facts: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Problem]:
     """`precision.compute=auto` means another dtype on another device: then the numbers would be others."""
     saved = facts.get("compute", str(dtype))
     if saved != str(dtype):
@@ -79,15 +77,17 @@ _FREE_MODEL = ("name", "rope_scaling", "initializer_range")
 """What weights may be given anew: a context extension changes nothing but the rotation."""
 
 
-def start_problems(checkpoint: Checkpoint, config: RunConfig, data: DataManifest | None = None) -> Iterator[Problem]:
+def start_from_problems(
+    checkpoint: Checkpoint, config: RunConfig, data: DataManifest | None = None
+) -> Iterator[Problem]:
     """What keeps `config`, on this `data`, from beginning with the weights of `checkpoint`."""
-    saved, wanted = asdict(checkpoint.model), asdict(config.model)
+    saved, wanted = asdict(checkpoint.model_config), asdict(config.model)
     for key in wanted:
         if key not in _FREE_MODEL and saved[key] != wanted[key]:
             hint = f"the checkpoint of training.start_from has {saved[key]!r}; use that, or another checkpoint"
             yield Problem(f"model.{key}", wanted[key], hint)
-    embedding = f"{MODEL}/embedding.weight"
-    if checkpoint.missing([embedding]):
+    embedding = f"{MODEL_STATE}/embedding.weight"
+    if checkpoint.missing_tensors([embedding]):
         yield Problem("training.start_from", str(checkpoint.path), f"holds no tensor {embedding}; name another")
         return
     stored = checkpoint.manifest.tensors[embedding].dtype

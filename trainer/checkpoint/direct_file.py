@@ -17,12 +17,12 @@ from types import TracebackType
 
 import numpy as np
 
-CHUNK = 4 * 2**20
+WRITE_BUFFER_BYTES = 4 * 2**20
 """Bytes of a write: a multiple of any disk's block."""
 _PAST_THE_CACHE = getattr(os, "O_DIRECT", 0)
 
 
-class DirectFile:
+class DirectIOFile:
     """Written once, front to back; use it as a context. On disk when the context ends without error.
 
     After an `OSError` the file is lost: leave the context.
@@ -30,7 +30,7 @@ class DirectFile:
 
     def __init__(self, path: Path) -> None:
         """Raises `FileExistsError`. The file system may refuse to be written past the cache; then it is not."""
-        self._chunk = mmap.mmap(-1, CHUNK)  # begins at a page
+        self._chunk = mmap.mmap(-1, WRITE_BUFFER_BYTES)  # begins at a page
         self._filled = 0
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         with suppress(OSError):  # tmpfs of older kernels, for one
@@ -41,14 +41,14 @@ class DirectFile:
         bytes_N = np.frombuffer(raw, np.uint8)
         chunk_C = np.frombuffer(self._chunk, np.uint8)
         while len(bytes_N):
-            taken = min(len(bytes_N), CHUNK - self._filled)
+            taken = min(len(bytes_N), WRITE_BUFFER_BYTES - self._filled)
             np.copyto(chunk_C[self._filled : self._filled + taken], bytes_N[:taken])  # while other threads run
             self._filled += taken
             bytes_N = bytes_N[taken:]
-            if self._filled == CHUNK:
+            if self._filled == WRITE_BUFFER_BYTES:
                 self._empty()
 
-    def __enter__(self) -> DirectFile:
+    def __enter__(self) -> DirectIOFile:
         return self
 
     def __exit__(
@@ -69,13 +69,13 @@ class DirectFile:
                 left = left[os.write(self._descriptor, left) :]
             except OSError as error:
                 # Its blocks are larger than ours, or a write that was cut short has ended inside of one.
-                if error.errno != errno.EINVAL or not self.is_past_the_cache:
+                if error.errno != errno.EINVAL or not self.bypasses_page_cache:
                     raise
                 self._pass_the_cache(False)
         self._filled = 0
 
     @property
-    def is_past_the_cache(self) -> bool:
+    def bypasses_page_cache(self) -> bool:
         """Whether bytes go to the disk past the page cache from here on."""
         return bool(fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & _PAST_THE_CACHE)
 

@@ -6,36 +6,36 @@ import os
 from pathlib import Path
 
 from ...comm.errors import ConfigError, Problem
-from .manifest import MANIFEST, MARKER, Damaged
+from .manifest import COMPLETE_MARKER_FILE, MANIFEST_FILE, CheckpointDamaged
 from .opened import Checkpoint
-from .store import CheckpointStore, step_of
+from .store import CheckpointStore, parse_checkpoint_step
 
-FOLDER = "checkpoints"
+CHECKPOINTS_FOLDER = "checkpoints"
 """Of a run directory."""
 
 
-def store_at(path: Path) -> CheckpointStore:
+def open_checkpoint_store(path: Path) -> CheckpointStore:
     """The checkpoints of the run in `path`, or in `path` itself. For reading: nothing is ever let go."""
-    return CheckpointStore(path / FOLDER if (path / FOLDER).is_dir() else path, keep=1)
+    return CheckpointStore(path / CHECKPOINTS_FOLDER if (path / CHECKPOINTS_FOLDER).is_dir() else path, keep_last=1)
 
 
 def find_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
     """The checkpoint at `path`, or that of `step`, or the newest of the run there. Raises `ConfigError`."""
     try:
-        return Checkpoint.open(find_directory(path, step))
-    except Damaged as damaged:
+        return Checkpoint.open(find_checkpoint_directory(path, step))
+    except CheckpointDamaged as damaged:
         hint = "is damaged; `shoestring checkpoint verify` says more, --step takes another"
         raise ConfigError([Problem("checkpoint", str(damaged), hint)]) from damaged
     except OSError as error:
-        raise unreadable(error) from error
+        raise unreadable_checkpoint_error(error) from error
 
 
-def find_directory(path: Path, step: int | None = None) -> Path:
+def find_checkpoint_directory(path: Path, step: int | None = None) -> Path:
     """The directory of that checkpoint, whole or damaged. Raises `ConfigError` where there is none, and `OSError`."""
-    is_one = any(os.path.lexists(path / name) for name in (MANIFEST, MARKER))
-    if is_one or (step_of(path) is not None and path.is_dir()):
+    is_one = any(os.path.lexists(path / name) for name in (MANIFEST_FILE, COMPLETE_MARKER_FILE))
+    if is_one or (parse_checkpoint_step(path) is not None and path.is_dir()):
         return path
-    store = store_at(path)
+    store = open_checkpoint_store(path)
     steps = store.steps()
     if step is not None and step not in steps:
         has = ", ".join(map(str, steps)) or "none"
@@ -43,9 +43,9 @@ def find_directory(path: Path, step: int | None = None) -> Path:
     if not steps:
         hint = "holds no checkpoint; name a run directory, or the directory of one checkpoint"
         raise ConfigError([Problem("checkpoint", str(path), hint)])
-    return store.path(steps[-1] if step is None else step)
+    return store.checkpoint_path(steps[-1] if step is None else step)
 
 
-def unreadable(error: OSError) -> ConfigError:
+def unreadable_checkpoint_error(error: OSError) -> ConfigError:
     """A checkpoint that may be whole."""
     return ConfigError([Problem("checkpoint", str(error), "cannot be read now; nothing was changed")])

@@ -16,22 +16,22 @@ from typing import Any, TypeVar
 import torch
 
 from ...comm.errors import ConfigError, Problem
-from ...comm.files.access import read_regular, read_text
-from ...comm.files.strict_json import Item, Malformed, parse_json
+from ...comm.files.access import read_regular_file, read_text
+from ...comm.files.strict_json import JsonValue, MalformedFileError, parse_json
 from ..data.manifest import FileEntry
-from .tensor_file import DTYPES, NAMES, Declared, read_dtype
+from .tensor_file import DTYPE_BY_NAME, NAME_BY_DTYPE, TensorSpec, parse_dtype
 
-FORMAT = 3
+FORMAT_VERSION = 3
 """1 was torch DCP's, whose metadata is a pickle."""
-MANIFEST = "manifest.json"
-MARKER = "complete"
+MANIFEST_FILE = "manifest.json"
+COMPLETE_MARKER_FILE = "complete"
 """Holds the SHA-256 of the manifest, and is written last."""
 _MARKER_BYTES = 1000
 
 T = TypeVar("T")
 
 
-class Damaged(Exception):  # noqa: N818 -- says what it is
+class CheckpointDamaged(Exception):  # noqa: N818 -- says what it is
     """A checkpoint that does not hold what was saved; the message names the file and what is wrong with it."""
 
 
@@ -40,11 +40,11 @@ class StoredPiece:
     """A run of the flattened elements of a tensor, and where its bytes are."""
 
     file: str
-    begin: int
+    byte_offset: int
     """First byte in the file."""
-    first: int
+    element_offset: int
     """First element in the tensor."""
-    elements: int
+    num_elements: int
     sha256: str
 
 
@@ -56,77 +56,77 @@ class StoredTensor:
     shape: tuple[int, ...]
     pieces: tuple[StoredPiece, ...]
 
-    def declared(self, name: str) -> Declared:
+    def tensor_spec(self, name: str) -> TensorSpec:
         """As a file would hold it."""
-        return Declared(name, self.dtype, self.shape)
+        return TensorSpec(name, self.dtype, self.shape)
 
 
 @dataclass(frozen=True)
 class CheckpointManifest:
     """Everything about a checkpoint but the tensors' bytes."""
 
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     """Step, configuration, data position, totals of the ledger: see `trainer/run/checkpointing.py`."""
     tensors: Mapping[str, StoredTensor]
-    files: Mapping[str, int]
+    tensor_files: Mapping[str, int]
     """Files of tensors, and their sizes in bytes."""
     attachments: tuple[FileEntry, ...]
     """Other files, such as `tokenizer.json`."""
 
     @property
-    def bytes(self) -> int:
+    def total_bytes(self) -> int:
         """Of all files."""
-        return sum(self.sizes.values())
+        return sum(self.file_sizes.values())
 
     @property
-    def sizes(self) -> dict[str, int]:
+    def file_sizes(self) -> dict[str, int]:
         """Bytes of every file."""
-        return {**self.files, **{entry.file: entry.bytes for entry in self.attachments}}
+        return {**self.tensor_files, **{entry.file: entry.bytes for entry in self.attachments}}
 
     def to_json(self) -> str:
         """The text of the file. Raises `ValueError` for a number in `facts` that is not finite: JSON has none."""
         tree = {
-            "format": FORMAT,
-            "facts": self.facts,
-            "files": self.files,
+            "format": FORMAT_VERSION,
+            "facts": self.metadata,
+            "files": self.tensor_files,
             "attachments": [asdict(entry) for entry in self.attachments],
             "tensors": {name: _tensor_tree(tensor) for name, tensor in sorted(self.tensors.items())},
         }
         return json.dumps(tree, separators=(",", ":"), allow_nan=False)
 
 
-def parse(raw: bytes) -> CheckpointManifest:
-    """The inverse of `to_json`. Raises `Malformed` for anything else, `ConfigError` for another format."""
+def parse_manifest(raw: bytes) -> CheckpointManifest:
+    """The inverse of `to_json`. Raises `MalformedFileError` for anything else, `ConfigError` for another format."""
     tree = parse_json(raw)
     _check_format(tree)
-    tree.only(("format", "facts", "files", "attachments", "tensors"))
+    tree.reject_unknown_keys(("format", "facts", "files", "attachments", "tensors"))
     files, attachments = _files(tree)
     tensors = {name: _tensor(each) for name, each in tree["tensors"].items()}
     _check_places(tree["tensors"], tensors, files)
-    return CheckpointManifest(tree["facts"].mapping(), tensors, files, attachments)
+    return CheckpointManifest(tree["facts"].as_mapping(), tensors, files, attachments)
 
 
-def _check_format(tree: Item) -> None:
+def _check_format(tree: JsonValue) -> None:
     found = tree["format"].value
-    if found != FORMAT or type(found) is not int:
-        hint = f"this version reads format {FORMAT}; go on with the version that wrote it, or start over"
-        raise ConfigError([Problem(MANIFEST, found, hint)])
+    if found != FORMAT_VERSION or type(found) is not int:
+        hint = f"this version reads format {FORMAT_VERSION}; go on with the version that wrote it, or start over"
+        raise ConfigError([Problem(MANIFEST_FILE, found, hint)])
 
 
-def _files(tree: Item) -> tuple[dict[str, int], tuple[FileEntry, ...]]:
-    files = {_key_name(name, size): size.whole() for name, size in tree["files"].items()}
-    attachments = tuple(_attachment(entry, files) for entry in tree["attachments"].list())
+def _files(tree: JsonValue) -> tuple[dict[str, int], tuple[FileEntry, ...]]:
+    files = {_key_name(name, size): size.as_integer() for name, size in tree["files"].items()}
+    attachments = tuple(_attachment(entry, files) for entry in tree["attachments"].as_list())
     if len({entry.file for entry in attachments}) < len(attachments):
-        raise tree["attachments"].malformed("names a file twice")
+        raise tree["attachments"].malformed_error("names a file twice")
     return files, attachments
 
 
-def merge(
+def merge_rank_records(
     records: Iterable[Mapping[str, Any]],
     facts: Mapping[str, Any],
     attachments: Iterable[FileEntry],
 ) -> CheckpointManifest:
-    """One manifest of what every rank has written, see `record`. Raises `ValueError` unless each tensor is whole."""
+    """One manifest of what every rank has written, see `make_rank_record`. Raises `ValueError` unless each tensor is whole."""
     dtypes: dict[str, tuple[str, tuple[int, ...]]] = {}
     pieces: dict[str, list[StoredPiece]] = {}
     files: dict[str, int] = {}
@@ -139,16 +139,26 @@ def merge(
             pieces.setdefault(name, []).append(StoredPiece(each["file"], *piece))
     tensors = {}
     for name, (dtype, shape) in dtypes.items():
-        ordered = tuple(sorted(pieces[name], key=lambda piece: piece.first))
+        ordered = tuple(sorted(pieces[name], key=lambda piece: piece.element_offset))
         _check_whole(name, shape, ordered)
-        tensors[name] = StoredTensor(DTYPES[dtype], shape, ordered)
+        tensors[name] = StoredTensor(DTYPE_BY_NAME[dtype], shape, ordered)
     return CheckpointManifest(facts, tensors, files, tuple(attachments))
 
 
-def record(file: str, size: int, pieces: Iterable[tuple[Declared, StoredPiece]]) -> dict[str, Any]:
-    """What one rank says of its file, as plain values for `merge`."""
+def make_rank_record(file: str, size: int, pieces: Iterable[tuple[TensorSpec, StoredPiece]]) -> dict[str, Any]:
+    """What one rank says of its file, as plain values for `merge_rank_records`."""
     described = [
-        (whole.name, (NAMES[whole.dtype], whole.shape, piece.begin, piece.first, piece.elements, piece.sha256))
+        (
+            whole.name,
+            (
+                NAME_BY_DTYPE[whole.dtype],
+                whole.shape,
+                piece.byte_offset,
+                piece.element_offset,
+                piece.num_elements,
+                piece.sha256,
+            ),
+        )
         for whole, piece in pieces
     ]
     return {"file": file, "bytes": size, "pieces": described}
@@ -157,46 +167,46 @@ def record(file: str, size: int, pieces: Iterable[tuple[Declared, StoredPiece]])
 def read_manifest(directory: Path) -> CheckpointManifest:
     """The manifest of a complete checkpoint, and that its files have their sizes.
 
-    Raises `Damaged`, `ConfigError` for another format, and `OSError` where files are there and cannot be read.
+    Raises `CheckpointDamaged`, `ConfigError` for another format, and `OSError` where files are there and cannot be read.
     """
-    manifest = read_manifest_alone(directory)
-    _check_sizes(directory, manifest.sizes)
+    manifest = read_manifest_only(directory)
+    _check_sizes(directory, manifest.file_sizes)
     return manifest
 
 
-def read_manifest_alone(directory: Path) -> CheckpointManifest:
+def read_manifest_only(directory: Path) -> CheckpointManifest:
     """The same manifest, whatever became of the files that it lists. Raises like `read_manifest`."""
-    return _read(directory, parse)
+    return _read(directory, parse_manifest)
 
 
 def _read(directory: Path, take: Callable[[bytes], T]) -> T:
     """What `take` makes of the manifest's text, which has the hash that is in the marker."""
-    file = directory / MARKER
+    file = directory / COMPLETE_MARKER_FILE
     try:
         marker = read_text(file, _MARKER_BYTES).strip()
-        file = directory / MANIFEST
-        raw = read_regular(file)
+        file = directory / MANIFEST_FILE
+        raw = read_regular_file(file)
         if hashlib.sha256(raw).hexdigest() != marker:
-            raise Damaged(f"{file}: its SHA-256 is not that in {MARKER}")
+            raise CheckpointDamaged(f"{file}: its SHA-256 is not that in {COMPLETE_MARKER_FILE}")
         return take(raw)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise Damaged(f"{error.filename}: is missing") from error
-    except Malformed as error:
-        raise Damaged(f"{file}: {error}") from error
+        raise CheckpointDamaged(f"{error.filename}: is missing") from error
+    except MalformedFileError as error:
+        raise CheckpointDamaged(f"{file}: {error}") from error
     except OSError as error:
         if error.errno != errno.ELOOP:  # no time mends a link that leads to itself
             raise
-        raise Damaged(f"{file}: {error.strerror}") from error
+        raise CheckpointDamaged(f"{file}: {error.strerror}") from error
     except ConfigError as refused:
         raise ConfigError(replace(problem, field=str(file)) for problem in refused.problems) from refused
 
 
 def _check_sizes(directory: Path, sizes: Mapping[str, int]) -> None:
-    for _, words in wrong_sizes(directory, sizes):
-        raise Damaged(words)
+    for _, words in find_wrong_file_sizes(directory, sizes):
+        raise CheckpointDamaged(words)
 
 
-def wrong_sizes(directory: Path, sizes: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+def find_wrong_file_sizes(directory: Path, sizes: Mapping[str, int]) -> Iterator[tuple[str, str]]:
     """Yield each of the files that is missing or has another size than in `sizes`, and words about it."""
     for name, size in sizes.items():
         path = directory / name
@@ -210,19 +220,19 @@ def wrong_sizes(directory: Path, sizes: Mapping[str, int]) -> Iterator[tuple[str
 class ManifestSummary:
     """What a list of checkpoints says of one: its manifest, without its tensors."""
 
-    facts: Mapping[str, Any]
-    bytes: int
+    metadata: Mapping[str, Any]
+    total_bytes: int
     """Of all files."""
-    files: int
+    num_tensor_files: int
     """Of tensors."""
-    tensors: int
+    num_tensors: int
 
 
-def read_outline(directory: Path) -> ManifestSummary:
+def read_manifest_summary(directory: Path) -> ManifestSummary:
     """The outline of a complete checkpoint; the same checks as `read_manifest` makes, without parsing the tensors.
 
     The hash in the marker says that the manifest is as it was written, and it is written with the tensors last.
-    Raises `Damaged`, `ConfigError` and `OSError` like it.
+    Raises `CheckpointDamaged`, `ConfigError` and `OSError` like it.
     """
     outline, sizes = _read(directory, _outlined)
     _check_sizes(directory, sizes)
@@ -235,15 +245,15 @@ def _outlined(raw: bytes) -> tuple[ManifestSummary, dict[str, int]]:
     facts: Mapping[str, Any]
     try:
         if begin < 0:
-            raise Malformed("tensors", None, "does not stand last")
+            raise MalformedFileError("tensors", None, "does not stand last")
         tree = parse_json(raw[:begin] + b"}")
         _check_format(tree)
-        tree.only(("format", "facts", "files", "attachments"))
-        (files, attachments), facts = _files(tree), tree["facts"].mapping()
+        tree.reject_unknown_keys(("format", "facts", "files", "attachments"))
+        (files, attachments), facts = _files(tree), tree["facts"].as_mapping()
         tensors = raw.count(b'":["', begin)
-    except Malformed:  # not as this version writes it
-        manifest = parse(raw)
-        files, attachments, facts = dict(manifest.files), manifest.attachments, manifest.facts
+    except MalformedFileError:  # not as this version writes it
+        manifest = parse_manifest(raw)
+        files, attachments, facts = dict(manifest.tensor_files), manifest.attachments, manifest.metadata
         tensors = len(manifest.tensors)
     sizes = {**files, **{entry.file: entry.bytes for entry in attachments}}
     return ManifestSummary(facts, sum(sizes.values()), len(files), tensors), sizes
@@ -255,37 +265,37 @@ _TENSORS = b',"tensors":{'
 def _check_whole(name: str, shape: tuple[int, ...], pieces: tuple[StoredPiece, ...]) -> None:
     end = 0
     for piece in pieces:
-        if piece.first != end:
-            raise ValueError(f"{name}: element {min(end, piece.first)} was saved by no rank, or by two")
-        end += piece.elements
+        if piece.element_offset != end:
+            raise ValueError(f"{name}: element {min(end, piece.element_offset)} was saved by no rank, or by two")
+        end += piece.num_elements
     if end != math.prod(shape):
         raise ValueError(f"{name}: elements from {end} on were saved by no rank")
 
 
 def _tensor_tree(tensor: StoredTensor) -> list[Any]:
-    pieces = [[p.file, p.begin, p.first, p.elements, p.sha256] for p in tensor.pieces]
-    return [NAMES[tensor.dtype], list(tensor.shape), pieces]
+    pieces = [[p.file, p.byte_offset, p.element_offset, p.num_elements, p.sha256] for p in tensor.pieces]
+    return [NAME_BY_DTYPE[tensor.dtype], list(tensor.shape), pieces]
 
 
-def _tensor(item: Item) -> StoredTensor:
-    parts = item.list()
+def _tensor(item: JsonValue) -> StoredTensor:
+    parts = item.as_list()
     if len(parts) != 3:
-        raise item.malformed("must be a dtype, a shape and pieces")
-    shape = tuple(size.whole() for size in parts[1].list())
-    pieces = tuple(_piece(each, f"{item.where}[2][{index}]") for index, each in enumerate(_plain_list(parts[2])))
+        raise item.malformed_error("must be a dtype, a shape and pieces")
+    shape = tuple(size.as_integer() for size in parts[1].as_list())
+    pieces = tuple(_piece(each, f"{item.location}[2][{index}]") for index, each in enumerate(_plain_list(parts[2])))
     end = 0
     for piece in pieces:
-        if piece.first != end:
-            raise parts[2].malformed(f"element {min(end, piece.first)} is in no piece, or in two")
-        end += piece.elements
+        if piece.element_offset != end:
+            raise parts[2].malformed_error(f"element {min(end, piece.element_offset)} is in no piece, or in two")
+        end += piece.num_elements
     if end != math.prod(shape) or not pieces:
-        raise parts[2].malformed(f"pieces hold {end} elements where the shape {list(shape)} asks for others")
-    return StoredTensor(read_dtype(parts[0]), shape, pieces)
+        raise parts[2].malformed_error(f"pieces hold {end} elements where the shape {list(shape)} asks for others")
+    return StoredTensor(parse_dtype(parts[0]), shape, pieces)
 
 
-def _plain_list(item: Item) -> list[Any]:
+def _plain_list(item: JsonValue) -> list[Any]:
     if not isinstance(item.value, list):
-        raise item.malformed("must be a list")
+        raise item.malformed_error("must be a list")
     return item.value
 
 
@@ -297,35 +307,35 @@ def _piece(tree: object, where: str) -> StoredPiece:
         ):
             return StoredPiece(file, begin, first, elements, sha256)
     hint = "must be a file, its first byte, the first element, the number of elements, and a SHA-256"
-    raise Malformed(where, tree, hint)
+    raise MalformedFileError(where, tree, hint)
 
 
-def _key_name(name: str, item: Item) -> str:
-    return Item(name, item.where).file_name()
+def _key_name(name: str, item: JsonValue) -> str:
+    return JsonValue(name, item.location).as_file_name()
 
 
-def _attachment(item: Item, files: Mapping[str, int]) -> FileEntry:
-    entry = item.build(FileEntry)
-    item["file"].file_name()
-    item["sha256"].sha256()
-    if entry.file in (*files, MANIFEST, MARKER):
-        raise item["file"].malformed("is a file of tensors, or the manifest, too")
+def _attachment(item: JsonValue, files: Mapping[str, int]) -> FileEntry:
+    entry = item.as_dataclass(FileEntry)
+    item["file"].as_file_name()
+    item["sha256"].as_sha256()
+    if entry.file in (*files, MANIFEST_FILE, COMPLETE_MARKER_FILE):
+        raise item["file"].malformed_error("is a file of tensors, or the manifest, too")
     return entry
 
 
-def _check_places(item: Item, tensors: Mapping[str, StoredTensor], files: Mapping[str, int]) -> None:
+def _check_places(item: JsonValue, tensors: Mapping[str, StoredTensor], files: Mapping[str, int]) -> None:
     """Every piece lies in a file of the manifest, before its end, and on no byte of another."""
     places: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
     for name, tensor in tensors.items():
         for piece in tensor.pieces:
-            end = piece.begin + piece.elements * tensor.dtype.itemsize
+            end = piece.byte_offset + piece.num_elements * tensor.dtype.itemsize
             if piece.file not in files:
-                raise item[name].malformed(f"a piece lies in {piece.file!r}, which the manifest does not list")
+                raise item[name].malformed_error(f"a piece lies in {piece.file!r}, which the manifest does not list")
             if end > files[piece.file]:
-                raise item[name].malformed(f"a piece passes the end of {piece.file}: {files[piece.file]} bytes")
-            places[piece.file].append((piece.begin, end, name))
+                raise item[name].malformed_error(f"a piece passes the end of {piece.file}: {files[piece.file]} bytes")
+            places[piece.file].append((piece.byte_offset, end, name))
     for own in places.values():
         own.sort()
         for (_, end, _), (begin, _, name) in itertools.pairwise(own):
             if begin < end:
-                raise item[name].malformed("a piece lies on bytes of another tensor")
+                raise item[name].malformed_error("a piece lies on bytes of another tensor")

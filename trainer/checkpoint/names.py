@@ -10,19 +10,29 @@ from ...comm.groups import ProcessGroups
 from ...parallelism.zero.optimizer import ShardedOptimizer
 from ..model.config import ModelConfig
 from ..model.model import Model
-from ..model.stage_layout import Stages
-from ..optimizer.average import WeightAverage
-from .pieces import AVERAGE, EXP_AVG, EXP_AVG_SQ, MODEL, RNG, Piece, StateSlice, part_pieces, whole_pieces
+from ..model.stage_layout import StageLayout
+from ..optimizer.average import WeightEMA
+from .pieces import (
+    EMA_STATE,
+    EXP_AVG,
+    EXP_AVG_SQ,
+    MODEL_STATE,
+    RNG_STATE,
+    StateSlice,
+    TensorPiece,
+    pieces_of_slice,
+    whole_tensor_pieces,
+)
 
-BIAS = ".router.bias_E"
+ROUTER_BIAS_SUFFIX = ".router.bias_E"
 
-Holders = Callable[[str], tuple[int, ...]]
+HolderRanks = Callable[[str], tuple[int, ...]]
 """Name of a buffer to the ranks that hold it, ascending."""
 
 
-def state_pieces(
-    model: Model, optimizer: ShardedOptimizer, average: WeightAverage | None, holders: Holders, rank: int
-) -> Iterator[Piece]:
+def training_state_pieces(
+    model: Model, optimizer: ShardedOptimizer, average: WeightEMA | None, holders: HolderRanks, rank: int
+) -> Iterator[TensorPiece]:
     """Masters, moments and average that `rank` owns, and what no optimizer knows of: the routing biases.
 
     The weights are not in it: `optimizer.publish` makes them from the masters.
@@ -30,54 +40,54 @@ def state_pieces(
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     experts = model.expert_parameter_names()
     for part in _parts(optimizer, average):
-        first_expert = model.first_expert if part.parameter in experts else None
-        yield from part_pieces(part, shapes[part.parameter], first_expert, rank)
+        first_expert = model.first_local_expert if part.parameter in experts else None
+        yield from pieces_of_slice(part, shapes[part.parameter], first_expert, rank)
     yield from _bias_pieces(model, holders)
 
 
-def model_pieces(model: Model) -> Iterator[Piece]:
+def model_pieces(model: Model) -> Iterator[TensorPiece]:
     """The weights and routing biases alone, of a whole model on one process."""
     experts = model.expert_parameter_names()
     for name, parameter in model.named_parameters():
-        first_expert = model.first_expert if name in experts else None
-        whole = StateSlice(MODEL, name, 0, parameter.detach().view(-1))
-        yield from part_pieces(whole, tuple(parameter.shape), first_expert, rank=0)
+        first_expert = model.first_local_expert if name in experts else None
+        whole = StateSlice(MODEL_STATE, name, 0, parameter.detach().view(-1))
+        yield from pieces_of_slice(whole, tuple(parameter.shape), first_expert, rank=0)
     yield from _bias_pieces(model, lambda _: (0,))
 
 
-def holders_of(stages: Stages, groups: ProcessGroups) -> Holders:
+def make_holder_ranks(stages: StageLayout, groups: ProcessGroups) -> HolderRanks:
     """Which ranks hold what a rank of `groups` holds."""
-    return lambda name: tuple(sorted(groups.dense[stages.holders(name)].ranks))
+    return lambda name: tuple(sorted(groups.dense_dp[stages.pp_ranks_holding(name)].ranks))
 
 
-def rng_name(rank: int) -> str:
+def rng_state_name(rank: int) -> str:
     """What the state of a rank's random generator is called."""
-    return f"{RNG}/rank_{rank:05d}"
+    return f"{RNG_STATE}/rank_{rank:05d}"
 
 
-def whole_state(config: ModelConfig, *, averages: bool) -> frozenset[str]:
+def training_state_names(config: ModelConfig, *, with_ema: bool) -> frozenset[str]:
     """Canonical names of all that a checkpoint of a whole run has, but for random generators."""
-    names = whole_model(config)
-    parameters = [name.removeprefix(MODEL) for name in names if not name.endswith(BIAS)]
-    kinds = [EXP_AVG, EXP_AVG_SQ, *([AVERAGE] if averages else [])]
+    names = model_tensor_shapes(config)
+    parameters = [name.removeprefix(MODEL_STATE) for name in names if not name.endswith(ROUTER_BIAS_SUFFIX)]
+    kinds = [EXP_AVG, EXP_AVG_SQ, *([EMA_STATE] if with_ema else [])]
     return frozenset(names) | {f"{kind}{name}" for kind in kinds for name in parameters}
 
 
-def whole_model(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def model_tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Canonical names of the weights and biases of a whole model, in its own order, and their shapes."""
     with torch.device("meta"):
         model = Model(config)
     return {piece.name: piece.shape for piece in model_pieces(model)}
 
 
-def _parts(optimizer: ShardedOptimizer, average: WeightAverage | None) -> Iterator[StateSlice]:
-    for owned in optimizer.owned():
-        state = {MODEL: owned.master, EXP_AVG: owned.exp_avg, EXP_AVG_SQ: owned.exp_avg_sq}
+def _parts(optimizer: ShardedOptimizer, average: WeightEMA | None) -> Iterator[StateSlice]:
+    for owned in optimizer.local_shards():
+        state = {MODEL_STATE: owned.master, EXP_AVG: owned.exp_avg, EXP_AVG_SQ: owned.exp_avg_sq}
         yield from (StateSlice(kind, owned.name, owned.offset, flat) for kind, flat in state.items())
     if average is not None:
-        yield from (StateSlice(AVERAGE, name, offset, flat) for name, offset, flat in average.owned())
+        yield from (StateSlice(EMA_STATE, name, offset, flat) for name, offset, flat in average.local_shards())
 
 
-def _bias_pieces(model: Model, holders: Holders) -> Iterator[Piece]:
+def _bias_pieces(model: Model, holders: HolderRanks) -> Iterator[TensorPiece]:
     for name, buffer in model.named_buffers():
-        yield from whole_pieces(f"{MODEL}/{name}", buffer, holders(name))
+        yield from whole_tensor_pieces(f"{MODEL_STATE}/{name}", buffer, holders(name))

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ...comm.errors import ConfigError, Problem
-from ..data.files import sync_directory, write_file
-from .manifest import MANIFEST, MARKER, Damaged, merge
+from ..data.files import fsync_directory, write_file_durably
+from .manifest import COMPLETE_MARKER_FILE, MANIFEST_FILE, CheckpointDamaged, merge_rank_records
 from .opened import Checkpoint
 
 _NAME = re.compile(r"step_(\d{8})")
@@ -27,15 +27,15 @@ _ROOM_BESIDE = 2**20
 class CheckpointExtras:
     """What a checkpoint holds beside tensors."""
 
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     """Plain JSON."""
     attachments: Mapping[str, bytes] = field(default_factory=dict)
     """Files by name."""
-    names: frozenset[str] = frozenset()
+    required_tensors: frozenset[str] = frozenset()
     """Tensors without which it would not be whole."""
 
 
-def step_of(path: Path) -> int | None:
+def parse_checkpoint_step(path: Path) -> int | None:
     """The step of a checkpoint that was saved to its end, by the name of its directory; None for any other name."""
     found = _NAME.fullmatch(path.name)
     return None if found is None else int(found.group(1))
@@ -46,43 +46,43 @@ class CheckpointStore:
     """Where the checkpoints are, and how many of them stay."""
 
     directory: Path
-    keep: int
+    keep_last: int
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that were saved to their end, oldest first. They may have been damaged since."""
         if not self.directory.is_dir():
             return []
-        return sorted(step for step in map(step_of, self.directory.iterdir()) if step is not None)
+        return sorted(step for step in map(parse_checkpoint_step, self.directory.iterdir()) if step is not None)
 
-    def path(self, step: int) -> Path:
+    def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint of `step` is, or would be."""
         return self.directory / f"step_{step:08d}"
 
-    def partial(self, step: int) -> Path:
+    def partial_path(self, step: int) -> Path:
         """Where it is while it is written."""
         return self.directory / f"step_{step:08d}.partial"
 
     def open(self, step: int) -> Checkpoint:
-        """Raises `Damaged`."""
-        return Checkpoint.open(self.path(step))
+        """Raises `CheckpointDamaged`."""
+        return Checkpoint.open(self.checkpoint_path(step))
 
-    def last_good(self) -> tuple[Checkpoint | None, list[Damaged]]:
+    def open_last_intact(self) -> tuple[Checkpoint | None, list[CheckpointDamaged]]:
         """The newest checkpoint that looks whole from outside, and what is wrong with those after it."""
-        found: list[Damaged] = []
+        found: list[CheckpointDamaged] = []
         for step in reversed(self.steps()):
             try:
                 return self.open(step), found
-            except Damaged as damaged:
+            except CheckpointDamaged as damaged:
                 found.append(damaged)
         return None, found
 
-    def clear_leftovers(self) -> None:
+    def remove_partial_saves(self) -> None:
         """On one rank: remove what saves have left that a crash has ended. Raises `OSError`."""
         for pattern in ("step_*.partial", "step_*.old"):
             for leftover in self.directory.glob(pattern):
                 shutil.rmtree(leftover)
 
-    def prepare(self, step: int, size: int = 0) -> str | None:
+    def prepare_save(self, step: int, size: int = 0) -> str | None:
         """On one rank: make room for a checkpoint whose tensors have `size` bytes, without what crashes have left.
 
         Where the disk has no room for one more beside those that stay, the ones that would go after this save go before
@@ -90,10 +90,10 @@ class CheckpointStore:
         even so, and where the directory that holds all checkpoints of the run is gone.
         """
         self.directory.mkdir(exist_ok=True)
-        self.clear_leftovers()
+        self.remove_partial_saves()
         removed = self._make_room(size)
-        self.partial(step).mkdir()
-        sync_directory(self.directory)
+        self.partial_path(step).mkdir()
+        fsync_directory(self.directory)
         if not removed:
             return None
         what = " and ".join(f"that of step {old}" for old in removed)
@@ -109,12 +109,12 @@ class CheckpointStore:
         if free >= needed:
             return []
         steps, removed = self.steps(), list[int]()
-        for old in steps[: -max(1, self.keep - 1)]:
-            free += _size(self.path(old))
+        for old in steps[: -max(1, self.keep_last - 1)]:
+            free += _size(self.checkpoint_path(old))
             removed.append(old)
             if free >= needed and not self._is_damaged(steps[-1]):
                 for each in removed:
-                    _remove(self.path(each))
+                    _remove(self.checkpoint_path(each))
                 return removed
         spare = needed - size
         words = f"a checkpoint takes {size:,} bytes, {spare:,} more are kept free, and {self._free():,} are free"
@@ -123,7 +123,7 @@ class CheckpointStore:
     def _is_damaged(self, step: int) -> bool:
         try:
             self.open(step)
-        except Damaged:
+        except CheckpointDamaged:
             return True
         return False
 
@@ -131,47 +131,47 @@ class CheckpointStore:
         """Bytes that the disk has for this user. A quota is not known here: then the save itself fails."""
         return shutil.disk_usage(self.directory).free
 
-    def commit(self, step: int, cover: CheckpointExtras) -> Path:
+    def commit_save(self, step: int, cover: CheckpointExtras) -> Path:
         """On one rank, when all have written: make the partial checkpoint a checkpoint.
 
         After it returns the checkpoint survives any crash. Raises `OSError`, and `ValueError` where what the ranks have
         written is not the whole state.
         """
-        partial, final = self.partial(step), self.path(step)
+        partial, final = self.partial_path(step), self.checkpoint_path(step)
         records = sorted(partial.glob("part_*.json"))
-        entries = [write_file(partial / name, raw) for name, raw in cover.attachments.items()]
-        manifest = merge((json.loads(path.read_text()) for path in records), cover.facts, entries)
-        if missing := sorted(cover.names - manifest.tensors.keys()):
+        entries = [write_file_durably(partial / name, raw) for name, raw in cover.attachments.items()]
+        manifest = merge_rank_records((json.loads(path.read_text()) for path in records), cover.metadata, entries)
+        if missing := sorted(cover.required_tensors - manifest.tensors.keys()):
             raise ValueError(f"no rank has saved {missing[0]}, and {len(missing) - 1} more")
         text = manifest.to_json().encode()
-        write_file(partial / MANIFEST, text)
-        write_file(partial / MARKER, f"{hashlib.sha256(text).hexdigest()}\n".encode())
+        write_file_durably(partial / MANIFEST_FILE, text)
+        write_file_durably(partial / COMPLETE_MARKER_FILE, f"{hashlib.sha256(text).hexdigest()}\n".encode())
         for path in records:
             path.unlink()
-        sync_directory(partial)
+        fsync_directory(partial)
         _remove(final)  # of an earlier life that went on from before this step
         partial.rename(final)
-        sync_directory(self.directory)
+        fsync_directory(self.directory)
         return final
 
-    def let_go(self) -> None:
+    def remove_oldest(self) -> None:
         """On one rank, after `commit`: remove the oldest. What cannot be removed is tried again the next time."""
         with suppress(OSError):
-            for old in self.steps()[: -self.keep]:
-                _remove(self.path(old))
+            for old in self.steps()[: -self.keep_last]:
+                _remove(self.checkpoint_path(old))
 
-    def abandon(self, step: int) -> None:
+    def discard_partial_save(self, step: int) -> None:
         """On one rank: free what a save has taken that cannot be finished."""
-        shutil.rmtree(self.partial(step), ignore_errors=True)
+        shutil.rmtree(self.partial_path(step), ignore_errors=True)
 
-    def set_aside(self, step: int) -> Path:
+    def rename_damaged(self, step: int) -> Path:
         """On one rank: rename a damaged checkpoint, so that no run looks at it again and it can be looked into."""
-        aside = self.path(step).with_suffix(".damaged")
+        aside = self.checkpoint_path(step).with_suffix(".damaged")
         shutil.rmtree(aside, ignore_errors=True)
-        return self.path(step).rename(aside)
+        return self.checkpoint_path(step).rename(aside)
 
 
-def refuse_damaged(found: list[Damaged]) -> ConfigError:
+def no_intact_checkpoint_error(found: list[CheckpointDamaged]) -> ConfigError:
     """When no checkpoint of a run is left to go on from."""
     hint = "is damaged, and no other checkpoint is left; restore one, or start over with --fresh"
     return ConfigError(Problem("checkpoint", str(damaged), hint) for damaged in found)

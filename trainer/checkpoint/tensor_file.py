@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...comm.files.access import open_regular
-from ...comm.files.strict_json import Item, Malformed, parse_json
-from .direct_file import DirectFile
+from ...comm.files.access import open_regular_file
+from ...comm.files.strict_json import JsonValue, MalformedFileError, parse_json
+from .direct_file import DirectIOFile
 
-DTYPES = {
+DTYPE_BY_NAME = {
     "F64": torch.float64,
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -35,14 +35,14 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAME_BY_DTYPE = {dtype: name for name, dtype in DTYPE_BY_NAME.items()}
 _LARGEST_HEADER = 10**9
 _METADATA = "__metadata__"
 _OURS = {"dtype", "shape", "data_offsets"}
 
 
 @dataclass(frozen=True)
-class Declared:
+class TensorSpec:
     """A tensor that a file will hold, or holds."""
 
     name: str
@@ -50,7 +50,7 @@ class Declared:
     shape: tuple[int, ...]
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """Its size in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
@@ -58,22 +58,22 @@ class Declared:
 class TensorFileWriter:
     """A new file that holds the declared tensors; use it as a context. On disk when the context ends without error."""
 
-    def __init__(self, path: Path, declared: Iterable[Declared], metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(self, path: Path, declared: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
         self._declared = list(declared)
-        self._header, self.begins = _header(self._declared, dict(metadata or {}))
+        self._header, self.byte_offsets = _header(self._declared, dict(metadata or {}))
         self._next = 0
         self._path = path
 
-    def write(self, tensor: Tensor) -> None:
+    def write_tensor(self, tensor: Tensor) -> None:
         """The next of the declared tensors."""
         expected = self._declared[self._next]
         assert (tensor.dtype, tuple(tensor.shape)) == (expected.dtype, expected.shape), expected.name
-        self._file.write(as_bytes(tensor))
+        self._file.write(tensor_as_bytes(tensor))
         self._next += 1
 
     def __enter__(self) -> TensorFileWriter:
         with ExitStack() as opening:
-            self._file = opening.enter_context(DirectFile(self._path))
+            self._file = opening.enter_context(DirectIOFile(self._path))
             self._file.write(self._header)  # of many tensors it is large, and the disk may be full
             self._open = opening.pop_all()
         return self
@@ -88,96 +88,100 @@ class TensorFileWriter:
 class TensorFile:
     """A file to read from: its header is checked as a whole, its data when a tensor is read.
 
-    Raises `Malformed`, a `ValueError`, for a file that is no whole safetensors file: a header that is not strict JSON,
+    Raises `MalformedFileError`, a `ValueError`, for a file that is no whole safetensors file: a header that is not strict JSON,
     a dtype that no tensor of ours has, offsets that overlap, leave a hole or pass the end. Raises `OSError` for none.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with open_regular(path) as file:
+        with open_regular_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _LARGEST_HEADER):
-                raise Malformed("", size, "is truncated, or no safetensors file")
+                raise MalformedFileError("", size, "is truncated, or no safetensors file")
             header = parse_json(file.read(length))
         data = 8 + length
         placed = sorted(_placed(header), key=lambda each: each[1:])
         self.metadata = _metadata(header)
-        self.tensors: dict[str, Declared] = {declared.name: declared for declared, _, _ in placed}
-        self.begins: dict[str, int] = {declared.name: data + begin for declared, begin, _ in placed}
+        self.tensor_specs: dict[str, TensorSpec] = {declared.name: declared for declared, _, _ in placed}
+        self.byte_offsets: dict[str, int] = {declared.name: data + begin for declared, begin, _ in placed}
         """First byte of each tensor in the file."""
         end = 0
         for declared, begin, stop in placed:
             if begin != end:
-                raise Malformed(declared.name, [begin, stop], f"must begin at byte {end}, where the one before it ends")
+                raise MalformedFileError(
+                    declared.name, [begin, stop], f"must begin at byte {end}, where the one before it ends"
+                )
             end = stop
         if data + end != size:
-            raise Malformed("", size, f"has {size} bytes where its header describes {data + end}")
+            raise MalformedFileError("", size, f"has {size} bytes where its header describes {data + end}")
 
-    def read(self, name: str) -> Tensor:
+    def read_tensor(self, name: str) -> Tensor:
         """A tensor, in memory of its own."""
-        declared = self.tensors[name]
-        return read_at(self.path, self.begins[name], declared.dtype, declared.shape)
+        declared = self.tensor_specs[name]
+        return read_tensor_at(self.path, self.byte_offsets[name], declared.dtype, declared.shape)
 
 
-def _placed(header: Item) -> Iterator[tuple[Declared, int, int]]:
+def _placed(header: JsonValue) -> Iterator[tuple[TensorSpec, int, int]]:
     """Each tensor, its first byte in the data and the one behind its last."""
     for name, entry in header.items():
         if name == _METADATA:
             continue
-        entry.only(_OURS)
-        dtype = read_dtype(entry["dtype"])
-        declared = Declared(name, dtype, tuple(size.whole() for size in entry["shape"].list()))
-        offsets = entry["data_offsets"].list()
+        entry.reject_unknown_keys(_OURS)
+        dtype = parse_dtype(entry["dtype"])
+        declared = TensorSpec(name, dtype, tuple(size.as_integer() for size in entry["shape"].as_list()))
+        offsets = entry["data_offsets"].as_list()
         if len(offsets) != 2:
-            raise entry["data_offsets"].malformed("must be two numbers: the first byte and the one behind the last")
-        begin, end = (offset.whole() for offset in offsets)
-        if end - begin != declared.bytes:
+            raise entry["data_offsets"].malformed_error(
+                "must be two numbers: the first byte and the one behind the last"
+            )
+        begin, end = (offset.as_integer() for offset in offsets)
+        if end - begin != declared.nbytes:
             kind = f"dtype {entry['dtype'].value} and shape {list(declared.shape)}"
-            hint = f"{end - begin} bytes, where {kind} ask for {declared.bytes}"
-            raise entry["data_offsets"].malformed(hint)
+            hint = f"{end - begin} bytes, where {kind} ask for {declared.nbytes}"
+            raise entry["data_offsets"].malformed_error(hint)
         yield declared, begin, end
 
 
-def _metadata(header: Item) -> dict[str, str]:
+def _metadata(header: JsonValue) -> dict[str, str]:
     """The words about the file; of no meaning here, and text to text by the format."""
     found = header.get(_METADATA)
-    return {} if found is None else {key: item.text() for key, item in found.items()}
+    return {} if found is None else {key: item.as_string() for key, item in found.items()}
 
 
-def read_dtype(item: Item) -> torch.dtype:
-    """A dtype by its name in the format. Raises `Malformed` for one that no tensor of ours has."""
-    name = item.text()
-    if name not in DTYPES:
-        raise item.malformed(f"is a dtype that is not read; there are {', '.join(DTYPES)}")
-    return DTYPES[name]
+def parse_dtype(item: JsonValue) -> torch.dtype:
+    """A dtype by its name in the format. Raises `MalformedFileError` for one that no tensor of ours has."""
+    name = item.as_string()
+    if name not in DTYPE_BY_NAME:
+        raise item.malformed_error(f"is a dtype that is not read; there are {', '.join(DTYPE_BY_NAME)}")
+    return DTYPE_BY_NAME[name]
 
 
-def read_at(path: Path, begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def read_tensor_at(path: Path, begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """The tensor whose bytes begin there. Raises `ValueError` where the file ends too early."""
     size = math.prod(shape) * dtype.itemsize
-    with open_regular(path) as file:
+    with open_regular_file(path) as file:
         # Before memory is taken: a number that was damaged may ask for more than any machine has.
         if begin + size > (there := os.fstat(file.fileno()).st_size):
-            raise Malformed("", there, f"ends {begin + size - there} bytes too early")
+            raise MalformedFileError("", there, f"ends {begin + size - there} bytes too early")
         raw = torch.empty(size, dtype=torch.uint8)
         file.seek(begin)
         view = memoryview(raw.numpy())  # type: ignore[arg-type]  # numpy's stubs hide the buffer
         while view:
             count = file.readinto(view)
             if not count:
-                raise Malformed("", there, f"ends {len(view)} bytes too early")
+                raise MalformedFileError("", there, f"ends {len(view)} bytes too early")
             view = view[count:]
     return raw.view(dtype).view(shape)
 
 
-def as_bytes(tensor: Tensor) -> memoryview:
+def tensor_as_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor on the CPU; without a copy where it is contiguous."""
     raw = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
     return memoryview(raw)  # type: ignore[arg-type]  # numpy's stubs hide the buffer
 
 
-def _header(declared: list[Declared], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
+def _header(declared: list[TensorSpec], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
     """The file up to its first tensor, and where the bytes of each begin."""
     tree: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offsets: dict[str, int] = {}
@@ -185,11 +189,11 @@ def _header(declared: list[Declared], metadata: dict[str, str]) -> tuple[bytes, 
     for each in declared:
         offsets[each.name] = end
         tree[each.name] = {
-            "dtype": NAMES[each.dtype],
+            "dtype": NAME_BY_DTYPE[each.dtype],
             "shape": list(each.shape),
-            "data_offsets": [end, end + each.bytes],
+            "data_offsets": [end, end + each.nbytes],
         }
-        end += each.bytes
+        end += each.nbytes
     text = json.dumps(tree, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     begins = {name: 8 + len(text) + offset for name, offset in offsets.items()}

@@ -28,17 +28,17 @@ class ClusterConfig:
     """Dense peak in FP8; null where there is none."""
     memory_gb: float | None = None
     """Memory of one GPU in 10^9 bytes."""
-    memory_gbps: float | None = None
+    memory_gb_per_second: float | None = None
     """Its bandwidth, 10^9 bytes a second."""
-    sms: int | None = None
+    sm_count: int | None = None
     """Streaming multiprocessors, which computing and communication share."""
     nodes: int = 1
     """Machines."""
     gpus_per_node: int = 8
     """GPUs of one machine."""
-    nvlink_gbps: float | None = None
+    nvlink_gb_per_second: float | None = None
     """What one GPU sends to the others of its node, 10^9 bytes a second and direction, as reached by kernels."""
-    infiniband_gbps: float | None = None
+    infiniband_gb_per_second: float | None = None
     """What one GPU sends to other nodes, 10^9 bytes a second and direction, as reached by kernels."""
     price_per_gpu_hour: float | None = None
     """In US dollars."""
@@ -48,7 +48,7 @@ class ClusterConfig:
     """Of each figure above."""
 
     @property
-    def gpus(self) -> int:
+    def total_gpus(self) -> int:
         """All of them."""
         return self.nodes * self.gpus_per_node
 

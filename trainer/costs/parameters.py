@@ -29,7 +29,7 @@ class ParameterCount:
     """Part of `main`."""
 
 
-def meta_model(config: ModelConfig) -> Model:
+def build_meta_model(config: ModelConfig) -> Model:
     """The whole model, as on one rank, with shapes but without storage."""
     with torch.device("meta"):
         return Model(config)
@@ -37,7 +37,7 @@ def meta_model(config: ModelConfig) -> Model:
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """Count every parameter of the whole model."""
-    model = meta_model(config)
+    model = build_meta_model(config)
     expert_names = model.expert_parameter_names()
     total = {"main": 0, "mtp": 0}
     routed = {"main": 0, "mtp": 0}

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from ..model.config import ModelConfig
-from .parameters import meta_model
+from .parameters import build_meta_model
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class PartCost:
 
 
 @dataclass(frozen=True)
-class ModelParts:
+class ModelPartCosts:
     """A whole model, part by part. Sums are those of `count_parameters` and `count_flops`."""
 
     embedding: PartCost
@@ -30,14 +30,14 @@ class ModelParts:
     """All MTP modules; FLOPs with their passes through the head, whose weights are the main model's."""
 
     @property
-    def last(self) -> PartCost:
+    def last_stage_extra(self) -> PartCost:
         """What the last stage holds on top of its layers."""
         return PartCost(self.head.parameters + self.mtp.parameters, self.head.flops + self.mtp.flops)
 
 
-def model_parts(config: ModelConfig, sequence_length: int) -> ModelParts:
+def count_part_costs(config: ModelConfig, sequence_length: int) -> ModelPartCosts:
     """Every part of the whole model at this sequence length."""
-    model = meta_model(config)
+    model = build_meta_model(config)
     experts = model.expert_parameter_names()
     parameters: defaultdict[str, int] = defaultdict(int)
     multiplied: defaultdict[str, int] = defaultdict(int)  # weights that one token is multiplied with
@@ -54,7 +54,7 @@ def model_parts(config: ModelConfig, sequence_length: int) -> ModelParts:
         6.0 * (multiplied["mtp"] + config.num_nextn_predict_layers * multiplied["head"])
         + config.num_nextn_predict_layers * attention
     )
-    return ModelParts(
+    return ModelPartCosts(
         embedding=PartCost(parameters["embedding"], 0.0),
         layers=tuple(
             PartCost(parameters[name], 6.0 * multiplied[name] + attention)

@@ -10,8 +10,8 @@ from pathlib import Path
 from ...comm.errors import Problem
 
 PACKAGED_CORPUS = "shakespeare"
-SMALLEST_VOCABULARY = 258  # 256 bytes and two special tokens
-LARGEST_VOCABULARY = 2**32  # what a uint32 shard can name
+MIN_VOCAB_SIZE = 258  # 256 bytes and two special tokens
+MAX_VOCAB_SIZE = 2**32  # what a uint32 shard can name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class DataConfig:
     """Directory of the works; the word `shakespeare` means the seven plays that come with the package."""
     prepared: str
     """Directory for the tokenizer and the token shards made from the corpus."""
-    vocabulary: int
+    vocab_size: int
     """Entries of the byte-level BPE, its two special tokens included."""
     validation: tuple[str, ...]
     """Names of the works held out; the rest is trained on."""
@@ -40,11 +40,11 @@ class DataConfig:
             yield Problem("corpus", self.corpus, f"must name a directory, or be {PACKAGED_CORPUS}")
         if not Path(os.path.realpath(self.prepared)).name or not self.prepared:
             yield Problem("prepared", self.prepared, "must name a directory that may be created")
-        if self.vocabulary < SMALLEST_VOCABULARY:
-            hint = f"must be at least {SMALLEST_VOCABULARY}: 256 bytes and two special tokens"
-            yield Problem("vocabulary", self.vocabulary, hint)
-        if self.vocabulary > LARGEST_VOCABULARY:
-            yield Problem("vocabulary", self.vocabulary, f"must be at most {LARGEST_VOCABULARY}, to fit 32 bits")
+        if self.vocab_size < MIN_VOCAB_SIZE:
+            hint = f"must be at least {MIN_VOCAB_SIZE}: 256 bytes and two special tokens"
+            yield Problem("vocabulary", self.vocab_size, hint)
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            yield Problem("vocabulary", self.vocab_size, f"must be at most {MAX_VOCAB_SIZE}, to fit 32 bits")
         if not self.validation:
             hint = "must name at least one work: a loss on text that was trained on says little"
             yield Problem("validation", self.validation, hint)

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...comm.errors import ConfigError, Problem, refuse_if_any
-from ...comm.files.access import open_regular, read_regular, refusing
-from ...comm.files.strict_json import Malformed
-from .config import SMALLEST_VOCABULARY, DataConfig
-from .manifest import Source
-from .tokenizer import split_words
+from ...comm.errors import ConfigError, Problem, raise_if_any
+from ...comm.files.access import config_error_context, open_regular_file, read_regular_file
+from ...comm.files.strict_json import MalformedFileError
+from .config import MIN_VOCAB_SIZE, DataConfig
+from .manifest import CorpusFile
+from .tokenizer import pretokenize
 
 _FORMS = (".txt", ".jsonl")
 _LISTED = 8
@@ -26,7 +26,7 @@ _WORD = 2**16
 _FIX = "let it be read, or take it out of the corpus"
 
 
-def survey(config: DataConfig) -> tuple[Source, ...]:
+def scan_corpus(config: DataConfig) -> tuple[CorpusFile, ...]:
     """Read the whole corpus once and return its works, sorted by name.
 
     Raises `ConfigError` with all that is wrong: a missing or empty directory, links that lead nowhere, works without
@@ -36,7 +36,7 @@ def survey(config: DataConfig) -> tuple[Source, ...]:
     if not directory.is_dir():
         raise ConfigError([Problem("data.corpus", config.corpus, "is not a directory")])
     paths = sorted(path for path in directory.iterdir() if path.suffix in _FORMS and path.is_file())
-    refuse_if_any(_broken_entries(directory))
+    raise_if_any(_broken_entries(directory))
     if not paths:
         hint = "holds no text: put *.txt (one document a file) or *.jsonl (one a line, key `text`) there"
         raise ConfigError([Problem("data.corpus", config.corpus, hint)])
@@ -47,15 +47,15 @@ def survey(config: DataConfig) -> tuple[Source, ...]:
             sources.append(_source(path, "validation" if path.stem in config.validation else "train"))
         except ConfigError as refusal:
             problems.extend(refusal.problems)
-    refuse_if_any(problems)
-    most = SMALLEST_VOCABULARY + sum(source.bytes for source in sources if source.split == "train")
-    if config.vocabulary > most:  # before the trainer of the tokenizer reserves memory for all entries
+    raise_if_any(problems)
+    most = MIN_VOCAB_SIZE + sum(source.bytes for source in sources if source.split == "train")
+    if config.vocab_size > most:  # before the trainer of the tokenizer reserves memory for all entries
         hint = f"cannot be reached: the training text gives {most} entries at most; add text or ask for less"
-        raise ConfigError([Problem("data.vocabulary", config.vocabulary, hint)])
+        raise ConfigError([Problem("data.vocabulary", config.vocab_size, hint)])
     return tuple(sources)
 
 
-def left_out(directory: Path) -> str | None:
+def describe_ignored_files(directory: Path) -> str | None:
     """A line about the entries of a corpus that are no works; None where every entry is one."""
     names = sorted(path.name for path in directory.iterdir() if not (path.suffix in _FORMS and path.is_file()))
     if not names:
@@ -82,18 +82,18 @@ def _broken_entries(directory: Path) -> Iterator[Problem]:
 def read_documents(path: Path) -> Iterator[str]:
     """The documents of one work, exactly as written. Raises `ConfigError` at the first that cannot be used."""
     if path.suffix == ".txt":
-        with refusing(path, _FIX):
-            raw = read_regular(path, _DOCUMENT_BYTES)
+        with config_error_context(path, _FIX):
+            raw = read_regular_file(path, _DOCUMENT_BYTES)
         text = _decode(path, "the file", raw)
         if not text.strip():
             raise ConfigError([Problem(str(path), "", "holds no text; fill or remove the file")])
         yield text
         return
     number = 0
-    with refusing(path, _FIX), open_regular(path) as file:
+    with config_error_context(path, _FIX), open_regular_file(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(_LINE_BYTES + 1), b""), start=1):
             if len(line) > _LINE_BYTES:
-                raise Malformed(f"line {number}", None, f"is longer than {_LINE_BYTES} bytes")
+                raise MalformedFileError(f"line {number}", None, f"is longer than {_LINE_BYTES} bytes")
             yield _document(path, number, line)
     if number == 0:
         raise ConfigError([Problem(str(path), "", "holds no text; fill or remove the file")])
@@ -111,15 +111,15 @@ def _name_problems(config: DataConfig, works: Sequence[str]) -> Iterator[Problem
         yield Problem("data.validation", config.validation, "holds out every work; leave some to train on")
 
 
-def _source(path: Path, split: str) -> Source:
+def _source(path: Path, split: str) -> CorpusFile:
     documents = 0
     for documents, document in enumerate(read_documents(path), start=1):
         if _has_endless_word(document):
             hint = f"holds a word of more than {_WORD // 2} letters, digits, signs or blanks in a row; break it up"
             raise ConfigError([Problem(str(path), f"document {documents}", hint)])
-    with refusing(path, _FIX), open_regular(path) as file:
+    with config_error_context(path, _FIX), open_regular_file(path) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return Source(
+    return CorpusFile(
         work=path.stem, file=path.name, split=split, documents=documents, bytes=path.stat().st_size, sha256=sha256
     )
 
@@ -130,7 +130,7 @@ def _has_endless_word(document: str) -> bool:
     A word twice as long holds an aligned block of them. Almost every block ends at its first blank here.
     """
     blocks = (document[place : place + _WORD // 2] for place in range(0, len(document) - _WORD // 2 + 1, _WORD // 2))
-    return any(len(split_words(block)) == 1 for block in blocks if block.isspace() or len(block.split(None, 1)) == 1)
+    return any(len(pretokenize(block)) == 1 for block in blocks if block.isspace() or len(block.split(None, 1)) == 1)
 
 
 def _document(path: Path, number: int, line: bytes) -> str:

@@ -10,7 +10,7 @@ from types import TracebackType
 from .manifest import FileEntry
 
 
-class HashedFile:
+class HashedFileWriter:
     """A new file that is written once, front to back. Use it as a context; `entry` is known after it."""
 
     def __init__(self, path: Path) -> None:
@@ -25,7 +25,7 @@ class HashedFile:
         self._hash.update(raw)
         self._bytes += len(raw)
 
-    def __enter__(self) -> HashedFile:
+    def __enter__(self) -> HashedFileWriter:
         return self
 
     def __exit__(
@@ -46,14 +46,14 @@ class HashedFile:
         return FileEntry(self._path.name, self._bytes, self._hash.hexdigest())
 
 
-def write_file(path: Path, raw: bytes) -> FileEntry:
+def write_file_durably(path: Path, raw: bytes) -> FileEntry:
     """Write a whole file durably."""
-    with HashedFile(path) as file:
+    with HashedFileWriter(path) as file:
         file.write(raw)
     return file.entry
 
 
-def sync_directory(path: Path) -> None:
+def fsync_directory(path: Path) -> None:
     """Bring a directory's entries to the disk: without it a crash may forget a file that was itself synced."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -9,21 +9,21 @@ import numpy as np
 
 from ...comm.errors import ConfigError, Problem
 from .manifest import DataManifest
-from .prepared import verify
-from .shards import Split
+from .prepared import verify_prepared_data
+from .shards import TokenSplit
 
 _PIECE = 2**24  # tokens counted at once: 128 MiB
 
 
-def unigram_entropy(split: Split, vocabulary: int) -> float:
+def unigram_entropy(split: TokenSplit, vocabulary: int) -> float:
     """Entropy in nats a token of the token frequencies of a split's targets: all its tokens but the first.
 
     Those are the tokens that a validation loss is the mean over, and the frequencies are their own, so no model
     without context can reach a lower loss on them. Raises `ConfigError` for a token beyond the vocabulary.
     """
     counts_V = np.zeros(vocabulary, dtype=np.int64)
-    for start in range(1, split.tokens, _PIECE):
-        tokens_T = split.read(start, min(start + _PIECE, split.tokens))
+    for start in range(1, split.num_tokens, _PIECE):
+        tokens_T = split.read_tokens(start, min(start + _PIECE, split.num_tokens))
         largest = int(tokens_T.max())
         if largest >= vocabulary:
             hint = f"is a token of the split, and the vocabulary has {vocabulary}; remove the data and prepare again"
@@ -50,7 +50,7 @@ class SplitDescription:
 
 
 @dataclass(frozen=True)
-class Description:
+class PreparedDataDescription:
     """A prepared directory. Plain values, so `dataclasses.asdict` makes it JSON."""
 
     directory: str
@@ -63,15 +63,15 @@ class Description:
     """The first tokens of the training split, decoded."""
 
 
-def describe(directory: Path, excerpt_tokens: int = 128) -> Description:
+def describe_prepared_data(directory: Path, excerpt_tokens: int = 128) -> PreparedDataDescription:
     """Read all of `directory` and describe it. Raises `ConfigError` when a byte of it is not what was written."""
-    prepared = verify(directory)
+    prepared = verify_prepared_data(directory)
     manifest, train = prepared.manifest, prepared.train
-    tokens_T = train.read(0, min(excerpt_tokens, train.tokens))
-    return Description(
+    tokens_T = train.read_tokens(0, min(excerpt_tokens, train.num_tokens))
+    return PreparedDataDescription(
         directory=str(directory),
         fingerprint=manifest.fingerprint,
-        digest=manifest.digest,
+        digest=manifest.content_hash,
         vocabulary=manifest.vocabulary,
         dtype=manifest.dtype,
         splits=(_describe_split(manifest, train), _describe_split(manifest, prepared.validation)),
@@ -79,7 +79,7 @@ def describe(directory: Path, excerpt_tokens: int = 128) -> Description:
     )
 
 
-def render(description: Description) -> str:
+def render_description(description: PreparedDataDescription) -> str:
     """Lines for a terminal."""
     lines = [
         f"{description.directory}: byte-level BPE of {description.vocabulary} entries, {description.dtype} shards",
@@ -98,7 +98,7 @@ def render(description: Description) -> str:
     return "\n".join([*lines, "", "The training text begins:", description.excerpt])
 
 
-def _describe_split(manifest: DataManifest, split: Split) -> SplitDescription:
+def _describe_split(manifest: DataManifest, split: TokenSplit) -> SplitDescription:
     entry = {"train": manifest.train, "validation": manifest.validation}[split.name]
     return SplitDescription(
         name=split.name,

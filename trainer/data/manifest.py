@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 
 from ...comm.errors import ConfigError, Problem
-from ...comm.files.access import os_problem, read_json
-from ...comm.files.strict_json import Item, Malformed
+from ...comm.files.access import os_error_to_problem, read_json
+from ...comm.files.strict_json import JsonValue, MalformedFileError
 
-FORMAT = 1
-MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
 
 
 @dataclass(frozen=True)
-class Source:
+class CorpusFile:
     """One work of the corpus, as it was when it was read."""
 
     work: str
@@ -69,7 +69,7 @@ class DataManifest:
     dtype: str
     """Of a shard: `uint16` or `uint32`, little-endian."""
     shard_tokens: int
-    sources: tuple[Source, ...]
+    sources: tuple[CorpusFile, ...]
     tokenizer: FileEntry
     train: SplitEntry
     validation: SplitEntry
@@ -81,7 +81,7 @@ class DataManifest:
         return (self.tokenizer, *(file for split in splits for file in (*split.shards, split.starts)))
 
     @property
-    def digest(self) -> str:
+    def content_hash(self) -> str:
         """SHA-256 of what came out: equal digests mean equal tokens in an equal order."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
@@ -95,10 +95,10 @@ class DataManifest:
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
-def fingerprint(sources: Sequence[Source], vocabulary: int, shard_tokens: int) -> str:
+def source_fingerprint(sources: Sequence[CorpusFile], vocabulary: int, shard_tokens: int) -> str:
     """SHA-256 of what a preparation depends on."""
     facts = {
-        "format": FORMAT,
+        "format": FORMAT_VERSION,
         "vocabulary": vocabulary,
         "shard_tokens": shard_tokens,
         "sources": [asdict(source) for source in sources],
@@ -113,44 +113,46 @@ def token_dtype(vocabulary: int) -> str:
 
 def read_manifest(directory: Path) -> DataManifest:
     """Read and check `manifest.json`. Raises `ConfigError` when it is missing, damaged, or of another format."""
-    path = directory / MANIFEST
+    path = directory / MANIFEST_FILE
     if not path.exists():
         raise ConfigError([Problem(str(path), None, "is missing: run `shoestring data prepare` first")])
     try:
         tree = read_json(path)
         found = tree["format"].value
-        if found != FORMAT or type(found) is not int:
-            hint = f"this version reads format {FORMAT}; remove {directory} and prepare again"
+        if found != FORMAT_VERSION or type(found) is not int:
+            hint = f"this version reads format {FORMAT_VERSION}; remove {directory} and prepare again"
             raise ConfigError([Problem(str(path), found, hint)])
         return _parse(tree)
-    except Malformed as error:
+    except MalformedFileError as error:
         hint = f"is damaged; remove {directory} and prepare again"
         raise ConfigError([Problem(str(path), str(error), hint)]) from error
     except OSError as error:
-        raise ConfigError([os_problem(error, path, "let it be read")]) from error
+        raise ConfigError([os_error_to_problem(error, path, "let it be read")]) from error
 
 
-def _parse(tree: Item) -> DataManifest:
-    """Raises `Malformed` for a wrong key, type or range, and where two facts do not fit each other."""
-    manifest = tree.build(DataManifest)
+def _parse(tree: JsonValue) -> DataManifest:
+    """Raises `MalformedFileError` for a wrong key, type or range, and where two facts do not fit each other."""
+    manifest = tree.as_dataclass(DataManifest)
     files = [tree["tokenizer"]]
     for name, split in (("train", manifest.train), ("validation", manifest.validation)):
-        files += [*tree[name]["shards"].list(), tree[name]["starts"]]
+        files += [*tree[name]["shards"].as_list(), tree[name]["starts"]]
         if not 1 <= split.documents <= split.tokens:  # each document has an end token
-            raise tree[name]["documents"].malformed(f"must be from 1 to the number of tokens, {split.tokens}")
+            raise tree[name]["documents"].malformed_error(f"must be from 1 to the number of tokens, {split.tokens}")
     for file in files:
-        file["file"].file_name()
-        file["sha256"].sha256()
-    for source in tree["sources"].list():
-        if source["split"].text() not in ("train", "validation"):
-            raise source["split"].malformed("must be train or validation")
+        file["file"].as_file_name()
+        file["sha256"].as_sha256()
+    for source in tree["sources"].as_list():
+        if source["split"].as_string() not in ("train", "validation"):
+            raise source["split"].malformed_error("must be train or validation")
     names = [entry.file for entry in manifest.files]
-    if len(set(names)) < len(names) or MANIFEST in names:
-        raise Malformed("files", sorted(names), "must have a name each")
-    tree["vocabulary"].whole(1, 2**32)
-    tree["shard_tokens"].whole(1)
-    if manifest.fingerprint != fingerprint(manifest.sources, manifest.vocabulary, manifest.shard_tokens):
-        raise tree["fingerprint"].malformed("does not fit the sources and settings")
+    if len(set(names)) < len(names) or MANIFEST_FILE in names:
+        raise MalformedFileError("files", sorted(names), "must have a name each")
+    tree["vocabulary"].as_integer(1, 2**32)
+    tree["shard_tokens"].as_integer(1)
+    if manifest.fingerprint != source_fingerprint(manifest.sources, manifest.vocabulary, manifest.shard_tokens):
+        raise tree["fingerprint"].malformed_error("does not fit the sources and settings")
     if manifest.dtype != token_dtype(manifest.vocabulary):
-        raise tree["dtype"].malformed(f"must be {token_dtype(manifest.vocabulary)} for {manifest.vocabulary} tokens")
+        raise tree["dtype"].malformed_error(
+            f"must be {token_dtype(manifest.vocabulary)} for {manifest.vocabulary} tokens"
+        )
     return manifest

@@ -10,21 +10,31 @@ from pathlib import Path
 
 import numpy as np
 
-from ...comm.errors import ConfigError, Problem, refuse_if_any
+from ...comm.errors import ConfigError, Problem, raise_if_any
 from .config import DataConfig
-from .corpus import left_out, read_documents, survey
-from .files import sync_directory, write_file
-from .manifest import FORMAT, MANIFEST, DataManifest, Source, SplitEntry, fingerprint, token_dtype
-from .prepared import open_directory
-from .shards import SHARD_TOKENS, SplitWriter
+from .corpus import describe_ignored_files, read_documents, scan_corpus
+from .files import fsync_directory, write_file_durably
+from .manifest import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    CorpusFile,
+    DataManifest,
+    SplitEntry,
+    source_fingerprint,
+    token_dtype,
+)
+from .prepared import open_prepared_directory
+from .shards import TOKENS_PER_SHARD, SplitWriter
 from .tokenizer import Tokenizer, train_tokenizer
-from .unfinished import clear_leftovers, unfinished, unlock
+from .unfinished import remove_lock, remove_unfinished_directories, unfinished_directory
 
 _UNFINISHED = "preparing"
 _BATCH_CHARACTERS = 2**22  # enough documents for all cores to encode, few enough for memory
 
 
-def prepare(config: DataConfig, report: Callable[[str], None], *, shard_tokens: int = SHARD_TOKENS) -> DataManifest:
+def prepare_corpus(
+    config: DataConfig, report: Callable[[str], None], *, shard_tokens: int = TOKENS_PER_SHARD
+) -> DataManifest:
     """Make `config.prepared` from the corpus, or find it made already, and tell `report` in sentences.
 
     The files are written to a sibling directory that is renamed when it is complete, so a killed preparation leaves
@@ -32,17 +42,17 @@ def prepare(config: DataConfig, report: Callable[[str], None], *, shard_tokens: 
     Raises `ConfigError` for a bad configuration or corpus, and for a directory that holds anything else.
     """
     _check(config, shard_tokens)
-    sources = survey(config)
-    wanted = fingerprint(sources, config.vocabulary, shard_tokens)
+    sources = scan_corpus(config)
+    wanted = source_fingerprint(sources, config.vocab_size, shard_tokens)
     final = Path(os.path.realpath(config.prepared))
     if _is_occupied(final):
         return _reuse(final, wanted, report)
     total = sum(source.bytes for source in sources)
-    if (line := left_out(config.corpus_directory)) is not None:
+    if (line := describe_ignored_files(config.corpus_directory)) is not None:
         report(line)
     report(f"{len(sources)} works, {total / 1e6:.2f} MB of text; held out: {', '.join(config.validation)}.")
-    clear_leftovers(final, _UNFINISHED, report)
-    with unfinished(final, _UNFINISHED, "data.prepared") as temporary:
+    remove_unfinished_directories(final, _UNFINISHED, report)
+    with unfinished_directory(final, _UNFINISHED, "data.prepared") as temporary:
         manifest = _write(config, sources, shard_tokens, temporary, report)
         report(f"Everything is written; {final} comes into being.")
         if not _publish(temporary, final):
@@ -51,15 +61,15 @@ def prepare(config: DataConfig, report: Callable[[str], None], *, shard_tokens: 
 
 
 def _check(config: DataConfig, shard_tokens: int) -> None:
-    problems = [problem.under("data") for problem in config.problems()]
+    problems = [problem.with_prefix("data") for problem in config.problems()]
     if shard_tokens < 1:
         problems.append(Problem("shard_tokens", shard_tokens, "must be at least 1"))
-    refuse_if_any(problems)
+    raise_if_any(problems)
 
 
 def _write(
     config: DataConfig,
-    sources: tuple[Source, ...],
+    sources: tuple[CorpusFile, ...],
     shard_tokens: int,
     directory: Path,
     report: Callable[[str], None],
@@ -67,8 +77,8 @@ def _write(
     """Fill an empty directory, the manifest last."""
     start = time.perf_counter()
     texts = (text for source in sources if source.split == "train" for text in _documents(config, source))
-    tokenizer = train_tokenizer(texts, config.vocabulary)
-    report(f"Tokenizer of {tokenizer.vocabulary} entries learned in {time.perf_counter() - start:.1f} s.")
+    tokenizer = train_tokenizer(texts, config.vocab_size)
+    report(f"Tokenizer of {tokenizer.vocab_size} entries learned in {time.perf_counter() - start:.1f} s.")
     splits = {}
     for name in ("train", "validation"):
         start = time.perf_counter()
@@ -80,38 +90,38 @@ def _write(
             f"{split.documents}; shards: {len(split.shards)}; {time.perf_counter() - start:.1f} s."
         )
     manifest = DataManifest(
-        format=FORMAT,
-        fingerprint=fingerprint(sources, config.vocabulary, shard_tokens),
-        vocabulary=config.vocabulary,
-        dtype=token_dtype(config.vocabulary),
+        format=FORMAT_VERSION,
+        fingerprint=source_fingerprint(sources, config.vocab_size, shard_tokens),
+        vocabulary=config.vocab_size,
+        dtype=token_dtype(config.vocab_size),
         shard_tokens=shard_tokens,
         sources=sources,
-        tokenizer=write_file(directory / "tokenizer.json", tokenizer.to_json().encode()),
+        tokenizer=write_file_durably(directory / "tokenizer.json", tokenizer.to_json().encode()),
         train=splits["train"],
         validation=splits["validation"],
     )
-    write_file(directory / MANIFEST, manifest.to_json().encode())
+    write_file_durably(directory / MANIFEST_FILE, manifest.to_json().encode())
     return manifest
 
 
 def _write_split(
     config: DataConfig,
-    sources: Iterable[Source],
+    sources: Iterable[CorpusFile],
     tokenizer: Tokenizer,
     directory: Path,
     name: str,
     shard_tokens: int,
 ) -> SplitEntry:
-    dtype = np.dtype(token_dtype(config.vocabulary)).newbyteorder("<")
+    dtype = np.dtype(token_dtype(config.vocab_size)).newbyteorder("<")
     documents = (text for source in sources for text in _documents(config, source))
     with SplitWriter(directory, name, dtype, shard_tokens) as writer:
         for texts in _batches(documents):
             for text, tokens in zip(texts, tokenizer.encode_batch(texts), strict=True):
-                writer.add([*tokens, tokenizer.end], len(text.encode()))
-        return writer.finish()
+                writer.add_document([*tokens, tokenizer.end_token_id], len(text.encode()))
+        return writer.finish_split()
 
 
-def _documents(config: DataConfig, source: Source) -> Iterator[str]:
+def _documents(config: DataConfig, source: CorpusFile) -> Iterator[str]:
     return read_documents(config.corpus_directory / source.file)
 
 
@@ -135,20 +145,20 @@ def _is_occupied(path: Path) -> bool:
 
 def _publish(temporary: Path, final: Path) -> bool:
     """Give the directory its name in one step; False when another preparation was faster."""
-    unlock(temporary)
-    sync_directory(temporary)
+    remove_lock(temporary)
+    fsync_directory(temporary)
     try:
         temporary.rename(final)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             return False
         raise
-    sync_directory(final.parent)
+    fsync_directory(final.parent)
     return True
 
 
 def _reuse(final: Path, wanted: str, report: Callable[[str], None]) -> DataManifest:
-    manifest = open_directory(final).manifest
+    manifest = open_prepared_directory(final).manifest
     if manifest.fingerprint != wanted:
         hint = (
             "holds data made from other text or settings "

@@ -16,28 +16,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...comm.errors import ConfigError, Problem, refuse_if_any
+from ...comm.errors import ConfigError, Problem, raise_if_any
 from .config import DataConfig
 from .manifest import DataManifest, read_manifest
-from .shards import Split, open_split, verify_files
-from .stamp import mark_of, read_stamp, write_stamp
+from .shards import TokenSplit, open_split, verify_file_hashes
+from .stamp import read_file_signature, read_verified_files, write_verified_files
 from .tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedData:
     """Tokenizer and splits, which belong together."""
 
     manifest: DataManifest
     tokenizer: Tokenizer
-    train: Split
-    validation: Split
+    train: TokenSplit
+    validation: TokenSplit
 
 
-def open_directory(directory: Path) -> Prepared:
+def open_prepared_directory(directory: Path) -> PreparedData:
     """Open what is there, and check what is cheap to check: format, sizes, tokenizer.
 
-    Raises `ConfigError` with all problems of the files; `verify` reads every byte.
+    Raises `ConfigError` with all problems of the files; `verify_prepared_data` reads every byte.
     """
     manifest = read_manifest(directory)
     problems: list[Problem] = []
@@ -52,11 +52,11 @@ def open_directory(directory: Path) -> Prepared:
         tokenizer = load_tokenizer(directory / entry.file, manifest.vocabulary, entry.sha256)
     except ConfigError as refusal:
         raise ConfigError([*problems, *refusal.problems]) from refusal
-    refuse_if_any(problems)
-    return Prepared(manifest, tokenizer, splits["train"], splits["validation"])
+    raise_if_any(problems)
+    return PreparedData(manifest, tokenizer, splits["train"], splits["validation"])
 
 
-def open_prepared(config: DataConfig) -> Prepared:
+def open_prepared_data(config: DataConfig) -> PreparedData:
     """Open `config.prepared` for a run. The corpus itself need not be there.
 
     Raises `ConfigError` when the directory is damaged, or was prepared with another vocabulary or other works held out.
@@ -64,38 +64,40 @@ def open_prepared(config: DataConfig) -> Prepared:
     directory = Path(config.prepared)
     manifest = read_manifest(directory)
     problems = []
-    if config.vocabulary != manifest.vocabulary:
+    if config.vocab_size != manifest.vocabulary:
         hint = f"{config.prepared} was prepared with {manifest.vocabulary}; use that, or another data.prepared"
-        problems.append(Problem("data.vocabulary", config.vocabulary, hint))
+        problems.append(Problem("data.vocabulary", config.vocab_size, hint))
     held_out = tuple(source.work for source in manifest.sources if source.split == "validation")
     if set(config.validation) != set(held_out):
         hint = f"{config.prepared} was prepared with {', '.join(held_out)} held out; use that, or another data.prepared"
         problems.append(Problem("data.validation", config.validation, hint))
     try:
-        prepared = open_directory(directory)
+        prepared = open_prepared_directory(directory)
     except ConfigError as refusal:
         raise ConfigError([*problems, *refusal.problems]) from refusal
-    refuse_if_any(problems)
+    raise_if_any(problems)
     return prepared
 
 
-def verify(directory: Path) -> Prepared:
+def verify_prepared_data(directory: Path) -> PreparedData:
     """Open a prepared directory and check its every byte. Raises `ConfigError` with each damaged file."""
-    verify_files(directory, read_manifest(directory).files)
-    return open_directory(directory)
+    verify_file_hashes(directory, read_manifest(directory).files)
+    return open_prepared_directory(directory)
 
 
-CHEAP_BYTES = 2**28
+ALWAYS_VERIFY_BYTES = 2**28
 
 
 def verify_before_run(directory: Path, manifest: DataManifest, *, first_machine: bool) -> None:
     """Raise `ConfigError` with each file of `directory` that is found to be other than what was written."""
-    if sum(entry.bytes for entry in manifest.files) <= CHEAP_BYTES:
-        verify_files(directory, manifest.files)
+    if sum(entry.bytes for entry in manifest.files) <= ALWAYS_VERIFY_BYTES:
+        verify_file_hashes(directory, manifest.files)
     elif first_machine:
-        stamped = read_stamp(directory)
-        marks = {entry.file: mark_of(directory, entry) for entry in manifest.files}  # before the files are read
+        stamped = read_verified_files(directory)
+        marks = {
+            entry.file: read_file_signature(directory, entry) for entry in manifest.files
+        }  # before the files are read
         unknown = [entry for entry in manifest.files if stamped.get(entry.file) != marks[entry.file]]
-        verify_files(directory, unknown)
+        verify_file_hashes(directory, unknown)
         if unknown:
-            write_stamp(directory, marks)
+            write_verified_files(directory, marks)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...comm.errors import ConfigError, Problem
 from ...comm.host import to_device
-from .shards import Int64Array, Split
+from .shards import Int64Array, TokenSplit
 
 UInt64Array = npt.NDArray[np.uint64]
 
@@ -30,7 +30,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _WORD = 2**64 - 1
 
 
-def permute(positions: UInt64Array, size: int, keys: UInt64Array) -> UInt64Array:
+def permute_indices(positions: UInt64Array, size: int, keys: UInt64Array) -> UInt64Array:
     """Where each of `positions` (less than `size`) goes in the permutation of `size` numbers that its key selects."""
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     result = _feistel(positions, half, keys)
@@ -39,7 +39,7 @@ def permute(positions: UInt64Array, size: int, keys: UInt64Array) -> UInt64Array
     return result
 
 
-def mix(values: UInt64Array) -> UInt64Array:
+def splitmix64(values: UInt64Array) -> UInt64Array:
     """Scatter the bits of each value: the finalizer of SplitMix64 (Steele, Lea, Flood 2014), a bijection."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -51,8 +51,8 @@ def _feistel(values: UInt64Array, half: int, keys: UInt64Array) -> UInt64Array:
     mask = np.uint64(2**half - 1)
     left, right = values >> np.uint64(half), values & mask
     for number in range(1, _ROUNDS + 1):
-        round_keys = mix(keys + np.uint64(number * _GOLDEN & _WORD))
-        left, right = right, left ^ (mix(right ^ round_keys) & mask)
+        round_keys = splitmix64(keys + np.uint64(number * _GOLDEN & _WORD))
+        left, right = right, left ^ (splitmix64(right ^ round_keys) & mask)
     return (left << np.uint64(half)) | right
 
 
@@ -71,56 +71,60 @@ class TokenBatch:
 
 
 @dataclass(frozen=True)
-class Samples:
+class SampleDataset:
     """Windows that start every S tokens of a split and run over document ends: S inputs, the token after, D more.
 
     Token 0 is an input only; every other token that a window covers in places 1 to S is a target once. With `pad`,
     the last windows are filled up with it, so that no token is left out; without, only whole windows count.
     """
 
-    split: Split
+    split: TokenSplit
     sequence_length: int
     mtp_depth: int
-    pad: int | None
+    pad_token_id: int | None
 
     @classmethod
-    def training(cls, split: Split, sequence_length: int, mtp_depth: int) -> Samples:
+    def for_training(cls, split: TokenSplit, sequence_length: int, mtp_depth: int) -> SampleDataset:
         """Whole windows only. Raises `ConfigError` for a split shorter than one."""
         return cls(split, sequence_length, mtp_depth, None)
 
     @classmethod
-    def validation(cls, split: Split, sequence_length: int, mtp_depth: int, pad: int) -> Samples:
+    def for_validation(cls, split: TokenSplit, sequence_length: int, mtp_depth: int, pad: int) -> SampleDataset:
         """Every token but the first is a target once. Raises `ConfigError` for a split without a target."""
         return cls(split, sequence_length, mtp_depth, pad)
 
     def __post_init__(self) -> None:
         if len(self) < 1:
-            needed = self.window if self.pad is None else 2
-            hint = f"the {self.split.name} split has {self.split.tokens} tokens, one sample needs {needed}"
+            needed = self.tokens_per_sample if self.pad_token_id is None else 2
+            hint = f"the {self.split.name} split has {self.split.num_tokens} tokens, one sample needs {needed}"
             raise ConfigError(
                 [Problem("training.sequence_length", self.sequence_length, f"{hint}; add text or shorten it")]
             )
 
     @property
-    def window(self) -> int:
+    def tokens_per_sample(self) -> int:
         """W."""
         return self.sequence_length + 1 + self.mtp_depth
 
     def __len__(self) -> int:
-        tokens = self.split.tokens
-        if self.pad is None:
-            return max(0, (tokens - self.window) // self.sequence_length + 1)
+        tokens = self.split.num_tokens
+        if self.pad_token_id is None:
+            return max(0, (tokens - self.tokens_per_sample) // self.sequence_length + 1)
         return max(0, -((1 - tokens) // self.sequence_length))
 
-    def batch(self, indices: Sequence[int]) -> TokenBatch:
+    def read_batch(self, indices: Sequence[int]) -> TokenBatch:
         """Samples by number, [B, W]. Raises `IndexError` outside 0 .. len - 1."""
-        tokens_BW = np.full((len(indices), self.window), 0 if self.pad is None else self.pad, dtype=np.int64)
-        valid_BW = np.zeros((len(indices), self.window), dtype=np.bool_)
+        tokens_BW = np.full(
+            (len(indices), self.tokens_per_sample),
+            0 if self.pad_token_id is None else self.pad_token_id,
+            dtype=np.int64,
+        )
+        valid_BW = np.zeros((len(indices), self.tokens_per_sample), dtype=np.bool_)
         for row, index in enumerate(indices):
             if not 0 <= index < len(self):
                 raise IndexError(f"{self.split.name}: sample {index} of {len(self)}")
             start = index * self.sequence_length
-            found_W = self.split.read(start, min(start + self.window, self.split.tokens))
+            found_W = self.split.read_tokens(start, min(start + self.tokens_per_sample, self.split.num_tokens))
             tokens_BW[row, : len(found_W)] = found_W
             valid_BW[row, : len(found_W)] = True
         return TokenBatch(torch.from_numpy(tokens_BW), torch.from_numpy(valid_BW))
@@ -134,11 +138,11 @@ class SampleOrder:
     """
 
     seed: int
-    samples: int
+    num_samples: int
 
-    def indices(self, consumed: int, count: int) -> Int64Array:
+    def sample_indices(self, consumed: int, count: int) -> Int64Array:
         """Numbers of the samples `consumed` .. `consumed + count - 1` of the run, int64 [count]."""
         run = np.arange(consumed, consumed + count, dtype=np.uint64)
-        epochs, positions = np.divmod(run, np.uint64(self.samples))
-        seed = mix(np.array([self.seed % 2**64], dtype=np.uint64))
-        return permute(positions, self.samples, mix(seed ^ mix(epochs))).astype(np.int64)
+        epochs, positions = np.divmod(run, np.uint64(self.num_samples))
+        seed = splitmix64(np.array([self.seed % 2**64], dtype=np.uint64))
+        return permute_indices(positions, self.num_samples, splitmix64(seed ^ splitmix64(epochs))).astype(np.int64)

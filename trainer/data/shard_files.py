@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .manifest import FileEntry
-from .stamp import mark
+from .stamp import file_signature
 
-MOST_OPEN = 64
+MAX_OPEN_FILES = 64
 """Files of one split that are open at a time."""
 _CHUNK_BYTES = 2**22
 
@@ -42,7 +42,7 @@ class _Marks:
         return _Marks(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-class ShardFiles:
+class ShardFileReader:
     """The shards of one split in `directory`. For one thread.
 
     The SHA-256 of a shard is checked when it is read first, unless `stamp` says that it was checked as it is now, and
@@ -55,7 +55,7 @@ class ShardFiles:
         entries: Sequence[FileEntry],
         dtype: np.dtype[Any],
         stamp: Mapping[str, object],
-        most_open: int = MOST_OPEN,
+        most_open: int = MAX_OPEN_FILES,
     ) -> None:
         self._directory = directory
         self._entries = entries
@@ -72,7 +72,7 @@ class ShardFiles:
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def read(self, number: int, first: int, count: int) -> npt.NDArray[Any]:
+    def read_tokens(self, number: int, first: int, count: int) -> npt.NDArray[Any]:
         """Tokens `first` to `first + count` (excluded) of shard `number`. Raises `DataChanged`."""
         path, size = self._path(number), self._dtype.itemsize
         try:
@@ -106,7 +106,7 @@ class ShardFiles:
         marks = _Marks.of(status)
         if self._checked.get(number) == marks:
             return
-        is_stamped = number not in self._checked and self._stamp.get(entry.file) == mark(entry, status)
+        is_stamped = number not in self._checked and self._stamp.get(entry.file) == file_signature(entry, status)
         if not is_stamped and (marks.size != entry.bytes or _sha256(descriptor) != entry.sha256):
             hint = "restore the file, and the same command goes on from the last checkpoint"
             raise DataChanged(f"{self._path(number)} is not what was prepared: its SHA-256 is another one; {hint}")

@@ -16,16 +16,16 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ...comm.errors import ConfigError, Problem, refuse_if_any
-from ...comm.files.access import open_regular, os_problem, read_regular
-from .files import HashedFile, write_file
+from ...comm.errors import ConfigError, Problem, raise_if_any
+from ...comm.files.access import open_regular_file, os_error_to_problem, read_regular_file
+from .files import HashedFileWriter, write_file_durably
 from .manifest import DataManifest, FileEntry, SplitEntry
-from .shard_files import ShardFiles
-from .stamp import read_stamp
+from .shard_files import ShardFileReader
+from .stamp import read_verified_files
 
 Int64Array = npt.NDArray[np.int64]
 
-SHARD_TOKENS = 2**27
+TOKENS_PER_SHARD = 2**27
 """Default limit of a shard: 256 MiB of uint16."""
 
 
@@ -37,7 +37,7 @@ class SplitWriter:
         self._name = name
         self._dtype = dtype
         self._shard_tokens = shard_tokens
-        self._shards: list[HashedFile] = []
+        self._shards: list[HashedFileWriter] = []
         self._starts: list[int] = []
         self._tokens = 0
         self._text_bytes = 0
@@ -51,7 +51,7 @@ class SplitWriter:
         for shard in self._shards:
             shard.close()
 
-    def add(self, tokens: Sequence[int], text_bytes: int) -> None:
+    def add_document(self, tokens: Sequence[int], text_bytes: int) -> None:
         """Append a document's tokens, the end token among them, that stand for `text_bytes` bytes of text."""
         self._starts.append(self._tokens)
         self._text_bytes += text_bytes
@@ -65,7 +65,7 @@ class SplitWriter:
             self._tokens += len(tokens_T[:room])
             tokens_T = tokens_T[room:]
 
-    def finish(self) -> SplitEntry:
+    def finish_split(self) -> SplitEntry:
         """Bring the split to the disk and say what it is."""
         for shard in self._shards:
             shard.close()
@@ -76,57 +76,57 @@ class SplitWriter:
             documents=len(self._starts),
             bytes=self._text_bytes,
             shards=tuple(shard.entry for shard in self._shards),
-            starts=write_file(self._directory / f"{self._name}_documents.npy", buffer.getvalue()),
+            starts=write_file_durably(self._directory / f"{self._name}_documents.npy", buffer.getvalue()),
         )
 
     def _open_next(self) -> None:
         if self._shards:
             self._shards[-1].close()
-        self._shards.append(HashedFile(self._directory / f"{self._name}_{len(self._shards):05d}.bin"))
+        self._shards.append(HashedFileWriter(self._directory / f"{self._name}_{len(self._shards):05d}.bin"))
 
 
-class ShardSource(Protocol):
+class ShardReader(Protocol):
     """The shards of one split, by number."""
 
     def __len__(self) -> int: ...
 
-    def read(self, number: int, first: int, count: int) -> npt.NDArray[Any]:
+    def read_tokens(self, number: int, first: int, count: int) -> npt.NDArray[Any]:
         """Tokens `first` to `first + count` (excluded) of a shard."""
         ...
 
 
 @dataclass(frozen=True)
-class Split:
+class TokenSplit:
     """The tokens of one split as one long row, whatever files they are in."""
 
     name: str
     """`train` or `validation`."""
-    tokens: int
+    num_tokens: int
     """Length of the row."""
-    starts_M: Int64Array
+    document_starts_M: Int64Array
     """Where each document starts."""
-    shards: ShardSource
+    shard_reader: ShardReader
     """Each but the last holds `shard_tokens` tokens."""
     shard_tokens: int
 
-    def read(self, start: int, stop: int) -> Int64Array:
+    def read_tokens(self, start: int, stop: int) -> Int64Array:
         """Tokens `start` to `stop` (excluded) as int64 [T], across shards where need be.
 
         Raises `DataChanged` for a shard that is not what was written.
         """
-        if not 0 <= start <= stop <= self.tokens:
-            raise IndexError(f"{self.name}: tokens {start} to {stop} of {self.tokens}")
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"{self.name}: tokens {start} to {stop} of {self.num_tokens}")
         tokens_T = np.empty(stop - start, dtype=np.int64)
         position = start
         while position < stop:
             index, offset = divmod(position, self.shard_tokens)
             count = min(stop - position, self.shard_tokens - offset)
-            tokens_T[position - start : position - start + count] = self.shards.read(index, offset, count)
+            tokens_T[position - start : position - start + count] = self.shard_reader.read_tokens(index, offset, count)
             position += count
         return tokens_T
 
 
-def open_split(directory: Path, manifest: DataManifest, name: str) -> Split:
+def open_split(directory: Path, manifest: DataManifest, name: str) -> TokenSplit:
     """Open a split, whose shards are opened when they are read.
 
     Raises `ConfigError` for missing or truncated files, but reads no token.
@@ -142,12 +142,12 @@ def open_split(directory: Path, manifest: DataManifest, name: str) -> Split:
         needed = f"{limit * dtype.itemsize} bytes, {count} of them, the last of {last * dtype.itemsize}"
         hint = f"{entry.tokens} {name} tokens in {manifest.dtype} need shards of {needed}; prepare again"
         problems.append(Problem(str(directory), [shard.bytes for shard in entry.shards][:8], hint))
-    refuse_if_any(problems)
-    shards = ShardFiles(directory, entry.shards, dtype, read_stamp(directory))
-    return Split(name, entry.tokens, _read_starts(directory / entry.starts.file, entry), shards, limit)
+    raise_if_any(problems)
+    shards = ShardFileReader(directory, entry.shards, dtype, read_verified_files(directory))
+    return TokenSplit(name, entry.tokens, _read_starts(directory / entry.starts.file, entry), shards, limit)
 
 
-def verify_files(directory: Path, files: Sequence[FileEntry]) -> None:
+def verify_file_hashes(directory: Path, files: Sequence[FileEntry]) -> None:
     """Read every byte of `files`. Raises `ConfigError` with each that is missing, truncated or changed."""
     problems = list(_size_problems(directory, files))
     damaged = {problem.field for problem in problems}
@@ -156,14 +156,14 @@ def verify_files(directory: Path, files: Sequence[FileEntry]) -> None:
         if str(path) in damaged:
             continue
         try:
-            with open_regular(path) as file:
+            with open_regular_file(path) as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            problems.append(os_problem(error, path, "let it be read"))
+            problems.append(os_error_to_problem(error, path, "let it be read"))
             continue
         if found != entry.sha256:
             problems.append(Problem(str(path), found, f"must have SHA-256 {entry.sha256}: {_AGAIN}"))
-    refuse_if_any(problems)
+    raise_if_any(problems)
 
 
 _AGAIN = "the file is damaged; remove the directory and prepare again"
@@ -182,9 +182,9 @@ def _size_problems(directory: Path, files: Sequence[FileEntry]) -> Iterator[Prob
 def _read_starts(path: Path, entry: SplitEntry) -> Int64Array:
     try:
         # From memory: a header may ask for any size, and a buffer has only what the file has.
-        starts_M: Int64Array = np.load(io.BytesIO(read_regular(path, entry.starts.bytes)), allow_pickle=False)
+        starts_M: Int64Array = np.load(io.BytesIO(read_regular_file(path, entry.starts.bytes)), allow_pickle=False)
     except OSError as error:
-        raise ConfigError([os_problem(error, path, "let it be read")]) from error
+        raise ConfigError([os_error_to_problem(error, path, "let it be read")]) from error
     except Exception as error:  # numpy reads a header as Python: a damaged one ends in any error of its parsers
         raise ConfigError([Problem(str(path), str(error), f"is not an .npy file: {_AGAIN}")]) from error
     if not isinstance(starts_M, np.ndarray):  # a zip file of several

@@ -8,33 +8,33 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ...comm.files.access import read_json, replace_file
-from ...comm.files.strict_json import Malformed
+from ...comm.files.access import read_json, replace_file_atomically
+from ...comm.files.strict_json import MalformedFileError
 from .manifest import FileEntry
 
-STAMP = ".verified.json"
+VERIFIED_FILE = ".verified.json"
 
 
-def mark(entry: FileEntry, status: os.stat_result | None) -> list[object]:
+def file_signature(entry: FileEntry, status: os.stat_result | None) -> list[object]:
     """Return what a file must still be for its stamp to hold: its digest, its size and its time of change."""
     return [entry.sha256, status and status.st_size, status and status.st_mtime_ns]
 
 
-def mark_of(directory: Path, entry: FileEntry) -> list[object]:
+def read_file_signature(directory: Path, entry: FileEntry) -> list[object]:
     """Return the mark of a file of `directory`, as it is now."""
     path = directory / entry.file
-    return mark(entry, path.stat() if path.is_file() else None)
+    return file_signature(entry, path.stat() if path.is_file() else None)
 
 
-def read_stamp(directory: Path) -> Mapping[str, object]:
+def read_verified_files(directory: Path) -> Mapping[str, object]:
     """Return the mark of each file that was found whole, by name; none where there is no stamp to be read."""
     try:
-        return read_json(directory / STAMP).mapping()
-    except (OSError, Malformed):
+        return read_json(directory / VERIFIED_FILE).as_mapping()
+    except (OSError, MalformedFileError):
         return {}
 
 
-def write_stamp(directory: Path, stamp: Mapping[str, object]) -> None:
+def write_verified_files(directory: Path, stamp: Mapping[str, object]) -> None:
     """Write the stamp where the directory may be written; elsewhere every launch reads again."""
     with contextlib.suppress(OSError):
-        replace_file(directory / STAMP, (json.dumps(stamp, indent=1) + "\n").encode())
+        replace_file_atomically(directory / VERIFIED_FILE, (json.dumps(stamp, indent=1) + "\n").encode())

@@ -12,12 +12,12 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ...comm.errors import ConfigError, Problem
-from ...comm.files.access import os_problem, read_regular
-from ...comm.files.strict_json import Malformed, parse_json
+from ...comm.files.access import os_error_to_problem, read_regular_file
+from ...comm.files.strict_json import MalformedFileError, parse_json
 
-END = "<|end|>"
-PAD = "<|pad|>"
-TOKENIZER_BYTES = 2**28
+END_TOKEN = "<|end|>"
+PAD_TOKEN = "<|pad|>"
+MAX_TOKENIZER_BYTES = 2**28
 """Most that is read of a `tokenizer.json`; DeepSeek-V3's has 8 MB."""
 
 
@@ -26,22 +26,22 @@ class Tokenizer:
     """Text to token numbers and back. Text that spells a special token stays text: it is never read as one."""
 
     bpe: tokenizers.Tokenizer
-    end: int
+    end_token_id: int
     """Follows each document."""
-    pad: int
+    pad_token_id: int
     """Fills a window behind the last token."""
 
     @classmethod
-    def around(cls, bpe: tokenizers.Tokenizer) -> Tokenizer:
+    def from_bpe(cls, bpe: tokenizers.Tokenizer) -> Tokenizer:
         """Wrap a BPE that has the two special tokens; raises `ValueError` for one without them."""
-        end, pad = bpe.token_to_id(END), bpe.token_to_id(PAD)
+        end, pad = bpe.token_to_id(END_TOKEN), bpe.token_to_id(PAD_TOKEN)
         if end is None or pad is None:
-            raise ValueError(f"the special tokens {END} and {PAD} are missing")
+            raise ValueError(f"the special tokens {END_TOKEN} and {PAD_TOKEN} are missing")
         bpe.encode_special_tokens = True  # not kept in the file: a document may hold the letters `<|end|>`
         return cls(bpe, end, pad)
 
     @property
-    def vocabulary(self) -> int:
+    def vocab_size(self) -> int:
         """Entries, the special tokens included."""
         return self.bpe.get_vocab_size(with_added_tokens=True)
 
@@ -72,14 +72,14 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[END, PAD],
+        special_tokens=[END_TOKEN, PAD_TOKEN],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer=trainer)
-    tokenizer = Tokenizer.around(bpe)
-    if tokenizer.vocabulary != vocabulary:
-        hint = f"cannot be reached: the training text gives {tokenizer.vocabulary} entries; ask for at most that"
+    tokenizer = Tokenizer.from_bpe(bpe)
+    if tokenizer.vocab_size != vocabulary:
+        hint = f"cannot be reached: the training text gives {tokenizer.vocab_size} entries; ask for at most that"
         raise ConfigError([Problem("data.vocabulary", vocabulary, hint)])
     return tokenizer
 
@@ -88,20 +88,20 @@ def _word_splitter() -> pre_tokenizers.ByteLevel:
     return pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
-def split_words(text: str) -> list[str]:
+def pretokenize(text: str) -> list[str]:
     """The words within which merges are learned, in the alphabet of bytes."""
     return [word for word, _ in _word_splitter().pre_tokenize_str(text)]
 
 
-def read_bpe(raw: bytes) -> tokenizers.Tokenizer:
-    """What `tokenizer.json` describes. Raises `Malformed` for anything else."""
-    parse_json(raw)["model"].mapping()
+def parse_tokenizer_json(raw: bytes) -> tokenizers.Tokenizer:
+    """What `tokenizer.json` describes. Raises `MalformedFileError` for anything else."""
+    parse_json(raw)["model"].as_mapping()
     with _naming_panics("is not a tokenizer that the tokenizers library reads"):
         return tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
 
 
-def encode_with(bpe: tokenizers.Tokenizer, text: str) -> list[int]:
-    """Tokens of `text` by a tokenizer of others, without special tokens. Raises `Malformed` where it cannot.
+def encode_with_bpe(bpe: tokenizers.Tokenizer, text: str) -> list[int]:
+    """Tokens of `text` by a tokenizer of others, without special tokens. Raises `MalformedFileError` where it cannot.
 
     A file may be read and yet describe what has no answer: an expression that backtracks without end, or a model
     without a token for what it does not know.
@@ -110,8 +110,8 @@ def encode_with(bpe: tokenizers.Tokenizer, text: str) -> list[int]:
         return bpe.encode(text, add_special_tokens=False).ids
 
 
-def decode_with(bpe: tokenizers.Tokenizer, tokens: Sequence[int]) -> str:
-    """Text of `tokens` by a tokenizer of others, special tokens by name. Raises `Malformed` where it cannot."""
+def decode_with_bpe(bpe: tokenizers.Tokenizer, tokens: Sequence[int]) -> str:
+    """Text of `tokens` by a tokenizer of others, special tokens by name. Raises `MalformedFileError` where it cannot."""
     with _naming_panics("is a tokenizer that cannot decode these tokens"):
         return bpe.decode(list(tokens), skip_special_tokens=False)
 
@@ -123,7 +123,7 @@ def _naming_panics(hint: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # plain Exception for most that it cannot do; a panic of Rust is no Exception
-        raise Malformed("", str(error), hint) from error
+        raise MalformedFileError("", str(error), hint) from error
 
 
 def load_tokenizer(path: Path, vocabulary: int, sha256: str) -> Tokenizer:
@@ -131,20 +131,20 @@ def load_tokenizer(path: Path, vocabulary: int, sha256: str) -> Tokenizer:
     if not path.exists():
         raise ConfigError([Problem(str(path), None, "is missing; remove the directory and prepare again")])
     try:
-        raw = read_regular(path, TOKENIZER_BYTES)
-    except Malformed as error:
-        raise ConfigError([error.problem(path, "prepare again")]) from error
+        raw = read_regular_file(path, MAX_TOKENIZER_BYTES)
+    except MalformedFileError as error:
+        raise ConfigError([error.to_problem(path, "prepare again")]) from error
     except OSError as error:
-        raise ConfigError([os_problem(error, path, "let it be read")]) from error
+        raise ConfigError([os_error_to_problem(error, path, "let it be read")]) from error
     found = hashlib.sha256(raw).hexdigest()
     if found != sha256:
         hint = f"is not the tokenizer of these shards, whose SHA-256 is {sha256}; restore it, or prepare again"
         raise ConfigError([Problem(str(path), found, hint)])
     try:
-        tokenizer = Tokenizer.around(read_bpe(raw))
+        tokenizer = Tokenizer.from_bpe(parse_tokenizer_json(raw))
     except ValueError as error:
         raise ConfigError([Problem(str(path), str(error), "is not a tokenizer of ours; prepare again")]) from error
-    if tokenizer.vocabulary != vocabulary:
+    if tokenizer.vocab_size != vocabulary:
         hint = f"its number of entries must be the manifest's {vocabulary}; prepare again"
-        raise ConfigError([Problem(str(path), tokenizer.vocabulary, hint)])
+        raise ConfigError([Problem(str(path), tokenizer.vocab_size, hint)])
     return tokenizer

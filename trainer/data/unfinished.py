@@ -17,7 +17,7 @@ from ...comm.errors import ConfigError, Problem
 _LOCK = ".lock"
 
 
-class Owner(Enum):
+class WriterState(Enum):
     """Whether the process that writes a directory lives."""
 
     ALIVE = "alive"
@@ -27,10 +27,10 @@ class Owner(Enum):
 
 
 @contextmanager
-def unfinished(final: Path, what: str, field: str) -> Iterator[Path]:
+def unfinished_directory(final: Path, what: str, field: str) -> Iterator[Path]:
     """Make a directory beside `final` to write into, so that a rename moves no bytes; `what` stands in its name.
 
-    Call `unlock` before the rename. A directory that still has its own name at the end of the block is removed. Raises
+    Call `remove_lock` before the rename. A directory that still has its own name at the end of the block is removed. Raises
     `ConfigError` about `field` where none can be made.
     """
     directory = final.with_name(f".{final.name}.{what}-{os.getpid()}-{secrets.token_hex(4)}")
@@ -40,14 +40,14 @@ def unfinished(final: Path, what: str, field: str) -> Iterator[Path]:
         except OSError as error:
             hint = f"cannot be created: {error.strerror}; name another directory"
             raise ConfigError([Problem(field, str(final), hint)]) from error
-        with locked(directory):
+        with lock_directory(directory):
             yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def lock_directory(directory: Path) -> Iterator[None]:
     """Hold the lock of a directory that was just made, where the file system has locks."""
     new = directory / f"{_LOCK}.new"
     descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -62,38 +62,38 @@ def locked(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def unlock(directory: Path) -> None:
+def remove_lock(directory: Path) -> None:
     """Remove the lock from a directory that is complete."""
     (directory / _LOCK).unlink(missing_ok=True)
 
 
-def owner(directory: Path) -> Owner:
+def find_writer_state(directory: Path) -> WriterState:
     """Return whether the process that writes `directory` lives."""
     try:
         descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
-        return Owner.UNKNOWN
+        return WriterState.UNKNOWN
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return Owner.ALIVE
+        return WriterState.ALIVE
     except OSError:
-        return Owner.UNKNOWN
+        return WriterState.UNKNOWN
     finally:
         os.close(descriptor)
-    return Owner.DEAD
+    return WriterState.DEAD
 
 
-def clear_leftovers(final: Path, what: str, report: Callable[[str], None]) -> None:
+def remove_unfinished_directories(final: Path, what: str, report: Callable[[str], None]) -> None:
     """Remove what writers of `final` that were killed have left, and tell `report` about each."""
     for leftover in sorted(final.parent.glob(f".{glob.escape(final.name)}.{what}-*")):
-        found = owner(leftover)
-        if found is Owner.DEAD:
+        found = find_writer_state(leftover)
+        if found is WriterState.DEAD:
             with suppress(OSError):
                 shutil.rmtree(leftover)
         if not leftover.exists():
             report(f"{leftover} was left by a process that was killed; it is removed.")
-        elif found is Owner.ALIVE:
+        elif found is WriterState.ALIVE:
             report(f"{leftover} belongs to another process, which is writing it.")
         else:
             report(f"{leftover} belongs to another process, or was left by one that was killed; then remove it.")

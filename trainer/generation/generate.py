@@ -9,16 +9,16 @@ from torch import Tensor
 
 from ...comm.groups import ProcessGroups
 from ...comm.host import to_device, to_host
-from ...parallelism.pipeline.executor import Executor
+from ...parallelism.pipeline.executor import PipelineExecutor
 from ..model.chunk import Chunk
-from ..run.exit import RunFailed, never
+from ..run.exit import RunFailed, never_stop
 from ..run.stage_runner import LogitsStage
 
 
 @torch.no_grad()
 def generate(
     chunks: tuple[Chunk, ...],
-    executor: Executor,
+    executor: PipelineExecutor,
     prompt: Sequence[int],
     count: int,
     context: int,
@@ -27,8 +27,8 @@ def generate(
     *,
     seed: int,
     temperature: float = 0.8,
-    stop: int | None = None,
-    stop_asked: Callable[[], bool] = never,
+    stop_token_id: int | None = None,
+    stop_requested: Callable[[], bool] = never_stop,
 ) -> list[int] | None:
     """Continue `prompt` by up to `count` tokens, given the last `context` of them, up to the token `stop`.
 
@@ -48,14 +48,14 @@ def generate(
             drawn = _draw(logits_V / temperature, generator)
         if groups.topology.dp_rank(groups.rank) != 0:  # its like in other stages adds nothing either
             drawn.zero_()
-        own = torch.cat((drawn, torch.tensor([stop_asked()], dtype=torch.int64)))
+        own = torch.cat((drawn, torch.tensor([stop_requested()], dtype=torch.int64)))
         token, asked = map(int, to_host(groups.world.all_reduce_sum(to_device(own, device), "drawn token")).tolist())
         if asked:
             return None
         if token < 0:
             hint = "check the model's values, such as model.routed_scaling and model.rope_scaling.mscale"
             raise RunFailed(f"the logits of the sample's token {len(tokens) - len(prompt)} are not finite; {hint}")
-        if token == stop:
+        if token == stop_token_id:
             break
         tokens.append(token)
     return tokens[len(prompt) :]

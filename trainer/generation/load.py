@@ -6,34 +6,36 @@ from datetime import timedelta
 
 import torch
 
-from ...comm.async_comm import open_worker
+from ...comm.async_comm import build_async_communicator
 from ...comm.exchange.config import ExchangeConfig
-from ...comm.exchange.factory import open_exchange
+from ...comm.exchange.factory import build_token_exchange
 from ...comm.groups import ProcessGroups
 from ...comm.topology import Topology
-from ...comm.traffic import Traffic
+from ...comm.traffic import TrafficCounter
 from ..checkpoint.names import model_pieces
 from ..checkpoint.opened import Checkpoint
-from ..checkpoint.pieces import MODEL
-from ..model.attention_backend import ON_CPU, AttentionChoice
+from ..checkpoint.pieces import MODEL_STATE
+from ..model.attention_backend import CPU_ATTENTION, SelectedAttention
 from ..model.chunk import Chunk
 from ..model.model import Model
 
 
-def load_chunk(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, attention: AttentionChoice = ON_CPU
+def load_chunk_for_inference(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, attention: SelectedAttention = CPU_ATTENTION
 ) -> Chunk:
     """All layers in one chunk that computes in `dtype`; parameters keep the checkpoint's. Raises `Damaged`."""
-    config, topology = checkpoint.model, Topology()
+    config, topology = checkpoint.model_config, Topology()
     with torch.device(device):
         model = Model(config)
-    stored = checkpoint.manifest.tensors[f"{MODEL}/embedding.weight"].dtype
+    stored = checkpoint.manifest.tensors[f"{MODEL_STATE}/embedding.weight"].dtype
     for parameter in model.parameters():
         parameter.data = parameter.data.to(stored)
-    model.use_attention(attention)
+    model.set_attention(attention)
     for piece in model_pieces(model):
-        checkpoint.fill(piece)
+        checkpoint.fill_piece(piece)
     groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))
-    worker = open_worker(groups.ep, device)
-    exchange = open_exchange(ExchangeConfig(), groups, config.n_routed_experts, worker, Traffic(topology, 0))
+    worker = build_async_communicator(groups.ep, device)
+    exchange = build_token_exchange(
+        ExchangeConfig(), groups, config.n_routed_experts, worker, TrafficCounter(topology, 0)
+    )
     return Chunk(model, exchange, dtype)

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...parallelism.pipeline.executor import drive
+from ...parallelism.pipeline.executor import run_to_completion
 from ..model.chunk import Chunk
 
 
-class NotFinite(ArithmeticError):  # noqa: N818 -- says what the logits are
+class NonFiniteLogits(ArithmeticError):  # noqa: N818 -- says what the logits are
     """Logits from which no token can be drawn."""
 
 
@@ -29,16 +29,16 @@ class Continuation:
     """What followed a prompt."""
 
     tokens: list[int]
-    forwards: int = 0
+    num_forwards: int = 0
     """Of the main model."""
-    drafted: int = 0
+    num_drafted: int = 0
     """Guesses that were checked."""
-    accepted: int = 0
+    num_accepted: int = 0
     """Those that were taken."""
 
 
 @dataclass(frozen=True)
-class Sampler:
+class TokenSampler:
     """Draws tokens from logits."""
 
     generator: torch.Generator
@@ -46,71 +46,73 @@ class Sampler:
     """0 takes the likeliest."""
 
     def probabilities(self, logits_V: Tensor) -> Tensor:
-        """FP64 [V]. Raises `NotFinite`."""
+        """FP64 [V]. Raises `NonFiniteLogits`."""
         bad = int((~torch.isfinite(logits_V)).sum())
         if bad:
-            raise NotFinite(f"{bad:,} of {logits_V.numel():,} logits are not finite")
+            raise NonFiniteLogits(f"{bad:,} of {logits_V.numel():,} logits are not finite")
         if self.temperature == 0:
             return torch.zeros_like(logits_V, dtype=torch.float64).scatter_(0, logits_V.argmax(keepdim=True), 1.0)
         logits_V = logits_V.double()
         return ((logits_V - logits_V.max()) / self.temperature).softmax(dim=0)  # at most 0: no temperature overflows
 
-    def draw(self, probabilities_V: Tensor) -> int:
+    def sample_token(self, probabilities_V: Tensor) -> int:
         """One token."""
         return int(torch.multinomial(probabilities_V, 1, generator=self.generator).item())
 
-    def accepts(self, token: int, p_V: Tensor, q_V: Tensor) -> bool:
+    def accepts_draft(self, token: int, p_V: Tensor, q_V: Tensor) -> bool:
         """Whether a token drawn from q may stand for one drawn from p."""
         chance = float(torch.rand((), dtype=torch.float64, generator=self.generator))
         return chance * float(q_V[token]) < float(p_V[token])
 
 
-def residual(p_V: Tensor, q_V: Tensor) -> Tensor:
+def residual_distribution(p_V: Tensor, q_V: Tensor) -> Tensor:
     """What a token is drawn from when a draw from q was not taken for one from p."""
     rest_V = (p_V - q_V).clamp(min=0)
     return rest_V / rest_V.sum()
 
 
 @torch.no_grad()
-def speculate(
+def generate_speculatively(
     chunk: Chunk,
     prompt: Sequence[int],
     count: int,
     context: int,
-    sampler: Sampler,
+    sampler: TokenSampler,
     *,
-    stop: int | None = None,
-    draft: bool = True,
+    stop_token_id: int | None = None,
+    use_drafts: bool = True,
 ) -> Continuation:
     """Continue `prompt` by up to `count` tokens, given the last `context` of them, up to the token `stop`.
 
-    Text that fills the context goes on without drafts, and so does a model without MTP. Raises `NotFinite`.
+    Text that fills the context goes on without drafts, and so does a model without MTP. Raises `NonFiniteLogits`.
     """
     text, result = list(prompt), Continuation([])
     guess: tuple[int, Tensor] | None = None
     while len(result.tokens) < count:
         window = text[-context:] if guess is None else [*text, guess[0]]
-        hidden_BSD = drive(chunk.hidden(_row(window, chunk)))
-        result.forwards += 1
-        p_SV = [sampler.probabilities(logits_V) for logits_V in chunk.head(hidden_BSD[0, -2:]).cpu()]
+        hidden_BSD = run_to_completion(chunk.compute_hidden_states(_row(window, chunk)))
+        result.num_forwards += 1
+        p_SV = [sampler.probabilities(logits_V) for logits_V in chunk.apply_output_head(hidden_BSD[0, -2:]).cpu()]
         if guess is None:
-            found = [sampler.draw(p_SV[-1])]
-        elif sampler.accepts(guess[0], p_SV[0], guess[1]):
-            found = [guess[0], sampler.draw(p_SV[1])]
-            result.accepted += 1
+            found = [sampler.sample_token(p_SV[-1])]
+        elif sampler.accepts_draft(guess[0], p_SV[0], guess[1]):
+            found = [guess[0], sampler.sample_token(p_SV[1])]
+            result.num_accepted += 1
         else:
-            found = [sampler.draw(residual(p_SV[0], guess[1]))]
+            found = [sampler.sample_token(residual_distribution(p_SV[0], guess[1]))]
             hidden_BSD = hidden_BSD[:, :-1]  # the last position has read the guess
-        result.drafted += guess is not None
+        result.num_drafted += guess is not None
         for token in found:
-            if token == stop or len(result.tokens) == count:
+            if token == stop_token_id or len(result.tokens) == count:
                 return result
             text.append(token)
             result.tokens.append(token)
         guess = None
-        if draft and chunk.model.config.num_nextn_predict_layers and len(text) < context:
-            q_V = sampler.probabilities(drive(chunk.draft(hidden_BSD, _row(text[1:], chunk)))[0, -1].cpu())
-            guess = sampler.draw(q_V), q_V
+        if use_drafts and chunk.model.config.num_nextn_predict_layers and len(text) < context:
+            q_V = sampler.probabilities(
+                run_to_completion(chunk.compute_mtp_logits(hidden_BSD, _row(text[1:], chunk)))[0, -1].cpu()
+            )
+            guess = sampler.sample_token(q_V), q_V
     return result
 
 

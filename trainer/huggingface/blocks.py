@@ -8,15 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...comm.fp8 import TILE, tiles_of
-from ..precision.tiles import Blocks, Scales
-from ..precision.tiles import dequantize_blocks as dequantize
-from ..precision.tiles import quantize_blocks as quantize
+from ...comm.fp8 import TILE_WIDTH, tiles_per_row
+from ..precision.tiles import Fp8Weight, ScaleFormat
+from ..precision.tiles import dequantize_weight as dequantize
+from ..precision.tiles import quantize_weight as quantize
 
-BLOCK = TILE
+BLOCK_SIZE = TILE_WIDTH
 
 
-def quantize_blocks(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_fp8_weight(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     """float8_e4m3fn [N, K], and `weight_scale_inv`, FP32 [I, J]: weight = values · scale of their block.
 
     An element x of a block with largest magnitude a comes back within max(|x| / 16, a / 448 / 1024): half a unit of the
@@ -24,19 +24,19 @@ def quantize_blocks(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not torch.isfinite(weight_NK).all():
         raise ValueError("holds infinity or NaN, which FP8 cannot keep apart from a large number")
-    blocks = quantize(weight_NK, Scales.FP32)
+    blocks = quantize(weight_NK, ScaleFormat.FP32)
     return blocks.values_NK, blocks.scales_PQ
 
 
-def dequantize_blocks(values_NK: Tensor, scale_IJ: Tensor) -> Tensor:
+def dequantize_fp8_weight(values_NK: Tensor, scale_IJ: Tensor) -> Tensor:
     """FP32 [N, K]. Raises `ValueError` where there is not one scale for each block."""
     rows, columns = values_NK.shape
-    if scale_IJ.shape != scales_of((rows, columns)):
+    if scale_IJ.shape != scale_shape((rows, columns)):
         raise ValueError(f"{list(values_NK.shape)} values have {list(scale_IJ.shape)} scales")
-    return dequantize(Blocks(values_NK, scale_IJ.to(torch.float32)), torch.float32)
+    return dequantize(Fp8Weight(values_NK, scale_IJ.to(torch.float32)), torch.float32)
 
 
-def scales_of(shape: tuple[int, ...]) -> tuple[int, int]:
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """I and J of a matrix of this shape."""
     rows, columns = shape
-    return tiles_of(rows), tiles_of(columns)
+    return tiles_per_row(rows), tiles_per_row(columns)

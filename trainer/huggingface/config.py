@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, get_type_hints
 
-from ...comm.errors import Problem, refuse_if_any
-from ...comm.files.strict_json import Item, Malformed
+from ...comm.errors import Problem, raise_if_any
+from ...comm.files.strict_json import JsonValue, MalformedFileError
 from ..model.config import ModelConfig, YarnConfig
-from .blocks import BLOCK
+from .blocks import BLOCK_SIZE
 
 _SHARED = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "first_k_dense_replace", "num_attention_heads", "q_lora_rank"),
@@ -65,13 +65,13 @@ _FILE = "config.json"
 _YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
-def config_json(
+def to_config_json(
     model: ModelConfig,
     *,
     dtype: str,
     fp8: bool,
     rope_interleave: bool,
-    context: int,
+    max_position_embeddings: int,
     source: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The tree of `config.json`. Raises `ConfigError` for a model that `DeepseekV3ForCausalLM` is not.
@@ -80,7 +80,7 @@ def config_json(
     which vLLM and SGLang read, too. `source` is the `config.json` that the weights were imported with: what it says of
     special tokens and of the context comes back.
     """
-    refuse_if_any(_unknown_there(model))
+    raise_if_any(_unknown_there(model))
     tree: dict[str, Any] = {"architectures": [_ARCHITECTURE]}
     tree |= {key: values[0] for key, values in _ONE_WAY.items()}
     tree |= {key: model.__dict__[key] for key in _SHARED}
@@ -90,7 +90,7 @@ def config_json(
         "rope_theta": model.rope_theta,
         "rope_scaling": None,
         "rope_interleave": rope_interleave,
-        "max_position_embeddings": context,
+        "max_position_embeddings": max_position_embeddings,
         "torch_dtype": dtype,
         "bos_token_id": None,
         "eos_token_id": None,
@@ -102,22 +102,22 @@ def config_json(
             model.rope_scaling.factor * model.rope_scaling.original_max_position_embeddings
         )
     if source is not None:
-        refuse_if_any(_carried_problems(source))
+        raise_if_any(_carried_problems(source))
         tree |= {key: source[key] for key in _CARRIED if source.get(key) is not None}
     if fp8:
         tree["quantization_config"] = {
             "quant_method": "fp8",
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
-            "weight_block_size": [BLOCK, BLOCK],
+            "weight_block_size": [BLOCK_SIZE, BLOCK_SIZE],
         }
     return tree
 
 
-def model_config(tree: Mapping[str, Any], name: str) -> ModelConfig:
+def parse_config_json(tree: Mapping[str, Any], name: str) -> ModelConfig:
     """The shape that a `config.json` describes. Raises `ConfigError` with everything in it that our model is not."""
     problems: list[Problem] = []
-    read = _Reader(Item(dict(tree)), problems)
+    read = _Reader(JsonValue(dict(tree)), problems)
     rope = read.rope()
     values = read.same()
     mtp = read.whole_or_zero("num_nextn_predict_layers", "num_mtp_layers")
@@ -125,16 +125,16 @@ def model_config(tree: Mapping[str, Any], name: str) -> ModelConfig:
     read.flag("rope_interleave")
     read.named()
     problems += [*_carried_problems(tree), *_unknown_here(tree, rope)]
-    refuse_if_any(problems)
-    yarn = _yarn(rope) if rope_type(rope) == "yarn" else None
+    raise_if_any(problems)
+    yarn = _yarn(rope) if read_rope_type(rope) == "yarn" else None
     model = ModelConfig(
         name=name, scoring_func="sigmoid", num_nextn_predict_layers=mtp, rope_theta=theta, rope_scaling=yarn, **values
     )
-    refuse_if_any(problem.under(_FILE) for problem in model.problems())
+    raise_if_any(problem.with_prefix(_FILE) for problem in model.problems())
     return model
 
 
-def not_read(tree: Mapping[str, Any]) -> list[str]:
+def ignored_config_keys(tree: Mapping[str, Any]) -> list[str]:
     """Keys of a `config.json` that neither change what an import gives nor come back from an export."""
     known = {*_SHARED, *_ONE_WAY, *_CARRIED, *_READ}
     return sorted(key for key in tree if key not in known)
@@ -144,7 +144,7 @@ def not_read(tree: Mapping[str, Any]) -> list[str]:
 class _Reader:
     """Reads a `config.json` to its end: what does not fit is noted, and stands as a value that nothing looks at."""
 
-    tree: Item
+    tree: JsonValue
     problems: list[Problem]
 
     def same(self) -> dict[str, Any]:
@@ -162,17 +162,17 @@ class _Reader:
             item = self.tree.get(key)
             if item is not None:
                 with self._noting(item):
-                    settings = item.mapping()
+                    settings = item.as_mapping()
                     for name in ("rope_type", "type"):
                         if name in settings:
-                            item[name].text()
+                            item[name].as_string()
                     for name in (*_YARN, "rope_theta", "attention_factor"):
                         if settings.get(name) is not None:
-                            item[name].number(0, _LARGEST.get(name, _LONGEST))
+                            item[name].as_number(0, _LARGEST.get(name, _LONGEST))
                     if settings.get("original_max_position_embeddings") is not None:
-                        whole = item["original_max_position_embeddings"].number(1, _LONGEST)
+                        whole = item["original_max_position_embeddings"].as_number(1, _LONGEST)
                         if not whole.is_integer():
-                            raise item["original_max_position_embeddings"].malformed("must be a whole number")
+                            raise item["original_max_position_embeddings"].malformed_error("must be a whole number")
                     if settings:
                         return settings
         return {}
@@ -186,7 +186,7 @@ class _Reader:
 
     def number(self, key: str, default: float, first: Mapping[str, Any]) -> float:
         """A number of `first`, or else of the file, or else `default`."""
-        item = Item(dict(first)).get(key) or self.tree.get(key)
+        item = JsonValue(dict(first)).get(key) or self.tree.get(key)
         found: float = default if item is None else self._try(item, float)
         return found
 
@@ -200,37 +200,37 @@ class _Reader:
         architectures = self.tree.get("architectures")
         if architectures is not None:
             with self._noting(architectures):
-                if [each.text() for each in architectures.list()] != [_ARCHITECTURE]:
-                    raise architectures.malformed(f"cannot be imported: our model is {_ARCHITECTURE} alone")
+                if [each.as_string() for each in architectures.as_list()] != [_ARCHITECTURE]:
+                    raise architectures.malformed_error(f"cannot be imported: our model is {_ARCHITECTURE} alone")
         for key in ("torch_dtype", "dtype"):
             item = self.tree.get(key)
             if item is not None:
                 with self._noting(item):
-                    if item.text().removeprefix("torch.") not in _STORED:
-                        raise item.malformed(f"must be one of {', '.join(_STORED)}")
+                    if item.as_string().removeprefix("torch.") not in _STORED:
+                        raise item.malformed_error(f"must be one of {', '.join(_STORED)}")
 
-    def _try(self, item: Item, kind: Any) -> Any:
+    def _try(self, item: JsonValue, kind: Any) -> Any:
         found: Any = 0  # where a problem is noted: nothing is made of it
         with self._noting(item):
             if kind is float:
-                found = item.number(0, _LARGEST[item.where])
+                found = item.as_number(0, _LARGEST[item.location])
             elif kind is bool:
-                found = item.flag()
+                found = item.as_boolean()
             else:
-                found = None if item.value is None and kind is not int else item.whole(0, _LONGEST)
+                found = None if item.value is None and kind is not int else item.as_integer(0, _LONGEST)
         return found
 
     @contextmanager
-    def _noting(self, item: Item) -> Iterator[None]:
+    def _noting(self, item: JsonValue) -> Iterator[None]:
         try:
             yield
-        except Malformed as error:
-            self.problems.append(Problem(f"{_FILE}: {error.where}", error.value, f"{error.hint}; correct it"))
+        except MalformedFileError as error:
+            self.problems.append(Problem(f"{_FILE}: {error.location}", error.value, f"{error.hint}; correct it"))
 
 
 def _carried_problems(tree: Mapping[str, Any]) -> Iterator[Problem]:
     """Special tokens are numbers of the vocabulary's tokens, one or several; a context has an end."""
-    item = Item(dict(tree))
+    item = JsonValue(dict(tree))
     vocabulary = tree.get("vocab_size")
     last = vocabulary - 1 if type(vocabulary) is int and vocabulary > 0 else _LONGEST
     for key in _CARRIED:
@@ -239,17 +239,17 @@ def _carried_problems(tree: Mapping[str, Any]) -> Iterator[Problem]:
             if found is None:
                 continue
             if key == "eos_token_id" and isinstance(found.value, list):
-                for each in found.list():
-                    each.whole(0, last)
+                for each in found.as_list():
+                    each.as_integer(0, last)
             elif key in _TOKENS:
-                found.whole(-1, last)  # -1: no such token, in older files
+                found.as_integer(-1, last)  # -1: no such token, in older files
             else:
-                found.whole(1, _LONGEST)
-        except Malformed as error:
-            yield Problem(f"{_FILE}: {error.where}", error.value, f"{error.hint}; correct it")
+                found.as_integer(1, _LONGEST)
+        except MalformedFileError as error:
+            yield Problem(f"{_FILE}: {error.location}", error.value, f"{error.hint}; correct it")
 
 
-def rope_type(rope: Mapping[str, Any]) -> str:
+def read_rope_type(rope: Mapping[str, Any]) -> str:
     """`default`, `yarn`, or another that we do not have."""
     return str(rope.get("rope_type", rope.get("type", "default")))
 
@@ -305,8 +305,8 @@ def _unknown_here(tree: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[
     quantization = tree.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        if method != "fp8" or quantization.get("weight_block_size") != [BLOCK, BLOCK]:
-            hint = f"cannot be imported: only fp8 with weight_block_size [{BLOCK}, {BLOCK}] can"
+        if method != "fp8" or quantization.get("weight_block_size") != [BLOCK_SIZE, BLOCK_SIZE]:
+            hint = f"cannot be imported: only fp8 with weight_block_size [{BLOCK_SIZE}, {BLOCK_SIZE}] can"
             yield Problem("config.json: quantization_config", quantization, hint)
 
 
@@ -317,7 +317,7 @@ def _number_of(rope: Mapping[str, Any], key: str) -> float:
 
 
 def _unknown_rotation(rope: Mapping[str, Any]) -> Iterator[Problem]:
-    kind = rope_type(rope)
+    kind = read_rope_type(rope)
     if kind not in ("default", "yarn"):
         yield Problem("config.json: rope type", kind, "cannot be imported: our model has default and yarn")
     if kind != "yarn":

@@ -13,20 +13,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...comm.errors import ConfigError, Problem, refuse_if_any
-from ...comm.files.access import another_directory, refusing
-from ..checkpoint.manifest import Damaged
+from ...comm.errors import ConfigError, Problem, raise_if_any
+from ...comm.files.access import config_error_context, unwritable_directory_hint
+from ..checkpoint.manifest import CheckpointDamaged
 from ..checkpoint.opened import Checkpoint
-from ..checkpoint.tensor_file import Declared, TensorFileWriter
-from ..data.files import sync_directory, write_file
-from ..data.unfinished import clear_leftovers, unfinished, unlock
-from .blocks import quantize_blocks, scales_of
-from .config import config_json, not_read
-from .names import SCALE, Entry, entries, is_quantized, to_halves
-from .tokenizer import TOKENIZER, described, special_tokens
+from ..checkpoint.tensor_file import TensorFileWriter, TensorSpec
+from ..data.files import fsync_directory, write_file_durably
+from ..data.unfinished import remove_lock, remove_unfinished_directories, unfinished_directory
+from .blocks import quantize_fp8_weight, scale_shape
+from .config import ignored_config_keys, to_config_json
+from .names import SCALE_SUFFIX, TensorMapping, is_fp8_weight, make_tensor_mappings, rope_to_half_split
+from .tokenizer import TOKENIZER_FILE, make_tokenizer_files, special_token_ids
 
 _MOST_PROBLEMS = 8
-INDEX = "model.safetensors.index.json"
+WEIGHT_INDEX_FILE = "model.safetensors.index.json"
 _UNFINISHED = "exporting"
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 _NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -44,7 +44,9 @@ class ExportOptions:
     """Largest file; a tensor that is larger has one of its own."""
 
 
-def export(checkpoint: Checkpoint, directory: Path, options: ExportOptions, say: Callable[[str], None]) -> None:
+def export_checkpoint(
+    checkpoint: Checkpoint, directory: Path, options: ExportOptions, say: Callable[[str], None]
+) -> None:
     """Write `directory`, which must not exist or be empty. It appears under its name when it is complete.
 
     Raises `ConfigError` for a model that `DeepseekV3ForCausalLM` is not, and for a checkpoint that is damaged.
@@ -57,33 +59,35 @@ def export(checkpoint: Checkpoint, directory: Path, options: ExportOptions, say:
         raise ConfigError([Problem("directory", str(directory), "is no directory; name another")])
     if directory.exists() and any(directory.iterdir()):
         raise ConfigError([Problem("directory", str(directory), "exists and is not empty; name another")])
-    config = checkpoint.model
-    planned = entries(config)
-    if missing := checkpoint.missing(entry.name for entry in planned):
+    config = checkpoint.model_config
+    planned = make_tensor_mappings(config)
+    if missing := checkpoint.missing_tensors(entry.name for entry in planned):
         raise ConfigError([Problem("checkpoint", str(checkpoint.path), f"holds no tensor {missing[0]}")])
-    refuse_if_any(islice(_misfits(checkpoint, planned), _MOST_PROBLEMS))
-    context = checkpoint.setting("training", "sequence_length", default=4096)
+    raise_if_any(islice(_misfits(checkpoint, planned), _MOST_PROBLEMS))
+    context = checkpoint.config_value("training", "sequence_length", default=4096)
     dtype, fp8 = _DTYPES[options.dtype], options.dtype == "fp8"
-    source = checkpoint.source
+    source = checkpoint.imported_config
     pairs = options.rope_interleave
-    tree = config_json(config, dtype=_NAMES[dtype], fp8=fp8, rope_interleave=pairs, context=context, source=source)
-    if source is not None and (left := not_read(source)):
+    tree = to_config_json(
+        config, dtype=_NAMES[dtype], fp8=fp8, rope_interleave=pairs, max_position_embeddings=context, source=source
+    )
+    if source is not None and (left := ignored_config_keys(source)):
         say(f"left out, keys that the imported config.json had and that mean nothing here: {', '.join(left)}")
     with _appearing_whole(directory, say) as partial:
         try:
             _write_weights(checkpoint, planned, partial, options, say)
-            attachments = checkpoint.attachments()
-        except Damaged as damaged:
+            attachments = checkpoint.read_attachments()
+        except CheckpointDamaged as damaged:
             raise ConfigError([Problem("checkpoint", str(damaged), "is damaged; export another one")]) from damaged
-        with refusing(checkpoint.path / TOKENIZER, "export another checkpoint"):
-            own = special_tokens(attachments)
+        with config_error_context(checkpoint.path / TOKENIZER_FILE, "export another checkpoint"):
+            own = special_token_ids(attachments)
         tree |= {key: value for key, value in own.items() if tree[key] is None}
-        write_file(partial / "config.json", (json.dumps(tree, indent=2) + "\n").encode())
-        for name, raw in described(attachments, tree["max_position_embeddings"]).items():
-            write_file(partial / name, raw)
+        write_file_durably(partial / "config.json", (json.dumps(tree, indent=2) + "\n").encode())
+        for name, raw in make_tokenizer_files(attachments, tree["max_position_embeddings"]).items():
+            write_file_durably(partial / name, raw)
 
 
-def _misfits(checkpoint: Checkpoint, planned: Sequence[Entry]) -> Iterator[Problem]:
+def _misfits(checkpoint: Checkpoint, planned: Sequence[TensorMapping]) -> Iterator[Problem]:
     """Tensors that are not those of the model that the checkpoint's configuration describes."""
     for entry in planned:
         stored = checkpoint.manifest.tensors[entry.name]
@@ -96,23 +100,23 @@ def _misfits(checkpoint: Checkpoint, planned: Sequence[Entry]) -> Iterator[Probl
 @contextmanager
 def _appearing_whole(directory: Path, say: Callable[[str], None]) -> Iterator[Path]:
     """A directory to write into, which gets the name of `directory` at the end, or is gone after an error."""
-    clear_leftovers(directory, _UNFINISHED, say)
+    remove_unfinished_directories(directory, _UNFINISHED, say)
     try:
-        with unfinished(directory, _UNFINISHED, "directory") as partial:
+        with unfinished_directory(directory, _UNFINISHED, "directory") as partial:
             yield partial
-            unlock(partial)
-            sync_directory(partial)
+            remove_lock(partial)
+            fsync_directory(partial)
             if directory.exists():
                 directory.rmdir()
             partial.rename(directory)
     except OSError as error:
-        hint = f"cannot be written ({error.strerror}); {another_directory(error)}"
+        hint = f"cannot be written ({error.strerror}); {unwritable_directory_hint(error)}"
         raise ConfigError([Problem("directory", str(directory), hint)]) from error
 
 
 def _write_weights(
     checkpoint: Checkpoint,
-    planned: Sequence[Entry],
+    planned: Sequence[TensorMapping],
     directory: Path,
     options: ExportOptions,
     say: Callable[[str], None],
@@ -125,22 +129,22 @@ def _write_weights(
         declared = [each for entry in shard for each in _declared(entry, options)]
         with TensorFileWriter(directory / file, declared, {"format": "pt"}) as writer:
             for entry in shard:
-                for tensor in _tensors(checkpoint.read(entry.name), entry, options):
-                    writer.write(tensor)
+                for tensor in _tensors(checkpoint.read_tensor(entry.name), entry, options):
+                    writer.write_tensor(tensor)
         weights |= {each.name: file for each in declared}
-        size += sum(each.bytes for each in declared)
-        say(f"{file}: {len(declared)} tensors, {sum(each.bytes for each in declared):,} bytes")
+        size += sum(each.nbytes for each in declared)
+        say(f"{file}: {len(declared)} tensors, {sum(each.nbytes for each in declared):,} bytes")
     if len(shards) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weights.items()))}
-        write_file(directory / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+        write_file_durably(directory / WEIGHT_INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode())
 
 
-def _shards(planned: Sequence[Entry], options: ExportOptions) -> Iterator[list[Entry]]:
+def _shards(planned: Sequence[TensorMapping], options: ExportOptions) -> Iterator[list[TensorMapping]]:
     """Neighbors together, as many as fit into a file; what is cut from one tensor stays in one file."""
-    shard: list[Entry] = []
+    shard: list[TensorMapping] = []
     size = 0
     for entry in planned:
-        more = sum(each.bytes for each in _declared(entry, options))
+        more = sum(each.nbytes for each in _declared(entry, options))
         if shard and size + more > options.shard_bytes:
             yield shard
             shard, size = [], 0
@@ -149,30 +153,30 @@ def _shards(planned: Sequence[Entry], options: ExportOptions) -> Iterator[list[E
     yield shard
 
 
-def _declared(entry: Entry, options: ExportOptions) -> Iterator[Declared]:
+def _declared(entry: TensorMapping, options: ExportOptions) -> Iterator[TensorSpec]:
     """What `_tensors` gives, in its order."""
-    for name in entry.released:
-        if options.dtype == "fp8" and is_quantized(name):
-            yield Declared(name, torch.float8_e4m3fn, entry.part_shape)
-            yield Declared(name + SCALE, torch.float32, scales_of(entry.part_shape))
+    for name in entry.hf_names:
+        if options.dtype == "fp8" and is_fp8_weight(name):
+            yield TensorSpec(name, torch.float8_e4m3fn, entry.hf_shape)
+            yield TensorSpec(name + SCALE_SUFFIX, torch.float32, scale_shape(entry.hf_shape))
         else:
-            yield Declared(name, _dtype(name, options), entry.part_shape)
-    for name in entry.copies:
-        yield Declared(name, _dtype(name, options), entry.part_shape)
+            yield TensorSpec(name, _dtype(name, options), entry.hf_shape)
+    for name in entry.hf_duplicates:
+        yield TensorSpec(name, _dtype(name, options), entry.hf_shape)
 
 
-def _tensors(tensor: Tensor, entry: Entry, options: ExportOptions) -> Iterator[Tensor]:
-    if entry.rotated is not None and not options.rope_interleave:
-        tensor = to_halves(tensor, entry.rotated)
-    for name, part in zip(entry.released, tensor.chunk(len(entry.released)), strict=True):
-        if options.dtype == "fp8" and is_quantized(name):
+def _tensors(tensor: Tensor, entry: TensorMapping, options: ExportOptions) -> Iterator[Tensor]:
+    if entry.rope_rows is not None and not options.rope_interleave:
+        tensor = rope_to_half_split(tensor, entry.rope_rows)
+    for name, part in zip(entry.hf_names, tensor.chunk(len(entry.hf_names)), strict=True):
+        if options.dtype == "fp8" and is_fp8_weight(name):
             try:
-                yield from quantize_blocks(part)
+                yield from quantize_fp8_weight(part)
             except ValueError as error:
                 raise ConfigError([Problem(name, options.dtype, f"{error}; export bf16")]) from error
         else:
             yield part.to(_dtype(name, options))
-    for name in entry.copies:
+    for name in entry.hf_duplicates:
         yield tensor.to(_dtype(name, options))
 
 

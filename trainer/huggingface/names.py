@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checkpoint.names import whole_model
-from ..checkpoint.pieces import MODEL
+from ..checkpoint.names import model_tensor_shapes
+from ..checkpoint.pieces import MODEL_STATE
 from ..model.config import ModelConfig
 
-SCALE = "_scale_inv"
+SCALE_SUFFIX = "_scale_inv"
 """Follows the name of an FP8 weight."""
 
 _ATTENTION = {
@@ -47,49 +47,49 @@ _ROTATED = ("q_proj", "q_up", "kv_down")
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorMapping:
     """One tensor of a checkpoint and what becomes of it."""
 
     name: str
     """In the checkpoint."""
     shape: tuple[int, ...]
-    released: tuple[str, ...]
+    hf_names: tuple[str, ...]
     """Names of the equal parts that it is cut into along its first dimension."""
-    copies: tuple[str, ...] = ()
+    hf_duplicates: tuple[str, ...] = ()
     """Further names of the first part: the MTP modules of the released weights repeat embedding and head."""
-    rotated: tuple[int, int] | None = None
+    rope_rows: tuple[int, int] | None = None
     """Rows of a head, and how many of them, the last, are rotated."""
 
     @property
-    def part_shape(self) -> tuple[int, ...]:
+    def hf_shape(self) -> tuple[int, ...]:
         """Of each part."""
-        return (self.shape[0] // len(self.released), *self.shape[1:])
+        return (self.shape[0] // len(self.hf_names), *self.shape[1:])
 
     @property
-    def layer(self) -> int:
+    def layer_index(self) -> int:
         """Where it stands in the model: -1 for the embedding, the number of the layer, or behind all."""
-        number = self.released[0].removeprefix("model.layers.").partition(".")[0]
-        return int(number) if number.isdecimal() else -1 if self.name == f"{MODEL}/embedding.weight" else 10**9
+        number = self.hf_names[0].removeprefix("model.layers.").partition(".")[0]
+        return int(number) if number.isdecimal() else -1 if self.name == f"{MODEL_STATE}/embedding.weight" else 10**9
 
 
-def entries(config: ModelConfig) -> list[Entry]:
+def make_tensor_mappings(config: ModelConfig) -> list[TensorMapping]:
     """Of the whole model, from its beginning to its end."""
-    found = [_entry(name, shape, config) for name, shape in whole_model(config).items()]
-    return sorted(found, key=lambda entry: entry.layer)  # stable: inside a layer they keep the model's order
+    found = [_entry(name, shape, config) for name, shape in model_tensor_shapes(config).items()]
+    return sorted(found, key=lambda entry: entry.layer_index)  # stable: inside a layer they keep the model's order
 
 
-def is_quantized(released: str) -> bool:
+def is_fp8_weight(released: str) -> bool:
     """Whether a weight is FP8 in an FP8 checkpoint: every projection of a layer, but no MTP module's `eh_proj`."""
     return "_proj" in released and not released.endswith("eh_proj.weight")
 
 
-def to_halves(weight: Tensor, rotated: tuple[int, int]) -> Tensor:
+def rope_to_half_split(weight: Tensor, rotated: tuple[int, int]) -> Tensor:
     """From neighboring pairs (x0, x1), (x2, x3), … of rotated rows, ours, to x0, x2, … before x1, x3, …"""
     return _reordered(weight, rotated, to_halves=True)
 
 
-def to_pairs(weight: Tensor, rotated: tuple[int, int]) -> Tensor:
-    """The inverse of `to_halves`."""
+def rope_to_interleaved(weight: Tensor, rotated: tuple[int, int]) -> Tensor:
+    """The inverse of `rope_to_half_split`."""
     return _reordered(weight, rotated, to_halves=False)
 
 
@@ -102,27 +102,27 @@ def _reordered(weight: Tensor, rotated: tuple[int, int], *, to_halves: bool) -> 
     return reordered
 
 
-def _entry(name: str, shape: tuple[int, ...], config: ModelConfig) -> Entry:
-    ours, _, expert = name.removeprefix(f"{MODEL}/").partition("/expert_")
+def _entry(name: str, shape: tuple[int, ...], config: ModelConfig) -> TensorMapping:
+    ours, _, expert = name.removeprefix(f"{MODEL_STATE}/").partition("/expert_")
     if ours in _TOP:
-        return Entry(name, shape, (_TOP[ours],), copies=tuple(_copies(ours, config)))
+        return TensorMapping(name, shape, (_TOP[ours],), hf_duplicates=tuple(_copies(ours, config)))
     kind, number, rest = ours.split(".", 2)
     prefix = f"model.layers.{int(number) + (config.num_hidden_layers if kind == 'mtp' else 0)}"
     if rest in _MTP and kind == "mtp":
-        return Entry(name, shape, (f"{prefix}.{_MTP[rest]}",))
+        return TensorMapping(name, shape, (f"{prefix}.{_MTP[rest]}",))
     rest = rest.removeprefix("layer.")
     if rest in _LAYER:
-        return Entry(name, shape, (f"{prefix}.{_LAYER[rest]}",))
+        return TensorMapping(name, shape, (f"{prefix}.{_LAYER[rest]}",))
     module, matrix = rest.split(".")[:2]
     if module == "attention":
         released = f"{prefix}.self_attn.{_ATTENTION[matrix]}.weight"
         if matrix not in _ROTATED:
-            return Entry(name, shape, (released,))
+            return TensorMapping(name, shape, (released,))
         head = shape[0] if matrix == "kv_down" else config.qk_head_dim
-        return Entry(name, shape, (released,), rotated=(head, config.qk_rope_head_dim))
+        return TensorMapping(name, shape, (released,), rope_rows=(head, config.qk_rope_head_dim))
     where = {"ffn": "mlp", "shared": "mlp.shared_experts", "experts": f"mlp.experts.{int(expert or 0)}"}[module]
     parts = ("gate_proj", "up_proj") if matrix.startswith("gate_up") else ("down_proj",)
-    return Entry(name, shape, tuple(f"{prefix}.{where}.{part}.weight" for part in parts))
+    return TensorMapping(name, shape, tuple(f"{prefix}.{where}.{part}.weight" for part in parts))
 
 
 def _copies(ours: str, config: ModelConfig) -> Iterator[str]:

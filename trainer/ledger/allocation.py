@@ -9,20 +9,20 @@ import json
 import threading
 from pathlib import Path
 
-from ...comm.files.access import read_json, replace_file
-from ...comm.files.strict_json import LARGEST, Malformed
+from ...comm.files.access import read_json, replace_file_atomically
+from ...comm.files.strict_json import MAX_INTEGER, MalformedFileError
 from .clock import Instant
 from .config import BudgetConfig
-from .journal import Journal, Record
-from .records import read_records
+from .journal import JournalWriter, Record
+from .records import read_checked_records
 from .terms import ALLOCATION_FILE, HEARTBEAT_FILE
 
-BEAT_SECONDS = 2.0
+HEARTBEAT_SECONDS = 2.0
 """A killed launcher's last so many seconds are all that the ledger does not see."""
 _HEARTBEAT_BYTES = 10_000
 
 
-class Allocation:
+class AllocationJournal:
     """One launch: `ranks` GPUs held under the name `attempt`, from construction to `close`.
 
     A daemon thread leaves a sign of life every `beat_seconds`; a launcher that is killed has held its GPUs up to the
@@ -38,21 +38,21 @@ class Allocation:
         attempt: str,
         budget: BudgetConfig,
         job: str | None = None,
-        beat_seconds: float = BEAT_SECONDS,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
     ) -> None:
-        self._journal = Journal(run_dir / ALLOCATION_FILE)
+        self._journal = JournalWriter(run_dir / ALLOCATION_FILE)
         self._heartbeat_path = run_dir / HEARTBEAT_FILE
-        former = read_records(run_dir / ALLOCATION_FILE)
+        former = read_checked_records(run_dir / ALLOCATION_FILE)
         if any(record["attempt"] == attempt for record in former):
             raise ValueError(f"attempt {attempt!r} is in the ledger already: each launch needs a name of its own")
         self._close_former(former, read_heartbeat(run_dir))
         self._attempt = attempt
-        self._beat_seconds = beat_seconds
+        self._beat_seconds = heartbeat_seconds
         self._closing = threading.Event()
         held = {} if job is None else {"job": job}
         self._append("open", ranks=ranks, phase=budget.phase, budget_gpu_hours=budget.gpu_hours, **held)
-        self._journal.insist()
-        self.heartbeat()
+        self._journal.require_written()
+        self.write_heartbeat()
         self._thread = threading.Thread(target=self._beat, name="ledger heartbeat", daemon=True)
         self._thread.start()
 
@@ -64,12 +64,14 @@ class Allocation:
 
     def _beat(self) -> None:
         while not self._closing.wait(self._beat_seconds):
-            self.heartbeat()
+            self.write_heartbeat()
 
-    def heartbeat(self) -> None:
+    def write_heartbeat(self) -> None:
         """Say that the GPUs are still held: in a file of its own, so that the chain keeps to what happened."""
         try:
-            replace_file(self._heartbeat_path, json.dumps({"attempt": self._attempt, **Instant.now().stamp()}).encode())
+            replace_file_atomically(
+                self._heartbeat_path, json.dumps({"attempt": self._attempt, **Instant.now().to_record()}).encode()
+            )
         except OSError:
             return  # a full disk may have room again for the next one
 
@@ -81,14 +83,14 @@ class Allocation:
         self._journal.close()
 
     def _append(self, kind: str, **content: int | float | str) -> None:
-        self._journal.append({"kind": kind, "attempt": self._attempt, **Instant.now().stamp(), **content})
+        self._journal.append({"kind": kind, "attempt": self._attempt, **Instant.now().to_record(), **content})
 
 
 def read_heartbeat(run_dir: Path) -> Record | None:
     """The last launcher's last sign of life, an attempt and an instant; None where there is none to be read."""
     try:
         heartbeat = read_json(run_dir / HEARTBEAT_FILE, _HEARTBEAT_BYTES)
-        times = {key: heartbeat[key].whole(-LARGEST) for key in ("wall_ns", "monotonic_ns")}
-        return {"attempt": heartbeat["attempt"].text(), **times, "boot": heartbeat["boot"].text()}
-    except (OSError, Malformed):
+        times = {key: heartbeat[key].as_integer(-MAX_INTEGER) for key in ("wall_ns", "monotonic_ns")}
+        return {"attempt": heartbeat["attempt"].as_string(), **times, "boot": heartbeat["boot"].as_string()}
+    except (OSError, MalformedFileError):
         return None

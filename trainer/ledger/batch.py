@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .terms import BUCKETS
+from .terms import LEDGER_BUCKETS
 
-MOST_LINES = 8192
+MAX_BATCH_RECORDS = 8192
 """Of a batch: 5 MB of memory."""
 
 _TEXT = r'"[^"\\\x00-\x1f\x7f-\xff]*"'
@@ -27,7 +27,7 @@ _CLOCK = "(0|-?[1-9][0-9]{0,17}|-?[1-8][0-9]{18})"
 """Within 64 bits."""
 _LINE = re.compile(
     (
-        rf'(\{{"attempt":({_TEXT}),"boot":({_TEXT}),(?:"bucket":"({"|".join(BUCKETS)})",)?"gpu_ms":{_WHOLE})'
+        rf'(\{{"attempt":({_TEXT}),"boot":({_TEXT}),(?:"bucket":"({"|".join(LEDGER_BUCKETS)})",)?"gpu_ms":{_WHOLE})'
         r',"hash":"([0-9a-f]{64})"'
         rf'(,"kind":"(?(4)interval|step)","monotonic_ns":{_CLOCK},'
         rf'(?(4)|"step":{_STEP},"tokens":{_WHOLE},)"wall_ns":{_CLOCK}\}})\n'
@@ -35,7 +35,7 @@ _LINE = re.compile(
 )
 """Groups: before the hash, attempt, boot, bucket, gpu_ms, hash, behind it, monotonic_ns, step, tokens, wall_ns."""
 
-Row = tuple[bytes, ...]
+LineFields = tuple[bytes, ...]
 
 
 @dataclass(frozen=True)
@@ -48,23 +48,23 @@ class RecordBatch:
     """Of each record."""
     first_wall_ns: int
     last_wall_ns: int
-    charged: Mapping[str, int]
+    gpu_ms_by_bucket: Mapping[str, int]
     """GPU-milliseconds by bucket, of intervals."""
-    charged_ms: int
+    total_gpu_ms: int
     """GPU-milliseconds of intervals and steps."""
     steps: Sequence[int]
     """Numbers of the steps."""
-    gpu_ms: Sequence[int]
+    step_gpu_ms: Sequence[int]
     """Of each step."""
-    tokens: Sequence[int]
+    step_tokens: Sequence[int]
     """Of each step."""
 
-    def cursor(self) -> dict[str, int | str]:
+    def last_instant(self) -> dict[str, int | str]:
         """The instant of the last record."""
         return {"wall_ns": self.last_wall_ns, "monotonic_ns": self.monotonic_ns[-1], "boot": self.boot}
 
 
-def row_of(line: bytes, head: bytes) -> Row | None:
+def parse_chained_line(line: bytes, head: bytes) -> LineFields | None:
     """The groups of `_LINE` where `line` is a step or an interval that is chained to `head`; None for any other."""
     found = _LINE.fullmatch(line)
     if found is None:
@@ -73,12 +73,12 @@ def row_of(line: bytes, head: bytes) -> Row | None:
     return row if hashlib.sha256(head + row[0] + row[6]).hexdigest().encode() == row[5] else None
 
 
-def are_alike(one: Row, other: Row) -> bool:
+def can_share_batch(one: LineFields, other: LineFields) -> bool:
     """Whether both rows may stand in one batch."""
     return one[1] == other[1] and one[2] == other[2]
 
 
-def batch_of(rows: Sequence[Row]) -> RecordBatch:
+def make_record_batch(rows: Sequence[LineFields]) -> RecordBatch:
     """The batch of `rows`, all alike."""
     columns = list(zip(*rows, strict=True))
     charged: Counter[bytes] = Counter()
@@ -99,9 +99,9 @@ def batch_of(rows: Sequence[Row]) -> RecordBatch:
         monotonic_ns=list(map(int, columns[7])),
         first_wall_ns=int(columns[10][0]),
         last_wall_ns=int(columns[10][-1]),
-        charged=named,
-        charged_ms=sum(named.values()) + sum(gpu_ms),
+        gpu_ms_by_bucket=named,
+        total_gpu_ms=sum(named.values()) + sum(gpu_ms),
         steps=steps,
-        gpu_ms=gpu_ms,
-        tokens=tokens,
+        step_gpu_ms=gpu_ms,
+        step_tokens=tokens,
     )

@@ -30,11 +30,11 @@ class Instant:
         return cls(time.time_ns(), time.monotonic_ns(), boot)
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Instant:
+    def from_record(cls, record: Mapping[str, Any]) -> Instant:
         """The instant that `stamp` has put into `record`."""
         return cls(record["wall_ns"], record["monotonic_ns"], record["boot"])
 
-    def stamp(self) -> dict[str, int | str]:
+    def to_record(self) -> dict[str, int | str]:
         """The instant as keys of a record."""
         return asdict(self)
 

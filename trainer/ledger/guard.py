@@ -7,21 +7,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...comm.errors import noting
+from ...comm.errors import collect_problems
 from .clock import Instant
 from .config import BudgetConfig
 from .meter import CostMeter
 from .project import Project, ProjectReader
 from .summary import TRAILING_STEPS, LedgerSummary
-from .terms import gpu_hours
+from .terms import to_gpu_hours
 
-LEAST_STEPS = 20
+MIN_STEPS_TO_PROJECT = 20
 """Steps of this life before a projection means anything: the first ones warm up."""
 _SECONDS_BETWEEN_LOOKS = 60.0
 
 
 @dataclass(frozen=True)
-class Account:
+class BudgetAccount:
     """One budget that a run draws on, in GPU-hours."""
 
     name: str
@@ -31,7 +31,7 @@ class Account:
     projected: float | None
     """At the end of the run; None while it cannot be told."""
 
-    def exceeded(self, stop_at: float | None) -> str | None:
+    def halt_reason(self, stop_at: float | None) -> str | None:
         """Why the run must halt, and the remedy; None if it need not."""
         if self.spent >= self.limit:
             return f"the run has used {self.spent:.4g} GPU-hours and its budget is {self.limit:.4g}; {self._raise}"
@@ -45,42 +45,42 @@ class Account:
         return f"raise {self.name} to go on"
 
 
-def project_cost(spent: float, tokens_left: int, ms_per_token: float) -> float:
+def project_gpu_hours(spent: float, tokens_left: int, ms_per_token: float) -> float:
     """GPU-hours at the end: what is spent, and every token that is left at the price of the median step."""
-    return spent + gpu_hours(1) * ms_per_token * max(0, tokens_left)
+    return spent + to_gpu_hours(1) * ms_per_token * max(0, tokens_left)
 
 
-def accounts(
+def compute_budget_accounts(
     config: BudgetConfig, summary: LedgerSummary, run_dir: Path, tokens_left: int, ramp_steps: int = 0
-) -> Iterator[Account]:
+) -> Iterator[BudgetAccount]:
     """Of a run that is not going on: what it has drawn on each budget, and will have at its end.
 
     The first `ramp_steps` are smaller than those that are left, and tell nothing of their price.
     """
-    least = ramp_steps + TRAILING_STEPS if ramp_steps else LEAST_STEPS
+    least = ramp_steps + TRAILING_STEPS if ramp_steps else MIN_STEPS_TO_PROJECT
     rate = summary.step_ms_per_token if summary.steps_retained >= least else None
-    spent, phase_spent = summary.gpu_hours, gpu_hours(summary.by_phase.get(config.phase, 0))
-    yield from _accounts(config, spent, phase_spent, left_of_project(config, run_dir), tokens_left, rate)
+    spent, phase_spent = summary.gpu_hours, to_gpu_hours(summary.gpu_ms_by_phase.get(config.phase, 0))
+    yield from _accounts(config, spent, phase_spent, gpu_hours_left_in_project(config, run_dir), tokens_left, rate)
 
 
-def left_of_project(config: BudgetConfig, run_dir: Path) -> float | None:
+def gpu_hours_left_in_project(config: BudgetConfig, run_dir: Path) -> float | None:
     """GPU-hours that the other runs of the project have left for `run_dir`; None if it belongs to no project."""
     if config.project is None:
         return None
-    return ProjectReader(Project.read(Path(config.project))).left(config.phase, run_dir)
+    return ProjectReader(Project.read(Path(config.project))).gpu_hours_left(config.phase, run_dir)
 
 
 def _accounts(
     config: BudgetConfig, spent: float, phase_spent: float, left: float | None, tokens: int, rate: float | None
-) -> Iterator[Account]:
-    ahead = None if rate is None else project_cost(0, tokens, rate)
-    yield Account("budget.gpu_hours", spent, config.gpu_hours, None if ahead is None else spent + ahead)
+) -> Iterator[BudgetAccount]:
+    ahead = None if rate is None else project_gpu_hours(0, tokens, rate)
+    yield BudgetAccount("budget.gpu_hours", spent, config.gpu_hours, None if ahead is None else spent + ahead)
     if left is not None:
         name = f"gpu_hours.{config.phase} in {config.project}"
-        yield Account(name, phase_spent, left, None if ahead is None else phase_spent + ahead)
+        yield BudgetAccount(name, phase_spent, left, None if ahead is None else phase_spent + ahead)
 
 
-class Guard:
+class BudgetGuard:
     """Watches a run that is going on. The steps of earlier lives may have been of another layout: they do not count."""
 
     def __init__(self, config: BudgetConfig, meter: CostMeter, run_dir: Path) -> None:
@@ -91,27 +91,27 @@ class Guard:
         self._looked: Instant | None = None
         self._has_warned = False
 
-    def observe(self, gpu_ms: int, tokens: int) -> None:
+    def observe_step(self, gpu_ms: int, tokens: int) -> None:
         """A step of `tokens` is done."""
         self._rates.append(gpu_ms / tokens)
 
-    def accounts(self, tokens_left: int) -> list[Account]:
+    def current_accounts(self, tokens_left: int) -> list[BudgetAccount]:
         """As of now."""
-        rate = sorted(self._rates)[len(self._rates) // 2] if len(self._rates) >= LEAST_STEPS else None
+        rate = sorted(self._rates)[len(self._rates) // 2] if len(self._rates) >= MIN_STEPS_TO_PROJECT else None
         spent, phase_spent = self._meter.gpu_hours(), self._meter.phase_gpu_hours()
         return list(_accounts(self._config, spent, phase_spent, self._left_of_project(), tokens_left, rate))
 
-    def must_halt(self, tokens_left: int) -> str | None:
+    def halt_reason(self, tokens_left: int) -> str | None:
         """Why the run must halt now, and the remedy; None if it need not."""
-        reasons = (account.exceeded(self._config.stop_at) for account in self.accounts(tokens_left))
+        reasons = (account.halt_reason(self._config.stop_at) for account in self.current_accounts(tokens_left))
         return next((reason for reason in reasons if reason is not None), None)
 
-    def warning(self, tokens_left: int) -> str | None:
+    def new_warning(self, tokens_left: int) -> str | None:
         """That the projection is near or past a budget, said once each time that it comes about."""
         near = [
             f"{account.projected:.4g} GPU-hours at the end of the run are {account.projected / account.limit:.0%} of "
             f"{account.name} = {account.limit:.4g}"
-            for account in self.accounts(tokens_left)
+            for account in self.current_accounts(tokens_left)
             if account.projected is not None and account.projected > self._config.warn_at * account.limit > 0
         ]
         is_news = bool(near) and not self._has_warned
@@ -126,6 +126,6 @@ class Guard:
         if self._left is None or self._looked is None or now.ns_since(self._looked) > _SECONDS_BETWEEN_LOOKS * 1e9:
             self._looked = now
             # A ledger that another run has broken meanwhile is no reason for this one to die.
-            with noting([]):
-                self._left = self._project.left(self._config.phase, self._run_dir)
+            with collect_problems([]):
+                self._left = self._project.gpu_hours_left(self._config.phase, self._run_dir)
         return self._left

@@ -16,18 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from ...comm.errors import ConfigError, Problem
-from ...comm.files.access import chunks_of_lines, lines_within, open_regular, refuse_links, refusing
-from ...comm.files.line_writer import BACKLOG_BYTES, LineWriter
-from ...comm.files.lines import cut_torn_line
-from ...comm.files.lock import lock_or_refuse
-from ...comm.files.strict_json import Malformed, parse_json
-from .batch import MOST_LINES, RecordBatch, Row, are_alike, batch_of, row_of
+from ...comm.files.access import (
+    config_error_context,
+    open_regular_file,
+    raise_if_not_regular_file,
+    read_bounded_lines,
+    read_line_blocks,
+)
+from ...comm.files.line_writer import MAX_BACKLOG_BYTES, LineWriter
+from ...comm.files.lines import truncate_partial_line
+from ...comm.files.lock import acquire_exclusive_lock
+from ...comm.files.strict_json import MalformedFileError, parse_json
+from .batch import MAX_BATCH_RECORDS, LineFields, RecordBatch, can_share_batch, make_record_batch, parse_chained_line
 
 Record = dict[str, Any]
 
 _RESTORE = "restore the file"
 
-GENESIS = "0" * 64
+GENESIS_HASH = "0" * 64
 """What the first line is chained to."""
 
 
@@ -53,7 +59,7 @@ class JournalPosition:
     """Bytes before it."""
     number: int = 0
     """Records before it."""
-    head: str = GENESIS
+    head: str = GENESIS_HASH
     """The hash of the last of them."""
 
 
@@ -63,9 +69,9 @@ class JournalReader:
     def __init__(
         self, path: Path, start: JournalPosition | None = None, *, check: Callable[[Record], None] = _accept
     ) -> None:
-        """Begin at `start`, a place of this journal (see `is_place_of`), or at its beginning.
+        """Begin at `start`, a place of this journal (see `is_valid_position`), or at its beginning.
 
-        `check` raises `Malformed` for a record that does not hold what it must; it is refused with its line.
+        `check` raises `MalformedFileError` for a record that does not hold what it must; it is refused with its line.
         """
         self._path = path
         self._check = check
@@ -75,7 +81,7 @@ class JournalReader:
         """The hash of the last record read."""
 
     @property
-    def place(self) -> JournalPosition:
+    def position(self) -> JournalPosition:
         """Behind the last record read."""
         return JournalPosition(self._position, self._number, self.head)
 
@@ -84,24 +90,24 @@ class JournalReader:
 
         After a refusal the reader is not to be used again.
         """
-        return list(self.stream())
+        return list(self.stream_records())
 
-    def size(self) -> int:
+    def file_size(self) -> int:
         """Bytes of the file now; what is there up to here was written before anything that is seen later."""
         return self._path.stat().st_size if self._path.exists() else 0
 
-    def stream(self, end: int | None = None) -> Iterator[Record]:
+    def stream_records(self, end: int | None = None) -> Iterator[Record]:
         """Yield the same one by one, of those that begin before byte `end`."""
         for line in self._lines(end):
             yield self._read(line)
 
-    def batches(self, end: int | None = None) -> Iterator[Record | RecordBatch]:
+    def stream_batches(self, end: int | None = None) -> Iterator[Record | RecordBatch]:
         """Yield the same, steps and intervals that follow each other together."""
-        rows: list[Row] = []
+        rows: list[LineFields] = []
         head, size = self.head.encode(), 0
         for line in self._lines(end):
-            row = row_of(line, head)
-            if rows and (row is None or len(rows) == MOST_LINES or not are_alike(rows[0], row)):
+            row = parse_chained_line(line, head)
+            if rows and (row is None or len(rows) == MAX_BATCH_RECORDS or not can_share_batch(rows[0], row)):
                 yield self._batch(rows, size)
                 rows, size = [], 0
             if row is None:
@@ -113,23 +119,23 @@ class JournalReader:
         if rows:
             yield self._batch(rows, size)
 
-    def _batch(self, rows: list[Row], size: int) -> RecordBatch:
+    def _batch(self, rows: list[LineFields], size: int) -> RecordBatch:
         """The batch of `rows`, lines of `size` bytes; the reader is behind them then."""
         self._position += size
         self._number += len(rows)
         self.head = rows[-1][5].decode()
-        return batch_of(rows)
+        return make_record_batch(rows)
 
     def _lines(self, end: int | None) -> Iterator[bytes]:
         """Whole lines from the reader's place on, of those that begin before byte `end`. The place stays as it is."""
         if not self._path.exists():
             return
-        with refusing(self._path, _RESTORE), open_regular(self._path) as file:
+        with config_error_context(self._path, _RESTORE), open_regular_file(self._path) as file:
             if file.seek(0, os.SEEK_END) < self._position:
                 hint = "the journal is shorter than when it was last read; restore the file"
                 raise ConfigError([Problem(str(self._path), self._position, hint)])
             position = file.seek(self._position)
-            for line in lines_within(file, _LONGEST):
+            for line in read_bounded_lines(file, _LONGEST):
                 if not line.endswith(b"\n") or (end is not None and position >= end):
                     return
                 position += len(line)
@@ -145,7 +151,7 @@ class JournalReader:
 
     def _checked(self, line: bytes, number: int, head: str) -> Record:
         """The record of `line`, which must be chained to `head`."""
-        if is_linked(line, head):
+        if is_chained(line, head):
             found = _parse_plain(line)
             if found is not None:
                 self._insist(found, number)
@@ -160,9 +166,9 @@ class JournalReader:
     def _insist(self, record: Record, number: int) -> None:
         try:
             self._check(record)
-        except Malformed as error:
+        except MalformedFileError as error:
             hint = f"{_RESTORE}, or read it with the version of Shoestring that wrote it"
-            raise ConfigError([error.problem(f"{self._path}:{number}", hint)]) from error
+            raise ConfigError([error.to_problem(f"{self._path}:{number}", hint)]) from error
 
 
 def _parse_plain(line: bytes) -> Record | None:
@@ -186,8 +192,8 @@ _DECODER = json.JSONDecoder(parse_constant=_no_number)
 _HASH = re.compile(rb',"hash":"([0-9a-f]{64})"|"hash":"([0-9a-f]{64})",?')
 
 
-def is_linked(line: bytes, head: str) -> bool:
-    """Whether `line` is as `Journal` writes it and chained to `head`; parsing it would take thrice as long."""
+def is_chained(line: bytes, head: str) -> bool:
+    """Whether `line` is as `JournalWriter` writes it and chained to `head`; parsing it would take thrice as long."""
     found = _HASH.search(line)
     if found is None:
         return False
@@ -195,16 +201,16 @@ def is_linked(line: bytes, head: str) -> bool:
     return hashlib.sha256(head.encode() + content).hexdigest().encode() in found.groups()
 
 
-def is_place_of(path: Path, place: JournalPosition) -> bool:
+def is_valid_position(path: Path, place: JournalPosition) -> bool:
     """Whether the record before `place` is the one that ends there in the journal at `path`."""
     if place.position == 0:
         return place == JournalPosition()
     try:
-        with open_regular(path) as file:
+        with open_regular_file(path) as file:
             begin = max(0, place.position - _LONGEST)
             file.seek(begin)
             last = file.read(place.position - begin)
-    except (OSError, Malformed):
+    except (OSError, MalformedFileError):
         return False
     if len(last) != place.position - begin or not last.endswith(b"\n"):
         return False
@@ -216,21 +222,21 @@ _LONGEST = 2**20
 """Bytes of a record, at most."""
 
 
-def holds_record(path: Path, head: str) -> bool:
-    """Whether the journal at `path` has a record with this hash. Raises `ConfigError` like `holds`."""
-    return holds(path, f'"hash":"{head}"'.encode())
+def contains_record(path: Path, head: str) -> bool:
+    """Whether the journal at `path` has a record with this hash. Raises `ConfigError` like `contains_any`."""
+    return contains_any(path, f'"hash":"{head}"'.encode())
 
 
-def holds(path: Path, *words: bytes) -> bool:
+def contains_any(path: Path, *words: bytes) -> bool:
     """Whether any of `words`, none longer than 1 MiB, is in the file of lines at `path`, which is not parsed.
 
     Raises `ConfigError` where it cannot be read, or has a line of more than `MAX_LINE_BYTES`.
     """
     if not path.is_file():
         return False
-    with refusing(path, _RESTORE), open_regular(path) as file:
+    with config_error_context(path, _RESTORE), open_regular_file(path) as file:
         rest = b""
-        for chunk in chunks_of_lines(file):
+        for chunk in read_line_blocks(file):
             if any(word in rest + chunk for word in words):
                 return True
             rest = chunk[-_LONGEST:]
@@ -240,8 +246,8 @@ def holds(path: Path, *words: bytes) -> bool:
 def _parse(line: str) -> Record:
     """The object on `line`, or an empty one, which no chain contains."""
     try:
-        return parse_json(line).mapping()
-    except Malformed:
+        return parse_json(line).as_mapping()
+    except MalformedFileError:
         return {}
 
 
@@ -253,7 +259,7 @@ def _canonical(content: Mapping[str, Any]) -> str:
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-class Journal:
+class JournalWriter:
     """The one writer of a journal. Raises `ConfigError` when the chain is broken or another writer holds the file.
 
     A record survives the death of its writer as soon as `append` returns, and that of the machine within
@@ -266,7 +272,7 @@ class Journal:
         path: Path,
         *,
         sync_seconds: float = 0.0,
-        backlog_bytes: int = BACKLOG_BYTES,
+        backlog_bytes: int = MAX_BACKLOG_BYTES,
         find_head: Callable[[], str] | None = None,
     ) -> None:
         """`find_head` returns the hash of the last record, once the file ends with a whole line.
@@ -278,33 +284,33 @@ class Journal:
         self._synced_at = time.monotonic()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            refuse_links(path)
+            raise_if_not_regular_file(path)
             self._lock = path.open("ab", buffering=0)
         except OSError as error:
             raise _no_room(path, error.strerror) from error
         try:
-            lock_or_refuse(self._lock.fileno(), str(path), None, _HELD)
-            cut_torn_line(path)
+            acquire_exclusive_lock(self._lock.fileno(), str(path), None, _HELD)
+            truncate_partial_line(path)
             self._head = _last_hash(path) if find_head is None else find_head()
-            self._writer = LineWriter(path, backlog_bytes=backlog_bytes)
+            self._writer = LineWriter(path, max_backlog_bytes=backlog_bytes)
         except BaseException:
             self._lock.close()
             raise
 
     @property
-    def waiting(self) -> int:
+    def pending_records(self) -> int:
         """Records that are not in the file yet."""
-        return self._writer.waiting
+        return self._writer.pending_lines
 
     @property
-    def failure(self) -> str | None:
+    def write_error(self) -> str | None:
         """Why records wait; None where none does."""
-        return self._writer.failure
+        return self._writer.write_error
 
     @property
-    def is_removed(self) -> bool:
+    def is_file_removed(self) -> bool:
         """Whether the file has no name any more."""
-        return self._writer.is_removed
+        return self._writer.is_deleted
 
     def append(self, content: Mapping[str, Any]) -> bool:
         """Write `content`, which has no key `hash`, as one line; return False where no memory is left for it to wait.
@@ -319,16 +325,16 @@ class Journal:
             self.sync()
         return True
 
-    def insist(self) -> None:
+    def require_written(self) -> None:
         """Raise `ConfigError` where the disk has not taken every record so far."""
-        if self._writer.waiting:
-            reason = self._writer.failure
+        if self._writer.pending_lines:
+            reason = self._writer.write_error
             self.close()
             raise _no_room(self._path, reason)
 
     def sync(self) -> None:
         """Bring what was appended to the disk, as far as the disk takes it."""
-        self._writer.sync()
+        self._writer.fsync()
         self._synced_at = time.monotonic()
 
     def close(self) -> None:
@@ -339,7 +345,7 @@ class Journal:
 
 def _last_hash(path: Path) -> str:
     reader = JournalReader(path)
-    for _ in reader.stream():
+    for _ in reader.stream_records():
         pass
     return reader.head
 
@@ -347,11 +353,11 @@ def _last_hash(path: Path) -> str:
 _HELD = "another process is writing this journal: the run is already going on; wait for it or stop it"
 
 
-def refuse_if_held(path: Path) -> None:
+def refuse_if_locked(path: Path) -> None:
     """Raise `ConfigError` while another process writes the journal at `path`; nothing is made or changed."""
     if path.is_file():
         with path.open("rb") as file:
-            lock_or_refuse(file.fileno(), str(path), None, _HELD)
+            acquire_exclusive_lock(file.fileno(), str(path), None, _HELD)
 
 
 def _no_room(path: Path, reason: str | None) -> ConfigError:

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...comm.errors import Problem, refuse_if_any
-from ...comm.files.access import refusing
+from ...comm.errors import Problem, raise_if_any
+from ...comm.files.access import config_error_context
 from ...comm.files.strict_yaml import read_yaml
-from .journal import holds_record
+from .journal import contains_record
 from .summary import LedgerReader, LedgerSummary
-from .terms import PUBLISHED_GPU_HOURS, WORK_FILE, gpu_hours
+from .terms import PUBLISHED_GPU_HOURS, WORK_FILE, to_gpu_hours
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class Project:
     @staticmethod
     def read(path: Path) -> Project:
         """The project in the file at `path`. Raises `ConfigError` with all that is wrong with it."""
-        with refusing(path, "it cannot be read as a project; correct it"):
+        with config_error_context(path, "it cannot be read as a project; correct it"):
             tree = read_yaml(path)
         budgets, runs = (tree.get(key) for key in ("gpu_hours", "runs")) if isinstance(tree, dict) else (None, None)
-        refuse_if_any(_problems(path, tree, budgets, runs))
+        raise_if_any(_problems(path, tree, budgets, runs))
         assert isinstance(budgets, dict) and isinstance(runs, list)  # noqa: PT018
         directories = [Path(os.path.realpath(path.parent / run)) for run in runs]
         return Project(path, {str(phase): float(hours) for phase, hours in budgets.items()}, directories)
 
-    def has(self, run_dir: Path) -> bool:
+    def has_run(self, run_dir: Path) -> bool:
         """Whether `run_dir` is one of its runs."""
         return Path(os.path.realpath(run_dir)) in self.runs
 
@@ -81,19 +81,19 @@ class ProjectReader:
         self.project = project
         self._readers = {run: LedgerReader(run) for run in project.runs}
 
-    def summaries(self) -> dict[Path, LedgerSummary]:
+    def summarize_runs(self) -> dict[Path, LedgerSummary]:
         """Of every run that has a ledger. Raises `ConfigError` where one is broken."""
         there = {run: reader for run, reader in self._readers.items() if (run / WORK_FILE).parent.is_dir()}
-        return {run: reader.summary() for run, reader in there.items()}
+        return {run: reader.summarize() for run, reader in there.items()}
 
-    def left(self, phase: str, run_dir: Path) -> float:
+    def gpu_hours_left(self, phase: str, run_dir: Path) -> float:
         """GPU-hours of the phase's budget that the runs other than `run_dir` have left."""
         spent_ms = sum(
-            summary.by_phase.get(phase, 0)
-            for run, summary in self.summaries().items()
+            summary.gpu_ms_by_phase.get(phase, 0)
+            for run, summary in self.summarize_runs().items()
             if run != Path(os.path.realpath(run_dir))
         )
-        return max(0.0, self.project.gpu_hours.get(phase, 0.0) - gpu_hours(spent_ms))
+        return max(0.0, self.project.gpu_hours.get(phase, 0.0) - to_gpu_hours(spent_ms))
 
 
 @dataclass(frozen=True)
@@ -101,24 +101,24 @@ class ProjectTotals:
     """What a project has cost. What a run has inherited is counted in the run that it comes from, if that is here."""
 
     allocated_ms: int
-    by_phase: Mapping[str, int]
+    gpu_ms_by_phase: Mapping[str, int]
     tokens_by_phase: Mapping[str, int]
     """Retained by steps of these runs; no token that was inherited is counted again."""
-    foreign_ms: int
+    inherited_from_others_ms: int
     """Inherited from runs that are not in the project."""
 
     @staticmethod
-    def of(project: Project, summaries: Mapping[Path, LedgerSummary]) -> ProjectTotals:
+    def from_summaries(project: Project, summaries: Mapping[Path, LedgerSummary]) -> ProjectTotals:
         """Their sum."""
         by_phase = dict.fromkeys(PUBLISHED_GPU_HOURS, 0)
         tokens = dict.fromkeys(PUBLISHED_GPU_HOURS, 0)
         foreign_ms = 0
         for summary in summaries.values():
-            for phase, spent_ms in summary.by_phase.items():
+            for phase, spent_ms in summary.gpu_ms_by_phase.items():
                 by_phase[phase] += spent_ms
             for phase, retained in summary.tokens_by_phase.items():
                 tokens[phase] += retained
             head = summary.inherited_head
-            if head is not None and not any(holds_record(run / WORK_FILE, head) for run in summaries):
+            if head is not None and not any(contains_record(run / WORK_FILE, head) for run in summaries):
                 foreign_ms += summary.inherited_ms
         return ProjectTotals(sum(by_phase.values()), by_phase, tokens, foreign_ms)

@@ -2,7 +2,7 @@
 
 Slurm: the output of `sacct -X -P --format=JobID,Start,End,ElapsedRaw,AllocTRES`, more columns are welcome. Not yet
 compared with a cluster that accounts for GPUs (`gres/gpu` in AllocTRES).
-Invoices: CSV with a row for each charge; the columns `gpu_hours` and `amount` go by whatever names they are given.
+Invoices: CSV with a row for each charge; the columns `to_gpu_hours` and `amount` go by whatever names they are given.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 from rich.table import Table
 
 from ...comm.errors import ConfigError, Problem
-from ...comm.files.access import read_text, refusing
-from .render import hours
+from ...comm.files.access import config_error_context, read_text
+from .render import format_gpu_hours
 from .summary import LedgerSummary
-from .terms import gpu_hours
+from .terms import to_gpu_hours
 
 _SACCT = ("JobID", "ElapsedRaw", "AllocTRES")
 _GPUS = re.compile(r"(?:^|,)gres/gpu=([0-9]{1,9})(?:,|$)")
@@ -39,7 +39,7 @@ class ReconciliationLine:
 
 
 @dataclass(frozen=True)
-class Job:
+class SchedulerJob:
     """A job as the scheduler accounts for it."""
 
     name: str
@@ -47,7 +47,7 @@ class Job:
     seconds: int
 
 
-def read_sacct(path: Path) -> list[Job]:
+def read_sacct_jobs(path: Path) -> list[SchedulerJob]:
     """The jobs in a file of sacct's output, without their steps. Raises `ConfigError` with what is wrong in it."""
     rows = _rows(path, "|", _SACCT)
     jobs, problems = [], []
@@ -60,13 +60,13 @@ def read_sacct(path: Path) -> list[Job]:
         elif not re.fullmatch(r"[0-9]{1,15}", row["ElapsedRaw"]):
             problems.append(Problem(f"{path}:{number}, ElapsedRaw", row["ElapsedRaw"], "must be whole seconds"))
         else:
-            jobs.append(Job(row["JobID"], int(gpus[1]), int(row["ElapsedRaw"])))
+            jobs.append(SchedulerJob(row["JobID"], int(gpus[1]), int(row["ElapsedRaw"])))
     if problems:
         raise ConfigError(problems)
     return jobs
 
 
-def reconcile_jobs(summary: LedgerSummary, jobs: Sequence[Job]) -> list[ReconciliationLine]:
+def reconcile_jobs(summary: LedgerSummary, jobs: Sequence[SchedulerJob]) -> list[ReconciliationLine]:
     """From what the jobs held to what the ledger has allocated; the differences add up to what lies between.
 
     A launch belongs to the job that it was started in. In a job, the ranks may be fewer than the GPUs, and the time
@@ -74,7 +74,7 @@ def reconcile_jobs(summary: LedgerSummary, jobs: Sequence[Job]) -> list[Reconcil
     """
     lines = [ReconciliationLine("scheduler", sum(job.gpus * job.seconds * 1000 for job in jobs))]
     for job in jobs:
-        held = [launch for launch in summary.held if launch.job == job.name]
+        held = [launch for launch in summary.attempt_usages if launch.job == job.name]
         whole_ms = job.gpus * job.seconds * 1000
         if not held:
             lines.append(ReconciliationLine(f"job {job.name}: no launch of this run", -whole_ms, True))
@@ -87,7 +87,7 @@ def reconcile_jobs(summary: LedgerSummary, jobs: Sequence[Job]) -> list[Reconcil
         around = f"job {job.name}: before, between and after its launches"
         lines.append(ReconciliationLine(around, lasted_ms * job.gpus - whole_ms, True))
     named = {job.name for job in jobs}
-    for launch in summary.held:
+    for launch in summary.attempt_usages:
         if launch.job not in named:
             where = "outside of any job" if launch.job is None else f"job {launch.job} is not in the accounting"
             lines.append(ReconciliationLine(f"launch {launch.attempt}: {where}", launch.gpu_ms, True))
@@ -104,7 +104,7 @@ class Invoice:
 
 
 def read_invoice(path: Path, columns: Mapping[str, str]) -> Invoice:
-    """The sums of the CSV at `path`; `columns` says what it calls `gpu_hours` and `amount`. Raises `ConfigError`."""
+    """The sums of the CSV at `path`; `columns` says what it calls `to_gpu_hours` and `amount`. Raises `ConfigError`."""
     names = {key: columns.get(key, key) for key in ("gpu_hours", "amount")}
     rows = _rows(path, ",", tuple(names.values()))
     sums, problems = dict.fromkeys(names, 0.0), []
@@ -134,18 +134,18 @@ def reconcile_invoice(summary: LedgerSummary, invoice: Invoice) -> list[Reconcil
     ]
 
 
-def render_lines(title: str, lines: Sequence[ReconciliationLine]) -> Table:
+def render_reconciliation(title: str, lines: Sequence[ReconciliationLine]) -> Table:
     """One table; the lines between the first and the last are what lies between the two."""
     table = Table(title=title, title_justify="left")
     table.add_column("line")
     table.add_column("GPU-hours", justify="right")
     for line in lines:
         sign = "+" if line.is_difference and line.gpu_ms > 0 else ""
-        table.add_row(line.name, sign + hours(gpu_hours(line.gpu_ms)))
+        table.add_row(line.name, sign + format_gpu_hours(to_gpu_hours(line.gpu_ms)))
     return table
 
 
-def invoice_price(invoice: Invoice, usd_per_gpu_hour: float) -> str:
+def describe_invoice_price(invoice: Invoice, usd_per_gpu_hour: float) -> str:
     """What the invoice charges beside the price that the bill is made with."""
     each = invoice.amount / invoice.gpu_hours if invoice.gpu_hours else 0.0
     expected = invoice.gpu_hours * usd_per_gpu_hour
@@ -155,7 +155,7 @@ def invoice_price(invoice: Invoice, usd_per_gpu_hour: float) -> str:
 
 def _rows(path: Path, delimiter: str, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """Rows below a header, numbered as lines of the file."""
-    with refusing(path, "name another file"):
+    with config_error_context(path, "name another file"):
         lines = read_text(path, _MOST_BYTES).removeprefix("\ufeff").splitlines()
     reader = csv.DictReader(lines, delimiter=delimiter)
     try:

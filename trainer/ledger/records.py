@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from ...comm.files.strict_json import LARGEST, Item, Malformed
+from ...comm.files.strict_json import MAX_INTEGER, JsonValue, MalformedFileError
 from .journal import JournalReader, Record
-from .terms import BUCKETS, PUBLISHED_GPU_HOURS, TERMS
+from .terms import LEDGER_BUCKETS, PUBLISHED_GPU_HOURS, STEP_TIME_TERMS
 
 _MOST_RANKS = 10**7
 _WHOLE = (
@@ -42,25 +42,25 @@ _MOST = 2**53
 """Of a count or a time: a sum of a million of them still fits every integer that a reader may use."""
 
 
-def read_records(path: Path) -> list[Record]:
+def read_checked_records(path: Path) -> list[Record]:
     """The records of a ledger's journal, each checked. Raises `ConfigError` as `read_journal` does, or by a value."""
     return JournalReader(path, check=check_record).new_records()
 
 
 def check_record(record: Record) -> None:
-    """Raise `Malformed` for a record without what its kind needs, or with a value of another type or range."""
+    """Raise `MalformedFileError` for a record without what its kind needs, or with a value of another type or range."""
     kind = record.get("kind")
     needed = _KEYS.get(kind) if type(kind) is str else None
     if needed is not None and _is_right(record, needed):
         return  # of a long run there are a million
-    _find(Item(record), needed)
+    _find(JsonValue(record), needed)
 
 
 def _is_right(record: Record, needed: tuple[str, ...]) -> bool:
     """The same without words for what is wrong; a `False` may be about a rare kind."""
     for key in ("wall_ns", "monotonic_ns"):
         value = record.get(key)
-        if type(value) is not int or not -LARGEST <= value <= LARGEST:
+        if type(value) is not int or not -MAX_INTEGER <= value <= MAX_INTEGER:
             return False
     if type(record.get("attempt")) is not str or type(record.get("boot")) is not str:
         return False
@@ -71,40 +71,40 @@ def _is_right(record: Record, needed: tuple[str, ...]) -> bool:
     return True
 
 
-def _find(item: Item, needed: tuple[str, ...] | None) -> None:
-    item["kind"].text()
+def _find(item: JsonValue, needed: tuple[str, ...] | None) -> None:
+    item["kind"].as_string()
     for key in needed or ():
         _check(item, key)
     for key in ("wall_ns", "monotonic_ns"):
-        item[key].whole(-LARGEST)  # a wall clock may be set to anything
+        item[key].as_integer(-MAX_INTEGER)  # a wall clock may be set to anything
     for key in ("attempt", "boot"):
-        item[key].text()
+        item[key].as_string()
     for key in ("job", "from_allocation_head"):
         if item.get(key) is not None:
-            item[key].text()
+            item[key].as_string()
 
 
-def _check(item: Item, key: str) -> None:
+def _check(item: JsonValue, key: str) -> None:
     value = item[key]
     if key in _WHOLE:
-        value.whole(0, _MOST)
+        value.as_integer(0, _MOST)
     elif key == "ranks":
-        value.whole(1, _MOST_RANKS)
+        value.as_integer(1, _MOST_RANKS)
     elif key == "budget_gpu_hours":
-        if not value.number() > 0:
-            raise value.malformed("must be greater than 0")
+        if not value.as_number() > 0:
+            raise value.malformed_error("must be greater than 0")
     elif key == "phase":
-        if value.text() not in PUBLISHED_GPU_HOURS:
-            raise value.malformed(f"must be one of {', '.join(PUBLISHED_GPU_HOURS)}")
+        if value.as_string() not in PUBLISHED_GPU_HOURS:
+            raise value.malformed_error(f"must be one of {', '.join(PUBLISHED_GPU_HOURS)}")
     elif key == "bucket":
-        if value.text() not in BUCKETS:
-            raise value.malformed(f"must be one of {', '.join(BUCKETS)}")
+        if value.as_string() not in LEDGER_BUCKETS:
+            raise value.malformed_error(f"must be one of {', '.join(LEDGER_BUCKETS)}")
     elif key == "us":
-        for term in (*TERMS, "bubble"):
-            value[term].whole(-_MOST, _MOST)  # a clock that goes back gives a term below 0
+        for term in (*STEP_TIME_TERMS, "bubble"):
+            value[term].as_integer(-_MOST, _MOST)  # a clock that goes back gives a term below 0
     elif key == "clean":
-        value.flag()
+        value.as_boolean()
     elif key == "from_head":
-        value.text()
+        value.as_string()
     else:
-        raise Malformed(key, None, "is not known")  # a key of `_KEYS` without a rule
+        raise MalformedFileError(key, None, "is not known")  # a key of `_KEYS` without a rule

@@ -8,16 +8,16 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from ..telemetry.describe import metric
+from ..telemetry.describe import format_si
 from .project import Project, ProjectTotals
 from .summary import LedgerSummary
 from .terms import (
-    BUCKETS,
+    LEDGER_BUCKETS,
     PUBLISHED_GPU_HOURS,
     PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS,
     PUBLISHED_TOTAL_GPU_HOURS,
     PUBLISHED_USD_PER_GPU_HOUR,
-    gpu_hours,
+    to_gpu_hours,
 )
 
 TERM_MEANINGS = {
@@ -32,7 +32,7 @@ TERM_MEANINGS = {
     "optimizer": "updating the weights",
     "other": "the rest of the step",
 }
-REPORT_NAMES = {
+PAPER_TERM_MEANINGS = {
     "1F": "F",
     "bubble": "of edge wait: what the schedule has by itself (derived)",
     "imbalance": "the rest of edge wait (derived)",
@@ -43,52 +43,52 @@ REPORT_NAMES = {
 }
 
 
-def render(summary: LedgerSummary, usd_per_gpu_hour: float = PUBLISHED_USD_PER_GPU_HOUR) -> RenderableType:
+def render_ledger(summary: LedgerSummary, usd_per_gpu_hour: float = PUBLISHED_USD_PER_GPU_HOUR) -> RenderableType:
     """`summary` as tables: where the time went, what productive time was, and how that stands beside the budgets."""
     parts = [_spending(summary), *_productive(summary), _comparison(summary, usd_per_gpu_hour)]
     return Group(*parts)
 
 
 def _spending(summary: LedgerSummary) -> Table:
-    state = "still open, up to its last sign of life" if summary.running else "closed"
-    parts = [_plural(summary.attempts, "launch", "launches")]
-    if summary.segments > summary.attempts:
+    state = "still open, up to its last sign of life" if summary.is_running else "closed"
+    parts = [_plural(summary.num_attempts, "launch", "launches")]
+    if summary.segments > summary.num_attempts:
         parts.append(f"{summary.segments} segments")
     table = _table(f"{summary.phase}: {', '.join(parts)}, the last {state}", "One rank is one GPU, also on CPU.")
 
     def row(name: str, milliseconds: int, meaning: str) -> None:
-        share = percent(milliseconds / summary.allocated_ms) if summary.allocated_ms else "-"
-        table.add_row(name.replace("_", " "), hours(gpu_hours(milliseconds)), share, meaning)
+        share = format_percent(milliseconds / summary.allocated_ms) if summary.allocated_ms else "-"
+        table.add_row(name.replace("_", " "), format_gpu_hours(to_gpu_hours(milliseconds)), share, meaning)
 
     row("productive", summary.productive_ms, f"{_plural(summary.steps_retained, 'step', 'steps')} in the weights")
     row("rolled_back", summary.rolled_back_ms, "steps undone by a crash")
-    for bucket, milliseconds in summary.buckets.items():
-        row(bucket, milliseconds, BUCKETS[bucket])
+    for bucket, milliseconds in summary.gpu_ms_by_bucket.items():
+        row(bucket, milliseconds, LEDGER_BUCKETS[bucket])
     row("unknown", summary.unknown_ms, "charged to nothing")
     table.add_section()
     row("allocated", summary.allocated_ms, "all of the above")
     if summary.inherited_ms:
-        inherited = hours(gpu_hours(summary.inherited_ms))
+        inherited = format_gpu_hours(to_gpu_hours(summary.inherited_ms))
         table.add_row("inherited", inherited, "", "spent on the checkpoint it started from")
-        table.add_row("total", hours(summary.gpu_hours), "", "allocated and inherited")
+        table.add_row("total", format_gpu_hours(summary.gpu_hours), "", "allocated and inherited")
     return table
 
 
 def _productive(summary: LedgerSummary) -> Iterator[Table]:
     """The ledger's terms, and the same under the names of the report."""
-    if not summary.terms:
+    if not summary.gpu_ms_by_term:
         return
     looks = _plural(summary.sampled_steps, "step", "steps")
     views = (
-        ("productive time", summary.terms, TERM_MEANINGS, f"From {looks} looked at on all ranks."),
-        ("the same under the report's names", summary.report_view, TERM_MEANINGS | REPORT_NAMES, None),
+        ("productive time", summary.gpu_ms_by_term, TERM_MEANINGS, f"From {looks} looked at on all ranks."),
+        ("the same under the report's names", summary.gpu_ms_by_paper_term, TERM_MEANINGS | PAPER_TERM_MEANINGS, None),
     )
     for title, parts, meanings, caption in views:
         table = _table(title, caption)
         for name, milliseconds in parts.items():
-            share = percent(milliseconds / max(1, summary.productive_ms))
-            shown = name if name in REPORT_NAMES else name.replace("_", " ")
-            table.add_row(shown, hours(gpu_hours(milliseconds)), share, meanings[name])
+            share = format_percent(milliseconds / max(1, summary.productive_ms))
+            shown = name if name in PAPER_TERM_MEANINGS else name.replace("_", " ")
+            table.add_row(shown, format_gpu_hours(to_gpu_hours(milliseconds)), share, meanings[name])
         yield table
 
 
@@ -112,15 +112,19 @@ def _plain() -> Table:
 def _comparison(summary: LedgerSummary, usd_per_gpu_hour: float) -> Table:
     table = _plain()
     spent, rate = summary.gpu_hours, summary.gpu_hours_per_trillion_tokens
-    table.add_row("cost", f"{hours(spent)} GPU-hours", usd(spent, usd_per_gpu_hour))
-    table.add_row("goodput", percent(summary.goodput), "of what was allocated is in the weights")
-    table.add_row("telemetry", percent(summary.telemetry_share), "of the time of steps")
-    table.add_row("this run's budget", percent(summary.budget_share), f"of {hours(summary.budget_gpu_hours)} GPU-hours")
+    table.add_row("cost", f"{format_gpu_hours(spent)} GPU-hours", format_usd(spent, usd_per_gpu_hour))
+    table.add_row("goodput", format_percent(summary.goodput), "of what was allocated is in the weights")
+    table.add_row("telemetry", format_percent(summary.telemetry_share), "of the time of steps")
+    table.add_row(
+        "this run's budget",
+        format_percent(summary.budget_share),
+        f"of {format_gpu_hours(summary.budget_gpu_hours)} GPU-hours",
+    )
     table.add_row("tokens retained", f"{summary.tokens_retained:,}", f"of {summary.tokens_consumed:,} consumed")
     _add_headline(table, rate)
-    for phase, spent_ms in summary.by_phase.items():
+    for phase, spent_ms in summary.gpu_ms_by_phase.items():
         _add_phase(
-            table, phase, gpu_hours(spent_ms) + (gpu_hours(summary.inherited_ms) if phase == summary.phase else 0)
+            table, phase, to_gpu_hours(spent_ms) + (to_gpu_hours(summary.inherited_ms) if phase == summary.phase else 0)
         )
     _add_whole(table, spent)
     return table
@@ -135,12 +139,12 @@ def _add_headline(table: Table, rate: float | None) -> None:
 def _add_phase(table: Table, phase: str, spent: float) -> None:
     published = PUBLISHED_GPU_HOURS[phase]
     name = phase.replace("_", " ")
-    table.add_row(f"DeepSeek-V3's {name}", percent(spent / published), f"of {published:,} H800 GPU-hours")
+    table.add_row(f"DeepSeek-V3's {name}", format_percent(spent / published), f"of {published:,} H800 GPU-hours")
 
 
 def _add_whole(table: Table, spent: float) -> None:
     whole = PUBLISHED_TOTAL_GPU_HOURS
-    table.add_row("DeepSeek-V3 in all", percent(spent / whole), f"of {whole:,} GPU-hours")
+    table.add_row("DeepSeek-V3 in all", format_percent(spent / whole), f"of {whole:,} GPU-hours")
 
 
 def render_what_if(summary: LedgerSummary, tokens: float, gpus: int, usd_per_gpu_hour: float) -> RenderableType:
@@ -149,17 +153,17 @@ def render_what_if(summary: LedgerSummary, tokens: float, gpus: int, usd_per_gpu
     A price of these ranks and of this model: it says what a run like this one costs, not one on other hardware.
     """
     table = Table(
-        title=f"{metric(tokens)} tokens on {gpus:,} GPUs, each as fast as a rank of this run", title_justify="left"
+        title=f"{format_si(tokens)} tokens on {gpus:,} GPUs, each as fast as a rank of this run", title_justify="left"
     )
     table.add_column("at the price of")
     for name in ("GPU-hours", "days", "cost", "per trillion tokens"):
         table.add_column(name, justify="right")
-    for name, needed in what_if(summary, tokens).items():
+    for name, needed in what_if_gpu_hours(summary, tokens).items():
         table.add_row(
             name,
-            hours(needed),
+            format_gpu_hours(needed),
             f"{needed / gpus / 24:,.1f}",
-            usd(needed, usd_per_gpu_hour),
+            format_usd(needed, usd_per_gpu_hour),
             f"{needed / tokens * 1e12:,.0f}",
         )
     published = PUBLISHED_GPU_HOURS["pre_train"]
@@ -167,13 +171,13 @@ def render_what_if(summary: LedgerSummary, tokens: float, gpus: int, usd_per_gpu
         "DeepSeek-V3's pre-training, 14.8 T tokens",
         f"{published:,}",
         f"{published / gpus / 24:,.1f}",
-        usd(published, PUBLISHED_USD_PER_GPU_HOUR),
+        format_usd(published, PUBLISHED_USD_PER_GPU_HOUR),
         f"{PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS:,}",
     )
     return table
 
 
-def what_if(summary: LedgerSummary, tokens: float) -> dict[str, float]:
+def what_if_gpu_hours(summary: LedgerSummary, tokens: float) -> dict[str, float]:
     """GPU-hours of `tokens` by what they are priced at; nothing before the first step."""
     found = {}
     if summary.step_ms_per_token is not None:
@@ -187,7 +191,7 @@ def render_project(
     project: Project, summaries: Mapping[Path, LedgerSummary], usd_per_gpu_hour: float
 ) -> RenderableType:
     """A project: its runs, what is left of the budget of each phase, and the published figures beside."""
-    totals = ProjectTotals.of(project, summaries)
+    totals = ProjectTotals.from_summaries(project, summaries)
     runs = Table(title=f"{project.path}: {_plural(len(project.runs), 'run', 'runs')}", title_justify="left")
     for name in ("run", "phase", "GPU-hours", "goodput", "tokens retained"):
         runs.add_column(name, justify="left" if name in ("run", "phase") else "right")
@@ -198,43 +202,49 @@ def render_project(
     phases = Table(title="budget by phase", title_justify="left")
     for name in ("phase", "GPU-hours", "budget", "left", "of the budget", "DeepSeek-V3"):
         phases.add_column(name, justify="left" if name == "phase" else "right")
-    for phase, spent_ms in totals.by_phase.items():
-        budget, spent = project.gpu_hours.get(phase), gpu_hours(spent_ms)
+    for phase, spent_ms in totals.gpu_ms_by_phase.items():
+        budget, spent = project.gpu_hours.get(phase), to_gpu_hours(spent_ms)
         if budget is None and not spent:
             continue
         of_budget = (
-            ("-", "-", "-") if budget is None else (hours(budget), hours(budget - spent), percent(spent / budget))
+            ("-", "-", "-")
+            if budget is None
+            else (format_gpu_hours(budget), format_gpu_hours(budget - spent), format_percent(spent / budget))
         )
-        phases.add_row(phase.replace("_", " "), hours(spent), *of_budget, f"{PUBLISHED_GPU_HOURS[phase]:,}")
-    table, spent = _plain(), gpu_hours(totals.allocated_ms)
+        phases.add_row(phase.replace("_", " "), format_gpu_hours(spent), *of_budget, f"{PUBLISHED_GPU_HOURS[phase]:,}")
+    table, spent = _plain(), to_gpu_hours(totals.allocated_ms)
     tokens = totals.tokens_by_phase["pre_train"]
-    table.add_row("cost", f"{hours(spent)} GPU-hours", usd(spent, usd_per_gpu_hour))
-    if totals.foreign_ms:
-        table.add_row("inherited", f"{hours(gpu_hours(totals.foreign_ms))} GPU-hours", "from runs that are not in it")
-    _add_headline(table, gpu_hours(totals.by_phase["pre_train"]) / tokens * 1e12 if tokens else None)
+    table.add_row("cost", f"{format_gpu_hours(spent)} GPU-hours", format_usd(spent, usd_per_gpu_hour))
+    if totals.inherited_from_others_ms:
+        table.add_row(
+            "inherited",
+            f"{format_gpu_hours(to_gpu_hours(totals.inherited_from_others_ms))} GPU-hours",
+            "from runs that are not in it",
+        )
+    _add_headline(table, to_gpu_hours(totals.gpu_ms_by_phase["pre_train"]) / tokens * 1e12 if tokens else None)
     _add_whole(table, spent)
     return Group(runs, phases, table)
 
 
 def _run_cells(summary: LedgerSummary) -> tuple[str, str, str, str]:
     own_tokens = sum(summary.tokens_by_phase.values())
-    spent = hours(gpu_hours(summary.allocated_ms))
-    return summary.phase.replace("_", " "), spent, percent(summary.goodput), f"{own_tokens:,}"
+    spent = format_gpu_hours(to_gpu_hours(summary.allocated_ms))
+    return summary.phase.replace("_", " "), spent, format_percent(summary.goodput), f"{own_tokens:,}"
 
 
-def hours(value: float) -> str:
+def format_gpu_hours(value: float) -> str:
     """GPU-hours with digits that fit their size; four decimals are a third of a GPU-second."""
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:,.2f}" if abs(value) >= 100 else f"{value:.4f}"
 
 
-def usd(spent: float, usd_per_gpu_hour: float) -> str:
+def format_usd(spent: float, usd_per_gpu_hour: float) -> str:
     """GPU-hours as money."""
     cost = spent * usd_per_gpu_hour
     shown = f"{cost:,.0f}" if cost >= 10_000 else f"{cost:,.2f}" if cost >= 1 else f"{cost:.4f}"
     return f"${shown} at ${usd_per_gpu_hour:g} each"
 
 
-def percent(share: float) -> str:
+def format_percent(share: float) -> str:
     """`share` of 1 in percent, with three digits however small it is."""
     return f"{100 * share:.1f} %" if share == 0 or share >= 0.001 else f"{100 * share:.2g} %"
 

@@ -16,14 +16,14 @@ from typing import Any
 from .batch import RecordBatch
 from .clock import Instant
 from .journal import Record
-from .retained import Retained
-from .terms import TERMS
+from .retained import RetainedSteps
+from .terms import STEP_TIME_TERMS
 
 
-class LaunchState(StrEnum):
+class AttemptState(StrEnum):
     """What a launch is doing as of its last record."""
 
-    EMPTY = "no rank 0 yet"
+    NOT_STARTED = "no rank 0 yet"
     STARTING = "on the way to its first step"
     RUNNING = "training"
     ENDED = "done"
@@ -39,12 +39,12 @@ class Attempt:
         self.job: str | None = opened.get("job")
         self.ranks: int = opened["ranks"]
         """GPUs held; another number from a life's beginning on closes a segment and opens the next."""
-        self.opened = Instant.of(opened)
+        self.opened = Instant.from_record(opened)
         self.closed = False
         """Whether the launcher has given the GPUs back, or a later one has found it dead."""
-        self.state = LaunchState.EMPTY
-        self.spent: Counter[str] = Counter()
-        """GPU-milliseconds of no step up to the last record of rank 0, by bucket, `unknown` and `FIRST_START`."""
+        self.state = AttemptState.NOT_STARTED
+        self.gpu_ms_by_bucket: Counter[str] = Counter()
+        """GPU-milliseconds of no step up to the last record of rank 0, by bucket, `unknown` and `FIRST_START_BUCKET`."""
         self.segments = 1
         self._held_ms = 0
         self._by_itself = opened["kind"] == "begin"
@@ -54,31 +54,31 @@ class Attempt:
         self._lives = 0
         self._sign: Instant | None = None
 
-    def sign(self, record: Mapping[str, object]) -> None:
+    def record_sign_of_life(self, record: Mapping[str, object]) -> None:
         """The GPUs were held at the instant of `record`."""
-        now = Instant.of(record)
+        now = Instant.from_record(record)
         if self._sign is None or now.ns_since(self._sign) > 0:
             self._sign = now
 
-    def replay(self, record: Record) -> None:
+    def replay_record(self, record: Record) -> None:
         """Apply one record of rank 0."""
         kind: str = record["kind"]
         charged_ms: int = record.get("gpu_ms", 0)
         free_ms = self._pass(record) * self.ranks - charged_ms
         if kind == "begin":
-            self._spend(free_ms, dying=self.state in (LaunchState.STARTING, LaunchState.RUNNING))
-            self.state = LaunchState.STARTING
+            self._spend(free_ms, dying=self.state in (AttemptState.STARTING, AttemptState.RUNNING))
+            self.state = AttemptState.STARTING
             self._lives += 1
             self.segments += record["ranks"] != self.ranks
             self.ranks = record["ranks"]
             return
         self._spend(free_ms, dying=kind == "end" and not record["clean"])
         if kind in ("interval", "skipped"):
-            self.spent[record.get("bucket", kind)] += charged_ms
+            self.gpu_ms_by_bucket[record.get("bucket", kind)] += charged_ms
         elif kind == "ready":
-            self.state = LaunchState.RUNNING
+            self.state = AttemptState.RUNNING
         elif kind == "end":
-            self.state = LaunchState.ENDED if record["clean"] else LaunchState.FAILED
+            self.state = AttemptState.ENDED if record["clean"] else AttemptState.FAILED
             self.closed = self.closed or self._by_itself
 
     def replay_batch(self, batch: RecordBatch) -> None:
@@ -88,10 +88,10 @@ class Attempt:
             first_ns = clock[0] - cursor["monotonic_ns"]
         else:
             first_ns = batch.first_wall_ns - cursor["wall_ns"]
-        free_ms = self._advance(max(0, first_ns) + _rises(clock)) * self.ranks - batch.charged_ms
-        self._cursor = batch.cursor()
+        free_ms = self._advance(max(0, first_ns) + _rises(clock)) * self.ranks - batch.total_gpu_ms
+        self._cursor = batch.last_instant()
         self._spend(free_ms, dying=False)
-        self.spent.update(batch.charged)
+        self.gpu_ms_by_bucket.update(batch.gpu_ms_by_bucket)
 
     def _pass(self, now: Record) -> int:
         """Whole milliseconds from the last record to `now`.
@@ -113,25 +113,25 @@ class Attempt:
 
     def _spend(self, gpu_ms: int, *, dying: bool) -> None:
         """Time that no record has charged."""
-        self.spent["hang" if dying else self._free_bucket()] += gpu_ms
+        self.gpu_ms_by_bucket["hang" if dying else self._free_bucket()] += gpu_ms
 
     def _free_bucket(self) -> str:
-        if self.state is LaunchState.EMPTY or (self.state is LaunchState.STARTING and self._lives == 1):
-            return FIRST_START
+        if self.state is AttemptState.NOT_STARTED or (self.state is AttemptState.STARTING and self._lives == 1):
+            return FIRST_START_BUCKET
         return _FREE[self.state]
 
-    def outcome(self, *, over: bool, heard: Instant | None) -> tuple[int, int, Counter[str]]:
+    def compute_usage(self, *, is_over: bool, last_heartbeat: Instant | None) -> tuple[int, int, Counter[str]]:
         """Milliseconds up to the last sign of life, GPU-milliseconds held, the buckets of those that no step has taken.
 
         `heard` is the launcher's last heartbeat. Nobody knows yet what a life is about that still goes on; one that is
         `over` without having said so has died.
         """
-        cursor = Instant.of(self._cursor)
-        latest_ns = max((sign.ns_since(cursor) for sign in (self._sign, heard) if sign is not None), default=0)
+        cursor = Instant.from_record(self._cursor)
+        latest_ns = max((sign.ns_since(cursor) for sign in (self._sign, last_heartbeat) if sign is not None), default=0)
         lasted_ms = (self._since_ns + latest_ns) // 1_000_000
         tail_ms = (lasted_ms - self._counted_ms) * self.ranks
-        died = over and self.state in (LaunchState.STARTING, LaunchState.RUNNING)
-        spent = self.spent.copy()
+        died = is_over and self.state in (AttemptState.STARTING, AttemptState.RUNNING)
+        spent = self.gpu_ms_by_bucket.copy()
         spent["hang" if died else self._free_bucket()] += tail_ms
         return lasted_ms, self._held_ms + tail_ms, spent
 
@@ -139,20 +139,30 @@ class Attempt:
         """As plain values."""
         kind, job = "begin" if self._by_itself else "open", {} if self.job is None else {"job": self.job}
         own = {"kind": kind, "attempt": self.name, "phase": self.phase, "ranks": self.ranks}
-        opened = {**own, **self.opened.stamp(), **job}
+        opened = {**own, **self.opened.to_record(), **job}
         tree = {name.removeprefix("_"): getattr(self, name) for name in _PLAIN}
         cursor = {key: self._cursor[key] for key in _INSTANT}
-        sign = None if self._sign is None else self._sign.stamp()
-        return tree | {"opened": opened, "state": self.state, "spent": dict(self.spent), "cursor": cursor, "sign": sign}
+        sign = None if self._sign is None else self._sign.to_record()
+        return tree | {
+            "opened": opened,
+            "state": self.state,
+            "spent": dict(self.gpu_ms_by_bucket),
+            "cursor": cursor,
+            "sign": sign,
+        }
 
     @staticmethod
-    def of_tree(tree: dict[str, Any]) -> Attempt:
+    def from_tree(tree: dict[str, Any]) -> Attempt:
         """Return the inverse of `to_tree`."""
         made = Attempt(tree["opened"])
         for name in _PLAIN:
             setattr(made, name, tree[name.removeprefix("_")])
-        made.state, made.spent, made._cursor = LaunchState(tree["state"]), Counter(tree["spent"]), tree["cursor"]
-        made._sign = None if tree["sign"] is None else Instant.of(tree["sign"])
+        made.state, made.gpu_ms_by_bucket, made._cursor = (
+            AttemptState(tree["state"]),
+            Counter(tree["spent"]),
+            tree["cursor"],
+        )
+        made._sign = None if tree["sign"] is None else Instant.from_record(tree["sign"])
         return made
 
 
@@ -163,13 +173,13 @@ def _rises(clock: Sequence[int]) -> int:
 
 _INSTANT = ("wall_ns", "monotonic_ns", "boot")
 _PLAIN = ("closed", "segments", "_held_ms", "_since_ns", "_counted_ms", "_lives")
-FIRST_START = "first start"
+FIRST_START_BUCKET = "first start"
 """A launch's first way to a step: `initialization`, or `recovery` if the launch before it has died."""
 _FREE = {
-    LaunchState.STARTING: "recovery",
-    LaunchState.RUNNING: "unknown",
-    LaunchState.ENDED: "idle",
-    LaunchState.FAILED: "recovery",
+    AttemptState.STARTING: "recovery",
+    AttemptState.RUNNING: "unknown",
+    AttemptState.ENDED: "idle",
+    AttemptState.FAILED: "recovery",
 }
 """Where time goes that no record has charged."""
 
@@ -178,7 +188,7 @@ _FREE = {
 class StepTally:
     """What became of the steps, in GPU-milliseconds and tokens, as of the last record replayed."""
 
-    retained: Retained = field(default_factory=Retained)
+    retained: RetainedSteps = field(default_factory=RetainedSteps)
     """Steps that the weights hold."""
     rolled_back_ms: int = 0
     tokens_consumed: int = 0
@@ -193,7 +203,7 @@ class StepTally:
     sampled_steps: int = 0
     _has_resumed: bool = False
 
-    def replay(self, record: Record, phase: str) -> None:
+    def replay_record(self, record: Record, phase: str) -> None:
         """Apply one record of the work journal, of a launch in `phase`."""
         kind = record["kind"]
         if kind == "step":
@@ -216,16 +226,16 @@ class StepTally:
             self.inherited_retained += record["from_tokens_retained"]
             self.inherited_head = record["from_head"]
         elif kind == "terms":
-            self.terms_us.update({term: record["us"][term] for term in (*TERMS, "bubble")})
+            self.terms_us.update({term: record["us"][term] for term in (*STEP_TIME_TERMS, "bubble")})
             self.sampled_us += record["step_us"]
             self.sampled_steps += 1
 
     def replay_batch(self, batch: RecordBatch, phase: str) -> None:
         """Apply the steps of a batch, of a launch in `phase`."""
-        self.tokens_consumed += sum(batch.tokens)
-        if self.retained.extend(batch.steps, batch.gpu_ms, batch.tokens, phase):
+        self.tokens_consumed += sum(batch.step_tokens)
+        if self.retained.extend(batch.steps, batch.step_gpu_ms, batch.step_tokens, phase):
             return
-        for step, gpu_ms, tokens in zip(batch.steps, batch.gpu_ms, batch.tokens, strict=True):
+        for step, gpu_ms, tokens in zip(batch.steps, batch.step_gpu_ms, batch.step_tokens, strict=True):
             self.roll_back_to(step - 1)
             self.retained.append(step, gpu_ms, tokens, phase)
 
@@ -233,19 +243,19 @@ class StepTally:
         """Steps after `step` have left the weights: what they cost was not productive after all."""
         self.rolled_back_ms += self.retained.roll_back_to(step)
 
-    def figures(self) -> dict[str, Any]:
-        """See `Retained.figures`."""
-        return {**self._sums(), "retained": self.retained.figures()}
+    def comparable_totals(self) -> dict[str, Any]:
+        """See `RetainedSteps.comparable_totals`."""
+        return {**self._sums(), "retained": self.retained.comparable_totals()}
 
     def to_tree(self) -> dict[str, Any]:
         """As plain values."""
         return {**self._sums(), "has_resumed": self._has_resumed, "retained": self.retained.to_tree()}
 
     @staticmethod
-    def of_tree(tree: dict[str, Any]) -> StepTally:
+    def from_tree(tree: dict[str, Any]) -> StepTally:
         """Return the inverse of `to_tree`."""
         own = {name: tree[name] for name in _SUMS}
-        own |= {"retained": Retained.of_tree(tree["retained"]), "terms_us": Counter(tree["terms_us"])}
+        own |= {"retained": RetainedSteps.from_tree(tree["retained"]), "terms_us": Counter(tree["terms_us"])}
         return StepTally(**own, _has_resumed=tree["has_resumed"])
 
     def _sums(self) -> dict[str, Any]:
@@ -258,7 +268,7 @@ _SUMS = (
 )
 
 
-class LateOpening(Exception):  # noqa: N818 -- says what happened
+class AttemptOpenedLate(Exception):  # noqa: N818 -- says what happened
     """A launch was opened after its work was seen, since a full disk has kept its opening: read all of it again."""
 
 
@@ -269,17 +279,17 @@ class Ledger:
         self.attempts: dict[str, Attempt] = {}
         """In order of opening."""
         self.tally = StepTally()
-        self.latest: Record | None = None
+        self.latest_opening: Record | None = None
         """The last opening, of a launch or a life."""
 
-    def replay(self, allocation: Iterable[Record], work: Iterable[Record | RecordBatch]) -> None:
+    def replay_records(self, allocation: Iterable[Record], work: Iterable[Record | RecordBatch]) -> None:
         """Apply new records of both journals."""
         for record in allocation:
             if record["kind"] == "open":
                 self._open(record)
             else:
                 attempt = self.attempts[record["attempt"]]
-                attempt.sign(record)
+                attempt.record_sign_of_life(record)
                 attempt.closed = True
         for each in work:
             if isinstance(each, RecordBatch):
@@ -294,31 +304,34 @@ class Ledger:
             # Work that no launcher has opened is a launch of its own.
             if record["attempt"] not in self.attempts:
                 self._open(record)
-            self.latest = record
+            self.latest_opening = record
         attempt = self.attempts[record["attempt"]]
-        attempt.replay(record)
-        self.tally.replay(record, attempt.phase)
+        attempt.replay_record(record)
+        self.tally.replay_record(record, attempt.phase)
 
-    def figures(self) -> dict[str, Any]:
+    def comparable_totals(self) -> dict[str, Any]:
         """What two readers of one ledger must agree on."""
-        return {"attempts": [each.to_tree() for each in self.attempts.values()], "tally": self.tally.figures()}
+        return {
+            "attempts": [each.to_tree() for each in self.attempts.values()],
+            "tally": self.tally.comparable_totals(),
+        }
 
     def to_tree(self) -> dict[str, Any]:
         """As plain values."""
         attempts = [each.to_tree() for each in self.attempts.values()]
-        return {"attempts": attempts, "tally": self.tally.to_tree(), "latest": self.latest}
+        return {"attempts": attempts, "tally": self.tally.to_tree(), "latest": self.latest_opening}
 
     @staticmethod
-    def of_tree(tree: dict[str, Any]) -> Ledger:
+    def from_tree(tree: dict[str, Any]) -> Ledger:
         """Return the inverse of `to_tree`."""
         made = Ledger()
-        attempts = map(Attempt.of_tree, tree["attempts"])
+        attempts = map(Attempt.from_tree, tree["attempts"])
         made.attempts = {attempt.name: attempt for attempt in attempts}
-        made.tally, made.latest = StepTally.of_tree(tree["tally"]), tree["latest"]
+        made.tally, made.latest_opening = StepTally.from_tree(tree["tally"]), tree["latest"]
         return made
 
     def _open(self, record: Record) -> None:
         if record["attempt"] in self.attempts:
-            raise LateOpening
+            raise AttemptOpenedLate
         self.attempts[record["attempt"]] = Attempt(record)
-        self.latest = record
+        self.latest_opening = record

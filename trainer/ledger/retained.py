@@ -8,15 +8,15 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-KEPT = 8192
+MAX_STEPS_KEPT = 8192
 """Steps that a snapshot keeps each; of those before it keeps the sums. A run goes back to its last checkpoints."""
 
 
-class Forgotten(Exception):  # noqa: N818 -- says what happened
+class StepNoLongerKept(Exception):  # noqa: N818 -- says what happened
     """The run has gone back to a step of which only sums are kept: the ledger has to be read from its beginning."""
 
 
-class Retained:
+class RetainedSteps:
     """Steps in order of their numbers, the last ones each and what is before them as sums. Times in GPU-ms."""
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Retained:
         self.tokens[phase] += tokens
 
     def roll_back_to(self, step: int) -> int:
-        """Remove the steps after `step`; return what they cost. Raises `Forgotten` where only a sum is known."""
+        """Remove the steps after `step`; return what they cost. Raises `StepNoLongerKept` where only a sum is known."""
         undone = 0
         while self._numbers and self._numbers[-1] > step:
             self._numbers.pop()
@@ -75,23 +75,23 @@ class Retained:
             self.tokens[phase] -= self._tokens.pop()
             undone += gpu_ms
         if self._summed and not self._numbers and self._floor > step:
-            raise Forgotten
+            raise StepNoLongerKept
         return undone
 
-    def rates(self, last: int) -> list[float]:
+    def recent_ms_per_token(self, last: int) -> list[float]:
         """GPU-milliseconds a token of each of the last steps; of a step without tokens there is none."""
         pairs = zip(self._gpu_ms[-last:], self._tokens[-last:], strict=True)
         return [gpu_ms / tokens for gpu_ms, tokens in pairs if tokens]
 
-    def figures(self) -> dict[str, Any]:
+    def comparable_totals(self) -> dict[str, Any]:
         """What two readers of one ledger must agree on, whatever they keep of single steps."""
         tokens = {phase: count for phase, count in sorted(self.tokens.items()) if count}
         return {"steps": len(self), "gpu_ms": self.gpu_ms, "tokens": tokens}
 
     def to_tree(self) -> dict[str, Any]:
-        """As plain values, without the steps before the last `KEPT`."""
+        """As plain values, without the steps before the last `MAX_STEPS_KEPT`."""
         columns = (self._numbers, self._gpu_ms, self._tokens, self._phases)
-        dropped = max(0, len(self._numbers) - KEPT)
+        dropped = max(0, len(self._numbers) - MAX_STEPS_KEPT)
         return {
             "summed": self._summed + dropped,
             "floor": self._numbers[dropped - 1] if dropped else self._floor,
@@ -102,9 +102,9 @@ class Retained:
         }
 
     @staticmethod
-    def of_tree(tree: dict[str, Any]) -> Retained:
+    def from_tree(tree: dict[str, Any]) -> RetainedSteps:
         """Return the inverse of `to_tree`."""
-        made = Retained()
+        made = RetainedSteps()
         columns = (array("q", column) for column in tree["steps"])
         made._numbers, made._gpu_ms, made._tokens, made._phases = columns
         made._names, made._summed, made._floor = tree["phases"], tree["summed"], tree["floor"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
 
-from ...comm.trace import EDGE_WAIT, EXPOSED_EXCHANGE, OPTIMIZER, REDUCE_WAIT
+from ...comm.trace import EXPOSED_EXCHANGE, GRADIENT_SYNC_WAIT, OPTIMIZER, PIPELINE_WAIT
 
 PUBLISHED_GPU_HOURS: Mapping[str, int] = MappingProxyType(
     {"pre_train": 2_664_000, "context_extension": 119_000, "post_training": 5_000}
@@ -19,7 +19,7 @@ PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS = 180_000
 PUBLISHED_USD_PER_GPU_HOUR = 2.0
 """The report's assumption about what renting an H800 costs."""
 
-CHARGED: Mapping[str, str] = MappingProxyType(
+CHARGED_BUCKETS: Mapping[str, str] = MappingProxyType(
     {
         "data_stall": "waiting for the next batch",
         "checkpoint_save": "blocked while a checkpoint is saved",
@@ -31,21 +31,21 @@ CHARGED: Mapping[str, str] = MappingProxyType(
 )
 """Buckets that rank 0 charges besides steps."""
 
-BUCKETS: Mapping[str, str] = MappingProxyType(
+LEDGER_BUCKETS: Mapping[str, str] = MappingProxyType(
     {
         "initialization": "from the launch to the first step",
-        **CHARGED,
+        **CHARGED_BUCKETS,
         "skipped": "steps that changed no weight: not finite",
         "hang": "from the last sign of a life that died to its end",
         "recovery": "from a death to the next life's first step",
         "idle": "held after the run was done",
     }
 )
-"""Where time goes that is not of steps. What `CHARGED` lacks follows from what the records are and when they came."""
+"""Where time goes that is not of steps. What `CHARGED_BUCKETS` lacks follows from what the records are and when they came."""
 
 INSTRUCTIONS = ("F", "I", "W", "B", "FB")
 """Instructions of a pipeline program, net of the exchanges that they wait for."""
-TERMS = (*INSTRUCTIONS, EXPOSED_EXCHANGE, EDGE_WAIT, REDUCE_WAIT, OPTIMIZER)
+STEP_TIME_TERMS = (*INSTRUCTIONS, EXPOSED_EXCHANGE, PIPELINE_WAIT, GRADIENT_SYNC_WAIT, OPTIMIZER)
 """What productive time is split into, disjoint on each rank. The rest of a step is `other`."""
 
 Amount = TypeVar("Amount", int, float)
@@ -53,12 +53,12 @@ Amount = TypeVar("Amount", int, float)
 ALLOCATION_FILE = Path("ledger", "allocation.jsonl")
 HEARTBEAT_FILE = Path("ledger", "heartbeat.json")
 WORK_FILE = Path("ledger", "work.jsonl")
-TOTALS_FILE = Path("ledger", "totals.json")
+SNAPSHOT_FILE = Path("ledger", "totals.json")
 
 _MS_PER_HOUR = 3_600_000
 
 
-def report_view(terms: Mapping[str, Amount], bubble: Amount | None) -> dict[str, Amount]:
+def to_paper_terms(terms: Mapping[str, Amount], bubble: Amount | None) -> dict[str, Amount]:
     """`terms` under the names of the Insights paper (arXiv 2505.09343, table 4): of plans, ledgers and timelines alike.
 
     Instructions are net of the exchanges that they wait for; `bubble` is what of edge_wait the program has by itself
@@ -67,12 +67,12 @@ def report_view(terms: Mapping[str, Amount], bubble: Amount | None) -> dict[str,
     """
     own, shown = {"1F": terms["F"]}, {*INSTRUCTIONS, OPTIMIZER}
     if bubble is not None:
-        own |= {"bubble": bubble, "imbalance": terms[EDGE_WAIT] - bubble}
-        shown.add(EDGE_WAIT)
+        own |= {"bubble": bubble, "imbalance": terms[PIPELINE_WAIT] - bubble}
+        shown.add(PIPELINE_WAIT)
     own |= {"1B": terms["I"] + terms["B"], "1W": terms["W"], "1F1B": terms["FB"], "opt": terms[OPTIMIZER]}
     return own | {name: spent for name, spent in terms.items() if name not in shown}
 
 
-def gpu_hours(gpu_ms: int) -> float:
+def to_gpu_hours(gpu_ms: int) -> float:
     """GPU-milliseconds in GPU-hours."""
     return gpu_ms / _MS_PER_HOUR

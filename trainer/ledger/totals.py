@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ...comm.errors import ConfigError, Problem, refuse_if_any
-from .journal import GENESIS, holds, holds_record
+from ...comm.errors import ConfigError, Problem, raise_if_any
+from .journal import GENESIS_HASH, contains_any, contains_record
 from .terms import ALLOCATION_FILE, WORK_FILE
 from .work import WorkJournal
 
@@ -17,9 +17,9 @@ def ledger_problems(run_dir: Path, totals: Mapping[str, int | str]) -> Iterator[
     A checkpoint that was copied to a new directory comes without a ledger: then neither half has what it names.
     """
     work, allocation = run_dir / WORK_FILE, run_dir / ALLOCATION_FILE
-    head, opened = str(totals["head"]), str(totals.get("allocation_head", GENESIS))
-    has_work, is_launched = holds_record(work, head), opened != GENESIS
-    has_allocation = is_launched and holds_record(allocation, opened)
+    head, opened = str(totals["head"]), str(totals.get("allocation_head", GENESIS_HASH))
+    has_work, is_launched = contains_record(work, head), opened != GENESIS_HASH
+    has_allocation = is_launched and contains_record(allocation, opened)
     carried = f"or remove {work.parent}: the run then carries the cost of the checkpoint"
     if has_work and is_launched and not has_allocation:
         hint = f"does not hold the launch that the checkpoint was saved in; restore it, {carried}"
@@ -29,22 +29,22 @@ def ledger_problems(run_dir: Path, totals: Mapping[str, int | str]) -> Iterator[
         yield Problem(str(work), head, f"{hint}; restore it, {carried}")
 
 
-def carry(work: WorkJournal, run_dir: Path, totals: Mapping[str, int | str]) -> None:
+def carry_checkpoint_totals(work: WorkJournal, run_dir: Path, totals: Mapping[str, int | str]) -> None:
     """Check the ledger of `run_dir` against the `totals` of the checkpoint that the run resumes from.
 
     A ledger that holds the checkpoint's last record is its own. One without any step belongs to a checkpoint that was
     copied here: the totals are carried as one `inherited` record. Any other is of another run, or was cut: raises
     Refused, so that no GPU-hour is lost or counted twice.
     """
-    refuse_if_any(ledger_problems(run_dir, totals))
+    raise_if_any(ledger_problems(run_dir, totals))
     path = run_dir / WORK_FILE
-    if holds(path, str(totals["head"]).encode()):
-        spent = work.ledger.summary().total_ms
+    if contains_any(path, str(totals["head"]).encode()):
+        spent = work.ledger.summarize().total_ms
         if spent < int(totals["gpu_ms"]):
             hint = f"GPU-ms in the checkpoint, but only {spent} in the ledger; restore ledger/allocation.jsonl"
             raise ConfigError([Problem(str(run_dir / "ledger"), totals["gpu_ms"], hint)])
-    elif holds(path, b'"kind":"step"', b'"kind":"inherited"'):
+    elif contains_any(path, b'"kind":"step"', b'"kind":"inherited"'):
         hint = "does not hold the checkpoint's last record; restore its ledger, or resume in a new run directory"
         raise ConfigError([Problem(str(path), totals["head"], hint)])
     else:
-        work.inherit(totals)
+        work.record_inherited_totals(totals)

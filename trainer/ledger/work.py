@@ -13,11 +13,11 @@ from pathlib import Path
 
 from .clock import Instant
 from .config import BudgetConfig
-from .journal import Journal
+from .journal import JournalWriter
 from .summary import LedgerReader
-from .terms import CHARGED, WORK_FILE
+from .terms import CHARGED_BUCKETS, WORK_FILE
 
-TOTALS_RECORDS = 10_000
+RECORDS_PER_SNAPSHOT = 10_000
 """Totals are saved after so many records: reading these takes a tenth of a second."""
 SYNC_SECONDS = 4.0
 """A machine that loses power takes so much of the ledger with it; a process that is killed takes nothing."""
@@ -34,36 +34,38 @@ class WorkJournal:
     def __init__(self, run_dir: Path, *, ranks: int, attempt: str, budget: BudgetConfig) -> None:
         self.ledger = LedgerReader(run_dir)
         """Both halves of the ledger, as far as they are in their files."""
-        self._journal = Journal(run_dir / WORK_FILE, sync_seconds=SYNC_SECONDS, find_head=self.ledger.read)
+        self._journal = JournalWriter(
+            run_dir / WORK_FILE, sync_seconds=SYNC_SECONDS, find_head=self.ledger.read_new_records
+        )
         self._since_totals = 0
         self._attempt = attempt
         self._ranks = ranks
         self._cut_ms = 0.0
         self._left_out = 0
         self._append("begin", ranks=ranks, phase=budget.phase, budget_gpu_hours=budget.gpu_hours)
-        self._journal.insist()
+        self._journal.require_written()
 
     @property
-    def waiting(self) -> int:
+    def pending_records(self) -> int:
         """Records that a full disk has not taken yet."""
-        return self._journal.waiting
+        return self._journal.pending_records
 
     @property
-    def failure(self) -> str | None:
+    def write_error(self) -> str | None:
         """Why records wait; None where none does."""
-        return self._journal.failure
+        return self._journal.write_error
 
     @property
-    def is_removed(self) -> bool:
+    def is_file_removed(self) -> bool:
         """Whether somebody has removed the file that this half of the ledger is written to."""
-        return self._journal.is_removed
+        return self._journal.is_file_removed
 
-    def ready(self) -> None:
+    def record_ready(self) -> None:
         """The first step begins now: what no interval has charged up to here was spent on the way to it."""
         self._cut_ms = 0.0
         self._append("ready")
 
-    def step(self, step: int, productive_ms: float, tokens: int) -> int:
+    def record_step(self, step: int, productive_ms: float, tokens: int) -> int:
         """Optimizer step `step` (from 1) is done: it took `productive_ms` of wall time and `tokens` new tokens.
 
         Returns the GPU-milliseconds charged.
@@ -72,40 +74,40 @@ class WorkJournal:
         self._append("step", step=step, gpu_ms=gpu_ms, tokens=tokens)
         return gpu_ms
 
-    def skipped(self, step: int, milliseconds: float, tokens: int) -> None:
+    def record_skipped_step(self, step: int, milliseconds: float, tokens: int) -> None:
         """Step `step` took so long, and was not applied: its `tokens` are consumed, not retained."""
         self._append("skipped", step=step, gpu_ms=self._gpu_ms(milliseconds), tokens=tokens)
 
-    def terms(self, step: int, step_us: int, us: Mapping[str, int]) -> None:
+    def record_step_time_terms(self, step: int, step_us: int, us: Mapping[str, int]) -> None:
         """Step `step` was looked at closely on all ranks together: `step_us` GPU-microseconds, and what they were of.
 
         `us` holds the names of `terms.TERMS`, and `bubble`, the part of edge_wait that an ideal run would have too.
         """
         self._append("terms", step=step, step_us=step_us, us=us)
 
-    def interval(self, bucket: str, milliseconds: float) -> None:
-        """Charge `milliseconds` of wall time to `bucket`, one of `terms.CHARGED`."""
-        if bucket not in CHARGED:
-            raise ValueError(f"{bucket!r} is not a bucket to charge; one of {', '.join(CHARGED)}")
+    def record_interval(self, bucket: str, milliseconds: float) -> None:
+        """Charge `milliseconds` of wall time to `bucket`, one of `terms.CHARGED_BUCKETS`."""
+        if bucket not in CHARGED_BUCKETS:
+            raise ValueError(f"{bucket!r} is not a bucket to charge; one of {', '.join(CHARGED_BUCKETS)}")
         self._append("interval", bucket=bucket, gpu_ms=self._gpu_ms(milliseconds))
 
     @contextmanager
-    def timing(self, bucket: str) -> Iterator[None]:
+    def charge_time(self, bucket: str) -> Iterator[None]:
         """Charge what runs inside to `bucket`, also if it fails: the time is spent either way."""
         started = Instant.now()
         try:
             yield
         finally:
-            self.interval(bucket, Instant.now().ns_since(started) / 1e6)
+            self.record_interval(bucket, Instant.now().ns_since(started) / 1e6)
 
-    def resume(self, step: int) -> None:
+    def record_resume(self, step: int) -> None:
         """The run goes on from the checkpoint of step `step`: steps done after it are rolled back.
 
         A life that is `ready` without it starts from initial weights.
         """
         self._append("resume", step=step)
 
-    def inherit(self, totals: Mapping[str, int | str]) -> None:
+    def record_inherited_totals(self, totals: Mapping[str, int | str]) -> None:
         """Carry `totals`, of a checkpoint that came without its ledger (see `totals.carry`)."""
         self._append("inherited", **{f"from_{key}": value for key, value in totals.items()})
 
@@ -131,15 +133,15 @@ class WorkJournal:
         return whole_ms * self._ranks
 
     def _append(self, kind: str, **content: bool | int | float | str | Mapping[str, int]) -> None:
-        own = {"attempt": self._attempt, **Instant.now().stamp()}
+        own = {"attempt": self._attempt, **Instant.now().to_record()}
         if self._left_out and self._journal.append({"kind": "left_out", **own, "records": self._left_out}):
             self._left_out = 0
         if not self._journal.append({"kind": kind, **own, **content}):
             self._left_out += 1
         self._since_totals += 1
-        if self._since_totals >= TOTALS_RECORDS:
+        if self._since_totals >= RECORDS_PER_SNAPSHOT:
             self._save_totals()
 
     def _save_totals(self) -> None:
         self._since_totals = 0
-        self.ledger.save()
+        self.ledger.save_snapshot()

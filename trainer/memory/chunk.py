@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
-from ...parallelism.pipeline.executor import Steps, drive, take_turns
+from ...parallelism.pipeline.executor import Resumable, interleave, run_to_completion
 from ...parallelism.pipeline.program import Op
 from ..model.config import ModelConfig
-from .working import Parts, PartSize, Working
+from .working import PartMemory, StagePartsMemory, WorkspaceBytes
 
 
 class MemoryKind(StrEnum):
@@ -30,217 +30,221 @@ class PeakMeter:
     """Levels that rise and fall, and what they were when their sum was largest."""
 
     def __init__(self) -> None:
-        self.levels: dict[MemoryKind, float] = dict.fromkeys(MemoryKind, 0.0)
-        self.peak: dict[MemoryKind, float] = dict.fromkeys(MemoryKind, 0.0)
-        self.largest = 0.0
+        self.current: dict[MemoryKind, float] = dict.fromkeys(MemoryKind, 0.0)
+        self.at_peak: dict[MemoryKind, float] = dict.fromkeys(MemoryKind, 0.0)
+        self.peak_total = 0.0
         """The sum of `peak`."""
         self._sum = 0.0
 
-    def hold(self, kind: MemoryKind, size: float) -> None:
+    def allocate(self, kind: MemoryKind, size: float) -> None:
         """From here on, so much more."""
-        self.levels[kind] += size
+        self.current[kind] += size
         self._sum += size
-        if self._sum > self.largest:
-            self.largest = self._sum
-            self.peak = dict(self.levels)
+        if self._sum > self.peak_total:
+            self.peak_total = self._sum
+            self.at_peak = dict(self.current)
 
-    def drop(self, kind: MemoryKind, size: float) -> None:
+    def free(self, kind: MemoryKind, size: float) -> None:
         """So much less."""
-        self.levels[kind] -= size
+        self.current[kind] -= size
         self._sum -= size
 
-    def work(self, size: float, kind: MemoryKind = MemoryKind.WORKING) -> None:
+    def allocate_temporarily(self, size: float, kind: MemoryKind = MemoryKind.WORKING) -> None:
         """For a moment, so much more at work."""
-        self.hold(kind, size)
-        self.drop(kind, size)
+        self.allocate(kind, size)
+        self.free(kind, size)
 
-    def launch(self, buffers: float, result: float) -> None:
+    def run_exchange(self, buffers: float, result: float) -> None:
         """An exchange, whose buffers are gone when its result is there: another part's worst moment is another one."""
-        self.work(buffers, MemoryKind.EXCHANGE)
-        self.hold(MemoryKind.EXCHANGE, result)
+        self.allocate_temporarily(buffers, MemoryKind.EXCHANGE)
+        self.allocate(MemoryKind.EXCHANGE, result)
 
 
 @dataclass(frozen=True)
 class StageShape:
     """What a stage holds: enough to say how long its chunks take, and what they keep."""
 
-    dense: int
-    routed: int
+    dense_layers: int
+    moe_layers: int
     is_first: bool
     is_last: bool
 
 
 @dataclass(frozen=True)
-class ChunkMemory:
+class ChunkMemorySimulator:
     """The chunk of a stage, run on paper."""
 
     stage: StageShape
-    working: Working
+    workspace: WorkspaceBytes
 
-    def run(self, op: Op, other: ChunkMemory | None = None) -> PeakMeter:
+    def simulate(self, op: Op, other: ChunkMemorySimulator | None = None) -> PeakMeter:
         """One instruction, from level 0: with `op` FB this chunk's backward and the `other`'s forward, in turns."""
         meter = PeakMeter()
         if op is Op.F:
-            drive(self.forward(meter))
+            run_to_completion(self.forward(meter))
         elif op is Op.W:
-            self.weight_gradients(meter)
+            self.backward_weights(meter)
         elif op is Op.FB:
             assert other is not None
-            take_turns(self.backward(meter, deferred=False), other.forward(meter))
+            interleave(self.backward(meter, deferred=False), other.forward(meter))
         else:
-            drive(self.backward(meter, deferred=op is Op.I))
+            run_to_completion(self.backward(meter, deferred=op is Op.I))
         return meter
 
     @cached_property
-    def kept(self) -> float:
+    def saved_bytes(self) -> float:
         """Bytes that a forward keeps."""
-        return self.run(Op.F).levels[MemoryKind.ACTIVATIONS]
+        return self.simulate(Op.F).current[MemoryKind.ACTIVATIONS]
 
     @cached_property
-    def waiting(self) -> float:
+    def deferred_bytes(self) -> float:
         """Bytes that are left between I and W."""
-        return self.run(Op.I).levels[MemoryKind.DEFERRED]
+        return self.simulate(Op.I).current[MemoryKind.DEFERRED]
 
     @property
-    def message(self) -> float:
+    def message_bytes(self) -> float:
         """Bytes of what stages send each other."""
-        return self.working.hidden
+        return self.workspace.hidden_state_bytes
 
-    def forward(self, meter: PeakMeter) -> Steps[None]:
+    def forward(self, meter: PeakMeter) -> Resumable[None]:
         """All layers; in the last stage losses and MTP modules too."""
-        meter.hold(MemoryKind.ACTIVATIONS, self.message)
-        for _ in range(self.stage.dense):
+        meter.allocate(MemoryKind.ACTIVATIONS, self.message_bytes)
+        for _ in range(self.stage.dense_layers):
             self._dense_forward(meter)
-        for _ in range(self.stage.routed):
+        for _ in range(self.stage.moe_layers):
             yield from self._moe_forward(meter)
         if not self.stage.is_last:
-            meter.drop(MemoryKind.ACTIVATIONS, self.message)  # the output: a message from here on
+            meter.free(MemoryKind.ACTIVATIONS, self.message_bytes)  # the output: a message from here on
             return
         for depth in range(self.config.num_nextn_predict_layers + 1):
             if depth:
-                meter.hold(MemoryKind.ACTIVATIONS, self._parts.merge.kept + self.message)
-                meter.drop(MemoryKind.WORKING, self.message)  # the hidden state is kept
+                meter.allocate(MemoryKind.ACTIVATIONS, self._parts.mtp_merge.saved_bytes + self.message_bytes)
+                meter.free(MemoryKind.WORKING, self.message_bytes)  # the hidden state is kept
                 yield from self._moe_forward(meter)
             self._loss_forward(meter)
-        meter.drop(MemoryKind.WORKING, self.message)
+        meter.free(MemoryKind.WORKING, self.message_bytes)
 
-    def backward(self, meter: PeakMeter, *, deferred: bool) -> Steps[None]:
+    def backward(self, meter: PeakMeter, *, deferred: bool) -> Resumable[None]:
         """The opposite way, with its own gradients of weights unless they are `deferred`."""
         left, parts = _Left(meter, deferred), self._parts
-        meter.hold(MemoryKind.WORKING, self.message)  # the gradient that it begins with
+        meter.allocate(MemoryKind.WORKING, self.message_bytes)  # the gradient that it begins with
         if self.stage.is_last:
             for _ in range(self.config.num_nextn_predict_layers + 1):
                 left.finish(parts.loss)
-            meter.hold(
-                MemoryKind.WORKING, self.config.num_nextn_predict_layers * self.message
+            meter.allocate(
+                MemoryKind.WORKING, self.config.num_nextn_predict_layers * self.message_bytes
             )  # gradients of further depths' losses
             for _ in range(self.config.num_nextn_predict_layers):
-                left.finish(parts.norm)
+                left.finish(parts.final_norm)
                 yield from self._moe_backward(meter, left)
-                left.finish(parts.merge)
-                meter.drop(MemoryKind.WORKING, self.message)
-            left.finish(parts.norm)
-        for _ in range(self.stage.routed):
+                left.finish(parts.mtp_merge)
+                meter.free(MemoryKind.WORKING, self.message_bytes)
+            left.finish(parts.final_norm)
+        for _ in range(self.stage.moe_layers):
             yield from self._moe_backward(meter, left)
-        for _ in range(self.stage.dense):
+        for _ in range(self.stage.dense_layers):
             self._dense_backward(meter, left)
         if self.stage.is_first:
             left.finish(parts.embedding)
         left.settle()
-        meter.drop(MemoryKind.WORKING, self.message)
+        meter.free(MemoryKind.WORKING, self.message_bytes)
 
-    def weight_gradients(self, meter: PeakMeter) -> None:
+    def backward_weights(self, meter: PeakMeter) -> None:
         """What an I has left for its W."""
         parts = self._parts
-        here = [parts.embedding] * self.stage.is_first + [parts.dense] * bool(self.stage.dense)
-        here += [parts.attend, parts.routed] * bool(
-            self.stage.routed or self.config.num_nextn_predict_layers * self.stage.is_last
+        here = [parts.embedding] * self.stage.is_first + [parts.dense_layer] * bool(self.stage.dense_layers)
+        here += [parts.attention, parts.routed_experts] * bool(
+            self.stage.moe_layers or self.config.num_nextn_predict_layers * self.stage.is_last
         )
-        meter.work(max(part.product for part in here))
-        meter.drop(MemoryKind.DEFERRED, self.waiting)
+        meter.allocate_temporarily(max(part.wgrad_bytes for part in here))
+        meter.free(MemoryKind.DEFERRED, self.deferred_bytes)
 
     @property
     def config(self) -> ModelConfig:
         """Of the model."""
-        return self.working.config
+        return self.workspace.config
 
     @property
-    def _parts(self) -> Parts:
-        return self.working.parts
+    def _parts(self) -> StagePartsMemory:
+        return self.workspace.parts_memory
 
-    def _moe_forward(self, meter: PeakMeter) -> Steps[None]:
+    def _moe_forward(self, meter: PeakMeter) -> Resumable[None]:
         """What the phases give stays until the layer is done, also where no backward wants it."""
-        working, parts = self.working, self._parts
-        begun = meter.levels[MemoryKind.WORKING]
-        meter.hold(MemoryKind.ACTIVATIONS, parts.attend.kept)
-        meter.work(working.attend_forward)
-        meter.hold(MemoryKind.WORKING, 0.0 if working.keeps_normed else self.message)
+        working, parts = self.workspace, self._parts
+        begun = meter.current[MemoryKind.WORKING]
+        meter.allocate(MemoryKind.ACTIVATIONS, parts.attention.saved_bytes)
+        meter.allocate_temporarily(working.attention_forward)
+        meter.allocate(MemoryKind.WORKING, 0.0 if working.saves_expert_input else self.message_bytes)
         in_turns = yield  # with the sizes alone under way
         if in_turns:
-            meter.launch(working.exchange.dispatch, working.exchange.came)
+            meter.run_exchange(working.exchange_buffers.dispatch, working.exchange_buffers.dispatched_row_bytes)
             yield
         if self.config.n_shared_experts:
-            meter.hold(MemoryKind.ACTIVATIONS, parts.shared.kept)
-            meter.hold(MemoryKind.WORKING, self.message)  # their result
-            meter.work(working.shared)
+            meter.allocate(MemoryKind.ACTIVATIONS, parts.shared_experts.saved_bytes)
+            meter.allocate(MemoryKind.WORKING, self.message_bytes)  # their result
+            meter.allocate_temporarily(working.shared_experts_forward)
         if not in_turns:
-            meter.launch(working.exchange.dispatch, working.exchange.came)
-        meter.drop(MemoryKind.EXCHANGE, working.exchange.came)
-        if working.batch.fp8 and not working.exchange.as_tiles:
-            meter.hold(MemoryKind.WORKING, working.exchange.rows)  # as they came; else that is what is kept
-        meter.hold(MemoryKind.WORKING, working.exchange.rows)  # results
-        meter.hold(MemoryKind.ACTIVATIONS, parts.routed.kept)
-        meter.work(working.experts)
-        meter.launch(working.exchange.combine, self.message)
+            meter.run_exchange(working.exchange_buffers.dispatch, working.exchange_buffers.dispatched_row_bytes)
+        meter.free(MemoryKind.EXCHANGE, working.exchange_buffers.dispatched_row_bytes)
+        if working.batch.fp8 and not working.exchange_buffers.keeps_rows_in_fp8:
+            meter.allocate(
+                MemoryKind.WORKING, working.exchange_buffers.expert_row_bytes
+            )  # as they came; else that is what is kept
+        meter.allocate(MemoryKind.WORKING, working.exchange_buffers.expert_row_bytes)  # results
+        meter.allocate(MemoryKind.ACTIVATIONS, parts.routed_experts.saved_bytes)
+        meter.allocate_temporarily(working.routed_experts_forward)
+        meter.run_exchange(working.exchange_buffers.combine, self.message_bytes)
         yield
-        meter.drop(MemoryKind.EXCHANGE, self.message)
-        meter.work(2 * self.message)  # sums, and with the shared experts'
-        meter.hold(MemoryKind.ACTIVATIONS, self.message)  # the output: the next layer's input
-        meter.drop(MemoryKind.WORKING, meter.levels[MemoryKind.WORKING] - begun)
+        meter.free(MemoryKind.EXCHANGE, self.message_bytes)
+        meter.allocate_temporarily(2 * self.message_bytes)  # sums, and with the shared experts'
+        meter.allocate(MemoryKind.ACTIVATIONS, self.message_bytes)  # the output: the next layer's input
+        meter.free(MemoryKind.WORKING, meter.current[MemoryKind.WORKING] - begun)
 
     def _dense_forward(self, meter: PeakMeter) -> None:
-        meter.hold(MemoryKind.ACTIVATIONS, self._parts.dense.kept + self.message)
-        meter.work(max(self.working.dense_attend_forward, self.working.dense + self.message))
+        meter.allocate(MemoryKind.ACTIVATIONS, self._parts.dense_layer.saved_bytes + self.message_bytes)
+        meter.allocate_temporarily(
+            max(self.workspace.dense_attention_forward, self.workspace.dense_ffn_forward + self.message_bytes)
+        )
 
     def _loss_forward(self, meter: PeakMeter) -> None:
         """Leaves the hidden state after the norm, which an MTP module goes on from."""
-        meter.hold(MemoryKind.ACTIVATIONS, self._parts.norm.kept - self.message)
-        meter.hold(MemoryKind.WORKING, self.message)
-        meter.hold(MemoryKind.ACTIVATIONS, self._parts.loss.kept)
-        meter.work(self.working.loss)
+        meter.allocate(MemoryKind.ACTIVATIONS, self._parts.final_norm.saved_bytes - self.message_bytes)
+        meter.allocate(MemoryKind.WORKING, self.message_bytes)
+        meter.allocate(MemoryKind.ACTIVATIONS, self._parts.loss.saved_bytes)
+        meter.allocate_temporarily(self.workspace.loss_logits)
 
-    def _moe_backward(self, meter: PeakMeter, left: _Left) -> Steps[None]:
+    def _moe_backward(self, meter: PeakMeter, left: _Left) -> Resumable[None]:
         """What exchanges bring stays until the layer is done."""
-        working, parts = self.working, self._parts
-        begun = meter.levels[MemoryKind.WORKING]
-        meter.launch(working.exchange.combine_backward, working.exchange.rows)
+        working, parts = self.workspace, self._parts
+        begun = meter.current[MemoryKind.WORKING]
+        meter.run_exchange(working.exchange_buffers.combine_backward, working.exchange_buffers.expert_row_bytes)
         left.settle()
         in_turns = yield
         if self.config.n_shared_experts:
-            meter.work(working.shared_backward)
-            left.finish(parts.shared)
-            meter.hold(MemoryKind.WORKING, self.message)
-        meter.drop(MemoryKind.EXCHANGE, working.exchange.rows)
-        meter.hold(MemoryKind.WORKING, working.exchange.rows)
-        meter.work(working.experts_backward)
-        left.finish(parts.routed)
-        meter.hold(MemoryKind.WORKING, working.exchange.rows)
+            meter.allocate_temporarily(working.shared_experts_backward)
+            left.finish(parts.shared_experts)
+            meter.allocate(MemoryKind.WORKING, self.message_bytes)
+        meter.free(MemoryKind.EXCHANGE, working.exchange_buffers.expert_row_bytes)
+        meter.allocate(MemoryKind.WORKING, working.exchange_buffers.expert_row_bytes)
+        meter.allocate_temporarily(working.routed_experts_backward)
+        left.finish(parts.routed_experts)
+        meter.allocate(MemoryKind.WORKING, working.exchange_buffers.expert_row_bytes)
         if in_turns:
             yield
-        meter.launch(working.exchange.dispatch_backward, self.message)
+        meter.run_exchange(working.exchange_buffers.dispatch_backward, self.message_bytes)
         left.settle()
         yield
-        meter.drop(MemoryKind.EXCHANGE, self.message)
-        meter.hold(MemoryKind.WORKING, 2 * self.message)
-        meter.work(working.attend_backward)
-        left.finish(parts.attend)
-        meter.drop(MemoryKind.ACTIVATIONS, self.message)
-        meter.drop(MemoryKind.WORKING, meter.levels[MemoryKind.WORKING] - begun)
+        meter.free(MemoryKind.EXCHANGE, self.message_bytes)
+        meter.allocate(MemoryKind.WORKING, 2 * self.message_bytes)
+        meter.allocate_temporarily(working.attention_backward)
+        left.finish(parts.attention)
+        meter.free(MemoryKind.ACTIVATIONS, self.message_bytes)
+        meter.free(MemoryKind.WORKING, meter.current[MemoryKind.WORKING] - begun)
 
     def _dense_backward(self, meter: PeakMeter, left: _Left) -> None:
-        meter.work(max(self.working.dense_backward, self.working.dense_attend_backward))
-        left.finish(self._parts.dense)
-        meter.drop(MemoryKind.ACTIVATIONS, self.message)
+        meter.allocate_temporarily(max(self.workspace.dense_ffn_backward, self.workspace.dense_attention_backward))
+        left.finish(self._parts.dense_layer)
+        meter.free(MemoryKind.ACTIVATIONS, self.message_bytes)
 
 
 class _Left:
@@ -250,17 +254,17 @@ class _Left:
         self._meter, self._deferred = meter, deferred
         self._held = self._product = 0.0
 
-    def finish(self, part: PartSize) -> None:
+    def finish(self, part: PartMemory) -> None:
         """A part's backward of inputs is done: what it kept goes, but for what gradients of weights take."""
-        self._meter.drop(MemoryKind.ACTIVATIONS, part.kept)
-        self._meter.hold(MemoryKind.DEFERRED, part.put_off)
-        self._held += part.put_off
-        self._product = max(self._product, part.product)
+        self._meter.free(MemoryKind.ACTIVATIONS, part.saved_bytes)
+        self._meter.allocate(MemoryKind.DEFERRED, part.deferred_bytes)
+        self._held += part.deferred_bytes
+        self._product = max(self._product, part.wgrad_bytes)
 
     def settle(self) -> None:
         """Form them, unless all are put off."""
         if self._deferred:
             return
-        self._meter.work(self._product)
-        self._meter.drop(MemoryKind.DEFERRED, self._held)
+        self._meter.allocate_temporarily(self._product)
+        self._meter.free(MemoryKind.DEFERRED, self._held)
         self._held = self._product = 0.0

@@ -8,36 +8,36 @@ from functools import cached_property
 
 import torch
 
-from ...comm.communicator import STAGED
-from ...comm.host import STAGED_BYTES
-from ...parallelism.pipeline.communication import P2PBatch, edges
-from ...parallelism.pipeline.liveness import between, moments
-from ...parallelism.pipeline.program import Program
-from ...parallelism.zero.bucket import bucket_length
-from ...parallelism.zero.reduce import PIECE
-from ..build import largest_dispatch, stages_of
+from ...comm.communicator import REDUCE_STAGING_ELEMENTS
+from ...comm.host import STAGING_BYTES
+from ...parallelism.pipeline.communication import P2PBatch, derive_p2p_batches
+from ...parallelism.pipeline.liveness import peak_counts_between_instructions, peak_instructions
+from ...parallelism.pipeline.program import PipelineProgram
+from ...parallelism.zero.bucket import padded_bucket_length
+from ...parallelism.zero.reduce import SQUARE_SUM_ELEMENTS
+from ..build import build_stage_layout, dispatch_buffer_shape
 from ..config import RunConfig
 from ..model.model import Model
-from ..model.stage_layout import Stages
-from ..optimizer.adamw import PIECE as ADAM_PIECE
-from ..optimizer.adamw import PIECE_ON_GPU as ADAM_PIECE_ON_GPU
-from ..precision.weights import blocks_bytes
+from ..model.stage_layout import StageLayout
+from ..optimizer.adamw import GPU_SLICE_ELEMENTS as ADAM_PIECE_ON_GPU
+from ..optimizer.adamw import SLICE_ELEMENTS as ADAM_PIECE
+from ..precision.weights import fp8_weight_bytes
 from ..run.bucket_plan import BucketPlan, plan_buckets
-from .activations import MicroBatch
+from .activations import MicroBatchShape
 from .buffers import ExchangeFormats
-from .chunk import ChunkMemory, StageShape
-from .peak import Chunks, Outside, RankMemory, rank_memory
-from .state import Portion, StateBytes
-from .working import Working
+from .chunk import ChunkMemorySimulator, StageShape
+from .peak import NonAllocatorMemory, RankChunksMemory, RankMemory, predict_rank_memory
+from .state import ParameterGroup, StateBytes
+from .working import WorkspaceBytes
 
-MARGIN = 0.05
+PREDICTION_MARGIN = 0.05
 """By how much a prediction may be wrong: tests hold it to this."""
 
 _FP64 = 8  # bytes
 
 
 @dataclass(frozen=True)
-class HostBytes:
+class HostMemoryBytes:
     """What one rank holds on the host beside its processes and data; on a CPU, beside all that it computes with."""
 
     copy_for_saves: float
@@ -47,72 +47,74 @@ class HostBytes:
 
 
 @dataclass(frozen=True)
-class RunMemory:
+class MemoryPredictor:
     """Of a run on such devices."""
 
     config: RunConfig
     device: torch.device
 
-    def of(self, pp_rank: int, rows: float | None = None) -> RankMemory:
+    def predict_rank(self, pp_rank: int, rows: float | None = None) -> RankMemory:
         """One rank of this pipeline rank, when each of its layers receives `rows`; None: its even share."""
         program = self.program
-        chunks = Chunks([ChunkMemory(shape, self._working(rows)) for shape in self._shapes(pp_rank)])
+        chunks = RankChunksMemory([ChunkMemorySimulator(shape, self._working(rows)) for shape in self._shapes(pp_rank)])
         plans = list(self._plans(pp_rank))
-        state = StateBytes.of(self._portions(plans), self._fp8_weights(pp_rank))
+        state = StateBytes.from_groups(self._portions(plans), self._fp8_weights(pp_rank))
         of_rank = program, pp_rank, self._commits[pp_rank]
-        worst, held = moments(*of_rank), between(*of_rank)
-        return rank_memory(state, chunks, worst, held, self._update(plans), self._outside)
+        worst, held = peak_instructions(*of_rank), peak_counts_between_instructions(*of_rank)
+        return predict_rank_memory(state, chunks, worst, held, self._update(plans), self._outside)
 
-    def on_host(self, pp_rank: int) -> HostBytes:
+    def predict_host(self, pp_rank: int) -> HostMemoryBytes:
         """One rank of this pipeline rank, padding at the end of buckets included."""
         averages, on_cpu = self.config.optimizer.ema_decay is not None, self.device.type == "cpu"
         copied = average = 0.0
         for portion in self._portions(list(self._plans(pp_rank))):
-            shard = portion.elements / portion.copies
-            copied += shard * (portion.wide * (2 if averages else 1) + 2 * portion.moment)
-            average += shard * portion.wide
-        return HostBytes(copied, average + STAGED_BYTES if averages and not on_cpu else 0.0)
+            shard = portion.elements / portion.zero_ranks
+            copied += shard * (portion.master_bytes * (2 if averages else 1) + 2 * portion.moment_bytes)
+            average += shard * portion.master_bytes
+        return HostMemoryBytes(copied, average + STAGING_BYTES if averages and not on_cpu else 0.0)
 
     @property
-    def most_rows(self) -> int:
+    def worst_case_expert_rows(self) -> int:
         """That routing can send to one rank: every token of the expert-parallel group, once for each of its experts."""
         model, ranks = self.config.model, self.config.topology.ep
         return self._tokens * ranks * min(model.num_experts_per_tok, model.n_routed_experts // ranks)
 
-    def rows_if_skewed(self, ep_rank: int) -> float:
+    def skewed_expert_rows(self, ep_rank: int) -> float:
         """That this rank of an expert-parallel group receives when its first one has `most_rows`."""
         ranks = self.config.topology.ep
-        left = self._tokens * ranks * self.config.model.num_experts_per_tok - self.most_rows
-        return self.most_rows if ep_rank == 0 else left / (ranks - 1)
+        left = self._tokens * ranks * self.config.model.num_experts_per_tok - self.worst_case_expert_rows
+        return self.worst_case_expert_rows if ep_rank == 0 else left / (ranks - 1)
 
-    def bound(self, pp_rank: int) -> float:
-        """Bytes that no routing can exceed, with `MARGIN` for what is not counted."""
-        return (1 + MARGIN) * self.of(pp_rank, self.most_rows).total
+    def upper_bound_bytes(self, pp_rank: int) -> float:
+        """Bytes that no routing can exceed, with `PREDICTION_MARGIN` for what is not counted."""
+        return (1 + PREDICTION_MARGIN) * self.predict_rank(pp_rank, self.worst_case_expert_rows).total
 
     @cached_property
-    def program(self) -> Program:
+    def program(self) -> PipelineProgram:
         """Of one step."""
-        return self._stages.program(self.config.micro_batches)
+        return self._stages.build_checked_program(self.config.num_micro_batches)
 
     @cached_property
     def _commits(self) -> tuple[tuple[P2PBatch, ...], ...]:
-        return edges(self.program)
+        return derive_p2p_batches(self.program)
 
     @cached_property
-    def _stages(self) -> Stages:
-        return stages_of(self.config)
+    def _stages(self) -> StageLayout:
+        return build_stage_layout(self.config)
 
     @cached_property
     def _models(self) -> dict[int, Model]:
         return {}
 
     @property
-    def _outside(self) -> Outside:
+    def _outside(self) -> NonAllocatorMemory:
         if self.device.type == "cpu":
-            return Outside()
+            return NonAllocatorMemory()
         topology = self.config.topology
-        shape = largest_dispatch(self.config)
-        return Outside.of(self.config.exchange, shape, topology.ep_nodes, topology.ep_node_size)
+        shape = dispatch_buffer_shape(self.config)
+        return NonAllocatorMemory.for_exchange(
+            self.config.exchange, shape, topology.nodes_per_ep_group, topology.ep_ranks_per_node
+        )
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -120,36 +122,36 @@ class RunMemory:
 
     @property
     def _tokens(self) -> int:
-        return self.config.schedule.micro_batch * self.config.training.sequence_length
+        return self.config.schedule.micro_batch_size * self.config.training.sequence_length
 
     def _model(self, pp_rank: int) -> Model:
         """The share of such a rank, without storage."""
         if pp_rank not in self._models:
-            share = self._stages.share(self.config.topology, pp_rank * self.config.topology.dp)
+            share = self._stages.model_shard(self.config.topology, pp_rank * self.config.topology.dp)
             with torch.device("meta"):
                 model = Model(self.config.model, share)
             self._models[pp_rank] = model.to(self.config.precision.parameter_dtype())
         return self._models[pp_rank]
 
     def _shapes(self, pp_rank: int) -> Iterator[StageShape]:
-        for stage in self._stages.chunks(pp_rank):
+        for stage in self._stages.stages_of_rank(pp_rank):
             dense = sum(layer < self.config.model.first_k_dense_replace for layer in stage.layers)
             yield StageShape(dense, len(stage.layers) - dense, stage.is_first, stage.is_last)
 
-    def _working(self, rows: float | None) -> Working:
+    def _working(self, rows: float | None) -> WorkspaceBytes:
         config = self.config
-        batch = MicroBatch(
-            config.schedule.micro_batch,
+        batch = MicroBatchShape(
+            config.schedule.micro_batch_size,
             config.training.sequence_length,
             self._dtype,
             on_cpu=self.device.type == "cpu",
-            rows=rows,
+            expert_rows_override=rows,
             fp8=config.precision.linear == "fp8",
-            block=config.expert_rows,
+            expert_block_rows=config.expert_block_rows,
         )
         experts = config.model.n_routed_experts // config.topology.ep
-        wire = ExchangeFormats.of(config.exchange, config.topology.ep)
-        return Working(config.model, batch, config.recompute.policy, wire, experts)
+        wire = ExchangeFormats.from_config(config.exchange, config.topology.ep)
+        return WorkspaceBytes(config.model, batch, config.recompute.recompute_modules, wire, experts)
 
     def _plans(self, pp_rank: int) -> Iterator[BucketPlan]:
         yield from plan_buckets(self._model(pp_rank), self._stages, self.program, self._dtype)
@@ -157,35 +159,39 @@ class RunMemory:
     def _ranks(self, plan: BucketPlan) -> int:
         """That share the bucket."""
         topology = self.config.topology
-        return len(plan.holders) * (topology.edp if plan.is_expert else topology.dp)
+        return len(plan.holding_pp_ranks) * (topology.edp if plan.is_expert else topology.dp)
 
-    def _portions(self, plans: list[BucketPlan]) -> Iterator[Portion]:
+    def _portions(self, plans: list[BucketPlan]) -> Iterator[ParameterGroup]:
         optimizer = self.config.optimizer
         for plan in plans:
-            wide = torch.promote_types(plan.masters, torch.float32).itemsize
-            yield Portion(
-                elements=bucket_length(plan.members, self._ranks(plan)),
-                copies=self._ranks(plan),
-                weight=plan.weights.itemsize,
-                wide=wide,
-                moment=optimizer.moments_dtype(plan.masters).itemsize,
-                averaged=optimizer.ema_decay is not None and self.device.type == "cpu",
+            wide = torch.promote_types(plan.master_dtype, torch.float32).itemsize
+            yield ParameterGroup(
+                elements=padded_bucket_length(plan.members, self._ranks(plan)),
+                zero_ranks=self._ranks(plan),
+                weight_bytes=plan.weight_dtype.itemsize,
+                master_bytes=wide,
+                moment_bytes=optimizer.moments_dtype(plan.master_dtype).itemsize,
+                has_ema=optimizer.ema_decay is not None and self.device.type == "cpu",
             )
 
     def _fp8_weights(self, pp_rank: int) -> float:
         if self.config.precision.linear != "fp8":
             return 0.0
-        return 2.0 * sum(blocks_bytes(weight.shape) for weight in self._model(pp_rank).fp8_weights())
+        return 2.0 * sum(fp8_weight_bytes(weight.shape) for weight in self._model(pp_rank).fp8_weights())
 
     def _update(self, plans: list[BucketPlan]) -> float:
         """At the end of a step: rows of gradients that arrive to be added, squares for the norm, or wider moments."""
         on_cpu = self.device.type == "cpu"
         sizes = [0.0]
         for portion in self._portions(plans):
-            shard = portion.elements / portion.copies
-            sizes.append(min(shard, PIECE) * _FP64)
-            if on_cpu and portion.copies > 1:
-                sizes.append(min(shard, STAGED // portion.copies) * portion.copies * portion.wide)
-            if portion.moment < portion.wide:
-                sizes.append(2 * min(shard, ADAM_PIECE if on_cpu else ADAM_PIECE_ON_GPU) * portion.wide)
+            shard = portion.elements / portion.zero_ranks
+            sizes.append(min(shard, SQUARE_SUM_ELEMENTS) * _FP64)
+            if on_cpu and portion.zero_ranks > 1:
+                sizes.append(
+                    min(shard, REDUCE_STAGING_ELEMENTS // portion.zero_ranks)
+                    * portion.zero_ranks
+                    * portion.master_bytes
+                )
+            if portion.moment_bytes < portion.master_bytes:
+                sizes.append(2 * min(shard, ADAM_PIECE if on_cpu else ADAM_PIECE_ON_GPU) * portion.master_bytes)
         return max(sizes)

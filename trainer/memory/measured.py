@@ -19,10 +19,10 @@ from torch._C._autograd import _disable_profiler_legacy, _enable_profiler_legacy
 from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
 
 from ...comm.groups import ProcessGroups
-from ...comm.trace import NullRecorder, Track
+from ...comm.trace import NullRecorder, TimelineTrack
 from ...parallelism.pipeline.program import Op
-from ..build import open_engine
-from ..config import RunConfig, value_at
+from ..build import build_engine
+from ..config import RunConfig, scheduled_value
 from ..data.samples import TokenBatch
 from ..model.model import Model
 from ..run.step import Stepper, StepSettings
@@ -38,17 +38,17 @@ class MeasuredMemory:
     """Bytes of one rank."""
 
     state: StateBytes
-    between: float
+    between_instructions: float
     """The most that was allocated between two instructions, without the state."""
     total: float
     """At the worst moment."""
 
-    def tree(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, object]:
         """As plain values."""
-        return {"state": vars(self.state), "between": self.between, "total": self.total}
+        return {"state": vars(self.state), "between": self.between_instructions, "total": self.total}
 
     @staticmethod
-    def of_tree(tree: dict[str, Any]) -> MeasuredMemory:
+    def from_dict(tree: dict[str, Any]) -> MeasuredMemory:
         """From the same."""
         return MeasuredMemory(StateBytes(**tree["state"]), tree["between"], tree["total"])
 
@@ -61,17 +61,17 @@ class AllocationMeter(Protocol):
         """For the rank: tells where instructions begin and end."""
         ...
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """What is measured begins here."""
         ...
 
-    def finish(self) -> tuple[list[int], int]:
+    def stop(self) -> tuple[list[int], int]:
         """Bytes that were allocated around each instruction, and at the worst moment."""
         ...
 
 
 @contextmanager
-def open_meter(device: torch.device) -> Iterator[AllocationMeter]:
+def open_allocation_meter(device: torch.device) -> Iterator[AllocationMeter]:
     """Open it before the rank is built."""
     if device.type == "cuda":
         yield _OnGpu(device)
@@ -80,55 +80,60 @@ def open_meter(device: torch.device) -> Iterator[AllocationMeter]:
         yield meter
 
 
-def measure(config: RunConfig, groups: ProcessGroups, device: torch.device, *, skewed: bool = False) -> MeasuredMemory:
+def measure_step_memory(
+    config: RunConfig, groups: ProcessGroups, device: torch.device, *, skewed: bool = False
+) -> MeasuredMemory:
     """The second step of this rank of a new run, on random tokens; collective.
 
     `skewed`: routing sends every token to the first rank of its expert-parallel group, as far as its experts go.
     """
-    with open_meter(device) as meter:
-        engine = open_engine(config, groups, device, meter.recorder)
+    with open_allocation_meter(device) as meter:
+        engine = build_engine(config, groups, device, meter.recorder)
         stepper = engine.stepper
         if skewed:
             _send_all_to_first(stepper.model)
         generator = torch.Generator().manual_seed(config.training.seed + groups.rank)
         for step in range(2):
-            batches = [_random_batch(config, generator).to(device) for _ in range(config.micro_batches)]
+            batches = [_random_batch(config, generator).to(device) for _ in range(config.num_micro_batches)]
             if step:
-                meter.begin()
-            stepper.step(batches, config.training.global_batch, _settings(config))
-            stepper.optimizer.wait()
-        levels, peak = meter.finish()
+                meter.start()
+            stepper.step(batches, config.training.global_batch_size, _settings(config))
+            stepper.optimizer.wait_for_weights()
+        levels, peak = meter.stop()
     engine.close()
     state = _state(stepper)
     return MeasuredMemory(state, max(levels) - state.total, peak)
 
 
 def _random_batch(config: RunConfig, generator: torch.Generator) -> TokenBatch:
-    shape = (config.schedule.micro_batch, config.window)
+    shape = (config.schedule.micro_batch_size, config.tokens_per_sample)
     tokens_BW = torch.randint(0, config.model.vocab_size, shape, generator=generator)
     return TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool))
 
 
 def _settings(config: RunConfig) -> StepSettings:
     training, optimizer = config.training, config.optimizer
-    weights = {"balance_weight": training.balance_weight, "mtp_weight": value_at(training.mtp_weight, 0)}
-    rate = optimizer.learning_rate(config.tokens_after(1))
-    return StepSettings(learning_rate=rate, clip_norm=optimizer.clip_norm, bias_speed=0.0, **weights)
+    weights = {
+        "balance_weight": training.seq_aux_loss_coeff,
+        "mtp_weight": scheduled_value(training.mtp_loss_scaling_factor, 0),
+    }
+    rate = optimizer.learning_rate_at(config.tokens_after(1))
+    return StepSettings(learning_rate=rate, clip_norm=optimizer.clip_norm, router_bias_update_rate=0.0, **weights)
 
 
 def _send_all_to_first(model: Model) -> None:
     """By biases far below any affinity for all other ranks' experts."""
     for _, router in model.routers():
-        router.bias_E[model.local_experts :] = _NEVER
+        router.bias_E[model.num_local_experts :] = _NEVER
 
 
 def _state(stepper: Stepper) -> StateBytes:
     fp8 = stepper.model.fp8
     buckets = stepper.optimizer.reducer.buckets
-    average = 0 if stepper.average is None else stepper.average.bytes
+    average = 0 if stepper.ema is None else stepper.ema.nbytes
     return StateBytes(
         weights=sum(bucket.weights_N.nbytes for bucket in buckets),
-        fp8_weights=0 if fp8 is None else fp8.weights.taken,
+        fp8_weights=0 if fp8 is None else fp8.weight_cache.last_step_bytes,
         gradients=sum(bucket.grads_N.nbytes for bucket in buckets),
         masters=sum(b.master_n.nbytes for b in buckets if b.master_n.dtype != b.weights_N.dtype),
         moments=sum(bucket.exp_avg_n.nbytes + bucket.exp_avg_sq_n.nbytes for bucket in buckets),
@@ -152,11 +157,11 @@ class _OnCpu(NullRecorder):
     def recorder(self) -> NullRecorder:
         return self
 
-    def span(self, track: Track, name: str, detail: object = None) -> AbstractContextManager[object]:
+    def span(self, track: TimelineTrack, name: str, detail: object = None) -> AbstractContextManager[object]:
         """See `SpanRecorder`."""
         if threading.get_ident() != self._main:
             self._cut()
-        elif self._begun_at < math.inf and track is Track.INSTRUCTION and name in list(Op):
+        elif self._begun_at < math.inf and track is TimelineTrack.INSTRUCTION and name in list(Op):
             return self._instruction()
         return nullcontext()
 
@@ -174,11 +179,11 @@ class _OnCpu(NullRecorder):
         if self._main in self._is_on:
             self._read()
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """See `AllocationMeter`."""
         self._begun_at = self._cut()
 
-    def finish(self) -> tuple[list[int], int]:
+    def stop(self) -> tuple[list[int], int]:
         """See `AllocationMeter`."""
         self._read()
         borders, level, peak, levels = sorted(self._borders), 0, 0, []
@@ -223,15 +228,17 @@ class _OnGpu(NullRecorder):
         yield
         self._levels.append(torch.cuda.memory_allocated(self._device))
 
-    def span(self, track: Track, name: str, detail: object = None) -> AbstractContextManager[object]:
+    def span(self, track: TimelineTrack, name: str, detail: object = None) -> AbstractContextManager[object]:
         """See `SpanRecorder`."""
-        return self._around() if self._begun and track is Track.INSTRUCTION and name in list(Op) else nullcontext()
+        return (
+            self._around() if self._begun and track is TimelineTrack.INSTRUCTION and name in list(Op) else nullcontext()
+        )
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """See `AllocationMeter`."""
         torch.cuda.reset_peak_memory_stats(self._device)
         self._begun = True
 
-    def finish(self) -> tuple[list[int], int]:
+    def stop(self) -> tuple[list[int], int]:
         """See `AllocationMeter`."""
         return self._levels, torch.cuda.max_memory_allocated(self._device)

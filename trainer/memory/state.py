@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Portion:
+class ParameterGroup:
     """Parameters that are kept alike."""
 
     elements: float
-    copies: int
+    zero_ranks: int
     """Ranks that share their masters and moments (ZeRO-1)."""
-    weight: int
+    weight_bytes: int
     """Bytes of one of them as it is computed with."""
-    wide: int = 4
+    master_bytes: int = 4
     """Of its gradient and master."""
-    moment: int = 2
+    moment_bytes: int = 2
     """Of each of its two moments."""
-    averaged: bool = False
+    has_ema: bool = False
     """Whether their average is kept in this memory: beside a GPU it lies in the host's."""
 
 
@@ -36,16 +36,18 @@ class StateBytes:
     average: float
 
     @staticmethod
-    def of(portions: Iterable[Portion], fp8_weights: float = 0.0) -> StateBytes:
+    def from_groups(portions: Iterable[ParameterGroup], fp8_weights: float = 0.0) -> StateBytes:
         """6 + 8/d a parameter with BF16 weights and moments; a master is the weight itself where that is as wide."""
         portions = list(portions)
         return StateBytes(
-            weights=sum(p.elements * p.weight for p in portions),
+            weights=sum(p.elements * p.weight_bytes for p in portions),
             fp8_weights=fp8_weights,
-            gradients=sum(p.elements * p.wide for p in portions),
-            masters=sum(p.elements / p.copies * p.wide for p in portions if p.weight < p.wide),
-            moments=sum(p.elements / p.copies * 2 * p.moment for p in portions),
-            average=sum(p.elements / p.copies * p.wide for p in portions if p.averaged),
+            gradients=sum(p.elements * p.master_bytes for p in portions),
+            masters=sum(
+                p.elements / p.zero_ranks * p.master_bytes for p in portions if p.weight_bytes < p.master_bytes
+            ),
+            moments=sum(p.elements / p.zero_ranks * 2 * p.moment_bytes for p in portions),
+            average=sum(p.elements / p.zero_ranks * p.master_bytes for p in portions if p.has_ema),
         )
 
     @property

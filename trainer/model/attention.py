@@ -10,20 +10,20 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..precision.shared_output import SharedOutput
-from .attention_backend import Attend
+from ..precision.shared_output import SharedAttentionOutput
+from .attention_backend import AttentionFunction
 from .causal import causal_attention
 from .config import ModelConfig
 from .linear import Linear
 from .norm import RMSNorm
-from .recompute import RecomputeModule, recomputed, replayed
-from .rope import Rotation, softmax_scale
+from .recompute import RecomputeModule, run_checkpointed, run_recomputable
+from .rope import RotaryEmbedding, softmax_scale
 
 LATENT_NORM_EPS = 1e-6
 """Of the norms on compressed vectors, whatever the layers' own epsilon is: so in the released model code."""
 
 
-class LatentAttention(nn.Module):
+class MultiHeadLatentAttention(nn.Module):
     """Causal attention whose keys and values come from one small latent vector a token.
 
     Documents packed into one sequence see each other, as in the report (§4.1: no cross-sample masking).
@@ -43,25 +43,27 @@ class LatentAttention(nn.Module):
         self.kv_norm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
         self.kv_up = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.out = Linear(heads * config.v_head_dim, hidden, after_attention=True)
-        self.attend: Attend = causal_attention
-        """See `Model.use_attention`."""
+        self.core_attention: AttentionFunction = causal_attention
+        """See `Model.set_attention`."""
 
-    def forward(self, x_BSD: Tensor, rotation: Rotation) -> Tensor:
+    def forward(self, x_BSD: Tensor, rotation: RotaryEmbedding) -> Tensor:
         """Attend: [B, S, D] to [B, S, D]."""
         config = self.config
         query_BSC = x_BSD if config.q_lora_rank is None else self.q_norm(self.q_down(x_BSD))  # eq. 6
         latent_BSC, k_rope_BS = self.kv_down(x_BSD).split((config.kv_lora_rank, config.qk_rope_head_dim), -1)  # eq. 1
         latent_BSC = self.kv_norm(latent_BSC)
-        heads = recomputed(RecomputeModule.UP_PROJECTION, self._heads, query_BSC, latent_BSC, k_rope_BS, rotation)
+        heads = run_recomputable(RecomputeModule.UP_PROJECTION, self._heads, query_BSC, latent_BSC, k_rope_BS, rotation)
         q_BHS, k_BHS, v_BHS = (x.transpose(1, 2) for x in heads)
-        shared = SharedOutput() if self.out.fp8 is not None else None
-        attend = self.attend if shared is None else partial(shared.of, self.attend)
-        o_BHS = replayed(RecomputeModule.ATTENTION, attend, q_BHS, k_BHS, v_BHS, softmax_scale(config))  # eq. 10
+        shared = SharedAttentionOutput() if self.out.fp8 is not None else None
+        attend = self.core_attention if shared is None else partial(shared.run_attention, self.core_attention)
+        o_BHS = run_checkpointed(
+            RecomputeModule.ATTENTION, attend, q_BHS, k_BHS, v_BHS, softmax_scale(config)
+        )  # eq. 10
         out: Tensor = self.out(o_BHS.transpose(1, 2).flatten(2), shared)  # eq. 11
         return out
 
     def _heads(
-        self, query_BSC: Tensor, latent_BSC: Tensor, k_rope_BS: Tensor, rotation: Rotation
+        self, query_BSC: Tensor, latent_BSC: Tensor, k_rope_BS: Tensor, rotation: RotaryEmbedding
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of all heads, [B, S, H, any]."""
         config = self.config

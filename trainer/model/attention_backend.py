@@ -27,11 +27,11 @@ from torch import Tensor
 from ...comm.errors import ConfigError, Problem
 from .causal import causal_attention
 
-Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """Causal attention of q [B, H, S, W], k [B, H, S, W], v [B, H, S, V] and the scale of scores: [B, H, S, V]."""
 
-FIELD = "training.attention"
-MATH_LIMIT = 1_000_000_000
+CONFIG_KEY = "training.attention"
+MATH_MAX_SCORE_BYTES = 1_000_000_000
 """Bytes of the scores of one layer and micro-batch that `math` may take on a GPU."""
 
 _FLASH3_MODULE = "flash_attn_interface"
@@ -88,13 +88,13 @@ class AttentionBackend:
 
     name: str
     """In `training.attention`."""
-    attend: Attend
-    what: str
+    core_attention: AttentionFunction
+    description: str
     """What it runs."""
 
 
-BLOCKS = AttentionBackend("blocks", causal_attention, "blocks of plain products, for CPUs")
-BACKENDS: Mapping[str, AttentionBackend] = MappingProxyType(
+CPU_BACKEND = AttentionBackend("blocks", causal_attention, "blocks of plain products, for CPUs")
+GPU_BACKENDS: Mapping[str, AttentionBackend] = MappingProxyType(
     {
         backend.name: backend
         for backend in (
@@ -111,40 +111,42 @@ BACKENDS: Mapping[str, AttentionBackend] = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class AttentionCase:
+class AttentionShape:
     """The attention that a run asks for, on one rank and for one micro-batch."""
 
     batch: int
     heads: int
-    length: int
-    qk_width: int
-    v_width: int
+    sequence_length: int
+    qk_head_dim: int
+    v_head_dim: int
     dtype: torch.dtype
 
     @property
     def score_bytes(self) -> int:
         """What all scores of one layer take, in FP32 at least."""
         wide = torch.promote_types(self.dtype, torch.float32).itemsize
-        return self.batch * self.heads * self.length**2 * wide
+        return self.batch * self.heads * self.sequence_length**2 * wide
 
 
 @dataclass(frozen=True)
-class GpuFacts:
+class GpuCapabilities:
     """What a GPU and its libraries are, as far as the choice depends on it."""
 
-    capability: tuple[int, int]
-    cudnn: int | None
+    compute_capability: tuple[int, int]
+    cudnn_version: int | None
     """Its version, 91501 for 9.15.1; None where torch has none."""
-    flash3: str | None
+    flash3_unavailable_reason: str | None
     """Why FlashAttention-3 cannot be used; None where it can."""
 
     @staticmethod
-    def here() -> GpuFacts:
+    def detect() -> GpuCapabilities:
         """Those of the current device."""
-        return GpuFacts(torch.cuda.get_device_capability(), torch.backends.cudnn.version(), missing_for_flash3())
+        return GpuCapabilities(
+            torch.cuda.get_device_capability(), torch.backends.cudnn.version(), why_flash3_is_unavailable()
+        )
 
 
-def missing_for_flash3() -> str | None:
+def why_flash3_is_unavailable() -> str | None:
     """Return why FlashAttention-3 does not load here, None where it does."""
     build = "build it from the folder `hopper` of the flash-attention repository, for this torch"
     if importlib.util.find_spec(_FLASH3_MODULE) is None:
@@ -156,9 +158,9 @@ def missing_for_flash3() -> str | None:
     return None
 
 
-def unfit(name: str, case: AttentionCase) -> Iterator[str]:
+def unsupported_shape_reasons(name: str, case: AttentionShape) -> Iterator[str]:
     """Yield why no GPU can compute `case` by the backend `name`."""
-    widths = (case.qk_width, case.v_width)
+    widths = (case.qk_head_dim, case.v_head_dim)
     numbers = str(case.dtype).removeprefix("torch.")
     if name in ("cudnn", "flash3"):
         if case.dtype not in _HALF:
@@ -168,7 +170,7 @@ def unfit(name: str, case: AttentionCase) -> Iterator[str]:
     if name == "cudnn":
         if widths != _LATENT and max(widths) > 128:
             yield f"it serves widths of 192/128, and any up to 128, and the model's are {_pair(widths)}"
-        if case.length == 1:
+        if case.sequence_length == 1:
             yield "it wants sequences of two tokens at least"
     if name == "flash3" and widths != _LATENT and (widths[0] != widths[1] or max(widths) > 256):
         yield f"it serves widths of 192/128, and equal ones up to 256, and the model's are {_pair(widths)}"
@@ -178,34 +180,34 @@ def unfit(name: str, case: AttentionCase) -> Iterator[str]:
         step = 8 if case.dtype in _HALF else 4
         if any(width % step for width in widths):
             yield f"in {numbers} its heads have widths that are multiples of {step}, the model's are {_pair(widths)}"
-    if name == "math" and case.score_bytes > MATH_LIMIT:
-        shape = f"{case.batch} x {case.heads} heads x {case.length}²"
+    if name == "math" and case.score_bytes > MATH_MAX_SCORE_BYTES:
+        shape = f"{case.batch} x {case.heads} heads x {case.sequence_length}²"
         yield (
-            f"the scores of a layer ({shape}) take {case.score_bytes / 1e9:.1f} GB, more than {MATH_LIMIT / 1e9:g} GB; "
+            f"the scores of a layer ({shape}) take {case.score_bytes / 1e9:.1f} GB, more than {MATH_MAX_SCORE_BYTES / 1e9:g} GB; "
             "write training.attention=auto, whose other backends keep none, or a shorter training.sequence_length"
         )
 
 
-def missing_here(name: str, case: AttentionCase, gpu: GpuFacts) -> Iterator[str]:
+def unsupported_gpu_reasons(name: str, case: AttentionShape, gpu: GpuCapabilities) -> Iterator[str]:
     """Yield why this GPU cannot compute `case` by the backend `name`, where another could."""
-    has = f"the one here has {gpu.capability[0]}.{gpu.capability[1]}"
-    if name != "math" and case.dtype == torch.bfloat16 and gpu.capability < (8, 0):
+    has = f"the one here has {gpu.compute_capability[0]}.{gpu.compute_capability[1]}"
+    if name != "math" and case.dtype == torch.bfloat16 and gpu.compute_capability < (8, 0):
         yield f"in BF16 it needs a GPU of compute capability 8.0 or later and {has}"
     if name == "cudnn":
-        if (case.qk_width, case.v_width) == _LATENT and gpu.capability[0] not in (9, 10):
+        if (case.qk_head_dim, case.v_head_dim) == _LATENT and gpu.compute_capability[0] not in (9, 10):
             yield f"for widths of 192/128 it needs a GPU of compute capability 9.0 or 10.x and {has}"
-        if gpu.cudnn is None or gpu.cudnn < _OLDEST_CUDNN:
-            found = "none" if gpu.cudnn is None else cudnn_text(gpu.cudnn)
+        if gpu.cudnn_version is None or gpu.cudnn_version < _OLDEST_CUDNN:
+            found = "none" if gpu.cudnn_version is None else format_cudnn_version(gpu.cudnn_version)
             hint = "install a torch for CUDA 13, whose wheels bring a later one"
-            yield f"it needs cuDNN {cudnn_text(_OLDEST_CUDNN)} or later and torch has {found}; {hint}"
+            yield f"it needs cuDNN {format_cudnn_version(_OLDEST_CUDNN)} or later and torch has {found}; {hint}"
     if name == "flash3":
-        if gpu.capability[0] != 9:
+        if gpu.compute_capability[0] != 9:
             yield f"it needs a GPU of compute capability 9.0 and {has}"
-        if gpu.flash3 is not None:
-            yield gpu.flash3
+        if gpu.flash3_unavailable_reason is not None:
+            yield gpu.flash3_unavailable_reason
 
 
-def cudnn_text(version: int) -> str:
+def format_cudnn_version(version: int) -> str:
     """Return the number that `torch.backends.cudnn.version` gives as people write it: 91501 is 9.15.1."""
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
@@ -215,63 +217,66 @@ def _pair(widths: tuple[int, int]) -> str:
 
 
 @dataclass(frozen=True)
-class AttentionChoice:
+class SelectedAttention:
     """What computes attention in a run, and why."""
 
     backend: AttentionBackend
     reason: str
 
     @property
-    def attend(self) -> Attend:
+    def core_attention(self) -> AttentionFunction:
         """The backend's function."""
-        return self.backend.attend
+        return self.backend.core_attention
 
     def __str__(self) -> str:
-        return f"{self.backend.name} ({self.backend.what}): {self.reason}"
+        return f"{self.backend.name} ({self.backend.description}): {self.reason}"
 
 
-ON_CPU = AttentionChoice(BLOCKS, "a CPU has no other")
+CPU_ATTENTION = SelectedAttention(CPU_BACKEND, "a CPU has no other")
 
 
-def named_attention(name: str) -> AttentionChoice:
+def attention_by_name(name: str) -> SelectedAttention:
     """Return the backend of this name, asking no device."""
-    return AttentionChoice(BACKENDS[name], f"{FIELD}={name}")
+    return SelectedAttention(GPU_BACKENDS[name], f"{CONFIG_KEY}={name}")
 
 
-def choose_attention(name: str, case: AttentionCase, gpu: GpuFacts) -> AttentionChoice:
+def select_attention(name: str, case: AttentionShape, gpu: GpuCapabilities) -> SelectedAttention:
     """Return what computes `case` on `gpu`: the backend of this name, or for `auto` the first that serves.
 
     Raises `ConfigError` where the named one does not serve, or none does.
     """
     passed: list[str] = []
-    for each in (name,) if name != "auto" else BACKENDS:
-        missing = [*unfit(each, case), *missing_here(each, case, gpu)]
+    for each in (name,) if name != "auto" else GPU_BACKENDS:
+        missing = [*unsupported_shape_reasons(each, case), *unsupported_gpu_reasons(each, case, gpu)]
         if not missing:
-            return named_attention(each) if name != "auto" else _first(each, case, gpu, passed)
+            return attention_by_name(each) if name != "auto" else _first(each, case, gpu, passed)
         passed.append(f"{each}: {'; '.join(missing)}")
     hint = passed[0].partition(": ")[2] if name != "auto" else f"nothing serves this run. {' | '.join(passed)}"
-    raise ConfigError([Problem(FIELD, name, hint)])
+    raise ConfigError([Problem(CONFIG_KEY, name, hint)])
 
 
-def _first(name: str, case: AttentionCase, gpu: GpuFacts, passed: list[str]) -> AttentionChoice:
+def _first(name: str, case: AttentionShape, gpu: GpuCapabilities, passed: list[str]) -> SelectedAttention:
     """`name`, the first in the order that serves."""
-    library = f", cuDNN {cudnn_text(gpu.cudnn)}" if gpu.cudnn is not None else ""
-    where = f"on compute capability {gpu.capability[0]}.{gpu.capability[1]}{library}"
-    serves = f"auto: serves widths of {_pair((case.qk_width, case.v_width))} {where}"
-    return AttentionChoice(BACKENDS[name], "; not ".join([serves, *passed]))
+    library = f", cuDNN {format_cudnn_version(gpu.cudnn_version)}" if gpu.cudnn_version is not None else ""
+    where = f"on compute capability {gpu.compute_capability[0]}.{gpu.compute_capability[1]}{library}"
+    serves = f"auto: serves widths of {_pair((case.qk_head_dim, case.v_head_dim))} {where}"
+    return SelectedAttention(GPU_BACKENDS[name], "; not ".join([serves, *passed]))
 
 
-def try_attention(choice: AttentionChoice, case: AttentionCase, device: torch.device) -> None:
+def probe_attention(choice: SelectedAttention, case: AttentionShape, device: torch.device) -> None:
     """Compute `case` once, forward and backward, as the run will; raise `ConfigError` with what the library says.
 
     cuDNN and FlashAttention-3 say no only when they are called. cuDNN also makes its plans now (up to a second), one
     for each shape and thread, and not in the first step.
     """
-    shape, widths = (case.batch, case.length, case.heads), (case.qk_width, case.qk_width, case.v_width)
+    shape, widths = (
+        (case.batch, case.sequence_length, case.heads),
+        (case.qk_head_dim, case.qk_head_dim, case.v_head_dim),
+    )
     leaves = [torch.zeros((*shape, width), dtype=case.dtype, device=device, requires_grad=True) for width in widths]
     q_BHSW, k_BHSW, v_BHSV = (x.transpose(1, 2) for x in leaves)
     try:
-        out = choice.attend(q_BHSW, k_BHSW, v_BHSV, case.qk_width**-0.5)
+        out = choice.core_attention(q_BHSW, k_BHSW, v_BHSV, case.qk_head_dim**-0.5)
         grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
         is_finite = all(bool(x.isfinite().all()) for x in (out, *grads))
     except Exception as fault:  # as many kinds as there are libraries
@@ -280,6 +285,6 @@ def try_attention(choice: AttentionChoice, case: AttentionCase, device: torch.de
         raise _fails(choice, "of zeros it makes numbers that are not finite")
 
 
-def _fails(choice: AttentionChoice, what: str) -> ConfigError:
-    others = " or ".join(f"{FIELD}={name}" for name in BACKENDS if name != choice.backend.name)
-    return ConfigError([Problem(FIELD, choice.backend.name, f"{what}; write {others}")])
+def _fails(choice: SelectedAttention, what: str) -> ConfigError:
+    others = " or ".join(f"{CONFIG_KEY}={name}" for name in GPU_BACKENDS if name != choice.backend.name)
+    return ConfigError([Problem(CONFIG_KEY, choice.backend.name, f"{what}; write {others}")])

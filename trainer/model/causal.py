@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..precision.tiles import at_least_fp32
+from ..precision.tiles import promote_to_fp32
 
 _BLOCK = 128  # queries at a time: their scores stay in a cache
 _KEPT_LENGTH = 512  # up to here probabilities are kept for the backward; beyond, S × S of them outgrow the rest
@@ -22,20 +22,20 @@ _KEPT_LENGTH = 512  # up to here probabilities are kept for the backward; beyond
 def causal_attention(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
     """Return softmax(scale · q kᵀ) v, [B, H, S, V], where each position sees itself and those before it; on CPUs.
 
-    Raises `RuntimeError` on another device, whose backend `Model.use_attention` sets.
+    Raises `RuntimeError` on another device, whose backend `Model.set_attention` sets.
     """
     if q_BHSW.device.type != "cpu":
-        raise RuntimeError(f"no attention is chosen for {q_BHSW.device}: call Model.use_attention first")
+        raise RuntimeError(f"no attention is chosen for {q_BHSW.device}: call Model.set_attention first")
     out: Tensor = _BlockAttention.apply(q_BHSW, k_BHSW, v_BHSV, scale)  # type: ignore[no-untyped-call]
     return out
 
 
-def causal_attention_twin(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
+def causal_attention_reference(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
     """Return the same by torch's own function, whichever kernel that takes."""
     return F.scaled_dot_product_attention(q_BHSW, k_BHSW, v_BHSV, is_causal=True, scale=scale)
 
 
-def kept_probabilities(length: int) -> int:
+def saved_probability_count(length: int) -> int:
     """How many a head and sequence of this length are kept on a CPU; blocks hold a few that are 0."""
     if length > _KEPT_LENGTH:
         return 0
@@ -100,7 +100,7 @@ def _later(like: Tensor) -> Tensor:
 
 def _probability(q_HQW: Tensor, k_HPW: Tensor, later_QQ: Tensor, scale: float) -> Tensor:
     """Softmax of the scores of a block, whose queries are the last Q of the P positions; FP32 at least."""
-    score_HQP = torch.bmm(at_least_fp32(q_HQW) * scale, at_least_fp32(k_HPW).transpose(1, 2))
+    score_HQP = torch.bmm(promote_to_fp32(q_HQW) * scale, promote_to_fp32(k_HPW).transpose(1, 2))
     queries, seen = score_HQP.shape[1:]
     score_HQP[..., seen - queries :] += later_QQ[:queries, :queries]
     return score_HQP.softmax(dim=-1)
@@ -108,8 +108,8 @@ def _probability(q_HQW: Tensor, k_HPW: Tensor, later_QQ: Tensor, scale: float) -
 
 def _grad_score(grad_HQV: Tensor, v_HPV: Tensor, probability_HQP: Tensor) -> Tensor:
     """The gradient of what the softmax was taken of; FP32 at least."""
-    grad_HQP = torch.bmm(at_least_fp32(grad_HQV), at_least_fp32(v_HPV).transpose(1, 2))
-    return torch._softmax_backward_data(grad_HQP, at_least_fp32(probability_HQP), -1, grad_HQP.dtype)
+    grad_HQP = torch.bmm(promote_to_fp32(grad_HQV), promote_to_fp32(v_HPV).transpose(1, 2))
+    return torch._softmax_backward_data(grad_HQP, promote_to_fp32(probability_HQP), -1, grad_HQP.dtype)
 
 
 def _empty_like(x_BHSW: Tensor) -> Tensor:

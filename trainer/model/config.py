@@ -43,9 +43,9 @@ class YarnConfig:
                 yield Problem(name, self.__dict__[name], "must be at least 0")
 
 
-MOST_WIDTH = 2**20
+MAX_WIDTH = 2**20
 """Of a matrix in either direction: 60 times DeepSeek-V3's widest."""
-MOST = {
+MAX_VALUES = {
     "vocab_size": 2**24,
     "num_hidden_layers": 4096,
     "n_routed_experts": 2**16,
@@ -118,7 +118,7 @@ class ModelConfig:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
-    def moe_layers(self) -> int:
+    def num_moe_layers(self) -> int:
         """Layers of the main model with routed experts."""
         return self.num_hidden_layers - self.first_k_dense_replace
 
@@ -134,7 +134,7 @@ class ModelConfig:
             yield Problem("scoring_func", self.scoring_func, "must be sigmoid or softmax")
         yield from self._routing_problems()
         if self.rope_scaling is not None:
-            yield from (problem.under("rope_scaling") for problem in self.rope_scaling.problems())
+            yield from (problem.with_prefix("rope_scaling") for problem in self.rope_scaling.problems())
 
     def _range_problems(self) -> Iterator[Problem]:
         at_least_one = [
@@ -155,7 +155,7 @@ class ModelConfig:
             if values[name] < 0:
                 yield Problem(name, values[name], "must be at least 0")
         for name in (*at_least_one, "q_lora_rank", "n_shared_experts", "num_nextn_predict_layers"):
-            most = MOST.get(name, MOST_WIDTH)
+            most = MAX_VALUES.get(name, MAX_WIDTH)
             if (values[name] or 0) > most:
                 yield Problem(name, values[name], f"must be at most {most}: no machine trains more")
         for name in ("routed_scaling_factor", "rms_norm_eps", "rope_theta", "initializer_range"):

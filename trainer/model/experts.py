@@ -18,49 +18,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...comm.fp8 import TILE, RowTiles, stand_in
+from ...comm.fp8 import TILE_WIDTH, QuantizedRows, nan_placeholder
 from ...comm.host import to_device
-from ...parallelism.weight_grad import WeightGradients, add_to_grad, collecting
-from ..precision.fp8 import Fp8
+from ...parallelism.weight_grad import DelayedWeightGradients, accumulate_grad, get_active_collector
+from ..precision.fp8 import Fp8LinearOps
 from ..precision.swiglu import weighted_swiglu
-from ..precision.tiles import Tiles
+from ..precision.tiles import RowwiseFp8Tensor
 from .linear import Linear
-from .recompute import RecomputeModule, recomputed
+from .recompute import RecomputeModule, run_recomputable
 
-Function = Callable[[Tensor, Tensor, tuple[int, ...], Tiles | None], Tensor]
+ExpertFunction = Callable[[Tensor, Tensor, tuple[int, ...], RowwiseFp8Tensor | None], Tensor]
 """Rows, their gate weights, how many each expert has, and their tiles if there are any, to results: row by row."""
 
 
-def in_blocks(
-    function: Function,
+def compute_in_row_blocks(
+    function: ExpertFunction,
     rows_RD: Tensor,
     weights_R: Tensor,
     rows_per_expert_L: tuple[int, ...],
-    block: int,
-    tiles: Tiles | None,
+    block_rows: int,
+    tiles: RowwiseFp8Tensor | None,
 ) -> Tensor:
     """`function` over all rows, of at most `block` at a time, a multiple of 128; [R, D].
 
     Where there are `tiles`, they are the rows: they are kept, and of `rows_RD` nothing but shape and dtype is used.
     """
-    blocks = tuple(cut(rows_per_expert_L, block))
+    blocks = tuple(split_into_row_blocks(rows_per_expert_L, block_rows))
     out: Tensor = _InBlocks.apply(rows_RD, weights_R, function, blocks, tiles)  # type: ignore[no-untyped-call]
     return out
 
 
-def cut(rows_per_expert_L: tuple[int, ...], block: int) -> Iterator[tuple[int, ...]]:
+def split_into_row_blocks(rows_per_expert_L: tuple[int, ...], block_rows: int) -> Iterator[tuple[int, ...]]:
     """How many rows of each expert are in each block, [B, L].
 
     An expert's rows are cut at multiples of 128 alone: FP8 tiles of 128 × 1 then hold what they would without blocks.
     """
     experts = len(rows_per_expert_L)
-    counts, room = [0] * experts, block
+    counts, room = [0] * experts, block_rows
     for expert, left in enumerate(rows_per_expert_L):
         while left > room:
-            taken = room // TILE * TILE
+            taken = room // TILE_WIDTH * TILE_WIDTH
             counts[expert] += taken
             yield tuple(counts)
-            counts, room, left = [0] * experts, block, left - taken
+            counts, room, left = [0] * experts, block_rows, left - taken
         counts[expert] += left
         room -= left
     if any(counts):
@@ -73,9 +73,9 @@ class _InBlocks(torch.autograd.Function):
         ctx: Any,
         rows_RD: Tensor,
         weights_R: Tensor,
-        function: Function,
+        function: ExpertFunction,
         blocks: tuple[tuple[int, ...], ...],
-        tiles: Tiles | None,
+        tiles: RowwiseFp8Tensor | None,
     ) -> Tensor:
         ctx.function, ctx.blocks, ctx.dtype = function, blocks, rows_RD.dtype
         if any(ctx.needs_input_grad):
@@ -83,7 +83,7 @@ class _InBlocks(torch.autograd.Function):
             ctx.save_for_backward(weights_R, *kept)
         out_RD = rows_RD.new_empty(rows_RD.shape)
         for part, counts_L in _parts(blocks):
-            out_RD[part] = function(rows_RD[part], weights_R[part], counts_L, tiles and tiles.part(part))
+            out_RD[part] = function(rows_RD[part], weights_R[part], counts_L, tiles and tiles.slice_rows(part))
         return out_RD
 
     @staticmethod
@@ -92,14 +92,14 @@ class _InBlocks(torch.autograd.Function):
         grad_rows_RD = torch.empty(grads[0].shape, dtype=ctx.dtype, device=grads[0].device)
         grad_weights_R = torch.empty_like(weights_R)
         for part, counts_L in _parts(ctx.blocks):
-            tiles = Tiles(*kept).part(part) if len(kept) == 2 else None
-            rows = kept[0][part].detach() if tiles is None else stand_in(tiles.values_XD, ctx.dtype)
+            tiles = RowwiseFp8Tensor(*kept).slice_rows(part) if len(kept) == 2 else None
+            rows = kept[0][part].detach() if tiles is None else nan_placeholder(tiles.values_XD, ctx.dtype)
             leaves = rows.requires_grad_(), weights_R[part].detach().requires_grad_()
-            work = WeightGradients()
-            with torch.enable_grad(), work.collect():
+            work = DelayedWeightGradients()
+            with torch.enable_grad(), work.collect_from_forward():
                 out = ctx.function(*leaves, counts_L, tiles)
             grad_rows_RD[part], grad_weights_R[part] = torch.autograd.grad(out, leaves, grads[0][part])
-            work.run()
+            work.flush()
         return grad_rows_RD, grad_weights_R, None, None, None
 
 
@@ -112,7 +112,7 @@ def _parts(blocks: tuple[tuple[int, ...], ...]) -> Iterator[tuple[slice, tuple[i
         start = stop
 
 
-class SwiGLU(nn.Module):
+class SwiGLUFeedForward(nn.Module):
     """W_down (silu(W_gate x) ⊙ W_up x)."""
 
     def __init__(self, hidden: int, inner: int) -> None:
@@ -122,44 +122,50 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
-        gate_up: Tensor = recomputed(RecomputeModule.GATE_UP, self.gate_up, x)
-        return self.down.of_swiglu(gate_up)
+        gate_up: Tensor = run_recomputable(RecomputeModule.GATE_UP, self.gate_up, x)
+        return self.down.forward_swiglu(gate_up)
 
 
-class Experts(nn.Module):
+class GroupedExperts(nn.Module):
     """The routed experts that live on one rank, as two stacked weights."""
 
     def __init__(self, local_experts: int, hidden: int, inner: int) -> None:
         super().__init__()
         self.gate_up_LFD = nn.Parameter(torch.empty(local_experts, 2 * inner, hidden))
         self.down_LDF = nn.Parameter(torch.empty(local_experts, hidden, inner))
-        self.fp8: Fp8 | None = None
-        self.block: int | None = None
+        self.fp8: Fp8LinearOps | None = None
+        self.block_rows: int | None = None
         """More rows than this are computed in blocks of so many at most."""
 
     def forward(
-        self, rows_RD: Tensor, weights_R: Tensor, rows_per_expert_L: tuple[int, ...], came: RowTiles | None = None
+        self,
+        rows_RD: Tensor,
+        weights_R: Tensor,
+        rows_per_expert_L: tuple[int, ...],
+        prequantized: QuantizedRows | None = None,
     ) -> Tensor:
         """[R, D] to [R, D]; rows are grouped by expert. Each row comes out multiplied by its gate weight.
 
         The weight multiplies before the down projection, so that combine can be a plain sum.
-        `came`: in FP8, the rows as they came, where they came in it; see `stand_in` for `rows_RD`.
+        `came`: in FP8, the rows as they came, where they came in it; see `nan_placeholder` for `rows_RD`.
         """
-        tiles = None if came is None else Tiles.that_came(came)
-        if self.block is None or len(rows_RD) <= self.block:
+        tiles = None if prequantized is None else RowwiseFp8Tensor.from_received(prequantized)
+        if self.block_rows is None or len(rows_RD) <= self.block_rows:
             return self._at_once(rows_RD, weights_R, rows_per_expert_L, tiles)
         if tiles is None and self.fp8 is not None:
-            tiles = self.fp8.received(rows_RD)
-        return in_blocks(self._at_once, rows_RD, weights_R, rows_per_expert_L, self.block, tiles)
+            tiles = self.fp8.quantize_received_rows(rows_RD)
+        return compute_in_row_blocks(self._at_once, rows_RD, weights_R, rows_per_expert_L, self.block_rows, tiles)
 
     def _at_once(
-        self, rows_RD: Tensor, weights_R: Tensor, rows_per_expert_L: tuple[int, ...], tiles: Tiles | None
+        self, rows_RD: Tensor, weights_R: Tensor, rows_per_expert_L: tuple[int, ...], tiles: RowwiseFp8Tensor | None
     ) -> Tensor:
         if self.fp8 is not None:
-            gate_up_RF = self.fp8.experts_up(rows_RD, self.gate_up_LFD, rows_per_expert_L, tiles)
-            return self.fp8.experts_down(gate_up_RF, weights_R, self.down_LDF, rows_per_expert_L)
-        gate_up_RF = recomputed(RecomputeModule.GATE_UP, grouped_linear, rows_RD, self.gate_up_LFD, rows_per_expert_L)
-        inner_RF = recomputed(RecomputeModule.SWIGLU, weighted_swiglu, gate_up_RF, weights_R)
+            gate_up_RF = self.fp8.experts_gate_up(rows_RD, self.gate_up_LFD, rows_per_expert_L, tiles)
+            return self.fp8.experts_swiglu_down(gate_up_RF, weights_R, self.down_LDF, rows_per_expert_L)
+        gate_up_RF = run_recomputable(
+            RecomputeModule.GATE_UP, grouped_linear, rows_RD, self.gate_up_LFD, rows_per_expert_L
+        )
+        inner_RF = run_recomputable(RecomputeModule.SWIGLU, weighted_swiglu, gate_up_RF, weights_R)
         return grouped_linear(inner_RF, self.down_LDF, rows_per_expert_L)
 
 
@@ -168,7 +174,7 @@ def grouped_linear(x_RK: Tensor, weight_LNK: Tensor, rows_per_expert_L: tuple[in
 
     Like `linear`, it leaves the gradient of the weights with whoever collects them.
     """
-    if collecting() is None or not torch.is_grad_enabled():
+    if get_active_collector() is None or not torch.is_grad_enabled():
         return grouped_mm(x_RK, weight_LNK.to(x_RK.dtype), rows_per_expert_L)
     out: Tensor = _GroupedLinear.apply(x_RK, weight_LNK, rows_per_expert_L)  # type: ignore[no-untyped-call]
     return out
@@ -178,39 +184,41 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RK: Tensor, weight_LNK: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
         ctx.save_for_backward(x_RK)
-        ctx.weight, ctx.left, ctx.rows = weight_LNK, collecting(), rows_per_expert_L
+        ctx.weight, ctx.left, ctx.rows = weight_LNK, get_active_collector(), rows_per_expert_L
         return grouped_mm(x_RK, weight_LNK.to(x_RK.dtype), rows_per_expert_L)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (x_RK,), weight_LNK, rows_L = ctx.saved_tensors, ctx.weight, ctx.rows
         grad_RN = grads[0].contiguous()
-        ctx.left.add(lambda: add_grouped_outer(weight_LNK, grad_RN, x_RK, rows_L))
+        ctx.left.add(lambda: accumulate_grouped_wgrad(weight_LNK, grad_RN, x_RK, rows_L))
         return grouped_mm(grad_RN, weight_LNK.to(grad_RN.dtype).transpose(1, 2), rows_L), None, None
 
 
-def add_grouped_outer(weight_LNK: Tensor, grad_RN: Tensor, x_RK: Tensor, rows_per_expert_L: tuple[int, ...]) -> None:
+def accumulate_grouped_wgrad(
+    weight_LNK: Tensor, grad_RN: Tensor, x_RK: Tensor, rows_per_expert_L: tuple[int, ...]
+) -> None:
     """Add gradᵀ x of each expert's rows to the gradient of its weight.
 
     Where both have one dtype, products add to it themselves: a gradient is read and written while it is in a cache.
     """
     summed_LNK = weight_LNK.grad
     if summed_LNK is None or summed_LNK.dtype != grad_RN.dtype:
-        add_to_grad(weight_LNK, grouped_outer(grad_RN, x_RK, rows_per_expert_L))
+        accumulate_grad(weight_LNK, grouped_wgrad(grad_RN, x_RK, rows_per_expert_L))
         return
     pairs = zip(grad_RN.split(rows_per_expert_L), x_RK.split(rows_per_expert_L), strict=True)
     for summed_NK, (grad, x) in zip(summed_LNK, pairs, strict=True):
         summed_NK.addmm_(grad.T, x)
 
 
-def grouped_outer(grad_RN: Tensor, x_RK: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
+def grouped_wgrad(grad_RN: Tensor, x_RK: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
     """gradᵀ x of each expert's rows, [L, N, K]: the gradient of the experts' weights; 0 for one without rows."""
     if x_RK.dtype == torch.float64:
-        return grouped_outer_twin(grad_RN, x_RK, rows_per_expert_L)
+        return grouped_wgrad_reference(grad_RN, x_RK, rows_per_expert_L)
     return F.grouped_mm(grad_RN.T, x_RK, offs=_ends(rows_per_expert_L, x_RK.device))
 
 
-def grouped_outer_twin(grad_RN: Tensor, x_RK: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
+def grouped_wgrad_reference(grad_RN: Tensor, x_RK: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
     """The same, an expert at a time."""
     pairs = zip(grad_RN.split(rows_per_expert_L), x_RK.split(rows_per_expert_L), strict=True)
     return torch.stack([grad.T @ x for grad, x in pairs])
@@ -219,11 +227,11 @@ def grouped_outer_twin(grad_RN: Tensor, x_RK: Tensor, rows_per_expert_L: tuple[i
 def grouped_mm(x_RK: Tensor, weight_LNK: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
     """Rows times the transposed weight of their expert, [R, N]; `rows_per_expert_L` sums to R."""
     if x_RK.dtype == torch.float64:
-        return grouped_mm_twin(x_RK, weight_LNK, rows_per_expert_L)
+        return grouped_mm_reference(x_RK, weight_LNK, rows_per_expert_L)
     return F.grouped_mm(x_RK, weight_LNK.transpose(1, 2), offs=_ends(rows_per_expert_L, x_RK.device))
 
 
-def grouped_mm_twin(x_RK: Tensor, weight_LNK: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
+def grouped_mm_reference(x_RK: Tensor, weight_LNK: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
     """The same, an expert at a time: the oracle, and the path for FP64, which `F.grouped_mm` lacks."""
     parts = x_RK.split(rows_per_expert_L)
     return torch.cat([F.linear(part, weight) for part, weight in zip(parts, weight_LNK, strict=True)])

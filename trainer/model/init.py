@@ -11,7 +11,7 @@ from .model import Model
 
 
 @torch.no_grad()
-def initialize(model: Model, seed: int) -> None:
+def initialize_weights(model: Model, seed: int) -> None:
     """Every weight ~ N(0, init_std) (report §4.2), every norm 1, every routing bias 0, in place.
 
     Each expert has a generator of its own, named by its number in the whole layer, so that any split gives the same
@@ -23,7 +23,7 @@ def initialize(model: Model, seed: int) -> None:
             parameter.fill_(1.0)
         elif name in expert_names:
             for index, expert in enumerate(parameter):
-                _fill(expert, f"{name}.{model.first_expert + index}", seed, model.config.initializer_range)
+                _fill(expert, f"{name}.{model.first_local_expert + index}", seed, model.config.initializer_range)
         else:
             _fill(parameter, name, seed, model.config.initializer_range)
     for _, router in model.routers():

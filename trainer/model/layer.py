@@ -11,19 +11,19 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .attention import LatentAttention
+from .attention import MultiHeadLatentAttention
 from .config import ModelConfig
-from .experts import Experts, SwiGLU
+from .experts import GroupedExperts, SwiGLUFeedForward
 from .norm import RMSNorm
-from .rope import Rotation
-from .router import Router, Routing
+from .rope import RotaryEmbedding
+from .router import Router, RouterOutput
 
 
 @dataclass(frozen=True)
-class Context:
+class LayerContext:
     """What every layer of one micro-batch shares."""
 
-    rotation: Rotation
+    rotary_embedding: RotaryEmbedding
     valid_BS: Tensor
     """Real tokens; the others are padding."""
 
@@ -34,13 +34,13 @@ class DenseLayer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = LatentAttention(config)
+        self.attention = MultiHeadLatentAttention(config)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.ffn = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.ffn = SwiGLUFeedForward(config.hidden_size, config.intermediate_size)
 
-    def forward(self, hidden_BSD: Tensor, context: Context) -> Tensor:
+    def forward(self, hidden_BSD: Tensor, context: LayerContext) -> Tensor:
         """[B, S, D] to [B, S, D]."""
-        hidden_BSD = hidden_BSD + self.attention(self.attention_norm(hidden_BSD), context.rotation)
+        hidden_BSD = hidden_BSD + self.attention(self.attention_norm(hidden_BSD), context.rotary_embedding)
         out_BSD: Tensor = hidden_BSD + self.ffn(self.ffn_norm(hidden_BSD))
         return out_BSD
 
@@ -51,21 +51,21 @@ class MoELayer(nn.Module):
     def __init__(self, config: ModelConfig, local_experts: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = LatentAttention(config)
+        self.attention = MultiHeadLatentAttention(config)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.router = Router(config)
         shared = config.n_shared_experts
-        self.shared = SwiGLU(config.hidden_size, shared * config.moe_intermediate_size) if shared else None
-        self.experts = Experts(local_experts, config.hidden_size, config.moe_intermediate_size)
+        self.shared = SwiGLUFeedForward(config.hidden_size, shared * config.moe_intermediate_size) if shared else None
+        self.experts = GroupedExperts(local_experts, config.hidden_size, config.moe_intermediate_size)
 
-    def attend(self, hidden_BSD: Tensor, context: Context) -> tuple[Tensor, Tensor, Routing]:
+    def attend_and_route(self, hidden_BSD: Tensor, context: LayerContext) -> tuple[Tensor, Tensor, RouterOutput]:
         """Phase 1: the residual stream after attention, its normed tokens_TD for the experts, and where they go."""
-        residual_BSD = hidden_BSD + self.attention(self.attention_norm(hidden_BSD), context.rotation)
+        residual_BSD = hidden_BSD + self.attention(self.attention_norm(hidden_BSD), context.rotary_embedding)
         normed_BSD = self.ffn_norm(residual_BSD)
         return residual_BSD, normed_BSD.flatten(0, 1), self.router(normed_BSD, context.valid_BS)
 
     @staticmethod
-    def merge(residual_BSD: Tensor, routed_TD: Tensor, shared_TD: Tensor | None) -> Tensor:
+    def add_expert_outputs(residual_BSD: Tensor, routed_TD: Tensor, shared_TD: Tensor | None) -> Tensor:
         """Phase 5: the layer's output. A plain sum: its gradient goes unchanged to each part."""
         mixed_TD = routed_TD if shared_TD is None else routed_TD + shared_TD
         return residual_BSD + mixed_TD.view_as(residual_BSD)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ...parallelism.weight_grad import linear
-from ..precision.fp8 import Fp8
-from ..precision.shared_output import SharedOutput
+from ..precision.fp8 import Fp8LinearOps
+from ..precision.shared_output import SharedAttentionOutput
 from ..precision.swiglu import swiglu
-from .recompute import RecomputeModule, recomputed
+from .recompute import RecomputeModule, run_recomputable
 
 
 class Linear(nn.Module):
@@ -23,16 +23,18 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.after_attention = after_attention
-        self.fp8: Fp8 | None = None
+        self.fp8: Fp8LinearOps | None = None
 
-    def forward(self, x: Tensor, shared: SharedOutput | None = None) -> Tensor:
+    def forward(self, x: Tensor, attention_output: SharedAttentionOutput | None = None) -> Tensor:
         """[..., in_features] to [..., out_features]. `shared`: the attention whose output `x` is; of use in FP8."""
         if self.fp8 is not None:
-            return self.fp8.linear(x, self.weight, after_attention=self.after_attention, shared=shared)
+            return self.fp8.linear(
+                x, self.weight, after_attention=self.after_attention, attention_output=attention_output
+            )
         return linear(x, self.weight)
 
-    def of_swiglu(self, gate_up: Tensor) -> Tensor:
+    def forward_swiglu(self, gate_up: Tensor) -> Tensor:
         """SwiGLU(gate_up) Wᵀ. FP8 keeps `gate_up` and computes the SwiGLU again in the backward."""
         if self.fp8 is not None:
-            return self.fp8.linear_of_swiglu(gate_up, self.weight)
-        return linear(recomputed(RecomputeModule.SWIGLU, swiglu, gate_up), self.weight)
+            return self.fp8.swiglu_linear(gate_up, self.weight)
+        return linear(run_recomputable(RecomputeModule.SWIGLU, swiglu, gate_up), self.weight)

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...parallelism.weight_grad import add_product, collecting
-from ..precision.tiles import at_least_fp32
+from ...parallelism.weight_grad import accumulate_linear_wgrad, get_active_collector
+from ..precision.tiles import promote_to_fp32
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """Target of a token that counts in no loss."""
 
 _CHUNK_ELEMENTS = 2**20  # logits of a chunk: 4 MB in FP32, which stay in a cache
@@ -22,7 +22,7 @@ _CHUNK_ELEMENTS_ON_GPU = 2**27  # 512 MB: every chunk costs a pass over the grad
 _FEWEST_TOKENS = 256  # of a chunk, for products worth their launch
 
 
-def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, factor: float = 1.0) -> Tensor:
+def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, loss_scale: float = 1.0) -> Tensor:
     """Sum over tokens of -log softmax(hidden weightᵀ)[target], in nats; FP32 at least, 0-dimensional.
 
     Its gradients are those of `factor` times the sum. `weight_VD` may be wider than `hidden_TD`, whose dtype the
@@ -30,19 +30,19 @@ def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor
     logits are at hand. Inside a phase that of the weight is added to its `.grad` at once, and nothing of the weight's
     size is kept: the backward must then begin with a gradient of 1.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, factor, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    loss: Tensor = _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, loss_scale, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return loss
 
 
-def chunk_tokens(vocabulary: int, *, on_gpu: bool) -> int:
+def tokens_per_logit_block(vocabulary: int, *, on_gpu: bool) -> int:
     """C: tokens whose logits are in memory at once."""
     return max(_FEWEST_TOKENS, (_CHUNK_ELEMENTS_ON_GPU if on_gpu else _CHUNK_ELEMENTS) // vocabulary)
 
 
-def linear_cross_entropy_twin(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
+def linear_cross_entropy_reference(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
     """The same in one piece, differentiated by autograd."""
-    logits_TV = at_least_fp32(F.linear(hidden_TD, weight_VD.to(hidden_TD.dtype)))
-    return F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="sum")
+    logits_TV = promote_to_fp32(F.linear(hidden_TD, weight_VD.to(hidden_TD.dtype)))
+    return F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -52,13 +52,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         weight = weight_VD.to(hidden_TD.dtype)
         needs_grad = grad_enabled and any(ctx.needs_input_grad)  # which is not false under no_grad by itself
-        loss = at_least_fp32(hidden_TD.new_zeros(()))
+        loss = promote_to_fp32(hidden_TD.new_zeros(()))
         grad_TD = torch.empty_like(hidden_TD) if needs_grad else hidden_TD
         summed = weight_VD  # whose `.grad` the products are added to
-        if needs_grad and collecting() is None:
+        if needs_grad and get_active_collector() is None:
             summed = weight_VD.detach()
             summed.grad_dtype = weight_VD.grad_dtype
-        size = chunk_tokens(len(weight_VD), on_gpu=hidden_TD.is_cuda)
+        size = tokens_per_logit_block(len(weight_VD), on_gpu=hidden_TD.is_cuda)
         for start in range(0, len(hidden_TD), size):
             chunk = slice(start, start + size)
             probability_CV, chunk_loss = _softmax(F.linear(hidden_TD[chunk], weight), targets_T[chunk])
@@ -66,7 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if needs_grad:
                 grad_CV = _minus_target(probability_CV, targets_T[chunk]).mul_(factor).to(weight.dtype)
                 torch.mm(grad_CV, weight, out=grad_TD[chunk])
-                add_product(summed, grad_CV, hidden_TD[chunk])
+                accumulate_linear_wgrad(summed, grad_CV, hidden_TD[chunk])
         if needs_grad:
             ctx.save_for_backward(grad_TD, None if summed is weight_VD else summed.grad)
         return loss
@@ -82,8 +82,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _softmax(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities, FP32 at least, in the logits' storage where it is wide enough; and the sum of the losses."""
-    logits_CV = at_least_fp32(logits_CV)
-    counted_C = targets_C != IGNORED
+    logits_CV = promote_to_fp32(logits_CV)
+    counted_C = targets_C != IGNORE_INDEX
     logits_CV -= logits_CV.amax(dim=1, keepdim=True)
     target_C = logits_CV.gather(1, targets_C.clamp(min=0)[:, None])[:, 0]
     probability_CV = logits_CV.exp_()
@@ -94,5 +94,5 @@ def _softmax(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
 
 def _minus_target(probability_CV: Tensor, targets_C: Tensor) -> Tensor:
     """Gradient of the loss by the logits, in place: probability - 1 at the target, and 0 for ignored tokens."""
-    counted_C1 = (targets_C != IGNORED).to(probability_CV.dtype)[:, None]
+    counted_C1 = (targets_C != IGNORE_INDEX).to(probability_CV.dtype)[:, None]
     return probability_CV.scatter_add_(1, targets_C.clamp(min=0)[:, None], -counted_C1)

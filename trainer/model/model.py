@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from ...parallelism.weight_grad import embedding
-from ..precision.fp8 import Fp8
-from .attention import LatentAttention
-from .attention_backend import ON_CPU, AttentionChoice
+from ..precision.fp8 import Fp8LinearOps
+from .attention import MultiHeadLatentAttention
+from .attention_backend import CPU_ATTENTION, SelectedAttention
 from .config import ModelConfig
-from .experts import Experts
+from .experts import GroupedExperts
 from .layer import DenseLayer, MoELayer
 from .linear import Linear
 from .norm import RMSNorm
-from .recompute import RecomputeModule, recomputed
+from .recompute import RecomputeModule, run_recomputable
 from .router import Router
 
 
@@ -54,7 +54,7 @@ class MTPModule(nn.Module):
 
     def merge_inputs(self, hidden_BSD: Tensor, embedded_BSD: Tensor) -> Tensor:
         """The input of this depth's layer, [B, S, D]."""
-        merged: Tensor = self.project(recomputed(RecomputeModule.NORM, self._normed, embedded_BSD, hidden_BSD))
+        merged: Tensor = self.project(run_recomputable(RecomputeModule.NORM, self._normed, embedded_BSD, hidden_BSD))
         return merged
 
     def _normed(self, embedded_BSD: Tensor, hidden_BSD: Tensor) -> Tensor:
@@ -67,86 +67,86 @@ class ModelShard:
 
     layers: tuple[int, ...]
     """Their numbers in the whole model, ascending."""
-    embedding: bool = True
+    has_embedding: bool = True
     """At the model's beginning; with MTP at its end, too."""
-    head: bool = True
+    has_head: bool = True
     """With the final norm and the MTP modules."""
-    expert_ranks: int = 1
+    ep_size: int = 1
     """Over how many ranks the experts of a layer are spread."""
-    expert_rank: int = 0
+    ep_rank: int = 0
     """Which share of them this is."""
 
     @staticmethod
-    def whole(config: ModelConfig, expert_ranks: int = 1, expert_rank: int = 0) -> ModelShard:
+    def full_model(config: ModelConfig, ep_size: int = 1, ep_rank: int = 0) -> ModelShard:
         """Every layer, with one share of the experts."""
-        return ModelShard(tuple(range(config.num_hidden_layers)), expert_ranks=expert_ranks, expert_rank=expert_rank)
+        return ModelShard(tuple(range(config.num_hidden_layers)), ep_size=ep_size, ep_rank=ep_rank)
 
 
 class Model(nn.Module):
     """The modules of DeepSeek-V3 that one rank holds, under their names in the whole model. `chunk.py` runs them."""
 
-    def __init__(self, config: ModelConfig, share: ModelShard | None = None) -> None:
+    def __init__(self, config: ModelConfig, shard: ModelShard | None = None) -> None:
         super().__init__()
-        share = share or ModelShard.whole(config)
+        shard = shard or ModelShard.full_model(config)
         self.config = config
-        self.local_experts = config.n_routed_experts // share.expert_ranks
-        self.first_expert = share.expert_rank * self.local_experts
-        self.embedding = Embedding(config.vocab_size, config.hidden_size) if share.embedding else None
-        self.layers = nn.ModuleDict({str(index): self._layer(index) for index in share.layers})
-        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if share.head else None
-        self.head = Linear(config.hidden_size, config.vocab_size) if share.head else None
-        depth = config.num_nextn_predict_layers if share.head else 0
-        self.mtp = nn.ModuleList(MTPModule(config, self.local_experts) for _ in range(depth))
-        self.fp8: Fp8 | None = None
-        self.attention = ON_CPU
+        self.num_local_experts = config.n_routed_experts // shard.ep_size
+        self.first_local_expert = shard.ep_rank * self.num_local_experts
+        self.embedding = Embedding(config.vocab_size, config.hidden_size) if shard.has_embedding else None
+        self.layers = nn.ModuleDict({str(index): self._layer(index) for index in shard.layers})
+        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if shard.has_head else None
+        self.head = Linear(config.hidden_size, config.vocab_size) if shard.has_head else None
+        depth = config.num_nextn_predict_layers if shard.has_head else 0
+        self.mtp = nn.ModuleList(MTPModule(config, self.num_local_experts) for _ in range(depth))
+        self.fp8: Fp8LinearOps | None = None
+        self.attention = CPU_ATTENTION
 
     def _layer(self, index: int) -> DenseLayer | MoELayer:
         dense = index < self.config.first_k_dense_replace
-        return DenseLayer(self.config) if dense else MoELayer(self.config, self.local_experts)
+        return DenseLayer(self.config) if dense else MoELayer(self.config, self.num_local_experts)
 
-    def use_fp8(self, fp8: Fp8) -> None:
+    def enable_fp8(self, fp8: Fp8LinearOps) -> None:
         """Compute every Linear in FP8 but the head. Embedding, router, norms and attention have none (§3.3.1)."""
         self.fp8 = fp8
         for module in self._fp8_modules():
             module.fp8 = fp8
 
-    def use_attention(self, choice: AttentionChoice) -> None:
+    def set_attention(self, choice: SelectedAttention) -> None:
         """Compute the attention of every layer as `choice` says."""
         self.attention = choice
         for module in self.modules():
-            if isinstance(module, LatentAttention):
-                module.attend = choice.attend
+            if isinstance(module, MultiHeadLatentAttention):
+                module.core_attention = choice.core_attention
 
     def fp8_weights(self) -> Iterator[nn.Parameter]:
         """What `use_fp8` makes compute in FP8."""
         for module in self._fp8_modules():
             yield from module.parameters()
 
-    def _fp8_modules(self) -> Iterator[Linear | Experts]:
+    def _fp8_modules(self) -> Iterator[Linear | GroupedExperts]:
         for module in self.modules():
-            if isinstance(module, Linear | Experts) and module is not self.head:
+            if isinstance(module, Linear | GroupedExperts) and module is not self.head:
                 yield module
 
-    def compute_in_blocks(self, rows: int) -> None:
+    def set_expert_block_rows(self, rows: int) -> None:
         """Let the experts of a layer compute so many rows at once, and no more."""
         for module in self.modules():
-            if isinstance(module, Experts):
-                module.block = rows
+            if isinstance(module, GroupedExperts):
+                module.block_rows = rows
 
-    def weights_unchanged(self) -> AbstractContextManager[None]:
+    def cache_fp8_weights(self) -> AbstractContextManager[None]:
         """Inside, no weight changes: in FP8 each is quantized once."""
-        return nullcontext() if self.fp8 is None else self.fp8.weights.unchanged()
+        return nullcontext() if self.fp8 is None else self.fp8.weight_cache.enable_for_step()
 
     def expert_parameter_names(self) -> frozenset[str]:
         """Names of the parameters whose first dimension is this rank's share of the experts."""
         return frozenset(
             f"{module_name}.{name}"
             for module_name, module in self.named_modules()
-            if isinstance(module, Experts)
+            if isinstance(module, GroupedExperts)
             for name, _ in module.named_parameters()
         )
 
-    def wide_parameter_names(self) -> frozenset[str]:
+    def fp32_parameter_names(self) -> frozenset[str]:
         """Names of the parameters that compute in FP32 at least whatever the rest computes in: norms and routers."""
         return frozenset(
             f"{module_name}.{name}"
@@ -162,7 +162,7 @@ class Model(nn.Module):
                 yield layer_name(int(index)), layer.router
         for depth, module in enumerate(self.mtp, start=1):
             assert isinstance(module, MTPModule)
-            yield mtp_name(depth), module.layer.router
+            yield mtp_layer_name(depth), module.layer.router
 
 
 def layer_name(index: int) -> str:
@@ -170,7 +170,7 @@ def layer_name(index: int) -> str:
     return f"layer_{index:02d}"
 
 
-def mtp_name(depth: int) -> str:
+def mtp_layer_name(depth: int) -> str:
     """A readable name of the MTP module of this depth, from 1."""
     return f"mtp_{depth:02d}"
 
@@ -178,4 +178,4 @@ def mtp_name(depth: int) -> str:
 def router_names(config: ModelConfig) -> list[str]:
     """The names of all routers of the whole model, in their order."""
     layers = [layer_name(index) for index in range(config.first_k_dense_replace, config.num_hidden_layers)]
-    return layers + [mtp_name(depth) for depth in range(1, config.num_nextn_predict_layers + 1)]
+    return layers + [mtp_layer_name(depth) for depth in range(1, config.num_nextn_predict_layers + 1)]

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..precision.tiles import at_least_fp32
-from .recompute import RecomputeModule, recomputed
+from ..precision.tiles import promote_to_fp32
+from .recompute import RecomputeModule, run_recomputable
 
 
 class RMSNorm(nn.Module):
@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] to the same shape and dtype; computed in FP32 at least."""
-        return recomputed(RecomputeModule.NORM, rms_norm, x, self.weight, self.eps)
+        return run_recomputable(RecomputeModule.NORM, rms_norm, x, self.weight, self.eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -31,9 +31,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def rms_norm_twin(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The same by torch's own function, which a CPU runs as a dozen passes over x forward and backward."""
-    out: Tensor = F.rms_norm(at_least_fp32(x), list(weight.shape), at_least_fp32(weight), eps)
+    out: Tensor = F.rms_norm(promote_to_fp32(x), list(weight.shape), promote_to_fp32(weight), eps)
     return out.to(x.dtype)
 
 
@@ -42,7 +42,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = at_least_fp32(x)
+        wide = promote_to_fp32(x)
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         inverse: Tensor = mean_square.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
@@ -51,8 +51,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
-        grad = at_least_fp32(grads[0])
-        normed = at_least_fp32(x) * inverse
+        grad = promote_to_fp32(grads[0])
+        normed = promote_to_fp32(x) * inverse
         product = grad * normed
         grad_weight = product.flatten(0, -2).sum(dim=0).to(weight.dtype)
         # d normed / d x removes the part of the gradient along normed, whose length is fixed.

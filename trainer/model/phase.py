@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from ...parallelism.weight_grad import WeightGradients
-from .recompute import Recompute
+from ...parallelism.weight_grad import DelayedWeightGradients
+from .recompute import SelectiveRecompute
 
 
 class SplitBackward:
@@ -21,44 +21,44 @@ class SplitBackward:
     """
 
     def __init__(
-        self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor, recompute: Recompute | None = None
+        self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor, recompute: SelectiveRecompute | None = None
     ) -> None:
         """`inputs` and the function's results are floating point tensors."""
-        self._weights = WeightGradients()
+        self._weights = DelayedWeightGradients()
         self._has_inputs = bool(inputs)
         self._grads: list[Tensor] = []
-        recompute = recompute or Recompute()
+        recompute = recompute or SelectiveRecompute()
         if inputs and torch.is_grad_enabled():
             start = torch.empty(0, requires_grad=True)
             inputs = _Beginning.apply(self._grads, start, *inputs)  # type: ignore[no-untyped-call]
-        with self._weights.collect(), recompute.collect():
+        with self._weights.collect_from_forward(), recompute.enable():
             outputs = function(*inputs)
         self._ends = tuple(get_gradient_edge(x) for x in outputs) if torch.is_grad_enabled() else ()
         self._outputs = tuple(x.detach() for x in outputs)
 
-    def take(self) -> tuple[Tensor, ...]:
+    def pop_outputs(self) -> tuple[Tensor, ...]:
         """The function's results, once: they are freed when whoever takes them is done with them."""
         outputs, self._outputs = self._outputs, ()
         return outputs
 
-    def backward(self, weights: WeightGradients, *grads: Tensor) -> tuple[Tensor, ...]:
+    def backward_inputs(self, weights: DelayedWeightGradients, *grads: Tensor) -> tuple[Tensor, ...]:
         """Take each output's gradient, return those of the inputs; what is left to do for weights goes to `weights`.
 
         Without inputs all of it is for weights.
         """
         ends, self._ends = self._ends, ()  # activations are freed here, not with the tape
         if not self._has_inputs:
-            weights.add(lambda: self._run(ends, grads))
+            weights.add_task(lambda: self._run(ends, grads))
             return ()
         torch.autograd.backward(ends, grads)
-        weights.take_over(self._weights)
+        weights.move_tasks_from(self._weights)
         grad_inputs = tuple(self._grads)
         self._grads.clear()
         return grad_inputs
 
     def _run(self, ends: tuple[Any, ...], grads: tuple[Tensor, ...]) -> None:
         torch.autograd.backward(ends, grads)
-        self._weights.run()
+        self._weights.flush()
 
 
 class _Beginning(torch.autograd.Function):

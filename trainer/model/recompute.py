@@ -1,6 +1,6 @@
 """Activations that are made again in the backward instead of being kept from the forward on (report §3.2.3).
 
-The model says of some of its functions which part of a layer they make (`recomputed`). Where the policy names that
+The model says of some of its functions which part of a layer they make (`run_recomputable`). Where the policy names that
 part, autograd keeps a recipe instead of the results, the function and its inputs, wherever it would keep a result. Who
 needs one first in the backward makes it again; it goes when the last one has had it. The function is the same on the
 same numbers, so the gradients are those of a run that keeps everything, to the last bit.
@@ -23,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ...comm.errors import Problem
-from ...comm.fp8 import TILE, tiles_of
+from ...comm.fp8 import TILE_WIDTH, tiles_per_row
 
 T = TypeVar("T", Tensor, tuple[Tensor, ...])
 
@@ -42,11 +42,11 @@ class RecomputeModule(StrEnum):
 class RecomputeConfig:
     """Which activations are made again in the backward, to have memory for others."""
 
-    parts: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
     """Any of `norm`, `up_projection`, `attention`, `gate_up` and `swiglu`; the report's are the first two and the last.
     The numbers are the same to the last bit. A backward that is split in I and W keeps what I has made again until W.
     """
-    expert_rows: int | None = None
+    expert_block_rows: int | None = None
     """Rows that the experts of one rank compute at once. A rank that receives more computes them in blocks, keeps the
     rows alone and makes the rest again: routing that sends everything to one rank makes it slow, and does not end the
     run for want of memory (`shoestring memory` says what it takes at most). null: twice a rank's even share."""
@@ -54,60 +54,66 @@ class RecomputeConfig:
     def problems(self) -> Iterator[Problem]:
         """What is impossible about these values on their own."""
         known = [part.value for part in RecomputeModule]
-        for index, part in enumerate(self.parts):
+        for index, part in enumerate(self.modules):
             if part not in known:
                 yield Problem(f"parts[{index}]", part, f"no such part of a layer; there are: {', '.join(known)}")
-            elif part in self.parts[:index]:
+            elif part in self.modules[:index]:
                 yield Problem(f"parts[{index}]", part, "is there already; write it once")
-        if self.expert_rows is not None and (self.expert_rows < TILE or self.expert_rows % TILE):
-            hint = f"must be a multiple of {TILE}, which are the rows of an FP8 tile; or null"
-            yield Problem("expert_rows", self.expert_rows, hint)
+        if self.expert_block_rows is not None and (
+            self.expert_block_rows < TILE_WIDTH or self.expert_block_rows % TILE_WIDTH
+        ):
+            hint = f"must be a multiple of {TILE_WIDTH}, which are the rows of an FP8 tile; or null"
+            yield Problem("expert_rows", self.expert_block_rows, hint)
 
-    def rows_at_once(self, even: int) -> int:
+    def resolve_expert_block_rows(self, average_rows: int) -> int:
         """The same as a number, for a rank whose even share are `even` rows."""
-        return TILE * tiles_of(2 * even) if self.expert_rows is None else self.expert_rows
+        return (
+            TILE_WIDTH * tiles_per_row(2 * average_rows) if self.expert_block_rows is None else self.expert_block_rows
+        )
 
     @property
-    def policy(self) -> frozenset[RecomputeModule]:
+    def recompute_modules(self) -> frozenset[RecomputeModule]:
         """The same as a set."""
-        return frozenset(map(RecomputeModule, self.parts))
+        return frozenset(map(RecomputeModule, self.modules))
 
 
-class Recompute:
+class SelectiveRecompute:
     """A policy at work, in all phases of a chunk: one may keep what another has made."""
 
-    def __init__(self, parts: frozenset[RecomputeModule] = frozenset()) -> None:
-        self.parts = parts
+    def __init__(self, modules: frozenset[RecomputeModule] = frozenset()) -> None:
+        self.modules = modules
         # By storage, for as long as that lives: what autograd keeps is often a view of a result.
         self._results = WeakIdKeyDictionary()
 
     @contextmanager
-    def collect(self) -> Iterator[None]:
+    def enable(self) -> Iterator[None]:
         """Functions that run forward inside are recomputed where the policy says so."""
-        if not self.parts or not torch.is_grad_enabled():
+        if not self.modules or not torch.is_grad_enabled():
             yield
             return
         token = _COLLECTING.set(self)
         try:
-            with saved_tensors_hooks(self.keep, kept_by_policy):
+            with saved_tensors_hooks(self.pack_saved_tensor, unpack_for_backward):
                 yield
         finally:
             _COLLECTING.reset(token)
 
-    def note(self, function: Callable[..., T], inputs: tuple[Any, ...], results: T) -> None:
+    def register(self, function: Callable[..., T], inputs: tuple[Any, ...], results: T) -> None:
         """Remember how `results` were made. One that lies in an input's memory is that input, and not made at all."""
         held = {id(x.untyped_storage()) for x in inputs if isinstance(x, Tensor)}
-        recipe = _Recipe(function, tuple(self.keep(x.detach()) if isinstance(x, Tensor) else x for x in inputs))
+        recipe = _Recipe(
+            function, tuple(self.pack_saved_tensor(x.detach()) if isinstance(x, Tensor) else x for x in inputs)
+        )
         for index, result in enumerate(_as_tuple(results)):
             if id(result.untyped_storage()) not in held:
                 self._results[result.untyped_storage()] = recipe, index
 
-    def makes_again(self, tensor: Tensor) -> bool:
+    def will_recompute(self, tensor: Tensor) -> bool:
         """Whether there is a recipe for it."""
         return tensor.untyped_storage() in self._results
 
-    def keep(self, tensor: Tensor) -> Tensor | _View:
-        """What to keep of `tensor`: see `kept_by_policy`."""
+    def pack_saved_tensor(self, tensor: Tensor) -> Tensor | _View:
+        """What to keep of `tensor`: see `unpack_for_backward`."""
         found = self._results.get(tensor.untyped_storage())
         if found is None:
             return tensor
@@ -115,44 +121,44 @@ class Recompute:
         return _View(recipe, index, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
 
-def recomputed(part: RecomputeModule, function: Callable[..., T], *inputs: Any) -> T:
+def run_recomputable(part: RecomputeModule, function: Callable[..., T], *inputs: Any) -> T:
     """`function(*inputs)`; a tensor, or a tuple of them. The policy may have it made again when it is needed.
 
     The function must depend on nothing but its inputs and weights, and give the same bits each time.
     """
     results = function(*inputs)
     recompute = _COLLECTING.get()
-    if recompute is not None and part in recompute.parts:
-        recompute.note(function, inputs, results)
+    if recompute is not None and part in recompute.modules:
+        recompute.register(function, inputs, results)
     return results
 
 
-def replayed(part: RecomputeModule, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+def run_checkpointed(part: RecomputeModule, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """The same for a function without weights, of which nothing inside is kept either: its backward runs it anew."""
     recompute = _COLLECTING.get()
-    if recompute is None or part not in recompute.parts:
+    if recompute is None or part not in recompute.modules:
         return function(*inputs)
 
     def replay(*inputs: Any) -> Tensor:
         result: Tensor = _Replayed.apply(function, *inputs)  # type: ignore[no-untyped-call]
         return result
 
-    return recomputed(part, replay, *inputs)
+    return run_recomputable(part, replay, *inputs)
 
 
-def is_made_again(tensor: Tensor) -> bool:
+def will_be_recomputed(tensor: Tensor) -> bool:
     """Whether the policy has `tensor` made again, so that who wants it in a backward should ask for it as it is."""
     recompute = _COLLECTING.get()
-    return recompute is not None and recompute.makes_again(tensor)
+    return recompute is not None and recompute.will_recompute(tensor)
 
 
-def keep_by_policy(tensor: Tensor) -> Any:
+def pack_for_backward(tensor: Tensor) -> Any:
     """What autograd keeps of `tensor` under the policy at work: for other hooks, which stand before the policy's."""
     recompute = _COLLECTING.get()
-    return tensor if recompute is None else recompute.keep(tensor)
+    return tensor if recompute is None else recompute.pack_saved_tensor(tensor)
 
 
-_COLLECTING: ContextVar[Recompute | None] = ContextVar("collecting recipes", default=None)
+_COLLECTING: ContextVar[SelectiveRecompute | None] = ContextVar("collecting recipes", default=None)
 
 
 class _Recipe:
@@ -165,7 +171,7 @@ class _Recipe:
     def result(self, index: int) -> Tensor:
         if not self._results:
             with torch.no_grad():
-                self._results = _as_tuple(self._function(*map(kept_by_policy, self._inputs)))
+                self._results = _as_tuple(self._function(*map(unpack_for_backward, self._inputs)))
             self._inputs = ()
         return self._results[index]
 
@@ -184,8 +190,8 @@ class _View:
         return self.recipe.result(self.index).as_strided(self.shape, self.stride, self.offset)
 
 
-def kept_by_policy(kept: Any) -> Any:
-    """The tensor that `keep_by_policy` has kept so; made again where there is a recipe for it."""
+def unpack_for_backward(kept: Any) -> Any:
+    """The tensor that `pack_for_backward` has kept so; made again where there is a recipe for it."""
     return kept.tensor() if isinstance(kept, _View) else kept
 
 

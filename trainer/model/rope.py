@@ -12,23 +12,23 @@ import torch
 from torch import Tensor
 
 from ...comm.host import to_device
-from ..precision.tiles import at_least_fp32
+from ..precision.tiles import promote_to_fp32
 from .config import ModelConfig, YarnConfig
 
 
 @dataclass(frozen=True)
-class Rotation:
+class RotaryEmbedding:
     """exp(i · angle) of every position for every pair of dimensions, complex."""
 
-    turn_SP: Tensor
+    freqs_cis_SP: Tensor
 
     def apply(self, x_BSH: Tensor) -> Tensor:
         """Rotate [B, S, H, 2P], whose pairs are neighbors (x0, x1), (x2, x3), …: a complex product."""
-        pairs_BSHP = torch.view_as_complex(at_least_fp32(x_BSH).unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(pairs_BSHP * self.turn_SP[:, None]).flatten(-2).to(x_BSH.dtype)
+        pairs_BSHP = torch.view_as_complex(promote_to_fp32(x_BSH).unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs_BSHP * self.freqs_cis_SP[:, None]).flatten(-2).to(x_BSH.dtype)
 
 
-def rotation(config: ModelConfig, length: int, like: Tensor) -> Rotation:
+def build_rotary_embedding(config: ModelConfig, length: int, like: Tensor) -> RotaryEmbedding:
     """The rotation of positions 0 … length-1, on the device of `like`, in its dtype but FP32 at least.
 
     Angles are formed in FP64: at position 100,000 an FP32 angle is off by up to 0.004 rad.
@@ -42,7 +42,7 @@ def rotation(config: ModelConfig, length: int, like: Tensor) -> Rotation:
         )
     turn_SP = torch.polar(torch.full_like(angle_SP, scale), angle_SP)
     dtype = torch.promote_types(like.dtype, torch.float32)
-    return Rotation(to_device(turn_SP.to(dtype.to_complex()), like.device))
+    return RotaryEmbedding(to_device(turn_SP.to(dtype.to_complex()), like.device))
 
 
 def softmax_scale(config: ModelConfig) -> float:

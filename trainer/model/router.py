@@ -11,22 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from ...parallelism.weight_grad import linear
-from ..precision.tiles import at_least_fp32
+from ..precision.tiles import promote_to_fp32
 from .config import ModelConfig
-from .recompute import RecomputeModule, recomputed
+from .recompute import RecomputeModule, run_recomputable
 
 
 @dataclass(frozen=True)
-class Routing:
+class RouterOutput:
     """Where each token goes."""
 
     gates_TK: Tensor
     """FP32 at least; carries the gradient to the router."""
-    experts_TK: Tensor
+    expert_ids_TK: Tensor
     """int64."""
     balance_loss: Tensor
     """eq. 17 without α, summed over the sequences of this micro-batch; carries a gradient."""
-    counts_E: Tensor
+    tokens_per_expert_E: Tensor
     """int64: how many valid tokens chose each expert. Padding is never counted."""
 
 
@@ -40,9 +40,11 @@ class Router(nn.Module):
         self.register_buffer("bias_E", torch.zeros(config.n_routed_experts, dtype=torch.float32))
         self.bias_E: Tensor
 
-    def forward(self, x_BSD: Tensor, valid_BS: Tensor) -> Routing:
+    def forward(self, x_BSD: Tensor, valid_BS: Tensor) -> RouterOutput:
         """Route each token; tokens that are not valid are routed too, but neither counted nor balanced."""
-        x_TD = recomputed(RecomputeModule.NORM, at_least_fp32, x_BSD.flatten(0, 1))  # of what a norm gives, wider
+        x_TD = run_recomputable(
+            RecomputeModule.NORM, promote_to_fp32, x_BSD.flatten(0, 1)
+        )  # of what a norm gives, wider
         logits_TE = linear(x_TD, self.weight)
         affinity_TE = (
             logits_TE.sigmoid() if self.config.scoring_func == "sigmoid" else logits_TE.softmax(dim=-1)
@@ -54,11 +56,11 @@ class Router(nn.Module):
         chosen_TE = torch.zeros_like(affinity_TE, dtype=torch.bool).scatter_(1, experts_TK, True)
         chosen_TE &= valid_BS.reshape(-1, 1)
         shape_BSE = (*valid_BS.shape, self.config.n_routed_experts)
-        return Routing(
+        return RouterOutput(
             gates_TK=gates_TK * self.config.routed_scaling_factor,
-            experts_TK=experts_TK,
+            expert_ids_TK=experts_TK,
             balance_loss=self._balance_loss(affinity_TE.view(shape_BSE), chosen_TE.view(shape_BSE), valid_BS),
-            counts_E=chosen_TE.sum(dim=0),
+            tokens_per_expert_E=chosen_TE.sum(dim=0),
         )
 
     def _select(self, affinity_TE: Tensor) -> Tensor:
@@ -90,11 +92,11 @@ class Router(nn.Module):
 
 
 @torch.no_grad()
-def update_bias(bias_E: Tensor, counts_E: Tensor, speed: float) -> None:
+def update_router_bias(bias_E: Tensor, counts_E: Tensor, update_rate: float) -> None:
     """Auxiliary-loss-free balancing: b_i += γ for experts under the mean load, b_i -= γ over it, in place.
 
     Report §2.1.2. `counts_E` is the int64 load over the whole global batch. The comparison is exact:
     sign(total - E · count) in integers.
     """
     total = counts_E.sum()
-    bias_E += speed * torch.sign(total - counts_E.numel() * counts_E).to(bias_E.dtype)
+    bias_E += update_rate * torch.sign(total - counts_E.numel() * counts_E).to(bias_E.dtype)

@@ -6,96 +6,108 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ...comm.topology import Topology
-from ...parallelism.pipeline.check import check
-from ...parallelism.pipeline.partition import Partition, partition
-from ...parallelism.pipeline.placement import Placement, Route, StagePlace
-from ...parallelism.pipeline.program import Program
+from ...parallelism.pipeline.check import verify_program
+from ...parallelism.pipeline.partition import LayerPartition, partition_layers
+from ...parallelism.pipeline.placement import PlacementStyle, StageLocation, StagePlacement
+from ...parallelism.pipeline.program import PipelineProgram
 from ...parallelism.pipeline.schedules.registry import build_placement, build_program
-from ..costs.parts import model_parts
+from ..costs.parts import count_part_costs
 from .config import ModelConfig
 from .model import ModelShard
 from .tape import StageSpec
 
 
 @dataclass(frozen=True)
-class Stages:
+class StageLayout:
     """The layers of a model, split into the stages of a placement."""
 
     model: ModelConfig
     schedule: str
-    placement: Placement
-    layers: tuple[range, ...]
+    placement: StagePlacement
+    stage_layers: tuple[range, ...]
     """Of each stage."""
 
     @staticmethod
-    def of(
+    def build(
         model: ModelConfig,
         sequence_length: int,
         schedule: str = "one_f_one_b",
         ranks: int = 1,
         chunks: int | None = None,
         layout: Sequence[int] | None = None,
-    ) -> Stages:
+    ) -> StageLayout:
         """Balanced by FLOPs, unless `layout` says how many layers each stage holds; the numbers must be legal."""
         placement = build_placement(schedule, ranks, chunks)
-        return Stages(model, schedule, placement, split_layers(model, sequence_length, placement.stages, layout).ranges)
+        return StageLayout(
+            model, schedule, placement, split_layers(model, sequence_length, placement.num_stages, layout).layer_ranges
+        )
 
-    def program(self, micro_batches: int) -> Program:
+    def build_checked_program(self, micro_batches: int) -> PipelineProgram:
         """One global batch of so many micro-batches, proved to be right."""
-        free = self.placement.route is Route.LOOP and self.placement.chunks > 1
-        chunks = self.placement.chunks if free else None
+        free = self.placement.style is PlacementStyle.LOOP and self.placement.chunks_per_rank > 1
+        chunks = self.placement.chunks_per_rank if free else None
         program = build_program(self.schedule, self.placement.ranks, micro_batches, chunks)
-        check(program)
+        verify_program(program)
         return program
 
-    def chunks(self, pp_rank: int) -> tuple[StageSpec, ...]:
+    def stages_of_rank(self, pp_rank: int) -> tuple[StageSpec, ...]:
         """The stages of one pipeline rank, by chunk."""
-        places = (StagePlace(pp_rank, chunk) for chunk in range(self.placement.chunks))
+        places = (StageLocation(pp_rank, chunk) for chunk in range(self.placement.chunks_per_rank))
         return tuple(
-            StageSpec(self.layers[self.placement.stage(p)], self.placement.is_first(p), self.placement.is_last(p))
+            StageSpec(
+                self.stage_layers[self.placement.stage_at(p)],
+                self.placement.is_first_stage(p),
+                self.placement.is_last_stage(p),
+            )
             for p in places
         )
 
-    def share(self, topology: Topology, rank: int) -> ModelShard:
+    def model_shard(self, topology: Topology, rank: int) -> ModelShard:
         """The part of the model that `rank` holds. The last stage has MTP modules, which embed tokens, too."""
-        chunks = self.chunks(topology.pp_rank(rank))
+        chunks = self.stages_of_rank(topology.pp_rank(rank))
         is_last = any(stage.is_last for stage in chunks)
         embeds_again = is_last and self.model.num_nextn_predict_layers > 0
         return ModelShard(
             layers=tuple(sorted(layer for stage in chunks for layer in stage.layers)),
-            embedding=embeds_again or any(stage.is_first for stage in chunks),
-            head=is_last,
-            expert_ranks=topology.ep,
-            expert_rank=topology.ep_rank(rank),
+            has_embedding=embeds_again or any(stage.is_first for stage in chunks),
+            has_head=is_last,
+            ep_size=topology.ep,
+            ep_rank=topology.ep_rank(rank),
         )
 
-    def users(self, parameter: str) -> tuple[int, ...]:
+    def stages_using(self, parameter: str) -> tuple[int, ...]:
         """The stages that compute with the parameter of this name, ascending."""
-        last = self.placement.stages - 1
+        last = self.placement.num_stages - 1
         top, *rest = parameter.split(".")
         if top == "layers":
-            return (next(number for number, layers in enumerate(self.layers) if int(rest[0]) in layers),)
+            return (next(number for number, layers in enumerate(self.stage_layers) if int(rest[0]) in layers),)
         if top == "embedding":
             return tuple(sorted({0, last})) if self.model.num_nextn_predict_layers else (0,)
         return (last,)
 
-    def holders(self, parameter: str) -> tuple[int, ...]:
+    def pp_ranks_holding(self, parameter: str) -> tuple[int, ...]:
         """The pipeline ranks that hold the parameter of this name, ascending."""
-        return tuple(sorted({rank for stage in self.users(parameter) for rank in self._ranks_of(stage)}))
+        return tuple(sorted({rank for stage in self.stages_using(parameter) for rank in self._ranks_of(stage)}))
 
-    def all_holders(self) -> Iterator[tuple[int, ...]]:
+    def replica_pp_groups(self) -> Iterator[tuple[int, ...]]:
         """Every set of pipeline ranks that hold something in common."""
-        yield from (self._ranks_of(stage) for stage in range(self.placement.stages))
-        yield self.holders("embedding.weight")
+        yield from (self._ranks_of(stage) for stage in range(self.placement.num_stages))
+        yield self.pp_ranks_holding("embedding.weight")
 
     def _ranks_of(self, stage: int) -> tuple[int, ...]:
-        return tuple(sorted({place.rank for place in self.placement.holders(stage)}))
+        return tuple(sorted({place.rank for place in self.placement.locations_of_stage(stage)}))
 
 
 def split_layers(
     model: ModelConfig, sequence_length: int, stages: int, layout: Sequence[int] | None = None
-) -> Partition:
+) -> LayerPartition:
     """The main model's layers over so many stages; embedding at their beginning, head and MTP at their end."""
-    parts = model_parts(model, sequence_length)
+    parts = count_part_costs(model, sequence_length)
     costs = [layer.flops for layer in parts.layers]
-    return partition(costs, stages, first=parts.embedding.flops, last=parts.last.flops, layout=layout)
+    return partition_layers(
+        costs,
+        stages,
+        first_stage_extra=parts.embedding.flops,
+        last_stage_extra=parts.last_stage_extra.flops,
+        layers_per_stage=layout,
+    )

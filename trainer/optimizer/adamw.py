@@ -15,8 +15,8 @@ from torch.optim.adamw import adamw
 
 from .config import OptimizerConfig
 
-PIECE = 2**18  # elements: the FP32 copies of two moments, 2 MB, stay in a cache
-PIECE_ON_GPU = 2**24
+SLICE_ELEMENTS = 2**18  # elements: the FP32 copies of two moments, 2 MB, stay in a cache
+GPU_SLICE_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class AdamW:
             self._fused(*state, rate, step, decays)
             return
         # The kernel takes moments of the master's dtype alone: a piece of them is widened at a time.
-        size = PIECE_ON_GPU if master_n.is_cuda else PIECE
+        size = GPU_SLICE_ELEMENTS if master_n.is_cuda else SLICE_ELEMENTS
         for master, grad, exp_avg, exp_avg_sq in zip(*(tensor.split(size) for tensor in state), strict=True):
             wide, wide_sq = exp_avg.to(master.dtype), exp_avg_sq.to(master.dtype)
             self._fused(master, grad, wide, wide_sq, rate, step, decays)
@@ -75,7 +75,7 @@ class AdamW:
 
 
 @dataclass(frozen=True)
-class AdamWTwin:
+class AdamWReference:
     """The same formula by formula: the oracle."""
 
     config: OptimizerConfig

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ...comm.host import STAGED_BYTES, StagedReader
-from ...comm.streams import StreamEvent, Streams
+from ...comm.host import STAGING_BYTES, DoubleBufferedReader
+from ...comm.streams import DeviceStreams, StreamEvent
 from ...parallelism.zero.optimizer import ShardedOptimizer
 
 
-class WeightAverage:
+class WeightEMA:
     """The average of the master weights that this rank owns: 4 / d bytes of the host's memory a parameter.
 
     `start` after a step, `wait` before the next one changes the masters. On a GPU, whose `streams` are given, not yet
@@ -28,8 +28,8 @@ class WeightAverage:
         self,
         optimizer: ShardedOptimizer,
         decay: float,
-        streams: Streams | None = None,
-        staged_bytes: int = STAGED_BYTES,
+        streams: DeviceStreams | None = None,
+        staged_bytes: int = STAGING_BYTES,
     ) -> None:
         """Begin as the weights are. A step keeps `decay` of the average and takes the rest from the weights.
 
@@ -42,20 +42,20 @@ class WeightAverage:
         self._reader = None
         if streams is not None:
             pinned = self._buckets[0].master_n.is_cuda
-            self._reader = StagedReader(streams, "average", pinned=pinned, staged_bytes=staged_bytes)
-        self.begin()
+            self._reader = DoubleBufferedReader(streams, "average", pinned=pinned, staging_bytes=staged_bytes)
+        self.reset()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="average")
         self._moving: Future[None] | None = None
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         """Make the average what the weights are now."""
         for bucket, shard in zip(self._buckets, self._shards, strict=True):
             shard.copy_(bucket.master_n)
 
-    def start(self) -> None:
+    def start_update(self) -> None:
         """Move the average towards the weights, while the caller goes on with the next step."""
         self.wait()
-        updated = None if self._reader is None else self._reader.mark()
+        updated = None if self._reader is None else self._reader.record_event()
         self._moving = self._thread.submit(self._move, updated)
 
     def wait(self) -> None:
@@ -64,15 +64,15 @@ class WeightAverage:
             self._moving.result()
             self._moving = None
 
-    def owned(self) -> Iterator[tuple[str, int, Tensor]]:
+    def local_shards(self) -> Iterator[tuple[str, int, Tensor]]:
         """Parameter, offset of a stretch in it when flattened, and the average there, a view; see `bucket.Owned`."""
         self.wait()
         for bucket, shard in zip(self._buckets, self._shards, strict=True):
-            for owned in bucket.owned():
-                yield owned.name, owned.offset, shard[owned.part]
+            for owned in bucket.local_shards():
+                yield owned.name, owned.offset, shard[owned.slice_in_bucket_shard]
 
     @contextmanager
-    def in_use(self) -> Iterator[None]:
+    def swapped_into_model(self) -> Iterator[None]:
         """Collective: inside, the model's weights are the average; afterwards what they were, to the last bit."""
         self.wait()
         kept = [bucket.master_n.clone() for bucket in self._buckets]
@@ -83,7 +83,7 @@ class WeightAverage:
             self._replace_masters(kept)
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """Of the average."""
         return sum(shard.nbytes for shard in self._shards)
 
@@ -104,9 +104,9 @@ class WeightAverage:
             yield slice(None), master_n
         else:
             assert updated is not None
-            yield from self._reader.pieces(master_n, updated)
+            yield from self._reader.iter_host_slices(master_n, updated)
 
     def _replace_masters(self, shards: list[Tensor]) -> None:
         for bucket, shard in zip(self._buckets, shards, strict=True):
             bucket.master_n.copy_(shard)
-        self._optimizer.publish()
+        self._optimizer.all_gather_weights()

@@ -80,7 +80,7 @@ class OptimizerConfig:
             return torch.float64 if masters == torch.float64 else torch.bfloat16
         return _MOMENTS[self.moments]
 
-    def learning_rate(self, tokens: int) -> float:
+    def learning_rate_at(self, tokens: int) -> float:
         """The rate of a step at whose end `tokens` are consumed, so that the first step's is not 0 (report §4.2)."""
         peak, final = self.peak_learning_rate, self.final_learning_rate
         if tokens < self.warmup_tokens:

@@ -13,64 +13,70 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .reference import Reference
-from .tiles import Blocks, Columns, Scales, Tiles
+from .reference import ReferenceBackend
+from .tiles import ColumnwiseFp8Tensor, Fp8Weight, RowwiseFp8Tensor, ScaleFormat
 
-Rows = tuple[int, ...]
+RowsPerExpert = tuple[int, ...]
 """How many rows each expert of a stack of weights has; they follow each other."""
 
 
 class PrecisionBackend(Protocol):
     """Quantizes, and multiplies what it has quantized. Sums are formed in FP32, 128 products at a time."""
 
-    def tiles(self, x_XD: Tensor, scales: Scales) -> Tiles:
+    def quantize_rowwise(self, x_XD: Tensor, scales: ScaleFormat) -> RowwiseFp8Tensor:
         """Rows in tiles of 1 × 128."""
         ...
 
-    def swiglu_tiles(self, gate_up_RF: Tensor, gates_R: Tensor | None, scales: Scales) -> Tiles:
+    def swiglu_quantize_rowwise(
+        self, gate_up_RF: Tensor, gates_R: Tensor | None, scales: ScaleFormat
+    ) -> RowwiseFp8Tensor:
         """SwiGLU of [R, 2F], each row times its gate weight where there are any, in tiles of 1 × 128, [R, F]."""
         ...
 
-    def columns(self, x_RD: Tensor, rows_L: Rows, scales: Scales) -> Columns:
+    def quantize_columnwise(self, x_RD: Tensor, rows_L: RowsPerExpert, scales: ScaleFormat) -> ColumnwiseFp8Tensor:
         """Rows the other way round, in tiles of 128 × 1, those of each expert apart."""
         ...
 
-    def turned(self, x: Tiles, rows_L: Rows, scales: Scales) -> Columns:
+    def rowwise_to_columnwise(
+        self, x: RowwiseFp8Tensor, rows_L: RowsPerExpert, scales: ScaleFormat
+    ) -> ColumnwiseFp8Tensor:
         """Rows that are in tiles of 1 × 128 the other way round, as `columns` of the numbers that they hold."""
         ...
 
-    def swiglu_columns(self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: Rows, scales: Scales) -> Columns:
+    def swiglu_quantize_columnwise(
+        self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: RowsPerExpert, scales: ScaleFormat
+    ) -> ColumnwiseFp8Tensor:
         """The same numbers the other way round, in tiles of 128 × 1, those of each expert apart."""
         ...
 
-    def blocks(self, weight: Tensor, scales: Scales) -> Blocks:
+    def quantize_weight(self, weight: Tensor, scales: ScaleFormat) -> Fp8Weight:
         """A weight [N, K] or a stack of them [L, N, K] in blocks of 128 × 128."""
         ...
 
-    def multiply(self, x: Tiles, weight: Blocks, dtype: torch.dtype) -> Tensor:
+    def gemm(self, x: RowwiseFp8Tensor, weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
         """x Wᵀ, [R, N] in `dtype`, of x [R, K] and W [N, K]."""
         ...
 
-    def multiply_grouped(self, x: Tiles, weight: Blocks, rows_L: Rows, dtype: torch.dtype) -> Tensor:
+    def grouped_gemm(self, x: RowwiseFp8Tensor, weight: Fp8Weight, rows_L: RowsPerExpert, dtype: torch.dtype) -> Tensor:
         """The same, each row with the weight of its expert, of W [L, N, K]."""
         ...
 
-    def outer(self, grad: Columns, x: Columns) -> Tensor:
+    def grouped_wgrad_gemm(self, grad: ColumnwiseFp8Tensor, x: ColumnwiseFp8Tensor) -> Tensor:
         """gradᵀ x over the rows of each expert, FP32 [L, N, K]: the gradient of weights; 0 for one without rows."""
         ...
 
-    def add_outer(self, grad: Columns, x: Columns, sum_LNK: Tensor) -> None:
+    def accumulate_grouped_wgrad(self, grad: ColumnwiseFp8Tensor, x: ColumnwiseFp8Tensor, sum_LNK: Tensor) -> None:
         """Add the same to a sum that is there, in the sum's dtype."""
         ...
 
 
-PROVIDERS = ("triton", "torch", "te", "reference")
+BACKEND_NAMES = ("triton", "torch", "te", "reference")
 """The faster ones first. All but the last need a Hopper GPU, and have not yet run on one."""
 
 _HOPPER = (9, 0)
 
 
-def missing_for(name: str, *, on_gpu: bool) -> Iterator[str]:
+def unavailable_reasons(name: str, *, on_gpu: bool) -> Iterator[str]:
     """Why the provider of this name cannot serve this machine's GPUs, or its CPU; nothing where it can."""
     if name == "reference":
         return
@@ -103,16 +109,16 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".")[:2])
 
 
-def choose_provider(name: str, *, on_gpu: bool) -> str:
+def choose_backend(name: str, *, on_gpu: bool) -> str:
     """What `auto` stands for: the first that can serve; any other name is itself."""
     if name != "auto":
         return name
-    return next(each for each in PROVIDERS if not any(missing_for(each, on_gpu=on_gpu)))
+    return next(each for each in BACKEND_NAMES if not any(unavailable_reasons(each, on_gpu=on_gpu)))
 
 
-def open_provider(name: str, device: torch.device) -> PrecisionBackend:
+def open_backend(name: str, device: torch.device) -> PrecisionBackend:
     """The provider of this name, or that which `auto` chooses."""
-    chosen = choose_provider(name, on_gpu=device.type == "cuda")
+    chosen = choose_backend(name, on_gpu=device.type == "cuda")
     if chosen == "triton":
         from .triton_backend import TritonBackend  # optional package
 
@@ -125,4 +131,4 @@ def open_provider(name: str, device: torch.device) -> PrecisionBackend:
         from .te_backend import TransformerEngineBackend  # optional package
 
         return TransformerEngineBackend()
-    return Reference()
+    return ReferenceBackend()

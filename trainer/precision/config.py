@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from ...comm.errors import Problem
-from .backend import PROVIDERS, open_provider
-from .fp8 import Fp8
-from .tiles import Scales
+from .backend import BACKEND_NAMES, open_backend
+from .fp8 import Fp8LinearOps
+from .tiles import ScaleFormat
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -26,9 +26,9 @@ class PrecisionConfig:
     """`float32`, `bfloat16`, `float64`, or `auto`: BF16 on a GPU, FP32 elsewhere."""
     linear: str = "native"
     """Products of the Linears but the head's: `native` (in `compute`), or `fp8` as in the report (§3.3)."""
-    provider: str = "auto"
+    fp8_backend: str = "auto"
     """What computes in FP8: see `shoestring doctor`; `auto` takes the fastest that serves the device."""
-    scales: str = "fp32"
+    fp8_scale_format: str = "fp32"
     """Of FP8 tiles: `fp32`, or `power_of_two`. Those that the report wants to be powers of two always are."""
 
     def problems(self) -> Iterator[Problem]:
@@ -37,10 +37,10 @@ class PrecisionConfig:
             yield Problem("compute", self.compute, f"must be auto, {', '.join(_DTYPES)}")
         if self.linear not in ("native", "fp8"):
             yield Problem("linear", self.linear, "must be native or fp8")
-        if self.provider not in ("auto", *PROVIDERS):
-            yield Problem("provider", self.provider, f"must be auto, {', '.join(PROVIDERS)}")
-        if self.scales not in list(Scales):
-            yield Problem("scales", self.scales, f"must be {' or '.join(Scales)}")
+        if self.fp8_backend not in ("auto", *BACKEND_NAMES):
+            yield Problem("provider", self.fp8_backend, f"must be auto, {', '.join(BACKEND_NAMES)}")
+        if self.fp8_scale_format not in list(ScaleFormat):
+            yield Problem("scales", self.fp8_scale_format, f"must be {' or '.join(ScaleFormat)}")
         for name, default in (("provider", "auto"), ("scales", "fp32")):
             if self.linear == "native" and self.__dict__[name] != default:
                 yield Problem(
@@ -57,6 +57,10 @@ class PrecisionConfig:
         """The dtype of initial weights, of their masters and of gradients."""
         return torch.float64 if self.compute == "float64" else torch.float32
 
-    def fp8(self, device: torch.device) -> Fp8 | None:
+    def build_fp8_ops(self, device: torch.device) -> Fp8LinearOps | None:
         """How the Linears compute, where it is in FP8."""
-        return Fp8(open_provider(self.provider, device), Scales(self.scales)) if self.linear == "fp8" else None
+        return (
+            Fp8LinearOps(open_backend(self.fp8_backend, device), ScaleFormat(self.fp8_scale_format))
+            if self.linear == "fp8"
+            else None
+        )

@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...comm.fp8 import exponents_for, scales_of, tiled
+from ...comm.fp8 import compute_scale_exponents, scales_from_exponents, split_into_tiles
 
 _MANTISSA = 6
 _DROPPED = 4  # bits of FP16's mantissa
 _SMALLEST_EXPONENT = -14  # of a normal number
-LARGEST = 65_024.0
+E5M6_MAX = 65_024.0
 """The largest E5M6 number, (1 - 2^-7) · 2^16."""
 
 
 @dataclass(frozen=True)
-class PackedRows:
+class E5M6Rows:
     """Rows of E5M6 numbers."""
 
     bytes_XB: Tensor
@@ -36,24 +36,24 @@ class PackedRows:
     """D."""
 
 
-def pack_e5m6(x_XD: Tensor) -> PackedRows:
+def pack_e5m6(x_XD: Tensor) -> E5M6Rows:
     """[X, D], rounded to nearest, ties to even. A tile that holds infinity or NaN becomes NaN."""
-    x_XQI = tiled(x_XD.to(torch.float32))
-    exponents_XQ = exponents_for(torch.maximum(x_XQI.amax(dim=-1), -x_XQI.amin(dim=-1)), LARGEST)
-    scaled_XD = (x_XQI / scales_of(exponents_XQ, torch.float32)[..., None]).flatten(1)[:, : x_XD.shape[1]]
+    x_XQI = split_into_tiles(x_XD.to(torch.float32))
+    exponents_XQ = compute_scale_exponents(torch.maximum(x_XQI.amax(dim=-1), -x_XQI.amin(dim=-1)), E5M6_MAX)
+    scaled_XD = (x_XQI / scales_from_exponents(exponents_XQ, torch.float32)[..., None]).flatten(1)[:, : x_XD.shape[1]]
     codes_XD = _rounded(scaled_XD).to(torch.float16).view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
     codes_XP = F.pad(codes_XD >> _DROPPED, (0, x_XD.shape[1] % 2))
     first, second = codes_XP[:, 0::2], codes_XP[:, 1::2]
     triples = torch.stack((first & 0xFF, first >> 8 | (second & 0xF) << 4, second >> 4), dim=-1)
-    return PackedRows(triples.to(torch.uint8).flatten(1), exponents_XQ, x_XD.shape[1])
+    return E5M6Rows(triples.to(torch.uint8).flatten(1), exponents_XQ, x_XD.shape[1])
 
 
-def unpack_e5m6(packed: PackedRows, dtype: torch.dtype) -> Tensor:
+def unpack_e5m6(packed: E5M6Rows, dtype: torch.dtype) -> Tensor:
     """[X, D]. Exact in BF16 and wider."""
     low, middle, high = packed.bytes_XB.to(torch.int32).unflatten(1, (-1, 3)).unbind(-1)
     codes_XP = torch.stack((low | (middle & 0xF) << 8, middle >> 4 | high << 4), dim=-1).flatten(1)
     halves_XD = (codes_XP[:, : packed.width] << _DROPPED).to(torch.int16).view(torch.float16)
-    x_XQI = tiled(halves_XD) * scales_of(packed.exponents_XQ, torch.float32)[..., None]
+    x_XQI = split_into_tiles(halves_XD) * scales_from_exponents(packed.exponents_XQ, torch.float32)[..., None]
     return x_XQI.flatten(1)[:, : packed.width].to(dtype)
 
 

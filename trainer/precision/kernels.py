@@ -5,7 +5,7 @@ A tensor core's short accumulator holds 128 products at most: every 128 elements
 an FP32 accumulator in registers. One program makes one block of the result. Rows of different experts never share a
 block: `first`, `last` and `expert` say for each block of rows which it covers and whose weight it meets.
 
-Every width is right. Where it is no multiple of 16, loads are one number wide, and `multiply` and `quantize_blocks` are
+Every width is right. Where it is no multiple of 16, loads are one number wide, and `grouped_gemm` and `quantize_weight` are
 slow besides, since they spill registers; no other kernel does, nor do these two where it is one.
 
 Their twins are in `tiles.py` and `reference.py`. Under `TRITON_INTERPRET=1` they run on a CPU, but for CUDA's exp, in
@@ -23,8 +23,8 @@ from triton.language.extra import libdevice
 TILE: tl.constexpr = tl.constexpr(128)
 """Elements that share a scale, and that a tensor core sums before promotion."""
 
-GROUP: tl.constexpr = tl.constexpr(16)
-"""Blocks of rows that programs take together, see `block_of`."""
+GROUP_SIZE_M: tl.constexpr = tl.constexpr(16)
+"""Blocks of rows that programs take together, see `output_block_index`."""
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def _swiglu(gate_up_ptr, gates_ptr, row, column, is_row, width):
 
 
 @triton.jit
-def quantize_rows(x_ptr, values_ptr, scales_ptr, rows, width, tiles, power_of_two: tl.constexpr, ROWS: tl.constexpr):
+def quantize_rowwise(x_ptr, values_ptr, scales_ptr, rows, width, tiles, power_of_two: tl.constexpr, ROWS: tl.constexpr):
     """[R, D] to values [R, D] and scales [R, Q]: 1 × 128 tiles, ROWS of them a program."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -95,10 +95,10 @@ def quantize_rows(x_ptr, values_ptr, scales_ptr, rows, width, tiles, power_of_tw
 
 
 @triton.jit
-def quantize_swiglu_rows(
+def swiglu_quantize_rowwise(
     gate_up_ptr, gates_ptr, values_ptr, scales_ptr, rows, width, tiles, power_of_two: tl.constexpr, ROWS: tl.constexpr
 ):
-    """`_swiglu` to what `quantize_rows` makes of it."""
+    """`_swiglu` to what `quantize_rowwise` makes of it."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     x = _swiglu(gate_up_ptr, gates_ptr, row, column, row < rows, width)
@@ -117,7 +117,7 @@ def _store_columns(x, values_ptr, scales_ptr, column, width, tiles, power_of_two
 
 
 @triton.jit
-def quantize_columns(
+def quantize_columnwise(
     x_ptr, first_ptr, last_ptr, values_ptr, scales_ptr, width, tiles,
     power_of_two: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -131,11 +131,11 @@ def quantize_columns(
 
 
 @triton.jit
-def quantize_swiglu_columns(
+def swiglu_quantize_columnwise(
     gate_up_ptr, gates_ptr, first_ptr, last_ptr, values_ptr, scales_ptr, width, tiles,
     power_of_two: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`_swiglu` to what `quantize_columns` makes of it."""
+    """`_swiglu` to what `quantize_columnwise` makes of it."""
     row = tl.load(first_ptr + tl.program_id(0)) + tl.arange(0, TILE)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     x = _swiglu(gate_up_ptr, gates_ptr, row, column, row < tl.load(last_ptr + tl.program_id(0)), width)
@@ -143,11 +143,11 @@ def quantize_swiglu_columns(
 
 
 @triton.jit
-def turn_tiles(
+def rowwise_to_columnwise(
     x_ptr, x_scales_ptr, first_ptr, last_ptr, values_ptr, scales_ptr, width, tiles,
     power_of_two: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The numbers of 1 × 128 tiles [R, D] to what `quantize_columns` makes of them; COLUMNS divides 128."""
+    """The numbers of 1 × 128 tiles [R, D] to what `quantize_columnwise` makes of them; COLUMNS divides 128."""
     row = tl.load(first_ptr + tl.program_id(0)) + tl.arange(0, TILE)
     is_row = row < tl.load(last_ptr + tl.program_id(0))
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -159,7 +159,7 @@ def turn_tiles(
 
 
 @triton.jit
-def quantize_blocks(
+def quantize_weight(
     x_ptr, values_ptr, scales_ptr, rows, width, row_blocks, blocks, power_of_two: tl.constexpr
 ):  # fmt: skip
     """A stack [L, N, K] to values and scales [L, P, Q]: one 128 × 128 block a program."""
@@ -177,27 +177,27 @@ def quantize_blocks(
 
 
 @triton.jit
-def block_of(program, row_blocks, column_blocks):
+def output_block_index(program, row_blocks, column_blocks):
     """Which block of the result a program makes: row, column.
 
     Programs that run at the same time shall read little. Those of one wave take a few blocks of columns of GROUP blocks
     of rows, so both factors come from the cache; one after the other down the rows, they would read all rows again for
     each block of columns.
     """
-    group = program // (GROUP * column_blocks)
-    height = tl.minimum(row_blocks - group * GROUP, GROUP)
-    place = program % (GROUP * column_blocks)
-    return group * GROUP + place % height, place // height
+    group = program // (GROUP_SIZE_M * column_blocks)
+    height = tl.minimum(row_blocks - group * GROUP_SIZE_M, GROUP_SIZE_M)
+    place = program % (GROUP_SIZE_M * column_blocks)
+    return group * GROUP_SIZE_M + place % height, place // height
 
 
 @triton.jit
-def multiply(
+def grouped_gemm(
     x_ptr, x_scales_ptr, w_ptr, w_scales_ptr, out_ptr, first_ptr, last_ptr, expert_ptr, n, k, n_blocks, k_blocks,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """x Wᵀ: x [R, K] in 1 × 128 tiles, W [L, N, K] in 128 × 128 blocks, out [R, N]; COLUMNS divides 128."""
     column_blocks = tl.cdiv(n, COLUMNS)
-    block, column_block = block_of(tl.program_id(0), tl.num_programs(0) // column_blocks, column_blocks)
+    block, column_block = output_block_index(tl.program_id(0), tl.num_programs(0) // column_blocks, column_blocks)
     row = tl.load(first_ptr + block) + tl.arange(0, ROWS)
     is_row = row < tl.load(last_ptr + block)
     expert = tl.load(expert_ptr + block).to(tl.int64)
@@ -218,7 +218,7 @@ def multiply(
 
 
 @triton.jit
-def outer(
+def grouped_wgrad_gemm(
     a_ptr, a_scales_ptr, b_ptr, b_scales_ptr, out_ptr, first_tile_ptr, n, k, tiles,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -226,7 +226,7 @@ def outer(
     FP32 [L, N, K].
     """
     expert = tl.program_id(1)
-    row_block, column_block = block_of(tl.program_id(0), tl.cdiv(n, ROWS), tl.cdiv(k, COLUMNS))
+    row_block, column_block = output_block_index(tl.program_id(0), tl.cdiv(n, ROWS), tl.cdiv(k, COLUMNS))
     row = row_block * ROWS + tl.arange(0, ROWS)
     column = column_block * COLUMNS + tl.arange(0, COLUMNS)
     # Behind the edge the last row is read again: without masks the loop needs fewer registers.

@@ -16,17 +16,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...comm.fp8 import TILE, widened
-from .swiglu import swiglu_of_rows
-from .tiles import Blocks, Columns, Scales, Tiles, dequantize_tiles, quantize_blocks, quantize_columns, quantize_tiles
+from ...comm.fp8 import TILE_WIDTH, upcast_e4m3
+from .swiglu import swiglu_forward
+from .tiles import (
+    ColumnwiseFp8Tensor,
+    Fp8Weight,
+    RowwiseFp8Tensor,
+    ScaleFormat,
+    dequantize_rowwise,
+    quantize_columnwise,
+    quantize_rowwise,
+    quantize_weight,
+)
 
-INSTRUCTION = 32
+PRODUCTS_PER_INSTRUCTION = 32
 """Products that one tensor-core instruction sums for each element."""
 
 _FRACTION = 13  # bits behind the leading one that survive the alignment
 
 
-def exact_sum(a_XK: Tensor, b_YK: Tensor) -> Tensor:
+def exact_gemm(a_XK: Tensor, b_YK: Tensor) -> Tensor:
     """a bᵀ of E4M3 numbers given in FP64, rounded once to FP32, [X, Y].
 
     Up to K = 2^17 no sum in any order needs more than FP64's 53 bits: products are multiples of 2^-18 and at most 2^18.
@@ -35,7 +44,7 @@ def exact_sum(a_XK: Tensor, b_YK: Tensor) -> Tensor:
     return (a_XK @ b_YK.T).to(torch.float32)
 
 
-def hopper_sum(a_XK: Tensor, b_YK: Tensor, promote_every: int | None = None) -> Tensor:
+def emulate_hopper_gemm(a_XK: Tensor, b_YK: Tensor, promote_every: int | None = None) -> Tensor:
     """The same sum in the tensor cores' accumulator: FP32 in name, with 13 bits behind the leading one.
 
     Each instruction adds 32 products to its accumulator: all 33 terms are aligned to the largest exponent among them
@@ -44,14 +53,14 @@ def hopper_sum(a_XK: Tensor, b_YK: Tensor, promote_every: int | None = None) -> 
     """
     total_XY = torch.zeros((len(a_XK), len(b_YK)), dtype=torch.float32, device=a_XK.device)
     held_XY = total_XY.double()
-    for start in range(0, a_XK.shape[1], INSTRUCTION):
-        part = slice(start, start + INSTRUCTION)
+    for start in range(0, a_XK.shape[1], PRODUCTS_PER_INSTRUCTION):
+        part = slice(start, start + PRODUCTS_PER_INSTRUCTION)
         products_XYI = a_XK[:, None, part] * b_YK[None, :, part]
         terms_XYI = torch.cat((products_XYI, held_XY[..., None]), dim=-1)
         step_XY = _step(terms_XYI.abs().amax(dim=-1))
         held_XY = _cut(terms_XYI, step_XY[..., None]).sum(dim=-1)
         held_XY = _cut(held_XY, _step(held_XY.abs()))
-        if promote_every is not None and (start + INSTRUCTION) % promote_every == 0:
+        if promote_every is not None and (start + PRODUCTS_PER_INSTRUCTION) % promote_every == 0:
             total_XY += held_XY.to(torch.float32)
             held_XY = torch.zeros_like(held_XY)
     return total_XY + held_XY.to(torch.float32)
@@ -68,71 +77,77 @@ def _cut(x: Tensor, step: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceBackend:
     """`sum_tile` sums the products of one tile: exactly, or as Hopper does."""
 
-    sum_tile: Callable[[Tensor, Tensor], Tensor] = exact_sum
+    tile_gemm: Callable[[Tensor, Tensor], Tensor] = exact_gemm
 
-    def tiles(self, x_XD: Tensor, scales: Scales) -> Tiles:
+    def quantize_rowwise(self, x_XD: Tensor, scales: ScaleFormat) -> RowwiseFp8Tensor:
         """See `PrecisionBackend`."""
-        return quantize_tiles(x_XD, scales)
+        return quantize_rowwise(x_XD, scales)
 
-    def swiglu_tiles(self, gate_up_RF: Tensor, gates_R: Tensor | None, scales: Scales) -> Tiles:
+    def swiglu_quantize_rowwise(
+        self, gate_up_RF: Tensor, gates_R: Tensor | None, scales: ScaleFormat
+    ) -> RowwiseFp8Tensor:
         """See `PrecisionBackend`."""
-        return self.tiles(swiglu_of_rows(gate_up_RF, gates_R), scales)
+        return self.quantize_rowwise(swiglu_forward(gate_up_RF, gates_R), scales)
 
-    def columns(self, x_RD: Tensor, rows_L: tuple[int, ...], scales: Scales) -> Columns:
+    def quantize_columnwise(self, x_RD: Tensor, rows_L: tuple[int, ...], scales: ScaleFormat) -> ColumnwiseFp8Tensor:
         """See `PrecisionBackend`."""
-        return quantize_columns(x_RD, rows_L, scales)
+        return quantize_columnwise(x_RD, rows_L, scales)
 
-    def turned(self, x: Tiles, rows_L: tuple[int, ...], scales: Scales) -> Columns:
+    def rowwise_to_columnwise(
+        self, x: RowwiseFp8Tensor, rows_L: tuple[int, ...], scales: ScaleFormat
+    ) -> ColumnwiseFp8Tensor:
         """See `PrecisionBackend`."""
-        return self.columns(dequantize_tiles(x, torch.float32), rows_L, scales)
+        return self.quantize_columnwise(dequantize_rowwise(x, torch.float32), rows_L, scales)
 
-    def swiglu_columns(
-        self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: tuple[int, ...], scales: Scales
-    ) -> Columns:
+    def swiglu_quantize_columnwise(
+        self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: tuple[int, ...], scales: ScaleFormat
+    ) -> ColumnwiseFp8Tensor:
         """See `PrecisionBackend`."""
-        return self.columns(swiglu_of_rows(gate_up_RF, gates_R), rows_L, scales)
+        return self.quantize_columnwise(swiglu_forward(gate_up_RF, gates_R), rows_L, scales)
 
-    def blocks(self, weight: Tensor, scales: Scales) -> Blocks:
+    def quantize_weight(self, weight: Tensor, scales: ScaleFormat) -> Fp8Weight:
         """See `PrecisionBackend`."""
-        return quantize_blocks(weight, scales)
+        return quantize_weight(weight, scales)
 
-    def multiply(self, x: Tiles, weight: Blocks, dtype: torch.dtype) -> Tensor:
+    def gemm(self, x: RowwiseFp8Tensor, weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
         """See `PrecisionBackend`."""
-        scales_NQ = weight.scales_PQ.repeat_interleave(TILE, 0)[: len(weight.values_NK)]
-        return self._product(x, Tiles(weight.values_NK, scales_NQ)).to(dtype)
+        scales_NQ = weight.scales_PQ.repeat_interleave(TILE_WIDTH, 0)[: len(weight.values_NK)]
+        return self._product(x, RowwiseFp8Tensor(weight.values_NK, scales_NQ)).to(dtype)
 
-    def multiply_grouped(self, x: Tiles, weight: Blocks, rows_L: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def grouped_gemm(
+        self, x: RowwiseFp8Tensor, weight: Fp8Weight, rows_L: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
         """See `PrecisionBackend`."""
         rows = zip(x.values_XD.split(rows_L), x.scales_XQ.split(rows_L), strict=True)
         weights = zip(weight.values_NK, weight.scales_PQ, strict=True)
         parts = zip(rows, weights, strict=True)
-        return torch.cat([self.multiply(Tiles(*own), Blocks(*expert), dtype) for own, expert in parts])
+        return torch.cat([self.gemm(RowwiseFp8Tensor(*own), Fp8Weight(*expert), dtype) for own, expert in parts])
 
-    def outer(self, grad: Columns, x: Columns) -> Tensor:
+    def grouped_wgrad_gemm(self, grad: ColumnwiseFp8Tensor, x: ColumnwiseFp8Tensor) -> Tensor:
         """See `PrecisionBackend`."""
-        both = zip(of_experts(grad), of_experts(x), strict=True)
+        both = zip(split_by_expert(grad), split_by_expert(x), strict=True)
         return torch.stack([self._product(ours, theirs) for ours, theirs in both])
 
-    def add_outer(self, grad: Columns, x: Columns, sum_LNK: Tensor) -> None:
+    def accumulate_grouped_wgrad(self, grad: ColumnwiseFp8Tensor, x: ColumnwiseFp8Tensor, sum_LNK: Tensor) -> None:
         """See `PrecisionBackend`."""
-        sum_LNK += self.outer(grad, x)
+        sum_LNK += self.grouped_wgrad_gemm(grad, x)
 
-    def _product(self, a: Tiles, b: Tiles) -> Tensor:
+    def _product(self, a: RowwiseFp8Tensor, b: RowwiseFp8Tensor) -> Tensor:
         """a bᵀ of X rows and Y rows, FP32 [X, Y]."""
-        a_XK, b_YK = widened(a.values_XD, torch.float64), widened(b.values_XD, torch.float64)
+        a_XK, b_YK = upcast_e4m3(a.values_XD, torch.float64), upcast_e4m3(b.values_XD, torch.float64)
         total_XY = a_XK.new_zeros((len(a_XK), len(b_YK)), dtype=torch.float32)
-        for tile, start in enumerate(range(0, a_XK.shape[1], TILE)):
-            sum_XY = self.sum_tile(a_XK[:, start : start + TILE], b_YK[:, start : start + TILE])
+        for tile, start in enumerate(range(0, a_XK.shape[1], TILE_WIDTH)):
+            sum_XY = self.tile_gemm(a_XK[:, start : start + TILE_WIDTH], b_YK[:, start : start + TILE_WIDTH])
             total_XY += sum_XY.mul_(a.scales_XQ[:, tile, None]).mul_(b.scales_XQ[:, tile])
         return total_XY
 
 
-def of_experts(columns: Columns) -> list[Tiles]:
+def split_by_expert(columns: ColumnwiseFp8Tensor) -> list[RowwiseFp8Tensor]:
     """What belongs to each expert."""
     counts = columns.tiles_per_expert_L
-    values = columns.tiles.values_XD.split([count * TILE for count in counts], dim=1)
+    values = columns.tiles.values_XD.split([count * TILE_WIDTH for count in counts], dim=1)
     scales = columns.tiles.scales_XQ.split(counts, dim=1)
-    return [Tiles(own, scale) for own, scale in zip(values, scales, strict=True)]
+    return [RowwiseFp8Tensor(own, scale) for own, scale in zip(values, scales, strict=True)]

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..model.recompute import keep_by_policy, kept_by_policy
-from .e5m6 import PackedRows, unpack_e5m6
+from ..model.recompute import pack_for_backward, unpack_for_backward
+from .e5m6 import E5M6Rows, unpack_e5m6
 
 
 @dataclass
@@ -36,15 +36,15 @@ class _Place:
     dtype: torch.dtype
 
 
-class SharedOutput:
+class SharedAttentionOutput:
     """The output of one attention."""
 
     def __init__(self) -> None:
         self._places: list[_Place] = []
-        self._packed: PackedRows | None = None
+        self._packed: E5M6Rows | None = None
         self._layout: _Place | None = None
 
-    def of(
+    def run_attention(
         self, attention: Callable[..., Tensor], q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, *others: Any
     ) -> Tensor:
         """What `attention` gives, [B, H, S, V]. What its backward keeps of that will be here."""
@@ -53,7 +53,7 @@ class SharedOutput:
 
         def keep(tensor: Tensor) -> Any:
             if tensor.numel() != size or _memory(tensor) in inputs:
-                return keep_by_policy(tensor)
+                return pack_for_backward(tensor)
             self._places.append(_place(tensor))
             return self._places[-1]
 
@@ -63,7 +63,7 @@ class SharedOutput:
         self._layout = replace(_place(out_BHSV), tensor=None)
         return out_BHSV
 
-    def pack(self, packed: PackedRows) -> None:
+    def replace_with_e5m6(self, packed: E5M6Rows) -> None:
         """The same numbers, [B · S, H · V], in the place of the wide ones."""
         self._packed = packed
         for place in self._places:
@@ -71,7 +71,7 @@ class SharedOutput:
 
     def _kept(self, kept: Any) -> Tensor:
         if not isinstance(kept, _Place):
-            found: Tensor = kept_by_policy(kept)
+            found: Tensor = unpack_for_backward(kept)
             return found
         if kept.tensor is not None:
             return kept.tensor

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tiles import at_least_fp32
+from .tiles import promote_to_fp32
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return out
 
 
-def swiglu_twin(gate_up: Tensor) -> Tensor:
+def swiglu_reference(gate_up: Tensor) -> Tensor:
     """The same, differentiated by autograd, which keeps silu(first half) too."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
@@ -32,17 +32,17 @@ def weighted_swiglu(gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:
     return out
 
 
-def weighted_swiglu_twin(gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:
+def weighted_swiglu_reference(gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:
     """The same, differentiated by autograd."""
-    return (swiglu_twin(gate_up_RF) * weights_R[:, None]).to(gate_up_RF.dtype)
+    return (swiglu_reference(gate_up_RF) * weights_R[:, None]).to(gate_up_RF.dtype)
 
 
-def swiglu_of_rows(gate_up_RF: Tensor, weights_R: Tensor | None) -> Tensor:
+def swiglu_forward(gate_up_RF: Tensor, weights_R: Tensor | None) -> Tensor:
     """Either of the two: rows of experts have weights, those of a dense layer have none."""
     return swiglu(gate_up_RF) if weights_R is None else weighted_swiglu(gate_up_RF, weights_R)
 
 
-def gradients_of_rows(gate_up_RF: Tensor, weights_R: Tensor | None, grad_RF: Tensor) -> tuple[Tensor, Tensor | None]:
+def swiglu_backward(gate_up_RF: Tensor, weights_R: Tensor | None, grad_RF: Tensor) -> tuple[Tensor, Tensor | None]:
     """Of gate and up projections, and of the weights where there are any."""
     if weights_R is None:
         return _gradient(gate_up_RF, grad_RF), None
@@ -98,7 +98,7 @@ def _weighted_gradients(gate_up_RF: Tensor, weights_R: Tensor, grad_RF: Tensor) 
     grad_gate_up_RF = torch.empty_like(gate_up_RF)
     grad_gate_RF, grad_up_RF = grad_gate_up_RF.chunk(2, dim=-1)
     unweighted_RF = F.silu(gate_RF).mul_(grad_RF)
-    grad_weights_R = torch.linalg.vecdot(at_least_fp32(unweighted_RF), at_least_fp32(up_RF)).to(weights_R.dtype)
+    grad_weights_R = torch.linalg.vecdot(promote_to_fp32(unweighted_RF), promote_to_fp32(up_RF)).to(weights_R.dtype)
     torch.mul(unweighted_RF, weights_R[:, None], out=grad_up_RF)
     weighted_RF = _scaled(grad_RF * up_RF, weights_R)
     torch.ops.aten.silu_backward.grad_input(weighted_RF, gate_RF, grad_input=grad_gate_RF)

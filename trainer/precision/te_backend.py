@@ -19,30 +19,30 @@ from transformer_engine.pytorch import DType
 from transformer_engine.pytorch.cpp_extensions import general_gemm
 from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import Float8BlockwiseQTensorStorage
 
-from ...comm.fp8 import TILE, tiles_of
-from .reference import Reference, of_experts
-from .tiles import Blocks, Columns, Tiles, accumulated, padded, rounded_up
+from ...comm.fp8 import TILE_WIDTH, tiles_per_row
+from .reference import ReferenceBackend, split_by_expert
+from .tiles import ColumnwiseFp8Tensor, Fp8Weight, RowwiseFp8Tensor, gemm_output_dtype, round_up_to_multiple, zero_pad
 
 _FOURS = 4
 
 
 @dataclass(frozen=True)
-class TransformerEngineBackend(Reference):
+class TransformerEngineBackend(ReferenceBackend):
     """Quantizes as the reference does; experts are multiplied one at a time."""
 
-    def multiply(self, x: Tiles, weight: Blocks, dtype: torch.dtype) -> Tensor:
+    def gemm(self, x: RowwiseFp8Tensor, weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
         """See `PrecisionBackend`."""
         rows, columns = len(x.values_XD), len(weight.values_NK)
         if not rows:
             return x.scales_XQ.new_empty((0, columns), dtype=dtype)
-        out = _product(_of_tiles(x), _of_blocks(weight), accumulated(dtype))
+        out = _product(_of_tiles(x), _of_blocks(weight), gemm_output_dtype(dtype))
         return out[:rows, :columns].to(dtype)
 
-    def outer(self, grad: Columns, x: Columns) -> Tensor:
+    def grouped_wgrad_gemm(self, grad: ColumnwiseFp8Tensor, x: ColumnwiseFp8Tensor) -> Tensor:
         """See `PrecisionBackend`."""
         rows, columns = len(grad.tiles.values_XD), len(x.tiles.values_XD)
         products = []
-        for ours, theirs in zip(of_experts(grad), of_experts(x), strict=True):
+        for ours, theirs in zip(split_by_expert(grad), split_by_expert(x), strict=True):
             if ours.values_XD.shape[1]:
                 out = _product(_of_tiles(ours), _of_tiles(theirs), torch.float32)[:rows, :columns]
             else:
@@ -57,21 +57,23 @@ def _product(a: Any, b: Any, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _of_tiles(tiles: Tiles) -> Any:
+def _of_tiles(tiles: RowwiseFp8Tensor) -> Any:
     values = _whole(tiles.values_XD)
-    scales_QX = padded(tiles.scales_XQ.T, tiles.scales_XQ.shape[1], rounded_up(len(values), _FOURS))
+    scales_QX = zero_pad(tiles.scales_XQ.T, tiles.scales_XQ.shape[1], round_up_to_multiple(len(values), _FOURS))
     return _storage(values, scales_QX, is_2D_scaled=False)
 
 
-def _of_blocks(blocks: Blocks) -> Any:
+def _of_blocks(blocks: Fp8Weight) -> Any:
     values = _whole(blocks.values_NK)
-    scales_PQ = padded(blocks.scales_PQ, tiles_of(len(values)), rounded_up(blocks.scales_PQ.shape[1], _FOURS))
+    scales_PQ = zero_pad(
+        blocks.scales_PQ, tiles_per_row(len(values)), round_up_to_multiple(blocks.scales_PQ.shape[1], _FOURS)
+    )
     return _storage(values, scales_PQ, is_2D_scaled=True)
 
 
 def _whole(values: Tensor) -> Tensor:
     """Both sides multiples of 128, as Transformer Engine wants what it quantizes to be."""
-    return padded(values, *(rounded_up(side, TILE) for side in values.shape))
+    return zero_pad(values, *(round_up_to_multiple(side, TILE_WIDTH) for side in values.shape))
 
 
 def _storage(values: Tensor, scales: Tensor, *, is_2D_scaled: bool) -> Any:

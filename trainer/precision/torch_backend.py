@@ -17,41 +17,41 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import ScalingType
 
-from ...comm.fp8 import TILE, tiles_of
-from .reference import Reference, of_experts
-from .tiles import Blocks, Columns, Tiles, accumulated, padded, rounded_up
+from ...comm.fp8 import TILE_WIDTH, tiles_per_row
+from .reference import ReferenceBackend, split_by_expert
+from .tiles import ColumnwiseFp8Tensor, Fp8Weight, RowwiseFp8Tensor, gemm_output_dtype, round_up_to_multiple, zero_pad
 
 _SIDE, _TILES = 16, 4
 
 
 @dataclass(frozen=True)
-class TorchBackend(Reference):
+class TorchBackend(ReferenceBackend):
     """Quantizes as the reference does; experts are multiplied one at a time."""
 
-    def multiply(self, x: Tiles, weight: Blocks, dtype: torch.dtype) -> Tensor:
+    def gemm(self, x: RowwiseFp8Tensor, weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
         """See `PrecisionBackend`."""
         rows, columns = len(x.values_XD), len(weight.values_NK)
         if not rows:
             return x.scales_XQ.new_empty((0, columns), dtype=dtype)
-        blocks_down = tiles_of(rounded_up(columns, _SIDE))
+        blocks_down = tiles_per_row(round_up_to_multiple(columns, _SIDE))
         second = _filled(weight.values_NK), _filled_scales(weight.scales_PQ, blocks_down)
-        return _multiply(x, second, ScalingType.BlockWise128x128, accumulated(dtype))[:rows, :columns].to(dtype)
+        return _multiply(x, second, ScalingType.BlockWise128x128, gemm_output_dtype(dtype))[:rows, :columns].to(dtype)
 
-    def outer(self, grad: Columns, x: Columns) -> Tensor:
+    def grouped_wgrad_gemm(self, grad: ColumnwiseFp8Tensor, x: ColumnwiseFp8Tensor) -> Tensor:
         """See `PrecisionBackend`."""
         rows, columns = len(grad.tiles.values_XD), len(x.tiles.values_XD)
         products = []
-        for ours, theirs in zip(of_experts(grad), of_experts(x), strict=True):
+        for ours, theirs in zip(split_by_expert(grad), split_by_expert(x), strict=True):
             if not ours.values_XD.shape[1]:
                 products.append(ours.scales_XQ.new_zeros((rows, columns)))
                 continue
-            second = _filled(theirs.values_XD), _filled_scales(theirs.scales_XQ, rounded_up(columns, _SIDE))
+            second = _filled(theirs.values_XD), _filled_scales(theirs.scales_XQ, round_up_to_multiple(columns, _SIDE))
             product = _multiply(ours, second, ScalingType.BlockWise1x128, torch.float32)
             products.append(product[:rows, :columns])
         return torch.stack(products)
 
 
-def _multiply(a: Tiles, b: tuple[Tensor, Tensor], of_b: ScalingType, dtype: torch.dtype) -> Tensor:
+def _multiply(a: RowwiseFp8Tensor, b: tuple[Tensor, Tensor], of_b: ScalingType, dtype: torch.dtype) -> Tensor:
     """a bᵀ of filled sides; `b` is [N, K] with its scales."""
     a_MK = _filled(a.values_XD)
     scales_MQ, (b_NK, b_scales) = _filled_scales(a.scales_XQ, len(a_MK)), b
@@ -68,8 +68,10 @@ def _multiply(a: Tiles, b: tuple[Tensor, Tensor], of_b: ScalingType, dtype: torc
 
 def _filled(values: Tensor) -> Tensor:
     """[M, K] with both sides filled up."""
-    return padded(values, rounded_up(values.shape[0], _SIDE), rounded_up(values.shape[1], _TILES * TILE))
+    return zero_pad(
+        values, round_up_to_multiple(values.shape[0], _SIDE), round_up_to_multiple(values.shape[1], _TILES * TILE_WIDTH)
+    )
 
 
 def _filled_scales(scales: Tensor, rows: int) -> Tensor:
-    return padded(scales, rows, rounded_up(scales.shape[1], _TILES))
+    return zero_pad(scales, rows, round_up_to_multiple(scales.shape[1], _TILES))

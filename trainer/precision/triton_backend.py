@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...comm.fp8 import TILE, tiles_of
+from ...comm.fp8 import TILE_WIDTH, tiles_per_row
 from ...comm.host import to_device
 from . import kernels
-from .swiglu import swiglu_of_rows
-from .tiles import Blocks, Columns, Scales, Tiles, accumulated
+from .swiglu import swiglu_forward
+from .tiles import ColumnwiseFp8Tensor, Fp8Weight, RowwiseFp8Tensor, ScaleFormat, gemm_output_dtype
 
 _ROWS_TO_QUANTIZE, _COLUMNS_TO_QUANTIZE = 16, 64
 _ROWS, _COLUMNS = 128, 128  # of a block of a product
 
-Inputs = tuple[Tensor] | tuple[Tensor, Tensor | None]
+KernelInputs = tuple[Tensor] | tuple[Tensor, Tensor | None]
 """What a kernel quantizes: rows; their tiles; or gate and up projections with gate weights, if there are any."""
 
 
@@ -31,113 +31,127 @@ Inputs = tuple[Tensor] | tuple[Tensor, Tensor | None]
 class TritonBackend:
     """`values` is the dtype that quantized numbers are stored in: the interpreter's own cast to E4M3 is wrong."""
 
-    values: torch.dtype = torch.float8_e4m3fn
+    value_dtype: torch.dtype = torch.float8_e4m3fn
 
-    def tiles(self, x_XD: Tensor, scales: Scales) -> Tiles:
+    def quantize_rowwise(self, x_XD: Tensor, scales: ScaleFormat) -> RowwiseFp8Tensor:
         """See `PrecisionBackend`."""
         x_XD = _narrow(x_XD).contiguous()
-        return self._rows(kernels.quantize_rows, (x_XD,), x_XD.shape[1], scales)
+        return self._rows(kernels.quantize_rowwise, (x_XD,), x_XD.shape[1], scales)
 
-    def swiglu_tiles(self, gate_up_RF: Tensor, gates_R: Tensor | None, scales: Scales) -> Tiles:
+    def swiglu_quantize_rowwise(
+        self, gate_up_RF: Tensor, gates_R: Tensor | None, scales: ScaleFormat
+    ) -> RowwiseFp8Tensor:
         """See `PrecisionBackend`. One kernel in BF16, which is what a GPU computes in."""
         if gate_up_RF.dtype != torch.bfloat16:
-            return self.tiles(swiglu_of_rows(gate_up_RF, gates_R), scales)
+            return self.quantize_rowwise(swiglu_forward(gate_up_RF, gates_R), scales)
         inputs = _contiguous(gate_up_RF, gates_R)
-        return self._rows(kernels.quantize_swiglu_rows, inputs, gate_up_RF.shape[1] // 2, scales)
+        return self._rows(kernels.swiglu_quantize_rowwise, inputs, gate_up_RF.shape[1] // 2, scales)
 
-    def columns(self, x_RD: Tensor, rows_L: tuple[int, ...], scales: Scales) -> Columns:
+    def quantize_columnwise(self, x_RD: Tensor, rows_L: tuple[int, ...], scales: ScaleFormat) -> ColumnwiseFp8Tensor:
         """See `PrecisionBackend`."""
         x_RD = _narrow(x_RD).contiguous()
-        return self._columns(kernels.quantize_columns, (x_RD,), x_RD.shape[1], rows_L, scales)
+        return self._columns(kernels.quantize_columnwise, (x_RD,), x_RD.shape[1], rows_L, scales)
 
-    def turned(self, x: Tiles, rows_L: tuple[int, ...], scales: Scales) -> Columns:
+    def rowwise_to_columnwise(
+        self, x: RowwiseFp8Tensor, rows_L: tuple[int, ...], scales: ScaleFormat
+    ) -> ColumnwiseFp8Tensor:
         """See `PrecisionBackend`."""
-        return self._columns(kernels.turn_tiles, (x.values_XD, x.scales_XQ), x.values_XD.shape[1], rows_L, scales)
+        return self._columns(
+            kernels.rowwise_to_columnwise, (x.values_XD, x.scales_XQ), x.values_XD.shape[1], rows_L, scales
+        )
 
-    def swiglu_columns(
-        self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: tuple[int, ...], scales: Scales
-    ) -> Columns:
+    def swiglu_quantize_columnwise(
+        self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: tuple[int, ...], scales: ScaleFormat
+    ) -> ColumnwiseFp8Tensor:
         """See `PrecisionBackend`. As `swiglu_tiles`."""
         if gate_up_RF.dtype != torch.bfloat16:
-            return self.columns(swiglu_of_rows(gate_up_RF, gates_R), rows_L, scales)
+            return self.quantize_columnwise(swiglu_forward(gate_up_RF, gates_R), rows_L, scales)
         inputs = _contiguous(gate_up_RF, gates_R)
-        return self._columns(kernels.quantize_swiglu_columns, inputs, gate_up_RF.shape[1] // 2, rows_L, scales)
+        return self._columns(kernels.swiglu_quantize_columnwise, inputs, gate_up_RF.shape[1] // 2, rows_L, scales)
 
-    def blocks(self, weight: Tensor, scales: Scales) -> Blocks:
+    def quantize_weight(self, weight: Tensor, scales: ScaleFormat) -> Fp8Weight:
         """See `PrecisionBackend`."""
         weight_LNK = _narrow(weight).contiguous().view(-1, *weight.shape[-2:])
         count, rows, columns = weight_LNK.shape
-        sides = (tiles_of(rows), tiles_of(columns))
+        sides = (tiles_per_row(rows), tiles_per_row(columns))
         values, block_scales = self._empty(weight, *weight.shape), _scales_like(weight, *weight.shape[:-2], *sides)
-        kernels.quantize_blocks[(count, *sides)](
-            weight_LNK, values, block_scales, rows, columns, *sides, scales is Scales.POWER_OF_TWO, num_warps=8
+        kernels.quantize_weight[(count, *sides)](
+            weight_LNK, values, block_scales, rows, columns, *sides, scales is ScaleFormat.POWER_OF_TWO, num_warps=8
         )
-        return Blocks(values, block_scales)
+        return Fp8Weight(values, block_scales)
 
-    def multiply(self, x: Tiles, weight: Blocks, dtype: torch.dtype) -> Tensor:
+    def gemm(self, x: RowwiseFp8Tensor, weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
         """See `PrecisionBackend`."""
-        stack = Blocks(weight.values_NK[None], weight.scales_PQ[None])
-        return self.multiply_grouped(x, stack, (len(x.values_XD),), dtype)
+        stack = Fp8Weight(weight.values_NK[None], weight.scales_PQ[None])
+        return self.grouped_gemm(x, stack, (len(x.values_XD),), dtype)
 
-    def multiply_grouped(self, x: Tiles, weight: Blocks, rows_L: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def grouped_gemm(
+        self, x: RowwiseFp8Tensor, weight: Fp8Weight, rows_L: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
         """See `PrecisionBackend`. Tensor cores read E4M3 along K alone: a transposed weight is copied, once."""
         weight = weight.contiguous()
         _, columns, k = weight.values_NK.shape
-        out_RN = x.values_XD.new_empty((len(x.values_XD), columns), dtype=accumulated(dtype))
+        out_RN = x.values_XD.new_empty((len(x.values_XD), columns), dtype=gemm_output_dtype(dtype))
         spans = _spans(rows_L, _ROWS)
         if spans:
-            first, last, expert = numbers_on(out_RN.device, zip(*spans, strict=True))
-            kernels.multiply[(len(spans) * -(-columns // _COLUMNS),)](
+            first, last, expert = index_tensors(out_RN.device, zip(*spans, strict=True))
+            kernels.grouped_gemm[(len(spans) * -(-columns // _COLUMNS),)](
                 x.values_XD, x.scales_XQ, weight.values_NK, weight.scales_PQ, out_RN, first, last, expert,
-                columns, k, tiles_of(columns), tiles_of(k), _ROWS, _COLUMNS, num_warps=8, num_stages=3,
+                columns, k, tiles_per_row(columns), tiles_per_row(k), _ROWS, _COLUMNS, num_warps=8, num_stages=3,
             )  # fmt: skip
         return out_RN.to(dtype)
 
-    def outer(self, grad: Columns, x: Columns) -> Tensor:
+    def grouped_wgrad_gemm(self, grad: ColumnwiseFp8Tensor, x: ColumnwiseFp8Tensor) -> Tensor:
         """See `PrecisionBackend`."""
         shape = len(grad.tiles_per_expert_L), len(grad.tiles.values_XD), len(x.tiles.values_XD)
         out_LNK = grad.tiles.scales_XQ.new_zeros(shape)
-        self.add_outer(grad, x, out_LNK)
+        self.accumulate_grouped_wgrad(grad, x, out_LNK)
         return out_LNK
 
-    def add_outer(self, grad: Columns, x: Columns, sum_LNK: Tensor) -> None:
+    def accumulate_grouped_wgrad(self, grad: ColumnwiseFp8Tensor, x: ColumnwiseFp8Tensor, sum_LNK: Tensor) -> None:
         """See `PrecisionBackend`. One kernel: nothing but the sum is written."""
         if sum_LNK.dtype != torch.float32 or not sum_LNK.is_contiguous():
-            sum_LNK += self.outer(grad, x)
+            sum_LNK += self.grouped_wgrad_gemm(grad, x)
             return
         (experts, rows, columns), a, b = sum_LNK.shape, grad.tiles, x.tiles
-        (first,) = numbers_on(sum_LNK.device, [list(accumulate(grad.tiles_per_expert_L, initial=0))])
-        kernels.outer[(-(-rows // _ROWS) * -(-columns // _COLUMNS), experts)](
+        (first,) = index_tensors(sum_LNK.device, [list(accumulate(grad.tiles_per_expert_L, initial=0))])
+        kernels.grouped_wgrad_gemm[(-(-rows // _ROWS) * -(-columns // _COLUMNS), experts)](
             a.values_XD, a.scales_XQ, b.values_XD, b.scales_XQ, sum_LNK, first,
             rows, columns, a.scales_XQ.shape[1], _ROWS, _COLUMNS, num_warps=8, num_stages=3,
         )  # fmt: skip
 
-    def _rows(self, kernel: Any, inputs: Inputs, width: int, scales: Scales) -> Tiles:
+    def _rows(self, kernel: Any, inputs: KernelInputs, width: int, scales: ScaleFormat) -> RowwiseFp8Tensor:
         rows = len(inputs[0])
-        tiles = Tiles(self._empty(inputs[0], rows, width), _scales_like(inputs[0], rows, tiles_of(width)))
+        tiles = RowwiseFp8Tensor(
+            self._empty(inputs[0], rows, width), _scales_like(inputs[0], rows, tiles_per_row(width))
+        )
         if rows:
-            kernel[(-(-rows // _ROWS_TO_QUANTIZE), tiles_of(width))](
-                *inputs, tiles.values_XD, tiles.scales_XQ, rows, width, tiles_of(width),
-                scales is Scales.POWER_OF_TWO, _ROWS_TO_QUANTIZE, num_warps=4,
+            kernel[(-(-rows // _ROWS_TO_QUANTIZE), tiles_per_row(width))](
+                *inputs, tiles.values_XD, tiles.scales_XQ, rows, width, tiles_per_row(width),
+                scales is ScaleFormat.POWER_OF_TWO, _ROWS_TO_QUANTIZE, num_warps=4,
             )  # fmt: skip
         return tiles
 
-    def _columns(self, kernel: Any, inputs: Inputs, width: int, rows_L: tuple[int, ...], scales: Scales) -> Columns:
-        like, spans = inputs[0], _spans(rows_L, TILE)
-        tiles = Tiles(self._empty(like, width, len(spans) * TILE), _scales_like(like, width, len(spans)))
+    def _columns(
+        self, kernel: Any, inputs: KernelInputs, width: int, rows_L: tuple[int, ...], scales: ScaleFormat
+    ) -> ColumnwiseFp8Tensor:
+        like, spans = inputs[0], _spans(rows_L, TILE_WIDTH)
+        tiles = RowwiseFp8Tensor(
+            self._empty(like, width, len(spans) * TILE_WIDTH), _scales_like(like, width, len(spans))
+        )
         if spans:
-            first, last, _ = numbers_on(like.device, zip(*spans, strict=True))
+            first, last, _ = index_tensors(like.device, zip(*spans, strict=True))
             kernel[(len(spans), -(-width // _COLUMNS_TO_QUANTIZE))](
                 *inputs, first, last, tiles.values_XD, tiles.scales_XQ, width, len(spans),
-                scales is Scales.POWER_OF_TWO, _COLUMNS_TO_QUANTIZE, num_warps=8,
+                scales is ScaleFormat.POWER_OF_TWO, _COLUMNS_TO_QUANTIZE, num_warps=8,
             )  # fmt: skip
-        return Columns(tiles, tuple(map(tiles_of, rows_L)))
+        return ColumnwiseFp8Tensor(tiles, tuple(map(tiles_per_row, rows_L)))
 
     def _empty(self, like: Tensor, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.values, device=like.device)
+        return torch.empty(shape, dtype=self.value_dtype, device=like.device)
 
 
-def _contiguous(gate_up_RF: Tensor, gates_R: Tensor | None) -> Inputs:
+def _contiguous(gate_up_RF: Tensor, gates_R: Tensor | None) -> KernelInputs:
     return gate_up_RF.contiguous(), None if gates_R is None else gates_R.contiguous()
 
 
@@ -160,6 +174,6 @@ def _spans(rows_L: Sequence[int], size: int) -> list[tuple[int, int, int]]:
     ]
 
 
-def numbers_on(device: torch.device, numbers: object) -> list[Tensor]:
+def index_tensors(device: torch.device, numbers: object) -> list[Tensor]:
     """Lists of integers where a kernel can read them. The host does not wait."""
     return list(to_device(torch.tensor(list(numbers), dtype=torch.int32), device).unbind())  # type: ignore[call-overload]

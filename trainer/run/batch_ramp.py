@@ -12,14 +12,14 @@ from functools import cache
 
 
 @dataclass(frozen=True)
-class Level:
+class BatchSizeLevel:
     """Steps of one size that follow each other."""
 
-    steps: int
+    steps_before: int
     """Taken before the first of them."""
-    samples: int
+    samples_before: int
     """Consumed before it."""
-    size: int
+    batch_size: int
     """Sequences of each."""
 
 
@@ -27,33 +27,33 @@ class Level:
 class BatchRamp:
     """The sizes of all steps of a run. Steps count from 1; `samples` are sequences."""
 
-    levels: tuple[Level, ...]
+    levels: tuple[BatchSizeLevel, ...]
     """Ascending; the last has no end."""
 
     @staticmethod
     def constant(size: int) -> BatchRamp:
         """The same from the first step on."""
-        return BatchRamp((Level(0, 0, size),))
+        return BatchRamp((BatchSizeLevel(0, 0, size),))
 
-    def size(self, step: int) -> int:
+    def batch_size(self, step: int) -> int:
         """Sequences of step number `step`."""
-        return self.levels[bisect_left(self.levels, step, key=lambda level: level.steps) - 1].size
+        return self.levels[bisect_left(self.levels, step, key=lambda level: level.steps_before) - 1].batch_size
 
-    def consumed(self, steps: int) -> int:
+    def consumed_samples(self, steps: int) -> int:
         """Samples that the first `steps` steps take."""
-        level = self.levels[bisect_right(self.levels, steps, key=lambda level: level.steps) - 1]
-        return level.samples + (steps - level.steps) * level.size
+        level = self.levels[bisect_right(self.levels, steps, key=lambda level: level.steps_before) - 1]
+        return level.samples_before + (steps - level.steps_before) * level.batch_size
 
-    def steps_to(self, samples: int) -> int:
+    def steps_for_samples(self, samples: int) -> int:
         """Steps until at least so many samples are consumed."""
         if samples <= 0:
             return 0
-        level = self.levels[bisect_left(self.levels, samples, key=lambda level: level.samples) - 1]
-        return level.steps + _up(samples - level.samples, level.size)
+        level = self.levels[bisect_left(self.levels, samples, key=lambda level: level.samples_before) - 1]
+        return level.steps_before + _up(samples - level.samples_before, level.batch_size)
 
 
 @cache
-def ramp(first: int, increment: int, last: int, tokens: int, sequence_length: int) -> BatchRamp:
+def make_batch_ramp(first: int, increment: int, last: int, tokens: int, sequence_length: int) -> BatchRamp:
     """From `first` sequences to `last`, by `increment` at a time, over `tokens` consumed tokens.
 
     Each size but the last is in force for an equal share of these tokens, so the batch grows evenly with them; the
@@ -65,9 +65,9 @@ def ramp(first: int, increment: int, last: int, tokens: int, sequence_length: in
         size, end = first + number * increment, _up((number + 1) * tokens, shares * sequence_length)
         taken = _up(end - consumed, size)
         if taken > 0:  # else the last step of a larger share has jumped over this one
-            levels.append(Level(steps, consumed, size))
+            levels.append(BatchSizeLevel(steps, consumed, size))
             steps, consumed = steps + taken, consumed + taken * size
-    return BatchRamp((*levels, Level(steps, consumed, last)))
+    return BatchRamp((*levels, BatchSizeLevel(steps, consumed, last)))
 
 
 def _up(number: int, of: int) -> int:

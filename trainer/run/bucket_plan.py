@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ...parallelism.pipeline.liveness import last_use_anywhere
-from ...parallelism.pipeline.program import Program
-from ...parallelism.zero.bucket import Member
+from ...parallelism.pipeline.liveness import last_use_on_any_rank
+from ...parallelism.pipeline.program import PipelineProgram
+from ...parallelism.zero.bucket import BucketParameter
 from ..model.model import Model
-from ..model.stage_layout import Stages
+from ..model.stage_layout import StageLayout
 
 
 @dataclass(frozen=True)
@@ -19,29 +19,31 @@ class BucketPlan:
     """One bucket before it exists."""
 
     name: str
-    members: list[Member]
+    members: list[BucketParameter]
     is_expert: bool
-    users: tuple[int, ...]
+    using_stages: tuple[int, ...]
     """Stages that compute with it."""
-    holders: tuple[int, ...]
+    holding_pp_ranks: tuple[int, ...]
     """Pipeline ranks that hold it."""
-    weights: torch.dtype
+    weight_dtype: torch.dtype
     """What they are kept in."""
-    masters: torch.dtype
+    master_dtype: torch.dtype
     """And this rank's shard of them."""
 
 
-def plan_buckets(model: Model, stages: Stages, program: Program, dtype: torch.dtype) -> Iterator[BucketPlan]:
+def plan_buckets(
+    model: Model, stages: StageLayout, program: PipelineProgram, dtype: torch.dtype
+) -> Iterator[BucketPlan]:
     """The buckets of `model`, a rank's share, in the order in which `program` is done with them.
 
     Parameters are kept in `dtype`, which is what products are computed in, but for norms and routers.
     """
-    experts, wide = model.expert_parameter_names(), model.wide_parameter_names()
-    members: dict[tuple[int, tuple[int, ...], bool, bool], list[Member]] = {}
+    experts, wide = model.expert_parameter_names(), model.fp32_parameter_names()
+    members: dict[tuple[int, tuple[int, ...], bool, bool], list[BucketParameter]] = {}
     for name, parameter in model.named_parameters():
-        users = stages.users(name)
-        key = (last_use_anywhere(program, users), users, name in experts, name in wide and parameter.dtype != dtype)
-        members.setdefault(key, []).append(Member(name, parameter, decays=parameter.ndim >= 2))
+        users = stages.stages_using(name)
+        key = (last_use_on_any_rank(program, users), users, name in experts, name in wide and parameter.dtype != dtype)
+        members.setdefault(key, []).append(BucketParameter(name, parameter, has_weight_decay=parameter.ndim >= 2))
     for (_, users, is_expert, is_wide), sharing in sorted(members.items()):
         masters = sharing[0].parameter.dtype
         kind = "experts" if is_expert else "wide dense" if is_wide else "dense"
@@ -49,8 +51,8 @@ def plan_buckets(model: Model, stages: Stages, program: Program, dtype: torch.dt
             name=f"{kind} of stage {' and '.join(map(str, users))}",
             members=sharing,
             is_expert=is_expert,
-            users=users,
-            holders=stages.holders(sharing[0].name),
-            weights=masters if is_wide else dtype,
-            masters=masters,
+            using_stages=users,
+            holding_pp_ranks=stages.pp_ranks_holding(sharing[0].name),
+            weight_dtype=masters if is_wide else dtype,
+            master_dtype=masters,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from ...parallelism.pipeline.executor import Executor
+from ...parallelism.pipeline.executor import PipelineExecutor
 from ...parallelism.pipeline.liveness import first_use, last_use
 from ...parallelism.zero.optimizer import ShardedOptimizer
 
@@ -14,27 +14,27 @@ class ScheduleCache:
 
     def __init__(
         self,
-        build: Callable[[int], Executor],
-        executor: Executor,
+        build: Callable[[int], PipelineExecutor],
+        executor: PipelineExecutor,
         optimizer: ShardedOptimizer,
-        users: Iterable[tuple[int, ...]],
+        bucket_stages: Iterable[tuple[int, ...]],
     ) -> None:
         """`build` makes what runs so many micro-batches; `executor` is what `optimizer` follows now.
 
         `users`: of each bucket of the optimizer, the stages that compute with it.
         """
-        self.executor = executor
+        self.current_executor = executor
         self._build = build
         self._optimizer = optimizer
-        self._users = tuple(users)
+        self._users = tuple(bucket_stages)
 
-    def of(self, micro_batches: int) -> Executor:
+    def executor_for(self, micro_batches: int) -> PipelineExecutor:
         """What runs a step of so many micro-batches. The same number as in the step before costs nothing."""
-        if micro_batches != self.executor.program.micro_batches:
-            self.executor = self._build(micro_batches)
-            program, rank = self.executor.program, self.executor.rank
-            self._optimizer.follow(
-                needed_from=[first_use(program, rank, users) for users in self._users],
-                final_after=[last_use(program, rank, users) for users in self._users],
+        if micro_batches != self.current_executor.program.num_micro_batches:
+            self.current_executor = self._build(micro_batches)
+            program, rank = self.current_executor.program, self.current_executor.pp_rank
+            self._optimizer.set_schedule(
+                first_use=[first_use(program, rank, users) for users in self._users],
+                last_use=[last_use(program, rank, users) for users in self._users],
             )
-        return self.executor
+        return self.current_executor

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...parallelism.pipeline.executor import Steps
-from ...parallelism.weight_grad import WeightGradients
+from ...parallelism.pipeline.executor import Resumable
+from ...parallelism.weight_grad import DelayedWeightGradients
 from ..data.samples import TokenBatch
 from ..model.chunk import Chunk
 from ..model.tape import LossNormalizers, MicroBatchMetrics, StageBackward
@@ -21,32 +21,36 @@ class StageRunner:
 
     chunk: Chunk
     micro_batches: Sequence[TokenBatch]
-    scales: LossNormalizers | None = None
+    loss_normalizers: LossNormalizers | None = None
     """None where there is no backward."""
-    summaries: list[MicroBatchMetrics] = field(default_factory=list)
+    metrics: list[MicroBatchMetrics] = field(default_factory=list)
     """Of the forwards that have run."""
     _backwards: dict[int, StageBackward] = field(default_factory=dict)
     """Of the micro-batches whose backward has not begun."""
 
-    def forward(self, micro_batch: int, received: Tensor | None) -> Steps[Tensor | None]:
+    def forward(self, micro_batch: int, received: Tensor | None) -> Resumable[Tensor | None]:
         """See `parallelism.pipeline.executor.Stage`."""
         batch = self.micro_batches[micro_batch]
-        forward = yield from self.chunk.forward(batch.tokens_BW, batch.valid_BW, self.scales, micro_batch, received)
-        self.summaries.append(forward.summary)
+        forward = yield from self.chunk.forward(
+            batch.tokens_BW, batch.valid_BW, self.loss_normalizers, micro_batch, received
+        )
+        self.metrics.append(forward.metrics)
         if torch.is_grad_enabled():
             self._backwards[micro_batch] = forward.backward
         return forward.output_BSD
 
-    def backward(self, micro_batch: int, received: Tensor | None, weights: WeightGradients) -> Steps[Tensor | None]:
+    def backward(
+        self, micro_batch: int, received: Tensor | None, weights: DelayedWeightGradients
+    ) -> Resumable[Tensor | None]:
         """See `parallelism.pipeline.executor.Stage`."""
         return (yield from self._backwards.pop(micro_batch)(received, weights))
 
-    def message(self, micro_batch: int) -> Tensor:
+    def empty_activation(self, micro_batch: int) -> Tensor:
         """See `parallelism.pipeline.executor.Stage`."""
         batch = self.micro_batches[micro_batch]
         sequences, window = batch.tokens_BW.shape
         length = window - 1 - self.chunk.model.config.num_nextn_predict_layers
-        return self.chunk.message(sequences, length, batch.tokens_BW.device)
+        return self.chunk.empty_activation(sequences, length, batch.tokens_BW.device)
 
 
 @dataclass(frozen=True)
@@ -58,19 +62,21 @@ class LogitsStage:
     logits: list[Tensor] = field(default_factory=list)
     """[B, S, V], when the last stage has run."""
 
-    def forward(self, micro_batch: int, received: Tensor | None) -> Steps[Tensor | None]:
+    def forward(self, micro_batch: int, received: Tensor | None) -> Resumable[Tensor | None]:
         """See `parallelism.pipeline.executor.Stage`."""
-        output = yield from self.chunk.logits(self.tokens_BS, received)
+        output = yield from self.chunk.compute_logits(self.tokens_BS, received)
         if not self.chunk.stage.is_last:
             return output
         self.logits.append(output)
         return None
 
-    def backward(self, micro_batch: int, received: Tensor | None, weights: WeightGradients) -> Steps[Tensor | None]:
+    def backward(
+        self, micro_batch: int, received: Tensor | None, weights: DelayedWeightGradients
+    ) -> Resumable[Tensor | None]:
         """Reading has none."""
         raise NotImplementedError
 
-    def message(self, micro_batch: int) -> Tensor:
+    def empty_activation(self, micro_batch: int) -> Tensor:
         """See `parallelism.pipeline.executor.Stage`."""
         sequences, length = self.tokens_BS.shape
-        return self.chunk.message(sequences, length, self.tokens_BS.device)
+        return self.chunk.empty_activation(sequences, length, self.tokens_BS.device)

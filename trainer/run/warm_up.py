@@ -11,25 +11,25 @@ import torch
 
 from ...comm.async_comm import AsyncCommunicator
 from ...comm.host import to_device
-from ...comm.streams import Streams
+from ...comm.streams import DeviceStreams
 from ...comm.warm_up import warm_up_exchange
-from ...parallelism.pipeline.executor import drive
-from ...parallelism.weight_grad import WeightGradients
+from ...parallelism.pipeline.executor import run_to_completion
+from ...parallelism.weight_grad import DelayedWeightGradients
 from ..data.samples import TokenBatch
 from ..model.tape import LossNormalizers
 from .stage_runner import StageRunner
 from .step import Stepper
 
-_SCALES = LossNormalizers(main=1e-6, mtp=1e-6, balance=1e-6)
+_SCALES = LossNormalizers(main_loss=1e-6, mtp_loss=1e-6, balance_loss=1e-6)
 
 
-def warm_up(
+def warm_up_step(
     stepper: Stepper,
     worker: AsyncCommunicator,
     exchange: str,
     batch: tuple[int, int],
     device: torch.device,
-    streams: Streams,
+    streams: DeviceStreams,
 ) -> None:
     """Connect, load and pin all that a step needs, and wait for the end of it: collective, in one order on all ranks.
 
@@ -37,12 +37,12 @@ def warm_up(
     afterwards, weights and random state what they were.
     """
     warm_up_exchange(exchange, stepper.groups, worker, device)
-    load_kernels(stepper, batch, device)
-    stepper.warm_up(device)
-    streams.current().synchronize()
+    warm_up_kernels(stepper, batch, device)
+    stepper.warm_up_communication(device)
+    streams.current_stream().synchronize()
 
 
-def load_kernels(stepper: Stepper, batch: tuple[int, int], device: torch.device) -> None:
+def warm_up_kernels(stepper: Stepper, batch: tuple[int, int], device: torch.device) -> None:
     """Run a micro-batch of noise forward and backward through each chunk; collective over the expert-parallel group.
 
     No pipeline neighbor takes part. Gradients of weights are garbage afterwards.
@@ -53,12 +53,12 @@ def load_kernels(stepper: Stepper, batch: tuple[int, int], device: torch.device)
     # Different tokens: equal ones would all go to the same experts, more rows than a rank has memory for.
     tokens_BW = torch.randint(stepper.config.vocab_size, batch, generator=generator)
     noise = TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool)).to(device)
-    with stepper.model.weights_unchanged():
+    with stepper.model.cache_fp8_weights():
         for chunk in stepper.chunks:
             stage = StageRunner(chunk, [noise], _SCALES)
             hidden_BSD = torch.randn((sequences, length, stepper.config.hidden_size), generator=generator)
-            hidden_BSD = to_device(hidden_BSD, device).to(stage.message(0).dtype)
-            drive(stage.forward(0, None if chunk.stage.is_first else hidden_BSD))
-            weights = WeightGradients(deferred=True)
-            drive(stage.backward(0, None if chunk.stage.is_last else hidden_BSD, weights))
-            weights.run()
+            hidden_BSD = to_device(hidden_BSD, device).to(stage.empty_activation(0).dtype)
+            run_to_completion(stage.forward(0, None if chunk.stage.is_first else hidden_BSD))
+            weights = DelayedWeightGradients(deferred=True)
+            run_to_completion(stage.backward(0, None if chunk.stage.is_last else hidden_BSD, weights))
+            weights.flush()

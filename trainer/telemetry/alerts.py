@@ -7,22 +7,22 @@ from collections import deque
 from collections.abc import Iterator
 from statistics import median
 
-TRAILING = 20
-LEAST = 5
+TRAILING_LOGGED_STEPS = 20
+MIN_LOGGED_STEPS = 5
 _SPIKE_NATS = 0.5
 _SPIKE_SPREADS = 5.0
 _STALL_SHARE = 0.5
 
 
-class AlertWatch:
+class AlertMonitor:
     """Compares each logged step with those before it; says each trouble once, until it is over."""
 
     def __init__(self) -> None:
-        self._losses: deque[float] = deque(maxlen=TRAILING)
-        self._rates: deque[float] = deque(maxlen=TRAILING)
+        self._losses: deque[float] = deque(maxlen=TRAILING_LOGGED_STEPS)
+        self._rates: deque[float] = deque(maxlen=TRAILING_LOGGED_STEPS)
         self._in_trouble: set[str] = set()
 
-    def look(self, loss: float, tokens_per_second: float) -> Iterator[tuple[str, str]]:
+    def check_logged_step(self, loss: float, tokens_per_second: float) -> Iterator[tuple[str, str]]:
         """What is new about this step: (`spike` or `stall`, a sentence). A troubled step is not compared with later."""
         yield from self._judge("spike", self._spike(loss), self._losses, loss)
         yield from self._judge("stall", self._stall(tokens_per_second), self._rates, tokens_per_second)
@@ -39,7 +39,7 @@ class AlertWatch:
         """Above the trailing median by half a nat, and by five times the usual distance from it."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
-        if len(self._losses) < LEAST:
+        if len(self._losses) < MIN_LOGGED_STEPS:
             return None
         usual = median(self._losses)
         spread = median(abs(value - usual) for value in self._losses)
@@ -49,7 +49,7 @@ class AlertWatch:
 
     def _stall(self, rate: float) -> str | None:
         """Half the trailing median, or less."""
-        if len(self._rates) < LEAST:
+        if len(self._rates) < MIN_LOGGED_STEPS:
             return None
         usual = median(self._rates)
         if rate > _STALL_SHARE * usual:

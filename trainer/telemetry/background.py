@@ -10,13 +10,13 @@ from contextlib import suppress
 
 from .events import Event, Sink
 
-WAITING_EVENTS = 1000
+MAX_QUEUED_EVENTS = 1000
 """More than these are not kept for a view that is slow: they are in metrics.jsonl."""
-CLOSE_SECONDS = 60.0
+CLOSE_TIMEOUT_SECONDS = 60.0
 """How long the end of a run waits for a view to finish."""
 
 
-class Background:
+class BackgroundSink:
     """Opens a sink in a thread and hands it the events from there; `emit` never waits.
 
     A sink that fails makes the next `emit` raise what it failed with, so that the stream drops it; one that was too
@@ -28,12 +28,12 @@ class Background:
         open_sink: Callable[[], Sink],
         *,
         name: str,
-        waiting: int = WAITING_EVENTS,
-        close_seconds: float = CLOSE_SECONDS,
+        max_queued_events: int = MAX_QUEUED_EVENTS,
+        close_timeout_seconds: float = CLOSE_TIMEOUT_SECONDS,
     ) -> None:
         self.name = name
-        self._events: queue.Queue[Event | None] = queue.Queue(waiting)
-        self._close_seconds = close_seconds
+        self._events: queue.Queue[Event | None] = queue.Queue(max_queued_events)
+        self._close_seconds = close_timeout_seconds
         self._error: Exception | None = None
         self._left_out = 0
         # A daemon: a server that never answers must not keep the process, and its GPU, either.

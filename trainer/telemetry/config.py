@@ -74,6 +74,6 @@ class TelemetryConfig:
         if self.trace_steps < 1:
             yield Problem("trace_steps", self.trace_steps, "must be at least 1")
         for problem in self.wandb.problems():
-            yield problem.under("wandb")
+            yield problem.with_prefix("wandb")
         for problem in self.prometheus.problems():
-            yield problem.under("prometheus")
+            yield problem.with_prefix("prometheus")

@@ -12,7 +12,7 @@ class Panel:
 
     title: str
     metrics: Sequence[str]
-    is_number: bool = False
+    is_single_value: bool = False
     """Whether it shows the last value alone."""
 
 
@@ -24,7 +24,7 @@ class PanelSection:
     panels: Sequence[Panel]
 
 
-def dashboard(routers: Sequence[str]) -> list[PanelSection]:
+def make_dashboard(routers: Sequence[str]) -> list[PanelSection]:
     """Of a model whose layers with routed experts are called `routers`."""
     return [
         PanelSection(
@@ -33,7 +33,11 @@ def dashboard(routers: Sequence[str]) -> list[PanelSection]:
                 Panel("GPU-hours left", ["budget_left"]),
                 Panel("GPU-hours: spent, and projected at the end", ["gpu_hours", "projected_gpu_hours"]),
                 Panel("Goodput", ["goodput"]),
-                Panel("GPU-hours a trillion retained tokens", ["budget/gpu_hours_per_trillion_tokens"], is_number=True),
+                Panel(
+                    "GPU-hours a trillion retained tokens",
+                    ["budget/gpu_hours_per_trillion_tokens"],
+                    is_single_value=True,
+                ),
             ),
         ),
         PanelSection(

@@ -5,26 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from .events import JSON, Event, as_number, as_numbers
+from .events import JSON, Event, parse_number, parse_numbers
 
 
-def describe(event: Event) -> str:
+def describe_event(event: Event) -> str:
     """`event` as plain text: one line, and for a sample its text below, indented."""
     if event.kind in _SHORT:
         return _SHORT[event.kind](event)
     head = f"{event.kind} at step {event.step}"
     if event.kind == "sample":
         text = {key: value for key, value in event.values.items() if isinstance(value, str)}
-        return "\n".join([head, *(f"  | {line}" for value in text.values() for line in printable(value).splitlines())])
-    return "  ".join([head, *facts(event.values)])
+        return "\n".join(
+            [head, *(f"  | {line}" for value in text.values() for line in strip_control_codes(value).splitlines())]
+        )
+    return "  ".join([head, *format_values(event.values)])
 
 
-def facts(values: Mapping[str, JSON]) -> list[str]:
+def format_values(values: Mapping[str, JSON]) -> list[str]:
     """`name value` for each number, flag and string; lists, mappings and nulls belong to the file."""
     return [f"{key} {_short(value)}" for key, value in values.items() if isinstance(value, bool | int | float | str)]
 
 
-def printable(text: str) -> str:
+def strip_control_codes(text: str) -> str:
     """`text` without control codes: what a model samples must not steer the reader's terminal."""
     return "".join(letter if letter.isprintable() or letter in "\n\t" else "�" for letter in text)
 
@@ -37,21 +39,21 @@ def _step(event: Event) -> str:
         words.append(f"mtp {_number(values, 'loss/mtp'):.3f}")
     words.append(f"lr {_number(values, 'learning_rate'):.1e}".replace("e-0", "e-").replace("e+00", "e0"))
     words.append(f"grad {_number(values, 'grad_norm'):.2f}")
-    words.append(f"{metric(_number(values, 'tokens_per_second'))} tok/s")
+    words.append(f"{format_si(_number(values, 'tokens_per_second'))} tok/s")
     if values.get("mfu") is not None:
         words.append(f"mfu {100 * _number(values, 'mfu'):.1f} %")
     words.append(f"{_number(values, 'gpu_hours'):.4f} GPU-h")
     words.append(f"{100 * _number(values, 'budget_share'):.1f} % of budget")
-    words.append(f"ETA {clock(_number(values, 'eta_seconds'))}")
+    words.append(f"ETA {format_duration(_number(values, 'eta_seconds'))}")
     return "  ".join(words)
 
 
 def _run(event: Event) -> str:
     values = event.values
-    active, total = (metric(_number(values, key)) for key in ("active_parameters", "parameters"))
+    active, total = (format_si(_number(values, key)) for key in ("active_parameters", "parameters"))
     linears = ", Linears in FP8" if values["linear"] == "fp8" else ""
     where = f"{values['ranks']} ranks on {values['device']}, computing in {values['compute_dtype']}{linears}"
-    work = f"{values['total_steps']} steps, {metric(_number(values, 'flops_per_token'))}FLOP a token"
+    work = f"{values['total_steps']} steps, {format_si(_number(values, 'flops_per_token'))}FLOP a token"
     peak = f"peak {_number(values, 'peak_tflops'):.3g} TFLOPS a rank ({values['peak_source']})"
     lines = [f"{total} parameters, {active} active a token; {where}", f"{work}; {peak}"]
     if "attention" in values:  # runs of earlier versions do not say it
@@ -78,19 +80,19 @@ def _evaluation(event: Event) -> str:
 
 
 def _memory(event: Event) -> str:
-    now, peak = (max(as_numbers(event.values[key])) for key in ("now", "peak"))
+    now, peak = (max(parse_numbers(event.values[key])) for key in ("now", "peak"))
     of = str(event.values["of"]).partition(",")[0]
-    return f"step {event.step}: the fullest rank has {metric(now)}B {of}, {metric(peak)}B at most so far"
+    return f"step {event.step}: the fullest rank has {format_si(now)}B {of}, {format_si(peak)}B at most so far"
 
 
 def _number(values: Mapping[str, JSON], key: str) -> float:
-    number = as_number(values[key])
+    number = parse_number(values[key])
     if number is None:
         raise TypeError(f"{key} must be a number, not {values[key]!r}")
     return number
 
 
-def metric(value: float) -> str:
+def format_si(value: float) -> str:
     """`value` with two digits or so and a metric letter: 6104 is 6.1k."""
     for scale, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= scale:
@@ -98,7 +100,7 @@ def metric(value: float) -> str:
     return f"{value:.0f}"
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`seconds` as m:ss or h:mm:ss or, beyond a day, as d days h:mm:ss."""
     if not seconds < float("inf"):
         return "?"
@@ -115,7 +117,7 @@ def _short(value: bool | int | float | str) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else printable(value)
+    return f"{value:,}" if isinstance(value, int) else strip_control_codes(value)
 
 
 _SHORT: Mapping[str, Callable[[Event], str]] = MappingProxyType(

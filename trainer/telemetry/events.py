@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from ...comm.errors import ConfigError
-from ...comm.files.access import refuse_links
-from ...comm.files.line_writer import BACKLOG_BYTES, LineWriter
-from ...comm.files.lines import cut_torn_line
+from ...comm.files.access import raise_if_not_regular_file
+from ...comm.files.line_writer import MAX_BACKLOG_BYTES, LineWriter
+from ...comm.files.lines import truncate_partial_line
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
@@ -43,7 +43,7 @@ class Event:
     time: float = field(default_factory=time.time)
     """Seconds since the epoch."""
 
-    def line(self) -> str:
+    def to_json_line(self) -> str:
         """Its line of `metrics.jsonl`, without newline. Raises ValueError for a value named time, kind or step."""
         taken = [key for key in _OWN_KEYS if key in self.values]
         if taken:
@@ -63,7 +63,7 @@ def _strict(value: JSON) -> JSON:
     return value
 
 
-def as_number(value: JSON) -> float | None:
+def parse_number(value: JSON) -> float | None:
     """`value` as a number, also where it was read back and is the word for one that is not finite; else None."""
     if isinstance(value, str):
         return float(value) if value in _NOT_FINITE else None
@@ -73,10 +73,10 @@ def as_number(value: JSON) -> float | None:
         return None
 
 
-def as_numbers(value: JSON) -> list[float]:
+def parse_numbers(value: JSON) -> list[float]:
     """The numbers of the list `value`; none where it is no list."""
     items = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
-    return [number for item in items if (number := as_number(item)) is not None]
+    return [number for item in items if (number := parse_number(item)) is not None]
 
 
 class Sink(Protocol):
@@ -101,26 +101,26 @@ class EventStream:
     by the GPU-hour and goes on. Events that a full disk does not take wait in memory (see `LineWriter`).
     """
 
-    def __init__(self, run_dir: Path, sinks: Sequence[Sink], *, backlog_bytes: int = BACKLOG_BYTES) -> None:
+    def __init__(self, run_dir: Path, sinks: Sequence[Sink], *, backlog_bytes: int = MAX_BACKLOG_BYTES) -> None:
         """Raises `OSError` where the file can be neither opened nor made."""
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / METRICS_FILE
-        refuse_links(self._path)
-        cut_torn_line(self._path)
+        raise_if_not_regular_file(self._path)
+        truncate_partial_line(self._path)
         self._backlog_bytes = backlog_bytes
-        self._writer = LineWriter(self._path, backlog_bytes=backlog_bytes)
+        self._writer = LineWriter(self._path, max_backlog_bytes=backlog_bytes)
         self._left_out = 0
         self._sinks = list(sinks)
 
     @property
-    def waiting(self) -> int:
+    def pending_events(self) -> int:
         """Events that are not in the file yet."""
-        return self._writer.waiting
+        return self._writer.pending_lines
 
     @property
-    def failure(self) -> str | None:
+    def write_error(self) -> str | None:
         """Why events wait; None where none does."""
-        return self._writer.failure
+        return self._writer.write_error
 
     def emit(self, event: Event) -> None:
         """Record `event`, then show it."""
@@ -143,7 +143,7 @@ class EventStream:
         self._writer.close()
 
     def _record(self, event: Event) -> None:
-        if self._writer.is_removed:
+        if self._writer.is_deleted:
             self._reopen(event.step)
         if self._left_out and self._writer.flush():
             text, self._left_out = f"{self._left_out} events were left out here: the disk was full", 0
@@ -151,14 +151,14 @@ class EventStream:
         self._append(event)
 
     def _append(self, event: Event) -> None:
-        if not self._writer.append((event.line() + "\n").encode()):
+        if not self._writer.append((event.to_json_line() + "\n").encode()):
             self._left_out += 1
 
     def _reopen(self, step: int) -> None:
         """Begin a new file where a person has removed the one that was written so far."""
         try:
-            refuse_links(self._path)
-            writer = LineWriter(self._path, backlog_bytes=self._backlog_bytes)
+            raise_if_not_regular_file(self._path)
+            writer = LineWriter(self._path, max_backlog_bytes=self._backlog_bytes)
         except (OSError, ConfigError):
             return  # the whole directory is gone: see `Reporter`; or a link stands there
         self._writer.close()

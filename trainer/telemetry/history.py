@@ -6,15 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ...comm.errors import ConfigError, Problem
-from ...comm.files.access import refusing
-from ...comm.files.lines import LineReader, whole_lines
-from ...comm.files.strict_json import Malformed, parse_json
+from ...comm.files.access import config_error_context
+from ...comm.files.lines import LineReader, read_complete_lines
+from ...comm.files.strict_json import MalformedFileError, parse_json
 from .events import Event
 
 _MEASURED = frozenset({"step", "evaluation", "sample", "checkpoint", "memory"})
 
 
-class History:
+class MetricsHistory:
     """The events that still hold, of those heard so far.
 
     After a resume from step r, what an earlier life measured after r never happened to these weights and is dropped; of
@@ -26,9 +26,9 @@ class History:
         """Of more than `most` events the first ones are forgotten."""
         self._most = most
         self._kept: list[Event] = []
-        self.hear(events)
+        self.add_events(events)
 
-    def hear(self, events: Iterable[Event]) -> None:
+    def add_events(self, events: Iterable[Event]) -> None:
         """What has happened next."""
         for event in events:
             if event.kind == "resume":
@@ -49,19 +49,19 @@ class History:
 
 
 def read_metrics(path: Path) -> list[Event]:
-    """The retained history of the run whose `metrics.jsonl` is at `path`, in order (see `History`).
+    """The retained history of the run whose `metrics.jsonl` is at `path`, in order (see `MetricsHistory`).
 
     A last line still being written is left out. Raises `ConfigError` for a missing file or a broken line.
     """
-    return History(read_all_metrics(path)).events
+    return MetricsHistory(read_all_metrics(path)).events
 
 
 def read_all_metrics(path: Path) -> list[Event]:
     """Every event in the file at `path`, rolled back ones included. Raises `ConfigError` like `read_metrics`."""
     if not path.exists():
         raise ConfigError([Problem(str(path), None, "no such file; name the metrics.jsonl of a run")])
-    with refusing(path, "restore it"):
-        return [parse_event(path, number, line) for number, line in whole_lines(path)]
+    with config_error_context(path, "restore it"):
+        return [parse_event(path, number, line) for number, line in read_complete_lines(path)]
 
 
 class MetricsReader:
@@ -78,9 +78,9 @@ class MetricsReader:
         Raises FileNotFoundError while there is no file, and `lines.Replaced` when it is not the one of the last call.
         """
         try:
-            return [parse_event(self._path, number, line) for number, line in self._lines.new_lines()]
-        except Malformed as error:
-            raise ConfigError([error.problem(self._path, "restore it")]) from error
+            return [parse_event(self._path, number, line) for number, line in self._lines.read_new_lines()]
+        except MalformedFileError as error:
+            raise ConfigError([error.to_problem(self._path, "restore it")]) from error
 
 
 _LAST_SECOND = 10**11
@@ -92,9 +92,13 @@ def parse_event(path: Path, number: int, line: str) -> Event:
     """The event on line `number` of the file at `path`. Raises `ConfigError` for a broken line."""
     try:
         item = parse_json(line if line.isascii() else line.encode(errors="surrogateescape"))
-        kind, step, time = item["kind"].text(), item["step"].whole(0, _LAST_STEP), item["time"].number(0, _LAST_SECOND)
-        values = {key: value for key, value in item.mapping().items() if key not in ("kind", "step", "time")}
+        kind, step, time = (
+            item["kind"].as_string(),
+            item["step"].as_integer(0, _LAST_STEP),
+            item["time"].as_number(0, _LAST_SECOND),
+        )
+        values = {key: value for key, value in item.as_mapping().items() if key not in ("kind", "step", "time")}
         return Event(kind=kind, step=step, time=time, values=values)
-    except Malformed as error:
+    except MalformedFileError as error:
         hint = f"not an event ({error}); restore or delete this line"
         raise ConfigError([Problem(f"{path}:{number}", line[:80], hint)]) from error

@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from ...comm.errors import ConfigError, Problem
 from .config import PrometheusConfig
-from .events import Event, as_number
+from .events import Event, parse_number
 
 _GAUGES: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType(
     {
@@ -90,7 +90,7 @@ class PrometheusSink(Collector):
             gauges["step"] = "Optimizer steps done.", event.step
         gauges["last_event_timestamp_seconds"] = "When the run last told something, since the epoch.", event.time
         for key, (name, text) in _GAUGES.get(event.kind, {}).items():
-            value = as_number(event.values.get(key))
+            value = parse_number(event.values.get(key))
             if value is not None:
                 gauges[name] = text, value
         # A scrape may come at any time: it sees all of this event or nothing.

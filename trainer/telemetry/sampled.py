@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...comm.files.access import lines_within, open_regular, refusing
+from ...comm.files.access import config_error_context, open_regular_file, read_bounded_lines
 from ...comm.files.lines import LineReader
 from .events import Event
-from .history import History, parse_event
+from .history import MetricsHistory, parse_event
 
-MOST_STEPS, MOST_BYTES = 4096, 64 * 2**20
+MAX_STEPS_KEPT, MAX_BYTES_KEPT = 4096, 64 * 2**20
 """Lines of steps that are kept: more than any picture has columns."""
-MOST_OTHERS = 20_000
+MAX_OTHER_EVENTS = 20_000
 """Lines of other kinds that are kept, of each kind."""
 TAIL_BYTES = 16 * 2**20
 _STEP = re.compile(rb'\{"time": [0-9.e+]+, "kind": "step", "step": ([0-9]+), "loss": ([-+.0-9eE]+)')
@@ -38,7 +38,7 @@ class StepDownsampler:
     Where there are too many, two stretches become one.
     """
 
-    def __init__(self, most_steps: int = MOST_STEPS, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, most_steps: int = MAX_STEPS_KEPT, most_bytes: int = MAX_BYTES_KEPT) -> None:
         self._most_steps, self._most_bytes = most_steps, most_bytes
         self._stretches: list[list[_Line]] = []
         self._length = 1
@@ -46,7 +46,7 @@ class StepDownsampler:
         self._in_last = 0
         self._bytes = 0
 
-    def add(self, line: _Line) -> None:
+    def add_line(self, line: _Line) -> None:
         """Take note of the next line."""
         if not self._stretches or self._in_last >= self._length:
             self._stretches.append([])
@@ -64,9 +64,9 @@ class StepDownsampler:
         """Forget the steps after `step`."""
         kept = [[line for line in stretch if line.step <= step] for stretch in self._stretches]
         self._stretches = [stretch for stretch in kept if stretch]
-        self._bytes = sum(len(line.raw) for line in self.lines())
+        self._bytes = sum(len(line.raw) for line in self.kept_lines())
 
-    def lines(self) -> Iterator[_Line]:
+    def kept_lines(self) -> Iterator[_Line]:
         """What is kept, in order."""
         for stretch in self._stretches:
             yield from stretch
@@ -84,31 +84,31 @@ class StepDownsampler:
         self._in_last = self._length
 
 
-def read_sampled(path: Path) -> list[Event]:
+def read_downsampled_metrics(path: Path) -> list[Event]:
     """The retained history of the run whose metrics are at `path`, as `read_metrics` gives it of a short run.
 
-    Of more than `MOST_STEPS` steps it is a sample with all turns of the loss, and of other kinds of events the last
-    `MOST_OTHERS` each. Raises `ConfigError` for a broken line among those that are read.
+    Of more than `MAX_STEPS_KEPT` steps it is a sample with all turns of the loss, and of other kinds of events the last
+    `MAX_OTHER_EVENTS` each. Raises `ConfigError` for a broken line among those that are read.
     """
     steps, others = StepDownsampler(), dict[str, list[tuple[int, Event]]]()
     for number, raw in _raw_lines(path):
         found = _STEP.match(raw, 0, _HEAD_BYTES)
         if found is not None and _is_number(found[2]):
-            steps.add(_Line(number, int(found[1]), float(found[2]), raw))
+            steps.add_line(_Line(number, int(found[1]), float(found[2]), raw))
             continue
         event = parse_event(path, number, raw.decode(errors="surrogateescape"))
         if event.kind == "resume":
             steps.roll_back_to(event.step)
         kept = others.setdefault(event.kind, [])
         kept.append((number, event))
-        if len(kept) > 2 * MOST_OTHERS:
-            del kept[:-MOST_OTHERS]
+        if len(kept) > 2 * MAX_OTHER_EVENTS:
+            del kept[:-MAX_OTHER_EVENTS]
     told = [
         (line.number, parse_event(path, line.number, line.raw.decode(errors="surrogateescape")))
-        for line in steps.lines()
+        for line in steps.kept_lines()
     ]
     told += [each for kept in others.values() for each in kept]
-    return History(event for _, event in sorted(told, key=lambda each: each[0])).events
+    return MetricsHistory(event for _, event in sorted(told, key=lambda each: each[0])).events
 
 
 def _is_number(text: bytes) -> bool:
@@ -121,14 +121,14 @@ def _is_number(text: bytes) -> bool:
 
 def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Whole lines with their numbers, without newlines."""
-    with refusing(path, "restore it"), open_regular(path) as file:
-        for number, line in enumerate(lines_within(file), 1):
+    with config_error_context(path, "restore it"), open_regular_file(path) as file:
+        for number, line in enumerate(read_bounded_lines(file), 1):
             if not line.endswith(b"\n"):
                 return
             yield number, line[:-1]
 
 
-def tail_reader(path: Path, tail_bytes: int = TAIL_BYTES) -> LineReader:
+def open_tail_reader(path: Path, tail_bytes: int = TAIL_BYTES) -> LineReader:
     """Return a reader of `path` that begins at the first line of its last `tail_bytes`."""
     try:
         size = path.stat().st_size

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TextIO
 
 from ...comm.files.lines import count_lines
-from .background import Background
+from .background import BackgroundSink
 from .config import PrometheusConfig, TelemetryConfig, WandbConfig
 from .events import METRICS_FILE, EventStream, Sink
-from .terminal import terminal_sink
+from .terminal import make_terminal_sink
 
 
-def open_stream(config: TelemetryConfig, run_dir: Path, terminal: TextIO) -> EventStream:
+def open_event_stream(config: TelemetryConfig, run_dir: Path, terminal: TextIO) -> EventStream:
     """Rank 0's event stream in `run_dir`, shown on `terminal`, and in wandb and to Prometheus as configured.
 
     These two may fail and be slow as they like.
@@ -23,10 +23,10 @@ def open_stream(config: TelemetryConfig, run_dir: Path, terminal: TextIO) -> Eve
     if config.wandb.mode != "disabled":
         metrics = run_dir / METRICS_FILE
         lines = count_lines(metrics) if metrics.exists() else 0
-        sinks.append(Background(partial(_open_wandb, config.wandb, run_dir, lines), name="wandb"))
+        sinks.append(BackgroundSink(partial(_open_wandb, config.wandb, run_dir, lines), name="wandb"))
     if config.prometheus.port is not None:
-        sinks.append(Background(partial(_open_prometheus, config.prometheus, run_dir), name="prometheus"))
-    sinks.append(terminal_sink(terminal))
+        sinks.append(BackgroundSink(partial(_open_prometheus, config.prometheus, run_dir), name="prometheus"))
+    sinks.append(make_terminal_sink(terminal))
     return EventStream(run_dir, sinks)
 
 

@@ -9,16 +9,16 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from .describe import describe
+from .describe import describe_event
 from .events import Event, Sink
 
 
-def terminal_sink(stream: TextIO) -> Sink:
+def make_terminal_sink(stream: TextIO) -> Sink:
     """The view that suits `stream`: live on a terminal, plain lines without control codes elsewhere."""
-    return LiveTerminal(Console(file=stream, force_terminal=True)) if stream.isatty() else PlainTerminal(stream)
+    return LiveTerminalSink(Console(file=stream, force_terminal=True)) if stream.isatty() else PlainTerminalSink(stream)
 
 
-class PlainTerminal:
+class PlainTerminalSink:
     """One line an event."""
 
     name = "the terminal"
@@ -28,13 +28,13 @@ class PlainTerminal:
 
     def emit(self, event: Event) -> None:
         """Print `event`."""
-        print(describe(event), file=self._stream, flush=True)
+        print(describe_event(event), file=self._stream, flush=True)
 
     def close(self) -> None:
         """Nothing to finish: the stream is the caller's."""
 
 
-class LiveTerminal:
+class LiveTerminalSink:
     """A bar with the last step's figures at the bottom; other events scroll by above it."""
 
     name = "the terminal"
@@ -49,9 +49,9 @@ class LiveTerminal:
         """Move the bar for a step, print anything else above it."""
         if event.kind == "step":
             bar = ProgressBar(total=float(str(event.values["total_steps"])), completed=event.step, width=40)
-            self._live.update(Group(Text(describe(event)), bar), refresh=True)
+            self._live.update(Group(Text(describe_event(event)), bar), refresh=True)
         else:
-            self._live.console.print(Text(describe(event)))
+            self._live.console.print(Text(describe_event(event)))
 
     def close(self) -> None:
         """Leave the last state on the screen."""

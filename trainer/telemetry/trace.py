@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
-from ...comm.files.access import read_json, replace_file
-from ...comm.files.strict_json import Item, Malformed
-from ...comm.trace import EDGE_WAIT, EXPOSED_EXCHANGE, OPTIMIZER, REDUCE_WAIT, SILENT, Track
-from ..ledger.terms import INSTRUCTIONS, report_view
+from ...comm.files.access import read_json, replace_file_atomically
+from ...comm.files.strict_json import JsonValue, MalformedFileError
+from ...comm.trace import EXPOSED_EXCHANGE, GRADIENT_SYNC_WAIT, NULL_RECORDER, OPTIMIZER, PIPELINE_WAIT, TimelineTrack
+from ..ledger.terms import INSTRUCTIONS, to_paper_terms
 
 TRACE_FILE = "trace.json"
 _RANK_FILE = "rank_{:05d}.json"
-_TRACKS = tuple(Track)
+_TRACKS = tuple(TimelineTrack)
 _MOST_RANKS = 10**7
 _LATEST_US = 1e17
 """Since the epoch: microseconds, more than any clock says."""
@@ -31,7 +31,7 @@ _LATEST_US = 1e17
 class Span:
     """Nanoseconds on this machine's clock; a moment has no length."""
 
-    track: Track
+    track: TimelineTrack
     name: str
     detail: str
     begin: int
@@ -43,21 +43,21 @@ class TraceRecorder:
 
     def __init__(self, *, nvtx: bool) -> None:
         self.spans: list[Span] = []
-        self.on = False
+        self.is_recording = False
         self._nvtx = nvtx
 
-    def span(self, track: Track, name: str, detail: object = None) -> AbstractContextManager[object]:
+    def span(self, track: TimelineTrack, name: str, detail: object = None) -> AbstractContextManager[object]:
         """See `SpanRecorder`."""
-        return self._keep(track, name, detail) if self.on else SILENT.span(track, name)
+        return self._keep(track, name, detail) if self.is_recording else NULL_RECORDER.span(track, name)
 
-    def mark(self, track: Track, name: str, detail: object = None) -> None:
+    def record_instant(self, track: TimelineTrack, name: str, detail: object = None) -> None:
         """See `SpanRecorder`."""
-        if self.on:
+        if self.is_recording:
             now = time.perf_counter_ns()
             self.spans.append(Span(track, name, str(detail or ""), now, now))
 
     @contextmanager
-    def _keep(self, track: Track, name: str, detail: object) -> Iterator[None]:
+    def _keep(self, track: TimelineTrack, name: str, detail: object) -> Iterator[None]:
         begin = time.perf_counter_ns()
         if self._nvtx:
             torch.cuda.nvtx.range_push(name)
@@ -69,14 +69,16 @@ class TraceRecorder:
             self.spans.append(Span(track, name, str(detail or ""), begin, time.perf_counter_ns()))
 
 
-def write_rank(folder: Path, rank: int, spans: Sequence[Span]) -> None:
+def write_rank_trace(folder: Path, rank: int, spans: Sequence[Span]) -> None:
     """One rank's file, on the clock of the world, so that files of several machines fit together."""
     folder.mkdir(parents=True, exist_ok=True)
     shift = time.time_ns() - time.perf_counter_ns()
-    (folder / _RANK_FILE.format(rank)).write_text(json.dumps({"traceEvents": list(trace_events(rank, spans, shift))}))
+    (folder / _RANK_FILE.format(rank)).write_text(
+        json.dumps({"traceEvents": list(to_chrome_trace_events(rank, spans, shift))})
+    )
 
 
-def merge_ranks(folder: Path, ranks: int) -> Path:
+def merge_rank_traces(folder: Path, ranks: int) -> Path:
     """All ranks' files as one, with a group of tracks for each rank."""
     events = []
     for rank in range(ranks):
@@ -86,7 +88,7 @@ def merge_ranks(folder: Path, ranks: int) -> Path:
         if "ts" in event:
             event["ts"] -= start
     path = folder / TRACE_FILE
-    replace_file(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode())
+    replace_file_atomically(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode())
     return path
 
 
@@ -94,32 +96,32 @@ def read_trace(path: Path) -> dict[int, list[Span]]:
     """The spans of each rank in a merged file. Raises `ValueError` for a file that is none, and `OSError`."""
     try:
         ranks: dict[int, list[Span]] = {}
-        for event in read_json(path)["traceEvents"].list():
-            spans = ranks.setdefault(event["pid"].whole(0, _MOST_RANKS), [])
-            if event["ph"].text() != "M":
+        for event in read_json(path)["traceEvents"].as_list():
+            spans = ranks.setdefault(event["pid"].as_integer(0, _MOST_RANKS), [])
+            if event["ph"].as_string() != "M":
                 spans.append(_read_span(event))
-    except Malformed as error:
+    except MalformedFileError as error:
         raise ValueError(f"is no timeline that a traced run has written ({error})") from error
     return ranks
 
 
-def _read_span(event: Item) -> Span:
-    track = _TRACKS[event["tid"].whole(0, len(_TRACKS) - 1)]
-    length = event["dur"].number(0, _LATEST_US) if "dur" in event else 0.0
-    begin = round(1e3 * event["ts"].number(0, _LATEST_US))
-    return Span(track, event["name"].text(), event["args"]["of"].text(), begin, begin + round(1e3 * length))
+def _read_span(event: JsonValue) -> Span:
+    track = _TRACKS[event["tid"].as_integer(0, len(_TRACKS) - 1)]
+    length = event["dur"].as_number(0, _LATEST_US) if "dur" in event else 0.0
+    begin = round(1e3 * event["ts"].as_number(0, _LATEST_US))
+    return Span(track, event["name"].as_string(), event["args"]["of"].as_string(), begin, begin + round(1e3 * length))
 
 
-def trace_events(rank: int, spans: Sequence[Span], shift: int = 0) -> Iterator[dict[str, object]]:
+def to_chrome_trace_events(rank: int, spans: Sequence[Span], shift: int = 0) -> Iterator[dict[str, object]]:
     """One rank's spans as events of Chrome's trace format; `shift` nanoseconds are added to their times."""
     yield {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}}
-    tracks = list(Track)
+    tracks = list(TimelineTrack)
     for number, track in enumerate(tracks):
         yield {"ph": "M", "name": "thread_name", "pid": rank, "tid": number, "args": {"name": track.value}}
     for span in sorted(spans, key=lambda span: (span.begin, -span.end)):
         event: dict[str, object] = {"name": span.name, "args": {"of": span.detail}, "pid": rank}
         event |= {"tid": tracks.index(span.track), "ts": (span.begin + shift) / 1e3}
-        if span.track is Track.LAUNCH:
+        if span.track is TimelineTrack.LAUNCH:
             yield event | {"ph": "i", "s": "t"}
         else:
             yield event | {"ph": "X", "dur": (span.end - span.begin) / 1e3}
@@ -128,7 +130,7 @@ def trace_events(rank: int, spans: Sequence[Span], shift: int = 0) -> Iterator[d
 def summarize_trace(spans: Sequence[Span]) -> dict[str, float]:
     """Seconds of each productive term of one rank, disjoint; instructions are net of the exchanges they wait for.
 
-    Beside them the same under the report's names, see `report_view`. Which waits are bubble one rank cannot know.
+    Beside them the same under the report's names, see `to_paper_terms`. Which waits are bubble one rank cannot know.
     """
     by_name: dict[str, list[Span]] = defaultdict(list)
     for span in spans:
@@ -136,11 +138,11 @@ def summarize_trace(spans: Sequence[Span]) -> dict[str, float]:
     waits = _Waits.of(by_name[EXPOSED_EXCHANGE])
     terms: dict[str, float] = {}
     for name in INSTRUCTIONS:
-        own = [span for span in by_name[name] if span.track is Track.INSTRUCTION]
+        own = [span for span in by_name[name] if span.track is TimelineTrack.INSTRUCTION]
         terms[name] = sum(span.end - span.begin - waits.inside(span) for span in own) / 1e9
-    for name in (EXPOSED_EXCHANGE, EDGE_WAIT, REDUCE_WAIT, OPTIMIZER):
+    for name in (EXPOSED_EXCHANGE, PIPELINE_WAIT, GRADIENT_SYNC_WAIT, OPTIMIZER):
         terms[name] = sum(span.end - span.begin for span in by_name[name]) / 1e9
-    return terms | report_view(terms, None)
+    return terms | to_paper_terms(terms, None)
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class _Waits:
         return self.sums[after] - self.sums[first]
 
 
-def trace_values(summaries: Sequence[Mapping[str, float]]) -> dict[str, float | int | str | list[float]]:
+def trace_metrics(summaries: Sequence[Mapping[str, float]]) -> dict[str, float | int | str | list[float]]:
     """For the event stream: each term's seconds by rank."""
     names = list(summaries[0])
     return {f"trace/{name}": [summary[name] for summary in summaries] for name in names}

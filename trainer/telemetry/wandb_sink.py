@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
 from ...comm.errors import ConfigError, Problem
-from ...comm.files.access import read_text, replace_file
-from ...comm.files.strict_json import Malformed
+from ...comm.files.access import read_text, replace_file_atomically
+from ...comm.files.strict_json import MalformedFileError
 from .config import WandbConfig
 from .events import JSON, Event
 
-RUN_ID_FILE = "wandb_run_id"
+WANDB_RUN_ID_FILE = "wandb_run_id"
 _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _MOST_BINS = 512  # wandb.Histogram refuses more
 _SUMMARIES = ("budget", "stop")
@@ -38,7 +38,7 @@ _PROCESS_IS_GONE = (wandb.errors.Error, OSError, HandleAbandonedError, MailboxCl
 """What starting raises where it may be so; also where files cannot be written, which fails as often as it is tried."""
 
 
-def account_problems() -> Iterator[Problem]:
+def wandb_account_problems() -> Iterator[Problem]:
     """What keeps an online run from starting on this machine; looks for a key, and asks no server about it."""
     try:
         # wandb.init would ask for a key on the terminal of a run that nobody watches.
@@ -189,7 +189,7 @@ def _alert(event: Event) -> tuple[str, str, str] | None:
 
 def _run_id(run_dir: Path) -> str:
     """The id that `run_dir` got in its first life."""
-    path = run_dir / RUN_ID_FILE
+    path = run_dir / WANDB_RUN_ID_FILE
     try:
         found = read_text(path, 1000).strip()
         if _RUN_ID.fullmatch(found):
@@ -197,12 +197,12 @@ def _run_id(run_dir: Path) -> str:
         why: object = f"it holds {found!r}"
     except FileNotFoundError:
         why = None
-    except (Malformed, OSError) as error:
+    except (MalformedFileError, OSError) as error:
         why = error
     new = secrets.token_hex(4)
     if why is not None:
         print(f"shoestring train: {path} names no run of wandb ({why}); a new one begins: {new}", file=sys.stderr)
-    replace_file(path, f"{new}\n".encode())
+    replace_file_atomically(path, f"{new}\n".encode())
     return new
 
 

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..fault import ranks_text
-from ..log import Collective, Message, MessageBatch, RankLog
+from ..fault import format_ranks
+from ..log import CollectiveRecord, P2PBatchRecord, P2POpRecord, RankLog
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,11 @@ class Communicator:
     ranks: tuple[int, ...]
 
     @staticmethod
-    def of(event: Collective | MessageBatch) -> Communicator:
+    def from_event(event: CollectiveRecord | P2PBatchRecord) -> Communicator:
         """Return that which an event uses."""
         return Communicator(event.group, event.ranks)
 
-    def members(self, rehearsed: Iterable[int]) -> list[int]:
+    def rehearsed_members(self, rehearsed: Iterable[int]) -> list[int]:
         """Return those of the `rehearsed` ranks that belong to it, ascending."""
         return sorted(set(self.ranks).intersection(rehearsed))
 
@@ -30,51 +30,51 @@ class Communicator:
         return hash((self.group, self.ranks[0], len(self.ranks)))  # of 2048 ranks at each look-up would take minutes
 
     def __str__(self) -> str:
-        return f"`{self.group}` of {ranks_text(self.ranks)}"
+        return f"`{self.group}` of {format_ranks(self.ranks)}"
 
 
 @dataclass(frozen=True)
-class End:
+class P2POpEndpoint:
     """One end of a message, and where the code posts it."""
 
-    message: Message
-    place: str
+    message: P2POpRecord
+    code_location: str
 
 
-Collectives = dict[Communicator, dict[int, list[Collective]]]
+CollectivesByCommunicator = dict[Communicator, dict[int, list[CollectiveRecord]]]
 """By communicator and rank."""
-Ends = dict[tuple[Communicator, int, int], list[End]]
+EndpointsByChannel = dict[tuple[Communicator, int, int], list[P2POpEndpoint]]
 """By communicator, sender and receiver."""
 
 
-def collectives_of(logs: Sequence[RankLog]) -> Collectives:
+def group_collectives(logs: Sequence[RankLog]) -> CollectivesByCommunicator:
     """Return the collectives of every rehearsed member, an empty list for one that has none."""
     rehearsed = [log.rank for log in logs]
-    found: Collectives = {}
+    found: CollectivesByCommunicator = {}
     for log in logs:
         for event in log.events:
-            if isinstance(event, Collective):
-                communicator = Communicator.of(event)
+            if isinstance(event, CollectiveRecord):
+                communicator = Communicator.from_event(event)
                 if communicator not in found:
-                    found[communicator] = {rank: [] for rank in communicator.members(rehearsed)}
+                    found[communicator] = {rank: [] for rank in communicator.rehearsed_members(rehearsed)}
                 found[communicator][log.rank].append(event)
     return found
 
 
-def messages_of(logs: Sequence[RankLog]) -> tuple[Ends, Ends]:
+def group_p2p_ops(logs: Sequence[RankLog]) -> tuple[EndpointsByChannel, EndpointsByChannel]:
     """Return what is sent and what is received between rehearsed ranks."""
     rehearsed = {log.rank for log in logs}
-    sent: Ends = defaultdict(list)
-    received: Ends = defaultdict(list)
+    sent: EndpointsByChannel = defaultdict(list)
+    received: EndpointsByChannel = defaultdict(list)
     for log in logs:
         for event in log.events:
-            if not isinstance(event, MessageBatch):
+            if not isinstance(event, P2PBatchRecord):
                 continue
-            communicator = Communicator.of(event)
+            communicator = Communicator.from_event(event)
             for message in event.sends:
                 if message.peer in rehearsed:
-                    sent[communicator, log.rank, message.peer].append(End(message, event.place))
+                    sent[communicator, log.rank, message.peer].append(P2POpEndpoint(message, event.code_location))
             for message in event.receives:
                 if message.peer in rehearsed:
-                    received[communicator, message.peer, log.rank].append(End(message, event.place))
+                    received[communicator, message.peer, log.rank].append(P2POpEndpoint(message, event.code_location))
     return sent, received

@@ -21,24 +21,24 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from ..fault import Fault
-from ..log import Collective, HostWait, Message, MessageBatch, RankLog, Record, StreamWait
+from ..fault import RunFinding
+from ..log import CollectiveRecord, EventRecord, HostWait, P2PBatchRecord, P2POpRecord, RankLog, StreamWait
 from .communicators import Communicator
 from .waits import (
-    CONTROL,
-    HOST,
+    CONTROL_GROUP,
+    HOST_STREAM,
     Actor,
-    CollectiveEnd,
-    FirstCollective,
-    FirstMessage,
-    MessageEnd,
-    Reached,
-    Turn,
+    CollectiveCompletionWait,
+    CollectiveConnectWait,
+    LaunchOrderWait,
+    P2PCompletionWait,
+    P2PConnectWait,
+    StreamProgressWait,
     Wait,
-    turn_key,
+    launch_order_key,
 )
 
-Pair = tuple[Communicator, int, int]
+ChannelKey = tuple[Communicator, int, int]
 """A communicator, the sender and the receiver."""
 
 
@@ -46,68 +46,68 @@ Pair = tuple[Communicator, int, int]
 class QueuedCollective:
     """On a stream: `number` counts the rank's collectives, `turn` its operations on the communicator."""
 
-    event: Collective
+    event: CollectiveRecord
     communicator: Communicator
-    number: int
-    turn: int
+    collective_index: int
+    launch_index: int
 
 
 @dataclass(frozen=True)
-class QueuedBatch:
+class QueuedP2PBatch:
     """On a stream: messages to rehearsed ranks, each with its number between the two."""
 
-    event: MessageBatch
+    event: P2PBatchRecord
     communicator: Communicator
-    messages: tuple[tuple[Pair, int, str], ...]
-    turn: int
+    messages: tuple[tuple[ChannelKey, int, str], ...]
+    launch_index: int
 
 
-Queued: TypeAlias = QueuedCollective | QueuedBatch | Reached
+QueuedItem: TypeAlias = QueuedCollective | QueuedP2PBatch | StreamProgressWait
 
 
 @dataclass
-class Queue:
+class StreamQueue:
     """A stream of one rank."""
 
-    items: deque[Queued] = field(default_factory=deque)
-    queued: int = 0
-    done: int = 0
-    is_open: bool = False
+    items: deque[QueuedItem] = field(default_factory=deque)
+    enqueued_count: int = 0
+    completed_count: int = 0
+    head_started: bool = False
     """Whether the first of `items` has begun."""
 
 
 @dataclass
-class Host:
+class HostState:
     """A rehearsed rank: where its host is in its log, and what it has recorded."""
 
     log: RankLog
     position: int = 0
-    has_entered: bool = False
+    is_call_pending: bool = False
     """Whether the call at `position` has been made, and waits for its connections."""
-    recorded: dict[int, tuple[str, int]] = field(default_factory=dict)
+    recorded_events: dict[int, tuple[str, int]] = field(default_factory=dict)
     """Of an event: its stream, and how much had been queued there."""
 
 
-class ConnectionSimulation:
+class DeadlockSimulation:
     """The state of all rehearsed ranks; after `run` the actors in `waiting` are stuck."""
 
     def __init__(self, logs: Sequence[RankLog]) -> None:
-        self.hosts = {log.rank: Host(log) for log in logs}
-        self.queues: defaultdict[Actor, Queue] = defaultdict(Queue)
+        self.hosts = {log.rank: HostState(log) for log in logs}
+        self.queues: defaultdict[Actor, StreamQueue] = defaultdict(StreamQueue)
         self.waiting: dict[Actor, Wait] = {}
-        self.faults: list[Fault] = []
-        self.calls: defaultdict[FirstCollective | FirstMessage, set[int]] = defaultdict(set)
+        self.findings: list[RunFinding] = []
+        self.ranks_connecting: defaultdict[CollectiveConnectWait | P2PConnectWait, set[int]] = defaultdict(set)
         """Ranks that have made the first call of its kind."""
-        self.inside: defaultdict[tuple[Communicator, int], set[int]] = defaultdict(set)
+        self.ranks_in_collective: defaultdict[tuple[Communicator, int], set[int]] = defaultdict(set)
         """Ranks that are, or were, in a collective, by its number."""
-        self.holder: dict[tuple[Hashable, int], Actor] = {}
-        """The stream that has an operation: by the key of the wait for its end and rank, or by `turn_key` and turn."""
+        self.stream_of_operation: dict[tuple[Hashable, int], Actor] = {}
+        """The stream that has an operation: by the key of the wait for its end and rank, or by `launch_order_key` and turn."""
         self._launched: defaultdict[tuple[int, Communicator], int] = defaultdict(int)
         self._collectives: defaultdict[tuple[int, Communicator], int] = defaultdict(int)
         self._ended: defaultdict[tuple[int, Communicator], int] = defaultdict(int)
-        self._posted: defaultdict[tuple[int, Pair], int] = defaultdict(int)
-        self._open_ends: defaultdict[tuple[Pair, int], set[int]] = defaultdict(set)
-        self._contacts: dict[tuple[Communicator, int, int], tuple[frozenset[Pair], str]] = {}
+        self._posted: defaultdict[tuple[int, ChannelKey], int] = defaultdict(int)
+        self._open_ends: defaultdict[tuple[ChannelKey, int], set[int]] = defaultdict(set)
+        self._contacts: dict[tuple[Communicator, int, int], tuple[frozenset[ChannelKey], str]] = {}
         self._members: dict[Communicator, frozenset[int]] = {}
         self._communicators: dict[Communicator, Communicator] = {}
         self._asleep: defaultdict[Hashable, list[Actor]] = defaultdict(list)
@@ -118,23 +118,23 @@ class ConnectionSimulation:
         while self._ready:
             actor = self._ready.popleft()
             self.waiting.pop(actor, None)
-            wait = self._run_host(actor) if actor.stream == HOST else self._run_stream(actor)
+            wait = self._run_host(actor) if actor.stream == HOST_STREAM else self._run_stream(actor)
             if wait is not None:
                 self.waiting[actor] = wait
-                self._asleep[wait.key].append(actor)
+                self._asleep[wait.wake_key].append(actor)
 
-    def members(self, communicator: Communicator) -> frozenset[int]:
+    def rehearsed_members(self, communicator: Communicator) -> frozenset[int]:
         """Return the rehearsed ones."""
         if communicator not in self._members:
             self._members[communicator] = frozenset(communicator.ranks).intersection(self.hosts)
         return self._members[communicator]
 
-    def _communicator(self, event: Collective | MessageBatch) -> Communicator:
+    def _communicator(self, event: CollectiveRecord | P2PBatchRecord) -> Communicator:
         """Return the one object for a communicator: what is identical is not compared rank by rank."""
-        communicator = Communicator.of(event)
+        communicator = Communicator.from_event(event)
         return self._communicators.setdefault(communicator, communicator)
 
-    def has_ended(self, rank: int) -> bool:
+    def has_host_finished(self, rank: int) -> bool:
         """Return whether the host has done all that is in its log."""
         host = self.hosts[rank]
         return host.position == len(host.log.events)
@@ -148,57 +148,64 @@ class ConnectionSimulation:
         while host.position < len(events):
             event = events[host.position]
             wait: Wait | None = None
-            if isinstance(event, Record):
-                host.recorded[event.event] = (event.stream, self.queues[Actor(actor.rank, event.stream)].queued)
+            if isinstance(event, EventRecord):
+                host.recorded_events[event.event] = (
+                    event.stream,
+                    self.queues[Actor(actor.rank, event.stream)].enqueued_count,
+                )
             elif isinstance(event, StreamWait):
                 reached = self._reached(host, event.event, event.stream, "an event")
                 self._queue(Actor(actor.rank, event.stream), reached)
             elif isinstance(event, HostWait):
                 wait = self._unless_done(self._reached(host, event.event, event.stream, event.reason))
-            elif isinstance(event, Collective):
+            elif isinstance(event, CollectiveRecord):
                 wait = self._call_collective(host, event)
             else:
                 wait = self._call_batch(host, event)
             if wait is not None:
                 return wait
             host.position += 1
-            host.has_entered = False
+            host.is_call_pending = False
         return None
 
-    def _reached(self, host: Host, event: int | None, stream: str, why: str) -> Reached:
+    def _reached(self, host: HostState, event: int | None, stream: str, why: str) -> StreamProgressWait:
         """Return the wait for an event, or for all that is queued on a stream; an event never recorded is complete."""
         if event is not None:
-            stream, items = host.recorded.get(event, (stream, 0))
+            stream, items = host.recorded_events.get(event, (stream, 0))
         else:
-            items = self.queues[Actor(host.log.rank, stream)].queued
-        return Reached(Actor(host.log.rank, stream), items, why)
+            items = self.queues[Actor(host.log.rank, stream)].enqueued_count
+        return StreamProgressWait(Actor(host.log.rank, stream), items, why)
 
-    def _unless_done(self, reached: Reached) -> Reached | None:
-        return None if self.queues[reached.actor].done >= reached.items else reached
+    def _unless_done(self, reached: StreamProgressWait) -> StreamProgressWait | None:
+        return None if self.queues[reached.actor].completed_count >= reached.completed_count else reached
 
-    def _call_collective(self, host: Host, event: Collective) -> Wait | None:
+    def _call_collective(self, host: HostState, event: CollectiveRecord) -> Wait | None:
         rank, communicator = host.log.rank, self._communicator(event)
-        if event.group == CONTROL:
+        if event.group == CONTROL_GROUP:
             return self._call_control(host, event, communicator)
-        first = FirstCollective(communicator, event.operation)
-        if not self._connect(first, rank, self.members(communicator)):
+        first = CollectiveConnectWait(communicator, event.operation)
+        if not self._connect(first, rank, self.rehearsed_members(communicator)):
             return first
         self._queue_collective(Actor(rank, event.stream), event, communicator)
         return None
 
-    def _call_control(self, host: Host, event: Collective, communicator: Communicator) -> Wait | None:
+    def _call_control(self, host: HostState, event: CollectiveRecord, communicator: Communicator) -> Wait | None:
         """Gloo: the host is in the collective itself, until it ends."""
-        actor = Actor(host.log.rank, CONTROL)
-        if not host.has_entered:
-            host.has_entered = True
+        actor = Actor(host.log.rank, CONTROL_GROUP)
+        if not host.is_call_pending:
+            host.is_call_pending = True
             self._queue_collective(actor, event, communicator)
-        return self._unless_done(Reached(actor, self.queues[actor].queued, "a collective of the host"))
+        return self._unless_done(
+            StreamProgressWait(actor, self.queues[actor].enqueued_count, "a collective of the host")
+        )
 
-    def _queue_collective(self, actor: Actor, event: Collective, communicator: Communicator) -> None:
+    def _queue_collective(self, actor: Actor, event: CollectiveRecord, communicator: Communicator) -> None:
         number = self._next(self._collectives, actor.rank, communicator)
         turn = self._next(self._launched, actor.rank, communicator)
-        self.holder[CollectiveEnd(communicator, number, event.what).key, actor.rank] = actor
-        self.holder[turn_key(communicator, actor.rank), turn] = actor
+        self.stream_of_operation[CollectiveCompletionWait(communicator, number, event.purpose).wake_key, actor.rank] = (
+            actor
+        )
+        self.stream_of_operation[launch_order_key(communicator, actor.rank), turn] = actor
         self._queue(actor, QueuedCollective(event, communicator, number, turn))
 
     @staticmethod
@@ -206,31 +213,31 @@ class ConnectionSimulation:
         counts[rank, communicator] += 1
         return counts[rank, communicator] - 1
 
-    def _connect(self, first: FirstCollective | FirstMessage, rank: int, needed: frozenset[int]) -> bool:
+    def _connect(self, first: CollectiveConnectWait | P2PConnectWait, rank: int, needed: frozenset[int]) -> bool:
         """Note that a rank has called; return whether all that are needed have."""
-        called = self.calls[first]
+        called = self.ranks_connecting[first]
         if rank not in called:
             called.add(rank)
-            self._wake(first.key)
+            self._wake(first.wake_key)
         return needed <= called
 
-    def _call_batch(self, host: Host, event: MessageBatch) -> Wait | None:
+    def _call_batch(self, host: HostState, event: P2PBatchRecord) -> Wait | None:
         rank, communicator = host.log.rank, self._communicator(event)
         pairs = [(communicator, rank, message.peer) for message in event.sends if message.peer in self.hosts]
         pairs += [(communicator, message.peer, rank) for message in event.receives if message.peer in self.hosts]
-        if not host.has_entered:
-            host.has_entered = True
-            self._meet(rank, communicator, pairs, event.place)
-        firsts = [(FirstMessage(*pair), frozenset(pair[1:])) for pair in dict.fromkeys(pairs)]
+        if not host.is_call_pending:
+            host.is_call_pending = True
+            self._meet(rank, communicator, pairs, event.code_location)
+        firsts = [(P2PConnectWait(*pair), frozenset(pair[1:])) for pair in dict.fromkeys(pairs)]
         connected = [self._connect(first, rank, ends) for first, ends in firsts]
         if not all(connected):
             return firsts[connected.index(False)][0]
         self._queue_batch(Actor(rank, event.stream), event, communicator)
         return None
 
-    def _meet(self, rank: int, communicator: Communicator, pairs: Sequence[Pair], place: str) -> None:
+    def _meet(self, rank: int, communicator: Communicator, pairs: Sequence[ChannelKey], place: str) -> None:
         """Hold the first calls of two ranks that are next and previous at once against each other."""
-        new = [pair for pair in dict.fromkeys(pairs) if rank not in self.calls[FirstMessage(*pair)]]
+        new = [pair for pair in dict.fromkeys(pairs) if rank not in self.ranks_connecting[P2PConnectWait(*pair)]]
         for peer in sorted({other for pair in new for other in pair[1:] if other != rank}):
             if not _is_next_and_previous(communicator, rank, peer):
                 continue
@@ -239,28 +246,28 @@ class ConnectionSimulation:
             if theirs is None:
                 self._contacts[communicator, rank, peer] = (ours, place)
             elif theirs != ours:
-                self.faults.append(_contact_fault(communicator, (peer, theirs, their_place), (rank, ours, place)))
-                for first in (FirstMessage(*pair) for pair in ours | theirs):
-                    self.calls[first] |= {rank, peer}  # what comes behind the error is looked at too
-                    self._wake(first.key)
+                self.findings.append(_contact_fault(communicator, (peer, theirs, their_place), (rank, ours, place)))
+                for first in (P2PConnectWait(*pair) for pair in ours | theirs):
+                    self.ranks_connecting[first] |= {rank, peer}  # what comes behind the error is looked at too
+                    self._wake(first.wake_key)
 
-    def _queue_batch(self, actor: Actor, event: MessageBatch, communicator: Communicator) -> None:
+    def _queue_batch(self, actor: Actor, event: P2PBatchRecord, communicator: Communicator) -> None:
         rank = actor.rank
         turn = self._next(self._launched, rank, communicator)
-        self.holder[turn_key(communicator, rank), turn] = actor
+        self.stream_of_operation[launch_order_key(communicator, rank), turn] = actor
         messages = []
         for pair, message in _messages(communicator, rank, event):
             if message.peer in self.hosts:
                 number = self._posted[rank, pair]
                 self._posted[rank, pair] += 1
-                self.holder[MessageEnd(*pair, number, message.what).key, rank] = actor
-                messages.append((pair, number, message.what))
-        self._queue(actor, QueuedBatch(event, communicator, tuple(messages), turn))
+                self.stream_of_operation[P2PCompletionWait(*pair, number, message.purpose).wake_key, rank] = actor
+                messages.append((pair, number, message.purpose))
+        self._queue(actor, QueuedP2PBatch(event, communicator, tuple(messages), turn))
 
-    def _queue(self, actor: Actor, item: Queued) -> None:
+    def _queue(self, actor: Actor, item: QueuedItem) -> None:
         queue = self.queues[actor]
         queue.items.append(item)
-        queue.queued += 1
+        queue.enqueued_count += 1
         if len(queue.items) == 1:
             self._ready.append(actor)
 
@@ -268,45 +275,61 @@ class ConnectionSimulation:
         queue = self.queues[actor]
         while queue.items:
             item = queue.items[0]
-            wait = self._unless_done(item) if isinstance(item, Reached) else self._run_operation(actor, queue, item)
+            wait = (
+                self._unless_done(item)
+                if isinstance(item, StreamProgressWait)
+                else self._run_operation(actor, queue, item)
+            )
             if wait is not None:
                 return wait
             queue.items.popleft()
-            queue.done += 1
-            queue.is_open = False
-            if not isinstance(item, Reached):
+            queue.completed_count += 1
+            queue.head_started = False
+            if not isinstance(item, StreamProgressWait):
                 self._ended[actor.rank, item.communicator] += 1
-                self._wake(turn_key(item.communicator, actor.rank))
+                self._wake(launch_order_key(item.communicator, actor.rank))
             self._wake(actor)
         return None
 
-    def _run_operation(self, actor: Actor, queue: Queue, item: QueuedCollective | QueuedBatch) -> Wait | None:
-        if not queue.is_open:
-            if self._ended[actor.rank, item.communicator] < item.turn:
-                return Turn(item.communicator, actor.rank, item.turn)
-            queue.is_open = True
+    def _run_operation(self, actor: Actor, queue: StreamQueue, item: QueuedCollective | QueuedP2PBatch) -> Wait | None:
+        if not queue.head_started:
+            if self._ended[actor.rank, item.communicator] < item.launch_index:
+                return LaunchOrderWait(item.communicator, actor.rank, item.launch_index)
+            queue.head_started = True
             self._open(actor.rank, item)
         if isinstance(item, QueuedCollective):
-            missing = self.members(item.communicator) - self.inside[item.communicator, item.number]
-            return CollectiveEnd(item.communicator, item.number, item.event.what) if missing else None
+            missing = (
+                self.rehearsed_members(item.communicator)
+                - self.ranks_in_collective[item.communicator, item.collective_index]
+            )
+            return (
+                CollectiveCompletionWait(item.communicator, item.collective_index, item.event.purpose)
+                if missing
+                else None
+            )
         for pair, number, what in item.messages:
             if len(self._open_ends[pair, number]) < 2:
-                return MessageEnd(*pair, number, what)
+                return P2PCompletionWait(*pair, number, what)
         return None
 
-    def _open(self, rank: int, item: QueuedCollective | QueuedBatch) -> None:
+    def _open(self, rank: int, item: QueuedCollective | QueuedP2PBatch) -> None:
         """The operation begins on the device."""
         if isinstance(item, QueuedCollective):
-            self.inside[item.communicator, item.number].add(rank)
-            if self.members(item.communicator) <= self.inside[item.communicator, item.number]:
-                self._wake(CollectiveEnd(item.communicator, item.number, item.event.what).key)
+            self.ranks_in_collective[item.communicator, item.collective_index].add(rank)
+            if (
+                self.rehearsed_members(item.communicator)
+                <= self.ranks_in_collective[item.communicator, item.collective_index]
+            ):
+                self._wake(
+                    CollectiveCompletionWait(item.communicator, item.collective_index, item.event.purpose).wake_key
+                )
             return
         for pair, number, what in item.messages:
             self._open_ends[pair, number].add(rank)
-            self._wake(MessageEnd(*pair, number, what).key)
+            self._wake(P2PCompletionWait(*pair, number, what).wake_key)
 
 
-def _messages(communicator: Communicator, rank: int, event: MessageBatch) -> Iterator[tuple[Pair, Message]]:
+def _messages(communicator: Communicator, rank: int, event: P2PBatchRecord) -> Iterator[tuple[ChannelKey, P2POpRecord]]:
     for message in event.sends:
         yield (communicator, rank, message.peer), message
     for message in event.receives:
@@ -319,19 +342,19 @@ def _is_next_and_previous(communicator: Communicator, rank: int, peer: int) -> b
     return 2 * (ranks.index(rank) - ranks.index(peer)) % len(ranks) == 0
 
 
-_Contact = tuple[int, frozenset[Pair], str]
+_Contact = tuple[int, frozenset[ChannelKey], str]
 
 
-def _contact_fault(communicator: Communicator, *contacts: _Contact) -> Fault:
+def _contact_fault(communicator: Communicator, *contacts: _Contact) -> RunFinding:
     has = "; ".join(f"the first batch of rank {rank} {_directions(rank, pairs)}" for rank, pairs, _ in contacts)
     text = (
         f"on {communicator} the two are next and previous to each other at once, and NCCL connects both directions by"
         f" one record: {has}. It ends in an error; let both connect both directions first"
     )
     ranks = tuple(rank for rank, _, _ in contacts)
-    return Fault("first contact", ranks, text, tuple(place for _, _, place in contacts))
+    return RunFinding("first contact", ranks, text, tuple(place for _, _, place in contacts))
 
 
-def _directions(rank: int, pairs: frozenset[Pair]) -> str:
+def _directions(rank: int, pairs: frozenset[ChannelKey]) -> str:
     does = {"sends" if source == rank else "receives" for _, source, _ in pairs}
     return " and ".join(sorted(does, reverse=True)) + (" only" if len(does) == 1 else "")

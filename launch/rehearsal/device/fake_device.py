@@ -19,7 +19,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .fakes import Fakes
+from .fakes import FakeTensorExecutor
 from .recorder import RankRecorder
 
 _LARGE = 2**20
@@ -34,10 +34,10 @@ _PIN = _aten._pin_memory.default
 _CROSSING = (_COPY, _TO_COPY, _ITEM)
 
 
-class Oracle(Protocol):
+class DeviceReadback(Protocol):
     """Knows what a GPU would have computed."""
 
-    def answer(self, tensor: Tensor) -> Tensor:
+    def read(self, tensor: Tensor) -> Tensor:
         """Return numbers of the host in the shape and dtype of a tensor of the device that is read now."""
         ...
 
@@ -57,13 +57,13 @@ class _Kind:
     """It makes a tensor like one that it takes."""
 
 
-class RehearsedDevice(TorchDispatchMode):
+class FakeDeviceMode(TorchDispatchMode):
     """Runs operations on fake tensors of `cuda:0` and writes them into a ledger."""
 
-    def __init__(self, ledger: RankRecorder, oracle: Oracle) -> None:
+    def __init__(self, ledger: RankRecorder, oracle: DeviceReadback) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._ledger, self._oracle = ledger, oracle
-        self._fakes = Fakes()
+        self._fakes = FakeTensorExecutor()
         self._kinds: dict[OpOverload, _Kind] = {}
 
     @classmethod
@@ -71,7 +71,7 @@ class RehearsedDevice(TorchDispatchMode):
         """The wrapper against torch.compile, which is not used here, costs more than most operations."""
         return False
 
-    def __enter__(self) -> RehearsedDevice:
+    def __enter__(self) -> FakeDeviceMode:
         self._lifts_on_cpu = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -97,10 +97,10 @@ class RehearsedDevice(TorchDispatchMode):
         if FakeTensor not in types:
             return self._of_host(func, kind, types, args, kwargs)
         if kind.is_view:
-            return self._fakes.run(func, types, args, kwargs)
+            return self._fakes.run_operation(func, types, args, kwargs)
         if kind.is_collective:
-            self._ledger.launch(f"c10d.{kind.name}", bytes_of(list(_tensors(args))))
-            return self._fakes.run(func, types, args, kwargs)
+            self._ledger.record_launch(f"c10d.{kind.name}", device_bytes_touched(list(_tensors(args))))
+            return self._fakes.run_operation(func, types, args, kwargs)
         if func in _CROSSING:
             crossing = _crossing(func, args, kwargs)
             if crossing is not None:
@@ -109,12 +109,12 @@ class RehearsedDevice(TorchDispatchMode):
             return _on_host(func, args, kwargs)
         return self._of_device(func, kind, types, args, kwargs)
 
-    def kernel(self, name: str, tensors: Sequence[Tensor]) -> None:
+    def record_kernel(self, name: str, tensors: Sequence[Tensor]) -> None:
         """Count a launch that torch does not dispatch."""
         for place, tensor in enumerate(tensors):
-            if not is_on_device(tensor):
-                self._ledger.find("device", f"argument {place} of kernel {name} is a {_described(tensor)}")
-        self._ledger.launch(name, bytes_of(tensors))
+            if not is_fake_device_tensor(tensor):
+                self._ledger.record_finding("device", f"argument {place} of kernel {name} is a {_described(tensor)}")
+        self._ledger.record_launch(name, device_bytes_touched(tensors))
 
     def _of_host(self, func: Any, kind: _Kind, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Nothing that it takes is fake."""
@@ -124,7 +124,7 @@ class RehearsedDevice(TorchDispatchMode):
                 return self._upload(args[0], kwargs)
             return self._of_device(func, kind, types, args, kwargs)
         if kind.is_factory and args and _elements(args[0]) >= _LARGE:
-            return self._fakes.run(func, types, args, _unpinned(kwargs))
+            return self._fakes.run_operation(func, types, args, _unpinned(kwargs))
         return func(*args, **_unpinned(kwargs))
 
     def _of_device(self, func: Any, kind: _Kind, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -133,28 +133,28 @@ class RehearsedDevice(TorchDispatchMode):
             inputs += _tensors(kwargs.values())
         if len(inputs) > 1 and func is not _COPY:
             args, kwargs = self._on_one_device(kind, inputs, args, kwargs)
-        out = self._fakes.run(func, types, args, _unpinned(kwargs))
+        out = self._fakes.run_operation(func, types, args, _unpinned(kwargs))
         outputs = (out,) if isinstance(out, Tensor) else list(_tensors(out)) if isinstance(out, (tuple, list)) else ()
         is_used = False
         for tensor in outputs:
             if tensor._fake_device.type == "cuda":  # type: ignore[attr-defined]
                 is_used = True
-                self._ledger.memory.add(tensor)
-        if kind.is_free or not (is_used or any(map(is_on_device, inputs))):
+                self._ledger.memory.add_tensor(tensor)
+        if kind.is_free or not (is_used or any(map(is_fake_device_tensor, inputs))):
             return out
-        self._ledger.launch(kind.name, bytes_of([*inputs, *outputs]))
+        self._ledger.record_launch(kind.name, device_bytes_touched([*inputs, *outputs]))
         return out
 
     def _on_one_device(
         self, kind: _Kind, inputs: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[Sequence[Any], Mapping[str, Any]]:
         """Note tensors of the host among those of the device, and go on as if they were on it."""
-        wrong = [tensor for tensor in inputs if not is_on_device(tensor) and tensor.dim() > 0]
+        wrong = [tensor for tensor in inputs if not is_fake_device_tensor(tensor) and tensor.dim() > 0]
         if not wrong or len(wrong) == len(inputs):
             return args, kwargs
         for tensor in wrong:
             text = f"{kind.name} takes a {_described(tensor)} beside tensors of the device"
-            self._ledger.find("device", text)
+            self._ledger.record_finding("device", text)
         moved = {id(tensor): self._empty(tensor) for tensor in wrong}
         return _replaced(tuple(args), moved), _replaced(dict(kwargs), moved)
 
@@ -164,44 +164,44 @@ class RehearsedDevice(TorchDispatchMode):
         """A copy between host and device."""
         ledger = self._ledger
         if waits:
-            ledger.host_wait(None, ledger.stream, "read" if to_host else "synchronize")
+            ledger.record_host_wait(None, ledger.stream, "read" if to_host else "synchronize")
         if func is _ITEM:
-            return self._oracle.answer(args[0]).item() if to_host else 1
+            return self._oracle.read(args[0]).item() if to_host else 1
         if not to_host:
-            out = self._fakes.run(func, types, args, kwargs)
-            ledger.memory.add(out)
-            ledger.launch("copy to device", bytes_of([out]))
+            out = self._fakes.run_operation(func, types, args, kwargs)
+            ledger.memory.add_tensor(out)
+            ledger.record_launch("copy to device", device_bytes_touched([out]))
             return out
         target, source = args[:2] if func is _COPY else (None, args[0])
-        ledger.launch("copy to host", bytes_of([source]))
+        ledger.record_launch("copy to host", device_bytes_touched([source]))
         if isinstance(target, FakeTensor) or source.numel() >= _LARGE:
-            return self._fakes.run(func, types, args, kwargs)
-        answer = self._oracle.answer(source)
+            return self._fakes.run_operation(func, types, args, kwargs)
+        answer = self._oracle.read(source)
         return answer.to(kwargs.get("dtype") or answer.dtype) if target is None else target.copy_(answer)
 
     def _upload(self, tensor: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """A tensor of the host to the device."""
         if not kwargs.get("non_blocking"):
-            self._ledger.host_wait(None, self._ledger.stream, "synchronize")
+            self._ledger.record_host_wait(None, self._ledger.stream, "synchronize")
         out = self._empty(tensor, kwargs.get("dtype"))
-        self._ledger.launch("copy to device", bytes_of([tensor, out]))
+        self._ledger.record_launch("copy to device", device_bytes_touched([tensor, out]))
         return out
 
     def _empty(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of the device with the shape and strides of one of the host."""
         func = _aten.empty_strided.default
         kwargs = {"dtype": dtype or like.dtype, "device": torch.device("cuda", 0)}
-        out: Tensor = self._fakes.run(func, (), (like.shape, like.stride()), kwargs)
-        self._ledger.memory.add(out)
+        out: Tensor = self._fakes.run_operation(func, (), (like.shape, like.stride()), kwargs)
+        self._ledger.memory.add_tensor(out)
         return out
 
 
-def is_on_device(tensor: Tensor) -> bool:
+def is_fake_device_tensor(tensor: Tensor) -> bool:
     """Whether a tensor is one of the rehearsed device."""
     return isinstance(tensor, FakeTensor) and tensor._fake_device.type == "cuda"
 
 
-def bytes_of(tensors: Sequence[Tensor]) -> int:
+def device_bytes_touched(tensors: Sequence[Tensor]) -> int:
     """Return the bytes of the device that a kernel touches: of each distinct tensor once, expanded dimensions once."""
     if len(tensors) == 1:
         return _touched(tensors[0])
@@ -225,7 +225,7 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
 
 def _touched(tensor: Tensor) -> int:
     """Bytes of the device in a tensor."""
-    if not is_on_device(tensor):
+    if not is_fake_device_tensor(tensor):
         return 0
     size = tensor.element_size()
     if tensor.is_contiguous():
@@ -252,17 +252,17 @@ def _kind(func: Any) -> _Kind:
 def _crossing(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[bool, bool] | None:
     """Whether a copy goes to the host, and whether the host waits for it; None where it stays on one side."""
     if func is _ITEM:
-        on_device = is_on_device(args[0])
+        on_device = is_fake_device_tensor(args[0])
         return on_device, on_device
     if func is _COPY:
-        source, target = is_on_device(args[1]), is_on_device(args[0])
+        source, target = is_fake_device_tensor(args[1]), is_fake_device_tensor(args[0])
         is_async = bool(kwargs.get("non_blocking", args[2] if len(args) > 2 else False))
         is_scalar = args[1].dim() == 0 and not isinstance(args[1], FakeTensor)  # goes with the launch
         return None if source == target or is_scalar else (source, not is_async)
     device = kwargs.get("device")
     if device is None:
         return None
-    source, target = is_on_device(args[0]), torch.device(device).type == "cuda"
+    source, target = is_fake_device_tensor(args[0]), torch.device(device).type == "cuda"
     return None if source == target else (source, not kwargs.get("non_blocking"))
 
 

@@ -74,28 +74,28 @@ class _Unknown(Exception):  # noqa: N818 -- says what it is
     """An argument or a result that nothing can be remembered of."""
 
 
-class Fakes:
+class FakeTensorExecutor:
     """Runs operations on fake tensors. No mode may be active, as inside of `__torch_dispatch__`."""
 
     def __init__(self) -> None:
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake_tensor_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._recipes: dict[Any, _Recipes | None] = {}
 
-    def run(self, func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def run_operation(self, func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Return what `func` gives for these arguments, of which at least one is fake or names the device."""
         try:
             key = (func, _key(args), _key(kwargs.items()) if kwargs else None)
             known = self._recipes.get(key, _NEW)
         except (_Unknown, TypeError):
-            return self.mode.dispatch(func, types, args, kwargs)
+            return self.fake_tensor_mode.dispatch(func, types, args, kwargs)
         if known is _NEW:
             _check_product(func, args)
-            out = self.mode.dispatch(func, types, args, kwargs)
+            out = self.fake_tensor_mode.dispatch(func, types, args, kwargs)
             is_changed = _key(args) != key[1]  # by an operation such as `resize_`
             self._recipes[key] = None if is_changed else _recipes(out, args, kwargs)
             return out
         if known is None:
-            return self.mode.dispatch(func, types, args, kwargs)
+            return self.fake_tensor_mode.dispatch(func, types, args, kwargs)
         assert isinstance(known, _Recipes)
         if known.container is None:
             return known.results[0].make(args, kwargs)

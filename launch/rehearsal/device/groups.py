@@ -9,35 +9,35 @@ from types import FrameType
 import torch.distributed as dist
 from torch import Tensor
 
-from ....comm.communicator import Collectives, Messages, NcclCollectives
-from ..log import Message
-from .fake_device import is_on_device
+from ....comm.communicator import Collectives, NcclCollectives, PeerTensors
+from ..log import P2POpRecord
+from .fake_device import is_fake_device_tensor
 from .recorder import RankRecorder
 
 _GROUPS = "comm/groups.py"
 
 
-class LoggedGroups:
+class LoggedGroupFactory:
     """Implements `comm.open_groups.OpenGroups`: counts as NCCL's does, and makes the groups of this rank alone."""
 
     def __init__(self, rank: int, ledger: RankRecorder) -> None:
-        self.calls = 1
+        self.creation_calls = 1
         self._rank, self._ledger = rank, ledger
 
-    def world(self, ranks: tuple[int, ...]) -> Collectives:
+    def create_world(self, ranks: tuple[int, ...]) -> Collectives:
         """See `OpenGroups`."""
-        communicator = self.split("world", [ranks], None)
+        communicator = self.split_group("world", [ranks], None)
         assert communicator is not None
         return communicator
 
-    def control(self, ranks: tuple[int, ...]) -> Collectives:
+    def create_world_cpu(self, ranks: tuple[int, ...]) -> Collectives:
         """See `OpenGroups`."""
-        self.calls += 1
+        self.creation_calls += 1
         return LoggedCommunicator("control", ranks, _new_group(ranks), self._ledger, on_device=False)
 
-    def split(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
+    def split_group(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
         """See `OpenGroups`."""
-        self.calls += 1
+        self.creation_calls += 1
         own = next((ranks for ranks in parts if self._rank in ranks), None)
         return None if own is None else LoggedCommunicator(name, own, _new_group(own), self._ledger)
 
@@ -54,7 +54,7 @@ class LoggedCommunicator:
         *,
         on_device: bool = True,
     ) -> None:
-        self.handle = handle
+        self.process_group = handle
         self._group = name, ranks
         self._real = NcclCollectives(handle)
         self._ledger, self._on_device = ledger, on_device
@@ -62,7 +62,7 @@ class LoggedCommunicator:
     def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
         """See `Collectives`."""
         what = self._look("all_reduce", tensor)
-        self._ledger.collective(self._group, "all_reduce", what, _described(tensor))
+        self._ledger.record_collective(self._group, "all_reduce", what, _described(tensor))
         self._real.all_reduce(tensor, operation)
 
     def all_to_all(self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int]) -> None:
@@ -73,34 +73,34 @@ class LoggedCommunicator:
             _insist(what, len(rows_M) == len(self._group[1]), f"{len(rows_M)} sizes for {len(self._group[1])} ranks")
             _insist(what, sum(rows_M) == len(tensor), f"sizes of {sum(rows_M)} rows for a tensor of {len(tensor)}")
         row = sent.shape[1:], _dtype(sent)
-        self._ledger.collective(self._group, "all_to_all", what, row, (sent_M, received_M))
+        self._ledger.record_collective(self._group, "all_to_all", what, row, (sent_M, received_M))
         self._real.all_to_all(arrived, sent, received_M, sent_M)
 
     def reduce_scatter(self, own_N: Tensor, shards_GN: Tensor) -> None:
         """See `Collectives`."""
         what = self._shards("reduce_scatter", own_N, shards_GN)
-        self._ledger.collective(self._group, "reduce_scatter", what, _described(shards_GN))
+        self._ledger.record_collective(self._group, "reduce_scatter", what, _described(shards_GN))
         self._real.reduce_scatter(own_N, shards_GN)
 
     def all_gather(self, shards_GN: Tensor, own_N: Tensor) -> None:
         """See `Collectives`."""
         what = self._shards("all_gather", own_N, shards_GN)
-        self._ledger.collective(self._group, "all_gather", what, _described(shards_GN))
+        self._ledger.record_collective(self._group, "all_gather", what, _described(shards_GN))
         self._real.all_gather(shards_GN, own_N)
 
-    def send_and_receive(self, sends: Messages, receives: Messages) -> None:
+    def send_and_receive(self, sends: PeerTensors, receives: PeerTensors) -> None:
         """See `Collectives`."""
         what = self._look("send_and_receive", *(tensor for tensor, _ in (*sends, *receives)))
         names = what.split("; ")
         if len(names) != len(sends) + len(receives):
             names = [what] * (len(sends) + len(receives))
         messages = [
-            Message(name, peer, *_described(tensor))
+            P2POpRecord(name, peer, *_described(tensor))
             for name, (tensor, peer) in zip(names, (*sends, *receives), strict=True)
         ]
         for message in messages:
-            _insist(message.what, message.peer in self._group[1], f"rank {message.peer} is not in {self._group[0]}")
-        self._ledger.batch(self._group, messages[: len(sends)], messages[len(sends) :])
+            _insist(message.purpose, message.peer in self._group[1], f"rank {message.peer} is not in {self._group[0]}")
+        self._ledger.record_p2p_batch(self._group, messages[: len(sends)], messages[len(sends) :])
         self._real.send_and_receive(sends, receives)
 
     def _shards(self, operation: str, own_N: Tensor, shards_GN: Tensor) -> str:
@@ -111,16 +111,16 @@ class LoggedCommunicator:
 
     def _look(self, operation: str, *tensors: Tensor) -> str:
         """Look at the tensors of an operation; return what it is for, in the words of its caller."""
-        what = _what(sys._getframe(2)) or self._ledger.spans.what
+        what = _what(sys._getframe(2)) or self._ledger.spans.innermost_span_name
         for tensor in tensors:
             _insist(what, tensor.dtype == tensors[0].dtype, f"dtypes {tensors[0].dtype} and {tensor.dtype}")
             _insist(what, tensor.is_contiguous(), f"a tensor that is not contiguous, strides {tensor.stride()}")
-            if is_on_device(tensor) != self._on_device:
+            if is_fake_device_tensor(tensor) != self._on_device:
                 side, library = ("host", "NCCL") if self._on_device else ("device", "gloo")
                 text = (
                     f"{operation} over {self._group[0]} ({what}) takes a tensor of the {side}, which {library} does not"
                 )
-                self._ledger.find("device", text)
+                self._ledger.record_finding("device", text)
         return what
 
 

@@ -7,23 +7,29 @@ from torch import Tensor
 
 from ....trainer.config import RunConfig
 from .routing import BalancedRouting
-from .spans import Spans
+from .spans import RehearsalSpanRecorder
 
 
-class BalancedOracle:
+class BalancedReadback:
     """Answers for one rank, whose exchange it knows. See `device.Oracle`."""
 
-    def __init__(self, config: RunConfig, rank: int, spans: Spans) -> None:
-        routing, ep_rank = BalancedRouting.of(config), config.topology.ep_rank(rank)
-        sizes = routing.two_hop(ep_rank) if config.exchange.name == "two_hop" else routing.flat(ep_rank)
+    def __init__(self, config: RunConfig, rank: int, spans: RehearsalSpanRecorder) -> None:
+        routing, ep_rank = BalancedRouting.from_config(config), config.topology.ep_rank(rank)
+        sizes = (
+            routing.two_hop_exchange_sizes(ep_rank)
+            if config.exchange.name == "two_hop"
+            else routing.flat_exchange_sizes(ep_rank)
+        )
         self._sizes = torch.tensor(sizes, dtype=torch.int64)
         self._spans = spans
 
-    def answer(self, tensor: Tensor) -> Tensor:
+    def read(self, tensor: Tensor) -> Tensor:
         """Return sizes inside a dispatch, and ones elsewhere: every sum and norm is finite, and no step is skipped."""
-        if not self._spans.is_dispatch:
+        if not self._spans.is_inside_dispatch:
             return torch.ones(tensor.shape, dtype=tensor.dtype)
         if tensor.shape != self._sizes.shape or tensor.dtype != torch.int64:
             found, known = f"{tensor.dtype} {list(tensor.shape)}", list(self._sizes.shape)
-            raise NotImplementedError(f"{self._spans.what} reads {found}; the rehearsal knows int64 {known}, the sizes")
+            raise NotImplementedError(
+                f"{self._spans.innermost_span_name} reads {found}; the rehearsal knows int64 {known}, the sizes"
+            )
         return self._sizes.clone()

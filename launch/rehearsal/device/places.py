@@ -11,25 +11,25 @@ _REHEARSAL = ("launch", "rehearsal")
 _CARRIERS = (
     "comm/communicator.py",
     "comm/groups.py",
-    "comm/host.py",
+    "comm/host.comm/host_transfer.py",
     "comm/p2p.py",
     "comm/exchange/permutation.py",
     "comm/async_comm.py",
     "comm/streams.py",
 )
 """Files that every communication goes through: what called them says more."""
-NO_PLACE = "autograd"
+AUTOGRAD_LOCATION = "autograd"
 """An operation that torch's autograd runs by itself: on its thread there is no frame of ours."""
 
 
-class Places:
+class CodeLocations:
     """Names frames, and remembers what it has found of their code."""
 
     def __init__(self) -> None:
         self._files: dict[CodeType, str | None] = {}
         self._names: dict[CodeType, str] = {}
 
-    def of_operation(self, frame: FrameType | None) -> str:
+    def function_location(self, frame: FrameType | None) -> str:
         """Return `file:function` of the innermost frame of ours from `frame` outwards."""
         while frame is not None:
             code = frame.f_code
@@ -39,22 +39,22 @@ class Places:
             if name:
                 return name
             frame = frame.f_back
-        return NO_PLACE
+        return AUTOGRAD_LOCATION
 
-    def of_event(self, frame: FrameType | None) -> str:
+    def line_location(self, frame: FrameType | None) -> str:
         """Return `file:line function` of the innermost frame of ours that is no carrier of communication."""
         while frame is not None:
             file = self._file(frame.f_code)
             if file is not None and file not in _CARRIERS:
                 return f"{file}:{frame.f_lineno} {_function(frame.f_code)}"
             frame = frame.f_back
-        return NO_PLACE
+        return AUTOGRAD_LOCATION
 
-    def of_error(self, error: BaseException) -> str:
+    def error_location(self, error: BaseException) -> str:
         """Return `file:line function` of the innermost frame of ours in which `error`, or its cause, was raised."""
         while error.__cause__ is not None:
             error = error.__cause__
-        found = NO_PLACE
+        found = AUTOGRAD_LOCATION
         for frame, line in _raised_in(error.__traceback__):
             file = self._file(frame.f_code)
             if file is not None:

@@ -8,11 +8,21 @@ from collections.abc import Sequence
 
 from torch import Tensor, UntypedStorage
 
-from ..log import Collective, Finding, HostWait, Launches, LogEvent, Message, MessageBatch, Record, StreamWait
-from .places import Places
-from .spans import Spans
+from ..log import (
+    CollectiveRecord,
+    EventRecord,
+    HostWait,
+    KernelLaunches,
+    LogEvent,
+    P2PBatchRecord,
+    P2POpRecord,
+    RankFinding,
+    StreamWait,
+)
+from .places import CodeLocations
+from .spans import RehearsalSpanRecorder
 
-COMPUTE = "compute"
+COMPUTE_STREAM = "compute"
 """The stream that a rank computes on."""
 
 
@@ -23,22 +33,22 @@ class _Alive(weakref.ref[UntypedStorage]):
     size: int
 
 
-class LiveMemory:
+class LiveTensorMemory:
     """Bytes of the device's tensors that are alive, by their storages."""
 
-    def __init__(self, spans: Spans) -> None:
+    def __init__(self, spans: RehearsalSpanRecorder) -> None:
         self._spans = spans
         self._alive: dict[int, _Alive] = {}
-        self.now = 0
-        self.peak, self.peak_phase = 0, ""
-        self.by_phase: dict[str, int] = {}
+        self.live_bytes = 0
+        self.peak_bytes, self.peak_phase = 0, ""
+        self.peak_bytes_by_phase: dict[str, int] = {}
 
-    def begin(self) -> None:
+    def reset_peak(self) -> None:
         """Look for peaks from here on."""
-        self.peak, self.peak_phase = self.now, self._spans.phases[-1].phase
-        self.by_phase = {}
+        self.peak_bytes, self.peak_phase = self.live_bytes, self._spans.contexts[-1].phase
+        self.peak_bytes_by_phase = {}
 
-    def add(self, tensor: Tensor) -> None:
+    def add_tensor(self, tensor: Tensor) -> None:
         """Count the storage of a tensor of the device, if it is a new one."""
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -47,44 +57,44 @@ class LiveMemory:
         alive = _Alive(storage, self._freed)
         alive.key, alive.size = key, storage.nbytes()
         self._alive[key] = alive
-        self.now += alive.size
-        phase = self._spans.phases[-1].phase
-        if self.now > self.by_phase.get(phase, -1):
-            self.by_phase[phase] = self.now
-            if self.now > self.peak:
-                self.peak, self.peak_phase = self.now, phase
+        self.live_bytes += alive.size
+        phase = self._spans.contexts[-1].phase
+        if self.live_bytes > self.peak_bytes_by_phase.get(phase, -1):
+            self.peak_bytes_by_phase[phase] = self.live_bytes
+            if self.live_bytes > self.peak_bytes:
+                self.peak_bytes, self.peak_phase = self.live_bytes, phase
 
     def _freed(self, alive: weakref.ref[UntypedStorage]) -> None:
         assert isinstance(alive, _Alive)
         if self._alive.pop(alive.key, None) is not None:
-            self.now -= alive.size
+            self.live_bytes -= alive.size
 
 
 class RankRecorder:
     """Holds everything that ends in the rank's log."""
 
-    def __init__(self, spans: Spans) -> None:
+    def __init__(self, spans: RehearsalSpanRecorder) -> None:
         self.spans = spans
-        self.places = Places()
-        self.memory = LiveMemory(spans)
-        self.stream = COMPUTE
+        self.code_locations = CodeLocations()
+        self.memory = LiveTensorMemory(spans)
+        self.stream = COMPUTE_STREAM
         """The current one."""
         self.is_warm_up = True
         """Until the engine is open."""
         self.operations = 0
         self.events: list[LogEvent] = []
         self._launches: dict[tuple[str, str, str, str, str], list[int]] = {}
-        self._findings: dict[Finding, None] = {}
+        self._findings: dict[RankFinding, None] = {}
         self._numbered = 0
 
     @property
-    def launches(self) -> tuple[Launches, ...]:
+    def launches(self) -> tuple[KernelLaunches, ...]:
         """Of the step, the most bytes first."""
-        rows = [Launches(*key, *counts) for key, counts in self._launches.items()]
+        rows = [KernelLaunches(*key, *counts) for key, counts in self._launches.items()]
         return tuple(sorted(rows, key=lambda row: -row.bytes))
 
     @property
-    def findings(self) -> tuple[Finding, ...]:
+    def findings(self) -> tuple[RankFinding, ...]:
         """Each once, in the order in which they were found."""
         return tuple(self._findings)
 
@@ -93,27 +103,27 @@ class RankRecorder:
         self.is_warm_up = False
         self.operations = 0
         self._launches.clear()
-        self.memory.begin()
+        self.memory.reset_peak()
 
-    def launch(self, operation: str, size: int) -> None:
+    def record_launch(self, operation: str, size: int) -> None:
         """Count a launch that reads and writes `size` bytes."""
-        place = self.spans.phases[-1]
-        key = (place.phase, place.layer, self.stream, operation, self.places.of_operation(sys._getframe()))
+        place = self.spans.contexts[-1]
+        key = (place.phase, place.layer, self.stream, operation, self.code_locations.function_location(sys._getframe()))
         row = self._launches.get(key)
         if row is None:
             row = self._launches[key] = [0, 0]
         row[0] += 1
         row[1] += size
 
-    def find(self, kind: str, text: str, place: str | None = None) -> None:
+    def record_finding(self, kind: str, text: str, place: str | None = None) -> None:
         """Note a fault; by default where it is called from."""
-        self._findings.setdefault(Finding(kind, text, place or self.place()))
+        self._findings.setdefault(RankFinding(kind, text, place or self.current_location()))
 
-    def place(self) -> str:
+    def current_location(self) -> str:
         """Return the instruction, and the line of our code that calls this."""
-        return f"{self.spans.where}: {self.places.of_event(sys._getframe())}"
+        return f"{self.spans.current_instruction}: {self.code_locations.line_location(sys._getframe())}"
 
-    def collective(
+    def record_collective(
         self,
         group: tuple[str, tuple[int, ...]],
         operation: str,
@@ -123,41 +133,43 @@ class RankRecorder:
     ) -> None:
         """Log a collective: of a group's name and ranks, on a shape and dtype, of rows sent and received by rank."""
         self.events.append(
-            Collective(
+            CollectiveRecord(
                 group=group[0],
                 ranks=group[1],
                 operation=operation,
-                what=what,
+                purpose=what,
                 shape=tuple(tensor[0]),
                 dtype=tensor[1],
                 sends=tuple(rows[0]),
                 receives=tuple(rows[1]),
                 stream=self.stream,
-                place=self.place(),
+                code_location=self.current_location(),
                 is_warm_up=self.is_warm_up,
             )
         )
 
-    def batch(self, group: tuple[str, tuple[int, ...]], sends: Sequence[Message], receives: Sequence[Message]) -> None:
+    def record_p2p_batch(
+        self, group: tuple[str, tuple[int, ...]], sends: Sequence[P2POpRecord], receives: Sequence[P2POpRecord]
+    ) -> None:
         """Log messages that are posted together."""
-        place = self.place()
+        place = self.current_location()
         self.events.append(
-            MessageBatch(group[0], group[1], tuple(sends), tuple(receives), self.stream, place, self.is_warm_up)
+            P2PBatchRecord(group[0], group[1], tuple(sends), tuple(receives), self.stream, place, self.is_warm_up)
         )
 
-    def record(self, stream: str) -> int:
+    def record_event(self, stream: str) -> int:
         """Log an event of a stream; returns its number."""
         self._numbered += 1
-        self.events.append(Record(self._numbered, stream))
+        self.events.append(EventRecord(self._numbered, stream))
         return self._numbered
 
-    def stream_wait(self, event: int, stream: str) -> None:
+    def record_stream_wait(self, event: int, stream: str) -> None:
         """Log that a stream waits."""
         self.events.append(StreamWait(event, stream))
 
-    def host_wait(self, event: int | None, stream: str, reason: str) -> None:
+    def record_host_wait(self, event: int | None, stream: str, reason: str) -> None:
         """Log that the host waits; inside an FB it may do so for the sizes of a dispatch, and for nothing else."""
-        spans, place = self.spans, self.place()
-        self.events.append(HostWait(event, stream, reason, place, spans.is_pair, self.is_warm_up))
-        if spans.is_pair and not spans.is_dispatch:
-            self.find("host read", f"the host waits for stream {stream} ({reason}) inside an FB", place)
+        spans, place = self.spans, self.current_location()
+        self.events.append(HostWait(event, stream, reason, place, spans.is_inside_fb, self.is_warm_up))
+        if spans.is_inside_fb and not spans.is_inside_dispatch:
+            self.record_finding("host read", f"the host waits for stream {stream} ({reason}) inside an FB", place)

@@ -23,7 +23,7 @@ _TORCH = "2.13"
 _SECONDS = 300
 
 
-def build_shim() -> Path:
+def build_autograd_shim() -> Path:
     """Return the compiled library; compile it with g++ where the cache has none for this torch.
 
     Raises `ConfigError` where torch has another version or CUDA, where there is no g++, and where it fails.

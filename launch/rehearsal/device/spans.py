@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 
-from ....comm.trace import EDGE_WAIT, EXPOSED_EXCHANGE, ExchangeLabel, Track
+from ....comm.trace import EXPOSED_EXCHANGE, PIPELINE_WAIT, ExchangeLabel, TimelineTrack
 from ....parallelism.pipeline.program import Op
 
 _OF = re.compile(r"^(?P<phase>.+?) of (?P<layer>\w+), micro-batch \d+$")
@@ -16,86 +16,86 @@ _NOTHING: AbstractContextManager[object] = nullcontext()
 
 
 @dataclass(frozen=True)
-class OperationPlace:
+class OperationContext:
     """What an operation belongs to."""
 
     phase: str
     layer: str
 
 
-class Spans:
+class RehearsalSpanRecorder:
     """Implements `comm.trace.SpanRecorder`. Spans of all tracks are one stack: a rehearsal has one thread."""
 
     def __init__(self, phase: str) -> None:
         """`phase` is where no span is open."""
-        self.phases = [OperationPlace(phase, "")]
-        self.names: list[str] = []
+        self.contexts = [OperationContext(phase, "")]
+        self.open_span_names: list[str] = []
         """Open spans, the innermost last."""
         self.instruction: object = None
-        self.is_pair = False
+        self.is_inside_fb = False
         """Whether an FB runs."""
 
-    def begin(self, phase: str) -> None:
+    def set_base_phase(self, phase: str) -> None:
         """Name what runs from here on where no span is open."""
-        self.phases[0] = OperationPlace(phase, "")
+        self.contexts[0] = OperationContext(phase, "")
 
-    def span(self, track: Track, name: str, detail: object = None) -> AbstractContextManager[object]:
+    def span(self, track: TimelineTrack, name: str, detail: object = None) -> AbstractContextManager[object]:
         """See `SpanRecorder`."""
-        if name in (EXPOSED_EXCHANGE, EDGE_WAIT):
+        if name in (EXPOSED_EXCHANGE, PIPELINE_WAIT):
             return _NOTHING
         return _Span(self, track, name, detail)
 
-    def mark(self, track: Track, name: str, detail: object = None) -> None:
+    def record_instant(self, track: TimelineTrack, name: str, detail: object = None) -> None:
         """See `SpanRecorder`."""
 
     @property
-    def where(self) -> str:
+    def current_instruction(self) -> str:
         """The instruction that runs, in words; before and after all of them, the phase."""
-        return self.phases[-1].phase if self.instruction is None else str(self.instruction)
+        return self.contexts[-1].phase if self.instruction is None else str(self.instruction)
 
     @property
-    def what(self) -> str:
+    def innermost_span_name(self) -> str:
         """The innermost span."""
-        return self.names[-1] if self.names else self.phases[-1].phase
+        return self.open_span_names[-1] if self.open_span_names else self.contexts[-1].phase
 
     @property
-    def is_dispatch(self) -> bool:
+    def is_inside_dispatch(self) -> bool:
         """Whether the sizes of a dispatch may be read."""
-        return any(_DISPATCH.search(name) for name in self.names)
+        return any(_DISPATCH.search(name) for name in self.open_span_names)
 
 
 class _Span:
     """One span: open from `__enter__` to `__exit__`."""
 
-    def __init__(self, spans: Spans, track: Track, name: str, detail: object) -> None:
+    def __init__(self, spans: RehearsalSpanRecorder, track: TimelineTrack, name: str, detail: object) -> None:
         self._spans, self._track, self._name, self._detail = spans, track, name, detail
 
     def __enter__(self) -> None:
         spans = self._spans
-        spans.names.append(str(self._name))
-        spans.phases.append(_place(self._track, self._name, self._detail))
-        if self._track is Track.INSTRUCTION and self._name in _INSTRUCTIONS:
-            spans.instruction, spans.is_pair = self._detail, self._name == Op.FB
+        spans.open_span_names.append(str(self._name))
+        spans.contexts.append(_place(self._track, self._name, self._detail))
+        if self._track is TimelineTrack.INSTRUCTION and self._name in _INSTRUCTIONS:
+            spans.instruction, spans.is_inside_fb = self._detail, self._name == Op.FB
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         spans = self._spans
-        spans.names.pop()
-        spans.phases.pop()
-        if error is None and self._track is Track.INSTRUCTION and self._name in _INSTRUCTIONS:
-            spans.instruction, spans.is_pair = None, False
+        spans.open_span_names.pop()
+        spans.contexts.pop()
+        if error is None and self._track is TimelineTrack.INSTRUCTION and self._name in _INSTRUCTIONS:
+            spans.instruction, spans.is_inside_fb = None, False
 
 
 _INSTRUCTIONS = frozenset(Op)
 
 
-def _place(track: Track, name: str, detail: object) -> OperationPlace:
-    if track in (Track.UP, Track.DOWN):
-        return OperationPlace("messages", "")
-    if track is Track.REDUCE:
-        return OperationPlace(name.partition(",")[0], "")
+def _place(track: TimelineTrack, name: str, detail: object) -> OperationContext:
+    if track in (TimelineTrack.P2P_NEXT, TimelineTrack.P2P_PREV):
+        return OperationContext("messages", "")
+    if track is TimelineTrack.REDUCE:
+        return OperationContext(name.partition(",")[0], "")
     found = _OF.match(name)
     if found is not None:
-        return OperationPlace(found["phase"], found["layer"])
-    return OperationPlace(str(name), detail.layer if isinstance(detail, ExchangeLabel) else "")
+        return OperationContext(found["phase"], found["layer"])
+    return OperationContext(str(name), detail.layer if isinstance(detail, ExchangeLabel) else "")

@@ -11,11 +11,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from .fake_device import RehearsedDevice
+from .fake_device import FakeDeviceMode
 
 
 @contextmanager
-def standing_in(device: RehearsedDevice) -> Iterator[None]:
+def patch_triton_and_threads(device: FakeDeviceMode) -> Iterator[None]:
     """Inside, Triton's kernels are counted instead of compiled, and what other threads would do is done at once."""
     with ExitStack() as stack:
         stack.enter_context(_counting_kernels(device))
@@ -25,7 +25,7 @@ def standing_in(device: RehearsedDevice) -> Iterator[None]:
 
 
 @contextmanager
-def _counting_kernels(device: RehearsedDevice) -> Iterator[None]:
+def _counting_kernels(device: FakeDeviceMode) -> Iterator[None]:
     try:
         from triton.runtime.jit import JITFunction  # optional package
     except ImportError:
@@ -34,7 +34,7 @@ def _counting_kernels(device: RehearsedDevice) -> Iterator[None]:
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
-        device.kernel(f"triton.{kernel.__name__}", tensors)
+        device.record_kernel(f"triton.{kernel.__name__}", tensors)
 
     with patch.object(JITFunction, "run", run):
         yield

@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ....comm.streams import Stream
-from .recorder import COMPUTE, RankRecorder
+from .recorder import COMPUTE_STREAM, RankRecorder
 
 
 @dataclass(frozen=True)
 class LoggedEvent:
     """A point in the work of a stream."""
 
-    ledger: RankRecorder
+    recorder: RankRecorder
     number: int
     stream: str
 
     def synchronize(self) -> None:
         """See `comm.streams.Event`."""
-        self.ledger.host_wait(self.number, self.stream, "event")
+        self.recorder.record_host_wait(self.number, self.stream, "event")
 
     def query(self) -> bool:
         """Return that it has happened: nothing is ever under way."""
@@ -33,20 +33,20 @@ class LoggedEvent:
 class LoggedStream:
     """A queue of work, known by its name."""
 
-    ledger: RankRecorder
+    recorder: RankRecorder
     name: str
 
     def record_event(self) -> LoggedEvent:
         """See `comm.streams.Stream`."""
-        return LoggedEvent(self.ledger, self.ledger.record(self.name), self.name)
+        return LoggedEvent(self.recorder, self.recorder.record_event(self.name), self.name)
 
     def wait_event(self, event: LoggedEvent) -> None:
         """See `comm.streams.Stream`."""
-        self.ledger.stream_wait(event.number, self.name)
+        self.recorder.record_stream_wait(event.number, self.name)
 
     def synchronize(self) -> None:
         """See `comm.streams.Stream`."""
-        self.ledger.host_wait(None, self.name, "synchronize")
+        self.recorder.record_host_wait(None, self.name, "synchronize")
 
 
 class LoggedStreams:
@@ -54,25 +54,25 @@ class LoggedStreams:
 
     def __init__(self, ledger: RankRecorder) -> None:
         self._ledger = ledger
-        self._made = [COMPUTE]
-        self._current = LoggedStream(ledger, COMPUTE)
+        self._made = [COMPUTE_STREAM]
+        self._current = LoggedStream(ledger, COMPUTE_STREAM)
 
-    def create(self, name: str) -> Stream:
+    def create_stream(self, name: str) -> Stream:
         """See `Streams`."""
         same = sum(made == name or made.startswith(f"{name} ") for made in self._made)
         self._made.append(str(name) if not same else f"{name} {same + 1}")
         return LoggedStream(self._ledger, self._made[-1])
 
-    def current(self) -> Stream:
+    def current_stream(self) -> Stream:
         """See `Streams`."""
         return self._current
 
-    def use(self, stream: Stream) -> AbstractContextManager[object]:
+    def use_stream(self, stream: Stream) -> AbstractContextManager[object]:
         """See `Streams`."""
         assert isinstance(stream, LoggedStream)
         return self._use(stream)
 
-    def hold(self, tensor: Tensor, stream: Stream) -> None:
+    def record_stream(self, tensor: Tensor, stream: Stream) -> None:
         """See `Streams`. Memory is counted by what is alive."""
 
     @contextmanager

@@ -5,31 +5,31 @@ Interleaved 1F1B has several stages a rank in a loop, for a bubble that is small
 
 from __future__ import annotations
 
-from ..placement import Placement
-from ..program import RankWriter
+from ..placement import StagePlacement
+from ..program import RankProgramWriter
 
 
-def gpipe(writer: RankWriter, rank: int, placement: Placement, micro_batches: int) -> None:
+def gpipe(writer: RankProgramWriter, rank: int, placement: StagePlacement, micro_batches: int) -> None:
     """All forwards, then all backwards: the simplest, and the one that keeps every activation (Huang et al. 2019)."""
     for _ in range(micro_batches):
-        writer.forward()
+        writer.append_forward()
     for _ in range(micro_batches):
-        writer.backward()
+        writer.append_backward()
 
 
-def one_f_one_b(writer: RankWriter, rank: int, placement: Placement, micro_batches: int) -> None:
+def one_f_one_b(writer: RankProgramWriter, rank: int, placement: StagePlacement, micro_batches: int) -> None:
     """One forward, one backward, after as many forwards as there are ranks to come (PipeDream-Flush, 2021)."""
     warm_up = min(placement.ranks - 1 - rank, micro_batches)
     for _ in range(warm_up):
-        writer.forward()
+        writer.append_forward()
     for _ in range(micro_batches - warm_up):
-        writer.forward()
-        writer.backward()
+        writer.append_forward()
+        writer.append_backward()
     for _ in range(warm_up):
-        writer.backward()
+        writer.append_backward()
 
 
-def zb1p(writer: RankWriter, rank: int, placement: Placement, micro_batches: int) -> None:
+def zb_h1(writer: RankProgramWriter, rank: int, placement: StagePlacement, micro_batches: int) -> None:
     """1F1B whose backward sends the input gradient on before it computes weight gradients (ZB-H1, Qi et al. 2023).
 
     Rank r runs its weight gradients r micro-batches late: the last rank, whose gradient all others wait for, catches up
@@ -38,20 +38,20 @@ def zb1p(writer: RankWriter, rank: int, placement: Placement, micro_batches: int
     """
     warm_up = min(placement.ranks - 1 - rank, micro_batches)
     for _ in range(warm_up):
-        writer.forward()
+        writer.append_forward()
     for micro_batch in range(micro_batches):
         if micro_batch < micro_batches - warm_up:
-            writer.forward()
-        writer.input_gradient()
+            writer.append_forward()
+        writer.append_input_gradient()
         if micro_batch >= rank:
-            writer.weight_gradient()
+            writer.append_weight_gradient()
     for _ in range(min(rank, micro_batches)):
-        writer.weight_gradient()
+        writer.append_weight_gradient()
 
 
-def interleaved(writer: RankWriter, rank: int, placement: Placement, micro_batches: int) -> None:
+def interleaved_1f1b(writer: RankProgramWriter, rank: int, placement: StagePlacement, micro_batches: int) -> None:
     """Micro-batches go round in groups of `ranks`: a group passes chunk 0, then chunk 1, … (Narayanan et al. 2021)."""
-    ranks, chunks = placement.ranks, placement.chunks
+    ranks, chunks = placement.ranks, placement.chunks_per_rank
     total = micro_batches * chunks
     # Two forwards for each rank to come: a micro-batch's way to the end and its gradient's way back take that long.
     warm_up = min(2 * (ranks - 1 - rank) + (chunks - 1) * ranks, total)
@@ -60,8 +60,8 @@ def interleaved(writer: RankWriter, rank: int, placement: Placement, micro_batch
         return turn // ranks % chunks
 
     for turn in range(warm_up):
-        writer.forward(chunk(turn))
+        writer.append_forward(chunk(turn))
     for turn in range(total):
         if turn < total - warm_up:
-            writer.forward(chunk(turn + warm_up))
-        writer.backward(chunks - 1 - chunk(turn))
+            writer.append_forward(chunk(turn + warm_up))
+        writer.append_backward(chunks - 1 - chunk(turn))

@@ -6,92 +6,92 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 
-from ....comm.errors import Problem, refuse_if_any
-from ..placement import Placement, Route
-from ..program import Program, RankWriter
+from ....comm.errors import Problem, raise_if_any
+from ..placement import PlacementStyle, StagePlacement
+from ..program import PipelineProgram, RankProgramWriter
 from .dualpipe import dualpipe, dualpipev
-from .one_way import gpipe, interleaved, one_f_one_b, zb1p
+from .one_way import gpipe, interleaved_1f1b, one_f_one_b, zb_h1
 
 
 @dataclass(frozen=True)
-class Schedule:
+class PipelineSchedule:
     """A schedule, and the numbers of ranks and micro-batches it is defined for."""
 
     name: str
-    summary: str
+    help_text: str
     """One line for help texts."""
-    write: Callable[[RankWriter, int, Placement, int], None]
+    write_rank_program: Callable[[RankProgramWriter, int, StagePlacement, int], None]
     """Writes the instructions of one rank: given the rank, the placement and the number of micro-batches."""
-    route: Route = Route.LOOP
-    chunks: int = 1
+    placement_style: PlacementStyle = PlacementStyle.LOOP
+    chunks_per_rank: int = 1
     """Stages a rank holds; where `free_chunks`, unless told otherwise."""
-    free_chunks: bool = False
+    allows_any_chunk_count: bool = False
     """Whether a rank may hold any number of stages from two on."""
-    even: bool = False
+    requires_even_counts: bool = False
     """Whether ranks mirror each other: both numbers must be even."""
-    fills_twice: bool = False
+    requires_two_micro_batches_per_rank: bool = False
     """Whether micro-batches must be twice the ranks at least, so that the pipeline fills from both ends."""
-    whole_groups: bool = False
+    requires_multiple_of_ranks: bool = False
     """Whether micro-batches go round in groups, one for each rank."""
 
     def problems(self, ranks: int, micro_batches: int, chunks: int | None) -> Iterator[Problem]:
         """What this schedule cannot do, each with the nearest numbers that it can."""
-        if self.even and ranks % 2 and ranks > 0:
+        if self.requires_even_counts and ranks % 2 and ranks > 0:
             nearest = _nearest(ranks, least=2, step=2)
             yield Problem("ranks", ranks, f"{self.name} mirrors ranks and needs an even number of them: {nearest}")
-        if chunks is not None and self.free_chunks and chunks < 2:
+        if chunks is not None and self.allows_any_chunk_count and chunks < 2:
             yield Problem("chunks", chunks, f"{self.name} needs at least 2 chunks a rank; one_f_one_b has 1")
-        if chunks is not None and not self.free_chunks and chunks != self.chunks:
-            fixed = "1 chunk" if self.chunks == 1 else f"{self.chunks} chunks"
+        if chunks is not None and not self.allows_any_chunk_count and chunks != self.chunks_per_rank:
+            fixed = "1 chunk" if self.chunks_per_rank == 1 else f"{self.chunks_per_rank} chunks"
             yield Problem("chunks", chunks, f"{self.name} always has {fixed} a rank; leave it out")
         if ranks < 1:
-            yield Problem("ranks", ranks, f"must be at least {2 if self.even else 1}")
+            yield Problem("ranks", ranks, f"must be at least {2 if self.requires_even_counts else 1}")
             return
-        least = 2 * ranks if self.fills_twice else 1
-        step = 2 if self.even else ranks if self.whole_groups else 1
+        least = 2 * ranks if self.requires_two_micro_batches_per_rank else 1
+        step = 2 if self.requires_even_counts else ranks if self.requires_multiple_of_ranks else 1
         if micro_batches < least or micro_batches % step:
             yield Problem("micro_batches", micro_batches, self._micro_batch_remedy(micro_batches, ranks, least, step))
 
     def _micro_batch_remedy(self, micro_batches: int, ranks: int, least: int, step: int) -> str:
         demands = []
-        if self.even:
+        if self.requires_even_counts:
             demands.append("an even number (one half for each direction)")
-        if self.whole_groups:
+        if self.requires_multiple_of_ranks:
             demands.append(f"a multiple of the {ranks} ranks (they go round in groups of {ranks})")
-        if self.fills_twice:
+        if self.requires_two_micro_batches_per_rank:
             demands.append(f"at least {least} (twice the ranks, which fill from both ends)")
         demand = " and ".join(demands) or "at least 1"
         return f"{self.name} needs {demand}: {_nearest(micro_batches, max(least, step), step)}"
 
 
 SCHEDULES = (
-    Schedule("gpipe", "all forwards, then all backwards", gpipe),
-    Schedule("one_f_one_b", "one forward, one backward (1F1B)", one_f_one_b),
-    Schedule(
+    PipelineSchedule("gpipe", "all forwards, then all backwards", gpipe),
+    PipelineSchedule("one_f_one_b", "one forward, one backward (1F1B)", one_f_one_b),
+    PipelineSchedule(
         "interleaved",
         "1F1B with several stages a rank, in a loop",
-        interleaved,
-        chunks=2,
-        free_chunks=True,
-        whole_groups=True,
+        interleaved_1f1b,
+        chunks_per_rank=2,
+        allows_any_chunk_count=True,
+        requires_multiple_of_ranks=True,
     ),
-    Schedule("zb1p", "1F1B with weight gradients put off into the bubble (ZB-H1)", zb1p),
-    Schedule(
+    PipelineSchedule("zb1p", "1F1B with weight gradients put off into the bubble (ZB-H1)", zb_h1),
+    PipelineSchedule(
         "dualpipe",
         "micro-batches from both ends, forward and backward overlapped; two copies of the model",
         dualpipe,
-        Route.BIDIRECTIONAL,
-        chunks=2,
-        even=True,
-        fills_twice=True,
+        PlacementStyle.BIDIRECTIONAL,
+        chunks_per_rank=2,
+        requires_even_counts=True,
+        requires_two_micro_batches_per_rank=True,
     ),
-    Schedule(
+    PipelineSchedule(
         "dualpipev",
         "one half of DualPipe, folded: up through the ranks and down again, one copy of the model",
         dualpipev,
-        Route.V,
-        chunks=2,
-        fills_twice=True,
+        PlacementStyle.V,
+        chunks_per_rank=2,
+        requires_two_micro_batches_per_rank=True,
     ),
 )
 
@@ -105,7 +105,7 @@ def schedule_problems(schedule: str, ranks: int, micro_batches: int, chunks: int
         yield from found.problems(ranks, micro_batches, chunks)
 
 
-def nearest_legal(schedule: str, ranks: int, micro_batches: int, chunks: int | None = None) -> int:
+def nearest_valid_micro_batches(schedule: str, ranks: int, micro_batches: int, chunks: int | None = None) -> int:
     """The number of micro-batches nearest to this one that `schedule` takes."""
 
     def is_legal(number: int) -> bool:
@@ -116,47 +116,47 @@ def nearest_legal(schedule: str, ranks: int, micro_batches: int, chunks: int | N
     return next(number for pair in pairs for number in pair if is_legal(number))
 
 
-def build_placement(schedule: str, ranks: int, chunks: int | None = None) -> Placement:
+def build_placement(schedule: str, ranks: int, chunks: int | None = None) -> StagePlacement:
     """Where `schedule` puts the stages of the model; the numbers must be legal."""
     found = _find(schedule)
     assert found is not None, schedule
-    return Placement(found.route, ranks, found.chunks if chunks is None else chunks)
+    return StagePlacement(found.placement_style, ranks, found.chunks_per_rank if chunks is None else chunks)
 
 
-def build_program(schedule: str, ranks: int, micro_batches: int, chunks: int | None = None) -> Program:
+def build_program(schedule: str, ranks: int, micro_batches: int, chunks: int | None = None) -> PipelineProgram:
     """The program of `schedule`: N = `micro_batches` on P = `ranks`. Raises `ConfigError` where there is none.
 
-    `chunks` is the number of stages a rank, for `interleaved`; the others have their own.
+    `chunks` is the number of stages a rank, for `interleaved_1f1b`; the others have their own.
     """
-    refuse_if_any(schedule_problems(schedule, ranks, micro_batches, chunks))
+    raise_if_any(schedule_problems(schedule, ranks, micro_batches, chunks))
     found = _find(schedule)
     assert found is not None
     placement = build_placement(schedule, ranks, chunks)
     instructions = []
     for rank in range(ranks):
-        writer = RankWriter(placement.chunks)
-        found.write(writer, rank, placement, micro_batches)
+        writer = RankProgramWriter(placement.chunks_per_rank)
+        found.write_rank_program(writer, rank, placement, micro_batches)
         instructions.append(writer.instructions())
-    return Program(schedule, placement, micro_batches, tuple(instructions))
+    return PipelineProgram(schedule, placement, micro_batches, tuple(instructions))
 
 
-def build_forward(placement: Placement, micro_batches: int) -> Program:
+def build_forward_program(placement: StagePlacement, micro_batches: int) -> PipelineProgram:
     """Forwards alone, of so many micro-batches, through the stages of `placement`: for evaluation and generation.
 
     They go round in groups of as many as there are ranks, chunk by chunk, so that none waits long for its next stage.
     Of the two copies of a bidirectional placement, the one that goes up runs.
     """
-    if placement.route is Route.BIDIRECTIONAL:
-        placement = Placement(Route.LOOP, placement.ranks, chunks=1)
-    writer = RankWriter(placement.chunks)
+    if placement.style is PlacementStyle.BIDIRECTIONAL:
+        placement = StagePlacement(PlacementStyle.LOOP, placement.ranks, chunks_per_rank=1)
+    writer = RankProgramWriter(placement.chunks_per_rank)
     for start in range(0, micro_batches, placement.ranks):
-        for chunk in range(placement.chunks):
+        for chunk in range(placement.chunks_per_rank):
             for _ in range(min(placement.ranks, micro_batches - start)):
-                writer.forward(chunk)
-    return Program("forward", placement, micro_batches, (writer.instructions(),) * placement.ranks)
+                writer.append_forward(chunk)
+    return PipelineProgram("forward", placement, micro_batches, (writer.instructions(),) * placement.ranks)
 
 
-def _find(schedule: str) -> Schedule | None:
+def _find(schedule: str) -> PipelineSchedule | None:
     return next((each for each in SCHEDULES if each.name == schedule), None)
 
 

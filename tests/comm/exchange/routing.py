@@ -12,14 +12,14 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from shoestring.comm.async_comm import AsyncCommunicator, open_worker
+from shoestring.comm.async_comm import AsyncCommunicator, build_async_communicator
 from shoestring.comm.exchange.api import TokenExchange
 from shoestring.comm.exchange.config import ExchangeConfig
-from shoestring.comm.exchange.factory import open_exchange
+from shoestring.comm.exchange.factory import build_token_exchange
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
 from shoestring.comm.trace import ExchangeLabel
-from shoestring.comm.traffic import Traffic
+from shoestring.comm.traffic import TrafficCounter
 
 EXPERTS = 16
 WIDTH = 160  # more than one tile of 128, and not whole tiles
@@ -72,10 +72,10 @@ def batch_of(case: Case, topology: Topology, rank: int, dtype: torch.dtype) -> B
     generator = torch.Generator().manual_seed(1000 * case.top_k + rank)
     count = 0 if case.empty and rank % 2 else 5 + 3 * rank
     score_TE = torch.rand(count, EXPERTS, generator=generator)
-    limit = topology.ep_nodes if case.groups is None else min(case.groups, topology.ep_nodes)
-    node_score_TN = torch.rand(count, topology.ep_nodes, generator=generator)
+    limit = topology.nodes_per_ep_group if case.groups is None else min(case.groups, topology.nodes_per_ep_group)
+    node_score_TN = torch.rand(count, topology.nodes_per_ep_group, generator=generator)
     closed_TN = torch.ones_like(node_score_TN).scatter_(1, node_score_TN.topk(limit).indices, 0)
-    score_TE -= closed_TN.repeat_interleave(EXPERTS // topology.ep_nodes, dim=1)
+    score_TE -= closed_TN.repeat_interleave(EXPERTS // topology.nodes_per_ep_group, dim=1)
     experts_TK = score_TE.topk(case.top_k).indices
     if case.overload:
         experts_TK = torch.arange(case.top_k).expand(count, -1)
@@ -92,11 +92,11 @@ def expert_scales(dtype: torch.dtype) -> Tensor:
 
 def open_on(
     topology: Topology, rank: int, config: ExchangeConfig, groups: ProcessGroups | None = None
-) -> tuple[TokenExchange[object], Traffic, AsyncCommunicator]:
+) -> tuple[TokenExchange[object], TrafficCounter, AsyncCommunicator]:
     """An exchange of `rank`, with what counts its bytes and what runs it."""
     groups = groups or ProcessGroups.create(topology, rank, timedelta(seconds=30))
-    traffic, worker = Traffic(topology, rank), open_worker(groups.ep, torch.device("cpu"))
-    return open_exchange(config, groups, EXPERTS, worker, traffic), traffic, worker
+    traffic, worker = TrafficCounter(topology, rank), build_async_communicator(groups.ep, torch.device("cpu"))
+    return build_token_exchange(config, groups, EXPERTS, worker, traffic), traffic, worker
 
 
 def through_experts(
@@ -107,7 +107,7 @@ def through_experts(
     local = EXPERTS // topology.ep
     first = topology.ep_rank(rank) * local
     scales_LD = expert_scales(batch.tokens_TD.dtype)[first : first + local].requires_grad_()
-    rows_RD, weights_R = received.rows_RD.requires_grad_(), received.weights_R.requires_grad_()
+    rows_RD, weights_R = received.rows_RD.requires_grad_(), received.gate_weights_R.requires_grad_()
     scales_RD = scales_LD.repeat_interleave(torch.tensor(received.rows_per_expert_L), dim=0)
     out_RD = (rows_RD * scales_RD * weights_R[:, None]).to(rows_RD.dtype)
     yield "out", exchange.combine(out_RD.detach(), received).wait()

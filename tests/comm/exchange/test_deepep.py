@@ -13,19 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.comm.async_comm import open_worker
+from shoestring.comm.async_comm import build_async_communicator
 from shoestring.comm.errors import CollectiveError
 from shoestring.comm.exchange import deepep
 from shoestring.comm.exchange.api import TokenExchange
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.exchange.deepep import deepep_problems
-from shoestring.comm.exchange.deepep_buffer import BufferShape
-from shoestring.comm.exchange.factory import open_exchange
+from shoestring.comm.exchange.deepep_buffer import DeepEPBufferShape
+from shoestring.comm.exchange.factory import build_token_exchange
 from shoestring.comm.fp8 import dequantize
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
-from shoestring.comm.traffic import Traffic
-from shoestring.launch.compose import compose_run
+from shoestring.comm.traffic import TrafficCounter
+from shoestring.launch.compose import compose_run_config
 from shoestring.tests.comm.exchange import deep_ep_stand_in, routing
 from shoestring.tests.comm.exchange.deep_ep_package import GOOD, write_deep_ep
 from shoestring.tests.comm.exchange.routing import CASES, EXPERTS, LABEL, batch_of, through_experts
@@ -42,15 +42,17 @@ FORMATS = {"bf16": (torch.bfloat16, BF16), "fp8": (torch.bfloat16, FP8), "fp8 of
 BOUND = 4 * 2**-9
 
 
-def opened(world: World, gpus_per_node: int, config: ExchangeConfig) -> tuple[TokenExchange[Any], Traffic, Topology]:
+def opened(
+    world: World, gpus_per_node: int, config: ExchangeConfig
+) -> tuple[TokenExchange[Any], TrafficCounter, Topology]:
     """Collective. The exchange that `config` names, over all ranks, for rows of this file's width."""
     routing.WIDTH = WIDTH
     topology = Topology(ep=world.size, gpus_per_node=gpus_per_node)
     groups = ProcessGroups.create(topology, world.rank, timedelta(seconds=30))
-    worker, traffic = open_worker(groups.ep, torch.device("cpu")), Traffic(topology, world.rank)
+    worker, traffic = build_async_communicator(groups.ep, torch.device("cpu")), TrafficCounter(topology, world.rank)
     top_k = max(case.top_k for case in CASES)
-    shape = BufferShape(MOST_TOKENS, WIDTH, top_k)
-    return open_exchange(config, groups, EXPERTS, worker, traffic, shape), traffic, topology
+    shape = DeepEPBufferShape(MOST_TOKENS, WIDTH, top_k)
+    return build_token_exchange(config, groups, EXPERTS, worker, traffic, shape), traffic, topology
 
 
 def compare(world: World, gpus_per_node: int) -> dict[tuple[str, str, str], float]:
@@ -71,13 +73,15 @@ def compare(world: World, gpus_per_node: int) -> dict[tuple[str, str, str], floa
                 for exchange in (ours, oracle)
             )
             assert one.rows_per_expert_L == other.rows_per_expert_L
-            assert one.visits == other.visits
+            assert one.token_counts == other.token_counts
             assert one.label == LABEL
-            assert one.weights_R.dtype == other.weights_R.dtype
-            in_fp8 = ours.dispatch(batch.tokens_TD, batch.weights_TK, batch.experts_TK, LABEL, as_tiles=True).wait()
-            assert (in_fp8.tiles is not None) == (config.dispatch == "fp8")
-            if in_fp8.tiles is not None:
-                rows_RD = dequantize(in_fp8.tiles.values_XD, in_fp8.tiles.exponents_XQ, dtype)
+            assert one.gate_weights_R.dtype == other.gate_weights_R.dtype
+            in_fp8 = ours.dispatch(
+                batch.tokens_TD, batch.weights_TK, batch.experts_TK, LABEL, keep_quantized=True
+            ).wait()
+            assert (in_fp8.quantized_rows is not None) == (config.dispatch == "fp8")
+            if in_fp8.quantized_rows is not None:
+                rows_RD = dequantize(in_fp8.quantized_rows.values_XD, in_fp8.quantized_rows.exponents_XQ, dtype)
                 assert torch.equal(rows_RD.sort(dim=0).values, one.rows_RD.sort(dim=0).values)  # in any order
                 assert in_fp8.rows_RD.isnan().all()
         assert not traffic.bytes_sent  # what is not known is not counted
@@ -184,7 +188,13 @@ def test_nothing_is_imported_before_it_is_opened() -> None:
     assert "deep_ep" not in sys.modules
 
 
-FITS = {"shape": BufferShape(4096, 7168, 8), "ranks": 8, "dtype": torch.bfloat16, "device": "auto", "local_ranks": 2}
+FITS = {
+    "shape": DeepEPBufferShape(4096, 7168, 8),
+    "ranks": 8,
+    "dtype": torch.bfloat16,
+    "device": "auto",
+    "local_ranks": 2,
+}
 
 
 @pytest.fixture
@@ -212,8 +222,8 @@ def test_what_fits_is_not_refused(hopper: Path) -> None:
 
 def test_what_is_impossible_everywhere(hopper: Path) -> None:
     assert "nothing to exchange; write exchange=flat" in remedies(ranks=1)
-    assert "whole 256 elements and these have 160" in remedies(shape=BufferShape(4096, 160, 8))
-    assert "at most 32 experts and these go to 33" in remedies(shape=BufferShape(4096, 7168, 33))
+    assert "whole 256 elements and these have 160" in remedies(shape=DeepEPBufferShape(4096, 160, 8))
+    assert "at most 32 experts and these go to 33" in remedies(shape=DeepEPBufferShape(4096, 7168, 33))
     assert "gates in FP32" in remedies(dtype=torch.float64)
 
 
@@ -244,11 +254,11 @@ def test_this_machine_is_refused() -> None:
     found = remedies()
     assert "deep_ep is not installed; build version 2" in found
     assert "each of 2 ranks needs a Hopper GPU and this machine has 0" in found
-    assert deepep.loaded_nccl() == ()
+    assert deepep.loaded_nccl_version() == ()
 
 
 def test_the_shipped_configuration_and_formats_without_kernels() -> None:
-    assert compose_run(["exchange=deepep", "experiment=quickstart"]).exchange == FP8
+    assert compose_run_config(["exchange=deepep", "experiment=quickstart"]).exchange == FP8
     assert not list(BF16.problems())
     native = {problem.field: problem for problem in ExchangeConfig(name="deepep").problems()}
     assert set(native) == {"dispatch", "combine", "combine_backward", "dispatch_backward"}

@@ -6,12 +6,12 @@ import os
 import sys
 from pathlib import Path
 
-from shoestring.comm.exchange.deepep_probe import why_deepep_fails
+from shoestring.comm.exchange.deepep_probe import probe_deepep_import
 from shoestring.tests.comm.exchange.deep_ep_package import GOOD, write_deep_ep
 
 
 def failure(place: Path, seconds: float = 60.0, **own: str) -> str | None:
-    return why_deepep_fails({**os.environ, "PYTHONPATH": str(place), **own}, seconds)
+    return probe_deepep_import({**os.environ, "PYTHONPATH": str(place), **own}, seconds)
 
 
 def test_one_that_imports_well(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from datetime import timedelta
 import pytest
 import torch
 
-from shoestring.comm.exchange.api import Received, TokenExchange
+from shoestring.comm.exchange.api import DispatchedTokens, TokenExchange
 from shoestring.comm.exchange.config import ExchangeConfig
-from shoestring.comm.fp8 import dequantize, stand_in
+from shoestring.comm.fp8 import dequantize, nan_placeholder
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
 from shoestring.tests.comm.exchange.routing import CASES, LABEL, WIDTH, Batch, batch_of, open_on
@@ -19,8 +19,8 @@ from shoestring.tests.processes import World, run_processes
 FP8 = ExchangeConfig(dispatch="fp8", combine="bf16", combine_backward="fp8", dispatch_backward="bf16")
 
 
-def received(exchange: TokenExchange[object], batch: Batch, *, as_tiles: bool) -> Received[object]:
-    return exchange.dispatch(batch.tokens_TD, batch.weights_TK, batch.experts_TK, LABEL, as_tiles=as_tiles).wait()
+def received(exchange: TokenExchange[object], batch: Batch, *, as_tiles: bool) -> DispatchedTokens[object]:
+    return exchange.dispatch(batch.tokens_TD, batch.weights_TK, batch.experts_TK, LABEL, keep_quantized=as_tiles).wait()
 
 
 def both_ways(world: World, name: str, dtype: torch.dtype) -> int:
@@ -31,23 +31,23 @@ def both_ways(world: World, name: str, dtype: torch.dtype) -> int:
     count = 0
     for case in CASES:
         batch = batch_of(case, topology, world.rank, dtype)
-        traffic.clear()
+        traffic.reset()
         plain = received(exchange, batch, as_tiles=False)
         sent = dict(traffic.bytes_sent)
-        traffic.clear()
+        traffic.reset()
         ours = received(exchange, batch, as_tiles=True)
         assert traffic.bytes_sent == sent
-        assert plain.tiles is None
-        assert ours.tiles is not None
-        values_RD, exponents_RQ = ours.tiles.values_XD, ours.tiles.exponents_XQ
+        assert plain.quantized_rows is None
+        assert ours.quantized_rows is not None
+        values_RD, exponents_RQ = ours.quantized_rows.values_XD, ours.quantized_rows.exponents_XQ
         assert values_RD.is_contiguous()
         assert exponents_RQ.shape == (len(values_RD), 2)
         assert torch.equal(dequantize(values_RD, exponents_RQ, dtype), plain.rows_RD)
-        assert torch.equal(ours.weights_R, plain.weights_R)
-        assert (ours.rows_per_expert_L, ours.visits) == (plain.rows_per_expert_L, plain.visits)
+        assert torch.equal(ours.gate_weights_R, plain.gate_weights_R)
+        assert (ours.rows_per_expert_L, ours.token_counts) == (plain.rows_per_expert_L, plain.token_counts)
         assert (ours.rows_RD.shape, ours.rows_RD.dtype) == (plain.rows_RD.shape, dtype)
         assert ours.rows_RD.isnan().all()
-        assert ours.without_rows().tiles is None
+        assert ours.without_rows().quantized_rows is None
         back, expected = (exchange.combine(plain.rows_RD, way).wait() for way in (ours, plain))
         assert torch.equal(back, expected)
         count += len(values_RD)
@@ -70,7 +70,7 @@ def asked_in_vain(world: World, name: str) -> list[bool]:
         exchange, _, _ = open_on(topology, world.rank, replace(FP8, name=name, dispatch=form), groups)
         batch = batch_of(CASES[2], topology, world.rank, torch.float32)
         ours, plain = (received(exchange, batch, as_tiles=as_tiles) for as_tiles in (True, False))
-        found.append(ours.tiles is None and torch.equal(ours.rows_RD, plain.rows_RD))
+        found.append(ours.quantized_rows is None and torch.equal(ours.rows_RD, plain.rows_RD))
     return found
 
 
@@ -84,7 +84,7 @@ def test_rows_that_do_not_cross_in_fp8_are_rows(name: str, ranks: int) -> None:
 @pytest.mark.parametrize("rows", [0, 5])
 def test_a_stand_in_takes_no_memory_and_is_no_number(rows: int) -> None:
     values_XD = torch.zeros(rows, WIDTH).to(torch.float8_e4m3fn)
-    rows_XD = stand_in(values_XD, torch.bfloat16)
+    rows_XD = nan_placeholder(values_XD, torch.bfloat16)
     assert (rows_XD.shape, rows_XD.dtype) == (values_XD.shape, torch.bfloat16)
     assert rows_XD.isnan().all()
     assert rows_XD.untyped_storage().nbytes() == 2

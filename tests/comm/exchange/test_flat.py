@@ -9,7 +9,7 @@ from torch import Tensor
 from shoestring.comm.exchange.api import TokenExchange
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.topology import Topology
-from shoestring.comm.traffic import Traffic, TrafficKind
+from shoestring.comm.traffic import TrafficCounter, TrafficKind
 from shoestring.tests.comm.exchange.routing import EXPERTS, LABEL, open_on
 from shoestring.tests.processes import World, run_processes
 
@@ -25,7 +25,7 @@ def tokens_of(rank: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     return tokens_TD, weights_TK, experts_TK
 
 
-def exchange_of(ranks: int, rank: int) -> tuple[TokenExchange[object], Traffic]:
+def exchange_of(ranks: int, rank: int) -> tuple[TokenExchange[object], TrafficCounter]:
     exchange, traffic, _ = open_on(Topology(ep=ranks, gpus_per_node=2), rank, ExchangeConfig())
     return exchange, traffic
 
@@ -41,7 +41,7 @@ def round_trip(world: World, counts: list[int]) -> dict[str, Tensor]:
     combined_TD = exchange.combine(received.rows_RD * expert_of_row_R[:, None], received).wait()
     grad_RD = exchange.combine_backward(tokens_TD, received).wait()
     assert torch.equal(grad_RD, received.rows_RD)  # the same layout, the same rows
-    grad_TD, grad_weights_TK = exchange.dispatch_backward(2 * grad_RD, received.weights_R, received).wait()
+    grad_TD, grad_weights_TK = exchange.dispatch_backward(2 * grad_RD, received.gate_weights_R, received).wait()
     return {
         "rows": received.rows_RD,
         "combined": combined_TD,
@@ -74,8 +74,8 @@ def bytes_sent(world: World) -> tuple[dict[str, int], dict[str, int], tuple[int,
     tokens_TD, weights_TK, _ = tokens_of(world.rank, 4)
     experts_TK = torch.tensor([[0, EXPERTS - 1]] * 4)  # ranks 0 and 3 of four
     received = exchange.dispatch(tokens_TD, weights_TK, experts_TK, LABEL).wait()
-    payload, beside = ({str(link): size for link, size in traffic.by_link(kind).items()} for kind in TrafficKind)
-    return payload, beside, received.visits.counts()
+    payload, beside = ({str(link): size for link, size in traffic.bytes_by_link(kind).items()} for kind in TrafficKind)
+    return payload, beside, received.token_counts.as_tuple()
 
 
 def test_bytes_are_counted_by_kind_and_link() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.topology import Link, Topology
+from shoestring.comm.topology import LinkType, Topology
 from shoestring.comm.traffic import TrafficKind
 from shoestring.tests.comm.exchange.routing import CASES, EXPERTS, WIDTH, batch_of, open_on, through_experts
 from shoestring.tests.processes import World, run_processes
@@ -93,11 +93,11 @@ def payload_between_nodes(world: World, gpus_per_node: int, form: str) -> list[t
         exchange, traffic, _ = open_on(topology, world.rank, replace(formats, name="two_hop"), groups)
         batch = batch_of(case, topology, world.rank, dtype)
         dict(through_experts(exchange, batch, topology, world.rank))
-        experts_of_node = EXPERTS // topology.ep_nodes
+        experts_of_node = EXPERTS // topology.nodes_per_ep_group
         own = world.rank // gpus_per_node
         rows = sum(len({expert // experts_of_node for expert in row} - {own}) for row in batch.experts_TK.tolist())
         operations = ("dispatch", "combine", "combine_backward", "dispatch_backward")
-        counted = {name: traffic.by_link(TrafficKind.PAYLOAD, name)[Link.INFINIBAND] for name in operations}
+        counted = {name: traffic.bytes_by_link(TrafficKind.PAYLOAD, name)[LinkType.INFINIBAND] for name in operations}
         result.append((counted, rows))
     return result
 

@@ -18,17 +18,17 @@ def test_lines_wait_for_room_and_come_in_order(tmp_path: Path) -> None:
     with largest_file(5):
         for line in (b"2\n", b"3333\n", b"4\n"):  # the second one is cut in its middle
             assert writer.append(line)
-        assert (writer.waiting, writer.failure) == (2, "File too large")
+        assert (writer.pending_lines, writer.write_error) == (2, "File too large")
         assert path.read_bytes() == b"1\n2\n"  # nothing torn, also for a reader that comes now
-        assert not writer.sync()
+        assert not writer.fsync()
     assert writer.append(b"5\n")
-    assert (writer.waiting, writer.failure) == (0, None)
+    assert (writer.pending_lines, writer.write_error) == (0, None)
     writer.close()
     assert path.read_bytes() == b"1\n2\n3333\n4\n5\n"
 
 
 def test_what_waits_is_bounded(tmp_path: Path) -> None:
-    writer = LineWriter(tmp_path / "lines", backlog_bytes=6)
+    writer = LineWriter(tmp_path / "lines", max_backlog_bytes=6)
     with largest_file(0):
         assert [writer.append(b"12\n") for _ in range(4)] == [True, True, False, False]
     writer.close()
@@ -36,7 +36,7 @@ def test_what_waits_is_bounded(tmp_path: Path) -> None:
 
 
 def test_a_line_longer_than_the_bound_waits_alone(tmp_path: Path) -> None:
-    writer = LineWriter(tmp_path / "lines", backlog_bytes=6)
+    writer = LineWriter(tmp_path / "lines", max_backlog_bytes=6)
     with largest_file(0):
         assert [writer.append(line) for line in (b"123456789\n", b"1\n")] == [True, False]
     writer.close()
@@ -61,7 +61,7 @@ def test_events_that_were_left_out_are_counted(tmp_path: Path) -> None:
     with largest_file(10):
         for step in range(2, 6):
             stream.emit(Event("step", step, {"loss": 1.0}))
-        assert stream.waiting == 1
+        assert stream.pending_events == 1
     stream.emit(Event("step", 6, {"loss": 1.0}))
     stream.close()
     events = read_all_metrics(tmp_path / "metrics.jsonl")

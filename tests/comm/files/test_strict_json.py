@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from shoestring.comm.files.strict_json import LARGEST, MAX_DEPTH, Item, Malformed, parse_json
+from shoestring.comm.files.strict_json import MAX_DEPTH, MAX_INTEGER, JsonValue, MalformedFileError, parse_json
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ from shoestring.comm.files.strict_json import LARGEST, MAX_DEPTH, Item, Malforme
     ],
 )
 def test_what_is_no_strict_json_is_named(raw: bytes, gist: str) -> None:
-    with pytest.raises(Malformed, match=gist):
+    with pytest.raises(MalformedFileError, match=gist):
         parse_json(raw)
 
 
@@ -44,45 +44,45 @@ def test_what_is_json_is_read() -> None:
     deepest = b"[" * MAX_DEPTH + b"]" * MAX_DEPTH
     parse_json(deepest)
     many = b"[" + b",".join([b"[]"] * 1000) + b"]"  # wide is not deep
-    assert len(parse_json(many).list()) == 1000
-    assert parse_json('{"é": "\\ud83d\\ude00"}')["é"].text() == "\U0001f600"
+    assert len(parse_json(many).as_list()) == 1000
+    assert parse_json('{"é": "\\ud83d\\ude00"}')["é"].as_string() == "\U0001f600"
 
 
-WRONG: list[tuple[Callable[[Item], object], list[Any]]] = [
-    (Item.whole, [1.0, 1.5, True, "1", None, [], {}, -1, LARGEST + 1, 10**40]),
-    (Item.number, [True, "1", None, [], float("inf"), float("nan"), 10**400]),
-    (Item.text, [1, None, True, ["a"]]),
-    (Item.flag, [0, 1, "true", None]),
-    (Item.list, ["ab", {}, None, 3]),
-    (Item.mapping, ["ab", [], None, 3]),
-    (Item.inside, ["", "/etc/passwd", "../a", "a/../../b", ".", "a\0b", "..\\a", 5, None]),
-    (Item.file_name, ["a/b", "", "..", "/dev/zero", "x" * 256, "é" * 200]),
-    (Item.sha256, ["", "a" * 63, "A" * 64, "g" * 64, 5, "a" * 65]),
+WRONG: list[tuple[Callable[[JsonValue], object], list[Any]]] = [
+    (JsonValue.as_integer, [1.0, 1.5, True, "1", None, [], {}, -1, MAX_INTEGER + 1, 10**40]),
+    (JsonValue.as_number, [True, "1", None, [], float("inf"), float("nan"), 10**400]),
+    (JsonValue.as_string, [1, None, True, ["a"]]),
+    (JsonValue.as_boolean, [0, 1, "true", None]),
+    (JsonValue.as_list, ["ab", {}, None, 3]),
+    (JsonValue.as_mapping, ["ab", [], None, 3]),
+    (JsonValue.as_relative_path, ["", "/etc/passwd", "../a", "a/../../b", ".", "a\0b", "..\\a", 5, None]),
+    (JsonValue.as_file_name, ["a/b", "", "..", "/dev/zero", "x" * 256, "é" * 200]),
+    (JsonValue.as_sha256, ["", "a" * 63, "A" * 64, "g" * 64, 5, "a" * 65]),
 ]
 
 
 @pytest.mark.parametrize(("ask", "values"), WRONG, ids=[ask.__name__ for ask, _ in WRONG])
 def test_a_value_of_another_type_or_range_is_named_with_its_place(
-    ask: Callable[[Item], object], values: list[Any]
+    ask: Callable[[JsonValue], object], values: list[Any]
 ) -> None:
     for value in values:
-        with pytest.raises(Malformed) as caught:
-            ask(Item({"a": [value]})["a"].list()[0])
-        assert caught.value.where == "a[0]"
+        with pytest.raises(MalformedFileError) as caught:
+            ask(JsonValue({"a": [value]})["a"].as_list()[0])
+        assert caught.value.location == "a[0]"
         assert len(str(caught.value)) < 400
 
 
 def test_ranges_and_missing_keys() -> None:
     item = parse_json('{"a": {"n": 7}}')
-    assert item["a"]["n"].whole(7, 7) == 7
-    with pytest.raises(Malformed, match=r"a\.n = 7: must be from 8 to 9"):
-        item["a"]["n"].whole(8, 9)
-    with pytest.raises(Malformed, match=r"a\.n = 7: must be from 0 to 1"):
-        item["a"]["n"].number(0, 1)
-    with pytest.raises(Malformed, match=r"a\.m = None: is missing"):
+    assert item["a"]["n"].as_integer(7, 7) == 7
+    with pytest.raises(MalformedFileError, match=r"a\.n = 7: must be from 8 to 9"):
+        item["a"]["n"].as_integer(8, 9)
+    with pytest.raises(MalformedFileError, match=r"a\.n = 7: must be from 0 to 1"):
+        item["a"]["n"].as_number(0, 1)
+    with pytest.raises(MalformedFileError, match=r"a\.m = None: is missing"):
         item["a"]["m"]
-    with pytest.raises(Malformed, match=r"a = .*: is no key of this format"):
-        item.only(["b"])
+    with pytest.raises(MalformedFileError, match=r"a = .*: is no key of this format"):
+        item.reject_unknown_keys(["b"])
     assert item["a"].get("m") is None
 
 
@@ -102,7 +102,7 @@ class Outer:
 
 def test_a_dataclass_is_built_by_the_types_of_its_fields() -> None:
     text = '{"inner": {"sizes": [1, 2]}, "rate": 1, "rank": null, "on": true}'
-    assert parse_json(text).build(Outer) == Outer(Inner((1, 2)), 1.0, None, True)
+    assert parse_json(text).as_dataclass(Outer) == Outer(Inner((1, 2)), 1.0, None, True)
     for old, new, gist in (
         ("[1, 2]", "[1, 2.0]", r"inner\.sizes\[1\] = 2\.0: must be a whole number"),
         ("[1, 2]", "5", r"inner\.sizes = 5: must be a list"),
@@ -111,5 +111,5 @@ def test_a_dataclass_is_built_by_the_types_of_its_fields() -> None:
         ('"rate": 1, ', "", "rate = None: is missing"),
         ('"on"', '"off"', "off = True: is no key of this format"),
     ):
-        with pytest.raises(Malformed, match=gist):
-            parse_json(text.replace(old, new)).build(Outer)
+        with pytest.raises(MalformedFileError, match=gist):
+            parse_json(text.replace(old, new)).as_dataclass(Outer)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.files.strict_json import Malformed
+from shoestring.comm.files.strict_json import MalformedFileError
 from shoestring.comm.files.strict_yaml import read_yaml
 
 
@@ -30,7 +30,7 @@ from shoestring.comm.files.strict_yaml import read_yaml
 )  # fmt: skip
 def test_yaml_that_explodes_or_is_none_is_named(text: str, gist: str, tmp_path: Path) -> None:
     (tmp_path / "file.yaml").write_text(text)
-    with pytest.raises(Malformed, match=gist):
+    with pytest.raises(MalformedFileError, match=gist):
         read_yaml(tmp_path / "file.yaml")
 
 
@@ -38,7 +38,7 @@ def test_yaml_with_an_honest_alias_is_read(tmp_path: Path) -> None:
     (tmp_path / "file.yaml").write_text("a: &a [1, 2]\nb: *a\nc: ${a}\n")
     assert read_yaml(tmp_path / "file.yaml") == {"a": [1, 2], "b": [1, 2], "c": [1, 2]}
     (tmp_path / "file.yaml").write_bytes(b"a: \xff")
-    with pytest.raises(Malformed, match="UTF-8"):
+    with pytest.raises(MalformedFileError, match="UTF-8"):
         read_yaml(tmp_path / "file.yaml")
     (tmp_path / "file.yaml").write_text("a: 1\nb: ${a}\n")
     assert read_yaml(tmp_path / "file.yaml", resolve=False) == {"a": 1, "b": "${a}"}

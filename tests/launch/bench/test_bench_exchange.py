@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from shoestring.comm.errors import ConfigError
-from shoestring.launch.bench.bench_exchange import bench_exchange, bench_tables, read_names
-from shoestring.launch.bench.bench_exchange_rank import ExchangeSpec
-from shoestring.launch.cluster.namespaces import missing_means
+from shoestring.launch.bench.bench_exchange import bench_exchange, benchmark_tables, parse_name_list
+from shoestring.launch.bench.bench_exchange_rank import ExchangeBenchmarkSpec
+from shoestring.launch.cluster.namespaces import namespace_problems
 
-SPEC = ExchangeSpec(
+SPEC = ExchangeBenchmarkSpec(
     nodes=2,
     gpus_per_node=1,
     hidden=512,
@@ -47,12 +47,12 @@ def test_refusals(changes: dict[str, object], field: str, gist: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "flat,", "flat,flat"])
 def test_names_are_read(text: str) -> None:
-    assert read_names("flat, two_hop", "--exchanges") == ("flat", "two_hop")
+    assert parse_name_list("flat, two_hop", "--exchanges") == ("flat", "two_hop")
     with pytest.raises(ConfigError):
-        read_names(text, "--exchanges")
+        parse_name_list(text, "--exchanges")
 
 
-@pytest.mark.skipif(bool(list(missing_means())), reason="needs root, and namespaces")
+@pytest.mark.skipif(bool(list(namespace_problems())), reason="needs root, and namespaces")
 def test_what_is_counted_is_what_leaves_the_nodes() -> None:
     result = bench_exchange(replace(SPEC, exchanges=("two_hop", "flat")), "10gbit")
     counted, seen = result["sent_between_nodes"], result["sent_by_interfaces"]
@@ -64,4 +64,4 @@ def test_what_is_counted_is_what_leaves_the_nodes() -> None:
         assert all(seconds > 0 for seconds in row["seconds"].values())
     # Four experts of one group, which is one node: a row a node is a quarter of a row an expert.
     assert 4 * result["needed"]["bf16"]["node"] == result["needed"]["bf16"]["expert"]
-    assert bench_tables(result)
+    assert benchmark_tables(result)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from shoestring.comm.trace import EXPOSED_EXCHANGE, Track
-from shoestring.launch.bench.calibrate_rank import Calibration, phase_seconds
-from shoestring.launch.compose import compose_run
+from shoestring.comm.trace import EXPOSED_EXCHANGE, TimelineTrack
+from shoestring.launch.bench.calibrate_rank import Calibration, phase_seconds_from_spans
+from shoestring.launch.compose import compose_run_config
 from shoestring.trainer.telemetry.trace import Span
 
 
-def spans(track: Track, *named: tuple[str, int]) -> list[Span]:
+def spans(track: TimelineTrack, *named: tuple[str, int]) -> list[Span]:
     """One after the other; lengths in seconds."""
     found, now = [], 0
     for name, seconds in named:
@@ -21,13 +21,13 @@ def spans(track: Track, *named: tuple[str, int]) -> list[Span]:
 
 def test_weights_are_told_apart_by_the_moment_they_are_settled() -> None:
     """A dense layer, two routed ones and MTP, as the tape of a backward has them."""
-    config = compose_run(
+    config = compose_run_config(
         ["model.num_hidden_layers=3", "model.first_k_dense_replace=1", "model.num_nextn_predict_layers=1"]
     )
     backward = [("attn(W)", 6), ("attn(W)", 7), ("attn(W)", 2), ("attn(W)", 5)]  # losses, MTP, layer 2, layer 1 and 0
-    inner = spans(Track.COMPUTE, ("attn(F)", 3), ("attn(F)", 5), ("mlp(F)", 4), *backward)
-    whole = Span(Track.INSTRUCTION, "B", "", inner[3].begin, inner[-1].end + 8 * 10**9)
-    seconds = phase_seconds([*inner, whole], config)
+    inner = spans(TimelineTrack.COMPUTE, ("attn(F)", 3), ("attn(F)", 5), ("mlp(F)", 4), *backward)
+    whole = Span(TimelineTrack.INSTRUCTION, "B", "", inner[3].begin, inner[-1].end + 8 * 10**9)
+    seconds = phase_seconds_from_spans([*inner, whole], config)
     assert seconds["attn(F)"] == 4
     assert seconds["loss(W)"] == 3  # of two losses
     assert seconds["attn(W)"] == 2
@@ -37,15 +37,15 @@ def test_weights_are_told_apart_by_the_moment_they_are_settled() -> None:
 
 
 def test_waiting_for_an_exchange_is_no_computing() -> None:
-    config = compose_run([])
-    (experts,) = spans(Track.COMPUTE, ("mlp(F)", 10))
-    settle = spans(Track.COMPUTE, *[("attn(W)", 1)] * 4)
-    wait = Span(Track.COMPUTE, EXPOSED_EXCHANGE, "", 2 * 10**9, 5 * 10**9)
-    assert phase_seconds([experts, wait, *settle], config)["mlp(F)"] == 7
+    config = compose_run_config([])
+    (experts,) = spans(TimelineTrack.COMPUTE, ("mlp(F)", 10))
+    settle = spans(TimelineTrack.COMPUTE, *[("attn(W)", 1)] * 4)
+    wait = Span(TimelineTrack.COMPUTE, EXPOSED_EXCHANGE, "", 2 * 10**9, 5 * 10**9)
+    assert phase_seconds_from_spans([experts, wait, *settle], config)["mlp(F)"] == 7
 
 
 def test_exchanges_are_timed_in_groups_of_every_size() -> None:
     """Else the quickstart, two by two ranks, could not be priced after a calibration on four."""
     of_four = SimpleNamespace(world=SimpleNamespace(size=4))
-    calibration = Calibration(compose_run([]), of_four, 1)  # type: ignore[arg-type]
-    assert calibration.group_sizes == [1, 2, 4]
+    calibration = Calibration(compose_run_config([]), of_four, 1)  # type: ignore[arg-type]
+    assert calibration.exchange_group_sizes == [1, 2, 4]

@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 
 from shoestring.launch.cluster import cluster_run
-from shoestring.launch.cluster.cluster_run import ClusterRehearsal, run_cluster
-from shoestring.launch.compose import compose_run
-from shoestring.launch.run.run_dir import read_status
+from shoestring.launch.cluster.cluster_run import SimulatedClusterRun, run_on_simulated_cluster
+from shoestring.launch.compose import compose_run_config
+from shoestring.launch.run.run_dir import read_run_status
 from shoestring.tests.launch.machines import alive, descendants, needs_machines, wait_until
 from shoestring.tests.launch.refusals import refused
 from shoestring.tests.launch.small_run import small_run
-from shoestring.trainer.ledger.summary import summarize
+from shoestring.trainer.ledger.summary import summarize_ledger
 from shoestring.trainer.telemetry.history import read_all_metrics, read_metrics
 
 STEPS, EVERY, BREAK = 18, 8, 12  # some steps after a save has begun, which takes two of them, and before the next
-TWO_NODES = ClusterRehearsal(["topology.ep=4"], None, fresh=False, nodes=2, gpus_per_node=2, uplink="100mbit")
+TWO_NODES = SimulatedClusterRun(["topology.ep=4"], None, fresh=False, nodes=2, gpus_per_node=2, uplink_rate="100mbit")
 
 # What stands in for a node's launcher: it tells step 5 of a run and then behaves as its node is told to.
 STAND_IN = """
@@ -43,28 +43,28 @@ def rehearse(monkeypatch: pytest.MonkeyPatch, run_dir: Path, *behaviors: str, fa
     run_dir.mkdir()
     overrides = [f"training.run_dir={run_dir}", "training.collective_timeout_seconds=1"]
     command = [sys.executable, "-I", "-S", "-c", STAND_IN, str(run_dir / "metrics.jsonl"), *behaviors]
-    monkeypatch.setattr(ClusterRehearsal, "command", lambda _: command)
-    monkeypatch.setattr(ClusterRehearsal, "config", lambda _: compose_run(overrides))
+    monkeypatch.setattr(SimulatedClusterRun, "command", lambda _: command)
+    monkeypatch.setattr(SimulatedClusterRun, "config", lambda _: compose_run_config(overrides))
     monkeypatch.setattr(cluster_run, "_SECONDS_FOR_OTHERS", 0.5)
     monkeypatch.setattr(cluster_run, "_SECONDS_AFTER_FAULT", 0)
-    return run_cluster(replace(TWO_NODES, faults=[("--kill-node", text) for text in faults]))
+    return run_on_simulated_cluster(replace(TWO_NODES, faults=[("--kill-node", text) for text in faults]))
 
 
 def test_what_the_cluster_implies_is_added_where_it_is_not_given() -> None:
     own = ["topology.gpus_per_node=2", "training.device=cpu"]
-    assert TWO_NODES.complete_overrides() == ["topology.ep=4", *own]
+    assert TWO_NODES.all_overrides() == ["topology.ep=4", *own]
     given = ["+topology.gpus_per_node=4", "training.device=auto", "telemetry.log_every=3"]
-    assert replace(TWO_NODES, overrides=given, faults=[("--cut-link", "0@1")]).complete_overrides() == given
+    assert replace(TWO_NODES, overrides=given, faults=[("--cut-link", "0@1")]).all_overrides() == given
     broken = replace(TWO_NODES, faults=[("--cut-link", "0@1")])
-    assert broken.complete_overrides() == ["topology.ep=4", *own, "telemetry.log_every=1"]
-    assert broken.command()[1:3] == ["-m", "shoestring.launch.run.node"]
-    assert replace(TWO_NODES, fresh=True, config_dir=Path("x")).command()[-3:] == ["--config-dir", "x", "--fresh"]
+    assert broken.all_overrides() == ["topology.ep=4", *own, "telemetry.log_every=1"]
+    assert broken.node_command()[1:3] == ["-m", "shoestring.launch.run.node"]
+    assert replace(TWO_NODES, fresh=True, config_dir=Path("x")).node_command()[-3:] == ["--config-dir", "x", "--fresh"]
 
 
 def test_what_is_refused() -> None:
     contrary = ["topology.ep=8", "topology.gpus_per_node=4", "training.device=auto", "telemetry.wandb.mode=online"]
     faults = [("--cut-link", "1"), ("--kill-node", "2@5"), ("--cut-link", "0@4"), ("--kill-node", "0@5")]
-    found = refused(run_cluster, replace(TWO_NODES, overrides=contrary, uplink="fast", faults=faults))
+    found = refused(run_on_simulated_cluster, replace(TWO_NODES, overrides=contrary, uplink_rate="fast", faults=faults))
     assert "2 x 2 = 4 ranks, and the topology asks for 8" in found["--gpus-per-node"]
     assert "--gpus-per-node says 2" in found["topology.gpus_per_node"]
     assert "write cpu" in found["training.device"]
@@ -177,7 +177,7 @@ def test_a_run_that_breaks_ends_and_goes_on_from_its_checkpoint(
             assert re.search(rf"rank {ranks}: .* with ranks .* \(limit 8 s\)", broken.stderr), broken.stderr
     assert f"{'killed' if option == '--kill-node' else 'link cut'} at step {BREAK}" in broken.stdout
     events = read_all_metrics(run_dir / "metrics.jsonl")
-    assert not summarize(run_dir).running
+    assert not summarize_ledger(run_dir).is_running
     told = [event for event in events if event.kind == "step"]
     assert BREAK <= told[-1].step < STEPS
 
@@ -185,7 +185,7 @@ def test_a_run_that_breaks_ends_and_goes_on_from_its_checkpoint(
     assert again.returncode == 0, again.stderr
     assert f"resume at step {EVERY}" in again.stdout
     assert losses(run_dir) == losses(undisturbed)
-    assert read_status(run_dir) == {"exit_code": 0, "reason": f"{STEPS} steps done"}
+    assert read_run_status(run_dir) == {"exit_code": 0, "reason": f"{STEPS} steps done"}
 
 
 @needs_machines
@@ -204,4 +204,4 @@ def test_a_request_to_stop_ends_all_nodes_and_closes_the_ledger(overrides: list[
     process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGINT
     wait_until(lambda: not alive(processes), 20)
-    assert not summarize(run_dir).running
+    assert not summarize_ledger(run_dir).is_running

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.launch.cluster.namespaces import MachineProcess
+from shoestring.launch.cluster.namespaces import NamespaceProcess
 from shoestring.launch.cluster.simulated_cluster import SimulatedCluster
 from shoestring.tests.launch.machines import alive, descendants, needs_machines, wait_until
 from shoestring.tests.launch.refusals import refused
@@ -52,17 +52,17 @@ signal.pause()
 """
 
 
-def python(cluster: SimulatedCluster, node: int, source: str, *arguments: object) -> MachineProcess:
+def python(cluster: SimulatedCluster, node: int, source: str, *arguments: object) -> NamespaceProcess:
     command = [sys.executable, "-I", "-S", "-c", source, *map(str, arguments)]
-    return cluster.start(node, command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return cluster.start_process(node, command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def line(process: MachineProcess) -> str:
+def line(process: NamespaceProcess) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
 
 
-def said(process: MachineProcess) -> str:
+def said(process: NamespaceProcess) -> str:
     """All that it says until it ends, as it should."""
     out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, err
@@ -90,11 +90,11 @@ def test_a_node_is_a_machine_of_its_own(pair: SimulatedCluster, tmp_path: Path) 
     where = (
         "import os, socket; print(os.getcwd(), socket.gethostname(), socket.gethostbyname('node0'), os.getpid() < 99)"
     )
-    assert said(python(pair, 1, where)) == f"{Path.cwd()} node1 {pair.address(0)} True"
+    assert said(python(pair, 1, where)) == f"{Path.cwd()} node1 {pair.node_address(0)} True"
     names = ("NNODES", "NODE_RANK", "MASTER_ADDR", "GLOO_SOCKET_IFNAME", "OWN")
     command = [sys.executable, "-I", "-S", "-c", f"import os; print(*(os.environ[name] for name in {names}))"]
-    process = pair.start(1, command, {"OWN": "x", "NODE_RANK": "7"}, stdout=subprocess.PIPE)
-    assert said(process) == f"2 1 {pair.address(0)} eth0 x"
+    process = pair.start_process(1, command, {"OWN": "x", "NODE_RANK": "7"}, stdout=subprocess.PIPE)
+    assert said(process) == f"2 1 {pair.node_address(0)} eth0 x"
     interfaces = "import socket; print(sorted(name for _, name in socket.if_nameindex()))"
     assert said(python(pair, 0, interfaces)) == "['eth0', 'lo']"
     assert not {"bridge0", "node0", "node1"} & {path.name for path in Path("/sys/class/net").iterdir()}
@@ -103,14 +103,14 @@ def test_a_node_is_a_machine_of_its_own(pair: SimulatedCluster, tmp_path: Path) 
 @needs_machines
 def test_an_uplink_has_its_rate_in_both_directions_and_counts_its_bytes() -> None:
     with SimulatedCluster(nodes=3, uplink=f"{RATE / 1e6:g}mbit") as cluster:
-        assert [cluster.bytes_sent(node) for node in range(3)] == [0, 0, 0]
+        assert [cluster.uplink_bytes_sent(node) for node in range(3)] == [0, 0, 0]
         assert transfer(cluster, [0], 1) > 0.9 * 8 * (PAYLOAD - BUCKET) / RATE
-        assert PAYLOAD < cluster.bytes_sent(0) < 1.1 * PAYLOAD
-        assert cluster.bytes_sent(1) < 0.1 * PAYLOAD
+        assert PAYLOAD < cluster.uplink_bytes_sent(0) < 1.1 * PAYLOAD
+        assert cluster.uplink_bytes_sent(1) < 0.1 * PAYLOAD
         assert transfer(cluster, [0, 1], 2) > 0.9 * 8 * (2 * PAYLOAD - 2 * BUCKET) / RATE
-        before = cluster.bytes_sent(2)
+        before = cluster.uplink_bytes_sent(2)
         transfer(cluster, [2], 2)
-        assert cluster.bytes_sent(2) == before  # inside a node nothing crosses the uplink
+        assert cluster.uplink_bytes_sent(2) == before  # inside a node nothing crosses the uplink
 
 
 @needs_machines
@@ -137,8 +137,8 @@ def test_a_killed_node_has_no_process_left_and_stays_off(pair: SimulatedCluster)
     assert not alive(on_node)
     assert stubborn.wait(SECONDS) == -signal.SIGKILL
     assert other.poll() is None
-    assert pair.bytes_sent(1) == 0
-    for act in (pair.cut_link, pair.restore_link, lambda node: pair.start(node, ["true"])):
+    assert pair.uplink_bytes_sent(1) == 0
+    for act in (pair.cut_link, pair.restore_link, lambda node: pair.start_process(node, ["true"])):
         with pytest.raises(ValueError, match="node 1 has been killed"):
             act(1)
 
@@ -164,7 +164,7 @@ def test_two_clusters_have_the_same_addresses_and_do_not_meet(pair: SimulatedClu
         said(python(other, 0, SOURCE, "node1", PAYLOAD))
         said(sinks[1])
         assert sinks[0].poll() is None
-        assert pair.bytes_sent(0) < PAYLOAD < other.bytes_sent(0)
+        assert pair.uplink_bytes_sent(0) < PAYLOAD < other.uplink_bytes_sent(0)
 
 
 @needs_machines

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from shoestring.launch.cli import parse
+from shoestring.launch.cli import parse_arguments
 
 A, B, C = "experiment=quickstart", "training.run_dir=x", "training.seed=1"
 
@@ -27,7 +27,7 @@ A, B, C = "experiment=quickstart", "training.run_dir=x", "training.seed=1"
     ],
 )
 def test_overrides_on_both_sides_of_an_option(arguments: list[str], overrides: list[str]) -> None:
-    options = parse(arguments)
+    options = parse_arguments(arguments)
     assert options.overrides == overrides
     assert getattr(options, "fresh", True) is ("--fresh" in arguments or "fresh" not in options)
 
@@ -43,7 +43,7 @@ def test_overrides_on_both_sides_of_an_option(arguments: list[str], overrides: l
 )
 def test_what_nobody_knows_is_refused(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse(arguments)
+        parse_arguments(arguments)
     assert stop.value.code == 2
     assert f"unrecognized arguments: {named}" in capsys.readouterr().err
 

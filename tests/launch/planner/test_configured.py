@@ -7,12 +7,17 @@ from dataclasses import replace
 import pytest
 
 from shoestring.comm.topology import Topology
-from shoestring.launch.compose import compose_run
-from shoestring.launch.planner.configured import layout_of, overrides_between, recipe_of, run_with
-from shoestring.launch.planner.evidence import assumptions
-from shoestring.launch.planner.forecast import Layout
-from shoestring.launch.planner.published import is_published
-from shoestring.launch.planner.recipe import NOTHING, Precision, Recipe
+from shoestring.launch.compose import compose_run_config
+from shoestring.launch.planner.configured import (
+    config_with_layout,
+    diff_overrides,
+    layout_from_config,
+    recipe_from_config,
+)
+from shoestring.launch.planner.evidence import list_assumptions
+from shoestring.launch.planner.forecast import ParallelLayout
+from shoestring.launch.planner.published import is_deepseek_v3_layout
+from shoestring.launch.planner.recipe import RECOMPUTE_NOTHING, ForecastRecipe, GemmPrecision
 from shoestring.launch.planner.search import SearchSpace
 from shoestring.launch.verbs.plan import plan
 from shoestring.launch.verbs.simulate import simulate
@@ -23,8 +28,8 @@ V3 = "experiment=deepseek_v3_h800"
 
 
 def test_the_experiment_is_the_reports_run() -> None:
-    assert simulated().forecast.recipe == Recipe()
-    assert simulated().is_published
+    assert simulated().forecast.recipe == ForecastRecipe()
+    assert simulated().is_deepseek_v3_layout
 
 
 @pytest.mark.parametrize(
@@ -42,10 +47,10 @@ def test_the_experiment_is_the_reports_run() -> None:
 )
 def test_every_choice_changes_the_price(change: str) -> None:
     base, changed = simulated(), simulate([V3, change], None, {})
-    figures = [(s.forecast.seconds, s.forecast.peak_memory.total) for s in (base, changed)]
+    figures = [(s.forecast.step_seconds, s.forecast.peak_memory.total) for s in (base, changed)]
     assert figures[0] != figures[1]
-    assert not changed.is_published
-    assert not is_published(changed.config, changed.layout, changed.forecast.recipe)
+    assert not changed.is_deepseek_v3_layout
+    assert not is_deepseek_v3_layout(changed.config, changed.layout, changed.forecast.recipe)
 
 
 def test_deepep_lends_what_it_is_asked_for_and_its_pace_is_assumed() -> None:
@@ -56,18 +61,20 @@ def test_deepep_lends_what_it_is_asked_for_and_its_pace_is_assumed() -> None:
     assert rows["exchanges as fast as with 20"] == "assumed"
     assert rows["DeepEP's buffer"] == "published"
     assert not any("all-to-alls" in what for what in rows)
-    sources = {what: source for what, _, source in found(Recipe())}
+    sources = {what: source for what, _, source in found(ForecastRecipe())}
     assert "loss.py moves 44.5 GB a micro-batch" in sources["the head's passes over memory are free"]
-    rows = {what: evidence for what, evidence, _ in found(Recipe())}
+    rows = {what: evidence for what, evidence, _ in found(ForecastRecipe())}
     assert rows["20 SMs lent"] == "measured"
     assert rows["NCCL's buffers of all-to-alls 1 GB"] == "assumed"
     assert not any(what.startswith("exchanges as fast") for what in rows)
 
 
-def found(recipe: Recipe, *overrides: str) -> list[tuple[str, str, str]]:
+def found(recipe: ForecastRecipe, *overrides: str) -> list[tuple[str, str, str]]:
     simulation = simulate([V3, *overrides], None, {})
     assert simulation.forecast.recipe == recipe
-    return assumptions(simulation.config, simulation.forecast, simulation.forecaster.costs(simulation.layout, recipe))
+    return list_assumptions(
+        simulation.config, simulation.forecast, simulation.forecaster.chunk_time_model(simulation.layout, recipe)
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,29 +112,34 @@ def test_impossible_inputs_are_refused(inputs: dict[str, float], field: str) -> 
 
 def test_sms_that_no_table_knows_of_are_refused() -> None:
     overrides = ["model=deepseek_v3", "data.vocabulary=129280", "cluster=b200", "topology.ep=8", "precision=bf16"]
-    config = compose_run(overrides)
-    assert recipe_of(config, {}).comm_sms == 0
-    assert "does not say how many SMs were lent" in refused(recipe_of, config, {"comm_sms": 20})["--comm-sms"]
+    config = compose_run_config(overrides)
+    assert recipe_from_config(config, {}).comm_sms == 0
+    assert "does not say how many SMs were lent" in refused(recipe_from_config, config, {"comm_sms": 20})["--comm-sms"]
 
 
 def test_what_to_write_makes_the_layout() -> None:
-    config = compose_run([V3])
-    recipe = replace(recipe_of(config, {}), precision=Precision.BF16, recompute=NOTHING)
-    layout = Layout(Topology(pp=8, edp=4, ep=64), "dualpipev", 2)
-    written = overrides_between(config, run_with(config, layout, recipe))
+    config = compose_run_config([V3])
+    recipe = replace(recipe_from_config(config, {}), precision=GemmPrecision.BF16, recompute=RECOMPUTE_NOTHING)
+    layout = ParallelLayout(Topology(pp=8, edp=4, ep=64), "dualpipev", 2)
+    written = diff_overrides(config, config_with_layout(config, layout, recipe))
     ramp = ("training.ramp_from=8192", "training.ramp_step=1024")
-    again = compose_run([V3, *ramp, *written])
-    assert layout_of(again) == layout
-    assert recipe_of(again, {}) == recipe
-    assert overrides_between(config, run_with(config, layout_of(config), recipe_of(config, {}))) == []
+    again = compose_run_config([V3, *ramp, *written])
+    assert layout_from_config(again) == layout
+    assert recipe_from_config(again, {}) == recipe
+    assert (
+        diff_overrides(config, config_with_layout(config, layout_from_config(config), recipe_from_config(config, {})))
+        == []
+    )
 
 
 def test_no_candidate_makes_gate_up_again_in_fp8_and_runs() -> None:
     """`train` refuses it, and so does the search, by the run's own word."""
-    config = compose_run([V3])
-    candidates = SearchSpace(2048, 8, micro_batches=(1,)).candidates(recipe_of(config, {}))
-    own = [recipe for layout, recipe in candidates if layout == layout_of(config)]
-    legal = [recipe for recipe in own if not any(run_with(config, layout_of(config), recipe).problems())]
+    config = compose_run_config([V3])
+    candidates = SearchSpace(2048, 8, micro_batches=(1,)).candidates(recipe_from_config(config, {}))
+    own = [recipe for layout, recipe in candidates if layout == layout_from_config(config)]
+    legal = [
+        recipe for recipe in own if not any(config_with_layout(config, layout_from_config(config), recipe).problems())
+    ]
     assert len(own) == 8
     assert len(legal) == 7
 
@@ -136,6 +148,6 @@ def test_a_search_lends_no_exchange_too_few_sms() -> None:
     """Where the configured run has no exchange, `--comm-sms 3` is legal, and layouts that have one are not."""
     grid = ["cluster.nodes=1", "topology.pp=8", "topology.edp=1", "topology.ep=1", "model.num_hidden_layers=8"]
     batch = ["training.global_batch=64", *(f"training.ramp_{name}" for name in ("from=null", "step=null", "tokens=0"))]
-    found = plan([V3, *grid, *batch, "model.n_routed_experts=64"], None, 3, {"comm_sms": 3}).found
+    found = plan([V3, *grid, *batch, "model.n_routed_experts=64"], None, 3, {"comm_sms": 3}).search_result
     assert any(reason.startswith("--comm-sms") for reason in found.illegal)
-    assert {best.layout.topology.ep for best in found.best} <= {1}
+    assert {best.layout.topology.ep for best in found.best_forecasts} <= {1}

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from shoestring.launch.planner.lanes import Lanes, SimulatedChunk
-from shoestring.launch.planner.layout_memory import working_of
-from shoestring.parallelism.pipeline.executor import Steps, drive, take_turns
-from shoestring.parallelism.weight_grad import WeightGradients
+from shoestring.launch.planner.lanes import SimulatedChunk, SimulatedStreams
+from shoestring.launch.planner.layout_memory import workspace_from_shape
+from shoestring.parallelism.pipeline.executor import Resumable, interleave, run_to_completion
+from shoestring.parallelism.weight_grad import DelayedWeightGradients
 from shoestring.tests.trainer.model.small_chunk import CONFIG, ROUTED_LAYERS, SCALES, make_chunk, window
-from shoestring.trainer.memory.chunk import ChunkMemory, PeakMeter, StageShape
+from shoestring.trainer.memory.chunk import ChunkMemorySimulator, PeakMeter, StageShape
 
 from .v3 import simulated
 
@@ -20,32 +20,34 @@ from .v3 import simulated
 STAGE = StageShape(
     CONFIG.first_k_dense_replace, CONFIG.num_hidden_layers - CONFIG.first_k_dense_replace, is_first=True, is_last=True
 )
-Halves = tuple[Steps[Any], Steps[Any]]
+Halves = tuple[Resumable[Any], Resumable[Any]]
 
 
 def computed() -> Halves:
     chunk, _ = make_chunk()
-    ahead = drive(chunk.forward(*window(), SCALES))
-    return ahead.backward(None, WeightGradients()), chunk.forward(*window(), SCALES)
+    ahead = run_to_completion(chunk.forward(*window(), SCALES))
+    return ahead.backward(None, DelayedWeightGradients()), chunk.forward(*window(), SCALES)
 
 
 def timed() -> Halves:
     simulation = simulated()
-    own = simulation.forecaster.costs(simulation.layout, simulation.forecast.recipe)
-    chunk = SimulatedChunk(STAGE, own.shape, own.cost, own.wire, Lanes(), waits=False)
-    return chunk.backward(weights=True), chunk.forward()
+    own = simulation.forecaster.chunk_time_model(simulation.layout, simulation.forecast.recipe)
+    chunk = SimulatedChunk(
+        STAGE, own.shape, own.compute_model, own.exchange_model, SimulatedStreams(), wait_for_peers=False
+    )
+    return chunk.backward(with_weight_gradients=True), chunk.forward()
 
 
 def weighed() -> Halves:
     simulation = simulated()
     recipe = simulation.forecast.recipe
-    own = simulation.forecaster.costs(simulation.layout, recipe)
-    chunk, meter = ChunkMemory(STAGE, working_of(own.shape, recipe)), PeakMeter()
-    drive(chunk.forward(meter))
+    own = simulation.forecaster.chunk_time_model(simulation.layout, recipe)
+    chunk, meter = ChunkMemorySimulator(STAGE, workspace_from_shape(own.shape, recipe)), PeakMeter()
+    run_to_completion(chunk.forward(meter))
     return chunk.backward(meter, deferred=False), chunk.forward(meter)
 
 
-def noting(name: str, steps: Steps[None], turns: list[str]) -> Steps[None]:
+def noting(name: str, steps: Resumable[None], turns: list[str]) -> Resumable[None]:
     """The same steps, each noted when it has been taken."""
     sent: bool | None = None
     while True:
@@ -61,7 +63,7 @@ def noting(name: str, steps: Steps[None], turns: list[str]) -> Steps[None]:
 def test_both_take_three_turns_a_layer(make: Callable[[], Halves]) -> None:
     backward, forward = make()
     turns: list[str] = []
-    take_turns(noting("B", backward, turns), noting("F", forward, turns))
+    interleave(noting("B", backward, turns), noting("F", forward, turns))
     assert turns == ["B", "F"] * 3 * ROUTED_LAYERS
 
 
@@ -69,6 +71,6 @@ def test_both_take_three_turns_a_layer(make: Callable[[], Halves]) -> None:
 def test_alone_each_takes_two(make: Callable[[], Halves]) -> None:
     backward, forward = make()
     turns: list[str] = []
-    drive(noting("B", backward, turns))
-    drive(noting("F", forward, turns))
+    run_to_completion(noting("B", backward, turns))
+    run_to_completion(noting("F", forward, turns))
     assert turns == ["B"] * 2 * ROUTED_LAYERS + ["F"] * 2 * ROUTED_LAYERS

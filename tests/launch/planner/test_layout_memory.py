@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from shoestring.launch.planner.layout_memory import stage_parameters, working_of
-from shoestring.launch.planner.operations import Shape
-from shoestring.launch.planner.recipe import NOTHING, REPORT, Precision, Recipe
-from shoestring.parallelism.pipeline.communication import edges
-from shoestring.parallelism.pipeline.liveness import moments
-from shoestring.parallelism.pipeline.program import in_flight
+from shoestring.launch.planner.layout_memory import count_stage_parameters, workspace_from_shape
+from shoestring.launch.planner.operations import LayerWorkload
+from shoestring.launch.planner.recipe import RECOMPUTE_DEEPSEEK_V3, RECOMPUTE_NOTHING, ForecastRecipe, GemmPrecision
+from shoestring.parallelism.pipeline.communication import derive_p2p_batches
+from shoestring.parallelism.pipeline.liveness import peak_instructions
+from shoestring.parallelism.pipeline.program import count_in_flight
 from shoestring.parallelism.pipeline.schedules.registry import build_program
 from shoestring.trainer.costs.parameters import count_parameters
 from shoestring.trainer.memory.chunk import StageShape
@@ -23,18 +23,23 @@ MIB = 2**20
 @pytest.mark.parametrize("schedule", ["gpipe", "one_f_one_b", "interleaved", "zb1p", "dualpipe", "dualpipev"])
 def test_the_peak_is_that_of_the_program(schedule: str) -> None:
     program = build_program(schedule, 4, 12)
-    peaks = [max(alive) for alive in in_flight(program)]
-    of_ranks = [moments(program, *each) for each in enumerate(edges(program))]
-    found = [max(sum(moment.in_memory) for moment in worst) for worst in of_ranks]
+    peaks = [max(alive) for alive in count_in_flight(program)]
+    of_ranks = [peak_instructions(program, *each) for each in enumerate(derive_p2p_batches(program))]
+    found = [max(sum(moment.micro_batches_in_memory) for moment in worst) for worst in of_ranks]
     assert found == peaks
 
 
-def routed_layer(precision: Precision, recompute: frozenset[RecomputeModule]) -> float:
+def routed_layer(precision: GemmPrecision, recompute: frozenset[RecomputeModule]) -> float:
     """MiB that a layer with routed experts keeps of one micro-batch, its input included."""
-    shape = Shape(simulated().config.model, 4096, 1, 64)
-    working = working_of(shape, Recipe(precision=precision, recompute=recompute))
-    parts = working.parts
-    return (working.hidden + parts.attend.kept + parts.shared.kept + parts.routed.kept) / MIB
+    shape = LayerWorkload(simulated().config.model, 4096, 1, 64)
+    working = workspace_from_shape(shape, ForecastRecipe(precision=precision, recompute=recompute))
+    parts = working.parts_memory
+    return (
+        working.hidden_state_bytes
+        + parts.attention.saved_bytes
+        + parts.shared_experts.saved_bytes
+        + parts.routed_experts.saved_bytes
+    ) / MIB
 
 
 def test_a_routed_layer_keeps_what_others_count() -> None:
@@ -42,15 +47,15 @@ def test_a_routed_layer_keeps_what_others_count() -> None:
     are results of experts that nobody asks for here: gates multiply before the last product. 112 MiB that it has not
     are the router's norm, which is FP32. In FP8 about 0.62 GB was expected.
     """
-    bf16 = {how: routed_layer(Precision.BF16, how) for how in (NOTHING, REPORT)}
-    assert bf16[NOTHING] == pytest.approx(2236 - 448 + 112, rel=0.07)
-    assert bf16[REPORT] == pytest.approx(1020, rel=0.03)
-    assert routed_layer(Precision.FP8, REPORT) * MIB == pytest.approx(0.62e9, rel=0.05)
+    bf16 = {how: routed_layer(GemmPrecision.BF16, how) for how in (RECOMPUTE_NOTHING, RECOMPUTE_DEEPSEEK_V3)}
+    assert bf16[RECOMPUTE_NOTHING] == pytest.approx(2236 - 448 + 112, rel=0.07)
+    assert bf16[RECOMPUTE_DEEPSEEK_V3] == pytest.approx(1020, rel=0.03)
+    assert routed_layer(GemmPrecision.FP8, RECOMPUTE_DEEPSEEK_V3) * MIB == pytest.approx(0.62e9, rel=0.05)
 
 
 def test_parameters_of_all_stages_are_the_models() -> None:
     model = simulated().config.model
     count = count_parameters(model)
     first = StageShape(model.first_k_dense_replace, 10, is_first=True, is_last=False)
-    last = StageShape(0, model.moe_layers - 10, is_first=False, is_last=True)
-    assert sum(sum(stage_parameters(model, stage)) for stage in (first, last)) == count.main + count.mtp
+    last = StageShape(0, model.num_moe_layers - 10, is_first=False, is_last=True)
+    assert sum(sum(count_stage_parameters(model, stage)) for stage in (first, last)) == count.main + count.mtp

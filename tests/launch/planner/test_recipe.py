@@ -8,8 +8,8 @@ import pytest
 
 from shoestring.comm.errors import ConfigError
 from shoestring.comm.topology import Topology
-from shoestring.launch.planner.forecast import Forecaster, Layout
-from shoestring.launch.planner.recipe import Recipe
+from shoestring.launch.planner.forecast import ParallelLayout, StepForecaster
+from shoestring.launch.planner.recipe import ForecastRecipe
 from shoestring.tests.launch.planner.v3 import simulated
 
 GRID = Topology(pp=4, edp=1, ep=8, gpus_per_node=8)
@@ -17,9 +17,9 @@ GRID = Topology(pp=4, edp=1, ep=8, gpus_per_node=8)
 
 def test_figures_that_are_not_known_are_refused() -> None:
     simulation = simulated()
-    layout = Layout(GRID, "one_f_one_b")
+    layout = ParallelLayout(GRID, "one_f_one_b")
     for name in ("nvlink_gbps", "infiniband_gbps", "memory_gbps"):
         cluster = replace(simulation.config.cluster, **{name: None})  # type: ignore[arg-type]
-        forecaster = Forecaster(replace(simulation.config.model, num_hidden_layers=12), cluster, 4096)
+        forecaster = StepForecaster(replace(simulation.config.model, num_hidden_layers=12), cluster, 4096)
         with pytest.raises(ConfigError, match=rf"cluster\.{name} = None: is not known for h800"):
-            forecaster.forecast(layout, Recipe(), 8 * GRID.dp)
+            forecaster.forecast(layout, ForecastRecipe(), 8 * GRID.dp)

@@ -8,24 +8,24 @@ import pytest
 
 from shoestring.comm.errors import ConfigError
 from shoestring.launch.planner.run_cost import (
-    CONTEXT_EXTENSION,
-    Failures,
-    long_context_note,
-    pretraining_hours,
-    run_phases,
-    sensitivity,
-    significant,
+    CONTEXT_EXTENSION_PHASES,
+    FailureModel,
+    context_extension_problem,
+    estimate_phase_costs,
+    format_significant,
+    pretraining_gpu_hours,
+    sensitivity_analysis,
 )
 from shoestring.launch.verbs.simulate import simulate
-from shoestring.trainer.run.batch_ramp import BatchRamp, ramp
+from shoestring.trainer.run.batch_ramp import BatchRamp, make_batch_ramp
 
 from .v3 import simulated
 
 
 def test_the_ramp_costs_more_a_token_than_the_full_batch() -> None:
     simulation = simulated()
-    phases = {phase.name: phase for phase in simulation.phases()}
-    tokens = simulation.config.training.ramp_tokens
+    phases = {phase.name: phase for phase in simulation.phase_costs()}
+    tokens = simulation.config.training.rampup_tokens
     full = simulation.forecast.gpu_hours(tokens)
     assert 1.02 * full < phases["batch ramp"].gpu_hours < 1.3 * full
     assert phases["context extension"].evidence == "published"
@@ -36,27 +36,27 @@ def test_without_a_ramp_there_is_no_such_phase() -> None:
     simulation = simulated()
     recipe = simulation.forecast.recipe
     rest = {"tokens": 10**12, "batches": BatchRamp.constant(15_360), "published": True}
-    phases = run_phases(simulation.forecaster, simulation.layout, recipe, **rest)  # type: ignore[arg-type]
+    phases = estimate_phase_costs(simulation.forecaster, simulation.layout, recipe, **rest)  # type: ignore[arg-type]
     assert [phase.name for phase in phases] == ["pre-training", "context extension", "post-training"]
 
 
 def test_a_run_that_is_not_deepseeks_has_none_of_its_later_phases() -> None:
     simulation = simulate(["experiment=deepseek_v3_h800", "training.tokens=1_000_000_000_000"], None, {})
-    assert [phase.name for phase in simulation.phases()] == ["batch ramp", "pre-training"]
-    assert pretraining_hours(simulation.phases()) == sum(phase.gpu_hours for phase in simulation.phases())
+    assert [phase.name for phase in simulation.phase_costs()] == ["batch ramp", "pre-training"]
+    assert pretraining_gpu_hours(simulation.phase_costs()) == sum(phase.gpu_hours for phase in simulation.phase_costs())
 
 
 def test_a_size_that_the_grid_cannot_run_is_refused_and_not_extrapolated() -> None:
-    simulation, batches = simulated(), ramp(3072, 256, 15_360, 469 * 10**9, 4096)
+    simulation, batches = simulated(), make_batch_ramp(3072, 256, 15_360, 469 * 10**9, 4096)
     words = "3,072 sequences are 24 micro-batches of 128, illegal .* nearest legal 4,096 sequences"
     with pytest.raises(ConfigError, match=words):
-        run_phases(
+        estimate_phase_costs(
             simulation.forecaster,
             simulation.layout,
             simulation.forecast.recipe,
             tokens=10**12,
-            batches=batches,
-            published=False,
+            batch_ramp=batches,
+            include_published_phases=False,
         )
 
 
@@ -64,18 +64,20 @@ def test_a_size_that_the_grid_cannot_run_is_refused_and_not_extrapolated() -> No
     ("number", "text"), [(0.1616, "0.162"), (0.0, "0"), (12.345, "12.3"), (100.4, "100"), (2_393_815.2, "2,393,815")]
 )
 def test_numbers_say_something_whatever_their_size(number: float, text: str) -> None:
-    assert significant(number) == text
+    assert format_significant(number) == text
 
 
 def test_few_sms_are_a_question_and_both_ends_of_its_answer() -> None:
     simulation = simulated()
-    asked = sensitivity(simulation.forecaster, simulation.layout, simulation.forecast.recipe, simulation.global_batch)
+    asked = sensitivity_analysis(
+        simulation.forecaster, simulation.layout, simulation.forecast.recipe, simulation.global_batch
+    )
     fast, slow = (entry for entry in asked if "SMs lent" in entry.name)
-    assert fast.seconds < simulation.forecast.seconds < slow.seconds
+    assert fast.step_seconds < simulation.forecast.step_seconds < slow.step_seconds
 
 
 def test_long_phases_are_explained_with_the_nearest_legal_batch() -> None:
-    notes = [long_context_note(simulated().layout, phase) for phase in CONTEXT_EXTENSION]
+    notes = [context_extension_problem(simulated().layout, phase) for phase in CONTEXT_EXTENSION_PHASES]
     assert notes[0] == (
         "32 K: 1,920 sequences are 15 micro-batches of 128, illegal for dualpipe on 16 ranks; "
         "nearest legal 4,096 sequences (32 micro-batches)"
@@ -85,14 +87,14 @@ def test_long_phases_are_explained_with_the_nearest_legal_batch() -> None:
 
 
 def test_the_best_interval_loses_least() -> None:
-    failures, gpus = Failures(), 2048
+    failures, gpus = FailureModel(), 2048
 
     def lost(interval: float) -> float:
-        mean = failures.mean_seconds_between(gpus)
+        mean = failures.mean_seconds_between_failures(gpus)
         return failures.checkpoint_seconds / interval + interval / (2 * mean) + failures.restart_seconds / mean
 
-    best = failures.best_interval(gpus)
+    best = failures.best_checkpoint_interval(gpus)
     assert lost(best) < min(lost(best * 0.8), lost(best * 1.25))
-    assert failures.effective_share(gpus) == pytest.approx(1 - lost(best))
-    assert failures.mean_seconds_between(2 * gpus) == failures.mean_seconds_between(gpus) / 2
-    assert math.isclose(failures.mean_seconds_between(16_384) * 419, 54 * 86_400)
+    assert failures.effective_training_share(gpus) == pytest.approx(1 - lost(best))
+    assert failures.mean_seconds_between_failures(2 * gpus) == failures.mean_seconds_between_failures(gpus) / 2
+    assert math.isclose(failures.mean_seconds_between_failures(16_384) * 419, 54 * 86_400)

@@ -6,60 +6,77 @@ from dataclasses import replace
 
 import pytest
 
-from shoestring.launch.planner.recipe import Recipe
-from shoestring.launch.planner.update import CollectiveSeconds, Updates, WeightUses, exposed_gather, exposed_reduce
+from shoestring.launch.planner.recipe import ForecastRecipe
+from shoestring.launch.planner.update import (
+    CollectiveSeconds,
+    OptimizerStepTimeModel,
+    WeightLiveness,
+    exposed_all_gather_seconds,
+    exposed_reduce_scatter_seconds,
+)
 from shoestring.parallelism.pipeline.schedules.registry import build_program
-from shoestring.parallelism.pipeline.simulate import ProgramTimes, UnitTimes, simulate_program
+from shoestring.parallelism.pipeline.simulate import OpDurations, SimulatedTimes, simulate_program
 
 from .v3 import simulated
 
 
-def run(schedule: str, ranks: int, micro_batches: int) -> tuple[WeightUses, ProgramTimes]:
+def run(schedule: str, ranks: int, micro_batches: int) -> tuple[WeightLiveness, SimulatedTimes]:
     program = build_program(schedule, ranks, micro_batches)
-    return WeightUses.of(program), simulate_program(program, UnitTimes(1.0, 1.0, 1.0), 0.0)
+    return WeightLiveness.from_program(program), simulate_program(program, OpDurations(1.0, 1.0, 1.0), 0.0)
 
 
 def test_one_rank_hides_nothing() -> None:
     uses, played = run("one_f_one_b", 1, 4)
-    traffic = [CollectiveSeconds(reduce=2.0, gather=1.0)]
-    assert exposed_reduce(uses, played, traffic) == 2.0
-    assert exposed_gather(uses, played, traffic) == 1.0
+    traffic = [CollectiveSeconds(reduce_scatter=2.0, all_gather=1.0)]
+    assert exposed_reduce_scatter_seconds(uses, played, traffic) == 2.0
+    assert exposed_all_gather_seconds(uses, played, traffic) == 1.0
 
 
 def test_the_last_stage_reduces_while_others_go_back() -> None:
     """The last backward of 1F1B moves from the last stage to the first, two units a stage."""
     uses, played = run("one_f_one_b", 4, 8)
     small, large = [CollectiveSeconds(2.0, 0.0)] * 4, [CollectiveSeconds(2.0, 0.0)] * 3 + [CollectiveSeconds(9.0, 0.0)]
-    assert exposed_reduce(uses, played, small) == 2.0  # of the first stage alone
-    assert exposed_reduce(uses, played, large) == 3.0  # six units are hidden
+    assert exposed_reduce_scatter_seconds(uses, played, small) == 2.0  # of the first stage alone
+    assert exposed_reduce_scatter_seconds(uses, played, large) == 3.0  # six units are hidden
 
 
 def test_weights_are_wanted_later_further_down() -> None:
     uses, played = run("one_f_one_b", 4, 8)
-    assert exposed_gather(uses, played, [CollectiveSeconds(0.0, 1.0)] * 4) == 1.0
-    assert exposed_gather(uses, played, [CollectiveSeconds(0.0, 0.0)] * 3 + [CollectiveSeconds(0.0, 5.0)]) == 2.0
+    assert exposed_all_gather_seconds(uses, played, [CollectiveSeconds(0.0, 1.0)] * 4) == 1.0
+    assert (
+        exposed_all_gather_seconds(uses, played, [CollectiveSeconds(0.0, 0.0)] * 3 + [CollectiveSeconds(0.0, 5.0)])
+        == 2.0
+    )
 
 
 def test_replicas_of_a_stage_go_together() -> None:
     """DualPipe's ranks 0 and 3 hold the first and the last stage both."""
     uses, played = run("dualpipe", 4, 8)
-    assert [set(ranks) for ranks in uses.last] == [{0, 3}, {1, 2}, {1, 2}, {0, 3}]
+    assert [set(ranks) for ranks in uses.last_use_by_stage] == [{0, 3}, {1, 2}, {1, 2}, {0, 3}]
     one = [CollectiveSeconds(1.0, 0.0)] + [CollectiveSeconds(0.0, 0.0)] * 3
-    assert 0.0 < exposed_reduce(uses, played, one) <= 1.0
+    assert 0.0 < exposed_reduce_scatter_seconds(uses, played, one) <= 1.0
 
 
 def test_no_more_shows_than_is_sent() -> None:
     simulation = simulated()
-    table = simulation.forecaster.costs(simulation.layout, simulation.forecast.recipe).cost.table
-    updates = Updates(simulation.config.cluster, Recipe(), table, simulation.layout.topology)
-    sent = max(map(updates.traffic, simulation.forecaster.parameters(simulation.layout)), key=lambda t: t.reduce)
-    assert 0.0 < simulation.forecast.reduce < sent.reduce + sent.gather
-    moments = [Updates(updates.cluster, Recipe(moment_bytes=size), table, updates.topology) for size in (4, 8)]
-    held = simulation.forecaster.parameters(simulation.layout)[0]
-    assert moments[1].optimizer(held) > moments[0].optimizer(held)
+    table = simulation.forecaster.chunk_time_model(simulation.layout, simulation.forecast.recipe).compute_model.table
+    updates = OptimizerStepTimeModel(simulation.config.cluster, ForecastRecipe(), table, simulation.layout.topology)
+    sent = max(
+        map(updates.collective_seconds, simulation.forecaster.parameters_by_rank(simulation.layout)),
+        key=lambda t: t.reduce_scatter,
+    )
+    assert 0.0 < simulation.forecast.exposed_collective_seconds < sent.reduce_scatter + sent.all_gather
+    moments = [
+        OptimizerStepTimeModel(updates.cluster, ForecastRecipe(moment_bytes=size), table, updates.topology)
+        for size in (4, 8)
+    ]
+    held = simulation.forecaster.parameters_by_rank(simulation.layout)[0]
+    assert moments[1].optimizer_seconds(held) > moments[0].optimizer_seconds(held)
 
 
 def test_a_wider_pipe_shows_less() -> None:
     simulation = simulated()
-    faster = simulation.again(replace(simulation.forecast.recipe, links=2.0))
-    assert faster.reduce == pytest.approx(simulation.forecast.reduce / 2, rel=0.1)
+    faster = simulation.forecast_with(replace(simulation.forecast.recipe, link_speed_factor=2.0))
+    assert faster.exposed_collective_seconds == pytest.approx(
+        simulation.forecast.exposed_collective_seconds / 2, rel=0.1
+    )

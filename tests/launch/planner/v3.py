@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from shoestring.launch.planner.lanes import ChunkCosts
+from shoestring.launch.planner.lanes import ChunkTimeModel
 from shoestring.launch.verbs.simulate import SimulatedLayout, simulate
 
 
@@ -13,6 +13,6 @@ def simulated() -> SimulatedLayout:
     return simulate(["experiment=deepseek_v3_h800"], None, {})
 
 
-def costs() -> ChunkCosts:
+def costs() -> ChunkTimeModel:
     simulation = simulated()
-    return simulation.forecaster.costs(simulation.layout, simulation.forecast.recipe)
+    return simulation.forecaster.chunk_time_model(simulation.layout, simulation.forecast.recipe)

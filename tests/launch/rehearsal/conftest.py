@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shoestring.comm.errors import ConfigError
-from shoestring.launch.rehearsal.device.shim import build_shim
+from shoestring.launch.rehearsal.device.shim import build_autograd_shim
 from shoestring.launch.rehearsal.log import RankLog
 from shoestring.tests.launch.rehearsal.rehearsed_rank import BF16, BF16_RANK, FP8, FP8_RANK, MICRO_BATCHES, rehearse
 
@@ -16,7 +16,7 @@ from shoestring.tests.launch.rehearsal.rehearsed_rank import BF16, BF16_RANK, FP
 def shim() -> Path:
     """The compiled library; a test that needs it is skipped where it cannot be built."""
     try:
-        return build_shim()
+        return build_autograd_shim()
     except ConfigError as refused:
         pytest.skip(str(refused))
 

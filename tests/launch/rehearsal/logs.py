@@ -6,26 +6,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from shoestring.launch.rehearsal.log import (
-    Collective,
-    Finding,
+    CollectiveRecord,
+    DeviceMemoryRecord,
+    EventRecord,
     HostWait,
     LogEvent,
-    Memory,
-    Message,
-    MessageBatch,
+    P2PBatchRecord,
+    P2POpRecord,
+    RankFinding,
     RankLog,
-    Record,
     StreamWait,
 )
-from shoestring.parallelism.pipeline.communication import P2PBatch, P2POp, edges
+from shoestring.parallelism.pipeline.communication import P2PBatch, P2POp, derive_p2p_batches
 from shoestring.parallelism.pipeline.placement import Direction
-from shoestring.parallelism.pipeline.program import Program
+from shoestring.parallelism.pipeline.program import PipelineProgram
 
 GIB = 2**30
-MEMORY = Memory(20 * GIB, 25 * GIB, 70 * GIB, "mlp(B)", {"mlp(B)": 70 * GIB}, 71.0 * GIB, 76.0 * GIB)
+MEMORY = DeviceMemoryRecord(20 * GIB, 25 * GIB, 70 * GIB, "mlp(B)", {"mlp(B)": 70 * GIB}, 71.0 * GIB, 76.0 * GIB)
 
 
-def log(rank: int, *events: LogEvent, findings: Sequence[Finding] = (), world_size: int = 4) -> RankLog:
+def log(rank: int, *events: LogEvent, findings: Sequence[RankFinding] = (), world_size: int = 4) -> RankLog:
     return RankLog(
         rank=rank,
         pp_rank=rank,
@@ -52,32 +52,32 @@ def collective(
     receives: tuple[int, ...] = (),
     stream: str = "exchange",
     is_warm_up: bool = False,
-) -> Collective:
+) -> CollectiveRecord:
     if operation == "all_to_all" and not sends:
         sends = receives = (8,) * len(ranks)
-    return Collective(
+    return CollectiveRecord(
         group, ranks, operation, what, (128,), "bfloat16", sends, receives, stream, f"{what} in line 7", is_warm_up
     )
 
 
-def message(what: str, peer: int) -> Message:
-    return Message(what, peer, (1, 128, 64), "bfloat16")
+def message(what: str, peer: int) -> P2POpRecord:
+    return P2POpRecord(what, peer, (1, 128, 64), "bfloat16")
 
 
 def batch(
-    sends: Sequence[Message] = (),
-    receives: Sequence[Message] = (),
+    sends: Sequence[P2POpRecord] = (),
+    receives: Sequence[P2POpRecord] = (),
     *,
     group: str = "pipeline up",
     ranks: tuple[int, ...] = (0, 1),
     stream: str = "edge up",
     is_warm_up: bool = False,
-) -> MessageBatch:
-    named = "; ".join(each.what for each in (*sends, *receives))
-    return MessageBatch(group, ranks, tuple(sends), tuple(receives), stream, f"{named} in line 9", is_warm_up)
+) -> P2PBatchRecord:
+    named = "; ".join(each.purpose for each in (*sends, *receives))
+    return P2PBatchRecord(group, ranks, tuple(sends), tuple(receives), stream, f"{named} in line 9", is_warm_up)
 
 
-GROUPS = {Direction.UP: "pipeline up", Direction.DOWN: "pipeline down"}
+GROUPS = {Direction.NEXT: "pipeline up", Direction.PREV: "pipeline down"}
 
 
 class ProgramLog:
@@ -90,11 +90,11 @@ class ProgramLog:
 
     def __init__(
         self,
-        program: Program,
+        program: PipelineProgram,
         rank: int,
         commits: Sequence[P2PBatch],
         warm: Sequence[Direction],
-        listener: Callable[[int, int], Sequence[Collective]],
+        listener: Callable[[int, int], Sequence[CollectiveRecord]],
         sends_first: bool,
     ) -> None:
         self._program, self._rank = program, rank
@@ -111,7 +111,7 @@ class ProgramLog:
             if sends_first:
                 self._events += told
             if index < len(row):
-                self._instruction(f"instruction {index} ({row[index]})", commits[index].needs)
+                self._instruction(f"instruction {index} ({row[index]})", commits[index].required_receives)
 
     def log(self) -> RankLog:
         return log(self._rank, *self._events, world_size=self._program.ranks)
@@ -132,12 +132,16 @@ class ProgramLog:
                 self._arriving |= dict.fromkeys(arriving, end)
 
     def _batch(
-        self, direction: Direction, out: Sequence[Message], arriving: Sequence[Message], is_warm_up: bool = False
+        self,
+        direction: Direction,
+        out: Sequence[P2POpRecord],
+        arriving: Sequence[P2POpRecord],
+        is_warm_up: bool = False,
     ) -> int:
         stream, everyone = f"edge {direction}", tuple(range(self._program.ranks))
-        self._events += [Record(self._made, "compute"), StreamWait(self._made, stream)]
+        self._events += [EventRecord(self._made, "compute"), StreamWait(self._made, stream)]
         each = batch(out, arriving, group=GROUPS[direction], ranks=everyone, stream=stream, is_warm_up=is_warm_up)
-        self._events += [each, Record(self._made + 1, stream)]
+        self._events += [each, EventRecord(self._made + 1, stream)]
         self._made += 2
         return self._made - 1
 
@@ -147,16 +151,16 @@ class ProgramLog:
 
 
 def program_logs(
-    program: Program,
+    program: PipelineProgram,
     *,
     warm: Sequence[Direction],
-    listener: Callable[[int, int], Sequence[Collective]] = lambda rank, index: (),
+    listener: Callable[[int, int], Sequence[CollectiveRecord]] = lambda rank, index: (),
     sends_first: bool = True,
 ) -> list[RankLog]:
     """Of every rank of the pipeline."""
     return [
         ProgramLog(program, rank, commits, warm, listener, sends_first).log()
-        for rank, commits in enumerate(edges(program))
+        for rank, commits in enumerate(derive_p2p_batches(program))
     ]
 
 

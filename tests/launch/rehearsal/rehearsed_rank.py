@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from shoestring.launch.compose import compose_run
+from shoestring.launch.compose import compose_run_config
 from shoestring.launch.rehearsal.log import RankLog
 from shoestring.trainer.config import RunConfig
 
@@ -45,5 +45,5 @@ def rehearse(
 
 def config_of(log: RankLog) -> RunConfig:
     if log.rank == BF16_RANK:
-        return compose_run(BF16)
-    return compose_run([*FP8, f"training.global_batch={4 * MICRO_BATCHES}"])
+        return compose_run_config(BF16)
+    return compose_run_config([*FP8, f"training.global_batch={4 * MICRO_BATCHES}"])

@@ -46,7 +46,7 @@ def message_shape() -> None:
 
     from shoestring.trainer.model.chunk import Chunk
 
-    message = Chunk.message
+    message = Chunk.empty_activation
 
     def faulty(chunk: Chunk, sequences: int, length: int, device: torch.device) -> torch.Tensor:
         return message(chunk, 2 * sequences, length, device)
@@ -56,36 +56,36 @@ def message_shape() -> None:
 
 def swapped_collectives() -> None:
     """Buckets of gradients are summed in another order than all ranks agreed on."""
-    from shoestring.parallelism.zero.reduce import Reducer
+    from shoestring.parallelism.zero.reduce import GradientReducer
 
-    def faulty(reducer: Reducer, buckets: Sequence[Any], final_after: Sequence[int], *others: Any) -> None:
+    def faulty(reducer: GradientReducer, buckets: Sequence[Any], final_after: Sequence[int], *others: Any) -> None:
         build(reducer, buckets[::-1], final_after[::-1], *others)
 
-    build = Reducer.__init__
-    mock.patch.object(Reducer, "__init__", faulty).start()
+    build = GradientReducer.__init__
+    mock.patch.object(GradientReducer, "__init__", faulty).start()
 
 
 def no_send() -> None:
     """The first message of the step is not sent."""
-    from shoestring.parallelism.pipeline.executor import Executor
+    from shoestring.parallelism.pipeline.executor import PipelineExecutor
 
-    of = Executor.of
+    of = PipelineExecutor.from_program
 
-    def faulty(*arguments: Any, **options: Any) -> Executor:
+    def faulty(*arguments: Any, **options: Any) -> PipelineExecutor:
         executor = of(*arguments, **options)
-        first = next(index for index, commit in enumerate(executor.commits) if commit.sends)
-        commits = list(executor.commits)
+        first = next(index for index, commit in enumerate(executor.p2p_batches) if commit.sends)
+        commits = list(executor.p2p_batches)
         commits[first] = replace(commits[first], sends=())
-        return replace(executor, commits=tuple(commits))
+        return replace(executor, p2p_batches=tuple(commits))
 
-    mock.patch.object(Executor, "of", staticmethod(faulty)).start()
+    mock.patch.object(PipelineExecutor, "of", staticmethod(faulty)).start()
 
 
 def no_warm_up() -> None:
     """No pair of pipeline ranks is connected before the step."""
-    from shoestring.parallelism.pipeline.executor import Executor
+    from shoestring.parallelism.pipeline.executor import PipelineExecutor
 
-    mock.patch.object(Executor, "warm_up", return_value=None).start()
+    mock.patch.object(PipelineExecutor, "warm_up", return_value=None).start()
 
 
 FAULTS: dict[str, Callable[[], None]] = {

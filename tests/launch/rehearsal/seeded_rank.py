@@ -18,7 +18,7 @@ def main(spec: str, out: str, faults: str) -> None:
 
     from shoestring.trainer.model.layer import MoELayer
 
-    merge = MoELayer.merge
+    merge = MoELayer.add_expert_outputs
 
     def merge_with_faults(residual_BSD: torch.Tensor, *others: Any) -> torch.Tensor:
         if "host tensor" in faults:
@@ -31,7 +31,7 @@ def main(spec: str, out: str, faults: str) -> None:
             residual_BSD = residual_BSD.view(7, -1)
         return merge(residual_BSD, *others)
 
-    MoELayer.merge = staticmethod(merge_with_faults)  # type: ignore[assignment,method-assign]
+    MoELayer.add_expert_outputs = staticmethod(merge_with_faults)  # type: ignore[assignment,method-assign]
     rank.main([spec, out])
 
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from shoestring.launch.rehearsal.log import Finding, HostWait, LogEvent, RankLog
+from shoestring.launch.rehearsal.log import HostWait, LogEvent, RankFinding, RankLog
 from shoestring.tests.launch.rehearsal.judged import judged
 from shoestring.tests.launch.rehearsal.logs import GIB, MEMORY, collective, log
 
 
 def kinds(*logs: RankLog) -> list[str]:
-    return [fault.kind for fault in judged(*logs).faults]
+    return [fault.kind for fault in judged(*logs).findings]
 
 
 def waits(*events: LogEvent) -> RankLog:
@@ -20,12 +20,12 @@ def waits(*events: LogEvent) -> RankLog:
 
 
 def test_inside_a_pair_the_host_waits_for_events_alone() -> None:
-    read = HostWait(None, "compute", "read", "FB: a.py:3 f", is_inside_pair=True)
+    read = HostWait(None, "compute", "read", "FB: a.py:3 f", is_inside_fb=True)
     assert kinds(waits(read)) == ["host read"]
-    assert not kinds(waits(replace(read, reason="event"), replace(read, is_inside_pair=False)))
-    known = Finding("host read", "the host waits", read.place)
+    assert not kinds(waits(replace(read, reason="event"), replace(read, is_inside_fb=False)))
+    known = RankFinding("host read", "the host waits", read.code_location)
     assert kinds(log(0, read, findings=[known])) == ["host read"]
-    (row,) = judged(waits(read, read)).host_reads
+    (row,) = judged(waits(read, read)).host_wait_summaries
     assert (row.line, row.reason, row.is_inside_pair, row.times, row.most) == ("a.py:3 f", "read", True, 2, 2)
 
 
@@ -38,10 +38,10 @@ def test_no_collective_of_the_host_in_a_step() -> None:
 def test_at_most_two_collectives_over_all_ranks() -> None:
     world = [collective(name, group="world", operation="all_reduce") for name in ("counts", "norm", "halt")]
     assert not kinds(waits(*world[:2], replace(world[2], is_warm_up=True)))
-    (fault,) = judged(waits(*world)).faults
+    (fault,) = judged(waits(*world)).findings
     assert fault.kind == "world"
     assert "all_reduce (counts), all_reduce (norm), all_reduce (halt)" in fault.text
-    assert fault.places == (world[2].place,)
+    assert fault.places == (world[2].code_location,)
 
 
 def test_process_groups_are_few() -> None:
@@ -52,7 +52,7 @@ def test_process_groups_are_few() -> None:
 @pytest.mark.parametrize("peak", [0.94, 1.06])
 def test_the_peak_is_within_five_percent_of_the_prediction(peak: float) -> None:
     memory = replace(MEMORY, peak=int(peak * MEMORY.predicted), capacity=None)
-    (fault,) = judged(replace(log(0), memory=memory)).faults
+    (fault,) = judged(replace(log(0), memory=memory)).findings
     assert fault.kind == "memory"
     assert f"{peak - 1:+.1%}; 5% is allowed" in fault.text
     assert not kinds(replace(log(0), memory=replace(memory, peak=int(1.04 * MEMORY.predicted))))
@@ -61,6 +61,6 @@ def test_the_peak_is_within_five_percent_of_the_prediction(peak: float) -> None:
 def test_what_does_not_fit_is_found_once() -> None:
     full = replace(MEMORY, capacity=70.0 * GIB - 1)
     assert kinds(replace(log(0), memory=full)) == ["memory"]
-    own = Finding("memory", "does not fit", "mlp(B)")
+    own = RankFinding("memory", "does not fit", "mlp(B)")
     assert kinds(replace(log(0, findings=[own]), memory=full)) == ["memory"]
     assert kinds(replace(log(0), memory=replace(MEMORY, building=77 * GIB))) == ["memory"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from shoestring.comm.errors import refuse_if_any
+from shoestring.comm.errors import raise_if_any
 from shoestring.comm.topology import Topology
-from shoestring.launch.compose import compose_run
-from shoestring.launch.rehearsal.choose import chosen_ranks, micro_batch_problems, representative
+from shoestring.launch.compose import compose_run_config
+from shoestring.launch.rehearsal.choose import micro_batch_problems, representative_ranks, select_ranks
 
 from ..refusals import refused
 
@@ -16,7 +16,7 @@ V3 = Topology(pp=16, edp=2, ep=64)
 
 def test_representative_ranks_of_deepseeks_grid() -> None:
     """One of each pipeline position, all of one pipeline, and two neighbors of the middle one."""
-    ranks = representative(V3)
+    ranks = representative_ranks(V3)
     assert ranks == (*range(0, 1025, 128), 1025, 1088, *range(1152, 2048, 128))
     assert len(ranks) == 18
     assert {V3.pp_rank(rank) for rank in ranks} == set(range(16))
@@ -30,12 +30,12 @@ def test_representative_ranks_of_deepseeks_grid() -> None:
     [(Topology(), (0,)), (Topology(ep=4), (0, 1)), (Topology(edp=2), (0, 1)), (Topology(pp=2, edp=2), (0, 2, 3))],
 )
 def test_representative_ranks_of_small_grids(topology: Topology, expected: tuple[int, ...]) -> None:
-    assert representative(topology) == expected
+    assert representative_ranks(topology) == expected
 
 
 def test_listed_ranks() -> None:
-    assert chosen_ranks(V3, "901,0,7") == (0, 7, 901)
-    assert chosen_ranks(V3, None) == representative(V3)
+    assert select_ranks(V3, "901,0,7") == (0, 7, 901)
+    assert select_ranks(V3, None) == representative_ranks(V3)
 
 
 @pytest.mark.parametrize(
@@ -49,13 +49,13 @@ def test_listed_ranks() -> None:
     ],
 )
 def test_ranks_that_the_run_does_not_have(listed: str, said: str) -> None:
-    assert said in refused(chosen_ranks, V3, listed)["--ranks"]
+    assert said in refused(select_ranks, V3, listed)["--ranks"]
 
 
 def test_micro_batches_that_the_schedule_does_not_take() -> None:
-    config = compose_run(["experiment=deepseek_v3_h800"])
+    config = compose_run_config(["experiment=deepseek_v3_h800"])
     assert not list(micro_batch_problems(config, None))
     assert not list(micro_batch_problems(config, 32))
     for number in (30, 33, 0):
-        said = refused(lambda n=number: refuse_if_any(micro_batch_problems(config, n)))["--micro-batches"]
+        said = refused(lambda n=number: raise_if_any(micro_batch_problems(config, n)))["--micro-batches"]
         assert said.startswith(f"{number}: dualpipe needs an even number")

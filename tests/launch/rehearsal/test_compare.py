@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from shoestring.launch.rehearsal.compare import compare
-from shoestring.launch.rehearsal.fault import Fault
-from shoestring.launch.rehearsal.log import Finding, MessageBatch, RankLog
+from shoestring.launch.rehearsal.compare import compare_rank_logs
+from shoestring.launch.rehearsal.fault import RunFinding
+from shoestring.launch.rehearsal.log import P2PBatchRecord, RankFinding, RankLog
 
 from .logs import batch, collective, log, message, swapped, without
 
 DISPATCH = [collective(f"dispatch of layer_0{layer}, micro-batch 0") for layer in range(4)]
 
 
-def only(*logs: RankLog) -> Fault:
-    (fault,) = compare(logs)
+def only(*logs: RankLog) -> RunFinding:
+    (fault,) = compare_rank_logs(logs)
     return fault
 
 
@@ -33,13 +33,13 @@ def pair() -> tuple[RankLog, RankLog]:
 
 
 def test_equal_logs_have_no_fault() -> None:
-    assert not list(compare([log(rank, *DISPATCH) for rank in (0, 1)]))
-    assert not list(compare(pair()))
+    assert not list(compare_rank_logs([log(rank, *DISPATCH) for rank in (0, 1)]))
+    assert not list(compare_rank_logs(pair()))
 
 
 def test_ranks_that_share_no_communicator_are_not_compared() -> None:
     others = [replace(each, ranks=(2, 3)) for each in DISPATCH[:1]]
-    assert not list(compare([log(0, *DISPATCH), log(2, *others)]))
+    assert not list(compare_rank_logs([log(0, *DISPATCH), log(2, *others)]))
 
 
 def test_two_collectives_in_each_others_place() -> None:
@@ -49,7 +49,7 @@ def test_two_collectives_in_each_others_place() -> None:
     assert "rank 0 has all_to_all (dispatch of layer_01, micro-batch 0)" in fault.text
     assert "rank 1 has all_to_all (dispatch of layer_02, micro-batch 0)" in fault.text
     assert "1 more differ behind it" in fault.text
-    assert fault.places == (DISPATCH[1].place, DISPATCH[2].place)
+    assert fault.places == (DISPATCH[1].code_location, DISPATCH[2].code_location)
 
 
 def test_operation_shape_and_dtype_count() -> None:
@@ -66,7 +66,7 @@ def test_a_collective_that_one_rank_leaves_out() -> None:
     fault = only(log(0, *DISPATCH), without(log(1, *DISPATCH), 3))
     assert "number 4" in fault.text
     assert "rank 1 has none, its last is number 3" in fault.text
-    assert fault.places == (DISPATCH[3].place,)
+    assert fault.places == (DISPATCH[3].code_location,)
 
 
 def test_a_member_with_no_collective_at_all() -> None:
@@ -75,7 +75,7 @@ def test_a_member_with_no_collective_at_all() -> None:
 
 def test_the_odd_one_of_three_is_named_beside_its_neighbors() -> None:
     rows = [replace(each, ranks=(0, 1, 2), sends=(8,) * 3, receives=(8,) * 3) for each in DISPATCH]
-    faults = list(compare([log(0, *rows), swapped(log(1, *rows), 0, 1), log(2, *rows)]))
+    faults = list(compare_rank_logs([log(0, *rows), swapped(log(1, *rows), 0, 1), log(2, *rows)]))
     assert [fault.ranks for fault in faults] == [(0, 1), (1, 2)]
 
 
@@ -85,7 +85,7 @@ def test_rows_sent_are_rows_expected_for_every_pair() -> None:
         return log(rank, collective("dispatch", ranks=(0, 1, 2), sends=sends, receives=receives))
 
     logs = [exchange((0, 4, 5), (0, 2, 3)), exchange((2, 0, 7), (4, 0, 6)), exchange((3, 6, 0), (5, 7, 0))]
-    assert not list(compare(logs))
+    assert not list(compare_rank_logs(logs))
     fault = only(logs[0], logs[1], exchange((2, 6, 0), (5, 7, 0)))
     assert fault.ranks == (0, 2)
     assert "rank 0 sends 5 rows to rank 2, which expects 5; rank 2 sends 2 back, and rank 0 expects 3" in fault.text
@@ -94,7 +94,7 @@ def test_rows_sent_are_rows_expected_for_every_pair() -> None:
 def test_a_shape_that_differs_between_neighbors() -> None:
     lower, upper = pair()
     first, *others = upper.events
-    assert isinstance(first, MessageBatch)
+    assert isinstance(first, P2PBatchRecord)
     wrong = [replace(each, shape=(2, 128, 64)) for each in first.receives]
     fault = only(lower, replace(upper, events=(batch([], wrong), *others)))
     assert (fault.kind, fault.ranks) == ("message", (0, 1))
@@ -113,18 +113,18 @@ def test_a_receive_without_a_send() -> None:
 
 def test_messages_of_another_communicator_do_not_match() -> None:
     sent, received = log(0, batch([message("a", 1)])), log(1, batch([], [message("a", 0)], group="pipeline down"))
-    assert len(list(compare([sent, received]))) == 2
+    assert len(list(compare_rank_logs([sent, received]))) == 2
 
 
 def test_messages_to_ranks_that_were_not_rehearsed_are_not_compared() -> None:
-    assert not list(compare([log(0, batch([message("a", 1)]))]))
+    assert not list(compare_rank_logs([log(0, batch([message("a", 1)]))]))
 
 
 def test_a_log_that_ends_by_an_error_is_compared_as_far_as_it_goes() -> None:
-    error = Finding("error", "a product of float32 and bfloat16", "line 3")
+    error = RankFinding("error", "a product of float32 and bfloat16", "line 3")
     cut = replace(without(log(1, *DISPATCH), 2, 3), findings=(error,))
-    assert not list(compare([log(0, *DISPATCH), cut]))
-    assert len(list(compare([log(0, *DISPATCH), swapped(cut, 0, 1)]))) == 1
+    assert not list(compare_rank_logs([log(0, *DISPATCH), cut]))
+    assert len(list(compare_rank_logs([log(0, *DISPATCH), swapped(cut, 0, 1)]))) == 1
     lower, upper = pair()
-    assert not list(compare([replace(without(lower, 1, 2), findings=(error,)), without(upper, 1)]))
-    assert len(list(compare([without(lower, 1, 2), replace(without(upper, 1), findings=(error,))]))) == 1
+    assert not list(compare_rank_logs([replace(without(lower, 1, 2), findings=(error,)), without(upper, 1)]))
+    assert len(list(compare_rank_logs([without(lower, 1, 2), replace(without(upper, 1), findings=(error,))]))) == 1

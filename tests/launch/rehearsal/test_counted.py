@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from shoestring.launch.compose import compose_run
-from shoestring.launch.rehearsal.verdict import judge
+from shoestring.launch.compose import compose_run_config
+from shoestring.launch.rehearsal.verdict import evaluate_rank_logs
 from shoestring.tests.launch.rehearsal.judged import ENDS, MIDDLE, judged
 from shoestring.tests.launch.rehearsal.logs import log
 
@@ -13,7 +13,7 @@ from shoestring.tests.launch.rehearsal.logs import log
 def test_launches_are_those_of_one_layer_and_micro_batch() -> None:
     """Four micro-batches and three MoE layers: 12 times a phase. Weight gradients, without a layer, are two's."""
     verdict = judged(replace(log(0), launches=ENDS), replace(log(1), launches=MIDDLE))
-    counts = {(each.of, each.phase): (each.launches, each.bytes) for each in verdict.phases}
+    counts = {(each.of, each.phase): (each.launches, each.bytes) for each in verdict.launches_by_phase}
     assert counts == {
         ("MoE layer", "attn(F)"): (72 / 12, 2000.0),
         ("MoE layer", "dispatch"): (0.5, 100.0),
@@ -25,12 +25,12 @@ def test_launches_are_those_of_one_layer_and_micro_batch() -> None:
         ("step", "attn(W)"): (50.0, 3500.0),
         ("step", "optimizer"): (20.0, 7000.0),
     }
-    assert verdict.layer_pair == {"compute": (10.5, 2450.0), "exchange": (0.5, 100.0)}
-    moved = [(each.operation, each.phase) for each in verdict.passes if each.of == "MoE layer"]
+    assert verdict.moe_layer_totals == {"compute": (10.5, 2450.0), "exchange": (0.5, 100.0)}
+    moved = [(each.operation, each.phase) for each in verdict.launches_by_operation if each.of == "MoE layer"]
     assert moved[:3] == [("add", "attn(F)"), ("mm", "attn(F)"), ("mm", "attn(W)")]
 
 
 def test_in_a_bidirectional_program_a_layer_sees_half_of_the_micro_batches() -> None:
-    both = compose_run(["experiment=quickstart", "schedule=dualpipe"])
-    (count,) = judge(both, [replace(log(1), launches=MIDDLE[2:3])]).phases
+    both = compose_run_config(["experiment=quickstart", "schedule=dualpipe"])
+    (count,) = evaluate_rank_logs(both, [replace(log(1), launches=MIDDLE[2:3])]).launches_by_phase
     assert (count.launches, count.bytes) == (6 / 2 / 3, 1200 / 2 / 3)

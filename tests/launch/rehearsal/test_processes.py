@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from shoestring.launch.rehearsal.log import RankLog
-from shoestring.launch.rehearsal.processes import RehearsalRequest, processes_at_once, rehearse_ranks
-from shoestring.launch.run.launcher import Stopped
+from shoestring.launch.rehearsal.processes import RehearsalRequest, max_concurrent_processes, rehearse_ranks
+from shoestring.launch.run.launcher import StoppedBySignal
 from shoestring.launch.run.torchrun import RanksFailed
 
 FAKE = ("-m", "shoestring.tests.launch.rehearsal.fake_rank")
@@ -60,7 +60,7 @@ def test_a_signal_leaves_no_process_and_no_file(scratch: Path, tmp_path: Path) -
                 time.sleep(0.01)
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(Stopped) as stopped:
+    with pytest.raises(StoppedBySignal) as stopped:
         rehearse_ranks(REQUEST, (0, 1, 3), tell, 2, (*FAKE, f"hang={file}"))
     assert stopped.value.exit_code == 130
     with pytest.raises(ProcessLookupError):
@@ -69,4 +69,4 @@ def test_a_signal_leaves_no_process_and_no_file(scratch: Path, tmp_path: Path) -
 
 
 def test_there_is_always_room_for_one() -> None:
-    assert 1 <= processes_at_once() <= (os.cpu_count() or 1)
+    assert 1 <= max_concurrent_processes() <= (os.cpu_count() or 1)

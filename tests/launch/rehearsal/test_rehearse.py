@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from shoestring.comm.errors import ConfigError
-from shoestring.launch.compose import compose_run
-from shoestring.launch.rehearsal.device.shim import build_shim
-from shoestring.launch.rehearsal.fault import Fault
-from shoestring.launch.rehearsal.processes import RANK
-from shoestring.launch.rehearsal.verdict import Verdict
+from shoestring.launch.compose import compose_run_config
+from shoestring.launch.rehearsal.device.shim import build_autograd_shim
+from shoestring.launch.rehearsal.fault import RunFinding
+from shoestring.launch.rehearsal.processes import RANK_MODULE_ARGUMENTS
+from shoestring.launch.rehearsal.verdict import RehearsalResult
 from shoestring.launch.verbs.rehearse import rehearse
-from shoestring.trainer.memory.forecast import RunMemory
+from shoestring.trainer.memory.forecast import MemoryPredictor
 
 SMALL = (
     *("experiment=quickstart", "schedule=one_f_one_b", "schedule.micro_batch=1", "training.global_batch=4"),
@@ -26,37 +26,37 @@ SEEDED = ("-m", "shoestring.tests.launch.rehearsal.seeded")
 def _shim() -> None:
     """Where it cannot be built, nothing can be rehearsed."""
     try:
-        build_shim()
+        build_autograd_shim()
     except ConfigError as refused:
         pytest.skip(str(refused))
 
 
-def rehearsed(ranks: str | None, *overrides: str, fault: tuple[str, str] | None = None) -> Verdict:
-    entry = RANK if fault is None else (*SEEDED, *fault)
+def rehearsed(ranks: str | None, *overrides: str, fault: tuple[str, str] | None = None) -> RehearsalResult:
+    entry = RANK_MODULE_ARGUMENTS if fault is None else (*SEEDED, *fault)
     return rehearse([*SMALL, *overrides], None, ranks, None, lambda line: None, entry)
 
 
-def of_kind(verdict: Verdict, kind: str) -> list[Fault]:
-    return [fault for fault in verdict.faults if fault.kind == kind]
+def of_kind(verdict: RehearsalResult, kind: str) -> list[RunFinding]:
+    return [fault for fault in verdict.findings if fault.kind == kind]
 
 
 @pytest.fixture(scope="module")
-def sound() -> Verdict:
+def sound() -> RehearsalResult:
     """Without a fault, on the representative ranks."""
     return rehearsed(None)
 
 
-def test_nothing_is_found_on_sound_ranks(sound: Verdict) -> None:
+def test_nothing_is_found_on_sound_ranks(sound: RehearsalResult) -> None:
     assert [log.rank for log in sound.logs] == [0, 2, 3]
-    assert not sound.faults
+    assert not sound.findings
     assert sound.exit_code == 0
-    assert sound.compared > (10, 8)
-    assert {"compute", "exchange"} == set(sound.layer_pair)
+    assert sound.compared_counts > (10, 8)
+    assert {"compute", "exchange"} == set(sound.moe_layer_totals)
 
 
 def test_pipeline_ranks_that_were_not_connected_hang() -> None:
     verdict = rehearsed("0,2", fault=("no_warm_up", "0,2"))
-    (found,) = verdict.faults
+    (found,) = verdict.findings
     assert (found.kind, found.ranks) == ("hang", (0, 2))
     assert "connects rank 0 to rank 2 on `pipeline up` of ranks 0, 2 for its first message" in found.text
     assert all("parallelism/pipeline/executor.py" in place for place in found.places)
@@ -64,7 +64,7 @@ def test_pipeline_ranks_that_were_not_connected_hang() -> None:
 
 def test_a_tensor_of_the_host_is_named() -> None:
     verdict = rehearsed("2", fault=("host_tensor", "2"))
-    (found,) = verdict.faults
+    (found,) = verdict.findings
     assert (found.kind, found.ranks) == ("device", (2,))
     assert "add takes a float32 tensor [16] of the host" in found.text
     assert "trainer/model/router.py" in found.places[0]
@@ -102,11 +102,13 @@ def test_a_layout_that_does_not_fit_is_named() -> None:
     """The GPU has room for what the rank is predicted to need with everything recomputed, and not with nothing."""
     layout = ("schedule=gpipe", "training.global_batch=8", "training.sequence_length=128")
     least, most = (
-        RunMemory(compose_run([*SMALL, *layout, f"recompute={name}"]), torch.device("cuda")).of(0)
+        MemoryPredictor(compose_run_config([*SMALL, *layout, f"recompute={name}"]), torch.device("cuda")).predict_rank(
+            0
+        )
         for name in ("everything", "nothing")
     )
-    assert most.allocated > 1.2 * least.allocated
-    gigabytes = ((least.allocated + most.allocated) / 2 + least.fixed) / 1e9
+    assert most.allocator_bytes > 1.2 * least.allocator_bytes
+    gigabytes = ((least.allocator_bytes + most.allocator_bytes) / 2 + least.non_allocator_bytes) / 1e9
     for name, faults in (("everything", []), ("nothing", [("memory", (0,))])):
         verdict = rehearsed("0", *layout, f"recompute={name}", f"cluster.memory_gb={gigabytes}")
-        assert [(fault.kind, fault.ranks) for fault in verdict.faults] == faults
+        assert [(fault.kind, fault.ranks) for fault in verdict.findings] == faults

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from shoestring.launch.rehearsal.log import Finding
-from shoestring.launch.rehearsal.tables import verdict_lines
+from shoestring.launch.rehearsal.log import RankFinding
+from shoestring.launch.rehearsal.tables import rehearsal_summary_lines
 from shoestring.tests.launch.rehearsal.judged import judged, printed, tree
 from shoestring.tests.launch.rehearsal.logs import MEMORY, batch, collective, log, message, swapped
 
@@ -15,7 +15,7 @@ def test_nothing_found() -> None:
     upper = log(1, collective("dispatch"), batch([message("b", 0)], [message("a", 0)]))
     verdict = judged(lower, upper)
     assert verdict.exit_code == 0
-    assert verdict_lines(verdict) == [
+    assert rehearsal_summary_lines(verdict) == [
         "no findings: 2 of 4 ranks, 4 micro-batches",
         "0 mismatches in 1 collectives and 2 messages that rehearsed ranks have in common",
         "assumed: routing is balanced",
@@ -25,22 +25,22 @@ def test_nothing_found() -> None:
 
 
 def test_the_verdict_comes_first_and_faults_that_end_a_run_before_others() -> None:
-    slow = Finding("deprecated", "torch.x is deprecated", "FB: comm/x.py:3 f")
-    broken = Finding("device", "add takes a tensor of the host", "F: trainer/y.py:4 g")
+    slow = RankFinding("deprecated", "torch.x is deprecated", "FB: comm/x.py:3 f")
+    broken = RankFinding("device", "add takes a tensor of the host", "F: trainer/y.py:4 g")
     rows = [collective("x"), collective("y"), collective("x"), collective("y")]
     verdict = judged(log(0, *rows, findings=[slow, broken]), swapped(log(1, *rows, findings=[slow]), 2, 3))
-    assert [fault.kind for fault in verdict.faults] == ["device", "collective", "deprecated"]
+    assert [fault.kind for fault in verdict.findings] == ["device", "collective", "deprecated"]
     assert verdict.exit_code == 1
     first, *others = printed(verdict).splitlines()
     assert first == "3 findings: 2 of 4 ranks, 4 micro-batches"
     assert others[0].startswith("device, rank 0: add takes a tensor of the host [F: trainer/y.py:4 g]")
     assert [len(found["ranks"]) for found in tree(verdict)["findings"]] == [1, 2, 2]
-    assert tree(verdict)["mismatches"] == verdict.mismatches == 1
+    assert tree(verdict)["mismatches"] == verdict.mismatch_count == 1
 
 
 def test_behind_an_error_only_the_error_is_told() -> None:
-    cut = replace(log(1, findings=[Finding("error", "shapes", "F: a.py:1 f")]), memory=replace(MEMORY, peak=0))
+    cut = replace(log(1, findings=[RankFinding("error", "shapes", "F: a.py:1 f")]), memory=replace(MEMORY, peak=0))
     verdict = judged(log(0, collective("x")), cut)
-    assert [fault.kind for fault in verdict.faults] == ["error"]
-    assert "connection model: not run, for the step of rank 1 ends by its error" in verdict_lines(verdict)
+    assert [fault.kind for fault in verdict.findings] == ["error"]
+    assert "connection model: not run, for the step of rank 1 ends by its error" in rehearsal_summary_lines(verdict)
     assert tree(verdict)["connection_model"] == "not run"

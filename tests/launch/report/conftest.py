@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shoestring.launch.report.page import html_report
-from shoestring.launch.report.record import read_run
+from shoestring.launch.report.record import read_run_record
 from shoestring.tests.launch.report.reader import Reader
 from shoestring.tests.launch.report.recorded import record_run, record_trace
 
@@ -22,7 +22,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def html(run_dir: Path) -> str:
-    return html_report(read_run(run_dir))
+    return html_report(read_run_record(run_dir))
 
 
 @pytest.fixture(scope="session")

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from shoestring.launch.report.follow import Follower
-from shoestring.launch.report.watch_frame import frame
+from shoestring.launch.report.follow import RunFollower
+from shoestring.launch.report.watch_frame import render_frame
 from shoestring.trainer.telemetry.events import Event, EventStream
 
 
-def shown(follower: Follower, width: int = 80) -> str:
+def shown(follower: RunFollower, width: int = 80) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(frame(follower.look()))
+    console.print(render_frame(follower.poll()))
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return text
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from shoestring.comm.trace import EXPOSED_EXCHANGE, Track
-from shoestring.launch.report.trace_svg import PHASES
+from shoestring.comm.trace import EXPOSED_EXCHANGE, TimelineTrack
+from shoestring.launch.report.trace_svg import LAYER_PAIR_PHASES
 from shoestring.trainer.telemetry.trace import Span
 
 MS = 1_000_000
@@ -13,14 +13,16 @@ FORWARD, BACKWARD = "layer_02, micro-batch 3", "layer_05, micro-batch 1"
 def pair_spans(start: int, scale: int) -> list[Span]:
     """One pair of 60 times `scale` milliseconds, in which attn(F) waits for half of its time."""
     unit, of = scale * MS, {"F": FORWARD, "B": BACKWARD, "W": BACKWARD}
-    begins = {name: start + 10 * index * unit for index, name in enumerate(PHASES)}
-    spans = [Span(Track.COMPUTE, name, of[name[-2]], begin, begin + 10 * unit) for name, begin in begins.items()]
+    begins = {name: start + 10 * index * unit for index, name in enumerate(LAYER_PAIR_PHASES)}
+    spans = [
+        Span(TimelineTrack.COMPUTE, name, of[name[-2]], begin, begin + 10 * unit) for name, begin in begins.items()
+    ]
     spans += [
-        Span(Track.LAUNCH, f"combine_backward of {BACKWARD}", "", start, start),
-        Span(Track.EXCHANGE, f"combine_backward of {BACKWARD}", "", start, start + 15 * unit),
-        Span(Track.COMPUTE, EXPOSED_EXCHANGE, BACKWARD, start + 10 * unit, start + 15 * unit),
-        Span(Track.LAUNCH, f"dispatch of {FORWARD}", "", start + 10 * unit, start + 10 * unit),
-        Span(Track.EXCHANGE, f"dispatch of {FORWARD}", "", start + 15 * unit, start + 25 * unit),
+        Span(TimelineTrack.LAUNCH, f"combine_backward of {BACKWARD}", "", start, start),
+        Span(TimelineTrack.EXCHANGE, f"combine_backward of {BACKWARD}", "", start, start + 15 * unit),
+        Span(TimelineTrack.COMPUTE, EXPOSED_EXCHANGE, BACKWARD, start + 10 * unit, start + 15 * unit),
+        Span(TimelineTrack.LAUNCH, f"dispatch of {FORWARD}", "", start + 10 * unit, start + 10 * unit),
+        Span(TimelineTrack.EXCHANGE, f"dispatch of {FORWARD}", "", start + 15 * unit, start + 25 * unit),
     ]
     return spans
 
@@ -29,16 +31,16 @@ def trace() -> list[Span]:
     """One FB of three pairs, and one more that lacks its end; a forward alone."""
     pairs = [*pair_spans(0, 1), *pair_spans(60 * MS, 3), *pair_spans(240 * MS, 2)]
     unfinished = [
-        Span(Track.LAUNCH, f"combine_backward of {BACKWARD}", "", 360 * MS, 360 * MS),
-        Span(Track.COMPUTE, "attn(W)", BACKWARD, 360 * MS, 370 * MS),
+        Span(TimelineTrack.LAUNCH, f"combine_backward of {BACKWARD}", "", 360 * MS, 360 * MS),
+        Span(TimelineTrack.COMPUTE, "attn(W)", BACKWARD, 360 * MS, 370 * MS),
     ]
     unfinished += [  # and one with a dense layer in it
-        Span(Track.LAUNCH, f"combine_backward of {BACKWARD}", "", 372 * MS, 372 * MS),
-        *(Span(Track.COMPUTE, name, FORWARD, 373 * MS, 374 * MS) for name in ("dense(F)", *PHASES)),
-        Span(Track.LAUNCH, f"combine_backward of {BACKWARD}", "", 378 * MS, 378 * MS),
+        Span(TimelineTrack.LAUNCH, f"combine_backward of {BACKWARD}", "", 372 * MS, 372 * MS),
+        *(Span(TimelineTrack.COMPUTE, name, FORWARD, 373 * MS, 374 * MS) for name in ("dense(F)", *LAYER_PAIR_PHASES)),
+        Span(TimelineTrack.LAUNCH, f"combine_backward of {BACKWARD}", "", 378 * MS, 378 * MS),
     ]
     alone = [
-        Span(Track.INSTRUCTION, "F", "", 400 * MS, 410 * MS),
-        Span(Track.COMPUTE, "attn(F)", FORWARD, 401 * MS, 402 * MS),
+        Span(TimelineTrack.INSTRUCTION, "F", "", 400 * MS, 410 * MS),
+        Span(TimelineTrack.COMPUTE, "attn(F)", FORWARD, 401 * MS, 402 * MS),
     ]
-    return [Span(Track.INSTRUCTION, "FB", "FB", 0, 380 * MS), *pairs, *unfinished, *alone]
+    return [Span(TimelineTrack.INSTRUCTION, "FB", "FB", 0, 380 * MS), *pairs, *unfinished, *alone]

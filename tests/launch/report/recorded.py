@@ -9,24 +9,24 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
 
-from shoestring.comm.trace import EDGE_WAIT, OPTIMIZER, Track
-from shoestring.launch.compose import compose_run
+from shoestring.comm.trace import OPTIMIZER, PIPELINE_WAIT, TimelineTrack
+from shoestring.launch.compose import compose_run_config
 from shoestring.launch.report.page import html_report
-from shoestring.launch.report.record import read_run
-from shoestring.launch.run.run_dir import own
-from shoestring.parallelism.pipeline.program import Program
+from shoestring.launch.report.record import read_run_record
+from shoestring.launch.run.run_dir import create_run_dir
+from shoestring.parallelism.pipeline.program import PipelineProgram
 from shoestring.parallelism.pipeline.schedules.registry import build_program
-from shoestring.parallelism.pipeline.simulate import UnitTimes, simulate_program
+from shoestring.parallelism.pipeline.simulate import OpDurations, simulate_program
 from shoestring.tests.launch.report.reader import Reader
 from shoestring.trainer.config import RunConfig
-from shoestring.trainer.ledger.allocation import Allocation
+from shoestring.trainer.ledger.allocation import AllocationJournal
 from shoestring.trainer.ledger.clock import Instant
 from shoestring.trainer.ledger.config import BudgetConfig
-from shoestring.trainer.ledger.terms import TERMS
+from shoestring.trainer.ledger.terms import STEP_TIME_TERMS
 from shoestring.trainer.ledger.work import WorkJournal
 from shoestring.trainer.telemetry.events import JSON, Event, EventStream
-from shoestring.trainer.telemetry.memory_usage import RESIDENT
-from shoestring.trainer.telemetry.trace import Span, merge_ranks, write_rank
+from shoestring.trainer.telemetry.memory_usage import RESIDENT_LABEL
+from shoestring.trainer.telemetry.trace import Span, merge_rank_traces, write_rank_trace
 
 STEPS, TOKENS, LAST = 8, 1000, 4.25
 BUDGET = BudgetConfig(gpu_hours=4.0)
@@ -50,24 +50,24 @@ class Clock:
 
 
 def config(run_dir: Path) -> RunConfig:
-    composed = compose_run(["experiment=quickstart"])
+    composed = compose_run_config(["experiment=quickstart"])
     return replace(composed, training=replace(composed.training, run_dir=str(run_dir)))
 
 
-def program(run_dir: Path) -> Program:
+def program(run_dir: Path) -> PipelineProgram:
     described = config(run_dir)
-    return build_program(described.schedule.name, described.topology.pp, described.micro_batches)
+    return build_program(described.schedule.name, described.topology.pp, described.num_micro_batches)
 
 
 def record_run(run_dir: Path) -> None:
     """Two launches of eight steps in all; the first dies after step 6 and the second goes on from step 4."""
-    own(run_dir)
+    create_run_dir(run_dir)
     clock = Clock()
     with clock.told():
-        first = Allocation(run_dir, ranks=2, attempt="first", budget=BUDGET, beat_seconds=1000)
+        first = AllocationJournal(run_dir, ranks=2, attempt="first", budget=BUDGET, heartbeat_seconds=1000)
         life(run_dir, clock, "first", range(1, 7), resumed=None)
         first.close("a rank died, torchrun exited with 1")
-        second = Allocation(run_dir, ranks=2, attempt="second", budget=BUDGET, beat_seconds=1000)
+        second = AllocationJournal(run_dir, ranks=2, attempt="second", budget=BUDGET, heartbeat_seconds=1000)
         life(run_dir, clock, "second", range(5, STEPS + 1), resumed=4)
         second.close(f"{STEPS} steps done")
     write_events(run_dir)
@@ -77,15 +77,15 @@ def life(run_dir: Path, clock: Clock, attempt: str, steps: range, resumed: int |
     """Each step takes both ranks 324 s, the evaluation at the end 360 s."""
     work = WorkJournal(run_dir, ranks=2, attempt=attempt, budget=BUDGET)
     if resumed is not None:
-        work.resume(resumed)
-    work.ready()
+        work.record_resume(resumed)
+    work.record_ready()
     for step in steps:
         clock.seconds += 324
-        work.step(step, 324_000, TOKENS)
-        work.terms(step, 200, dict.fromkeys(TERMS, 20) | {"bubble": 15})
+        work.record_step(step, 324_000, TOKENS)
+        work.record_step_time_terms(step, 200, dict.fromkeys(STEP_TIME_TERMS, 20) | {"bubble": 15})
     if steps.stop == STEPS + 1:
         clock.seconds += 360
-        work.interval("evaluation", 360_000)
+        work.record_interval("evaluation", 360_000)
     work.close(clean=resumed is not None)
 
 
@@ -107,7 +107,7 @@ def events(run_dir: Path) -> Iterator[Event]:
     yield Event("resume", 4, {}, BEGAN + 5001)
     for number in range(5, STEPS + 1):
         yield step(number, loss=LAST + STEPS - number)
-    memory: dict[str, JSON] = {"of": RESIDENT, "limit": None, "now": [300e6, 200e6], "peak": [420e6, 310e6]}
+    memory: dict[str, JSON] = {"of": RESIDENT_LABEL, "limit": None, "now": [300e6, 200e6], "peak": [420e6, 310e6]}
     yield Event("memory", STEPS, memory, BEGAN + 6000)
     yield Event("evaluation", STEPS, {"loss": 4.5, "targets": 640, "unigram_entropy": 5.83}, BEGAN + 6001)
     yield Event("sample", STEPS, {"text": "BRUTUS\nSpeak, hands & <b>feet</b>"}, BEGAN + 6002)
@@ -141,20 +141,20 @@ def record_trace(run_dir: Path, steps: int = 2) -> None:
     spans: list[list[Span]] = [[] for _ in range(2)]
     start = 10**12
     for number in range(1, steps + 1):
-        timeline = simulate_program(program(run_dir), UnitTimes(1e6, 1e6, 1e6, 1e6, 1e6), transfer=0)
-        rows = zip(timeline.program.instructions, timeline.starts, timeline.ends, strict=True)
+        timeline = simulate_program(program(run_dir), OpDurations(1e6, 1e6, 1e6, 1e6, 1e6), transfer_time=0)
+        rows = zip(timeline.program.instructions, timeline.start_times, timeline.end_times, strict=True)
         for rank, (instructions, starts, ends) in enumerate(rows):
             for instruction, begin, end in zip(instructions, starts, ends, strict=True):
                 at = (start + round(number * begin), start + round(number * end))
-                spans[rank].append(Span(Track.INSTRUCTION, instruction.op, str(instruction), *at))
-                spans[rank].append(Span(Track.INSTRUCTION, EDGE_WAIT, "a message", at[0], at[0]))
+                spans[rank].append(Span(TimelineTrack.INSTRUCTION, instruction.op, str(instruction), *at))
+                spans[rank].append(Span(TimelineTrack.INSTRUCTION, PIPELINE_WAIT, "a message", at[0], at[0]))
         start += 10**9
         for row in spans:
-            row.append(Span(Track.INSTRUCTION, OPTIMIZER, "", start - 10**6, start))
+            row.append(Span(TimelineTrack.INSTRUCTION, OPTIMIZER, "", start - 10**6, start))
     for rank in range(2 * columns):
-        write_rank(run_dir / "trace", rank, spans[rank // columns])
-    merge_ranks(run_dir / "trace", 2 * columns)
+        write_rank_trace(run_dir / "trace", rank, spans[rank // columns])
+    merge_rank_traces(run_dir / "trace", 2 * columns)
 
 
 def report_of(run_dir: Path) -> Reader:
-    return Reader(html_report(read_run(run_dir)))
+    return Reader(html_report(read_run_record(run_dir)))

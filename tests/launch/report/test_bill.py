@@ -6,13 +6,13 @@ from pathlib import Path
 
 from shoestring.tests.launch.report.reader import Reader
 from shoestring.tests.launch.report.recorded import LAST, record_run, report_of
-from shoestring.trainer.ledger.summary import summarize
+from shoestring.trainer.ledger.summary import summarize_ledger
 
 
 def test_the_bill_adds_up(run_dir: Path, page: Reader) -> None:
     words = page.words("budget")
-    summary = summarize(run_dir)
-    hours = {name: gpu_ms / 3.6e6 for name, gpu_ms in summary.buckets.items()}
+    summary = summarize_ledger(run_dir)
+    hours = {name: gpu_ms / 3.6e6 for name, gpu_ms in summary.gpu_ms_by_bucket.items()}
     hours |= {"productive": summary.productive_ms / 3.6e6, "rolled back": summary.rolled_back_ms / 3.6e6}
     for name in ("productive", "rolled back", "evaluation"):
         assert hours[name] > 0

@@ -5,15 +5,15 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from shoestring.launch.report.follow import Follower
-from shoestring.launch.run.run_dir import own
+from shoestring.launch.report.follow import RunFollower
+from shoestring.launch.run.run_dir import create_run_dir
 from shoestring.tests.launch.report.followed import append, shown
 from shoestring.tests.launch.report.recorded import events, record_run, step
 
 
 def test_a_run_is_followed_from_before_its_first_step(tmp_path: Path) -> None:
-    own(tmp_path)
-    follower = Follower(tmp_path)
+    create_run_dir(tmp_path)
+    follower = RunFollower(tmp_path)
     assert "none yet" in shown(follower)
     assert "no ledger" in shown(follower)
     run, *_ = events(tmp_path)
@@ -28,10 +28,10 @@ def test_a_run_is_followed_from_before_its_first_step(tmp_path: Path) -> None:
 
 
 def test_half_a_line_waits_for_its_end(tmp_path: Path) -> None:
-    own(tmp_path)
-    line = step(1, loss=7.5).line() + "\n"
+    create_run_dir(tmp_path)
+    line = step(1, loss=7.5).to_json_line() + "\n"
     (tmp_path / "metrics.jsonl").write_text(line[:40])
-    follower = Follower(tmp_path)
+    follower = RunFollower(tmp_path)
     assert "none yet" in shown(follower)
     (tmp_path / "metrics.jsonl").open("a").write(line[40:])
     assert "7.500" in shown(follower)
@@ -39,7 +39,7 @@ def test_half_a_line_waits_for_its_end(tmp_path: Path) -> None:
 
 def test_a_run_that_begins_anew_is_read_anew(tmp_path: Path) -> None:
     record_run(tmp_path)
-    follower = Follower(tmp_path)
+    follower = RunFollower(tmp_path)
     assert "8 of 8" in shown(follower)
     (tmp_path / "metrics.jsonl").unlink()
     shutil.rmtree(tmp_path / "ledger")

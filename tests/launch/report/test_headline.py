@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from shoestring.tests.launch.report.reader import Reader
-from shoestring.trainer.ledger.summary import summarize
+from shoestring.trainer.ledger.summary import summarize_ledger
 
 
 def test_the_headline(run_dir: Path, page: Reader) -> None:
-    summary = summarize(run_dir)
+    summary = summarize_ledger(run_dir)
     assert summary.gpu_hours == pytest.approx((10 * 324 + 360) * 2 / 3600)  # eight steps, two done twice, evaluation
     for words in (
         "done",

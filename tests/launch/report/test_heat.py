@@ -7,7 +7,7 @@ import re
 import struct
 import zlib
 
-from shoestring.launch.report.heat import MOST_COLUMNS, heat_map
+from shoestring.launch.report.heat import MAX_COLUMNS, heat_map
 
 
 def pixels(picture: str) -> tuple[list[list[int]], bytes, bytes]:
@@ -39,8 +39,8 @@ def test_a_row_is_an_expert_and_its_shade_the_load() -> None:
 
 
 def test_more_moments_than_columns_are_averaged() -> None:
-    rows, _, opacity = pixels(heat_map([[1, 3], [3, 1]] * MOST_COLUMNS, "load"))
-    assert len(rows[0]) == MOST_COLUMNS
+    rows, _, opacity = pixels(heat_map([[1, 3], [3, 1]] * MAX_COLUMNS, "load"))
+    assert len(rows[0]) == MAX_COLUMNS
     assert {opacity[place] for row in rows for place in row} == {0}
 
 

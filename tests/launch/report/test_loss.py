@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shoestring.launch.run.run_dir import own
+from shoestring.launch.run.run_dir import create_run_dir
 from shoestring.tests.launch.report.reader import Reader
 from shoestring.tests.launch.report.recorded import LAST, report_of, step
 from shoestring.trainer.telemetry.events import Event, EventStream
@@ -19,7 +19,7 @@ def test_curves_are_those_of_the_weights(page: Reader) -> None:
 
 
 def test_losses_that_are_not_numbers_break_nothing(tmp_path: Path) -> None:
-    own(tmp_path)
+    create_run_dir(tmp_path)
     stream = EventStream(tmp_path, [])
     stream.emit(step(1))
     assert "no loss that was told of is finite" in report_of(tmp_path).words("loss")

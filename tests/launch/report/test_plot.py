@@ -7,11 +7,11 @@ import re
 
 import pytest
 
-from shoestring.launch.report.plot import Plot, Series, thin, ticks
+from shoestring.launch.report.plot import Plot, Series, downsample_points, tick_values
 
 
 def drawn(series: Series) -> list[str]:
-    picture = Plot([series], width=174, height=138, from_zero=True).svg()  # 100 by 100 for the curve
+    picture = Plot([series], width=174, height=138, y_axis_from_zero=True).svg()  # 100 by 100 for the curve
     assert picture is not None
     return re.findall(r' d="([^"]*)"', picture)
 
@@ -33,7 +33,7 @@ def test_nothing_to_draw_is_no_picture(points: list[tuple[float, float]]) -> Non
 def test_a_long_run_keeps_its_spikes_and_a_small_picture() -> None:
     points = [(float(step), 3.0) for step in range(100_000)]
     points[54_321] = (54_321.0, 99.0)
-    kept = thin(points, 800)
+    kept = downsample_points(points, 800)
     assert len(kept) <= 800
     assert (54_321.0, 99.0) in kept
     picture = Plot([Series("loss", points)]).svg()
@@ -50,4 +50,4 @@ def test_a_long_run_keeps_its_spikes_and_a_small_picture() -> None:
     ],
 )
 def test_ticks_are_round(low: float, high: float, most: int, expected: list[float]) -> None:
-    assert ticks(low, high, most) == pytest.approx(expected)
+    assert tick_values(low, high, most) == pytest.approx(expected)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from shoestring.comm.errors import ConfigError
-from shoestring.launch.report.record import read_run
-from shoestring.launch.run.run_dir import own
+from shoestring.launch.report.record import read_run_record
+from shoestring.launch.run.run_dir import create_run_dir
 from shoestring.tests.launch.report.recorded import record_run, report_of
 
 
@@ -26,7 +26,7 @@ def test_what_was_not_recorded_is_said_with_what_records_it(tmp_path: Path) -> N
 @pytest.mark.parametrize("text", ["a: 1\na: 2", "a: !!python/object:os.system {}", "5"])
 def test_a_config_yaml_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
     """It is read where no rank has said how it was configured."""
-    own(tmp_path)
+    create_run_dir(tmp_path)
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"config.yaml.*restore it, or remove it"):
-        read_run(tmp_path)
+        read_run_record(tmp_path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from shoestring.launch.run.run_dir import own
+from shoestring.launch.run.run_dir import create_run_dir
 from shoestring.tests.launch.report.reader import Reader
 from shoestring.tests.launch.report.recorded import report_of
 
@@ -47,7 +47,7 @@ def test_the_configuration_is_whole(run_dir: Path, page: Reader) -> None:
 
 
 def test_a_run_that_has_not_begun_has_a_page(tmp_path: Path) -> None:
-    own(tmp_path)
+    create_run_dir(tmp_path)
     page = report_of(tmp_path)
     assert list(page.text) == SECTIONS
     assert "not begun" in page.words()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.launch.report.schedule import last_step, mean_times
+from shoestring.launch.report.schedule import last_traced_step, mean_op_times
 from shoestring.tests.launch.report.reader import Reader
 from shoestring.tests.launch.report.recorded import config, program, record_run, record_trace, report_of
 from shoestring.trainer.telemetry.trace import read_trace
@@ -15,10 +15,12 @@ from shoestring.trainer.telemetry.trace import read_trace
 def test_the_real_timeline_is_that_of_the_last_step(run_dir: Path, page: Reader) -> None:
     ranks = read_trace(run_dir / "trace" / "trace.json")
     columns = config(run_dir).topology.dp
-    real = last_step(program(run_dir), [ranks[0], ranks[columns]])
+    real = last_traced_step(program(run_dir), [ranks[0], ranks[columns]])
     assert real is not None
-    times = mean_times(real)
-    assert [times.forward, times.whole_backward, times.whole_pair] == pytest.approx([2, 2, 2])  # step 2, in ms
+    times = mean_op_times(real)
+    assert [times.forward, times.backward_duration, times.forward_backward_duration] == pytest.approx(
+        [2, 2, 2]
+    )  # step 2, in ms
     assert f"took {real.makespan:.1f} ms" in page.words("schedule")
     assert "As it ran" in page.words("schedule")
     assert "As it runs on paper" in page.words("schedule")

@@ -8,7 +8,7 @@ import pytest
 
 from shoestring.launch.report.schedule_svg import svg_timeline
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_program
-from shoestring.parallelism.pipeline.simulate import UnitTimes, simulate_program
+from shoestring.parallelism.pipeline.simulate import OpDurations, simulate_program
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -16,7 +16,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 @pytest.mark.parametrize("schedule", [each.name for each in SCHEDULES])
 def test_svg_has_a_box_for_every_instruction_inside_the_picture(schedule: str) -> None:
     program = build_program(schedule, 4, 12)
-    text = svg_timeline(simulate_program(program, UnitTimes()), note="F = 1 & more")
+    text = svg_timeline(simulate_program(program, OpDurations()), subtitle="F = 1 & more")
     root = ElementTree.fromstring(text)
     titles = [title.text or "" for title in root.iter(f"{SVG}title")]
     assert len(titles) == sum(map(len, program.instructions))
@@ -32,12 +32,12 @@ def test_svg_has_a_box_for_every_instruction_inside_the_picture(schedule: str) -
 
 
 def test_svg_of_a_long_program_stays_readable_and_of_a_paper_s_width() -> None:
-    root = ElementTree.fromstring(svg_timeline(simulate_program(build_program("dualpipe", 16, 120), UnitTimes())))
+    root = ElementTree.fromstring(svg_timeline(simulate_program(build_program("dualpipe", 16, 120), OpDurations())))
     assert float(root.attrib["width"]) < 3000
 
 
 def test_svg_gives_in_flight_and_bubble_a_column() -> None:
-    root = ElementTree.fromstring(svg_timeline(simulate_program(build_program("one_f_one_b", 4, 8), UnitTimes())))
+    root = ElementTree.fromstring(svg_timeline(simulate_program(build_program("one_f_one_b", 4, 8), OpDurations())))
     words = [text.text for text in root.iter(f"{SVG}text")]
     assert words[words.index("chunks, peak") + 1 :][:4] == ["4", "3", "2", "1"]
     assert words[words.index("bubble") + 2 :][:4] == ["9"] * 4

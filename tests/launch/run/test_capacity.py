@@ -7,17 +7,17 @@ import time
 import pytest
 
 from shoestring.comm.errors import ConfigError
-from shoestring.launch.compose import compose_run
-from shoestring.launch.run.capacity import RANKS_A_CORE, MachineCapacity, size_problems
-from shoestring.launch.run.preflight import preflight
+from shoestring.launch.compose import compose_run_config
+from shoestring.launch.run.capacity import MAX_RANKS_PER_CORE, MachineCapacity, capacity_problems
+from shoestring.launch.run.preflight import run_preflight_checks
 from shoestring.trainer.config import RunConfig
 
-SMALL = MachineCapacity(cores=2, host_bytes=24e9, gpu_bytes=None, tasks=None)
+SMALL = MachineCapacity(cpu_cores=2, host_bytes=24e9, gpu_bytes=None, max_tasks=None)
 ONE = ("topology=single", "schedule=one_f_one_b", "training.device=cpu")
 
 
 def configured(*overrides: str) -> RunConfig:
-    return compose_run([*ONE, *overrides])
+    return compose_run_config([*ONE, *overrides])
 
 
 @pytest.mark.parametrize(
@@ -71,31 +71,31 @@ def test_each_size_has_a_limit(overrides: str, field: str) -> None:
 )
 def test_what_is_too_large_for_this_machine(overrides: str, words: str) -> None:
     config = configured(*overrides.split())
-    (problem,) = size_problems(config, config.topology.world_size, SMALL)
+    (problem,) = capacity_problems(config, config.topology.world_size, SMALL)
     assert words in str(problem)
 
 
 def test_what_fits_is_not_refused() -> None:
     config = configured()
-    assert list(size_problems(config, 1, SMALL)) == []
-    assert list(size_problems(config, 2 * RANKS_A_CORE, SMALL)) == []
+    assert list(capacity_problems(config, 1, SMALL)) == []
+    assert list(capacity_problems(config, 2 * MAX_RANKS_PER_CORE, SMALL)) == []
 
 
 def test_processes_need_memory_and_may_be_limited_in_number() -> None:
-    config, many = configured(), 2 * RANKS_A_CORE
+    config, many = configured(), 2 * MAX_RANKS_PER_CORE
     small = MachineCapacity(2, many * 100e6, None, None)
-    assert "10 GB for their processes alone" in str(next(size_problems(config, many, small)))
-    assert "may start 100 processes" in str(next(size_problems(config, many, MachineCapacity(2, 24e9, None, 100))))
+    assert "10 GB for their processes alone" in str(next(capacity_problems(config, many, small)))
+    assert "may start 100 processes" in str(next(capacity_problems(config, many, MachineCapacity(2, 24e9, None, 100))))
 
 
 def test_a_gpu_has_its_own_memory() -> None:
-    room = MachineCapacity(cores=2, host_bytes=1e15, gpu_bytes=80e9, tasks=None)
-    assert "of memory on a GPU" in str(next(size_problems(configured("model.hidden_size=1048576"), 1, room)))
-    assert list(size_problems(configured(), 512, room)) == []  # a GPU's rank needs no core of its own
+    room = MachineCapacity(cpu_cores=2, host_bytes=1e15, gpu_bytes=80e9, max_tasks=None)
+    assert "of memory on a GPU" in str(next(capacity_problems(configured("model.hidden_size=1048576"), 1, room)))
+    assert list(capacity_problems(configured(), 512, room)) == []  # a GPU's rank needs no core of its own
 
 
 def test_deepseek_v3_fits_its_own_cluster() -> None:
-    config = compose_run(
+    config = compose_run_config(
         [
             "model=deepseek_v3",
             "data.vocabulary=129280",
@@ -107,11 +107,18 @@ def test_deepseek_v3_fits_its_own_cluster() -> None:
             "training.sequence_length=4096",
         ]
     )
-    assert list(size_problems(config, 8, MachineCapacity(cores=128, host_bytes=2e12, gpu_bytes=80e9, tasks=None))) == []
+    assert (
+        list(
+            capacity_problems(
+                config, 8, MachineCapacity(cpu_cores=128, host_bytes=2e12, gpu_bytes=80e9, max_tasks=None)
+            )
+        )
+        == []
+    )
 
 
 def test_preflight_refuses_sizes_before_it_looks_at_anything_else() -> None:
     config = configured("model.hidden_size=1048576", "data.prepared=/nowhere/at/all")
     with pytest.raises(ConfigError) as refused:
-        preflight(config, 1, fresh=True)
+        run_preflight_checks(config, 1, fresh=True)
     assert [problem.field for problem in refused.value.problems] == ["model"]

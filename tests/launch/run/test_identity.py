@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from shoestring.comm.agreement import first_difference
-from shoestring.launch.compose import compose_run
-from shoestring.launch.run.identity import code_hash, data_digest, identity
+from shoestring.comm.agreement import find_first_mismatch
+from shoestring.launch.compose import compose_run_config
+from shoestring.launch.run.identity import code_hash, data_digest, run_fingerprint
 
 SECRET = "hunter2"
 
@@ -31,23 +31,28 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_the_first_key_that_differs_is_named(changed: list[str], key: str) -> None:
-    assert first_difference(identity(compose_run([]), "d"), identity(compose_run(changed), "d")) == key
+    assert (
+        find_first_mismatch(
+            run_fingerprint(compose_run_config([]), "d"), run_fingerprint(compose_run_config(changed), "d")
+        )
+        == key
+    )
 
 
 def test_an_environment_that_differs_is_seen_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     override = ["training.run_dir=${oc.env:TEAM}"]
-    here = identity(compose_run(override), "d")
+    here = run_fingerprint(compose_run_config(override), "d")
     monkeypatch.setenv("TEAM", "other")
-    there = identity(compose_run(override), "d")
-    assert first_difference(here, there) == "training.run_dir"
-    assert here["training.run_dir"].shown == there["training.run_dir"].shown == '"${oc.env:TEAM}"'
+    there = run_fingerprint(compose_run_config(override), "d")
+    assert find_first_mismatch(here, there) == "training.run_dir"
+    assert here["training.run_dir"].display_value == there["training.run_dir"].display_value == '"${oc.env:TEAM}"'
 
 
 def test_other_data_code_or_torch_are_seen() -> None:
-    config = compose_run([])
-    facts = identity(config, "one")
-    assert first_difference(facts, identity(config, "other")) == "data"
+    config = compose_run_config([])
+    facts = run_fingerprint(config, "one")
+    assert find_first_mismatch(facts, run_fingerprint(config, "other")) == "data"
     assert {"code", "torch", "python"} <= facts.keys()
     assert re.fullmatch("[0-9a-f]{64}", code_hash())
     assert code_hash() == facts["code"].digest
-    assert data_digest(compose_run(["data.prepared=/none"])).startswith("cannot be read here")
+    assert data_digest(compose_run_config(["data.prepared=/none"])).startswith("cannot be read here")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from shoestring.launch.run.identity import ATTEMPT_VARIABLE, attempt_name
+from shoestring.launch.run.identity import ATTEMPT_ENV_VAR, attempt_name
 
 AGENT = """
 import subprocess, sys
@@ -19,12 +19,12 @@ for _ in range(2):
 
 
 def test_the_launcher_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ATTEMPT_VARIABLE, "given")
+    monkeypatch.setenv(ATTEMPT_ENV_VAR, "given")
     assert attempt_name() == "given"
 
 
 def test_a_torchrun_of_ones_own_is_known_by_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(ATTEMPT_VARIABLE, raising=False)
+    monkeypatch.delenv(ATTEMPT_ENV_VAR, raising=False)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
     assert attempt_name().startswith(f"mine.{os.getppid()}.")
     agents = [subprocess.run([sys.executable, "-c", AGENT], capture_output=True, text=True, check=True) for _ in "ab"]

@@ -7,10 +7,10 @@ import subprocess
 import pytest
 import torch
 
-from shoestring.comm.bootstrap import WorkerEnvironment
+from shoestring.comm.bootstrap import TorchrunEnvironment
 from shoestring.comm.errors import ConfigError
-from shoestring.launch.compose import compose_run
-from shoestring.launch.run.node import MachinePlace, count_processes, read_place
+from shoestring.launch.compose import compose_run_config
+from shoestring.launch.run.node import NodeEnvironment, count_local_ranks, read_node_environment
 from shoestring.launch.run.worker import pick_device
 from shoestring.tests.launch.refusals import refused
 from shoestring.tests.launch.two_machines import SCRIPT, environment
@@ -19,10 +19,14 @@ TWO = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
 
 
 def test_the_variables_become_torchruns_arguments() -> None:
-    assert read_place({}).torchrun(4) == ["--rdzv-backend=loopback", "--rdzv-endpoint=127.0.0.1", "--nproc-per-node=4"]
-    place = read_place(TWO | {"MASTER_PORT": "1234", "GPUS_PER_NODE": "8"})
-    assert place == MachinePlace(nodes=2, rank=1, address="node0", port=1234, processes=8)
-    assert place.torchrun(8) == [
+    assert read_node_environment({}).torchrun_arguments(4) == [
+        "--rdzv-backend=loopback",
+        "--rdzv-endpoint=127.0.0.1",
+        "--nproc-per-node=4",
+    ]
+    place = read_node_environment(TWO | {"MASTER_PORT": "1234", "GPUS_PER_NODE": "8"})
+    assert place == NodeEnvironment(nodes=2, node_rank=1, master_address="node0", master_port=1234, gpus_per_node=8)
+    assert place.torchrun_arguments(8) == [
         "--nnodes=2",
         "--node-rank=1",
         "--master-addr=node0",
@@ -42,7 +46,7 @@ def test_the_variables_become_torchruns_arguments() -> None:
 )
 def test_variables_that_are_refused(variables: dict[str, str], fields: list[str]) -> None:
     with pytest.raises(ConfigError) as refused:
-        read_place(variables)
+        read_node_environment(variables)
     assert [problem.field for problem in refused.value.problems] == fields
 
 
@@ -56,13 +60,13 @@ def test_variables_that_are_refused(variables: dict[str, str], fields: list[str]
     ],
 )
 def test_machines_must_be_the_topologys(topology: list[str], processes: str | None, fields: list[str]) -> None:
-    config = compose_run(["training.device=cpu", *topology])
-    place = read_place(TWO | ({} if processes is None else {"GPUS_PER_NODE": processes}))
+    config = compose_run_config(["training.device=cpu", *topology])
+    place = read_node_environment(TWO | ({} if processes is None else {"GPUS_PER_NODE": processes}))
     if not fields:
-        assert count_processes(config, place) == 2
+        assert count_local_ranks(config, place) == 2
         return
     with pytest.raises(ConfigError) as refused:
-        count_processes(config, place)
+        count_local_ranks(config, place)
     assert [problem.field for problem in refused.value.problems] == fields
 
 
@@ -79,7 +83,7 @@ def test_a_machine_of_another_size_is_told_what_to_write(
     gpus: int, variables: dict[str, str], hint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    found = refused(count_processes, compose_run(["experiment=quickstart"]), read_place(variables))
+    found = refused(count_local_ranks, compose_run_config(["experiment=quickstart"]), read_node_environment(variables))
     assert found["GPUS_PER_NODE"].endswith(f"; {hint}")
 
 
@@ -90,8 +94,8 @@ def test_gpus_that_are_too_few_are_not_passed_over_in_silence(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    config = compose_run(["experiment=quickstart"])
-    devices = [pick_device(config, WorkerEnvironment(rank, rank, 4)).type for rank in range(4)]
+    config = compose_run_config(["experiment=quickstart"])
+    devices = [pick_device(config, TorchrunEnvironment(rank, rank, 4)).type for rank in range(4)]
     assert devices == ["cuda" if gpus == 4 else "cpu"] * 4
     said = capsys.readouterr().err
     assert said.count("\n") == (line is not None)

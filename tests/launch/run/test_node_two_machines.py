@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.launch.run.run_dir import read_status
+from shoestring.launch.run.run_dir import read_run_status
 from shoestring.tests.launch.real_run import wait_until
 from shoestring.tests.launch.small_run import small_run
 from shoestring.tests.launch.two_machines import ONE_RANK_EACH, Launch, launch, losses, saved_steps
-from shoestring.trainer.ledger.summary import summarize
+from shoestring.trainer.ledger.summary import summarize_ledger
 from shoestring.trainer.telemetry.history import read_metrics
 
 STEPS = 40
@@ -42,10 +42,10 @@ def undisturbed(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_two_machines_are_one_run(undisturbed: Path) -> None:
-    assert read_status(undisturbed) == {"exit_code": 0, "reason": f"{STEPS} steps done"}
+    assert read_run_status(undisturbed) == {"exit_code": 0, "reason": f"{STEPS} steps done"}
     assert [step for step, _, _ in losses(undisturbed)] == list(range(1, STEPS + 1))
     assert [event.step for event in read_metrics(undisturbed / "metrics.jsonl") if event.kind == "stop"] == [STEPS]
-    assert not summarize(undisturbed).running
+    assert not summarize_ledger(undisturbed).is_running
 
 
 def send(machine: int, members: tuple[int, ...], number: signal.Signals, both: Launch) -> None:
@@ -100,7 +100,7 @@ def test_a_machine_that_is_asked_to_stop_ends_both_within_seconds_and_loses_no_s
     (done,) = saved_steps(run_dir)
     assert [step for step, _, _ in losses(run_dir)] == list(range(1, done + 1))
     go_on(overrides, run_dir, tmp_path / "again", undisturbed)
-    assert summarize(run_dir).rolled_back_ms == 0
+    assert summarize_ledger(run_dir).rolled_back_ms == 0
 
 
 @pytest.mark.slow
@@ -179,7 +179,7 @@ def test_a_machine_that_never_comes_is_said_at_once_and_waited_for_only_so_long(
         first, last = both.said(1).splitlines()
         assert "waiting for machine 0 at 127.0.0.77:" in first
         assert "machine 0 was not at 127.0.0.77:" in last
-    assert not summarize(tmp_path / "run").running
+    assert not summarize_ledger(tmp_path / "run").is_running
 
 
 @pytest.mark.parametrize(
@@ -217,4 +217,4 @@ def test_a_machine_that_waits_for_others_stops_at_once(overrides: list[str], tmp
         both.machines[0].terminate()
         assert both.codes(2) == [75]
         assert "stopped by SIGTERM before the machines had met" in both.said(0)
-    assert not summarize(tmp_path / "run").running
+    assert not summarize_ledger(tmp_path / "run").is_running

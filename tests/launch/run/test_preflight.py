@@ -13,18 +13,18 @@ import pytest
 import torch
 
 from shoestring.comm.errors import ConfigError
-from shoestring.launch.compose import compose_run
+from shoestring.launch.compose import compose_run_config
 from shoestring.launch.run import run_dir as run_directory
-from shoestring.launch.run.preflight import hardware_problems, preflight
-from shoestring.launch.run.run_dir import claimed, own
+from shoestring.launch.run.preflight import hardware_problems, run_preflight_checks
+from shoestring.launch.run.run_dir import create_run_dir, lock_run_dir
 from shoestring.tests.launch.refusals import by_field, refused
 from shoestring.tests.tree import ROOT
-from shoestring.trainer.checkpoint.compatible import incompatibilities
+from shoestring.trainer.checkpoint.compatible import resume_problems
 from shoestring.trainer.checkpoint.store import CheckpointExtras, CheckpointStore
 from shoestring.trainer.config import RunConfig
-from shoestring.trainer.data.prepare import prepare
-from shoestring.trainer.data.prepared import open_prepared
-from shoestring.trainer.model.attention_backend import GpuFacts
+from shoestring.trainer.data.prepare import prepare_corpus
+from shoestring.trainer.data.prepared import open_prepared_data
+from shoestring.trainer.model.attention_backend import GpuCapabilities
 from shoestring.trainer.telemetry.config import PrometheusConfig
 
 
@@ -32,58 +32,62 @@ from shoestring.trainer.telemetry.config import PrometheusConfig
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     root = tmp_path_factory.mktemp("preflight")
     overrides = [f"data.prepared={root / 'data'}", f"training.run_dir={root / 'run'}"]
-    composed = compose_run(["experiment=quickstart", *overrides])
-    prepare(composed.data, lambda _: None)
+    composed = compose_run_config(["experiment=quickstart", *overrides])
+    prepare_corpus(composed.data, lambda _: None)
     return composed
 
 
 def test_what_can_run_passes(config: RunConfig) -> None:
-    preflight(config, 4, fresh=False)
+    run_preflight_checks(config, 4, fresh=False)
 
 
 def test_a_port_that_is_taken(config: RunConfig) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         prometheus = PrometheusConfig(port=other.getsockname()[1])
         scraped = replace(config, telemetry=replace(config.telemetry, prometheus=prometheus))
-        assert set(refused(partial(preflight, fresh=False), scraped, 4)) == {"telemetry.prometheus.port"}
-        preflight(scraped, 4, fresh=False, first_machine=False)  # nobody listens there but the machine of rank 0
+        assert set(refused(partial(run_preflight_checks, fresh=False), scraped, 4)) == {"telemetry.prometheus.port"}
+        run_preflight_checks(
+            scraped, 4, fresh=False, is_first_node=False
+        )  # nobody listens there but the machine of rank 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_gpus_that_are_not_there(config: RunConfig) -> None:
     with pytest.raises(ConfigError, match="4 ranks need a GPU each and this machine has 0"):
-        preflight(replace(config, training=replace(config.training, device="cuda")), 4, fresh=False)
+        run_preflight_checks(replace(config, training=replace(config.training, device="cuda")), 4, fresh=False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_an_exchange_that_is_not_there(config: RunConfig) -> None:
     with pytest.raises(ConfigError, match=r"deep_ep is not installed[\s\S]*this machine has 0"):
-        preflight(replace(config, exchange=replace(config.exchange, name="deepep")), 4, fresh=False)
+        run_preflight_checks(replace(config, exchange=replace(config.exchange, name="deepep")), 4, fresh=False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_provider_of_fp8_that_is_not_there(config: RunConfig) -> None:
     for provider in ("triton", "torch", "te"):
-        precision = replace(config.precision, linear="fp8", provider=provider)
+        precision = replace(config.precision, linear="fp8", fp8_backend=provider)
         with pytest.raises(ConfigError, match=r"precision\.provider.*it needs a Hopper GPU"):
-            preflight(replace(config, precision=precision), 4, fresh=False)
+            run_preflight_checks(replace(config, precision=precision), 4, fresh=False)
     for provider in ("auto", "reference"):
-        precision = replace(config.precision, linear="fp8", provider=provider)
-        preflight(replace(config, precision=precision), 4, fresh=False)
+        precision = replace(config.precision, linear="fp8", fp8_backend=provider)
+        run_preflight_checks(replace(config, precision=precision), 4, fresh=False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_an_attention_of_gpus_where_there_is_none(config: RunConfig) -> None:
-    wanted = replace(config, training=replace(config.training, attention="cudnn"))
-    found = refused(partial(preflight, fresh=False), wanted, 4)["training.attention"]
+    wanted = replace(config, training=replace(config.training, attention_backend="cudnn"))
+    found = refused(partial(run_preflight_checks, fresh=False), wanted, 4)["training.attention"]
     assert found == "'cudnn': is for GPUs, and this machine has 0 for 4 ranks; write auto, or fewer ranks"
 
 
 def test_an_attention_that_this_gpu_does_not_have(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(GpuFacts, "here", lambda: GpuFacts((9, 0), 91002, "flash_attn_interface is not installed"))
+    monkeypatch.setattr(
+        GpuCapabilities, "here", lambda: GpuCapabilities((9, 0), 91002, "flash_attn_interface is not installed")
+    )
     for name, why in (("cudnn", "torch has 9.10.2"), ("flash3", "is not installed"), ("efficient", "")):
-        wanted = replace(config, training=replace(config.training, attention=name))
+        wanted = replace(config, training=replace(config.training, attention_backend=name))
         found = by_field(hardware_problems(wanted, 4))
         assert found.keys() == ({"training.attention"} if why else set())
         assert why in found.get("training.attention", "")
@@ -92,7 +96,7 @@ def test_an_attention_that_this_gpu_does_not_have(config: RunConfig, monkeypatch
 
 def test_data_that_is_not_there(config: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run `shoestring data prepare` first"):
-        preflight(replace(config, data=replace(config.data, prepared=str(tmp_path))), 4, fresh=False)
+        run_preflight_checks(replace(config, data=replace(config.data, prepared=str(tmp_path))), 4, fresh=False)
 
 
 def test_a_shard_of_the_right_size_with_other_bytes(config: RunConfig, tmp_path: Path) -> None:
@@ -100,7 +104,7 @@ def test_a_shard_of_the_right_size_with_other_bytes(config: RunConfig, tmp_path:
     shard = prepared / "train_00000.bin"
     shard.write_bytes(b"\xff" * shard.stat().st_size)  # ids above any vocabulary
     damaged = replace(config, data=replace(config.data, prepared=str(prepared)))
-    found = refused(partial(preflight, fresh=False), damaged, 4)
+    found = refused(partial(run_preflight_checks, fresh=False), damaged, 4)
     assert list(found) == [str(shard)]
     assert "the file is damaged; remove the directory and prepare again" in found[str(shard)]
 
@@ -110,23 +114,25 @@ def test_everything_that_keeps_a_run_from_starting_is_named_at_once(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     run_dir = tmp_path / "run"
-    with claimed(run_dir, fresh=False):
-        store = CheckpointStore(run_dir / "checkpoints", keep=2)
-        store.prepare(7)
-        store.commit(7, CheckpointExtras({"step": 7, "config": asdict(config), "data": "other", "tokenizer": "other"}))
+    with lock_run_dir(run_dir, fresh=False):
+        store = CheckpointStore(run_dir / "checkpoints", keep_last=2)
+        store.prepare_save(7)
+        store.commit_save(
+            7, CheckpointExtras({"step": 7, "config": asdict(config), "data": "other", "tokenizer": "other"})
+        )
     wrong = replace(
         in_directory(config, run_dir),
         model=replace(config.model, num_attention_heads=2),
         data=replace(config.data, prepared=str(tmp_path / "nowhere")),
     )
     wrong = replace(wrong, training=replace(wrong.training, device="cuda"))
-    look = partial(preflight, fresh=False)
+    look = partial(run_preflight_checks, fresh=False)
     assert refused(look, wrong, 4).keys() == {
         str(tmp_path / "nowhere" / "manifest.json"),
         "training.device",
         "model.num_attention_heads",
     }
-    (store.path(7) / "manifest.json").write_text("{")
+    (store.checkpoint_path(7) / "manifest.json").write_text("{")
     assert "checkpoint" in refused(look, wrong, 4)
     short = replace(config, training=replace(config.training, sequence_length=10**6, device="cuda"))
     assert len(refused(look, short, 4)) == 2
@@ -135,8 +141,8 @@ def test_everything_that_keeps_a_run_from_starting_is_named_at_once(
 def test_a_vocabulary_of_other_data_and_a_damaged_file_are_named_together(config: RunConfig, tmp_path: Path) -> None:
     prepared = Path(shutil.copytree(config.data.prepared, tmp_path / "data"))
     (prepared / "tokenizer.json").unlink()
-    other = replace(config, data=replace(config.data, prepared=str(prepared), vocabulary=300, validation=("hamlet",)))
-    found = refused(partial(preflight, fresh=False), other, 4)
+    other = replace(config, data=replace(config.data, prepared=str(prepared), vocab_size=300, validation=("hamlet",)))
+    found = refused(partial(run_preflight_checks, fresh=False), other, 4)
     assert found.keys() == {"data.vocabulary", "data.validation", str(prepared / "tokenizer.json")}
 
 
@@ -148,22 +154,22 @@ def test_wandb_online_without_an_account(config: RunConfig, tmp_path: Path, monk
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
     online = replace(config.telemetry, wandb=replace(config.telemetry.wandb, mode="online"))
     online_run = replace(in_directory(config, tmp_path / "run"), telemetry=online)
-    found = refused(partial(preflight, fresh=False), online_run, 4)
+    found = refused(partial(run_preflight_checks, fresh=False), online_run, 4)
     assert list(found) == ["telemetry.wandb.mode"]
     assert "run `wandb login`, or write offline" in found["telemetry.wandb.mode"]
     assert not (tmp_path / "run").exists()
-    preflight(online_run, 4, fresh=False, first_machine=False)  # rank 0 lives elsewhere
+    run_preflight_checks(online_run, 4, fresh=False, is_first_node=False)  # rank 0 lives elsewhere
 
 
 def test_text_too_short_for_one_sample(config: RunConfig) -> None:
     with pytest.raises(ConfigError, match="one sample needs 1000002"):
-        preflight(replace(config, training=replace(config.training, sequence_length=10**6)), 4, fresh=False)
+        run_preflight_checks(replace(config, training=replace(config.training, sequence_length=10**6)), 4, fresh=False)
 
 
 def test_what_a_checkpoint_holds_on_to(config: RunConfig) -> None:
-    data = open_prepared(config.data).manifest
-    facts = {"step": 7, "config": asdict(config), "data": data.digest, "tokenizer": data.tokenizer.sha256}
-    assert not list(incompatibilities(facts, config, data))
+    data = open_prepared_data(config.data).manifest
+    facts = {"step": 7, "config": asdict(config), "data": data.content_hash, "tokenizer": data.tokenizer.sha256}
+    assert not list(resume_problems(facts, config, data))
     freer = replace(
         config,
         optimizer=replace(config.optimizer, peak_learning_rate=1e-4),
@@ -171,19 +177,19 @@ def test_what_a_checkpoint_holds_on_to(config: RunConfig) -> None:
         topology=replace(config.topology, pp=4, ep=1),
         schedule=replace(config.schedule, name="zb1p"),
     )
-    assert not list(incompatibilities(facts, freer, data))
+    assert not list(resume_problems(facts, freer, data))
     other = replace(
         config,
         model=replace(config.model, num_attention_heads=2),
         optimizer=replace(config.optimizer, moments="float32", ema_decay=0.5),
         training=replace(config.training, seed=1),
     )
-    found = {problem.field: problem for problem in incompatibilities(facts | {"data": "other"}, other, data)}
+    found = {problem.field: problem for problem in resume_problems(facts | {"data": "other"}, other, data)}
     moments = {"optimizer.moments", "optimizer.ema_decay"}
     assert set(found) == {"model.num_attention_heads", *moments, "training.seed", "data.prepared"}
     assert "the checkpoint of step 7 has 4" in found["model.num_attention_heads"].hint
     assert "holds other tokens" in found["data.prepared"].hint
-    (tokenizer,) = incompatibilities(facts | {"tokenizer": "other", "data": "other"}, config, data)
+    (tokenizer,) = resume_problems(facts | {"tokenizer": "other", "data": "other"}, config, data)
     assert "has another tokenizer" in tokenizer.hint
 
 
@@ -195,13 +201,13 @@ def test_a_directory_that_no_run_has_made(fresh: bool, config: RunConfig, tmp_pa
     (foreign / "lock").write_text("")
     (foreign / "ledger").mkdir()
     before = contents(foreign)
-    with pytest.raises(ConfigError, match="was not made by a run"), claimed(foreign, fresh=fresh):
+    with pytest.raises(ConfigError, match="was not made by a run"), lock_run_dir(foreign, fresh=fresh):
         pass
     with pytest.raises(ConfigError, match="was not made by a run"):
-        own(foreign)
+        create_run_dir(foreign)
     with pytest.raises(ConfigError, match="was not made by a run"):
-        preflight(in_directory(config, foreign), 4, fresh=fresh)
-    with pytest.raises(ConfigError, match="was not made by a run"), claimed(foreign / "thesis.tex", fresh=fresh):
+        run_preflight_checks(in_directory(config, foreign), 4, fresh=fresh)
+    with pytest.raises(ConfigError, match="was not made by a run"), lock_run_dir(foreign / "thesis.tex", fresh=fresh):
         pass
     assert contents(foreign) == before
 
@@ -216,7 +222,7 @@ def in_directory(config: RunConfig, run_dir: Path) -> RunConfig:
 
 def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be written"), claimed(tmp_path / "file" / "run", fresh=False):
+    with pytest.raises(ConfigError, match="cannot be written"), lock_run_dir(tmp_path / "file" / "run", fresh=False):
         pass
 
 
@@ -229,5 +235,5 @@ def test_a_full_disk_leaves_no_directory_and_names_no_file_that_is_not_known(
     (tmp_path / "there").mkdir()
     monkeypatch.setattr(run_directory, "replace_file", fill)
     with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\); name another directory"):
-        own(tmp_path / "there" / "new" / "run")
+        create_run_dir(tmp_path / "there" / "new" / "run")
     assert list(tmp_path.rglob("*")) == [tmp_path / "there"]

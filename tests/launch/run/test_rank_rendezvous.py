@@ -13,15 +13,18 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from shoestring.comm.bootstrap import WorkerEnvironment
+from shoestring.comm.bootstrap import TorchrunEnvironment
 from shoestring.comm.errors import ConfigError
-from shoestring.launch.run.rank_rendezvous import StoppedBeforeMeeting, find_ranks
-from shoestring.launch.run.restart_policy import stops_without_step
-from shoestring.launch.run.run_dir import read_status
+from shoestring.launch.run.rank_rendezvous import StoppedBeforeRendezvous, open_rendezvous_store
+from shoestring.launch.run.restart_policy import count_stops_without_step
+from shoestring.launch.run.run_dir import read_run_status
 from shoestring.tests.launch.small_run import free_port, small_run
-from shoestring.trainer.run.exit import Halt
+from shoestring.trainer.run.exit import HaltReason
 
-PAIR = [WorkerEnvironment(rank=0, local_rank=0, world_size=2), WorkerEnvironment(rank=1, local_rank=1, world_size=2)]
+PAIR = [
+    TorchrunEnvironment(rank=0, local_rank=0, world_size=2),
+    TorchrunEnvironment(rank=1, local_rank=1, world_size=2),
+]
 
 
 def at(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
@@ -36,28 +39,28 @@ def test_an_address_that_does_not_resolve_is_refused(monkeypatch: pytest.MonkeyP
     at(monkeypatch, "machine-0.invalid")
     monkeypatch.setattr(socket, "getaddrinfo", no_names)
     with pytest.raises(ConfigError, match=r"MASTER_ADDR = 'machine-0.invalid': does not resolve on this machine"):
-        find_ranks(PAIR[1], 5, lambda: False)
+        open_rendezvous_store(PAIR[1], 5, lambda: False)
 
 
 @pytest.mark.parametrize("worker", PAIR)
 def test_a_rank_that_nobody_joins_says_so_and_ends_at_its_limit(
-    worker: WorkerEnvironment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    worker: TorchrunEnvironment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     at(monkeypatch, "127.0.0.1")
     began = time.monotonic()
     with pytest.raises((dist.DistError, OSError)):
-        find_ranks(worker, 1, lambda: False)
+        open_rendezvous_store(worker, 1, lambda: False)
     assert time.monotonic() - began < 10
     words = f"rank 0 waits for 1 other rank at 127.0.0.1:{os.environ['MASTER_PORT']}"
     assert (words in capsys.readouterr().err) == (worker.local_rank == 0)
 
 
 @pytest.mark.parametrize("worker", PAIR)
-def test_a_request_to_stop_ends_the_wait(worker: WorkerEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_to_stop_ends_the_wait(worker: TorchrunEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     at(monkeypatch, "127.0.0.1")
     asked_at = time.monotonic() + 0.3
-    with pytest.raises(StoppedBeforeMeeting, match=f"the 2 ranks had met at 127.0.0.1:{os.environ['MASTER_PORT']}"):
-        find_ranks(worker, 3, lambda: time.monotonic() > asked_at)
+    with pytest.raises(StoppedBeforeRendezvous, match=f"the 2 ranks had met at 127.0.0.1:{os.environ['MASTER_PORT']}"):
+        open_rendezvous_store(worker, 3, lambda: time.monotonic() > asked_at)
     assert time.monotonic() < asked_at + 1.5
 
 
@@ -78,13 +81,13 @@ def test_a_container_whose_peers_do_not_come_ends_at_sigterm(rank: int, tmp_path
             assert f"rank {rank} waits for 1 other rank" in process.stderr.readline()
             process.send_signal(signal.SIGTERM)
             asked_at = time.monotonic()
-            assert process.wait(30) == Halt.PREEMPTED
+            assert process.wait(30) == HaltReason.PREEMPTED
             assert time.monotonic() < asked_at + 2
             assert "stopped before the 2 ranks had met" in process.stderr.read()
             if rank == 0:
-                status = read_status(tmp_path / "run")
+                status = read_run_status(tmp_path / "run")
                 assert status is not None
-                assert status["exit_code"] == Halt.PREEMPTED
-                assert stops_without_step(tmp_path / "run") == 1
+                assert status["exit_code"] == HaltReason.PREEMPTED
+                assert count_stops_without_step(tmp_path / "run") == 1
         finally:
             process.kill()

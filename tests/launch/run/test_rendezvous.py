@@ -15,20 +15,20 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.agreement import Fact, Facts, difference, to_json
+from shoestring.comm.agreement import Fingerprint, Fingerprints, describe_mismatch, fingerprints_to_json
 from shoestring.comm.errors import ConfigError, Problem
 from shoestring.launch.run import rendezvous as meeting
 from shoestring.launch.run.rendezvous import (
-    MachinesMissing,
-    MeetingPoint,
-    address_problems,
-    attend_meeting,
-    host_meeting,
-    report_refusal,
+    RendezvousEndpoint,
+    RendezvousError,
+    host_rendezvous,
+    join_rendezvous,
+    master_address_problems,
+    report_config_error,
 )
 from shoestring.tests.launch.small_run import free_port
 
-FACTS = {"training.seed": Fact("1", "0"), "code": Fact("2", "abc")}
+FACTS = {"training.seed": Fingerprint("1", "0"), "code": Fingerprint("2", "abc")}
 NO_MEETINGS = (
     *(b"SSH-2.0-OpenSSH\n", b"[" * 100_000 + b"\n", b'{"go": NaN}\n', b"7\n", b"{}\n"),
     *(b'{"run_dir": "a\\u0000b", "attempt": "x"}\n', b'{"run_dir": "a", "attempt": 7}\n', b'{"refused": [1]}\n'),
@@ -36,25 +36,25 @@ NO_MEETINGS = (
 Outcome = Path | str | None
 
 
-def venues(machines: int, seconds: float = 20) -> list[MeetingPoint]:
+def venues(machines: int, seconds: float = 20) -> list[RendezvousEndpoint]:
     port = free_port()
-    return [MeetingPoint("127.0.0.1", port, machines, machine, seconds) for machine in range(machines)]
+    return [RendezvousEndpoint("127.0.0.1", port, machines, machine, seconds) for machine in range(machines)]
 
 
 def outcome(call: Callable[[], Outcome]) -> Outcome:
     try:
         return call()
-    except (ConfigError, MachinesMissing) as error:
+    except (ConfigError, RendezvousError) as error:
         return f"{type(error).__name__}: {error}"
 
 
-def meet(run_dir: Path, own: list[Facts]) -> list[Outcome]:
+def meet(run_dir: Path, own: list[Fingerprints]) -> list[Outcome]:
     """What came of it on each machine."""
     places = venues(len(own))
     with ThreadPoolExecutor(len(own)) as machines:
         pairs = zip(places[1:], own[1:], strict=True)
-        guests = [machines.submit(outcome, partial(attend_meeting, *pair)) for pair in pairs]
-        host: Future[Outcome] = machines.submit(outcome, lambda: host_meeting(places[0], own[0], run_dir, "attempt"))
+        guests = [machines.submit(outcome, partial(join_rendezvous, *pair)) for pair in pairs]
+        host: Future[Outcome] = machines.submit(outcome, lambda: host_rendezvous(places[0], own[0], run_dir, "attempt"))
         return [host.result(60), *(guest.result(60) for guest in guests)]
 
 
@@ -71,7 +71,7 @@ def test_all_learn_the_run_directory_and_nothing_is_left(machines: int, tmp_path
 
 
 def test_a_machine_that_differs_is_refused_on_all(tmp_path: Path) -> None:
-    other = FACTS | {"training.seed": Fact("9", "7")}
+    other = FACTS | {"training.seed": Fingerprint("9", "7")}
     words = meet(tmp_path, [FACTS, FACTS, other])
     for each in words:
         assert str(each).startswith("ConfigError")
@@ -105,9 +105,9 @@ def test_a_machine_that_never_comes_is_waited_for_with_words(
     host, _, _ = venues(3, seconds=0.3)
     began = time.monotonic()
     with pytest.raises(
-        MachinesMissing, match=f"of 3 machines, 1, 2 did not come to 127.0.0.1:{host.port} within 0.3 s"
+        RendezvousError, match=f"of 3 machines, 1, 2 did not come to 127.0.0.1:{host.port} within 0.3 s"
     ):
-        host_meeting(host, FACTS, tmp_path, "attempt")
+        host_rendezvous(host, FACTS, tmp_path, "attempt")
     assert time.monotonic() - began < 5
     assert f"waiting for 2 of 3 machines at 127.0.0.1:{host.port} (missing: 1, 2)" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -116,17 +116,17 @@ def test_a_machine_that_never_comes_is_waited_for_with_words(
 def test_a_machine_0_that_never_comes(capsys: pytest.CaptureFixture[str]) -> None:
     _, guest = venues(2, seconds=0.3)
     with pytest.raises(
-        MachinesMissing, match=f"machine 0 was not at 127.0.0.1:{guest.port} within 0.3 s .*MASTER_ADDR"
+        RendezvousError, match=f"machine 0 was not at 127.0.0.1:{guest.port} within 0.3 s .*MASTER_ADDR"
     ):
-        attend_meeting(guest, FACTS)
+        join_rendezvous(guest, FACTS)
     assert f"waiting for machine 0 at 127.0.0.1:{guest.port}" in capsys.readouterr().err
 
 
 def test_a_machine_that_was_refused_ends_the_waiting_of_one_that_listens_later(tmp_path: Path) -> None:
     host, guest = venues(2)
     with ThreadPoolExecutor(1) as machine:
-        telling = machine.submit(report_refusal, guest, ConfigError([Problem("model.hiden", 3, "no such key")]))
-        words = outcome(lambda: host_meeting(host, FACTS, tmp_path, "attempt"))
+        telling = machine.submit(report_config_error, guest, ConfigError([Problem("model.hiden", 3, "no such key")]))
+        words = outcome(lambda: host_rendezvous(host, FACTS, tmp_path, "attempt"))
         telling.result(20)
     assert "was refused there: model.hiden = 3: no such key" in str(words)
 
@@ -141,8 +141,8 @@ def test_a_machine_that_was_refused_ends_the_waiting_of_one_that_listens_later(t
         b'{"machine": 1}\n',
         b'{"machine": 7, "host": "x", "facts": "{}"}\n',
         b'{"machine": "1", "host": "x", "facts": "{}"}\n',
-        json.dumps({"machine": True, "host": "x", "facts": to_json(FACTS)}).encode() + b"\n",
-        json.dumps({"machine": 1, "host": 7, "facts": to_json(FACTS)}).encode() + b"\n",
+        json.dumps({"machine": True, "host": "x", "facts": fingerprints_to_json(FACTS)}).encode() + b"\n",
+        json.dumps({"machine": 1, "host": 7, "facts": fingerprints_to_json(FACTS)}).encode() + b"\n",
         b"\xff\xfe\n",
         b'{"machine": 1, "host": "x", "facts": "[]"}\n',
         b"[" * 100_000 + b"\n",
@@ -151,14 +151,14 @@ def test_a_machine_that_was_refused_ends_the_waiting_of_one_that_listens_later(t
 def test_strangers_at_the_port_are_let_go(words: bytes, tmp_path: Path) -> None:
     host, guest = venues(2)
     with ThreadPoolExecutor(2) as machines:
-        hosting = machines.submit(outcome, lambda: host_meeting(host, FACTS, tmp_path, "attempt"))
+        hosting = machines.submit(outcome, lambda: host_rendezvous(host, FACTS, tmp_path, "attempt"))
         with _reached(host) as stranger:
             stranger.sendall(words)
-        attending = machines.submit(outcome, lambda: attend_meeting(guest, FACTS))
+        attending = machines.submit(outcome, lambda: join_rendezvous(guest, FACTS))
         assert (hosting.result(30), attending.result(30)) == (None, tmp_path)
 
 
-def _reached(venue: MeetingPoint) -> socket.socket:
+def _reached(venue: RendezvousEndpoint) -> socket.socket:
     while True:
         try:
             return socket.create_connection((venue.address, venue.port), 5)
@@ -170,13 +170,13 @@ def test_silent_connections_delay_no_machine_and_no_limit(tmp_path: Path) -> Non
     host, guest = venues(2)
     began = time.monotonic()
     with ThreadPoolExecutor(2) as machines:
-        hosting = machines.submit(outcome, lambda: host_meeting(host, FACTS, tmp_path, "attempt"))
+        hosting = machines.submit(outcome, lambda: host_rendezvous(host, FACTS, tmp_path, "attempt"))
         with _reached(host), _reached(host), _reached(host) as half:
             half.sendall(b'{"machine": ')
-            attending = machines.submit(outcome, lambda: attend_meeting(guest, FACTS))
+            attending = machines.submit(outcome, lambda: join_rendezvous(guest, FACTS))
             assert (hosting.result(60), attending.result(60)) == (None, tmp_path)
         impatient, _ = venues(2, seconds=0.5)
-        hosting = machines.submit(outcome, lambda: host_meeting(impatient, FACTS, tmp_path, "attempt"))
+        hosting = machines.submit(outcome, lambda: host_rendezvous(impatient, FACTS, tmp_path, "attempt"))
         with _reached(impatient), _reached(impatient):
             assert "did not come" in str(hosting.result(60))
     assert time.monotonic() - began < meeting._SECONDS_TO_SPEAK
@@ -187,7 +187,7 @@ def test_a_silent_connection_is_let_go(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(meeting, "_MOST_NEWCOMERS", 1)
     host, _ = venues(2, seconds=2)
     with ThreadPoolExecutor(1) as machines:
-        hosting = machines.submit(outcome, lambda: host_meeting(host, FACTS, tmp_path, "attempt"))
+        hosting = machines.submit(outcome, lambda: host_rendezvous(host, FACTS, tmp_path, "attempt"))
         with _reached(host) as first, _reached(host) as second:
             assert (first.recv(1), second.recv(1)) == (b"", b"")
             assert not hosting.done()
@@ -206,24 +206,24 @@ def test_a_fifo_in_the_place_of_the_note_is_not_waited_for(tmp_path: Path) -> No
 def test_a_machine_that_comes_again_takes_its_own_place(tmp_path: Path) -> None:
     host, first, second = venues(3)
     with ThreadPoolExecutor(4) as machines:
-        hosting = machines.submit(outcome, lambda: host_meeting(host, FACTS, tmp_path, "attempt"))
+        hosting = machines.submit(outcome, lambda: host_rendezvous(host, FACTS, tmp_path, "attempt"))
         with _reached(host) as gone:
-            meeting._Line(gone).send({"machine": 1, "host": "x", "facts": to_json(FACTS)})
+            meeting._Line(gone).send({"machine": 1, "host": "x", "facts": fingerprints_to_json(FACTS)})
             gone.shutdown(socket.SHUT_WR)
-            others = [machines.submit(outcome, partial(attend_meeting, first, FACTS))]
+            others = [machines.submit(outcome, partial(join_rendezvous, first, FACTS))]
             gone.settimeout(30)
             assert gone.recv(1) == b""  # its place is taken: a third machine before that would end the waiting
-        others.append(machines.submit(outcome, partial(attend_meeting, second, FACTS)))
+        others.append(machines.submit(outcome, partial(join_rendezvous, second, FACTS)))
         assert [hosting.result(30), *(other.result(30) for other in others)] == [None, tmp_path, tmp_path]
 
 
 def test_a_machine_that_leaves_is_named(tmp_path: Path) -> None:
     host, _ = venues(2)
     with ThreadPoolExecutor(1) as machines:
-        hosting = machines.submit(outcome, lambda: host_meeting(host, FACTS, tmp_path, "attempt"))
+        hosting = machines.submit(outcome, lambda: host_rendezvous(host, FACTS, tmp_path, "attempt"))
         with _reached(host) as gone:
             line = meeting._Line(gone)
-            line.send({"machine": 1, "host": "far", "facts": to_json(FACTS)})
+            line.send({"machine": 1, "host": "far", "facts": fingerprints_to_json(FACTS)})
             line.receive(10)
         assert "machine 1 (far) has left" in str(hosting.result(30))
 
@@ -233,7 +233,7 @@ def test_a_machine_that_is_gone_when_it_is_told_is_named() -> None:
     guest = meeting._Line(here)
     guest.host = "far"
     there.close()
-    with pytest.raises(MachinesMissing, match=r"machine 1 \(far\) has left"):
+    with pytest.raises(RendezvousError, match=r"machine 1 \(far\) has left"):
         meeting._send(1, guest, {"go": True})
     guest.close()
 
@@ -242,7 +242,7 @@ def test_a_note_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "meeting").mkdir()
     host, _ = venues(2)
     with pytest.raises(ConfigError, match=r"make room, or name another training\.run_dir"):
-        host_meeting(host, FACTS, tmp_path, "attempt")
+        host_rendezvous(host, FACTS, tmp_path, "attempt")
 
 
 def test_a_port_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +252,7 @@ def test_a_port_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         socket.create_server((host.address, host.port)),
         pytest.raises(ConfigError, match=f"MASTER_PORT = {host.port}"),
     ):
-        host_meeting(host, FACTS, tmp_path, "attempt")
+        host_rendezvous(host, FACTS, tmp_path, "attempt")
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_a_port_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_what_answers_and_is_no_launch(words: bytes) -> None:
     _, guest = venues(2)
     with socket.create_server((guest.address, guest.port)) as other, ThreadPoolExecutor(1) as machines:
-        attending = machines.submit(outcome, lambda: attend_meeting(guest, FACTS))
+        attending = machines.submit(outcome, lambda: join_rendezvous(guest, FACTS))
         connection, _ = other.accept()
         with connection:
             connection.sendall(words)
@@ -269,10 +269,10 @@ def test_what_answers_and_is_no_launch(words: bytes) -> None:
 
 
 def test_names_that_do_not_resolve() -> None:
-    assert [problem.field for problem in address_problems("no-such-machine.invalid")] == ["MASTER_ADDR"]
-    assert [problem.field for problem in address_problems("a" * 300)] == ["MASTER_ADDR"]
+    assert [problem.field for problem in master_address_problems("no-such-machine.invalid")] == ["MASTER_ADDR"]
+    assert [problem.field for problem in master_address_problems("a" * 300)] == ["MASTER_ADDR"]
     for address in ("127.0.0.1", "::1", "localhost"):
-        assert list(address_problems(address)) == []
+        assert list(master_address_problems(address)) == []
 
 
 @pytest.mark.parametrize(
@@ -288,15 +288,19 @@ def test_names_that_do_not_resolve() -> None:
     ],
 )
 def test_an_address_that_is_written_wrong_is_told_how(address: str, hint: str) -> None:
-    (problem,) = address_problems(address)
+    (problem,) = master_address_problems(address)
     assert problem.value == address
     assert hint in problem.hint
 
 
 def test_values_that_are_hidden_and_differ_are_said_to() -> None:
-    words = difference("prompt", ("here", {"prompt": Fact("1", "${x}")}), ("there", {"prompt": Fact("2", "${x}")}))
+    words = describe_mismatch(
+        "prompt", ("here", {"prompt": Fingerprint("1", "${x}")}), ("there", {"prompt": Fingerprint("2", "${x}")})
+    )
     assert words == "${x} on here, ${x} on there (variables of the environment differ)"
-    assert difference("a", ("here", {"a": Fact("1", "x")}), ("there", {})) == "x on here, nothing on there"
+    assert (
+        describe_mismatch("a", ("here", {"a": Fingerprint("1", "x")}), ("there", {})) == "x on here, nothing on there"
+    )
 
 
 def test_an_address_of_another_machine_is_hinted_at() -> None:

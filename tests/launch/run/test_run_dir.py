@@ -9,27 +9,27 @@ from pathlib import Path
 import pytest
 
 from shoestring.comm.errors import ConfigError
-from shoestring.launch.run.restart_policy import note_end, note_stop
+from shoestring.launch.run.restart_policy import record_attempt_exit, record_stop
 from shoestring.launch.run.run_dir import (
     CONFIG_FILE,
-    claimed,
-    clear_status,
-    own,
-    read_status,
-    reserve_status,
-    wait_until_free,
-    write_config,
-    write_status,
+    clear_run_status,
+    create_run_dir,
+    lock_run_dir,
+    read_run_status,
+    reserve_status_space,
+    wait_for_run_dir_lock,
+    write_run_config,
+    write_run_status,
 )
 from shoestring.tests.launch.small_checkpoint import dangling, device, fifo, folder
 
 
 def test_a_directory_that_is_let_go_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wait_until_free(tmp_path / "none", 60)
-    with claimed(tmp_path / "run", fresh=False):
-        wait_until_free(tmp_path / "run", 0.1)
+    wait_for_run_dir_lock(tmp_path / "none", 60)
+    with lock_run_dir(tmp_path / "run", fresh=False):
+        wait_for_run_dir_lock(tmp_path / "run", 0.1)
     assert "waiting up to 0.1 s for the launch before this one" in capsys.readouterr().err
-    wait_until_free(tmp_path / "run", 60)
+    wait_for_run_dir_lock(tmp_path / "run", 60)
     assert capsys.readouterr().err == ""
 
 
@@ -41,14 +41,14 @@ def test_a_directory_that_is_let_go_is_waited_for(tmp_path: Path, capsys: pytest
 def test_a_status_that_cannot_be_read_counts_as_absent_and_is_told(raw: bytes, tmp_path: Path) -> None:
     (tmp_path / "run_status.json").write_bytes(raw)
     said: list[str] = []
-    assert read_status(tmp_path, said.append) is None
+    assert read_run_status(tmp_path, said.append) is None
     assert len(said) == 1
     assert str(tmp_path / "run_status.json") in said[0]
-    write_status(tmp_path, 75, "stopped")
-    assert read_status(tmp_path, said.append) == {"exit_code": 75, "reason": "stopped"}
+    write_run_status(tmp_path, 75, "stopped")
+    assert read_run_status(tmp_path, said.append) == {"exit_code": 75, "reason": "stopped"}
     assert len(said) == 1
-    clear_status(tmp_path)
-    assert read_status(tmp_path, said.append) is None
+    clear_run_status(tmp_path)
+    assert read_run_status(tmp_path, said.append) is None
     assert len(said) == 1
 
 
@@ -56,35 +56,37 @@ def test_a_status_that_cannot_be_read_counts_as_absent_and_is_told(raw: bytes, t
 def test_a_status_that_is_no_file_counts_as_absent(harm: Callable[[Path], None], tmp_path: Path) -> None:
     (tmp_path / "run_status.json").touch()
     harm(tmp_path / "run_status.json")
-    assert read_status(tmp_path, lambda _: None) is None
+    assert read_run_status(tmp_path, lambda _: None) is None
 
 
 def test_state_of_a_run_is_written_through_no_link(tmp_path: Path) -> None:
-    from shoestring.trainer.ledger.allocation import Allocation
+    from shoestring.trainer.ledger.allocation import AllocationJournal
     from shoestring.trainer.ledger.config import BudgetConfig
     from shoestring.trainer.telemetry.events import EventStream
 
     treasure = tmp_path / "treasure"
     treasure.write_text("mine")
     run_dir = tmp_path / "run"
-    own(run_dir)
+    create_run_dir(run_dir)
     (run_dir / "ledger").mkdir()
     for name in ("config.yaml", "run_status.json", "ledger/heartbeat.new", "ledger/heartbeat.json",
                  "ledger/heartbeat.json.new", "config.yaml.new", "ended", "stops_without_step",
                  "stops_without_step.new", "run_status.reserve"):  # fmt: skip
         (run_dir / name).symlink_to(treasure)
-    reserve_status(run_dir)
-    note_stop(run_dir, progressed=False)
-    note_end(run_dir, "a", 0)
-    write_config(run_dir, "a: 1\n")
-    write_status(run_dir, 0, "done")
-    Allocation(run_dir, ranks=1, attempt="a", budget=BudgetConfig(gpu_hours=1), beat_seconds=1000).close("done")
+    reserve_status_space(run_dir)
+    record_stop(run_dir, made_step=False)
+    record_attempt_exit(run_dir, "a", 0)
+    write_run_config(run_dir, "a: 1\n")
+    write_run_status(run_dir, 0, "done")
+    AllocationJournal(run_dir, ranks=1, attempt="a", budget=BudgetConfig(gpu_hours=1), heartbeat_seconds=1000).close(
+        "done"
+    )
     assert treasure.read_text() == "mine"
     assert (run_dir / "config.yaml").read_text() == "a: 1\n"
     budget = BudgetConfig(gpu_hours=1)
     for name, make in (
         ("metrics.jsonl", lambda: EventStream(run_dir, [])),
-        ("ledger/allocation.jsonl", lambda: Allocation(run_dir, ranks=1, attempt="b", budget=budget)),
+        ("ledger/allocation.jsonl", lambda: AllocationJournal(run_dir, ranks=1, attempt="b", budget=budget)),
     ):
         (run_dir / name).unlink(missing_ok=True)
         (run_dir / name).symlink_to(treasure)
@@ -97,11 +99,11 @@ def test_a_fresh_run_removes_links_and_not_what_they_point_to(tmp_path: Path) ->
     elsewhere, run_dir = tmp_path / "big_disk", tmp_path / "run"
     elsewhere.mkdir()
     (elsewhere / "step_00000001").write_text("")
-    with claimed(run_dir, fresh=False):
+    with lock_run_dir(run_dir, fresh=False):
         (run_dir / "checkpoints").symlink_to(elsewhere)
         (run_dir / "metrics.jsonl").symlink_to(tmp_path / "nowhere")
         (run_dir / "ledger").mkdir()
-    with claimed(run_dir, fresh=True):
+    with lock_run_dir(run_dir, fresh=True):
         assert {path.name for path in run_dir.iterdir()} == {"lock", ".shoestring_run"}
     assert (elsewhere / "step_00000001").exists()
 
@@ -110,19 +112,19 @@ def test_a_reason_is_given_where_the_system_gives_none(tmp_path: Path, monkeypat
     def refuse(path: Path) -> None:
         raise OSError(f"no way to remove {path.name}")
 
-    with claimed(tmp_path / "run", fresh=False):
+    with lock_run_dir(tmp_path / "run", fresh=False):
         (tmp_path / "run" / "ledger").mkdir()
     monkeypatch.setattr(shutil, "rmtree", refuse)
-    with pytest.raises(ConfigError, match="no way to remove ledger"), claimed(tmp_path / "run", fresh=True):
+    with pytest.raises(ConfigError, match="no way to remove ledger"), lock_run_dir(tmp_path / "run", fresh=True):
         pass
 
 
 def test_two_launchers_of_one_directory(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    with claimed(run_dir, fresh=False):
+    with lock_run_dir(run_dir, fresh=False):
         (run_dir / CONFIG_FILE).write_text("")
-        with pytest.raises(ConfigError, match="another run is going on"), claimed(run_dir, fresh=True):
+        with pytest.raises(ConfigError, match="another run is going on"), lock_run_dir(run_dir, fresh=True):
             pass
         assert (run_dir / CONFIG_FILE).exists()
-    with claimed(run_dir, fresh=True):
+    with lock_run_dir(run_dir, fresh=True):
         assert not (run_dir / CONFIG_FILE).exists()

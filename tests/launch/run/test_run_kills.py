@@ -13,9 +13,9 @@ import pytest
 
 from shoestring.tests.launch.real_run import command, lines_as_they_come, train
 from shoestring.tests.launch.small_run import small_run
-from shoestring.trainer.ledger.allocation import BEAT_SECONDS
+from shoestring.trainer.ledger.allocation import HEARTBEAT_SECONDS
 from shoestring.trainer.ledger.journal import read_journal
-from shoestring.trainer.ledger.summary import summarize
+from shoestring.trainer.ledger.summary import summarize_ledger
 from shoestring.trainer.ledger.terms import ALLOCATION_FILE, WORK_FILE
 
 KILLS = 10
@@ -55,18 +55,20 @@ def test_ten_kills_lose_no_token_and_no_more_than_a_flush_interval(tmp_path: Pat
         moment = dice.choice([("begin", 1), ("ready", 1), *(("step", dice.randint(1, MOST_STEPS)) for _ in range(3))])
         killed = kill_at(run_dir, WORK_FILE, *moment, process)
         opened = read_journal(run_dir / ALLOCATION_FILE)[-1]
-        lost_ms.append((killed - opened["monotonic_ns"]) / 1e6 - summarize(run_dir).held[-1].milliseconds)
+        lost_ms.append(
+            (killed - opened["monotonic_ns"]) / 1e6 - summarize_ledger(run_dir).attempt_usages[-1].milliseconds
+        )
     finished = train(overrides, run_dir)
     assert finished.returncode == 0, finished.stderr
-    summary = summarize(run_dir)
-    assert summary.attempts == KILLS + 1
+    summary = summarize_ledger(run_dir)
+    assert summary.num_attempts == KILLS + 1
     assert summary.steps_retained == STEPS
     assert summary.tokens_retained == STEPS * 8 * 32 < summary.tokens_consumed
     stepped = summary.productive_ms + summary.rolled_back_ms
-    assert summary.allocated_ms == stepped + sum(summary.buckets.values()) + summary.unknown_ms
+    assert summary.allocated_ms == stepped + sum(summary.gpu_ms_by_bucket.values()) + summary.unknown_ms
     assert summary.unknown_ms <= 0.03 * summary.allocated_ms
     assert max(lost_ms) <= 1000 * FLUSH_SECONDS
-    assert BEAT_SECONDS < FLUSH_SECONDS
+    assert HEARTBEAT_SECONDS < FLUSH_SECONDS
     print(
-        f"\nunknown {summary.unknown_ms / summary.allocated_ms:.2%}, most lost {max(lost_ms):.0f} ms, {summary.buckets}"
+        f"\nunknown {summary.unknown_ms / summary.allocated_ms:.2%}, most lost {max(lost_ms):.0f} ms, {summary.gpu_ms_by_bucket}"
     )

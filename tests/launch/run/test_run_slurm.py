@@ -18,13 +18,13 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.launch.run.run_dir import read_status
+from shoestring.launch.run.run_dir import read_run_status
 from shoestring.tests.launch.real_run import processes_of, train
 from shoestring.tests.launch.small_run import free_port, small_run
 from shoestring.tests.launch.two_machines import losses
 from shoestring.tests.trainer.telemetry.offline_run import read_offline_run
 from shoestring.tests.tree import ROOT
-from shoestring.trainer.ledger.summary import summarize
+from shoestring.trainer.ledger.summary import summarize_ledger
 from shoestring.trainer.ledger.terms import ALLOCATION_FILE
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "srun")
@@ -204,10 +204,10 @@ def test_a_requeued_job_goes_on_from_its_checkpoint(
     assert f"Job {job}, life 2, on node[1-2]" in text
     assert "resume at step" in text  # the second life was not --fresh
     assert losses(run_dir) == undisturbed
-    assert read_status(run_dir) == {"exit_code": 0, "reason": f"{STEPS} steps done"}
-    summary = summarize(run_dir)
-    assert summary.attempts == 2
-    assert not summary.running
+    assert read_run_status(run_dir) == {"exit_code": 0, "reason": f"{STEPS} steps done"}
+    summary = summarize_ledger(run_dir)
+    assert summary.num_attempts == 2
+    assert not summary.is_running
 
 
 @pytest.mark.timeout(300)
@@ -230,9 +230,9 @@ def test_a_job_that_is_told_to_stop_requeues_itself_and_loses_no_step(
     assert "which is in a checkpoint: it was asked to" in text, text
     wait_until(lambda: slurm.has_ended(job), 120)
     assert slurm.job(job)["JobState"] == "COMPLETED", output.read_text()
-    assert read_status(run_dir) == {"exit_code": 0, "reason": f"{STEPS} steps done"}
-    summary = summarize(run_dir)
-    assert (summary.steps_retained, summary.rolled_back_ms, summary.attempts) == (STEPS, 0, 2)
+    assert read_run_status(run_dir) == {"exit_code": 0, "reason": f"{STEPS} steps done"}
+    summary = summarize_ledger(run_dir)
+    assert (summary.steps_retained, summary.rolled_back_ms, summary.num_attempts) == (STEPS, 0, 2)
     assert losses(run_dir) == undisturbed
 
 
@@ -320,7 +320,7 @@ def test_a_job_whose_notice_comes_in_its_first_minutes_is_requeued_as_long_as_it
     job = slurm.call("sbatch", "--parsable", *flags, "launch/slurm/pretrain.sbatch", *small_run(tmp_path, 10**6), *own)
     wait_until(lambda: slurm.job(job)["Restarts"] == "1" or slurm.has_ended(job), 250)
     assert slurm.job(job)["Restarts"] == "1", output.read_text()
-    assert summarize(run_dir).steps_retained > 0
+    assert summarize_ledger(run_dir).steps_retained > 0
     slurm.call("scancel", job)
     wait_until(lambda: slurm.has_ended(job), 60)
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.launch.run.run_dir import read_status
-from shoestring.launch.say import say
+from shoestring.launch.run.run_dir import read_run_status
+from shoestring.launch.say import print_to_stderr
 from shoestring.tests.launch.real_run import processes_of, wait_for_step, wait_until
 from shoestring.tests.launch.small_run import small_run
-from shoestring.trainer.ledger.summary import summarize
+from shoestring.trainer.ledger.summary import summarize_ledger
 
 SECRET = "correct horse battery staple"
 
@@ -64,7 +64,7 @@ def test_a_launch_without_output_among_strange_modules_leaves_no_trace_but_its_r
             process.kill()
     assert [path.name for path in runs.iterdir()] == [run_dir.name]
     assert list(scratch.iterdir()) == []
-    assert not summarize(run_dir).running
+    assert not summarize_ledger(run_dir).is_running
     holders = [path for path in run_dir.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
     assert holders == []
 
@@ -89,7 +89,7 @@ def test_a_machine_without_a_network_or_without_localhost(has_loopback: bool, tm
     done = bare_machine(prepare + train, tmp_path)
     if has_loopback:
         assert done.returncode == 0, done.stderr
-        assert read_status(tmp_path / "run") == {"exit_code": 0, "reason": "1 steps done"}
+        assert read_run_status(tmp_path / "run") == {"exit_code": 0, "reason": "1 steps done"}
         return
     assert time.monotonic() - began < 30
     refused, problem = done.stderr.splitlines()
@@ -101,7 +101,7 @@ def test_a_machine_without_a_network_or_without_localhost(has_loopback: bool, tm
 def test_words_that_nobody_can_read_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     with Path("/dev/full").open("w") as full:
         monkeypatch.setattr(sys, "stderr", full)
-        say("something")
+        print_to_stderr("something")
         monkeypatch.undo()
         with pytest.raises(OSError, match="No space"):
             full.close()

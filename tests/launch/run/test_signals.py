@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.launch.compose import compose_run
+from shoestring.launch.compose import compose_run_config
 from shoestring.launch.run import launcher
-from shoestring.launch.run.launcher import Stopped, StopRequest, stop_signals_raise
-from shoestring.launch.run.run_dir import read_status
-from shoestring.launch.run.signals import STOP_FILE_VARIABLE, StoppedEarly
+from shoestring.launch.run.launcher import StoppedBySignal, StopRequest, raise_on_stop_signals
+from shoestring.launch.run.run_dir import read_run_status
+from shoestring.launch.run.signals import STOP_FILE_ENV_VAR, StoppedBeforeStart
 from shoestring.tests.launch.real_run import (
     command,
     processes_of,
@@ -28,8 +28,8 @@ from shoestring.tests.launch.real_run import (
     wait_until,
 )
 from shoestring.tests.launch.small_run import BATCH, SEQUENCE, small_run
-from shoestring.trainer.ledger.guard import LEAST_STEPS
-from shoestring.trainer.ledger.summary import LedgerSummary, summarize
+from shoestring.trainer.ledger.guard import MIN_STEPS_TO_PROJECT
+from shoestring.trainer.ledger.summary import LedgerSummary, summarize_ledger
 from shoestring.trainer.telemetry.history import read_metrics
 
 ENDLESS = "training.tokens=1e9"
@@ -66,9 +66,9 @@ def checkpoints(run_dir: Path) -> list[int]:
 
 
 def closed_ledger(run_dir: Path) -> LedgerSummary:
-    """Whose identity holds: `summarize` refuses any other."""
-    summary = summarize(run_dir)
-    assert not summary.running
+    """Whose identity holds: `summarize_ledger` refuses any other."""
+    summary = summarize_ledger(run_dir)
+    assert not summary.is_running
     assert summary.unknown_ms >= 0
     return summary
 
@@ -80,12 +80,12 @@ def assert_halted(run_dir: Path, process: subprocess.Popen[str]) -> int:
     assert not processes_of(run_dir)
     (done,) = checkpoints(run_dir)
     assert f"stopped after step {done}, which is in a checkpoint: it was asked to" in said
-    status = read_status(run_dir)
+    status = read_run_status(run_dir)
     assert status is not None
     assert status["exit_code"] == 75
     summary = closed_ledger(run_dir)
     assert summary.steps_retained == done
-    assert summary.buckets["checkpoint_save"] > 0
+    assert summary.gpu_ms_by_bucket["checkpoint_save"] > 0
     return done
 
 
@@ -152,7 +152,7 @@ def test_a_run_that_does_not_come_to_the_end_of_a_step_is_ended(
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert not processes_of(run_dir)
-    assert read_status(run_dir) is None
+    assert read_run_status(run_dir) is None
     assert not (run_dir / "checkpoints").exists()
     closed_ledger(run_dir)
 
@@ -174,26 +174,26 @@ def test_the_first_signal_asks_and_a_later_one_or_the_time_ends(
 ) -> None:
     request = StopRequest(tmp_path / "stop", 60 if again else 0.5)
     former = signal.getsignal(signal.SIGTERM)
-    with request.on_first_signal():
+    with request.request_stop_on_signal():
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):  # one request, told three times
             signal.raise_signal(number)
         assert (tmp_path / "stop").exists()
         monkeypatch.setattr(launcher, "SAME_REQUEST_SECONDS", 0)
         signal.raise_signal(signal.SIGUSR1)
-        with pytest.raises(Stopped) as caught:
+        with pytest.raises(StoppedBySignal) as caught:
             wait_for_the_end(again)
         assert caught.value.exit_code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == former
-    request.raise_if_failed(0)
-    with pytest.raises(Stopped, match="SIGTERM"):
-        request.raise_if_failed(1)
+    request.raise_if_stop_failed(0)
+    with pytest.raises(StoppedBySignal, match="SIGTERM"):
+        request.raise_if_stop_failed(1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1])
 def test_every_asking_signal_asks(number: signal.Signals, tmp_path: Path) -> None:
     former = signal.signal(number, signal.SIG_DFL)  # under nohup the tests themselves ignore SIGHUP
     try:
-        with StopRequest(tmp_path / "stop", 60).on_first_signal():
+        with StopRequest(tmp_path / "stop", 60).request_stop_on_signal():
             signal.raise_signal(number)
             assert (tmp_path / "stop").exists()
     finally:
@@ -203,7 +203,7 @@ def test_every_asking_signal_asks(number: signal.Signals, tmp_path: Path) -> Non
 def test_under_nohup_the_end_of_a_terminal_means_nothing(tmp_path: Path) -> None:
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with stop_signals_raise(), StopRequest(tmp_path / "stop", 60).on_first_signal():
+        with raise_on_stop_signals(), StopRequest(tmp_path / "stop", 60).request_stop_on_signal():
             signal.raise_signal(signal.SIGHUP)
         assert not (tmp_path / "stop").exists()
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -223,7 +223,7 @@ def test_a_rank_without_a_launcher_ends_by_itself(seconds: float, again: signal.
     """Also while its main thread waits outside Python, as for messages that never come."""
     code = "import signal; from shoestring.launch.run import signals as s; s.SAME_REQUEST_SECONDS = 0; "
     code += f"s.listen_for_stop({seconds}); signal.raise_signal(10); print('asked', flush=True); signal.sigwait([12])"
-    outside = {name: value for name, value in os.environ.items() if name != STOP_FILE_VARIABLE}
+    outside = {name: value for name, value in os.environ.items() if name != STOP_FILE_ENV_VAR}
     with subprocess.Popen(
         [sys.executable, "-c", code], env=outside, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as rank:
@@ -242,7 +242,7 @@ def test_a_rank_without_a_launcher_ends_by_itself(seconds: float, again: signal.
 def test_nothing_cuts_short_what_a_launcher_does_after_it_was_stopped() -> None:
     former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with pytest.raises(Stopped, match="SIGTERM"), stop_signals_raise():
+        with pytest.raises(StoppedBySignal, match="SIGTERM"), raise_on_stop_signals():
             signal.raise_signal(signal.SIGTERM)
         for number in former:
             signal.raise_signal(number)  # either would end this process
@@ -272,9 +272,9 @@ def test_under_a_torchrun_of_ones_own_with_restarts(start: Start, overrides: lis
     assert process.returncode == 1  # torchrun's own: a rank has exited with 75
     (done,) = checkpoints(run_dir)
     assert [event.kind for event in read_metrics(run_dir / "metrics.jsonl")].count("run") == 1
-    status = read_status(run_dir)
+    status = read_run_status(run_dir)
     assert status is not None
-    assert (status["exit_code"], summarize(run_dir).steps_retained) == (75, done)
+    assert (status["exit_code"], summarize_ledger(run_dir).steps_retained) == (75, done)
 
 
 def test_a_run_without_budget_left_trains_no_step(overrides: list[str], tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_a_run_that_would_pass_its_budget_is_stopped_long_before(overrides: list
     first = train(overrides, run_dir, ENDLESS, guarded)
     assert first.returncode == 3, first.stderr
     (done,) = checkpoints(run_dir)
-    assert done == LEAST_STEPS + 1  # a step is voted on before its own cost is known
+    assert done == MIN_STEPS_TO_PROJECT + 1  # a step is voted on before its own cost is known
     assert f"stopped after step {done}, which is in a checkpoint: the run has used " in first.stderr
     assert "and will have used " in first.stderr
     assert "budget.stop_at=null" in first.stderr
@@ -332,18 +332,18 @@ def test_a_run_that_would_pass_its_budget_is_stopped_long_before(overrides: list
 def measured_price(overrides: list[str], run_dir: Path) -> float:
     """GPU-hours of a run of one step on this machine: nearly all of it is the start."""
     assert train(overrides, run_dir).returncode == 0
-    return summarize(run_dir).gpu_hours
+    return summarize_ledger(run_dir).gpu_hours
 
 
 def test_a_stop_between_two_handlers_of_a_launcher_is_counted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def signalled(*arguments: object) -> int:
-        raise StoppedEarly("SIGUSR1 before it began; nothing was trained")
+        raise StoppedBeforeStart("SIGUSR1 before it began; nothing was trained")
 
     monkeypatch.setattr(launcher, "run_torchrun", signalled)
-    config = compose_run([*small_run(tmp_path, 1), f"training.run_dir={tmp_path / 'run'}"])
-    codes = [launcher.launch(config, launcher.LocalRanks(2, ()), fresh=False) for _ in range(3)]
+    config = compose_run_config([*small_run(tmp_path, 1), f"training.run_dir={tmp_path / 'run'}"])
+    codes = [launcher.launch_run(config, launcher.LocalRanks(2, ()), fresh=False) for _ in range(3)]
     assert codes == [75, 75, 1]
     assert "3 launches in a row were stopped before their first step" in capsys.readouterr().err
-    assert not summarize(tmp_path / "run").running
+    assert not summarize_ledger(tmp_path / "run").is_running

@@ -9,7 +9,7 @@ import pytest
 
 from shoestring.launch import cli
 from shoestring.launch.run import torchrun
-from shoestring.launch.run.torchrun import RanksFailed, local_torchrun, run_ranks
+from shoestring.launch.run.torchrun import RanksFailed, local_torchrun_arguments, run_local_ranks
 from shoestring.launch.verbs import calibrate
 
 
@@ -19,20 +19,20 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
 
 
 def test_ranks_of_one_machine_find_each_other_without_its_name() -> None:
-    assert local_torchrun(4) == ["--rdzv-backend=loopback", "--rdzv-endpoint=127.0.0.1", "--nproc-per-node=4"]
+    assert local_torchrun_arguments(4) == ["--rdzv-backend=loopback", "--rdzv-endpoint=127.0.0.1", "--nproc-per-node=4"]
 
 
 def test_what_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     script = "import sys; *own, logs, flag, module = sys.argv[1:]; sys.exit(own != ['--rdzv-backend=loopback', "
     script += "'--rdzv-endpoint=127.0.0.1', '--nproc-per-node=2'] or '--log-dir=' not in logs or module != 'module')"
     stand_in(monkeypatch, script)
-    run_ranks(["-m", "module"], 2, seconds=60)
+    run_local_ranks(["-m", "module"], 2, seconds=60)
 
 
 def test_a_fault_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, "raise SystemExit(7)")
     with pytest.raises(RanksFailed, match="torchrun exited with 7"):
-        run_ranks([], 1, seconds=60)
+        run_local_ranks([], 1, seconds=60)
 
 
 def test_ranks_that_do_not_end_are_stopped_and_named(

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
-from shoestring.launch.run.torchrun_agent import LoopbackRendezvous, describe
+from shoestring.launch.run.torchrun_agent import LoopbackRendezvous, describe_rank_failure
 
 
 def test_ranks_of_one_machine_meet_at_its_loopback_address_alone() -> None:
@@ -28,5 +28,5 @@ def test_failed_ranks_in_a_line() -> None:
         return made
 
     killed = ChildFailedError("rank", {0: failure(0, -9), 3: failure(3, 1)})
-    assert describe(killed) == "rank 0 was ended by SIGKILL, and after it 1 more of this machine"
-    assert describe(ChildFailedError("rank", {1: failure(1, 7)})) == "rank 1 exited with 7"
+    assert describe_rank_failure(killed) == "rank 0 was ended by SIGKILL, and after it 1 more of this machine"
+    assert describe_rank_failure(ChildFailedError("rank", {1: failure(1, 7)})) == "rank 1 exited with 7"

@@ -13,20 +13,20 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from shoestring.launch.compose import compose_run
+from shoestring.launch.compose import compose_run_config
 from shoestring.launch.report.page import html_report
-from shoestring.launch.report.record import read_run
+from shoestring.launch.report.record import read_run_record
 from shoestring.launch.run import signals
-from shoestring.launch.run.run_dir import read_status
+from shoestring.launch.run.run_dir import read_run_status
 from shoestring.launch.verbs.watch import watch
 from shoestring.tests.launch.real_run import command, lines_as_they_come, processes_of, train, wait_until
 from shoestring.tests.launch.report.reader import Reader
 from shoestring.tests.trainer.telemetry.offline_run import read_offline_run
 from shoestring.trainer.checkpoint.store import CheckpointStore
-from shoestring.trainer.data.prepare import prepare
-from shoestring.trainer.ledger.summary import summarize
+from shoestring.trainer.data.prepare import prepare_corpus
+from shoestring.trainer.ledger.summary import summarize_ledger
 from shoestring.trainer.model.model import router_names
-from shoestring.trainer.telemetry.dashboard import dashboard
+from shoestring.trainer.telemetry.dashboard import make_dashboard
 from shoestring.trainer.telemetry.history import read_all_metrics, read_metrics
 
 STEPS = 8
@@ -57,11 +57,11 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     root = tmp_path_factory.mktemp("data")
     corpus = root / "corpus"
     corpus.mkdir()
-    packaged = compose_run(["experiment=quickstart"]).data.corpus_directory
+    packaged = compose_run_config(["experiment=quickstart"]).data.corpus_directory
     (corpus / "hamlet.txt").write_text((packaged / "hamlet.txt").read_text()[:20000])
     (corpus / "macbeth.txt").write_text((packaged / "macbeth.txt").read_text()[:1500])
     data = [f"data.corpus={corpus}", f"data.prepared={root / 'prepared'}", "data.validation=[macbeth]"]
-    prepare(compose_run([*SMALL, *data]).data, lambda _: None)
+    prepare_corpus(compose_run_config([*SMALL, *data]).data, lambda _: None)
     return [*SMALL, *data]
 
 
@@ -113,21 +113,23 @@ def test_a_finished_run_has_everything(finished: Path) -> None:
     validation_loss: Any = evaluation.values["loss"]
     assert 0 < validation_loss < 7
     assert {"sample", "checkpoint", "budget", "stop"} <= {event.kind for event in events}
-    assert read_status(finished) == {"exit_code": 0, "reason": f"{STEPS} steps done"}
-    summary = summarize(finished)
-    assert sum(summary.terms.values()) == summary.productive_ms
-    assert {"F", "edge_wait", "reduce_wait", "optimizer"} <= {term for term, spent in summary.terms.items() if spent}
+    assert read_run_status(finished) == {"exit_code": 0, "reason": f"{STEPS} steps done"}
+    summary = summarize_ledger(finished)
+    assert sum(summary.gpu_ms_by_term.values()) == summary.productive_ms
+    assert {"F", "edge_wait", "reduce_wait", "optimizer"} <= {
+        term for term, spent in summary.gpu_ms_by_term.items() if spent
+    }
     assert summary.tokens_retained == summary.tokens_consumed == STEPS * 8 * 32
     assert 0 < summary.productive_ms < summary.allocated_ms
-    assert not summary.running
+    assert not summary.is_running
     assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == ["step_00000006", "step_00000008"]
 
 
 def test_the_report_and_the_watcher_have_its_figures(finished: Path) -> None:
-    evaluation, summary = read_run(finished).last("evaluation"), summarize(finished)
+    evaluation, summary = read_run_record(finished).last_event("evaluation"), summarize_ledger(finished)
     assert evaluation is not None
     loss: Any = evaluation.values["loss"]
-    page = Reader(html_report(read_run(finished)))
+    page = Reader(html_report(read_run_record(finished)))
     assert f"validation loss {loss:.3f} nats a token" in page.words()
     assert f"GPU-hours {summary.gpu_hours:.4f}" in page.words()
     assert f"{STEPS} steps in the weights" in page.words("budget")
@@ -142,8 +144,8 @@ def test_every_panel_of_the_dashboard_shows_what_is_logged(finished: Path) -> No
     (path,) = (finished / "wandb").glob("offline-run-*/run-*.wandb")
     run = read_offline_run(path)
     logged = {key for row in run.history for key in row} | run.summary.keys()
-    config = compose_run(SMALL)
-    for section in dashboard(router_names(config.model)):
+    config = compose_run_config(SMALL)
+    for section in make_dashboard(router_names(config.model)):
         for panel in section.panels:
             assert set(panel.metrics) <= logged
 
@@ -175,15 +177,15 @@ def test_killed_and_started_again_it_ends_as_if_nothing_had_happened(
             os.killpg(process.pid, signal.SIGKILL)  # some steps after the checkpoint of step 3
     process.wait()
     assert process.returncode == -signal.SIGKILL
-    assert read_status(run_dir) is None
+    assert read_run_status(run_dir) is None
     assert CheckpointStore(run_dir / "checkpoints", 2).steps()[-1] == 3
 
     again = train(overrides, run_dir)
     assert again.returncode == 0, again.stderr
     assert "resume at step 3" in again.stdout
     assert history(run_dir) == history(finished)
-    summary = summarize(run_dir)
-    assert summary.attempts == 2
+    summary = summarize_ledger(run_dir)
+    assert summary.num_attempts == 2
     assert summary.rolled_back_ms > 0
     assert summary.tokens_consumed > summary.tokens_retained == STEPS * 8 * 32
     assert len(list((run_dir / "wandb").glob("offline-run-*"))) == 2  # two lives of one wandb run
@@ -217,7 +219,7 @@ def test_a_rank_whose_launcher_is_dead_ends_also_before_anyone_has_taken_note(mo
     monkeypatch.setattr(signals, "die_with_parent", lambda: None)
     monkeypatch.setenv("RANK", "0")
     with subprocess.Popen(["sleep", "60"]) as launcher:
-        monkeypatch.setenv(signals.LAUNCHER_VARIABLE, str(launcher.pid))
+        monkeypatch.setenv(signals.LAUNCHER_PID_ENV_VAR, str(launcher.pid))
         signals.die_with_launcher()
         launcher.kill()
         os.waitid(os.P_PID, launcher.pid, os.WEXITED | os.WNOWAIT)  # dead, and still a zombie
@@ -239,8 +241,8 @@ def test_a_finished_run_is_left_alone_until_it_is_told_otherwise(finished: Path,
 def test_the_quickstart_on_one_gpu(tmp_path: Path) -> None:
     overrides = ["experiment=quickstart", "topology=single", f"data.prepared={tmp_path / 'data'}"]
     overrides += ["training.tokens=20000", "telemetry.log_every=1"]
-    config = compose_run(overrides)
-    prepare(config.data, lambda _: None)
+    config = compose_run_config(overrides)
+    prepare_corpus(config.data, lambda _: None)
     result = train(overrides, tmp_path / "run")
     assert result.returncode == 0, result.stderr
     events = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -259,11 +261,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_reason(overrides: list[s
     assert result.returncode == 1
     assert "not finite, so no weight was changed" in result.stderr
     assert "Lower optimizer.peak_learning_rate" in result.stderr
-    status = read_status(run_dir)
+    status = read_run_status(run_dir)
     assert status is not None
     assert status["exit_code"] == 1
-    summary = summarize(run_dir)
-    assert summary.buckets["skipped"] > 0
+    summary = summarize_ledger(run_dir)
+    assert summary.gpu_ms_by_bucket["skipped"] > 0
     assert summary.tokens_consumed == summary.tokens_retained + 8 * 32
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from shoestring.comm.errors import ConfigError
-from shoestring.launch.compose import compose_run
+from shoestring.launch.compose import compose_run_config
 from shoestring.launch.run import train, worker
-from shoestring.launch.run.run_dir import claimed, read_status
-from shoestring.launch.run.signals import LAUNCHER_VARIABLE
+from shoestring.launch.run.run_dir import lock_run_dir, read_run_status
+from shoestring.launch.run.signals import LAUNCHER_PID_ENV_VAR
 from shoestring.tests.launch.rank_variables import in_torchrun
 from shoestring.tests.launch.small_run import free_port, small_run
 
@@ -38,7 +38,7 @@ def test_a_second_launch_without_the_launcher_leaves_a_live_run_alone(
     in_torchrun(monkeypatch, RANK="0", WORLD_SIZE=world_size)
     run_dir = tmp_path / "run"
     run = ["topology=single", "schedule=one_f_one_b", "training.device=cpu", f"training.run_dir={run_dir}"]
-    with claimed(run_dir, fresh=False):
+    with lock_run_dir(run_dir, fresh=False):
         for name in ("config.yaml", "run_status.json", "ended"):
             (run_dir / name).write_text("the live run's")
         before = {path: path.read_bytes() for path in run_dir.iterdir()}
@@ -52,12 +52,12 @@ def test_a_second_launch_without_the_launcher_leaves_a_live_run_alone(
 
 
 def test_the_launcher_is_refused_beside_a_run_without_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv(LAUNCHER_VARIABLE, raising=False)
-    config = compose_run(["topology=single", "schedule=one_f_one_b", f"training.run_dir={tmp_path / 'run'}"])
+    monkeypatch.delenv(LAUNCHER_PID_ENV_VAR, raising=False)
+    config = compose_run_config(["topology=single", "schedule=one_f_one_b", f"training.run_dir={tmp_path / 'run'}"])
     with (
         worker._owning(config),
         pytest.raises(ConfigError, match="another run is going on"),
-        claimed(tmp_path / "run", fresh=True),
+        lock_run_dir(tmp_path / "run", fresh=True),
     ):
         pass
 
@@ -76,6 +76,6 @@ def test_a_refusal_in_a_container_is_no_success(tmp_path: Path) -> None:
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2, done.stderr
     assert "the train split has" in done.stderr
-    status = read_status(tmp_path / "run")
+    status = read_run_status(tmp_path / "run")
     assert status is not None
     assert status["exit_code"] == 2

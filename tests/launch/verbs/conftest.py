@@ -11,7 +11,7 @@ from shoestring.launch.cli import main
 from shoestring.tests.launch.small_checkpoint import SHAPE, TEXT
 from shoestring.tests.trainer.checkpoint.saved import save_model
 from shoestring.trainer.data.tokenizer import train_tokenizer
-from shoestring.trainer.model.init import initialize
+from shoestring.trainer.model.init import initialize_weights
 from shoestring.trainer.model.model import Model
 
 
@@ -20,7 +20,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with one checkpoint, `run`, and its export, `hf`."""
     root = tmp_path_factory.mktemp("others")
     model = Model(SHAPE)
-    initialize(model, 1)
+    initialize_weights(model, 1)
     attachments = {"tokenizer.json": train_tokenizer([TEXT], 300).to_json().encode()}
     save_model(model, root / "run" / "checkpoints", 4, attachments)
     with pytest.raises(SystemExit):

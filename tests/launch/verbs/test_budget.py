@@ -9,12 +9,12 @@ import pytest
 
 from shoestring.comm.errors import ConfigError
 from shoestring.launch.cli import main
-from shoestring.launch.compose import compose_run
+from shoestring.launch.compose import compose_run_config
 from shoestring.launch.run.preflight import budget_problems
-from shoestring.launch.verbs.budget import parse_tokens
+from shoestring.launch.verbs.budget import parse_token_count
 from shoestring.trainer.ledger.clock import Instant
 from shoestring.trainer.ledger.config import BudgetConfig
-from shoestring.trainer.ledger.terms import TERMS, TOTALS_FILE, WORK_FILE
+from shoestring.trainer.ledger.terms import SNAPSHOT_FILE, STEP_TIME_TERMS, WORK_FILE
 from shoestring.trainer.ledger.work import WorkJournal
 
 
@@ -24,13 +24,13 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ns = 10**9
     monkeypatch.setattr(Instant, "now", lambda: Instant(ns, ns, "boot"))
     work = WorkJournal(tmp_path / "run", ranks=2, attempt="a", budget=BudgetConfig(gpu_hours=4))
-    work.ready()
+    work.record_ready()
     for step in range(1, 11):
         ns += 324 * 10**9
-        work.step(step, 324_000, 1000)
-        work.terms(step, 200, dict.fromkeys(TERMS, 20) | {"bubble": 15})
+        work.record_step(step, 324_000, 1000)
+        work.record_step_time_terms(step, 200, dict.fromkeys(STEP_TIME_TERMS, 20) | {"bubble": 15})
     ns += 360 * 10**9
-    work.interval("evaluation", 360_000)
+    work.record_interval("evaluation", 360_000)
     work.close()
     return tmp_path / "run"
 
@@ -99,9 +99,9 @@ def test_questions_that_make_no_sense_are_refused(
 
 
 def test_numbers_of_tokens_are_read_with_their_letters() -> None:
-    assert [parse_tokens(text) for text in ("14.8T", "300b", "2e6", "12")] == [14.8e12, 3e11, 2e6, 12]
+    assert [parse_token_count(text) for text in ("14.8T", "300b", "2e6", "12")] == [14.8e12, 3e11, 2e6, 12]
     with pytest.raises(ConfigError):
-        parse_tokens("")
+        parse_token_count("")
 
 
 def test_a_project_is_summed_up(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,7 +126,7 @@ def test_the_ledger_is_reconciled_from_the_command_line(run_dir: Path, capsys: p
 
 
 def problems(run_dir: Path, *overrides: str, fresh: bool = False) -> dict[str, str]:
-    config = compose_run(["experiment=quickstart", f"training.run_dir={run_dir}", *overrides])
+    config = compose_run_config(["experiment=quickstart", f"training.run_dir={run_dir}", *overrides])
     return {problem.field: problem.hint for problem in budget_problems(config, fresh=fresh)}
 
 
@@ -164,5 +164,5 @@ def test_a_bill_that_lost_records_says_so(run_dir: Path, capsys: pytest.CaptureF
         assert f"{WORK_FILE} = '24 records': are not all in it" in capsys.readouterr().err
     assert shoestring("budget", run_dir, "--verify") == 2
     assert f"{WORK_FILE} = '24 records'" in capsys.readouterr().err
-    (run_dir / TOTALS_FILE).unlink()
+    (run_dir / SNAPSHOT_FILE).unlink()
     assert "no totals are saved beside them" in printed(capsys, "budget", run_dir, "--verify")

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoestring.launch.compose import compose_run
-from shoestring.launch.planner.evidence import assumptions
-from shoestring.launch.planner.exchange_time import Exchange
-from shoestring.launch.planner.forecast import Forecaster
-from shoestring.launch.planner.kernel_times import Measurement, read_table
+from shoestring.launch.compose import compose_run_config
+from shoestring.launch.planner.evidence import list_assumptions
+from shoestring.launch.planner.exchange_time import ExchangeOperation
+from shoestring.launch.planner.forecast import StepForecaster
+from shoestring.launch.planner.kernel_times import KernelMeasurement, read_kernel_table
 from shoestring.launch.planner.operations import ComputePhase
-from shoestring.launch.planner.recipe import NOTHING, Precision
-from shoestring.launch.verbs.calibrate import calibrate, measured_with, write_cluster
+from shoestring.launch.planner.recipe import RECOMPUTE_NOTHING, GemmPrecision
+from shoestring.launch.verbs.calibrate import calibrate, recipe_measurements, write_cluster_config
 from shoestring.launch.verbs.plan import plan
 from shoestring.launch.verbs.simulate import simulate
 from shoestring.tests.launch.refusals import refused
@@ -46,11 +46,11 @@ def test_a_folder_that_cannot_be_is_refused_before_a_process_starts(tmp_path: Pa
 def test_a_cluster_is_read_back_from_wherever_it_lies(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
     (folder / "cluster").mkdir(parents=True)
-    rows = list(measured_with(compose_run([])))
-    assert write_cluster(folder, rows, 2) == folder / "cluster" / "measured.yaml"
-    cluster = compose_run(["cluster=measured"], folder).cluster
-    assert (cluster.name, cluster.gpus, cluster.tables) == ("measured", 2, str(folder / "measured.csv"))
-    assert read_table(str(cluster.tables)).measured_with == {
+    rows = list(recipe_measurements(compose_run_config([])))
+    assert write_cluster_config(folder, rows, 2) == folder / "cluster" / "measured.yaml"
+    cluster = compose_run_config(["cluster=measured"], folder).cluster
+    assert (cluster.name, cluster.total_gpus, cluster.tables) == ("measured", 2, str(folder / "measured.csv"))
+    assert read_kernel_table(str(cluster.tables)).measured_recipe == {
         "precision": "fp32",
         "recompute": "nothing",
         "exchange": "flat native native native native",
@@ -73,33 +73,40 @@ def test_what_was_not_measured_is_refused(
     tmp_path: Path, overrides: list[str], inputs: dict[str, float], field: str
 ) -> None:
     (tmp_path / "cluster").mkdir()
-    write_cluster(tmp_path, [*measured_with(compose_run([])), *invented(1)], 1)
-    assert simulate(["cluster=measured"], tmp_path, {}).forecast.seconds > 0
+    write_cluster_config(tmp_path, [*recipe_measurements(compose_run_config([])), *invented(1)], 1)
+    assert simulate(["cluster=measured"], tmp_path, {}).forecast.step_seconds > 0
     assert set(refused(simulate, ["cluster=measured", *overrides], tmp_path, inputs)) == {field}
 
 
 def test_a_search_keeps_to_what_was_measured(tmp_path: Path) -> None:
     (tmp_path / "cluster").mkdir()
-    write_cluster(tmp_path, [*measured_with(compose_run([])), *invented(2)], 2)
+    write_cluster_config(tmp_path, [*recipe_measurements(compose_run_config([])), *invented(2)], 2)
     found = plan(["cluster=measured", "topology.edp=2"], tmp_path, 3)
-    assert found.best is not None
-    assert {(kept.recipe.precision, kept.recipe.recompute) for kept in found.found.best} == {(Precision.FP32, NOTHING)}
-    assert {kept.layout.micro_batch for kept in found.found.best} == {1}
-    assert found.found.unpriced == {"cluster.tables does not say enough": found.found.unpriced.total()}
+    assert found.best_layout is not None
+    assert {(kept.recipe.precision, kept.recipe.recompute) for kept in found.search_result.best_forecasts} == {
+        (GemmPrecision.FP32, RECOMPUTE_NOTHING)
+    }
+    assert {kept.layout.micro_batch_size for kept in found.search_result.best_forecasts} == {1}
+    assert found.search_result.missing_figures == {
+        "cluster.tables does not say enough": found.search_result.missing_figures.total()
+    }
     assert not any("links" in what_if.name or "rows" in what_if.name for what_if in found.what_ifs)
-    best = found.best.forecast
-    costs = Forecaster(found.config.model, found.config.cluster, 128).costs(best.layout, best.recipe)
-    rows = assumptions(found.config, best, costs)
+    best = found.best_layout.forecast
+    costs = StepForecaster(found.config.model, found.config.cluster, 128).chunk_time_model(best.layout, best.recipe)
+    rows = list_assumptions(found.config, best, costs)
     assert not any("trace" in source for _, _, source in rows)
 
 
-def invented(ranks: int) -> list[Measurement]:
+def invented(ranks: int) -> list[KernelMeasurement]:
     """Each phase takes 100 µs, for one sequence of 128 tokens a micro-batch."""
     shapes = [f"1x128/{count}" for count in {1, ranks}]
-    names = [(name, shape) for name in (*ComputePhase, *Exchange) for shape in shapes]
+    names = [(name, shape) for name in (*ComputePhase, *ExchangeOperation) for shape in shapes]
     names += [(name, "any") for name in ("optimizer", "reduce", "step")]
-    rows = [Measurement("phase", name, role, "any", 0, 0, 0, 100.0, "us", "measured", "a test") for name, role in names]
-    return [*rows, Measurement("edge", "message", "1x128", "any", 0, 0, 0, 10.0, "us", "measured", "a test")]
+    rows = [
+        KernelMeasurement("phase", name, role, "any", 0, 0, 0, 100.0, "us", "measured", "a test")
+        for name, role in names
+    ]
+    return [*rows, KernelMeasurement("edge", "message", "1x128", "any", 0, 0, 0, 10.0, "us", "measured", "a test")]
 
 
 @pytest.mark.slow
@@ -107,9 +114,9 @@ def test_a_calibrated_machine_prices_the_layouts_of_its_ranks(tmp_path: Path) ->
     small = ["model.num_hidden_layers=2", "training.sequence_length=32", "training.global_batch=4"]
     cluster = calibrate(small, None, tmp_path, ranks=2, repeats=2)
     assert cluster == tmp_path / "cluster" / "measured.yaml"
-    assert {row.evidence for row in read_table(str(tmp_path / "measured.csv")).rows} == {"measured"}
+    assert {row.evidence for row in read_kernel_table(str(tmp_path / "measured.csv")).rows} == {"measured"}
     for layout in (["topology.edp=2"], ["topology.ep=2"], ["topology.pp=2"], ["topology.pp=2", "schedule=zb1p"]):
         forecast = simulate([*small, *layout, "cluster=measured"], tmp_path, {}).forecast
-        assert not forecast.coverage.misses
-        assert set(forecast.coverage.seconds) == {"measured"}
-        assert 1e-3 < forecast.seconds < 60
+        assert not forecast.evidence_coverage.substituted_rows
+        assert set(forecast.evidence_coverage.seconds_by_evidence) == {"measured"}
+        assert 1e-3 < forecast.step_seconds < 60

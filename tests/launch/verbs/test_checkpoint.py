@@ -15,9 +15,9 @@ from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 from shoestring.launch.cli import main
 from shoestring.tests.trainer.checkpoint.saved import save_model
 from shoestring.trainer.checkpoint.store import CheckpointStore
-from shoestring.trainer.data.tokenizer import END, PAD, Tokenizer, train_tokenizer
+from shoestring.trainer.data.tokenizer import END_TOKEN, PAD_TOKEN, Tokenizer, train_tokenizer
 from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.model.init import initialize
+from shoestring.trainer.model.init import initialize_weights
 from shoestring.trainer.model.model import Model
 
 SHAPE = ModelConfig(
@@ -34,7 +34,7 @@ TEXT = " ".join(f"word{index * 7919 % 211}" for index in range(2000))
 
 def model(seed: int) -> Model:
     made = Model(SHAPE)
-    initialize(made, seed)
+    initialize_weights(made, seed)
     return made
 
 
@@ -74,11 +74,11 @@ def flip_bit(path: Path) -> None:
 
 
 def test_ls_tells_whole_from_damaged_from_unfinished(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    store = CheckpointStore(run / "checkpoints", keep=9)
-    (store.path(4) / "complete").unlink()
-    with patch("shoestring.trainer.checkpoint.manifest.FORMAT", 4):
+    store = CheckpointStore(run / "checkpoints", keep_last=9)
+    (store.checkpoint_path(4) / "complete").unlink()
+    with patch("shoestring.trainer.checkpoint.manifest.FORMAT_VERSION", 4):
         save_model(model(5), run / "checkpoints", 5)
-    store.partial(6).mkdir()  # now, for the next save clears it
+    store.partial_path(6).mkdir()  # now, for the next save clears it
     code, output, _ = shoestring(capsys, "checkpoint", "ls", run, "--format", "json")
     assert code == 0
     states = {each["name"]: each["state"] for each in json.loads(output)}
@@ -225,9 +225,9 @@ def test_export_and_import_carry_the_tokenizer(
     assert f"exported {run / 'checkpoints' / 'step_00000004'}" in output
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert theirs(TEXT[:200])["input_ids"] == tokenizer.encode(TEXT[:200])
-    assert (theirs.eos_token, theirs.pad_token) == (END, PAD)
+    assert (theirs.eos_token, theirs.pad_token) == (END_TOKEN, PAD_TOKEN)
     loaded = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "hf")
-    assert (loaded.config.eos_token_id, loaded.config.pad_token_id) == (tokenizer.end, tokenizer.pad)
+    assert (loaded.config.eos_token_id, loaded.config.pad_token_id) == (tokenizer.end_token_id, tokenizer.pad_token_id)
     assert loaded.config.max_position_embeddings == 32  # what it was trained with
     code, output, _ = shoestring(capsys, "import", tmp_path / "hf", tmp_path / "again")
     assert code == 0

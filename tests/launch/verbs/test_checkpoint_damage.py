@@ -28,14 +28,14 @@ def test_verify_reads_every_bit_of_a_header(run: Path) -> None:
     from shoestring.trainer.checkpoint.opened import Checkpoint
 
     checkpoint = Checkpoint.open(part(run).parent)
-    assert list(checkpoint.damage()) == []
+    assert list(checkpoint.find_damage()) == []
     whole = part(run).read_bytes()
     opened = 0
     for place in range(8, 8 + int.from_bytes(whole[:8], "little"), 97):
         raw = bytearray(whole)
         raw[place] ^= 1 << place % 8
         part(run).write_bytes(raw)
-        assert any("header is damaged" in line for line in checkpoint.damage()), place
+        assert any("header is damaged" in line for line in checkpoint.find_damage()), place
         try:
             with safe_open(part(run), "pt"):
                 opened += 1

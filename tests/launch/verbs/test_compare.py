@@ -15,24 +15,26 @@ import torch
 from shoestring.comm.errors import ConfigError
 from shoestring.comm.groups import ProcessGroups
 from shoestring.launch.cli import main
-from shoestring.launch.compose import compose_run, to_yaml
+from shoestring.launch.compose import compose_run_config, config_to_yaml
 from shoestring.launch.run.run_dir import CONFIG_FILE
-from shoestring.launch.verbs.compare import ComparedFigure, Comparison, compare
+from shoestring.launch.verbs.compare import PlanComparison, PlannedVsMeasured, compare_with_plan
 from shoestring.tests.launch.small_run import BATCH, SEQUENCE, small_run
 from shoestring.tests.processes import World, run_processes
-from shoestring.trainer.build import stages_of
-from shoestring.trainer.ledger.summary import LaunchUsage, summarize
-from shoestring.trainer.ledger.terms import TERMS, gpu_hours
+from shoestring.trainer.build import build_stage_layout
+from shoestring.trainer.ledger.summary import AttemptUsage, summarize_ledger
+from shoestring.trainer.ledger.terms import STEP_TIME_TERMS, to_gpu_hours
 from shoestring.trainer.loop import train
-from shoestring.trainer.telemetry.memory_usage import ALLOCATED
+from shoestring.trainer.telemetry.memory_usage import ALLOCATED_LABEL
 
 STEPS = 4
 Tree = dict[str, Any]
 
 
 def train_rank(world: World, overrides: list[str]) -> None:
-    config = compose_run(overrides)
-    groups = ProcessGroups.create(config.topology, world.rank, timedelta(seconds=60), stages_of(config).all_holders())
+    config = compose_run_config(overrides)
+    groups = ProcessGroups.create(
+        config.topology, world.rank, timedelta(seconds=60), build_stage_layout(config).replica_pp_groups()
+    )
     train(config, groups, torch.device("cpu"), attempt="a")
 
 
@@ -53,9 +55,9 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def run_dir(overrides: list[str]) -> Path:
     run_processes(2, train_rank, overrides)
-    config = compose_run(overrides)
+    config = compose_run_config(overrides)
     run_dir = Path(config.training.run_dir)
-    (run_dir / CONFIG_FILE).write_text(to_yaml(config))
+    (run_dir / CONFIG_FILE).write_text(config_to_yaml(config))
     return run_dir
 
 
@@ -80,24 +82,24 @@ def simulated(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> Tree:
     return tree
 
 
-def lines(comparison: Comparison) -> Iterator[ComparedFigure]:
-    yield from (*comparison.terms, comparison.step, *comparison.totals)
+def lines(comparison: PlanComparison) -> Iterator[PlannedVsMeasured]:
+    yield from (*comparison.time_terms, comparison.step, *comparison.totals)
 
 
 def test_terms_add_up_to_the_step_on_both_sides(run_dir: Path, simulated: Tree, write: Write) -> None:
-    summary = summarize(run_dir)
-    comparison = compare(run_dir, summary, write(simulated))
-    assert [line.name for line in comparison.terms] == [*TERMS, "other"]
-    assert {line.name for line in comparison.terms if line.measured} >= {"F", "B", "exposed_exchange", "optimizer"}
+    summary = summarize_ledger(run_dir)
+    comparison = compare_with_plan(run_dir, summary, write(simulated))
+    assert [line.name for line in comparison.time_terms] == [*STEP_TIME_TERMS, "other"]
+    assert {line.name for line in comparison.time_terms if line.measured} >= {"F", "B", "exposed_exchange", "optimizer"}
     for side in ("planned", "measured", "difference"):
-        values = [getattr(line, side) for line in comparison.terms]
+        values = [getattr(line, side) for line in comparison.time_terms]
         assert sum(values) == pytest.approx(getattr(comparison.step, side), rel=1e-9)
     seconds = summary.productive_ms / 1e3 / 2
     assert comparison.step.measured == pytest.approx(seconds / STEPS)
     totals = {line.name: line for line in comparison.totals}
     assert totals["tokens_per_second"].measured == pytest.approx(STEPS * BATCH * SEQUENCE / seconds)
     assert totals["tokens_per_second"].planned == pytest.approx(BATCH * SEQUENCE / simulated["layout"]["step_seconds"])
-    assert totals["gpu_hours_of_steps"].measured == pytest.approx(gpu_hours(summary.productive_ms))
+    assert totals["gpu_hours_of_steps"].measured == pytest.approx(to_gpu_hours(summary.productive_ms))
     assert totals["gpu_hours_of_steps"].planned == pytest.approx(
         STEPS * simulated["layout"]["step_seconds"] * 2 / 3600, rel=1e-6
     )
@@ -113,32 +115,32 @@ def test_terms_add_up_to_the_step_on_both_sides(run_dir: Path, simulated: Tree, 
 
 def test_what_is_left_is_priced_at_the_last_steps(run_dir: Path, simulated: Tree, write: Write) -> None:
     """A run of twice as many tokens, half way."""
-    summary = summarize(run_dir)
+    summary = summarize_ledger(run_dir)
     config = run_dir / CONFIG_FILE
     told = config.read_text()
     config.write_text(
         told.replace(f"tokens: {STEPS * BATCH * SEQUENCE}\n", f"tokens: {2 * STEPS * BATCH * SEQUENCE}\n")
     )
     try:
-        comparison = compare(run_dir, summary, write(simulated))
+        comparison = compare_with_plan(run_dir, summary, write(simulated))
     finally:
         config.write_text(told)
     totals = {line.name: line.measured for line in comparison.totals}
     assert summary.step_ms_per_token is not None
-    left = gpu_hours(1) * summary.step_ms_per_token * STEPS * BATCH * SEQUENCE
+    left = to_gpu_hours(1) * summary.step_ms_per_token * STEPS * BATCH * SEQUENCE
     assert totals["gpu_hours"] == pytest.approx(summary.gpu_hours + left)
-    assert totals["gpu_hours_of_steps"] == pytest.approx(gpu_hours(summary.productive_ms) + left)
+    assert totals["gpu_hours_of_steps"] == pytest.approx(to_gpu_hours(summary.productive_ms) + left)
     assert "tokens: 1,024 planned, 2,048 run" in comparison.deviations
 
 
 def test_memory_is_the_allocators_peak_on_the_fullest_rank(run_dir: Path, simulated: Tree, write: Write) -> None:
-    summary, metrics = summarize(run_dir), run_dir / "metrics.jsonl"
+    summary, metrics = summarize_ledger(run_dir), run_dir / "metrics.jsonl"
     told = metrics.read_text()
-    looks = [{"of": ALLOCATED, "limit": 9, "now": [1, 1], "peak": peak} for peak in ([5, 4], [2, 3])]
+    looks = [{"of": ALLOCATED_LABEL, "limit": 9, "now": [1, 1], "peak": peak} for peak in ([5, 4], [2, 3])]
     events = [{"time": 0.0, "kind": "memory", "step": step, **look} for step, look in enumerate(looks, 1)]
     metrics.write_text(told + "".join(json.dumps(event) + "\n" for event in events))
     try:
-        comparison = compare(run_dir, summary, write(simulated))
+        comparison = compare_with_plan(run_dir, summary, write(simulated))
     finally:
         metrics.write_text(told)
     assert {line.name: line.measured for line in comparison.totals}["memory_bytes"] == 5
@@ -162,31 +164,31 @@ def test_table_and_json(
     assert tree["layout"] == "the layout that was simulated"
     step = tree["step_seconds"]
     assert step["difference"] == step["measured"] - step["planned"]
-    assert [line["name"] for line in tree["terms_seconds_a_step"]] == [*TERMS, "other"]
+    assert [line["name"] for line in tree["terms_seconds_a_step"]] == [*STEP_TIME_TERMS, "other"]
 
 
 def test_of_a_search_it_is_the_layout_of_the_run(
     overrides: list[str], run_dir: Path, write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tree: Tree = json.loads(printed(capsys, "plan", *overrides, *GPUS, "--format", "json"))
-    summary = summarize(run_dir)
+    summary = summarize_ledger(run_dir)
     of_run = tree["configured"]
     other = of_run | {"edp": 2, "ep": 1}
     tree["layouts"] = [other]
-    assert compare(run_dir, summary, write(tree)).row == "the configured layout"
+    assert compare_with_plan(run_dir, summary, write(tree)).layout_name == "the configured layout"
     # The fastest row is of another layout; of those of the run, one is priced in its precision.
     alike = of_run | {"precision": "fp32", "recompute": [], "step_seconds": 7.0}
     tree["layouts"] = [other, of_run, of_run, alike]
-    found = compare(run_dir, summary, write(tree))
-    assert (found.row, found.step.planned) == ("layout 4 of 4", 7.0)
+    found = compare_with_plan(run_dir, summary, write(tree))
+    assert (found.layout_name, found.step.planned) == ("layout 4 of 4", 7.0)
     assert found.deviations == ["cluster: h800 planned, local run"]
     tree["layouts"] = [other, of_run, of_run]
-    assert compare(run_dir, summary, write(tree)).row == "layout 2 of 3"
+    assert compare_with_plan(run_dir, summary, write(tree)).layout_name == "layout 2 of 3"
     tree["layouts"], tree["configured"] = [other], other
     with pytest.raises(
         ConfigError, match=r"has no layout like the run's, pp1 edp1 ep2 dualpipev .*shoestring simulate"
     ):
-        compare(run_dir, summary, write(tree))
+        compare_with_plan(run_dir, summary, write(tree))
 
 
 @pytest.mark.parametrize(
@@ -209,20 +211,22 @@ def test_a_plan_of_another_run_is_refused(
         node = node[key]
     node[path[-1]] = value
     with pytest.raises(ConfigError, match=gist):
-        compare(run_dir, summarize(run_dir), write(simulated))
+        compare_with_plan(run_dir, summarize_ledger(run_dir), write(simulated))
 
 
 def test_figures_of_more_than_one_kind_of_step_are_marked(run_dir: Path, simulated: Tree, write: Write) -> None:
-    summary, plan = summarize(run_dir), write(simulated)
-    elsewhere = replace(summary, held=[*summary.held, LaunchUsage("b", None, 4, 10, 40)], inherited_ms=5)
+    summary, plan = summarize_ledger(run_dir), write(simulated)
+    elsewhere = replace(
+        summary, attempt_usages=[*summary.attempt_usages, AttemptUsage("b", None, 4, 10, 40)], inherited_ms=5
+    )
     grown = replace(elsewhere, tokens_by_phase={"pre_train": 100 * STEPS})
-    assert list(compare(run_dir, grown, plan).notes) == [
+    assert list(compare_with_plan(run_dir, grown, plan).notes) == [
         "launches on 4 ranks are in the measured figures, which count 2",
         "a step took 100 tokens in the mean, and is planned with 256",
         "what its checkpoint had cost before is in the run's GPU-hours, and not in those of its steps",
     ]
-    unseen = compare(run_dir, replace(summary, terms={}), plan)
-    assert all(line.measured is None for line in unseen.terms)
+    unseen = compare_with_plan(run_dir, replace(summary, gpu_ms_by_term={}), plan)
+    assert all(line.measured is None for line in unseen.time_terms)
     assert unseen.step.measured is not None
 
 
@@ -231,11 +235,11 @@ def test_what_cannot_be_compared_is_refused(
 ) -> None:
     plan = write(simulated)
     with pytest.raises(ConfigError, match="has no step to compare yet"):
-        compare(run_dir, replace(summarize(run_dir), steps_retained=0), plan)
+        compare_with_plan(run_dir, replace(summarize_ledger(run_dir), steps_retained=0), plan)
     with pytest.raises(
         ConfigError, match=r"config.yaml = None: cannot be used: No such file .*it says what the run was told"
     ):
-        compare(tmp_path, summarize(run_dir), plan)
+        compare_with_plan(tmp_path, summarize_ledger(run_dir), plan)
     plan.write_text("[]")
     assert "is no plan" in printed(capsys, "budget", run_dir, "--against", plan, code=2)
     assert "cannot be read" in printed(capsys, "budget", run_dir, "--against", tmp_path / "absent", code=2)

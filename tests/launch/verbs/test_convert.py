@@ -330,7 +330,7 @@ def test_a_name_of_no_file_is_refused(hf: Path, run: Path) -> None:
     with pytest.raises(ConfigError, match=r"source = .*holds a NUL"):
         import_command(target, hf.parent / "made")
     with pytest.raises(ConfigError, match=r"directory = .*holds a NUL"):
-        export_command(run, None, target, "fp32", "pairs", "5GB", average=False)
+        export_command(run, None, target, "fp32", "pairs", "5GB", ema_weights=False)
 
 
 def test_an_import_goes_to_a_directory_outside_its_source(

@@ -9,8 +9,15 @@ import pytest
 import torch
 
 from shoestring.launch.cli import main
-from shoestring.launch.verbs.doctor import NOT_YET, TAKEN, TAKEN_ATTENTION, Implementation, findings, settings_in_force
-from shoestring.trainer.model.attention_backend import GpuFacts
+from shoestring.launch.verbs.doctor import (
+    AUTO_ATTENTION_NOTE,
+    AUTO_PROVIDER_NOTE,
+    NOT_RUN_ON_HARDWARE,
+    Implementation,
+    effective_settings,
+    list_implementations,
+)
+from shoestring.trainer.model.attention_backend import GpuCapabilities
 from shoestring.trainer.precision import backend as provider
 
 
@@ -22,15 +29,17 @@ def test_json_and_table_tell_the_same(capsys: pytest.CaptureFixture[str], monkey
         assert stop.value.code == 0
         printed = capsys.readouterr().out
         if form == "json":
-            assert [each["provider"] for each in json.loads(printed)["findings"]] == [f.provider for f in findings()]
+            assert [each["provider"] for each in json.loads(printed)["findings"]] == [
+                f.provider for f in list_implementations()
+            ]
         else:
-            assert all(finding.provider in printed for finding in findings())
+            assert all(finding.provider in printed for finding in list_implementations())
             assert "pip install transformer-engine[pytorch], 2.20" in printed  # a bracket is no markup
 
 
 def test_the_provider_that_auto_takes_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     def taken() -> list[str]:
-        return [finding.provider for finding in findings() if TAKEN in finding.note]
+        return [finding.provider for finding in list_implementations() if AUTO_PROVIDER_NOTE in finding.note]
 
     assert taken() == ["reference"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -41,18 +50,20 @@ def test_the_provider_that_auto_takes_is_marked(monkeypatch: pytest.MonkeyPatch)
 
 def test_attention_is_judged_by_the_released_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def attention() -> dict[str, Implementation]:
-        return {finding.provider: finding for finding in findings() if finding.operation == "attention"}
+        return {finding.provider: finding for finding in list_implementations() if finding.operation == "attention"}
 
     found = attention()
     assert found["blocks"].usable
     assert not found["cudnn"].usable
     assert "it needs a GPU" in found["cudnn"].note
-    assert NOT_YET in found["cudnn"].note
+    assert NOT_RUN_ON_HARDWARE in found["cudnn"].note
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
-    monkeypatch.setattr(GpuFacts, "here", lambda: GpuFacts((9, 0), 92000, "flash_attn_interface is not installed"))
+    monkeypatch.setattr(
+        GpuCapabilities, "here", lambda: GpuCapabilities((9, 0), 92000, "flash_attn_interface is not installed")
+    )
     found = attention()
-    assert [name for name, finding in found.items() if TAKEN_ATTENTION in finding.note] == ["cudnn"]
+    assert [name for name, finding in found.items() if AUTO_ATTENTION_NOTE in finding.note] == ["cudnn"]
     assert {name for name, finding in found.items() if finding.usable} == {"blocks", "cudnn", "efficient"}
     assert "8.6 GB" in found["math"].note
 
@@ -60,36 +71,36 @@ def test_attention_is_judged_by_the_released_model(monkeypatch: pytest.MonkeyPat
 def test_every_setting_says_whose_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     theirs = {"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "1"}
-    found = {setting.name: setting for setting in settings_in_force(theirs)}
+    found = {setting.name: setting for setting in effective_settings(theirs)}
     assert (found["NCCL_DEBUG"].value, found["NCCL_DEBUG"].whose) == ("INFO", "yours; ours: NCCL_DEBUG=WARN")
     assert found["OMP_NUM_THREADS"].whose == "yours, as ours"
     assert found["TORCH_CPP_LOG_LEVEL"].whose == "ours"
     assert found["CUDA_DEVICE_MAX_CONNECTIONS"].whose == "not made here: for GPUs"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    found = {setting.name: setting for setting in settings_in_force(theirs)}
+    found = {setting.name: setting for setting in effective_settings(theirs)}
     assert (found["CUDA_DEVICE_MAX_CONNECTIONS"].value, found["CUDA_DEVICE_MAX_CONNECTIONS"].whose) == ("32", "ours")
     assert found["max_ctas of P2P groups"].value == "4"
     assert all(setting.why for setting in found.values())
 
 
 def test_what_was_never_run_says_so() -> None:
-    found = {finding.provider: finding for finding in findings()}
-    assert NOT_YET in found["deepep"].note
-    assert NOT_YET in found["two_hop"].note
+    found = {finding.provider: finding for finding in list_implementations()}
+    assert NOT_RUN_ON_HARDWARE in found["deepep"].note
+    assert NOT_RUN_ON_HARDWARE in found["two_hop"].note
     assert found["gloo"].usable
     assert found["reference"].usable
-    assert NOT_YET in found["triton"].note
-    assert NOT_YET in found["torch"].note
-    assert NOT_YET in found["te"].note
-    assert NOT_YET in found["Apex's wgrad_gemm_accum_fp32"].note
+    assert NOT_RUN_ON_HARDWARE in found["triton"].note
+    assert NOT_RUN_ON_HARDWARE in found["torch"].note
+    assert NOT_RUN_ON_HARDWARE in found["te"].note
+    assert NOT_RUN_ON_HARDWARE in found["Apex's wgrad_gemm_accum_fp32"].note
 
 
 def test_it_looks_before_it_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H800")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    assert "3 of them: H800" in findings()[0].note
+    assert "3 of them: H800" in list_implementations()[0].note
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    cluster = findings()[-1]
+    cluster = list_implementations()[-1]
     assert not cluster.usable
     assert "must be root" in cluster.note

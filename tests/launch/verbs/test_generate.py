@@ -14,7 +14,7 @@ from shoestring.tests.launch.small_checkpoint import SHAPE, TEXT, part, reseal, 
 from shoestring.tests.trainer.checkpoint.saved import save_model
 from shoestring.trainer.data.tokenizer import train_tokenizer
 from shoestring.trainer.model.config import YarnConfig
-from shoestring.trainer.model.init import initialize
+from shoestring.trainer.model.init import initialize_weights
 from shoestring.trainer.model.model import Model
 
 
@@ -47,7 +47,7 @@ def test_logits_that_are_not_finite_are_one_error(
     values: dict[str, Any], temperature: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = Model(replace(SHAPE, **values))
-    initialize(model, 1)
+    initialize_weights(model, 1)
     attachments = {"tokenizer.json": train_tokenizer([TEXT], 300).to_json().encode()}
     save_model(model, tmp_path / "checkpoints", 4, attachments)
     how = ["--prompt", "word1", "--tokens", 2, "--temperature", temperature]

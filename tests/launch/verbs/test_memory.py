@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from shoestring.comm.exchange.deepep_buffer import BufferShape, buffer_bytes
+from shoestring.comm.exchange.deepep_buffer import DeepEPBufferShape, deepep_buffer_bytes
 from shoestring.launch.cli import main
-from shoestring.launch.compose import compose_run
+from shoestring.launch.compose import compose_run_config
 from shoestring.launch.verbs.simulate import simulate
-from shoestring.trainer.memory.forecast import RunMemory
+from shoestring.trainer.memory.forecast import MemoryPredictor
 
 SMALL = ("model=tiny", "model.num_hidden_layers=2", "training.sequence_length=32", "training.global_batch=4")
 DEEPSEEK = ["experiment=deepseek_v3_h800", "precision=fp8", "recompute=deepseek_v3"]
@@ -56,12 +56,12 @@ def test_the_table_says_the_same(capsys: pytest.CaptureFixture[str], monkeypatch
 @pytest.mark.parametrize("exchange", ["two_hop_fp8", "deepep"])
 def test_deepseeks_layout_is_what_the_planner_says(exchange: str) -> None:
     overrides = [*DEEPSEEK, f"exchange={exchange}"]
-    run = RunMemory(compose_run(overrides), torch.device("cuda"))
+    run = MemoryPredictor(compose_run_config(overrides), torch.device("cuda"))
     forecast = simulate(overrides, None, {}).forecast
     for pp_rank in (0, 1, 7, 15):
-        ours, planned = run.of(pp_rank), forecast.memory[pp_rank]
+        ours, planned = run.predict_rank(pp_rank), forecast.memory_by_rank[pp_rank]
         assert ours.total == pytest.approx(planned.total, rel=0.01)
-        assert ours.fixed == planned.fixed
+        assert ours.non_allocator_bytes == planned.fixed
 
 
 def test_deepeps_buffer_is_counted_by_its_own_formula(
@@ -69,7 +69,7 @@ def test_deepeps_buffer_is_counted_by_its_own_formula(
 ) -> None:
     """4.88 GB for DeepSeek-V3, where NCCL's all-to-alls are assumed to take 1; and none on a CPU."""
     monkeypatch.setenv("COLUMNS", "300")
-    buffer = buffer_bytes(BufferShape(4096, 7168, 8), 8, 8, fp8_dispatch=True)
+    buffer = deepep_buffer_bytes(DeepEPBufferShape(4096, 7168, 8), 8, 8, fp8_dispatch=True)
     rank = tree(capsys, *DEEPSEEK, "exchange=deepep")["predicted"][7]
     assert rank["outside_of_allocator"] == {"context": 2e9, "exchange": buffer}
     assert rank["total"] == sum(rank["state"].values()) + sum(rank["at_worst"].values()) + 2e9 + buffer
@@ -84,30 +84,30 @@ def test_rows_in_deepeps_buffer_take_none_of_the_allocators_memory() -> None:
     """Where two hops pack, receive and widen, its kernels read what they are given and write results."""
     ranks = {}
     for exchange in ("two_hop_fp8", "deepep"):
-        run = RunMemory(compose_run([*DEEPSEEK, f"exchange={exchange}"]), torch.device("cuda"))
-        ranks[exchange] = run.of(7).allocated
+        run = MemoryPredictor(compose_run_config([*DEEPSEEK, f"exchange={exchange}"]), torch.device("cuda"))
+        ranks[exchange] = run.predict_rank(7).allocator_bytes
     assert ranks["two_hop_fp8"] - ranks["deepep"] == pytest.approx(1.4e9, rel=0.05)
 
 
 def test_the_average_of_the_weights_takes_none_of_a_gpus_memory() -> None:
     """The host has it; on a CPU that is the same memory."""
-    plain, averaging = compose_run(SMALL), compose_run([*SMALL, "optimizer.ema_decay=0.9"])
+    plain, averaging = compose_run_config(SMALL), compose_run_config([*SMALL, "optimizer.ema_decay=0.9"])
     for device in map(torch.device, ("cuda", "cpu")):
-        without, beside = (RunMemory(config, device).of(0) for config in (plain, averaging))
+        without, beside = (MemoryPredictor(config, device).predict_rank(0) for config in (plain, averaging))
         expected = 0 if device.type == "cuda" else without.state.gradients  # as wide as these, and one rank has all
         assert beside.total - without.total == pytest.approx(expected)
 
 
 def test_what_the_host_holds_beside_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     """The average and 64 MiB on the way to it; a copy for saves of all that is not made from something else."""
-    plain, averaging = compose_run(SMALL), compose_run([*SMALL, "optimizer.ema_decay=0.9"])
+    plain, averaging = compose_run_config(SMALL), compose_run_config([*SMALL, "optimizer.ema_decay=0.9"])
     for device in map(torch.device, ("cuda", "cpu")):
-        without, beside = (RunMemory(config, device) for config in (plain, averaging))
-        masters = without.of(0).state.gradients  # one rank has all, as wide as these
-        copied = masters + without.of(0).state.moments
-        assert (without.on_host(0).copy_for_saves, without.on_host(0).average) == (copied, 0)
-        assert beside.on_host(0).copy_for_saves == copied + masters
-        assert beside.on_host(0).average == (masters + 2**26 if device.type == "cuda" else 0)
+        without, beside = (MemoryPredictor(config, device) for config in (plain, averaging))
+        masters = without.predict_rank(0).state.gradients  # one rank has all, as wide as these
+        copied = masters + without.predict_rank(0).state.moments
+        assert (without.predict_host(0).copy_for_saves, without.predict_host(0).average) == (copied, 0)
+        assert beside.predict_host(0).copy_for_saves == copied + masters
+        assert beside.predict_host(0).average == (masters + 2**26 if device.type == "cuda" else 0)
     arguments = (*SMALL, "optimizer.ema_decay=0.9", "training.device=cuda")
     host = tree(capsys, *arguments)["on_host"][0]
     text = memory(capsys, *arguments).split("\n")

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from shoestring.launch.cli import main
-from shoestring.launch.compose import compose_run
+from shoestring.launch.compose import compose_run_config
 
 # DeepSeek-V3 (report §4.2 and the released configuration).
 VOCABULARY, HIDDEN, LAYERS, DENSE_LAYERS = 129_280, 7_168, 61, 3
@@ -111,7 +111,7 @@ def test_the_length_is_the_published_one_unless_a_run_gives_its_own(capsys: pyte
 
     assert length("model=tiny") == LENGTH
     assert length("model=tiny", "training.sequence_length=64") == 64
-    assert length("experiment=quickstart") == compose_run(["experiment=quickstart"]).training.sequence_length
+    assert length("experiment=quickstart") == compose_run_config(["experiment=quickstart"]).training.sequence_length
     assert length("experiment=quickstart", "training.sequence_length=64") == 64
 
 

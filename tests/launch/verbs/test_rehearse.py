@@ -8,7 +8,7 @@ import pytest
 
 from shoestring.comm.errors import ConfigError
 from shoestring.launch.cli import main
-from shoestring.launch.rehearsal.device.shim import build_shim
+from shoestring.launch.rehearsal.device.shim import build_autograd_shim
 
 SMALL = (
     *("experiment=quickstart", "schedule=one_f_one_b", "schedule.micro_batch=1", "training.global_batch=4"),
@@ -21,7 +21,7 @@ SMALL = (
 def _shim() -> None:
     """Where it cannot be built, nothing can be rehearsed."""
     try:
-        build_shim()
+        build_autograd_shim()
     except ConfigError as refused:
         pytest.skip(str(refused))
 

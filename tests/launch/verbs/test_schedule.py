@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shoestring.launch.cli import main
-from shoestring.parallelism.pipeline.draw import to_json
+from shoestring.parallelism.pipeline.draw import program_to_json
 from shoestring.parallelism.pipeline.schedules.registry import build_program
 
 
@@ -21,7 +21,7 @@ def schedule(*arguments: str) -> int:
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert schedule("dualpipe", "--stages", "4", "--micro-batches", "10", "--format", "json") == 0
-    assert json.loads(capsys.readouterr().out) == to_json(build_program("dualpipe", 4, 10))
+    assert json.loads(capsys.readouterr().out) == program_to_json(build_program("dualpipe", 4, 10))
 
 
 def test_ascii_is_the_default_and_times_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from shoestring.launch.cli import main
 from shoestring.tests.launch.report.layer_spans import trace
-from shoestring.trainer.telemetry.trace import merge_ranks, write_rank
+from shoestring.trainer.telemetry.trace import merge_rank_traces, write_rank_trace
 
 
 def run(*arguments: str | Path) -> int:
@@ -21,8 +21,8 @@ def run(*arguments: str | Path) -> int:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    write_rank(tmp_path / "trace", 0, trace())
-    merge_ranks(tmp_path / "trace", 1)
+    write_rank_trace(tmp_path / "trace", 0, trace())
+    merge_rank_traces(tmp_path / "trace", 1)
     return tmp_path
 
 

@@ -10,13 +10,13 @@ from rich.console import Console
 
 from shoestring.comm.errors import ConfigError
 from shoestring.launch.cli import main
-from shoestring.launch.report.follow import Follower
-from shoestring.launch.report.watch_frame import SILENT_SECONDS
-from shoestring.launch.run.run_dir import own
+from shoestring.launch.report.follow import RunFollower
+from shoestring.launch.report.watch_frame import HEARTBEAT_TIMEOUT_SECONDS
+from shoestring.launch.run.run_dir import create_run_dir
 from shoestring.launch.verbs.watch import watch
 from shoestring.tests.launch.report.followed import append, shown
 from shoestring.tests.launch.report.recorded import BUDGET, LAST, Clock, events, record_run, step
-from shoestring.trainer.ledger.allocation import Allocation
+from shoestring.trainer.ledger.allocation import AllocationJournal
 
 
 def test_one_frame_of_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,11 +45,11 @@ def test_one_frame_of_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_it_ends_with_the_run(tmp_path: Path) -> None:
     """The run goes on by a step each time that somebody waits for it."""
-    own(tmp_path)
+    create_run_dir(tmp_path)
     clock = Clock()
     left = iter(list(events(tmp_path)))
     with clock.told():
-        allocation = Allocation(tmp_path, ranks=2, attempt="a", budget=BUDGET, beat_seconds=1000)
+        allocation = AllocationJournal(tmp_path, ranks=2, attempt="a", budget=BUDGET, heartbeat_seconds=1000)
 
         def go_on() -> None:
             event = next(left, None)
@@ -60,7 +60,7 @@ def test_it_ends_with_the_run(tmp_path: Path) -> None:
                 append(tmp_path, event)
 
         console = Console(file=io.StringIO(), force_terminal=True, width=80)
-        watch(tmp_path, console, wait=go_on)
+        watch(tmp_path, console, wait_for_refresh=go_on)
     assert next(left, None) is None
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     assert text.index("none yet") < text.index("1 of 8") < text.index("8 of 8") < text.rindex("done")
@@ -68,29 +68,29 @@ def test_it_ends_with_the_run(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_the_watching(tmp_path: Path) -> None:
-    own(tmp_path)
+    create_run_dir(tmp_path)
 
     def interrupt() -> None:
         raise KeyboardInterrupt
 
     console = Console(file=io.StringIO(), width=80)
-    watch(tmp_path, console, wait=interrupt)
+    watch(tmp_path, console, wait_for_refresh=interrupt)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     assert text.count("none yet") == 1
 
 
 def test_a_launcher_that_was_killed_is_missed(tmp_path: Path) -> None:
-    own(tmp_path)
+    create_run_dir(tmp_path)
     clock = Clock()
     with clock.told():
-        allocation = Allocation(tmp_path, ranks=2, attempt="a", budget=BUDGET, beat_seconds=1000)
+        allocation = AllocationJournal(tmp_path, ranks=2, attempt="a", budget=BUDGET, heartbeat_seconds=1000)
         append(tmp_path, step(1, loss=3.0))
-        follower = Follower(tmp_path)
-        clock.seconds += SILENT_SECONDS - 1
+        follower = RunFollower(tmp_path)
+        clock.seconds += HEARTBEAT_TIMEOUT_SECONDS - 1
         assert "no sign of life" not in shown(follower)
         clock.seconds += 2
         assert "no sign of life from its launcher for 0:31" in shown(follower)
-        assert not follower.look().has_ended
+        assert not follower.poll().has_ended
         allocation.close("tidied up")
 
 

@@ -1,4 +1,4 @@
-"""`check` lets no broken program through and says where it is broken."""
+"""`verify_program` lets no broken program through and says where it is broken."""
 
 from __future__ import annotations
 
@@ -7,16 +7,23 @@ from dataclasses import replace
 
 import pytest
 
-from shoestring.parallelism.pipeline.check import check
-from shoestring.parallelism.pipeline.placement import Placement, Route
-from shoestring.parallelism.pipeline.program import Instruction, MicroBatchWork, Op, Program, ProgramError, in_flight
+from shoestring.parallelism.pipeline.check import verify_program
+from shoestring.parallelism.pipeline.placement import PlacementStyle, StagePlacement
+from shoestring.parallelism.pipeline.program import (
+    ChunkMicroBatch,
+    Instruction,
+    InvalidProgramError,
+    Op,
+    PipelineProgram,
+    count_in_flight,
+)
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_program
 
 Row = list[Instruction]
 NAMES = [each.name for each in SCHEDULES]
 
 
-def changed(program: Program, rank: int, change: Callable[[Row], Row]) -> Program:
+def changed(program: PipelineProgram, rank: int, change: Callable[[Row], Row]) -> PipelineProgram:
     """`program` with one rank's list changed."""
     rows = [list(row) for row in program.instructions]
     rows[rank] = change(rows[rank])
@@ -24,7 +31,9 @@ def changed(program: Program, rank: int, change: Callable[[Row], Row]) -> Progra
 
 
 def position(row: Row, op: Op, micro_batch: int) -> int:
-    return next(i for i, entry in enumerate(row) if entry.op is op and entry.works[0].micro_batch == micro_batch)
+    return next(
+        i for i, entry in enumerate(row) if entry.op is op and entry.chunk_micro_batches[0].micro_batch == micro_batch
+    )
 
 
 def moved(op: Op, micro_batch: int, before: tuple[Op, int]) -> Callable[[Row], Row]:
@@ -60,8 +69,8 @@ def test_every_dropped_instruction_is_missed(name: str) -> None:
     for rank, row in enumerate(program.instructions):
         for index in range(len(row)):
             broken = changed(program, rank, dropped(index))
-            with pytest.raises(ProgramError, match=rf"rank {rank}: .* 0 times instead of once"):
-                check(broken)
+            with pytest.raises(InvalidProgramError, match=rf"rank {rank}: .* 0 times instead of once"):
+                verify_program(broken)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -69,73 +78,79 @@ def test_every_duplicate_is_found(name: str) -> None:
     program = build_program(name, 4, 8)
     for index in range(len(program.instructions[1])):
         broken = changed(program, 1, doubled(index))
-        with pytest.raises(ProgramError, match=r"rank 1: .* 2 times instead of once"):
-            check(broken)
+        with pytest.raises(InvalidProgramError, match=r"rank 1: .* 2 times instead of once"):
+            verify_program(broken)
 
 
 def test_a_backward_needs_its_forward() -> None:
     broken = changed(build_program("one_f_one_b", 2, 4), 1, moved(Op.B, 0, before=(Op.F, 0)))
-    with pytest.raises(ProgramError, match=r"rank 1, instruction 0 \(B chunk 0 micro-batch 0\): needs the forward"):
-        check(broken)
+    with pytest.raises(
+        InvalidProgramError, match=r"rank 1, instruction 0 \(B chunk 0 micro-batch 0\): needs the forward"
+    ):
+        verify_program(broken)
 
 
 def test_the_turn_of_a_v_hands_over_in_order() -> None:
-    with pytest.raises(ProgramError, match=r"rank 1, instruction 0 .*chunk 1 .*needs the forward of chunk 0"):
-        check(changed(build_program("dualpipev", 2, 4), 1, swap_first_two))
+    with pytest.raises(InvalidProgramError, match=r"rank 1, instruction 0 .*chunk 1 .*needs the forward of chunk 0"):
+        verify_program(changed(build_program("dualpipev", 2, 4), 1, swap_first_two))
 
 
 def test_the_halves_of_a_pair_must_not_need_each_other() -> None:
-    pair = Instruction(Op.FB, forward=MicroBatchWork(0, 0), backward=MicroBatchWork(0, 0))
-    with pytest.raises(ProgramError, match="needs the forward of chunk 0 micro-batch 0 before it"):
-        check(Program("by hand", Placement(Route.LOOP, 1, 1), 1, ((pair,),)))
+    pair = Instruction(Op.FB, forward=ChunkMicroBatch(0, 0), backward=ChunkMicroBatch(0, 0))
+    with pytest.raises(InvalidProgramError, match="needs the forward of chunk 0 micro-batch 0 before it"):
+        verify_program(PipelineProgram("by hand", StagePlacement(PlacementStyle.LOOP, 1, 1), 1, ((pair,),)))
 
 
 def test_weight_gradients_come_after_their_own_and_in_order() -> None:
     program = build_program("zb1p", 2, 4)
-    with pytest.raises(ProgramError, match=r"rank 1, .*\(W chunk 0 micro-batch 3\): before its I"):
-        check(changed(program, 1, moved(Op.W, 3, before=(Op.I, 3))))
-    with pytest.raises(ProgramError, match=r"rank 1, .*\(W chunk 0 micro-batch 3\): out of order.*micro_batch=2"):
-        check(changed(program, 1, moved(Op.W, 3, before=(Op.W, 2))))
+    with pytest.raises(InvalidProgramError, match=r"rank 1, .*\(W chunk 0 micro-batch 3\): before its I"):
+        verify_program(changed(program, 1, moved(Op.W, 3, before=(Op.I, 3))))
+    with pytest.raises(
+        InvalidProgramError, match=r"rank 1, .*\(W chunk 0 micro-batch 3\): out of order.*micro_batch=2"
+    ):
+        verify_program(changed(program, 1, moved(Op.W, 3, before=(Op.W, 2))))
 
 
 def test_a_deadlock_is_told_with_everyone_who_waits() -> None:
     # Rank 1 wants a second activation before it gives the first gradient, for which rank 0 waits.
     program = build_program("one_f_one_b", 2, 4)
     eager = changed(program, 1, moved(Op.F, 1, before=(Op.B, 0)))
-    check(eager)  # rank 0 has sent two by then
-    with pytest.raises(ProgramError, match=r"deadlock: rank 0, instruction 2 .* waits .*; rank 1, instruction 2 "):
-        check(changed(eager, 1, moved(Op.F, 2, before=(Op.B, 0))))
+    verify_program(eager)  # rank 0 has sent two by then
+    with pytest.raises(
+        InvalidProgramError, match=r"deadlock: rank 0, instruction 2 .* waits .*; rank 1, instruction 2 "
+    ):
+        verify_program(changed(eager, 1, moved(Op.F, 2, before=(Op.B, 0))))
 
 
 def test_one_rank_may_make_things_in_another_order_but_not_two_that_wait_for_each_other() -> None:
-    check(changed(build_program("gpipe", 2, 3), 1, moved(Op.B, 2, before=(Op.B, 0))))
+    verify_program(changed(build_program("gpipe", 2, 3), 1, moved(Op.B, 2, before=(Op.B, 0))))
 
     one = changed(build_program("dualpipe", 2, 4), 0, swap_first_two)  # first the micro-batch of the other direction
-    check(one)
-    with pytest.raises(ProgramError, match=r"deadlock: rank 0, instruction 0 .*; rank 1, instruction 0 "):
-        check(changed(one, 1, swap_first_two))
+    verify_program(one)
+    with pytest.raises(InvalidProgramError, match=r"deadlock: rank 0, instruction 0 .*; rank 1, instruction 0 "):
+        verify_program(changed(one, 1, swap_first_two))
 
 
 def test_nonsense_is_named() -> None:
     program = build_program("gpipe", 2, 2)
-    with pytest.raises(ProgramError, match="1 lists of instructions for 2 ranks"):
-        check(replace(program, instructions=program.instructions[:1]))
-    for work in (MicroBatchWork(1, 0), MicroBatchWork(0, 2), MicroBatchWork(0, -1)):
-        with pytest.raises(ProgramError, match=r"rank 0, instruction 4 .* no such chunk or micro-batch"):
-            check(changed(program, 0, appended(Instruction(Op.F, work))))
-    with pytest.raises(ProgramError, match="5 micro-batches cannot be halved"):
-        check(replace(build_program("dualpipe", 2, 4), micro_batches=5))
+    with pytest.raises(InvalidProgramError, match="1 lists of instructions for 2 ranks"):
+        verify_program(replace(program, instructions=program.instructions[:1]))
+    for work in (ChunkMicroBatch(1, 0), ChunkMicroBatch(0, 2), ChunkMicroBatch(0, -1)):
+        with pytest.raises(InvalidProgramError, match=r"rank 0, instruction 4 .* no such chunk or micro-batch"):
+            verify_program(changed(program, 0, appended(Instruction(Op.F, work))))
+    with pytest.raises(InvalidProgramError, match="5 micro-batches cannot be halved"):
+        verify_program(replace(build_program("dualpipe", 2, 4), num_micro_batches=5))
 
 
 def test_peaks_of_chunks_in_flight() -> None:
-    assert check(build_program("gpipe", 3, 5)) == (5, 5, 5)
-    assert check(build_program("one_f_one_b", 4, 8)) == (4, 3, 2, 1)
-    assert check(build_program("zb1p", 4, 8)) == (4, 4, 4, 4)
-    assert check(build_program("interleaved", 4, 8)) == (11, 9, 7, 5)
+    assert verify_program(build_program("gpipe", 3, 5)) == (5, 5, 5)
+    assert verify_program(build_program("one_f_one_b", 4, 8)) == (4, 3, 2, 1)
+    assert verify_program(build_program("zb1p", 4, 8)) == (4, 4, 4, 4)
+    assert verify_program(build_program("interleaved", 4, 8)) == (11, 9, 7, 5)
 
 
 def test_activations_live_until_the_weight_gradient() -> None:
-    (alive,) = in_flight(build_program("zb1p", 1, 2))
+    (alive,) = count_in_flight(build_program("zb1p", 1, 2))
     assert alive == (1, 1, 1, 1, 1, 1)  # F I W F I W
-    last = in_flight(build_program("zb1p", 2, 3))[1]
+    last = count_in_flight(build_program("zb1p", 2, 3))[1]
     assert last == (1, 1, 2, 2, 2, 2, 2, 2, 1)  # F0 I0 F1 I1 W0 F2 I2 W1 W2

@@ -6,9 +6,9 @@ from collections import defaultdict
 
 import pytest
 
-from shoestring.parallelism.pipeline.communication import P2POp, Payload, edges
+from shoestring.parallelism.pipeline.communication import P2POp, P2PTensorKind, derive_p2p_batches
 from shoestring.parallelism.pipeline.placement import Direction
-from shoestring.parallelism.pipeline.program import MicroBatchWork, Op, Program
+from shoestring.parallelism.pipeline.program import ChunkMicroBatch, Op, PipelineProgram
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_program
 
 PROGRAMS = [
@@ -19,19 +19,19 @@ PROGRAMS = [
 ]
 
 
-def named(program: Program) -> str:
+def named(program: PipelineProgram) -> str:
     return f"{program.schedule}-{program.ranks}"
 
 
 def short(edge: P2POp) -> str:
-    return f"{edge.payload.value[0]}{edge.micro_batch} {edge.source.rank}>{edge.target.rank} {edge.direction}"
+    return f"{edge.tensor_kind.value[0]}{edge.micro_batch} {edge.source.rank}>{edge.target.rank} {edge.direction}"
 
 
 def test_one_f_one_b_in_full() -> None:
     program = build_program("one_f_one_b", 2, 2)
     posted = [
         [([short(edge) for edge in commit.sends], [short(edge) for edge in commit.receives]) for commit in rank]
-        for rank in edges(program)
+        for rank in derive_p2p_batches(program)
     ]
     gradients = ["g0 1>0 down", "g1 1>0 down"]
     activations = ["a0 0>1 up", "a1 0>1 up"]
@@ -52,9 +52,9 @@ def test_one_f_one_b_in_full() -> None:
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=named)
-def test_every_message_is_posted_once_at_both_ends_in_one_order(program: Program) -> None:
+def test_every_message_is_posted_once_at_both_ends_in_one_order(program: PipelineProgram) -> None:
     sent, received = defaultdict(list), defaultdict(list)
-    for rank, commits in enumerate(edges(program)):
+    for rank, commits in enumerate(derive_p2p_batches(program)):
         for commit in commits:
             for edge in commit.sends:
                 assert edge.source.rank == rank
@@ -67,38 +67,42 @@ def test_every_message_is_posted_once_at_both_ends_in_one_order(program: Program
     assert len(messages) == len(set(messages))
     hops = sum(
         following is not None and following.rank != place.rank
-        for place in program.placement.places()
-        for following in [program.placement.after(place)]
+        for place in program.placement.all_locations()
+        for following in [program.placement.next_location(place)]
     )
-    each = program.micro_batches_of(0)
+    each = program.micro_batches_in_chunk(0)
     assert len(messages) == 2 * hops * each  # an activation and a gradient
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=named)
-def test_what_is_needed_has_been_received_and_what_is_sent_has_been_made(program: Program) -> None:
-    for rank, commits in enumerate(edges(program)):
+def test_what_is_needed_has_been_received_and_what_is_sent_has_been_made(program: PipelineProgram) -> None:
+    for rank, commits in enumerate(derive_p2p_batches(program)):
         row = program.instructions[rank]
         here: set[P2POp] = set()
         assert len(commits) == len(row) + 1
         for index, commit in enumerate(commits):
             here.update(commit.receives)
-            assert here.issuperset(commit.needs)
-            here.difference_update(commit.needs)
+            assert here.issuperset(commit.required_receives)
+            here.difference_update(commit.required_receives)
             if index < len(row):
-                for edge in commit.needs:
-                    needing = row[index].forward if edge.payload is Payload.ACTIVATION else row[index].backward
-                    assert edge.received == needing
+                for edge in commit.required_receives:
+                    needing = (
+                        row[index].forward if edge.tensor_kind is P2PTensorKind.ACTIVATION else row[index].backward
+                    )
+                    assert edge.consumer == needing
                     assert row[index].op is not Op.W
             for edge in commit.sends:
-                made = row[index - 1].forward if edge.payload is Payload.ACTIVATION else row[index - 1].backward
-                assert edge.sent == made
+                made = (
+                    row[index - 1].forward if edge.tensor_kind is P2PTensorKind.ACTIVATION else row[index - 1].backward
+                )
+                assert edge.producer == made
         assert not here
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=named)
-def test_a_direction_has_one_neighbor_to_send_to_and_one_to_receive_from(program: Program) -> None:
-    for rank, commits in enumerate(edges(program)):
-        for direction, step in ((Direction.UP, 1), (Direction.DOWN, -1)):
+def test_a_direction_has_one_neighbor_to_send_to_and_one_to_receive_from(program: PipelineProgram) -> None:
+    for rank, commits in enumerate(derive_p2p_batches(program)):
+        for direction, step in ((Direction.NEXT, 1), (Direction.PREV, -1)):
             mine = [edge for commit in commits for edge in (*commit.sends, *commit.receives)]
             for edge in (edge for edge in mine if edge.direction is direction):
                 other = edge.target.rank if edge.source.rank == rank else edge.source.rank
@@ -108,25 +112,28 @@ def test_a_direction_has_one_neighbor_to_send_to_and_one_to_receive_from(program
 
 def test_a_message_made_early_is_received_in_its_turn() -> None:
     # Rank 0 makes activation 4 two instructions before gradient 0; rank 1 needs the gradient first.
-    commits = edges(build_program("dualpipe", 6, 12))[1]
+    commits = derive_p2p_batches(build_program("dualpipe", 6, 12))[1]
     at = {short(edge): index for index, commit in enumerate(commits) for edge in commit.receives}
-    needed = {short(edge): index for index, commit in enumerate(commits) for edge in commit.needs}
+    needed = {short(edge): index for index, commit in enumerate(commits) for edge in commit.required_receives}
     assert needed["a4 0>1 up"] > needed["g0 0>1 up"]
     assert at["a4 0>1 up"] <= at["g0 0>1 up"] <= needed["g0 0>1 up"]
 
 
 def test_what_stays_on_a_rank_is_no_edge() -> None:
     for name in ("gpipe", "interleaved", "dualpipev"):
-        assert not any(commit.sends or commit.receives for commit in edges(build_program(name, 1, 4))[0])
-    turn = [edge for commit in edges(build_program("dualpipev", 2, 4))[1] for edge in commit.sends]
-    assert {(edge.sent.chunk, edge.payload) for edge in turn} == {(1, Payload.ACTIVATION), (0, Payload.GRADIENT)}
+        assert not any(commit.sends or commit.receives for commit in derive_p2p_batches(build_program(name, 1, 4))[0])
+    turn = [edge for commit in derive_p2p_batches(build_program("dualpipev", 2, 4))[1] for edge in commit.sends]
+    assert {(edge.producer.chunk, edge.tensor_kind) for edge in turn} == {
+        (1, P2PTensorKind.ACTIVATION),
+        (0, P2PTensorKind.GRADIENT),
+    }
 
 
 def test_chunks_are_numbered_by_the_rank_at_each_end() -> None:
-    posted = edges(build_program("interleaved", 2, 2))[1]
+    posted = derive_p2p_batches(build_program("interleaved", 2, 2))[1]
     wrapped = [edge for commit in posted for edge in commit.sends if edge.source.chunk < edge.target.chunk]
-    assert [(edge.sent, edge.received) for edge in wrapped] == [
-        (MicroBatchWork(0, 0), MicroBatchWork(1, 0)),
-        (MicroBatchWork(0, 1), MicroBatchWork(1, 1)),
+    assert [(edge.producer, edge.consumer) for edge in wrapped] == [
+        (ChunkMicroBatch(0, 0), ChunkMicroBatch(1, 0)),
+        (ChunkMicroBatch(0, 1), ChunkMicroBatch(1, 1)),
     ]
     assert str(wrapped[0]) == "activation of micro-batch 0 from rank 1 chunk 0 to rank 0 chunk 1"

@@ -6,16 +6,16 @@ import re
 
 import pytest
 
-from shoestring.parallelism.pipeline.draw import ascii_timeline, to_json
+from shoestring.parallelism.pipeline.draw import draw_ascii_timeline, program_to_json
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_program
-from shoestring.parallelism.pipeline.simulate import UnitTimes, simulate_program
+from shoestring.parallelism.pipeline.simulate import OpDurations, simulate_program
 
 
 def test_json_of_one_f_one_b_in_full() -> None:
     def one(op: str, micro_batch: int) -> dict[str, object]:
         return {"op": op, "chunk": 0, "micro_batch": micro_batch}
 
-    assert to_json(build_program("one_f_one_b", 2, 2)) == {
+    assert program_to_json(build_program("one_f_one_b", 2, 2)) == {
         "schedule": "one_f_one_b",
         "stages": 2,
         "micro_batches": 2,
@@ -27,7 +27,7 @@ def test_json_of_one_f_one_b_in_full() -> None:
 
 
 def test_json_of_dualpipe_counts_ranks_and_numbers_micro_batches_a_direction() -> None:
-    tree = to_json(build_program("dualpipe", 4, 8))
+    tree = program_to_json(build_program("dualpipe", 4, 8))
     ranks = tree["ranks"]
     assert (tree["stages"], tree["micro_batches"]) == (4, 8)
     assert isinstance(ranks, list)
@@ -44,7 +44,7 @@ def test_json_of_dualpipe_counts_ranks_and_numbers_micro_batches_a_direction() -
 
 
 def test_ascii_is_to_scale() -> None:
-    assert ascii_timeline(simulate_program(build_program("one_f_one_b", 2, 2), UnitTimes())).splitlines() == [
+    assert draw_ascii_timeline(simulate_program(build_program("one_f_one_b", 2, 2), OpDurations())).splitlines() == [
         "one_f_one_b: 2 ranks, 2 micro-batches",
         "rank 0 |F0 F1 ......B0--- ...B1--- | bubble 3, in flight 2",
         "rank 1 |...F0 B0--- F1 B1--- ......| bubble 3, in flight 1",
@@ -53,19 +53,21 @@ def test_ascii_is_to_scale() -> None:
 
 
 def test_ascii_tells_chunks_apart() -> None:
-    two = ascii_timeline(simulate_program(build_program("dualpipe", 2, 4), UnitTimes()))
+    two = draw_ascii_timeline(simulate_program(build_program("dualpipe", 2, 4), OpDurations()))
     assert "|F0 f0 F1 b0--- f1B0---- " in two
-    three = ascii_timeline(simulate_program(build_program("interleaved", 1, 1, 3), UnitTimes()))
+    three = draw_ascii_timeline(simulate_program(build_program("interleaved", 1, 1, 3), OpDurations()))
     assert "|F0a F0b F0c B0c---- B0b---- B0a---- |" in three
 
 
-@pytest.mark.parametrize("times", [UnitTimes(), UnitTimes(1, 1.6, 0.8, pair=2.6), UnitTimes(0.3, 0.4, 0.1)], ids=str)
+@pytest.mark.parametrize(
+    "times", [OpDurations(), OpDurations(1, 1.6, 0.8, forward_backward=2.6), OpDurations(0.3, 0.4, 0.1)], ids=str
+)
 @pytest.mark.parametrize("schedule", [each.name for each in SCHEDULES])
-def test_ascii_rows_are_equally_long_and_name_every_instruction(schedule: str, times: UnitTimes) -> None:
+def test_ascii_rows_are_equally_long_and_name_every_instruction(schedule: str, times: OpDurations) -> None:
     program = build_program(schedule, 4, 12)
     rows = [
         line[line.index("|") : line.rindex("|")]
-        for line in ascii_timeline(simulate_program(program, times)).splitlines()[1:-1]
+        for line in draw_ascii_timeline(simulate_program(program, times)).splitlines()[1:-1]
     ]
     assert len({len(row) for row in rows}) == 1
     for row, instructions in zip(rows, program.instructions, strict=True):

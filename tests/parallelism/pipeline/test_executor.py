@@ -14,14 +14,19 @@ from torch import Tensor
 
 from shoestring.comm.errors import CollectiveError
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.p2p import Incoming, Outgoing, P2PChannel
+from shoestring.comm.p2p import P2PChannel, P2PReceive, P2PSend
 from shoestring.comm.topology import Topology
-from shoestring.parallelism.pipeline.executor import Executor, Steps, open_lanes
-from shoestring.parallelism.pipeline.placement import StagePlace
-from shoestring.parallelism.pipeline.program import Program
-from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_forward, build_placement, build_program
-from shoestring.parallelism.pipeline.simulate import UnitTimes, simulate_program
-from shoestring.parallelism.weight_grad import WeightGradients, linear
+from shoestring.parallelism.pipeline.executor import PipelineExecutor, Resumable, build_p2p_channels
+from shoestring.parallelism.pipeline.placement import StageLocation
+from shoestring.parallelism.pipeline.program import PipelineProgram
+from shoestring.parallelism.pipeline.schedules.registry import (
+    SCHEDULES,
+    build_forward_program,
+    build_placement,
+    build_program,
+)
+from shoestring.parallelism.pipeline.simulate import OpDurations, simulate_program
+from shoestring.parallelism.weight_grad import DelayedWeightGradients, linear
 from shoestring.tests.processes import RanksFailed, World, run_processes
 
 WIDTH, ROWS, MICRO_BATCHES = 4, 3, 8
@@ -43,50 +48,56 @@ class ProductStage:
     is_first: bool
     is_last: bool
     diary: list[str] = field(default_factory=list)
-    alive: dict[int, tuple[Tensor, Tensor, WeightGradients]] = field(default_factory=dict)
+    alive: dict[int, tuple[Tensor, Tensor, DelayedWeightGradients]] = field(default_factory=dict)
 
-    def forward(self, micro_batch: int, received: Tensor | None) -> Steps[Tensor | None]:
+    def forward(self, micro_batch: int, received: Tensor | None) -> Resumable[Tensor | None]:
         yield
         x = inputs_of(micro_batch) if self.is_first else received
         assert x is not None
         x = x.detach().requires_grad_()
-        left = WeightGradients()
-        with left.collect():
+        left = DelayedWeightGradients()
+        with left.collect_from_forward():
             y = linear(x, self.weight).tanh()
         self.alive[micro_batch] = x, y, left
         self.diary.append(f"F{micro_batch}")
         return None if self.is_last else y.detach()
 
-    def backward(self, micro_batch: int, received: Tensor | None, weights: WeightGradients) -> Steps[Tensor | None]:
+    def backward(
+        self, micro_batch: int, received: Tensor | None, weights: DelayedWeightGradients
+    ) -> Resumable[Tensor | None]:
         yield
         x, y, left = self.alive.pop(micro_batch)
         y.backward(torch.full_like(y, 1.0 + micro_batch) if self.is_last else received)
         self.diary.append(f"B{micro_batch}")
-        left.add(lambda: self.diary.append(f"W{micro_batch}"))
-        weights.take_over(left)
-        weights.settle()
+        left.add_task(lambda: self.diary.append(f"W{micro_batch}"))
+        weights.move_tasks_from(left)
+        weights.flush_unless_deferred()
         return None if self.is_first else x.grad
 
-    def message(self, micro_batch: int) -> Tensor:
+    def empty_activation(self, micro_batch: int) -> Tensor:
         return torch.empty(ROWS, WIDTH, dtype=torch.float64)
 
 
-def stages_of(program: Program, rank: int) -> list[ProductStage]:
+def stages_of(program: PipelineProgram, rank: int) -> list[ProductStage]:
     placement = program.placement
-    places = [StagePlace(rank, chunk) for chunk in range(placement.chunks)]
+    places = [StageLocation(rank, chunk) for chunk in range(placement.chunks_per_rank)]
     return [
         ProductStage(
-            weight_of(placement.stage(place)).requires_grad_(), placement.is_first(place), placement.is_last(place)
+            weight_of(placement.stage_at(place)).requires_grad_(),
+            placement.is_first_stage(place),
+            placement.is_last_stage(place),
         )
         for place in places
     ]
 
 
-def open_executor(world: World, program: Program, limit: float = 30) -> tuple[Executor, list[P2PChannel]]:
+def open_executor(
+    world: World, program: PipelineProgram, limit: float = 30
+) -> tuple[PipelineExecutor, list[P2PChannel]]:
     topology = Topology(pp=world.size)
     groups = ProcessGroups.create(topology, world.rank, timedelta(seconds=limit))
-    lanes = open_lanes(groups, torch.device("cpu"))
-    return Executor.of(program, world.rank, lanes, groups.up.ranks), list(lanes.values())
+    lanes = build_p2p_channels(groups, torch.device("cpu"))
+    return PipelineExecutor.from_program(program, world.rank, lanes, groups.pp_next.ranks), list(lanes.values())
 
 
 def run_twice(world: World, schedule: str, micro_batches: int) -> list[tuple[int, Tensor, list[str]]]:
@@ -102,7 +113,7 @@ def run_twice(world: World, schedule: str, micro_batches: int) -> list[tuple[int
     result = []
     for chunk, stage in enumerate(stages):
         assert stage.weight.grad is not None
-        result.append((program.placement.stage(StagePlace(world.rank, chunk)), stage.weight.grad, stage.diary))
+        result.append((program.placement.stage_at(StageLocation(world.rank, chunk)), stage.weight.grad, stage.diary))
     return result
 
 
@@ -120,7 +131,7 @@ def serial_gradients(stages: int, micro_batches: Sequence[int]) -> list[Tensor]:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_gradients_are_those_of_a_serial_run(schedule: str, ranks: int) -> None:
     program = build_program(schedule, ranks, MICRO_BATCHES)
-    expected = serial_gradients(program.placement.stages, range(MICRO_BATCHES))
+    expected = serial_gradients(program.placement.num_stages, range(MICRO_BATCHES))
     summed = [torch.zeros_like(weight) for weight in expected]
     for per_chunk in run_processes(ranks, run_twice, schedule, MICRO_BATCHES):
         for stage, grad, _ in per_chunk:
@@ -151,7 +162,7 @@ def test_weight_gradients_wait_for_their_own_instruction() -> None:
 
 def forward_alone(world: World, schedule: str) -> list[str]:
     placement = build_program(schedule, world.size, MICRO_BATCHES).placement
-    program = build_forward(placement, 9)
+    program = build_forward_program(placement, 9)
     executor, _ = open_executor(world, program)
     stages = stages_of(program, world.rank)
     executor.run(stages)
@@ -171,10 +182,10 @@ def test_forwards_of_any_number_come_to_their_end(schedule: str, ranks: int) -> 
         pytest.skip("DualPipe has two ranks at least")
     placement = build_placement(schedule, ranks)
     for rounds in range(1, 5 * ranks):
-        program = build_forward(placement, rounds)
-        times = simulate_program(program, UnitTimes())
-        places = program.placement.stages // ranks
-        assert all(len(ends) == places * rounds for ends in times.ends)
+        program = build_forward_program(placement, rounds)
+        times = simulate_program(program, OpDurations())
+        places = program.placement.num_stages // ranks
+        assert all(len(ends) == places * rounds for ends in times.end_times)
 
 
 def messages_alive(world: World, micro_batches: int) -> int:
@@ -185,7 +196,7 @@ def messages_alive(world: World, micro_batches: int) -> int:
     most = 0
 
     class Counting(ProductStage):
-        def forward(self, micro_batch: int, received: Tensor | None) -> Steps[Tensor | None]:
+        def forward(self, micro_batch: int, received: Tensor | None) -> Resumable[Tensor | None]:
             nonlocal most
             if received is not None:
                 seen.append(weakref.ref(received))
@@ -206,7 +217,7 @@ def test_received_messages_are_freed_when_they_are_used() -> None:
 class Broken(ProductStage):
     """A stage that fails at its second micro-batch."""
 
-    def forward(self, micro_batch: int, received: Tensor | None) -> Steps[Tensor | None]:
+    def forward(self, micro_batch: int, received: Tensor | None) -> Resumable[Tensor | None]:
         if micro_batch == 1:
             raise ValueError("the stage is broken")
         return (yield from super().forward(micro_batch, received))
@@ -248,10 +259,10 @@ def neighbor_that_leaves(world: World) -> list[str]:
         return []
 
     def ask(lane: P2PChannel) -> None:
-        lane.post([], [Incoming("an answer", lambda: torch.zeros(1), 1)])[0].wait()
+        lane.post([], [P2PReceive("an answer", lambda: torch.zeros(1), 1)])[0].wait()
 
     def tell(lane: P2PChannel) -> None:
-        lane.post([Outgoing("a message", torch.zeros(1), 1)], [])
+        lane.post([P2PSend("a message", torch.zeros(1), 1)], [])
 
     heard = []
     for post in (ask, tell, ask):

@@ -8,7 +8,7 @@ from itertools import combinations, pairwise
 import pytest
 
 from shoestring.comm.errors import ConfigError
-from shoestring.parallelism.pipeline.partition import Partition, partition
+from shoestring.parallelism.pipeline.partition import LayerPartition, partition_layers
 
 
 def every_layout(layers: int, stages: int) -> list[tuple[int, ...]]:
@@ -23,37 +23,45 @@ def test_it_is_the_best_of_all_layouts() -> None:
         stages = generator.randint(1, layers)
         costs = [float(generator.randint(1, 6)) for _ in range(layers)]
         first, last = float(generator.randint(0, 4)), float(generator.randint(0, 9))
-        found = partition(costs, stages, first, last)
+        found = partition_layers(costs, stages, first, last)
 
         def rank(layout: tuple[int, ...]) -> tuple[float, float, tuple[int, ...]]:
-            split = partition(costs, stages, first, last, layout)  # noqa: B023
-            return max(split.costs), sum(cost**2 for cost in split.costs), layout
+            split = partition_layers(costs, stages, first, last, layout)  # noqa: B023
+            return max(split.stage_costs), sum(cost**2 for cost in split.stage_costs), layout
 
-        assert found.layers == min(every_layout(layers, stages), key=rank)
+        assert found.layers_per_stage == min(every_layout(layers, stages), key=rank)
 
 
 def test_the_extras_of_the_ends_count() -> None:
-    assert partition([1.0] * 6, 3).layers == (2, 2, 2)
-    assert partition([1.0] * 8, 3, first=1.0, last=3.0) == Partition((3, 4, 1), (4.0, 4.0, 4.0))
-    assert partition([1.0] * 8, 1, first=1.0, last=3.0).costs == (12.0,)
+    assert partition_layers([1.0] * 6, 3).layers_per_stage == (2, 2, 2)
+    assert partition_layers([1.0] * 8, 3, first_stage_extra=1.0, last_stage_extra=3.0) == LayerPartition(
+        (3, 4, 1), (4.0, 4.0, 4.0)
+    )
+    assert partition_layers([1.0] * 8, 1, first_stage_extra=1.0, last_stage_extra=3.0).stage_costs == (12.0,)
 
 
 def test_what_is_left_over_goes_to_later_stages() -> None:
-    assert partition([1.0] * 7, 3).layers == (2, 2, 3)
-    assert partition([1.0] * 8, 3).layers == (2, 3, 3)
+    assert partition_layers([1.0] * 7, 3).layers_per_stage == (2, 2, 3)
+    assert partition_layers([1.0] * 8, 3).layers_per_stage == (2, 3, 3)
 
 
 def test_ties_do_not_hang_on_rounding() -> None:
-    assert partition([0.1] * 61, 16).layers == partition([1.0] * 61, 16).layers == (3,) * 3 + (4,) * 13
+    assert (
+        partition_layers([0.1] * 61, 16).layers_per_stage
+        == partition_layers([1.0] * 61, 16).layers_per_stage
+        == (3,) * 3 + (4,) * 13
+    )
 
 
 def test_ranges_and_imbalance() -> None:
-    assert partition([1.0, 2.0, 3.0, 2.0], 2).ranges == (range(2), range(2, 4))
-    assert Partition((1, 1), (1.0, 3.0)).imbalance == pytest.approx(0.5)
+    assert partition_layers([1.0, 2.0, 3.0, 2.0], 2).layer_ranges == (range(2), range(2, 4))
+    assert LayerPartition((1, 1), (1.0, 3.0)).imbalance == pytest.approx(0.5)
 
 
 def test_a_layout_overrides_the_search() -> None:
-    assert partition([1.0] * 5, 2, last=1.0, layout=[1, 4]) == Partition((1, 4), (1.0, 5.0))
+    assert partition_layers([1.0] * 5, 2, last_stage_extra=1.0, layers_per_stage=[1, 4]) == LayerPartition(
+        (1, 4), (1.0, 5.0)
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,7 +79,7 @@ def test_impossible_splits_are_refused_with_everything_wrong(
     layers: int, stages: int, layout: list[int] | None, remedies: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        partition([1.0] * layers, stages, layout=layout)
+        partition_layers([1.0] * layers, stages, layers_per_stage=layout)
     assert len(caught.value.problems) == len(remedies)
     for problem, words in zip(caught.value.problems, remedies, strict=True):
         assert words in problem.hint

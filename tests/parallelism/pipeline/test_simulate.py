@@ -6,29 +6,29 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from shoestring.parallelism.pipeline.check import check
-from shoestring.parallelism.pipeline.communication import P2POp, edges
-from shoestring.parallelism.pipeline.program import Instruction, Op, Program, ProgramError
+from shoestring.parallelism.pipeline.check import verify_program
+from shoestring.parallelism.pipeline.communication import P2POp, derive_p2p_batches
+from shoestring.parallelism.pipeline.program import Instruction, InvalidProgramError, Op, PipelineProgram
 from shoestring.parallelism.pipeline.schedules.registry import build_program
-from shoestring.parallelism.pipeline.simulate import UnitTimes, simulate_program
+from shoestring.parallelism.pipeline.simulate import OpDurations, simulate_program
 
-Formula = Callable[[int, UnitTimes], float]
-
-
-def one_f_one_b(ranks: int, times: UnitTimes) -> float:
-    return (ranks - 1) * (times.forward + times.whole_backward)
+Formula = Callable[[int, OpDurations], float]
 
 
-def zb1p(ranks: int, times: UnitTimes) -> float:
-    return (ranks - 1) * (times.forward + times.whole_backward - 2 * times.weight_gradient)
+def one_f_one_b(ranks: int, times: OpDurations) -> float:
+    return (ranks - 1) * (times.forward + times.backward_duration)
 
 
-def dualpipe(ranks: int, times: UnitTimes) -> float:
-    return (ranks / 2 - 1) * (times.whole_pair + times.whole_backward - 3 * times.weight_gradient)
+def zb1p(ranks: int, times: OpDurations) -> float:
+    return (ranks - 1) * (times.forward + times.backward_duration - 2 * times.weight_gradient)
 
 
-def dualpipev(ranks: int, times: UnitTimes) -> float:
-    return (ranks - 1) * (times.whole_pair + times.whole_backward - 3 * times.weight_gradient)
+def dualpipe(ranks: int, times: OpDurations) -> float:
+    return (ranks / 2 - 1) * (times.forward_backward_duration + times.backward_duration - 3 * times.weight_gradient)
+
+
+def dualpipev(ranks: int, times: OpDurations) -> float:
+    return (ranks - 1) * (times.forward_backward_duration + times.backward_duration - 3 * times.weight_gradient)
 
 
 # A formula, the program's size for each number of ranks, and its peak of chunks in flight.
@@ -43,7 +43,7 @@ FORMULAS: dict[str, tuple[Formula, Callable[[int], tuple[int, ...]], Callable[[i
 EQUAL_PEAKS = ("gpipe", "zb1p", "dualpipe", "dualpipev")
 
 
-def programs(schedule: str, ranks: range) -> Iterator[Program]:
+def programs(schedule: str, ranks: range) -> Iterator[PipelineProgram]:
     for count in ranks:
         if schedule != "dualpipe" or count % 2 == 0:
             for micro_batches in FORMULAS[schedule][1](count):
@@ -53,12 +53,14 @@ def programs(schedule: str, ranks: range) -> Iterator[Program]:
 @pytest.mark.parametrize("schedule", FORMULAS)
 def test_bubble_and_peak_are_exact_on_every_rank_with_equal_times(schedule: str) -> None:
     formula, _, peak = FORMULAS[schedule]
-    times = UnitTimes()
+    times = OpDurations()
     for program in programs(schedule, range(1, 17)):
         expected = formula(program.ranks, times)
-        assert simulate_program(program, times).bubbles == pytest.approx([expected] * program.ranks, abs=1e-9)
-        peaks = check(program)
-        assert max(peaks) == peak(program.ranks, program.micro_batches)
+        assert simulate_program(program, times).bubble_time_per_rank == pytest.approx(
+            [expected] * program.ranks, abs=1e-9
+        )
+        peaks = verify_program(program)
+        assert max(peaks) == peak(program.ranks, program.num_micro_batches)
         if schedule in EQUAL_PEAKS:
             assert set(peaks) == {max(peaks)}
 
@@ -66,32 +68,38 @@ def test_bubble_and_peak_are_exact_on_every_rank_with_equal_times(schedule: str)
 @pytest.mark.parametrize("pair", [2.2, 2.6, 2.9])
 @pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
 def test_with_overlap_the_formula_is_the_largest_bubble(schedule: str, pair: float) -> None:
-    times = UnitTimes(pair=pair)
+    times = OpDurations(forward_backward=pair)
     for program in programs(schedule, range(1, 13)):
         expected = FORMULAS[schedule][0](program.ranks, times)
-        assert max(simulate_program(program, times).bubbles) == pytest.approx(expected, abs=1e-9)
+        assert max(simulate_program(program, times).bubble_time_per_rank) == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("times", [UnitTimes(2, 3, 1), UnitTimes(1, 1.6, 0.8), UnitTimes(2, 1, 1)], ids=str)
+@pytest.mark.parametrize("times", [OpDurations(2, 3, 1), OpDurations(1, 1.6, 0.8), OpDurations(2, 1, 1)], ids=str)
 @pytest.mark.parametrize("schedule", ["one_f_one_b", "zb1p"])
-def test_one_way_formulas_hold_with_any_times_that_fit(schedule: str, times: UnitTimes) -> None:
+def test_one_way_formulas_hold_with_any_times_that_fit(schedule: str, times: OpDurations) -> None:
     for program in programs(schedule, range(1, 13)):
         expected = FORMULAS[schedule][0](program.ranks, times)
-        assert simulate_program(program, times).bubbles == pytest.approx([expected] * program.ranks, abs=1e-9)
+        assert simulate_program(program, times).bubble_time_per_rank == pytest.approx(
+            [expected] * program.ranks, abs=1e-9
+        )
 
 
-@pytest.mark.parametrize("times", [UnitTimes(1, 1.6, 0.8, pair=2.6), UnitTimes(1, 2, 1), UnitTimes(2, 3, 1)], ids=str)
+@pytest.mark.parametrize(
+    "times", [OpDurations(1, 1.6, 0.8, forward_backward=2.6), OpDurations(1, 2, 1), OpDurations(2, 3, 1)], ids=str
+)
 @pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
-def test_with_weight_gradients_shorter_than_the_rest_the_formula_is_a_bound(schedule: str, times: UnitTimes) -> None:
+def test_with_weight_gradients_shorter_than_the_rest_the_formula_is_a_bound(schedule: str, times: OpDurations) -> None:
     for program in programs(schedule, range(2, 13)):
-        largest = max(simulate_program(program, times).bubbles)
+        largest = max(simulate_program(program, times).bubble_time_per_rank)
         bound = FORMULAS[schedule][0](program.ranks, times)
         assert 0.7 * bound <= largest <= bound + 1e-9
 
 
 def test_dualpipe_of_deepseek_v3_with_unequal_times() -> None:
     # The figures of an independent simulation of the published program.
-    bubbles = simulate_program(build_program("dualpipe", 16, 120), UnitTimes(1, 1.6, 0.8, pair=2.6)).bubbles
+    bubbles = simulate_program(
+        build_program("dualpipe", 16, 120), OpDurations(1, 1.6, 0.8, forward_backward=2.6)
+    ).bubble_time_per_rank
     assert bubbles[:8] == pytest.approx([12.4, 13.2, 14.0, 14.8, 15.6, 16.4, 17.2, 17.2])
     assert bubbles[8:] == pytest.approx(bubbles[:8][::-1])
 
@@ -99,21 +107,25 @@ def test_dualpipe_of_deepseek_v3_with_unequal_times() -> None:
 @pytest.mark.parametrize("schedule", FORMULAS)
 def test_rendezvous_costs_no_time(schedule: str) -> None:
     """Sends that wait for their receives hold nothing up: it takes as long as with unlimited buffers."""
-    for times in (UnitTimes(), UnitTimes(1, 1.6, 0.8, pair=2.6), UnitTimes(2, 1, 1)):
+    for times in (OpDurations(), OpDurations(1, 1.6, 0.8, forward_backward=2.6), OpDurations(2, 1, 1)):
         for program in programs(schedule, range(2, 9, 2)):
             assert simulate_program(program, times).makespan == makespan_with_unlimited_buffers(program, times)
 
 
-def makespan_with_unlimited_buffers(program: Program, times: UnitTimes) -> float:
-    commits = edges(program)
+def makespan_with_unlimited_buffers(program: PipelineProgram, times: OpDurations) -> float:
+    commits = derive_p2p_batches(program)
     made: dict[P2POp, float] = {}
     ends: list[list[float]] = [[] for _ in program.instructions]
     moved = True
     while moved:
         moved = False
         for rank, row in enumerate(program.instructions):
-            while (index := len(ends[rank])) < len(row) and all(edge in made for edge in commits[rank][index].needs):
-                start = max([*ends[rank][-1:], *(made[edge] for edge in commits[rank][index].needs)], default=0.0)
+            while (index := len(ends[rank])) < len(row) and all(
+                edge in made for edge in commits[rank][index].required_receives
+            ):
+                start = max(
+                    [*ends[rank][-1:], *(made[edge] for edge in commits[rank][index].required_receives)], default=0.0
+                )
                 ends[rank].append(start + times(rank, row[index]))
                 made.update(dict.fromkeys(commits[rank][index + 1].sends, ends[rank][-1]))
                 moved = True
@@ -121,12 +133,12 @@ def makespan_with_unlimited_buffers(program: Program, times: UnitTimes) -> float
 
 
 def test_times_by_hand() -> None:
-    result = simulate_program(build_program("one_f_one_b", 2, 2), UnitTimes(1, 1, 1))
-    assert result.starts == ((0.0, 1.0, 4.0, 7.0), (1.0, 2.0, 4.0, 5.0))  # F0 F1 B0 B1 and F0 B0 F1 B1
-    assert result.ends == ((1.0, 2.0, 6.0, 9.0), (2.0, 4.0, 5.0, 7.0))
+    result = simulate_program(build_program("one_f_one_b", 2, 2), OpDurations(1, 1, 1))
+    assert result.start_times == ((0.0, 1.0, 4.0, 7.0), (1.0, 2.0, 4.0, 5.0))  # F0 F1 B0 B1 and F0 B0 F1 B1
+    assert result.end_times == ((1.0, 2.0, 6.0, 9.0), (2.0, 4.0, 5.0, 7.0))
     assert result.makespan == 9
-    assert result.busy == (6.0, 6.0)
-    assert result.bubbles == (3.0, 3.0)
+    assert result.busy_time_per_rank == (6.0, 6.0)
+    assert result.bubble_time_per_rank == (3.0, 3.0)
     assert result.bubble_fraction == pytest.approx(1 / 3)
 
 
@@ -139,20 +151,22 @@ def test_durations_may_depend_on_the_rank() -> None:
 
 def test_a_transfer_takes_its_time() -> None:
     program = build_program("one_f_one_b", 2, 1)
-    assert simulate_program(program, UnitTimes()).makespan == 6
-    assert simulate_program(program, UnitTimes(), transfer=0.25).makespan == 6.5
+    assert simulate_program(program, OpDurations()).makespan == 6
+    assert simulate_program(program, OpDurations(), transfer_time=0.25).makespan == 6.5
 
 
 def test_a_deadlock_ends_the_replay() -> None:
     program = build_program("one_f_one_b", 2, 3)
     f0, b0, f1, b1, f2, b2 = program.instructions[1]
-    broken = Program(program.schedule, program.placement, 3, (program.instructions[0], (f0, f1, f2, b0, b1, b2)))
-    with pytest.raises(ProgramError, match="deadlock"):
-        simulate_program(broken, UnitTimes())
+    broken = PipelineProgram(
+        program.schedule, program.placement, 3, (program.instructions[0], (f0, f1, f2, b0, b1, b2))
+    )
+    with pytest.raises(InvalidProgramError, match="deadlock"):
+        simulate_program(broken, OpDurations())
 
 
 def test_unit_times_add_up() -> None:
-    times = UnitTimes(1, 2, 3)
-    assert [times.of(op) for op in Op] == [1, 5, 2, 3, 6]
-    assert UnitTimes(1, 2, 3, backward=4).whole_pair == 5
-    assert UnitTimes(1, 2, 3, pair=5.5).of(Op.FB) == 5.5
+    times = OpDurations(1, 2, 3)
+    assert [times.duration_of_op(op) for op in Op] == [1, 5, 2, 3, 6]
+    assert OpDurations(1, 2, 3, backward=4).forward_backward_duration == 5
+    assert OpDurations(1, 2, 3, forward_backward=5.5).duration_of_op(Op.FB) == 5.5

@@ -6,10 +6,16 @@ import random
 
 import pytest
 
-from shoestring.parallelism.pipeline.program import Instruction, MicroBatchWork, Op, Program, ProgramError
-from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_forward, build_program
+from shoestring.parallelism.pipeline.program import (
+    ChunkMicroBatch,
+    Instruction,
+    InvalidProgramError,
+    Op,
+    PipelineProgram,
+)
+from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_forward_program, build_program
 from shoestring.parallelism.pipeline.simulate import simulate_program
-from shoestring.parallelism.pipeline.timetable import Timetable
+from shoestring.parallelism.pipeline.timetable import ProgramSimulator
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 6])
@@ -27,18 +33,18 @@ def test_times_equal_those_of_replay(schedule: str, ranks: int) -> None:
     def duration(rank: int, instruction: Instruction) -> float:
         return numbers[rank, instruction]
 
-    timetable = Timetable.of(program)
+    timetable = ProgramSimulator.from_program(program)
     for transfer in (0.0, 0.25):
-        slow, fast = simulate_program(program, duration, transfer), timetable.replay(duration, transfer)
-        assert slow.starts == fast.starts
-        assert slow.ends == fast.ends
+        slow, fast = simulate_program(program, duration, transfer), timetable.simulate(duration, transfer)
+        assert slow.start_times == fast.start_times
+        assert slow.end_times == fast.end_times
 
 
 def test_forwards_alone() -> None:
-    program = build_forward(build_program("interleaved", 3, 6).placement, 6)
+    program = build_forward_program(build_program("interleaved", 3, 6).placement, 6)
     assert (
-        Timetable.of(program).replay(lambda rank, _: 1.0 + rank, 0.5).ends
-        == simulate_program(program, lambda rank, _: 1.0 + rank, 0.5).ends
+        ProgramSimulator.from_program(program).simulate(lambda rank, _: 1.0 + rank, 0.5).end_times
+        == simulate_program(program, lambda rank, _: 1.0 + rank, 0.5).end_times
     )
 
 
@@ -46,8 +52,8 @@ def test_a_deadlock_is_found() -> None:
     program = build_program("one_f_one_b", 2, 2)
     first, second = program.instructions
     backwards_first = (
-        Instruction(Op.B, backward=MicroBatchWork(0, 0)),
-        *(e for e in first if e.backward != MicroBatchWork(0, 0)),
+        Instruction(Op.B, backward=ChunkMicroBatch(0, 0)),
+        *(e for e in first if e.backward != ChunkMicroBatch(0, 0)),
     )
-    with pytest.raises(ProgramError, match="deadlock"):
-        Timetable.of(Program("broken", program.placement, 2, (backwards_first, second)))
+    with pytest.raises(InvalidProgramError, match="deadlock"):
+        ProgramSimulator.from_program(PipelineProgram("broken", program.placement, 2, (backwards_first, second)))

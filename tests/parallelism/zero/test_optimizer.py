@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shoestring.comm.async_comm import open_worker
+from shoestring.comm.async_comm import build_async_communicator
 from shoestring.comm.groups import Group, ProcessGroups
-from shoestring.comm.topology import Link, Topology
-from shoestring.comm.trace import SILENT
-from shoestring.comm.traffic import Traffic
-from shoestring.parallelism.zero.bucket import Bucket, Member
+from shoestring.comm.topology import LinkType, Topology
+from shoestring.comm.trace import NULL_RECORDER
+from shoestring.comm.traffic import TrafficCounter
+from shoestring.parallelism.zero.bucket import Bucket, BucketParameter
 from shoestring.parallelism.zero.optimizer import ShardedOptimizer
-from shoestring.parallelism.zero.reduce import ALL_GATHER, REDUCE_SCATTER, Reducer
+from shoestring.parallelism.zero.reduce import ALL_GATHER, REDUCE_SCATTER, GradientReducer
 from shoestring.tests.processes import World, run_processes
 from shoestring.tests.reference.adamw import AdamW as PlainAdamW
 from shoestring.tests.reference.adamw import Moments, adamw_step
@@ -48,16 +48,19 @@ def build(
     buckets = [
         Bucket(
             "bucket",
-            [Member(name, parameters[name], decays=len(shape) >= 2) for name, shape in shapes.items()],
-            groups.dense[(0,)],
+            [
+                BucketParameter(name, parameters[name], has_weight_decay=len(shape) >= 2)
+                for name, shape in shapes.items()
+            ],
+            groups.dense_dp[(0,)],
             moments,
             weights,
         )
         for shapes in BUCKETS
     ]
-    worker = open_worker(groups.world, torch.device("cpu"))
-    reducer = Reducer(buckets, [0, 1], worker, Traffic(groups.topology, groups.rank))
-    return ShardedOptimizer(reducer, AdamW(CONFIG), [0, 0], [1, 0], SILENT), parameters
+    worker = build_async_communicator(groups.world, torch.device("cpu"))
+    reducer = GradientReducer(buckets, [0, 1], worker, TrafficCounter(groups.topology, groups.rank))
+    return ShardedOptimizer(reducer, AdamW(CONFIG), [0, 0], [1, 0], NULL_RECORDER), parameters
 
 
 def take_step(
@@ -65,17 +68,17 @@ def take_step(
 ) -> tuple[float, dict[str, Tensor]]:
     """Every rank adds its own gradients, of which the last one has none."""
     reducer, rank, ranks = optimizer.reducer, world.rank, world.size
-    reducer.begin()
+    reducer.begin_step()
     if ranks == 1 or rank < ranks - 1:
         for name, grad in drawn(100 * step + rank + 1).items():
             total = parameters[name].grad
             assert total is not None
             total += grad
-    reducer.after(0)
-    reducer.finish()
-    norm = reducer.norm(world)
+    reducer.after_instruction(0)
+    reducer.finish_reduction()
+    norm = reducer.gradient_norm(world)
     optimizer.step(RATE, min(1.0, CONFIG.clip_norm / norm))
-    optimizer.wait()
+    optimizer.wait_for_weights()
     return norm, {name: value.detach().clone() for name, value in parameters.items()}
 
 
@@ -134,9 +137,9 @@ def count_bytes(world: World) -> tuple[int, dict[str, int], list[int]]:
         take_step(optimizer, parameters, 1, groups.world)
     assert sum(sent) == 2 * first  # and the count begins anew each step
     traffic = optimizer.reducer.traffic
-    links = {operation: traffic.by_link(operation=operation) for operation in (REDUCE_SCATTER, ALL_GATHER)}
-    counts = {operation: by_link[Link.INFINIBAND] for operation, by_link in links.items()}
-    assert all(by_link[Link.LOOPBACK] == by_link[Link.NVLINK] == 0 for by_link in links.values())
+    links = {operation: traffic.bytes_by_link(operation=operation) for operation in (REDUCE_SCATTER, ALL_GATHER)}
+    counts = {operation: by_link[LinkType.INFINIBAND] for operation, by_link in links.items()}
+    assert all(by_link[LinkType.LOOPBACK] == by_link[LinkType.NVLINK] == 0 for by_link in links.values())
     return first, counts, [bucket.grads_N.numel() for bucket in optimizer.reducer.buckets]
 
 
@@ -158,7 +161,7 @@ def alone(size: int, rank: int) -> Group:
 def test_bytes_a_parameter(size: int) -> None:
     """Report §3.3.2 and ZeRO-1: 2 for BF16 weights, 4 for FP32 gradients, 4 / d for masters and for both moments."""
     parameter = torch.zeros(64 * 64, 64, requires_grad=True)
-    members = [Member("weight", parameter, decays=True)]
+    members = [BucketParameter("weight", parameter, has_weight_decay=True)]
     bucket = Bucket("", members, alone(size, 0), torch.bfloat16, torch.bfloat16)
     tensors = [value for value in vars(bucket).values() if isinstance(value, Tensor)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
@@ -174,9 +177,11 @@ def test_what_ranks_own_meets_without_overlap(size: int) -> None:
     start = drawn(0)
     found = {name: torch.full((value.numel(),), torch.nan, dtype=torch.float64) for name, value in start.items()}
     for rank in range(size):
-        members = [Member(name, value.clone().requires_grad_(), value.ndim >= 2) for name, value in start.items()]
+        members = [
+            BucketParameter(name, value.clone().requires_grad_(), value.ndim >= 2) for name, value in start.items()
+        ]
         bucket = Bucket("", members, alone(size, rank), torch.float32, torch.float64)
-        for owned in bucket.owned():
+        for owned in bucket.local_shards():
             part = found[owned.name][owned.offset : owned.offset + owned.master.numel()]
             assert part.isnan().all()
             part.copy_(owned.master)
@@ -193,11 +198,13 @@ def test_the_border_of_weight_decay_may_cut_a_shard() -> None:
         decaying = torch.zeros(0, dtype=torch.bool)
         for rank in range(size):
             parameters = {name: value.float() for name, value in drawn(0).items()}
-            members = [Member(name, value.requires_grad_(), value.ndim >= 2) for name, value in parameters.items()]
+            members = [
+                BucketParameter(name, value.requires_grad_(), value.ndim >= 2) for name, value in parameters.items()
+            ]
             bucket = Bucket("", members, alone(size, rank), torch.float32, torch.float32)
-            own = torch.zeros(bucket.shard, dtype=torch.bool)
-            for part, decays in bucket.by_decay():
+            own = torch.zeros(bucket.shard_size, dtype=torch.bool)
+            for part, decays in bucket.slices_by_weight_decay():
                 own[part] = decays
             decaying = torch.cat((decaying, own))
-        for extent in bucket.extents:
+        for extent in bucket.parameter_ranges:
             assert (decaying[extent.begin : extent.end] == (extent.name in ("matrix", "experts"))).all()

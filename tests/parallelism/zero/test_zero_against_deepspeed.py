@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shoestring.comm.async_comm import open_worker
+from shoestring.comm.async_comm import build_async_communicator
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
-from shoestring.comm.trace import SILENT
-from shoestring.comm.traffic import Traffic
-from shoestring.parallelism.zero.bucket import Bucket, Member
+from shoestring.comm.trace import NULL_RECORDER
+from shoestring.comm.traffic import TrafficCounter
+from shoestring.parallelism.zero.bucket import Bucket, BucketParameter
 from shoestring.parallelism.zero.optimizer import ShardedOptimizer
-from shoestring.parallelism.zero.reduce import Reducer
+from shoestring.parallelism.zero.reduce import GradientReducer
 from shoestring.tests.processes import World, run_processes
 from shoestring.trainer.optimizer.adamw import AdamW
 from shoestring.trainer.optimizer.config import OptimizerConfig
@@ -54,20 +54,20 @@ def ours(world: World, weights: torch.dtype) -> dict[str, Tensor]:
     """Weights after twenty steps; in FP32 they are the masters."""
     groups = ProcessGroups.create(Topology(edp=world.size), world.rank, timedelta(seconds=30))
     parameters = {name: value.detach().float().requires_grad_() for name, value in start().items()}
-    members = [Member(name, value, decays=value.ndim >= 2) for name, value in parameters.items()]
-    buckets = [Bucket("", members, groups.dense[(0,)], torch.float32, weights)]
-    worker = open_worker(groups.world, torch.device("cpu"))
-    reducer = Reducer(buckets, [0], worker, Traffic(groups.topology, world.rank))
-    optimizer = ShardedOptimizer(reducer, AdamW(CONFIG), [0], [0], SILENT)
+    members = [BucketParameter(name, value, has_weight_decay=value.ndim >= 2) for name, value in parameters.items()]
+    buckets = [Bucket("", members, groups.dense_dp[(0,)], torch.float32, weights)]
+    worker = build_async_communicator(groups.world, torch.device("cpu"))
+    reducer = GradientReducer(buckets, [0], worker, TrafficCounter(groups.topology, world.rank))
+    optimizer = ShardedOptimizer(reducer, AdamW(CONFIG), [0], [0], NULL_RECORDER)
     for step in range(STEPS):
-        reducer.begin()
+        reducer.begin_step()
         for name, grad in gradients(step, world.rank).items():
             total = parameters[name].grad
             assert total is not None
             total += grad
-        reducer.finish()
+        reducer.finish_reduction()
         optimizer.step(rate(step))
-        optimizer.wait()
+        optimizer.wait_for_weights()
     optimizer.close()
     return {name: value.detach() for name, value in parameters.items()}
 

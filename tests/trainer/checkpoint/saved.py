@@ -13,10 +13,10 @@ from torch import Tensor
 from shoestring.comm.groups import Group
 from shoestring.tests.reference.deepseek_v3 import ReferenceConfig
 from shoestring.tests.trainer.model.released import load_released, model_config
-from shoestring.trainer.checkpoint.names import BIAS, model_pieces, whole_model
+from shoestring.trainer.checkpoint.names import ROUTER_BIAS_SUFFIX, model_pieces, model_tensor_shapes
 from shoestring.trainer.checkpoint.opened import Checkpoint
-from shoestring.trainer.checkpoint.pieces import AVERAGE, MODEL
-from shoestring.trainer.checkpoint.saver import Saver
+from shoestring.trainer.checkpoint.pieces import EMA_STATE, MODEL_STATE
+from shoestring.trainer.checkpoint.saver import CheckpointSaver
 from shoestring.trainer.checkpoint.store import CheckpointExtras, CheckpointStore
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.model import Model
@@ -33,13 +33,16 @@ def save_model(
 ) -> Checkpoint:
     facts = {"step": step, "config": {"model": asdict(model.config), "training": {"sequence_length": 32}}}
     directory.parent.mkdir(parents=True, exist_ok=True)  # the directory of the run
-    store, saver = CheckpointStore(directory, keep=9), Saver(CheckpointStore(directory, keep=9), WORLD)
+    store, saver = (
+        CheckpointStore(directory, keep_last=9),
+        CheckpointSaver(CheckpointStore(directory, keep_last=9), WORLD),
+    )
     pieces = list(model_pieces(model))
     if average is not None:
-        own = (piece for piece in model_pieces(average) if not piece.name.endswith(BIAS))
-        pieces += (replace(piece, name=AVERAGE + piece.name.removeprefix(MODEL)) for piece in own)
-    saver.begin(step, pieces, CheckpointExtras(facts, attachments or {}, names_of(model.config)))
-    saved = saver.finish()
+        own = (piece for piece in model_pieces(average) if not piece.name.endswith(ROUTER_BIAS_SUFFIX))
+        pieces += (replace(piece, name=EMA_STATE + piece.name.removeprefix(MODEL_STATE)) for piece in own)
+    saver.begin_save(step, pieces, CheckpointExtras(facts, attachments or {}, names_of(model.config)))
+    saved = saver.finish_save()
     saver.close()
     assert saved is not None
     assert saved.failure is None
@@ -47,7 +50,7 @@ def save_model(
 
 
 def names_of(config: ModelConfig) -> frozenset[str]:
-    return frozenset(whole_model(config))
+    return frozenset(model_tensor_shapes(config))
 
 
 def save_params(config: ReferenceConfig, params: Mapping[str, Tensor], directory: Path) -> Checkpoint:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from shoestring.comm.groups import Group
-from shoestring.trainer.checkpoint.pieces import Piece, whole_pieces
-from shoestring.trainer.checkpoint.saver import Saved, Saver
+from shoestring.trainer.checkpoint.pieces import TensorPiece, whole_tensor_pieces
+from shoestring.trainer.checkpoint.saver import CheckpointSaver, SaveResult
 from shoestring.trainer.checkpoint.store import CheckpointExtras, CheckpointStore
 
 WORLD = Group((0,), None, 0, timedelta(seconds=1))
@@ -24,16 +24,16 @@ def tensors(value: float = 1.0) -> dict[str, Tensor]:
     }
 
 
-def pieces(state: dict[str, Tensor]) -> list[Piece]:
-    return [piece for name, tensor in state.items() for piece in whole_pieces(name, tensor, (0,))]
+def pieces(state: dict[str, Tensor]) -> list[TensorPiece]:
+    return [piece for name, tensor in state.items() for piece in whole_tensor_pieces(name, tensor, (0,))]
 
 
-def save(store: CheckpointStore, step: int, state: dict[str, Tensor] | None = None) -> Saved | None:
-    saver = Saver(store, WORLD)
-    saver.begin(
+def save(store: CheckpointStore, step: int, state: dict[str, Tensor] | None = None) -> SaveResult | None:
+    saver = CheckpointSaver(store, WORLD)
+    saver.begin_save(
         step, pieces(tensors() if state is None else state), CheckpointExtras({"step": step}, {"note.txt": b"words"})
     )
-    saved = saver.finish()
+    saved = saver.finish_save()
     saver.close()
     return saved
 

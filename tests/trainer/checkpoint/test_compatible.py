@@ -9,7 +9,7 @@ import torch
 
 from shoestring.tests.trainer.resumed_loop import run
 from shoestring.tests.trainer.small_loop import prepared_root
-from shoestring.trainer.checkpoint.compatible import other_dtype
+from shoestring.trainer.checkpoint.compatible import compute_dtype_problems
 from shoestring.trainer.checkpoint.store import CheckpointStore
 
 
@@ -20,7 +20,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_auto_is_refused_where_it_means_other_numbers(root: Path, tmp_path: Path) -> None:
     run(root, tmp_path / "run", "alone", 2)
-    facts = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).open(2).manifest.facts
-    assert list(other_dtype(facts, torch.float32)) == []
-    (problem,) = other_dtype(facts, torch.bfloat16)
+    facts = CheckpointStore(tmp_path / "run" / "checkpoints", keep_last=2).open(2).manifest.metadata
+    assert list(compute_dtype_problems(facts, torch.float32)) == []
+    (problem,) = compute_dtype_problems(facts, torch.bfloat16)
     assert "means bfloat16 on this device, and the checkpoint of step 2 was computed in float32" in str(problem)

@@ -16,7 +16,7 @@ from shoestring.trainer.checkpoint.store import CheckpointStore
 def test_a_checkpoint_that_cannot_be_read_now_is_refused_and_not_called_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save(CheckpointStore(tmp_path, keep=1), 1)
+    save(CheckpointStore(tmp_path, keep_last=1), 1)
 
     def fail(path: Path, most: int) -> str:
         raise OSError(errno.EIO, "Input/output error", str(path))

@@ -12,7 +12,7 @@ import torch
 
 from shoestring.tests.launch.refusals import refused
 from shoestring.tests.trainer.checkpoint.small_store import pieces, save
-from shoestring.trainer.checkpoint.manifest import Damaged
+from shoestring.trainer.checkpoint.manifest import CheckpointDamaged
 from shoestring.trainer.checkpoint.store import CheckpointStore
 
 
@@ -41,28 +41,28 @@ def flip_bit(path: Path) -> None:
     ],
 )
 def test_every_damage_is_found_and_named(tmp_path: Path, file: str, harm: Callable[[Path], None], message: str) -> None:
-    store = CheckpointStore(tmp_path, keep=2)
+    store = CheckpointStore(tmp_path, keep_last=2)
     save(store, 1)
     harm(tmp_path / "step_00000001" / file)
-    with pytest.raises(Damaged, match=message) as damaged:
-        raise Damaged("; ".join(store.open(1).damage()))
+    with pytest.raises(CheckpointDamaged, match=message) as damaged:
+        raise CheckpointDamaged("; ".join(store.open(1).find_damage()))
     assert file in str(damaged.value)
 
 
 def test_another_format_is_refused_and_not_taken_for_damage(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, keep=2)
-    with patch("shoestring.trainer.checkpoint.manifest.FORMAT", 4):
+    store = CheckpointStore(tmp_path, keep_last=2)
+    with patch("shoestring.trainer.checkpoint.manifest.FORMAT_VERSION", 4):
         save(store, 1)
     assert "this version reads format 3" in refused(store.open, 1).popitem()[1]
 
 
 def test_a_tensor_that_is_not_there_or_another_is_named(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, keep=2)
+    store = CheckpointStore(tmp_path, keep_last=2)
     save(store, 1)
     for wrong, message in [
         ({"d": torch.zeros(2)}, "holds no tensor d"),
         ({"a": torch.zeros(5, 3)}, r"a is torch.float32 \[3, 5\] instead of torch.float32 \[5, 3\]"),
         ({"a": torch.zeros(3, 5, dtype=torch.float64)}, "instead of torch.float64"),
     ]:
-        with pytest.raises(Damaged, match=message):
-            store.open(1).fill(*pieces(wrong))
+        with pytest.raises(CheckpointDamaged, match=message):
+            store.open(1).fill_piece(*pieces(wrong))

@@ -16,28 +16,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.comm.host import HostMemory
+from shoestring.comm.host import GrowableHostBuffer
 from shoestring.tests.comm.pages import StandInPages
 from shoestring.tests.trainer.checkpoint.small_store import WORLD, names, pieces, save, tensors
-from shoestring.trainer.checkpoint.saver import Saved, Saver
+from shoestring.trainer.checkpoint.saver import CheckpointSaver, SaveResult
 from shoestring.trainer.checkpoint.store import CheckpointExtras, CheckpointStore
 
 
 def test_the_step_waits_for_the_copy_alone(tmp_path: Path) -> None:
     """What the training changes after `begin` is not in the checkpoint."""
-    store, saver = CheckpointStore(tmp_path, keep=2), Saver(CheckpointStore(tmp_path, keep=2), WORLD)
+    store, saver = (
+        CheckpointStore(tmp_path, keep_last=2),
+        CheckpointSaver(CheckpointStore(tmp_path, keep_last=2), WORLD),
+    )
     state = tensors()
-    saver.begin(1, pieces(state), CheckpointExtras())
+    saver.begin_save(1, pieces(state), CheckpointExtras())
     for tensor in state.values():
         tensor.zero_()
-    assert saver.finish() == Saved(1, store.path(1), None)
+    assert saver.finish_save() == SaveResult(1, store.checkpoint_path(1), None)
     saver.close()
-    assert torch.equal(store.open(1).read("a"), tensors()["a"])
+    assert torch.equal(store.open(1).read_tensor("a"), tensors()["a"])
 
 
 def test_the_memory_for_copies_is_had_beside_the_training(tmp_path: Path) -> None:
     """Once, by the saver's thread; a save that comes too early waits for it."""
-    saver = Saver(CheckpointStore(tmp_path, keep=1), WORLD)
+    saver = CheckpointSaver(CheckpointStore(tmp_path, keep_last=1), WORLD)
     large, real = {"large": torch.arange(100_000.0)}, torch.empty
     may_go_on, made = threading.Event(), list[str]()
 
@@ -47,25 +50,25 @@ def test_the_memory_for_copies_is_had_beside_the_training(tmp_path: Path) -> Non
         return real(*arguments, **options)
 
     with patch("shoestring.comm.host.torch.empty", empty):
-        saver.reserve(pieces(large))
+        saver.reserve_memory(pieces(large))
         threading.Timer(0.1, may_go_on.set).start()
-        saver.begin(1, pieces(large), CheckpointExtras())
-        assert saver.finish() == Saved(1, tmp_path / "step_00000001", None)
+        saver.begin_save(1, pieces(large), CheckpointExtras())
+        assert saver.finish_save() == SaveResult(1, tmp_path / "step_00000001", None)
     saver.close()
     assert [name.split("_")[0] for name in made] == ["checkpoint"]
-    assert torch.equal(CheckpointStore(tmp_path, keep=1).open(1).read("large"), large["large"])
+    assert torch.equal(CheckpointStore(tmp_path, keep_last=1).open(1).read_tensor("large"), large["large"])
 
 
 def test_the_memory_for_copies_is_there_and_not_only_promised(tmp_path: Path) -> None:
     """The kernel gives pages when they are written."""
-    saver, given, real = Saver(CheckpointStore(tmp_path, keep=1), WORLD), list[Tensor](), torch.empty
+    saver, given, real = CheckpointSaver(CheckpointStore(tmp_path, keep_last=1), WORLD), list[Tensor](), torch.empty
 
     def empty(*arguments: Any, **options: Any) -> Tensor:
         given.append(real(*arguments, **options).fill_(7))
         return given[-1]
 
     with patch("shoestring.comm.host.torch.empty", empty):
-        saver.reserve(pieces({"large": torch.zeros(1000)}))
+        saver.reserve_memory(pieces({"large": torch.zeros(1000)}))
         saver.close()
     (buffer,) = given
     assert len(buffer) >= 4000
@@ -75,35 +78,35 @@ def test_the_memory_for_copies_is_there_and_not_only_promised(tmp_path: Path) ->
 def test_for_a_gpu_the_memory_for_copies_is_pinned_at_its_size(tmp_path: Path) -> None:
     """Before `reserve` returns, since it stops a GPU; and until the saver ends."""
     pages = StandInPages()
-    saver = Saver(CheckpointStore(tmp_path, keep=1), WORLD, HostMemory(pages))
+    saver = CheckpointSaver(CheckpointStore(tmp_path, keep_last=1), WORLD, GrowableHostBuffer(pages))
     large = {"large": torch.arange(100_000.0)}
     where = "shoestring.trainer.checkpoint.saver"
     with patch(f"{where}._any_on_gpu", return_value=True), patch(f"{where}.torch.cuda.synchronize") as copied:
-        saver.reserve(pieces(large))
+        saver.reserve_memory(pieces(large))
         assert list(pages.pinned.values()) == [-(-400_000 // mmap.PAGESIZE) * mmap.PAGESIZE]
-        saver.begin(1, pieces(large), CheckpointExtras())
+        saver.begin_save(1, pieces(large), CheckpointExtras())
         copied.assert_called_once()
-        assert saver.finish() == Saved(1, tmp_path / "step_00000001", None)
+        assert saver.finish_save() == SaveResult(1, tmp_path / "step_00000001", None)
     saver.close()
     assert pages.log == ["pin", "unpin"]
-    assert torch.equal(CheckpointStore(tmp_path, keep=1).open(1).read("large"), large["large"])
+    assert torch.equal(CheckpointStore(tmp_path, keep_last=1).open(1).read_tensor("large"), large["large"])
 
 
 def test_poll_tells_once_when_a_save_has_ended(tmp_path: Path) -> None:
-    saver = Saver(CheckpointStore(tmp_path, keep=2), WORLD)
-    assert saver.poll(*saver.votes()) is None
-    saver.begin(1, pieces(tensors()), CheckpointExtras())
-    while (saved := saver.poll(*saver.votes())) is None:
+    saver = CheckpointSaver(CheckpointStore(tmp_path, keep_last=2), WORLD)
+    assert saver.poll_save(*saver.save_votes()) is None
+    saver.begin_save(1, pieces(tensors()), CheckpointExtras())
+    while (saved := saver.poll_save(*saver.save_votes())) is None:
         os.sched_yield()
-    assert saved == Saved(1, tmp_path / "step_00000001", None)
-    assert (saver.poll(*saver.votes()), saver.finish()) == (None, None)
+    assert saved == SaveResult(1, tmp_path / "step_00000001", None)
+    assert (saver.poll_save(*saver.save_votes()), saver.finish_save()) == (None, None)
     saver.close()
 
 
 def test_a_save_waits_until_the_oldest_checkpoint_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both look through what removals have left; a removal of many files takes a while."""
-    store, may_go_on, real = CheckpointStore(tmp_path, keep=1), threading.Event(), shutil.rmtree
-    saver = Saver(store, WORLD)
+    store, may_go_on, real = CheckpointStore(tmp_path, keep_last=1), threading.Event(), shutil.rmtree
+    saver = CheckpointSaver(store, WORLD)
 
     def slow(path: Path) -> None:
         assert may_go_on.wait(10)
@@ -111,33 +114,36 @@ def test_a_save_waits_until_the_oldest_checkpoint_is_gone(tmp_path: Path, monkey
 
     monkeypatch.setattr("shoestring.trainer.checkpoint.store.shutil.rmtree", slow)
     for step in (1, 2):
-        saver.begin(step, pieces(tensors()), CheckpointExtras({"step": step}))
-        assert saver.finish() == Saved(step, store.path(step), None)
+        saver.begin_save(step, pieces(tensors()), CheckpointExtras({"step": step}))
+        assert saver.finish_save() == SaveResult(step, store.checkpoint_path(step), None)
     assert "step_00000002" in names(tmp_path)
     threading.Timer(0.1, may_go_on.set).start()
-    saver.begin(3, pieces(tensors()), CheckpointExtras({"step": 3}))
-    assert saver.finish() == Saved(3, store.path(3), None)
+    saver.begin_save(3, pieces(tensors()), CheckpointExtras({"step": 3}))
+    assert saver.finish_save() == SaveResult(3, store.checkpoint_path(3), None)
     saver.close()
     assert names(tmp_path) == ["step_00000003"]
 
 
 def test_a_disk_that_is_full_ends_the_save_and_frees_its_place(tmp_path: Path) -> None:
-    store, saver = CheckpointStore(tmp_path, keep=2), Saver(CheckpointStore(tmp_path, keep=2), WORLD)
+    store, saver = (
+        CheckpointStore(tmp_path, keep_last=2),
+        CheckpointSaver(CheckpointStore(tmp_path, keep_last=2), WORLD),
+    )
     save(store, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # the kernel refuses what is beyond
     try:
-        saver.begin(2, pieces({"large": torch.zeros(10_000)}), CheckpointExtras())
-        saved = saver.finish()
+        saver.begin_save(2, pieces({"large": torch.zeros(10_000)}), CheckpointExtras())
+        saved = saver.finish_save()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert saved is not None
     assert saved.failure == f"rank 0: [Errno {errno.EFBIG}] File too large"
     assert names(tmp_path) == ["step_00000001"]
     with patch("shoestring.trainer.checkpoint.store.Path.mkdir", side_effect=OSError(errno.ENOSPC, "No space left")):
-        saver.begin(3, pieces(tensors()), CheckpointExtras())
-        assert (saved := saver.finish()) is not None
+        saver.begin_save(3, pieces(tensors()), CheckpointExtras())
+        assert (saved := saver.finish_save()) is not None
         assert "No space left" in str(saved.failure)
-    saver.begin(4, pieces(tensors()), CheckpointExtras())
-    assert saver.finish() == Saved(4, store.path(4), None)
+    saver.begin_save(4, pieces(tensors()), CheckpointExtras())
+    assert saver.finish_save() == SaveResult(4, store.checkpoint_path(4), None)
     saver.close()

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 
-from shoestring.launch.compose import compose_run
+from shoestring.launch.compose import compose_run_config
 from shoestring.trainer.costs.cluster import ClusterConfig
 
 GPU_CLUSTERS = ("h800", "h100", "h200", "b200", "a100")
@@ -15,7 +15,7 @@ EVIDENCE = {"measured", "published", "assumed"}
 
 @pytest.mark.parametrize("name", GPU_CLUSTERS)
 def test_each_figure_has_a_source(name: str) -> None:
-    cluster = compose_run([f"cluster={name}"]).cluster
+    cluster = compose_run_config([f"cluster={name}"]).cluster
     given = {field.name for field in fields(ClusterConfig) if cluster.__dict__[field.name] is not None}
     figures = given - {"name", "sources"}
     assert set(cluster.sources) == figures

@@ -6,20 +6,20 @@ import pytest
 
 from shoestring.trainer.costs.flops import count_flops
 from shoestring.trainer.costs.parameters import count_parameters
-from shoestring.trainer.costs.parts import model_parts
+from shoestring.trainer.costs.parts import count_part_costs
 from shoestring.trainer.model.config import ModelConfig
 
 
 @pytest.mark.parametrize("mtp_depth", [0, 1, 2])
 def test_parts_add_up(mtp_depth: int) -> None:
     config = ModelConfig(num_hidden_layers=5, first_k_dense_replace=2, num_nextn_predict_layers=mtp_depth)
-    parts, count, flops = model_parts(config, 64), count_parameters(config), count_flops(config, 64)
+    parts, count, flops = count_part_costs(config, 64), count_parameters(config), count_flops(config, 64)
     layers = sum(layer.parameters for layer in parts.layers)
     assert parts.embedding.parameters + layers + parts.head.parameters == count.main
     assert parts.mtp.parameters == count.mtp
-    assert parts.last.parameters == parts.head.parameters + count.mtp
-    assert sum(layer.flops for layer in parts.layers) + parts.head.flops == pytest.approx(flops.main, rel=1e-12)
-    assert parts.last.flops - parts.head.flops == pytest.approx(flops.mtp, rel=1e-12)
+    assert parts.last_stage_extra.parameters == parts.head.parameters + count.mtp
+    assert sum(layer.flops for layer in parts.layers) + parts.head.flops == pytest.approx(flops.main_model, rel=1e-12)
+    assert parts.last_stage_extra.flops - parts.head.flops == pytest.approx(flops.mtp, rel=1e-12)
     assert parts.embedding.flops == 0
 
 
@@ -40,7 +40,7 @@ def test_flops_of_each_part_by_hand() -> None:
         + config.n_routed_experts * hidden
     )
     head = hidden * config.vocab_size
-    parts = model_parts(config, length)
+    parts = count_part_costs(config, length)
     assert [layer.flops for layer in parts.layers] == [
         pytest.approx(6 * (attention + core + dense)),
         pytest.approx(6 * (attention + core + routed)),

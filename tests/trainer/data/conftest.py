@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shoestring.trainer.data.config import DataConfig
-from shoestring.trainer.data.prepare import prepare
+from shoestring.trainer.data.prepare import prepare_corpus
 
 
 @pytest.fixture(scope="session")
@@ -18,8 +18,8 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "corpus").mkdir()
     (root / "corpus" / "a.txt").write_text("The time has come, the walrus said, to talk of many things. " * 30)
     (root / "corpus" / "b.txt").write_text("Of shoes and ships and sealing-wax, of cabbages and kings. " * 5)
-    config = DataConfig(corpus=str(root / "corpus"), prepared=str(root / "prepared"), vocabulary=290, validation=("b",))
-    prepare(config, lambda line: None, shard_tokens=200)
+    config = DataConfig(corpus=str(root / "corpus"), prepared=str(root / "prepared"), vocab_size=290, validation=("b",))
+    prepare_corpus(config, lambda line: None, shard_tokens=200)
     return root / "prepared"
 
 
@@ -38,5 +38,5 @@ def config(tmp_path: Path) -> DataConfig:
     (corpus / "held.txt").write_text("They took some honey, and plenty of money, wrapped up in a five-pound note.\n")
     (corpus / "SOURCE.md").write_text("Not a work.")
     return DataConfig(
-        corpus=str(corpus), prepared=str(tmp_path / "out" / "prepared"), vocabulary=300, validation=("held",)
+        corpus=str(corpus), prepared=str(tmp_path / "out" / "prepared"), vocab_size=300, validation=("held",)
     )

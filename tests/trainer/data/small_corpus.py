@@ -8,7 +8,7 @@ import pytest
 
 from shoestring.comm.errors import ConfigError
 from shoestring.trainer.data.config import DataConfig
-from shoestring.trainer.data.prepare import prepare
+from shoestring.trainer.data.prepare import prepare_corpus
 
 
 def silent(line: str) -> None:
@@ -17,7 +17,7 @@ def silent(line: str) -> None:
 
 def refusal(config: DataConfig) -> str:
     with pytest.raises(ConfigError) as caught:
-        prepare(config, silent)
+        prepare_corpus(config, silent)
     assert not Path(config.prepared).exists()
     assert not list(Path(config.prepared).parent.glob(".*"))
     return str(caught.value)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 
 from shoestring.comm.errors import ConfigError
-from shoestring.trainer.data.prepared import open_directory, verify_before_run
+from shoestring.trainer.data.prepared import open_prepared_directory, verify_before_run
 
 
 def refusal(act: Callable[[Path], object], directory: Path) -> str:
@@ -30,7 +30,7 @@ def edit_manifest(directory: Path, edit: Callable[[dict[str, Any]], None]) -> No
 
 
 def verify_for_launch(directory: Path) -> None:
-    verify_before_run(directory, open_directory(directory).manifest, first_machine=True)
+    verify_before_run(directory, open_prepared_directory(directory).manifest, first_machine=True)
 
 
 @dataclass(frozen=True)
@@ -42,5 +42,5 @@ class InMemory:
     def __len__(self) -> int:
         return len(self.shards)
 
-    def read(self, number: int, first: int, count: int) -> npt.NDArray[np.uint16]:
+    def read_tokens(self, number: int, first: int, count: int) -> npt.NDArray[np.uint16]:
         return self.shards[number][first : first + count]

@@ -148,7 +148,7 @@ def test_everything_wrong_with_the_works_is_listed_at_once(config: DataConfig) -
 
 
 def test_the_packaged_corpus_is_plain_ascii_prose() -> None:
-    config = DataConfig(corpus="shakespeare", prepared="unused", vocabulary=2048, validation=("julius_caesar",))
+    config = DataConfig(corpus="shakespeare", prepared="unused", vocab_size=2048, validation=("julius_caesar",))
     texts = [path.read_text("ascii") for path in sorted(config.corpus_directory.glob("*.txt"))]
     assert len(texts) == 7
     assert not set("".join(texts)) & set("*_#<>\\`|{}\r\t")

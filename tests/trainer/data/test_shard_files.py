@@ -13,8 +13,8 @@ import pytest
 
 from shoestring.trainer.data import shard_files
 from shoestring.trainer.data.manifest import FileEntry
-from shoestring.trainer.data.shard_files import DataChanged, ShardFiles
-from shoestring.trainer.data.stamp import mark_of
+from shoestring.trainer.data.shard_files import DataChanged, ShardFileReader
+from shoestring.trainer.data.stamp import read_file_signature
 
 DTYPE = np.dtype("<u2")
 
@@ -34,10 +34,10 @@ def open_files() -> int:
 
 def test_few_are_open_at_a_time_and_none_is_left(tmp_path: Path) -> None:
     before = open_files()
-    shards = ShardFiles(tmp_path, write(tmp_path, 40), DTYPE, {}, most_open=3)
+    shards = ShardFileReader(tmp_path, write(tmp_path, 40), DTYPE, {}, most_open=3)
     assert open_files() == before
     for number in (*range(40), *range(40)):
-        assert shards.read(number, 2, 3).tolist() == [10 * number + 2, 10 * number + 3, 10 * number + 4]
+        assert shards.read_tokens(number, 2, 3).tolist() == [10 * number + 2, 10 * number + 3, 10 * number + 4]
         assert open_files() <= before + 3
     del shards
     assert open_files() == before
@@ -73,43 +73,43 @@ def replace(path: Path) -> None:
 )
 @pytest.mark.parametrize("is_read_before", [True, False])
 def test_a_file_that_changes_is_noticed(tmp_path: Path, harm: Callable[[Path], None], is_read_before: bool) -> None:
-    shards = ShardFiles(tmp_path, write(tmp_path, 2), DTYPE, {})
+    shards = ShardFileReader(tmp_path, write(tmp_path, 2), DTYPE, {})
     if is_read_before:
-        shards.read(1, 0, 10)
+        shards.read_tokens(1, 0, 10)
     harm(tmp_path / "1.bin")
     with pytest.raises(DataChanged, match=r"1\.bin is not what was prepared"):
-        shards.read(1, 0, 10)
-    assert shards.read(0, 0, 1).tolist() == [0]
+        shards.read_tokens(1, 0, 10)
+    assert shards.read_tokens(0, 0, 1).tolist() == [0]
 
 
 @pytest.mark.parametrize("harm", [replace, Path.unlink])
 def test_a_file_of_another_name_by_now_is_read_on_or_named(tmp_path: Path, harm: Callable[[Path], None]) -> None:
-    shards = ShardFiles(tmp_path, write(tmp_path, 2), DTYPE, {}, most_open=1)
-    shards.read(1, 0, 10)
+    shards = ShardFileReader(tmp_path, write(tmp_path, 2), DTYPE, {}, most_open=1)
+    shards.read_tokens(1, 0, 10)
     harm(tmp_path / "1.bin")
-    assert shards.read(1, 0, 1).tolist() == [10]  # it is open, and what was written
-    shards.read(0, 0, 1)
+    assert shards.read_tokens(1, 0, 1).tolist() == [10]  # it is open, and what was written
+    shards.read_tokens(0, 0, 1)
     with pytest.raises(DataChanged, match=r"1\.bin"):
-        shards.read(1, 0, 1)
+        shards.read_tokens(1, 0, 1)
 
 
 def test_a_file_that_was_only_touched_is_read_again_and_used(tmp_path: Path) -> None:
-    shards = ShardFiles(tmp_path, write(tmp_path, 1), DTYPE, {})
-    shards.read(0, 0, 1)
+    shards = ShardFileReader(tmp_path, write(tmp_path, 1), DTYPE, {})
+    shards.read_tokens(0, 0, 1)
     os.utime(tmp_path / "0.bin", ns=(0, 0))
     with patch.object(shard_files, "_sha256", wraps=shard_files._sha256) as hashed:
         for _ in range(3):
-            assert shards.read(0, 0, 1).tolist() == [0]
+            assert shards.read_tokens(0, 0, 1).tolist() == [0]
     assert hashed.call_count == 1
 
 
 def test_a_stamp_saves_the_first_reading_and_no_later_one(tmp_path: Path) -> None:
     entries = write(tmp_path, 2)
-    stamp = {entry.file: mark_of(tmp_path, entry) for entry in entries}
-    shards = ShardFiles(tmp_path, entries, DTYPE, stamp)
+    stamp = {entry.file: read_file_signature(tmp_path, entry) for entry in entries}
+    shards = ShardFileReader(tmp_path, entries, DTYPE, stamp)
     flip(tmp_path / "1.bin")
     with patch.object(shard_files, "_sha256", wraps=shard_files._sha256) as hashed:
-        assert shards.read(0, 0, 1).tolist() == [0]
+        assert shards.read_tokens(0, 0, 1).tolist() == [0]
         assert hashed.call_count == 0
     with pytest.raises(DataChanged):
-        shards.read(1, 0, 1)
+        shards.read_tokens(1, 0, 1)

@@ -11,9 +11,9 @@ import pytest
 from shoestring.tests.trainer.data.small_data import refusal, verify_for_launch
 from shoestring.trainer.data import prepared
 from shoestring.trainer.data.manifest import FileEntry
-from shoestring.trainer.data.prepared import open_directory, verify_before_run
-from shoestring.trainer.data.shards import verify_files
-from shoestring.trainer.data.stamp import STAMP
+from shoestring.trainer.data.prepared import open_prepared_directory, verify_before_run
+from shoestring.trainer.data.shards import verify_file_hashes
+from shoestring.trainer.data.stamp import VERIFIED_FILE
 
 
 def test_large_data_is_read_once_and_when_it_changes(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,11 +21,11 @@ def test_large_data_is_read_once_and_when_it_changes(directory: Path, monkeypatc
 
     def count(folder: Path, files: Sequence[FileEntry]) -> None:
         read.extend(entry.file for entry in files)
-        verify_files(folder, files)
+        verify_file_hashes(folder, files)
 
     monkeypatch.setattr(prepared, "verify_files", count)
     monkeypatch.setattr(prepared, "CHEAP_BYTES", 0)
-    manifest = open_directory(directory).manifest
+    manifest = open_prepared_directory(directory).manifest
     verify_before_run(directory, manifest, first_machine=False)
     assert read == []
     verify_for_launch(directory)
@@ -40,6 +40,6 @@ def test_large_data_is_read_once_and_when_it_changes(directory: Path, monkeypatc
         assert "train_00000.bin" in refusal(verify_for_launch, directory)
         assert read.pop() == "train_00000.bin"
         assert read == []
-    (directory / STAMP).write_text("[")
+    (directory / VERIFIED_FILE).write_text("[")
     assert "train_00000.bin" in refusal(verify_for_launch, directory)
     assert len(read) == len(manifest.files)

@@ -7,13 +7,20 @@ from pathlib import Path
 import pytest
 
 from shoestring.comm.errors import ConfigError
-from shoestring.trainer.data.unfinished import Owner, clear_leftovers, locked, owner, unfinished, unlock
+from shoestring.trainer.data.unfinished import (
+    WriterState,
+    find_writer_state,
+    lock_directory,
+    remove_lock,
+    remove_unfinished_directories,
+    unfinished_directory,
+)
 
 
 def leave(directory: Path) -> Path:
     """As a process that was killed: the lock file is there and nobody holds it."""
     directory.mkdir(parents=True)
-    with locked(directory):
+    with lock_directory(directory):
         (directory / "half").write_bytes(b"x")
     return directory
 
@@ -23,9 +30,13 @@ def test_only_what_a_dead_process_has_left_is_removed(tmp_path: Path) -> None:
     (unknown := tmp_path / ".made.making-2-cd").mkdir()
     (other := tmp_path / ".made.preparing-3-ef").mkdir()
     lines: list[str] = []
-    with unfinished(tmp_path / "made", "making", "directory") as living:
-        assert [owner(each) for each in (dead, unknown, living)] == [Owner.DEAD, Owner.UNKNOWN, Owner.ALIVE]
-        clear_leftovers(tmp_path / "made", "making", lines.append)
+    with unfinished_directory(tmp_path / "made", "making", "directory") as living:
+        assert [find_writer_state(each) for each in (dead, unknown, living)] == [
+            WriterState.DEAD,
+            WriterState.UNKNOWN,
+            WriterState.ALIVE,
+        ]
+        remove_unfinished_directories(tmp_path / "made", "making", lines.append)
         assert {*tmp_path.iterdir()} == {unknown, other, living}
     assert {*tmp_path.iterdir()} == {unknown, other}
     assert f"{dead} was left by a process that was killed; it is removed." in lines
@@ -34,9 +45,9 @@ def test_only_what_a_dead_process_has_left_is_removed(tmp_path: Path) -> None:
 
 
 def test_what_is_renamed_stays_without_its_lock(tmp_path: Path) -> None:
-    with unfinished(tmp_path / "made", "making", "directory") as directory:
+    with unfinished_directory(tmp_path / "made", "making", "directory") as directory:
         (directory / "whole").touch()
-        unlock(directory)
+        remove_lock(directory)
         directory.rename(tmp_path / "made")
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["whole"]
 
@@ -45,6 +56,6 @@ def test_a_place_that_takes_no_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
         pytest.raises(ConfigError, match="cannot be created: Not a directory"),
-        unfinished(tmp_path / "file/x", "a", "b"),
+        unfinished_directory(tmp_path / "file/x", "a", "b"),
     ):
         pass

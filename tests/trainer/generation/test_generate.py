@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
-from shoestring.parallelism.pipeline.executor import Executor
+from shoestring.parallelism.pipeline.executor import PipelineExecutor
 from shoestring.trainer.generation.generate import generate
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.run.exit import RunFailed
@@ -42,6 +42,6 @@ class AloneInTheWorld:
 
 
 def test_a_sample_of_logits_that_are_not_finite_is_a_failure_of_the_run() -> None:
-    groups, executor = cast("ProcessGroups", AloneInTheWorld()), cast("Executor", InfiniteLogits())
+    groups, executor = cast("ProcessGroups", AloneInTheWorld()), cast("PipelineExecutor", InfiniteLogits())
     with pytest.raises(RunFailed, match="logits of the sample's token 0 are not finite"):
         generate((cast("Chunk", None),), executor, [5], 6, 8, groups, torch.device("cpu"), seed=0)

@@ -9,11 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.parallelism.pipeline.executor import Steps
+from shoestring.parallelism.pipeline.executor import Resumable
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.trainer.checkpoint.saved import save_params
-from shoestring.trainer.generation.load import load_chunk
-from shoestring.trainer.generation.speculate import NotFinite, Sampler, residual, speculate
+from shoestring.trainer.generation.load import load_chunk_for_inference
+from shoestring.trainer.generation.speculate import (
+    NonFiniteLogits,
+    TokenSampler,
+    generate_speculatively,
+    residual_distribution,
+)
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig
 
@@ -23,39 +28,39 @@ def chunk(tmp_path_factory: pytest.TempPathFactory) -> Chunk:
     config = reference_configs()["full"]
     params = random_params(config, seed=5, dtype=torch.float32)
     checkpoint = save_params(config, params, tmp_path_factory.mktemp("store"))
-    return load_chunk(checkpoint, torch.device("cpu"), torch.float32)
+    return load_chunk_for_inference(checkpoint, torch.device("cpu"), torch.float32)
 
 
-def sampler(temperature: float, seed: int = 0) -> Sampler:
-    return Sampler(torch.Generator().manual_seed(seed), temperature)
+def sampler(temperature: float, seed: int = 0) -> TokenSampler:
+    return TokenSampler(torch.Generator().manual_seed(seed), temperature)
 
 
 @pytest.mark.parametrize("context", [40, 12], ids=["inside the context", "beyond it"])
 def test_the_likeliest_text_is_the_same_with_drafts(chunk: Chunk, context: int) -> None:
-    plain = speculate(chunk, [5, 6, 7], 24, context, sampler(0), draft=False)
-    drafted = speculate(chunk, [5, 6, 7], 24, context, sampler(0))
+    plain = generate_speculatively(chunk, [5, 6, 7], 24, context, sampler(0), use_drafts=False)
+    drafted = generate_speculatively(chunk, [5, 6, 7], 24, context, sampler(0))
     assert drafted.tokens == plain.tokens
-    assert (plain.forwards, plain.drafted) == (24, 0)
-    assert drafted.drafted > 0
-    assert len(drafted.tokens) <= drafted.forwards + drafted.accepted <= len(drafted.tokens) + 1
+    assert (plain.num_forwards, plain.num_drafted) == (24, 0)
+    assert drafted.num_drafted > 0
+    assert len(drafted.tokens) <= drafted.num_forwards + drafted.num_accepted <= len(drafted.tokens) + 1
 
 
 def test_a_draft_that_is_always_right_gives_two_tokens_a_forward(chunk: Chunk) -> None:
     """The main model stands in for its MTP module: what it says next is what it is asked about."""
-    truth = speculate(chunk, [5, 6, 7], 25, 60, sampler(0), draft=False).tokens
+    truth = generate_speculatively(chunk, [5, 6, 7], 25, 60, sampler(0), use_drafts=False).tokens
     text = [5, 6, 7, *truth]
 
-    def oracle(self: Chunk, hidden_BSD: Tensor, next_BS: Tensor) -> Steps[Tensor]:
+    def oracle(self: Chunk, hidden_BSD: Tensor, next_BS: Tensor) -> Resumable[Tensor]:
         logits_BSV = torch.zeros((*next_BS.shape, 96))
         logits_BSV[0, -1, text[next_BS.shape[1] + 1]] = 1.0
         yield from ()
         return logits_BSV
 
     with patch.object(Chunk, "draft", oracle):
-        found = speculate(chunk, [5, 6, 7], 24, 60, sampler(0))
+        found = generate_speculatively(chunk, [5, 6, 7], 24, 60, sampler(0))
     assert found.tokens == truth[:24]
-    assert found.accepted == found.drafted == 12
-    assert found.forwards == 13
+    assert found.num_accepted == found.num_drafted == 12
+    assert found.num_forwards == 13
 
 
 def test_a_taken_or_replaced_draft_has_the_distribution_of_the_model() -> None:
@@ -63,14 +68,14 @@ def test_a_taken_or_replaced_draft_has_the_distribution_of_the_model() -> None:
     for _ in range(20):
         p_V, q_V = (torch.randn(7, dtype=torch.float64, generator=generator).mul(2).softmax(0) for _ in range(2))
         taken_V = torch.minimum(p_V, q_V)
-        assert torch.allclose(taken_V + (1 - taken_V.sum()) * residual(p_V, q_V), p_V, rtol=1e-12)
+        assert torch.allclose(taken_V + (1 - taken_V.sum()) * residual_distribution(p_V, q_V), p_V, rtol=1e-12)
 
 
 def test_a_guess_is_taken_as_often_as_it_should_be() -> None:
     p_V, q_V = torch.tensor([0.2, 0.8]).double(), torch.tensor([0.5, 0.5]).double()
     draws = sampler(1.0)
-    assert sum(draws.accepts(0, p_V, q_V) for _ in range(4000)) / 4000 == pytest.approx(0.4, abs=0.03)
-    assert all(draws.accepts(1, p_V, q_V) for _ in range(100))
+    assert sum(draws.accepts_draft(0, p_V, q_V) for _ in range(4000)) / 4000 == pytest.approx(0.4, abs=0.03)
+    assert all(draws.accepts_draft(1, p_V, q_V) for _ in range(100))
 
 
 class Table(torch.nn.Module):
@@ -83,14 +88,14 @@ class Table(torch.nn.Module):
         self.guess_VV = torch.nn.Parameter(torch.randn(4, 4, generator=generator))
         self.model, self.config = self, ModelConfig()
 
-    def hidden(self, tokens_BS: Tensor) -> Steps[Tensor]:
+    def hidden(self, tokens_BS: Tensor) -> Resumable[Tensor]:
         yield from ()
         return torch.nn.functional.one_hot(tokens_BS, 4).float()
 
     def head(self, hidden_BSV: Tensor) -> Tensor:
         return hidden_BSV @ self.next_VV
 
-    def draft(self, hidden_BSV: Tensor, next_BS: Tensor) -> Steps[Tensor]:
+    def draft(self, hidden_BSV: Tensor, next_BS: Tensor) -> Resumable[Tensor]:
         yield from ()
         return self.guess_VV[next_BS]
 
@@ -99,7 +104,7 @@ def test_drawn_text_has_the_distribution_of_the_model() -> None:
     """The first tokens after a prompt: the second is the first that a draft can decide, the third may follow one."""
     table, draws, counts = Table(), sampler(1.0), torch.zeros(4, 4, 4)
     for _ in range(3000):
-        first, second, third = speculate(cast("Chunk", table), [2], 3, 40, draws).tokens
+        first, second, third = generate_speculatively(cast("Chunk", table), [2], 3, 40, draws).tokens
         counts[first, second, third] += 1
     p_VV = table.next_VV.detach().softmax(dim=1)
     expected = p_VV[2][:, None, None] * p_VV[:, :, None] * p_VV[None]
@@ -110,14 +115,14 @@ def test_drawn_text_has_the_distribution_of_the_model() -> None:
 
 
 def test_text_ends_with_the_stop_token(chunk: Chunk) -> None:
-    plain = speculate(chunk, [5, 6, 7], 24, 40, sampler(0)).tokens
+    plain = generate_speculatively(chunk, [5, 6, 7], 24, 40, sampler(0)).tokens
     first = plain.index(plain[4])
-    assert speculate(chunk, [5, 6, 7], 24, 40, sampler(0), stop=plain[4]).tokens == plain[:first]
+    assert generate_speculatively(chunk, [5, 6, 7], 24, 40, sampler(0), stop_token_id=plain[4]).tokens == plain[:first]
 
 
 def test_no_temperature_overflows_and_no_logit_is_infinite() -> None:
     logits_V = torch.tensor([1.0, 3.0, 2.0])
     assert sampler(5e-324).probabilities(logits_V).tolist() == [0.0, 1.0, 0.0]
     for temperature in (0, 1):
-        with pytest.raises(NotFinite, match="1 of 2 logits"):
+        with pytest.raises(NonFiniteLogits, match="1 of 2 logits"):
             sampler(temperature).probabilities(torch.tensor([1.0, float("nan")]))

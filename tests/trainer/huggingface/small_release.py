@@ -14,7 +14,7 @@ from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.reference.deepseek_v3 import ReferenceConfig
 from shoestring.tests.trainer.checkpoint.saved import save_params
 from shoestring.trainer.checkpoint.opened import Checkpoint
-from shoestring.trainer.huggingface.export import ExportOptions, export
+from shoestring.trainer.huggingface.export import ExportOptions, export_checkpoint
 from shoestring.trainer.model.config import ModelConfig
 
 CONFIGS = reference_configs()
@@ -32,7 +32,7 @@ def params_of(name: str, seed: int = 3) -> tuple[ReferenceConfig, dict[str, Tens
 def exported(name: str, root: Path, **options: Any) -> tuple[Checkpoint, Path]:
     config, params = params_of(name)
     checkpoint = save_params(config, params, root / "store")
-    export(checkpoint, root / "out", ExportOptions(**options), silent)
+    export_checkpoint(checkpoint, root / "out", ExportOptions(**options), silent)
     return checkpoint, root / "out"
 
 

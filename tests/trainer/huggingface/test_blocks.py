@@ -13,10 +13,10 @@ from shoestring.tests.launch.refusals import refused
 from shoestring.tests.trainer.checkpoint.saved import save_model
 from shoestring.tests.trainer.huggingface.small_release import WIDE, on_disk, silent, their_model
 from shoestring.trainer.checkpoint.opened import Checkpoint
-from shoestring.trainer.huggingface.blocks import BLOCK
-from shoestring.trainer.huggingface.export import ExportOptions, export
-from shoestring.trainer.huggingface.importing import import_released
-from shoestring.trainer.huggingface.names import entries
+from shoestring.trainer.huggingface.blocks import BLOCK_SIZE
+from shoestring.trainer.huggingface.export import ExportOptions, export_checkpoint
+from shoestring.trainer.huggingface.importing import import_huggingface_weights
+from shoestring.trainer.huggingface.names import make_tensor_mappings
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.model import Model
 
@@ -28,8 +28,8 @@ def wide_model(shape: ModelConfig = WIDE) -> Model:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.1 * noise if parameter.ndim == 1 else noise * parameter.shape[-1] ** -0.5)
-            if parameter.ndim == 2 and parameter.shape[0] > BLOCK:
-                parameter[BLOCK:] *= 1000  # a scale for all would lose the first block
+            if parameter.ndim == 2 and parameter.shape[0] > BLOCK_SIZE:
+                parameter[BLOCK_SIZE:] *= 1000  # a scale for all would lose the first block
         for _, router in model.routers():
             router.bias_E.copy_(torch.arange(4) / 10)
     return model
@@ -37,15 +37,15 @@ def wide_model(shape: ModelConfig = WIDE) -> Model:
 
 def dequantized(tensors: dict[str, Tensor], name: str) -> Tensor:
     """An element at a time, by the words of README_WEIGHTS: each block of 128 × 128 times its `weight_scale_inv`."""
-    scale = tensors[f"{name}_scale_inv"].repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    scale = tensors[f"{name}_scale_inv"].repeat_interleave(BLOCK_SIZE, 0).repeat_interleave(BLOCK_SIZE, 1)
     rows, columns = tensors[name].shape
     return tensors[name].float() * scale[:rows, :columns]
 
 
 def test_fp8_blocks_keep_weights_within_the_formats_rounding(tmp_path: Path) -> None:
     checkpoint = save_model(wide_model(), tmp_path / "store")
-    export(checkpoint, tmp_path / "fp8", ExportOptions("fp8"), silent)
-    export(checkpoint, tmp_path / "fp32", ExportOptions("fp32"), silent)
+    export_checkpoint(checkpoint, tmp_path / "fp8", ExportOptions("fp8"), silent)
+    export_checkpoint(checkpoint, tmp_path / "fp32", ExportOptions("fp32"), silent)
     fp8, fp32 = on_disk(tmp_path / "fp8"), on_disk(tmp_path / "fp32")
     quantized = [name for name in fp8 if fp8[name].dtype == torch.float8_e4m3fn]
     kinds = {name.split(".")[-2] for name in quantized}
@@ -53,8 +53,8 @@ def test_fp8_blocks_keep_weights_within_the_formats_rounding(tmp_path: Path) -> 
         "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     }  # fmt: skip
     assert {name.removesuffix("_scale_inv") for name in fp8 if name.endswith("_scale_inv")} == set(quantized)
-    again = Checkpoint.open(import_released(tmp_path / "fp8", tmp_path / "again", silent))
-    export(again, tmp_path / "again_fp32", ExportOptions("fp32"), silent)
+    again = Checkpoint.open(import_huggingface_weights(tmp_path / "fp8", tmp_path / "again", silent))
+    export_checkpoint(again, tmp_path / "again_fp32", ExportOptions("fp32"), silent)
     found = on_disk(tmp_path / "again_fp32")
     for name, exact in fp32.items():
         if name not in quantized:
@@ -62,12 +62,12 @@ def test_fp8_blocks_keep_weights_within_the_formats_rounding(tmp_path: Path) -> 
             continue
         assert torch.equal(found[name], dequantized(fp8, name)), name
         rows, columns = exact.shape
-        padded = torch.nn.functional.pad(exact.abs(), (0, -columns % BLOCK, 0, -rows % BLOCK))
-        largest = torch.nn.functional.max_pool2d(padded[None], BLOCK)[0]  # of each block
-        largest = largest.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:rows, :columns]
+        padded = torch.nn.functional.pad(exact.abs(), (0, -columns % BLOCK_SIZE, 0, -rows % BLOCK_SIZE))
+        largest = torch.nn.functional.max_pool2d(padded[None], BLOCK_SIZE)[0]  # of each block
+        largest = largest.repeat_interleave(BLOCK_SIZE, 0).repeat_interleave(BLOCK_SIZE, 1)[:rows, :columns]
         allowed = torch.maximum(exact.abs() / 16, largest / 448 / 1024)
         assert ((found[name] - exact).abs() <= allowed * 1.0001).all(), name
-    export(again, tmp_path / "again_fp8", ExportOptions("fp8"), silent)
+    export_checkpoint(again, tmp_path / "again_fp8", ExportOptions("fp8"), silent)
     twice = on_disk(tmp_path / "again_fp8")
     assert all(torch.equal(twice[name].view(torch.uint8), fp8[name].view(torch.uint8)) for name in quantized)
 
@@ -87,19 +87,19 @@ def test_transformers_reads_an_fp8_export_as_we_do(tmp_path: Path, monkeypatch: 
         intermediate_size=256,
         moe_intermediate_size=128,
     )
-    export(save_model(wide_model(shape), tmp_path / "store"), tmp_path / "fp8", ExportOptions("fp8"), silent)
-    again = Checkpoint.open(import_released(tmp_path / "fp8", tmp_path / "again", silent))
+    export_checkpoint(save_model(wide_model(shape), tmp_path / "store"), tmp_path / "fp8", ExportOptions("fp8"), silent)
+    again = Checkpoint.open(import_huggingface_weights(tmp_path / "fp8", tmp_path / "again", silent))
     theirs = their_model(tmp_path / "fp8").state_dict()
     compared = 0
-    for entry in entries(again.model):
-        found, expert = again.read(entry.name), entry.name.partition("/expert_")[2]
-        if entry.layer >= again.model.num_hidden_layers and entry.layer < 10:
+    for entry in make_tensor_mappings(again.model_config):
+        found, expert = again.read_tensor(entry.name), entry.name.partition("/expert_")[2]
+        if entry.layer_index >= again.model_config.num_hidden_layers and entry.layer_index < 10:
             continue  # MTP
         if expert:
             kind = "gate_up_proj" if "gate_up" in entry.name else "down_proj"
-            expected = theirs[f"model.layers.{entry.layer}.mlp.experts.{kind}"][int(expert)]
+            expected = theirs[f"model.layers.{entry.layer_index}.mlp.experts.{kind}"][int(expert)]
         else:
-            expected = torch.cat([theirs[name] for name in entry.released])
+            expected = torch.cat([theirs[name] for name in entry.hf_names])
         assert torch.equal(found.to(expected.dtype), expected), entry.name
         compared += 1
     assert compared == sum(not name.startswith("model/mtp.") for name in again.manifest.tensors)
@@ -110,5 +110,5 @@ def test_weights_that_are_not_finite_are_not_made_fp8(tmp_path: Path) -> None:
     with torch.no_grad():
         dict(model.named_parameters())["layers.0.ffn.down.weight"][3, 5] = float("inf")
     checkpoint = save_model(model, tmp_path / "store")
-    found = refused(export, checkpoint, tmp_path / "out", ExportOptions("fp8"), silent)
+    found = refused(export_checkpoint, checkpoint, tmp_path / "out", ExportOptions("fp8"), silent)
     assert list(found) == ["model.layers.0.mlp.down_proj.weight"]

@@ -13,22 +13,22 @@ from shoestring.comm.errors import ConfigError
 from shoestring.tests.launch.refusals import refused
 from shoestring.tests.trainer.huggingface.small_release import CONFIGS, exported, silent
 from shoestring.tests.trainer.model.released import model_config
-from shoestring.trainer.huggingface.config import config_json
-from shoestring.trainer.huggingface.config import model_config as config_from_json
-from shoestring.trainer.huggingface.importing import import_released
+from shoestring.trainer.huggingface.config import parse_config_json as config_from_json
+from shoestring.trainer.huggingface.config import to_config_json
+from shoestring.trainer.huggingface.importing import import_huggingface_weights
 from shoestring.trainer.model.config import YarnConfig
 
 
 def test_a_config_comes_back(tmp_path: Path) -> None:
     for name, reference in CONFIGS.items():
         config = model_config(reference)
-        tree = config_json(config, dtype="bfloat16", fp8=True, rope_interleave=True, context=64)
+        tree = to_config_json(config, dtype="bfloat16", fp8=True, rope_interleave=True, max_position_embeddings=64)
         assert config_from_json(json.loads(json.dumps(tree)), config.name) == config, name
 
 
 def test_the_released_config_is_ours(tmp_path: Path) -> None:
     """What the hub's config.json of DeepSeek-V3 says, as far as it concerns the model."""
-    from shoestring.launch.compose import compose_run
+    from shoestring.launch.compose import compose_run_config
 
     rope = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
     tree: dict[str, Any] = {
@@ -44,7 +44,7 @@ def test_the_released_config_is_ours(tmp_path: Path) -> None:
         "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 129280,
         "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
     }  # fmt: skip
-    expected = compose_run(["experiment=quickstart", "model=deepseek_v3", "data.vocabulary=129280"]).model
+    expected = compose_run_config(["experiment=quickstart", "model=deepseek_v3", "data.vocabulary=129280"]).model
     assert config_from_json(tree, "deepseek_v3") == replace(expected, rope_scaling=YarnConfig(), initializer_range=0.02)
 
 
@@ -69,7 +69,7 @@ def test_a_config_that_our_model_is_not_is_refused(key: str, value: object, gist
     tree = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(tree | {key: value}))
     with pytest.raises(ConfigError, match=gist):
-        import_released(directory, tmp_path / "again", silent)
+        import_huggingface_weights(directory, tmp_path / "again", silent)
     assert not (tmp_path / "again").exists()
 
 
@@ -80,5 +80,5 @@ def test_a_config_that_leaves_a_choice_to_defaults_is_refused(tmp_path: Path) ->
     for key in ("num_experts_per_tok", "norm_topk_prob", "rms_norm_eps"):
         del tree[key]
     (directory / "config.json").write_text(json.dumps(tree))
-    found = refused(import_released, directory, tmp_path / "again", silent)
+    found = refused(import_huggingface_weights, directory, tmp_path / "again", silent)
     assert found.keys() == {f"config.json: {key}" for key in ("num_experts_per_tok", "norm_topk_prob", "rms_norm_eps")}

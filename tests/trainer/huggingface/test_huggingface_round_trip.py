@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
 
-from shoestring.parallelism.pipeline.executor import drive
+from shoestring.parallelism.pipeline.executor import run_to_completion
 from shoestring.tests.reference.hf import to_transformers, to_transformers_mtp
 from shoestring.tests.trainer.huggingface.small_release import (
     CONFIGS,
@@ -22,8 +22,8 @@ from shoestring.tests.trainer.huggingface.small_release import (
     their_model,
 )
 from shoestring.trainer.checkpoint.opened import Checkpoint
-from shoestring.trainer.generation.load import load_chunk
-from shoestring.trainer.huggingface.importing import import_released
+from shoestring.trainer.generation.load import load_chunk_for_inference
+from shoestring.trainer.huggingface.importing import import_huggingface_weights
 
 TOKENS_BS = torch.randint(0, 96, (3, 24), generator=torch.Generator().manual_seed(7))
 
@@ -36,7 +36,9 @@ def their_logits(model: DeepseekV3ForCausalLM) -> Tensor:
 
 @torch.no_grad()
 def our_logits(checkpoint: Checkpoint) -> Tensor:
-    return drive(load_chunk(checkpoint, torch.device("cpu"), torch.float32).logits(TOKENS_BS))
+    return run_to_completion(
+        load_chunk_for_inference(checkpoint, torch.device("cpu"), torch.float32).compute_logits(TOKENS_BS)
+    )
 
 
 @pytest.mark.parametrize("rope_interleave", [True, False], ids=["pairs", "halves"])
@@ -59,7 +61,7 @@ def test_what_transformers_saves_is_imported_with_its_logits(name: str, rope_int
     theirs.config.rope_interleave = rope_interleave  # the same weights mean another model
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
     said: list[str] = []
-    path = import_released(tmp_path / "theirs", tmp_path / "store", said.append)
+    path = import_huggingface_weights(tmp_path / "theirs", tmp_path / "store", said.append)
     assert (our_logits(Checkpoint.open(path)) - their_logits(theirs)).abs().max().item() <= 2e-5
     assert any("imported without" in line for line in said) == (config.num_nextn_predict_layers > 0)
 
@@ -77,10 +79,10 @@ def test_mtp_weights_have_deepseeks_names_and_survive(name: str, tmp_path: Path)
     assert found.keys() == params.keys() | extra
     for key, value in params.items():
         assert torch.equal(found[key], value), key
-    path = import_released(directory, tmp_path / "again", silent)
-    assert Checkpoint.open(path).model == replace(checkpoint.model, name="out")
+    path = import_huggingface_weights(directory, tmp_path / "again", silent)
+    assert Checkpoint.open(path).model_config == replace(checkpoint.model_config, name="out")
     for key in checkpoint.manifest.tensors:
-        assert torch.equal(Checkpoint.open(path).read(key), checkpoint.read(key)), key
+        assert torch.equal(Checkpoint.open(path).read_tensor(key), checkpoint.read_tensor(key)), key
 
 
 @torch.no_grad()
@@ -89,11 +91,11 @@ def test_the_mtp_module_of_an_export_gives_our_draft_logits(tmp_path: Path) -> N
     main = their_model(directory)
     theirs = to_transformers_mtp(CONFIGS["full"], on_disk(directory), main)
     inputs_BS, next_BS = TOKENS_BS[:, :-1], TOKENS_BS[:, 1:]
-    chunk = load_chunk(checkpoint, torch.device("cpu"), torch.float32)
-    hidden_BSD = drive(chunk.hidden(inputs_BS))
+    chunk = load_chunk_for_inference(checkpoint, torch.device("cpu"), torch.float32)
+    hidden_BSD = run_to_completion(chunk.compute_hidden_states(inputs_BS))
     their_hidden_BSD = main.model(inputs_BS).last_hidden_state
     assert (hidden_BSD - their_hidden_BSD).abs().max().item() <= 2e-5
     positions_1S = torch.arange(inputs_BS.shape[1])[None]
     further_BSD = theirs.forward_layer(0, their_hidden_BSD, positions_1S, None, input_ids=next_BS)
     expected = main.lm_head(further_BSD)
-    assert (drive(chunk.draft(hidden_BSD, next_BS)) - expected).abs().max().item() <= 2e-5
+    assert (run_to_completion(chunk.compute_mtp_logits(hidden_BSD, next_BS)) - expected).abs().max().item() <= 2e-5

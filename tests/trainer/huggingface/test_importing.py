@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shoestring.tests.launch.refusals import refused
 from shoestring.tests.trainer.huggingface.small_release import exported, silent
-from shoestring.trainer.huggingface.importing import import_released
+from shoestring.trainer.huggingface.importing import import_huggingface_weights
 
 
 def edited(directory: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
@@ -30,7 +30,7 @@ def test_all_that_is_missing_or_unknown_is_named_at_once(tmp_path: Path) -> None
         tensors["model.layers.3.embed_tokens.weight"] += 1
 
     edited(directory, edit)
-    found = refused(import_released, directory, tmp_path / "again", silent)
+    found = refused(import_huggingface_weights, directory, tmp_path / "again", silent)
     assert found.keys() == {
         "model.layers.9.mlp.gate.weight",
         "model.layers.1.mlp.experts.3.up_proj.weight",
@@ -43,4 +43,7 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     _, directory = exported("full", tmp_path)
     raw = (directory / "model.safetensors").read_bytes()
     (directory / "model.safetensors").write_bytes(raw[:-1])
-    assert "where its header describes" in refused(import_released, directory, tmp_path / "again", silent).popitem()[1]
+    assert (
+        "where its header describes"
+        in refused(import_huggingface_weights, directory, tmp_path / "again", silent).popitem()[1]
+    )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.trainer.ledger.allocation import Allocation
+from shoestring.trainer.ledger.allocation import AllocationJournal
 from shoestring.trainer.ledger.clock import Instant
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.summary import LedgerSummary
@@ -31,8 +31,8 @@ class Time:
         self.ns += round(seconds * 1e9)
 
 
-def launch(run_dir: Path, attempt: str) -> Allocation:
-    return Allocation(run_dir, ranks=RANKS, attempt=attempt, budget=BUDGET, beat_seconds=NEVER)
+def launch(run_dir: Path, attempt: str) -> AllocationJournal:
+    return AllocationJournal(run_dir, ranks=RANKS, attempt=attempt, budget=BUDGET, heartbeat_seconds=NEVER)
 
 
 def begin(run_dir: Path, attempt: str) -> WorkJournal:
@@ -42,8 +42,8 @@ def begin(run_dir: Path, attempt: str) -> WorkJournal:
 def do_steps(work: WorkJournal, time: Time, first: int, last: int, milliseconds: float = 100) -> None:
     for step in range(first, last + 1):
         time.pass_ms(milliseconds)
-        work.step(step, milliseconds, tokens=1000)
+        work.record_step(step, milliseconds, tokens=1000)
 
 
 def everything(summary: LedgerSummary) -> int:
-    return summary.productive_ms + summary.rolled_back_ms + sum(summary.buckets.values()) + summary.unknown_ms
+    return summary.productive_ms + summary.rolled_back_ms + sum(summary.gpu_ms_by_bucket.values()) + summary.unknown_ms

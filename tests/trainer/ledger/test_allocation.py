@@ -11,20 +11,20 @@ import pytest
 
 from shoestring.comm.errors import ConfigError
 from shoestring.tests.trainer.ledger.small_ledger import RANKS, Time, begin, do_steps, launch
-from shoestring.trainer.ledger.summary import summarize
+from shoestring.trainer.ledger.summary import summarize_ledger
 
 
 def test_a_killed_launcher_has_held_its_gpus_to_the_last_sign_of_life(tmp_path: Path, time: Time) -> None:
     allocation = launch(tmp_path, "a")
     time.pass_ms(1000)
-    allocation.heartbeat()
-    assert summarize(tmp_path).allocated_ms == RANKS * 1000
+    allocation.write_heartbeat()
+    assert summarize_ledger(tmp_path).allocated_ms == RANKS * 1000
     work = begin(tmp_path, "a")
     do_steps(work, time, 1, 2)
     time.pass_ms(9000)  # nothing is known of this time
-    summary = summarize(tmp_path)
+    summary = summarize_ledger(tmp_path)
     assert summary.allocated_ms == RANKS * 1200
-    assert summary.running
+    assert summary.is_running
 
 
 LAUNCHER = """
@@ -45,16 +45,16 @@ def test_a_real_launcher_beats_until_it_is_killed_and_the_next_goes_on(tmp_path:
     )
     assert launcher.stdout is not None
     assert launcher.stdout.readline() == "open\n"
-    while summarize(tmp_path).allocated_ms < 4 * 50:
+    while summarize_ledger(tmp_path).allocated_ms < 4 * 50:
         assert launcher.poll() is None
     with pytest.raises(ConfigError, match="already going on"):
         launch(tmp_path, "b")
     launcher.send_signal(signal.SIGKILL)
     launcher.communicate()
-    held = summarize(tmp_path)
-    assert held.running
+    held = summarize_ledger(tmp_path)
+    assert held.is_running
     launch(tmp_path, "b").close("done")
-    summary = summarize(tmp_path)
-    assert summary.attempts == 2
+    summary = summarize_ledger(tmp_path)
+    assert summary.num_attempts == 2
     assert held.allocated_ms <= summary.allocated_ms
-    assert not summary.running
+    assert not summary.is_running

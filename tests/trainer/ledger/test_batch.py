@@ -12,7 +12,7 @@ import pytest
 from shoestring.comm.errors import ConfigError
 from shoestring.trainer.ledger import journal as journal_module
 from shoestring.trainer.ledger.batch import RecordBatch
-from shoestring.trainer.ledger.journal import GENESIS, Journal, JournalReader, Record
+from shoestring.trainer.ledger.journal import GENESIS_HASH, JournalReader, JournalWriter, Record
 from shoestring.trainer.ledger.records import check_record
 from shoestring.trainer.ledger.replay import Ledger
 
@@ -36,7 +36,7 @@ def some_record(dice: random.Random, step: int, boot: str) -> Record:
 def write(path: Path, seed: int, records: int = 300) -> None:
     """A ledger of two launches at once, clocks that jump, boots that change, now and then a key that is not needed."""
     dice, step, boot = random.Random(seed), 1, "one"
-    journal = Journal(path)
+    journal = JournalWriter(path)
     instant = {"boot": boot, "monotonic_ns": 0, "wall_ns": 0}
     for attempt in ("a", "b"):
         opened = {"attempt": attempt, "ranks": 3, "phase": "pre_train", "budget_gpu_hours": 1.0}
@@ -58,12 +58,12 @@ def test_any_ledger_is_the_same_in_batches_and_one_by_one(
     write(path, seed)
     one, many = (JournalReader(path, check=check_record) for _ in range(2))
     singly, together = Ledger(), Ledger()
-    singly.replay([], one.stream())
-    batches = list(many.batches())
-    together.replay([], batches)
+    singly.replay_records([], one.stream_records())
+    batches = list(many.stream_batches())
+    together.replay_records([], batches)
     assert sum(isinstance(each, RecordBatch) for each in batches) > 20
-    assert together.to_tree() == {**singly.to_tree(), "latest": together.latest}
-    assert many.place == one.place
+    assert together.to_tree() == {**singly.to_tree(), "latest": together.latest_opening}
+    assert many.position == one.position
 
 
 def test_every_place_to_stop_at_is_kept(tmp_path: Path) -> None:
@@ -71,15 +71,15 @@ def test_every_place_to_stop_at_is_kept(tmp_path: Path) -> None:
     write(path, 1, 40)
     for end in range(0, path.stat().st_size, 97):
         one, many = JournalReader(path), JournalReader(path)
-        for _ in one.stream(end):
+        for _ in one.stream_records(end):
             pass
-        for _ in many.batches(end):
+        for _ in many.stream_batches(end):
             pass
-        assert many.place == one.place
+        assert many.position == one.position
 
 
 def lines_of_steps(path: Path, number: int) -> list[bytes]:
-    journal = Journal(path)
+    journal = JournalWriter(path)
     for step in range(1, number + 1):
         instant = {"boot": "one", "monotonic_ns": step, "wall_ns": step}
         content = {"step": step, "gpu_ms": 1000, "tokens": 8}
@@ -105,16 +105,16 @@ def test_a_line_that_was_changed_is_named(tmp_path: Path, old: bytes, new: bytes
     lines[4] = lines[4].replace(old, new)
     path.write_bytes(b"".join(lines))
     with pytest.raises(ConfigError, match=r"work\.jsonl:5.*chain of hashes is broken"):
-        list(JournalReader(path).batches())
+        list(JournalReader(path).stream_batches())
     path.write_bytes(b"".join(lines[:3] + lines[5:]))
     with pytest.raises(ConfigError, match=r"work\.jsonl:4.*chain of hashes is broken"):
-        list(JournalReader(path).batches())
+        list(JournalReader(path).stream_batches())
 
 
 def test_the_lines_of_a_run_are_read_in_batches(tmp_path: Path) -> None:
     path = tmp_path / "work.jsonl"
     lines_of_steps(path, 9)
-    (batch,) = JournalReader(path).batches()
+    (batch,) = JournalReader(path).stream_batches()
     assert isinstance(batch, RecordBatch)
     assert list(batch.steps) == list(range(1, 10))
-    assert json.loads(path.read_bytes().splitlines()[-1])["hash"] != GENESIS
+    assert json.loads(path.read_bytes().splitlines()[-1])["hash"] != GENESIS_HASH

@@ -10,55 +10,60 @@ import pytest
 from shoestring.tests.trainer.ledger.small_ledger import Time
 from shoestring.tests.trainer.ledger.timed_runs import BUDGET, HOUR, project_file, run
 from shoestring.trainer.ledger.config import BudgetConfig
-from shoestring.trainer.ledger.guard import LEAST_STEPS, Guard, accounts, project_cost
+from shoestring.trainer.ledger.guard import (
+    MIN_STEPS_TO_PROJECT,
+    BudgetGuard,
+    compute_budget_accounts,
+    project_gpu_hours,
+)
 from shoestring.trainer.ledger.meter import CostMeter
 from shoestring.trainer.ledger.project import Project
-from shoestring.trainer.ledger.summary import summarize
+from shoestring.trainer.ledger.summary import summarize_ledger
 from shoestring.trainer.ledger.terms import PUBLISHED_GPU_HOURS
 
 
-def watched(run_dir: Path, time: Time, budget: BudgetConfig) -> Guard:
+def watched(run_dir: Path, time: Time, budget: BudgetConfig) -> BudgetGuard:
     run(run_dir, time, 0.0)
-    return Guard(budget, CostMeter(summarize(run_dir), ranks=4), run_dir)
+    return BudgetGuard(budget, CostMeter(summarize_ledger(run_dir), ranks=4), run_dir)
 
 
 def test_a_projection_is_what_is_spent_and_the_rest_at_the_median_price() -> None:
-    assert project_cost(10.0, 14_800_000_000_000, 0.648) == pytest.approx(10 + 2_664_000)  # 180 K a trillion
+    assert project_gpu_hours(10.0, 14_800_000_000_000, 0.648) == pytest.approx(10 + 2_664_000)  # 180 K a trillion
 
 
 def test_the_guard_waits_for_a_few_steps_then_warns_then_halts(tmp_path: Path, time: Time) -> None:
     guard = watched(tmp_path, time, BUDGET)
-    for number in range(LEAST_STEPS):
-        assert guard.must_halt(10**9) is None  # it does not know yet
-        guard.observe(4000 if number else 10**9, 1000)  # the first step warms up: the median does not care
+    for number in range(MIN_STEPS_TO_PROJECT):
+        assert guard.halt_reason(10**9) is None  # it does not know yet
+        guard.observe_step(4000 if number else 10**9, 1000)  # the first step warms up: the median does not care
     time.pass_seconds(360)  # x 4 ranks: 0.4 GPU-hours
-    (account,) = guard.accounts(450_000)
+    (account,) = guard.current_accounts(450_000)
     assert [account.spent, account.projected] == pytest.approx([0.4, 0.4 + 0.5])
-    assert guard.warning(440_000) is None
-    assert "91% of budget.gpu_hours = 1" in str(guard.warning(459_000))
-    assert guard.warning(459_000) is None  # it has been said
-    assert guard.must_halt(459_000) is None
-    reason = guard.must_halt(560_000)
+    assert guard.new_warning(440_000) is None
+    assert "91% of budget.gpu_hours = 1" in str(guard.new_warning(459_000))
+    assert guard.new_warning(459_000) is None  # it has been said
+    assert guard.halt_reason(459_000) is None
+    reason = guard.halt_reason(560_000)
     assert reason is not None
     assert "has used 0.4 GPU-hours and will have used 1.022 at its end, of a budget of 1" in reason
     assert "budget.stop_at=null" in reason
-    patient = Guard(replace(BUDGET, stop_at=None), guard._meter, tmp_path)
-    for _ in range(LEAST_STEPS):
-        patient.observe(4000, 1000)
-    assert patient.must_halt(560_000) is None
+    patient = BudgetGuard(replace(BUDGET, stop_at=None), guard._meter, tmp_path)
+    for _ in range(MIN_STEPS_TO_PROJECT):
+        patient.observe_step(4000, 1000)
+    assert patient.halt_reason(560_000) is None
     time.pass_seconds(540)
-    assert "has used 1 GPU-hours and its budget is 1; raise budget.gpu_hours" in str(patient.must_halt(100))
+    assert "has used 1 GPU-hours and its budget is 1; raise budget.gpu_hours" in str(patient.halt_reason(100))
 
 
 def test_a_run_that_stands_still_is_judged_by_its_ledger(tmp_path: Path, time: Time) -> None:
-    run(tmp_path, time, 1800, steps=LEAST_STEPS)
-    summary = summarize(tmp_path)
-    (account,) = accounts(BUDGET, summary, tmp_path, LEAST_STEPS * 100)
+    run(tmp_path, time, 1800, steps=MIN_STEPS_TO_PROJECT)
+    summary = summarize_ledger(tmp_path)
+    (account,) = compute_budget_accounts(BUDGET, summary, tmp_path, MIN_STEPS_TO_PROJECT * 100)
     assert [account.spent, account.projected] == pytest.approx([0.5, 1.0])
-    (account,) = accounts(BUDGET, summary, tmp_path, LEAST_STEPS * 200)
-    assert "raise budget.gpu_hours" in str(account.exceeded(1.0))
-    assert account.exceeded(None) is None
-    (account,) = accounts(BUDGET, summary, tmp_path, LEAST_STEPS * 200, ramp_steps=3)
+    (account,) = compute_budget_accounts(BUDGET, summary, tmp_path, MIN_STEPS_TO_PROJECT * 200)
+    assert "raise budget.gpu_hours" in str(account.halt_reason(1.0))
+    assert account.halt_reason(None) is None
+    (account,) = compute_budget_accounts(BUDGET, summary, tmp_path, MIN_STEPS_TO_PROJECT * 200, ramp_steps=3)
     assert account.projected is None  # smaller steps tell nothing of the price of those that are left
 
 
@@ -67,9 +72,9 @@ def test_the_guard_holds_a_run_to_what_others_have_left(tmp_path: Path, time: Ti
     first, second, _ = Project.read(path).runs
     run(first, time, 1.5 * HOUR)
     guard = watched(second, time, replace(BUDGET, gpu_hours=100, project=str(path)))
-    assert guard.must_halt(1000) is None
+    assert guard.halt_reason(1000) is None
     time.pass_seconds(0.2 * HOUR)  # x 4 ranks
-    reason = str(guard.must_halt(1000))
+    reason = str(guard.halt_reason(1000))
     assert "has used 0.8 GPU-hours and its budget is 0.5" in reason
     assert f"raise gpu_hours.pre_train in {path}" in reason
 

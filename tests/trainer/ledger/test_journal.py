@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from shoestring.comm.errors import ConfigError
-from shoestring.trainer.ledger.journal import Journal, JournalReader, holds, read_journal
+from shoestring.trainer.ledger.journal import JournalReader, JournalWriter, contains_any, read_journal
 
 WRITER = """
 import sys
@@ -28,7 +28,7 @@ while True:
 
 
 def fill(path: Path, *numbers: int) -> None:
-    journal = Journal(path)
+    journal = JournalWriter(path)
     for number in numbers:
         journal.append({"number": number})
     journal.close()
@@ -78,7 +78,7 @@ def test_a_changed_journal_is_refused_by_line(tmp_path: Path, change: object, li
     with pytest.raises(ConfigError, match=rf"work\.jsonl:{line} "):
         read_journal(path)
     with pytest.raises(ConfigError, match=rf"work\.jsonl:{line} "):
-        Journal(path)
+        JournalWriter(path)
 
 
 def test_a_growing_journal_is_read_on_from_where_it_was(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_the_disk_is_waited_for_once_an_interval_and_at_the_end(
 
     monkeypatch.setattr(time, "monotonic", lambda: now)
     monkeypatch.setattr(os, "fsync", fsync)
-    journal = Journal(tmp_path / "work.jsonl", sync_seconds=4)
+    journal = JournalWriter(tmp_path / "work.jsonl", sync_seconds=4)
     for _ in range(8):  # two seconds
         journal.append({"number": 1})
         now += 0.25
@@ -132,9 +132,9 @@ def test_the_disk_is_waited_for_once_an_interval_and_at_the_end(
 
 def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> None:
     path = tmp_path / "work.jsonl"
-    first = Journal(path)
+    first = JournalWriter(path)
     with pytest.raises(ConfigError, match="another process"):
-        Journal(path)
+        JournalWriter(path)
     first.close()
     fill(path, 1)
 
@@ -143,7 +143,7 @@ def test_an_append_that_fails_half_way_leaves_a_chain_to_go_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "work.jsonl"
-    journal = Journal(path)
+    journal = JournalWriter(path)
     journal.append({"number": 1})
 
     def interrupt(descriptor: int) -> None:
@@ -196,15 +196,15 @@ def test_a_journal_of_holes_is_refused_in_no_time(end: bytes, tmp_path: Path) ->
     with pytest.raises(ConfigError, match=r"work.jsonl.*begins a line of more than 1048576 bytes"):
         read_journal(path)
     with pytest.raises(ConfigError, match=r"work.jsonl.*stands in a line of more than 8388608 bytes"):
-        holds(path, b"nowhere")
-    assert holds(path, b'"number":1')
+        contains_any(path, b"nowhere")
+    assert contains_any(path, b'"number":1')
     with pytest.raises(ConfigError, match=r"ends in more than 8388608 bytes|begins a line of more"):
-        Journal(path)
+        JournalWriter(path)
     assert path.stat().st_size == 2**40 + len(end)
 
 
 def test_a_record_of_a_mebibyte_is_read(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "work.jsonl")
+    journal = JournalWriter(tmp_path / "work.jsonl")
     journal.append({"number": 1, "filler": "x" * 1_000_000})
     journal.close()
     assert numbers(tmp_path / "work.jsonl") == [1]

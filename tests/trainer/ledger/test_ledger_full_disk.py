@@ -12,10 +12,10 @@ import pytest
 from shoestring.comm.errors import ConfigError
 from shoestring.tests.full_disk import largest_file
 from shoestring.tests.launch.refusals import by_field, refused
-from shoestring.trainer.ledger.allocation import Allocation
+from shoestring.trainer.ledger.allocation import AllocationJournal
 from shoestring.trainer.ledger.config import BudgetConfig
-from shoestring.trainer.ledger.journal import Journal, read_journal, refuse_if_held
-from shoestring.trainer.ledger.summary import LedgerSummary, summarize
+from shoestring.trainer.ledger.journal import JournalWriter, read_journal, refuse_if_locked
+from shoestring.trainer.ledger.summary import LedgerSummary, summarize_ledger
 from shoestring.trainer.ledger.terms import ALLOCATION_FILE, WORK_FILE
 from shoestring.trainer.ledger.totals import ledger_problems
 from shoestring.trainer.ledger.work import WorkJournal
@@ -23,42 +23,42 @@ from shoestring.trainer.ledger.work import WorkJournal
 BUDGET = BudgetConfig(gpu_hours=1.0)
 
 
-def launch(run_dir: Path, attempt: str) -> Allocation:
-    return Allocation(run_dir, ranks=2, attempt=attempt, budget=BUDGET, beat_seconds=1e6)
+def launch(run_dir: Path, attempt: str) -> AllocationJournal:
+    return AllocationJournal(run_dir, ranks=2, attempt=attempt, budget=BUDGET, heartbeat_seconds=1e6)
 
 
 def adds_up(summary: LedgerSummary) -> bool:
-    parts = summary.productive_ms + summary.rolled_back_ms + sum(summary.buckets.values()) + summary.unknown_ms
+    parts = summary.productive_ms + summary.rolled_back_ms + sum(summary.gpu_ms_by_bucket.values()) + summary.unknown_ms
     return summary.allocated_ms == parts
 
 
 def test_records_wait_for_room_and_the_chain_is_whole(tmp_path: Path) -> None:
     allocation = launch(tmp_path, "a")
     work = WorkJournal(tmp_path, ranks=2, attempt="a", budget=BUDGET)
-    work.ready()
+    work.record_ready()
     with largest_file((tmp_path / WORK_FILE).stat().st_size + 10):
         for step in range(1, 6):
-            work.step(step, 0.0, 8)
-        assert (work.waiting, work.failure) == (5, "File too large")
-        assert work.ledger.summary().steps_retained == 0  # what a checkpoint may rely on is on the disk
-    work.step(6, 0.0, 8)
+            work.record_step(step, 0.0, 8)
+        assert (work.pending_records, work.write_error) == (5, "File too large")
+        assert work.ledger.summarize().steps_retained == 0  # what a checkpoint may rely on is on the disk
+    work.record_step(6, 0.0, 8)
     work.close()
     allocation.close("done")
     assert [record.get("step") for record in read_journal(tmp_path / WORK_FILE)][2:-1] == [*range(1, 7)]
-    assert summarize(tmp_path).steps_retained == 6
-    assert adds_up(summarize(tmp_path))
+    assert summarize_ledger(tmp_path).steps_retained == 6
+    assert adds_up(summarize_ledger(tmp_path))
 
 
 def test_a_life_that_ends_on_a_full_disk_leaves_a_ledger_to_go_on_with(tmp_path: Path) -> None:
     for attempt in ("a", "b"):
         allocation = launch(tmp_path, attempt)
         work = WorkJournal(tmp_path, ranks=2, attempt=attempt, budget=BUDGET)
-        work.ready()
+        work.record_ready()
         with largest_file((tmp_path / WORK_FILE).stat().st_size + 100):
-            work.step(1, 0.0, 8)
+            work.record_step(1, 0.0, 8)
             work.close()
         allocation.close("done")
-    assert adds_up(summarize(tmp_path))
+    assert adds_up(summarize_ledger(tmp_path))
     assert [record["kind"] for record in read_journal(tmp_path / WORK_FILE)] == ["begin", "ready"] * 2
 
 
@@ -69,14 +69,14 @@ def test_records_beyond_the_bound_are_left_out_of_the_chain_and_counted(
     monkeypatch.setattr(work._journal._writer, "_limit", 400)
     with largest_file((tmp_path / WORK_FILE).stat().st_size):
         for step in range(1, 6):
-            work.step(step, 0.0, 8)
-    work.step(6, 0.0, 8)
+            work.record_step(step, 0.0, 8)
+    work.record_step(6, 0.0, 8)
     work.close()
     kinds = [
         (record["kind"], record.get("step", record.get("records"))) for record in read_journal(tmp_path / WORK_FILE)
     ]
     assert kinds == [("begin", None), ("step", 1), ("left_out", 4), ("step", 6), ("end", None)]
-    assert adds_up(summarize(tmp_path))
+    assert adds_up(summarize_ledger(tmp_path))
 
 
 def test_a_launch_without_room_for_its_first_record_is_refused(tmp_path: Path) -> None:
@@ -97,33 +97,33 @@ def test_a_file_system_without_locks_is_refused_in_one_sentence(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    (message,) = refused(Journal, tmp_path / "work.jsonl").values()
+    (message,) = refused(JournalWriter, tmp_path / "work.jsonl").values()
     assert f"cannot be locked ({os.strerror(number)})" in message
     assert "use a file system with flock" in message
 
 
 def test_a_journal_that_is_being_written_is_told(tmp_path: Path) -> None:
-    refuse_if_held(tmp_path / "work.jsonl")
-    journal = Journal(tmp_path / "work.jsonl")
+    refuse_if_locked(tmp_path / "work.jsonl")
+    journal = JournalWriter(tmp_path / "work.jsonl")
     with pytest.raises(ConfigError, match="another process is writing this journal"):
-        refuse_if_held(tmp_path / "work.jsonl")
+        refuse_if_locked(tmp_path / "work.jsonl")
     journal.close()
-    refuse_if_held(tmp_path / "work.jsonl")
+    refuse_if_locked(tmp_path / "work.jsonl")
 
 
 def trained(run_dir: Path) -> LedgerSummary:
     allocation = launch(run_dir, "a")
     work = WorkJournal(run_dir, ranks=2, attempt="a", budget=BUDGET)
-    work.ready()
-    work.step(1, 0.0, 8)
-    summary = work.ledger.summary()
+    work.record_ready()
+    work.record_step(1, 0.0, 8)
+    summary = work.ledger.summarize()
     work.close()
     allocation.close("done")
     return summary
 
 
 def test_a_ledger_of_which_a_half_is_missing_is_refused(tmp_path: Path) -> None:
-    totals = trained(tmp_path).totals()
+    totals = trained(tmp_path).checkpoint_totals()
     assert by_field(ledger_problems(tmp_path, totals)) == {}
     for file in (WORK_FILE, ALLOCATION_FILE):
         whole = (tmp_path / file).read_bytes()
@@ -135,12 +135,12 @@ def test_a_ledger_of_which_a_half_is_missing_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_was_copied_without_its_ledger_may_be_resumed_twice(tmp_path: Path) -> None:
-    totals = trained(tmp_path / "first").totals()
+    totals = trained(tmp_path / "first").checkpoint_totals()
     for attempt in ("b", "c"):
         assert by_field(ledger_problems(tmp_path / "second", totals)) == {}
         allocation = launch(tmp_path / "second", attempt)
         work = WorkJournal(tmp_path / "second", ranks=2, attempt=attempt, budget=BUDGET)
         if attempt == "b":
-            work.inherit(totals)
+            work.record_inherited_totals(totals)
         work.close()
         allocation.close("done")

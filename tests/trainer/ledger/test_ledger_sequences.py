@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.trainer.ledger.allocation import Allocation
+from shoestring.trainer.ledger.allocation import AllocationJournal
 from shoestring.trainer.ledger.clock import Instant
 from shoestring.trainer.ledger.config import BudgetConfig
-from shoestring.trainer.ledger.summary import LedgerReader, LedgerSummary, summarize
-from shoestring.trainer.ledger.terms import CHARGED, TERMS
+from shoestring.trainer.ledger.summary import LedgerReader, LedgerSummary, summarize_ledger
+from shoestring.trainer.ledger.terms import CHARGED_BUCKETS, STEP_TIME_TERMS
 from shoestring.trainer.ledger.work import WorkJournal
 
 BUDGET = BudgetConfig(gpu_hours=1)
@@ -69,7 +69,7 @@ class Model:
 
     def check(self, summary: LedgerSummary) -> None:
         productive = sum(gpu_ms for gpu_ms, _ in self.weights.values())
-        found = {bucket: gpu_ms for bucket, gpu_ms in summary.buckets.items() if gpu_ms}
+        found = {bucket: gpu_ms for bucket, gpu_ms in summary.gpu_ms_by_bucket.items() if gpu_ms}
         found |= {"unknown": summary.unknown_ms} if summary.unknown_ms else {}
         assert found == {bucket: gpu_ms for bucket, gpu_ms in self.spent.items() if gpu_ms}
         assert (summary.allocated_ms, summary.productive_ms) == (self.allocated, productive)
@@ -88,7 +88,7 @@ class Story:
         self.launches = 0
         self.saved = self.step = 0
         self.has_died = False
-        self.allocation: Allocation | None = None
+        self.allocation: AllocationJournal | None = None
         self.work: WorkJournal | None = None
         self.ranks = 0
 
@@ -104,8 +104,8 @@ class Story:
         self.clock.pass_ns(self.ms() * MS)  # nobody holds a GPU
         self.launches += 1
         self.ranks = self.dice.choice((1, 2, 4, 8))
-        self.allocation = Allocation(
-            self.run_dir, ranks=self.ranks, attempt=f"launch {self.launches}", budget=BUDGET, beat_seconds=NEVER
+        self.allocation = AllocationJournal(
+            self.run_dir, ranks=self.ranks, attempt=f"launch {self.launches}", budget=BUDGET, heartbeat_seconds=NEVER
         )
         self.lives = 0
         self.begin()
@@ -126,17 +126,17 @@ class Story:
         self.model.spend(start, self.let(self.ms()))
         if self.saved:
             self.charge("checkpoint_load")
-            self.work.resume(self.saved)
+            self.work.record_resume(self.saved)
         self.model.resume(self.saved)
         self.step = self.saved
         self.model.spend(start, self.let(self.ms()))
-        self.work.ready()
+        self.work.record_ready()
 
     def charge(self, bucket: str) -> None:
         assert self.work is not None
         milliseconds = self.ms()
         self.model.spend(bucket, self.let(milliseconds))
-        self.work.interval(bucket, milliseconds)
+        self.work.record_interval(bucket, milliseconds)
 
     def train(self) -> None:
         assert self.work is not None
@@ -144,27 +144,27 @@ class Story:
         self.step += 1
         milliseconds, tokens = self.ms(), self.dice.choice((256, 1024))
         self.model.step(self.step, self.let(milliseconds), tokens)
-        self.work.step(self.step, milliseconds, tokens)
+        self.work.record_step(self.step, milliseconds, tokens)
 
     def skip(self) -> None:
         assert self.work is not None
         milliseconds = self.ms()
         self.model.spend("skipped", self.let(milliseconds))
         self.model.consumed += 512
-        self.work.skipped(self.step + 1, milliseconds, 512)
+        self.work.record_skipped_step(self.step + 1, milliseconds, 512)
 
     def save(self) -> None:
         self.charge("checkpoint_save")
         self.saved = self.step
 
     def look(self) -> None:
-        self.charge(self.dice.choice(sorted(CHARGED)))
+        self.charge(self.dice.choice(sorted(CHARGED_BUCKETS)))
 
     def dawdle(self) -> None:
         """Time that nobody names, until the next record."""
         assert self.work is not None
         self.model.spend("unknown", self.let(self.ms()))
-        self.work.interval("telemetry", 0)
+        self.work.record_interval("telemetry", 0)
 
     def set_the_clock(self) -> None:
         self.clock.wall += self.dice.choice((-1, 1)) * self.dice.randrange(10**18)
@@ -189,7 +189,7 @@ class Story:
         assert self.work is not None and self.allocation is not None  # noqa: PT018
         if self.dice.random() < 0.5:
             self.model.spend("hang", self.let(self.ms()))
-            self.allocation.heartbeat()
+            self.allocation.write_heartbeat()
         self.clock.pass_ns(self.ms() * MS)
         self.work._journal.close()
         self.allocation._closing.set()
@@ -222,9 +222,9 @@ def test_any_sequence_of_events_keeps_the_identity_and_credits_no_token_twice(
     weights = [2, 4, 4, 2, 2, 2, 1, 2, 1]
     for _ in range(60):
         dice.choices([story.train, *events], [20, *weights])[0]()
-        summary = story.reader.summary()
+        summary = story.reader.summarize()
         story.model.check(summary)
-    assert summarize(tmp_path) == summary  # read as it grew, or all at once
+    assert summarize_ledger(tmp_path) == summary  # read as it grew, or all at once
     assert story.launches > 1
     assert story.allocation is not None
     story.allocation._closing.set()
@@ -241,18 +241,18 @@ def test_durations_of_any_length_add_up_as_well(seed: int, tmp_path: Path, monke
         work = WorkJournal(tmp_path, ranks=3, attempt="a", budget=BUDGET)
         ns = dice.randrange(3 * MS)
         clock.pass_ns(ns)
-        work.interval("checkpoint_load", ns / 1e6)
-        work.ready()
+        work.record_interval("checkpoint_load", ns / 1e6)
+        work.record_ready()
         for step in range(1, 40):
             ns = dice.randrange(4 * MS)
             clock.pass_ns(ns)
             covered_ns += ns
-            work.step(step, ns / 1e6, 100)
-            summary = summarize(tmp_path)
-            assert min(summary.unknown_ms, *summary.buckets.values()) >= 0
+            work.record_step(step, ns / 1e6, 100)
+            summary = summarize_ledger(tmp_path)
+            assert min(summary.unknown_ms, *summary.gpu_ms_by_bucket.values()) >= 0
         work.close(clean=dice.random() < 0.5)
     stepped = summary.productive_ms + summary.rolled_back_ms
-    assert summary.allocated_ms == stepped + sum(summary.buckets.values()) + summary.unknown_ms
+    assert summary.allocated_ms == stepped + sum(summary.gpu_ms_by_bucket.values()) + summary.unknown_ms
     assert covered_ns / 1e6 * 3 - 3 * 3 < stepped <= covered_ns / 1e6 * 3
 
 
@@ -260,16 +260,18 @@ def test_productive_time_is_split_to_the_millisecond(tmp_path: Path, monkeypatch
     clock, dice = Clock(), random.Random(0)
     monkeypatch.setattr(Instant, "now", clock.now)
     work = WorkJournal(tmp_path, ranks=7, attempt="a", budget=BUDGET)
-    work.ready()
-    assert not summarize(tmp_path).terms
+    work.record_ready()
+    assert not summarize_ledger(tmp_path).gpu_ms_by_term
     for step in range(1, 30):
         milliseconds = dice.randrange(1000)
         clock.pass_ns(milliseconds * MS)
-        work.step(step, milliseconds, 100)
-        us = {term: dice.randrange(10_000) for term in TERMS}
+        work.record_step(step, milliseconds, 100)
+        us = {term: dice.randrange(10_000) for term in STEP_TIME_TERMS}
         step_us = sum(us.values()) + dice.randrange(10_000)
-        work.terms(step, step_us, us | {"bubble": us["edge_wait"] // 3})
-        summary = summarize(tmp_path)
-        assert sum(summary.terms.values()) == summary.productive_ms == sum(summary.report_view.values())
-        assert min(*summary.terms.values(), *summary.report_view.values()) >= 0
-    assert summary.report_view["bubble"] == pytest.approx(summary.terms["edge_wait"] / 3, rel=0.01)
+        work.record_step_time_terms(step, step_us, us | {"bubble": us["edge_wait"] // 3})
+        summary = summarize_ledger(tmp_path)
+        assert (
+            sum(summary.gpu_ms_by_term.values()) == summary.productive_ms == sum(summary.gpu_ms_by_paper_term.values())
+        )
+        assert min(*summary.gpu_ms_by_term.values(), *summary.gpu_ms_by_paper_term.values()) >= 0
+    assert summary.gpu_ms_by_paper_term["bubble"] == pytest.approx(summary.gpu_ms_by_term["edge_wait"] / 3, rel=0.01)

@@ -10,8 +10,8 @@ from shoestring.comm.errors import ConfigError
 from shoestring.tests.trainer.ledger.small_ledger import Time
 from shoestring.tests.trainer.ledger.timed_runs import BUDGET, HOUR, project_file, run
 from shoestring.trainer.ledger.project import Project, ProjectReader, ProjectTotals
-from shoestring.trainer.ledger.summary import summarize
-from shoestring.trainer.ledger.totals import carry
+from shoestring.trainer.ledger.summary import summarize_ledger
+from shoestring.trainer.ledger.totals import carry_checkpoint_totals
 from shoestring.trainer.ledger.work import WorkJournal
 
 
@@ -22,30 +22,32 @@ def test_runs_of_a_project_share_a_budget_and_totals_are_cumulative(tmp_path: Pa
     run(first, time, 0.25 * HOUR, first=2)  # started again
     run(first, time, 0.1 * HOUR, phase="context_extension", first=3)  # goes on in another phase
     work = WorkJournal(second, ranks=1, attempt="second", budget=BUDGET)
-    carry(work, second, summarize(first).totals())  # a copy of the first one's checkpoint, without its ledger
+    carry_checkpoint_totals(
+        work, second, summarize_ledger(first).checkpoint_totals()
+    )  # a copy of the first one's checkpoint, without its ledger
     work.close()
     run(second, time, HOUR, first=4)
     reader = ProjectReader(project)
-    assert reader.left("pre_train", second) == pytest.approx(2 - 0.75)
-    assert reader.left("pre_train", third) == pytest.approx(2 - 1.75)
-    assert reader.left("context_extension", third) == pytest.approx(0.4)
-    totals = ProjectTotals.of(project, reader.summaries())
-    assert totals.by_phase == {"pre_train": 1.75 * HOUR * 1000, "context_extension": 360_000, "post_training": 0}
+    assert reader.gpu_hours_left("pre_train", second) == pytest.approx(2 - 0.75)
+    assert reader.gpu_hours_left("pre_train", third) == pytest.approx(2 - 1.75)
+    assert reader.gpu_hours_left("context_extension", third) == pytest.approx(0.4)
+    totals = ProjectTotals.from_summaries(project, reader.summarize_runs())
+    assert totals.gpu_ms_by_phase == {"pre_train": 1.75 * HOUR * 1000, "context_extension": 360_000, "post_training": 0}
     assert totals.tokens_by_phase == {"pre_train": 300, "context_extension": 100, "post_training": 0}
-    assert totals.foreign_ms == 0  # the second one's inheritance is the first one's cost
+    assert totals.inherited_from_others_ms == 0  # the second one's inheritance is the first one's cost
     run(third, time, 0.1 * HOUR)
-    assert reader.left("pre_train", second) == pytest.approx(2 - 0.85)  # read on as it grows
-    assert list(reader.summaries()) == [first, second, third]
+    assert reader.gpu_hours_left("pre_train", second) == pytest.approx(2 - 0.85)  # read on as it grows
+    assert list(reader.summarize_runs()) == [first, second, third]
 
 
 def test_what_a_project_inherits_from_outside_is_told_apart(tmp_path: Path, time: Time) -> None:
     outside, project = tmp_path / "outside", Project.read(project_file(tmp_path))
     run(outside, time, HOUR)
     work = WorkJournal(project.runs[0], ranks=1, attempt="a", budget=BUDGET)
-    carry(work, project.runs[0], summarize(outside).totals())
+    carry_checkpoint_totals(work, project.runs[0], summarize_ledger(outside).checkpoint_totals())
     work.close()
-    totals = ProjectTotals.of(project, ProjectReader(project).summaries())
-    assert (totals.allocated_ms, totals.foreign_ms) == (0, HOUR * 1000)
+    totals = ProjectTotals.from_summaries(project, ProjectReader(project).summarize_runs())
+    assert (totals.allocated_ms, totals.inherited_from_others_ms) == (0, HOUR * 1000)
 
 
 @pytest.mark.parametrize(

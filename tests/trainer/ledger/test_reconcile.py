@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 
 from shoestring.comm.errors import ConfigError
-from shoestring.trainer.ledger.allocation import Allocation
+from shoestring.trainer.ledger.allocation import AllocationJournal
 from shoestring.trainer.ledger.clock import Instant
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.reconcile import (
     ReconciliationLine,
-    invoice_price,
+    describe_invoice_price,
     read_invoice,
-    read_sacct,
+    read_sacct_jobs,
     reconcile_invoice,
     reconcile_jobs,
 )
-from shoestring.trainer.ledger.summary import LedgerSummary, summarize
+from shoestring.trainer.ledger.summary import LedgerSummary, summarize_ledger
 
 SACCT = """JobID|JobName|State|Start|End|ElapsedRaw|AllocTRES
 41|train|COMPLETED|2026-11-25T10:00:00|2026-11-25T10:10:00|600|billing=8,cpu=64,gres/gpu=8,mem=1T,node=1
@@ -39,13 +39,13 @@ def summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LedgerSummary:
         ("c", "42", 4, 290),
         ("d", None, 2, 50),
     ):
-        allocation = Allocation(
-            tmp_path, ranks=ranks, attempt=attempt, budget=BudgetConfig(gpu_hours=1), job=job, beat_seconds=1e6
+        allocation = AllocationJournal(
+            tmp_path, ranks=ranks, attempt=attempt, budget=BudgetConfig(gpu_hours=1), job=job, heartbeat_seconds=1e6
         )
         seconds += length
         allocation.close("done")
         seconds += 5
-    return summarize(tmp_path)
+    return summarize_ledger(tmp_path)
 
 
 def written(folder: Path, text: str) -> Path:
@@ -62,7 +62,7 @@ def add_up(lines: list[ReconciliationLine]) -> None:
 
 
 def test_every_difference_from_the_scheduler_is_a_line(summary: LedgerSummary, tmp_path: Path) -> None:
-    lines = reconcile_jobs(summary, read_sacct(written(tmp_path, SACCT)))
+    lines = reconcile_jobs(summary, read_sacct_jobs(written(tmp_path, SACCT)))
     add_up(lines)
     assert {line.name: line.gpu_ms / 1000 for line in lines} == {
         "scheduler": 8 * 600 + 8 * 300 + 16 * 10,
@@ -77,7 +77,7 @@ def test_every_difference_from_the_scheduler_is_a_line(summary: LedgerSummary, t
 
 
 def test_a_job_that_the_accounting_lacks_is_a_line(summary: LedgerSummary, tmp_path: Path) -> None:
-    lines = reconcile_jobs(summary, read_sacct(written(tmp_path, "\n".join(SACCT.splitlines()[:3]))))
+    lines = reconcile_jobs(summary, read_sacct_jobs(written(tmp_path, "\n".join(SACCT.splitlines()[:3]))))
     add_up(lines)
     assert ReconciliationLine("launch c: job 42 is not in the accounting", 4 * 290_000, True) in lines
 
@@ -89,7 +89,7 @@ def test_an_invoice_is_compared_in_hours_and_in_money(summary: LedgerSummary, tm
     lines = reconcile_invoice(summary, invoice)
     add_up(lines)
     assert lines[1] == ReconciliationLine("invoiced, and not in the ledger", 5_260_000 - 5_400_000, True)
-    assert invoice_price(invoice, 2) == "invoiced $3.25, $2.167 a GPU-hour: +0.25 beside $3.00 at $2"
+    assert describe_invoice_price(invoice, 2) == "invoiced $3.25, $2.167 a GPU-hour: +0.25 beside $3.00 at $2"
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_an_invoice_is_compared_in_hours_and_in_money(summary: LedgerSummary, tm
 )
 def test_an_accounting_that_cannot_be_read_is_refused_by_line(text: str, gist: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=gist):
-        read_sacct(written(tmp_path, text))
+        read_sacct_jobs(written(tmp_path, text))
 
 
 def test_an_invoice_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
@@ -117,4 +117,4 @@ def test_an_invoice_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 
 def test_a_heading_without_end_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"field larger than field limit"):
-        read_sacct(written(tmp_path, "JobID|" + "9" * 200_000))
+        read_sacct_jobs(written(tmp_path, "JobID|" + "9" * 200_000))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from shoestring.comm.errors import ConfigError
-from shoestring.trainer.ledger.journal import Journal, JournalReader
+from shoestring.trainer.ledger.journal import JournalReader, JournalWriter
 from shoestring.trainer.ledger.records import check_record
 
 
@@ -17,10 +17,10 @@ from shoestring.trainer.ledger.records import check_record
 )
 def test_a_value_out_of_range_is_refused_with_a_right_hash(tmp_path: Path, change: dict[str, Any]) -> None:
     path = tmp_path / "work.jsonl"
-    journal = Journal(path)
+    journal = JournalWriter(path)
     record = {"kind": "step", "attempt": "a", "boot": "one", "monotonic_ns": 1, "wall_ns": 1}
     journal.append({**record, "step": 1, "gpu_ms": 1, "tokens": 1})
     journal.append({**record, "step": 1, "gpu_ms": 1, "tokens": 1, **change})
     journal.close()
     with pytest.raises(ConfigError, match=r"work\.jsonl:2"):
-        list(JournalReader(path, check=check_record).batches())
+        list(JournalReader(path, check=check_record).stream_batches())

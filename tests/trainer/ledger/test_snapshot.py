@@ -11,12 +11,18 @@ import pytest
 
 from shoestring.comm.errors import ConfigError
 from shoestring.trainer.ledger import retained, snapshot
-from shoestring.trainer.ledger.allocation import Allocation
+from shoestring.trainer.ledger.allocation import AllocationJournal
 from shoestring.trainer.ledger.config import BudgetConfig
-from shoestring.trainer.ledger.journal import JournalReader, is_linked
+from shoestring.trainer.ledger.journal import JournalReader, is_chained
 from shoestring.trainer.ledger.snapshot import read_snapshot
-from shoestring.trainer.ledger.summary import LedgerReader, LedgerSummary, ensure_totals, summarize, verified_summary
-from shoestring.trainer.ledger.terms import ALLOCATION_FILE, TERMS, TOTALS_FILE, WORK_FILE
+from shoestring.trainer.ledger.summary import (
+    LedgerReader,
+    LedgerSummary,
+    ensure_snapshot,
+    summarize_ledger,
+    summarize_verified_ledger,
+)
+from shoestring.trainer.ledger.terms import ALLOCATION_FILE, SNAPSHOT_FILE, STEP_TIME_TERMS, WORK_FILE
 from shoestring.trainer.ledger.work import WorkJournal
 
 BUDGET = BudgetConfig(gpu_hours=1.0)
@@ -28,19 +34,19 @@ def nothing_is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def full(run_dir: Path) -> LedgerSummary:
-    return LedgerReader(run_dir, from_totals=False).summary()
+    return LedgerReader(run_dir, from_snapshot=False).summarize()
 
 
 def train(run_dir: Path, attempt: str, first: int, last: int, *, close: bool = True) -> None:
-    allocation = Allocation(run_dir, ranks=2, attempt=attempt, budget=BUDGET, beat_seconds=1e6)
+    allocation = AllocationJournal(run_dir, ranks=2, attempt=attempt, budget=BUDGET, heartbeat_seconds=1e6)
     work = WorkJournal(run_dir, ranks=2, attempt=attempt, budget=BUDGET)
     if first > 1:
-        work.resume(first - 1)
-    work.ready()
+        work.record_resume(first - 1)
+    work.record_ready()
     for step in range(first, last + 1):
-        work.interval("data_stall", 0.0)
-        work.step(step, 0.0, 8)
-    work.terms(last, 200, dict.fromkeys(TERMS, 20) | {"bubble": 15})
+        work.record_interval("data_stall", 0.0)
+        work.record_step(step, 0.0, 8)
+    work.record_step_time_terms(last, 200, dict.fromkeys(STEP_TIME_TERMS, 20) | {"bubble": 15})
     if close:
         work.close()
         allocation.close(f"{last} steps done")
@@ -56,9 +62,9 @@ def test_totals_and_what_came_since_are_the_whole(tmp_path: Path) -> None:
     saved = read_snapshot(tmp_path)
     assert saved is not None
     assert 0 < saved.work.number < len(JournalReader(tmp_path / WORK_FILE).new_records())
-    assert summarize(tmp_path) == full(tmp_path)
-    assert (summarize(tmp_path).steps_retained, summarize(tmp_path).attempts) == (30, 2)
-    assert verified_summary(tmp_path) == full(tmp_path)
+    assert summarize_ledger(tmp_path) == full(tmp_path)
+    assert (summarize_ledger(tmp_path).steps_retained, summarize_ledger(tmp_path).num_attempts) == (30, 2)
+    assert summarize_verified_ledger(tmp_path) == full(tmp_path)
 
 
 def test_any_sequence_of_launches_is_the_same_with_totals_and_without(
@@ -71,8 +77,8 @@ def test_any_sequence_of_launches_is_the_same_with_totals_and_without(
         first = dice.randint(0, last) + 1
         last = first + dice.randint(0, 9)
         train(tmp_path, f"launch {number}", first, last, close=dice.random() < 0.7)
-        assert summarize(tmp_path) == full(tmp_path)
-        assert verified_summary(tmp_path) == full(tmp_path)
+        assert summarize_ledger(tmp_path) == full(tmp_path)
+        assert summarize_verified_ledger(tmp_path) == full(tmp_path)
 
 
 def test_a_short_ledger_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,23 +86,23 @@ def test_a_short_ledger_is_read_whole(tmp_path: Path, monkeypatch: pytest.Monkey
     assert read_snapshot(tmp_path) is not None
     monkeypatch.setattr(snapshot, "CHEAP_BYTES", 10**6)
     assert read_snapshot(tmp_path) is None
-    assert summarize(tmp_path) == full(tmp_path)
+    assert summarize_ledger(tmp_path) == full(tmp_path)
 
 
 def test_a_launch_makes_totals_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ensure_totals(tmp_path)
+    ensure_snapshot(tmp_path)
     train(tmp_path, "a", 1, 30)
-    (tmp_path / TOTALS_FILE).unlink()
-    ensure_totals(tmp_path)
-    made = (tmp_path / TOTALS_FILE).read_bytes()
-    assert verified_summary(tmp_path) == summarize(tmp_path) == full(tmp_path)
-    (tmp_path / TOTALS_FILE).write_bytes(made[:-50])
-    ensure_totals(tmp_path)
-    assert (tmp_path / TOTALS_FILE).read_bytes() == made
-    (tmp_path / TOTALS_FILE).unlink()
+    (tmp_path / SNAPSHOT_FILE).unlink()
+    ensure_snapshot(tmp_path)
+    made = (tmp_path / SNAPSHOT_FILE).read_bytes()
+    assert summarize_verified_ledger(tmp_path) == summarize_ledger(tmp_path) == full(tmp_path)
+    (tmp_path / SNAPSHOT_FILE).write_bytes(made[:-50])
+    ensure_snapshot(tmp_path)
+    assert (tmp_path / SNAPSHOT_FILE).read_bytes() == made
+    (tmp_path / SNAPSHOT_FILE).unlink()
     monkeypatch.setattr(snapshot, "CHEAP_BYTES", 10**6)
-    ensure_totals(tmp_path)
-    assert not (tmp_path / TOTALS_FILE).exists()
+    ensure_snapshot(tmp_path)
+    assert not (tmp_path / SNAPSHOT_FILE).exists()
 
 
 def edit(path: Path, change: Callable[[dict[str, object]], None]) -> None:
@@ -124,21 +130,21 @@ def test_totals_that_are_not_as_they_were_written_count_for_nothing(
 ) -> None:
     train(tmp_path, "a", 1, 5)
     before = full(tmp_path)
-    harm(tmp_path / TOTALS_FILE)
+    harm(tmp_path / SNAPSHOT_FILE)
     assert read_snapshot(tmp_path) is None
-    assert summarize(tmp_path) == before
+    assert summarize_ledger(tmp_path) == before
 
 
 def test_totals_of_another_ledger_count_for_nothing(tmp_path: Path) -> None:
     train(tmp_path / "one", "a", 1, 5)
     train(tmp_path / "two", "a", 1, 9)
-    (tmp_path / "two" / TOTALS_FILE).write_bytes((tmp_path / "one" / TOTALS_FILE).read_bytes())
+    (tmp_path / "two" / SNAPSHOT_FILE).write_bytes((tmp_path / "one" / SNAPSHOT_FILE).read_bytes())
     assert read_snapshot(tmp_path / "two") is None
-    assert summarize(tmp_path / "two").steps_retained == 9
+    assert summarize_ledger(tmp_path / "two").steps_retained == 9
     with pytest.raises(
         ConfigError, match=r"allocation.jsonl = '\d+ records': are not all in it, and .*totals.json counts"
     ):
-        verified_summary(tmp_path / "two")
+        summarize_verified_ledger(tmp_path / "two")
 
 
 def cut(path: Path) -> None:
@@ -163,14 +169,14 @@ def test_verifying_misses_records_that_the_totals_count(
     train(tmp_path, "c", 10, 12)
     harm(tmp_path / name)
     with pytest.raises(ConfigError, match=f"{name} = "):
-        verified_summary(tmp_path)
+        summarize_verified_ledger(tmp_path)
 
 
 def test_verifying_names_totals_that_were_damaged(tmp_path: Path) -> None:
     train(tmp_path, "a", 1, 5)
-    (tmp_path / TOTALS_FILE).write_text("{}")
+    (tmp_path / SNAPSHOT_FILE).write_text("{}")
     with pytest.raises(ConfigError, match=r"totals.json = 'saved totals': are not as they were written"):
-        verified_summary(tmp_path)
+        summarize_verified_ledger(tmp_path)
 
 
 def test_verifying_finds_what_totals_hide(tmp_path: Path) -> None:
@@ -179,34 +185,34 @@ def test_verifying_finds_what_totals_hide(tmp_path: Path) -> None:
     whole = work.read_text()
     work.write_text(whole.replace('"tokens":8', '"tokens":9', 1))
     with pytest.raises(ConfigError, match="chain of hashes is broken"):
-        verified_summary(tmp_path)
+        summarize_verified_ledger(tmp_path)
     work.write_text(whole)
-    path = tmp_path / TOTALS_FILE
+    path = tmp_path / SNAPSHOT_FILE
     tree = json.loads(path.read_text())
     tree["totals"]["ledger"]["tally"]["tokens_consumed"] += 1
     tree["sha256"] = snapshot._digest(tree["totals"])
     path.write_text(json.dumps(tree))
     with pytest.raises(ConfigError, match="are not what the ledger's records say"):
-        verified_summary(tmp_path)
+        summarize_verified_ledger(tmp_path)
 
 
 def test_a_line_is_checked_as_it_stands() -> None:
     genesis = "0" * 64
-    assert not is_linked(b"{}\n", genesis)
-    assert not is_linked(b'{"hash":"' + b"0" * 64 + b'"}\n', genesis)
+    assert not is_chained(b"{}\n", genesis)
+    assert not is_chained(b'{"hash":"' + b"0" * 64 + b'"}\n', genesis)
 
 
 @pytest.mark.parametrize("place", [{"position": -1}, {"position": 1.0}, {"number": "1"}, {"head": 5}, {"other": 1}])
 def test_totals_that_end_at_no_place_count_for_nothing(place: dict[str, object], tmp_path: Path) -> None:
     """Also where their hash fits: a position of -1 would read all of a file."""
     train(tmp_path, "a", 1, 20)
-    saved = json.loads((tmp_path / TOTALS_FILE).read_text())
+    saved = json.loads((tmp_path / SNAPSHOT_FILE).read_text())
     assert read_snapshot(tmp_path) is not None
     saved["totals"]["work"] |= place
     saved["sha256"] = snapshot._digest(saved["totals"])
-    (tmp_path / TOTALS_FILE).write_text(json.dumps(saved))
+    (tmp_path / SNAPSHOT_FILE).write_text(json.dumps(saved))
     assert read_snapshot(tmp_path) is None
-    assert summarize(tmp_path) == full(tmp_path)
+    assert summarize_ledger(tmp_path) == full(tmp_path)
 
 
 def test_a_step_0_goes_back_to_nothing_that_was_forgotten(tmp_path: Path) -> None:

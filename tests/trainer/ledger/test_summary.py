@@ -10,9 +10,9 @@ from rich.console import Console
 
 from shoestring.comm.errors import ConfigError
 from shoestring.tests.trainer.ledger.small_ledger import BUDGET, RANKS, Time, begin, do_steps, everything, launch
-from shoestring.trainer.ledger.journal import Journal
-from shoestring.trainer.ledger.render import render
-from shoestring.trainer.ledger.summary import summarize
+from shoestring.trainer.ledger.journal import JournalWriter
+from shoestring.trainer.ledger.render import render_ledger
+from shoestring.trainer.ledger.summary import summarize_ledger
 from shoestring.trainer.ledger.terms import ALLOCATION_FILE
 from shoestring.trainer.ledger.work import WorkJournal
 
@@ -22,16 +22,16 @@ def test_a_run_from_launch_to_end(tmp_path: Path, time: Time) -> None:
     time.pass_ms(2000)
     work = begin(tmp_path, "a")
     time.pass_ms(500)
-    work.interval("checkpoint_load", 300)
-    work.ready()
+    work.record_interval("checkpoint_load", 300)
+    work.record_ready()
     do_steps(work, time, 1, 10)
     time.pass_ms(70)
-    work.interval("evaluation", 60.9)
+    work.record_interval("evaluation", 60.9)
     work.close()
     time.pass_ms(400)
     allocation.close("done")
-    summary = summarize(tmp_path)
-    buckets = {bucket: spent for bucket, spent in summary.buckets.items() if spent}
+    summary = summarize_ledger(tmp_path)
+    buckets = {bucket: spent for bucket, spent in summary.gpu_ms_by_bucket.items() if spent}
     assert buckets == {
         "initialization": RANKS * 2200,
         "checkpoint_load": RANKS * 300,
@@ -45,31 +45,31 @@ def test_a_run_from_launch_to_end(tmp_path: Path, time: Time) -> None:
     assert summary.gpu_hours == pytest.approx(RANKS * 3.970 / 3600)
     assert summary.gpu_hours_per_trillion_tokens == pytest.approx(summary.gpu_hours / 10_000 * 1e12)
     assert summary.budget_share == pytest.approx(summary.gpu_hours / 0.5)
-    assert not summary.running
+    assert not summary.is_running
 
 
 def test_steps_undone_by_a_crash_are_priced_again(tmp_path: Path, time: Time) -> None:
     allocation = launch(tmp_path, "a")
     work = begin(tmp_path, "a")
-    work.ready()
+    work.record_ready()
     do_steps(work, time, 1, 7)
     work._journal.close()  # the rank dies: no end is recorded
     time.pass_ms(1500)
     work = begin(tmp_path, "a")
-    work.resume(4)
+    work.record_resume(4)
     time.pass_ms(500)
-    work.ready()
+    work.record_ready()
     do_steps(work, time, 5, 8, milliseconds=200)
     work.close()
     allocation.close("done")
-    summary = summarize(tmp_path)
+    summary = summarize_ledger(tmp_path)
     assert summary.productive_ms == RANKS * (4 * 100 + 4 * 200)
     assert summary.rolled_back_ms == RANKS * 3 * 100
-    assert (summary.buckets["hang"], summary.buckets["recovery"]) == (RANKS * 1500, RANKS * 500)
+    assert (summary.gpu_ms_by_bucket["hang"], summary.gpu_ms_by_bucket["recovery"]) == (RANKS * 1500, RANKS * 500)
     assert summary.unknown_ms == 0
     assert summary.allocated_ms == everything(summary)
     assert (summary.steps_retained, summary.tokens_consumed, summary.tokens_retained) == (8, 11_000, 8000)
-    assert summary.attempts == 1
+    assert summary.num_attempts == 1
 
 
 def test_a_step_done_again_is_rolled_back_even_without_a_resume(tmp_path: Path, time: Time) -> None:
@@ -77,7 +77,7 @@ def test_a_step_done_again_is_rolled_back_even_without_a_resume(tmp_path: Path, 
     do_steps(work, time, 1, 3)
     do_steps(work, time, 2, 2)
     work.close()
-    summary = summarize(tmp_path)
+    summary = summarize_ledger(tmp_path)
     assert (summary.productive_ms, summary.rolled_back_ms) == (RANKS * 200, RANKS * 200)
 
 
@@ -86,29 +86,29 @@ def test_two_launches_are_two_segments_and_the_time_between_is_nobodys(tmp_path:
         allocation = launch(tmp_path, attempt)
         time.pass_ms(50)
         work = begin(tmp_path, attempt)
-        work.ready()
+        work.record_ready()
         do_steps(work, time, first, first + 2)
         work.close()
         allocation.close("preempted")
         time.pass_ms(60_000)
-    summary = summarize(tmp_path)
-    assert summary.attempts == 2
+    summary = summarize_ledger(tmp_path)
+    assert summary.num_attempts == 2
     assert summary.allocated_ms == everything(summary) == 2 * RANKS * 350
-    assert summary.buckets["initialization"] == 2 * RANKS * 50
+    assert summary.gpu_ms_by_bucket["initialization"] == 2 * RANKS * 50
     assert summary.unknown_ms == 0
 
 
 def test_work_without_a_launcher_counts_for_its_own_span(tmp_path: Path, time: Time) -> None:
     work = begin(tmp_path, "by hand")
     time.pass_ms(30)
-    work.ready()
+    work.record_ready()
     do_steps(work, time, 1, 2)
-    assert summarize(tmp_path).running
+    assert summarize_ledger(tmp_path).is_running
     work.close()
-    summary = summarize(tmp_path)
+    summary = summarize_ledger(tmp_path)
     assert summary.allocated_ms == RANKS * 230
-    assert summary.buckets["initialization"] == RANKS * 30
-    assert not summary.running
+    assert summary.gpu_ms_by_bucket["initialization"] == RANKS * 30
+    assert not summary.is_running
 
 
 def test_another_number_of_ranks_closes_a_segment(tmp_path: Path, time: Time) -> None:
@@ -116,25 +116,25 @@ def test_another_number_of_ranks_closes_a_segment(tmp_path: Path, time: Time) ->
     for ranks in (RANKS, 2, 2):
         time.pass_ms(10)
         work = WorkJournal(tmp_path, ranks=ranks, attempt="a", budget=BUDGET)
-        work.ready()
+        work.record_ready()
         time.pass_ms(100)
-        work.step(1, 100, tokens=1000)
+        work.record_step(1, 100, tokens=1000)
         work._journal.close()
     allocation.close("done")
-    summary = summarize(tmp_path)
-    assert (summary.attempts, summary.segments) == (1, 2)
+    summary = summarize_ledger(tmp_path)
+    assert (summary.num_attempts, summary.segments) == (1, 2)
     assert summary.allocated_ms == everything(summary) == RANKS * 110 + RANKS * 10 + 2 * 100 + 2 * 110
-    assert summary.buckets["hang"] == RANKS * 10 + 2 * 10
+    assert summary.gpu_ms_by_bucket["hang"] == RANKS * 10 + 2 * 10
     text = io.StringIO()
-    Console(file=text, width=120).print(render(summary))
+    Console(file=text, width=120).print(render_ledger(summary))
     assert "1 launch, 2 segments" in text.getvalue()
 
 
 def test_a_ledger_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / ALLOCATION_FILE)
+    journal = JournalWriter(tmp_path / ALLOCATION_FILE)
     journal.append({"kind": "open", "attempt": "a", "phase": "pre_train"})
     journal.close()
     with pytest.raises(
         ConfigError, match=r"allocation\.jsonl:1: ranks = None: is missing; .* the version of Shoestring that wrote it"
     ):
-        summarize(tmp_path)
+        summarize_ledger(tmp_path)

@@ -18,11 +18,11 @@ def run(
 ) -> WorkJournal:
     """A life of one rank that trains `steps` of 100 tokens in `seconds`."""
     work = WorkJournal(run_dir, ranks=1, attempt=f"{run_dir.name} {time.ns}", budget=replace(BUDGET, phase=phase))
-    work.resume(first - 1)
-    work.ready()
+    work.record_resume(first - 1)
+    work.record_ready()
     for step in range(first, first + steps):
         time.pass_seconds(seconds / steps)
-        work.step(step, 1000 * seconds / steps, 100)
+        work.record_step(step, 1000 * seconds / steps, 100)
     work.close()
     return work
 

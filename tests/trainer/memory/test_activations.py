@@ -11,25 +11,30 @@ import torch
 
 from shoestring.comm.async_comm import InlineCommunicator
 from shoestring.comm.exchange.config import ExchangeConfig
-from shoestring.comm.exchange.factory import open_exchange
+from shoestring.comm.exchange.factory import build_token_exchange
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
-from shoestring.comm.traffic import Traffic
-from shoestring.launch.compose import compose_run
-from shoestring.parallelism.pipeline.executor import drive
-from shoestring.parallelism.weight_grad import WeightGradients
+from shoestring.comm.traffic import TrafficCounter
+from shoestring.launch.compose import compose_run_config
+from shoestring.parallelism.pipeline.executor import run_to_completion
+from shoestring.parallelism.weight_grad import DelayedWeightGradients
 from shoestring.tests.trainer.census import Census
-from shoestring.trainer.memory.activations import MicroBatch, dense_layer, kept_bytes, moe_layer
+from shoestring.trainer.memory.activations import (
+    MicroBatchShape,
+    dense_layer_activations,
+    moe_layer_activations,
+    saved_bytes,
+)
 from shoestring.trainer.model import attention
-from shoestring.trainer.model.causal import causal_attention_twin
+from shoestring.trainer.model.causal import causal_attention_reference
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.model.init import initialize
+from shoestring.trainer.model.init import initialize_weights
 from shoestring.trainer.model.model import Model
 from shoestring.trainer.model.recompute import RecomputeModule
 from shoestring.trainer.model.tape import ForwardOutput, LossNormalizers, StageSpec
-from shoestring.trainer.precision.fp8 import Fp8
-from shoestring.trainer.precision.reference import Reference
+from shoestring.trainer.precision.fp8 import Fp8LinearOps
+from shoestring.trainer.precision.reference import ReferenceBackend
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -65,34 +70,38 @@ def names(policy: frozenset[RecomputeModule]) -> str:
 
 
 def layer_forward(
-    config: ModelConfig, index: int, batch: MicroBatch, policy: frozenset[RecomputeModule], exchange: str = "flat"
+    config: ModelConfig, index: int, batch: MicroBatchShape, policy: frozenset[RecomputeModule], exchange: str = "flat"
 ) -> tuple[ForwardOutput, Census, int]:
     """One layer's forward alone, what lives of what it has allocated, and the bytes of its input."""
     model = Model(config)
-    initialize(model, seed=0)
+    initialize_weights(model, seed=0)
     if batch.fp8:
-        model.use_fp8(Fp8(Reference()))
+        model.enable_fp8(Fp8LinearOps(ReferenceBackend()))
     topology = Topology()
     groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))
-    traffic = Traffic(topology, 0)
-    exchanger = open_exchange(
+    traffic = TrafficCounter(topology, 0)
+    exchanger = build_token_exchange(
         ExchangeConfig(name=exchange), groups, config.n_routed_experts, InlineCommunicator(), traffic
     )
     stage = StageSpec(range(index, index + 1), is_first=False, is_last=False)
     chunk = Chunk(model, exchanger, batch.dtype, stage, recompute=policy)
-    tokens_BW = torch.zeros((batch.sequences, batch.length + 1), dtype=torch.int64)
+    tokens_BW = torch.zeros((batch.sequences, batch.sequence_length + 1), dtype=torch.int64)
     valid_BW = torch.ones_like(tokens_BW, dtype=torch.bool)
     generator = torch.Generator().manual_seed(1)
-    input_BSD = torch.randn((batch.sequences, batch.length, config.hidden_size), generator=generator).to(batch.dtype)
-    with model.weights_unchanged():
-        drive(chunk.forward(tokens_BW, valid_BW, SCALES, 0, input_BSD))  # what is made once, at the first use
+    input_BSD = torch.randn((batch.sequences, batch.sequence_length, config.hidden_size), generator=generator).to(
+        batch.dtype
+    )
+    with model.cache_fp8_weights():
+        run_to_completion(
+            chunk.forward(tokens_BW, valid_BW, SCALES, 0, input_BSD)
+        )  # what is made once, at the first use
         with Census() as census:
-            forward = drive(chunk.forward(tokens_BW, valid_BW, SCALES, 0, input_BSD))
+            forward = run_to_completion(chunk.forward(tokens_BW, valid_BW, SCALES, 0, input_BSD))
     return forward, census, input_BSD.nbytes
 
 
 def measured(
-    config: ModelConfig, index: int, batch: MicroBatch, policy: frozenset[RecomputeModule], exchange: str = "flat"
+    config: ModelConfig, index: int, batch: MicroBatchShape, policy: frozenset[RecomputeModule], exchange: str = "flat"
 ) -> int:
     """Bytes that the layer keeps: its input, and what it has made but for its output, which is the next one's input."""
     forward, census, input_bytes = layer_forward(config, index, batch, policy, exchange)
@@ -104,17 +113,19 @@ def measured(
 @pytest.mark.parametrize(("config", "length"), [(CONFIG, 24), (FULL_QUERY, 136)], ids=["V3", "V2-like"])
 @pytest.mark.parametrize("layer", ["dense", "routed"])
 def test_each_policy_keeps_what_is_predicted(layer: str, config: ModelConfig, length: int, dtype: torch.dtype) -> None:
-    batch = MicroBatch(2, length, dtype, on_cpu=True)
-    index, items = (0, dense_layer(config, batch)) if layer == "dense" else (1, moe_layer(config, batch))
+    batch = MicroBatchShape(2, length, dtype, on_cpu=True)
+    index, items = (
+        (0, dense_layer_activations(config, batch)) if layer == "dense" else (1, moe_layer_activations(config, batch))
+    )
     found = {policy: measured(config, index, batch, policy) for policy in POLICIES}
-    print(layer, dtype, {"+".join(policy): (size, kept_bytes(items, policy)) for policy, size in found.items()})
+    print(layer, dtype, {"+".join(policy): (size, saved_bytes(items, policy)) for policy, size in found.items()})
     wrong = {
-        "+".join(policy): (size, kept_bytes(items, policy))
+        "+".join(policy): (size, saved_bytes(items, policy))
         for policy, size in found.items()
-        if size != pytest.approx(kept_bytes(items, policy), rel=0.05)
+        if size != pytest.approx(saved_bytes(items, policy), rel=0.05)
     }
     assert not wrong
-    falls = {policy: kept_bytes(items) - kept_bytes(items, policy) for policy in POLICIES}
+    falls = {policy: saved_bytes(items) - saved_bytes(items, policy) for policy in POLICIES}
     assert {policy: found[frozenset()] - size for policy, size in found.items()} == falls  # to the byte
     assert all(
         found[policy | {part}] < size
@@ -130,9 +141,13 @@ def test_each_policy_keeps_what_is_predicted(layer: str, config: ModelConfig, le
 def test_what_fp8_keeps_falls_as_predicted(layer: str, config: ModelConfig, policy: frozenset[RecomputeModule]) -> None:
     kept = {}
     for fp8 in (False, True):
-        batch = MicroBatch(2, 128, torch.bfloat16, on_cpu=True, fp8=fp8)
-        index, items = (0, dense_layer(config, batch)) if layer == "dense" else (1, moe_layer(config, batch))
-        kept[fp8] = measured(config, index, batch, policy), kept_bytes(items, policy)
+        batch = MicroBatchShape(2, 128, torch.bfloat16, on_cpu=True, fp8=fp8)
+        index, items = (
+            (0, dense_layer_activations(config, batch))
+            if layer == "dense"
+            else (1, moe_layer_activations(config, batch))
+        )
+        kept[fp8] = measured(config, index, batch, policy), saved_bytes(items, policy)
         assert kept[fp8][0] == pytest.approx(kept[fp8][1], rel=0.01)
     fall, predicted = (kept[False][which] - kept[True][which] for which in (0, 1))
     print(layer, names(policy), {"bf16": kept[False], "fp8": kept[True]}, f"fall {fall} predicted {predicted}")
@@ -146,28 +161,32 @@ def test_beside_a_fused_attention_fp8_keeps_its_output_once(
     layer: str, policy: frozenset[RecomputeModule], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch's kernel for CPUs stands for those of GPUs, which keep their output, too; it wants heads of one width."""
-    monkeypatch.setattr(attention, "causal_attention", causal_attention_twin)
+    monkeypatch.setattr(attention, "causal_attention", causal_attention_reference)
     config = replace(WIDE, v_head_dim=WIDE.qk_head_dim)
     for fp8 in (False, True):
-        batch = MicroBatch(2, 128, torch.bfloat16, on_cpu=False, fp8=fp8)
-        index, items = (0, dense_layer(config, batch)) if layer == "dense" else (1, moe_layer(config, batch))
-        assert measured(config, index, batch, policy) == pytest.approx(kept_bytes(items, policy), rel=0.01)
+        batch = MicroBatchShape(2, 128, torch.bfloat16, on_cpu=False, fp8=fp8)
+        index, items = (
+            (0, dense_layer_activations(config, batch))
+            if layer == "dense"
+            else (1, moe_layer_activations(config, batch))
+        )
+        assert measured(config, index, batch, policy) == pytest.approx(saved_bytes(items, policy), rel=0.01)
 
 
 def test_two_hops_keep_about_as_much() -> None:
-    batch = MicroBatch(2, 24, torch.float32, on_cpu=True)
+    batch = MicroBatchShape(2, 24, torch.float32, on_cpu=True)
     found = measured(CONFIG, 1, batch, REPORT, "two_hop")
-    assert found == pytest.approx(kept_bytes(moe_layer(CONFIG, batch), REPORT), rel=0.05)
+    assert found == pytest.approx(saved_bytes(moe_layer_activations(CONFIG, batch), REPORT), rel=0.05)
 
 
 def test_the_reports_policy_on_the_reports_model() -> None:
     """A routed layer of DeepSeek-V3, a micro-batch of one sequence of 4096, BF16, not on a CPU: by hand."""
-    config = compose_run(["model=deepseek_v3", "data.vocabulary=129280"]).model
-    layer = moe_layer(config, MicroBatch(1, 4096, torch.bfloat16, on_cpu=False))
+    config = compose_run_config(["model=deepseek_v3", "data.vocabulary=129280"]).model
+    layer = moe_layer_activations(config, MicroBatchShape(1, 4096, torch.bfloat16, on_cpu=False))
     remade = 2 * (2 * 7168 + 1536 + 512) + 4 * 7168  # norms, and the router's copy of one in FP32
     remade += 2 * 128 * (2 * 192 + 256)  # queries, keys, values
     remade += 2 * 9 * 2048  # SwiGLU of eight routed experts and a shared one
-    assert kept_bytes(layer) - kept_bytes(layer, REPORT) == 4096 * remade
+    assert saved_bytes(layer) - saved_bytes(layer, REPORT) == 4096 * remade
 
 
 @pytest.mark.parametrize("policy", [frozenset(), REPORT], ids=["nothing", "report"])
@@ -175,24 +194,28 @@ def test_the_reports_policy_on_the_reports_model() -> None:
 def test_a_phase_of_the_backward_frees_what_its_forward_kept(
     policy: frozenset[RecomputeModule], deferred: bool
 ) -> None:
-    batch = MicroBatch(2, 24, torch.float32, on_cpu=True)
+    batch = MicroBatchShape(2, 24, torch.float32, on_cpu=True)
     forward, census, _ = layer_forward(CONFIG, 1, batch, policy)
     assert forward.output_BSD is not None
-    grad_BSD, weights = torch.ones_like(forward.output_BSD), WeightGradients(deferred=deferred)
+    grad_BSD, weights = torch.ones_like(forward.output_BSD), DelayedWeightGradients(deferred=deferred)
     steps = forward.backward(grad_BSD, weights)
     del forward
 
-    items = [kept for kept in moe_layer(CONFIG, batch) if kept.part not in policy and kept.what != "input"]
-    of_experts = [kept for kept in items if kept.what.startswith(("routed", "shared", "rows", "their gate"))]
-    of_weights = [kept for kept in of_experts if kept.what == "rows that came" or kept.what.endswith("SwiGLU")]
+    items = [
+        kept
+        for kept in moe_layer_activations(CONFIG, batch)
+        if kept.recompute_module not in policy and kept.name != "input"
+    ]
+    of_experts = [kept for kept in items if kept.name.startswith(("routed", "shared", "rows", "their gate"))]
+    of_weights = [kept for kept in of_experts if kept.name == "rows that came" or kept.name.endswith("SwiGLU")]
     next(steps)
-    told = census.bytes - kept_bytes(items)
+    told = census.bytes - saved_bytes(items)
     assert told < 100  # losses, and the load of each expert
     next(steps)
-    left = kept_bytes(items) - kept_bytes(of_experts) + (kept_bytes(of_weights) if deferred else 0)
+    left = saved_bytes(items) - saved_bytes(of_experts) + (saved_bytes(of_weights) if deferred else 0)
     assert census.bytes - told == left
-    drive(steps)
+    run_to_completion(steps)
     assert deferred == (census.bytes > told)
-    weights.run()
+    weights.flush()
     del steps, grad_BSD
     assert census.bytes <= told

@@ -9,15 +9,15 @@ import torch
 
 from shoestring.comm.async_comm import InlineCommunicator
 from shoestring.comm.exchange.config import ExchangeConfig
-from shoestring.comm.exchange.factory import open_exchange
+from shoestring.comm.exchange.factory import build_token_exchange
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
 from shoestring.comm.trace import ExchangeLabel
-from shoestring.comm.traffic import Traffic
+from shoestring.comm.traffic import TrafficCounter
 from shoestring.tests.processes import World, run_processes
-from shoestring.trainer.memory.activations import MicroBatch, tables
-from shoestring.trainer.memory.buffers import Buffers, ExchangeFormats
-from shoestring.trainer.memory.measured import open_meter
+from shoestring.trainer.memory.activations import MicroBatchShape, routing_table_memory
+from shoestring.trainer.memory.buffers import ExchangeBufferBytes, ExchangeFormats
+from shoestring.trainer.memory.measured import open_allocation_meter
 from shoestring.trainer.model.config import ModelConfig
 
 CPU = torch.device("cpu")
@@ -39,21 +39,21 @@ def measured(world: World, config: ExchangeConfig, as_tiles: bool) -> tuple[int,
     """Rows that came; bytes of what is left of them; bytes at the worst moment."""
     topology = Topology(ep=world.size, gpus_per_node=1)
     groups = ProcessGroups.create(topology, world.rank, timedelta(seconds=30))
-    traffic = Traffic(topology, world.rank)
-    exchange = open_exchange(config, groups, CONFIG.n_routed_experts, InlineCommunicator(), traffic)
+    traffic = TrafficCounter(topology, world.rank)
+    exchange = build_token_exchange(config, groups, CONFIG.n_routed_experts, InlineCommunicator(), traffic)
     generator = torch.Generator().manual_seed(world.rank)
     tokens_TD = torch.randn(TOKENS, CONFIG.hidden_size, generator=generator).to(torch.bfloat16)
     weights_TK = torch.rand(TOKENS, CONFIG.num_experts_per_tok, generator=generator)
     experts_TK = (
         torch.rand(TOKENS, CONFIG.n_routed_experts, generator=generator).topk(CONFIG.num_experts_per_tok).indices
     )
-    with open_meter(CPU) as meter:
-        meter.begin()
+    with open_allocation_meter(CPU) as meter:
+        meter.start()
         received = exchange.dispatch(
-            tokens_TD, weights_TK, experts_TK, ExchangeLabel("layer_01", 0), as_tiles=as_tiles
+            tokens_TD, weights_TK, experts_TK, ExchangeLabel("layer_01", 0), keep_quantized=as_tiles
         ).wait()
-        _, peak = meter.finish()
-    tiles = received.tiles
+        _, peak = meter.stop()
+    tiles = received.quantized_rows
     parts = [received.rows_RD] if tiles is None else [received.rows_RD, tiles.values_XD, tiles.exponents_XQ]
     return len(received.rows_RD), sum(part.untyped_storage().nbytes() for part in parts), peak
 
@@ -63,10 +63,10 @@ def test_rows_that_stay_in_fp8_take_what_is_predicted(name: str) -> None:
     exchange = ExchangeConfig(name=name, dispatch="fp8")
     widened = run_processes(2, measured, exchange, False)
     for (rows, left, peak), (_, _, before) in zip(run_processes(2, measured, exchange, True), widened, strict=True):
-        batch = MicroBatch(1, TOKENS, torch.bfloat16, on_cpu=True, rows=rows, fp8=True)
-        buffers = Buffers(CONFIG, batch, ExchangeFormats.of(exchange, 2))
-        assert left == pytest.approx(buffers.came, abs=2)  # the stand-in
-        predicted = buffers.dispatch + tables(CONFIG, batch).bytes
+        batch = MicroBatchShape(1, TOKENS, torch.bfloat16, on_cpu=True, expert_rows_override=rows, fp8=True)
+        buffers = ExchangeBufferBytes(CONFIG, batch, ExchangeFormats.from_config(exchange, 2))
+        assert left == pytest.approx(buffers.dispatched_row_bytes, abs=2)  # the stand-in
+        predicted = buffers.dispatch + routing_table_memory(CONFIG, batch).nbytes
         print(f"{name}: {peak:,} bytes, predicted {predicted:,.0f} ({predicted / peak - 1:+.1%}); widened {before:,}")
         assert peak == pytest.approx(predicted, rel=0.05)
         assert peak < 0.6 * before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shoestring.tests.trainer.memory.measured_runs import ONE_RANK, run
-from shoestring.trainer.memory.forecast import MARGIN
+from shoestring.trainer.memory.forecast import PREDICTION_MARGIN
 
 QUICK = (
     "topology.ep=2",
@@ -35,22 +35,24 @@ def test_predicted_is_what_is_allocated(overrides: str) -> None:
     memory, ranks = run(overrides)
     topology = memory.config.topology
     for rank, found in enumerate(ranks):
-        predicted = memory.of(topology.pp_rank(rank))
-        errors = predicted.between / found.between - 1, predicted.total / found.total - 1
+        predicted = memory.predict_rank(topology.pp_rank(rank))
+        errors = predicted.between_instructions / found.between_instructions - 1, predicted.total / found.total - 1
         print(f"rank {rank}: between instructions {errors[0]:+.1%}, at the worst moment {errors[1]:+.1%}")
         assert predicted.state == found.state  # to the byte
-        assert abs(errors[0]) <= MARGIN
-        assert abs(errors[1]) <= MARGIN
-        assert found.between > 0.1 * found.total  # or the last line would say little of activations
+        assert abs(errors[0]) <= PREDICTION_MARGIN
+        assert abs(errors[1]) <= PREDICTION_MARGIN
+        assert found.between_instructions > 0.1 * found.total  # or the last line would say little of activations
 
 
 def test_all_tokens_on_one_rank_stay_within_the_bound() -> None:
     memory, ranks = run(ONE_RANK, skewed=True)
     for rank, found in enumerate(ranks):
-        predicted = memory.of(0, memory.rows_if_skewed(rank))
-        print(f"rank {rank}: {found.total:,} bytes, predicted {predicted.total:,.0f}, bound {memory.bound(0):,.0f}")
-        assert found.total == pytest.approx(predicted.total, rel=MARGIN)
-        assert found.between == pytest.approx(predicted.between, rel=MARGIN)
-        assert found.total <= memory.bound(0)
+        predicted = memory.predict_rank(0, memory.skewed_expert_rows(rank))
+        print(
+            f"rank {rank}: {found.total:,} bytes, predicted {predicted.total:,.0f}, bound {memory.upper_bound_bytes(0):,.0f}"
+        )
+        assert found.total == pytest.approx(predicted.total, rel=PREDICTION_MARGIN)
+        assert found.between_instructions == pytest.approx(predicted.between_instructions, rel=PREDICTION_MARGIN)
+        assert found.total <= memory.upper_bound_bytes(0)
     overloaded, *idle = ranks
     assert all(overloaded.total > found.total for found in idle)

@@ -10,14 +10,14 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from shoestring.comm.async_comm import open_worker
+from shoestring.comm.async_comm import build_async_communicator
 from shoestring.comm.exchange.config import ExchangeConfig
-from shoestring.comm.exchange.factory import open_exchange
+from shoestring.comm.exchange.factory import build_token_exchange
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
-from shoestring.comm.traffic import Traffic
-from shoestring.parallelism.pipeline.executor import drive
-from shoestring.parallelism.weight_grad import WeightGradients
+from shoestring.comm.traffic import TrafficCounter
+from shoestring.parallelism.pipeline.executor import run_to_completion
+from shoestring.parallelism.weight_grad import DelayedWeightGradients
 from shoestring.tests.reference.deepseek_v3 import ReferenceConfig
 from shoestring.tests.reference.rotary import Yarn
 from shoestring.trainer.model.chunk import Chunk
@@ -90,7 +90,7 @@ def _released(name: str, tensor: Tensor, model: Model) -> Iterator[tuple[str, Te
     elif rest.startswith("experts."):
         for local, expert in enumerate(tensor):
             what = "gate_up" if rest.endswith("gate_up_LFD") else "down"
-            yield from _swiglu(f"{prefix}.mlp.experts.{model.first_expert + local}", what, expert)
+            yield from _swiglu(f"{prefix}.mlp.experts.{model.first_local_expert + local}", what, expert)
     else:
         yield f"{prefix}.{_LAYER[rest]}", tensor, rest != "router.bias_E"
 
@@ -131,19 +131,21 @@ def make_chunk(
     """The model under test with these weights, on one rank of `topology`."""
     groups = ProcessGroups.create(topology, rank, timedelta(seconds=30))
     shape = model_config(config)
-    model = Model(shape, ModelShard.whole(shape, topology.ep, topology.ep_rank(rank)))
+    model = Model(shape, ModelShard.full_model(shape, topology.ep, topology.ep_rank(rank)))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     load_released(model, params)
-    worker = open_worker(groups.ep, torch.device("cpu"))
-    exchange = open_exchange(ExchangeConfig(), groups, config.n_routed_experts, worker, Traffic(topology, rank))
+    worker = build_async_communicator(groups.ep, torch.device("cpu"))
+    exchange = build_token_exchange(
+        ExchangeConfig(), groups, config.n_routed_experts, worker, TrafficCounter(topology, rank)
+    )
     return Chunk(model, exchange, dtype)
 
 
 def run_losses(chunk: Chunk, tokens_BW: Tensor, valid_BW: Tensor, scales: LossNormalizers) -> ForwardOutput:
     """Forward and backward of one micro-batch."""
-    forward = drive(chunk.forward(tokens_BW, valid_BW, scales))
-    drive(forward.backward(None, WeightGradients()))
+    forward = run_to_completion(chunk.forward(tokens_BW, valid_BW, scales))
+    run_to_completion(forward.backward(None, DelayedWeightGradients()))
     return forward
 
 

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from shoestring.comm.async_comm import AsyncWork, InlineCommunicator, TwoPartWork
-from shoestring.comm.exchange.api import Received
+from shoestring.comm.exchange.api import DispatchedTokens
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.exchange.flat import FlatExchange, FlatLayout
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
 from shoestring.comm.trace import ExchangeLabel
-from shoestring.comm.traffic import Traffic
+from shoestring.comm.traffic import TrafficCounter
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.model.init import initialize
+from shoestring.trainer.model.init import initialize_weights
 from shoestring.trainer.model.model import Model
 from shoestring.trainer.model.recompute import RecomputeModule
 from shoestring.trainer.model.tape import LossNormalizers
@@ -47,7 +47,7 @@ CONFIG = ModelConfig(
     initializer_range=0.1,
 )
 ROUTED_LAYERS = 3
-SCALES = LossNormalizers(main=0.01, mtp=0.003, balance=0.1)
+SCALES = LossNormalizers(main_loss=0.01, mtp_loss=0.003, balance_loss=0.1)
 LENGTH = 7
 
 
@@ -73,13 +73,19 @@ class WatchedExchange:
         self.most_alive = 0
 
     def dispatch(
-        self, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, label: ExchangeLabel, *, as_tiles: bool = False
-    ) -> TwoPartWork[Received[FlatLayout]]:
+        self,
+        tokens_TD: Tensor,
+        weights_TK: Tensor,
+        experts_TK: Tensor,
+        label: ExchangeLabel,
+        *,
+        keep_quantized: bool = False,
+    ) -> TwoPartWork[DispatchedTokens[FlatLayout]]:
         number = len(self.rows)
         self.diary.append(f"dispatch {number}")
-        pending = self._exchange.dispatch(tokens_TD, weights_TK, experts_TK, label, as_tiles=as_tiles)
+        pending = self._exchange.dispatch(tokens_TD, weights_TK, experts_TK, label, keep_quantized=keep_quantized)
 
-        def proceed() -> AsyncWork[Received[FlatLayout]]:
+        def proceed() -> AsyncWork[DispatchedTokens[FlatLayout]]:
             received = pending.wait()
             self._number[id(received.layout)] = number
             self.rows.append(weakref.ref(received.rows_RD.untyped_storage()))
@@ -88,15 +94,15 @@ class WatchedExchange:
 
         return TwoPartWork(proceed)
 
-    def combine(self, rows_RD: Tensor, received: Received[FlatLayout]) -> AsyncWork[Tensor]:
+    def combine(self, rows_RD: Tensor, received: DispatchedTokens[FlatLayout]) -> AsyncWork[Tensor]:
         return self._watched(self._exchange.combine(rows_RD, received), f"combine {self._of(received)}")
 
-    def combine_backward(self, grad_TD: Tensor, received: Received[FlatLayout]) -> AsyncWork[Tensor]:
+    def combine_backward(self, grad_TD: Tensor, received: DispatchedTokens[FlatLayout]) -> AsyncWork[Tensor]:
         pending = self._exchange.combine_backward(grad_TD, received)
         return self._watched(pending, f"combine_backward {self._of(received)}")
 
     def dispatch_backward(
-        self, grad_RD: Tensor, grad_weights_R: Tensor, received: Received[FlatLayout]
+        self, grad_RD: Tensor, grad_weights_R: Tensor, received: DispatchedTokens[FlatLayout]
     ) -> AsyncWork[tuple[Tensor, Tensor]]:
         pending = self._exchange.dispatch_backward(grad_RD, grad_weights_R, received)
         return self._watched(pending, f"dispatch_backward {self._of(received)}")
@@ -105,7 +111,7 @@ class WatchedExchange:
         """Dispatches whose rows are still in memory."""
         return sum(row() is not None for row in self.rows)
 
-    def _of(self, received: Received[FlatLayout]) -> int:
+    def _of(self, received: DispatchedTokens[FlatLayout]) -> int:
         return self._number[id(received.layout)]
 
     def _watched(self, pending: AsyncWork[T], name: str) -> Watched[T]:
@@ -117,11 +123,11 @@ def make_chunk(
     recompute: frozenset[RecomputeModule] = frozenset(), dtype: torch.dtype = torch.float32
 ) -> tuple[Chunk, WatchedExchange]:
     model = Model(CONFIG)
-    initialize(model, seed=0)
+    initialize_weights(model, seed=0)
     topology = Topology()
     groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))
     exchange = FlatExchange(
-        groups, CONFIG.n_routed_experts, InlineCommunicator(), Traffic(topology, 0), ExchangeConfig()
+        groups, CONFIG.n_routed_experts, InlineCommunicator(), TrafficCounter(topology, 0), ExchangeConfig()
     )
     watched = WatchedExchange(exchange)
     return Chunk(model, watched, dtype, recompute=recompute), watched

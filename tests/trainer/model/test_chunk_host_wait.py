@@ -12,15 +12,15 @@ from torch import Tensor
 
 from shoestring.comm.async_comm import StreamCommunicator, TwoPartWork
 from shoestring.comm.exchange.config import ExchangeConfig
-from shoestring.comm.exchange.factory import open_exchange
+from shoestring.comm.exchange.factory import build_token_exchange
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
-from shoestring.comm.traffic import Traffic
-from shoestring.parallelism.pipeline.executor import drive, take_turns
-from shoestring.parallelism.weight_grad import WeightGradients
+from shoestring.comm.traffic import TrafficCounter
+from shoestring.parallelism.pipeline.executor import interleave, run_to_completion
+from shoestring.parallelism.weight_grad import DelayedWeightGradients
 from shoestring.tests.comm.recorded_streams import HOST_WAITS, REST, RecordedStreams
 from shoestring.trainer.model.chunk import Chunk
-from shoestring.trainer.model.init import initialize
+from shoestring.trainer.model.init import initialize_weights
 from shoestring.trainer.model.layer import MoELayer
 from shoestring.trainer.model.model import Model
 
@@ -35,17 +35,17 @@ SHARED = "shared(F)"
 class StalledWorker(StreamCommunicator):
     """Waits for sizes as soon as their exchange is launched."""
 
-    def submit_in_parts(
+    def submit_two_part(
         self, what: str, first: Callable[[], Callable[[], T]], inputs: Sequence[Tensor]
     ) -> TwoPartWork[T]:
-        pending = super().submit_in_parts(what, first, inputs)
-        pending.proceed()
+        pending = super().submit_two_part(what, first, inputs)
+        pending.launch_second_part()
         return pending
 
 
 def make_chunk(exchange: str, worker: type[StreamCommunicator] = StreamCommunicator) -> tuple[Chunk, RecordedStreams]:
     streams, model = RecordedStreams(), Model(CONFIG)
-    initialize(model, seed=0)
+    initialize_weights(model, seed=0)
     layer = model.layers["1"]
     assert isinstance(layer, MoELayer)
     assert layer.shared is not None
@@ -57,17 +57,17 @@ def make_chunk(exchange: str, worker: type[StreamCommunicator] = StreamCommunica
     layer.shared.register_forward_hook(note_shared)
     groups, config = ProcessGroups.create(Topology(), 0, timedelta(seconds=1)), ExchangeConfig(name=exchange)
     on_streams = worker(streams, recorder=streams)
-    exchanger = open_exchange(config, groups, CONFIG.n_routed_experts, on_streams, Traffic(Topology(), 0))
+    exchanger = build_token_exchange(config, groups, CONFIG.n_routed_experts, on_streams, TrafficCounter(Topology(), 0))
     return Chunk(model, exchanger, torch.float32, recorder=streams), streams
 
 
 def run_pair(exchange: str, worker: type[StreamCommunicator] = StreamCommunicator) -> RecordedStreams:
     """An FB: what its host did, and its streams."""
     chunk, streams = make_chunk(exchange, worker)
-    ahead = drive(chunk.forward(*window(), SCALES, BACKWARD))
+    ahead = run_to_completion(chunk.forward(*window(), SCALES, BACKWARD))
     streams.diary.clear()
     streams.host_waits_for.clear()
-    take_turns(ahead.backward(None, WeightGradients()), chunk.forward(*window(), SCALES, FORWARD))
+    interleave(ahead.backward(None, DelayedWeightGradients()), chunk.forward(*window(), SCALES, FORWARD))
     return streams
 
 
@@ -129,7 +129,7 @@ def test_a_dispatch_runs_beside_the_backward_that_hides_it(exchange: str) -> Non
 @pytest.mark.parametrize("exchange", ["flat", "two_hop"])
 def test_alone_the_shared_expert_runs_while_sizes_travel(exchange: str) -> None:
     chunk, streams = make_chunk(exchange)
-    drive(chunk.forward(*window(), SCALES, FORWARD))
+    run_to_completion(chunk.forward(*window(), SCALES, FORWARD))
     begin = streams.diary.index(of("dispatch", LAYERS[0], FORWARD))
     rest = of(f"{REST}dispatch", LAYERS[0], FORWARD)
     assert streams.diary[begin + 1 : begin + 4] == [SHARED, HOST_WAITS, rest]

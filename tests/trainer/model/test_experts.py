@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoestring.trainer.model.experts import Experts, grouped_mm, grouped_mm_twin
+from shoestring.trainer.model.experts import GroupedExperts, grouped_mm, grouped_mm_reference
 
 
 @pytest.mark.parametrize("rows", [(3, 0, 5, 1), (0, 0, 0, 0), (9, 0, 0, 0)], ids=str)
@@ -15,7 +15,7 @@ def test_grouped_products_and_gradients_are_the_twins(rows: tuple[int, ...]) -> 
     weight_LNK = torch.randn(4, 12, 8, generator=generator, requires_grad=True)
     upstream_RN = torch.randn(sum(rows), 12, generator=generator)
     grads = []
-    for product in (grouped_mm, grouped_mm_twin):
+    for product in (grouped_mm, grouped_mm_reference):
         out_RN = product(x_RK, weight_LNK, rows)
         grads.append((out_RN, *torch.autograd.grad(out_RN, (x_RK, weight_LNK), upstream_RN)))
     for ours, theirs in zip(*grads, strict=True):
@@ -23,7 +23,7 @@ def test_grouped_products_and_gradients_are_the_twins(rows: tuple[int, ...]) -> 
 
 
 def test_experts_without_a_row_get_a_zero_gradient() -> None:
-    experts = Experts(2, hidden=8, inner=16)
+    experts = GroupedExperts(2, hidden=8, inner=16)
     with torch.no_grad():
         for parameter in experts.parameters():
             parameter.normal_()
@@ -36,7 +36,7 @@ def test_experts_without_a_row_get_a_zero_gradient() -> None:
 
 
 def test_gate_weights_scale_each_row() -> None:
-    experts = Experts(2, hidden=8, inner=16).double()
+    experts = GroupedExperts(2, hidden=8, inner=16).double()
     with torch.no_grad():
         for parameter in experts.parameters():
             parameter.normal_()

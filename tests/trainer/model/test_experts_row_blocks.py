@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.parallelism.weight_grad import WeightGradients
+from shoestring.parallelism.weight_grad import DelayedWeightGradients
 from shoestring.tests.trainer.census import Census
-from shoestring.trainer.model.experts import Experts, cut
-from shoestring.trainer.precision.fp8 import Fp8
-from shoestring.trainer.precision.reference import Reference
+from shoestring.trainer.model.experts import GroupedExperts, split_into_row_blocks
+from shoestring.trainer.precision.fp8 import Fp8LinearOps
+from shoestring.trainer.precision.reference import ReferenceBackend
 
 HIDDEN, INNER, BLOCK = 64, 128, 256
 
@@ -28,7 +28,7 @@ HIDDEN, INNER, BLOCK = 64, 128, 256
     ids=str,
 )
 def test_where_rows_are_cut(rows: tuple[int, ...], blocks: list[tuple[int, ...]]) -> None:
-    found = list(cut(rows, BLOCK))
+    found = list(split_into_row_blocks(rows, BLOCK))
     assert found == blocks
     assert all(sum(counts) <= BLOCK for counts in found)
 
@@ -42,19 +42,19 @@ def outcome(
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    experts = Experts(len(rows), HIDDEN, INNER).to(dtype)
-    experts.block, experts.fp8 = block, Fp8(Reference()) if fp8 else None
+    experts = GroupedExperts(len(rows), HIDDEN, INNER).to(dtype)
+    experts.block_rows, experts.fp8 = block, Fp8LinearOps(ReferenceBackend()) if fp8 else None
     for parameter in experts.parameters():
         parameter.data = 0.2 * drawn(*parameter.shape)
     rows_RD, weights_R = drawn(sum(rows), HIDDEN).requires_grad_(), drawn(sum(rows)).requires_grad_()
-    weights = WeightGradients()
+    weights = DelayedWeightGradients()
     if collects:
-        with weights.collect():
+        with weights.collect_from_forward():
             out_RD = experts(rows_RD, weights_R, rows)
     else:
         out_RD = experts(rows_RD, weights_R, rows)
     out_RD.backward(drawn(*out_RD.shape))
-    weights.run()
+    weights.flush()
     return [out_RD.detach(), *(x.grad for x in (rows_RD, weights_R, *experts.parameters()) if x.grad is not None)]
 
 
@@ -81,8 +81,8 @@ def test_nor_do_they_in_fp8() -> None:
 @pytest.mark.parametrize("fp8", [False, True], ids=["native", "fp8"])
 def test_between_forward_and_backward_rows_alone_are_kept(fp8: bool) -> None:
     rows = (1000, 24)
-    experts = Experts(2, HIDDEN, INNER)
-    experts.block, experts.fp8 = BLOCK, Fp8(Reference()) if fp8 else None
+    experts = GroupedExperts(2, HIDDEN, INNER)
+    experts.block_rows, experts.fp8 = BLOCK, Fp8LinearOps(ReferenceBackend()) if fp8 else None
     for parameter in experts.parameters():
         parameter.data.normal_()
     rows_RD, weights_R = torch.randn(sum(rows), HIDDEN).requires_grad_(), torch.rand(sum(rows))
@@ -95,8 +95,8 @@ def test_between_forward_and_backward_rows_alone_are_kept(fp8: bool) -> None:
 
 
 def test_without_gradients_blocks_keep_nothing() -> None:
-    experts = Experts(2, HIDDEN, INNER)
-    experts.block = BLOCK
+    experts = GroupedExperts(2, HIDDEN, INNER)
+    experts.block_rows = BLOCK
     for parameter in experts.parameters():
         parameter.data.normal_()
     with torch.no_grad(), Census() as census:

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.model.init import initialize
+from shoestring.trainer.model.init import initialize_weights
 from shoestring.trainer.model.model import Model, ModelShard
 
 CONFIG = ModelConfig(initializer_range=0.02)  # tiny
 
 
 def initialized(seed: int, expert_ranks: int = 1, expert_rank: int = 0, config: ModelConfig = CONFIG) -> Model:
-    model = Model(config, ModelShard.whole(config, expert_ranks, expert_rank))
-    initialize(model, seed)
+    model = Model(config, ModelShard.full_model(config, expert_ranks, expert_rank))
+    initialize_weights(model, seed)
     return model
 
 
@@ -63,13 +63,13 @@ def test_routing_biases_start_at_zero() -> None:
     model = Model(CONFIG)
     for _, router in model.routers():
         router.bias_E.fill_(1.0)
-    initialize(model, seed=0)
+    initialize_weights(model, seed=0)
     names = [name for name, router in model.routers() if not router.bias_E.any()]
     assert names == ["layer_01", "layer_02", "layer_03", "mtp_01"]
 
 
 def test_an_fp64_run_starts_from_the_same_weights() -> None:
     wide = Model(CONFIG).double()
-    initialize(wide, seed=3)
+    initialize_weights(wide, seed=3)
     for (name, ours), expected in zip(wide.named_parameters(), initialized(seed=3).parameters(), strict=True):
         assert torch.equal(ours, expected.double()), name

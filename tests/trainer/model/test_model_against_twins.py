@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shoestring.comm.topology import Topology
-from shoestring.parallelism.pipeline.executor import drive
+from shoestring.parallelism.pipeline.executor import run_to_completion
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.reference.deepseek_v3 import losses as reference_losses
 from shoestring.tests.reference.hf import gradients_of, to_transformers
@@ -38,11 +38,11 @@ def test_logits_and_gradients_are_those_of_transformers(name: str) -> None:
 
     chunk = make_chunk(config, params, torch.float32, Topology(), rank=0)
     with torch.no_grad():
-        our_logits = drive(chunk.logits(inputs_BS))
+        our_logits = run_to_completion(chunk.compute_logits(inputs_BS))
     assert 0.5 < their_logits.std().item() < 2
     assert (our_logits - their_logits).abs().max().item() <= 2e-5
 
-    scales = LossNormalizers(main=1 / targets_BS.numel(), mtp=0.0, balance=0.0)
+    scales = LossNormalizers(main_loss=1 / targets_BS.numel(), mtp_loss=0.0, balance_loss=0.0)
     run_losses(chunk, tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool), scales)
     expected = gradients_of(theirs)
     ours = released_gradients(chunk.model)
@@ -67,19 +67,19 @@ def test_whole_loss_and_its_gradients_are_those_of_the_reference(
     chunk = make_chunk(config, params, dtype, Topology(), rank=0)
     targets = int((valid_BW[:, 1 : tokens_BW.shape[1] - config.num_nextn_predict_layers]).sum())
     scales = LossNormalizers(
-        main=1 / targets,
-        mtp=config.mtp_weight / (max(1, config.num_nextn_predict_layers) * targets),
-        balance=config.balance_alpha / len(tokens_BW),
+        main_loss=1 / targets,
+        mtp_loss=config.mtp_weight / (max(1, config.num_nextn_predict_layers) * targets),
+        balance_loss=config.balance_alpha / len(tokens_BW),
     )
     forward = run_losses(chunk, tokens_BW, valid_BW, scales)
 
     total = (
-        forward.summary.main_sum * scales.main
-        + forward.summary.mtp_sum * scales.mtp
-        + forward.summary.balance_sum * scales.balance
+        forward.metrics.main_loss_sum * scales.main_loss
+        + forward.metrics.mtp_loss_sum * scales.mtp_loss
+        + forward.metrics.balance_loss_sum * scales.balance_loss
     )
     assert total.item() == pytest.approx(expected.total.item(), rel=tolerance)
     counts = list(expected.counts.values())
-    assert [c.tolist() for c in forward.summary.counts_E.values()] == [c.tolist() for c in counts]
+    assert [c.tolist() for c in forward.metrics.tokens_per_expert_E.values()] == [c.tolist() for c in counts]
     gradients = {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
     assert largest_difference(released_gradients(chunk.model), gradients) <= tolerance

@@ -15,7 +15,7 @@ from shoestring.tests.processes import World, run_processes
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.trainer.model.released import largest_difference, make_chunk, released_gradients, run_losses
 from shoestring.trainer.build import build_optimizer
-from shoestring.trainer.model.stage_layout import Stages
+from shoestring.trainer.model.stage_layout import StageLayout
 from shoestring.trainer.model.tape import LossNormalizers
 from shoestring.trainer.optimizer.config import OptimizerConfig
 
@@ -42,8 +42,8 @@ def run_rank(topology: Topology, rank: int, name: str, dtype_name: str) -> Outco
     config, dtype = CONFIGS[name], {"float64": torch.float64, "float32": torch.float32}[dtype_name]
     chunk = make_chunk(config, parameters(name, dtype), dtype, topology, rank)
     groups = ProcessGroups.create(topology, rank, timedelta(seconds=30))
-    stages = Stages.of(chunk.model.config, LENGTH)
-    program = stages.program(1)
+    stages = StageLayout.build(chunk.model.config, LENGTH)
+    program = stages.build_checked_program(1)
     reducer = build_optimizer(chunk.model, stages, program, groups, OptimizerConfig(), dtype).reducer
     generator = torch.Generator().manual_seed(2)
     tokens_BW = torch.randint(
@@ -53,19 +53,19 @@ def run_rank(topology: Topology, rank: int, name: str, dtype_name: str) -> Outco
     valid_BW[-1, 5:] = False
     share = SEQUENCES // topology.dp
     mine = slice(topology.dp_rank(rank) * share, (topology.dp_rank(rank) + 1) * share)
-    scales = LossNormalizers(main=1 / 40, mtp=0.3 / 40, balance=0.1 / SEQUENCES)
+    scales = LossNormalizers(main_loss=1 / 40, mtp_loss=0.3 / 40, balance_loss=0.1 / SEQUENCES)
     forward = run_losses(chunk, tokens_BW[mine], valid_BW[mine], scales)
 
-    reducer.finish()
-    summary = forward.summary
-    sums = torch.stack((summary.main_sum, summary.mtp_sum, summary.balance_sum)).double()
+    reducer.finish_reduction()
+    summary = forward.metrics
+    sums = torch.stack((summary.main_loss_sum, summary.mtp_loss_sum, summary.balance_loss_sum)).double()
     groups.world.all_reduce_sum(sums, "sums")
     loads = {
         key: groups.world.all_reduce_sum(load.clone(), "load").tolist()
-        for key, load in forward.summary.counts_E.items()
+        for key, load in forward.metrics.tokens_per_expert_E.items()
     }
     main, mtp, balance = sums.tolist()
-    norm = reducer.norm(groups.world)
+    norm = reducer.gradient_norm(groups.world)
     for bucket in reducer.buckets:
         bucket.group.all_gather(bucket.grads_GN, "gradients for a test")
     return main, mtp, balance, loads, released_gradients(chunk.model), norm

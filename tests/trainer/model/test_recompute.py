@@ -11,14 +11,20 @@ import torch
 from torch import Tensor
 
 from shoestring.comm.errors import Problem
-from shoestring.parallelism.pipeline.executor import drive
-from shoestring.parallelism.weight_grad import WeightGradients
+from shoestring.parallelism.pipeline.executor import run_to_completion
+from shoestring.parallelism.weight_grad import DelayedWeightGradients
 from shoestring.tests.trainer.model.small_chunk import LENGTH, SCALES, make_chunk, window
 from shoestring.trainer.model import recompute as recompute_module
-from shoestring.trainer.model.recompute import Recompute, RecomputeConfig, RecomputeModule, recomputed, replayed
+from shoestring.trainer.model.recompute import (
+    RecomputeConfig,
+    RecomputeModule,
+    SelectiveRecompute,
+    run_checkpointed,
+    run_recomputable,
+)
 from shoestring.trainer.model.router import Router
-from shoestring.trainer.precision.fp8 import Fp8
-from shoestring.trainer.precision.reference import Reference
+from shoestring.trainer.precision.fp8 import Fp8LinearOps
+from shoestring.trainer.precision.reference import ReferenceBackend
 
 REPORT = frozenset({RecomputeModule.NORM, RecomputeModule.UP_PROJECTION, RecomputeModule.SWIGLU})
 POLICIES = [
@@ -36,12 +42,12 @@ def gradients(
     """Losses and gradients of one micro-batch, and what was sent."""
     chunk, exchange = make_chunk(policy, dtype)
     if fp8:
-        chunk.model.use_fp8(Fp8(Reference()))
-    forward = drive(chunk.forward(*window(), SCALES))
-    weights = WeightGradients(deferred=deferred)
-    drive(forward.backward(None, weights))
-    weights.run()
-    found = [forward.summary.main_sum, forward.summary.mtp_sum, forward.summary.balance_sum]
+        chunk.model.enable_fp8(Fp8LinearOps(ReferenceBackend()))
+    forward = run_to_completion(chunk.forward(*window(), SCALES))
+    weights = DelayedWeightGradients(deferred=deferred)
+    run_to_completion(forward.backward(None, weights))
+    weights.flush()
+    found = [forward.metrics.main_loss_sum, forward.metrics.mtp_loss_sum, forward.metrics.balance_loss_sum]
     for parameter in chunk.model.parameters():
         assert parameter.grad is not None
         found.append(parameter.grad)
@@ -105,8 +111,8 @@ def test_where_tokens_go_is_decided_once() -> None:
 
 def test_logits_need_no_recipes() -> None:
     chunk, _ = make_chunk(frozenset(RecomputeModule))
-    with torch.no_grad(), patch.object(Recompute, "note") as note:
-        drive(chunk.logits(window()[0][:, :LENGTH]))
+    with torch.no_grad(), patch.object(SelectiveRecompute, "note") as note:
+        run_to_completion(chunk.compute_logits(window()[0][:, :LENGTH]))
     assert not note.called
 
 
@@ -117,11 +123,11 @@ def test_a_result_goes_when_the_last_who_kept_it_has_run() -> None:
         made.append(len(made))
         return 2 * x
 
-    x, recompute = torch.randn(5, requires_grad=True), Recompute(frozenset({RecomputeModule.NORM}))
-    with recompute.collect():
-        doubled = recomputed(RecomputeModule.NORM, double, x)
+    x, recompute = torch.randn(5, requires_grad=True), SelectiveRecompute(frozenset({RecomputeModule.NORM}))
+    with recompute.enable():
+        doubled = run_recomputable(RecomputeModule.NORM, double, x)
         first, second = doubled.sin().sum(), doubled[1:].cos().sum()
-        recomputed(RecomputeModule.SWIGLU, double, x).sin()  # not in the policy
+        run_recomputable(RecomputeModule.SWIGLU, double, x).sin()  # not in the policy
     storage = doubled.untyped_storage()
     assert len(recompute._results) == 1
     del doubled, storage
@@ -135,9 +141,9 @@ def test_a_result_goes_when_the_last_who_kept_it_has_run() -> None:
 
 
 def test_a_function_that_returns_its_input_has_made_nothing() -> None:
-    x, recompute = torch.randn(5, requires_grad=True), Recompute(frozenset(RecomputeModule))
-    with recompute.collect():
-        same = recomputed(RecomputeModule.NORM, lambda x: x.view(-1), x)
+    x, recompute = torch.randn(5, requires_grad=True), SelectiveRecompute(frozenset(RecomputeModule))
+    with recompute.enable():
+        same = run_recomputable(RecomputeModule.NORM, lambda x: x.view(-1), x)
         result = same.sin().sum()
     assert len(recompute._results) == 0
     result.backward()
@@ -151,16 +157,16 @@ def test_a_replayed_function_keeps_its_inputs_alone() -> None:
         kept.append(tensor)
         return tensor
 
-    x, recompute = torch.randn(5, requires_grad=True), Recompute(frozenset({RecomputeModule.ATTENTION}))
-    with recompute.collect(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = replayed(RecomputeModule.ATTENTION, lambda x, scale: (x.exp().sin() * scale).cos(), x, 3.0)
+    x, recompute = torch.randn(5, requires_grad=True), SelectiveRecompute(frozenset({RecomputeModule.ATTENTION}))
+    with recompute.enable(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = run_checkpointed(RecomputeModule.ATTENTION, lambda x, scale: (x.exp().sin() * scale).cos(), x, 3.0)
     assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
     (gradient,) = torch.autograd.grad(result.sum(), x)
     torch.testing.assert_close(gradient, torch.autograd.grad((x.exp().sin() * 3.0).cos().sum(), x)[0])
 
 
 def problems(*parts: str) -> Iterator[Problem]:
-    return RecomputeConfig(parts=parts).problems()
+    return RecomputeConfig(modules=parts).problems()
 
 
 def test_an_unknown_part_is_refused_and_so_is_one_twice() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.model.router import Router, Routing, update_bias
+from shoestring.trainer.model.router import Router, RouterOutput, update_router_bias
 
 HIDDEN, EXPERTS, TOP_K, GROUPS, TOP_K_GROUPS = 6, 12, 3, 4, 2
 CONFIG = ModelConfig(
@@ -35,7 +35,7 @@ def inputs(sequences: int = 4, length: int = 10) -> tuple[Tensor, Tensor]:
 def test_the_bias_moves_by_the_exact_sign(size: int) -> None:
     # One token more or less than the mean: FP32 cannot tell it from 2^24 on, FP64 from 2^53 on.
     bias_E = torch.tensor([0.5, 0.5, 0.5, 0.5])
-    update_bias(bias_E, torch.tensor([size + 1, size, size - 1, size]), speed=0.25)
+    update_router_bias(bias_E, torch.tensor([size + 1, size, size - 1, size]), update_rate=0.25)
     assert bias_E.tolist() == [0.25, 0.5, 0.75, 0.5]
 
 
@@ -43,7 +43,7 @@ def test_the_bias_is_updated_in_place_in_fp32() -> None:
     router = make_router()
     bias_E = router.bias_E
     for _ in range(3):
-        update_bias(router.bias_E, torch.tensor([5] + [1] * (EXPERTS - 1)), speed=0.001)
+        update_router_bias(router.bias_E, torch.tensor([5] + [1] * (EXPERTS - 1)), update_rate=0.001)
     assert router.bias_E is bias_E
     assert bias_E.dtype == torch.float32
     torch.testing.assert_close(bias_E, torch.tensor([-0.003] + [0.003] * (EXPERTS - 1)))
@@ -52,7 +52,7 @@ def test_the_bias_is_updated_in_place_in_fp32() -> None:
 def test_a_balanced_load_or_none_leaves_the_bias() -> None:
     bias_E = torch.tensor([0.1, -0.2, 0.3])
     for counts_E in (torch.tensor([7, 7, 7]), torch.tensor([0, 0, 0])):
-        update_bias(bias_E, counts_E, speed=0.1)
+        update_router_bias(bias_E, counts_E, update_rate=0.1)
     assert torch.equal(bias_E, torch.tensor([0.1, -0.2, 0.3]))
 
 
@@ -88,8 +88,8 @@ def test_a_token_stays_within_its_best_groups() -> None:
     assert unlike > 0  # else the limit limits nothing here
 
 
-def gates_by_hand(router: Router, x_BSD: Tensor, routing: Routing) -> Tensor:
-    chosen_TK = torch.sigmoid(x_BSD.flatten(0, 1) @ router.weight.T).gather(1, routing.experts_TK)
+def gates_by_hand(router: Router, x_BSD: Tensor, routing: RouterOutput) -> Tensor:
+    chosen_TK = torch.sigmoid(x_BSD.flatten(0, 1) @ router.weight.T).gather(1, routing.expert_ids_TK)
     return router.config.routed_scaling_factor * chosen_TK / chosen_TK.sum(dim=1, keepdim=True)
 
 

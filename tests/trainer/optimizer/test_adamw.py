@@ -12,16 +12,16 @@ from torch import Tensor
 from shoestring.comm.async_comm import InlineCommunicator
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
-from shoestring.comm.trace import SILENT
-from shoestring.comm.traffic import Traffic
-from shoestring.parallelism.zero.bucket import Bucket, Member
+from shoestring.comm.trace import NULL_RECORDER
+from shoestring.comm.traffic import TrafficCounter
+from shoestring.parallelism.zero.bucket import Bucket, BucketParameter
 from shoestring.parallelism.zero.optimizer import ShardedOptimizer
-from shoestring.parallelism.zero.reduce import PIECE as NORM_PIECE
-from shoestring.parallelism.zero.reduce import Reducer
+from shoestring.parallelism.zero.reduce import SQUARE_SUM_ELEMENTS as NORM_PIECE
+from shoestring.parallelism.zero.reduce import GradientReducer
 from shoestring.tests.reference.adamw import AdamW as PlainAdamW
 from shoestring.tests.reference.adamw import Moments, adamw_step
 from shoestring.tests.trainer.optimizer.rates import RATES
-from shoestring.trainer.optimizer.adamw import PIECE, AdamW, AdamWTwin
+from shoestring.trainer.optimizer.adamw import SLICE_ELEMENTS, AdamW, AdamWReference
 from shoestring.trainer.optimizer.config import OptimizerConfig
 
 SHAPES = {"matrix": (5, 4), "experts": (3, 4, 2), "norm": (6,)}
@@ -36,11 +36,11 @@ def tensors(seed: int, dtype: torch.dtype, scale: float = 1.0) -> dict[str, Tens
 def sharded(parameters: dict[str, Tensor], config: OptimizerConfig, moments: torch.dtype) -> ShardedOptimizer:
     """On one rank, in two buckets."""
     world = ProcessGroups.create(Topology(), 0, timedelta(seconds=1)).world
-    members = [Member(name, value, decays=value.ndim >= 2) for name, value in parameters.items()]
+    members = [BucketParameter(name, value, has_weight_decay=value.ndim >= 2) for name, value in parameters.items()]
     dtype = members[0].parameter.dtype
     buckets = [Bucket("", each, world, moments, dtype) for each in (members[:1], members[1:])]
-    reducer = Reducer(buckets, [0, 0], InlineCommunicator(), Traffic(Topology(), 0))
-    return ShardedOptimizer(reducer, AdamW(config), [0, 0], [0, 1], SILENT)
+    reducer = GradientReducer(buckets, [0, 0], InlineCommunicator(), TrafficCounter(Topology(), 0))
+    return ShardedOptimizer(reducer, AdamW(config), [0, 0], [0, 1], NULL_RECORDER)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)], ids=["fp64", "fp32"])
@@ -57,21 +57,21 @@ def test_steps_are_those_of_the_plain_adamw(dtype: torch.dtype, tolerance: float
         settings = PlainAdamW(rate, config.beta1, config.beta2, config.eps, config.weight_decay, config.clip_norm)
         expected_norm = adamw_step(plain, drawn, moments, settings)
 
-        reducer.begin()
+        reducer.begin_step()
         for name, value in ours.items():
             assert value.grad is not None
             value.grad += drawn[name]
-        reducer.finish()
+        reducer.finish_reduction()
         norm = math.sqrt(reducer.sum_of_squares())
         clipped.append(norm > config.clip_norm)
         optimizer.step(rate, config.clip_norm / norm if clipped[-1] else 1.0)
         if clipped[-1]:
             assert math.sqrt(reducer.sum_of_squares()) == pytest.approx(config.clip_norm, rel=10 * tolerance)
-        optimizer.wait()
+        optimizer.wait_for_weights()
         assert norm == pytest.approx(expected_norm, rel=1e-12)
     assert clipped == [True, True, False, True, True]
-    assert optimizer.steps == 5
-    state = {owned.name: owned for owned in optimizer.owned()}
+    assert optimizer.step_count == 5
+    state = {owned.name: owned for owned in optimizer.local_shards()}
     for name, value in ours.items():
         torch.testing.assert_close(value.detach(), plain[name], rtol=tolerance, atol=tolerance)
         owned, shape = state[name], value.shape
@@ -84,7 +84,7 @@ def test_only_matrices_decay() -> None:
     before = tensors(0, torch.float32)
     ours = {name: value.clone().requires_grad_() for name, value in before.items()}
     optimizer = sharded(ours, OptimizerConfig(weight_decay=0.5), torch.bfloat16)
-    optimizer.reducer.begin()
+    optimizer.reducer.begin_step()
     optimizer.step(0.1)
     assert torch.equal(ours["norm"].detach(), before["norm"])
     for name in ("matrix", "experts"):
@@ -94,10 +94,10 @@ def test_only_matrices_decay() -> None:
 def test_the_norm_counts_every_piece() -> None:
     long = torch.zeros(NORM_PIECE + 77, requires_grad=True)
     reducer = sharded({"short": torch.zeros(3, requires_grad=True), "long": long}, RATES, torch.float32).reducer
-    reducer.begin()
+    reducer.begin_step()
     assert long.grad is not None
     long.grad.copy_(torch.randn(len(long), generator=torch.Generator().manual_seed(0)))
-    reducer.finish()
+    reducer.finish_reduction()
     assert math.sqrt(reducer.sum_of_squares()) == pytest.approx(float(long.grad.double().norm()), rel=1e-12)
 
 
@@ -106,14 +106,14 @@ def test_the_norm_counts_every_piece() -> None:
 def test_the_fused_rule_does_what_its_twin_does(masters: torch.dtype, moments: torch.dtype) -> None:
     """Over more than one piece, ten steps, each from the twin's state: a moment on the border between two numbers of
     its dtype may be rounded up by one and down by the other."""
-    length, generator = PIECE + 77, torch.Generator().manual_seed(0)
+    length, generator = SLICE_ELEMENTS + 77, torch.Generator().manual_seed(0)
     config, unit = OptimizerConfig(), torch.finfo(moments).eps
     master = torch.randn(length, generator=generator, dtype=torch.float64).to(masters)
     state = (master, torch.zeros(length, dtype=moments), torch.zeros(length, dtype=moments))
     for step in range(1, 11):
         grad = torch.randn(length, generator=generator, dtype=torch.float64).to(masters)
         ours = tuple(tensor.clone() for tensor in state)
-        for rule, (master, exp_avg, exp_avg_sq) in ((AdamW(config), ours), (AdamWTwin(config), state)):
+        for rule, (master, exp_avg, exp_avg_sq) in ((AdamW(config), ours), (AdamWReference(config), state)):
             rule(master, grad, exp_avg, exp_avg_sq, rate=0.01, step=step, decays=step % 2 == 0)
         torch.testing.assert_close(ours[0], state[0], rtol=1e-6, atol=1e-7)
         for moment, twin in zip(ours[1:], state[1:], strict=True):

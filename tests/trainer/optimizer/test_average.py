@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.comm.async_comm import open_worker
+from shoestring.comm.async_comm import build_async_communicator
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
-from shoestring.comm.trace import SILENT
-from shoestring.comm.traffic import Traffic
-from shoestring.parallelism.zero.bucket import Bucket, Member
+from shoestring.comm.trace import NULL_RECORDER
+from shoestring.comm.traffic import TrafficCounter
+from shoestring.parallelism.zero.bucket import Bucket, BucketParameter
 from shoestring.parallelism.zero.optimizer import ShardedOptimizer
-from shoestring.parallelism.zero.reduce import Reducer
+from shoestring.parallelism.zero.reduce import GradientReducer
 from shoestring.tests.comm.late_streams import LateStreams
 from shoestring.tests.processes import World, run_processes
 from shoestring.trainer.optimizer.adamw import AdamW
-from shoestring.trainer.optimizer.average import WeightAverage
+from shoestring.trainer.optimizer.average import WeightEMA
 from shoestring.trainer.optimizer.config import OptimizerConfig
 
 DECAY, STEPS = 0.75, 4
@@ -28,35 +28,35 @@ DECAY, STEPS = 0.75, 4
 
 def build(groups: ProcessGroups, weights: torch.dtype) -> tuple[ShardedOptimizer, Tensor]:
     parameter = torch.arange(300.0).div(100).requires_grad_()
-    members = [Member("weight", parameter, decays=False)]
-    buckets = [Bucket("", members, groups.dense[(0,)], torch.bfloat16, weights)]
-    worker = open_worker(groups.world, torch.device("cpu"))
-    reducer = Reducer(buckets, [0], worker, Traffic(groups.topology, groups.rank))
-    return ShardedOptimizer(reducer, AdamW(OptimizerConfig()), [0], [0], SILENT), parameter
+    members = [BucketParameter("weight", parameter, has_weight_decay=False)]
+    buckets = [Bucket("", members, groups.dense_dp[(0,)], torch.bfloat16, weights)]
+    worker = build_async_communicator(groups.world, torch.device("cpu"))
+    reducer = GradientReducer(buckets, [0], worker, TrafficCounter(groups.topology, groups.rank))
+    return ShardedOptimizer(reducer, AdamW(OptimizerConfig()), [0], [0], NULL_RECORDER), parameter
 
 
 def take_step(optimizer: ShardedOptimizer, parameter: Tensor) -> None:
-    optimizer.reducer.begin()
+    optimizer.reducer.begin_step()
     assert parameter.grad is not None
     parameter.grad += 1 + parameter.float()
-    optimizer.reducer.finish()
+    optimizer.reducer.finish_reduction()
     optimizer.step(0.125)
-    optimizer.wait()
+    optimizer.wait_for_weights()
 
 
 def averaged(world: World, weights: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The average and its twin, the weights before a look at it and after."""
     groups = ProcessGroups.create(Topology(edp=world.size), world.rank, timedelta(seconds=30))
     optimizer, parameter = build(groups, weights)
-    average = WeightAverage(optimizer, DECAY)
+    average = WeightEMA(optimizer, DECAY)
     twin = torch.arange(300.0).div(100)
     for _ in range(STEPS):
         average.wait()
         take_step(optimizer, parameter)
-        average.start()
+        average.start_update()
         twin = DECAY * twin + (1 - DECAY) * parameter.detach().float()
     before = parameter.detach().clone()
-    with average.in_use():
+    with average.swapped_into_model():
         inside = parameter.detach().clone()
     return inside, twin, before, parameter.detach().clone()
 
@@ -81,12 +81,12 @@ def moved_through(streams: LateStreams | None) -> list[Tensor]:
     """The average after each step, of 300 masters through two halves of 64."""
     groups = ProcessGroups.create(Topology(), 0, timedelta(seconds=1))
     optimizer, parameter = build(groups, torch.float32)
-    average, found = WeightAverage(optimizer, DECAY, streams, staged_bytes=2 * 64 * 4), []
+    average, found = WeightEMA(optimizer, DECAY, streams, staged_bytes=2 * 64 * 4), []
     for _ in range(STEPS):
         average.wait()
         take_step(optimizer, parameter)
-        average.start()
-        found.append(torch.cat([part.clone() for _, _, part in average.owned()]))
+        average.start_update()
+        found.append(torch.cat([part.clone() for _, _, part in average.local_shards()]))
     average.close()
     return found
 
@@ -104,7 +104,7 @@ def test_by_a_stream_of_its_own_it_is_the_same_to_the_last_bit(late: bool) -> No
 def test_it_moves_beside_the_caller_and_is_waited_for() -> None:
     groups = ProcessGroups.create(Topology(), 0, timedelta(seconds=1))
     optimizer, _ = build(groups, torch.float32)
-    average = WeightAverage(optimizer, DECAY)
+    average = WeightEMA(optimizer, DECAY)
     go_on, order = threading.Event(), []
     move = average._move
 
@@ -114,7 +114,7 @@ def test_it_moves_beside_the_caller_and_is_waited_for() -> None:
         move(None)
 
     average._move = slow  # type: ignore[method-assign]
-    average.start()
+    average.start_update()
     order.append("caller")  # start has returned while the average waits
     go_on.set()
     average.wait()

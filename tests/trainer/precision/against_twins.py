@@ -15,20 +15,20 @@ import torch
 from torch import Tensor
 
 from shoestring.tests.trainer.precision.hard_numbers import numbers
-from shoestring.trainer.precision.backend import PrecisionBackend, Rows
-from shoestring.trainer.precision.reference import Reference
-from shoestring.trainer.precision.tiles import Blocks, Scales, Tiles
+from shoestring.trainer.precision.backend import PrecisionBackend, RowsPerExpert
+from shoestring.trainer.precision.reference import ReferenceBackend
+from shoestring.trainer.precision.tiles import Fp8Weight, RowwiseFp8Tensor, ScaleFormat
 
-TWIN = Reference()
-ROWS: Rows = (130, 0, 128, 7)
-MANY: Rows = (*((3,) * 33), 130, 0)  # 35 blocks of rows: two groups of 16 and three
-FEW: Rows = (7,)
+TWIN = ReferenceBackend()
+ROWS: RowsPerExpert = (130, 0, 128, 7)
+MANY: RowsPerExpert = (*((3,) * 33), 130, 0)  # 35 blocks of rows: two groups of 16 and three
+FEW: RowsPerExpert = (7,)
 TALL = 2100  # 17 blocks of rows
 MARGIN = 4
 """Times what a model of Hopper's accumulator is off by, which cuts off behind 13 bits: so much for 11 bits."""
 
 
-def same(ours: Tiles | Blocks, theirs: Tiles | Blocks, what: str) -> None:
+def same(ours: RowwiseFp8Tensor | Fp8Weight, theirs: RowwiseFp8Tensor | Fp8Weight, what: str) -> None:
     """Scales and values to the last bit."""
     (values, scales), (expected, expected_scales) = vars(ours).values(), vars(theirs).values()
     assert torch.equal(scales.nan_to_num(-1), expected_scales.nan_to_num(-1)), f"scales of {what}"
@@ -48,23 +48,33 @@ def check_quantization(provider: PrecisionBackend, device: torch.device) -> None
             x = numbers(*shape, dtype).to(device)
             faulty = x.clone()
             faulty[1, 3], faulty[2, 4], faulty[-1, 0] = float("nan"), float("inf"), -float("inf")
-            for scales in Scales:
+            for scales in ScaleFormat:
                 what = f"{shape} {dtype} {scales}"
                 for y in (x, faulty):
-                    same(provider.tiles(y, scales), TWIN.tiles(y, scales), f"rows {what}")
-                    same(provider.blocks(y, scales), TWIN.blocks(y, scales), f"blocks {what}")
+                    same(provider.quantize_rowwise(y, scales), TWIN.quantize_rowwise(y, scales), f"rows {what}")
+                    same(provider.quantize_weight(y, scales), TWIN.quantize_weight(y, scales), f"blocks {what}")
                     rows = (3, 0, len(y) - 3)
-                    ours, theirs = provider.columns(y, rows, scales), TWIN.columns(y, rows, scales)
+                    ours, theirs = (
+                        provider.quantize_columnwise(y, rows, scales),
+                        TWIN.quantize_columnwise(y, rows, scales),
+                    )
                     assert ours.tiles_per_expert_L == theirs.tiles_per_expert_L
                     same(ours.tiles, theirs.tiles, f"columns {what}")
-                    tiles = TWIN.tiles(y, scales)
-                    ours, theirs = provider.turned(tiles, rows, scales), TWIN.turned(tiles, rows, scales)
+                    tiles = TWIN.quantize_rowwise(y, scales)
+                    ours, theirs = (
+                        provider.rowwise_to_columnwise(tiles, rows, scales),
+                        TWIN.rowwise_to_columnwise(tiles, rows, scales),
+                    )
                     assert ours.tiles_per_expert_L == theirs.tiles_per_expert_L
                     same(ours.tiles, theirs.tiles, f"columns of tiles {what}")
     stack = torch.randn(3, 140, 200, device=device)
-    same(provider.blocks(stack, Scales.FP32), TWIN.blocks(stack, Scales.FP32), "blocks of a stack")
-    assert provider.columns(stack[0][:0], (0, 0), Scales.FP32).tiles.values_XD.shape == (200, 0)
-    assert provider.tiles(stack[0][:0], Scales.FP32).values_XD.shape == (0, 200)
+    same(
+        provider.quantize_weight(stack, ScaleFormat.FP32),
+        TWIN.quantize_weight(stack, ScaleFormat.FP32),
+        "blocks of a stack",
+    )
+    assert provider.quantize_columnwise(stack[0][:0], (0, 0), ScaleFormat.FP32).tiles.values_XD.shape == (200, 0)
+    assert provider.quantize_rowwise(stack[0][:0], ScaleFormat.FP32).values_XD.shape == (0, 200)
 
 
 def check_swiglu(provider: PrecisionBackend, device: torch.device) -> None:
@@ -83,11 +93,11 @@ def check_swiglu(provider: PrecisionBackend, device: torch.device) -> None:
         for weights in (None, gates.to(torch.promote_types(gate_up.dtype, torch.float32)), gates.to(gate_up.dtype)):
             gated = "no gates" if weights is None else str(weights.dtype)
             rows_L = (len(gate_up) // 3, 0, len(gate_up) - len(gate_up) // 3)
-            for scales in Scales:
+            for scales in ScaleFormat:
                 what = f"SwiGLU {tuple(gate_up.shape)} {gate_up.dtype} {scales}, {gated}"
-                expected = TWIN.swiglu_tiles(gate_up, weights, scales)
-                same(provider.swiglu_tiles(gate_up, weights, scales), expected, f"rows of {what}")
-                both = [each.swiglu_columns(gate_up, weights, rows_L, scales) for each in (provider, TWIN)]
+                expected = TWIN.swiglu_quantize_rowwise(gate_up, weights, scales)
+                same(provider.swiglu_quantize_rowwise(gate_up, weights, scales), expected, f"rows of {what}")
+                both = [each.swiglu_quantize_columnwise(gate_up, weights, rows_L, scales) for each in (provider, TWIN)]
                 same(both[0].tiles, both[1].tiles, f"columns of {what}")
                 assert both[0].tiles_per_expert_L == both[1].tiles_per_expert_L
 
@@ -100,35 +110,41 @@ def products(provider: PrecisionBackend, device: torch.device) -> Iterator[tuple
         return torch.randn(shape, generator=generator).to(device)
 
     for rows, n, k in ((5, 40, 30), (130, 256, 300)):
-        x, w = TWIN.tiles(normal(rows, k), Scales.FP32), TWIN.blocks(normal(n, k), Scales.FP32)
-        yield f"product {rows} {n} {k}", provider.multiply(x, w, torch.float32)
-        grad = TWIN.tiles(normal(rows, n), Scales.FP32)
-        yield f"input gradient {rows} {n} {k}", provider.multiply(grad, w.transposed(), torch.float32)
+        x, w = (
+            TWIN.quantize_rowwise(normal(rows, k), ScaleFormat.FP32),
+            TWIN.quantize_weight(normal(n, k), ScaleFormat.FP32),
+        )
+        yield f"product {rows} {n} {k}", provider.gemm(x, w, torch.float32)
+        grad = TWIN.quantize_rowwise(normal(rows, n), ScaleFormat.FP32)
+        yield f"input gradient {rows} {n} {k}", provider.gemm(grad, w.transposed(), torch.float32)
     for rows_L in (ROWS, MANY):
         x, w = (
-            TWIN.tiles(normal(sum(rows_L), 140), Scales.FP32),
-            TWIN.blocks(normal(len(rows_L), 200, 140), Scales.FP32),
+            TWIN.quantize_rowwise(normal(sum(rows_L), 140), ScaleFormat.FP32),
+            TWIN.quantize_weight(normal(len(rows_L), 200, 140), ScaleFormat.FP32),
         )
-        yield f"product of {len(rows_L)} experts", provider.multiply_grouped(x, w, rows_L, torch.float32)
+        yield f"product of {len(rows_L)} experts", provider.grouped_gemm(x, w, rows_L, torch.float32)
     for rows_L, n, k, dtypes in ((ROWS, 200, 140, (torch.float32, torch.float64)), (FEW, TALL, 150, (torch.float32,))):
-        both = [TWIN.columns(normal(sum(rows_L), width), rows_L, Scales.FP32) for width in (n, k)]
+        both = [TWIN.quantize_columnwise(normal(sum(rows_L), width), rows_L, ScaleFormat.FP32) for width in (n, k)]
         for dtype in dtypes:
             sums = normal(len(rows_L), n, k).to(dtype)
             before = sums.clone()
-            provider.add_outer(both[0], both[1], sums)
+            provider.accumulate_grouped_wgrad(both[0], both[1], sums)
             assert all(torch.equal(sums[i], before[i]) for i, rows in enumerate(rows_L) if not rows)
             yield f"weight gradient {n} {k} added to {dtype}", sums
 
 
-def check_products(provider: PrecisionBackend, device: torch.device, accumulator: Reference = TWIN) -> None:
+def check_products(provider: PrecisionBackend, device: torch.device, accumulator: ReferenceBackend = TWIN) -> None:
     """Up to the order of sums in FP32, 1e-5; and `MARGIN` times what the sums of `accumulator` are off by."""
     found, exact, modelled = (dict(products(each, device)) for each in (provider, TWIN, accumulator))
     for what, ours in found.items():
         assert (ours.shape, ours.dtype) == (exact[what].shape, exact[what].dtype), what
         limit = 1e-5 + MARGIN * error(modelled[what], exact[what])
         assert error(ours, exact[what]) <= limit, f"{what}: {error(ours, exact[what])}, above {limit}"
-    x, w = TWIN.tiles(torch.ones(0, 140, device=device), Scales.FP32), torch.ones(4, 200, 140, device=device)
-    empty = provider.multiply_grouped(x, TWIN.blocks(w, Scales.FP32), (0, 0, 0, 0), torch.bfloat16)
+    x, w = (
+        TWIN.quantize_rowwise(torch.ones(0, 140, device=device), ScaleFormat.FP32),
+        torch.ones(4, 200, 140, device=device),
+    )
+    empty = provider.grouped_gemm(x, TWIN.quantize_weight(w, ScaleFormat.FP32), (0, 0, 0, 0), torch.bfloat16)
     assert empty.shape == (0, 200)
 
 

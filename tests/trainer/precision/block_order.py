@@ -12,7 +12,7 @@ from shoestring.trainer.precision import kernels
 @triton.jit
 def _write(out_ptr, row_blocks, column_blocks):  # type: ignore[no-untyped-def]
     program = tl.program_id(0)
-    row, column = kernels.block_of(program, row_blocks, column_blocks)
+    row, column = kernels.output_block_index(program, row_blocks, column_blocks)
     tl.store(out_ptr + 2 * program, row)
     tl.store(out_ptr + 2 * program + 1, column)
 

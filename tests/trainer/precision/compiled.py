@@ -33,9 +33,9 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     *(
         (kernel, {"x_ptr": source}, {"power_of_two": power, **constants}, warps)
         for kernel, constants, warps in (
-            (kernels.quantize_rows, {"ROWS": 16}, 4),
-            (kernels.quantize_columns, {"COLUMNS": 64}, 8),
-            (kernels.quantize_blocks, {}, 8),
+            (kernels.quantize_rowwise, {"ROWS": 16}, 4),
+            (kernels.quantize_columnwise, {"COLUMNS": 64}, 8),
+            (kernels.quantize_weight, {}, 8),
         )
         for source in (BF16, FP32)
         for power in (False, True)
@@ -43,15 +43,18 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     *(
         (kernel, {}, {"power_of_two": power, **constants, **gates}, warps)
         for kernel, constants, warps in (
-            (kernels.quantize_swiglu_rows, {"ROWS": 16}, 4),
-            (kernels.quantize_swiglu_columns, {"COLUMNS": 64}, 8),
+            (kernels.swiglu_quantize_rowwise, {"ROWS": 16}, 4),
+            (kernels.swiglu_quantize_columnwise, {"COLUMNS": 64}, 8),
         )
         for gates in ({}, {"gates_ptr": None})
         for power in (False, True)
     ),
-    *((kernels.turn_tiles, {"x_ptr": FP8}, {"power_of_two": power, "COLUMNS": 64}, 8) for power in (False, True)),
-    *((kernels.multiply, {"x_ptr": FP8, "out_ptr": out}, {"ROWS": 128, "COLUMNS": 128}, 8) for out in (BF16, FP32)),
-    (kernels.outer, {"out_ptr": FP32}, {"ROWS": 128, "COLUMNS": 128}, 8),
+    *(
+        (kernels.rowwise_to_columnwise, {"x_ptr": FP8}, {"power_of_two": power, "COLUMNS": 64}, 8)
+        for power in (False, True)
+    ),
+    *((kernels.grouped_gemm, {"x_ptr": FP8, "out_ptr": out}, {"ROWS": 128, "COLUMNS": 128}, 8) for out in (BF16, FP32)),
+    (kernels.grouped_wgrad_gemm, {"out_ptr": FP32}, {"ROWS": 128, "COLUMNS": 128}, 8),
 ]
 
 

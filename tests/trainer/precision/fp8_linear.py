@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from shoestring.trainer.model.linear import Linear
-from shoestring.trainer.precision.fp8 import Fp8
-from shoestring.trainer.precision.reference import Reference
+from shoestring.trainer.precision.fp8 import Fp8LinearOps
+from shoestring.trainer.precision.reference import ReferenceBackend
 
 WIDTH, INNER = 200, 96
 
@@ -20,5 +20,5 @@ def linear(after_attention: bool = False) -> Linear:
     module = Linear(WIDTH, 150, after_attention=after_attention)
     with torch.no_grad():
         module.weight.copy_(normal(150, WIDTH))
-    module.fp8 = Fp8(Reference())
+    module.fp8 = Fp8LinearOps(ReferenceBackend())
     return module

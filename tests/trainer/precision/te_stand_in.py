@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shoestring.comm.fp8 import TILE, tiles_of
-from shoestring.trainer.precision.reference import Reference
-from shoestring.trainer.precision.tiles import Tiles
+from shoestring.comm.fp8 import TILE_WIDTH, tiles_per_row
+from shoestring.trainer.precision.reference import ReferenceBackend
+from shoestring.trainer.precision.tiles import RowwiseFp8Tensor
 
 _LOAD = """
 import importlib.util, pathlib, sys
@@ -61,21 +61,21 @@ class Float8BlockwiseQTensorStorage:
     quantizer: None
     is_2D_scaled: bool
 
-    def tiles(self) -> Tiles:
+    def tiles(self) -> RowwiseFp8Tensor:
         """Checks shapes as its quantizer makes them, then reads the scale of each tile."""
         rows, width = self.rowwise_data.shape
         assert self.fp8_dtype is E4M3
         assert self.rowwise_data.dtype == torch.uint8
         assert self.rowwise_data.is_contiguous()
         assert self.rowwise_scale_inv.is_contiguous()
-        assert rows % TILE == width % TILE == 0
+        assert rows % TILE_WIDTH == width % TILE_WIDTH == 0
         if self.is_2D_scaled:
-            assert self.rowwise_scale_inv.shape == (tiles_of(rows), -(-tiles_of(width) // 4) * 4)
-            scales_XQ = self.rowwise_scale_inv[:, : tiles_of(width)].repeat_interleave(TILE, 0)
+            assert self.rowwise_scale_inv.shape == (tiles_per_row(rows), -(-tiles_per_row(width) // 4) * 4)
+            scales_XQ = self.rowwise_scale_inv[:, : tiles_per_row(width)].repeat_interleave(TILE_WIDTH, 0)
         else:
-            assert self.rowwise_scale_inv.shape == (tiles_of(width), -(-rows // 4) * 4)
+            assert self.rowwise_scale_inv.shape == (tiles_per_row(width), -(-rows // 4) * 4)
             scales_XQ = self.rowwise_scale_inv.T[:rows]
-        return Tiles(self.rowwise_data.view(torch.float8_e4m3fn), scales_XQ)
+        return RowwiseFp8Tensor(self.rowwise_data.view(torch.float8_e4m3fn), scales_XQ)
 
 
 def general_gemm(
@@ -88,4 +88,4 @@ def general_gemm(
     assert layout == "TN"
     assert use_split_accumulator
     assert not (A.is_2D_scaled and B.is_2D_scaled)
-    return Reference()._product(B.tiles(), A.tiles()).to(out_dtype), None, None, None
+    return ReferenceBackend()._product(B.tiles(), A.tiles()).to(out_dtype), None, None, None

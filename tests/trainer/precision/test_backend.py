@@ -7,14 +7,14 @@ import importlib.util
 import pytest
 import torch
 
-from shoestring.trainer.precision.backend import choose_provider, missing_for, open_provider
-from shoestring.trainer.precision.reference import Reference
+from shoestring.trainer.precision.backend import choose_backend, open_backend, unavailable_reasons
+from shoestring.trainer.precision.reference import ReferenceBackend
 
 
 def test_a_cpu_takes_the_reference() -> None:
-    assert choose_provider("auto", on_gpu=False) == "reference"
-    assert isinstance(open_provider("auto", torch.device("cpu")), Reference)
-    assert not list(missing_for("reference", on_gpu=False))
+    assert choose_backend("auto", on_gpu=False) == "reference"
+    assert isinstance(open_backend("auto", torch.device("cpu")), ReferenceBackend)
+    assert not list(unavailable_reasons("reference", on_gpu=False))
 
 
 @pytest.mark.parametrize(
@@ -35,4 +35,4 @@ def test_a_gpu_takes_the_fastest_that_serves_it(
     monkeypatch.setattr(torch.version, "cuda", cuda)
     there = {"triton"} if has_triton else set()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in there else None)
-    assert choose_provider("auto", on_gpu=True) == chosen
+    assert choose_backend("auto", on_gpu=True) == chosen

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from shoestring.trainer.precision.config import PrecisionConfig
-from shoestring.trainer.precision.tiles import Scales
+from shoestring.trainer.precision.tiles import ScaleFormat
 
 
 def test_the_configuration_chooses() -> None:
-    assert PrecisionConfig().fp8(torch.device("cpu")) is None
-    fp8 = PrecisionConfig(linear="fp8", scales="power_of_two").fp8(torch.device("cpu"))
+    assert PrecisionConfig().build_fp8_ops(torch.device("cpu")) is None
+    fp8 = PrecisionConfig(linear="fp8", fp8_scale_format="power_of_two").build_fp8_ops(torch.device("cpu"))
     assert fp8 is not None
-    assert fp8.scales is Scales.POWER_OF_TWO
+    assert fp8.scale_format is ScaleFormat.POWER_OF_TWO

@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shoestring.comm.fp8 import tiles_of
-from shoestring.parallelism.weight_grad import WeightGradients
+from shoestring.comm.fp8 import tiles_per_row
+from shoestring.parallelism.weight_grad import DelayedWeightGradients
 from shoestring.tests.reference import fp8_model as twin
 from shoestring.tests.trainer.precision.fp8_linear import INNER, WIDTH, linear, normal
 from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.model.experts import Experts, SwiGLU
+from shoestring.trainer.model.experts import GroupedExperts, SwiGLUFeedForward
 from shoestring.trainer.model.linear import Linear
 from shoestring.trainer.model.model import Model
-from shoestring.trainer.precision.backend import Rows
-from shoestring.trainer.precision.fp8 import Fp8
-from shoestring.trainer.precision.reference import Reference
-from shoestring.trainer.precision.tiles import Columns, Scales, Tiles
+from shoestring.trainer.precision.backend import RowsPerExpert
+from shoestring.trainer.precision.fp8 import Fp8LinearOps
+from shoestring.trainer.precision.reference import ReferenceBackend
+from shoestring.trainer.precision.tiles import ColumnwiseFp8Tensor, RowwiseFp8Tensor, ScaleFormat
 
 ROWS = (100, 0, 50)
 
@@ -55,12 +55,12 @@ def test_all_three_products_are_the_definition(dtype: torch.dtype, after_attenti
 
 
 def test_swiglu_is_the_definition_from_its_kept_input() -> None:
-    module = SwiGLU(WIDTH, INNER).double()
+    module = SwiGLUFeedForward(WIDTH, INNER).double()
     with torch.no_grad():
         for number, weight in enumerate(module.parameters()):
             weight.copy_(normal(*weight.shape, dtype=torch.float64) / (10 + number))
     for part in (module.gate_up, module.down):
-        part.fp8 = Fp8(Reference())
+        part.fp8 = Fp8LinearOps(ReferenceBackend())
     gate, up = module.gate_up.weight.detach().chunk(2)
     down = module.down.weight.detach()
     names = [f"x.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")]
@@ -72,12 +72,12 @@ def test_swiglu_is_the_definition_from_its_kept_input() -> None:
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
 
 
-def experts() -> Experts:
-    module = Experts(len(ROWS), WIDTH, INNER).double()
+def experts() -> GroupedExperts:
+    module = GroupedExperts(len(ROWS), WIDTH, INNER).double()
     with torch.no_grad():
         for weight in module.parameters():
             weight.copy_(normal(*weight.shape, dtype=torch.float64) / 10)
-    module.fp8 = Fp8(Reference())
+    module.fp8 = Fp8LinearOps(ReferenceBackend())
     return module
 
 
@@ -123,41 +123,41 @@ def test_gradients_of_weights_can_wait() -> None:
     ]
     for function, source, weights in cases:
         at_once = run(function, source, *weights)
-        left = WeightGradients(deferred=True)
-        with left.collect():
+        left = DelayedWeightGradients(deferred=True)
+        with left.collect_from_forward():
             later = run(function, source, *weights)
         assert later[2:] == [None] * len(weights)
-        left.run()
+        left.flush()
         found = [*later[:2], *map(grad_of, weights)]
         assert all(torch.equal(one, other) for one, other in zip(at_once, found, strict=True))
-        with left.collect():
+        with left.collect_from_forward():
             again = function(source)
         again.backward(normal(*later[0].shape, dtype=source.dtype))
-        left.run()
+        left.flush()
         assert all(torch.equal(grad_of(weight), 2 * once) for weight, once in zip(weights, at_once[2:], strict=True))
 
 
 @dataclass(frozen=True)
-class Adding(Reference):
+class Adding(ReferenceBackend):
     """Remembers which gradients it was given to add to."""
 
     sums: list[tuple[torch.Size, int]] = field(default_factory=list)
 
-    def add_outer(self, grad: Columns, x: Columns, sum_LNK: Tensor) -> None:
+    def accumulate_grouped_wgrad(self, grad: ColumnwiseFp8Tensor, x: ColumnwiseFp8Tensor, sum_LNK: Tensor) -> None:
         self.sums.append((sum_LNK.shape, sum_LNK.data_ptr()))
-        super().add_outer(grad, x, sum_LNK)
+        super().accumulate_grouped_wgrad(grad, x, sum_LNK)
 
 
 def test_a_provider_adds_to_the_gradient_that_is_there() -> None:
     adding, module, mixture = Adding(), linear(), experts()
-    module.fp8 = mixture.fp8 = Fp8(adding)
-    gates, left = torch.rand(150, dtype=torch.float64), WeightGradients()
+    module.fp8 = mixture.fp8 = Fp8LinearOps(adding)
+    gates, left = torch.rand(150, dtype=torch.float64), DelayedWeightGradients()
     for _ in range(2):
-        with left.collect():
+        with left.collect_from_forward():
             outputs = module(normal(150, WIDTH)), mixture(normal(150, WIDTH).double(), gates, ROWS)
         for out in outputs:
             out.sum().backward()
-            left.run()
+            left.flush()
     weights = [module.weight[None], mixture.down_LDF, mixture.gate_up_LFD]
     assert [shape for shape, _ in adding.sums] == [weight.shape for weight in weights]
     grads = [grad_of(module.weight), grad_of(mixture.down_LDF), grad_of(mixture.gate_up_LFD)]
@@ -165,27 +165,33 @@ def test_a_provider_adds_to_the_gradient_that_is_there() -> None:
 
 
 @dataclass(frozen=True)
-class Fused(Reference):
+class Fused(ReferenceBackend):
     """Remembers which SwiGLUs it was given to quantize, and when tiles were turned."""
 
     seen: list[str] = field(default_factory=list)
 
-    def swiglu_tiles(self, gate_up_RF: Tensor, gates_R: Tensor | None, scales: Scales) -> Tiles:
+    def swiglu_quantize_rowwise(
+        self, gate_up_RF: Tensor, gates_R: Tensor | None, scales: ScaleFormat
+    ) -> RowwiseFp8Tensor:
         self.seen.append("rows" if gates_R is None else "weighted rows")
-        return super().swiglu_tiles(gate_up_RF, gates_R, scales)
+        return super().swiglu_quantize_rowwise(gate_up_RF, gates_R, scales)
 
-    def swiglu_columns(self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: Rows, scales: Scales) -> Columns:
+    def swiglu_quantize_columnwise(
+        self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: RowsPerExpert, scales: ScaleFormat
+    ) -> ColumnwiseFp8Tensor:
         self.seen.append("columns" if gates_R is None else "weighted columns")
-        return super().swiglu_columns(gate_up_RF, gates_R, rows_L, scales)
+        return super().swiglu_quantize_columnwise(gate_up_RF, gates_R, rows_L, scales)
 
-    def turned(self, x: Tiles, rows_L: Rows, scales: Scales) -> Columns:
+    def rowwise_to_columnwise(
+        self, x: RowwiseFp8Tensor, rows_L: RowsPerExpert, scales: ScaleFormat
+    ) -> ColumnwiseFp8Tensor:
         self.seen.append("turned")
-        return super().turned(x, rows_L, scales)
+        return super().rowwise_to_columnwise(x, rows_L, scales)
 
 
 def test_a_provider_is_given_the_input_of_a_swiglu_and_tiles_to_turn() -> None:
-    fused, network, mixture = Fused(), SwiGLU(WIDTH, INNER), experts().float()
-    network.down.fp8 = mixture.fp8 = Fp8(fused)
+    fused, network, mixture = Fused(), SwiGLUFeedForward(WIDTH, INNER), experts().float()
+    network.down.fp8 = mixture.fp8 = Fp8LinearOps(fused)
     x, gates = normal(sum(ROWS), WIDTH), torch.rand(sum(ROWS))
     run(network, x, *network.parameters())
     run(lambda rows: mixture(rows, gates, ROWS), x, *mixture.parameters())
@@ -209,9 +215,9 @@ def kept_bytes(function: Callable[[], Tensor], weights: list[nn.Parameter]) -> i
 
 
 def test_what_is_kept_for_the_backward_is_as_large_as_it_says() -> None:
-    rows, blocks = 512, tiles_of(150) * tiles_of(WIDTH) * 4
+    rows, blocks = 512, tiles_per_row(150) * tiles_per_row(WIDTH) * 4
     x = normal(rows, WIDTH).bfloat16().requires_grad_()
-    scales = rows * tiles_of(WIDTH)
+    scales = rows * tiles_per_row(WIDTH)
     for after_attention, expected in ((False, rows * WIDTH + 4 * scales), (True, rows * WIDTH * 3 // 2 + scales)):
         module = linear(after_attention)
         assert kept_bytes(partial(module, x), [module.weight]) == expected + blocks
@@ -223,13 +229,13 @@ def test_experts_keep_two_tiled_tensors_instead_of_three_whole_ones() -> None:
     module, rows = experts().float(), sum(ROWS)
     x, gates = normal(rows, WIDTH).bfloat16().requires_grad_(), torch.rand(rows)
     function, weights = partial(module, x, gates, ROWS), list(module.parameters())
-    scales = rows * (tiles_of(WIDTH) + tiles_of(2 * INNER))
-    blocks = len(ROWS) * tiles_of(WIDTH) * (tiles_of(2 * INNER) + tiles_of(INNER))
+    scales = rows * (tiles_per_row(WIDTH) + tiles_per_row(2 * INNER))
+    blocks = len(ROWS) * tiles_per_row(WIDTH) * (tiles_per_row(2 * INNER) + tiles_per_row(INNER))
     expected = rows * (WIDTH + 2 * INNER) + 4 * (scales + blocks + rows)  # the last: gates
     assert kept_bytes(function, weights) == expected
     module.fp8 = None
     in_fp8 = expected
-    with WeightGradients().collect():  # as in training; outside of it weights are kept too, cast
+    with DelayedWeightGradients().collect_from_forward():  # as in training; outside of it weights are kept too, cast
         native = kept_bytes(function, weights)
     assert native == 2 * rows * (WIDTH + 2 * INNER + INNER) + 4 * rows
     assert in_fp8 < 0.45 * native
@@ -237,10 +243,12 @@ def test_experts_keep_two_tiled_tensors_instead_of_three_whole_ones() -> None:
 
 def test_the_head_and_the_router_have_no_fp8() -> None:
     model = Model(ModelConfig())
-    model.use_fp8(Fp8(Reference()))
+    model.enable_fp8(Fp8LinearOps(ReferenceBackend()))
     plain = {name for name, module in model.named_modules() if isinstance(module, Linear) and module.fp8 is None}
     assert plain == {"head"}
-    in_fp8 = [name for name, module in model.named_modules() if isinstance(module, Linear | Experts) and module.fp8]
+    in_fp8 = [
+        name for name, module in model.named_modules() if isinstance(module, Linear | GroupedExperts) and module.fp8
+    ]
     assert {name.rsplit(".", 1)[-1] for name in in_fp8} == {
         "q_down", "q_up", "kv_down", "kv_up", "out", "gate_up", "down", "experts", "project",
     }  # fmt: skip
@@ -251,12 +259,12 @@ def test_the_head_and_the_router_have_no_fp8() -> None:
 
 def test_without_gradients_the_numbers_are_the_same() -> None:
     mixture, gates = experts(), torch.rand(sum(ROWS), dtype=torch.float64)
-    network = SwiGLU(WIDTH, INNER).double()
+    network = SwiGLUFeedForward(WIDTH, INNER).double()
     with torch.no_grad():
         for weight in network.parameters():
             weight.copy_(normal(*weight.shape, dtype=torch.float64) / 10)
     for part in (network.gate_up, network.down):
-        part.fp8 = Fp8(Reference())
+        part.fp8 = Fp8LinearOps(ReferenceBackend())
     cases: list[tuple[Callable[[Tensor], Tensor], torch.dtype]] = [
         (linear(), torch.float32),
         (linear(after_attention=True), torch.bfloat16),
@@ -272,9 +280,9 @@ def test_without_gradients_the_numbers_are_the_same() -> None:
 
 
 def test_no_rows_are_rows_too() -> None:
-    network = SwiGLU(WIDTH, INNER)
+    network = SwiGLUFeedForward(WIDTH, INNER)
     for part in (network.gate_up, network.down):
-        part.fp8 = Fp8(Reference())
+        part.fp8 = Fp8LinearOps(ReferenceBackend())
     for module, out in ((linear(), 150), (linear(after_attention=True), 150), (network, WIDTH)):
         found, grad, *weights = run(module, normal(0, 3, WIDTH), *module.parameters())
         assert found.shape == (0, 3, out)

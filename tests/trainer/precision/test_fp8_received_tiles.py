@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.comm.fp8 import RowTiles, dequantize, quantize, stand_in
-from shoestring.parallelism.weight_grad import WeightGradients
-from shoestring.trainer.model.experts import Experts
-from shoestring.trainer.precision.fp8 import Fp8
-from shoestring.trainer.precision.reference import Reference
-from shoestring.trainer.precision.tiles import Scales, Tiles, quantize_tiles
+from shoestring.comm.fp8 import QuantizedRows, dequantize, nan_placeholder, quantize
+from shoestring.parallelism.weight_grad import DelayedWeightGradients
+from shoestring.trainer.model.experts import GroupedExperts
+from shoestring.trainer.precision.fp8 import Fp8LinearOps
+from shoestring.trainer.precision.reference import ReferenceBackend
+from shoestring.trainer.precision.tiles import RowwiseFp8Tensor, ScaleFormat, quantize_rowwise
 
 WIDTH, INNER, BLOCK = 200, 96, 256
 ROWS = [(300, 0, 170), (20, 0, 0), (0, 0, 0)]
@@ -21,22 +21,22 @@ DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 
 
 @dataclass(frozen=True)
-class Recording(Reference):
+class Recording(ReferenceBackend):
     """Remembers how many rows it has quantized as received ones."""
 
     seen: list[int] = field(default_factory=list)
 
-    def tiles(self, x_XD: Tensor, scales: Scales) -> Tiles:
-        if scales is Scales.POWER_OF_TWO:
+    def quantize_rowwise(self, x_XD: Tensor, scales: ScaleFormat) -> RowwiseFp8Tensor:
+        if scales is ScaleFormat.POWER_OF_TWO:
             self.seen.append(len(x_XD))
-        return super().tiles(x_XD, scales)
+        return super().quantize_rowwise(x_XD, scales)
 
 
-def came(rows: int, dtype: torch.dtype) -> RowTiles:
+def came(rows: int, dtype: torch.dtype) -> QuantizedRows:
     """As a wire brings them. One row's largest number becomes 224: its widened tile has half the scale."""
     x_RD = torch.randn((rows, WIDTH), generator=torch.Generator().manual_seed(rows), dtype=dtype)
     x_RD[:1, :2] = torch.tensor([225.0, 300.0 * 2.0**-9])
-    return RowTiles(*quantize(x_RD))
+    return QuantizedRows(*quantize(x_RD))
 
 
 def outcome(
@@ -44,16 +44,16 @@ def outcome(
 ) -> tuple[dict[str, Tensor], list[int], list[int]]:
     """Result and gradients; which received rows were quantized by the forward, and which by the backward."""
     generator = torch.Generator().manual_seed(1)
-    recording, module = Recording(), Experts(len(rows), WIDTH, INNER)
-    module.fp8, module.block = Fp8(recording), block
+    recording, module = Recording(), GroupedExperts(len(rows), WIDTH, INNER)
+    module.fp8, module.block_rows = Fp8LinearOps(recording), block
     for weight in module.parameters():
         weight.data = torch.randn(weight.shape, generator=generator) / 10
     tiles = came(sum(rows), dtype)
     widened_RD = dequantize(tiles.values_XD, tiles.exponents_XQ, dtype)
-    rows_RD = (stand_in(tiles.values_XD, dtype) if as_tiles else widened_RD).requires_grad_()
+    rows_RD = (nan_placeholder(tiles.values_XD, dtype) if as_tiles else widened_RD).requires_grad_()
     gates_R = torch.rand(sum(rows), generator=generator).to(torch.promote_types(dtype, torch.float32)).requires_grad_()
-    left = WeightGradients()
-    with left.collect():
+    left = DelayedWeightGradients()
+    with left.collect_from_forward():
         out_RD = module(rows_RD, gates_R, rows, tiles if as_tiles else None)
     in_forward = list(recording.seen)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def outcome(
     assert torch.equal(evaluated_RD, out_RD)
     recording.seen.clear()
     out_RD.backward(torch.randn(out_RD.shape, generator=generator, dtype=dtype))
-    left.run()
+    left.flush()
     found = {"out": out_RD.detach(), "rows": rows_RD.grad, "gates": gates_R.grad}
     found |= {name: weight.grad for name, weight in module.named_parameters()}
     return {name: tensor for name, tensor in found.items() if tensor is not None}, in_forward, recording.seen
@@ -89,7 +89,10 @@ def test_what_crosses_is_what_would_be_quantized_here(dtype: torch.dtype, width:
     x_XD[3] = 0.0
     x_XD[5, -1], x_XD[6, 0] = torch.nan, torch.inf
     x_XD = x_XD.to(dtype)
-    ours, theirs = Tiles.that_came(RowTiles(*quantize(x_XD))), quantize_tiles(x_XD, Scales.POWER_OF_TWO)
+    ours, theirs = (
+        RowwiseFp8Tensor.from_received(QuantizedRows(*quantize(x_XD))),
+        quantize_rowwise(x_XD, ScaleFormat.POWER_OF_TWO),
+    )
     assert (ours.values_XD.dtype, ours.scales_XQ.dtype) == (theirs.values_XD.dtype, theirs.scales_XQ.dtype)
     assert torch.equal(ours.scales_XQ.nan_to_num(-1.0), theirs.scales_XQ.nan_to_num(-1.0))
     assert torch.equal(ours.values_XD.view(torch.uint8), theirs.values_XD.view(torch.uint8))

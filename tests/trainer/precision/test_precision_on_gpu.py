@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from shoestring.tests.trainer.precision.against_twins import check_products, check_quantization, check_swiglu
-from shoestring.trainer.precision.backend import missing_for, open_provider
-from shoestring.trainer.precision.reference import Reference, hopper_sum
+from shoestring.trainer.precision.backend import open_backend, unavailable_reasons
+from shoestring.trainer.precision.reference import ReferenceBackend, emulate_hopper_gemm
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
@@ -15,11 +15,11 @@ GPU = torch.device("cuda")
 
 @pytest.mark.parametrize("name", ["triton", "torch", "te"])
 def test_every_operation_is_its_twin(name: str) -> None:
-    missing = list(missing_for(name, on_gpu=torch.cuda.is_available()))
+    missing = list(unavailable_reasons(name, on_gpu=torch.cuda.is_available()))
     if missing:
         pytest.skip("; ".join(missing))
     torch.manual_seed(0)
-    provider = open_provider(name, GPU)
+    provider = open_backend(name, GPU)
     check_quantization(provider, GPU)
     check_swiglu(provider, GPU)
-    check_products(provider, GPU, Reference(hopper_sum))
+    check_products(provider, GPU, ReferenceBackend(emulate_hopper_gemm))

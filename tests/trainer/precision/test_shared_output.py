@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from shoestring.trainer.model.attention_backend import BACKENDS
-from shoestring.trainer.model.causal import causal_attention_twin
+from shoestring.trainer.model.attention_backend import GPU_BACKENDS
+from shoestring.trainer.model.causal import causal_attention_reference
 from shoestring.trainer.precision.e5m6 import pack_e5m6, unpack_e5m6
-from shoestring.trainer.precision.shared_output import SharedOutput
+from shoestring.trainer.precision.shared_output import SharedAttentionOutput
 
 BATCH, HEADS, LENGTH, WIDTH, SCALE = 2, 3, 40, 16, 0.3
 
@@ -42,11 +42,11 @@ def gradients(inputs: Sequence[Tensor], output: Tensor, grad: Tensor) -> list[Te
 
 
 def test_the_backward_of_attention_reads_what_was_packed() -> None:
-    inputs, shared = heads(), SharedOutput()
-    out = shared.of(causal_attention_twin, *inputs, SCALE)
-    torch.testing.assert_close(out, causal_attention_twin(*inputs, SCALE))
+    inputs, shared = heads(), SharedAttentionOutput()
+    out = shared.run_attention(causal_attention_reference, *inputs, SCALE)
+    torch.testing.assert_close(out, causal_attention_reference(*inputs, SCALE))
     packed = pack_e5m6(rows(out))
-    shared.pack(packed)
+    shared.replace_with_e5m6(packed)
     rounded = unpack_e5m6(packed, torch.float32).view(BATCH, LENGTH, HEADS, WIDTH).transpose(1, 2)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     found = torch.autograd.grad(out, inputs, grad)
@@ -57,10 +57,10 @@ def test_the_backward_of_attention_reads_what_was_packed() -> None:
 
 
 def test_the_wide_output_goes_with_the_forward() -> None:
-    inputs, shared = heads(), SharedOutput()
-    out = shared.of(causal_attention_twin, *inputs, SCALE)
+    inputs, shared = heads(), SharedAttentionOutput()
+    out = shared.run_attention(causal_attention_reference, *inputs, SCALE)
     storage, packed, end = StorageWeakRef(out.untyped_storage()), pack_e5m6(rows(out)), out.sum()
-    shared.pack(packed)
+    shared.replace_with_e5m6(packed)
     del out
     assert storage.expired()
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(end, inputs))
@@ -71,7 +71,7 @@ class TokensFirst(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor) -> Tensor:
-        out_BSHV = causal_attention_twin(q_BHSW, k_BHSW, v_BHSV, SCALE).transpose(1, 2).contiguous()
+        out_BSHV = causal_attention_reference(q_BHSW, k_BHSW, v_BHSV, SCALE).transpose(1, 2).contiguous()
         ctx.save_for_backward(q_BHSW, k_BHSW, v_BHSV, out_BSHV)
         return out_BSHV
 
@@ -82,17 +82,17 @@ class TokensFirst(torch.autograd.Function):
 
 
 def test_an_output_that_is_kept_in_another_view_is_found() -> None:
-    inputs, shared = tuple(x.detach().double().requires_grad_() for x in heads()), SharedOutput()
+    inputs, shared = tuple(x.detach().double().requires_grad_() for x in heads()), SharedAttentionOutput()
 
     def attend(*given: Tensor) -> Tensor:
         out: Tensor = TokensFirst.apply(*given)  # type: ignore[no-untyped-call]
         return out.transpose(1, 2)
 
-    out = shared.of(attend, *inputs)
+    out = shared.run_attention(attend, *inputs)
     storage, packed = StorageWeakRef(out.untyped_storage()), pack_e5m6(rows(out).float())
     rounded = unpack_e5m6(packed, torch.float64).view(BATCH, LENGTH, HEADS, WIDTH).transpose(1, 2)
     grad, end = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64), out.clone()
-    shared.pack(packed)
+    shared.replace_with_e5m6(packed)
     del out
     assert storage.expired()
     for ours, expected in zip(torch.autograd.grad(end, inputs, grad), gradients(inputs, rounded, grad), strict=True):
@@ -106,10 +106,10 @@ def test_the_operators_of_gpus_keep_an_output_that_is_found(name: str) -> None:
         torch.empty(BATCH, LENGTH, HEADS, WIDTH, dtype=torch.bfloat16, device="meta").transpose(1, 2).requires_grad_()
         for _ in range(3)
     )
-    shared = SharedOutput()
-    out = shared.of(BACKENDS[name].attend, *inputs, SCALE)
+    shared = SharedAttentionOutput()
+    out = shared.run_attention(GPU_BACKENDS[name].core_attention, *inputs, SCALE)
     storage, packed, end = StorageWeakRef(out.untyped_storage()), pack_e5m6(rows(out)), out.sum()
-    shared.pack(packed)
+    shared.replace_with_e5m6(packed)
     del out
     assert storage.expired()
     assert [grad.shape for grad in torch.autograd.grad(end, inputs)] == [x.shape for x in inputs]
@@ -118,8 +118,8 @@ def test_the_operators_of_gpus_keep_an_output_that_is_found(name: str) -> None:
 def test_what_nobody_packs_is_kept_as_it_is() -> None:
     inputs = heads()
     found, expected = (
-        torch.autograd.grad(attend(causal_attention_twin, *inputs, SCALE).square().sum(), inputs)
-        for attend in (SharedOutput().of, lambda attention, *others: attention(*others))
+        torch.autograd.grad(attend(causal_attention_reference, *inputs, SCALE).square().sum(), inputs)
+        for attend in (SharedAttentionOutput().run_attention, lambda attention, *others: attention(*others))
     )
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
@@ -128,9 +128,9 @@ def test_what_nobody_packs_is_kept_as_it_is() -> None:
 @pytest.mark.parametrize("made", [torch.clone, lambda x: x[..., :-1].contiguous()], ids=["a copy", "another shape"])
 def test_another_tensor_than_the_output_is_not_taken_for_it(made: Callable[[Tensor], Tensor]) -> None:
     """A kernel that keeps a copy of its output, or pads it: the numbers stay right, and nothing is saved."""
-    inputs, shared = heads(), SharedOutput()
-    out = shared.of(lambda *given: made(causal_attention_twin(*given)), *inputs, SCALE)
-    shared.pack(pack_e5m6(torch.zeros(BATCH * LENGTH, HEADS * WIDTH)))
-    theirs = torch.autograd.grad(made(causal_attention_twin(*inputs, SCALE)).sum(), inputs)
+    inputs, shared = heads(), SharedAttentionOutput()
+    out = shared.run_attention(lambda *given: made(causal_attention_reference(*given)), *inputs, SCALE)
+    shared.replace_with_e5m6(pack_e5m6(torch.zeros(BATCH * LENGTH, HEADS * WIDTH)))
+    theirs = torch.autograd.grad(made(causal_attention_reference(*inputs, SCALE)).sum(), inputs)
     for ours, expected in zip(torch.autograd.grad(out.sum(), inputs), theirs, strict=True):
         assert torch.equal(ours, expected)

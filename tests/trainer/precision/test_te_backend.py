@@ -11,7 +11,7 @@ import torch
 
 from shoestring.tests.trainer.precision import te_stand_in
 from shoestring.tests.trainer.precision.against_twins import check_products
-from shoestring.trainer.precision.backend import missing_for, open_provider
+from shoestring.trainer.precision.backend import open_backend, unavailable_reasons
 
 OURS = "shoestring.trainer.precision.te_backend"
 
@@ -30,20 +30,20 @@ def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 def test_products_are_the_references(place: Path) -> None:
     te_stand_in.install(place)
-    check_products(open_provider("te", torch.device("cpu")), torch.device("cpu"))
+    check_products(open_backend("te", torch.device("cpu")), torch.device("cpu"))
 
 
 def test_it_serves_where_its_library_loads(place: Path) -> None:
     te_stand_in.install(place)
     assert "transformer_engine_torch" not in sys.modules  # nor could a search find it
-    assert not list(missing_for("te", on_gpu=True))
+    assert not list(unavailable_reasons("te", on_gpu=True))
     assert "transformer_engine_torch" in sys.modules
 
 
 def test_a_library_that_does_not_load_is_said_to(place: Path) -> None:
     te_stand_in.install(place)
     (place / "transformer_engine/wheel_lib/transformer_engine_torch.py").write_text("raise OSError('no libcublas')")
-    (said,) = missing_for("te", on_gpu=True)
+    (said,) = unavailable_reasons("te", on_gpu=True)
     assert "transformer_engine does not load" in said
     assert "no libcublas" in said
 
@@ -51,11 +51,11 @@ def test_a_library_that_does_not_load_is_said_to(place: Path) -> None:
 def test_an_older_one_is_said_not_to_serve(place: Path) -> None:
     te_stand_in.install(place)
     (place / "transformer_engine/pytorch/constants.py").write_text("")
-    (said,) = missing_for("te", on_gpu=True)
+    (said,) = unavailable_reasons("te", on_gpu=True)
     assert "2.20 or later" in said
 
 
 @pytest.mark.usefixtures("place")
 def test_without_the_package_nothing_is_loaded() -> None:
-    (said,) = missing_for("te", on_gpu=True)
+    (said,) = unavailable_reasons("te", on_gpu=True)
     assert "is not installed" in said

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import ScalingType
 
-from shoestring.comm.fp8 import tiles_of
-from shoestring.trainer.precision.reference import Reference
-from shoestring.trainer.precision.tiles import Blocks, Scales, Tiles
+from shoestring.comm.fp8 import tiles_per_row
+from shoestring.trainer.precision.reference import ReferenceBackend
+from shoestring.trainer.precision.tiles import Fp8Weight, RowwiseFp8Tensor, ScaleFormat
 from shoestring.trainer.precision.torch_backend import TorchBackend
 
 ROWS = (130, 0, 128, 7)
@@ -25,35 +25,41 @@ def stand_in(
     assert a_MK.is_contiguous()
     assert b_KN.T.is_contiguous()
     assert not {m % 16, n % 16, k % 16} - {0}
-    assert scale_a.shape == (m, tiles_of(k))
+    assert scale_a.shape == (m, tiles_per_row(k))
     assert of_a == ScalingType.BlockWise1x128
     assert scale_a.stride(0) == 1
     assert scale_a.stride(1) == m or scale_a.shape[1] == 1
-    a = Tiles(a_MK, scale_a)
+    a = RowwiseFp8Tensor(a_MK, scale_a)
     if of_b == ScalingType.BlockWise128x128:
-        assert scale_b.shape == (-(-tiles_of(k) // 4) * 4, tiles_of(n))
+        assert scale_b.shape == (-(-tiles_per_row(k) // 4) * 4, tiles_per_row(n))
         assert scale_b.stride(0) == 1
         assert scale_b.stride(1) == scale_b.shape[0] or scale_b.shape[1] == 1
-        return Reference().multiply(a, Blocks(b_KN.T, scale_b.T), output_dtype)
+        return ReferenceBackend().gemm(a, Fp8Weight(b_KN.T, scale_b.T), output_dtype)
     assert of_b == ScalingType.BlockWise1x128
-    assert scale_b.shape == (n, tiles_of(k))
+    assert scale_b.shape == (n, tiles_per_row(k))
     assert scale_b.stride(0) == 1
     assert scale_b.stride(1) == n
-    return Reference()._product(a, Tiles(b_KN.T, scale_b)).to(output_dtype)
+    return ReferenceBackend()._product(a, RowwiseFp8Tensor(b_KN.T, scale_b)).to(output_dtype)
 
 
 def test_products_are_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "scaled_mm", stand_in)
-    ours, twin = TorchBackend(), Reference()
+    ours, twin = TorchBackend(), ReferenceBackend()
     for rows, n, k in ((5, 40, 30), (130, 256, 300)):
-        x, w = twin.tiles(torch.randn(rows, k), Scales.FP32), twin.blocks(torch.randn(n, k), Scales.FP32)
-        assert torch.equal(ours.multiply(x, w, torch.float32), twin.multiply(x, w, torch.float32))
-        grad = twin.tiles(torch.randn(rows, n), Scales.FP32)
+        x, w = (
+            twin.quantize_rowwise(torch.randn(rows, k), ScaleFormat.FP32),
+            twin.quantize_weight(torch.randn(n, k), ScaleFormat.FP32),
+        )
+        assert torch.equal(ours.gemm(x, w, torch.float32), twin.gemm(x, w, torch.float32))
+        grad = twin.quantize_rowwise(torch.randn(rows, n), ScaleFormat.FP32)
         turned = w.transposed()
-        assert torch.equal(ours.multiply(grad, turned, torch.bfloat16), twin.multiply(grad, turned, torch.bfloat16))
+        assert torch.equal(ours.gemm(grad, turned, torch.bfloat16), twin.gemm(grad, turned, torch.bfloat16))
     x_RK, grad_RN = torch.randn(sum(ROWS), 140), torch.randn(sum(ROWS), 200)
-    x, w = twin.tiles(x_RK, Scales.FP32), twin.blocks(torch.randn(4, 200, 140), Scales.FP32)
-    expected = twin.multiply_grouped(x, w, ROWS, torch.float64)
-    assert torch.equal(ours.multiply_grouped(x, w, ROWS, torch.float64), expected)
-    columns = [twin.columns(part, ROWS, Scales.FP32) for part in (grad_RN, x_RK)]
-    assert torch.equal(ours.outer(*columns), twin.outer(*columns))
+    x, w = (
+        twin.quantize_rowwise(x_RK, ScaleFormat.FP32),
+        twin.quantize_weight(torch.randn(4, 200, 140), ScaleFormat.FP32),
+    )
+    expected = twin.grouped_gemm(x, w, ROWS, torch.float64)
+    assert torch.equal(ours.grouped_gemm(x, w, ROWS, torch.float64), expected)
+    columns = [twin.quantize_columnwise(part, ROWS, ScaleFormat.FP32) for part in (grad_RN, x_RK)]
+    assert torch.equal(ours.grouped_wgrad_gemm(*columns), twin.grouped_wgrad_gemm(*columns))

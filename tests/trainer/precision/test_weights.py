@@ -8,28 +8,28 @@ import torch
 from torch import Tensor
 
 from shoestring.tests.trainer.precision.fp8_linear import WIDTH, linear, normal
-from shoestring.trainer.precision.fp8 import Fp8
-from shoestring.trainer.precision.reference import Reference
-from shoestring.trainer.precision.tiles import Blocks, Scales
+from shoestring.trainer.precision.fp8 import Fp8LinearOps
+from shoestring.trainer.precision.reference import ReferenceBackend
+from shoestring.trainer.precision.tiles import Fp8Weight, ScaleFormat
 
 
 @dataclass(frozen=True)
-class Counting(Reference):
+class Counting(ReferenceBackend):
     """Remembers the shapes of the weights that it has quantized."""
 
     seen: list[torch.Size] = field(default_factory=list)
 
-    def blocks(self, weight: Tensor, scales: Scales) -> Blocks:
+    def quantize_weight(self, weight: Tensor, scales: ScaleFormat) -> Fp8Weight:
         self.seen.append(weight.shape)
-        return super().blocks(weight, scales)
+        return super().quantize_weight(weight, scales)
 
 
 def test_weights_are_quantized_once_while_they_are_unchanged() -> None:
     module, counting = linear(), Counting()
-    module.fp8 = Fp8(counting)
+    module.fp8 = Fp8LinearOps(counting)
     x = normal(4, WIDTH)
     for times in (1, 2):
-        with module.fp8.weights.unchanged():
+        with module.fp8.weight_cache.enable_for_step():
             first = module(x)
             first.sum().backward()
             assert torch.equal(module(x), first)

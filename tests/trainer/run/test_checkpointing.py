@@ -11,30 +11,30 @@ import torch
 
 from shoestring.tests.processes import World, run_processes
 from shoestring.tests.trainer.small_loop import BATCH, LENGTH, run_config, run_rank
-from shoestring.trainer.checkpoint.pieces import Piece
-from shoestring.trainer.checkpoint.saver import Saved, Saver
+from shoestring.trainer.checkpoint.pieces import TensorPiece
+from shoestring.trainer.checkpoint.saver import CheckpointSaver, SaveResult
 from shoestring.trainer.checkpoint.store import CheckpointExtras
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.loop import _insist
-from shoestring.trainer.memory.forecast import RunMemory
+from shoestring.trainer.memory.forecast import MemoryPredictor
 from shoestring.trainer.run.exit import RunFailed
 from shoestring.trainer.telemetry.history import read_metrics
-from shoestring.trainer.typed import build
+from shoestring.trainer.typed import build_dataclass
 
 
 def reserved_bytes(world: World, tree: dict[str, Any]) -> list[tuple[str, int]]:
     """What a run asks memory for, and what its saves copy, in that order."""
-    found, reserve, begin = list[tuple[str, int]](), Saver.reserve, Saver.begin
+    found, reserve, begin = list[tuple[str, int]](), CheckpointSaver.reserve_memory, CheckpointSaver.begin_save
 
-    def noted_reserve(self: Saver, pieces: list[Piece]) -> None:
-        found.append(("reserve", sum(piece.bytes for piece in pieces)))
+    def noted_reserve(self: CheckpointSaver, pieces: list[TensorPiece]) -> None:
+        found.append(("reserve", sum(piece.nbytes for piece in pieces)))
         reserve(self, pieces)
 
-    def noted_begin(self: Saver, step: int, pieces: list[Piece], cover: CheckpointExtras) -> None:
-        found.append(("begin", sum(piece.bytes for piece in pieces)))
+    def noted_begin(self: CheckpointSaver, step: int, pieces: list[TensorPiece], cover: CheckpointExtras) -> None:
+        found.append(("begin", sum(piece.nbytes for piece in pieces)))
         begin(self, step, pieces, cover)
 
-    with patch.object(Saver, "reserve", noted_reserve), patch.object(Saver, "begin", noted_begin):
+    with patch.object(CheckpointSaver, "reserve", noted_reserve), patch.object(CheckpointSaver, "begin", noted_begin):
         run_rank(world, tree)
     return found
 
@@ -47,7 +47,7 @@ def test_memory_for_saves_is_reserved_once_before_the_first_step(root: Path) -> 
     assert first == "reserve"
     assert saves
     assert all(save == ("begin", size) for save in saves)
-    predicted = RunMemory(build(RunConfig, tree), torch.device("cpu")).on_host(0).copy_for_saves
+    predicted = MemoryPredictor(build_dataclass(RunConfig, tree), torch.device("cpu")).predict_host(0).copy_for_saves
     random = len(torch.get_rng_state())  # the state of a generator is not counted
     assert predicted == pytest.approx(size - random, rel=0.01)
     assert run_processes(1, reserved_bytes, tree) == [[]]  # a run that has nothing left to do
@@ -91,7 +91,7 @@ def test_shards_of_masters_moments_and_average_come_back_with_the_checkpoint(roo
 
 
 def test_a_last_checkpoint_that_failed_names_the_one_that_a_run_goes_on_from(tmp_path: Path) -> None:
-    last = Saved(4, tmp_path / "step_00000004", "no room")
+    last = SaveResult(4, tmp_path / "step_00000004", "no room")
     with pytest.raises(RunFailed, match=r"of step 4, .*: no room; make room; .* starts over, as there is no other one"):
         _insist(last)
     (tmp_path / "step_00000002").mkdir()

@@ -20,13 +20,13 @@ from shoestring.tests.processes import RanksFailed, World, run_processes
 from shoestring.tests.trainer.small_loop import BATCH, LENGTH, STEPS, run_config, run_rank
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.ledger.meter import CostMeter
-from shoestring.trainer.ledger.summary import summarize
+from shoestring.trainer.ledger.summary import summarize_ledger
 from shoestring.trainer.loop import train
 from shoestring.trainer.run.exit import RunHalted
 from shoestring.trainer.run.stage_runner import StageRunner
 from shoestring.trainer.run.step import Stepper, StepResult
 from shoestring.trainer.telemetry.history import read_metrics
-from shoestring.trainer.typed import build
+from shoestring.trainer.typed import build_dataclass
 
 
 def one_rank_raises(world: World, tree: dict[str, Any]) -> None:
@@ -56,10 +56,10 @@ LOOKS = 4
 def train_until(world: World, tree: dict[str, Any], looks: int, spent_in_a_step: float) -> tuple[int, str] | None:
     """Train; the last rank alone asks to stop, after so many looks. Exit code and reason of a halt."""
     run_dir, asked = Path(tree["training"]["run_dir"]), iter(range(looks))
-    config = build(RunConfig, tree)
+    config = build_dataclass(RunConfig, tree)
     groups = ProcessGroups.create(config.topology, world.rank, timedelta(seconds=30))
 
-    begun = summarize(run_dir).steps_retained if run_dir.exists() else 0
+    begun = summarize_ledger(run_dir).steps_retained if run_dir.exists() else 0
     dist.barrier()  # the first rank to train makes the directory
     step, taken = Stepper.step, list[int]()
 
@@ -75,7 +75,7 @@ def train_until(world: World, tree: dict[str, Any], looks: int, spent_in_a_step:
             stop_asked = (lambda: next(asked, None) is None) if world.rank == world.size - 1 else lambda: False
             train(config, groups, torch.device("cpu"), "test", stop_asked)
         except RunHalted as halted:
-            return int(halted.halt), str(halted)
+            return int(halted.reason), str(halted)
     return None
 
 
@@ -101,9 +101,9 @@ def test_one_rank_that_is_asked_halts_all_after_the_same_step_and_nothing_is_los
     assert told(tree) == told(undisturbed)[:3]  # the evaluation of step 2 is owed
     assert run_processes(2, train_until, tree, 100, 0.0) == [None, None]
     assert told(tree) == told(undisturbed)
-    summary = summarize(root / "halted")
+    summary = summarize_ledger(root / "halted")
     assert summary.steps_retained == STEPS
-    assert (summary.rolled_back_ms, summary.running) == (0, False)
+    assert (summary.rolled_back_ms, summary.is_running) == (0, False)
 
 
 @pytest.mark.parametrize("checkpoint_every", [0, 2])
@@ -123,7 +123,7 @@ def test_a_stop_in_an_evaluation_is_served_at_the_next_micro_batch(root: Path, c
     assert "in the sample after step 3, which is in a checkpoint" in str(text)
     assert run_processes(2, train_until, tree, 100, 0.0) == [None, None]
     assert told(tree) == told(undisturbed)
-    assert summarize(Path(tree["training"]["run_dir"])).rolled_back_ms == 0
+    assert summarize_ledger(Path(tree["training"]["run_dir"])).rolled_back_ms == 0
 
 
 def test_a_checkpoint_that_is_due_comes_before_the_evaluation_which_is_told_once(root: Path) -> None:
@@ -148,7 +148,7 @@ def test_the_budget_guard_halts_the_run_until_its_budget_is_raised(root: Path) -
     assert told(tree) == before
     assert run_processes(2, train_until, tree | {"budget": {"gpu_hours": 2.5}}, 100, 0.4) == [None, None]
     assert [step for kind, step, _ in told(tree) if kind == "step"] == [1, 2, 3, 4, 5]
-    summary = summarize(root / "guarded")
-    assert summary.buckets["checkpoint_save"] > 0
+    summary = summarize_ledger(root / "guarded")
+    assert summary.gpu_ms_by_bucket["checkpoint_save"] > 0
     assert summary.rolled_back_ms == 0
     assert 0 <= summary.unknown_ms < summary.allocated_ms

@@ -19,14 +19,14 @@ from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
 from shoestring.tests.processes import World, run_processes
 from shoestring.tests.trainer.small_loop import BATCH, LENGTH, STEPS, losses_of, run_config, run_rank
-from shoestring.trainer.build import stages_of
+from shoestring.trainer.build import build_stage_layout
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.data.shard_files import DataChanged
-from shoestring.trainer.ledger.summary import summarize
+from shoestring.trainer.ledger.summary import summarize_ledger
 from shoestring.trainer.loop import train
 from shoestring.trainer.run.exit import RankFailed
-from shoestring.trainer.run.reporter import STALL_SECONDS, UnaccountedGaps
-from shoestring.trainer.typed import build
+from shoestring.trainer.run.reporter import STALL_THRESHOLD_SECONDS, UnaccountedTime
+from shoestring.trainer.typed import build_dataclass
 
 
 def test_bytes_of_one_step_are_logged_by_link(root: Path) -> None:
@@ -62,8 +62,10 @@ def test_what_the_routing_means_for_the_wires_is_logged(root: Path) -> None:
 
 def run_and_harm(world: World, tree: dict[str, Any], harm: str) -> str:
     """Train; on rank 0 something happens to the files between two steps, which every step asks about."""
-    config = build(RunConfig, tree)
-    groups = ProcessGroups.create(config.topology, world.rank, timedelta(seconds=30), stages_of(config).all_holders())
+    config = build_dataclass(RunConfig, tree)
+    groups = ProcessGroups.create(
+        config.topology, world.rank, timedelta(seconds=30), build_stage_layout(config).replica_pp_groups()
+    )
     run_dir, asked = Path(config.training.run_dir), [0]
 
     def stop_asked() -> bool:
@@ -73,7 +75,7 @@ def run_and_harm(world: World, tree: dict[str, Any], harm: str) -> str:
         return False
 
     try:
-        train(config, groups, torch.device("cpu"), attempt="test", stop_asked=stop_asked)
+        train(config, groups, torch.device("cpu"), attempt="test", stop_requested=stop_asked)
     except (DataChanged, RankFailed) as error:
         return f"{type(error).__name__}: {error}"
     return "done"
@@ -122,14 +124,14 @@ def test_what_happens_to_a_runs_files_in_mid_run_is_said(root: Path, tmp_path: P
 def test_time_that_nothing_accounts_for_is_a_stall(tmp_path: Path) -> None:
     with mock.patch("shoestring.trainer.run.reporter.time.perf_counter") as clock:
         clock.return_value = 10.0
-        gaps = UnaccountedGaps()
+        gaps = UnaccountedTime()
         clock.return_value = 12.0
-        gaps.account(0.5)
-        assert gaps.close() == pytest.approx(1.495)
-        assert gaps.close() < 0
+        gaps.add_accounted(0.5)
+        assert gaps.pop_unaccounted_seconds() == pytest.approx(1.495)
+        assert gaps.pop_unaccounted_seconds() < 0
         clock.return_value = 20.0
-        gaps.account(8.0)
-        assert gaps.close() < STALL_SECONDS
+        gaps.add_accounted(8.0)
+        assert gaps.pop_unaccounted_seconds() < STALL_THRESHOLD_SECONDS
 
 
 def run_and_stall(world: World, tree: dict[str, Any]) -> None:
@@ -142,6 +144,6 @@ def test_a_stop_between_steps_is_in_the_ledger(root: Path, tmp_path: Path) -> No
     tree = run_config(root)
     tree["training"] = tree["training"] | {"run_dir": str(tmp_path / "run"), "sample_tokens": 0}
     run_processes(1, run_and_stall, tree)
-    summary = summarize(tmp_path / "run")
-    assert summary.buckets["stall"] >= 0.6 * 1000 * STEPS
+    summary = summarize_ledger(tmp_path / "run")
+    assert summary.gpu_ms_by_bucket["stall"] >= 0.6 * 1000 * STEPS
     assert summary.unknown_ms < 500

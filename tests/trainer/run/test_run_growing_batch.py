@@ -14,10 +14,10 @@ from shoestring.tests.processes import World, run_processes
 from shoestring.tests.trainer.small_loop import LENGTH, losses_of, run_config, run_rank
 from shoestring.trainer.build import open_samples
 from shoestring.trainer.config import RunConfig
-from shoestring.trainer.data.prepared import open_prepared
-from shoestring.trainer.data.samples import SampleOrder, Samples, TokenBatch
-from shoestring.trainer.ledger.summary import summarize
-from shoestring.trainer.typed import build
+from shoestring.trainer.data.prepared import open_prepared_data
+from shoestring.trainer.data.samples import SampleDataset, SampleOrder, TokenBatch
+from shoestring.trainer.ledger.summary import summarize_ledger
+from shoestring.trainer.typed import build_dataclass
 
 SIZES = [4, 4, 8, 12, 16]
 """Sequences of the steps of `RAMP`: three sizes for 8 samples each, of which the last step of the third has more."""
@@ -52,7 +52,7 @@ def test_every_layout_trains_the_same_while_the_batch_grows(
                 assert ours[key] == pytest.approx(single[key], rel=1e-10)
         for key in ("kind", "expert_load/layer_01", "text", "learning_rate", "tokens"):
             assert ours.get(key) == single.get(key)
-    summary = summarize(root / name)
+    summary = summarize_ledger(root / name)
     assert (summary.steps_retained, summary.tokens_retained) == (len(SIZES), sum(SIZES) * LENGTH)
 
 
@@ -60,7 +60,7 @@ def test_a_growing_batch_is_told_by_its_tokens(root: Path, growing_alone: list[d
     steps = [values for values in growing_alone if values["kind"] == "step"]
     consumed = [LENGTH * sum(SIZES[:count]) for count in range(1, len(SIZES) + 1)]
     assert [values["tokens"] for values in steps] == consumed
-    rate = build(RunConfig, run_config(root)).optimizer.learning_rate
+    rate = build_dataclass(RunConfig, run_config(root)).optimizer.learning_rate_at
     assert [values["learning_rate"] for values in steps] == [rate(tokens) for tokens in consumed]
     assert len({values["learning_rate"] for values in steps[:-1]}) > 2
 
@@ -68,13 +68,13 @@ def test_a_growing_batch_is_told_by_its_tokens(root: Path, growing_alone: list[d
 def taken_samples(world: World, tree: dict[str, Any]) -> list[int]:
     """Numbers of all samples that training takes, in order."""
     taken: list[int] = []
-    batch = Samples.batch
+    batch = SampleDataset.read_batch
 
-    def record(self: Samples, indices: Sequence[int]) -> TokenBatch:
-        taken.extend(indices if self.pad is None else ())
+    def record(self: SampleDataset, indices: Sequence[int]) -> TokenBatch:
+        taken.extend(indices if self.pad_token_id is None else ())
         return batch(self, indices)
 
-    with patch.object(Samples, "batch", record):
+    with patch.object(SampleDataset, "batch", record):
         run_rank(world, tree)
     return taken
 
@@ -84,10 +84,10 @@ def test_a_growing_batch_takes_every_sample_once_and_in_order(root: Path) -> Non
     tree["training"] = tree["training"] | RAMP | {"run_dir": str(root / "taken")}
     (taken,) = run_processes(1, taken_samples, tree)
     samples = build_samples(root)
-    assert taken == SampleOrder(0, samples).indices(0, sum(SIZES)).tolist()
+    assert taken == SampleOrder(0, samples).sample_indices(0, sum(SIZES)).tolist()
 
 
 def build_samples(root: Path) -> int:
     """Of the training split."""
-    config = build(RunConfig, run_config(root))
-    return len(open_samples(config, open_prepared(config.data))[0])
+    config = build_dataclass(RunConfig, run_config(root))
+    return len(open_samples(config, open_prepared_data(config.data))[0])

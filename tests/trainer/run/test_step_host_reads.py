@@ -10,26 +10,26 @@ from datetime import timedelta
 import pytest
 import torch
 
-from shoestring.comm.async_comm import open_worker
+from shoestring.comm.async_comm import build_async_communicator
 from shoestring.comm.exchange.config import ExchangeConfig
-from shoestring.comm.exchange.factory import open_exchange
+from shoestring.comm.exchange.factory import build_token_exchange
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.streams import Streams
+from shoestring.comm.streams import DeviceStreams
 from shoestring.comm.topology import Topology
-from shoestring.comm.trace import SILENT, SpanRecorder, Track
-from shoestring.comm.traffic import Traffic
+from shoestring.comm.trace import NULL_RECORDER, SpanRecorder, TimelineTrack
+from shoestring.comm.traffic import TrafficCounter
 from shoestring.tests.comm.recorded_streams import RecordedStreams
 from shoestring.tests.trainer.pretended_device import PretendedDevice
-from shoestring.trainer.build import Pipeline, build_stepper
+from shoestring.trainer.build import PipelineRuntime, build_stepper
 from shoestring.trainer.data.samples import TokenBatch
 from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.model.init import initialize
+from shoestring.trainer.model.init import initialize_weights
 from shoestring.trainer.model.model import Model
 from shoestring.trainer.model.recompute import RecomputeModule
-from shoestring.trainer.model.stage_layout import Stages
+from shoestring.trainer.model.stage_layout import StageLayout
 from shoestring.trainer.optimizer.config import OptimizerConfig
-from shoestring.trainer.precision.triton_backend import numbers_on
-from shoestring.trainer.run.step import HOST_READS_A_STEP, Stepper, StepSettings
+from shoestring.trainer.precision.triton_backend import index_tensors
+from shoestring.trainer.run.step import HOST_READS_PER_STEP, Stepper, StepSettings
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -52,7 +52,9 @@ CONFIG = ModelConfig(
     initializer_range=0.1,
 )
 ROUTED_LAYERS, MICRO_BATCHES, LENGTH = 4, 3, 8
-SETTINGS = StepSettings(learning_rate=1e-3, clip_norm=0.1, balance_weight=0.1, mtp_weight=0.3, bias_speed=0.01)
+SETTINGS = StepSettings(
+    learning_rate=1e-3, clip_norm=0.1, seq_aux_loss_coeff=0.1, mtp_loss_scaling_factor=0.3, router_bias_update_rate=0.01
+)
 
 
 class PairWatch:
@@ -62,10 +64,10 @@ class PairWatch:
         self.device = PretendedDevice()
         self.pairs = 0
 
-    def span(self, track: Track, name: str, detail: object = None) -> AbstractContextManager[object]:
-        return self._pair() if track is Track.INSTRUCTION and name == "FB" else SILENT.span(track, name)
+    def span(self, track: TimelineTrack, name: str, detail: object = None) -> AbstractContextManager[object]:
+        return self._pair() if track is TimelineTrack.INSTRUCTION and name == "FB" else NULL_RECORDER.span(track, name)
 
-    def mark(self, track: Track, name: str, detail: object = None) -> None:
+    def record_instant(self, track: TimelineTrack, name: str, detail: object = None) -> None:
         pass
 
     @contextmanager
@@ -80,18 +82,18 @@ def make_stepper(
     exchange: str,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
-    recorder: SpanRecorder = SILENT,
-    streams: Streams | None = None,
+    recorder: SpanRecorder = NULL_RECORDER,
+    streams: DeviceStreams | None = None,
 ) -> Stepper:
     """One process, whose program has FBs: two stages on the one rank."""
-    stages = Stages.of(CONFIG, LENGTH, "dualpipev", 1)
-    groups = ProcessGroups.create(Topology(), 0, timedelta(seconds=1), stages.all_holders())
+    stages = StageLayout.build(CONFIG, LENGTH, "dualpipev", 1)
+    groups = ProcessGroups.create(Topology(), 0, timedelta(seconds=1), stages.replica_pp_groups())
     with device:
         model = Model(CONFIG)
-    initialize(model, seed=0)
-    worker, traffic = open_worker(groups.ep, device, streams=streams), Traffic(Topology(), 0)
-    exchanger = open_exchange(ExchangeConfig(name=exchange), groups, CONFIG.n_routed_experts, worker, traffic)
-    pipeline = Pipeline.open(stages, groups, device, recorder=recorder, recompute=frozenset(RecomputeModule))
+    initialize_weights(model, seed=0)
+    worker, traffic = build_async_communicator(groups.ep, device, streams=streams), TrafficCounter(Topology(), 0)
+    exchanger = build_token_exchange(ExchangeConfig(name=exchange), groups, CONFIG.n_routed_experts, worker, traffic)
+    pipeline = PipelineRuntime.open(stages, groups, device, recorder=recorder, recompute=frozenset(RecomputeModule))
     return build_stepper(pipeline, model, exchanger, dtype, MICRO_BATCHES, OptimizerConfig())
 
 
@@ -109,14 +111,14 @@ def test_the_budget_is_met_to_the_last_read(exchange: str) -> None:
         watch.device.waits.clear()
         with watch.device:
             stepper.step(micro_batches, 2 * MICRO_BATCHES, SETTINGS)
-        assert watch.device.waits == {"to_host": HOST_READS_A_STEP}
+        assert watch.device.waits == {"to_host": HOST_READS_PER_STEP}
         assert streams.places == {"HostCopy.wait": ROUTED_LAYERS * MICRO_BATCHES}
     assert watch.pairs
 
 
 def test_numbers_for_the_grouped_kernels_do_not_make_it_wait() -> None:
     with PretendedDevice() as device:
-        numbers_on(torch.device("cpu"), [(0, 128), (128, 160)])
+        index_tensors(torch.device("cpu"), [(0, 128), (128, 160)])
     assert not device.waits
 
 
@@ -161,4 +163,4 @@ def test_on_a_gpu_nothing_else_waits(exchange: str, monkeypatch: pytest.MonkeyPa
         stepper.step(micro_batches, 2 * MICRO_BATCHES, SETTINGS)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert reads == HOST_READS_A_STEP  # sizes come by events, which the watch lets through
+    assert reads == HOST_READS_PER_STEP  # sizes come by events, which the watch lets through

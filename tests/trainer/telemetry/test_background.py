@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.trainer.telemetry.background import Background
+from shoestring.trainer.telemetry.background import BackgroundSink
 from shoestring.trainer.telemetry.events import Event, EventStream, Sink
 from shoestring.trainer.telemetry.history import read_all_metrics
 
@@ -43,7 +43,7 @@ def warnings(run_dir: Path) -> list[str]:
 def test_everything_arrives_in_order_before_the_end(tmp_path: Path) -> None:
     sink = Slow()
     sink.may_go_on.set()
-    stream = EventStream(tmp_path, [Background(lambda: sink, name="view")])
+    stream = EventStream(tmp_path, [BackgroundSink(lambda: sink, name="view")])
     for number in range(500):
         stream.emit(step(number))
     stream.close()
@@ -54,7 +54,7 @@ def test_everything_arrives_in_order_before_the_end(tmp_path: Path) -> None:
 
 def test_a_slow_view_costs_the_run_no_time_and_loses_what_does_not_fit(tmp_path: Path) -> None:
     sink = Slow()
-    background = Background(lambda: sink, name="view", waiting=10, close_seconds=30)
+    background = BackgroundSink(lambda: sink, name="view", max_queued_events=10, close_timeout_seconds=30)
     stream = EventStream(tmp_path, [background])
     start = time.perf_counter()
     for number in range(200):
@@ -71,7 +71,7 @@ def test_a_slow_view_costs_the_run_no_time_and_loses_what_does_not_fit(tmp_path:
 
 def test_a_view_that_never_finishes_holds_up_the_end_for_a_limited_time(tmp_path: Path) -> None:
     sink = Slow()
-    stream = EventStream(tmp_path, [Background(lambda: sink, name="view", close_seconds=0.1)])
+    stream = EventStream(tmp_path, [BackgroundSink(lambda: sink, name="view", close_timeout_seconds=0.1)])
     stream.emit(step(1))
     start = time.perf_counter()
     stream.close()
@@ -85,7 +85,7 @@ def test_a_view_that_does_not_open_is_dropped_and_the_run_goes_on(tmp_path: Path
     def fail() -> Sink:
         raise ConnectionRefusedError("no server")
 
-    background = Background(fail, name="view")
+    background = BackgroundSink(fail, name="view")
     stream = EventStream(tmp_path, [background])
     number = 0
     while not warnings(tmp_path):

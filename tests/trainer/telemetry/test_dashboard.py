@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 
-from shoestring.launch.compose import compose_run
+from shoestring.launch.compose import compose_run_config
 from shoestring.launch.verbs.dashboard import dashboard_json
 from shoestring.trainer.model.model import router_names
-from shoestring.trainer.telemetry.dashboard import dashboard
+from shoestring.trainer.telemetry.dashboard import make_dashboard
 
 QUICKSTART = ["experiment=quickstart"]
 
@@ -15,7 +15,7 @@ QUICKSTART = ["experiment=quickstart"]
 def test_every_panel_is_in_the_workspace() -> None:
     text = dashboard_json(QUICKSTART, None)
     sections = json.loads(text)["section"]["panelBankConfig"]["sections"]
-    wanted = dashboard(router_names(compose_run(QUICKSTART).model))
+    wanted = make_dashboard(router_names(compose_run_config(QUICKSTART).model))
     assert [section["name"] for section in sections] == [section.name for section in wanted]
     for drawn, section in zip(sections, wanted, strict=True):
         assert [panel["config"]["chartTitle"] for panel in drawn["panels"]] == [p.title for p in section.panels]

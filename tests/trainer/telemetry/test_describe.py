@@ -5,25 +5,25 @@ from __future__ import annotations
 import pytest
 
 from shoestring.tests.trainer.telemetry.written_events import EVALUATION, STEP
-from shoestring.trainer.telemetry.describe import clock, describe, metric
+from shoestring.trainer.telemetry.describe import describe_event, format_duration, format_si
 from shoestring.trainer.telemetry.events import JSON, Event
 
 
 def test_a_step_is_one_line_with_its_figures() -> None:
-    assert describe(Event("step", 40, STEP)) == (
+    assert describe_event(Event("step", 40, STEP)) == (
         "step  40/400  loss 5.213  mtp 5.400  lr 2.0e-3  grad 0.81  6.1k tok/s  0.0123 GPU-h  1.2 % of budget  ETA 1:23"
     )
 
 
 def test_figures_that_a_run_does_not_have_are_left_out_and_known_ones_shown() -> None:
     without_mtp = {key: value for key, value in STEP.items() if key != "loss/mtp"}
-    line = describe(Event("step", 40, {**without_mtp, "mfu": 0.3894}))
+    line = describe_event(Event("step", 40, {**without_mtp, "mfu": 0.3894}))
     assert "mtp" not in line
     assert "  mfu 38.9 %  " in line
 
 
 def test_a_loss_that_is_not_a_number_is_shown() -> None:
-    assert "loss nan" in describe(Event("step", 40, {**STEP, "loss": float("nan")}))
+    assert "loss nan" in describe_event(Event("step", 40, {**STEP, "loss": float("nan")}))
 
 
 COST: dict[str, JSON] = {"gpu_hours": 0.25, "budget_share": 0.5, "gpu_hours_per_trillion_tokens": 500000.0}
@@ -74,20 +74,20 @@ RUN: dict[str, JSON] = {
     ],
 )
 def test_other_events_name_their_facts(event: Event, line: str) -> None:
-    assert describe(event) == line
+    assert describe_event(event) == line
 
 
 def test_a_sample_cannot_steer_the_terminal() -> None:
-    text = describe(Event("sample", 7, {"prompt": "To be", "text": "or \x1b[2Jnot\nto be"}))
+    text = describe_event(Event("sample", 7, {"prompt": "To be", "text": "or \x1b[2Jnot\nto be"}))
     assert text == "sample at step 7\n  | To be\n  | or �[2Jnot\n  | to be"
 
 
 def test_durations_and_rates_read_well() -> None:
-    assert [clock(seconds) for seconds in (5, 83.2, 3661, 90061, float("inf"))] == [
+    assert [format_duration(seconds) for seconds in (5, 83.2, 3661, 90061, float("inf"))] == [
         "0:05",
         "1:23",
         "1:01:01",
         "1 d 1:01:01",
         "?",
     ]
-    assert [metric(rate) for rate in (12.0, 6104.0, 2.5e6, 3e9)] == ["12", "6.1k", "2.5M", "3.0G"]
+    assert [format_si(rate) for rate in (12.0, 6104.0, 2.5e6, 3e9)] == ["12", "6.1k", "2.5M", "3.0G"]

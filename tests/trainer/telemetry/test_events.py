@@ -57,7 +57,7 @@ def test_values_that_are_not_finite_stay_readable_by_any_parser(tmp_path: Path) 
 
 def test_a_value_may_not_take_the_name_of_an_own_key() -> None:
     with pytest.raises(ValueError, match="kind, step"):
-        Event("step", 1, {"step": 1, "kind": "x"}).line()
+        Event("step", 1, {"step": 1, "kind": "x"}).to_json_line()
 
 
 @pytest.mark.parametrize("torn", ['{"time": 1, "ki', "", '{"time": 1, "kind": "step", "step": 9}'])

@@ -7,23 +7,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoestring.trainer.telemetry.describe import describe
+from shoestring.trainer.telemetry.describe import describe_event
 from shoestring.trainer.telemetry.events import Event
-from shoestring.trainer.telemetry.memory_usage import RESIDENT, memory_use, memory_values, resident
+from shoestring.trainer.telemetry.memory_usage import (
+    RESIDENT_LABEL,
+    measure_memory,
+    memory_metrics,
+    parse_resident_memory,
+)
 
 CPU = torch.device("cpu")
 
 
 def test_the_kernels_words_are_read() -> None:
-    assert resident("Name:\tpython\nVmHWM:\t    2048 kB\nVmRSS:\t    1024 kB\n") == (2**20, 2**21)
-    assert resident("Name:\tpython\n") is None
+    assert parse_resident_memory("Name:\tpython\nVmHWM:\t    2048 kB\nVmRSS:\t    1024 kB\n") == (2**20, 2**21)
+    assert parse_resident_memory("Name:\tpython\n") is None
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="not Linux")
 def test_what_is_allocated_is_seen() -> None:
-    before = memory_use(CPU)
+    before = measure_memory(CPU)
     block = torch.ones(50_000_000, dtype=torch.uint8)
-    after = memory_use(CPU)
+    after = measure_memory(CPU)
     assert before is not None
     assert after is not None
     assert after[0] - before[0] == pytest.approx(block.numel(), rel=0.1)
@@ -31,12 +36,12 @@ def test_what_is_allocated_is_seen() -> None:
 
 
 def test_every_rank_is_told_or_none() -> None:
-    values = memory_values(CPU, [(10, 20), (30, 40)])
-    assert values == {"of": RESIDENT, "limit": None, "now": [10, 30], "peak": [20, 40]}
-    assert memory_values(CPU, [(10, 20), None]) == {}
+    values = memory_metrics(CPU, [(10, 20), (30, 40)])
+    assert values == {"of": RESIDENT_LABEL, "limit": None, "now": [10, 30], "peak": [20, 40]}
+    assert memory_metrics(CPU, [(10, 20), None]) == {}
 
 
 def test_the_terminal_names_the_fullest_rank() -> None:
-    values = memory_values(CPU, [(10_000_000, 420_000_000), (31_400_000, 40_000_000)])
-    line = describe(Event("memory", 50, values))
+    values = memory_metrics(CPU, [(10_000_000, 420_000_000), (31_400_000, 40_000_000)])
+    line = describe_event(Event("memory", 50, values))
     assert line == "step 50: the fullest rank has 31.4MB resident in the process, 420.0MB at most so far"

@@ -4,41 +4,43 @@ from __future__ import annotations
 
 import pytest
 
-from shoestring.comm.trace import EDGE_WAIT, EXPOSED_EXCHANGE, REDUCE_WAIT, Track
+from shoestring.comm.trace import EXPOSED_EXCHANGE, GRADIENT_SYNC_WAIT, PIPELINE_WAIT, TimelineTrack
 from shoestring.parallelism.pipeline.schedules.registry import build_program
-from shoestring.parallelism.pipeline.simulate import UnitTimes, simulate_program
-from shoestring.trainer.ledger.terms import TERMS
-from shoestring.trainer.telemetry.sample import StepSample
+from shoestring.parallelism.pipeline.simulate import OpDurations, simulate_program
+from shoestring.trainer.ledger.terms import STEP_TIME_TERMS
+from shoestring.trainer.telemetry.sample import StepTimes
 from shoestring.trainer.telemetry.trace import Span
 
 US = 1000
 PROGRAM = build_program("one_f_one_b", 4, 8)
-TIMES = UnitTimes(forward=100, backward=200)
+TIMES = OpDurations(forward=100, backward=200)
 
 
-def step_of(rank: int, slower: int = 0) -> StepSample:
+def step_of(rank: int, slower: int = 0) -> StepTimes:
     """What a rank records that does as the replay says, but waits so many microseconds longer for its first message."""
     ideal = simulate_program(PROGRAM, TIMES)
     spans, before = [], 0
-    for instruction, start, end in zip(PROGRAM.instructions[rank], ideal.starts[rank], ideal.ends[rank], strict=True):
-        spans.append(Span(Track.INSTRUCTION, EDGE_WAIT, "", before * US, int(start) * US))
-        spans.append(Span(Track.INSTRUCTION, instruction.op, "", int(start) * US, int(end) * US))
-        spans.append(Span(Track.COMPUTE, EXPOSED_EXCHANGE, "", int(end - 10) * US, int(end) * US))
+    for instruction, start, end in zip(
+        PROGRAM.instructions[rank], ideal.start_times[rank], ideal.end_times[rank], strict=True
+    ):
+        spans.append(Span(TimelineTrack.INSTRUCTION, PIPELINE_WAIT, "", before * US, int(start) * US))
+        spans.append(Span(TimelineTrack.INSTRUCTION, instruction.op, "", int(start) * US, int(end) * US))
+        spans.append(Span(TimelineTrack.COMPUTE, EXPOSED_EXCHANGE, "", int(end - 10) * US, int(end) * US))
         before = int(end)
     late = before + slower
-    spans += [Span(Track.INSTRUCTION, EDGE_WAIT, "", before * US, late * US)]
-    spans += [Span(Track.INSTRUCTION, REDUCE_WAIT, "", late * US, (late + 50) * US)]
-    return StepSample.of(spans, (late + 50) / 1e6)
+    spans += [Span(TimelineTrack.INSTRUCTION, PIPELINE_WAIT, "", before * US, late * US)]
+    spans += [Span(TimelineTrack.INSTRUCTION, GRADIENT_SYNC_WAIT, "", late * US, (late + 50) * US)]
+    return StepTimes.from_spans(spans, (late + 50) / 1e6)
 
 
-def total(slower: int) -> StepSample:
-    numbers = zip(*(step_of(rank, slower if rank == 2 else 0).numbers() for rank in range(4)), strict=True)
-    return StepSample.from_numbers([sum(of_ranks) for of_ranks in numbers])
+def total(slower: int) -> StepTimes:
+    numbers = zip(*(step_of(rank, slower if rank == 2 else 0).to_list() for rank in range(4)), strict=True)
+    return StepTimes.from_list([sum(of_ranks) for of_ranks in numbers])
 
 
 def test_the_terms_of_all_ranks_add_up_to_their_steps() -> None:
     sample = total(0)
-    terms = dict(zip(TERMS, sample.terms_us, strict=True))
+    terms = dict(zip(STEP_TIME_TERMS, sample.terms_us, strict=True))
     assert sum(sample.terms_us) == sample.step_us
     assert (terms["F"], terms["B"], terms["exposed_exchange"]) == (4 * 8 * 90, 4 * 8 * 190, 4 * 16 * 10)
     assert terms["reduce_wait"] == 4 * 50
@@ -48,18 +50,18 @@ def test_the_terms_of_all_ranks_add_up_to_their_steps() -> None:
 def test_waiting_is_bubble_as_far_as_the_ideal_goes_and_imbalance_beyond(slower: int) -> None:
     sample = total(slower)
     ideal = simulate_program(PROGRAM, TIMES)
-    bubble = sum(ends[-1] - busy for ends, busy in zip(ideal.ends, ideal.busy, strict=True))
-    split = sample.by_term(PROGRAM, replicas=1)
+    bubble = sum(ends[-1] - busy for ends, busy in zip(ideal.end_times, ideal.busy_time_per_rank, strict=True))
+    split = sample.us_by_term(PROGRAM, replicas=1)
     assert split["bubble"] == bubble > 0
     assert split["edge_wait"] - split["bubble"] == slower
 
 
 def test_more_is_never_bubble_than_was_waited() -> None:
     sample = total(0)
-    assert sample.by_term(PROGRAM, replicas=5)["bubble"] == sample.by_term(PROGRAM, replicas=1)["edge_wait"]
+    assert sample.us_by_term(PROGRAM, replicas=5)["bubble"] == sample.us_by_term(PROGRAM, replicas=1)["edge_wait"]
 
 
 def test_a_rank_that_does_nothing_has_no_time() -> None:
-    sample = StepSample.of([], 0.0)
-    assert set(sample.numbers()) == {0}
-    assert sample.by_term(build_program("gpipe", 1, 1), 1)["bubble"] == 0
+    sample = StepTimes.from_spans([], 0.0)
+    assert set(sample.to_list()) == {0}
+    assert sample.us_by_term(build_program("gpipe", 1, 1), 1)["bubble"] == 0

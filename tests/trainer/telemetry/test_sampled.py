@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from shoestring.comm.errors import ConfigError
-from shoestring.comm.files.lines import count_lines, cut_torn_line
+from shoestring.comm.files.lines import count_lines, truncate_partial_line
 from shoestring.trainer.telemetry import sampled
 from shoestring.trainer.telemetry.events import Event, EventStream
-from shoestring.trainer.telemetry.history import History, MetricsReader, read_metrics
-from shoestring.trainer.telemetry.sampled import read_sampled, tail_reader
+from shoestring.trainer.telemetry.history import MetricsHistory, MetricsReader, read_metrics
+from shoestring.trainer.telemetry.sampled import open_tail_reader, read_downsampled_metrics
 
 
 def write(run_dir: Path, *events: Event) -> Path:
@@ -32,7 +32,7 @@ def step(number: int, loss: float = 5.0) -> Event:
 def test_of_a_short_run_everything_is_read(tmp_path: Path) -> None:
     others = [Event("warning", 7, {"about": "spike", "message": "up"}), Event("resume", 5, {})]
     path = write(tmp_path, Event("run", 0, {}), *map(step, range(1, 9)), *others, *map(step, range(6, 9)))
-    assert read_sampled(path) == read_metrics(path)
+    assert read_downsampled_metrics(path) == read_metrics(path)
 
 
 def test_of_a_long_run_spikes_and_all_that_is_rare_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +43,7 @@ def test_of_a_long_run_spikes_and_all_that_is_rare_stay(tmp_path: Path, monkeypa
         events.append(step(number, {777: 99.0, 4242: float("nan"), 3333: -1.0}.get(number, 5 - number / 5000)))
         if number % 500 == 0:
             events.append(Event("evaluation", number, {"loss": 4.0, "targets": 1}))
-    found = read_sampled(write(tmp_path, *events))
+    found = read_downsampled_metrics(write(tmp_path, *events))
     steps = [event.step for event in found if event.kind == "step"]
     assert steps == sorted(steps)
     assert 32 <= len(steps) <= 70
@@ -57,7 +57,7 @@ def test_steps_that_were_undone_are_in_no_sample(tmp_path: Path, monkeypatch: py
     path = write(
         tmp_path, *map(step, range(1, 201)), Event("resume", 100, {}), *(step(n, 1.0) for n in range(101, 150))
     )
-    found = [event for event in read_sampled(path) if event.kind == "step"]
+    found = [event for event in read_downsampled_metrics(path) if event.kind == "step"]
     assert max(event.step for event in found) < 150
     assert all(event.values["loss"] == (5.0 if event.step <= 100 else 1.0) for event in found)
 
@@ -65,7 +65,7 @@ def test_steps_that_were_undone_are_in_no_sample(tmp_path: Path, monkeypatch: py
 def test_the_bytes_of_a_sample_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampled.StepDownsampler.__init__, "__defaults__", (4096, 20_000))
     path = write(tmp_path, *map(step, range(1, 2001)))
-    found = read_sampled(path)
+    found = read_downsampled_metrics(path)
     assert 50 < len(found) < 300
 
 
@@ -74,24 +74,24 @@ def test_a_broken_line_that_looks_like_no_step_is_refused(tmp_path: Path) -> Non
     with path.open("a") as file:
         file.write("not json\n")
     with pytest.raises(ConfigError, match=r"metrics\.jsonl:2"):
-        read_sampled(path)
+        read_downsampled_metrics(path)
 
 
 def test_a_reader_of_the_tail_begins_at_a_line(tmp_path: Path) -> None:
     path = write(tmp_path, *map(step, range(1, 101)))
     size = path.stat().st_size // 100
     for tail in (3 * size, 3 * size + 1, 3 * size - 1):
-        events = MetricsReader(path, tail_reader(path, tail)).new_events()
+        events = MetricsReader(path, open_tail_reader(path, tail)).new_events()
         assert [event.step for event in events][-2:] == [99, 100]
         assert len(events) in (2, 3)
-    assert len(MetricsReader(path, tail_reader(path, 10**9)).new_events()) == 100
+    assert len(MetricsReader(path, open_tail_reader(path, 10**9)).new_events()) == 100
     assert count_lines(path) == 100
 
 
 def test_a_history_keeps_the_last_ones(tmp_path: Path) -> None:
-    history = History(most=10)
+    history = MetricsHistory(most=10)
     for number in range(1, 1001):
-        history.hear([step(number)])
+        history.add_events([step(number)])
     steps = [event.step for event in history.events]
     assert 10 <= len(steps) <= 20
     assert steps[-1] == 1000
@@ -101,11 +101,11 @@ def test_metrics_of_holes_are_refused_in_no_time(tmp_path: Path) -> None:
     """A file of a terabyte that takes no room, without a newline."""
     path = write(tmp_path, step(1))
     os.truncate(path, 2**40)
-    readers: list[Callable[[Path], object]] = [read_metrics, read_sampled, count_lines]
+    readers: list[Callable[[Path], object]] = [read_metrics, read_downsampled_metrics, count_lines]
     readers.append(lambda path: MetricsReader(path).new_events())
     for read in readers:
         with pytest.raises(ConfigError, match=r"metrics.jsonl.* line of more than 8388608 bytes"):
             read(path)
     with pytest.raises(ConfigError, match="ends in more than 8388608 bytes without a newline; restore the file"):
-        cut_torn_line(path)
+        truncate_partial_line(path)
     assert path.stat().st_size == 2**40

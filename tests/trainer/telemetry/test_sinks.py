@@ -11,7 +11,7 @@ import pytest
 from shoestring.trainer.telemetry.config import PrometheusConfig, TelemetryConfig, WandbConfig
 from shoestring.trainer.telemetry.events import Event
 from shoestring.trainer.telemetry.history import read_all_metrics
-from shoestring.trainer.telemetry.sinks import open_stream
+from shoestring.trainer.telemetry.sinks import open_event_stream
 
 
 @pytest.mark.timeout(20)
@@ -20,7 +20,7 @@ def test_a_port_that_is_taken_after_all_is_a_warning_and_the_run_goes_on(tmp_pat
         telemetry = TelemetryConfig(
             wandb=WandbConfig(mode="disabled"), prometheus=PrometheusConfig(port=other.getsockname()[1])
         )
-        stream = open_stream(telemetry, tmp_path, io.StringIO())
+        stream = open_event_stream(telemetry, tmp_path, io.StringIO())
         metrics, told = tmp_path / "metrics.jsonl", 0
         while not (warnings := [event for event in read_all_metrics(metrics) if event.kind == "warning"]):
             stream.emit(Event("checkpoint", told := told + 1, {}))

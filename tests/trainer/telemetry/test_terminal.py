@@ -8,12 +8,12 @@ import pty
 
 from shoestring.tests.trainer.telemetry.written_events import EVALUATION, STEP
 from shoestring.trainer.telemetry.events import Event
-from shoestring.trainer.telemetry.terminal import LiveTerminal, terminal_sink
+from shoestring.trainer.telemetry.terminal import LiveTerminalSink, make_terminal_sink
 
 
 def test_a_pipe_gets_plain_lines() -> None:
     stream = io.StringIO()
-    sink = terminal_sink(stream)
+    sink = make_terminal_sink(stream)
     sink.emit(Event("step", 40, STEP))
     sink.emit(Event("stop", 40, {"reason": "done"}))
     sink.close()
@@ -25,8 +25,8 @@ def test_a_pipe_gets_plain_lines() -> None:
 def test_a_terminal_gets_a_live_bar() -> None:
     reader, writer = pty.openpty()
     with os.fdopen(writer, "w") as terminal:
-        sink = terminal_sink(terminal)
-        assert isinstance(sink, LiveTerminal)
+        sink = make_terminal_sink(terminal)
+        assert isinstance(sink, LiveTerminalSink)
         sink.emit(EVALUATION)
         sink.emit(Event("step", 40, STEP))
         sink.close()

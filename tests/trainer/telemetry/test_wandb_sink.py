@@ -19,7 +19,7 @@ from shoestring.tests.trainer.telemetry.offline_run import OfflineRun, read_offl
 from shoestring.trainer.telemetry.config import TelemetryConfig, WandbConfig
 from shoestring.trainer.telemetry.events import JSON, Event, EventStream
 from shoestring.trainer.telemetry.history import read_all_metrics
-from shoestring.trainer.telemetry.sinks import open_stream
+from shoestring.trainer.telemetry.sinks import open_event_stream
 from shoestring.trainer.telemetry.wandb_sink import WandbSink, _run_id
 
 
@@ -183,7 +183,7 @@ def test_online_with_a_server_that_is_gone_the_run_goes_on(tmp_path: Path, monke
         listener.listen()
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-        stream = open_stream(TelemetryConfig(wandb=WandbConfig(mode="online")), tmp_path, io.StringIO())
+        stream = open_event_stream(TelemetryConfig(wandb=WandbConfig(mode="online")), tmp_path, io.StringIO())
         start = time.perf_counter()
         for number in range(1, 101):
             stream.emit(step(number))
@@ -195,14 +195,14 @@ def test_online_with_a_server_that_is_gone_the_run_goes_on(tmp_path: Path, monke
 
 
 def test_troubles_become_alerts(tmp_path: Path) -> None:
-    stream = open_stream(TelemetryConfig(), tmp_path, io.StringIO())
+    stream = open_event_stream(TelemetryConfig(), tmp_path, io.StringIO())
     stream.emit(step(1))
     stream.emit(Event("warning", 1, {"about": "spike", "message": "the loss has jumped"}))
     stream.emit(Event("stop", 2, {"reason": "rank 3 is gone"}))
     stream.close()
     (run,) = lives(tmp_path)
     assert run.alerts == (("spike at step 1", "the loss has jumped"), ("stopped at step 2", "rank 3 is gone"))
-    stream = open_stream(TelemetryConfig(), tmp_path, io.StringIO())
+    stream = open_event_stream(TelemetryConfig(), tmp_path, io.StringIO())
     stream.emit(Event("stop", 2, {"reason": "done"}))
     stream.close()
     assert not lives(tmp_path)[1].alerts
@@ -210,7 +210,7 @@ def test_troubles_become_alerts(tmp_path: Path) -> None:
 
 def test_disabled_leaves_no_trace(tmp_path: Path) -> None:
     terminal = io.StringIO()
-    stream = open_stream(TelemetryConfig(wandb=WandbConfig(mode="disabled")), tmp_path, terminal)
+    stream = open_event_stream(TelemetryConfig(wandb=WandbConfig(mode="disabled")), tmp_path, terminal)
     stream.emit(Event("stop", 1, {"reason": "done"}))
     stream.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from shoestring.launch.rehearsal.deadlock.stuck import hangs
-from shoestring.launch.rehearsal.fault import Fault
+from shoestring.launch.rehearsal.deadlock.stuck import find_hangs
+from shoestring.launch.rehearsal.fault import RunFinding
 from shoestring.launch.rehearsal.log import RankLog
 
 
-def only(*logs: RankLog) -> Fault:
-    (fault,) = hangs(logs)
+def only(*logs: RankLog) -> RunFinding:
+    (fault,) = find_hangs(logs)
     return fault

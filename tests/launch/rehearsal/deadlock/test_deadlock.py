@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from shoestring.launch.rehearsal.deadlock.stuck import hangs
-from shoestring.launch.rehearsal.log import Collective
+from shoestring.launch.rehearsal.deadlock.stuck import find_hangs
+from shoestring.launch.rehearsal.log import CollectiveRecord
 from shoestring.parallelism.pipeline.placement import Direction
 from shoestring.parallelism.pipeline.schedules.registry import build_program
 from shoestring.tests.launch.rehearsal.deadlock.hanging import only
@@ -39,16 +39,16 @@ def test_every_schedule_hangs_without_a_warm_up_and_ends_with_one(
     assert "connects rank" in fault.text
     for rank in range(ranks):
         assert f"rank {rank}: host connects" in fault.text
-    assert not list(hangs(program_logs(program, warm=BOTH)))
+    assert not list(find_hangs(program_logs(program, warm=BOTH)))
 
 
 def test_two_ranks_in_a_loop_end_once_both_directions_are_connected() -> None:
     program = build_program("interleaved", 2, 4)
     assert "connects rank" in only(*program_logs(program, warm=())).text
-    assert not list(hangs(program_logs(program, warm=BOTH)))
+    assert not list(find_hangs(program_logs(program, warm=BOTH)))
 
 
-def shared_embedding(rank: int, index: int) -> Sequence[Collective]:
+def shared_embedding(rank: int, index: int) -> Sequence[CollectiveRecord]:
     """First and last rank sum its gradient behind their last backward; of 4 ranks and 8 micro-batches."""
     if rank not in (0, 3) or index != 15:
         return ()
@@ -61,7 +61,7 @@ def test_a_reduce_scatter_before_the_own_sends_hangs() -> None:
     fault = only(*behind)
     assert set(fault.ranks) == {0, 1, 2, 3}
     assert "rank 3, host connects `dense` of ranks 0, 3 for its first reduce_scatter: for rank 0, host" in fault.text
-    assert not list(hangs(program_logs(program, warm=BOTH, listener=shared_embedding, sends_first=True)))
+    assert not list(find_hangs(program_logs(program, warm=BOTH, listener=shared_embedding, sends_first=True)))
 
 
 def test_the_same_ends_where_the_reduction_is_connected() -> None:
@@ -70,4 +70,4 @@ def test_the_same_ends_where_the_reduction_is_connected() -> None:
         replace(each, events=(*shared_embedding(each.rank, 15), *each.events))
         for each in program_logs(program, warm=BOTH, listener=shared_embedding, sends_first=False)
     ]
-    assert not list(hangs(connected))
+    assert not list(find_hangs(connected))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from shoestring.launch.rehearsal.deadlock.stuck import hangs
-from shoestring.launch.rehearsal.log import Finding, HostWait
+from shoestring.launch.rehearsal.deadlock.stuck import find_hangs
+from shoestring.launch.rehearsal.log import HostWait, RankFinding
 from shoestring.tests.launch.rehearsal.deadlock.hanging import only
 from shoestring.tests.launch.rehearsal.logs import collective, log
 
@@ -18,7 +18,7 @@ def test_a_cycle_over_two_communicators() -> None:
     assert "rank 0, stream exchange is in number 2 on `ep` of ranks 0, 1 (x): for rank 1, stream exchange" in fault.text
     assert "rank 1, stream exchange is in number 2 on `dense` of ranks 0, 1 (y): for rank 0" in fault.text
     apart = replace(second, stream="reduce")
-    assert not list(hangs([log(0, *warm, first, apart), log(1, *warm, apart, first)]))
+    assert not list(find_hangs([log(0, *warm, first, apart), log(1, *warm, apart, first)]))
 
 
 def test_a_host_that_waits_for_a_stream_that_needs_it() -> None:
@@ -31,7 +31,7 @@ def test_a_host_that_waits_for_a_stream_that_needs_it() -> None:
     )
     assert fault.places == ("route.py:7", "b")
     assert "waits (read) for stream exchange" in fault.text
-    assert not list(hangs([log(0, *warm, first, second, wait), log(1, *warm, second, first)]))
+    assert not list(find_hangs([log(0, *warm, first, second, wait), log(1, *warm, second, first)]))
 
 
 def test_a_call_that_a_rank_never_makes_is_the_root() -> None:
@@ -42,5 +42,5 @@ def test_a_call_that_a_rank_never_makes_is_the_root() -> None:
 
 
 def test_nothing_is_said_behind_an_error() -> None:
-    error = Finding("error", "out of memory", "line 3")
-    assert not list(hangs([log(0, collective("x"), findings=[error]), log(1)]))
+    error = RankFinding("error", "out of memory", "line 3")
+    assert not list(find_hangs([log(0, collective("x"), findings=[error]), log(1)]))

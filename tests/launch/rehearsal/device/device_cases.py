@@ -11,26 +11,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.launch.rehearsal.device.fake_device import RehearsedDevice
+from shoestring.launch.rehearsal.device.fake_device import FakeDeviceMode
 from shoestring.launch.rehearsal.device.recorder import RankRecorder
-from shoestring.launch.rehearsal.device.spans import Spans
-from shoestring.launch.rehearsal.device.stand_ins import standing_in
+from shoestring.launch.rehearsal.device.spans import RehearsalSpanRecorder
+from shoestring.launch.rehearsal.device.stand_ins import patch_triton_and_threads
 from shoestring.launch.rehearsal.log import HostWait
 
 N = 1000
 
 
 class Sevens:
-    def answer(self, tensor: Tensor) -> Tensor:
+    def read(self, tensor: Tensor) -> Tensor:
         return torch.full(tensor.shape, 7, dtype=tensor.dtype)
 
 
 @pytest.fixture
 def ledger() -> Iterator[RankRecorder]:
     """Inside, `cuda` is the rehearsed device."""
-    ledger = RankRecorder(Spans("test"))
-    device = RehearsedDevice(ledger, Sevens())
-    with standing_in(device), device:
+    ledger = RankRecorder(RehearsalSpanRecorder("test"))
+    device = FakeDeviceMode(ledger, Sevens())
+    with patch_triton_and_threads(device), device:
         yield ledger
 
 
@@ -90,12 +90,12 @@ def test_memory_is_that_of_storages(ledger: RankRecorder) -> None:
     x = on_device(N)
     part = x[:10]
     del x
-    assert memory.now == 4 * N
+    assert memory.live_bytes == 4 * N
     both = part + 1
-    assert memory.now == 4 * N + 40
+    assert memory.live_bytes == 4 * N + 40
     del part, both
-    assert memory.now == 0
-    assert memory.peak == 4 * N + 40
+    assert memory.live_bytes == 0
+    assert memory.peak_bytes == 4 * N + 40
 
 
 def test_the_host_reads_what_the_oracle_says(ledger: RankRecorder) -> None:

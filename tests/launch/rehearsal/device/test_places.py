@@ -13,7 +13,7 @@ def test_faults_are_named_with_their_place(shim: Path, tmp_path: Path) -> None:
     found = {finding.kind: finding for finding in reversed(log.findings)}
     assert set(found) == {"device", "host read", "deprecated"}
     assert "bfloat16 tensor [128] of the host" in found["device"].text
-    assert found["host read"].place.startswith("FB ")
+    assert found["host read"].code_location.startswith("FB ")
     assert "merging is deprecated" in found["deprecated"].text
-    assert all("trainer/model/chunk.py:" in finding.place for finding in log.findings)
-    assert any(wait.reason == "read" and wait.is_inside_pair for wait in log.events if isinstance(wait, HostWait))
+    assert all("trainer/model/chunk.py:" in finding.code_location for finding in log.findings)
+    assert any(wait.reason == "read" and wait.is_inside_fb for wait in log.events if isinstance(wait, HostWait))

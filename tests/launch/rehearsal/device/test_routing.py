@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from shoestring.launch.compose import compose_run
+from shoestring.launch.compose import compose_run_config
 from shoestring.launch.rehearsal.device.routing import BalancedRouting
 
-V3 = BalancedRouting.of(compose_run(["experiment=deepseek_v3_h800"]))
+V3 = BalancedRouting.from_config(compose_run_config(["experiment=deepseek_v3_h800"]))
 LAYOUTS = [
     V3,
     BalancedRouting(1, 1, 16, 128, 4, 1.0, 1.0),
@@ -21,7 +21,7 @@ LAYOUTS = [
 @pytest.mark.parametrize("routing", LAYOUTS)
 def test_flat(routing: BalancedRouting) -> None:
     ranks, rows = routing.ranks, routing.tokens * routing.top_k
-    numbers = [routing.flat(rank) for rank in range(ranks)]
+    numbers = [routing.flat_exchange_sizes(rank) for rank in range(ranks)]
     for rank, own in enumerate(numbers):
         sent, received, by_expert, (of_ranks, of_nodes) = (
             own[:ranks],
@@ -34,7 +34,7 @@ def test_flat(routing: BalancedRouting) -> None:
         assert received == [other[rank] for other in numbers]
         assert len(by_expert) == routing.experts // ranks
         assert routing.tokens <= of_nodes <= of_ranks <= rows
-    assert max(map(max, routing.copies)) <= routing.tokens
+    assert max(map(max, routing.rows_by_expert)) <= routing.tokens
 
 
 @pytest.mark.parametrize("routing", LAYOUTS)
@@ -44,7 +44,7 @@ def test_two_hop(routing: BalancedRouting) -> None:
     sizes = (nodes, nodes, size, size, local, 1)
     parts = []
     for rank in range(ranks):
-        numbers = routing.two_hop(rank)
+        numbers = routing.two_hop_exchange_sizes(rank)
         assert len(numbers) == sum(sizes)
         parts.append([[numbers.pop(0) for _ in range(length)] for length in sizes])
     for rank, (to_nodes, from_nodes, to_ranks, from_ranks, by_expert, (visits,)) in enumerate(parts):
@@ -58,8 +58,8 @@ def test_two_hop(routing: BalancedRouting) -> None:
 
 
 def test_the_released_model_is_exactly_even() -> None:
-    numbers = V3.two_hop(5)
+    numbers = V3.two_hop_exchange_sizes(5)
     assert numbers[-5:-1] == [8192] * 4
-    assert {sum(V3.flat(rank)[64:128]) for rank in range(64)} == {4096 * 8}
+    assert {sum(V3.flat_exchange_sizes(rank)[64:128]) for rank in range(64)} == {4096 * 8}
     assert numbers[-1] == 30144  # 4,096 tokens, each at 7.36 ranks
     assert sum(numbers[:8]) == pytest.approx(4096 * 3.629, abs=4)

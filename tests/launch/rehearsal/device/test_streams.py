@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from shoestring.launch.rehearsal.log import RankLog, Record, StreamWait
+from shoestring.launch.rehearsal.log import EventRecord, RankLog, StreamWait
 
 
 def test_events_are_recorded_before_they_are_waited_for(log: RankLog) -> None:
     recorded = set()
     for event in log.events:
-        if isinstance(event, Record):
+        if isinstance(event, EventRecord):
             recorded.add(event.event)
         elif isinstance(event, StreamWait):
             assert event.event in recorded

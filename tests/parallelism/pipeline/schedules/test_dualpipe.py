@@ -6,14 +6,14 @@ from collections import Counter
 
 import pytest
 
-from shoestring.parallelism.pipeline.program import MicroBatchWork, Op, Program
+from shoestring.parallelism.pipeline.program import ChunkMicroBatch, Op, PipelineProgram
 from shoestring.parallelism.pipeline.schedules.registry import build_program
 from shoestring.tests.parallelism.pipeline.schedules.written import written
 
 EVEN = range(2, 17, 2)
 
 
-def counts(program: Program, rank: int) -> Counter[Op]:
+def counts(program: PipelineProgram, rank: int) -> Counter[Op]:
     return Counter(instruction.op for instruction in program.instructions[rank])
 
 
@@ -68,5 +68,7 @@ def test_mirrored_ranks_of_dualpipe_do_the_same_with_chunks_exchanged() -> None:
 
 def test_micro_batches_of_the_two_directions_are_different_data() -> None:
     program = build_program("dualpipe", 2, 6)
-    assert [program.data_index(MicroBatchWork(chunk, 2)) for chunk in range(2)] == [2, 5]
-    assert [build_program("dualpipev", 2, 6).data_index(MicroBatchWork(chunk, 2)) for chunk in range(2)] == [2, 2]
+    assert [program.global_micro_batch_index(ChunkMicroBatch(chunk, 2)) for chunk in range(2)] == [2, 5]
+    assert [
+        build_program("dualpipev", 2, 6).global_micro_batch_index(ChunkMicroBatch(chunk, 2)) for chunk in range(2)
+    ] == [2, 2]

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from shoestring.comm.errors import ConfigError
-from shoestring.parallelism.pipeline.check import check
+from shoestring.parallelism.pipeline.check import verify_program
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_program
 
 
@@ -20,7 +20,7 @@ def test_every_legal_size_is_right(schedule: str) -> None:
                 program = build_program(schedule, ranks, micro_batches)
             except ConfigError:
                 continue
-            check(program)
+            verify_program(program)
             tried += 1
     assert tried >= 12
 
@@ -28,8 +28,8 @@ def test_every_legal_size_is_right(schedule: str) -> None:
 def test_interleaved_with_any_number_of_chunks() -> None:
     for chunks in (2, 3, 5):
         program = build_program("interleaved", 4, 12, chunks)
-        check(program)
-        assert program.placement.stages == 4 * chunks
+        verify_program(program)
+        assert program.placement.num_stages == 4 * chunks
 
 
 @pytest.mark.parametrize(
@@ -68,5 +68,5 @@ def test_illegal_sizes_are_refused_with_the_nearest_legal_ones(
 
 def test_sixteen_ranks_and_120_micro_batches_take_less_than_a_second() -> None:
     start = time.process_time()  # of this process alone: other work on the machine does not count
-    check(build_program("dualpipe", 16, 120))
+    verify_program(build_program("dualpipe", 16, 120))
     assert time.process_time() - start < 1.0
