@@ -35,12 +35,12 @@ from rich.table import Table
 from torch import Tensor
 
 from shoestring.comm.groups import Group
-from shoestring.trainer.checkpoint.names import model_tensor_shapes
-from shoestring.trainer.checkpoint.opened import Checkpoint
+from shoestring.trainer.checkpoint.checkpoint import Checkpoint
 from shoestring.trainer.checkpoint.pieces import TensorPiece, whole_tensor_pieces
 from shoestring.trainer.checkpoint.saver import CheckpointSaver, write_rank_file
 from shoestring.trainer.checkpoint.store import CheckpointExtras, CheckpointStore
 from shoestring.trainer.checkpoint.tensor_file import tensor_as_bytes
+from shoestring.trainer.checkpoint.training_state import model_tensor_shapes
 from shoestring.trainer.huggingface.export import ExportOptions, export_checkpoint
 from shoestring.trainer.model.config import ModelConfig
 

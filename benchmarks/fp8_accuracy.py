@@ -46,8 +46,8 @@ from shoestring.trainer.model.model import Model
 from shoestring.trainer.model.stage_layout import StageLayout
 from shoestring.trainer.optimizer.config import OptimizerConfig
 from shoestring.trainer.precision.fp8 import Fp8LinearOps
+from shoestring.trainer.precision.fp8_tensors import RowwiseFp8Tensor, ScaleFormat, quantize_weight
 from shoestring.trainer.precision.reference import ReferenceBackend
-from shoestring.trainer.precision.tiles import RowwiseFp8Tensor, ScaleFormat, quantize_weight
 from shoestring.trainer.run.step import Stepper, StepSettings
 
 BATCH, LENGTH = 8, 128

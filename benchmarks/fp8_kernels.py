@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from shoestring.trainer.precision.backend import PrecisionBackend, open_backend, unavailable_reasons
+from shoestring.trainer.precision.fp8_tensors import ScaleFormat
 from shoestring.trainer.precision.reference import ReferenceBackend
-from shoestring.trainer.precision.tiles import ScaleFormat
 
 PEAK = 1979.0  # dense FP8 TFLOP/s of an H800, H100 or H200: twice the BF16 rate of 989.5
 TRACE_PROCESSORS = 112

@@ -31,10 +31,10 @@ from rich.console import Console
 from rich.table import Table
 
 from shoestring.launch.run.run_dir import create_run_dir
-from shoestring.trainer.ledger.allocation import AllocationJournal
+from shoestring.trainer.ledger.allocation_journal import AllocationJournal
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.terms import SNAPSHOT_FILE
-from shoestring.trainer.ledger.work import WorkJournal
+from shoestring.trainer.ledger.work_journal import WorkJournal
 from shoestring.trainer.telemetry.events import METRICS_FILE, Event
 
 RECORDS, LINES, CHECKPOINTS = 1_000_000, 1_000_000, 1000
@@ -117,11 +117,11 @@ def make_checkpoints(run_dir: Path, number: int) -> None:
 RESUME = """
 import sys
 from pathlib import Path
-from shoestring.trainer.ledger.allocation import Allocation
+from shoestring.trainer.ledger.allocation_journal import Allocation
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.summary import ensure_totals, summarize
-from shoestring.trainer.ledger.totals import carry
-from shoestring.trainer.ledger.work import Work
+from shoestring.trainer.ledger.checkpoint_totals import carry
+from shoestring.trainer.ledger.work_journal import Work
 run_dir, budget = Path(sys.argv[1]), BudgetConfig(gpu_hours=1e6)
 ensure_totals(run_dir)
 totals = summarize(run_dir).totals()

@@ -28,7 +28,7 @@ from shoestring.parallelism.weight_grad import DelayedWeightGradients, linear
 from shoestring.parallelism.zero.bucket import Bucket, BucketParameter
 from shoestring.parallelism.zero.optimizer import ShardedOptimizer
 from shoestring.parallelism.zero.reduce import GradientReducer
-from shoestring.trainer.model.phase import SplitBackward
+from shoestring.trainer.model.split_backward import SplitBackward
 from shoestring.trainer.optimizer.adamw import AdamW
 from shoestring.trainer.optimizer.config import OptimizerConfig
 

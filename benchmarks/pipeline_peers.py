@@ -21,7 +21,7 @@ from shoestring.parallelism.pipeline.executor import PipelineExecutor, Resumable
 from shoestring.parallelism.pipeline.placement import StageLocation
 from shoestring.parallelism.pipeline.schedules.registry import build_program
 from shoestring.parallelism.weight_grad import DelayedWeightGradients, linear
-from shoestring.trainer.model.phase import SplitBackward
+from shoestring.trainer.model.split_backward import SplitBackward
 
 PEERS = {
     "Schedule1F1B": ("one_f_one_b", Schedule1F1B),

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from shoestring.launch.planner.pricing import MEASURED_MODEL
+from shoestring.launch.planner.compute_time import MEASURED_MODEL
 from shoestring.parallelism.weight_grad import DelayedWeightGradients
 from shoestring.trainer.model.attention_backend import AttentionShape, GpuCapabilities, select_attention
 from shoestring.trainer.model.config import ModelConfig

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import CollectiveError
 from .groups import Group
-from .host import AsyncHostCopier, AsyncHostCopy
+from .host_transfer import AsyncHostCopier, AsyncHostCopy
 from .streams import DeviceStreams, StreamEvent, get_device_streams
 from .trace import NULL_RECORDER, SpanRecorder, TimelineTrack
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .communicator import Collectives, PeerTensors
 from .errors import collective_error_context
-from .open_groups import GlooGroupFactory, GroupFactory
+from .group_factory import GlooGroupFactory, GroupFactory
 from .topology import Topology
 from .watchdog import Watchdog
 

@@ -10,11 +10,11 @@ from contextlib import nullcontext
 
 from .. import __version__
 from ..comm.errors import ConfigError
-from ..comm.files.access import os_error_to_problem
+from ..comm.files.file_io import os_error_to_problem
+from .console import open_standard_streams, print_to_stderr
 from .parsers import checkpoints, data, machine, model, planning, runs, training
 from .run.signals import StoppedBeforeStart, die_with_launcher, raise_on_early_stop
 from .run.torchrun import RanksFailed
-from .say import open_standard_streams, print_to_stderr
 
 EXIT_FAILURE, EXIT_CONFIG_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 128 + signal.SIGINT
 

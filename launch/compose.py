@@ -20,11 +20,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ..comm.errors import ConfigError, Problem, UnreadableFields, raise_if_any
-from ..comm.files.access import config_error_context, os_error_to_problem
+from ..comm.files.file_io import config_error_context, os_error_to_problem
 from ..comm.files.strict_json import MalformedFileError, shorten_for_message
 from ..comm.files.strict_yaml import read_checked_yaml_text, read_yaml
 from ..trainer.config import RunConfig
-from ..trainer.typed import InterpolatedText, build_dataclass, parse_dataclass
+from ..trainer.structured_config import InterpolatedText, build_dataclass, parse_dataclass
 from .interpolations import resolve_interpolations
 
 _RESOLVING = (ValueError, TypeError, KeyError, AttributeError, OSError)

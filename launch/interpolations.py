@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..comm.errors import Problem
-from ..trainer.typed import InterpolatedText
+from ..trainer.structured_config import InterpolatedText
 
 _NOW = re.compile(r"(?<!\\)((?:\\\\)*)\$\{now:([^{}]*)\}")
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:")

@@ -26,10 +26,10 @@ from ..parallelism.pipeline.schedules.registry import build_forward_program
 from ..parallelism.zero.bucket import Bucket
 from ..parallelism.zero.optimizer import ShardedOptimizer
 from ..parallelism.zero.reduce import GradientReducer
-from .checkpoint.names import make_holder_ranks, training_state_names, training_state_pieces
 from .checkpoint.pieces import TensorPiece
 from .checkpoint.saver import CheckpointSaver
 from .checkpoint.store import CheckpointStore
+from .checkpoint.training_state import make_holder_ranks, training_state_names, training_state_pieces
 from .config import RunConfig
 from .data.inspect import unigram_entropy
 from .data.manifest import DataManifest
@@ -50,8 +50,8 @@ from .model.model import Model
 from .model.recompute import RecomputeModule
 from .model.stage_layout import StageLayout
 from .optimizer.adamw import AdamW
-from .optimizer.average import WeightEMA
 from .optimizer.config import OptimizerConfig
+from .optimizer.ema import WeightEMA
 from .run.bucket_plan import plan_buckets
 from .run.schedule_cache import ScheduleCache
 from .run.step import Stepper

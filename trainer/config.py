@@ -27,8 +27,8 @@ from .model.recompute import RecomputeConfig, RecomputeModule
 from .optimizer.config import OptimizerConfig
 from .precision.config import PrecisionConfig
 from .run.batch_ramp import BatchRamp, make_batch_ramp
+from .structured_config import reset_to_defaults
 from .telemetry.config import TelemetryConfig
-from .typed import reset_to_defaults
 
 
 def scheduled_value(schedule: Mapping[int, float], tokens: int) -> float:

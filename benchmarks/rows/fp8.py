@@ -16,8 +16,8 @@ from torch import Tensor
 from shoestring.benchmarks.rows.exact import hard_numbers
 from shoestring.benchmarks.rows.row import Check, Figures, Machine, NotHere, Wrong, expect
 from shoestring.trainer.precision.backend import PrecisionBackend, RowsPerExpert, open_backend, unavailable_reasons
+from shoestring.trainer.precision.fp8_tensors import ColumnwiseFp8Tensor, ScaleFormat
 from shoestring.trainer.precision.reference import ReferenceBackend
-from shoestring.trainer.precision.tiles import ColumnwiseFp8Tensor, ScaleFormat
 
 FP32 = ScaleFormat.FP32
 PRODUCT_ERROR = 2.0**-7

@@ -22,8 +22,8 @@ import torch
 
 from shoestring.benchmarks.rows.row import Attempt, Check, Machine, Verdict, attempt
 from shoestring.comm.bootstrap import TorchrunEnvironment, init_default_process_group
+from shoestring.comm.group_factory import build_group_factory
 from shoestring.comm.groups import Group
-from shoestring.comm.open_groups import build_group_factory
 from shoestring.launch.run.signals import die_with_parent
 
 COLLECTIVE = timedelta(minutes=2)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from shoestring.benchmarks.rows.row import Check, Figures, Machine, NotHere, expect
+from shoestring.comm.group_factory import build_group_factory
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.open_groups import build_group_factory
 from shoestring.comm.topology import Topology
 from shoestring.comm.trace import NULL_RECORDER
 from shoestring.launch.compose import compose_run_config

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import Problem
-from .wire import WireFormat
+from .wire_format import WireFormat
 
 EXCHANGE_NAMES = ("flat", "two_hop", "deepep")
 

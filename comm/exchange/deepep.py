@@ -38,14 +38,14 @@ from ..async_comm import AsyncCommunicator, AsyncWork, TwoPartWork
 from ..errors import Problem
 from ..fp8 import QuantizedRows, dequantize, nan_placeholder, quantize, tiles_per_row
 from ..groups import ProcessGroups
-from ..host import AsyncHostCopy
+from ..host_transfer import AsyncHostCopy
 from ..trace import ExchangeCall, ExchangeLabel
 from .api import DispatchedTokens
 from .config import ExchangeConfig
 from .deepep_buffer import DeepEPBufferShape
 from .deepep_probe import probe_deepep_import
 from .permutation import TokenCounts, build_destination_mask
-from .wire import WireFormat
+from .wire_format import WireFormat
 
 MIN_COMPUTE_CAPABILITY = (9, 0)
 """Compute capability that DeepEP's kernels need."""

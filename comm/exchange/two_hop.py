@@ -20,13 +20,13 @@ from torch import Tensor
 from ..async_comm import AsyncCommunicator, AsyncWork, TwoPartWork
 from ..fp8 import nan_placeholder
 from ..groups import ProcessGroups
-from ..host import AsyncHostCopy
+from ..host_transfer import AsyncHostCopy
 from ..trace import ExchangeCall, ExchangeLabel
 from ..traffic import TrafficCounter
 from .api import DispatchedTokens
 from .config import ExchangeConfig
 from .permutation import AllToAllStage, Permutation, TokenCounts, bincount_on_device, build_destination_mask
-from .wire import RowCodec, WireFormat, empty_metadata, pack_columns, unpack_column, unpack_columns
+from .wire_format import RowCodec, WireFormat, empty_metadata, pack_columns, unpack_column, unpack_columns
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .access import read_text
+from .file_io import read_text
 from .strict_json import MAX_DEPTH, MalformedFileError
 
 MAX_YAML_BYTES = 2**18

@@ -29,9 +29,9 @@ from ...comm.exchange.deepep import missing_deepep_requirements
 from ...comm.exchange.deepep_buffer import DeepEPBufferShape
 from ...comm.exchange.factory import build_token_exchange
 from ...comm.exchange.permutation import build_destination_mask
-from ...comm.exchange.wire import RowCodec, WireFormat
+from ...comm.exchange.wire_format import RowCodec, WireFormat
+from ...comm.group_factory import build_group_factory
 from ...comm.groups import ProcessGroups
-from ...comm.open_groups import build_group_factory
 from ...comm.topology import LinkType, Topology
 from ...comm.trace import ExchangeLabel
 from ...comm.traffic import TrafficCounter, TrafficKind

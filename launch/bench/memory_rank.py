@@ -11,8 +11,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ...comm.bootstrap import TorchrunEnvironment, init_default_process_group
+from ...comm.group_factory import build_group_factory
 from ...comm.groups import ProcessGroups
-from ...comm.open_groups import build_group_factory
 from ...trainer.build import build_stage_layout
 from ...trainer.memory.measured import measure_step_memory
 from ..compose import compose_run_config

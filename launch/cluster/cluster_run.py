@@ -22,9 +22,9 @@ from ...trainer.config import RunConfig
 from ...trainer.telemetry.events import METRICS_FILE
 from ...trainer.telemetry.history import read_all_metrics
 from ..compose import compose_run_config
+from ..console import print_to_stderr, print_to_stdout
 from ..run.launcher import StoppedBySignal, raise_on_stop_signals
 from ..run.preflight import run_preflight_checks
-from ..say import print_to_stderr, print_to_stdout
 from .namespaces import NamespaceProcess
 from .simulated_cluster import SimulatedCluster
 

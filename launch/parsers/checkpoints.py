@@ -63,7 +63,7 @@ def _add_diff(actions: Subparsers) -> None:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    from ..say import print_or_raise
+    from ..console import print_or_raise
     from ..verbs.checkpoint import diff_checkpoints, diff_table
 
     facts, differences = diff_checkpoints(options.path, options.other, (options.step, options.other_step))
@@ -83,7 +83,7 @@ def _add_import(verbs: Subparsers) -> None:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from ..say import print_to_stdout
+    from ..console import print_to_stdout
     from ..verbs.convert import import_command
 
     print_to_stdout(f"imported to {import_command(options.source, options.target)}")
@@ -103,7 +103,7 @@ def _add_export(verbs: Subparsers) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from ..say import print_to_stdout
+    from ..console import print_to_stdout
     from ..verbs.convert import export_command
 
     how = options.dtype, options.rope, options.max_shard
@@ -127,7 +127,7 @@ def _add_generate(verbs: Subparsers) -> None:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from ..say import print_or_raise, print_to_stderr
+    from ..console import print_or_raise, print_to_stderr
     from ..verbs.generate import GenerationRequest, describe_acceptance, generate_text
 
     size = options.tokens, options.temperature, options.seed, not options.no_draft, options.average

@@ -22,8 +22,8 @@ def add_commands(verbs: Subparsers) -> None:
 def _prepare(options: argparse.Namespace) -> int:
     from ...trainer.data.prepare import prepare_corpus
     from ..compose import compose_run_config
-    from ..making import clean_up_on_signal
-    from ..say import print_to_stdout
+    from ..console import print_to_stdout
+    from ..signal_cleanup import clean_up_on_signal
 
     config = compose_run_config(*get_overrides(options)).data
     with clean_up_on_signal("data prepare"):
@@ -41,6 +41,6 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _describe(prepared: str) -> None:
     from ...trainer.data.inspect import describe_prepared_data, render_description
-    from ..say import print_to_stdout
+    from ..console import print_to_stdout
 
     print_to_stdout(render_description(describe_prepared_data(Path(prepared))))

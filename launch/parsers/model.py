@@ -67,7 +67,7 @@ def _add_schedule(verbs: Subparsers) -> None:
 
 
 def _schedule(options: argparse.Namespace) -> int:
-    from ..say import print_or_raise
+    from ..console import print_or_raise
     from ..verbs.schedule import draw_schedule
 
     size = options.name, options.stages, options.micro_batches, options.chunks

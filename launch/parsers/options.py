@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
-from ..say import print_or_raise
+from ..console import print_or_raise
 
 # argparse has no public name for it; a string, for it cannot be subscripted where it runs.
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"

@@ -67,7 +67,7 @@ def _add_calibrate(verbs: Subparsers) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from ..say import print_to_stdout
+    from ..console import print_to_stdout
     from ..verbs.calibrate import calibrate
 
     written = calibrate(*get_overrides(options), options.output, options.ranks, options.repeats)
@@ -91,7 +91,7 @@ def _add_rehearse(verbs: Subparsers) -> None:
 
 
 def _rehearse(options: argparse.Namespace) -> int:
-    from ..say import print_to_stderr
+    from ..console import print_to_stderr
 
     if options.passes < 0:
         raise ConfigError([Problem("--passes", options.passes, "must be at least 0")])

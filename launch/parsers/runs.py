@@ -55,7 +55,7 @@ def _add_report(verbs: Subparsers) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from ..say import print_to_stdout
+    from ..console import print_to_stdout
     from ..verbs.report import write_report
 
     print_to_stdout(f"wrote {write_report(options.run_dir, options.out)}")
@@ -87,7 +87,7 @@ def _add_dashboard(verbs: Subparsers) -> None:
 
 
 def _dashboard(options: argparse.Namespace) -> int:
-    from ..say import print_or_raise, print_to_stdout
+    from ..console import print_or_raise, print_to_stdout
     from ..verbs.dashboard import dashboard_json, save_dashboard
 
     if options.save:

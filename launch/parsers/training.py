@@ -23,7 +23,7 @@ def _add_train(verbs: Subparsers) -> None:
 def _train(options: argparse.Namespace) -> int:
     if options.cfg:
         from ..compose import compose_run_config, config_to_yaml
-        from ..say import print_or_raise
+        from ..console import print_or_raise
 
         print_or_raise(config_to_yaml(compose_run_config(*get_overrides(options))).removesuffix("\n"))
         return 0

@@ -9,9 +9,9 @@ from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.memory.peak import CUDA_CONTEXT_BYTES, NCCL_ALL_TO_ALL_BYTES
 from .forecast import StepForecast
 from .kernel_times import KernelTable, weakest_evidence
-from .lanes import ChunkTimeModel
 from .operations import LayerWorkload, head_gradient_bytes
 from .recipe import ForecastRecipe, GemmPrecision
+from .stream_simulation import ChunkTimeModel
 
 Assumption = tuple[str, str, str]
 """(what, evidence class, source). `chosen` is what the run's configuration says."""

@@ -15,7 +15,7 @@ from functools import cache
 from math import comb
 
 from ...comm.errors import ConfigError, Problem
-from ...comm.exchange.wire import WireFormat
+from ...comm.exchange.wire_format import WireFormat
 from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.model.config import ModelConfig
 from .kernel_times import EvidenceCoverage, KernelMeasurement, KernelTable, weakest_evidence

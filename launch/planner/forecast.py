@@ -14,19 +14,19 @@ from ...parallelism.pipeline.communication import derive_p2p_batches
 from ...parallelism.pipeline.liveness import LiveInstruction, peak_instructions
 from ...parallelism.pipeline.placement import StageLocation, StagePlacement
 from ...parallelism.pipeline.program import Op, PipelineProgram
+from ...parallelism.pipeline.program_simulator import ProgramSimulator
 from ...parallelism.pipeline.schedules.registry import build_placement, build_program
 from ...parallelism.pipeline.simulate import SimulatedTimes, ideal_bubble_time
-from ...parallelism.pipeline.timetable import ProgramSimulator
 from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.costs.flops import FlopCount, count_flops
 from ...trainer.ledger.terms import to_paper_terms
 from ...trainer.memory.chunk import StageShape
 from ...trainer.model.config import ModelConfig
 from ...trainer.model.stage_layout import split_layers
+from .compute_time import ComputeTimeModel
 from .exchange_time import ExchangeTimeModel, bytes_per_second
 from .instruction_times import InstructionCounts, InstructionTimes, count_instructions
 from .kernel_times import EvidenceCoverage
-from .lanes import ChunkTimeModel
 from .layout_memory import (
     ChunkMemoryCache,
     MemoryForecast,
@@ -37,15 +37,15 @@ from .layout_memory import (
     non_allocator_memory,
 )
 from .operations import LayerWorkload
-from .pricing import ComputeTimeModel
-from .recipe import ForecastRecipe
-from .update import (
+from .optimizer_step_time import (
     CollectiveSeconds,
     OptimizerStepTimeModel,
     WeightLiveness,
     exposed_all_gather_seconds,
     exposed_reduce_scatter_seconds,
 )
+from .recipe import ForecastRecipe
+from .stream_simulation import ChunkTimeModel
 
 
 @dataclass(frozen=True)

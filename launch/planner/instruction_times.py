@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from ...comm.trace import EXPOSED_EXCHANGE
 from ...parallelism.pipeline.program import Instruction, Op, PipelineProgram
 from ...trainer.memory.chunk import StageShape
-from .lanes import ChunkTimeModel, SimulatedStreams
 from .recipe import ForecastRecipe
+from .stream_simulation import ChunkTimeModel, SimulatedStreams
 
 InstructionCounts = Sequence[dict[tuple[Op, int, int], int]]
 """Of each rank, how often it runs each op with each forward and backward chunk; -1 for none."""

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ...comm.errors import ConfigError, Problem
-from ...comm.files.access import config_error_context, read_text
+from ...comm.files.file_io import config_error_context, read_text
 from ...comm.files.strict_json import shorten_for_message
 
 _UNITS = ("us", "GB/s", "share", "SMs", "")

@@ -12,11 +12,11 @@ from ...comm.fp8 import TILE_WIDTH
 from ...comm.topology import Topology
 from ...parallelism.pipeline.liveness import LiveInstruction
 from ...trainer.memory.activations import MicroBatchShape
-from ...trainer.memory.buffers import ExchangeFormats
 from ...trainer.memory.chunk import ChunkMemorySimulator, MemoryKind, StageShape
+from ...trainer.memory.exchange_buffers import ExchangeFormats
 from ...trainer.memory.peak import NonAllocatorMemory, RankChunksMemory, RankMemory, predict_rank_memory
 from ...trainer.memory.state import ParameterGroup, StateBytes
-from ...trainer.memory.working import WorkspaceBytes
+from ...trainer.memory.workspace import WorkspaceBytes
 from ...trainer.model.config import ModelConfig
 from ...trainer.model.recompute import RecomputeConfig
 from .operations import LayerWorkload

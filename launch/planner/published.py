@@ -15,8 +15,8 @@ from ...trainer.config import RunConfig
 from ...trainer.memory.chunk import StageShape
 from ...trainer.model.config import ModelConfig
 from .forecast import ParallelLayout, StepForecast
-from .lanes import ChunkTimeModel, SimulatedChunk, SimulatedStreams
 from .recipe import ForecastRecipe
+from .stream_simulation import ChunkTimeModel, SimulatedChunk, SimulatedStreams
 
 PUBLISHED_STEP_SECONDS = 19.926
 """Insights paper (arXiv 2505.09343), table 4, MPFT."""

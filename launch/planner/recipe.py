@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from ...comm.errors import Problem
 from ...comm.exchange.config import ExchangeConfig
-from ...comm.exchange.wire import WireFormat
+from ...comm.exchange.wire_format import WireFormat
 from ...trainer.model.recompute import RecomputeModule
 
 

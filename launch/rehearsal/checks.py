@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ...trainer.memory.forecast import PREDICTION_MARGIN
 from .deadlock.waits import CONTROL_GROUP
-from .fault import has_raised
+from .findings import has_raised
 from .log import CollectiveRecord, HostWait, RankFinding, RankLog
 
 WORLD_GROUP = "world"

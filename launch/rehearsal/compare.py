@@ -12,7 +12,7 @@ from .deadlock.communicators import (
     group_collectives,
     group_p2p_ops,
 )
-from .fault import RunFinding, has_raised
+from .findings import RunFinding, has_raised
 from .log import CollectiveRecord, RankLog
 
 ALL_TO_ALL = "all_to_all"

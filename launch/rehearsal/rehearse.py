@@ -26,16 +26,16 @@ from ...trainer.memory.forecast import MemoryPredictor
 from ...trainer.memory.peak import RankMemory
 from ...trainer.run.step import StepSettings
 from ..compose import compose_run_config
-from .configured import FAKE_DEVICE, gpu_run_config
+from .device.code_locations import AUTOGRAD_LOCATION
 from .device.fake_device import FakeDeviceMode
 from .device.groups import LoggedGroupFactory
-from .device.oracle import BalancedReadback
-from .device.places import AUTOGRAD_LOCATION
+from .device.patches import patch_triton_and_threads
+from .device.readback import BalancedReadback
 from .device.recorder import RankRecorder
 from .device.routing import BalancedRouting
 from .device.spans import RehearsalSpanRecorder
-from .device.stand_ins import patch_triton_and_threads
 from .device.streams import LoggedStreams
+from .gpu_config import FAKE_DEVICE, gpu_run_config
 from .log import DeviceMemoryRecord, RankLog
 
 assert fake_collectives.collective_ops  # its import registers what collectives do to fake tensors

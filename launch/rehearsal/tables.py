@@ -11,9 +11,9 @@ from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 
 from .checks import MAX_GROUP_CREATIONS, MAX_WORLD_COLLECTIVES, peak_memory_relative_error
-from .counted import DENSE_LAYER, MOE_LAYER, MTP_MODULE, WHOLE_STEP, MeanKernelLaunches, has_weight_gradients
-from .fault import format_ranks
-from .verdict import RehearsalResult, count_collectives, count_p2p_batches, step_host_waits
+from .findings import format_ranks
+from .launch_counts import DENSE_LAYER, MOE_LAYER, MTP_MODULE, WHOLE_STEP, MeanKernelLaunches, has_weight_gradients
+from .result import RehearsalResult, count_collectives, count_p2p_batches, step_host_waits
 
 
 def rehearsal_to_dict(verdict: RehearsalResult) -> dict[str, Any]:

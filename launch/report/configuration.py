@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .blocks import ConfigurationBlock, MissingDataNotice, PageSection
-from .record import RunRecord
+from .run_record import RunRecord
 
 
 def configuration_section(record: RunRecord) -> PageSection:

@@ -9,10 +9,10 @@ from statistics import median
 
 from ...trainer.ledger.render import format_gpu_hours, format_percent
 from ...trainer.ledger.terms import PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS
-from ...trainer.telemetry.describe import format_duration, format_si
 from ...trainer.telemetry.events import parse_number
+from ...trainer.telemetry.format import format_duration, format_si
 from .blocks import HeadlineCard
-from .record import Point, RunRecord
+from .run_record import Point, RunRecord
 
 UNKNOWN_VALUE = "–"
 

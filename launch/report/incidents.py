@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from ...comm.files.access import config_error_context, open_regular_file, read_bounded_lines
+from ...comm.files.file_io import config_error_context, open_regular_file, read_bounded_lines
 from ...comm.files.strict_json import parse_json
 from ...trainer.ledger.journal import Record
 from ...trainer.ledger.records import check_record, read_checked_records
 from ...trainer.ledger.terms import ALLOCATION_FILE, WORK_FILE
 from ...trainer.telemetry.events import Event
 from .blocks import Block, MissingDataNotice, PageSection, Paragraph, TableBlock, TableRow
-from .record import RunRecord
+from .run_record import RunRecord
 
 
 @dataclass(frozen=True)

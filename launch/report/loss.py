@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...trainer.telemetry.describe import strip_control_codes
+from ...trainer.telemetry.format import strip_control_codes
 from .blocks import Block, Figure, FigureRow, MissingDataNotice, PageSection, PreformattedText
 from .plot import Plot, Series
-from .record import RunRecord
+from .run_record import RunRecord
 
 
 def loss_section(record: RunRecord) -> PageSection:

@@ -9,7 +9,7 @@ from statistics import median
 from ...trainer.telemetry.events import Event, parse_number, parse_numbers
 from .blocks import Block, Figure, MissingDataNotice, PageSection, TableBlock, TableRow
 from .plot import Plot, Series
-from .record import RunRecord
+from .run_record import RunRecord
 
 _MOST_ROWS = 16
 

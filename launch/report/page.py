@@ -8,15 +8,15 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from .balance import expert_load_section
-from .bill import budget_section
 from .blocks import ReportPage
+from .budget import budget_section
 from .configuration import configuration_section
+from .expert_load import expert_load_section
 from .headline import header_lines, headline_cards, run_state
 from .incidents import incidents_section
 from .loss import loss_section
 from .memory import memory_section
-from .record import RunRecord
+from .run_record import RunRecord
 from .schedule import schedule_section
 
 _SECTIONS = (

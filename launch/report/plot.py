@@ -9,9 +9,9 @@ from itertools import pairwise
 
 from markupsafe import Markup, escape
 
-from ...trainer.telemetry.describe import format_si
+from ...trainer.telemetry.format import format_si
 from .blocks import LegendEntry
-from .record import Point
+from .run_record import Point
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 16.0, 12.0, 26.0
 _MOST_POINTS = 800

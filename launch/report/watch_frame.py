@@ -14,9 +14,9 @@ from rich.text import Text
 from ...trainer.ledger.render import format_gpu_hours, format_percent
 from ...trainer.ledger.summary import LedgerSummary
 from ...trainer.ledger.terms import PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS
-from ...trainer.telemetry.describe import describe_event, format_duration, format_si, strip_control_codes
 from ...trainer.telemetry.events import Event, parse_number
-from .follow import RunSnapshot
+from ...trainer.telemetry.format import describe_event, format_duration, format_si, strip_control_codes
+from .run_follower import RunSnapshot
 
 HEARTBEAT_TIMEOUT_SECONDS = 30.0
 """Launchers give a sign of life every two seconds: one that is silent for so long was killed, or cannot write."""

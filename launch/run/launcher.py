@@ -16,12 +16,12 @@ from types import FrameType
 
 from ...comm.errors import ConfigError
 from ...trainer.config import RunConfig
-from ...trainer.ledger.allocation import AllocationJournal
+from ...trainer.ledger.allocation_journal import AllocationJournal
 from ...trainer.ledger.summary import ensure_snapshot
 from ...trainer.run.exit import HaltReason
 from ..compose import config_to_yaml
-from ..say import print_to_stderr, print_to_stdout
-from .identity import ATTEMPT_ENV_VAR
+from ..console import print_to_stderr, print_to_stdout
+from .fingerprint import ATTEMPT_ENV_VAR
 from .preflight import budget_blocker, delete_partial_checkpoints, is_run_finished
 from .rank_environment import (
     NUMA_BINDING_FLAG,

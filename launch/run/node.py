@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from ...comm.agreement import Fingerprints
 from ...comm.errors import ConfigError, Problem, raise_if_any
+from ...comm.rank_consistency import Fingerprints
 from ...trainer.config import RunConfig
 from ...trainer.run.exit import HaltReason
 from ..compose import compose_run_config, read_config
-from ..say import open_standard_streams, print_to_stderr
-from .identity import data_digest, run_fingerprint
+from ..console import open_standard_streams, print_to_stderr
+from .fingerprint import data_digest, run_fingerprint
 from .launcher import LocalRanks, StoppedBySignal, launch_run, preemption_exit_code, raise_on_stop_signals, run_torchrun
 from .preflight import budget_blocker, is_run_finished, run_preflight_checks
 from .rendezvous import (

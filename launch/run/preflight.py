@@ -11,18 +11,18 @@ import torch
 from ...comm.errors import ConfigError, Problem, collect_problems, raise_if_any
 from ...comm.exchange.deepep import deepep_problems
 from ...trainer.build import dispatch_buffer_shape, open_samples
-from ...trainer.checkpoint.compatible import resume_problems, start_from_problems
+from ...trainer.checkpoint.compatibility import resume_problems, start_from_problems
 from ...trainer.checkpoint.find import find_checkpoint, unreadable_checkpoint_error
 from ...trainer.checkpoint.store import CheckpointStore, no_intact_checkpoint_error
 from ...trainer.config import RunConfig
 from ...trainer.data.manifest import DataManifest
 from ...trainer.data.prepared import open_prepared_data, verify_before_run
-from ...trainer.ledger.guard import compute_budget_accounts, gpu_hours_left_in_project
+from ...trainer.ledger.budget_guard import compute_budget_accounts, gpu_hours_left_in_project
+from ...trainer.ledger.checkpoint_totals import ledger_problems
 from ...trainer.ledger.journal import refuse_if_locked
 from ...trainer.ledger.project import Project
 from ...trainer.ledger.summary import summarize_ledger
 from ...trainer.ledger.terms import ALLOCATION_FILE, WORK_FILE
-from ...trainer.ledger.totals import ledger_problems
 from ...trainer.model.attention_backend import CONFIG_KEY, GpuCapabilities, select_attention
 from ...trainer.precision.backend import choose_backend, unavailable_reasons
 from ...trainer.run.checkpointing import remove_partial_saves

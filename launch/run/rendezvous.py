@@ -21,7 +21,11 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 
-from ...comm.agreement import (
+from ...comm.errors import ConfigError, Problem
+from ...comm.files.file_io import config_error_context, read_text, replace_file_atomically
+from ...comm.files.strict_json import JsonValue, MalformedFileError, parse_json
+from ...comm.loopback import open_listening_socket, resolve_to_loopback
+from ...comm.rank_consistency import (
     MISMATCH_HINT,
     Fingerprints,
     describe_mismatch,
@@ -29,11 +33,7 @@ from ...comm.agreement import (
     fingerprints_from_json,
     fingerprints_to_json,
 )
-from ...comm.errors import ConfigError, Problem
-from ...comm.files.access import config_error_context, read_text, replace_file_atomically
-from ...comm.files.strict_json import JsonValue, MalformedFileError, parse_json
-from ...comm.loopback import open_listening_socket, resolve_to_loopback
-from ..say import print_to_stderr
+from ..console import print_to_stderr
 
 _SECONDS_BETWEEN_WORDS = 30
 _SECONDS_BETWEEN_LOOKS = 0.5

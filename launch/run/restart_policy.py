@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from ...comm.files.access import read_text, replace_file_atomically
+from ...comm.files.file_io import read_text, replace_file_atomically
 from ...comm.files.strict_json import MalformedFileError
 
 _FILE = "stops_without_step"

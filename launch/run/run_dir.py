@@ -15,10 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ...comm.errors import ConfigError, Problem, raise_if_any
-from ...comm.files.access import raise_if_not_regular_file, read_json, replace_file_atomically
+from ...comm.files.file_io import raise_if_not_regular_file, read_json, replace_file_atomically
 from ...comm.files.lock import acquire_exclusive_lock
 from ...comm.files.strict_json import MalformedFileError
-from ..say import print_to_stderr
+from ..console import print_to_stderr
 
 CONFIG_FILE = "config.yaml"
 STATUS_FILE = "run_status.json"

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from ..say import print_to_stderr
+from ..console import print_to_stderr
 
 STOP_FILE_ENV_VAR = "SHOESTRING_STOP_FILE"
 """Names a file on this machine that says by being there that the ranks shall stop."""

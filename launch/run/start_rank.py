@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from ..say import open_standard_streams
+from ..console import open_standard_streams
 from .signals import die_with_launcher
 
 

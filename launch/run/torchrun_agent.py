@@ -29,7 +29,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.run import parse_args, run
 
 from ...comm.loopback import open_listening_socket
-from ..say import print_to_stderr
+from ..console import print_to_stderr
 from .signals import STOP_FILE_ENV_VAR, STOP_SIGNALS
 
 RENDEZVOUS_BACKEND = "loopback"

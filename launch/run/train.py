@@ -9,7 +9,7 @@ from pathlib import Path
 from ...comm.bootstrap import TorchrunEnvironment
 from ...comm.errors import ConfigError, Problem
 from ..compose import compose_run_config
-from .identity import ATTEMPT_ENV_VAR
+from .fingerprint import ATTEMPT_ENV_VAR
 from .launcher import LocalRanks, launch_run
 from .preflight import run_preflight_checks
 from .torchrun import local_torchrun_arguments

@@ -15,11 +15,11 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from ...comm.agreement import RankMismatchError, verify_ranks_match
 from ...comm.bootstrap import TorchrunEnvironment, connect_rendezvous_store, init_default_process_group
 from ...comm.errors import CollectiveError, ConfigError, Problem
+from ...comm.group_factory import build_group_factory
 from ...comm.groups import ProcessGroups
-from ...comm.open_groups import build_group_factory
+from ...comm.rank_consistency import RankMismatchError, verify_ranks_match
 from ...comm.watchdog import Watchdog
 from ...trainer.build import build_stage_layout
 from ...trainer.config import RunConfig
@@ -27,8 +27,8 @@ from ...trainer.data.shard_files import DataChanged
 from ...trainer.loop import train
 from ...trainer.run.exit import HaltReason, RankFailed, RunFailed, RunHalted
 from ..compose import config_to_yaml, read_config
-from ..say import print_to_stderr
-from .identity import attempt_name, data_digest, run_fingerprint
+from ..console import print_to_stderr
+from .fingerprint import attempt_name, data_digest, run_fingerprint
 from .rank_environment import (
     FLIGHT_RECORDER_DIR,
     applicable_settings,

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from ...comm.errors import ConfigError, Problem, raise_if_any
+from ...trainer.ledger.checkpoint_totals import ledger_problems
 from ...trainer.ledger.project import Project, ProjectReader, ProjectTotals
 from ...trainer.ledger.reconcile import (
     Invoice,
@@ -26,8 +27,7 @@ from ...trainer.ledger.render import render_ledger, render_project, render_what_
 from ...trainer.ledger.snapshot import snapshot_problem
 from ...trainer.ledger.summary import LedgerSummary, summarize_ledger, summarize_verified_ledger
 from ...trainer.ledger.terms import PUBLISHED_USD_PER_GPU_HOUR, SNAPSHOT_FILE, to_gpu_hours
-from ...trainer.ledger.totals import ledger_problems
-from ..say import print_to_stderr
+from ..console import print_to_stderr
 
 _SCALES = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 
@@ -195,11 +195,7 @@ def _comparisons(question: BudgetQuery, summary: LedgerSummary) -> dict[str, Seq
 
 def _against(run_dir: Path, summary: LedgerSummary, plan: Path, *, as_json: bool) -> Any:
     """A table, or plain values."""
-    from .compare import (  # and with it torch: seconds that a bill need not wait
-        compare_with_plan,
-        comparison_as_dict,
-        comparison_table,
-    )
+    from .plan_comparison import compare_with_plan, comparison_as_dict, comparison_table
 
     return (comparison_as_dict if as_json else comparison_table)(compare_with_plan(run_dir, summary, plan))
 

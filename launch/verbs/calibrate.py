@@ -16,9 +16,9 @@ from ...comm.errors import ConfigError, Problem, raise_if_any
 from ...trainer.config import RunConfig
 from ...trainer.costs.cluster import ClusterConfig
 from ..compose import compose_run_config, escape_interpolations
-from ..planner.configured import configured_recipe, unsupported_config_problems
+from ..planner.compute_time import recipe_by_config_key
+from ..planner.config_adapter import configured_recipe, unsupported_config_problems
 from ..planner.kernel_times import KernelMeasurement, write_kernel_table
-from ..planner.pricing import recipe_by_config_key
 from ..run.torchrun import run_local_ranks
 
 _SECONDS = 600.0

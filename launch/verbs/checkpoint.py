@@ -10,8 +10,9 @@ from typing import Any
 from rich.table import Table
 
 from ...comm.errors import ConfigError, Problem
-from ...comm.files.access import config_error_context
+from ...comm.files.file_io import config_error_context
 from ...comm.files.strict_json import JsonValue
+from ...trainer.checkpoint.checkpoint import Checkpoint
 from ...trainer.checkpoint.find import (
     find_checkpoint,
     find_checkpoint_directory,
@@ -19,7 +20,6 @@ from ...trainer.checkpoint.find import (
     unreadable_checkpoint_error,
 )
 from ...trainer.checkpoint.manifest import MANIFEST_FILE, CheckpointDamaged, read_manifest_only, read_manifest_summary
-from ...trainer.checkpoint.opened import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 from ...comm.errors import ConfigError, Problem
 from ...trainer.checkpoint.find import find_checkpoint
 from ...trainer.huggingface.export import ExportOptions, export_checkpoint
-from ...trainer.huggingface.importing import import_huggingface_weights
-from ..making import clean_up_on_signal
-from ..say import print_to_stdout
+from ...trainer.huggingface.import_weights import import_huggingface_weights
+from ..console import print_to_stdout
+from ..signal_cleanup import clean_up_on_signal
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 

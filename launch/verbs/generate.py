@@ -10,13 +10,18 @@ import tokenizers
 import torch
 
 from ...comm.errors import ConfigError, Problem, raise_if_any
-from ...comm.files.access import config_error_context
+from ...comm.files.file_io import config_error_context
+from ...trainer.checkpoint.checkpoint import Checkpoint
 from ...trainer.checkpoint.find import find_checkpoint
 from ...trainer.checkpoint.manifest import CheckpointDamaged
-from ...trainer.checkpoint.opened import Checkpoint
 from ...trainer.data.tokenizer import END_TOKEN, decode_with_bpe, encode_with_bpe, parse_tokenizer_json
 from ...trainer.generation.load import load_chunk_for_inference
-from ...trainer.generation.speculate import Continuation, NonFiniteLogits, TokenSampler, generate_speculatively
+from ...trainer.generation.speculative_decoding import (
+    Continuation,
+    NonFiniteLogits,
+    TokenSampler,
+    generate_speculatively,
+)
 from ...trainer.model.attention_backend import (
     CPU_ATTENTION,
     AttentionShape,

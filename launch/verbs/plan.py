@@ -17,7 +17,8 @@ from rich.table import Table
 from ...comm.errors import ConfigError, Problem
 from ...trainer.config import RunConfig
 from ..compose import compose_run_config
-from ..planner.configured import (
+from ..planner.compute_time import ComputeTimeModel
+from ..planner.config_adapter import (
     comm_sms_limit,
     config_with_layout,
     diff_overrides,
@@ -25,7 +26,6 @@ from ..planner.configured import (
     recipe_from_config,
 )
 from ..planner.forecast import ParallelLayout, StepForecast, StepForecaster
-from ..planner.pricing import ComputeTimeModel
 from ..planner.published import is_deepseek_v3_run
 from ..planner.recipe import ForecastRecipe, GemmPrecision
 from ..planner.run_cost import (
@@ -38,7 +38,7 @@ from ..planner.run_cost import (
     sensitivity_analysis,
 )
 from ..planner.search import SearchResult, SearchSpace, search_layouts
-from ..report.plan_page import forecast_html
+from ..report.forecast_page import forecast_html
 from .simulate import layout_as_dict, phase_cost_table, run_description
 
 _TELLS_APART = 0.01

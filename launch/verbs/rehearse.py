@@ -7,11 +7,11 @@ from pathlib import Path
 
 from ...comm.errors import raise_if_any
 from ..compose import compose_run_config
-from ..rehearsal.choose import micro_batch_problems, select_ranks
-from ..rehearsal.configured import gpu_run_config
 from ..rehearsal.device.shim import build_autograd_shim
+from ..rehearsal.gpu_config import gpu_run_config
 from ..rehearsal.processes import RANK_MODULE_ARGUMENTS, RehearsalRequest, max_concurrent_processes, rehearse_ranks
-from ..rehearsal.verdict import RehearsalResult, evaluate_rank_logs
+from ..rehearsal.result import RehearsalResult, evaluate_rank_logs
+from ..rehearsal.select_ranks import micro_batch_problems, select_ranks
 
 
 def rehearse(

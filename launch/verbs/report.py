@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...comm.errors import ConfigError, Problem
 from ..report.page import html_report
-from ..report.record import read_run_record
+from ..report.run_record import read_run_record
 
 REPORT_FILE = "report.html"
 

@@ -14,7 +14,7 @@ from ...comm.errors import ConfigError, Problem
 from ...trainer.config import RunConfig
 from ...trainer.costs.flops import FLOP_CONVENTION
 from ..compose import compose_run_config
-from ..planner.configured import layout_from_config, recipe_from_config
+from ..planner.config_adapter import layout_from_config, recipe_from_config
 from ..planner.evidence import list_assumptions
 from ..planner.forecast import ParallelLayout, StepForecast, StepForecaster
 from ..planner.published import (
@@ -30,8 +30,8 @@ from ..planner.published import (
 )
 from ..planner.recipe import RECOMPUTE_DEEPSEEK_V3, RECOMPUTE_NOTHING, ForecastRecipe, PeerWaits
 from ..planner.run_cost import RunPhaseCost, estimate_phase_costs, format_significant, pretraining_gpu_hours
-from ..planner.timeline import write_simulated_trace
-from ..report.plan_page import forecast_html
+from ..planner.simulated_trace import write_simulated_trace
+from ..report.forecast_page import forecast_html
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
-from ..report.follow import RunFollower
-from ..report.record import require_run_dir
+from ..report.run_follower import RunFollower
+from ..report.run_record import require_run_dir
 from ..report.watch_frame import render_frame
 
 REFRESH_SECONDS = 1.0

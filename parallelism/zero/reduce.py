@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...comm.async_comm import AsyncCommunicator, AsyncWork
 from ...comm.groups import Group
-from ...comm.host import to_host
+from ...comm.host_transfer import to_host
 from ...comm.traffic import TrafficCounter
 from .bucket import Bucket
 

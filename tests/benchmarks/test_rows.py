@@ -16,8 +16,8 @@ from shoestring.benchmarks.rows.row import Figures, Machine, Wrong
 from shoestring.comm.groups import Group
 from shoestring.tests.tree import ROOT
 from shoestring.trainer.model import experts
+from shoestring.trainer.precision.fp8_tensors import ColumnwiseFp8Tensor, Fp8Weight, RowwiseFp8Tensor, ScaleFormat
 from shoestring.trainer.precision.reference import ReferenceBackend
-from shoestring.trainer.precision.tiles import ColumnwiseFp8Tensor, Fp8Weight, RowwiseFp8Tensor, ScaleFormat
 
 ALONE = Group((0,), None, 0, timedelta(seconds=1))
 CPU = Machine(torch.device("cpu"), ALONE, ALONE, ALONE)

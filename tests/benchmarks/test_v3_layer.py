@@ -12,8 +12,8 @@ from torch.autograd import DeviceType
 
 from shoestring.benchmarks import v3_layer
 from shoestring.trainer.precision.fp8 import Fp8LinearOps
+from shoestring.trainer.precision.fp8_tensors import Fp8Weight, RowwiseFp8Tensor, ScaleFormat
 from shoestring.trainer.precision.reference import ReferenceBackend
-from shoestring.trainer.precision.tiles import Fp8Weight, RowwiseFp8Tensor, ScaleFormat
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoestring.comm.communicator import Collectives, GlooCollectives, PeerTensors
-from shoestring.comm.open_groups import GlooGroupFactory
+from shoestring.comm.group_factory import GlooGroupFactory
 from shoestring.comm.streams import Stream
 
 CONNECT, COLLECT = 1 << 10, 1 << 20

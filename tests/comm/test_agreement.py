@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from shoestring.comm.agreement import (
+from shoestring.comm.rank_consistency import (
     Fingerprint,
     Fingerprints,
     RankMismatchError,

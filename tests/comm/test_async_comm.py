@@ -22,7 +22,7 @@ from shoestring.comm.async_comm import (
 from shoestring.comm.errors import CollectiveError
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.groups import ProcessGroups
-from shoestring.comm.host import AsyncHostCopier
+from shoestring.comm.host_transfer import AsyncHostCopier
 from shoestring.comm.topology import Topology
 from shoestring.comm.trace import ExchangeCall, ExchangeLabel
 from shoestring.tests.comm.exchange.routing import CASES, LABEL, batch_of, open_on

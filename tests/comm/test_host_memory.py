@@ -6,7 +6,7 @@ import mmap
 
 import pytest
 
-from shoestring.comm.host import GrowableHostBuffer
+from shoestring.comm.host_transfer import GrowableHostBuffer
 from shoestring.tests.comm.pages import StandInPages
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoestring.comm.host import DoubleBufferedReader
+from shoestring.comm.host_transfer import DoubleBufferedReader
 from shoestring.tests.comm.late_streams import LateStreams
 
 STAGED = 2 * 16 * 8  # bytes: two halves of sixteen FP64

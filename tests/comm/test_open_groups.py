@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from shoestring.comm import open_groups
-from shoestring.comm.open_groups import NcclGroupFactory
+from shoestring.comm import group_factory as open_groups
+from shoestring.comm.group_factory import NcclGroupFactory
 
 LIMIT = timedelta(seconds=1)
 

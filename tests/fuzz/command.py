@@ -25,9 +25,9 @@ import torch
 
 import shoestring.launch.verbs.budget
 import shoestring.launch.verbs.checkpoint
-import shoestring.launch.verbs.compare
 import shoestring.launch.verbs.convert
 import shoestring.launch.verbs.generate
+import shoestring.launch.verbs.plan_comparison
 import shoestring.launch.verbs.report
 import shoestring.launch.verbs.simulate
 import shoestring.launch.verbs.trace

@@ -10,9 +10,9 @@ import pytest
 
 from shoestring.comm.errors import ConfigError, Problem
 from shoestring.launch.compose import compose_run_config, config_to_yaml, read_config
-from shoestring.launch.run.identity import run_fingerprint
+from shoestring.launch.run.fingerprint import run_fingerprint
 from shoestring.tests.launch.refusals import refused
-from shoestring.trainer.typed import restore_interpolations
+from shoestring.trainer.structured_config import restore_interpolations
 
 SECRET = "hunter2"
 INSTANT = datetime(2020, 2, 3, 4, 5, 6, tzinfo=UTC)

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from shoestring.comm.errors import ConfigError
-from shoestring.launch import say
+from shoestring.launch import console as say
 from shoestring.launch.cli import parse_arguments
-from shoestring.launch.making import clean_up_on_signal
+from shoestring.launch.signal_cleanup import clean_up_on_signal
 from shoestring.launch.verbs import convert
 from shoestring.launch.verbs.convert import export_command, import_command
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.trainer.checkpoint.saved import save_params
-from shoestring.trainer.data.unfinished import lock_directory
+from shoestring.trainer.data.unfinished_directory import lock_directory
 
 SIGNALS = [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGINT]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from shoestring.launch.console import print_to_stderr, print_to_stdout
 from shoestring.launch.run.run_dir import read_run_status
-from shoestring.launch.say import print_to_stderr, print_to_stdout
 from shoestring.tests.launch.small_run import SMALL, small_run
 from shoestring.tests.launch.two_machines import losses
 

@@ -21,7 +21,7 @@ from shoestring.trainer.model.experts import (
     grouped_wgrad_reference,
 )
 from shoestring.trainer.model.loss import linear_cross_entropy
-from shoestring.trainer.model.phase import SplitBackward
+from shoestring.trainer.model.split_backward import SplitBackward
 
 ROWS = (3, 0, 5, 8)
 

@@ -29,8 +29,8 @@ from shoestring.parallelism.zero.optimizer import ShardedOptimizer
 from shoestring.parallelism.zero.reduce import GradientReducer
 from shoestring.tests.parity.layouts import Layout, Load, Padding
 from shoestring.trainer.data.samples import TokenBatch
+from shoestring.trainer.model.forward_context import LossNormalizers
 from shoestring.trainer.model.router import Router, RouterOutput, update_router_bias
-from shoestring.trainer.model.tape import LossNormalizers
 from shoestring.trainer.run.stage_runner import StageRunner
 from shoestring.trainer.run.step import Stepper, StepResult, StepSettings, count_targets
 from shoestring.trainer.run.step_reduction import RankStepTotals, StepTotals, all_reduce_step_totals

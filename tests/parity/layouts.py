@@ -13,7 +13,7 @@ from itertools import cycle, product
 import torch
 from torch import Tensor
 
-from shoestring.comm.exchange.wire import WireFormat
+from shoestring.comm.exchange.wire_format import WireFormat
 from shoestring.comm.topology import Topology
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_placement
 from shoestring.tests.reference.configs import random_params, reference_configs

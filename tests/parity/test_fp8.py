@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shoestring.comm.async_comm import build_async_communicator
-from shoestring.comm.exchange.wire import WireFormat
+from shoestring.comm.exchange.wire_format import WireFormat
 from shoestring.comm.groups import ProcessGroups
 from shoestring.tests.parity.layouts import EVERYTHING, REPORT, Layout, Load, Padding
 from shoestring.tests.parity.outcome import results
@@ -21,8 +21,8 @@ from shoestring.tests.processes import World, run_processes
 from shoestring.trainer.model.experts import GroupedExperts
 from shoestring.trainer.model.linear import Linear
 from shoestring.trainer.precision.fp8 import Fp8LinearOps
+from shoestring.trainer.precision.fp8_tensors import Fp8Weight, RowwiseFp8Tensor, ScaleFormat
 from shoestring.trainer.precision.reference import ReferenceBackend
-from shoestring.trainer.precision.tiles import Fp8Weight, RowwiseFp8Tensor, ScaleFormat
 
 ONE = Layout(1, 1, 1, 1, layers=2, fp8=True)
 LAYOUTS = [

@@ -23,7 +23,7 @@ from shoestring.trainer.build import RankResources, build_rank_resources, build_
 from shoestring.trainer.checkpoint.pieces import TensorPiece
 from shoestring.trainer.checkpoint.tensor_file import tensor_as_bytes
 from shoestring.trainer.config import RunConfig
-from shoestring.trainer.typed import build_dataclass
+from shoestring.trainer.structured_config import build_dataclass
 
 SEED = 1
 """With 0 two experts are so nearly equal for one token that rounding decides, which moves a loss by 5e-5."""

@@ -16,8 +16,8 @@ from shoestring.trainer.build import build_stage_layout
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.data.prepare import prepare_corpus
 from shoestring.trainer.loop import train
+from shoestring.trainer.structured_config import build_dataclass
 from shoestring.trainer.telemetry.history import read_metrics
-from shoestring.trainer.typed import build_dataclass
 
 STEPS, LENGTH, BATCH = 3, 16, 8
 

@@ -10,7 +10,7 @@ import pytest
 from shoestring.launch.compose import compose_run_config, config_to_dict
 from shoestring.tests.launch.refusals import by_field
 from shoestring.trainer.config import RunConfig
-from shoestring.trainer.typed import build_dataclass
+from shoestring.trainer.structured_config import build_dataclass
 
 YARN: dict[str, object] = {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32.0, "beta_slow": 1.0}
 YARN |= {"mscale": 1.0, "mscale_all_dim": 1.0}

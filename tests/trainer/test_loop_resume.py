@@ -32,15 +32,16 @@ from shoestring.tests.trainer.resumed_loop import (
 )
 from shoestring.tests.trainer.small_loop import LENGTH, prepared_root
 from shoestring.trainer.build import build_rank_resources
-from shoestring.trainer.checkpoint import opened, saver
-from shoestring.trainer.checkpoint.names import model_pieces
+from shoestring.trainer.checkpoint import checkpoint as opened
+from shoestring.trainer.checkpoint import saver
 from shoestring.trainer.checkpoint.store import CheckpointStore
 from shoestring.trainer.checkpoint.tensor_file import read_tensor_at
+from shoestring.trainer.checkpoint.training_state import model_pieces
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.run.checkpointing import load_latest_checkpoint
 from shoestring.trainer.run.exit import RunFailed
+from shoestring.trainer.structured_config import build_dataclass
 from shoestring.trainer.telemetry.history import read_metrics
-from shoestring.trainer.typed import build_dataclass
 
 BEFORE, AFTER = 3, 10
 SLOW = ("ep4", "pp4", "alone", "pp2 ep2 edp2", "pp2 mirrored")

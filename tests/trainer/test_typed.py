@@ -12,7 +12,7 @@ import pytest
 from shoestring.comm.errors import Problem
 from shoestring.launch.compose import compose_run_config
 from shoestring.tests.launch.refusals import refused
-from shoestring.trainer.typed import InterpolatedText, build_dataclass, restore_interpolations
+from shoestring.trainer.structured_config import InterpolatedText, build_dataclass, restore_interpolations
 
 
 @dataclass(frozen=True, kw_only=True)

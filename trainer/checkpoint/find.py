@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from ...comm.errors import ConfigError, Problem
+from .checkpoint import Checkpoint
 from .manifest import COMPLETE_MARKER_FILE, MANIFEST_FILE, CheckpointDamaged
-from .opened import Checkpoint
 from .store import CheckpointStore, parse_checkpoint_step
 
 CHECKPOINTS_FOLDER = "checkpoints"

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from ...comm.errors import ConfigError, Problem
-from ...comm.files.access import read_regular_file, read_text
+from ...comm.files.file_io import read_regular_file, read_text
 from ...comm.files.strict_json import JsonValue, MalformedFileError, parse_json
 from ..data.manifest import FileEntry
 from .tensor_file import DTYPE_BY_NAME, NAME_BY_DTYPE, TensorSpec, parse_dtype

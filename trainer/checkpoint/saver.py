@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from ...comm.groups import Group
-from ...comm.host import GrowableHostBuffer
+from ...comm.host_transfer import GrowableHostBuffer
 from ..data.files import write_file_durably
 from .manifest import StoredPiece, make_rank_record
 from .pieces import TensorPiece, pieces_to_write

@@ -15,8 +15,8 @@ from typing import Any
 
 from ...comm.errors import ConfigError, Problem
 from ..data.files import fsync_directory, write_file_durably
+from .checkpoint import Checkpoint
 from .manifest import COMPLETE_MARKER_FILE, MANIFEST_FILE, CheckpointDamaged, merge_rank_records
-from .opened import Checkpoint
 
 _NAME = re.compile(r"step_(\d{8})")
 _ROOM_BESIDE = 2**20

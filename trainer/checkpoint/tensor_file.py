@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...comm.files.access import open_regular_file
+from ...comm.files.file_io import open_regular_file
 from ...comm.files.strict_json import JsonValue, MalformedFileError, parse_json
 from .direct_file import DirectIOFile
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..model.config import ModelConfig
-from .parts import attention_flops, count_part_costs
+from .part_costs import attention_flops, count_part_costs
 
 FLOP_CONVENTION = (
     "model FLOPs: 2 a multiply-add, backward = 2 x forward, causal attention (half of S x S), "

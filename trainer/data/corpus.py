@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...comm.errors import ConfigError, Problem, raise_if_any
-from ...comm.files.access import config_error_context, open_regular_file, read_regular_file
+from ...comm.files.file_io import config_error_context, open_regular_file, read_regular_file
 from ...comm.files.strict_json import MalformedFileError
 from .config import MIN_VOCAB_SIZE, DataConfig
 from .manifest import CorpusFile

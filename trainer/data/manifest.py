@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...comm.errors import ConfigError, Problem
-from ...comm.files.access import os_error_to_problem, read_json
+from ...comm.files.file_io import os_error_to_problem, read_json
 from ...comm.files.strict_json import JsonValue, MalformedFileError
 
 FORMAT_VERSION = 1

@@ -26,7 +26,7 @@ from .manifest import (
 from .prepared import open_prepared_directory
 from .shards import TOKENS_PER_SHARD, SplitWriter
 from .tokenizer import Tokenizer, train_tokenizer
-from .unfinished import remove_lock, remove_unfinished_directories, unfinished_directory
+from .unfinished_directory import remove_lock, remove_unfinished_directories, unfinished_directory
 
 _UNFINISHED = "preparing"
 _BATCH_CHARACTERS = 2**22  # enough documents for all cores to encode, few enough for memory

@@ -20,8 +20,8 @@ from ...comm.errors import ConfigError, Problem, raise_if_any
 from .config import DataConfig
 from .manifest import DataManifest, read_manifest
 from .shards import TokenSplit, open_split, verify_file_hashes
-from .stamp import read_file_signature, read_verified_files, write_verified_files
 from .tokenizer import Tokenizer, load_tokenizer
+from .verified_files import read_file_signature, read_verified_files, write_verified_files
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...comm.errors import ConfigError, Problem
-from ...comm.host import to_device
+from ...comm.host_transfer import to_device
 from .shards import Int64Array, TokenSplit
 
 UInt64Array = npt.NDArray[np.uint64]

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .manifest import FileEntry
-from .stamp import file_signature
+from .verified_files import file_signature
 
 MAX_OPEN_FILES = 64
 """Files of one split that are open at a time."""

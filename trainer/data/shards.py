@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ...comm.errors import ConfigError, Problem, raise_if_any
-from ...comm.files.access import open_regular_file, os_error_to_problem, read_regular_file
+from ...comm.files.file_io import open_regular_file, os_error_to_problem, read_regular_file
 from .files import HashedFileWriter, write_file_durably
 from .manifest import DataManifest, FileEntry, SplitEntry
 from .shard_files import ShardFileReader
-from .stamp import read_verified_files
+from .verified_files import read_verified_files
 
 Int64Array = npt.NDArray[np.int64]
 

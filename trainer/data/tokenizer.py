@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ...comm.errors import ConfigError, Problem
-from ...comm.files.access import os_error_to_problem, read_regular_file
+from ...comm.files.file_io import os_error_to_problem, read_regular_file
 from ...comm.files.strict_json import MalformedFileError, parse_json
 
 END_TOKEN = "<|end|>"

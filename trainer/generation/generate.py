@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...comm.groups import ProcessGroups
-from ...comm.host import to_device, to_host
+from ...comm.host_transfer import to_device, to_host
 from ...parallelism.pipeline.executor import PipelineExecutor
 from ..model.chunk import Chunk
 from ..run.exit import RunFailed, never_stop

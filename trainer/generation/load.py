@@ -12,9 +12,9 @@ from ...comm.exchange.factory import build_token_exchange
 from ...comm.groups import ProcessGroups
 from ...comm.topology import Topology
 from ...comm.traffic import TrafficCounter
-from ..checkpoint.names import model_pieces
-from ..checkpoint.opened import Checkpoint
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.pieces import MODEL_STATE
+from ..checkpoint.training_state import model_pieces
 from ..model.attention_backend import CPU_ATTENTION, SelectedAttention
 from ..model.chunk import Chunk
 from ..model.model import Model

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 from ...comm.errors import Problem, raise_if_any
 from ...comm.files.strict_json import JsonValue, MalformedFileError
 from ..model.config import ModelConfig, YarnConfig
-from .blocks import BLOCK_SIZE
+from .fp8_weights import BLOCK_SIZE
 
 _SHARED = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "first_k_dense_replace", "num_attention_heads", "q_lora_rank"),

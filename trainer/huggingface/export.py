@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from ...comm.errors import ConfigError, Problem, raise_if_any
-from ...comm.files.access import config_error_context, unwritable_directory_hint
+from ...comm.files.file_io import config_error_context, unwritable_directory_hint
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.manifest import CheckpointDamaged
-from ..checkpoint.opened import Checkpoint
 from ..checkpoint.tensor_file import TensorFileWriter, TensorSpec
 from ..data.files import fsync_directory, write_file_durably
-from ..data.unfinished import remove_lock, remove_unfinished_directories, unfinished_directory
-from .blocks import quantize_fp8_weight, scale_shape
+from ..data.unfinished_directory import remove_lock, remove_unfinished_directories, unfinished_directory
 from .config import ignored_config_keys, to_config_json
-from .names import SCALE_SUFFIX, TensorMapping, is_fp8_weight, make_tensor_mappings, rope_to_half_split
+from .fp8_weights import quantize_fp8_weight, scale_shape
+from .tensor_names import SCALE_SUFFIX, TensorMapping, is_fp8_weight, make_tensor_mappings, rope_to_half_split
 from .tokenizer import TOKENIZER_FILE, make_tokenizer_files, special_token_ids
 
 _MOST_PROBLEMS = 8

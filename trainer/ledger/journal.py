@@ -16,18 +16,25 @@ from pathlib import Path
 from typing import Any
 
 from ...comm.errors import ConfigError, Problem
-from ...comm.files.access import (
+from ...comm.files.file_io import (
     config_error_context,
     open_regular_file,
     raise_if_not_regular_file,
     read_bounded_lines,
     read_line_blocks,
 )
+from ...comm.files.line_reader import truncate_partial_line
 from ...comm.files.line_writer import MAX_BACKLOG_BYTES, LineWriter
-from ...comm.files.lines import truncate_partial_line
 from ...comm.files.lock import acquire_exclusive_lock
 from ...comm.files.strict_json import MalformedFileError, parse_json
-from .batch import MAX_BATCH_RECORDS, LineFields, RecordBatch, can_share_batch, make_record_batch, parse_chained_line
+from .record_batch import (
+    MAX_BATCH_RECORDS,
+    LineFields,
+    RecordBatch,
+    can_share_batch,
+    make_record_batch,
+    parse_chained_line,
+)
 
 Record = dict[str, Any]
 

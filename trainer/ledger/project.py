@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...comm.errors import Problem, raise_if_any
-from ...comm.files.access import config_error_context
+from ...comm.files.file_io import config_error_context
 from ...comm.files.strict_yaml import read_yaml
 from .journal import contains_record
 from .summary import LedgerReader, LedgerSummary

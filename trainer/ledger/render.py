@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from ..telemetry.describe import format_si
+from ..telemetry.format import format_si
 from .project import Project, ProjectTotals
 from .summary import LedgerSummary
 from .terms import (

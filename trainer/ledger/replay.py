@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from .batch import RecordBatch
 from .clock import Instant
 from .journal import Record
-from .retained import RetainedSteps
+from .record_batch import RecordBatch
+from .retained_steps import RetainedSteps
 from .terms import STEP_TIME_TERMS
 
 

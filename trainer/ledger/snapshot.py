@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...comm.errors import ConfigError, Problem
-from ...comm.files.access import read_json
+from ...comm.files.file_io import read_json
 from ...comm.files.strict_json import JsonValue
 from .journal import JournalPosition, is_valid_position
 from .replay import Ledger

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...comm.errors import ConfigError, Problem, raise_if_any
-from .allocation import read_heartbeat
+from .allocation_journal import read_heartbeat
 from .clock import Instant
 from .journal import JournalReader, Record
 from .records import check_record
 from .replay import FIRST_START_BUCKET, Attempt, AttemptOpenedLate, AttemptState
-from .retained import StepNoLongerKept
+from .retained_steps import StepNoLongerKept
 from .snapshot import (
     LedgerSnapshot,
     is_small_ledger,

@@ -14,8 +14,8 @@ from math import ceil
 import torch
 
 from ...comm.fp8 import TILE_WIDTH, tiles_per_row
-from ..model.causal import saved_probability_count
 from ..model.config import ModelConfig
+from ..model.cpu_attention import saved_probability_count
 from ..model.recompute import RecomputeModule
 
 _INDEX = 8  # bytes of an int64

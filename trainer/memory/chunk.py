@@ -13,7 +13,7 @@ from functools import cached_property
 from ...parallelism.pipeline.executor import Resumable, interleave, run_to_completion
 from ...parallelism.pipeline.program import Op
 from ..model.config import ModelConfig
-from .working import PartMemory, StagePartsMemory, WorkspaceBytes
+from .workspace import PartMemory, StagePartsMemory, WorkspaceBytes
 
 
 class MemoryKind(StrEnum):

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from ...comm.communicator import REDUCE_STAGING_ELEMENTS
-from ...comm.host import STAGING_BYTES
+from ...comm.host_transfer import STAGING_BYTES
 from ...parallelism.pipeline.communication import P2PBatch, derive_p2p_batches
 from ...parallelism.pipeline.liveness import peak_counts_between_instructions, peak_instructions
 from ...parallelism.pipeline.program import PipelineProgram
@@ -21,14 +21,14 @@ from ..model.model import Model
 from ..model.stage_layout import StageLayout
 from ..optimizer.adamw import GPU_SLICE_ELEMENTS as ADAM_PIECE_ON_GPU
 from ..optimizer.adamw import SLICE_ELEMENTS as ADAM_PIECE
-from ..precision.weights import fp8_weight_bytes
+from ..precision.weight_cache import fp8_weight_bytes
 from ..run.bucket_plan import BucketPlan, plan_buckets
 from .activations import MicroBatchShape
-from .buffers import ExchangeFormats
 from .chunk import ChunkMemorySimulator, StageShape
+from .exchange_buffers import ExchangeFormats
 from .peak import NonAllocatorMemory, RankChunksMemory, RankMemory, predict_rank_memory
 from .state import ParameterGroup, StateBytes
-from .working import WorkspaceBytes
+from .workspace import WorkspaceBytes
 
 PREDICTION_MARGIN = 0.05
 """By how much a prediction may be wrong: tests hold it to this."""

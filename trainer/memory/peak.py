@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ...comm.exchange.config import ExchangeConfig
 from ...comm.exchange.deepep_buffer import DeepEPBufferShape, deepep_buffer_bytes
-from ...comm.exchange.wire import WireFormat
+from ...comm.exchange.wire_format import WireFormat
 from ...parallelism.pipeline.liveness import LiveCounts, LiveInstruction
 from ...parallelism.pipeline.program import Op
 from .chunk import ChunkMemorySimulator, MemoryKind, PeakMeter

@@ -10,10 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..precision.shared_output import SharedAttentionOutput
+from ..precision.attention_output import SharedAttentionOutput
 from .attention_backend import AttentionFunction
-from .causal import causal_attention
 from .config import ModelConfig
+from .cpu_attention import causal_attention
 from .linear import Linear
 from .norm import RMSNorm
 from .recompute import RecomputeModule, run_checkpointed, run_recomputable

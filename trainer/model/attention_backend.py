@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ...comm.errors import ConfigError, Problem
-from .causal import causal_attention
+from .cpu_attention import causal_attention
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """Causal attention of q [B, H, S, W], k [B, H, S, W], v [B, H, S, V] and the scale of scores: [B, H, S, V]."""

@@ -25,14 +25,14 @@ from ...comm.exchange.api import TokenExchange
 from ...comm.trace import EXPOSED_EXCHANGE, NULL_RECORDER, ExchangeLabel, SpanRecorder, TimelineTrack
 from ...parallelism.pipeline.executor import Resumable
 from ...parallelism.weight_grad import DelayedWeightGradients
+from .forward_context import ForwardContext, ForwardOutput, LossNormalizers, StageSpec
 from .layer import DenseLayer, LayerContext, MoELayer
 from .loss import IGNORE_INDEX, linear_cross_entropy
 from .model import Model, MTPModule, layer_name, mtp_layer_name
-from .phase import SplitBackward
 from .recompute import RecomputeModule, SelectiveRecompute
 from .rope import RotaryEmbedding, build_rotary_embedding
 from .router import RouterOutput
-from .tape import ForwardContext, ForwardOutput, LossNormalizers, StageSpec
+from .split_backward import SplitBackward
 
 T = TypeVar("T")
 BackwardFunction = Callable[[Tensor, DelayedWeightGradients], Resumable[Tensor]]

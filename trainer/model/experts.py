@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...comm.fp8 import TILE_WIDTH, QuantizedRows, nan_placeholder
-from ...comm.host import to_device
+from ...comm.host_transfer import to_device
 from ...parallelism.weight_grad import DelayedWeightGradients, accumulate_grad, get_active_collector
 from ..precision.fp8 import Fp8LinearOps
+from ..precision.fp8_tensors import RowwiseFp8Tensor
 from ..precision.swiglu import weighted_swiglu
-from ..precision.tiles import RowwiseFp8Tensor
 from .linear import Linear
 from .recompute import RecomputeModule, run_recomputable
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ...parallelism.weight_grad import linear
+from ..precision.attention_output import SharedAttentionOutput
 from ..precision.fp8 import Fp8LinearOps
-from ..precision.shared_output import SharedAttentionOutput
 from ..precision.swiglu import swiglu
 from .recompute import RecomputeModule, run_recomputable
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...parallelism.weight_grad import accumulate_linear_wgrad, get_active_collector
-from ..precision.tiles import promote_to_fp32
+from ..precision.fp8_tensors import promote_to_fp32
 
 IGNORE_INDEX = -100
 """Target of a token that counts in no loss."""

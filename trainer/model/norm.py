@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..precision.tiles import promote_to_fp32
+from ..precision.fp8_tensors import promote_to_fp32
 from .recompute import RecomputeModule, run_recomputable
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...comm.host import to_device
-from ..precision.tiles import promote_to_fp32
+from ...comm.host_transfer import to_device
+from ..precision.fp8_tensors import promote_to_fp32
 from .config import ModelConfig, YarnConfig
 
 

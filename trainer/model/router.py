@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...parallelism.weight_grad import linear
-from ..precision.tiles import promote_to_fp32
+from ..precision.fp8_tensors import promote_to_fp32
 from .config import ModelConfig
 from .recompute import RecomputeModule, run_recomputable
 

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .fp8_tensors import ColumnwiseFp8Tensor, Fp8Weight, RowwiseFp8Tensor, ScaleFormat
 from .reference import ReferenceBackend
-from .tiles import ColumnwiseFp8Tensor, Fp8Weight, RowwiseFp8Tensor, ScaleFormat
 
 RowsPerExpert = tuple[int, ...]
 """How many rows each expert of a stack of weights has; they follow each other."""

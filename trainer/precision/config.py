@@ -10,7 +10,7 @@ import torch
 from ...comm.errors import Problem
 from .backend import BACKEND_NAMES, open_backend
 from .fp8 import Fp8LinearOps
-from .tiles import ScaleFormat
+from .fp8_tensors import ScaleFormat
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 

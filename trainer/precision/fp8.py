@@ -22,12 +22,12 @@ from torch import Tensor
 
 from ...parallelism.weight_grad import accumulate_grad, get_active_collector
 from ..model.recompute import will_be_recomputed
+from .attention_output import SharedAttentionOutput
 from .backend import PrecisionBackend, RowsPerExpert
 from .e5m6 import E5M6Rows, pack_e5m6, unpack_e5m6
-from .shared_output import SharedAttentionOutput
+from .fp8_tensors import ColumnwiseFp8Tensor, Fp8Weight, RowwiseFp8Tensor, ScaleFormat, dequantize_rowwise
 from .swiglu import swiglu_backward
-from .tiles import ColumnwiseFp8Tensor, Fp8Weight, RowwiseFp8Tensor, ScaleFormat, dequantize_rowwise
-from .weights import Fp8WeightCache
+from .weight_cache import Fp8WeightCache
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from ...comm.fp8 import TILE_WIDTH, upcast_e4m3
-from .swiglu import swiglu_forward
-from .tiles import (
+from .fp8_tensors import (
     ColumnwiseFp8Tensor,
     Fp8Weight,
     RowwiseFp8Tensor,
@@ -28,6 +27,7 @@ from .tiles import (
     quantize_rowwise,
     quantize_weight,
 )
+from .swiglu import swiglu_forward
 
 PRODUCTS_PER_INSTRUCTION = 32
 """Products that one tensor-core instruction sums for each element."""

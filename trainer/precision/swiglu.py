@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tiles import promote_to_fp32
+from .fp8_tensors import promote_to_fp32
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -20,8 +20,15 @@ from transformer_engine.pytorch.cpp_extensions import general_gemm
 from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import Float8BlockwiseQTensorStorage
 
 from ...comm.fp8 import TILE_WIDTH, tiles_per_row
+from .fp8_tensors import (
+    ColumnwiseFp8Tensor,
+    Fp8Weight,
+    RowwiseFp8Tensor,
+    gemm_output_dtype,
+    round_up_to_multiple,
+    zero_pad,
+)
 from .reference import ReferenceBackend, split_by_expert
-from .tiles import ColumnwiseFp8Tensor, Fp8Weight, RowwiseFp8Tensor, gemm_output_dtype, round_up_to_multiple, zero_pad
 
 _FOURS = 4
 

@@ -18,8 +18,15 @@ from torch import Tensor
 from torch.nn.functional import ScalingType
 
 from ...comm.fp8 import TILE_WIDTH, tiles_per_row
+from .fp8_tensors import (
+    ColumnwiseFp8Tensor,
+    Fp8Weight,
+    RowwiseFp8Tensor,
+    gemm_output_dtype,
+    round_up_to_multiple,
+    zero_pad,
+)
 from .reference import ReferenceBackend, split_by_expert
-from .tiles import ColumnwiseFp8Tensor, Fp8Weight, RowwiseFp8Tensor, gemm_output_dtype, round_up_to_multiple, zero_pad
 
 _SIDE, _TILES = 16, 4
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ...comm.fp8 import TILE_WIDTH, tiles_per_row
-from ...comm.host import to_device
+from ...comm.host_transfer import to_device
 from . import kernels
+from .fp8_tensors import ColumnwiseFp8Tensor, Fp8Weight, RowwiseFp8Tensor, ScaleFormat, gemm_output_dtype
 from .swiglu import swiglu_forward
-from .tiles import ColumnwiseFp8Tensor, Fp8Weight, RowwiseFp8Tensor, ScaleFormat, gemm_output_dtype
 
 _ROWS_TO_QUANTIZE, _COLUMNS_TO_QUANTIZE = 16, 64
 _ROWS, _COLUMNS = 128, 128  # of a block of a product

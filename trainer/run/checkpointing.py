@@ -14,15 +14,15 @@ import torch
 from ...comm.errors import ConfigError, Problem, raise_if_any
 from ...comm.groups import Group
 from ..build import RankResources
-from ..checkpoint.compatible import compute_dtype_problems, resume_problems, start_from_problems
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.compatibility import compute_dtype_problems, resume_problems, start_from_problems
 from ..checkpoint.find import find_checkpoint
 from ..checkpoint.manifest import CheckpointDamaged
-from ..checkpoint.names import rng_state_name
-from ..checkpoint.opened import Checkpoint
 from ..checkpoint.pieces import MODEL_STATE, TensorPiece, whole_tensor_pieces
 from ..checkpoint.saver import SaveResult
 from ..checkpoint.store import CheckpointExtras, CheckpointStore, no_intact_checkpoint_error
-from ..typed import restore_interpolations
+from ..checkpoint.training_state import rng_state_name
+from ..structured_config import restore_interpolations
 from .exit import RunFailed
 from .reporter import Reporter, charge_time
 

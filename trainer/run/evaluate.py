@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from ...comm.files.access import read_text
+from ...comm.files.file_io import read_text
 from ...comm.files.strict_json import MalformedFileError
 from ...comm.groups import ProcessGroups
-from ...comm.host import to_device, to_host
+from ...comm.host_transfer import to_device, to_host
 from ...parallelism.pipeline.executor import PipelineExecutor
 from ..data.samples import SampleDataset, TokenBatch
 from ..model.chunk import Chunk
-from ..model.tape import MicroBatchMetrics
+from ..model.forward_context import MicroBatchMetrics
 from .exit import any_rank_requested_stop, never_stop
 from .stage_runner import StageRunner
 from .step import count_targets

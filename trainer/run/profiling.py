@@ -9,7 +9,7 @@ import torch
 
 from ..build import RankResources
 from ..telemetry.memory_usage import measure_memory, memory_metrics
-from ..telemetry.sample import StepTimes
+from ..telemetry.step_times import StepTimes
 from ..telemetry.trace import merge_rank_traces, summarize_trace, trace_metrics, write_rank_trace
 from .reporter import Reporter
 

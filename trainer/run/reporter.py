@@ -16,14 +16,14 @@ from ..checkpoint.saver import SaveResult
 from ..config import RunConfig
 from ..costs.flops import FLOP_CONVENTION, FlopCount
 from ..costs.parameters import count_parameters
-from ..ledger.guard import BudgetGuard
+from ..ledger.budget_guard import BudgetGuard
+from ..ledger.checkpoint_totals import carry_checkpoint_totals
 from ..ledger.meter import CostMeter
-from ..ledger.totals import carry_checkpoint_totals
-from ..ledger.work import WorkJournal
+from ..ledger.work_journal import WorkJournal
+from ..structured_config import restore_interpolations
 from ..telemetry.alerts import AlertMonitor
 from ..telemetry.events import JSON, Event, EventStream
 from ..telemetry.sinks import open_event_stream
-from ..typed import restore_interpolations
 from .exit import RankFailed
 from .step import StepResult, StepSettings
 

@@ -12,7 +12,7 @@ from ...parallelism.pipeline.executor import Resumable
 from ...parallelism.weight_grad import DelayedWeightGradients
 from ..data.samples import TokenBatch
 from ..model.chunk import Chunk
-from ..model.tape import LossNormalizers, MicroBatchMetrics, StageBackward
+from ..model.forward_context import LossNormalizers, MicroBatchMetrics, StageBackward
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...comm.exchange.permutation import ZERO_TOKEN_COUNTS, TokenCounts
 from ...comm.groups import ProcessGroups
-from ...comm.host import to_device, to_host
+from ...comm.host_transfer import to_device, to_host
 from ...comm.trace import GRADIENT_SYNC_WAIT, NULL_RECORDER, OPTIMIZER, SpanRecorder, TimelineTrack
 from ...comm.warm_up import warm_up_all_reduce
 from ...parallelism.pipeline.executor import PipelineExecutor
@@ -19,10 +19,10 @@ from ...parallelism.zero.optimizer import ShardedOptimizer
 from ..data.samples import TokenBatch
 from ..model.chunk import Chunk
 from ..model.config import ModelConfig
+from ..model.forward_context import LossNormalizers, MicroBatchMetrics
 from ..model.model import Model, router_names
 from ..model.router import update_router_bias
-from ..model.tape import LossNormalizers, MicroBatchMetrics
-from ..optimizer.average import WeightEMA
+from ..optimizer.ema import WeightEMA
 from .schedule_cache import ScheduleCache
 from .stage_runner import StageRunner
 from .step_reduction import RankStepTotals, StepTotals, all_reduce_step_totals, reduction_length

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...comm.exchange.permutation import TokenCounts
 from ...comm.groups import Group
-from ...comm.host import to_device, to_host
+from ...comm.host_transfer import to_device, to_host
 
 _LOSSES, _SQUARES, _VISITS = 3, 1, 4  # how many numbers
 

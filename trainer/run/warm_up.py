@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 
 from ...comm.async_comm import AsyncCommunicator
-from ...comm.host import to_device
+from ...comm.host_transfer import to_device
 from ...comm.streams import DeviceStreams
 from ...comm.warm_up import warm_up_exchange
 from ...parallelism.pipeline.executor import run_to_completion
 from ...parallelism.weight_grad import DelayedWeightGradients
 from ..data.samples import TokenBatch
-from ..model.tape import LossNormalizers
+from ..model.forward_context import LossNormalizers
 from .stage_runner import StageRunner
 from .step import Stepper
 

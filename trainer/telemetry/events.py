@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from ...comm.errors import ConfigError
-from ...comm.files.access import raise_if_not_regular_file
+from ...comm.files.file_io import raise_if_not_regular_file
+from ...comm.files.line_reader import truncate_partial_line
 from ...comm.files.line_writer import MAX_BACKLOG_BYTES, LineWriter
-from ...comm.files.lines import truncate_partial_line
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ...comm.errors import ConfigError, Problem
-from ...comm.files.access import config_error_context
-from ...comm.files.lines import LineReader, read_complete_lines
+from ...comm.files.file_io import config_error_context
+from ...comm.files.line_reader import LineReader, read_complete_lines
 from ...comm.files.strict_json import MalformedFileError, parse_json
 from .events import Event
 

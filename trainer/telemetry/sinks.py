@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from ...comm.files.lines import count_lines
-from .background import BackgroundSink
+from ...comm.files.line_reader import count_lines
+from .background_sink import BackgroundSink
 from .config import PrometheusConfig, TelemetryConfig, WandbConfig
 from .events import METRICS_FILE, EventStream, Sink
 from .terminal import make_terminal_sink

@@ -9,8 +9,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from .describe import describe_event
 from .events import Event, Sink
+from .format import describe_event
 
 
 def make_terminal_sink(stream: TextIO) -> Sink:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ...comm.files.access import read_json, replace_file_atomically
+from ...comm.files.file_io import read_json, replace_file_atomically
 from ...comm.files.strict_json import JsonValue, MalformedFileError
 from ...comm.trace import EXPOSED_EXCHANGE, GRADIENT_SYNC_WAIT, NULL_RECORDER, OPTIMIZER, PIPELINE_WAIT, TimelineTrack
 from ..ledger.terms import INSTRUCTIONS, to_paper_terms

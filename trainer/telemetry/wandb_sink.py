@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
 from ...comm.errors import ConfigError, Problem
-from ...comm.files.access import read_text, replace_file_atomically
+from ...comm.files.file_io import read_text, replace_file_atomically
 from ...comm.files.strict_json import MalformedFileError
 from .config import WandbConfig
 from .events import JSON, Event

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..fault import format_ranks
+from ..findings import format_ranks
 from ..log import CollectiveRecord, P2PBatchRecord, P2POpRecord, RankLog
 
 

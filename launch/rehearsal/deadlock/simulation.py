@@ -21,7 +21,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from ..fault import RunFinding
+from ..findings import RunFinding
 from ..log import CollectiveRecord, EventRecord, HostWait, P2PBatchRecord, P2POpRecord, RankLog, StreamWait
 from .communicators import Communicator
 from .waits import (

@@ -19,7 +19,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .fakes import FakeTensorExecutor
+from .fake_tensors import FakeTensorExecutor
 from .recorder import RankRecorder
 
 _LARGE = 2**20

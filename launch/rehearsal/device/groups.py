@@ -18,7 +18,7 @@ _GROUPS = "comm/groups.py"
 
 
 class LoggedGroupFactory:
-    """Implements `comm.open_groups.OpenGroups`: counts as NCCL's does, and makes the groups of this rank alone."""
+    """Implements `comm.group_factory.OpenGroups`: counts as NCCL's does, and makes the groups of this rank alone."""
 
     def __init__(self, rank: int, ledger: RankRecorder) -> None:
         self.creation_calls = 1

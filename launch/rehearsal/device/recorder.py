@@ -19,7 +19,7 @@ from ..log import (
     RankFinding,
     StreamWait,
 )
-from .places import CodeLocations
+from .code_locations import CodeLocations
 from .spans import RehearsalSpanRecorder
 
 COMPUTE_STREAM = "compute"

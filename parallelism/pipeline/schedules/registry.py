@@ -10,7 +10,7 @@ from ....comm.errors import Problem, raise_if_any
 from ..placement import PlacementStyle, StagePlacement
 from ..program import PipelineProgram, RankProgramWriter
 from .dualpipe import dualpipe, dualpipev
-from .one_way import gpipe, interleaved_1f1b, one_f_one_b, zb_h1
+from .unidirectional import gpipe, interleaved_1f1b, one_f_one_b, zb_h1
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoestring.comm.exchange.wire import RowCodec, WireFormat, empty_metadata, pack_columns, unpack_columns
+from shoestring.comm.exchange.wire_format import RowCodec, WireFormat, empty_metadata, pack_columns, unpack_columns
 
 
 @pytest.mark.parametrize("rows", [0, 1, 4])

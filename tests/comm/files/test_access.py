@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shoestring.comm.errors import ConfigError
-from shoestring.comm.files.access import (
+from shoestring.comm.files.file_io import (
     MAX_FILE_BYTES,
     config_error_context,
     open_regular_file,

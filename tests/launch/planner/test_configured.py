@@ -8,7 +8,7 @@ import pytest
 
 from shoestring.comm.topology import Topology
 from shoestring.launch.compose import compose_run_config
-from shoestring.launch.planner.configured import (
+from shoestring.launch.planner.config_adapter import (
     config_with_layout,
     diff_overrides,
     layout_from_config,

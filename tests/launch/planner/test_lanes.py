@@ -8,10 +8,10 @@ import pytest
 
 from shoestring.comm.trace import TimelineTrack
 from shoestring.launch.planner.exchange_time import ExchangeTime
-from shoestring.launch.planner.lanes import ChunkTimeModel, SimulatedStreams
 from shoestring.launch.planner.operations import ComputePhase
 from shoestring.launch.planner.published import TRACED_STAGE
 from shoestring.launch.planner.recipe import PeerWaits
+from shoestring.launch.planner.stream_simulation import ChunkTimeModel, SimulatedStreams
 from shoestring.tests.launch.planner.v3 import costs, simulated
 from shoestring.trainer.memory.chunk import StageShape
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from shoestring.launch.planner.lanes import SimulatedChunk, SimulatedStreams
 from shoestring.launch.planner.layout_memory import workspace_from_shape
+from shoestring.launch.planner.stream_simulation import SimulatedChunk, SimulatedStreams
 from shoestring.parallelism.pipeline.executor import Resumable, interleave, run_to_completion
 from shoestring.parallelism.weight_grad import DelayedWeightGradients
 from shoestring.tests.trainer.model.small_chunk import CONFIG, ROUTED_LAYERS, SCALES, make_chunk, window

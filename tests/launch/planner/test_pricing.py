@@ -8,9 +8,9 @@ import pytest
 
 from shoestring.comm.errors import ConfigError
 from shoestring.launch.compose import compose_run_config
+from shoestring.launch.planner.compute_time import ComputeTimeModel
 from shoestring.launch.planner.kernel_times import weakest_evidence
 from shoestring.launch.planner.operations import ComputePhase, LayerWorkload
-from shoestring.launch.planner.pricing import ComputeTimeModel
 from shoestring.launch.planner.recipe import ForecastRecipe, GemmPrecision
 from shoestring.tests.launch.planner.v3 import costs
 

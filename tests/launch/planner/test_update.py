@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from shoestring.launch.planner.recipe import ForecastRecipe
-from shoestring.launch.planner.update import (
+from shoestring.launch.planner.optimizer_step_time import (
     CollectiveSeconds,
     OptimizerStepTimeModel,
     WeightLiveness,
     exposed_all_gather_seconds,
     exposed_reduce_scatter_seconds,
 )
+from shoestring.launch.planner.recipe import ForecastRecipe
 from shoestring.parallelism.pipeline.schedules.registry import build_program
 from shoestring.parallelism.pipeline.simulate import OpDurations, SimulatedTimes, simulate_program
 

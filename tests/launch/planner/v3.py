@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from shoestring.launch.planner.lanes import ChunkTimeModel
+from shoestring.launch.planner.stream_simulation import ChunkTimeModel
 from shoestring.launch.verbs.simulate import SimulatedLayout, simulate
 
 

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from shoestring.launch.compose import compose_run_config
 from shoestring.launch.rehearsal.log import KernelLaunches, RankLog
+from shoestring.launch.rehearsal.result import RehearsalResult, evaluate_rank_logs
 from shoestring.launch.rehearsal.tables import rehearsal_tables, rehearsal_to_dict
-from shoestring.launch.rehearsal.verdict import RehearsalResult, evaluate_rank_logs
 
 CONFIG = compose_run_config(["experiment=quickstart"])
 """DualPipeV on two pipeline ranks; its model has a dense layer, three MoE layers and an MTP module."""

@@ -7,7 +7,7 @@ import pytest
 from shoestring.comm.errors import raise_if_any
 from shoestring.comm.topology import Topology
 from shoestring.launch.compose import compose_run_config
-from shoestring.launch.rehearsal.choose import micro_batch_problems, representative_ranks, select_ranks
+from shoestring.launch.rehearsal.select_ranks import micro_batch_problems, representative_ranks, select_ranks
 
 from ..refusals import refused
 

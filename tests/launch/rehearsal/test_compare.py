@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shoestring.launch.rehearsal.compare import compare_rank_logs
-from shoestring.launch.rehearsal.fault import RunFinding
+from shoestring.launch.rehearsal.findings import RunFinding
 from shoestring.launch.rehearsal.log import P2PBatchRecord, RankFinding, RankLog
 
 from .logs import batch, collective, log, message, swapped, without

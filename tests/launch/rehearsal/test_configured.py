@@ -6,7 +6,7 @@ import pytest
 
 from shoestring.comm.errors import ConfigError
 from shoestring.launch.compose import compose_run_config
-from shoestring.launch.rehearsal.configured import gpu_run_config
+from shoestring.launch.rehearsal.gpu_config import gpu_run_config
 from shoestring.tests.launch.rehearsal.rehearsed_rank import BF16, FP8
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shoestring.launch.compose import compose_run_config
-from shoestring.launch.rehearsal.verdict import evaluate_rank_logs
+from shoestring.launch.rehearsal.result import evaluate_rank_logs
 from shoestring.tests.launch.rehearsal.judged import ENDS, MIDDLE, judged
 from shoestring.tests.launch.rehearsal.logs import log
 

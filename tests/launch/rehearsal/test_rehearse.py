@@ -8,9 +8,9 @@ import torch
 from shoestring.comm.errors import ConfigError
 from shoestring.launch.compose import compose_run_config
 from shoestring.launch.rehearsal.device.shim import build_autograd_shim
-from shoestring.launch.rehearsal.fault import RunFinding
+from shoestring.launch.rehearsal.findings import RunFinding
 from shoestring.launch.rehearsal.processes import RANK_MODULE_ARGUMENTS
-from shoestring.launch.rehearsal.verdict import RehearsalResult
+from shoestring.launch.rehearsal.result import RehearsalResult
 from shoestring.launch.verbs.rehearse import rehearse
 from shoestring.trainer.memory.forecast import MemoryPredictor
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shoestring.launch.report.page import html_report
-from shoestring.launch.report.record import read_run_record
+from shoestring.launch.report.run_record import read_run_record
 from shoestring.tests.launch.report.reader import Reader
 from shoestring.tests.launch.report.recorded import record_run, record_trace
 

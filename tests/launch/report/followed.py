@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from shoestring.launch.report.follow import RunFollower
+from shoestring.launch.report.run_follower import RunFollower
 from shoestring.launch.report.watch_frame import render_frame
 from shoestring.trainer.telemetry.events import Event, EventStream
 

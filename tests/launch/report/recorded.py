@@ -12,18 +12,18 @@ from unittest import mock
 from shoestring.comm.trace import OPTIMIZER, PIPELINE_WAIT, TimelineTrack
 from shoestring.launch.compose import compose_run_config
 from shoestring.launch.report.page import html_report
-from shoestring.launch.report.record import read_run_record
+from shoestring.launch.report.run_record import read_run_record
 from shoestring.launch.run.run_dir import create_run_dir
 from shoestring.parallelism.pipeline.program import PipelineProgram
 from shoestring.parallelism.pipeline.schedules.registry import build_program
 from shoestring.parallelism.pipeline.simulate import OpDurations, simulate_program
 from shoestring.tests.launch.report.reader import Reader
 from shoestring.trainer.config import RunConfig
-from shoestring.trainer.ledger.allocation import AllocationJournal
+from shoestring.trainer.ledger.allocation_journal import AllocationJournal
 from shoestring.trainer.ledger.clock import Instant
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.terms import STEP_TIME_TERMS
-from shoestring.trainer.ledger.work import WorkJournal
+from shoestring.trainer.ledger.work_journal import WorkJournal
 from shoestring.trainer.telemetry.events import JSON, Event, EventStream
 from shoestring.trainer.telemetry.memory_usage import RESIDENT_LABEL
 from shoestring.trainer.telemetry.trace import Span, merge_rank_traces, write_rank_trace

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from shoestring.launch.report.follow import RunFollower
+from shoestring.launch.report.run_follower import RunFollower
 from shoestring.launch.run.run_dir import create_run_dir
 from shoestring.tests.launch.report.followed import append, shown
 from shoestring.tests.launch.report.recorded import events, record_run, step

@@ -7,7 +7,7 @@ import re
 import struct
 import zlib
 
-from shoestring.launch.report.heat import MAX_COLUMNS, heat_map
+from shoestring.launch.report.heat_map import MAX_COLUMNS, heat_map
 
 
 def pixels(picture: str) -> tuple[list[list[int]], bytes, bytes]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shoestring.comm.errors import ConfigError
-from shoestring.launch.report.record import read_run_record
+from shoestring.launch.report.run_record import read_run_record
 from shoestring.launch.run.run_dir import create_run_dir
 from shoestring.tests.launch.report.recorded import record_run, report_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shoestring.launch.report.follow import RunFollower
+from shoestring.launch.report.run_follower import RunFollower
 from shoestring.launch.report.watch_frame import sparkline
 from shoestring.launch.run.run_dir import create_run_dir
 from shoestring.tests.launch.report.followed import append, shown

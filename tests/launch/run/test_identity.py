@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from shoestring.comm.agreement import find_first_mismatch
+from shoestring.comm.rank_consistency import find_first_mismatch
 from shoestring.launch.compose import compose_run_config
-from shoestring.launch.run.identity import code_hash, data_digest, run_fingerprint
+from shoestring.launch.run.fingerprint import code_hash, data_digest, run_fingerprint
 
 SECRET = "hunter2"
 

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from shoestring.launch.run.identity import ATTEMPT_ENV_VAR, attempt_name
+from shoestring.launch.run.fingerprint import ATTEMPT_ENV_VAR, attempt_name
 
 AGENT = """
 import subprocess, sys
-SHOW = "from shoestring.launch.run.identity import attempt_name; print(attempt_name())"
+SHOW = "from shoestring.launch.run.fingerprint import attempt_name; print(attempt_name())"
 for _ in range(2):
     subprocess.run([sys.executable, "-c", SHOW])
 """

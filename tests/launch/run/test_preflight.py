@@ -19,7 +19,7 @@ from shoestring.launch.run.preflight import hardware_problems, run_preflight_che
 from shoestring.launch.run.run_dir import create_run_dir, lock_run_dir
 from shoestring.tests.launch.refusals import by_field, refused
 from shoestring.tests.tree import ROOT
-from shoestring.trainer.checkpoint.compatible import resume_problems
+from shoestring.trainer.checkpoint.compatibility import resume_problems
 from shoestring.trainer.checkpoint.store import CheckpointExtras, CheckpointStore
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.data.prepare import prepare_corpus

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.comm.agreement import Fingerprint, Fingerprints, describe_mismatch, fingerprints_to_json
 from shoestring.comm.errors import ConfigError, Problem
+from shoestring.comm.rank_consistency import Fingerprint, Fingerprints, describe_mismatch, fingerprints_to_json
 from shoestring.launch.run import rendezvous as meeting
 from shoestring.launch.run.rendezvous import (
     RendezvousEndpoint,

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from shoestring.launch.console import print_to_stderr
 from shoestring.launch.run.run_dir import read_run_status
-from shoestring.launch.say import print_to_stderr
 from shoestring.tests.launch.real_run import processes_of, wait_for_step, wait_until
 from shoestring.tests.launch.small_run import small_run
 from shoestring.trainer.ledger.summary import summarize_ledger

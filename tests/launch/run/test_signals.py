@@ -28,7 +28,7 @@ from shoestring.tests.launch.real_run import (
     wait_until,
 )
 from shoestring.tests.launch.small_run import BATCH, SEQUENCE, small_run
-from shoestring.trainer.ledger.guard import MIN_STEPS_TO_PROJECT
+from shoestring.trainer.ledger.budget_guard import MIN_STEPS_TO_PROJECT
 from shoestring.trainer.ledger.summary import LedgerSummary, summarize_ledger
 from shoestring.trainer.telemetry.history import read_metrics
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from shoestring.launch.compose import compose_run_config
 from shoestring.launch.report.page import html_report
-from shoestring.launch.report.record import read_run_record
+from shoestring.launch.report.run_record import read_run_record
 from shoestring.launch.run import signals
 from shoestring.launch.run.run_dir import read_run_status
 from shoestring.launch.verbs.watch import watch

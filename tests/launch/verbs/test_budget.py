@@ -15,7 +15,7 @@ from shoestring.launch.verbs.budget import parse_token_count
 from shoestring.trainer.ledger.clock import Instant
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.terms import SNAPSHOT_FILE, STEP_TIME_TERMS, WORK_FILE
-from shoestring.trainer.ledger.work import WorkJournal
+from shoestring.trainer.ledger.work_journal import WorkJournal
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from shoestring.comm.groups import ProcessGroups
 from shoestring.launch.cli import main
 from shoestring.launch.compose import compose_run_config, config_to_yaml
 from shoestring.launch.run.run_dir import CONFIG_FILE
-from shoestring.launch.verbs.compare import PlanComparison, PlannedVsMeasured, compare_with_plan
+from shoestring.launch.verbs.plan_comparison import PlanComparison, PlannedVsMeasured, compare_with_plan
 from shoestring.tests.launch.small_run import BATCH, SEQUENCE, small_run
 from shoestring.tests.processes import World, run_processes
 from shoestring.trainer.build import build_stage_layout

@@ -13,9 +13,9 @@ from shoestring.parallelism.pipeline.program import (
     Op,
     PipelineProgram,
 )
+from shoestring.parallelism.pipeline.program_simulator import ProgramSimulator
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_forward_program, build_program
 from shoestring.parallelism.pipeline.simulate import simulate_program
-from shoestring.parallelism.pipeline.timetable import ProgramSimulator
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 6])

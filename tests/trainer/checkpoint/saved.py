@@ -13,11 +13,11 @@ from torch import Tensor
 from shoestring.comm.groups import Group
 from shoestring.tests.reference.deepseek_v3 import ReferenceConfig
 from shoestring.tests.trainer.model.released import load_released, model_config
-from shoestring.trainer.checkpoint.names import ROUTER_BIAS_SUFFIX, model_pieces, model_tensor_shapes
-from shoestring.trainer.checkpoint.opened import Checkpoint
+from shoestring.trainer.checkpoint.checkpoint import Checkpoint
 from shoestring.trainer.checkpoint.pieces import EMA_STATE, MODEL_STATE
 from shoestring.trainer.checkpoint.saver import CheckpointSaver
 from shoestring.trainer.checkpoint.store import CheckpointExtras, CheckpointStore
+from shoestring.trainer.checkpoint.training_state import ROUTER_BIAS_SUFFIX, model_pieces, model_tensor_shapes
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.model import Model
 

@@ -9,7 +9,7 @@ import torch
 
 from shoestring.tests.trainer.resumed_loop import run
 from shoestring.tests.trainer.small_loop import prepared_root
-from shoestring.trainer.checkpoint.compatible import compute_dtype_problems
+from shoestring.trainer.checkpoint.compatibility import compute_dtype_problems
 from shoestring.trainer.checkpoint.store import CheckpointStore
 
 

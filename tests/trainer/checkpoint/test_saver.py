@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.comm.host import GrowableHostBuffer
+from shoestring.comm.host_transfer import GrowableHostBuffer
 from shoestring.tests.comm.pages import StandInPages
 from shoestring.tests.trainer.checkpoint.small_store import WORLD, names, pieces, save, tensors
 from shoestring.trainer.checkpoint.saver import CheckpointSaver, SaveResult
@@ -49,7 +49,7 @@ def test_the_memory_for_copies_is_had_beside_the_training(tmp_path: Path) -> Non
         made.append(threading.current_thread().name)
         return real(*arguments, **options)
 
-    with patch("shoestring.comm.host.torch.empty", empty):
+    with patch("shoestring.comm.host_transfer.torch.empty", empty):
         saver.reserve_memory(pieces(large))
         threading.Timer(0.1, may_go_on.set).start()
         saver.begin_save(1, pieces(large), CheckpointExtras())
@@ -67,7 +67,7 @@ def test_the_memory_for_copies_is_there_and_not_only_promised(tmp_path: Path) ->
         given.append(real(*arguments, **options).fill_(7))
         return given[-1]
 
-    with patch("shoestring.comm.host.torch.empty", empty):
+    with patch("shoestring.comm.host_transfer.torch.empty", empty):
         saver.reserve_memory(pieces({"large": torch.zeros(1000)}))
         saver.close()
     (buffer,) = given

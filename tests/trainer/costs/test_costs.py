@@ -6,7 +6,7 @@ import pytest
 
 from shoestring.trainer.costs.flops import count_flops
 from shoestring.trainer.costs.parameters import count_parameters
-from shoestring.trainer.costs.parts import count_part_costs
+from shoestring.trainer.costs.part_costs import count_part_costs
 from shoestring.trainer.model.config import ModelConfig
 
 

@@ -14,7 +14,7 @@ import pytest
 from shoestring.trainer.data import shard_files
 from shoestring.trainer.data.manifest import FileEntry
 from shoestring.trainer.data.shard_files import DataChanged, ShardFileReader
-from shoestring.trainer.data.stamp import read_file_signature
+from shoestring.trainer.data.verified_files import read_file_signature
 
 DTYPE = np.dtype("<u2")
 

@@ -13,7 +13,7 @@ from shoestring.trainer.data import prepared
 from shoestring.trainer.data.manifest import FileEntry
 from shoestring.trainer.data.prepared import open_prepared_directory, verify_before_run
 from shoestring.trainer.data.shards import verify_file_hashes
-from shoestring.trainer.data.stamp import VERIFIED_FILE
+from shoestring.trainer.data.verified_files import VERIFIED_FILE
 
 
 def test_large_data_is_read_once_and_when_it_changes(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

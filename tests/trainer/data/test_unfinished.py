@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shoestring.comm.errors import ConfigError
-from shoestring.trainer.data.unfinished import (
+from shoestring.trainer.data.unfinished_directory import (
     WriterState,
     find_writer_state,
     lock_directory,

@@ -13,7 +13,7 @@ from shoestring.parallelism.pipeline.executor import Resumable
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.trainer.checkpoint.saved import save_params
 from shoestring.trainer.generation.load import load_chunk_for_inference
-from shoestring.trainer.generation.speculate import (
+from shoestring.trainer.generation.speculative_decoding import (
     NonFiniteLogits,
     TokenSampler,
     generate_speculatively,

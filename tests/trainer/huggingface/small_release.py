@@ -13,7 +13,7 @@ from transformers import DeepseekV3ForCausalLM
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.reference.deepseek_v3 import ReferenceConfig
 from shoestring.tests.trainer.checkpoint.saved import save_params
-from shoestring.trainer.checkpoint.opened import Checkpoint
+from shoestring.trainer.checkpoint.checkpoint import Checkpoint
 from shoestring.trainer.huggingface.export import ExportOptions, export_checkpoint
 from shoestring.trainer.model.config import ModelConfig
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from shoestring.tests.launch.refusals import refused
 from shoestring.tests.trainer.checkpoint.saved import save_model
 from shoestring.tests.trainer.huggingface.small_release import WIDE, on_disk, silent, their_model
-from shoestring.trainer.checkpoint.opened import Checkpoint
-from shoestring.trainer.huggingface.blocks import BLOCK_SIZE
+from shoestring.trainer.checkpoint.checkpoint import Checkpoint
 from shoestring.trainer.huggingface.export import ExportOptions, export_checkpoint
-from shoestring.trainer.huggingface.importing import import_huggingface_weights
-from shoestring.trainer.huggingface.names import make_tensor_mappings
+from shoestring.trainer.huggingface.fp8_weights import BLOCK_SIZE
+from shoestring.trainer.huggingface.import_weights import import_huggingface_weights
+from shoestring.trainer.huggingface.tensor_names import make_tensor_mappings
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.model import Model
 

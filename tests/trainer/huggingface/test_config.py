@@ -15,7 +15,7 @@ from shoestring.tests.trainer.huggingface.small_release import CONFIGS, exported
 from shoestring.tests.trainer.model.released import model_config
 from shoestring.trainer.huggingface.config import parse_config_json as config_from_json
 from shoestring.trainer.huggingface.config import to_config_json
-from shoestring.trainer.huggingface.importing import import_huggingface_weights
+from shoestring.trainer.huggingface.import_weights import import_huggingface_weights
 from shoestring.trainer.model.config import YarnConfig
 
 

@@ -21,9 +21,9 @@ from shoestring.tests.trainer.huggingface.small_release import (
     silent,
     their_model,
 )
-from shoestring.trainer.checkpoint.opened import Checkpoint
+from shoestring.trainer.checkpoint.checkpoint import Checkpoint
 from shoestring.trainer.generation.load import load_chunk_for_inference
-from shoestring.trainer.huggingface.importing import import_huggingface_weights
+from shoestring.trainer.huggingface.import_weights import import_huggingface_weights
 
 TOKENS_BS = torch.randint(0, 96, (3, 24), generator=torch.Generator().manual_seed(7))
 

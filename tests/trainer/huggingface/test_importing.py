@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shoestring.tests.launch.refusals import refused
 from shoestring.tests.trainer.huggingface.small_release import exported, silent
-from shoestring.trainer.huggingface.importing import import_huggingface_weights
+from shoestring.trainer.huggingface.import_weights import import_huggingface_weights
 
 
 def edited(directory: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:

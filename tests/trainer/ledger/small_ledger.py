@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.trainer.ledger.allocation import AllocationJournal
+from shoestring.trainer.ledger.allocation_journal import AllocationJournal
 from shoestring.trainer.ledger.clock import Instant
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.summary import LedgerSummary
-from shoestring.trainer.ledger.work import WorkJournal
+from shoestring.trainer.ledger.work_journal import WorkJournal
 
 BUDGET = BudgetConfig(gpu_hours=0.5)
 RANKS = 4

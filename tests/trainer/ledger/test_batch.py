@@ -11,8 +11,8 @@ import pytest
 
 from shoestring.comm.errors import ConfigError
 from shoestring.trainer.ledger import journal as journal_module
-from shoestring.trainer.ledger.batch import RecordBatch
 from shoestring.trainer.ledger.journal import GENESIS_HASH, JournalReader, JournalWriter, Record
+from shoestring.trainer.ledger.record_batch import RecordBatch
 from shoestring.trainer.ledger.records import check_record
 from shoestring.trainer.ledger.replay import Ledger
 

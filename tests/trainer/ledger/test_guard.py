@@ -9,13 +9,13 @@ import pytest
 
 from shoestring.tests.trainer.ledger.small_ledger import Time
 from shoestring.tests.trainer.ledger.timed_runs import BUDGET, HOUR, project_file, run
-from shoestring.trainer.ledger.config import BudgetConfig
-from shoestring.trainer.ledger.guard import (
+from shoestring.trainer.ledger.budget_guard import (
     MIN_STEPS_TO_PROJECT,
     BudgetGuard,
     compute_budget_accounts,
     project_gpu_hours,
 )
+from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.meter import CostMeter
 from shoestring.trainer.ledger.project import Project
 from shoestring.trainer.ledger.summary import summarize_ledger

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.trainer.ledger.allocation import AllocationJournal
+from shoestring.trainer.ledger.allocation_journal import AllocationJournal
 from shoestring.trainer.ledger.clock import Instant
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.summary import LedgerReader, LedgerSummary, summarize_ledger
 from shoestring.trainer.ledger.terms import CHARGED_BUCKETS, STEP_TIME_TERMS
-from shoestring.trainer.ledger.work import WorkJournal
+from shoestring.trainer.ledger.work_journal import WorkJournal
 
 BUDGET = BudgetConfig(gpu_hours=1)
 NEVER = 1e6

@@ -9,10 +9,10 @@ import pytest
 from shoestring.comm.errors import ConfigError
 from shoestring.tests.trainer.ledger.small_ledger import Time
 from shoestring.tests.trainer.ledger.timed_runs import BUDGET, HOUR, project_file, run
+from shoestring.trainer.ledger.checkpoint_totals import carry_checkpoint_totals
 from shoestring.trainer.ledger.project import Project, ProjectReader, ProjectTotals
 from shoestring.trainer.ledger.summary import summarize_ledger
-from shoestring.trainer.ledger.totals import carry_checkpoint_totals
-from shoestring.trainer.ledger.work import WorkJournal
+from shoestring.trainer.ledger.work_journal import WorkJournal
 
 
 def test_runs_of_a_project_share_a_budget_and_totals_are_cumulative(tmp_path: Path, time: Time) -> None:

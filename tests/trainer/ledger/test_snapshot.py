@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from shoestring.comm.errors import ConfigError
-from shoestring.trainer.ledger import retained, snapshot
-from shoestring.trainer.ledger.allocation import AllocationJournal
+from shoestring.trainer.ledger import retained_steps as retained
+from shoestring.trainer.ledger import snapshot
+from shoestring.trainer.ledger.allocation_journal import AllocationJournal
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.journal import JournalReader, is_chained
 from shoestring.trainer.ledger.snapshot import read_snapshot
@@ -23,7 +24,7 @@ from shoestring.trainer.ledger.summary import (
     summarize_verified_ledger,
 )
 from shoestring.trainer.ledger.terms import ALLOCATION_FILE, SNAPSHOT_FILE, STEP_TIME_TERMS, WORK_FILE
-from shoestring.trainer.ledger.work import WorkJournal
+from shoestring.trainer.ledger.work_journal import WorkJournal
 
 BUDGET = BudgetConfig(gpu_hours=1.0)
 

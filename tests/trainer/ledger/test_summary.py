@@ -14,7 +14,7 @@ from shoestring.trainer.ledger.journal import JournalWriter
 from shoestring.trainer.ledger.render import render_ledger
 from shoestring.trainer.ledger.summary import summarize_ledger
 from shoestring.trainer.ledger.terms import ALLOCATION_FILE
-from shoestring.trainer.ledger.work import WorkJournal
+from shoestring.trainer.ledger.work_journal import WorkJournal
 
 
 def test_a_run_from_launch_to_end(tmp_path: Path, time: Time) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from shoestring.comm.errors import ConfigError
 from shoestring.tests.trainer.ledger.small_ledger import RANKS, Time, begin, do_steps, everything
+from shoestring.trainer.ledger.checkpoint_totals import carry_checkpoint_totals
 from shoestring.trainer.ledger.summary import summarize_ledger
-from shoestring.trainer.ledger.totals import carry_checkpoint_totals
 
 
 def test_a_checkpoint_with_its_ledger_goes_on(tmp_path: Path, time: Time) -> None:

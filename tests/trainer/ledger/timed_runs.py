@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shoestring.tests.trainer.ledger.small_ledger import Time
 from shoestring.trainer.ledger.config import BudgetConfig
-from shoestring.trainer.ledger.work import WorkJournal
+from shoestring.trainer.ledger.work_journal import WorkJournal
 
 BUDGET = BudgetConfig(gpu_hours=1.0)
 HOUR = 3600

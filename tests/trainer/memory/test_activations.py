@@ -26,13 +26,13 @@ from shoestring.trainer.memory.activations import (
     saved_bytes,
 )
 from shoestring.trainer.model import attention
-from shoestring.trainer.model.causal import causal_attention_reference
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig
+from shoestring.trainer.model.cpu_attention import causal_attention_reference
+from shoestring.trainer.model.forward_context import ForwardOutput, LossNormalizers, StageSpec
 from shoestring.trainer.model.init import initialize_weights
 from shoestring.trainer.model.model import Model
 from shoestring.trainer.model.recompute import RecomputeModule
-from shoestring.trainer.model.tape import ForwardOutput, LossNormalizers, StageSpec
 from shoestring.trainer.precision.fp8 import Fp8LinearOps
 from shoestring.trainer.precision.reference import ReferenceBackend
 

@@ -16,7 +16,7 @@ from shoestring.comm.trace import ExchangeLabel
 from shoestring.comm.traffic import TrafficCounter
 from shoestring.tests.processes import World, run_processes
 from shoestring.trainer.memory.activations import MicroBatchShape, routing_table_memory
-from shoestring.trainer.memory.buffers import ExchangeBufferBytes, ExchangeFormats
+from shoestring.trainer.memory.exchange_buffers import ExchangeBufferBytes, ExchangeFormats
 from shoestring.trainer.memory.measured import open_allocation_meter
 from shoestring.trainer.model.config import ModelConfig
 

@@ -22,8 +22,8 @@ from shoestring.tests.reference.deepseek_v3 import ReferenceConfig
 from shoestring.tests.reference.rotary import Yarn
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig, YarnConfig
+from shoestring.trainer.model.forward_context import ForwardOutput, LossNormalizers
 from shoestring.trainer.model.model import Model, ModelShard
-from shoestring.trainer.model.tape import ForwardOutput, LossNormalizers
 
 _ATTENTION = {
     "q_proj": "q_proj", "q_down": "q_a_proj", "q_norm": "q_a_layernorm", "q_up": "q_b_proj",

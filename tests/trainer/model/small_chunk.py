@@ -19,10 +19,10 @@ from shoestring.comm.trace import ExchangeLabel
 from shoestring.comm.traffic import TrafficCounter
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig
+from shoestring.trainer.model.forward_context import LossNormalizers
 from shoestring.trainer.model.init import initialize_weights
 from shoestring.trainer.model.model import Model
 from shoestring.trainer.model.recompute import RecomputeModule
-from shoestring.trainer.model.tape import LossNormalizers
 
 T = TypeVar("T")
 # One dense layer, two with experts, and one depth of MTP: three layers with an exchange.

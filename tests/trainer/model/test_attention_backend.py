@@ -29,7 +29,7 @@ from shoestring.trainer.model.attention_backend import (
     unsupported_gpu_reasons,
     unsupported_shape_reasons,
 )
-from shoestring.trainer.model.causal import causal_attention, causal_attention_reference
+from shoestring.trainer.model.cpu_attention import causal_attention, causal_attention_reference
 from shoestring.trainer.model.model import Model
 
 V3 = AttentionShape(batch=1, heads=128, sequence_length=4096, qk_head_dim=192, v_head_dim=128, dtype=torch.bfloat16)

@@ -17,7 +17,7 @@ from shoestring.tests.trainer.model.released import (
     released_gradients,
     run_losses,
 )
-from shoestring.trainer.model.tape import LossNormalizers
+from shoestring.trainer.model.forward_context import LossNormalizers
 
 CONFIGS = reference_configs()
 

@@ -15,8 +15,8 @@ from shoestring.tests.processes import World, run_processes
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.trainer.model.released import largest_difference, make_chunk, released_gradients, run_losses
 from shoestring.trainer.build import build_optimizer
+from shoestring.trainer.model.forward_context import LossNormalizers
 from shoestring.trainer.model.stage_layout import StageLayout
-from shoestring.trainer.model.tape import LossNormalizers
 from shoestring.trainer.optimizer.config import OptimizerConfig
 
 TOLERANCE = {"float64": 1e-10, "float32": 5e-6}

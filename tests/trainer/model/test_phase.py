@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from shoestring.parallelism.weight_grad import DelayedWeightGradients, embedding, linear
-from shoestring.trainer.model.phase import SplitBackward
+from shoestring.trainer.model.split_backward import SplitBackward
 
 
 def test_a_phase_without_inputs_is_all_weights() -> None:

@@ -20,8 +20,8 @@ from shoestring.parallelism.zero.reduce import GradientReducer
 from shoestring.tests.comm.late_streams import LateStreams
 from shoestring.tests.processes import World, run_processes
 from shoestring.trainer.optimizer.adamw import AdamW
-from shoestring.trainer.optimizer.average import WeightEMA
 from shoestring.trainer.optimizer.config import OptimizerConfig
+from shoestring.trainer.optimizer.ema import WeightEMA
 
 DECAY, STEPS = 0.75, 4
 

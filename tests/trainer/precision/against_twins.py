@@ -16,8 +16,8 @@ from torch import Tensor
 
 from shoestring.tests.trainer.precision.hard_numbers import numbers
 from shoestring.trainer.precision.backend import PrecisionBackend, RowsPerExpert
+from shoestring.trainer.precision.fp8_tensors import Fp8Weight, RowwiseFp8Tensor, ScaleFormat
 from shoestring.trainer.precision.reference import ReferenceBackend
-from shoestring.trainer.precision.tiles import Fp8Weight, RowwiseFp8Tensor, ScaleFormat
 
 TWIN = ReferenceBackend()
 ROWS: RowsPerExpert = (130, 0, 128, 7)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from shoestring.comm.fp8 import TILE_WIDTH, tiles_per_row
+from shoestring.trainer.precision.fp8_tensors import RowwiseFp8Tensor
 from shoestring.trainer.precision.reference import ReferenceBackend
-from shoestring.trainer.precision.tiles import RowwiseFp8Tensor
 
 _LOAD = """
 import importlib.util, pathlib, sys

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from shoestring.trainer.precision.config import PrecisionConfig
-from shoestring.trainer.precision.tiles import ScaleFormat
+from shoestring.trainer.precision.fp8_tensors import ScaleFormat
 
 
 def test_the_configuration_chooses() -> None:

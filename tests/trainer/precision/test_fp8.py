@@ -20,8 +20,8 @@ from shoestring.trainer.model.linear import Linear
 from shoestring.trainer.model.model import Model
 from shoestring.trainer.precision.backend import RowsPerExpert
 from shoestring.trainer.precision.fp8 import Fp8LinearOps
+from shoestring.trainer.precision.fp8_tensors import ColumnwiseFp8Tensor, RowwiseFp8Tensor, ScaleFormat
 from shoestring.trainer.precision.reference import ReferenceBackend
-from shoestring.trainer.precision.tiles import ColumnwiseFp8Tensor, RowwiseFp8Tensor, ScaleFormat
 
 ROWS = (100, 0, 50)
 

@@ -12,8 +12,8 @@ from shoestring.comm.fp8 import QuantizedRows, dequantize, nan_placeholder, quan
 from shoestring.parallelism.weight_grad import DelayedWeightGradients
 from shoestring.trainer.model.experts import GroupedExperts
 from shoestring.trainer.precision.fp8 import Fp8LinearOps
+from shoestring.trainer.precision.fp8_tensors import RowwiseFp8Tensor, ScaleFormat, quantize_rowwise
 from shoestring.trainer.precision.reference import ReferenceBackend
-from shoestring.trainer.precision.tiles import RowwiseFp8Tensor, ScaleFormat, quantize_rowwise
 
 WIDTH, INNER, BLOCK = 200, 96, 256
 ROWS = [(300, 0, 170), (20, 0, 0), (0, 0, 0)]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from shoestring.tests.reference import fp8 as twin
 from shoestring.tests.trainer.precision.against_twins import check_products
+from shoestring.trainer.precision.fp8_tensors import ScaleFormat, quantize_columnwise, quantize_rowwise, quantize_weight
 from shoestring.trainer.precision.reference import ReferenceBackend, emulate_hopper_gemm, exact_gemm
-from shoestring.trainer.precision.tiles import ScaleFormat, quantize_columnwise, quantize_rowwise, quantize_weight
 
 ROWS = (150, 0, 128, 7)
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from shoestring.trainer.model.attention_backend import GPU_BACKENDS
-from shoestring.trainer.model.causal import causal_attention_reference
+from shoestring.trainer.model.cpu_attention import causal_attention_reference
+from shoestring.trainer.precision.attention_output import SharedAttentionOutput
 from shoestring.trainer.precision.e5m6 import pack_e5m6, unpack_e5m6
-from shoestring.trainer.precision.shared_output import SharedAttentionOutput
 
 BATCH, HEADS, LENGTH, WIDTH, SCALE = 2, 3, 40, 16, 0.3
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from shoestring.comm import fp8 as wire
 from shoestring.tests.reference import fp8 as twin
 from shoestring.tests.trainer.precision.hard_numbers import numbers
-from shoestring.trainer.precision.tiles import (
+from shoestring.trainer.precision.fp8_tensors import (
     RowwiseFp8Tensor,
     ScaleFormat,
     dequantize_rowwise,

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import ScalingType
 
 from shoestring.comm.fp8 import tiles_per_row
+from shoestring.trainer.precision.fp8_tensors import Fp8Weight, RowwiseFp8Tensor, ScaleFormat
 from shoestring.trainer.precision.reference import ReferenceBackend
-from shoestring.trainer.precision.tiles import Fp8Weight, RowwiseFp8Tensor, ScaleFormat
 from shoestring.trainer.precision.torch_backend import TorchBackend
 
 ROWS = (130, 0, 128, 7)

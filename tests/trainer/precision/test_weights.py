@@ -9,8 +9,8 @@ from torch import Tensor
 
 from shoestring.tests.trainer.precision.fp8_linear import WIDTH, linear, normal
 from shoestring.trainer.precision.fp8 import Fp8LinearOps
+from shoestring.trainer.precision.fp8_tensors import Fp8Weight, ScaleFormat
 from shoestring.trainer.precision.reference import ReferenceBackend
-from shoestring.trainer.precision.tiles import Fp8Weight, ScaleFormat
 
 
 @dataclass(frozen=True)

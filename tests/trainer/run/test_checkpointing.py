@@ -18,8 +18,8 @@ from shoestring.trainer.config import RunConfig
 from shoestring.trainer.loop import _insist
 from shoestring.trainer.memory.forecast import MemoryPredictor
 from shoestring.trainer.run.exit import RunFailed
+from shoestring.trainer.structured_config import build_dataclass
 from shoestring.trainer.telemetry.history import read_metrics
-from shoestring.trainer.typed import build_dataclass
 
 
 def reserved_bytes(world: World, tree: dict[str, Any]) -> list[tuple[str, int]]:

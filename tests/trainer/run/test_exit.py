@@ -25,8 +25,8 @@ from shoestring.trainer.loop import train
 from shoestring.trainer.run.exit import RunHalted
 from shoestring.trainer.run.stage_runner import StageRunner
 from shoestring.trainer.run.step import Stepper, StepResult
+from shoestring.trainer.structured_config import build_dataclass
 from shoestring.trainer.telemetry.history import read_metrics
-from shoestring.trainer.typed import build_dataclass
 
 
 def one_rank_raises(world: World, tree: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from shoestring.trainer.ledger.summary import summarize_ledger
 from shoestring.trainer.loop import train
 from shoestring.trainer.run.exit import RankFailed
 from shoestring.trainer.run.reporter import STALL_THRESHOLD_SECONDS, UnaccountedTime
-from shoestring.trainer.typed import build_dataclass
+from shoestring.trainer.structured_config import build_dataclass
 
 
 def test_bytes_of_one_step_are_logged_by_link(root: Path) -> None:

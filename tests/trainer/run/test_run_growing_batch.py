@@ -17,7 +17,7 @@ from shoestring.trainer.config import RunConfig
 from shoestring.trainer.data.prepared import open_prepared_data
 from shoestring.trainer.data.samples import SampleDataset, SampleOrder, TokenBatch
 from shoestring.trainer.ledger.summary import summarize_ledger
-from shoestring.trainer.typed import build_dataclass
+from shoestring.trainer.structured_config import build_dataclass
 
 SIZES = [4, 4, 8, 12, 16]
 """Sequences of the steps of `RAMP`: three sizes for 8 samples each, of which the last step of the third has more."""

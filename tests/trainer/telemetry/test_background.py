@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.trainer.telemetry.background import BackgroundSink
+from shoestring.trainer.telemetry.background_sink import BackgroundSink
 from shoestring.trainer.telemetry.events import Event, EventStream, Sink
 from shoestring.trainer.telemetry.history import read_all_metrics
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from shoestring.tests.trainer.telemetry.written_events import EVALUATION, STEP
-from shoestring.trainer.telemetry.describe import describe_event, format_duration, format_si
 from shoestring.trainer.telemetry.events import JSON, Event
+from shoestring.trainer.telemetry.format import describe_event, format_duration, format_si
 
 
 def test_a_step_is_one_line_with_its_figures() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoestring.trainer.telemetry.describe import describe_event
 from shoestring.trainer.telemetry.events import Event
+from shoestring.trainer.telemetry.format import describe_event
 from shoestring.trainer.telemetry.memory_usage import (
     RESIDENT_LABEL,
     measure_memory,

@@ -8,7 +8,7 @@ from shoestring.comm.trace import EXPOSED_EXCHANGE, GRADIENT_SYNC_WAIT, PIPELINE
 from shoestring.parallelism.pipeline.schedules.registry import build_program
 from shoestring.parallelism.pipeline.simulate import OpDurations, simulate_program
 from shoestring.trainer.ledger.terms import STEP_TIME_TERMS
-from shoestring.trainer.telemetry.sample import StepTimes
+from shoestring.trainer.telemetry.step_times import StepTimes
 from shoestring.trainer.telemetry.trace import Span
 
 US = 1000

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from shoestring.comm.errors import ConfigError
-from shoestring.comm.files.lines import count_lines, truncate_partial_line
-from shoestring.trainer.telemetry import sampled
+from shoestring.comm.files.line_reader import count_lines, truncate_partial_line
+from shoestring.trainer.telemetry import downsample as sampled
+from shoestring.trainer.telemetry.downsample import open_tail_reader, read_downsampled_metrics
 from shoestring.trainer.telemetry.events import Event, EventStream
 from shoestring.trainer.telemetry.history import MetricsHistory, MetricsReader, read_metrics
-from shoestring.trainer.telemetry.sampled import open_tail_reader, read_downsampled_metrics
 
 
 def write(run_dir: Path, *events: Event) -> Path:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from shoestring.launch.rehearsal.deadlock.stuck import find_hangs
-from shoestring.launch.rehearsal.fault import RunFinding
+from shoestring.launch.rehearsal.deadlock.diagnosis import find_hangs
+from shoestring.launch.rehearsal.findings import RunFinding
 from shoestring.launch.rehearsal.log import RankLog
 
 

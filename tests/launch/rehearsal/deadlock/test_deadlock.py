@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from shoestring.launch.rehearsal.deadlock.stuck import find_hangs
+from shoestring.launch.rehearsal.deadlock.diagnosis import find_hangs
 from shoestring.launch.rehearsal.log import CollectiveRecord
 from shoestring.parallelism.pipeline.placement import Direction
 from shoestring.parallelism.pipeline.schedules.registry import build_program

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from shoestring.launch.rehearsal.deadlock.stuck import find_hangs
+from shoestring.launch.rehearsal.deadlock.diagnosis import find_hangs
 from shoestring.launch.rehearsal.log import EventRecord, HostWait, StreamWait
 from shoestring.tests.launch.rehearsal.deadlock.hanging import only
 from shoestring.tests.launch.rehearsal.logs import batch, collective, log, message

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from shoestring.launch.rehearsal.device.fake_device import FakeDeviceMode
+from shoestring.launch.rehearsal.device.patches import patch_triton_and_threads
 from shoestring.launch.rehearsal.device.recorder import RankRecorder
 from shoestring.launch.rehearsal.device.spans import RehearsalSpanRecorder
-from shoestring.launch.rehearsal.device.stand_ins import patch_triton_and_threads
 from shoestring.launch.rehearsal.log import HostWait
 
 N = 1000

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..precision.tiles import promote_to_fp32
+from ..precision.fp8_tensors import promote_to_fp32
 
 _BLOCK = 128  # queries at a time: their scores stay in a cache
 _KEPT_LENGTH = 512  # up to here probabilities are kept for the backward; beyond, S × S of them outgrow the rest

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ...comm.errors import ConfigError, Problem
-from ...comm.files.access import config_error_context
+from ...comm.files.file_io import config_error_context
 from ...comm.files.strict_yaml import read_yaml
 from ...trainer.ledger.summary import LedgerSummary, summarize_ledger
 from ...trainer.ledger.terms import WORK_FILE
+from ...trainer.telemetry.downsample import read_downsampled_metrics
 from ...trainer.telemetry.events import METRICS_FILE, Event, parse_number
-from ...trainer.telemetry.sampled import read_downsampled_metrics
 from ..run.run_dir import CONFIG_FILE, is_run_dir
 
 Point = tuple[float, float]

@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from ...parallelism.pipeline.program import Op
 from ...trainer.config import RunConfig
+from ...trainer.model.forward_context import StageSpec
 from ...trainer.model.stage_layout import StageLayout
-from ...trainer.model.tape import StageSpec
 from .log import KernelLaunches, RankLog
 
 MOE_LAYER, DENSE_LAYER, MTP_MODULE, WHOLE_STEP = "MoE layer", "dense layer", "MTP module", "step"

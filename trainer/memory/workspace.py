@@ -34,7 +34,7 @@ from .activations import (
     shared_expert_activations,
     wgrad_input_bytes,
 )
-from .buffers import ExchangeBufferBytes, ExchangeFormats
+from .exchange_buffers import ExchangeBufferBytes, ExchangeFormats
 
 _WIDER = 8  # bytes: the reference provider multiplies FP8 numbers in FP64
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ...comm.files.access import read_json, replace_file_atomically
+from ...comm.files.file_io import read_json, replace_file_atomically
 from ...comm.files.strict_json import MalformedFileError
 from .manifest import FileEntry
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ...comm.exchange.config import ExchangeConfig
-from ...comm.exchange.wire import WireFormat
+from ...comm.exchange.wire_format import WireFormat
 from ...comm.fp8 import tiles_per_row
 from ..model.config import ModelConfig
 from .activations import MicroBatchShape

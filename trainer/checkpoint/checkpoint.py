@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ...comm.errors import ConfigError, Problem, raise_if_any
-from ...comm.files.access import config_error_context, read_regular_file
+from ...comm.files.file_io import config_error_context, read_regular_file
 from ...comm.files.strict_json import JsonValue, MalformedFileError
 from ..model.config import ModelConfig
 from .manifest import (

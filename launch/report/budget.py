@@ -16,7 +16,7 @@ from ...trainer.ledger.terms import (
 from .blocks import BarSegment, Block, Figure, MissingDataNotice, PageSection, StackedBar, TableBlock, TableRow
 from .loss import step_annotations
 from .plot import Plot, Series
-from .record import RunRecord
+from .run_record import RunRecord
 
 _STYLES = {
     "productive": "k-good",

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ...comm.fp8 import TILE_WIDTH, tiles_per_row
-from ..precision.tiles import Fp8Weight, ScaleFormat
-from ..precision.tiles import dequantize_weight as dequantize
-from ..precision.tiles import quantize_weight as quantize
+from ..precision.fp8_tensors import Fp8Weight, ScaleFormat
+from ..precision.fp8_tensors import dequantize_weight as dequantize
+from ..precision.fp8_tensors import quantize_weight as quantize
 
 BLOCK_SIZE = TILE_WIDTH
 

@@ -11,10 +11,10 @@ from ...trainer.build import build_stage_layout
 from ...trainer.config import RunConfig
 from .checks import check_step
 from .compare import compare_rank_logs
-from .counted import MeanKernelLaunches, mean_launches_by_operation, mean_launches_by_phase, moe_layer_totals
 from .deadlock.communicators import group_collectives, group_p2p_ops
-from .deadlock.stuck import find_hangs
-from .fault import RunFinding, code_line, group_findings, has_raised
+from .deadlock.diagnosis import find_hangs
+from .findings import RunFinding, code_line, group_findings, has_raised
+from .launch_counts import MeanKernelLaunches, mean_launches_by_operation, mean_launches_by_phase, moe_layer_totals
 from .log import CollectiveRecord, HostWait, P2PBatchRecord, RankLog
 
 _FIRST = ("error", "device", "hang", "first contact", "collective", "message")

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...comm.errors import ConfigError
-from ...comm.files.lines import FileReplacedError
-from ...trainer.ledger.allocation import read_heartbeat
+from ...comm.files.line_reader import FileReplacedError
+from ...trainer.ledger.allocation_journal import read_heartbeat
 from ...trainer.ledger.clock import Instant
 from ...trainer.ledger.summary import LedgerReader, LedgerSummary
+from ...trainer.telemetry.downsample import open_tail_reader
 from ...trainer.telemetry.events import METRICS_FILE, Event
 from ...trainer.telemetry.history import MetricsHistory, MetricsReader
-from ...trainer.telemetry.sampled import open_tail_reader
 
 
 @dataclass(frozen=True)

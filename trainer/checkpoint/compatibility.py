@@ -12,7 +12,7 @@ from ...comm.errors import Problem
 from ...comm.files.strict_json import JsonValue, MalformedFileError
 from ..config import RunConfig
 from ..data.manifest import DataManifest
-from .opened import Checkpoint
+from .checkpoint import Checkpoint
 from .pieces import MODEL_STATE
 
 _FIXED = (

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from ...comm.trace import EXPOSED_EXCHANGE, TimelineTrack
 from ...parallelism.pipeline.executor import Resumable, interleave, run_to_completion
 from ...trainer.memory.chunk import StageShape
+from .compute_time import ComputeTimeModel
 from .exchange_time import ExchangeOperation, ExchangeTime, ExchangeTimeModel
 from .kernel_times import EvidenceCoverage
 from .operations import ComputePhase, LayerWorkload
-from .pricing import ComputeTimeModel
 from .recipe import PeerWaits
 
 

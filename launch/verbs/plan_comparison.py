@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ...comm.errors import ConfigError, Problem
 from ...trainer.config import RunConfig
-from ...trainer.ledger.guard import project_gpu_hours
+from ...trainer.ledger.budget_guard import project_gpu_hours
 from ...trainer.ledger.render import format_gpu_hours
 from ...trainer.ledger.summary import LedgerSummary
 from ...trainer.ledger.terms import STEP_TIME_TERMS, to_gpu_hours
@@ -19,7 +19,7 @@ from ...trainer.telemetry.events import Event, parse_numbers
 from ...trainer.telemetry.history import read_all_metrics
 from ...trainer.telemetry.memory_usage import ALLOCATED_LABEL
 from ..compose import read_config
-from ..planner.planned import PlanEntry, read_plan_entry
+from ..planner.plan_file import PlanEntry, read_plan_entry
 from ..run.run_dir import CONFIG_FILE
 
 _METRICS_FILE = "metrics.jsonl"

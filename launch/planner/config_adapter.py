@@ -13,9 +13,9 @@ from ...comm.exchange.deepep import INTER_NODE_SMS
 from ...trainer.config import RunConfig
 from ...trainer.model.recompute import RecomputeModule
 from ..compose import config_to_dict
+from .compute_time import cluster_kernel_table
 from .forecast import ParallelLayout
 from .kernel_times import KernelTable
-from .pricing import cluster_kernel_table
 from .recipe import ForecastRecipe, GemmPrecision
 
 _COMPUTE = {"float32": GemmPrecision.FP32, "bfloat16": GemmPrecision.BF16}

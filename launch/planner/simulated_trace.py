@@ -11,7 +11,7 @@ from ...parallelism.pipeline.placement import StageLocation
 from ...parallelism.pipeline.program import Instruction
 from ...trainer.telemetry.trace import Span, to_chrome_trace_events
 from .forecast import StepForecast
-from .lanes import ChunkTimeModel
+from .stream_simulation import ChunkTimeModel
 
 
 def write_simulated_trace(path: Path, forecast: StepForecast, costs: ChunkTimeModel) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...comm.files.access import config_error_context, open_regular_file, read_bounded_lines
-from ...comm.files.lines import LineReader
+from ...comm.files.file_io import config_error_context, open_regular_file, read_bounded_lines
+from ...comm.files.line_reader import LineReader
 from .events import Event
 from .history import MetricsHistory, parse_event
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from ...comm.agreement import Fingerprint, Fingerprints
 from ...comm.errors import ConfigError
+from ...comm.rank_consistency import Fingerprint, Fingerprints
 from ...trainer.config import RunConfig
 from ...trainer.data.manifest import read_manifest
-from ...trainer.typed import restore_interpolations
+from ...trainer.structured_config import restore_interpolations
 from ..compose import config_to_dict
 
 _PACKAGE = Path(__file__).resolve().parents[2]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checkpoint.names import model_tensor_shapes
 from ..checkpoint.pieces import MODEL_STATE
+from ..checkpoint.training_state import model_tensor_shapes
 from ..model.config import ModelConfig
 
 SCALE_SUFFIX = "_scale_inv"

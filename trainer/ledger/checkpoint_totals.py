@@ -8,7 +8,7 @@ from pathlib import Path
 from ...comm.errors import ConfigError, Problem, raise_if_any
 from .journal import GENESIS_HASH, contains_any, contains_record
 from .terms import ALLOCATION_FILE, WORK_FILE
-from .work import WorkJournal
+from .work_journal import WorkJournal
 
 
 def ledger_problems(run_dir: Path, totals: Mapping[str, int | str]) -> Iterator[Problem]:

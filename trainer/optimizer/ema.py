@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ...comm.host import STAGING_BYTES, DoubleBufferedReader
+from ...comm.host_transfer import STAGING_BYTES, DoubleBufferedReader
 from ...comm.streams import DeviceStreams, StreamEvent
 from ...parallelism.zero.optimizer import ShardedOptimizer
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ...comm.errors import ConfigError, Problem, raise_if_any
-from ...comm.files.access import read_json
+from ...comm.files.file_io import read_json
 from ...comm.files.strict_json import JsonValue, MalformedFileError
 from ...trainer.build import build_stage_layout
 from ...trainer.config import RunConfig
 from ...trainer.ledger.terms import STEP_TIME_TERMS
 from ..verbs.simulate import run_description
-from .configured import configured_recipe
+from .config_adapter import configured_recipe
 
 _OPTION = "--against"
 _MOST_BYTES = 2**28

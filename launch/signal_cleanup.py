@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from .console import print_to_stderr
 from .run.launcher import StoppedBySignal
 from .run.signals import STOP_SIGNALS, exclude_ignored_signals
-from .say import print_to_stderr
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...comm.errors import ConfigError, Problem, raise_if_any
-from ...comm.files.access import (
+from ...comm.files.file_io import (
     config_error_context,
     os_error_to_problem,
     read_json,
@@ -26,12 +26,12 @@ from ..checkpoint.pieces import TensorPiece
 from ..checkpoint.saver import write_rank_file
 from ..checkpoint.store import CheckpointExtras, CheckpointStore
 from ..checkpoint.tensor_file import TensorFile
-from ..data.unfinished import WriterState, find_writer_state, lock_directory, remove_lock
+from ..data.unfinished_directory import WriterState, find_writer_state, lock_directory, remove_lock
 from ..model.config import ModelConfig
-from .blocks import dequantize_fp8_weight, scale_shape
 from .config import ignored_config_keys, parse_config_json
 from .export import WEIGHT_INDEX_FILE
-from .names import SCALE_SUFFIX, TensorMapping, make_tensor_mappings, rope_to_interleaved
+from .fp8_weights import dequantize_fp8_weight, scale_shape
+from .tensor_names import SCALE_SUFFIX, TensorMapping, make_tensor_mappings, rope_to_interleaved
 from .tokenizer import COPIED_FILES, TOKENIZER_FILE, special_token_ids
 
 _BATCH_BYTES = 256 * 2**20

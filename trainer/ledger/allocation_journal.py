@@ -9,7 +9,7 @@ import json
 import threading
 from pathlib import Path
 
-from ...comm.files.access import read_json, replace_file_atomically
+from ...comm.files.file_io import read_json, replace_file_atomically
 from ...comm.files.strict_json import MAX_INTEGER, MalformedFileError
 from .clock import Instant
 from .config import BudgetConfig

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...comm.fp8 import tiles_per_row
-from .tiles import Fp8Weight
+from .fp8_tensors import Fp8Weight
 
 _SCALE = 4  # bytes
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import assert_never
 
-from ..fault import RunFinding, has_raised
+from ..findings import RunFinding, has_raised
 from ..log import CollectiveRecord, HostWait, LogEvent, P2PBatchRecord, RankLog
 from .simulation import DeadlockSimulation
 from .waits import (

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from ...trainer.telemetry.events import parse_numbers
 from .blocks import Block, Figure, FigureRow, LegendEntry, MissingDataNotice, PageSection
-from .heat import heat_map
+from .heat_map import heat_map
 from .plot import Plot, Series
-from .record import RunRecord
+from .run_record import RunRecord
 
 _PREFIX = "expert_load/"
 _SHADES = (

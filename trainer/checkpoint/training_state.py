@@ -11,7 +11,7 @@ from ...parallelism.zero.optimizer import ShardedOptimizer
 from ..model.config import ModelConfig
 from ..model.model import Model
 from ..model.stage_layout import StageLayout
-from ..optimizer.average import WeightEMA
+from ..optimizer.ema import WeightEMA
 from .pieces import (
     EMA_STATE,
     EXP_AVG,

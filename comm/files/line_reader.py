@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ConfigError, Problem
-from .access import MAX_LINE_BYTES, config_error_context, open_regular_file, read_bounded_lines, read_line_blocks
+from .file_io import MAX_LINE_BYTES, config_error_context, open_regular_file, read_bounded_lines, read_line_blocks
 
 _CHUNK_BYTES = 64 * 1024
 
