@@ -30,9 +30,9 @@ TOKENS_A_STEP = 16 * 128  # of the quickstart
 WAYS = {
     "bf16": ["optimizer.moments=bfloat16"],
     "fp32": ["optimizer.moments=float32"],
-    "fp32, rounded otherwise": ["optimizer.moments=float32", "schedule.micro_batch=4"],
+    "fp32, rounded otherwise": ["optimizer.moments=float32", "schedule.micro_batch_size=4"],
 }
-ONE_PROCESS = ["topology=single", "schedule=one_f_one_b", "schedule.micro_batch=2"]
+ONE_PROCESS = ["topology=single", "schedule=one_f_one_b", "schedule.micro_batch_size=2"]
 
 
 def train(directory: Path, seed: int, steps: int, overrides: list[str]) -> float:

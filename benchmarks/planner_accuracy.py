@@ -165,7 +165,7 @@ def four_layers(published: dict[str, float]) -> Iterator[Comparison]:
     from shoestring.launch.compose import compose_run_config
 
     cluster = compose_run_config(["cluster=b200"]).cluster
-    v3 = compose_run_config(["model=deepseek_v3", "data.vocabulary=129280"]).model
+    v3 = compose_run_config(["model=deepseek_v3", "data.vocab_size=129280"]).model
     model = replace(v3, num_hidden_layers=4, first_k_dense_replace=1, num_nextn_predict_layers=0)
     native = ExchangeConfig(name="two_hop")
     recipe = ForecastRecipe(

@@ -32,7 +32,7 @@ LAYOUTS = {
 
 
 def overrides(layout: list[str]) -> list[str]:
-    return ["experiment=quickstart", *layout, "schedule.micro_batch=2"]
+    return ["experiment=quickstart", *layout, "schedule.micro_batch_size=2"]
 
 
 def shoestring(*arguments: str) -> None:

@@ -41,7 +41,7 @@ LAYOUTS = {
         "topology.ep=1",
         "topology.edp=2",
         "schedule=one_f_one_b",
-        "schedule.micro_batch=2",
+        "schedule.micro_batch_size=2",
     ],
 }
 ROUNDS = 3
@@ -56,7 +56,7 @@ def one_after_the_other(stack: ExitStack) -> None:
         with self._recorder.span(TimelineTrack.INSTRUCTION, GRADIENT_SYNC_WAIT):
             self.wait_for_weights()
 
-    stack.enter_context(patch.object(GradientReducer, "after", lambda self, instruction: None))
+    stack.enter_context(patch.object(GradientReducer, "after_instruction", lambda self, instruction: None))
     stack.enter_context(patch.object(ShardedOptimizer, "step", step_and_wait))
 
 
@@ -78,7 +78,7 @@ def measure(directory: Path, layout: list[str], steps: int, overlap: bool) -> di
     tokens = steps * 16 * 128
     quiet = ["telemetry.wandb.mode=disabled", "telemetry.terms_every=1", "training.sample_tokens=0"]
     where = [f"training.run_dir={directory}", f"training.tokens={tokens}", "training.evaluate_every=0"]
-    overrides = [*layout, "schedule.micro_batch=2", *quiet, *where, "training.checkpoint_every=0"]
+    overrides = [*layout, "schedule.micro_batch_size=2", *quiet, *where, "training.checkpoint_every=0"]
     ranks = compose_run_config(["experiment=quickstart", *overrides]).topology.world_size
     run_processes(ranks, run, overrides, overlap, timeout=300)
     summary = summarize_ledger(directory)

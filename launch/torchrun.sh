@@ -13,7 +13,7 @@
 #   PYTHON          an interpreter that has shoestring; when it is not set, that of .venv, else python3
 #
 # training.run_dir and the prepared data must be on a file system that all machines share. Before a rank starts, the
-# machines meet at MASTER_ADDR:MASTER_PORT, for at most training.meeting_timeout_seconds, and compare configuration, code
+# machines meet at MASTER_ADDR:MASTER_PORT, for at most training.rendezvous_timeout_seconds, and compare configuration, code
 # and data; machine 0 resolves `${now:...}` for all. Settings from the environment (`${oc.env:...}`) must be the same.
 # SIGTERM, SIGUSR1, SIGHUP or SIGQUIT on any machine makes the run finish its step, write a checkpoint and exit with 75; a
 # second SIGTERM or SIGQUIT, or training.stop_seconds without an end, ends it at once.

@@ -195,10 +195,10 @@ class TrainingConfig:
 NO_UNREADABLE_FIELDS = UnreadableFields()
 
 # Of checks between several values: what they look at.
-_SHARE = ("topology.edp", "topology.ep", "schedule.micro_batch")
+_SHARE = ("topology.edp", "topology.ep", "schedule.micro_batch_size")
 _STAGES = ("schedule.name", "schedule.chunks", "topology.pp")
-_ATTENTION = ("model", "precision.compute", "training.sequence_length", "schedule.micro_batch")
-_RAMP = ("training.ramp_from", "training.ramp_step", "training.ramp_tokens", "training.global_batch")
+_ATTENTION = ("model", "precision.compute", "training.sequence_length", "schedule.micro_batch_size")
+_RAMP = ("training.rampup_start_batch_size", "training.rampup_batch_size_increment", "training.rampup_tokens", "training.global_batch_size")
 
 
 @runtime_checkable
@@ -318,24 +318,24 @@ class RunConfig:
             parts = f"edp x ep x micro_batch = {topology.edp} x {topology.ep} x {self.schedule.micro_batch_size}"
             nearest = max(1, round(training.global_batch_size / share)) * share
             hint = f"must be a multiple of {share} ({parts}); the nearest is {nearest}"
-            yield Problem("training.global_batch", training.global_batch_size, hint, _SHARE)
+            yield Problem("training.global_batch_size", training.global_batch_size, hint, _SHARE)
         if self.precision.linear == "fp8" and RecomputeModule.GATE_UP in self.recompute.modules:
             hint = "saves nothing in FP8, which keeps the tiles of gate and up projections; leave gate_up out"
-            yield Problem("recompute.parts", self.recompute.modules, hint, ("precision.linear",))
+            yield Problem("recompute.modules", self.recompute.modules, hint, ("precision.linear",))
         if training.attention_backend != "auto":
             case = self.attention_shape(self.precision.compute_dtype(torch.device("cuda")))
             for reason in unsupported_shape_reasons(training.attention_backend, case):
-                yield Problem("training.attention", training.attention_backend, reason, _ATTENTION)
+                yield Problem("training.attention_backend", training.attention_backend, reason, _ATTENTION)
         if training.global_batch_size > share * _MOST_MICRO_BATCHES:
             count = f"gives {training.global_batch_size // share} micro-batches of {share} sequences a step"
             hint = f"{count}; at most {_MOST_MICRO_BATCHES}: take more ranks or larger micro-batches"
-            yield Problem("training.global_batch", training.global_batch_size, hint, _SHARE)
+            yield Problem("training.global_batch_size", training.global_batch_size, hint, _SHARE)
         else:
             yield from self._schedule_problems(share)
         yield from self._alignment_problems()
         if self.data.vocab_size != model.vocab_size:
             hint = f"must equal model.vocab_size = {model.vocab_size}"
-            yield Problem("data.vocabulary", self.data.vocab_size, hint, ("model.vocab_size",))
+            yield Problem("data.vocab_size", self.data.vocab_size, hint, ("model.vocab_size",))
 
     def _schedule_problems(self, share: int) -> Iterator[Problem]:
         """What schedule and split into stages demand; `share` is a micro-batch on every rank, in sequences."""
@@ -347,7 +347,7 @@ class RunConfig:
                 continue  # their number is not known yet
             if problem.field == "micro_batches":
                 hint = f"gives {self.num_micro_batches} micro-batches of {share} sequences a step; {problem.hint}"
-                yield Problem("training.global_batch", self.training.global_batch_size, hint, (*_STAGES, *_SHARE))
+                yield Problem("training.global_batch_size", self.training.global_batch_size, hint, (*_STAGES, *_SHARE))
             else:
                 field = {"ranks": "topology.pp", "chunks": "schedule.chunks"}[problem.field]
                 yield Problem(field, problem.value, problem.hint, _STAGES)

@@ -330,7 +330,7 @@ def _insist_on_saves(rank: RankResources, done: int) -> None:
     where = f"step {last[-1]}, the last one in a checkpoint" if last else "the beginning: there is no checkpoint"
     hint = f"make room; the same command goes on from {where}"
     raise RunFailed(
-        f"the last {failed} checkpoints could not be written (training.failed_saves), by step {done}; {hint}"
+        f"the last {failed} checkpoints could not be written (training.max_failed_saves), by step {done}; {hint}"
     )
 
 

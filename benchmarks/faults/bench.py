@@ -24,8 +24,8 @@ STEPS, CHECKPOINT_EVERY = 60, 5
 SEQUENCE, BATCH = 16, 2
 CLI = [sys.executable, "-m", "shoestring.launch.cli"]
 SMALL = [
-    *("experiment=quickstart", "topology=single", "schedule=one_f_one_b", "schedule.micro_batch=1"),
-    *(f"training.sequence_length={SEQUENCE}", f"training.global_batch={BATCH}", "training.device=cpu"),
+    *("experiment=quickstart", "topology=single", "schedule=one_f_one_b", "schedule.micro_batch_size=1"),
+    *(f"training.sequence_length={SEQUENCE}", f"training.global_batch_size={BATCH}", "training.device=cpu"),
     *(f"training.tokens={STEPS * SEQUENCE * BATCH}", "training.sample_tokens=0", "training.evaluate_every=0"),
     *(f"training.checkpoint_every={CHECKPOINT_EVERY}", "telemetry.wandb.mode=disabled", "telemetry.log_every=1"),
     *(
@@ -42,7 +42,7 @@ SMALL = [
         "model.num_attention_heads=2",
         "model.vocab_size=300",
     ),
-    *("data.vocabulary=300", "data.validation=[v]", "budget.stop_at=null"),
+    *("data.vocab_size=300", "data.validation=[v]", "budget.stop_at=null"),
     "training.collective_timeout_seconds=10",
 ]
 SECONDS = 240

@@ -209,7 +209,7 @@ def writes_fail_for_a_while(error: str, which: str, words: str) -> Inject:
 
     def inject(bench: Bench, row: Row, place: Path) -> None:
         folder, flag = failing_writes(place, error, which)
-        launch = bench.start(place / "run", "training.failed_saves=1000", site=folder)
+        launch = bench.start(place / "run", "training.max_failed_saves=1000", site=folder)
         launch.reaches(8)
         flag.touch()
         launch.says(words)
@@ -235,7 +235,7 @@ def no_room_at_the_launch(bench: Bench, row: Row, place: Path) -> None:
 def stopped_on_a_full_disk(bench: Bench, row: Row, place: Path) -> None:
     """H3: exit codes hold."""
     with small_disk(place / "disk", 64 * 2**20) as disk:
-        launch = bench.start(disk / "run", "training.failed_saves=1000")
+        launch = bench.start(disk / "run", "training.max_failed_saves=1000")
         launch.reaches(8)
         fill(disk / "filler")
         launch.signal(signal.SIGTERM)
@@ -249,7 +249,7 @@ def stopped_on_a_full_disk(bench: Bench, row: Row, place: Path) -> None:
 def no_save_succeeds(bench: Bench, row: Row, place: Path) -> None:
     """H4."""
     launch = bench.start(place / "run", shell=f"ulimit -f {bench.largest_file() // 2 // 1024}")
-    row.told(launch.wait(), 1, "training.failed_saves")
+    row.told(launch.wait(), 1, "training.max_failed_saves")
     row.insist(launch.steps < STEPS, "it has trained to its end")
     bench.finish(row, place / "run")
 
@@ -258,7 +258,7 @@ def saves_of_one_rank_fail(bench: Bench, row: Row, place: Path) -> None:
     """H4 on the last rank alone: the others must not take its save for one."""
     folder, flag = failing_writes(place, "EIO", f"{SAVES} and os.environ.get('RANK') == '{bench.ep - 1}'")
     flag.touch()
-    row.told(bench.start(place / "run", site=folder).wait(), 1, "training.failed_saves")
+    row.told(bench.start(place / "run", site=folder).wait(), 1, "training.max_failed_saves")
     row.insist(not list((place / "run").glob("checkpoints/step_????????")), "a checkpoint lacks a rank")
     bench.finish(row, place / "run")
 
@@ -569,10 +569,10 @@ INJECTIONS = (
     Injection(
         *("M7", "edp=512, hidden=1e9, layers=1e7, batch=1e30", "refused, exit 2"),
         impossible_sizes(
-            ("topology.edp=512", "training.global_batch=512"),
+            ("topology.edp=512", "training.global_batch_size=512"),
             ("model.hidden_size=1000000000", "model.n_routed_experts=100000000"),
             ("model.num_hidden_layers=10000000",),
-            ("training.global_batch=1" + 30 * "0",),
+            ("training.global_batch_size=1" + 30 * "0",),
         ),
     ),
     Injection(

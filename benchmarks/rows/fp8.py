@@ -64,7 +64,7 @@ class Kernel:
 
     @property
     def is_product(self) -> bool:
-        return self.name in ("multiply", "outer")
+        return self.name in ("grouped_gemm", "grouped_wgrad_gemm")
 
 
 def _columns(provider: PrecisionBackend, o: Operands) -> tuple[ColumnwiseFp8Tensor, ColumnwiseFp8Tensor]:
@@ -99,32 +99,32 @@ def _product_flops(o: Operands) -> int:
 
 
 KERNELS = (
-    Kernel("quantize_rows", lambda p, o: lambda: p.quantize_rowwise(o.x_RD, FP32), lambda o: 3 * o.x_RD.numel()),
+    Kernel("quantize_rowwise", lambda p, o: lambda: p.quantize_rowwise(o.x_RD, FP32), lambda o: 3 * o.x_RD.numel()),
     Kernel(
-        "quantize_swiglu_rows",
+        "swiglu_quantize_rowwise",
         lambda p, o: lambda: p.swiglu_quantize_rowwise(o.gate_up_RF, o.gates_R, FP32),
         lambda o: 5 * o.gate_up_RF.numel() // 2,
         has_exp=True,
     ),
     Kernel(
-        "quantize_columns",
+        "quantize_columnwise",
         lambda p, o: lambda: p.quantize_columnwise(o.x_RD, o.rows_L, FP32),
         lambda o: 3 * o.x_RD.numel(),
     ),
     Kernel(
-        "quantize_swiglu_columns",
+        "swiglu_quantize_columnwise",
         lambda p, o: lambda: p.swiglu_quantize_columnwise(o.gate_up_RF, o.gates_R, o.rows_L, FP32),
         lambda o: 5 * o.gate_up_RF.numel() // 2,
         has_exp=True,
     ),
-    Kernel("turn_tiles", _turn, lambda o: 2 * o.x_RD.numel()),
+    Kernel("rowwise_to_columnwise", _turn, lambda o: 2 * o.x_RD.numel()),
     Kernel(
-        "quantize_blocks",
+        "quantize_weight",
         lambda p, o: lambda: p.quantize_weight(o.weight_LND, FP32),
         lambda o: 3 * o.weight_LND.numel(),
     ),
-    Kernel("multiply", _multiply, _product_flops),
-    Kernel("outer", _outer, _product_flops),
+    Kernel("grouped_gemm", _multiply, _product_flops),
+    Kernel("grouped_wgrad_gemm", _outer, _product_flops),
 )
 
 

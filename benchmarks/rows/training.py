@@ -48,8 +48,8 @@ def training_step(machine: Machine) -> Figures:
     """Loss and gradient norm of two steps, so that the second has new weights, then the time of one."""
     ranks = machine.world.size
     ep = math.gcd(ranks, EXPERTS)
-    grid = [f"topology.ep={ep}", f"topology.edp={ranks // ep}", f"training.global_batch={2 * ranks}"]
-    return _step(machine, [*grid, "schedule.micro_batch=2"])
+    grid = [f"topology.ep={ep}", f"topology.edp={ranks // ep}", f"training.global_batch_size={2 * ranks}"]
+    return _step(machine, [*grid, "schedule.micro_batch_size=2"])
 
 
 def pipeline_step(schedule: str, machine: Machine) -> Figures:
@@ -62,7 +62,7 @@ def pipeline_step(schedule: str, machine: Machine) -> Figures:
         raise NotHere("needs two GPUs" if ranks == 1 else "needs an even number of ranks")
     ep = math.gcd(ranks // 2, EXPERTS)
     grid = ["topology.pp=2", f"topology.ep={ep}", f"topology.edp={ranks // 2 // ep}"]
-    batch = [f"training.global_batch={MICRO_BATCHES * ranks // 2}", "schedule.micro_batch=1"]
+    batch = [f"training.global_batch_size={MICRO_BATCHES * ranks // 2}", "schedule.micro_batch_size=1"]
     return _step(machine, [*grid, *batch, f"schedule={schedule}"])
 
 

@@ -104,8 +104,8 @@ def unsupported_config_problems(config: RunConfig) -> Iterator[Problem]:
         hint = "a CPU emulates FP8, and no table prices that; write precision=auto, or price a cluster of GPUs"
         yield Problem("precision.linear", "fp8", hint)
     if precision.fp8_backend == "reference" and not runs_on_cpu(config):
-        hint = "no table prices the emulation on a GPU; write precision.provider=auto"
-        yield Problem("precision.provider", "reference", hint)
+        hint = "no table prices the emulation on a GPU; write precision.fp8_backend=auto"
+        yield Problem("precision.fp8_backend", "reference", hint)
     if config.exchange.check_order:
         hint = "a check before each exchange, which no table prices; write false"
         yield Problem("exchange.check_order", True, hint)

@@ -70,7 +70,7 @@ def _figures(cluster: ClusterConfig) -> Iterator[Assumption]:
 
 def _choices(recipe: ForecastRecipe) -> Iterator[Assumption]:
     yield f"GEMMs in {recipe.precision.value}", "chosen", "precision"
-    yield f"recompute: {recipe.recompute_name}", "chosen", "recompute.parts"
+    yield f"recompute: {recipe.recompute_name}", "chosen", "recompute.modules"
     yield f"exchange: {recipe.exchange_name}", "chosen", "exchange"
     yield f"moments of {recipe.moment_bytes} bytes a parameter", "chosen", "optimizer.moments"
 
@@ -103,7 +103,7 @@ def _of_kernels(config: RunConfig, recipe: ForecastRecipe, shape: LayerWorkload)
     yield "the head's passes over memory are free", "assumed", unfused
     yield "norms and SwiGLU cost the same made again or kept", "assumed", "measured where they are made again"
     if recipe.precision is GemmPrecision.FP8:
-        yield "FP8 kernels as fast as the table's", "assumed", f"precision.provider = {config.precision.fp8_backend}"
+        yield "FP8 kernels as fast as the table's", "assumed", f"precision.fp8_backend = {config.precision.fp8_backend}"
 
 
 def _of_a_cpu() -> Iterator[Assumption]:

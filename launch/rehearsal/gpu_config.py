@@ -54,4 +54,4 @@ def _unknown(config: RunConfig) -> Iterator[Problem]:
         yield Problem("precision.compute", "float32", hint)
     if config.precision.fp8_backend not in ("auto", "triton"):
         hint = "cannot be rehearsed: its kernels need a GPU; write auto or triton"
-        yield Problem("precision.provider", config.precision.fp8_backend, hint)
+        yield Problem("precision.fp8_backend", config.precision.fp8_backend, hint)

@@ -52,7 +52,7 @@ def _blocks(record: RunRecord) -> Iterator[Block]:
 
 def _program(record: RunRecord) -> PipelineProgram | None:
     """The program that the run's configuration describes."""
-    names = "topology.pp", "topology.edp", "topology.ep", "schedule.micro_batch", "training.global_batch"
+    names = "topology.pp", "topology.edp", "topology.ep", "schedule.micro_batch_size", "training.global_batch_size"
     numbers = [record.config_value(name) for name in names]
     if not all(type(number) is int and number > 0 for number in numbers):
         return None

@@ -200,4 +200,4 @@ def _provider_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]
         return
     on_gpu = device != "cpu" and torch.cuda.device_count() >= local_ranks
     for reason in unavailable_reasons(choose_backend(name, on_gpu=on_gpu), on_gpu=on_gpu):
-        yield Problem("precision.provider", name, reason)
+        yield Problem("precision.fp8_backend", name, reason)

@@ -67,7 +67,7 @@ class RendezvousEndpoint:
     node_rank: int
     """Number of this one."""
     timeout_seconds: float
-    """How long to wait: `training.meeting_timeout_seconds`."""
+    """How long to wait: `training.rendezvous_timeout_seconds`."""
 
     @property
     def host_and_port(self) -> str:
@@ -77,7 +77,7 @@ class RendezvousEndpoint:
     @property
     def timeout_text(self) -> str:
         """The limit, with the key that sets it."""
-        return f"{self.timeout_seconds:g} s (training.meeting_timeout_seconds)"
+        return f"{self.timeout_seconds:g} s (training.rendezvous_timeout_seconds)"
 
 
 def master_address_problems(address: str) -> Iterator[Problem]:

@@ -39,8 +39,8 @@ from ..run.rank_environment import (
 )
 
 NOT_RUN_ON_HARDWARE = "not yet run on hardware"
-AUTO_PROVIDER_NOTE = "what precision.provider=auto takes"
-AUTO_ATTENTION_NOTE = "what training.attention=auto takes for DeepSeek-V3"
+AUTO_PROVIDER_NOTE = "what precision.fp8_backend=auto takes"
+AUTO_ATTENTION_NOTE = "what training.attention_backend=auto takes for DeepSeek-V3"
 DEEPSEEK_V3_ATTENTION = AttentionShape(
     batch=1, heads=128, sequence_length=4096, qk_head_dim=192, v_head_dim=128, dtype=torch.bfloat16
 )
@@ -102,7 +102,7 @@ def _products() -> Iterator[Implementation]:
 
 
 def _attention() -> Iterator[Implementation]:
-    """Each backend for DeepSeek-V3's heads and length in BF16; `training.attention=auto` takes the first of them."""
+    """Each backend for DeepSeek-V3's heads and length in BF16; `training.attention_backend=auto` takes the first of them."""
     yield Implementation(
         "attention",
         CPU_BACKEND.name,

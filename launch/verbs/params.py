@@ -103,7 +103,7 @@ def _layers(config: RunConfig) -> dict[str, list[SavedActivation]]:
 
 def compose_model_config(overrides: Sequence[str], config_dir: Path | None) -> RunConfig:
     """The model as composed, for figures at the published length unless one is given."""
-    vocabulary = ["data.vocabulary=${model.vocab_size}"]
+    vocabulary = ["data.vocab_size=${model.vocab_size}"]
     length = [f"training.sequence_length={_PUBLISHED_LENGTH}"]
     given = any(text.lstrip("+").startswith(("training.sequence_length=", "experiment=")) for text in overrides)
     return compose_run_config([*vocabulary, *([] if given else length), *overrides], config_dir)

@@ -247,7 +247,7 @@ def _ramp_reason(simulation: SimulatedLayout) -> str:
     """Why the published start of the ramp is illegal."""
     config = simulation.config
     published = replace(config, training=replace(config.training, rampup_start_batch_size=PUBLISHED_INITIAL_BATCH))
-    found = [problem for problem in published.problems() if problem.field == "training.ramp_from"]
+    found = [problem for problem in published.problems() if problem.field == "training.rampup_start_batch_size"]
     return found[0].hint if found else "it is legal on this grid"
 
 

@@ -99,7 +99,7 @@ def test_attention_that_is_a_little_off_is_seen(monkeypatch: pytest.MonkeyPatch)
 def test_experts_that_add_other_gradients_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """`accumulate_grouped_wgrad`, which only training's own backward calls."""
     assert compute.grouped_empty(CPU)
-    monkeypatch.setattr(experts, "add_grouped_outer", lambda weight, grad, x, rows: None)
+    monkeypatch.setattr(experts, "accumulate_grouped_wgrad", lambda weight, grad, x, rows: None)
     with pytest.raises(Wrong, match="weight gradient in FP32"):
         compute.grouped_empty(CPU)
 

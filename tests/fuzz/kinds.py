@@ -30,7 +30,7 @@ FILE_SHARE = 0.08
 def data_overrides(root: Path) -> list[str]:
     """Of the corpus and the prepared data under `root`."""
     data = [f"data.corpus={root / 'corpus'}", f"data.prepared={root / 'prepared'}", "data.validation=[v]"]
-    return [*data, "data.vocabulary=300", "model.vocab_size=300"]
+    return [*data, "data.vocab_size=300", "model.vocab_size=300"]
 
 
 @dataclass(frozen=True)
@@ -456,10 +456,10 @@ def corpus(random: Random, seeds: Path, folder: Path) -> Input:
         mutate_file(random, base / name)
     wrong = random.choice(
         [
-            "data.vocabulary=100000 model.vocab_size=100000",
+            "data.vocab_size=100000 model.vocab_size=100000",
             "data.validation=[a,v,w]",
             "data.validation=[x]",
-            "data.vocabulary=4e9",
+            "data.vocab_size=4e9",
             "data.corpus=/no",
         ]
     )

@@ -14,16 +14,16 @@ SMALL = (
     "topology.pp=1",
     "topology.ep=2",
     "model.vocab_size=512",
-    "data.vocabulary=512",
+    "data.vocab_size=512",
     "model.num_hidden_layers=2",
     "model.hidden_size=32",
     f"training.sequence_length={SEQUENCE}",
-    f"training.global_batch={BATCH}",
+    f"training.global_batch_size={BATCH}",
     "training.evaluate_every=0",
     "training.sample_tokens=0",
     "training.device=cpu",
     "budget.stop_at=null",  # runs that never end by themselves must not be stopped for what they would cost
-    "schedule.micro_batch=2",
+    "schedule.micro_batch_size=2",
 )
 
 

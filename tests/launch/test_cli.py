@@ -71,7 +71,7 @@ def test_a_signal_in_the_first_seconds_ends_with_a_line_and_its_code(
         signal.raise_signal(number)
         return 0
 
-    monkeypatch.setattr(cli, "parse", lambda arguments: argparse.Namespace(verb=verb, run=be_stopped))
+    monkeypatch.setattr(cli, "parse_arguments", lambda arguments: argparse.Namespace(verb=verb, run=be_stopped))
     with pytest.raises(SystemExit) as ended:
         main([])
     assert ended.value.code == code

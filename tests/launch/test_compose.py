@@ -21,8 +21,8 @@ EXPERIMENTS = [choice for group, choice in FILES if group == "experiment"]
 MODELS = [choice for group, choice in FILES if group == "model"]
 # A group's file alone beside the default model: what the two must agree on follows it.
 COMPANIONS = {
-    "model": "data.vocabulary=${model.vocab_size}",
-    "data": "model.vocab_size=${data.vocabulary}",
+    "model": "data.vocab_size=${model.vocab_size}",
+    "data": "model.vocab_size=${data.vocab_size}",
     "schedule": "topology.pp=2",
 }
 
@@ -60,7 +60,7 @@ def test_every_experiment_makes_a_run(experiment: str) -> None:
 
 @pytest.mark.parametrize("experiment", sorted(REFUSED))
 def test_an_experiment_that_cannot_be_is_refused(experiment: str) -> None:
-    assert set(refused(compose_run_config, [f"experiment={experiment}"])) == {"training.ramp_from"}
+    assert set(refused(compose_run_config, [f"experiment={experiment}"])) == {"training.rampup_start_batch_size"}
 
 
 def test_every_group_of_files_is_a_part_of_the_run() -> None:
@@ -84,7 +84,7 @@ def test_values_of_many_kinds() -> None:
     config = compose_run_config(
         [
             "training.tokens=1e6",
-            "training.mtp_weight={0: 0.3, 10e12: 0.1}",
+            "training.mtp_loss_scaling_factor={0: 0.3, 10e12: 0.1}",
             "optimizer.weight_decay=0",
             "model.q_lora_rank=null",
             "model.rope_scaling.factor=8",
@@ -120,8 +120,8 @@ def test_values_of_many_kinds() -> None:
         ("precision.compute=32", "precision.compute", "must be text"),
         ("data.validation=hamlet", "data.validation", r"must be a list: \[a, b\]"),
         ("data.validation=[hamlet, 1]", r"data.validation[1]", "must be text"),
-        ("training.mtp_weight=0.3", "training.mtp_weight", "must be a mapping"),
-        ("training.mtp_weight={0: a}", "training.mtp_weight.0", "must be a finite number"),
+        ("training.mtp_loss_scaling_factor=0.3", "training.mtp_loss_scaling_factor", "must be a mapping"),
+        ("training.mtp_loss_scaling_factor={0: a}", "training.mtp_weight.0", "must be a finite number"),
         ("training=3", "training", "must be a group of keys"),
         ("model=tinny", "model", f"did you mean tiny\\? there are: {', '.join(MODELS)}"),
         ("model={hidden: 3}", "model", f"no such file; there are: {', '.join(MODELS)}"),
@@ -175,9 +175,9 @@ def test_mistakes_of_every_kind_are_refused_together(tmp_path: Path) -> None:
 
 
 def test_impossible_values_of_several_parts_are_refused_together() -> None:
-    overrides = ["model.n_group=3", "precision.compute=int8", "training.mtp_weight={5: 0.1}", "budget.gpu_hours=0"]
+    overrides = ["model.n_group=3", "precision.compute=int8", "training.mtp_loss_scaling_factor={5: 0.1}", "budget.gpu_hours=0"]
     problems = refused(compose_run_config, overrides)
-    assert problems.keys() == {"model.n_group", "precision.compute", "training.mtp_weight", "budget.gpu_hours"}
+    assert problems.keys() == {"model.n_group", "precision.compute", "training.mtp_loss_scaling_factor", "budget.gpu_hours"}
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_impossible_values_of_several_parts_are_refused_together() -> None:
     [
         ("model.hiden=3 topology.ep=5 training.device=tpu", {"model.hiden", "topology.ep", "training.device"}),
         (
-            "model.num_experts_per_tok=99 topology.ep=3 training.global_batch=7",
+            "model.num_experts_per_tok=99 topology.ep=3 training.global_batch_size=7",
             {"model.num_experts_per_tok", "topology.ep"},
         ),
         ("training.seed=many model.n_group=5 budget.phase=nap", {"training.seed", "model.n_group", "budget.phase"}),
@@ -195,7 +195,7 @@ def test_impossible_values_of_several_parts_are_refused_together() -> None:
 )
 def test_unreadable_and_impossible_values_are_refused_together(overrides: str, fields: set[str]) -> None:
     # 5 and 3 ranks do not share the global batch either.
-    shared = {"training.global_batch"} if "topology.ep" in fields else set()
+    shared = {"training.global_batch_size"} if "topology.ep" in fields else set()
     assert refused(compose_run_config, overrides.split()).keys() == fields | shared
 
 
@@ -203,24 +203,24 @@ def test_unreadable_and_impossible_values_are_refused_together(overrides: str, f
     ("overrides", "field"),
     [
         # Of 16 experts, the default: 18 or 30 are meant.
-        ("model.experst=18 topology.ep=32 training.global_batch=32", "model.experst"),
-        ("model.n_routed_experts=30.5 topology.ep=32 training.global_batch=32", "model.n_routed_experts"),
-        ("model.blocks=3 topology.ep=32 training.global_batch=32", "model.blocks"),
+        ("model.experst=18 topology.ep=32 training.global_batch_size=32", "model.experst"),
+        ("model.n_routed_experts=30.5 topology.ep=32 training.global_batch_size=32", "model.n_routed_experts"),
+        ("model.blocks=3 topology.ep=32 training.global_batch_size=32", "model.blocks"),
         # Of 16 sequences and micro-batches of one.
-        ("training.global_batch=many topology.edp=5", "training.global_batch"),
+        ("training.global_batch_size=many topology.edp=5", "training.global_batch_size"),
         (
-            "schedule.micro_batch=half training.global_batch=3 topology.ep=2 model.n_routed_experts=64",
-            "schedule.micro_batch",
+            "schedule.micro_batch_size=half training.global_batch_size=3 topology.ep=2 model.n_routed_experts=64",
+            "schedule.micro_batch_size",
         ),
         ("training=3 topology.edp=5", "training"),
         ("optimizer.constant_tokens=long optimizer.decay_tokens=5", "optimizer.constant_tokens"),
         ("topology=two topology.edp=5", "topology"),
-        ("topology topology.edp=5 training.global_batch=15", "command line"),
-        ("experiment=mine data.vocabulary=4096 topology.ep=16", "experiment"),
-        ("experiment data.vocabulary=4096 topology.ep=16", "command line"),
-        ("=4 data.vocabulary=4096", "command line"),
-        ("data.vocabulary=big model.vocab_size=4096", "data.vocabulary"),
-        ("model=large data.vocabulary=4096", "model"),
+        ("topology topology.edp=5 training.global_batch_size=15", "command line"),
+        ("experiment=mine data.vocab_size=4096 topology.ep=16", "experiment"),
+        ("experiment data.vocab_size=4096 topology.ep=16", "command line"),
+        ("=4 data.vocab_size=4096", "command line"),
+        ("data.vocab_size=big model.vocab_size=4096", "data.vocab_size"),
+        ("model=large data.vocab_size=4096", "model"),
     ],
 )
 def test_a_default_in_place_of_an_unreadable_value_accuses_nobody(overrides: str, field: str) -> None:

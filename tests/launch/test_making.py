@@ -40,7 +40,7 @@ def prepare(root: Path) -> int:
     (corpus := root / "corpus").mkdir()
     for name in ("alpha", "held"):
         (corpus / f"{name}.txt").write_text("The owl and the pussycat went to sea in a beautiful pea-green boat. " * 20)
-    sizes = ("data.vocabulary=300", "model.vocab_size=300", "data.validation=[held]")
+    sizes = ("data.vocab_size=300", "model.vocab_size=300", "data.validation=[held]")
     options = parse_arguments(["data", "prepare", f"data.corpus={corpus}", f"data.prepared={root}/made/data", *sizes])
     code: int = options.run(options)
     return code
@@ -77,7 +77,7 @@ def test_a_signal_leaves_nothing_half_made(
 ) -> None:
     export_to(store, tmp_path / "released")
     before = signal.getsignal(number)
-    monkeypatch.setattr(convert, "tell", killing(number, "tensors|up to"))
+    monkeypatch.setattr(convert, "print_to_stdout", killing(number, "tensors|up to"))
     monkeypatch.setattr(say, "print_to_stdout", killing(number, "^train:"))
     ended_by(number, lambda: export_to(store, tmp_path / "out"))
     ended_by(number, lambda: import_command(tmp_path / "released", tmp_path / "imported"))

@@ -105,7 +105,7 @@ def test_a_preparation_outlives_its_terminal(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.txt").write_text(" ".join(f"word{index * 7919 % 211}" for index in range(2000)))
     (tmp_path / "corpus" / "v.txt").write_text("To talk of many things. " * 40)
-    data = ["data.corpus=corpus", "'data.validation=[v]'", "data.vocabulary=300", "model.vocab_size=300"]
+    data = ["data.corpus=corpus", "'data.validation=[v]'", "data.vocab_size=300", "model.vocab_size=300"]
     command = " ".join([sys.executable, "-m", "shoestring.launch.cli", "data", "prepare", *SMALL[:1], *data])
     for name, view in (("pipe", "| head -n 1"), ("full", "> /dev/full")):
         ended = bash(f"{command} data.prepared={name} {view}; exit ${{PIPESTATUS[0]}}", tmp_path)

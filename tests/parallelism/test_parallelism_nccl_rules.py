@@ -66,7 +66,7 @@ def test_programs_of_other_batches_and_of_evaluation_meet_no_other_ranks(schedul
 
 
 def test_an_engine_connects_what_its_configuration_communicates_over() -> None:
-    pipeline = ["topology.pp=2", "model.num_hidden_layers=4", "training.global_batch=16"]
+    pipeline = ["topology.pp=2", "model.num_hidden_layers=4", "training.global_batch_size=16"]
     overrides = [*SMALL, *pipeline, "exchange=two_hop", "topology.gpus_per_node=1"]
     first, *others = run_processes(4, open_and_step, overrides)
     assert others == [first] * 3

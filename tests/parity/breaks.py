@@ -124,7 +124,7 @@ def leave_out_other_shards() -> Patch:
         own = float(share.grad_square_sum)  # the sum replaces it
         return replace(all_reduce_step_totals(share, routers, experts, world), grad_square_sum=own)
 
-    return patch.object(step_module, "sum_over_ranks", own_squares)
+    return patch.object(step_module, "all_reduce_step_totals", own_squares)
 
 
 def count_padding() -> Patch:
@@ -149,7 +149,7 @@ def count_own_tokens() -> Patch:
             all_reduce_step_totals(share, routers, experts, world), tokens_per_expert_E=dict(share.tokens_per_expert_E)
         )
 
-    return patch.object(step_module, "sum_over_ranks", own_counts)
+    return patch.object(step_module, "all_reduce_step_totals", own_counts)
 
 
 def flip_bias() -> Patch:
@@ -158,7 +158,7 @@ def flip_bias() -> Patch:
     def flipped(bias_E: Tensor, counts_E: Tensor, speed: float) -> None:
         update_router_bias(bias_E, counts_E, -speed)
 
-    return patch.object(step_module, "update_bias", flipped)
+    return patch.object(step_module, "update_router_bias", flipped)
 
 
 def put_bias_into_gates() -> Patch:

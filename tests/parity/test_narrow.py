@@ -23,7 +23,7 @@ def three_steps(world: World, kept_wide: bool) -> tuple[list[StepOutcome], dict[
     """And what the weights are kept in."""
     stages = LAYOUT.stages
     groups = ProcessGroups.create(LAYOUT.topology, world.rank, timedelta(seconds=60), stages.replica_pp_groups())
-    everything = patch.object(Model, "wide_parameter_names", lambda self: {name for name, _ in self.named_parameters()})
+    everything = patch.object(Model, "fp32_parameter_names", lambda self: {name for name, _ in self.named_parameters()})
     with (
         closing(build_async_communicator(groups.ep, torch.device("cpu"))) as worker,
         everything if kept_wide else nullcontext(),

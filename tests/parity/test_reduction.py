@@ -76,7 +76,7 @@ def with_one_nan(world: World, break_name: str | None) -> tuple[str, bool, float
         stepper, reducer = build(layout, stages, groups, worker)
         before = [bucket.weights_N.clone() for bucket in reducer.buckets]
         broken = nullcontext() if break_name is None else BREAKS[break_name].apply()
-        with broken, patch.object(GradientReducer, "after", spoilt):
+        with broken, patch.object(GradientReducer, "after_instruction", spoilt):
             try:
                 take_step(stepper, reducer, layout, 0, world.rank)
                 stepper.optimizer.wait_for_weights()  # for the other rank's weights

@@ -82,7 +82,7 @@ def train_on(world: World, tree: dict[str, Any]) -> Share:
         ranks.append(build_rank_resources(*arguments))
         return ranks[-1]
 
-    with patch.object(loop, "build_rank", build_and_keep):
+    with patch.object(loop, "build_rank_resources", build_and_keep):
         attempt = f"{world.size} ranks to {config.training.tokens}"  # a launch has as many ranks to its end
         loop.train(config, groups_of(world, config), torch.device("cpu"), attempt)
     return share_of(ranks[0].local_checkpoint_pieces())

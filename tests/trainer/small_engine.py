@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 def tiny() -> RunConfig:
     return compose_run_config(
-        ["model=tiny", "schedule=dualpipev", "training.sequence_length=16", "training.global_batch=2"]
+        ["model=tiny", "schedule=dualpipev", "training.sequence_length=16", "training.global_batch_size=2"]
     )
 
 

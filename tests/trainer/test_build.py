@@ -13,7 +13,7 @@ from shoestring.tests.trainer.small_engine import opened, tiny
 
 def test_an_engine_warms_up_where_there_are_streams_and_not_on_plain_gloo() -> None:
     for streams, times in ((QueuedStreams(), 1), (None, 0)):
-        with patch("shoestring.trainer.build.warm_up") as warm:
+        with patch("shoestring.trainer.build.warm_up_step") as warm:
             opened(tiny(), streams=streams).close()
         assert warm.call_count == times
 

@@ -32,7 +32,7 @@ def changed(tree: Mapping[str, object], values: Mapping[str, object]) -> dict[st
     return copy
 
 
-OF_THREE = {"topology.gpus_per_node": 3, "training.global_batch": 15}
+OF_THREE = {"topology.gpus_per_node": 3, "training.global_batch_size": 15}
 """Beside ep = 3: what that fits into."""
 
 
@@ -75,20 +75,20 @@ ZERO_IS_NOTHING = {
     "optimizer.beta2",
     "optimizer.weight_decay",
     "training.seed",
-    "training.balance_weight",
+    "training.seq_aux_loss_coeff",
     "training.mtp_weight.0",
     "training.bias_speed.0",
     "training.evaluate_every",
     "training.checkpoint_every",
     "training.sample_tokens",
-    "training.ramp_tokens",
+    "training.rampup_tokens",
 }
 
 
 def test_zero_is_refused_where_it_means_nothing(tree: dict[str, object]) -> None:
     allowed = {path for path in numbers(tree) if not path.endswith(".0") and not problems(tree, {path: 0})}
     assert allowed == {path for path in ZERO_IS_NOTHING if not path.endswith(".0")}
-    assert problems(tree, {"training.mtp_weight": {0: 0.0}, "training.bias_speed": {0: 0.0}}) == {}
+    assert problems(tree, {"training.mtp_loss_scaling_factor": {0: 0.0}, "training.router_bias_update_rate": {0: 0.0}}) == {}
 
 
 @pytest.mark.parametrize(
@@ -116,35 +116,35 @@ def test_zero_is_refused_where_it_means_nothing(tree: dict[str, object]) -> None
         ({"exchange.name": "two_hops"}, "exchange.name", "no such exchange; there are: flat, two_hop, deepep"),
         ({"precision.compute": "fp8"}, "precision.compute", "must be auto, float32, bfloat16, float64"),
         ({"precision.linear": "fp9"}, "precision.linear", "must be native or fp8"),
-        ({"precision.provider": "cuda"}, "precision.provider", "must be auto, triton, torch, te, reference"),
-        ({"precision.scales": "int8"}, "precision.scales", "must be fp32 or power_of_two"),
-        ({"precision.provider": "reference"}, "precision.provider", "write linear=fp8 too"),
-        ({"precision.scales": "power_of_two"}, "precision.scales", "write linear=fp8 too"),
+        ({"precision.fp8_backend": "cuda"}, "precision.fp8_backend", "must be auto, triton, torch, te, reference"),
+        ({"precision.fp8_scale_format": "int8"}, "precision.fp8_scale_format", "must be fp32 or power_of_two"),
+        ({"precision.fp8_backend": "reference"}, "precision.fp8_backend", "write linear=fp8 too"),
+        ({"precision.fp8_scale_format": "power_of_two"}, "precision.fp8_scale_format", "write linear=fp8 too"),
         ({"optimizer.beta2": 1.0}, "optimizer.beta2", "less than 1"),
         ({"optimizer.final_learning_rate": 1.0}, "optimizer.final_learning_rate", "at most peak_learning_rate"),
         ({"schedule.name": "sequential"}, "schedule.name", "no such schedule; there are: gpipe, one_f_one_b"),
         ({"schedule.name": "dualpipe", "topology.pp": 3}, "topology.pp", "even"),
-        ({"schedule.layout": [4, 1]}, "schedule.layout", "2 stages"),
+        ({"schedule.layers_per_stage": [4, 1]}, "schedule.layers_per_stage", "2 stages"),
         ({"data.corpus": ""}, "data.corpus", "must name a directory"),
         ({"data.prepared": ""}, "data.prepared", "must name a directory"),
         ({"data.prepared": "/"}, "data.prepared", "must name a directory"),
-        ({"data.vocabulary": 257}, "data.vocabulary", "must be at least 258: 256 bytes and two special tokens"),
-        ({"data.vocabulary": 2**32 + 1}, "data.vocabulary", "32 bits"),
+        ({"data.vocab_size": 257}, "data.vocab_size", "must be at least 258: 256 bytes and two special tokens"),
+        ({"data.vocab_size": 2**32 + 1}, "data.vocab_size", "32 bits"),
         ({"data.validation": []}, "data.validation", "at least one work"),
         ({"data.validation": ["hamlet", "hamlet"]}, "data.validation", "twice"),
         ({"budget.phase": "later"}, "budget.phase", "pre_train, context_extension, post_training"),
         ({"training.device": "tpu"}, "training.device", "must be auto, cpu or cuda"),
         ({"training.run_dir": ""}, "training.run_dir", "must name a directory"),
         ({"training.sample_prompt": ""}, "training.sample_prompt", "write training.sample_tokens=0"),
-        ({"training.mtp_weight": {}}, "training.mtp_weight", "from the start: {0: "),
-        ({"training.mtp_weight": {1000: 0.1}}, "training.mtp_weight", "from the start: {0: "),
-        ({"training.bias_speed": {0: 0.1, -5: 0.2}}, "training.bias_speed", "must be at least 0"),
+        ({"training.mtp_loss_scaling_factor": {}}, "training.mtp_loss_scaling_factor", "from the start: {0: "),
+        ({"training.mtp_loss_scaling_factor": {1000: 0.1}}, "training.mtp_loss_scaling_factor", "from the start: {0: "),
+        ({"training.router_bias_update_rate": {0: 0.1, -5: 0.2}}, "training.router_bias_update_rate", "must be at least 0"),
         ({"telemetry.wandb.mode": "on"}, "telemetry.wandb.mode", "offline, online, disabled"),
         ({"telemetry.wandb.project": ""}, "telemetry.wandb.project", "must not be empty"),
         # What two parts of a run must agree on.
         ({"topology.ep": 3, **OF_THREE}, "topology.ep", "must divide model.n_routed_experts = 16"),
-        ({"topology.ep": 3, "training.global_batch": 15}, "topology.ep", "must divide gpus_per_node = 8"),
-        ({"data.vocabulary": 4096}, "data.vocabulary", "must equal model.vocab_size = 2048"),
+        ({"topology.ep": 3, "training.global_batch_size": 15}, "topology.ep", "must divide gpus_per_node = 8"),
+        ({"data.vocab_size": 4096}, "data.vocab_size", "must equal model.vocab_size = 2048"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -158,22 +158,22 @@ def test_what_is_impossible(tree: dict[str, object], values: dict[str, object], 
 def test_the_global_batch_is_a_multiple_of_what_all_ranks_take(
     tree: dict[str, object], global_batch: int, nearest: int
 ) -> None:
-    layout = {"topology.edp": 3, "topology.ep": 4, "schedule.micro_batch": 2}
-    found = problems(tree, {**layout, "training.global_batch": global_batch})
-    assert found.keys() == {"training.global_batch"}
+    layout = {"topology.edp": 3, "topology.ep": 4, "schedule.micro_batch_size": 2}
+    found = problems(tree, {**layout, "training.global_batch_size": global_batch})
+    assert found.keys() == {"training.global_batch_size"}
     assert f"must be a multiple of 24 (edp x ep x micro_batch = 3 x 4 x 2); the nearest is {nearest}" in str(found)
-    assert problems(tree, {**layout, "training.global_batch": nearest}) == {}
+    assert problems(tree, {**layout, "training.global_batch_size": nearest}) == {}
 
 
 def test_parts_that_do_not_agree_are_named_together(tree: dict[str, object]) -> None:
-    found = problems(tree, {"topology.ep": 3, **OF_THREE, "training.global_batch": 16, "data.vocabulary": 4096})
-    assert found.keys() == {"topology.ep", "training.global_batch", "data.vocabulary"}
+    found = problems(tree, {"topology.ep": 3, **OF_THREE, "training.global_batch_size": 16, "data.vocab_size": 4096})
+    assert found.keys() == {"topology.ep", "training.global_batch_size", "data.vocab_size"}
 
 
 def test_a_value_that_is_impossible_on_its_own_hides_nothing_and_judges_nothing(tree: dict[str, object]) -> None:
-    wrong = {"topology.ep": 0, "model.num_experts_per_tok": 99, "training.device": "tpu", "training.global_batch": 7}
+    wrong = {"topology.ep": 0, "model.num_experts_per_tok": 99, "training.device": "tpu", "training.global_batch_size": 7}
     assert problems(tree, wrong).keys() == {"topology.ep", "model.num_experts_per_tok", "training.device"}
-    assert "training.global_batch" in problems(tree, {**wrong, "topology.ep": 2})
+    assert "training.global_batch_size" in problems(tree, {**wrong, "topology.ep": 2})
     assert problems(
         tree, {"model.n_routed_experts": 0, "model.topk_group": 9, "model.first_k_dense_replace": 9}
     ).keys() == {
@@ -186,8 +186,8 @@ def test_a_value_that_is_impossible_on_its_own_hides_nothing_and_judges_nothing(
         "model.num_experts_per_tok",
     }
     assert problems(
-        tree, {"data.vocabulary": 5, "model.moe_intermediate_size": 92, "precision.compute": "fp8"}
+        tree, {"data.vocab_size": 5, "model.moe_intermediate_size": 92, "precision.compute": "fp8"}
     ).keys() == {
-        "data.vocabulary",
+        "data.vocab_size",
         "precision.compute",
     }

@@ -179,7 +179,7 @@ def test_a_run_goes_on_in_the_middle_of_a_batch_ramp(root: Path, tmp_path: Path)
     assert len(losses(again)) == 6
     run(root, first, "alone", 0, **whole_run)
     assert losses(first) == pytest.approx(losses(again), rel=1e-5)
-    with pytest.raises(RanksFailed, match=r"training.ramp_step = 8: the checkpoint of step 6 has 4"):
+    with pytest.raises(RanksFailed, match=r"training.rampup_batch_size_increment = 8: the checkpoint of step 6 has 4"):
         run(root, again, "pp2 mirrored", 0, **(whole_run | {"ramp_step": 8, "tokens": 104 * LENGTH}))
 
 
@@ -225,7 +225,7 @@ def train_where_files_cannot_be_opened(world: World, tree: dict[str, Any]) -> st
             raise OSError(errno.EMFILE, "Too many open files", str(path))
         return real(path, *what)
 
-    with patch.object(opened, "read_at", read), pytest.raises(RunFailed) as failed:
+    with patch.object(opened, "read_tensor_at", read), pytest.raises(RunFailed) as failed:
         train_on(world, tree)
     return str(failed.value)
 
@@ -249,7 +249,7 @@ def full_disk(steps: tuple[int, ...]) -> Iterator[None]:
             raise OSError(errno.ENOSPC, "No space left on device", str(directory))
         real(directory, name, pieces)
 
-    with patch.object(saver, "write_share", write):
+    with patch.object(saver, "write_rank_file", write):
         yield
 
 

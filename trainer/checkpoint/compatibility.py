@@ -17,8 +17,8 @@ from .pieces import MODEL_STATE
 
 _FIXED = (
     *("model", "precision", "optimizer.moments", "optimizer.ema_decay"),
-    *("training.seed", "training.sequence_length", "training.global_batch"),
-    *("training.ramp_from", "training.ramp_step", "training.ramp_tokens"),
+    *("training.seed", "training.sequence_length", "training.global_batch_size"),
+    *("training.rampup_start_batch_size", "training.rampup_batch_size_increment", "training.rampup_tokens"),
 )
 """What shapes, dtypes or positions in the data depend on. The rest may change when a run goes on: the grid of ranks,
 the schedule, rates and weights of the loss, the size of micro-batches, how often to look, how far to go."""

@@ -51,7 +51,7 @@ def scan_corpus(config: DataConfig) -> tuple[CorpusFile, ...]:
     most = MIN_VOCAB_SIZE + sum(source.bytes for source in sources if source.split == "train")
     if config.vocab_size > most:  # before the trainer of the tokenizer reserves memory for all entries
         hint = f"cannot be reached: the training text gives {most} entries at most; add text or ask for less"
-        raise ConfigError([Problem("data.vocabulary", config.vocab_size, hint)])
+        raise ConfigError([Problem("data.vocab_size", config.vocab_size, hint)])
     return tuple(sources)
 
 

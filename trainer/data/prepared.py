@@ -66,7 +66,7 @@ def open_prepared_data(config: DataConfig) -> PreparedData:
     problems = []
     if config.vocab_size != manifest.vocabulary:
         hint = f"{config.prepared} was prepared with {manifest.vocabulary}; use that, or another data.prepared"
-        problems.append(Problem("data.vocabulary", config.vocab_size, hint))
+        problems.append(Problem("data.vocab_size", config.vocab_size, hint))
     held_out = tuple(source.work for source in manifest.sources if source.split == "validation")
     if set(config.validation) != set(held_out):
         hint = f"{config.prepared} was prepared with {', '.join(held_out)} held out; use that, or another data.prepared"

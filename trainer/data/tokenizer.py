@@ -80,7 +80,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     tokenizer = Tokenizer.from_bpe(bpe)
     if tokenizer.vocab_size != vocabulary:
         hint = f"cannot be reached: the training text gives {tokenizer.vocab_size} entries; ask for at most that"
-        raise ConfigError([Problem("data.vocabulary", vocabulary, hint)])
+        raise ConfigError([Problem("data.vocab_size", vocabulary, hint)])
     return tokenizer
 
 

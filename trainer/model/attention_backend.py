@@ -1,4 +1,4 @@
-"""Which kernel computes attention: named by `training.attention`, or chosen once at the start; then it is pinned.
+"""Which kernel computes attention: named by `training.attention_backend`, or chosen once at the start; then it is pinned.
 
 `F.scaled_dot_product_attention` chooses anew in every call and does not say what it took: with an older cuDNN it takes
 a kernel for SM80 at widths of 192 and 128, about three times as slow on Hopper, and where no kernel serves, the product
@@ -30,7 +30,7 @@ from .cpu_attention import causal_attention
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """Causal attention of q [B, H, S, W], k [B, H, S, W], v [B, H, S, V] and the scale of scores: [B, H, S, V]."""
 
-CONFIG_KEY = "training.attention"
+CONFIG_KEY = "training.attention_backend"
 MATH_MAX_SCORE_BYTES = 1_000_000_000
 """Bytes of the scores of one layer and micro-batch that `math` may take on a GPU."""
 
@@ -87,7 +87,7 @@ class AttentionBackend:
     """One way to compute attention."""
 
     name: str
-    """In `training.attention`."""
+    """In `training.attention_backend`."""
     core_attention: AttentionFunction
     description: str
     """What it runs."""
@@ -164,7 +164,7 @@ def unsupported_shape_reasons(name: str, case: AttentionShape) -> Iterator[str]:
     numbers = str(case.dtype).removeprefix("torch.")
     if name in ("cudnn", "flash3"):
         if case.dtype not in _HALF:
-            yield f"it computes in BF16 and FP16 and the run in {numbers}; write training.attention=auto"
+            yield f"it computes in BF16 and FP16 and the run in {numbers}; write training.attention_backend=auto"
         if any(width % 8 for width in widths):
             yield f"its heads have widths that are multiples of 8, and the model's are {_pair(widths)}"
     if name == "cudnn":
@@ -176,7 +176,7 @@ def unsupported_shape_reasons(name: str, case: AttentionShape) -> Iterator[str]:
         yield f"it serves widths of 192/128, and equal ones up to 256, and the model's are {_pair(widths)}"
     if name == "efficient":
         if case.dtype == torch.float64:
-            yield "it does not compute in float64; write training.attention=math"
+            yield "it does not compute in float64; write training.attention_backend=math"
         step = 8 if case.dtype in _HALF else 4
         if any(width % step for width in widths):
             yield f"in {numbers} its heads have widths that are multiples of {step}, the model's are {_pair(widths)}"
@@ -184,7 +184,7 @@ def unsupported_shape_reasons(name: str, case: AttentionShape) -> Iterator[str]:
         shape = f"{case.batch} x {case.heads} heads x {case.sequence_length}²"
         yield (
             f"the scores of a layer ({shape}) take {case.score_bytes / 1e9:.1f} GB, more than {MATH_MAX_SCORE_BYTES / 1e9:g} GB; "
-            "write training.attention=auto, whose other backends keep none, or a shorter training.sequence_length"
+            "write training.attention_backend=auto, whose other backends keep none, or a shorter training.sequence_length"
         )
 
 

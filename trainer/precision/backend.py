@@ -85,7 +85,7 @@ def unavailable_reasons(name: str, *, on_gpu: bool) -> Iterator[str]:
     if name == "te":
         yield from _missing_of_te(on_gpu=on_gpu)
     if not on_gpu:
-        yield "it needs a Hopper GPU; train on one, or write precision.provider=reference"
+        yield "it needs a Hopper GPU; train on one, or write precision.fp8_backend=reference"
         return
     capability = torch.cuda.get_device_capability()
     if capability != _HOPPER:

@@ -205,7 +205,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    monkeypatch.setattr(deepep, "loaded_nccl", lambda: (2, 30, 4))
+    monkeypatch.setattr(deepep, "loaded_nccl_version", lambda: (2, 30, 4))
     return package
 
 
@@ -231,7 +231,7 @@ def test_what_a_machine_lacks(hopper: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "each of 2 ranks needs a Hopper GPU and training.device is cpu" in remedies(device="cpu")
     assert "each of 3 ranks needs a Hopper GPU and this machine has 2" in remedies(local_ranks=3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9 - index, 0))
-    monkeypatch.setattr(deepep, "loaded_nccl", lambda: (2, 28, 9))
+    monkeypatch.setattr(deepep, "loaded_nccl_version", lambda: (2, 28, 9))
     (hopper / "buffers" / "elastic.py").unlink()
     found = remedies()
     assert "has no ElasticBuffer; build version 2 of github.com/deepseek-ai/DeepEP" in found

@@ -43,8 +43,8 @@ def rehearse(monkeypatch: pytest.MonkeyPatch, run_dir: Path, *behaviors: str, fa
     run_dir.mkdir()
     overrides = [f"training.run_dir={run_dir}", "training.collective_timeout_seconds=1"]
     command = [sys.executable, "-I", "-S", "-c", STAND_IN, str(run_dir / "metrics.jsonl"), *behaviors]
-    monkeypatch.setattr(SimulatedClusterRun, "command", lambda _: command)
-    monkeypatch.setattr(SimulatedClusterRun, "config", lambda _: compose_run_config(overrides))
+    monkeypatch.setattr(SimulatedClusterRun, "node_command", lambda _: command)
+    monkeypatch.setattr(SimulatedClusterRun, "compose_config", lambda _: compose_run_config(overrides))
     monkeypatch.setattr(cluster_run, "_SECONDS_FOR_OTHERS", 0.5)
     monkeypatch.setattr(cluster_run, "_SECONDS_AFTER_FAULT", 0)
     return run_on_simulated_cluster(replace(TWO_NODES, faults=[("--kill-node", text) for text in faults]))

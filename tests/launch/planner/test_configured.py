@@ -37,7 +37,7 @@ def test_the_experiment_is_the_reports_run() -> None:
     [
         "precision=bf16",
         "recompute=nothing",
-        "recompute.parts=[up_projection,attention]",
+        "recompute.modules=[up_projection,attention]",
         "exchange=flat",
         "exchange.dispatch=bf16",
         "exchange=deepep",
@@ -82,7 +82,7 @@ def found(recipe: ForecastRecipe, *overrides: str) -> list[tuple[str, str, str]]
     [
         ("precision=fp32", "precision.compute", "write precision=bf16 or precision=fp8"),
         ("precision=fp64", "precision.compute", "no table prices FP64"),
-        ("precision.provider=reference", "precision.provider", "write precision.provider=auto"),
+        ("precision.fp8_backend=reference", "precision.fp8_backend", "write precision.fp8_backend=auto"),
         ("exchange.check_order=true", "exchange.check_order", "write false"),
         ("training.device=cpu", "training.device", "write auto or cuda"),
         ("topology.gpus_per_node=4", "topology.gpus_per_node", "write topology.gpus_per_node=8"),
@@ -111,7 +111,7 @@ def test_impossible_inputs_are_refused(inputs: dict[str, float], field: str) -> 
 
 
 def test_sms_that_no_table_knows_of_are_refused() -> None:
-    overrides = ["model=deepseek_v3", "data.vocabulary=129280", "cluster=b200", "topology.ep=8", "precision=bf16"]
+    overrides = ["model=deepseek_v3", "data.vocab_size=129280", "cluster=b200", "topology.ep=8", "precision=bf16"]
     config = compose_run_config(overrides)
     assert recipe_from_config(config, {}).comm_sms == 0
     assert "does not say how many SMs were lent" in refused(recipe_from_config, config, {"comm_sms": 20})["--comm-sms"]
@@ -122,7 +122,7 @@ def test_what_to_write_makes_the_layout() -> None:
     recipe = replace(recipe_from_config(config, {}), precision=GemmPrecision.BF16, recompute=RECOMPUTE_NOTHING)
     layout = ParallelLayout(Topology(pp=8, edp=4, ep=64), "dualpipev", 2)
     written = diff_overrides(config, config_with_layout(config, layout, recipe))
-    ramp = ("training.ramp_from=8192", "training.ramp_step=1024")
+    ramp = ("training.rampup_start_batch_size=8192", "training.rampup_batch_size_increment=1024")
     again = compose_run_config([V3, *ramp, *written])
     assert layout_from_config(again) == layout
     assert recipe_from_config(again, {}) == recipe
@@ -147,7 +147,7 @@ def test_no_candidate_makes_gate_up_again_in_fp8_and_runs() -> None:
 def test_a_search_lends_no_exchange_too_few_sms() -> None:
     """Where the configured run has no exchange, `--comm-sms 3` is legal, and layouts that have one are not."""
     grid = ["cluster.nodes=1", "topology.pp=8", "topology.edp=1", "topology.ep=1", "model.num_hidden_layers=8"]
-    batch = ["training.global_batch=64", *(f"training.ramp_{name}" for name in ("from=null", "step=null", "tokens=0"))]
+    batch = ["training.global_batch_size=64", *(f"training.ramp_{name}" for name in ("from=null", "step=null", "tokens=0"))]
     found = plan([V3, *grid, *batch, "model.n_routed_experts=64"], None, 3, {"comm_sms": 3}).search_result
     assert any(reason.startswith("--comm-sms") for reason in found.illegal)
     assert {best.layout.topology.ep for best in found.best_forecasts} <= {1}

@@ -30,7 +30,7 @@ def test_no_fp8_where_the_cluster_has_none() -> None:
 
 def test_a_table_of_another_cluster_measures_nothing_here() -> None:
     compute = ComputeTimeModel.from_cluster(compose_run_config(["cluster=h100"]).cluster, ForecastRecipe())
-    model = compose_run_config(["model=deepseek_v3", "data.vocabulary=129280"]).model
+    model = compose_run_config(["model=deepseek_v3", "data.vocab_size=129280"]).model
     compute.phase_seconds(LayerWorkload(model, 4096, 1, 64), ComputePhase.ATTENTION_F)
     assert compute.coverage.evidence_shares() == {"assumed": 1.0}
     assert weakest_evidence("measured", "assumed", "published") == "assumed"

@@ -66,7 +66,7 @@ def test_what_a_cluster_does_not_say_is_counted_and_never_free() -> None:
     )
     result = search_layouts(forecaster, space.candidates(ForecastRecipe()), 64, max_results=3)
     assert not result.best_forecasts  # at least the dense part has replicas in other nodes
-    assert set(result.missing_figures) == {"cluster.infiniband_gbps does not say enough"}
+    assert set(result.missing_figures) == {"cluster.infiniband_gb_per_second does not say enough"}
 
 
 def test_the_run_has_the_last_word() -> None:

@@ -46,4 +46,4 @@ def rehearse(
 def config_of(log: RankLog) -> RunConfig:
     if log.rank == BF16_RANK:
         return compose_run_config(BF16)
-    return compose_run_config([*FP8, f"training.global_batch={4 * MICRO_BATCHES}"])
+    return compose_run_config([*FP8, f"training.global_batch_size={4 * MICRO_BATCHES}"])

@@ -51,7 +51,7 @@ def message_shape() -> None:
     def faulty(chunk: Chunk, sequences: int, length: int, device: torch.device) -> torch.Tensor:
         return message(chunk, 2 * sequences, length, device)
 
-    mock.patch.object(Chunk, "message", faulty).start()
+    mock.patch.object(Chunk, "empty_activation", faulty).start()
 
 
 def swapped_collectives() -> None:
@@ -78,14 +78,14 @@ def no_send() -> None:
         commits[first] = replace(commits[first], sends=())
         return replace(executor, p2p_batches=tuple(commits))
 
-    mock.patch.object(PipelineExecutor, "of", staticmethod(faulty)).start()
+    mock.patch.object(PipelineExecutor, "from_program", staticmethod(faulty)).start()
 
 
 def no_warm_up() -> None:
     """No pair of pipeline ranks is connected before the step."""
     from shoestring.parallelism.pipeline.executor import PipelineExecutor
 
-    mock.patch.object(PipelineExecutor, "warm_up", return_value=None).start()
+    mock.patch.object(PipelineExecutor, "connect_neighbors", return_value=None).start()
 
 
 FAULTS: dict[str, Callable[[], None]] = {

@@ -15,7 +15,7 @@ from shoestring.launch.verbs.rehearse import rehearse
 from shoestring.trainer.memory.forecast import MemoryPredictor
 
 SMALL = (
-    *("experiment=quickstart", "schedule=one_f_one_b", "schedule.micro_batch=1", "training.global_batch=4"),
+    *("experiment=quickstart", "schedule=one_f_one_b", "schedule.micro_batch_size=1", "training.global_batch_size=4"),
     *("training.sequence_length=32", "model.num_nextn_predict_layers=0"),
 )
 """Two pipeline ranks of two layers each, experts over two ranks; two micro-batches."""
@@ -100,7 +100,7 @@ def test_a_receive_without_a_send_is_named() -> None:
 
 def test_a_layout_that_does_not_fit_is_named() -> None:
     """The GPU has room for what the rank is predicted to need with everything recomputed, and not with nothing."""
-    layout = ("schedule=gpipe", "training.global_batch=8", "training.sequence_length=128")
+    layout = ("schedule=gpipe", "training.global_batch_size=8", "training.sequence_length=128")
     least, most = (
         MemoryPredictor(compose_run_config([*SMALL, *layout, f"recompute={name}"]), torch.device("cuda")).predict_rank(
             0

@@ -33,20 +33,20 @@ def configured(*overrides: str) -> RunConfig:
         ("model.n_shared_experts=1e9", "model.n_shared_experts"),
         ("model.num_experts_per_tok=1e7", "model.num_experts_per_tok"),
         ("model.q_lora_rank=1e7", "model.q_lora_rank"),
-        ("training.global_batch=1e30", "training.global_batch"),
-        ("training.global_batch=1e9", "training.global_batch"),
+        ("training.global_batch_size=1e30", "training.global_batch_size"),
+        ("training.global_batch_size=1e9", "training.global_batch_size"),
         ("training.tokens=1e30", "training.tokens"),
         ("training.sequence_length=1e12", "training.sequence_length"),
         ("training.collective_timeout_seconds=1e15", "training.collective_timeout_seconds"),
         ("training.stop_seconds=1e15", "training.stop_seconds"),
-        ("schedule.micro_batch=1e9", "schedule.micro_batch"),
+        ("schedule.micro_batch_size=1e9", "schedule.micro_batch_size"),
         ("schedule=interleaved schedule.chunks=1e8", "schedule.chunks"),
         ("topology.pp=1e6", "topology.pp"),
         ("topology.edp=1e9", "topology.edp"),
         ("topology.gpus_per_node=1e9", "topology.gpus_per_node"),
         (
-            "training.ramp_from=2 training.ramp_step=2 training.ramp_tokens=9 training.global_batch=1e9",
-            "training.ramp_step",
+            "training.rampup_start_batch_size=2 training.rampup_batch_size_increment=2 training.rampup_tokens=9 training.global_batch_size=1e9",
+            "training.rampup_batch_size_increment",
         ),
     ],
 )
@@ -62,11 +62,11 @@ def test_each_size_has_a_limit(overrides: str, field: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ("topology.edp=512 training.global_batch=512", "asks for 512 ranks on this machine, which has 2 cores"),
+        ("topology.edp=512 training.global_batch_size=512", "asks for 512 ranks on this machine, which has 2 cores"),
         ("model.hidden_size=1048576", "parameters and their optimizer state alone"),
         ("model.hidden_size=65536 model.moe_intermediate_size=1048576", "parameters and their optimizer state alone"),
         ("model.n_routed_experts=65536", "parameters and their optimizer state alone"),
-        ("training.sequence_length=16777216 schedule.micro_batch=8", "one activation of the 134,217,728 tokens"),
+        ("training.sequence_length=16777216 schedule.micro_batch_size=8", "one activation of the 134,217,728 tokens"),
     ],
 )
 def test_what_is_too_large_for_this_machine(overrides: str, words: str) -> None:
@@ -98,12 +98,12 @@ def test_deepseek_v3_fits_its_own_cluster() -> None:
     config = compose_run_config(
         [
             "model=deepseek_v3",
-            "data.vocabulary=129280",
+            "data.vocab_size=129280",
             "topology.pp=16",
             "topology.ep=64",
             "topology.edp=2",
             "schedule=dualpipe",
-            "training.global_batch=15360",
+            "training.global_batch_size=15360",
             "training.sequence_length=4096",
         ]
     )

@@ -21,7 +21,7 @@ from shoestring.trainer.telemetry.history import read_metrics
 
 STEPS = 40
 LAUNCHER, TORCHRUN, RANK = 0, 1, 2
-NEVER = "training.meeting_timeout_seconds=1"
+NEVER = "training.rendezvous_timeout_seconds=1"
 
 
 @pytest.fixture(scope="module")

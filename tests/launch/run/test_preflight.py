@@ -77,20 +77,20 @@ def test_a_provider_of_fp8_that_is_not_there(config: RunConfig) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_an_attention_of_gpus_where_there_is_none(config: RunConfig) -> None:
     wanted = replace(config, training=replace(config.training, attention_backend="cudnn"))
-    found = refused(partial(run_preflight_checks, fresh=False), wanted, 4)["training.attention"]
+    found = refused(partial(run_preflight_checks, fresh=False), wanted, 4)["training.attention_backend"]
     assert found == "'cudnn': is for GPUs, and this machine has 0 for 4 ranks; write auto, or fewer ranks"
 
 
 def test_an_attention_that_this_gpu_does_not_have(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(
-        GpuCapabilities, "here", lambda: GpuCapabilities((9, 0), 91002, "flash_attn_interface is not installed")
+        GpuCapabilities, "detect", lambda: GpuCapabilities((9, 0), 91002, "flash_attn_interface is not installed")
     )
     for name, why in (("cudnn", "torch has 9.10.2"), ("flash3", "is not installed"), ("efficient", "")):
         wanted = replace(config, training=replace(config.training, attention_backend=name))
         found = by_field(hardware_problems(wanted, 4))
-        assert found.keys() == ({"training.attention"} if why else set())
-        assert why in found.get("training.attention", "")
+        assert found.keys() == ({"training.attention_backend"} if why else set())
+        assert why in found.get("training.attention_backend", "")
     assert not list(hardware_problems(config, 4))
 
 
@@ -143,7 +143,7 @@ def test_a_vocabulary_of_other_data_and_a_damaged_file_are_named_together(config
     (prepared / "tokenizer.json").unlink()
     other = replace(config, data=replace(config.data, prepared=str(prepared), vocab_size=300, validation=("hamlet",)))
     found = refused(partial(run_preflight_checks, fresh=False), other, 4)
-    assert found.keys() == {"data.vocabulary", "data.validation", str(prepared / "tokenizer.json")}
+    assert found.keys() == {"data.vocab_size", "data.validation", str(prepared / "tokenizer.json")}
 
 
 def test_wandb_online_without_an_account(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +233,7 @@ def test_a_full_disk_leaves_no_directory_and_names_no_file_that_is_not_known(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     (tmp_path / "there").mkdir()
-    monkeypatch.setattr(run_directory, "replace_file", fill)
+    monkeypatch.setattr(run_directory, "replace_file_atomically", fill)
     with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\); name another directory"):
         create_run_dir(tmp_path / "there" / "new" / "run")
     assert list(tmp_path.rglob("*")) == [tmp_path / "there"]

@@ -57,7 +57,7 @@ def test_the_user_wins_over_defaults_and_the_launcher_over_both(monkeypatch: pyt
 
 
 def test_gpus_have_settings_that_cpus_go_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_rank_environment, "_versions", lambda: ("13.0", 13000))
+    monkeypatch.setattr(rank_environment, "_versions", lambda: ("13.0", 13000))
     cpu = {setting.name: setting.value for setting in applicable_settings(Path("run"), on_gpu=False)}
     gpu = {setting.name: setting.value for setting in applicable_settings(Path("run"), on_gpu=True)}
     assert cpu == COMMON_ENVIRONMENT
@@ -67,7 +67,7 @@ def test_gpus_have_settings_that_cpus_go_without(monkeypatch: pytest.MonkeyPatch
     expected |= {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
     assert expected.items() <= gpu.items()
     assert gpu["TORCH_FR_DUMP_TEMP_FILE"] == str(Path.cwd() / "run" / "flight_recorder" / "rank_")
-    monkeypatch.setattr(build_rank_environment, "_versions", lambda: ("13.0", 12020))
+    monkeypatch.setattr(rank_environment, "_versions", lambda: ("13.0", 12020))
     assert "NCCL_LAUNCH_ORDER_IMPLICIT" not in {
         setting.name for setting in applicable_settings(Path("run"), on_gpu=True)
     }
@@ -126,7 +126,7 @@ def test_the_launcher_hands_the_settings_to_ranks_on_gpus(monkeypatch: pytest.Mo
 def test_ranks_of_gpus_are_bound_where_that_cannot_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     local = LocalRanks(4, ("--nproc-per-node=4",))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(NumaSupport, "here", lambda: TWO_NODES)
+    monkeypatch.setattr(NumaSupport, "detect", lambda: TWO_NODES)
     assert launcher._torchrun(configured("auto"), local) == ("--nproc-per-node=4", NUMA_BINDING_FLAG)
     assert launcher._torchrun(configured("cpu"), local) == ("--nproc-per-node=4",)
     for facts, why in (
@@ -136,7 +136,7 @@ def test_ranks_of_gpus_are_bound_where_that_cannot_fail(monkeypatch: pytest.Monk
         (replace(TWO_NODES, allowed_cpus=frozenset({0, 1})), "CPUs of every NUMA node"),
     ):
         assert why in (numa_binding_blocker(facts, on_gpu=True) or "")
-        monkeypatch.setattr(NumaSupport, "here", lambda facts=facts: facts)
+        monkeypatch.setattr(NumaSupport, "detect", lambda facts=facts: facts)
         assert launcher._torchrun(configured("auto"), local) == local.torchrun_arguments
 
 

@@ -178,7 +178,7 @@ def test_the_first_signal_asks_and_a_later_one_or_the_time_ends(
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):  # one request, told three times
             signal.raise_signal(number)
         assert (tmp_path / "stop").exists()
-        monkeypatch.setattr(launcher, "SAME_REQUEST_SECONDS", 0)
+        monkeypatch.setattr(launcher, "STOP_DEBOUNCE_SECONDS", 0)
         signal.raise_signal(signal.SIGUSR1)
         with pytest.raises(StoppedBySignal) as caught:
             wait_for_the_end(again)

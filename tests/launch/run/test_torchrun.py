@@ -15,7 +15,7 @@ from shoestring.launch.verbs import calibrate
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     """Python in the place of torchrun, which takes seconds to start."""
-    monkeypatch.setattr(torchrun, "TORCHRUN", (sys.executable, "-c", script))
+    monkeypatch.setattr(torchrun, "TORCHRUN_COMMAND", (sys.executable, "-c", script))
 
 
 def test_ranks_of_one_machine_find_each_other_without_its_name() -> None:

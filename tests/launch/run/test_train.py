@@ -35,17 +35,17 @@ SMALL = [
     "topology.pp=2",
     "topology.ep=1",
     "model.vocab_size=512",
-    "data.vocabulary=512",
+    "data.vocab_size=512",
     "model.num_hidden_layers=4",
     "model.hidden_size=32",
     "training.sequence_length=32",
-    "training.global_batch=8",
+    "training.global_batch_size=8",
     f"training.tokens={STEPS * 8 * 32}",
     "training.evaluate_every=0",
     "training.checkpoint_every=3",
     "training.sample_tokens=4",
     "telemetry.log_every=1",
-    "schedule.micro_batch=2",
+    "schedule.micro_batch_size=2",
     "optimizer.ema_decay=0.9",
     "budget.stop_at=null",
 ]
@@ -275,10 +275,10 @@ def test_refusals_name_every_problem_and_leave_nothing_behind(overrides: list[st
     assert result.returncode == 2
     for gist in ("model.hiden", "did you mean hidden", "training.seed", "must be a whole number"):
         assert gist in result.stderr
-    impossible = train(overrides, run_dir, "topology.ep=3", "training.global_batch=7")
+    impossible = train(overrides, run_dir, "topology.ep=3", "training.global_batch_size=7")
     assert impossible.returncode == 2
     assert "topology.ep" in impossible.stderr
-    assert "training.global_batch" in impossible.stderr
+    assert "training.global_batch_size" in impossible.stderr
     assert not run_dir.exists()
 
 

@@ -22,7 +22,7 @@ from shoestring.tests.launch.small_run import free_port, small_run
 def test_a_rank_without_the_launcher_exits_with_the_true_code_and_says_why(
     rank: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(worker, "listen_for_stop", lambda seconds: lambda: False)
+    monkeypatch.setattr(worker, "install_stop_handlers", lambda seconds: lambda: False)
     in_torchrun(monkeypatch, RANK=str(rank), WORLD_SIZE="8", LOCAL_RANK=str(rank))
     run = ["topology=single", "schedule=one_f_one_b", "training.device=cpu", f"training.run_dir={tmp_path / 'run'}"]
     assert train.train_command(run, None, fresh=False) == 2
@@ -34,7 +34,7 @@ def test_a_rank_without_the_launcher_exits_with_the_true_code_and_says_why(
 def test_a_second_launch_without_the_launcher_leaves_a_live_run_alone(
     world_size: str, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(worker, "listen_for_stop", lambda seconds: lambda: False)
+    monkeypatch.setattr(worker, "install_stop_handlers", lambda seconds: lambda: False)
     in_torchrun(monkeypatch, RANK="0", WORLD_SIZE=world_size)
     run_dir = tmp_path / "run"
     run = ["topology=single", "schedule=one_f_one_b", "training.device=cpu", f"training.run_dir={run_dir}"]

@@ -111,7 +111,7 @@ def invented(ranks: int) -> list[KernelMeasurement]:
 
 @pytest.mark.slow
 def test_a_calibrated_machine_prices_the_layouts_of_its_ranks(tmp_path: Path) -> None:
-    small = ["model.num_hidden_layers=2", "training.sequence_length=32", "training.global_batch=4"]
+    small = ["model.num_hidden_layers=2", "training.sequence_length=32", "training.global_batch_size=4"]
     cluster = calibrate(small, None, tmp_path, ranks=2, repeats=2)
     assert cluster == tmp_path / "cluster" / "measured.yaml"
     assert {row.evidence for row in read_kernel_table(str(tmp_path / "measured.csv")).rows} == {"measured"}

@@ -44,7 +44,7 @@ def test_the_provider_that_auto_takes_is_marked(monkeypatch: pytest.MonkeyPatch)
     assert taken() == ["reference"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
-    monkeypatch.setattr(provider, "missing_for", lambda name, on_gpu: iter(["no"] if name == "triton" else []))
+    monkeypatch.setattr(provider, "unavailable_reasons", lambda name, on_gpu: iter(["no"] if name == "triton" else []))
     assert taken() == ["torch"]
 
 
@@ -60,7 +60,7 @@ def test_attention_is_judged_by_the_released_model(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
     monkeypatch.setattr(
-        GpuCapabilities, "here", lambda: GpuCapabilities((9, 0), 92000, "flash_attn_interface is not installed")
+        GpuCapabilities, "detect", lambda: GpuCapabilities((9, 0), 92000, "flash_attn_interface is not installed")
     )
     found = attention()
     assert [name for name, finding in found.items() if AUTO_ATTENTION_NOTE in finding.note] == ["cudnn"]

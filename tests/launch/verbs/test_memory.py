@@ -14,7 +14,7 @@ from shoestring.launch.compose import compose_run_config
 from shoestring.launch.verbs.simulate import simulate
 from shoestring.trainer.memory.forecast import MemoryPredictor
 
-SMALL = ("model=tiny", "model.num_hidden_layers=2", "training.sequence_length=32", "training.global_batch=4")
+SMALL = ("model=tiny", "model.num_hidden_layers=2", "training.sequence_length=32", "training.global_batch_size=4")
 DEEPSEEK = ["experiment=deepseek_v3_h800", "precision=fp8", "recompute=deepseek_v3"]
 
 
@@ -123,8 +123,8 @@ def test_one_rank_is_a_way_to_measure(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_rows_that_are_no_whole_tiles_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for rows in (0, 100, 200):
-        text = memory(capsys, *SMALL, f"recompute.expert_rows={rows}", code=2)
-        assert f"recompute.expert_rows = {rows}: must be a multiple of 128" in text
+        text = memory(capsys, *SMALL, f"recompute.expert_block_rows={rows}", code=2)
+        assert f"recompute.expert_block_rows = {rows}: must be a multiple of 128" in text
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from shoestring.launch.cli import main
 V3 = "experiment=deepseek_v3_h800"
 SMALL_PLAN = (
     *("plan", V3, "model.num_hidden_layers=8", "cluster.nodes=4", "topology.pp=4", "topology.edp=1", "topology.ep=8"),
-    *("training.global_batch=128", "training.ramp_from=null", "training.ramp_step=null", "training.ramp_tokens=0"),
+    *("training.global_batch_size=128", "training.rampup_start_batch_size=null", "training.rampup_batch_size_increment=null", "training.rampup_tokens=0"),
 )
 
 
@@ -33,7 +33,7 @@ def tree(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
 
 def test_the_published_ramp_is_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     said = run(capsys, "simulate", "experiment=deepseek_v3_h800_published", code=2)
-    assert "training.ramp_from = 3072: gives 24 micro-batches of 128 sequences in the first step" in said
+    assert "training.rampup_start_batch_size = 3072: gives 24 micro-batches of 128 sequences in the first step" in said
     assert "at least 32" in said
 
 
@@ -41,14 +41,14 @@ def test_the_published_ramp_is_refused_with_the_reason(capsys: pytest.CaptureFix
     ("ramp", "gist"),
     [
         (
-            "training.ramp_from=4000",
+            "training.rampup_start_batch_size=4000",
             "gives 31.25 micro-batches of 128 sequences in the first step, .* nearest legal batch is 4096",
         ),
         (
-            "training.ramp_step=200",
+            "training.rampup_batch_size_increment=200",
             "gives 33.5625 micro-batches of 128 sequences in steps of 4296, .* nearest legal batch is 4352",
         ),
-        ("training.ramp_step=128", "gives 33 micro-batches of 128 sequences in steps of 4224; .* nearest 32 or 34"),
+        ("training.rampup_batch_size_increment=128", "gives 33 micro-batches of 128 sequences in steps of 4224; .* nearest 32 or 34"),
     ],
 )
 def test_a_ramp_with_an_illegal_size_is_refused(capsys: pytest.CaptureFixture[str], ramp: str, gist: str) -> None:
@@ -58,8 +58,8 @@ def test_a_ramp_with_an_illegal_size_is_refused(capsys: pytest.CaptureFixture[st
 
 
 def test_half_a_ramp_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "training.ramp_tokens = 0: goes with ramp_from" in run(
-        capsys, "simulate", V3, "training.ramp_tokens=0", code=2
+    assert "training.rampup_tokens = 0: goes with ramp_from" in run(
+        capsys, "simulate", V3, "training.rampup_tokens=0", code=2
     )
 
 
@@ -176,8 +176,8 @@ def test_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_plan_counts_layouts_whose_ramp_is_illegal(capsys: pytest.CaptureFixture[str]) -> None:
-    ramp = ("training.ramp_from=64", "training.ramp_step=64", "training.ramp_tokens=1_000_000")
+    ramp = ("training.rampup_start_batch_size=64", "training.rampup_batch_size_increment=64", "training.rampup_tokens=1_000_000")
     found = tree(capsys, *SMALL_PLAN, *ramp)
-    reasons = [reason for reason in found["illegal"] if reason.startswith("training.ramp_from")]
-    assert "training.ramp_from (dualpipe)" in reasons
+    reasons = [reason for reason in found["illegal"] if reason.startswith("training.rampup_start_batch_size")]
+    assert "training.rampup_start_batch_size (dualpipe)" in reasons
     assert [phase["name"] for phase in found["phases"]] == ["batch ramp", "pre-training"]

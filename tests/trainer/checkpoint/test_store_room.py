@@ -96,13 +96,13 @@ def test_a_run_directory_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
 def test_saves_that_fail_in_a_row_are_counted(tmp_path: Path, number: int, is_hopeless: bool) -> None:
     """A disk that is full gets some seconds."""
     saver = CheckpointSaver(CheckpointStore(tmp_path, keep_last=2), WORLD)
-    with patch.object(saving, "write_share", side_effect=OSError(number, "no")):
+    with patch.object(saving, "write_rank_file", side_effect=OSError(number, "no")):
         for step in (1, 2, 3):
             assert not saver.has_failed_repeatedly(3)
             saver.begin_save(step, pieces(tensors()), CheckpointExtras())
             saver.finish_save()
         assert saver.has_failed_repeatedly(3) == is_hopeless
-        with patch.object(saving, "FULL_DISK_SECONDS", 0.0):
+        with patch.object(saving, "FULL_DISK_GRACE_SECONDS", 0.0):
             saver.begin_save(4, pieces(tensors()), CheckpointExtras())
             saver.finish_save()
         assert saver.has_failed_repeatedly(4)

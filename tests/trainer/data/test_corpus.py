@@ -21,7 +21,7 @@ def corpus(root: Path) -> tuple[Path, list[str]]:
     (folder / "a.txt").write_text(TEXT)
     (folder / "v.txt").write_text(TEXT[:300])
     data = [f"data.corpus={folder}", f"data.prepared={root / 'prepared'}", "data.validation=[v]"]
-    return folder, ["data", "prepare", *data, "data.vocabulary=300", "model.vocab_size=300"]
+    return folder, ["data", "prepare", *data, "data.vocab_size=300", "model.vocab_size=300"]
 
 
 def test_prepare_counts_and_names_what_it_does_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,7 +101,7 @@ def test_a_vocabulary_of_millions_is_refused_before_memory_is_taken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, verb = corpus(tmp_path)
-    code, _, errors = shoestring(capsys, *verb[:-2], "data.vocabulary=16777216", "model.vocab_size=16777216")
+    code, _, errors = shoestring(capsys, *verb[:-2], "data.vocab_size=16777216", "model.vocab_size=16777216")
     assert code == 2
     assert "cannot be reached" in errors
 

@@ -182,7 +182,7 @@ def test_holding_out_everything_is_refused(config: DataConfig) -> None:
 
 def test_a_vocabulary_out_of_reach_is_refused(config: DataConfig) -> None:
     message = refusal(replace(config, vocab_size=50_000))
-    assert "data.vocabulary = 50000: cannot be reached: the training text gives " in message
+    assert "data.vocab_size = 50000: cannot be reached: the training text gives " in message
 
 
 def test_a_place_that_cannot_be_written_is_refused(config: DataConfig) -> None:

@@ -23,8 +23,8 @@ def test_large_data_is_read_once_and_when_it_changes(directory: Path, monkeypatc
         read.extend(entry.file for entry in files)
         verify_file_hashes(folder, files)
 
-    monkeypatch.setattr(prepared, "verify_files", count)
-    monkeypatch.setattr(prepared, "CHEAP_BYTES", 0)
+    monkeypatch.setattr(prepared, "verify_file_hashes", count)
+    monkeypatch.setattr(prepared, "ALWAYS_VERIFY_BYTES", 0)
     manifest = open_prepared_directory(directory).manifest
     verify_before_run(directory, manifest, first_machine=False)
     assert read == []

@@ -56,7 +56,7 @@ def test_a_draft_that_is_always_right_gives_two_tokens_a_forward(chunk: Chunk) -
         yield from ()
         return logits_BSV
 
-    with patch.object(Chunk, "draft", oracle):
+    with patch.object(Chunk, "compute_mtp_logits", oracle):
         found = generate_speculatively(chunk, [5, 6, 7], 24, 60, sampler(0))
     assert found.tokens == truth[:24]
     assert found.num_accepted == found.num_drafted == 12

@@ -44,7 +44,7 @@ def test_the_released_config_is_ours(tmp_path: Path) -> None:
         "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 129280,
         "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
     }  # fmt: skip
-    expected = compose_run_config(["experiment=quickstart", "model=deepseek_v3", "data.vocabulary=129280"]).model
+    expected = compose_run_config(["experiment=quickstart", "model=deepseek_v3", "data.vocab_size=129280"]).model
     assert config_from_json(tree, "deepseek_v3") == replace(expected, rope_scaling=YarnConfig(), initializer_range=0.02)
 
 

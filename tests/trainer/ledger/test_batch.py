@@ -53,7 +53,7 @@ def write(path: Path, seed: int, records: int = 300) -> None:
 def test_any_ledger_is_the_same_in_batches_and_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr(journal_module, "MOST_LINES", 5)
+    monkeypatch.setattr(journal_module, "MAX_BATCH_RECORDS", 5)
     path = tmp_path / "work.jsonl"
     write(path, seed)
     one, many = (JournalReader(path, check=check_record) for _ in range(2))

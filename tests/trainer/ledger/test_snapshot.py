@@ -31,7 +31,7 @@ BUDGET = BudgetConfig(gpu_hours=1.0)
 
 @pytest.fixture(autouse=True)
 def nothing_is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshot, "CHEAP_BYTES", 0)
+    monkeypatch.setattr(snapshot, "SNAPSHOT_MIN_BYTES", 0)
 
 
 def full(run_dir: Path) -> LedgerSummary:
@@ -72,7 +72,7 @@ def test_any_sequence_of_launches_is_the_same_with_totals_and_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where a run goes back behind what the totals know of single steps."""
-    monkeypatch.setattr(retained, "KEPT", 4)
+    monkeypatch.setattr(retained, "MAX_STEPS_KEPT", 4)
     dice, last = random.Random(3), 0
     for number in range(12):
         first = dice.randint(0, last) + 1
@@ -85,7 +85,7 @@ def test_any_sequence_of_launches_is_the_same_with_totals_and_without(
 def test_a_short_ledger_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tmp_path, "a", 1, 3)
     assert read_snapshot(tmp_path) is not None
-    monkeypatch.setattr(snapshot, "CHEAP_BYTES", 10**6)
+    monkeypatch.setattr(snapshot, "SNAPSHOT_MIN_BYTES", 10**6)
     assert read_snapshot(tmp_path) is None
     assert summarize_ledger(tmp_path) == full(tmp_path)
 
@@ -101,7 +101,7 @@ def test_a_launch_makes_totals_that_are_missing(tmp_path: Path, monkeypatch: pyt
     ensure_snapshot(tmp_path)
     assert (tmp_path / SNAPSHOT_FILE).read_bytes() == made
     (tmp_path / SNAPSHOT_FILE).unlink()
-    monkeypatch.setattr(snapshot, "CHEAP_BYTES", 10**6)
+    monkeypatch.setattr(snapshot, "SNAPSHOT_MIN_BYTES", 10**6)
     ensure_snapshot(tmp_path)
     assert not (tmp_path / SNAPSHOT_FILE).exists()
 

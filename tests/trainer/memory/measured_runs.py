@@ -14,8 +14,8 @@ from shoestring.trainer.memory.forecast import MemoryPredictor
 from shoestring.trainer.memory.measured import MeasuredMemory, measure_step_memory
 
 CPU = torch.device("cpu")
-BASE = "model=tiny model.num_hidden_layers=3 training.sequence_length=128 training.global_batch=8"
-ONE_RANK = "topology.ep=4 training.global_batch=4"
+BASE = "model=tiny model.num_hidden_layers=3 training.sequence_length=128 training.global_batch_size=8"
+ONE_RANK = "topology.ep=4 training.global_batch_size=4"
 
 
 def measured(world: World, overrides: list[str], skewed: bool) -> MeasuredMemory:

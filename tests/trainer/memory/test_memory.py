@@ -12,17 +12,17 @@ QUICK = (
     "topology.pp=2 schedule=zb1p recompute=deepseek_v3",
     "topology.pp=2 topology.ep=2 schedule=dualpipev model.num_hidden_layers=4",
     "precision=fp8 recompute=deepseek_v3 model.num_hidden_layers=2 model.num_nextn_predict_layers=0"
-    " schedule.micro_batch=4",
+    " schedule.micro_batch_size=4",
 )
 SLOW = (
     "",
-    "schedule.micro_batch=4 recompute=everything",
+    "schedule.micro_batch_size=4 recompute=everything",
     "topology.edp=2 precision=bf16 optimizer.ema_decay=0.9",
     "topology.ep=4 exchange=two_hop topology.gpus_per_node=2",
-    "topology.pp=2 schedule.micro_batch=2",
+    "topology.pp=2 schedule.micro_batch_size=2",
     "topology.pp=2 schedule=gpipe precision=bf16 recompute=deepseek_v3",
-    "topology.pp=2 topology.ep=2 schedule=dualpipe recompute=deepseek_v3 training.global_batch=16",
-    "topology.pp=2 topology.edp=2 schedule=interleaved model.num_hidden_layers=4 training.global_batch=16",
+    "topology.pp=2 topology.ep=2 schedule=dualpipe recompute=deepseek_v3 training.global_batch_size=16",
+    "topology.pp=2 topology.edp=2 schedule=interleaved model.num_hidden_layers=4 training.global_batch_size=16",
     "topology.ep=2 exchange=two_hop_fp8 precision=fp8 optimizer.moments=float32",
     "topology.pp=2 schedule=zb1p precision=fp8 recompute=deepseek_v3",
 )

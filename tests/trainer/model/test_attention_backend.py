@@ -72,16 +72,16 @@ def test_the_reason_names_the_library_and_what_was_passed_over() -> None:
         ("flash3", V3, HOPPER, "is not installed"),
         ("flash3", V3, GpuCapabilities((10, 0), 92000, None), "compute capability 9.0"),
         ("flash3", replace(V3, v_head_dim=64), replace(HOPPER, flash3_unavailable_reason=None), "equal ones up to 256"),
-        ("efficient", replace(V3, dtype=torch.float64), HOPPER, "write training.attention=math"),
+        ("efficient", replace(V3, dtype=torch.float64), HOPPER, "write training.attention_backend=math"),
         ("efficient", replace(V3, v_head_dim=12), HOPPER, "multiples of 8"),
-        ("math", V3, HOPPER, "take 8.6 GB, more than 1 GB; write training.attention=auto"),
+        ("math", V3, HOPPER, "take 8.6 GB, more than 1 GB; write training.attention_backend=auto"),
         ("auto", replace(V3, dtype=torch.float64), HOPPER, "nothing serves this run. cudnn: it computes in BF16"),
     ],
 )
 def test_what_does_not_serve_is_refused_with_the_reason(
     name: str, case: AttentionShape, gpu: GpuCapabilities, why: str
 ) -> None:
-    assert why in refused(select_attention, name, case, gpu)["training.attention"]
+    assert why in refused(select_attention, name, case, gpu)["training.attention_backend"]
 
 
 def test_math_is_refused_from_a_gigabyte_of_scores_on() -> None:
@@ -94,25 +94,25 @@ def test_math_is_refused_from_a_gigabyte_of_scores_on() -> None:
 @pytest.mark.parametrize(
     ("overrides", "why"),
     [
-        (["training.attention=fused"], "must be auto, cudnn, flash3, efficient, math"),
-        (["training.attention=cudnn", "training.device=cpu"], "is for GPUs: write auto, or training.device=cuda"),
-        (["training.attention=cudnn", "precision=fp32"], "BF16 and FP16 and the run in float32"),
-        (["training.attention=math", "training.sequence_length=65536"], "write training.attention=auto"),
+        (["training.attention_backend=fused"], "must be auto, cudnn, flash3, efficient, math"),
+        (["training.attention_backend=cudnn", "training.device=cpu"], "is for GPUs: write auto, or training.device=cuda"),
+        (["training.attention_backend=cudnn", "precision=fp32"], "BF16 and FP16 and the run in float32"),
+        (["training.attention_backend=math", "training.sequence_length=65536"], "write training.attention_backend=auto"),
     ],
 )
 def test_a_configuration_that_no_gpu_can_run_is_refused(overrides: list[str], why: str) -> None:
-    assert why in refused(compose_run_config, overrides)["training.attention"]
+    assert why in refused(compose_run_config, overrides)["training.attention_backend"]
 
 
 def test_deepseek_v3_may_not_use_math() -> None:
     config = compose_run_config(["experiment=deepseek_v3_h800"])
     wrong = replace(config, training=replace(config.training, attention_backend="math"))
-    assert "(1 x 128 heads x 4096²) take 8.6 GB" in by_field(wrong.problems())["training.attention"]
+    assert "(1 x 128 heads x 4096²) take 8.6 GB" in by_field(wrong.problems())["training.attention_backend"]
 
 
 def test_a_named_backend_asks_no_device() -> None:
     """So that a run can be rehearsed where there is none; `auto` is what looks."""
-    config = compose_run_config(["training.attention=cudnn"])
+    config = compose_run_config(["training.attention_backend=cudnn"])
     assert choose_run_attention(config, torch.device("cuda", 0)).backend is GPU_BACKENDS["cudnn"]
     assert choose_run_attention(compose_run_config([]), torch.device("cpu")) is CPU_ATTENTION
 
@@ -225,15 +225,15 @@ def test_a_trial_passes_where_the_backend_serves() -> None:
 
 def test_a_trial_that_fails_refuses_the_run_and_takes_nothing_else() -> None:
     """An operator for GPUs on a CPU stands for a library that refuses the shape."""
-    found = refused(probe_attention, attention_by_name("cudnn"), SMALL, torch.device("cpu"))["training.attention"]
+    found = refused(probe_attention, attention_by_name("cudnn"), SMALL, torch.device("cpu"))["training.attention_backend"]
     assert "'cudnn': it fails at this run's shape: " in found
-    assert "write training.attention=flash3 or training.attention=efficient" in found
+    assert "write training.attention_backend=flash3 or training.attention_backend=efficient" in found
 
 
 def test_a_trial_looks_at_the_numbers() -> None:
     broken = AttentionBackend("broken", lambda q, k, v, scale: causal_attention(q, k, v, scale) / 0.0, "a test")
     found = refused(probe_attention, SelectedAttention(broken, "a test"), SMALL, torch.device("cpu"))
-    assert "not finite" in found["training.attention"]
+    assert "not finite" in found["training.attention_backend"]
 
 
 def test_what_is_missing_is_no_secret_of_one_gpu() -> None:

@@ -111,7 +111,7 @@ def test_where_tokens_go_is_decided_once() -> None:
 
 def test_logits_need_no_recipes() -> None:
     chunk, _ = make_chunk(frozenset(RecomputeModule))
-    with torch.no_grad(), patch.object(SelectiveRecompute, "note") as note:
+    with torch.no_grad(), patch.object(SelectiveRecompute, "register") as note:
         run_to_completion(chunk.compute_logits(window()[0][:, :LENGTH]))
     assert not note.called
 

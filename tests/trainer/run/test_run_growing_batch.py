@@ -74,7 +74,7 @@ def taken_samples(world: World, tree: dict[str, Any]) -> list[int]:
         taken.extend(indices if self.pad_token_id is None else ())
         return batch(self, indices)
 
-    with patch.object(SampleDataset, "batch", record):
+    with patch.object(SampleDataset, "read_batch", record):
         run_rank(world, tree)
     return taken
 

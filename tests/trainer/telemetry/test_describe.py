@@ -61,10 +61,10 @@ RUN: dict[str, JSON] = {
             "391 steps, 10.9MFLOP a token; peak 0.0442 TFLOPS a rank (measured)",
         ),
         (
-            Event("run", 0, {**RUN, "attention": "cudnn (cuDNN's fused kernel): training.attention=cudnn"}),
+            Event("run", 0, {**RUN, "attention": "cudnn (cuDNN's fused kernel): training.attention_backend=cudnn"}),
             "3.5M parameters, 1.7M active a token; 4 ranks on cpu, computing in float32\n"
             "391 steps, 10.9MFLOP a token; peak 0.0442 TFLOPS a rank (measured)\n"
-            "attention by cudnn (cuDNN's fused kernel): training.attention=cudnn",
+            "attention by cudnn (cuDNN's fused kernel): training.attention_backend=cudnn",
         ),
         (
             Event("run", 0, {**RUN, "linear": "fp8"}),

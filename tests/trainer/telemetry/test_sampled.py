@@ -36,7 +36,7 @@ def test_of_a_short_run_everything_is_read(tmp_path: Path) -> None:
 
 
 def test_of_a_long_run_spikes_and_all_that_is_rare_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampled, "MOST_STEPS", 64)
+    monkeypatch.setattr(sampled, "MAX_STEPS_KEPT", 64)
     monkeypatch.setattr(sampled.StepDownsampler.__init__, "__defaults__", (64, 10**9))
     events = [Event("run", 0, {})]
     for number in range(1, 5001):
