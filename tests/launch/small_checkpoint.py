@@ -9,9 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from shoestring.launch.cli import main
 from shoestring.trainer.model.config import ModelConfig
 
 SHAPE = ModelConfig(
@@ -26,15 +23,6 @@ SHAPE = ModelConfig(
 
 
 TEXT = " ".join(f"word{index * 7919 % 211}" for index in range(2000))
-
-
-def shoestring(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, output and errors."""
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    output, errors = capsys.readouterr()
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code, output, errors
 
 
 def fifo(path: Path) -> None:

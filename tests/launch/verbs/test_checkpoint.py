@@ -12,24 +12,14 @@ from unittest.mock import patch
 import pytest
 from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 
-from shoestring.launch.cli import main
+from shoestring.tests.launch.command_line import shoestring
+from shoestring.tests.launch.small_checkpoint import SHAPE, TEXT, fifo, folder
 from shoestring.tests.trainer.checkpoint.saved import save_model
 from shoestring.trainer.checkpoint.store import CheckpointStore
 from shoestring.trainer.data.tokenizer import END, PAD, Tokenizer, train_tokenizer
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.init import initialize
 from shoestring.trainer.model.model import Model
-
-SHAPE = ModelConfig(
-    hidden_size=16,
-    num_hidden_layers=2,
-    vocab_size=300,
-    n_routed_experts=8,
-    moe_intermediate_size=8,
-    intermediate_size=16,
-    initializer_range=0.2,
-)
-TEXT = " ".join(f"word{index * 7919 % 211}" for index in range(2000))
 
 
 def model(seed: int) -> Model:
@@ -56,15 +46,6 @@ def original(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def run(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "run"))
-
-
-def shoestring(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    """Exit code, output and errors."""
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    output, errors = capsys.readouterr()
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code, output, errors
 
 
 def flip_bit(path: Path) -> None:
@@ -119,16 +100,6 @@ def change(path: Path) -> None:
 
 def lengthen(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\0")
-
-
-def folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def fifo(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
 
 
 def link_to_itself(path: Path) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from shoestring.comm.errors import ConfigError
 from shoestring.launch.verbs.convert import export_command, import_command
-from shoestring.tests.launch.small_checkpoint import SHAPE, dangling, device, fifo, folder, shoestring
+from shoestring.tests.launch.command_line import shoestring
+from shoestring.tests.launch.small_checkpoint import SHAPE, dangling, device, fifo, folder
 from shoestring.tests.trainer.checkpoint.saved import save_model
 from shoestring.trainer.model.config import YarnConfig
 from shoestring.trainer.model.model import Model

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from shoestring.tests.launch.small_checkpoint import SHAPE, TEXT, part, reseal, shoestring
+from shoestring.tests.launch.command_line import shoestring
+from shoestring.tests.launch.small_checkpoint import SHAPE, TEXT, part, reseal
 from shoestring.tests.trainer.checkpoint.saved import save_model
 from shoestring.trainer.data.tokenizer import train_tokenizer
 from shoestring.trainer.model.config import YarnConfig

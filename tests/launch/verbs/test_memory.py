@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 import torch
 
 from shoestring.comm.exchange.deepep_buffer import BufferShape, buffer_bytes
-from shoestring.launch.cli import main
 from shoestring.launch.compose import compose_run
 from shoestring.launch.verbs.simulate import simulate
+from shoestring.tests.launch.command_line import answer, tree_of
 from shoestring.trainer.memory.forecast import RunMemory
 
 SMALL = ("model=tiny", "model.num_hidden_layers=2", "training.sequence_length=32", "training.global_batch=4")
@@ -19,16 +18,11 @@ DEEPSEEK = ["experiment=deepseek_v3_h800", "precision=fp8", "recompute=deepseek_
 
 
 def memory(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(["memory", *arguments])
-    assert stopped.value.code == code
-    output = capsys.readouterr()
-    return output.err if code else output.out
+    return answer(capsys, "memory", *arguments, code=code)
 
 
 def tree(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    parsed: dict[str, Any] = json.loads(memory(capsys, *arguments, "--format", "json"))
-    return parsed
+    return tree_of(capsys, "memory", *arguments)
 
 
 def test_bytes_a_parameter_are_those_of_zero_1(capsys: pytest.CaptureFixture[str]) -> None:
