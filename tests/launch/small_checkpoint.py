@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from shoestring.trainer.model.config import ModelConfig
+from shoestring.trainer.model.init import initialize
+from shoestring.trainer.model.model import Model
 
 SHAPE = ModelConfig(
     hidden_size=16,
@@ -56,3 +58,15 @@ def reseal(checkpoint: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     edit(tree)
     path.write_text(json.dumps(tree))
     (checkpoint / "complete").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def model(seed: int) -> Model:
+    made = Model(SHAPE)
+    initialize(made, seed)
+    return made
+
+
+def flip_bit(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)

@@ -23,6 +23,7 @@ from shoestring.trainer.build import Rank, build_rank, stages_of
 from shoestring.trainer.checkpoint.pieces import Piece
 from shoestring.trainer.checkpoint.tensor_file import as_bytes
 from shoestring.trainer.config import RunConfig
+from shoestring.trainer.telemetry.history import read_metrics
 from shoestring.trainer.typed import build
 
 SEED = 1
@@ -111,3 +112,8 @@ def digests(shares: list[Share]) -> State:
 def run(root: Path, directory: Path, layout: str, steps: int, **training: Any) -> State:
     size = LAYOUTS[layout][0].world_size
     return digests(run_processes(size, train_on, tree_of(root, directory, layout, steps, **training), timeout=120))
+
+
+def losses(directory: Path) -> list[float]:
+    events = read_metrics(directory / "metrics.jsonl")
+    return [float(str(event.values["loss/total"])) for event in events if event.kind == "step"]

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 from shoestring.comm.exchange.deepep_buffer import BufferShape, buffer_bytes
 from shoestring.launch.compose import compose_run
 from shoestring.launch.verbs.simulate import simulate
-from shoestring.tests.launch.command_line import answer, tree_of
+from shoestring.tests.launch.command_line import answer
+from shoestring.tests.launch.verbs.memory_command import SMALL, tree
 from shoestring.trainer.memory.forecast import RunMemory
 
-SMALL = ("model=tiny", "model.num_hidden_layers=2", "training.sequence_length=32", "training.global_batch=4")
 DEEPSEEK = ["experiment=deepseek_v3_h800", "precision=fp8", "recompute=deepseek_v3"]
 
 
 def memory(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
     return answer(capsys, "memory", *arguments, code=code)
-
-
-def tree(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    return tree_of(capsys, "memory", *arguments)
 
 
 def test_bytes_a_parameter_are_those_of_zero_1(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,15 +113,3 @@ def test_rows_that_are_no_whole_tiles_are_refused(capsys: pytest.CaptureFixture[
     for rows in (0, 100, 200):
         text = memory(capsys, *SMALL, f"recompute.expert_rows={rows}", code=2)
         assert f"recompute.expert_rows = {rows}: must be a multiple of 128" in text
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("routing", [(), ("--one-rank",)], ids=["as it falls", "one rank"])
-def test_real_processes_need_what_is_predicted(capsys: pytest.CaptureFixture[str], routing: tuple[str, ...]) -> None:
-    figures = tree(capsys, *SMALL, "topology.ep=2", "training.sequence_length=128", "--measure", *routing)
-    assert len(figures["measured"]) == 2
-    bound = figures["bound_under_any_routing"][0]
-    assert all(found["total"] <= bound for found in figures["measured"])
-    if not routing:
-        for found in figures["measured"]:
-            assert found["total"] == pytest.approx(figures["predicted"][0]["total"], rel=0.05)
