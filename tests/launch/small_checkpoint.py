@@ -1,4 +1,4 @@
-"""A small checkpoint with a tokenizer, harm that is done to its files, and the command line that reads them."""
+"""A small checkpoint with a tokenizer, harm that is done to its files."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ SHAPE = ModelConfig(
     intermediate_size=16,
     initializer_range=0.2,
 )
-
-
 TEXT = " ".join(f"word{index * 7919 % 211}" for index in range(2000))
 
 
