@@ -198,7 +198,12 @@ NO_UNREADABLE_FIELDS = UnreadableFields()
 _SHARE = ("topology.edp", "topology.ep", "schedule.micro_batch_size")
 _STAGES = ("schedule.name", "schedule.chunks", "topology.pp")
 _ATTENTION = ("model", "precision.compute", "training.sequence_length", "schedule.micro_batch_size")
-_RAMP = ("training.rampup_start_batch_size", "training.rampup_batch_size_increment", "training.rampup_tokens", "training.global_batch_size")
+_RAMP = (
+    "training.rampup_start_batch_size",
+    "training.rampup_batch_size_increment",
+    "training.rampup_tokens",
+    "training.global_batch_size",
+)
 
 
 @runtime_checkable

@@ -32,13 +32,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoestring.comm.communicator import Collectives, GlooCollectives, PeerTensors
 from shoestring.comm.group_factory import GlooGroupFactory
+from shoestring.comm.groups import Group
 from shoestring.comm.streams import Stream
+from shoestring.tests.processes import World
 
 CONNECT, COLLECT = 1 << 10, 1 << 20
 """Tags of the messages by which pairs and algorithms connect; data has tag 0."""
 TREE, RING = 0, 1
 """Algorithms: a small collective goes over a tree, a larger one round the ring."""
 RING_BYTES = 1024
+_LIMIT = timedelta(seconds=60)
 FIRST_CONTACT, TRUNCATED = "first contact", "message truncated"
 
 
@@ -290,3 +293,9 @@ class RulesGroups(GlooGroupFactory):
             return None
         ranks = next(part for part in parts if self._rank in part)
         return RulesCommunicator(own.process_group, ranks, self._rank, self._limit, self._streams, self._patience)
+
+
+def open_group(world: World, streams: QueuedStreams, patience: float = 60) -> Group:
+    everyone = tuple(range(world.size))
+    make = RulesGroups(world.rank, _LIMIT, streams, timedelta(seconds=patience))
+    return Group(everyone, make.split_group("all", [everyone], None), world.rank, _LIMIT)

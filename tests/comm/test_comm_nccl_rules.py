@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-
 import pytest
 import torch
 from torch import Tensor
 
 from shoestring.comm.async_comm import StreamCommunicator
-from shoestring.comm.groups import Group
 from shoestring.comm.p2p import NcclP2PChannel, P2PReceive, P2PSend
 from shoestring.tests.comm.nccl_rules import (
     FIRST_CONTACT,
     RING_BYTES,
     TRUNCATED,
     QueuedStreams,
-    RulesGroups,
     computing_behind,
+    open_group,
 )
 from shoestring.tests.processes import RanksFailed, World, run_processes
 
-LIMIT = timedelta(seconds=60)
 SMALL, LARGE = 1, RING_BYTES
-
-
-def open_group(world: World, streams: QueuedStreams, patience: float = 60) -> Group:
-    everyone = tuple(range(world.size))
-    make = RulesGroups(world.rank, LIMIT, streams, timedelta(seconds=patience))
-    return Group(everyone, make.split_group("all", [everyone], None), world.rank, LIMIT)
 
 
 def batch_of(world: World, sends: bool, receives: bool) -> float:

@@ -1,4 +1,4 @@
-"""A small checkpoint with a tokenizer, harm that is done to its files, and the command line that reads them."""
+"""A small checkpoint with a tokenizer, harm that is done to its files."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from shoestring.launch.cli import main
 from shoestring.trainer.model.config import ModelConfig
+from shoestring.trainer.model.init import initialize_weights
+from shoestring.trainer.model.model import Model
 
 SHAPE = ModelConfig(
     hidden_size=16,
@@ -23,18 +22,7 @@ SHAPE = ModelConfig(
     intermediate_size=16,
     initializer_range=0.2,
 )
-
-
 TEXT = " ".join(f"word{index * 7919 % 211}" for index in range(2000))
-
-
-def shoestring(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, output and errors."""
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    output, errors = capsys.readouterr()
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code, output, errors
 
 
 def fifo(path: Path) -> None:
@@ -68,3 +56,15 @@ def reseal(checkpoint: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     edit(tree)
     path.write_text(json.dumps(tree))
     (checkpoint / "complete").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def model(seed: int) -> Model:
+    made = Model(SHAPE)
+    initialize_weights(made, seed)
+    return made
+
+
+def flip_bit(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)

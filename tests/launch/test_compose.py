@@ -175,9 +175,19 @@ def test_mistakes_of_every_kind_are_refused_together(tmp_path: Path) -> None:
 
 
 def test_impossible_values_of_several_parts_are_refused_together() -> None:
-    overrides = ["model.n_group=3", "precision.compute=int8", "training.mtp_loss_scaling_factor={5: 0.1}", "budget.gpu_hours=0"]
+    overrides = [
+        "model.n_group=3",
+        "precision.compute=int8",
+        "training.mtp_loss_scaling_factor={5: 0.1}",
+        "budget.gpu_hours=0",
+    ]
     problems = refused(compose_run_config, overrides)
-    assert problems.keys() == {"model.n_group", "precision.compute", "training.mtp_loss_scaling_factor", "budget.gpu_hours"}
+    assert problems.keys() == {
+        "model.n_group",
+        "precision.compute",
+        "training.mtp_loss_scaling_factor",
+        "budget.gpu_hours",
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Fixtures of this folder."""
+"""A directory with prepared data for small training runs."""
 
 from __future__ import annotations
 

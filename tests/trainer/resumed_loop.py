@@ -24,6 +24,7 @@ from shoestring.trainer.checkpoint.pieces import TensorPiece
 from shoestring.trainer.checkpoint.tensor_file import tensor_as_bytes
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.structured_config import build_dataclass
+from shoestring.trainer.telemetry.history import read_metrics
 
 SEED = 1
 """With 0 two experts are so nearly equal for one token that rounding decides, which moves a loss by 5e-5."""
@@ -113,3 +114,8 @@ def digests(shares: list[Share]) -> State:
 def run(root: Path, directory: Path, layout: str, steps: int, **training: Any) -> State:
     size = LAYOUTS[layout][0].world_size
     return digests(run_processes(size, train_on, tree_of(root, directory, layout, steps, **training), timeout=120))
+
+
+def losses(directory: Path) -> list[float]:
+    events = read_metrics(directory / "metrics.jsonl")
+    return [float(str(event.values["loss/total"])) for event in events if event.kind == "step"]

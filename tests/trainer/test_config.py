@@ -88,7 +88,10 @@ ZERO_IS_NOTHING = {
 def test_zero_is_refused_where_it_means_nothing(tree: dict[str, object]) -> None:
     allowed = {path for path in numbers(tree) if not path.endswith(".0") and not problems(tree, {path: 0})}
     assert allowed == {path for path in ZERO_IS_NOTHING if not path.endswith(".0")}
-    assert problems(tree, {"training.mtp_loss_scaling_factor": {0: 0.0}, "training.router_bias_update_rate": {0: 0.0}}) == {}
+    assert (
+        problems(tree, {"training.mtp_loss_scaling_factor": {0: 0.0}, "training.router_bias_update_rate": {0: 0.0}})
+        == {}
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,7 +141,11 @@ def test_zero_is_refused_where_it_means_nothing(tree: dict[str, object]) -> None
         ({"training.sample_prompt": ""}, "training.sample_prompt", "write training.sample_tokens=0"),
         ({"training.mtp_loss_scaling_factor": {}}, "training.mtp_loss_scaling_factor", "from the start: {0: "),
         ({"training.mtp_loss_scaling_factor": {1000: 0.1}}, "training.mtp_loss_scaling_factor", "from the start: {0: "),
-        ({"training.router_bias_update_rate": {0: 0.1, -5: 0.2}}, "training.router_bias_update_rate", "must be at least 0"),
+        (
+            {"training.router_bias_update_rate": {0: 0.1, -5: 0.2}},
+            "training.router_bias_update_rate",
+            "must be at least 0",
+        ),
         ({"telemetry.wandb.mode": "on"}, "telemetry.wandb.mode", "offline, online, disabled"),
         ({"telemetry.wandb.project": ""}, "telemetry.wandb.project", "must not be empty"),
         # What two parts of a run must agree on.
@@ -171,7 +178,12 @@ def test_parts_that_do_not_agree_are_named_together(tree: dict[str, object]) -> 
 
 
 def test_a_value_that_is_impossible_on_its_own_hides_nothing_and_judges_nothing(tree: dict[str, object]) -> None:
-    wrong = {"topology.ep": 0, "model.num_experts_per_tok": 99, "training.device": "tpu", "training.global_batch_size": 7}
+    wrong = {
+        "topology.ep": 0,
+        "model.num_experts_per_tok": 99,
+        "training.device": "tpu",
+        "training.global_batch_size": 7,
+    }
     assert problems(tree, wrong).keys() == {"topology.ep", "model.num_experts_per_tok", "training.device"}
     assert "training.global_batch_size" in problems(tree, {**wrong, "topology.ep": 2})
     assert problems(

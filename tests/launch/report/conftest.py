@@ -1,4 +1,4 @@
-"""Fixtures of this folder."""
+"""One recorded run and its page, for tests that only read them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixtures of this folder."""
+"""Runs with checkpoints of a small model, and an export of one, that a test may change."""
 
 from __future__ import annotations
 
@@ -7,24 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.launch.cli import main
-from shoestring.tests.launch.small_checkpoint import SHAPE, TEXT
+from shoestring.tests.launch.command_line import exit_code
+from shoestring.tests.launch.small_checkpoint import TEXT, model
 from shoestring.tests.trainer.checkpoint.saved import save_model
-from shoestring.trainer.data.tokenizer import train_tokenizer
-from shoestring.trainer.model.init import initialize_weights
-from shoestring.trainer.model.model import Model
+from shoestring.trainer.data.tokenizer import Tokenizer, train_tokenizer
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer([TEXT], 300)
+
+
+@pytest.fixture(scope="session")
+def original(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with one checkpoint, `run`, and its export, `hf`."""
     root = tmp_path_factory.mktemp("others")
-    model = Model(SHAPE)
-    initialize_weights(model, 1)
-    attachments = {"tokenizer.json": train_tokenizer([TEXT], 300).to_json().encode()}
-    save_model(model, root / "run" / "checkpoints", 4, attachments)
-    with pytest.raises(SystemExit):
-        main(["export", str(root / "run"), str(root / "hf"), "--dtype", "fp32"])
+    save_model(model(1), root / "run" / "checkpoints", 4, {"tokenizer.json": tokenizer.to_json().encode()})
+    assert exit_code("export", root / "run", root / "hf", "--dtype", "fp32") == 0
     return root
 
 
@@ -36,3 +35,18 @@ def hf(original: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def run(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original / "run", tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def saved_twice(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints of steps 2 and 4."""
+    run = tmp_path_factory.mktemp("run")
+    attachments = {"tokenizer.json": tokenizer.to_json().encode()}
+    for step in (2, 4):
+        save_model(model(step), run / "checkpoints", step, attachments)
+    return run
+
+
+@pytest.fixture
+def saves(saved_twice: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved_twice, tmp_path / "run"))

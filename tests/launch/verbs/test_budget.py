@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from shoestring.comm.errors import ConfigError
-from shoestring.launch.cli import main
 from shoestring.launch.compose import compose_run_config
 from shoestring.launch.run.preflight import budget_problems
 from shoestring.launch.verbs.budget import parse_token_count
+from shoestring.tests.launch.command_line import answer, exit_code
 from shoestring.trainer.ledger.clock import Instant
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.terms import SNAPSHOT_FILE, STEP_TIME_TERMS, WORK_FILE
@@ -35,18 +35,6 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "run"
 
 
-def shoestring(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    code: int = ended.value.code  # type: ignore[assignment]
-    return code
-
-
-def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert shoestring(*arguments) == 0
-    return capsys.readouterr().out
-
-
 @pytest.fixture(autouse=True)
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
@@ -55,12 +43,12 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_bill_splits_productive_time_and_stands_beside_the_published_one(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = printed(capsys, "budget", run_dir)
+    text = answer(capsys, "budget", run_dir)
     for words in ("exposed exchange", "1F1B", "bubble", "imbalance", "From 10 steps looked at on all ranks"):
         assert words in text
     for figure in ("180,000", "2,664,000", "2,788,000", "200,000,000", "$4.00 at $2 each", "90.0 %"):
         assert figure in text
-    tree = json.loads(printed(capsys, "budget", run_dir, "--format", "json"))
+    tree = json.loads(answer(capsys, "budget", run_dir, "--format", "json"))
     assert sum(tree["terms_gpu_ms"].values()) == sum(tree["report_gpu_ms"].values()) == tree["gpu_ms"]["productive"]
     assert tree["report_gpu_ms"]["bubble"] == 3 * tree["report_gpu_ms"]["imbalance"]
     assert tree["gpu_hours"] == 2.0
@@ -68,10 +56,10 @@ def test_the_bill_splits_productive_time_and_stands_beside_the_published_one(
 
 def test_what_if_prices_tokens_on_other_gpus(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("budget", run_dir, "--tokens", "14.8T", "--gpus", "2048", "--usd-per-gpu-hour", "3")
-    text = printed(capsys, *asked)
+    text = answer(capsys, *asked)
     assert "14.8T tokens on 2,048 GPUs" in text
     assert "2,664,000" in text
-    tree = json.loads(printed(capsys, *asked, "--format", "json"))["what_if"]
+    tree = json.loads(answer(capsys, *asked, "--format", "json"))["what_if"]
     everything = tree["everything it was charged"]
     assert everything["gpu_hours"] == pytest.approx(2.0 / 10_000 * 14.8e12)
     assert everything["days"] == pytest.approx(everything["gpu_hours"] / 2048 / 24)
@@ -94,7 +82,7 @@ def test_what_if_prices_tokens_on_other_gpus(run_dir: Path, capsys: pytest.Captu
 def test_questions_that_make_no_sense_are_refused(
     run_dir: Path, options: list[str], gist: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert shoestring("budget", run_dir, *options) == 2
+    assert exit_code("budget", run_dir, *options) == 2
     assert gist in capsys.readouterr().err
 
 
@@ -107,12 +95,12 @@ def test_numbers_of_tokens_are_read_with_their_letters() -> None:
 def test_a_project_is_summed_up(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = run_dir.parent / "project.yaml"
     path.write_text("gpu_hours: {pre_train: 5}\nruns: [run, later]\n")
-    text = printed(capsys, "budget", path)
+    text = answer(capsys, "budget", path)
     for words in ("2 runs", "later", "3.0000", "40.0 %", "200,000,000"):
         assert words in text
-    tree = json.loads(printed(capsys, "budget", path, "--format", "json"))
+    tree = json.loads(answer(capsys, "budget", path, "--format", "json"))
     assert tree["phase_gpu_hours"]["pre_train"] == 2.0
-    assert shoestring("budget", path, "--tokens", "1T", "--gpus", "1") == 2
+    assert exit_code("budget", path, "--tokens", "1T", "--gpus", "1") == 2
     assert "asks about one run" in capsys.readouterr().err
 
 
@@ -120,7 +108,7 @@ def test_the_ledger_is_reconciled_from_the_command_line(run_dir: Path, capsys: p
     accounting, invoice = run_dir.parent / "sacct", run_dir.parent / "invoice.csv"
     accounting.write_text("JobID|ElapsedRaw|AllocTRES\n7|60|gres/gpu=2\n")
     invoice.write_text("gpu_hours,amount\n2.5,6\n")
-    text = printed(capsys, "budget", run_dir, "--sacct", accounting, "--invoice", invoice)
+    text = answer(capsys, "budget", run_dir, "--sacct", accounting, "--invoice", invoice)
     for words in ("job 7: no launch of this run", "launch a: outside of any job", "-0.5000", "invoiced $6.00"):
         assert words in text
 
@@ -156,13 +144,13 @@ def test_a_run_of_a_project_is_held_to_what_is_left_there(run_dir: Path) -> None
 
 
 def test_a_bill_that_lost_records_says_so(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "the totals saved beside them agree" in printed(capsys, "budget", run_dir, "--verify")
+    assert "the totals saved beside them agree" in answer(capsys, "budget", run_dir, "--verify")
     work = run_dir / WORK_FILE
     work.write_text("".join(work.read_text().splitlines(keepends=True)[:9]))
     for words in ([], ["--format", "json"]):
-        assert shoestring("budget", run_dir, *words) == 0
+        assert exit_code("budget", run_dir, *words) == 0
         assert f"{WORK_FILE} = '24 records': are not all in it" in capsys.readouterr().err
-    assert shoestring("budget", run_dir, "--verify") == 2
+    assert exit_code("budget", run_dir, "--verify") == 2
     assert f"{WORK_FILE} = '24 records'" in capsys.readouterr().err
     (run_dir / SNAPSHOT_FILE).unlink()
-    assert "no totals are saved beside them" in printed(capsys, "budget", run_dir, "--verify")
+    assert "no totals are saved beside them" in answer(capsys, "budget", run_dir, "--verify")

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError, safe_open
 
-from shoestring.tests.launch.small_checkpoint import part, reseal, shoestring
+from shoestring.tests.launch.command_line import shoestring
+from shoestring.tests.launch.small_checkpoint import part, reseal
 
 
 @pytest.mark.parametrize("place", [0, 3, 9, 12, 40, 200, 2000])

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from shoestring.tests.launch.small_checkpoint import SHAPE, TEXT, part, reseal, shoestring
+from shoestring.tests.launch.command_line import shoestring
+from shoestring.tests.launch.small_checkpoint import SHAPE, TEXT, model, part, reseal
 from shoestring.tests.trainer.checkpoint.saved import save_model
 from shoestring.trainer.data.tokenizer import train_tokenizer
 from shoestring.trainer.model.config import YarnConfig
@@ -63,3 +64,33 @@ def test_a_temperature_that_is_none_is_refused(
     verb = ["generate", original / "run", "--prompt", "word1", "--tokens", 2, f"--temperature={temperature}"]
     code, _, errors = shoestring(capsys, *verb)
     assert (code, "--temperature = " in errors) == (2, True)
+
+
+def test_generate_prints_text_and_the_acceptance_of_drafts(
+    saves: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    greedy: list[str | Path] = [
+        "generate",
+        saves,
+        "--prompt",
+        "word1 word2",
+        "--tokens",
+        "12",
+        "--temperature",
+        "0",
+    ]
+    code, drafted, counts = shoestring(capsys, *greedy)
+    assert code == 0
+    assert drafted.startswith("word1 word2")
+    assert "acceptance rate" in counts
+    code, plain, counts = shoestring(capsys, *greedy, "--no-draft")
+    assert plain == drafted
+    assert "nothing was drafted" in counts
+    code, _, errors = shoestring(capsys, "generate", saves, "--prompt", "", "--tokens", "0")
+    assert code == 2
+    assert "--prompt" in errors
+    assert "--tokens" in errors
+    save_model(model(1), tmp_path / "bare")
+    code, _, errors = shoestring(capsys, "generate", tmp_path / "bare", "--prompt", "word")
+    assert code == 2
+    assert "has no tokenizer.json" in errors

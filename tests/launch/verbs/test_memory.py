@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import pytest
 import torch
 
 from shoestring.comm.exchange.deepep_buffer import DeepEPBufferShape, deepep_buffer_bytes
-from shoestring.launch.cli import main
 from shoestring.launch.compose import compose_run_config
 from shoestring.launch.verbs.simulate import simulate
+from shoestring.tests.launch.command_line import answer
+from shoestring.tests.launch.verbs.memory_command import SMALL, tree
 from shoestring.trainer.memory.forecast import MemoryPredictor
 
-SMALL = ("model=tiny", "model.num_hidden_layers=2", "training.sequence_length=32", "training.global_batch_size=4")
 DEEPSEEK = ["experiment=deepseek_v3_h800", "precision=fp8", "recompute=deepseek_v3"]
 
 
 def memory(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(["memory", *arguments])
-    assert stopped.value.code == code
-    output = capsys.readouterr()
-    return output.err if code else output.out
-
-
-def tree(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    parsed: dict[str, Any] = json.loads(memory(capsys, *arguments, "--format", "json"))
-    return parsed
+    return answer(capsys, "memory", *arguments, code=code)
 
 
 def test_bytes_a_parameter_are_those_of_zero_1(capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,17 +111,5 @@ def test_one_rank_is_a_way_to_measure(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_rows_that_are_no_whole_tiles_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for rows in (0, 100, 200):
-        text = memory(capsys, *SMALL, f"recompute.expert_block_rows={rows}", code=2)
-        assert f"recompute.expert_block_rows = {rows}: must be a multiple of 128" in text
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("routing", [(), ("--one-rank",)], ids=["as it falls", "one rank"])
-def test_real_processes_need_what_is_predicted(capsys: pytest.CaptureFixture[str], routing: tuple[str, ...]) -> None:
-    figures = tree(capsys, *SMALL, "topology.ep=2", "training.sequence_length=128", "--measure", *routing)
-    assert len(figures["measured"]) == 2
-    bound = figures["bound_under_any_routing"][0]
-    assert all(found["total"] <= bound for found in figures["measured"])
-    if not routing:
-        for found in figures["measured"]:
-            assert found["total"] == pytest.approx(figures["predicted"][0]["total"], rel=0.05)
+        text = memory(capsys, *SMALL, f"recompute.expert_rows={rows}", code=2)
+        assert f"recompute.expert_rows = {rows}: must be a multiple of 128" in text

@@ -8,6 +8,7 @@ import pytest
 
 from shoestring.launch.cli import main
 from shoestring.launch.compose import compose_run_config
+from shoestring.tests.launch.command_line import answer
 
 # DeepSeek-V3 (report §4.2 and the released configuration).
 VOCABULARY, HIDDEN, LAYERS, DENSE_LAYERS = 129_280, 7_168, 61, 3
@@ -40,10 +41,7 @@ FORWARD_AND_BACKWARD = 3 * 2  # forward, and backward which costs twice as much;
 
 
 def params(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(["params", *arguments])
-    assert stopped.value.code == 0
-    return capsys.readouterr().out
+    return answer(capsys, "params", *arguments)
 
 
 def test_deepseek_v3_has_the_published_parameters(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 
-from shoestring.launch.cli import main
+from shoestring.tests.launch.command_line import answer, tree_of
 
 EMBEDDING = 129_280 * 7_168
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(["partition", *arguments])
-    assert stopped.value.code == code
-    output = capsys.readouterr()
-    return output.err if code else output.out
+    return answer(capsys, "partition", *arguments, code=code)
 
 
 def tree(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    parsed: dict[str, Any] = json.loads(run(capsys, *arguments, "--format", "json"))
-    return parsed
+    return tree_of(capsys, "partition", *arguments)
 
 
 def test_deepseek_v3_on_sixteen_stages(capsys: pytest.CaptureFixture[str]) -> None:

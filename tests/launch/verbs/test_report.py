@@ -6,22 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.launch.cli import main
+from shoestring.tests.launch.command_line import exit_code
 from shoestring.tests.launch.report.reader import Reader
 from shoestring.tests.launch.report.recorded import STEPS, record_run
 
 
-def shoestring(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    code: int = ended.value.code  # type: ignore[assignment]
-    return code
-
-
 def test_the_command_writes_where_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record_run(tmp_path / "run")
-    assert shoestring("report", tmp_path / "run") == 0
-    assert shoestring("report", tmp_path / "run", "--out", tmp_path / "page.html") == 0
+    assert exit_code("report", tmp_path / "run") == 0
+    assert exit_code("report", tmp_path / "run", "--out", tmp_path / "page.html") == 0
     assert capsys.readouterr().out.splitlines() == [
         f"wrote {tmp_path / 'run' / 'report.html'}",
         f"wrote {tmp_path / 'page.html'}",
@@ -37,6 +30,6 @@ def test_what_is_no_run_or_cannot_be_written_is_refused(tmp_path: Path, capsys: 
         (("report", tmp_path / "other"), "RUN = "),
         (("report", tmp_path / "run", "--out", tmp_path / "absent" / "page.html"), "--out = "),
     ):
-        assert shoestring(*arguments) == 2
+        assert exit_code(*arguments) == 2
         assert field in capsys.readouterr().err
     assert not list((tmp_path / "other").iterdir())

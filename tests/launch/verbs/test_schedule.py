@@ -7,16 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.launch.cli import main
 from shoestring.parallelism.pipeline.draw import program_to_json
 from shoestring.parallelism.pipeline.schedules.registry import build_program
+from shoestring.tests.launch.command_line import exit_code
 
 
 def schedule(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main(["schedule", *arguments])
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code
+    return exit_code("schedule", *arguments)
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,39 +1,21 @@
-"""`shoestring simulate` and `shoestring plan` as commands, and what they refuse."""
+"""`shoestring simulate` as a command, and what it refuses."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from shoestring.launch.cli import main
+from shoestring.tests.launch.command_line import answer, tree_of
 
 V3 = "experiment=deepseek_v3_h800"
-SMALL_PLAN = (
-    *("plan", V3, "model.num_hidden_layers=8", "cluster.nodes=4", "topology.pp=4", "topology.edp=1", "topology.ep=8"),
-    *("training.global_batch_size=128", "training.rampup_start_batch_size=null", "training.rampup_batch_size_increment=null", "training.rampup_tokens=0"),
-)
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == code
-    output = capsys.readouterr()
-    return output.err if code else output.out
-
-
-def tree(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    parsed: dict[str, Any] = json.loads(run(capsys, *arguments, "--format", "json"))
-    return parsed
 
 
 def test_the_published_ramp_is_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    said = run(capsys, "simulate", "experiment=deepseek_v3_h800_published", code=2)
-    assert "training.rampup_start_batch_size = 3072: gives 24 micro-batches of 128 sequences in the first step" in said
+    said = answer(capsys, "simulate", "experiment=deepseek_v3_h800_published", code=2)
+    assert "training.ramp_from = 3072: gives 24 micro-batches of 128 sequences in the first step" in said
     assert "at least 32" in said
 
 
@@ -48,24 +30,27 @@ def test_the_published_ramp_is_refused_with_the_reason(capsys: pytest.CaptureFix
             "training.rampup_batch_size_increment=200",
             "gives 33.5625 micro-batches of 128 sequences in steps of 4296, .* nearest legal batch is 4352",
         ),
-        ("training.rampup_batch_size_increment=128", "gives 33 micro-batches of 128 sequences in steps of 4224; .* nearest 32 or 34"),
+        (
+            "training.rampup_batch_size_increment=128",
+            "gives 33 micro-batches of 128 sequences in steps of 4224; .* nearest 32 or 34",
+        ),
     ],
 )
 def test_a_ramp_with_an_illegal_size_is_refused(capsys: pytest.CaptureFixture[str], ramp: str, gist: str) -> None:
     field, _, value = ramp.partition("=")
-    (problem,) = run(capsys, "train", V3, ramp, code=2).splitlines()[1:]
+    (problem,) = answer(capsys, "train", V3, ramp, code=2).splitlines()[1:]
     assert re.fullmatch(rf"  {re.escape(field)} = {value}: {gist}", problem), problem
 
 
 def test_half_a_ramp_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "training.rampup_tokens = 0: goes with ramp_from" in run(
-        capsys, "simulate", V3, "training.rampup_tokens=0", code=2
+    assert "training.ramp_tokens = 0: goes with ramp_from" in answer(
+        capsys, "simulate", V3, "training.ramp_tokens=0", code=2
     )
 
 
 def test_a_step_explained(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    said = run(capsys, "simulate", V3)
+    said = answer(capsys, "simulate", V3)
     for text in (
         "250.4 G",
         "both: the forecast",
@@ -79,7 +64,7 @@ def test_a_step_explained(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 
 def test_json_trace_and_page(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     trace, page = tmp_path / "trace.json", tmp_path / "page.html"
-    found = tree(capsys, "simulate", V3, "--trace", str(trace), "--html", str(page), "precision=bf16")
+    found = tree_of(capsys, "simulate", V3, "--trace", str(trace), "--html", str(page), "precision=bf16")
     assert found["layout"]["precision"] == "bf16"
     assert found["errors"] == []  # DeepSeek's figures are of another run
     assert len(found["terms_by_rank"]) == 16
@@ -95,89 +80,27 @@ def test_json_trace_and_page(capsys: pytest.CaptureFixture[str], tmp_path: Path)
 
 
 def test_a_file_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    said = run(capsys, "simulate", V3, "--trace", str(tmp_path / "no" / "trace.json"), code=2)
+    said = answer(capsys, "simulate", V3, "--trace", str(tmp_path / "no" / "trace.json"), code=2)
     assert "cannot be written" in said
 
 
 def test_impossible_assumptions_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    said = run(capsys, "simulate", V3, "--comm-sms", "132", "--skew", "-1", code=2)
+    said = answer(capsys, "simulate", V3, "--comm-sms", "132", "--skew", "-1", code=2)
     assert "--comm-sms = 132" in said
     assert "--skew = -1.0" in said
 
 
 @pytest.mark.parametrize("verb", ["simulate", "plan"])
 def test_nothing_can_be_priced_without_kernel_times(capsys: pytest.CaptureFixture[str], verb: str) -> None:
-    said = run(capsys, verb, "experiment=quickstart", code=2)
+    said = answer(capsys, verb, "experiment=quickstart", code=2)
     assert "cluster.tables = None" in said
     assert "`shoestring calibrate`" in said
-
-
-@pytest.mark.parametrize("keep", ["0", "-1"])
-def test_a_plan_keeps_something(capsys: pytest.CaptureFixture[str], keep: str) -> None:
-    assert f"--keep = {keep}: must be at least 1" in run(capsys, "plan", V3, "--keep", keep, code=2)
 
 
 def test_json_and_table_stand_on_the_same_evidence(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    shares = tree(capsys, "simulate", V3)["evidence"]
+    shares = tree_of(capsys, "simulate", V3)["evidence"]
     words = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-    assert f"Of the distinct operations' time: {words}" in run(capsys, "simulate", V3)
-
-
-def test_a_configured_layout_that_does_not_fit_is_marked(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    grid = ("topology.pp=1", "topology.edp=1", "topology.ep=32", "schedule=one_f_one_b")
-    said = run(capsys, *SMALL_PLAN, *grid, "recompute=nothing", "precision=bf16")
-    assert "does NOT fit into 84.94 GB" in said
-    assert "there is nothing to compare with" in said
-
-
-def test_a_plan_fits_into_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    lines = run(capsys, *SMALL_PLAN).splitlines()
-    assert max(map(len, lines)) <= 80
-    assert not any("…" in line for line in lines)
-    rows = [line.split() for line in lines if line.split()[:1] in (["1"], ["conf"])]
-    assert [row[0] for row in rows] == ["1", "conf", "1", "conf"]
-    assert [len(row) for row in rows[:2]] == [11, 11]  # every figure stands in the one line of its layout
-    words = " ".join(" ".join(lines).split())
-    assert "of the step" in words
-    assert "does NOT fit into 84.94 GB" in " ".join(rows[3])
-    assert "To run the best layout, add: " in words
-
-
-def test_a_page_of_the_best_layout(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    page = tmp_path / "plan.html"
-    best = tree(capsys, *SMALL_PLAN, "--html", str(page))["layouts"][0]
-    text = page.read_text()
-    assert f"{best['step_seconds']:.3f} s" in text
-    assert "<svg" in text
-    said = run(capsys, *SMALL_PLAN, "--html", str(tmp_path), code=2)
-    assert "--html" in said
-
-
-def test_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    found = tree(capsys, *SMALL_PLAN)
-    counted = sum(found["illegal"].values()) + sum(found["unfit"].values()) + found["simulated"] + found["excluded"]
-    assert counted == found["considered"]
-    steps = [layout["step_seconds"] for layout in found["layouts"]]
-    assert steps == sorted(steps)
-    assert found["configured"]["overrides"] == []
-    again = tree(capsys, *SMALL_PLAN, *found["layouts"][0]["overrides"])
-    assert again["configured"]["step_seconds"] == steps[0]
-    assert all(layout["fits"] and layout["comm_sms"] == 20 for layout in found["layouts"])
-    assert [phase["name"] for phase in found["phases"]] == ["pre-training"]  # not DeepSeek's run
-    assert 0.9 < found["effective_training_time"] < 1
-    assert {"what", "step_seconds"} == set(found["sensitivity"][0])
-
-
-def test_a_plan_counts_layouts_whose_ramp_is_illegal(capsys: pytest.CaptureFixture[str]) -> None:
-    ramp = ("training.rampup_start_batch_size=64", "training.rampup_batch_size_increment=64", "training.rampup_tokens=1_000_000")
-    found = tree(capsys, *SMALL_PLAN, *ramp)
-    reasons = [reason for reason in found["illegal"] if reason.startswith("training.rampup_start_batch_size")]
-    assert "training.rampup_start_batch_size (dualpipe)" in reasons
-    assert [phase["name"] for phase in found["phases"]] == ["batch ramp", "pre-training"]
+    assert f"Of the distinct operations' time: {words}" in answer(capsys, "simulate", V3)

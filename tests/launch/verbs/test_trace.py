@@ -7,16 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.launch.cli import main
+from shoestring.tests.launch.command_line import exit_code
 from shoestring.tests.launch.report.layer_spans import trace
 from shoestring.trainer.telemetry.trace import merge_rank_traces, write_rank_trace
 
 
 def run(*arguments: str | Path) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(["trace", *map(str, arguments)])
-    code: int = ended.value.code or 0  # type: ignore[assignment]
-    return code
+    return exit_code("trace", *arguments)
 
 
 @pytest.fixture

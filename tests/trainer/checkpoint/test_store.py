@@ -51,7 +51,13 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
 
 @pytest.mark.parametrize(
     "target",
-    ["saver.write_rank_file", "saver.TensorFileWriter.write_tensor", "saver.write_file", "store.merge_rank_records", "store.write_file"],
+    [
+        "saver.write_rank_file",
+        "saver.TensorFileWriter.write_tensor",
+        "saver.write_file",
+        "store.merge_rank_records",
+        "store.write_file",
+    ],
 )
 def test_a_save_that_dies_half_way_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str

@@ -1,4 +1,4 @@
-"""Fixtures of this folder."""
+"""A small corpus, and a prepared directory that a test may damage."""
 
 from __future__ import annotations
 

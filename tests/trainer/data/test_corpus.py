@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.tests.launch.small_checkpoint import TEXT, shoestring
+from shoestring.tests.launch.command_line import shoestring
+from shoestring.tests.launch.small_checkpoint import TEXT
 from shoestring.tests.trainer.data.small_corpus import refusal
 from shoestring.trainer.data.config import DataConfig
 

@@ -95,9 +95,15 @@ def test_math_is_refused_from_a_gigabyte_of_scores_on() -> None:
     ("overrides", "why"),
     [
         (["training.attention_backend=fused"], "must be auto, cudnn, flash3, efficient, math"),
-        (["training.attention_backend=cudnn", "training.device=cpu"], "is for GPUs: write auto, or training.device=cuda"),
+        (
+            ["training.attention_backend=cudnn", "training.device=cpu"],
+            "is for GPUs: write auto, or training.device=cuda",
+        ),
         (["training.attention_backend=cudnn", "precision=fp32"], "BF16 and FP16 and the run in float32"),
-        (["training.attention_backend=math", "training.sequence_length=65536"], "write training.attention_backend=auto"),
+        (
+            ["training.attention_backend=math", "training.sequence_length=65536"],
+            "write training.attention_backend=auto",
+        ),
     ],
 )
 def test_a_configuration_that_no_gpu_can_run_is_refused(overrides: list[str], why: str) -> None:
@@ -225,7 +231,9 @@ def test_a_trial_passes_where_the_backend_serves() -> None:
 
 def test_a_trial_that_fails_refuses_the_run_and_takes_nothing_else() -> None:
     """An operator for GPUs on a CPU stands for a library that refuses the shape."""
-    found = refused(probe_attention, attention_by_name("cudnn"), SMALL, torch.device("cpu"))["training.attention_backend"]
+    found = refused(probe_attention, attention_by_name("cudnn"), SMALL, torch.device("cpu"))[
+        "training.attention_backend"
+    ]
     assert "'cudnn': it fails at this run's shape: " in found
     assert "write training.attention_backend=flash3 or training.attention_backend=efficient" in found
 

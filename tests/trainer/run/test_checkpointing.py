@@ -34,7 +34,10 @@ def reserved_bytes(world: World, tree: dict[str, Any]) -> list[tuple[str, int]]:
         found.append(("begin", sum(piece.nbytes for piece in pieces)))
         begin(self, step, pieces, cover)
 
-    with patch.object(CheckpointSaver, "reserve_memory", noted_reserve), patch.object(CheckpointSaver, "begin_save", noted_begin):
+    with (
+        patch.object(CheckpointSaver, "reserve_memory", noted_reserve),
+        patch.object(CheckpointSaver, "begin_save", noted_begin),
+    ):
         run_rank(world, tree)
     return found
 

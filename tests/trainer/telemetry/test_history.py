@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from shoestring.comm.errors import ConfigError
+from shoestring.tests.launch.command_line import shoestring
 from shoestring.tests.launch.report.recorded import record_run
-from shoestring.tests.launch.small_checkpoint import fifo, folder, shoestring
+from shoestring.tests.launch.small_checkpoint import fifo, folder
 from shoestring.tests.trainer.telemetry.written_events import step, write
 from shoestring.trainer.telemetry.events import Event
 from shoestring.trainer.telemetry.history import read_all_metrics, read_metrics

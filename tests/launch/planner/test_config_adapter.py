@@ -147,7 +147,10 @@ def test_no_candidate_makes_gate_up_again_in_fp8_and_runs() -> None:
 def test_a_search_lends_no_exchange_too_few_sms() -> None:
     """Where the configured run has no exchange, `--comm-sms 3` is legal, and layouts that have one are not."""
     grid = ["cluster.nodes=1", "topology.pp=8", "topology.edp=1", "topology.ep=1", "model.num_hidden_layers=8"]
-    batch = ["training.global_batch_size=64", *(f"training.ramp_{name}" for name in ("from=null", "step=null", "tokens=0"))]
+    batch = [
+        "training.global_batch_size=64",
+        *(f"training.ramp_{name}" for name in ("from=null", "step=null", "tokens=0")),
+    ]
     found = plan([V3, *grid, *batch, "model.n_routed_experts=64"], None, 3, {"comm_sms": 3}).search_result
     assert any(reason.startswith("--comm-sms") for reason in found.illegal)
     assert {best.layout.topology.ep for best in found.best_forecasts} <= {1}

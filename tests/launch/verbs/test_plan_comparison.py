@@ -14,10 +14,10 @@ import torch
 
 from shoestring.comm.errors import ConfigError
 from shoestring.comm.groups import ProcessGroups
-from shoestring.launch.cli import main
 from shoestring.launch.compose import compose_run_config, config_to_yaml
 from shoestring.launch.run.run_dir import CONFIG_FILE
 from shoestring.launch.verbs.plan_comparison import PlanComparison, PlannedVsMeasured, compare_with_plan
+from shoestring.tests.launch.command_line import answer
 from shoestring.tests.launch.small_run import BATCH, SEQUENCE, small_run
 from shoestring.tests.processes import World, run_processes
 from shoestring.trainer.build import build_stage_layout
@@ -36,14 +36,6 @@ def train_rank(world: World, overrides: list[str]) -> None:
         config.topology, world.rank, timedelta(seconds=60), build_stage_layout(config).replica_pp_groups()
     )
     train(config, groups, torch.device("cpu"), attempt="a")
-
-
-def printed(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    assert ended.value.code == code
-    output = capsys.readouterr()
-    return output.err if code else output.out
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +70,7 @@ GPUS = ("cluster=h800", "cluster.nodes=1", "cluster.gpus_per_node=2", "training.
 
 @pytest.fixture
 def simulated(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> Tree:
-    tree: Tree = json.loads(printed(capsys, "simulate", *overrides, *GPUS, "--format", "json"))
+    tree: Tree = json.loads(answer(capsys, "simulate", *overrides, *GPUS, "--format", "json"))
     return tree
 
 
@@ -150,7 +142,7 @@ def test_table_and_json(
     run_dir: Path, simulated: Tree, write: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    text = printed(capsys, "budget", run_dir, "--against", write(simulated)).partition("planned and measured")[2]
+    text = answer(capsys, "budget", run_dir, "--against", write(simulated)).partition("planned and measured")[2]
     for words in (
         "exposed exchange",
         "tokens a second",
@@ -160,7 +152,7 @@ def test_table_and_json(
     ):
         assert words in text
     assert max(map(len, text.splitlines()[1:])) <= 80
-    tree = json.loads(printed(capsys, "budget", run_dir, "--against", write(simulated), "--format", "json"))["against"]
+    tree = json.loads(answer(capsys, "budget", run_dir, "--against", write(simulated), "--format", "json"))["against"]
     assert tree["layout"] == "the layout that was simulated"
     step = tree["step_seconds"]
     assert step["difference"] == step["measured"] - step["planned"]
@@ -170,7 +162,7 @@ def test_table_and_json(
 def test_of_a_search_it_is_the_layout_of_the_run(
     overrides: list[str], run_dir: Path, write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tree: Tree = json.loads(printed(capsys, "plan", *overrides, *GPUS, "--format", "json"))
+    tree: Tree = json.loads(answer(capsys, "plan", *overrides, *GPUS, "--format", "json"))
     summary = summarize_ledger(run_dir)
     of_run = tree["configured"]
     other = of_run | {"edp": 2, "ep": 1}
@@ -241,8 +233,8 @@ def test_what_cannot_be_compared_is_refused(
     ):
         compare_with_plan(tmp_path, summarize_ledger(run_dir), plan)
     plan.write_text("[]")
-    assert "is no plan" in printed(capsys, "budget", run_dir, "--against", plan, code=2)
-    assert "cannot be read" in printed(capsys, "budget", run_dir, "--against", tmp_path / "absent", code=2)
+    assert "is no plan" in answer(capsys, "budget", run_dir, "--against", plan, code=2)
+    assert "cannot be read" in answer(capsys, "budget", run_dir, "--against", tmp_path / "absent", code=2)
     project = tmp_path / "project.yaml"
     project.write_text(f"gpu_hours: {{pre_train: 5}}\nruns: [{run_dir}]\n")
-    assert "asks about one run" in printed(capsys, "budget", project, "--against", plan, code=2)
+    assert "asks about one run" in answer(capsys, "budget", project, "--against", plan, code=2)

@@ -1,0 +1,38 @@
+"""The `shoestring` command, run in this process: its exit code, and what it prints."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from shoestring.launch.cli import main
+
+
+def exit_code(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    code: object = stopped.value.code or 0
+    assert isinstance(code, int)
+    return code
+
+
+def shoestring(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, output and errors."""
+    code = exit_code(*arguments)
+    output, errors = capsys.readouterr()
+    return code, output, errors
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
+    """Return the output of a command that ends with `code`, or its errors where that is not 0."""
+    ended, output, errors = shoestring(capsys, *arguments)
+    assert ended == code, errors
+    return errors if code else output
+
+
+def tree_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    """Return the JSON that a command prints."""
+    tree: dict[str, Any] = json.loads(answer(capsys, *arguments, "--format", "json"))
+    return tree

@@ -1,0 +1,16 @@
+"""A search that takes seconds: eight layers of DeepSeek-V3 on four nodes."""
+
+from __future__ import annotations
+
+SMALL_PLAN = (
+    *(
+        "plan",
+        "experiment=deepseek_v3_h800",
+        "model.num_hidden_layers=8",
+        "cluster.nodes=4",
+        "topology.pp=4",
+        "topology.edp=1",
+        "topology.ep=8",
+    ),
+    *("training.global_batch=128", "training.ramp_from=null", "training.ramp_step=null", "training.ramp_tokens=0"),
+)

@@ -1,0 +1,62 @@
+"""`shoestring plan` as a command: its layouts and their order, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from shoestring.tests.launch.command_line import answer, tree_of
+from shoestring.tests.launch.small_plan import SMALL_PLAN
+
+V3 = "experiment=deepseek_v3_h800"
+
+
+@pytest.mark.parametrize("keep", ["0", "-1"])
+def test_a_plan_keeps_something(capsys: pytest.CaptureFixture[str], keep: str) -> None:
+    assert f"--keep = {keep}: must be at least 1" in answer(capsys, "plan", V3, "--keep", keep, code=2)
+
+
+def test_a_configured_layout_that_does_not_fit_is_marked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    grid = ("topology.pp=1", "topology.edp=1", "topology.ep=32", "schedule=one_f_one_b")
+    said = answer(capsys, *SMALL_PLAN, *grid, "recompute=nothing", "precision=bf16")
+    assert "does NOT fit into 84.94 GB" in said
+    assert "there is nothing to compare with" in said
+
+
+def test_a_plan_fits_into_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = answer(capsys, *SMALL_PLAN).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+    rows = [line.split() for line in lines if line.split()[:1] in (["1"], ["conf"])]
+    assert [row[0] for row in rows] == ["1", "conf", "1", "conf"]
+    assert [len(row) for row in rows[:2]] == [11, 11]  # every figure stands in the one line of its layout
+    words = " ".join(" ".join(lines).split())
+    assert "of the step" in words
+    assert "does NOT fit into 84.94 GB" in " ".join(rows[3])
+    assert "To run the best layout, add: " in words
+
+
+def test_a_plan_counts_layouts_whose_ramp_is_illegal(capsys: pytest.CaptureFixture[str]) -> None:
+    ramp = ("training.ramp_from=64", "training.ramp_step=64", "training.ramp_tokens=1_000_000")
+    found = tree_of(capsys, *SMALL_PLAN, *ramp)
+    reasons = [reason for reason in found["illegal"] if reason.startswith("training.ramp_from")]
+    assert "training.ramp_from (dualpipe)" in reasons
+    assert [phase["name"] for phase in found["phases"]] == ["batch ramp", "pre-training"]
+
+
+def test_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    found = tree_of(capsys, *SMALL_PLAN)
+    counted = sum(found["illegal"].values()) + sum(found["unfit"].values()) + found["simulated"] + found["excluded"]
+    assert counted == found["considered"]
+    steps = [layout["step_seconds"] for layout in found["layouts"]]
+    assert steps == sorted(steps)
+    assert found["configured"]["overrides"] == []
+    again = tree_of(capsys, *SMALL_PLAN, *found["layouts"][0]["overrides"])
+    assert again["configured"]["step_seconds"] == steps[0]
+    assert all(layout["fits"] and layout["comm_sms"] == 20 for layout in found["layouts"])
+    assert [phase["name"] for phase in found["phases"]] == ["pre-training"]  # not DeepSeek's run
+    assert 0.9 < found["effective_training_time"] < 1
+    assert {"what", "step_seconds"} == set(found["sensitivity"][0])
