@@ -112,7 +112,7 @@ part() {
 # shoestring is how the command is called where it is not installed.
 shoestring=(-m shoestring.launch.cli)
 # The quickstart on one rank: 20 steps of 8 short sequences, each step's loss in the metrics.
-run=(experiment=quickstart topology=single schedule=one_f_one_b schedule.micro_batch_size=2 training.global_batch_size=8
+run=(experiment=quickstart topology=single schedule=1f1b schedule.micro_batch_size=2 training.global_batch_size=8
     training.tokens=10_240 training.sequence_length=64 training.evaluate_every=0 training.sample_tokens=0 training.checkpoint_every=1000 telemetry.log_every=1
     telemetry.wandb.mode=disabled budget.stop_at=null)
 

@@ -78,7 +78,7 @@ def make_ledger(run_dir: Path, records: int) -> None:
 
 def make_metrics(run_dir: Path, lines: int) -> None:
     """Lines of the length that a model of 16 routed layers of 32 experts has; an evaluation in a hundred."""
-    loads = {f"expert_load/layer_{layer:02d}": [100 + expert for expert in range(16)] for layer in range(18)}
+    loads = {f"tokens_per_expert/layer_{layer:02d}": [100 + expert for expert in range(16)] for layer in range(18)}
     with (run_dir / METRICS_FILE).open("w") as file:
         file.write(Event("run", 0, {"config": {}, "total_steps": lines}, 1.8e9).to_json_line() + "\n")
         for step in range(1, lines + 1):

@@ -32,7 +32,7 @@ WAYS = {
     "fp32": ["optimizer.moments=float32"],
     "fp32, rounded otherwise": ["optimizer.moments=float32", "schedule.micro_batch_size=4"],
 }
-ONE_PROCESS = ["topology=single", "schedule=one_f_one_b", "schedule.micro_batch_size=2"]
+ONE_PROCESS = ["topology=single", "schedule=1f1b", "schedule.micro_batch_size=2"]
 
 
 def train(directory: Path, seed: int, steps: int, overrides: list[str]) -> float:

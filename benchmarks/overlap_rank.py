@@ -17,7 +17,7 @@ from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.exchange.factory import build_token_exchange
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import LinkType, Topology
-from shoestring.comm.trace import EXPOSED_EXCHANGE, TimelineTrack
+from shoestring.comm.trace import EXPOSED_ALL_TO_ALL, TimelineTrack
 from shoestring.comm.traffic import TrafficCounter
 from shoestring.trainer.build import PipelineRuntime, build_stepper
 from shoestring.trainer.data.samples import TokenBatch
@@ -102,14 +102,14 @@ def pair_seconds(spans: list[Span]) -> dict[str, float]:
     pairs = [span for span in spans if span.track is TimelineTrack.INSTRUCTION and span.name == "FB"]
     inside = [span for span in spans if any(pair.begin <= span.begin and span.end <= pair.end for pair in pairs)]
     whole = seconds(pairs)
-    exposed = seconds([span for span in inside if span.name == EXPOSED_EXCHANGE])
+    exposed = seconds([span for span in inside if span.name == EXPOSED_ALL_TO_ALL])
     exchanges = [span for span in spans if span.track is TimelineTrack.EXCHANGE]
     exchanging = [span for span in inside if span.track is TimelineTrack.EXCHANGE]
     return {
         "FB": whole,
         "compute": whole - exposed,
         "exchange": seconds(exchanging),
-        EXPOSED_EXCHANGE: exposed,
+        EXPOSED_ALL_TO_ALL: exposed,
         "share": len(exchanging) / len(exchanges),
     }
 
@@ -137,7 +137,7 @@ def main(pp: int, pairs: int, output: str) -> None:
         "turns": {key: median(turn[key] for turn, _ in found) for key in found[0][0]},
         "serial": {key: median(one[key] for _, one in found) for key in found[0][0]},
         "ratio": median(turn["FB"] / one["FB"] for turn, one in found),
-        "exposed": median(turn[EXPOSED_EXCHANGE] / turn["FB"] for turn, _ in found),
+        "exposed": median(turn[EXPOSED_ALL_TO_ALL] / turn["FB"] for turn, _ in found),
         "bytes_between_nodes": found[0][0]["share"] * turns.traffic.bytes_by_link()[LinkType.INFINIBAND] / pairs,
         "terms": summarize_trace(turns.trace.spans),
     }

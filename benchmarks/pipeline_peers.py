@@ -24,7 +24,7 @@ from shoestring.parallelism.weight_grad import DelayedWeightGradients, linear
 from shoestring.trainer.model.split_backward import SplitBackward
 
 PEERS = {
-    "Schedule1F1B": ("one_f_one_b", Schedule1F1B),
+    "Schedule1F1B": ("1f1b", Schedule1F1B),
     "ScheduleDualPipeV": ("dualpipev", ScheduleDualPipeV),
     "ScheduleZBVZeroBubble": ("dualpipev", ScheduleZBVZeroBubble),
 }

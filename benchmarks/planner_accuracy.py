@@ -120,7 +120,7 @@ PROFILES = (
     Profile("14.6B", 16, 5120, 40, 1, 64, 11307, 11254, 8101, 379),
     Profile("14.6B", 16, 5120, 40, 1, 128, 11325, 11308, 8109, 378),
 )
-_SCHEDULES = {"f1b": ("one_f_one_b", None), "zb1p": ("zb1p", None), "f1bi": ("interleaved", 3)}
+_SCHEDULES = {"f1b": ("1f1b", None), "zb_h1": ("zb_h1", None), "f1bi": ("interleaved", 3)}
 _LENGTH, _LAYERS_A_RANK = 1024, 3  # two layers less in all: first and last stage hold one less, for embedding and head
 _BYTES_A_PARAMETER = 16  # mixed-precision Adam (ZeRO paper, arXiv 1910.02054, §3.1)
 
@@ -135,7 +135,7 @@ def zero_bubble(published: dict[str, float]) -> Iterator[Comparison]:
             seconds = simulate_program(program, OpDurations(*parts), profile.transfer * 1e-6).makespan
             rates[name] = profile.micro_batch * profile.micro_batches / profile.ranks / seconds
         rows = {name: f"zb-{profile.name}-{name}-m{profile.micro_batches}-samples_per_gpu_per_s" for name in _SCHEDULES}
-        for name in ("zb1p", "f1bi"):
+        for name in ("zb_h1", "f1bi"):
             ratio = published[rows[name]] / published[rows["f1b"]]
             yield Comparison("Zero Bubble, throughput over 1F1B", rows[name], ratio, rates[name] / rates["f1b"])
     for profile in (PROFILES[0], PROFILES[3]):
@@ -177,7 +177,7 @@ def four_layers(published: dict[str, float]) -> Iterator[Comparison]:
     halves = {"ep8_pp1": None, "ep4_pp2": (2, 2)}  # Megatron's: as many layers on each stage
     forecasts = {
         (name, count): forecaster.forecast(
-            ParallelLayout(topology, "one_f_one_b", layers_per_stage=halves[name]), recipe, count * topology.dp
+            ParallelLayout(topology, "1f1b", layers_per_stage=halves[name]), recipe, count * topology.dp
         )
         for name, (topology, _) in grids.items()
         for count in (4, 8, 32)

@@ -22,10 +22,10 @@ from shoestring.launch.verbs.simulate import simulate
 
 WARM_UP, STEPS = 5, 20
 LAYOUTS = {
-    "data parallel": ["topology.pp=1", "topology.edp=2", "topology.ep=1", "schedule=one_f_one_b"],
-    "experts over two": ["topology.pp=1", "topology.edp=1", "topology.ep=2", "schedule=one_f_one_b"],
-    "pipeline, 1F1B": ["topology.pp=2", "topology.edp=1", "topology.ep=1", "schedule=one_f_one_b"],
-    "pipeline, ZB1P": ["topology.pp=2", "topology.edp=1", "topology.ep=1", "schedule=zb1p"],
+    "data parallel": ["topology.pp=1", "topology.edp=2", "topology.ep=1", "schedule=1f1b"],
+    "experts over two": ["topology.pp=1", "topology.edp=1", "topology.ep=2", "schedule=1f1b"],
+    "pipeline, 1F1B": ["topology.pp=2", "topology.edp=1", "topology.ep=1", "schedule=1f1b"],
+    "pipeline, ZB1P": ["topology.pp=2", "topology.edp=1", "topology.ep=1", "schedule=zb_h1"],
     "pipeline, GPipe": ["topology.pp=2", "topology.edp=1", "topology.ep=1", "schedule=gpipe"],
     "pipeline, DualPipeV": ["topology.pp=2", "topology.edp=1", "topology.ep=1", "schedule=dualpipev"],
 }

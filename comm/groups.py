@@ -193,10 +193,10 @@ class ProcessGroups:
             world=make.world(everyone),
             world_cpu=make.control(everyone),
             ep=make.own("ep", topology.ep_ranks),
-            ep_inter_node=make.own("ep between nodes", topology.ep_inter_node_ranks),
-            ep_intra_node=make.own("ep inside node", topology.ep_intra_node_ranks),
-            pp_next=make.own("pipeline up", topology.pp_ranks, max_ctas=P2P_MAX_CTAS),
-            pp_prev=make.own("pipeline down", topology.pp_ranks, max_ctas=P2P_MAX_CTAS),
+            ep_inter_node=make.own("ep inter-node", topology.ep_inter_node_ranks),
+            ep_intra_node=make.own("ep intra-node", topology.ep_intra_node_ranks),
+            pp_next=make.own("pp next", topology.pp_ranks, max_ctas=P2P_MAX_CTAS),
+            pp_prev=make.own("pp prev", topology.pp_ranks, max_ctas=P2P_MAX_CTAS),
             dense_dp=make.reducing("dense gradients", topology.dense_dp_ranks, shared),
             expert_dp=make.reducing("expert gradients", topology.expert_dp_ranks, shared),
             watchdog=watchdog,
@@ -232,7 +232,7 @@ class _Maker:
 
     def control(self, everyone: tuple[int, ...]) -> Group:
         """The group of all ranks for tensors on the host."""
-        control = self._opened("all ranks, for the host", everyone, lambda: self._open.create_world_cpu(everyone))
+        control = self._opened("world (CPU)", everyone, lambda: self._open.create_world_cpu(everyone))
         return replace(self._group(everyone, control), watchdog=None)
 
     def own(self, name: str, ranks_of: Callable[[int], tuple[int, ...]], max_ctas: int | None = None) -> Group:

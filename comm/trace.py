@@ -17,15 +17,15 @@ class TimelineTrack(StrEnum):
     INSTRUCTION = "instruction"  # of the pipeline program, the optimizer, and what these wait for
     COMPUTE = "compute"  # phases of layers, and waiting for exchanges
     EXCHANGE = "exchange"  # what the exchange's worker does
-    P2P_NEXT = "edge up"  # messages towards the end of the pipeline
-    P2P_PREV = "edge down"  # messages towards its beginning
+    P2P_NEXT = "p2p next"  # messages towards the end of the pipeline
+    P2P_PREV = "p2p prev"  # messages towards its beginning
     REDUCE = "reduce"  # sums of gradients, and weights handed out
     LAUNCH = "launch"  # moments: the computing thread has started a communication
 
 
-PIPELINE_WAIT = "edge_wait"
-EXPOSED_EXCHANGE = "exposed_exchange"
-GRADIENT_SYNC_WAIT = "reduce_wait"
+PIPELINE_WAIT = "pipeline_wait"
+EXPOSED_ALL_TO_ALL = "exposed_all_to_all"
+GRADIENT_SYNC_WAIT = "gradient_sync_wait"
 OPTIMIZER = "optimizer"
 
 

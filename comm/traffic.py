@@ -14,7 +14,7 @@ class TrafficKind(StrEnum):
     """What bytes are for."""
 
     PAYLOAD = "payload"  # rows and their scales
-    METADATA = "beside"  # expert numbers, gate weights, sizes
+    METADATA = "metadata"  # expert numbers, gate weights, sizes
 
 
 @dataclass

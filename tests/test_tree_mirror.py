@@ -69,7 +69,7 @@ def reached(path: Path) -> set[Path]:
         ("trainer/test_loop.py", "trainer/loop"),
         ("trainer/test_loop_resume.py", "trainer/loop"),
         ("trainer/test_checkpoint.py", "trainer/checkpoint"),
-        ("trainer/checkpoint/test_checkpoint_kills.py", "trainer/checkpoint"),
+        ("trainer/ledger/test_ledger_full_disk.py", "trainer/ledger"),
         ("launch/run/test_run_dir.py", "launch/run/run_dir"),
         ("launch/run/test_run_slurm.py", "launch/run"),
         ("launch/test_quickstart.py", "launch/quickstart"),

@@ -49,8 +49,8 @@ def value_schedule_problems(field: str, schedule: Mapping[int, float]) -> Iterat
 class ScheduleConfig:
     """In which order the ranks of a pipeline run the micro-batches of a step, and which layers they hold."""
 
-    name: str = "one_f_one_b"
-    """`gpipe`, `one_f_one_b`, `interleaved`, `zb1p`, `dualpipe` or `dualpipev`; see `shoestring schedule`."""
+    name: str = "1f1b"
+    """`gpipe`, `1f1b`, `interleaved`, `zb_h1`, `dualpipe` or `dualpipev`; see `shoestring schedule`."""
     micro_batch_size: int = 1
     """Sequences of one micro-batch on one rank."""
     chunks: int | None = None
@@ -67,14 +67,14 @@ class ScheduleConfig:
         if self.name not in names:
             yield Problem("name", self.name, f"no such schedule; there are: {', '.join(names)}")
         if self.micro_batch_size < 1:
-            yield Problem("micro_batch", self.micro_batch_size, "must be at least 1")
-        for name, most in (("micro_batch", 2**20), ("chunks", 4096)):
+            yield Problem("micro_batch_size", self.micro_batch_size, "must be at least 1")
+        for name, most in (("micro_batch_size", 2**20), ("chunks", 4096)):
             if (self.__dict__[name] or 0) > most:
                 yield Problem(name, self.__dict__[name], f"must be at most {most}: no machine trains more")
 
 
-_TIMEOUTS = ("collective_timeout_seconds", "start_timeout_seconds", "meeting_timeout_seconds", "stop_seconds")
-_MOST = {"tokens": 10**18, "sequence_length": 2**24, "global_batch": 2**31} | dict.fromkeys(_TIMEOUTS, 10**7)
+_TIMEOUTS = ("collective_timeout_seconds", "start_timeout_seconds", "rendezvous_timeout_seconds", "stop_seconds")
+_MOST = {"tokens": 10**18, "sequence_length": 2**24, "global_batch_size": 2**31} | dict.fromkeys(_TIMEOUTS, 10**7)
 """Of training's numbers: 60,000 times DeepSeek-V3's tokens, a context of 16 million, four months of waiting."""
 _MOST_LEVELS = 100_000
 """Sizes of a growing batch."""
@@ -145,12 +145,15 @@ class TrainingConfig:
         if self.device not in ("auto", "cpu", "cuda"):
             yield Problem("device", self.device, "must be auto, cpu or cuda")
         if self.attention_backend != "auto" and self.attention_backend not in GPU_BACKENDS:
-            yield Problem("attention", self.attention_backend, f"must be auto, {', '.join(GPU_BACKENDS)}")
+            yield Problem("attention_backend", self.attention_backend, f"must be auto, {', '.join(GPU_BACKENDS)}")
         elif self.attention_backend != "auto" and self.device == "cpu":
             yield Problem(
-                "attention", self.attention_backend, "is for GPUs: write auto, or training.device=cuda", ("device",)
+                "attention_backend",
+                self.attention_backend,
+                "is for GPUs: write auto, or training.device=cuda",
+                ("device",),
             )
-        at_least_one = ["tokens", "sequence_length", "global_batch", "keep_checkpoints", "failed_saves"]
+        at_least_one = ["tokens", "sequence_length", "global_batch_size", "keep_checkpoints", "max_failed_saves"]
         for name in (*at_least_one, *_TIMEOUTS):
             if values[name] < 1:
                 yield Problem(name, values[name], "must be at least 1")
@@ -159,19 +162,28 @@ class TrainingConfig:
                 yield Problem(name, values[name], f"must be at most {most:,}")
         if self.rampup_start_batch_size is not None and not 1 <= self.rampup_start_batch_size <= self.global_batch_size:
             hint = f"must be from 1 to global_batch = {self.global_batch_size}, or null"
-            yield Problem("ramp_from", self.rampup_start_batch_size, hint, ("global_batch",))
+            yield Problem("rampup_start_batch_size", self.rampup_start_batch_size, hint, ("global_batch_size",))
         if self.rampup_batch_size_increment is not None and self.rampup_batch_size_increment < 1:
-            yield Problem("ramp_step", self.rampup_batch_size_increment, "must be at least 1, or null")
+            yield Problem(
+                "rampup_batch_size_increment", self.rampup_batch_size_increment, "must be at least 1, or null"
+            )
         elif (
             None not in (self.rampup_start_batch_size, self.rampup_batch_size_increment) and self._levels > _MOST_LEVELS
         ):
             hint = f"gives {self._levels} sizes of the batch; at most {_MOST_LEVELS}: grow by more at a time"
-            yield Problem("ramp_step", self.rampup_batch_size_increment, hint)
-        for name, missing in (("ramp_step", None), ("ramp_tokens", 0)):
+            yield Problem("rampup_batch_size_increment", self.rampup_batch_size_increment, hint)
+        for name, missing in (("rampup_batch_size_increment", None), ("rampup_tokens", 0)):
             if (values[name] == missing) != (self.rampup_start_batch_size is None):
                 hint = "goes with ramp_from: write ramp_from, ramp_step and ramp_tokens, or none (null, null and 0)"
-                yield Problem(name, values[name], hint, ("ramp_from",))
-        for name in ("balance_weight", "evaluate_every", "checkpoint_every", "sample_tokens", "seed", "ramp_tokens"):
+                yield Problem(name, values[name], hint, ("rampup_start_batch_size",))
+        for name in (
+            "seq_aux_loss_coeff",
+            "evaluate_every",
+            "checkpoint_every",
+            "sample_tokens",
+            "seed",
+            "rampup_tokens",
+        ):
             if values[name] < 0:
                 yield Problem(name, values[name], "must be at least 0")
         if self.seed >= 2**63:
@@ -181,8 +193,8 @@ class TrainingConfig:
         if self.sample_tokens > 0 and not self.sample_prompt:
             hint = "must hold text, or write training.sample_tokens=0"
             yield Problem("sample_prompt", self.sample_prompt, hint, ("sample_tokens",))
-        yield from value_schedule_problems("mtp_weight", self.mtp_loss_scaling_factor)
-        yield from value_schedule_problems("bias_speed", self.router_bias_update_rate)
+        yield from value_schedule_problems("mtp_loss_scaling_factor", self.mtp_loss_scaling_factor)
+        yield from value_schedule_problems("router_bias_update_rate", self.router_bias_update_rate)
 
     @property
     def _levels(self) -> int:
@@ -377,7 +389,7 @@ class RunConfig:
     def _size_problems(self, size: int, share: int, *, is_first: bool) -> Iterator[Problem]:
         """What keeps a step of the ramp from taking `size` sequences."""
         schedule, training = self.schedule, self.training
-        name = "ramp_from" if is_first else "ramp_step"
+        name = "rampup_start_batch_size" if is_first else "rampup_batch_size_increment"
         field, value, judges = f"training.{name}", training.__dict__[name], (*_STAGES, *_SHARE, *_RAMP)
         when = "in the first step" if is_first else f"in steps of {size}"
         if size % share:

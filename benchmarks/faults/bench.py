@@ -24,7 +24,7 @@ STEPS, CHECKPOINT_EVERY = 60, 5
 SEQUENCE, BATCH = 16, 2
 CLI = [sys.executable, "-m", "shoestring.launch.cli"]
 SMALL = [
-    *("experiment=quickstart", "topology=single", "schedule=one_f_one_b", "schedule.micro_batch_size=1"),
+    *("experiment=quickstart", "topology=single", "schedule=1f1b", "schedule.micro_batch_size=1"),
     *(f"training.sequence_length={SEQUENCE}", f"training.global_batch_size={BATCH}", "training.device=cpu"),
     *(f"training.tokens={STEPS * SEQUENCE * BATCH}", "training.sample_tokens=0", "training.evaluate_every=0"),
     *(f"training.checkpoint_every={CHECKPOINT_EVERY}", "telemetry.wandb.mode=disabled", "telemetry.log_every=1"),
@@ -148,7 +148,10 @@ class Bench:
         """Note a ledger whose parts do not add up."""
         summary = LedgerReader(run_dir, from_snapshot=False).summarize()
         parts = (
-            summary.productive_ms + summary.rolled_back_ms + sum(summary.gpu_ms_by_bucket.values()) + summary.unknown_ms
+            summary.productive_ms
+            + summary.rolled_back_ms
+            + sum(summary.gpu_ms_by_bucket.values())
+            + summary.unattributed_ms
         )
         row.insist(summary.allocated_ms == parts, f"allocated {summary.allocated_ms} ms, the parts add up to {parts}")
 

@@ -103,7 +103,7 @@ def torn_small_files(how: str) -> Inject:
         run_dir, data = place / "run", f"data_{how}"
         bench.stopped(row, run_dir)
         shutil.copytree(bench.root / "prepared", bench.root / data)
-        rare = ("stops_without_step", "ended", "meeting", "wandb_run_id", "ledger/totals.json")
+        rare = ("stops_without_step", "ended", "meeting", "wandb_run_id", "ledger/snapshot.json")
         stamp = bench.root / data / ".verified.json"
         for file in (*(run_dir / name for name in rare), stamp):
             file.touch()
@@ -367,8 +367,8 @@ def stopped_rank(number: int) -> Inject:
         row.insist(row.codes[-1] == 0, "the run was not finished")
         bench.compare(row, place / "run")
         summary = LedgerReader(place / "run").summarize()
-        share = summary.unknown_ms / summary.allocated_ms
-        row.insist(share <= 0.05, f"{share:.0%} of the time is unknown")
+        share = summary.unattributed_ms / summary.allocated_ms
+        row.insist(share <= 0.05, f"{share:.0%} of the time is unattributed")
 
     return inject
 
@@ -549,8 +549,8 @@ INJECTIONS = (
         "M5", "a shard removed in mid-run", "noticed, or not read", changed_tokens(Path.unlink, must_notice=False)
     ),
     Injection("M5", "1,049 shards moved away in mid-run", "noticed, exit 1", data_moved_away),
-    Injection("M6", "rank 0 stopped for 5 s", "attributed: unknown at most 5 %", stopped_rank(0)),
-    Injection("M6", "rank 1 stopped for 5 s", "attributed: unknown at most 5 %", stopped_rank(1), ep=2),
+    Injection("M6", "rank 0 stopped for 5 s", "attributed: unattributed at most 5 %", stopped_rank(0)),
+    Injection("M6", "rank 1 stopped for 5 s", "attributed: unattributed at most 5 %", stopped_rank(1), ep=2),
     Injection("M6", "ledger/work.jsonl removed", "refused, exit 2", changed_ledger("work.jsonl", lambda _: None)),
     Injection(
         "M6", "ledger/allocation.jsonl removed", "refused, exit 2", changed_ledger("allocation.jsonl", lambda _: None)

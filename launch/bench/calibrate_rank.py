@@ -27,7 +27,7 @@ from ...comm.exchange.config import ExchangeConfig
 from ...comm.exchange.factory import build_token_exchange
 from ...comm.groups import ProcessGroups
 from ...comm.topology import Topology
-from ...comm.trace import EXPOSED_EXCHANGE, GRADIENT_SYNC_WAIT, OPTIMIZER, ExchangeLabel, TimelineTrack
+from ...comm.trace import EXPOSED_ALL_TO_ALL, GRADIENT_SYNC_WAIT, OPTIMIZER, ExchangeLabel, TimelineTrack
 from ...comm.traffic import TrafficCounter
 from ...trainer.build import PipelineRuntime, build_stepper
 from ...trainer.config import RunConfig
@@ -245,7 +245,7 @@ def phase_seconds_from_spans(spans: Sequence[Span], config: RunConfig) -> dict[s
     named: defaultdict[str, list[Span]] = defaultdict(list)
     for span in sorted(spans, key=lambda span: span.begin):
         named[span.name].append(span)
-    waits = named.pop(EXPOSED_EXCHANGE, [])
+    waits = named.pop(EXPOSED_ALL_TO_ALL, [])
 
     def mean(name: str) -> float:
         found = named[name]
@@ -287,7 +287,7 @@ def _rest(instructions: Sequence[Span], spans: Sequence[Span]) -> float:
     inner = [
         span
         for span in spans
-        if span.track in (TimelineTrack.COMPUTE, TimelineTrack.EXCHANGE) and span.name != EXPOSED_EXCHANGE
+        if span.track in (TimelineTrack.COMPUTE, TimelineTrack.EXCHANGE) and span.name != EXPOSED_ALL_TO_ALL
     ]
     left = 0.0
     for whole in instructions:

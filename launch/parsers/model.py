@@ -56,8 +56,8 @@ def _memory(options: argparse.Namespace) -> int:
 
 def _add_schedule(verbs: Subparsers) -> None:
     schedule = verbs.add_parser("schedule", help="a pipeline program, checked and drawn")
-    schedule.add_argument("name", metavar="NAME", help="gpipe, one_f_one_b, interleaved, zb1p, dualpipe or dualpipev")
-    schedule.add_argument("--stages", type=int, required=True, metavar="P", help="pipeline ranks")
+    schedule.add_argument("name", metavar="NAME", help="gpipe, 1f1b, interleaved, zb_h1, dualpipe or dualpipev")
+    schedule.add_argument("--pp", type=int, required=True, metavar="P", help="pipeline ranks")
     schedule.add_argument("--micro-batches", type=int, required=True, metavar="N", help="of one global batch")
     schedule.add_argument("--chunks", type=int, metavar="V", help="stages a rank holds, for interleaved (default 2)")
     schedule.add_argument("--format", choices=["ascii", "svg", "json"], default="ascii")
@@ -70,7 +70,7 @@ def _schedule(options: argparse.Namespace) -> int:
     from ..console import print_or_raise
     from ..verbs.schedule import draw_schedule
 
-    size = options.name, options.stages, options.micro_batches, options.chunks
+    size = options.name, options.pp, options.micro_batches, options.chunks
     drawing = draw_schedule(*size, options.format, options.times)
     if options.output is None:
         print_or_raise(drawing)
@@ -87,8 +87,10 @@ def _add_partition(verbs: Subparsers) -> None:
         verbs.add_parser("partition", help="a model's layers on the stages of a pipeline")
     )
     partition.add_argument("--stages", type=int, required=True, help="stages the model is cut into")
-    partition.add_argument("--layout", metavar="L,L,…", help="the number of layers of each stage, instead of a search")
-    partition.add_argument("--schedule", default="one_f_one_b", help="puts stages on ranks (default one_f_one_b)")
+    partition.add_argument(
+        "--layers-per-stage", metavar="L,L,…", help="the number of layers of each stage, instead of a search"
+    )
+    partition.add_argument("--schedule", default="1f1b", help="puts stages on ranks (default 1f1b)")
     add_format_option(partition)
     partition.set_defaults(run=_partition)
 
@@ -96,6 +98,6 @@ def _add_partition(verbs: Subparsers) -> None:
 def _partition(options: argparse.Namespace) -> int:
     from ..verbs.partition import partition_as_dict, partition_model, partition_table
 
-    model = partition_model(*get_overrides(options), options.stages, options.schedule, options.layout)
+    model = partition_model(*get_overrides(options), options.stages, options.schedule, options.layers_per_stage)
     print_result(options, lambda: partition_table(model), lambda: partition_as_dict(model))
     return 0

@@ -216,7 +216,7 @@ class ComputeTimeModel:
             if default is None:
                 return 0.0  # this phase has no such pass in the measured layer
             rate = bytes_per_second(
-                self.cluster, "memory_gbps", self.cluster.memory_gb_per_second, f"a {operation.kind} pass"
+                self.cluster, "memory_gb_per_second", self.cluster.memory_gb_per_second, f"a {operation.kind} pass"
             )
             seconds = operation.bytes / (default.value * rate)
             self._count(default, seconds)

@@ -140,7 +140,7 @@ def _input_problems(
 
 def config_with_layout(config: RunConfig, layout: ParallelLayout, recipe: ForecastRecipe) -> RunConfig:
     """The run in another layout, of which the recipe says how it computes and what it makes again."""
-    names = {"name": layout.schedule, "micro_batch": layout.micro_batch_size, "chunks": layout.chunks_per_rank}
+    names = {"name": layout.schedule, "micro_batch_size": layout.micro_batch_size, "chunks": layout.chunks_per_rank}
     precision = config.precision
     if recipe.precision is GemmPrecision.FP8:
         precision = replace(precision, linear="fp8")

@@ -157,10 +157,10 @@ class ExchangeTimeModel:
             return "assumed"  # kernels that were measured send a token once a node
         if traced is not None and (traced.tokens, traced.inputs) == (shape.tokens, shape.ep_size):
             return traced.evidence
-        nvlink = self._rate_evidence(_kind(exchange), self.cluster.gpus_per_node, "nvlink_gbps")
+        nvlink = self._rate_evidence(_kind(exchange), self.cluster.gpus_per_node, "nvlink_gb_per_second")
         if shape.ep_size <= self.cluster.gpus_per_node:
             return nvlink
-        return weakest_evidence(nvlink, self._rate_evidence(_kind(exchange), shape.ep_size, "infiniband_gbps"))
+        return weakest_evidence(nvlink, self._rate_evidence(_kind(exchange), shape.ep_size, "infiniband_gb_per_second"))
 
     def _rate_evidence(self, kind: str, ranks: int, name: str) -> str:
         row = self._rate_row(kind, ranks) if self.table.name == self.cluster.name else None
@@ -185,9 +185,11 @@ class ExchangeTimeModel:
         """The slower of both links: forwarding inside the nodes goes on while more arrives."""
         cluster, kind = self.cluster, _kind(exchange)
         infiniband, nvlink = self.bytes_by_link(shape, exchange)
-        seconds = [nvlink / self._rate(kind, cluster.gpus_per_node, cluster.nvlink_gb_per_second, "nvlink_gbps")]
+        seconds = [
+            nvlink / self._rate(kind, cluster.gpus_per_node, cluster.nvlink_gb_per_second, "nvlink_gb_per_second")
+        ]
         if infiniband > 0:
-            rate = self._rate(kind, shape.ep_size, cluster.infiniband_gb_per_second, "infiniband_gbps")
+            rate = self._rate(kind, shape.ep_size, cluster.infiniband_gb_per_second, "infiniband_gb_per_second")
             seconds.append(infiniband / rate)
         return max(seconds)
 

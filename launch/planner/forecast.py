@@ -131,7 +131,7 @@ class StepForecast:
 
     @cached_property
     def bubble_seconds(self) -> float:
-        """What of the mean edge_wait the program has by itself, as the ledger has it."""
+        """What of the mean pipeline_wait the program has by itself, as the ledger has it."""
         program = self.program_times.program
         counts = Counter(entry.op for row in program.instructions for entry in row)
         mean = {op: sum(self.instruction_seconds(op)) / counts[op] if counts[op] else 0.0 for op in Op}
@@ -161,7 +161,7 @@ class StepForecast:
         )
         parts = {
             "waits between stages": sum(waits) / len(waits),
-            "exposed exchanges": mean["exposed_exchange"],
+            "exposed all-to-alls": mean["exposed_all_to_all"],
             "gradients and optimizer": self.exposed_collective_seconds + self.optimizer_seconds,
         }
         name = max(parts, key=lambda key: parts[key])
@@ -311,9 +311,9 @@ class StepForecaster:
         links = {topology.link_type(rank, rank + topology.dp) for rank in range(topology.dp)}
         crosses = LinkType.INFINIBAND in links
         name, link = (
-            ("infiniband_gbps", cluster.infiniband_gb_per_second)
+            ("infiniband_gb_per_second", cluster.infiniband_gb_per_second)
             if crosses
-            else ("nvlink_gbps", cluster.nvlink_gb_per_second)
+            else ("nvlink_gb_per_second", cluster.nvlink_gb_per_second)
         )
         rate = bytes_per_second(cluster, name, link, "a message between stages")
         return tokens * self.model.hidden_size * recipe.high_precision_bytes / (rate * recipe.link_speed_factor)

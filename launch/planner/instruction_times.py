@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from ...comm.trace import EXPOSED_EXCHANGE
+from ...comm.trace import EXPOSED_ALL_TO_ALL
 from ...parallelism.pipeline.program import Instruction, Op, PipelineProgram
 from ...trainer.memory.chunk import StageShape
 from .recipe import ForecastRecipe
@@ -51,7 +51,7 @@ class InstructionTimes:
             waits = min(self._lanes(rank, key).exposed_seconds * self._slowest, self._seconds[rank][key])
             terms[key[0].value] += count * (self._seconds[rank][key] - waits)
             exposed += count * waits
-        return terms | {EXPOSED_EXCHANGE: exposed}
+        return terms | {EXPOSED_ALL_TO_ALL: exposed}
 
     def _lanes(self, rank: int, key: tuple[Op, int, int]) -> SimulatedStreams:
         op, forward, backward = key

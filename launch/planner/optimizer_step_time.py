@@ -90,7 +90,7 @@ class OptimizerStepTimeModel:
             touched += (held.dense + held.routed) * 4  # weights read, both layouts written
         share = self.table.find_row("memory", "update", "any")
         rate = bytes_per_second(
-            self.cluster, "memory_gbps", self.cluster.memory_gb_per_second, "the optimizer's update"
+            self.cluster, "memory_gb_per_second", self.cluster.memory_gb_per_second, "the optimizer's update"
         )
         return touched / (rate * (share.value if share is not None else 1.0))
 
@@ -111,10 +111,10 @@ class OptimizerStepTimeModel:
         nodes, cluster, need = max(1, ranks // inside), self.cluster, f"a sum over {ranks} replicas"
         seconds = []
         if inside > 1:
-            rate = bytes_per_second(cluster, "nvlink_gbps", cluster.nvlink_gb_per_second, need)
+            rate = bytes_per_second(cluster, "nvlink_gb_per_second", cluster.nvlink_gb_per_second, need)
             seconds.append(count * (inside - 1) / inside / rate)
         if nodes > 1:
-            rate = bytes_per_second(cluster, "infiniband_gbps", cluster.infiniband_gb_per_second, need)
+            rate = bytes_per_second(cluster, "infiniband_gb_per_second", cluster.infiniband_gb_per_second, need)
             seconds.append(count * (nodes - 1) / nodes / inside / rate)
         return max(seconds) / self.recipe.link_speed_factor
 

@@ -19,7 +19,7 @@ from .config_adapter import configured_recipe
 
 _OPTION = "--against"
 _MOST_BYTES = 2**28
-_SAME = ("model", "sequence_length", "global_batch")
+_SAME = ("model", "sequence_length", "global_batch_size")
 """Of a plan's facts, those that a run must share: without them its prices are of something else."""
 _LAYOUT = ("pp", "edp", "ep", "schedule", "micro_batch", "layers")
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from ...comm.trace import EXPOSED_EXCHANGE, TimelineTrack
+from ...comm.trace import EXPOSED_ALL_TO_ALL, TimelineTrack
 from ...parallelism.pipeline.executor import Resumable, interleave, run_to_completion
 from ...trainer.memory.chunk import StageShape
 from .compute_time import ComputeTimeModel
@@ -81,7 +81,7 @@ class SimulatedStreams:
             self._arrive(self._need(beside=False))
         if self.elapsed_seconds > begin:
             self.exposed_seconds += self.elapsed_seconds - begin
-            self.spans.append(StreamSpan(TimelineTrack.COMPUTE, EXPOSED_EXCHANGE, begin, self.elapsed_seconds))
+            self.spans.append(StreamSpan(TimelineTrack.COMPUTE, EXPOSED_ALL_TO_ALL, begin, self.elapsed_seconds))
 
     def _need(self, *, beside: bool) -> float:
         """Seconds that the first exchange still takes."""

@@ -30,9 +30,9 @@ _STYLES = {
     "stall": "k-bad",
     "skipped": "k-bad",
     "hang": "k-bad",
-    "recovery": "k7",
+    "restart": "k7",
     "idle": "k8",
-    "unknown": "k9",
+    "unattributed": "k9",
 }
 _TERM_STYLES = {
     "F": "f",
@@ -40,9 +40,9 @@ _TERM_STYLES = {
     "W": "w",
     "B": "b",
     "FB": "fb",
-    "exposed_exchange": "k3",
-    "edge_wait": "k5",
-    "reduce_wait": "k7",
+    "exposed_all_to_all": "k3",
+    "pipeline_wait": "k5",
+    "gradient_sync_wait": "k7",
     "optimizer": "k2",
     "other": "k9",
 }
@@ -97,13 +97,13 @@ def _buckets(summary: LedgerSummary) -> Iterator[Block]:
         "productive": f"{summary.steps_retained:,} steps in the weights",
         "rolled_back": "steps undone by a crash",
         **LEDGER_BUCKETS,
-        "unknown": "charged to nothing",
+        "unattributed": "charged to nothing",
     }
     spent = {
         "productive": summary.productive_ms,
         "rolled_back": summary.rolled_back_ms,
         **summary.gpu_ms_by_bucket,
-        "unknown": summary.unknown_ms,
+        "unattributed": summary.unattributed_ms,
     }
     whole = max(1, summary.allocated_ms)
     some = {name: gpu_ms for name, gpu_ms in spent.items() if gpu_ms}

@@ -11,7 +11,7 @@ from .heat_map import heat_map
 from .plot import Plot, Series
 from .run_record import RunRecord
 
-_PREFIX = "expert_load/"
+_PREFIX = "tokens_per_expert/"
 _SHADES = (
     LegendEntry("a quarter of the mean or less", "shade-low"),
     LegendEntry("the mean", "shade-mean"),

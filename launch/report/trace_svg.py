@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
-from ...comm.trace import EXPOSED_EXCHANGE, TimelineTrack
+from ...comm.trace import EXPOSED_ALL_TO_ALL, TimelineTrack
 from ...trainer.telemetry.trace import Span
 
 LAYER_PAIR_PHASES = ("attn(W)", "attn(F)", "mlp(B)", "mlp(W)", "mlp(F)", "attn(B)")
@@ -101,10 +101,10 @@ def _between(rank: int, begin: int, end: int, inside: Sequence[Span]) -> LayerPa
         begin=begin,
         end=end,
         compute_spans=tuple(
-            span for span in meeting if span.track is TimelineTrack.COMPUTE and span.name != EXPOSED_EXCHANGE
+            span for span in meeting if span.track is TimelineTrack.COMPUTE and span.name != EXPOSED_ALL_TO_ALL
         ),
         exchange_spans=tuple(span for span in meeting if span.track is TimelineTrack.EXCHANGE),
-        wait_spans=tuple(span for span in meeting if span.name == EXPOSED_EXCHANGE and span.begin >= begin),
+        wait_spans=tuple(span for span in meeting if span.name == EXPOSED_ALL_TO_ALL and span.begin >= begin),
         launch_spans=tuple(span for span in inside if span.track is TimelineTrack.LAUNCH and begin <= span.begin < end),
     )
 

@@ -115,7 +115,7 @@ def _cost(look: RunSnapshot, step: Event | None) -> Iterator[tuple[str, Renderab
 
 def _losses(summary: LedgerSummary) -> list[str]:
     """Where most of the rest went."""
-    rest = {**summary.gpu_ms_by_bucket, "rolled_back": summary.rolled_back_ms, "unknown": summary.unknown_ms}
+    rest = {**summary.gpu_ms_by_bucket, "rolled_back": summary.rolled_back_ms, "unattributed": summary.unattributed_ms}
     largest = sorted((name for name in rest if rest[name]), key=lambda name: -rest[name])[:3]
     return [f"{name.replace('_', ' ')} {format_percent(rest[name] / max(1, summary.allocated_ms))}" for name in largest]
 

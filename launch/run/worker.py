@@ -132,7 +132,7 @@ def _meet(
     launcher starts have met before; ranks that others start meet here.
     """
     limit = timedelta(seconds=config.training.start_timeout_seconds)
-    key = "start_timeout_seconds" if LAUNCHER_PID_ENV_VAR in os.environ else "meeting_timeout_seconds"
+    key = "start_timeout_seconds" if LAUNCHER_PID_ENV_VAR in os.environ else "rendezvous_timeout_seconds"
     try:
         if LAUNCHER_PID_ENV_VAR in os.environ:
             store = connect_rendezvous_store(worker, limit)

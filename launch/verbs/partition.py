@@ -131,7 +131,7 @@ def _parse_layout(text: str) -> tuple[int, ...]:
         return tuple(int(item) for item in text.split(","))
     except ValueError:
         hint = "write the number of layers of each stage, as in 4,4,4,3"
-        raise ConfigError([Problem("--layout", text, hint)]) from None
+        raise ConfigError([Problem("--layers-per-stage", text, hint)]) from None
 
 
 def _placement(schedule: str, stages: int) -> StagePlacement:

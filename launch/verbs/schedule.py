@@ -15,7 +15,7 @@ from ...parallelism.pipeline.schedules.registry import build_program, schedule_p
 from ...parallelism.pipeline.simulate import OpDurations, simulate_program
 from ..report.schedule_svg import svg_timeline
 
-_OPTIONS = {"schedule": "NAME", "ranks": "--stages", "micro_batches": "--micro-batches", "chunks": "--chunks"}
+_OPTIONS = {"schedule": "NAME", "ranks": "--pp", "micro_batches": "--micro-batches", "chunks": "--chunks"}
 
 
 def draw_schedule(

@@ -124,7 +124,14 @@ def simulation_as_dict(simulation: SimulatedLayout) -> dict[str, object]:
 
 def run_description(config: RunConfig) -> dict[str, object]:
     """What a price is of, besides the layout: a run of anything else has another."""
-    names = ("sequence_length", "global_batch", "ramp_from", "ramp_step", "ramp_tokens", "tokens")
+    names = (
+        "sequence_length",
+        "global_batch_size",
+        "rampup_start_batch_size",
+        "rampup_batch_size_increment",
+        "rampup_tokens",
+        "tokens",
+    )
     training = {name: config.training.__dict__[name] for name in names}
     return {"model": asdict(config.model), **training, "cluster": config.cluster.name}
 

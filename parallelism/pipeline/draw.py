@@ -9,10 +9,10 @@ from .simulate import SimulatedTimes
 
 
 def program_to_json(program: PipelineProgram) -> dict[str, object]:
-    """The program as plain values. `stages` counts ranks, as on the command line."""
+    """The program as plain values. `pp` is the number of pipeline ranks."""
     return {
         "schedule": program.schedule,
-        "stages": program.ranks,
+        "pp": program.ranks,
         "micro_batches": program.num_micro_batches,
         "ranks": [[_instruction(instruction) for instruction in row] for row in program.instructions],
     }

@@ -63,12 +63,14 @@ def partition_problems(layers: int, stages: int, layers_per_stage: Sequence[int]
         return
     shown = ",".join(map(str, layers_per_stage))
     if len(layers_per_stage) != stages:
-        yield Problem("layout", shown, f"has {len(layers_per_stage)} stages; write the layers of each of the {stages}")
+        yield Problem(
+            "layers_per_stage", shown, f"has {len(layers_per_stage)} stages; write the layers of each of the {stages}"
+        )
     if sum(layers_per_stage) != layers:
-        yield Problem("layout", shown, f"has {sum(layers_per_stage)} layers in all; the model has {layers}")
+        yield Problem("layers_per_stage", shown, f"has {sum(layers_per_stage)} layers in all; the model has {layers}")
     if empty := [str(stage) for stage, count in enumerate(layers_per_stage) if count < 1]:
         what = "stage" if len(empty) == 1 else "stages"
-        yield Problem("layout", shown, f"{what} {', '.join(empty)}: must hold at least 1 layer")
+        yield Problem("layers_per_stage", shown, f"{what} {', '.join(empty)}: must hold at least 1 layer")
 
 
 class _Loads:

@@ -12,8 +12,8 @@ class Direction(StrEnum):
     Neighbors send to each other at the same moment, so each direction has a process group of its own.
     """
 
-    NEXT = "up"
-    PREV = "down"
+    NEXT = "next"
+    PREV = "prev"
 
     @property
     def opposite(self) -> Direction:

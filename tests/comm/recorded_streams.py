@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from torch import Tensor
 
 from shoestring.comm.streams import Stream
-from shoestring.comm.trace import EXPOSED_EXCHANGE, TimelineTrack
+from shoestring.comm.trace import EXPOSED_ALL_TO_ALL, TimelineTrack
 
 HOST_WAITS = "the host waits"
 REST = "rest of "
@@ -87,7 +87,7 @@ class RecordedStreams:
         """Work of a layer, or a part of an exchange. An exchange that comes again comes with its second part."""
         if track is TimelineTrack.EXCHANGE:
             return self.queue(REST + name if name in self.needs else name)
-        if track is TimelineTrack.COMPUTE and name != EXPOSED_EXCHANGE:
+        if track is TimelineTrack.COMPUTE and name != EXPOSED_ALL_TO_ALL:
             return self.queue(f"{name} of {detail}" if detail else name)
         return nullcontext()
 

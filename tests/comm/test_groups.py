@@ -107,6 +107,6 @@ def test_messages_and_reductions_get_few_thread_blocks() -> None:
     drawn = Drawn(0)
     ProcessGroups.create(Topology(pp=2, ep=2), 0, LIMIT, [(0, 1)], drawn)
     blocks = {name: max_ctas for name, _, max_ctas in drawn.made}
-    assert {blocks["pipeline up"], blocks["pipeline down"]} == {P2P_MAX_CTAS}
+    assert {blocks["pp next"], blocks["pp prev"]} == {P2P_MAX_CTAS}
     assert {blocks["dense gradients"], blocks["expert gradients"]} == {REDUCE_MAX_CTAS}
     assert blocks["ep"] is None

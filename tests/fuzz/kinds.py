@@ -281,9 +281,9 @@ def ledger(random: Random, seeds: Path, folder: Path) -> Input:
     run = copy(seeds, folder, "run")
     if random.random() < 0.1:
         return _project(random, seeds, folder, run)
-    names = ["work.jsonl"] * 5 + ["allocation.jsonl"] * 4 + ["heartbeat.json", "totals.json"]
+    names = ["work.jsonl"] * 5 + ["allocation.jsonl"] * 4 + ["heartbeat.json", "snapshot.json"]
     path = run / "ledger" / random.choice(names)
-    if path.name == "totals.json":
+    if path.name == "snapshot.json":
         path.write_bytes(_totals(random, path.read_bytes()))
         return reads("budget", run, "--verify")
     if random.random() < FILE_SHARE:

@@ -12,5 +12,10 @@ SMALL_PLAN = (
         "topology.edp=1",
         "topology.ep=8",
     ),
-    *("training.global_batch=128", "training.ramp_from=null", "training.ramp_step=null", "training.ramp_tokens=0"),
+    *(
+        "training.global_batch_size=128",
+        "training.rampup_start_batch_size=null",
+        "training.rampup_batch_size_increment=null",
+        "training.rampup_tokens=0",
+    ),
 )

@@ -87,7 +87,7 @@ def test_a_reference_to_a_secret_is_one() -> None:
 def test_numbers_and_choices_of_the_environment_are_written() -> None:
     config = compose_run_config(["training.global_batch_size='${oc.decode:${oc.env:BATCH}}'"])
     assert config.training.global_batch_size == 48
-    assert "global_batch: 48\n" in config_to_yaml(config)
+    assert "global_batch_size: 48\n" in config_to_yaml(config)
 
 
 def test_what_the_environment_does_not_have_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from shoestring.tests.parallelism.nccl_runs import MATRIX, Start, errors_of, fai
 from shoestring.tests.parity.layouts import Layout
 from shoestring.tests.processes import run_processes
 
-SHARED_EMBEDDING = Layout(1, 1, 4, 1, pp=2, schedule="one_f_one_b")
+SHARED_EMBEDDING = Layout(1, 1, 4, 1, pp=2, schedule="1f1b")
 """MTP embeds tokens on the last stage: its embedding's gradient is summed with that of the first."""
 
 

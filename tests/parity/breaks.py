@@ -250,7 +250,7 @@ _TWO_RANKS = Layout(2, 1, 1, 1)
 _TWO_REPLICAS = Layout(2, 2, 1, 1, Padding.RAGGED)
 _PADDED = Layout(2, 1, MICRO_BATCHES, 1, Padding.RAGGED)
 _TWO_DEPTHS = Layout(4, 1, 1, 2, Padding.RAGGED, Load.IDLE)
-_PIPELINE = Layout(1, 2, 3, 1, Padding.EMPTY, pp=2, schedule="one_f_one_b")
+_PIPELINE = Layout(1, 2, 3, 1, Padding.EMPTY, pp=2, schedule="1f1b")
 _MIRRORED = Layout(1, 1, 8, 1, Padding.RAGGED, pp=4, layers=5, schedule="dualpipe")
 # With one routed layer, other gates cannot change what a later router does.
 _ONE_ROUTER = Layout(2, 1, 1, 0, Padding.RAGGED, layers=2)

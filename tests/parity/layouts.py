@@ -67,7 +67,7 @@ class Layout:
     node_size: int = 8
     """GPUs of a node."""
     pp: int = 1
-    schedule: str = "one_f_one_b"
+    schedule: str = "1f1b"
     overlap: bool = True
     """Of the two halves of an FB."""
     recompute: frozenset[RecomputeModule] = frozenset()
@@ -207,24 +207,24 @@ QUICK = (
     Layout(4, 1, 2, 1, _RAGGED, exchange="two_hop", node_size=2),
     # Each schedule once. The last stage of a one-way pipeline has an embedding of its own for MTP.
     Layout(1, 1, 4, 1, _RAGGED, pp=2, schedule="gpipe"),
-    Layout(1, 2, 3, 1, _EMPTY, pp=2, schedule="one_f_one_b"),
+    Layout(1, 2, 3, 1, _EMPTY, pp=2, schedule="1f1b"),
     Layout(1, 1, 4, 2, _RAGGED, pp=2, layers=5, schedule="interleaved"),
-    Layout(2, 1, 4, 0, _RAGGED, pp=2, schedule="zb1p", dtype=_FP32),
+    Layout(2, 1, 4, 0, _RAGGED, pp=2, schedule="zb_h1", dtype=_FP32),
     Layout(1, 1, 3, 1, _RAGGED, schedule="dualpipev"),
     Layout(2, 1, 5, 1, _EMPTY, pp=2, layers=4, schedule="dualpipev", exchange="two_hop", node_size=1),
     Layout(1, 1, 8, 1, _RAGGED, pp=4, layers=5, schedule="dualpipe"),
     Layout(2, 1, 4, 2, _RAGGED, _IDLE, pp=2, schedule="dualpipe", dtype=_FP32),
     # Optimizer state over replicas in a pipeline: two a stage, then the four of two mirrored stages, idle experts too.
-    Layout(1, 2, 4, 1, _RAGGED, pp=2, schedule="zb1p", dtype=_FP32),
+    Layout(1, 2, 4, 1, _RAGGED, pp=2, schedule="zb_h1", dtype=_FP32),
     Layout(1, 2, 4, 1, _RAGGED, _UNUSED, pp=2, layers=4, schedule="dualpipev"),
     Layout(1, 2, 4, 1, _EMPTY, _UNUSED, pp=2, schedule="dualpipe"),
     # One rank receives every row, and computes them in blocks.
     Layout(4, 1, 2, 1, _EMPTY, _BUSY, block=128),
     # The backward makes activations again: with FB, and with I apart from W.
     Layout(2, 1, 5, 1, _RAGGED, layers=4, schedule="dualpipev", exchange="two_hop", node_size=1, recompute=REPORT),
-    Layout(1, 1, 4, 1, _EMPTY, pp=2, schedule="zb1p", recompute=EVERYTHING),
+    Layout(1, 1, 4, 1, _EMPTY, pp=2, schedule="zb_h1", recompute=EVERYTHING),
     # The batch grows from step to step, so each step runs a program of its own.
-    Layout(1, 2, 2, 1, _RAGGED, pp=2, schedule="one_f_one_b", growth=1),
+    Layout(1, 2, 2, 1, _RAGGED, pp=2, schedule="1f1b", growth=1),
     Layout(2, 1, 4, 1, _EMPTY, pp=2, schedule="dualpipe", growth=2),
     Layout(1, 1, 2, 0, _RAGGED, pp=2, layers=4, schedule="interleaved", growth=2, dtype=_FP32),
 )
@@ -291,7 +291,7 @@ SLOW = (
     Layout(4, 1, 2, 2, _RAGGED, dtype=_FP32, exchange="two_hop", node_size=2),
     # One rank receives every row, and computes them in blocks: FB, and I apart from W.
     Layout(4, 1, 4, 1, _RAGGED, _BUSY, layers=4, schedule="dualpipev", recompute=REPORT, block=128),
-    Layout(4, 1, 4, 1, _RAGGED, _BUSY, pp=2, schedule="zb1p", dtype=_FP32, block=128),
+    Layout(4, 1, 4, 1, _RAGGED, _BUSY, pp=2, schedule="zb_h1", dtype=_FP32, block=128),
     # Eight processes.
     Layout(4, 2, 1, 1, _RAGGED, exchange="two_hop", node_size=2),
     Layout(4, 2, 2, 1, _RAGGED, _IDLE),

@@ -36,7 +36,7 @@ def run_config(root: Path) -> dict[str, Any]:
         "data": {
             "corpus": str(root / "corpus"),
             "prepared": str(root / "prepared"),
-            "vocabulary": 300,
+            "vocab_size": 300,
             "validation": ["held"],
         },
         "precision": {"compute": "float64"},
@@ -47,9 +47,9 @@ def run_config(root: Path) -> dict[str, Any]:
             "run_dir": str(root / "run"),
             "tokens": STEPS * LENGTH * BATCH,
             "sequence_length": LENGTH,
-            "global_batch": BATCH,
-            "balance_weight": 0.1,
-            "bias_speed": {0: 0.05},
+            "global_batch_size": BATCH,
+            "seq_aux_loss_coeff": 0.1,
+            "router_bias_update_rate": {0: 0.05},
             "sample_tokens": 3,
             "sample_prompt": "word",
         },
@@ -81,10 +81,10 @@ def losses_of(
     topology: Topology,
     micro_batch: int,
     exchange: str = "flat",
-    schedule: str = "one_f_one_b",
+    schedule: str = "1f1b",
     **training: Any,
 ) -> list[dict[str, Any]]:
-    tree = run_config(root) | {"topology": asdict(topology), "schedule": {"micro_batch": micro_batch}}
+    tree = run_config(root) | {"topology": asdict(topology), "schedule": {"micro_batch_size": micro_batch}}
     tree["exchange"] = {"name": exchange, "check_order": True}
     tree["schedule"] = tree["schedule"] | {"name": schedule}
     tree["training"] = tree["training"] | {"run_dir": str(root / name)} | training

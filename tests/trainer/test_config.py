@@ -125,7 +125,7 @@ def test_zero_is_refused_where_it_means_nothing(tree: dict[str, object]) -> None
         ({"precision.fp8_scale_format": "power_of_two"}, "precision.fp8_scale_format", "write linear=fp8 too"),
         ({"optimizer.beta2": 1.0}, "optimizer.beta2", "less than 1"),
         ({"optimizer.final_learning_rate": 1.0}, "optimizer.final_learning_rate", "at most peak_learning_rate"),
-        ({"schedule.name": "sequential"}, "schedule.name", "no such schedule; there are: gpipe, one_f_one_b"),
+        ({"schedule.name": "sequential"}, "schedule.name", "no such schedule; there are: gpipe, 1f1b"),
         ({"schedule.name": "dualpipe", "topology.pp": 3}, "topology.pp", "even"),
         ({"schedule.layers_per_stage": [4, 1]}, "schedule.layers_per_stage", "2 stages"),
         ({"data.corpus": ""}, "data.corpus", "must name a directory"),

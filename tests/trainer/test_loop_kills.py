@@ -27,7 +27,16 @@ from shoestring.trainer.checkpoint.store import CheckpointStore
 from shoestring.trainer.telemetry.history import read_all_metrics, read_metrics
 
 KILLS, STEPS, EVERY = 20, 84, 2
-EXACT = ("loss", "loss/mtp", "loss/balance", "grad_norm", "bias/min", "bias/max", "expert_load/layer_01", "tokens")
+EXACT = (
+    "loss",
+    "loss/mtp",
+    "loss/seq_aux",
+    "grad_norm",
+    "bias/min",
+    "bias/max",
+    "tokens_per_expert/layer_01",
+    "tokens",
+)
 
 
 def dying(function: Callable[..., Any], call: int, later: float) -> Callable[..., Any]:

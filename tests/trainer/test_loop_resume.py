@@ -85,7 +85,12 @@ def test_a_new_run_begins_with_the_weights_of_another(root: Path, tmp_path: Path
         run_processes(2, train_on, other)
 
 
-GROWING = {"global_batch": 16, "ramp_from": 8, "ramp_step": 4, "ramp_tokens": 32 * LENGTH}
+GROWING = {
+    "global_batch_size": 16,
+    "rampup_start_batch_size": 8,
+    "rampup_batch_size_increment": 4,
+    "rampup_tokens": 32 * LENGTH,
+}
 """Steps of 8, 8, 12, 12, 16 and 16 sequences, and so on."""
 
 
@@ -104,7 +109,7 @@ def test_a_run_goes_on_in_the_middle_of_a_batch_ramp(root: Path, tmp_path: Path)
     run(root, first, "alone", 0, **whole_run)
     assert losses(first) == pytest.approx(losses(again), rel=1e-5)
     with pytest.raises(RanksFailed, match=r"training.rampup_batch_size_increment = 8: the checkpoint of step 6 has 4"):
-        run(root, again, "pp2 mirrored", 0, **(whole_run | {"ramp_step": 8, "tokens": 104 * LENGTH}))
+        run(root, again, "pp2 mirrored", 0, **(whole_run | {"rampup_batch_size_increment": 8, "tokens": 104 * LENGTH}))
 
 
 def flip_bit(path: Path) -> None:

@@ -57,7 +57,14 @@ class ClusterConfig:
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             yield Problem("peak_tflops", self.peak_tflops, "must be greater than 0, or null to measure it at the start")
         values = self.__dict__
-        for name in ("peak_fp8_tflops", "memory_gb", "memory_gbps", "sms", "nvlink_gbps", "infiniband_gbps"):
+        for name in (
+            "peak_fp8_tflops",
+            "memory_gb",
+            "memory_gb_per_second",
+            "sm_count",
+            "nvlink_gb_per_second",
+            "infiniband_gb_per_second",
+        ):
             if values[name] is not None and not values[name] > 0:
                 yield Problem(name, values[name], "must be greater than 0, or null where it is not known")
         if self.price_per_gpu_hour is not None and self.price_per_gpu_hour < 0:

@@ -42,9 +42,9 @@ class DataConfig:
             yield Problem("prepared", self.prepared, "must name a directory that may be created")
         if self.vocab_size < MIN_VOCAB_SIZE:
             hint = f"must be at least {MIN_VOCAB_SIZE}: 256 bytes and two special tokens"
-            yield Problem("vocabulary", self.vocab_size, hint)
+            yield Problem("vocab_size", self.vocab_size, hint)
         if self.vocab_size > MAX_VOCAB_SIZE:
-            yield Problem("vocabulary", self.vocab_size, f"must be at most {MAX_VOCAB_SIZE}, to fit 32 bits")
+            yield Problem("vocab_size", self.vocab_size, f"must be at most {MAX_VOCAB_SIZE}, to fit 32 bits")
         if not self.validation:
             hint = "must name at least one work: a loss on text that was trained on says little"
             yield Problem("validation", self.validation, hint)

@@ -26,16 +26,16 @@ TERM_MEANINGS = {
     "W": "gradients of weights",
     "B": "whole backward",
     "FB": "forward and backward, overlapped",
-    "exposed_exchange": "waiting for tokens of the exchange",
-    "edge_wait": "waiting for a neighbor in the pipeline",
-    "reduce_wait": "waiting for sums over ranks",
+    "exposed_all_to_all": "waiting for tokens of the exchange",
+    "pipeline_wait": "waiting for a neighbor in the pipeline",
+    "gradient_sync_wait": "waiting for sums over ranks",
     "optimizer": "updating the weights",
     "other": "the rest of the step",
 }
 PAPER_TERM_MEANINGS = {
     "1F": "F",
-    "bubble": "of edge wait: what the schedule has by itself (derived)",
-    "imbalance": "the rest of edge wait (derived)",
+    "bubble": "of pipeline wait: what the schedule has by itself (derived)",
+    "imbalance": "the rest of pipeline wait (derived)",
     "1B": "I and B",
     "1W": "W",
     "1F1B": "FB",
@@ -64,7 +64,7 @@ def _spending(summary: LedgerSummary) -> Table:
     row("rolled_back", summary.rolled_back_ms, "steps undone by a crash")
     for bucket, milliseconds in summary.gpu_ms_by_bucket.items():
         row(bucket, milliseconds, LEDGER_BUCKETS[bucket])
-    row("unknown", summary.unknown_ms, "charged to nothing")
+    row("unattributed", summary.unattributed_ms, "charged to nothing")
     table.add_section()
     row("allocated", summary.allocated_ms, "all of the above")
     if summary.inherited_ms:

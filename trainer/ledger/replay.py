@@ -44,7 +44,7 @@ class Attempt:
         """Whether the launcher has given the GPUs back, or a later one has found it dead."""
         self.state = AttemptState.NOT_STARTED
         self.gpu_ms_by_bucket: Counter[str] = Counter()
-        """GPU-milliseconds of no step up to the last record of rank 0, by bucket, `unknown` and `FIRST_START_BUCKET`."""
+        """GPU-milliseconds of no step up to the last record of rank 0, by bucket, `unattributed` and `FIRST_START_BUCKET`."""
         self.segments = 1
         self._held_ms = 0
         self._by_itself = opened["kind"] == "begin"
@@ -174,12 +174,12 @@ def _rises(clock: Sequence[int]) -> int:
 _INSTANT = ("wall_ns", "monotonic_ns", "boot")
 _PLAIN = ("closed", "segments", "_held_ms", "_since_ns", "_counted_ms", "_lives")
 FIRST_START_BUCKET = "first start"
-"""A launch's first way to a step: `initialization`, or `recovery` if the launch before it has died."""
+"""A launch's first way to a step: `initialization`, or `restart` if the launch before it has died."""
 _FREE = {
-    AttemptState.STARTING: "recovery",
-    AttemptState.RUNNING: "unknown",
+    AttemptState.STARTING: "restart",
+    AttemptState.RUNNING: "unattributed",
     AttemptState.ENDED: "idle",
-    AttemptState.FAILED: "recovery",
+    AttemptState.FAILED: "restart",
 }
 """Where time goes that no record has charged."""
 

@@ -1,4 +1,4 @@
-"""What a run has cost: allocated = productive + rolled back + buckets + unknown, to the millisecond."""
+"""What a run has cost: allocated = productive + rolled back + buckets + unattributed, to the millisecond."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ class LedgerSummary:
     """Of steps that a crash has undone."""
     gpu_ms_by_bucket: Mapping[str, int]
     """The names of `terms.LEDGER_BUCKETS`."""
-    unknown_ms: int
+    unattributed_ms: int
     """Allocated, and charged to nothing."""
     gpu_ms_by_term: Mapping[str, int]
     """Productive time by `terms.STEP_TIME_TERMS` and `other`, in proportion to the steps looked at; empty if there is none."""
     bubble_ms: int
-    """The part of edge_wait that the program would have with every duration at its mean: derived, not measured."""
+    """The part of pipeline_wait that the program would have with every duration at its mean: derived, not measured."""
     sampled_steps: int
     """Steps that `terms` is known from."""
     inherited_ms: int
@@ -164,7 +164,7 @@ class LedgerSummary:
                 "productive": self.productive_ms,
                 "rolled_back": self.rolled_back_ms,
                 **self.gpu_ms_by_bucket,
-                "unknown": self.unknown_ms,
+                "unattributed": self.unattributed_ms,
                 "inherited": self.inherited_ms,
             },
             "phase_gpu_ms": dict(self.gpu_ms_by_phase),
@@ -293,7 +293,7 @@ class LedgerReader:
             productive_ms=retained.gpu_ms,
             rolled_back_ms=tally.rolled_back_ms,
             gpu_ms_by_bucket={bucket: spent[bucket] for bucket in LEDGER_BUCKETS},
-            unknown_ms=spent["unknown"],
+            unattributed_ms=spent["unattributed"],
             gpu_ms_by_term=_in_proportion(retained.gpu_ms, tally.terms_us, tally.sampled_us),
             bubble_ms=retained.gpu_ms * tally.terms_us["bubble"] // max(1, tally.sampled_us),
             sampled_steps=tally.sampled_steps,
@@ -322,7 +322,7 @@ class LedgerReader:
 def _outcomes(attempts: Sequence[Attempt], heartbeat: Record | None) -> tuple[list[AttemptUsage], Counter[str]]:
     """What each launch held, and where all their time went that is not of steps."""
     held: list[AttemptUsage] = []
-    total: Counter[str] = Counter(unknown=0)
+    total: Counter[str] = Counter(unattributed=0)
     after_death = False
     for attempt in attempts:
         is_heard = heartbeat is not None and heartbeat["attempt"] == attempt.name
@@ -330,7 +330,7 @@ def _outcomes(attempts: Sequence[Attempt], heartbeat: Record | None) -> tuple[li
         is_over = attempt.closed or attempt is not attempts[-1]
         lasted_ms, gpu_ms, spent = attempt.compute_usage(is_over=is_over, last_heartbeat=heard)
         held.append(AttemptUsage(attempt.name, attempt.job, attempt.ranks, lasted_ms, gpu_ms))
-        spent["recovery" if after_death else "initialization"] += spent.pop(FIRST_START_BUCKET, 0)
+        spent["restart" if after_death else "initialization"] += spent.pop(FIRST_START_BUCKET, 0)
         total.update(spent)
         after_death = attempt.state is not AttemptState.ENDED
     return held, total

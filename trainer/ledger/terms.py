@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
 
-from ...comm.trace import EXPOSED_EXCHANGE, GRADIENT_SYNC_WAIT, OPTIMIZER, PIPELINE_WAIT
+from ...comm.trace import EXPOSED_ALL_TO_ALL, GRADIENT_SYNC_WAIT, OPTIMIZER, PIPELINE_WAIT
 
 PUBLISHED_GPU_HOURS: Mapping[str, int] = MappingProxyType(
     {"pre_train": 2_664_000, "context_extension": 119_000, "post_training": 5_000}
@@ -37,7 +37,7 @@ LEDGER_BUCKETS: Mapping[str, str] = MappingProxyType(
         **CHARGED_BUCKETS,
         "skipped": "steps that changed no weight: not finite",
         "hang": "from the last sign of a life that died to its end",
-        "recovery": "from a death to the next life's first step",
+        "restart": "from a death to the next life's first step",
         "idle": "held after the run was done",
     }
 )
@@ -45,7 +45,7 @@ LEDGER_BUCKETS: Mapping[str, str] = MappingProxyType(
 
 INSTRUCTIONS = ("F", "I", "W", "B", "FB")
 """Instructions of a pipeline program, net of the exchanges that they wait for."""
-STEP_TIME_TERMS = (*INSTRUCTIONS, EXPOSED_EXCHANGE, PIPELINE_WAIT, GRADIENT_SYNC_WAIT, OPTIMIZER)
+STEP_TIME_TERMS = (*INSTRUCTIONS, EXPOSED_ALL_TO_ALL, PIPELINE_WAIT, GRADIENT_SYNC_WAIT, OPTIMIZER)
 """What productive time is split into, disjoint on each rank. The rest of a step is `other`."""
 
 Amount = TypeVar("Amount", int, float)
@@ -53,7 +53,7 @@ Amount = TypeVar("Amount", int, float)
 ALLOCATION_FILE = Path("ledger", "allocation.jsonl")
 HEARTBEAT_FILE = Path("ledger", "heartbeat.json")
 WORK_FILE = Path("ledger", "work.jsonl")
-SNAPSHOT_FILE = Path("ledger", "totals.json")
+SNAPSHOT_FILE = Path("ledger", "snapshot.json")
 
 _MS_PER_HOUR = 3_600_000
 
@@ -61,9 +61,9 @@ _MS_PER_HOUR = 3_600_000
 def to_paper_terms(terms: Mapping[str, Amount], bubble: Amount | None) -> dict[str, Amount]:
     """`terms` under the names of the Insights paper (arXiv 2505.09343, table 4): of plans, ledgers and timelines alike.
 
-    Instructions are net of the exchanges that they wait for; `bubble` is what of edge_wait the program has by itself
+    Instructions are net of the exchanges that they wait for; `bubble` is what of pipeline_wait the program has by itself
     (`ideal_wait`) and imbalance the rest of it; opt is the update alone. What that table has no row for keeps its name,
-    and so does edge_wait where nobody knows `bubble`. The parts add up to what `terms` do.
+    and so does pipeline_wait where nobody knows `bubble`. The parts add up to what `terms` do.
     """
     own, shown = {"1F": terms["F"]}, {*INSTRUCTIONS, OPTIMIZER}
     if bubble is not None:

@@ -2,7 +2,7 @@
 
 Every interval is wall time of rank 0 in whole milliseconds, times the ranks: one rank is one GPU, also on CPU. What is
 cut from one interval is added to the next, so that ten thousand short steps do not lose ten thousand halves.
-Intervals must not overlap; what none of them covers is `unknown`.
+Intervals must not overlap; what none of them covers is `unattributed`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class WorkJournal:
     def record_step_time_terms(self, step: int, step_us: int, us: Mapping[str, int]) -> None:
         """Step `step` was looked at closely on all ranks together: `step_us` GPU-microseconds, and what they were of.
 
-        `us` holds the names of `terms.TERMS`, and `bubble`, the part of edge_wait that an ideal run would have too.
+        `us` holds the names of `terms.TERMS`, and `bubble`, the part of pipeline_wait that an ideal run would have too.
         """
         self._append("terms", step=step, step_us=step_us, us=us)
 
@@ -118,7 +118,7 @@ class WorkJournal:
     def close(self, *, clean: bool = True) -> None:
         """This life ends on purpose, or because of a fault that it has lived to see.
 
-        What its launcher holds the GPUs for from here on is `idle`, or after a fault `recovery`.
+        What its launcher holds the GPUs for from here on is `idle`, or after a fault `restart`.
         """
         self._append("end", clean=clean)
         self._journal.sync()

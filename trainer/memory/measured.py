@@ -114,8 +114,8 @@ def _random_batch(config: RunConfig, generator: torch.Generator) -> TokenBatch:
 def _settings(config: RunConfig) -> StepSettings:
     training, optimizer = config.training, config.optimizer
     weights = {
-        "balance_weight": training.seq_aux_loss_coeff,
-        "mtp_weight": scheduled_value(training.mtp_loss_scaling_factor, 0),
+        "seq_aux_loss_coeff": training.seq_aux_loss_coeff,
+        "mtp_loss_scaling_factor": scheduled_value(training.mtp_loss_scaling_factor, 0),
     }
     rate = optimizer.learning_rate_at(config.tokens_after(1))
     return StepSettings(learning_rate=rate, clip_norm=optimizer.clip_norm, router_bias_update_rate=0.0, **weights)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...comm.async_comm import AsyncWork
 from ...comm.exchange.api import TokenExchange
-from ...comm.trace import EXPOSED_EXCHANGE, NULL_RECORDER, ExchangeLabel, SpanRecorder, TimelineTrack
+from ...comm.trace import EXPOSED_ALL_TO_ALL, NULL_RECORDER, ExchangeLabel, SpanRecorder, TimelineTrack
 from ...parallelism.pipeline.executor import Resumable
 from ...parallelism.weight_grad import DelayedWeightGradients
 from .forward_context import ForwardContext, ForwardOutput, LossNormalizers, StageSpec
@@ -318,7 +318,7 @@ class Chunk:
         return self._recorder.span(TimelineTrack.COMPUTE, name, label)
 
     def _wait(self, pending: AsyncWork[T], label: ExchangeLabel) -> T:
-        with self._recorder.span(TimelineTrack.COMPUTE, EXPOSED_EXCHANGE, label):
+        with self._recorder.span(TimelineTrack.COMPUTE, EXPOSED_ALL_TO_ALL, label):
             return pending.wait()
 
     def _settle(self, weights: DelayedWeightGradients, name: str) -> None:

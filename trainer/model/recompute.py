@@ -63,7 +63,7 @@ class RecomputeConfig:
             self.expert_block_rows < TILE_WIDTH or self.expert_block_rows % TILE_WIDTH
         ):
             hint = f"must be a multiple of {TILE_WIDTH}, which are the rows of an FP8 tile; or null"
-            yield Problem("expert_rows", self.expert_block_rows, hint)
+            yield Problem("expert_block_rows", self.expert_block_rows, hint)
 
     def resolve_expert_block_rows(self, average_rows: int) -> int:
         """The same as a number, for a rank whose even share are `even` rows."""

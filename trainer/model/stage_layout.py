@@ -31,7 +31,7 @@ class StageLayout:
     def build(
         model: ModelConfig,
         sequence_length: int,
-        schedule: str = "one_f_one_b",
+        schedule: str = "1f1b",
         ranks: int = 1,
         chunks: int | None = None,
         layout: Sequence[int] | None = None,

@@ -38,10 +38,10 @@ class PrecisionConfig:
         if self.linear not in ("native", "fp8"):
             yield Problem("linear", self.linear, "must be native or fp8")
         if self.fp8_backend not in ("auto", *BACKEND_NAMES):
-            yield Problem("provider", self.fp8_backend, f"must be auto, {', '.join(BACKEND_NAMES)}")
+            yield Problem("fp8_backend", self.fp8_backend, f"must be auto, {', '.join(BACKEND_NAMES)}")
         if self.fp8_scale_format not in list(ScaleFormat):
-            yield Problem("scales", self.fp8_scale_format, f"must be {' or '.join(ScaleFormat)}")
-        for name, default in (("provider", "auto"), ("scales", "fp32")):
+            yield Problem("fp8_scale_format", self.fp8_scale_format, f"must be {' or '.join(ScaleFormat)}")
+        for name, default in (("fp8_backend", "auto"), ("fp8_scale_format", "fp32")):
             if self.linear == "native" and self.__dict__[name] != default:
                 yield Problem(
                     name, self.__dict__[name], "is for FP8: write linear=fp8 too, or leave it out", ("linear",)

@@ -243,11 +243,11 @@ class Reporter:
         values: dict[str, JSON] = {
             "loss": result.loss,
             "loss/mtp": result.mtp_loss if config.model.num_nextn_predict_layers else None,
-            "loss/balance": result.balance_loss,
+            "loss/seq_aux": result.balance_loss,
             "loss/total": result.total_loss,
             "learning_rate": settings.learning_rate,
-            "mtp_weight": settings.mtp_loss_scaling_factor,
-            "bias_speed": settings.router_bias_update_rate,
+            "mtp_loss_scaling_factor": settings.mtp_loss_scaling_factor,
+            "router_bias_update_rate": settings.router_bias_update_rate,
             "grad_norm": result.grad_norm,
             "tokens": config.tokens_after(step),
             "tokens_per_second": rate,
@@ -402,7 +402,7 @@ def load_balance_metrics(result: StepResult, topology: Topology) -> dict[str, JS
             violation = float(load.max() * load.numel() / load.sum()) - 1
             worst[kind] = max(worst[kind], violation)
             values[f"{kind}/{name}/max_violation"] = violation
-        values[f"expert_load/{name}"] = counts_E.tolist()
+        values[f"tokens_per_expert/{name}"] = counts_E.tolist()
     if result.tokens_per_expert_E:
         values |= {f"{kind}/max_violation": violation for kind, violation in worst.items()}
         values["bias/min"], values["bias/max"] = result.router_bias_range
@@ -412,13 +412,13 @@ def load_balance_metrics(result: StepResult, topology: Topology) -> dict[str, JS
 def exchange_traffic_metrics(traffic: TrafficCounter) -> dict[str, JSON]:
     """Bytes that rank 0 has sent through the exchange in this step, by link: all of them, and those of rows alone."""
     everything, payload = traffic.bytes_by_link(), traffic.bytes_by_link(TrafficKind.PAYLOAD)
-    values: dict[str, JSON] = {f"bytes_sent/{link}": size for link, size in everything.items()}
-    return values | {f"payload_sent/{link}": size for link, size in payload.items()}
+    values: dict[str, JSON] = {f"all_to_all_bytes/{link}": size for link, size in everything.items()}
+    return values | {f"all_to_all_payload_bytes/{link}": size for link, size in payload.items()}
 
 
 def replica_traffic_metrics(traffic: TrafficCounter) -> dict[str, JSON]:
     """Bytes of gradients and of weights that rank 0 has sent to the ranks with the same parameters, by link."""
-    operations = {"gradients_sent": REDUCE_SCATTER, "weights_sent": ALL_GATHER}
+    operations = {"reduce_scatter_bytes": REDUCE_SCATTER, "all_gather_bytes": ALL_GATHER}
     return {
         f"{key}/{link}": size
         for key, operation in operations.items()

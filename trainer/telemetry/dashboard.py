@@ -45,7 +45,7 @@ def make_dashboard(routers: Sequence[str]) -> list[PanelSection]:
             (
                 Panel("Training loss", ["loss", "loss/mtp"]),
                 Panel("Validation loss", ["evaluation/loss"]),
-                Panel("Balance loss", ["loss/balance"]),
+                Panel("Balance loss", ["loss/seq_aux"]),
                 Panel("Gradient norm", ["grad_norm"]),
                 Panel("Learning rate", ["learning_rate"]),
             ),
@@ -67,7 +67,7 @@ def make_dashboard(routers: Sequence[str]) -> list[PanelSection]:
             ),
         ),
         PanelSection(
-            "Expert load: experts against steps", [Panel(router, [f"expert_load/{router}"]) for router in routers]
+            "Expert load: experts against steps", [Panel(router, [f"tokens_per_expert/{router}"]) for router in routers]
         ),
     ]
 

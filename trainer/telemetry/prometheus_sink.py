@@ -24,7 +24,7 @@ _GAUGES: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType(
         "step": {
             "loss": ("loss_nats", "Training loss of the last step told, in nats a token."),
             "loss/mtp": ("mtp_loss_nats", "The same of multi-token prediction."),
-            "loss/balance": ("balance_loss", "Balance loss."),
+            "loss/seq_aux": ("balance_loss", "Balance loss."),
             "grad_norm": ("gradient_norm", "Norm of the gradient before clipping."),
             "learning_rate": ("learning_rate", "Learning rate."),
             "tokens": ("tokens", "Tokens that the weights have been trained on."),

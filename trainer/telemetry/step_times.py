@@ -50,13 +50,13 @@ class StepTimes:
         return StepTimes(numbers[0], *(tuple(part) for part in parts))
 
     def us_by_term(self, program: PipelineProgram, replicas: int) -> dict[str, int]:
-        """Microseconds by term, and `bubble`: the part of edge_wait that `program` has by itself.
+        """Microseconds by term, and `bubble`: the part of pipeline_wait that `program` has by itself.
 
-        See `ideal_bubble_time`; the rest of edge_wait is imbalance. `replicas` pipelines run `program`.
+        See `ideal_bubble_time`; the rest of pipeline_wait is imbalance. `replicas` pipelines run `program`.
         """
         terms = dict(zip(STEP_TIME_TERMS, self.terms_us, strict=True))
         mean = {
             Op(op): whole / count if count else 0.0
             for op, whole, count in zip(INSTRUCTIONS, self.instruction_us, self.instruction_counts, strict=True)
         }
-        return terms | {"bubble": min(terms["edge_wait"], round(replicas * ideal_bubble_time(program, mean)))}
+        return terms | {"bubble": min(terms["pipeline_wait"], round(replicas * ideal_bubble_time(program, mean)))}

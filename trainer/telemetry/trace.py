@@ -16,7 +16,7 @@ import torch
 
 from ...comm.files.file_io import read_json, replace_file_atomically
 from ...comm.files.strict_json import JsonValue, MalformedFileError
-from ...comm.trace import EXPOSED_EXCHANGE, GRADIENT_SYNC_WAIT, NULL_RECORDER, OPTIMIZER, PIPELINE_WAIT, TimelineTrack
+from ...comm.trace import EXPOSED_ALL_TO_ALL, GRADIENT_SYNC_WAIT, NULL_RECORDER, OPTIMIZER, PIPELINE_WAIT, TimelineTrack
 from ..ledger.terms import INSTRUCTIONS, to_paper_terms
 
 TRACE_FILE = "trace.json"
@@ -135,12 +135,12 @@ def summarize_trace(spans: Sequence[Span]) -> dict[str, float]:
     by_name: dict[str, list[Span]] = defaultdict(list)
     for span in spans:
         by_name[span.name].append(span)
-    waits = _Waits.of(by_name[EXPOSED_EXCHANGE])
+    waits = _Waits.of(by_name[EXPOSED_ALL_TO_ALL])
     terms: dict[str, float] = {}
     for name in INSTRUCTIONS:
         own = [span for span in by_name[name] if span.track is TimelineTrack.INSTRUCTION]
         terms[name] = sum(span.end - span.begin - waits.inside(span) for span in own) / 1e9
-    for name in (EXPOSED_EXCHANGE, PIPELINE_WAIT, GRADIENT_SYNC_WAIT, OPTIMIZER):
+    for name in (EXPOSED_ALL_TO_ALL, PIPELINE_WAIT, GRADIENT_SYNC_WAIT, OPTIMIZER):
         terms[name] = sum(span.end - span.begin for span in by_name[name]) / 1e9
     return terms | to_paper_terms(terms, None)
 

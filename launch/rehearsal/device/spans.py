@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 
-from ....comm.trace import EXPOSED_EXCHANGE, PIPELINE_WAIT, ExchangeLabel, TimelineTrack
+from ....comm.trace import EXPOSED_ALL_TO_ALL, PIPELINE_WAIT, ExchangeLabel, TimelineTrack
 from ....parallelism.pipeline.program import Op
 
 _OF = re.compile(r"^(?P<phase>.+?) of (?P<layer>\w+), micro-batch \d+$")
@@ -41,7 +41,7 @@ class RehearsalSpanRecorder:
 
     def span(self, track: TimelineTrack, name: str, detail: object = None) -> AbstractContextManager[object]:
         """See `SpanRecorder`."""
-        if name in (EXPOSED_EXCHANGE, PIPELINE_WAIT):
+        if name in (EXPOSED_ALL_TO_ALL, PIPELINE_WAIT):
             return _NOTHING
         return _Span(self, track, name, detail)
 

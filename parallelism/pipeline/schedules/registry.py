@@ -40,7 +40,7 @@ class PipelineSchedule:
             nearest = _nearest(ranks, least=2, step=2)
             yield Problem("ranks", ranks, f"{self.name} mirrors ranks and needs an even number of them: {nearest}")
         if chunks is not None and self.allows_any_chunk_count and chunks < 2:
-            yield Problem("chunks", chunks, f"{self.name} needs at least 2 chunks a rank; one_f_one_b has 1")
+            yield Problem("chunks", chunks, f"{self.name} needs at least 2 chunks a rank; 1f1b has 1")
         if chunks is not None and not self.allows_any_chunk_count and chunks != self.chunks_per_rank:
             fixed = "1 chunk" if self.chunks_per_rank == 1 else f"{self.chunks_per_rank} chunks"
             yield Problem("chunks", chunks, f"{self.name} always has {fixed} a rank; leave it out")
@@ -66,7 +66,7 @@ class PipelineSchedule:
 
 SCHEDULES = (
     PipelineSchedule("gpipe", "all forwards, then all backwards", gpipe),
-    PipelineSchedule("one_f_one_b", "one forward, one backward (1F1B)", one_f_one_b),
+    PipelineSchedule("1f1b", "one forward, one backward (1F1B)", one_f_one_b),
     PipelineSchedule(
         "interleaved",
         "1F1B with several stages a rank, in a loop",
@@ -75,7 +75,7 @@ SCHEDULES = (
         allows_any_chunk_count=True,
         requires_multiple_of_ranks=True,
     ),
-    PipelineSchedule("zb1p", "1F1B with weight gradients put off into the bubble (ZB-H1)", zb_h1),
+    PipelineSchedule("zb_h1", "1F1B with weight gradients put off into the bubble (ZB-H1)", zb_h1),
     PipelineSchedule(
         "dualpipe",
         "micro-batches from both ends, forward and backward overlapped; two copies of the model",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from shoestring.comm.trace import EXPOSED_EXCHANGE, TimelineTrack
+from shoestring.comm.trace import EXPOSED_ALL_TO_ALL, TimelineTrack
 from shoestring.launch.bench.calibrate_rank import Calibration, phase_seconds_from_spans
 from shoestring.launch.compose import compose_run_config
 from shoestring.trainer.telemetry.trace import Span
@@ -40,7 +40,7 @@ def test_waiting_for_an_exchange_is_no_computing() -> None:
     config = compose_run_config([])
     (experts,) = spans(TimelineTrack.COMPUTE, ("mlp(F)", 10))
     settle = spans(TimelineTrack.COMPUTE, *[("attn(W)", 1)] * 4)
-    wait = Span(TimelineTrack.COMPUTE, EXPOSED_EXCHANGE, "", 2 * 10**9, 5 * 10**9)
+    wait = Span(TimelineTrack.COMPUTE, EXPOSED_ALL_TO_ALL, "", 2 * 10**9, 5 * 10**9)
     assert phase_seconds_from_spans([experts, wait, *settle], config)["mlp(F)"] == 7
 
 

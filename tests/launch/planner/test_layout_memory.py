@@ -20,7 +20,7 @@ from .v3 import simulated
 MIB = 2**20
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "one_f_one_b", "interleaved", "zb1p", "dualpipe", "dualpipev"])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zb_h1", "dualpipe", "dualpipev"])
 def test_the_peak_is_that_of_the_program(schedule: str) -> None:
     program = build_program(schedule, 4, 12)
     peaks = [max(alive) for alive in count_in_flight(program)]

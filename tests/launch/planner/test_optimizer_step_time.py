@@ -26,7 +26,7 @@ def run(schedule: str, ranks: int, micro_batches: int) -> tuple[WeightLiveness, 
 
 
 def test_one_rank_hides_nothing() -> None:
-    uses, played = run("one_f_one_b", 1, 4)
+    uses, played = run("1f1b", 1, 4)
     traffic = [CollectiveSeconds(reduce_scatter=2.0, all_gather=1.0)]
     assert exposed_reduce_scatter_seconds(uses, played, traffic) == 2.0
     assert exposed_all_gather_seconds(uses, played, traffic) == 1.0
@@ -34,14 +34,14 @@ def test_one_rank_hides_nothing() -> None:
 
 def test_the_last_stage_reduces_while_others_go_back() -> None:
     """The last backward of 1F1B moves from the last stage to the first, two units a stage."""
-    uses, played = run("one_f_one_b", 4, 8)
+    uses, played = run("1f1b", 4, 8)
     small, large = [CollectiveSeconds(2.0, 0.0)] * 4, [CollectiveSeconds(2.0, 0.0)] * 3 + [CollectiveSeconds(9.0, 0.0)]
     assert exposed_reduce_scatter_seconds(uses, played, small) == 2.0  # of the first stage alone
     assert exposed_reduce_scatter_seconds(uses, played, large) == 3.0  # six units are hidden
 
 
 def test_weights_are_wanted_later_further_down() -> None:
-    uses, played = run("one_f_one_b", 4, 8)
+    uses, played = run("1f1b", 4, 8)
     assert exposed_all_gather_seconds(uses, played, [CollectiveSeconds(0.0, 1.0)] * 4) == 1.0
     assert (
         exposed_all_gather_seconds(uses, played, [CollectiveSeconds(0.0, 0.0)] * 3 + [CollectiveSeconds(0.0, 5.0)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shoestring.comm.trace import EXPOSED_EXCHANGE, TimelineTrack
+from shoestring.comm.trace import EXPOSED_ALL_TO_ALL, TimelineTrack
 from shoestring.launch.planner.published import (
     TRACED_CHUNK_PAIR_SECONDS,
     exposed_communication_share,
@@ -26,7 +26,7 @@ def test_the_order_is_that_of_the_trace() -> None:
     compute = [s.name for s in spans if s.track is TimelineTrack.COMPUTE and "shared" not in s.name]
     exchange = [s.name for s in spans if s.track is TimelineTrack.EXCHANGE]
     expected = ["attn(F)", "mlp(B)", "mlp(W)", "mlp(F)", "attn(B)", "attn(W)"]
-    assert [name for name in compute if name != EXPOSED_EXCHANGE] == expected * 4
+    assert [name for name in compute if name != EXPOSED_ALL_TO_ALL] == expected * 4
     assert exchange == ["combine_backward", "dispatch", "dispatch_backward", "combine"] * 4
 
 

@@ -68,16 +68,16 @@ def batch(
     sends: Sequence[P2POpRecord] = (),
     receives: Sequence[P2POpRecord] = (),
     *,
-    group: str = "pipeline up",
+    group: str = "pp next",
     ranks: tuple[int, ...] = (0, 1),
-    stream: str = "edge up",
+    stream: str = "p2p next",
     is_warm_up: bool = False,
 ) -> P2PBatchRecord:
     named = "; ".join(each.purpose for each in (*sends, *receives))
     return P2PBatchRecord(group, ranks, tuple(sends), tuple(receives), stream, f"{named} in line 9", is_warm_up)
 
 
-GROUPS = {Direction.NEXT: "pipeline up", Direction.PREV: "pipeline down"}
+GROUPS = {Direction.NEXT: "pp next", Direction.PREV: "pp prev"}
 
 
 class ProgramLog:

@@ -22,12 +22,12 @@ def pair() -> tuple[RankLog, RankLog]:
     """Two neighbors with two messages up and one down."""
     up = [message("activation 0", 1), message("activation 1", 1)]
     down = message("gradient 0", 1)
-    lower = log(0, batch([up[0]]), batch([up[1]]), batch([], [down], group="pipeline down", stream="edge down"))
+    lower = log(0, batch([up[0]]), batch([up[1]]), batch([], [down], group="pp prev", stream="p2p prev"))
     arriving = [replace(each, peer=0) for each in up]
     upper = log(
         1,
         batch([], arriving),
-        batch([replace(down, peer=0)], group="pipeline down", stream="edge down"),
+        batch([replace(down, peer=0)], group="pp prev", stream="p2p prev"),
     )
     return lower, upper
 
@@ -98,7 +98,7 @@ def test_a_shape_that_differs_between_neighbors() -> None:
     wrong = [replace(each, shape=(2, 128, 64)) for each in first.receives]
     fault = only(lower, replace(upper, events=(batch([], wrong), *others)))
     assert (fault.kind, fault.ranks) == ("message", (0, 1))
-    assert "message 1 from rank 0 to rank 1 on `pipeline up` of ranks 0, 1" in fault.text
+    assert "message 1 from rank 0 to rank 1 on `pp next` of ranks 0, 1" in fault.text
     assert "rank 0 sends activation 0, bfloat16 [1, 128, 64]; rank 1 receives activation 0, bfloat16 [2" in fault.text
     assert fault.places == ("activation 0 in line 9", "activation 0; activation 1 in line 9")
 
@@ -112,7 +112,7 @@ def test_a_receive_without_a_send() -> None:
 
 
 def test_messages_of_another_communicator_do_not_match() -> None:
-    sent, received = log(0, batch([message("a", 1)])), log(1, batch([], [message("a", 0)], group="pipeline down"))
+    sent, received = log(0, batch([message("a", 1)])), log(1, batch([], [message("a", 0)], group="pp prev"))
     assert len(list(compare_rank_logs([sent, received]))) == 2
 
 

@@ -14,7 +14,7 @@ def test_what_cannot_be_rehearsed_is_refused() -> None:
     deepep = compose_run_config(["exchange=deepep", "topology=pp2_ep2"])
     with pytest.raises(ConfigError, match=r"exchange\.name = 'deepep': cannot be rehearsed"):
         gpu_run_config(deepep, None)
-    with pytest.raises(ConfigError, match=r"training\.global_batch = 6"):
+    with pytest.raises(ConfigError, match=r"training\.global_batch_size = 6"):
         gpu_run_config(compose_run_config(BF16), 3)  # DualPipe of two ranks wants an even number
     with pytest.raises(ConfigError, match=r"precision\.compute = 'float32': cannot be rehearsed"):
         gpu_run_config(compose_run_config(["precision=fp32"]), None)

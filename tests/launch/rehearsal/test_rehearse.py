@@ -15,7 +15,7 @@ from shoestring.launch.verbs.rehearse import rehearse
 from shoestring.trainer.memory.forecast import MemoryPredictor
 
 SMALL = (
-    *("experiment=quickstart", "schedule=one_f_one_b", "schedule.micro_batch_size=1", "training.global_batch_size=4"),
+    *("experiment=quickstart", "schedule=1f1b", "schedule.micro_batch_size=1", "training.global_batch_size=4"),
     *("training.sequence_length=32", "model.num_nextn_predict_layers=0"),
 )
 """Two pipeline ranks of two layers each, experts over two ranks; two micro-batches."""
@@ -58,7 +58,7 @@ def test_pipeline_ranks_that_were_not_connected_hang() -> None:
     verdict = rehearsed("0,2", fault=("no_warm_up", "0,2"))
     (found,) = verdict.findings
     assert (found.kind, found.ranks) == ("hang", (0, 2))
-    assert "connects rank 0 to rank 2 on `pipeline up` of ranks 0, 2 for its first message" in found.text
+    assert "connects rank 0 to rank 2 on `pp next` of ranks 0, 2 for its first message" in found.text
     assert all("parallelism/pipeline/executor.py" in place for place in found.places)
 
 

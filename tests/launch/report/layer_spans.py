@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shoestring.comm.trace import EXPOSED_EXCHANGE, TimelineTrack
+from shoestring.comm.trace import EXPOSED_ALL_TO_ALL, TimelineTrack
 from shoestring.launch.report.trace_svg import LAYER_PAIR_PHASES
 from shoestring.trainer.telemetry.trace import Span
 
@@ -20,7 +20,7 @@ def pair_spans(start: int, scale: int) -> list[Span]:
     spans += [
         Span(TimelineTrack.LAUNCH, f"combine_backward of {BACKWARD}", "", start, start),
         Span(TimelineTrack.EXCHANGE, f"combine_backward of {BACKWARD}", "", start, start + 15 * unit),
-        Span(TimelineTrack.COMPUTE, EXPOSED_EXCHANGE, BACKWARD, start + 10 * unit, start + 15 * unit),
+        Span(TimelineTrack.COMPUTE, EXPOSED_ALL_TO_ALL, BACKWARD, start + 10 * unit, start + 15 * unit),
         Span(TimelineTrack.LAUNCH, f"dispatch of {FORWARD}", "", start + 10 * unit, start + 10 * unit),
         Span(TimelineTrack.EXCHANGE, f"dispatch of {FORWARD}", "", start + 15 * unit, start + 25 * unit),
     ]

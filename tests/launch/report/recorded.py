@@ -129,7 +129,7 @@ def step(number: int, loss: float = math.nan) -> Event:
         "projected_gpu_hours": 1.5,
         "eta_seconds": 60.0,
         "total_steps": STEPS,
-        "expert_load/layer_01": [0, 100, 200, 100],
+        "tokens_per_expert/layer_01": [0, 100, 200, 100],
         "load/max_violation": 1.0,
     }
     return Event("step", number, values, BEGAN + number)

@@ -37,7 +37,7 @@ def test_svg_of_a_long_program_stays_readable_and_of_a_paper_s_width() -> None:
 
 
 def test_svg_gives_in_flight_and_bubble_a_column() -> None:
-    root = ElementTree.fromstring(svg_timeline(simulate_program(build_program("one_f_one_b", 4, 8), OpDurations())))
+    root = ElementTree.fromstring(svg_timeline(simulate_program(build_program("1f1b", 4, 8), OpDurations())))
     words = [text.text for text in root.iter(f"{SVG}text")]
     assert words[words.index("chunks, peak") + 1 :][:4] == ["4", "3", "2", "1"]
     assert words[words.index("bubble") + 2 :][:4] == ["9"] * 4

@@ -13,7 +13,7 @@ from shoestring.launch.run.preflight import run_preflight_checks
 from shoestring.trainer.config import RunConfig
 
 SMALL = MachineCapacity(cpu_cores=2, host_bytes=24e9, gpu_bytes=None, max_tasks=None)
-ONE = ("topology=single", "schedule=one_f_one_b", "training.device=cpu")
+ONE = ("topology=single", "schedule=1f1b", "training.device=cpu")
 
 
 def configured(*overrides: str) -> RunConfig:

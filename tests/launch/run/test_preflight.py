@@ -175,7 +175,7 @@ def test_what_a_checkpoint_holds_on_to(config: RunConfig) -> None:
         optimizer=replace(config.optimizer, peak_learning_rate=1e-4),
         training=replace(config.training, tokens=10**7),
         topology=replace(config.topology, pp=4, ep=1),
-        schedule=replace(config.schedule, name="zb1p"),
+        schedule=replace(config.schedule, name="zb_h1"),
     )
     assert not list(resume_problems(facts, freer, data))
     other = replace(

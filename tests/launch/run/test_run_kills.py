@@ -65,10 +65,10 @@ def test_ten_kills_lose_no_token_and_no_more_than_a_flush_interval(tmp_path: Pat
     assert summary.steps_retained == STEPS
     assert summary.tokens_retained == STEPS * 8 * 32 < summary.tokens_consumed
     stepped = summary.productive_ms + summary.rolled_back_ms
-    assert summary.allocated_ms == stepped + sum(summary.gpu_ms_by_bucket.values()) + summary.unknown_ms
-    assert summary.unknown_ms <= 0.03 * summary.allocated_ms
+    assert summary.allocated_ms == stepped + sum(summary.gpu_ms_by_bucket.values()) + summary.unattributed_ms
+    assert summary.unattributed_ms <= 0.03 * summary.allocated_ms
     assert max(lost_ms) <= 1000 * FLUSH_SECONDS
     assert HEARTBEAT_SECONDS < FLUSH_SECONDS
     print(
-        f"\nunknown {summary.unknown_ms / summary.allocated_ms:.2%}, most lost {max(lost_ms):.0f} ms, {summary.gpu_ms_by_bucket}"
+        f"\nunknown {summary.unattributed_ms / summary.allocated_ms:.2%}, most lost {max(lost_ms):.0f} ms, {summary.gpu_ms_by_bucket}"
     )

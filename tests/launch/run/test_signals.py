@@ -69,7 +69,7 @@ def closed_ledger(run_dir: Path) -> LedgerSummary:
     """Whose identity holds: `summarize_ledger` refuses any other."""
     summary = summarize_ledger(run_dir)
     assert not summary.is_running
-    assert summary.unknown_ms >= 0
+    assert summary.unattributed_ms >= 0
     return summary
 
 

@@ -71,7 +71,7 @@ def history(run_dir: Path) -> list[dict[str, Any]]:
         "loss",
         "loss/mtp",
         "loss/averaged",
-        "loss/balance",
+        "loss/seq_aux",
         "grad_norm",
         "bias/min",
         "bias/max",
@@ -79,7 +79,7 @@ def history(run_dir: Path) -> list[dict[str, Any]]:
         "text",
         "tokens",
     ]
-    exact += ["learning_rate", "load/max_violation", "expert_load/layer_01", "expert_load/mtp_01"]
+    exact += ["learning_rate", "load/max_violation", "tokens_per_expert/layer_01", "tokens_per_expert/mtp_01"]
     return [
         {"kind": event.kind, "step": event.step} | {key: event.values[key] for key in exact if key in event.values}
         for event in read_metrics(run_dir / "metrics.jsonl")
@@ -105,10 +105,10 @@ def test_a_finished_run_has_everything(finished: Path) -> None:
     last: Any = steps[-1].values
     assert first["loss"] == pytest.approx(6.24, abs=0.5)  # ln 512
     assert last["loss"] < first["loss"]
-    wanted = {"loss/mtp", "loss/balance", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "tflops", "mfu"}
+    wanted = {"loss/mtp", "loss/seq_aux", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "tflops", "mfu"}
     wanted |= {"load/max_violation", "load/layer_01/max_violation", "bias/min", "bias/max", "gpu_hours", "budget_share"}
     assert wanted <= last.keys()
-    assert sum(last["expert_load/layer_01"]) == 8 * 32 * 4  # tokens of the batch times top-4
+    assert sum(last["tokens_per_expert/layer_01"]) == 8 * 32 * 4  # tokens of the batch times top-4
     (evaluation,) = (event for event in events if event.kind == "evaluation")
     validation_loss: Any = evaluation.values["loss"]
     assert 0 < validation_loss < 7
@@ -116,7 +116,7 @@ def test_a_finished_run_has_everything(finished: Path) -> None:
     assert read_run_status(finished) == {"exit_code": 0, "reason": f"{STEPS} steps done"}
     summary = summarize_ledger(finished)
     assert sum(summary.gpu_ms_by_term.values()) == summary.productive_ms
-    assert {"F", "edge_wait", "reduce_wait", "optimizer"} <= {
+    assert {"F", "pipeline_wait", "gradient_sync_wait", "optimizer"} <= {
         term for term, spent in summary.gpu_ms_by_term.items() if spent
     }
     assert summary.tokens_retained == summary.tokens_consumed == STEPS * 8 * 32

@@ -24,7 +24,7 @@ def test_a_rank_without_the_launcher_exits_with_the_true_code_and_says_why(
 ) -> None:
     monkeypatch.setattr(worker, "install_stop_handlers", lambda seconds: lambda: False)
     in_torchrun(monkeypatch, RANK=str(rank), WORLD_SIZE="8", LOCAL_RANK=str(rank))
-    run = ["topology=single", "schedule=one_f_one_b", "training.device=cpu", f"training.run_dir={tmp_path / 'run'}"]
+    run = ["topology=single", "schedule=1f1b", "training.device=cpu", f"training.run_dir={tmp_path / 'run'}"]
     assert train.train_command(run, None, fresh=False) == 2
     assert "world size = 8: topology asks for 1 processes" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -37,7 +37,7 @@ def test_a_second_launch_without_the_launcher_leaves_a_live_run_alone(
     monkeypatch.setattr(worker, "install_stop_handlers", lambda seconds: lambda: False)
     in_torchrun(monkeypatch, RANK="0", WORLD_SIZE=world_size)
     run_dir = tmp_path / "run"
-    run = ["topology=single", "schedule=one_f_one_b", "training.device=cpu", f"training.run_dir={run_dir}"]
+    run = ["topology=single", "schedule=1f1b", "training.device=cpu", f"training.run_dir={run_dir}"]
     with lock_run_dir(run_dir, fresh=False):
         for name in ("config.yaml", "run_status.json", "ended"):
             (run_dir / name).write_text("the live run's")
@@ -53,7 +53,7 @@ def test_a_second_launch_without_the_launcher_leaves_a_live_run_alone(
 
 def test_the_launcher_is_refused_beside_a_run_without_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(LAUNCHER_PID_ENV_VAR, raising=False)
-    config = compose_run_config(["topology=single", "schedule=one_f_one_b", f"training.run_dir={tmp_path / 'run'}"])
+    config = compose_run_config(["topology=single", "schedule=1f1b", f"training.run_dir={tmp_path / 'run'}"])
     with (
         worker._owning(config),
         pytest.raises(ConfigError, match="another run is going on"),
@@ -63,7 +63,7 @@ def test_the_launcher_is_refused_beside_a_run_without_it(monkeypatch: pytest.Mon
 
 
 def test_a_refusal_in_a_container_is_no_success(tmp_path: Path) -> None:
-    overrides = [*small_run(tmp_path, 1), "topology.ep=1", "schedule=one_f_one_b", "training.sequence_length=100000"]
+    overrides = [*small_run(tmp_path, 1), "topology.ep=1", "schedule=1f1b", "training.sequence_length=100000"]
     variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     command = [
         sys.executable,

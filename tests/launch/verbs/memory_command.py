@@ -8,7 +8,7 @@ import pytest
 
 from shoestring.tests.launch.command_line import tree_of
 
-SMALL = ("model=tiny", "model.num_hidden_layers=2", "training.sequence_length=32", "training.global_batch=4")
+SMALL = ("model=tiny", "model.num_hidden_layers=2", "training.sequence_length=32", "training.global_batch_size=4")
 
 
 def tree(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def test_the_bill_splits_productive_time_and_stands_beside_the_published_one(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = answer(capsys, "budget", run_dir)
-    for words in ("exposed exchange", "1F1B", "bubble", "imbalance", "From 10 steps looked at on all ranks"):
+    for words in ("exposed all-to-all", "1F1B", "bubble", "imbalance", "From 10 steps looked at on all ranks"):
         assert words in text
     for figure in ("180,000", "2,664,000", "2,788,000", "200,000,000", "$4.00 at $2 each", "90.0 %"):
         assert figure in text

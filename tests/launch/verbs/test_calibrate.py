@@ -115,7 +115,7 @@ def test_a_calibrated_machine_prices_the_layouts_of_its_ranks(tmp_path: Path) ->
     cluster = calibrate(small, None, tmp_path, ranks=2, repeats=2)
     assert cluster == tmp_path / "cluster" / "measured.yaml"
     assert {row.evidence for row in read_kernel_table(str(tmp_path / "measured.csv")).rows} == {"measured"}
-    for layout in (["topology.edp=2"], ["topology.ep=2"], ["topology.pp=2"], ["topology.pp=2", "schedule=zb1p"]):
+    for layout in (["topology.edp=2"], ["topology.ep=2"], ["topology.pp=2"], ["topology.pp=2", "schedule=zb_h1"]):
         forecast = simulate([*small, *layout, "cluster=measured"], tmp_path, {}).forecast
         assert not forecast.evidence_coverage.substituted_rows
         assert set(forecast.evidence_coverage.seconds_by_evidence) == {"measured"}

@@ -111,5 +111,5 @@ def test_one_rank_is_a_way_to_measure(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_rows_that_are_no_whole_tiles_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for rows in (0, 100, 200):
-        text = memory(capsys, *SMALL, f"recompute.expert_rows={rows}", code=2)
-        assert f"recompute.expert_rows = {rows}: must be a multiple of 128" in text
+        text = memory(capsys, *SMALL, f"recompute.expert_block_rows={rows}", code=2)
+        assert f"recompute.expert_block_rows = {rows}: must be a multiple of 128" in text

@@ -66,7 +66,7 @@ def test_the_table_says_the_same(capsys: pytest.CaptureFixture[str], monkeypatch
 
 def test_a_layout_is_taken_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     layout = [1, 2, 1]
-    split = tree(capsys, "model=tiny", "--stages", "3", "--layout", ",".join(map(str, layout)))
+    split = tree(capsys, "model=tiny", "--stages", "3", "--layers-per-stage", ",".join(map(str, layout)))
     assert split["layout"] == layout
     assert [stage["layers"] for stage in split["stages"]] == [[0], [1, 2], [3]]
 
@@ -75,8 +75,8 @@ def test_a_layout_is_taken_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "words"),
     [
         (("--stages", "5"), "--stages = 5: must be from 1 to 4"),
-        (("--stages", "3", "--layout", "1,2"), "--layout = '1,2': has 2 stages"),
-        (("--stages", "3", "--layout", "1,x,2"), "write the number of layers of each stage"),
+        (("--stages", "3", "--layers-per-stage", "1,2"), "--layers-per-stage = '1,2': has 2 stages"),
+        (("--stages", "3", "--layers-per-stage", "1,x,2"), "write the number of layers of each stage"),
         (("--stages", "3", "--schedule", "dualpipev"), "--stages = 3: dualpipev has 2 stages a rank: nearest 2 or 4"),
         (("--stages", "3", "--schedule", "zigzag"), "--schedule = 'zigzag': no such schedule"),
     ],

@@ -19,7 +19,7 @@ def test_a_configured_layout_that_does_not_fit_is_marked(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    grid = ("topology.pp=1", "topology.edp=1", "topology.ep=32", "schedule=one_f_one_b")
+    grid = ("topology.pp=1", "topology.edp=1", "topology.ep=32", "schedule=1f1b")
     said = answer(capsys, *SMALL_PLAN, *grid, "recompute=nothing", "precision=bf16")
     assert "does NOT fit into 84.94 GB" in said
     assert "there is nothing to compare with" in said
@@ -40,10 +40,14 @@ def test_a_plan_fits_into_80_columns(capsys: pytest.CaptureFixture[str], monkeyp
 
 
 def test_a_plan_counts_layouts_whose_ramp_is_illegal(capsys: pytest.CaptureFixture[str]) -> None:
-    ramp = ("training.ramp_from=64", "training.ramp_step=64", "training.ramp_tokens=1_000_000")
+    ramp = (
+        "training.rampup_start_batch_size=64",
+        "training.rampup_batch_size_increment=64",
+        "training.rampup_tokens=1_000_000",
+    )
     found = tree_of(capsys, *SMALL_PLAN, *ramp)
-    reasons = [reason for reason in found["illegal"] if reason.startswith("training.ramp_from")]
-    assert "training.ramp_from (dualpipe)" in reasons
+    reasons = [reason for reason in found["illegal"] if reason.startswith("training.rampup_start_batch_size")]
+    assert "training.rampup_start_batch_size (dualpipe)" in reasons
     assert [phase["name"] for phase in found["phases"]] == ["batch ramp", "pre-training"]
 
 

@@ -82,7 +82,12 @@ def test_terms_add_up_to_the_step_on_both_sides(run_dir: Path, simulated: Tree, 
     summary = summarize_ledger(run_dir)
     comparison = compare_with_plan(run_dir, summary, write(simulated))
     assert [line.name for line in comparison.time_terms] == [*STEP_TIME_TERMS, "other"]
-    assert {line.name for line in comparison.time_terms if line.measured} >= {"F", "B", "exposed_exchange", "optimizer"}
+    assert {line.name for line in comparison.time_terms if line.measured} >= {
+        "F",
+        "B",
+        "exposed_all_to_all",
+        "optimizer",
+    }
     for side in ("planned", "measured", "difference"):
         values = [getattr(line, side) for line in comparison.time_terms]
         assert sum(values) == pytest.approx(getattr(comparison.step, side), rel=1e-9)
@@ -144,7 +149,7 @@ def test_table_and_json(
     monkeypatch.setenv("COLUMNS", "80")
     text = answer(capsys, "budget", run_dir, "--against", write(simulated)).partition("planned and measured")[2]
     for words in (
-        "exposed exchange",
+        "exposed all-to-all",
         "tokens a second",
         "GPU-hours of steps",
         "not recorded",
@@ -187,10 +192,10 @@ def test_of_a_search_it_is_the_layout_of_the_run(
     ("path", "value", "gist"),
     [
         (("of", "model", "hidden_size"), 64, "is a plan for model.hidden_size = 64, and the run has 32"),
-        (("of", "global_batch"), 16, "is a plan for global_batch = 16, and the run has 8"),
+        (("of", "global_batch_size"), 16, "is a plan for global_batch_size = 16, and the run has 8"),
         (("of", "sequence_length"), 64, "is a plan for sequence_length = 64, and the run has 32"),
         (("layout", "ep"), 1, "has no layout like the run's"),
-        (("layout", "schedule"), "zb1p", "has no layout like the run's"),
+        (("layout", "schedule"), "zb_h1", "has no layout like the run's"),
         (("layout", "terms"), {}, "is no plan of this version"),
         (("of",), None, "is no plan of this version"),
     ],

@@ -11,7 +11,7 @@ from shoestring.launch.cli import main
 from shoestring.launch.rehearsal.device.shim import build_autograd_shim
 
 SMALL = (
-    *("experiment=quickstart", "schedule=one_f_one_b", "schedule.micro_batch_size=1", "training.global_batch_size=4"),
+    *("experiment=quickstart", "schedule=1f1b", "schedule.micro_batch_size=1", "training.global_batch_size=4"),
     *("training.sequence_length=32", "model.num_nextn_predict_layers=0"),
 )
 """Two pipeline ranks of two layers each, experts over two ranks; two micro-batches."""
@@ -30,7 +30,7 @@ def _shim() -> None:
     ("arguments", "said"),
     [
         (("--ranks", "0,4"), "--ranks = 4: the run has 4 ranks; write numbers from 0 to 3"),
-        (("--micro-batches", "0"), "--micro-batches = 0: one_f_one_b needs at least 1"),
+        (("--micro-batches", "0"), "--micro-batches = 0: 1f1b needs at least 1"),
         (
             ("schedule=dualpipev", "training.global_batch_size=8", "--micro-batches", "3"),
             "--micro-batches = 3: dualpipev needs",

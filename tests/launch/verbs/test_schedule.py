@@ -17,22 +17,22 @@ def schedule(*arguments: str) -> int:
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert schedule("dualpipe", "--stages", "4", "--micro-batches", "10", "--format", "json") == 0
+    assert schedule("dualpipe", "--pp", "4", "--micro-batches", "10", "--format", "json") == 0
     assert json.loads(capsys.readouterr().out) == program_to_json(build_program("dualpipe", 4, 10))
 
 
 def test_ascii_is_the_default_and_times_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
-    assert schedule("one_f_one_b", "--stages", "2", "--micro-batches", "2") == 0
+    assert schedule("1f1b", "--pp", "2", "--micro-batches", "2") == 0
     assert "makespan 9, bubble 33.3 %" in capsys.readouterr().out
-    assert schedule("one_f_one_b", "--stages", "2", "--micro-batches", "2", "--times", "F=1,I=0.5,W=0.5") == 0
+    assert schedule("1f1b", "--pp", "2", "--micro-batches", "2", "--times", "F=1,I=0.5,W=0.5") == 0
     assert "makespan 6, bubble 33.3 %" in capsys.readouterr().out
-    assert schedule("one_f_one_b", "--stages", "2", "--micro-batches", "2", "--times", "B=3") == 0
+    assert schedule("1f1b", "--pp", "2", "--micro-batches", "2", "--times", "B=3") == 0
     assert "makespan 12, " in capsys.readouterr().out
 
 
 def test_svg_into_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "dualpipev.svg"
-    size = ("dualpipev", "--stages", "2", "--micro-batches", "4")
+    size = ("dualpipev", "--pp", "2", "--micro-batches", "4")
     assert schedule(*size, "--format", "svg", "--times", "FB=2.5", "--output", str(picture)) == 0
     assert capsys.readouterr().out == ""
     text = picture.read_text()
@@ -41,13 +41,13 @@ def test_svg_into_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_interleaved_with_more_chunks(capsys: pytest.CaptureFixture[str]) -> None:
-    assert schedule("interleaved", "--stages", "2", "--micro-batches", "2", "--chunks", "3") == 0
+    assert schedule("interleaved", "--pp", "2", "--micro-batches", "2", "--chunks", "3") == 0
     assert "interleaved: 2 ranks, 3 chunks a rank, 2 micro-batches" in capsys.readouterr().out
 
 
 def test_everything_wrong_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     times = "F=0,Q=1,I"
-    assert schedule("dualpipe", "--stages", "3", "--micro-batches", "5", "--chunks", "3", "--times", times) == 2
+    assert schedule("dualpipe", "--pp", "3", "--micro-batches", "5", "--chunks", "3", "--times", times) == 2
     first, *others = capsys.readouterr().err.splitlines()
     assert first == "shoestring schedule: refused"
     assert [line.split(":")[0].strip() for line in others] == [
@@ -63,5 +63,5 @@ def test_everything_wrong_is_refused_at_once(capsys: pytest.CaptureFixture[str])
 
 def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = tmp_path / "missing" / "x.svg"
-    assert schedule("gpipe", "--stages", "1", "--micro-batches", "1", "--output", str(missing)) == 2
+    assert schedule("gpipe", "--pp", "1", "--micro-batches", "1", "--output", str(missing)) == 2
     assert "--output" in capsys.readouterr().err

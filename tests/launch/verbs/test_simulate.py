@@ -15,7 +15,7 @@ V3 = "experiment=deepseek_v3_h800"
 
 def test_the_published_ramp_is_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     said = answer(capsys, "simulate", "experiment=deepseek_v3_h800_published", code=2)
-    assert "training.ramp_from = 3072: gives 24 micro-batches of 128 sequences in the first step" in said
+    assert "training.rampup_start_batch_size = 3072: gives 24 micro-batches of 128 sequences in the first step" in said
     assert "at least 32" in said
 
 
@@ -43,8 +43,8 @@ def test_a_ramp_with_an_illegal_size_is_refused(capsys: pytest.CaptureFixture[st
 
 
 def test_half_a_ramp_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "training.ramp_tokens = 0: goes with ramp_from" in answer(
-        capsys, "simulate", V3, "training.ramp_tokens=0", code=2
+    assert "training.rampup_tokens = 0: goes with ramp_from" in answer(
+        capsys, "simulate", V3, "training.rampup_tokens=0", code=2
     )
 
 
@@ -71,7 +71,7 @@ def test_json_trace_and_page(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     events = json.loads(trace.read_text())["traceEvents"]
     assert {event["pid"] for event in events} == set(range(16))
     names = {event["name"] for event in events}
-    assert {"F", "B", "I", "W", "FB", "edge_wait", "attn(F)", "mlp(B)", "dispatch", "optimizer"} <= names
+    assert {"F", "B", "I", "W", "FB", "pipeline_wait", "attn(F)", "mlp(B)", "dispatch", "optimizer"} <= names
     ends = [(event["ts"] + event["dur"]) / 1e6 for event in events if "dur" in event]
     assert max(ends) == pytest.approx(found["layout"]["step_seconds"], rel=1e-6)
     text = page.read_text()

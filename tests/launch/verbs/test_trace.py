@@ -28,7 +28,7 @@ def test_terms_and_picture_of_a_run(run_dir: Path, capsys: pytest.CaptureFixture
     assert run(run_dir, "--svg", picture) == 0
     printed = capsys.readouterr().out
     assert "350.0" in printed  # FB of 380 ms, without 30 of waiting
-    assert "edge_wait" not in printed
+    assert "pipeline_wait" not in printed
     assert picture.read_text().startswith("<svg ")
     assert run(run_dir / "trace" / "trace.json", "--format", "json") == 0
     assert json.loads(capsys.readouterr().out)["0"]["1F1B"] == pytest.approx(0.35)

@@ -83,7 +83,7 @@ def test_every_duplicate_is_found(name: str) -> None:
 
 
 def test_a_backward_needs_its_forward() -> None:
-    broken = changed(build_program("one_f_one_b", 2, 4), 1, moved(Op.B, 0, before=(Op.F, 0)))
+    broken = changed(build_program("1f1b", 2, 4), 1, moved(Op.B, 0, before=(Op.F, 0)))
     with pytest.raises(
         InvalidProgramError, match=r"rank 1, instruction 0 \(B chunk 0 micro-batch 0\): needs the forward"
     ):
@@ -102,7 +102,7 @@ def test_the_halves_of_a_pair_must_not_need_each_other() -> None:
 
 
 def test_weight_gradients_come_after_their_own_and_in_order() -> None:
-    program = build_program("zb1p", 2, 4)
+    program = build_program("zb_h1", 2, 4)
     with pytest.raises(InvalidProgramError, match=r"rank 1, .*\(W chunk 0 micro-batch 3\): before its I"):
         verify_program(changed(program, 1, moved(Op.W, 3, before=(Op.I, 3))))
     with pytest.raises(
@@ -113,7 +113,7 @@ def test_weight_gradients_come_after_their_own_and_in_order() -> None:
 
 def test_a_deadlock_is_told_with_everyone_who_waits() -> None:
     # Rank 1 wants a second activation before it gives the first gradient, for which rank 0 waits.
-    program = build_program("one_f_one_b", 2, 4)
+    program = build_program("1f1b", 2, 4)
     eager = changed(program, 1, moved(Op.F, 1, before=(Op.B, 0)))
     verify_program(eager)  # rank 0 has sent two by then
     with pytest.raises(
@@ -144,13 +144,13 @@ def test_nonsense_is_named() -> None:
 
 def test_peaks_of_chunks_in_flight() -> None:
     assert verify_program(build_program("gpipe", 3, 5)) == (5, 5, 5)
-    assert verify_program(build_program("one_f_one_b", 4, 8)) == (4, 3, 2, 1)
-    assert verify_program(build_program("zb1p", 4, 8)) == (4, 4, 4, 4)
+    assert verify_program(build_program("1f1b", 4, 8)) == (4, 3, 2, 1)
+    assert verify_program(build_program("zb_h1", 4, 8)) == (4, 4, 4, 4)
     assert verify_program(build_program("interleaved", 4, 8)) == (11, 9, 7, 5)
 
 
 def test_activations_live_until_the_weight_gradient() -> None:
-    (alive,) = count_in_flight(build_program("zb1p", 1, 2))
+    (alive,) = count_in_flight(build_program("zb_h1", 1, 2))
     assert alive == (1, 1, 1, 1, 1, 1)  # F I W F I W
-    last = count_in_flight(build_program("zb1p", 2, 3))[1]
+    last = count_in_flight(build_program("zb_h1", 2, 3))[1]
     assert last == (1, 1, 2, 2, 2, 2, 2, 2, 1)  # F0 I0 F1 I1 W0 F2 I2 W1 W2

@@ -28,7 +28,7 @@ def short(edge: P2POp) -> str:
 
 
 def test_one_f_one_b_in_full() -> None:
-    program = build_program("one_f_one_b", 2, 2)
+    program = build_program("1f1b", 2, 2)
     posted = [
         [([short(edge) for edge in commit.sends], [short(edge) for edge in commit.receives]) for commit in rank]
         for rank in derive_p2p_batches(program)

@@ -15,8 +15,8 @@ def test_json_of_one_f_one_b_in_full() -> None:
     def one(op: str, micro_batch: int) -> dict[str, object]:
         return {"op": op, "chunk": 0, "micro_batch": micro_batch}
 
-    assert program_to_json(build_program("one_f_one_b", 2, 2)) == {
-        "schedule": "one_f_one_b",
+    assert program_to_json(build_program("1f1b", 2, 2)) == {
+        "schedule": "1f1b",
         "stages": 2,
         "micro_batches": 2,
         "ranks": [
@@ -44,8 +44,8 @@ def test_json_of_dualpipe_counts_ranks_and_numbers_micro_batches_a_direction() -
 
 
 def test_ascii_is_to_scale() -> None:
-    assert draw_ascii_timeline(simulate_program(build_program("one_f_one_b", 2, 2), OpDurations())).splitlines() == [
-        "one_f_one_b: 2 ranks, 2 micro-batches",
+    assert draw_ascii_timeline(simulate_program(build_program("1f1b", 2, 2), OpDurations())).splitlines() == [
+        "1f1b: 2 ranks, 2 micro-batches",
         "rank 0 |F0 F1 ......B0--- ...B1--- | bubble 3, in flight 2",
         "rank 1 |...F0 B0--- F1 B1--- ......| bubble 3, in flight 1",
         "makespan 9, bubble 33.3 % of the ranks' time",

@@ -148,8 +148,8 @@ def test_one_rank_runs_a_v_by_itself() -> None:
 
 
 def test_weight_gradients_wait_for_their_own_instruction() -> None:
-    program = build_program("zb1p", 2, 4)
-    for rank, ((_, _, diary),) in enumerate(run_processes(2, run_twice, "zb1p", 4)):
+    program = build_program("zb_h1", 2, 4)
+    for rank, ((_, _, diary),) in enumerate(run_processes(2, run_twice, "zb_h1", 4)):
         once = diary[: len(diary) // 2]
         written = [
             letter
@@ -169,7 +169,7 @@ def forward_alone(world: World, schedule: str) -> list[str]:
     return [entry for stage in stages for entry in stage.diary]
 
 
-@pytest.mark.parametrize("schedule", ["one_f_one_b", "interleaved", "dualpipe", "dualpipev"])
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "dualpipe", "dualpipev"])
 def test_forwards_alone(schedule: str) -> None:
     for diary in run_processes(2, forward_alone, schedule):
         assert sorted(set(diary)) == [f"F{number}" for number in range(9)]
@@ -190,8 +190,8 @@ def test_forwards_of_any_number_come_to_their_end(schedule: str, ranks: int) -> 
 
 def messages_alive(world: World, micro_batches: int) -> int:
     """The most received messages of the second rank that were in memory at once."""
-    executor, lanes = open_executor(world, build_program("one_f_one_b", world.size, micro_batches))
-    stages = stages_of(build_program("one_f_one_b", world.size, micro_batches), world.rank)
+    executor, lanes = open_executor(world, build_program("1f1b", world.size, micro_batches))
+    stages = stages_of(build_program("1f1b", world.size, micro_batches), world.rank)
     seen: list[weakref.ref[Tensor]] = []
     most = 0
 
@@ -224,7 +224,7 @@ class Broken(ProductStage):
 
 
 def one_stage_raises(world: World) -> None:
-    program = build_program("one_f_one_b", world.size, 4)
+    program = build_program("1f1b", world.size, 4)
     executor, _ = open_executor(world, program)
     stages: list[ProductStage] = stages_of(program, world.rank)
     if world.rank == 1:
@@ -240,7 +240,7 @@ def test_a_stage_that_raises_is_shown_first() -> None:
 
 
 def silent_neighbor(world: World) -> str:
-    program = build_program("one_f_one_b", world.size, 4)
+    program = build_program("1f1b", world.size, 4)
     executor, lanes = open_executor(world, program, limit=1)
     if world.rank == 0:
         return ""  # never sends
@@ -253,7 +253,7 @@ def silent_neighbor(world: World) -> str:
 
 def neighbor_that_leaves(world: World) -> list[str]:
     """What rank 0 hears when it waits for rank 1, and when it then posts to it."""
-    _, lanes = open_executor(world, build_program("one_f_one_b", world.size, 4))
+    _, lanes = open_executor(world, build_program("1f1b", world.size, 4))
     if world.rank == 1:
         torch.distributed.destroy_process_group()
         return []

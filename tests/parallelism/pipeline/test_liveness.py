@@ -26,7 +26,7 @@ def test_the_peak_is_that_of_the_program(schedule: str) -> None:
 
 def test_zero_bubble_by_hand() -> None:
     """Two micro-batches on two ranks. The first: F F I I W W, its second F before the first gradient is back."""
-    program = build_program("zb1p", 2, 2)
+    program = build_program("zb_h1", 2, 2)
     first = derive_p2p_batches(program)[0]
     ops = [instruction.op for instruction in program.instructions[0]]
     assert ops == [Op.F, Op.F, Op.I, Op.W, Op.I, Op.W]

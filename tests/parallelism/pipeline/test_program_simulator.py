@@ -49,7 +49,7 @@ def test_forwards_alone() -> None:
 
 
 def test_a_deadlock_is_found() -> None:
-    program = build_program("one_f_one_b", 2, 2)
+    program = build_program("1f1b", 2, 2)
     first, second = program.instructions
     backwards_first = (
         Instruction(Op.B, backward=ChunkMicroBatch(0, 0)),

@@ -34,13 +34,13 @@ def dualpipev(ranks: int, times: OpDurations) -> float:
 # A formula, the program's size for each number of ranks, and its peak of chunks in flight.
 FORMULAS: dict[str, tuple[Formula, Callable[[int], tuple[int, ...]], Callable[[int, int], int]]] = {
     "gpipe": (one_f_one_b, lambda ranks: (ranks, 2 * ranks + 1), lambda ranks, n: n),
-    "one_f_one_b": (one_f_one_b, lambda ranks: (ranks, 2 * ranks, 2 * ranks + 3), lambda ranks, n: ranks),
+    "1f1b": (one_f_one_b, lambda ranks: (ranks, 2 * ranks, 2 * ranks + 3), lambda ranks, n: ranks),
     "interleaved": (one_f_one_b, lambda ranks: (ranks, 3 * ranks), lambda ranks, n: min(3 * ranks - 1, 2 * n)),
-    "zb1p": (zb1p, lambda ranks: (ranks, 2 * ranks, 2 * ranks + 3), lambda ranks, n: ranks),
+    "zb_h1": (zb1p, lambda ranks: (ranks, 2 * ranks, 2 * ranks + 3), lambda ranks, n: ranks),
     "dualpipe": (dualpipe, lambda ranks: (2 * ranks, 2 * ranks + 2, 3 * ranks), lambda ranks, n: ranks + 1),
     "dualpipev": (dualpipev, lambda ranks: (2 * ranks, 2 * ranks + 3), lambda ranks, n: 2 * ranks + 1),
 }
-EQUAL_PEAKS = ("gpipe", "zb1p", "dualpipe", "dualpipev")
+EQUAL_PEAKS = ("gpipe", "zb_h1", "dualpipe", "dualpipev")
 
 
 def programs(schedule: str, ranks: range) -> Iterator[PipelineProgram]:
@@ -75,7 +75,7 @@ def test_with_overlap_the_formula_is_the_largest_bubble(schedule: str, pair: flo
 
 
 @pytest.mark.parametrize("times", [OpDurations(2, 3, 1), OpDurations(1, 1.6, 0.8), OpDurations(2, 1, 1)], ids=str)
-@pytest.mark.parametrize("schedule", ["one_f_one_b", "zb1p"])
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
 def test_one_way_formulas_hold_with_any_times_that_fit(schedule: str, times: OpDurations) -> None:
     for program in programs(schedule, range(1, 13)):
         expected = FORMULAS[schedule][0](program.ranks, times)
@@ -133,7 +133,7 @@ def makespan_with_unlimited_buffers(program: PipelineProgram, times: OpDurations
 
 
 def test_times_by_hand() -> None:
-    result = simulate_program(build_program("one_f_one_b", 2, 2), OpDurations(1, 1, 1))
+    result = simulate_program(build_program("1f1b", 2, 2), OpDurations(1, 1, 1))
     assert result.start_times == ((0.0, 1.0, 4.0, 7.0), (1.0, 2.0, 4.0, 5.0))  # F0 F1 B0 B1 and F0 B0 F1 B1
     assert result.end_times == ((1.0, 2.0, 6.0, 9.0), (2.0, 4.0, 5.0, 7.0))
     assert result.makespan == 9
@@ -150,13 +150,13 @@ def test_durations_may_depend_on_the_rank() -> None:
 
 
 def test_a_transfer_takes_its_time() -> None:
-    program = build_program("one_f_one_b", 2, 1)
+    program = build_program("1f1b", 2, 1)
     assert simulate_program(program, OpDurations()).makespan == 6
     assert simulate_program(program, OpDurations(), transfer_time=0.25).makespan == 6.5
 
 
 def test_a_deadlock_ends_the_replay() -> None:
-    program = build_program("one_f_one_b", 2, 3)
+    program = build_program("1f1b", 2, 3)
     f0, b0, f1, b1, f2, b2 = program.instructions[1]
     broken = PipelineProgram(
         program.schedule, program.placement, 3, (program.instructions[0], (f0, f1, f2, b0, b1, b2))

@@ -46,4 +46,9 @@ def do_steps(work: WorkJournal, time: Time, first: int, last: int, milliseconds:
 
 
 def everything(summary: LedgerSummary) -> int:
-    return summary.productive_ms + summary.rolled_back_ms + sum(summary.gpu_ms_by_bucket.values()) + summary.unknown_ms
+    return (
+        summary.productive_ms
+        + summary.rolled_back_ms
+        + sum(summary.gpu_ms_by_bucket.values())
+        + summary.unattributed_ms
+    )

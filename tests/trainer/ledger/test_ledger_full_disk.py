@@ -28,7 +28,12 @@ def launch(run_dir: Path, attempt: str) -> AllocationJournal:
 
 
 def adds_up(summary: LedgerSummary) -> bool:
-    parts = summary.productive_ms + summary.rolled_back_ms + sum(summary.gpu_ms_by_bucket.values()) + summary.unknown_ms
+    parts = (
+        summary.productive_ms
+        + summary.rolled_back_ms
+        + sum(summary.gpu_ms_by_bucket.values())
+        + summary.unattributed_ms
+    )
     return summary.allocated_ms == parts
 
 

@@ -70,7 +70,7 @@ class Model:
     def check(self, summary: LedgerSummary) -> None:
         productive = sum(gpu_ms for gpu_ms, _ in self.weights.values())
         found = {bucket: gpu_ms for bucket, gpu_ms in summary.gpu_ms_by_bucket.items() if gpu_ms}
-        found |= {"unknown": summary.unknown_ms} if summary.unknown_ms else {}
+        found |= {"unattributed": summary.unattributed_ms} if summary.unattributed_ms else {}
         assert found == {bucket: gpu_ms for bucket, gpu_ms in self.spent.items() if gpu_ms}
         assert (summary.allocated_ms, summary.productive_ms) == (self.allocated, productive)
         assert summary.rolled_back_ms == self.rolled_back
@@ -112,7 +112,7 @@ class Story:
 
     def begin(self) -> None:
         """A life: it loads what was saved, or starts from nothing."""
-        start = "recovery" if self.has_died else "initialization"
+        start = "restart" if self.has_died else "initialization"
         if not self.lives:
             self.model.spend(start, self.let(self.ms()))
         else:  # torchrun may have come back with fewer ranks, or more
@@ -163,7 +163,7 @@ class Story:
     def dawdle(self) -> None:
         """Time that nobody names, until the next record."""
         assert self.work is not None
-        self.model.spend("unknown", self.let(self.ms()))
+        self.model.spend("unattributed", self.let(self.ms()))
         self.work.record_interval("telemetry", 0)
 
     def set_the_clock(self) -> None:
@@ -181,7 +181,7 @@ class Story:
         assert self.work is not None
         self.model.spend("hang", self.let(self.ms()))
         self.work.close(clean=False)
-        self.model.spend("recovery", self.let(self.ms()))
+        self.model.spend("restart", self.let(self.ms()))
         self.begin()
 
     def launcher_dies(self) -> None:
@@ -249,10 +249,10 @@ def test_durations_of_any_length_add_up_as_well(seed: int, tmp_path: Path, monke
             covered_ns += ns
             work.record_step(step, ns / 1e6, 100)
             summary = summarize_ledger(tmp_path)
-            assert min(summary.unknown_ms, *summary.gpu_ms_by_bucket.values()) >= 0
+            assert min(summary.unattributed_ms, *summary.gpu_ms_by_bucket.values()) >= 0
         work.close(clean=dice.random() < 0.5)
     stepped = summary.productive_ms + summary.rolled_back_ms
-    assert summary.allocated_ms == stepped + sum(summary.gpu_ms_by_bucket.values()) + summary.unknown_ms
+    assert summary.allocated_ms == stepped + sum(summary.gpu_ms_by_bucket.values()) + summary.unattributed_ms
     assert covered_ns / 1e6 * 3 - 3 * 3 < stepped <= covered_ns / 1e6 * 3
 
 
@@ -268,10 +268,12 @@ def test_productive_time_is_split_to_the_millisecond(tmp_path: Path, monkeypatch
         work.record_step(step, milliseconds, 100)
         us = {term: dice.randrange(10_000) for term in STEP_TIME_TERMS}
         step_us = sum(us.values()) + dice.randrange(10_000)
-        work.record_step_time_terms(step, step_us, us | {"bubble": us["edge_wait"] // 3})
+        work.record_step_time_terms(step, step_us, us | {"bubble": us["pipeline_wait"] // 3})
         summary = summarize_ledger(tmp_path)
         assert (
             sum(summary.gpu_ms_by_term.values()) == summary.productive_ms == sum(summary.gpu_ms_by_paper_term.values())
         )
         assert min(*summary.gpu_ms_by_term.values(), *summary.gpu_ms_by_paper_term.values()) >= 0
-    assert summary.gpu_ms_by_paper_term["bubble"] == pytest.approx(summary.gpu_ms_by_term["edge_wait"] / 3, rel=0.01)
+    assert summary.gpu_ms_by_paper_term["bubble"] == pytest.approx(
+        summary.gpu_ms_by_term["pipeline_wait"] / 3, rel=0.01
+    )

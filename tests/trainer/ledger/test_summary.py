@@ -39,7 +39,7 @@ def test_a_run_from_launch_to_end(tmp_path: Path, time: Time) -> None:
         "idle": RANKS * 400,
     }
     assert summary.productive_ms == RANKS * 1000
-    assert summary.unknown_ms == RANKS * 10
+    assert summary.unattributed_ms == RANKS * 10
     assert summary.allocated_ms == everything(summary) == RANKS * 3970
     assert (summary.steps_retained, summary.tokens_consumed, summary.tokens_retained) == (10, 10_000, 10_000)
     assert summary.gpu_hours == pytest.approx(RANKS * 3.970 / 3600)
@@ -65,8 +65,8 @@ def test_steps_undone_by_a_crash_are_priced_again(tmp_path: Path, time: Time) ->
     summary = summarize_ledger(tmp_path)
     assert summary.productive_ms == RANKS * (4 * 100 + 4 * 200)
     assert summary.rolled_back_ms == RANKS * 3 * 100
-    assert (summary.gpu_ms_by_bucket["hang"], summary.gpu_ms_by_bucket["recovery"]) == (RANKS * 1500, RANKS * 500)
-    assert summary.unknown_ms == 0
+    assert (summary.gpu_ms_by_bucket["hang"], summary.gpu_ms_by_bucket["restart"]) == (RANKS * 1500, RANKS * 500)
+    assert summary.unattributed_ms == 0
     assert summary.allocated_ms == everything(summary)
     assert (summary.steps_retained, summary.tokens_consumed, summary.tokens_retained) == (8, 11_000, 8000)
     assert summary.num_attempts == 1
@@ -95,7 +95,7 @@ def test_two_launches_are_two_segments_and_the_time_between_is_nobodys(tmp_path:
     assert summary.num_attempts == 2
     assert summary.allocated_ms == everything(summary) == 2 * RANKS * 350
     assert summary.gpu_ms_by_bucket["initialization"] == 2 * RANKS * 50
-    assert summary.unknown_ms == 0
+    assert summary.unattributed_ms == 0
 
 
 def test_work_without_a_launcher_counts_for_its_own_span(tmp_path: Path, time: Time) -> None:

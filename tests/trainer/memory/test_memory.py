@@ -9,7 +9,7 @@ from shoestring.trainer.memory.forecast import PREDICTION_MARGIN
 
 QUICK = (
     "topology.ep=2",
-    "topology.pp=2 schedule=zb1p recompute=deepseek_v3",
+    "topology.pp=2 schedule=zb_h1 recompute=deepseek_v3",
     "topology.pp=2 topology.ep=2 schedule=dualpipev model.num_hidden_layers=4",
     "precision=fp8 recompute=deepseek_v3 model.num_hidden_layers=2 model.num_nextn_predict_layers=0"
     " schedule.micro_batch_size=4",
@@ -24,7 +24,7 @@ SLOW = (
     "topology.pp=2 topology.ep=2 schedule=dualpipe recompute=deepseek_v3 training.global_batch_size=16",
     "topology.pp=2 topology.edp=2 schedule=interleaved model.num_hidden_layers=4 training.global_batch_size=16",
     "topology.ep=2 exchange=two_hop_fp8 precision=fp8 optimizer.moments=float32",
-    "topology.pp=2 schedule=zb1p precision=fp8 recompute=deepseek_v3",
+    "topology.pp=2 schedule=zb_h1 precision=fp8 recompute=deepseek_v3",
 )
 
 

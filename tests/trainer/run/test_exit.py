@@ -39,7 +39,7 @@ def one_rank_raises(world: World, tree: dict[str, Any]) -> None:
 
 def test_a_rank_that_raises_says_so_at_once(root: Path) -> None:
     """Though a message that its neighbor will never send is under way, with a limit of 30 seconds."""
-    tree = run_config(root) | {"topology": {"pp": 2}, "schedule": {"name": "one_f_one_b"}}
+    tree = run_config(root) | {"topology": {"pp": 2}, "schedule": {"name": "1f1b"}}
     tree["training"] = tree["training"] | {"run_dir": str(root / "raises")}
     began = time.monotonic()
     with pytest.raises(RanksFailed) as failure:
@@ -80,7 +80,7 @@ def train_until(world: World, tree: dict[str, Any], looks: int, spent_in_a_step:
 
 
 def on_two_ranks(root: Path, name: str, **training: object) -> dict[str, Any]:
-    tree = run_config(root) | {"topology": {"ep": 2}, "schedule": {"micro_batch": 2}}
+    tree = run_config(root) | {"topology": {"ep": 2}, "schedule": {"micro_batch_size": 2}}
     tree["training"] = tree["training"] | {"run_dir": str(root / name), "evaluate_every": 1} | training
     return tree
 
@@ -151,4 +151,4 @@ def test_the_budget_guard_halts_the_run_until_its_budget_is_raised(root: Path) -
     summary = summarize_ledger(root / "guarded")
     assert summary.gpu_ms_by_bucket["checkpoint_save"] > 0
     assert summary.rolled_back_ms == 0
-    assert 0 <= summary.unknown_ms < summary.allocated_ms
+    assert 0 <= summary.unattributed_ms < summary.allocated_ms

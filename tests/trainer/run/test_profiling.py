@@ -20,7 +20,7 @@ def test_a_traced_run_leaves_one_timeline_of_all_ranks(root: Path) -> None:
     assert {event["pid"] for event in events} == {0, 1}
     optimizer_steps = [event for event in events if event["name"] == "optimizer"]
     assert len(optimizer_steps) == 2 * 2  # steps 2 and 3 of each rank
-    assert {"FB", "F", "B", "attn(F)", "mlp(W)", "exposed_exchange"} <= {event["name"] for event in events}
+    assert {"FB", "F", "B", "attn(F)", "mlp(W)", "exposed_all_to_all"} <= {event["name"] for event in events}
     metrics = read_metrics(root / "traced" / "metrics.jsonl")
     values: list[dict[str, Any]] = [dict(event.values) for event in metrics if event.kind == "trace"]
     first, second = values[0]["trace/FB"]

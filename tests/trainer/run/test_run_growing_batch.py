@@ -22,10 +22,10 @@ from shoestring.trainer.structured_config import build_dataclass
 SIZES = [4, 4, 8, 12, 16]
 """Sequences of the steps of `RAMP`: three sizes for 8 samples each, of which the last step of the third has more."""
 RAMP: dict[str, Any] = {
-    "global_batch": 16,
-    "ramp_from": 4,
-    "ramp_step": 4,
-    "ramp_tokens": 24 * LENGTH,
+    "global_batch_size": 16,
+    "rampup_start_batch_size": 4,
+    "rampup_batch_size_increment": 4,
+    "rampup_tokens": 24 * LENGTH,
     "tokens": sum(SIZES) * LENGTH,
 }
 
@@ -37,7 +37,7 @@ def growing_alone(root: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("topology", "schedule"),
-    [(Topology(ep=4), "one_f_one_b"), (Topology(pp=2), "dualpipe"), (Topology(pp=2, ep=2), "zb1p")],
+    [(Topology(ep=4), "1f1b"), (Topology(pp=2), "dualpipe"), (Topology(pp=2, ep=2), "zb_h1")],
     ids=["ep4", "pp2", "pp2ep2"],
 )
 def test_every_layout_trains_the_same_while_the_batch_grows(
@@ -47,10 +47,10 @@ def test_every_layout_trains_the_same_while_the_batch_grows(
     spread = losses_of(root, name, topology, 1, schedule=schedule, **RAMP)
     assert len(spread) == len(growing_alone) == len(SIZES) + 2
     for ours, single in zip(spread, growing_alone, strict=True):
-        for key in ("loss", "loss/mtp", "loss/balance", "grad_norm", "bias/max", "bias/min"):
+        for key in ("loss", "loss/mtp", "loss/seq_aux", "grad_norm", "bias/max", "bias/min"):
             if key in single:
                 assert ours[key] == pytest.approx(single[key], rel=1e-10)
-        for key in ("kind", "expert_load/layer_01", "text", "learning_rate", "tokens"):
+        for key in ("kind", "tokens_per_expert/layer_01", "text", "learning_rate", "tokens"):
             assert ours.get(key) == single.get(key)
     summary = summarize_ledger(root / name)
     assert (summary.steps_retained, summary.tokens_retained) == (len(SIZES), sum(SIZES) * LENGTH)
@@ -80,7 +80,7 @@ def taken_samples(world: World, tree: dict[str, Any]) -> list[int]:
 
 
 def test_a_growing_batch_takes_every_sample_once_and_in_order(root: Path) -> None:
-    tree = run_config(root) | {"schedule": {"micro_batch": 2}}
+    tree = run_config(root) | {"schedule": {"micro_batch_size": 2}}
     tree["training"] = tree["training"] | RAMP | {"run_dir": str(root / "taken")}
     (taken,) = run_processes(1, taken_samples, tree)
     samples = build_samples(root)

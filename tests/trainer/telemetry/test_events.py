@@ -40,10 +40,10 @@ class Broken:
 def test_each_event_is_one_flat_line_and_reaches_the_sinks(tmp_path: Path) -> None:
     listener = Listener()
     stream = EventStream(tmp_path, [listener])
-    event = Event("step", 3, {"loss": 2.5, "expert_load/layer_01": [4, 0, 8]}, time=12.3456)
+    event = Event("step", 3, {"loss": 2.5, "tokens_per_expert/layer_01": [4, 0, 8]}, time=12.3456)
     stream.emit(event)
     stream.close()
-    expected = {"time": 12.346, "kind": "step", "step": 3, "loss": 2.5, "expert_load/layer_01": [4, 0, 8]}
+    expected = {"time": 12.346, "kind": "step", "step": 3, "loss": 2.5, "tokens_per_expert/layer_01": [4, 0, 8]}
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == expected
     assert listener.heard == [event]
     assert listener.closed

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shoestring.comm.trace import (
-    EXPOSED_EXCHANGE,
+    EXPOSED_ALL_TO_ALL,
     GRADIENT_SYNC_WAIT,
     NULL_RECORDER,
     OPTIMIZER,
@@ -20,9 +20,9 @@ from shoestring.trainer.telemetry.trace import Span, TraceRecorder, merge_rank_t
 SPANS = [
     Span(TimelineTrack.INSTRUCTION, PIPELINE_WAIT, "", 0, 50),
     Span(TimelineTrack.INSTRUCTION, "F", "F chunk 0 micro-batch 0", 50, 150),
-    Span(TimelineTrack.COMPUTE, EXPOSED_EXCHANGE, "layer_01", 60, 90),
+    Span(TimelineTrack.COMPUTE, EXPOSED_ALL_TO_ALL, "layer_01", 60, 90),
     Span(TimelineTrack.INSTRUCTION, "FB", "", 150, 400),
-    Span(TimelineTrack.COMPUTE, EXPOSED_EXCHANGE, "layer_02", 200, 210),
+    Span(TimelineTrack.COMPUTE, EXPOSED_ALL_TO_ALL, "layer_02", 200, 210),
     Span(TimelineTrack.INSTRUCTION, "I", "", 400, 420),
     Span(TimelineTrack.INSTRUCTION, "W", "", 420, 425),
     Span(TimelineTrack.INSTRUCTION, "B", "", 425, 500),
@@ -35,7 +35,7 @@ SPANS = [
 
 def test_terms_are_disjoint_and_add_up_to_the_step() -> None:
     terms = {name: round(seconds * 1e9) for name, seconds in summarize_trace(SPANS).items()}
-    wanted = {"F": 70, "FB": 240, "I": 20, "W": 5, "B": 75, EXPOSED_EXCHANGE: 40, PIPELINE_WAIT: 50}
+    wanted = {"F": 70, "FB": 240, "I": 20, "W": 5, "B": 75, EXPOSED_ALL_TO_ALL: 40, PIPELINE_WAIT: 50}
     wanted |= {GRADIENT_SYNC_WAIT: 10, OPTIMIZER: 20}
     assert {name: terms[name] for name in wanted} == wanted
     assert sum(wanted.values()) == 530

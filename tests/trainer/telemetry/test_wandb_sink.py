@@ -157,12 +157,16 @@ def test_a_second_life_has_the_same_id_and_goes_on_counting(tmp_path: Path) -> N
 
 def test_expert_loads_become_one_bar_an_expert(tmp_path: Path) -> None:
     sink = WandbSink(WandbConfig(), tmp_path, 0)
-    sink.emit(Event("step", 1, {"expert_load/layer_01": [4, 0, 8], "expert_load/layer_02": [1] * 1000}))
+    sink.emit(Event("step", 1, {"tokens_per_expert/layer_01": [4, 0, 8], "tokens_per_expert/layer_02": [1] * 1000}))
     sink.emit(Event("sample", 1, {"text": "<to be>"}))
     sink.close()
     (run,) = lives(tmp_path)
-    assert run.history[0]["expert_load/layer_01"] == {"_type": "histogram", "values": [4, 0, 8], "bins": [0, 1, 2, 3]}
-    assert run.history[0]["expert_load/layer_02"]["values"] == [2] * 500
+    assert run.history[0]["tokens_per_expert/layer_01"] == {
+        "_type": "histogram",
+        "values": [4, 0, 8],
+        "bins": [0, 1, 2, 3],
+    }
+    assert run.history[0]["tokens_per_expert/layer_02"]["values"] == [2] * 500
     assert run.history[1]["sample/text"]["_type"] == "html-file"
     (page,) = (tmp_path / "wandb").glob("offline-run-*/files/media/html/**/*.html")
     assert page.read_text() == "<pre>&lt;to be&gt;</pre>"

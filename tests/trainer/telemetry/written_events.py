@@ -30,6 +30,6 @@ STEP: dict[str, JSON] = {
     "budget_share": 0.012,
     "eta_seconds": 83.2,
     "total_steps": 400,
-    "expert_load/layer_01": [3, 5],
+    "tokens_per_expert/layer_01": [3, 5],
 }
 EVALUATION = Event("evaluation", 20, {"loss": 5.25, "targets": 4096, "unigram_entropy": 5.8312})

@@ -16,10 +16,10 @@ from shoestring.tests.launch.rehearsal.logs import collective, program_logs
 
 SCHEDULES = [
     ("gpipe", 4, 8),
-    ("one_f_one_b", 2, 4),
-    ("one_f_one_b", 4, 8),
+    ("1f1b", 2, 4),
+    ("1f1b", 4, 8),
     ("interleaved", 4, 8),
-    ("zb1p", 4, 8),
+    ("zb_h1", 4, 8),
     ("dualpipe", 2, 4),
     ("dualpipe", 4, 8),
     ("dualpipe", 16, 32),
@@ -56,7 +56,7 @@ def shared_embedding(rank: int, index: int) -> Sequence[CollectiveRecord]:
 
 
 def test_a_reduce_scatter_before_the_own_sends_hangs() -> None:
-    program = build_program("one_f_one_b", 4, 8)
+    program = build_program("1f1b", 4, 8)
     behind = program_logs(program, warm=BOTH, listener=shared_embedding, sends_first=False)
     fault = only(*behind)
     assert set(fault.ranks) == {0, 1, 2, 3}
@@ -65,7 +65,7 @@ def test_a_reduce_scatter_before_the_own_sends_hangs() -> None:
 
 
 def test_the_same_ends_where_the_reduction_is_connected() -> None:
-    program = build_program("one_f_one_b", 4, 8)
+    program = build_program("1f1b", 4, 8)
     connected = [
         replace(each, events=(*shared_embedding(each.rank, 15), *each.events))
         for each in program_logs(program, warm=BOTH, listener=shared_embedding, sends_first=False)

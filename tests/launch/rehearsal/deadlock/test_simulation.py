@@ -53,7 +53,7 @@ def test_messages_both_ways_need_one_batch() -> None:
     assert not list(find_hangs([log(0, warm[0], warm[0]), log(1, warm[1], warm[1])]))
     apart = [log(0, warm[0], batch([A]), batch([], [A])), log(1, warm[1], batch([FROM_0]), batch([], [FROM_0]))]
     fault = only(*apart)
-    assert "rank 0, stream edge up sends to rank 1 on `pipeline up` of ranks 0, 1 (a)" in fault.text
+    assert "rank 0, stream p2p next sends to rank 1 on `pp next` of ranks 0, 1 (a)" in fault.text
 
 
 def test_an_event_holds_a_stream_until_it_is_complete() -> None:
@@ -72,4 +72,4 @@ def test_a_host_is_in_a_collective_of_the_control_group() -> None:
 
 
 def test_ranks_that_were_not_rehearsed_do_their_part() -> None:
-    assert not list(find_hangs([log(0, collective("x"), batch([], [A]), HostWait(None, "edge up", "read", "h"))]))
+    assert not list(find_hangs([log(0, collective("x"), batch([], [A]), HostWait(None, "p2p next", "read", "h"))]))

@@ -13,4 +13,4 @@ def test_events_are_recorded_before_they_are_waited_for(log: RankLog) -> None:
         elif isinstance(event, StreamWait):
             assert event.event in recorded
     streams = {event.stream for event in log.events}
-    assert streams == {"compute", "exchange", "edge up", "edge down", "reduce"}
+    assert streams == {"compute", "exchange", "p2p next", "p2p prev", "reduce"}

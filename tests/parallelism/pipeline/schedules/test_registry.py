@@ -48,11 +48,11 @@ def test_interleaved_with_any_number_of_chunks() -> None:
         (("interleaved", 4, 10), {"micro_batches": "nearest 8 or 12"}),
         (("interleaved", 4, 2), {"micro_batches": "nearest 4"}),
         (("interleaved", 2, 4, 1), {"chunks": "at least 2 chunks"}),
-        (("zb1p", 2, 4, 2), {"chunks": "always has 1 chunk"}),
+        (("zb_h1", 2, 4, 2), {"chunks": "always has 1 chunk"}),
         (("dualpipe", 2, 4, 3), {"chunks": "always has 2 chunks"}),
         (("gpipe", 0, 0), {"ranks": "at least 1"}),
         (("gpipe", 2, 0), {"micro_batches": "at least 1: nearest 1"}),
-        (("dualpip", 2, 4), {"schedule": "there are gpipe, one_f_one_b, interleaved, zb1p, dualpipe, dualpipev"}),
+        (("dualpip", 2, 4), {"schedule": "there are gpipe, 1f1b, interleaved, zb_h1, dualpipe, dualpipev"}),
     ],
 )
 def test_illegal_sizes_are_refused_with_the_nearest_legal_ones(

@@ -1,6 +1,6 @@
 """How long steps wait for sums of gradients and for new weights: reduced at the end of the program, and beside it.
 
-    python benchmarks/reduce_wait.py [--steps 40] [--json FILE]
+    python benchmarks/gradient_sync_wait.py [--steps 40] [--json FILE]
 
 The quickstart on its four processes, and its model on two replicas, each twice from the same seed, in turns: as it is;
 and with every bucket reduced when the program has ended and all weights waited for at once. The figures are the
@@ -40,7 +40,7 @@ LAYOUTS = {
         "topology.pp=1",
         "topology.ep=1",
         "topology.edp=2",
-        "schedule=one_f_one_b",
+        "schedule=1f1b",
         "schedule.micro_batch_size=2",
     ],
 }
@@ -83,7 +83,7 @@ def measure(directory: Path, layout: list[str], steps: int, overlap: bool) -> di
     run_processes(ranks, run, overrides, overlap, timeout=300)
     summary = summarize_ledger(directory)
     per_step = {name: ms / (ranks * steps) for name, ms in summary.gpu_ms_by_term.items()}
-    return {"reduce_wait_ms": per_step["reduce_wait"], "step_ms": summary.productive_ms / (ranks * steps)}
+    return {"gradient_sync_wait_ms": per_step["gradient_sync_wait"], "step_ms": summary.productive_ms / (ranks * steps)}
 
 
 def main() -> None:
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     options = parser.parse_args()
     table = Table(title=f"Milliseconds of a step and rank, least of {ROUNDS} runs of {options.steps} steps")
-    for heading in ("layout", "", "reduce_wait", "step"):
+    for heading in ("layout", "", "gradient_sync_wait", "step"):
         table.add_column(heading)
     rows = []
     for name, layout in LAYOUTS.items():
@@ -106,7 +106,7 @@ def main() -> None:
             least = min(runs, key=lambda each: each["step_ms"])
             way = "beside the program" if overlap else "after the program"
             rows.append({"layout": name, "reduced": way, **least})
-            table.add_row(name, way, f"{least['reduce_wait_ms']:.1f}", f"{least['step_ms']:.0f}")
+            table.add_row(name, way, f"{least['gradient_sync_wait_ms']:.1f}", f"{least['step_ms']:.0f}")
     Console(width=100).print(table)
     if options.json is not None:
         machine = {"cores": os.cpu_count(), "torch": torch.__version__, "load": os.getloadavg()[0]}
