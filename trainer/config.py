@@ -174,7 +174,7 @@ class TrainingConfig:
             yield Problem("rampup_batch_size_increment", self.rampup_batch_size_increment, hint)
         for name, missing in (("rampup_batch_size_increment", None), ("rampup_tokens", 0)):
             if (values[name] == missing) != (self.rampup_start_batch_size is None):
-                hint = "goes with ramp_from: write ramp_from, ramp_step and ramp_tokens, or none (null, null and 0)"
+                hint = "goes with rampup_start_batch_size: write it, rampup_batch_size_increment and rampup_tokens, or none (null, null and 0)"
                 yield Problem(name, values[name], hint, ("rampup_start_batch_size",))
         for name in (
             "seq_aux_loss_coeff",

@@ -73,7 +73,7 @@ def partition_model(
     config = compose_model_config(overrides, config_dir)
     counts = None if layout is None else _parse_layout(layout)
     problems = partition_problems(config.model.num_hidden_layers, stages, counts)
-    raise_if_any(replace(problem, field=f"--{problem.field}") for problem in problems)
+    raise_if_any(replace(problem, field=f"--{problem.field.replace('_', '-')}") for problem in problems)
     placement = _placement(schedule, stages)
     length = config.training.sequence_length
     split = split_layers(config.model, length, stages, counts)

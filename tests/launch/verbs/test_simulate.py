@@ -43,7 +43,7 @@ def test_a_ramp_with_an_illegal_size_is_refused(capsys: pytest.CaptureFixture[st
 
 
 def test_half_a_ramp_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "training.rampup_tokens = 0: goes with ramp_from" in answer(
+    assert "training.rampup_tokens = 0: goes with rampup_start_batch_size" in answer(
         capsys, "simulate", V3, "training.rampup_tokens=0", code=2
     )
 
