@@ -147,7 +147,7 @@ class _Linear(torch.autograd.Function):
         (x,), weight_NK = ctx.saved_tensors, ctx.weight
         grad_RN, x_RK = grads[0].flatten(0, -2), x.flatten(0, -2)
         if weight_NK.requires_grad:
-            ctx.left.add(lambda: accumulate_linear_wgrad(weight_NK, grad_RN, x_RK))
+            ctx.left.add_task(lambda: accumulate_linear_wgrad(weight_NK, grad_RN, x_RK))
         if not ctx.needs_input_grad[0]:
             return None, None
         return (grad_RN @ weight_NK.to(grad_RN.dtype)).view(x.shape), None
@@ -181,7 +181,7 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
         tokens, weight_VD, (grad,) = ctx.tokens, ctx.weight, grads
-        ctx.left.add(lambda: accumulate_embedding_wgrad(weight_VD, tokens.flatten(), grad.flatten(0, -2)))
+        ctx.left.add_task(lambda: accumulate_embedding_wgrad(weight_VD, tokens.flatten(), grad.flatten(0, -2)))
         return None, None
 
 

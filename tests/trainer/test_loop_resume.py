@@ -29,7 +29,7 @@ from shoestring.tests.trainer.resumed_loop import (
 )
 from shoestring.tests.trainer.small_loop import LENGTH, prepared_root
 from shoestring.trainer.build import build_rank_resources
-from shoestring.trainer.checkpoint import opened, saver
+from shoestring.trainer.checkpoint import checkpoint, saver
 from shoestring.trainer.checkpoint.store import CheckpointStore
 from shoestring.trainer.checkpoint.tensor_file import read_tensor_at
 from shoestring.trainer.config import RunConfig
@@ -154,7 +154,7 @@ def train_where_files_cannot_be_opened(world: World, tree: dict[str, Any]) -> st
             raise OSError(errno.EMFILE, "Too many open files", str(path))
         return real(path, *what)
 
-    with patch.object(opened, "read_tensor_at", read), pytest.raises(RunFailed) as failed:
+    with patch.object(checkpoint, "read_tensor_at", read), pytest.raises(RunFailed) as failed:
         train_on(world, tree)
     return str(failed.value)
 

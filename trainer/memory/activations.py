@@ -207,10 +207,10 @@ def _attention(config: ModelConfig, batch: MicroBatchShape) -> Iterator[SavedAct
     if batch.fp8:
         yield from _attention_tiles(config, batch)
         whole = query_rank + rank + (config.hidden_size if config.q_lora_rank is None else 0)
-        yield numbers("norms", whole, RecomputeModule.NORM, source_of=RecomputeModule.UP_PROJECTION)
+        yield numbers("norms", whole, RecomputeModule.NORM, recompute_source_of=RecomputeModule.UP_PROJECTION)
     else:
-        yield numbers("norm before attention", config.hidden_size, RecomputeModule.NORM, for_weights=True)
-        yield numbers("their norms", query_rank + rank, RecomputeModule.NORM, for_weights=True)
+        yield numbers("norm before attention", config.hidden_size, RecomputeModule.NORM, needed_for_wgrad=True)
+        yield numbers("their norms", query_rank + rank, RecomputeModule.NORM, needed_for_wgrad=True)
     yield numbers("compressed queries, keys and values", query_rank + rank + config.qk_rope_head_dim)
     yield numbers("queries, keys and values", heads * of_a_head, RecomputeModule.UP_PROJECTION)
     if batch.on_cpu:
@@ -221,7 +221,7 @@ def _attention(config: ModelConfig, batch: MicroBatchShape) -> Iterator[SavedAct
             "log of the sum of each softmax", batch.tokens * heads * batch.fp32_element_bytes, RecomputeModule.ATTENTION
         )
     if not batch.fp8:
-        yield numbers("what attention gives", given, RecomputeModule.ATTENTION, for_weights=True)
+        yield numbers("what attention gives", given, RecomputeModule.ATTENTION, needed_for_wgrad=True)
     yield numbers("residual", config.hidden_size)
     norms = 3 if config.q_lora_rank is None else 4
     yield SavedActivation("a number a token of each norm", batch.tokens * norms * batch.fp32_element_bytes)

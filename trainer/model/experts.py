@@ -191,7 +191,7 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (x_RK,), weight_LNK, rows_L = ctx.saved_tensors, ctx.weight, ctx.rows
         grad_RN = grads[0].contiguous()
-        ctx.left.add(lambda: accumulate_grouped_wgrad(weight_LNK, grad_RN, x_RK, rows_L))
+        ctx.left.add_task(lambda: accumulate_grouped_wgrad(weight_LNK, grad_RN, x_RK, rows_L))
         return grouped_mm(grad_RN, weight_LNK.to(grad_RN.dtype).transpose(1, 2), rows_L), None, None
 
 

@@ -232,5 +232,5 @@ def _leave(ctx: Any, grad: ColumnwiseFp8Tensor, x: Callable[[], ColumnwiseFp8Ten
 
     if ctx.left is None:
         return product().to(weight.dtype)
-    ctx.left.add(add)
+    ctx.left.add_task(add)
     return None

@@ -33,8 +33,8 @@ def test_one_f_one_b_in_full() -> None:
         [([short(edge) for edge in commit.sends], [short(edge) for edge in commit.receives]) for commit in rank]
         for rank in derive_p2p_batches(program)
     ]
-    gradients = ["g0 1>0 down", "g1 1>0 down"]
-    activations = ["a0 0>1 up", "a1 0>1 up"]
+    gradients = ["g0 1>0 prev", "g1 1>0 prev"]
+    activations = ["a0 0>1 next", "a1 0>1 next"]
     assert posted[0] == [  # F0 F1 B0 B1: the first gradient is received from the start, each next one after the last
         ([], [gradients[0]]),
         ([activations[0]], []),
@@ -115,8 +115,8 @@ def test_a_message_made_early_is_received_in_its_turn() -> None:
     commits = derive_p2p_batches(build_program("dualpipe", 6, 12))[1]
     at = {short(edge): index for index, commit in enumerate(commits) for edge in commit.receives}
     needed = {short(edge): index for index, commit in enumerate(commits) for edge in commit.required_receives}
-    assert needed["a4 0>1 up"] > needed["g0 0>1 up"]
-    assert at["a4 0>1 up"] <= at["g0 0>1 up"] <= needed["g0 0>1 up"]
+    assert needed["a4 0>1 next"] > needed["g0 0>1 next"]
+    assert at["a4 0>1 next"] <= at["g0 0>1 next"] <= needed["g0 0>1 next"]
 
 
 def test_what_stays_on_a_rank_is_no_edge() -> None:

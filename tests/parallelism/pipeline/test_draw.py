@@ -17,7 +17,7 @@ def test_json_of_one_f_one_b_in_full() -> None:
 
     assert program_to_json(build_program("1f1b", 2, 2)) == {
         "schedule": "1f1b",
-        "stages": 2,
+        "pp": 2,
         "micro_batches": 2,
         "ranks": [
             [one("F", 0), one("F", 1), one("B", 0), one("B", 1)],
@@ -29,7 +29,7 @@ def test_json_of_one_f_one_b_in_full() -> None:
 def test_json_of_dualpipe_counts_ranks_and_numbers_micro_batches_a_direction() -> None:
     tree = program_to_json(build_program("dualpipe", 4, 8))
     ranks = tree["ranks"]
-    assert (tree["stages"], tree["micro_batches"]) == (4, 8)
+    assert (tree["pp"], tree["micro_batches"]) == (4, 8)
     assert isinstance(ranks, list)
     assert len(ranks) == 4
     assert ranks[0][0] == {"op": "F", "chunk": 0, "micro_batch": 0}
