@@ -5,30 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoestring.comm.errors import ConfigError
 from shoestring.launch.compose import compose_run
-from shoestring.launch.rehearsal.device.shim import build_shim
 from shoestring.launch.rehearsal.fault import Fault
 from shoestring.launch.rehearsal.processes import RANK
 from shoestring.launch.rehearsal.verdict import Verdict
 from shoestring.launch.verbs.rehearse import rehearse
+from shoestring.tests.launch.rehearsal.small_grid import SMALL
 from shoestring.trainer.memory.forecast import RunMemory
 
-SMALL = (
-    *("experiment=quickstart", "schedule=one_f_one_b", "schedule.micro_batch=1", "training.global_batch=4"),
-    *("training.sequence_length=32", "model.num_nextn_predict_layers=0"),
-)
-"""Two pipeline ranks of two layers each, experts over two ranks; two micro-batches."""
+pytestmark = pytest.mark.usefixtures("shim")
 SEEDED = ("-m", "shoestring.tests.launch.rehearsal.seeded")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _shim() -> None:
-    """Where it cannot be built, nothing can be rehearsed."""
-    try:
-        build_shim()
-    except ConfigError as refused:
-        pytest.skip(str(refused))
 
 
 def rehearsed(ranks: str | None, *overrides: str, fault: tuple[str, str] | None = None) -> Verdict:

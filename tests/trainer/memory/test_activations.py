@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
-from itertools import combinations
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from shoestring.launch.compose import compose_run
 from shoestring.parallelism.pipeline.executor import drive
 from shoestring.parallelism.weight_grad import WeightGradients
 from shoestring.tests.trainer.census import Census
+from shoestring.tests.trainer.model.policies import POLICIES, names
 from shoestring.trainer.memory.activations import MicroBatch, dense_layer, kept_bytes, moe_layer
 from shoestring.trainer.model import attention
 from shoestring.trainer.model.causal import causal_attention_twin
@@ -53,15 +53,8 @@ CONFIG = ModelConfig(
 FULL_QUERY = ModelConfig(**{**vars(CONFIG), "q_lora_rank": None, "n_shared_experts": 0, "norm_topk_prob": False})
 WIDE = replace(CONFIG, hidden_size=256, intermediate_size=256, moe_intermediate_size=64)
 REPORT = frozenset({RecomputeModule.NORM, RecomputeModule.UP_PROJECTION, RecomputeModule.SWIGLU})
-POLICIES = [
-    frozenset(parts) for size in range(len(RecomputeModule) + 1) for parts in combinations(RecomputeModule, size)
-]
 DTYPES = [torch.float32, torch.bfloat16]
 SCALES = LossNormalizers(1.0, 1.0, 1.0)
-
-
-def names(policy: frozenset[RecomputeModule]) -> str:
-    return "+".join(sorted(policy)) or "nothing"
 
 
 def layer_forward(
