@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from shoestring.comm.errors import ConfigError
+from shoestring.tests.launch.small_checkpoint import flip_bit
 from shoestring.tests.processes import RanksFailed, World, run_processes
 from shoestring.tests.trainer.resumed_loop import (
     Share,
@@ -110,12 +111,6 @@ def test_a_run_goes_on_in_the_middle_of_a_batch_ramp(root: Path, tmp_path: Path)
     assert losses(first) == pytest.approx(losses(again), rel=1e-5)
     with pytest.raises(RanksFailed, match=r"training.rampup_batch_size_increment = 8: the checkpoint of step 6 has 4"):
         run(root, again, "pp2 mirrored", 0, **(whole_run | {"rampup_batch_size_increment": 8, "tokens": 104 * LENGTH}))
-
-
-def flip_bit(path: Path) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[-1] ^= 1
-    path.write_bytes(raw)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(root: Path, tmp_path: Path) -> None:

@@ -119,15 +119,6 @@ def test_a_tree_must_be_keys(tree: object) -> None:
     assert refused(build_dataclass, Wheel, tree) == {"": f"{tree!r}: must be a group of keys"}
 
 
-SECRET = "hunter2"
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TEAM", SECRET)
-    monkeypatch.setenv("BATCH", "48")
-
-
 def test_copies_keep_the_source() -> None:
     text = InterpolatedText("value", "${oc.env:X}")
     config = compose_run_config([])

@@ -118,3 +118,8 @@ def through_experts(
     yield "tokens' gradient", grad_TD
     yield "gates' gradient", grad_weights_TK
     yield "experts' gradient", torch.zeros_like(scales_LD) if scales_LD.grad is None else scales_LD.grad
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    assert ours.shape == theirs.shape
+    return float((ours.double() - theirs.double()).norm()) / (float(theirs.double().norm()) or 1.0)

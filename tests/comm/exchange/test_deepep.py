@@ -28,7 +28,7 @@ from shoestring.comm.traffic import TrafficCounter
 from shoestring.launch.compose import compose_run_config
 from shoestring.tests.comm.exchange import deep_ep_stand_in, routing
 from shoestring.tests.comm.exchange.deep_ep_package import GOOD, write_deep_ep
-from shoestring.tests.comm.exchange.routing import CASES, EXPERTS, LABEL, batch_of, through_experts
+from shoestring.tests.comm.exchange.routing import CASES, EXPERTS, LABEL, batch_of, relative_error, through_experts
 from shoestring.tests.processes import World, run_processes
 
 WIDTH = 256  # DeepEP moves whole 256 elements; this is two tiles, which do not fill an int32 of scales
@@ -86,11 +86,6 @@ def compare(world: World, gpus_per_node: int) -> dict[tuple[str, str, str], floa
                 assert in_fp8.rows_RD.isnan().all()
         assert not traffic.bytes_sent  # what is not known is not counted
     return errors
-
-
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    assert ours.shape == theirs.shape
-    return float((ours.double() - theirs.double()).norm()) / (float(theirs.double().norm()) or 1.0)
 
 
 @pytest.mark.parametrize(("nodes", "gpus_per_node"), GRIDS)

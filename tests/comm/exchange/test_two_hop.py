@@ -7,13 +7,20 @@ from datetime import timedelta
 
 import pytest
 import torch
-from torch import Tensor
 
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import LinkType, Topology
 from shoestring.comm.traffic import TrafficKind
-from shoestring.tests.comm.exchange.routing import CASES, EXPERTS, WIDTH, batch_of, open_on, through_experts
+from shoestring.tests.comm.exchange.routing import (
+    CASES,
+    EXPERTS,
+    WIDTH,
+    batch_of,
+    open_on,
+    relative_error,
+    through_experts,
+)
 from shoestring.tests.processes import World, run_processes
 
 GRIDS = [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1), (2, 4), (4, 2)]
@@ -47,11 +54,6 @@ def compare(world: World, gpus_per_node: int) -> dict[tuple[str, str, str], floa
                 assert tensor.dtype == oracle[name].dtype
                 errors[form, case.name, name] = relative_error(tensor, oracle[name])
     return errors
-
-
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    assert ours.shape == theirs.shape
-    return float((ours.double() - theirs.double()).norm()) / (float(theirs.double().norm()) or 1.0)
 
 
 @pytest.mark.parametrize(("nodes", "gpus_per_node"), GRIDS)

@@ -5,30 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoestring.comm.errors import ConfigError
 from shoestring.launch.compose import compose_run_config
-from shoestring.launch.rehearsal.device.shim import build_autograd_shim
 from shoestring.launch.rehearsal.findings import RunFinding
 from shoestring.launch.rehearsal.processes import RANK_MODULE_ARGUMENTS
 from shoestring.launch.rehearsal.result import RehearsalResult
 from shoestring.launch.verbs.rehearse import rehearse
+from shoestring.tests.launch.rehearsal.small_grid import SMALL
 from shoestring.trainer.memory.forecast import MemoryPredictor
 
-SMALL = (
-    *("experiment=quickstart", "schedule=1f1b", "schedule.micro_batch_size=1", "training.global_batch_size=4"),
-    *("training.sequence_length=32", "model.num_nextn_predict_layers=0"),
-)
-"""Two pipeline ranks of two layers each, experts over two ranks; two micro-batches."""
+pytestmark = pytest.mark.usefixtures("shim")
 SEEDED = ("-m", "shoestring.tests.launch.rehearsal.seeded")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _shim() -> None:
-    """Where it cannot be built, nothing can be rehearsed."""
-    try:
-        build_autograd_shim()
-    except ConfigError as refused:
-        pytest.skip(str(refused))
 
 
 def rehearsed(ranks: str | None, *overrides: str, fault: tuple[str, str] | None = None) -> RehearsalResult:

@@ -9,8 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from shoestring.launch.run.run_dir import read_run_status
+from shoestring.tests.launch.machines import wait_until
 from shoestring.tests.launch.real_run import processes_of, train
 from shoestring.tests.launch.small_run import free_port, small_run
 from shoestring.tests.launch.two_machines import losses
@@ -94,14 +94,6 @@ class Slurm:
 
     def has_ended(self, number: str) -> bool:
         return self.job(number)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-
-
-def wait_until(what: Callable[[], bool], seconds: float) -> None:
-    """Look again and again; what is looked at is a process of its own, which takes its time."""
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, f"not so after {seconds} s"
-        os.sched_yield()
 
 
 def some_ports() -> tuple[int, ...]:

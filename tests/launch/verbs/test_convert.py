@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,37 +11,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 
 from shoestring.comm.errors import ConfigError
 from shoestring.launch.verbs.convert import export_command, import_command
 from shoestring.tests.launch.command_line import shoestring
 from shoestring.tests.launch.small_checkpoint import SHAPE, TEXT, dangling, device, fifo, flip_bit, folder, model
+from shoestring.tests.launch.verbs.refused_import import edit_config, refused_import
 from shoestring.tests.trainer.checkpoint.saved import save_model
 from shoestring.trainer.data.tokenizer import END_TOKEN, PAD_TOKEN, Tokenizer
 from shoestring.trainer.model.config import YarnConfig
 from shoestring.trainer.model.model import Model
 
-YARN = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096}
-
-
 NAN, INF = float("nan"), float("inf")
-
-
-def refused_import(capsys: pytest.CaptureFixture[str], hf: Path) -> str:
-    """The words of a refusal that leaves nothing behind, not even the folder above the target."""
-    target = hf.parent / "made" / "for" / "it"
-    code, _, errors = shoestring(capsys, "import", hf, target)
-    assert code == 2, errors
-    assert "Traceback" not in errors
-    assert not (hf.parent / "made").exists()
-    return errors
-
-
-def edit_config(hf: Path, **values: object) -> None:
-    path = hf / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 @pytest.mark.parametrize(
@@ -88,76 +69,6 @@ def test_a_whole_number_is_no_weight(dtype: torch.dtype, hf: Path, capsys: pytes
     errors = refused_import(capsys, hf)
     assert "model.norm.weight" in errors
     assert "dtype" in errors
-
-
-@pytest.mark.parametrize(
-    ("values", "gist"),
-    [
-        ({"hidden_size": "16"}, "hidden_size = '16': must be a whole number"),
-        ({"hidden_size": 16.0}, "hidden_size = 16.0: must be a whole number"),
-        ({"num_hidden_layers": True}, "num_hidden_layers = True: must be a whole number"),
-        ({"vocab_size": None}, "vocab_size = None: must be a whole number"),
-        ({"n_routed_experts": [8]}, "n_routed_experts = [8]: must be a whole number"),
-        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps = '1e-6': must be a number"),
-        ({"norm_topk_prob": 1}, "norm_topk_prob = 1: must be true or false"),
-        ({"attention_bias": 0}, "attention_bias = 0: cannot be imported"),
-        ({"rope_scaling": [1]}, "rope_scaling"),
-        ({"rope_scaling": {"type": "yarn", "factor": "2"}}, "factor = '2': must be a number"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "original_max_position_embeddings = None: is missing"),
-        ({"rope_scaling": {"type": ["yarn"]}}, "type = ['yarn']: must be text"),
-        ({"quantization_config": "fp8"}, "only fp8 with weight_block_size"),
-        ({"hidden_size": 10**5}, "the longest side of any tensor is 300"),
-        ({"n_routed_experts": 4096}, "do not belong together"),
-        ({"num_hidden_layers": 4096}, "do not belong together"),
-        ({"hidden_size": 10**30}, "must be from 0 to"),
-        ({"q_lora_rank": -1}, "q_lora_rank = -1: must be from 0"),
-        ({"num_nextn_predict_layers": "1"}, "num_nextn_predict_layers = '1': must be a whole number"),
-        ({"eos_token_id": "2"}, "eos_token_id = '2': must be a whole number"),
-        ({"eos_token_id": [1, None]}, "eos_token_id[1] = None: must be a whole number"),
-        ({"max_position_embeddings": 0}, "max_position_embeddings = 0: must be from 1"),
-        ({"rope_interleave": "yes"}, "rope_interleave = 'yes': must be true or false"),
-        ({"rope_scaling": YARN | {"factor": 1e308}}, "factor = 1e+308: must be from 0 to"),
-        ({"rope_scaling": YARN | {"factor": 2.0**20}}, "makes a context of more than 2147483648 positions"),
-        ({"rope_scaling": YARN | {"factor": 10**400}}, "must be a finite number"),
-        ({"rope_scaling": YARN | {"mscale": 1e300}}, "mscale = 1e+300: must be from 0 to 1000"),
-        ({"routed_scaling_factor": 1e300}, "routed_scaling_factor = 1e+300: must be from 0 to 1e+06"),
-        ({"rope_theta": 1e300}, "rope_theta = 1e+300: must be from 0 to 1e+18"),
-        ({"architectures": 5}, "architectures = 5: must be a list"),
-        ({"architectures": ["LlamaForCausalLM"]}, "our model is DeepseekV3ForCausalLM alone"),
-        ({"torch_dtype": 7}, "torch_dtype = 7: must be text"),
-        ({"dtype": {"x": 1}}, "dtype = {'x': 1}: must be text"),
-        ({"dtype": "int8"}, "dtype = 'int8': must be one of bfloat16"),
-        ({"eos_token_id": 999999}, "eos_token_id = 999999: must be from -1 to 299"),
-        ({"eos_token_id": [1, 300]}, "eos_token_id[1] = 300: must be from 0 to 299"),
-        ({"bos_token_id": 300}, "bos_token_id = 300: must be from -1 to 299"),
-    ],
-)  # fmt: skip
-def test_a_config_json_of_wrong_values_is_refused(
-    values: dict[str, object], gist: str, hf: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    edit_config(hf, **values)
-    assert gist in refused_import(capsys, hf)
-
-
-@pytest.mark.parametrize(
-    ("raw", "gist"),
-    [
-        (b"", "is not JSON"),
-        (b"[]", "must be a mapping"),
-        (b"\xff\xfe", "is not UTF-8"),
-        (b'{"a":' * 50_000, "nested more than 64 deep"),
-        (b'{"hidden_size": 1, "hidden_size": 2}', "stands there twice"),
-        (b'{"rope_theta": Infinity}', "no number is NaN or infinite"),
-        (b'{"not_read": 1e999}', "1e999': is larger than any finite number"),
-        (b'{"quantization_config": {"x": [-1e999]}}', "-1e999': is larger than any finite number"),
-        (b"\xef\xbb\xbf{}", "begins with a byte order mark"),
-    ],
-)
-def test_a_config_json_that_is_none_is_refused(
-    raw: bytes, gist: str, hf: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (hf / "config.json").write_bytes(raw)
-    assert gist in refused_import(capsys, hf)
 
 
 def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
@@ -285,31 +196,6 @@ def test_names_from_others_send_nothing_to_the_terminal(hf: Path, capsys: pytest
     assert len(output) < 2000
 
 
-def test_a_config_json_or_index_is_read_to_a_bound(hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("config.json", "model.safetensors.index.json"):
-        (hf / name).touch()
-        size = (hf / name).stat().st_size
-        os.truncate(hf / name, 2**29)
-        errors = refused_import(capsys, hf)
-        assert f"{name} = 536870912: is too large" in errors
-        os.truncate(hf / name, size)
-
-
-def test_the_same_values_are_still_imported(hf: Path, original: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is strict about wrong values lets right ones through: 1 for 1.0, and a null that means none."""
-    edit_config(hf, routed_scaling_factor=2, rope_scaling=None, num_key_value_heads=None, eos_token_id=None)
-    code, output, errors = shoestring(capsys, "import", hf, hf.parent / "again")
-    assert code == 0, errors
-    tensors: dict[str, Tensor] = load_file(hf / "model.safetensors")
-    assert f"imported to {hf.parent / 'again'}" in output
-    assert len(tensors) > 10
-
-
-def test_a_generation_config_beyond_every_number_is_named(hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (hf / "generation_config.json").write_text('{"temperature": 1e999}')
-    assert "generation_config.json = '1e999': is larger than any finite number" in refused_import(capsys, hf)
-
-
 def test_a_context_without_end_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(Model(replace(SHAPE, rope_scaling=YarnConfig(factor=1e308))), tmp_path / "checkpoints", 4, {})
     code, _, errors = shoestring(capsys, "export", tmp_path, tmp_path / "out")
@@ -365,13 +251,6 @@ def test_an_import_goes_to_a_directory_outside_its_source(
     code, _, errors = shoestring(capsys, "export", hf.parent / "run", ".")
     assert (code, "has no name of its own" in errors) == (2, True)
     assert sorted(hf.iterdir()) == before
-
-
-@pytest.mark.parametrize("to", ["nowhere", "config.json"], ids=["dangling", "circular"])
-def test_a_config_json_that_leads_nowhere_is_a_link(to: str, hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (hf / "config.json").unlink()
-    (hf / "config.json").symlink_to(to)
-    assert f"config.json = 'a link to {to}': leads to no file" in refused_import(capsys, hf)
 
 
 def test_export_and_import_carry_the_tokenizer(

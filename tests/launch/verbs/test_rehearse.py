@@ -9,12 +9,7 @@ import pytest
 from shoestring.comm.errors import ConfigError
 from shoestring.launch.cli import main
 from shoestring.launch.rehearsal.device.shim import build_autograd_shim
-
-SMALL = (
-    *("experiment=quickstart", "schedule=1f1b", "schedule.micro_batch_size=1", "training.global_batch_size=4"),
-    *("training.sequence_length=32", "model.num_nextn_predict_layers=0"),
-)
-"""Two pipeline ranks of two layers each, experts over two ranks; two micro-batches."""
+from shoestring.tests.launch.rehearsal.small_grid import SMALL
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
-from itertools import combinations
 
 import pytest
 import torch
@@ -19,12 +18,8 @@ from shoestring.launch.compose import compose_run_config
 from shoestring.parallelism.pipeline.executor import run_to_completion
 from shoestring.parallelism.weight_grad import DelayedWeightGradients
 from shoestring.tests.trainer.census import Census
-from shoestring.trainer.memory.activations import (
-    MicroBatchShape,
-    dense_layer_activations,
-    moe_layer_activations,
-    saved_bytes,
-)
+from shoestring.tests.trainer.model.policies import POLICIES, names
+from shoestring.trainer.memory.activations import MicroBatchShape, dense_layer_activations, saved_bytes, moe_layer_activations
 from shoestring.trainer.model import attention
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig
@@ -58,15 +53,8 @@ CONFIG = ModelConfig(
 FULL_QUERY = ModelConfig(**{**vars(CONFIG), "q_lora_rank": None, "n_shared_experts": 0, "norm_topk_prob": False})
 WIDE = replace(CONFIG, hidden_size=256, intermediate_size=256, moe_intermediate_size=64)
 REPORT = frozenset({RecomputeModule.NORM, RecomputeModule.UP_PROJECTION, RecomputeModule.SWIGLU})
-POLICIES = [
-    frozenset(parts) for size in range(len(RecomputeModule) + 1) for parts in combinations(RecomputeModule, size)
-]
 DTYPES = [torch.float32, torch.bfloat16]
 SCALES = LossNormalizers(1.0, 1.0, 1.0)
-
-
-def names(policy: frozenset[RecomputeModule]) -> str:
-    return "+".join(sorted(policy)) or "nothing"
 
 
 def layer_forward(

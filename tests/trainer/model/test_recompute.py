@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import combinations
 from unittest.mock import patch
 
 import pytest
@@ -13,6 +12,7 @@ from torch import Tensor
 from shoestring.comm.errors import Problem
 from shoestring.parallelism.pipeline.executor import run_to_completion
 from shoestring.parallelism.weight_grad import DelayedWeightGradients
+from shoestring.tests.trainer.model.policies import POLICIES, names
 from shoestring.tests.trainer.model.small_chunk import LENGTH, SCALES, make_chunk, window
 from shoestring.trainer.model import recompute as recompute_module
 from shoestring.trainer.model.recompute import (
@@ -27,13 +27,6 @@ from shoestring.trainer.precision.fp8 import Fp8LinearOps
 from shoestring.trainer.precision.reference import ReferenceBackend
 
 REPORT = frozenset({RecomputeModule.NORM, RecomputeModule.UP_PROJECTION, RecomputeModule.SWIGLU})
-POLICIES = [
-    frozenset(parts) for size in range(len(RecomputeModule) + 1) for parts in combinations(RecomputeModule, size)
-]
-
-
-def names(policy: frozenset[RecomputeModule]) -> str:
-    return "+".join(sorted(policy)) or "nothing"
 
 
 def gradients(

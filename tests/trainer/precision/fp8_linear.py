@@ -1,4 +1,4 @@
-"""A Linear in FP8 and providers that count what they are asked for."""
+"""A Linear in FP8, and numbers for it."""
 
 from __future__ import annotations
 

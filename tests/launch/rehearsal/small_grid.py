@@ -1,0 +1,9 @@
+"""A run of four ranks that is rehearsed in seconds."""
+
+from __future__ import annotations
+
+SMALL = (
+    *("experiment=quickstart", "schedule=one_f_one_b", "schedule.micro_batch=1", "training.global_batch=4"),
+    *("training.sequence_length=32", "model.num_nextn_predict_layers=0"),
+)
+"""Two pipeline ranks of two layers each, experts over two ranks; two micro-batches."""

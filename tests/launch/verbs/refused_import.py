@@ -1,0 +1,25 @@
+"""An import that is refused and leaves nothing behind, and edits of what it reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from shoestring.tests.launch.command_line import shoestring
+
+
+def refused_import(capsys: pytest.CaptureFixture[str], hf: Path) -> str:
+    """The words of a refusal that leaves nothing behind, not even the folder above the target."""
+    target = hf.parent / "made" / "for" / "it"
+    code, _, errors = shoestring(capsys, "import", hf, target)
+    assert code == 2, errors
+    assert "Traceback" not in errors
+    assert not (hf.parent / "made").exists()
+    return errors
+
+
+def edit_config(hf: Path, **values: object) -> None:
+    path = hf / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))

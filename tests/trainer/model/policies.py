@@ -1,0 +1,15 @@
+"""Every policy of what is made again in the backward."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+from shoestring.trainer.model.recompute import RecomputeModule
+
+POLICIES = [
+    frozenset(parts) for size in range(len(RecomputeModule) + 1) for parts in combinations(RecomputeModule, size)
+]
+
+
+def names(policy: frozenset[RecomputeModule]) -> str:
+    return "+".join(sorted(policy)) or "nothing"
