@@ -64,6 +64,9 @@ QUICK = frozenset(
         "mkdir -p my_texts && cp trainer/data/corpus/shakespeare/*.txt my_texts/",
         "mkdir -p my_conf/data && cat >my_conf/data/mine.yaml <<'EOF'",
         "shoestring data prepare --config-dir my_conf data=mine model.vocab_size=4096",
+        "mkdir -p my_conf/model && cat >my_conf/model/small.yaml <<'EOF'",
+        "shoestring params --config-dir my_conf model=small",
+        "shoestring partition --config-dir my_conf model=small --stages 4",
     }
 )
 """Commands that need no run and take seconds: those of the default set. The others are slow."""
@@ -112,6 +115,7 @@ def commands_of(page: str) -> Iterator[Command]:
 
 PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 COMMANDS = [command for page in PAGES for command in commands_of(page)]
+QUICK_COMMANDS = list({each.words: each for each in COMMANDS if each.words in QUICK}.values())
 LINKED = (*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
 
 
@@ -166,7 +170,7 @@ def run(clone: Path, command: Command) -> None:
     assert done.returncode == command.code, f"{command.page}: {command.text}\n{done.stdout[-4000:]}"
 
 
-@pytest.mark.parametrize("command", [each for each in COMMANDS if each.words in QUICK], ids=lambda each: each.words)
+@pytest.mark.parametrize("command", QUICK_COMMANDS, ids=lambda each: each.words)
 def test_a_quick_command_runs(clone: Path, command: Command) -> None:
     run(clone, command)
 
@@ -186,7 +190,7 @@ def test_a_command_that_cannot_run_here_is_parsed(command: Command) -> None:
     assert checked.returncode == 0, checked.stderr
     words = shlex.split(command.words)
     for program, parse in PARSERS.items():
-        if program in words:
+        if program in words and words[:2] != ["docker", "build"]:
             parse(words[words.index(program) + 1 :])
 
 
