@@ -77,7 +77,7 @@ PARSERS: Mapping[str, Callable[[Sequence[str]], Namespace]] = {
     "./launch/torchrun.sh": node.parse,
     "launch/slurm/pretrain.sbatch": node.parse,
 }
-"""What reads the words behind this one."""
+"""Parsers of the words that follow a program's name."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ class Command:
 
     page: str
     text: str
-    """As written, with its comment, continuation lines and here-document."""
+    """The lines as written: comment, continuation lines and here-document included."""
 
     @property
     def words(self) -> str:
-        """Its line without comment; what a continuation joins is one line, and a here-document is left out."""
+        """The command on one line, without comment and here-document."""
         line = re.sub(r" *\\\n *", " ", self.text).partition("\n")[0]
         return re.split(r"\s+# ", line)[0].rstrip()
 
@@ -221,7 +221,7 @@ def test_links_lead_somewhere(page: str) -> None:
 
 @pytest.mark.parametrize("page", LINKED)
 def test_paths_that_are_named_exist(page: str) -> None:
-    """Of the tree's own folders; `CHANGELOG.md` also names places of the past."""
+    """Check paths below the tree's own folders; `CHANGELOG.md` also names places of the past."""
     text = "" if page == "CHANGELOG.md" else (ROOT / page).read_text()
     folders = "launch|trainer|parallelism|comm|conf|tests|benchmarks|docs"
     named = set(re.findall(rf"(?<![\w./-])(?:{folders})/[\w./-]*\w", text))
