@@ -19,7 +19,12 @@ from shoestring.parallelism.pipeline.executor import run_to_completion
 from shoestring.parallelism.weight_grad import DelayedWeightGradients
 from shoestring.tests.trainer.census import Census
 from shoestring.tests.trainer.model.policies import POLICIES, names
-from shoestring.trainer.memory.activations import MicroBatchShape, dense_layer_activations, saved_bytes, moe_layer_activations
+from shoestring.trainer.memory.activations import (
+    MicroBatchShape,
+    dense_layer_activations,
+    moe_layer_activations,
+    saved_bytes,
+)
 from shoestring.trainer.model import attention
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig
