@@ -107,7 +107,7 @@ def _attention() -> Iterator[Implementation]:
         "attention",
         CPU_BACKEND.name,
         True,
-        f"{CPU_BACKEND.description}; trainer/model/causal.trainer/model/cpu_attention.py",
+        f"{CPU_BACKEND.description}; trainer/model/cpu_attention.py",
     )
     on_gpu = torch.cuda.is_available()
     gpu = GpuCapabilities.detect() if on_gpu else None

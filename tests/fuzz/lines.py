@@ -14,37 +14,32 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 READERS = (
-    *("comm/files/strict_json.py", "comm/files/strict_yaml.py", "comm/files/access.comm/files/file_io.py"),
+    *("comm/files/strict_json.py", "comm/files/strict_yaml.py", "comm/files/file_io.py"),
     *(
         "trainer/checkpoint/tensor_file.py",
         "trainer/checkpoint/manifest.py",
-        "trainer/checkpoint/opened.trainer/checkpoint/checkpoint.py",
+        "trainer/checkpoint/checkpoint.py",
     ),
     *("trainer/data/manifest.py", "trainer/data/corpus.py", "trainer/data/tokenizer.py", "trainer/data/shards.py"),
     *(
         "trainer/huggingface/config.py",
-        "trainer/huggingface/importing.trainer/huggingface/import_weights.py",
+        "trainer/huggingface/import_weights.py",
         "trainer/huggingface/tokenizer.py",
     ),
     *("trainer/ledger/records.py", "trainer/ledger/journal.py"),
     *(
-        "comm/files/lines.comm/files/line_reader.py",
+        "comm/files/line_reader.py",
         "trainer/telemetry/history.py",
-        "trainer/typed.trainer/structured_config.py",
+        "trainer/structured_config.py",
     ),
 )
 """Files that read what others may have written."""
 _NO_READERS = (
-    *("Journal.", "cut_torn_line", "replace_file", "refuse_links", "record", "plain"),  # write, for runs that go on
-    *("TensorFileWriter.", "_header", "as_bytes", "merge", "_check_whole", "_tensor_tree", "SplitWriter."),
-    *(
-        "Checkpoint.with_ema_weights",
-        "Manifest.to_json",
-        "train_tokenizer",
-        "fingerprint",
-        "config_json",
-        "_unknown_there",
-    ),
+    # These write, for runs that resume.
+    *("JournalWriter.", "truncate_partial_line", "replace_file_atomically", "raise_if_not_regular_file"),
+    *("make_rank_record", "merge_rank_records", "wrap_mapping", "TensorFileWriter.", "SplitWriter."),
+    *("_header", "as_bytes", "_check_whole", "_tensor_tree", "Checkpoint.with_ema_weights", "DataManifest.to_json"),
+    *("train_tokenizer", "source_fingerprint", "to_config_json", "_unknown_there"),
 )
 """Beginnings of functions in these files that write, or make a file and read none of others."""
 

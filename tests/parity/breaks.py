@@ -178,8 +178,8 @@ def put_bias_into_gates() -> Patch:
 def scale_balance_by_ranks() -> Patch:
     """Each rank divides the balance loss by its own sequences, so that the sum over ranks is too large by dp."""
 
-    def scales(main: float, mtp: float, balance: float) -> LossNormalizers:
-        return LossNormalizers(main_loss=main, mtp_loss=mtp, balance_loss=balance * torch.distributed.get_world_size())
+    def scales(main_loss: float, mtp_loss: float, balance_loss: float) -> LossNormalizers:
+        return LossNormalizers(main_loss, mtp_loss, balance_loss * torch.distributed.get_world_size())
 
     return patch.object(step_module, "LossNormalizers", scales)
 
