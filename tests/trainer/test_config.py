@@ -54,7 +54,7 @@ def test_the_run_without_fault(tree: dict[str, object]) -> None:
 
 
 def test_no_number_may_be_negative(tree: dict[str, object]) -> None:
-    schedules = ("training.mtp_weight.0", "training.bias_speed.0")
+    schedules = ("training.mtp_loss_scaling_factor.0", "training.router_bias_update_rate.0")
     for path in numbers(tree):
         field = path.removesuffix(".0") if path in schedules else path
         found = problems(tree, {path: -1} if path not in schedules else {field: {0: -1.0}})
@@ -76,8 +76,8 @@ ZERO_IS_NOTHING = {
     "optimizer.weight_decay",
     "training.seed",
     "training.seq_aux_loss_coeff",
-    "training.mtp_weight.0",
-    "training.bias_speed.0",
+    "training.mtp_loss_scaling_factor.0",
+    "training.router_bias_update_rate.0",
     "training.evaluate_every",
     "training.checkpoint_every",
     "training.sample_tokens",
@@ -98,7 +98,7 @@ def test_zero_is_refused_where_it_means_nothing(tree: dict[str, object]) -> None
     ("values", "field", "hint"),
     [
         ({"training.seed": 2**63}, "training.seed", "must be less than 2**63"),
-        ({"optimizer.decay_tokens": 5}, "optimizer.decay_tokens", "is never reached: constant_tokens is null"),
+        ({"optimizer.decay_tokens": 5}, "optimizer.decay_tokens", "has no effect while constant_tokens is null"),
         ({"model.moe_intermediate_size": 92}, "model.moe_intermediate_size", "must be a multiple of 8"),
         ({"precision.compute": "float32", "model.hidden_size": 126}, "model.hidden_size", "must be a multiple of 4"),
         ({"model.n_routed_experts": 18}, "model.n_group", "must divide n_routed_experts = 18"),
@@ -106,7 +106,7 @@ def test_zero_is_refused_where_it_means_nothing(tree: dict[str, object]) -> None
         (
             {"model.num_experts_per_tok": 9},
             "model.num_experts_per_tok",
-            "must be at most 8: 2 of 4 groups hold 8 experts",
+            "must be at most 8: the 2 of 4 groups per token hold 8 experts",
         ),
         ({"model.topk_group": 5}, "model.topk_group", "must be at most n_group = 4"),
         ({"model.qk_rope_head_dim": 15}, "model.qk_rope_head_dim", "must be even"),
@@ -121,8 +121,8 @@ def test_zero_is_refused_where_it_means_nothing(tree: dict[str, object]) -> None
         ({"precision.linear": "fp9"}, "precision.linear", "must be native or fp8"),
         ({"precision.fp8_backend": "cuda"}, "precision.fp8_backend", "must be auto, triton, torch, te, reference"),
         ({"precision.fp8_scale_format": "int8"}, "precision.fp8_scale_format", "must be fp32 or power_of_two"),
-        ({"precision.fp8_backend": "reference"}, "precision.fp8_backend", "write linear=fp8 too"),
-        ({"precision.fp8_scale_format": "power_of_two"}, "precision.fp8_scale_format", "write linear=fp8 too"),
+        ({"precision.fp8_backend": "reference"}, "precision.fp8_backend", "set precision.linear=fp8"),
+        ({"precision.fp8_scale_format": "power_of_two"}, "precision.fp8_scale_format", "set precision.linear=fp8"),
         ({"optimizer.beta2": 1.0}, "optimizer.beta2", "less than 1"),
         ({"optimizer.final_learning_rate": 1.0}, "optimizer.final_learning_rate", "at most peak_learning_rate"),
         ({"schedule.name": "sequential"}, "schedule.name", "no such schedule; there are: gpipe, 1f1b"),
@@ -138,9 +138,17 @@ def test_zero_is_refused_where_it_means_nothing(tree: dict[str, object]) -> None
         ({"budget.phase": "later"}, "budget.phase", "pre_train, context_extension, post_training"),
         ({"training.device": "tpu"}, "training.device", "must be auto, cpu or cuda"),
         ({"training.run_dir": ""}, "training.run_dir", "must name a directory"),
-        ({"training.sample_prompt": ""}, "training.sample_prompt", "write training.sample_tokens=0"),
-        ({"training.mtp_loss_scaling_factor": {}}, "training.mtp_loss_scaling_factor", "from the start: {0: "),
-        ({"training.mtp_loss_scaling_factor": {1000: 0.1}}, "training.mtp_loss_scaling_factor", "from the start: {0: "),
+        ({"training.sample_prompt": ""}, "training.sample_prompt", "set training.sample_tokens=0"),
+        (
+            {"training.mtp_loss_scaling_factor": {}},
+            "training.mtp_loss_scaling_factor",
+            "from the start of training: {0: ",
+        ),
+        (
+            {"training.mtp_loss_scaling_factor": {1000: 0.1}},
+            "training.mtp_loss_scaling_factor",
+            "from the start of training: {0: ",
+        ),
         (
             {"training.router_bias_update_rate": {0: 0.1, -5: 0.2}},
             "training.router_bias_update_rate",

@@ -97,7 +97,7 @@ def test_math_is_refused_from_a_gigabyte_of_scores_on() -> None:
         (["training.attention_backend=fused"], "must be auto, cudnn, flash3, efficient, math"),
         (
             ["training.attention_backend=cudnn", "training.device=cpu"],
-            "is for GPUs: write auto, or training.device=cuda",
+            "is a GPU backend: set it to auto, or set training.device=cuda",
         ),
         (["training.attention_backend=cudnn", "precision=fp32"], "BF16 and FP16 and the run in float32"),
         (
