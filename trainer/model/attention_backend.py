@@ -285,4 +285,4 @@ def probe_attention(choice: SelectedAttention, case: AttentionShape, device: tor
 
 def _fails(choice: SelectedAttention, what: str) -> ConfigError:
     others = " or ".join(f"{CONFIG_KEY}={name}" for name in GPU_BACKENDS if name != choice.backend.name)
-    return ConfigError([Problem(CONFIG_KEY, choice.backend.name, f"{what}; write {others}")])
+    return ConfigError([Problem(CONFIG_KEY, choice.backend.name, f"{what}; set {others}")])

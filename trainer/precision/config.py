@@ -30,7 +30,7 @@ class PrecisionConfig:
     """FP8 implementation: `triton`, `torch`, `te`, `reference`, or `auto`, the fastest that the device supports (see
     `shoestring doctor`)."""
     fp8_scale_format: str = "fp32"
-    """Format of FP8 scales: `fp32` or `power_of_two`. Scales that the report requires to be powers of two always are."""
+    """Format of FP8 scales: `fp32` or `power_of_two`. Scales that are powers of two in the report always are."""
 
     def problems(self) -> Iterator[Problem]:
         """Yield a problem for each invalid value."""
