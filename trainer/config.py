@@ -368,7 +368,7 @@ class RunConfig:
             yield Problem("data.vocab_size", self.data.vocab_size, hint, ("model.vocab_size",))
 
     def _schedule_problems(self, share: int) -> Iterator[Problem]:
-        """Yield what schedule and stages rule out; `share` is a micro-batch over all data-parallel ranks, in sequences."""
+        """Yield problems of schedule and stages; `share`: sequences per micro-batch over all data-parallel ranks."""
         schedule, ranks, layers = self.schedule, self.topology.pp, self.model.num_hidden_layers
         yield from self._ramp_problems(share)
         found = list(schedule_problems(schedule.name, ranks, self.num_micro_batches, schedule.chunks))

@@ -43,16 +43,16 @@ def _with_default(config: Any, path: Sequence[str]) -> Any:
 class InterpolatedText(str):
     """Resolved text with its source, an interpolation such as `${oc.env:TEAM}/runs`.
 
-    `copy`, `dataclasses.replace` and `dataclasses.asdict` keep the source; `repr`, and so every error message, shows it.
+    `copy`, `dataclasses.replace` and `dataclasses.asdict` keep the source; `repr` and so error messages show it.
     """
 
     source: str
 
     def __new__(cls, text: str, source: str) -> InterpolatedText:
         """Attach `source` to the resolved `text`."""
-        made = super().__new__(cls, text)
-        made.source = source
-        return made
+        interpolated = super().__new__(cls, text)
+        interpolated.source = source
+        return interpolated
 
     def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]  # for copies: `__new__` wants both
         return str(self), self.source
@@ -81,9 +81,9 @@ def build_dataclass(cls: type[T], tree: object, earlier_problems: Iterable[Probl
     Raises `ConfigError` with all problems, including the `earlier_problems`.
     """
     problems = list(earlier_problems)
-    made, _ = parse_dataclass(cls, tree, problems)
+    built, _ = parse_dataclass(cls, tree, problems)
     raise_if_any(problems)
-    return made
+    return built
 
 
 def parse_dataclass(cls: type[T], tree: object, problems: list[Problem]) -> tuple[T, frozenset[str]]:
@@ -93,8 +93,8 @@ def parse_dataclass(cls: type[T], tree: object, problems: list[Problem]) -> tupl
     fields that may hold a default instead of the value that the user meant.
     """
     reader = _Reader(problems, set())
-    made: T = reader.read(cls, tree, "", dataclasses.MISSING)
-    return made, frozenset(reader.doubtful)
+    built: T = reader.read(cls, tree, "", dataclasses.MISSING)
+    return built, frozenset(reader.doubtful)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ class _Reader:
             return tuple(self._item(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
         if origin is dict and isinstance(value, Mapping):
             pairs = ((self._item(arguments[0], key, path), key, item) for key, item in value.items())
-            return {made: self._item(arguments[1], item, f"{path}.{key}") for made, key, item in pairs}
+            return {built: self._item(arguments[1], item, f"{path}.{key}") for built, key, item in pairs}
         if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value):
             return float(value)
         if kind is int and isinstance(value, float) and value.is_integer():

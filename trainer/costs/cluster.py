@@ -43,7 +43,7 @@ class ClusterConfig:
     price_per_gpu_hour: float | None = None
     """Price in US dollars per GPU-hour."""
     tables: str | None = None
-    """Measured kernel times: the name of one of the planner's tables, or a CSV file written by `shoestring calibrate`."""
+    """Measured kernel times: the name of a table of the planner, or a CSV file written by `shoestring calibrate`."""
     sources: dict[str, str] = field(default_factory=dict)
     """Source of each figure above, as a mapping from field name to text."""
 
