@@ -1,1 +1,1 @@
-"""One training run: model, data, optimizer, checkpoints, ledger, telemetry, and the loop that joins them."""
+"""Training: model, data, optimizer, checkpoints, ledger, telemetry, and the loop that uses them."""

@@ -1,4 +1,4 @@
-"""What one rank of a training run holds, made from the configuration."""
+"""Objects of one rank of a training run, built from the configuration."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ from .telemetry.trace import TraceRecorder
 
 @dataclass(frozen=True)
 class RankResources:
-    """Model, data and stores of one rank."""
+    """Engine, data and checkpoint store of one rank."""
 
     config: RunConfig
     groups: ProcessGroups
@@ -77,46 +77,49 @@ class RankResources:
     checkpoint_store: CheckpointStore
     checkpoint_saver: CheckpointSaver
     checkpoint_tensor_names: frozenset[str]
-    """Every tensor of a checkpoint, whichever rank holds it."""
+    """Names of all tensors of a checkpoint, over all ranks."""
     trace_recorder: TraceRecorder
-    """Off but for steps that are looked at closely."""
+    """Recorder of timeline spans; it records only in steps that are profiled or traced."""
 
     @property
     def pipeline(self) -> PipelineRuntime:
-        """This rank's end of it."""
+        """Pipeline of this rank."""
         return self.engine.pipeline
 
     @property
     def stepper(self) -> Stepper:
-        """What takes steps."""
+        """Optimizer stepper of this rank."""
         return self.engine.stepper
 
     @property
     def exchange_traffic(self) -> TrafficCounter:
-        """Of the token exchange."""
+        """Bytes that the token exchange sends."""
         return self.engine.exchange_traffic
 
     @property
     def model(self) -> Model:
-        """This rank's share."""
+        """Model shard of this rank."""
         return self.stepper.model
 
     def local_checkpoint_pieces(self) -> list[TensorPiece]:
-        """What a checkpoint holds of this rank, as views: fill them, `optimizer.publish`, then train on."""
+        """Return this rank's part of a checkpoint, as views.
+
+        To restore it, write into the views and call `optimizer.all_gather_weights`.
+        """
         optimizer, average = self.stepper.optimizer, self.stepper.ema
         optimizer.wait_for_weights()
         holders = make_holder_ranks(self.pipeline.stages, self.groups)
         return list(training_state_pieces(self.model, optimizer, average, holders, self.groups.rank))
 
     def close(self) -> None:
-        """End what runs the exchanges and reductions, and what writes checkpoints."""
+        """Close the checkpoint saver and the engine."""
         self.checkpoint_saver.close()
         self.engine.close()
 
 
 @dataclass(frozen=True)
 class PipelineRuntime:
-    """One rank's end of the pipeline: what runs programs on it."""
+    """Pipeline of one rank: stages, process groups and P2P channels; builds the executors of programs."""
 
     stages: StageLayout
     groups: ProcessGroups
@@ -127,7 +130,7 @@ class PipelineRuntime:
     recompute: frozenset[RecomputeModule] = frozenset()
     """See `RecomputeConfig`."""
     streams: DeviceStreams | None = None
-    """What communication is queued on; None: those of the device."""
+    """Streams that communication is queued on; None: those of the device."""
 
     @staticmethod
     def open(
@@ -140,12 +143,12 @@ class PipelineRuntime:
         recompute: frozenset[RecomputeModule] = frozenset(),
         streams: DeviceStreams | None = None,
     ) -> PipelineRuntime:
-        """With lanes to the neighbors."""
-        lanes = build_p2p_channels(groups, device, recorder, streams)
-        return PipelineRuntime(stages, groups, lanes, overlap, recorder, recompute, streams)
+        """Open the P2P channels to the neighboring pipeline ranks."""
+        channels = build_p2p_channels(groups, device, recorder, streams)
+        return PipelineRuntime(stages, groups, channels, overlap, recorder, recompute, streams)
 
     def build_executor(self, program: PipelineProgram) -> PipelineExecutor:
-        """Runs this rank's share of `program`."""
+        """Build the executor of this rank's instructions of `program`."""
         groups = self.groups
         return PipelineExecutor.from_program(
             program,
@@ -157,17 +160,17 @@ class PipelineRuntime:
         )
 
     def build_forward_executor(self, micro_batches: int) -> PipelineExecutor:
-        """Runs so many forwards."""
+        """Build the executor of forwards alone, over `micro_batches` micro-batches."""
         return self.build_executor(build_forward_program(self.stages.placement, micro_batches))
 
     def close(self) -> None:
-        """End the lanes."""
-        for lane in self.channels.values():
-            lane.close()
+        """Close the P2P channels."""
+        for channel in self.channels.values():
+            channel.close()
 
 
 def build_stage_layout(config: RunConfig) -> StageLayout:
-    """How the configuration splits its model."""
+    """Split the configured model into pipeline stages."""
     schedule = config.schedule
     return StageLayout.build(
         config.model,
@@ -180,7 +183,7 @@ def build_stage_layout(config: RunConfig) -> StageLayout:
 
 
 def build_rank_resources(config: RunConfig, groups: ProcessGroups, device: torch.device) -> RankResources:
-    """Initial weights, optimizer, exchange and data of the rank that `groups` belong to."""
+    """Build engine, data and checkpoint store of the rank that `groups` belong to."""
     prepared = open_prepared_data(config.data)
     train, validation = open_samples(config, prepared)
     recorder = TraceRecorder(nvtx=device.type == "cuda")
@@ -210,7 +213,7 @@ def build_rank_resources(config: RunConfig, groups: ProcessGroups, device: torch
 
 @dataclass(frozen=True)
 class TrainingEngine:
-    """What takes steps on one rank, with all that runs beside it."""
+    """Stepper of one rank, with the pipeline and the token exchange that it uses."""
 
     pipeline: PipelineRuntime
     stepper: Stepper
@@ -218,7 +221,7 @@ class TrainingEngine:
     exchange_traffic: TrafficCounter
 
     def close(self) -> None:
-        """End what runs the exchanges and reductions."""
+        """Stop the threads of exchanges, reductions and weight average."""
         self.exchange_communicator.close()
         self.stepper.optimizer.wait_for_weights()
         self.stepper.optimizer.close()
@@ -234,9 +237,9 @@ def build_engine(
     recorder: SpanRecorder,
     streams: DeviceStreams | None = None,
 ) -> TrainingEngine:
-    """Initial weights, optimizer and exchange of the rank that `groups` belong to; no data.
+    """Build model, optimizer, pipeline and token exchange of the rank that `groups` belong to, without data.
 
-    Communication is queued on `streams`, by default those of `device`.
+    Communication is queued on `streams`, by default those of `device`. Collective over all ranks.
     """
     order = CollectiveOrderCheck(groups.ep) if config.exchange.check_order else None
     worker = build_async_communicator(groups.ep, device, order, recorder, streams=streams)
@@ -256,10 +259,12 @@ def build_engine(
     model, dtype = build_model(config, groups, device), config.precision.compute_dtype(device)
     stepper = build_stepper(pipeline, model, exchange, dtype, config.num_micro_batches, config.optimizer)
     streams = streams or get_device_streams(device)
-    if streams is not None:  # gloo connects a group when it is made
+    # NCCL connects at the first use of a group, and may block there until its peer makes the same call, so one step
+    # without effect connects everything now, under the longer `start_timeout_seconds`. gloo connects a new group.
+    if streams is not None:
         batch = config.schedule.micro_batch_size, config.tokens_per_sample
         warm_up_step(stepper, worker, config.exchange.name, batch, device, streams)
-    if groups.watchdog is not None:  # from here on no call has to wait for a rank that still starts
+    if groups.watchdog is not None:  # all ranks have started: from here on the shorter timeout holds
         groups.watchdog.timeout = timedelta(seconds=config.training.collective_timeout_seconds)
     return TrainingEngine(pipeline, stepper, worker, traffic)
 
@@ -272,7 +277,7 @@ def build_stepper(
     micro_batches: int,
     optimizer: OptimizerConfig,
 ) -> Stepper:
-    """What takes steps with `model`, this rank's share; `micro_batches` are those of most of them."""
+    """Build the stepper of `model`, this rank's shard; most steps have `micro_batches` micro-batches."""
     stages, groups = pipeline.stages, pipeline.groups
     program = stages.build_checked_program(micro_batches)
     sharded = build_optimizer(model, stages, program, groups, optimizer, dtype, pipeline.recorder, pipeline.streams)
@@ -310,11 +315,9 @@ def build_optimizer(
     recorder: SpanRecorder = NULL_RECORDER,
     streams: DeviceStreams | None = None,
 ) -> ShardedOptimizer:
-    """The optimizer of `model`, this rank's share, whose parameters become views of its buffers.
-
-    Buckets are reduced in the order in which `program` is done with them, and handed out in that in which it needs
-    them.
-    """
+    """Build the ZeRO-1 optimizer of `model`, this rank's shard, whose parameters become views of its buckets."""
+    # Buckets are reduced in the order in which `program` last uses them, and all-gathered in the order in which the
+    # next step first uses them, so that both overlap with compute.
     buckets, final_after, needed_from = [], [], []
     order: list[tuple[int, int]] = []
     for plan in plan_buckets(model, stages, program, dtype):
@@ -334,20 +337,20 @@ def build_optimizer(
 
 
 def open_samples(config: RunConfig, prepared: PreparedData) -> tuple[SampleDataset, SampleDataset]:
-    """Training and validation samples. Raises `ConfigError` for a split that is shorter than one sample."""
+    """Open training and validation samples. Raises `ConfigError` for a split that is shorter than one sample."""
     length, depth = config.training.sequence_length, config.model.num_nextn_predict_layers
     train = SampleDataset.for_training(prepared.train, length, depth)
     return train, SampleDataset.for_validation(prepared.validation, length, depth, prepared.tokenizer.pad_token_id)
 
 
 def dispatch_buffer_shape(config: RunConfig) -> DeepEPBufferShape:
-    """What a rank sends to the experts at once: the tokens of a micro-batch, in training and in evaluation."""
+    """Return the largest dispatch of one rank: the tokens of a micro-batch, in training and in evaluation."""
     tokens = config.schedule.micro_batch_size * config.training.sequence_length
     return DeepEPBufferShape(tokens, config.model.hidden_size, config.model.num_experts_per_tok)
 
 
 def build_model(config: RunConfig, groups: ProcessGroups, device: torch.device) -> Model:
-    """This rank's share of the model with its initial weights; routing biases stay FP32 whatever the parameters are."""
+    """Build this rank's shard of the model with initial weights; routing biases are FP32 for any parameter dtype."""
     share = build_stage_layout(config).model_shard(config.topology, groups.rank)
     with torch.device(device):
         model = Model(config.model, share)
@@ -363,7 +366,7 @@ def build_model(config: RunConfig, groups: ProcessGroups, device: torch.device) 
 
 
 def choose_run_attention(config: RunConfig, device: torch.device) -> SelectedAttention:
-    """What computes attention on `device`, which is asked only where the configuration says `auto`."""
+    """Return the attention backend on `device`, whose capabilities are read only if the configuration says `auto`."""
     if device.type == "cpu":
         return CPU_ATTENTION
     name = config.training.attention_backend

@@ -1,4 +1,4 @@
-"""The training loop: step, evaluate, checkpoint, until the tokens are consumed."""
+"""Training loop: step, evaluate and checkpoint until the tokens are consumed."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def train(
     attempt: str,
     stop_requested: Callable[[], bool] = never_stop,
 ) -> int:
-    """Train to the end, going on from the run directory's last checkpoint; return the number of steps done.
+    """Train until the end, resuming from the run directory's last checkpoint; return the number of steps done.
 
-    Collective over all ranks. `attempt` names the launch in the ledger; `stop_asked` is looked at on every rank:
-    once a step, before each group of micro-batches of an evaluation, and after each token of the sample.
+    Collective over all ranks. `attempt` names the launch in the ledger. Every rank calls `stop_requested` once per
+    step, before each group of micro-batches of an evaluation, and after each token of the sample.
 
-    Raises `ConfigError` for a checkpoint that does not fit, `RunFailed` for a loss that is not finite and
-    for saves that fail again and again, `RunHalted` when any rank was asked to stop or the budget is used up,
-    `RankFailed` or `DataChanged` for a fault of this rank alone, and `CollectiveError` for a peer that is gone or
-    silent. After an error communication may be under way that never ends: end the process.
+    Raises `ConfigError` for a checkpoint that does not fit, `RunFailed` for a loss that is not finite or for repeated
+    failed saves, `RunHalted` when any rank was asked to stop or the budget is used up, `RankFailed` or `DataChanged`
+    for a fault of this rank, and `CollectiveError` for a peer that has died or does not respond. After an error the
+    process must exit: communication may be in flight that never completes.
     """
     run_dir = Path(config.training.run_dir)
     reporter = Reporter(config, run_dir, attempt) if groups.world.is_first_rank else None
@@ -85,7 +85,8 @@ def train(
             _insist_on_saves(rank, done)
             owes = _is_due(step, config.training.evaluate_every, config.total_steps)
             saves = _is_due(step, config.training.checkpoint_every, config.total_steps)
-            if saves:  # first: an evaluation takes minutes, in which a fault would cost the steps before it
+            # Save before evaluating: an evaluation takes minutes, and a fault in it would cost the steps before it.
+            if saves:
                 begin_save(rank, step, reporter, evaluation_pending=owes)
             if owes and not _evaluate(rank, step, reporter, stop_requested):
                 raise _halted_in_evaluation(rank, step, reporter, saves=saves)
@@ -113,9 +114,9 @@ def train(
 
 
 def _start(rank: RankResources, reporter: Reporter | None) -> tuple[int, bool]:
-    """Announce the run and load the last checkpoint, if any; return the steps it holds.
+    """Report the run and load the last checkpoint, if any.
 
-    And whether an evaluation was due after them that a halt has put off.
+    Returns the steps that it holds, and True if the evaluation due after them was skipped because the run halted.
     """
     config, groups = rank.config, rank.groups
     peak = config.cluster.peak_tflops or measure_peak_tflops(rank.device, rank.dtype, groups.world_cpu)
@@ -137,33 +138,33 @@ def _start(rank: RankResources, reporter: Reporter | None) -> tuple[int, bool]:
 
 
 def _is_evaluated(rank: RankResources, done: int) -> bool:
-    """Collective: whether the evaluation that was due after `done` steps has come after the checkpoint, says rank 0."""
+    """Return True if rank 0 recorded the evaluation after `done` steps later than the checkpoint. Collective."""
     until = read_evaluated_step(Path(rank.config.training.run_dir))
-    first: int = rank.groups.world_cpu.all_gather_objects(until, "which evaluations were told")[0]
+    first: int = rank.groups.world_cpu.all_gather_objects(until, "last evaluated step")[0]
     return first >= done
 
 
 class StepVotes:
-    """What this rank tells the others in one step, and on how many ranks each of it was true."""
+    """Votes of this rank in one step, and the number of ranks that voted yes on each."""
 
     def __init__(
         self, rank: RankResources, reporter: Reporter | None, step: int, stop_asked: Callable[[], bool]
     ) -> None:
         self._rank, self._reporter, self._step, self._stop_asked = rank, reporter, step, stop_asked
         self.over_budget_reason: str | None = None
-        """Why the run must halt for its budget; the first rank alone knows."""
+        """Reason to halt because the budget is used up; only the first rank knows it."""
         self.halt: HaltReason | None = None
         self.ranks_saved = self.ranks_failed = 0
-        """Of the save under way: how many ranks have written, and how many could not."""
+        """Numbers of ranks whose part of the current save is written, and whose part has failed."""
 
     def collect_local_votes(self) -> tuple[bool, ...]:
-        """Return this rank's votes; asked shortly before the end of the step."""
+        """Return this rank's votes; called shortly before the end of the step."""
         if self._reporter is not None:
             self.over_budget_reason = self._reporter.budget_halt_reason(self._step)
         return self._stop_asked(), self.over_budget_reason is not None, *self._rank.checkpoint_saver.save_votes()
 
     def set_global_counts(self, counts: Sequence[int]) -> None:
-        """Take what the ranks have said."""
+        """Set the number of yes votes over all ranks."""
         asked, over_budget, self.ranks_saved, self.ranks_failed = counts
         self.halt = decide_halt_reason(asked, over_budget)
 
@@ -171,7 +172,7 @@ class StepVotes:
 def _halt_before_training(
     rank: RankResources, done: int, reporter: Reporter | None, stop_asked: Callable[[], bool]
 ) -> None:
-    """Raise `RunHalted` on all ranks if any of them has a reason and there is more to do; `done` steps are saved."""
+    """Raise `RunHalted` on all ranks if any has a reason and training is not complete; `done` steps are saved."""
     if done == rank.config.total_steps:
         return
     spent = None if reporter is None else reporter.budget_halt_reason(done)
@@ -182,10 +183,8 @@ def _halt_before_training(
 
 
 def _halt_if_agreed(rank: RankResources, done: int, reporter: Reporter | None, votes: StepVotes) -> None:
-    """After `done` steps, of a run with more to do: save and raise `RunHalted` on all ranks if any has a reason.
-
-    A stop cannot wait long: an evaluation that is due comes after the checkpoint, when the run goes on.
-    """
+    """Save after `done` steps and raise `RunHalted` on all ranks if any voted to halt, unless training is complete."""
+    # A stop has `stop_seconds` and no time for an evaluation: one that is due runs when the run is resumed.
     config = rank.config
     if done == config.total_steps or votes.halt is None:
         return
@@ -195,9 +194,9 @@ def _halt_if_agreed(rank: RankResources, done: int, reporter: Reporter | None, v
 
 
 def _halted_in_evaluation(rank: RankResources, done: int, reporter: Reporter | None, *, saves: bool) -> RunHalted:
-    """Return why the run halts in the evaluation after `done` steps, which are saved; the evaluation is owed.
+    """Save the `done` steps and return the halt of a run whose evaluation after them was interrupted.
 
-    `saves` says whether a checkpoint was due after this step, and so begun before the evaluation.
+    `saves`: a checkpoint was due after this step, and its save began before the evaluation.
     """
     if not saves:
         begin_save(rank, done, reporter, evaluation_pending=True)
@@ -212,12 +211,12 @@ def _where(done: int, saved: SaveResult | None) -> str:
 
 
 def _halted(halt: HaltReason, where: str, spent: str | None, *, progressed: bool) -> RunHalted:
-    reason = "it was asked to, and the same command goes on" if halt == HaltReason.PREEMPTED else spent
+    reason = "a stop was requested; the same command continues the run" if halt == HaltReason.PREEMPTED else spent
     return RunHalted(halt, f"stopped {where}: {reason}", made_progress=progressed)
 
 
 def _one_step(rank: RankResources, step: int, reporter: Reporter | None, votes: StepVotes) -> float:
-    """Step number `step`, from 1; return the seconds it took once its samples were there."""
+    """Run step number `step`, from 1; return its seconds without loading the samples."""
     config = rank.config
     with charge_time(reporter, "data_stall"):
         micro_batches = list(_micro_batches(rank, step))
@@ -249,10 +248,9 @@ def _one_step(rank: RankResources, step: int, reporter: Reporter | None, votes: 
 
 
 def _micro_batches(rank: RankResources, step: int) -> Iterator[TokenBatch]:
-    """This rank's samples of the global batch of step number `step`.
-
-    Each round of micro-batches takes neighboring samples, so what the batch holds depends on no rank count.
-    """
+    """Yield this rank's micro-batches of step number `step`."""
+    # Each round of micro-batches over the ranks takes neighboring samples, so the global batch of a step is the same
+    # for every number of ranks.
     config, batches = rank.config, rank.config.batch_ramp
     size = config.schedule.micro_batch_size
     first = batches.consumed_samples(step - 1) + config.topology.dp_rank(rank.groups.rank) * size
@@ -261,7 +259,7 @@ def _micro_batches(rank: RankResources, step: int) -> Iterator[TokenBatch]:
 
 
 def _evaluate(rank: RankResources, step: int, reporter: Reporter | None, stop_asked: Callable[[], bool]) -> bool:
-    """Tell the validation loss after `step` steps; return False where a stop request came first."""
+    """Report the validation loss after `step` steps; return False if a stop request interrupted it."""
     rank.stepper.optimizer.wait_for_weights()
     average, averaged = rank.stepper.ema, None
     with charge_time(reporter, "evaluation"):
@@ -279,7 +277,7 @@ def _evaluate(rank: RankResources, step: int, reporter: Reporter | None, stop_as
 
 
 def _validation_loss(rank: RankResources, stop_asked: Callable[[], bool]) -> tuple[float, int] | None:
-    """And over how many targets; None where a stop request came first."""
+    """Return the validation loss and its number of targets; None if a stop request interrupted it."""
     stepper, size = rank.stepper, rank.config.schedule.micro_batch_size
     forwards, device = rank.pipeline.build_forward_executor, rank.device
     return evaluate_validation_loss(
@@ -288,7 +286,7 @@ def _validation_loss(rank: RankResources, stop_asked: Callable[[], bool]) -> tup
 
 
 def _sample(rank: RankResources, step: int, reporter: Reporter | None, stop_asked: Callable[[], bool]) -> bool:
-    """Tell a text of the model after `step` steps; return False where a stop request came first."""
+    """Report generated text after `step` steps; return False if a stop request interrupted it."""
     rank.stepper.optimizer.wait_for_weights()
     training, tokenizer = rank.config.training, rank.tokenizer
     with charge_time(reporter, "evaluation"):
@@ -313,24 +311,24 @@ def _sample(rank: RankResources, step: int, reporter: Reporter | None, stop_aske
 
 
 def _insist(last: SaveResult | None) -> None:
-    """A run whose last checkpoint is missing has not done what it was started for."""
+    """Raise `RunFailed` if the last checkpoint of the run could not be written."""
     if last is not None and last.failure is not None:
         whole = CheckpointStore(last.path.parent, keep_last=1).steps()
-        begin = f"goes on from the checkpoint of step {whole[-1]}" if whole else "starts over, as there is no other one"
+        begin = f"continues from step {whole[-1]}" if whole else "starts from the beginning"
         hint = f"make room; the same command {begin}"
         raise RunFailed(f"the last checkpoint, of step {last.step}, could not be written: {last.failure}; {hint}")
 
 
 def _insist_on_saves(rank: RankResources, done: int) -> None:
-    """Raise `RunFailed` on all ranks where too many saves in a row have failed; `done` steps are trained."""
+    """Raise `RunFailed` on all ranks after too many consecutive failed saves; `done` steps are trained."""
     failed = rank.config.training.max_failed_saves
     if not rank.checkpoint_saver.has_failed_repeatedly(failed):
         return
     last = rank.checkpoint_store.steps()
-    where = f"step {last[-1]}, the last one in a checkpoint" if last else "the beginning: there is no checkpoint"
-    hint = f"make room; the same command goes on from {where}"
+    where = f"continues from step {last[-1]}, the last one saved" if last else "starts over: there is no checkpoint"
+    hint = f"make room; the same command {where}"
     raise RunFailed(
-        f"the last {failed} checkpoints could not be written (training.max_failed_saves), by step {done}; {hint}"
+        f"{failed} saves in a row have failed (training.max_failed_saves = {failed}), the last by step {done}; {hint}"
     )
 
 

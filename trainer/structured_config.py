@@ -1,6 +1,7 @@
-"""From a tree of plain values to typed dataclasses, with every unknown key and wrong type found in one pass.
+"""Typed dataclasses from nested plain values, with every unknown key and wrong type reported in one pass.
 
-Text that comes from environment variables may be a secret: `InterpolatedText` remembers its source, which files hold.
+Text from environment variables may be a secret: `InterpolatedText` keeps the `${oc.env:…}` it comes from, and files and
+errors show that instead of the text.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from ..comm.errors import Problem, raise_if_any
 
 
 def field_default(field: dataclasses.Field[Any]) -> Any:
-    """What the field holds when it is left out; `dataclasses.MISSING` where it may not be."""
+    """Return the field's default, or `dataclasses.MISSING` if it has none."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def reset_to_defaults(config: T, keys: Iterable[str]) -> T:
-    """A copy of nested dataclasses with the default at each of the dotted `keys` that has one."""
+    """Return a copy of nested dataclasses in which each of the dotted `keys` that has a default is set to it."""
     for key in keys:
         config = _with_default(config, key.split("."))
     return config
@@ -40,18 +41,18 @@ def _with_default(config: Any, path: Sequence[str]) -> Any:
 
 
 class InterpolatedText(str):
-    """A resolved text that remembers the interpolation, such as `${oc.env:TEAM}/runs`, that it comes from.
+    """Resolved text with its source, an interpolation such as `${oc.env:TEAM}/runs`.
 
-    `copy`, `dataclasses.replace` and `dataclasses.asdict` keep it; its `repr`, and so every refusal, shows the source.
+    `copy`, `dataclasses.replace` and `dataclasses.asdict` keep the source; `repr` and so error messages show it.
     """
 
     source: str
 
     def __new__(cls, text: str, source: str) -> InterpolatedText:
-        """Make one of the resolved `text`."""
-        made = super().__new__(cls, text)
-        made.source = source
-        return made
+        """Attach `source` to the resolved `text`."""
+        interpolated = super().__new__(cls, text)
+        interpolated.source = source
+        return interpolated
 
     def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]  # for copies: `__new__` wants both
         return str(self), self.source
@@ -61,7 +62,7 @@ class InterpolatedText(str):
 
 
 def restore_interpolations(value: Any) -> Any:
-    """Return nested plain values as files may hold them: every `InterpolatedText` replaced by its source."""
+    """Return nested plain values with every `InterpolatedText` replaced by its source, for files."""
     if isinstance(value, InterpolatedText):
         return value.source
     if isinstance(value, Mapping):
@@ -75,24 +76,25 @@ T = TypeVar("T")
 
 
 def build_dataclass(cls: type[T], tree: object, earlier_problems: Iterable[Problem] = ()) -> T:
-    """Make the dataclass `cls` from nested mappings; fields left out keep defaults.
+    """Build the dataclass `cls` from nested mappings; missing fields get their defaults.
 
-    Raises `ConfigError` with all problems, those found `before` included.
+    Raises `ConfigError` with all problems, including the `earlier_problems`.
     """
     problems = list(earlier_problems)
-    made, _ = parse_dataclass(cls, tree, problems)
+    built, _ = parse_dataclass(cls, tree, problems)
     raise_if_any(problems)
-    return made
+    return built
 
 
 def parse_dataclass(cls: type[T], tree: object, problems: list[Problem]) -> tuple[T, frozenset[str]]:
-    """The same as far as it goes, for further checks: what does not fit is added to `problems` and left at its default.
+    """Build the dataclass `cls` as far as possible, so that further checks can run on it.
 
-    Also returns the dotted keys of all that may be at a default instead of at what was meant.
+    A value that does not fit is appended to `problems` and replaced by its default. Also returns the dotted keys of all
+    fields that may hold a default instead of the value that the user meant.
     """
     reader = _Reader(problems, set())
-    made: T = reader.read(cls, tree, "", dataclasses.MISSING)
-    return made, frozenset(reader.doubtful)
+    built: T = reader.read(cls, tree, "", dataclasses.MISSING)
+    return built, frozenset(reader.doubtful)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +103,7 @@ class _Reader:
     doubtful: set[str]
 
     def read(self, kind: Any, value: object, path: str, default: Any) -> Any:
-        """`value` as `kind`; what does not fit becomes a problem and is answered with `default`."""
+        """Return `value` as `kind`; if it does not fit, record a problem and return `default`."""
         origin, arguments = typing.get_origin(kind), typing.get_args(kind)
         if dataclasses.is_dataclass(kind):
             return self._dataclass(kind, value, path)
@@ -113,7 +115,7 @@ class _Reader:
             return tuple(self._item(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
         if origin is dict and isinstance(value, Mapping):
             pairs = ((self._item(arguments[0], key, path), key, item) for key, item in value.items())
-            return {made: self._item(arguments[1], item, f"{path}.{key}") for made, key, item in pairs}
+            return {built: self._item(arguments[1], item, f"{path}.{key}") for built, key, item in pairs}
         if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value):
             return float(value)
         if kind is int and isinstance(value, float) and value.is_integer():
@@ -153,7 +155,7 @@ class _Reader:
         return cls(**arguments)
 
     def _unknown(self, path: str, key: str, item: object, known: Iterable[str], prefix: str) -> None:
-        """Whatever the writer meant by `key` stayed at its default."""
+        """Record an unknown key, and the known fields that it may have been meant for."""
         close = difflib.get_close_matches(key, known)
         hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(known))}"
         self.problems.append(Problem(path, item, f"no such key; {hint}"))
@@ -168,7 +170,7 @@ def _is_finite(value: int | float) -> bool:
 
 
 def _empty(kind: Any) -> Any:
-    """A value of the type where there is no default: nobody will look at it."""
+    """Return a placeholder of the type for a field without a default; checks skip it."""
     if dataclasses.is_dataclass(kind):
         return _Reader([], set()).read(kind, {}, "", dataclasses.MISSING)
     origin = typing.get_origin(kind)

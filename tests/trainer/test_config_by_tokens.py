@@ -32,10 +32,10 @@ def test_the_value_in_force(schedule: dict[int, float], tokens: int, value: floa
     [
         ({0: 0.0}, []),
         (MTP_WEIGHT, []),
-        ({}, ["must say the value from the start"]),
-        ({100: 0.1}, ["must say the value from the start"]),
+        ({}, ["must give the value from the start"]),
+        ({100: 0.1}, ["must give the value from the start"]),
         ({0: -0.1, 5: 0.1, -7: 0.1}, ["must be at least 0"] * 2),
-        ({-1: -1.0}, ["must say the value from the start", "must be at least 0"]),
+        ({-1: -1.0}, ["must give the value from the start", "must be at least 0"]),
     ],
     ids=str,
 )

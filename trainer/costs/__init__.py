@@ -1,1 +1,1 @@
-"""What a model costs, counted from its shapes: parameters, FLOPs, memory."""
+"""Costs of a model, counted from its shapes: parameters and FLOPs; and the hardware that pays them."""

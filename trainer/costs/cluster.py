@@ -1,4 +1,4 @@
-"""The hardware a run is on: the peak that utilization is measured against, and what the planner prices with."""
+"""Hardware of a run: the peak TFLOPS behind MFU, and the speeds and prices behind the planner's predictions."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from ...comm.groups import Group
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """One GPU of the cluster, its links, and how many there are. On a CPU one process counts as one GPU.
+    """GPUs of the cluster and their links. On a CPU one process counts as one GPU.
 
-    What nobody has published or measured is null; the planner then refuses what needs it. `sources` says of every
-    figure where it comes from.
+    A figure that is neither published nor measured is null; the planner then refuses predictions that need it.
     """
 
     name: str = "local"
-    """For logs."""
+    """Name of the cluster in logs."""
     peak_tflops: float | None = None
-    """Dense peak of one GPU in the format that MFU is quoted in (BF16 for H800); null to measure a matrix product."""
+    """Dense peak TFLOPS per GPU, in the format that MFU is quoted in (BF16 for H800); null: measured at the start by a
+    matrix product."""
     peak_fp8_tflops: float | None = None
-    """Dense peak in FP8; null where there is none."""
+    """Dense peak TFLOPS per GPU in FP8; null: no FP8."""
     memory_gb: float | None = None
-    """Memory of one GPU in 10^9 bytes."""
+    """Memory per GPU in GB (10^9 bytes)."""
     memory_gb_per_second: float | None = None
-    """Its bandwidth, 10^9 bytes a second."""
+    """Memory bandwidth per GPU in GB/s."""
     sm_count: int | None = None
-    """Streaming multiprocessors, which computing and communication share."""
+    """Streaming multiprocessors per GPU, which compute and communication kernels share."""
     nodes: int = 1
-    """Machines."""
+    """Number of machines."""
     gpus_per_node: int = 8
-    """GPUs of one machine."""
+    """GPUs per machine."""
     nvlink_gb_per_second: float | None = None
-    """What one GPU sends to the others of its node, 10^9 bytes a second and direction, as reached by kernels."""
+    """Bandwidth from one GPU to the others of its node, in GB/s per direction, as kernels reach it."""
     infiniband_gb_per_second: float | None = None
-    """What one GPU sends to other nodes, 10^9 bytes a second and direction, as reached by kernels."""
+    """Bandwidth from one GPU to other nodes, in GB/s per direction, as kernels reach it."""
     price_per_gpu_hour: float | None = None
-    """In US dollars."""
+    """Price in US dollars per GPU-hour."""
     tables: str | None = None
-    """Measured kernel times: a table of the planner, by name, or a CSV file such as `shoestring calibrate` writes."""
+    """Measured kernel times: the name of a table of the planner, or a CSV file written by `shoestring calibrate`."""
     sources: dict[str, str] = field(default_factory=dict)
-    """Of each figure above."""
+    """Source of each figure above, as a mapping from field name to text."""
 
     @property
     def total_gpus(self) -> int:
-        """All of them."""
+        """GPUs of all nodes."""
         return self.nodes * self.gpus_per_node
 
     def problems(self) -> Iterator[Problem]:
-        """What is impossible about these values on their own."""
+        """Yield a problem for each invalid value."""
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             yield Problem("peak_tflops", self.peak_tflops, "must be greater than 0, or null to measure it at the start")
         values = self.__dict__
@@ -66,7 +66,7 @@ class ClusterConfig:
             "infiniband_gb_per_second",
         ):
             if values[name] is not None and not values[name] > 0:
-                yield Problem(name, values[name], "must be greater than 0, or null where it is not known")
+                yield Problem(name, values[name], "must be greater than 0, or null if unknown")
         if self.price_per_gpu_hour is not None and self.price_per_gpu_hour < 0:
             yield Problem("price_per_gpu_hour", self.price_per_gpu_hour, "must be at least 0, or null")
         for name in ("nodes", "gpus_per_node"):
@@ -75,10 +75,11 @@ class ClusterConfig:
 
 
 def measure_peak_tflops(device: torch.device, dtype: torch.dtype, group: Group) -> float:
-    """TFLOPS a rank of a square matrix product while all ranks of `group` run it, mean over them.
+    """Return the mean TFLOPS per rank of a square matrix product that all ranks of `group` run at the same time.
 
-    A stand-in for a published peak where there is none: with several processes on one CPU each gets its share.
+    It replaces a published peak where there is none. Collective.
     """
+    # All ranks at the same time: several processes on one CPU share its peak.
     size = 8192 if device.type == "cuda" else 512
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     out = a @ b

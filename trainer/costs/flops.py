@@ -1,4 +1,4 @@
-"""Floating point operations a training token costs, from the model's shapes."""
+"""Floating point operations per training token, from the model's shapes."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from ..model.config import ModelConfig
 from .part_costs import attention_flops, count_part_costs
 
 FLOP_CONVENTION = (
-    "model FLOPs: 2 a multiply-add, backward = 2 x forward, causal attention (half of S x S), "
-    "router and head included, embedding look-up and recomputation not"
+    "model FLOPs: 2 per multiply-add, backward = 2 x forward, causal attention (half of S x S), "
+    "with router and head, without embedding look-up and recomputation"
 )
 
 
 @dataclass(frozen=True)
 class FlopCount:
-    """FLOPs a token of one forward and backward pass; see `FLOP_CONVENTION`.
+    """FLOPs per token of one forward and backward pass; see `FLOP_CONVENTION`.
 
-    DeepSeek-V3's published 385 TFLOPS a GPU (Insights paper, table 4) count `main`: causal, without MTP.
+    DeepSeek-V3's published 385 TFLOPS per GPU (Insights paper, table 4) count `main_model`: causal, without MTP.
     """
 
     main_model: float
     mtp: float
-    """What the MTP modules add, each with its pass through the head."""
+    """FLOPs of the MTP modules, including their passes through the head."""
     main_model_full_attention: float
-    """`main` with the whole S x S of attention, the convention behind the published 432 TFLOPS."""
+    """`main_model` with the full S x S of attention, the convention of the published 432 TFLOPS."""
 
     @property
     def main_and_mtp(self) -> float:
-        """Main model and MTP modules, causal."""
+        """FLOPs of main model and MTP modules, causal."""
         return self.main_model + self.mtp
 
 
 def count_flops(config: ModelConfig, sequence_length: int) -> FlopCount:
-    """FLOPs a token at this sequence length."""
+    """Count FLOPs per token at this sequence length."""
     parts = count_part_costs(config, sequence_length)
     main = sum(layer.flops for layer in parts.layers) + parts.head.flops
     return FlopCount(

@@ -1,4 +1,4 @@
-"""Parameters of a model, counted on the meta device: no memory, also for 671 B of them."""
+"""Parameter counts of a model, taken on the meta device: 671 B parameters need no memory."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from ..model.model import Model
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Exact counts. "Active" are those that one token meets: of the routed experts top-k, of the rest all.
+    """Exact parameter counts. A token's active parameters are its top-k routed experts and all other parameters.
 
-    The embedding table counts as a whole in both, as in the report's 671 B and the 37 B of its abstract.
-    Routing biases are buffers that no gradient reaches and are not counted.
+    Both counts include the whole embedding table, as do the report's 671 B and the 37 B of its abstract. Routing biases
+    are buffers without a gradient and are not counted.
     """
 
     main: int
     main_active: int
     mtp: int
-    """What the MTP modules add: embedding and head are the main model's and are not counted again."""
+    """Parameters of the MTP modules, without embedding and head, which are the main model's."""
     mtp_active: int
     embedding: int
     head: int
     routed_experts: int
-    """Part of `main`."""
+    """Parameters of the main model's routed experts; part of `main`."""
 
 
 def build_meta_model(config: ModelConfig) -> Model:
-    """The whole model, as on one rank, with shapes but without storage."""
+    """Build the whole model on the meta device: shapes without storage."""
     with torch.device("meta"):
         return Model(config)
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
-    """Count every parameter of the whole model."""
+    """Count the parameters of the whole model."""
     model = build_meta_model(config)
     expert_names = model.expert_parameter_names()
     total = {"main": 0, "mtp": 0}

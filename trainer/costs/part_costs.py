@@ -1,4 +1,4 @@
-"""What each part of a model costs that a pipeline can put on a stage of its own."""
+"""Costs of the parts of a model that a pipeline can place on separate stages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .parameters import build_meta_model
 
 @dataclass(frozen=True)
 class PartCost:
-    """One part: its parameters, and the FLOPs a token of forward and backward (see `flops.CONVENTION`)."""
+    """Parameters of one part, and its FLOPs per token, forward and backward (see `flops.FLOP_CONVENTION`)."""
 
     parameters: int
     flops: float
@@ -19,24 +19,24 @@ class PartCost:
 
 @dataclass(frozen=True)
 class ModelPartCosts:
-    """A whole model, part by part. Sums are those of `count_parameters` and `count_flops`."""
+    """Costs of a whole model, part by part. They add up to `count_parameters` and `count_flops`."""
 
     embedding: PartCost
     layers: tuple[PartCost, ...]
-    """Of the main model, dense ones first."""
+    """Layers of the main model, in order: dense layers first."""
     head: PartCost
-    """With the norm before it."""
+    """Head with the final norm."""
     mtp: PartCost
-    """All MTP modules; FLOPs with their passes through the head, whose weights are the main model's."""
+    """All MTP modules. Their FLOPs include passes through the head, whose parameters are the main model's."""
 
     @property
     def last_stage_extra(self) -> PartCost:
-        """What the last stage holds on top of its layers."""
+        """Costs of the last stage beyond its layers: head and MTP modules."""
         return PartCost(self.head.parameters + self.mtp.parameters, self.head.flops + self.mtp.flops)
 
 
 def count_part_costs(config: ModelConfig, sequence_length: int) -> ModelPartCosts:
-    """Every part of the whole model at this sequence length."""
+    """Count the costs of every part of the whole model at this sequence length."""
     model = build_meta_model(config)
     experts = model.expert_parameter_names()
     parameters: defaultdict[str, int] = defaultdict(int)
@@ -66,12 +66,12 @@ def count_part_costs(config: ModelConfig, sequence_length: int) -> ModelPartCost
 
 
 def attention_flops(config: ModelConfig, sequence_length: int) -> float:
-    """FLOPs a token and layer of the attention core, forward and backward, causal: half of S x S."""
+    """Return FLOPs per token and layer of core attention, forward and backward, causal: half of S x S."""
     return 3.0 * config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * sequence_length
 
 
 def _part(name: str) -> str:
-    """The part that the parameter `name` belongs to."""
+    """Return the part that the parameter `name` belongs to."""
     top, *rest = name.split(".")
     if top == "layers":
         return f"layers.{rest[0]}"

@@ -1,1 +1,1 @@
-"""Bytes that each rank of a run needs, predicted from shapes and measured in real processes."""
+"""Memory of each rank of a run, predicted from shapes and measured in real processes."""

@@ -1,7 +1,7 @@
-"""The memory of one chunk while it runs: what its forward keeps, its backward frees, and both need at their worst.
+"""Simulated memory of one chunk: bytes that its forward saves, its backward frees, and both need at their peak.
 
-The counterpart of `trainer/model/chunk.py`: generators that yield where those do, so that the two halves of an FB take
-turns here as they do there. They move levels of a `PeakMeter` and no tensor.
+The generators yield where those of `trainer/model/chunk.py` do, so that the forward and backward of an FB interleave as
+at run time. They change the levels of a `PeakMeter` and compute no tensor.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from .workspace import PartMemory, StagePartsMemory, WorkspaceBytes
 
 
 class MemoryKind(StrEnum):
-    """What activations, and all that comes and goes within a step, are for."""
+    """Kind of memory that is allocated and freed within a step."""
 
-    ACTIVATIONS = "activations"  # that a forward keeps for its backward
-    DEFERRED = "deferred"  # factors of gradients of weights that are put off
-    MESSAGES = "messages"  # between stages, on their way or waiting
-    EXCHANGE = "exchange"  # buffers of a token exchange under way
-    WORKING = "working"  # what a part of a stage needs while it runs
+    ACTIVATIONS = "activations"  # saved by a forward for its backward
+    DEFERRED = "deferred"  # inputs of delayed weight gradients
+    MESSAGES = "messages"  # P2P messages between stages, in flight or waiting
+    EXCHANGE = "exchange"  # buffers of a token exchange in flight
+    WORKING = "working"  # workspace of the part that runs
 
 
 class PeakMeter:
-    """Levels that rise and fall, and what they were when their sum was largest."""
+    """Allocated bytes by kind, now and when their sum was largest."""
 
     def __init__(self) -> None:
         self.current: dict[MemoryKind, float] = dict.fromkeys(MemoryKind, 0.0)
         self.at_peak: dict[MemoryKind, float] = dict.fromkeys(MemoryKind, 0.0)
         self.peak_total = 0.0
-        """The sum of `peak`."""
+        """Sum of `at_peak`."""
         self._sum = 0.0
 
     def allocate(self, kind: MemoryKind, size: float) -> None:
-        """From here on, so much more."""
+        """Allocate `size` bytes."""
         self.current[kind] += size
         self._sum += size
         if self._sum > self.peak_total:
@@ -45,24 +45,25 @@ class PeakMeter:
             self.at_peak = dict(self.current)
 
     def free(self, kind: MemoryKind, size: float) -> None:
-        """So much less."""
+        """Free `size` bytes."""
         self.current[kind] -= size
         self._sum -= size
 
     def allocate_temporarily(self, size: float, kind: MemoryKind = MemoryKind.WORKING) -> None:
-        """For a moment, so much more at work."""
+        """Allocate `size` bytes and free them again."""
         self.allocate(kind, size)
         self.free(kind, size)
 
     def run_exchange(self, buffers: float, result: float) -> None:
-        """An exchange, whose buffers are gone when its result is there: another part's worst moment is another one."""
+        """Allocate the buffers of an exchange, free them, and allocate its result."""
+        # The buffers are gone once the result exists, so they do not add to the peak of a later part.
         self.allocate_temporarily(buffers, MemoryKind.EXCHANGE)
         self.allocate(MemoryKind.EXCHANGE, result)
 
 
 @dataclass(frozen=True)
 class StageShape:
-    """What a stage holds: enough to say how long its chunks take, and what they keep."""
+    """Numbers of layers of a stage, and the position of the stage; they determine its time and memory."""
 
     dense_layers: int
     moe_layers: int
@@ -72,13 +73,13 @@ class StageShape:
 
 @dataclass(frozen=True)
 class ChunkMemorySimulator:
-    """The chunk of a stage, run on paper."""
+    """Simulator of the memory of a stage's chunk."""
 
     stage: StageShape
     workspace: WorkspaceBytes
 
     def simulate(self, op: Op, other: ChunkMemorySimulator | None = None) -> PeakMeter:
-        """One instruction, from level 0: with `op` FB this chunk's backward and the `other`'s forward, in turns."""
+        """Simulate one instruction from level 0; FB interleaves this chunk's backward and the forward of `other`."""
         meter = PeakMeter()
         if op is Op.F:
             run_to_completion(self.forward(meter))
@@ -93,28 +94,29 @@ class ChunkMemorySimulator:
 
     @cached_property
     def saved_bytes(self) -> float:
-        """Bytes that a forward keeps."""
+        """Bytes that a forward saves for its backward."""
         return self.simulate(Op.F).current[MemoryKind.ACTIVATIONS]
 
     @cached_property
     def deferred_bytes(self) -> float:
-        """Bytes that are left between I and W."""
+        """Bytes that are held between I and W."""
         return self.simulate(Op.I).current[MemoryKind.DEFERRED]
 
     @property
     def message_bytes(self) -> float:
-        """Bytes of what stages send each other."""
+        """Bytes of one message between stages."""
         return self.workspace.hidden_state_bytes
 
     def forward(self, meter: PeakMeter) -> Resumable[None]:
-        """All layers; in the last stage losses and MTP modules too."""
+        """Simulate the forward of all layers, and on the last stage of losses and MTP modules."""
         meter.allocate(MemoryKind.ACTIVATIONS, self.message_bytes)
         for _ in range(self.stage.dense_layers):
             self._dense_forward(meter)
         for _ in range(self.stage.moe_layers):
             yield from self._moe_forward(meter)
         if not self.stage.is_last:
-            meter.free(MemoryKind.ACTIVATIONS, self.message_bytes)  # the output: a message from here on
+            # The output is counted among the messages from here on.
+            meter.free(MemoryKind.ACTIVATIONS, self.message_bytes)
             return
         for depth in range(self.config.num_nextn_predict_layers + 1):
             if depth:
@@ -125,15 +127,14 @@ class ChunkMemorySimulator:
         meter.free(MemoryKind.WORKING, self.message_bytes)
 
     def backward(self, meter: PeakMeter, *, deferred: bool) -> Resumable[None]:
-        """The opposite way, with its own gradients of weights unless they are `deferred`."""
+        """Simulate the backward of all layers, including weight gradients unless they are `deferred` to W."""
         left, parts = _Left(meter, deferred), self._parts
         meter.allocate(MemoryKind.WORKING, self.message_bytes)  # the gradient that it begins with
         if self.stage.is_last:
             for _ in range(self.config.num_nextn_predict_layers + 1):
                 left.finish(parts.loss)
-            meter.allocate(
-                MemoryKind.WORKING, self.config.num_nextn_predict_layers * self.message_bytes
-            )  # gradients of further depths' losses
+            # The backward of every loss runs first, so the input gradients of all MTP losses wait here.
+            meter.allocate(MemoryKind.WORKING, self.config.num_nextn_predict_layers * self.message_bytes)
             for _ in range(self.config.num_nextn_predict_layers):
                 left.finish(parts.final_norm)
                 yield from self._moe_backward(meter, left)
@@ -146,11 +147,12 @@ class ChunkMemorySimulator:
             self._dense_backward(meter, left)
         if self.stage.is_first:
             left.finish(parts.embedding)
-        left.settle()
+        left.flush()
         meter.free(MemoryKind.WORKING, self.message_bytes)
 
     def backward_weights(self, meter: PeakMeter) -> None:
-        """What an I has left for its W."""
+        """Simulate W, the weight gradients that an I deferred."""
+        # They are computed one at a time, so only the largest product counts; the saved inputs are freed at the end.
         parts = self._parts
         here = [parts.embedding] * self.stage.is_first + [parts.dense_layer] * bool(self.stage.dense_layers)
         here += [parts.attention, parts.routed_experts] * bool(
@@ -161,7 +163,7 @@ class ChunkMemorySimulator:
 
     @property
     def config(self) -> ModelConfig:
-        """Of the model."""
+        """Shape of the model."""
         return self.workspace.config
 
     @property
@@ -169,27 +171,28 @@ class ChunkMemorySimulator:
         return self.workspace.parts_memory
 
     def _moe_forward(self, meter: PeakMeter) -> Resumable[None]:
-        """What the phases give stays until the layer is done, also where no backward wants it."""
+        """Simulate the forward of a MoE layer; see `Chunk._moe`."""
+        # The generator's local variables hold the results of all phases until the layer is done, also those that no
+        # backward needs.
         working, parts = self.workspace, self._parts
         begun = meter.current[MemoryKind.WORKING]
         meter.allocate(MemoryKind.ACTIVATIONS, parts.attention.saved_bytes)
         meter.allocate_temporarily(working.attention_forward)
         meter.allocate(MemoryKind.WORKING, 0.0 if working.saves_expert_input else self.message_bytes)
-        in_turns = yield  # with the sizes alone under way
-        if in_turns:
+        is_interleaved = yield  # only the sizes are in flight
+        if is_interleaved:
             meter.run_exchange(working.exchange_buffers.dispatch, working.exchange_buffers.dispatched_row_bytes)
             yield
         if self.config.n_shared_experts:
             meter.allocate(MemoryKind.ACTIVATIONS, parts.shared_experts.saved_bytes)
             meter.allocate(MemoryKind.WORKING, self.message_bytes)  # their result
             meter.allocate_temporarily(working.shared_experts_forward)
-        if not in_turns:
+        if not is_interleaved:
             meter.run_exchange(working.exchange_buffers.dispatch, working.exchange_buffers.dispatched_row_bytes)
         meter.free(MemoryKind.EXCHANGE, working.exchange_buffers.dispatched_row_bytes)
         if working.batch.fp8 and not working.exchange_buffers.keeps_rows_in_fp8:
-            meter.allocate(
-                MemoryKind.WORKING, working.exchange_buffers.expert_row_bytes
-            )  # as they came; else that is what is kept
+            # Rows dispatched in a wide format stay allocated next to the FP8 copy that is saved of them.
+            meter.allocate(MemoryKind.WORKING, working.exchange_buffers.expert_row_bytes)
         meter.allocate(MemoryKind.WORKING, working.exchange_buffers.expert_row_bytes)  # results
         meter.allocate(MemoryKind.ACTIVATIONS, parts.routed_experts.saved_bytes)
         meter.allocate_temporarily(working.routed_experts_forward)
@@ -207,19 +210,20 @@ class ChunkMemorySimulator:
         )
 
     def _loss_forward(self, meter: PeakMeter) -> None:
-        """Leaves the hidden state after the norm, which an MTP module goes on from."""
+        """Simulate final norm and loss; the normed hidden state stays, as input of the next MTP module."""
         meter.allocate(MemoryKind.ACTIVATIONS, self._parts.final_norm.saved_bytes - self.message_bytes)
         meter.allocate(MemoryKind.WORKING, self.message_bytes)
         meter.allocate(MemoryKind.ACTIVATIONS, self._parts.loss.saved_bytes)
         meter.allocate_temporarily(self.workspace.loss_logits)
 
     def _moe_backward(self, meter: PeakMeter, left: _Left) -> Resumable[None]:
-        """What exchanges bring stays until the layer is done."""
+        """Simulate the backward of a MoE layer; see `Chunk._moe`."""
+        # As in the forward, results of exchanges stay until the layer is done.
         working, parts = self.workspace, self._parts
         begun = meter.current[MemoryKind.WORKING]
         meter.run_exchange(working.exchange_buffers.combine_backward, working.exchange_buffers.expert_row_bytes)
-        left.settle()
-        in_turns = yield
+        left.flush()
+        is_interleaved = yield
         if self.config.n_shared_experts:
             meter.allocate_temporarily(working.shared_experts_backward)
             left.finish(parts.shared_experts)
@@ -229,10 +233,10 @@ class ChunkMemorySimulator:
         meter.allocate_temporarily(working.routed_experts_backward)
         left.finish(parts.routed_experts)
         meter.allocate(MemoryKind.WORKING, working.exchange_buffers.expert_row_bytes)
-        if in_turns:
+        if is_interleaved:
             yield
         meter.run_exchange(working.exchange_buffers.dispatch_backward, self.message_bytes)
-        left.settle()
+        left.flush()
         yield
         meter.free(MemoryKind.EXCHANGE, self.message_bytes)
         meter.allocate(MemoryKind.WORKING, 2 * self.message_bytes)
@@ -248,21 +252,21 @@ class ChunkMemorySimulator:
 
 
 class _Left:
-    """Work for weights that a backward leaves for its next moment, or for W."""
+    """Delayed weight gradients of a backward, until its next flush or until W."""
 
     def __init__(self, meter: PeakMeter, deferred: bool) -> None:
         self._meter, self._deferred = meter, deferred
         self._held = self._product = 0.0
 
     def finish(self, part: PartMemory) -> None:
-        """A part's backward of inputs is done: what it kept goes, but for what gradients of weights take."""
+        """Finish a part's backward of inputs: free its saved activations but for the inputs of weight gradients."""
         self._meter.free(MemoryKind.ACTIVATIONS, part.saved_bytes)
         self._meter.allocate(MemoryKind.DEFERRED, part.deferred_bytes)
         self._held += part.deferred_bytes
         self._product = max(self._product, part.wgrad_bytes)
 
-    def settle(self) -> None:
-        """Form them, unless all are put off."""
+    def flush(self) -> None:
+        """Compute the delayed weight gradients, unless they are deferred to W."""
         if self._deferred:
             return
         self._meter.allocate_temporarily(self._product)

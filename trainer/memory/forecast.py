@@ -1,4 +1,4 @@
-"""The memory that each rank of a configured run needs, by the layout that it would have; no process is started."""
+"""Predicted memory of each rank of a configured run, from its layout; no process is started."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ from .state import ParameterGroup, StateBytes
 from .workspace import WorkspaceBytes
 
 PREDICTION_MARGIN = 0.05
-"""By how much a prediction may be wrong: tests hold it to this."""
+"""Largest relative error of a prediction; tests compare predictions with measurements at this bound."""
 
 _FP64 = 8  # bytes
 
 
 @dataclass(frozen=True)
 class HostMemoryBytes:
-    """What one rank holds on the host beside its processes and data; on a CPU, beside all that it computes with."""
+    """Host memory of one rank without process and data; on a CPU, also without its state and activations."""
 
     copy_for_saves: float
-    """Of masters, moments and average, kept from the first save on."""
+    """Bytes of the checkpoint copy of masters, moments and average, kept from the first save on."""
     average: float = 0.0
-    """Of the weights, with what is staged on the way from a GPU. On a CPU it is part of the state."""
+    """Bytes of the weight average and of its staging buffer; 0 on a CPU, where the average is part of the state."""
 
 
 @dataclass(frozen=True)
 class MemoryPredictor:
-    """Of a run on such devices."""
+    """Predictor of the memory of a run's ranks on devices of the type of `device`."""
 
     config: RunConfig
     device: torch.device
 
     def predict_rank(self, pp_rank: int, rows: float | None = None) -> RankMemory:
-        """One rank of this pipeline rank, when each of its layers receives `rows`; None: its even share."""
+        """Predict a rank of this pipeline rank if its experts receive `rows` rows per layer; None: even routing."""
         program = self.program
         chunks = RankChunksMemory([ChunkMemorySimulator(shape, self._working(rows)) for shape in self._shapes(pp_rank)])
         plans = list(self._plans(pp_rank))
@@ -64,7 +64,7 @@ class MemoryPredictor:
         return predict_rank_memory(state, chunks, worst, held, self._update(plans), self._outside)
 
     def predict_host(self, pp_rank: int) -> HostMemoryBytes:
-        """One rank of this pipeline rank, padding at the end of buckets included."""
+        """Predict the host memory of a rank of this pipeline rank, including the padding of buckets."""
         averages, on_cpu = self.config.optimizer.ema_decay is not None, self.device.type == "cpu"
         copied = average = 0.0
         for portion in self._portions(list(self._plans(pp_rank))):
@@ -75,23 +75,24 @@ class MemoryPredictor:
 
     @property
     def worst_case_expert_rows(self) -> int:
-        """That routing can send to one rank: every token of the expert-parallel group, once for each of its experts."""
+        """Largest number of rows that routing can send to one rank in a layer."""
+        # Every token of the expert-parallel group, as often as it has experts: at most K, at most those of the rank.
         model, ranks = self.config.model, self.config.topology.ep
         return self._tokens * ranks * min(model.num_experts_per_tok, model.n_routed_experts // ranks)
 
     def skewed_expert_rows(self, ep_rank: int) -> float:
-        """That this rank of an expert-parallel group receives when its first one has `most_rows`."""
+        """Return the rows of this expert-parallel rank if the group's first rank has `worst_case_expert_rows`."""
         ranks = self.config.topology.ep
         left = self._tokens * ranks * self.config.model.num_experts_per_tok - self.worst_case_expert_rows
         return self.worst_case_expert_rows if ep_rank == 0 else left / (ranks - 1)
 
     def upper_bound_bytes(self, pp_rank: int) -> float:
-        """Bytes that no routing can exceed, with `PREDICTION_MARGIN` for what is not counted."""
+        """Return bytes that no routing exceeds, with `PREDICTION_MARGIN` for what is not counted."""
         return (1 + PREDICTION_MARGIN) * self.predict_rank(pp_rank, self.worst_case_expert_rows).total
 
     @cached_property
     def program(self) -> PipelineProgram:
-        """Of one step."""
+        """Pipeline program of one step."""
         return self._stages.build_checked_program(self.config.num_micro_batches)
 
     @cached_property
@@ -125,7 +126,7 @@ class MemoryPredictor:
         return self.config.schedule.micro_batch_size * self.config.training.sequence_length
 
     def _model(self, pp_rank: int) -> Model:
-        """The share of such a rank, without storage."""
+        """Return the model shard of a rank of this pipeline rank, on the meta device."""
         if pp_rank not in self._models:
             share = self._stages.model_shard(self.config.topology, pp_rank * self.config.topology.dp)
             with torch.device("meta"):
@@ -157,7 +158,7 @@ class MemoryPredictor:
         yield from plan_buckets(self._model(pp_rank), self._stages, self.program, self._dtype)
 
     def _ranks(self, plan: BucketPlan) -> int:
-        """That share the bucket."""
+        """Return the number of ranks over which the bucket is sharded."""
         topology = self.config.topology
         return len(plan.holding_pp_ranks) * (topology.edp if plan.is_expert else topology.dp)
 
@@ -177,10 +178,13 @@ class MemoryPredictor:
     def _fp8_weights(self, pp_rank: int) -> float:
         if self.config.precision.linear != "fp8":
             return 0.0
+        # Two copies of each weight: as it is for the forward, and transposed for the input gradient.
         return 2.0 * sum(fp8_weight_bytes(weight.shape) for weight in self._model(pp_rank).fp8_weights())
 
     def _update(self, plans: list[BucketPlan]) -> float:
-        """At the end of a step: rows of gradients that arrive to be added, squares for the norm, or wider moments."""
+        """Return the workspace at the end of a step, the largest over its three phases and all buckets."""
+        # A maximum, not a sum: each phase frees its workspace before the next begins. The phases are squares of
+        # gradients in FP64 for the norm; received gradients, staged on a CPU only; two moments in the master's dtype.
         on_cpu = self.device.type == "cpu"
         sizes = [0.0]
         for portion in self._portions(plans):

@@ -1,8 +1,8 @@
-"""The memory that steps of a real rank take, as the allocator sees it.
+"""Measured memory of a real rank's steps, as torch's allocator sees it.
 
-On a CPU torch's profiler reports every allocation that torch makes, in all threads. It does not see what others take:
-gloo's and the math libraries' own buffers, the interpreter, autograd's graph. On a GPU the caching allocator counts by
-itself; it does not see the CUDA context and NCCL's buffers.
+On a CPU torch's profiler reports every allocation of torch, in all threads. It does not see other memory: buffers of
+gloo and of math libraries, the interpreter, autograd's graph. On a GPU the caching allocator has counters; it does not
+see the CUDA context and NCCL's buffers.
 """
 
 from __future__ import annotations
@@ -28,51 +28,51 @@ from ..model.model import Model
 from ..run.step import Stepper, StepSettings
 from .state import StateBytes
 
-_NEVER = -100.0
+_NEVER = -100.0  # a routing bias far below any affinity, which is at most 1
+# Profile memory, and neither shapes nor stacks.
 _PROFILED = ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
-"""Memory, and neither shapes nor stacks."""
 
 
 @dataclass(frozen=True)
 class MeasuredMemory:
-    """Bytes of one rank."""
+    """Measured memory of one rank, in bytes."""
 
     state: StateBytes
     between_instructions: float
-    """The most that was allocated between two instructions, without the state."""
+    """Largest memory held between two instructions, without the state."""
     total: float
-    """At the worst moment."""
+    """Peak of all allocated memory."""
 
     def to_dict(self) -> dict[str, object]:
-        """As plain values."""
+        """Return the measurement as plain values."""
         return {"state": vars(self.state), "between": self.between_instructions, "total": self.total}
 
     @staticmethod
     def from_dict(tree: dict[str, Any]) -> MeasuredMemory:
-        """From the same."""
+        """Build the measurement from the values of `to_dict`."""
         return MeasuredMemory(StateBytes(**tree["state"]), tree["between"], tree["total"])
 
 
 class AllocationMeter(Protocol):
-    """Sees every allocation from its construction on."""
+    """Meter of all allocations from its construction on."""
 
     @property
     def recorder(self) -> NullRecorder:
-        """For the rank: tells where instructions begin and end."""
+        """Recorder to build the rank with; it reports where instructions begin and end."""
         ...
 
     def start(self) -> None:
-        """What is measured begins here."""
+        """Start the measurement."""
         ...
 
     def stop(self) -> tuple[list[int], int]:
-        """Bytes that were allocated around each instruction, and at the worst moment."""
+        """Return the bytes allocated before and after each instruction, and the peak."""
         ...
 
 
 @contextmanager
 def open_allocation_meter(device: torch.device) -> Iterator[AllocationMeter]:
-    """Open it before the rank is built."""
+    """Open the meter of `device`, before the rank is built."""
     if device.type == "cuda":
         yield _OnGpu(device)
         return
@@ -83,10 +83,11 @@ def open_allocation_meter(device: torch.device) -> Iterator[AllocationMeter]:
 def measure_step_memory(
     config: RunConfig, groups: ProcessGroups, device: torch.device, *, skewed: bool = False
 ) -> MeasuredMemory:
-    """The second step of this rank of a new run, on random tokens; collective.
+    """Measure the second step of this rank of a new run, on random tokens. Collective.
 
-    `skewed`: routing sends every token to the first rank of its expert-parallel group, as far as its experts go.
+    `skewed`: each token goes to as many experts of the first rank of its expert-parallel group as that rank has.
     """
+    # The second step, because the first one allocates what later steps reuse.
     with open_allocation_meter(device) as meter:
         engine = build_engine(config, groups, device, meter.recorder)
         stepper = engine.stepper
@@ -122,7 +123,7 @@ def _settings(config: RunConfig) -> StepSettings:
 
 
 def _send_all_to_first(model: Model) -> None:
-    """By biases far below any affinity for all other ranks' experts."""
+    """Give all other ranks' experts a routing bias far below any affinity."""
     for _, router in model.routers():
         router.bias_E[model.num_local_experts :] = _NEVER
 
@@ -142,15 +143,15 @@ def _state(stepper: Stepper) -> StateBytes:
 
 
 class _OnCpu(NullRecorder):
-    """Runs the profiler in every thread that records spans, from its first one on, and cuts its record at each."""
+    """Meter that runs torch's profiler in every thread that records spans, and reads it at each span."""
 
     def __init__(self) -> None:
         self._main = threading.get_ident()
         self._is_on: set[int] = set()
         self._changes: list[tuple[float, int]] = []
-        """Instants, and by how much the allocated bytes change; every thread appends its own."""
+        """Times at which allocated bytes change, and the changes; appended by all threads."""
         self._borders: list[float] = []
-        """Instants at which instructions begin and end."""
+        """Times at which instructions begin and end."""
         self._begun_at = math.inf
 
     @property
@@ -196,14 +197,14 @@ class _OnCpu(NullRecorder):
         return levels, peak
 
     def _cut(self) -> float:
-        """Read what this thread's profiler has seen, and start it again; returns the instant."""
+        """Read this thread's profiler and restart it; return the time of its last event."""
         instant = self._read() if threading.get_ident() in self._is_on else -math.inf
         _enable_profiler_legacy(_PROFILED)
         self._is_on.add(threading.get_ident())
         return instant
 
     def _read(self) -> float:
-        """Stop this thread's profiler and keep what it has seen; returns the last instant."""
+        """Stop this thread's profiler and keep its allocations; return the time of its last event."""
         events: list[Any] = [event for of_thread in _disable_profiler_legacy() for event in of_thread]
         self._is_on.remove(threading.get_ident())
         self._changes += [(e.start_us(), e.cpu_memory_usage()) for e in events if e.kind() == "memory_alloc"]
@@ -211,7 +212,7 @@ class _OnCpu(NullRecorder):
 
 
 class _OnGpu(NullRecorder):
-    """Asks the caching allocator. Not yet run on hardware."""
+    """Meter that reads the caching allocator's counters. Not yet run on hardware."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

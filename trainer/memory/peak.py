@@ -1,4 +1,4 @@
-"""Bytes of one rank at its worst moment: its state, and its program replayed with what every chunk holds and needs."""
+"""Peak memory of one rank: its state, and the largest sum over its program's instructions of all that is live."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .chunk import ChunkMemorySimulator, MemoryKind, PeakMeter
 from .state import StateBytes
 
 CUDA_CONTEXT_BYTES = 2.0e9
-"""Assumed: CUDA context, libraries, and NCCL's communicators (about 12 a rank) without their all-to-alls."""
+"""Assumed bytes of CUDA context, libraries and NCCL's communicators (about 12 per rank), without all-to-alls."""
 NCCL_ALL_TO_ALL_BYTES = 1.0e9
-"""Assumed: what NCCL buffers for the all-to-alls of `flat` and `two_hop`, for each channel to each peer."""
+"""Assumed bytes of NCCL's buffers for the all-to-alls of `flat` and `two_hop`: one per channel and peer."""
 
 
 @dataclass(frozen=True)
 class NonAllocatorMemory:
-    """Bytes of a GPU that no allocator of torch sees."""
+    """GPU memory outside of torch's allocator, in bytes."""
 
     context: float = 0.0
     exchange: float = 0.0
@@ -29,14 +29,14 @@ class NonAllocatorMemory:
 
     @property
     def total(self) -> float:
-        """Both."""
+        """Bytes of context and exchange buffers."""
         return self.context + self.exchange
 
     @staticmethod
     def for_exchange(
         exchange: ExchangeConfig, shape: DeepEPBufferShape, nodes: int, ranks_a_node: int
     ) -> NonAllocatorMemory:
-        """Of a rank whose expert-parallel group has `ranks_a_node` on each of `nodes`. Not yet measured on hardware."""
+        """Estimate it for an expert-parallel group of `ranks_a_node` ranks on each of `nodes`; not yet measured."""
         if nodes * ranks_a_node == 1:
             return NonAllocatorMemory(CUDA_CONTEXT_BYTES)
         if exchange.name == "deepep":
@@ -49,46 +49,46 @@ class NonAllocatorMemory:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """What one rank needs."""
+    """Predicted memory of one rank, in bytes."""
 
     state: StateBytes
-    """From step to step, and FP8 copies of weights during one."""
+    """State from step to step, with the FP8 copies of weights."""
     at_peak: dict[MemoryKind, float]
-    """What comes and goes, at the worst moment of a step."""
+    """Memory within a step at its peak, by kind."""
     between_instructions: float
-    """The most of it that is held when an instruction is about to begin: activations, deferred work and messages."""
+    """Largest memory held between two instructions: activations, delayed weight gradients and P2P messages."""
 
     non_allocator: NonAllocatorMemory = NonAllocatorMemory()
 
     @property
     def total(self) -> float:
-        """At the worst moment."""
+        """Peak bytes, outside of the allocator included."""
         return self.allocator_bytes + self.non_allocator_bytes
 
     @property
     def non_allocator_bytes(self) -> float:
-        """On a GPU, outside of the allocator."""
+        """Bytes outside of torch's allocator, on a GPU."""
         return self.non_allocator.total
 
     @property
     def allocator_bytes(self) -> float:
-        """What an allocator sees of it."""
+        """Peak bytes within torch's allocator."""
         return self.state.total + sum(self.at_peak.values())
 
 
 @dataclass
 class RankChunksMemory:
-    """The chunks of a rank; remembers how each instruction runs on them."""
+    """Chunks of a rank; caches the simulated memory of each kind of instruction on them."""
 
     chunks: Sequence[ChunkMemorySimulator]
     _runs: dict[tuple[Op, int | None, int | None], PeakMeter] = field(default_factory=dict)
 
     def peak_by_kind(self, moments: Iterable[LiveInstruction]) -> dict[MemoryKind, float]:
-        """Levels at the worst of the `moments`."""
+        """Return the memory by kind at the peak over the instructions `moments`."""
         return self._at(max(moments, key=self._size))
 
     def held_bytes(self, held: LiveCounts) -> float:
-        """Bytes of what is in flight, put off or on its way."""
+        """Return the bytes of saved activations, delayed weight gradients and P2P messages."""
         return (
             sum(alive * chunk.saved_bytes for alive, chunk in zip(held.awaiting_backward, self.chunks, strict=True))
             + sum(
@@ -100,18 +100,20 @@ class RankChunksMemory:
         )
 
     def _size(self, moment: LiveInstruction) -> float:
-        """Of all that is here: what others hold, what the instruction begins with, and the most that it needs then."""
+        """Return the peak bytes during the instruction."""
+        # Three terms: what other micro-batches hold; what this instruction's own backward starts with, which is not
+        # among the first; and the most that the instruction adds to both.
         return self.held_bytes(moment.live_counts) + self._own(moment) + self._run(moment.op_and_chunks).peak_total
 
     def _own(self, moment: LiveInstruction) -> float:
-        """What a backward begins with."""
+        """Return the bytes that the instruction's backward starts with."""
         if moment.backward_chunk is None:
             return 0.0
         own = self.chunks[moment.backward_chunk]
         return own.deferred_bytes if moment.op is Op.W else own.saved_bytes
 
     def _at(self, moment: LiveInstruction) -> dict[MemoryKind, float]:
-        """The same by kind."""
+        """Return the peak bytes during the instruction, by kind."""
         held, levels = moment.live_counts, dict(self._run(moment.op_and_chunks).at_peak)
         for chunk, alive, waiting in zip(self.chunks, held.awaiting_backward, held.awaiting_weight_grad, strict=True):
             levels[MemoryKind.ACTIVATIONS] += alive * chunk.saved_bytes
@@ -123,13 +125,13 @@ class RankChunksMemory:
     def _run(self, work: tuple[Op, int | None, int | None]) -> PeakMeter:
         if work not in self._runs:
             op, forward, backward = work
-            ahead = None if forward is None else self.chunks[forward]
-            behind = None if backward is None else self.chunks[backward]
-            if behind is None:
-                assert ahead is not None
-                self._runs[work] = ahead.simulate(op)
+            forward_chunk = None if forward is None else self.chunks[forward]
+            backward_chunk = None if backward is None else self.chunks[backward]
+            if backward_chunk is None:
+                assert forward_chunk is not None
+                self._runs[work] = forward_chunk.simulate(op)
             else:
-                self._runs[work] = behind.simulate(op, ahead)
+                self._runs[work] = backward_chunk.simulate(op, forward_chunk)
         return self._runs[work]
 
 
@@ -141,7 +143,8 @@ def predict_rank_memory(
     optimizer_bytes: float,
     non_allocator: NonAllocatorMemory,
 ) -> RankMemory:
-    """`update`: bytes that the end of a step needs, when no chunk runs."""
+    """Predict the memory of a rank; `optimizer_bytes` is the workspace of the optimizer at the end of a step."""
+    # The optimizer runs when no chunk does and all activations are freed, so the peak is the larger of the two.
     worst = chunks.peak_by_kind(instructions)
     if optimizer_bytes > sum(worst.values()):
         worst = dict.fromkeys(MemoryKind, 0.0) | {MemoryKind.WORKING: optimizer_bytes}

@@ -1,4 +1,4 @@
-"""Bytes of what a rank holds from step to step: weights, gradients, masters, moments, and their average."""
+"""Bytes that a rank holds from step to step: weights, gradients, masters, moments and weight average."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that are kept alike."""
+    """Parameters with the same dtypes and the same sharding."""
 
     elements: float
     zero_ranks: int
-    """Ranks that share their masters and moments (ZeRO-1)."""
+    """Ranks over which masters and moments are sharded (ZeRO-1)."""
     weight_bytes: int
-    """Bytes of one of them as it is computed with."""
+    """Bytes per weight in the compute dtype."""
     master_bytes: int = 4
-    """Of its gradient and master."""
+    """Bytes per gradient, and per master weight."""
     moment_bytes: int = 2
-    """Of each of its two moments."""
+    """Bytes of each of the two moments per parameter."""
     has_ema: bool = False
-    """Whether their average is kept in this memory: beside a GPU it lies in the host's."""
+    """True if the weight average lies in this memory; on GPU ranks it lies in host memory."""
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes of one rank."""
+    """Bytes of model and optimizer state of one rank."""
 
     weights: float
     fp8_weights: float
-    """Copies that a step makes for all its micro-batches, one for each direction."""
+    """FP8 copies that a step makes for all its micro-batches: one for the forward and a transposed one."""
     gradients: float
     masters: float
     moments: float
@@ -37,7 +37,9 @@ class StateBytes:
 
     @staticmethod
     def from_groups(portions: Iterable[ParameterGroup], fp8_weights: float = 0.0) -> StateBytes:
-        """6 + 8/d a parameter with BF16 weights and moments; a master is the weight itself where that is as wide."""
+        """Sum the bytes of `portions`: 6 + 8/d per parameter with BF16 weights and moments and d = `zero_ranks`."""
+        # BF16: 2 for the weight and 4 for the FP32 gradient on every rank; 4 for the master and 2 + 2 for the moments,
+        # sharded. A weight as wide as its master is the master, and counts once.
         portions = list(portions)
         return StateBytes(
             weights=sum(p.elements * p.weight_bytes for p in portions),
@@ -52,6 +54,6 @@ class StateBytes:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Bytes of all state."""
         parts: list[float] = list(vars(self).values())
         return sum(parts)

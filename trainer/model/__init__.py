@@ -1,1 +1,1 @@
-"""DeepSeek-V3 in PyTorch, one file a part, written as the five phases that the exchange cuts each layer into."""
+"""DeepSeek-V3 in PyTorch, one file per part; the token exchange splits each MoE layer into five phases."""

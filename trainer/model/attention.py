@@ -19,14 +19,15 @@ from .norm import RMSNorm
 from .recompute import RecomputeModule, run_checkpointed, run_recomputable
 from .rope import RotaryEmbedding, softmax_scale
 
+# The released model code uses this value for any epsilon of the layers.
 LATENT_NORM_EPS = 1e-6
-"""Of the norms on compressed vectors, whatever the layers' own epsilon is: so in the released model code."""
+"""Epsilon of the norms on compressed queries, keys and values."""
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """Causal attention whose keys and values come from one small latent vector a token.
+    """Causal attention whose keys and values are projections of one small latent vector per token.
 
-    Documents packed into one sequence see each other, as in the report (§4.1: no cross-sample masking).
+    Documents packed into one sequence attend to each other, as in report §4.1 (no cross-sample masking).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -44,16 +45,17 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_up = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.out = Linear(heads * config.v_head_dim, hidden, after_attention=True)
         self.core_attention: AttentionFunction = causal_attention
-        """See `Model.set_attention`."""
+        """Function of core attention, set by `Model.set_attention`."""
 
     def forward(self, x_BSD: Tensor, rotation: RotaryEmbedding) -> Tensor:
-        """Attend: [B, S, D] to [B, S, D]."""
+        """Compute [B, S, D] from [B, S, D]."""
         config = self.config
         query_BSC = x_BSD if config.q_lora_rank is None else self.q_norm(self.q_down(x_BSD))  # eq. 6
         latent_BSC, k_rope_BS = self.kv_down(x_BSD).split((config.kv_lora_rank, config.qk_rope_head_dim), -1)  # eq. 1
         latent_BSC = self.kv_norm(latent_BSC)
         heads = run_recomputable(RecomputeModule.UP_PROJECTION, self._heads, query_BSC, latent_BSC, k_rope_BS, rotation)
         q_BHS, k_BHS, v_BHS = (x.transpose(1, 2) for x in heads)
+        # In FP8 attention and `out` save the same numbers; sharing one E5M6 copy drops the wide one (report §3.3.3).
         shared = SharedAttentionOutput() if self.out.fp8 is not None else None
         attend = self.core_attention if shared is None else partial(shared.run_attention, self.core_attention)
         o_BHS = run_checkpointed(
@@ -65,7 +67,7 @@ class MultiHeadLatentAttention(nn.Module):
     def _heads(
         self, query_BSC: Tensor, latent_BSC: Tensor, k_rope_BS: Tensor, rotation: RotaryEmbedding
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of all heads, [B, S, H, any]."""
+        """Return queries, keys and values of all heads, [B, S, H, any]."""
         config = self.config
         nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
         up = self.q_proj if config.q_lora_rank is None else self.q_up

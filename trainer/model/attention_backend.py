@@ -1,14 +1,6 @@
-"""Which kernel computes attention: named by `training.attention_backend`, or chosen once at the start; then it is pinned.
+"""Attention backends: the kernel is named by `training.attention_backend`, or selected once at the start of a run.
 
-`F.scaled_dot_product_attention` chooses anew in every call and does not say what it took: with an older cuDNN it takes
-a kernel for SM80 at widths of 192 and 128, about three times as slow on Hopper, and where no kernel serves, the product
-with all scores in memory (8.6 GB a layer for DeepSeek-V3). So each backend here calls one operator itself, and what the
-operator cannot do is an error. `torch.nn.attention.sdpa_kernel` would pin the choice, too, but as a state of the thread
-that has to be entered around every call, also in the backward's thread where attention is computed again. It also asks
-the device in each call, which fake tensors (`shoestring rehearse`) do not have. The operators have autograd formulas
-and fake kernels of their own.
-
-Not yet run on hardware.
+Each backend calls one operator, and a shape that the operator does not support is an error. Not yet run on hardware.
 
 Letters: B batch, H heads, S sequence, W width of queries and keys, V of values.
 """
@@ -27,25 +19,32 @@ from torch import Tensor
 from ...comm.errors import ConfigError, Problem
 from .cpu_attention import causal_attention
 
+# Why not `F.scaled_dot_product_attention`: it selects a kernel in every call and does not report which. With an older
+# cuDNN it takes a kernel for SM80 at head widths 192/128, about three times as slow on Hopper; if no kernel supports
+# the inputs, it keeps all scores in memory (8.6 GB per layer for DeepSeek-V3).
+# Why not `torch.nn.attention.sdpa_kernel`: it sets thread state that must be entered around every call, also in the
+# backward's thread under recomputation, and queries the device, which fake tensors (`shoestring rehearse`) do not have.
+
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """Causal attention of q [B, H, S, W], k [B, H, S, W], v [B, H, S, V] and the scale of scores: [B, H, S, V]."""
 
 CONFIG_KEY = "training.attention_backend"
 MATH_MAX_SCORE_BYTES = 1_000_000_000
-"""Bytes of the scores of one layer and micro-batch that `math` may take on a GPU."""
+"""Largest score matrix of one layer and micro-batch with which `math` may run on a GPU, in bytes."""
 
 _FLASH3_MODULE = "flash_attn_interface"
+# 9.15.1, from which on torch itself prefers cuDNN. Earlier versions read beyond their inputs if the sequence length is
+# not a multiple of 128 (pytorch#169849). Head widths of 192/128 are supported from 9.11 on.
 _OLDEST_CUDNN = 91501
-"""9.15.1. An earlier one reads beyond its inputs where the length is no multiple of 128 (pytorch#169849); torch itself
-prefers cuDNN from this version on. 192/128 it serves from 9.11 on."""
 _HALF = (torch.bfloat16, torch.float16)
 _LATENT = (192, 128)
-"""Widths of queries and keys, and of values, of the released models."""
+"""Head widths of the released models: of queries and keys, and of values."""
 
 
 def _cudnn(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
     """Attend by cuDNN's fused kernel."""
-    if q_BHSW.shape[2] == 1:  # the operator refuses one key, whose probability is 1; text from a one-token prompt
+    # The operator refuses a single key, as in text generated from a one-token prompt; its probability is 1.
+    if q_BHSW.shape[2] == 1:
         return v_BHSV
     operator = torch.ops.aten._scaled_dot_product_cudnn_attention
     keeps = _keeps(q_BHSW, k_BHSW, v_BHSV)
@@ -54,7 +53,7 @@ def _cudnn(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, scale: float) -> Tens
 
 
 def _efficient(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
-    """Attend by torch's memory-efficient kernel, which is made for SM80 and runs on later GPUs."""
+    """Attend by torch's memory-efficient kernel, written for SM80; it also runs on later GPUs."""
     operator = torch.ops.aten._scaled_dot_product_efficient_attention
     keeps = _keeps(q_BHSW, k_BHSW, v_BHSV)
     out_BHSV: Tensor = operator(q_BHSW, k_BHSW, v_BHSV, None, keeps, 0.0, True, scale=scale)[0]
@@ -65,32 +64,32 @@ def _flash3(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, scale: float) -> Ten
     """Attend by FlashAttention-3, whose tensors are [B, S, H, any]."""
     flash = importlib.import_module(_FLASH3_MODULE).flash_attn_func
     heads = (x.transpose(1, 2) for x in (q_BHSW, k_BHSW, v_BHSV))
-    found = flash(*heads, softmax_scale=scale, causal=True)
-    out_BSHV: Tensor = found[0] if isinstance(found, tuple) else found  # its first releases return log-sum-exps, too
+    result = flash(*heads, softmax_scale=scale, causal=True)
+    out_BSHV: Tensor = result[0] if isinstance(result, tuple) else result  # its first releases return log-sum-exps, too
     return out_BSHV.transpose(1, 2)
 
 
 def _math(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
-    """Attend by plain products with all scores in memory, FP32 at least."""
+    """Attend by plain products with all scores in memory, FP32 or wider."""
     operator = torch.ops.aten._scaled_dot_product_attention_math
     out_BHSV: Tensor = operator(q_BHSW, k_BHSW, v_BHSV, None, 0.0, True, scale=scale)[0]
     return out_BHSV
 
 
 def _keeps(*inputs: Tensor) -> bool:
-    """Whether a backward will come, which wants the log-sum-exp of each query's scores."""
+    """Return True if there will be a backward, which needs the log-sum-exp of each query's scores."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 @dataclass(frozen=True)
 class AttentionBackend:
-    """One way to compute attention."""
+    """Implementation of core attention."""
 
     name: str
-    """In `training.attention_backend`."""
+    """Value of `training.attention_backend`."""
     core_attention: AttentionFunction
     description: str
-    """What it runs."""
+    """Kernel that it runs, in words."""
 
 
 CPU_BACKEND = AttentionBackend("blocks", causal_attention, "blocks of plain products, for CPUs")
@@ -98,8 +97,8 @@ GPU_BACKENDS: Mapping[str, AttentionBackend] = MappingProxyType(
     {
         backend.name: backend
         for backend in (
-            # No measurement of the first two at widths of 192 and 128 is known. cuDNN comes with torch, whose own
-            # choice it is on Hopper, so `auto` takes it first.
+            # No measurement of the first two at head widths 192/128 is published. cuDNN comes with torch and is torch's
+            # own choice on Hopper, so `auto` tries it first.
             AttentionBackend("cudnn", _cudnn, "cuDNN's fused kernel"),
             AttentionBackend("flash3", _flash3, "FlashAttention-3"),
             AttentionBackend("efficient", _efficient, "torch's memory-efficient kernel, made for SM80"),
@@ -107,12 +106,12 @@ GPU_BACKENDS: Mapping[str, AttentionBackend] = MappingProxyType(
         )
     }
 )
-"""Those of GPUs, in the order in which `auto` tries them."""
+"""Attention backends of GPUs, in the order in which `auto` tries them."""
 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """The attention that a run asks for, on one rank and for one micro-batch."""
+    """Shape of attention on one rank for one micro-batch."""
 
     batch: int
     heads: int
@@ -123,82 +122,83 @@ class AttentionShape:
 
     @property
     def score_bytes(self) -> int:
-        """What all scores of one layer take, in FP32 at least."""
+        """Bytes of all scores of one layer, in FP32 or wider."""
         wide = torch.promote_types(self.dtype, torch.float32).itemsize
         return self.batch * self.heads * self.sequence_length**2 * wide
 
 
 @dataclass(frozen=True)
 class GpuCapabilities:
-    """What a GPU and its libraries are, as far as the choice depends on it."""
+    """Properties of a GPU and its libraries that decide which attention backends it supports."""
 
     compute_capability: tuple[int, int]
     cudnn_version: int | None
-    """Its version, 91501 for 9.15.1; None where torch has none."""
+    """Version of torch's cuDNN, 91501 for 9.15.1; None without cuDNN."""
     flash3_unavailable_reason: str | None
-    """Why FlashAttention-3 cannot be used; None where it can."""
+    """Reason why FlashAttention-3 cannot be used; None if it can."""
 
     @staticmethod
     def detect() -> GpuCapabilities:
-        """Those of the current device."""
+        """Return the capabilities of the current device."""
         return GpuCapabilities(
             torch.cuda.get_device_capability(), torch.backends.cudnn.version(), why_flash3_is_unavailable()
         )
 
 
 def why_flash3_is_unavailable() -> str | None:
-    """Return why FlashAttention-3 does not load here, None where it does."""
+    """Return why FlashAttention-3 does not load on this machine; None if it does."""
     build = "build it from the folder `hopper` of the flash-attention repository, for this torch"
     if importlib.util.find_spec(_FLASH3_MODULE) is None:
         return f"{_FLASH3_MODULE} is not installed; {build}"
     try:
         importlib.import_module(_FLASH3_MODULE)
-    except Exception as fault:  # whatever a library that was built for another torch or CUDA raises
+    except Exception as fault:  # a library built for another torch or CUDA may raise anything
         return f"{_FLASH3_MODULE} does not load; {build} ({fault!r})"
     return None
 
 
 def unsupported_shape_reasons(name: str, case: AttentionShape) -> Iterator[str]:
-    """Yield why no GPU can compute `case` by the backend `name`."""
+    """Yield why the backend `name` does not support the shape `case` on any GPU."""
     widths = (case.qk_head_dim, case.v_head_dim)
     numbers = str(case.dtype).removeprefix("torch.")
     if name in ("cudnn", "flash3"):
         if case.dtype not in _HALF:
-            yield f"it computes in BF16 and FP16 and the run in {numbers}; write training.attention_backend=auto"
+            yield f"it computes in BF16 and FP16, the run in {numbers}; set training.attention_backend=auto"
         if any(width % 8 for width in widths):
-            yield f"its heads have widths that are multiples of 8, and the model's are {_pair(widths)}"
+            yield f"it needs head widths that are multiples of 8; the model's are {_pair(widths)}"
     if name == "cudnn":
         if widths != _LATENT and max(widths) > 128:
-            yield f"it serves widths of 192/128, and any up to 128, and the model's are {_pair(widths)}"
+            yield f"it supports head widths of 192/128 or at most 128; the model's are {_pair(widths)}"
         if case.sequence_length == 1:
-            yield "it wants sequences of two tokens at least"
+            yield "it needs sequences of at least two tokens"
     if name == "flash3" and widths != _LATENT and (widths[0] != widths[1] or max(widths) > 256):
-        yield f"it serves widths of 192/128, and equal ones up to 256, and the model's are {_pair(widths)}"
+        yield f"it supports head widths of 192/128, or equal ones up to 256; the model's are {_pair(widths)}"
     if name == "efficient":
         if case.dtype == torch.float64:
-            yield "it does not compute in float64; write training.attention_backend=math"
+            yield "it does not compute in float64; set training.attention_backend=math"
         step = 8 if case.dtype in _HALF else 4
         if any(width % step for width in widths):
-            yield f"in {numbers} its heads have widths that are multiples of {step}, the model's are {_pair(widths)}"
+            yield f"in {numbers} it needs head widths that are multiples of {step}; the model's are {_pair(widths)}"
     if name == "math" and case.score_bytes > MATH_MAX_SCORE_BYTES:
         shape = f"{case.batch} x {case.heads} heads x {case.sequence_length}²"
         yield (
-            f"the scores of a layer ({shape}) take {case.score_bytes / 1e9:.1f} GB, more than {MATH_MAX_SCORE_BYTES / 1e9:g} GB; "
-            "write training.attention_backend=auto, whose other backends keep none, or a shorter training.sequence_length"
+            f"the scores of a layer ({shape}) take {case.score_bytes / 1e9:.1f} GB, "
+            f"more than {MATH_MAX_SCORE_BYTES / 1e9:g} GB; set training.attention_backend=auto, "
+            "whose other backends keep no scores, or a shorter training.sequence_length"
         )
 
 
 def unsupported_gpu_reasons(name: str, case: AttentionShape, gpu: GpuCapabilities) -> Iterator[str]:
-    """Yield why this GPU cannot compute `case` by the backend `name`, where another could."""
+    """Yield why the backend `name` cannot compute `case` on this GPU, although it could on another."""
     has = f"the one here has {gpu.compute_capability[0]}.{gpu.compute_capability[1]}"
     if name != "math" and case.dtype == torch.bfloat16 and gpu.compute_capability < (8, 0):
         yield f"in BF16 it needs a GPU of compute capability 8.0 or later and {has}"
     if name == "cudnn":
         if (case.qk_head_dim, case.v_head_dim) == _LATENT and gpu.compute_capability[0] not in (9, 10):
-            yield f"for widths of 192/128 it needs a GPU of compute capability 9.0 or 10.x and {has}"
+            yield f"for head widths of 192/128 it needs a GPU of compute capability 9.0 or 10.x and {has}"
         if gpu.cudnn_version is None or gpu.cudnn_version < _OLDEST_CUDNN:
             found = "none" if gpu.cudnn_version is None else format_cudnn_version(gpu.cudnn_version)
-            hint = "install a torch for CUDA 13, whose wheels bring a later one"
+            hint = "install a torch for CUDA 13, whose wheels include a later version"
             yield f"it needs cuDNN {format_cudnn_version(_OLDEST_CUDNN)} or later and torch has {found}; {hint}"
     if name == "flash3":
         if gpu.compute_capability[0] != 9:
@@ -208,7 +208,7 @@ def unsupported_gpu_reasons(name: str, case: AttentionShape, gpu: GpuCapabilitie
 
 
 def format_cudnn_version(version: int) -> str:
-    """Return the number that `torch.backends.cudnn.version` gives as people write it: 91501 is 9.15.1."""
+    """Format the number of `torch.backends.cudnn.version`: 91501 is 9.15.1."""
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
@@ -218,32 +218,32 @@ def _pair(widths: tuple[int, int]) -> str:
 
 @dataclass(frozen=True)
 class SelectedAttention:
-    """What computes attention in a run, and why."""
+    """Attention backend of a run, and the reason for the choice."""
 
     backend: AttentionBackend
     reason: str
 
     @property
     def core_attention(self) -> AttentionFunction:
-        """The backend's function."""
+        """Function that computes attention."""
         return self.backend.core_attention
 
     def __str__(self) -> str:
         return f"{self.backend.name} ({self.backend.description}): {self.reason}"
 
 
-CPU_ATTENTION = SelectedAttention(CPU_BACKEND, "a CPU has no other")
+CPU_ATTENTION = SelectedAttention(CPU_BACKEND, "the only backend for CPUs")
 
 
 def attention_by_name(name: str) -> SelectedAttention:
-    """Return the backend of this name, asking no device."""
+    """Return the backend of this name, without querying a device."""
     return SelectedAttention(GPU_BACKENDS[name], f"{CONFIG_KEY}={name}")
 
 
 def select_attention(name: str, case: AttentionShape, gpu: GpuCapabilities) -> SelectedAttention:
-    """Return what computes `case` on `gpu`: the backend of this name, or for `auto` the first that serves.
+    """Return the backend `name`, or for `auto` the first that supports `case` on `gpu`.
 
-    Raises `ConfigError` where the named one does not serve, or none does.
+    Raises `ConfigError` if the named backend does not support it, or none does.
     """
     passed: list[str] = []
     for each in (name,) if name != "auto" else GPU_BACKENDS:
@@ -251,24 +251,22 @@ def select_attention(name: str, case: AttentionShape, gpu: GpuCapabilities) -> S
         if not missing:
             return attention_by_name(each) if name != "auto" else _first(each, case, gpu, passed)
         passed.append(f"{each}: {'; '.join(missing)}")
-    hint = passed[0].partition(": ")[2] if name != "auto" else f"nothing serves this run. {' | '.join(passed)}"
+    hint = passed[0].partition(": ")[2] if name != "auto" else f"no backend supports this run. {' | '.join(passed)}"
     raise ConfigError([Problem(CONFIG_KEY, name, hint)])
 
 
 def _first(name: str, case: AttentionShape, gpu: GpuCapabilities, passed: list[str]) -> SelectedAttention:
-    """`name`, the first in the order that serves."""
+    """Return the selection of `name` by `auto`, with the reasons against the backends before it."""
     library = f", cuDNN {format_cudnn_version(gpu.cudnn_version)}" if gpu.cudnn_version is not None else ""
     where = f"on compute capability {gpu.compute_capability[0]}.{gpu.compute_capability[1]}{library}"
-    serves = f"auto: serves widths of {_pair((case.qk_head_dim, case.v_head_dim))} {where}"
-    return SelectedAttention(GPU_BACKENDS[name], "; not ".join([serves, *passed]))
+    supports = f"auto: supports head widths of {_pair((case.qk_head_dim, case.v_head_dim))} {where}"
+    return SelectedAttention(GPU_BACKENDS[name], "; not ".join([supports, *passed]))
 
 
 def probe_attention(choice: SelectedAttention, case: AttentionShape, device: torch.device) -> None:
-    """Compute `case` once, forward and backward, as the run will; raise `ConfigError` with what the library says.
-
-    cuDNN and FlashAttention-3 say no only when they are called. cuDNN also makes its plans now (up to a second), one
-    for each shape and thread, and not in the first step.
-    """
+    """Compute `case` once, forward and backward, as the run will; raise `ConfigError` with the library's error."""
+    # cuDNN and FlashAttention-3 report that they do not support a shape only when called. cuDNN also builds its plans
+    # now (up to a second for each shape and thread) instead of in the first step.
     shape, widths = (
         (case.batch, case.sequence_length, case.heads),
         (case.qk_head_dim, case.qk_head_dim, case.v_head_dim),
@@ -279,12 +277,12 @@ def probe_attention(choice: SelectedAttention, case: AttentionShape, device: tor
         out = choice.core_attention(q_BHSW, k_BHSW, v_BHSV, case.qk_head_dim**-0.5)
         grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
         is_finite = all(bool(x.isfinite().all()) for x in (out, *grads))
-    except Exception as fault:  # as many kinds as there are libraries
+    except Exception as fault:  # each library raises its own kinds
         raise _fails(choice, f"it fails at this run's shape: {fault}") from fault
     if not is_finite:
-        raise _fails(choice, "of zeros it makes numbers that are not finite")
+        raise _fails(choice, "its results for inputs of zeros are not finite")
 
 
 def _fails(choice: SelectedAttention, what: str) -> ConfigError:
     others = " or ".join(f"{CONFIG_KEY}={name}" for name in GPU_BACKENDS if name != choice.backend.name)
-    return ConfigError([Problem(CONFIG_KEY, choice.backend.name, f"{what}; write {others}")])
+    return ConfigError([Problem(CONFIG_KEY, choice.backend.name, f"{what}; set {others}")])

@@ -1,13 +1,13 @@
-"""Runs the layers of one pipeline stage as generators that yield each time they have launched a communication.
+"""Layers of one pipeline stage, run as generators that yield after each communication they launch.
 
-Alone, a generator is driven to its end with `drive`. Two of them can take turns: while one waits for its exchange, the
-other computes. Then each yields once more a layer: the forward when it has launched the second part of its dispatch,
-the backward when it has queued mlp(B), which hides that part.
+`run_to_completion` runs a generator alone. `interleave` runs two, a forward and a backward: one computes while the
+exchange of the other is in flight. Interleaved, each yields once more per layer: the forward after it launches the
+second part of its dispatch, the backward after it queues mlp(B), which hides that part.
 
-Each layer's forward returns its output and its backward, a function that starts a generator of its own. A backward
-computes gradients of inputs, launches the exchange that they wait for, and only then turns to those of weights.
+Each layer's forward returns its output and its backward, a function that starts another generator. A backward computes
+the gradients of inputs, launches the exchange that needs them, and then flushes delayed weight gradients.
 
-Letters: B batch, S sequence, T tokens (B·S), W window (S inputs, the target of the last, and one more a depth of MTP),
+Letters: B batch, S sequence, T tokens (B·S), W window (S inputs, the target of the last, and one more per MTP depth),
 D hidden, V vocabulary, E experts, K top-k, R rows received by this rank, L experts on this rank.
 """
 
@@ -36,11 +36,15 @@ from .split_backward import SplitBackward
 
 T = TypeVar("T")
 BackwardFunction = Callable[[Tensor, DelayedWeightGradients], Resumable[Tensor]]
-"""Gradient of a layer's output to gradient of its input; what is left to do for weights goes to the second."""
+"""Backward of a layer: from the gradient of its output to that of its input; adds delayed weight gradients to the
+second argument."""
 
 
 class Chunk:
-    """The layers of one stage, ready to run. `dtype` is what they compute in."""
+    """Layers of one stage, with the token exchange, recorder and recompute policy that they run with.
+
+    `dtype` is the dtype of activations.
+    """
 
     def __init__(
         self,
@@ -58,36 +62,37 @@ class Chunk:
         self._recorder = recorder
         self._recompute = SelectiveRecompute(recompute)
         self._rotation: RotaryEmbedding | None = None
-        """The one used last: its angles come from the host, and seldom for another length than before."""
+        """Rotary embedding of the last sequence length."""
 
     def empty_activation(self, sequences: int, length: int, device: torch.device) -> Tensor:
-        """An empty tensor like what stages send each other for so many sequences of this length: [B, S, D]."""
+        """Return an empty tensor [B, S, D] of the shape and dtype that stages send each other."""
         return torch.empty((sequences, length, self.model.config.hidden_size), dtype=self._dtype, device=device)
 
     def compute_logits(self, tokens_BS: Tensor, received_BSD: Tensor | None = None) -> Resumable[Tensor]:
-        """Next-token logits [B, S, V] of the main model, or what the next stage needs. Use it under `torch.no_grad`."""
+        """Compute the main model's logits [B, S, V]; before the last stage, the hidden state. Use under `no_grad`."""
         hidden_BSD = yield from self.compute_hidden_states(tokens_BS, received_BSD)
         return self.apply_output_head(hidden_BSD) if self.stage.is_last else hidden_BSD
 
     def compute_hidden_states(self, tokens_BS: Tensor, received_BSD: Tensor | None = None) -> Resumable[Tensor]:
-        """What the stage makes of text, [B, S, D]; the last one, after the final norm. Under `torch.no_grad`."""
-        tape = self._tape(torch.ones_like(tokens_BS, dtype=torch.bool))
-        hidden_BSD, _ = yield from self._main(tokens_BS, received_BSD, tape)
+        """Compute the stage's hidden state [B, S, D], after the final norm on the last. Use under `torch.no_grad`."""
+        context = self._new_context(torch.ones_like(tokens_BS, dtype=torch.bool))
+        hidden_BSD, _ = yield from self._main(tokens_BS, received_BSD, context)
         return hidden_BSD
 
     def compute_mtp_logits(self, hidden_BSD: Tensor, next_BS: Tensor) -> Resumable[Tensor]:
-        """Logits [B, S, V] of the tokens after the next ones, by the first MTP module (report eq. 21-23).
+        """Compute logits [B, S, V] of the tokens after the next ones, by the first MTP module (report eq. 21-23).
 
-        `hidden_BSD` comes from `hidden` and `next_BS` are the tokens that follow each position. Under `torch.no_grad`.
+        `hidden_BSD` is the result of `compute_hidden_states`, `next_BS` the token after each position. Use under
+        `torch.no_grad`.
         """
         module = self.model.mtp[0]
         assert isinstance(module, MTPModule)
-        tape = self._tape(torch.ones_like(next_BS, dtype=torch.bool))
-        further_BSD, _ = yield from self._depth(mtp_layer_name(1), module, hidden_BSD, next_BS, tape)
+        context = self._new_context(torch.ones_like(next_BS, dtype=torch.bool))
+        further_BSD, _ = yield from self._mtp_depth(mtp_layer_name(1), module, hidden_BSD, next_BS, context)
         return self.apply_output_head(further_BSD)
 
     def apply_output_head(self, hidden_BSD: Tensor) -> Tensor:
-        """Logits [..., V]."""
+        """Compute logits [..., V] from the hidden state [..., D]."""
         assert self.model.head is not None
         logits: Tensor = self.model.head(hidden_BSD)
         return logits
@@ -100,21 +105,23 @@ class Chunk:
         micro_batch: int = 0,
         received_BSD: Tensor | None = None,
     ) -> Resumable[ForwardOutput]:
-        """Forward of one micro-batch; the last stage ends with the losses of the main model and of MTP.
+        """Run the forward of one micro-batch; the last stage ends with the losses of main model and MTP.
 
-        `valid_BW` is false on padding: a target counts where it and the position that predicts it are valid, the load
-        counts every valid input. Without `scales` there is no backward, and no MTP, whose loss is for training alone.
-        `micro_batch` is its number, for the words of errors.
+        `valid_BW` is False on padding. A target counts if it and the position that predicts it are valid; the experts'
+        load counts every valid input. Without `normalizers` there is no backward, and no MTP, whose loss is only for
+        training. `micro_batch` is its number, for error messages.
         """
         length = tokens_BW.shape[1] - 1 - self.model.config.num_nextn_predict_layers
-        tape = self._tape(valid_BW[:, :length], micro_batch, normalizers)
-        hidden_BSD, main_backward = yield from self._main(tokens_BW[:, :length], received_BSD, tape)
+        context = self._new_context(valid_BW[:, :length], micro_batch, normalizers)
+        hidden_BSD, main_backward = yield from self._main(tokens_BW[:, :length], received_BSD, context)
         losses: list[tuple[SplitBackward, Tensor]] = []
         depth_backwards: list[BackwardFunction] = []
         if self.stage.is_last:
-            losses, depth_backwards = yield from self._losses(tokens_BW, valid_BW, hidden_BSD, tape)
+            losses, depth_backwards = yield from self._losses(tokens_BW, valid_BW, hidden_BSD, context)
 
         def run_backward(grad_BSD: Tensor | None, weights: DelayedWeightGradients) -> Resumable[Tensor | None]:
+            # All losses first, at no cost: the cross-entropy computed its input gradients in the forward. Then from the
+            # deepest MTP module back to the main model, where each depth's hidden state also gets its loss's gradient.
             grads = [phase.backward_inputs(weights, torch.ones_like(loss))[0] for phase, loss in losses]
             if grads:
                 grad_BSD = grads.pop()
@@ -123,42 +130,46 @@ class Chunk:
                 grad_BSD = yield from depth_backwards.pop()(grad_BSD, weights)
                 grad_BSD = grad_BSD + grads.pop()
             grad_BSD = yield from main_backward(grad_BSD, weights)
-            self._settle(weights, "attn(W)")
+            # The attention weights of the lowest layer have no exchange left to hide behind.
+            self._flush_weight_gradients(weights, "attn(W)")
             return None if self.stage.is_first else grad_BSD
 
         return ForwardOutput(
             output_BSD=None if self.stage.is_last else hidden_BSD,
-            metrics=tape.build_metrics([loss for _, loss in losses]),
+            metrics=context.build_metrics([loss for _, loss in losses]),
             backward=run_backward,
         )
 
-    def _tape(self, valid_BS: Tensor, micro_batch: int = 0, scales: LossNormalizers | None = None) -> ForwardContext:
+    def _new_context(
+        self, valid_BS: Tensor, micro_batch: int = 0, scales: LossNormalizers | None = None
+    ) -> ForwardContext:
         length = valid_BS.shape[1]
+        # Cached: the angles are computed in FP64 on the host, and the length rarely changes between micro-batches.
         if self._rotation is None or len(self._rotation.freqs_cis_SP) != length:
             like = torch.empty(0, device=valid_BS.device, dtype=self._dtype)
             self._rotation = build_rotary_embedding(self.model.config, length, like)
         return ForwardContext(LayerContext(self._rotation, valid_BS), micro_batch, scales)
 
     def _losses(
-        self, tokens_BW: Tensor, valid_BW: Tensor, hidden_BSD: Tensor, tape: ForwardContext
+        self, tokens_BW: Tensor, valid_BW: Tensor, hidden_BSD: Tensor, context: ForwardContext
     ) -> Resumable[tuple[list[tuple[SplitBackward, Tensor]], list[BackwardFunction]]]:
-        """The losses of every depth, the main model's first, with their phases, and the backward of each MTP module."""
-        length = tape.layer_context.valid_BS.shape[1]
+        """Compute the loss of every depth, the main model's first; return them with the backward of each MTP module."""
+        length = context.layer_context.valid_BS.shape[1]
 
         def loss(k: int, hidden_BSD: Tensor, factor: float) -> tuple[SplitBackward, Tensor]:
-            counted = tape.layer_context.valid_BS & valid_BW[:, k + 1 : length + k + 1]
+            counted = context.layer_context.valid_BS & valid_BW[:, k + 1 : length + k + 1]
             targets_BS = tokens_BW[:, k + 1 : length + k + 1].masked_fill(~counted, IGNORE_INDEX)
             with self._span("loss(F)"):
-                return self._single(lambda h: self._cross_entropy(h, targets_BS, factor), hidden_BSD)
+                return self._run_phase(lambda h: self._cross_entropy(h, targets_BS, factor), hidden_BSD)
 
-        scales, backwards = tape.normalizers, list[BackwardFunction]()
+        scales, backwards = context.normalizers, list[BackwardFunction]()
         if scales is None:
             return [loss(0, hidden_BSD, factor=1.0)], backwards
         losses = [loss(0, hidden_BSD, scales.main_loss)]
         for k, module in enumerate(self.model.mtp, start=1):
             assert isinstance(module, MTPModule)
-            hidden_BSD, backward = yield from self._depth(
-                mtp_layer_name(k), module, hidden_BSD, tokens_BW[:, k : length + k], tape
+            hidden_BSD, backward = yield from self._mtp_depth(
+                mtp_layer_name(k), module, hidden_BSD, tokens_BW[:, k : length + k], context
             )
             backwards.append(backward)
             losses.append(loss(k, hidden_BSD, scales.mtp_loss))
@@ -174,19 +185,19 @@ class Chunk:
         return embedded_BSD.to(self._dtype)
 
     def _main(
-        self, tokens_BS: Tensor, received_BSD: Tensor | None, tape: ForwardContext
+        self, tokens_BS: Tensor, received_BSD: Tensor | None, context: ForwardContext
     ) -> Resumable[tuple[Tensor, BackwardFunction]]:
-        """The stage's part of the main model: its layers, in the first after the embedding, in the last before the
-        final norm: h^0, [B, S, D]."""
+        """Run the stage's layers of the main model, after the embedding on the first stage and with the final norm on
+        the last; return h^0 [B, S, D] and the backward."""
         embed: SplitBackward | None = None
         final: SplitBackward | None = None
         if self.stage.is_first:
-            embed, received_BSD = self._single(lambda: self._embed(tokens_BS))
+            embed, received_BSD = self._run_phase(lambda: self._embed(tokens_BS))
         assert received_BSD is not None
-        output_BSD, backwards = yield from self._layers(received_BSD, tape)
+        output_BSD, backwards = yield from self._layers(received_BSD, context)
         if self.stage.is_last:
             assert self.model.final_norm is not None
-            final, output_BSD = self._single(self.model.final_norm, output_BSD)
+            final, output_BSD = self._run_phase(self.model.final_norm, output_BSD)
 
         def run_backward(grad_BSD: Tensor, weights: DelayedWeightGradients) -> Resumable[Tensor]:
             if final is not None:
@@ -199,26 +210,26 @@ class Chunk:
 
         return output_BSD, run_backward
 
-    def _layers(self, hidden_BSD: Tensor, tape: ForwardContext) -> Resumable[tuple[Tensor, list[BackwardFunction]]]:
+    def _layers(self, hidden_BSD: Tensor, context: ForwardContext) -> Resumable[tuple[Tensor, list[BackwardFunction]]]:
         backwards: list[BackwardFunction] = []
         for index in self.stage.layers:
             layer = self.model.layers[str(index)]
             if isinstance(layer, MoELayer):
-                hidden_BSD, backward = yield from self._moe(layer_name(index), layer, hidden_BSD, tape)
+                hidden_BSD, backward = yield from self._moe(layer_name(index), layer, hidden_BSD, context)
             else:
                 assert isinstance(layer, DenseLayer)
-                hidden_BSD, backward = self._dense(layer, hidden_BSD, tape.layer_context)
-            if torch.is_grad_enabled():  # else the layer's activations are free from here on
+                hidden_BSD, backward = self._dense(layer, hidden_BSD, context.layer_context)
+            if torch.is_grad_enabled():  # without a backward, dropping it frees the layer's activations
                 backwards.append(backward)
         return hidden_BSD, backwards
 
-    def _depth(
-        self, name: str, module: MTPModule, hidden_BSD: Tensor, tokens_BS: Tensor, tape: ForwardContext
+    def _mtp_depth(
+        self, name: str, module: MTPModule, hidden_BSD: Tensor, tokens_BS: Tensor, context: ForwardContext
     ) -> Resumable[tuple[Tensor, BackwardFunction]]:
-        """One depth of MTP: h^{k-1} and the tokens k further on to h^k, [B, S, D]."""
-        merged, input_BSD = self._single(lambda h: module.merge_inputs(h, self._embed(tokens_BS)), hidden_BSD)
-        layer_BSD, layer_backward = yield from self._moe(name, module.layer, input_BSD, tape)
-        final, output_BSD = self._single(module.final_norm, layer_BSD)
+        """Run one MTP depth: from h^{k-1} and the tokens k positions further to h^k, [B, S, D]."""
+        merged, input_BSD = self._run_phase(lambda h: module.merge_inputs(h, self._embed(tokens_BS)), hidden_BSD)
+        layer_BSD, layer_backward = yield from self._moe(name, module.layer, input_BSD, context)
+        final, output_BSD = self._run_phase(module.final_norm, layer_BSD)
 
         def run_backward(grad_BSD: Tensor, weights: DelayedWeightGradients) -> Resumable[Tensor]:
             (grad_BSD,) = final.backward_inputs(weights, grad_BSD)
@@ -229,70 +240,79 @@ class Chunk:
         return output_BSD, run_backward
 
     def _moe(
-        self, name: str, layer: MoELayer, hidden_BSD: Tensor, tape: ForwardContext
+        self, name: str, layer: MoELayer, hidden_BSD: Tensor, context: ForwardContext
     ) -> Resumable[tuple[Tensor, BackwardFunction]]:
-        """The five phases, and their backward in the opposite order."""
+        """Run the five phases of a MoE layer, and return the output and the backward, which runs them in reverse."""
         exchange = self._exchange
         routing: RouterOutput | None = None
 
         def attend(hidden_BSD: Tensor) -> tuple[Tensor, ...]:
             nonlocal routing
-            residual_BSD, normed_TD, routing = layer.attend_and_route(hidden_BSD, tape.layer_context)
+            residual_BSD, normed_TD, routing = layer.attend_and_route(hidden_BSD, context.layer_context)
             return residual_BSD, normed_TD, routing.gates_TK, routing.balance_loss
 
-        label = ExchangeLabel(name, tape.micro_batch)
+        label = ExchangeLabel(name, context.micro_batch)
         with self._span("attn(F)", label):
             attended = SplitBackward(attend, hidden_BSD, recompute=self._recompute)
         assert routing is not None
         residual_BSD, normed_TD, gates_TK, balance = attended.pop_outputs()
-        tape.balance_losses.append(balance)
-        tape.tokens_per_expert_E[name] = routing.tokens_per_expert_E
+        context.balance_losses.append(balance)
+        context.tokens_per_expert_E[name] = routing.tokens_per_expert_E
 
+        # Experts that compute in FP8 take the dispatched FP8 numbers as they are: widening them and quantizing again
+        # would cost two passes over R × D.
         in_fp8 = layer.experts.fp8 is not None
         dispatched = exchange.dispatch(normed_TD, gates_TK, routing.expert_ids_TK, label, keep_quantized=in_fp8)
-        in_turns = yield
-        if in_turns:  # mlp(B) of the other half has been queued, and hides the rest of the dispatch
+        is_interleaved = yield
+        # Interleaved, the other micro-batch has queued its mlp(B) by now. The host must wait for sizes before it can
+        # launch the second part of the dispatch; waiting earlier would have delayed that mlp(B), which hides this part.
+        if is_interleaved:
             dispatched.launch_second_part()
             yield
         shared: SplitBackward | None = None
         shared_TD: Tensor | None = None
-        with self._span("mlp(F)", label):  # alone, the shared expert is queued before the host waits for sizes
+        with self._span("mlp(F)", label):
+            # The shared expert needs no exchange: queued first, it computes while the host waits for the sizes.
             if layer.shared is not None:
-                shared, shared_TD = self._single(layer.shared, normed_TD)
+                shared, shared_TD = self._run_phase(layer.shared, normed_TD)
             received = self._wait(dispatched, label)
-            counts_L, came = received.rows_per_expert_L, received.quantized_rows
-            routed, routed_RD = self._single(
-                lambda rows, weights: layer.experts(rows, weights, counts_L, came),
+            counts_L, quantized_rows = received.rows_per_expert_L, received.quantized_rows
+            routed, routed_RD = self._run_phase(
+                lambda rows, weights: layer.experts(rows, weights, counts_L, quantized_rows),
                 received.rows_RD,
                 received.gate_weights_R,
             )
-        tape.token_counts += received.token_counts
-        way_back = received.without_rows()
+        context.token_counts += received.token_counts
+        handle = received.without_rows()  # the rows' memory belongs to the experts' phase alone from here on
 
-        combined = exchange.combine(routed_RD, way_back)
+        combined = exchange.combine(routed_RD, handle)
         yield
         routed_TD = self._wait(combined, label)
         merged_BSD = layer.add_expert_outputs(residual_BSD, routed_TD, shared_TD)
 
         def run_backward(grad_BSD: Tensor, weights: DelayedWeightGradients) -> Resumable[Tensor]:
             grad_TD = grad_BSD.flatten(0, 1)
-            uncombined = exchange.combine_backward(grad_TD, way_back)
-            self._settle(weights, "attn(W)")  # of the layer above
-            in_turns = yield
+            combine_backward = exchange.combine_backward(grad_TD, handle)
+            # Weight gradients run while an exchange is in flight: attn(W) of the layer above hides this one.
+            self._flush_weight_gradients(weights, "attn(W)")
+            is_interleaved = yield
             with self._span("mlp(B)", label):
                 grad_normed_TD = None if shared is None else shared.backward_inputs(weights, grad_TD)[0]
-                grad_RD, grad_weights_R = routed.backward_inputs(weights, self._wait(uncombined, label))
-            if in_turns:  # the rest of the other half's dispatch goes first: what follows waits for mlp(B)
+                grad_RD, grad_weights_R = routed.backward_inputs(weights, self._wait(combine_backward, label))
+            # Interleaved, the other micro-batch launches the second part of its dispatch first: dispatch_backward needs
+            # the result of mlp(B), and launched now it would keep that part waiting behind it.
+            if is_interleaved:
                 yield
 
-            undispatched = exchange.dispatch_backward(grad_RD, grad_weights_R, way_back)
-            self._settle(weights, "mlp(W)")
+            dispatch_backward = exchange.dispatch_backward(grad_RD, grad_weights_R, handle)
+            self._flush_weight_gradients(weights, "mlp(W)")
             yield
             with self._span("attn(B)", label):
-                grad_routed_TD, grad_gates_TK = self._wait(undispatched, label)
+                grad_routed_TD, grad_gates_TK = self._wait(dispatch_backward, label)
                 grad_normed_TD = grad_routed_TD if grad_normed_TD is None else grad_normed_TD + grad_routed_TD
-                assert tape.normalizers is not None
-                root = torch.full_like(balance, tape.normalizers.balance_loss)
+                assert context.normalizers is not None
+                # The balance loss is a leaf of this phase, so its gradient starts here, as a second backward root.
+                root = torch.full_like(balance, context.normalizers.balance_loss)
                 (grad_BSD,) = attended.backward_inputs(weights, grad_BSD, grad_normed_TD, grad_gates_TK, root)
             return grad_BSD
 
@@ -300,7 +320,7 @@ class Chunk:
 
     def _dense(self, layer: DenseLayer, hidden_BSD: Tensor, context: LayerContext) -> tuple[Tensor, BackwardFunction]:
         with self._span("dense(F)"):
-            phase, output_BSD = self._single(lambda h: layer(h, context), hidden_BSD)
+            phase, output_BSD = self._run_phase(lambda h: layer(h, context), hidden_BSD)
 
         def run_backward(grad_BSD: Tensor, weights: DelayedWeightGradients) -> Resumable[Tensor]:
             yield from ()
@@ -309,8 +329,8 @@ class Chunk:
 
         return output_BSD, run_backward
 
-    def _single(self, function: Callable[..., Tensor], *inputs: Tensor) -> tuple[SplitBackward, Tensor]:
-        """A phase that makes one tensor, and that tensor."""
+    def _run_phase(self, function: Callable[..., Tensor], *inputs: Tensor) -> tuple[SplitBackward, Tensor]:
+        """Run `function` as a phase with one output; return the phase and the output."""
         phase = SplitBackward(lambda *inputs: (function(*inputs),), *inputs, recompute=self._recompute)
         return phase, phase.pop_outputs()[0]
 
@@ -321,8 +341,8 @@ class Chunk:
         with self._recorder.span(TimelineTrack.COMPUTE, EXPOSED_ALL_TO_ALL, label):
             return pending.wait()
 
-    def _settle(self, weights: DelayedWeightGradients, name: str) -> None:
-        """What others wait for has been launched: now the weights."""
+    def _flush_weight_gradients(self, weights: DelayedWeightGradients, name: str) -> None:
+        """Flush pending weight gradients now that no peer is waiting, unless they are deferred to a W instruction."""
         if weights.has_work_to_flush:
             with self._span(name):
                 weights.flush_unless_deferred()

@@ -1,4 +1,4 @@
-"""The shape of a DeepSeek-V3 model, in the terms of the report (§2, §4.2)."""
+"""Shape of a DeepSeek-V3 model, with the keys of Hugging Face's DeepseekV3 config (report §2, §4.2)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ class YarnConfig:
     """YaRN context extension of the rotary embedding (report §4.3)."""
 
     factor: float = 40.0
-    """s: by how much the context is extended."""
+    """s, factor by which the context is extended; at least 1."""
     original_max_position_embeddings: int = 4096
     """Sequence length before the extension, in tokens."""
     beta_fast: float = 32.0
-    """Dimensions that turn more often than this over the original length keep their frequency."""
+    """Dimensions that rotate more often than this over the original length keep their frequency; above `beta_slow`."""
     beta_slow: float = 1.0
-    """Dimensions that turn less often than this are interpolated in full."""
+    """Dimensions that rotate less often than this over the original length are interpolated in full; above 0."""
     mscale: float = 1.0
-    """Length scale of the rotated vectors, as a factor of 0.1 ln s + 1."""
+    """Factor m of the rotated vectors' length, 0.1 m ln s + 1; at least 0."""
     mscale_all_dim: float = 1.0
-    """The same for the attention temperature."""
+    """Factor m of the attention temperature, 0.1 m ln s + 1; at least 0."""
 
     def problems(self) -> Iterator[Problem]:
-        """What is impossible about these values on their own."""
+        """Yield a problem for each invalid value."""
         if self.factor < 1:
             yield Problem("factor", self.factor, "must be at least 1")
         if self.original_max_position_embeddings < 1:
@@ -43,8 +43,9 @@ class YarnConfig:
                 yield Problem(name, self.__dict__[name], "must be at least 0")
 
 
+# Beyond these limits, planning a run alone takes hours.
 MAX_WIDTH = 2**20
-"""Of a matrix in either direction: 60 times DeepSeek-V3's widest."""
+"""Largest side of a weight matrix: 60 times DeepSeek-V3's widest."""
 MAX_VALUES = {
     "vocab_size": 2**24,
     "num_hidden_layers": 4096,
@@ -52,81 +53,81 @@ MAX_VALUES = {
     "n_group": 2**16,
     "num_nextn_predict_layers": 64,
 }
-"""What else has another limit. Beyond these sizes, planning a run alone takes hours."""
+"""Largest values of the sizes that `MAX_WIDTH` does not limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Multi-head latent attention, DeepSeekMoE and multi-token prediction."""
+    """Model with multi-head latent attention, DeepSeekMoE and multi-token prediction."""
 
     name: str = "tiny"
-    """For logs and plots."""
+    """Name of the model in logs and plots."""
     vocab_size: int = 2048
-    """V."""
+    """V, tokens of the vocabulary; equal to `data.vocab_size`."""
     hidden_size: int = 128
-    """D."""
+    """D, width of the hidden state."""
     num_hidden_layers: int = 4
-    """Transformer layers of the main model, dense ones included."""
+    """Transformer layers of the main model, including the dense ones."""
     first_k_dense_replace: int = 1
-    """How many layers, from the first, have a dense feed-forward network."""
+    """Number of first layers with a dense feed-forward network instead of experts; 0 to `num_hidden_layers`."""
     num_attention_heads: int = 4
     """H, attention heads."""
     q_lora_rank: int | None = 64
-    """d_c', rank of the compressed query; null for a full query projection."""
+    """d_c', rank of the compressed query; null: a full query projection."""
     kv_lora_rank: int = 32
     """d_c, rank of the compressed keys and values."""
     qk_nope_head_dim: int = 32
-    """Head width of queries and keys without rotation."""
+    """Width per head of queries and keys without rotation."""
     qk_rope_head_dim: int = 16
-    """d_h^R, width of the rotated, decoupled part; the rotated key is shared by all heads."""
+    """d_h^R, width of the rotated (decoupled) part of queries and keys; even. All heads share the rotated key."""
     v_head_dim: int = 32
-    """Head width of values."""
+    """Width per head of values."""
     intermediate_size: int = 384
     """Inner width of dense feed-forward networks."""
     moe_intermediate_size: int = 96
     """F, inner width of one expert."""
     n_routed_experts: int = 16
-    """E, routed experts of a layer."""
+    """E, routed experts per layer."""
     n_shared_experts: int = 1
-    """Experts that every token visits; computed as one of shared_experts · F inner width."""
+    """Experts that every token visits, computed as one expert of inner width `n_shared_experts` · F; 0: none."""
     num_experts_per_tok: int = 4
-    """K, routed experts a token visits."""
+    """K, routed experts per token."""
     n_group: int = 4
-    """Groups of consecutive experts; one group is one node at full expert parallelism."""
+    """Groups of consecutive experts; divides `n_routed_experts`. At full expert parallelism a group is a node."""
     topk_group: int = 2
-    """M, groups a token may visit."""
+    """M, groups that a token's experts may come from; 1 to `n_group`."""
     scoring_func: str = "sigmoid"
-    """How router logits become affinities: `sigmoid` (V3) or `softmax` (V2)."""
+    """Function from router logits to affinities: `sigmoid` (V3) or `softmax` (V2)."""
     norm_topk_prob: bool = True
-    """Whether the gates of a token's experts are divided by their sum."""
+    """Divide the gates of a token's experts by their sum (report eq. 13)."""
     routed_scaling_factor: float = 2.5
     """Factor on the gates."""
     num_nextn_predict_layers: int = 1
-    """D, how many further tokens are predicted; 0 for none."""
+    """MTP modules: further tokens that are predicted; 0: none."""
     rms_norm_eps: float = 1e-6
-    """Epsilon of the RMSNorms of layers; those inside attention keep 1e-6, as in the released model code."""
+    """Epsilon of the RMSNorms of layers; those inside attention use 1e-6, as in the released model code."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: YarnConfig | None = None
-    """Context extension; null before it."""
+    """YaRN context extension; null: none."""
     initializer_range: float = 0.006
-    """Standard deviation of every initial weight."""
+    """Standard deviation of all initial weights."""
 
     @property
     def qk_head_dim(self) -> int:
-        """Head width of queries and keys, both parts."""
+        """Width per head of queries and keys, rotated part included."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
     def num_moe_layers(self) -> int:
-        """Layers of the main model with routed experts."""
+        """Number of main-model layers with routed experts."""
         return self.num_hidden_layers - self.first_k_dense_replace
 
     def problems(self) -> Iterator[Problem]:
-        """What is impossible about these values on their own."""
+        """Yield a problem for each invalid value."""
         yield from self._range_problems()
         if self.qk_rope_head_dim % 2:
-            yield Problem("qk_rope_head_dim", self.qk_rope_head_dim, "must be even: rotation works on pairs")
+            yield Problem("qk_rope_head_dim", self.qk_rope_head_dim, "must be even: rotary embedding rotates pairs")
         if self.first_k_dense_replace > self.num_hidden_layers:
             hint = f"must be at most num_hidden_layers = {self.num_hidden_layers}"
             yield Problem("first_k_dense_replace", self.first_k_dense_replace, hint, ("num_hidden_layers",))
@@ -157,7 +158,7 @@ class ModelConfig:
         for name in (*at_least_one, "q_lora_rank", "n_shared_experts", "num_nextn_predict_layers"):
             most = MAX_VALUES.get(name, MAX_WIDTH)
             if (values[name] or 0) > most:
-                yield Problem(name, values[name], f"must be at most {most}: no machine trains more")
+                yield Problem(name, values[name], f"must be at most {most}")
         for name in ("routed_scaling_factor", "rms_norm_eps", "rope_theta", "initializer_range"):
             if not values[name] > 0:
                 yield Problem(name, values[name], "must be greater than 0")
@@ -166,7 +167,7 @@ class ModelConfig:
 
     def _routing_problems(self) -> Iterator[Problem]:
         if min(self.n_routed_experts, self.num_experts_per_tok, self.n_group, self.topk_group) < 1:
-            return  # said already
+            return  # `_range_problems` reports these
         if self.topk_group > self.n_group:
             hint = f"must be at most n_group = {self.n_group}"
             yield Problem("topk_group", self.topk_group, hint, ("n_group",))
@@ -188,7 +189,7 @@ class ModelConfig:
         visited = min(self.topk_group, self.n_group)
         reachable = visited * (self.n_routed_experts // self.n_group)
         if self.num_experts_per_tok > reachable:
-            where = f"{visited} of {self.n_group} groups hold {reachable} experts"
+            where = f"the {visited} of {self.n_group} groups per token hold {reachable} experts"
             judges = ("n_routed_experts", "n_group", "topk_group")
             yield Problem(
                 "num_experts_per_tok", self.num_experts_per_tok, f"must be at most {reachable}: {where}", judges

@@ -1,4 +1,4 @@
-"""Causal scaled-dot-product attention, whose values may be narrower than its queries and keys.
+"""Causal scaled-dot-product attention on CPUs; values may be narrower than queries and keys.
 
 Letters: B batch, H heads, S sequence, Q queries of one block, P the positions up to its last, W width of queries and
 keys, V of values.
@@ -15,40 +15,43 @@ from torch import Tensor
 
 from ..precision.fp8_tensors import promote_to_fp32
 
-_BLOCK = 128  # queries at a time: their scores stay in a cache
-_KEPT_LENGTH = 512  # up to here probabilities are kept for the backward; beyond, S × S of them outgrow the rest
+_BLOCK = 128  # queries per block, so that a block's scores stay in a cache
+# Up to this length the forward saves the probabilities; beyond it their S × S is more than all other activations.
+_KEPT_LENGTH = 512
 
 
 def causal_attention(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
-    """Return softmax(scale · q kᵀ) v, [B, H, S, V], where each position sees itself and those before it; on CPUs.
+    """Return softmax(scale · q kᵀ) v, [B, H, S, V], where a position attends to itself and those before it.
 
-    Raises `RuntimeError` on another device, whose backend `Model.set_attention` sets.
+    Raises `RuntimeError` on any device but a CPU: `Model.set_attention` sets the backend of a GPU.
     """
     if q_BHSW.device.type != "cpu":
-        raise RuntimeError(f"no attention is chosen for {q_BHSW.device}: call Model.set_attention first")
+        raise RuntimeError(f"no attention backend is set for {q_BHSW.device}: call Model.set_attention first")
     out: Tensor = _BlockAttention.apply(q_BHSW, k_BHSW, v_BHSV, scale)  # type: ignore[no-untyped-call]
     return out
 
 
 def causal_attention_reference(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
-    """Return the same by torch's own function, whichever kernel that takes."""
+    """Reference of `causal_attention`, by torch's own function."""
     return F.scaled_dot_product_attention(q_BHSW, k_BHSW, v_BHSV, is_causal=True, scale=scale)
 
 
 def saved_probability_count(length: int) -> int:
-    """How many a head and sequence of this length are kept on a CPU; blocks hold a few that are 0."""
+    """Return the probabilities saved per head and sequence of this length, including the zeros within blocks."""
     if length > _KEPT_LENGTH:
         return 0
     return sum((queries.stop - queries.start) * seen.stop for queries, seen in _blocks(length))
 
 
 class _BlockAttention(torch.autograd.Function):
-    """Plain products, a sequence and a block of its queries at a time, against only the keys that the block may see.
+    """Attention by plain products: one block of queries of one sequence at a time, with the keys that it attends to.
 
-    torch's fused kernel for CPUs wants values as wide as keys, and takes longer; `benchmarks/cpu_profile.py` shows the
-    share of either in a step. Rounding is as in the fused kernels for GPUs: scores, softmax and the gradient of scores
-    in FP32 at least, operands of products in the inputs' dtype.
+    It rounds as the fused GPU kernels do: scores, softmax and the gradient of scores are FP32 or wider, operands of
+    products have the inputs' dtype.
     """
+
+    # torch's fused CPU kernel requires values as wide as keys and is slower; `benchmarks/cpu_profile.py` prints the
+    # share of both in a step.
 
     @staticmethod
     def forward(ctx: Any, q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
@@ -74,7 +77,8 @@ class _BlockAttention(torch.autograd.Function):
         blocks, later_QQ = list(_blocks(q_BHSW.shape[2])), _later(q_BHSW)
         for number, (q_HSW, k_HSW, v_HSV, grad_HSV, grad_q_HSW, grad_k_HSW, grad_v_HSV) in enumerate(sequences):
             own = kept[number * len(blocks) : (number + 1) * len(blocks)]
-            for queries, seen in reversed(blocks):  # the last sees all keys: it begins the sums over queries
+            # Last block first: it attends to all keys, so it writes every sum over queries that the others add to.
+            for queries, seen in reversed(blocks):
                 q_HQW, k_HPW, grad_HQV = q_HSW[:, queries], k_HSW[:, seen], grad_HSV[:, queries]
                 probability_HQP = own.pop() if own else _probability(q_HQW, k_HPW, later_QQ, ctx.scale)
                 begun = int(seen.stop < q_HSW.shape[1])
@@ -86,20 +90,20 @@ class _BlockAttention(torch.autograd.Function):
 
 
 def _blocks(length: int) -> Iterator[tuple[slice, slice]]:
-    """The queries of each block and the positions that the last of them sees."""
+    """Yield the queries of each block, and the positions that the last of them attends to."""
     for start in range(0, length, _BLOCK):
         stop = min(start + _BLOCK, length)
         yield slice(start, stop), slice(stop)
 
 
 def _later(like: Tensor) -> Tensor:
-    """-inf where a key of a block lies behind its query, else 0; FP32 at least."""
+    """Return the causal mask of a block: -inf where a key comes after its query, else 0; FP32 or wider."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     return like.new_full((_BLOCK, _BLOCK), float("-inf"), dtype=dtype).triu(1)
 
 
 def _probability(q_HQW: Tensor, k_HPW: Tensor, later_QQ: Tensor, scale: float) -> Tensor:
-    """Softmax of the scores of a block, whose queries are the last Q of the P positions; FP32 at least."""
+    """Return the softmax of a block's scores, whose queries are the last Q of the P positions; FP32 or wider."""
     score_HQP = torch.bmm(promote_to_fp32(q_HQW) * scale, promote_to_fp32(k_HPW).transpose(1, 2))
     queries, seen = score_HQP.shape[1:]
     score_HQP[..., seen - queries :] += later_QQ[:queries, :queries]
@@ -107,12 +111,13 @@ def _probability(q_HQW: Tensor, k_HPW: Tensor, later_QQ: Tensor, scale: float) -
 
 
 def _grad_score(grad_HQV: Tensor, v_HPV: Tensor, probability_HQP: Tensor) -> Tensor:
-    """The gradient of what the softmax was taken of; FP32 at least."""
+    """Return the gradient of the scores; FP32 or wider."""
     grad_HQP = torch.bmm(promote_to_fp32(grad_HQV), promote_to_fp32(v_HPV).transpose(1, 2))
     return torch._softmax_backward_data(grad_HQP, promote_to_fp32(probability_HQP), -1, grad_HQP.dtype)
 
 
 def _empty_like(x_BHSW: Tensor) -> Tensor:
-    """[B, H, S, any] with the heads of a token side by side, as projections write and read them."""
+    """Return an empty [B, H, S, any] in which the heads of a token are contiguous."""
+    # That is the layout that the projections before and after attention write and read: no copy between them.
     batch, heads, length, width = x_BHSW.shape
     return x_BHSW.new_empty((batch, length, heads, width)).transpose(1, 2)

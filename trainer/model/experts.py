@@ -1,10 +1,10 @@
-"""Feed-forward networks: one dense, and many of them computed as grouped GEMMs (report §2.1.2, eq. 12).
+"""Feed-forward networks: a dense one, and experts computed as grouped GEMMs (report §2.1.2, eq. 12).
 
-More rows than fit at once are computed in blocks: that protects a rank that routing sends far more than its share. What
-an expert makes on its way from a row to a result is as large as the rows several times over. In blocks it exists for
-one block at a time, in the forward and again in the backward: between them the rows and gate weights alone are kept. So
-an overloaded rank takes longer, and needs the rows, results and their gradients, and room for one block. Gradients of
-weights are formed block by block in the backward of inputs, and not put off.
+A rank that receives many more rows than its share computes them in row blocks, which bounds its memory. The
+intermediate activations of an expert are several times as large as its rows. In blocks they exist for one block at a
+time, in the forward and again in the backward; only rows and gate weights are saved. An overloaded rank is then slower,
+but needs memory only for rows, results, their gradients and one block. Weight gradients are computed block by block in
+the backward of inputs and are not delayed.
 
 Letters: T tokens, D hidden, F inner width, R received rows, L experts on this rank, B blocks.
 """
@@ -28,7 +28,7 @@ from .linear import Linear
 from .recompute import RecomputeModule, run_recomputable
 
 ExpertFunction = Callable[[Tensor, Tensor, tuple[int, ...], RowwiseFp8Tensor | None], Tensor]
-"""Rows, their gate weights, how many each expert has, and their tiles if there are any, to results: row by row."""
+"""Function from rows, gate weights, rows per expert, and the rows in FP8 (or None) to results, row by row."""
 
 
 def compute_in_row_blocks(
@@ -39,9 +39,9 @@ def compute_in_row_blocks(
     block_rows: int,
     tiles: RowwiseFp8Tensor | None,
 ) -> Tensor:
-    """`function` over all rows, of at most `block` at a time, a multiple of 128; [R, D].
+    """Apply `function` to all rows, at most `block_rows` (a multiple of 128) at a time; return [R, D].
 
-    Where there are `tiles`, they are the rows: they are kept, and of `rows_RD` nothing but shape and dtype is used.
+    If `tiles` are given, they hold the rows and are saved; only shape and dtype of `rows_RD` are used.
     """
     blocks = tuple(split_into_row_blocks(rows_per_expert_L, block_rows))
     out: Tensor = _InBlocks.apply(rows_RD, weights_R, function, blocks, tiles)  # type: ignore[no-untyped-call]
@@ -49,10 +49,9 @@ def compute_in_row_blocks(
 
 
 def split_into_row_blocks(rows_per_expert_L: tuple[int, ...], block_rows: int) -> Iterator[tuple[int, ...]]:
-    """How many rows of each expert are in each block, [B, L].
-
-    An expert's rows are cut at multiples of 128 alone: FP8 tiles of 128 × 1 then hold what they would without blocks.
-    """
+    """Yield the number of rows of each expert in each block, [B, L]."""
+    # Only multiples of 128 of an expert's rows end a block: the 128 × 1 FP8 tiles of the weight gradient then hold the
+    # same rows as without blocks, and the results are the same.
     experts = len(rows_per_expert_L)
     counts, room = [0] * experts, block_rows
     for expert, left in enumerate(rows_per_expert_L):
@@ -92,6 +91,7 @@ class _InBlocks(torch.autograd.Function):
         grad_rows_RD = torch.empty(grads[0].shape, dtype=ctx.dtype, device=grads[0].device)
         grad_weights_R = torch.empty_like(weights_R)
         for part, counts_L in _parts(ctx.blocks):
+            # Run the block forward again under autograd: nothing between its rows and its results was saved.
             tiles = RowwiseFp8Tensor(*kept).slice_rows(part) if len(kept) == 2 else None
             rows = kept[0][part].detach() if tiles is None else nan_placeholder(tiles.values_XD, ctx.dtype)
             leaves = rows.requires_grad_(), weights_R[part].detach().requires_grad_()
@@ -99,12 +99,12 @@ class _InBlocks(torch.autograd.Function):
             with torch.enable_grad(), work.collect_from_forward():
                 out = ctx.function(*leaves, counts_L, tiles)
             grad_rows_RD[part], grad_weights_R[part] = torch.autograd.grad(out, leaves, grads[0][part])
-            work.flush()
+            work.flush()  # now, not in W: delaying it would hold the activations of every block
         return grad_rows_RD, grad_weights_R, None, None, None
 
 
 def _parts(blocks: tuple[tuple[int, ...], ...]) -> Iterator[tuple[slice, tuple[int, ...]]]:
-    """The rows of each block, and how many of them each expert has."""
+    """Yield the rows of each block, and the number of rows of each expert in it."""
     start = 0
     for counts_L in blocks:
         stop = start + sum(counts_L)
@@ -113,7 +113,7 @@ def _parts(blocks: tuple[tuple[int, ...], ...]) -> Iterator[tuple[slice, tuple[i
 
 
 class SwiGLUFeedForward(nn.Module):
-    """W_down (silu(W_gate x) ⊙ W_up x)."""
+    """Feed-forward network W_down (silu(W_gate x) ⊙ W_up x)."""
 
     def __init__(self, hidden: int, inner: int) -> None:
         super().__init__()
@@ -121,13 +121,13 @@ class SwiGLUFeedForward(nn.Module):
         self.down = Linear(inner, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to [..., D]."""
+        """Compute [..., D] from [..., D]."""
         gate_up: Tensor = run_recomputable(RecomputeModule.GATE_UP, self.gate_up, x)
         return self.down.forward_swiglu(gate_up)
 
 
 class GroupedExperts(nn.Module):
-    """The routed experts that live on one rank, as two stacked weights."""
+    """Routed experts of one rank, as two stacked weights."""
 
     def __init__(self, local_experts: int, hidden: int, inner: int) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class GroupedExperts(nn.Module):
         self.down_LDF = nn.Parameter(torch.empty(local_experts, hidden, inner))
         self.fp8: Fp8LinearOps | None = None
         self.block_rows: int | None = None
-        """More rows than this are computed in blocks of so many at most."""
+        """Largest number of rows per block; None: all rows in one call."""
 
     def forward(
         self,
@@ -144,19 +144,19 @@ class GroupedExperts(nn.Module):
         rows_per_expert_L: tuple[int, ...],
         prequantized: QuantizedRows | None = None,
     ) -> Tensor:
-        """[R, D] to [R, D]; rows are grouped by expert. Each row comes out multiplied by its gate weight.
+        """Compute [R, D] from rows [R, D] grouped by expert; each result is multiplied by its row's gate weight.
 
-        The weight multiplies before the down projection, so that combine can be a plain sum.
-        `came`: in FP8, the rows as they came, where they came in it; see `nan_placeholder` for `rows_RD`.
+        `prequantized`: the rows in FP8 if they were dispatched in it; `rows_RD` is then a `nan_placeholder`.
         """
+        # The gate weight multiplies before the down projection, so that combine is a plain sum.
         tiles = None if prequantized is None else RowwiseFp8Tensor.from_received(prequantized)
         if self.block_rows is None or len(rows_RD) <= self.block_rows:
-            return self._at_once(rows_RD, weights_R, rows_per_expert_L, tiles)
+            return self._compute(rows_RD, weights_R, rows_per_expert_L, tiles)
         if tiles is None and self.fp8 is not None:
             tiles = self.fp8.quantize_received_rows(rows_RD)
-        return compute_in_row_blocks(self._at_once, rows_RD, weights_R, rows_per_expert_L, self.block_rows, tiles)
+        return compute_in_row_blocks(self._compute, rows_RD, weights_R, rows_per_expert_L, self.block_rows, tiles)
 
-    def _at_once(
+    def _compute(
         self, rows_RD: Tensor, weights_R: Tensor, rows_per_expert_L: tuple[int, ...], tiles: RowwiseFp8Tensor | None
     ) -> Tensor:
         if self.fp8 is not None:
@@ -170,9 +170,9 @@ class GroupedExperts(nn.Module):
 
 
 def grouped_linear(x_RK: Tensor, weight_LNK: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
-    """Rows times the transposed weight of their expert, [R, N], in the dtype of the rows.
+    """Multiply rows by the transposed weight of their expert, [R, N], in the dtype of the rows.
 
-    Like `linear`, it leaves the gradient of the weights with whoever collects them.
+    Like `linear`, it defers the weight gradient to the active collector, if there is one.
     """
     if get_active_collector() is None or not torch.is_grad_enabled():
         return grouped_mm(x_RK, weight_LNK.to(x_RK.dtype), rows_per_expert_L)
@@ -198,10 +198,8 @@ class _GroupedLinear(torch.autograd.Function):
 def accumulate_grouped_wgrad(
     weight_LNK: Tensor, grad_RN: Tensor, x_RK: Tensor, rows_per_expert_L: tuple[int, ...]
 ) -> None:
-    """Add gradᵀ x of each expert's rows to the gradient of its weight.
-
-    Where both have one dtype, products add to it themselves: a gradient is read and written while it is in a cache.
-    """
+    """Add gradᵀ x of each expert's rows to the gradient of its weight."""
+    # With equal dtypes the GEMM accumulates in place: the gradient is read and written once, while it is in a cache.
     summed_LNK = weight_LNK.grad
     if summed_LNK is None or summed_LNK.dtype != grad_RN.dtype:
         accumulate_grad(weight_LNK, grouped_wgrad(grad_RN, x_RK, rows_per_expert_L))
@@ -212,31 +210,31 @@ def accumulate_grouped_wgrad(
 
 
 def grouped_wgrad(grad_RN: Tensor, x_RK: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
-    """gradᵀ x of each expert's rows, [L, N, K]: the gradient of the experts' weights; 0 for one without rows."""
+    """Return gradᵀ x of each expert's rows, [L, N, K], the experts' weight gradients; 0 for an expert without rows."""
     if x_RK.dtype == torch.float64:
         return grouped_wgrad_reference(grad_RN, x_RK, rows_per_expert_L)
     return F.grouped_mm(grad_RN.T, x_RK, offs=_ends(rows_per_expert_L, x_RK.device))
 
 
 def grouped_wgrad_reference(grad_RN: Tensor, x_RK: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
-    """The same, an expert at a time."""
+    """Reference of `grouped_wgrad`: one expert at a time; also used in FP64."""
     pairs = zip(grad_RN.split(rows_per_expert_L), x_RK.split(rows_per_expert_L), strict=True)
     return torch.stack([grad.T @ x for grad, x in pairs])
 
 
 def grouped_mm(x_RK: Tensor, weight_LNK: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
-    """Rows times the transposed weight of their expert, [R, N]; `rows_per_expert_L` sums to R."""
+    """Multiply rows by the transposed weight of their expert, [R, N]; `rows_per_expert_L` sums to R."""
     if x_RK.dtype == torch.float64:
         return grouped_mm_reference(x_RK, weight_LNK, rows_per_expert_L)
     return F.grouped_mm(x_RK, weight_LNK.transpose(1, 2), offs=_ends(rows_per_expert_L, x_RK.device))
 
 
 def grouped_mm_reference(x_RK: Tensor, weight_LNK: Tensor, rows_per_expert_L: tuple[int, ...]) -> Tensor:
-    """The same, an expert at a time: the oracle, and the path for FP64, which `F.grouped_mm` lacks."""
+    """Reference of `grouped_mm`: one expert at a time; also used in FP64, which `F.grouped_mm` lacks."""
     parts = x_RK.split(rows_per_expert_L)
     return torch.cat([F.linear(part, weight) for part, weight in zip(parts, weight_LNK, strict=True)])
 
 
 def _ends(rows_per_expert_L: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where the rows of each expert end."""
+    """Return the index after the last row of each expert, int32 [L]."""
     return to_device(torch.tensor(rows_per_expert_L, dtype=torch.int32).cumsum(0, dtype=torch.int32), device)

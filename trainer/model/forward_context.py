@@ -1,4 +1,4 @@
-"""What a chunk is given for one micro-batch, what its forward leaves behind, and what it has to tell.
+"""Inputs and outputs of a chunk's forward for one micro-batch: context, normalizers, metrics and backward.
 
 Letters: B batch, S sequence, D hidden, E experts.
 """
@@ -19,7 +19,7 @@ from .layer import LayerContext
 
 @dataclass(frozen=True)
 class LossNormalizers:
-    """Factors that turn one micro-batch's sums into its part of the loss of the global batch."""
+    """Factors from a micro-batch's loss sums to its part of the loss of the global batch."""
 
     main_loss: float
     """1 / valid targets of the global batch."""
@@ -31,60 +31,60 @@ class LossNormalizers:
 
 @dataclass(frozen=True)
 class MicroBatchMetrics:
-    """What one micro-batch's forward through a stage has to tell."""
+    """Losses and loads of one micro-batch's forward through a stage."""
 
     main_loss_sum: Tensor
-    """Cross-entropy summed over the valid targets, in nats; 0 but for the last stage."""
+    """Cross-entropy summed over the valid targets, in nats; 0 except on the last stage."""
     mtp_loss_sum: Tensor
-    """The same, summed over the further depths too; 0 without MTP, and where there is no backward."""
+    """Cross-entropy summed over valid targets and MTP depths, in nats; 0 without MTP or without a backward."""
     balance_loss_sum: Tensor
     """Balance loss without α, summed over the stage's routed layers and sequences."""
     tokens_per_expert_E: dict[str, Tensor]
-    """int64 load of each router, by the layer's name."""
+    """int64 load of each router, by layer name."""
     token_counts: TokenCounts
-    """Of the stage's routed layers together."""
+    """Rows sent by the token exchange, summed over the stage's routed layers."""
 
 
 StageBackward = Callable[[Tensor | None, DelayedWeightGradients], Resumable[Tensor | None]]
-"""Given the gradient of a stage's output (None for the last stage), returns that of what was received (None for the
-first); what is left to do for weights goes to the second."""
+"""Backward of a stage: from the gradient of its output (None on the last stage) to that of its input (None on the
+first). Delayed weight gradients are added to the second argument."""
 
 
 @dataclass(frozen=True)
 class ForwardOutput:
-    """What one micro-batch's forward leaves behind."""
+    """Result of one micro-batch's forward through a stage."""
 
     output_BSD: Tensor | None
-    """For the next stage; None from the last."""
+    """Activation for the next stage; None from the last."""
     metrics: MicroBatchMetrics
     backward: StageBackward
 
 
 @dataclass(frozen=True)
 class StageSpec:
-    """Which part of the model a chunk runs."""
+    """Part of the model that a chunk runs."""
 
     layers: range
     is_first: bool = True
-    """Begins with the embedding."""
+    """True if the stage begins with the embedding."""
     is_last: bool = True
-    """Ends with the final norm, MTP modules and losses."""
+    """True if the stage ends with final norm, MTP modules and losses."""
 
 
 @dataclass
 class ForwardContext:
-    """Filled by the forward of one micro-batch, consumed by its backward."""
+    """State of one micro-batch that its forward writes and its backward reads."""
 
     layer_context: LayerContext
     micro_batch: int
     normalizers: LossNormalizers | None
-    """None where there is no backward. The balance loss is an extra backward root in every routed layer."""
+    """None if there is no backward. The balance loss is an extra backward root in every routed layer."""
     balance_losses: list[Tensor] = field(default_factory=list)
     tokens_per_expert_E: dict[str, Tensor] = field(default_factory=dict)
     token_counts: TokenCounts = ZERO_TOKEN_COUNTS
 
     def build_metrics(self, losses: list[Tensor]) -> MicroBatchMetrics:
-        """With the losses of the last stage, of the main model first."""
+        """Return the metrics; `losses` are those of the last stage, the main model's first, or empty."""
         like = self.layer_context.valid_BS.new_zeros((), dtype=torch.float32)
         return MicroBatchMetrics(
             main_loss_sum=losses[0] if losses else like,

@@ -1,4 +1,4 @@
-"""Initial weights that depend on the seed and the parameter's name alone, not on how the model is spread."""
+"""Initial weights that depend only on the seed and the parameter's name, not on the parallel layout."""
 
 from __future__ import annotations
 
@@ -12,11 +12,8 @@ from .model import Model
 
 @torch.no_grad()
 def initialize_weights(model: Model, seed: int) -> None:
-    """Every weight ~ N(0, init_std) (report §4.2), every norm 1, every routing bias 0, in place.
-
-    Each expert has a generator of its own, named by its number in the whole layer, so that any split gives the same
-    weights.
-    """
+    """Set all weights to N(0, `initializer_range`²) (report §4.2), norms to 1 and routing biases to 0, in place."""
+    # One generator per expert, seeded by its number in the whole layer: every expert-parallel size gives equal weights.
     expert_names = model.expert_parameter_names()
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:

@@ -1,6 +1,6 @@
-"""Transformer layers. A layer with routed experts is five phases: attend | dispatch | experts | combine | merge.
+"""Transformer layers. A layer with routed experts has five phases: attend | dispatch | experts | combine | merge.
 
-Attend, experts and merge compute; dispatch and combine are the token exchange, which `chunk.py` drives between them.
+Attend, experts and merge compute; dispatch and combine are the token exchange, which `chunk.py` runs between them.
 
 Letters: B batch, S sequence, T tokens (B·S), D hidden, K top-k.
 """
@@ -21,15 +21,15 @@ from .router import Router, RouterOutput
 
 @dataclass(frozen=True)
 class LayerContext:
-    """What every layer of one micro-batch shares."""
+    """Inputs that all layers of one micro-batch share."""
 
     rotary_embedding: RotaryEmbedding
     valid_BS: Tensor
-    """Real tokens; the others are padding."""
+    """True for tokens, False for padding."""
 
 
 class DenseLayer(nn.Module):
-    """Attention and one feed-forward network: no communication, one phase."""
+    """Layer of attention and one feed-forward network: one phase, without communication."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -39,14 +39,14 @@ class DenseLayer(nn.Module):
         self.ffn = SwiGLUFeedForward(config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden_BSD: Tensor, context: LayerContext) -> Tensor:
-        """[B, S, D] to [B, S, D]."""
+        """Compute [B, S, D] from [B, S, D]."""
         hidden_BSD = hidden_BSD + self.attention(self.attention_norm(hidden_BSD), context.rotary_embedding)
         out_BSD: Tensor = hidden_BSD + self.ffn(self.ffn_norm(hidden_BSD))
         return out_BSD
 
 
 class MoELayer(nn.Module):
-    """Attention and routed experts. The exchange is not here: the layer only computes."""
+    """Layer of attention and routed experts. It only computes: `chunk.py` runs the token exchange."""
 
     def __init__(self, config: ModelConfig, local_experts: int) -> None:
         super().__init__()
@@ -59,13 +59,14 @@ class MoELayer(nn.Module):
         self.experts = GroupedExperts(local_experts, config.hidden_size, config.moe_intermediate_size)
 
     def attend_and_route(self, hidden_BSD: Tensor, context: LayerContext) -> tuple[Tensor, Tensor, RouterOutput]:
-        """Phase 1: the residual stream after attention, its normed tokens_TD for the experts, and where they go."""
+        """Run phase 1: return the residual stream after attention, its normed tokens [T, D], and their routing."""
         residual_BSD = hidden_BSD + self.attention(self.attention_norm(hidden_BSD), context.rotary_embedding)
         normed_BSD = self.ffn_norm(residual_BSD)
         return residual_BSD, normed_BSD.flatten(0, 1), self.router(normed_BSD, context.valid_BS)
 
     @staticmethod
     def add_expert_outputs(residual_BSD: Tensor, routed_TD: Tensor, shared_TD: Tensor | None) -> Tensor:
-        """Phase 5: the layer's output. A plain sum: its gradient goes unchanged to each part."""
+        """Run phase 5: return the layer's output [B, S, D]."""
+        # A plain sum, so that its backward needs no phase: the output's gradient is that of each term.
         mixed_TD = routed_TD if shared_TD is None else routed_TD + shared_TD
         return residual_BSD + mixed_TD.view_as(residual_BSD)

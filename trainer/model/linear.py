@@ -1,4 +1,4 @@
-"""The one Linear through which every projection of the model goes."""
+"""Linear layer of all projections of the model."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from .recompute import RecomputeModule, run_recomputable
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ, without bias, computed in the dtype of x, or in FP8 where `use_fp8` has set it.
+    """Linear layer y = x Wᵀ without bias, computed in the dtype of x, or in FP8 after `Model.enable_fp8`.
 
-    The weight is cast at its use where its dtype is another.
+    A weight of another dtype is cast when it is used.
     """
 
     def __init__(self, in_features: int, out_features: int, *, after_attention: bool = False) -> None:
-        """`after_attention`: FP8 keeps more bits of such an input."""
+        """Create the weight, uninitialized; `after_attention`: in FP8 the input is saved in E5M6 (report §3.3.3)."""
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.after_attention = after_attention
         self.fp8: Fp8LinearOps | None = None
 
     def forward(self, x: Tensor, attention_output: SharedAttentionOutput | None = None) -> Tensor:
-        """[..., in_features] to [..., out_features]. `shared`: the attention whose output `x` is; of use in FP8."""
+        """Compute [..., out_features]. `attention_output`: the attention whose output `x` is, used in FP8."""
         if self.fp8 is not None:
             return self.fp8.linear(
                 x, self.weight, after_attention=self.after_attention, attention_output=attention_output
@@ -34,7 +34,7 @@ class Linear(nn.Module):
         return linear(x, self.weight)
 
     def forward_swiglu(self, gate_up: Tensor) -> Tensor:
-        """SwiGLU(gate_up) Wᵀ. FP8 keeps `gate_up` and computes the SwiGLU again in the backward."""
+        """Compute SwiGLU(gate_up) Wᵀ. FP8 saves `gate_up` and recomputes the SwiGLU in the backward."""
         if self.fp8 is not None:
             return self.fp8.swiglu_linear(gate_up, self.weight)
         return linear(run_recomputable(RecomputeModule.SWIGLU, swiglu, gate_up), self.weight)

@@ -1,4 +1,4 @@
-"""Cross-entropy over the vocabulary, a chunk of tokens at a time: never all logits of a micro-batch at once.
+"""Cross-entropy over the vocabulary, computed in chunks of tokens, so that only one chunk's logits are in memory.
 
 Letters: T tokens, D hidden, V vocabulary, C tokens of one chunk.
 """
@@ -15,32 +15,34 @@ from ...parallelism.weight_grad import accumulate_linear_wgrad, get_active_colle
 from ..precision.fp8_tensors import promote_to_fp32
 
 IGNORE_INDEX = -100
-"""Target of a token that counts in no loss."""
+"""Target of a token that is left out of the loss."""
 
-_CHUNK_ELEMENTS = 2**20  # logits of a chunk: 4 MB in FP32, which stay in a cache
-_CHUNK_ELEMENTS_ON_GPU = 2**27  # 512 MB: every chunk costs a pass over the gradient of the weight
-_FEWEST_TOKENS = 256  # of a chunk, for products worth their launch
+_CHUNK_ELEMENTS = 2**20  # logits per chunk: 4 MB in FP32, which stay in a CPU's cache
+# 512 MB in FP32. Larger chunks are better on a GPU: each one reads and writes the weight gradient, V × D, once.
+_CHUNK_ELEMENTS_ON_GPU = 2**27
+_FEWEST_TOKENS = 256  # per chunk: smaller GEMMs are not worth their launch
 
 
 def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, loss_scale: float = 1.0) -> Tensor:
-    """Sum over tokens of -log softmax(hidden weightᵀ)[target], in nats; FP32 at least, 0-dimensional.
+    """Return the sum over tokens of -log softmax(hidden weightᵀ)[target], in nats; FP32 or wider, 0-dimensional.
 
-    Its gradients are those of `factor` times the sum. `weight_VD` may be wider than `hidden_TD`, whose dtype the
-    products are taken in; softmax and sums FP32 at least. Gradients are formed together with the loss, while a chunk's
-    logits are at hand. Inside a phase that of the weight is added to its `.grad` at once, and nothing of the weight's
-    size is kept: the backward must then begin with a gradient of 1.
+    Gradients are those of `loss_scale` times the sum. Products have the dtype of `hidden_TD`, which `weight_VD` may
+    exceed; softmax and sums are FP32 or wider. Inside a phase the weight's gradient is added to its `.grad` in the
+    forward, and the backward must begin with a gradient of 1.
     """
+    # Gradients are computed in the forward, while a chunk's logits are in memory: a backward would recompute them, or
+    # save all T × V of them. Nothing of the weight's size is saved either.
     loss: Tensor = _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, loss_scale, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return loss
 
 
 def tokens_per_logit_block(vocabulary: int, *, on_gpu: bool) -> int:
-    """C: tokens whose logits are in memory at once."""
+    """Return C, the tokens per chunk, whose logits are in memory together."""
     return max(_FEWEST_TOKENS, (_CHUNK_ELEMENTS_ON_GPU if on_gpu else _CHUNK_ELEMENTS) // vocabulary)
 
 
 def linear_cross_entropy_reference(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
-    """The same in one piece, differentiated by autograd."""
+    """Reference of `linear_cross_entropy`: all tokens in one product, differentiated by autograd."""
     logits_TV = promote_to_fp32(F.linear(hidden_TD, weight_VD.to(hidden_TD.dtype)))
     return F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORE_INDEX, reduction="sum")
 
@@ -51,10 +53,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, factor: float, grad_enabled: bool
     ) -> Tensor:
         weight = weight_VD.to(hidden_TD.dtype)
-        needs_grad = grad_enabled and any(ctx.needs_input_grad)  # which is not false under no_grad by itself
+        needs_grad = grad_enabled and any(ctx.needs_input_grad)  # `needs_input_grad` is true under no_grad, too
         loss = promote_to_fp32(hidden_TD.new_zeros(()))
         grad_TD = torch.empty_like(hidden_TD) if needs_grad else hidden_TD
-        summed = weight_VD  # whose `.grad` the products are added to
+        summed = weight_VD  # the products are added to its `.grad`
         if needs_grad and get_active_collector() is None:
             summed = weight_VD.detach()
             summed.grad_dtype = weight_VD.grad_dtype
@@ -81,7 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _softmax(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities, FP32 at least, in the logits' storage where it is wide enough; and the sum of the losses."""
+    """Return probabilities, FP32 or wider, and the sum of the losses; overwrites logits that are FP32 or wider."""
     logits_CV = promote_to_fp32(logits_CV)
     counted_C = targets_C != IGNORE_INDEX
     logits_CV -= logits_CV.amax(dim=1, keepdim=True)
@@ -93,6 +95,6 @@ def _softmax(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _minus_target(probability_CV: Tensor, targets_C: Tensor) -> Tensor:
-    """Gradient of the loss by the logits, in place: probability - 1 at the target, and 0 for ignored tokens."""
+    """Return the loss's gradient by the logits, in place: probability - 1 at the target, 0 for ignored tokens."""
     counted_C1 = (targets_C != IGNORE_INDEX).to(probability_CV.dtype)[:, None]
     return probability_CV.scatter_add_(1, targets_C.clamp(min=0)[:, None], -counted_C1)

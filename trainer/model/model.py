@@ -1,4 +1,4 @@
-"""The modules: embedding, layers, head, and those that predict further tokens (report §2.2).
+"""Modules of DeepSeek-V3: embedding, layers, head, and multi-token prediction (report §2.2).
 
 Letters: D hidden, V vocabulary.
 """
@@ -26,22 +26,22 @@ from .router import Router
 
 
 class Embedding(nn.Module):
-    """Token to vector."""
+    """Embedding table."""
 
     def __init__(self, vocabulary: int, hidden: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocabulary, hidden))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """int64 [...] to [..., D]."""
+        """Embed int64 tokens [...] as [..., D]."""
         return embedding(tokens, self.weight)
 
 
 class MTPModule(nn.Module):
-    """Predicts one token further from the previous depth's hidden state and the embedding of the token in between.
+    """MTP module of one depth; it predicts one token further from hidden state and embedding of the previous depth.
 
-    Embedding and head are the main model's. Formula and order as in the released weights:
-    eh_proj(cat[enorm(embedding), hnorm(hidden)]) (report eq. 21, where the two stand the other way round).
+    Embedding and head are the main model's. Its input is eh_proj(cat[enorm(embedding), hnorm(hidden)]), in the order of
+    the released weights; report eq. 21 concatenates the two in the opposite order.
     """
 
     def __init__(self, config: ModelConfig, local_experts: int) -> None:
@@ -53,7 +53,7 @@ class MTPModule(nn.Module):
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def merge_inputs(self, hidden_BSD: Tensor, embedded_BSD: Tensor) -> Tensor:
-        """The input of this depth's layer, [B, S, D]."""
+        """Return the input of this depth's layer, [B, S, D]."""
         merged: Tensor = self.project(run_recomputable(RecomputeModule.NORM, self._normed, embedded_BSD, hidden_BSD))
         return merged
 
@@ -63,27 +63,27 @@ class MTPModule(nn.Module):
 
 @dataclass(frozen=True)
 class ModelShard:
-    """Which part of the model a rank holds."""
+    """Part of the model that a rank holds."""
 
     layers: tuple[int, ...]
-    """Their numbers in the whole model, ascending."""
+    """Layer numbers in the whole model, ascending."""
     has_embedding: bool = True
-    """At the model's beginning; with MTP at its end, too."""
+    """True on the first stage, and on the last stage if there are MTP modules, which embed tokens too."""
     has_head: bool = True
-    """With the final norm and the MTP modules."""
+    """True on the last stage, which also holds the final norm and the MTP modules."""
     ep_size: int = 1
-    """Over how many ranks the experts of a layer are spread."""
+    """Number of ranks that share the experts of a layer."""
     ep_rank: int = 0
-    """Which share of them this is."""
+    """Index of this rank among them."""
 
     @staticmethod
     def full_model(config: ModelConfig, ep_size: int = 1, ep_rank: int = 0) -> ModelShard:
-        """Every layer, with one share of the experts."""
+        """Return a shard of every layer, with the experts of one expert-parallel rank."""
         return ModelShard(tuple(range(config.num_hidden_layers)), ep_size=ep_size, ep_rank=ep_rank)
 
 
 class Model(nn.Module):
-    """The modules of DeepSeek-V3 that one rank holds, under their names in the whole model. `chunk.py` runs them."""
+    """Modules of DeepSeek-V3 that one rank holds, named as in the whole model. `chunk.py` runs them."""
 
     def __init__(self, config: ModelConfig, shard: ModelShard | None = None) -> None:
         super().__init__()
@@ -105,20 +105,20 @@ class Model(nn.Module):
         return DenseLayer(self.config) if dense else MoELayer(self.config, self.num_local_experts)
 
     def enable_fp8(self, fp8: Fp8LinearOps) -> None:
-        """Compute every Linear in FP8 but the head. Embedding, router, norms and attention have none (§3.3.1)."""
+        """Compute all Linears except the head in FP8; embedding, router, norms and attention stay wide (§3.3.1)."""
         self.fp8 = fp8
         for module in self._fp8_modules():
             module.fp8 = fp8
 
     def set_attention(self, choice: SelectedAttention) -> None:
-        """Compute the attention of every layer as `choice` says."""
+        """Set the attention backend of every layer."""
         self.attention = choice
         for module in self.modules():
             if isinstance(module, MultiHeadLatentAttention):
                 module.core_attention = choice.core_attention
 
     def fp8_weights(self) -> Iterator[nn.Parameter]:
-        """What `use_fp8` makes compute in FP8."""
+        """Yield the weights that `enable_fp8` computes with in FP8."""
         for module in self._fp8_modules():
             yield from module.parameters()
 
@@ -128,17 +128,17 @@ class Model(nn.Module):
                 yield module
 
     def set_expert_block_rows(self, rows: int) -> None:
-        """Let the experts of a layer compute so many rows at once, and no more."""
+        """Set the largest number of rows that the experts of a layer compute in one call."""
         for module in self.modules():
             if isinstance(module, GroupedExperts):
                 module.block_rows = rows
 
     def cache_fp8_weights(self) -> AbstractContextManager[None]:
-        """Inside, no weight changes: in FP8 each is quantized once."""
+        """Return a context in which weights do not change, so that FP8 quantizes each of them once."""
         return nullcontext() if self.fp8 is None else self.fp8.weight_cache.enable_for_step()
 
     def expert_parameter_names(self) -> frozenset[str]:
-        """Names of the parameters whose first dimension is this rank's share of the experts."""
+        """Return the names of the parameters whose first dimension is the experts of this rank."""
         return frozenset(
             f"{module_name}.{name}"
             for module_name, module in self.named_modules()
@@ -147,7 +147,8 @@ class Model(nn.Module):
         )
 
     def fp32_parameter_names(self) -> frozenset[str]:
-        """Names of the parameters that compute in FP32 at least whatever the rest computes in: norms and routers."""
+        """Return the names of the parameters that are FP32 or wider for any compute dtype: norms and routers."""
+        # Report §3.3.1 keeps norms and gating in higher precision.
         return frozenset(
             f"{module_name}.{name}"
             for module_name, module in self.named_modules()
@@ -156,7 +157,7 @@ class Model(nn.Module):
         )
 
     def routers(self) -> Iterator[tuple[str, Router]]:
-        """Every router here, with the name of its layer."""
+        """Yield every router of this shard with the name of its layer."""
         for index, layer in self.layers.items():
             if isinstance(layer, MoELayer):
                 yield layer_name(int(index)), layer.router
@@ -166,16 +167,16 @@ class Model(nn.Module):
 
 
 def layer_name(index: int) -> str:
-    """A readable name of a layer of the main model."""
+    """Return the display name of a layer of the main model."""
     return f"layer_{index:02d}"
 
 
 def mtp_layer_name(depth: int) -> str:
-    """A readable name of the MTP module of this depth, from 1."""
+    """Return the display name of the MTP module of this depth, counted from 1."""
     return f"mtp_{depth:02d}"
 
 
 def router_names(config: ModelConfig) -> list[str]:
-    """The names of all routers of the whole model, in their order."""
+    """Return the names of all routers of the whole model, in layer order."""
     layers = [layer_name(index) for index in range(config.first_k_dense_replace, config.num_hidden_layers)]
     return layers + [mtp_layer_name(depth) for depth in range(1, config.num_nextn_predict_layers + 1)]

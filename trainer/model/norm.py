@@ -13,7 +13,7 @@ from .recompute import RecomputeModule, run_recomputable
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension."""
+    """RMSNorm over the last dimension: x / sqrt(mean(x²) + eps) · weight."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -21,24 +21,25 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., width] to the same shape and dtype; computed in FP32 at least."""
+        """Normalize [..., width]; same shape and dtype, computed in FP32 or wider."""
         return run_recomputable(RecomputeModule.NORM, rms_norm, x, self.weight, self.eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The function behind `RMSNorm`, with a backward of its own."""
+    """Normalize the last dimension of `x`; the function of `RMSNorm`."""
+    # A custom backward: a CPU runs torch's own as a dozen passes over x, forward and backward.
     out: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return out
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The same by torch's own function, which a CPU runs as a dozen passes over x forward and backward."""
+    """Reference of `rms_norm`, by torch's own function."""
     out: Tensor = F.rms_norm(promote_to_fp32(x), list(weight.shape), promote_to_fp32(weight), eps)
     return out.to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps x as it came and one number a row; the normalized x is formed again in the backward."""
+    """RMSNorm that saves its input and one number per row; the backward normalizes x again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,11 +1,11 @@
-"""Activations that are made again in the backward instead of being kept from the forward on (report §3.2.3).
+"""Selective activation recomputation: saved activations are replaced by recomputation in the backward (report §3.2.3).
 
-The model says of some of its functions which part of a layer they make (`run_recomputable`). Where the policy names that
-part, autograd keeps a recipe instead of the results, the function and its inputs, wherever it would keep a result. Who
-needs one first in the backward makes it again; it goes when the last one has had it. The function is the same on the
-same numbers, so the gradients are those of a run that keeps everything, to the last bit.
+The model marks its recomputable functions with the module that they belong to (`run_recomputable`). If the policy names
+that module, autograd saves a recipe, the function and its inputs, instead of each result. The first backward that needs
+a result recomputes it; the last one frees it. The same function runs on the same numbers, so the gradients are equal to
+those without recomputation, to the last bit.
 
-Neither an exchange nor the choice of experts is one of these functions: tokens are sent once, and go where they went.
+Neither the token exchange nor the selection of experts is recomputed: no token is sent twice.
 """
 
 from __future__ import annotations
@@ -29,65 +29,64 @@ T = TypeVar("T", Tensor, tuple[Tensor, ...])
 
 
 class RecomputeModule(StrEnum):
-    """What can be made again."""
+    """Part of a layer whose results can be recomputed."""
 
-    NORM = "norm"  # what RMSNorms give
+    NORM = "norm"  # outputs of RMSNorms
     UP_PROJECTION = "up_projection"  # queries, keys and values, from the compressed vectors (without these, the norm)
-    ATTENTION = "attention"  # what attention gives, and its probabilities
+    ATTENTION = "attention"  # outputs of attention, and its probabilities
     GATE_UP = "gate_up"  # gate and up projections of experts and of dense layers
-    SWIGLU = "swiglu"  # what their down projections take
+    SWIGLU = "swiglu"  # inputs of their down projections
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecomputeConfig:
-    """Which activations are made again in the backward, to have memory for others."""
+    """Activations that are recomputed in the backward instead of saved, and the row blocks of experts."""
 
     modules: tuple[str, ...] = ()
-    """Any of `norm`, `up_projection`, `attention`, `gate_up` and `swiglu`; the report's are the first two and the last.
-    The numbers are the same to the last bit. A backward that is split in I and W keeps what I has made again until W.
-    """
+    """Any of `norm`, `up_projection`, `attention`, `gate_up` and `swiglu`; the report recomputes `norm`,
+    `up_projection` and `swiglu`. Results are identical to the last bit."""
     expert_block_rows: int | None = None
-    """Rows that the experts of one rank compute at once. A rank that receives more computes them in blocks, keeps the
-    rows alone and makes the rest again: routing that sends everything to one rank makes it slow, and does not end the
-    run for want of memory (`shoestring memory` says what it takes at most). null: twice a rank's even share."""
+    """Largest number of rows that the experts of one rank compute in one call, a multiple of 128; null: twice a rank's
+    average. A rank that receives more computes them in blocks and recomputes everything but the rows, so that uneven
+    routing makes it slower instead of running out of memory (`shoestring memory` prints the worst case)."""
 
     def problems(self) -> Iterator[Problem]:
-        """What is impossible about these values on their own."""
+        """Yield a problem for each invalid value."""
         known = [part.value for part in RecomputeModule]
         for index, part in enumerate(self.modules):
             if part not in known:
-                yield Problem(f"parts[{index}]", part, f"no such part of a layer; there are: {', '.join(known)}")
+                yield Problem(f"modules[{index}]", part, f"no such module; there are: {', '.join(known)}")
             elif part in self.modules[:index]:
-                yield Problem(f"parts[{index}]", part, "is there already; write it once")
+                yield Problem(f"modules[{index}]", part, "is listed twice; remove one")
         if self.expert_block_rows is not None and (
             self.expert_block_rows < TILE_WIDTH or self.expert_block_rows % TILE_WIDTH
         ):
-            hint = f"must be a multiple of {TILE_WIDTH}, which are the rows of an FP8 tile; or null"
+            hint = f"must be a multiple of {TILE_WIDTH}, the rows of an FP8 tile, or null"
             yield Problem("expert_block_rows", self.expert_block_rows, hint)
 
     def resolve_expert_block_rows(self, average_rows: int) -> int:
-        """The same as a number, for a rank whose even share are `even` rows."""
+        """Return `expert_block_rows` as a number, for a rank that receives `average_rows` with even routing."""
         return (
             TILE_WIDTH * tiles_per_row(2 * average_rows) if self.expert_block_rows is None else self.expert_block_rows
         )
 
     @property
     def recompute_modules(self) -> frozenset[RecomputeModule]:
-        """The same as a set."""
+        """The `modules` as a set."""
         return frozenset(map(RecomputeModule, self.modules))
 
 
 class SelectiveRecompute:
-    """A policy at work, in all phases of a chunk: one may keep what another has made."""
+    """Recompute policy in effect, shared by all phases of a chunk: one phase may save the result of another."""
 
     def __init__(self, modules: frozenset[RecomputeModule] = frozenset()) -> None:
         self.modules = modules
-        # By storage, for as long as that lives: what autograd keeps is often a view of a result.
+        # Keyed by storage, weakly: autograd often saves a view of a result, and a recipe must not outlive the memory.
         self._results = WeakIdKeyDictionary()
 
     @contextmanager
     def enable(self) -> Iterator[None]:
-        """Functions that run forward inside are recomputed where the policy says so."""
+        """Return a context in which functions of the policy's modules are recomputed in their backward."""
         if not self.modules or not torch.is_grad_enabled():
             yield
             return
@@ -99,7 +98,8 @@ class SelectiveRecompute:
             _COLLECTING.reset(token)
 
     def register(self, function: Callable[..., T], inputs: tuple[Any, ...], results: T) -> None:
-        """Remember how `results` were made. One that lies in an input's memory is that input, and not made at all."""
+        """Remember the recipe of `results`."""
+        # A result in an input's memory is that input (a view of it), and needs no recipe.
         held = {id(x.untyped_storage()) for x in inputs if isinstance(x, Tensor)}
         recipe = _Recipe(
             function, tuple(self.pack_saved_tensor(x.detach()) if isinstance(x, Tensor) else x for x in inputs)
@@ -109,11 +109,11 @@ class SelectiveRecompute:
                 self._results[result.untyped_storage()] = recipe, index
 
     def will_recompute(self, tensor: Tensor) -> bool:
-        """Whether there is a recipe for it."""
+        """Return True if there is a recipe for `tensor`."""
         return tensor.untyped_storage() in self._results
 
     def pack_saved_tensor(self, tensor: Tensor) -> Tensor | _View:
-        """What to keep of `tensor`: see `unpack_for_backward`."""
+        """Return what autograd saves for `tensor`: the tensor, or a view of a recipe's result to recompute it from."""
         found = self._results.get(tensor.untyped_storage())
         if found is None:
             return tensor
@@ -122,9 +122,9 @@ class SelectiveRecompute:
 
 
 def run_recomputable(part: RecomputeModule, function: Callable[..., T], *inputs: Any) -> T:
-    """`function(*inputs)`; a tensor, or a tuple of them. The policy may have it made again when it is needed.
+    """Return `function(*inputs)`, a tensor or a tuple of tensors that the policy may recompute in the backward.
 
-    The function must depend on nothing but its inputs and weights, and give the same bits each time.
+    The function must depend only on its inputs and weights, and return the same bits in every call.
     """
     results = function(*inputs)
     recompute = _COLLECTING.get()
@@ -134,7 +134,7 @@ def run_recomputable(part: RecomputeModule, function: Callable[..., T], *inputs:
 
 
 def run_checkpointed(part: RecomputeModule, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """The same for a function without weights, of which nothing inside is kept either: its backward runs it anew."""
+    """Return `function(*inputs)` of a function without weights; under the policy its backward saves only the inputs."""
     recompute = _COLLECTING.get()
     if recompute is None or part not in recompute.modules:
         return function(*inputs)
@@ -147,13 +147,14 @@ def run_checkpointed(part: RecomputeModule, function: Callable[..., Tensor], *in
 
 
 def will_be_recomputed(tensor: Tensor) -> bool:
-    """Whether the policy has `tensor` made again, so that who wants it in a backward should ask for it as it is."""
+    """Return True if the policy recomputes `tensor`: its user should then save the tensor itself, not a copy of it."""
     recompute = _COLLECTING.get()
     return recompute is not None and recompute.will_recompute(tensor)
 
 
 def pack_for_backward(tensor: Tensor) -> Any:
-    """What autograd keeps of `tensor` under the policy at work: for other hooks, which stand before the policy's."""
+    """Return what autograd saves for `tensor` under the active policy."""
+    # For other saved_tensors_hooks: torch calls only the innermost pair, so these must apply the policy themselves.
     recompute = _COLLECTING.get()
     return tensor if recompute is None else recompute.pack_saved_tensor(tensor)
 
@@ -162,7 +163,7 @@ _COLLECTING: ContextVar[SelectiveRecompute | None] = ContextVar("collecting reci
 
 
 class _Recipe:
-    """A function and its inputs, until its results are needed; then these, until nobody may ask for them any more."""
+    """Function and its inputs, replaced by its results when they are first needed."""
 
     def __init__(self, function: Callable[..., Any], inputs: tuple[Any, ...]) -> None:
         self._function, self._inputs = function, inputs
@@ -172,13 +173,13 @@ class _Recipe:
         if not self._results:
             with torch.no_grad():
                 self._results = _as_tuple(self._function(*map(unpack_for_backward, self._inputs)))
-            self._inputs = ()
+            self._inputs = ()  # they would hold memory that the recomputation was meant to free
         return self._results[index]
 
 
 @dataclass(frozen=True)
 class _View:
-    """Stands for a tensor that lies in a recipe's result."""
+    """View of a recipe's result, saved by autograd in place of a tensor."""
 
     recipe: _Recipe
     index: int
@@ -191,7 +192,7 @@ class _View:
 
 
 def unpack_for_backward(kept: Any) -> Any:
-    """The tensor that `pack_for_backward` has kept so; made again where there is a recipe for it."""
+    """Return the tensor that `pack_for_backward` packed, recomputed if there is a recipe for it."""
     return kept.tensor() if isinstance(kept, _View) else kept
 
 
@@ -200,7 +201,7 @@ def _as_tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 class _Replayed(torch.autograd.Function):
-    """Keeps the tensors that a function takes, and none that it makes on its way."""
+    """Function that saves its input tensors only, and runs again in its backward."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Tensor], *inputs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rotary position embedding of the decoupled query and key, with YaRN (report §2.1.1 eq. 3-4, §4.3).
+"""Rotary position embedding of decoupled queries and keys, with YaRN (report §2.1.1 eq. 3-4, §4.3).
 
 Letters: B batch, S sequence, H heads, P rotated pairs (half the rotated head width).
 """
@@ -18,21 +18,19 @@ from .config import ModelConfig, YarnConfig
 
 @dataclass(frozen=True)
 class RotaryEmbedding:
-    """exp(i · angle) of every position for every pair of dimensions, complex."""
+    """Rotation exp(i · angle) of every position and pair of dimensions, complex."""
 
     freqs_cis_SP: Tensor
 
     def apply(self, x_BSH: Tensor) -> Tensor:
-        """Rotate [B, S, H, 2P], whose pairs are neighbors (x0, x1), (x2, x3), …: a complex product."""
+        """Rotate [B, S, H, 2P], whose pairs are neighbors (x0, x1), (x2, x3), …, by a complex product."""
         pairs_BSHP = torch.view_as_complex(promote_to_fp32(x_BSH).unflatten(-1, (-1, 2)).contiguous())
         return torch.view_as_real(pairs_BSHP * self.freqs_cis_SP[:, None]).flatten(-2).to(x_BSH.dtype)
 
 
 def build_rotary_embedding(config: ModelConfig, length: int, like: Tensor) -> RotaryEmbedding:
-    """The rotation of positions 0 … length-1, on the device of `like`, in its dtype but FP32 at least.
-
-    Angles are formed in FP64: at position 100,000 an FP32 angle is off by up to 0.004 rad.
-    """
+    """Build the rotation of positions 0 … length-1, on the device of `like`, in its dtype or FP32 if that is wider."""
+    # Angles are FP64: at position 100,000 an FP32 angle is off by up to 0.004 rad.
     frequency_P = _frequencies(config)
     angle_SP = torch.arange(length, dtype=torch.float64)[:, None] * frequency_P
     scale = 1.0
@@ -46,7 +44,7 @@ def build_rotary_embedding(config: ModelConfig, length: int, like: Tensor) -> Ro
 
 
 def softmax_scale(config: ModelConfig) -> float:
-    """1 / sqrt(head width), times the square of YaRN's temperature √t = 0.1 ln s + 1."""
+    """Return 1 / sqrt(head width), times the square of YaRN's temperature √t = 0.1 ln s + 1."""
     scale: float = config.qk_head_dim**-0.5
     if config.rope_scaling is not None:
         scale *= _magnitude(config.rope_scaling, config.rope_scaling.mscale_all_dim) ** 2
@@ -58,7 +56,7 @@ def _magnitude(yarn: YarnConfig, mscale: float) -> float:
 
 
 def _frequencies(config: ModelConfig) -> Tensor:
-    """Radians a token for each pair. YaRN divides those of slowly turning pairs by its factor and blends in between."""
+    """Return radians per token of each pair. YaRN divides those of slow pairs by its factor, and blends in between."""
     width = config.qk_rope_head_dim
     frequency_P = config.rope_theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     yarn = config.rope_scaling
@@ -66,7 +64,7 @@ def _frequencies(config: ModelConfig) -> Tensor:
         return frequency_P
 
     def dimension_turning(turns: float) -> float:
-        """The (fractional) pair that makes this many turns over the original length."""
+        """Return the (fractional) pair that makes this many turns over the original length."""
         wavelength = yarn.original_max_position_embeddings / (turns * 2 * math.pi)
         return width * math.log(wavelength) / (2 * math.log(config.rope_theta))
 

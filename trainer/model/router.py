@@ -1,4 +1,4 @@
-"""DeepSeekMoE's router: affinity, selection under bias and group limit, gates, balance loss (report §2.1.2).
+"""Router of DeepSeekMoE: affinities, node-limited top-k with bias, gates, and balance loss (report §2.1.2).
 
 Letters: B batch, S sequence, T tokens (B·S), D hidden, E experts, K top-k, G groups.
 """
@@ -18,20 +18,20 @@ from .recompute import RecomputeModule, run_recomputable
 
 @dataclass(frozen=True)
 class RouterOutput:
-    """Where each token goes."""
+    """Experts and gates of each token."""
 
     gates_TK: Tensor
-    """FP32 at least; carries the gradient to the router."""
+    """Gate weights, FP32 or wider; differentiable."""
     expert_ids_TK: Tensor
-    """int64."""
+    """Chosen experts, int64."""
     balance_loss: Tensor
-    """eq. 17 without α, summed over the sequences of this micro-batch; carries a gradient."""
+    """Loss of eq. 17 without α, summed over the sequences of this micro-batch; differentiable."""
     tokens_per_expert_E: Tensor
-    """int64: how many valid tokens chose each expert. Padding is never counted."""
+    """Valid tokens that chose each expert, int64; padding is not counted."""
 
 
 class Router(nn.Module):
-    """Token to K experts. Logits, affinities and gates are FP32 at least, whatever the rest computes in."""
+    """Top-k router. Logits, affinities and gates are FP32 or wider for any compute dtype."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -41,10 +41,9 @@ class Router(nn.Module):
         self.bias_E: Tensor
 
     def forward(self, x_BSD: Tensor, valid_BS: Tensor) -> RouterOutput:
-        """Route each token; tokens that are not valid are routed too, but neither counted nor balanced."""
-        x_TD = run_recomputable(
-            RecomputeModule.NORM, promote_to_fp32, x_BSD.flatten(0, 1)
-        )  # of what a norm gives, wider
+        """Route each token. Padding is routed too, but it counts neither in the load nor in the balance loss."""
+        # The FP32 copy is twice as large as the BF16 output of the norm, and is recomputed with it.
+        x_TD = run_recomputable(RecomputeModule.NORM, promote_to_fp32, x_BSD.flatten(0, 1))
         logits_TE = linear(x_TD, self.weight)
         affinity_TE = (
             logits_TE.sigmoid() if self.config.scoring_func == "sigmoid" else logits_TE.softmax(dim=-1)
@@ -64,12 +63,13 @@ class Router(nn.Module):
         )
 
     def _select(self, affinity_TE: Tensor) -> Tensor:
-        """The K experts of highest affinity + bias within the M best groups (eq. 16 and "node-limited routing")."""
+        """Select the K experts of highest affinity + bias within the M best groups (eq. 16, node-limited routing)."""
         config = self.config
         score_TE = affinity_TE + self.bias_E
         if config.topk_group < config.n_group:
             score_TGE = score_TE.unflatten(1, (config.n_group, -1))
-            best = min(2, score_TGE.shape[-1])  # a group's score is the sum of its two best experts, K / M = 2 in V3
+            # Report §2.1.2 scores a group by the sum of its K / M best experts; that is 2 in V3, and fixed in its code.
+            best = min(2, score_TGE.shape[-1])
             group_score_TG = score_TGE.topk(best, dim=-1).values.sum(dim=-1)
             groups_TM = group_score_TG.topk(config.topk_group, dim=-1).indices
             allowed_TG = torch.zeros_like(group_score_TG, dtype=torch.bool).scatter_(1, groups_TM, True)
@@ -77,11 +77,9 @@ class Router(nn.Module):
         return score_TE.topk(config.num_experts_per_tok, dim=-1).indices
 
     def _balance_loss(self, affinity_BSE: Tensor, chosen_BSE: Tensor, valid_BS: Tensor) -> Tensor:
-        """Σ_sequences Σ_i f_i P_i (eq. 17-20), over each sequence's valid tokens.
-
-        f counts the experts that tokens are sent to. Eq. 18 writes the top-k of the affinity alone, without the bias;
-        balancing one selection and dispatching another would pull the router in a direction that no expert sees.
-        """
+        """Return Σ_sequences Σ_i f_i P_i (eq. 17-20) over each sequence's valid tokens."""
+        # f counts the experts that tokens are dispatched to. Eq. 18 takes the top-k of the affinity without the bias;
+        # that would balance one selection and dispatch another.
         tokens_B1 = valid_BS.sum(dim=1, keepdim=True).clamp(min=1).to(affinity_BSE.dtype)  # no valid token: loss 0
         fraction_BE = chosen_BSE.sum(dim=1) * (
             self.config.n_routed_experts / (self.config.num_experts_per_tok * tokens_B1)
@@ -93,10 +91,10 @@ class Router(nn.Module):
 
 @torch.no_grad()
 def update_router_bias(bias_E: Tensor, counts_E: Tensor, update_rate: float) -> None:
-    """Auxiliary-loss-free balancing: b_i += γ for experts under the mean load, b_i -= γ over it, in place.
+    """Update routing biases in place: b_i += γ for experts below the mean load, b_i -= γ above it (report §2.1.2).
 
-    Report §2.1.2. `counts_E` is the int64 load over the whole global batch. The comparison is exact:
-    sign(total - E · count) in integers.
+    `counts_E` is the int64 load over the whole global batch, `update_rate` is γ.
     """
+    # In integers, total - E · count: a mean load in floating point could miss an equality and move a balanced bias.
     total = counts_E.sum()
     bias_E += update_rate * torch.sign(total - counts_E.numel() * counts_E).to(bias_E.dtype)

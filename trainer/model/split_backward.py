@@ -1,4 +1,4 @@
-"""One compute phase: an ordinary autograd function cut from its neighbors, so that communication can run between."""
+"""Compute phase whose backward runs separately from its neighbors', so that communication can run in between."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .recompute import SelectiveRecompute
 
 
 class SplitBackward:
-    """Runs a function on detached inputs and, later, its backward alone: first of the inputs, then of the weights.
+    """Function on detached inputs whose backward runs later and alone: first of the inputs, then of the weights.
 
-    Of tensors it holds what autograd keeps for that backward, neither inputs nor outputs. Under `torch.no_grad` it is
-    the function and nothing more.
+    It holds the tensors that autograd saved for the backward, but neither inputs nor outputs. Under `torch.no_grad` it
+    only calls the function.
     """
 
     def __init__(
         self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor, recompute: SelectiveRecompute | None = None
     ) -> None:
-        """`inputs` and the function's results are floating point tensors."""
+        """Call `function`; `inputs` and the results are floating point tensors."""
         self._weights = DelayedWeightGradients()
         self._has_inputs = bool(inputs)
         self._grads: list[Tensor] = []
@@ -33,20 +33,21 @@ class SplitBackward:
             inputs = _Beginning.apply(self._grads, start, *inputs)  # type: ignore[no-untyped-call]
         with self._weights.collect_from_forward(), recompute.enable():
             outputs = function(*inputs)
+        # Gradient edges instead of tensors: the graph can run backward without holding the outputs' memory.
         self._ends = tuple(get_gradient_edge(x) for x in outputs) if torch.is_grad_enabled() else ()
         self._outputs = tuple(x.detach() for x in outputs)
 
     def pop_outputs(self) -> tuple[Tensor, ...]:
-        """The function's results, once: they are freed when whoever takes them is done with them."""
+        """Return the function's results, once; from then on only the caller holds them."""
         outputs, self._outputs = self._outputs, ()
         return outputs
 
     def backward_inputs(self, weights: DelayedWeightGradients, *grads: Tensor) -> tuple[Tensor, ...]:
-        """Take each output's gradient, return those of the inputs; what is left to do for weights goes to `weights`.
+        """Return the inputs' gradients, given those of the outputs; add delayed weight gradients to `weights`.
 
-        Without inputs all of it is for weights.
+        Without inputs the whole backward is delayed.
         """
-        ends, self._ends = self._ends, ()  # activations are freed here, not with the tape
+        ends, self._ends = self._ends, ()  # frees the activations now, not with the micro-batch's context
         if not self._has_inputs:
             weights.add_task(lambda: self._run(ends, grads))
             return ()
@@ -62,11 +63,9 @@ class SplitBackward:
 
 
 class _Beginning(torch.autograd.Function):
-    """Where a phase's backward ends: leaves the gradients of its inputs, of whose memory it holds nothing.
+    """First node of a phase's graph; its backward collects the inputs' gradients and holds none of their memory."""
 
-    `start` needs a gradient, which it never gets: without one autograd would not come this far.
-    """
-
+    # `start` requires a gradient, which it never gets: otherwise autograd would not run the backward of this node.
     @staticmethod
     def forward(ctx: Any, found: list[Tensor], start: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.found = found

@@ -1,4 +1,4 @@
-"""Which rank of a pipeline holds which part of the model, and which ranks hold the same part."""
+"""Assignment of the model's layers to pipeline stages and ranks, and the ranks that share a parameter."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .model import ModelShard
 
 @dataclass(frozen=True)
 class StageLayout:
-    """The layers of a model, split into the stages of a placement."""
+    """Layers of a model, split into the stages of a placement."""
 
     model: ModelConfig
     schedule: str
     placement: StagePlacement
     stage_layers: tuple[range, ...]
-    """Of each stage."""
+    """Layers of each stage."""
 
     @staticmethod
     def build(
@@ -36,14 +36,14 @@ class StageLayout:
         chunks: int | None = None,
         layout: Sequence[int] | None = None,
     ) -> StageLayout:
-        """Balanced by FLOPs, unless `layout` says how many layers each stage holds; the numbers must be legal."""
+        """Split the layers by FLOPs, or as `layout` gives the layers per stage; the numbers must be valid."""
         placement = build_placement(schedule, ranks, chunks)
         return StageLayout(
             model, schedule, placement, split_layers(model, sequence_length, placement.num_stages, layout).layer_ranges
         )
 
     def build_checked_program(self, micro_batches: int) -> PipelineProgram:
-        """One global batch of so many micro-batches, proved to be right."""
+        """Build the program of a step of `micro_batches` micro-batches, and verify it."""
         free = self.placement.style is PlacementStyle.LOOP and self.placement.chunks_per_rank > 1
         chunks = self.placement.chunks_per_rank if free else None
         program = build_program(self.schedule, self.placement.ranks, micro_batches, chunks)
@@ -51,7 +51,7 @@ class StageLayout:
         return program
 
     def stages_of_rank(self, pp_rank: int) -> tuple[StageSpec, ...]:
-        """The stages of one pipeline rank, by chunk."""
+        """Return the stages of one pipeline rank, by chunk."""
         places = (StageLocation(pp_rank, chunk) for chunk in range(self.placement.chunks_per_rank))
         return tuple(
             StageSpec(
@@ -63,9 +63,10 @@ class StageLayout:
         )
 
     def model_shard(self, topology: Topology, rank: int) -> ModelShard:
-        """The part of the model that `rank` holds. The last stage has MTP modules, which embed tokens, too."""
+        """Return the part of the model that `rank` holds; the last stage holds the MTP modules."""
         chunks = self.stages_of_rank(topology.pp_rank(rank))
         is_last = any(stage.is_last for stage in chunks)
+        # MTP modules embed tokens too, so the last stage also holds the embedding (see `replica_pp_groups`).
         embeds_again = is_last and self.model.num_nextn_predict_layers > 0
         return ModelShard(
             layers=tuple(sorted(layer for stage in chunks for layer in stage.layers)),
@@ -76,7 +77,7 @@ class StageLayout:
         )
 
     def stages_using(self, parameter: str) -> tuple[int, ...]:
-        """The stages that compute with the parameter of this name, ascending."""
+        """Return the stages that use the parameter of this name, ascending."""
         last = self.placement.num_stages - 1
         top, *rest = parameter.split(".")
         if top == "layers":
@@ -86,11 +87,11 @@ class StageLayout:
         return (last,)
 
     def pp_ranks_holding(self, parameter: str) -> tuple[int, ...]:
-        """The pipeline ranks that hold the parameter of this name, ascending."""
+        """Return the pipeline ranks that hold the parameter of this name, ascending."""
         return tuple(sorted({rank for stage in self.stages_using(parameter) for rank in self._ranks_of(stage)}))
 
     def replica_pp_groups(self) -> Iterator[tuple[int, ...]]:
-        """Every set of pipeline ranks that hold something in common."""
+        """Yield every set of pipeline ranks that hold a parameter in common; one process group is needed for each."""
         yield from (self._ranks_of(stage) for stage in range(self.placement.num_stages))
         yield self.pp_ranks_holding("embedding.weight")
 
@@ -101,7 +102,7 @@ class StageLayout:
 def split_layers(
     model: ModelConfig, sequence_length: int, stages: int, layout: Sequence[int] | None = None
 ) -> LayerPartition:
-    """The main model's layers over so many stages; embedding at their beginning, head and MTP at their end."""
+    """Split the main model's layers over `stages` stages; the first also has the embedding, the last head and MTP."""
     parts = count_part_costs(model, sequence_length)
     costs = [layer.flops for layer in parts.layers]
     return partition_layers(

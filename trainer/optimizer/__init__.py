@@ -1,1 +1,1 @@
-"""AdamW, the learning-rate schedule, and the average of the weights."""
+"""AdamW, the learning-rate schedule, and the moving average of the weights."""

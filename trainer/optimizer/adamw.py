@@ -1,6 +1,7 @@
 """AdamW (arXiv 1711.05101) with moments in BF16 and arithmetic in the dtype of the master weights (report §3.3.2).
 
-The moments are widened, moved, used for the update while they are wide, and rounded to nearest when they are put back.
+The moments are widened and updated, the weights are updated with the wide moments, and the moments are then rounded to
+nearest.
 
 Letters: N elements.
 """
@@ -15,13 +16,13 @@ from torch.optim.adamw import adamw
 
 from .config import OptimizerConfig
 
-SLICE_ELEMENTS = 2**18  # elements: the FP32 copies of two moments, 2 MB, stay in a cache
+SLICE_ELEMENTS = 2**18  # per slice: the FP32 copies of two moments, 2 MB, stay in a cache
 GPU_SLICE_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True)
 class AdamW:
-    """The rule of the update, by torch's fused kernel. See `parallelism.zero.optimizer.Update`."""
+    """AdamW by torch's fused kernel. See `parallelism.zero.optimizer.Update`."""
 
     config: OptimizerConfig
 
@@ -36,14 +37,14 @@ class AdamW:
         step: int,
         decays: bool,
     ) -> None:
-        """One step, in place."""
+        """Update the weights and moments of one step, in place."""
         if not master_n.numel():
             return
         state = (master_n, grad_n, exp_avg_n, exp_avg_sq_n)
         if exp_avg_n.dtype == master_n.dtype:
             self._fused(*state, rate, step, decays)
             return
-        # The kernel takes moments of the master's dtype alone: a piece of them is widened at a time.
+        # The kernel requires moments of the master's dtype. They are widened a slice at a time, to bound the copies.
         size = GPU_SLICE_ELEMENTS if master_n.is_cuda else SLICE_ELEMENTS
         for master, grad, exp_avg, exp_avg_sq in zip(*(tensor.split(size) for tensor in state), strict=True):
             wide, wide_sq = exp_avg.to(master.dtype), exp_avg_sq.to(master.dtype)
@@ -55,14 +56,15 @@ class AdamW:
         self, master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rate: float, step: int, decays: bool
     ) -> None:
         config = self.config
-        taken = torch.full((), step - 1, dtype=torch.float32, device=master.device)  # filled there: nothing to wait for
+        # Filled on the device, so that the host does not wait for a copy.
+        steps_taken = torch.full((), step - 1, dtype=torch.float32, device=master.device)
         adamw(
             [master],
             [grad],
             [exp_avg],
             [exp_avg_sq],
             [],
-            [taken],
+            [steps_taken],
             fused=True,
             amsgrad=False,
             beta1=config.beta1,
@@ -76,7 +78,7 @@ class AdamW:
 
 @dataclass(frozen=True)
 class AdamWReference:
-    """The same formula by formula: the oracle."""
+    """Reference of `AdamW`: its formulas in plain tensor operations."""
 
     config: OptimizerConfig
 
@@ -91,7 +93,7 @@ class AdamWReference:
         step: int,
         decays: bool,
     ) -> None:
-        """One step, in place."""
+        """Update the weights and moments of one step, in place."""
         config = self.config
         exp_avg = config.beta1 * exp_avg_n.to(master_n.dtype) + (1 - config.beta1) * grad_n
         exp_avg_sq = config.beta2 * exp_avg_sq_n.to(master_n.dtype) + (1 - config.beta2) * grad_n.square()

@@ -1,4 +1,4 @@
-"""AdamW's constants and the learning rate as a function of consumed tokens."""
+"""AdamW's hyperparameters, and the learning rate as a function of consumed tokens."""
 
 from __future__ import annotations
 
@@ -11,43 +11,45 @@ import torch
 from ...comm.errors import Problem
 
 _MOMENTS = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+# BF16's spacing is up to 2^-7 of a number: a moving average that changes by less than half of that per step is rounded
+# back to where it was.
 _LARGEST_BETA2_IN_BF16 = 1 - 2**-8
-"""BF16's spacing is up to 2^-7 of a number: a mean that one step moves by less than half of that stands still."""
+"""Largest beta2 with which a second moment in BF16 still moves."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Defaults are the report's (§4.2), but for the lengths, which belong to a run."""
+    """AdamW and learning-rate schedule. Defaults are those of report §4.2, except for the schedule's lengths."""
 
     peak_learning_rate: float = 2.2e-4
-    """Reached at the end of the warm-up."""
+    """Learning rate at the end of the warm-up; above 0."""
     final_learning_rate: float = 2.2e-5
-    """Reached at the end of the decay and kept."""
+    """Learning rate from the end of the decay on; 0 to `peak_learning_rate`."""
     warmup_tokens: int = 0
-    """Linear from 0 to the peak over these tokens."""
+    """Tokens over which the rate grows linearly from 0 to the peak."""
     constant_tokens: int | None = None
-    """At the peak for these tokens after the warm-up; null for the rest of the run."""
+    """Tokens after the warm-up at the peak rate; null: the rest of the run."""
     decay_tokens: int = 0
-    """Cosine from peak to final over these tokens after that; 0 for a step down."""
+    """Tokens after that over which the rate falls from peak to final along a cosine; 0: it falls in one step."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay of the first moment; 0 to 1, exclusive of 1."""
     beta2: float = 0.95
-    """Decay of the second moment."""
+    """Decay of the second moment; 0 to 1, exclusive of 1."""
     eps: float = 1e-8
-    """The report gives none; this is the usual one."""
+    """Term that keeps Adam's denominator from 0. The report gives no value; this is the usual one."""
     weight_decay: float = 0.1
-    """Decoupled, on matrices; not on norms."""
+    """Decoupled weight decay of weight matrices; norms have none."""
     clip_norm: float = 1.0
-    """Largest global gradient norm."""
+    """Largest global gradient norm; longer gradients are scaled down to it."""
     moments: str = "auto"
-    """What both moments are kept in: `bfloat16` (report §3.3.2), `float32`, `float64`, or `auto`: BF16, and FP64 in a
-    run that computes in FP64. The arithmetic is that of the master weights."""
+    """Dtype of both moments: `bfloat16` (report §3.3.2), `float32`, `float64`, or `auto`: BF16, and FP64 in a run that
+    computes in FP64. Updates are computed in the dtype of the master weights."""
     ema_decay: float | None = None
-    """What a step keeps of the moving average of the weights (report §3.2.3, which gives no number); null: no average.
-    It is evaluated beside the weights."""
+    """Share of the weights' moving average that a step keeps (report §3.2.3, which gives no value); between 0 and 1.
+    null: no average. Evaluations report the average's loss in addition to that of the weights."""
 
     def problems(self) -> Iterator[Problem]:
-        """What is impossible about these values on their own."""
+        """Yield a problem for each invalid value."""
         values = self.__dict__
         for name in ("peak_learning_rate", "eps", "clip_norm"):
             if not values[name] > 0:
@@ -64,24 +66,26 @@ class OptimizerConfig:
             yield Problem("moments", self.moments, f"must be auto, {', '.join(_MOMENTS)}")
         if self.moments in ("auto", "bfloat16") and _LARGEST_BETA2_IN_BF16 < self.beta2 < 1:
             hint = (
-                f"is above {_LARGEST_BETA2_IN_BF16}, where a BF16 mean stands still; or write optimizer.moments=float32"
+                f"must be at most {_LARGEST_BETA2_IN_BF16} with BF16 moments, which do not move above it; "
+                "or set optimizer.moments=float32"
             )
             yield Problem("beta2", self.beta2, hint, ("moments",))
         if self.final_learning_rate > self.peak_learning_rate:
             hint = f"must be at most peak_learning_rate = {self.peak_learning_rate}"
             yield Problem("final_learning_rate", self.final_learning_rate, hint, ("peak_learning_rate",))
         if self.constant_tokens is None and self.decay_tokens:
-            hint = "is never reached: constant_tokens is null, the rest of the run; say how long the rate is constant"
+            hint = "has no effect while constant_tokens is null (constant for the rest of the run); set constant_tokens"
             yield Problem("decay_tokens", self.decay_tokens, hint, ("constant_tokens",))
 
     def moments_dtype(self, masters: torch.dtype) -> torch.dtype:
-        """The dtype of the moments beside master weights of this one."""
+        """Return the dtype of the moments of master weights of dtype `masters`."""
         if self.moments == "auto":
             return torch.float64 if masters == torch.float64 else torch.bfloat16
         return _MOMENTS[self.moments]
 
     def learning_rate_at(self, tokens: int) -> float:
-        """The rate of a step at whose end `tokens` are consumed, so that the first step's is not 0 (report §4.2)."""
+        """Return the learning rate of the step at whose end `tokens` are consumed (report §4.2)."""
+        # The count at the step's end, not at its start: with a warm-up the first step's rate would else be 0.
         peak, final = self.peak_learning_rate, self.final_learning_rate
         if tokens < self.warmup_tokens:
             return peak * tokens / self.warmup_tokens

@@ -1,6 +1,6 @@
-"""Exponential moving average of the weights, on the CPU and beside the training (report §3.2.3).
+"""Exponential moving average of the weights, kept and updated on the CPU during training (report §3.2.3).
 
-An early look at how the model would do after the learning rate has decayed, for no memory or time of a GPU.
+It estimates the model's quality after learning-rate decay early, and takes neither memory nor time of a GPU.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ...parallelism.zero.optimizer import ShardedOptimizer
 
 
 class WeightEMA:
-    """The average of the master weights that this rank owns: 4 / d bytes of the host's memory a parameter.
+    """Average of this rank's shard of the master weights: 4 / d bytes of host memory per parameter.
 
-    `start` after a step, `wait` before the next one changes the masters. On a GPU, whose `streams` are given, not yet
-    run on hardware.
+    Call `start_update` after a step, and `wait` before the next one changes the masters. With `streams`, those of a
+    GPU, not yet run on hardware.
     """
 
     def __init__(
@@ -31,9 +31,9 @@ class WeightEMA:
         streams: DeviceStreams | None = None,
         staged_bytes: int = STAGING_BYTES,
     ) -> None:
-        """Begin as the weights are. A step keeps `decay` of the average and takes the rest from the weights.
+        """Start from the present weights. A step keeps `decay` of the average and takes the rest from the weights.
 
-        With `streams`, `staged_bytes` of pinned memory lie between the GPU and the average.
+        With `streams`, the masters are copied to the host through `staged_bytes` of pinned memory.
         """
         self._optimizer = optimizer
         self._decay = decay
@@ -48,24 +48,24 @@ class WeightEMA:
         self._moving: Future[None] | None = None
 
     def reset(self) -> None:
-        """Make the average what the weights are now."""
+        """Set the average to the present weights."""
         for bucket, shard in zip(self._buckets, self._shards, strict=True):
             shard.copy_(bucket.master_n)
 
     def start_update(self) -> None:
-        """Move the average towards the weights, while the caller goes on with the next step."""
+        """Start moving the average toward the weights, on a thread, while the next step runs."""
         self.wait()
         updated = None if self._reader is None else self._reader.record_event()
         self._moving = self._thread.submit(self._move, updated)
 
     def wait(self) -> None:
-        """Until the average has moved."""
+        """Wait until the average is updated."""
         if self._moving is not None:
             self._moving.result()
             self._moving = None
 
     def local_shards(self) -> Iterator[tuple[str, int, Tensor]]:
-        """Parameter, offset of a stretch in it when flattened, and the average there, a view; see `bucket.Owned`."""
+        """Yield parameter name, offset in the flattened parameter, and the average there as a view, for each shard."""
         self.wait()
         for bucket, shard in zip(self._buckets, self._shards, strict=True):
             for owned in bucket.local_shards():
@@ -73,7 +73,7 @@ class WeightEMA:
 
     @contextmanager
     def swapped_into_model(self) -> Iterator[None]:
-        """Collective: inside, the model's weights are the average; afterwards what they were, to the last bit."""
+        """Return a context in which the model's weights are the average; they are restored exactly. Collective."""
         self.wait()
         kept = [bucket.master_n.clone() for bucket in self._buckets]
         self._replace_masters(self._shards)
@@ -84,22 +84,22 @@ class WeightEMA:
 
     @property
     def nbytes(self) -> int:
-        """Of the average."""
+        """Bytes of the average."""
         return sum(shard.nbytes for shard in self._shards)
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._thread.shutdown()
 
     @torch.no_grad()
     def _move(self, updated: StreamEvent | None) -> None:
-        """`updated`: when the masters of this step are there; None on a CPU."""
+        """Update the average; `updated` is the event after which the masters are those of this step, None on a CPU."""
         for bucket, shard in zip(self._buckets, self._shards, strict=True):
             for part, master_n in self._on_host(bucket.master_n, updated):
                 shard[part].lerp_(master_n, 1 - self._decay)
 
     def _on_host(self, master_n: Tensor, updated: StreamEvent | None) -> Iterator[tuple[slice, Tensor]]:
-        """In stretches."""
+        """Yield slices of `master_n` on the host, each with its position."""
         if self._reader is None:
             yield slice(None), master_n
         else:

@@ -1,1 +1,1 @@
-"""Numeric formats: which dtype computes, the Linear of the model, and its products in FP8 with their providers."""
+"""Number formats: compute dtypes, and FP8 Linears with their backends."""

@@ -1,11 +1,11 @@
-"""What attention gives, kept once for two backwards: its own and that of the Linear behind it, in E5M6 (report §3.3.3).
+"""Attention output in E5M6, saved once for two backwards: of attention and of the Linear after it (report §3.3.3).
 
-A fused attention keeps its output for its backward. In FP8 the Linear behind it keeps the same numbers for its weight,
-in E5M6; here both read these, as in the report, and the wide output goes with the forward.
+A fused attention saves its output for its backward. In FP8 the Linear after it saves the same numbers in E5M6 for its
+weight gradient. Both backwards read this E5M6 copy, as in the report, and the wide output is freed with the forward.
 
-The output is found among what autograd keeps by its memory, whatever its view: cuDNN's and the memory-efficient kernel
-keep it as [B, H, S, V], FlashAttention-3 as [B, S, H, V]. Plain products with all scores in memory (`math`), and the
-blocks for CPUs, do not keep it: they find nothing here, and their memory is as it was.
+Among the tensors that autograd saves, the output is recognized by its memory, because its view differs: cuDNN's and the
+memory-efficient kernel save it as [B, H, S, V], FlashAttention-3 as [B, S, H, V]. The backends `math` and `blocks` (for
+CPUs) do not save it, so this changes nothing for them.
 
 Letters: B batch, H heads, S sequence, W width of queries and keys, V of values.
 """
@@ -26,10 +26,10 @@ from .e5m6 import E5M6Rows, unpack_e5m6
 
 @dataclass
 class _Place:
-    """Stands for a tensor where autograd keeps it."""
+    """Placeholder that autograd saves instead of a tensor."""
 
     tensor: Tensor | None
-    """Until it is packed."""
+    """Wide tensor, until E5M6 replaces it."""
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
@@ -37,7 +37,7 @@ class _Place:
 
 
 class SharedAttentionOutput:
-    """The output of one attention."""
+    """Output of one attention, shared by the backwards of attention and of the Linear after it."""
 
     def __init__(self) -> None:
         self._places: list[_Place] = []
@@ -47,8 +47,8 @@ class SharedAttentionOutput:
     def run_attention(
         self, attention: Callable[..., Tensor], q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, *others: Any
     ) -> Tensor:
-        """What `attention` gives, [B, H, S, V]. What its backward keeps of that will be here."""
-        size = v_BHSV.numel()  # and no tensor: autograd holds these functions as long as what they keep
+        """Run `attention` and return its output [B, H, S, V]; this object holds what autograd saves of the output."""
+        size = v_BHSV.numel()  # a number, since the hooks below would hold a tensor as long as the saved tensors
         inputs = {_memory(x) for x in (q_BHSW, k_BHSW, v_BHSV)}
 
         def keep(tensor: Tensor) -> Any:
@@ -64,7 +64,7 @@ class SharedAttentionOutput:
         return out_BHSV
 
     def replace_with_e5m6(self, packed: E5M6Rows) -> None:
-        """The same numbers, [B · S, H · V], in the place of the wide ones."""
+        """Replace the wide output by its E5M6 numbers, [B · S, H · V]."""
         self._packed = packed
         for place in self._places:
             place.tensor = None
@@ -95,6 +95,7 @@ def _is_in(tensor: Tensor | None, other: Tensor) -> bool:
 
 
 def _memory(tensor: Tensor) -> int:
-    """What the memory of `tensor` is known by while it lives. Fake tensors share an address, and not this."""
+    """Return an identity of the memory of `tensor`, valid while it is allocated."""
+    # Not the address, which all fake tensors share.
     storage: int = tensor.untyped_storage()._cdata
     return storage

@@ -1,4 +1,4 @@
-"""What computes in FP8: one small interface, several providers (report §3.3).
+"""Interface of FP8 backends, and the selection of one (report §3.3).
 
 Letters: X rows, D width, R rows of activations, F inner width, L experts on this rank; N, K sides of a weight [N, K].
 """
@@ -17,75 +17,75 @@ from .fp8_tensors import ColumnwiseFp8Tensor, Fp8Weight, RowwiseFp8Tensor, Scale
 from .reference import ReferenceBackend
 
 RowsPerExpert = tuple[int, ...]
-"""How many rows each expert of a stack of weights has; they follow each other."""
+"""Number of rows of each expert; rows are sorted by expert."""
 
 
 class PrecisionBackend(Protocol):
-    """Quantizes, and multiplies what it has quantized. Sums are formed in FP32, 128 products at a time."""
+    """FP8 backend: quantization, and GEMMs of quantized operands with FP32 sums every 128 products."""
 
     def quantize_rowwise(self, x_XD: Tensor, scales: ScaleFormat) -> RowwiseFp8Tensor:
-        """Rows in tiles of 1 × 128."""
+        """Quantize rows in tiles of 1 × 128."""
         ...
 
     def swiglu_quantize_rowwise(
         self, gate_up_RF: Tensor, gates_R: Tensor | None, scales: ScaleFormat
     ) -> RowwiseFp8Tensor:
-        """SwiGLU of [R, 2F], each row times its gate weight where there are any, in tiles of 1 × 128, [R, F]."""
+        """Quantize SwiGLU of [R, 2F], times the row's gate weight if given, in tiles of 1 × 128, [R, F]."""
         ...
 
     def quantize_columnwise(self, x_RD: Tensor, rows_L: RowsPerExpert, scales: ScaleFormat) -> ColumnwiseFp8Tensor:
-        """Rows the other way round, in tiles of 128 × 1, those of each expert apart."""
+        """Quantize rows column-wise, in tiles of 128 × 1 that do not cross experts."""
         ...
 
     def rowwise_to_columnwise(
         self, x: RowwiseFp8Tensor, rows_L: RowsPerExpert, scales: ScaleFormat
     ) -> ColumnwiseFp8Tensor:
-        """Rows that are in tiles of 1 × 128 the other way round, as `columns` of the numbers that they hold."""
+        """Quantize the numbers of tiles of 1 × 128 column-wise, as `quantize_columnwise` does."""
         ...
 
     def swiglu_quantize_columnwise(
         self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: RowsPerExpert, scales: ScaleFormat
     ) -> ColumnwiseFp8Tensor:
-        """The same numbers the other way round, in tiles of 128 × 1, those of each expert apart."""
+        """Quantize SwiGLU of [R, 2F], times the row's gate weight if given, column-wise."""
         ...
 
     def quantize_weight(self, weight: Tensor, scales: ScaleFormat) -> Fp8Weight:
-        """A weight [N, K] or a stack of them [L, N, K] in blocks of 128 × 128."""
+        """Quantize a weight [N, K] or a stack of weights [L, N, K] in blocks of 128 × 128."""
         ...
 
     def gemm(self, x: RowwiseFp8Tensor, weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
-        """x Wᵀ, [R, N] in `dtype`, of x [R, K] and W [N, K]."""
+        """Return x Wᵀ, [R, N] in `dtype`, of x [R, K] and W [N, K]."""
         ...
 
     def grouped_gemm(self, x: RowwiseFp8Tensor, weight: Fp8Weight, rows_L: RowsPerExpert, dtype: torch.dtype) -> Tensor:
-        """The same, each row with the weight of its expert, of W [L, N, K]."""
+        """Return x Wᵀ, [R, N] in `dtype`, of x [R, K] and each row's expert of W [L, N, K]."""
         ...
 
     def grouped_wgrad_gemm(self, grad: ColumnwiseFp8Tensor, x: ColumnwiseFp8Tensor) -> Tensor:
-        """gradᵀ x over the rows of each expert, FP32 [L, N, K]: the gradient of weights; 0 for one without rows."""
+        """Return the weight gradients gradᵀ x over the rows of each expert, FP32 [L, N, K]; 0 without rows."""
         ...
 
     def accumulate_grouped_wgrad(self, grad: ColumnwiseFp8Tensor, x: ColumnwiseFp8Tensor, sum_LNK: Tensor) -> None:
-        """Add the same to a sum that is there, in the sum's dtype."""
+        """Add `grouped_wgrad_gemm` to `sum_LNK` in place, in its dtype."""
         ...
 
 
 BACKEND_NAMES = ("triton", "torch", "te", "reference")
-"""The faster ones first. All but the last need a Hopper GPU, and have not yet run on one."""
+"""Names of the backends, fastest first. All but the last need a Hopper GPU, and have not yet run on one."""
 
 _HOPPER = (9, 0)
 
 
 def unavailable_reasons(name: str, *, on_gpu: bool) -> Iterator[str]:
-    """Why the provider of this name cannot serve this machine's GPUs, or its CPU; nothing where it can."""
+    """Yield why the backend of this name cannot run on this machine's GPUs, or on its CPU."""
     if name == "reference":
         return
     if name == "triton" and importlib.util.find_spec("triton") is None:
-        yield "triton is not installed; pip install triton, the version that this torch was built with"
+        yield "triton is not installed; pip install the triton version that this torch was built with"
     if name == "te":
         yield from _missing_of_te(on_gpu=on_gpu)
     if not on_gpu:
-        yield "it needs a Hopper GPU; train on one, or write precision.fp8_backend=reference"
+        yield "it needs a Hopper GPU; set precision.fp8_backend=reference on other machines"
         return
     capability = torch.cuda.get_device_capability()
     if capability != _HOPPER:
@@ -95,13 +95,14 @@ def unavailable_reasons(name: str, *, on_gpu: bool) -> Iterator[str]:
 
 
 def _missing_of_te(*, on_gpu: bool) -> Iterator[str]:
-    """Its part for torch is a library in its own folder, which no search finds; on a GPU it is loaded instead."""
+    """Yield why Transformer Engine cannot be used."""
+    # Its library for torch lies in the package's folder, where `find_spec` does not see it, so on a GPU it is imported.
     if importlib.util.find_spec("transformer_engine") is None:
         yield "transformer_engine is not installed; pip install transformer-engine[pytorch], 2.20 or later"
     elif on_gpu:
         try:
             importlib.import_module(".te_backend", __package__)
-        except Exception as fault:  # what one meets that is older, or was built for another torch or CUDA
+        except Exception as fault:  # an older version, or one built for another torch or CUDA, may raise anything
             yield f"transformer_engine does not load; install 2.20 or later for this torch ({fault!r})"
 
 
@@ -110,21 +111,21 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def choose_backend(name: str, *, on_gpu: bool) -> str:
-    """What `auto` stands for: the first that can serve; any other name is itself."""
+    """Return the backend that `auto` selects, the first that can run; return any other name unchanged."""
     if name != "auto":
         return name
     return next(each for each in BACKEND_NAMES if not any(unavailable_reasons(each, on_gpu=on_gpu)))
 
 
 def open_backend(name: str, device: torch.device) -> PrecisionBackend:
-    """The provider of this name, or that which `auto` chooses."""
+    """Open the backend of this name, or the one that `auto` selects for `device`."""
     chosen = choose_backend(name, on_gpu=device.type == "cuda")
     if chosen == "triton":
         from .triton_backend import TritonBackend  # optional package
 
         return TritonBackend()
     if chosen == "torch":
-        from .torch_backend import TorchBackend  # its scaled_mm is younger than the oldest torch that trains
+        from .torch_backend import TorchBackend  # needs `scaled_mm`, which the oldest supported torch lacks
 
         return TorchBackend()
     if chosen == "te":

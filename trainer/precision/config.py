@@ -1,4 +1,4 @@
-"""Which numeric format computes."""
+"""Number formats of compute, weights and FP8 operands."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torc
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-    """Master weights and gradients are FP32 (FP64 when computing in it); `compute` is for all between.
+    """Dtypes of a run. Master weights and gradients are FP32, or FP64 when `compute` is.
 
-    It is what weights are kept in, too, but for norms and routers: see `trainer.run.bucket_plan.plan_buckets`.
+    Weights are stored in `compute`, except those of norms and routers: see `trainer.run.bucket_plan.plan_buckets`.
     """
 
     compute: str = "auto"
-    """`float32`, `bfloat16`, `float64`, or `auto`: BF16 on a GPU, FP32 elsewhere."""
+    """Dtype of activations and weights: `float32`, `bfloat16`, `float64`, or `auto`: BF16 on a GPU, FP32 elsewhere."""
     linear: str = "native"
-    """Products of the Linears but the head's: `native` (in `compute`), or `fp8` as in the report (§3.3)."""
+    """Number format of all Linears except the head: `native` (that of `compute`), or `fp8` as in report §3.3."""
     fp8_backend: str = "auto"
-    """What computes in FP8: see `shoestring doctor`; `auto` takes the fastest that serves the device."""
+    """FP8 implementation: `triton`, `torch`, `te`, `reference`, or `auto`, the fastest that the device supports (see
+    `shoestring doctor`)."""
     fp8_scale_format: str = "fp32"
-    """Of FP8 tiles: `fp32`, or `power_of_two`. Those that the report wants to be powers of two always are."""
+    """Format of FP8 scales: `fp32` or `power_of_two`. Scales that are powers of two in the report always are."""
 
     def problems(self) -> Iterator[Problem]:
-        """What is impossible about these values on their own."""
+        """Yield a problem for each invalid value."""
         if self.compute != "auto" and self.compute not in _DTYPES:
             yield Problem("compute", self.compute, f"must be auto, {', '.join(_DTYPES)}")
         if self.linear not in ("native", "fp8"):
@@ -44,21 +45,24 @@ class PrecisionConfig:
         for name, default in (("fp8_backend", "auto"), ("fp8_scale_format", "fp32")):
             if self.linear == "native" and self.__dict__[name] != default:
                 yield Problem(
-                    name, self.__dict__[name], "is for FP8: write linear=fp8 too, or leave it out", ("linear",)
+                    name,
+                    self.__dict__[name],
+                    "is used in FP8 only: set precision.linear=fp8, or remove it",
+                    ("linear",),
                 )
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
-        """The dtype of activations."""
+        """Return the dtype of activations on `device`."""
         if self.compute == "auto":
             return torch.bfloat16 if device.type == "cuda" else torch.float32
         return _DTYPES[self.compute]
 
     def parameter_dtype(self) -> torch.dtype:
-        """The dtype of initial weights, of their masters and of gradients."""
+        """Return the dtype of initial weights, master weights and gradients."""
         return torch.float64 if self.compute == "float64" else torch.float32
 
     def build_fp8_ops(self, device: torch.device) -> Fp8LinearOps | None:
-        """How the Linears compute, where it is in FP8."""
+        """Return the FP8 operations of the Linears, or None if they do not compute in FP8."""
         return (
             Fp8LinearOps(open_backend(self.fp8_backend, device), ScaleFormat(self.fp8_scale_format))
             if self.linear == "fp8"

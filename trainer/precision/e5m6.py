@@ -1,8 +1,8 @@
-"""Twelve-bit numbers for activations that more than one backward reads: E5M6 with power-of-two scales (report §3.3.3).
+"""E5M6: twelve-bit numbers with power-of-two scales, for activations that two backwards read (report §3.3.3).
 
-The report keeps the inputs of the Linear after attention in "a customized E5M6 data format" and says no more of it.
-Here it is FP16 without the last four bits of its mantissa: a sign, five bits of exponent with a bias of 15, six of
-mantissa, largest number 65,024. Two numbers share three bytes.
+The report saves the input of the Linear after attention in "a customized E5M6 data format" and does not define it. Here
+it is FP16 without the last four bits of the mantissa: a sign, five exponent bits with a bias of 15, six mantissa bits,
+largest number 65,024. Two numbers share three bytes.
 
 Letters: X rows, D width (P when made even), Q tiles of a row.
 """
@@ -21,7 +21,7 @@ _MANTISSA = 6
 _DROPPED = 4  # bits of FP16's mantissa
 _SMALLEST_EXPONENT = -14  # of a normal number
 E5M6_MAX = 65_024.0
-"""The largest E5M6 number, (1 - 2^-7) · 2^16."""
+"""Largest E5M6 number, (1 - 2^-7) · 2^16."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class E5M6Rows:
     """Rows of E5M6 numbers."""
 
     bytes_XB: Tensor
-    """uint8, three for each two numbers of a row."""
+    """Packed numbers, uint8: three bytes for two numbers of a row."""
     exponents_XQ: Tensor
-    """uint8, E8M0: of the scale of each 1 × 128."""
+    """Scale exponents of each 1 × 128, uint8 (E8M0)."""
     width: int
-    """D."""
+    """D, numbers per row."""
 
 
 def pack_e5m6(x_XD: Tensor) -> E5M6Rows:
-    """[X, D], rounded to nearest, ties to even. A tile that holds infinity or NaN becomes NaN."""
+    """Pack [X, D], rounded to nearest, ties to even. A tile that holds infinity or NaN becomes NaN."""
     x_XQI = split_into_tiles(x_XD.to(torch.float32))
     exponents_XQ = compute_scale_exponents(torch.maximum(x_XQI.amax(dim=-1), -x_XQI.amin(dim=-1)), E5M6_MAX)
     scaled_XD = (x_XQI / scales_from_exponents(exponents_XQ, torch.float32)[..., None]).flatten(1)[:, : x_XD.shape[1]]
@@ -49,7 +49,7 @@ def pack_e5m6(x_XD: Tensor) -> E5M6Rows:
 
 
 def unpack_e5m6(packed: E5M6Rows, dtype: torch.dtype) -> Tensor:
-    """[X, D]. Exact in BF16 and wider."""
+    """Unpack to [X, D]; exact in BF16 and wider."""
     low, middle, high = packed.bytes_XB.to(torch.int32).unflatten(1, (-1, 3)).unbind(-1)
     codes_XP = torch.stack((low | (middle & 0xF) << 8, middle >> 4 | high << 4), dim=-1).flatten(1)
     halves_XD = (codes_XP[:, : packed.width] << _DROPPED).to(torch.int16).view(torch.float16)
@@ -58,7 +58,7 @@ def unpack_e5m6(packed: E5M6Rows, dtype: torch.dtype) -> Tensor:
 
 
 def _rounded(scaled_XD: Tensor) -> Tensor:
-    """To six bits of mantissa, or to the fixed step below the smallest normal number."""
+    """Round to six mantissa bits; below the smallest normal number, to its fixed step."""
     _, exponent_XD = torch.frexp(scaled_XD)
     step_XD = torch.ldexp(torch.ones_like(scaled_XD), (exponent_XD - 1).clamp(min=_SMALLEST_EXPONENT) - _MANTISSA)
     return (scaled_XD / step_XD).round_().mul_(step_XD)

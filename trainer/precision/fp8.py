@@ -1,12 +1,12 @@
-"""Linear in FP8: its three products, what it keeps for its backward, gradients of weights apart (report §3.3).
+"""FP8 Linears: their three GEMMs, saved activations, and delayed weight gradients (report §3.3).
 
     forward          y  = x Wᵀ     x in 1 × 128 tiles, W in 128 × 128 blocks
     input gradient   dx = dy W     dy in 1 × 128 tiles, the same blocks, transposed
     weight gradient  dW = dyᵀ x    both in 128 × 1 tiles, the sum in FP32, added to the FP32 gradient
 
-What is kept of x is FP8: its tiles, which the backward turns into columns; E5M6 for the Linear after attention; and
-where x is the output of a SwiGLU, the tiles of that one's input, from which x is computed again. Nothing is kept of
-an x that the backward makes again anyway (`recompute`), but for the one after attention.
+Saved of x are its FP8 tiles, which the backward quantizes again column-wise; for the Linear after attention, E5M6; and
+if x is the output of a SwiGLU, the FP8 tiles of the SwiGLU's input, from which x is recomputed. Nothing is saved of an
+x that the recompute policy recomputes anyway, except after attention.
 
 Letters: R rows, L experts on this rank; N and K widths, F inner width.
 """
@@ -32,13 +32,14 @@ from .weight_cache import Fp8WeightCache
 
 @dataclass(frozen=True)
 class Fp8LinearOps:
-    """How the Linears of one model compute."""
+    """FP8 operations of the Linears of one model."""
 
     backend: PrecisionBackend
+    # Report §3.3.3 requires powers of two for the input of the Linear after attention, and for the rows and gradients
+    # that experts receive. The last two are dispatched in FP8: a power-of-two scale makes quantizing received numbers
+    # again exact.
     scale_format: ScaleFormat = ScaleFormat.FP32
-    """Of all but those which the report wants to be powers of two: the input of the Linear after attention, the rows
-    that experts receive, and the gradients that they receive. The last two are what crosses between ranks in FP8: rows
-    that came in FP8 are taken as they came, and tiles made of such gradients hold the numbers that came."""
+    """Format of all scales but those that are powers of two in the report."""
     weight_cache: Fp8WeightCache = field(default_factory=Fp8WeightCache)
 
     def linear(
@@ -49,7 +50,7 @@ class Fp8LinearOps:
         after_attention: bool = False,
         attention_output: SharedAttentionOutput | None = None,
     ) -> Tensor:
-        """x Wᵀ, [..., K] to [..., N], in the dtype of `x`. `shared`: the attention whose output `x` is."""
+        """Compute x Wᵀ, [..., N], in the dtype of `x`. `attention_output`: the attention whose output `x` is."""
         x_RK = x.flatten(0, -2)
         scales = ScaleFormat.POWER_OF_TWO if after_attention else self.scale_format
         if torch.is_grad_enabled():
@@ -59,20 +60,20 @@ class Fp8LinearOps:
         return out.view(*x.shape[:-1], len(weight_NK))
 
     def swiglu_linear(self, gate_up: Tensor, weight_NK: Tensor) -> Tensor:
-        """SwiGLU(gate_up) Wᵀ, [..., 2F] to [..., N], keeping tiles of `gate_up` alone."""
+        """Compute SwiGLU(gate_up) Wᵀ, [..., 2F] to [..., N], saving only FP8 tiles of `gate_up`."""
         out = self._of_swiglu(gate_up.flatten(0, -2), None, weight_NK, None)
         return out.view(*gate_up.shape[:-1], len(weight_NK))
 
     def quantize_received_rows(self, rows_RK: Tensor) -> RowwiseFp8Tensor:
-        """Received rows as they would have come on an FP8 wire."""
+        """Quantize received rows as an FP8 dispatch would have sent them."""
         return self.backend.quantize_rowwise(rows_RK, ScaleFormat.POWER_OF_TWO)
 
     def experts_gate_up(
         self, rows_RK: Tensor, weight_LNK: Tensor, rows_L: RowsPerExpert, prequantized: RowwiseFp8Tensor | None = None
     ) -> Tensor:
-        """Each received row times the transposed weight of its expert, [R, N]; `came`: the rows where they came in FP8.
+        """Multiply each received row by the transposed weight of its expert, [R, N].
 
-        Then of `rows_RK` nothing but shape and dtype is used.
+        `prequantized`: the rows if they were dispatched in FP8; only shape and dtype of `rows_RK` are then used.
         """
         if not torch.is_grad_enabled():
             tiles = self.quantize_received_rows(rows_RK) if prequantized is None else prequantized
@@ -84,7 +85,7 @@ class Fp8LinearOps:
     def experts_swiglu_down(
         self, gate_up_RF: Tensor, gates_R: Tensor, weight_LNK: Tensor, rows_L: RowsPerExpert
     ) -> Tensor:
-        """SwiGLU(gate_up) times the row's gate weight, times the transposed weight of its expert, [R, N]."""
+        """Multiply SwiGLU(gate_up), times the row's gate weight, by the transposed weight of its expert, [R, N]."""
         return self._of_swiglu(gate_up_RF, gates_R, weight_LNK, rows_L)
 
     def _of_swiglu(
@@ -97,17 +98,17 @@ class Fp8LinearOps:
         return out
 
     def _product(self, x: RowwiseFp8Tensor, weight: Tensor, rows_L: RowsPerExpert | None, dtype: torch.dtype) -> Tensor:
-        """x Wᵀ with nothing kept."""
+        """Compute x Wᵀ without saving anything."""
         return self.gemm(x, self.quantized_weight(weight), rows_L, dtype)
 
     def gemm(self, x: RowwiseFp8Tensor, blocks: Fp8Weight, rows_L: RowsPerExpert | None, dtype: torch.dtype) -> Tensor:
-        """x Wᵀ of one weight, or of each row's expert."""
+        """Compute x Wᵀ with one weight, or with that of each row's expert if `rows_L` is given."""
         if rows_L is None:
             return self.backend.gemm(x, blocks, dtype)
         return self.backend.grouped_gemm(x, blocks, rows_L, dtype)
 
     def quantized_weight(self, weight: Tensor) -> Fp8Weight:
-        """Of a weight, once a step."""
+        """Return the FP8 blocks of a weight, quantized once per step."""
         return self.weight_cache.get_or_quantize(weight, lambda w: self.backend.quantize_weight(w, self.scale_format))
 
 
@@ -122,9 +123,9 @@ class _Linear(torch.autograd.Function):
         scales: ScaleFormat,
         after_attention: bool,
         shared: SharedAttentionOutput | None,
-        came: RowwiseFp8Tensor | None,
+        prequantized: RowwiseFp8Tensor | None,
     ) -> Tensor:
-        x = fp8.backend.quantize_rowwise(x_RK, scales) if came is None else came
+        x = fp8.backend.quantize_rowwise(x_RK, scales) if prequantized is None else prequantized
         blocks = fp8.quantized_weight(weight)
         ctx.fp8, ctx.weight, ctx.rows, ctx.left, ctx.x_scales = fp8, weight, rows_L, get_active_collector(), scales
         ctx.packed_width = None
@@ -144,30 +145,32 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, block_scales, *kept = ctx.saved_tensors
-        grad_RN, fp8, width, scales = grads[0], ctx.fp8, ctx.packed_width, ctx.x_scales
+        fp8: Fp8LinearOps = ctx.fp8  # typed: `ctx` is Any, and mypy would miss a wrong name
+        grad_RN, width, scales = grads[0], ctx.packed_width, ctx.x_scales
         rows_L = ctx.rows or (len(grad_RN),)
 
         def columns(tiles: RowwiseFp8Tensor) -> ColumnwiseFp8Tensor:
-            made: ColumnwiseFp8Tensor = fp8.backend.rowwise_to_columnwise(tiles, rows_L, scales)
-            return made
+            return fp8.backend.rowwise_to_columnwise(tiles, rows_L, scales)
 
         def x() -> ColumnwiseFp8Tensor:
             if width is None:
                 return columns(RowwiseFp8Tensor(kept[0], kept[1]))
             wide_RK = unpack_e5m6(E5M6Rows(kept[0], kept[1], width), torch.float32)
-            made: ColumnwiseFp8Tensor = fp8.backend.quantize_columnwise(wide_RK, rows_L, scales)
-            return made
+            return fp8.backend.quantize_columnwise(wide_RK, rows_L, scales)
 
-        if len(kept) == 1:  # wide: what waits for its product shall be FP8
-            made = columns(fp8.backend.quantize_rowwise(kept[0], scales))
-            grad_weight = _leave(ctx, fp8.backend.quantize_columnwise(grad_RN, rows_L, fp8.scale_format), lambda: made)
+        # A recomputed x is wide. It is quantized now, so that the delayed weight gradient holds only FP8.
+        if len(kept) == 1:
+            columns_of_x = columns(fp8.backend.quantize_rowwise(kept[0], scales))
+            grad_weight = _delay_wgrad(
+                ctx, fp8.backend.quantize_columnwise(grad_RN, rows_L, fp8.scale_format), lambda: columns_of_x
+            )
         else:
-            grad_weight = _leave(ctx, fp8.backend.quantize_columnwise(grad_RN, rows_L, fp8.scale_format), x)
+            grad_weight = _delay_wgrad(ctx, fp8.backend.quantize_columnwise(grad_RN, rows_L, fp8.scale_format), x)
         if not ctx.needs_input_grad[0]:
             return None, grad_weight, None, None, None, None, None, None
         grad_tiles = fp8.backend.quantize_rowwise(grad_RN, fp8.scale_format)
-        turned = fp8.weight_cache.get_transposed(ctx.weight, Fp8Weight(values, block_scales))
-        grad_x_RK = fp8.gemm(grad_tiles, turned, ctx.rows, grad_RN.dtype)
+        transposed = fp8.weight_cache.get_transposed(ctx.weight, Fp8Weight(values, block_scales))
+        grad_x_RK = fp8.gemm(grad_tiles, transposed, ctx.rows, grad_RN.dtype)
         return grad_x_RK, grad_weight, None, None, None, None, None, None
 
 
@@ -192,7 +195,8 @@ class _LinearOfSwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         kept, scales, values, block_scales, *gates = ctx.saved_tensors
-        grad_RN, fp8 = grads[0], ctx.fp8
+        fp8: Fp8LinearOps = ctx.fp8
+        grad_RN = grads[0]
         gate_up_RF, gates_R = (
             dequantize_rowwise(RowwiseFp8Tensor(kept, scales), grad_RN.dtype),
             gates[0] if gates else None,
@@ -200,29 +204,31 @@ class _LinearOfSwiGLU(torch.autograd.Function):
         received = ctx.rows is not None
         grad_tiles = fp8.backend.quantize_rowwise(grad_RN, ScaleFormat.POWER_OF_TWO if received else fp8.scale_format)
         rows_L = ctx.rows or (len(grad_RN),)
-        if received:  # in FP8 perhaps: both products see what an FP8 wire brings
+        # Gradients that experts receive may have been sent in FP8. Quantizing the columns from the FP8 rows makes the
+        # weight gradient the same for wide and FP8 formats of the wire.
+        if received:
             grad = fp8.backend.rowwise_to_columnwise(grad_tiles, rows_L, fp8.scale_format)
         else:
             grad = fp8.backend.quantize_columnwise(grad_RN, rows_L, fp8.scale_format)
         inner = fp8.backend.swiglu_quantize_columnwise(gate_up_RF, gates_R, rows_L, fp8.scale_format)
-        grad_weight = _leave(ctx, grad, lambda: inner)
+        grad_weight = _delay_wgrad(ctx, grad, lambda: inner)
         blocks = fp8.weight_cache.get_transposed(ctx.weight, Fp8Weight(values, block_scales))
         grad_inner_RK = fp8.gemm(grad_tiles, blocks, ctx.rows, grad_RN.dtype)
         return *swiglu_backward(gate_up_RF, gates_R, grad_inner_RK), grad_weight, None, None
 
 
-def _leave(ctx: Any, grad: ColumnwiseFp8Tensor, x: Callable[[], ColumnwiseFp8Tensor]) -> Tensor | None:
-    """Leave the gradient of the weight with whoever collects them, or hand it to autograd where nobody does.
+def _delay_wgrad(ctx: Any, grad: ColumnwiseFp8Tensor, x: Callable[[], ColumnwiseFp8Tensor]) -> Tensor | None:
+    """Defer the weight gradient to the active collector, or return it to autograd if there is none.
 
-    Until then `grad` and what makes `x` are held, both of them FP8.
+    Until then `grad` and the inputs of `x` are held, all of them FP8.
     """
-    weight, backend = ctx.weight, ctx.fp8.backend
+    weight: Tensor = ctx.weight
+    backend: PrecisionBackend = ctx.fp8.backend
     if not weight.requires_grad:
         return None
 
     def product() -> Tensor:
-        out: Tensor = backend.grouped_wgrad_gemm(grad, x())
-        return out.view_as(weight)
+        return backend.grouped_wgrad_gemm(grad, x()).view_as(weight)
 
     def add() -> None:
         if weight.grad is None:

@@ -1,15 +1,14 @@
-"""Triton kernels for Hopper: quantize rows and columns, those of a SwiGLU and of tiles too, and blocks; products, and
-gradients of weights (report §3.3).
+"""Triton kernels for Hopper: row-wise, column-wise and block quantization, GEMMs and weight gradients (report §3.3).
 
-A tensor core's short accumulator holds 128 products at most: every 128 elements the partial sum is scaled and added to
-an FP32 accumulator in registers. One program makes one block of the result. Rows of different experts never share a
-block: `first`, `last` and `expert` say for each block of rows which it covers and whose weight it meets.
+A tensor core's short accumulator sums at most 128 products: every 128 elements the partial sum is scaled and added to
+an FP32 accumulator in registers. One program computes one block of the result. A block never has rows of two experts:
+`first`, `last` and `expert` give the rows of each block and the expert whose weight multiplies them.
 
-Every width is right. Where it is no multiple of 16, loads are one number wide, and `grouped_gemm` and `quantize_weight` are
-slow besides, since they spill registers; no other kernel does, nor do these two where it is one.
+Every width works. If it is not a multiple of 16, loads are one number wide, and `grouped_gemm` and `quantize_weight`
+spill registers, which makes them slow; no kernel spills at multiples of 16, and no other kernel at any width.
 
-Their twins are in `tiles.py` and `reference.py`. Under `TRITON_INTERPRET=1` they run on a CPU, but for CUDA's exp, in
-whose place `tests/trainer/precision/against_twins.py` puts another. Not yet run on hardware.
+Their references are in `fp8_tensors.py` and `reference.py`. Under `TRITON_INTERPRET=1` they run on a CPU, except for
+CUDA's exp, which `tests/trainer/precision/against_twins.py` replaces. Not yet run on hardware.
 
 Letters: R rows, D width, F inner width, N and K sides of a weight.
 """
@@ -21,15 +20,15 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 TILE: tl.constexpr = tl.constexpr(128)
-"""Elements that share a scale, and that a tensor core sums before promotion."""
+"""Elements per scale, and products that a tensor core sums before promotion."""
 
 GROUP_SIZE_M: tl.constexpr = tl.constexpr(16)
-"""Blocks of rows that programs take together, see `output_block_index`."""
+"""Row blocks that consecutive programs cover together; see `output_block_index`."""
 
 
 @triton.jit
 def _scale_for(largest, broken, power_of_two: tl.constexpr):
-    """FP32 scales, and NaN where `broken`. As `tiles._scale_for`."""
+    """Return FP32 scales, NaN where `broken`; the counterpart of `fp8_tensors._scale_for`."""
     if power_of_two:
         bits = largest.to(tl.int32, bitcast=True)
         # 448 = 1.75 · 2^8: one more where the mantissa is above 1.75. Down to 2^-126, so that dividing is exact.
@@ -42,21 +41,22 @@ def _scale_for(largest, broken, power_of_two: tl.constexpr):
 
 @triton.jit
 def _broken(x):
-    """1 for infinity and NaN."""
+    """Return 1 for infinity and NaN, else 0."""
     return ((x != x) | (tl.abs(x) == float("inf"))).to(tl.int32)
 
 
 @triton.jit
 def _to_bf16(x):
-    """FP32 numbers that BF16 has: the nearest, ties to even. The interpreter's own cast cuts off instead."""
+    """Round to BF16, to nearest, ties to even; the result is FP32."""
+    # By integers, because the interpreter's cast truncates.
     bits = x.to(tl.int32, bitcast=True)
     nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-    return tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)  # of some NaN the sum would be a number
+    return tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)  # the sum would turn some NaN into numbers
 
 
 @triton.jit
 def _store_tiles(x, values_ptr, scales_ptr, row, rows, width, tiles, power_of_two: tl.constexpr, ROWS: tl.constexpr):
-    """ROWS tiles of 1 × 128: quantized, to values [R, D] and scales [R, Q]. x [ROWS, 128], row [ROWS]."""
+    """Quantize x [ROWS, 128], one tile per row, and store it to values [R, D] and scales [R, Q] at row [ROWS]."""
     tile = tl.program_id(1)
     column = tile * TILE + tl.arange(0, TILE)
     scale = _scale_for(tl.max(tl.abs(x), axis=1), tl.max(_broken(x), axis=1) > 0, power_of_two)
@@ -68,11 +68,9 @@ def _store_tiles(x, values_ptr, scales_ptr, row, rows, width, tiles, power_of_tw
 
 @triton.jit
 def _swiglu(gate_up_ptr, gates_ptr, row, column, is_row, width):
-    """[R, F] of BF16 [R, 2F], each row times its gate weight where there are any (`gates_ptr` may be None).
-
-    Rounded to BF16 where plain tensors are: after silu, after each product. The exp is that of torch's silu: `tl.exp`
-    is off by more where its argument is large.
-    """
+    """Return SwiGLU [R, F] of BF16 [R, 2F], times the row's gate weight unless `gates_ptr` is None."""
+    # Rounded to BF16 as tensor operations are: after silu and after each product. The exp is that of torch's silu,
+    # because `tl.exp` has larger errors for large arguments.
     there = is_row[:, None] & (column[None, :] < width)
     place = gate_up_ptr + row[:, None].to(tl.int64) * (2 * width) + column[None, :]
     gate = tl.load(place, mask=there, other=0.0).to(tl.float32)
@@ -85,7 +83,7 @@ def _swiglu(gate_up_ptr, gates_ptr, row, column, is_row, width):
 
 @triton.jit
 def quantize_rowwise(x_ptr, values_ptr, scales_ptr, rows, width, tiles, power_of_two: tl.constexpr, ROWS: tl.constexpr):
-    """[R, D] to values [R, D] and scales [R, Q]: 1 × 128 tiles, ROWS of them a program."""
+    """Quantize [R, D] to values [R, D] and scales [R, Q]: 1 × 128 tiles, ROWS of them per program."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     there = (row[:, None] < rows) & (column[None, :] < width)
@@ -98,7 +96,7 @@ def quantize_rowwise(x_ptr, values_ptr, scales_ptr, rows, width, tiles, power_of
 def swiglu_quantize_rowwise(
     gate_up_ptr, gates_ptr, values_ptr, scales_ptr, rows, width, tiles, power_of_two: tl.constexpr, ROWS: tl.constexpr
 ):
-    """`_swiglu` to what `quantize_rowwise` makes of it."""
+    """Quantize `_swiglu` as `quantize_rowwise` does."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     x = _swiglu(gate_up_ptr, gates_ptr, row, column, row < rows, width)
@@ -107,12 +105,12 @@ def swiglu_quantize_rowwise(
 
 @triton.jit
 def _store_columns(x, values_ptr, scales_ptr, column, width, tiles, power_of_two: tl.constexpr, COLUMNS: tl.constexpr):
-    """COLUMNS tiles of 128 × 1: quantized, to values [D, 128 · Q] and scales [D, Q]. x [128, COLUMNS]."""
+    """Quantize x [128, COLUMNS], one tile per column, and store it to values [D, 128 · Q] and scales [D, Q]."""
     tile = tl.program_id(0)
     scale = _scale_for(tl.max(tl.abs(x), axis=0), tl.max(_broken(x), axis=0) > 0, power_of_two)
-    turned = tl.trans(tl.div_rn(x, tl.broadcast_to(scale[None, :], (TILE, COLUMNS))))
+    transposed = tl.trans(tl.div_rn(x, tl.broadcast_to(scale[None, :], (TILE, COLUMNS))))
     place = column[:, None].to(tl.int64) * (tiles * TILE) + tile * TILE + tl.arange(0, TILE)[None, :]
-    tl.store(values_ptr + place, turned.to(values_ptr.dtype.element_ty), mask=column[:, None] < width)
+    tl.store(values_ptr + place, transposed.to(values_ptr.dtype.element_ty), mask=column[:, None] < width)
     tl.store(scales_ptr + column.to(tl.int64) * tiles + tile, scale, mask=column < width)
 
 
@@ -121,7 +119,7 @@ def quantize_columnwise(
     x_ptr, first_ptr, last_ptr, values_ptr, scales_ptr, width, tiles,
     power_of_two: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """[R, D] to values [D, 128 · Q] and scales [D, Q]: 128 × 1 tiles of the rows from first[q] to last[q]."""
+    """Quantize [R, D] to values [D, 128 · Q] and scales [D, Q]: 128 × 1 tiles of the rows from first[q] to last[q]."""
     row = tl.load(first_ptr + tl.program_id(0)) + tl.arange(0, TILE)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     there = (row[:, None] < tl.load(last_ptr + tl.program_id(0))) & (column[None, :] < width)
@@ -135,7 +133,7 @@ def swiglu_quantize_columnwise(
     gate_up_ptr, gates_ptr, first_ptr, last_ptr, values_ptr, scales_ptr, width, tiles,
     power_of_two: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`_swiglu` to what `quantize_columnwise` makes of it."""
+    """Quantize `_swiglu` as `quantize_columnwise` does."""
     row = tl.load(first_ptr + tl.program_id(0)) + tl.arange(0, TILE)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     x = _swiglu(gate_up_ptr, gates_ptr, row, column, row < tl.load(last_ptr + tl.program_id(0)), width)
@@ -147,7 +145,7 @@ def rowwise_to_columnwise(
     x_ptr, x_scales_ptr, first_ptr, last_ptr, values_ptr, scales_ptr, width, tiles,
     power_of_two: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The numbers of 1 × 128 tiles [R, D] to what `quantize_columnwise` makes of them; COLUMNS divides 128."""
+    """Quantize the numbers of 1 × 128 tiles [R, D] as `quantize_columnwise` does; COLUMNS divides 128."""
     row = tl.load(first_ptr + tl.program_id(0)) + tl.arange(0, TILE)
     is_row = row < tl.load(last_ptr + tl.program_id(0))
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -162,7 +160,7 @@ def rowwise_to_columnwise(
 def quantize_weight(
     x_ptr, values_ptr, scales_ptr, rows, width, row_blocks, blocks, power_of_two: tl.constexpr
 ):  # fmt: skip
-    """A stack [L, N, K] to values and scales [L, P, Q]: one 128 × 128 block a program."""
+    """Quantize a stack [L, N, K] to values and scales [L, P, Q]: one 128 × 128 block per program."""
     of_stack, down, across = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = down * TILE + tl.arange(0, TILE)[:, None]
     column = across * TILE + tl.arange(0, TILE)[None, :]
@@ -178,12 +176,9 @@ def quantize_weight(
 
 @triton.jit
 def output_block_index(program, row_blocks, column_blocks):
-    """Which block of the result a program makes: row, column.
-
-    Programs that run at the same time shall read little. Those of one wave take a few blocks of columns of GROUP blocks
-    of rows, so both factors come from the cache; one after the other down the rows, they would read all rows again for
-    each block of columns.
-    """
+    """Return row and column of the block that a program computes."""
+    # Programs that run together should share operands in the cache. Those of one wave cover a few column blocks of
+    # GROUP_SIZE_M row blocks; in plain row order they would read all rows again for each column block.
     group = program // (GROUP_SIZE_M * column_blocks)
     height = tl.minimum(row_blocks - group * GROUP_SIZE_M, GROUP_SIZE_M)
     place = program % (GROUP_SIZE_M * column_blocks)
@@ -195,7 +190,7 @@ def grouped_gemm(
     x_ptr, x_scales_ptr, w_ptr, w_scales_ptr, out_ptr, first_ptr, last_ptr, expert_ptr, n, k, n_blocks, k_blocks,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """x Wᵀ: x [R, K] in 1 × 128 tiles, W [L, N, K] in 128 × 128 blocks, out [R, N]; COLUMNS divides 128."""
+    """Compute x Wᵀ: x [R, K] in 1 × 128 tiles, W [L, N, K] in 128 × 128 blocks, out [R, N]; COLUMNS divides 128."""
     column_blocks = tl.cdiv(n, COLUMNS)
     block, column_block = output_block_index(tl.program_id(0), tl.num_programs(0) // column_blocks, column_blocks)
     row = tl.load(first_ptr + block) + tl.arange(0, ROWS)
@@ -222,14 +217,12 @@ def grouped_wgrad_gemm(
     a_ptr, a_scales_ptr, b_ptr, b_scales_ptr, out_ptr, first_tile_ptr, n, k, tiles,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """a bᵀ over the tiles of each expert, added to what is there: a [N, 128 · Q], b [K, 128 · Q], both in tiles, out
-    FP32 [L, N, K].
-    """
+    """Add a bᵀ over the tiles of each expert to out, FP32 [L, N, K]; a [N, 128 · Q] and b [K, 128 · Q] are in tiles."""
     expert = tl.program_id(1)
     row_block, column_block = output_block_index(tl.program_id(0), tl.cdiv(n, ROWS), tl.cdiv(k, COLUMNS))
     row = row_block * ROWS + tl.arange(0, ROWS)
     column = column_block * COLUMNS + tl.arange(0, COLUMNS)
-    # Behind the edge the last row is read again: without masks the loop needs fewer registers.
+    # Beyond the edge, rows read the last row again instead of a mask, which would need more registers in the loop.
     a_row = tl.minimum(row, n - 1).to(tl.int64)
     b_row = tl.minimum(column, k - 1).to(tl.int64)
     a_at = a_ptr + a_row[:, None] * (tiles * TILE)
@@ -241,7 +234,7 @@ def grouped_wgrad_gemm(
         a_scale = tl.load(a_scales_ptr + a_row * tiles + tile)
         b_scale = tl.load(b_scales_ptr + b_row * tiles + tile)
         total += partial * a_scale[:, None] * b_scale[None, :]
-    # From the block's corner, in 32 bits: whole places would take registers that are not there.
+    # 32-bit offsets from the block's corner: 64-bit offsets would not fit in the registers.
     corner = out_ptr + (expert.to(tl.int64) * n + row_block * ROWS) * k + column_block * COLUMNS
     place = corner + tl.arange(0, ROWS)[:, None] * k + tl.arange(0, COLUMNS)[None, :]
     there = (row[:, None] < n) & (column[None, :] < k)

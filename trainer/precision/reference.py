@@ -1,11 +1,11 @@
-"""FP8 products with plain tensors, on any device: the definition that every faster backend is compared with.
+"""Reference of FP8 GEMMs in plain tensor operations, on any device; every faster backend is compared with it.
 
-A product sums 128 neighbors exactly and rounds to FP32, multiplies by both scales, and adds to an FP32 total, tile by
-tile: what tensor cores with promotion every 128 elements do (report §3.3.2), without their short accumulator. Sums as
-Hopper's tensor cores form them are here, too (report §3.3.2; ISCA'25 paper §3.1.1).
+A GEMM sums 128 neighboring products exactly and rounds to FP32, multiplies by both scales, and adds to an FP32 total,
+tile by tile. Tensor cores with promotion every 128 elements do the same (report §3.3.2), except for their short
+accumulator, which `emulate_hopper_gemm` models (report §3.3.2; ISCA'25 paper §3.1.1).
 
-Letters: X and Y rows of two factors, Q tiles, K what is summed over, I the products of one instruction; R rows of
-activations, F inner width, L experts on this rank; N, K sides of a weight.
+Letters: X and Y rows of two operands, Q tiles, K inner dimension, I products of one instruction; R rows of activations,
+F inner width, L experts on this rank; N, K sides of a weight.
 """
 
 from __future__ import annotations
@@ -32,24 +32,22 @@ from .swiglu import swiglu_forward
 PRODUCTS_PER_INSTRUCTION = 32
 """Products that one tensor-core instruction sums for each element."""
 
-_FRACTION = 13  # bits behind the leading one that survive the alignment
+_FRACTION = 13  # bits after the leading one that the alignment keeps
 
 
 def exact_gemm(a_XK: Tensor, b_YK: Tensor) -> Tensor:
-    """a bᵀ of E4M3 numbers given in FP64, rounded once to FP32, [X, Y].
-
-    Up to K = 2^17 no sum in any order needs more than FP64's 53 bits: products are multiples of 2^-18 and at most 2^18.
-    So the bits do not depend on the order in which a library sums.
-    """
+    """Return a bᵀ of E4M3 numbers given in FP64, rounded once to FP32, [X, Y]."""
+    # Products are multiples of 2^-18 and at most 2^18, so up to K = 2^17 every partial sum is exact in FP64's 53 bits,
+    # and the result does not depend on the library's order of summation.
     return (a_XK @ b_YK.T).to(torch.float32)
 
 
 def emulate_hopper_gemm(a_XK: Tensor, b_YK: Tensor, promote_every: int | None = None) -> Tensor:
-    """The same sum in the tensor cores' accumulator: FP32 in name, with 13 bits behind the leading one.
+    """Return a bᵀ as Hopper's tensor cores sum it: in an FP32 accumulator that keeps 13 bits after the leading one.
 
-    Each instruction adds 32 products to its accumulator: all 33 terms are aligned to the largest exponent among them
-    and what lies below 13 fraction bits is cut off, before the sum and after it. With `promote_every` elements the
-    accumulator is added to a true FP32 register and begins again at 0.
+    Each instruction adds 32 products to the accumulator: all 33 terms are aligned to the largest exponent among them
+    and truncated to 13 fraction bits, before the sum and after it. After every `promote_every` elements the accumulator
+    is added to an FP32 register and set to 0.
     """
     total_XY = torch.zeros((len(a_XK), len(b_YK)), dtype=torch.float32, device=a_XK.device)
     held_XY = total_XY.double()
@@ -67,7 +65,7 @@ def emulate_hopper_gemm(a_XK: Tensor, b_YK: Tensor, promote_every: int | None = 
 
 
 def _step(largest: Tensor) -> Tensor:
-    """The last place that is kept of a number of this magnitude, and of all that are aligned with it."""
+    """Return the value of the last bit that is kept of a number of this magnitude, and of those aligned with it."""
     _, exponent = torch.frexp(largest)
     return torch.ldexp(torch.ones_like(largest), exponent - 1 - _FRACTION)
 
@@ -78,65 +76,65 @@ def _cut(x: Tensor, step: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ReferenceBackend:
-    """`sum_tile` sums the products of one tile: exactly, or as Hopper does."""
+    """FP8 backend in plain tensor operations; `tile_gemm` sums the products of one tile, exactly or as Hopper does."""
 
     tile_gemm: Callable[[Tensor, Tensor], Tensor] = exact_gemm
 
     def quantize_rowwise(self, x_XD: Tensor, scales: ScaleFormat) -> RowwiseFp8Tensor:
-        """See `PrecisionBackend`."""
+        """Implement `PrecisionBackend`."""
         return quantize_rowwise(x_XD, scales)
 
     def swiglu_quantize_rowwise(
         self, gate_up_RF: Tensor, gates_R: Tensor | None, scales: ScaleFormat
     ) -> RowwiseFp8Tensor:
-        """See `PrecisionBackend`."""
+        """Implement `PrecisionBackend`."""
         return self.quantize_rowwise(swiglu_forward(gate_up_RF, gates_R), scales)
 
     def quantize_columnwise(self, x_RD: Tensor, rows_L: tuple[int, ...], scales: ScaleFormat) -> ColumnwiseFp8Tensor:
-        """See `PrecisionBackend`."""
+        """Implement `PrecisionBackend`."""
         return quantize_columnwise(x_RD, rows_L, scales)
 
     def rowwise_to_columnwise(
         self, x: RowwiseFp8Tensor, rows_L: tuple[int, ...], scales: ScaleFormat
     ) -> ColumnwiseFp8Tensor:
-        """See `PrecisionBackend`."""
+        """Implement `PrecisionBackend`."""
         return self.quantize_columnwise(dequantize_rowwise(x, torch.float32), rows_L, scales)
 
     def swiglu_quantize_columnwise(
         self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: tuple[int, ...], scales: ScaleFormat
     ) -> ColumnwiseFp8Tensor:
-        """See `PrecisionBackend`."""
+        """Implement `PrecisionBackend`."""
         return self.quantize_columnwise(swiglu_forward(gate_up_RF, gates_R), rows_L, scales)
 
     def quantize_weight(self, weight: Tensor, scales: ScaleFormat) -> Fp8Weight:
-        """See `PrecisionBackend`."""
+        """Implement `PrecisionBackend`."""
         return quantize_weight(weight, scales)
 
     def gemm(self, x: RowwiseFp8Tensor, weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
-        """See `PrecisionBackend`."""
+        """Implement `PrecisionBackend`."""
         scales_NQ = weight.scales_PQ.repeat_interleave(TILE_WIDTH, 0)[: len(weight.values_NK)]
         return self._product(x, RowwiseFp8Tensor(weight.values_NK, scales_NQ)).to(dtype)
 
     def grouped_gemm(
         self, x: RowwiseFp8Tensor, weight: Fp8Weight, rows_L: tuple[int, ...], dtype: torch.dtype
     ) -> Tensor:
-        """See `PrecisionBackend`."""
+        """Implement `PrecisionBackend`."""
         rows = zip(x.values_XD.split(rows_L), x.scales_XQ.split(rows_L), strict=True)
         weights = zip(weight.values_NK, weight.scales_PQ, strict=True)
         parts = zip(rows, weights, strict=True)
         return torch.cat([self.gemm(RowwiseFp8Tensor(*own), Fp8Weight(*expert), dtype) for own, expert in parts])
 
     def grouped_wgrad_gemm(self, grad: ColumnwiseFp8Tensor, x: ColumnwiseFp8Tensor) -> Tensor:
-        """See `PrecisionBackend`."""
+        """Implement `PrecisionBackend`."""
         both = zip(split_by_expert(grad), split_by_expert(x), strict=True)
         return torch.stack([self._product(ours, theirs) for ours, theirs in both])
 
     def accumulate_grouped_wgrad(self, grad: ColumnwiseFp8Tensor, x: ColumnwiseFp8Tensor, sum_LNK: Tensor) -> None:
-        """See `PrecisionBackend`."""
+        """Implement `PrecisionBackend`."""
         sum_LNK += self.grouped_wgrad_gemm(grad, x)
 
     def _product(self, a: RowwiseFp8Tensor, b: RowwiseFp8Tensor) -> Tensor:
-        """a bᵀ of X rows and Y rows, FP32 [X, Y]."""
+        """Return a bᵀ of X rows and Y rows, FP32 [X, Y]."""
         a_XK, b_YK = upcast_e4m3(a.values_XD, torch.float64), upcast_e4m3(b.values_XD, torch.float64)
         total_XY = a_XK.new_zeros((len(a_XK), len(b_YK)), dtype=torch.float32)
         for tile, start in enumerate(range(0, a_XK.shape[1], TILE_WIDTH)):
@@ -146,7 +144,7 @@ class ReferenceBackend:
 
 
 def split_by_expert(columns: ColumnwiseFp8Tensor) -> list[RowwiseFp8Tensor]:
-    """What belongs to each expert."""
+    """Split a column-wise tensor into those of the experts."""
     counts = columns.tiles_per_expert_L
     values = columns.tiles.values_XD.split([count * TILE_WIDTH for count in counts], dim=1)
     scales = columns.tiles.scales_XQ.split(counts, dim=1)

@@ -1,4 +1,4 @@
-"""SwiGLU: silu of the first half of a row times its second half, and that times the row's gate weight.
+"""SwiGLU: silu of the first half of a row times its second half, optionally times the row's gate weight.
 
 Letters: R rows, F inner width.
 """
@@ -15,49 +15,49 @@ from .fp8_tensors import promote_to_fp32
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(first half) ⊙ second half of the last dimension."""
+    """Return silu(first half) ⊙ second half of the last dimension."""
     out: Tensor = _SwiGLU.apply(gate_up)  # type: ignore[no-untyped-call]
     return out
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
-    """The same, differentiated by autograd, which keeps silu(first half) too."""
+    """Reference of `swiglu`, differentiated by autograd, which also saves silu(first half)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def weighted_swiglu(gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:
-    """SwiGLU with each row times its weight, [R, 2F] to [R, F]."""
+    """Return SwiGLU with each row multiplied by its weight, [R, 2F] to [R, F]."""
     out: Tensor = _WeightedSwiGLU.apply(gate_up_RF, weights_R)  # type: ignore[no-untyped-call]
     return out
 
 
 def weighted_swiglu_reference(gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:
-    """The same, differentiated by autograd."""
+    """Reference of `weighted_swiglu`, differentiated by autograd."""
     return (swiglu_reference(gate_up_RF) * weights_R[:, None]).to(gate_up_RF.dtype)
 
 
 def swiglu_forward(gate_up_RF: Tensor, weights_R: Tensor | None) -> Tensor:
-    """Either of the two: rows of experts have weights, those of a dense layer have none."""
+    """Return `weighted_swiglu` for the rows of experts, or `swiglu` for those of a dense layer, without weights."""
     return swiglu(gate_up_RF) if weights_R is None else weighted_swiglu(gate_up_RF, weights_R)
 
 
 def swiglu_backward(gate_up_RF: Tensor, weights_R: Tensor | None, grad_RF: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Of gate and up projections, and of the weights where there are any."""
+    """Return the gradients of gate and up projections, and of the weights if given."""
     if weights_R is None:
         return _gradient(gate_up_RF, grad_RF), None
     return _weighted_gradients(gate_up_RF, weights_R, grad_RF)
 
 
 def _scaled(x_RF: Tensor, weights_R: Tensor) -> Tensor:
-    """Each row times its weight, rounded once, from the wider of the two dtypes. May write into `x_RF`."""
+    """Multiply each row by its weight in the wider of the two dtypes, and round once. May overwrite `x_RF`."""
     if x_RF.dtype == weights_R.dtype:
         return x_RF.mul_(weights_R[:, None])
     return (x_RF * weights_R[:, None]).to(x_RF.dtype)
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Keeps what it is given and nothing that it makes on its way."""
+    """SwiGLU that saves its input and no intermediate result."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def _gradient(gate_up: Tensor, grad: Tensor) -> Tensor:
 
 
 class _WeightedSwiGLU(torch.autograd.Function):
-    """Fewer passes over memory than autograd takes: the backward writes both halves of its gradient in place."""
+    """Weighted SwiGLU whose backward writes both halves of its gradient in place: fewer passes than autograd's."""
 
     @staticmethod
     def forward(ctx: Any, gate_up_RF: Tensor, weights_R: Tensor) -> Tensor:

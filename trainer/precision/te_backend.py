@@ -1,9 +1,9 @@
-"""FP8 products by Transformer Engine's block-scaled GEMM. Not yet run on hardware; written to version 2.20.
+"""FP8 GEMMs by Transformer Engine's block-scaled GEMM. Not yet run on hardware; written for version 2.20.
 
-Transformer Engine keeps such a matrix as bytes [M, K] and scales that cuBLASLt reads: of tiles [K/128, M], of blocks
-[M/128, K/128], rows of scales filled up to whole fours. Both factors are given row by row, so no product needs its own
-transposition (layout TN: the first one's transpose is taken). It quantizes nothing here: the tiles are ours, as its
-recipe `Float8BlockScaling` would make them (1 × 128 for activations and gradients, 128 × 128 for weights).
+Transformer Engine stores such a matrix as bytes [M, K] and the scales that cuBLASLt reads: of tiles [K/128, M], of
+blocks [M/128, K/128], rows of scales padded to multiples of four. Both operands are row-major, so no GEMM needs a
+transposed copy (layout TN: the first one's transpose is taken). The operands are quantized here, with the tiles of its
+recipe `Float8BlockScaling` (1 × 128 for activations and gradients, 128 × 128 for weights).
 
 Letters: M, N, K sides of a product, Q tiles of a row.
 """
@@ -35,10 +35,10 @@ _FOURS = 4
 
 @dataclass(frozen=True)
 class TransformerEngineBackend(ReferenceBackend):
-    """Quantizes as the reference does; experts are multiplied one at a time."""
+    """FP8 backend by Transformer Engine. It quantizes as the reference does, and multiplies one expert at a time."""
 
     def gemm(self, x: RowwiseFp8Tensor, weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
-        """See `PrecisionBackend`."""
+        """Implement `PrecisionBackend`."""
         rows, columns = len(x.values_XD), len(weight.values_NK)
         if not rows:
             return x.scales_XQ.new_empty((0, columns), dtype=dtype)
@@ -46,7 +46,7 @@ class TransformerEngineBackend(ReferenceBackend):
         return out[:rows, :columns].to(dtype)
 
     def grouped_wgrad_gemm(self, grad: ColumnwiseFp8Tensor, x: ColumnwiseFp8Tensor) -> Tensor:
-        """See `PrecisionBackend`."""
+        """Implement `PrecisionBackend`."""
         rows, columns = len(grad.tiles.values_XD), len(x.tiles.values_XD)
         products = []
         for ours, theirs in zip(split_by_expert(grad), split_by_expert(x), strict=True):
@@ -59,7 +59,7 @@ class TransformerEngineBackend(ReferenceBackend):
 
 
 def _product(a: Any, b: Any, dtype: torch.dtype) -> Tensor:
-    """a bᵀ. Transformer Engine names the factors as cuBLAS does, column by column, so the second one comes first."""
+    """Return a bᵀ. Transformer Engine orders operands as cuBLAS does, column-major, so `b` comes first."""
     out: Tensor = general_gemm(b, a, out_dtype=dtype, layout="TN", use_split_accumulator=True)[0]
     return out
 
@@ -79,7 +79,7 @@ def _of_blocks(blocks: Fp8Weight) -> Any:
 
 
 def _whole(values: Tensor) -> Tensor:
-    """Both sides multiples of 128, as Transformer Engine wants what it quantizes to be."""
+    """Zero-pad both sides to multiples of 128, as Transformer Engine requires of what it quantizes."""
     return zero_pad(values, *(round_up_to_multiple(side, TILE_WIDTH) for side in values.shape))
 
 

@@ -1,9 +1,9 @@
-"""FP8 products by cuBLASLt through `torch.nn.functional.scaled_mm`. Not yet run on hardware.
+"""FP8 GEMMs by cuBLASLt through `torch.nn.functional.scaled_mm`. Not yet run on hardware.
 
-It has block scales on compute capability 9.0 from CUDA 12.9 on. What it demands of its operands, as read in torch's
-ScaledBlas.cpp: the first [M, K] row by row, with scales [M, K/128] column by column; the second [K, N] column by
-column, with scales of tiles [N, K/128], or of blocks [K/128, N/128] in columns of whole fours, column by column too. So
-sides are filled up with zeros: K to 512, M and N to 16.
+It supports block scales on compute capability 9.0 from CUDA 12.9 on. Required layouts, from torch's ScaledBlas.cpp: the
+first operand [M, K] row-major, with scales [M, K/128] column-major; the second [K, N] column-major, with scales of
+tiles [N, K/128], or of blocks [K/128, N/128] padded to multiples of four, column-major too. So sides are zero-padded: K
+to 512, M and N to 16.
 
 Letters: M, N, K sides of a product, Q tiles of a row; L experts on this rank.
 """
@@ -33,10 +33,10 @@ _SIDE, _TILES = 16, 4
 
 @dataclass(frozen=True)
 class TorchBackend(ReferenceBackend):
-    """Quantizes as the reference does; experts are multiplied one at a time."""
+    """FP8 backend by cuBLASLt. It quantizes as the reference does, and multiplies one expert at a time."""
 
     def gemm(self, x: RowwiseFp8Tensor, weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
-        """See `PrecisionBackend`."""
+        """Implement `PrecisionBackend`."""
         rows, columns = len(x.values_XD), len(weight.values_NK)
         if not rows:
             return x.scales_XQ.new_empty((0, columns), dtype=dtype)
@@ -45,7 +45,7 @@ class TorchBackend(ReferenceBackend):
         return _multiply(x, second, ScalingType.BlockWise128x128, gemm_output_dtype(dtype))[:rows, :columns].to(dtype)
 
     def grouped_wgrad_gemm(self, grad: ColumnwiseFp8Tensor, x: ColumnwiseFp8Tensor) -> Tensor:
-        """See `PrecisionBackend`."""
+        """Implement `PrecisionBackend`."""
         rows, columns = len(grad.tiles.values_XD), len(x.tiles.values_XD)
         products = []
         for ours, theirs in zip(split_by_expert(grad), split_by_expert(x), strict=True):
@@ -59,7 +59,7 @@ class TorchBackend(ReferenceBackend):
 
 
 def _multiply(a: RowwiseFp8Tensor, b: tuple[Tensor, Tensor], of_b: ScalingType, dtype: torch.dtype) -> Tensor:
-    """a bᵀ of filled sides; `b` is [N, K] with its scales."""
+    """Return a bᵀ with padded sides; `b` is [N, K] with its scales."""
     a_MK = _filled(a.values_XD)
     scales_MQ, (b_NK, b_scales) = _filled_scales(a.scales_XQ, len(a_MK)), b
     return F.scaled_mm(
@@ -74,7 +74,7 @@ def _multiply(a: RowwiseFp8Tensor, b: tuple[Tensor, Tensor], of_b: ScalingType, 
 
 
 def _filled(values: Tensor) -> Tensor:
-    """[M, K] with both sides filled up."""
+    """Zero-pad both sides of [M, K]."""
     return zero_pad(
         values, round_up_to_multiple(values.shape[0], _SIDE), round_up_to_multiple(values.shape[1], _TILES * TILE_WIDTH)
     )

@@ -1,4 +1,4 @@
-"""FP8 products by our Triton kernels. Not yet run on hardware: the interpreter runs them, and a compiler accepts them.
+"""FP8 GEMMs by Triton kernels. Not yet run on hardware: the interpreter runs them, and the compiler compiles them.
 
 Letters: X rows, D width, R rows of activations, F inner width, L experts on this rank; N, K sides of a weight, Q tiles
 of a row.
@@ -21,41 +21,43 @@ from .fp8_tensors import ColumnwiseFp8Tensor, Fp8Weight, RowwiseFp8Tensor, Scale
 from .swiglu import swiglu_forward
 
 _ROWS_TO_QUANTIZE, _COLUMNS_TO_QUANTIZE = 16, 64
-_ROWS, _COLUMNS = 128, 128  # of a block of a product
+_ROWS, _COLUMNS = 128, 128  # of an output block of a GEMM
 
 KernelInputs = tuple[Tensor] | tuple[Tensor, Tensor | None]
-"""What a kernel quantizes: rows; their tiles; or gate and up projections with gate weights, if there are any."""
+"""Inputs of a quantizing kernel: rows; FP8 rows and scales; or gate and up projections with gate weights or None."""
 
 
 @dataclass(frozen=True)
 class TritonBackend:
-    """`values` is the dtype that quantized numbers are stored in: the interpreter's own cast to E4M3 is wrong."""
+    """FP8 backend by Triton kernels."""
 
+    # Tests under Triton's interpreter store another dtype, because the interpreter's cast to E4M3 is wrong.
     value_dtype: torch.dtype = torch.float8_e4m3fn
+    """Dtype in which quantized numbers are stored."""
 
     def quantize_rowwise(self, x_XD: Tensor, scales: ScaleFormat) -> RowwiseFp8Tensor:
-        """See `PrecisionBackend`."""
+        """Implement `PrecisionBackend`."""
         x_XD = _narrow(x_XD).contiguous()
         return self._rows(kernels.quantize_rowwise, (x_XD,), x_XD.shape[1], scales)
 
     def swiglu_quantize_rowwise(
         self, gate_up_RF: Tensor, gates_R: Tensor | None, scales: ScaleFormat
     ) -> RowwiseFp8Tensor:
-        """See `PrecisionBackend`. One kernel in BF16, which is what a GPU computes in."""
+        """Implement `PrecisionBackend`; in BF16, the compute dtype of GPUs, by one kernel."""
         if gate_up_RF.dtype != torch.bfloat16:
             return self.quantize_rowwise(swiglu_forward(gate_up_RF, gates_R), scales)
         inputs = _contiguous(gate_up_RF, gates_R)
         return self._rows(kernels.swiglu_quantize_rowwise, inputs, gate_up_RF.shape[1] // 2, scales)
 
     def quantize_columnwise(self, x_RD: Tensor, rows_L: tuple[int, ...], scales: ScaleFormat) -> ColumnwiseFp8Tensor:
-        """See `PrecisionBackend`."""
+        """Implement `PrecisionBackend`."""
         x_RD = _narrow(x_RD).contiguous()
         return self._columns(kernels.quantize_columnwise, (x_RD,), x_RD.shape[1], rows_L, scales)
 
     def rowwise_to_columnwise(
         self, x: RowwiseFp8Tensor, rows_L: tuple[int, ...], scales: ScaleFormat
     ) -> ColumnwiseFp8Tensor:
-        """See `PrecisionBackend`."""
+        """Implement `PrecisionBackend`."""
         return self._columns(
             kernels.rowwise_to_columnwise, (x.values_XD, x.scales_XQ), x.values_XD.shape[1], rows_L, scales
         )
@@ -63,14 +65,14 @@ class TritonBackend:
     def swiglu_quantize_columnwise(
         self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: tuple[int, ...], scales: ScaleFormat
     ) -> ColumnwiseFp8Tensor:
-        """See `PrecisionBackend`. As `swiglu_tiles`."""
+        """Implement `PrecisionBackend`; in BF16, the compute dtype of GPUs, by one kernel."""
         if gate_up_RF.dtype != torch.bfloat16:
             return self.quantize_columnwise(swiglu_forward(gate_up_RF, gates_R), rows_L, scales)
         inputs = _contiguous(gate_up_RF, gates_R)
         return self._columns(kernels.swiglu_quantize_columnwise, inputs, gate_up_RF.shape[1] // 2, rows_L, scales)
 
     def quantize_weight(self, weight: Tensor, scales: ScaleFormat) -> Fp8Weight:
-        """See `PrecisionBackend`."""
+        """Implement `PrecisionBackend`."""
         weight_LNK = _narrow(weight).contiguous().view(-1, *weight.shape[-2:])
         count, rows, columns = weight_LNK.shape
         sides = (tiles_per_row(rows), tiles_per_row(columns))
@@ -81,15 +83,15 @@ class TritonBackend:
         return Fp8Weight(values, block_scales)
 
     def gemm(self, x: RowwiseFp8Tensor, weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
-        """See `PrecisionBackend`."""
+        """Implement `PrecisionBackend`."""
         stack = Fp8Weight(weight.values_NK[None], weight.scales_PQ[None])
         return self.grouped_gemm(x, stack, (len(x.values_XD),), dtype)
 
     def grouped_gemm(
         self, x: RowwiseFp8Tensor, weight: Fp8Weight, rows_L: tuple[int, ...], dtype: torch.dtype
     ) -> Tensor:
-        """See `PrecisionBackend`. Tensor cores read E4M3 along K alone: a transposed weight is copied, once."""
-        weight = weight.contiguous()
+        """Implement `PrecisionBackend`."""
+        weight = weight.contiguous()  # tensor cores read E4M3 only along K, so a transposed weight is copied
         _, columns, k = weight.values_NK.shape
         out_RN = x.values_XD.new_empty((len(x.values_XD), columns), dtype=gemm_output_dtype(dtype))
         spans = _spans(rows_L, _ROWS)
@@ -102,14 +104,14 @@ class TritonBackend:
         return out_RN.to(dtype)
 
     def grouped_wgrad_gemm(self, grad: ColumnwiseFp8Tensor, x: ColumnwiseFp8Tensor) -> Tensor:
-        """See `PrecisionBackend`."""
+        """Implement `PrecisionBackend`."""
         shape = len(grad.tiles_per_expert_L), len(grad.tiles.values_XD), len(x.tiles.values_XD)
         out_LNK = grad.tiles.scales_XQ.new_zeros(shape)
         self.accumulate_grouped_wgrad(grad, x, out_LNK)
         return out_LNK
 
     def accumulate_grouped_wgrad(self, grad: ColumnwiseFp8Tensor, x: ColumnwiseFp8Tensor, sum_LNK: Tensor) -> None:
-        """See `PrecisionBackend`. One kernel: nothing but the sum is written."""
+        """Implement `PrecisionBackend`, by one kernel that writes only the sum."""
         if sum_LNK.dtype != torch.float32 or not sum_LNK.is_contiguous():
             sum_LNK += self.grouped_wgrad_gemm(grad, x)
             return
@@ -160,12 +162,12 @@ def _scales_like(like: Tensor, *shape: int) -> Tensor:
 
 
 def _narrow(x: Tensor) -> Tensor:
-    """Kernels read FP32 and BF16."""
+    """Cast to a dtype that the kernels read: BF16 or FP32."""
     return x if x.dtype == torch.bfloat16 else x.to(torch.float32)
 
 
 def _spans(rows_L: Sequence[int], size: int) -> list[tuple[int, int, int]]:
-    """Blocks of up to `size` rows, none with rows of two experts: first row, the one behind the last, expert."""
+    """Split rows into blocks of up to `size` that do not cross experts: (first row, end, expert)."""
     ends = accumulate(rows_L)
     return [
         (start, end, expert)
@@ -175,5 +177,5 @@ def _spans(rows_L: Sequence[int], size: int) -> list[tuple[int, int, int]]:
 
 
 def index_tensors(device: torch.device, numbers: object) -> list[Tensor]:
-    """Lists of integers where a kernel can read them. The host does not wait."""
+    """Copy lists of integers to the device, without waiting for it."""
     return list(to_device(torch.tensor(list(numbers), dtype=torch.int32), device).unbind())  # type: ignore[call-overload]

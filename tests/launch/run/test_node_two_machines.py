@@ -95,7 +95,7 @@ def test_a_machine_that_is_asked_to_stop_ends_both_within_seconds_and_loses_no_s
         assert both.codes(30) == [75, 75], both.everything()
         for machine in (0, 1):
             lines = both.said(machine).splitlines()
-            assert "which is in a checkpoint: it was asked to" in lines[-1]
+            assert "which is in a checkpoint: a stop was requested" in lines[-1]
             assert "Traceback" not in both.said(machine)
     (done,) = saved_steps(run_dir)
     assert [step for step, _, _ in losses(run_dir)] == list(range(1, done + 1))

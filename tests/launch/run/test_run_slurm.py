@@ -219,7 +219,7 @@ def test_a_job_that_is_told_to_stop_requeues_itself_and_loses_no_step(
     wait_until(lambda: slurm.job(job)["JobState"] == "PENDING" or slurm.has_ended(job), 60)
     text = output.read_text()
     assert slurm.job(job)["Restarts"] == "1", text
-    assert "which is in a checkpoint: it was asked to" in text, text
+    assert "which is in a checkpoint: a stop was requested" in text, text
     wait_until(lambda: slurm.has_ended(job), 120)
     assert slurm.job(job)["JobState"] == "COMPLETED", output.read_text()
     assert read_run_status(run_dir) == {"exit_code": 0, "reason": f"{STEPS} steps done"}
@@ -282,7 +282,7 @@ def test_a_job_that_is_ended_says_so_in_a_few_lines_and_goes_on_when_it_is_submi
     last = r"Job \d+ is [A-Z]+: Slurm itself ends it" if how == "scancel" else r"is started again|DUE TO JOB REQUEUE"
     assert re.search(last, lines[-1]), "\n".join(lines)
     assert len(lines) <= 10, "\n".join(lines)
-    assert any("which is in a checkpoint: it was asked to" in line for line in lines), "\n".join(lines)
+    assert any("which is in a checkpoint: a stop was requested" in line for line in lines), "\n".join(lines)
     states = [read_offline_run(path).summary for path in (run_dir / "wandb").glob("offline-run-*/*.wandb")]
     assert any("which is in a checkpoint" in str(state.get("stop/reason")) for state in states)
     if how == "scancel":

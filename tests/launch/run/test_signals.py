@@ -79,7 +79,7 @@ def assert_halted(run_dir: Path, process: subprocess.Popen[str]) -> int:
     assert process.returncode == 75, said
     assert not processes_of(run_dir)
     (done,) = checkpoints(run_dir)
-    assert f"stopped after step {done}, which is in a checkpoint: it was asked to" in said
+    assert f"stopped after step {done}, which is in a checkpoint: a stop was requested" in said
     status = read_run_status(run_dir)
     assert status is not None
     assert status["exit_code"] == 75

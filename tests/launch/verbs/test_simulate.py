@@ -15,7 +15,7 @@ V3 = "experiment=deepseek_v3_h800"
 
 def test_the_published_ramp_is_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     said = answer(capsys, "simulate", "experiment=deepseek_v3_h800_published", code=2)
-    assert "training.rampup_start_batch_size = 3072: gives 24 micro-batches of 128 sequences in the first step" in said
+    assert "training.rampup_start_batch_size = 3072: in the first step, 3,072 sequences = 24 micro-batches" in said
     assert "at least 32" in said
 
 
@@ -24,15 +24,15 @@ def test_the_published_ramp_is_refused_with_the_reason(capsys: pytest.CaptureFix
     [
         (
             "training.rampup_start_batch_size=4000",
-            "gives 31.25 micro-batches of 128 sequences in the first step, .* nearest legal batch is 4096",
+            "in the first step, 4,000 sequences = 31.25 micro-batches; the nearest valid batch is 4096",
         ),
         (
             "training.rampup_batch_size_increment=200",
-            "gives 33.5625 micro-batches of 128 sequences in steps of 4296, .* nearest legal batch is 4352",
+            "later in the ramp, 4,296 sequences = 33.5625 micro-batches; the nearest valid batch is 4352",
         ),
         (
             "training.rampup_batch_size_increment=128",
-            "gives 33 micro-batches of 128 sequences in steps of 4224; .* nearest 32 or 34",
+            "later in the ramp, 4,224 sequences = 33 micro-batches; .* nearest 32 or 34",
         ),
     ],
 )
@@ -43,7 +43,7 @@ def test_a_ramp_with_an_illegal_size_is_refused(capsys: pytest.CaptureFixture[st
 
 
 def test_half_a_ramp_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "training.rampup_tokens = 0: goes with rampup_start_batch_size" in answer(
+    assert "training.rampup_tokens = 0: must be set together with rampup_start_batch_size" in answer(
         capsys, "simulate", V3, "training.rampup_tokens=0", code=2
     )
 

@@ -199,8 +199,8 @@ def test_a_phase_of_the_backward_frees_what_its_forward_kept(
         for kept in moe_layer_activations(CONFIG, batch)
         if kept.recompute_module not in policy and kept.name != "input"
     ]
-    of_experts = [kept for kept in items if kept.name.startswith(("routed", "shared", "rows", "their gate"))]
-    of_weights = [kept for kept in of_experts if kept.name == "rows that came" or kept.name.endswith("SwiGLU")]
+    of_experts = [kept for kept in items if kept.name.startswith(("routed", "shared", "received", "their gate"))]
+    of_weights = [kept for kept in of_experts if kept.name == "received rows" or kept.name.endswith("SwiGLU")]
     next(steps)
     told = census.bytes - saved_bytes(items)
     assert told < 100  # losses, and the load of each expert

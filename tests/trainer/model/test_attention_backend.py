@@ -55,7 +55,9 @@ def test_auto_takes_the_first_that_serves() -> None:
 def test_the_reason_names_the_library_and_what_was_passed_over() -> None:
     assert "cuDNN 9.20.0" in str(select_attention("auto", V3, HOPPER))
     text = str(select_attention("auto", V3, replace(HOPPER, cudnn_version=91002)))
-    assert text.startswith("efficient (torch's memory-efficient kernel, made for SM80): auto: serves widths of 192/128")
+    assert text.startswith(
+        "efficient (torch's memory-efficient kernel, made for SM80): auto: supports head widths of 192/128"
+    )
     assert "not cudnn: it needs cuDNN 9.15.1 or later and torch has 9.10.2" in text
     assert "not flash3: flash_attn_interface is not installed" in text
 
@@ -66,16 +68,16 @@ def test_the_reason_names_the_library_and_what_was_passed_over() -> None:
         ("cudnn", V3, replace(HOPPER, cudnn_version=None), "torch has none"),
         ("cudnn", V3, replace(HOPPER, cudnn_version=91500), "later and torch has 9.15.0"),
         ("cudnn", V3, replace(HOPPER, compute_capability=(12, 0)), "9.0 or 10.x and the one here has 12.0"),
-        ("cudnn", replace(V3, dtype=torch.float32), HOPPER, "BF16 and FP16 and the run in float32"),
-        ("cudnn", replace(V3, qk_head_dim=160), HOPPER, "192/128, and any up to 128, and the model's are 160/128"),
-        ("cudnn", replace(V3, sequence_length=1), HOPPER, "two tokens at least"),
+        ("cudnn", replace(V3, dtype=torch.float32), HOPPER, "BF16 and FP16, the run in float32"),
+        ("cudnn", replace(V3, qk_head_dim=160), HOPPER, "192/128 or at most 128; the model's are 160/128"),
+        ("cudnn", replace(V3, sequence_length=1), HOPPER, "at least two tokens"),
         ("flash3", V3, HOPPER, "is not installed"),
         ("flash3", V3, GpuCapabilities((10, 0), 92000, None), "compute capability 9.0"),
         ("flash3", replace(V3, v_head_dim=64), replace(HOPPER, flash3_unavailable_reason=None), "equal ones up to 256"),
-        ("efficient", replace(V3, dtype=torch.float64), HOPPER, "write training.attention_backend=math"),
+        ("efficient", replace(V3, dtype=torch.float64), HOPPER, "set training.attention_backend=math"),
         ("efficient", replace(V3, v_head_dim=12), HOPPER, "multiples of 8"),
-        ("math", V3, HOPPER, "take 8.6 GB, more than 1 GB; write training.attention_backend=auto"),
-        ("auto", replace(V3, dtype=torch.float64), HOPPER, "nothing serves this run. cudnn: it computes in BF16"),
+        ("math", V3, HOPPER, "take 8.6 GB, more than 1 GB; set training.attention_backend=auto"),
+        ("auto", replace(V3, dtype=torch.float64), HOPPER, "no backend supports this run. cudnn: it computes in BF16"),
     ],
 )
 def test_what_does_not_serve_is_refused_with_the_reason(
@@ -97,12 +99,12 @@ def test_math_is_refused_from_a_gigabyte_of_scores_on() -> None:
         (["training.attention_backend=fused"], "must be auto, cudnn, flash3, efficient, math"),
         (
             ["training.attention_backend=cudnn", "training.device=cpu"],
-            "is for GPUs: write auto, or training.device=cuda",
+            "is a GPU backend: set it to auto, or set training.device=cuda",
         ),
-        (["training.attention_backend=cudnn", "precision=fp32"], "BF16 and FP16 and the run in float32"),
+        (["training.attention_backend=cudnn", "precision=fp32"], "BF16 and FP16, the run in float32"),
         (
             ["training.attention_backend=math", "training.sequence_length=65536"],
-            "write training.attention_backend=auto",
+            "set training.attention_backend=auto",
         ),
     ],
 )
@@ -142,7 +144,7 @@ def test_the_choice_reaches_every_layer() -> None:
 
 def test_no_device_but_a_cpu_computes_without_a_choice() -> None:
     inputs = [torch.empty(1, 2, 4, 8, device="meta") for _ in range(3)]
-    with pytest.raises(RuntimeError, match="no attention is chosen for meta"):
+    with pytest.raises(RuntimeError, match="no attention backend is set for meta"):
         causal_attention(inputs[0], inputs[1], inputs[2], 1.0)
 
 
@@ -235,7 +237,7 @@ def test_a_trial_that_fails_refuses_the_run_and_takes_nothing_else() -> None:
         "training.attention_backend"
     ]
     assert "'cudnn': it fails at this run's shape: " in found
-    assert "write training.attention_backend=flash3 or training.attention_backend=efficient" in found
+    assert "set training.attention_backend=flash3 or training.attention_backend=efficient" in found
 
 
 def test_a_trial_looks_at_the_numbers() -> None:

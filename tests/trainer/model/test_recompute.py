@@ -165,6 +165,6 @@ def problems(*parts: str) -> Iterator[Problem]:
 def test_an_unknown_part_is_refused_and_so_is_one_twice() -> None:
     assert not list(problems("norm", "swiglu"))
     unknown, twice = problems("norm", "softmax", "norm")
-    assert (unknown.field, unknown.value) == ("parts[1]", "softmax")
+    assert (unknown.field, unknown.value) == ("modules[1]", "softmax")
     assert all(part.value in unknown.hint for part in RecomputeModule)
-    assert (twice.field, twice.value) == ("parts[2]", "norm")
+    assert (twice.field, twice.value) == ("modules[2]", "norm")

@@ -94,9 +94,9 @@ def told(tree: dict[str, Any]) -> list[tuple[str, int, Any]]:
 def test_one_rank_that_is_asked_halts_all_after_the_same_step_and_nothing_is_lost(root: Path) -> None:
     undisturbed, tree = on_two_ranks(root, "undisturbed"), on_two_ranks(root, "halted", checkpoint_every=0)
     assert run_processes(2, train_until, undisturbed, 100, 0.0) == [None, None]
-    reason = "stopped before the first step: it was asked to, and the same command goes on"
+    reason = "stopped before the first step: a stop was requested; the same command continues the run"
     assert run_processes(2, train_until, tree, 0, 0.0) == [(75, reason)] * 2
-    reason = "stopped after step 2, which is in a checkpoint: it was asked to, and the same command goes on"
+    reason = "stopped after step 2, which is in a checkpoint: a stop was requested; the same command continues the run"
     assert run_processes(2, train_until, tree, 2 + LOOKS, 0.0) == [(75, reason)] * 2
     assert told(tree) == told(undisturbed)[:3]  # the evaluation of step 2 is owed
     assert run_processes(2, train_until, tree, 100, 0.0) == [None, None]
@@ -111,7 +111,7 @@ def test_a_stop_in_an_evaluation_is_served_at_the_next_micro_batch(root: Path, c
     undisturbed = on_two_ranks(root, f"whole{checkpoint_every}")
     tree = on_two_ranks(root, f"left{checkpoint_every}", checkpoint_every=checkpoint_every)
     assert run_processes(2, train_until, undisturbed, 100, 0.0) == [None, None]
-    reason = "after step 2, which is in a checkpoint: it was asked to, and the same command goes on"
+    reason = "after step 2, which is in a checkpoint: a stop was requested; the same command continues the run"
     # In the evaluation; before it is made up for; in that again.
     for looks, where in (2 + LOOKS + 1 + 2, "in the evaluation "), (0, ""), (1 + 2, ""):
         halted = run_processes(2, train_until, tree, looks, 0.0)
