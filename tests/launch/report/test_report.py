@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from shoestring import __version__
 from shoestring.launch.run.run_dir import create_run_dir
 from shoestring.tests.launch.report.reader import Reader
 from shoestring.tests.launch.report.recorded import report_of
@@ -28,6 +29,10 @@ def test_every_section_is_there_and_words_of_the_run_stay_words(page: Reader) ->
     assert "the loss <script>alert(1)</script> jumped" in page.words("incidents")
 
 
+def test_the_footer_names_the_version_that_made_the_page(html: str) -> None:
+    assert f"Made by <code>shoestring report</code> {__version__} on" in html
+
+
 def test_memory_and_expert_load(page: Reader) -> None:
     assert "rank 1 200 MB 310 MB" in page.words("memory")
     assert "layer 01" in page.words("experts")
@@ -39,8 +44,8 @@ def test_the_configuration_is_whole(run_dir: Path, page: Reader) -> None:
     for text in (
         "routed_scaling_factor 2.5",
         "name dualpipev",
-        "layout null",
-        "mtp_weight.0 0.3",
+        "layers_per_stage null",
+        "mtp_loss_scaling_factor.0 0.3",
         f"run_dir {run_dir}",
     ):
         assert text in words
