@@ -14,23 +14,23 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 READERS = (
-    *("comm/files/strict_json.py", "comm/files/strict_yaml.py", "comm/files/access.comm/files/file_io.py"),
+    *("comm/files/strict_json.py", "comm/files/strict_yaml.py", "comm/files/file_io.py"),
     *(
         "trainer/checkpoint/tensor_file.py",
         "trainer/checkpoint/manifest.py",
-        "trainer/checkpoint/opened.trainer/checkpoint/checkpoint.py",
+        "trainer/checkpoint/checkpoint.py",
     ),
     *("trainer/data/manifest.py", "trainer/data/corpus.py", "trainer/data/tokenizer.py", "trainer/data/shards.py"),
     *(
         "trainer/huggingface/config.py",
-        "trainer/huggingface/importing.trainer/huggingface/import_weights.py",
+        "trainer/huggingface/import_weights.py",
         "trainer/huggingface/tokenizer.py",
     ),
     *("trainer/ledger/records.py", "trainer/ledger/journal.py"),
     *(
-        "comm/files/lines.comm/files/line_reader.py",
+        "comm/files/line_reader.py",
         "trainer/telemetry/history.py",
-        "trainer/typed.trainer/structured_config.py",
+        "trainer/structured_config.py",
     ),
 )
 """Files that read what others may have written."""
