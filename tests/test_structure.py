@@ -161,7 +161,7 @@ def test_an_installed_wheel_is_whole(tmp_path: Path) -> None:
     shipped = [
         path
         for path in tree_files()
-        if path.parts[0] not in ("tests", "benchmarks")
+        if path.parts[0] not in SCRIPTS
         and (path.suffix == ".py" or path.parts[0] == "conf" or any(path.parts[: len(data)] == data for data in DATA))
     ]
     assert held == {f"shoestring/{path.as_posix()}" for path in shipped}
