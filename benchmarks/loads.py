@@ -97,6 +97,7 @@ def make_checkpoints(run_dir: Path, number: int) -> None:
     """Whole from outside: a file of tensors, a manifest of their names, the marker."""
     from shoestring.trainer.checkpoint.manifest import (  # and torch, which the measuring must not hold
         COMPLETE_MARKER_FILE,
+        FORMAT_VERSION,
         MANIFEST_FILE,
     )
 
@@ -108,8 +109,9 @@ def make_checkpoints(run_dir: Path, number: int) -> None:
         folder = run_dir / "checkpoints" / f"step_{step:08d}"
         folder.mkdir(parents=True)
         (folder / "part_00000.safetensors").write_bytes(b" " * 8)
-        tree = {"format": 2, "facts": {"step": step, "config": config}, "files": {"part_00000.safetensors": 8}}
-        text = json.dumps({**tree, "attachments": [], "tensors": tensors}, separators=(",", ":")).encode()
+        tree = {"format": FORMAT_VERSION, "metadata": {"step": step, "config": config}}
+        tree |= {"files": {"part_00000.safetensors": 8}, "attachments": [], "tensors": tensors}
+        text = json.dumps(tree, separators=(",", ":")).encode()
         (folder / MANIFEST_FILE).write_bytes(text)
         (folder / COMPLETE_MARKER_FILE).write_text(hashlib.sha256(text).hexdigest() + "\n")
 

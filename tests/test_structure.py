@@ -20,7 +20,9 @@ from shoestring.tests.tree import ROOT, imports, tree_files
 # A folder may import from itself and from those before it.
 LAYERS = ("comm", "parallelism", "trainer", "launch")
 # Folders no part of the package may import from. conf holds YAML, which is read and not imported.
-OUTSIDE = ("conf", "tests", "benchmarks")
+OUTSIDE = ("conf", "tests", "benchmarks", "docs")
+# Folders outside the package whose Python files import it.
+SCRIPTS = ("tests", "benchmarks", "docs")
 # Folders and files of the package that hold data.
 DATA = (
     ("py.typed",),
@@ -45,7 +47,7 @@ def trespass(path: Path, name: tuple[str, ...]) -> str | None:
             f"{path}: `{dotted}` would load a second copy of a module; write `shoestring.{dotted}` or a relative import"
         )
     folder = path.parts[0]
-    if name[0] != "shoestring" or folder in ("tests", "benchmarks"):
+    if name[0] != "shoestring" or folder in SCRIPTS:
         return None
     target = name[1] if len(name) > 1 else ""
     if folder not in LAYERS:
@@ -59,7 +61,7 @@ def trespass(path: Path, name: tuple[str, ...]) -> str | None:
 
 def python_packages() -> set[str]:
     """The dotted name of every folder of the package that holds Python files."""
-    folders = {path.parent for path in tree_files(".py") if path.parts[0] not in ("tests", "benchmarks")}
+    folders = {path.parent for path in tree_files(".py") if path.parts[0] not in SCRIPTS}
     return {".".join(("shoestring", *folder.parts)) for folder in folders}
 
 
@@ -159,7 +161,7 @@ def test_an_installed_wheel_is_whole(tmp_path: Path) -> None:
     shipped = [
         path
         for path in tree_files()
-        if path.parts[0] not in ("tests", "benchmarks")
+        if path.parts[0] not in SCRIPTS
         and (path.suffix == ".py" or path.parts[0] == "conf" or any(path.parts[: len(data)] == data for data in DATA))
     ]
     assert held == {f"shoestring/{path.as_posix()}" for path in shipped}

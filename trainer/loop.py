@@ -66,10 +66,10 @@ def train(
     try:
         if groups.world.is_first_rank:
             remove_partial_saves(rank.checkpoint_store)
-        began, owes_evaluation = _start(rank, reporter)
+        began, evaluation_pending = _start(rank, reporter)
         done = began
         _halt_before_training(rank, done, reporter, stop_requested)
-        if owes_evaluation and not _evaluate(rank, done, reporter, stop_requested):
+        if evaluation_pending and not _evaluate(rank, done, reporter, stop_requested):
             raise _halted(HaltReason.PREEMPTED, f"after step {done}, which is in a checkpoint", None, progressed=False)
         if done < config.total_steps:
             reserve_save_memory(rank)
@@ -123,18 +123,18 @@ def _start(rank: RankResources, reporter: Reporter | None) -> tuple[int, bool]:
     if reporter is not None:
         speed = MfuInputs(count_flops(config.model, config.training.sequence_length), peak)
         reporter.report_run(speed, str(rank.device), str(rank.dtype).removeprefix("torch."), str(rank.model.attention))
-    facts = load_latest_checkpoint(rank, reporter)
-    done, owes_evaluation = 0, False
-    if facts is not None:
-        done = facts["step"]
-        owes_evaluation = facts["owes_evaluation"] and not _is_evaluated(rank, done)
+    metadata = load_latest_checkpoint(rank, reporter)
+    done, evaluation_pending = 0, False
+    if metadata is not None:
+        done = metadata["step"]
+        evaluation_pending = metadata["evaluation_pending"] and not _is_evaluated(rank, done)
         if reporter is not None:
-            reporter.report_resume(done, facts["ledger"])
+            reporter.report_resume(done, metadata["ledger"])
     elif reporter is not None:
         clear_evaluated_step(Path(config.training.run_dir))
     if reporter is not None:
         reporter.begin_training()
-    return done, owes_evaluation
+    return done, evaluation_pending
 
 
 def _is_evaluated(rank: RankResources, done: int) -> bool:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from ... import __version__
 from ..errors import Problem, escape_unprintable
 
 T = TypeVar("T")
@@ -42,6 +43,19 @@ class MalformedFileError(ValueError):
         """The problem of `file`; `fix` says what to do about it."""
         field = f"{file}: {self.location}" if self.location else str(file)
         return Problem(field, self.value, f"{self.hint}; {fix}")
+
+
+class UnsupportedFormatError(MalformedFileError):
+    """A file of another format than `supported`; `writer` is the version of Shoestring that the file names, if any."""
+
+    def __init__(self, file_kind: str, found: object, supported: int, writer: object) -> None:
+        by = f"Shoestring {shorten_for_message(writer)}" if isinstance(writer, str) else "the version"
+        reads = f"Shoestring {__version__} reads {file_kind} format {supported}"
+        super().__init__("format", found, f"{reads}; use {by} that wrote it, or start a new run in another directory")
+
+    def to_problem(self, file: Path | str, fix: str = "") -> Problem:
+        """Return the problem of `file`; the error says itself what to do, so `fix` is not used."""
+        return Problem(f"{file}: {self.location}", self.value, self.hint)
 
 
 def shorten_for_message(value: object) -> object:

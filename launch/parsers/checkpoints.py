@@ -66,10 +66,10 @@ def _diff(options: argparse.Namespace) -> int:
     from ..console import print_or_raise
     from ..verbs.checkpoint import diff_checkpoints, diff_table
 
-    facts, differences = diff_checkpoints(options.path, options.other, (options.step, options.other_step))
+    metadata, differences = diff_checkpoints(options.path, options.other, (options.step, options.other_step))
     if options.format == "table":
-        print_or_raise("\n".join(facts))
-    tree = {"facts": facts, "tensors": [asdict(each) for each in differences]}
+        print_or_raise("\n".join(metadata))
+    tree = {"metadata": metadata, "tensors": [asdict(each) for each in differences]}
     print_result(options, lambda: diff_table(differences), lambda: tree)
     same = all(each.equal == each.tensors and not each.only_first + each.only_second for each in differences)
     return 0 if same else 1

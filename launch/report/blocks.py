@@ -147,3 +147,5 @@ class ReportPage:
     sections: Sequence[PageSection] = field(default_factory=tuple)
     created_at: str = ""
     """When."""
+    version: str = ""
+    """Of Shoestring, which made it."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ... import __version__
 from .blocks import ReportPage
 from .budget import budget_section
 from .configuration import configuration_section
@@ -41,6 +42,7 @@ def html_report(record: RunRecord) -> str:
         cards=headline_cards(record),
         sections=[section(record) for section in _SECTIONS],
         created_at=datetime.now().astimezone().strftime("%-d %B %Y, %H:%M"),
+        version=__version__,
     )
     loader = PackageLoader(__package__, ".")
     environment = Environment(

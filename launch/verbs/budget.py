@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
+from ... import __version__
 from ...comm.errors import ConfigError, Problem, raise_if_any
 from ...trainer.ledger.checkpoint_totals import ledger_problems
 from ...trainer.ledger.project import Project, ProjectReader, ProjectTotals
@@ -129,7 +130,7 @@ def budget_as_dict(question: BudgetQuery) -> dict[str, object]:
     if question.is_project:
         return _project_tree(Project.read(question.run_or_project))
     summary = _summary(question)
-    tree = summary.to_json() | {"usd": summary.gpu_hours * question.price_per_gpu_hour}
+    tree = summary.to_json() | {"version": __version__, "usd": summary.gpu_hours * question.price_per_gpu_hour}
     if question.tokens is not None and question.gpus is not None:
         needed = what_if_gpu_hours(summary, parse_token_count(question.tokens))
         tree["what_if"] = {
@@ -174,6 +175,7 @@ def _project_tree(project: Project) -> dict[str, object]:
     summaries = ProjectReader(project).summarize_runs()
     totals = ProjectTotals.from_summaries(project, summaries)
     return {
+        "version": __version__,
         "gpu_hours": to_gpu_hours(totals.allocated_ms),
         "phase_gpu_hours": {phase: to_gpu_hours(spent) for phase, spent in totals.gpu_ms_by_phase.items()},
         "budget_gpu_hours": dict(project.gpu_hours),

@@ -117,10 +117,10 @@ def verify_checkpoint(path: Path, step: int | None) -> VerificationResult:
 def diff_checkpoints(
     first: Path, second: Path, steps: tuple[int | None, int | None]
 ) -> tuple[list[str], list[CheckpointDiff]]:
-    """Where two checkpoints differ: facts and configuration a line each, tensors by kind of state."""
+    """Where two checkpoints differ: metadata and configuration a line each, tensors by kind of state."""
     one, two = find_checkpoint(first, steps[0]), find_checkpoint(second, steps[1])
     try:
-        return list(_facts(one.manifest.metadata, two.manifest.metadata)), list(_differences(one, two))
+        return list(_metadata_differences(one.manifest.metadata, two.manifest.metadata)), list(_differences(one, two))
     except CheckpointDamaged as damaged:
         hint = "is damaged; `shoestring checkpoint verify` says more"
         raise ConfigError([Problem("checkpoint", str(damaged), hint)]) from damaged
@@ -156,11 +156,11 @@ def _listed(path: Path) -> CheckpointListing:
 def _whole(path: Path) -> CheckpointListing:
     outline = read_manifest_summary(path)
     with config_error_context(path / MANIFEST_FILE, "take another checkpoint"):
-        facts = JsonValue(outline.metadata, "facts")
-        grid, layout = facts["config"].get("topology"), "an import"
+        metadata = JsonValue(outline.metadata, "metadata")
+        grid, layout = metadata["config"].get("topology"), "an import"
         if grid is not None:
             layout = " ".join(f"{axis}{_size(grid, axis)}" for axis in ("pp", "edp", "ep"))
-        step = facts["step"].as_integer()
+        step = metadata["step"].as_integer()
     return CheckpointListing(
         path.name, "whole", step, outline.total_bytes, outline.num_tensors, outline.num_tensor_files, layout
     )
@@ -171,11 +171,11 @@ def _size(grid: JsonValue, axis: str) -> int:
     return 1 if found is None else found.as_integer(1)
 
 
-def _facts(one: Mapping[str, Any], two: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _metadata_differences(one: Mapping[str, Any], two: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key in sorted(one.keys() | two.keys()):
         name, a, b = f"{prefix}{key}", one.get(key), two.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            yield from _facts(a, b, f"{name}.")
+            yield from _metadata_differences(a, b, f"{name}.")
         elif a != b:
             yield f"{name}: {a!r} | {b!r}"
 

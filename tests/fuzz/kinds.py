@@ -259,7 +259,7 @@ def checkpoint_manifest(random: Random, seeds: Path, folder: Path) -> Input:
         if action < 0.65:
             path.write_bytes(dumps(edits.edit(random, tree, edits.CHECKPOINT)))
         elif action < 0.8:
-            tree["facts"] = mutate_tree(random, tree["facts"])
+            tree["metadata"] = mutate_tree(random, tree["metadata"])
             path.write_bytes(dumps(tree))
         else:
             path.write_bytes(mutate_json(random, path.read_bytes()))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoestring import __version__
 from shoestring.comm.errors import ConfigError
 from shoestring.tests.launch.small_checkpoint import flip_bit
 from shoestring.tests.processes import RanksFailed, World, run_processes
@@ -102,6 +103,7 @@ def test_a_run_goes_on_in_the_middle_of_a_batch_ramp(root: Path, tmp_path: Path)
     store = CheckpointStore(first / "checkpoints", keep_last=2)
     assert store.steps() == [3]
     assert store.open(3).manifest.metadata["consumed_samples"] == 28
+    assert store.open(3).manifest.metadata["version"] == __version__
     undisturbed = run(root, tmp_path / "undisturbed", "pp2 mirrored", 0, **whole_run, checkpoint_every=3)
     shutil.copytree(first, again)
     assert run(root, again, "pp2 mirrored", 0, **whole_run) == undisturbed  # to the last bit

@@ -100,7 +100,7 @@ class Checkpoint:
     @property
     def metadata(self) -> JsonValue:
         """What the manifest says beside tensors; who asks for what is not there gets `MalformedFileError`."""
-        return JsonValue(self.manifest.metadata, "facts")
+        return JsonValue(self.manifest.metadata, "metadata")
 
     @property
     def imported_config(self) -> Mapping[str, Any] | None:

@@ -24,52 +24,54 @@ _FIXED = (
 the schedule, rates and weights of the loss, the size of micro-batches, how often to look, how far to go."""
 
 
-def resume_problems(facts: Mapping[str, Any], config: RunConfig, data: DataManifest | None = None) -> Iterator[Problem]:
-    """What keeps `config`, on this `data`, from going on from the checkpoint with these `facts`."""
+def resume_problems(
+    metadata: Mapping[str, Any], config: RunConfig, data: DataManifest | None = None
+) -> Iterator[Problem]:
+    """What keeps `config`, on this `data`, from going on from the checkpoint with this `metadata`."""
     try:
-        _check_facts(JsonValue(dict(facts), "facts"))
+        _check_metadata(JsonValue(dict(metadata), "metadata"))
     except MalformedFileError as error:
         yield error.to_problem("checkpoint", "restore it, or use another training.run_dir")
         return
     now = asdict(config)
     for path in _FIXED:
-        saved, wanted = facts["config"], now
+        saved, wanted = metadata["config"], now
         for key in path.split("."):
             saved, wanted = saved.get(key), wanted[key]  # not there: it was saved before this key was made
-        yield from _differences(path, saved, wanted, facts["step"])
-    if data is not None and facts.get("tokenizer") != data.tokenizer.sha256:
-        hint = f"has another tokenizer than the checkpoint of step {facts['step']} was trained with; restore it"
+        yield from _differences(path, saved, wanted, metadata["step"])
+    if data is not None and metadata.get("tokenizer") != data.tokenizer.sha256:
+        hint = f"has another tokenizer than the checkpoint of step {metadata['step']} was trained with; restore it"
         yield Problem("data.prepared", config.data.prepared, f"{hint}, or use another training.run_dir")
-    elif data is not None and facts.get("data") != data.content_hash:
-        hint = f"holds other tokens than the checkpoint of step {facts['step']} was trained on; restore them"
+    elif data is not None and metadata.get("data") != data.content_hash:
+        hint = f"holds other tokens than the checkpoint of step {metadata['step']} was trained on; restore them"
         yield Problem("data.prepared", config.data.prepared, f"{hint}, or use another training.run_dir")
 
 
-def _check_facts(facts: JsonValue) -> None:
-    """What a run reads of the facts has the type that a run has written. Raises `MalformedFileError`."""
-    facts["step"].as_integer()
+def _check_metadata(metadata: JsonValue) -> None:
+    """What a run reads of the metadata has the type that a run has written. Raises `MalformedFileError`."""
+    metadata["step"].as_integer()
     for path in _FIXED:
         group, _, key = path.partition(".")
         if key:
-            facts["config"][group].as_mapping()
+            metadata["config"][group].as_mapping()
     for name in ("tokenizer", "data", "compute"):
-        if (item := facts.get(name)) is not None:
+        if (item := metadata.get(name)) is not None:
             item.as_string()
-    if "owes_evaluation" in facts:
-        facts["owes_evaluation"].as_boolean()
-    if "ledger" in facts:
-        ledger = facts["ledger"]
+    if "evaluation_pending" in metadata:
+        metadata["evaluation_pending"].as_boolean()
+    if "ledger" in metadata:
+        ledger = metadata["ledger"]
         ledger["head"].as_string()
         for name in ("gpu_ms", "tokens_consumed", "tokens_retained"):
             ledger[name].as_integer()
 
 
-def compute_dtype_problems(facts: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Problem]:
+def compute_dtype_problems(metadata: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Problem]:
     """`precision.compute=auto` means another dtype on another device: then the numbers would be others."""
-    saved = facts.get("compute", str(dtype))
+    saved = metadata.get("compute", str(dtype))
     if saved != str(dtype):
         before, now = saved.removeprefix("torch."), str(dtype).removeprefix("torch.")
-        hint = f"means {now} on this device, and the checkpoint of step {facts['step']} was computed in {before}"
+        hint = f"means {now} on this device, and the checkpoint of step {metadata['step']} was computed in {before}"
         yield Problem("precision.compute", "auto", f"{hint}; use such a device, or another training.run_dir")
 
 

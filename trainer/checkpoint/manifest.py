@@ -15,14 +15,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from ...comm.errors import ConfigError, Problem
+from ...comm.errors import ConfigError
 from ...comm.files.file_io import read_regular_file, read_text
-from ...comm.files.strict_json import JsonValue, MalformedFileError, parse_json
+from ...comm.files.strict_json import JsonValue, MalformedFileError, UnsupportedFormatError, parse_json
 from ..data.manifest import FileEntry
 from .tensor_file import DTYPE_BY_NAME, NAME_BY_DTYPE, TensorSpec, parse_dtype
 
-FORMAT_VERSION = 3
-"""1 was torch DCP's, whose metadata is a pickle."""
+FORMAT_VERSION = 4
+"""1 was torch DCP's, whose metadata is a pickle. Up to 3, `metadata` was called `facts`."""
 MANIFEST_FILE = "manifest.json"
 COMPLETE_MARKER_FILE = "complete"
 """Holds the SHA-256 of the manifest, and is written last."""
@@ -84,10 +84,10 @@ class CheckpointManifest:
         return {**self.tensor_files, **{entry.file: entry.bytes for entry in self.attachments}}
 
     def to_json(self) -> str:
-        """The text of the file. Raises `ValueError` for a number in `facts` that is not finite: JSON has none."""
+        """The text of the file. Raises `ValueError` for a number in `metadata` that is not finite: JSON has none."""
         tree = {
             "format": FORMAT_VERSION,
-            "facts": self.metadata,
+            "metadata": self.metadata,
             "files": self.tensor_files,
             "attachments": [asdict(entry) for entry in self.attachments],
             "tensors": {name: _tensor_tree(tensor) for name, tensor in sorted(self.tensors.items())},
@@ -96,21 +96,21 @@ class CheckpointManifest:
 
 
 def parse_manifest(raw: bytes) -> CheckpointManifest:
-    """The inverse of `to_json`. Raises `MalformedFileError` for anything else, `ConfigError` for another format."""
+    """The inverse of `to_json`. Raises `MalformedFileError` for anything else."""
     tree = parse_json(raw)
     _check_format(tree)
-    tree.reject_unknown_keys(("format", "facts", "files", "attachments", "tensors"))
+    tree.reject_unknown_keys(("format", "metadata", "files", "attachments", "tensors"))
     files, attachments = _files(tree)
     tensors = {name: _tensor(each) for name, each in tree["tensors"].items()}
     _check_places(tree["tensors"], tensors, files)
-    return CheckpointManifest(tree["facts"].as_mapping(), tensors, files, attachments)
+    return CheckpointManifest(tree["metadata"].as_mapping(), tensors, files, attachments)
 
 
 def _check_format(tree: JsonValue) -> None:
-    found = tree["format"].value
+    found, metadata = tree["format"].value, tree.value.get("metadata")
     if found != FORMAT_VERSION or type(found) is not int:
-        hint = f"this version reads format {FORMAT_VERSION}; go on with the version that wrote it, or start over"
-        raise ConfigError([Problem(MANIFEST_FILE, found, hint)])
+        writer = metadata.get("version") if isinstance(metadata, dict) else None
+        raise UnsupportedFormatError("checkpoint", found, FORMAT_VERSION, writer)
 
 
 def _files(tree: JsonValue) -> tuple[dict[str, int], tuple[FileEntry, ...]]:
@@ -123,7 +123,7 @@ def _files(tree: JsonValue) -> tuple[dict[str, int], tuple[FileEntry, ...]]:
 
 def merge_rank_records(
     records: Iterable[Mapping[str, Any]],
-    facts: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     attachments: Iterable[FileEntry],
 ) -> CheckpointManifest:
     """One manifest of what every rank has written, see `make_rank_record`. Raises `ValueError` unless each tensor is whole."""
@@ -142,7 +142,7 @@ def merge_rank_records(
         ordered = tuple(sorted(pieces[name], key=lambda piece: piece.element_offset))
         _check_whole(name, shape, ordered)
         tensors[name] = StoredTensor(DTYPE_BY_NAME[dtype], shape, ordered)
-    return CheckpointManifest(facts, tensors, files, tuple(attachments))
+    return CheckpointManifest(metadata, tensors, files, tuple(attachments))
 
 
 def make_rank_record(file: str, size: int, pieces: Iterable[tuple[TensorSpec, StoredPiece]]) -> dict[str, Any]:
@@ -191,6 +191,8 @@ def _read(directory: Path, take: Callable[[bytes], T]) -> T:
         return take(raw)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointDamaged(f"{error.filename}: is missing") from error
+    except UnsupportedFormatError as error:
+        raise ConfigError([error.to_problem(file)]) from error
     except MalformedFileError as error:
         raise CheckpointDamaged(f"{file}: {error}") from error
     except OSError as error:
@@ -242,21 +244,21 @@ def read_manifest_summary(directory: Path) -> ManifestSummary:
 def _outlined(raw: bytes) -> tuple[ManifestSummary, dict[str, int]]:
     """The outline of a manifest's text, and the sizes of its files."""
     begin = raw.find(_TENSORS)
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     try:
         if begin < 0:
             raise MalformedFileError("tensors", None, "does not stand last")
         tree = parse_json(raw[:begin] + b"}")
         _check_format(tree)
-        tree.reject_unknown_keys(("format", "facts", "files", "attachments"))
-        (files, attachments), facts = _files(tree), tree["facts"].as_mapping()
+        tree.reject_unknown_keys(("format", "metadata", "files", "attachments"))
+        (files, attachments), metadata = _files(tree), tree["metadata"].as_mapping()
         tensors = raw.count(b'":["', begin)
     except MalformedFileError:  # not as this version writes it
         manifest = parse_manifest(raw)
-        files, attachments, facts = dict(manifest.tensor_files), manifest.attachments, manifest.metadata
+        files, attachments, metadata = dict(manifest.tensor_files), manifest.attachments, manifest.metadata
         tensors = len(manifest.tensors)
     sizes = {**files, **{entry.file: entry.bytes for entry in attachments}}
-    return ManifestSummary(facts, sum(sizes.values()), len(files), tensors), sizes
+    return ManifestSummary(metadata, sum(sizes.values()), len(files), tensors), sizes
 
 
 _TENSORS = b',"tensors":{'

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import __version__
 from ...comm.errors import ConfigError, Problem, raise_if_any
 from ...comm.files.file_io import (
     config_error_context,
@@ -151,8 +152,8 @@ def import_huggingface_weights(source: Path, target: Path, say: Callable[[str], 
                 write_rank_file(store.partial_path(0), f"part_{number:05d}", pieces)
                 say(f"{sum(piece.nbytes for piece in pieces):,} bytes, up to {batch[-1].name}")
             remove_lock(store.partial_path(0))
-        facts: dict[str, Any] = {"step": 0, "config": {"model": asdict(config)}, "source": tree}
-        return store.commit_save(0, CheckpointExtras(facts, attachments, frozenset(entry.name for entry in planned)))
+        metadata = {"version": __version__, "step": 0, "config": {"model": asdict(config)}, "source": tree}
+        return store.commit_save(0, CheckpointExtras(metadata, attachments, frozenset(entry.name for entry in planned)))
 
 
 def _clear_partial(partial: Path, say: Callable[[str], None]) -> None:

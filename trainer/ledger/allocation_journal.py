@@ -9,13 +9,14 @@ import json
 import threading
 from pathlib import Path
 
+from ... import __version__
 from ...comm.files.file_io import read_json, replace_file_atomically
 from ...comm.files.strict_json import MAX_INTEGER, MalformedFileError
 from .clock import Instant
 from .config import BudgetConfig
 from .journal import JournalWriter, Record
 from .records import read_checked_records
-from .terms import ALLOCATION_FILE, HEARTBEAT_FILE
+from .terms import ALLOCATION_FILE, HEARTBEAT_FILE, LEDGER_FORMAT
 
 HEARTBEAT_SECONDS = 2.0
 """A killed launcher's last so many seconds are all that the ledger does not see."""
@@ -50,7 +51,15 @@ class AllocationJournal:
         self._beat_seconds = heartbeat_seconds
         self._closing = threading.Event()
         held = {} if job is None else {"job": job}
-        self._append("open", ranks=ranks, phase=budget.phase, budget_gpu_hours=budget.gpu_hours, **held)
+        self._append(
+            "open",
+            format=LEDGER_FORMAT,
+            version=__version__,
+            ranks=ranks,
+            phase=budget.phase,
+            budget_gpu_hours=budget.gpu_hours,
+            **held,
+        )
         self._journal.require_written()
         self.write_heartbeat()
         self._thread = threading.Thread(target=self._beat, name="ledger heartbeat", daemon=True)

@@ -99,6 +99,11 @@ class JournalReader:
         """
         return list(self.stream_records())
 
+    def check_first_record(self) -> None:
+        """Raise `ConfigError` where the first record is refused; the reader stays where it is."""
+        for line in self._lines(1):
+            self._checked(line, 1, GENESIS_HASH)
+
     def file_size(self) -> int:
         """Bytes of the file now; what is there up to here was written before anything that is seen later."""
         return self._path.stat().st_size if self._path.exists() else 0

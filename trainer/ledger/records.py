@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from ...comm.files.strict_json import MAX_INTEGER, JsonValue, MalformedFileError
+from ...comm.files.strict_json import MAX_INTEGER, JsonValue, MalformedFileError, UnsupportedFormatError
 from .journal import JournalReader, Record
-from .terms import LEDGER_BUCKETS, PUBLISHED_GPU_HOURS, STEP_TIME_TERMS
+from .terms import LEDGER_BUCKETS, LEDGER_FORMAT, PUBLISHED_GPU_HOURS, STEP_TIME_TERMS
 
 _MOST_RANKS = 10**7
 _WHOLE = (
@@ -21,11 +21,13 @@ _WHOLE = (
     "from_tokens_retained",
     "records",
 )
+_OPENING = ("open", "begin")
+"""Kinds of record that open an attempt: of the launcher's half and of rank 0's."""
 _KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "open": ("ranks", "phase", "budget_gpu_hours"),
+        "open": ("version", "ranks", "phase", "budget_gpu_hours"),
         "close": (),
-        "begin": ("ranks", "phase", "budget_gpu_hours"),
+        "begin": ("version", "ranks", "phase", "budget_gpu_hours"),
         "ready": (),
         "step": ("step", "gpu_ms", "tokens"),
         "skipped": ("step", "gpu_ms", "tokens"),
@@ -72,7 +74,8 @@ def _is_right(record: Record, needed: tuple[str, ...]) -> bool:
 
 
 def _find(item: JsonValue, needed: tuple[str, ...] | None) -> None:
-    item["kind"].as_string()
+    if item["kind"].as_string() in _OPENING:
+        _check_format(item)
     for key in needed or ():
         _check(item, key)
     for key in ("wall_ns", "monotonic_ns"):
@@ -82,6 +85,12 @@ def _find(item: JsonValue, needed: tuple[str, ...] | None) -> None:
     for key in ("job", "from_allocation_head"):
         if item.get(key) is not None:
             item[key].as_string()
+
+
+def _check_format(opening: JsonValue) -> None:
+    found = opening.value.get("format", 1)
+    if found != LEDGER_FORMAT or type(found) is not int:
+        raise UnsupportedFormatError("ledger", found, LEDGER_FORMAT, opening.value.get("version"))
 
 
 def _check(item: JsonValue, key: str) -> None:
@@ -104,7 +113,7 @@ def _check(item: JsonValue, key: str) -> None:
             value[term].as_integer(-_MOST, _MOST)  # a clock that goes back gives a term below 0
     elif key == "clean":
         value.as_boolean()
-    elif key == "from_head":
+    elif key in ("from_head", "version"):
         value.as_string()
     else:
         raise MalformedFileError(key, None, "is not known")  # a key of `_KEYS` without a rule

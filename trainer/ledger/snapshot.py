@@ -25,7 +25,7 @@ from .terms import ALLOCATION_FILE, SNAPSHOT_FILE, WORK_FILE
 
 SNAPSHOT_MIN_BYTES = 4 * 2**20
 """A journal of work up to this size, 15,000 records, is read whole each time: that takes a fifth of a second."""
-_FORMAT = 1
+_FORMAT = 2
 _MOST_BYTES = 2**26
 
 

@@ -256,6 +256,8 @@ class LedgerReader:
         are damaged or count records that are not there.
         """
         self._begin(None)
+        for journal in (self._allocation, self._work):
+            journal.check_first_record()  # another format is refused as such, whatever its totals look like
         problem = snapshot_problem(self._run_dir)
         raise_if_any([] if problem is None else [problem])
         saved = read_snapshot(self._run_dir, 0)

@@ -48,6 +48,9 @@ INSTRUCTIONS = ("F", "I", "W", "B", "FB")
 STEP_TIME_TERMS = (*INSTRUCTIONS, EXPOSED_ALL_TO_ALL, PIPELINE_WAIT, GRADIENT_SYNC_WAIT, OPTIMIZER)
 """What productive time is split into, disjoint on each rank. The rest of a step is `other`."""
 
+LEDGER_FORMAT = 2
+"""Number in each record that opens an attempt; without it, the format is 1, whose terms and buckets had other names."""
+
 Amount = TypeVar("Amount", int, float)
 
 ALLOCATION_FILE = Path("ledger", "allocation.jsonl")

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from ... import __version__
 from .clock import Instant
 from .config import BudgetConfig
 from .journal import JournalWriter
 from .summary import LedgerReader
-from .terms import CHARGED_BUCKETS, WORK_FILE
+from .terms import CHARGED_BUCKETS, LEDGER_FORMAT, WORK_FILE
 
 RECORDS_PER_SNAPSHOT = 10_000
 """Totals are saved after so many records: reading these takes a tenth of a second."""
@@ -42,7 +43,14 @@ class WorkJournal:
         self._ranks = ranks
         self._cut_ms = 0.0
         self._left_out = 0
-        self._append("begin", ranks=ranks, phase=budget.phase, budget_gpu_hours=budget.gpu_hours)
+        self._append(
+            "begin",
+            format=LEDGER_FORMAT,
+            version=__version__,
+            ranks=ranks,
+            phase=budget.phase,
+            budget_gpu_hours=budget.gpu_hours,
+        )
         self._journal.require_written()
 
     @property

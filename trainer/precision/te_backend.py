@@ -10,7 +10,6 @@ Letters: M, N, K sides of a product, Q tiles of a row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,7 +32,6 @@ from .reference import ReferenceBackend, split_by_expert
 _FOURS = 4
 
 
-@dataclass(frozen=True)
 class TransformerEngineBackend(ReferenceBackend):
     """FP8 backend by Transformer Engine. It quantizes as the reference does, and multiplies one expert at a time."""
 

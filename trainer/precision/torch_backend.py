@@ -10,8 +10,6 @@ Letters: M, N, K sides of a product, Q tiles of a row; L experts on this rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +29,6 @@ from .reference import ReferenceBackend, split_by_expert
 _SIDE, _TILES = 16, 4
 
 
-@dataclass(frozen=True)
 class TorchBackend(ReferenceBackend):
     """FP8 backend by cuBLASLt. It quantizes as the reference does, and multiplies one expert at a time."""
 

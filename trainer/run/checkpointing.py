@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ... import __version__
 from ...comm.errors import ConfigError, Problem, raise_if_any
 from ...comm.groups import Group
 from ..build import RankResources
@@ -46,20 +47,24 @@ def reserve_save_memory(rank: RankResources) -> None:
 def begin_save(rank: RankResources, step: int, reporter: Reporter | None, *, evaluation_pending: bool = False) -> None:
     """Save the state after `step` steps: return when it is copied, and the save before has ended."""
     finish_save(rank, reporter)
-    facts: dict[str, Any] = {"step": step, "consumed_samples": rank.config.batch_ramp.consumed_samples(step)}
-    facts["owes_evaluation"] = evaluation_pending
+    metadata: dict[str, Any] = {
+        "version": __version__,
+        "step": step,
+        "consumed_samples": rank.config.batch_ramp.consumed_samples(step),
+        "evaluation_pending": evaluation_pending,
+    }
     attachments = {}
     if reporter is not None:
-        facts |= {
+        metadata |= {
             "config": restore_interpolations(asdict(rank.config)),
             "compute": str(rank.dtype),
             "ledger": reporter.ledger_totals(),
         }
-        facts |= {"data": rank.data_manifest.content_hash, "tokenizer": rank.data_manifest.tokenizer.sha256}
+        metadata |= {"data": rank.data_manifest.content_hash, "tokenizer": rank.data_manifest.tokenizer.sha256}
         attachments[rank.data_manifest.tokenizer.file] = rank.tokenizer.to_json().encode()
     with charge_time(reporter, "checkpoint_save"):
         rank.checkpoint_saver.begin_save(
-            step, _state(rank), CheckpointExtras(facts, attachments, rank.checkpoint_tensor_names)
+            step, _state(rank), CheckpointExtras(metadata, attachments, rank.checkpoint_tensor_names)
         )
 
 
@@ -79,7 +84,7 @@ def finish_save(rank: RankResources, reporter: Reporter | None) -> SaveResult | 
 
 
 def load_latest_checkpoint(rank: RankResources, reporter: Reporter | None) -> dict[str, Any] | None:
-    """Fill the rank's state from the newest checkpoint that is whole; return its facts, or None where there is none.
+    """Fill the rank's state from the newest checkpoint that is whole; return its metadata, or None where there is none.
 
     Newer ones that are damaged are named and set aside. Raises `ConfigError` for a checkpoint that does not fit the
     configuration and where all are damaged, `RunFailed` where one cannot be read. A run without any begins with the

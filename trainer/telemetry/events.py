@@ -18,7 +18,7 @@ from ...comm.files.file_io import raise_if_not_regular_file
 from ...comm.files.line_reader import truncate_partial_line
 from ...comm.files.line_writer import MAX_BACKLOG_BYTES, LineWriter
 
-JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
+JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
 
 METRICS_FILE = "metrics.jsonl"
 _OWN_KEYS = ("time", "kind", "step")

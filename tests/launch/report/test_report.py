@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from shoestring import __version__
 from shoestring.launch.run.run_dir import create_run_dir
 from shoestring.tests.launch.report.reader import Reader
 from shoestring.tests.launch.report.recorded import report_of
@@ -26,6 +27,10 @@ def test_every_section_is_there_and_words_of_the_run_stay_words(page: Reader) ->
     assert "my run & <i>" in page.words()
     assert "Speak, hands & <b>feet</b>" in page.words("loss")
     assert "the loss <script>alert(1)</script> jumped" in page.words("incidents")
+
+
+def test_the_footer_names_the_version_that_made_the_page(html: str) -> None:
+    assert f"Made by <code>shoestring report</code> {__version__} on" in html
 
 
 def test_memory_and_expert_load(page: Reader) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from shoestring import __version__
 from shoestring.comm.errors import ConfigError
 from shoestring.launch.compose import compose_run_config
 from shoestring.launch.run.preflight import budget_problems
@@ -52,6 +53,7 @@ def test_the_bill_splits_productive_time_and_stands_beside_the_published_one(
     assert sum(tree["terms_gpu_ms"].values()) == sum(tree["report_gpu_ms"].values()) == tree["gpu_ms"]["productive"]
     assert tree["report_gpu_ms"]["bubble"] == 3 * tree["report_gpu_ms"]["imbalance"]
     assert tree["gpu_hours"] == 2.0
+    assert tree["version"] == __version__
 
 
 def test_what_if_prices_tokens_on_other_gpus(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,6 +102,7 @@ def test_a_project_is_summed_up(run_dir: Path, capsys: pytest.CaptureFixture[str
         assert words in text
     tree = json.loads(answer(capsys, "budget", path, "--format", "json"))
     assert tree["phase_gpu_hours"]["pre_train"] == 2.0
+    assert tree["version"] == __version__
     assert exit_code("budget", path, "--tokens", "1T", "--gpus", "1") == 2
     assert "asks about one run" in capsys.readouterr().err
 

@@ -21,14 +21,14 @@ from shoestring.trainer.model.model import Model
 def test_ls_tells_whole_from_damaged_from_unfinished(saves: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = CheckpointStore(saves / "checkpoints", keep_last=9)
     (store.checkpoint_path(4) / "complete").unlink()
-    with patch("shoestring.trainer.checkpoint.manifest.FORMAT_VERSION", 4):
+    with patch("shoestring.trainer.checkpoint.manifest.FORMAT_VERSION", 5):
         save_model(model(5), saves / "checkpoints", 5)
     store.partial_path(6).mkdir()  # now, for the next save clears it
     code, output, _ = shoestring(capsys, "checkpoint", "ls", saves, "--format", "json")
     assert code == 0
     states = {each["name"]: each["state"] for each in json.loads(output)}
     assert states.keys() == {"step_00000002", "step_00000004", "step_00000005", "step_00000006.partial"}
-    assert "this version reads format 3" in states["step_00000005"]
+    assert "reads checkpoint format 4; use the version that wrote it" in states["step_00000005"]
     assert states["step_00000002"] == "whole"
     assert states["step_00000004"].startswith("damaged: ")
     assert states["step_00000006.partial"].startswith("unfinished")
@@ -126,7 +126,7 @@ def test_diff_finds_what_differs(saves: Path, capsys: pytest.CaptureFixture[str]
     code, output, _ = shoestring(capsys, "checkpoint", "diff", saves, saves, "--other-step", "2", "--format", "json")
     assert code == 1
     found = json.loads(output)
-    assert found["facts"] == ["step: 4 | 2"]
+    assert found["metadata"] == ["step: 4 | 2"]
     (weights,) = found["tensors"]
     assert weights["kind"] == "model"
     assert 0 < weights["equal"] < weights["tensors"]  # norms are all 1
@@ -136,7 +136,7 @@ def test_diff_finds_what_differs(saves: Path, capsys: pytest.CaptureFixture[str]
     code, output, _ = shoestring(capsys, "checkpoint", "diff", saves, saves / "other", "--format", "json")
     assert code == 1
     assert json.loads(output)["tensors"][0]["only_first"] > 0
-    assert "config.model.num_hidden_layers: 2 | 1" in json.loads(output)["facts"]
+    assert "config.model.num_hidden_layers: 2 | 1" in json.loads(output)["metadata"]
 
 
 def test_what_is_not_there_is_refused(saves: Path, capsys: pytest.CaptureFixture[str]) -> None:

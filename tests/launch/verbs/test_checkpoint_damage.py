@@ -72,7 +72,7 @@ def first_piece(tree: dict[str, Any]) -> list[Any]:
         lambda tree: tree.update(attachments={}),
         lambda tree: tree.update(tensors=[]),
         lambda tree: tree.update(extra=1),
-        lambda tree: tree.pop("facts"),
+        lambda tree: tree.pop("metadata"),
         lambda tree: first_piece(tree).__setitem__(0, "/etc/passwd"),
         lambda tree: first_piece(tree).__setitem__(1, -8),
         lambda tree: first_piece(tree).__setitem__(1, 10**15),
@@ -106,16 +106,16 @@ def test_a_resealed_manifest_is_damaged_and_no_other_file_is_opened(
 @pytest.mark.parametrize(
     "edit",
     [
-        lambda tree: tree["facts"].pop("config"),
-        lambda tree: tree["facts"].update(config=5),
-        lambda tree: tree["facts"]["config"].update(model=[]),
-        lambda tree: tree["facts"]["config"]["model"].update(hidden="16"),
-        lambda tree: tree["facts"]["config"]["model"].update(hidden=-1),
-        lambda tree: tree["facts"]["config"]["model"].update(color=1),
-        lambda tree: tree["facts"]["config"]["training"].update(sequence_length="long"),
+        lambda tree: tree["metadata"].pop("config"),
+        lambda tree: tree["metadata"].update(config=5),
+        lambda tree: tree["metadata"]["config"].update(model=[]),
+        lambda tree: tree["metadata"]["config"]["model"].update(hidden="16"),
+        lambda tree: tree["metadata"]["config"]["model"].update(hidden=-1),
+        lambda tree: tree["metadata"]["config"]["model"].update(color=1),
+        lambda tree: tree["metadata"]["config"]["training"].update(sequence_length="long"),
     ],
 )
-def test_resealed_facts_are_refused_where_they_are_needed(
+def test_resealed_metadata_are_refused_where_they_are_needed(
     edit: Callable[[dict[str, Any]], object], run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reseal(part(run).parent, edit)

@@ -269,7 +269,7 @@ def test_export_and_import_carry_the_tokenizer(
     assert code == 0
     code, output, _ = shoestring(capsys, "checkpoint", "diff", saves, tmp_path / "again", "--format", "json")
     assert code == 0
-    assert "config.model.name: 'tiny' | 'hf'" in json.loads(output)["facts"]
+    assert "config.model.name: 'tiny' | 'hf'" in json.loads(output)["metadata"]
     code, _, errors = shoestring(capsys, "import", tmp_path / "hf", tmp_path / "again")
     assert code == 2
     assert "holds checkpoints already" in errors

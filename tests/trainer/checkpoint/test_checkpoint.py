@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,15 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from shoestring import __version__
 from shoestring.tests.launch.refusals import refused
 from shoestring.tests.trainer.checkpoint.small_store import pieces, save
-from shoestring.trainer.checkpoint.manifest import CheckpointDamaged
+from shoestring.trainer.checkpoint.manifest import (
+    CheckpointDamaged,
+    read_manifest,
+    read_manifest_only,
+    read_manifest_summary,
+)
 from shoestring.trainer.checkpoint.store import CheckpointStore
 
 
@@ -51,9 +58,28 @@ def test_every_damage_is_found_and_named(tmp_path: Path, file: str, harm: Callab
 
 def test_another_format_is_refused_and_not_taken_for_damage(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep_last=2)
-    with patch("shoestring.trainer.checkpoint.manifest.FORMAT_VERSION", 4):
+    with patch("shoestring.trainer.checkpoint.manifest.FORMAT_VERSION", 5):
         save(store, 1)
-    assert "this version reads format 3" in refused(store.open, 1).popitem()[1]
+    assert "reads checkpoint format 4; use the version that wrote it" in refused(store.open, 1).popitem()[1]
+
+
+MANIFEST_OF_FORMAT_3 = (
+    '{"format":3,"facts":{"step":1,"consumed_samples":16,"owes_evaluation":false},"files":{"part_00000.safetensors":72},'
+    '"attachments":[],"tensors":{"a":["F32",[2],[["part_00000.safetensors",64,0,2,"' + "0" * 64 + '"]]]}}'
+)
+"""As version 0.1.0 wrote it before the names of this format."""
+
+
+@pytest.mark.parametrize("read", [read_manifest, read_manifest_only, read_manifest_summary])
+def test_a_checkpoint_of_the_format_before_is_refused_in_one_sentence(
+    tmp_path: Path, read: Callable[[Path], object]
+) -> None:
+    (tmp_path / "manifest.json").write_text(MANIFEST_OF_FORMAT_3)
+    (tmp_path / "complete").write_text(hashlib.sha256(MANIFEST_OF_FORMAT_3.encode()).hexdigest() + "\n")
+    assert refused(read, tmp_path) == {
+        f"{tmp_path}/manifest.json: format": f"3: Shoestring {__version__} reads checkpoint format 4; "
+        "use the version that wrote it, or start a new run in another directory"
+    }
 
 
 def test_a_tensor_that_is_not_there_or_another_is_named(tmp_path: Path) -> None:

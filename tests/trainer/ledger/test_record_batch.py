@@ -15,6 +15,7 @@ from shoestring.trainer.ledger.journal import GENESIS_HASH, JournalReader, Journ
 from shoestring.trainer.ledger.record_batch import RecordBatch
 from shoestring.trainer.ledger.records import check_record
 from shoestring.trainer.ledger.replay import Ledger
+from shoestring.trainer.ledger.terms import LEDGER_FORMAT
 
 
 def some_record(dice: random.Random, step: int, boot: str) -> Record:
@@ -40,6 +41,7 @@ def write(path: Path, seed: int, records: int = 300) -> None:
     instant = {"boot": boot, "monotonic_ns": 0, "wall_ns": 0}
     for attempt in ("a", "b"):
         opened = {"attempt": attempt, "ranks": 3, "phase": "pre_train", "budget_gpu_hours": 1.0}
+        opened |= {"format": LEDGER_FORMAT, "version": "0.1.0"}
         journal.append({"kind": "begin", **opened, **instant})
     for _ in range(records):
         boot = dice.choice(("two", "önë")) if dice.random() < 0.02 else boot

@@ -122,7 +122,7 @@ def edit(path: Path, change: Callable[[dict[str, object]], None]) -> None:
         lambda path: path.write_bytes(b"\xff\xfe"),
         lambda path: path.write_text("[" * 100_000),
         lambda path: edit(path, lambda totals: totals.update(work={"position": 0, "number": 0, "head": "0" * 64})),
-        lambda path: edit(path, lambda totals: totals.update(format=2)),
+        lambda path: edit(path, lambda totals: totals.update(format=1)),
         lambda path: path.unlink(),
     ],
 )

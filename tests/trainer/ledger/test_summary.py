@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from shoestring import __version__
 from shoestring.comm.errors import ConfigError
+from shoestring.tests.launch.refusals import refused
 from shoestring.tests.trainer.ledger.small_ledger import BUDGET, RANKS, Time, begin, do_steps, everything, launch
-from shoestring.trainer.ledger.journal import JournalWriter
+from shoestring.trainer.ledger.journal import JournalWriter, read_journal
 from shoestring.trainer.ledger.render import render_ledger
-from shoestring.trainer.ledger.summary import summarize_ledger
-from shoestring.trainer.ledger.terms import ALLOCATION_FILE
+from shoestring.trainer.ledger.summary import LedgerSummary, summarize_ledger, summarize_verified_ledger
+from shoestring.trainer.ledger.terms import ALLOCATION_FILE, SNAPSHOT_FILE, WORK_FILE
 from shoestring.trainer.ledger.work_journal import WorkJournal
 
 
@@ -130,9 +133,48 @@ def test_another_number_of_ranks_closes_a_segment(tmp_path: Path, time: Time) ->
     assert "1 launch, 2 segments" in text.getvalue()
 
 
-def test_a_ledger_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
+OPENING_OF_FORMAT_1 = (
+    '{"attempt":"20260801-0900","boot":"b1","budget_gpu_hours":0.5,"hash":'
+    '"667352fc3c634e09c32a00618b0384fc7ff475e7d86f299151f016b6df258e6f",'
+    '"kind":"open","monotonic_ns":1,"phase":"pre_train","ranks":4,"wall_ns":1790000000000000000}\n'
+)
+"""As version 0.1.0 wrote it before ledgers had a format number."""
+
+
+@pytest.mark.parametrize("summarize", [summarize_ledger, summarize_verified_ledger])
+def test_a_ledger_without_a_format_is_refused_in_one_sentence(
+    tmp_path: Path, summarize: Callable[[Path], LedgerSummary]
+) -> None:
+    (tmp_path / ALLOCATION_FILE).parent.mkdir()
+    (tmp_path / ALLOCATION_FILE).write_text(OPENING_OF_FORMAT_1)
+    (tmp_path / SNAPSHOT_FILE).write_text("{}")
+    assert refused(summarize, tmp_path) == {
+        f"{tmp_path / ALLOCATION_FILE}:1: format": f"1: Shoestring {__version__} reads ledger format 2; "
+        "use the version that wrote it, or start a new run in another directory"
+    }
+
+
+def test_a_ledger_of_a_later_format_names_the_version_that_wrote_it(tmp_path: Path) -> None:
     journal = JournalWriter(tmp_path / ALLOCATION_FILE)
-    journal.append({"kind": "open", "attempt": "a", "phase": "pre_train"})
+    journal.append({"kind": "open", "attempt": "a", "format": 3, "version": "0.2.0"})
+    journal.close()
+    with pytest.raises(ConfigError, match=r"jsonl:1: format = 3: .* use Shoestring 0\.2\.0 that wrote it"):
+        summarize_ledger(tmp_path)
+
+
+def test_an_opening_names_the_format_and_the_version(tmp_path: Path, time: Time) -> None:
+    allocation = launch(tmp_path, "a")
+    begin(tmp_path, "a").close()
+    allocation.close("done")
+    for file in (ALLOCATION_FILE, WORK_FILE):
+        opening = read_journal(tmp_path / file)[0]
+        assert (opening["format"], opening["version"]) == (2, __version__)
+
+
+def test_an_opening_without_what_it_must_hold_is_refused_by_name(tmp_path: Path) -> None:
+    journal = JournalWriter(tmp_path / ALLOCATION_FILE)
+    opening = {"kind": "open", "attempt": "a", "format": 2, "version": __version__, "phase": "pre_train"}
+    journal.append(opening)
     journal.close()
     with pytest.raises(
         ConfigError, match=r"allocation\.jsonl:1: ranks = None: is missing; .* the version of Shoestring that wrote it"

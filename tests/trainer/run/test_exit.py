@@ -130,7 +130,7 @@ def test_a_checkpoint_that_is_due_comes_before_the_evaluation_which_is_told_once
     tree = on_two_ranks(root, "longer", checkpoint_every=1)
     assert run_processes(2, train_until, tree, 100, 0.0) == [None, None]
     manifest = json.loads((root / "longer" / "checkpoints" / "step_00000003" / "manifest.json").read_text())
-    assert manifest["facts"]["owes_evaluation"]
+    assert manifest["metadata"]["evaluation_pending"]
     tree["training"] = tree["training"] | {"tokens": (STEPS + 1) * LENGTH * BATCH, "sample_tokens": 0}
     assert run_processes(2, train_until, tree, 100, 0.0) == [None, None]
     assert [step for kind, step, _ in told(tree) if kind == "evaluation"] == [1, 2, 3, 4]
