@@ -1,4 +1,4 @@
-"""This machine's own address, and ports that no other machine reaches."""
+"""This machine's loopback address, and ports that no other machine reaches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A call into the communication library that does not return is named, and ends its rank."""
+"""A call into the communication library that does not return is reported, and ends its rank."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Clock:
 
 
 class Bench:
-    """A watchdog of rank 3 with a limit of 10 s, a clock that is set by hand, and an end that is only noted."""
+    """A watchdog of rank 3 with a limit of 10 s, a manual clock, and an exit that is only recorded."""
 
     def __init__(self, folder: Path) -> None:
         self.clock, self.ends = Clock(), list[int]()
@@ -113,7 +113,7 @@ def test_the_flight_recorder_is_written_or_it_is_said_why_not(bench: Bench, reco
 
 
 def wait_for_nobody(world: World, folder: Path) -> None:
-    """Rank 0 makes a first all-reduce that rank 1 never makes."""
+    """Start a first all-reduce on rank 0 that rank 1 never starts."""
     limit, streams = timedelta(seconds=60), QueuedStreams()
     with (folder / f"said_{world.rank}").open("w") as said:
         watchdog = Watchdog(world.rank, timedelta(seconds=0.2), folder, output=said)

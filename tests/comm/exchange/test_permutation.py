@@ -1,4 +1,4 @@
-"""Permutations: copies of rows out, and their sums back."""
+"""Permutations: rows copied out, and the copies summed back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two hops against the flat exchange: the same results and gradients, and no byte between nodes more than needed."""
+"""Two hops against the flat exchange: equal results and gradients, and the minimum of bytes between nodes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BOUNDS = {"fp64": 1e-12, "fp32": 1e-6, "bf16": 5 * 2**-9, "fp8": 5 * 2**-9}
 
 
 def compare(world: World, gpus_per_node: int) -> dict[tuple[str, str, str], float]:
-    """Relative error of two hops against flat for every format, case and tensor."""
+    """Return the relative error of two hops against flat for each format, case and tensor."""
     topology = Topology(ep=world.size, gpus_per_node=gpus_per_node)
     groups = ProcessGroups.create(topology, world.rank, timedelta(seconds=30))
     errors = {}
@@ -86,7 +86,7 @@ def test_fp8_rounds_to_a_sixteenth_at_most_and_does_round() -> None:
 
 
 def payload_between_nodes(world: World, gpus_per_node: int, form: str) -> list[tuple[dict[str, int], int]]:
-    """Counted by operation, and the rows that must cross: one a token and node that holds an expert of it."""
+    """Return the bytes by operation and the rows that must cross: one per token and node with an expert of it."""
     topology = Topology(ep=world.size, gpus_per_node=gpus_per_node)
     groups = ProcessGroups.create(topology, world.rank, timedelta(seconds=30))
     dtype, formats = FORMATS[form]
@@ -112,7 +112,7 @@ def test_payload_between_nodes_is_the_minimum(form: str, forth: int, back: int) 
     for case in zip(*everyone, strict=True):
         for counted, rows in case:
             assert counted["dispatch"] == counted["combine_backward"] == rows * forth
-        # On the way back the other side sends: every row that crossed comes back once.
+        # On combine the other side sends: every row that crossed comes back once.
         crossed = sum(rows for _, rows in case)
         for operation in ("combine", "dispatch_backward"):
             assert sum(counted[operation] for counted, _ in case) == crossed * back
