@@ -1,4 +1,4 @@
-"""The real parser: overrides wherever they stand, and nothing swallowed."""
+"""The real parser: overrides at any place, and no argument ignored."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_both_reach_the_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_bill_is_shown_without_torch() -> None:
-    """Importing it takes seconds and 200 MB, which a look at a run must not."""
+    """Importing torch takes seconds and 200 MB, too much for a look at a run."""
     program = "import sys, shoestring.launch.cli, shoestring.launch.verbs.budget; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 

@@ -1,4 +1,4 @@
-"""Groups, overrides and directories of one's own become one configuration, or one list of what is wrong with them."""
+"""Groups, overrides and user directories compose to one configuration, or to one list of its problems."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILES = sorted((path.parent.name, path.stem) for path in (ROOT / "conf").glob("*
 PARTS = [file for file in FILES if file[0] != "experiment"]
 EXPERIMENTS = [choice for group, choice in FILES if group == "experiment"]
 MODELS = [choice for group, choice in FILES if group == "model"]
-# A group's file alone beside the default model: what the two must agree on follows it.
+# A group's file alone with the default model: the values that must agree follow it.
 COMPANIONS = {
     "model": "data.vocab_size=${model.vocab_size}",
     "data": "model.vocab_size=${data.vocab_size}",
@@ -44,7 +44,7 @@ def test_every_file_of_every_group_makes_a_run(group: str, choice: str) -> None:
 
 
 REFUSED = {"deepseek_v3_h800_published"}
-"""Experiments that are there to say why they cannot be."""
+"""Experiments that exist to report why they cannot run."""
 RUNS = [name for name in EXPERIMENTS if name not in REFUSED]
 
 
@@ -304,7 +304,7 @@ def test_a_file_of_ones_own_that_is_wrong(tmp_path: Path, text: str, field: str,
 
 
 def awkward() -> RunConfig:
-    """Values that YAML could take for something else."""
+    """Return values that YAML could read as another type."""
     config = compose_run_config([])
     return replace(
         config,

@@ -1,4 +1,4 @@
-"""Words that cannot be shown throw no work away."""
+"""Output that cannot be printed does not fail the work."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def shoestring(*arguments: object) -> str:
     ],
 )
 def test_a_verb_that_only_shows(view: str, code: int, tmp_path: Path) -> None:
-    """Who has left has read what it wanted; a disk that does not take what was asked for is a failure."""
+    """A closed pipe is no failure: its reader has read enough. A full disk is one."""
     ended = bash(f"{shoestring('params', *SMALL)} {view}", tmp_path)
     assert ended.returncode == code, ended.stderr
     words = ["refused", "standard output = None: cannot be written (No space left on device)"] if code else []
@@ -65,7 +65,7 @@ VIEWS = {"closed": ">&-", "full": "> /dev/full", "pipe": "| true; exit ${PIPESTA
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps, whose words went nowhere."""
+    """Train two steps with an output that is closed early."""
     folder = tmp_path_factory.mktemp("trained")
     overrides = [*small_run(folder / "data", 2), "telemetry.wandb.mode=disabled"]
     ended = bash(f"{shoestring('train', *overrides, 'training.run_dir=run')} | head -n 1", folder)

@@ -1,4 +1,4 @@
-"""`data prepare`, `import` and `export` at a signal, and after an earlier one of them was killed."""
+"""`data prepare`, `import` and `export` at a signal, and after an earlier one was killed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def prepare(root: Path) -> int:
 
 
 def killing(number: signal.Signals, words: str) -> Callable[[str], None]:
-    """A stand-in of `tell` that sends a signal, and again, when the words are said."""
+    """Return a stand-in for `tell` that sends a signal, and a second one, when `words` are printed."""
 
     def tell(line: str) -> None:
         if re.search(words, line):

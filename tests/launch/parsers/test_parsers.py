@@ -1,4 +1,4 @@
-"""The parsers of all verbs: overrides wherever they stand, nothing swallowed, and nothing loaded."""
+"""The parsers of all commands: overrides at any place, no argument ignored, and no heavy import."""
 
 from __future__ import annotations
 

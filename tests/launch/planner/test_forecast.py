@@ -1,4 +1,4 @@
-"""A step of DeepSeek-V3 from kernel and link figures, and what holds of every forecast."""
+"""A step of DeepSeek-V3 from kernel and link figures, and properties of every forecast."""
 
 from __future__ import annotations
 

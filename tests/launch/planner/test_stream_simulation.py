@@ -1,4 +1,4 @@
-"""Two lanes: what hides behind computing and what does not, in the runtime's order."""
+"""Two streams: hidden and exposed communication, in the runtime's order."""
 
 from __future__ import annotations
 

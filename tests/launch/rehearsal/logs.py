@@ -157,7 +157,7 @@ def program_logs(
     listener: Callable[[int, int], Sequence[CollectiveRecord]] = lambda rank, index: (),
     sends_first: bool = True,
 ) -> list[RankLog]:
-    """Of every rank of the pipeline."""
+    """Return the log of every rank of the pipeline."""
     return [
         ProgramLog(program, rank, commits, warm, listener, sends_first).log()
         for rank, commits in enumerate(derive_p2p_batches(program))
@@ -165,13 +165,13 @@ def program_logs(
 
 
 def without(each: RankLog, *numbers: int) -> RankLog:
-    """The same log without the events of these numbers."""
+    """Return the log without the events of these numbers."""
     kept = tuple(event for number, event in enumerate(each.events) if number not in numbers)
     return replace(each, events=kept)
 
 
 def swapped(each: RankLog, first: int, second: int) -> RankLog:
-    """The same log with two events in each other's place."""
+    """Return the log with two events swapped."""
     events = list(each.events)
     events[first], events[second] = events[second], events[first]
     return replace(each, events=tuple(events))

@@ -1,4 +1,4 @@
-"""Two rehearsed ranks against each other: nothing is found where they agree, and each kind of mismatch is named."""
+"""Two rehearsed ranks compared: no finding where they agree, and each kind of mismatch is named."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def only(*logs: RankLog) -> RunFinding:
 
 
 def pair() -> tuple[RankLog, RankLog]:
-    """Two neighbors with two messages up and one down."""
+    """Return two neighbors with two messages to the next rank and one back."""
     up = [message("activation 0", 1), message("activation 1", 1)]
     down = message("gradient 0", 1)
     lower = log(0, batch([up[0]]), batch([up[1]]), batch([], [down], group="pp prev", stream="p2p prev"))

@@ -1,4 +1,4 @@
-"""Launches and bytes of one layer and micro-batch."""
+"""Launches and bytes per layer and micro-batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shoestring.tests.launch.rehearsal.logs import log
 
 
 def test_launches_are_those_of_one_layer_and_micro_batch() -> None:
-    """Four micro-batches and three MoE layers: 12 times a phase. Weight gradients, without a layer, are two's."""
+    """Four micro-batches of three MoE layers: each phase runs 12 times. Weight gradients have no layer and run 8 times."""
     verdict = judged(replace(log(0), launches=ENDS), replace(log(1), launches=MIDDLE))
     counts = {(each.of, each.phase): (each.launches, each.bytes) for each in verdict.launches_by_phase}
     assert counts == {

@@ -1,4 +1,4 @@
-"""The rehearsed ranks' processes: their logs, their deaths, and that nothing of them stays."""
+"""The processes of rehearsed ranks: their logs, their deaths, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REQUEST = RehearsalRequest(("experiment=quickstart",), None, 8, "shim.so")
 
 @pytest.fixture
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where temporary files go."""
+    """Return the directory for temporary files."""
     folder = tmp_path / "scratch"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))

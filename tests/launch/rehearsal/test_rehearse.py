@@ -1,4 +1,4 @@
-"""`shoestring rehearse` on a tiny model: what it refuses, what it finds where a fault is put, and what it prints."""
+"""`shoestring rehearse` on a tiny model: refusals, findings for planted faults, and output."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def of_kind(verdict: RehearsalResult, kind: str) -> list[RunFinding]:
 
 @pytest.fixture(scope="module")
 def sound() -> RehearsalResult:
-    """Without a fault, on the representative ranks."""
+    """Rehearse the representative ranks without a fault."""
     return rehearsed(None)
 
 
@@ -85,7 +85,7 @@ def test_a_receive_without_a_send_is_named() -> None:
 
 
 def test_a_layout_that_does_not_fit_is_named() -> None:
-    """The GPU has room for what the rank is predicted to need with everything recomputed, and not with nothing."""
+    """The GPU has room for the rank's predicted memory with everything recomputed, but not with nothing recomputed."""
     layout = ("schedule=gpipe", "training.global_batch_size=8", "training.sequence_length=128")
     least, most = (
         MemoryPredictor(compose_run_config([*SMALL, *layout, f"recompute={name}"]), torch.device("cuda")).predict_rank(

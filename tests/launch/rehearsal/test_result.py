@@ -1,4 +1,4 @@
-"""The verdict: each limit of a step, what is counted, and how it is printed."""
+"""The result of a rehearsal: each limit of a step, the counts, and the printed form."""
 
 from __future__ import annotations
 

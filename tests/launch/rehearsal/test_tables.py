@@ -1,4 +1,4 @@
-"""The verdict as text and tables says what its tree says."""
+"""The text and tables of a result agree with its JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bill of a report adds up, and a broken ledger is named in its place."""
+"""The budget section of a report adds up, and names a broken ledger."""
 
 from __future__ import annotations
 

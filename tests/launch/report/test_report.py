@@ -1,4 +1,4 @@
-"""`shoestring report`: one page that loads nothing, has the run's figures, and says what was not recorded."""
+"""`shoestring report`: one page that loads nothing, has the run's figures, and names what was not recorded."""
 
 from __future__ import annotations
 

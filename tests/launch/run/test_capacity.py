@@ -1,4 +1,4 @@
-"""Sizes that no machine holds are refused from arithmetic, before anything that grows with them."""
+"""Sizes that no machine holds are refused by arithmetic, before any allocation that grows with them."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_processes_need_memory_and_may_be_limited_in_number() -> None:
 def test_a_gpu_has_its_own_memory() -> None:
     room = MachineCapacity(cpu_cores=2, host_bytes=1e15, gpu_bytes=80e9, max_tasks=None)
     assert "of memory on a GPU" in str(next(capacity_problems(configured("model.hidden_size=1048576"), 1, room)))
-    assert list(capacity_problems(configured(), 512, room)) == []  # a GPU's rank needs no core of its own
+    assert list(capacity_problems(configured(), 512, room)) == []  # a GPU's rank does not need a core of the host
 
 
 def test_deepseek_v3_fits_its_own_cluster() -> None:

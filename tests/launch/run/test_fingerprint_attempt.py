@@ -1,4 +1,4 @@
-"""What the ledger calls a launch that no launcher of ours has made: the same for its restarts, another for the next."""
+"""The ledger's name for a launch that another launcher made: equal for its restarts, another for the next launch."""
 
 from __future__ import annotations
 

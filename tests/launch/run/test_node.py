@@ -1,4 +1,4 @@
-"""launch/torchrun.sh: its variables, and what it refuses."""
+"""launch/torchrun.sh: its variables and refusals."""
 
 from __future__ import annotations
 

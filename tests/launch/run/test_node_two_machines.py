@@ -32,7 +32,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of a run of two machines; machine 0 resolves `${now:}` for both."""
+    """Return the directory of a run of two machines; machine 0 resolves `${now:}` for both."""
     runs = tmp_path_factory.mktemp("runs")
     with launch(tmp_path_factory.mktemp("undisturbed")) as both:
         both.start_both([*overrides, f"training.run_dir={runs}/${{now:%S.%f}}"])
@@ -73,7 +73,7 @@ FAULTS = {
 
 
 def go_on(overrides: list[str], run_dir: Path, folder: Path, undisturbed: Path) -> None:
-    """The same command once more: it ends, and no loss is another."""
+    """Run the same command once more: it ends, and every loss equals the undisturbed run's."""
     with launch(folder) as again:
         again.start_both([*overrides, f"training.run_dir={run_dir}"])
         assert again.codes() == [0, 0], again.everything()
@@ -86,7 +86,7 @@ def go_on(overrides: list[str], run_dir: Path, folder: Path, undisturbed: Path) 
 def test_a_machine_that_is_asked_to_stop_ends_both_within_seconds_and_loses_no_step(
     how: str, overrides: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
-    """torchrun of machine 0 would wait five minutes for that of the other."""
+    """torchrun of machine 0 would wait five minutes for the torchrun of machine 1."""
     run_dir = tmp_path / "run"
     with launch(tmp_path / "first") as both:
         both.start_both([*overrides, f"training.run_dir={run_dir}"])
@@ -125,7 +125,7 @@ def test_a_machine_that_fails_ends_both_and_the_run_goes_on(
 def refused_alike(
     both: Launch, overrides: list[str], own: dict[int, list[str]], variables: dict[int, dict[str, str]]
 ) -> str:
-    """What both say that refuse to start, with the overrides and variables of each."""
+    """Return the output of two launchers that refuse to start, each with its overrides and variables."""
     for machine in (0, 1):
         both.start(
             machine, [*overrides, ONE_RANK_EACH, *own.get(machine, [])], both.folder, **variables.get(machine, {})
@@ -167,7 +167,7 @@ def test_machines_that_differ_are_refused_by_both(
 def test_a_machine_that_never_comes_is_said_at_once_and_waited_for_only_so_long(
     overrides: list[str], tmp_path: Path
 ) -> None:
-    """Machine 1 is told of another address, where nobody is."""
+    """Machine 1 gets another address, where nothing listens."""
     with launch(tmp_path / "launch") as both:
         run = [*overrides, NEVER, ONE_RANK_EACH, f"training.run_dir={tmp_path / 'run'}"]
         both.start(0, run)

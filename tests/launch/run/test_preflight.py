@@ -1,4 +1,4 @@
-"""What is refused before the first process of a run exists."""
+"""Checks before the first process of a run starts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_port_that_is_taken(config: RunConfig) -> None:
         assert set(refused(partial(run_preflight_checks, fresh=False), scraped, 4)) == {"telemetry.prometheus.port"}
         run_preflight_checks(
             scraped, 4, fresh=False, is_first_node=False
-        )  # nobody listens there but the machine of rank 0
+        )  # only the machine of rank 0 listens there
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -102,7 +102,7 @@ def test_data_that_is_not_there(config: RunConfig, tmp_path: Path) -> None:
 def test_a_shard_of_the_right_size_with_other_bytes(config: RunConfig, tmp_path: Path) -> None:
     prepared = Path(shutil.copytree(config.data.prepared, tmp_path / "data"))
     shard = prepared / "train_00000.bin"
-    shard.write_bytes(b"\xff" * shard.stat().st_size)  # ids above any vocabulary
+    shard.write_bytes(b"\xff" * shard.stat().st_size)  # IDs above any vocabulary
     damaged = replace(config, data=replace(config.data, prepared=str(prepared)))
     found = refused(partial(run_preflight_checks, fresh=False), damaged, 4)
     assert list(found) == [str(shard)]
@@ -158,7 +158,7 @@ def test_wandb_online_without_an_account(config: RunConfig, tmp_path: Path, monk
     assert list(found) == ["telemetry.wandb.mode"]
     assert "run `wandb login`, or write offline" in found["telemetry.wandb.mode"]
     assert not (tmp_path / "run").exists()
-    run_preflight_checks(online_run, 4, fresh=False, is_first_node=False)  # rank 0 lives elsewhere
+    run_preflight_checks(online_run, 4, fresh=False, is_first_node=False)  # rank 0 runs on another node
 
 
 def test_text_too_short_for_one_sample(config: RunConfig) -> None:
@@ -195,7 +195,7 @@ def test_what_a_checkpoint_holds_on_to(config: RunConfig) -> None:
 
 @pytest.mark.parametrize("fresh", [True, False])
 def test_a_directory_that_no_run_has_made(fresh: bool, config: RunConfig, tmp_path: Path) -> None:
-    """Also one that holds a configuration and what a run leaves."""
+    """A directory with a configuration and a run's files is refused too."""
     foreign = Path(shutil.copytree(ROOT / "conf", tmp_path / "conf"))
     (foreign / "thesis.tex").write_text("all of it")
     (foreign / "lock").write_text("")

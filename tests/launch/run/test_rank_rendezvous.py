@@ -1,4 +1,4 @@
-"""Ranks that another program has started wait for each other with words, a limit, and an ear for signals."""
+"""Ranks of another launcher wait for each other with a message, a time limit, and attention to signals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Machines that meet, that differ, that do not come, and strangers at the port; machines are threads."""
+"""Machines that meet, that differ, that do not come, and other clients at the port; machines are threads."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def outcome(call: Callable[[], Outcome]) -> Outcome:
 
 
 def meet(run_dir: Path, own: list[Fingerprints]) -> list[Outcome]:
-    """What came of it on each machine."""
+    """Return the outcome on each machine."""
     places = venues(len(own))
     with ThreadPoolExecutor(len(own)) as machines:
         pairs = zip(places[1:], own[1:], strict=True)
@@ -212,7 +212,7 @@ def test_a_machine_that_comes_again_takes_its_own_place(tmp_path: Path) -> None:
             gone.shutdown(socket.SHUT_WR)
             others = [machines.submit(outcome, partial(join_rendezvous, first, FACTS))]
             gone.settimeout(30)
-            assert gone.recv(1) == b""  # its place is taken: a third machine before that would end the waiting
+            assert gone.recv(1) == b""  # its place is taken: a third machine before that would end the wait
         others.append(machines.submit(outcome, partial(join_rendezvous, second, FACTS)))
         assert [hosting.result(30), *(other.result(30) for other in others)] == [None, tmp_path, tmp_path]
 
@@ -305,4 +305,4 @@ def test_values_that_are_hidden_and_differ_are_said_to() -> None:
 
 def test_an_address_of_another_machine_is_hinted_at() -> None:
     assert meeting._foreign("127.0.0.1") == ""
-    assert "is no address of this machine" in meeting._foreign("192.0.2.1")  # kept for documentation by RFC 5737
+    assert "is no address of this machine" in meeting._foreign("192.0.2.1")  # reserved for documentation by RFC 5737

@@ -1,4 +1,4 @@
-"""The directory of a run: its owner, its status, and links in the place of its files."""
+"""The directory of a run: its owner, its status, and links in place of its files."""
 
 from __future__ import annotations
 

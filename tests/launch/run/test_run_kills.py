@@ -1,4 +1,4 @@
-"""A run that is killed ten times, launcher and ranks at once, at moments that a seed has drawn."""
+"""A run that is killed ten times, launcher and ranks together, at seeded random moments."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEPS = 6 * MOST_STEPS
 
 
 def kill_at(run_dir: Path, file: Path, kind: str, count: int, process: subprocess.Popen[str]) -> int:
-    """Kill everything when this launch has written `count` records of a `kind`; return when, in ns since the boot."""
+    """Kill everything when this launch has written `count` records of `kind`; return when, in ns since boot."""
     before = sum(record["kind"] == kind for record in read_journal(run_dir / file))
     seen = 0
     for record in lines_as_they_come(run_dir / file, process):

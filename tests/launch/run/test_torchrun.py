@@ -1,4 +1,4 @@
-"""Ranks that end, that fail, and that do not end."""
+"""Ranks that end, that fail, and that hang."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shoestring.launch.verbs import calibrate
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """Python in the place of torchrun, which takes seconds to start."""
+    """Replace torchrun, which takes seconds to start, by a Python script."""
     monkeypatch.setattr(torchrun, "TORCHRUN_COMMAND", (sys.executable, "-c", script))
 
 

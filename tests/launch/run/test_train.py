@@ -53,7 +53,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A small run, but for its directory, on a corpus of two short works."""
+    """Return the overrides of a small run, except its directory, on a corpus of two short files."""
     root = tmp_path_factory.mktemp("data")
     corpus = root / "corpus"
     corpus.mkdir()
@@ -66,7 +66,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def history(run_dir: Path) -> list[dict[str, Any]]:
-    """What must be equal to the last bit in two equal runs."""
+    """Return the values that must be equal to the last bit in two equal runs."""
     exact = [
         "loss",
         "loss/mtp",
@@ -89,7 +89,7 @@ def history(run_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def finished(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run that nothing disturbed."""
+    """Return the directory of an undisturbed run."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
     result = train(overrides, run_dir)
     assert result.returncode == 0, result.stderr
@@ -188,7 +188,7 @@ def test_killed_and_started_again_it_ends_as_if_nothing_had_happened(
     assert summary.num_attempts == 2
     assert summary.rolled_back_ms > 0
     assert summary.tokens_consumed > summary.tokens_retained == STEPS * 8 * 32
-    assert len(list((run_dir / "wandb").glob("offline-run-*"))) == 2  # two lives of one wandb run
+    assert len(list((run_dir / "wandb").glob("offline-run-*"))) == 2  # two attempts of one wandb run
 
 
 def test_a_killed_launcher_leaves_no_rank_behind(overrides: list[str], tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_killed_launcher_leaves_no_rank_behind(overrides: list[str], tmp_path:
         if event["kind"] == "step":
             process.kill()
     assert process.stdout is not None
-    process.communicate(timeout=20)  # ends when the last holder of the pipe has gone
+    process.communicate(timeout=20)  # ends when the last holder of the pipe has exited
     assert process.returncode == -signal.SIGKILL
 
 

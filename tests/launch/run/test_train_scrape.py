@@ -1,4 +1,4 @@
-"""A run that is scraped while it trains, stopped, and scraped again on the same port in its next life."""
+"""A run that is scraped while it trains, is stopped, and is scraped again on the same port after its restart."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_every_life_of_a_run_is_scraped(tmp_path: Path) -> None:
 
 
 def life(overrides: list[str], run_dir: Path, port: int, step: int) -> dict[str, float]:
-    """What a scrape finds once the run has done `step`; the run is then asked to stop."""
+    """Train until `step`, scrape, and ask the run to stop; return the samples."""
     with subprocess.Popen(command(overrides, run_dir), stdout=subprocess.DEVNULL, text=True) as process:
         try:
             wait_for_step(run_dir, process, step)

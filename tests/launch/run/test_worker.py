@@ -1,4 +1,4 @@
-"""A rank that another program than the launcher starts."""
+"""A rank started by another launcher."""
 
 from __future__ import annotations
 

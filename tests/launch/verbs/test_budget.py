@@ -20,7 +20,7 @@ from shoestring.trainer.ledger.work_journal import WorkJournal
 
 @pytest.fixture
 def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An hour of two ranks: ten steps of 1000 tokens, a tenth of it evaluation."""
+    """Write an hour of two ranks: ten steps of 1000 tokens, a tenth of the time evaluation."""
     ns = 10**9
     monkeypatch.setattr(Instant, "now", lambda: Instant(ns, ns, "boot"))
     work = WorkJournal(tmp_path / "run", ranks=2, attempt="a", budget=BudgetConfig(gpu_hours=4))
@@ -133,7 +133,7 @@ def test_a_run_of_a_project_is_held_to_what_is_left_there(run_dir: Path) -> None
     assert "2.1" not in str(problems(run_dir, own))
     found = problems(later, own, "budget.planned_gpu_hours=0.2")
     assert f"exceeds what is left in {path}, 0.1" in found["budget.planned_gpu_hours"]
-    assert not problems(run_dir, own, fresh=True)  # this one has no launcher's half to lose
+    assert not problems(run_dir, own, fresh=True)  # this one has no launcher's half
     (run_dir / "ledger" / "allocation.jsonl").touch()
     assert "would erase" in problems(run_dir, own, fresh=True)["--fresh"]
     assert not problems(run_dir, fresh=True)

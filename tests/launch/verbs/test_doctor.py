@@ -1,4 +1,4 @@
-"""What the doctor says is what this machine has, and what was never run is called so."""
+"""`shoestring doctor` reports what this machine has and marks what was never run on hardware."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_json_and_table_tell_the_same(capsys: pytest.CaptureFixture[str], monkey
             ]
         else:
             assert all(finding.provider in printed for finding in list_implementations())
-            assert "pip install transformer-engine[pytorch], 2.20" in printed  # a bracket is no markup
+            assert "pip install transformer-engine[pytorch], 2.20" in printed  # brackets are not markup
 
 
 def test_the_provider_that_auto_takes_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:

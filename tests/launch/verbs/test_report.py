@@ -1,4 +1,4 @@
-"""`shoestring report` as a command: where it writes, and what it refuses."""
+"""`shoestring report` as a command: where it writes, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`shoestring schedule` draws what it has checked, and refuses the rest in its own words."""
+"""`shoestring schedule` draws programs that it has checked, and refuses others with a message."""
 
 from __future__ import annotations
 

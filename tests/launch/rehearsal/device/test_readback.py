@@ -1,4 +1,4 @@
-"""What a rehearsed GPU tells its host: sizes inside a dispatch, and ones elsewhere."""
+"""Values that a rehearsed GPU returns to its host: sizes inside a dispatch, ones elsewhere."""
 
 from __future__ import annotations
 
