@@ -1,4 +1,4 @@
-"""Every schedule trains under NCCL's rules, with the classes that GPUs use, and equals the plain twin."""
+"""Every schedule trains under NCCL's rules, with the classes that GPUs use, and equals the plain reference."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_with_pairs_alone_sends_before_the_listener_do_not() -> None:
 
 
 def pairs(program: PipelineProgram) -> set[tuple[Direction, int, int]]:
-    """Who sends to whom, each way."""
+    """Return the ranks that send to each other, by direction."""
     sent = (edge for commits in derive_p2p_batches(program) for commit in commits for edge in commit.sends)
     return {(edge.direction, edge.source.rank, edge.target.rank) for edge in sent}
 

@@ -1,4 +1,4 @@
-"""Apex's GEMM for gradients of weights: when it is called, before a stand-in that demands what Apex does."""
+"""Apex's GEMM for weight gradients: when it is called, with a stand-in that checks what Apex requires."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def forget() -> Iterator[None]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """What Apex was called with, of a module that serves the CPU."""
+    """Return the shapes of the calls to Apex, of a module that works on the CPU."""
     recorded: list[torch.Size] = []
 
     def wgrad_gemm_accum_fp32(x_RK: Tensor, grad_RN: Tensor, sum_NK: Tensor) -> None:
@@ -45,7 +45,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 
 def accumulate(dtype: torch.dtype, into: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of a weight after one product more, and that product's factors."""
+    """Return the gradient of a weight after one more product, and that product's factors."""
     x_RK, grad_RN = torch.randn(K, R).T.to(dtype), torch.randn(1, N).expand(R, N).to(dtype)  # as strided as they come
     weight = torch.randn(N, K, dtype=dtype, requires_grad=True)
     weight.grad_dtype = torch.float32

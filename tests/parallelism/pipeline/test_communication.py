@@ -1,4 +1,4 @@
-"""What travels: each message once at both ends, in one order, never later than it is needed."""
+"""P2P messages: each once at both ends, in one order, never later than needed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_one_f_one_b_in_full() -> None:
     ]
     gradients = ["g0 1>0 prev", "g1 1>0 prev"]
     activations = ["a0 0>1 next", "a1 0>1 next"]
-    assert posted[0] == [  # F0 F1 B0 B1: the first gradient is received from the start, each next one after the last
+    assert posted[0] == [  # F0 F1 B0 B1: the receive of the first gradient is posted first
         ([], [gradients[0]]),
         ([activations[0]], []),
         ([activations[1]], []),

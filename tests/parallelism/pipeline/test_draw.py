@@ -1,4 +1,4 @@
-"""JSON is the program and nothing else; drawings are to scale and complete."""
+"""The JSON is the program and nothing else; drawings are to scale and complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The executor on stages of one product each: serial gradients, I and W apart, faults that name the message."""
+"""The executor on stages of one product each: serial gradients, I and W separate, errors that name the message."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def open_executor(
 
 
 def run_twice(world: World, schedule: str, micro_batches: int) -> list[tuple[int, Tensor, list[str]]]:
-    """Of each chunk its stage, the gradient of its weight after two runs, and the diary of both."""
+    """Return, per chunk, its stage, the gradient of its weight after two runs, and the diary of both."""
     program = build_program(schedule, world.size, micro_batches)
     executor, lanes = open_executor(world, program)
     stages = stages_of(program, world.rank)
@@ -189,7 +189,7 @@ def test_forwards_of_any_number_come_to_their_end(schedule: str, ranks: int) -> 
 
 
 def messages_alive(world: World, micro_batches: int) -> int:
-    """The most received messages of the second rank that were in memory at once."""
+    """Return the largest number of received messages that the second rank had in memory."""
     executor, lanes = open_executor(world, build_program("1f1b", world.size, micro_batches))
     stages = stages_of(build_program("1f1b", world.size, micro_batches), world.rank)
     seen: list[weakref.ref[Tensor]] = []
@@ -252,7 +252,7 @@ def silent_neighbor(world: World) -> str:
 
 
 def neighbor_that_leaves(world: World) -> list[str]:
-    """What rank 0 hears when it waits for rank 1, and when it then posts to it."""
+    """Return rank 0's errors when it waits for rank 1, and when it then posts to it."""
     _, lanes = open_executor(world, build_program("1f1b", world.size, 4))
     if world.rank == 1:
         torch.distributed.destroy_process_group()

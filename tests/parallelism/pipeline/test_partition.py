@@ -1,4 +1,4 @@
-"""The search is exact, its ties are decided, and a layout that cannot be is refused."""
+"""The search is exact and its ties are decided; an impossible layout is refused."""
 
 from __future__ import annotations
 

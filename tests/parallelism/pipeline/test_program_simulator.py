@@ -1,4 +1,4 @@
-"""The fast twin of `simulate_program` gives its times, to the last bit."""
+"""The fast simulator gives the times of `simulate_program`, to the last bit."""
 
 from __future__ import annotations
 

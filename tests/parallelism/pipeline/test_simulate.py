@@ -1,4 +1,4 @@
-"""Replayed with unit times, every schedule has the bubble that its formula says."""
+"""Simulated with unit times, every schedule has the bubble that its formula gives."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_dualpipe_of_deepseek_v3_with_unequal_times() -> None:
 
 @pytest.mark.parametrize("schedule", FORMULAS)
 def test_rendezvous_costs_no_time(schedule: str) -> None:
-    """Sends that wait for their receives hold nothing up: it takes as long as with unlimited buffers."""
+    """Sends that wait for their receives delay nothing: it takes as long as with unlimited buffers."""
     for times in (OpDurations(), OpDurations(1, 1.6, 0.8, forward_backward=2.6), OpDurations(2, 1, 1)):
         for program in programs(schedule, range(2, 9, 2)):
             assert simulate_program(program, times).makespan == makespan_with_unlimited_buffers(program, times)
