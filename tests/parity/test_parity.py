@@ -1,4 +1,4 @@
-"""Every layout does what one process does, and every broken convention is seen.
+"""Every layout gives the results of one process, and every broken convention is detected.
 
 `python -m shoestring.tests.parity` prints the same tables.
 """
@@ -71,7 +71,7 @@ def test_the_table_holds_every_pair_of_values() -> None:
         for first, second in product(values[one], values[other])
         if not any(row[one] == first and row[other] == second for row in rows)
     ]
-    # A rank that holds every expert can be neither idle nor busier than others.
+    # A rank that holds every expert cannot be idle or busier than others.
     assert all(pair in ({"ep": 1, "load": Load.IDLE}, {"ep": 1, "load": Load.BUSY}) for pair in missing), missing
     assert len(rows) == len({layout.name for layout in (*QUICK, *SLOW)}) >= 24
 

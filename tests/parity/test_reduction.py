@@ -1,4 +1,4 @@
-"""Gradients are reduced behind the instruction that is the last to touch them, in one order, with one verdict."""
+"""Gradients are reduced after the last instruction that touches them, in one order, with one decision."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ALONE = "squares of other ranks left out"
 
 
 def reductions(world: World, layout: Layout) -> tuple[list[str], list[str]]:
-    """The buckets in the order in which their reduction was started: before the last instruction began, and all."""
+    """Return the buckets in the order of their reductions: those before the last instruction began, and all."""
     stages = layout.stages
     groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=60), stages.replica_pp_groups())
     trace = TraceRecorder(nvtx=False)
@@ -61,7 +61,7 @@ def test_a_bucket_is_reduced_while_the_program_still_runs(layout: Layout) -> Non
 
 
 def with_one_nan(world: World, break_name: str | None) -> tuple[str, bool, float]:
-    """What each rank did with a step in which one rank has one NaN; whether its weights moved; and the next norm."""
+    """Return each rank's decision in a step where one rank has a NaN, whether its weights moved, and the next norm."""
     layout = Layout(2, 1, 1, 1)
     stages = layout.stages
     groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=3), stages.replica_pp_groups())
@@ -103,7 +103,7 @@ def test_ranks_that_judge_alone_wait_for_each_other() -> None:
 
 
 def idle_steps(world: World) -> list[float]:
-    """Norms of three steps in which the last rank's experts receive no token."""
+    """Return the norms of three steps in which the last rank's experts receive no token."""
     layout = Layout(2, 2, 1, 1, load=Load.IDLE, dtype=torch.float32)
     stages = layout.stages
     groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=20), stages.replica_pp_groups())
