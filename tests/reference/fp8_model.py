@@ -27,7 +27,7 @@ _PLAIN = ("lm_head.weight", "mlp.gate.weight")
 
 @contextmanager
 def in_fp8(params: Params, tokens_apart: int) -> Iterator[None]:
-    """Inside, `deepseek_v3.losses` of these very tensors computes in FP8.
+    """Compute `deepseek_v3.losses` of these very tensors in FP8 inside.
 
     So many tokens are on one rank: no tile of a weight's gradient holds tokens of two but an expert's.
     """
@@ -57,7 +57,7 @@ def in_fp8(params: Params, tokens_apart: int) -> Iterator[None]:
 def linear(
     x: Tensor, weight: Tensor, after_attention: bool = False, of_expert: bool = False, apart: int | None = None
 ) -> Tensor:
-    """x Wᵀ. `apart`: after so many rows a tile of the weight's gradient ends."""
+    """Return x Wᵀ. A tile of the weight's gradient ends after every `apart` rows."""
     flat = x.flatten(0, -2)
     out: Tensor = _Linear.apply(flat, weight, after_attention, of_expert, apart)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], -1)
@@ -88,7 +88,7 @@ def activation(gate_up: Tensor, gates: Tensor) -> Tensor:
 
 
 class _Down(torch.autograd.Function):
-    """SwiGLU, times the gates, and the projection down."""
+    """SwiGLU, times the gates, and the down projection."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, gates: Tensor, weight: Tensor, of_expert: bool, apart: int | None) -> Tensor:
@@ -112,7 +112,7 @@ class _Down(torch.autograd.Function):
 
 
 def weight_gradient(grad: Tensor, x: Tensor, power_of_two: bool, apart: int | None) -> Tensor:
-    """gradᵀ x in the dtype of `grad`, the sum of FP32 products over `apart` rows each."""
+    """Return gradᵀ x in the dtype of `grad`, the sum of FP32 products over `apart` rows each."""
     size = apart or max(1, len(x))
     products = [
         torch.from_numpy(fp8.product(quantize(ours.T), quantize(theirs.T, power_of_two))).to(grad.dtype)
@@ -122,7 +122,7 @@ def weight_gradient(grad: Tensor, x: Tensor, power_of_two: bool, apart: int | No
 
 
 def quantize(x: Tensor, power_of_two: bool = False) -> tuple[fp8.Array, fp8.Array]:
-    """Rows in tiles of 1 x 128."""
+    """Quantize rows in tiles of 1 x 128."""
     return fp8.quantize(x.detach().double().numpy(), 1, 128, power_of_two)
 
 
@@ -131,7 +131,7 @@ def turned(blocks: tuple[fp8.Array, fp8.Array]) -> tuple[fp8.Array, fp8.Array]:
 
 
 def swiglu(params: Params, prefix: str, x: Tensor, gates: Tensor | None = None, apart: int | None = None) -> Tensor:
-    """As `deepseek_v3.swiglu`; with gates, of an expert."""
+    """Replace `deepseek_v3.swiglu`; with gates it is an expert's."""
     of_expert = gates is not None
     fused = torch.cat((params[f"{prefix}.gate_proj.weight"], params[f"{prefix}.up_proj.weight"]))
     gate_up = linear(x, fused, of_expert=of_expert, apart=apart)
@@ -144,7 +144,7 @@ def swiglu(params: Params, prefix: str, x: Tensor, gates: Tensor | None = None, 
 def mixture(
     params: Params, prefix: str, config: ReferenceConfig, x_BSD: Tensor, tokens_apart: int
 ) -> tuple[Tensor, Routing]:
-    """As `deepseek_v3.mixture`."""
+    """Replace `deepseek_v3.mixture`."""
     routing = deepseek_v3.route(params, prefix, config, x_BSD)
     x_TD, gates_TE, chosen_TE = x_BSD.flatten(0, 1), routing.gates.flatten(0, 1), routing.chosen.flatten(0, 1)
     out_TD = swiglu(params, f"{prefix}.shared_experts", x_TD, apart=tokens_apart)
