@@ -33,7 +33,7 @@ def changed(tree: Mapping[str, object], values: Mapping[str, object]) -> dict[st
 
 
 OF_THREE = {"topology.gpus_per_node": 3, "training.global_batch_size": 15}
-"""Beside ep = 3: what that fits into."""
+"""Hint for ep = 3: the sizes that fit."""
 
 
 def problems(tree: Mapping[str, object], values: Mapping[str, object]) -> dict[str, str]:

@@ -40,7 +40,7 @@ EXACT = (
 
 
 def dying(function: Callable[..., Any], call: int, later: float) -> Callable[..., Any]:
-    """`function`, but this process dies so many seconds after that call of it has begun, wherever it then is."""
+    """Return `function`, but this process dies `seconds` after the given call began, wherever it then is."""
     calls = iter(range(1, call + 1))
 
     def die() -> None:

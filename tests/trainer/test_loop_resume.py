@@ -1,4 +1,4 @@
-"""A run that goes on, on whatever layout, and in spite of checkpoints that are damaged or cannot be written."""
+"""A resumed run, on any layout, despite damaged checkpoints and failed saves."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(root: Path,
 
 
 def train_where_files_cannot_be_opened(world: World, tree: dict[str, Any]) -> str:
-    """On the last rank, which has too many open, say."""
+    """The last rank, for example, has too many files open."""
     real = read_tensor_at
 
     def read(path: Path, *what: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Windows over tokens: each target once, padding marked, and an order that only seed and position decide."""
+"""Windows over tokens: each target once, padding marked, and an order that depends on seed and position only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAD = 9999
 
 
 def row(tokens: int, shard_tokens: int = 13) -> TokenSplit:
-    """Token i is the number i, so that a token tells where it stood."""
+    """Return tokens 0, 1, 2, ..., so that a token tells its position."""
     tokens_T = np.arange(tokens, dtype=np.uint16)
     shards = [tokens_T[i : i + shard_tokens] for i in range(0, tokens, shard_tokens)]
     return TokenSplit("train", tokens, np.zeros(1, dtype=np.int64), InMemory(shards), shard_tokens)
@@ -99,7 +99,7 @@ def test_every_epoch_takes_each_sample_once_in_an_order_of_its_own(samples: int)
 
 
 def test_the_order_is_fixed_for_good() -> None:
-    """A checkpoint relies on it: changing the permutation would repeat and skip samples of a resumed run."""
+    """Checkpoints rely on it: another permutation would repeat and skip samples of a resumed run."""
     assert SampleOrder(42, 10).sample_indices(0, 20).tolist() == [
         6,
         4,

@@ -21,7 +21,7 @@ def test_a_killed_launcher_has_held_its_gpus_to_the_last_sign_of_life(tmp_path: 
     assert summarize_ledger(tmp_path).allocated_ms == RANKS * 1000
     work = begin(tmp_path, "a")
     do_steps(work, time, 1, 2)
-    time.pass_ms(9000)  # nothing is known of this time
+    time.pass_ms(9000)  # this time is unattributed
     summary = summarize_ledger(tmp_path)
     assert summary.allocated_ms == RANKS * 1200
     assert summary.is_running

@@ -1,4 +1,4 @@
-"""A checkpoint goes on with its own ledger, or brings its cost."""
+"""A checkpoint continues with its own ledger, or brings its cost."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_checkpoint_copied_without_its_ledger_brings_its_cost(tmp_path: Path, 
     work = begin(first, "a")
     do_steps(work, time, 1, 3)
     totals = summarize_ledger(first).checkpoint_totals()
-    for attempt in ("b", "c"):  # the second life in `second` crashed before any step: it inherits once
+    for attempt in ("b", "c"):  # the second attempt in `second` crashed before any step: it inherits once
         work = begin(second, attempt)
         carry_checkpoint_totals(work, second, totals)
         work.record_resume(3)

@@ -1,4 +1,4 @@
-"""A ledger on a disk that is full for a while, or has no locks, or of which a half is missing."""
+"""A ledger on a disk that is full for a while, has no locks, or lost one half."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_records_wait_for_room_and_the_chain_is_whole(tmp_path: Path) -> None:
         for step in range(1, 6):
             work.record_step(step, 0.0, 8)
         assert (work.pending_records, work.write_error) == (5, "File too large")
-        assert work.ledger.summarize().steps_retained == 0  # what a checkpoint may rely on is on the disk
+        assert work.ledger.summarize().steps_retained == 0  # records that a checkpoint relies on are on the disk
     work.record_step(6, 0.0, 8)
     work.close()
     allocation.close("done")

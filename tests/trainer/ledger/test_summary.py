@@ -1,4 +1,4 @@
-"""The ledger as a whole: the identity, rollbacks, crashes of launcher and ranks, inheritance, and its printed forms."""
+"""The whole ledger: the identity, rollbacks, crashes of launcher and ranks, inheritance, and its printed forms."""
 
 from __future__ import annotations
 

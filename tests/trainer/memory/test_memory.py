@@ -1,4 +1,4 @@
-"""The memory of whole runs: what is predicted is what is allocated."""
+"""The memory of whole runs: the predicted bytes are the allocated ones."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_predicted_is_what_is_allocated(overrides: str) -> None:
         assert predicted.state == found.state  # to the byte
         assert abs(errors[0]) <= PREDICTION_MARGIN
         assert abs(errors[1]) <= PREDICTION_MARGIN
-        assert found.between_instructions > 0.1 * found.total  # or the last line would say little of activations
+        assert found.between_instructions > 0.1 * found.total  # otherwise the last line would say little of activations
 
 
 def test_all_tokens_on_one_rank_stay_within_the_bound() -> None:

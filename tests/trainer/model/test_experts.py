@@ -1,4 +1,4 @@
-"""Grouped expert GEMMs against their twin, an expert at a time."""
+"""Grouped expert GEMMs against their reference, one expert at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fused cross-entropy against its twin."""
+"""The fused cross-entropy against its reference."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_logits_too_large_for_exp_do_not_overflow() -> None:
 
 
 def test_the_head_has_its_gradient_at_once() -> None:
-    """And keeps nothing of its own size for the backward."""
+    """Nothing of the logits' size is kept for the backward."""
     hidden, head = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     targets, left, kept = torch.randint(9, (6,)), DelayedWeightGradients(), list[Tensor]()
 

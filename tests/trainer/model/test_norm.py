@@ -1,4 +1,4 @@
-"""The fused RMSNorm against its twin."""
+"""The fused RMSNorm against its reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is made again in the backward is what the forward made, and nothing that communicates or chooses runs twice."""
+"""Recomputed activations equal the forward's; communication and expert choice never run twice."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ REPORT = frozenset({RecomputeModule.NORM, RecomputeModule.UP_PROJECTION, Recompu
 def gradients(
     policy: frozenset[RecomputeModule], dtype: torch.dtype, *, deferred: bool = False, fp8: bool = False
 ) -> tuple[list[Tensor], list[str]]:
-    """Losses and gradients of one micro-batch, and what was sent."""
+    """Return losses and gradients of one micro-batch, and what was sent."""
     chunk, exchange = make_chunk(policy, dtype)
     if fp8:
         chunk.model.enable_fp8(Fp8LinearOps(ReferenceBackend()))
@@ -71,7 +71,7 @@ def test_nor_does_it_in_fp8(policy: frozenset[RecomputeModule]) -> None:
 
 
 def test_each_part_is_made_again_once_for_each_who_needs_it() -> None:
-    """Counts the recipes that are used: without any, the test above would say nothing."""
+    """Counts the recipes that are used: without any, the test above would prove nothing."""
     used: list[str] = []
     result = recompute_module._Recipe.result
 

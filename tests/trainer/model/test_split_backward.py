@@ -1,4 +1,4 @@
-"""A compute phase hands the weight gradients of its backward on."""
+"""A compute phase passes on the weight gradients of its backward."""
 
 from __future__ import annotations
 

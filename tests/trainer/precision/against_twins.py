@@ -1,4 +1,4 @@
-"""Compares every operation of a faster provider with its twin, on any device.
+"""Compares every operation of a faster backend with the reference, on any device.
 
 As a module it runs Triton kernels in Triton's interpreter, `quantization` or `products`, with TRITON_INTERPRET=1. The
 interpreter's casts to E4M3 and BF16 are wrong, so there quantized numbers are stored in FP32 and cast by torch. Nor
@@ -25,11 +25,11 @@ MANY: RowsPerExpert = (*((3,) * 33), 130, 0)  # 35 blocks of rows: two groups of
 FEW: RowsPerExpert = (7,)
 TALL = 2100  # 17 blocks of rows
 MARGIN = 4
-"""Times what a model of Hopper's accumulator is off by, which cuts off behind 13 bits: so much for 11 bits."""
+"""Allowed multiple of the error of a model of Hopper's accumulator, which keeps 13 bits: enough for 11 bits."""
 
 
 def same(ours: RowwiseFp8Tensor | Fp8Weight, theirs: RowwiseFp8Tensor | Fp8Weight, what: str) -> None:
-    """Scales and values to the last bit."""
+    """Assert equal scales and values, to the last bit."""
     (values, scales), (expected, expected_scales) = vars(ours).values(), vars(theirs).values()
     assert torch.equal(scales.nan_to_num(-1), expected_scales.nan_to_num(-1)), f"scales of {what}"
     cast = values.to(torch.float8_e4m3fn).float().nan_to_num(-1)
@@ -37,12 +37,12 @@ def same(ours: RowwiseFp8Tensor | Fp8Weight, theirs: RowwiseFp8Tensor | Fp8Weigh
 
 
 def error(ours: Tensor, theirs: Tensor) -> float:
-    """The largest, relative to the largest number."""
+    """Return the largest error, relative to the largest number."""
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
 def check_quantization(provider: PrecisionBackend, device: torch.device) -> None:
-    """Rows, columns and blocks; hard numbers and faults."""
+    """Check rows, columns and blocks, with hard numbers, NaN and infinity."""
     for shape in ((5, 128), (21, 129), (257, 300)):
         for dtype in (torch.float32, torch.bfloat16):
             x = numbers(*shape, dtype).to(device)
@@ -78,7 +78,7 @@ def check_quantization(provider: PrecisionBackend, device: torch.device) -> None
 
 
 def check_swiglu(provider: PrecisionBackend, device: torch.device) -> None:
-    """Rows with and without gate weights of two dtypes; as a gate every BF16 number, faults among them.
+    """Check rows with and without gate weights of two dtypes; the gates include every BF16 number, NaN included.
 
     Every one but the subnormal: Triton's interpreter does not read these for what they are.
     """
@@ -103,7 +103,7 @@ def check_swiglu(provider: PrecisionBackend, device: torch.device) -> None:
 
 
 def products(provider: PrecisionBackend, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """All three, dense and grouped, with sides that are no multiples of anything; the same numbers at each call."""
+    """Yield all three products, dense and grouped, with sides of no round size; the numbers are equal at each call."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -134,7 +134,7 @@ def products(provider: PrecisionBackend, device: torch.device) -> Iterator[tuple
 
 
 def check_products(provider: PrecisionBackend, device: torch.device, accumulator: ReferenceBackend = TWIN) -> None:
-    """Up to the order of sums in FP32, 1e-5; and `MARGIN` times what the sums of `accumulator` are off by."""
+    """Check up to the order of sums in FP32, 1e-5, and `MARGIN` times the error of the sums of `accumulator`."""
     found, exact, modelled = (dict(products(each, device)) for each in (provider, TWIN, accumulator))
     for what, ours in found.items():
         assert (ours.shape, ours.dtype) == (exact[what].shape, exact[what].dtype), what
@@ -149,7 +149,7 @@ def check_products(provider: PrecisionBackend, device: torch.device, accumulator
 
 
 def main() -> None:
-    """What the argument names, in the interpreter."""
+    """Run the check that the argument names, in the interpreter."""
     import triton.language as tl
 
     from shoestring.tests.trainer.precision.block_order import check_order

@@ -1,4 +1,4 @@
-"""Twelve-bit numbers by their definition."""
+"""Twelve-bit numbers against their definition."""
 
 from __future__ import annotations
 

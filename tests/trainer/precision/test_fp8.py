@@ -1,4 +1,4 @@
-"""A Linear in FP8: its three products by the NumPy definition, what it keeps, and when its weights are quantized."""
+"""A Linear in FP8: its three products by the NumPy definition, the tensors it keeps, and when weights are quantized."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROWS = (100, 0, 50)
 
 
 def run(function: Callable[[Tensor], Tensor], x: Tensor, *weights: Tensor) -> list[Tensor]:
-    """Output, gradient of x, gradients of the weights."""
+    """Return the output, the gradient of x, and the gradients of the weights."""
     x = x.detach().requires_grad_()
     for weight in weights:
         weight.grad = None
@@ -50,7 +50,7 @@ def test_all_three_products_are_the_definition(dtype: torch.dtype, after_attenti
     assert ours[0].dtype == ours[1].dtype == dtype
     assert ours[2].dtype == torch.float32  # accumulates in the dtype of the parameter, whatever computes
     assert all(torch.equal(mine, other.to(mine.dtype)) for mine, other in zip(ours[:2], theirs[:2], strict=True))
-    if dtype == torch.float32:  # the twin rounds it to the dtype of x
+    if dtype == torch.float32:  # the reference rounds it to the dtype of x
         assert torch.equal(ours[2], theirs[2])
 
 
@@ -139,7 +139,7 @@ def test_gradients_of_weights_can_wait() -> None:
 
 @dataclass(frozen=True)
 class Adding(ReferenceBackend):
-    """Remembers which gradients it was given to add to."""
+    """A backend that records the gradients it adds to."""
 
     sums: list[tuple[torch.Size, int]] = field(default_factory=list)
 
@@ -166,7 +166,7 @@ def test_a_provider_adds_to_the_gradient_that_is_there() -> None:
 
 @dataclass(frozen=True)
 class Fused(ReferenceBackend):
-    """Remembers which SwiGLUs it was given to quantize, and when tiles were turned."""
+    """A backend that records the SwiGLUs it quantizes, and transposes."""
 
     seen: list[str] = field(default_factory=list)
 
@@ -201,7 +201,7 @@ def test_a_provider_is_given_the_input_of_a_swiglu_and_tiles_to_turn() -> None:
 
 
 def kept_bytes(function: Callable[[], Tensor], weights: list[nn.Parameter]) -> int:
-    """Of what the backward needs, apart from weights in any form."""
+    """Return the bytes kept for the backward, without weights in any form."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ def test_experts_keep_two_tiled_tensors_instead_of_three_whole_ones() -> None:
     assert kept_bytes(function, weights) == expected
     module.fp8 = None
     in_fp8 = expected
-    with DelayedWeightGradients().collect_from_forward():  # as in training; outside of it weights are kept too, cast
+    with DelayedWeightGradients().collect_from_forward():  # as in training; outside of it cast weights are kept too
         native = kept_bytes(function, weights)
     assert native == 2 * rows * (WIDTH + 2 * INNER + INNER) + 4 * rows
     assert in_fp8 < 0.45 * native

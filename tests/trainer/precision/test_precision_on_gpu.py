@@ -1,4 +1,4 @@
-"""The providers for Hopper GPUs against their twins, on one. Not yet run on hardware."""
+"""The backends for Hopper GPUs against the reference, on one GPU. Not yet run on hardware."""
 
 from __future__ import annotations
 

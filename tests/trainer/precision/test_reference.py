@@ -1,4 +1,4 @@
-"""Products of the reference provider against their NumPy definition, and the sums of Hopper's accumulator."""
+"""Products of the reference backend against their NumPy definition, and the sums of Hopper's accumulator."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ def test_thirteen_bits_are_kept_of_an_instruction() -> None:
     one = torch.ones(1, 32, dtype=torch.float64)
     small = one * 2.0**-9
     a = torch.cat((one[:, :1], small[:, 1:]), dim=1)
-    # 1 · 1, and 31 terms of 2^-9 or of 2^-18: the last place that is kept beside 1 is 2^-13.
+    # 1 · 1, and 31 terms of 2^-9 or of 2^-18: with a sum near 1 the last bit that is kept is 2^-13.
     assert float(emulate_hopper_gemm(a, torch.cat((one[:, :1], one[:, 1:]), dim=1))) == 1 + 31 * 2.0**-9
     assert float(emulate_hopper_gemm(a, torch.cat((one[:, :1], small[:, 1:]), dim=1))) == 1
-    assert float(emulate_hopper_gemm(small, small)) == 32 * 2.0**-18  # with none larger beside them
+    assert float(emulate_hopper_gemm(small, small)) == 32 * 2.0**-18  # without a larger term
 
 
 def test_on_a_gpu_products_may_be_off_by_what_its_accumulator_loses() -> None:
-    """More than elsewhere, and less than sums that are rounded to BF16."""
+    """The allowed error is larger than elsewhere, and smaller than that of sums in BF16."""
     hopper, cpu = ReferenceBackend(emulate_hopper_gemm), torch.device("cpu")
     with pytest.raises(AssertionError, match="above"):
         check_products(hopper, cpu)

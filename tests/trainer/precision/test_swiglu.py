@@ -1,4 +1,4 @@
-"""The fused SwiGLU against its twin."""
+"""The fused SwiGLU against its reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Transformer Engine provider hands over, before a stand-in; and when that serves."""
+"""The Transformer Engine backend's calls, against a stand-in; and when the backend is available."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OURS = "shoestring.trainer.precision.te_backend"
 
 @pytest.fixture
 def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """Of a package that this process finds, on what it takes for a Hopper GPU; none of it is imported afterwards."""
+    """Return a folder for a package, on a simulated Hopper GPU; none of it stays imported afterwards."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
@@ -35,7 +35,7 @@ def test_products_are_the_references(place: Path) -> None:
 
 def test_it_serves_where_its_library_loads(place: Path) -> None:
     te_stand_in.install(place)
-    assert "transformer_engine_torch" not in sys.modules  # nor could a search find it
+    assert "transformer_engine_torch" not in sys.modules  # a search would not find it
     assert not list(unavailable_reasons("te", on_gpu=True))
     assert "transformer_engine_torch" in sys.modules
 

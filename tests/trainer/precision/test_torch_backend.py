@@ -1,4 +1,4 @@
-"""What the torch provider hands to `scaled_mm`, before a stand-in that demands what torch's source demands."""
+"""The torch backend's calls of `scaled_mm`, against a stand-in that checks what torch's source requires."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def stand_in(
     a_MK: Tensor, b_KN: Tensor, scale_a: Tensor, of_a: ScalingType, scale_b: Tensor, of_b: ScalingType,
     output_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """The checks of ScaledBlas.cpp, then the product by the reference provider."""
+    """Check what ScaledBlas.cpp checks, then multiply with the reference backend."""
     (m, k), n = a_MK.shape, b_KN.shape[1]
     assert a_MK.is_contiguous()
     assert b_KN.T.is_contiguous()

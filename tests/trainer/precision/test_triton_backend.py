@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton")
 
 
 def has_broken_interpreter() -> bool:
-    """Before 3.7 it takes the bound of a loop for an array, of which NumPy since 2.4 makes no integer."""
+    """Triton before 3.7 takes a loop bound for an array, which NumPy since 2.4 does not convert to an integer."""
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     return version < (3, 7) and NumpyVersion(np.__version__) >= "2.4.0"
 

@@ -1,4 +1,4 @@
-"""The ends of a run before its last token: a rank that raises, a request to stop, a budget that is used up."""
+"""Ends of a run before its last token: a rank that raises, a request to stop, a used-up budget."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def one_rank_raises(world: World, tree: dict[str, Any]) -> None:
 
 
 def test_a_rank_that_raises_says_so_at_once(root: Path) -> None:
-    """Though a message that its neighbor will never send is under way, with a limit of 30 seconds."""
+    """A message that its neighbor will never send is pending, with a limit of 30 seconds."""
     tree = run_config(root) | {"topology": {"pp": 2}, "schedule": {"name": "1f1b"}}
     tree["training"] = tree["training"] | {"run_dir": str(root / "raises")}
     began = time.monotonic()
@@ -50,17 +50,17 @@ def test_a_rank_that_raises_says_so_at_once(root: Path) -> None:
 
 
 LOOKS = 4
-"""At a stop request in one evaluation of the runs below: its rounds of micro-batches."""
+"""Polls of the stop request per evaluation of the runs below: one per round of micro-batches."""
 
 
 def train_until(world: World, tree: dict[str, Any], looks: int, spent_in_a_step: float) -> tuple[int, str] | None:
-    """Train; the last rank alone asks to stop, after so many looks. Exit code and reason of a halt."""
+    """Train; the last rank alone asks to stop, after `looks` polls. Return exit code and reason of a halt."""
     run_dir, asked = Path(tree["training"]["run_dir"]), iter(range(looks))
     config = build_dataclass(RunConfig, tree)
     groups = ProcessGroups.create(config.topology, world.rank, timedelta(seconds=30))
 
     begun = summarize_ledger(run_dir).steps_retained if run_dir.exists() else 0
-    dist.barrier()  # the first rank to train makes the directory
+    dist.barrier()  # the first rank to train creates the directory
     step, taken = Stepper.step, list[int]()
 
     def counted(self: Stepper, *arguments: Any) -> StepResult:
@@ -98,7 +98,7 @@ def test_one_rank_that_is_asked_halts_all_after_the_same_step_and_nothing_is_los
     assert run_processes(2, train_until, tree, 0, 0.0) == [(75, reason)] * 2
     reason = "stopped after step 2, which is in a checkpoint: it was asked to, and the same command goes on"
     assert run_processes(2, train_until, tree, 2 + LOOKS, 0.0) == [(75, reason)] * 2
-    assert told(tree) == told(undisturbed)[:3]  # the evaluation of step 2 is owed
+    assert told(tree) == told(undisturbed)[:3]  # the evaluation of step 2 is still due
     assert run_processes(2, train_until, tree, 100, 0.0) == [None, None]
     assert told(tree) == told(undisturbed)
     summary = summarize_ledger(root / "halted")
@@ -112,14 +112,14 @@ def test_a_stop_in_an_evaluation_is_served_at_the_next_micro_batch(root: Path, c
     tree = on_two_ranks(root, f"left{checkpoint_every}", checkpoint_every=checkpoint_every)
     assert run_processes(2, train_until, undisturbed, 100, 0.0) == [None, None]
     reason = "after step 2, which is in a checkpoint: it was asked to, and the same command goes on"
-    # In the evaluation; before it is made up for; in that again.
+    # In the evaluation; before it is repeated; in its repetition.
     for looks, where in (2 + LOOKS + 1 + 2, "in the evaluation "), (0, ""), (1 + 2, ""):
         halted = run_processes(2, train_until, tree, looks, 0.0)
         assert halted == [(75, f"stopped {where}{reason}")] * 2
         assert told(tree) == told(undisturbed)[:3]
-    last = run_processes(2, train_until, tree, 1 + LOOKS + 1 + 2, 0.0)  # in the evaluation of the last step
+    last = run_processes(2, train_until, tree, 1 + LOOKS + 1 + 2, 0.0)  # during the evaluation of the last step
     assert "in the evaluation after step 3" in str(last)
-    text = run_processes(2, train_until, tree, LOOKS + 1, 0.0)  # in the second token of the sample
+    text = run_processes(2, train_until, tree, LOOKS + 1, 0.0)  # at the second token of the sample
     assert "in the sample after step 3, which is in a checkpoint" in str(text)
     assert run_processes(2, train_until, tree, 100, 0.0) == [None, None]
     assert told(tree) == told(undisturbed)

@@ -1,4 +1,4 @@
-"""What wakes a person: jumps and stalls, once each; and what does not."""
+"""Alerts: loss jumps and stalls, once each, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A view may fail, or take its time: the run neither stops nor waits, and says what became of the view."""
+"""A sink may fail or be slow: the run neither stops nor waits, and reports the sink's failure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shoestring.trainer.telemetry.history import read_all_metrics
 
 
 class Slow:
-    """Hears nothing more until it may."""
+    """A sink that blocks until it is released."""
 
     name = "a slow server"
 
@@ -59,7 +59,7 @@ def test_a_slow_view_costs_the_run_no_time_and_loses_what_does_not_fit(tmp_path:
     start = time.perf_counter()
     for number in range(200):
         stream.emit(step(number))
-    assert time.perf_counter() - start < 1  # it hears nothing all the while
+    assert time.perf_counter() - start < 1  # the sink gets no event meanwhile
     sink.may_go_on.set()
     stream.close()
     assert len(read_all_metrics(tmp_path / "metrics.jsonl")) == 201

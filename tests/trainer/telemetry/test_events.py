@@ -1,4 +1,4 @@
-"""The event file: flat, strict JSON, repaired after a crash, read back as the history of the weights."""
+"""The event file: flat, strict JSON, repaired after a crash, read back as the history of the retained steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of a rank's memory: on a CPU what the kernel says of the process."""
+"""Memory of a rank: on a CPU the resident memory that the kernel reports."""
 
 from __future__ import annotations
 

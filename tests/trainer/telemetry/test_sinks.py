@@ -1,4 +1,4 @@
-"""The stream of a run, opened with the sinks that its configuration names."""
+"""The event stream of a run with the sinks that its configuration names."""
 
 from __future__ import annotations
 

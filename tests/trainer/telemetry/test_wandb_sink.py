@@ -80,7 +80,7 @@ def service_of_wandb() -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("last", ["an event", "the end"])
 def test_nothing_is_lost_when_the_process_of_wandb_is_ended(last: str, tmp_path: Path) -> None:
-    """As by the SIGTERM that Slurm sends to every process of a job. What it had not written is written again."""
+    """Slurm's SIGTERM ends every process of a job, wandb's too; unwritten records are written again."""
     sink = WandbSink(WandbConfig(project="tests"), tmp_path, 0)
     sink.emit(Event("run", 0, {"parameters": 12}))
     for number in range(1, 6):
