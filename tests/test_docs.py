@@ -121,7 +121,7 @@ LINKED = (*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files that a clone has, and a stand-in for its .venv: this environment, with the clone as `shoestring`."""
+    """Return a directory with a clone's files and a stand-in for .venv: this environment with the clone in it."""
     root = tmp_path_factory.mktemp("clean").resolve() / "clone"
     for file in tree_files():
         (root / file).parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(clone: Path) -> Path:
-    """The clone after README's first command."""
+    """Return the clone after README's first command."""
     run(clone, next(command for command in COMMANDS if command.words == QUICKSTART))
     return clone
 
@@ -221,7 +221,7 @@ def test_links_lead_somewhere(page: str) -> None:
 
 @pytest.mark.parametrize("page", LINKED)
 def test_paths_that_are_named_exist(page: str) -> None:
-    """Check paths below the tree's own folders; `CHANGELOG.md` also names places of the past."""
+    """The paths lie below the tree's own folders. `CHANGELOG.md` is exempt: it also names places of the past."""
     text = "" if page == "CHANGELOG.md" else (ROOT / page).read_text()
     folders = "launch|trainer|parallelism|comm|conf|tests|benchmarks|docs"
     named = set(re.findall(rf"(?<![\w./-])(?:{folders})/[\w./-]*\w", text))

@@ -1,4 +1,4 @@
-"""The process harness keeps its promises: order, tracebacks, stacks instead of hangs, cheap starts."""
+"""The process harness: ordered results, tracebacks, stacks instead of hangs, cheap starts."""
 
 from __future__ import annotations
 
