@@ -150,7 +150,7 @@ def test_a_process_that_does_not_start_says_so_once(monkeypatch: pytest.MonkeyPa
     process.close()
 
 
-def test_pypis_apex_is_told_from_nvidias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pypis_apex_is_distinguished_from_nvidias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("raise SystemExit('must not be imported')")
     monkeypatch.syspath_prepend(tmp_path)

@@ -101,7 +101,7 @@ def test_the_second_part_runs_when_it_is_asked_for() -> None:
         assert done == ["first", "second"] * 2
 
 
-def test_a_thread_goes_on_with_the_second_part_by_itself() -> None:
+def test_a_thread_runs_the_second_part_unasked() -> None:
     worker, done = ThreadCommunicator(), threading.Event()
     pending = worker.submit_two_part(CALL, lambda: done.set, ())
     assert done.wait(timeout=30)
@@ -222,7 +222,7 @@ def other_order(world: World) -> str:
     return str(failure.value)
 
 
-def test_ranks_that_disagree_on_the_order_are_told_so() -> None:
+def test_ranks_that_disagree_on_the_order_raise() -> None:
     for rank, message in enumerate(run_processes(2, other_order)):
         assert message == (
             f"rank {rank}: the ranks disagree on the order of exchanges: rank 0 runs number 2, dispatch of layer_01, "

@@ -67,7 +67,7 @@ def test_a_small_collective_does_not_connect_what_a_large_one_uses() -> None:
         run_processes(2, collect, [[SMALL, LARGE], [SMALL]])
 
 
-def test_a_collective_that_is_connected_blocks_nobody() -> None:
+def test_a_collective_that_is_connected_blocks_no_rank() -> None:
     run_processes(2, collect, [[LARGE], [LARGE, LARGE]])
 
 

@@ -40,7 +40,7 @@ def compare(all_facts: Sequence[Fingerprints]) -> list[str]:
         return list(threads.map(rank, range(len(all_facts))))
 
 
-def test_ranks_that_are_the_same_go_on() -> None:
+def test_ranks_that_are_the_same_continue() -> None:
     assert compare([facts(seed="1", code="a")] * 3) == ["", "", ""]
     assert compare([facts(seed="1")]) == [""]
 

@@ -102,7 +102,7 @@ def test_the_limit_may_change_while_a_call_is_under_way(bench: Bench) -> None:
     ],
     ids=["recorded", "empty", "broken"],
 )
-def test_the_flight_recorder_is_written_or_it_is_said_why_not(bench: Bench, recorded: bytes, words: str) -> None:
+def test_the_flight_recorder_is_written_or_the_reason_is_printed(bench: Bench, recorded: bytes, words: str) -> None:
     with bench.watchdog.watch_call("first all-reduce", (0, 3)), patch(DUMP, lambda: lambda: recorded):
         bench.clock.now = 11
         bench.watchdog.exit_if_overdue()
@@ -124,7 +124,7 @@ def wait_for_nobody(world: World, folder: Path) -> None:
             groups.world.all_reduce_sum(torch.zeros(1), "count of valid targets")
 
 
-def test_a_rank_that_hangs_in_a_first_contact_ends_by_itself(tmp_path: Path) -> None:
+def test_a_rank_that_hangs_in_a_first_contact_ends(tmp_path: Path) -> None:
     with pytest.raises(RanksFailed, match=r"rank 0 of 2 failed:\ndied with exit code 1"):
         run_processes(2, wait_for_nobody, tmp_path)
     said = (tmp_path / "said_0").read_text()

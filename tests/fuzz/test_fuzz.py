@@ -43,7 +43,7 @@ def test_two_thousand_inputs_and_the_lines_of_the_readers(tmp_path: Path) -> Non
     assert found["covered"] >= 0.9, words
 
 
-def test_a_trial_that_goes_wrong_is_told(tmp_path: Path) -> None:
+def test_a_trial_that_goes_wrong_is_reported(tmp_path: Path) -> None:
     """A traceback, another exit code, a leftover file and a hang are each detected."""
     code = """
 import sys, time

@@ -34,7 +34,7 @@ def test_both_reach_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert "  seed: 7\n" in capsys.readouterr().out
 
 
-def test_a_bill_is_shown_without_torch() -> None:
+def test_a_budget_is_shown_without_torch() -> None:
     """Importing torch takes seconds and 200 MB, too much for a look at a run."""
     program = "import sys, shoestring.launch.cli, shoestring.launch.verbs.budget; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -31,7 +31,7 @@ def bash(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("how", CLOSED)
-def test_a_program_whose_words_go_nowhere_ends_as_it_should(how: str, tmp_path: Path) -> None:
+def test_a_program_without_an_output_ends_normally(how: str, tmp_path: Path) -> None:
     done = str(tmp_path / "done")
     command = f'{sys.executable} -c "{SAY.format(done=done)}"'
     ended = bash(CLOSED[how].format(command=command), tmp_path)
@@ -75,7 +75,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("how", [pytest.param(how, marks=[] if how == "full" else pytest.mark.slow) for how in VIEWS])
-def test_what_is_made_outlives_the_view_of_it(how: str, trained: Path, tmp_path: Path) -> None:
+def test_files_are_written_even_if_the_output_is_closed(how: str, trained: Path, tmp_path: Path) -> None:
     made: dict[str, list[object]] = {
         "hf/config.json": ["export", trained, "hf"],
         "imported": ["import", "hf", "imported"],
@@ -92,7 +92,7 @@ def test_what_is_made_outlives_the_view_of_it(how: str, trained: Path, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", VIEWS)
-def test_a_run_goes_on_without_its_view(how: str, trained: Path, tmp_path: Path) -> None:
+def test_a_run_continues_without_its_output(how: str, trained: Path, tmp_path: Path) -> None:
     overrides = [*small_run(tmp_path / "data", 2), "telemetry.wandb.mode=disabled", "training.run_dir=run"]
     ended = bash(f"{shoestring('train', *overrides)} {VIEWS[how]}", tmp_path)
     assert (ended.returncode, ended.stderr) == (0, "")

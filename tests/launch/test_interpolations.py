@@ -51,7 +51,7 @@ def test_what_is_written_is_read_back_the_same(override: str, tmp_path: Path) ->
     assert config_to_yaml(read_config(tmp_path / "config.yaml")) == config_to_yaml(config)
 
 
-def test_a_file_of_ones_own_may_hold_the_instant(tmp_path: Path) -> None:
+def test_a_users_file_may_hold_the_instant(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     text = "# @package _global_\ntraining:\n  run_dir: r/${now:%Y}\n"
     (tmp_path / "experiment" / "mine.yaml").write_text(text)

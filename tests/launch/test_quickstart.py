@@ -55,6 +55,6 @@ def test_what_describes_the_run_goes_to_both_verbs(clone: Path) -> None:
 
 
 @pytest.mark.parametrize(("code", "has_bill"), [(0, True), (1, True), (2, False), (3, True), (75, True)])
-def test_a_run_that_was_refused_has_no_bill(clone: Path, code: int, has_bill: bool) -> None:
+def test_a_run_that_was_refused_has_no_budget(clone: Path, code: int, has_bill: bool) -> None:
     (clone / "runs" / "quickstart").mkdir(parents=True)  # of an earlier run
     assert ("budget|runs/quickstart|" in calls(clone, code=code)) == has_bill

@@ -107,7 +107,7 @@ def test_a_second_signal_does_not_cut_the_cleaning_short(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_export_or_import_has_left_goes_with_a_word(
+def test_what_a_killed_export_or_import_has_left_is_removed_with_a_message(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     left = tmp_path / ".out.exporting-7-ab"

@@ -36,13 +36,13 @@ def test_a_schedule_trains_under_the_rules(layout: Layout) -> None:
     assert not errors.over(layout.tolerance), errors
 
 
-def test_without_a_warm_up_a_receive_ahead_waits_for_ever() -> None:
+def test_without_a_warm_up_a_receive_ahead_hangs() -> None:
     failure = failure_of(SHARED_EMBEDDING, Start.COLD)
     assert "of micro-batch 0 from rank" in failure
     assert FIRST_CONTACT in failure
 
 
-def test_with_pairs_alone_sends_behind_the_listener_wait_for_ever() -> None:
+def test_with_pairs_alone_sends_after_the_listener_hang() -> None:
     failure = failure_of(SHARED_EMBEDDING, Start.PAIRS, late_sends=True)
     assert failure.startswith("rank 1: sum of gradients, dense of stage 0 and 1 with ranks 0 failed")
     assert FIRST_CONTACT in failure

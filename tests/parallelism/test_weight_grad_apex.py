@@ -89,7 +89,7 @@ def test_without_apex_there_is_the_plain_way(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(found, before + (grad_RN.T @ x_RK).float())
 
 
-def test_what_is_missing_is_said(calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_reported(calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(weight_grad.missing_apex_requirements(on_gpu=True))
     assert list(weight_grad.missing_apex_requirements(on_gpu=False)) == ["it needs a GPU"]
     vars(sys.modules[weight_grad._MODULE]).pop("wgrad_gemm_accum_fp32")

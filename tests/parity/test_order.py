@@ -92,7 +92,7 @@ def test_one_layer_pair_is_in_the_published_order_on_all_ranks(on_streams: bool)
     assert first[begin + 9 : begin + 11] == ["combine(B)", "attn(W)"]
 
 
-def test_without_turns_a_forward_is_over_before_the_backward_begins() -> None:
+def test_without_overlap_a_forward_is_over_before_the_backward_begins() -> None:
     for order in run_processes(2, recorded, replace(LAYOUT, overlap=False), False):
         forward, backward = order[: order.index("combine(B)")], order[order.index("combine(B)") :]
         assert {name[-2] for name in forward} == {"F"}

@@ -51,7 +51,7 @@ def identifier(value: Layout | frozenset[RecomputeModule]) -> str:
 
 
 @pytest.mark.parametrize(("layout", "recompute"), [*zip(LAYOUTS, cycle(POLICIES), strict=False)], ids=identifier)
-def test_neither_turns_nor_recomputing_change_a_bit(layout: Layout, recompute: frozenset[RecomputeModule]) -> None:
+def test_neither_overlap_nor_recomputing_change_a_bit(layout: Layout, recompute: frozenset[RecomputeModule]) -> None:
     serial = run(replace(layout, overlap=False))
     assert_equal_bits(run(layout), serial)
     assert_equal_bits(run(replace(layout, recompute=recompute)), serial)

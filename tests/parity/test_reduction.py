@@ -90,7 +90,7 @@ def with_one_nan(world: World, break_name: str | None) -> tuple[str, bool, float
     return did, moved, norm
 
 
-def test_one_nan_on_one_rank_is_one_verdict_for_all_and_leaves_nothing_behind() -> None:
+def test_one_nan_on_one_rank_is_one_decision_for_all_and_leaves_nothing_behind() -> None:
     first, second = run_processes(2, with_one_nan, None)
     assert first == second
     assert first[:2] == ("refused", False)
@@ -116,6 +116,6 @@ def idle_steps(world: World) -> list[float]:
     return norms
 
 
-def test_experts_without_a_token_take_part_and_nobody_waits_for_ever() -> None:
+def test_experts_without_a_token_take_part_and_no_rank_hangs() -> None:
     first, *others = run_processes(4, idle_steps)
     assert all(norms == first for norms in others)

@@ -46,7 +46,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("precision", ["FP8", "FP64"])
-def test_a_run_in_other_numbers_goes_on_to_the_last_bit(precision: str, root: Path, tmp_path: Path) -> None:
+def test_a_run_in_other_precisions_resumes_to_the_last_bit(precision: str, root: Path, tmp_path: Path) -> None:
     layout = f"ep2 in {precision}"
     undisturbed = run(root, tmp_path / "undisturbed", layout, 4)
     run(root, tmp_path / "run", layout, 2)
@@ -95,7 +95,7 @@ GROWING = {
 """Steps of 8, 8, 12, 12, 16 and 16 sequences, and so on."""
 
 
-def test_a_run_goes_on_in_the_middle_of_a_batch_ramp(root: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_in_the_middle_of_a_batch_ramp(root: Path, tmp_path: Path) -> None:
     whole_run = GROWING | {"tokens": 72 * LENGTH}
     first, again = tmp_path / "first", tmp_path / "again"
     run(root, first, "pp2 mirrored", 0, **GROWING, tokens=28 * LENGTH)
@@ -186,7 +186,7 @@ def train_on_a_full_disk(world: World, tree: dict[str, Any], steps: tuple[int, .
     return None
 
 
-def test_a_disk_that_is_full_is_told_and_training_goes_on(root: Path, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_is_reported_and_training_continues(root: Path, tmp_path: Path) -> None:
     tree = tree_of(root, tmp_path / "run", "ep2", 6, checkpoint_every=2)
     assert run_processes(2, train_on_a_full_disk, tree, (4,)) == [None] * 2
     events = read_metrics(tmp_path / "run" / "metrics.jsonl")

@@ -19,7 +19,7 @@ def spans(track: TimelineTrack, *named: tuple[str, int]) -> list[Span]:
     return found
 
 
-def test_weights_are_told_apart_by_the_moment_they_are_settled() -> None:
+def test_weight_gradients_are_attributed_by_the_order_of_their_flushes() -> None:
     """A dense layer, two routed ones and MTP, in the order of a recorded backward."""
     config = compose_run_config(
         ["model.num_hidden_layers=3", "model.first_k_dense_replace=1", "model.num_nextn_predict_layers=1"]

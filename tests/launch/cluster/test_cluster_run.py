@@ -165,7 +165,7 @@ def test_two_nodes_train_as_one_does(undisturbed: Path, overrides: list[str], tm
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("option", "node"), [("--cut-link", 1), ("--cut-link", 0), ("--kill-node", 1)])
-def test_a_run_that_breaks_ends_and_goes_on_from_its_checkpoint(
+def test_a_run_that_breaks_ends_and_resumes_from_its_checkpoint(
     option: str, node: int, undisturbed: Path, overrides: list[str], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"

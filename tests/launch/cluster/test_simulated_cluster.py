@@ -86,7 +86,7 @@ def pair() -> Iterator[SimulatedCluster]:
 
 
 @needs_machines
-def test_a_node_is_a_machine_of_its_own(pair: SimulatedCluster, tmp_path: Path) -> None:
+def test_a_node_is_a_separate_machine(pair: SimulatedCluster, tmp_path: Path) -> None:
     where = (
         "import os, socket; print(os.getcwd(), socket.gethostname(), socket.gethostbyname('node0'), os.getpid() < 99)"
     )

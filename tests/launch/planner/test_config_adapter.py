@@ -132,7 +132,7 @@ def test_what_to_write_makes_the_layout() -> None:
     )
 
 
-def test_no_candidate_makes_gate_up_again_in_fp8_and_runs() -> None:
+def test_no_candidate_recomputes_gate_up_in_fp8() -> None:
     """`train` refuses it; the search asks the same check."""
     config = compose_run_config([V3])
     candidates = SearchSpace(2048, 8, micro_batches=(1,)).candidates(recipe_from_config(config, {}))

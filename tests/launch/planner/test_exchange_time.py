@@ -56,7 +56,7 @@ def test_fp8_rows_go_out_and_bf16_sums_come_back() -> None:
     assert out / back == pytest.approx(7392 / 14336)  # bytes per token (report §3.3, DeepEP)
 
 
-def test_beside_computing_an_exchange_takes_what_the_trace_took() -> None:
+def test_during_compute_an_exchange_takes_what_the_trace_took() -> None:
     simulation = simulated()
     costs = simulation.forecaster.chunk_time_model(simulation.layout, simulation.forecast.recipe)
     traced = {"dispatch": 4.3458, "combine": 5.9938, "combine_backward": 3.4052, "dispatch_backward": 6.3682}

@@ -85,7 +85,7 @@ def test_halves_one_after_the_other_hide_nothing() -> None:
     assert apart.mean_time_terms["FB"] == pytest.approx(turns.mean_time_terms["FB"], rel=0.01)
 
 
-def test_what_is_made_again_takes_time() -> None:
+def test_recomputation_takes_time() -> None:
     forecaster, layout, batch = small(), ParallelLayout(GRID, "dualpipe"), 16 * GRID.dp
     policies = [
         RECOMPUTE_NOTHING,

@@ -40,7 +40,7 @@ def test_the_last_stage_reduces_while_others_go_back() -> None:
     assert exposed_reduce_scatter_seconds(uses, played, large) == 3.0  # six units are hidden
 
 
-def test_weights_are_wanted_later_further_down() -> None:
+def test_later_stages_need_their_weights_later() -> None:
     uses, played = run("1f1b", 4, 8)
     assert exposed_all_gather_seconds(uses, played, [CollectiveSeconds(0.0, 1.0)] * 4) == 1.0
     assert (

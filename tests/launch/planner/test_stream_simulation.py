@@ -24,7 +24,7 @@ def test_an_exchange_hides_behind_computing() -> None:
     assert (lanes.elapsed_seconds, lanes.exposed_seconds, lanes.exchange_seconds) == (3.0, 0.0, 2.0)
 
 
-def test_what_is_left_travels_at_its_own_pace() -> None:
+def test_an_exchange_without_compute_runs_at_full_speed() -> None:
     lanes = SimulatedStreams()
     flight = lanes.launch_exchange(ExchangeTime("dispatch", overlapped_seconds=4.0, standalone_seconds=1.0), sync=1.0)
     lanes.run_compute(ComputePhase.ROUTED_EXPERTS_F, 3.0)  # 1 of waiting for others, then half of the way

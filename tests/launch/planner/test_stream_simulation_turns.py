@@ -60,7 +60,7 @@ def noting(name: str, steps: Resumable[None], turns: list[str]) -> Resumable[Non
 
 
 @pytest.mark.parametrize("make", [computed, timed, weighed])
-def test_both_take_three_turns_a_layer(make: Callable[[], Halves]) -> None:
+def test_both_take_three_turns_per_layer(make: Callable[[], Halves]) -> None:
     backward, forward = make()
     turns: list[str] = []
     interleave(noting("B", backward, turns), noting("F", forward, turns))

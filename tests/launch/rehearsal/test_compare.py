@@ -73,7 +73,7 @@ def test_a_member_with_no_collective_at_all() -> None:
     assert "rank 1 has none, its last is number 0" in only(log(0, *DISPATCH), log(1)).text
 
 
-def test_the_odd_one_of_three_is_named_beside_its_neighbors() -> None:
+def test_the_odd_one_of_three_is_named_with_its_neighbors() -> None:
     rows = [replace(each, ranks=(0, 1, 2), sends=(8,) * 3, receives=(8,) * 3) for each in DISPATCH]
     faults = list(compare_rank_logs([log(0, *rows), swapped(log(1, *rows), 0, 1), log(2, *rows)]))
     assert [fault.ranks for fault in faults] == [(0, 1), (1, 2)]

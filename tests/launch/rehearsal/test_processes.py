@@ -41,7 +41,7 @@ def test_logs_come_in_the_order_of_the_ranks_with_a_line_for_each(scratch: Path)
     assert not list(scratch.iterdir())
 
 
-def test_a_process_that_dies_is_named_with_its_words(scratch: Path) -> None:
+def test_a_process_that_dies_is_named_with_its_output(scratch: Path) -> None:
     with pytest.raises(
         RanksFailed, match=r"the process of rank 1 ended with 3 and left no log; it said:\n  words of r"
     ):

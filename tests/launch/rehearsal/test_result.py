@@ -24,7 +24,7 @@ def test_nothing_found() -> None:
     assert tree(verdict)["compared"] == {"collectives": 1, "messages": 2}
 
 
-def test_the_verdict_comes_first_and_faults_that_end_a_run_before_others() -> None:
+def test_the_result_comes_first_and_faults_that_end_a_run_before_others() -> None:
     slow = RankFinding("deprecated", "torch.x is deprecated", "FB: comm/x.py:3 f")
     broken = RankFinding("device", "add takes a tensor of the host", "F: trainer/y.py:4 g")
     rows = [collective("x"), collective("y"), collective("x"), collective("y")]
@@ -38,7 +38,7 @@ def test_the_verdict_comes_first_and_faults_that_end_a_run_before_others() -> No
     assert tree(verdict)["mismatches"] == verdict.mismatch_count == 1
 
 
-def test_behind_an_error_only_the_error_is_told() -> None:
+def test_after_an_error_only_the_error_is_reported() -> None:
     cut = replace(log(1, findings=[RankFinding("error", "shapes", "F: a.py:1 f")]), memory=replace(MEMORY, peak=0))
     verdict = judged(log(0, collective("x")), cut)
     assert [fault.kind for fault in verdict.findings] == ["error"]

@@ -12,7 +12,7 @@ from shoestring.launch.run.run_dir import create_run_dir
 from shoestring.tests.launch.report.recorded import record_run, report_of
 
 
-def test_what_was_not_recorded_is_said_with_what_records_it(tmp_path: Path) -> None:
+def test_what_was_not_recorded_is_named_with_what_records_it(tmp_path: Path) -> None:
     record_run(tmp_path)
     metrics = tmp_path / "metrics.jsonl"
     kept = [line for line in metrics.read_text().splitlines(keepends=True) if '"kind": "memory"' not in line]

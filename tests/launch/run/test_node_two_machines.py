@@ -105,7 +105,7 @@ def test_a_machine_that_is_asked_to_stop_ends_both_within_seconds_and_loses_no_s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", FAULTS)
-def test_a_machine_that_fails_ends_both_and_the_run_goes_on(
+def test_a_machine_that_fails_ends_both_and_the_run_resumes(
     how: str, overrides: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
     run_dir, saving = tmp_path / "run", "training.checkpoint_every=2"
@@ -164,7 +164,7 @@ def test_machines_that_differ_are_refused_by_both(
     assert "yours" not in said
 
 
-def test_a_machine_that_never_comes_is_said_at_once_and_waited_for_only_so_long(
+def test_a_machine_that_never_comes_is_named_early_and_waited_for_up_to_a_limit(
     overrides: list[str], tmp_path: Path
 ) -> None:
     """Machine 1 gets another address, where nothing listens."""
@@ -210,7 +210,7 @@ def test_a_directory_of_one_machine_is_refused_by_both(overrides: list[str], tmp
         assert all("training.run_dir = 'run': is not shared: machine 1" in both.said(machine) for machine in (0, 1))
 
 
-def test_a_machine_that_waits_for_others_stops_at_once(overrides: list[str], tmp_path: Path) -> None:
+def test_a_machine_that_waits_for_others_stops_immediately(overrides: list[str], tmp_path: Path) -> None:
     with launch(tmp_path / "launch") as both:
         both.start(0, [*overrides, ONE_RANK_EACH, f"training.run_dir={tmp_path / 'run'}"])
         wait_until(lambda: "waiting for 1 of 2 machines at 127.0.0.1:" in both.said(0), 60)

@@ -46,9 +46,7 @@ def test_a_port_that_is_taken(config: RunConfig) -> None:
         prometheus = PrometheusConfig(port=other.getsockname()[1])
         scraped = replace(config, telemetry=replace(config.telemetry, prometheus=prometheus))
         assert set(refused(partial(run_preflight_checks, fresh=False), scraped, 4)) == {"telemetry.prometheus.port"}
-        run_preflight_checks(
-            scraped, 4, fresh=False, is_first_node=False
-        )  # only the machine of rank 0 listens there
+        run_preflight_checks(scraped, 4, fresh=False, is_first_node=False)  # only the machine of rank 0 listens there
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -64,7 +62,7 @@ def test_an_exchange_that_is_not_there(config: RunConfig) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_provider_of_fp8_that_is_not_there(config: RunConfig) -> None:
+def test_an_fp8_backend_that_is_not_installed(config: RunConfig) -> None:
     for provider in ("triton", "torch", "te"):
         precision = replace(config.precision, linear="fp8", fp8_backend=provider)
         with pytest.raises(ConfigError, match=r"precision\.provider.*it needs a Hopper GPU"):
@@ -109,7 +107,7 @@ def test_a_shard_of_the_right_size_with_other_bytes(config: RunConfig, tmp_path:
     assert "the file is damaged; remove the directory and prepare again" in found[str(shard)]
 
 
-def test_everything_that_keeps_a_run_from_starting_is_named_at_once(
+def test_everything_that_keeps_a_run_from_starting_is_named_together(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -99,9 +99,7 @@ def test_what_a_machine_sees(tmp_path: Path) -> None:
     assert not meeting._sees(tmp_path / "none" / "meeting", "this")
 
 
-def test_a_machine_that_never_comes_is_waited_for_with_words(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_waiting_for_a_machine_that_never_comes_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     host, _, _ = venues(3, seconds=0.3)
     began = time.monotonic()
     with pytest.raises(
@@ -228,7 +226,7 @@ def test_a_machine_that_leaves_is_named(tmp_path: Path) -> None:
         assert "machine 1 (far) has left" in str(hosting.result(30))
 
 
-def test_a_machine_that_is_gone_when_it_is_told_is_named() -> None:
+def test_a_machine_that_leaves_before_it_is_answered_is_named() -> None:
     here, there = socket.socketpair()
     guest = meeting._Line(here)
     guest.host = "far"
@@ -287,13 +285,13 @@ def test_names_that_do_not_resolve() -> None:
         ("::", "is every address of a machine and names none"),
     ],
 )
-def test_an_address_that_is_written_wrong_is_told_how(address: str, hint: str) -> None:
+def test_an_address_that_is_written_wrong_gets_a_hint(address: str, hint: str) -> None:
     (problem,) = master_address_problems(address)
     assert problem.value == address
     assert hint in problem.hint
 
 
-def test_values_that_are_hidden_and_differ_are_said_to() -> None:
+def test_hidden_values_that_differ_are_named() -> None:
     words = describe_mismatch(
         "prompt", ("here", {"prompt": Fingerprint("1", "${x}")}), ("there", {"prompt": Fingerprint("2", "${x}")})
     )

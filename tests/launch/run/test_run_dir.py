@@ -38,7 +38,7 @@ def test_a_directory_that_is_let_go_is_waited_for(tmp_path: Path, capsys: pytest
             b'{"exit_code": "0", "reason": "done"}', b'{"exit_code": true, "reason": "done"}',
             b'{"exit_code": 0, "reason": 5}', b'{"exit_code": 700, "reason": ""}', b"\xff", b"[" * 99999]
 )  # fmt: skip
-def test_a_status_that_cannot_be_read_counts_as_absent_and_is_told(raw: bytes, tmp_path: Path) -> None:
+def test_a_status_that_cannot_be_read_counts_as_absent_and_is_reported(raw: bytes, tmp_path: Path) -> None:
     (tmp_path / "run_status.json").write_bytes(raw)
     said: list[str] = []
     assert read_run_status(tmp_path, said.append) is None

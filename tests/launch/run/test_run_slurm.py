@@ -169,7 +169,7 @@ def idle_nodes(cluster: Slurm) -> int:
 
 
 @pytest.mark.timeout(300)
-def test_a_requeued_job_goes_on_from_its_checkpoint(
+def test_a_requeued_job_resumes_from_its_checkpoint(
     slurm: Slurm, undisturbed: list[tuple[int, object, object]], tmp_path: Path
 ) -> None:
     run_dir, output = tmp_path / "run", tmp_path / "job.out"
@@ -265,7 +265,7 @@ def node_of(pid: int) -> str:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("how", ["scancel", "TERM to the whole step"])
-def test_a_job_that_is_ended_says_so_in_a_few_lines_and_goes_on_when_it_is_submitted_again(
+def test_a_job_that_is_ended_says_so_in_a_few_lines_and_resumes_when_it_is_submitted_again(
     how: str, slurm: Slurm, undisturbed: list[tuple[int, object, object]], tmp_path: Path
 ) -> None:
     """wandb has its last state, although wandb's process is sent SIGTERM with all others."""
@@ -324,7 +324,7 @@ def has_begun(run_dir: Path, life: int) -> bool:
 
 
 @pytest.mark.timeout(300)
-def test_a_job_that_never_makes_a_step_is_not_requeued_for_ever(slurm: Slurm, tmp_path: Path) -> None:
+def test_a_job_that_never_makes_a_step_is_not_requeued_without_end(slurm: Slurm, tmp_path: Path) -> None:
     """Every attempt is stopped while its machines meet or its ranks start."""
     run_dir, output = tmp_path / "run", tmp_path / "job.out"
     own = ["topology.gpus_per_node=1", f"training.run_dir={run_dir}"]

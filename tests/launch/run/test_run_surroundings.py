@@ -98,7 +98,7 @@ def test_a_machine_without_a_network_or_without_localhost(has_loopback: bool, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_words_that_nobody_can_read_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_that_cannot_be_printed_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     with Path("/dev/full").open("w") as full:
         monkeypatch.setattr(sys, "stderr", full)
         print_to_stderr("something")

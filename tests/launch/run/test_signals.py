@@ -110,7 +110,7 @@ def test_a_run_that_is_asked_to_stop_ends_its_step_and_exits_with_75(
         ("all", signal.SIGUSR1),
     ],
 )
-def test_whoever_gets_the_signal_the_run_goes_on_later(
+def test_whichever_process_gets_the_signal_the_run_resumes_later(
     who: str, number: signal.Signals, start: Start, overrides: list[str], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
@@ -157,7 +157,7 @@ def test_a_run_that_does_not_come_to_the_end_of_a_step_is_ended(
     closed_ledger(run_dir)
 
 
-def test_ctrl_c_stops_at_once(start: Start, overrides: list[str], tmp_path: Path) -> None:
+def test_ctrl_c_stops_immediately(start: Start, overrides: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     process = start(*endless(overrides, run_dir))
     process.send_signal(signal.SIGINT)
@@ -219,7 +219,7 @@ def test_a_rank_hears_what_came_before_it_listened() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "again"), [(60, signal.SIGTERM), (60, signal.SIGQUIT), (0.1, None)])
-def test_a_rank_without_a_launcher_ends_by_itself(seconds: float, again: signal.Signals | None) -> None:
+def test_a_rank_without_a_launcher_ends(seconds: float, again: signal.Signals | None) -> None:
     """It also ends while its main thread waits outside Python, as for messages that never come."""
     code = "import signal; from shoestring.launch.run import signals as s; s.SAME_REQUEST_SECONDS = 0; "
     code += f"s.listen_for_stop({seconds}); signal.raise_signal(10); print('asked', flush=True); signal.sigwait([12])"
@@ -263,7 +263,7 @@ def own_torchrun(overrides: list[str], run_dir: Path, *options: str) -> list[str
 
 
 @pytest.mark.slow
-def test_under_a_torchrun_of_ones_own_with_restarts(start: Start, overrides: list[str], tmp_path: Path) -> None:
+def test_under_a_users_torchrun_with_restarts(start: Start, overrides: list[str], tmp_path: Path) -> None:
     """torchrun's exit code says nothing; the run's status does. A rank that stops on purpose is not restarted."""
     run_dir = tmp_path / "run"
     process = start(own_torchrun(overrides, run_dir, "--max-restarts=3"), run_dir)

@@ -29,7 +29,7 @@ def test_what_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     run_local_ranks(["-m", "module"], 2, seconds=60)
 
 
-def test_a_fault_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, "raise SystemExit(7)")
     with pytest.raises(RanksFailed, match="torchrun exited with 7"):
         run_local_ranks([], 1, seconds=60)

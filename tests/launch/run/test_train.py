@@ -229,7 +229,7 @@ def test_a_rank_whose_launcher_is_dead_ends_also_before_anyone_has_taken_note(mo
         signals.die_with_launcher()
 
 
-def test_a_finished_run_is_left_alone_until_it_is_told_otherwise(finished: Path, overrides: list[str]) -> None:
+def test_a_finished_run_is_left_alone(finished: Path, overrides: list[str]) -> None:
     before = (finished / "metrics.jsonl").read_bytes()
     again = train(overrides, finished)
     assert again.returncode == 0

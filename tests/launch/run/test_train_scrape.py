@@ -17,7 +17,7 @@ from shoestring.trainer.telemetry.history import read_metrics
 pytestmark = pytest.mark.slow
 
 
-def test_every_life_of_a_run_is_scraped(tmp_path: Path) -> None:
+def test_every_attempt_of_a_run_is_scraped(tmp_path: Path) -> None:
     port, run_dir = free_port(), tmp_path / "run"
     overrides = [*small_run(tmp_path, steps=1_000_000), f"telemetry.prometheus.port={port}", "telemetry.log_every=1"]
     first = life(overrides, run_dir, port, step=3)

@@ -40,7 +40,7 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
 
 
-def test_the_bill_splits_productive_time_and_stands_beside_the_published_one(
+def test_the_budget_splits_productive_time_and_shows_the_published_one(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = answer(capsys, "budget", run_dir)
@@ -118,7 +118,7 @@ def problems(run_dir: Path, *overrides: str, fresh: bool = False) -> dict[str, s
     return {problem.field: problem.hint for problem in budget_problems(config, fresh=fresh)}
 
 
-def test_a_plan_over_budget_is_refused_unless_told_otherwise(run_dir: Path) -> None:
+def test_a_plan_over_budget_is_refused_unless_allowed(run_dir: Path) -> None:
     plan = "budget.planned_gpu_hours=0.6"
     assert "exceeds budget.gpu_hours, 0.5" in problems(run_dir, plan)["budget.planned_gpu_hours"]
     assert not problems(run_dir, plan, "budget.allow_over_plan=true")
@@ -143,7 +143,7 @@ def test_a_run_of_a_project_is_held_to_what_is_left_there(run_dir: Path) -> None
     assert "nothing is left" in problems(later, own)["budget.project"]
 
 
-def test_a_bill_that_lost_records_says_so(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_budget_that_lost_records_says_so(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "the totals saved beside them agree" in answer(capsys, "budget", run_dir, "--verify")
     work = run_dir / WORK_FILE
     work.write_text("".join(work.read_text().splitlines(keepends=True)[:9]))

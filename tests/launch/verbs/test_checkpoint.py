@@ -18,7 +18,7 @@ from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.model import Model
 
 
-def test_ls_tells_whole_from_damaged_from_unfinished(saves: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ls_distinguishes_whole_damaged_and_unfinished(saves: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = CheckpointStore(saves / "checkpoints", keep_last=9)
     (store.checkpoint_path(4) / "complete").unlink()
     with patch("shoestring.trainer.checkpoint.manifest.FORMAT", 4):

@@ -86,7 +86,7 @@ def test_the_average_of_the_weights_takes_none_of_a_gpus_memory() -> None:
         assert beside.total - without.total == pytest.approx(expected)
 
 
-def test_what_the_host_holds_beside_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_host_of_a_gpu_holds(capsys: pytest.CaptureFixture[str]) -> None:
     """The host holds the average, 64 MiB of staging, and a copy for saves of everything that is stored."""
     plain, averaging = compose_run_config(SMALL), compose_run_config([*SMALL, "optimizer.ema_decay=0.9"])
     for device in map(torch.device, ("cuda", "cpu")):

@@ -111,7 +111,7 @@ def test_weight_gradients_come_after_their_own_and_in_order() -> None:
         verify_program(changed(program, 1, moved(Op.W, 3, before=(Op.W, 2))))
 
 
-def test_a_deadlock_is_told_with_everyone_who_waits() -> None:
+def test_a_deadlock_is_reported_with_every_waiting_rank() -> None:
     # Rank 1 receives a second activation before it sends the first gradient, for which rank 0 waits.
     program = build_program("1f1b", 2, 4)
     eager = changed(program, 1, moved(Op.F, 1, before=(Op.B, 0)))

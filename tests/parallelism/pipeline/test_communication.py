@@ -119,7 +119,7 @@ def test_a_message_made_early_is_received_in_its_turn() -> None:
     assert at["a4 0>1 next"] <= at["g0 0>1 next"] <= needed["g0 0>1 next"]
 
 
-def test_what_stays_on_a_rank_is_no_edge() -> None:
+def test_what_stays_on_a_rank_is_no_p2p_op() -> None:
     for name in ("gpipe", "interleaved", "dualpipev"):
         assert not any(commit.sends or commit.receives for commit in derive_p2p_batches(build_program(name, 1, 4))[0])
     turn = [edge for commit in derive_p2p_batches(build_program("dualpipev", 2, 4))[1] for edge in commit.sends]

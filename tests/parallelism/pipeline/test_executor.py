@@ -140,7 +140,7 @@ def test_gradients_are_those_of_a_serial_run(schedule: str, ranks: int) -> None:
         torch.testing.assert_close(grad, 2 * serial, rtol=1e-12, atol=1e-12)
 
 
-def test_one_rank_runs_a_v_by_itself() -> None:
+def test_one_rank_runs_a_v_alone() -> None:
     ((first, second),) = run_processes(1, run_twice, "dualpipev", 3)
     expected = serial_gradients(2, range(3))
     torch.testing.assert_close(first[1], 2 * expected[0], rtol=1e-12, atol=1e-12)
@@ -272,7 +272,7 @@ def neighbor_that_leaves(world: World) -> list[str]:
     return heard
 
 
-def test_a_neighbor_that_is_gone_is_named_by_whoever_posts_to_it() -> None:
+def test_a_neighbor_that_is_gone_is_named_by_the_rank_that_posts_to_it() -> None:
     first, *later = run_processes(2, neighbor_that_leaves)[0]
     assert first.startswith("rank 0: an answer with ranks 1 failed")
     assert later[0].startswith("rank 0: a message with ranks 1 failed")

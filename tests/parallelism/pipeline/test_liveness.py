@@ -40,7 +40,7 @@ def test_zero_bubble_by_hand() -> None:
     assert max(held.awaiting_backward[0] for held in peak_counts_between_instructions(program, 0, first)) == 2
 
 
-def test_what_turns_on_a_rank_is_a_message_too() -> None:
+def test_a_tensor_between_chunks_of_one_rank_is_a_message_too() -> None:
     """DualPipeV's last rank passes its first chunk's output to its second."""
     program = build_program("dualpipev", 2, 4)
     last = derive_p2p_batches(program)[1]

@@ -155,7 +155,7 @@ def test_a_transfer_takes_its_time() -> None:
     assert simulate_program(program, OpDurations(), transfer_time=0.25).makespan == 6.5
 
 
-def test_a_deadlock_ends_the_replay() -> None:
+def test_a_deadlock_ends_the_simulation() -> None:
     program = build_program("1f1b", 2, 3)
     f0, b0, f1, b1, f2, b2 = program.instructions[1]
     broken = PipelineProgram(

@@ -92,7 +92,7 @@ def test_weights_moments_and_biases_come_back_to_the_bit(first: str, second: str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", SLOW)
-def test_a_run_goes_on_on_another_layout_and_back(
+def test_a_run_resumes_on_another_layout_and_back(
     layout: str, root: Path, began: tuple[Path, State, list[float]], tmp_path: Path
 ) -> None:
     directory, run_state, expected = began

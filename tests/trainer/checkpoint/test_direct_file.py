@@ -102,7 +102,7 @@ def test_a_file_system_that_takes_larger_blocks_is_written_plainly(tmp_path: Pat
     assert (tmp_path / "file").read_bytes() == RAW
 
 
-def test_an_error_that_is_no_matter_of_blocks_is_told_at_once(tmp_path: Path) -> None:
+def test_an_error_that_is_no_matter_of_blocks_is_raised_immediately(tmp_path: Path) -> None:
     before = open_files()
     with (
         patch.object(os, "write", side_effect=OSError(errno.EIO, "Input/output error")) as write,

@@ -38,7 +38,7 @@ def test_the_step_waits_for_the_copy_alone(tmp_path: Path) -> None:
     assert torch.equal(store.open(1).read_tensor("a"), tensors()["a"])
 
 
-def test_the_memory_for_copies_is_had_beside_the_training(tmp_path: Path) -> None:
+def test_the_memory_for_copies_is_allocated_in_the_background(tmp_path: Path) -> None:
     """The saver's thread allocates it once; an early save waits for it."""
     saver = CheckpointSaver(CheckpointStore(tmp_path, keep_last=1), WORLD)
     large, real = {"large": torch.arange(100_000.0)}, torch.empty
@@ -92,7 +92,7 @@ def test_for_a_gpu_the_memory_for_copies_is_pinned_at_its_size(tmp_path: Path) -
     assert torch.equal(CheckpointStore(tmp_path, keep_last=1).open(1).read_tensor("large"), large["large"])
 
 
-def test_poll_tells_once_when_a_save_has_ended(tmp_path: Path) -> None:
+def test_poll_reports_once_when_a_save_has_ended(tmp_path: Path) -> None:
     saver = CheckpointSaver(CheckpointStore(tmp_path, keep_last=2), WORLD)
     assert saver.poll_save(*saver.save_votes()) is None
     saver.begin_save(1, pieces(tensors()), CheckpointExtras())

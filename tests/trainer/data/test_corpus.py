@@ -125,7 +125,7 @@ def test_a_missing_or_empty_corpus_is_refused(config: DataConfig, tmp_path: Path
     assert "holds no text" in refusal(replace(config, corpus=str(tmp_path / "empty")))
 
 
-def test_everything_wrong_with_the_works_is_listed_at_once(config: DataConfig) -> None:
+def test_everything_wrong_with_the_files_is_listed_together(config: DataConfig) -> None:
     corpus = config.corpus_directory
     (corpus / "empty.txt").write_text(" \n")
     (corpus / "nothing.jsonl").write_text("")

@@ -142,7 +142,7 @@ def test_an_interrupted_preparation_cleans_up(config: DataConfig) -> None:
     assert list(Path(config.prepared).parent.iterdir()) == []
 
 
-def test_of_two_preparations_at_once_one_wins_and_both_have_the_result(config: DataConfig) -> None:
+def test_of_two_concurrent_preparations_one_wins_and_both_have_the_result(config: DataConfig) -> None:
     lines: list[str] = []
 
     def race(line: str) -> None:

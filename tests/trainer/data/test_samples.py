@@ -90,7 +90,7 @@ def test_the_order_depends_on_neither_processes_nor_restarts() -> None:
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 5, 64, 101, 1000])
-def test_every_epoch_takes_each_sample_once_in_an_order_of_its_own(samples: int) -> None:
+def test_every_epoch_takes_each_sample_once_in_another_order(samples: int) -> None:
     epochs = SampleOrder(0, samples).sample_indices(0, 5 * samples).reshape(5, samples)
     assert (np.sort(epochs, axis=1) == np.arange(samples)).all()
     if samples >= 64:
@@ -98,7 +98,7 @@ def test_every_epoch_takes_each_sample_once_in_an_order_of_its_own(samples: int)
         assert not np.array_equal(SampleOrder(1, samples).sample_indices(0, samples), epochs[0])
 
 
-def test_the_order_is_fixed_for_good() -> None:
+def test_the_order_never_changes() -> None:
     """Checkpoints rely on it: another permutation would repeat and skip samples of a resumed run."""
     assert SampleOrder(42, 10).sample_indices(0, 20).tolist() == [
         6,

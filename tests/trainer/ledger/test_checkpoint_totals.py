@@ -13,7 +13,7 @@ from shoestring.trainer.ledger.checkpoint_totals import carry_checkpoint_totals
 from shoestring.trainer.ledger.summary import summarize_ledger
 
 
-def test_a_checkpoint_with_its_ledger_goes_on(tmp_path: Path, time: Time) -> None:
+def test_a_checkpoint_with_its_ledger_continues(tmp_path: Path, time: Time) -> None:
     work = begin(tmp_path, "a")
     do_steps(work, time, 1, 3)
     totals = summarize_ledger(tmp_path).checkpoint_totals()

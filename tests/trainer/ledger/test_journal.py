@@ -139,9 +139,7 @@ def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> N
     fill(path, 1)
 
 
-def test_an_append_that_fails_half_way_leaves_a_chain_to_go_on_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_append_that_fails_half_way_leaves_a_usable_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "work.jsonl"
     journal = JournalWriter(path)
     journal.append({"number": 1})

@@ -54,7 +54,7 @@ def test_records_wait_for_room_and_the_chain_is_whole(tmp_path: Path) -> None:
     assert adds_up(summarize_ledger(tmp_path))
 
 
-def test_a_life_that_ends_on_a_full_disk_leaves_a_ledger_to_go_on_with(tmp_path: Path) -> None:
+def test_an_attempt_that_ends_on_a_full_disk_leaves_a_usable_ledger(tmp_path: Path) -> None:
     for attempt in ("a", "b"):
         allocation = launch(tmp_path, attempt)
         work = WorkJournal(tmp_path, ranks=2, attempt=attempt, budget=BUDGET)
@@ -107,7 +107,7 @@ def test_a_file_system_without_locks_is_refused_in_one_sentence(
     assert "use a file system with flock" in message
 
 
-def test_a_journal_that_is_being_written_is_told(tmp_path: Path) -> None:
+def test_a_journal_that_is_being_written_is_recognized(tmp_path: Path) -> None:
     refuse_if_locked(tmp_path / "work.jsonl")
     journal = JournalWriter(tmp_path / "work.jsonl")
     with pytest.raises(ConfigError, match="another process is writing this journal"):

@@ -40,7 +40,7 @@ def test_runs_of_a_project_share_a_budget_and_totals_are_cumulative(tmp_path: Pa
     assert list(reader.summarize_runs()) == [first, second, third]
 
 
-def test_what_a_project_inherits_from_outside_is_told_apart(tmp_path: Path, time: Time) -> None:
+def test_what_a_project_inherits_from_outside_is_shown_separately(tmp_path: Path, time: Time) -> None:
     outside, project = tmp_path / "outside", Project.read(project_file(tmp_path))
     run(outside, time, HOUR)
     work = WorkJournal(project.runs[0], ranks=1, attempt="a", budget=BUDGET)

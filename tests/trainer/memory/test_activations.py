@@ -85,9 +85,7 @@ def layer_forward(
         batch.dtype
     )
     with model.cache_fp8_weights():
-        run_to_completion(
-            chunk.forward(tokens_BW, valid_BW, SCALES, 0, input_BSD)
-        )  # allocations of the first use only
+        run_to_completion(chunk.forward(tokens_BW, valid_BW, SCALES, 0, input_BSD))  # allocations of the first use only
         with Census() as census:
             forward = run_to_completion(chunk.forward(tokens_BW, valid_BW, SCALES, 0, input_BSD))
     return forward, census, input_BSD.nbytes
@@ -150,7 +148,7 @@ def test_what_fp8_keeps_falls_as_predicted(layer: str, config: ModelConfig, poli
 
 @pytest.mark.parametrize("policy", [frozenset(), REPORT, frozenset(RecomputeModule)], ids=names)
 @pytest.mark.parametrize("layer", ["dense", "routed"])
-def test_beside_a_fused_attention_fp8_keeps_its_output_once(
+def test_with_a_fused_attention_fp8_keeps_its_output_once(
     layer: str, policy: frozenset[RecomputeModule], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch's CPU kernel stands for those of GPUs, which keep their output, too; it needs heads of one width."""

@@ -64,7 +64,7 @@ def test_logits_run_the_main_model_alone() -> None:
     assert exchange.diary == launched_yielded_waited(*(f"{op} {i}" for i in (0, 1) for op in ("dispatch", "combine")))
 
 
-def test_two_generators_may_take_turns() -> None:
+def test_two_generators_may_alternate() -> None:
     def gradients(chunk: Chunk) -> list[Tensor]:
         return [parameter.grad for parameter in chunk.model.parameters() if parameter.grad is not None]
 

@@ -115,7 +115,7 @@ def test_a_wait_right_behind_the_launch_is_seen(exchange: str) -> None:
 
 
 @pytest.mark.parametrize("exchange", ["flat", "two_hop"])
-def test_a_dispatch_runs_beside_the_backward_that_hides_it(exchange: str) -> None:
+def test_a_dispatch_runs_during_the_backward_that_hides_it(exchange: str) -> None:
     streams = run_pair(exchange)
     for (backward, forward), waited in zip(pairs(), streams.host_waits_for, strict=True):
         hiding = of("mlp(B)", backward, BACKWARD)

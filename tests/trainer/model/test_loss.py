@@ -38,7 +38,7 @@ def test_logits_too_large_for_exp_do_not_overflow() -> None:
     assert all(torch.isfinite(value).all() for value in (loss, *grads))
 
 
-def test_the_head_has_its_gradient_at_once() -> None:
+def test_the_head_keeps_its_input_alone() -> None:
     """Nothing of the logits' size is kept for the backward."""
     hidden, head = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     targets, left, kept = torch.randint(9, (6,)), DelayedWeightGradients(), list[Tensor]()

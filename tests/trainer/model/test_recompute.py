@@ -70,7 +70,7 @@ def test_nor_does_it_in_fp8(policy: frozenset[RecomputeModule]) -> None:
         assert all(map(torch.equal, made_again, kept))
 
 
-def test_each_part_is_made_again_once_for_each_who_needs_it() -> None:
+def test_each_module_is_recomputed_once_for_each_use() -> None:
     """Counts the recipes that are used: without any, the test above would prove nothing."""
     used: list[str] = []
     result = recompute_module._Recipe.result

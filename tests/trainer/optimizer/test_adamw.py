@@ -103,7 +103,7 @@ def test_the_norm_counts_every_piece() -> None:
 
 @pytest.mark.parametrize("masters", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("moments", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_the_fused_rule_does_what_its_twin_does(masters: torch.dtype, moments: torch.dtype) -> None:
+def test_the_fused_rule_does_what_the_reference_does(masters: torch.dtype, moments: torch.dtype) -> None:
     """Ten steps over more than one slice, each from the reference's state: a moment between two numbers of
     its dtype may be rounded up by one and down by the other.
     """

@@ -92,7 +92,7 @@ def moved_through(streams: LateStreams | None) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "as late as may be"])
-def test_by_a_stream_of_its_own_it_is_the_same_to_the_last_bit(late: bool) -> None:
+def test_on_a_separate_stream_it_is_the_same_to_the_last_bit(late: bool) -> None:
     streams = LateStreams(late)
     for staged, plain in zip(moved_through(streams), moved_through(None), strict=True):
         assert torch.equal(staged, plain)
@@ -101,7 +101,7 @@ def test_by_a_stream_of_its_own_it_is_the_same_to_the_last_bit(late: bool) -> No
     assert sum(line.startswith("host waits") for line in streams.log) == STEPS * 5
 
 
-def test_it_moves_beside_the_caller_and_is_waited_for() -> None:
+def test_it_moves_in_the_background_and_is_waited_for() -> None:
     groups = ProcessGroups.create(Topology(), 0, timedelta(seconds=1))
     optimizer, _ = build(groups, torch.float32)
     average = WeightEMA(optimizer, DECAY)

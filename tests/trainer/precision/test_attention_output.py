@@ -115,7 +115,7 @@ def test_the_operators_of_gpus_keep_an_output_that_is_found(name: str) -> None:
     assert [grad.shape for grad in torch.autograd.grad(end, inputs)] == [x.shape for x in inputs]
 
 
-def test_what_nobody_packs_is_kept_as_it_is() -> None:
+def test_an_output_that_is_not_packed_is_kept_as_it_is() -> None:
     inputs = heads()
     found, expected = (
         torch.autograd.grad(attend(causal_attention_reference, *inputs, SCALE).square().sum(), inputs)

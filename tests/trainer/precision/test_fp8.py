@@ -148,7 +148,7 @@ class Adding(ReferenceBackend):
         super().accumulate_grouped_wgrad(grad, x, sum_LNK)
 
 
-def test_a_provider_adds_to_the_gradient_that_is_there() -> None:
+def test_a_backend_adds_to_the_gradient_that_is_there() -> None:
     adding, module, mixture = Adding(), linear(), experts()
     module.fp8 = mixture.fp8 = Fp8LinearOps(adding)
     gates, left = torch.rand(150, dtype=torch.float64), DelayedWeightGradients()
@@ -189,7 +189,7 @@ class Fused(ReferenceBackend):
         return super().rowwise_to_columnwise(x, rows_L, scales)
 
 
-def test_a_provider_is_given_the_input_of_a_swiglu_and_tiles_to_turn() -> None:
+def test_a_backend_is_given_the_input_of_a_swiglu_and_tiles_to_transpose() -> None:
     fused, network, mixture = Fused(), SwiGLUFeedForward(WIDTH, INNER), experts().float()
     network.down.fp8 = mixture.fp8 = Fp8LinearOps(fused)
     x, gates = normal(sum(ROWS), WIDTH), torch.rand(sum(ROWS))

@@ -14,7 +14,7 @@ GPU = torch.device("cuda")
 
 
 @pytest.mark.parametrize("name", ["triton", "torch", "te"])
-def test_every_operation_is_its_twin(name: str) -> None:
+def test_every_operation_equals_the_reference(name: str) -> None:
     missing = list(unavailable_reasons(name, on_gpu=torch.cuda.is_available()))
     if missing:
         pytest.skip("; ".join(missing))

@@ -40,7 +40,7 @@ def test_it_serves_where_its_library_loads(place: Path) -> None:
     assert "transformer_engine_torch" in sys.modules
 
 
-def test_a_library_that_does_not_load_is_said_to(place: Path) -> None:
+def test_a_library_that_does_not_load_is_reported(place: Path) -> None:
     te_stand_in.install(place)
     (place / "transformer_engine/wheel_lib/transformer_engine_torch.py").write_text("raise OSError('no libcublas')")
     (said,) = unavailable_reasons("te", on_gpu=True)
@@ -48,7 +48,7 @@ def test_a_library_that_does_not_load_is_said_to(place: Path) -> None:
     assert "no libcublas" in said
 
 
-def test_an_older_one_is_said_not_to_serve(place: Path) -> None:
+def test_an_older_one_is_reported_unusable(place: Path) -> None:
     te_stand_in.install(place)
     (place / "transformer_engine/pytorch/constants.py").write_text("")
     (said,) = unavailable_reasons("te", on_gpu=True)

@@ -22,10 +22,10 @@ def has_broken_interpreter() -> bool:
     return version < (3, 7) and NumpyVersion(np.__version__) >= "2.4.0"
 
 
-def test_every_quantizer_is_its_twin_in_the_interpreter(tmp_path: Path) -> None:
+def test_every_quantizer_equals_the_reference_in_the_interpreter(tmp_path: Path) -> None:
     assert run("against_twins", "quantization", tmp_path=tmp_path, interpret=True).strip() == "every kernel is its twin"
 
 
 @pytest.mark.skipif(has_broken_interpreter(), reason="triton's interpreter before 3.7 cannot loop with NumPy 2.4")
-def test_every_product_is_its_twin_in_the_interpreter(tmp_path: Path) -> None:
+def test_every_product_equals_the_reference_in_the_interpreter(tmp_path: Path) -> None:
     assert run("against_twins", "products", tmp_path=tmp_path, interpret=True).strip() == "every kernel is its twin"

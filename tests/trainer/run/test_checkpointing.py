@@ -93,7 +93,7 @@ def test_shards_of_masters_moments_and_average_come_back_with_the_checkpoint(roo
     assert evaluation["loss/averaged"] != evaluation["loss"]
 
 
-def test_a_last_checkpoint_that_failed_names_the_one_that_a_run_goes_on_from(tmp_path: Path) -> None:
+def test_a_last_checkpoint_that_failed_names_the_one_to_resume_from(tmp_path: Path) -> None:
     last = SaveResult(4, tmp_path / "step_00000004", "no room")
     with pytest.raises(RunFailed, match=r"of step 4, .*: no room; make room; .* starts over, as there is no other one"):
         _insist(last)

@@ -37,7 +37,7 @@ def one_rank_raises(world: World, tree: dict[str, Any]) -> None:
         run_rank(world, tree)
 
 
-def test_a_rank_that_raises_says_so_at_once(root: Path) -> None:
+def test_a_rank_that_raises_ends_the_run_without_a_timeout(root: Path) -> None:
     """A message that its neighbor will never send is pending, with a limit of 30 seconds."""
     tree = run_config(root) | {"topology": {"pp": 2}, "schedule": {"name": "1f1b"}}
     tree["training"] = tree["training"] | {"run_dir": str(root / "raises")}
@@ -126,7 +126,7 @@ def test_a_stop_in_an_evaluation_is_served_at_the_next_micro_batch(root: Path, c
     assert summarize_ledger(Path(tree["training"]["run_dir"])).rolled_back_ms == 0
 
 
-def test_a_checkpoint_that_is_due_comes_before_the_evaluation_which_is_told_once(root: Path) -> None:
+def test_a_checkpoint_that_is_due_comes_before_the_evaluation_which_is_reported_once(root: Path) -> None:
     tree = on_two_ranks(root, "longer", checkpoint_every=1)
     assert run_processes(2, train_until, tree, 100, 0.0) == [None, None]
     manifest = json.loads((root / "longer" / "checkpoints" / "step_00000003" / "manifest.json").read_text())

@@ -111,7 +111,7 @@ HARMS: dict[str, Callable[[Path, Path], object]] = {
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_what_happens_to_a_runs_files_in_mid_run_is_said(root: Path, tmp_path: Path, harm: str) -> None:
+def test_damage_to_a_runs_files_in_mid_run_is_reported(root: Path, tmp_path: Path, harm: str) -> None:
     tree = run_config(root)
     shutil.copytree(root / "prepared", tmp_path / "prepared")
     tree["data"] = tree["data"] | {"prepared": str(tmp_path / "prepared")}

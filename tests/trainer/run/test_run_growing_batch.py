@@ -56,7 +56,7 @@ def test_every_layout_trains_the_same_while_the_batch_grows(
     assert (summary.steps_retained, summary.tokens_retained) == (len(SIZES), sum(SIZES) * LENGTH)
 
 
-def test_a_growing_batch_is_told_by_its_tokens(root: Path, growing_alone: list[dict[str, Any]]) -> None:
+def test_learning_rates_of_a_growing_batch_follow_its_tokens(root: Path, growing_alone: list[dict[str, Any]]) -> None:
     steps = [values for values in growing_alone if values["kind"] == "step"]
     consumed = [LENGTH * sum(SIZES[:count]) for count in range(1, len(SIZES) + 1)]
     assert [values["tokens"] for values in steps] == consumed

@@ -65,7 +65,7 @@ def test_a_loss_that_is_not_finite_touches_no_other_sum() -> None:
 
 
 @pytest.mark.parametrize("routers", [[], ROUTERS])
-def test_one_rank_sums_by_itself(routers: list[str]) -> None:
+def test_one_rank_sums_alone(routers: list[str]) -> None:
     alone = Group((0,), None, 0, timedelta(seconds=1))
     share = share_of(0)
     bias = {name: share.router_bias_E.get(name, torch.zeros(EXPERTS)) for name in routers}

@@ -69,7 +69,7 @@ def test_a_slow_view_costs_the_run_no_time_and_loses_what_does_not_fit(tmp_path:
     assert f"view was too slow: {200 - len(sink.heard)} events were left out" in warning
 
 
-def test_a_view_that_never_finishes_holds_up_the_end_for_a_limited_time(tmp_path: Path) -> None:
+def test_a_sink_that_never_finishes_delays_the_end_for_a_limited_time(tmp_path: Path) -> None:
     sink = Slow()
     stream = EventStream(tmp_path, [BackgroundSink(lambda: sink, name="view", close_timeout_seconds=0.1)])
     stream.emit(step(1))
@@ -81,7 +81,7 @@ def test_a_view_that_never_finishes_holds_up_the_end_for_a_limited_time(tmp_path
 
 
 @pytest.mark.timeout(20)
-def test_a_view_that_does_not_open_is_dropped_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_sink_that_does_not_open_is_dropped_and_the_run_continues(tmp_path: Path) -> None:
     def fail() -> Sink:
         raise ConnectionRefusedError("no server")
 

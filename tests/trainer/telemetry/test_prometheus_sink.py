@@ -83,7 +83,7 @@ def test_a_checkpoint_that_is_done_later_takes_no_step_back(config: PrometheusCo
     assert scrape(port_of(config))["shoestring_step"] == 40
 
 
-def test_the_next_life_listens_on_the_same_port_at_once(config: PrometheusConfig, tmp_path: Path) -> None:
+def test_the_next_attempt_listens_on_the_same_port_immediately(config: PrometheusConfig, tmp_path: Path) -> None:
     for step in range(3):
         sink = PrometheusSink(config, tmp_path)
         sink.emit(Event("step", step, {"loss": 3.0}))

@@ -139,7 +139,7 @@ def test_a_process_of_wandb_that_ends_while_it_starts_is_started_again(
     assert len(starts) == 6
 
 
-def test_a_second_life_has_the_same_id_and_goes_on_counting(tmp_path: Path) -> None:
+def test_a_second_attempt_has_the_same_id_and_continues_counting(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     for first in (1, 3):
         stream = EventStream(run_dir, [])
@@ -181,7 +181,7 @@ def test_online_without_an_account_is_one_clear_refusal(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_online_with_a_server_that_is_gone_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_online_with_a_server_that_is_gone_the_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as listener:  # which never answers
         listener.bind(("127.0.0.1", 0))
         listener.listen()

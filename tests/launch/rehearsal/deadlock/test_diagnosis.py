@@ -41,6 +41,6 @@ def test_a_call_that_a_rank_never_makes_is_the_root() -> None:
     assert "rank 0: host waits (synchronize) for stream exchange at end; stream exchange is in number 2" in fault.text
 
 
-def test_nothing_is_said_behind_an_error() -> None:
+def test_nothing_is_reported_after_an_error() -> None:
     error = RankFinding("error", "out of memory", "line 3")
     assert not list(find_hangs([log(0, collective("x"), findings=[error]), log(1)]))

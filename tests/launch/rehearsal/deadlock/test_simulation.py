@@ -23,7 +23,7 @@ def test_a_receive_that_meets_both_directions() -> None:
     assert not list(find_hangs([log(0, batch([A], [A], ranks=wide)), log(1, replace(both, ranks=wide))]))
 
 
-def test_operations_of_a_communicator_connect_each_on_their_own() -> None:
+def test_operations_of_a_communicator_connect_separately() -> None:
     gather, scatter = collective("g", operation="all_gather"), collective("s", operation="reduce_scatter")
     warm = replace(gather, is_warm_up=True)
     cross = [log(0, warm, batch([], [A], stream="x"), scatter), log(1, warm, scatter, batch([FROM_0], stream="x"))]

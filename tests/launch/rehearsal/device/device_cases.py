@@ -98,7 +98,7 @@ def test_memory_is_that_of_storages(ledger: RankRecorder) -> None:
     assert memory.peak_bytes == 4 * N + 40
 
 
-def test_the_host_reads_what_the_oracle_says(ledger: RankRecorder) -> None:
+def test_the_host_reads_what_the_readback_says(ledger: RankRecorder) -> None:
     x = torch.zeros(3, dtype=torch.int64, device="cuda")
     assert x.cpu().tolist() == [7, 7, 7]
     assert int(x[0]) == 7
