@@ -83,7 +83,7 @@ def test_the_rule_itself(test: str, subject: str | None) -> None:
 
 def test_no_test_imports_from_another() -> None:
     found = [
-        f"tests/{path}: imports `{'.'.join(name)}`; what tests share is in a module beside them that is no test_*.py"
+        f"tests/{path}: imports `{'.'.join(name)}`; what tests share belongs in a module that is not a test_*.py"
         for path in (path.relative_to("tests") for path in tree_files(".py") if path.parts[0] == "tests")
         for name in imports((ROOT / "tests" / path).read_text(), "tests" / path)
         if name[:2] == ("shoestring", "tests") and any(part.startswith("test_") for part in name[2:])
@@ -121,5 +121,5 @@ def test_no_folder_is_crowded(folder: Path) -> None:
     count = sum(path.parent == folder for path in modules())
     most = MOST_LOOSE_FILES.get(str(folder), MOST_FILES)
     assert count <= most, (
-        f"{folder}/: {count} Python files beside __init__.py, of {most} at most; make a folder of some"
+        f"{folder}/: {count} Python files without __init__.py, at most {most}; move some into a folder"
     )

@@ -1,6 +1,6 @@
 """NCCL's rules on CPUs: stand-ins for CUDA streams and NCCL communicators over gloo.
 
-With these the classes that GPUs use (`StreamChannel`, `StreamCommunicator`) run in tests. The rules:
+With these the classes that GPUs use (`NcclP2PChannel`, `StreamCommunicator`) run in tests. The rules:
 
 * A pair's first message, and a group's first collective of each algorithm, block the calling thread until all members
   have made the matching call (NCCL 2.30: `ncclTransportP2pSetup` in transport.cc, `ncclCollPreconnect` in group.cc).
@@ -172,7 +172,7 @@ class Connections:
     def pairs(self, targets: Iterable[int], sources: Iterable[int]) -> None:
         """Connect to the ranks that this one sends to and receives from for the first time.
 
-        As NCCL does: peers at distance 1, 2, … in turn, each told how many channels are to connect.
+        Peers at distance 1, 2, … come one after the other, as in NCCL; each gets the number of channels to connect.
         """
         here, size = self.ranks.index(self.rank), len(self.ranks)
         new_targets = set(targets) - self._targets - {self.rank}

@@ -71,7 +71,7 @@ def test_a_collective_that_is_connected_blocks_no_rank() -> None:
     run_processes(2, collect, [[LARGE], [LARGE, LARGE]])
 
 
-def talk_in_turns(world: World) -> float:
+def answer_before_question(world: World) -> float:
     """Rank 0 waits for an answer before it posts the question: the wait blocks one stream, not the host."""
     streams = QueuedStreams()
     down, up = (NcclP2PChannel(open_group(world, streams), StreamCommunicator(streams)) for _ in range(2))
@@ -81,9 +81,9 @@ def talk_in_turns(world: World) -> float:
         return torch.empty(1)
 
     with computing_behind(streams):
-        for lane in (down, up):
-            lane.post([P2PSend("first", torch.zeros(1), peer)], [P2PReceive("first", one, peer)])
-            lane.wait_for_sends()
+        for channel in (down, up):
+            channel.post([P2PSend("first", torch.zeros(1), peer)], [P2PReceive("first", one, peer)])
+            channel.wait_for_sends()
         if world.rank == 0:
             (answer,) = down.post([], [P2PReceive("answer", one, peer)])
             with streams.use_stream(side):
@@ -98,7 +98,7 @@ def talk_in_turns(world: World) -> float:
 
 
 def test_waiting_holds_a_stream_and_computing_behind_it_the_host() -> None:
-    assert run_processes(2, talk_in_turns) == [4.0, 3.0]
+    assert run_processes(2, answer_before_question) == [4.0, 3.0]
 
 
 def launch_two(world: World) -> list[bool]:

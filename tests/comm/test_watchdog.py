@@ -112,7 +112,7 @@ def test_the_flight_recorder_is_written_or_the_reason_is_printed(bench: Bench, r
     assert bench.ends == [1]
 
 
-def wait_for_nobody(world: World, folder: Path) -> None:
+def hang_alone(world: World, folder: Path) -> None:
     """Start a first all-reduce on rank 0 that rank 1 never starts."""
     limit, streams = timedelta(seconds=60), QueuedStreams()
     with (folder / f"said_{world.rank}").open("w") as said:
@@ -126,7 +126,7 @@ def wait_for_nobody(world: World, folder: Path) -> None:
 
 def test_a_rank_that_hangs_in_a_first_contact_ends(tmp_path: Path) -> None:
     with pytest.raises(RanksFailed, match=r"rank 0 of 2 failed:\ndied with exit code 1"):
-        run_processes(2, wait_for_nobody, tmp_path)
+        run_processes(2, hang_alone, tmp_path)
     said = (tmp_path / "said_0").read_text()
     assert said.startswith("shoestring: rank 0: count of valid targets with ranks 1 has not returned")
     assert " in _meet" in said

@@ -56,7 +56,7 @@ root = Path(sys.argv[1])
 
 def act(arguments):
     if arguments[0] == "raise":
-        raise ValueError("nobody expected this")
+        raise ValueError("an unexpected error")
     if arguments[0] == "spin":
         while True:
             pass

@@ -16,7 +16,7 @@ from shoestring.tests.launch.two_machines import losses
 
 SAY = "from shoestring.launch.print_to_stderr import tell; tell('one'); tell('two'); tell('three'); open({done!r}, 'w')"
 CLOSED = {
-    "a pipe that nobody reads": "{command} | true; exit ${{PIPESTATUS[0]}}",
+    "a pipe without a reader": "{command} | true; exit ${{PIPESTATUS[0]}}",
     "a full disk": "{command} > /dev/full",
     "closed": "{command} >&-",
     "closed, and standard error too": "{command} >&- 2>&-",

@@ -32,7 +32,7 @@ from shoestring.tests.comm.nccl_rules import (
 from shoestring.tests.parity.layouts import SEQUENCE_LENGTH, Layout, Padding
 from shoestring.tests.parity.outcome import Errors, Outcome, compare
 from shoestring.tests.parity.runner import build, outcome, take_step
-from shoestring.tests.parity.twin import run_twin
+from shoestring.tests.parity.single_process import run_single_process
 from shoestring.tests.processes import RanksFailed, World, run_processes
 from shoestring.trainer.build import build_engine, build_stage_layout
 from shoestring.trainer.data.samples import TokenBatch
@@ -103,7 +103,7 @@ MATRIX = [layout_of(each.name, pp, mtp) for pp, each, mtp in product((2, 4), SCH
 def errors_of(layout: Layout) -> Errors:
     """Return the differences between a run with the whole warm-up and the reference."""
     ranks = run_processes(layout.topology.world_size, run_rank, layout, Start.WARM, False, 60.0)
-    return compare(ranks, run_twin(layout, STEPS))
+    return compare(ranks, run_single_process(layout, STEPS))
 
 
 def failure_of(layout: Layout, start: Start, *, late_sends: bool = False, patience: float = 3) -> str:

@@ -54,8 +54,8 @@ def test_with_pairs_alone_sends_before_the_listener_do_not() -> None:
 
 def pairs(program: PipelineProgram) -> set[tuple[Direction, int, int]]:
     """Return the ranks that send to each other, by direction."""
-    sent = (edge for commits in derive_p2p_batches(program) for commit in commits for edge in commit.sends)
-    return {(edge.direction, edge.source.rank, edge.target.rank) for edge in sent}
+    sent = (op for commits in derive_p2p_batches(program) for commit in commits for op in commit.sends)
+    return {(op.direction, op.source.rank, op.target.rank) for op in sent}
 
 
 @pytest.mark.parametrize(("schedule", "pp"), [(each.name, pp) for each in SCHEDULES for pp in (2, 4)])

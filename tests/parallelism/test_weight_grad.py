@@ -88,9 +88,9 @@ def test_grouped_products_are_those_of_each_expert(dtype: torch.dtype) -> None:
     out.backward(grad)
     assert weight.grad is None
     left.flush()
-    twin = grouped_mm_reference(x, weight, ROWS)
-    expected = torch.autograd.grad(twin, (x, weight), grad)
-    torch.testing.assert_close(out, twin)
+    reference = grouped_mm_reference(x, weight, ROWS)
+    expected = torch.autograd.grad(reference, (x, weight), grad)
+    torch.testing.assert_close(out, reference)
     torch.testing.assert_close(x.grad, expected[0])
     torch.testing.assert_close(weight.grad, expected[1])
     outer = grouped_wgrad(grad, x.detach(), ROWS)

@@ -67,8 +67,8 @@ def test_bf16_products_are_added_to_an_fp32_sum(calls: list[torch.Size]) -> None
 
 def test_everything_else_goes_the_plain_way(calls: list[torch.Size]) -> None:
     before = torch.randn(N, K)
-    turned = torch.randn(K, N).T
-    for dtype, into in ((torch.float32, before), (torch.bfloat16, None), (torch.bfloat16, turned)):
+    strided = torch.randn(K, N).T
+    for dtype, into in ((torch.float32, before), (torch.bfloat16, None), (torch.bfloat16, strided)):
         found, grad_RN, x_RK = accumulate(dtype, into)
         product = (grad_RN.T @ x_RK).float()
         torch.testing.assert_close(found, product if into is None else into + product)

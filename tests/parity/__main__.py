@@ -18,8 +18,8 @@ def print_layout(layout: Layout) -> bool:
     """Run one row and print its line; return whether it is right."""
     errors = run_layout(layout, STEPS)
     wrong = errors.over(layout.tolerance)
-    verdict = f"  WRONG: {', '.join(sorted(wrong))}" if wrong else ""
-    print(f"{layout.name}  {errors.line()}{verdict}", flush=True)
+    note = f"  WRONG: {', '.join(sorted(wrong))}" if wrong else ""
+    print(f"{layout.name}  {errors.line()}{note}", flush=True)
     return not wrong
 
 
@@ -27,8 +27,8 @@ def print_break(name: str) -> bool:
     """Run one break and print where it was seen; return whether that is the expected place."""
     case = BREAKS[name]
     wrong = run_layout(case.layout, 1, name).over(case.layout.tolerance)
-    verdict = "" if wrong == case.wrong else f"  EXPECTED {', '.join(sorted(case.wrong))}"
-    print(f"broken: {name:31} seen in {', '.join(sorted(wrong)) or 'nothing'}{verdict}", flush=True)
+    note = "" if wrong == case.wrong else f"  EXPECTED {', '.join(sorted(case.wrong))}"
+    print(f"broken: {name:31} seen in {', '.join(sorted(wrong)) or 'nothing'}{note}", flush=True)
     return wrong == case.wrong
 
 

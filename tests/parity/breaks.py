@@ -89,7 +89,7 @@ def reduce_after_the_first_backward() -> Patch:
     return patch.object(rank_module, "last_use", first_backward)
 
 
-def keep_weights_to_oneself() -> Patch:
+def skip_all_gather() -> Patch:
     """Update the weights of the rank's own shards only; all others stay old."""
 
     def keep(self: ShardedOptimizer, number: int) -> None:
@@ -262,7 +262,7 @@ BREAKS: Mapping[str, Break] = MappingProxyType(
         "gradients rounded to BF16": Break(reduce_in_bf16, _TWO_RANKS, _GRADIENT, margin=1e4),
         "half of a mirrored stage": Break(forget_the_mirror, _MIRRORED, _GRADIENT),
         "unfinished gradient reduced": Break(reduce_after_the_first_backward, _PIPELINE, _GRADIENT),
-        "weights not handed out": Break(keep_weights_to_oneself, _TWO_RANKS, frozenset({"weights"})),
+        "weights not all-gathered": Break(skip_all_gather, _TWO_RANKS, frozenset({"weights"})),
         "squares counted by replica": Break(count_squares_once_a_replica, _TWO_REPLICAS, _NORM),
         "squares of other ranks left out": Break(leave_out_other_shards, _TWO_RANKS, _NORM),
         "loss averaged by micro-batch": Break(average_each_micro_batch, _PADDED, _GRADIENT),

@@ -102,8 +102,8 @@ class Layout:
                 dtype,
                 place,
                 self.schedule,
-                *([] if self.overlap else ["in turn"]),
-                *(["remade", "+".join(sorted(self.recompute))] if self.recompute else []),
+                *([] if self.overlap else ["serial"]),
+                *(["recompute", "+".join(sorted(self.recompute))] if self.recompute else []),
                 *(["fp8"] if self.fp8 else []),
                 *([] if self.wire is WireFormat.NATIVE else [f"wire {self.wire}"]),
                 *([f"growing by {self.growth}"] if self.growth else []),
@@ -151,7 +151,7 @@ def learning_rate(step: int) -> float:
 
 
 def clip_norm(step: int) -> float:
-    """Return a limit below the norms of the first two steps, so that errors of the norm move the weights; then above."""
+    """Return a limit below the norms of the first two steps, so that an error of the norm moves weights; then above."""
     return 0.5 if step < 2 else 1000.0
 
 

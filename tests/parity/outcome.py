@@ -71,12 +71,12 @@ class Errors:
         return f"{floats}  bias {bias}  counts {counts}"
 
 
-def compare(ranks: Sequence[Outcome], twin: Outcome) -> Errors:
+def compare(ranks: Sequence[Outcome], reference: Outcome) -> Errors:
     """Compare every rank of a layout with the reference. Together the ranks must hold every parameter."""
     for kind in ("weights", "biases"):
         held = {name for rank in ranks for name in vars(rank)[kind]}
-        assert held == vars(twin)[kind].keys()
-    steps = [pair for rank in ranks for pair in zip(rank.steps, twin.steps, strict=True)]
+        assert held == vars(reference)[kind].keys()
+    steps = [pair for rank in ranks for pair in zip(rank.steps, reference.steps, strict=True)]
     for ours, theirs in steps:
         assert ours.counts_E.keys() == theirs.counts_E.keys()
     for rank in ranks:
@@ -88,8 +88,8 @@ def compare(ranks: Sequence[Outcome], twin: Outcome) -> Errors:
         balance=worst(_scalar_error(ours.balance, theirs.balance) for ours, theirs in steps),
         grad=worst(_relative_error(ours.gradients, theirs.gradients) for ours, theirs in steps),
         norm=worst(_scalar_error(ours.norm, theirs.norm) for ours, theirs in steps),
-        weights=worst(_relative_error(rank.weights, twin.weights) for rank in ranks),
-        bias=worst(_largest_difference(rank.biases, twin.biases) for rank in ranks),
+        weights=worst(_relative_error(rank.weights, reference.weights) for rank in ranks),
+        bias=worst(_largest_difference(rank.biases, reference.biases) for rank in ranks),
         counts=worst(_largest_difference(ours.counts_E, theirs.counts_E) for ours, theirs in steps),
     )
 

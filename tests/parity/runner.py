@@ -31,7 +31,7 @@ from shoestring.tests.parity.layouts import (
     start_params,
 )
 from shoestring.tests.parity.outcome import Errors, Outcome, StepOutcome, compare
-from shoestring.tests.parity.twin import run_twin
+from shoestring.tests.parity.single_process import run_single_process
 from shoestring.tests.processes import World, run_processes
 from shoestring.tests.trainer.model.released import (
     load_released,
@@ -52,7 +52,7 @@ from shoestring.trainer.run.step import Stepper, StepSettings
 def run_layout(layout: Layout, steps: int, break_name: str | None = None) -> Errors:
     """Return how far the first `steps` steps of `layout` are from the reference, with one deliberate break or none."""
     ranks = run_processes(layout.topology.world_size, run_rank, layout, steps, break_name)
-    return compare(ranks, run_twin(layout, steps))
+    return compare(ranks, run_single_process(layout, steps))
 
 
 def run_rank(world: World, layout: Layout, steps: int, break_name: str | None) -> Outcome:

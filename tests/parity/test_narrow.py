@@ -41,7 +41,9 @@ def test_bf16_weights_change_no_bit() -> None:
         kept = {name for name, dtype in dtypes.items() if dtype == torch.float32}
         assert kept == {name for name in dtypes if "norm" in name or "router" in name}
         assert all(dtypes[name] == torch.bfloat16 for name in dtypes.keys() - kept)
-        for step, twin in zip(ours, theirs, strict=True):
-            assert step.total == twin.total
+        for step, reference in zip(ours, theirs, strict=True):
+            assert step.total == reference.total
             assert all(gradient.dtype == torch.float32 for gradient in step.gradients.values())
-            assert not [name for name, grad in step.gradients.items() if not torch.equal(grad, twin.gradients[name])]
+            assert not [
+                name for name, grad in step.gradients.items() if not torch.equal(grad, reference.gradients[name])
+            ]

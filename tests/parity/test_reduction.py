@@ -67,7 +67,7 @@ def with_one_nan(world: World, break_name: str | None) -> tuple[str, bool, float
     groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=3), stages.replica_pp_groups())
     after = GradientReducer.after_instruction
 
-    def spoilt(self: GradientReducer, instruction: int) -> None:
+    def damaged(self: GradientReducer, instruction: int) -> None:
         if world.rank == 1 and instruction == 0:
             self.buckets[0].grads_N[0] = torch.nan  # of the shard that rank 0 owns; the backward is still to come
         after(self, instruction)
@@ -76,7 +76,7 @@ def with_one_nan(world: World, break_name: str | None) -> tuple[str, bool, float
         stepper, reducer = build(layout, stages, groups, worker)
         before = [bucket.weights_N.clone() for bucket in reducer.buckets]
         broken = nullcontext() if break_name is None else BREAKS[break_name].apply()
-        with broken, patch.object(GradientReducer, "after_instruction", spoilt):
+        with broken, patch.object(GradientReducer, "after_instruction", damaged):
             try:
                 take_step(stepper, reducer, layout, 0, world.rank)
                 stepper.optimizer.wait_for_weights()  # for the other rank's weights

@@ -1,6 +1,6 @@
 """DeepSeek-V3 and its training loss in one process: plain functions over a dict of tensors, and ordinary autograd.
 
-This is the oracle which the real model and every parallel layout are compared with, so it shares no code with them,
+The real model and every parallel layout are compared with this reference, so it shares no code with them,
 takes no shortcut and loops over experts. Equations are those of the DeepSeek-V3 technical report (arXiv 2412.19437).
 
 Parameters are named as in the released checkpoint. Module k of multi-token prediction (MTP) is layer `layers + k - 1`
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from shoestring.tests.reference.rotary import Yarn, rotate, softmax_factor
 
-# The norms of the compressed latents keep this epsilon whatever `rms_eps` says, as in transformers' DeepSeek-V3.
+# The norms of the compressed latents keep this epsilon whatever `rms_norm_eps` says, as in transformers' DeepSeek-V3.
 LATENT_NORM_EPS = 1e-6
 BIAS = "mlp.gate.e_score_correction_bias"
 

@@ -77,7 +77,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        grad_x = fp8.product(quantize(grad), turned(ctx.blocks))
+        grad_x = fp8.product(quantize(grad), transposed(ctx.blocks))
         grad_weight = weight_gradient(grad, ctx.kept, ctx.power, ctx.apart)
         return torch.from_numpy(grad_x).to(grad.dtype), grad_weight, None, None, None
 
@@ -107,7 +107,7 @@ class _Down(torch.autograd.Function):
         tiles = quantize(grad, ctx.of_expert)
         received = torch.from_numpy(fp8.dequantize(tiles)) if ctx.of_expert else grad
         grad_weight = weight_gradient(received.to(grad.dtype), inner, power_of_two=False, apart=ctx.apart)
-        grad_inner = torch.from_numpy(fp8.product(tiles, turned(ctx.blocks))).to(grad.dtype)
+        grad_inner = torch.from_numpy(fp8.product(tiles, transposed(ctx.blocks))).to(grad.dtype)
         return *torch.autograd.grad(inner, (gate_up, gates), grad_inner), grad_weight, None, None
 
 
@@ -126,7 +126,7 @@ def quantize(x: Tensor, power_of_two: bool = False) -> tuple[fp8.Array, fp8.Arra
     return fp8.quantize(x.detach().double().numpy(), 1, 128, power_of_two)
 
 
-def turned(blocks: tuple[fp8.Array, fp8.Array]) -> tuple[fp8.Array, fp8.Array]:
+def transposed(blocks: tuple[fp8.Array, fp8.Array]) -> tuple[fp8.Array, fp8.Array]:
     return blocks[0].T, blocks[1].T
 
 

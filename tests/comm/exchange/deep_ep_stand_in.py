@@ -4,10 +4,10 @@ Signatures, shapes, dtypes and checks follow DeepEP 2.1.0 at commit dd758ca: dee
 csrc/elastic/buffer.hpp, deep_ep/include/deep_ep/impls/*.cuh. Only the expanded layout without padding is here, which is
 all that the adapter asks for. Stricter than the original, so that a test sees what hardware would punish by luck:
 
-* results are NaN, or exponents of NaN, until somebody waits for the event;
+* results are NaN, or exponents of NaN, until a stream waits for the event;
 * the rows of an expert come in descending order of their source.
 
-Letters: T tokens, D width, K experts a token, R rows received, P ranks, L experts on a rank, S packed scales.
+Letters: T tokens, D width, K experts per token, R rows received, P ranks, L experts per rank, S packed scales.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class EventOverlap:
 class ElasticBuffer:
     """A collective over a gloo group; keeps the arguments of its calls."""
 
-    log: list[tuple[str, dict[str, Any]]] = []  # noqa: RUF012 -- of the process, whoever opened the buffer
+    log: list[tuple[str, dict[str, Any]]] = []  # noqa: RUF012 -- shared by all buffers of the process
 
     def __init__(
         self,

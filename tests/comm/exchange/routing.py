@@ -1,6 +1,6 @@
 """Routings that an exchange must survive, and a small layer of experts to send through it.
 
-Letters: T tokens, D width, E experts, K experts a token, L experts of a rank, R rows.
+Letters: T tokens, D width, E experts, K experts per token, L experts per rank, R rows.
 """
 
 from __future__ import annotations

@@ -61,16 +61,16 @@ def compare(world: World, gpus_per_node: int) -> dict[tuple[str, str, str], floa
     errors = {}
     for form, (dtype, config) in FORMATS.items():
         ours, traffic, topology = opened(world, gpus_per_node, config)
-        oracle, _, _ = opened(world, gpus_per_node, replace(config, name="flat"))
+        reference, _, _ = opened(world, gpus_per_node, replace(config, name="flat"))
         for case in CASES:
             batch = batch_of(case, topology, world.rank, dtype)
-            theirs = dict(through_experts(oracle, batch, topology, world.rank))
+            theirs = dict(through_experts(reference, batch, topology, world.rank))
             for name, tensor in through_experts(ours, batch, topology, world.rank):
                 assert tensor.dtype == theirs[name].dtype
                 errors[form, case.name, name] = relative_error(tensor, theirs[name])
             one, other = (
                 exchange.dispatch(batch.tokens_TD, batch.weights_TK, batch.experts_TK, LABEL).wait()
-                for exchange in (ours, oracle)
+                for exchange in (ours, reference)
             )
             assert one.rows_per_expert_L == other.rows_per_expert_L
             assert one.token_counts == other.token_counts
@@ -204,7 +204,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return package
 
 
-def remedies(**changed: Any) -> str:
+def hints(**changed: Any) -> str:
     problems = list(deepep_problems(**{**FITS, **changed}))
     assert {(problem.field, problem.value) for problem in problems} <= {("exchange.name", "deepep")}
     assert all(problem.hint.endswith(", or write exchange=two_hop") for problem in problems)
@@ -212,23 +212,23 @@ def remedies(**changed: Any) -> str:
 
 
 def test_what_fits_is_not_refused(hopper: Path) -> None:
-    assert remedies() == ""
+    assert hints() == ""
 
 
 def test_what_is_impossible_everywhere(hopper: Path) -> None:
-    assert "nothing to exchange; write exchange=flat" in remedies(ranks=1)
-    assert "whole 256 elements and these have 160" in remedies(shape=DeepEPBufferShape(4096, 160, 8))
-    assert "at most 32 experts and these go to 33" in remedies(shape=DeepEPBufferShape(4096, 7168, 33))
-    assert "gates in FP32" in remedies(dtype=torch.float64)
+    assert "nothing to exchange; write exchange=flat" in hints(ranks=1)
+    assert "whole 256 elements and these have 160" in hints(shape=DeepEPBufferShape(4096, 160, 8))
+    assert "at most 32 experts and these go to 33" in hints(shape=DeepEPBufferShape(4096, 7168, 33))
+    assert "gates in FP32" in hints(dtype=torch.float64)
 
 
 def test_what_a_machine_lacks(hopper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "each of 2 ranks needs a Hopper GPU and training.device is cpu" in remedies(device="cpu")
-    assert "each of 3 ranks needs a Hopper GPU and this machine has 2" in remedies(local_ranks=3)
+    assert "each of 2 ranks needs a Hopper GPU and training.device is cpu" in hints(device="cpu")
+    assert "each of 3 ranks needs a Hopper GPU and this machine has 2" in hints(local_ranks=3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9 - index, 0))
     monkeypatch.setattr(deepep, "loaded_nccl_version", lambda: (2, 28, 9))
     (hopper / "buffers" / "elastic.py").unlink()
-    found = remedies()
+    found = hints()
     assert "has no ElasticBuffer; build version 2 of github.com/deepseek-ai/DeepEP" in found
     assert "needs a Hopper GPU (compute capability 9.0) and a GPU here has 8.0" in found
     assert "needs NCCL 2.30.4 and 2.28.9 is here" in found
@@ -238,7 +238,7 @@ def test_what_a_machine_lacks(hopper: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_its_import_asserts_is_said(hopper: Path) -> None:
     assert "deep_ep" not in sys.modules
     (hopper / "__init__.py").write_text("assert False, 'Duplicate NCCL runtime found'\n")
-    found = remedies()
+    found = hints()
     assert "importing deep_ep fails: AssertionError: Duplicate NCCL runtime found; run pip install --no-deps" in found
     assert '"nvidia-nccl-cu13>=2.30.4"' in found
     assert "deep_ep" not in sys.modules
@@ -246,7 +246,7 @@ def test_what_its_import_asserts_is_said(hopper: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_this_machine_is_refused() -> None:
-    found = remedies()
+    found = hints()
     assert "deep_ep is not installed; build version 2" in found
     assert "each of 2 ranks needs a Hopper GPU and this machine has 0" in found
     assert deepep.loaded_nccl_version() == ()

@@ -60,7 +60,7 @@ def test_tiles_are_the_rows_as_they_crossed(name: str, dtype: torch.dtype) -> No
     assert sum(run_processes(4, both_ways, name, dtype)) > 100
 
 
-def asked_in_vain(world: World, name: str) -> list[bool]:
+def rows_stay_plain(world: World, name: str) -> list[bool]:
     """Return, for the compute dtype and BF16, whether only plain rows arrive."""
     topology = Topology(ep=world.size)
     groups = ProcessGroups.create(topology, world.rank, timedelta(seconds=30))
@@ -78,7 +78,7 @@ def asked_in_vain(world: World, name: str) -> list[bool]:
 @pytest.mark.parametrize("name", ["flat", "two_hop"])
 def test_rows_that_do_not_cross_in_fp8_are_rows(name: str, ranks: int) -> None:
     """A single rank sends nothing, whatever the wire format."""
-    assert run_processes(ranks, asked_in_vain, name) == [[True, True]] * ranks
+    assert run_processes(ranks, rows_stay_plain, name) == [[True, True]] * ranks
 
 
 @pytest.mark.parametrize("rows", [0, 5])

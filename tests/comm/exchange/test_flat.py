@@ -74,8 +74,10 @@ def bytes_sent(world: World) -> tuple[dict[str, int], dict[str, int], tuple[int,
     tokens_TD, weights_TK, _ = tokens_of(world.rank, 4)
     experts_TK = torch.tensor([[0, EXPERTS - 1]] * 4)  # ranks 0 and 3 of four
     received = exchange.dispatch(tokens_TD, weights_TK, experts_TK, LABEL).wait()
-    payload, beside = ({str(link): size for link, size in traffic.bytes_by_link(kind).items()} for kind in TrafficKind)
-    return payload, beside, received.token_counts.as_tuple()
+    payload, metadata = (
+        {str(link): size for link, size in traffic.bytes_by_link(kind).items()} for kind in TrafficKind
+    )
+    return payload, metadata, received.token_counts.as_tuple()
 
 
 def test_bytes_are_counted_by_kind_and_link() -> None:

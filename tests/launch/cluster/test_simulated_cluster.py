@@ -151,9 +151,9 @@ def test_signals_and_exit_codes_are_those_of_the_process(pair: SimulatedCluster)
     process.terminate()
     assert process.wait(SECONDS) == 7
     process.terminate()  # as of any Popen that has ended: nothing
-    at_once = python(pair, 0, "import signal; signal.pause()")
-    at_once.kill()
-    assert at_once.wait(SECONDS) == -signal.SIGKILL
+    killed = python(pair, 0, "import signal; signal.pause()")
+    killed.kill()
+    assert killed.wait(SECONDS) == -signal.SIGKILL
 
 
 @needs_machines

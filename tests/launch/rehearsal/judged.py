@@ -38,14 +38,14 @@ def judged(*logs: RankLog) -> RehearsalResult:
     return evaluate_rank_logs(CONFIG, logs)
 
 
-def printed(verdict: RehearsalResult, passes: int = 0) -> str:
+def printed(result: RehearsalResult, passes: int = 0) -> str:
     console = Console(width=110, markup=False)
-    text, tables = rehearsal_tables(verdict, passes)
+    text, tables = rehearsal_tables(result, passes)
     with console.capture() as capture:
         console.print(tables)
     return f"{text}\n{capture.get()}"
 
 
-def tree(verdict: RehearsalResult) -> dict[str, Any]:
-    parsed: dict[str, Any] = json.loads(json.dumps(rehearsal_to_dict(verdict)))
+def tree(result: RehearsalResult) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads(json.dumps(rehearsal_to_dict(result)))
     return parsed

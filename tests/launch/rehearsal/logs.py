@@ -81,11 +81,10 @@ GROUPS = {Direction.NEXT: "pp next", Direction.PREV: "pp prev"}
 
 
 class ProgramLog:
-    """The log of one rank that runs a program on lanes of NCCL, as `Executor` and `StreamChannel` drive them.
+    """The log of one rank that runs a program over NCCL P2P channels, like `PipelineExecutor` and `NcclP2PChannel`.
 
     The host waits in each instruction for the computing stream, as it does for the sizes of a dispatch.
-    `listener` is told of each instruction and returns what is called then; `sends_first`: behind the sends of what the
-    instruction has made.
+    `listener` returns the collectives called after an instruction: after its sends if `sends_first`, else before.
     """
 
     def __init__(

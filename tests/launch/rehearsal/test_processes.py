@@ -28,8 +28,8 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def rehearse(behavior: str, told: list[str], at_once: int = 2) -> tuple[RankLog, ...]:
-    return rehearse_ranks(REQUEST, (0, 1, 3), told.append, at_once, (*FAKE, behavior))
+def rehearse(behavior: str, told: list[str], parallel: int = 2) -> tuple[RankLog, ...]:
+    return rehearse_ranks(REQUEST, (0, 1, 3), told.append, parallel, (*FAKE, behavior))
 
 
 def test_logs_come_in_the_order_of_the_ranks_with_a_line_for_each(scratch: Path) -> None:
@@ -47,7 +47,7 @@ def test_a_process_that_dies_is_named_with_its_output(scratch: Path) -> None:
     ):
         rehearse("die", [])
     with pytest.raises(RanksFailed, match="rank 0 was killed by signal 9, where memory is short by the kernel"):
-        rehearse("killed", [], at_once=1)
+        rehearse("killed", [], parallel=1)
     assert not list(scratch.iterdir())
 
 

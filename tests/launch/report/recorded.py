@@ -65,15 +65,15 @@ def record_run(run_dir: Path) -> None:
     clock = Clock()
     with clock.told():
         first = AllocationJournal(run_dir, ranks=2, attempt="first", budget=BUDGET, heartbeat_seconds=1000)
-        life(run_dir, clock, "first", range(1, 7), resumed=None)
+        record_attempt(run_dir, clock, "first", range(1, 7), resumed=None)
         first.close("a rank died, torchrun exited with 1")
         second = AllocationJournal(run_dir, ranks=2, attempt="second", budget=BUDGET, heartbeat_seconds=1000)
-        life(run_dir, clock, "second", range(5, STEPS + 1), resumed=4)
+        record_attempt(run_dir, clock, "second", range(5, STEPS + 1), resumed=4)
         second.close(f"{STEPS} steps done")
     write_events(run_dir)
 
 
-def life(run_dir: Path, clock: Clock, attempt: str, steps: range, resumed: int | None) -> None:
+def record_attempt(run_dir: Path, clock: Clock, attempt: str, steps: range, resumed: int | None) -> None:
     """Record an attempt: each step takes both ranks 324 s, the evaluation at the end 360 s."""
     work = WorkJournal(run_dir, ranks=2, attempt=attempt, budget=BUDGET)
     if resumed is not None:

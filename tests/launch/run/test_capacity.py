@@ -45,7 +45,8 @@ def configured(*overrides: str) -> RunConfig:
         ("topology.edp=1e9", "topology.edp"),
         ("topology.gpus_per_node=1e9", "topology.gpus_per_node"),
         (
-            "training.rampup_start_batch_size=2 training.rampup_batch_size_increment=2 training.rampup_tokens=9 training.global_batch_size=1e9",
+            "training.rampup_start_batch_size=2 training.rampup_batch_size_increment=2 training.rampup_tokens=9 "
+            "training.global_batch_size=1e9",
             "training.rampup_batch_size_increment",
         ),
     ],

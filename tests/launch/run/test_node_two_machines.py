@@ -72,7 +72,7 @@ FAULTS = {
 }
 
 
-def go_on(overrides: list[str], run_dir: Path, folder: Path, undisturbed: Path) -> None:
+def resume(overrides: list[str], run_dir: Path, folder: Path, undisturbed: Path) -> None:
     """Run the same command once more: it ends, and every loss equals the undisturbed run's."""
     with launch(folder) as again:
         again.start_both([*overrides, f"training.run_dir={run_dir}"])
@@ -99,7 +99,7 @@ def test_a_machine_that_is_asked_to_stop_ends_both_within_seconds_and_loses_no_s
             assert "Traceback" not in both.said(machine)
     (done,) = saved_steps(run_dir)
     assert [step for step, _, _ in losses(run_dir)] == list(range(1, done + 1))
-    go_on(overrides, run_dir, tmp_path / "again", undisturbed)
+    resume(overrides, run_dir, tmp_path / "again", undisturbed)
     assert summarize_ledger(run_dir).rolled_back_ms == 0
 
 
@@ -119,7 +119,7 @@ def test_a_machine_that_fails_ends_both_and_the_run_resumes(
             if codes[machine] > 0:
                 assert both.said(machine).splitlines()[-1].startswith("shoestring train: ")
             assert "Traceback" not in both.said(machine)
-    go_on([*overrides, saving], run_dir, tmp_path / "again", undisturbed)
+    resume([*overrides, saving], run_dir, tmp_path / "again", undisturbed)
 
 
 def refused_alike(

@@ -64,15 +64,15 @@ def test_state_of_a_run_is_written_through_no_link(tmp_path: Path) -> None:
     from shoestring.trainer.ledger.config import BudgetConfig
     from shoestring.trainer.telemetry.events import EventStream
 
-    treasure = tmp_path / "treasure"
-    treasure.write_text("mine")
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
     run_dir = tmp_path / "run"
     create_run_dir(run_dir)
     (run_dir / "ledger").mkdir()
     for name in ("config.yaml", "run_status.json", "ledger/heartbeat.new", "ledger/heartbeat.json",
                  "ledger/heartbeat.json.new", "config.yaml.new", "ended", "stops_without_step",
                  "stops_without_step.new", "run_status.reserve"):  # fmt: skip
-        (run_dir / name).symlink_to(treasure)
+        (run_dir / name).symlink_to(precious)
     reserve_status_space(run_dir)
     record_stop(run_dir, made_step=False)
     record_attempt_exit(run_dir, "a", 0)
@@ -81,7 +81,7 @@ def test_state_of_a_run_is_written_through_no_link(tmp_path: Path) -> None:
     AllocationJournal(run_dir, ranks=1, attempt="a", budget=BudgetConfig(gpu_hours=1), heartbeat_seconds=1000).close(
         "done"
     )
-    assert treasure.read_text() == "mine"
+    assert precious.read_text() == "mine"
     assert (run_dir / "config.yaml").read_text() == "a: 1\n"
     budget = BudgetConfig(gpu_hours=1)
     for name, make in (
@@ -89,10 +89,10 @@ def test_state_of_a_run_is_written_through_no_link(tmp_path: Path) -> None:
         ("ledger/allocation.jsonl", lambda: AllocationJournal(run_dir, ranks=1, attempt="b", budget=budget)),
     ):
         (run_dir / name).unlink(missing_ok=True)
-        (run_dir / name).symlink_to(treasure)
+        (run_dir / name).symlink_to(precious)
         with pytest.raises(Exception, match=r"a run writes through no link"):
             make()
-    assert treasure.read_text() == "mine"
+    assert precious.read_text() == "mine"
 
 
 def test_a_fresh_run_removes_links_and_not_what_they_point_to(tmp_path: Path) -> None:

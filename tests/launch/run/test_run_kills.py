@@ -70,5 +70,6 @@ def test_ten_kills_lose_no_token_and_no_more_than_a_flush_interval(tmp_path: Pat
     assert max(lost_ms) <= 1000 * FLUSH_SECONDS
     assert HEARTBEAT_SECONDS < FLUSH_SECONDS
     print(
-        f"\nunknown {summary.unattributed_ms / summary.allocated_ms:.2%}, most lost {max(lost_ms):.0f} ms, {summary.gpu_ms_by_bucket}"
+        f"\nunattributed {summary.unattributed_ms / summary.allocated_ms:.2%}, most lost {max(lost_ms):.0f} ms, "
+        f"{summary.gpu_ms_by_bucket}"
     )

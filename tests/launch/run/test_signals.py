@@ -338,10 +338,10 @@ def measured_price(overrides: list[str], run_dir: Path) -> float:
 def test_a_stop_between_two_handlers_of_a_launcher_is_counted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def signalled(*arguments: object) -> int:
+    def signaled(*arguments: object) -> int:
         raise StoppedBeforeStart("SIGUSR1 before it began; nothing was trained")
 
-    monkeypatch.setattr(launcher, "run_torchrun", signalled)
+    monkeypatch.setattr(launcher, "run_torchrun", signaled)
     config = compose_run_config([*small_run(tmp_path, 1), f"training.run_dir={tmp_path / 'run'}"])
     codes = [launcher.launch_run(config, launcher.LocalRanks(2, ()), fresh=False) for _ in range(3)]
     assert codes == [75, 75, 1]

@@ -81,21 +81,21 @@ def test_the_average_of_the_weights_takes_none_of_a_gpus_memory() -> None:
     """The host holds it; on a CPU that is the same memory."""
     plain, averaging = compose_run_config(SMALL), compose_run_config([*SMALL, "optimizer.ema_decay=0.9"])
     for device in map(torch.device, ("cuda", "cpu")):
-        without, beside = (MemoryPredictor(config, device).predict_rank(0) for config in (plain, averaging))
-        expected = 0 if device.type == "cuda" else without.state.gradients  # as wide as these, and one rank has all
-        assert beside.total - without.total == pytest.approx(expected)
+        plain_run, averaged = (MemoryPredictor(config, device).predict_rank(0) for config in (plain, averaging))
+        expected = 0 if device.type == "cuda" else plain_run.state.gradients  # as wide as these, and one rank has all
+        assert averaged.total - plain_run.total == pytest.approx(expected)
 
 
 def test_what_the_host_of_a_gpu_holds(capsys: pytest.CaptureFixture[str]) -> None:
     """The host holds the average, 64 MiB of staging, and a copy for saves of everything that is stored."""
     plain, averaging = compose_run_config(SMALL), compose_run_config([*SMALL, "optimizer.ema_decay=0.9"])
     for device in map(torch.device, ("cuda", "cpu")):
-        without, beside = (MemoryPredictor(config, device) for config in (plain, averaging))
-        masters = without.predict_rank(0).state.gradients  # one rank has all, as wide as these
-        copied = masters + without.predict_rank(0).state.moments
-        assert (without.predict_host(0).copy_for_saves, without.predict_host(0).average) == (copied, 0)
-        assert beside.predict_host(0).copy_for_saves == copied + masters
-        assert beside.predict_host(0).average == (masters + 2**26 if device.type == "cuda" else 0)
+        plain_run, averaged = (MemoryPredictor(config, device) for config in (plain, averaging))
+        masters = plain_run.predict_rank(0).state.gradients  # one rank has all, as wide as these
+        copied = masters + plain_run.predict_rank(0).state.moments
+        assert (plain_run.predict_host(0).copy_for_saves, plain_run.predict_host(0).average) == (copied, 0)
+        assert averaged.predict_host(0).copy_for_saves == copied + masters
+        assert averaged.predict_host(0).average == (masters + 2**26 if device.type == "cuda" else 0)
     arguments = (*SMALL, "optimizer.ema_decay=0.9", "training.device=cuda")
     host = tree(capsys, *arguments)["on_host"][0]
     text = memory(capsys, *arguments).split("\n")

@@ -44,6 +44,6 @@ def test_a_tensor_between_chunks_of_one_rank_is_a_message_too() -> None:
     """DualPipeV's last rank passes its first chunk's output to its second."""
     program = build_program("dualpipev", 2, 4)
     last = derive_p2p_batches(program)[1]
-    handed_on = [held.p2p_messages for held in peak_counts_between_instructions(program, 1, last)]
-    assert max(handed_on) >= 1
+    messages = [held.p2p_messages for held in peak_counts_between_instructions(program, 1, last)]
+    assert max(messages) >= 1
     assert build_placement("dualpipev", 2).num_stages == 4

@@ -50,13 +50,13 @@ def test_a_draft_that_is_always_right_gives_two_tokens_a_forward(chunk: Chunk) -
     truth = generate_speculatively(chunk, [5, 6, 7], 25, 60, sampler(0), use_drafts=False).tokens
     text = [5, 6, 7, *truth]
 
-    def oracle(self: Chunk, hidden_BSD: Tensor, next_BS: Tensor) -> Resumable[Tensor]:
+    def right_draft(self: Chunk, hidden_BSD: Tensor, next_BS: Tensor) -> Resumable[Tensor]:
         logits_BSV = torch.zeros((*next_BS.shape, 96))
         logits_BSV[0, -1, text[next_BS.shape[1] + 1]] = 1.0
         yield from ()
         return logits_BSV
 
-    with patch.object(Chunk, "compute_mtp_logits", oracle):
+    with patch.object(Chunk, "compute_mtp_logits", right_draft):
         found = generate_speculatively(chunk, [5, 6, 7], 24, 60, sampler(0))
     assert found.tokens == truth[:24]
     assert found.num_accepted == found.num_drafted == 12
@@ -109,9 +109,9 @@ def test_drawn_text_has_the_distribution_of_the_model() -> None:
     p_VV = table.next_VV.detach().softmax(dim=1)
     expected = p_VV[2][:, None, None] * p_VV[:, :, None] * p_VV[None]
     guess_VV = table.guess_VV.detach().softmax(dim=1)
-    of_the_draft = p_VV[2][:, None, None] * guess_VV[:, :, None] * p_VV[None]
+    draft_VVV = p_VV[2][:, None, None] * guess_VV[:, :, None] * p_VV[None]
     assert float((counts / 3000 - expected).abs().sum()) / 2 < 0.06
-    assert float((of_the_draft - expected).abs().sum()) / 2 > 0.2  # the distribution if every draft were accepted
+    assert float((draft_VVV - expected).abs().sum()) / 2 > 0.2  # the distribution if every draft were accepted
 
 
 def test_text_ends_with_the_stop_token(chunk: Chunk) -> None:

@@ -1,7 +1,7 @@
 """Whatever happens to a run, in any order: the parts add up, each is what happened, and no token counts twice.
 
-Random sequences of events drive the ledger; a plain model beside it, which knows nothing of journals, says what must
-come out. Durations are whole milliseconds, so that both must agree exactly.
+Random sequences of events drive the ledger and a plain model, which knows nothing of journals and gives the expected
+totals. Durations are whole milliseconds, so that both must agree exactly.
 """
 
 from __future__ import annotations
@@ -107,18 +107,18 @@ class Story:
         self.allocation = AllocationJournal(
             self.run_dir, ranks=self.ranks, attempt=f"launch {self.launches}", budget=BUDGET, heartbeat_seconds=NEVER
         )
-        self.lives = 0
+        self.attempts = 0
         self.begin()
 
     def begin(self) -> None:
         """Begin an attempt: it loads the checkpoint, or starts from nothing."""
         start = "restart" if self.has_died else "initialization"
-        if not self.lives:
+        if not self.attempts:
             self.model.spend(start, self.let(self.ms()))
         else:  # torchrun may restart with fewer or more ranks
             self.ranks = self.dice.choice((self.ranks, 2, 4))
         self.work = WorkJournal(self.run_dir, ranks=self.ranks, attempt=f"launch {self.launches}", budget=BUDGET)
-        self.lives += 1
+        self.attempts += 1
         self.has_died = True
         if self.dice.random() < 0.15:  # it dies during start-up and has written nothing since its beginning
             self.rank_dies()
@@ -160,7 +160,7 @@ class Story:
     def look(self) -> None:
         self.charge(self.dice.choice(sorted(CHARGED_BUCKETS)))
 
-    def dawdle(self) -> None:
+    def waste(self) -> None:
         """Let unattributed time pass until the next record."""
         assert self.work is not None
         self.model.spend("unattributed", self.let(self.ms()))
@@ -217,7 +217,7 @@ def test_any_sequence_of_events_keeps_the_identity_and_credits_no_token_twice(
     monkeypatch.setattr(Instant, "now", clock.now)
     story = Story(tmp_path, clock, dice)
     story.launch()
-    events: list[Callable[[], None]] = [story.skip, story.save, story.look, story.dawdle, story.set_the_clock]
+    events: list[Callable[[], None]] = [story.skip, story.save, story.look, story.waste, story.set_the_clock]
     events += [story.rank_dies, story.fault, story.launcher_dies, story.stop]
     weights = [2, 4, 4, 2, 2, 2, 1, 2, 1]
     for _ in range(60):

@@ -174,10 +174,10 @@ def test_the_reports_policy_on_the_reports_model() -> None:
     """A routed layer of DeepSeek-V3, a micro-batch of one sequence of 4096, BF16, not on a CPU: by hand."""
     config = compose_run_config(["model=deepseek_v3", "data.vocab_size=129280"]).model
     layer = moe_layer_activations(config, MicroBatchShape(1, 4096, torch.bfloat16, on_cpu=False))
-    remade = 2 * (2 * 7168 + 1536 + 512) + 4 * 7168  # norms, and the router's copy of one in FP32
-    remade += 2 * 128 * (2 * 192 + 256)  # queries, keys, values
-    remade += 2 * 9 * 2048  # SwiGLU of eight routed experts and a shared one
-    assert saved_bytes(layer) - saved_bytes(layer, REPORT) == 4096 * remade
+    recomputed = 2 * (2 * 7168 + 1536 + 512) + 4 * 7168  # norms, and the router's copy of one in FP32
+    recomputed += 2 * 128 * (2 * 192 + 256)  # queries, keys, values
+    recomputed += 2 * 9 * 2048  # SwiGLU of eight routed experts and a shared one
+    assert saved_bytes(layer) - saved_bytes(layer, REPORT) == 4096 * recomputed
 
 
 @pytest.mark.parametrize("policy", [frozenset(), REPORT], ids=["nothing", "report"])

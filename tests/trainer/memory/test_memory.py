@@ -49,7 +49,8 @@ def test_all_tokens_on_one_rank_stay_within_the_bound() -> None:
     for rank, found in enumerate(ranks):
         predicted = memory.predict_rank(0, memory.skewed_expert_rows(rank))
         print(
-            f"rank {rank}: {found.total:,} bytes, predicted {predicted.total:,.0f}, bound {memory.upper_bound_bytes(0):,.0f}"
+            f"rank {rank}: {found.total:,} bytes, predicted {predicted.total:,.0f}, "
+            f"bound {memory.upper_bound_bytes(0):,.0f}"
         )
         assert found.total == pytest.approx(predicted.total, rel=PREDICTION_MARGIN)
         assert found.between_instructions == pytest.approx(predicted.between_instructions, rel=PREDICTION_MARGIN)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoestring.tests.trainer.model.against_twins import gradients, random
+from shoestring.tests.trainer.model.against_reference import gradients, random
 from shoestring.trainer.model.cpu_attention import causal_attention, causal_attention_reference
 from shoestring.trainer.model.loss import linear_cross_entropy, linear_cross_entropy_reference
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shoestring.parallelism.weight_grad import DelayedWeightGradients
-from shoestring.tests.trainer.model.against_twins import gradients, random
+from shoestring.tests.trainer.model.against_reference import gradients, random
 from shoestring.trainer.model.loss import IGNORE_INDEX, linear_cross_entropy, linear_cross_entropy_reference
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from shoestring.tests.trainer.model.against_twins import gradients, random
+from shoestring.tests.trainer.model.against_reference import gradients, random
 from shoestring.trainer.model.norm import rms_norm, rms_norm_reference
 
 

@@ -51,8 +51,8 @@ def gradients(
 @pytest.mark.parametrize("policy", POLICIES[1:], ids=names)
 def test_recomputing_changes_no_bit(policy: frozenset[RecomputeModule], dtype: torch.dtype) -> None:
     kept, sent = gradients(frozenset(), dtype)
-    made_again, sent_again = gradients(policy, dtype)
-    assert all(map(torch.equal, made_again, kept))
+    recomputed, sent_again = gradients(policy, dtype)
+    assert all(map(torch.equal, recomputed, kept))
     assert sent_again == sent
     split, _ = gradients(policy, dtype, deferred=True)
     assert all(map(torch.equal, split, kept))
@@ -66,8 +66,8 @@ def test_recomputing_changes_no_bit(policy: frozenset[RecomputeModule], dtype: t
 def test_nor_does_it_in_fp8(policy: frozenset[RecomputeModule]) -> None:
     kept, _ = gradients(frozenset(), torch.bfloat16, fp8=True)
     for deferred in (False, True):
-        made_again, _ = gradients(policy, torch.bfloat16, deferred=deferred, fp8=True)
-        assert all(map(torch.equal, made_again, kept))
+        recomputed, _ = gradients(policy, torch.bfloat16, deferred=deferred, fp8=True)
+        assert all(map(torch.equal, recomputed, kept))
 
 
 def test_each_module_is_recomputed_once_for_each_use() -> None:

@@ -117,10 +117,10 @@ def test_the_fused_rule_does_what_the_reference_does(masters: torch.dtype, momen
         for rule, (master, exp_avg, exp_avg_sq) in ((AdamW(config), ours), (AdamWReference(config), state)):
             rule(master, grad, exp_avg, exp_avg_sq, rate=0.01, step=step, decays=step % 2 == 0)
         torch.testing.assert_close(ours[0], state[0], rtol=1e-6, atol=1e-7)
-        for moment, twin in zip(ours[1:], state[1:], strict=True):
+        for moment, reference in zip(ours[1:], state[1:], strict=True):
             assert moment.dtype == moments
-            torch.testing.assert_close(moment.double(), twin.double(), rtol=unit, atol=1e-6)
-            assert float((moment != twin).double().mean()) < 1e-3 or moments == torch.float32
+            torch.testing.assert_close(moment.double(), reference.double(), rtol=unit, atol=1e-6)
+            assert float((moment != reference).double().mean()) < 1e-3 or moments == torch.float32
 
 
 def test_bf16_moments_stay_near_those_that_are_never_rounded() -> None:

@@ -49,21 +49,21 @@ def averaged(world: World, weights: torch.dtype) -> tuple[Tensor, Tensor, Tensor
     groups = ProcessGroups.create(Topology(edp=world.size), world.rank, timedelta(seconds=30))
     optimizer, parameter = build(groups, weights)
     average = WeightEMA(optimizer, DECAY)
-    twin = torch.arange(300.0).div(100)
+    reference = torch.arange(300.0).div(100)
     for _ in range(STEPS):
         average.wait()
         take_step(optimizer, parameter)
         average.start_update()
-        twin = DECAY * twin + (1 - DECAY) * parameter.detach().float()
+        reference = DECAY * reference + (1 - DECAY) * parameter.detach().float()
     before = parameter.detach().clone()
     with average.swapped_into_model():
         inside = parameter.detach().clone()
-    return inside, twin, before, parameter.detach().clone()
+    return inside, reference, before, parameter.detach().clone()
 
 
 def test_every_rank_sees_the_average_and_then_its_weights_again() -> None:
-    for inside, twin, before, after in run_processes(2, averaged, torch.float32):
-        torch.testing.assert_close(inside, twin, rtol=1e-6, atol=1e-6)
+    for inside, reference, before, after in run_processes(2, averaged, torch.float32):
+        torch.testing.assert_close(inside, reference, rtol=1e-6, atol=1e-6)
         assert torch.equal(before, after)
         assert float((inside - before).abs().max()) > 0.1
 

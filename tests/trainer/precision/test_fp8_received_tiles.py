@@ -32,7 +32,7 @@ class Recording(ReferenceBackend):
         return super().quantize_rowwise(x_XD, scales)
 
 
-def came(rows: int, dtype: torch.dtype) -> QuantizedRows:
+def received_rows(rows: int, dtype: torch.dtype) -> QuantizedRows:
     """Return rows as a wire delivers them. One row's largest number is 224: its widened tile has half the scale."""
     x_RD = torch.randn((rows, WIDTH), generator=torch.Generator().manual_seed(rows), dtype=dtype)
     x_RD[:1, :2] = torch.tensor([225.0, 300.0 * 2.0**-9])
@@ -48,7 +48,7 @@ def outcome(
     module.fp8, module.block_rows = Fp8LinearOps(recording), block
     for weight in module.parameters():
         weight.data = torch.randn(weight.shape, generator=generator) / 10
-    tiles = came(sum(rows), dtype)
+    tiles = received_rows(sum(rows), dtype)
     widened_RD = dequantize(tiles.values_XD, tiles.exponents_XQ, dtype)
     rows_RD = (nan_placeholder(tiles.values_XD, dtype) if as_tiles else widened_RD).requires_grad_()
     gates_R = torch.rand(sum(rows), generator=generator).to(torch.promote_types(dtype, torch.float32)).requires_grad_()

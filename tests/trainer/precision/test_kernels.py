@@ -8,8 +8,8 @@ from pathlib import Path
 from shoestring.tests.trainer.precision.kernel_process import run
 
 KERNELS = (
-    "quantize_rowwise", "quantize_columnwise", "swiglu_quantize_rowwise", "swiglu_quantize_columnwise", "quantize_weight",
-    "rowwise_to_columnwise", "grouped_gemm", "grouped_wgrad_gemm",
+    "quantize_rowwise", "quantize_columnwise", "swiglu_quantize_rowwise", "swiglu_quantize_columnwise",
+    "quantize_weight", "rowwise_to_columnwise", "grouped_gemm", "grouped_wgrad_gemm",
 )  # fmt: skip
 SPILLING = ("quantize_weight", "grouped_gemm")
 

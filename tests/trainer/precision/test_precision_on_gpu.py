@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoestring.tests.trainer.precision.against_twins import check_products, check_quantization, check_swiglu
+from shoestring.tests.trainer.precision.against_reference import check_products, check_quantization, check_swiglu
 from shoestring.trainer.precision.backend import open_backend, unavailable_reasons
 from shoestring.trainer.precision.reference import ReferenceBackend, emulate_hopper_gemm
 
@@ -19,7 +19,7 @@ def test_every_operation_equals_the_reference(name: str) -> None:
     if missing:
         pytest.skip("; ".join(missing))
     torch.manual_seed(0)
-    provider = open_backend(name, GPU)
-    check_quantization(provider, GPU)
-    check_swiglu(provider, GPU)
-    check_products(provider, GPU, ReferenceBackend(emulate_hopper_gemm))
+    backend = open_backend(name, GPU)
+    check_quantization(backend, GPU)
+    check_swiglu(backend, GPU)
+    check_products(backend, GPU, ReferenceBackend(emulate_hopper_gemm))

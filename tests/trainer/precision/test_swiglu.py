@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoestring.tests.trainer.model.against_twins import gradients, random
+from shoestring.tests.trainer.model.against_reference import gradients, random
 from shoestring.trainer.precision.swiglu import swiglu, swiglu_reference, weighted_swiglu, weighted_swiglu_reference
 
 

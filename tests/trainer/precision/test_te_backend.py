@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shoestring.tests.trainer.precision import te_stand_in
-from shoestring.tests.trainer.precision.against_twins import check_products
+from shoestring.tests.trainer.precision.against_reference import check_products
 from shoestring.trainer.precision.backend import open_backend, unavailable_reasons
 
 OURS = "shoestring.trainer.precision.te_backend"
