@@ -205,7 +205,7 @@ QUICK = (
     Layout(2, 2, 1, 1, _RAGGED),
     Layout(4, 1, 1, 2, _RAGGED, _IDLE),
     Layout(4, 1, 2, 1, _RAGGED, exchange="two_hop", node_size=2),
-    # Each schedule once. The last stage of a one-way pipeline has an embedding of its own for MTP.
+    # Each schedule once. The last stage of a unidirectional pipeline has another embedding for MTP.
     Layout(1, 1, 4, 1, _RAGGED, pp=2, schedule="gpipe"),
     Layout(1, 2, 3, 1, _EMPTY, pp=2, schedule="1f1b"),
     Layout(1, 1, 4, 2, _RAGGED, pp=2, layers=5, schedule="interleaved"),
@@ -223,7 +223,7 @@ QUICK = (
     # The backward recomputes activations: with FB, and with I separate from W.
     Layout(2, 1, 5, 1, _RAGGED, layers=4, schedule="dualpipev", exchange="two_hop", node_size=1, recompute=REPORT),
     Layout(1, 1, 4, 1, _EMPTY, pp=2, schedule="zb_h1", recompute=EVERYTHING),
-    # The batch grows from step to step, so each step runs a program of its own.
+    # The batch grows from step to step, so each step runs another program.
     Layout(1, 2, 2, 1, _RAGGED, pp=2, schedule="1f1b", growth=1),
     Layout(2, 1, 4, 1, _EMPTY, pp=2, schedule="dualpipe", growth=2),
     Layout(1, 1, 2, 0, _RAGGED, pp=2, layers=4, schedule="interleaved", growth=2, dtype=_FP32),

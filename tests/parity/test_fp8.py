@@ -29,7 +29,7 @@ LAYOUTS = [
     ONE,
     Layout(2, 1, 1, 1, Padding.RAGGED, layers=2, fp8=True),
     Layout(1, 2, 2, 0, Padding.RAGGED, layers=2, fp8=True),
-    Layout(1, 1, 3, 0, pp=2, schedule="zb_h1", layers=3, fp8=True),  # weight gradients in instructions of their own
+    Layout(1, 1, 3, 0, pp=2, schedule="zb_h1", layers=3, fp8=True),  # separate instructions for weight gradients
     Layout(2, 1, 2, 1, schedule="dualpipev", layers=2, exchange="two_hop", node_size=1, fp8=True),
     Layout(2, 1, 1, 0, layers=2, fp8=True, wire=WireFormat.FP8),
 ]

@@ -1,8 +1,8 @@
 """FP8 from its definition, in NumPy: numbers by looking through all there are, tiles one at a time, sums in FP64.
 
 The reference of `trainer/precision`, with which it shares no code. A matrix is quantized in tiles of `high` x `wide`,
-from its upper left corner; a product's sum is exact within 128 neighbors, rounded to FP32, scaled, and added in FP32 from
-left to right (report §3.3.2).
+from its upper left corner; a product's sum is exact within 128 neighbors, rounded to FP32, scaled, and added in FP32
+from left to right (report §3.3.2).
 
 Letters: X, Y rows of two factors, K what is summed over.
 """

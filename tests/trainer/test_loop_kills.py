@@ -1,4 +1,4 @@
-"""Twenty SIGKILLs at seeded moments, half of them in the middle of a save: nothing is lost and nothing is different.
+"""Twenty SIGKILLs at seeded moments, half of them during a save: nothing is lost and nothing changes.
 
 `tests/launch/run/test_train.py` kills a run under a real torchrun once.
 """

@@ -55,7 +55,7 @@ def test_a_run_in_other_precisions_resumes_to_the_last_bit(precision: str, root:
 
 
 def started_on(world: World, tree: dict[str, Any]) -> Share:
-    """The state that a new run begins with."""
+    """Return the state that a new run begins with."""
     config = build_dataclass(RunConfig, tree)
     rank = build_rank_resources(config, groups_of(world, config), torch.device("cpu"))
     assert load_latest_checkpoint(rank, None) is None
@@ -165,7 +165,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(root: Path, 
 
 @contextmanager
 def full_disk(steps: tuple[int, ...]) -> Iterator[None]:
-    """The disk of the last rank is full while these steps are saved."""
+    """Fill the disk of the last rank while these steps are saved."""
     real = saver.write_rank_file
 
     def write(directory: Path, name: str, pieces: Any) -> None:

@@ -1,4 +1,4 @@
-"""Plain values become the types that a dataclass names, or problems that name every place that does not fit."""
+"""Plain values become the types that a dataclass names; every value that does not fit is a problem."""
 
 from __future__ import annotations
 

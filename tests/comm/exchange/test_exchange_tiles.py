@@ -77,7 +77,7 @@ def rows_stay_plain(world: World, name: str) -> list[bool]:
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", ["flat", "two_hop"])
 def test_rows_that_do_not_cross_in_fp8_are_rows(name: str, ranks: int) -> None:
-    """A single rank sends nothing, whatever the wire format."""
+    """A single rank sends nothing, in any wire format."""
     assert run_processes(ranks, rows_stay_plain, name) == [[True, True]] * ranks
 
 

@@ -1,4 +1,4 @@
-"""Two launch/torchrun.sh: machines that end, that differ, that never come. No loss is another for what has happened.
+"""Two launch/torchrun.sh: machines that end, that differ, that never come. Losses stay equal.
 
 Each is a session of its own, as a machine is: what is sent to one does not reach the other.
 """

@@ -1,4 +1,4 @@
-"""The configuration of the data: all bad values at once."""
+"""The configuration of the data: all bad values in one error."""
 
 from __future__ import annotations
 

@@ -224,7 +224,7 @@ def test_any_sequence_of_events_keeps_the_identity_and_credits_no_token_twice(
         dice.choices([story.train, *events], [20, *weights])[0]()
         summary = story.reader.summarize()
         story.model.check(summary)
-    assert summarize_ledger(tmp_path) == summary  # read as it grew, or all at once
+    assert summarize_ledger(tmp_path) == summary  # read incrementally, or in one call
     assert story.launches > 1
     assert story.allocation is not None
     story.allocation._closing.set()

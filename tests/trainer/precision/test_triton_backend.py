@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: in the interpreter they are their twins, and a compiler for Hopper accepts them.
+"""The Triton kernels without a GPU: in the interpreter they equal the reference, and Triton compiles them for Hopper.
 
 Each in a process of its own: the interpreter is chosen when triton is imported.
 """

@@ -1,4 +1,4 @@
-"""wandb, offline: what goes in through the sink comes out of the file."""
+"""wandb, offline: the events sent to the sink are read back from its file."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_history_that_wandb_keeps_is_that_of_the_event_file(tmp_path: Path) 
 
 
 def service_of_wandb() -> int:
-    """The process that wandb has started from this one."""
+    """Return the process that wandb has started from this one."""
     for thread in Path("/proc/self/task").iterdir():
         for child in (thread / "children").read_text().split():
             if b"wandb-core" in Path(f"/proc/{child}/cmdline").read_bytes():
