@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoestring.comm.errors import ConfigError
+from shoestring.comm.errors import ConfigError, Problem, collect_problems
 from shoestring.launch.compose import compose_run_config
 from shoestring.launch.run import run_dir as run_directory
 from shoestring.launch.run.preflight import hardware_problems, run_preflight_checks
@@ -38,7 +38,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 def test_what_can_run_passes(config: RunConfig) -> None:
-    run_preflight_checks(config, 4, fresh=False)
+    problems: list[Problem] = []
+    with collect_problems(problems):
+        run_preflight_checks(config, 4, fresh=False)
+    assert problems == []
 
 
 def test_a_port_that_is_taken(config: RunConfig) -> None:

@@ -19,6 +19,7 @@ from shoestring.launch.report.run_record import read_run_record
 from shoestring.launch.run import signals
 from shoestring.launch.run.run_dir import read_run_status
 from shoestring.launch.verbs.watch import watch
+from shoestring.tests.launch.machines import alive
 from shoestring.tests.launch.real_run import command, lines_as_they_come, processes_of, train, wait_until
 from shoestring.tests.launch.report.reader import Reader
 from shoestring.tests.trainer.telemetry.offline_run import read_offline_run
@@ -210,9 +211,11 @@ def test_a_launcher_killed_while_its_ranks_start_leaves_none_behind(overrides: l
     run_dir = tmp_path / "run"
     process = subprocess.Popen(command(overrides, run_dir), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_until(lambda: len(processes_of(run_dir)) >= 4, 60)  # launcher, torchrun, two ranks
+    started = set(processes_of(run_dir))
     process.kill()
-    process.wait()
-    wait_until(lambda: not processes_of(run_dir), 20)
+    assert process.wait() == -signal.SIGKILL
+    wait_until(lambda: not alive(started), 20)
+    assert not processes_of(run_dir)
 
 
 def test_a_rank_whose_launcher_is_dead_ends_also_before_anyone_has_taken_note(monkeypatch: pytest.MonkeyPatch) -> None:

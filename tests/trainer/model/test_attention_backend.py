@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from shoestring.comm.errors import Problem, collect_problems
 from shoestring.launch.compose import compose_run_config
 from shoestring.tests.launch.refusals import by_field, refused
 from shoestring.trainer.build import choose_run_attention
@@ -224,9 +225,24 @@ def test_flash_attention_3_is_called_in_its_own_layout(with_sums: bool, monkeypa
 SMALL = AttentionShape(batch=1, heads=2, sequence_length=16, qk_head_dim=24, v_head_dim=16, dtype=torch.float32)
 
 
-def test_a_trial_passes_where_the_backend_serves() -> None:
-    probe_attention(attention_by_name("math"), SMALL, torch.device("cpu"))
-    probe_attention(CPU_ATTENTION, SMALL, torch.device("cpu"))
+@pytest.mark.parametrize("choice", [attention_by_name("math"), CPU_ATTENTION], ids=["math", "blocks"])
+def test_a_trial_passes_where_the_backend_serves(choice: SelectedAttention) -> None:
+    calls: list[tuple[list[torch.Size], float]] = []
+    gradients: list[torch.Size] = []
+
+    def watched(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
+        calls.append(([x.shape for x in (q_BHSW, k_BHSW, v_BHSV)], scale))
+        out = choice.core_attention(q_BHSW, k_BHSW, v_BHSV, scale)
+        out.register_hook(lambda grad: gradients.append(grad.shape))
+        return out
+
+    backend = AttentionBackend(choice.backend.name, watched, "a test")
+    problems: list[Problem] = []
+    with collect_problems(problems):
+        probe_attention(SelectedAttention(backend, "a test"), SMALL, torch.device("cpu"))
+    assert problems == []
+    assert calls == [([(1, 2, 16, 24), (1, 2, 16, 24), (1, 2, 16, 16)], 24**-0.5)]
+    assert gradients == [(1, 2, 16, 16)]
 
 
 def test_a_trial_that_fails_refuses_the_run_and_takes_nothing_else() -> None:
