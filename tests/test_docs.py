@@ -142,11 +142,11 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(clone: Path) -> Path:
     """Return the clone after README's first command."""
-    run(clone, next(command for command in COMMANDS if command.words == QUICKSTART))
+    check_run(clone, next(command for command in COMMANDS if command.words == QUICKSTART))
     return clone
 
 
-def run(clone: Path, command: Command) -> None:
+def check_run(clone: Path, command: Command) -> None:
     """Run the command as written; it must exit with the code that the page states."""
     bins = (clone / ".venv" / "bin", Path(sys.executable).parent)
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "NNODES")}
@@ -172,7 +172,7 @@ def run(clone: Path, command: Command) -> None:
 
 @pytest.mark.parametrize("command", QUICK_COMMANDS, ids=lambda each: each.words)
 def test_a_quick_command_runs(clone: Path, command: Command) -> None:
-    run(clone, command)
+    check_run(clone, command)
 
 
 @pytest.mark.slow
@@ -181,7 +181,7 @@ def test_a_quick_command_runs(clone: Path, command: Command) -> None:
 def test_the_commands_of_a_page_run_in_their_order(trained: Path, page: str) -> None:
     for command in commands_of(page):
         if command.words not in PARSED and command.words != QUICKSTART:
-            run(trained, command)
+            check_run(trained, command)
 
 
 @pytest.mark.parametrize("command", [each for each in COMMANDS if each.words in PARSED], ids=lambda each: each.words)
